@@ -47,18 +47,14 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-rows", type=count, default=1, metavar="N", help="of a user that is trained (default: 1)")
     parser.add_argument("--limit", type=count, metavar="N", help="train the N users with most rows")
     parser.add_argument("--again", action="store_true", help="train users anew that the store has already")
-    form = (
-        'U and V of the layers ("masked", default), others beside them, which one batch can have several of, or gates'
-    )
-    parser.add_argument("--form", choices=("masked", "beside", "gates"), default="masked", help=form)
-    text = "train another user on each rank at a time; with --form beside, ZeRO-3 and no head"
-    parser.add_argument("--user-per-rank", action="store_true", help=text)
+    form = 'U and V in the layers ("masked", default), or next to them, so that users share a batch ("beside")'
+    parser.add_argument("--form", choices=("masked", "beside"), default="masked", help=form)
     parser.add_argument("--layers", nargs="+", default=[], metavar="NAME", help="layers, or endings (default: all)")
     parser.add_argument("--rank", type=count, metavar="R", help="of updates beside layers (default: the run's)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the states (default: bf16)")
     parser.add_argument("--epochs", type=float, default=8.0, metavar="E", help="passes over a user's rows (default: 8)")
     parser.add_argument("--batch-size", type=count, default=8, metavar="B", help="most rows of a step (default: 8)")
-    text = "of U and V, or gates (default: the run's; for U and V 0.4 of it, beside a head 0.2)"
+    text = "of U and V (default: 0.4 of the run's, with a head 0.2)"
     parser.add_argument("--learning-rate", type=float, metavar="LR", help=text)
     parser.add_argument("--head-learning-rate", type=float, metavar="LR", help="of the head (default: the run's)")
     add_quiet_argument(parser)
@@ -132,8 +128,8 @@ def _train(args: argparse.Namespace) -> Facts:
     part = PersonalPart(form=args.form, layers=tuple(args.layers), rank=args.rank or 0, dtype=args.dtype)
     prepared, checkpoint = _opened(run_of_users(config, how, **({"train": args.data} if args.data else {})), args)
     choice = Choice(names=tuple(args.users), min_rows=args.min_rows, limit=args.limit or 0)
-    how_many = {"again": args.again, "user_per_rank": args.user_per_rank}
-    facts = train_users(prepared, checkpoint, Path(args.store), args.by, part, choice, how, **how_many, say=_say)
+    done = train_users(prepared, checkpoint, Path(args.store), args.by, part, choice, how, again=args.again, say=_say)
+    facts: Facts = dict(done)
     few = f", {facts['with_few_rows']} left out with fewer rows than --min-rows" if facts["with_few_rows"] else ""
     diverged = f", {len(facts['diverged'])} diverged: {', '.join(facts['diverged'][:4])}" if facts["diverged"] else ""
     _say(

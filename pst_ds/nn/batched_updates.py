@@ -24,22 +24,21 @@ LEFT, RIGHT = "personal_U", "personal_V"
 
 def add_update(
     layer: nn.Module, name: str, *, outputs: int, inputs: int, rank: int, beta: float, seed: int, dtype: torch.dtype,
-    device: torch.device, registers: bool = True,
+    device: torch.device,
 ) -> dict[str, nn.Parameter]:  # fmt: skip
     """Give ``layer`` an update that trains, and return U, zeros, and V, drawn from ``seed`` and ``name``, by name.
 
-    Call it before ``deepspeed.initialize``, which splits them like the layer's other parameters, but for those that it
-    does not see: unless it ``registers`` them they are no parameters of the layer.
+    Call it before ``deepspeed.initialize``, which splits them like the layer's other parameters.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}/{RIGHT}".encode()))
     right = torch.randn(rank, inputs, generator=generator) / inputs**0.5
     made = {LEFT: torch.zeros(outputs, rank), RIGHT: right}
     params = {part: nn.Parameter(values.to(device=device, dtype=dtype)) for part, values in made.items()}
-    for part, param in params.items() if registers else ():
+    for part, param in params.items():
         layer.register_parameter(part, param)
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        left, right = (module.get_parameter(part) if registers else params[part] for part in (LEFT, RIGHT))
+        left, right = (module.get_parameter(part) for part in (LEFT, RIGHT))
         return output + beside(args[0].to(output.dtype), left, right, beta)
 
     layer.register_forward_hook(hook)

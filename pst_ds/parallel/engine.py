@@ -126,15 +126,6 @@ def build_engine(
     return engine
 
 
-def split_frozen(model: nn.Module, ds_config: JsonObject) -> object:
-    """Let ZeRO-3 split a ``model`` of which nothing trains, and gather its layers as they are used. Return what does
-    it, to be kept; call ``model`` itself. Collective."""
-    import deepspeed
-
-    import_muon_without_its_compiler()
-    return deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)[0]
-
-
 def import_muon_without_its_compiler() -> None:
     """Import DeepSpeed's Muon, as its check of any optimizer does, without wrapping its functions in ``torch.compile``.
 

@@ -214,14 +214,12 @@ def _require_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
         )
 
 
-def seed_random_numbers(seed: int, batch: int, of_rank: int | None = None) -> None:
-    """Seed all generators for a global batch from the run's seed, the batch's number and the rank, or ``of_rank``.
+def seed_random_numbers(seed: int, batch: int) -> None:
+    """Seed all generators from the run's seed, the number of the global batch and the rank.
 
-    So there is no generator state to save: a continued run draws the same numbers as an uninterrupted one.
+    No generator state needs saving: a resumed run draws the same numbers as an uninterrupted one.
     """
-    digest = hashlib.blake2b(
-        f"{seed}/{batch}/{rank() if of_rank is None else of_rank}".encode(), digest_size=8
-    ).digest()
+    digest = hashlib.blake2b(f"{seed}/{batch}/{rank()}".encode(), digest_size=8).digest()
     number = int.from_bytes(digest) >> 1
     torch.manual_seed(number)
     random.seed(number)

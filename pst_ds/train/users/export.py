@@ -1,4 +1,4 @@
-"""A user's own model as an export of the run: with the user's values, and the zeros of the base."""
+"""A checkpoint with one user's values, from which that user's model is exported with the base's sparsity."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.config.run import RunConfig
 from pst_ds.parallel.optimizer_state import MASTER
-from pst_ds.train.users.fingerprint import common_of
+from pst_ds.train.users.personal import common_of
 from pst_ds.train.users.store import State, UserStore, UserStoreError
 
 
 class UserCheckpoint(Checkpoint):
-    """A run's checkpoint in which the personal values are those of one user."""
+    """A run's checkpoint whose personal values are those of one user."""
 
     def __init__(self, checkpoint: Checkpoint, state: State):
         super().__init__(checkpoint.folder, checkpoint.state, checkpoint.contents)
@@ -28,12 +28,15 @@ class UserCheckpoint(Checkpoint):
 
 
 def user_checkpoint(checkpoint: Checkpoint, run: RunConfig, store: UserStore, user: str) -> UserCheckpoint:
-    """Return the checkpoint with the state of ``user``. Raises UserStoreError when the store is over another model, or
-    its states are beside the layers, where no zeros would be left."""
+    """Return ``checkpoint`` with the state of ``user``.
+
+    Raises UserStoreError when the store belongs to another model, or its form is "beside": merging such an update
+    would fill the pruned weights.
+    """
     if store.common.form == "beside":
         raise UserStoreError(
-            f"{store.folder} has updates beside the layers, which fill the base's zeros once they are merged; train "
-            "the users with --form masked to export them, or serve them over the base's own export"
+            f"{store.folder}: its updates lie next to the layers, and merging them would fill the pruned weights. "
+            "Train the users with --form masked to export them, or serve them over the base's export."
         )
     own, trained = store.common, checkpoint.contents.trained
     shapes = {name: list(trained[name]) for name in own.shapes if name in trained}

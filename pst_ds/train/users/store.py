@@ -38,7 +38,7 @@ KEPT_IN_MEMORY = 64
 _STATE_FILE = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.safetensors")
 _MOST_CHARACTERS = 200
 
-Form = Literal["masked", "beside", "gates"]
+Form = Literal["masked", "beside"]
 State = dict[str, Tensor]
 """Personal values by name, in the store's dtype, on the CPU."""
 
@@ -56,8 +56,7 @@ class Common:
     """What all states of a store belong to."""
 
     form: Form
-    """"masked": U and V of M . (W0 + beta U V), of the layers themselves; "beside": those of beta U V beside them;
-    "gates": those of the layers' U V, which all users share."""
+    """"masked": U and V of M . (W0 + beta U V), in the layers; "beside": a separate beta U V next to each layer."""
     task: str
     labels: list[str]
     """Names of the classes, in the order of their ids."""
@@ -347,6 +346,10 @@ def _read_index(folder: Path) -> tuple[Common, dict[str, UserEntry]]:
     if number != FORMAT:
         raise UserStoreError(f"{path} has format {number!r}; this version reads {FORMAT}")
     try:
+        if table["common"]["form"] == "gates":
+            raise UserStoreError(
+                f'{path}: form = "gates" is no longer supported. Train the users again with --form masked or beside.'
+            )
         common = Common(**table["common"])
         entries = {name: UserEntry(**entry) for name, entry in table["users"].items()}
         _require_types(common, entries)

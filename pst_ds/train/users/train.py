@@ -2,69 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.config.run import ConfigError, DistillationConfig, PicturesConfig, RunConfig
 from pst_ds.config.tracking import TrackingConfig
 from pst_ds.data.by_user import RowsByUser, read_by_user
 from pst_ds.parallel import stop_signals
-from pst_ds.parallel.ranks import all_gather_objects, of_main, raise_on_all_ranks, world_size
+from pst_ds.parallel.ranks import of_main, raise_on_all_ranks, world_size
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.progress import Progress
 from pst_ds.train.loop import DivergedError, Loop, LoopState
 from pst_ds.train.monitor.metrics import MetricsWriter
 from pst_ds.train.objective import Objective
 from pst_ds.train.run import Prepared, StoppedError
-from pst_ds.train.users.lockstep import rounds, train_round
 from pst_ds.train.users.personal import PersonalModel, PersonalPart
 from pst_ds.train.users.store import State, UserStore, require_name
-from pst_ds.train.users.trained import Trained, with_batches_for
 
 _NEVER = 1 << 40
 SHARE_BESIDE_A_HEAD = 0.2
-"""Of the run's rate of updates, where a user has a head of its own too: at the whole of it updates learn a few rows by
-heart that the head alone has the measure of (docs/users.md)."""
+"""Share of the run's update rate for users with their own head: at the full rate, updates overfit a few rows that the
+head alone could fit (docs/users.md)."""
 SHARE_OF_TOKENS = 0.4
-"""The same of a language model, whose few texts of a user are learned by heart at the whole of it (docs/users.md)."""
+"""The same share for language models, which overfit a user's few documents at the full rate (docs/users.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UserTraining:
-    """How each user's state is trained; the rest is as in the run."""
+    """How each user's state is trained. All other settings are those of the run."""
 
     epochs: float = 8.0
     batch_size: int = 8
-    """Most rows of a step; users with few have all of theirs in steps of equal size."""
+    """Most rows per step; the rows of users with few are split into steps of equal size."""
     update_learning_rate: float | None = None
-    """Of U and V, or of gates. None is the run's, for U and V a share of it: :data:`SHARE_BESIDE_A_HEAD`, or
-    :data:`SHARE_OF_TOKENS` in a language model."""
+    """Peak rate of U and V. None for a share of the run's: :data:`SHARE_BESIDE_A_HEAD`, or :data:`SHARE_OF_TOKENS` for
+    language models."""
     head_learning_rate: float | None = None
-    """None is the run's."""
+    """Peak rate of the head. None for the run's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """Which users of a column are trained."""
+    """The users of a column that are trained."""
 
     names: tuple[str, ...] = ()
-    """Empty is all."""
+    """Names of users; empty for all."""
     min_rows: int = 1
+    """Fewest rows of a user that is trained."""
     limit: int = 0
-    """Most users, those with most rows; 0 is all."""
+    """Most users, chosen by their number of rows; 0 for no limit."""
 
     def of(self, rows: RowsByUser) -> tuple[list[str], list[str]]:
-        """Return the chosen users, and those left out for having fewer than ``min_rows`` rows. Raises ConfigError for
-        a name that no row has, and if nobody is left."""
+        """Return (chosen users, users with fewer than ``min_rows`` rows).
+
+        Raises ConfigError for a name without rows, and if no user is left.
+        """
         for name in self.names:
             require_name(name)
             if name not in rows.places:
                 some = ", ".join(map(repr, list(rows.places)[:6]))
-                raise ConfigError(f"--users {name!r}: no row of {rows.where} is of that user; there is {some}, …")
+                raise ConfigError(f"--users {name!r}: no row of {rows.where} is of that user. Choose from {some}, …")
         for name in rows.places:
             require_name(name)
         wanted = self.names or tuple(rows.places)
@@ -73,45 +74,82 @@ class Choice:
         if not chosen:
             most = max(rows.count(name) for name in wanted)
             raise ConfigError(
-                f"no user of {rows.where} has {self.min_rows} rows, the most are {most}; lower --min-rows"
+                f"no user of {rows.where} has {self.min_rows} rows, the most are {most}. Lower --min-rows."
             )
         if self.limit:
             chosen = sorted(chosen, key=rows.count, reverse=True)[: self.limit]
         return chosen, few
 
 
+class TrainedUsers(TypedDict):
+    """What ``pst-ds users train`` did, as JSON values."""
+
+    store: str
+    users: int
+    """Chosen users."""
+    trained: int
+    there_already: int
+    with_few_rows: int
+    diverged: list[str]
+    state_bytes: int
+    """Bytes of one user's state."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """Outcome of one user's training."""
+
+    state: State
+    rows: int
+    steps: int
+    loss: float
+    """Loss of the last batch."""
+    stopped_by: int
+    """Signal that stopped the training; 0 for none."""
+
+
 class _Losses(MetricsWriter):
-    """Writes nothing, and keeps the loss of the last batch."""
+    """Writes nothing and keeps the loss of the last batch."""
 
     last = 0.0
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        if values.get("losses"):
-            self.last = float(values["losses"][-1])
+    def write(self, step: int, values: Mapping[str, object]) -> None:
+        losses = values.get("losses")
+        if isinstance(losses, list) and losses:
+            self.last = float(losses[-1])
 
 
 def run_of_users(run: RunConfig, how: UserTraining, **files: str) -> RunConfig:
-    """Return ``run`` with what training its users needs; ``files``: in place of those of its splits."""
+    """Return ``run`` with the settings for training its users. ``files`` replace the files of its splits."""
     if files:
         sources = () if "train" in files else run.data.sources
         run = replace(run, data=replace(run.data, dataset="", sources=sources, **files))  # type: ignore[arg-type]
     train = replace(
-        run.train, num_steps=0, num_epochs=how.epochs, batch_size=how.batch_size, gradient_accumulation_steps=1,
-        sequence_parallel=1, log_interval=_NEVER,
-    )  # fmt: skip
+        run.train,
+        num_steps=0,
+        num_epochs=how.epochs,
+        batch_size=how.batch_size,
+        gradient_accumulation_steps=1,
+        sequence_parallel=1,
+        log_interval=_NEVER,
+    )
     rates = {name: getattr(how, name) for name in ("update_learning_rate", "head_learning_rate")}
-    rates["gate_learning_rate"] = how.update_learning_rate
-    train = replace(train, **{name: rate for name, rate in rates.items() if rate is not None})
     return replace(
-        run, train=train, dense_run="", distillation=DistillationConfig(), pictures=PicturesConfig(interval=-1),
+        run,
+        train=replace(train, **{name: rate for name, rate in rates.items() if rate is not None}),
+        dense_run="",
+        distillation=DistillationConfig(),
+        pictures=PicturesConfig(interval=-1),
         tracking=TrackingConfig(),
-    )  # fmt: skip
+    )
 
 
 def with_rates_of_users(run: RunConfig, how: UserTraining, *, width: int, steps: int) -> RunConfig:
-    """Return ``run``, of :func:`run_of_users`, with the rates that it left open for a model of that width and users of
-    so many steps; that of updates is its share where ``how`` names none."""
-    seen = steps * run.train.batch_size  # in one pass: embeddings, whose rate falls with more, are nobody's own
+    """Return ``run`` with a number for every rate, for a model of hidden size ``width`` and users of ``steps`` steps.
+
+    The update rate is the share that :class:`UserTraining` describes, unless ``how`` sets one.
+    """
+    seen = steps * run.train.batch_size  # only the rate of embeddings depends on it, and no embedding is personal
     run = run.with_rates(width=width, num_steps=steps, num_examples=seen, num_labels=0)
     rate = run.train.update_learning_rate
     if rate is None or how.update_learning_rate is not None:
@@ -130,82 +168,61 @@ def train_users(
     how: UserTraining,
     *,
     again: bool = False,
-    user_per_rank: bool = False,
     say: Callable[[str], None] = print,
-) -> dict[str, Any]:
-    """Train the users of ``column`` of the training rows of a run, that of :func:`run_of_users` of ``how``, into the
-    store ``folder``; return what was done.
+) -> TrainedUsers:
+    """Train the users of a ``column`` of the training rows into the store ``folder``. Collective.
 
-    A user that the store has already is left as it is, unless ``again``. Each state is in the store before the next
-    user begins; with ``user_per_rank`` all ranks train another user at a time. Collective. Raises InputError, and
-    StoppedError after a signal.
+    ``prepared`` is of the run that :func:`run_of_users` returns for ``how``. Users that the store has are skipped
+    unless ``again``. Each state is stored before the next user starts, so an interrupted training resumes. Raises
+    InputError, and StoppedError after a signal.
     """
     rows = raise_on_all_ranks(lambda: read_by_user(prepared.run.data, "train", column))
     chosen, few = raise_on_all_ranks(lambda: choice.of(rows))
     steps = _usual_steps(prepared.run, rows, chosen)
-    run = with_rates_of_users(prepared.run, how, width=prepared.width, steps=steps)
-    prepared = replace(prepared, run=run)
-    model = PersonalModel(prepared, checkpoint, part, own_of_rank=user_per_rank)
+    prepared = replace(prepared, run=with_rates_of_users(prepared.run, how, width=prepared.width, steps=steps))
+    model = PersonalModel(prepared, checkpoint, part)
     of_main(lambda: UserStore.create(folder, model.common).names)
     store = raise_on_all_ranks(lambda: UserStore.open(folder))
     waiting = [name for name in chosen if again or name not in store]
     if len(waiting) < len(chosen):
-        say(f"{len(chosen) - len(waiting)} users are in {folder} already; --again trains them anew")
+        say(f"{len(chosen) - len(waiting)} users are in {folder} already; --again trains them again")
     trained, diverged = 0, []
-    one_by_one = ((name, *_alone(model, prepared, rows, name)) for name in waiting)
     with Progress("train users", len(waiting), "users") as progress:
-        for name, done, why in _in_rounds(model, prepared, rows, waiting) if user_per_rank else one_by_one:
-            if done is None:
+        for name in waiting:
+            heartbeat("the training of a user")
+            try:
+                done = _train_user(model, prepared, rows, name)
+            except DivergedError as error:
                 diverged.append(name)
-                progress.say(f"{name}: {why}")
+                progress.say(f"{name}: {error}")
                 continue
             if done.stopped_by:
-                raise _stopped(done.stopped_by, trained, folder)
+                signal = stop_signals.name_of(done.stopped_by)
+                raise StoppedError(
+                    f"stopped by {signal} after {trained} users, which are in {folder}; start it again to resume"
+                )
             of_main(partial(store.add, name, done.state, rows=done.rows, steps=done.steps, loss=done.loss))
             trained += 1
             progress.add(1, name[:40])
-            if user_per_rank and (signal := max(all_gather_objects(stop_signals.asked_by()))):
-                raise _stopped(signal, trained, folder)
-    return {
-        "store": str(folder), "users": len(chosen), "trained": trained, "there_already": len(chosen) - len(waiting),
-        "with_few_rows": len(few), "diverged": diverged, "state_bytes": _bytes(model.state()),
-    }  # fmt: skip
-
-
-def _stopped(signal: int, trained: int, folder: Path) -> StoppedError:
-    return StoppedError(
-        f"stopped by {stop_signals.name_of(signal)} after {trained} users, which are in {folder}; start it again to go "
-        "on"
+    return TrainedUsers(
+        store=str(folder),
+        users=len(chosen),
+        trained=trained,
+        there_already=len(chosen) - len(waiting),
+        with_few_rows=len(few),
+        diverged=diverged,
+        state_bytes=sum(tensor.nbytes for tensor in model.state().values()),
     )
 
 
-def _alone(model: PersonalModel, prepared: Prepared, rows: RowsByUser, name: str) -> tuple[Trained | None, str]:
-    """Return what :func:`train_user` does, or None and why."""
-    heartbeat("the training of a user")
-    try:
-        return train_user(model, prepared, rows, name), ""
-    except DivergedError as error:
-        return None, str(error)
-
-
-def _in_rounds(
-    model: PersonalModel, prepared: Prepared, rows: RowsByUser, names: Sequence[str]
-) -> Iterator[tuple[str, Trained | None, str]]:
-    """Yield each user with what training it on one of the ranks has made, or None and why."""
-    for at_a_time in rounds(names, rows):
-        found = train_round(model, prepared, rows, at_a_time)
-        for name in at_a_time:
-            yield name, found.get(name), "its loss is not finite; lower --learning-rate"
-
-
-def train_user(model: PersonalModel, prepared: Prepared, rows: RowsByUser, name: str) -> Trained:
-    """Train one user from the shared state, so that its state has the same bits whoever was trained before.
+def _train_user(model: PersonalModel, prepared: Prepared, rows: RowsByUser, name: str) -> _Trained:
+    """Train one user from the shared state; the result does not depend on users trained before.
 
     Collective. Raises ConfigError and DivergedError.
     """
     examples = raise_on_all_ranks(lambda: rows.load(prepared.task, name, prepared.tokenizer, prepared.labels))
     model.activate(None)
-    run = with_batches_for(prepared.run, len(examples), name, ranks=world_size())
+    run = _with_batches_for(prepared.run, len(examples), name)
     num_steps = run.num_steps(len(examples))
     metrics = _Losses(Path(run.output_dir), num_steps=num_steps, is_main=False, quiet=True)
     given = (examples, prepared.tokenizer, num_steps, prepared.device, metrics, Objective(run))
@@ -213,14 +230,26 @@ def train_user(model: PersonalModel, prepared: Prepared, rows: RowsByUser, name:
     for reached in Loop(run, model.engine, None, *given).steps(end):
         if reached.stopped_by:
             break
-    return Trained(model.state(), len(examples), end.step, metrics.last, end.stopped_by)
+    return _Trained(model.state(), len(examples), end.step, metrics.last, end.stopped_by)
+
+
+def _with_batches_for(run: RunConfig, count: int, name: str) -> RunConfig:
+    """Return ``run`` with the batch size that drops fewest of ``count`` examples.
+
+    Raises ConfigError when there are fewer examples than ranks.
+    """
+    ranks = world_size()
+    if count < ranks:
+        raise ConfigError(
+            f"user {name!r} has {count} examples for {ranks} ranks. Raise --min-rows, or use fewer ranks."
+        )
+    batches = -(-count // run.train.batch_size)
+    while batches > 1 and count // batches < ranks:
+        batches -= 1
+    return replace(run, train=replace(run.train, batch_size=count // batches))
 
 
 def _usual_steps(run: RunConfig, rows: RowsByUser, users: Sequence[str]) -> int:
     """Return the steps of a user with the median number of rows, for which default rates are chosen."""
     counts = sorted(rows.count(name) for name in users)
     return max(1, round(run.train.num_epochs * -(-counts[len(counts) // 2] // run.train.batch_size)))
-
-
-def _bytes(state: State) -> int:
-    return sum(tensor.nbytes for tensor in state.values())

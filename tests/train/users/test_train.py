@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
 from pst_ds.core.schedule import default_learning_rates
 from pst_ds.inference.hf.model_folder import open_model_folder
-from pst_ds.train.users.store import UserStore
+from pst_ds.train.users.store import UserStore, UserStoreError
 from pst_ds.train.users.train import (
     SHARE_BESIDE_A_HEAD,
     SHARE_OF_TOKENS,
@@ -268,55 +269,6 @@ def test_a_full_disk_is_one_message_from_all_ranks_and_what_was_trained_stays(ru
     assert store.state(store.names[0])
 
 
-@pytest.fixture(scope="module")
-def writer(run, tmp_path_factory):
-    """A finished run of a tiny language model, and four users' texts of different length."""
-    top = tmp_path_factory.mktemp("writers")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(Path(__file__).resolve().parents[3])
-        settings = {
-            "deepspeed_config": "", "train.num_steps": 2, "train.precision": "fp32", "eval.interval": 0,
-            "output_dir": str(top / "run"), "data.text_columns": ["text"],
-        }  # fmt: skip
-        assert main(["train", "tests/data/causal_lm.toml", "--quiet", *_settings(settings)]) == 0
-    words = ["film", "good", "plot", "end", "actor", "bad", "scene", "music"]
-    rows = [
-        {"who": who, "text": " ".join(words[(i * k + i) % 8] for i in range(12 * k))}
-        for k, who in enumerate(("ann", "bob", "cid"), 2)
-        for _ in range(4)
-    ]
-    (top / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return top
-
-
-@pytest.mark.zero3
-def test_a_user_on_each_rank_has_the_state_that_it_has_alone(writer, run_ranks, tmp_path):
-    """Three users on two ranks, in lockstep, with steps of their own; the last rank has none in the second round."""
-    words = ["users", "train", str(writer / "run"), "--by", "who", "--data", str(writer / "rows.jsonl"), "--quiet"]
-    how = ["--form", "beside", "--epochs", "2", "--batch-size", "2", "--dtype", "fp32", "--rank", "2"]
-    assert main([*words, *how, "--store", str(tmp_path / "alone")]) == 0
-    split = ["--user-per-rank", "--set", 'deepspeed_config="ds_configs/zero3_cpu.json"']
-    assert run_ranks(main, 2, [*words, *how, *split, "--store", str(tmp_path / "ranks")]) == [0, 0]
-    alone, ranks = (UserStore.open(tmp_path / name) for name in ("alone", "ranks"))
-    assert alone.names == ranks.names == ["ann", "bob", "cid"]
-    assert len({ranks.entry(name).steps for name in ranks.names}) > 1
-    for name in ranks.names:
-        assert (alone.entry(name).rows, alone.entry(name).steps) == (ranks.entry(name).rows, ranks.entry(name).steps)
-        for key, value in alone.state(name).items():
-            torch.testing.assert_close(ranks.state(name)[key], value, rtol=1e-3, atol=1e-5)
-    key = next(key for key in alone.state("ann") if key.endswith("personal_U"))
-    assert float((ranks.state("ann")[key] - ranks.state("bob")[key]).abs().max()) > 1e-4
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [(["--form", "masked"], "take --form beside"), (["--form", "beside"], "a base that ZeRO-3 splits")],
-)
-def test_a_user_a_rank_that_cannot_be_is_refused(run, tmp_path, capsys, more, message):
-    assert _train(run / "run", tmp_path / "store", str(run / "rows.jsonl"), "--user-per-rank", *more) == 2
-    assert message in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("packing", ["dense", "bitmask"])
 def test_an_export_has_the_users_values_and_the_zeros_of_the_base(run, store, tmp_path, packing):
     of_run = ["export", str(run / "run"), "--out", str(tmp_path / "base"), "--quiet"]
@@ -332,31 +284,12 @@ def test_an_export_has_the_users_values_and_the_zeros_of_the_base(run, store, tm
     assert torch.equal(bob["classifier.bias"], store.state("bob")["classifier.bias"].float())
 
 
-def test_users_share_an_update_and_have_gates_of_their_own(run, tmp_path, capsys):
-    settings = SETTINGS | {"output_dir": str(tmp_path / "run"), "pst.update_gates": "component", "train.num_steps": 2}
-    assert main(["train", "tests/data/world_size.toml", "--quiet", *_settings(settings)]) == 0
-    data = str(run / "rows.jsonl")
-    how = ("--form", "gates", "--dtype", "fp32", "--layers", "query", "key")
-    assert _train(tmp_path / "run", tmp_path / "store", data, *how) == 0
-    store = UserStore.open(tmp_path / "store")
-    parts = {name.rpartition(".")[2]: shape for name, shape in store.common.shapes.items()}
-    assert parts.keys() == {"pst_G", "weight", "bias"}
-    assert parts["pst_G"] == [8]
-    ann, bob = (store.state(name) for name in ("ann", "bob"))
-    query = next(name for name in ann if name.endswith("query.pst_G"))
-    assert 0 < float((ann[query] - bob[query]).abs().max()) < 1
-    words = ["users", "eval", str(tmp_path / "run"), "--store", str(tmp_path / "store"), "--by", "who", "--json"]
-    assert main([*words, "--split", "train", "--data", data, "--quiet"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == 27
-    own = ["users", "export", str(tmp_path / "run"), "--store", str(tmp_path / "store"), "--user"]
-    weights = []
-    for name in ("ann", "bob"):
-        assert main([*own, name, "--out", str(tmp_path / name)]) == 0
-        weights.append(open_model_folder(tmp_path / name).load().bert.encoder.layer[0].attention.self.query.weight)
-    assert torch.equal(weights[0] == 0, weights[1] == 0)
-    assert not torch.equal(*weights)
-    assert _train(run / "run", tmp_path / "other", data, "--form", "gates") == 2
-    assert 'pst.update_gates = "none"' in capsys.readouterr().err
+def test_a_store_of_gates_is_refused(run, store, tmp_path):
+    shutil.copytree(store.folder, tmp_path / "store")
+    index = tmp_path / "store" / "index.json"
+    index.write_text(index.read_text().replace('"masked"', '"gates"'))
+    with pytest.raises(UserStoreError, match="--form masked or beside"):
+        UserStore.open(tmp_path / "store")
 
 
 def test_an_update_beside_layers_is_not_exported(run, tmp_path, capsys):
