@@ -332,7 +332,7 @@ def test_without_its_manifest_a_folder_is_read_by_its_config(exports, tmp_path):
 
 
 def test_the_program_in_the_documents_reads_a_layer(models, tmp_path):
-    text = Path("docs/sparse-checkpoints.md").read_text(encoding="utf-8")
+    text = Path("docs/how-to/export.md").read_text(encoding="utf-8")
     (program,) = [block.partition("```")[0] for block in text.split("```python\n")[1:] if "halves" in block]
     models["bf16"].export(tmp_path, packing="bitmask", values=INT4_32)
     found: dict[str, np.ndarray] = {}
