@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM := false
 # every process of the tests, and every rank that they start, would compile the tests and the package anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: venv demo lint types test test-unit check constraints bench gpu docs clean
+.PHONY: venv demo lint types test test-all check constraints bench gpu docs clean
 .NOTPARALLEL:
 
 venv: $(STAMP)
@@ -40,19 +40,29 @@ lint: venv
 types: venv
 	$(BIN)/mypy
 
-# after the others; those that start launchers, and so take ports and look at processes, run one at a time
-test: test-unit
-	$(BIN)/python -m pytest -m 'zero3 and not ($(LAUNCHER_TESTS))' --numprocesses $(RANK_WORKERS) --dist worksteal
-	$(BIN)/python -m pytest -m '$(LAUNCHER_TESTS)'
+# Tests of marks $(1), with options $(2). Those that fork ranks of devices come first, in processes of their own: none
+# forks once a backward pass has had a device. Those that start launchers, and so take ports and look at processes, come
+# last and run one at a time. pytest ends with 5 where no test has the marks.
+define run_tests
+	$(call pytest,$(1),$(DEVICE_TESTS) and zero3,tests/device $(2) $(call workers,$(RANK_WORKERS)))
+	$(call pytest,$(1),$(DEVICE_TESTS) and not zero3,tests/device $(2) $(call workers,$(RANK_WORKERS)))
+	TRITON_INTERPRET=1 $(call pytest,$(1),$(KERNEL_TESTS),tests/kernels $(2) $(call workers,$(TEST_WORKERS)))
+	$(call pytest,$(1),not ($(RANK_TESTS) or $(DEVICE_TESTS) or $(KERNEL_TESTS)),$(2) $(call workers,$(TEST_WORKERS)))
+	$(call pytest,$(1),zero3 and not ($(LAUNCHER_TESTS) or $(DEVICE_TESTS)),$(2) $(call workers,$(RANK_WORKERS)))
+	$(call pytest,$(1),$(LAUNCHER_TESTS),$(2))
+endef
+pytest = $(BIN)/python -m pytest -m '($(1)) and ($(2))' $(3) || test $$? = 5
+workers = --numprocesses $(1) --dist worksteal
 
-# tests that fork ranks of devices first, in processes of their own: none forks once a backward pass has had a device
-test-unit: venv
-	$(BIN)/python -m pytest -m '$(DEVICE_TESTS) and zero3' tests/device --numprocesses $(RANK_WORKERS) --dist worksteal
-	$(BIN)/python -m pytest -m '$(DEVICE_TESTS) and not zero3' tests/device --numprocesses $(RANK_WORKERS) --dist worksteal
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m '$(KERNEL_TESTS)' tests/kernels --numprocesses $(TEST_WORKERS) --dist worksteal
-	$(BIN)/python -m pytest -m 'not ($(RANK_TESTS) or $(DEVICE_TESTS) or $(KERNEL_TESTS))' --numprocesses $(TEST_WORKERS) --dist worksteal
+# every promise of the documentation at least once
+test: venv
+	$(call run_tests,not thorough,--hypothesis-profile quick)
 
-check: lint types test
+# and all that is left, with more examples of every property
+test-all: test
+	$(call run_tests,thorough or hypothesis,--hypothesis-profile thorough)
+
+check: lint types test-all
 
 # keeps the versions that are installed; see CONTRIBUTING.md
 constraints: venv

@@ -13,7 +13,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +21,10 @@ from typing import Any
 import hypothesis
 import pytest
 
-# the same examples in every run, and none fails for being slow
-hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
-hypothesis.settings.load_profile("tests")
+# the same examples in every run, and none fails for being slow; `make test` asks for the quick profile
+hypothesis.settings.register_profile("thorough", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.register_profile("quick", hypothesis.settings.get_profile("thorough"), max_examples=15)
+hypothesis.settings.load_profile("thorough")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -42,14 +43,25 @@ IMPORTED_BY_RANKS = (
     "scipy.io",
     "sklearn.metrics",
     "torch.utils.tensorboard",
+    "tensorboard.plugins.hparams.plugin_data_pb2",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "pst_ds.data.tasks.classification",
     "pst_ds.train.run",
 )
 HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
 """As they were before any test: a module's fixture may train before the first test's fixtures begin."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Cheap tests first, launchers last; GPU tests are skipped, with the reason, where there is no GPU."""
+    """Cheap tests first, launchers last; GPU tests are skipped, with the reason, where there is no GPU.
+
+    A test over a product of parameters is ``thorough`` but for cases that have every value of every parameter.
+    """
+    for cases in _cases_of_tests(items):
+        for case in set(cases) - set(_with_every_value(cases)):
+            case.add_marker(pytest.mark.thorough)
     order = {"zero3": 1, "launcher": 2, "cluster": 3}
     items.sort(key=lambda item: max((order.get(mark.name, 0) for mark in item.iter_markers()), default=0))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
@@ -59,6 +71,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in gpu_items:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; torch.cuda.is_available() is False"))
+
+
+def _cases_of_tests(items: list[pytest.Item]) -> Iterable[list[pytest.Function]]:
+    """The cases of each test that has parameters."""
+    found: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            found.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return found.values()
+
+
+def _with_every_value(cases: list[pytest.Function]) -> list[pytest.Function]:
+    """Choose cases of one test, the same ones in every run, that have every value of each of its parametrizations."""
+    values = {case: set(enumerate(case.callspec._idlist)) for case in cases}  # type: ignore[attr-defined]
+    missing, chosen = set[tuple[int, str]]().union(*values.values()), []
+    while missing:
+        chosen.append(max(cases, key=lambda case: len(values[case] & missing)))
+        missing -= values[chosen[-1]]
+    return chosen
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -113,10 +144,17 @@ def torch_bytes() -> Callable[[Callable[[], object]], tuple[int, int]]:
 
 @pytest.fixture(scope="session")
 def imported_by_ranks() -> None:
-    """Imports once, before any fork, what would cost every rank of every test seconds."""
+    """Do once, before any fork, what would cost every rank of every test a fifth of a second: imports, and what
+    transformers prepares for the first model.
+
+    A fork and its process group take 0.04 s, so ranks that outlive a test would save no time, and would share state.
+    """
     os.environ["DS_ACCELERATOR"] = "cpu"
     for name in IMPORTED_BY_RANKS:
         importlib.import_module(name)
+    transformers = importlib.import_module("transformers")
+    transformers.AutoTokenizer.from_pretrained(ROOT / "tests/data/tiny-bert")
+    transformers.AutoModelForSequenceClassification.from_pretrained(ROOT / "tests/data/tiny-bert")
     from pst_ds.parallel.engine import import_muon_without_its_compiler
 
     import_muon_without_its_compiler()
