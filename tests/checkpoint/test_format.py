@@ -88,7 +88,6 @@ def _bits(keep, num_shards=1, index=0):
     return np.packbits(np.pad(part, (0, -(-share // 8) * 8 - part.size)), bitorder="little")
 
 
-@settings(max_examples=60)
 @given(st.data())
 def test_a_hand_made_checkpoint_is_read_in_any_range_and_any_number_of_mask_shards(tmp_path_factory, data):
     sizes = data.draw(st.lists(st.integers(0, 21), min_size=1, max_size=3))
@@ -366,7 +365,7 @@ JSON_VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=5 * settings.default.max_examples)
 @given(st.data())
 def test_a_fuzzed_manifest_is_refused_or_read_whole(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "fuzzed"
@@ -385,7 +384,7 @@ def test_a_fuzzed_manifest_is_refused_or_read_whole(tmp_path_factory, data):
     _read_all(folder)
 
 
-@settings(max_examples=150)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(st.integers(0, 10**6), st.integers(0, 30), st.binary(max_size=12) | st.sampled_from([b"9" * 12, b"[{", b"NaN"]))
 def test_a_manifest_with_other_bytes_is_refused_or_read_whole(tmp_path_factory, place, length, data):
     folder = tmp_path_factory.getbasetemp() / "fuzzed"

@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.atomic_files import replace_link
@@ -106,7 +106,6 @@ def test_finished_checkpoints_are_listed_newest_first_and_nothing_else_is(tmp_pa
     assert found[1] == step_name(10)
 
 
-@settings(max_examples=40)
 @given(st.data())
 def test_the_newest_good_ones_are_kept_and_the_best_that_they_know(tmp_path_factory, one, data):
     folder = tmp_path_factory.mktemp("keep")

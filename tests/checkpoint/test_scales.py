@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from torch import nn
@@ -77,7 +77,6 @@ def test_a_model_of_another_grid_is_refused(saved, grid):
         load_into(_model(grid), read_checkpoint(saved[1]))
 
 
-@settings(max_examples=40)
 @given(st.data())
 def test_hand_made_scales_are_read_in_any_range(tmp_path_factory, data):
     """Files that no code of the package has written: each has an even part of every layer's bytes."""

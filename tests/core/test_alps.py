@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core.layout import WeightLayout
@@ -37,7 +37,6 @@ def _best_under(row, columns, gram):
     return found
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
 @given(name=st.sampled_from([*PATTERNS, "4x2"]), outputs=st.integers(1, 3), groups=st.integers(1, 6),
        sparsity=st.floats(0.0, 0.99), seed=st.integers(0, 99))  # fmt: skip
 def test_it_prunes_exactly_so_many(name, outputs, groups, sparsity, seed):

@@ -4,12 +4,11 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core import bits as b
 
-PROPERTY = settings(max_examples=80, deadline=None, derandomize=True)
 INT_OF = {
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
@@ -33,7 +32,6 @@ def bit_at(data: torch.Tensor, numel: int, num_shards: int, index: int) -> int:
     return int(data[shard * num_bytes + inside // 8]) >> (inside % 8) & 1
 
 
-@PROPERTY
 @given(numel=numels, num_shards=shard_counts)
 def test_every_bit_lies_where_the_format_says(numel, num_shards):
     keep = random_mask(numel)
@@ -43,7 +41,6 @@ def test_every_bit_lies_where_the_format_says(numel, num_shards):
     assert [bit_at(packed, numel, num_shards, i) for i in range(numel)] == keep.int().tolist()
 
 
-@PROPERTY
 @given(numel=numels, num_shards=shard_counts)
 def test_padding_bits_are_zero(numel, num_shards):
     ones = b.all_ones(numel, num_shards)
@@ -51,7 +48,6 @@ def test_padding_bits_are_zero(numel, num_shards):
     assert torch.equal(ones, b.pack_mask(torch.ones(numel, dtype=torch.bool), num_shards))
 
 
-@PROPERTY
 @given(numel=numels, num_shards=shard_counts, data=st.data())
 def test_any_range_unpacks(numel, num_shards, data):
     keep = random_mask(numel, seed=1)
@@ -62,7 +58,6 @@ def test_any_range_unpacks(numel, num_shards, data):
     assert torch.equal(found.bool(), keep[start:stop])
 
 
-@PROPERTY
 @given(numel=numels, num_shards=shard_counts)
 def test_shards_pack_and_unpack_alone(numel, num_shards):
     """What one rank writes to its shard is that part of the whole mask."""
@@ -76,7 +71,6 @@ def test_shards_pack_and_unpack_alone(numel, num_shards):
         assert torch.equal(b.unpack_shard(shard, own.numel()).bool(), own)
 
 
-@PROPERTY
 @given(numel=numels, old=shard_counts, new=shard_counts)
 def test_relayout_gives_the_same_mask_in_other_shards(numel, old, new):
     keep = random_mask(numel, seed=3)
@@ -153,7 +147,6 @@ def checksum(keep: torch.Tensor, start: int = 0, seed: int = 0) -> int:
     return wrapped(int(b.checksum(b.pack_mask(keep), keep.numel(), start, seed)))
 
 
-@PROPERTY
 @given(numel=numels, cuts=st.lists(st.integers(0, 200), max_size=5), seed=st.integers(0, 2**32 - 1))
 def test_checksum_adds_over_any_cut(numel, cuts, seed):
     keep = random_mask(numel, seed=7)
@@ -218,7 +211,6 @@ def test_a_rectangle_of_the_mask_is_ones_and_zeros_to_and_with(shape, num_shards
             assert torch.equal(out, -keep[rows, cols].to(dtype))
 
 
-@PROPERTY
 @given(
     counts=st.lists(st.integers(0, 40) | st.sampled_from([8, 16, 64]), min_size=1, max_size=6), extra=st.integers(0, 3)
 )

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core import bracket
@@ -16,8 +16,6 @@ from pst_ds.core.bits import unpack_shard
 from pst_ds.core.bracket import sample_positions, sample_size, select_bits
 from pst_ds.core.keys import order_keys
 from pst_ds.core.select import MatrixKeys, NonFiniteScoreError, RankSums, Sampled
-
-PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 class Ranks:
@@ -161,7 +159,6 @@ def test_scores_in_rising_order_over_the_ranks(small_samples):
     assert torch.equal(masks[0], stable(scores, 4444))
 
 
-@PROPERTY
 @given(sizes=st.lists(st.integers(1, 120), min_size=1, max_size=4), world=st.integers(1, 3), share=st.floats(0, 1),
        most_share=st.floats(0.3, 1), distinct=st.sampled_from([None, 2, 7]), seed=st.integers(0, 10**6))  # fmt: skip
 def test_a_pool_prunes_the_smallest_of_all_its_matrices(sizes, world, share, most_share, distinct, seed):
@@ -173,7 +170,6 @@ def test_a_pool_prunes_the_smallest_of_all_its_matrices(sizes, world, share, mos
         assert torch.equal(mask, expected)
 
 
-@PROPERTY
 @given(homes=st.lists(st.sampled_from([None, 0, 1, 2]), min_size=1, max_size=6), share=st.floats(0, 1),
        most_share=st.floats(0.3, 1), distinct=st.sampled_from([None, 2, 7]), misses=st.booleans(),
        seed=st.integers(0, 10**6))  # fmt: skip
@@ -243,7 +239,6 @@ def test_not_finite_scores_are_refused_on_every_rank_by_matrix(bad, pooled):
     assert [error.matrices for error in errors] == [[1]] * 3
 
 
-@PROPERTY
 @given(numel=st.integers(0, 10**7))
 def test_one_sample_of_every_stratum(numel):
     at = sample_positions(numel, sample_size(numel))

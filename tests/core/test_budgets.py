@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core.one_shot import outlier_share, zeros_by_outliers
@@ -28,7 +28,6 @@ def test_scores_that_are_not_finite_are_refused(bad):
         outlier_share(lambda: iter([torch.tensor([1.0, bad])]))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     outliers=st.lists(st.integers(0, 1000).map(lambda i: i / 1000), min_size=1, max_size=40),
     size=st.integers(1, 2000),

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core.bits import pack_mask, shard_bytes, unpack_range
@@ -159,7 +159,6 @@ def test_an_expert_multiplies_with_its_part_of_the_stack(layout, num_shards):
             assert torch.equal(state.expert(expert).masked_weight(), whole[expert])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(1, 7), st.integers(1, 3), st.integers(1, 6), st.integers(0, 10**6))
 def test_routing_sorts_pairs_by_expert_and_sums_them_by_token(tokens, per_token, experts, seed):
     generator = torch.Generator().manual_seed(seed)

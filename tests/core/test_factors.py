@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core.factors import Constants, group_of_rows, grouped_columns, layer_factors, ungrouped_columns
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(1, 50), st.integers(1, 4), st.integers(1, 12))
 def test_groups_are_runs_of_nearly_equal_length_in_every_part(rows, parts, groups):
     for found in group_of_rows(rows * parts, parts, groups).view(parts, rows).tolist():
@@ -18,7 +17,6 @@ def test_groups_are_runs_of_nearly_equal_length_in_every_part(rows, parts, group
         assert max(counts) - min(counts) <= 1
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(1, 40), st.integers(1, 3), st.integers(1, 8), st.integers(0, 10**6))
 def test_the_two_are_adjoint(rows, parts, groups, seed):
     """<grouped(u), X> = <u, ungrouped(X)> for every X."""

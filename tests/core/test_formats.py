@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core.bits import INT_OF_SIZE, pack_mask
@@ -21,7 +21,6 @@ from pst_ds.core.layout import WeightLayout
 from pst_ds.core.scores import masked_weight, merged_weight
 from pst_ds.formats import FORMATS, FormatError, mask_row_bits, row_bits, rows
 
-PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 BACKENDS = ["native", "portable", "numpy"]
 
@@ -94,7 +93,6 @@ def at_most_two(keep):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bitmask_is_the_values_the_bits_and_where_rows_begin(backend):
-    @PROPERTY
     @given(matrices())
     def holds(case):
         weight, keep = case
@@ -116,7 +114,6 @@ def test_bitmask_is_the_values_the_bits_and_where_rows_begin(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_csr_is_what_scipy_makes(backend):
-    @PROPERTY
     @given(matrices())
     def holds(case):
         weight, keep = case
@@ -134,7 +131,6 @@ def test_csr_is_what_scipy_makes(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_four_fills_groups_up_with_zeros_at_the_lowest_positions(backend):
-    @PROPERTY
     @given(matrices(groups_of=4))
     def holds(case):
         weight, keep = case[0], at_most_two(case[1])
@@ -162,7 +158,6 @@ def test_two_four_fills_groups_up_with_zeros_at_the_lowest_positions(backend):
 def test_round_trips_are_exact_and_pass_the_check(name, backend):
     form = FORMATS[name]
 
-    @PROPERTY
     @given(matrices(groups_of=4 if name == "2:4" else 1), st.booleans())
     def holds(case, give_keep):
         weight, keep = case
@@ -280,7 +275,6 @@ def test_what_cannot_be_packed_is_named(name, weight, keep, said):
         FORMATS[name].pack(weight, keep, "a.q_proj")
 
 
-@PROPERTY
 @given(matrices(groups_of=4))
 def test_two_four_accepts_what_it_can_pack(case):
     weight, keep = case

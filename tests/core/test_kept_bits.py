@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core import keys as core_keys
 from pst_ds.core.bits import unpack_shard
 from pst_ds.core.keys import kept_bits, order_keys
 
-PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 SPREADS = ["normal", "equal", "few", "rising", "falling", "two far apart"]
 
 
@@ -41,7 +40,6 @@ def _stable(keys, count):
     return keep
 
 
-@PROPERTY
 @given(spread=st.sampled_from(SPREADS), size=st.integers(1, 300) | st.sampled_from([511, 513, 4097, 40_000]),
        share=st.sampled_from([0.0, 1.0]) | st.floats(0, 1), seed=st.integers(0, 10**6))  # fmt: skip
 @pytest.mark.parametrize("twin", ["native", "torch"])

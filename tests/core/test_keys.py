@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core import bits, bracket, keys
@@ -28,7 +28,6 @@ from pst_ds.core.keys import (
 )
 from pst_ds.core.scores import importance
 
-PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 CPU = torch.device("cpu")
 
 
@@ -148,7 +147,6 @@ int32s = st.integers(-(2**31), 2**31 - 1)
 finite = st.integers(LOWEST_FINITE, HIGHEST_FINITE)
 
 
-@PROPERTY
 @given(values=st.lists(int32s | st.integers(-5, 5), max_size=700),
        bounds=st.tuples(finite | st.integers(-5, 5), finite), room=st.integers(0, 800),
        tile_size=st.integers(1, 300))  # fmt: skip
@@ -203,7 +201,6 @@ def test_a_matrix_may_have_more_than_two_to_31_keys(use_native, monkeypatch):
     assert torch.equal(bits.unpack_shard(mask[first_byte:], size).nonzero().flatten() + before, expected)
 
 
-@PROPERTY
 @given(values=st.lists(int32s, max_size=300), low=int32s, shift=st.integers(0, 21))
 def test_histogram_counts_digits(values, low, shift):
     expected = np.zeros(64, dtype=np.int64)

@@ -4,12 +4,10 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core.layout import Rect, WeightLayout, row_tiles, runs_of, shard_tiles, view_in_shard
-
-PROPERTY = settings(max_examples=80, deadline=None, derandomize=True)
 
 
 @st.composite
@@ -42,7 +40,6 @@ def test_matrices_that_cannot_be_split_over_experts_are_refused():
         WeightLayout(8, 4, num_matrices=4, num_experts=3)
 
 
-@PROPERTY
 @given(layout=layouts())
 def test_matrices_cover_the_weight_once(layout):
     matrices = layout.matrices()
@@ -52,7 +49,6 @@ def test_matrices_cover_the_weight_once(layout):
     assert {m.rect.numel for m in matrices} == {layout.matrix_numel}
 
 
-@PROPERTY
 @given(layout=layouts())
 def test_matrices_hold_the_rows_of_their_outputs(layout):
     stack = layout.num_experts, *layout.expert.shape
@@ -70,7 +66,6 @@ def test_matrices_hold_the_rows_of_their_outputs(layout):
         )
 
 
-@PROPERTY
 @given(layout=layouts())
 def test_an_expert_has_its_share_of_the_matrices_and_of_the_flat_weights(layout):
     one, weight = layout.expert, torch.arange(layout.numel).view(layout.shape)
@@ -87,7 +82,6 @@ def test_an_expert_has_its_share_of_the_matrices_and_of_the_flat_weights(layout)
             assert torch.equal(of_stack, of_expert)
 
 
-@PROPERTY
 @given(layout=layouts(), world=st.integers(1, 5), max_elements=st.integers(1, 30))
 def test_shard_tiles_cover_each_rank_in_rising_flat_order(layout, world, max_elements):
     row_length = layout.shape[1]
@@ -100,7 +94,6 @@ def test_shard_tiles_cover_each_rank_in_rising_flat_order(layout, world, max_ele
         assert all(0 < t.numel <= max_elements or t.r1 - t.r0 == 1 for t in tiles)
 
 
-@PROPERTY
 @given(layout=layouts(), data=st.data())
 def test_shard_tiles_cover_any_flat_range(layout, data):
     start = data.draw(st.integers(0, layout.numel))
@@ -131,7 +124,6 @@ def test_row_tiles_are_bands_of_whole_rows(max_elements, heights):
     assert [i for t in tiles for i in flat_indices(t, 10)] == flat_indices(rect, 10)
 
 
-@PROPERTY
 @given(layout=layouts(), world=st.integers(1, 4))
 def test_views_read_and_write_the_shard(layout, world):
     row_length = layout.shape[1]

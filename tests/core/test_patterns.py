@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core import units
@@ -11,8 +11,6 @@ from pst_ds.core.keys import order_keys
 from pst_ds.core.layout import Rect, WeightLayout
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.units import block_keys, expand_units, keep_in_rows, keep_n_of_m, loss_keys, unit_tiles
-
-PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 @pytest.mark.parametrize("name", ["matrix", "global", "row", "2:4", "4:8", "1:16", "16x1", "32x32"])
@@ -89,7 +87,6 @@ def test_loss_of_a_group_is_what_it_would_lose():
     assert torch.equal(found, order_keys(torch.tensor([1.0 + 2.0, -1.0 - 2.0])))
 
 
-@PROPERTY
 @given(rows=st.integers(1, 33), cols=st.integers(1, 33), seed=st.integers(0, 99))
 def test_a_blocks_sum_does_not_depend_on_the_tile(rows, cols, seed):
     scores = torch.randn(2 * rows, 3 * cols, generator=torch.Generator().manual_seed(seed))
@@ -105,7 +102,6 @@ def test_units_expand_to_their_weights():
     assert found.tolist() == [[1, 1, 1, 0, 0, 0]] * 2 + [[0, 0, 0, 1, 1, 1]] * 2
 
 
-@PROPERTY
 @given(name=st.sampled_from(["matrix", "row", "2:4", "2x4", "4x1", "1x4", "6x2"]), transposed=st.booleans(),
        parts=st.sampled_from([1, 2]), world=st.integers(1, 9), size=st.integers(1, 200))  # fmt: skip
 def test_unit_tiles_cover_every_ranks_weights_with_whole_units_in_order(name, transposed, parts, world, size):

@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -119,7 +119,6 @@ def test_weights_on_a_grid_that_use_its_largest_code_stay_as_they_are(grid):
     assert torch.equal(round_to_grid(weight, None, grid), weight)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     hnp.arrays(np.float32, (2, 64), elements=st.floats(allow_nan=False, allow_infinity=False, width=32)),
     st.sampled_from([Grid(8), Grid(8, 32), Grid(4), Grid(4, 64)]),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core.quantization import Grid, dequantize, quantize, round_to_grid
@@ -53,7 +53,6 @@ def filled(keep):
 
 
 @pytest.mark.parametrize(("packing", "grid"), CASES, ids=str)
-@settings(max_examples=25, deadline=None)
 @given(st.integers(1, 5), st.sampled_from([32, 64, 96, 160]), st.sampled_from([0.0, 0.1, 0.5, 1.0]), st.integers(0, 99))
 def test_parts_are_those_of_the_description(packing, grid, rows, columns, density, seed):
     if grid.group is None and packing != "2:4":

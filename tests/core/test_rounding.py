@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core.bits import pack_mask
@@ -90,7 +90,6 @@ def test_rounded_weight_is_what_codes_and_scales_give(layout, grid, dtype):
 @each_grid
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("transposed", [False, True])
-@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_rectangles_are_rounded_as_the_whole(grid, transposed, data):
     layout = WeightLayout(36, 128, transposed)

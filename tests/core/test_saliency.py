@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core.one_shot.saliency import BINS, saliency_scores, score_histogram, zeros_by_saliency
@@ -47,7 +47,6 @@ def test_layers_lose_what_they_have_of_the_smallest():
     assert found[1] < found[0] < found[2]
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(2, 60), st.floats(1e-3, 1e3)), min_size=1, max_size=6),
     share=st.floats(0.0, 1.0),

@@ -3,12 +3,10 @@
 import dataclasses
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core.schedule import CubicSchedule, OneShotSchedule
-
-PROPERTY = settings(max_examples=80, deadline=None, derandomize=True)
 
 
 @st.composite
@@ -79,7 +77,6 @@ def test_layers_with_a_sparsity_of_their_own_ramp_where_the_others_stay_dense():
         assert dense.progress_at(step) == pytest.approx(sparse.progress_at(step), abs=1e-15)
 
 
-@PROPERTY
 @given(schedule=cubic_schedules())
 def test_monotone_from_the_initial_to_exactly_the_final_sparsity(schedule):
     path = [schedule.sparsity_at(step) for step in range(schedule.num_steps + 2)]
@@ -89,7 +86,6 @@ def test_monotone_from_the_initial_to_exactly_the_final_sparsity(schedule):
     assert 0 <= schedule.ramp_start < schedule.ramp_end <= schedule.num_steps
 
 
-@PROPERTY
 @given(schedule=cubic_schedules())
 def test_sparsity_moves_only_where_masks_are_updated(schedule):
     for step in range(1, schedule.num_steps + 2):
@@ -97,7 +93,6 @@ def test_sparsity_moves_only_where_masks_are_updated(schedule):
             assert schedule.updates_masks_at(step)
 
 
-@PROPERTY
 @given(schedule=cubic_schedules())
 def test_masks_are_fixed_once_final(schedule):
     for step in range(schedule.num_steps + 2):
@@ -108,7 +103,6 @@ def test_masks_are_fixed_once_final(schedule):
     assert schedule.updates_masks_at(schedule.ramp_end)
 
 
-@PROPERTY
 @given(schedule=cubic_schedules())
 def test_progress_is_the_share_of_the_final_sparsity_and_ends_at_one(schedule):
     path = [schedule.progress_at(step) for step in range(schedule.num_steps + 2)]
@@ -121,7 +115,6 @@ def test_progress_is_the_share_of_the_final_sparsity_and_ends_at_one(schedule):
             assert schedule.updates_masks_at(step)
 
 
-@PROPERTY
 @given(schedule=cubic_schedules(), steps=st.lists(st.integers(0, 130), max_size=20))
 def test_pure_function_of_the_step(schedule, steps):
     """Asking in any order, or of a copy, gives the same answers: nothing to save on resume."""

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core.bits import pack_mask
@@ -12,7 +12,6 @@ from pst_ds.core.factors import Constants, Factors, tile_factors
 from pst_ds.core.layout import Rect, WeightLayout, shard_tiles, view_in_shard
 from pst_ds.core.scores import abs_sum_fixed_point, fixed_point_exponent, importance, masked_weight
 
-PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 SCORE_RANK, UPDATE_RANK = 3, 2
 CONSTANTS = Constants(alpha1=0.7, alpha2=1.9, beta=1.3)
 SCALE = 0.37
@@ -102,7 +101,6 @@ def test_scores_leave_the_weight_alone():
     assert torch.equal(weight, before)
 
 
-@PROPERTY
 @given(layout=st.sampled_from(LAYOUTS), data=st.data())
 def test_same_bits_in_any_rectangle(layout, data):
     weight, factors = random_layer(layout, seed=1)
@@ -181,7 +179,6 @@ def test_tile_factors_are_views(layout):
 finite_weights = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=50)
 
 
-@PROPERTY
 @given(values=finite_weights, data=st.data())
 def test_fixed_point_sum_does_not_depend_on_order_or_cut(values, data):
     weight = torch.tensor(values, dtype=torch.float32)
@@ -192,7 +189,6 @@ def test_fixed_point_sum_does_not_depend_on_order_or_cut(values, data):
     assert sum(int(abs_sum_fixed_point(part, exponent)) for part in (shuffled[:cut], shuffled[cut:])) == whole
 
 
-@PROPERTY
 @given(values=finite_weights)
 def test_fixed_point_sum_is_close(values):
     weight = torch.tensor(values, dtype=torch.float32)

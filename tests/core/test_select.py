@@ -8,13 +8,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core.keys import order_keys
 from pst_ds.core.select import MatrixKeys, NonFiniteScoreError, RankSums, keep_mask, prune_count, select
 
-PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 LARGEST = torch.finfo(torch.float32).max
 SMALLEST = 2.0**-149
 
@@ -129,7 +128,6 @@ def test_minus_zero_equals_plus_zero():
     assert order_keys(scores).unique().numel() == 1
 
 
-@PROPERTY
 @given(values=score_lists, data=st.data())
 def test_keep_mask_is_a_stable_sort(values, data):
     scores = torch.tensor(values, dtype=torch.float32)
@@ -137,7 +135,6 @@ def test_keep_mask_is_a_stable_sort(values, data):
     assert torch.equal(keep_mask(scores, count), stable_sort_keep(scores, count))
 
 
-@PROPERTY
 @given(a=few_values | any_finite, b=few_values | any_finite)
 def test_keys_order_as_scores(a, b):
     key_a, key_b = order_keys(torch.tensor([a, b], dtype=torch.float32)).tolist()
@@ -187,7 +184,6 @@ def test_masks_are_the_same_on_every_number_of_ranks(world):
         assert ranks.num_exchanges == [4] * world  # whatever the number of matrices
 
 
-@settings(PROPERTY, max_examples=25)
 @given(values=score_lists, data=st.data())
 def test_masks_are_the_same_wherever_the_scores_are_cut(values, data):
     scores = torch.tensor(values, dtype=torch.float32)

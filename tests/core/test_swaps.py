@@ -8,7 +8,7 @@ import traceback
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core.layout import WeightLayout
@@ -117,7 +117,6 @@ def test_in_the_end_no_single_swap_to_the_best_value_does_where_weights_are_fitt
         assert error <= output_error(torch.tensor(least)[None] - row, h) * 1.001 + 1e-9
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
 @given(name=st.sampled_from(PATTERNS), outputs=st.integers(1, 9), groups=st.integers(1, 6), refit=st.booleans(),
        sparsity=st.floats(0.0, 0.99), passes=st.integers(1, 3), seed=st.integers(0, 99))  # fmt: skip
 def test_no_rows_error_rises_and_every_row_keeps_its_count(name, outputs, groups, refit, sparsity, passes, seed):

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
 from pst_ds.core.updates import rows as low_rank_rows
 from pst_ds.core.updates.rows import row_gradients, updated_rows
 
-PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 ROWS, WIDTH, RANK = 23, 37, 3
 BETA, PADDING = 1.3, 4
 IDS = torch.tensor([7, 4, 0, 7, 22, 4, 7, 1, 0, 16, 5])
@@ -49,7 +48,6 @@ def test_updated_rows_are_the_formula(monkeypatch, dtype, tolerance, beta):
     assert all(torch.equal(now, then) for now, then in zip((weight, left, right), before, strict=True))
 
 
-@PROPERTY
 @given(
     ids=st.lists(st.integers(0, ROWS - 1), max_size=40),
     tile_elements=st.integers(1, 2 * ROWS * WIDTH),

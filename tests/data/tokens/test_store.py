@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import AutoTokenizer
@@ -208,7 +208,6 @@ _WORDS = ("film", "plot", "warm", "dull", "the")
 
 
 @given(st.lists(st.lists(st.sampled_from(_WORDS), max_size=6).map(" ".join), max_size=12))
-@settings(max_examples=40)
 def test_tokens_without_a_count_are_those_of_the_tokenizers_call(texts):
     fast, counted = tokenize(texts, TOKENIZER), tokenize(texts, TOKENIZER, count=True)
     expected = [[*TOKENIZER(text)["input_ids"], END] for text in texts if text]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core.quantization import Grid, InputGrid, dequantize
@@ -70,7 +70,6 @@ def test_every_instruction_set_gives_the_same_bits(bits, group, sparsity):
         assert torch.equal(first, other)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 400), st.floats(0, 1), st.integers(0, 1000))
 def test_any_pattern_of_zeros(rows, columns, sparsity, seed):
     codes, scales = _codes(rows, columns, 8, 0, sparsity, seed)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pst_ds.formats import FORMATS
@@ -45,7 +45,6 @@ def sizes(draw, work=WORK):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sums_of_whole_numbers_are_exact_at_every_level_with_any_number_of_threads(dtype, levels, problem):
-    @settings(max_examples=60)
     @given(sizes(), st.sampled_from([0.0, 0.1, 0.5, 0.8, 0.9, 0.99, 1.0]), st.booleans(), st.integers(0, 1 << 20))
     @example((600, 257, 129), 0.5, True, 0)  # pieces of 256 rows and 256 columns, and what is left of both
     @example((523, 8195, 1), 0.5, True, 1)
@@ -64,7 +63,6 @@ def test_sums_of_whole_numbers_are_exact_at_every_level_with_any_number_of_threa
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sums_are_as_near_to_float64_as_fp32_allows_and_the_same_again(dtype, levels, problem):
-    @settings(max_examples=25)
     @given(sizes(WORK // 4), st.floats(0, 1), st.booleans(), st.integers(0, 1 << 20))
     def holds(size, sparsity, bias, seed):
         case = problem(*size, sparsity, dtype, bias, seed, normal=True)
