@@ -1,4 +1,4 @@
-"""Sparse layers that compute with packed weights, for inference."""
+"""Layers that compute with packed sparse weights, for inference."""
 
 from pst_ds.inference.runtime.linear import SparseLinear, sparse_layers
 

@@ -1,7 +1,7 @@
-"""Attention of one new token a text on a CPU, which decoding does at every step, by compiled code (one_query.cpp).
+"""Attention of one new token per sequence on a CPU, as decoding needs at every step, in compiled code (one_query.cpp).
 
-torch's takes several times as long for bf16, whose keys and values it converts head by head for products with a single
-row. Here they are read once for all heads that share them, where the cache has them.
+torch's attention takes several times as long for bf16, because it converts keys and values head by head for products
+with a single row. Here they are read once, in place, for all heads that share them.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ SOURCE = NativeSource(
 )
 DTYPES = (torch.bfloat16, torch.float32)
 LANES = 16
-"""What the size of a head must be a multiple of."""
+"""The size of a head must be a multiple of this."""
 NAME = "pst_ds_one_query"
-"""Of the attention among those of transformers."""
+"""Name under which our attention is registered with transformers."""
 _OTHERS_HAVE = ("softcap", "position_bias", "s_aux")
-"""What is added to the scores, or done to them, in some models besides a mask."""
+"""Arguments by which some models change the scores in addition to a mask."""
 
 
 @cache
 def library() -> CDLL | None:
-    """Return the function of one_query.cpp, or None where it cannot be had."""
+    """Return the function of one_query.cpp, or None if it is not available."""
     return load(SOURCE)
 
 
 def one_query(query: Tensor, key: Tensor, value: Tensor, begins: list[int], scale: float) -> Tensor:
-    """Return softmax(scale q K') V of one query a head, (B, H, D), in its dtype.
+    """Return softmax(scale q K') V for one query per head, (B, H, D), in its dtype.
 
-    ``query`` (B, H, 1, D), ``key`` and ``value`` (B, G, L, D), which :func:`takes`; ``begins``: the first position that
-    a sample sees. Sums are fp32, and a sample has the same bits in every batch, wherever it begins.
+    ``query`` (B, H, 1, D), ``key`` and ``value`` (B, G, L, D), supported by :func:`takes`. ``begins``: first position
+    that each sample sees. Sums are fp32, and a sample's result is bit-identical in every batch, regardless of its first
+    position.
     """
     native = library()
     assert native is not None
@@ -55,7 +56,7 @@ def one_query(query: Tensor, key: Tensor, value: Tensor, begins: list[int], scal
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Return whether :func:`one_query` computes this, and nothing has to have a gradient."""
+    """Return whether :func:`one_query` supports these inputs, and no gradient is needed."""
     size = query.shape[3]
     if query.shape[2] != 1 or size % LANES or query.dtype not in DTYPES or torch.compiler.is_compiling():
         return False
@@ -69,9 +70,10 @@ def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def first_seen(mask: Tensor | None, samples: int, length: int) -> list[int] | None:
-    """Return the first position that each sample sees by ``mask``, bool (B or 1, 1, 1, L), or by None all of them.
+    """Return the first position that each sample sees under ``mask``, bool (B or 1, 1, 1, L); all are visible without
+    one.
 
-    None where it is another mask: one that is not for all heads alike, or that hides positions after the first seen.
+    Return None for other masks: those that differ between heads or hide positions after the first visible one.
     """
     if mask is None:
         return [0] * samples
@@ -85,9 +87,9 @@ def first_seen(mask: Tensor | None, samples: int, length: int) -> list[int] | No
 
 
 def quicken_attention(model: nn.Module) -> bool:
-    """Let a model of transformers on the CPU compute the attention of single tokens here; return whether it changed.
+    """Let a transformers model on the CPU compute the attention of single tokens here. Return whether it changed.
 
-    Everything else, such as prompts and what trains, stays with torch's attention.
+    Everything else, such as prompts and training, keeps torch's attention.
     """
     config = getattr(model, "config", None)
     if getattr(config, "_attn_implementation", None) != "sdpa" or library() is None:
@@ -107,7 +109,7 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
     scaling: float | None = None, **more: object,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Compute what transformers' "sdpa" does, (B, tokens, H, D)."""
+    """Compute what transformers' "sdpa" computes, (B, tokens, H, D)."""
     plain = dropout == 0.0 and all(more.get(name) is None for name in _OTHERS_HAVE)
     if plain and takes(query, key, value):
         begins = first_seen(attention_mask, query.shape[0], key.shape[2])

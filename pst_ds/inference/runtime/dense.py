@@ -1,8 +1,8 @@
-"""torch's quickest dense linear layers on a CPU, which sparse ones are compared with and combined with.
+"""The fastest dense linear layers on a CPU, to compare sparse layers with and to combine them with.
 
-One vector is multiplied with a bf16 weight by the native loop's product, which reads it as it lies: good for an output
-layer that stays dense. On an AMD EPYC with AVX-512-BF16 that takes 0.4 of the time of ``F.linear`` and 0.3 of that of
-``torch.mv``, which stands in for it where nothing can be compiled. oneDNN's own layout is a copy.
+The native loop multiplies one vector with a bf16 weight in place, which helps an output layer that stays dense. On an
+AMD EPYC with AVX-512-BF16 it takes 0.4 of the time of ``F.linear`` and 0.3 of that of ``torch.mv``, the fallback
+without a compiler. The layout of oneDNN is a copy of the weight.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pst_ds.nn.model_structure import is_conv1d, untied_linear_layers
 
 
 def narrowed(values: Tensor) -> Tensor:
-    """Return float ``values`` in bf16 where that changes none of them, else in fp32."""
+    """Return float ``values`` in bf16 if that is lossless, else in fp32."""
     narrow = values.to(torch.bfloat16)
     return narrow if torch.equal(narrow.to(values.dtype), values) else values.float()
 
 
 class VectorLinear(nn.Linear):
-    """An nn.Linear that is quick with one vector on a CPU; it shares the parameters it was made from."""
+    """An nn.Linear that is fast for one vector on a CPU. It shares the parameters of the original layer."""
 
     @classmethod
     def of(cls, layer: nn.Linear) -> VectorLinear:
@@ -42,10 +42,12 @@ class VectorLinear(nn.Linear):
 
 
 class PrepackedLinear(nn.Module):
-    """A linear layer for inference with its weight in the layout that oneDNN chooses for ``vectors`` at a time."""
+    """A linear layer for inference, with its weight in the layout that oneDNN prefers for ``vectors`` vectors per
+    product.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, vectors: int):
-        """Pack ``weight`` (O, I), on the CPU and of a dtype that :func:`can_prepack`."""
+        """Pack ``weight`` (O, I), on the CPU and of a dtype that :func:`can_prepack` supports."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), vectors)
@@ -57,7 +59,7 @@ class PrepackedLinear(nn.Module):
 
 
 def can_prepack(dtype: torch.dtype) -> bool:
-    """Return whether oneDNN multiplies this dtype on this machine."""
+    """Return whether oneDNN supports products in this dtype on this machine."""
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:
@@ -66,10 +68,10 @@ def can_prepack(dtype: torch.dtype) -> bool:
 
 
 def prepack(model: nn.Module, vectors: int) -> list[str]:
-    """Give every dense linear layer of the model oneDNN's layout, in place; return their names.
+    """Convert every dense linear layer of the model to oneDNN's layout, in place. Return their names.
 
-    Tied output layers, of which this would be a copy, and layers elsewhere than on the CPU stay. ``vectors``: how many
-    a product will mostly have.
+    Tied output layers, which would be copied, and layers on other devices stay unchanged. ``vectors``: usual number per
+    product.
     """
     chosen = {
         name: module
@@ -83,7 +85,7 @@ def prepack(model: nn.Module, vectors: int) -> list[str]:
 
 
 def quicken_output_layer(model: nn.Module) -> bool:
-    """Make a dense output layer, tied or not, a :class:`VectorLinear`; return whether there was one."""
+    """Convert a dense output layer, tied or not, to a :class:`VectorLinear`. Return whether there was one."""
     get = getattr(model, "get_output_embeddings", None)
     layer = get() if get is not None else None
     if type(layer) is not nn.Linear:

@@ -1,4 +1,4 @@
-"""A stack of experts whose weights stay packed, each of which is multiplied as a slice of the packed matrix's rows."""
+"""A stack of experts with packed weights, each multiplied as a slice of the packed matrix's rows."""
 
 from __future__ import annotations
 
@@ -15,28 +15,30 @@ from pst_ds.inference.runtime.backends import backend_for
 from pst_ds.inference.runtime.linear import SparseLinear
 
 FEW_PAIRS = 64
-"""Pairs of a token and an expert up to which one call takes all experts, and a copy of ``x`` for each."""
+"""Most (token, expert) pairs that one call for all experts processes, with a copy of ``x`` for each."""
 
 
 class SparseExperts(SparseLinear):
-    """y = x W' with the expert of each token, and W packed: the parts are those of the (E*O, I) matrix of all experts.
+    """y = x W' with the expert of each token and a packed W. The parts are those of the (E*O, I) matrix of all experts.
 
-    For inference, as :class:`SparseLinear` is, with the same parts and the same check. Experts without a token cost
-    nothing; where gpu.py serves, one launch multiplies with all others. It stands for a stack
-    (E, O, I), or (E, I, O), in a transformers experts module.
+    For inference, with the same parts and checks as :class:`SparseLinear`. Experts without a token cost nothing. On a
+    GPU one launch multiplies with all others. It replaces a stack (E, O, I), or (E, I, O), in a transformers experts
+    module.
     """
 
     expert_offsets: Tensor
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, nonzero: int, **options: Any):
-        """``out_features``: of one expert; ``nonzero``: of all. The rest is as for :class:`SparseLinear`."""
+        """``out_features``: per expert. ``nonzero``: of all experts. The other arguments are those of
+        :class:`SparseLinear`.
+        """
         super().__init__(in_features, num_experts * out_features, nonzero, bias=False, **options)
         self.num_experts = num_experts
         self._starts: list[int] = []
 
     @classmethod
     def of_stack(cls, stack: Tensor, format: str | PackedFormat = "bitmask") -> SparseExperts:
-        """Make one from the non-zeros of a ``stack``, (E, O, I)."""
+        """Pack the non-zeros of a ``stack``, (E, O, I)."""
         form = FORMATS[format] if isinstance(format, str) else format
         parts = form.pack(stack.detach().flatten(0, 1))
         experts, outputs, inputs = stack.shape
@@ -49,11 +51,11 @@ class SparseExperts(SparseLinear):
 
     @property
     def rows_of_expert(self) -> int:
-        """Outputs of one expert."""
+        """Outputs per expert."""
         return self.out_features // self.num_experts
 
     def _prepare(self) -> None:
-        """Where each expert's values begin, and its rows' offsets from there."""
+        """Compute where the values of each expert start, and the offsets of its rows from there."""
         super()._prepare()
         rows, values = self.rows_of_expert, getattr(self, self.format.values_name)
         offsets = self.crow_indices[:-1] if self.format.name == "csr" else self.row_offsets
@@ -62,7 +64,9 @@ class SparseExperts(SparseLinear):
         self.register_buffer("expert_offsets", offsets - first.repeat_interleave(rows), persistent=False)
 
     def expert_parts(self, expert: int) -> dict[str, Tensor]:
-        """Return the parts of one expert's (O, I) matrix: views, but of what counts from its first value."""
+        """Return the parts of one expert's (O, I) matrix: views, except for offsets, which count from its first
+        value.
+        """
         count = self.rows_of_expert
         rows, (start, stop) = slice(expert * count, (expert + 1) * count), self._starts[expert : expert + 2]
         found = {"shape": torch.tensor([count, self.in_features]).view(self.format.shape_dims)}
@@ -77,9 +81,9 @@ class SparseExperts(SparseLinear):
         return found
 
     def forward(self, x: Tensor, routing: Routing, by_token: bool) -> Tensor:  # type: ignore[override]
-        """Products with the expert of each pair of a token and an expert: (N*k, O) in the order of the experts.
+        """Multiply with the expert of each (token, expert) pair: (N*k, O) in the order of the experts.
 
-        ``x``: (N, I) ``by_token``, or (N*k, I) in the order of the experts.
+        ``x``: (N, I) if ``by_token``, or (N*k, I) in the order of the experts.
         """
         if not self._is_checked:
             self._refuse_unchecked()
@@ -97,7 +101,7 @@ class SparseExperts(SparseLinear):
         return y
 
     def _is_native(self, x: Tensor) -> bool:
-        """Whether our CPU kernel multiplies a few vectors with an expert."""
+        """Return whether our CPU kernel multiplies a few vectors with an expert."""
         if (x.requires_grad and torch.is_grad_enabled()) or self.format.name not in ("bitmask", "2:4"):
             return False
         values = getattr(self, self.format.values_name)
@@ -105,7 +109,7 @@ class SparseExperts(SparseLinear):
         return backend == "native" and values.dtype == x.dtype and self.in_features > 0
 
     def _in_one_launch(self, x: Tensor) -> gpu.PackedWeight | None:
-        """Return all experts as one weight, where kernels multiply with them at once; None where each is by itself."""
+        """Return all experts as one weight if a kernel multiplies with them in one launch, else None."""
         values, needs_gradient = getattr(self, self.format.values_name), x.requires_grad and torch.is_grad_enabled()
         if needs_gradient or self.format.name == "csr" or not gpu.multiplies(x, values):
             return None
@@ -116,7 +120,8 @@ class SparseExperts(SparseLinear):
         form, rows = self.format, self.rows_of_expert
         needs_gradient = x.requires_grad and torch.is_grad_enabled()
         offsets = self.expert_offsets[expert * rows : (expert + 1) * rows]
-        if not needs_gradient and form.name in ("bitmask", "2:4"):  # slices alone: a token's product is short
+        # only slices, because the product of a token is short
+        if not needs_gradient and form.name in ("bitmask", "2:4"):
             start, stop = self._starts[expert : expert + 2]
             values = getattr(self, form.values_name).view(-1)[start:stop]
             return ops.bitmask_linear(x, values, self.bitmask[expert * rows : (expert + 1) * rows], offsets, None)

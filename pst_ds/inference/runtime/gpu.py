@@ -1,8 +1,7 @@
-"""Products with bitmask, 2:4 and dense weights of codes or floats on a GPU, without expanding the weight.
+"""Products with bitmask, 2:4 and dense weights, of codes or floats, on a GPU, without expanding the weight.
 
-Few vectors take a walk along the kept values of each row (vector_kernels.py), more take tiles that
-are expanded on the chip and go through the tensor cores (tile_kernels.py). Experts of a stack, each
-with vectors of its own, share a launch.
+A few vectors use a kernel that walks along the kept values of each row (vector_kernels.py). More vectors use tiles that
+are expanded on the chip for the tensor cores (tile_kernels.py). The experts of a stack share a launch.
 """
 
 from __future__ import annotations
@@ -16,10 +15,11 @@ from torch import Tensor
 from pst_ds.core.kernels.triton.launch import blocks, launch, serves
 
 MOST_WALKED = 8
-"""Vectors in a product that takes a walk for each of them; the weight comes from the cache after the first."""
+"""Most vectors in a product that are processed by a walk each. After the first, the weight comes from the cache."""
 MOST_TILED = 256
-"""Vectors in a product whose weight is expanded on the chip, anew for each :data:`_MOST_IN_TILE` of them; a dense
-product of more takes longer than to expand the weight for it once. By bytes and instructions, not yet by the clock."""
+"""Most vectors in a product whose weight is expanded on the chip, once per :data:`_MOST_IN_TILE` vectors. For more,
+expanding the weight once for a dense product is faster. Estimated from bytes and instructions, not measured yet.
+"""
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _CODES = {torch.int8: 8, torch.uint8: 4}
 """dtypes of codes, and their bits."""
@@ -32,30 +32,32 @@ class PackedWeight:
     """Parts of a packed (O, I) weight that have passed their format's check, on one device."""
 
     values: Tensor
-    """Kept values row by row, or their codes: int8, or uint8 with two codes a byte, where a row begins with a byte."""
+    """Kept values row by row, or their codes: int8, or uint8 with two codes per byte, where each row starts at a byte
+    boundary.
+    """
     bitmask: Tensor | None
-    """(O, ceil(I / 8)) uint8; None where every position has a code."""
+    """(O, ceil(I / 8)) uint8; None if every position has a code."""
     row_offsets: Tensor
-    """(O,) int64: the first element of ``values`` of every row."""
+    """(O,) int64: index in ``values`` of the first element of every row."""
     scales: Tensor | None = None
-    """(O, groups) bf16, of codes; a group has a multiple of 32 inputs, or all of them."""
+    """(O, groups) bf16, for codes. A group has a multiple of 32 inputs, or all of them."""
 
 
 def takes(x: Tensor, values: Tensor) -> bool:
-    """Return whether kernels compute the product of ``x`` (..., I) with a weight that has such ``values``."""
+    """Return whether kernels support the product of ``x`` (..., I) with a weight that has such ``values``."""
     return multiplies(x, values) and x.numel() // x.shape[-1] <= MOST_TILED
 
 
 def multiplies(x: Tensor, values: Tensor) -> bool:
-    """Return whether kernels multiply ``x`` (..., I) of any number of vectors with such ``values``."""
+    """Return whether kernels multiply any number of vectors ``x`` (..., I) with such ``values``."""
     fits = values.dtype == x.dtype or values.dtype in _CODES
     return x.dtype in _FLOATS and fits and x.numel() > 0 and serves(x.device)
 
 
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """Compute x W' + bias: (..., I) to (..., O) in the dtype of ``x``, with sums in fp32; see :func:`takes`.
+    """Compute x W' + bias: (..., I) to (..., O) in the dtype of ``x``, with fp32 sums. Requires :func:`takes`.
 
-    Up to :data:`MOST_WALKED` vectors are multiplied with codes, and sums of a group with its scale; with more vectors
+    Up to :data:`MOST_WALKED` vectors are multiplied with codes, and sums of a group with its scale. For more vectors
     code * scale is rounded to the dtype of ``x`` first, as :func:`~pst_ds.core.quantization.dequantize` does.
     """
     rows, columns = weight.row_offsets.shape[0], x.shape[-1]
@@ -68,12 +70,13 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
 def packed_experts(
     x: Tensor, weight: PackedWeight, experts: Tensor, runs: Iterable[tuple[int, slice]], y: Tensor
 ) -> list[tuple[int, slice]]:
-    """Compute x W' with the expert of each vector, (P, I) to ``y`` (P, O), in one launch for all experts.
+    """Compute x W' with the expert of each vector, (P, I) to ``y`` (P, O), in one launch for all experts. See
+    :func:`multiplies`.
 
-    ``weight``: (E*O, I), of all experts. ``experts``: (P,), the expert of each vector, rising; ``runs``: each expert
-    that has vectors, and which. As :func:`packed_linear`, but that all take the same way: a walk, where there are no
-    more than :data:`MOST_WALKED` vectors for each tile that there would be. Returns the runs of more than
-    :data:`MOST_TILED` vectors, of which nothing is written. See :func:`multiplies`.
+    ``weight``: (E*O, I), of all experts. ``experts``: (P,), the expert of each vector, increasing. ``runs``: each
+    expert that has vectors, and which. Like :func:`packed_linear`, but with one kernel for all: a walk if there are at
+    most :data:`MOST_WALKED` vectors per tile. Returns the runs of more than :data:`MOST_TILED` vectors, for which
+    nothing is written.
     """
     few: list[tuple[int, slice]] = []
     many: list[tuple[int, slice]] = []
@@ -109,7 +112,7 @@ def _walk(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, exper
 
 
 def _in_tile(vectors: int) -> int:
-    """How many vectors tiles for so many have room for."""
+    """Return how many vectors fit in a tile for a product of ``vectors``."""
     return min(_MOST_IN_TILE, max(_LEAST_IN_TILE, 1 << (vectors - 1).bit_length()))
 
 
@@ -129,7 +132,7 @@ def _tile(
 
 
 def _bits(weight: PackedWeight, columns: int) -> Tensor | None:
-    """The mask in words where every row has whole ones, else in bytes."""
+    """Return the mask as words if every row has whole words, else as bytes."""
     bits = weight.bitmask
     if bits is None:
         return None
@@ -138,7 +141,9 @@ def _bits(weight: PackedWeight, columns: int) -> Tensor | None:
 
 
 def _grid_of(weight: PackedWeight, columns: int) -> dict[str, int]:
-    """Bits of a code, 0 for floats; words of the mask that share a scale, 0 where a row has one; scales of a row."""
+    """Return the bits per code (0 for floats), the words of the mask per scale (0 for per-row scales) and the scales
+    per row.
+    """
     groups = 1 if weight.scales is None else weight.scales.shape[1]
     words = 0 if groups == 1 else columns // groups // _WORD
     return {"BITS": _CODES.get(weight.values.dtype, 0), "GROUP_WORDS": words, "GROUPS": groups}

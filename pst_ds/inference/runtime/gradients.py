@@ -1,6 +1,6 @@
-"""Gradients of the products with packed weights, for torch.compile: that of x, and of the bias; weights have none.
+"""Gradients of the products with packed weights for torch.compile, with respect to x and the bias.
 
-The backward pass expands the weight by an operator, so that graphs hold it packed.
+The backward pass expands the weight by an operator, so that graphs keep it packed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def _(codes: Tensor, scales: Tensor, bitmask: Tensor | None, columns: int, packi
 
 
 def _register(name: str, bias_at: int, expand: Callable[..., Tensor]) -> None:
-    """Give an operator its gradient; ``expand`` makes the weight (O, I) of its arguments after x, I and a dtype."""
+    """Register the gradient of an operator. ``expand`` returns the weight (O, I) from its arguments after x, I and a
+    dtype.
+    """
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, *rest = inputs

@@ -1,4 +1,4 @@
-"""Which instructions multiply weights of codes: in the native loop, and in graphs for ONNX Runtime."""
+"""Instruction sets for products with quantised weights, in the native loop and in graphs for ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import os
 from pst_ds.errors import InputError
 
 LEVELS = ("portable", "avx2", "avx_vnni", "avx512", "amx")
-"""Plain C++; AVX2 with FMA; AVX-VNNI beside them; AVX-512 with VBMI2 and VNNI; AMX with int8 beside it."""
+"""Plain C++; AVX2 with FMA; the same with AVX-VNNI; AVX-512 with VBMI2 and VNNI; the same with int8 AMX."""
 VARIABLE = "PST_DS_INSTRUCTIONS"
-"""Names one of :data:`LEVELS` in the environment; libraries read it once, when they are first asked."""
+"""Environment variable with one of :data:`LEVELS`. Libraries read it once, on first use."""
 
 
 def as_asked(level: int) -> int:
     """Return ``level``, which a library has chosen.
 
-    Raises InputError where the environment asks for another one, which that library therefore cannot have.
+    Raises InputError if the environment asks for another one, which the library therefore does not support.
     """
     asked = os.environ.get(VARIABLE)
     if asked and asked != LEVELS[level]:

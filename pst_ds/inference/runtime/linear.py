@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 from pst_ds.core.packings import DENSE
 from pst_ds.formats import FORMATS, FormatError, PackedFormat, QuantizedFormat
-from pst_ds.inference.runtime import gradients as gradients  # registers them
+from pst_ds.inference.runtime import gradients as gradients  # importing it registers them
 from pst_ds.inference.runtime import ops
 from pst_ds.inference.runtime.backends import backend_for
 
 
 class SparseLinear(nn.Module):
-    """y = x W' + bias with W packed: (..., in_features) to (..., out_features).
+    """y = x W' + bias with a packed W: (..., in_features) to (..., out_features).
 
     For inference: x may have a gradient, the weight has none. The parts of the weight (:mod:`pst_ds.formats`) are
-    tensors of this module, so that state-dict keys are those of the files. A new layer's parts are empty: load them,
-    then call :meth:`check` before the first forward, and again after every load_state_dict. It replaces ``nn.Linear``
-    and GPT-2's ``Conv1D``.
+    tensors of this module, so state-dict keys are those of the files. The parts of a new layer are empty: load them,
+    then call :meth:`check` before the first forward pass, and again after every load_state_dict. It replaces
+    ``nn.Linear`` and GPT-2's ``Conv1D``.
     """
 
     bitmask: Tensor
@@ -60,7 +60,7 @@ class SparseLinear(nn.Module):
     def from_dense(
         cls, weight: Tensor, bias: Tensor | None = None, format: str | PackedFormat = "bitmask"
     ) -> SparseLinear:
-        """Make a layer from the non-zeros of ``weight`` (O, I)."""
+        """Pack the non-zeros of ``weight`` (O, I)."""
         form = FORMATS[format] if isinstance(format, str) else format
         parts = form.pack(weight.detach())
         layer = cls(
@@ -86,18 +86,18 @@ class SparseLinear(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that it computes in: that of its values, or of the weight that codes stand for."""
+        """dtype of the computation: that of the values, or of the weight that codes represent."""
         return self._dtype if self.is_quantized else getattr(self, self.format.values_name).dtype
 
     @dtype.setter
     def dtype(self, dtype: torch.dtype) -> None:
-        """Choose what the weight of a layer of codes is rounded to, and computed in."""
+        """Set the dtype to which the weight of a quantised layer is expanded."""
         assert self.is_quantized
         self._dtype = dtype
 
     @property
     def is_quantized(self) -> bool:
-        """Whether its values are codes on a grid."""
+        """Whether the values are quantised."""
         return isinstance(self.format, QuantizedFormat)
 
     def check(self, name: str) -> None:
@@ -112,7 +112,7 @@ class SparseLinear(nn.Module):
         self._prepare()
 
     def _prepare(self) -> None:
-        """Derive what the product needs: offsets of rows, and the fp32 values of torch's CSR product."""
+        """Compute what the product needs: offsets of rows, and the fp32 values of torch's CSR product."""
         self._is_checked = True
         if self.format.name == "2:4":
             offsets = torch.arange(self.out_features, device=self.bitmask.device) * (self.in_features // 2)
@@ -130,7 +130,7 @@ class SparseLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        """Handle ``.to`` and the like: undo casts to -0.0 of small negative values, of ``csr_values`` and of scales."""
+        """Convert as ``.to`` does, but undo casts of small negative values to -0.0, of ``csr_values`` and of scales."""
         if self.is_quantized:
             return self._apply_to_codes(fn, recurse)
         before = getattr(self, self.format.values_name)
@@ -145,7 +145,7 @@ class SparseLinear(nn.Module):
         return self
 
     def _apply_to_codes(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> SparseLinear:
-        """A cast changes what codes are multiplied in, and leaves the scales, which have one dtype."""
+        """Convert a quantised layer: a cast changes the dtype of the computation, but not the scales."""
         scales, had_values = self.scales, not self.scales.is_meta
         super()._apply(fn, recurse)
         self._is_checked = self._is_checked and had_values
@@ -167,7 +167,7 @@ class SparseLinear(nn.Module):
         return self.format.unpack(self.parts(), self.dtype if self.is_quantized else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (..., out_features) in the weight's dtype, under autocast too, where x may have another."""
+        """Return (..., out_features) in the weight's dtype, also under autocast, where x may have another dtype."""
         if not self._is_checked:
             self._refuse_unchecked()
         if self.is_quantized:
@@ -178,7 +178,7 @@ class SparseLinear(nn.Module):
             return ops.dense_linear(x, self.dense_weight().to(x.device), self.bias)
         in_eager = type(x) is Tensor and not torch.compiler.is_compiling()
         if in_eager and self.format.name != "csr":
-            # straight from the dictionaries: four of nn.Module's look-ups take as long as a small product
+            # read the dictionaries directly: four look-ups of nn.Module take as long as a small product
             flat, buffers = values if values.dim() == 1 else values.view(-1), self._buffers
             return ops.bitmask_linear(x, flat, buffers["bitmask"], buffers["row_offsets"], self._parameters["bias"])  # type: ignore[arg-type]
         if self.format.name == "csr":

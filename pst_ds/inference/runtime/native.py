@@ -1,4 +1,4 @@
-"""The CPU kernels: products with a bitmask weight in C++, see ``kernels/bitmask.cpp``."""
+"""CPU kernels for products with a bitmask weight, from ``bitmask/bitmask.cpp``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from pst_ds.core.kernels import INT, POINTER, NativeSource, load
 
 LEVELS = ("portable", "avx2", "avx512", "amx")
-"""Instructions a kernel may use: plain C++; AVX2 with FMA; AVX-512 with VBMI2 and BF16; AMX as well."""
+"""Instruction sets of the kernels: plain C++; AVX2 with FMA; AVX-512 with VBMI2 and BF16; the same with AMX."""
 DTYPES = (torch.bfloat16, torch.float32)
 SOURCE = NativeSource(
     "bitmask/bitmask.cpp",
@@ -30,17 +30,17 @@ SOURCE = NativeSource(
 
 @cache
 def library() -> CDLL | None:
-    """Return the compiled kernels, or None where they cannot be built: the layers then compute with torch.
+    """Return the compiled kernels, or None if they cannot be built; the layers then compute with torch.
 
-    torch is loaded first, so that they share its OpenMP: one pool of threads, which honours
-    ``torch.set_num_threads`` and ``OMP_NUM_THREADS``.
+    torch is loaded first, so that both share its OpenMP and one thread pool, which follows ``torch.set_num_threads``
+    and ``OMP_NUM_THREADS``.
     """
     return load(SOURCE)
 
 
 @cache
 def best_level() -> int:
-    """Return the index in :data:`LEVELS` of the best that this processor supports."""
+    """Return the index in :data:`LEVELS` of the best instruction set that this processor supports."""
     native = library()
     return 0 if native is None else native.pst_best_level()
 
@@ -52,8 +52,8 @@ def bitmask_linear(
 
     ``values``, ``bitmask`` (O, ceil(I / 8)) and ``row_offsets`` (O,) are parts that have passed their format's check.
     Sums are fp32. The dot instructions of AVX-512 and AMX treat denormal bf16 numbers, below 2^-126, as zeros. Raises
-    ValueError when ``x`` does not match the mask or the parts are not of one matrix; MemoryError without room for a
-    copy of ``x``.
+    ValueError if ``x`` does not match the mask or the parts belong to different matrices, and MemoryError without room
+    for a copy of ``x``.
     """
     native = library()
     assert native is not None
@@ -79,11 +79,11 @@ def bitmask_experts(
     x: Tensor, values: Tensor, bitmask: Tensor, expert_offsets: Tensor, starts: Sequence[int],
     runs: Sequence[tuple[int, slice]], level: int,
 ) -> Tensor:  # fmt: skip
-    """Compute x W' with the expert of each run of rows: (n, I) to (n, O), as :func:`bitmask_linear` does.
+    """Compute x W' with the expert of each run of rows, (n, I) to (n, O), as :func:`bitmask_linear` does.
 
-    ``values``, ``bitmask`` (E*O, ceil(I / 8)): of all experts. ``expert_offsets``: (E*O,), of each row from its
-    expert's first value; ``starts``: of those, and the end, E + 1. ``runs``: experts and their rows of ``x``, all of
-    them. Raises MemoryError without room for a copy of ``x``.
+    ``values``, ``bitmask`` (E*O, ceil(I / 8)): of all experts. ``expert_offsets``: (E*O,), offset of each row from its
+    expert's first value. ``starts``: first values of the experts, and the end, E + 1. ``runs``: experts and their rows
+    of ``x``, all of them. Raises MemoryError without room for a copy of ``x``.
     """
     native = library()
     assert native is not None

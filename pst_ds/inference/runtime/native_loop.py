@@ -1,8 +1,8 @@
-"""The native loop of a decoder, and the matrices that it multiplies: C++ behind ctypes, see ``loop.hpp``.
+"""ctypes interface of the native decoder loop and of the matrices that it multiplies (``decoder/loop.hpp``).
 
-Weights are packed again when a model is opened, to what this processor's instructions like (``matrix.hpp``): AVX-512
-with VBMI2 and VNNI, with or without AMX, AVX2 with or without AVX-VNNI, or plain C++. decoder.py fills the
-table from a transformers model.
+When a model is opened, weights are repacked for this processor's instructions (``decoder/matrix.hpp``): AVX-512 with
+VBMI2 and VNNI, with or without AMX, AVX2 with or without AVX-VNNI, or plain C++. decoder.py fills the table from a
+transformers model.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ SOURCE = NativeSource(
 
 @cache
 def library() -> CDLL | None:
-    """Return the compiled loop, or None where it cannot be built."""
+    """Return the compiled loop, or None if it cannot be built."""
     return load(SOURCE)
 
 
 def require_library() -> CDLL:
-    """Return the compiled loop. Raises RuntimeError where there is none."""
+    """Return the compiled loop. Raises RuntimeError if it cannot be built."""
     found = library()
     if found is None:
         raise RuntimeError("native decoding is compiled at first use: install a C++ compiler, and unset PST_DS_NATIVE")
@@ -73,10 +73,11 @@ def require_library() -> CDLL:
 
 @cache
 def best_level() -> int:
-    """Return the index in :data:`LEVELS` of the best that this processor supports, or that the environment asks for.
+    """Return the index in :data:`LEVELS` of the best instruction set of this processor, or of the one that the
+    environment sets.
 
-    AMX, which nobody has timed yet, is used where it is asked for alone. Raises InputError where what is asked for is
-    not supported.
+    AMX is used only if the environment sets it, because it has not been timed yet. Raises InputError if it is not
+    supported.
     """
     return as_asked(int(require_library().pst_decoder_level()))
 
@@ -84,13 +85,13 @@ def best_level() -> int:
 def supported_levels() -> list[int]:
     """Return the indices in :data:`LEVELS` that this processor, its system and the library's compiler support.
 
-    "amx" has passed a check: products of tiles are those of plain sums.
+    "amx" has passed a check that products of tiles equal plain sums.
     """
     return [level for level in range(len(LEVELS)) if require_library().pst_decoder_supports(level)]
 
 
 class Matrix:
-    """A linear layer's weight (O, I), packed for the instructions of ``level``."""
+    """Weight of a linear layer (O, I), packed for the instruction set ``level``."""
 
     def __init__(self, handle: int | None, shape: tuple[int, int], level: int, keep: Tensor | None = None):
         if not handle:
@@ -100,9 +101,9 @@ class Matrix:
 
     @classmethod
     def of_codes(cls, codes: Tensor, scales: Tensor, bits: int, group: int, level: int | None = None) -> Matrix:
-        """Pack ``codes`` (O, I) int8, 0 where nothing is kept, with bf16 ``scales`` (O, groups).
+        """Pack ``codes`` (O, I) int8, 0 where pruned, with bf16 ``scales`` (O, groups).
 
-        ``group``: columns of a group, a multiple of 32; 0 where a row has one scale.
+        ``group``: columns per group, a multiple of 32; 0 for per-row scales.
         """
         level = best_level() if level is None else level
         rows, columns = codes.shape
@@ -120,7 +121,7 @@ class Matrix:
 
     @classmethod
     def of_floats(cls, weight: Tensor, level: int | None = None) -> Matrix:
-        """Take ``weight`` (O, I), fp32 or bf16, as it is, without a copy where it is contiguous."""
+        """Use ``weight`` (O, I), fp32 or bf16, unchanged, and without a copy if it is contiguous."""
         weight = weight.detach().contiguous()
         if weight.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"a weight of {weight.dtype}; fp32 and bf16 are multiplied")
@@ -139,10 +140,10 @@ class Matrix:
         return LAYOUTS[require_library().pst_matrix_layout(self.handle)]
 
     def multiply(self, x: Tensor, threads: int = 1, *, in_bytes: bool = False) -> Tensor:
-        """Return x W', fp32 (tokens, O), of fp32 ``x`` (tokens, I).
+        """Return x W', fp32 (tokens, O), for fp32 ``x`` (tokens, I).
 
-        ``in_bytes``: ``x`` is rounded to 8 bits, with a scale for each word of 64 columns (32, where groups of the
-        weight are no multiple of 64), instead of to 13 to 16. Raises ValueError where the instructions cannot.
+        ``in_bytes``: quantise ``x`` to int8, with a scale per word of 64 columns (32 if groups of the weight are not a
+        multiple of 64), instead of to 13 to 16 bits. Raises ValueError if the instruction set does not support it.
         """
         x = x.float().contiguous()
         if x.dim() != 2 or x.shape[1] != self.shape[1]:
@@ -166,8 +167,8 @@ def _require(holds: bool, message: str) -> None:
 class Loop:
     """The C++ decoder: a table of layers, and a cache of ``sequences`` times ``context`` positions.
 
-    C++ trusts what it is given. It comes from a model's config and tensors, so every method checks it against ``shape``
-    and raises InputError where it does not fit.
+    C++ does not check its arguments, which come from a model's config and tensors. Every method therefore checks them
+    against ``shape`` and raises InputError if they do not fit.
     """
 
     def __init__(self, shape: dict[str, int], numbers: dict[str, float], level: int | None = None):
@@ -205,7 +206,7 @@ class Loop:
         return values.data_ptr()
 
     def add_angles(self, cosines: Tensor, sines: Tensor) -> None:
-        """Add a table of rotary angles, both (context, half of what is turned in a head)."""
+        """Add a table of rotary angles, both (context, half of the rotated size of a head)."""
         turned, head, context = 2 * cosines.shape[1], self.shape["head"], self.shape["context"]
         _require(turned <= head, f"rotary angles turn {turned} columns of a head of {head}")
         _require(cosines.shape == sines.shape and cosines.shape[0] >= context, f"rotary angles of {tuple(sines.shape)}")
@@ -232,15 +233,16 @@ class Loop:
         self._library.pst_decoder_norm(self.handle, layer, which, self._pointer(gain))
 
     def set_attention(self, layer: int, window: int, angles: int) -> None:
-        """Let a layer look back over ``window`` positions, 0 for all, turned by table ``angles``, -1 for none."""
+        """Set the attention window of a layer (0 for all positions) and its table of angles (-1 for none)."""
         _require(window >= 0, f"layer {layer}: sliding_window = {window}; it is at least 1, or null for all positions")
         _require(-1 <= angles < self._num_angles, f"layer {layer}: there is no table of rotary angles {angles}")
         self._library.pst_decoder_attention(self.handle, layer, min(window, self.shape["context"]), angles)
 
     def set_embedding(self, rows: Tensor, scales: Tensor | None, bits: int, group: int, scale: float) -> None:
-        """Set the embedding: fp32 or bf16 ``rows`` (vocabulary, hidden), or codes of 8 or 4 ``bits`` and their scales.
+        """Set the embedding: fp32 or bf16 ``rows`` (vocabulary, hidden), or codes of 8 or 4 ``bits`` with scales.
 
-        ``scales``: bf16 (vocabulary, groups). ``group``: columns that share one, 0: a row. ``scale``: of all rows.
+        ``scales``: bf16 (vocabulary, groups). ``group``: columns per group, 0 for per-row scales. ``scale``: factor of
+        all rows.
         """
         hidden = self.shape["hidden"]
         wanted = (rows.shape[0], (hidden + 1) // 2 if bits == 4 else hidden)
@@ -263,11 +265,11 @@ class Loop:
         threads: int,
         in_bytes: bool = False,
     ) -> Tensor:
-        """Run tokens through all layers, and return fp32 logits (number wanted, vocabulary).
+        """Run tokens through all layers. Return fp32 logits (number wanted, vocabulary).
 
-        ``sequences``, ``positions``: of every token; what a sequence has before a position must be in its cache, or in
-        this pass. ``wanted``: which tokens' logits. ``in_bytes``: activations of layers have 8 bits, where the
-        instructions can.
+        ``sequences``, ``positions``: of every token. Earlier positions of a sequence must be in its cache or in this
+        pass. ``wanted``: tokens whose logits are returned. ``in_bytes``: use int8 activations if the instruction set
+        supports them.
         """
         shape, count = self.shape, len(ids)
         assert count == len(sequences) == len(positions) <= shape["most"]

@@ -1,8 +1,8 @@
-"""Products with packed weights, as operators of ``torch.ops.pst_ds``: bitmask_linear, quantized_linear, csr_linear.
+"""Products with packed weights as operators of ``torch.ops.pst_ds``: bitmask_linear, quantized_linear, csr_linear.
 
-Eager code calls the Python functions below, which costs less; torch.compile and torch.export see the operators, with
+Eager code calls the Python functions below, which is faster. torch.compile and torch.export use the operators, with
 shapes from their meta kernels and gradients from gradients.py. The functions have no gradient:
-:class:`~pst_ds.inference.runtime.linear.SparseLinear` takes a dense product in eager code where one is needed.
+:class:`~pst_ds.inference.runtime.linear.SparseLinear` uses a dense product in eager code that needs one.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pst_ds.inference.runtime import gpu, native
 from pst_ds.inference.runtime.backends import backend_for
 
 PANEL_ROWS = 1024
-"""Rows of a weight that are expanded at a time."""
+"""Rows of a weight that are expanded in one step."""
 
 
 def bitmask_linear(
     x: Tensor, compressed: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, backend: str = ""
 ) -> Tensor:
-    """Compute x W' + bias: (..., I) to (..., O) with parts of the bitmask format, which must have passed its check."""
+    """Compute x W' + bias, (..., I) to (..., O), with parts of the bitmask format that have passed its check."""
     if not backend and gpu.takes(x, compressed):
         return gpu.packed_linear(x, gpu.PackedWeight(compressed, bitmask, row_offsets), bias)
     vectors = x.numel() // max(1, x.shape[-1])
@@ -43,7 +43,7 @@ def bitmask_linear(
 def csr_linear(x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
     """Compute x W' + bias with torch's fp32 CSR product: (..., I) to (..., O) in the dtype of ``x``.
 
-    ``values`` are fp32, or fp64 where ``x`` is. With too many vectors or values the weight is expanded.
+    ``values`` are fp32, or fp64 if ``x`` is. With too many vectors or values the weight is expanded instead.
     """
     shape = (crow_indices.numel() - 1, x.shape[-1])
     vectors, density = x.numel() // max(1, shape[1]), values.numel() / max(1, shape[0] * shape[1])
@@ -64,12 +64,12 @@ def quantized_linear(
     x: Tensor, codes: Tensor, scales: Tensor, bitmask: Tensor | None, row_offsets: Tensor, bias: Tensor | None,
     packing: str,
 ) -> Tensor:  # fmt: skip
-    """Compute x W' + bias: (..., I) to (..., O) in the dtype of ``x``, which W = codes * scales is rounded to.
+    """Compute x W' + bias: (..., I) to (..., O) in the dtype of ``x``, to which W = codes * scales is rounded.
 
     ``codes``, ``scales`` and ``bitmask`` are parts of ``packing``, "bitmask", "2:4" or "dense", that have passed their
-    format's check; ``row_offsets`` (O,) int64: the first byte of every row of ``codes``. Sums are those of a dense
-    product, for which the weight is expanded, on a CPU some rows at a time; or those of gpu.py,
-    which up to eight vectors multiplies with codes and rounds no weight.
+    format's check. ``row_offsets`` (O,) int64: first byte of every row of ``codes``. The weight is expanded for a dense
+    product, on a CPU some rows at a time. On a GPU, gpu.py multiplies up to eight vectors with codes, without rounding
+    the weight.
     """
     if gpu.takes(x, codes):
         return gpu.packed_linear(x, gpu.PackedWeight(codes, bitmask, row_offsets, scales), bias)
@@ -91,7 +91,7 @@ def quantized_linear(
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute x W' + bias in their dtype, autocast or not: how a product is computed must not change its result."""
+    """Compute x W' + bias in their dtype regardless of autocast: the backend must not change the result."""
     with torch.autocast(x.device.type, enabled=False):
         return linear(x, weight, bias)
 
@@ -109,7 +109,7 @@ def expand_codes(
 
 
 def codes_on_device(form: QuantizedFormat, codes: Tensor, bitmask: Tensor | None, columns: int) -> Tensor:
-    """Return the codes of every position, (O, I) int8, by torch's operators alone."""
+    """Return the codes of every position, (O, I) int8, using torch operators only."""
     if bitmask is None:
         return unpack_nibbles(codes, columns).contiguous() if form.grid.bits == 4 else codes
     keep = _kept(bitmask, columns)
@@ -120,7 +120,7 @@ def codes_on_device(form: QuantizedFormat, codes: Tensor, bitmask: Tensor | None
 
 
 def _kept(bitmask: Tensor, columns: int) -> Tensor:
-    """(O, I) bool of bits on any device."""
+    """Return the mask (O, I), bool, from its bits on any device."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
     return (bitmask.unsqueeze(-1) >> shifts).bitwise_and_(1).flatten(1)[:, :columns].bool()
 
