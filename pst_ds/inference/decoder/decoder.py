@@ -1,4 +1,4 @@
-"""The decoder that users hold: sequences with a cache, tokens in, logits or tokens out."""
+"""The decoder's public class: sequences with a cache, tokens in, logits or tokens out."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from pst_ds.inference.runtime.native_loop import require_library
 from pst_ds.nn.prompt import prompt_of
 
 LEAST_COSINE = 0.9995
-"""Mean cosine of the loop's logits, keys and values in fp32, with the model's own: below it a model is refused.
+"""Least mean cosine similarity of the loop's fp32 logits, keys and values with the model's. Below it a model is
+rejected.
 
-Activations are rounded to some 14 bits; what that moves in a model that pruning left with little sense is the most
-that was seen, 7e-5."""
+Activations are rounded to about 14 bits. The largest deviation measured is 7e-5, in a model that pruning had damaged.
+"""
 PROBE_TOKENS = 24
 TOKENS_IN_A_PASS = 128
 PROMPT_TOKENS = 16
 """Tokens of one sequence in a pass from which on they count as a prompt."""
 PROMPT_BITS = (8, 16)
 CACHES = {"fp32": 32, "bf16": 16, "int8": 8}
-"""Bits of keys and values. int8: codes, with a scale for every position of a head."""
+"""Bits of keys and values. int8: quantised, with a scale for every position of a head."""
 
 
 class Options(TypedDict, total=False):
-    """How a decoder is opened: sequences side by side, threads (torch's number by default), its cache, its prompts."""
+    """Options of a decoder: concurrent sequences, threads (torch's number by default), cache and prompts."""
 
     sequences: int
     threads: int | None
@@ -44,19 +45,20 @@ class Options(TypedDict, total=False):
 class Decoder:
     """A causal language model on the CPU: a native loop over packed weights, with a cache for each sequence.
 
-    Results do not depend on the number of threads, nor, with ``prompt_bits=16``, on how tokens are split over calls:
-    bit for bit.
+    Results are bit-identical regardless of the number of threads and, with ``prompt_bits=16``, of how tokens are split
+    over calls.
     """
 
     def __init__(
         self, table: DecoderTable, *, sequences: int = 1, threads: int | None = None, cache: str = "bf16",
         prompt_bits: int = 16, tables: Mapping[int, StoredTable] | None = None,
     ):  # fmt: skip
-        """``prompt_bits``: of activations where 16 tokens and more of a sequence come at once and weights are codes.
+        """Create a decoder from a table; the class methods are the usual way. ``tables``: quantised embeddings, by the
+        id() of their module.
 
-        16: some 14, as for single tokens. 8: integers of 8 bits with a scale for every 64 columns, which AVX-512
-        multiplies in half the time; elsewhere nothing changes. ``tables``: embeddings that are codes, by the id() of
-        their module. Mostly made by the class methods.
+        ``prompt_bits``: bits of activations if 16 or more tokens of a sequence are processed together and weights are
+        quantised. 16: about 14, as for single tokens. 8: int8 with a scale per 64 columns, which AVX-512 multiplies in
+        half the time; no effect on other processors.
         """
         if cache not in CACHES:
             raise DecoderError(f"cache={cache!r}: keys and values are kept in {', '.join(CACHES)}")
@@ -73,7 +75,7 @@ class Decoder:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights that a token reads."""
+        """Bytes of weights read per token."""
         return sum(matrix.nbytes for matrices, _ in self._weights.products.values() for matrix in matrices)
 
     @classmethod
@@ -81,11 +83,11 @@ class Decoder:
         cls, model: Part, context: int = 2048, *, verify: bool = True, tables: Mapping[str, StoredTable] | None = None,
         **options: Unpack[Options],
     ) -> Decoder:  # fmt: skip
-        """Make a decoder of a transformers causal language model on the CPU, its layers dense or ours.
+        """Create a decoder for a transformers causal language model on the CPU, with dense or sparse layers.
 
-        ``context``: positions of a sequence, no more than the model has. ``tables``: embeddings that its folder holds
-        as codes (:func:`~.stored_tables`). ``options``: those of the class. With ``verify`` the logits
-        of some tokens must be those of the model's own forward pass. Raises DecoderError.
+        ``context``: positions of a sequence, at most those of the model. ``tables``: embeddings that its folder stores
+        quantised (:func:`~.stored_tables`). ``options``: those of the class. With ``verify``, compares the logits of
+        some tokens with the model's own forward pass. Raises DecoderError.
         """
         if prompt_of(model) is not None:
             raise DecoderError(f"{type(model).__name__} reads a trained prompt, which the native loop does not")
@@ -101,7 +103,7 @@ class Decoder:
     def from_pretrained(
         cls, folder: str | Path, context: int = 2048, *, verify: bool = True, **options: Unpack[Options]
     ) -> Decoder:
-        """Make a decoder of a model folder, dense or packed, as :meth:`from_model` does."""
+        """Create a decoder for a model folder, dense or packed, as :meth:`from_model` does."""
         opened = open_model_folder(folder)
         opened.require_causal()
         packed = opened.format != "dense"
@@ -110,9 +112,9 @@ class Decoder:
         return cls.from_model(model, context, verify=verify, tables=tables, **options)
 
     def with_fp32_cache(self, context: int, first: int = 0) -> Decoder:
-        """Return a decoder of the same weights in memory, with one empty sequence of ``context`` positions in fp32.
+        """Return a decoder that shares the weights, with one empty sequence of ``context`` positions in fp32.
 
-        ``first``: the position in the model of the sequence's first one.
+        ``first``: position in the model of the sequence's first token.
         """
         other = copy.copy(self)
         other.context, other.sequences, other._lengths = context, 1, [0]
@@ -121,7 +123,7 @@ class Decoder:
 
     @property
     def vocabulary(self) -> int:
-        """The number of tokens that there are."""
+        """Number of tokens in the vocabulary."""
         return self._embeddings.num_rows
 
     @property
@@ -130,15 +132,16 @@ class Decoder:
         return self._lengths[0]
 
     def reset(self, length: int = 0, sequence: int = 0) -> None:
-        """Cut a sequence's cache back to its first ``length`` tokens."""
+        """Truncate a sequence's cache to its first ``length`` tokens."""
         if not 0 <= length <= self._lengths[sequence]:
             raise ValueError(f"sequence {sequence} has {self._lengths[sequence]} tokens, and cannot have {length}")
         self._lengths[sequence] = length
 
     def forward(self, ids: Sequence[int] | Tensor, *, sequence: int = 0, all_logits: bool = False) -> Tensor:
-        """Append ``ids`` to a sequence; return fp32 logits of the last, (vocabulary,), or of all, (tokens, vocabulary).
+        """Append ``ids`` to a sequence. Return fp32 logits of the last token, (vocabulary,), or of all, (tokens,
+        vocabulary).
 
-        Raises ValueError where they do not fit into the context, and without any.
+        Raises ValueError if they exceed the context, or without any.
         """
         tokens = _numbers(ids)
         if not tokens:
@@ -153,7 +156,7 @@ class Decoder:
         return torch.cat(found) if all_logits else found[-1][0]
 
     def step(self, ids: Sequence[int] | Tensor, sequences: Sequence[int] | None = None) -> Tensor:
-        """Append one token to each of ``sequences`` (by default the first ones); return logits (tokens, vocabulary)."""
+        """Append one token to each of ``sequences`` (by default the first ones). Return logits (tokens, vocabulary)."""
         tokens = _numbers(ids)
         of = list(range(len(tokens)) if sequences is None else sequences)
         if len(of) != len(tokens) or len(set(of)) != len(of):
@@ -180,9 +183,9 @@ class Decoder:
         self, prompt: Sequence[int] | Tensor, max_new_tokens: int, *, sampling: Sampling | None = None,
         end: Collection[int] = (), seed: int | None = None,
     ) -> Iterator[int]:  # fmt: skip
-        """Yield the tokens that follow ``prompt``, the one of ``end`` that stops them among them.
+        """Yield the tokens that follow ``prompt``, including the token of ``end`` that stops them.
 
-        The first sequence is begun anew. ``sampling``: the likeliest token by default. Ends where the context does.
+        Clears the first sequence. ``sampling``: the most likely token by default. Stops at the end of the context.
         """
         sampling = sampling or Sampling()
         generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -199,7 +202,7 @@ class Decoder:
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, sampling: Sampling | None = None,
         end: Collection[int] = (), seed: int | None = None,
     ) -> list[list[int]]:  # fmt: skip
-        """Return the tokens that follow each of up to ``sequences`` prompts, which are decoded side by side."""
+        """Return the tokens that follow each of up to ``sequences`` prompts, which are decoded concurrently."""
         if len(prompts) > self.sequences:
             raise ValueError(f"{len(prompts)} prompts for {self.sequences} sequences: open the decoder with more")
         sampling = sampling or Sampling()
@@ -228,9 +231,9 @@ def _numbers(ids: Sequence[int] | Tensor) -> list[int]:
 
 
 def _require_same(decoder: Decoder, model: Part) -> None:
-    """Compare logits of some tokens, a part of them one by one, with the model's own. Raises DecoderError.
+    """Compare logits of some tokens, partly processed one by one, with the model's own. Raises DecoderError.
 
-    They stand at the first positions of the context, and at the last: a model may do there what it does not before.
+    They are at the first and the last positions of the context, because a model may behave differently at the end.
     """
     count = min(PROBE_TOKENS, decoder.context)
     firsts = sorted({0, decoder.context - count})

@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits."""
+"""Choice of the next token from logits."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 GREEDY_BELOW = 1e-5
-"""Temperatures below it choose the likeliest token: logits divided by less may not be finite in fp32."""
+"""Temperatures below it choose the most likely token: logits divided by a smaller number may overflow in fp32."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """The likeliest token with a ``temperature`` below 1e-5; else one drawn from softmax(logits / temperature).
+    """The most likely token for a ``temperature`` below 1e-5; otherwise one drawn from softmax(logits / temperature).
 
-    ``top_k``: among the so many likeliest, 0 for all; ``top_p``: among the likeliest that sum up to it.
+    ``top_k``: draw from that many most likely tokens, 0 for all. ``top_p``: from the most likely that together reach
+    it.
     """
 
     temperature: float = 0.0

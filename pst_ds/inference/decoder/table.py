@@ -1,8 +1,8 @@
-"""What a transformers model's decoder consists of, as a table: read from its modules, and never from its name.
+"""Description of a transformers model's decoder as a table, read from its modules instead of its name.
 
-Any model whose layers are attention and an MLP with residuals around them, under the names that transformers gives
-these parts, has a table: Llama, Mistral, Ministral 3, Qwen2 and 3, SmolLM3, Phi-3, Gemma 1 to 3, Granite, OLMo 2 are
-tested. What a table cannot say is found by :meth:`Decoder.from_model`, which compares logits.
+Supports every model whose layers are attention and an MLP with residuals, under the names that transformers gives these
+parts: Llama, Mistral, Ministral 3, Qwen2 and 3, SmolLM3, Phi-3, Gemma 1 to 3, Granite and OLMo 2 are tested.
+:meth:`Decoder.from_model` compares logits to find what a table cannot express.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ROPE_PARAMETERS = {
     "longrope": ("factor", "attention_factor", "short_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
-"""Rotary parameters by rope_type. Each shapes only the angles, which the model's own module computes for the table."""
+"""Rotary parameters by rope_type. Each only affects the angles, which the model's module computes for the table."""
 _ROPE_PARAMETERS_OF_ALL = (
     "rope_type", "type", "rope_theta", "partial_rotary_factor", "max_position_embeddings",
     "original_max_position_embeddings", "mrope_section", "mrope_interleaved",
@@ -43,20 +43,20 @@ _CHANGES_BEYOND_ORIGINAL = {
     "long_factor": "longrope uses other angles",
     "llama_4_scaling_beta": "attention scales queries by position",
 }
-"""Rotary parameters without effect up to original_max_position_embeddings, and what they do in longer sequences."""
+"""Rotary parameters without effect up to original_max_position_embeddings, and their effect in longer sequences."""
 
 
 Part = Any
-"""A module of a transformers model, or its config: which attributes it has is the family's."""
+"""A module of a transformers model, or its config. Its attributes depend on the model family."""
 
 
 class DecoderError(InputError):
-    """A model that the native loop does not compute; the message says which part of it."""
+    """The native loop does not support a model; the message names the unsupported part."""
 
 
 @dataclass(slots=True)
 class LayerTable:
-    """One layer: its products by the names of ``native_loop.LINEARS``, its norms, how it attends."""
+    """One layer: its products by the names of ``native_loop.LINEARS``, its norms and its attention."""
 
     linears: dict[str, list[nn.Module]]
     norms: dict[str, Tensor]
@@ -66,7 +66,7 @@ class LayerTable:
 
 @dataclass(slots=True)
 class DecoderTable:
-    """The whole decoder. ``angles``: tables of rotary cosines and sines, (context, half) each."""
+    """A whole decoder. ``angles``: tables of rotary cosines and sines, (context, half) each."""
 
     shape: dict[str, int]
     numbers: dict[str, float]
@@ -78,7 +78,7 @@ class DecoderTable:
     angles: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def without_modules(self) -> DecoderTable:
-        """Return the table without what holds the model's weights in memory."""
+        """Return the table without references to the model's weights."""
         bare = [replace(layer, linears={}) for layer in self.layers]
         return replace(self, layers=bare, embeddings=nn.Identity(), head=nn.Identity())
 
@@ -86,7 +86,7 @@ class DecoderTable:
 def table_of(model: Part, context: int) -> DecoderTable:
     """Return the table of a transformers causal language model, with rotary angles for ``context`` positions.
 
-    Raises DecoderError for what there is no place for in a table.
+    Raises DecoderError for features that a table does not support.
     """
     config, body = model.config.get_text_config(), model.get_decoder()
     _require_known_rope(type(model).__name__, config, context)
@@ -134,7 +134,7 @@ def table_of(model: Part, context: int) -> DecoderTable:
 
 
 def _require_known_rope(name: str, config: Part, context: int) -> None:
-    """Raise DecoderError for rotary parameters that do more than shape the angles of positions up to ``context``."""
+    """Raise DecoderError for rotary parameters that affect more than the angles of positions up to ``context``."""
     found = getattr(config, "rope_parameters", None) or {}
     for parameters in [value for value in found.values() if isinstance(value, dict)] or [found]:
         kind = parameters.get("rope_type", "default")
@@ -169,7 +169,7 @@ def _index(activation: str) -> int:
 
 
 class _Reader:
-    """Reads layers of one model; rotary tables that several layers share are held once."""
+    """Reads the layers of one model. Rotary tables that several layers share are stored once."""
 
     def __init__(self, name: str, config: Part, body: Part, context: int):
         self.name, self.config, self.body, self.context = name, config, body, context
@@ -216,7 +216,7 @@ class _Reader:
                 raise DecoderError(f"{where}: there is no place in the table for {name} ({type(module).__name__})")
 
     def gain(self, norm: Part) -> Tensor:
-        """Return what a root-mean-square norm multiplies with, found from what it computes. Raises DecoderError."""
+        """Return the factor of a root-mean-square norm, measured from its output. Raises DecoderError."""
         weight = getattr(norm, "weight", None)
         if weight is None or weight.dim() != 1:
             raise DecoderError(f"{self.name}: {type(norm).__name__} is no norm with a gain")
@@ -236,7 +236,7 @@ class _Reader:
         return float(found)
 
     def embedding_scale(self, embeddings: Part) -> float:
-        """Return what the rows of the embedding are multiplied with, by the module or by the model."""
+        """Return the factor of the rows of the embedding, applied by the module or by the model."""
         return float(getattr(embeddings, "embed_scale", 1.0)) * float(getattr(self.config, "embedding_multiplier", 1.0))
 
     def _type(self, index: int) -> str | None:

@@ -18,9 +18,9 @@ from pst_ds.inference.runtime.native_loop import Loop, Matrix
 
 
 def matrix_of(name: str, module: Part, table: StoredTable | None = None) -> Matrix:
-    """Return the matrix of a linear layer. Weights that are no codes are multiplied dense, in bf16 where it is exact.
+    """Return the matrix of a linear layer. Weights that are not quantised are dense, in bf16 if that is lossless.
 
-    ``table``: the codes of a layer that was unpacked when it was loaded. Raises DecoderError for another kind of layer.
+    ``table``: codes of a layer that was unpacked on loading. Raises DecoderError for other kinds of layers.
     """
     if table is not None:
         return Matrix.of_codes(table_codes(table, module.in_features), table.scales, table.bits, table.group)
@@ -41,7 +41,7 @@ def table_codes(table: StoredTable, columns: int) -> Tensor:
 
 
 def joined_bias(modules: Sequence[Part]) -> Tensor | None:
-    """Return the biases of layers side by side, fp32; None where none has one."""
+    """Return the concatenated biases of layers, fp32; None if none has one."""
     if all(module.bias is None for module in modules):
         return None
     of = [torch.zeros(m.out_features) if m.bias is None else m.bias.detach().float() for m in modules]
@@ -50,14 +50,14 @@ def joined_bias(modules: Sequence[Part]) -> Tensor | None:
 
 @dataclass(slots=True)
 class Embeddings:
-    """Rows of the embedding: dense, or codes with a scale for each row or group."""
+    """Rows of the embedding: dense, or codes with a scale per row or group."""
 
     weight: Tensor | None
     table: StoredTable | None
     scale: float = 1.0
 
     def put(self, loop: Loop) -> None:
-        """Hand the rows to ``loop``, which reads them where they are."""
+        """Pass the rows to ``loop``, which reads them in place."""
         if self.table is not None:
             loop.set_embedding(self.table.codes, self.table.scales, self.table.bits, self.table.group, self.scale)
         else:
@@ -66,30 +66,30 @@ class Embeddings:
 
     @property
     def num_rows(self) -> int:
-        """The size of the vocabulary."""
+        """Size of the vocabulary."""
         held = self.weight if self.table is None else self.table.codes
         assert held is not None
         return held.shape[0]
 
 
 def embeddings_of(module: Part, tables: Mapping[int, StoredTable], scale: float) -> Embeddings:
-    """Return the rows of an embedding module; ``tables``: codes of modules by their id()."""
+    """Return the rows of an embedding module. ``tables``: codes of modules by their id()."""
     table = tables.get(id(module))
     return Embeddings(None if table is not None else narrowed(module.weight.detach()), table, scale)
 
 
 @dataclass(slots=True)
 class Weights:
-    """A table with its matrices in memory, of which any number of loops are made. The model itself can go."""
+    """A table with its matrices in memory, from which any number of loops are created. The model may be freed."""
 
     table: DecoderTable
     embeddings: Embeddings
     products: dict[tuple[int, str], tuple[list[Matrix], Tensor | None]]
-    """Matrices side by side, and their biases, by layer and name; the output layer is (0, "head")."""
+    """Matrices side by side, and their biases, by layer and name. The output layer is (0, "head")."""
 
     @classmethod
     def of(cls, table: DecoderTable, embeddings: Embeddings) -> Weights:
-        """Pack every linear layer of ``table``. Raises DecoderError for a kind of layer that there is not."""
+        """Pack every linear layer of ``table``. Raises DecoderError for unsupported kinds of layers."""
         products = {}
         for index, layer in enumerate(table.layers):
             for name, modules in layer.linears.items():
@@ -102,9 +102,9 @@ class Weights:
         return cls(table.without_modules(), embeddings, products)
 
     def loop(self, context: int, sequences: int, most: int, cache_bits: int, first: int = 0) -> Loop:
-        """Return a loop with an empty cache of 32, 16 or 8 bits; ``most``: tokens in a pass. Raises MemoryError.
+        """Return a loop with an empty cache of 32, 16 or 8 bits. Raises MemoryError.
 
-        ``first``: the position in the model of the loop's first one.
+        ``most``: most tokens per pass. ``first``: position in the model of the loop's first token.
         """
         more = {"context": context, "sequences": sequences, "most": most, "cache_bits": cache_bits}
         loop = Loop(self.table.shape | more, self.table.numbers)
