@@ -1,4 +1,4 @@
-"""A bare greedy loop for causal models of transformers: one prefill, then a step per token."""
+"""A plain greedy loop for transformers causal models: one prefill, then a step per token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pst_ds.nn.model_structure import is_linear
 
 
 class Decoder:
-    """A model with the keys and values of the tokens it has seen; decodes greedily."""
+    """A model with the keys and values of its previous tokens; decodes greedily."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -26,10 +26,10 @@ class Decoder:
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._cache: object = None
         self.tokens: Tensor = torch.empty(0, 0, dtype=torch.long)
-        """The last ones, (batch, 1)."""
+        """The last tokens, (batch, 1)."""
 
     def prefill(self, ids: Tensor) -> Tensor:
-        """Start over with ``ids`` (batch, tokens); return the first new tokens (batch, 1)."""
+        """Start over with ``ids`` (batch, tokens). Return the first new tokens (batch, 1)."""
         self._cache = None
         return self._forward(ids)
 
@@ -47,7 +47,7 @@ class Decoder:
 
 @dataclass
 class LinearTime:
-    """Wall seconds inside a model's linear layers, between :meth:`start` and :meth:`stop`."""
+    """Wall-clock seconds in a model's linear layers, between :meth:`start` and :meth:`stop`."""
 
     model: nn.Module
     blocks: float = 0.0
@@ -80,7 +80,7 @@ class LinearTime:
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Return the bytes of parameters and buffers, shared storage once; of prepacked weights those they were made of."""
+    """Return the bytes of parameters and buffers, shared storage once. Prepacked weights count as the original ones."""
     storages = {}
     for tensor in (*model.parameters(), *model.buffers()):
         storage = tensor.untyped_storage()

@@ -1,4 +1,4 @@
-"""Times of the variants of ``pst-ds bench``: medians of turns."""
+"""Measure the variants of ``pst-ds bench``: medians over interleaved turns."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ Times = dict[str, list[float]]
 def measure(
     by_name: Mapping[str, Variant | NativeLoop], folder: ModelFolder, batch: int, args: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
-    """Return rates of each variant: tokens per second of prefill and decode, and where a decoding step's time goes. A
-    model that is not causal has only a forward pass, which counts as its prefill."""
+    """Return rates of each variant: tokens per second of prefill and decoding, and shares of a decoding step's time.
+
+    A model that is not causal has only a forward pass, which counts as its prefill.
+    """
     ids = _token_ids(folder, batch, args.prompt_tokens)
     prefill: Times = {name: [] for name in by_name}
     decode: Times = {name: [] for name in by_name}
@@ -31,7 +33,7 @@ def measure(
         for turn in range(args.repeats + 1):
             for name, variant in by_name.items():
                 timed = _timed(variant, folder, ids, args.new_tokens)
-                if turn:  # the first warms up
+                if turn:  # the first turn warms up
                     prefill[name] += timed[0]
                     decode[name] += timed[1]
                 progress.add(1, name)
@@ -49,14 +51,14 @@ def measure(
 def _timed(
     variant: Variant | NativeLoop, folder: ModelFolder, ids: Tensor, new_tokens: int
 ) -> tuple[list[float], list[float]]:
-    """Return seconds of each prefill and of each step."""
+    """Return the seconds of each prefill and of each step."""
     if isinstance(variant, NativeLoop):
         return variant.timed(ids, new_tokens)
     return _run(variant, ids, new_tokens) if folder.is_causal else _forward(variant, ids)
 
 
 def _run(variant: Variant, ids: Tensor, new_tokens: int) -> tuple[list[float], list[float]]:
-    """Return seconds of each prefill and of each step; the copies of the model step in turn."""
+    """Return the seconds of each prefill and of each step; the copies of the model step in turn."""
     decoders = [Decoder(model) for model in variant.models]
     prefill = [_seconds(decoder.prefill, ids) for decoder in decoders]
     return prefill, [_seconds(decoders[step % len(decoders)].step) for step in range(max(1, new_tokens - 1))]
@@ -97,7 +99,7 @@ def shares(variant: Variant, ids: Tensor, new_tokens: int) -> dict[str, float]:
 
 
 def _token_ids(folder: ModelFolder, batch: int, tokens: int) -> Tensor:
-    """Draw (batch, tokens) from the whole vocabulary, the same every time."""
+    """Draw (batch, tokens) from the whole vocabulary, with a fixed seed."""
     size: object = getattr(folder.config.get_text_config(), "vocab_size", None)
     if not isinstance(size, int):
         raise ModelFolderError(f"{folder.path}: config.json has no vocab_size, and only models of text are measured")

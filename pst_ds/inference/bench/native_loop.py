@@ -1,4 +1,4 @@
-"""The native loop as one more variant of ``pst-ds bench``, beside models of transformers."""
+"""The native loop as a variant of ``pst-ds bench``."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from pst_ds.inference.hf.model_folder import ModelFolder
 
 
 class NativeLoop:
-    """A folder whose values are codes, in :class:`~pst_ds.inference.decoder.Decoder`; its weights are there once."""
+    """A folder with quantised values in :class:`~pst_ds.inference.decoder.Decoder`; its weights are loaded once."""
 
     def __init__(self, decoder: Decoder, file_bytes: int | None):
         self.decoder, self._file_bytes = decoder, file_bytes
 
     @classmethod
     def of(cls, folder: ModelFolder, positions: int, sequences: int) -> NativeLoop | None:
-        """Open ``folder`` for so many sequences; None where its values are no codes, or the loop cannot run it."""
+        """Open ``folder`` for ``sequences``. Return None if its values are not quantised, or the loop does not
+        support it.
+        """
         if not folder.is_causal or folder.values is None:
             return None
         try:
@@ -35,7 +37,7 @@ class NativeLoop:
         return {"resident_bytes": self.decoder.weight_bytes, **facts}
 
     def timed(self, ids: Tensor, new_tokens: int) -> tuple[list[float], list[float]]:
-        """Return seconds of the prefill of ``ids`` (batch, tokens), and of each step."""
+        """Return the seconds of the prefill of ``ids`` (batch, tokens), and of each step."""
         decoder = self.decoder
         decoder.threads = torch.get_num_threads()
         for sequence in range(len(ids)):

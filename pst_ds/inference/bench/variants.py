@@ -33,11 +33,11 @@ class Variant:
 
     model: PreTrainedModel
     file_bytes: int | None = None
-    """Size of its weight files; None if it was made in memory."""
+    """Bytes of its weight files; None if it exists in memory only."""
     models: list[PreTrainedModel] = field(default_factory=list)
     """The model and its copies."""
     loaded_bytes: int = 0
-    """Resident weights."""
+    """Bytes of resident weights."""
 
     def __post_init__(self) -> None:
         self.models = [self.model]
@@ -53,9 +53,11 @@ class Variant:
 
 
 def variants(folder: ModelFolder, dense: ModelFolder | None, formats: list[str], dtype: str) -> dict[str, Variant]:
-    """Return the models by name: "dense" as transformers runs it, "prepacked", and each sparse format. Without
-    ``formats`` these are :func:`default_formats`; without ``dense`` the folder is unpacked. All but "dense" have a
-    quick output layer and quick attention too. Raises ModelFolderError."""
+    """Return the models by name: "dense" (transformers unchanged), "prepacked", and each sparse format.
+
+    ``formats`` default to :func:`default_formats`. Without ``dense`` the folder is unpacked. All but "dense" have a
+    fast output layer and fast attention. Raises ModelFolderError.
+    """
     base = dense or folder
     plain = base.load("dense", dtype)
     by_name = {"dense": Variant(plain, base.weight_file_bytes if base.format == "dense" else None)}
@@ -71,7 +73,9 @@ def variants(folder: ModelFolder, dense: ModelFolder | None, formats: list[str],
 
 
 def default_formats(folder: ModelFolder, plain: PreTrainedModel) -> list[str]:
-    """Return the folder's own format (bitmask for a dense one), csr where it beats expansion, 2:4 where it applies."""
+    """Return the folder's format (bitmask for a dense one), csr if it beats expansion, and 2:4 if the weights have
+    it.
+    """
     layers = untied_linear_layers(plain).values()
     own = folder.format if folder.format in FORMATS else "bitmask"
     kept = sum(int(layer.weight.count_nonzero()) for layer in layers)
@@ -85,7 +89,7 @@ def default_formats(folder: ModelFolder, plain: PreTrainedModel) -> list[str]:
 
 
 def _sparse(folder: ModelFolder, plain: PreTrainedModel | None, name: str, dtype: str) -> Variant:
-    """Load the folder where that is its format; otherwise convert the dense model layer by layer."""
+    """Load the folder if it has the format; otherwise convert the dense model layer by layer."""
     if folder.format == name:
         return Variant(folder.load("sparse", dtype), folder.weight_file_bytes)
     model = copy.deepcopy(plain) if plain is not None else folder.load("dense", dtype)
@@ -98,14 +102,14 @@ def _sparse(folder: ModelFolder, plain: PreTrainedModel | None, name: str, dtype
 
 @torch.no_grad()
 def make_sparse(model: nn.Module, format_name: str) -> int:
-    """Pack each linear layer that ``format_name`` makes smaller, in place, as an export does; return how many."""
+    """Pack each linear layer that ``format_name`` makes smaller, in place, as an export does. Return their number."""
     made = 0
     for name, module in untied_linear_layers(model).items():
         weight = module.weight.t().contiguous() if is_conv1d(module) else module.weight
         try:
             layer = SparseLinear.from_dense(weight, module.bias, format_name)
         except FormatError:
-            continue  # 2:4 with three in a group of four
+            continue  # a group of four with three non-zeros
         if sum(part.nbytes for part in layer.parts().values()) < weight.nbytes:
             model.set_submodule(name, layer.train(module.training))
             made += 1
@@ -113,7 +117,7 @@ def make_sparse(model: nn.Module, format_name: str) -> int:
 
 
 def copy_until(by_name: dict[str, Variant], total_bytes: int) -> None:
-    """Copy each model until its weights fill ``total_bytes``. Raises ModelFolderError where memory is short."""
+    """Copy each model until its weights fill ``total_bytes``. Raises ModelFolderError if memory is short."""
     needed = sum(max(0, total_bytes - c.loaded_bytes) + c.loaded_bytes for c in by_name.values())
     available = available_bytes()
     if available is not None and needed > 0.8 * available:
@@ -126,7 +130,7 @@ def copy_until(by_name: dict[str, Variant], total_bytes: int) -> None:
 
 
 def _copied(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy a model with its weights; oneDNN's tensors support clone() only."""
+    """Copy a model with its weights; oneDNN's tensors support only clone()."""
     memo: dict[int, object] = {}
     for module in model.modules():
         packed = getattr(module, "packed", None)
@@ -136,7 +140,7 @@ def _copied(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def last_level_cache_bytes() -> int:
-    """Return the size of the first processor's largest cache; 32 MiB where it cannot be read."""
+    """Return the bytes of the first processor's largest cache; 32 MiB if unknown."""
     sizes = []
     for path in _CACHES.glob("index*/size"):
         text = path.read_text(encoding="ascii").strip()

@@ -1,1 +1,1 @@
-"""Models with packed weights as ONNX graphs: ``pst-ds export --format onnx`` (docs/onnx.md)."""
+"""Models with packed weights as ONNX graphs: ``pst-ds export --format onnx`` (docs/how-to/inference.md)."""

@@ -1,4 +1,4 @@
-"""A model as an ONNX graph whose sparse layers stay packed."""
+"""Trace a model to an ONNX graph whose sparse layers stay packed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pst_ds.inference.runtime import SparseLinear
 
 OPSET = 20
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-"""What a graph may take, each (batch, tokens) int64, in this order."""
+"""Possible inputs of a graph, each (batch, tokens) int64, in this order."""
 
 
 class _ByPosition(nn.Module):
@@ -38,10 +38,10 @@ class _ByPosition(nn.Module):
 
 
 def input_names(model: Any) -> list[str]:
-    """Return the inputs of a model's graph: those of :data:`INPUTS` that its forward takes, and has a table for."""
+    """Return the inputs of a model's graph: those of :data:`INPUTS` that its forward accepts and has a table for."""
     takes = inspect.signature(model.forward).parameters
     names = [name for name in INPUTS if name in takes]
-    if getattr(model.config, "type_vocab_size", 0) < 2:  # of one type, as RoBERTa's, 0 is the only choice
+    if getattr(model.config, "type_vocab_size", 0) < 2:  # with one type, as in RoBERTa, 0 is the only valid value
         names = [name for name in names if name != "token_type_ids"]
     return names
 
@@ -49,8 +49,9 @@ def input_names(model: Any) -> list[str]:
 def sparse_graph(model: Any, tables: Mapping[str, Table], outputs: Sequence[str]) -> ir.Model:
     """Trace ``model``, whose packed layers are SparseLinear, in fp32 with its sparse products as single nodes.
 
-    ``tables``: embeddings that stay as they are stored, by name. ``outputs``: fields of what its forward returns. The
-    model is used up: its layers become nodes without values. Raises ExportError where torch's exporter cannot trace it.
+    ``tables``: embeddings that stay in their stored form, by name. ``outputs``: fields of the forward pass's result.
+    The model is consumed: its layers become nodes without values. Raises ExportError if torch's exporter cannot trace
+    it.
     """
     _register_attention()
     sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
@@ -59,7 +60,7 @@ def sparse_graph(model: Any, tables: Mapping[str, Table], outputs: Sequence[str]
         nodes[name] = EmbeddingNode(values, scales, bits, model.get_submodule(name).embedding_dim)
     for name in nodes:  # not cast with the rest
         model.set_submodule(name, nn.Identity())
-    nn.Module.float(model).eval()  # transformers refuses to cast what it loaded as quantized
+    nn.Module.float(model).eval()  # transformers refuses to cast what it loaded as quantised
     for name, node in nodes.items():
         model.set_submodule(name, node)
     model.set_attn_implementation(ATTENTION)
@@ -69,12 +70,12 @@ def sparse_graph(model: Any, tables: Mapping[str, Table], outputs: Sequence[str]
 
 
 def plain_graph(model: Any, outputs: Sequence[str]) -> ir.Model:
-    """Trace ``model``, whose layers are dense, in fp32 with ONNX's own operators. Raises ExportError too."""
+    """Trace ``model``, whose layers are dense, in fp32 with ONNX's standard operators. Raises ExportError."""
     return _trace(nn.Module.float(model).eval(), outputs)
 
 
 def _register_attention() -> None:
-    """Make :func:`~pst_ds.inference.onnx.nodes.attention` one of transformers' implementations, once a process."""
+    """Register :func:`~pst_ds.inference.onnx.nodes.attention` with transformers, once per process."""
     AttentionInterface.register(ATTENTION, attention)
     AttentionMaskInterface.register(ATTENTION, eager_mask)
 
@@ -107,7 +108,7 @@ def _trace(model: Any, outputs: Sequence[str]) -> ir.Model:
 
 
 def _cause(error: BaseException) -> str:
-    """Return the first line of the error that the others were raised from."""
+    """Return the first line of the original error of a chain."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -115,7 +116,7 @@ def _cause(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch says of axes that share a size."""
+    """Silence torch's messages about axes that share a size."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

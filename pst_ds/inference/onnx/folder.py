@@ -1,4 +1,4 @@
-"""A packed folder becomes a folder with one ONNX file, checked against the model before it is kept."""
+"""Convert a packed folder to a folder with one ONNX file, checked against the model before it is kept."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from pst_ds.inference.runtime.dense import narrowed
 from pst_ds.nn.model_structure import is_experts
 
 _TABLE_ROWS = 100
-"""Embeddings of so many rows stay as they are stored; smaller ones are not worth it."""
+"""Embeddings with at least this many rows stay in their stored form; smaller ones gain little."""
 ALLOWED = 1e-3
-"""Sums in another order, and an exponential of its own, stay far below this share of the largest output."""
+"""Largest relative difference of outputs. Sums in another order and our exponential stay far below it."""
 ALLOWED_IN_8_BITS = 0.1
-"""The same with activations of 8 bits: MiniLM's outputs were up to 0.02 apart."""
+"""The same with int8 activations; the outputs of MiniLM differed by up to 0.02."""
 _NOT_LOGITS = ("loss", "past_key_values", "hidden_states", "attentions", "encoder_last_hidden_state")
 
 
@@ -39,12 +39,12 @@ def write_onnx(
 ) -> JsonTable:
     """Write ``out``, a folder with model.onnx, config.json and the tokenizer, from the folder ``packed``.
 
-    ``packed`` is a bitmask folder, or any with ``plain``: dense fp32 weights, ONNX's own operators. ``facts``: of the
-    export that made ``packed``; the file's metadata keeps the small ones. ``activation_bits``: 8 lets products with
-    codes round their inputs to 8 bits. The file is run, where ONNX Runtime is installed, against the model that
-    transformers loads from ``packed``: with 16 bits, and then as it will be. Returns ``facts`` with those of the file.
-    Raises ExportError, and leaves nothing, where the model cannot be traced, its attention has no operator, or the
-    results differ.
+    ``packed`` is a bitmask folder, or any folder with ``plain``: dense fp32 weights and ONNX's standard operators.
+    ``facts``: those of the export that wrote ``packed``; the file's metadata keeps the small ones. ``activation_bits``:
+    8 lets products with quantised weights use int8 activations. If ONNX Runtime is installed, the file is compared with
+    the model that transformers loads from ``packed``: with 16 bits, and as exported. Returns ``facts`` with those of
+    the file. Raises ExportError, leaving nothing behind, if the model cannot be traced, its attention has no operator,
+    or the results differ.
     """
     import onnx_ir as ir
 
@@ -69,7 +69,7 @@ def write_onnx(
         file = partial / ONNX_FILE
         ir.save(graph, file, external_data=external)
         copy_beside(packed, partial)
-        shutil.copy2(packed / MANIFEST_FILE, partial / MANIFEST_FILE)  # what verify rounds the model as
+        shutil.copy2(packed / MANIFEST_FILE, partial / MANIFEST_FILE)  # verify quantises the model as it says
         config = json.loads((packed / CONFIG_FILE).read_text(encoding="utf-8"))
         config.pop("quantization_config", None)
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -104,7 +104,7 @@ def _require_graph(model: nn.Module) -> None:
 
 
 def require_free(out: Path) -> None:
-    """Raise ExportError unless ``out`` is free, an empty folder, or an older one of these, and ONNX can be written."""
+    """Raise ExportError unless ``out`` is free, an empty folder, or an older ONNX export, and ONNX can be written."""
     _require_libraries()
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / ONNX_FILE).is_file())):
         raise ExportError(f"{out.absolute()} exists and is no folder of an ONNX file; name another folder with --out")
@@ -112,7 +112,7 @@ def require_free(out: Path) -> None:
 
 
 def _require_libraries() -> None:
-    if find_spec("onnxscript") is None:  # which onnx and onnx_ir come with
+    if find_spec("onnxscript") is None:  # onnx and onnx_ir are installed with it
         raise ExportError("ONNX files take onnx and onnxscript: pip install 'pst-ds[onnx]'")
 
 
@@ -133,7 +133,7 @@ def _load(folder: Path, load_as: Literal["dense", "sparse"]) -> Any:
 
 
 def _output_names(model: Any) -> list[str]:
-    """Return the names of the tensors that a model's forward returns, without states and caches."""
+    """Return the names of the tensors that a model's forward pass returns, without states and caches."""
     from pst_ds.inference.onnx.export import input_names
 
     with torch.no_grad():
@@ -142,7 +142,7 @@ def _output_names(model: Any) -> list[str]:
 
 
 def _tables(folder: Path, model: nn.Module) -> dict[str, Table]:
-    """Return the large embeddings, as the folder stores them, by name in ``model``."""
+    """Return the large embeddings in the folder's stored form, by name in ``model``."""
     stored, found = stored_tables(folder, model), dict[str, Table]()
     for name, module in model.named_modules():
         if type(module) is not nn.Embedding or module.num_embeddings < _TABLE_ROWS:
@@ -155,9 +155,12 @@ def _tables(folder: Path, model: nn.Module) -> dict[str, Table]:
 
 
 def _compare(file: Path, reference: Any, allowed: float, *, exact: bool = False) -> float | None:
-    """Run ``file`` and the model on tokens of all lengths; return the largest difference, as a share of the largest
-    output. Outputs at padding, which no user reads, may differ. ``exact``: with inputs of 16 bits. None without ONNX
-    Runtime. Raises ExportError above ``allowed``."""
+    """Run ``file`` and the model on inputs of all lengths. Return the largest difference relative to the largest
+    output.
+
+    Outputs at padding, which no user reads, may differ. ``exact``: use 16-bit activations. Returns None without ONNX
+    Runtime. Raises ExportError above ``allowed``.
+    """
     if find_spec("onnxruntime") is None:
         return None
     from pst_ds.inference.onnx.session import open_session
@@ -174,7 +177,8 @@ def _compare(file: Path, reference: Any, allowed: float, *, exact: bool = False)
         if "attention_mask" in feed:
             real[-1, (tokens + 1) // 2 :] = False
             feed["attention_mask"][~real] = 0
-            feed["input_ids"][~real] = max(getattr(reference.config, "pad_token_id", None) or 0, 0)  # heads look for it
+            # classification heads look for the padding token
+            feed["input_ids"][~real] = max(getattr(reference.config, "pad_token_id", None) or 0, 0)
         names = [value.name for value in session.get_outputs()]
         with torch.no_grad():
             wanted = reference(**{name: torch.from_numpy(array) for name, array in feed.items()}, return_dict=True)

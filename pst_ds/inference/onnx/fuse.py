@@ -1,4 +1,4 @@
-"""Fewer and larger nodes: what lies around sparse products and attention becomes part of them."""
+"""Fuse the operators around sparse products and attention into fewer, larger nodes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import onnx_ir as ir
 from pst_ds.inference.onnx.nodes import DOMAIN
 
 ACTIVATIONS = {"Relu": 1, "Gelu": 2, "Tanh": 5}
-"""Numbers that SparseLinear has for nodes of one input; 3 is the Gelu of a tanh, 4 SiLU."""
+"""Numbers of activations in SparseLinear for nodes with one input; 3 is the Gelu of a tanh, 4 SiLU."""
 _GELU_TANH, _SILU = 3, 4
 _HEADS_FIRST = (0, 2, 1, 3)
 
 
 def fuse(graph: ir.Graph) -> None:
-    """Rewrite ``graph`` in place. What it computes is the same, but for the rounding of sums."""
+    """Rewrite ``graph`` in place. Its results stay the same up to the rounding of sums."""
     for node in list(_nodes(graph, "Attention")):
         _take_rows(graph, node)
     _remove_unused(graph)
@@ -45,7 +45,7 @@ def _only_user(value: ir.Value) -> ir.Node | None:
 
 
 def _take_rows(graph: ir.Graph, node: ir.Node) -> None:
-    """Let attention read heads from rows, and write them side by side: nothing moves where they were so before."""
+    """Let attention read heads from rows and write them side by side, without transposing them before."""
     for index, value in enumerate(node.inputs[:3]):
         assert value is not None
         node.replace_input_with(index, _rows_behind(value) or _as_rows(graph, node, value))
@@ -64,7 +64,7 @@ def _take_rows(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _rows_behind(value: ir.Value) -> ir.Value | None:
-    """Return the (batch, tokens, width) whose columns were split into the heads ``value``, if they were."""
+    """Return the (batch, tokens, width) whose columns were split into the heads ``value``, or None."""
     turned = _producer(value, "Transpose")
     if turned is None or tuple(turned.attributes["perm"].as_ints()) != _HEADS_FIRST:
         return None
@@ -76,7 +76,8 @@ def _rows_behind(value: ir.Value) -> ir.Value | None:
 def _as_rows(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
     """Put the heads ``value``, (batch, heads, tokens, size), side by side in rows, before ``node``.
 
-    Layers may share keys and values, which are put in rows once."""
+    Layers that share keys and values share the rows.
+    """
     for user in (use.node for use in value.uses()):
         if user.outputs[0].name == f"{value.name}_turned":
             return next(iter(user.outputs[0].uses())).node.outputs[0]
@@ -90,7 +91,7 @@ def _as_rows(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
 
 
 def _join_projections(graph: ir.Graph, node: ir.Node) -> None:
-    """Compute q, k and v of one input in one product, whose columns attention takes from offsets."""
+    """Compute q, k and v of one input in one product. Attention reads their columns at offsets."""
     linears = []
     for value in node.inputs[:3]:
         made = None if value is None else value.producer()
@@ -131,7 +132,7 @@ def _array(value: ir.Value | None) -> np.ndarray:
 
 
 def _joined(graph: ir.Graph, name: str, values: Sequence[ir.Value | None]) -> ir.Value:
-    """Make an initializer of ``values`` one after the other. Equal ones may share a name, so it has one of its own."""
+    """Create an initializer of the concatenated ``values``. Equal ones may share a name, so each gets a new one."""
     return _new_constant(graph, name, np.concatenate([_array(value) for value in values]))
 
 
@@ -143,7 +144,7 @@ def _new_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 
 
 def _take_activation(node: ir.Node) -> None:
-    """Apply what follows a product as it is written."""
+    """Apply the activation that follows a product when its result is written."""
     y = node.outputs[0]
     after = _only_user(y)
     number = 0
@@ -170,7 +171,7 @@ def _take_activation(node: ir.Node) -> None:
 
 
 def _take_sum(graph: ir.Graph, node: ir.Node) -> None:
-    """Normalize a sum of two tensors of one shape in one pass; the sum stays an output where others use it."""
+    """Normalise a sum of two tensors of one shape in one pass. The sum stays an output if other nodes use it."""
     axis = node.attributes.get("axis")
     if (axis is not None and axis.as_int() != -1) or node.inputs[1] is None:
         return
@@ -203,7 +204,7 @@ def _same_shape(one: ir.Value | None, other: ir.Value | None) -> bool:
 
 
 def _remove_unused(graph: ir.Graph) -> None:
-    """Drop nodes and initializers that nothing uses any more."""
+    """Remove unused nodes and initializers."""
     for node in reversed(list(graph)):
         if not any(output.uses() or output.is_graph_output() for output in node.outputs):
             graph.remove(node, safe=True)

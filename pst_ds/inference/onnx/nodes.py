@@ -1,7 +1,7 @@
 """Modules and functions that torch's exporter writes as single nodes of the domain "pst_ds".
 
-What they return holds no values: a model that is made of them is for tracing alone. The operators are those of
-``pst_ds/inference/runtime/onnx``, which says what their inputs are.
+Their results have no values: a model that contains them can only be traced. operators.cpp implements the operators and
+documents their inputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pst_ds.inference.runtime.dense import narrowed
 
 DOMAIN, VERSION = "pst_ds", 1
 ATTENTION = "pst_onnx"
-"""The name of :func:`attention` among transformers' attention implementations."""
+"""Name under which :func:`attention` is registered with transformers."""
 Table = tuple[Tensor, Tensor | None, int]
 """Values, scales and bits of an embedding, as EmbeddingNode takes them."""
 
@@ -31,7 +31,7 @@ class SparseLinearNode(nn.Module):
     bias: Tensor | None
 
     def __init__(self, layer: SparseLinear):
-        """Take the parts of a checked ``layer``, a bitmask of them where they are in another form."""
+        """Use the parts of a checked ``layer``, converted to a bitmask if it has another format."""
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         form, parts = layer.format, layer.parts()
@@ -51,7 +51,7 @@ class SparseLinearNode(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Refuse what reads a weight without calling its layer, as Mamba's mixers do."""
+        """Reject models that read a weight without calling its layer, as Mamba's mixers do."""
         raise NotImplementedError("other code reads the weight of a packed layer; use --format bitmask")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,7 +70,9 @@ class EmbeddingNode(nn.Module):
     scales: Tensor | None
 
     def __init__(self, values: Tensor, scales: Tensor | None, bits: int, columns: int):
-        """``values``: (tokens, columns) int8 or bf16, or (tokens, ceil(columns / 2)) uint8, two codes of 4 ``bits``."""
+        """``values``: (tokens, columns) int8 or bf16, or (tokens, ceil(columns / 2)) uint8, two 4-bit codes per
+        byte.
+        """
         super().__init__()
         self.bits, self.columns = bits, columns
         self.register_buffer("values", values)
@@ -85,10 +87,10 @@ def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Return softmax(scale q k' + mask) v, as transformers calls it.
+    """Return softmax(scale q k' + mask) v, with the signature that transformers expects.
 
-    ``query`` (batch, heads, queries, head_size), ``key`` and ``value`` (batch, key_value_heads, keys, head_size), the
-    mask (batch, heads or 1, queries, keys), which is added; the result is (batch, queries, heads, head_size).
+    ``query`` (batch, heads, queries, head_size), ``key`` and ``value`` (batch, key_value_heads, keys, head_size), and
+    the mask (batch, heads or 1, queries, keys), which is added. The result is (batch, queries, heads, head_size).
     """
     if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
         raise NotImplementedError("attention with capped scores or sinks has no operator")

@@ -1,6 +1,6 @@
-"""Operators for ONNX Runtime that multiply with sparse weights: ``register_operators(options)`` before a session.
+"""Operators for ONNX Runtime that multiply with sparse weights: call ``register_operators(options)`` before a session.
 
-Graphs that use them are written by ``pst-ds export --format onnx``. They need a CPU and ONNX Runtime 1.18 or newer.
+``pst-ds export --format onnx`` writes graphs that use them. They need a CPU and ONNX Runtime 1.18 or newer.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ SOURCE = NativeSource(
 
 
 def operator_library() -> Path:
-    """Return the shared library to register, built now if no installation made it. Raises RuntimeError if it cannot be.
+    """Return the shared library to register, built now if the installation has none. Raises RuntimeError if it cannot
+    be built.
 
-    Any program that runs ONNX Runtime loads it, in any language; it needs neither Python nor this package.
+    Any program that runs ONNX Runtime can load it, in any language; it needs neither Python nor this package.
     """
     return library_file(SOURCE)
 
 
 def register_operators(options: Any) -> None:
-    """Let sessions made with ``options``, an ``onnxruntime.SessionOptions``, run graphs with sparse weights.
+    """Let sessions with ``options``, an ``onnxruntime.SessionOptions``, run graphs with sparse weights.
 
-    Raises InputError where the environment asks for instructions that are not supported.
+    Raises InputError if the environment asks for instructions that are not supported.
     """
     library = str(operator_library())
     as_asked(ctypes.CDLL(library).pst_onnx_level())
@@ -43,7 +44,7 @@ def register_operators(options: Any) -> None:
 
 @contextmanager
 def exact_inputs() -> Iterator[None]:
-    """Let sessions that are opened inside take inputs of 16 bits where their graph allows 8, in all of the process."""
+    """Let sessions opened in this context use 16-bit activations where their graph allows 8, in the whole process."""
     library = ctypes.CDLL(str(operator_library()))
     library.pst_onnx_exact_inputs(1)
     try:

@@ -11,10 +11,10 @@ from pst_ds.inference.onnx.operators import exact_inputs, register_operators
 
 
 def open_session(file: Path, threads: int = 0, *, exact: bool = False) -> Any:
-    """Return an ``onnxruntime.InferenceSession`` of ``file`` on the CPU, with our operators; ``threads``: 0 for all.
+    """Return an ``onnxruntime.InferenceSession`` of ``file`` on the CPU, with our operators. ``threads``: 0 for all.
 
-    ``exact``: inputs of sparse products have 16 bits, whatever the file says. Raises InputError without ONNX Runtime,
-    and where it refuses the file.
+    ``exact``: use 16-bit activations in sparse products, whatever the file says. Raises InputError without ONNX
+    Runtime, and if it rejects the file.
     """
     try:
         import onnxruntime
@@ -26,5 +26,5 @@ def open_session(file: Path, threads: int = 0, *, exact: bool = False) -> Any:
     try:
         with exact_inputs() if exact else nullcontext():
             return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has a class for each of its codes, and no base of them
+    except Exception as error:  # onnxruntime has a class per error code and no common base
         raise InputError(f"{file}: ONNX Runtime {onnxruntime.__version__} refuses it: {error}") from None

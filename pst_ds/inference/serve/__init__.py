@@ -1,1 +1,3 @@
-"""A model folder behind HTTP: the chat-completions protocol, in batches, for the base model and for its users."""
+"""HTTP server for a model folder: the chat-completions protocol, in batches, for the base model and for per-user
+adapters.
+"""

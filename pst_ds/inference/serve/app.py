@@ -34,30 +34,30 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 _SWITCH_SECONDS = 0.0005
-"""For which another thread may keep the interpreter from the event loop, after each time that it sends or receives."""
+"""Longest time that another thread may hold the interpreter before the event loop gets it back."""
 USER_MARK = ":"
-"""Stands between the model's name and a user's."""
+"""Separator between the name of the model and of a user."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a request may ask for."""
+    """Limits of a request."""
 
     body_bytes: int = 1 << 20
     body_seconds: float = 30.0
-    """In which a body must be there, whole."""
+    """Seconds until a body must have arrived."""
     template_seconds: float = 1.0
-    """CPU time of the chat template for one request."""
+    """CPU seconds of the chat template per request."""
     prompt_tokens: int = 0
-    """0 is what the model's positions leave."""
+    """Longest prompt; 0 for what the model's positions allow."""
     new_tokens: int = 512
     positions: int = 0
-    """Of the model; 0 for no limit."""
+    """Positions of the model; 0 for no limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What the routes answer from."""
+    """Everything that the routes need to answer."""
 
     name: str
     batches: Batches
@@ -66,11 +66,13 @@ class Service:
     store: UserStore | None = None
     access: Access = field(default_factory=Access)
     reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "reader"), init=False)
-    """One thread that reads requests: tokenizers are not thread-safe, and more threads would delay the event loop."""
+    """A single thread that reads requests: tokenizers are not thread-safe, and more threads would delay the event
+    loop.
+    """
 
     @property
     def models(self) -> list[str]:
-        """The names that a request may ask for. Raises ProtocolError."""
+        """Return the model names that a request may use. Raises ProtocolError."""
         if self.store is None:
             return [self.name]
         try:
@@ -80,7 +82,7 @@ class Service:
         return [self.name, *(f"{self.name}{USER_MARK}{user}" for user in self.store.names)]
 
     def state_of(self, model: str) -> State | None:
-        """Return the state of the user that a model's name means, None for the base. Raises ProtocolError."""
+        """Return the adapter state of the user in a model's name, None for the base model. Raises ProtocolError."""
         if model == self.name:
             return None
         user = model.removeprefix(self.name + USER_MARK)
@@ -102,7 +104,7 @@ class Service:
         """Return the tokens of the messages. Raises ProtocolError."""
         try:
             prompt = self._tokens(messages)
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # templates may raise anything
             why = f"the chat template refuses these messages: {str(error)[:1000]}"
             raise ProtocolError(400, why, param="messages") from None
         limits = [most for most in (self.limits.prompt_tokens, self.limits.positions - 1) if most > 0]
@@ -117,12 +119,12 @@ class Service:
     def _tokens(self, messages: list[JsonTable]) -> list[int]:
         render: Any = partial(self.tokenizer.apply_chat_template, messages, add_generation_prompt=True, tokenize=False)
         text: str = call_within(self.limits.template_seconds, render)
-        if len(text) > 4 * self.limits.body_bytes:  # only a template that loops turns a body into so much
+        if len(text) > 4 * self.limits.body_bytes:  # only a template that loops expands a body this much
             raise ValueError(f"it wrote {len(text)} characters")
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def new_tokens_of(self, asked: ChatRequest, prompt: Sequence[int]) -> int:
-        """Return how many tokens may be written. Raises ProtocolError."""
+        """Return how many tokens may be generated. Raises ProtocolError."""
         if asked.max_tokens is not None and asked.max_tokens > self.limits.new_tokens:
             raise ProtocolError(400, f"max_tokens may be at most {self.limits.new_tokens}", param="max_tokens")
         most = asked.max_tokens or self.limits.new_tokens
@@ -137,7 +139,7 @@ def make_app(service: Service) -> FastAPI:
         before = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_SECONDS)
         async with anyio.create_task_group():
-            pass  # which imports what the first stream would wait for
+            pass  # imports what the first stream would wait for
         yield
         service.reader.shutdown()
         await asyncio.to_thread(service.batches.close)
@@ -157,7 +159,7 @@ def make_app(service: Service) -> FastAPI:
         return JSONResponse(why.body(), error.status_code, headers=error.headers)
 
     @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> JSONResponse:  # whose trace is logged
+    async def failed(_: Request, error: Exception) -> JSONResponse:  # its trace is logged
         return JSONResponse(ProtocolError(500, "the server failed at this request").body(), 500)
 
     @app.get(HEALTH)
@@ -227,12 +229,12 @@ async def _answer(service: Service, body: bytes, request: Request) -> Response:
 def _hand_over(
     loop: asyncio.AbstractEventLoop, arrived: asyncio.Queue[int | str | Exception], item: int | str | Exception
 ) -> None:
-    with suppress(RuntimeError):  # of a loop that is closed
+    with suppress(RuntimeError):  # the loop is closed
         loop.call_soon_threadsafe(arrived.put_nowait, item)
 
 
 async def _watch(request: Request, arrived: asyncio.Queue[int | str | Exception]) -> None:
-    """End the wait for an answer when its client has gone."""
+    """Stop waiting for an answer when its client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
     arrived.put_nowait(ConnectionError())
@@ -241,12 +243,14 @@ async def _watch(request: Request, arrived: asyncio.Queue[int | str | Exception]
 async def _pieces(
     job: Job, arrived: asyncio.Queue[int | str | Exception], text: TextStream
 ) -> AsyncIterator[tuple[str, str]]:
-    """Yield (text, "") as it comes, and at the end (rest, why). Raises ProtocolError where the model failed."""
+    """Yield (text, "") as it is generated, and at the end (rest, finish reason). Raises ProtocolError if the model
+    failed.
+    """
     try:
         while True:
             item = await arrived.get()
             if isinstance(item, ConnectionError):
-                raise ProtocolError(499, "the client has gone")  # which nobody reads
+                raise ProtocolError(499, "the client has gone")  # nobody reads this
             if isinstance(item, ClosingError):
                 raise ProtocolError(503, "the server is closing; try again later")
             if isinstance(item, Exception):
@@ -278,7 +282,7 @@ async def _events(
                 yield _event(chunks.delta({}, why))
         if asked.with_usage:
             yield _event(chunks.usage(len(job.prompt), text.count))
-    except ProtocolError as error:  # the status is sent already
+    except ProtocolError as error:  # the status has been sent already
         yield _event(error.body())
     finally:
         job.cancelled = True

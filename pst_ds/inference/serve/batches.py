@@ -1,4 +1,6 @@
-"""Texts for many requests at a time: waiting ones share a batch, and each gets its tokens as they come."""
+"""Generate answers for many requests concurrently: waiting requests share a batch, and each receives its tokens at
+once.
+"""
 
 from __future__ import annotations
 
@@ -24,58 +26,60 @@ _LOG = logging.getLogger(__name__)
 
 
 class BusyError(RuntimeError):
-    """As many requests wait as may."""
+    """The queue of waiting requests is full."""
 
 
 class ClosingError(RuntimeError):
-    """The server ends before the request's turn came."""
+    """The server stops before the request was processed."""
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One request for a text."""
+    """A request for generated tokens."""
 
     prompt: list[int]
     max_tokens: int
     sampling: Sampling
     seed: int
     put: Callable[[int | str | Exception], None]
-    """Gets the tokens as they come and at the end why it ended, or what went wrong; called in another thread."""
+    """Receives the tokens as they are generated, and finally the finish reason or an error; called in another
+    thread.
+    """
     state: State | None = None
-    """Of the user who asks; None is the base model."""
+    """Adapter state of the user; None for the base model."""
     cancelled: bool = False
-    """True once nobody reads on."""
+    """True once nobody reads the answer."""
     is_finished: bool = field(default=False, init=False)
     written: list[int] = field(default_factory=list, init=False)
-    """Tokens that were handed on."""
+    """Tokens that were delivered."""
     generator: torch.Generator = field(default_factory=torch.Generator, init=False)
 
     def __post_init__(self) -> None:
         self.generator.manual_seed(self.seed)
 
     def end(self, outcome: str | Exception) -> None:
-        """Hand on why the text ends."""
+        """Deliver the finish reason or an error."""
         self.is_finished = True
         self.put(outcome)
 
 
 class Batches:
-    """A thread that decodes waiting jobs together, with the same tokens for each as alone, but for rounding.
+    """A thread that decodes waiting jobs in batches. Tokens are the same as without batching, up to rounding.
 
-    A batch runs until the last of its texts ends; jobs that come meanwhile wait for the next.
+    A batch runs until its last sequence ends. Jobs that arrive in the meantime wait for the next.
     """
 
     def __init__(
         self, model: Any, *, pad: int, ends: Sequence[int], users: ServedUsers | None = None, most_in_batch: int = 8,
         most_waiting: int = 64,
     ):  # fmt: skip
-        """``model``: a causal model of transformers in eval mode; ``ends``: tokens that end a text."""
+        """``model``: a transformers causal model in eval mode. ``ends``: tokens that end a sequence."""
         self._model, self._pad, self._ends, self._users = model, pad, frozenset(ends), users
         self._most, self._most_waiting = most_in_batch, most_waiting
         self._waiting: list[Job] = []
         self._closing = False
         self._changed = threading.Condition()
-        """Guards the two; notified when they change."""
+        """Guards the two attributes above; notified when they change."""
         known = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in known
         self._takes_last = "logits_to_keep" in known
@@ -90,7 +94,7 @@ class Batches:
 
     @torch.inference_mode()
     def warm_up(self, prompt: Sequence[int], states: Sequence[State | None]) -> None:
-        """Compute two steps of a batch with ``states``, before any job: what requests need is compiled then."""
+        """Compute two steps of a batch with ``states`` before any job, so that everything is compiled."""
         if self._users is not None:
             self._users.assign_states(states)
         ids = torch.tensor([list(prompt)] * len(states), device=self._model.device)
@@ -101,7 +105,7 @@ class Batches:
             self._users.assign_states(())
 
     def submit(self, job: Job) -> None:
-        """Queue a job. Raises BusyError when too many wait."""
+        """Queue a job. Raises BusyError if too many wait."""
         with self._changed:
             self._waiting = [other for other in self._waiting if not other.cancelled]
             if len(self._waiting) >= self._most_waiting:

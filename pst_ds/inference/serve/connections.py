@@ -1,4 +1,4 @@
-"""Connections: limited in number, and closed when the headers of a request do not arrive."""
+"""Connections: limited in number, and closed if the headers of a request do not arrive."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, which has a time limit for the first byte of the next request, but none for its headers.
+    """uvicorn's connection with a time limit for headers; uvicorn only limits the wait for the first byte of the next
+    request.
 
-    Beyond ``most`` connections, a new one takes the place of the one that has waited longest for headers.
+    Beyond ``most`` connections, a new one replaces the one that has waited longest for headers.
     """
 
     most = 512
     header_seconds = 10.0
     _deadline: asyncio.TimerHandle | None = None
-    """Closes the connection; None while a request is read or answered."""
+    """Timer that closes the connection; None while a request is read or answered."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)

@@ -1,4 +1,4 @@
-"""A limit on the CPU time of Python code that may loop, such as a chat template."""
+"""Limit the CPU time of Python code that may loop, such as a chat template."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from _typeshed import TraceFunction
 
 _EVENTS = 256
-"""Lines and calls between two looks at the clock, which takes longer than they do."""
+"""Lines and calls between two readings of the clock, which is slower than they are."""
 Result = TypeVar("Result")
 
 
 def call_within(seconds: float, function: Callable[[], Result]) -> Result:
-    """Return what ``function`` returns. Raises TimeoutError once it has computed for ``seconds``.
+    """Return the result of ``function``. Raises TimeoutError after ``seconds`` of CPU time.
 
-    Python stops no thread from outside, so the code checks itself, at each of its lines and calls; a single call of C
-    code is not interrupted. Time that the thread waits for others does not count.
+    Python cannot stop a thread from outside, so the code checks the time at its lines and calls. A single call of C
+    code is not interrupted. Time that the thread waits does not count.
     """
     end, events = time.thread_time() + seconds, count(1)
 

@@ -1,4 +1,4 @@
-"""Checks before a request is answered: who sends it, then the size of its body and the time until it has arrived."""
+"""Checks before a request is processed: its sender, the size of its body, and the time until it has arrived."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from starlette.types import Message, Receive, Send
 from pst_ds.inference.serve.protocol import ProtocolError
 
 HEALTH = "/health"
-"""Route that everyone may ask for."""
+"""Route that everyone may use."""
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
     """Who may send requests: clients with one of ``keys``, or without keys every program that can reach the server.
 
-    Web pages may not: a browser sends requests of any page to local servers, from the page's own origin (Origin) or,
-    with a DNS entry that was changed meanwhile, under the page's host name (Host). No page knows a key, so with keys
-    Host and Origin may be those of a proxy.
+    Web pages may not. A browser sends requests of any page to local servers, from the page's origin (Origin) or, after
+    a change of its DNS entry, under the page's host name (Host). A page does not know a key, so with keys Host and
+    Origin may be those of a proxy.
     """
 
     keys: Sequence[str] = ()
     host: str = "localhost"
-    """Host name of the server, which is accepted without keys like localhost and every IP address."""
+    """Host name of the server, accepted without keys in addition to localhost and IP addresses."""
 
     def require(self, method: str, headers: Headers) -> None:
-        """Raise ProtocolError unless the sender may send it."""
+        """Raise ProtocolError unless the sender may send the request."""
         if self.keys:
             self._require_key(headers)
         else:
@@ -46,7 +46,8 @@ class Access:
     def _require_key(self, headers: Headers) -> None:
         scheme, _, given = headers.get("authorization", "").encode("latin-1").partition(b" ")
         codes = [code for key in self.keys for code in _on_the_wire(key)]
-        same = [hmac.compare_digest(given.strip(), code) for code in codes]  # all of them: the time tells nothing
+        # compare with all keys, so that the time reveals nothing
+        same = [hmac.compare_digest(given.strip(), code) for code in codes]
         if scheme.lower() != b"bearer" or not any(same):
             raise ProtocolError(
                 401, "this server requires one of its keys (Authorization: Bearer KEY)", code="invalid_api_key"
@@ -67,10 +68,10 @@ class Access:
 
 
 class Gate:
-    """Reads the bodies of requests that ``access`` lets pass, and hands these on to ``app``.
+    """Reads the bodies of requests that ``access`` permits, and passes these on to ``app``.
 
-    It answers 401, 403 or 415 to others without reading their body, 413 to a body of more than ``most`` bytes,
-    regardless of its stated length, and 408 to one that has not arrived after ``seconds``.
+    Answers 401, 403 or 415 to others without reading their body, 413 to a body of more than ``most`` bytes, regardless
+    of its stated length, and 408 to one that has not arrived after ``seconds``.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], access: Access, most: int, seconds: float):
@@ -94,7 +95,7 @@ class Gate:
                 await self._app(scope, _after(whole, receive), send)
 
     async def _body(self, receive: Receive) -> bytes | None:
-        """Return the body, or None when its client has gone. Raises ProtocolError."""
+        """Return the body, or None if its client has disconnected. Raises ProtocolError."""
         body, more = bytearray(), True
         while more:
             message = await receive()
@@ -116,7 +117,7 @@ def _on_the_wire(key: str) -> set[bytes]:
 
 
 def _name(host: str) -> str:
-    """Return the host name or address of a Host header, without the port; "" for an invalid one."""
+    """Return the host name or address of a Host header, without the port; "" if it is invalid."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:

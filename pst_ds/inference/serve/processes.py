@@ -1,4 +1,4 @@
-"""The processes that answer: this one, or workers with a model each, in place of which others come when they die."""
+"""Server processes: this one, or workers with a model each, restarted when they die."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from pst_ds.errors import InputError
 from pst_ds.inference.serve.connections import Connection
 
 GRACE_SECONDS = 30
-"""For answers that are being written when the server is told to end."""
+"""Seconds for answers in progress after the server is told to stop."""
 _READ_SECONDS = 60
-"""After which a client that does not read its answer is disconnected."""
+"""Seconds after which a client that does not read its answer is disconnected."""
 _HANG_SECONDS = 20
-"""After which a worker that gives no sign of life is replaced."""
+"""Seconds after which an unresponsive worker is replaced."""
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """Return a socket of an address, which refuses connections until a server listens on it. Raises InputError."""
+    """Return a socket bound to an address, which refuses connections until a server listens on it. Raises
+    InputError.
+    """
     try:
         family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         made = socket.socket(family, kind, number)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _READ_SECONDS)  # of accepted ones too
+        # accepted sockets inherit it
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _READ_SECONDS)
         made.bind(address)
     except OSError as error:
         raise InputError(f"cannot listen on {host}:{port}: {error}; take another --port or --host") from None
@@ -36,14 +39,15 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def answer(app: FastAPI, at: socket.socket) -> None:
-    """Answer from this process until it is told to end."""
+    """Serve from this process until it is told to stop."""
     uvicorn.Server(config(app)).run(sockets=[at])
 
 
 def answer_from_workers(make: Callable[[], FastAPI], at: socket.socket, workers: int) -> bool:
-    """Answer from ``workers`` processes, each with what ``make`` returns there; one that dies is replaced.
+    """Serve from ``workers`` processes, each with the application that ``make`` returns. Workers that die are
+    restarted.
 
-    ``make`` is pickled. Returns whether it ended because it was told to, and not because a worker could not start.
+    ``make`` is pickled. Returns whether the server was told to stop, rather than failed to start a worker.
     """
     supervisor = Multiprocess(config(_Maker(make), factory=True, workers=workers), sockets=[at])
     supervisor.run()
@@ -52,7 +56,7 @@ def answer_from_workers(make: Callable[[], FastAPI], at: socket.socket, workers:
 
 def config(app: FastAPI | Callable[[], FastAPI], *, factory: bool = False, workers: int = 1) -> uvicorn.Config:
     """Return the settings of a server, one of ``workers``."""
-    level = "info" if workers > 1 else "warning"  # which says of workers when they begin and when they die
+    level = "info" if workers > 1 else "warning"  # uvicorn then logs when workers start and die
     return uvicorn.Config(
         app, factory=factory, workers=workers, log_level=level, access_log=False, http=Connection, ws="none",
         timeout_graceful_shutdown=GRACE_SECONDS, timeout_worker_healthcheck=_HANG_SECONDS,
@@ -60,7 +64,7 @@ def config(app: FastAPI | Callable[[], FastAPI], *, factory: bool = False, worke
 
 
 class _Maker:
-    """Makes an application in a worker. One that cannot be made ends the server: it would fail again and again."""
+    """Creates an application in a worker. If that fails the server stops, because it would fail again."""
 
     def __init__(self, make: Callable[[], FastAPI]):
         self._make = make

@@ -1,4 +1,4 @@
-"""The chat-completions protocol: what a request may say, and the answers to it as JSON values."""
+"""The chat-completions protocol: valid requests, and the answers as JSON values."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _NOT_SERVED: dict[str, tuple[object, ...]] = {
     "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (), "store": (),
     "reasoning_effort": (), "verbosity": (), "web_search_options": (),
 }  # fmt: skip
-"""Fields of the protocol that change an answer, with the values that do not, besides null and empty ones."""
+"""Fields of the protocol that are not supported, with the values that are accepted besides null and empty ones."""
 _OF_MESSAGES: dict[str, tuple[object, ...]] = {
     "refusal": (), "annotations": (), "audio": (), "tool_calls": (), "function_call": (),
 }  # fmt: skip
 
 
 class ProtocolError(Exception):
-    """A request that is refused: an HTTP status, and the protocol's error object."""
+    """A rejected request: an HTTP status, and the protocol's error object."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -56,7 +56,7 @@ class ProtocolError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A request that was checked."""
+    """A validated request."""
 
     model: str
     messages: list[JsonTable]
@@ -66,22 +66,22 @@ class ChatRequest:
     stop: tuple[str, ...]
     stream: bool
     with_usage: bool
-    """Whether the last chunk of a stream says how many tokens there were."""
+    """Whether the last chunk of a stream reports the number of tokens."""
 
 
 def read_request(body: bytes) -> ChatRequest:
-    """Read the body of a request. Raises ProtocolError for an invalid request, and for a field that is not served."""
+    """Parse the body of a request. Raises ProtocolError for an invalid request, and for an unsupported field."""
     try:
         table = json.loads(body)
         if rb"\ud" in body.lower():
-            json.dumps(table, ensure_ascii=False).encode()  # half a surrogate pair is not text: nothing can encode it
+            json.dumps(table, ensure_ascii=False).encode()  # an unpaired surrogate cannot be encoded
     except (ValueError, RecursionError):
         raise ProtocolError(400, "the body is not JSON") from None
     return chat_request(table)
 
 
 def chat_request(table: object) -> ChatRequest:
-    """Check a request. Raises ProtocolError as :func:`read_request` does."""
+    """Validate a request. Raises ProtocolError as :func:`read_request` does."""
     if not isinstance(table, dict):
         raise ProtocolError(400, "the body must be a JSON object")
     _require_known(table, _SERVED, _WITHOUT_EFFECT, _NOT_SERVED)
@@ -112,7 +112,7 @@ def completion(model: str, text: str, why: str, prompt_tokens: int, new_tokens: 
 
 
 class Chunks:
-    """The pieces of the answer to a request with ``stream``; all have one id."""
+    """The chunks of the answer to a request with ``stream``; all have one id."""
 
     def __init__(self, model: str):
         self._head = _head(model, "chat.completion.chunk")
@@ -160,7 +160,7 @@ def _require_known(
     table: JsonTable, served: Sequence[str], without_effect: Sequence[str] = (),
     not_served: Mapping[str, tuple[object, ...]] = MappingProxyType({}), *, place: str = "",
 ) -> None:  # fmt: skip
-    """Raise ProtocolError for the first field of ``table`` that is unknown, or asks for what is not served."""
+    """Raise ProtocolError for the first field of ``table`` that is unknown or has an unsupported value."""
     for name, value in table.items():
         if name in served or name in without_effect:
             continue

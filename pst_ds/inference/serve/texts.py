@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 _UNFINISHED = "\ufffd"
 """Placeholder that tokenizers write for the bytes of an incomplete character."""
 _MOST_PENDING = 64
-"""Tokens that may wait for the end of a character. One has at most 4 bytes, so what waits longer is not text."""
+"""Tokens that may wait for the end of a character. A character has at most 4 bytes, so more tokens are not text."""
 
 
 class TextStream:
-    """Text as it grows; pieces that are handed out are never taken back.
+    """Generated text in pieces that are final once returned.
 
-    A token costs the same work in a long text as in a short one: only the tokens of the last piece are decoded again,
-    since some decoders treat the first token differently, and only text that may begin a stop string is compared again.
+    The cost per token does not grow with the text: only the tokens of the last piece are decoded again, since some
+    decoders treat the first token differently, and only text that may start a stop string is compared again.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
@@ -27,13 +27,13 @@ class TextStream:
         """Tokens of the last piece."""
         self._last_text = ""
         self._pending: list[int] = []
-        """Tokens since then."""
+        """Tokens after the last piece."""
         self._held = ""
-        """Text that may begin a stop string."""
+        """Text that may be the start of a stop string."""
         self.count = 0
         """Tokens so far."""
         self.stopped = False
-        """True once a stop string has come; what follows is not given out."""
+        """True after a stop string, whose following text is not returned."""
 
     def add(self, token: int) -> str:
         """Return the text that is final now; "" while a character or a stop string may be incomplete."""
@@ -49,7 +49,7 @@ class TextStream:
         return self._give(piece)
 
     def end(self) -> str:
-        """Return what was held back."""
+        """Return the text held back."""
         text = self._decoded(self._last + self._pending)
         return self._give(text[len(self._last_text) :], is_last=True)
 
@@ -69,7 +69,7 @@ class TextStream:
         return text[:upto]
 
     def _may_begin_stop(self, text: str) -> int:
-        """Return how many of the last characters may be the beginning of a stop string."""
+        """Return how many of the last characters may be the start of a stop string."""
         return max(
             (
                 size

@@ -1,4 +1,6 @@
-"""Users over a model folder, dense or packed: each sample of a batch with the update of another user, or none."""
+"""Per-user adapters for a model folder, dense or packed: each sample of a batch with another user's adapter, or
+none.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,14 @@ from pst_ds.train.users.store import State, UserStore, UserStoreError
 
 
 class ServedUsers:
-    """A store over a model in memory. A switch of users is a look-up of their states; no weight changes."""
+    """A store of adapters for a model in memory. Switching users looks up their states; no weight changes."""
 
     def __init__(self, model: nn.Module, folder: Path, store: UserStore):
-        """``model``: that of ``folder``, an export of the run that the users were trained over. Raises UserStoreError
-        for a store of another form, base or mask, and for states with a head, which belong to one user at a time."""
+        """``model``: the model of ``folder``, an export of the run that the users were trained on.
+
+        Raises UserStoreError for a store with another form, base or mask, and for states with a head, which belong to
+        one user at a time.
+        """
         self.store, self._model = store, model
         _require_served(store)
         _require_base(folder, store)
@@ -34,17 +39,21 @@ class ServedUsers:
             raise UserStoreError(f"{store.folder} does not fit the model in {folder}: {error}") from None
 
     def assign(self, users: Sequence[str | None]) -> None:
-        """Let sample i of every batch from now on be one of ``users[i]``, or of nobody for None. Raises UserStoreError
-        for a user that is not there, and leaves all as it was."""
+        """Let sample i of later batches use the adapter of ``users[i]``, or none for None.
+
+        Raises UserStoreError for an unknown user, without changing anything.
+        """
         self.assign_states([None if user is None else self.store.state(user) for user in users])
 
     def assign_states(self, states: Sequence[State | None]) -> None:
-        """Let sample i of every batch from now on have ``states[i]``, which the store has given; None for nobody.
-        An empty sequence is the base for whatever comes."""
+        """Let sample i of later batches use ``states[i]``, from the store; none for None.
+
+        With an empty sequence every sample uses the base model.
+        """
         self._updates.assign(states, like=next(p for p in self._model.parameters() if p.is_floating_point()))
 
     def close(self) -> None:
-        """Take the updates off the model."""
+        """Remove the updates from the model."""
         self._updates.remove()
 
 
@@ -75,7 +84,9 @@ def _require_base(folder: Path, store: UserStore) -> None:
 
 
 def _require_masks(model: nn.Module, folder: Path, store: UserStore) -> None:
-    """Compare the zeros of the layers with the masks; of codes, which may be zero where the mask keeps, none are."""
+    """Compare the zeros of the layers with the masks. Quantised layers are omitted, because kept weights may be
+    zero.
+    """
     layers = sparse_layers(model)
     if any(layer.is_quantized for layer in layers.values()):
         return
@@ -85,7 +96,7 @@ def _require_masks(model: nn.Module, folder: Path, store: UserStore) -> None:
             raise UserStoreError(f"{store.folder} has states over a layer {name}, which the model in {folder} has not")
         keep = _weight(modules[name], name in layers) != 0
         found = {hashlib.sha256(pack_mask(bits).numpy().data).hexdigest() for bits in (keep, keep.t().contiguous())}
-        if known not in found:  # in the order of nn.Linear, or in that of Conv1D, which a packed layer has not
+        if known not in found:  # try the order of nn.Linear and of Conv1D, which a packed layer does not record
             raise UserStoreError(
                 f"{store.folder} has states over other masks than {folder} ({name}); take the export of the run and "
                 "checkpoint that they were trained over"
