@@ -67,9 +67,6 @@ def test_the_layers_of_the_architecture_page_are_those_of_the_code():
     assert {name: int(layer) for name, layer in rows} == {name: LAYER_OF[name] for name in packages}
 
 
-def test_the_readme_is_short_enough_to_read():
-    assert len(PAGES["README.md"].splitlines()) <= 130
-
-
-def test_the_readme_starts_with_a_command():
-    assert min(block.line for block in blocks("README.md") if block.language == "bash") <= 30
+def test_the_readme_is_short_and_starts_with_a_command():
+    assert len(PAGES["README.md"].splitlines()) <= 90
+    assert min(block.line for block in blocks("README.md") if block.language == "bash") <= 25

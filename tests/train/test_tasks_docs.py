@@ -1,4 +1,4 @@
-"""What docs/tasks.md shows can be run: its run files are read, its commands parse, and nothing is left out."""
+"""What docs/how-to/data.md shows can be run: its run files are read, its commands parse, and nothing is left out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pst_ds.config.presets import DATA_PRESETS
 from pst_ds.config.tasks import TASKS
 from pst_ds.config.toml import run_from_table
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "how-to" / "data.md").read_text(encoding="utf-8")
 
 
 def _blocks(language):
@@ -29,7 +29,8 @@ def _commands():
 @pytest.mark.parametrize("block", _blocks("toml"))
 def test_every_run_file_is_read(block):
     table = {"output_dir": "runs/a", "model": {"path": "m"}, "train": {"num_steps": 1}, **tomllib.loads(block)}
-    assert run_from_table(table).data.train
+    data = run_from_table(table).data
+    assert data.train or data.sources
 
 
 @pytest.mark.parametrize("command", _commands())
@@ -39,7 +40,7 @@ def test_every_command_parses(command):
 
 
 def test_every_task_metric_and_preset_is_told_of():
-    assert len(_blocks("toml")) >= 4
-    assert len(_commands()) >= 4
+    assert len(_blocks("toml")) >= 3
+    assert _commands()
     for name in [*TASKS, *(metric for facts in TASKS.values() for metric in facts.metrics), *DATA_PRESETS]:
         assert f"`{name}`" in PAGE, name
