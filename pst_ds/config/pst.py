@@ -64,7 +64,7 @@ class PSTConfig:
     """As in PEFT: "all-linear" is every linear layer inside the blocks, but the routers of experts, which stay dense;
     another string is a regular expression for the whole module name; a list holds names or their dotted endings.
     Stacks of experts in 3-D Parameters count as linear layers, by the name of the Parameter or of the module around it
-    (docs/experts.md). "all-linear" refuses a model with other weights in the blocks that no linear layer has."""
+    (docs/how-to/large-models.md). "all-linear" rejects a model whose blocks hold weights outside of linear layers."""
     exclude_modules: str | tuple[str, ...] = ()
     """Modules left dense and frozen, matched as ``target_modules`` is, but a list also names all that is in its
     modules, and a string that is a plain name counts as a list of it; also those that "all-linear" refuses."""

@@ -104,7 +104,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PicturesConfig:
-    """Figures of every layer and pictures of some, for TensorBoard and layers.jsonl (docs/watching.md)."""
+    """Figures of every layer and pictures of some, for TensorBoard and layers.jsonl (docs/how-to/monitor.md)."""
 
     interval: int = 0
     """Optimizer steps between two; 0 is about 20 times in the run, -1 never. The last step always has one."""

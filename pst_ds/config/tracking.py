@@ -12,7 +12,7 @@ TRACKERS = ("wandb", "mlflow", "trackio")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackingConfig:
-    """Trackers that a run writes its metrics to, beside TensorBoard and metrics.jsonl (docs/watching.md)."""
+    """Trackers that a run writes its metrics to, beside TensorBoard and metrics.jsonl (docs/how-to/monitor.md)."""
 
     to: tuple[str, ...] = ()
     """"wandb", "mlflow", "trackio", or several of them; each takes its address and its offline mode from the

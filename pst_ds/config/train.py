@@ -27,7 +27,7 @@ class TrainConfig:
     """Micro-batches whose gradients are summed for one optimizer step."""
     sequence_parallel: Positive = 1
     """Neighbouring ranks n that train on the same sequences, each on ``data.max_length`` / n tokens, for sequences too
-    long for one. It must divide the ranks and the model's attention heads (docs/long-sequences.md)."""
+    long for one. It must divide the ranks and the model's attention heads (docs/how-to/large-models.md)."""
     precision: Precision = "bf16"
     """What the model computes in; factors, moments and losses are kept in fp32 either way."""
     score_learning_rate: Rate | None = None
@@ -57,7 +57,7 @@ class TrainConfig:
     """Optimizer steps between lines of metrics.jsonl; a mask update always writes one."""
     profile_steps: str = ""
     """First and last optimizer step, as "20:22", that rank 0 records with torch.profiler into profile/ of the run
-    folder: where the time goes, operator by operator (docs/watching.md). Empty is none."""
+    folder: where the time goes, operator by operator (docs/how-to/monitor.md). Empty is none."""
     stall_timeout_seconds: Annotated[float, Ge(0.0), Lt(1e7)] = 1800.0
     """A rank that makes no progress for so long ends the run, with its number and stack. Longer than the longest
     micro-batch, mask update and evaluation batch. 0 never does."""

@@ -25,7 +25,7 @@ def machine_of(name: str) -> Machine:
     if not name.endswith(".toml"):
         raise InputError(
             f"--machine {name!r} is no machine: there are {', '.join(MACHINES)}; or name a TOML file with rates of "
-            "your own, whose name ends in .toml (docs/scaling.md)"
+            "your own, whose name ends in .toml (docs/how-to/large-models.md)"
         )
     return read_machine(Path(name))
 
@@ -38,7 +38,8 @@ def read_machine(path: Path) -> Machine:
         reason = error.strerror or first_line(error)
         raise InputError(f"--machine {str(path)!r} cannot be read ({reason}); name a TOML file of rates") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"--machine {path} is not TOML: {first_line(error)}; see docs/scaling.md for one") from None
+        hint = "see docs/how-to/large-models.md for an example"
+        raise InputError(f"--machine {path} is not TOML: {first_line(error)}; {hint}") from None
     unknown = next((key for key in table if key not in _FIELDS), None)
     if unknown is not None:
         near = difflib.get_close_matches(unknown, _FIELDS, n=1)

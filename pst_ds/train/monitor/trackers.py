@@ -56,7 +56,7 @@ class Trackers:
                 self.close()
                 raise ConfigError(
                     f"tracking.to names {kind}, which does not start: {first_line(error)}; log in, set its offline "
-                    "mode (docs/watching.md), or leave it out"
+                    "mode (docs/how-to/monitor.md), or leave it out"
                 ) from error
             self._started[kind] = tracker
             ids[kind] = tracker.id

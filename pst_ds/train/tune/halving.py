@@ -15,10 +15,10 @@ from pst_ds.errors import InputError
 
 RATES = tuple(f"{group}_learning_rate" for group in ("score", "update", "gate", "prompt", "embedding", "head"))
 LEAST_STEPS = 40
-"""Optimizer steps of the shortest trial: after 20, hardly one had learned anything (docs/tuning.md)."""
+"""Optimizer steps of the shortest trial. With 20, trials learn nothing (tools/quality/logs/learning-rate-search.md)."""
 TRIAL_POWER = 1 / 6
 """Rates of a trial rise with this power of how much shorter it is: half of what long runs have, since near 40 steps the
-edge above which runs collapse is hardly higher than at 600 (docs/tuning.md)."""
+edge above which runs collapse is hardly higher than at 600 (tools/quality/logs/learning-rate-search.md)."""
 DEVIATIONS = 2.0
 """By how many standard errors of the metric other rates must be better than the run's own."""
 _GROWTH = 3

@@ -26,9 +26,9 @@ from pst_ds.train.users.store import State, UserStore, require_name
 _NEVER = 1 << 40
 SHARE_BESIDE_A_HEAD = 0.2
 """Share of the run's update rate for users with their own head: at the full rate, updates overfit a few rows that the
-head alone could fit (docs/users.md)."""
+head alone could fit (tools/quality/logs/users.md)."""
 SHARE_OF_TOKENS = 0.4
-"""The same share for language models, which overfit a user's few documents at the full rate (docs/users.md)."""
+"""The same for language models: at the full rate they overfit a user's documents (tools/quality/logs/users.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
