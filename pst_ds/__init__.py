@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CubicSchedule": "core.schedule",
     "Grid": "core.quantization.grid",
-    "MaskUpdater": "masks.updater",
+    "MaskUpdater": "masks.schedule_driver",
     "OneShotSchedule": "core.schedule",
     "PSTConfig": "config.pst",
     "RoundingSchedule": "core.schedule",
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pst_ds.core.schedule import CubicSchedule as CubicSchedule
     from pst_ds.core.schedule import OneShotSchedule as OneShotSchedule
     from pst_ds.core.schedule import RoundingSchedule as RoundingSchedule
-    from pst_ds.masks.updater import MaskUpdater as MaskUpdater
+    from pst_ds.masks.schedule_driver import MaskUpdater as MaskUpdater
     from pst_ds.nn.adapter_checkpoints import adapter_checkpoints as adapter_checkpoints
     from pst_ds.nn.inject import inject_pst as inject_pst
     from pst_ds.nn.merge import merge_and_unload as merge_and_unload

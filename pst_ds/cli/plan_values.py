@@ -290,7 +290,7 @@ def _batch(config: RunConfig, micro_batch_size: int, teacher: dict[str, int], tr
 
 
 def _schedule(config: RunConfig, num_steps: int) -> Plan | None:
-    schedule = config.make_schedule(num_steps)
+    schedule = config.make_schedules(num_steps).masks
     if schedule is None:
         return None
     updates = [step for step in range(num_steps + 1) if schedule.updates_masks_at(step)]
@@ -305,7 +305,7 @@ def _schedule(config: RunConfig, num_steps: int) -> Plan | None:
 
 
 def _rounding(config: RunConfig, num_steps: int) -> Plan | None:
-    schedule = config.make_rounding(num_steps)
+    schedule = config.make_schedules(num_steps).rounding
     if schedule is None:
         return None
     searches = sum(schedule.updates_scales_at(step) for step in range(num_steps + 1))

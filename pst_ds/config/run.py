@@ -25,9 +25,9 @@ from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.schedule import (
     CubicSchedule,
     OneShotSchedule,
-    RoundingSchedule,
     Schedule,
     ScheduleConfig,
+    Schedules,
     default_learning_rates,
 )
 
@@ -192,7 +192,7 @@ class RunConfig:
         require_choice("method", self.method, METHODS_BY_NAME)
         check_task(self.task, self.data, self.eval, self.train.num_steps)
         self._require_method_fits()
-        self.make_schedule(1)  # refuse bad numbers now
+        self._mask_schedule(1)  # refuse bad numbers now
         self._require_reachable_sparsity()
         self.start.require_fit(self)
         self.quantization.require_fit(self.method, self.schedule)
@@ -313,8 +313,17 @@ class RunConfig:
         """Examples a rank evaluates at a time."""
         return self.eval.batch_size or self.task_facts.eval_batch_size
 
-    def make_schedule(self, num_steps: int) -> Schedule | None:
-        """Return the sparsity schedule of a run of ``num_steps``; None for the dense methods."""
+    def make_schedules(self, num_steps: int) -> Schedules:
+        """Return when a run of ``num_steps`` changes its masks, quantisation scales and update ranks.
+
+        Raises ConfigError for numbers that do not fit together, or weights that would be quantised too late.
+        """
+        masks = self._mask_schedule(num_steps)
+        rounding = self.quantization.make_schedule(masks, num_steps)
+        return Schedules(masks, rounding, self._rank_budget(num_steps))
+
+    def _mask_schedule(self, num_steps: int) -> Schedule | None:
+        """Return the sparsity schedule; None for the dense methods."""
         masks = self.mask_method.masks
         if masks == "none":
             return None
@@ -325,18 +334,14 @@ class RunConfig:
         except ValueError as error:
             raise ConfigError(f"schedule.{error}") from None
 
-    def make_ranks(self, num_steps: int) -> Schedule | None:
-        """Return the schedule of the share of the updates' components that a run of ``num_steps`` drops, along the ramp
-        of ``[schedule]`` with any method; None for a run that keeps them all."""
+    def _rank_budget(self, num_steps: int) -> Schedule | None:
+        """Return the schedule of the share of the updates' components that is dropped, along the ramp of
+        ``[schedule]`` with any method; None for a run that keeps them all."""
         dropped_share = self.mask_method.pst_config(self.pst).dropped_share if self.mask_method.injects else 0.0
         if not dropped_share:
             return None
         ramp = replace(self.schedule, final_sparsity=dropped_share, initial_sparsity=0.0)
         return CubicSchedule(num_steps=num_steps, **asdict(ramp))
-
-    def make_rounding(self, num_steps: int) -> RoundingSchedule | None:
-        """Return when a run of ``num_steps`` rounds its weights; None for never. Raises ConfigError if too late."""
-        return self.quantization.make_schedule(self.make_schedule(num_steps), num_steps)
 
     def num_steps(self, num_examples: int) -> int:
         """Return the run's optimizer steps for ``num_examples`` to train on; ConfigError for less than a batch."""

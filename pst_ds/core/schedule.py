@@ -191,6 +191,54 @@ class RoundingSchedule:
         return self.start <= step < self.num_steps and (step - self.start) % self.interval == 0
 
 
+@dataclass(frozen=True, slots=True)
+class Schedules:
+    """What changes at which step of a run: masks, quantisation scales and update ranks; None for what never changes."""
+
+    masks: Schedule | None = None
+    """Sparsity of the masks."""
+    rounding: RoundingSchedule | None = None
+    """Steps from which on weights are quantised, and steps at which their scales are searched."""
+    rank_budget: Schedule | None = None
+    """Share of the components of U V that is dropped."""
+
+    def sparsity_at(self, step: int) -> float:
+        """Return the sparsity of the masks after ``step`` applied steps; 0 without masks."""
+        return 0.0 if self.masks is None else self.masks.sparsity_at(step)
+
+    def progress_at(self, step: int) -> float:
+        """Return the share of the final sparsity that ``step`` has reached, in [0, 1]; 0 without masks."""
+        return 0.0 if self.masks is None else self.masks.progress_at(step)
+
+    def updates_masks_at(self, step: int) -> bool:
+        """Return whether new masks are selected right after ``step``."""
+        return self.masks is not None and self.masks.updates_masks_at(step)
+
+    def masks_final_at(self, step: int) -> bool:
+        """Return whether there are masks, and they no longer change from ``step`` on."""
+        return self.masks is not None and self.masks.is_final(step)
+
+    def quantises_at(self, step: int) -> bool:
+        """Return whether weights are quantised from ``step`` on."""
+        return self.rounding is not None and self.rounding.rounds_at(step)
+
+    def updates_scales_at(self, step: int) -> bool:
+        """Return whether quantisation scales are searched right after ``step``."""
+        return self.rounding is not None and self.rounding.updates_scales_at(step)
+
+    def dropped_share_at(self, step: int) -> float | None:
+        """Return the share of components to have dropped right after ``step``; None where none are dropped then."""
+        budget = self.rank_budget
+        return budget.sparsity_at(step) if budget is not None and budget.updates_masks_at(step) else None
+
+    def is_settled(self, step: int) -> bool:
+        """Return whether from ``step`` on the model has the form that the run ends with: final masks and ranks, and
+        weights quantised if they ever are."""
+        ramps = (self.masks, self.rank_budget)
+        ramps_final = all(ramp is None or ramp.is_final(step) for ramp in ramps)
+        return ramps_final and (self.rounding is None or self.rounding.rounds_at(step))
+
+
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:
     if not holds:
         raise ValueError(f"{name} = {value} must be {wanted}")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from pst_ds.core.bits import join_bits, pack_shard
 from pst_ds.core.kernels.triton.bit_sums import ShardBits, bit_sums
 from pst_ds.masks.layer_scores import LayerScores, factors_of, ranked_weights, whole_masters
-from pst_ds.masks.ranks import RankStats, drop_components
-from pst_ds.masks.select import Matrix, select_kept, weights_kept
+from pst_ds.masks.sharded_select import Matrix, select_kept, weights_kept
+from pst_ds.masks.update_rank_budget import RankStats, drop_components
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import zero3
@@ -62,9 +62,9 @@ def update_masks(
     Of a matrix, exactly floor(sparsity * numel) weights are pruned; of "global" ones together, as many as they would be
     each by itself; in every row floor(sparsity * in_features); of blocks, or groups of N:M, floor(share * number).
     Among equal scores the lowest flat index goes first. With a ``dropped_share`` components of U V are dropped before,
-    from the same masters (:func:`pst_ds.masks.ranks.update_ranks`). Collective, with a number of collectives that does
-    not depend on the number of layers. Raises FloatingPointError on every rank, naming the layers, for scores that are
-    not finite; the masks are then unchanged.
+    from the same masters, see :mod:`pst_ds.masks.update_rank_budget`. Collective, with a number of collectives that
+    does not depend on the number of layers. Raises FloatingPointError on every rank, naming the layers, for scores that
+    are not finite; the masks are then unchanged.
     """
     layers = pst_layers(model)
     for name, layer in layers.items():

@@ -18,7 +18,7 @@ from pst_ds.checkpoint.restore import weight_scales
 from pst_ds.checkpoint.retention import step_name
 from pst_ds.checkpoint.writer import CheckpointWriter, SaveResult, size_limit
 from pst_ds.config.run import RunConfig
-from pst_ds.core.schedule import RoundingSchedule, Schedule
+from pst_ds.core.schedule import Schedules
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import is_main
 from pst_ds.parallel.stop_signals import name_of
@@ -43,8 +43,6 @@ class Checkpointer:
         num_steps: The last step, which is always evaluated and saved.
         evaluate: Computes the metrics of the engine's model; None for a run without validation data.
         lower_is_better: Whether the run's metric is one to minimise.
-        rounding: When weights are rounded; None for never.
-        ranks: When components of updates are dropped; None for never.
         watched: Steps that are evaluated too, which choose no best checkpoint.
         new_state, new_progress: Make what a checkpoint records, given what changes during the run.
         checkpoint: The one that the run continues from.
@@ -54,22 +52,19 @@ class Checkpointer:
         self,
         run: RunConfig,
         engine: Engine,
-        schedule: Schedule | None,
+        schedules: Schedules,
         metrics: MetricsWriter,
         *,
         folder: Path,
         num_steps: int,
         evaluate: Callable[[], dict[str, float]] | None,
         lower_is_better: bool,
-        rounding: RoundingSchedule | None = None,
-        ranks: Schedule | None = None,
         watched: Collection[int] = (),
         new_state: partial[CheckpointState],
         new_progress: Callable[..., RunProgress],
         checkpoint: Checkpoint | None = None,
     ):
-        self._run, self._engine, self._schedule, self._metrics = run, engine, schedule, metrics
-        self._rounding, self._ranks = rounding, ranks
+        self._run, self._engine, self._schedules, self._metrics = run, engine, schedules, metrics
         self._folder, self._num_steps = folder, num_steps
         self._evaluate_now, self._lower_is_better, self._watched = evaluate, lower_is_better, watched
         self._new_state, self._new_progress = new_state, new_progress
@@ -147,18 +142,13 @@ class Checkpointer:
         self._last_evaluated = (state.step, values)
 
     def _is_best(self, state: LoopState) -> bool:
-        """Return whether the model, just evaluated, is the best so far at the final sparsity and ranks, and rounded if
-        it will be; remember it if so."""
+        """Return whether the model, just evaluated, is the best so far at the final sparsity and ranks, and quantised
+        if it will be; remember it if so."""
         value = self._last_evaluated[1][self._run.metric]
-        is_final = all(one is None or one.is_final(state.step) for one in (self._schedule, self._ranks))
-        if not is_final or not self._rounds(state.step, default=True) or not self._is_better(value):
+        if not self._schedules.is_settled(state.step) or not self._is_better(value):
             return False
         self._best, self.best_step = value, state.step
         return True
-
-    def _rounds(self, step: int, *, default: bool) -> bool:
-        """Return whether weights are rounded at ``step``; ``default`` for a run that never rounds."""
-        return default if self._rounding is None else self._rounding.rounds_at(step)
 
     def _is_better(self, value: float) -> bool:
         """A NaN is never better, and any number is better than a NaN."""
@@ -182,16 +172,16 @@ class Checkpointer:
             self._settle(held.step, held.progress["best_step"], is_last=False)
 
     def _state(self, state: LoopState) -> CheckpointState:
-        (evaluated_step, metrics), schedule = self._last_evaluated, self._schedule
+        (evaluated_step, metrics), schedules = self._last_evaluated, self._schedules
         best = {"best_step": self.best_step, "best_value": self._best, "evaluated_step": evaluated_step}
         progress = self._new_progress(state, seconds=self._metrics.seconds, **best)
         return self._new_state(
             step=state.step,
-            sparsity=schedule.sparsity_at(state.step) if schedule else 0.0,
-            masks_frozen=schedule is None or schedule.is_final(state.step),
+            sparsity=schedules.sparsity_at(state.step),
+            masks_frozen=schedules.masks is None or schedules.masks_final_at(state.step),
             weight_scales=weight_scales(self._engine.module),
             metrics=metrics if evaluated_step == state.step else {},
-            rounds=self._rounds(state.step, default=False),
+            rounds=schedules.quantises_at(state.step),
             progress=asdict(progress),
         )
 

@@ -87,7 +87,7 @@ def fit_of(run: RunConfig, task: Task, examples: ExampleSet, num_steps: int, den
         training=training,
         validation=validation,
         num_steps=num_steps,
-        masks_final=masks_final(run.make_schedule(num_steps), num_steps),
+        masks_final=masks_final(run.make_schedules(num_steps).masks, num_steps),
         epochs=num_steps * run.train.batch_size / len(examples),
         is_same_loss=not run.distillation.weight,
         constant=task.constant_loss(examples),

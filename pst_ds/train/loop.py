@@ -17,17 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.config.run import ConfigError, RunConfig
-from pst_ds.core.schedule import RoundingSchedule, Schedule, learning_rate_factor
+from pst_ds.core.schedule import Schedules, learning_rate_factor
 from pst_ds.data.tasks import ExampleSet, task_of
 from pst_ds.masks.layer_stats import chosen_layers, measure
-from pst_ds.masks.scales import update_scales
+from pst_ds.masks.schedule_driver import SPARSITY_TOLERANCE, update_if_due
 from pst_ds.masks.update import MaskStats
-from pst_ds.masks.updater import SPARSITY_TOLERANCE, update_masks_if_due, update_ranks_if_due
 from pst_ds.nn.inject import (
     freeze_scores,
     persistent_buffers,
     pst_layers,
-    round_weights,
     set_score_penalty,
     shortened,
 )
@@ -81,16 +79,13 @@ class Loop:
 
     run: RunConfig
     engine: Engine
-    schedule: Schedule | None
+    schedules: Schedules
     examples: ExampleSet
     tokenizer: PreTrainedTokenizerBase
     num_steps: int
     device: str
     metrics: MetricsWriter
     objective: Objective
-    rounding: RoundingSchedule | None = None
-    ranks: Schedule | None = None
-    """Of the share of the updates' components that is dropped."""
     clock: StepClock = field(init=False)
     own_time: OwnTime = field(init=False)
     pace: Pace = field(init=False)
@@ -109,10 +104,9 @@ class Loop:
         engine = self.engine
         engine.train()
         if not state.batch:
-            _update_masks_if_due(self, state)
-            _update_scales_if_due(self, state)
+            _update_if_due(self, state)
             _picture_if_due(self, state)
-        elif self.schedule is not None and self.schedule.is_final(state.step):
+        elif self.schedules.masks_final_at(state.step):
             freeze_scores(engine.module)
         if state.step >= self.num_steps:
             return
@@ -137,8 +131,7 @@ class Loop:
                     _require_unchanged(engine.module, buffers)
                     buffers = {}
                 with self.clock.timing("masks"):
-                    _update_masks_if_due(self, state)
-                    _update_scales_if_due(self, state)
+                    _update_if_due(self, state)
                 recorder.after(state.step)
                 _name_straggler(self, state)
                 _picture_if_due(self, state)
@@ -229,46 +222,35 @@ def seed_random_numbers(seed: int, batch: int) -> None:
 def set_rates(loop: Loop, step: int) -> None:
     """Set every group's learning rate for the step after ``step``, the scores' to zero once the masks are fixed; and
     the penalty on scores."""
-    if loop.run.train.score_penalty and loop.schedule is not None:
-        penalty = loop.run.train.score_penalty * loop.schedule.progress_at(step)
+    if loop.run.train.score_penalty:
+        penalty = loop.run.train.score_penalty * loop.schedules.progress_at(step)
         backward_passes = loop.run.train.gradient_accumulation_steps  # each adds its share
         set_score_penalty(loop.engine.module, penalty / backward_passes)
     factor = learning_rate_factor(step, loop.num_steps, loop.run.train.learning_rate_warmup_fraction)
-    masks_fixed = loop.schedule is not None and loop.schedule.is_final(step)
+    masks_fixed = loop.schedules.masks_final_at(step)
     for group in loop.engine.optimizer.param_groups:
         group["lr"] = 0.0 if masks_fixed and group["name"] == "scores" else group["peak_lr"] * factor
 
 
-def _update_masks_if_due(loop: Loop, state: LoopState) -> None:
-    """Update the masks, and the ranks of the updates; schedules and ``state.step`` are equal on every rank, so all
-    ranks do or none does."""
-    schedule, masks = loop.schedule, None
-    if schedule is not None:
-        masks = update_masks_if_due(loop.engine.module, schedule, state.step, ranks=loop.ranks)
-    ranks = update_ranks_if_due(loop.engine.module, loop.ranks, state.step, masks)
-    if ranks is not None:
-        loop.metrics.write(state.step, {"event": "rank_update", "mean_rank": ranks.mean_rank})
-        loop.metrics.ranks(state.step, ranks)
-    if schedule is None or masks is None:
-        return
-    if loop.run.pst.initial_mask == "zeros":
-        _require_sparsity(loop.run, masks)
-    state.masks = masks
-    sparsity = {"sparsity/target": schedule.sparsity_at(state.step), "sparsity/actual": masks.sparsity}
-    change = {"flip_rate": masks.flip_rate, "mask_checksum": masks.checksum}
-    loop.metrics.write(state.step, {"event": "mask_update", **sparsity, **change})
-    loop.metrics.masks(state.step, masks)
-
-
-def _update_scales_if_due(loop: Loop, state: LoopState) -> None:
-    """Search the scales of rounded weights, and round from the first time on; on all ranks or on none."""
-    if loop.rounding is None or not loop.rounding.updates_scales_at(state.step):
-        return
-    heartbeat("the search of scales")
-    found = update_scales(loop.engine.module)
-    round_weights(loop.engine.module)
-    loop.metrics.write(state.step, {"event": "rounding", "rounding_error": found.error})
-    loop.metrics.rounding(state.step, found.layer_errors)
+def _update_if_due(loop: Loop, state: LoopState) -> None:
+    """Update masks, update ranks and quantisation scales where the schedules say so, and log it. Collective: schedules
+    and ``state.step`` are equal on every rank."""
+    done = update_if_due(loop.engine.module, loop.schedules, state.step)
+    if done.ranks is not None:
+        loop.metrics.write(state.step, {"event": "rank_update", "mean_rank": done.ranks.mean_rank})
+        loop.metrics.ranks(state.step, done.ranks)
+    if done.masks is not None:
+        masks = state.masks = done.masks
+        if loop.run.pst.initial_mask == "zeros":
+            _require_sparsity(loop.run, masks)
+        target = loop.schedules.sparsity_at(state.step)
+        sparsity = {"sparsity/target": target, "sparsity/actual": masks.sparsity}
+        change = {"flip_rate": masks.flip_rate, "mask_checksum": masks.checksum}
+        loop.metrics.write(state.step, {"event": "mask_update", **sparsity, **change})
+        loop.metrics.masks(state.step, masks)
+    if done.scales is not None:
+        loop.metrics.write(state.step, {"event": "rounding", "rounding_error": done.scales.error})
+        loop.metrics.rounding(state.step, done.scales.layer_errors)
 
 
 def _require_sparsity(run: RunConfig, masks: MaskStats) -> None:
@@ -299,7 +281,7 @@ def _picture_if_due(loop: Loop, state: LoopState) -> None:
         return
     heartbeat("the figures of the layers")
     before = pictures.last_before(state.step, loop.num_steps)
-    masks_change = loop.schedule is not None and (before < 0 or not loop.schedule.is_final(before))
+    masks_change = loop.schedules.masks is not None and (before < 0 or not loop.schedules.masks_final_at(before))
     stats = measure(loop.engine.module, chosen_layers(layers, pictures.layers), with_scores=masks_change)
     if stats.mean_correlation is not None:
         loop.metrics.write(state.step, {"event": "scores", "correlation": stats.mean_correlation})
@@ -340,7 +322,7 @@ def _report_if_due(loop: Loop, state: LoopState) -> None:
         "losses": losses,
         **_gradient_norm(loop.engine),
         **{f"lr/{group['name']}": group["lr"] for group in loop.engine.optimizer.param_groups},
-        "sparsity/target": loop.schedule.sparsity_at(state.step) if loop.schedule else 0.0,
+        "sparsity/target": loop.schedules.sparsity_at(state.step),
         "sparsity/actual": sparsity,
         "flip_rate": flip_rate,
         "tokens_per_second": per_second,

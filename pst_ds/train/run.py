@@ -204,7 +204,7 @@ def train_run(
     run = prepared.with_rates(run, examples)
     prepared, folder = replace(prepared, run=run), Path(run.output_dir)
     dense = raise_on_all_ranks(lambda: _dense_run(run, examples.digest))
-    schedule, rounding, ranks = run.make_schedule(num_steps), run.make_rounding(num_steps), run.make_ranks(num_steps)
+    schedules = run.make_schedules(num_steps)
     begun = _begin(prepared, examples, num_steps, resume=resume, restart=restart, quiet=quiet)
     checkpoint, engine, objective = begun.checkpoint, begun.engine, begun.objective
     step, seconds = run_folder.reached(checkpoint)
@@ -213,13 +213,14 @@ def train_run(
     about_loss = f"the loss holds the logits of a whole micro-batch, because {why}" if why else ""
     for remark in (begun.warning, prepared.task.remark(run.data, examples), remark_on_shares(run), about_loss):
         metrics.say(remark)
-    given = (examples, prepared.tokenizer, num_steps, prepared.device, metrics, objective, rounding)
-    loop = Loop(run, engine, schedule, *given, ranks)
+    loop = Loop(
+        run, engine, schedules, examples, prepared.tokenizer, num_steps, prepared.device, metrics, objective
+    )  # fmt: skip
     checkpointer = Checkpointer(
-        run, engine, schedule, metrics, folder=folder / CHECKPOINTS, num_steps=num_steps,
+        run, engine, schedules, metrics, folder=folder / CHECKPOINTS, num_steps=num_steps,
         evaluate=None if validation is None else partial(evaluation or evaluate, engine, validation, prepared),
-        lower_is_better=prepared.task.lower_is_better, rounding=rounding, ranks=ranks,
-        watched=watched_steps(run, schedule, num_steps, len(examples), len(validation or ())),
+        lower_is_better=prepared.task.lower_is_better,
+        watched=watched_steps(run, schedules.masks, num_steps, len(examples), len(validation or ())),
         new_state=_new_state(prepared),
         new_progress=partial(run_folder.progress_of, run, engine, examples.digest, zero_stage(prepared.ds_config)),
         checkpoint=checkpoint,
@@ -348,14 +349,14 @@ def _result(
     experts: CountsOfExperts,
 ) -> dict[str, Any]:
     """Return the result of a finished run, which rank 0 also writes. Collective."""
-    engine, schedule = loop.engine, loop.schedule
+    engine = loop.engine
     result = {
         "task": prepared.run.task,
         "method": prepared.run.method,
         "steps": state.step,
         "skipped_steps": engine.skipped_steps,
         "world_size": world_size(),
-        "sparsity_requested": schedule.sparsity_at(state.step) if schedule else 0.0,
+        "sparsity_requested": loop.schedules.sparsity_at(state.step),
         "sparsity_in_masks": state.masks.sparsity if state.masks else 0.0,
         "mask_checksum": state.masks.checksum if state.masks else "",
         "trained_parameters": num_trainable(engine.module),

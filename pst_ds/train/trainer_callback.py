@@ -16,7 +16,7 @@ from transformers.training_args import TrainingArguments
 from pst_ds.checkpoint.adapter import CONFIG_FILE, adapter_state, save_pretrained, write_adapter_state
 from pst_ds.core.schedule import CubicSchedule, Schedule
 from pst_ds.errors import InputError
-from pst_ds.masks.updater import MaskUpdater
+from pst_ds.masks.schedule_driver import MaskUpdater
 from pst_ds.nn.adapter_checkpoints import adapter_checkpoints
 from pst_ds.nn.inject import injected_config
 from pst_ds.nn.optimizer import pst_optimizer, pst_parameter_groups

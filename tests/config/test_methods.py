@@ -164,7 +164,7 @@ def test_the_penalty_does_not_depend_on_the_number_of_backward_passes(tmp_path, 
                 layer.pst_S.copy_(torch.linspace(-2.0, 2.0, layer.layout.numel).view_as(layer.pst_S))
         examples, num_steps = prepared.load("train"), run.train.num_steps
         loop = Loop(
-            run, engine, run.make_schedule(num_steps), examples, prepared.tokenizer, num_steps, "cpu", None,
+            run, engine, run.make_schedules(num_steps), examples, prepared.tokenizer, num_steps, "cpu", None,
             Objective(run),
         )  # fmt: skip
         set_rates(loop, num_steps)

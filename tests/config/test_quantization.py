@@ -37,7 +37,7 @@ def _load(tmp_path, *settings):
 )
 def test_weights_are_rounded_once_masks_are_final(tmp_path, settings, start, interval):
     run = _load(tmp_path, 'quantization.values="int4"', "train.num_steps=1000", *settings)
-    assert run.make_rounding(1000) == RoundingSchedule(start, interval, 1000)
+    assert run.make_schedules(1000).rounding == RoundingSchedule(start, interval, 1000)
     assert run_from_table(tomllib.loads(dump_run(run))) == run
 
 
@@ -61,7 +61,7 @@ def test_scales_are_never_searched_while_masks_change_nor_after_the_last_step(nu
 
 
 def test_without_values_nothing_is_rounded(tmp_path):
-    assert _load(tmp_path).make_rounding(100) is None
+    assert _load(tmp_path).make_schedules(100).rounding is None
     assert INT4.make_schedule(OneShotSchedule(0.5), 5).start == 0
     assert [QuantizationConfig(values="int4", activations=each).activation_bits for each in ("", "int8")] == [16, 8]
 
@@ -102,7 +102,7 @@ def test_rounding_while_masks_change_is_refused(tmp_path):
             with pytest.raises(ConfigError, match=r"quantization\."):
                 _load(tmp_path, *settings)
         else:
-            assert _load(tmp_path, *settings).make_rounding(100).start == 70
+            assert _load(tmp_path, *settings).make_schedules(100).rounding.start == 70
 
 
 def test_a_method_without_layers_of_its_own_is_refused(tmp_path):

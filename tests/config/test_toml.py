@@ -179,9 +179,9 @@ def test_negative_steps_are_not_hidden_by_epochs(tmp_path):
 
 
 def test_a_schedule_is_what_the_method_makes_of_it_and_checked_for_all(tmp_path):
-    assert _load(tmp_path, MINIMAL, "method=dense").make_schedule(10) is None
+    assert _load(tmp_path, MINIMAL, "method=dense").make_schedules(10).masks is None
     magnitude = _load(tmp_path, MINIMAL, "method=magnitude", "schedule.final_sparsity=0.5")
-    assert magnitude.make_schedule(10) == OneShotSchedule(0.5)
+    assert magnitude.make_schedules(10).masks == OneShotSchedule(0.5)
     for method in ("dense", "magnitude", "pst"):
         assert "schedule.final_sparsity = 1.2" in _refusal(tmp_path, f"method={method}", "schedule.final_sparsity=1.2")
 
@@ -189,7 +189,7 @@ def test_a_schedule_is_what_the_method_makes_of_it_and_checked_for_all(tmp_path)
 def test_the_schedule_takes_its_numbers_from_the_file(tmp_path):
     overrides = [f"schedule.{k}" for k in ("final_sparsity=0.5", "initial_sparsity=0.25", "update_interval=3")]
     run = _load(tmp_path, MINIMAL, *overrides, "schedule.warmup_fraction=0.3", "schedule.cooldown_fraction=0.2")
-    assert run.make_schedule(40) == CubicSchedule(
+    assert run.make_schedules(40).masks == CubicSchedule(
         num_steps=40, final_sparsity=0.5, initial_sparsity=0.25, warmup_fraction=0.3, cooldown_fraction=0.2,
         update_interval=3,
     )  # fmt: skip
@@ -379,7 +379,7 @@ def test_a_batch_has_an_example_for_every_rank_or_is_refused(tmp_path):
 def test_shipped_run_files_parse_and_name_files_of_ours(path):
     run = load_run(path)
     assert Path(run.deepspeed_config).is_file()
-    assert run.make_schedule(run.train.num_steps).sparsity_at(run.train.num_steps) == run.schedule.final_sparsity
+    assert run.make_schedules(run.train.num_steps).masks.sparsity_at(run.train.num_steps) == run.schedule.final_sparsity
     for world_size in (1, 2, 4):
         run.micro_batch_size(world_size)
 

@@ -10,8 +10,8 @@ import torch
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.head_loss import head_loss
 from pst_ds.core.schedule import CubicSchedule
+from pst_ds.masks.schedule_driver import MaskUpdater
 from pst_ds.masks.update import update_masks
-from pst_ds.masks.updater import MaskUpdater
 from pst_ds.nn.inject import inject_pst
 from pst_ds.nn.language_head import language_head
 from pst_ds.parallel.engine import LocalEngine

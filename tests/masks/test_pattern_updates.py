@@ -13,7 +13,7 @@ from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.core.bits import unpack_range
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.masks import layer_scores as layer_keys
-from pst_ds.masks import select
+from pst_ds.masks import sharded_select
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel import zero3
@@ -225,7 +225,7 @@ def test_masks_are_those_of_loops_over_whole_matrices(kind, case):
 @pytest.mark.parametrize("case", CASES)
 def test_matrices_whose_keys_are_not_held_at_once_have_the_same_masks(kind, case, monkeypatch):
     at_once = _updated(kind, None, 1, *CASES[case])
-    monkeypatch.setattr(select, "MOST_AT_ONCE", 0)
+    monkeypatch.setattr(sharded_select, "MOST_AT_ONCE", 0)
     in_passes = _updated(kind, None, 1, *CASES[case])
     assert in_passes[0] == at_once[0]
     assert all(torch.equal(a, b) for a, b in zip(in_passes[1], at_once[1], strict=True))
@@ -247,7 +247,7 @@ def test_masks_are_the_same_bits_on_ranks_that_cut_units(run_ranks, kind, world_
 
 @pytest.mark.parametrize("case", ["2:4 in part", "blocks"])
 def test_unit_keys_that_are_not_kept_between_passes_give_the_same_masks(case, monkeypatch):
-    monkeypatch.setattr(select, "MOST_AT_ONCE", 0)  # in passes, though the matrices are whole
+    monkeypatch.setattr(sharded_select, "MOST_AT_ONCE", 0)  # in passes, though the matrices are whole
     kept, kept_masks = _updated("gpt2", None, 1, *CASES[case])
     tiles_made = []
     for name in ("block_keys", "loss_keys"):

@@ -11,7 +11,7 @@ from torch import nn
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.bits import unpack_range
 from pst_ds.core.layout import WeightLayout
-from pst_ds.masks import select
+from pst_ds.masks import sharded_select
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.linear import PSTLinear
@@ -89,8 +89,8 @@ def test_masks_are_the_same_bits_where_borders_cut_some_of_the_matrices(run_rank
 def _exchanged(num_matrices, pattern):
     """Bytes that an update of two ranks sums over them for selection, and how often."""
     sizes = []
-    summed = select.group_sum
-    whole_sums = select.rank_sums
+    summed = sharded_select.group_sum
+    whole_sums = sharded_select.rank_sums
 
     def counted(values, param):
         sizes.append(values.numel() * values.element_size())
@@ -98,14 +98,14 @@ def _exchanged(num_matrices, pattern):
 
     def counted_sums(param):
         sums = whole_sums(param)
-        return select.RankSums(
+        return sharded_select.RankSums(
             lambda v: counted(v, param), lambda v: sizes.append(2 * 8 * v.numel()) or sums.sum_of_lower_ranks(v)
         )
 
     model = _engine(_stacks(num_matrices, 2, pattern), 3).module
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(select, "group_sum", counted)
-        patch.setattr(select, "rank_sums", counted_sums)
+        patch.setattr(sharded_select, "group_sum", counted)
+        patch.setattr(sharded_select, "rank_sums", counted_sums)
         update_masks(model, 0.4)
     return sum(sizes), len(sizes)
 

@@ -44,12 +44,12 @@ class _Ready:
         run = prepared.run
         _, self.engine = build(prepared)
         self.module = self.engine.module
-        self.schedule = run.make_schedule(run.train.num_steps)
+        self.schedules = run.make_schedules(run.train.num_steps)
         examples = load_examples(run.data, "train", prepared.tokenizer, prepared.labels)
         self.metrics = MetricsWriter(Path(folder), num_steps=run.train.num_steps, is_main=True, quiet=True)
         self.folder = Path(folder)
         self.loop = Loop(
-            run, self.engine, self.schedule, examples, prepared.tokenizer, run.train.num_steps, "cpu", self.metrics,
+            run, self.engine, self.schedules, examples, prepared.tokenizer, run.train.num_steps, "cpu", self.metrics,
             Objective(run),
         )  # fmt: skip
         self.seen = seen
@@ -112,7 +112,7 @@ def test_after_k_applied_steps_the_masks_have_the_schedule_s_sparsity(tmp_path, 
     assert ready.engine.global_steps == 20
     assert list(seen) == list(range(1, 21))
     for step, counts in seen.items():
-        target = ready.schedule.sparsity_at(step)
+        target = ready.schedules.sparsity_at(step)
         assert [zeros for _, zeros in counts] == [math.floor(target * numel) for numel, _ in counts], step
     assert [math.floor(0.2 * n) for n, _ in seen[1]] == [z for _, z in seen[1]]  # pruned before the first step
     assert [math.floor(0.8 * n) for n, _ in seen[16]] == [z for _, z in seen[16]]  # cool-down 0.2 of 20
@@ -210,7 +210,7 @@ def test_in_the_cool_down_scores_and_masks_stand_still_and_updates_go_on(tmp_pat
 
     ready = _Ready(tmp_path, seen=remember)
     ready.train()
-    end = ready.schedule.ramp_end
+    end = ready.schedules.masks.ramp_end
     assert end == 16
     for step in range(end + 1, 21):
         scores, updates, checksum = seen[step]
@@ -263,7 +263,7 @@ def test_every_line_of_the_metrics_says_what_it_should(tmp_path):
     lines = _lines(tmp_path / "run")
     by_event = {name: [line for line in lines if line["event"] == name] for name in {line["event"] for line in lines}}
     assert by_event.keys() == {"step", "mask_update", "scores", "evaluation", "checkpoint"}
-    schedule = load_run("tests/data/world_size.toml").make_schedule(20)
+    schedule = load_run("tests/data/world_size.toml").make_schedules(20).masks
     steps = by_event["step"]
     assert [line["step"] for line in steps] == list(range(1, 21))
     for line in steps:

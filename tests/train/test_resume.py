@@ -201,7 +201,7 @@ def test_a_run_that_prunes_some_layers_alone_ramps_and_goes_on(run_ranks, tmp_pa
         assert zeros == ("intermediate.dense" in name) * sizes[name] // 2, name
     share = sum(size for name, size in sizes.items() if "intermediate.dense" in name) / sum(sizes.values())
     settings = _settings(tmp_path / "whole", "local", *SOME_LAYERS)
-    ramp = load_run("tests/data/world_size.toml", settings).make_schedule(20)
+    ramp = load_run("tests/data/world_size.toml", settings).make_schedules(20).masks
     updates = [line for line in _lines(tmp_path / "whole") if line["event"] == "mask_update"]
     assert [line["step"] for line in updates] == [step for step in range(21) if ramp.updates_masks_at(step)]
     for line in updates:

@@ -135,7 +135,7 @@ def test_it_rounds_once_masks_are_final_and_reports_what_is_lost(tmp_path):
     assert max(layers[0]["error"]) >= rounding[0]["rounding_error"] >= min(layers[0]["error"])
     assert [_checkpoint(tmp_path, f"step-{step:08d}").state.rounds for step in (3, 6, 9, 12)] == [False, *[True] * 3]
     assert _checkpoint(tmp_path, "best").state.step >= START
-    assert run.make_rounding(STEPS).start == START
+    assert run.make_schedules(STEPS).rounding.start == START
 
 
 def test_the_best_checkpoint_is_a_rounded_one(tmp_path):

@@ -20,8 +20,8 @@ from torch.nn.functional import gelu, layer_norm, mse_loss
 
 from pst_ds.config.pst import PSTConfig, UpdateGates
 from pst_ds.core.schedule import CubicSchedule, OneShotSchedule, learning_rate_factor
-from pst_ds.masks.ranks import ranks_kept
-from pst_ds.masks.updater import MaskUpdater
+from pst_ds.masks.schedule_driver import MaskUpdater
+from pst_ds.masks.update_rank_budget import ranks_kept
 from pst_ds.nn.inject import inject_pst
 from pst_ds.nn.optimizer import pst_optimizer
 from tools.bench.timing import conditions, print_json
@@ -67,7 +67,7 @@ def found_by(seed: int, gates: UpdateGates, rank: int, num_steps: int) -> dict[s
     model = inject_pst(Residual(seed), config)
     optimizer = pst_optimizer(model, update_learning_rate=1e-2, gate_learning_rate=2e-2)
     ranks = CubicSchedule(num_steps=num_steps, final_sparsity=config.dropped_share)
-    masks = MaskUpdater(model, OneShotSchedule(0.0), ranks=ranks)
+    masks = MaskUpdater(model, OneShotSchedule(0.0), rank_budget=ranks)
     generator = torch.Generator().manual_seed(seed + 2000)
     for step in range(num_steps):
         for group in optimizer.param_groups:

@@ -10,8 +10,8 @@ import numpy as np
 from pst_ds.core.experts.tokens import of_equal_numbers, shares_of_zeros
 from pst_ds.file_names import LAYERS_FILE
 from pst_ds.masks.layer_stats import LayerStats, ScoreHistogram
-from pst_ds.masks.ranks import RankStats
 from pst_ds.masks.update import MaskStats
+from pst_ds.masks.update_rank_budget import RankStats
 from pst_ds.train.monitor import images as pictures
 from pst_ds.train.monitor.jsonl import JsonLines, lines_until
 from pst_ds.train.monitor.tensorboard import TensorBoardWriter

@@ -11,8 +11,8 @@ import torch
 
 from pst_ds.file_names import METRICS_FILE
 from pst_ds.masks.layer_stats import LayerStats
-from pst_ds.masks.ranks import RankStats
 from pst_ds.masks.update import MaskStats
+from pst_ds.masks.update_rank_budget import RankStats
 from pst_ds.progress import Progress
 from pst_ds.train.monitor.curves import EVALUATION, STRAGGLER
 from pst_ds.train.monitor.dense_run import DenseRun

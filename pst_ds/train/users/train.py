@@ -11,6 +11,7 @@ from typing import TypedDict
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.config.run import ConfigError, DistillationConfig, PicturesConfig, RunConfig
 from pst_ds.config.tracking import TrackingConfig
+from pst_ds.core.schedule import Schedules
 from pst_ds.data.by_user import RowsByUser, read_by_user
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.ranks import of_main, raise_on_all_ranks, world_size
@@ -227,7 +228,7 @@ def _train_user(model: PersonalModel, prepared: Prepared, rows: RowsByUser, name
     metrics = _Losses(Path(run.output_dir), num_steps=num_steps, is_main=False, quiet=True)
     given = (examples, prepared.tokenizer, num_steps, prepared.device, metrics, Objective(run))
     end = LoopState()
-    for reached in Loop(run, model.engine, None, *given).steps(end):
+    for reached in Loop(run, model.engine, Schedules(), *given).steps(end):
         if reached.stopped_by:
             break
     return _Trained(model.state(), len(examples), end.step, metrics.last, end.stopped_by)

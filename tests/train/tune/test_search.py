@@ -221,7 +221,7 @@ def test_the_run_of_a_trial_has_every_share_of_the_whole_run():
         RUN_FILE, ["train.num_steps=900", "schedule.update_interval=4", *(f"train.{n}={r}" for n, r in OWN.items())]
     )
     trial = trial_run(run, Candidate(), 225, 900, Path("a"))
-    whole, short = run.make_schedule(900), trial.make_schedule(225)
+    whole, short = run.make_schedules(900).masks, trial.make_schedules(225).masks
     assert [short.sparsity_at(s) for s in range(226)] == [whole.sparsity_at(4 * s) for s in range(226)]
     assert trial.train.learning_rate_warmup_fraction == run.train.learning_rate_warmup_fraction
     assert trial.train.update_learning_rate > run.train.update_learning_rate

@@ -1,21 +1,21 @@
-"""Keep masks in step with a schedule, in the loop of a run or in a loop of your own."""
+"""Update masks, update ranks and quantisation scales when their schedules say so."""
 
 from __future__ import annotations
 
 import json
 import re
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.optim import Optimizer
 
 from pst_ds.config.pst import PSTConfig
-from pst_ds.core.schedule import CubicSchedule, RoundingSchedule, Schedule
+from pst_ds.core.schedule import CubicSchedule, RoundingSchedule, Schedule, Schedules
 from pst_ds.errors import InputError
-from pst_ds.masks.ranks import RankStats, update_ranks
 from pst_ds.masks.scales import RoundingStats, update_scales
 from pst_ds.masks.update import MaskStats, mask_stats, masks_of_zeros, update_masks
+from pst_ds.masks.update_rank_budget import RankStats, update_ranks
 from pst_ds.nn.inject import (
     freeze_scores,
     injected_config,
@@ -29,48 +29,63 @@ from pst_ds.nn.replaceable import listed
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import all_gather_objects, is_main
 from pst_ds.parallel.steps import applied_steps, steps_noted, torch_optimizer, unwrapped
+from pst_ds.parallel.watchdog import heartbeat
 
 SPARSITY_TOLERANCE = 0.01
 """Largest difference between requested and measured sparsity: the share of every row or group rounds down."""
 
 
-def update_masks_if_due(
-    model: nn.Module, schedule: Schedule, step: int, *, ranks: Schedule | None = None
-) -> MaskStats | None:
-    """Select new masks if ``schedule`` does so after applied step ``step`` (0: before the first), and fix them for good
-    once it is final. Return the new masks' counts, or None.
+@dataclass(frozen=True, slots=True)
+class Updated:
+    """What :func:`update_if_due` has updated; None for what was not due."""
 
-    After the first step it refuses layers that no forward pass has called (``PSTConfig.prune_uncalled``).
-    A model injected with ``initial_mask = "zeros"`` keeps the non-zeros of its weights instead. ``ranks``: the share of
-    the components of U V that is dropped, which new masks are chosen after; see :func:`update_ranks_if_due`.
-    Collective: a schedule and a step that are equal on every rank update on all or on none. Raises FloatingPointError
-    on every rank for scores that are not finite, and InputError for layers never called.
+    masks: MaskStats | None
+    ranks: RankStats | None
+    scales: RoundingStats | None
+
+
+def update_if_due(model: nn.Module, schedules: Schedules, step: int) -> Updated:
+    """Update masks, update ranks and quantisation scales if they are due after applied step ``step`` (0: before the
+    first). Once the masks are final, fix the scores; from the first search of scales on, quantise the weights.
+
+    A model injected with ``initial_mask = "zeros"`` keeps the non-zeros of its weights instead of selecting masks.
+    Collective: schedules and step are equal on every rank, so all ranks update or none does.
+
+    Raises:
+        InputError: after the first step, for layers that no forward pass has called (``PSTConfig.prune_uncalled``).
+        FloatingPointError: scores, updates or weights are not finite; raised on every rank.
     """
-    masks = None
+    masks, dropped_share = None, schedules.dropped_share_at(step)
+    if schedules.masks is not None:
+        masks = _update_masks(model, schedules.masks, step, dropped_share)
+    ranks = None if masks is None else masks.ranks
+    if ranks is None and dropped_share is not None:
+        ranks = update_ranks(model, dropped_share)
+    scales = None
+    if schedules.updates_scales_at(step):
+        heartbeat("the search of scales")
+        scales = update_scales(model)
+        round_weights(model)
+    return Updated(masks, ranks, scales)
+
+
+def _update_masks(model: nn.Module, schedule: Schedule, step: int, dropped_share: float | None) -> MaskStats | None:
+    """Select masks if ``schedule`` does so after ``step``; components are dropped first, from the same masters."""
     if step == 0:  # a forward pass before training may call layers whose weight training reads without a call
         for layer in pst_layers(model).values():
             layer.was_called = False
     if step == 1:
         _require_called(model)
+    masks = None
     if schedule.updates_masks_at(step):
-        target, progress = schedule.sparsity_at(step), schedule.progress_at(step)
-        share = ranks.sparsity_at(step) if ranks is not None and ranks.updates_masks_at(step) else None
-        masks = masks_of_zeros(model) if _keeps_zeros(model) else update_masks(
-            model, target, progress=progress, dropped_share=share
-        )  # fmt: skip
+        if _keeps_zeros(model):
+            masks = masks_of_zeros(model)
+        else:
+            target, progress = schedule.sparsity_at(step), schedule.progress_at(step)
+            masks = update_masks(model, target, progress=progress, dropped_share=dropped_share)
     if schedule.is_final(step):
         freeze_scores(model)
     return masks
-
-
-def update_ranks_if_due(
-    model: nn.Module, ranks: Schedule | None, step: int, masks: MaskStats | None = None
-) -> RankStats | None:
-    """Drop components of U V if ``ranks``, the schedule of their share, does so after applied step ``step``, and no
-    update of ``masks`` in this step has done so. Return what is kept, or None. Collective, as the masks."""
-    if masks is not None and masks.ranks is not None:
-        return masks.ranks
-    return update_ranks(model, ranks.sparsity_at(step)) if ranks is not None and ranks.updates_masks_at(step) else None
 
 
 class MaskUpdater:
@@ -94,22 +109,32 @@ class MaskUpdater:
             (``register_for_checkpointing``).
         rounding: when weights are rounded to the grid that ``inject_pst`` was given, and their scales searched; None
             leaves them as they are.
-        ranks: the share of the components of U V that is dropped, and when, of a model with gates
+        rank_budget: the share of the components of U V that is dropped, and when, of a model with gates
             (``PSTConfig.update_gates``). None drops those that ``PSTConfig.target_rank`` says, along the ramp of
             ``schedule``.
+        ranks: former name of ``rank_budget``.
 
     Raises:
-        InputError: ``inject_pst`` was not called on ``model``, or ``schedule`` lacks a method; or ``rounding`` has no
-            grid, or begins while masks change; or ``ranks`` has no gates, or cannot be made of a schedule without a
-            ramp; or ``schedule`` would not keep the zeros that ``PSTConfig.initial_mask`` asks for.
+        InputError: ``inject_pst`` was not called on ``model``; ``schedule`` lacks a method, or would not keep the zeros
+            that ``PSTConfig.initial_mask`` asks for; ``rounding`` starts while masks change, or the model has no
+            quantisation scheme; ``rank_budget`` finds no gates, or none can be derived from ``schedule``.
     """
 
     def __init__(
-        self, model: nn.Module, schedule: Schedule, *, step: int = 0, rounding: RoundingSchedule | None = None,
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        *,
+        step: int = 0,
+        rounding: RoundingSchedule | None = None,
+        rank_budget: Schedule | None = None,
         ranks: Schedule | None = None,
-    ):  # fmt: skip
+    ):
+        if ranks is not None:
+            warnings.warn("MaskUpdater: ranks is now called rank_budget", FutureWarning, stacklevel=2)
+            rank_budget = ranks
         _require_schedule(schedule)
-        self.schedule, self.rounding = schedule, rounding
+        self.schedule = schedule
         self._model = unwrapped(model)
         _require_pst(self._model)
         if _keeps_zeros(self._model) and not schedule.is_final(0):
@@ -118,23 +143,26 @@ class MaskUpdater:
                 "others; give MaskUpdater OneShotSchedule(final_sparsity=…) with the sparsity of the base model"
             )
         _require_rounding_fits(self._model, schedule, rounding)
-        self.ranks = _ranks_of(injected_config(self._model), schedule) if ranks is None else ranks
-        if ranks is not None and injected_config(self._model).update_gates == "none":
-            raise InputError('ranks drops components by their gates: call inject_pst with update_gates = "component"')
-        new = self._begin() if step == 0 else None
+        config = injected_config(self._model)
+        if rank_budget is None:
+            rank_budget = _rank_budget(config, schedule)
+        elif config.update_gates == "none":
+            raise InputError(
+                'rank_budget drops components by their gates: call inject_pst with update_gates = "component"'
+            )
+        self.schedules = Schedules(schedule, rounding, rank_budget)
         self.step = 0
         """Applied optimizer steps."""
         self.masks: MaskStats
         """Counts and checksum of the current masks."""
         self.rounding_stats: RoundingStats | None = None
-        """What the last search for scales of this process found."""
+        """Result of this process's last search for quantisation scales."""
         self.rank_stats: RankStats | None = None
-        """What the last update of this process kept of the components of U V."""
+        """Components of U V kept by this process's last update of ranks."""
         self._noted: int
         self.load_state_dict({"step": step})
-        self.masks = new or self.masks
         if step == 0:
-            self._update_scales_if_due()
+            self._begin()
 
     @property
     def is_final(self) -> bool:
@@ -167,10 +195,7 @@ class MaskUpdater:
                 "engine.skipped_steps) after engine.load_checkpoint"
             )
         if step > self.step:
-            self.step, new = step, update_masks_if_due(self._model, self.schedule, step, ranks=self.ranks)
-            self.rank_stats = update_ranks_if_due(self._model, self.ranks, step, new) or self.rank_stats
-            self.masks = new or self.masks
-            self._update_scales_if_due()
+            self.step, new = step, self._update(step)
         _stop_scores(optimizer, self.is_final)
         return new
 
@@ -183,40 +208,41 @@ class MaskUpdater:
         self.step, self.masks = state["step"], mask_stats(self._model)
         self._noted = steps_noted()
         freeze_scores(self._model, frozen=self.is_final)
-        if self.rounding is not None:
-            round_weights(self._model, rounds=self.rounding.rounds_at(self.step))
+        if self.schedules.rounding is not None:
+            round_weights(self._model, rounds=self.schedules.quantises_at(self.step))
 
-    def _update_scales_if_due(self) -> None:
-        """Search scales if they are due, and round from the first time on. Collective."""
-        if self.rounding is not None and self.rounding.updates_scales_at(self.step):
-            self.rounding_stats = update_scales(self._model)
-            round_weights(self._model)
+    def _update(self, step: int) -> MaskStats | None:
+        """Update what is due and remember its statistics; return those of new masks. Collective."""
+        done = update_if_due(self._model, self.schedules, step)
+        self.masks = done.masks or self.masks
+        self.rank_stats = done.ranks or self.rank_stats
+        self.rounding_stats = done.scales or self.rounding_stats
+        return done.masks
 
-    def _begin(self) -> MaskStats | None:
-        """The masks before the first step."""
-        found = mask_stats(self._model)
-        new = update_masks_if_due(self._model, self.schedule, 0)
+    def _begin(self) -> None:
+        """Select the masks before the first step, and check that they fit those that the model came with."""
+        found = self.masks.sparsity
+        new = self._update(0)
         if new and _keeps_zeros(self._model) and abs(new.sparsity - self.schedule.final_sparsity) > SPARSITY_TOLERANCE:
             raise InputError(
                 f"final_sparsity = {self.schedule.final_sparsity}, but {new.sparsity:.4f} of the pruned weights are "
                 f'zero, and initial_mask = "zeros" keeps these; set final_sparsity = {new.sparsity:.4f}'
             )
-        begins = new.sparsity if new else self.schedule.sparsity_at(0)
-        if begins + SPARSITY_TOLERANCE < found.sparsity and is_main():
+        start = new.sparsity if new else self.schedule.sparsity_at(0)
+        if start + SPARSITY_TOLERANCE < found and is_main():
             warnings.warn(
-                f"the model's masks have a sparsity of {found.sparsity:.3g} already, and the schedule begins at "
-                f"{begins:.3g}: pruned weights come back before they are pruned again. Give the schedule "
-                f"initial_sparsity = {found.sparsity:.3g} to go on from here",
+                f"the model's masks have a sparsity of {found:.3g}, and the schedule starts at {start:.3g}: pruned "
+                f"weights are restored before they are pruned again. Give the schedule initial_sparsity = {found:.3g} "
+                "to continue from here",
                 stacklevel=3,
             )
-        return new
 
 
 def _keeps_zeros(model: nn.Module) -> bool:
     return injected_config(model).initial_mask == "zeros"
 
 
-def _ranks_of(config: PSTConfig, schedule: Schedule) -> Schedule | None:
+def _rank_budget(config: PSTConfig, schedule: Schedule) -> Schedule | None:
     """Return the schedule of the share of components that ``config`` drops; None where it keeps them all."""
     if not config.dropped_share:
         return None
@@ -224,7 +250,7 @@ def _ranks_of(config: PSTConfig, schedule: Schedule) -> Schedule | None:
         return replace(schedule, final_sparsity=config.dropped_share, initial_sparsity=0.0)
     raise InputError(
         f"target_rank = {config.target_rank} drops components along a ramp, and {type(schedule).__name__} has none; "
-        "give MaskUpdater ranks = CubicSchedule(num_steps=…, final_sparsity=config.dropped_share)"
+        "give MaskUpdater rank_budget = CubicSchedule(num_steps=…, final_sparsity=config.dropped_share)"
     )
 
 

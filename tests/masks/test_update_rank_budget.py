@@ -10,9 +10,9 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.core.schedule import CubicSchedule, OneShotSchedule
 from pst_ds.core.updates.gates import is_dropped
 from pst_ds.errors import InputError
-from pst_ds.masks.ranks import ranks_kept, update_ranks
+from pst_ds.masks.schedule_driver import MaskUpdater
 from pst_ds.masks.update import update_masks
-from pst_ds.masks.updater import MaskUpdater
+from pst_ds.masks.update_rank_budget import ranks_kept, update_ranks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.optimizer import pst_optimizer
 from pst_ds.parallel import zero3
@@ -93,7 +93,7 @@ def test_steps_leave_dropped_components_as_they_are():
     ranks = CubicSchedule(
         num_steps=6, final_sparsity=0.6, warmup_fraction=0.2, cooldown_fraction=0.4, update_interval=1
     )
-    updater = MaskUpdater(model, OneShotSchedule(0.5), ranks=ranks)
+    updater = MaskUpdater(model, OneShotSchedule(0.5), rank_budget=ranks)
     before, kept = {}, []
     for _ in range(6):
         for layer in model.values():
@@ -124,7 +124,7 @@ def test_a_loop_of_its_own_drops_along_its_schedule():
         optimizer.step()
         updater.after_step(optimizer)
     assert sum(_kept(model)) == 6
-    with pytest.raises(InputError, match="OneShotSchedule has none; give MaskUpdater ranks"):
+    with pytest.raises(InputError, match="OneShotSchedule has none; give MaskUpdater rank_budget"):
         MaskUpdater(_model(target_rank=1.2), OneShotSchedule(0.5))
 
 
@@ -139,8 +139,8 @@ def test_a_budget_that_no_gate_fits_into_is_refused():
         _model(target_rank=2, update_gates="none")
     with pytest.raises(ValueError, match='set update_gates = "none"'):
         _model(update_rank=0)
-    with pytest.raises(InputError, match="ranks drops components"):
-        MaskUpdater(_model(update_gates="none"), OneShotSchedule(0.5), ranks=OneShotSchedule(0.5))
+    with pytest.raises(InputError, match="rank_budget drops components"):
+        MaskUpdater(_model(update_gates="none"), OneShotSchedule(0.5), rank_budget=OneShotSchedule(0.5))
 
 
 def _updated(stage, world_size):

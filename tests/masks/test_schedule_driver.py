@@ -17,8 +17,8 @@ from transformers import PretrainedConfig
 from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.core.schedule import CubicSchedule, OneShotSchedule
 from pst_ds.errors import InputError
+from pst_ds.masks.schedule_driver import MaskUpdater, _require_called
 from pst_ds.masks.update import mask_stats
-from pst_ds.masks.updater import MaskUpdater, _require_called
 from pst_ds.nn.inject import inject_pst, layers_never_called, pst_layers
 from pst_ds.nn.optimizer import pst_optimizer, pst_parameter_groups
 from pst_ds.parallel.engine import LocalEngine
@@ -210,12 +210,10 @@ def test_scores_train_again_after_masks_that_were_final(way):
 def test_a_schedule_that_begins_below_the_masks_sparsity_is_warned_of():
     model = _model()
     MaskUpdater(model, OneShotSchedule(0.5))
-    with pytest.warns(
-        UserWarning, match=r"sparsity of 0\.5 already, .* begins at 0\.25: .* initial_sparsity = 0\.5 to"
-    ):
+    with pytest.warns(UserWarning, match=r"sparsity of 0\.5, .* starts at 0\.25: .* initial_sparsity = 0\.5 to"):
         MaskUpdater(model, SCHEDULE)
     MaskUpdater(model, OneShotSchedule(0.5))
-    with pytest.warns(UserWarning, match=r"already, and the schedule begins at 0: pruned weights come back"):
+    with pytest.warns(UserWarning, match=r"and the schedule starts at 0: pruned weights are restored"):
         MaskUpdater(model, CubicSchedule(final_sparsity=0.75, num_steps=10))
 
 
