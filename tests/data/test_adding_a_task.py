@@ -1,4 +1,4 @@
-"""A task is one file and one line, a method one table entry: those of docs/extending.md, in a copy of the package."""
+"""The examples of docs/background/architecture.md add a task and a method to a copy of the package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/background/architecture.md").read_text(encoding="utf-8")
 IN_TURN = """
 import json, sys
 from pst_ds.cli.main import main

@@ -61,7 +61,7 @@ def test_the_readme_links_to_every_page():
 
 
 def test_the_layers_of_the_architecture_page_are_those_of_the_code():
-    page = PAGES.get("docs/background/architecture.md") or PAGES["docs/architecture.md"]
+    page = PAGES["docs/background/architecture.md"]
     rows = re.findall(r"^\| `pst_ds/(\w+)` \| (\d) \|", page, flags=re.M)
     packages = {path.name for path in (ROOT / "pst_ds").iterdir() if (path / "__init__.py").exists()}
     assert {name: int(layer) for name, layer in rows} == {name: LAYER_OF[name] for name in packages}
