@@ -14,7 +14,8 @@ from pst_ds.parallel import launch
 from pst_ds.parallel.launch import FEW_RANKS, LaunchEnvironment, device_of, launch_environment
 from pst_ds.parallel.ranks import all_gather_objects, barrier, of_main
 from pst_ds.parallel.store_group import StoreGroup
-from tools.bench.connections import open_sockets
+
+from ..sockets import open_sockets
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 

@@ -18,7 +18,8 @@ from pst_ds.parallel.launch import shut_down
 from pst_ds.parallel.ranks import barrier, rank, world_size
 from pst_ds.parallel.store_group import StoreGroup
 from pst_ds.parallel.store_server import AGENT_STORE, StoreServer
-from tools.bench.connections import open_sockets
+
+from ..sockets import open_sockets
 
 
 @pytest.fixture

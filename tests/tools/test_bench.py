@@ -15,7 +15,6 @@ from pst_ds.core.bits import unpack_range
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from tools.bench.baselines import MovementPruning, PlainPST, replace_linears
-from tools.bench.expert_masks import exchanged
 from tools.bench.mask_update import PICKS, MaskUpdates, gathered_update, growth, share_at
 from tools.bench.mask_update import ratios as update_ratios
 from tools.bench.ranks import Ranks
@@ -215,26 +214,6 @@ def test_train_step_prints_its_object_and_goes_on_from_earlier_results(forked_be
 
 
 @pytest.mark.zero3
-def test_rounding_prints_its_object(forked_bench):
-    tiny = [*TINY_ARGUMENTS, "--hidden", "64", "--intermediate", "64"]
-    found = forked_bench("rounding", "--ranks", "1", "--repeats", "1", "--precision", "fp32", *tiny)
-    assert {"step", "cpu_step", "search"} <= set(found["rounded"])
-    assert "search" not in found["plain"]
-    step = found["rounded"]["step"] + found["rounded"]["search"] / 18
-    assert found["ratio"] == pytest.approx(step / found["plain"]["step"], rel=0.01)
-    assert "inputs" not in found
-
-
-@pytest.mark.zero3
-def test_rounding_of_inputs_has_a_ratio_to_rounded_weights_alone(forked_bench):
-    tiny = [*TINY_ARGUMENTS, "--hidden", "64", "--intermediate", "64", "--activations", "int8"]
-    found = forked_bench("rounding", "--ranks", "1", "--repeats", "1", "--precision", "fp32", *tiny)
-    share = found["rounded"]["search"] / 18
-    ratio = (found["inputs"]["step"] + share) / (found["rounded"]["step"] + share)
-    assert found["inputs_ratio"] == pytest.approx(ratio, rel=0.01)
-
-
-@pytest.mark.zero3
 def test_mask_update_prints_its_object():
     found = run_script("mask_update", "--ranks", "2", "--widths", "32", "--repeats", "1", "--no-share")
     assert {"gather_topk", "gather_kthvalue", "read"} <= set(found["ratios"])
@@ -262,12 +241,5 @@ def test_a_rank_that_is_gone_is_reported():
 @pytest.mark.zero3
 def test_benchmarks_of_experts_print_their_objects():
     shape = ["--experts", "8", "--repeats", "1"]
-    masks = run_script("expert_masks", *shape, "--outputs", "6", "--inputs", "16", "--ranks", "3")
-    assert set(masks["ns_per_weight"]) == {"experts", "one_matrix"}
     packed = run_script("packed_experts", *shape, "--chosen", "2", "--hidden", "32", "--inner", "16")
     assert [row["bar"] for row in packed["rows"]] == [2.5, 3.3]
-
-
-def test_what_selection_exchanges_counts_the_matrices_that_borders_cut():
-    assert exchanged(128, 768 * 2048, 8) == 8 * 128  # borders lie between experts
-    assert exchanged(128, 768 * 2048, 3) - 8 * 128 == 2 * (4 * 24576 + 8 * (4 + 3 * 2048 + 3))
