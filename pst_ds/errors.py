@@ -1,5 +1,7 @@
 """Errors that the user can fix: one message with the place, the value and the fix; exit code 2."""
 
+from collections.abc import Sequence
+
 
 class InputError(ValueError):
     """Bad input: a setting, a file, a model or a checkpoint that cannot be used as it is."""
@@ -8,3 +10,9 @@ class InputError(ValueError):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text without its full stop, or the error's name if it has no text."""
     return str(error).strip().partition("\n")[0].strip().rstrip(".") or type(error).__name__
+
+
+def shortened(names: Sequence[str], most: int = 4) -> str:
+    """Join the first ``most`` names with commas, and count the others: "a, b, c, d and 3 more"."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -24,7 +24,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -35,10 +35,8 @@ from pst_ds.checkpoint.file_names import TensorFiles, is_tensor_file
 from pst_ds.core.bits import pack_shard, shard_bytes, shard_numel, shard_range, unpack_shard
 from pst_ds.core.quantization import SCALE_DTYPE, Grid, scales_of_bytes
 from pst_ds.errors import InputError
+from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, TensorFile, TensorFileError
 from pst_ds.parallel.optimizer_state import KINDS, MASTER
-
-if TYPE_CHECKING:
-    from safetensors import safe_open
 
 FORMAT, HOSTS_FORMAT, READ_FORMATS = 3, 4, (2, 3, 4)
 """2 has neither scales nor a grid; 4 is written where ranks of a host share a file."""
@@ -122,7 +120,7 @@ class Checkpoint:
         for name, numel in contents.masks.items():
             self._mask_offsets[name] = self._mask_bytes
             self._mask_bytes += shard_bytes(numel, contents.num_shards)
-        self._open: dict[int, safe_open] = {}
+        self._open: dict[int, TensorFile] = {}
 
     @property
     def trained(self) -> Mapping[str, Tensor]:
@@ -139,10 +137,6 @@ class Checkpoint:
         """Whole bf16 scales in their shapes, by layer; read at every access."""
         return _OnDemand(self.contents.scales, self._whole_scales)
 
-    def reopened(self) -> Checkpoint:
-        """Return the same checkpoint with none of its files open."""
-        return Checkpoint(self.folder, self.state, self.contents)
-
     def values(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """Return values [start, stop) of a trainable parameter, (stop - start,) fp32; ``kind`` is one of KINDS."""
         parts = self._parts(self._tensors, name, kind, start, stop)
@@ -155,7 +149,7 @@ class Checkpoint:
     def _parts(self, tensors: ChunkedTensors, name: str, key: str, start: int, stop: int) -> list[Tensor]:
         """Values [start, stop) of one of ``tensors``, as the files' tensors ``key`` hold them."""
         fragments = tensors.fragments(name, start, stop)
-        return [self._tensor(f.file, key)[f.offset : f.offset + f.stop - f.start] for f in fragments]
+        return [self._read(f.file, key, f.offset, f.offset + f.stop - f.start) for f in fragments]
 
     def _whole_scales(self, name: str) -> Tensor:
         shape = self.contents.scales[name]
@@ -180,7 +174,7 @@ class Checkpoint:
         for file in range(start // per_file, -(-stop // per_file)) if start < stop else ():
             first, last = max(start - file * per_file, 0), min(stop - file * per_file, per_file)
             at = self._mask_offsets[name]
-            data = self._tensor(file, MASK)[at + first // 8 : at + -(-last // 8)]
+            data = self._read(file, MASK, at + first // 8, at + -(-last // 8))
             found.append(unpack_shard(data, last - first // 8 * 8)[first % 8 :])
         return torch.cat(found)
 
@@ -193,37 +187,34 @@ class Checkpoint:
             if self.contents.scales:
                 found[SCALES] = ("U8", [self._scales.length(shard)])
             wanted |= {self.files.key(key, shard): about for key, about in found.items()}
-        with _opened(path) as tensors:  # not kept: a process may have fewer open files than a checkpoint has
-            slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118  not iterable
-            held = {key: (values.get_dtype(), values.get_shape()) for key, values in slices.items()}
+        held = {key: (CODE_OF_DTYPE[slot.dtype], list(slot.shape)) for key, slot in _opened(path).slots.items()}
         if held != wanted:
             raise CheckpointError(f"{path} is damaged: it holds {held}, and {MANIFEST} says {wanted}")
 
     def _mask_file(self, name: str, file: int) -> Tensor:
         start, num_bytes = self._mask_offsets[name], shard_bytes(self.contents.masks[name], self.contents.num_shards)
-        return self._tensor(file, MASK)[start : start + num_bytes]
+        return self._read(file, MASK, start, start + num_bytes)
 
     def _whole_master(self, name: str) -> Tensor:
         shape = torch.Size(self.contents.trained[name])
         return self.values(name, MASTER, 0, shape.numel()).view(shape)
 
-    def _tensor(self, shard: int, key: str) -> Any:
-        return self._handle(self.files.file_of(shard)).get_slice(self.files.key(key, shard))
-
-    def _handle(self, file: int) -> safe_open:
+    def _read(self, shard: int, key: str, start: int, stop: int) -> Tensor:
+        """Return values [start, stop) of the tensor ``key`` of a shard."""
+        file = self.files.file_of(shard)
         if file not in self._open:
             self._open[file] = _opened(self.folder / self.files.name(file))
-        return self._open[file]
+        return self._open[file].read_flat(self.files.key(key, shard), start, stop)
 
 
-def _opened(path: Path) -> safe_open:
-    """A file of tensors, open for reading. Raises CheckpointError for one that is damaged."""
-    from safetensors import SafetensorError, safe_open
-
+def _opened(path: Path) -> TensorFile:
+    """Read the header of a file of tensors. Raises CheckpointError for a missing or damaged file."""
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+        return TensorFile(path)
+    except OSError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
+    except TensorFileError as error:
+        raise CheckpointError(str(error)) from None
 
 
 class _OnDemand(Mapping[str, Tensor]):

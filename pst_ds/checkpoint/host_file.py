@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pst_ds.atomic_files import file_sha256
 from pst_ds.checkpoint.file_names import host_name, shared_key
-from pst_ds.formats.tensor_layout import Slot, header_and_slots, tensor_bytes
+from pst_ds.formats.safetensors_file import Slot, header_and_slots, tensor_bytes, write_at
 from pst_ds.parallel.ranks import all_gather_objects, rank
 
 Lengths = Mapping[str, tuple[torch.dtype, int]]
@@ -53,7 +53,7 @@ class HostFile:
             if self.is_first:
                 os.ftruncate(handle, self.size)  # what is there of a save that was killed is written over
             for place, data in parts.items():
-                _write_at(handle, data, place)
+                write_at(handle, data, place)
             os.fsync(handle)
             for place, data in parts.items():
                 if hasattr(os, "posix_fadvise"):  # or the page cache would answer for the disk
@@ -104,12 +104,6 @@ def plan_host_file(lengths: Lengths) -> HostFile:
         {key: slots[shared_key(key, own)] for key in lengths},
         size,
     )
-
-
-def _write_at(handle: int, data: memoryview, place: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(handle, data[done:], place + done)
 
 
 def _reads_back(handle: int, data: memoryview, place: int) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pst_ds.checkpoint.format import SCALE_BYTES, Checkpoint, CheckpointError
 from pst_ds.core.quantization import require_scales, scales_of_bytes
+from pst_ds.errors import shortened
 from pst_ds.nn.inject import pst_layers, round_weights
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.tables.coded import coded_tables
@@ -164,9 +165,7 @@ def _require_fit(model: nn.Module, checkpoint: Checkpoint) -> None:
         if set(ours) != set(theirs):
             extra = sorted(set(ours) ^ set(theirs))
             raise CheckpointError(
-                f"{checkpoint.folder} does not fit the model: {kind} differ in {', '.join(extra[:4])}"
-                + (f" and {len(extra) - 4} more" if len(extra) > 4 else "")
-                + _FIX
+                f"{checkpoint.folder} does not fit the model: {kind} differ in {shortened(extra)}{_FIX}"
             )
     shapes = {name: (contents.trained[name], tuple(zero3.full_shape(param))) for name, param in params.items()}
     shapes |= {f"the mask of {n}": ((contents.masks[n],), (layer.layout.numel,)) for n, layer in layers.items()}

@@ -29,7 +29,7 @@ from pst_ds.checkpoint.format import (
 from pst_ds.checkpoint.host_file import HostFile, plan_host_file
 from pst_ds.checkpoint.own_part import OwnPart
 from pst_ds.checkpoint.restore import grid_numbers, scale_shapes, trainable
-from pst_ds.formats.tensor_layout import header_and_slots, tensor_bytes
+from pst_ds.formats.safetensors_file import header_and_slots, tensor_bytes
 from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import Engine

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pst_ds.config.run import ConfigError, DataConfig
 from pst_ds.data.dataset import read_rows, text_column
+from pst_ds.errors import shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -73,7 +74,7 @@ def label_names(data: DataConfig) -> list[str]:
     if not set(names).isdisjoint(wanted):
         raise ConfigError(
             f"data.label_names = {list(wanted)} are not those of {data.train}, whose column {data.label_column!r} has "
-            f"the labels {_listed(names)}; name just these, or none"
+            f"the labels {shortened(names, 12)}; name just these, or none"
         )
     return names
 
@@ -116,14 +117,10 @@ def load_examples(data: DataConfig, split: str, tokenizer: Tokenizer, names: Seq
             refuse_hidden(label, row, getattr(data, split))
             raise ConfigError(
                 f"{getattr(data, split)}: label {label!r} in row {row} is not one of the training labels "
-                f"{_listed(names)}"
+                f"{shortened(names, 12)}"
             )
         labels.append(ids[str(label)])
     return Examples(tokenized_texts(rows, data, split, tokenizer), labels)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
 
 def refuse_hidden(label: object, row: int, where: str) -> None:

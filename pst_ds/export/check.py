@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.atomic_files import file_sha256
+from pst_ds.errors import shortened
 from pst_ds.export import manifest
 from pst_ds.export.encoding import Encoding
 from pst_ds.export.export import measured_sparsity, storage_facts
@@ -26,9 +27,7 @@ from pst_ds.export.manifest import (
 from pst_ds.export.model_card import CARD_FILE
 from pst_ds.formats import FormatError
 from pst_ds.formats.base_weights import saved_tensors, tensors_lacking
-from pst_ds.formats.tensor_files import TensorFile, TensorFileError
-from pst_ds.formats.tensor_layout import CODE_OF_DTYPE
-from pst_ds.nn.inject import shortened
+from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, TensorFile, TensorFileError
 from pst_ds.progress import Progress
 
 

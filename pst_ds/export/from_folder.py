@@ -32,7 +32,7 @@ from pst_ds.formats import (
 from pst_ds.formats.base_weights import BaseWeights, names_in_files
 from pst_ds.formats.foreign import METHODS as FOREIGN_METHODS
 from pst_ds.formats.rows import row_counts
-from pst_ds.formats.tensor_layout import DTYPE_OF_CODE
+from pst_ds.formats.safetensors_file import DTYPE_OF_CODE
 from pst_ds.nn.base_model import DTYPES, Pretrained, architecture
 from pst_ds.nn.model_structure import is_conv1d, linear_shape, untied_linear_layers
 

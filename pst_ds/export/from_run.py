@@ -76,12 +76,11 @@ class RunSource:
         self._checkpoint, self._base, self._model = checkpoint, base, model
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_checkpoint": self._checkpoint.reopened(), "_base": self._base, "_model": None}
+        return {"_checkpoint": self._checkpoint, "_base": self._base, "_model": None}
 
     def make(self, job: TensorJob) -> Iterator[TensorValues]:
         """The values of the job's outputs. Raises ExportError."""
         recipe: RunTensor = job.recipe
-        self._checkpoint = self._checkpoint.reopened()  # lets go of the pages that were read for the job before
         if recipe.layer is not None:
             made = self._pruned(recipe, *recipe.layer)
             yield replace(made, tensor=made.tensor.view(job.outputs[0].shape))
@@ -118,7 +117,6 @@ class RunSource:
         tensor = torch.empty(run.num_pieces * height if run.num_pieces > 1 else 0, width, dtype=recipe.dtype)
         made = []
         for i, piece in enumerate(range(run.first, run.last)):
-            self._checkpoint = self._checkpoint.reopened()  # lets go of the pages of the piece before
             one = self._piece(recipe, run, constants, piece)
             if run.num_pieces == 1:
                 return one
@@ -336,7 +334,7 @@ class _Planner:
             return planned.for_compressed_tensors(packing)
         if recipe.layer is None or packing in (DENSE, GGUF):
             return planned
-        keep = mask_row_bits(self._checkpoint.reopened().masks[owner], recipe.layer[0].stack)
+        keep = mask_row_bits(self._checkpoint.masks[owner], recipe.layer[0].stack)
         if not packed_format(packing, grid).accepts(keep, planned.matrix):
             return replace(planned, stays_dense=True)
         return planned.packed(packing, row_counts(keep))

@@ -22,8 +22,7 @@ from pst_ds.errors import InputError
 from pst_ds.export.encoding import STEMS, Encoding, encoding_of
 from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.formats import PackedFormat, packed_format
-from pst_ds.formats.tensor_files import unique_json
-from pst_ds.formats.tensor_layout import DTYPE_OF_CODE, tensor_bytes
+from pst_ds.formats.safetensors_file import DTYPE_OF_CODE, tensor_bytes, unique_json
 
 FORMAT, QUANTIZED_FORMAT = 2, 3
 """Of manifests: the second has ``values``, ``group`` and ``rounding_error`` of tensors, the first knows none."""

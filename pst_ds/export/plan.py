@@ -17,7 +17,7 @@ from pst_ds.core.quantization import Grid
 from pst_ds.export.encoding import Encoding
 from pst_ds.export.manifest import DENSE, ExportError
 from pst_ds.formats import VALUE_DTYPES, FormatError, PackedFormat, packed_format
-from pst_ds.formats.tensor_layout import Slot, header_and_slots
+from pst_ds.formats.safetensors_file import Slot, header_and_slots
 
 SHARD_BYTES = 5 << 30
 MOST_OF_DENSE = 1.01

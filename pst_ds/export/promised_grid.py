@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pst_ds.core.quantization import Grid, first_off_grid, grid_of
 from pst_ds.export.manifest import MANIFEST_FILE, ExportError, read_table, require_plain
-from pst_ds.formats.tensor_files import TensorFile, TensorFileError
+from pst_ds.formats.safetensors_file import TensorFile, TensorFileError
 from pst_ds.prune.folder import RECORD_FILE, SCALES_FILE, scales_name
 
 

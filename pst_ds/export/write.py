@@ -23,8 +23,7 @@ from pst_ds.export.manifest import DENSE, ExportError, PartEntry, TensorEntry, c
 from pst_ds.export.plan import PlannedFile, PlannedTensor, Source, TensorJob, TensorValues
 from pst_ds.export.rounding import matrix_of, rounded
 from pst_ds.formats import FormatError, PackedFormat, QuantizedFormat, row_bits
-from pst_ds.formats.tensor_files import write_at
-from pst_ds.formats.tensor_layout import CODE_OF_DTYPE, Slot, tensor_bytes
+from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, Slot, tensor_bytes, write_at
 from pst_ds.progress import Progress
 
 WriterArguments = tuple[Path, Sequence[PlannedFile], Source]

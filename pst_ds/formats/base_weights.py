@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.errors import InputError, first_line
-from pst_ds.formats.tensor_files import TensorFile
-from pst_ds.formats.tensor_layout import Slot
+from pst_ds.formats.safetensors_file import Slot, TensorFile
 
 _WeightFile = TensorFile | dict[str, Tensor]
 _WHOLE = ("model.safetensors", "pytorch_model.bin")

@@ -29,8 +29,9 @@ from pst_ds.core.quantization import (
 from pst_ds.core.quantization.own_weights import OwnWeights
 from pst_ds.core.scores import sliced_weight
 from pst_ds.core.units import unit_tiles
+from pst_ds.errors import shortened
 from pst_ds.masks.layer_scores import current_base, whole_factors, with_contiguous_columns
-from pst_ds.nn.inject import pst_layers, shortened
+from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import UPDATE_FACTORS, PSTLayer
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import group_max, group_sum

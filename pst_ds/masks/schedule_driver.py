@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.schedule import CubicSchedule, RoundingSchedule, Schedule, Schedules
-from pst_ds.errors import InputError
+from pst_ds.errors import InputError, shortened
 from pst_ds.masks.scales import RoundingStats, update_scales
 from pst_ds.masks.update import MaskStats, mask_stats, masks_of_zeros, update_masks
 from pst_ds.masks.update_rank_budget import RankStats, update_ranks
@@ -22,7 +22,6 @@ from pst_ds.nn.inject import (
     layers_never_called,
     pst_layers,
     round_weights,
-    shortened,
 )
 from pst_ds.nn.model_structure import is_inside_block
 from pst_ds.nn.replaceable import listed

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pst_ds.errors import InputError, first_line
+from pst_ds.errors import InputError, first_line, shortened
 from pst_ds.formats.foreign import METHODS
 from pst_ds.nn.sharded_weights import read_by_every_rank
 
@@ -141,7 +141,7 @@ class Pretrained:
         """Raise InputError, with the ``fix``, when the files lack tensors of ``model``."""
         if missing:
             raise InputError(
-                f"{self} lacks {', '.join(missing[:4])}{' and others' if len(missing) > 4 else ''}, which a "
+                f"{self} lacks {shortened(missing)}, which a "
                 f"{type(model).__name__} has: there would be random values. {fix}"
             )
 

@@ -245,12 +245,6 @@ def layers_never_called(model: nn.Module) -> list[str]:
     return [name for name, layer in pst_layers(model).items() if not layer.was_called]
 
 
-def shortened(names: Sequence[str], most: int = 4) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 @contextmanager
 def bypassed(model: nn.Module) -> Iterator[None]:
     """Inside, ``model`` computes without masks, updates and prompt, as the dense model it was made from."""

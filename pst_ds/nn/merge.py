@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from pst_ds.errors import InputError
+from pst_ds.errors import InputError, shortened
 from pst_ds.nn import experts, fast_paths
 from pst_ds.nn.adapter_checkpoints import whole_checkpoints
 from pst_ds.nn.experts import PSTExpertStack
@@ -18,7 +18,6 @@ from pst_ds.nn.inject import (
     persistent_buffers,
     plain_name,
     pst_layers,
-    shortened,
 )
 from pst_ds.nn.layer import CONSTANT_PARTS, PSTLayer
 from pst_ds.nn.tables.coded import coded_tables, plain_tables

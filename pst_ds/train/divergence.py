@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pst_ds.atomic_files import write_bytes_atomic
-from pst_ds.nn.inject import shortened
+from pst_ds.errors import shortened
 from pst_ds.parallel.ranks import all_gather_objects
 
 BAD_BATCH_FILE = "bad_batch.safetensors"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.core.schedule import Schedules, learning_rate_factor
 from pst_ds.data.tasks import ExampleSet, task_of
+from pst_ds.errors import shortened
 from pst_ds.masks.layer_stats import chosen_layers, measure
 from pst_ds.masks.schedule_driver import SPARSITY_TOLERANCE, update_if_due
 from pst_ds.masks.update import MaskStats
@@ -27,7 +28,6 @@ from pst_ds.nn.inject import (
     persistent_buffers,
     pst_layers,
     set_score_penalty,
-    shortened,
 )
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.engine import Engine

@@ -16,9 +16,9 @@ from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.data.conversations import read_template
 from pst_ds.data.tasks import Task, task_of
-from pst_ds.errors import first_line
+from pst_ds.errors import first_line, shortened
 from pst_ds.nn.base_model import DTYPES, Pretrained
-from pst_ds.nn.inject import inject_pst, persistent_buffers, plain_name, pst_layers, shortened
+from pst_ds.nn.inject import inject_pst, persistent_buffers, plain_name, pst_layers
 from pst_ds.nn.optimizer import pst_parameter_groups
 from pst_ds.nn.sharded_weights import read_now
 from pst_ds.nn.tables.coded import coded_tables

@@ -16,6 +16,7 @@ from pst_ds.core.distillation import distilled_loss, relative_distance
 from pst_ds.core.head_loss import Teacher, head_loss
 from pst_ds.data.tasks import task_of
 from pst_ds.data.tasks.task import IGNORED
+from pst_ds.errors import shortened
 from pst_ds.nn.base_model import DTYPES, PRUNING_RECORD, Pretrained
 from pst_ds.nn.inject import bypassed
 from pst_ds.nn.language_head import LanguageHead
@@ -173,8 +174,8 @@ def require_teacher(run: RunConfig, shapes: nn.Module) -> None:
     trained = [name for name in trainable if not name.rpartition(".")[2].startswith("pst_")]
     if trained:
         raise ConfigError(
-            f"distillation.teacher is empty, so the model is its own teacher; but {', '.join(trained[:3])}"
-            f"{' and more' if len(trained) > 3 else ''} would train, and the teacher with it. Name a model folder "
+            f"distillation.teacher is empty, so the model is its own teacher; but {shortened(trained, 3)} "
+            "would train, and the teacher with it. Name a model folder "
             "(distillation.teacher), such as an exported dense run"
         )
 

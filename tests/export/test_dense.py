@@ -23,7 +23,7 @@ from pst_ds.export import write
 from pst_ds.export.check import check_export
 from pst_ds.export.export import export_run
 from pst_ds.export.manifest import ExportError
-from pst_ds.formats import tensor_files
+from pst_ds.formats import safetensors_file
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.tables.embedding import pst_embeddings
 from pst_ds.parallel.launch import LaunchEnvironment
@@ -276,7 +276,7 @@ def test_an_interrupted_export_leaves_nothing_and_takes_nothing(trained, tmp_pat
         calls.append(arguments)
         if len(calls) == 3:
             raise OSError("No space left on device")
-        tensor_files.write_at(*arguments)
+        safetensors_file.write_at(*arguments)
 
     monkeypatch.setattr(write, "write_at", write_until_the_disk_is_full)
     with pytest.raises(OSError, match="No space left"):

@@ -21,8 +21,7 @@ from pst_ds.errors import InputError
 from pst_ds.export.check import check_export
 from pst_ds.export.manifest import MANIFEST_FILE, ExportError, sealed
 from pst_ds.formats import FORMATS, packed_format
-from pst_ds.formats.tensor_files import TensorFile, TensorFileError
-from pst_ds.formats.tensor_layout import header_and_slots
+from pst_ds.formats.safetensors_file import TensorFile, TensorFileError, header_and_slots
 
 TIMES = int(os.environ.get("PST_DS_FUZZ_TIMES", "1"))
 RAW, AGREEING, MANIFESTS = 3300 * TIMES, 1320 * TIMES, 600 * TIMES
@@ -335,7 +334,7 @@ def test_a_manifest_or_index_of_strange_values_never_crashes(folders, kind):
     ("header", "reason"),
     [
         (b"{}", "its tensors end at byte 10"),
-        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": 1}', "the key 'a' is there twice"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": 1}', "the key 'a' is repeated"),
         (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": [1], '
          b'"data_offsets": [4, 8]}}', "b overlaps the tensor before it"),
         (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}', "a leaves a gap before it"),
@@ -343,10 +342,10 @@ def test_a_manifest_or_index_of_strange_values_never_crashes(folders, kind):
         (b'{"a": {"dtype": "F32", "shape": [1099511627776, 16777216], "data_offsets": [0, 8]}}', "a has shape"),
         (b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}', "a has 12 bytes by its shape, 8 by its off"),
         (b'{"a": {"dtype": "F33", "shape": [2], "data_offsets": [0, 8]}}', "a has dtype 'F33'"),
-        (b'{"a": {"shape": [2], "data_offsets": [0, 8]}}', "the entry of a has not dtype"),
+        (b'{"a": {"shape": [2], "data_offsets": [0, 8]}}', "the entry of a must have dtype"),
         (b'{"__metadata__": {"format": 1}}', "__metadata__"),
-        (b"[" * 5000, "its header is no JSON"),
-        (b"[1]", "its header is no table"),
+        (b"[" * 5000, "its header is not JSON"),
+        (b"[1]", "its header is not a JSON object"),
     ],
 )  # fmt: skip
 def test_every_kind_of_bad_header_has_its_message(tmp_path, header, reason):
@@ -361,7 +360,7 @@ def test_every_kind_of_bad_header_has_its_message(tmp_path, header, reason):
 def test_a_header_longer_than_its_file_is_refused_unread(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes((2**63).to_bytes(8, "little") + b"{}")
-    with pytest.raises(TensorFileError, match="its header would be 9223372036854775808 bytes of a file of 10"):
+    with pytest.raises(TensorFileError, match="its header would have 9223372036854775808 bytes, and the file has 10"):
         TensorFile(path)
 
 

@@ -10,7 +10,7 @@ import torch
 from pst_ds.core.layout import WeightLayout
 from pst_ds.export.stacks import StackRun, runs_in_files, whole
 from pst_ds.formats.base_weights import saved_tensors
-from pst_ds.formats.tensor_files import TensorFile
+from pst_ds.formats.safetensors_file import TensorFile
 from pst_ds.nn.model_structure import is_experts, stack_layouts
 from tests.nn.expert_families import FAMILIES, tiny_model
 

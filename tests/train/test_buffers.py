@@ -16,7 +16,7 @@ from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
 from pst_ds.export import check
 from pst_ds.export.manifest import MANIFEST_FILE, sealed
-from pst_ds.formats.tensor_layout import tensor_bytes
+from pst_ds.formats.safetensors_file import tensor_bytes
 from pst_ds.nn.inject import persistent_buffers
 from pst_ds.nn.optimizer import pst_optimizer
 from pst_ds.parallel.launch import launch_environment

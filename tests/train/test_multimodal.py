@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from pst_ds.cli.main import main
-from pst_ds.formats.tensor_layout import tensor_bytes
+from pst_ds.formats.safetensors_file import tensor_bytes
 
 LLAMA = "tests/data/tiny-llama"
 _TEXT = {

@@ -26,8 +26,7 @@ from pst_ds.export.manifest import (
 )
 from pst_ds.formats import row_bits
 from pst_ds.formats.base_weights import BaseWeights
-from pst_ds.formats.tensor_files import TensorFile
-from pst_ds.formats.tensor_layout import CODE_OF_DTYPE
+from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, TensorFile
 from pst_ds.progress import Progress
 from pst_ds.prune.folder import RECORD_FILE
 

@@ -11,7 +11,7 @@ from pst_ds.cli.inspect.text import Facts, Inspection, Layer, sparsity_of
 from pst_ds.core.bits import count_bits
 from pst_ds.errors import InputError
 from pst_ds.export.manifest import read_table
-from pst_ds.formats.tensor_files import TensorFile
+from pst_ds.formats.safetensors_file import TensorFile
 from pst_ds.nn.adapter_checkpoints import MASK_BITS, SCALES
 
 _OUTPUTS, _INPUTS = "ARU", "BCV"

@@ -14,7 +14,7 @@ from pst_ds.export.encoding import Encoding
 from pst_ds.export.manifest import TensorEntry, encoding_by, read_manifest
 from pst_ds.export.rounding import grids
 from pst_ds.formats.base_weights import BaseWeights, names_in_files, saved_tensors
-from pst_ds.formats.tensor_layout import DTYPE_OF_CODE
+from pst_ds.formats.safetensors_file import DTYPE_OF_CODE
 from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.merge import plain_tensors

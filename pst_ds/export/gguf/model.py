@@ -20,7 +20,7 @@ from pst_ds.export.gguf.tensors import GgufPiece, GgufPlan, GgufTensor, num_expe
 from pst_ds.export.gguf.tokenizer import GgufTokenizer, gguf_tokenizer
 from pst_ds.export.manifest import ExportError, JsonTable
 from pst_ds.export.plan import Source, TensorJob, require_space
-from pst_ds.formats.tensor_files import write_at
+from pst_ds.formats.safetensors_file import write_at
 from pst_ds.progress import Progress
 
 _SPARE_BYTES = 64 << 20

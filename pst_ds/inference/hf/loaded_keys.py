@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from pst_ds.errors import shortened
 from pst_ds.inference.hf.weight_files import PackedFolderError
 
 
@@ -37,24 +38,19 @@ class LoadedKeys:
         extra = sorted(of_model)
         if extra:
             raise PackedFolderError(
-                f"{_listed(extra)}: in the folder, but {type(model).__name__} has no such tensor. Is the config.json "
-                "that of another model?"
+                f"{shortened(extra, 3)}: in the folder, but {type(model).__name__} has no such tensor. Is "
+                "config.json that of another model?"
             )
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         other = sorted({str(key[0]) for key in mismatched} | {n for n in shapes if shapes[n] != self._shapes.get(n)})
         if other:
             wanted, kind = tuple(self._shapes.get(other[0], ())), type(model).__name__
-            raise PackedFolderError(f"{_listed(other)}: not of the shape {wanted} that {kind} has")
+            raise PackedFolderError(f"{shortened(other, 3)}: not of the shape {wanted} that {kind} has")
 
 
 def _missing(model: PreTrainedModel, missing: list[str]) -> str:
-    message = f"{_listed(missing)}: missing in the folder; {type(model).__name__} would have random values there."
+    message = f"{shortened(missing, 3)}: missing in the folder; {type(model).__name__} would have random values there."
     saved = ", ".join(model.config.architectures or ())
     if saved and type(model).__name__ not in saved.split(", "):
         return f"{message} The folder holds {saved}: load it with that class, or export the model that you want."
     return f"{message} Export again."
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

@@ -16,7 +16,6 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from pst_ds.formats.base_weights import is_text_part
-from pst_ds.formats.tensor_layout import CODE_OF_DTYPE
 from pst_ds.inference.hf.config import QUANT_METHOD, PackedWeightsConfig
 from pst_ds.inference.hf.layers import clear_cast_zeros, end_loading, make_dense, named_groups, put_sparse_layers
 from pst_ds.inference.hf.loaded_keys import LoadedKeys
@@ -126,7 +125,7 @@ class PackedWeightsQuantizer(HfQuantizer):
         if layer.is_quantized:
             layer.dtype = loaded_dtype(layer)
         reread_parts(layer, form, self._groups[name])
-        if CODE_OF_DTYPE[getattr(layer, form.values_name).dtype] != self._groups[name][form.values_name].dtype:
+        if getattr(layer, form.values_name).dtype != self._groups[name][form.values_name].dtype:
             clear_cast_zeros(layer)
         layer.check(name)
 

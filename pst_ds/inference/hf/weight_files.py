@@ -1,4 +1,4 @@
-"""The headers of packed weight files, read before any tensor."""
+"""Headers of packed weight files: which parts belong to which weight, checked before any tensor is read."""
 
 from __future__ import annotations
 
@@ -6,40 +6,52 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from pst_ds.errors import InputError
 from pst_ds.formats import FORMATS, FormatError, PackedFormat, form_of
-from pst_ds.formats.tensor_layout import DTYPE_OF_CODE
+from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, TensorFile, TensorFileError
 
 _PARTS_OF_CODES = ("codes", "bitmask", "scales", "shape")
 
 
 class PackedFolderError(InputError):
-    """A packed folder, or the way it is loaded, cannot be used; the message names the tensor, file or setting."""
+    """A packed folder that is invalid or loaded with unsuitable options; the message names the tensor or setting."""
+
+
+class CodedModule(Protocol):
+    """A module that holds quantised values and their scales."""
+
+    scales: Tensor
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor's line in a header."""
+    """A tensor in a weight file."""
 
     name: str
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
+    source: TensorFile
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.slots[self.name].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.slots[self.name].shape
 
     @property
     def file(self) -> str:
-        return self.path.name
+        """Name of the file."""
+        return self.source.path.name
 
-    def read(self) -> torch.Tensor:
-        """The tensor as it is stored, on the CPU."""
-        with safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(self.name)
+    def read(self) -> Tensor:
+        """Return the tensor as stored, on the CPU."""
+        return self.source.read(self.name)
 
 
 Groups = Mapping[str, Mapping[str, StoredTensor]]
@@ -47,33 +59,36 @@ Groups = Mapping[str, Mapping[str, StoredTensor]]
 
 
 def read_headers(files: Iterable[str]) -> dict[str, StoredTensor]:
-    """Every tensor of the files by name. Raises PackedFolderError for a bad file and for a name that comes twice."""
+    """Return every tensor of the files by name.
+
+    Raises:
+        PackedFolderError: a file is damaged or not safetensors, files are in several folders, or a name is repeated.
+    """
     paths = [Path(file) for file in files]
     if len({path.parent for path in paths}) != 1:
-        raise PackedFolderError(f"weight files of one model lie in one folder, got {', '.join(map(str, paths))}")
+        raise PackedFolderError(f"the weight files of a model must be in one folder, got {', '.join(map(str, paths))}")
     found: dict[str, StoredTensor] = {}
     for path in paths:
         if path.suffix != ".safetensors":
-            raise PackedFolderError(f"{path}: packed weights are read from safetensors files alone")
-        for name, stored in _header(path).items():
+            raise PackedFolderError(f"{path}: packed weights are read from safetensors files only")
+        try:
+            source = TensorFile(path)
+        except (TensorFileError, OSError) as error:
+            raise PackedFolderError(
+                f"{path}: not a readable safetensors file: {error}. Export the model again."
+            ) from None
+        for name in source.slots:
             if name in found:
-                raise PackedFolderError(f"{name}: stands in {found[name].file} and in {path.name}. Export again.")
-            found[name] = stored
+                raise PackedFolderError(f"{name}: stored in {found[name].file} and in {path.name}. Export again.")
+            found[name] = StoredTensor(name, source)
     return found
 
 
-def _header(path: Path) -> dict[str, StoredTensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-            return {n: StoredTensor(n, path, s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise PackedFolderError(f"{path}: not a readable safetensors file: {error}; export the model again") from None
-
-
 def packed_groups(headers: Mapping[str, StoredTensor], packing: str) -> dict[str, dict[str, StoredTensor]]:
-    """The parts of what is packed so, or has codes, by module name and part; a name that only ends like a part may be
-    among them."""
+    """Return the parts of weights that are packed as ``packing`` or quantised, by module name and part.
+
+    Unrelated tensors whose names end like a part may be among them.
+    """
     known = {*_PARTS_OF_CODES, *(FORMATS[packing].part_names if packing in FORMATS else ())}
     groups: dict[str, dict[str, StoredTensor]] = {}
     for name, stored in headers.items():
@@ -84,11 +99,11 @@ def packed_groups(headers: Mapping[str, StoredTensor], packing: str) -> dict[str
 
 
 def form_of_group(name: str, packing: str, group: Mapping[str, StoredTensor], columns: int) -> PackedFormat:
-    """Return the format of the weight ``name`` of so many inputs, by the headers of its parts.
+    """Return the format of the weight ``name`` with ``columns`` inputs, given the headers of its parts.
 
-    Raises PackedFolderError where they fit no format.
+    Raises PackedFolderError if they fit no format.
     """
-    sizes = {part: (DTYPE_OF_CODE.get(stored.dtype, torch.bool), stored.shape) for part, stored in group.items()}
+    sizes = {part: (stored.dtype, stored.shape) for part, stored in group.items()}
     try:
         return form_of(packing, sizes, columns)
     except ValueError as error:  # FormatError is one
@@ -96,9 +111,9 @@ def form_of_group(name: str, packing: str, group: Mapping[str, StoredTensor], co
 
 
 def kept_values(name: str, form: PackedFormat, group: Mapping[str, StoredTensor], shape: tuple[int, int]) -> int:
-    """Number of stored values of the matrix ``name``, (O, I) = ``shape``, whose parts' headers are ``group``.
+    """Return how many values are stored for the weight ``name``, (O, I) = ``shape``, given the headers of its parts.
 
-    Raises PackedFolderError when a part is absent, or has another dtype or shape than this matrix needs.
+    Raises PackedFolderError if a part is missing, or its dtype or shape does not fit the weight.
     """
     absent = [part for part in form.part_names if part not in group]
     if absent:
@@ -106,44 +121,48 @@ def kept_values(name: str, form: PackedFormat, group: Mapping[str, StoredTensor]
         raise PackedFolderError(f"{name}.{part}: not in the folder, though other parts are in {file}. Export again.")
     values = group[form.values_name]
     count = form.stored_of(math.prod(values.shape))
-    dtype = DTYPE_OF_CODE.get(values.dtype)
-    if dtype not in form.value_dtypes:
-        raise PackedFolderError(f"{name}.{form.values_name}: {values.dtype} in {values.file} is no dtype of a weight")
+    if values.dtype not in form.value_dtypes:
+        code = CODE_OF_DTYPE[values.dtype]
+        raise PackedFolderError(
+            f"{name}.{form.values_name}: {code} in {values.file} is not a dtype of packed weights. Export again."
+        )
     try:
-        expected = form.parts(shape, count, dtype)
+        expected = form.parts(shape, count, values.dtype)
     except FormatError as error:
         raise PackedFolderError(f"{name}: {error}") from None
-    for part, (part_dtype, dims) in expected.items():
+    for part, (dtype, dims) in expected.items():
         stored = group[part]
-        if DTYPE_OF_CODE.get(stored.dtype) != part_dtype or stored.shape != dims:
+        if stored.dtype != dtype or stored.shape != dims:
             raise PackedFolderError(
-                f"{name}.{part}: a {shape[0]} x {shape[1]} weight with {count} values needs {part_dtype} of shape "
-                f"{dims}, {stored.file} has {stored.dtype} of shape {stored.shape}. Is it the folder of another model?"
+                f"{name}.{part}: a {shape[0]} x {shape[1]} weight with {count} values needs {dtype} of shape {dims}, "
+                f"{stored.file} has {CODE_OF_DTYPE[stored.dtype]} of shape {stored.shape}. "
+                "Is it the folder of another model?"
             )
     return count
 
 
-def loaded_dtype(module: Any) -> torch.dtype:
-    """Return the dtype that a module of codes, which was made for ``module.dtype``, is to have now that it is loaded.
+def loaded_dtype(module: CodedModule) -> torch.dtype:
+    """Return the dtype that a module of quantised values must have after loading.
 
-    A module that the model keeps in fp32 shows by its scales, before :func:`reread_parts`: they are cast to that.
+    transformers casts the scales of modules that the model keeps in fp32, which is how they are recognised. Call it
+    before :func:`reread_parts`.
     """
     return torch.float32 if module.scales.dtype == torch.float32 else module.dtype
 
 
 def reread_parts(module: nn.Module, form: PackedFormat, group: Mapping[str, StoredTensor]) -> None:
-    """Read again, as stored, the parts that a loader has cast, but for values of the model's dtype.
+    """Restore the stored dtype of parts that the loader has cast, except values in the model's dtype.
 
-    transformers casts every float tensor, scales among them, and some versions all of a module that it keeps in fp32.
+    transformers casts every float tensor, including scales; some versions cast all tensors of modules kept in fp32.
     """
     for part in form.part_names:
-        tensor, stored = getattr(module, part), DTYPE_OF_CODE[group[part].dtype]
-        if tensor.dtype != stored and (part != form.values_name or not stored.is_floating_point):
-            setattr(module, part, group[part].read().to(tensor.device))
+        tensor, stored = getattr(module, part), group[part]
+        if tensor.dtype != stored.dtype and (part != form.values_name or not stored.dtype.is_floating_point):
+            setattr(module, part, stored.read().to(tensor.device))
 
 
 def outside_base_model(names: Iterable[str], base_prefix: str) -> set[str]:
-    """The names of a head's tensors: all without the base model's prefix, if some have it."""
+    """Return the tensors of a head: names without the base model's prefix, if other names have it."""
     names = set(names)
     inside = {name for name in names if base_prefix and name.startswith(f"{base_prefix}.")}
     return names - inside if inside else set()

@@ -23,9 +23,6 @@ class UserCheckpoint(Checkpoint):
             return self._state[name].flatten()[start:stop].float()
         return super().values(name, kind, start, stop)
 
-    def reopened(self) -> Checkpoint:
-        return UserCheckpoint(self, self._state)
-
 
 def user_checkpoint(checkpoint: Checkpoint, run: RunConfig, store: UserStore, user: str) -> UserCheckpoint:
     """Return ``checkpoint`` with the state of ``user``.

@@ -13,6 +13,7 @@ from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.checkpoint.restore import load_into
 from pst_ds.config.pst import PSTConfig, name_matches
 from pst_ds.config.run import ConfigError, RunConfig
+from pst_ds.errors import shortened
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.batched_updates import LEFT, RIGHT, add_update
 from pst_ds.nn.inject import configured_parameters, freeze_scores, pst_layers
@@ -149,7 +150,7 @@ def _make_personal(module: nn.Module, run: RunConfig, part: PersonalPart) -> dic
     layers = pst_layers(module)
     chosen = {name: layer for name, layer in layers.items() if not part.layers or name_matches(name, part.layers)}
     if not chosen:
-        some = ", ".join(list(layers)[:6]) + (" and more" if len(layers) > 6 else "")
+        some = shortened(list(layers), 6)
         raise ConfigError(f"--layers {' '.join(part.layers)} names none of the run's layers. Choose from {some}.")
     config = run.mask_method.pst_config(run.seeded_pst)
     trained = configured_parameters(module, config) & _head_parameters(module, config)

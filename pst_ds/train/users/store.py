@@ -28,8 +28,8 @@ from torch import Tensor
 from pst_ds import __version__
 from pst_ds.atomic_files import LOCK, only_writer, require_writable, write_bytes_atomic, write_text_atomic
 from pst_ds.checkpoint.restore import same_base
-from pst_ds.errors import InputError
-from pst_ds.formats.tensor_files import TensorFile, TensorFileError
+from pst_ds.errors import InputError, shortened
+from pst_ds.formats.safetensors_file import TensorFile, TensorFileError
 
 INDEX, STATES = "index.json", "states"
 FORMAT = 1
@@ -161,8 +161,8 @@ class UserStore:
         found = self._entries.get(name)
         if found is None:
             require_name(name)
-            some = ", ".join(map(repr, self.names[:6])) or "nobody"
-            raise UserNameError(f"{self.folder} has no user {name!r}; there is {some}{_more(len(self) - 6)}")
+            known = shortened([repr(known) for known in self.names], 6) or "nobody"
+            raise UserNameError(f"{self.folder} has no user {name!r}; there is {known}")
         return found
 
     def state(self, name: str) -> State:
@@ -375,7 +375,3 @@ def _require_types(common: Common, entries: dict[str, UserEntry]) -> None:
 def _difference(found: Mapping[str, list[int]], wanted: Mapping[str, list[int]]) -> str:
     name = next(name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name))
     return f"{name} of shape {found.get(name)}, and {wanted.get(name)} is wanted (None: it is not there)"
-
-
-def _more(count: int) -> str:
-    return f" and {count} more" if count > 0 else ""

@@ -161,7 +161,7 @@ def _edited(quantized, tmp_path, change, *how):
         (Q_PROJ, "codes", lambda t: t.index_fill(0, torch.tensor([0]), 0x88), "codes has -8 in byte 0"),
         (Q_PROJ, "codes", lambda t: t[:-1], "bitmask keeps"),
         (Q_PROJ, "codes", lambda t: t.view(torch.int8), "bitmask keeps"),
-        (Q_PROJ, "codes", lambda t: t.float(), "is no dtype of a weight"),
+        (Q_PROJ, "codes", lambda t: t.float(), "is not a dtype of packed weights"),
         ("model.embed_tokens", "scales", lambda t: t * float("inf"), "scale 0 of row 0 is inf"),
         ("model.embed_tokens", "codes", lambda t: t & 0 | 0x88, "codes has -8 in byte 0"),
         ("model.embed_tokens", "codes", lambda t: t[:-1], "needs torch.uint8 of shape"),

@@ -110,7 +110,7 @@ def test_a_dense_tensor_of_another_shape(edited, key, ignore):
         ("bitmask", torch.zeros(32, 4, dtype=torch.uint8), "keeps 0 positions"),
         ("row_offsets", torch.zeros(32, dtype=torch.int64), "row_offsets"),
         ("row_offsets", torch.zeros(31, dtype=torch.int64), "needs torch.int64 of shape"),
-        ("compressed", torch.zeros(512, dtype=torch.int32), "no dtype of a weight"),
+        ("compressed", torch.zeros(512, dtype=torch.int32), "is not a dtype of packed weights"),
         ("compressed", torch.zeros(16, 32), r"of shape \(512,\), .*Is it the folder of another model"),
         ("compressed", torch.full((512,), -0.0), "-0.0"),
         ("shape", torch.tensor([64, 16]), "shape"),
@@ -170,7 +170,7 @@ def test_a_tensor_in_two_shards(copied):
     tensors = load_file(second)
     tensors |= {name: tensor.clone() for name, tensor in load_file(first).items()}
     save_file(tensors, second, {"format": "pt"})
-    with pytest.raises(PackedFolderError, match=rf"stands in {first.name} and in {second.name}"):
+    with pytest.raises(PackedFolderError, match=rf"stored in {first.name} and in {second.name}"):
         load(folder)
 
 
