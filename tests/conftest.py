@@ -57,10 +57,16 @@ HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGTERM, sign
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Cheap tests first, launchers last; GPU tests are skipped, with the reason, where there is no GPU.
 
-    A test over a product of parameters is ``thorough`` but for cases that have every value of every parameter.
+    Of a test over a product of parameters all cases are ``thorough`` but for some that have every value of every
+    parameter; of one marked ``few`` all but that number of cases. Clusters are ``thorough`` too.
     """
+    for item in items:
+        if item.get_closest_marker("cluster"):
+            item.add_marker(pytest.mark.thorough)
     for cases in _cases_of_tests(items):
-        for case in set(cases) - set(_with_every_value(cases)):
+        few = cases[0].get_closest_marker("few")
+        kept = _spread(cases, few.args[0]) if few else _with_every_value(cases)
+        for case in set(cases) - set(kept):
             case.add_marker(pytest.mark.thorough)
     order = {"zero3": 1, "launcher": 2, "cluster": 3}
     items.sort(key=lambda item: max((order.get(mark.name, 0) for mark in item.iter_markers()), default=0))
@@ -90,6 +96,11 @@ def _with_every_value(cases: list[pytest.Function]) -> list[pytest.Function]:
         chosen.append(max(cases, key=lambda case: len(values[case] & missing)))
         missing -= values[chosen[-1]]
     return chosen
+
+
+def _spread(cases: list[pytest.Function], number: int) -> list[pytest.Function]:
+    """Choose so many cases, evenly spread, the first among them."""
+    return [cases[i * len(cases) // number] for i in range(min(number, len(cases)))]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -85,6 +85,7 @@ def test_a_decoder_whose_values_are_codes_runs_in_the_native_loop_too(folders, c
 @pytest.mark.parametrize(
     ("folder", "more"), [("half-bitmask", ()), ("bert-int8", ()), ("half-int8", ("--from-memory",))]
 )
+@pytest.mark.few(1)
 def test_there_is_no_native_loop_of_floats_encoders_or_copies(folders, capsys, monkeypatch, folder, more):
     monkeypatch.setattr(
         "pst_ds.inference.bench.variants.last_level_cache_bytes", lambda: 2**20

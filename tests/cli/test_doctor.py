@@ -171,6 +171,7 @@ def test_what_does_not_come_to_an_end_is_ended():
     assert _mine() <= before
 
 
+@pytest.mark.thorough
 def test_the_rank_that_failed_is_reported_and_not_the_one_that_waited_for_it(monkeypatch, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import os, torch.distributed as dist\n"

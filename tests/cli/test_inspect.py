@@ -290,6 +290,7 @@ def test_a_group_has_the_least_the_mean_and_the_greatest():
     assert len(layer_table(layers, every_layer=True)) == 4
 
 
+@pytest.mark.thorough
 def test_no_model_is_built(folders):
     script = """
 import sys

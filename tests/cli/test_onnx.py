@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang+
 
 
 @pytest.mark.parametrize("options", [[], ["--values", "int8", "--embeddings", "int8"]], ids=["plain values", "int8"])
+@pytest.mark.few(1)
 def test_verify_holds_the_file_against_the_run(folders, tmp_path, capsys, options):
     out = tmp_path / "onnx"
     words = ["export", folders / "run", "--format", "onnx", "--out", out, "--checkpoint", "step-00000004", *options]
@@ -33,6 +34,7 @@ def test_verify_holds_the_file_against_the_run(folders, tmp_path, capsys, option
     assert "is not the model in" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_inputs_of_8_bits_do_not_make_verify_lenient(folders, tmp_path, capsys):
     """The file is compared with inputs of 16 bits, and what 8 change is said beside."""
     out = tmp_path / "onnx"
@@ -73,6 +75,7 @@ def test_the_file_of_a_run_with_inputs_of_8_bits_has_them_and_computes_what_was_
 
 
 @pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.thorough
 def test_codes_of_a_run_in_bf16_are_not_rounded_again(tmp_path, capsys, monkeypatch, values):
     """A code times its scale has more bits than bf16: the graph multiplies with all of them, and so does its model."""
     monkeypatch.chdir(ROOT)
@@ -92,6 +95,7 @@ def test_a_damaged_file_is_refused_in_one_message(tmp_path, capsys):
     assert "ONNX Runtime" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_inspect_knows_the_folder(folders, tmp_path, capsys):
     out = tmp_path / "onnx"
     said_by(capsys, "export", folders / "run", "--format", "onnx", "--out", out)

@@ -46,6 +46,7 @@ def _plan(capsys, arguments):
     return text, json.loads(text.splitlines()[-1])
 
 
+@pytest.mark.thorough
 def test_a_70b_model_plans_from_its_config_alone(capsys, llama_70b):
     text, plan = _plan(capsys, [*llama_70b, "--world-size", "512"])
     assert plan["parameters"] == PARAMETERS_70B + FACTORS_70B

@@ -54,6 +54,7 @@ def test_the_first_is_the_fastest_that_fits_and_each_is_what_its_settings_plan(p
     assert f"the first: {' '.join(_set(lines[0]['settings']))}" in text
 
 
+@pytest.mark.thorough
 def test_what_fits_comes_first_and_that_none_does_is_said(plan):
     cpu = ("--search", "--machine", "cpu")  # where a mask update takes less than the activations
     _, found = plan(*cpu)

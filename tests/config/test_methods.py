@@ -46,6 +46,7 @@ def _mask(layer):
 
 @pytest.mark.parametrize("method", list(METHODS))
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.few(4)
 def test_every_method_trains_exports_and_verifies(tmp_path, capsys, method, precision):
     settings = [
         f"method={method}", "deepspeed_config=", f"output_dir={tmp_path / 'run'}", f"train.precision={precision}",
@@ -300,6 +301,7 @@ def _lines(folder, event):
 
 
 @pytest.mark.zero3
+@pytest.mark.thorough
 def test_methods_do_not_depend_on_the_world_size(run_ranks, tmp_path):
     """Losses agree, and the first masks to the bit; later ones may follow roundings of the gradient's sum."""
     one, two = (run_ranks(_all_rivals, world_size, tmp_path / str(world_size))[0] for world_size in (1, 2))

@@ -191,6 +191,7 @@ def _run_python(block: Block, names: dict[str, Any]) -> None:
 
 @pytest.mark.zero3
 @pytest.mark.parametrize("page", [page for page in PAGES if page in {*COMMANDS, *PYTHON}])
+@pytest.mark.few(6)
 def test_a_page_runs(page, place, run_ranks):
     place(COMMANDS.get(page, "decoder"))
     run_ranks(_run_page, 1, page, page in PYTHON, page in COMMANDS)

@@ -155,6 +155,7 @@ def test_codes_on_one_process_are_the_rounded_weights(case):
 
 @pytest.mark.zero3
 @pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.few(1)
 def test_ranks_agree_with_one_process(run_ranks, world_size):
     expected = {case: alone(case, coded=case == "zeros") for case in CASES}
     for by_case in run_ranks(all_on_ranks, world_size, world_size):

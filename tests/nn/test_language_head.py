@@ -52,6 +52,7 @@ def _gradients(model):
 
 @pytest.mark.parametrize("trained", [(), ("lm_head", "embed_out")], ids=["frozen", "trained"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.few(10)
 def test_loss_and_gradients_of_families_are_their_own(family, trained):
     model = _model(family)
     inject_pst(model, PSTConfig(exclude_modules=("experts", "gate") if family == "mixtral" else ()))

@@ -147,6 +147,7 @@ def _received(cases):
 
 
 @pytest.mark.zero3
+@pytest.mark.thorough
 def test_a_step_gathers_what_deepspeed_gathers(run_ranks):
     cases = [
         # what is kept beyond a block shows in a deep model; the rest is exact in any
@@ -199,6 +200,7 @@ def _held(world_size, ds_config):
 
 @pytest.mark.zero3
 @pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.few(1)
 def test_bytes_of_a_rank_are_those_its_tensors_take(run_ranks, world_size):
     config = {
         "train_batch_size": world_size, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True},

@@ -16,6 +16,17 @@ import pytest
 from tests.forks import ForkedModule
 from tools.bench import ranks
 
+FOLDER = Path(__file__).parent
+GUARANTEES = ("test_examples.py", "test_example_runs.py", "test_demo.py")
+"""Files with tests of what users are promised; those of benchmarks and experiments are left to ``make test-all``."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent == FOLDER and item.path.name not in GUARANTEES:
+            item.add_marker(pytest.mark.thorough)
+
 
 @pytest.fixture
 def forked_bench(imported_by_ranks: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:

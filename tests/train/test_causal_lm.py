@@ -91,6 +91,7 @@ def _plain_perplexity(folder, sequences, dtype=torch.float32):
 
 @pytest.mark.zero3
 @pytest.mark.parametrize(("family", "checkpointing"), [("llama", False), ("llama", True), ("gpt2", False)])
+@pytest.mark.few(1)
 def test_from_base_to_reloaded_export_on_two_ranks(run_ranks, tmp_path, family, checkpointing, capsys):
     path = _base(family, tmp_path / "base")
     more = {"model.path": path, "model.gradient_checkpointing": checkpointing, "train.precision": "bf16"}
@@ -139,6 +140,7 @@ def test_the_export_keeps_tokenizer_and_generation_settings(tmp_path):
 
 @pytest.mark.zero3
 @pytest.mark.parametrize(("family", "world_sizes"), [("llama", (2, 3)), ("gpt2", (2,))])
+@pytest.mark.few(1)
 def test_losses_and_masks_do_not_depend_on_the_world_size(run_ranks, tmp_path, family, world_sizes):
     more = {"model.path": _base(family, tmp_path / "base"), "eval.interval": 2}
     _train(_settings(tmp_path / "1", **more, **{"deepspeed_config": ""}))
@@ -272,6 +274,7 @@ def test_the_head_is_neither_pruned_nor_trained(tmp_path):
 
 @pytest.mark.zero3
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.thorough
 def test_a_head_asked_for_is_trained_with_the_embedding_it_is_tied_to(run_ranks, tmp_path, family, capsys):
     path = _base(family, tmp_path / "base")
     more = {"model.path": path, "pst.modules_to_save": ["lm_head"], "train.head_learning_rate": 0.01}

@@ -95,6 +95,7 @@ def _checksums(folder):
 
 
 @pytest.mark.zero3
+@pytest.mark.thorough
 def test_masks_do_not_depend_on_ranks_stops_or_checkpointing_though_most_experts_get_no_token(run_ranks, tmp_path):
     base = tmp_path / "base"
     _save_base(base)

@@ -113,6 +113,7 @@ def _train_alone(settings):
         ("mixtral", True, []),
     ],
 )
+@pytest.mark.few(5)
 def test_family_from_base_to_reloaded_export(run_ranks, tmp_path, family, checkpointing, updated, capsys):
     _write_base(family, tmp_path / "base")
     settings = _settings(tmp_path, **{"model.gradient_checkpointing": checkpointing, "pst.update_embeddings": updated,
@@ -239,6 +240,7 @@ def test_gpt2_c_attn_is_three_matrices(tmp_path):
 
 @pytest.mark.zero3
 @pytest.mark.parametrize("method", ["dense", "magnitude"])
+@pytest.mark.few(1)
 def test_baselines_train_every_weight_and_export(run_ranks, tmp_path, method, capsys):
     _write_base("bert", tmp_path / "base")
     settings = _settings(tmp_path, method=method, **{"train.precision": "fp32"})

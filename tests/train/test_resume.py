@@ -119,6 +119,7 @@ def _assert_same_run(folder, *outcomes, at=STOP_AT, num_steps=NUM_STEPS):
 
 @pytest.mark.parametrize("method", ["pst", "magnitude", "dense", "movement"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.few(2)
 def test_a_stopped_run_ends_as_an_uninterrupted_one_on_one_process(tmp_path, method, precision):
     more = (f"method={method}", f"train.precision={precision}", "train.gradient_accumulation_steps=2")
     whole = _train(tmp_path / "whole", "local", *more)
@@ -132,6 +133,7 @@ def test_a_stopped_run_ends_as_an_uninterrupted_one_on_one_process(tmp_path, met
     [("0", "fp32"), ("0", "bf16"), ("1", "bf16"), ("2", "fp32"), ("3", "bf16"), ("3-persistent", "fp32"),
      ("3-offload", "bf16")],
 )  # fmt: skip
+@pytest.mark.few(3)
 def test_a_stopped_run_ends_as_an_uninterrupted_one_on_two_ranks(run_ranks, tmp_path, stage, precision):
     more = (f"train.precision={precision}", 'pst.pattern="2:4"', "schedule.final_sparsity=0.5", OF_SHORT)
     whole = run_ranks(_train, 2, tmp_path / "whole", stage, *more)
@@ -262,6 +264,7 @@ def steps_of_whole(tmp_path_factory):
     [((2, "3"), (1, "local")), ((2, "2"), (2, "3")), ((2, "3"), (2, "2")), ((2, "3"), (3, "3")),
      ((1, "local"), (2, "3")), ((3, "1"), (1, "3")), ((2, "0"), (2, "1"))],
 )  # fmt: skip
+@pytest.mark.few(3)
 def test_a_run_goes_on_with_other_ranks_and_stages(run_ranks, steps_of_whole, tmp_path, before, after):
     stopped = tmp_path / "stopped"
     run_ranks(partial(_stopped, at=EARLY), before[0], stopped, before[1], *WITHOUT_DROPOUT)

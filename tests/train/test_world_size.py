@@ -55,6 +55,7 @@ def test_losses_and_masks_do_not_depend_on_the_world_size(run_ranks, tmp_path, c
 
 
 @pytest.mark.zero3
+@pytest.mark.thorough
 def test_adam_s_betas_reach_deepspeed_and_the_one_process_without_it(run_ranks, tmp_path):
     """With others the losses are elsewhere, and the same on both."""
     short, betas = "train.num_steps=8", ["train.adam_beta1=0.5", "train.adam_beta2=0.5"]
@@ -67,6 +68,7 @@ def test_adam_s_betas_reach_deepspeed_and_the_one_process_without_it(run_ranks, 
 
 
 @pytest.mark.zero3
+@pytest.mark.thorough
 def test_updated_embeddings_do_not_depend_on_the_world_size(run_ranks, tmp_path, capsys):
     more = ["pst.update_embeddings=['word_embeddings']", "train.embedding_learning_rate=0.01", "train.num_steps=8"]
     result, _ = run_ranks(_train, 2, str(tmp_path / "zero3"), *more)

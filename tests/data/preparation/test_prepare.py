@@ -198,6 +198,7 @@ def _killed(sources, out, workers, after, piece_bytes=700):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.few(1)
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, workers):
     path = _many(tmp_path / "a.jsonl")
     _store([path], tmp_path / "whole", piece_bytes=400)
