@@ -1,6 +1,6 @@
 """pst-ds: Parameter-efficient Sparse Training (arXiv 2205.11005) on DeepSpeed ZeRO-3.
 
-The names below are for scripts of your own (docs/in-your-script.md); ``pst_ds.hf`` has those for transformers' Trainer.
+The public API for scripts (docs/reference/api.md); ``pst_ds.hf`` has the part for transformers.
 """
 
 from typing import TYPE_CHECKING

@@ -4,7 +4,7 @@ Every Auto class loads bitmask, 2:4 and csr. ``quantization_config=PackedWeights
 chooses between an ordinary model and one whose weights stay packed. Without this import transformers finds no weight
 file in such a folder and raises.
 
-``PSTCallback`` and ``trainer_optimizer`` train with HF Trainer (docs/in-your-script.md).
+``PSTCallback`` and ``trainer_optimizer`` train with HF Trainer (docs/how-to/your-script.md).
 """
 
 from typing import TYPE_CHECKING

@@ -52,11 +52,11 @@ class DataSource:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Where the texts are, and how long the model's inputs. ``data.preset`` fills in a benchmark's (docs/tasks.md)."""
+    """Training and evaluation data, and the length of the model's inputs (docs/how-to/data.md)."""
 
     train: str = ""
     """Local JSONL, CSV, Parquet or text file to train on, or a slice of its rows such as "reviews.csv[:80%]", as for
-    the next two. For task "causal-lm" also a store of tokens, and many files of text (docs/data.md)."""
+    the next two. For task "causal-lm" also a store of tokens, and many files of text (docs/how-to/data.md)."""
     sources: tuple[DataSource, ...] = ()
     """Texts to train on in a mixture, instead of ``train``, for task "causal-lm": tables [[data.sources]]."""
     validation: str = ""

@@ -16,7 +16,7 @@ Adapter = Literal["none", "linear", "low-rank"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptConfig:
-    """A prompt that the model reads with every text, begun from words (docs/methods.md)."""
+    """A prompt that the model reads with every text, begun from words (docs/how-to/methods.md)."""
 
     text: str = ""
     """What it begins as, such as "classify the review as positive or negative:"; it has a vector for each token.

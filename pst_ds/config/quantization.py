@@ -17,7 +17,7 @@ _SEARCHES = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizationConfig:
-    """Training with rounded weights, so that the exported file computes what was trained (docs/methods.md)."""
+    """Training with rounded weights, so that the exported file computes what was trained (docs/how-to/methods.md)."""
 
     values: Literal["", "int8", "int4"] = ""
     """What every pruned layer's M . W is rounded to in the forward pass; its gradient passes straight through. Empty

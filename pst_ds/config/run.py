@@ -92,11 +92,11 @@ class CheckpointConfig:
     """Newest checkpoints to keep, besides the best one and the last."""
     file_per: Literal["rank", "host"] = "rank"
     """Whether every rank writes a file of its own, or the ranks of each host write one together: so many times fewer
-    files, which older versions refuse (docs/checkpoints.md)."""
+    files, which older versions refuse (docs/how-to/checkpoints.md)."""
     grace_seconds: Annotated[float, Ge(0.0), Lt(1e7)] = 0.0
     """Seconds between SIGTERM or SIGUSR1 and the kill, where that may be shorter than a step: each rank then holds a
     copy of what the last two steps have left, and when half of the time is over and the step is not, that is saved
-    (docs/checkpoints.md). 0 holds nothing, and saves at the end of the step."""
+    (docs/how-to/checkpoints.md). 0 holds nothing, and saves at the end of the step."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -164,9 +164,9 @@ class RunConfig:
     data: DataConfig
     train: TrainConfig
     task: str = "classification"
-    """What the model learns; docs/tasks.md says what data each task takes."""
+    """What the model learns; docs/how-to/data.md says what data each task takes."""
     method: str = "pst"
-    """What is pruned and what trains; docs/methods.md says what each method is for."""
+    """What is pruned and what trains; docs/how-to/methods.md says what each method is for."""
     seed: int = 0
     """Seed of the batches' order, dropout, a new head and, unless ``pst.seed`` is set, the factors."""
     deepspeed_config: str = ""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StartConfig:
-    """One-shot pruning of the pretrained model on the run's own text, before the first step (docs/pruning.md)."""
+    """One-shot pruning of the pretrained model on training data, before the first step (docs/how-to/methods.md)."""
 
     method: Literal["none", "magnitude", "wanda", "sparsegpt", "alps"] = "none"
     """How the zeros are chosen that the run begins with: those of ``schedule.initial_sparsity``, or all of them where

@@ -94,7 +94,7 @@ def promised_grid(folder: Path) -> PromisedGrid | None:
 
 
 def _opt_out(folder: Path) -> str:
-    return f'docs/pruning.md: without "values" in {folder / RECORD_FILE} they are rounded anew'
+    return f'docs/how-to/methods.md: without "values" in {folder / RECORD_FILE} they are rounded anew'
 
 
 def _words(grid: Grid) -> str:

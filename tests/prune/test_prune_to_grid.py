@@ -258,7 +258,7 @@ def test_another_grid_would_round_twice(capsys, tmp_path, on_grid):
     assert not (tmp_path / "out").exists()
     _export(tmp_path / "tables", on_grid, "--embeddings", "int8")  # which are on no grid yet
     folder = Path(shutil.copytree(on_grid, tmp_path / "folder"))
-    _with_record(folder, values=None)  # as docs/pruning.md says
+    _with_record(folder, values=None)  # as docs/how-to/methods.md says
     _export(tmp_path / "anew", folder, "--values", "int8")
 
 

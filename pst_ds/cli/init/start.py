@@ -15,8 +15,8 @@ from pst_ds.nn.experts import expert_stacks
 from pst_ds.train.one_shot.start import require_startable
 
 MANY_ZEROS = 0.85
-"""From here on a classifier begins with zeros of ALPS; see docs/pruning.md, "Classifiers with many zeros". Measured at
-0.9 and 0.95, not between that and half, and worth nothing in blocks."""
+"""Sparsity from which a classifier is initialised with ALPS (docs/how-to/methods.md). Measured at 0.9 and 0.95, not
+between 0.5 and 0.9; it gains nothing with block patterns."""
 _START_SPARSITY, _EXAMPLES, _PATTERNS = 0.8, 1024, ("matrix", "row")
 _SHARES_FOR_ALL = 0.8
 """Up to here a language model begins with shares of zeros by what its loss loses; measured at 0.5, 0.7 and 0.8
@@ -72,7 +72,7 @@ def remark_on_dense_start(run: RunConfig, model: nn.Module) -> str:
     fits = run.pst.pattern == "matrix" and run.schedule.final_sparsity <= _SHARES_FOR_ALL and not expert_stacks(model)
     return (
         "the run starts dense and prunes by magnitude: a model of 135M weights ended at a perplexity of 99 that way, "
-        "and at 43 from a start by ALPS (docs/pruning.md). Above a billion weights, prune first: "
+        "and at 43 from a start by ALPS (docs/how-to/methods.md). Above a billion weights, prune first: "
         f"pst-ds prune RUN.toml --method alps --reconstruct 2 --samples {_SEQUENCES}{' --budgets saliency' * fits} "
         '--out DIR, and then train with model.path = "DIR", method = "masked-lora" and pst.initial_mask = "zeros"'
     )
@@ -94,7 +94,7 @@ def _classifier(table: Settings, examples: int) -> Settings:
 
 
 def _language_model(table: Settings, run: RunConfig, examples: int, by_saliency: bool) -> Settings:
-    """All zeros are the start's, and PST makes up for them: docs/pruning.md, "Language models"."""
+    """All zeros are the start's, and PST makes up for them: docs/how-to/methods.md, "Language models"."""
     table = laid_over(table, "start", method="alps", samples=min(_SEQUENCES, examples), reconstruct=2)
     if by_saliency:
         table = laid_over(table, "start", budgets="saliency")

@@ -15,7 +15,7 @@ from pst_ds.errors import InputError
 
 _COMMENTS = {
     "output_dir": "the run folder: the resolved run file, metrics, checkpoints",
-    "method": '"pst", or a rival with the same data, schedule and export: docs/methods.md',
+    "method": '"pst", or a rival with the same data, schedule and export: docs/how-to/methods.md',
     "deepspeed_config": "memory, precision and communication; batch and optimizer are this file's",
     "data.validation": "chooses the best checkpoint, among those at the final sparsity",
     "data.sample_by": "what a document is; the lines of this file continue one another",
@@ -27,7 +27,7 @@ _COMMENTS = {
     "pst.exclude_modules": "these stay dense and frozen",
     "pst.pattern": '"matrix", "stack", "global", "row", N:M such as "2:4", or blocks such as "16x1"',
     "pst.magnitude": "scores rank |W| times the norms of inputs, as the start did",
-    "start.method": "prunes the model before the first step; what that is worth: docs/pruning.md",
+    "start.method": "prunes the model before the first step; what that is worth: docs/how-to/methods.md",
     "start.samples": "training examples that this looks at",
     "start.reconstruct": "passes of them that fit what is left to the dense model",
     "start.budgets": "layers have more or fewer zeros by what the loss loses; pst.pattern keeps that",
@@ -111,7 +111,7 @@ def _found(chosen: Chosen) -> dict[str, str]:
     if chosen.run.start.method != "none":
         comments["schedule.initial_sparsity"] = "fraction of zeros from the first step on, by [start]"
     elif gains_by_start(chosen.run):
-        said = f"{_COMMENTS['schedule.final_sparsity']}; begun by ALPS it costs less accuracy: docs/pruning.md"
+        said = f"{_COMMENTS['schedule.final_sparsity']}; begun by ALPS it costs less accuracy: docs/how-to/methods.md"
         comments["schedule.final_sparsity"] = said
     return comments | ({"data.label_column": f"{len(chosen.labels)} classes: {classes}"} if chosen.labels else {})
 
