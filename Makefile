@@ -70,7 +70,6 @@ constraints: venv
 	  $(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//' | grep -vE '^(nvidia|cuda)') > .ci/constraints.txt
 
 bench: venv
-	$(BIN)/python -m tools.bench.step
 	$(BIN)/python -m tools.bench.mask_update --json
 	$(BIN)/python -m tools.bench.train_step --json
 	$(BIN)/python -m tools.bench.scale --json

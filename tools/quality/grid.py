@@ -126,8 +126,6 @@ class Grid:
     """Compare an export with the masked model on so many examples of the test; 0 is all, whose metrics are then the
     cell's."""
     files: Files = Files()
-    bars: tuple[Table, ...] = ()
-    """What the table is measured against; see bars.py."""
     overrides: Table = field(default_factory=dict)
     """Settings from the command line."""
     path: str = ""

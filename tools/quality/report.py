@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pst_ds.atomic_files import write_text_atomic
-from tools.quality.bars import check_bars, verdicts
 from tools.quality.cells import Line, chosen, plan, tries_run
 from tools.quality.grid import Grid, Method
 from tools.quality.lines import Lines
@@ -33,7 +32,6 @@ def write_report(grids: Sequence[Grid], results: Path) -> Path:
 
     sections = []
     for grid in grids:
-        check_bars(grid)
         lines = Lines(results / f"{grid.name}.jsonl").by_id
         if lines:
             sections.append(section(grid, lines, write_plots(grid, lines, results)))
@@ -44,10 +42,8 @@ def write_report(grids: Sequence[Grid], results: Path) -> Path:
 
 
 def section(grid: Grid, lines: Mapping[str, Line], plots: Mapping[tuple[str, str], str]) -> str:
-    """All of one grid: what it is, its bars, a table and a plot for each test, and the tries."""
+    """Return the section of one grid: its description, a table and a plot per test, and the tries."""
     parts = [f"## {grid.title}\n", *([f"{grid.about.strip()}\n"] if grid.about else []), costs(grid, lines)]
-    if grid.bars:
-        parts.append(bars_table(grid, lines))
     for data_set in grid.data_sets.values():
         for test in test_names(grid, data_set.name):
             title = data_set.title if len(test_names(grid, data_set.name)) == 1 else f"{data_set.title}: {test}"
@@ -83,20 +79,6 @@ def costs(grid: Grid, lines: Mapping[str, Line]) -> str:
         if line is not None and line["outcome"] != "done":
             said.append(f"* {p.name}: {line['outcome']} ({line.get('error', '')})")
     return "\n".join(said) + "\n"
-
-
-def bars_table(grid: Grid, lines: Mapping[str, Line]) -> str:
-    words = {True: "met", False: "not met", None: "open"}
-    rows = [
-        (
-            v.title,
-            grid.data_sets[v.data_set].title if v.data_set in grid.data_sets else v.data_set,
-            v.measured,
-            words[v.met],
-        )
-        for v in verdicts(grid, lines)
-    ]
-    return table(("bar", "text", "measured", ""), rows)
 
 
 def results_table(grid: Grid, lines: Mapping[str, Line], data_set: str, test: str) -> str:
