@@ -7,8 +7,8 @@ A folder with
                                            "exp_avg" and "exp_avg_sq" (fp32) of its part of every trainable parameter,
                                            and "mask" (uint8), the bits of its part of every pruned weight; of a run
                                            that rounds, also "scales" (uint8), its part of the bytes of bf16 scales
-    host-00001-of-00002.safetensors, ...   or one file for the ranks of each host, with those tensors of rank 3 named
-                                           "master/3" and so on
+    host-00001-of-00002.safetensors, ...   only from earlier versions: one file for the ranks of each host, with those
+                                           tensors of rank 3 named "master/3" and so on
     SHA256SUMS                             of all the above, as ``sha256sum -c`` reads it
 
 The frozen weights are the base model's and are not copied. There is no pickle, only safetensors and JSON, and a folder
@@ -39,7 +39,7 @@ from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, TensorFile, TensorFil
 from pst_ds.parallel.optimizer_state import KINDS, MASTER
 
 FORMAT, HOSTS_FORMAT, READ_FORMATS = 3, 4, (2, 3, 4)
-"""2 has neither scales nor a grid; 4 is written where ranks of a host share a file."""
+"""2 has neither scales nor a grid; 4, of earlier versions, may have one file for the ranks of each host."""
 MANIFEST, SUMS, MASK, SCALES = "manifest.json", "SHA256SUMS", "mask", "scales"
 SCALE_BYTES = SCALE_DTYPE.itemsize
 
@@ -251,10 +251,8 @@ def sums_text(sums: Mapping[str, str]) -> str:
 
 def manifest_bytes(state: CheckpointState, contents: Contents) -> bytes:
     of_contents = asdict(contents)
-    if contents.hosts is None:
-        del of_contents["hosts"]
-    number = FORMAT if contents.hosts is None else HOSTS_FORMAT
-    table = {"format": number, "state": asdict(state), "contents": of_contents}
+    del of_contents["hosts"]  # written by earlier versions only
+    table = {"format": FORMAT, "state": asdict(state), "contents": of_contents}
     return (json.dumps(table, indent=1) + "\n").encode()
 
 

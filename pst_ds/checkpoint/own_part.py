@@ -36,33 +36,13 @@ class OwnPart:
         self.cuts: list[tuple[int, int, int]] = []
         """(number of the parameter, first value, after the last) of its values, unless all are cut evenly."""
         self._copies: dict[str, Tensor] = {}
-        self._shares_masks = False
 
-    def lengths(self) -> dict[str, tuple[torch.dtype, int]]:
-        """Return the type and the number of values of each tensor that :meth:`copy` makes."""
-        values = sum(fragment.stop - fragment.start for fragment in self._own_fragments())
-        masks = sum(shard_bytes(layer.layout.numel, world_size()) for layer in self._layers.values())
-        found = dict.fromkeys(optimizer_state.KINDS, (torch.float32, values)) | {MASK: (torch.uint8, masks)}
-        if scales := [
-            _scale_share(p).numel() for layer in self._layers.values() if (p := layer.pst_scales) is not None
-        ]:
-            found[SCALES] = (torch.uint8, sum(scales))
-        return found
-
-    def copy(self, masks_of: OwnPart | None = None) -> None:
-        """Copy what the engine has now; the masks are those that ``masks_of`` has copied, if it is given, and are then
-        shared. Does not communicate."""
+    def copy(self) -> None:
+        """Copy what the engine has now. Does not communicate."""
         held = self._own_fragments()
         for kind in optimizer_state.KINDS:
             self._copy_into(kind, optimizer_state.values(self._engine, held, kind), torch.float32)
-        if masks_of is not None:
-            self._copies[MASK] = masks_of._copies[MASK]
-            self._shares_masks = masks_of._shares_masks = True
-        else:
-            if self._shares_masks:
-                del self._copies[MASK]
-            self._shares_masks = False
-            self._copy_into(MASK, self._masks(), torch.uint8)
+        self._copy_into(MASK, self._masks(), torch.uint8)
         if scales := self._scales():
             self._copy_into(SCALES, scales, torch.uint8)
         self.tensors = {name: [copy] for name, copy in self._copies.items()}

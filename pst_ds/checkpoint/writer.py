@@ -26,7 +26,6 @@ from pst_ds.checkpoint.format import (
     most_bytes,
     sums_text,
 )
-from pst_ds.checkpoint.host_file import HostFile, plan_host_file
 from pst_ds.checkpoint.own_part import OwnPart
 from pst_ds.checkpoint.restore import grid_numbers, scale_shapes, trainable
 from pst_ds.formats.safetensors_file import header_and_slots, tensor_bytes
@@ -51,31 +50,28 @@ class SaveResult:
 
 
 class _Report(TypedDict):
-    """A rank's report on its part, and on a file that is whole; JSON, as a StoreGroup sends it."""
+    """A rank's report on the file that it has written; JSON, as a StoreGroup sends it."""
 
     error: str
     file: str
-    """Name of the file that it has the digest of; "" where another rank of the host does."""
     digest: str
+    """SHA-256 of the file."""
     bytes: int
-    """Of that file."""
     cuts: list[tuple[int, int, int]]
     steps: dict[str, int]
 
 
 class CheckpointWriter:
-    """Saves checkpoints of one engine into ``folder``, one at a time.
+    """Saves checkpoints of one engine into ``folder``, one at a time. Making a writer is collective.
 
-    :meth:`save` copies this rank's part (12 bytes for each trainable value, and its mask bits) and returns; a thread
-    writes it, exchanges reports with the other ranks, and names the folder once everything is on disk. The memory of
-    the copy is kept for the next save; the file is written from it. With ``file_of_host`` the ranks of a host write one
-    file. Making a writer, and :meth:`save`, are collective.
+    :meth:`save` copies this rank's part (12 bytes per trainable value, and its mask bits) and returns; a thread writes
+    it, exchanges reports with the other ranks, and names the folder once everything is on disk. The memory of the copy
+    is kept for the next save.
     """
 
-    def __init__(self, folder: Path, engine: Engine, *, file_of_host: bool = False):
-        self._part = OwnPart(engine)
-        together = plan_host_file(self._part.lengths()) if file_of_host else None
-        self._file = CheckpointFile(folder, engine, together=together)
+    def __init__(self, folder: Path, engine: Engine):
+        self._folder, self._model, self._part = folder, engine.module, OwnPart(engine)
+        self._group = StoreGroup()
         self._thread: threading.Thread | None = None
         self._outcome: SaveResult | None = None
 
@@ -87,19 +83,19 @@ class CheckpointWriter:
         copies: bool = True,
         when_written: Callable[[], None] = lambda: None,
     ) -> None:
-        """Start to write ``folder/name``, after waiting for a save that is still being written.
+        """Start to write ``folder/name``, after waiting for a save that is still being written. Collective.
 
         Without ``copies`` the engine's own tensors are written, and nothing may change them until :meth:`wait` has
         returned the result. ``when_written`` is called on rank 0, in the thread, once the checkpoint is there.
         """
-        began = time.perf_counter()
+        start = time.perf_counter()
         self.wait()
         if copies:
             self._part.copy()
         else:
             self._part.refer()
         self._thread = threading.Thread(target=self._run, args=(name, state, when_written), daemon=True)
-        self._blocked = time.perf_counter() - began
+        self._blocked = time.perf_counter() - start
         self._thread.start()
 
     def wait(self, timeout: float | None = None) -> SaveResult | None:
@@ -113,33 +109,15 @@ class CheckpointWriter:
         return outcome
 
     def _run(self, name: str, state: CheckpointState, when_written: Callable[[], None]) -> None:
-        problem, size = self._file.write(name, state, self._part, when_written)
+        problem, size = self._write(name, state, when_written)
         self._outcome = SaveResult(name, size, self._blocked, problem)
 
+    def _write(self, name: str, state: CheckpointState, when_written: Callable[[], None]) -> tuple[str, int]:
+        """Write ``folder/name`` atomically; return the problem, with its rank, or "", and the bytes of all files.
 
-class CheckpointFile:
-    """Writes the folder of a checkpoint in ``folder`` from what every rank has taken. ``ending`` is that of the folder
-    until it is whole; writers that may be at work at a time have different ones. ``together`` is the file of this
-    rank's host, if its ranks have one. Making it, and its method, are collective, the method over the threads that call
-    it."""
-
-    def __init__(
-        self,
-        folder: Path,
-        engine: Engine,
-        ending: str = PARTIAL,
-        beside: StoreGroup | None = None,
-        together: HostFile | None = None,
-    ):
-        self._folder, self._model, self._ending, self._together = folder, engine.module, ending, together
-        self._group = StoreGroup(beside)
-
-    def write(
-        self, name: str, state: CheckpointState, part: OwnPart, when_written: Callable[[], None]
-    ) -> tuple[str, int]:
-        """Write ``folder/name`` whole or not at all; return what went wrong, with the rank, or "", and the bytes of all
-        files. ``when_written`` is called on rank 0 once the checkpoint is there; it may be there though this failed."""
-        partial = self._folder / (name + self._ending)
+        Collective over the threads of all ranks. The checkpoint may be there even if ``when_written`` has failed.
+        """
+        partial = self._folder / (name + PARTIAL)
         is_there = False
 
         def finish(reports: Sequence[_Report]) -> tuple[str, int]:
@@ -154,28 +132,17 @@ class CheckpointFile:
             return problem, size
 
         try:
-            return self._group.decide(self._write_own(partial, part), finish)
-        except Exception as error:  # of the exchange: another rank is gone, and this one will hear of it in training
+            return self._group.decide(_write_shard(partial, self._part), finish)
+        except Exception as error:  # of the exchange: another rank is gone, and training on this one will notice
             return ("" if is_there else _in_words(error)), 0
-
-    def _write_own(self, partial: Path, part: OwnPart) -> _Report:
-        """Write what is this rank's. Collective where ranks share a file, which is read when all have written."""
-        file = self._together
-        if file is None:
-            return _report(partial, part, lambda: _write_shard(partial, part))
-        written = _report(partial, part, lambda: _write_part(partial, part, file))
-        if self._group.decide(bool(written["error"]), any) or not file.is_first:
-            return written
-        return _report(partial, part, lambda: (file.name, file.digest(partial), file.size))
 
     def _finish(
         self, partial: Path, name: str, state: CheckpointState, reports: Sequence[_Report], done: Callable[[], None]
     ) -> tuple[str, int]:
-        """Write the manifest and the sums, and name the folder; return (problem, bytes)."""
+        """Write the manifest and the sums, and name the folder; return (problem, bytes). On rank 0."""
         try:
-            sums = {report["file"]: report["digest"] for report in reports if report["file"]}
-            hosts = self._together.hosts if self._together else None
-            manifest = manifest_bytes(state, _contents(self._model, reports, hosts))
+            sums = {report["file"]: report["digest"] for report in reports}
+            manifest = manifest_bytes(state, _contents(self._model, reports))
             sums[MANIFEST] = hashlib.sha256(manifest).hexdigest()
             for path in partial.iterdir():  # of a save by other ranks that was killed
                 if path.name not in sums:
@@ -191,32 +158,21 @@ class CheckpointFile:
         return "", sum(report["bytes"] for report in reports) + len(manifest) + len(listing)
 
 
-def _report(partial: Path, part: OwnPart, write: Callable[[], tuple[str, str, int]]) -> _Report:
-    """Report on what ``write`` does in ``partial``: it returns a file that is whole, its digest and its bytes."""
+def _write_shard(partial: Path, part: OwnPart) -> _Report:
+    """Write this rank's file into ``partial``, and report on it."""
+    name, digest, size, error = shard_name(rank(), world_size()), "", 0, ""
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        error, (name, digest, size) = "", write()
-    except Exception as failure:  # MemoryError too: who does not report leaves the others waiting
-        error, (name, digest, size) = _in_words(failure), ("", "", 0)
+        kinds = {name: (held[0].dtype, (sum(map(Tensor.numel, held)),)) for name, held in part.tensors.items()}
+        header, slots, size = header_and_slots(kinds)
+        data = (tensor_bytes(piece.cpu()) for name in slots for piece in part.tensors[name])
+        digest = write_pieces(partial / name, itertools.chain([header], data))
+    except Exception as failure:  # MemoryError too: a rank that does not report leaves the others waiting
+        error = _in_words(failure)
     return {"error": error, "file": name, "digest": digest, "bytes": size, "cuts": part.cuts, "steps": part.steps}
 
 
-def _write_shard(partial: Path, part: OwnPart) -> tuple[str, str, int]:
-    """Write a file of this rank alone; return its name, digest and bytes."""
-    kinds = {name: (held[0].dtype, (sum(map(Tensor.numel, held)),)) for name, held in part.tensors.items()}
-    header, slots, size = header_and_slots(kinds)
-    data = (tensor_bytes(piece.cpu()) for name in slots for piece in part.tensors[name])
-    name = shard_name(rank(), world_size())
-    return name, write_pieces(partial / name, itertools.chain([header], data)), size
-
-
-def _write_part(partial: Path, part: OwnPart, file: HostFile) -> tuple[str, str, int]:
-    """Write this rank's part of a file that is not whole yet."""
-    file.write_part(partial, part.tensors)
-    return "", "", 0
-
-
-def _contents(model: nn.Module, reports: Sequence[_Report], hosts: list[list[int]] | None) -> Contents:
+def _contents(model: nn.Module, reports: Sequence[_Report]) -> Contents:
     trained = trainable(model)
     steps = {name: 0 for name, _ in trained}
     for report in reports:
@@ -230,13 +186,12 @@ def _contents(model: nn.Module, reports: Sequence[_Report], hosts: list[list[int
         cuts=cuts if any(cuts) else None,
         grid=grid_numbers(model),
         scales=scale_shapes(model),
-        hosts=hosts,
     )
 
 
-def save_checkpoint(folder: Path, engine: Engine, state: CheckpointState, *, file_of_host: bool = False) -> None:
-    """Write ``folder`` whole or not at all, and wait for it. Collective. Raises OSError on every rank."""
-    writer = CheckpointWriter(folder.parent, engine, file_of_host=file_of_host)
+def save_checkpoint(folder: Path, engine: Engine, state: CheckpointState) -> None:
+    """Write ``folder`` atomically, and wait for it. Collective. Raises OSError on every rank."""
+    writer = CheckpointWriter(folder.parent, engine)
     writer.save(folder.name, state)
     written = writer.wait()
     assert written is not None

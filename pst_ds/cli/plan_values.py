@@ -28,7 +28,7 @@ from pst_ds.planning.activations import Trace, UntraceableError, trace_micro_bat
 from pst_ds.planning.machine_file import machine_of
 from pst_ds.planning.machines import Machine
 from pst_ds.planning.memory import ModelNumbers, memory_plan
-from pst_ds.planning.process_memory import Need, held_saves, need_of_process
+from pst_ds.planning.process_memory import Need, need_of_process
 from pst_ds.planning.shapes import model_numbers
 from pst_ds.planning.time import Batch, step_flops, time_plan
 from pst_ds.planning.verdict import Work, verdict
@@ -133,9 +133,8 @@ def _need(config: RunConfig, plan: Plan, device: str) -> Need:
     if device != "cpu":
         return Need(memory["peak"], memory["peak"])
     kept = 0 if plan["activation_checkpointing"] else memory["activations"] or 0
-    checkpoint = config.checkpoint
-    on_the_way = 0 < checkpoint.interval < plan["num_steps"] or config.eval.interval > 0
-    copies = held_saves(saves_on_the_way=on_the_way, holds_steps=checkpoint.grace_seconds > 0)
+    # A save from before the last step is written from a copy; the last one is written from the engine's own memory.
+    copies = 0 < config.checkpoint.interval < plan["num_steps"] or config.eval.interval > 0
     return need_of_process(memory["peak"], kept, copies * plan["checkpoint_bytes"] / plan["ranks"])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le
 
 from pst_ds.config.checks import FINITE, NotNegative, Positive, Rate, Share, check_fields, require_choice
 from pst_ds.config.checks import ConfigError as ConfigError
@@ -90,13 +90,6 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; 0 saves only the best, the last, and when a signal asks for it."""
     keep_last: Positive = 2
     """Newest checkpoints to keep, besides the best one and the last."""
-    file_per: Literal["rank", "host"] = "rank"
-    """Whether every rank writes a file of its own, or the ranks of each host write one together: so many times fewer
-    files, which older versions refuse (docs/how-to/checkpoints.md)."""
-    grace_seconds: Annotated[float, Ge(0.0), Lt(1e7)] = 0.0
-    """Seconds between SIGTERM or SIGUSR1 and the kill, where that may be shorter than a step: each rank then holds a
-    copy of what the last two steps have left, and when half of the time is over and the step is not, that is saved
-    (docs/how-to/checkpoints.md). 0 holds nothing, and saves at the end of the step."""
 
     def __post_init__(self) -> None:
         check_fields(self)

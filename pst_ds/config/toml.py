@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
+import sys
 import tomllib
 import types
 import typing
@@ -66,7 +68,7 @@ def _table(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 def run_from_table(table: dict[str, Any]) -> RunConfig:
     """Build a RunConfig from nested tables. ``method``, ``pst.preset`` and ``data.preset`` fill in what they lack."""
-    table = with_data_preset(dict(table))
+    table = with_data_preset(_without_removed(table))
     pst = table.get("pst", {})
     if isinstance(pst, dict) and "preset" in pst:
         preset = pst["preset"]
@@ -78,6 +80,26 @@ def run_from_table(table: dict[str, Any]) -> RunConfig:
         pst = {**METHODS[method].defaults, **pst}
     table["pst"] = pst
     return _build(RunConfig, table, "")
+
+
+REMOVED = {
+    "checkpoint.file_per": "every rank writes its own file",
+    "checkpoint.grace_seconds": "a signal stops the run after the current step; lower checkpoint.interval to lose less",
+}
+"""Settings of earlier versions that no longer do anything, and what a run does instead."""
+
+
+def _without_removed(table: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of ``table`` without the settings in :data:`REMOVED`; name those that were set on stderr."""
+    table = dict(table)
+    for name, instead in REMOVED.items():
+        section, _, key = name.partition(".")
+        values = table.get(section)
+        if isinstance(values, dict) and key in values:
+            table[section] = {other: value for other, value in values.items() if other != key}
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{name} = {values[key]!r} has no effect any more: {instead}. Remove it", file=sys.stderr)
+    return table
 
 
 def dump_run(run: RunConfig) -> str:

@@ -6,7 +6,6 @@ import itertools
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -23,14 +22,11 @@ class StoreGroup:
     that their number does not grow with the ranks, nor does it take a collective to connect them.
 
     All ranks make their groups in the same order, and call the methods of one in the same order, in any thread.
-    Groups of one thread can share a connection: a group made with ``beside`` has that group's.
     """
 
-    def __init__(self, beside: StoreGroup | None = None) -> None:
+    def __init__(self) -> None:
         self._store: dist.Store | None = None
-        if beside is not None:
-            self._store = beside._store
-        elif dist.is_initialized() and world_size() > 1:
+        if dist.is_initialized() and world_size() > 1:
             # a connection of its own: one that waits would keep every other thread from using it
             self._store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         self._name, self._round = f"pst_ds/{next(_numbers)}", 0
@@ -60,26 +56,3 @@ class StoreGroup:
         for key in ("answer", *(f"{kind}-{other}" for kind in ("of", "read") for other in others)):
             self._store.delete_key(f"{name}/{key}")
         return json.loads(answer)
-
-    def leave_last(self, seconds: float) -> None:
-        """Return on rank 0, where the store may be, once every other rank has called this, or after ``seconds``; on the
-        others at once. For a process that is to end: what it has not read by then it needs no more."""
-        if self._store is None:
-            return
-        keys = [f"{self._name}/left-{other}" for other in range(world_size())]
-        if rank():
-            self._store.set(keys[rank()], "")
-            return
-        with suppress(RuntimeError):
-            self._store.wait(keys[1:], timedelta(seconds=seconds))
-
-    def announce(self, word: str) -> None:
-        """Let every rank read ``word``, unless one has announced another before; no other rank needs to take part."""
-        if self._store is not None:
-            self._store.compare_set(f"{self._name}/word", "", word)
-
-    def announced(self) -> str:
-        """Return what a rank has announced; "" for nothing yet. Does not wait."""
-        if self._store is None or not self._store.check([f"{self._name}/word"]):
-            return ""
-        return self._store.get(f"{self._name}/word").decode()

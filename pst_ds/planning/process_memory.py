@@ -28,13 +28,7 @@ class Need:
 
 def need_of_process(peak: int, kept: int, saves: float) -> Need:
     """Return what a rank needs whose tensors take ``peak`` bytes, ``kept`` of them activations that are not made anew,
-    and which holds ``saves`` bytes of checkpoints while it trains: see :func:`held_saves`."""
+    and which holds ``saves`` bytes of a checkpoint that is being written while it trains."""
     taken = (1 + SCATTERED) * (peak + saves) + SCATTERED_AMONG_KEPT * kept
     enough = PROCESS_BYTES + round(taken)
     return Need(enough, round(LEAST_SHARE * enough))
-
-
-def held_saves(*, saves_on_the_way: bool, holds_steps: bool) -> int:
-    """Return how many copies of its share of a checkpoint a rank has in memory while it trains: one to write a save
-    from before the last, which needs none, and two where the last two steps are held (``checkpoint.grace_seconds``)."""
-    return saves_on_the_way + 2 * holds_steps

@@ -6,14 +6,12 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import Checkpoint, CheckpointState
-from pst_ds.checkpoint.held import NEVER, HeldStates
 from pst_ds.checkpoint.restore import weight_scales
 from pst_ds.checkpoint.retention import step_name
 from pst_ds.checkpoint.writer import CheckpointWriter, SaveResult, size_limit
@@ -26,7 +24,6 @@ from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.loop import LoopState
 from pst_ds.train.monitor.metrics import MetricsWriter
 from pst_ds.train.run_folder import RunProgress
-from pst_ds.train.stop_grace import StopGrace
 
 _CLOSE_SECONDS = 60.0
 
@@ -79,9 +76,7 @@ class Checkpointer:
             self._last_evaluated = (progress.evaluated_step, checkpoint.state.metrics)
             if is_main():
                 self._settle(step, self.best_step, step == num_steps)
-        of_host = run.checkpoint.file_per == "host"
-        self._writer = CheckpointWriter(folder, engine, file_of_host=of_host)
-        self._held = HeldStates(folder, engine, file_of_host=of_host) if run.checkpoint.grace_seconds else None
+        self._writer = CheckpointWriter(folder, engine)
         self._size_limit = size_limit(engine.module)
 
     def after_step(self, state: LoopState) -> None:
@@ -97,21 +92,12 @@ class Checkpointer:
         is_best = evaluates and chooses and self._is_best(state)
         due = self._run.checkpoint.interval and state.step % self._run.checkpoint.interval == 0
         saves = due or is_best or is_last or state.stopped_by
-        if self._held is not None:
-            self._held.hold(self._state(state), state.masks)
         if saves:
             heartbeat("saving")
             settle = partial(self._settle, state.step, self.best_step, is_last)
             self._report(self._writer.wait())
             goes_on = not (is_last or state.stopped_by)
             self._writer.save(step_name(state.step), self._state(state), copies=goes_on, when_written=settle)
-
-    def ready_to_stop(self) -> AbstractContextManager[object]:
-        """While training goes on inside, stop within a step where ``checkpoint.grace_seconds`` asks for it. Raises
-        StoppedError."""
-        if self._held is None:
-            return nullcontext()
-        return StopGrace(self._run.checkpoint.grace_seconds, self._held, self._settle_held, self.how_it_stopped)
 
     def finish(self, state: LoopState) -> dict[str, float]:
         """Wait for the last save; return the metrics at ``state``. Raises CheckpointWriteError if it failed."""
@@ -125,9 +111,9 @@ class Checkpointer:
         self._writer.wait(_CLOSE_SECONDS)
 
     def how_it_stopped(self, signal: int, step: int) -> str:
-        """Say that ``signal`` has stopped a run that can go on after ``step``; NEVER if it has taken none here."""
-        after = "" if step == NEVER else f" after step {step} of {self._num_steps}"
-        return f"stopped by {name_of(signal)}{after}, saved in {self.newest()}; go on with --resume"
+        """Say that ``signal`` has stopped the run after ``step``, and from where it can be resumed."""
+        after = f"after step {step} of {self._num_steps}"
+        return f"stopped by {name_of(signal)} {after}, saved in {self.newest()}; go on with --resume"
 
     def newest(self) -> str:
         """Name the newest checkpoint, for a message."""
@@ -165,11 +151,6 @@ class Checkpointer:
             checkpoints.settle(
                 self._folder, step, best_step=best_step, is_last=is_last, keep_last=keep_last, known=self._known
             )  # fmt: skip
-
-    def _settle_held(self, held: CheckpointState) -> None:
-        """Count a state that was held as a checkpoint; a newer one stays the latest."""
-        if checkpoints.step_folders(self._folder)[:1] == [self._folder / step_name(held.step)]:
-            self._settle(held.step, held.progress["best_step"], is_last=False)
 
     def _state(self, state: LoopState) -> CheckpointState:
         (evaluated_step, metrics), schedules = self._last_evaluated, self._schedules

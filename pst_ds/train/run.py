@@ -33,6 +33,7 @@ from pst_ds.parallel.ds_config import (
 from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes
 from pst_ds.parallel.launch import LaunchEnvironment, device_of, init_distributed
 from pst_ds.parallel.ranks import barrier, is_main, of_main, raise_on_all_ranks, world_size
+from pst_ds.parallel.stop_signals import StoppedError as StoppedError
 from pst_ds.parallel.watchdog import watching
 from pst_ds.train import run_folder
 from pst_ds.train.calibration import activation_norms, load_norms, save_norms, set_norms
@@ -50,7 +51,6 @@ from pst_ds.train.one_shot.start import remark_on_shares, start_run
 from pst_ds.train.reporting import open_metrics
 from pst_ds.train.sequences.documents import require_documents_apart
 from pst_ds.train.sequences.shared import require_shareable, shared_sequences
-from pst_ds.train.stop_grace import StoppedError as StoppedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -308,7 +308,7 @@ def _train_to_the_end(
     try:
         seconds = loop.run.train.stall_timeout_seconds
         watched = watching(stalls, seconds, loop.pace.hosts)
-        with snapshot_when_memory_ends(stalls.parent, loop.device), watched, checkpointer.ready_to_stop():
+        with snapshot_when_memory_ends(stalls.parent, loop.device), watched:
             for state in loop.steps(start):
                 checkpointer.after_step(state)
                 if state.stopped_by:

@@ -65,8 +65,7 @@ MAY_DIFFER = (
     "data.chat_template",
     "train.gradient_accumulation_steps", "train.sequence_parallel", "train.log_interval", "train.profile_steps",
     "train.stall_timeout_seconds",
-    "eval.interval", "eval.batch_size", "checkpoint.interval", "checkpoint.keep_last", "checkpoint.file_per",
-    "checkpoint.grace_seconds",
+    "eval.interval", "eval.batch_size", "checkpoint.interval", "checkpoint.keep_last",
     "pst.prune_uncalled", "pst.tile_bytes", "pictures.interval", "pictures.layers",
     "tracking.to", "tracking.project", "tracking.name",
 )  # fmt: skip

@@ -77,7 +77,7 @@ def save_as_ranks(folder, engine, world=1, copies=True, **changes):
             for module in (checkpoint_writer, own_part):
                 patch.setattr(module, "rank", lambda own=own: own)
                 patch.setattr(module, "world_size", lambda: world)
-            patch.setattr(checkpoint_writer, "StoreGroup", lambda beside: _OneAfterAnother(reports, world))
+            patch.setattr(checkpoint_writer, "StoreGroup", lambda: _OneAfterAnother(reports, world))
             writer = CheckpointWriter(folder.parent, engine)
             writer.save(folder.name, state_of(engine.module, **changes), copies=copies)
             written = writer.wait()

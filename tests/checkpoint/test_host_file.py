@@ -1,29 +1,27 @@
-"""Checkpoints with one file for the ranks of each host: the same values, found the same way, and whole or not there."""
+"""Checkpoints of earlier versions with one file for the ranks of each host: they are read and resumed from."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import signal
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from pst_ds.checkpoint import host_file
 from pst_ds.checkpoint.file_names import TensorFiles
-from pst_ds.checkpoint.format import CheckpointError, CheckpointState, read_checkpoint
+from pst_ds.checkpoint.format import CheckpointError, CheckpointState, read_checkpoint, sums_text
 from pst_ds.checkpoint.restore import weight_scales
-from pst_ds.checkpoint.retention import clean_up, keep, newest_valid, step_folders
-from pst_ds.checkpoint.writer import CheckpointWriter, save_checkpoint
+from pst_ds.checkpoint.retention import keep, newest_valid, step_folders
+from pst_ds.checkpoint.writer import save_checkpoint
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.toml import load_run
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel.engine import build_engine
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.parallel.optimizer_state import KINDS
-from pst_ds.parallel.ranks import barrier, is_main, rank, world_size
 from pst_ds.train.run import prepare, train_run
 
 
@@ -52,37 +50,37 @@ def _state(engine, step):
     )  # fmt: skip
 
 
-def _on_hosts(patch, *hosts):
-    """Let rank i be on the i-th of ``hosts``."""
-    patch.setattr(host_file.socket, "gethostname", lambda: hosts[rank()])
+def _join_files(folder, hosts):
+    """Turn a checkpoint with a file per rank into one with a file for each of ``hosts``, lists of ranks."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["format"], manifest["contents"]["hosts"] = 4, hosts
+    shards = sorted(folder.glob("shard-*"))
+    for file, ranks in enumerate(hosts):
+        tensors = {f"{key}/{i}": values for i in ranks for key, values in load_file(shards[i]).items()}
+        save_file(tensors, folder / f"host-{file + 1:05d}-of-{len(hosts):05d}.safetensors")
+    for path in shards:
+        path.unlink()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    files = [path for path in folder.iterdir() if path.name != "SHA256SUMS"]
+    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    (folder / "SHA256SUMS").write_text(sums_text(sums))
 
 
-def _save_both_ways(folder, hosts):
-    with pytest.MonkeyPatch.context() as patch:
-        _on_hosts(patch, *hosts)
-        engine = _engine()
-        for step, of_host in ((1, False), (2, True)):
-            save_checkpoint(folder / f"step-{step:08d}", engine, _state(engine, step), file_of_host=of_host)
-        newest, problems = newest_valid(folder)
-    return newest.state.step, problems
+def _save_twice(folder):
+    engine = _engine()
+    for step in (1, 2):
+        save_checkpoint(folder / f"step-{step:08d}", engine, _state(engine, step))
 
 
 @pytest.mark.zero3
-@pytest.mark.parametrize("hosts", [("a", "a"), ("a", "b", "a")], ids="".join)
-def test_ranks_of_a_host_write_one_file_with_what_each_would_have_written_alone(run_ranks, tmp_path, hosts):
-    assert run_ranks(_save_both_ways, len(hosts), tmp_path, hosts) == [(2, [])] * len(hosts)
+@pytest.mark.parametrize("hosts", [[[0, 1]], [[0, 2], [1]]], ids=["aa", "aba"])
+def test_files_of_hosts_have_the_values_of_files_of_ranks(run_ranks, tmp_path, hosts):
+    run_ranks(_save_twice, sum(map(len, hosts)), tmp_path)
+    _join_files(tmp_path / "step-00000002", hosts)
+    newest, problems = newest_valid(tmp_path)
+    assert (newest.state.step, problems) == (2, [])
     alone, together = (read_checkpoint(path) for path in reversed(step_folders(tmp_path)))
-    assert together.files.count == len(set(hosts))
-    names = [f"host-{i + 1:05d}-of-{together.files.count:05d}.safetensors" for i in range(together.files.count)]
-    assert {path.name for path in together.folder.iterdir()} == {"manifest.json", "SHA256SUMS", *names}
-    assert json.loads((together.folder / "manifest.json").read_text())["format"] == 4
-    assert json.loads((alone.folder / "manifest.json").read_text())["format"] == 3
-    for file, name in enumerate(names):
-        shared = load_file(together.folder / name)
-        for shard in together.files.shards(file):
-            own = load_file(alone.folder / alone.files.name(shard))
-            assert own.keys() == {key.partition("/")[0] for key in shared}
-            assert all(torch.equal(shared[f"{key}/{shard}"], values) for key, values in own.items())
+    assert together.files.count == len(hosts)
     for name, shape in alone.contents.trained.items():
         count = torch.Size(shape).numel()
         for kind in KINDS:
@@ -93,11 +91,16 @@ def test_ranks_of_a_host_write_one_file_with_what_each_would_have_written_alone(
             assert torch.equal(together.mask_shard(name, shards, 1), alone.mask_shard(name, shards, 1))
 
 
+def _saved(folder, step):
+    engine, path = _engine(), folder / f"step-{step:08d}"
+    save_checkpoint(path, engine, _state(engine, step))
+    _join_files(path, [[0]])
+    return path
+
+
 @pytest.fixture
 def saved(tmp_path):
-    engine = _engine()
-    save_checkpoint(tmp_path / "step-00000003", engine, _state(engine, 3), file_of_host=True)
-    return tmp_path / "step-00000003"
+    return _saved(tmp_path, 3)
 
 
 @pytest.mark.parametrize("at", [0, 9, 400, -1])
@@ -115,9 +118,7 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_set_aside(saved, at):
 
 
 def test_a_file_that_is_cut_does_not_count_as_a_checkpoint_to_keep(saved):
-    engine = _engine()
-    save_checkpoint(saved.with_name("step-00000004"), engine, _state(engine, 4), file_of_host=True)
-    path = saved.with_name("step-00000004") / "host-00001-of-00001.safetensors"
+    path = _saved(saved.parent, 4) / "host-00001-of-00001.safetensors"
     os.truncate(path, path.stat().st_size - 1)
     assert keep(saved.parent, keep_last=1) == []
     path.unlink()
@@ -131,86 +132,6 @@ def test_hosts_that_do_not_have_each_shard_once_are_refused(hosts):
         TensorFiles(2, hosts)
 
 
-def _fails_on(own, folder, hosts):
-    """What every rank hears when rank ``own`` cannot write, when it reads other bytes back, and of a third save."""
-    said = []
-    with pytest.MonkeyPatch.context() as patch:
-        _on_hosts(patch, *hosts)
-        engine = _engine()
-        saver = CheckpointWriter(folder, engine, file_of_host=True)
-        for name, fails in (("pwrite", OSError(28, "No space left on device")), ("pread", None)):
-            with pytest.MonkeyPatch.context() as broken:
-                if rank() == own:
-                    broken.setattr(host_file.os, name, _raising(fails) if fails else lambda *_: b"other")
-                saver.save("step-00000005", _state(engine, 5))
-                said.append(saver.wait().error)
-            barrier()
-            said.append(sorted(path.name for path in folder.iterdir()))
-            barrier()
-        saver.save("step-00000005", _state(engine, 5))
-        said.append(saver.wait().error)
-    return said
-
-
-def _raising(error):
-    def fail(*_):
-        raise error
-
-    return fail
-
-
-@pytest.mark.zero3
-@pytest.mark.parametrize("own", [0, 1])
-def test_a_disk_that_fails_on_one_rank_is_told_on_all_and_leaves_nothing(run_ranks, tmp_path, own):
-    (tmp_path / "c").mkdir()
-    one, other = run_ranks(_fails_on, 2, own, tmp_path / "c", ("a", "a"))
-    assert one == other
-    assert one[0] == f"rank {own}: [Errno 28] No space left on device"
-    assert one[2].startswith(f"rank {own}: ")
-    assert one[2].endswith("was read back with other bytes than were written; the disk is failing")
-    assert (one[1], one[3], one[4]) == ([], [], "")
-    assert read_checkpoint(tmp_path / "c" / "step-00000005").state.step == 5
-
-
-def _killed_while_it_writes(folder):
-    """Save a step; then rank 1 dies after its first bytes of the next."""
-    with pytest.MonkeyPatch.context() as patch:
-        _on_hosts(patch, *["a"] * world_size())
-        engine = _engine()
-        save_checkpoint(folder / "step-00000001", engine, _state(engine, 1), file_of_host=True)
-        pwrite = os.pwrite
-
-        def dies(handle, data, place):
-            pwrite(handle, b"\xff" * len(data), place)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        if rank() == 1:
-            patch.setattr(host_file.os, "pwrite", dies)
-        save_checkpoint(folder / "step-00000002", engine, _state(engine, 2), file_of_host=True)
-
-
-def _goes_on(folder, cleaned):
-    """Save the step again; unless it is ``cleaned`` up, what is left over lies in the way."""
-    if cleaned and is_main():
-        clean_up(folder)
-    barrier()
-    newest, problems = newest_valid(folder)
-    engine = _engine()
-    save_checkpoint(folder / "step-00000002", engine, _state(engine, 2), file_of_host=True)
-    return newest.state.step, problems
-
-
-@pytest.mark.zero3
-@pytest.mark.parametrize("cleaned", [True, False])
-def test_a_rank_killed_while_it_writes_leaves_the_older_checkpoint_and_other_ranks_go_on(run_ranks, tmp_path, cleaned):
-    with pytest.raises(AssertionError, match="ended without a result"):
-        run_ranks(_killed_while_it_writes, 2, tmp_path / "c")
-    assert [path.name for path in step_folders(tmp_path / "c")] == ["step-00000001"]
-    assert (tmp_path / "c" / "step-00000002.partial").is_dir()
-    assert run_ranks(_goes_on, 3, tmp_path / "c", cleaned) == [(1, [])] * 3
-    assert read_checkpoint(tmp_path / "c" / "step-00000002").contents.num_shards == 3
-
-
 def _train(folder, resume):
     settings = [f"output_dir={json.dumps(str(folder))}", "train.num_steps=4", "checkpoint.interval=2"]
     settings += ["checkpoint.file_per=host", "eval.interval=-1", "pictures.interval=-1"]
@@ -219,11 +140,20 @@ def _train(folder, resume):
 
 
 @pytest.mark.zero3
-def test_a_run_goes_on_from_it_on_another_number_of_ranks(run_ranks, tmp_path):
+def test_a_run_resumes_from_it_on_another_number_of_ranks(run_ranks, tmp_path):
     whole = run_ranks(_train, 3, tmp_path, False)
     newest, older = step_folders(tmp_path / "checkpoints")
-    assert {path.name for path in newest.glob("*.safetensors")} == {"host-00001-of-00001.safetensors"}
-    os.truncate(newest / "host-00001-of-00001.safetensors", 100)
+    _join_files(older, [[0, 1, 2]])
+    os.truncate(newest / "shard-00001-of-00003.safetensors", 100)
     assert set(run_ranks(_train, 2, tmp_path, True)) == set(whole)
     assert read_checkpoint(newest).contents.num_shards == 2
     assert read_checkpoint(older).contents.num_shards == 3
+
+
+def test_an_old_run_file_that_asks_for_it_loads_with_a_hint(capsys):
+    settings = ["checkpoint.file_per=host", "checkpoint.grace_seconds=20"]
+    run = load_run("tests/data/world_size.toml", settings)
+    assert run == load_run("tests/data/world_size.toml")
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "checkpoint.file_per = 'host' has no effect any more: every rank writes its own file. Remove it"
+    assert said[1].startswith("checkpoint.grace_seconds = 20 has no effect any more: a signal stops the run after")

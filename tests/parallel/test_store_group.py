@@ -11,15 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pst_ds.parallel.ranks import barrier, rank, world_size
+from pst_ds.parallel.ranks import barrier, rank
 from pst_ds.parallel.store_group import StoreGroup
 
 
 def test_one_process_decides_by_itself():
     group = StoreGroup()
     assert group.decide(3, lambda values: [*values, 4]) == [3, 4]
-    group.announce("stop")
-    assert group.announced() == ""
 
 
 def _decided():
@@ -114,49 +112,6 @@ def _beside_a_collective():
 @pytest.mark.zero3
 def test_threads_exchange_while_the_process_group_is_used(run_ranks):
     assert run_ranks(_beside_a_collective, 2) == [([[0, 1]], 2.0)] * 2
-
-
-def _announced():
-    group = StoreGroup()
-    before = group.announced()
-    barrier()
-    if rank() == world_size() - 1:
-        group.announce("15 30.0")
-        group.announce("10 3.0")
-    barrier()
-    return before, group.announced()
-
-
-@pytest.mark.zero3
-def test_all_ranks_read_the_first_word_that_one_announces(run_ranks):
-    assert run_ranks(_announced, 2) == [("", "15 30.0")] * 2
-
-
-def _left_last(folder):
-    group = StoreGroup()
-    if rank():
-        (folder / str(rank())).touch()
-    group.leave_last(100.0)
-    return len(list(folder.iterdir()))
-
-
-@pytest.mark.zero3
-def test_rank_0_leaves_last(run_ranks, tmp_path):
-    (tmp_path / "left").mkdir()
-    assert run_ranks(_left_last, 3, tmp_path / "left")[0] == 2
-
-
-def _alone():
-    group = StoreGroup()
-    barrier()
-    if rank() == 0:
-        group.leave_last(0.01)
-    barrier()
-
-
-@pytest.mark.zero3
-def test_rank_0_does_not_wait_for_ever(run_ranks):
-    run_ranks(_alone, 2)
 
 
 def _kept(rounds):

@@ -9,7 +9,6 @@ from pst_ds.planning.process_memory import (
     PROCESS_BYTES,
     SCATTERED,
     SCATTERED_AMONG_KEPT,
-    held_saves,
     need_of_process,
 )
 
@@ -23,8 +22,3 @@ def test_a_process_needs_its_imports_copies_to_save_and_a_share_that_is_scattere
 def test_activations_that_are_kept_scatter_more():
     alike, kept = need_of_process(1_000_000_000, 0, 0), need_of_process(1_000_000_000, 400_000_000, 0)
     assert kept.enough - alike.enough == pytest.approx(SCATTERED_AMONG_KEPT * 400_000_000, abs=1)
-
-
-@pytest.mark.parametrize(("on_the_way", "holds", "copies"), [(False, False, 0), (True, False, 1), (True, True, 3)])
-def test_only_saves_on_the_way_and_steps_that_are_held_are_copied(on_the_way, holds, copies):
-    assert held_saves(saves_on_the_way=on_the_way, holds_steps=holds) == copies

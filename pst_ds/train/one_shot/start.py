@@ -18,6 +18,7 @@ from pst_ds.file_names import CHECKPOINTS, START
 from pst_ds.nn.base_model import pruning_record
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.ranks import of_main_at_length
+from pst_ds.parallel.stop_signals import StoppedError
 from pst_ds.progress import heard_by
 from pst_ds.prune.blocks import find_blocks
 from pst_ds.prune.folder import load_base
@@ -25,7 +26,6 @@ from pst_ds.prune.rules import usual_pattern
 from pst_ds.train.model import attention_options
 from pst_ds.train.one_shot.pruning import Pruning, prune_to_folder, rules_for
 from pst_ds.train.run_folder import require_no_checkpoints
-from pst_ds.train.stop_grace import StoppedError
 
 _OF_LAYERS = ("pattern", "target_modules", "exclude_modules", "modules_to_save", "gated_norms")
 """Settings of ``[pst]`` that say which weights are pruned against which."""
