@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 JSON: TypeAlias = "JsonObject | list[JSON] | str | int | float | bool | None"
 JsonObject: TypeAlias = "dict[str, JSON]"
-"""What ``json.loads`` returns, for code that reads it. Code that only writes takes ``Mapping[str, object]``."""
+"""Result of ``json.loads``, for code that reads it. Code that only writes takes ``Mapping[str, object]``."""
 
 
 def json_of(value: object, *, indent: int | None = None) -> str:

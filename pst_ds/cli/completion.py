@@ -11,7 +11,7 @@ SHELLS = {
     "zsh": 'pst-ds completion zsh > "${fpath[1]}/_pst-ds"                      # a folder of fpath, before compinit',
     "fish": "pst-ds completion fish > ~/.config/fish/completions/pst-ds.fish",
 }
-"""How to install the script in each shell."""
+"""Installation of the script in each shell."""
 _FILES, _FOLDERS = {"FILE", "RUN", "SRC", "PATH"}, {"DIR", "OUT", "EXPORT"}
 """Metavars of arguments that are files (or folders), and folders only."""
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Sampling = dict[str, bool | float]
 Facts = dict[str, Any]
-"""What ``--json`` prints."""
+"""Output of ``--json``."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,7 +123,9 @@ def _decoder(args: argparse.Namespace, folder: ModelFolder, device: str, context
 
 
 def _loaded(args: argparse.Namespace, folder: ModelFolder, device: str) -> PreTrainedModel:
-    """Return a quickened model of transformers, that of the user where one is named. Raises InputError."""
+    """Return the transformers model, optimised for decoding, with the adapter of ``--user`` if given. Raises
+    InputError.
+    """
     from pst_ds.inference.runtime.quicken import quicken_decoding
 
     model = folder.load(args.load_as, args.dtype, device)
@@ -134,7 +136,7 @@ def _loaded(args: argparse.Namespace, folder: ModelFolder, device: str) -> PreTr
 
 
 def _activate(args: argparse.Namespace, model: PreTrainedModel) -> None:
-    """Let the model be that of a user. Raises InputError."""
+    """Activate a user's adapter. Raises InputError."""
     from pathlib import Path
 
     from pst_ds.inference.serve.users import ServedUsers

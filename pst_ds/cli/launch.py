@@ -48,7 +48,7 @@ def _words(command: str) -> list[str]:
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise InputError(f"--by {command!r} is no command: {error}") from None
+        raise InputError(f"--by {command!r} is not a command:  {error}") from None
     if not words:
         raise InputError("--by is empty; name a launcher, such as 'launch/local.sh --ranks 2'")
     return words

@@ -1,4 +1,4 @@
-"""The tokens of ``pst-ds export --vocabulary``: those of a run's text, or of a file."""
+"""The tokens of ``pst-ds export --vocabulary``: the tokens of a run's training data, or of a file."""
 
 from __future__ import annotations
 

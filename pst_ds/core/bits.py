@@ -38,7 +38,7 @@ def shard_bytes(numel: int, num_shards: int) -> int:
 
 
 def _unpack_bytes(data: Tensor) -> Tensor:
-    """Unpack uint8 (n,) to uint8 (8n,) of zeros and ones."""
+    """Unpack uint8 (n,) to uint8 (8n,) of 0 and 1."""
     if data.device.type == "cpu":  # numpy unpacks ten times as fast as torch shifts
         return torch.from_numpy(np.unpackbits(data.numpy(), bitorder="little"))
     shifts = torch.arange(8, dtype=torch.uint8, device=data.device)
@@ -62,7 +62,7 @@ def pack_shard(keep: Tensor, num_bytes: int) -> Tensor:
 
 
 def unpack_shard(data: Tensor, count: int) -> Tensor:
-    """Return the first ``count`` bits of one shard as (count,) uint8 zeros and ones."""
+    """Return the first ``count`` bits of one shard as (count,) uint8 0 and 1."""
     return _unpack_bytes(data[: -(-count // 8)])[:count]
 
 
@@ -78,7 +78,7 @@ def join_bits(runs: Sequence[tuple[Tensor, int]], num_bytes: int) -> Tensor:
 
 
 def unpack_range(bits: Tensor, numel: int, num_shards: int, start: int, stop: int) -> Tensor:
-    """Return the mask of flat weights [start, stop) as uint8 zeros and ones. ``bits``: the whole mask."""
+    """Return the mask of flat weights [start, stop) as uint8 0 and 1. ``bits``: the whole mask."""
     per_shard, per_shard_bytes = shard_numel(numel, num_shards), shard_bytes(numel, num_shards)
     pieces = []
     for begin, end in _cut_at_shards(start, stop, per_shard):
@@ -156,7 +156,7 @@ def count_bits(before: Tensor, after: Tensor) -> Tensor:
 def add_bit_sums(out: Tensor, before: Tensor, after: Tensor, count: int, start: int, seed: int) -> None:
     """Add (bits that differ, bits set, :func:`checksum` modulo 2**64) of one shard to ``out``, (3,) int64.
 
-    ``before`` and ``after``: byte tensors of equal size. The other arguments are those of :func:`checksum`, for
+    ``before`` and ``after``: byte tensors of equal size. Other arguments as in :func:`checksum`, for
     ``after``.
     """
     out[:2].add_(count_bits(before, after))

@@ -51,8 +51,9 @@ def select_bits(
     ``select``.
 
     Every matrix needs ``num_keys``, ``num_in_all`` and ``sample``. Collective if ``ranks`` is: at most 6 exchanges, 7
-    with pools, while at most 1,024 rows are counted (:class:`pst_ds.core.select.Search`), plus those of ``select`` if a
-    matrix needs it. Raises NonFiniteScoreError on every rank if any score on any rank is NaN or infinite.
+    with pools, while at most 1,024 rows are counted (:class:`pst_ds.core.select.Search`), plus the exchanges of
+    ``select`` if a matrix needs it. Raises NonFiniteScoreError on every rank if any score on any rank is NaN or
+    infinite.
     """
     ranks, device = ranks or RankSums(), device or torch.device("cpu")
     brackets = _brackets(matrices, pools, _sample(matrices, ranks, device))

@@ -32,7 +32,7 @@ def relative_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], rows
 
     ``student``, ``teacher``: hidden states of the same layers, (..., width) each. ``rows``: (...,) bool, the tokens
     that count; None for all. SquareHead (arXiv 2310.06927) divides by the squares of all tokens together. Here each
-    token has its own divisor, because the states of a few tokens of a language model are a thousand times as large as
+    token has its own divisor, because the states of a few tokens of a language model are a thousand times larger than
     those of the others.
     """
     total = student[0].new_zeros((), dtype=torch.float32)

@@ -38,13 +38,13 @@ class Constants:
     alpha2: float = 1.0
     beta: float = 1.0
     detach_magnitude: bool = False
-    """Whether to drop the gradient through |W| in S."""
+    """True drops the gradient through |W| in S."""
     magnitude: bool = True
-    """Whether S includes |W|."""
+    """True if S includes |W|."""
     frozen_magnitude: bool = False
-    """Whether S uses |W0|, which the update does not change, instead of |W|."""
+    """True if S uses |W0|, which the update does not change, instead of |W|."""
     multiplicative: bool = False
-    """Whether W = W0 + beta W0 . (U V), which keeps every zero of W0."""
+    """True if W = W0 + beta W0 . (U V), which keeps every zero of W0."""
 
     @property
     def update_in_scores(self) -> bool:
@@ -172,7 +172,7 @@ def group_of_rows(num_rows: int, num_matrices: int, num_groups: int, device: tor
 
 
 def grouped_columns(column: Tensor, num_matrices: int, num_groups: int) -> Tensor:
-    """Expand (O,) to (O, num_groups): each value in the column of its row's group, zeros elsewhere."""
+    """Expand (O,) to (O, num_groups): each value in the column of its row's group, 0 elsewhere."""
     wide = column.new_zeros(column.numel(), num_groups)
     groups = group_of_rows(column.numel(), num_matrices, num_groups, column.device)
     return wide.scatter_(1, groups.unsqueeze(1), column.unsqueeze(1))

@@ -16,7 +16,7 @@ from pst_ds.core.quantization import CodedWeight, of_table_inputs, times_table
 
 @dataclass(frozen=True, slots=True)
 class ChunkSizes:
-    """How many logits exist at a time."""
+    """Limits for the logits that exist at a time."""
 
     least_rows: int
     """Minimum rows of one product with the head: fewer rows would read its weight too often."""

@@ -39,7 +39,7 @@ class LayerState:
     weight_scales: tuple[float, ...]
     """Divisor of |W| in the scores, one per fused matrix."""
     scores_train: bool
-    """False once the masks are fixed: scores then have no gradient, and |W| has none through them."""
+    """False once the masks are fixed: scores, and |W| through them, then get no gradient."""
     rounding: Rounding | None = None
     """Quantisation of M . W."""
     inputs: InputGrid | None = None

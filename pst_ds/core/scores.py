@@ -27,8 +27,8 @@ def mask_band_elements(device_type: str) -> int:
 def add_low_rank_(out: Tensor, left: Tensor | None, right: Tensor | None, scale: float, scratch: Tensor) -> None:
     """Add scale * left @ right to ``out``, one component after another, with separate rounding of product and sum.
 
-    The rounding of a BLAS product depends on the shape of the slice, and that of a fused multiply-add on where a vector
-    loop ends. Neither gives the same score for the same weight at every world size. This does.
+    The rounding of a BLAS product depends on the shape of the slice, and the rounding of a fused multiply-add on where
+    a vector loop ends. Neither gives the same score for the same weight at every world size. This does.
     """
     if left is None or right is None:
         return
@@ -85,7 +85,7 @@ def sliced_weight(weight: Tensor, tile: TileFactors, constants: Constants) -> Te
 def updated_weight(weight: Tensor, tile: TileFactors, constants: Constants, out: Tensor | None = None) -> Tensor:
     """Return W = W0 + beta U V of one rectangle in the dtype of ``weight``, written to ``out`` if given.
 
-    Multiplicative updates give W0 + beta W0 . (U V), which keeps the zeros of W0. ``out`` may be ``weight`` itself.
+    Multiplicative updates give W0 + beta W0 . (U V), which keeps pruned weights at 0. ``out`` may be ``weight`` itself.
     """
     if tile.update_left is None or tile.update_right is None:
         return weight.clone() if out is None else out.copy_(weight)

@@ -76,7 +76,7 @@ class MatrixKeys:
     after them. All keys in ``tiles`` are decided here.
     """
     is_whole: bool = False
-    """Whether all keys of the matrix are on one rank. Equal on every rank."""
+    """True if all keys of the matrix are on one rank. Equal on every rank."""
     num_keys: int = 0
     """Keys in ``tiles``. Required by :mod:`pst_ds.core.bracket` and if ``is_whole``."""
     num_in_all: int = 0

@@ -32,8 +32,8 @@ MIN_STRIP = 32
 _WIDE_STRIP = 256
 """Least width of tiles with all outputs. Below it, tiles are cut along the outputs if that makes them twice as wide."""
 _WIDEST_STRIP = {"cpu": 1024}
-"""Widest strip: wider tiles are no faster on CPUs (dY' X with 5,504 inputs took 8.6 ns per weight for 1,024 of them,
-9.6 for all).
+"""Widest strip: wider tiles do not gain speed on CPUs (dY' X with 5,504 inputs took 8.6 ns per weight for 1,024 of
+them, 9.6 for all).
 """
 _ALIGNMENT = 64
 """Strips are multiples of this where possible, so that the mask of a tile starts at a byte boundary."""

@@ -94,7 +94,9 @@ def charts(runs: Sequence[RunData]) -> Iterator[Chart]:
 
 
 def _names(runs: Sequence[RunData], prefix: str) -> list[str]:
-    """List the curves of any run with this prefix, in the order they were first written; not those of a dense run."""
+    """List the curves of any run with this prefix, in the order they were first written; without the curves of a dense
+    run.
+    """
     names = dict.fromkeys(name for run in runs for name in run.curves if name.startswith(prefix))
     return [name for name in names if not name.endswith(DENSE)]
 
@@ -151,7 +153,7 @@ def drawn(
 ) -> Iterator[Chart]:
     """Yield the chart, from step 0 to ``end``, unless no series has a point.
 
-    ``is_log``: use a logarithmic axis, without zeros, if values are far apart. ``from_zero``: the axis contains 0.
+    ``is_log``: use a logarithmic axis, omitting 0, if values are far apart. ``from_zero``: the axis contains 0.
     """
     positive = [value for one in series for _, value in one.points if value > 0]
     is_log = is_log and bool(positive) and max(positive) / min(positive) > _LEAST_LOG_RANGE

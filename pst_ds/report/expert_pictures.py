@@ -1,4 +1,4 @@
-"""Heat maps of experts, as the page shows them: tokens that each was trained on, and zeros in it."""
+"""Heat maps of experts, as the page shows them: training tokens and sparsity of each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from pst_ds.train.monitor.images import shaded, share_on_scale
 
 
 def expert_maps(run: RunData) -> Iterator[HeatMap]:
-    """Yield the maps of tokens and of zeros, if the run has ended and counted them; one for each number of experts."""
+    """Yield the maps of tokens and of sparsity, if the run has ended and counted them; one for each number of
+    experts.
+    """
     for table in _tables(run, "expert_tokens"):
         rows = np.array(list(table.values()), dtype=float)
         relative = rows / np.maximum(rows.mean(1, keepdims=True), 1e-9)

@@ -44,7 +44,7 @@ class LayerData:
     """Pictures by event and layer: the first, the last and some evenly apart."""
 
     def sparsity(self, layer: int) -> float | None:
-        """Return the share of zeros after the last mask update."""
+        """Return the sparsity after the last mask update."""
         return 1.0 - self.kept[layer] / self.weights[layer] if self.kept and self.weights[layer] else None
 
     def column_steps(self) -> list[tuple[int, int]]:

@@ -44,7 +44,7 @@ class HeatMap:
     values: str
     """Every cell, row by row: little-endian float32 in base64."""
     column: str = "step"
-    """What a column is called."""
+    """Name of a column."""
 
 
 @dataclass(frozen=True, slots=True)

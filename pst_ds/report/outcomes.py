@@ -29,7 +29,7 @@ class ExportData:
     step: int | None
     sparsity_requested: float | None
     sparsity_measured: float | None
-    """Share of zeros in the pruned tensors."""
+    """Sparsity of the pruned tensors."""
     weight_bytes: int
     """Size of the weight files."""
     dense_bytes: int
@@ -37,7 +37,7 @@ class ExportData:
     shapes: dict[tuple[str, int], list[int]]
     """Shapes of the pruned tensors, by module and number of weights."""
     largest_rounding_error: float | None = None
-    """What rounding to a grid changed of a tensor, at most, relative to its weights."""
+    """Largest relative quantisation error of a tensor."""
 
 
 def find_exports(runs: Sequence[RunData], others: Sequence[Path]) -> tuple[list[ExportData], list[str]]:

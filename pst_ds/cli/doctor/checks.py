@@ -29,7 +29,7 @@ class Finding:
 
 
 def versions() -> Iterator[Finding]:
-    """Check Python and the requirements of the installed package; those of its extras where they are installed."""
+    """Check Python and the requirements of the installed package, and of its installed extras."""
     from packaging.requirements import Requirement
 
     try:

@@ -52,7 +52,7 @@ class Chosen:
     length_reason: str
     """Why the run is as long as it is."""
     pattern_reason: str
-    """Why zeros lie as they do; empty where nothing was chosen."""
+    """Reason for the sparsity pattern; empty if the user chose it."""
     summary: Settings
 
     def plan_command(self, out: Path) -> str:
@@ -227,7 +227,7 @@ def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> Setti
 
 
 def _proposed_pattern(args: argparse.Namespace, task: str) -> tuple[str, str]:
-    """Return the requested pattern, or that of ``args.target``, and the reason (docs/background/results.md)."""
+    """Return the requested pattern, or the pattern of ``args.target``, and the reason (docs/background/results.md)."""
     if args.pattern or args.target != "cpu":
         return args.pattern or "matrix", ""
     if not TASKS[task].has_labels:

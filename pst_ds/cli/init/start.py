@@ -1,4 +1,4 @@
-"""Runs that begin with a model that was pruned once: which ``pst-ds init`` proposes, as far as was measured."""
+"""Runs that start from a one-shot pruned model: which ``pst-ds init`` proposes, as far as was measured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MANY_ZEROS = 0.85
 between 0.5 and 0.9; it gains nothing with block patterns."""
 _START_SPARSITY, _EXAMPLES, _PATTERNS = 0.8, 1024, ("matrix", "row")
 _SHARES_FOR_ALL = 0.8
-"""Up to here a language model begins with shares of zeros by what its loss loses; measured at 0.5, 0.7 and 0.8
+"""Highest sparsity at which a language model starts with budgets by saliency; measured at 0.5, 0.7 and 0.8
 (docs/background/results.md)."""
 _SEQUENCES = 64
 _MOST_WEIGHTS = 1_000_000_000

@@ -10,14 +10,14 @@ from pst_ds.core.experts.tokens import hardly_used
 
 
 def zeros_of_experts(bits: Tensor, weights: int, num_shards: int, num_experts: int) -> list[int]:
-    """Return the zeros of each expert in the mask ``bits`` of a stack of so many ``weights``."""
+    """Return the pruned weights of each expert in the mask ``bits`` of a stack of so many ``weights``."""
     each = weights // num_experts
     kept = (unpack_range(bits, weights, num_shards, i * each, (i + 1) * each) for i in range(num_experts))
     return [each - int(of_expert.sum()) for of_expert in kept]
 
 
 def add_experts(layer: Layer, zeros: Sequence[int], tokens: Sequence[int] = ()) -> None:
-    """Add the ``zeros`` of each expert to a stack's description, and its ``tokens`` where they are known."""
+    """Add the pruned weights of each expert to a stack's description, and its ``tokens`` if known."""
     layer["expert_zeros"] = list(zeros)
     if tokens:
         layer["expert_tokens"] = list(tokens)
@@ -26,7 +26,7 @@ def add_experts(layer: Layer, zeros: Sequence[int], tokens: Sequence[int] = ()) 
 def usage(layers: Sequence[Layer]) -> Facts:
     """Return how much of the pruning falls on experts that were hardly used; nothing where no tokens are known.
 
-    Shares are of all weights, and of all zeros, of the stacks.
+    Shares refer to all weights, and all pruned weights, of the stacks.
     """
     modules: dict[str, set[int]] = {}
     number = weights = zeros = weights_there = zeros_there = 0

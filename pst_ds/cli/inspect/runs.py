@@ -32,7 +32,7 @@ def run_file(path: Path) -> Inspection:
 def run_folder(path: Path) -> Inspection:
     """Describe a run by its settings, result, checkpoints and layers. Raises InputError for damaged files.
 
-    The layers are those of the best or newest checkpoint; a damaged one is mentioned, and the next one is taken.
+    The layers are from the best or newest checkpoint; a damaged one is mentioned, and the next one is taken.
     """
     run, folder = load_run(path / RUN_FILE), path / CHECKPOINTS
     result = read_table(path / RESULT_FILE, "") if (path / RESULT_FILE).is_file() else {}
@@ -160,7 +160,7 @@ def _layers(checkpoint: Checkpoint, run: RunConfig | None) -> list[Layer]:
 
 
 def _add_experts(layers: list[Layer], checkpoint: Checkpoint, tokens: Mapping[str, list[int]]) -> None:
-    """Add the zeros of every expert to stacks whose experts' ``tokens``, by module, the run has counted."""
+    """Add the pruned weights of every expert to stacks whose experts' ``tokens``, by module, the run has counted."""
     for layer in layers:
         name = layer["name"]
         of_experts = tokens.get(name.rpartition(".")[0])

@@ -30,12 +30,12 @@ class Layer(TypedDict, total=False):
     """Weights of a row that share a scale, or "row"."""
     bits_per_weight: float
     rounding_error: float
-    """What rounding changed, relative to the weights."""
+    """Relative quantisation error."""
     sparsity_requested: float
     trained: int
     """Trained parameters."""
     expert_zeros: list[int]
-    """Of a stack: the zeros of each expert."""
+    """For a stack: pruned weights per expert."""
     expert_tokens: list[int]
     """Of a stack: the tokens that each expert was given, in training or for calibration."""
     flipped: int
@@ -55,7 +55,7 @@ class Inspection:
 
 
 def sparsity_of(layers: Sequence[Layer]) -> float | None:
-    """Return the share of zeros of all ``layers`` together; None without any."""
+    """Return the sparsity of all ``layers`` together; None without any."""
     weights = sum(layer["weights"] for layer in layers)
     return sum(layer["zeros"] or 0 for layer in layers) / weights if weights else None
 
@@ -134,7 +134,7 @@ def _row(name: str, group: Sequence[Layer]) -> dict[str, str]:
 
 
 def _shares_of_experts(layer: Layer) -> list[float]:
-    """The share of zeros of each expert of a stack."""
+    """Return the sparsity of each expert of a stack."""
     of_experts = layer.get("expert_zeros", [])
     return [zeros * len(of_experts) / layer["weights"] for zeros in of_experts]
 

@@ -49,7 +49,7 @@ class NativeSource:
     may_flags: tuple[str, ...] = ()
     """Flags that are omitted if the compiler rejects them."""
     announce: bool = False
-    """Whether to announce the compilation on stderr, because it takes longer than a moment."""
+    """True to announce the compilation on stderr, because it takes longer than a moment."""
 
     @property
     def path(self) -> Path:
@@ -158,7 +158,7 @@ def _compiler() -> tuple[str, ...]:
         return tuple(words)
     found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if found is None:
-        raise FileNotFoundError("there is no C++ compiler; install one")
+        raise FileNotFoundError("no C++ compiler found. Install one, or set CXX")
     return (found,)
 
 

@@ -1,9 +1,9 @@
 """ALPS: optimise a mask and the weights under it by the alternating direction method of multipliers.
 
-    minimise ||X W' - X W0'||^2    subject to the pattern's zeros in W        Meng et al., 2024, arXiv 2406.07831
+    minimise ||X W' - X W0'||^2    subject to the sparsity pattern of W        Meng et al., 2024, arXiv 2406.07831
 
 SparseGPT decides once about every input, from first to last. ALPS reconsiders the whole matrix in every round: W
-follows the outputs, D is W with the zeros of the pattern, and a growing penalty draws them together. When the mask has
+follows the outputs, D is W pruned to the pattern, and a growing penalty draws them together. When the mask has
 settled, conjugate gradients find the best weights under it. H = X'X, (I, I), is the Gram matrix of a layer's inputs X
 over all calibration tokens; O = out_features, I = in_features.
 """
@@ -55,7 +55,7 @@ def input_spectrum(gram: Tensor, damping: float = DAMPING) -> InputSpectrum:
 
 
 def alps(weight: Tensor, inputs: InputSpectrum, pattern: Pattern, sparsity: float, rounds: int = ROUNDS) -> Compensated:
-    """Prune a matrix (O, I): return the mask and the weights whose outputs are nearest to those of ``weight``.
+    """Prune a matrix (O, I): return the mask and the weights whose outputs are nearest to the outputs of ``weight``.
 
     Supports all patterns within a matrix, with the counts of :func:`~pst_ds.core.one_shot.keep_by_score`. Blocks with
     the smallest sums of squares are pruned. Raises ValueError for patterns that pool matrices, and FloatingPointError

@@ -1,7 +1,7 @@
 """Sparsity per block, lower for blocks with more outliers (OWL: Yin et al., 2023, arXiv 2310.05175).
 
 A weight is an outlier if |W_ij| ||x_j|| is more than 5 times the mean of its block. Blocks with more outliers lose
-fewer weights. The sparsities stay within a bounded distance, and the total number of pruned weights is that of uniform
+fewer weights. The sparsities stay within a bounded distance, and the total number of pruned weights equals uniform
 sparsity.
 """
 

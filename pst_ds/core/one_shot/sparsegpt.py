@@ -47,7 +47,7 @@ class InverseFactor:
 def inverse_factor(gram: Tensor, damping: float = DAMPING) -> InverseFactor:
     """Return the Cholesky factor of the inverse of a damped ``gram`` = X'X, (I, I), computed in double precision.
 
-    ``damping`` is that of :func:`damped_gram`. Raises FloatingPointError for a ``gram`` that is not finite, or so close
+    ``damping``: see :func:`damped_gram`. Raises FloatingPointError for a ``gram`` that is not finite, or so close
     to singular that it needs more damping.
     """
     damped, dead = damped_gram(gram, damping)
@@ -72,7 +72,7 @@ def sparsegpt(
     """Prune a matrix (O, I), and quantise it if ``grid`` is given: SparseGPT, algorithm 1 of the paper.
 
     The inputs are passed from first to last. The mask of ``columns_at_a_time`` inputs is chosen at the first of them,
-    by w^2 / U_jj^2 of the weights at that point; for N:M, that of a group of M. The change of the row's output from
+    by w^2 / U_jj^2 of the weights at that point; for N:M, the mask of a group of M. The change of the row's output from
     pruning a weight is then compensated as far as possible by the weights of the inputs after it. "matrix" prunes the
     block's share of the smallest over all rows, "row" in every row. The counts are exact: floor(sparsity * O * I), and
     floor(sparsity * I) per row. Among equal scores the lowest flat index is pruned first.

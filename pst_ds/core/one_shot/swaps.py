@@ -46,9 +46,9 @@ def refine_by_swaps(
 
     ``weight``: (O, I), before pruning. In a pass every kept weight, from first to last, is swapped with the pruned
     weight that lowers the error of its row most, if any does. Every row keeps its number of zeros, and with N:M every
-    group. Without ``refit`` kept weights are bit-identical to those of ``weight``; with it they are fitted to the mask,
-    starting from ``start``. No row's error exceeds that of ``start``. Among equal swaps the one with the lowest index
-    is made, regardless of the number of threads.
+    group. Without ``refit`` kept weights are bit-identical to ``weight``; with it they are fitted to the mask, starting
+    from ``start``. No row's error exceeds its error with ``start``. Among equal swaps the one with the lowest index is
+    made, regardless of the number of threads.
 
     Raises ValueError for blocks and for patterns that pool matrices, and FloatingPointError for a weight that is not
     finite.

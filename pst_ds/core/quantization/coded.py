@@ -201,7 +201,7 @@ class CodedRun:
 
     @property
     def _first_scale(self) -> int:
-        """Return the index of the first scale among those of the whole weight."""
+        """Return the index of the first scale in the whole weight."""
         period = self.stored.period
         return self.start // period * self.stored.groups_per_period
 

@@ -42,5 +42,5 @@ class OwnWeights:
         return self.values[index - self.start if self.start else index]
 
     def flat(self, first: int, last: int) -> Tensor:
-        """Return those of the flat weights [first, last) of the stored weight that are in this part: (n,)."""
+        """Return the flat weights [first, last) of the stored weight, limited to this part: (n,)."""
         return self.values[max(0, first - self.start) : max(0, last - self.start)]

@@ -123,8 +123,8 @@ def search_scales(
 ) -> Tensor:
     """Return the bf16 scales of least squared error among those tried: (groups,).
 
-    Tried are ``magnitude / largest code``, so the error is never above that of plain rounding, some larger and smaller
-    scales, and the least-squares scale for the codes of the best, sum(w code) / sum(code^2), twice.
+    Tried are ``magnitude / largest code``, so the error is never above the error of plain rounding, some larger and
+    smaller scales, and the least-squares scale for the codes of the best, sum(w code) / sum(code^2), twice.
 
     ``magnitudes``: (groups,) fp32, the largest of each group. ``moments``: function that returns, for fp32 scales
     (groups,) which are bf16 numbers, the sums of w code and of code^2 over each group in float64, (groups,) each, where

@@ -42,7 +42,9 @@ def times_table(x: Tensor, table: CodedWeight, bias: Tensor | None = None) -> Te
 
 
 def of_table_inputs(grad_y: Tensor, table: CodedWeight) -> Tensor:
-    """Return the gradient of x, (n, width), from that of x T', (n, rows): products of slices, summed in fp32."""
+    """Return the gradient of x, (n, width), from the gradient of x T', (n, rows): products of slices, summed in
+    fp32.
+    """
     slices = list(_slices(table))
     if len(slices) == 1:
         return grad_y @ table.dense()

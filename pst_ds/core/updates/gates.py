@@ -5,7 +5,7 @@ trained per component, or shared by all components of the matrix ("layer", arXiv
 1 and the update is the same as without gates. A component that a budget drops has a = :data:`DROPPED`, whose sigmoid is
 exactly 0 and has no gradient. The gate and its U and V then no longer change, and no further state needs to be saved.
 
-Shapes, with those of :mod:`pst_ds.core.factors`: gates G (P*r,), or (P,) for one per matrix.
+Shapes, in addition to :mod:`pst_ds.core.factors`: gates G (P*r,), or (P,) for one per matrix.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def importance(U: Tensor, V: Tensor, gates: Tensor, layout: WeightLayout, weight
     gates.
 
     It is |U_j g_j V_j|_F / (sqrt(o I) mean|W0|) for a matrix of o outputs: the root mean square of what a component
-    adds to a weight. For a shared gate, it is that of the sum of its components. A dropped gate has -1.
+    adds to a weight. A shared gate has the value of the sum of its components. A dropped gate has -1.
     """
     P, outputs = layout.num_matrices, layout.out_features // layout.num_matrices
     left = U.double().view(P, outputs, -1)

@@ -60,7 +60,8 @@ def beside(x: Tensor, left: Tensor, right: Tensor, beta: float) -> Tensor:
 def with_beside_each(y: Tensor, x: Tensor, left: Tensor, right: Tensor, beta: float) -> Tensor:
     """Return y + beta (x V') U' with one user per sample, (B, ..., O).
 
-    y (B, ..., O), x (B, ..., I), U (B, O, r) and V (B, r, I). Computed in the dtype of U and V, returned in that of y.
+    y (B, ..., O), x (B, ..., I), U (B, O, r) and V (B, r, I). Computed in the dtype of U and V, returned in the dtype
+    of y.
     """
     samples = x.shape[0]
     inner = torch.bmm(x.reshape(samples, -1, x.shape[-1]).to(right.dtype), right.transpose(1, 2))

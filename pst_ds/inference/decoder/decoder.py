@@ -85,8 +85,8 @@ class Decoder:
     ) -> Decoder:  # fmt: skip
         """Create a decoder for a transformers causal language model on the CPU, with dense or sparse layers.
 
-        ``context``: positions of a sequence, at most those of the model. ``tables``: embeddings that its folder stores
-        quantised (:func:`~.stored_tables`). ``options``: those of the class. With ``verify``, compares the logits of
+        ``context``: positions of a sequence, at most as many as the model has. ``tables``: embeddings that its folder
+        stores quantised (:func:`~.stored_tables`). ``options``: see the class. With ``verify``, compares the logits of
         some tokens with the model's own forward pass. Raises DecoderError.
         """
         if prompt_of(model) is not None:

@@ -31,7 +31,7 @@ def matrix_of(name: str, module: Part, table: StoredTable | None = None) -> Matr
             return Matrix.of_codes(codes, parts["scales"], grid.bits, grid.group or 0)
         return Matrix.of_floats(narrowed(module.dense_weight()))
     if not isinstance(module, nn.Linear):
-        raise DecoderError(f"{name}: {type(module).__name__} is no linear layer that the native loop has")
+        raise DecoderError(f"{name}: {type(module).__name__} is not a linear layer that the native loop supports")
     return Matrix.of_floats(narrowed(module.weight.detach()))
 
 

@@ -38,7 +38,7 @@ class _ByPosition(nn.Module):
 
 
 def input_names(model: Any) -> list[str]:
-    """Return the inputs of a model's graph: those of :data:`INPUTS` that its forward accepts and has a table for."""
+    """Return the inputs of a model's graph: the :data:`INPUTS` that its forward accepts and has a table for."""
     takes = inspect.signature(model.forward).parameters
     names = [name for name in INPUTS if name in takes]
     if getattr(model.config, "type_vocab_size", 0) < 2:  # with one type, as in RoBERTa, 0 is the only valid value

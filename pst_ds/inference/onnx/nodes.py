@@ -1,7 +1,7 @@
 """Modules and functions that torch's exporter writes as single nodes of the domain "pst_ds".
 
-Their results have no values: a model that contains them can only be traced. operators.cpp implements the operators and
-documents their inputs.
+Their results are without values: a model that contains them can only be traced. operators.cpp implements the operators
+and documents their inputs.
 """
 
 from __future__ import annotations

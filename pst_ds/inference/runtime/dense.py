@@ -1,8 +1,8 @@
 """The fastest dense linear layers on a CPU, to compare sparse layers with and to combine them with.
 
 The native loop multiplies one vector with a bf16 weight in place, which helps an output layer that stays dense. On an
-AMD EPYC with AVX-512-BF16 it takes 0.4 of the time of ``F.linear`` and 0.3 of that of ``torch.mv``, the fallback
-without a compiler. The layout of oneDNN is a copy of the weight.
+AMD EPYC with AVX-512-BF16 it takes 0.4 times as long as ``F.linear`` and 0.3 times as long as ``torch.mv``, the
+fallback without a compiler. The layout of oneDNN is a copy of the weight.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from pst_ds.inference.runtime.backends import backend_for
 class SparseLinear(nn.Module):
     """y = x W' + bias with a packed W: (..., in_features) to (..., out_features).
 
-    For inference: x may have a gradient, the weight has none. The parts of the weight (:mod:`pst_ds.formats`) are
+    For inference: x may have a gradient, the weight does not. The parts of the weight (:mod:`pst_ds.formats`) are
     tensors of this module, so state-dict keys are those of the files. The parts of a new layer are empty: load them,
     then call :meth:`check` before the first forward pass, and again after every load_state_dict. It replaces
     ``nn.Linear`` and GPT-2's ``Conv1D``.
@@ -86,7 +86,7 @@ class SparseLinear(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of the computation: that of the values, or of the weight that codes represent."""
+        """dtype of the computation: the dtype of the values, or of the weight that codes represent."""
         return self._dtype if self.is_quantized else getattr(self, self.format.values_name).dtype
 
     @dtype.setter
@@ -97,7 +97,7 @@ class SparseLinear(nn.Module):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the values are quantised."""
+        """True if the values are quantised."""
         return isinstance(self.format, QuantizedFormat)
 
     def check(self, name: str) -> None:

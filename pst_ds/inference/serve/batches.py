@@ -89,7 +89,7 @@ class Batches:
 
     @property
     def is_alive(self) -> bool:
-        """Whether jobs are still decoded."""
+        """True while jobs are decoded."""
         return self._thread.is_alive()
 
     @torch.inference_mode()

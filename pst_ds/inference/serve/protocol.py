@@ -66,7 +66,7 @@ class ChatRequest:
     stop: tuple[str, ...]
     stream: bool
     with_usage: bool
-    """Whether the last chunk of a stream reports the number of tokens."""
+    """True if the last chunk of a stream reports the number of tokens."""
 
 
 def read_request(body: bytes) -> ChatRequest:

@@ -1,6 +1,6 @@
 """Kernels that cut many matrices at once, from the bits of their keys inside a bracket.
 
-The bits of all matrices are in one run of int32 words, those of a matrix in whole blocks of WORDS. The keys inside are
+The bits of all matrices are in one run of int32 words, each matrix in whole blocks of WORDS. The keys inside are
 in another run, in whole blocks of KEYS, in any order. A table maps each block to its matrix. Rows of the ``matrices``
 table:
 
@@ -80,7 +80,7 @@ def mark(matrices_ptr, matrix_of_block_ptr, keys_ptr, index_ptr, cuts_ptr, above
 
 @triton.jit
 def finish(matrices_ptr, matrix_of_block_ptr, cuts_ptr, equal_ptr, inside_ptr, above_ptr, STEP: tl.constexpr):
-    """Set, among the bits above, those of equal keys after the first that are pruned. Most blocks have none."""
+    """Set, among the bits above, the equal keys after the first, which are pruned. Most blocks need no change."""
     block = tl.program_id(0)
     if tl.load(equal_ptr + block) > 0:
         number = tl.load(matrix_of_block_ptr + block)

@@ -1,7 +1,7 @@
 """Kernels that score weights: bits of those above and inside a bracket, and keys of individual weights.
 
 A score is computed as in masks.cpp, one component of a product after another, with separate rounding of products and
-sums (``enable_fp_fusion=False``), so it is bit-identical to that of the CPU. A pointer that is None omits its term.
+sums (``enable_fp_fusion=False``), so it is bit-identical to the CPU's. A pointer that is None omits its term.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def bracket_rows(
 ):
     """Classify ``count`` weights, from column ``lead`` of row ``row0`` on, of a matrix (rows, cols) by a bracket.
 
-    For matrices whose rows are as long as those of the storage. ``cols`` and ``lead`` are multiples of 8.
+    For matrices with the row length of the storage. ``cols`` and ``lead`` are multiples of 8.
     """
     below = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     across = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
