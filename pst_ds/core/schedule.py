@@ -1,5 +1,7 @@
-"""Sparsity and learning rates as pure functions of the applied optimizer steps, with no state to save or resume; and
-the rates of a run that names none."""
+"""Schedules of sparsity, quantisation, update ranks and learning rates, and the default learning rates.
+
+Every schedule is a pure function of the applied optimizer steps, so there is no state to save or resume.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ class Schedule(Protocol):
     def final_sparsity(self) -> float: ...
 
     def sparsity_at(self, step: int) -> float:
-        """Fraction of zeros in the masks after ``step`` applied steps."""
+        """Return the sparsity of the masks after ``step`` applied steps."""
         ...
 
     def progress_at(self, step: int) -> float:
@@ -34,22 +36,23 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
-    """How sparse the model becomes, and when.
+    """The sparsity over the course of a run.
 
-    Raises ValueError for fractions outside their ranges, or a warm-up and cool-down that leave no ramp.
+    Raises ValueError for fractions outside their ranges, or a warm-up and cool-down without a ramp between them.
     """
 
     final_sparsity: float = 0.9
-    """Fraction of zeros at the end, in [0, 1). 0 prunes only the layers that ``pst.overrides`` gives a share."""
+    """Sparsity at the end, in [0, 1). 0 prunes only the layers with a sparsity in ``pst.overrides``."""
     initial_sparsity: float = 0.0
-    """Fraction of zeros until the ramp starts, at most ``final_sparsity``; 0 where all scores begin equal: methods
-    "movement" and "soft-movement", and "pst" with ``pst.magnitude = "none"``."""
+    """Sparsity until the ramp starts, at most ``final_sparsity``. Must be 0 if all scores are equal at the start:
+    methods "movement" and "soft-movement", and "pst" with ``pst.magnitude = "none"``.
+    """
     warmup_fraction: float = 0.1
-    """Share of all steps at ``initial_sparsity``, before the ramp."""
+    """Fraction of all steps at ``initial_sparsity``, before the ramp."""
     cooldown_fraction: float = 0.3
-    """Share of all steps at ``final_sparsity``, after the ramp, with fixed masks."""
+    """Fraction of all steps at ``final_sparsity``, after the ramp, with fixed masks."""
     update_interval: int = 4
-    """Optimizer steps between mask updates; the end of the ramp is always one."""
+    """Optimizer steps between mask updates; the last update is always at the end of the ramp."""
 
     def __post_init__(self) -> None:
         _require(0.0 <= self.final_sparsity < 1.0, "final_sparsity", self.final_sparsity, "in [0, 1)")
@@ -75,14 +78,14 @@ class CubicSchedule(ScheduleConfig):
 
     Args:
         num_steps: optimizer steps of the whole run, at least 1.
-        final_sparsity: fraction of zeros at the end, in [0, 1).
-        initial_sparsity: fraction of zeros until the ramp starts, at most ``final_sparsity``.
-        warmup_fraction: share of all steps before the ramp.
-        cooldown_fraction: share of all steps after the ramp, with fixed masks.
+        final_sparsity: sparsity at the end, in [0, 1).
+        initial_sparsity: sparsity until the ramp starts, at most ``final_sparsity``.
+        warmup_fraction: fraction of all steps before the ramp.
+        cooldown_fraction: fraction of all steps after the ramp, with fixed masks.
         update_interval: optimizer steps between mask updates.
 
     Raises:
-        ValueError: a value outside its range, or fractions that leave no steps for the ramp.
+        ValueError: a value is outside its range, or the fractions leave no steps for the ramp.
     """
 
     num_steps: int
@@ -98,14 +101,14 @@ class CubicSchedule(ScheduleConfig):
 
     @property
     def ramp_end(self) -> int:
-        """The step of the last mask update. At least one after ``ramp_start``."""
+        """Step of the last mask update, at least one after ``ramp_start``."""
         return max(self.num_steps - math.floor(self.cooldown_fraction * self.num_steps), self.ramp_start + 1)
 
     def sparsity_at(self, step: int) -> float:
-        """v_f + (v_i - v_f) (1 - progress)^3 at the latest mask update up to ``step``."""
+        """Return v_f + (v_i - v_f) (1 - progress)^3 at the latest mask update up to ``step``."""
         left = self._left_at(step)
         if left == 1.0:
-            return self.initial_sparsity  # the formula may be one rounding below it, and so prune one weight fewer
+            return self.initial_sparsity  # the formula may be one rounding error below it and prune one weight fewer
         return self.final_sparsity + (self.initial_sparsity - self.final_sparsity) * left**3
 
     def progress_at(self, step: int) -> float:
@@ -124,7 +127,7 @@ class CubicSchedule(ScheduleConfig):
         return step >= self.ramp_end
 
     def _left_at(self, step: int) -> float:
-        """Share of the ramp that is still to come at the latest mask update up to ``step``."""
+        """Return the remaining fraction of the ramp at the latest mask update up to ``step``."""
         if step >= self.ramp_end:
             return 0.0
         since_start = max(0, step - self.ramp_start) // self.update_interval * self.update_interval
@@ -136,7 +139,7 @@ class OneShotSchedule:
     """Prune once, before the first step, and keep the masks from then on.
 
     Args:
-        final_sparsity: fraction of zeros in the masks, in [0, 1).
+        final_sparsity: sparsity of the masks, in [0, 1).
 
     Raises:
         ValueError: ``final_sparsity`` is outside [0, 1).
@@ -193,7 +196,7 @@ class RoundingSchedule:
 
 @dataclass(frozen=True, slots=True)
 class Schedules:
-    """What changes at which step of a run: masks, quantisation scales and update ranks; None for what never changes."""
+    """Schedules of a run: masks, quantisation scales and update ranks; None for those that never change."""
 
     masks: Schedule | None = None
     """Sparsity of the masks."""
@@ -253,24 +256,26 @@ def learning_rate_factor(step: int, num_steps: int, warmup_fraction: float) -> f
 
 
 _WIDTH = 384
-"""The width that the rates below were measured at."""
+"""Hidden size at which the rates below were measured."""
 USUAL_STEPS = 600
-"""The length that they were measured at, and of a run that says nothing of its own."""
+"""Steps of the runs in which they were measured, and default length of a run."""
 STEPS_POWER = 1 / 3
-"""Rates fall with this power of the steps, as was found for pretraining with AdamW (arXiv 2409.19913: 0.32)."""
+"""Rates decrease with this power of the steps, as found for pretraining with AdamW (arXiv 2409.19913: 0.32)."""
 _LEAST, _MOST = 0.25, 2.0**STEPS_POWER
-"""Bounds of the factor for the length. Runs of fewer than 300 steps have the rates of 300: with the 1.44 that 200 would
-have, one seed in three of a regression learned little (tools/quality/logs/tuning-log.md)."""
+"""Bounds of the factor for the number of steps. Runs below 300 steps use the rates for 300: with the factor 1.44 that
+200 would have, one seed in three of a regression learned little (tools/quality/logs/tuning-log.md).
+"""
 FEW_LABELS = 3
-"""Labels of no more different values are soon learned by heart, through the rows of rare words. Measured with 2, 3, 20
+"""Labels with at most this many values are soon overfitted, through the rows of rare words. Measured with 2, 3, 20
 and 52 classes, and with numbers, of two values and of many (tools/quality/logs/tuning-log.md)."""
 _PASSES_OF_FEW, _PASSES_OF_MANY = 1.0, 2.0
-"""Over the data, that leave the embeddings' rate as it is."""
+"""Epochs up to which the rate of the embeddings stays unchanged."""
 _EPOCHS_POWER = 3.0
-"""Beyond those it falls with this power of the passes. Films were no worse for 4e-3 after 1.04 passes, and were after
-2.15, where 4e-4 is better."""
+"""Beyond those it decreases with this power of the epochs. Film reviews were not worse with 4e-3 after 1.04 epochs, but
+were after 2.15, where 4e-4 is better.
+"""
 _LEAST_OF_EMBEDDINGS = 0.1
-"""It falls no further: beyond those passes nothing was measured but runs at 4e-4."""
+"""Lower bound of the factor: for more epochs only runs at 4e-4 were measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -283,13 +288,13 @@ class LearningRates:
     updates: float = 2e-3
     """For U and V."""
     multiplicative: float = 3e-2
-    """For U and V of a multiplicative update, SPP's."""
+    """For U and V of a multiplicative update (SPP)."""
     gates: float = 1e-2
     """For the gates of learned ranks, which are near 1 in a model of any width."""
     prompt: float = 5e-3
-    """For the vectors of a prompt, or its adapter."""
+    """For the vectors of a prompt, or for its adapter."""
     embeddings: float = 4e-3
-    """For U and V of embeddings, in one pass over the data."""
+    """For U and V of embeddings, in one epoch."""
     head: float = 2e-3
     """For the modules trained in full."""
     everything: float = 3e-4
@@ -298,21 +303,27 @@ class LearningRates:
 
 _MEASURED = LearningRates()
 _OF_TOKENS = LearningRates(scores=1e-3, updates=5e-3)
-"""For a loss of every token, from a model that was pretrained to it: masks that were well chosen move little, and U V
-bears more (tools/quality/logs/tuning-log.md, "Language models")."""
+"""For a loss over all tokens of a model pretrained with that loss: well-chosen masks change little, and U V tolerates a
+higher rate (tools/quality/logs/tuning-log.md, "Language models").
+"""
 
 
 def default_learning_rates(
     *, width: int, num_steps: int, epochs: float = 1.0, num_labels: int = 0, predicts_tokens: bool = False
 ) -> LearningRates:
-    """Return the rates for a model of hidden size ``width``, trained for ``num_steps`` optimizer steps that pass
-    ``epochs`` times over the data; ``num_labels``: different values that its labels have, 0 without labels;
-    ``predicts_tokens``: as language models do.
+    """Return the default peak rates.
 
-    Adam moves a parameter by its rate at every step, so the way that it can go in a run grows with rate and steps; the
-    rates fall with the cube root of the steps, from 300 on. A sum over ``width`` inputs that all move alike grows with
-    the width; all rates but those of scores and gates fall with it. That of the embeddings falls with the passes, to a
-    tenth: after the first for tokens and for labels of up to :data:`FEW_LABELS` values, after the second for others.
+    Adam moves a parameter by its rate at every step, so the possible distance grows with rate and steps: rates decrease
+    with the cube root of the steps, from 300 on. A sum over ``width`` inputs that move alike grows with the width: all
+    rates except for scores and gates decrease with it. The rate of the embeddings decreases with the epochs, down to a
+    tenth: after the first for tokens and for labels with up to :data:`FEW_LABELS` values, after the second for others.
+
+    Args:
+        width: hidden size of the model.
+        num_steps: optimizer steps of the run.
+        epochs: passes over the data.
+        num_labels: number of different label values; 0 without labels.
+        predicts_tokens: whether the loss is over all tokens, as for language models.
     """
     length = min(max((USUAL_STEPS / num_steps) ** STEPS_POWER, _LEAST), _MOST)
     narrower = min(1.0, _WIDTH / width)
