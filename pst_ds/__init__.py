@@ -17,6 +17,7 @@ _HOMES = {
     "inject_pst": "nn.inject",
     "load_pretrained": "checkpoint.adapter",
     "merge_and_unload": "nn.merge",
+    "plan": "planning.plan",
     "print_trainable_parameters": "nn.merge",
     "pst_optimizer": "nn.optimizer",
     "pst_parameter_groups": "nn.optimizer",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from pst_ds.nn.merge import print_trainable_parameters as print_trainable_parameters
     from pst_ds.nn.optimizer import pst_optimizer as pst_optimizer
     from pst_ds.nn.optimizer import pst_parameter_groups as pst_parameter_groups
+    from pst_ds.planning.plan import plan as plan
 else:
 
     def __getattr__(name: str) -> object:

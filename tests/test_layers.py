@@ -18,10 +18,10 @@ LAYERS = [
     {"core", "atomic_files", "errors", "file_names", "json_text", "progress", "text_table"},
     {"config", "formats", "parallel"},
     {"data", "nn", "supervise"},
-    {"checkpoint", "masks", "planning", "prune"},
+    {"checkpoint", "masks", "prune"},
     {"export"},
     {"train"},
-    {"inference", "report"},
+    {"inference", "planning", "report"},
     {"cli", "hf", "__init__"},
 ]
 """Packages and single files below pst_ds, lowest layer first. Core may import nothing else, not even single files."""

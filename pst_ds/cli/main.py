@@ -16,14 +16,12 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from pst_ds import __version__, progress
 from pst_ds.config import toml
-from pst_ds.config.run import ConfigError, RunConfig
+from pst_ds.config.run import RunConfig
 from pst_ds.errors import InputError
-from pst_ds.file_names import RUN_FILE
 from pst_ds.json_text import json_of
 from pst_ds.parallel.stop_signals import EXIT_STOPPED
 from pst_ds.supervise.exit_codes import leave_code
@@ -220,12 +218,7 @@ def count(text: str) -> int:
 
 def load_run_or_folder(args: argparse.Namespace) -> RunConfig:
     """Load a run file, or the resolved run file of a run folder."""
-    path = Path(args.run)
-    if not path.is_dir():
-        return toml.load_run(path, args.set)
-    if not (path / RUN_FILE).is_file():
-        raise ConfigError(f"{str(path)!r} is not a run folder: run.toml is missing (looked in {path.absolute()})")
-    return toml.load_run_folder(path, args.set)
+    return toml.load_run_or_folder(args.run, args.set)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""``pst-ds plan RUN.toml``: predict a run from names and shapes alone."""
+"""``pst-ds plan RUN.toml``: predict memory, time and cost of a run from names and shapes."""
 
 import argparse
 import math
 
 from pst_ds.cli.main import add_run_arguments, count, load_run_or_folder
-from pst_ds.cli.plan_text import Plan, print_plan
+from pst_ds.cli.plan_text import plan_lines, search_lines
 from pst_ds.planning.machines import MACHINES
 
 
@@ -19,33 +19,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "no GPU and a core for every rank, else h100)"
     )
     parser.add_argument("--machine", metavar="FILE", help=machine)
-    memory = "gigabytes of memory that a rank has (default: the machine's)"
+    memory = "gigabytes of memory per rank (default: the machine's)"
     parser.add_argument("--memory", type=_above_0, metavar="GB", help=memory)
-    parser.add_argument("--search", action="store_true", help="the fastest way to run the same batch that fits, too")
-    parser.add_argument("--price", type=_above_0, metavar="N", help="of one rank for an hour, for the cost of the run")
+    search = "also find the fastest way to run the same batch that fits"
+    parser.add_argument("--search", action="store_true", help=search)
+    parser.add_argument("--price", type=_above_0, metavar="N", help="price of one rank for an hour, for the run's cost")
 
 
-def run(args: argparse.Namespace) -> Plan:
+def run(args: argparse.Namespace) -> dict[str, object]:
     config = load_run_or_folder(args)
-    from pst_ds.cli.plan_search import print_search, search
-    from pst_ds.cli.plan_values import Ask, make_plan
-    from pst_ds.planning.machine_file import machine_of
+    from pst_ds.planning.plan import PlanOptions, plan
+    from pst_ds.planning.search import search
 
-    ask = Ask(args.ranks, args.machine, args.no_data, round((args.memory or 0) * 1e9), args.price)
-    plan = make_plan(config, ask)
-    print_plan(plan)
-    if args.search:
-        plan["search"] = search(config, ask, plan, machine_of(plan["machine"]).node_size)
-        print_search(plan["search"])
-    return plan
+    options = PlanOptions(args.ranks, args.machine, args.no_data, round((args.memory or 0) * 1e9), args.price)
+    planned = plan(config, options)
+    print("\n".join(plan_lines(planned)))
+    if not args.search:
+        return planned.as_json()
+    found = search(config, options, planned)
+    print("\n".join(search_lines(found)))
+    return planned.as_json() | {"search": [one.as_json() for one in found]}
 
 
 def _above_0(text: str) -> float:
-    """Return the number that a command line gives. Raises argparse.ArgumentTypeError."""
+    """Parse an argument that is a finite number above 0. Raises argparse.ArgumentTypeError."""
     try:
         number = float(text)
     except ValueError:
         number = math.nan
     if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return number

@@ -120,7 +120,7 @@ def _train(args: argparse.Namespace) -> Facts:
     from pst_ds.train.users.train import Choice, UserTraining, run_of_users, train_users
 
     if not 0 < args.epochs < float("inf"):
-        raise InputError(f"--epochs {args.epochs} is no number above 0")
+        raise InputError(f"--epochs {args.epochs} is not a number above 0")
     how = UserTraining(
         epochs=args.epochs, batch_size=args.batch_size, update_learning_rate=args.learning_rate,
         head_learning_rate=args.head_learning_rate,

@@ -32,6 +32,16 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return run_from_table(_table(path, overrides))
 
 
+def load_run_or_folder(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read the run of a TOML file, or that of a run folder. Raises ConfigError."""
+    path = Path(path)
+    if not path.is_dir():
+        return load_run(path, overrides)
+    if not (path / RUN_FILE).is_file():
+        raise ConfigError(f"{str(path)!r} is not a run folder: run.toml is missing (looked in {path.absolute()})")
+    return load_run_folder(path, overrides)
+
+
 def load_run_folder(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read the run in ``folder``, its output_dir wherever it was moved to. Raises ConfigError."""
     other = next((o for o in overrides if o.partition("=")[0].strip() == "output_dir"), None)

@@ -17,11 +17,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from pst_ds.cli import init
-from pst_ds.cli.init import start
 from pst_ds.cli.init.text import deepspeed_settings
 from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
 from pst_ds.data import plain_text
+from pst_ds.planning import dense_start
 from pst_ds.train.tune import trials
 from tests.nn.expert_families import tiny_model
 
@@ -180,7 +180,7 @@ def test_a_mixture_of_experts_begins_by_alps_with_equal_shares(made, tmp_path, m
     _, table, _ = made(*flags)
     assert (table["start"]["method"], table["start"].get("budgets")) == ("alps", None)
     assert table["pst"]["pattern"] == "matrix"
-    monkeypatch.setattr(start, "_MOST_WEIGHTS", 1000)
+    monkeypatch.setattr(dense_start, "MOST_WEIGHTS", 1000)
     _, _, result = made(*flags)
     (said,) = [remark for remark in result["remarks"] if "--method alps" in remark]
     assert "--budgets" not in said
@@ -316,7 +316,7 @@ def test_nothing_is_held_out_where_it_is_not_wanted(made):
 
 
 def test_a_model_too_large_for_a_start_is_warned_of_with_what_to_do(made, capsys, tmp_path, monkeypatch, book):
-    monkeypatch.setattr(start, "_MOST_WEIGHTS", 1000)
+    monkeypatch.setattr(dense_start, "MOST_WEIGHTS", 1000)
     out, table, result = made(
         LLAMA, "--train", book, "--steps", "2", "--batch-size", "2", "--output-dir", str(tmp_path / "run")
     )
@@ -344,7 +344,7 @@ def test_a_model_too_large_for_a_start_is_warned_of_with_what_to_do(made, capsys
 
 @pytest.mark.parametrize("more", [("--method", "lora"), ("--pattern", "4x4"), ("--method", "gmp")])
 def test_other_large_runs_are_not_warned_of(made, monkeypatch, book, more):
-    monkeypatch.setattr(start, "_MOST_WEIGHTS", 1000)
+    monkeypatch.setattr(dense_start, "MOST_WEIGHTS", 1000)
     assert "ALPS" not in str(made(LLAMA, "--train", book, *more)[2]["remarks"])
 
 

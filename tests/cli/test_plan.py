@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import safetensors.numpy
 
 from pst_ds.cli.main import main
 from pst_ds.cli.plan_text import layer_groups
+from pst_ds.planning.plan import PlannedLayer
 from pst_ds.text_table import bytes_text
 
 LLAMA_70B = {
@@ -173,7 +175,7 @@ def test_memory_and_price_are_numbers_above_0(capsys, llama_of_4_layers, more):
     with pytest.raises(SystemExit) as caught:
         main([*llama_of_4_layers, *more])
     assert caught.value.code == 2
-    assert f"argument {more[0]}: {more[1]!r} is no number above 0" in capsys.readouterr().err
+    assert f"argument {more[0]}: {more[1]!r} is not a number above 0" in capsys.readouterr().err
 
 
 def test_ranks_that_share_sequences_hold_a_part_of_them(capsys, llama_of_4_layers):
@@ -228,10 +230,10 @@ def test_a_teacher_in_a_folder_is_counted_from_its_config(capsys):
 
 
 def test_layers_that_differ_in_a_number_are_one_line():
-    layer = {"out_features": 4, "in_features": 4, "matrices": 1, "factor_parameters": 8}
+    layer = PlannedLayer("", out_features=4, in_features=4, matrices=1, experts=1, factor_parameters=8)
     names = ["a.0.q", "a.1.q", "a.1.k", "b.0", "b.1.c2.0", "b.1.c2.1"]
-    groups = layer_groups([{**layer, "name": name} for name in names])
-    assert [(g["pattern"], g["count"]) for g in groups] == [
+    groups = layer_groups([replace(layer, name=name) for name in names])
+    assert [(g.pattern, g.count) for g in groups] == [
         ("a.*.q", 2), ("a.1.k", 1), ("b.0", 1), ("b.*.c2.*", 2),
     ]  # fmt: skip
-    assert len(layer_groups([{**layer, "name": "a.0.q"}, {**layer, "name": "a.1.q", "out_features": 5}])) == 2
+    assert len(layer_groups([replace(layer, name="a.0.q"), replace(layer, name="a.1.q", out_features=5)])) == 2

@@ -10,10 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pst_ds.cli.plan_values import Ask, make_plan
 from pst_ds.config.toml import load_run
-from pst_ds.planning.activations import Trace
 from pst_ds.planning.machines import MACHINES
+from pst_ds.planning.plan import Plan, PlanOptions
+from pst_ds.planning.plan import plan as plan_run
+from pst_ds.planning.time import TimePlan
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "how-to" / "large-models.md"
@@ -48,27 +49,27 @@ def write_run(folder: Path, name: str, world: int) -> Path:
 
 
 @cache
-def plans(name: str, bits: int = 16) -> dict[int, dict[str, Any]]:
+def plans(name: str, bits: int = 16) -> dict[int, Plan]:
     """Return the plans by number of GPUs. One trace serves all: a micro-batch is the same on every rank."""
-    found: dict[int, dict[str, Any]] = {}
+    found: dict[int, Plan] = {}
     trace = None
     with tempfile.TemporaryDirectory() as folder:
         for world in WORLDS:
             frozen = [f"model.base_bits={bits}", f"model.embedding_bits={bits}"]
             run = load_run(write_run(Path(folder), name, world), frozen)
-            found[world] = make_plan(run, Ask(world, "h100", no_data=True, trace=trace))
-            trace = Trace(**found[world]["trace"])
+            found[world] = plan_run(run, PlanOptions(world, "h100", no_data=True, trace=trace))
+            trace = found[world].trace
     return found
 
 
 @cache
-def times_of_machines() -> dict[str, dict[str, Any]]:
+def times_of_machines() -> dict[str, TimePlan]:
     """Return the times of the 7B run on 8 GPUs of each kind."""
-    trace = Trace(**plans("7B")[8]["trace"])
+    trace = plans("7B")[8].trace
     with tempfile.TemporaryDirectory() as folder:
         run = load_run(write_run(Path(folder), "7B", 8))
         gpus = [name for name, machine in MACHINES.items() if machine.device != "cpu"]
-        return {name: make_plan(run, Ask(8, name, no_data=True, trace=trace))["time"] for name in gpus}
+        return {name: plan_run(run, PlanOptions(8, name, no_data=True, trace=trace)).time for name in gpus}
 
 
 def models_table() -> str:
@@ -79,12 +80,12 @@ def models_table() -> str:
     ]
     for name, bits in ROWS:
         for world, plan in plans(name, bits).items():
-            memory, time = plan["memory_bytes_per_rank"], plan["time"]
+            memory, time = plan.memory.as_dict(), plan.time
             parts = "".join(f" {memory[part] / 1e9:.2f} |" for part in ("weights", "gathers", "activations", "peak"))
             label = name if bits == 16 else f"{name}, {bits}-bit base"
             rows.append(
-                f"| {label} | {world:,} |{parts} {time['step_received'] / 1e9:.1f} | {time['step']:.2f} "
-                f"| {time['update'] * 1e3:.1f} | {time['over_full']:.3f} |"
+                f"| {label} | {world:,} |{parts} {time.step_received / 1e9:.1f} | {time.step:.2f} "
+                f"| {time.update * 1e3:.1f} | {time.over_full:.3f} |"
             )
     return "\n".join(rows)
 
@@ -97,7 +98,7 @@ def machines_table() -> str:
     ]
     times = times_of_machines()
     for name, m in MACHINES.items():
-        ratio = f"{times[name]['over_full']:.3f}" if name in times else ""
+        ratio = f"{times[name].over_full:.3f}" if name in times else ""
         rows.append(
             f"| `{name}` | {m.flops / 1e12:.4g} | {m.memory_bytes / 1e9:.4g} | {m.node_bytes / 1e9:.4g} "
             f"| {m.network_bytes / 1e9:.4g} | {m.code} | {ratio} |"

@@ -12,7 +12,7 @@ from torch import nn
 
 from pst_ds.cli.init import NO_VALIDATION
 from pst_ds.cli.init.held_out import with_validation
-from pst_ds.cli.init.start import MANY_ZEROS, Settings, laid_over, remark_on_dense_start, with_start
+from pst_ds.cli.init.start import Settings, laid_over, with_start
 from pst_ds.config.methods import METHODS
 from pst_ds.config.run import DataConfig, RunConfig
 from pst_ds.config.tasks import TASKS, TaskFacts
@@ -25,6 +25,7 @@ from pst_ds.data.tasks import task_of
 from pst_ds.errors import InputError
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.targets import find_embeddings
+from pst_ds.planning.dense_start import HIGH_SPARSITY, remark_on_dense_start
 from pst_ds.train.model import kept_in_fp32, load_model_config, load_tokenizer, meta_model, num_trainable, pst_config
 
 _UNKNOWN_LIMIT, _BATCH_SIZE = 128, 32
@@ -232,7 +233,7 @@ def _proposed_pattern(args: argparse.Namespace, task: str) -> tuple[str, str]:
         return args.pattern or "matrix", ""
     if not TASKS[task].has_labels:
         return "matrix", "decoders on CPUs are as fast with zeros anywhere as with blocks"
-    if args.method == "pst" and _sparsity(args, TASKS[task]) >= MANY_ZEROS:
+    if args.method == "pst" and _sparsity(args, TASKS[task]) >= HIGH_SPARSITY:
         return "matrix", '"1x4" is 1.3 times as fast on CPUs, but so many zeros cost 2 to 3 points more in blocks'
     return "1x4", "blocks of 4 inputs: encoders on CPUs are 1.3 times as fast as with zeros anywhere"
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from pst_ds.atomic_files import write_text_atomic
 from pst_ds.cli.init.draft import Chosen
-from pst_ds.cli.init.start import gains_by_start
 from pst_ds.config.toml import run_from_table, toml_value
 from pst_ds.errors import InputError
+from pst_ds.planning.dense_start import gains_by_start
 
 _COMMENTS = {
     "output_dir": "the run folder: the resolved run file, metrics, checkpoints",

@@ -1,0 +1,489 @@
+"""Plan a run from names and shapes: what is pruned and trained, memory per rank, time, and whether it fits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from pst_ds.checkpoint.format import SCALE_BYTES, most_bytes
+from pst_ds.config.run import RunConfig
+from pst_ds.config.sequences import groups_of_ranks
+from pst_ds.config.start import started
+from pst_ds.config.toml import load_run_or_folder
+from pst_ds.data.tasks import task_of
+from pst_ds.errors import InputError
+from pst_ds.json_text import JsonObject
+from pst_ds.masks.layer_stats import chosen_layers
+from pst_ds.nn.base_model import DTYPES
+from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.tables.embedding import pst_embeddings
+from pst_ds.parallel.ds_config import RunNumbers, load_deepspeed_config, resolve_deepspeed_config, zero_stage
+from pst_ds.parallel.launch import launch_environment
+from pst_ds.planning.activations import Trace, UntraceableError, trace_micro_batch
+from pst_ds.planning.dense_start import remark_on_dense_start
+from pst_ds.planning.machine_file import machine_of
+from pst_ds.planning.machines import Machine
+from pst_ds.planning.memory import MemoryPlan, ModelNumbers, memory_plan
+from pst_ds.planning.process_memory import Need, need_of_process
+from pst_ds.planning.shapes import model_numbers
+from pst_ds.planning.time import Batch, TimePlan, step_flops, time_plan
+from pst_ds.planning.verdict import Verdict, Work, verdict
+from pst_ds.planning.zero_settings import ZeroSettings, zero_settings
+from pst_ds.train.model import (
+    base_grid_of_run,
+    embedding_grid_of_run,
+    grid_of_run,
+    head_names,
+    load_tokenizer,
+    meta_model,
+    num_trainable,
+    parameter_groups,
+    require_precision,
+)
+from pst_ds.train.monitor.dense_run import read_dense_run
+from pst_ds.train.objective import require_teacher, teacher_shapes
+from pst_ds.train.sequences.shared import require_shareable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """What to plan a run for."""
+
+    ranks: int | None = None
+    """Number of ranks. None for the launcher's, or 1."""
+    machine: str | None = None
+    """Name of a machine, or path of a TOML file with its rates. None for "cpu" where there is no GPU and a core for
+    every rank, else "h100"."""
+    no_data: bool = False
+    """Whether to read neither data nor tokenizer; the run then needs ``train.num_steps``."""
+    memory: int = 0
+    """Bytes of memory per rank; 0 for the machine's."""
+    price: float | None = None
+    """Price of one rank for an hour, for the cost of the run."""
+    trace: Trace | None = None
+    """Trace of the same micro-batch from an earlier plan, for any number of ranks. None to make one."""
+    zero: Mapping[str, int] = field(default_factory=dict)
+    """Settings that replace those in ``zero_optimization`` of the DeepSpeed JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedLayer:
+    """A layer to prune."""
+
+    name: str
+    out_features: int
+    in_features: int
+    matrices: int
+    experts: int
+    factor_parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedEmbedding:
+    """An embedding with a low-rank update."""
+
+    name: str
+    rows: int
+    width: int
+    factor_parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSchedule:
+    """The sparsity schedule."""
+
+    final_sparsity: float
+    mask_updates: int
+    first_update: int | None
+    """Step of the first mask update; None without any."""
+    last_update: int | None
+    sparsity_at: dict[int, float]
+    """Target sparsity at each eighth of the run, by step."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRounding:
+    """The quantisation of weights during training."""
+
+    grid: str
+    activation_bits: int
+    start: int
+    """First step with quantised weights."""
+    searches: int
+    """Searches of scales over the run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A planned run. Bytes are per rank unless named otherwise."""
+
+    run: RunConfig
+    ranks: int
+    zero_stage: int | None
+    """None for one process without DeepSpeed."""
+    micro_batch_size: int
+    num_steps: int
+    num_examples: int | None
+    """None without data."""
+    unit: str
+    """What the examples are, in the plural."""
+    machine: str
+    trained_in_full: list[str]
+    """Names of the modules whose weights all train."""
+    layers: list[PlannedLayer]
+    updated_embeddings: list[PlannedEmbedding]
+    parameters: int
+    trained_parameters: int
+    pruned_parameters: int
+    schedule: PlannedSchedule | None
+    rounding: PlannedRounding | None
+    remarks: list[str]
+    memory: MemoryPlan
+    trace: Trace | None
+    """None if the model cannot be traced without values; ``memory`` then lacks the activations."""
+    mask_bytes: int
+    """Bytes of all masks, over all ranks."""
+    scale_bytes: int
+    """Bytes of all scales of quantised weights, over all ranks."""
+    checkpoint_bytes: int
+    """Most bytes of a checkpoint, over all ranks."""
+    time: TimePlan
+    verdict: Verdict
+
+    @property
+    def start(self) -> dict[str, object] | None:
+        """Settings of the one-shot pruning before the first step, with "sparsity" and "folder"; None without."""
+        start = self.run.start
+        if start.method == "none":
+            return None
+        return {**asdict(start), "sparsity": start.sparsity(self.run), "folder": started(self.run).model.path}
+
+    @property
+    def base_grid(self) -> str | None:
+        """Quantisation scheme of the pruned layers' frozen weights; None for weights as they were loaded."""
+        grid = base_grid_of_run(self.run)
+        return str(grid) if grid else None
+
+    @property
+    def embedding_grid(self) -> str | None:
+        """Quantisation scheme of the frozen embedding and output layer; None for weights as they were loaded."""
+        grid = embedding_grid_of_run(self.run)
+        return str(grid) if grid else None
+
+    @property
+    def share_of_masks(self) -> float:
+        """Share of the training time that mask updates take."""
+        return self.time.share_of_masks(self.num_steps, self.schedule.mask_updates if self.schedule else 0)
+
+    def as_json(self) -> dict[str, object]:
+        """Return the plan as JSON values."""
+        fields = asdict(self)
+        del fields["memory"], fields["run"]
+        run, memory = self.run, self.memory
+        return fields | {
+            "precision": run.train.precision,
+            "sequence_parallel": run.train.sequence_parallel,
+            "sequence": run.data.max_length,
+            "activation_checkpointing": run.model.gradient_checkpointing,
+            "start": self.start,
+            "base_grid": self.base_grid,
+            "embedding_grid": self.embedding_grid,
+            "memory_bytes_per_rank": memory.as_dict() | ({} if self.trace else {"activations": None}),
+            "optimizer_bytes_per_rank": memory.optimizer or memory.host,
+            "weight_bytes_per_rank": memory.weights + memory.masks,
+            "time": fields["time"] | {"over_full": self.time.over_full, "share_of_masks": self.share_of_masks},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    """What a plan reads of a run's data and tokenizer."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    labels: list[str]
+    unit: str
+    num_examples: int | None
+    remark: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Teacher:
+    """Teacher of a distillation."""
+
+    nbytes: int = 0
+    """Bytes that every rank holds for it; 0 where the model is its own teacher."""
+    weights: int = 0
+    """Weights that it multiplies with."""
+    is_own: bool = False
+    """Whether the model is its own teacher."""
+
+
+def plan(run: RunConfig | str | Path, options: PlanOptions | None = None) -> Plan:
+    """Plan a run, given as a config or as the path of its run file or run folder. Raises InputError."""
+    run = run if isinstance(run, RunConfig) else load_run_or_folder(run)
+    options = options or PlanOptions()
+    ranks, raw = _ranks_and_deepspeed(run, options)
+    micro_batch_size, stage = run.micro_batch_size(ranks), None if raw is None else zero_stage(raw)
+    data = _data(run, options.no_data)
+    num_steps = run.train.num_steps if data.num_examples is None else run.num_steps(data.num_examples)
+    model = _model(run, data, ranks, stage, check_files=not options.no_data)
+    machine_name = options.machine or _default_machine(ranks)
+    machine = machine_of(machine_name)
+    zero = _zero_settings(run, raw, ranks, micro_batch_size, num_trainable(model), machine)
+    numbers = model_numbers(model, device=machine.device)
+    layers, embeddings, trained_in_full = _layers(model), _embeddings(model), head_names(model, run)
+    remarks = [remark for remark in (data.remark, remark_on_dense_start(run, model)) if remark]
+    groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, run)]
+    # the trace comes last: it uses the model up
+    trace = options.trace or _trace(model, run, micro_batch_size, zero.persistence_threshold, machine.device)
+    cost = _cost(run, numbers, zero, groups, trace, machine, num_steps, options)
+    return Plan(
+        run=run,
+        ranks=ranks,
+        zero_stage=stage,
+        micro_batch_size=micro_batch_size,
+        num_steps=num_steps,
+        num_examples=data.num_examples,
+        unit=data.unit,
+        machine=machine_name,
+        trained_in_full=trained_in_full,
+        layers=layers,
+        updated_embeddings=embeddings,
+        parameters=numbers.parameters,
+        trained_parameters=numbers.trainables,
+        pruned_parameters=numbers.pruned_weights,
+        schedule=_schedule(run, num_steps),
+        rounding=_rounding(run, num_steps),
+        remarks=remarks,
+        memory=cost.memory,
+        trace=trace,
+        mask_bytes=sum(t.numel * t.count for t in numbers.tensors if t.is_mask),
+        scale_bytes=cost.scale_bytes,
+        checkpoint_bytes=cost.checkpoint_bytes,
+        time=cost.time,
+        verdict=cost.verdict,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Cost:
+    """What a run takes on a machine."""
+
+    memory: MemoryPlan
+    scale_bytes: int
+    checkpoint_bytes: int
+    time: TimePlan
+    verdict: Verdict
+
+
+def _cost(
+    run: RunConfig,
+    numbers: ModelNumbers,
+    zero: ZeroSettings,
+    groups: list[int],
+    trace: Trace | None,
+    machine: Machine,
+    num_steps: int,
+    options: PlanOptions,
+) -> _Cost:
+    """Predict memory and time. ``groups``: trained parameters of each optimizer group."""
+    teacher = _teacher(run, numbers, options.no_data)
+    ranks, accumulation = zero.world_size, run.train.gradient_accumulation_steps
+    memory = memory_plan(
+        numbers,
+        zero,
+        activations=trace.activations if trace else 0,
+        element_size=DTYPES[run.train.precision].itemsize,
+        device=machine.device,
+        trainable_groups=groups,
+        teacher=teacher.nbytes,
+    )
+    scale_bytes = sum(t.numel * t.count for t in numbers.tensors if t.is_scales)
+    checkpoint_bytes = most_bytes(numbers.trainables, numbers.pruned_weights, scale_bytes // SCALE_BYTES)
+    batch, schedule = _batch(run, run.micro_batch_size(ranks), teacher, trace), run.make_schedules(num_steps).masks
+    times = time_plan(numbers, zero, batch, machine)
+    work = Work(
+        ranks=ranks,
+        steps=num_steps,
+        mask_updates=sum(schedule.updates_masks_at(step) for step in range(num_steps + 1)) if schedule else 0,
+        tokens=run.train.batch_size * run.data.max_length,
+        flops=accumulation * step_flops(numbers, replace(batch, checkpointing=False)),
+        need=_need(run, memory, num_steps, checkpoint_bytes / ranks, machine.device),
+        model_bytes=numbers.whole_bytes,
+        checkpoint_bytes=checkpoint_bytes,
+        least_batch=groups_of_ranks(run.train.sequence_parallel, ranks) * accumulation,
+    )
+    judged = verdict(work, times, machine, memory=options.memory, price=options.price)
+    return _Cost(memory, scale_bytes, checkpoint_bytes, times, judged)
+
+
+def _default_machine(ranks: int) -> str:
+    has_cores = not torch.accelerator.is_available() and ranks <= (os.cpu_count() or 1)
+    return "cpu" if has_cores else "h100"
+
+
+def _ranks_and_deepspeed(run: RunConfig, options: PlanOptions) -> tuple[int, JsonObject | None]:
+    """Return (ranks to plan for, DeepSpeed settings as in the file or None for one process without DeepSpeed)."""
+    ranks = options.ranks or launch_environment().world_size
+    if run.deepspeed_config:
+        raw = load_deepspeed_config(run.deepspeed_config)
+        section = raw.get("zero_optimization") or {}
+        assert isinstance(section, dict)
+        return ranks, {**raw, "zero_optimization": {**section, **options.zero}} if options.zero else raw
+    if ranks > 1:
+        raise InputError(
+            f"{ranks} ranks, but deepspeed_config is not set. Set deepspeed_config = "
+            '"ds_configs/zero3.json", or plan for one process.'
+        )
+    return ranks, None
+
+
+def _data(run: RunConfig, no_data: bool) -> _Data:
+    task = task_of(run)
+    if no_data:
+        if not run.train.num_steps:
+            raise InputError(
+                f"train.num_steps = {run.train.num_steps}: --no-data cannot count the steps of an epoch. Set them with "
+                "--set train.num_steps=1000 --set train.num_epochs=0."
+            )
+        return _Data(None, ["0", "1"] if task.new_head else [], task.unit, None, "")
+    tokenizer, labels = load_tokenizer(run), task.label_names(run.data)
+    examples = task.load(run.data, "train", tokenizer, labels)
+    return _Data(tokenizer, labels, task.unit, len(examples), task.remark(run.data, examples))
+
+
+def _model(run: RunConfig, data: _Data, ranks: int, stage: int | None, *, check_files: bool) -> nn.Module:
+    """Build the run's model on the meta device. Raises InputError for what ``pst-ds train`` would reject, too."""
+    model = meta_model(run, data.labels, data.tokenizer, num_shards=ranks if stage == 3 else 1)
+    require_precision(run, model)
+    require_shareable(run, model.config, stage or 0, run.micro_batch_size(ranks))
+    chosen_layers(list(pst_layers(model)), run.pictures.layers)
+    if check_files:
+        require_teacher(run, model)
+        read_dense_run(run)
+    return model
+
+
+def _zero_settings(
+    run: RunConfig, raw: JsonObject | None, ranks: int, micro_batch_size: int, trainables: int, machine: Machine
+) -> ZeroSettings:
+    train, resolved = run.train, None
+    if raw is not None:
+        steps, clipping, is_bf16 = train.gradient_accumulation_steps, train.gradient_clipping, train.precision == "bf16"
+        own = RunNumbers(micro_batch_size * steps * ranks, micro_batch_size, steps, clipping, is_bf16, trainables)
+        resolved = resolve_deepspeed_config(raw, own, source=run.deepspeed_config, run_file="the run file")
+    return zero_settings(resolved, ranks, machine.backend)
+
+
+def _layers(model: nn.Module) -> list[PlannedLayer]:
+    return [
+        PlannedLayer(
+            name=name,
+            out_features=layer.layout.out_features,
+            in_features=layer.layout.in_features,
+            matrices=layer.layout.num_matrices,
+            experts=layer.layout.num_experts,
+            factor_parameters=sum(p.numel() for _, p in layer.factor_parameters()),
+        )
+        for name, layer in pst_layers(model).items()
+    ]
+
+
+def _embeddings(model: nn.Module) -> list[PlannedEmbedding]:
+    return [
+        PlannedEmbedding(name, e.num_embeddings, e.embedding_dim, e.num_factor_parameters)
+        for name, e in pst_embeddings(model).items()
+    ]
+
+
+def _need(run: RunConfig, memory: MemoryPlan, num_steps: int, share_of_checkpoint: float, device: str) -> Need:
+    """Return the memory that a rank needs: on a GPU its peak; on a CPU that of the process, with copies to save."""
+    if device != "cpu":
+        return Need(memory.peak, memory.peak)
+    kept = 0 if run.model.gradient_checkpointing else memory.activations
+    # a save before the last step is written from a copy; the last one is written from the engine's own memory
+    copies = 0 < run.checkpoint.interval < num_steps or run.eval.interval > 0
+    return need_of_process(memory.peak, kept, copies * share_of_checkpoint)
+
+
+def _teacher(run: RunConfig, numbers: ModelNumbers, no_data: bool) -> _Teacher:
+    """Return the run's teacher. With ``no_data`` a separate one is not read and assumed to have the model's size."""
+    if not run.distillation.weight:
+        return _Teacher()
+    shapes = None if no_data else teacher_shapes(run)
+    is_own, numbers = not run.distillation.teacher, numbers if shapes is None else model_numbers(shapes)
+    kept = [t for t in numbers.tensors if not (t.is_mask or t.is_scales or t.is_factor)]
+    itemsize = DTYPES[run.train.precision].itemsize
+    nbytes = sum(t.numel * t.element_size * t.count for t in kept if t.stands_for is None)
+    nbytes += sum(t.stands_for * itemsize * t.count for t in kept if t.stands_for is not None)
+    return _Teacher(0 if is_own else nbytes, int(numbers.multiplied_weights) + numbers.dense_weights, is_own)
+
+
+def _trace(model: nn.Module, run: RunConfig, micro_batch_size: int, threshold: int, device: str) -> Trace | None:
+    """Trace a micro-batch; return None for a model whose forward pass needs values."""
+    try:
+        trace = trace_micro_batch(
+            model,
+            batch=micro_batch_size,
+            sequence=run.data.max_length // run.train.sequence_parallel,
+            checkpointing=run.model.gradient_checkpointing,
+            persistence_threshold=threshold,
+            distilled=run.distillation.weight > 0.0 and run.task_facts.predicts_tokens,
+            device=device,
+        )
+    except UntraceableError:
+        return None
+    keeps_apart = run.task_facts.packs_text and run.data.keeps_documents_apart
+    attention = getattr(model.config, "_attn_implementation", "")
+    if run.train.sequence_parallel > 1 and keeps_apart and attention == "sdpa":
+        trace.activations += micro_batch_size * run.data.max_length**2  # the mask of whole sequences, bool
+    return trace
+
+
+def _batch(run: RunConfig, micro_batch_size: int, teacher: _Teacher, trace: Trace | None) -> Batch:
+    trace = trace or Trace()
+    return Batch(
+        tokens=micro_batch_size * run.data.max_length // run.train.sequence_parallel,
+        sequence=run.data.max_length,
+        shared_by=run.train.sequence_parallel,
+        micro_batches=run.train.gradient_accumulation_steps,
+        checkpointing=run.model.gradient_checkpointing,
+        teacher_weights=teacher.weights,
+        own_teacher=teacher.is_own,
+        gathered=trace.gathered,
+        gathers=trace.gathers,
+        moved=trace.moved,
+        launches=trace.launches,
+    )
+
+
+def _schedule(run: RunConfig, num_steps: int) -> PlannedSchedule | None:
+    schedule = run.make_schedules(num_steps).masks
+    if schedule is None:
+        return None
+    updates = [step for step in range(num_steps + 1) if schedule.updates_masks_at(step)]
+    eighths = sorted({round(num_steps * i / 8) for i in range(9)})
+    return PlannedSchedule(
+        final_sparsity=schedule.sparsity_at(num_steps),
+        mask_updates=len(updates),
+        first_update=updates[0] if updates else None,
+        last_update=updates[-1] if updates else None,
+        sparsity_at={step: round(schedule.sparsity_at(step), 6) for step in eighths},
+    )
+
+
+def _rounding(run: RunConfig, num_steps: int) -> PlannedRounding | None:
+    schedule = run.make_schedules(num_steps).rounding
+    if schedule is None:
+        return None
+    searches = sum(schedule.updates_scales_at(step) for step in range(num_steps + 1))
+    return PlannedRounding(str(grid_of_run(run)), run.quantization.activation_bits, schedule.start, searches)
