@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted({*ROOT.glob("C*.md"), *ROOT.glob("docs/*/*.md")} - {ROOT / "docs/reference/run-file.md"})
+PAGES = sorted({*ROOT.glob("[CR]*.md"), *ROOT.glob("docs/*/*.md")} - {ROOT / "docs/reference/run-file.md"})
 """Written pages; the page of settings is made from docstrings."""
 PATTERNS = {
     "start with the subject": (r"(?m)(?:^|[.;:] )(?:Of|Beside|As many|So far as)\b", 112),

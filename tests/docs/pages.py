@@ -12,18 +12,11 @@ from pathlib import Path
 from pst_ds.config.run import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-_FILES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
+_FILES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md")))
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in _FILES}
-REPLACED = [page for page in PAGES if re.fullmatch(r"docs/[\w-]+\.md", page)]
-"""Pages outside the four sections, which other pages replace. Their links and paths are not checked."""
 NAVIGATION = (ROOT / "tools/docs/mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
 PLANNED = ["docs/" + page for page in re.findall(r": (\S+/\S+\.md)$", NAVIGATION, flags=re.M)]
 """Pages of the site's navigation, in its order."""
-
-
-def first_of(*pages: str) -> str:
-    """The first of the pages that exists: a page and the one that it replaces."""
-    return next(page for page in pages if page in PAGES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from pst_ds.nn.inject import pst_layers
 from pst_ds.planning.machine_file import read_machine
 from pst_ds.planning.machines import Machine
 
-from .pages import PAGES, ROOT, Block, all_blocks, blocks, commands, first_of
+from .pages import PAGES, ROOT, Block, all_blocks, blocks, commands
 
 EXTRAS = ("trl", "openai")
 """Modules of extras that tests do without."""
@@ -78,7 +78,7 @@ def _require_fit(function: Any, call: ast.Call) -> None:
 
 
 def test_a_script_trains_under_the_zeros_of_a_pruned_model(tmp_path, monkeypatch, capsys):
-    bash, script = blocks(first_of("docs/how-to/your-script.md", "docs/in-your-script.md")), "initial_mask="
+    bash, script = blocks("docs/how-to/your-script.md"), "initial_mask="
     prune = next(before for before, after in itertools.pairwise(bash) if script in after.text)
     code = next(block for block in bash if script in block.text)
     monkeypatch.chdir(tmp_path)

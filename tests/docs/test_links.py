@@ -8,10 +8,9 @@ from pathlib import PurePosixPath
 import pytest
 
 from ..test_layers import LAYER_OF
-from .pages import PAGES, PLANNED, REPLACED, ROOT, blocks, settings
+from .pages import PAGES, PLANNED, ROOT, blocks, settings
 
 TREE_FOLDERS = ("pst_ds", "tests", "tools", "launch", "docs", "ds_configs")
-CHECKED = [page for page in PAGES if page not in REPLACED]
 
 
 def _prose(page: str) -> str:
@@ -25,7 +24,7 @@ def _anchors(page: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", CHECKED)
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     folder = PurePosixPath(page).parent
     for target in re.findall(r"\]\(([^)\s]+)\)", _prose(page)):
@@ -33,12 +32,12 @@ def test_links_lead_somewhere(page):
             continue
         path, _, anchor = target.partition("#")
         named = page if not path else (ROOT / folder / path).resolve().relative_to(ROOT).as_posix()
-        assert (ROOT / named).exists() or (REPLACED and named.startswith("docs/")), target
-        if anchor and named in PAGES:
+        assert (ROOT / named).exists(), target
+        if anchor:
             assert anchor in _anchors(named), target
 
 
-@pytest.mark.parametrize("page", CHECKED)
+@pytest.mark.parametrize("page", PAGES)
 def test_files_that_are_named_exist(page):
     for words in re.findall(r"`([^`\n]+)`", _prose(page)):
         path = words.split()[0]
@@ -46,7 +45,7 @@ def test_files_that_are_named_exist(page):
             assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("page", CHECKED)
+@pytest.mark.parametrize("page", PAGES)
 def test_settings_that_are_named_exist(page):
     sections = {key.partition(".")[0] for key in settings() if "." in key}
     for section, name in re.findall(r"`(\w+)\.([a-z_0-9]+)(?: = [^`]*)?`", _prose(page)):
@@ -55,7 +54,6 @@ def test_settings_that_are_named_exist(page):
             assert f"{section}.{name}" in settings(), f"{section}.{name}"
 
 
-@pytest.mark.skipif(bool(REPLACED), reason="not every page has moved into its section")
 def test_the_readme_links_to_every_page():
     assert {*re.findall(r"\]\((docs/[\w/-]+\.md)\)", PAGES["README.md"])} == {*PLANNED}
 

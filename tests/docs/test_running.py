@@ -32,14 +32,14 @@ SETTINGS = {
 }  # fmt: skip
 VERBS = ("eval", "export", "generate", "init", "inspect", "plan", "prune", "report", "verify")
 """Verbs whose commands run on the pages of COMMANDS; the others take long, listen, or start ranks."""
-COMMANDS = dict.fromkeys((
-    "docs/in-your-script.md", "docs/pruning.md",
-    "docs/how-to/export.md", "docs/how-to/inference.md", "docs/how-to/large-models.md", "docs/how-to/methods.md",
-    "docs/how-to/monitor.md", "docs/how-to/your-script.md", "docs/reference/api.md", "docs/reference/command-line.md",
-    "docs/reference/troubleshooting.md",
-), "decoder")  # fmt: skip
-"""Pages whose commands run, and which of the tiny models they are about: a block under ``<!-- encoder -->`` is about
-the encoder on any page."""
+COMMANDS = [
+    *(
+        f"docs/how-to/{page}.md"
+        for page in ("export", "inference", "large-models", "methods", "monitor", "your-script")
+    ),
+    *(f"docs/reference/{page}.md" for page in ("command-line", "troubleshooting")),
+]
+"""Pages whose commands run, on a tiny decoder; a block under ``<!-- encoder -->`` on a tiny encoder."""
 NOT_HERE = {
     "--watch": "does not end",
     "fewer-experts": "needs a mixture of experts; tests/prune/test_whole_experts.py",
@@ -100,7 +100,6 @@ _SCRIPT: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 GIVEN: dict[str, dict[str, Callable[[], Any]]] = {
     "README.md": {"model": _classifier, "args": _args, "data": _rows},
-    "docs/in-your-script.md": _SCRIPT,
     "docs/how-to/your-script.md": _SCRIPT,
     "docs/reference/api.md": _SCRIPT | {"base": _classifier},
     "docs/how-to/migrate.md": {"model": _llama},
@@ -193,14 +192,12 @@ def _run_python(block: Block, names: dict[str, Any]) -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if page in {*COMMANDS, *PYTHON}])
 @pytest.mark.few(6)
 def test_a_page_runs(page, place, run_ranks):
-    place(COMMANDS.get(page, "decoder"))
+    place("decoder")
     run_ranks(_run_page, 1, page, page in PYTHON, page in COMMANDS)
 
 
 @pytest.mark.zero3
-@pytest.mark.parametrize(
-    "page", [page for page in COMMANDS if page in PAGES and any(b.is_encoder for b in blocks(page))]
-)
+@pytest.mark.parametrize("page", [page for page in COMMANDS if any(b.is_encoder for b in blocks(page))])
 def test_commands_about_an_encoder_run(page, place, run_ranks):
     place("encoder")
     run_ranks(_run_page, 1, page, False, True, True)

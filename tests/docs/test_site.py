@@ -16,13 +16,12 @@ import pytest
 import pst_ds
 import pst_ds.hf
 
-from .pages import PAGES, PLANNED, REPLACED, ROOT
+from .pages import PAGES, PLANNED, ROOT
 
 CONFIG = ROOT / "tools" / "docs" / "mkdocs.yml"
 PUBLIC = {f"{module.__name__}.{name}" for module in (pst_ds, pst_ds.hf) for name in module.__all__} - {
     "pst_ds.__version__"
 }
-MOVED = pytest.mark.skipif(bool(REPLACED), reason="not every page has moved into its section")
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +32,10 @@ def site_pages():
     return module
 
 
-@MOVED
 def test_every_page_is_in_the_navigation():
     assert sorted(page for page in PAGES if page.startswith("docs/")) == sorted(PLANNED)
 
 
-@MOVED
 def test_the_front_page_leads_to_pages_only(site_pages):
     targets = re.findall(r"\]\(([^)]+)\)", site_pages.front_page())
     links = [target for target in targets if not target.startswith("https://")]
@@ -78,7 +75,6 @@ def test_make_docs_is_strict_and_lets_warnings_count():
     assert "--quiet" not in command  # mkdocs counts only the warnings that it prints
 
 
-@MOVED
 def test_the_site_is_built_without_a_warning(tmp_path):
     for package in ("mkdocs", "material", "mkdocstrings"):
         pytest.importorskip(package, reason="mkdocs is not installed: pip install 'pst-ds[docs]'")

@@ -7,9 +7,9 @@ import re
 
 import pytest
 
-from .pages import PAGES, ROOT, first_of
+from .pages import PAGES, ROOT
 
-QUOTED = re.findall(r'\*"(.+?)"\*', PAGES[first_of("docs/reference/troubleshooting.md", "docs/troubleshooting.md")])
+QUOTED = re.findall(r'\*"(.+?)"\*', PAGES["docs/reference/troubleshooting.md"])
 SHORTEST = 10
 """Letters that a quotation needs besides its gaps to say anything."""
 

@@ -15,10 +15,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from pst_ds.cli.main import main
 from tools.cluster.processes import environment, free_ports
 
-from .pages import ROOT, blocks, commands, first_of
+from .pages import ROOT, blocks, commands
 
 RUN_SECONDS = 240
-TUTORIAL = first_of("docs/learn/tutorial.md", "docs/tutorial.md")
+TUTORIAL = "docs/learn/tutorial.md"
 
 
 @pytest.fixture
