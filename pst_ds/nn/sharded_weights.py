@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from pst_ds.nn.model_structure import is_linear
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import all_gather_objects, world_size
+from pst_ds.third_party import Code, patched
 
-_LOAD, _READ = "_load_state_dict_into_zero3_model", "load_state_dict"
-"""What transformers.modeling_utils loads a partitioned model with, and reads a file with."""
 _UNREAD = "pst_unread"
 """Attribute of a parameter whose values are still in a file: (file, name there)."""
 
@@ -33,35 +32,37 @@ def read_by_every_rank(*, later: bool = False) -> Iterator[None]:
     from transformers import modeling_utils
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    load, read = getattr(modeling_utils, _LOAD, None), getattr(modeling_utils, _READ, None)
-    is_needed = is_deepspeed_zero3_enabled() and (later or world_size() > 1)
-    if not is_needed or load is None or read is None:
+    if not is_deepspeed_zero3_enabled() or not (later or world_size() > 1):
         yield
         return
     files: list[str] = []
 
-    def noted(file: str, *args: object, **kwargs: object) -> object:
-        files.append(str(file))
-        return read(file, *args, **kwargs)
+    def noting(read: Code) -> Code:
+        def noted(file: str, *args: object, **kwargs: object) -> object:
+            files.append(str(file))
+            return read(file, *args, **kwargs)
 
-    def loaded(model: nn.Module, state: dict[str, Tensor], load_config: object = None) -> tuple[list[str], set[str]]:
-        new_name = _renaming(model, getattr(load_config, "weight_mapping", None))
-        names = _agreed(lambda: _read_shards(model, state, files, new_name))
-        for param in model.parameters():
-            if zero3.is_unfilled(param) and not hasattr(param, _UNREAD):
-                zero3.make_shard(param)
-        rest = {key: value for key, value in state.items() if key not in names}
-        problems, missing = load(model, rest, load_config)
-        return problems, missing - set(names.values())
+        return noted
 
-    setattr(modeling_utils, _READ, noted)
-    setattr(modeling_utils, _LOAD, loaded)
-    try:
-        with zero3.unfilled(_is_linear_weight) if later else nullcontext():
-            yield
-    finally:
-        setattr(modeling_utils, _READ, read)
-        setattr(modeling_utils, _LOAD, load)
+    def sharing(load: Code) -> Code:
+        def loaded(model: nn.Module, state: dict[str, Tensor], load_config: object = None) -> object:
+            new_name = _renaming(model, getattr(load_config, "weight_mapping", None))
+            names = _agreed(lambda: _read_shards(model, state, files, new_name))
+            for param in model.parameters():
+                if zero3.is_unfilled(param) and not hasattr(param, _UNREAD):
+                    zero3.make_shard(param)
+            rest = {key: value for key, value in state.items() if key not in names}
+            problems, missing = cast(tuple[list[str], set[str]], load(model, rest, load_config))
+            return problems, missing - set(names.values())
+
+        return loaded
+
+    with (
+        patched(modeling_utils, "load_state_dict", noting),
+        patched(modeling_utils, "_load_state_dict_into_zero3_model", sharing),
+        zero3.unfilled(_is_linear_weight) if later else nullcontext(),
+    ):
+        yield
 
 
 def read_now(params: Iterable[nn.Parameter]) -> None:

@@ -7,6 +7,9 @@ import sys
 
 from torch import nn
 
+from pst_ds.parallel.engine import Engine
+from pst_ds.third_party import Code, patch
+
 _MARK = "pst_leaves_out_frozen"
 
 
@@ -21,18 +24,19 @@ def leave_out_frozen(model: nn.Module) -> None:
         return
     from deepspeed import DeepSpeedEngine
 
-    save_checkpoint = DeepSpeedEngine.save_checkpoint
-    if getattr(save_checkpoint, _MARK, False):
-        return
+    if not hasattr(DeepSpeedEngine.save_checkpoint, _MARK):
+        patch(DeepSpeedEngine, "save_checkpoint", _without_frozen)
 
+
+def _without_frozen(save_checkpoint: Code) -> Code:
     @functools.wraps(save_checkpoint)
-    def without_frozen(self: DeepSpeedEngine, *args: object, **kwargs: object) -> object:
-        if getattr(self.module, _MARK, False):
+    def saves(self: Engine, *args: object, **kwargs: object) -> object:
+        if hasattr(self.module, _MARK):
             kwargs.setdefault("exclude_frozen_parameters", True)
         return save_checkpoint(self, *args, **kwargs)
 
-    setattr(without_frozen, _MARK, True)
-    DeepSpeedEngine.save_checkpoint = without_frozen
+    setattr(saves, _MARK, True)
+    return saves
 
 
 def keep_frozen(model: nn.Module) -> None:

@@ -1,41 +1,40 @@
-"""Where an engine waits for other ranks within a step: for gathered weights, and for reduced gradients."""
+"""Time that an engine waits for other ranks within a step: for gathered weights, and for reduced gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
 
-from pst_ds.parallel.engine import Engine
+from pst_ds.parallel import zero3
+from pst_ds.parallel.engine import Engine, LocalEngine
+from pst_ds.third_party import Code, patch, require
 
 Timing = Callable[[], AbstractContextManager[None]]
 _UNTIMED = "pst_untimed"
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 def time_waits(engine: Engine, timing: Timing) -> None:
-    """Let ``engine`` be inside ``timing()``, and no longer what it was told before, whenever it waits for other ranks.
+    """Make ``engine`` enter ``timing()`` whenever it waits for other ranks, instead of an earlier call's.
 
-    On a GPU that is what its stream waits for. What DeepSpeed reduces in the middle of a backward pass is not among it,
-    but ranks that gather weights there are never far apart.
+    On a GPU that is the time for which its stream waits. It excludes gradients that DeepSpeed reduces within a backward
+    pass, but ranks that gather weights there are never far apart. Raises ThirdPartyError.
     """
-    fetcher: Any = engine
-    for name in ("optimizer", "parameter_offload", "param_coordinator"):
-        fetcher = getattr(fetcher, name, None)
-    for owner, name in ((fetcher, "fetch_sub_module"), (engine, "allreduce_gradients")):
-        if hasattr(owner, name):
-            setattr(owner, name, _inside(timing, getattr(owner, name)))
+    if isinstance(engine, LocalEngine):
+        return
 
+    def timed(action: Code) -> Code:
+        untimed: Code = getattr(action, _UNTIMED, action)
 
-def _inside(timing: Timing, action: Callable[P, R]) -> Callable[P, R]:
-    untimed: Callable[P, R] = getattr(action, _UNTIMED, action)
+        @wraps(untimed)
+        def within(*args: object, **kwargs: object) -> object:
+            with timing():
+                return untimed(*args, **kwargs)
 
-    @wraps(untimed)
-    def timed(*args: P.args, **kwargs: P.kwargs) -> R:
-        with timing():
-            return untimed(*args, **kwargs)
+        setattr(within, _UNTIMED, untimed)
+        return within
 
-    setattr(timed, _UNTIMED, untimed)
-    return timed
+    patch(engine, "allreduce_gradients", timed)
+    if any(map(zero3.is_partitioned, engine.module.parameters())):
+        offload = require(engine.optimizer, "parameter_offload")
+        patch(require(offload, "param_coordinator"), "fetch_sub_module", timed)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pst_ds.errors import InputError
+from pst_ds.third_party import Code, patched
 
 _HOLDER = -1
 """In the set of modules that use a parameter, by number, one that DeepSpeed does not know."""
@@ -176,19 +177,17 @@ def unfilled(chosen: Callable[[nn.Module, str], bool]) -> Iterator[None]:
     ``zero.Init`` has split them. Each needs :func:`make_shard` before anything gathers it."""
     from deepspeed.runtime.zero.partition_parameters import Init
 
-    split = Init._post_init_method
+    def dropping(split: Code) -> Code:
+        def without_values(self: object, module: nn.Module) -> None:
+            split(self, module)
+            for name, param in module.named_parameters(recurse=False):
+                if chosen(module, name) and is_partitioned(param) and param.ds_tensor.final_location is None:  # no NVMe
+                    drop(param)
 
-    def without_values(self: object, module: nn.Module) -> None:
-        split(self, module)
-        for name, param in module.named_parameters(recurse=False):
-            if chosen(module, name) and is_partitioned(param) and param.ds_tensor.final_location is None:  # no NVMe
-                drop(param)
+        return without_values
 
-    Init._post_init_method = without_values
-    try:
+    with patched(Init, "_post_init_method", dropping):
         yield
-    finally:
-        Init._post_init_method = split
 
 
 def is_unfilled(param: nn.Parameter) -> bool:

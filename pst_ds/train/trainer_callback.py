@@ -24,6 +24,7 @@ from pst_ds.parallel.ds_config import require_deepspeed, validate_deepspeed_conf
 from pst_ds.parallel.master_adamw import MasterAdamW
 from pst_ds.parallel.ranks import all_gather_objects, is_main
 from pst_ds.parallel.steps import torch_optimizer, unwrapped
+from pst_ds.third_party import require
 
 _FIGURES: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()
 """The values to log of each model that is being trained."""
@@ -83,8 +84,9 @@ class PSTCallback(_LogFigures, ExportableState):
         self._came_with_trainer = False
         from transformers import trainer
 
-        if _LogFigures not in trainer.DEFAULT_CALLBACKS:
-            trainer.DEFAULT_CALLBACKS.append(_LogFigures)  # type: ignore[arg-type]
+        callbacks = require(trainer, "DEFAULT_CALLBACKS")
+        if _LogFigures not in callbacks:
+            callbacks.append(_LogFigures)
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: object

@@ -46,7 +46,7 @@ def _loaded(folder, case, dtype):
         return load(model, state, load_config)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers.modeling_utils, sharded_weights._LOAD, noted)
+        patch.setattr(transformers.modeling_utils, "_load_state_dict_into_zero3_model", noted)
         model, missing = Pretrained(str(folder / case)).load(transformers.AutoModelForCausalLM, "", dtype=dtype)
         assert transformers.modeling_utils._load_state_dict_into_zero3_model is noted
     values = {}

@@ -83,18 +83,6 @@ def test_what_a_stranger_writes_into_the_store_is_never_run(run_ranks, tmp_path)
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def _beside():
-    first = StoreGroup()
-    second = StoreGroup(first)
-    found = [first.decide(rank(), list), second.decide(-rank(), list)]
-    return found, first._store is second._store
-
-
-@pytest.mark.zero3
-def test_two_groups_of_a_thread_share_a_connection(run_ranks):
-    assert run_ranks(_beside, 2) == [([[0, 1], [0, -1]], True)] * 2
-
-
 def _beside_a_collective():
     """A thread's exchange begins before a collective of the main thread on one rank, and after it on the other."""
     group, found = StoreGroup(), []

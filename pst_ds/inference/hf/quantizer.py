@@ -30,6 +30,7 @@ from pst_ds.inference.hf.weight_files import (
     reread_parts,
 )
 from pst_ds.inference.runtime import SparseLinear, sparse_layers
+from pst_ds.third_party import patch
 
 _LOG = logging.getLogger(__name__)
 
@@ -181,8 +182,7 @@ def register() -> None:
         return
     auto.register_quantization_config(QUANT_METHOD)(PackedWeightsConfig)
     auto.register_quantizer(QUANT_METHOD)(PackedWeightsQuantizer)
-    merge = _with_load_as(auto.AutoHfQuantizer.merge_quantization_configs)
-    auto.AutoHfQuantizer.merge_quantization_configs = staticmethod(merge)  # type: ignore[method-assign]
+    patch(auto.AutoHfQuantizer, "merge_quantization_configs", lambda merge: staticmethod(_with_load_as(merge)))
 
 
 def _with_load_as(merge: Any) -> Any:

@@ -101,7 +101,7 @@ def test_a_second_training_of_the_same_model_trains_its_scores_again(base, data,
     trainer = pst_trainer(model, data, tmp_path)
     trainer.train()
     scores = {name: value.clone() for name, value in model.named_parameters() if name.endswith("pst_R")}
-    with pytest.warns(UserWarning, match=r"sparsity of 0\.8 already, and the schedule begins at 0\.2: pruned weights"):
+    with pytest.warns(UserWarning, match=r"sparsity of 0\.8, and the schedule starts at 0\.2: pruned weights"):
         trainer.train()
     assert scores
     assert not any(torch.equal(value, model.get_parameter(name)) for name, value in scores.items())
