@@ -15,7 +15,7 @@ PAGES = sorted({*ROOT.glob("[CR]*.md"), *ROOT.glob("docs/*/*.md")} - {ROOT / "do
 """Written pages; the page of settings is made from docstrings."""
 PATTERNS = {
     "start with the subject": (r"(?m)(?:^|[.;:] )(?:Of|Beside|As many|So far as)\b", 112),
-    '"is not a", "has no"': (r"\b(?:is|are) no (?!longer|more|less|such|\w+er\b)|\b(?:has|have) none\b", 85),
+    '"is not a", "has no"': (r"(?<![Tt]here )\b(?:is|are) no (?!longer|more|less|\w+er\b)|\b(?:has|have) none\b", 85),
     '"only"': (r"\balone[.,;:)]", 69),
     '"start", "initialise"': (r"\b(?:begins?|began|begun)\b", 125),
     '"sparsity", "pruned weights"': (r"(?:%|half|shares?) (?:of )?(?:the )?zeros\b", 28),
