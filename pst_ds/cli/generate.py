@@ -79,9 +79,14 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         how = {"engine": "native", "sparse_layers": 0, "dtype": dtype}
         wrote = _write_natively(decoder, folder, tokenizer, inputs, new_tokens, sampling, args.seed)
     result: Facts = {
-        "model": args.model, "format": folder.format, **how, "device": device, "threads": torch.get_num_threads(),
-        "load_seconds": load_seconds, **wrote,
-    }  # fmt: skip
+        "model": args.model,
+        "format": folder.format,
+        **how,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "load_seconds": load_seconds,
+        **wrote,
+    }
     print(_speed(result), file=sys.stderr, flush=True)
     return result
 
@@ -261,9 +266,14 @@ def _wrote(
 
 
 def _write_natively(
-    decoder: Decoder, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, inputs: dict[str, Tensor],
-    new_tokens: int, sampling: Sampling, seed: int,
-) -> dict[str, object]:  # fmt: skip
+    decoder: Decoder,
+    folder: ModelFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: dict[str, Tensor],
+    new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+) -> dict[str, object]:
     """Stream the native loop's text to stdout; return what :func:`_write` does."""
     import torch
     from transformers import GenerationConfig, TextStreamer

@@ -58,9 +58,13 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         tokenizer.chat_template = read_template(args.chat_template, "--chat-template")
     column = args.text_column or ("messages" if is_chat else "text")
     reading = Reading(
-        column=column, kind=args.kind, sample_by=args.sample_by, split=args.split, subset=args.subset,
+        column=column,
+        kind=args.kind,
+        sample_by=args.sample_by,
+        split=args.split,
+        subset=args.subset,
         revision=args.revision,
-    )  # fmt: skip
+    )
     plan = plan_store(args.sources, tokenizer, reading, count_bytes=args.count_bytes, piece_bytes=args.shard_bytes)
     if args.sample_by == "line" and (path := next(filter(is_wrapped, plan.plain_files), None)):
         fix = "--sample-by document keeps them together"

@@ -144,9 +144,11 @@ def _service(
     if positions and prompt is not None:
         positions -= len(prompt.values)
     limits = Limits(
-        body_bytes=args.max_body, prompt_tokens=args.max_prompt_tokens or 0, new_tokens=args.max_new_tokens,
+        body_bytes=args.max_body,
+        prompt_tokens=args.max_prompt_tokens or 0,
+        new_tokens=args.max_new_tokens,
         positions=positions,
-    )  # fmt: skip
+    )
     service = Service(_name(args, folder), batches, tokenizer, limits, store, Access(_keys(), args.host))
     _warm_up(args, service)
     return service

@@ -35,11 +35,22 @@ def _tables(run: RunData, key: str) -> list[dict[str, Sequence[int]]]:
 
 
 def _map(
-    title: str, note: str, table: Mapping[str, Sequence[int]], values: np.ndarray, on_scale: np.ndarray,
+    title: str,
+    note: str,
+    table: Mapping[str, Sequence[int]],
+    values: np.ndarray,
+    on_scale: np.ndarray,
     scale: tuple[str, str],
-) -> HeatMap:  # fmt: skip
+) -> HeatMap:
     numbers = range(values.shape[1])
     return HeatMap(
-        title, note, png_uri(shaded(on_scale)), scale, column_ticks(numbers), list(table), [str(i) for i in numbers],
-        packed(values), "expert",
-    )  # fmt: skip
+        title,
+        note,
+        png_uri(shaded(on_scale)),
+        scale,
+        column_ticks(numbers),
+        list(table),
+        [str(i) for i in numbers],
+        packed(values),
+        "expert",
+    )

@@ -70,9 +70,13 @@ def _run(arguments: list[str], environ: Mapping[str, str], limit_seconds: float)
     """Run this module in a process; return (its last line, what went wrong). Nothing it started is left afterwards."""
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__, *arguments], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            env={**os.environ, **environ}, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, "-m", __name__, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **environ},
+            start_new_session=True,
+        )
         try:
             code: int | None = process.wait(limit_seconds)
         except subprocess.TimeoutExpired:
@@ -105,9 +109,11 @@ def _native() -> dict[str, object]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         libraries = {
-            "mask updates": masks.library(), "packing": rows.library(), "sparse layers": kernels.library(),
+            "mask updates": masks.library(),
+            "packing": rows.library(),
+            "sparse layers": kernels.library(),
             "decoding": decoder.library(),
-        }  # fmt: skip
+        }
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(96, 256, generator=draw) * (torch.rand(96, 256, generator=draw) > 0.7)
     x, bits = torch.randn(5, 256, generator=draw), torch.randint(256, (999,), generator=draw, dtype=torch.uint8)

@@ -50,9 +50,15 @@ class Decoder:
     """
 
     def __init__(
-        self, table: DecoderTable, *, sequences: int = 1, threads: int | None = None, cache: str = "bf16",
-        prompt_bits: int = 16, tables: Mapping[int, StoredTable] | None = None,
-    ):  # fmt: skip
+        self,
+        table: DecoderTable,
+        *,
+        sequences: int = 1,
+        threads: int | None = None,
+        cache: str = "bf16",
+        prompt_bits: int = 16,
+        tables: Mapping[int, StoredTable] | None = None,
+    ):
         """Create a decoder from a table; the class methods are the usual way. ``tables``: quantised embeddings, by the
         id() of their module.
 
@@ -80,9 +86,14 @@ class Decoder:
 
     @classmethod
     def from_model(
-        cls, model: Part, context: int = 2048, *, verify: bool = True, tables: Mapping[str, StoredTable] | None = None,
+        cls,
+        model: Part,
+        context: int = 2048,
+        *,
+        verify: bool = True,
+        tables: Mapping[str, StoredTable] | None = None,
         **options: Unpack[Options],
-    ) -> Decoder:  # fmt: skip
+    ) -> Decoder:
         """Create a decoder for a transformers causal language model on the CPU, with dense or sparse layers.
 
         ``context``: positions of a sequence, at most as many as the model has. ``tables``: embeddings that its folder
@@ -180,9 +191,14 @@ class Decoder:
             raise ValueError(f"{length} tokens do not fit into a context of {self.context}")
 
     def stream(
-        self, prompt: Sequence[int] | Tensor, max_new_tokens: int, *, sampling: Sampling | None = None,
-        end: Collection[int] = (), seed: int | None = None,
-    ) -> Iterator[int]:  # fmt: skip
+        self,
+        prompt: Sequence[int] | Tensor,
+        max_new_tokens: int,
+        *,
+        sampling: Sampling | None = None,
+        end: Collection[int] = (),
+        seed: int | None = None,
+    ) -> Iterator[int]:
         """Yield the tokens that follow ``prompt``, including the token of ``end`` that stops them.
 
         Clears the first sequence. ``sampling``: the most likely token by default. Stops at the end of the context.
@@ -199,9 +215,14 @@ class Decoder:
             logits = self.forward([token])
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, sampling: Sampling | None = None,
-        end: Collection[int] = (), seed: int | None = None,
-    ) -> list[list[int]]:  # fmt: skip
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        sampling: Sampling | None = None,
+        end: Collection[int] = (),
+        seed: int | None = None,
+    ) -> list[list[int]]:
         """Return the tokens that follow each of up to ``sequences`` prompts, which are decoded concurrently."""
         if len(prompts) > self.sequences:
             raise ValueError(f"{len(prompts)} prompts for {self.sequences} sequences: open the decoder with more")

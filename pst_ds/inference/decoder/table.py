@@ -22,9 +22,15 @@ _NORMS = {
     "post_feedforward_layernorm": "after_mlp",
 }
 _ACTIVATIONS = {
-    "silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu", "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "tanh": "tanh",
-}  # fmt: skip
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "relu": "relu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "tanh": "tanh",
+}
 _ROPE_PARAMETERS = {
     "default": (),
     "linear": ("factor",),
@@ -35,9 +41,15 @@ _ROPE_PARAMETERS = {
 }
 """Rotary parameters by rope_type. Each only affects the angles, which the model's module computes for the table."""
 _ROPE_PARAMETERS_OF_ALL = (
-    "rope_type", "type", "rope_theta", "partial_rotary_factor", "max_position_embeddings",
-    "original_max_position_embeddings", "mrope_section", "mrope_interleaved",
-)  # fmt: skip
+    "rope_type",
+    "type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+    "mrope_section",
+    "mrope_interleaved",
+)
 """mrope is for images: the three positions of a text token are equal."""
 _CHANGES_BEYOND_ORIGINAL = {
     "long_factor": "longrope uses other angles",
@@ -127,10 +139,15 @@ def table_of(model: Part, context: int) -> DecoderTable:
         "residual_scale": float(getattr(config, "residual_multiplier", None) or 1.0),
     }
     return DecoderTable(
-        shape | {"activation": _index(name)}, numbers, model.get_input_embeddings(),
-        reader.embedding_scale(model.get_input_embeddings()), model.get_output_embeddings(), reader.gain(body.norm),
-        found, reader.tables,
-    )  # fmt: skip
+        shape | {"activation": _index(name)},
+        numbers,
+        model.get_input_embeddings(),
+        reader.embedding_scale(model.get_input_embeddings()),
+        model.get_output_embeddings(),
+        reader.gain(body.norm),
+        found,
+        reader.tables,
+    )
 
 
 def _require_known_rope(name: str, config: Part, context: int) -> None:

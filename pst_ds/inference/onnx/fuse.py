@@ -182,9 +182,12 @@ def _take_sum(graph: ir.Graph, node: ir.Node) -> None:
     epsilon = node.attributes.get("epsilon")
     inputs = [*sides, *node.inputs[1:]]
     fused = ir.Node(
-        DOMAIN, "SkipLayerNorm", inputs, [ir.AttrFloat32("epsilon", 1e-5 if epsilon is None else epsilon.as_float())],
+        DOMAIN,
+        "SkipLayerNorm",
+        inputs,
+        [ir.AttrFloat32("epsilon", 1e-5 if epsilon is None else epsilon.as_float())],
         num_outputs=2 if sides[1] is not None and _only_user(added.outputs[0]) is None else 1,  # type: ignore[union-attr]
-    )  # fmt: skip
+    )
     for output, old in zip(fused.outputs, (node.outputs[0], node.inputs[0]), strict=False):
         assert old is not None
         output.shape, output.dtype, output.name = old.shape, ir.DataType.FLOAT, f"{old.name}_fused"

@@ -49,9 +49,16 @@ def one_query(query: Tensor, key: Tensor, value: Tensor, begins: list[int], scal
     sizes = (samples, groups, heads, size, length, *query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
     out = query.new_empty(samples, heads, size)
     native.pst_one_query(
-        query.data_ptr(), key.data_ptr(), value.data_ptr(), (c_int64 * len(sizes))(*sizes),
-        (c_int64 * samples)(*begins), scale, query.element_size(), torch.get_num_threads(), out.data_ptr(),
-    )  # fmt: skip
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        (c_int64 * len(sizes))(*sizes),
+        (c_int64 * samples)(*begins),
+        scale,
+        query.element_size(),
+        torch.get_num_threads(),
+        out.data_ptr(),
+    )
     return out
 
 
@@ -106,9 +113,15 @@ def quicken_attention(model: nn.Module) -> bool:
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
-    scaling: float | None = None, **more: object,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **more: object,
+) -> tuple[Tensor, Tensor | None]:
     """Compute what transformers' "sdpa" computes, (B, tokens, H, D)."""
     plain = dropout == 0.0 and all(more.get(name) is None for name in _OTHERS_HAVE)
     if plain and takes(query, key, value):

@@ -36,8 +36,10 @@ def _expand_csr(crow_indices: Tensor, col_indices: Tensor, values: Tensor, colum
 
 
 for _name, _function in (
-    ("expand_bitmask", _expand_bitmask), ("expand_csr", _expand_csr), ("expand_codes", ops.expand_codes)
-):  # fmt: skip
+    ("expand_bitmask", _expand_bitmask),
+    ("expand_csr", _expand_csr),
+    ("expand_codes", ops.expand_codes),
+):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
 
 

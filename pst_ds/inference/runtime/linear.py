@@ -64,9 +64,14 @@ class SparseLinear(nn.Module):
         form = FORMATS[format] if isinstance(format, str) else format
         parts = form.pack(weight.detach())
         layer = cls(
-            weight.shape[1], weight.shape[0], form.stored_of(parts[form.values_name].numel()), format=form,
-            bias=bias is not None, dtype=weight.dtype, device="meta",
-        )  # fmt: skip
+            weight.shape[1],
+            weight.shape[0],
+            form.stored_of(parts[form.values_name].numel()),
+            format=form,
+            bias=bias is not None,
+            dtype=weight.dtype,
+            device="meta",
+        )
         for name, part in parts.items():
             layer._set_part(name, part)
         layer._prepare()

@@ -76,9 +76,14 @@ def bitmask_linear(
 
 
 def bitmask_experts(
-    x: Tensor, values: Tensor, bitmask: Tensor, expert_offsets: Tensor, starts: Sequence[int],
-    runs: Sequence[tuple[int, slice]], level: int,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    expert_offsets: Tensor,
+    starts: Sequence[int],
+    runs: Sequence[tuple[int, slice]],
+    level: int,
+) -> Tensor:
     """Compute x W' with the expert of each run of rows, (n, I) to (n, O), as :func:`bitmask_linear` does.
 
     ``values``, ``bitmask`` (E*O, ceil(I / 8)): of all experts. ``expert_offsets``: (E*O,), offset of each row from its

@@ -181,9 +181,12 @@ class Loop:
         _require(heads % shared == 0, f"key_value_heads = {shared} does not divide heads = {heads}")
         inner = shape["inner"] * (2 if shape["gated"] else 1)
         self._sizes = {
-            "qkv": ((heads + 2 * shared) * head, hidden), "output": (hidden, heads * head), "gate_up": (inner, hidden),
-            "down": (hidden, shape["inner"]), "head": (shape["vocabulary"], hidden),
-        }  # fmt: skip
+            "qkv": ((heads + 2 * shared) * head, hidden),
+            "output": (hidden, heads * head),
+            "gate_up": (inner, hidden),
+            "down": (hidden, shape["inner"]),
+            "head": (shape["vocabulary"], hidden),
+        }
         of_heads = bool(shape["norm_of_heads"])
         self._widths = {"queries": head if of_heads else heads * head, "keys": head if of_heads else shared * head}
         self._num_angles = 0
@@ -283,9 +286,17 @@ class Loop:
         numbers = ctypes.c_int64 * count
         logits = torch.empty(len(wanted), shape["vocabulary"])
         failed = self._library.pst_decoder_run(
-            self.handle, numbers(*ids), numbers(*sequences), numbers(*positions), count,
-            (ctypes.c_int64 * len(wanted))(*wanted), len(wanted), logits.data_ptr(), threads, in_bytes,
-        )  # fmt: skip
+            self.handle,
+            numbers(*ids),
+            numbers(*sequences),
+            numbers(*positions),
+            count,
+            (ctypes.c_int64 * len(wanted))(*wanted),
+            len(wanted),
+            logits.data_ptr(),
+            threads,
+            in_bytes,
+        )
         if failed:
             raise MemoryError(f"no memory for a pass of {count} tokens")
         return logits

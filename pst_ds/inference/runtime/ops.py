@@ -61,9 +61,14 @@ def csr_linear(x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Ten
 
 
 def quantized_linear(
-    x: Tensor, codes: Tensor, scales: Tensor, bitmask: Tensor | None, row_offsets: Tensor, bias: Tensor | None,
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bitmask: Tensor | None,
+    row_offsets: Tensor,
+    bias: Tensor | None,
     packing: str,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Compute x W' + bias: (..., I) to (..., O) in the dtype of ``x``, to which W = codes * scales is rounded.
 
     ``codes``, ``scales`` and ``bitmask`` are parts of ``packing``, "bitmask", "2:4" or "dense", that have passed their
@@ -180,7 +185,12 @@ def _(x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, bias
 
 @torch.library.register_fake("pst_ds::quantized_linear")
 def _(
-    x: Tensor, codes: Tensor, scales: Tensor, bitmask: Tensor | None, row_offsets: Tensor, bias: Tensor | None,
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bitmask: Tensor | None,
+    row_offsets: Tensor,
+    bias: Tensor | None,
     packing: str,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], scales.shape[0]))

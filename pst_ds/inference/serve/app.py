@@ -111,9 +111,11 @@ class Service:
         most = min(limits, default=len(prompt))
         if not prompt or len(prompt) > most:
             raise ProtocolError(
-                400, f"the messages are {len(prompt)} tokens, and 1 to {most} are served", param="messages",
+                400,
+                f"the messages are {len(prompt)} tokens, and 1 to {most} are served",
+                param="messages",
                 code="context_length_exceeded",
-            )  # fmt: skip
+            )
         return prompt
 
     def _tokens(self, messages: list[JsonTable]) -> list[int]:
@@ -205,9 +207,13 @@ async def _answer(service: Service, body: bytes, request: Request) -> Response:
     arrived: asyncio.Queue[int | str | Exception] = asyncio.Queue()
     seed = random.getrandbits(62) if asked.seed is None else asked.seed
     job = Job(
-        prompt, service.new_tokens_of(asked, prompt), asked.sampling, seed,
-        lambda item: _hand_over(loop, arrived, item), state,
-    )  # fmt: skip
+        prompt,
+        service.new_tokens_of(asked, prompt),
+        asked.sampling,
+        seed,
+        lambda item: _hand_over(loop, arrived, item),
+        state,
+    )
     try:
         service.batches.submit(job)
     except BusyError:

@@ -70,9 +70,15 @@ class Batches:
     """
 
     def __init__(
-        self, model: Any, *, pad: int, ends: Sequence[int], users: ServedUsers | None = None, most_in_batch: int = 8,
+        self,
+        model: Any,
+        *,
+        pad: int,
+        ends: Sequence[int],
+        users: ServedUsers | None = None,
+        most_in_batch: int = 8,
         most_waiting: int = 64,
-    ):  # fmt: skip
+    ):
         """``model``: a transformers causal model in eval mode. ``ends``: tokens that end a sequence."""
         self._model, self._pad, self._ends, self._users = model, pad, frozenset(ends), users
         self._most, self._most_waiting = most_in_batch, most_waiting

@@ -57,14 +57,16 @@ class Access:
         host, origin = headers.get("host", ""), headers.get("origin")
         if _name(host) not in ("localhost", self.host.lower()) and not _is_address(_name(host)):
             raise ProtocolError(
-                403, f"Host {host[:200]!r} is not a name of this server, which has no keys. Use its IP address, or "
+                403,
+                f"Host {host[:200]!r} is not a name of this server, which has no keys. Use its IP address, or "
                 "start the server with keys",
-            )  # fmt: skip
+            )
         if origin is not None and origin.lower().partition("://")[2] != host.lower():
             raise ProtocolError(
-                403, f"Origin {origin[:200]!r}: requests from web pages are refused by a server without keys. Start "
+                403,
+                f"Origin {origin[:200]!r}: requests from web pages are refused by a server without keys. Start "
                 "the server with keys",
-            )  # fmt: skip
+            )
 
 
 class Gate:

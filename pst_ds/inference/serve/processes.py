@@ -58,9 +58,16 @@ def config(app: FastAPI | Callable[[], FastAPI], *, factory: bool = False, worke
     """Return the settings of a server, one of ``workers``."""
     level = "info" if workers > 1 else "warning"  # uvicorn then logs when workers start and die
     return uvicorn.Config(
-        app, factory=factory, workers=workers, log_level=level, access_log=False, http=Connection, ws="none",
-        timeout_graceful_shutdown=GRACE_SECONDS, timeout_worker_healthcheck=_HANG_SECONDS,
-    )  # fmt: skip
+        app,
+        factory=factory,
+        workers=workers,
+        log_level=level,
+        access_log=False,
+        http=Connection,
+        ws="none",
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_worker_healthcheck=_HANG_SECONDS,
+    )
 
 
 class _Maker:

@@ -25,9 +25,14 @@ _SERVED = (
     "stream_options", "n",
 )  # fmt: skip
 _WITHOUT_EFFECT = (
-    "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "user",
+    "metadata",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
     "parallel_tool_calls",
-)  # fmt: skip
+)
 """Fields of the protocol that never change an answer."""
 _NOT_SERVED: dict[str, tuple[object, ...]] = {
     "tools": (), "tool_choice": ("none", "auto"), "functions": (), "function_call": ("none", "auto"),
@@ -37,8 +42,12 @@ _NOT_SERVED: dict[str, tuple[object, ...]] = {
 }  # fmt: skip
 """Fields of the protocol that are not supported, with the values that are accepted besides null and empty ones."""
 _OF_MESSAGES: dict[str, tuple[object, ...]] = {
-    "refusal": (), "annotations": (), "audio": (), "tool_calls": (), "function_call": (),
-}  # fmt: skip
+    "refusal": (),
+    "annotations": (),
+    "audio": (),
+    "tool_calls": (),
+    "function_call": (),
+}
 
 
 class ProtocolError(Exception):
@@ -127,8 +136,10 @@ class Chunks:
 
 def usage(prompt_tokens: int, new_tokens: int) -> JsonTable:
     return {
-        "prompt_tokens": prompt_tokens, "completion_tokens": new_tokens, "total_tokens": prompt_tokens + new_tokens,
-    }  # fmt: skip
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": new_tokens,
+        "total_tokens": prompt_tokens + new_tokens,
+    }
 
 
 def _head(model: str, kind: str) -> JsonTable:
@@ -157,9 +168,13 @@ def _messages(messages: object) -> list[JsonTable]:
 
 
 def _require_known(
-    table: JsonTable, served: Sequence[str], without_effect: Sequence[str] = (),
-    not_served: Mapping[str, tuple[object, ...]] = MappingProxyType({}), *, place: str = "",
-) -> None:  # fmt: skip
+    table: JsonTable,
+    served: Sequence[str],
+    without_effect: Sequence[str] = (),
+    not_served: Mapping[str, tuple[object, ...]] = MappingProxyType({}),
+    *,
+    place: str = "",
+) -> None:
     """Raise ProtocolError for the first field of ``table`` that is unknown or has an unsupported value."""
     for name, value in table.items():
         if name in served or name in without_effect:
