@@ -108,12 +108,8 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     layers = pst_layers(model)
     remarks += [remark_on_dense_start(run, model)]
     summary = {
-        "task": run.task,
-        "method": run.method,
-        "sparsity": run.schedule.final_sparsity if run.mask_method.masks != "none" else 0.0,
+        **_summary(run, model),
         "classes": labels,
-        "num_layers": len(layers),
-        "trained_parameters": num_trainable(model),
         "num_steps": run.num_steps(examples),
         "examples": examples,
         "unit": task.unit,
@@ -123,6 +119,17 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     names = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
     reasons = length_reason, _proposed_pattern(args, run.task)[1]
     return Chosen(table, run, labels, config.model_type, positions, has_accelerator, names, *reasons, summary)
+
+
+def _summary(run: RunConfig, model: nn.Module) -> dict[str, object]:
+    """Return the method and the size of what it trains."""
+    return {
+        "task": run.task,
+        "method": run.method,
+        "sparsity": run.schedule.final_sparsity if run.mask_method.masks != "none" else 0.0,
+        "num_layers": len(pst_layers(model)),
+        "trained_parameters": num_trainable(model),
+    }
 
 
 def _remark_on_lines(data: DataConfig) -> str:

@@ -6,7 +6,7 @@ import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from pst_ds.inference.hf.tables import stored_tables
 from pst_ds.inference.onnx.nodes import Table
 from pst_ds.inference.runtime.dense import narrowed
 from pst_ds.nn.model_structure import is_experts
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 _TABLE_ROWS = 100
 """Embeddings with at least this many rows stay in their stored form; smaller ones gain little."""
@@ -56,13 +59,7 @@ def write_onnx(
     _require_graph(reference)
     outputs = _output_names(reference)
     graph = plain_graph(model, outputs) if plain else sparse_graph(model, _tables(packed, model), outputs)
-    kept = {key: facts[key] for key in ("values", "group", "embeddings", "sparsity_measured") if facts.get(key)}
-    if activation_bits == 8:
-        kept["activation_bits"] = activation_bits
-    graph.metadata_props["pst_ds"] = json.dumps({"version": __version__, **kept})
-    nodes = [node for node in graph.graph if node.op_type == "SparseLinear"]
-    for node in nodes if activation_bits == 8 else ():
-        node.attributes.add(ir.AttrInt64("activation_bits", activation_bits))
+    _annotate(graph, facts, activation_bits)
     nbytes = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value)
     external = f"{ONNX_FILE}.data" if nbytes > 1 << 30 else None
     with atomic_folder(out) as partial:
@@ -86,10 +83,23 @@ def write_onnx(
         "inputs": [value.name for value in graph.graph.inputs],
         "outputs": outputs,
         "nodes": len(list(graph.graph)),
-        "sparse_nodes": len(nodes),
+        "sparse_nodes": sum(node.op_type == "SparseLinear" for node in graph.graph),
         "activation_bits": activation_bits,
         "max_relative_difference": difference,
     }
+
+
+def _annotate(graph: ir.Model, facts: JsonTable, activation_bits: int) -> None:
+    """Add the small ``facts`` to the graph's metadata, and the bits of activations to its sparse products."""
+    import onnx_ir as ir
+
+    kept = {key: facts[key] for key in ("values", "group", "embeddings", "sparsity_measured") if facts.get(key)}
+    if activation_bits == 8:
+        kept["activation_bits"] = activation_bits
+        for node in graph.graph:
+            if node.op_type == "SparseLinear":
+                node.attributes.add(ir.AttrInt64("activation_bits", activation_bits))
+    graph.metadata_props["pst_ds"] = json.dumps({"version": __version__, **kept})
 
 
 def _require_graph(model: nn.Module) -> None:

@@ -8,9 +8,9 @@ import logging
 import random
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -135,34 +135,9 @@ class Service:
 
 def make_app(service: Service) -> FastAPI:
     """Return the application of a service."""
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        before = sys.getswitchinterval()
-        sys.setswitchinterval(_SWITCH_SECONDS)
-        async with anyio.create_task_group():
-            pass  # imports what the first stream would wait for
-        yield
-        service.reader.shutdown()
-        await asyncio.to_thread(service.batches.close)
-        sys.setswitchinterval(before)
-
-    app = FastAPI(title="pst-ds", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app = FastAPI(title="pst-ds", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan(service))
+    _answer_errors(app)
     began = int(time.time())
-
-    @app.exception_handler(ProtocolError)
-    async def refused(_: Request, error: ProtocolError) -> JSONResponse:
-        headers = {"Retry-After": "1"} if error.status in (429, 503) else None
-        return JSONResponse(error.body(), error.status, headers=headers)
-
-    @app.exception_handler(HTTPException)
-    async def no_route(request: Request, error: HTTPException) -> JSONResponse:
-        why = ProtocolError(error.status_code, f"{request.method} {request.scope['path'][:200]}: {error.detail}")
-        return JSONResponse(why.body(), error.status_code, headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> JSONResponse:  # its trace is logged
-        return JSONResponse(ProtocolError(500, "the server failed at this request").body(), 500)
 
     @app.get(HEALTH)
     async def health() -> JSONResponse:
@@ -190,6 +165,41 @@ def make_app(service: Service) -> FastAPI:
     limits = service.limits
     app.add_middleware(Gate, access=service.access, most=limits.body_bytes, seconds=limits.body_seconds)
     return app
+
+
+def _lifespan(service: Service) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """Return what prepares the process of a server, and closes the service at its end."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        async with anyio.create_task_group():
+            pass  # imports what the first stream would wait for
+        yield
+        service.reader.shutdown()
+        await asyncio.to_thread(service.batches.close)
+        sys.setswitchinterval(before)
+
+    return lifespan
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Answer every error with the protocol's error object."""
+
+    @app.exception_handler(ProtocolError)
+    async def refused(_: Request, error: ProtocolError) -> JSONResponse:
+        headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+        return JSONResponse(error.body(), error.status, headers=headers)
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> JSONResponse:
+        why = ProtocolError(error.status_code, f"{request.method} {request.scope['path'][:200]}: {error.detail}")
+        return JSONResponse(why.body(), error.status_code, headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:  # its trace is logged
+        return JSONResponse(ProtocolError(500, "the server failed at this request").body(), 500)
 
 
 def _no_model(name: str) -> ProtocolError:
