@@ -36,7 +36,6 @@ KNOWN_CYCLES = {
     ("config/prompt.py", "config/run.py"),
     ("inference/hf/tables.py", "inference/hf/layers.py"),
     ("train/run_folder.py", "train/run.py"),
-    ("cli/init/draft.py", "cli/init/__init__.py"),
 }
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "misc"}
 ATTRIBUTE_FUNCTIONS = {"getattr", "hasattr", "setattr", "delattr"}

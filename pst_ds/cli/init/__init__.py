@@ -14,8 +14,6 @@ from pst_ds.errors import InputError
 
 _ZEROS = "0.9, and 0.5 for language models"
 _HELD_OUT = "the last 10 % of it"
-NO_VALIDATION = "none"
-"""Value of ``--validation`` that holds nothing out."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,6 +115,7 @@ def _ask(question: str, default: str = "", check: Callable[[str], str] = lambda 
 
 
 def _file_problem(answer: str) -> str:
+    from pst_ds.cli.init.draft import NO_VALIDATION
     from pst_ds.data.dataset import file_and_slice
 
     if answer == NO_VALIDATION or Path(file_and_slice(answer)[0]).is_file():

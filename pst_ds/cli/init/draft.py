@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from pst_ds.cli.init import NO_VALIDATION
 from pst_ds.cli.init.held_out import with_validation
 from pst_ds.cli.init.start import Settings, laid_over, with_start
 from pst_ds.config.methods import METHODS
@@ -28,6 +27,8 @@ from pst_ds.nn.targets import find_embeddings
 from pst_ds.planning.dense_start import HIGH_SPARSITY, remark_on_dense_start
 from pst_ds.train.model import kept_in_fp32, load_model_config, load_tokenizer, meta_model, num_trainable, pst_config
 
+NO_VALIDATION = "none"
+"""Value of ``--validation`` that holds nothing out."""
 _UNKNOWN_LIMIT, _BATCH_SIZE = 128, 32
 _LEAST_STEPS, _MOST_STEPS, _LONGER = 600, 10_000, 3.0
 _GUESSED_PAIRS = (["sentence1", "sentence2"], ["premise", "hypothesis"], ["question1", "question2"])
