@@ -110,7 +110,7 @@ def _decoder(args: argparse.Namespace, folder: ModelFolder, device: str, context
     if args.engine == "native" and (chosen or device != "cpu"):
         raise InputError(f"--engine native is for a CPU, and takes no {' and '.join(chosen) or device}")
     if args.engine == "native" and args.user is not None:
-        raise InputError("--engine native has no users: leave it out, and transformers writes")
+        raise InputError("--engine native does not support users. Omit it to use transformers")
     is_plain = args.engine == "auto" and folder.values is None
     if args.engine == "torch" or args.user is not None or chosen or device != "cpu" or is_plain:
         if args.prompt_bits:
@@ -174,7 +174,7 @@ def _encoded(prompt: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Nam
     if not args.chat:
         encoded = tokenizer(prompt, return_tensors="pt")
     elif tokenizer.chat_template is None:
-        raise InputError(f"{args.model}: the tokenizer has no chat template; leave out --chat")
+        raise InputError(f"{args.model}: the tokenizer has no chat template. Omit --chat")
     else:
         chat = [{"role": "user", "content": prompt}]
         encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")

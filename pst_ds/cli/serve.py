@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     except ImportError as error:
         raise InputError(f"pst-ds serve needs {error.name}: pip install 'pst-ds[serve]'") from None
     if not 0 <= args.port < 1 << 16:
-        raise InputError(f"--port {args.port} is no port: 0 to 65535")
+        raise InputError(f"--port {args.port} is not a port. Use 0 to 65535")
     from pst_ds.inference.serve.app import make_app
     from pst_ds.inference.serve.processes import answer, answer_from_workers, bound
 
@@ -107,7 +107,7 @@ def _opened(args: argparse.Namespace) -> tuple[ModelFolder, PreTrainedTokenizerB
     if args.chat_template:
         tokenizer.chat_template = read_template(args.chat_template, "--chat-template")
     if tokenizer.chat_template is None:
-        raise InputError(f"{args.model}: the tokenizer has no chat template; give a Jinja file with --chat-template")
+        raise InputError(f"{args.model}: the tokenizer has no chat template. Give a Jinja file with --chat-template")
     store = UserStore.open(Path(args.store), kept=args.users_in_memory) if args.store else None
     return folder, tokenizer, store
 

@@ -34,9 +34,7 @@ def vocabulary_of_folder(asked: str, folder: Path) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     if asked == SEEN:
-        raise InputError(
-            f"--vocabulary seen: {folder} is a model folder, which has no training text; name a file of texts"
-        )
+        raise InputError(f"--vocabulary seen: {folder} is a model folder without training data. Name a text file")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     vocabulary = trim(tokenizer, _of_file(asked, tokenizer) | ids_of_model(model_of(folder)))
     return {"tokenizer": tokenizer, "vocabulary": vocabulary}

@@ -108,7 +108,7 @@ def test_what_is_no_text_is_2_and_writes_nothing(run, some, tmp_path, capsys):
     for source, vocabulary, words in (
         (run, "missing.txt", "cannot be read"),
         (run, tmp_path / "binary", "cannot be read"),
-        (tmp_path / "whole", "seen", "has no training text"),
+        (tmp_path / "whole", "seen", "without training data"),
     ):
         arguments = ["export", str(source), "--out", str(tmp_path / "out"), "--vocabulary", str(vocabulary)]
         assert main(arguments) == 2

@@ -120,14 +120,14 @@ def _file_problem(answer: str) -> str:
 
     if answer == NO_VALIDATION or Path(file_and_slice(answer)[0]).is_file():
         return ""
-    return f"{answer!r} is no file (looked in {Path(answer).absolute()})"
+    return f"{answer!r} is not a file (looked in {Path(answer).absolute()})"
 
 
 def _share_problem(answer: str) -> str:
     try:
         return "" if 0.0 <= float(answer) < 1.0 else f"{answer} is not in [0, 1)"
     except ValueError:
-        return f"{answer!r} is no number"
+        return f"{answer!r} is not a number"
 
 
 def _count_problem(answer: str) -> str:

@@ -230,20 +230,20 @@ class _Reader:
         held = {id(module) for top in known for module in top.modules()}
         for name, module in layer.named_modules():
             if id(module) not in held and next(module.parameters(recurse=False), None) is not None:
-                raise DecoderError(f"{where}: there is no place in the table for {name} ({type(module).__name__})")
+                raise DecoderError(f"{where}: {name} ({type(module).__name__}) is not supported")
 
     def gain(self, norm: Part) -> Tensor:
         """Return the factor of a root-mean-square norm, measured from its output. Raises DecoderError."""
         weight = getattr(norm, "weight", None)
         if weight is None or weight.dim() != 1:
-            raise DecoderError(f"{self.name}: {type(norm).__name__} is no norm with a gain")
+            raise DecoderError(f"{self.name}: {type(norm).__name__} is not a norm with a gain")
         epsilon = self._epsilon(norm)
         x = torch.linspace(-1.0, 2.0, weight.numel(), dtype=weight.dtype)
         with torch.no_grad():
             gain = norm(torch.ones_like(x)).float() * (1 + epsilon) ** 0.5
             expected = gain * (x.float() * (x.float().square().mean() + epsilon).rsqrt())
             if not torch.allclose(norm(x).float(), expected, rtol=2e-2, atol=1e-3):
-                raise DecoderError(f"{self.name}: {type(norm).__name__} is no root-mean-square norm")
+                raise DecoderError(f"{self.name}: {type(norm).__name__} is not a root-mean-square norm")
         return gain
 
     def _epsilon(self, norm: Part) -> float:

@@ -117,7 +117,7 @@ def require_free(out: Path) -> None:
     """Raise ExportError unless ``out`` is free, an empty folder, or an older ONNX export, and ONNX can be written."""
     _require_libraries()
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / ONNX_FILE).is_file())):
-        raise ExportError(f"{out.absolute()} exists and is no folder of an ONNX file; name another folder with --out")
+        raise ExportError(f"{out.absolute()} exists and is not an ONNX export. Name another folder with --out")
     require_writable(out, f"--out {out}")
 
 

@@ -238,7 +238,7 @@ class Loop:
     def set_attention(self, layer: int, window: int, angles: int) -> None:
         """Set the attention window of a layer (0 for all positions) and its table of angles (-1 for none)."""
         _require(window >= 0, f"layer {layer}: sliding_window = {window}; it is at least 1, or null for all positions")
-        _require(-1 <= angles < self._num_angles, f"layer {layer}: there is no table of rotary angles {angles}")
+        _require(-1 <= angles < self._num_angles, f"layer {layer}: rotary table {angles} does not exist")
         self._library.pst_decoder_attention(self.handle, layer, min(window, self.shape["context"]), angles)
 
     def set_embedding(self, rows: Tensor, scales: Tensor | None, bits: int, group: int, scale: float) -> None:
