@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import PurePosixPath
 
 import pytest
@@ -43,6 +44,8 @@ def test_files_that_are_named_exist(page):
         path = words.split()[0]
         if re.fullmatch(rf"({'|'.join(TREE_FOLDERS)})/[\w./-]*", path):
             assert (ROOT / path).exists(), path
+        for module in re.findall(r"python -m (tools(?:\.[a-z_0-9]+)*)", words):
+            assert find_spec(module), module
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -63,6 +66,14 @@ def test_the_layers_of_the_architecture_page_are_those_of_the_code():
     rows = re.findall(r"^\| `pst_ds/(\w+)` \| (\d) \|", page, flags=re.M)
     packages = {path.name for path in (ROOT / "pst_ds").iterdir() if (path / "__init__.py").exists()}
     assert {name: int(layer) for name, layer in rows} == {name: LAYER_OF[name] for name in packages}
+
+
+def test_the_pages_are_few_and_short():
+    pages = [text for page, text in PAGES.items() if page.startswith("docs/")]
+    assert len(pages) <= 22
+    assert [page for page, text in PAGES.items() if page != "CHANGELOG.md" and len(text.splitlines()) > 200] == []
+    assert sum(len(text.splitlines()) for text in pages) <= 4500
+    assert sum(len(text.split()) for text in pages) <= 45_000
 
 
 def test_the_readme_is_short_and_starts_with_a_command():
