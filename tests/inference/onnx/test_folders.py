@@ -292,5 +292,5 @@ def test_plain_is_for_onnx_alone(bert, tmp_path, capsys):
 def test_another_folder_is_not_overwritten(bert, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    with pytest.raises(ExportError, match="no folder of an ONNX file"):
+    with pytest.raises(ExportError, match="is not an ONNX export"):
         onnx_folder.require_free(tmp_path / "mine")
