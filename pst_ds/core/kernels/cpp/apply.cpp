@@ -1,4 +1,4 @@
-// Masks on weights, and low-rank updates of bf16 weights, as plain C functions for ctypes; the torch twins are apply_mask_ in
+// Apply masks and low-rank updates to bf16 weights: plain C functions for ctypes. The torch versions are apply_mask_ in
 // core/bits.py and updated_weight in core/scores.py, whose sums may have another order.
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace {
 
-// As many weights of T as a vector of 32 bytes holds, and one bit of a word for each.
+// As many weights of type T as fit in a 32-byte vector, with one mask bit each.
 template <class T> struct Lanes;
 template <> struct Lanes<uint16_t> {
     typedef uint16_t words __attribute__((vector_size(32)));
@@ -82,7 +82,7 @@ inline floats widen_many(const uint16_t* from) {
 inline floats widen_many(const uint16_t* from) { return floats(__builtin_convertvector(load<halves>(from), words) << 16); }
 #endif
 
-// To nearest, ties to even; a NaN stays one.
+// Round to nearest, ties to even; a NaN stays NaN.
 inline void narrow_many(floats values, uint16_t* to) {
     const words bits = words(values), is_nan = words(values != values);
     const words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, wide = is_nan ? (bits >> 16 | 0x40) : rounded;
@@ -94,7 +94,7 @@ inline void narrow_many(floats values, uint16_t* to) {
 #endif
 }
 
-// sum + the products of two bf16 numbers of `left` with those of each word of `right`, the lower half first.
+// Add the products of the two bf16 numbers in `left` with those in each word of `right`, the lower half first.
 inline floats add_products(floats sum, uint32_t left, words right) {
 #ifdef __AVX512BF16__
     return _mm512_dpbf16_ps(sum, __m512bh(_mm512_set1_epi32(int(left))), __m512bh(right));
@@ -104,8 +104,8 @@ inline floats add_products(floats sum, uint32_t left, words right) {
 #endif
 }
 
-// Factors of an update, two ranks to a word: left (rows, words), row after row; right in panels of CHUNK columns, a panel's words
-// of (words, CHUNK) after one another. What is beyond the last rank or column is zero.
+// Factors of an update, two components per word: left (rows, words), row by row; right in panels of CHUNK columns, each
+// (words, CHUNK). Elements beyond the last component or column are zero.
 struct Product {
     int64_t pairs;
     std::vector<uint32_t> left, right;
@@ -123,7 +123,7 @@ struct Product {
     }
 };
 
-// from + beta `product` of CHUNK columns of N rows, in one order: a weight has the same bits in whatever rectangle.
+// from + beta `product` for CHUNK columns of N rows, in a fixed order: a weight is bit-identical in any rectangle.
 template <int64_t N>
 inline void add_chunk(const Product& product, float beta, int64_t row, int64_t col, const uint16_t* from, int64_t stride,
                       uint16_t* to, int64_t to_stride) {
@@ -157,15 +157,15 @@ void add_rows(const Product& product, float beta, int64_t row, int64_t cols, con
 
 }  // namespace
 
-// Of n values of `size` bytes, 2 or 4, those whose bit is 0 become +0.0.
+// Set those of n values of `size` bytes, 2 or 4, to +0.0 whose bit is 0.
 extern "C" void pst_apply_bits(void* values, int64_t size, const uint8_t* bits, int64_t n) {
     if (size == 2) keep(static_cast<uint16_t*>(values), bits, n);
     else keep(static_cast<uint32_t*>(values), bits, n);
 }
 
-// out = weight + beta left right of a rectangle of bf16, or +0.0 where the bits are 0. `weight` and `out`, which may be one, have
-// rows of contiguous numbers; left (rows, rank) and right (rank, cols) have any strides {row, column}. `bits`, unless it is null,
-// has a row's in `row_bytes` bytes.
+// out = weight + beta left right for a rectangle of bf16, or +0.0 where the bits are 0. `weight` and `out`, which may
+// be the same, have contiguous rows. left (rows, rank) and right (rank, cols) have any strides {row, column}. `bits`,
+// unless null, has `row_bytes` bytes per row.
 extern "C" void pst_merge(const uint16_t* weight, int64_t stride, uint16_t* out, int64_t out_stride, int64_t rows, int64_t cols,
                           const uint16_t* left, const int64_t* left_strides, const uint16_t* right,
                           const int64_t* right_strides, int64_t rank, float beta, const uint8_t* bits, int64_t row_bytes,

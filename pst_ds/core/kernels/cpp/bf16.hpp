@@ -1,4 +1,4 @@
-// bf16 numbers as fp32 and back, for every C++ source of the package.
+// Conversion between bf16 and fp32, for every C++ source of the package.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ inline float widen(bf16 value) {
 }
 
 inline void narrow(float value, float* to) { *to = value; }
-inline void narrow(float value, bf16* to) {  // to nearest, ties to even; a NaN stays one
+inline void narrow(float value, bf16* to) {  // to nearest, ties to even; a NaN stays NaN
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
     const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;

@@ -1,5 +1,5 @@
-// y[b] + beta U_b (V_b x[b]) for samples with an update of their own, or none, whose factors stay where they are: a plain C
-// function for ctypes. U is (outputs, rank) and V (rank, inputs), row after row, of bf16 or fp32; sums are fp32.
+// y[b] + beta U_b (V_b x[b]) for samples with different updates, or none, without copying the factors: a plain C
+// function for ctypes. U is (outputs, rank) and V (rank, inputs), row by row, in bf16 or fp32; sums are fp32.
 #include <cstdint>
 #include <vector>
 
@@ -13,7 +13,7 @@ using pst::widen;
 
 constexpr int LANES = 16;
 
-// Sixteen running sums, added up in one order, so that a product has the same bits in every batch.
+// Sixteen partial sums, added in a fixed order, so that a product is bit-identical in every batch.
 template <class F> float dot(const F* a, const float* b, int64_t count) {
     float sums[LANES] = {};
     int64_t i = 0;
@@ -76,8 +76,8 @@ template <class T> void run(const Job& job, int factor_bytes, const void* x, con
 
 }  // namespace
 
-// x (samples, tokens, inputs), y and out (samples, tokens, outputs) of `bytes` an element, the factors of `factor_bytes`: 2
-// for bf16, 4 for fp32. lefts, rights: a pointer for each sample, null for none. out may be y.
+// x (samples, tokens, inputs), y and out (samples, tokens, outputs) have `bytes` per element, the factors
+// `factor_bytes`: 2 for bf16, 4 for fp32. lefts, rights: a pointer per sample, null for none. out may be y.
 extern "C" void pst_add_beside_each(const void* const* lefts, const void* const* rights, int64_t samples, int64_t tokens,
                                     int64_t outputs, int64_t inputs, int64_t rank, float beta, int factor_bytes, const void* x,
                                     const void* y, void* out, int bytes, int threads) {

@@ -1,7 +1,6 @@
-// Loops of a mask update, as plain C functions for ctypes. Every function has a torch twin in core/keys.py with the same
-// results to the bit: multiplications and additions are rounded apart (-ffp-contract=off), in the same order.
-//
-// Scores become 32-bit keys that sort like them; -0 equals +0.
+// Loops of a mask update: plain C functions for ctypes. Every function has a torch version in core/keys.py with
+// bit-identical results: products and sums are rounded separately (-ffp-contract=off), in the same order.
+// Scores become 32-bit keys of the same order; -0 equals +0.
 
 #include <algorithm>
 #include <cmath>
@@ -22,7 +21,7 @@ constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;  // wider vectors than the processor's would go through memory
 #endif
-constexpr int CHUNK = 4;  // vectors of columns at a time, of two rows: eight sums in registers
+constexpr int CHUNK = 4;  // vectors of columns per step, for two rows: eight sums in registers
 typedef float floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t ints __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
@@ -52,7 +51,8 @@ inline ints keys_of(floats scores) {
     return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
-// left @ right, a rank at a time: left is (rows, rank) with any strides, right (rank, cols) with rows one after another.
+// left @ right, one component at a time: left is (rows, rank) with any strides, right (rank, cols) with consecutive
+// rows.
 struct Product {
     const float *left, *right;
     int64_t rank, left_row, left_rank, right_rank;
@@ -78,8 +78,8 @@ inline void add_product(floats (&sum)[2][CHUNK], const Product& p, int64_t row, 
 struct Terms {
     Product update, score;
     float inverse_scale;
-    const float *rows, *cols;  // R and C, multiplied by alpha2; null for none
-    const float *row_norms, *col_norms;  // |W| is multiplied by; null for none
+    const float *rows, *cols;  // R and C, multiplied by alpha2; null if absent
+    const float *row_norms, *col_norms;  // factors of |W|; null if absent
 };
 
 template <int ROWS, class T>
@@ -134,7 +134,7 @@ void rect_keys(const T* weight, int64_t stride, int64_t rows, int64_t cols, cons
             out[row * cols + col] = one_key(weight[row * stride + col], row, col, t);
 }
 
-// The keys in [low, high] and their index, without a branch a key; up to LANES more of each are written.
+// Store the keys in [low, high] and their indices, without branches; writes up to LANES more of each.
 void collect(const int32_t* keys, int64_t start, int64_t stop, int32_t low, int32_t high, int64_t first,
              int32_t* inside_keys, uint32_t* inside_index) {
     int64_t at = 0, i = start;
@@ -161,11 +161,11 @@ constexpr int32_t INFINITE_KEY = 0x7f800000;
 
 struct Bracket {
     int32_t low, high;
-    int64_t room;  // more keys inside are too many
+    int64_t room;  // limit for stored keys
 };
 
-// Keys between which the cut that prunes `prune` of n keys lies but for about one time in a million, from one key of
-// each of 512 to 32768 strata; every key where there are not so many.
+// Bracket of keys that contains the cut which prunes `prune` of n keys, except about once in a million times, from one
+// key in each of 512 to 32768 strata; from every key if there are fewer.
 Bracket sampled_bracket(const int32_t* keys, int64_t n, int64_t prune) {
     int64_t size = std::max<int64_t>(512, std::min<int64_t>(32768, n / 64));
     if (size >= n) return {INT32_MIN, INT32_MAX, n};
@@ -198,7 +198,7 @@ struct Counts {
     int64_t below = 0, inside = 0, not_finite = 0;
 };
 
-// The bits of the n keys above the bracket; those inside it, while there is room, to `found`.
+// Write the bits of the n keys above the bracket. Store the keys inside in `found` while there is room.
 Counts sort_about(const int32_t* keys, int64_t n, const Bracket& bracket, uint8_t* bits, Inside& found) {
     constexpr int64_t BLOCK = 1024;
     uint8_t above[BLOCK] = {}, inside[BLOCK] = {};
@@ -233,10 +233,10 @@ Counts sort_about(const int32_t* keys, int64_t n, const Bracket& bracket, uint8_
     return counts;
 }
 
-// Sets the bits of all but the `prune` smallest of the n keys inside, the first of equals.
+// Set the bits of all but the `prune` smallest of the n keys inside; of equal keys, the first are pruned.
 void keep_inside(const Inside& found, int64_t n, int64_t prune, uint8_t* bits) {
     int32_t threshold = INT32_MIN;
-    int64_t ties = 0;  // so many equals of the threshold go
+    int64_t ties = 0;  // this many keys equal to the threshold are pruned
     if (prune > 0) {
         std::vector<int32_t> sorted(found.keys.begin(), found.keys.begin() + n);
         std::nth_element(sorted.begin(), sorted.begin() + (prune - 1), sorted.end());
@@ -261,8 +261,8 @@ uint64_t splitmix64(uint64_t x) {
 
 extern "C" {
 
-// Keys of a rectangle of weights, (rows, cols) one after another. Constants are {update scale, 1 / |W| scale, score
-// scale}; of a product's strides, {left row, left rank, right rank}.
+// Keys of a rectangle of weights, (rows, cols), row by row. Constants are {update scale, 1 / |W| scale, score scale};
+// strides of a product are {left row, left component, right component}.
 void pst_score_keys(const void* weight, int64_t is_bf16, int64_t stride, int64_t rows, int64_t cols,
                     const float* update_left, const float* update_right, int64_t update_rank, const int64_t* update_strides,
                     const float* score_left, const float* score_right, int64_t score_rank, const int64_t* score_strides,
@@ -275,8 +275,9 @@ void pst_score_keys(const void* weight, int64_t is_bf16, int64_t stride, int64_t
     else rect_keys(static_cast<const float*>(weight), stride, rows, cols, t, out);
 }
 
-// keep[i] = keys[i] > high; the keys in [low, high] also go to (inside_keys, inside_index) with index first + i while
-// there is room, and up to LANES more of each. counts += {below low, inside, not finite}. Returns how many were inside, stored or not.
+// keep[i] = keys[i] > high. Keys in [low, high] are also stored in (inside_keys, inside_index) with index first + i
+// while there is room, and up to LANES more of each. counts += {below low, inside, not finite}. Returns how many keys
+// were inside, stored or not.
 int64_t pst_classify(const int32_t* keys, int64_t n, int32_t low, int32_t high, int64_t first, uint8_t* keep,
                      int32_t* inside_keys, uint32_t* inside_index, int64_t room, int64_t* counts) {
     constexpr int64_t STEP = 256;
@@ -311,8 +312,9 @@ void pst_histogram(const int32_t* keys, int64_t n, int64_t low, int64_t shift, i
     }
 }
 
-// Bits of the kept among n keys of a whole matrix: all but the `prune` smallest, the first of equals. A sample brackets
-// the cut; where it misses, a second pass takes every key as inside. Returns how many keys are not finite.
+// Kept bits of the n keys of a whole matrix: all but the `prune` smallest; of equal keys, the first are pruned. A
+// sample brackets the cut; if it misses, a second pass treats every key as inside. Returns how many keys are not
+// finite.
 int64_t pst_select(const int32_t* keys, int64_t n, int64_t prune, uint8_t* bits) {
     Bracket bracket = sampled_bracket(keys, n, prune);
     Inside inside;
@@ -323,7 +325,8 @@ int64_t pst_select(const int32_t* keys, int64_t n, int64_t prune, uint8_t* bits)
     return counts.not_finite;
 }
 
-// Of every group of m keys (stride apart; `groups` runs of `stride` groups), prune the `prune` smallest, the first of equals.
+// Prune the `prune` smallest of every group of m keys (`stride` apart; `groups` runs of `stride` groups), the first of
+// equal ones.
 void pst_keep_n_of_m(const int32_t* keys, int64_t groups, int64_t m, int64_t stride, int64_t prune, uint8_t* keep) {
     for (int64_t g = 0; g < groups; ++g) {
         const int32_t* base = keys + g * m * stride;
@@ -339,7 +342,7 @@ void pst_keep_n_of_m(const int32_t* keys, int64_t groups, int64_t m, int64_t str
     }
 }
 
-// Of every row prune the `prune` smallest keys, the first of equals.
+// Prune the `prune` smallest keys of every row, the first of equal ones.
 void pst_keep_in_rows(const int32_t* keys, int64_t rows, int64_t cols, int64_t prune, uint8_t* keep) {
     std::vector<int32_t> sorted(cols);
     for (int64_t row = 0; row < rows; ++row, keys += cols, keep += cols) {
@@ -355,7 +358,7 @@ void pst_keep_in_rows(const int32_t* keys, int64_t rows, int64_t cols, int64_t p
             below += keys[i] < threshold;
             keep[i] = keys[i] > threshold;
         }
-        int64_t ties = prune - below;  // the first of these go; later equals stay
+        int64_t ties = prune - below;  // the first of these are pruned; later equal keys stay
         for (int64_t i = 0; i < cols; ++i)
             if (keys[i] == threshold && ties-- <= 0) keep[i] = 1;
     }
@@ -365,7 +368,7 @@ void pst_set_bits(uint8_t* bits, const uint32_t* index, int64_t n) {
     for (int64_t i = 0; i < n; ++i) bits[index[i] >> 3] |= uint8_t(1u << (index[i] & 7));
 }
 
-// Bits that differ, and bits that are set in `after`: {differ, set}.
+// Count the bits that differ, and the bits set in `after`: {differ, set}.
 void pst_count_bits(const uint8_t* before, const uint8_t* after, int64_t n, int64_t* counts) {
     int64_t differ = 0, set = 0, i = 0;
     for (; i + 8 <= n; i += 8) {
@@ -386,7 +389,7 @@ uint64_t pst_checksum(const uint8_t* bits, int64_t count, int64_t start, int64_t
     uint64_t total = 0;
     int64_t lead = start & 7, num_bytes = (count + 7) / 8, last = (start + count + 7) / 8;
     for (int64_t byte = start / 8; byte < last; ++byte) {
-        int64_t own = byte - start / 8;  // the whole mask's byte is made of bits of our bytes own - 1 and own
+        int64_t own = byte - start / 8;  // a byte of the whole mask combines bits of our bytes own - 1 and own
         uint32_t low = own < num_bytes ? bits[own] : 0, before = own > 0 ? bits[own - 1] : 0;
         uint64_t value = ((low << lead) | (before >> (8 - lead))) & 0xff;
         total += value * splitmix64(uint64_t(byte) + uint64_t(seed) + 1);

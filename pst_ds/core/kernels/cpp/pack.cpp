@@ -1,7 +1,7 @@
-// Moves between a dense matrix and its kept values, as plain C functions for ctypes; the numpy twins are in rows.py.
-//
-// Weights are unsigned integers of their width. Bits are little-endian, every row begins with a byte of its own, and
-// padding bits are zero: the callers have looked.
+// Convert between a dense matrix and its kept values: plain C functions for ctypes; the numpy versions are in
+// formats/rows.py.
+// Weights are unsigned integers of their width. Bits are little-endian, every row starts at a byte boundary, and
+// padding bits are zero: the callers have checked this.
 
 #include <algorithm>
 #include <cstdint>
@@ -54,7 +54,7 @@ template <class T> inline typename Wide<T>::Mask first(int64_t count) {
     return typename Wide<T>::Mask((uint64_t(1) << count) - 1);
 }
 
-// Compresses ``v`` to ``out``, which has ``room`` places; whole registers are written while they fit.
+// Compress ``v`` to ``out``, which has ``room`` places; whole registers are written while they fit.
 template <class T> inline int64_t put(T* out, int64_t room, typename Wide<T>::Mask keep, __m512i v) {
     int64_t count = __builtin_popcount(keep);
     v = Wide<T>::compress(keep, v);
@@ -66,7 +66,7 @@ template <class T> inline int64_t put(T* out, int64_t room, typename Wide<T>::Ma
 }
 #endif
 
-// The columns from ``col`` on whose bits are set, byte by byte.
+// Visit the columns from ``col`` on whose bits are set, byte by byte.
 template <class F> inline void each_set(const uint8_t* bits, int64_t col, int64_t columns, F visit) {
     for (; col < columns; col += 8)
         for (unsigned byte = bits[col / 8]; byte; byte &= byte - 1) visit(col + __builtin_ctz(byte));
@@ -157,7 +157,7 @@ void scatter_columns(const T* values, const int64_t* starts, const C* indices, i
     }
 }
 
-// Calls ``run`` with a zero of the unsigned type of ``size`` bytes.
+// Call ``run`` with a zero of the unsigned type of ``size`` bytes.
 template <class F> void for_size(int64_t size, F run) {
     if (size == 2) run(uint16_t());
     if (size == 4) run(uint32_t());

@@ -1,5 +1,5 @@
-// Loops of rounding to a grid, as plain C functions for ctypes. Each has a torch twin, in core/quantization, with the same
-// results to the bit: divisions, products and roundings are IEEE's (-ffp-contract=off), and what is summed are integers.
+// Loops of quantisation: plain C functions for ctypes. Each has a torch version in core/quantization with bit-identical
+// results: divisions, products and roundings are IEEE's (-ffp-contract=off), and sums are over integers.
 
 #include <cmath>
 #include <cstdint>
@@ -12,7 +12,7 @@ namespace {
 using pst::widen;
 
 inline void narrow(float value, float* to) { *to = value; }
-inline void narrow(float value, uint16_t* to) {  // half to even, and NaN to torch's
+inline void narrow(float value, uint16_t* to) {  // half to even, and NaN to torch's NaN
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
     uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -26,10 +26,10 @@ inline float code_of(float weight, float scale, float largest) {
 }
 
 template <class T> inline void round_one(T* weight, float scale, float largest) {
-    narrow(code_of(widen(*weight), scale, largest) * scale + 0.0f, weight);  // the sum makes -0 a +0
+    narrow(code_of(widen(*weight), scale, largest) * scale + 0.0f, weight);  // adding 0 turns -0 into +0
 }
 
-// How a rectangle lies in the stored weight: groups of `tall` rows by `wide` columns, one of which is 1.
+// Groups in the stored weight: `tall` rows by `wide` columns, one of which is 1.
 struct Groups {
     const uint16_t* scales;
     int64_t stride, tall, wide, first_row, first_col;
@@ -57,7 +57,7 @@ void round_rows(T* weight, int64_t stride, int64_t rows, int64_t cols, const Gro
     for (int64_t row = 0; row < rows; ++row) round_row(weight + row * stride, row, cols, g);
 }
 
-// Weights of `count` codes from number `first` on, which share a scale.
+// Weights of `count` codes from code `first` on, which share a scale.
 template <class T> void expand_run(const uint8_t* codes, int64_t bits, int64_t first, int64_t count, float scale, T* out) {
     if (bits == 8) {
         for (int64_t i = 0; i < count; ++i) narrow(float(int8_t(codes[first + i])) * scale, out + i);
@@ -74,7 +74,7 @@ template <class T> void expand_run(const uint8_t* codes, int64_t bits, int64_t f
     if ((count - done) % 2) narrow(float(int8_t(pairs[whole] << 4) >> 4) * scale, out + count - 1);
 }
 
-// Codes of flat weights from number `first` on, of a stored weight with rows of `length`.
+// Codes of flat weights from weight `first` on, of a stored weight with rows of `length`.
 struct Codes {
     const uint8_t* data;
     int64_t bits, first, length;
@@ -97,12 +97,12 @@ void expand_rows(const Codes& codes, T* out, int64_t stride, int64_t rows, int64
     for (int64_t row = 0; row < rows; ++row) expand_row(codes, out + row * stride, row, cols, g);
 }
 
-// A row's inputs on the grid of core/quantization/inputs.py, word by word of `width` columns.
+// Quantise the inputs of a row as in core/quantization/inputs.py, word by word of `width` columns.
 template <class T> void round_inputs(const T* x, T* out, int64_t columns, int64_t width) {
     for (int64_t first = 0; first < columns; first += width) {
         const int64_t count = columns - first < width ? columns - first : width;
         const T* from = x + first;
-        int32_t bits = 0;  // of the largest |x|: those of infinities and NaN are the largest
+        int32_t bits = 0;  // of the largest |x|; the bits of infinities and NaN are larger than all others
         for (int64_t i = 0; i < count; ++i) {
             const float value = widen(from[i]);
             int32_t word;
@@ -127,9 +127,9 @@ template <class T> void round_all_inputs(const T* x, T* out, int64_t rows, int64
 
 extern "C" {
 
-// out = code * scale for a rectangle (rows, cols) of a stored weight, of which a run of flat weights is here. `groups`:
-// as below; the scale of a group is scales[its number in the whole weight - first_scale]. `codes`: {bits of a code,
-// number of the first flat weight, length of a stored row}.
+// out = code * scale for a rectangle (rows, cols) of a stored weight, given a run of its flat weights. `groups`: as
+// below; the scale of a group is scales[its index in the whole weight - first_scale]. `codes`: {bits per code, index of
+// the first flat weight, length of a stored row}.
 void pst_expand_codes(const uint8_t* data, const int64_t* codes, const uint16_t* scales, int64_t first_scale,
                       const int64_t* groups, void* out, int64_t is_bf16, int64_t stride, int64_t rows, int64_t cols,
                       int64_t threads) {
@@ -148,7 +148,7 @@ void pst_round_to_grid(void* weight, int64_t is_bf16, int64_t stride, int64_t ro
     else round_rows(static_cast<float*>(weight), stride, rows, cols, g, threads);
 }
 
-// out = x (rows, columns), each number as 8 bits times the scale of its word of `width` columns.
+// out = x (rows, columns), each number quantised to 8 bits times the scale of its word of `width` columns.
 void pst_round_inputs(const void* x, void* out, int64_t is_bf16, int64_t rows, int64_t columns, int64_t width,
                       int64_t threads) {
     if (is_bf16) round_all_inputs(static_cast<const uint16_t*>(x), static_cast<uint16_t*>(out), rows, columns, width, threads);
@@ -163,7 +163,7 @@ void pst_whole_weights(const float* weights, int64_t groups, int64_t size, const
         for (int64_t i = g * size; i < (g + 1) * size; ++i) whole[i] = int32_t(std::rint(double(weights[i]) * factors[g]));
 }
 
-// Of every group the sums of (w - code * scale)^2 and of w^2, in no certain order.
+// For every group the sums of (w - code * scale)^2 and of w^2, in no particular order.
 void pst_grid_losses(const float* weights, int64_t groups, int64_t size, const float* scales, int64_t largest,
                      double* errors, double* squares, int64_t threads) {
     constexpr int64_t LANES = 8;
@@ -186,7 +186,7 @@ void pst_grid_losses(const float* weights, int64_t groups, int64_t size, const f
     }
 }
 
-// Of every group of `size` weights the sums of whole * code and of code^2. `whole`: the weights as integers.
+// For every group of `size` weights the sums of whole * code and of code^2. `whole`: the weights as integers.
 void pst_grid_moments(const float* weights, const int32_t* whole, int64_t groups, int64_t size, const float* scales,
                       int64_t largest, double* by_weight, double* by_code, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)

@@ -1,5 +1,5 @@
-// Sums over the weights of a tile for the figures of a layer, as plain C functions for ctypes. Their torch twins are in
-// core/stats.py; both add in double precision, each in an order of its own.
+// Sums over the weights of a tile for the statistics of a layer: plain C functions for ctypes. The torch versions are
+// in core/stats.py; both add in double precision, in different orders.
 
 #include <cstdint>
 #include <cstring>
@@ -18,7 +18,7 @@ template <class V, class T> inline V load(const T* from) {
     return value;
 }
 
-// The last values of a run, fewer than LANES, and zeros.
+// The last values of a run, fewer than LANES, padded with zeros.
 template <class V, class T> inline V load_rest(const T* from, int64_t count) {
     V value{};
     std::memcpy(&value, from, count * sizeof(T));
@@ -47,7 +47,7 @@ struct Moments {
 };
 
 template <class V, class T> double squares(const T* values, int64_t stride, int64_t rows, int64_t cols) {
-    doubles even{}, odd{};  // two sums: one would wait for itself
+    doubles even{}, odd{};  // two sums: each addition to one sum would wait for the previous
     for (int64_t row = 0; row < rows; ++row) {
         const T* from = values + row * stride;
         int64_t col = 0;
@@ -68,7 +68,7 @@ template <class V, class T> double squares(const T* values, int64_t stride, int6
 
 extern "C" {
 
-// Of n scores x, given by their keys, and magnitudes y = |weights|: the sums of x, y, x x, y y, x y.
+// For n scores x, given by their keys, and magnitudes y = |weights|: the sums of x, y, x x, y y, x y.
 void pst_moments(const int32_t* keys, const float* weights, int64_t n, double* sums) {
     Moments found;
     int64_t i = 0;
@@ -78,7 +78,7 @@ void pst_moments(const int32_t* keys, const float* weights, int64_t n, double* s
     for (int k = 0; k < 5; ++k) sums[k] = total(each[k]);
 }
 
-// The sum of the squares of a rectangle, whose rows are `stride` apart: fp32 (0) or bf16 (1).
+// The sum of squares of a rectangle whose rows are `stride` apart: fp32 (0) or bf16 (1).
 double pst_squares(const void* values, int64_t dtype, int64_t stride, int64_t rows, int64_t cols) {
     if (dtype) return squares<halves>(static_cast<const uint16_t*>(values), stride, rows, cols);
     return squares<floats>(static_cast<const float*>(values), stride, rows, cols);

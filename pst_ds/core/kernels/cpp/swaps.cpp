@@ -1,5 +1,5 @@
-// One pass of swaps over the rows of a mask, as a plain C function for ctypes. Its torch twin in swaps.py gives the same
-// results to the bit: products and sums are rounded apart (-ffp-contract=off), in the same order.
+// One pass of swaps over the rows of a mask: a plain C function for ctypes. The torch version in swaps.py is
+// bit-identical: products and sums are rounded separately (-ffp-contract=off), in the same order.
 
 #include <cstdint>
 #include <cstring>
@@ -23,8 +23,8 @@ inline floats load(const float* from) {
     return value;
 }
 
-// A row: the wanted weights and those that it has; what is kept; what the outputs still lack, seen from every input; and
-// 0 for a weight that may come back, NEVER for one that is there.
+// A row: target weights and current weights; the mask; the output error seen from every input; and 0 for a weight that
+// may be restored, NEVER for one that is kept.
 struct Row {
     const float* wanted;
     float* values;
@@ -38,14 +38,14 @@ struct Best {
     int64_t at;
 };
 
-// What the error changes by as a weight comes back: with the value that is wanted, or with the one that lowers it most.
+// Change of the error when a weight is restored: with its target value, or with the value that lowers it most.
 template <bool REFIT, class V> inline V score(V pull, V wanted) {
     if (REFIT) return -(pull * pull);
     return wanted * (wanted - (pull + pull));
 }
 
-// The best to come back of [first, last) once a weight of value `left`, whose input has this row of the Gram matrix, is
-// gone; of equals the first.
+// The best weight in [first, last) to restore once a weight of value `left`, whose input has this row of the Gram
+// matrix, is removed; of equal ones the first.
 template <bool REFIT> Best best_of(const Row& row, const float* gram, float left, int64_t first, int64_t last) {
     Best best = {NEVER, -1};
     int64_t p = first;
@@ -95,8 +95,8 @@ int64_t swap_in_row(const Row& row, const float* gram, int64_t inputs, int64_t s
 
 extern "C" {
 
-// Every kept weight of every row, from first to last, is swapped with the pruned weight of its span that lowers the row's
-// error most, if that is by more than the row's `least`. Returns the number of swaps. All are (rows, inputs) but `gram`,
+// Swap every kept weight of every row, from first to last, with the pruned weight of its span that lowers the row's
+// error most, if by more than the row's `least`. Returns the number of swaps. All are (rows, inputs) except `gram`,
 // (inputs, inputs), and `least`, (rows,); `values`, `keep` and `pull` are written.
 int64_t pst_swap_pass(
     const float* wanted, float* values, uint8_t* keep, float* pull, const float* least, const float* gram, int64_t rows,

@@ -1,5 +1,5 @@
-// softmax(scale q K') V for one query of each head of some samples, by the native loop's own attention: a plain C function
-// for ctypes. Compiled for this machine alone, so one set of instructions is enough.
+// softmax(scale q K') V for one query per head of some samples, with the native loop's attention: a plain C function
+// for ctypes. Compiled for this machine only, so one instruction set is enough.
 #include <vector>
 
 #include "../decoder/activations.hpp"
@@ -14,12 +14,12 @@ namespace pst::one_query {
 #endif
 #include "../decoder/attention.hpp"
 
-// Of samples and the groups of heads that share one K and V; elements from the first of one to the next.
+// Numbers of samples and of groups of heads that share K and V; strides in elements.
 struct Problem {
     int64_t samples, groups, heads, size, length;
     int64_t q_sample, q_head, k_sample, k_group, v_sample, v_group;
     float scale;
-    const int64_t* begins;  // of each sample: the first position that it sees
+    const int64_t* begins;  // per sample: the first position that it sees
 };
 
 template <class T> void one_group(const Problem& p, int64_t i, const T* q, const T* k, const T* v, T* out) {
@@ -47,8 +47,9 @@ template <class T> void run(const Problem& p, const void* q, const void* k, cons
 
 }  // namespace pst::one_query
 
-// q (samples, heads, size), K and V (samples, groups, length, size), their last two axes without gaps, and size a multiple of
-// 16; sizes: the first eleven of Problem. out (samples, heads, size). bytes: of an element, 2 for bf16 and 4 for fp32.
+// q (samples, heads, size), K and V (samples, groups, length, size), their last two axes contiguous, and size a
+// multiple of 16. sizes: the first eleven fields of Problem. out (samples, heads, size). bytes: per element, 2 for bf16
+// and 4 for fp32.
 extern "C" void pst_one_query(const void* q, const void* k, const void* v, const int64_t* sizes, const int64_t* begins,
                               float scale, int bytes, int threads, void* out) {
     pst::one_query::Problem p;

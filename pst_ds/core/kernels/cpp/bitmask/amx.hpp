@@ -1,5 +1,5 @@
-// Intel AMX: pieces of the weight are expanded and multiplied with tiles of x. While one piece is multiplied the next is
-// expanded: the tile unit, the vector unit and the memory work at the same time. Included inside a region that is
+// Intel AMX: pieces of the weight are expanded and multiplied with tiles of x. The next piece is expanded while one is
+// multiplied, so the tile unit, the vector unit and the memory work at the same time. Included inside a region that is
 // compiled for AVX-512 and AMX, after amx_expand.hpp.
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace pst::amx {
 
-// The tile registers of this thread, for as long as the object lives.
+// The tile registers of this thread, for the lifetime of the object.
 class Tiles {
    public:
     Tiles() {
@@ -41,7 +41,7 @@ template <int COLUMN_TILES> inline void store_sums(float* to) {
     _tile_stored(3, to + 3 * SUMS, 64);
 }
 
-// Sums (tile = row tile + 2 * column tile) += 32 rows of a piece times x, over some blocks; `next` expands beside it.
+// Sums (tile = row tile + 2 * column tile) += 32 rows of a piece times x, over some blocks, while `next` expands.
 template <int COLUMN_TILES, class Next>
 inline void multiply_blocks(const bf16* piece, int64_t stride, const bf16* x, int64_t blocks, Next& next, int64_t slice) {
     for (int64_t k = 0; k < blocks; ++k, piece += LANES, x += COLUMN_TILES * TILE) {

@@ -1,5 +1,5 @@
-// For Intel AMX: how the work is cut, x as tiles, and the expansion of the weight piece by piece.
-// Included inside a region that is compiled for AVX-512, after avx512.hpp.
+// For Intel AMX: division of the work, x as tiles, and the expansion of the weight piece by piece. Included inside a
+// region that is compiled for AVX-512, after avx512.hpp.
 #pragma once
 
 #include "avx512.hpp"
@@ -10,9 +10,9 @@ using avx512::LANES;
 constexpr int64_t TILE = 16 * 32, SUMS = 16 * 16, GROUP = 32;  // elements of a tile and of its sums; rows of two tiles
 constexpr int64_t MOST_GROUPS = 8, FEW_VECTORS = 128, STREAMS = 2, STREAMS_APART = GROUP / STREAMS;
 
-// The weight is expanded in pieces of groups * 32 rows by blocks * 32 columns. With few vectors a piece is 32 whole rows
-// (up to 4096 columns of them): they are read one after another, as memory likes it. With many, 256 rows by 256 columns:
-// then x crosses the cache less often, and what is multiplied at a time stays in the first-level cache.
+// The weight is expanded in pieces of groups * 32 rows by blocks * 32 columns. With few vectors a piece is 32 whole
+// rows (up to 4096 of their columns), so memory is read sequentially. With many vectors it is 256 rows by 256 columns,
+// so that x crosses the cache less often and the operands stay in the first-level cache.
 struct Plan {
     int64_t groups, blocks, all_blocks, pairs;  // pairs: of column tiles, 32 vectors of x
     bool few;
@@ -32,7 +32,7 @@ struct Plan {
 
 inline int64_t tiles_in_pair(int64_t n, int64_t pair) { return n - pair * 32 > 16 ? 2 : 1; }
 
-// Rows become columns: 16 rows of 16 numbers of 32 bits.
+// Transpose 16 rows of 16 numbers of 32 bits.
 inline void transpose(__m512i (&r)[16]) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
@@ -83,7 +83,7 @@ template <int LINES> class Expander {
         ahead_ = plan.few ? avx512::AHEAD : int64_t(row * double(plan.blocks) / double(plan.all_blocks));
     }
 
-    // Rows [row0, row0 + rows) come next, from their first column on.
+    // Continue with rows [row0, row0 + rows), from their first column on.
     void begin_rows(int64_t row0, int64_t rows) {
         row0_ = row0, rows_ = safe_ = rows;
         while (safe_ > 0 && !w_.may_overread(row0 + safe_ - 1, LANES)) --safe_;
@@ -96,7 +96,7 @@ template <int LINES> class Expander {
         first_ = first_block, out_ = out, row_ = at_ = 0;
         count_ = plan_.blocks_from(first_block);
     }
-    // At least `blocks` more of the piece, if it has them.
+    // Expand at least `blocks` more of the piece, if available.
     void run(int64_t blocks) { plan_.few ? run_along_rows(blocks) : run_down_rows((blocks + count_ - 1) / count_); }
     void finish() { run(int64_t(1) << 40); }
 
@@ -107,7 +107,7 @@ template <int LINES> class Expander {
         _mm_prefetch(reinterpret_cast<const char*>(mask), _MM_HINT_T0);
     }
 
-    // STREAMS rows at a time, STREAMS_APART from each other: one stream would leave the memory waiting.
+    // STREAMS rows at a time, STREAMS_APART from each other: a single stream would leave the memory idle.
     void run_along_rows(int64_t blocks) {
         while (blocks > 0 && row_ < STREAMS_APART && row_ < rows_) {
             const int64_t wanted = (blocks + STREAMS - 1) / STREAMS;
@@ -123,7 +123,7 @@ template <int LINES> class Expander {
         }
     }
 
-    // Blocks of STREAMS rows, four at a time as far as they go; returns the first that was left.
+    // Blocks of STREAMS rows, four at a time as far as possible; returns the first remaining block.
     int64_t expand_streams(int64_t block, int64_t stop) {
         const bf16* values[STREAMS];
         for (int64_t s = 0; s < STREAMS; ++s) values[s] = values_[row_ + s * STREAMS_APART];
@@ -166,7 +166,7 @@ template <int LINES> class Expander {
         const bf16* values = values_[row];
         const uint8_t* mask = w_.mask_row(row0_ + row) + first_ * 4;
         bf16* out = out_ + row * plan_.stride();
-        const int64_t whole = w_.cols / LANES - first_;  // blocks all of whose columns exist
+        const int64_t whole = w_.cols / LANES - first_;  // blocks whose columns all exist
         for (; block + 4 <= stop && block + 4 <= whole; block += 4) {
             avx512::prefetch<LINES>(values, mask + block * 4, ahead_);
             for (int64_t i = block; i < block + 4; ++i)
@@ -182,8 +182,8 @@ template <int LINES> class Expander {
     const Packed<bf16>& w_;
     const Plan& plan_;
     int64_t bytes_, ahead_, row0_ = 0, rows_ = 0, first_ = 0, count_ = 0;
-    int64_t safe_ = 0;           // rows from whose end a whole vector may be read
-    int64_t row_ = 0, at_ = 0;   // where the piece goes on: row, and block in it
+    int64_t safe_ = 0;  // rows from whose end a whole vector may be read
+    int64_t row_ = 0, at_ = 0;  // where the piece continues: row, and block in it
     bf16* out_ = nullptr;
     const bf16* values_[MOST_GROUPS * GROUP];
 };

@@ -1,4 +1,4 @@
-// AVX2 with FMA: values are widened to fp32, 8 at a time moved to their places by a table of permutations.
+// AVX2 with FMA: values are widened to fp32 and moved to their places, 8 at a time, by a table of permutations.
 // Included inside a region that is compiled for these instructions.
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace pst::avx2 {
 
-// For every byte of a mask: which of 8 packed values each lane takes (any, where the bit is clear).
+// For every byte of a mask: which of 8 packed values each lane takes (any, if the bit is clear).
 struct Places {
     alignas(32) int32_t of[256][8];
     Places() {

@@ -1,4 +1,4 @@
-// AVX-512 with VBMI2 and BF16: 32 values are expanded under their mask bits at a time, then multiplied in pairs.
+// AVX-512 with VBMI2 and BF16: 32 values at a time are expanded under their mask bits, then multiplied in pairs.
 // Included inside a region that is compiled for these instructions.
 #pragma once
 
@@ -10,7 +10,7 @@ constexpr int64_t LANES = 32, AHEAD = 3072, MASK_AHEAD = 1024;  // bytes to pref
 
 template <bool OVERREAD> inline __m512i load_values(const bf16* from, int count) {
     if (OVERREAD) return _mm512_loadu_si512(from);
-    return _mm512_maskz_loadu_epi16(_bzhi_u32(~0u, unsigned(count)), from);  // nothing beyond the array is read
+    return _mm512_maskz_loadu_epi16(_bzhi_u32(~0u, unsigned(count)), from);  // reads nothing beyond the array
 }
 
 template <bool OVERREAD> inline __m512i expand(uint32_t mask, const bf16*& from) {
@@ -26,12 +26,13 @@ inline uint32_t load_word(const uint8_t* mask) {
     return word;
 }
 
-// sum + 32 weights times x, in pairs. x: as it is, padded with zeros.
+// sum + 32 weights times x, in pairs. x: unchanged, padded with zeros.
 inline __m512 dot(__m512 sum, __m512i weights, const bf16* x) {
     return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)_mm512_loadu_si512(x));
 }
-// The same by fp32 products, of which Intel's processors do more: there a bf16 dot product takes as long as five other
-// instructions, on the port that expansion needs. x: of each 32 values first those at even places, then those at odd.
+// The same with fp32 products, which Intel's processors execute faster: there a bf16 dot product takes as long as five
+// other instructions, on the port that expansion needs. x: of each 32 values first those at even places, then those at
+// odd.
 inline __m512 dot(__m512 sum, __m512i weights, const float* x) {
     const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(weights, 16));
     const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(weights, _mm512_set1_epi32(int(0xffff0000))));
@@ -44,8 +45,8 @@ template <int LINES> inline void prefetch(const bf16* values, const uint8_t* mas
     _mm_prefetch(reinterpret_cast<const char*>(mask) + MASK_AHEAD, _MM_HINT_T0);
 }
 
-// ROWS rows, far from each other, times one vector: as many streams keep the memory busy, where one would wait for it.
-// LINES: cache lines of values in 128 columns, to prefetch. OVERREAD: whether whole vectors may be read to the rows' ends.
+// ROWS rows, far from each other, times one vector: several streams keep the memory busy. LINES: cache lines of values
+// in 128 columns, to prefetch. OVERREAD: whether whole vectors may be read at the ends of rows.
 template <int LINES, int ROWS, bool OVERREAD, class X>
 inline void rows_dot(const Packed<bf16>& w, const int64_t (&row)[ROWS], const X* x, float (&sums)[ROWS]) {
     const bf16* values[ROWS];
@@ -74,7 +75,7 @@ inline void rows_dot(const Packed<bf16>& w, const int64_t (&row)[ROWS], const X*
         sums[r] = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[r][0], sum[r][1]), _mm512_add_ps(sum[r][2], sum[r][3])));
 }
 
-// A whole row, pruned entries zero, to `out`; up to the next multiple of 32 columns.
+// Expand a whole row, pruned entries zero, to `out`, up to the next multiple of 32 columns.
 template <int LINES, bool OVERREAD> inline void expand_row(const Packed<bf16>& w, int64_t row, bf16* out) {
     const bf16* values = w.values + w.row_offsets[row];
     const uint8_t* mask = w.mask_row(row);
@@ -90,7 +91,8 @@ template <int LINES, bool OVERREAD> inline void expand_row(const Packed<bf16>& w
 
 constexpr int ROWS = 3, COLUMNS = 8;  // 24 sums and 3 rows' values in 32 registers
 
-// The rows to expand while others are multiplied: as many, in step, so that the ports for both and the memory are busy.
+// Rows to expand while others are multiplied, in equal number and in step, so that both execution ports and the memory
+// are busy.
 template <int N> struct Beside {
     const bf16* values[N];
     const uint8_t* mask[N];

@@ -1,4 +1,4 @@
-// y = x W' + bias with W as a bitmask: plain C functions for ctypes, which pick the instructions this processor has.
+// y = x W' + bias with W as a bitmask: plain C functions for ctypes, which choose the instructions of this processor.
 #include "common.hpp"
 #include "portable.hpp"
 
@@ -32,7 +32,7 @@ namespace pst {
 namespace {
 
 enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3 };
-constexpr int64_t MOST_VECTORS = 512;  // at a time: more would not leave the caches room for their sums
+constexpr int64_t MOST_VECTORS = 512;  // per pass: more would not leave the caches room for their sums
 
 int best_level() {
 #if PST_X86
@@ -105,9 +105,9 @@ extern "C" int pst_best_level() {
     return best;
 }
 
-// x (n, cols), y (n, rows), bias (rows,) or null. bytes: of an element, 2 for bf16 and 4 for fp32. level: at most
-// pst_best_level(). The parts of the weight are trusted: they have passed the checks of core/formats.
-// Returns 0, 1 when memory is short, 2 for wrong arguments.
+// x (n, cols), y (n, rows), bias (rows,) or null. bytes: per element, 2 for bf16 and 4 for fp32. level: at most
+// pst_best_level(). The parts of the weight are trusted: they have passed the checks of pst_ds/formats. Returns 0, 1 if
+// memory is short, 2 for wrong arguments.
 extern "C" int pst_bitmask_linear(const void* values, const uint8_t* mask, const int64_t* row_offsets, int64_t rows,
                                   int64_t cols, int64_t count, const void* x, const void* bias, void* y, int64_t n,
                                   int bytes, int threads, int level) {
@@ -119,9 +119,9 @@ extern "C" int pst_bitmask_linear(const void* values, const uint8_t* mask, const
     return 2;
 }
 
-// The same for the experts of a stack whose masks and row_offsets follow each other, `rows` of each; row_offsets count from
-// an expert's first value. runs: (num_runs, 5) of an expert, its first value, its number of values, and its rows of x and
-// y: the first, and how many.
+// The same for the experts of a stack whose masks and row_offsets are consecutive, `rows` each; row_offsets count from
+// an expert's first value. runs: (num_runs, 5) of an expert, its first value, its number of values, and its rows of
+// x and y: the first, and how many.
 extern "C" int pst_bitmask_experts(const void* values, const uint8_t* mask, const int64_t* row_offsets, int64_t rows,
                                    int64_t cols, const int64_t* runs, int64_t num_runs, const void* x, void* y, int bytes,
                                    int threads, int level) {

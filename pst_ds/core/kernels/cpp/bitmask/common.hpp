@@ -1,4 +1,4 @@
-// What every instruction set's kernels share: the packed matrix, scratch memory, and rounding.
+// Shared by the kernels of every instruction set: the packed matrix, scratch memory, and rounding.
 #pragma once
 
 #include <cstddef>
@@ -17,8 +17,8 @@
 #include <cpuid.h>
 #include <immintrin.h>
 #endif
-#define PST_COMPILES_AVX_VNNI (PST_X86 && __GNUC__ >= 11)  // clang calls itself 4
-// PST_PRETENDED_TILES: a build for tests, with arrays in the place of AMX's registers, see decoder/tiles.hpp.
+#define PST_COMPILES_AVX_VNNI (PST_X86 && __GNUC__ >= 11)  // clang reports version 4
+// PST_PRETENDED_TILES: a build for tests, with arrays in place of the AMX registers, see decoder/tiles.hpp.
 #if PST_X86 && defined(__linux__) && (__GNUC__ >= 11 || PST_PRETENDED_TILES)
 #define PST_COMPILES_TILES 1
 #endif
@@ -28,45 +28,45 @@ namespace pst {
 template <class T> inline void convert(T value, T* to) { *to = value; }
 inline void convert(bf16 value, float* to) { *to = widen(value); }
 
-// A matrix of `rows` by `cols` of which only the values kept by the mask are stored, row after row.
+// A matrix of `rows` by `cols` that stores only the values kept by the mask, row by row.
 template <class T> struct Packed {
     const T* values;
-    const uint8_t* mask;         // bytes_per_row() a row, little-endian bits, padding bits zero
+    const uint8_t* mask;  // bytes_per_row() per row, little-endian bits, padding bits zero
     const int64_t* row_offsets;  // first value of each row
     int64_t rows, cols, count;
 
     int64_t bytes_per_row() const { return (cols + 7) / 8; }
     const uint8_t* mask_row(int64_t row) const { return mask + row * bytes_per_row(); }
-    // Whether reading a whole vector of `lanes` values from any place of this row stays inside the array.
+    // Whether reading a whole vector of `lanes` values at any place of this row stays inside the array.
     bool may_overread(int64_t row, int64_t lanes) const {
         int64_t end = row + 1 < rows ? row_offsets[row + 1] : count;
         return end + lanes <= count;
     }
-    // Values in 128 columns, on average, in cache lines of 64 bytes, rounded up; how much to prefetch at a time.
+    // Average number of values in 128 columns, in cache lines of 64 bytes, rounded up: the amount to prefetch per step.
     int lines_in_128() const {
         double bytes = double(count) / double(rows > 0 && cols > 0 ? rows * cols : 1) * 128 * sizeof(T);
         return int(bytes / 64) + 1;
     }
 };
 
-// 32 mask bits from column `col` (a multiple of 32) on; zeros beyond the row's end, whose bytes are not read.
+// 32 mask bits from column `col` (a multiple of 32) on; zeros beyond the end of the row, whose bytes are not read.
 inline uint32_t mask_word(const uint8_t* row, int64_t bytes_per_row, int64_t col) {
     uint32_t word = 0;
     const uint8_t* from = row + col / 8;
     const int64_t left = bytes_per_row - col / 8;
     if (left >= 4)
-        std::memcpy(&word, from, 4);  // of a known size: one load, where any other is a call
+        std::memcpy(&word, from, 4);  // a constant size compiles to one load instead of a call
     else
         for (int64_t i = 0; i < left; ++i) word |= uint32_t(from[i]) << 8 * i;
     return word;
 }
 
-// The lower or upper of two 4-bit codes of a byte.
+// The lower or upper of the two 4-bit codes of a byte.
 inline int nibble(uint8_t pair, int64_t upper) { return ((upper ? pair >> 4 : pair & 15) ^ 8) - 8; }
 
 inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
-// Memory that a thread keeps from call to call, aligned to a cache line.
+// Memory that a thread keeps between calls, aligned to a cache line.
 class Scratch {
    public:
     Scratch() = default;
@@ -74,7 +74,7 @@ class Scratch {
     Scratch& operator=(const Scratch&) = delete;
     ~Scratch() { std::free(data_); }
 
-    // Null without so much memory.
+    // Returns null if memory is short.
     template <class C> C* get(int64_t count) {
         if (count < 0 || count > (INT64_MAX - 63) / int64_t(sizeof(C))) return nullptr;
         size_t bytes = size_t(round_up(count * int64_t(sizeof(C)), 64));
@@ -91,7 +91,7 @@ class Scratch {
     size_t size_ = 0;
 };
 
-// What is multiplied: y (n, rows) = x (n, cols) W' + bias; x and y have rows one after another.
+// A product: y (n, rows) = x (n, cols) W' + bias; the rows of x and y are consecutive.
 template <class T> struct Job {
     Packed<T> weight;
     const T* x;
@@ -104,7 +104,7 @@ template <class T> struct Job {
     }
 };
 
-// Calls work(first, last) on each thread's part of the rows, cut at multiples of 16. False when any call gave false.
+// Call work(first, last) for each thread's part of the rows, split at multiples of 16. False if any call returns false.
 template <class Work> bool in_parallel(int64_t rows, int threads, const Work& work) {
     const int64_t groups = (rows + 15) / 16;
     if (threads > groups) threads = int(groups);

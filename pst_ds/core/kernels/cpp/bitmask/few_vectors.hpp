@@ -1,4 +1,5 @@
-// AVX-512, bf16, 1 to 31 vectors: the weight is read once, at the memory's pace. Included after avx512.hpp and panel.hpp.
+// AVX-512, bf16, 1 to 31 vectors: the weight is read once, at the speed of memory. Included after avx512.hpp and
+// panel.hpp.
 #pragma once
 
 namespace pst::avx512 {
@@ -93,7 +94,7 @@ template <int LINES> bool few_vectors(const Job<bf16>& job, int threads) {
     });
 }
 
-// One vector by fp32 products.
+// One vector with fp32 products.
 template <int LINES> bool one_vector_fp32(const Job<bf16>& job, int threads) {
     static thread_local Scratch x_memory;
     const int64_t cols = job.weight.cols, padded = round_up(cols, LANES);

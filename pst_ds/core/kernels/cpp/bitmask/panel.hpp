@@ -1,12 +1,11 @@
-// Products by way of panels: a few rows of the weight are expanded into a buffer that stays in the cache, then multiplied.
-// Included once for each instruction set, inside a region compiled for it and a namespace of its own: no #pragma once.
-//
+// Products in panels: a few rows of the weight are expanded into a buffer that stays in the cache, then multiplied.
+// Included once per instruction set, inside a region compiled for it and a namespace: no #pragma once.
 // `Kernel` has: T, the type of the weight; C, the type computed with; lanes; rows_at_once; columns_at_once;
 // expand(weight, row, out); block<ROWS, COLUMNS>(a, b, stride, length, sums).
 
 constexpr int64_t MANY_VECTORS = 32, PANEL_ROWS = 48;
 
-// Rows and vectors begin this many elements after each other: whole cache lines, and not a power of two of them.
+// Distance of rows and vectors in elements: whole cache lines, and not a power of two of them.
 template <class Kernel> inline int64_t stride_of(int64_t cols) {
     constexpr int64_t line = 64 / sizeof(typename Kernel::C);
     return round_up(round_up(cols, Kernel::lanes), line) + line;
@@ -41,7 +40,7 @@ inline void multiply_panel(const Job<typename Kernel::T>& job, const typename Ke
     for (; column < job.n; ++column) multiply_columns<Kernel, 1>(job, panel, first, last, x, column, stride);
 }
 
-// x in the type computed with, each vector `stride` long and zero beyond its end.
+// Copy x in the type computed with, each vector `stride` long and zero beyond its end.
 template <class Kernel> inline void copy_x(const Job<typename Kernel::T>& job, typename Kernel::C* out, int64_t stride) {
     for (int64_t c = 0; c < job.n; ++c) {
         const typename Kernel::T* from = job.x + c * job.weight.cols;
@@ -51,7 +50,7 @@ template <class Kernel> inline void copy_x(const Job<typename Kernel::T>& job, t
     }
 }
 
-// Everything of one call. False when memory is short.
+// A whole call. False if memory is short.
 template <class Kernel> bool multiply(const Job<typename Kernel::T>& job, int threads) {
     using C = typename Kernel::C;
     static thread_local Scratch x_memory;

@@ -16,7 +16,7 @@ template <class Type> struct Kernel {
         const uint8_t* mask = w.mask_row(row);
         for (int64_t i = 0; i < w.bytes_per_row(); ++i, out += 8) {
             if (end - values >= 8)
-                for (int bit = 0; bit < 8; ++bit) {  // read whether kept or not: no branch to guess wrong
+                for (int bit = 0; bit < 8; ++bit) {  // read whether kept or not, to avoid mispredicted branches
                     const uint32_t keep = mask[i] >> bit & 1;
                     const float value = widen(*values);
                     uint32_t bits;
@@ -31,7 +31,7 @@ template <class Type> struct Kernel {
     }
     template <int R, int C>
     static void block(const float* a, const float* b, int64_t stride, int64_t length, float* sums) {
-        float sum[R][C][lanes] = {};  // as many sums as lanes: the compiler uses what vectors there are
+        float sum[R][C][lanes] = {};  // one sum per lane, for the compiler to vectorise
         for (int64_t k = 0; k < length; k += lanes)
             for (int r = 0; r < R; ++r)
                 for (int c = 0; c < C; ++c)

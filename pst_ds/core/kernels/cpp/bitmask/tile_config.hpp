@@ -11,7 +11,7 @@ namespace pst {
 // Bits of edx in leaf 7 of cpuid: products of tiles.
 constexpr int AMX_BF16 = 22, AMX_INT8 = 25;
 
-// Whether this processor has tiles and these products of them, and Linux lets the process use them, once it has asked.
+// Whether this processor has tiles and these products, and Linux lets the process use them, after asking once.
 inline bool may_use_tiles(int products) {
     constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
     constexpr int AMX_TILE = 24;
@@ -20,7 +20,7 @@ inline bool may_use_tiles(int products) {
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 
-// Palette 1: eight tiles of up to 16 rows of 64 bytes. A tile that is not used has neither.
+// Palette 1: eight tiles of up to 16 rows of 64 bytes. Unused tiles have neither.
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t bytes[16] = {};

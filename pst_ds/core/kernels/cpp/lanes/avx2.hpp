@@ -1,4 +1,4 @@
-// Eight lanes with AVX2 and FMA, and with AVX-VNNI where PST_AVX_VNNI is defined. Included first for an instruction set,
+// Eight lanes with AVX2 and FMA, and with AVX-VNNI if PST_AVX_VNNI is defined. Included first for an instruction set,
 // inside a region compiled for it and a namespace: no #pragma once.
 
 constexpr int LANES = 8;

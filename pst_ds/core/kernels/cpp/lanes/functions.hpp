@@ -1,5 +1,5 @@
-// The exponential of a vector, and the activation functions. Included by the lanes of each instruction set, after larger()
-// and smaller(): no #pragma once.
+// The exponential of a vector, and the activation functions. Included by the lanes of each instruction set, after
+// larger() and smaller(): no #pragma once.
 
 inline float sum_of(Floats x) {
     typedef float Four __attribute__((vector_size(16)));
@@ -15,7 +15,7 @@ inline float largest_of(Floats x) {
     return largest;
 }
 
-// e^x to 2 units in the last place; 0 far below, and no infinity: x is taken within -87.3 .. 88.
+// e^x to 2 units in the last place; 0 far below, and never infinity: x is limited to -87.3 .. 88.
 inline Floats exponential(Floats x) {
     x = smaller(larger(x, all(-87.3f)), all(88.0f));
     const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
@@ -34,14 +34,15 @@ inline Floats exponential(Floats x) {
     return p * (Floats)exponent;
 }
 
-// tanh(x) = 1 - 2 / (e^2x + 1), with the sign put back: no cancellation matters at the precision of its callers.
+// tanh(x) = 1 - 2 / (e^2x + 1), with the sign restored: cancellation does not matter at the precision of its callers.
 inline Floats hyperbolic_tangent(Floats x) {
     const Floats size = 1.0f - 2.0f / (exponential(2.0f * absolute(x)) + 1.0f);
     return choose(x < 0.0f, -size, size);
 }
 
-// x Phi(x), with erf(z) = z P(z^2) / Q(z^2) up to 3.7, beyond which it is 1 to 2e-7. The polynomials were fitted here, by
-// least squares whose weights follow the error, until its largest was 2e-7; evaluated in fp32 it stays below 5e-7.
+// x Phi(x), with erf(z) = z P(z^2) / Q(z^2) up to 3.7, beyond which it is 1 to 2e-7. The polynomials were fitted for
+// this file by least squares with error-dependent weights until the largest error was 2e-7; in fp32 it stays below
+// 5e-7.
 inline Floats gelu(Floats x) {
     const Floats z = smaller(larger(x * 0.70710678f, all(-3.7f)), all(3.7f)), t = z * z;
     Floats p = t * -1.5024315e-6f + 2.5212101e-4f, q = t * 2.3024010e-3f + 2.6790064e-2f;

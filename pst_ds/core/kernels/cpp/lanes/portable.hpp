@@ -1,5 +1,5 @@
-// Eight lanes in plain C++, as any compiler makes of vectors. Included first for an instruction set, inside a region
-// compiled for it and a namespace: no #pragma once.
+// Eight lanes in plain C++ with compiler vector types. Included first for an instruction set, inside a region compiled
+// for it and a namespace: no #pragma once.
 
 constexpr int LANES = 8;
 #include "types.hpp"
