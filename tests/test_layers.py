@@ -31,9 +31,6 @@ MOST_PACKAGES, MOST_LAYERS = 16, 8
 CORE_MAY_IMPORT = {"torch", "numpy", "triton", *sys.stdlib_module_names}
 KNOWN_CYCLES = {
     ("nn/operators.py", "nn/linear.py"),
-    ("config/sequences.py", "config/run.py"),
-    ("config/start.py", "config/run.py"),
-    ("config/prompt.py", "config/run.py"),
     ("inference/hf/tables.py", "inference/hf/layers.py"),
     ("train/run_folder.py", "train/run.py"),
 }

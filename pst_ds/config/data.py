@@ -1,187 +1,190 @@
-"""Data and evaluation in the run file."""
+"""Settings of data and evaluation: ``[data]``, ``[[data.sources]]`` and ``[eval]``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from pydantic import Strict
 
-from pst_ds.config.checks import ConfigError, Finite, NotNegative, Positive, Rate, check_fields
+from pst_ds.config.settings import (
+    Finite,
+    Interval,
+    MayDiffer,
+    NotNegative,
+    Positive,
+    Rate,
+    Section,
+    Strings,
+    settings,
+)
 
 PARQUET_BRANCH = "refs/convert/parquet"
-"""Where the hub keeps its own conversion of a dataset; each subset is a folder there."""
-
-
+"""Branch with the hub's own Parquet conversion of a dataset; each subset is a folder there."""
 _SUM_TOLERANCE = 1e-6
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataSource:
-    """A part of the text to train on, for task "causal-lm"."""
+@settings()
+class DataSource(Section):
+    """One part of a mixture of training data, for task "causal-lm"."""
 
     path: str
-    """A store of ``pst-ds prepare``, a file or folder of tokens of OLMo-core, datatrove or Megatron, or text: a file, a
-    folder or a pattern."""
+    """A token store of ``pst-ds prepare``; tokens of OLMo-core, datatrove or Megatron (a file or a folder); or text: a
+    file, a folder or a pattern."""
     weight: Rate = 0.0
-    """Share of the sequences that are trained on; those of all sources add up to 1. 0 for all takes each as it is."""
+    """Fraction of the training sequences that come from this source; the weights add up to 1. With 0 everywhere, each
+    source is read once per epoch."""
     epochs: Rate = 0.0
-    """Most passes over this source, after which the others take its turns. 0 is no limit."""
+    """Maximum number of epochs over this source; the other sources replace it afterwards. 0 is no limit."""
     kind: Literal["auto", "text", "chat", "tokens"] = "auto"
-    """What ``path`` holds: "auto" sees tokens, and takes all else for text. Of conversations ("chat", a column
-    "messages", or "prompt" and "completion") the assistant's part is learnt."""
+    """Contents of ``path``. "auto" detects tokens and reads everything else as text. "chat" reads conversations (a
+    column "messages", or "prompt" and "completion") and trains on the assistant's messages."""
     stream: bool = False
-    """Tokenise the text as it comes, without a store, for text that is too much to prepare: files, a URL, or a data set
-    of the hub. It begins anew at its end, and needs ``train.num_steps``."""
+    """Tokenise while training, without a store, for text that is too large to prepare: files, a URL, or a dataset on
+    the hub. It restarts at its end, and requires ``train.num_steps``."""
 
-    def __post_init__(self) -> None:
+    def problems(self) -> Iterator[str]:
         if not self.path:
-            raise ConfigError("data.sources.path = '' is empty: name a store, or files of text")
-        check_fields(self)
+            yield "data.sources.path = '' is empty. Name a store, or files of text"
         if self.stream and self.kind == "tokens":
-            raise ConfigError(
-                f'data.sources: {self.path!r} has kind = "tokens" and stream = true, and tokens on disk are mapped; '
-                "leave stream out"
+            yield (
+                f'data.sources: {self.path!r} has kind = "tokens" and stream = true, but token files are '
+                "memory-mapped. Remove stream"
             )
         if self.stream and self.epochs:
-            raise ConfigError(
-                f"data.sources: {self.path!r} has stream = true and epochs = {self.epochs}, and the length of a stream "
-                "is not known; leave epochs out, or make a store of it (pst-ds prepare)"
+            yield (
+                f"data.sources: {self.path!r} has stream = true and epochs = {self.epochs}, but the length of a stream "
+                "is unknown. Remove epochs, or write a store (pst-ds prepare)"
             )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
+@settings()
+class DataConfig(Section):
     """Training and evaluation data, and the length of the model's inputs (docs/how-to/data.md)."""
 
-    train: str = ""
-    """Local JSONL, CSV, Parquet or text file to train on, or a slice of its rows such as "reviews.csv[:80%]", as for
-    the next two. For task "causal-lm" also a store of tokens, and many files of text (docs/how-to/data.md)."""
-    sources: tuple[DataSource, ...] = ()
-    """Texts to train on in a mixture, instead of ``train``, for task "causal-lm": tables [[data.sources]]."""
-    validation: str = ""
-    """Local file for periodic evaluation and the choice of the best checkpoint."""
-    test: str = ""
+    train: MayDiffer[str] = ""
+    """Training data: a local JSONL, CSV, Parquet or text file, or a slice of its rows such as "reviews.csv[:80%]" (also
+    in the next two settings). Task "causal-lm" also reads a token store, and many text files (docs/how-to/data.md)."""
+    sources: MayDiffer[Annotated[tuple[DataSource, ...], Strict(False)]] = ()
+    """A mixture to train on instead of ``train``, for task "causal-lm": tables [[data.sources]]."""
+    validation: MayDiffer[str] = ""
+    """Local file for periodic evaluation and for choosing the best checkpoint."""
+    test: MayDiffer[str] = ""
     """Local file that only ``pst-ds eval`` and ``verify`` read."""
     dataset: str = ""
-    """Name of a dataset on the hub, or a folder in its shape, instead of local files; the three settings above then
-    name its splits, or pieces of them such as "train[:90%]"."""
+    """Name of a dataset on the hub, or a local folder with the same layout, instead of local files. The three settings
+    above then name splits, or slices such as "train[:90%]"."""
     subset: str = ""
     """Configuration of the hub dataset, such as "sst2" of "nyu-mll/glue"."""
     revision: str = ""
-    """Branch, tag or commit of the hub dataset. On "refs/convert/parquet", the hub's conversion of datasets that are
-    scripts, the subset names a folder."""
-    test_rows: tuple[str, ...] = ()
-    """A column and a value: of the test split, only rows that have this value there. Empty takes all."""
-    text_columns: tuple[str, ...] = ("text",)
-    """One column, or two for sentence pairs; tasks "causal-lm" and "data-to-text" take one. For "data-to-text" it may
-    be a path into nested values, such as "lex.text". For "chat" one with lists of messages, or two with prompts and
-    completions; a column "tools" is read too."""
+    """Branch, tag or commit of the hub dataset. On "refs/convert/parquet", the hub's conversion of script datasets,
+    ``subset`` names a folder."""
+    test_rows: Strings = ()
+    """A column and a value: evaluate the test split only on rows with this value. Empty keeps all rows."""
+    text_columns: Strings = ("text",)
+    """One column, or two for sentence pairs; exactly one for tasks "causal-lm" and "data-to-text". For "data-to-text"
+    it may be a path into nested values, such as "lex.text". For "chat": one column with lists of messages, or two with
+    prompts and completions; a column "tools" is also read."""
     label_column: str = "label"
-    """The class or the number of a row; for task "data-to-text" the text to write, or a list of such texts. Tasks
-    "causal-lm" and "chat" have none."""
-    label_names: tuple[str, ...] = ()
-    """The classes in the order of their ids, where those of the training data are just these: "f1" is that of the
-    second of two. Empty is the order of the dataset's own class names, or else of the alphabet."""
+    """Class or number of a row. For task "data-to-text": the target text, or a list of target texts. Unused in tasks
+    "causal-lm" and "chat"."""
+    label_names: MayDiffer[Strings] = ()
+    """Class names in the order of their ids, if the training data has exactly these; metric "f1" scores the second of
+    two. Empty uses the dataset's class names, or else alphabetical order."""
     separator: str = ""
-    """For task "data-to-text", what stands between the data and the text; empty is the end-of-text token."""
-    chat_template: str = ""
-    """For task "chat", a Jinja file by which conversations are written; exports take it along. Empty is the tokenizer's
-    own template."""
+    """Text between the data and the target of task "data-to-text"; empty is the end-of-text token."""
+    chat_template: MayDiffer[str] = ""
+    """Jinja file with the chat template for task "chat", which exports include. Empty is the tokenizer's template."""
     sample_by: Literal["line", "paragraph", "document"] = "line"
-    """A row of a .txt file, as in ``datasets``: a line, the text between empty lines, or the whole file, of which a
-    slice is then some lines. Its column is "text"."""
+    """Row of a .txt file, as in ``datasets``: a line, the text between empty lines, or the whole file (slices of it are
+    lines). Its column is "text"."""
     max_length: Positive = 128
-    """Tokens a text is cut to. For task "causal-lm" the length of every training sequence: the documents, with the
-    end-of-text token between them, are one stream that is cut into such sequences; what is left at the end, less than a
-    sequence, is not trained on. An evaluation predicts every token but the first once: there a sequence begins with the
-    last token of the one before, and the last is shorter.
-    For task "data-to-text" data and text together; the data is cut first. For task "chat" a whole conversation."""
-    document_mask: bool | None = None
-    """For task "causal-lm": restart positions and attention at each document of a sequence, whose first token is not
-    predicted. True rejects a model that cannot do so, such as one with recurrent layers; unset warns of it. False joins
-    documents as if they were one text."""
+    """Maximum tokens per example; longer ones are truncated. For task "causal-lm", the length of every training
+    sequence: documents are joined with the end-of-text token and cut into sequences, and an incomplete last sequence is
+    dropped. Evaluation predicts every token except the first once: each sequence starts with the last token of the one
+    before, and the last may be shorter. For task "data-to-text", data and target together, of which the data is
+    truncated first. For task "chat", a whole conversation."""
+    document_mask: MayDiffer[bool | None] = None
+    """For task "causal-lm": restart positions and attention at each document of a sequence, and do not predict its
+    first token. True rejects models that cannot, such as recurrent ones; unset warns instead. False treats the joined
+    documents as one text."""
     group_by_length: bool = False
-    """Make batches of texts of similar length; less padding, the same examples in another order."""
+    """Build batches from examples of similar length: less padding, the same examples in another order."""
 
-    def __post_init__(self) -> None:
+    def problems(self) -> Iterator[str]:
         if not self.train and not self.sources:
-            raise ConfigError("data.train is missing: name a local file, or a split of data.dataset")
-        self._require_mixture()
+            yield "data.train is missing. Name a local file, or a split of data.dataset"
+        if self.sources:
+            yield from self._mixture_problems()
         if len(self.text_columns) not in (1, 2):
-            raise ConfigError(f"data.text_columns = {list(self.text_columns)} must name one column or two")
+            yield f"data.text_columns = {list(self.text_columns)} must name one column or two"
         if len(set(self.label_names)) != len(self.label_names):
-            raise ConfigError(f"data.label_names = {list(self.label_names)} must be different names, or empty")
+            yield f"data.label_names = {list(self.label_names)} must be different names, or empty"
         if len(self.test_rows) not in (0, 2):
-            raise ConfigError(f"data.test_rows = {list(self.test_rows)} must be a column and a value, or empty")
-        check_fields(self)
+            yield f"data.test_rows = {list(self.test_rows)} must be a column and a value, or empty"
 
-    @property
-    def keeps_documents_apart(self) -> bool:
-        """True unless documents of a sequence are to run on."""
-        return self.document_mask is not False
-
-    def _require_mixture(self) -> None:
-        if not self.sources:
-            return
+    def _mixture_problems(self) -> Iterator[str]:
         for name in ("train", "dataset"):
             if getattr(self, name):
-                raise ConfigError(
-                    f"data.{name} = {getattr(self, name)!r} besides data.sources: a run trains on one or the "
-                    "other; leave one of them out"
+                yield (
+                    f"data.{name} = {getattr(self, name)!r} with data.sources: a run trains on one of them. Remove the "
+                    "other"
                 )
         weights = [source.weight for source in self.sources]
-        if not any(weights):
-            limited = next((source for source in self.sources if source.epochs), None)
-            if limited is not None:
-                raise ConfigError(
-                    f"data.sources: {limited.path!r} has epochs = {limited.epochs} and no weight, and sources without "
-                    "weights are read once each in an epoch; give all of them a weight, or leave epochs out"
+        if any(weights):
+            if abs(sum(weights) - 1.0) > _SUM_TOLERANCE or 0.0 in weights:
+                yield (
+                    f"data.sources have the weights {weights}, whose sum is {sum(weights):.7g}. Set weights above 0 "
+                    "that add up to 1, or none"
                 )
-            if self.streams and len(self.sources) > 1:
-                raise ConfigError(
-                    f"data.sources: {self.streams[0].path!r} has stream = true and no weight, and a stream has no last "
-                    "sequence; give all sources a weight"
-                )
-        elif abs(sum(weights) - 1.0) > _SUM_TOLERANCE or 0.0 in weights:
-            raise ConfigError(
-                f"data.sources have the weights {weights}, whose sum is {sum(weights):.7g}: shares above 0 that add up "
-                "to 1 are wanted, or none at all"
+            return
+        limited = next((source for source in self.sources if source.epochs), None)
+        if limited is not None:
+            yield (
+                f"data.sources: {limited.path!r} has epochs = {limited.epochs} and no weight, but sources without "
+                "weights are read once per epoch. Give all of them a weight, or remove epochs"
+            )
+        elif self.streams and len(self.sources) > 1:
+            yield (
+                f"data.sources: {self.streams[0].path!r} has stream = true and no weight, but a stream has no end. "
+                "Give all sources a weight"
             )
 
     @property
+    def keeps_documents_apart(self) -> bool:
+        """True unless the documents of a sequence are treated as one text."""
+        return self.document_mask is not False
+
+    @property
     def streams(self) -> tuple[DataSource, ...]:
-        """The sources that are read as they come."""
+        """The sources that are tokenised while training."""
         return tuple(source for source in self.sources if source.stream)
 
     @property
     def trained_on(self) -> str:
-        """The setting that names the text to train on, with its value."""
+        """The setting that names the training data, with its value."""
         paths = ", ".join(source.path for source in self.sources)
         return f"data.sources ({paths})" if self.sources else f"data.train = {self.train!r}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvalConfig:
-    """Evaluation on the validation file, and how texts are written for tasks "data-to-text" and "chat"."""
+@settings()
+class EvalConfig(Section):
+    """Evaluation on the validation file, and generation for tasks "data-to-text" and "chat"."""
 
-    interval: Annotated[int, Ge(-1)] = 0
-    """Optimizer steps between evaluations. 0 evaluates at the end, and where the data is read more than once up to four
-    times before it, which shows whether the run overfits; they take at most a twentieth of the run, and choose no
-    checkpoint. -1 evaluates at the end only."""
-    batch_size: NotNegative = 0
-    """Examples a rank evaluates at a time. 0 is 64, and 8 for tasks that predict tokens."""
+    interval: MayDiffer[Interval] = 0
+    """Optimizer steps between evaluations. 0 evaluates at the end and, in runs of more than one epoch, up to four times
+    before; these take at most 5 % of the run, show overfitting, and choose no checkpoint. -1 evaluates at the end
+    only."""
+    batch_size: MayDiffer[NotNegative] = 0
+    """Examples per rank and evaluation batch. 0 is 64, or 8 for tasks that predict tokens."""
     metric: str = ""
-    """Chooses the best checkpoint, among those at the final sparsity. Empty is "accuracy", for task "regression"
-    "pearson", and for the others the lowest "perplexity". "f1" is that of the second of two classes."""
+    """Metric that chooses the best checkpoint among those at the final sparsity. Empty is "accuracy", "pearson" for
+    task "regression", and the lowest "perplexity" for the others. "f1" scores the second of two classes."""
     num_beams: Positive = 10
-    """Beams of the search that writes texts."""
+    """Beams of the beam search."""
     length_penalty: Finite = 0.9
-    """A beam's log-probability is divided by its length to this power; above 0 it favours longer texts."""
+    """Power of the length by which a beam's log-probability is divided; values above 0 favour longer outputs."""
     no_repeat_ngram_size: NotNegative = 4
-    """Tokens in a row that may not occur twice in a text; the data's own may be repeated. 0 switches it off."""
+    """Length of the token n-grams that may not repeat in an output; those of the input may. 0 switches it off."""
     max_new_tokens: Positive = 64
-    """Most tokens of a written text."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
+    """Maximum generated tokens per output."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pst_ds.config.pst import PSTConfig
+from pst_ds.core.patterns import parse_pattern
+from pst_ds.core.schedule import ScheduleConfig
 
 Masks = Literal["none", "fixed", "ramp"]
 OneShotMethod = Literal["magnitude", "wanda", "sparsegpt", "alps"]
@@ -92,3 +94,78 @@ METHODS: dict[str, Method] = {
         prompt_text="read the following text carefully:",
     ),
 }
+
+
+def method_conflicts(
+    method: str, pst: PSTConfig, schedule: ScheduleConfig, score_penalty: float, score_learning_rate: float | None
+) -> Iterator[str]:
+    """Yield a message for each setting that does not fit the method; ``pst`` is the section of the run file."""
+    facts = METHODS[method]
+    if pst.initial_mask == "zeros" and facts.masks != "fixed":
+        fixed = ", ".join(repr(name) for name, other in METHODS.items() if other.masks == "fixed")
+        yield (
+            f'pst.initial_mask = "zeros" is for methods with a fixed mask ({fixed}), not for method = {method!r}. '
+            "Remove it"
+        )
+    if bool(facts.score_penalty) != (score_penalty > 0.0):
+        penalised = " and ".join(f'"{name}"' for name, other in METHODS.items() if other.score_penalty)
+        yield (
+            f"train.score_penalty = {score_penalty} with method = {method!r}: method {penalised} needs one above 0, "
+            "and no other method has one"
+        )
+    if pst.multiplicative_update and facts.masks != "fixed":
+        yield f'pst.multiplicative_update = true is for fixed masks, not for method = {method!r}. Set method = "spp"'
+    try:
+        injected = facts.pst_config(pst)
+    except ValueError as error:
+        yield f"method = {method!r}: pst.{error}"
+        return
+    if facts.masks != "none":
+        yield from _ranking_conflicts(method, pst, injected, schedule.initial_sparsity, score_learning_rate)
+    yield from _sparsity_conflicts(method, pst, injected, schedule.final_sparsity)
+
+
+def _ranking_conflicts(
+    method: str, pst: PSTConfig, injected: PSTConfig, initial_sparsity: float, score_learning_rate: float | None
+) -> Iterator[str]:
+    """Yield a message where equal scores would leave the masks to the order of the weights in memory."""
+    keeps_zeros, masks = pst.initial_mask == "zeros", METHODS[method].masks
+    if pst.magnitude == "activation" and (keeps_zeros or injected.full_scores):
+        cause = 'pst.initial_mask = "zeros"' if keeps_zeros else f"method = {method!r}"
+        yield f'pst.magnitude = "activation" modifies the ranking by |W|, which {cause} does not use. Remove it'
+    if injected.scores_stay_equal and not keeps_zeros:
+        yield (
+            f"pst.magnitude = {pst.magnitude!r} leaves method = {method!r} nothing to rank weights by. "
+            'Set pst.magnitude = "weight" or "activation", or train scores'
+        )
+        return
+    if masks != "ramp" or not injected.scores_start_equal:
+        return
+    cause = "" if injected.full_scores else f" with pst.magnitude = {pst.magnitude!r}"
+    equal = f"all scores of method = {method!r}{cause} are equal at first"
+    if initial_sparsity > 0.0:
+        yield (
+            f"schedule.initial_sparsity = {initial_sparsity}, but {equal}, and nothing says which weights to prune "
+            "before the first step. Fix: schedule.initial_sparsity = 0"
+        )
+    if score_learning_rate == 0.0:
+        yield f"train.score_learning_rate = {score_learning_rate}, but {equal}, and would stay equal. Set it above 0"
+
+
+def _sparsity_conflicts(method: str, pst: PSTConfig, injected: PSTConfig, final_sparsity: float) -> Iterator[str]:
+    """Yield a message where the pattern cannot have the final sparsity."""
+    pattern = parse_pattern(pst.pattern)
+    if pattern.fixed_sparsity not in (None, final_sparsity):
+        yield (
+            f'schedule.final_sparsity = {final_sparsity}, but pst.pattern = "{pattern}" has sparsity '
+            f"{pattern.fixed_sparsity}. Fix: schedule.final_sparsity = {pattern.fixed_sparsity}"
+        )
+    for rule in injected.rules:
+        section = "schedule" if rule.final_sparsity is None else "overrides"
+        sparsity = final_sparsity if rule.final_sparsity is None else rule.final_sparsity
+        if rule.pattern.pools_matrices and pst.min_kept_share > 1.0 - sparsity:
+            yield (
+                f'pst.min_kept_share = {pst.min_kept_share} of every matrix of pattern "{rule.pattern}" '
+                f"(method = {method!r}) is more than {section}.final_sparsity = {sparsity} keeps in all. Fix: "
+                f"pst.min_kept_share below {1.0 - sparsity:.4g}"
+            )

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pst_ds.config.checks import ConfigError
 from pst_ds.config.data import PARQUET_BRANCH
+from pst_ds.config.settings import ConfigError
 
 Table = dict[str, Any]
 _PLACES = ("dataset", "subset", "revision", "train", "validation", "test", "test_rows")

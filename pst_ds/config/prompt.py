@@ -1,63 +1,61 @@
-"""Settings of a trained prompt."""
+"""Settings of a trained prompt: ``[prompt]``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator
+from typing import Literal
 
-from pst_ds.config.checks import ConfigError, NotNegative, check_fields
-
-if TYPE_CHECKING:
-    from pst_ds.config.run import RunConfig
-
+from pst_ds.config.data import DataConfig
+from pst_ds.config.methods import METHODS
+from pst_ds.config.settings import NotNegative, Section, settings
+from pst_ds.config.tasks import TASKS
 
 Adapter = Literal["none", "linear", "low-rank"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PromptConfig:
-    """A prompt that the model reads with every text, begun from words (docs/how-to/methods.md)."""
+@settings()
+class PromptConfig(Section):
+    """A trained prompt that is prepended to every example, initialised from words (docs/how-to/methods.md)."""
 
     text: str = ""
-    """What it begins as, such as "classify the review as positive or negative:"; it has a vector for each token.
-    Decoders read it before the text, encoders after the first token, [CLS]. Empty is no prompt."""
+    """Initial prompt, such as "classify the review as positive or negative:", with one trained vector per token.
+    Decoders read it first, encoders after the first token ([CLS]). Empty trains no prompt."""
     source: Literal["embeddings", "hidden", "random"] = "embeddings"
-    """Where the vectors begin: at the embeddings of the text's tokens, as PEFT's prompt tuning from text does; at the
-    last hidden states with which the dense model has read it (SK-Tuning, arXiv 2410.08598); or, to compare with, as
-    many vectors of random numbers, as large as the embeddings of the text are on average."""
+    """Initial vectors. "embeddings" uses the embeddings of the prompt's tokens, as prompt tuning in PEFT does; "hidden"
+    the dense model's last hidden states for the prompt (SK-Tuning, arXiv 2410.08598); "random" draws as many vectors
+    with the mean norm of these embeddings, as a baseline."""
     adapter: Adapter = "none"
-    """What trains: with "none" the vectors themselves; else they stay, and a linear map that begins as the identity is
-    trained, of the model's whole width or, "low-rank", its difference from the identity of rank ``rank``."""
+    """What trains: "none" trains the vectors; the other values freeze them and train a linear map initialised with the
+    identity, either a full matrix ("linear") or the identity plus a matrix of rank ``rank`` ("low-rank")."""
     rank: NotNegative = 0
-    """Of the adapter "low-rank"."""
+    """Rank of the "low-rank" adapter."""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    def problems(self) -> Iterator[str]:
         for name, default in (("source", "embeddings"), ("adapter", "none"), ("rank", 0)):
             if not self.text and getattr(self, name) != default:
-                raise ValueError(f"{name} = {getattr(self, name)!r} does nothing without text; set text")
+                yield f"prompt.{name} = {getattr(self, name)!r} does nothing without prompt.text. Set prompt.text"
         if (self.rank > 0) != (self.adapter == "low-rank"):
-            raise ValueError(
-                f'rank = {self.rank} with adapter = "{self.adapter}": adapter "low-rank" needs a rank of at least 1, '
-                "and no other has one"
+            yield (
+                f'prompt.rank = {self.rank} with prompt.adapter = "{self.adapter}": only "low-rank" has a rank, of at '
+                "least 1. Set both, or neither"
             )
 
-    def require_fit(self, run: RunConfig) -> None:
-        """Refuse a prompt where texts share a sequence, or ranks do. Raises ConfigError."""
-        if run.mask_method.prompt_text and not self.text:
-            raise ConfigError(
-                f"method = {run.method!r} trains a prompt, and prompt.text = '' begins none; set prompt.text to words "
-                "such as those of the task"
+    def conflicts(self, method: str, task: str, data: DataConfig, sequence_parallel: int) -> Iterator[str]:
+        """Yield a message where the method lacks a prompt, or where documents or ranks share a sequence."""
+        if METHODS[method].prompt_text and not self.text:
+            yield (
+                f"prompt.text = '' with method = {method!r}, which trains a prompt. Set prompt.text to words such as "
+                "those of the task"
             )
         if not self.text:
             return
-        if run.task_facts.packs_text and run.data.keeps_documents_apart:
-            raise ConfigError(
-                f"prompt.text with task {run.task!r}, which keeps the documents of a sequence apart: the first alone "
-                "would see the prompt; set data.document_mask = false"
+        if TASKS[task].packs_text and data.keeps_documents_apart:
+            yield (
+                f"prompt.text with task = {task!r}, which separates the documents of a sequence: only the first would "
+                "see the prompt. Set data.document_mask = false"
             )
-        if run.train.sequence_parallel > 1:
-            raise ConfigError(
-                f"prompt.text with train.sequence_parallel = {run.train.sequence_parallel}: the ranks share sequences, "
-                "and which of them has the prompt is not known; set train.sequence_parallel = 1"
+        if sequence_parallel > 1:
+            yield (
+                f"prompt.text with train.sequence_parallel = {sequence_parallel}: ranks share sequences, and only one "
+                "of them would have the prompt. Set train.sequence_parallel = 1"
             )

@@ -1,13 +1,24 @@
-"""Settings of the injected modules, as a frozen dataclass."""
+"""Settings of the injected layers: ``[pst]``."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pst_ds.config.checks import Finite, NotNegative, Positive, Rate, Share, check_fields
+from pydantic import BeforeValidator, Strict
+
+from pst_ds.config.settings import (
+    Finite,
+    MayDiffer,
+    NotNegative,
+    Positive,
+    Rate,
+    Section,
+    Share,
+    settings,
+)
 from pst_ds.core.patterns import Pattern, parse_pattern
 
 InitScale = Literal["normal", "rank", "width"]
@@ -20,76 +31,104 @@ NMRamp = Literal["share", "steps"]
 _BARE_NAME = re.compile(r"[\w.-]+")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Override:
-    """Another pattern, or another share of zeros, for some layers."""
+def _as_tuple(value: object) -> object:
+    """Convert lists and sets of names to tuples; sets are sorted."""
+    if isinstance(value, set | frozenset):
+        return tuple(sorted(value))
+    return tuple(value) if isinstance(value, list) else value
 
-    modules: str | tuple[str, ...]
-    """Matched as ``target_modules`` is."""
-    pattern: str = ""
-    """Empty is the config's pattern."""
-    final_sparsity: Share | None = None
-    """Fraction of zeros at the end of the schedule; None is the schedule's, or 1 - N/M. On the way there these layers
-    keep step with the others: at half of the schedule's final sparsity they have half of theirs."""
+
+def _as_names(value: object) -> object:
+    """Convert as :func:`_as_tuple`, and a plain name to a tuple of it."""
+    return (value,) if isinstance(value, str) and _BARE_NAME.fullmatch(value) else _as_tuple(value)
+
+
+Modules = Annotated[str | tuple[str, ...], BeforeValidator(_as_tuple)]
+"""A regular expression for whole module names, or names and their dotted endings."""
+ModulesOrName = Annotated[str | tuple[str, ...], BeforeValidator(_as_names)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
+
+
+class _LibrarySection(Section):
+    """Base of settings that are also used outside a run file: their messages name settings without a section."""
+
+    __slots__ = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "modules", _names(self.modules))
-        _require_regex("modules", self.modules)
+        if wrong := list(self.problems()):
+            raise ValueError("\n".join(wrong))
+
+
+@settings()
+class Override(_LibrarySection):
+    """A different pattern, or final sparsity, for some layers."""
+
+    modules: Modules
+    """The layers, matched like ``target_modules``."""
+    pattern: str = ""
+    """Pattern of these layers; empty is ``pst.pattern``."""
+    final_sparsity: Share | None = None
+    """Sparsity at the end of the schedule; unset is the schedule's, or 1 - N/M. These layers follow the same schedule:
+    when it reaches half of its final sparsity, so do they."""
+
+    def problems(self) -> Iterator[str]:
+        yield from _regex_problems("modules", self.modules)
         if not self.modules:
-            raise ValueError(f"modules = {self.modules!r} is empty; name the layers that the override is for")
+            yield f"modules = {self.modules!r} is empty. Name the layers of the override"
         if not self.pattern and self.final_sparsity is None:
-            raise ValueError(f"modules = {self.modules!r} set neither pattern nor final_sparsity; set one of them")
-        check_fields(self)
+            yield f"modules = {self.modules!r} set neither pattern nor final_sparsity. Set one of them"
 
 
 @dataclass(frozen=True, slots=True)
 class MaskRule:
-    """Rule by which the mask of one layer is chosen."""
+    """How the mask of one layer is chosen."""
 
     pattern: Pattern
     final_sparsity: float | None = None
-    """Of this layer alone; None is the schedule's."""
+    """Final sparsity of this layer; None is the schedule's."""
     min_kept_share: float = 0.0
     nm_ramp: NMRamp = "share"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PSTConfig:
+@settings()
+class PSTConfig(_LibrarySection):
     """What PST prunes and trains in a model. ``PSTConfig.paper()`` has the paper's constants.
 
     S = |W| / scale + alpha1 A B + alpha2 (R 1' + 1 C'),  W = W0 + beta U V,  y = x (M . W)' + bias
+
+    Raises ConfigError with one message for each wrong setting.
     """
 
-    target_modules: str | tuple[str, ...] = "all-linear"
-    """As in PEFT: "all-linear" is every linear layer inside the blocks, but the routers of experts, which stay dense;
-    another string is a regular expression for the whole module name; a list holds names or their dotted endings.
-    Stacks of experts in 3-D Parameters count as linear layers, by the name of the Parameter or of the module around it
-    (docs/how-to/large-models.md). "all-linear" rejects a model whose blocks hold weights outside of linear layers."""
-    exclude_modules: str | tuple[str, ...] = ()
-    """Modules left dense and frozen, matched as ``target_modules`` is, but a list also names all that is in its
-    modules, and a string that is a plain name counts as a list of it; also those that "all-linear" refuses."""
-    prune_uncalled: bool = False
-    """Prune layers too that no forward pass of the first step calls. Such a layer is an error otherwise, as a vision
-    tower is in training on text alone; an expert without a token in a step is none."""
-    modules_to_save: tuple[str, ...] | None = None
-    """Modules trained in full; None is the task head: all that is on top of the base model, and the pooler that BERT
-    and others have inside it, but of a language model nothing. An empty list trains none."""
+    target_modules: Modules = "all-linear"
+    """Layers to prune, as in PEFT: "all-linear" is every linear layer inside the transformer blocks except expert
+    routers; another string is a regular expression for the whole module name; a list has names or their dotted endings.
+    Experts stacked in 3-D Parameters count as linear layers, by the name of the Parameter or of its module
+    (docs/how-to/large-models.md). "all-linear" rejects models with weights in the blocks outside linear layers."""
+    exclude_modules: ModulesOrName = ()
+    """Modules that stay dense and frozen, matched like ``target_modules``; a list, or a plain name, also excludes
+    everything inside its modules. Also names the weights that "all-linear" rejects."""
+    prune_uncalled: MayDiffer[bool] = False
+    """Allow pruned layers that the forward pass of the first step does not call. By default such a layer is an error,
+    as a vision tower is when training on text; experts without tokens in a step are allowed."""
+    modules_to_save: Names | None = None
+    """Modules trained in full. Unset is the task head: everything on top of the base model, and the pooler of BERT and
+    similar models; nothing for language models. An empty list trains none."""
     bias: Bias = "none"
-    """Which biases train, as in PEFT: none, those of the pruned layers, or all of the model."""
-    fused_modules: tuple[str, ...] = ("c_attn",)
-    """Layers that hold several square matrices side by side (q, k, v), each scored and ranked by itself."""
+    """Trained biases, as in PEFT: none, those of the pruned layers, or all of the model."""
+    fused_modules: Names = ("c_attn",)
+    """Layers with several square matrices side by side (q, k, v), each scored and ranked separately."""
     score_rank: NotNegative = 8
-    """Rank of A B; 0 leaves both out."""
+    """Rank of A B; 0 disables it."""
     update_rank: NotNegative = 8
-    """Rank of U V; 0 leaves both out."""
+    """Rank of U V; 0 disables it."""
     expert_rank: NotNegative = 4
-    """The most that either rank is in the matrices of experts that are stacked in a Parameter, of which a model has
-    hundreds, and small ones: rank 8 would be 3 % of Qwen3-30B-A3B's weights, each with optimizer state."""
-    update_embeddings: tuple[str, ...] = ()
-    """Embeddings that get an update U V of ``update_rank`` too, and no mask, such as "word_embeddings"; matched as a
-    list in ``target_modules`` is."""
+    """Maximum of both ranks for experts stacked in a Parameter, which are many and small: rank 8 would add 3 % of
+    Qwen3-30B-A3B's weights, each with optimizer state."""
+    update_embeddings: Names = ()
+    """Embeddings with an update U V of rank ``update_rank`` and no mask, such as "word_embeddings"; matched like a list
+    in ``target_modules``."""
     structured_scores: bool = True
-    """Whether the scores have R and C."""
+    """Whether scores include the row and column terms R and C."""
     alpha1: Finite = 1.0
     """Weight of A B in the scores."""
     alpha2: Finite = 1.0
@@ -97,131 +136,132 @@ class PSTConfig:
     beta: Finite = 1.0
     """Weight of U V in the merged weight."""
     magnitude: Magnitude = "weight"
-    """The term of the scores that needs no training: "weight" is |W|; "activation" |W| times the norm of its input over
-    some training text (relative to the mean norm), as in Wanda (arXiv 2306.11695); "none" leaves it out."""
+    """Untrained term of the scores: "weight" is |W|; "activation" is |W| times the norm of its input over calibration
+    examples, relative to the mean norm, as in Wanda (arXiv 2306.11695); "none" omits it."""
     frozen_magnitude: bool = False
-    """Have |W0| in the scores, not |W|: then weights near the cut do not come and go as U V moves, and only what the
-    scores learn changes the masks. For models that are pruned at once and then recover."""
+    """Use |W0| instead of |W| in the scores: masks then change by the learned scores only, not as U V changes. For
+    models that are pruned at once and then recover."""
     calibration_examples: Positive = 128
-    """Training examples that the norms of "activation" are taken over, before the first step and the first masks."""
+    """Training examples for the norms of "activation", computed before the first masks."""
     gated_norms: bool = False
-    """Whether the norms of "activation" weigh a token that an expert gets by what the router gives it there, as
-    MoE-Pruner does (arXiv 2410.12013)."""
+    """Whether the norms of "activation" weight each token of an expert by its router weight, as MoE-Pruner does
+    (arXiv 2410.12013)."""
     relative_magnitude: bool = True
-    """Divide |W| in the scores by the mean of |W0|, matrix by matrix, so that scores of every layer are near 1."""
+    """Divide |W| in the scores by the mean of |W0| of the matrix, so that scores of all layers are near 1."""
     detach_magnitude: bool = False
-    """True stops the gradient of the scores from reaching U V through |W|."""
+    """Stop the gradient of the scores from reaching U V through |W|."""
     score_init: InitScale = "normal"
-    """Standard deviation of A at the start: 1, 1/sqrt(rank) or 1/sqrt(3 in_features), times ``score_init_scale``."""
+    """Initial standard deviation of A: 1, 1/sqrt(rank) or 1/sqrt(3 in_features), times ``score_init_scale``."""
     score_init_scale: Finite = 0.3
-    """Factor on the standard deviation that ``score_init`` names."""
+    """Factor on the standard deviation of ``score_init``."""
     update_init: UpdateInit = "normal"
-    """The same for U (for V of an embedding, whose U starts at zero). "lora" starts as LoRA does: U at zero, and V with
-    1/sqrt(3 in_features)."""
+    """Initial standard deviation of U (of V for embeddings, whose U is initialised to zero). "lora" initialises U to
+    zero and V with 1/sqrt(3 in_features), as LoRA does."""
     update_init_scale: Finite = 0.1
-    """Factor on the standard deviation that ``update_init`` names."""
+    """Factor on the standard deviation of ``update_init``."""
     update_gates: UpdateGates = "none"
-    """Learned ranks: W = W0 + beta U diag(g) V with trained gates g = 2 sigmoid(a), one for each "component", a column
-    of U with its row of V (as SoRA, arXiv 2311.11696), or one a matrix, "layer" (arXiv 2509.03057)."""
+    """Learned ranks: W = W0 + beta U diag(g) V with trained gates g = 2 sigmoid(a), one per "component", a column of U
+    and its row of V (as in SoRA, arXiv 2311.11696), or one per matrix, "layer" (arXiv 2509.03057)."""
     target_rank: Rate = 0.0
-    """Mean rank of the updates at the end of the schedule, as in AdaLoRA (arXiv 2303.10512): of all components
-    ``target_rank`` / ``update_rank`` are kept, the most important of all matrices together. 0 keeps them all."""
+    """Mean rank of the updates at the end of the schedule, as in AdaLoRA (arXiv 2303.10512): the most important
+    ``target_rank`` / ``update_rank`` of the components of all matrices are kept. 0 keeps all."""
     pattern: str = "matrix"
-    """What is ranked against what: "matrix", every matrix by itself; "stack", the matrices of a layer together, fused
-    ones or experts, which may then differ; "global", all matrices together; "row", every output's weights; N:M such as
-    "2:4", N kept of M consecutive inputs; "16x1", blocks of outputs x inputs, kept or pruned whole."""
+    """Weights that are ranked together: "matrix", each matrix separately; "stack", the matrices of a layer (fused, or
+    experts), whose sparsity may then differ; "global", all matrices; "row", the weights of each output; N:M such as
+    "2:4", which keeps N of M consecutive inputs; "16x1", blocks of outputs x inputs that are kept or pruned as one."""
     min_kept_share: Share = 0.02
-    """Of the patterns "stack" and "global": the least share of every matrix that is kept."""
+    """Minimum fraction of each matrix that patterns "stack" and "global" keep."""
     nm_ramp: NMRamp = "share"
-    """How N:M comes about along the schedule: "share" constrains a growing share of the groups, those first that lose
-    the least score; "steps" lets every group lose one weight more at a time."""
-    overrides: tuple[Override, ...] = ()
-    """Patterns and shares of zeros of some layers; of two that match a layer the later one counts."""
+    """How N:M follows the schedule: "share" constrains a growing fraction of the groups, those with the smallest loss
+    of score first; "steps" prunes one more weight of every group at a time."""
+    overrides: Annotated[tuple[Override, ...], Strict(False)] = ()
+    """Patterns and final sparsities of some layers; the last match applies."""
     initial_mask: InitialMask = "magnitude"
-    """Of the methods with a fixed mask: "magnitude" ranks |W0| once, in ``pattern``; "zeros" keeps the non-zeros of the
-    base model, such as a folder that ``pst-ds prune`` wrote."""
+    """Mask of methods with a fixed mask: "magnitude" ranks |W0| once, by ``pattern``; "zeros" keeps the non-zeros of
+    the base model, such as a folder of ``pst-ds prune``."""
     train_weights: bool = False
     """Train the pruned weights themselves, under the mask (for baselines: every weight then has optimizer state)."""
     full_scores: bool = False
-    """Give every weight a score of its own instead of the small factors and |W| (movement pruning, arXiv 2005.07683);
-    every score has optimizer state."""
+    """Use one trained score per weight instead of the small factors and |W| (movement pruning, arXiv 2005.07683); every
+    score has optimizer state."""
     multiplicative_update: bool = False
-    """W = W0 + beta W0 . (U V) with U (out_features,) and an output of each of ``update_rank`` groups sharing a row of
-    V: SPP (arXiv 2405.16057), which keeps every zero of W0. For masks that are fixed before the first step. With
-    method = "spp" ``update_rank`` is 16 and ``beta`` 2 unless the run file sets them, as its authors have them."""
-    tile_bytes: NotNegative = 0
-    """Bytes that the backward pass of a layer may hold besides tensors as large as its input or its factors, on each
-    rank; 0 is 32 MiB on a CPU and 512 MiB on a GPU. Smaller tiles are slower."""
+    """W = W0 + beta W0 . (U V) with U (out_features,), where the outputs of each of ``update_rank`` groups share a row
+    of V: SPP (arXiv 2405.16057), which preserves the zeros of W0. Requires a fixed mask. Method "spp" has the defaults
+    ``update_rank`` = 16 and ``beta`` = 2 of its authors."""
+    tile_bytes: MayDiffer[NotNegative] = 0
+    """Maximum bytes per rank of gradient tiles in the backward pass of a layer; 0 is 32 MiB on CPUs and 512 MiB on
+    GPUs. Smaller tiles are slower."""
     seed: int | None = None
-    """Seed of A and U (of V in an embedding); together with a layer's name it fixes their values, on any number of
-    ranks. None takes the run's ``seed``, or 0 outside a run."""
+    """Random seed of A and U (of V for embeddings). Together with a layer's name it determines their values, on any
+    number of ranks. Unset is the run's ``seed``, or 0 outside a run."""
 
-    def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "fused_modules", "update_embeddings"):
-            object.__setattr__(self, name, _names(getattr(self, name), bare=name != "target_modules"))
-        object.__setattr__(self, "overrides", tuple(self.overrides))
-        for name in ("modules_to_save", "fused_modules", "update_embeddings"):
-            if isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} = {getattr(self, name)!r} is no name of a module; give a list of names")
+    def problems(self) -> Iterator[str]:
         for name in ("target_modules", "exclude_modules"):
-            _require_regex(name, getattr(self, name))
-        check_fields(self)
+            yield from _regex_problems(name, getattr(self, name))
         if self.frozen_magnitude and self.train_weights:
-            raise ValueError(
-                "frozen_magnitude = true ranks by the pretrained weights, and train_weights = true does not keep them; "
-                "set one of them to false"
+            yield (
+                "frozen_magnitude = true ranks by the pretrained weights, and train_weights = true does not keep them. "
+                "Set one of them to false"
             )
         if self.full_scores and self.has_scores:
-            raise ValueError(
-                "full_scores = true takes the place of the small factors of the scores; set score_rank = 0 and "
+            yield (
+                "full_scores = true replaces the small factors of the scores. Set score_rank = 0 and "
                 "structured_scores = false"
             )
         if self.multiplicative_update and (self.has_scores or self.update_rank == 0):
-            raise ValueError(
-                "multiplicative_update = true is for fixed masks, and needs factors; set score_rank = 0, "
-                "structured_scores = false, full_scores = false and update_rank of at least 1"
+            yield (
+                "multiplicative_update = true needs a fixed mask and factors. Set score_rank = 0, structured_scores = "
+                "false, full_scores = false and update_rank of at least 1"
             )
         if self.multiplicative_update and self.expert_rank == 0:
-            raise ValueError("expert_rank = 0 leaves a multiplicative update without groups; set it to at least 1")
-        self._require_gates_fit()
+            yield "expert_rank = 0 leaves a multiplicative update without groups. Set it to at least 1"
         if self.update_embeddings and self.update_rank == 0:
-            raise ValueError(
-                f"update_embeddings = {list(self.update_embeddings)} with update_rank = 0 updates nothing; set "
+            yield (
+                f"update_embeddings = {list(self.update_embeddings)} with update_rank = 0 updates nothing. Set "
                 "update_rank to at least 1, or update_embeddings to []"
             )
-        for rule in self.rules:
-            if rule.pattern.pools_matrices and not self.relative_magnitude and not self.full_scores:
-                raise ValueError(
-                    f'pattern = "{rule.pattern}" with relative_magnitude = false would rank weights of different '
-                    "scales against each other; set relative_magnitude = true"
-                )
+        yield from self._gate_problems()
+        yield from self._pattern_problems()
 
-    def _require_gates_fit(self) -> None:
+    def _gate_problems(self) -> Iterator[str]:
         if self.update_gates != "none" and (self.update_rank == 0 or self.multiplicative_update):
-            raise ValueError(
+            also = " with multiplicative_update = true" if self.multiplicative_update else ""
+            yield (
                 f'update_gates = "{self.update_gates}" learns the rank of U V, which update_rank = {self.update_rank}'
-                f"{' with multiplicative_update = true' if self.multiplicative_update else ''} does not have; set "
-                'update_gates = "none"'
+                f'{also} does not have. Set update_gates = "none"'
             )
         if self.target_rank and self.update_gates == "none":
-            raise ValueError(
-                f"target_rank = {self.target_rank} drops components by their gates, and there are none; set "
+            yield (
+                f"target_rank = {self.target_rank} drops components by their gates, but there are no gates. Set "
                 'update_gates = "component" or "layer"'
             )
         if self.target_rank > self.update_rank:
-            raise ValueError(
-                f"target_rank = {self.target_rank} is more than update_rank = {self.update_rank}, which updates begin "
-                f"with; set it to at most {self.update_rank}"
+            yield (
+                f"target_rank = {self.target_rank} is more than update_rank = {self.update_rank}, the initial rank. "
+                f"Set it to at most {self.update_rank}"
+            )
+
+    def _pattern_problems(self) -> Iterator[str]:
+        try:
+            rules = self.rules
+        except ValueError as error:
+            yield str(error)
+            return
+        pooled = next((rule.pattern for rule in rules if rule.pattern.pools_matrices), None)
+        if pooled is not None and not self.relative_magnitude and not self.full_scores:
+            yield (
+                f'pattern = "{pooled}" with relative_magnitude = false would compare weights of different magnitude '
+                "scales. Set relative_magnitude = true"
             )
 
     @property
     def dropped_share(self) -> float:
-        """Share of the components of all updates that learned ranks drop in the end."""
+        """Fraction of the components of all updates that learned ranks drop by the end of the schedule."""
         return 1.0 - self.target_rank / self.update_rank if self.target_rank else 0.0
 
     @classmethod
     def paper(cls, **overrides: Any) -> PSTConfig:
-        """Return the constants of the paper: no relative scale, A and U from N(0, 1)."""
+        """Return a config with the paper's constants: no relative magnitude, A and U from N(0, 1)."""
         return cls(**{**PAPER, **overrides})
 
     @property
@@ -231,7 +271,7 @@ class PSTConfig:
 
     @property
     def rules(self) -> tuple[MaskRule, ...]:
-        """Rules for masks: the config's own, then that of every override."""
+        """Rules for masks: the general one, then one for each override."""
         overridden = (self._rule(o.pattern, o.final_sparsity) for o in self.overrides)
         return self._rule(self.pattern, None), *overridden
 
@@ -249,23 +289,23 @@ class PSTConfig:
         fixed = pattern.fixed_sparsity
         if fixed is not None and sparsity not in (None, fixed):
             raise ValueError(
-                f"overrides.final_sparsity = {sparsity} with pattern {name!r}, which has {fixed} zeros; leave it out"
+                f"overrides.final_sparsity = {sparsity} with pattern {name!r}, which has sparsity {fixed}. Remove it"
             )
         if pattern.kind == "global" and sparsity is not None:
             raise ValueError(
-                f'overrides.final_sparsity = {sparsity} with pattern "global", whose matrices share one number of '
-                'zeros; leave it out, or set pattern = "matrix"'
+                f'overrides.final_sparsity = {sparsity} with pattern "global", whose matrices share one sparsity. '
+                'Remove it, or set pattern = "matrix"'
             )
         return MaskRule(pattern, fixed if fixed is not None else sparsity, self.min_kept_share, self.nm_ramp)
 
     @property
     def has_scores(self) -> bool:
-        """True if A B, or R and C, are part of the scores."""
+        """True if the scores include A B, or R and C."""
         return self.score_rank > 0 or self.structured_scores
 
     @property
     def of_experts(self) -> PSTConfig:
-        """Return the same with the ranks of experts' factors."""
+        """The config of stacked experts: ranks limited to ``expert_rank``, and no embeddings."""
         return replace(
             self,
             score_rank=min(self.score_rank, self.expert_rank),
@@ -280,16 +320,9 @@ class PSTConfig:
 
     @property
     def scores_stay_equal(self) -> bool:
-        """True if training cannot tell weights apart either."""
+        """True if scores start equal and training cannot change that."""
         learned = (self.score_rank > 0 and self.alpha1 != 0.0) or (self.structured_scores and self.alpha2 != 0.0)
         return self.scores_start_equal and not (self.full_scores or learned)
-
-
-def _names(value: Any, *, bare: bool = False) -> Any:
-    """Turn lists and sets into tuples, sets in order; if ``bare``, a plain name into a tuple of it."""
-    if isinstance(value, list | set | frozenset):
-        return tuple(value) if isinstance(value, list) else tuple(sorted(value))
-    return (value,) if bare and isinstance(value, str) and _BARE_NAME.fullmatch(value) else value
 
 
 def name_matches(name: str, patterns: str | Iterable[str]) -> bool:
@@ -307,14 +340,12 @@ def is_inside(name: str, patterns: str | Iterable[str]) -> bool:
     return any(name_matches(".".join(parts[:i]), patterns) for i in range(len(parts), 0, -1))
 
 
-def _require_regex(name: str, pattern: str | tuple[str, ...]) -> None:
+def _regex_problems(name: str, pattern: str | tuple[str, ...]) -> Iterator[str]:
     if isinstance(pattern, str):
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(
-                f"{name} = {pattern!r} is not a regular expression: {error}; mend it, or give a list of names"
-            ) from None
+            yield f"{name} = {pattern!r} is not a regular expression: {error}. Correct it, or give a list of names"
 
 
 PAPER: dict[str, Any] = {

@@ -1,82 +1,83 @@
-"""Settings of the grid that weights are rounded to while they train."""
+"""Settings of quantisation-aware training: ``[quantization]``."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Literal
 
-from pst_ds.config.checks import ConfigError, NotNegative, Share, check_fields
 from pst_ds.config.methods import METHODS
+from pst_ds.config.settings import ConfigError, NotNegative, Section, Share, settings
 from pst_ds.core.schedule import CubicSchedule, RoundingSchedule, Schedule, ScheduleConfig
 
-_ROUNDING_ERROR = 1e-9
-"""Of 1 - cooldown_fraction."""
+_TOLERANCE = 1e-9
+"""Rounding error of 1 - cooldown_fraction."""
 _SEARCHES = 10
+"""Searches for scales in a run, unless ``quantization.interval`` is set."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class QuantizationConfig:
-    """Training with rounded weights, so that the exported file computes what was trained (docs/how-to/methods.md)."""
+@settings()
+class QuantizationConfig(Section):
+    """Training with quantised weights, so that the exported file computes what was trained (docs/how-to/methods.md)."""
 
     values: Literal["", "int8", "int4"] = ""
-    """What every pruned layer's M . W is rounded to in the forward pass; its gradient passes straight through. Empty
-    is nothing."""
+    """Type to which the masked weights M . W of every pruned layer are quantised in the forward pass. Gradients use the
+    straight-through estimator. Empty switches quantisation off."""
     group: Literal[32, 64, 128, "row"] | None = None
-    """Inputs of an output that share a scale, which must divide those of every layer; or all of them. Unset, it is
-    "row" for int8 and 64 for int4."""
+    """Consecutive inputs of an output that share a scale; must divide the inputs of every layer. "row" is all of them.
+    Unset is "row" for int8 and 64 for int4."""
     activations: Literal["", "int8"] = ""
-    """What the inputs of these layers are rounded to wherever the weights are, with a scale for every 64 columns of a
-    token, as kernels with inputs of 8 bits do. Empty leaves them."""
+    """Type to which the inputs of these layers are quantised along with the weights, with a scale per 64 columns of a
+    token, as in int8 kernels. Empty keeps them."""
     start_fraction: Share | None = None
-    """Share of all steps after which weights are rounded, not before the masks are final. Unset, it is right then:
-    after the ramp, or from the first step on where there is none."""
+    """Share of all steps before quantisation starts; masks must be final by then. Unset starts as soon as masks are
+    final: after the ramp, or at the first step if there is none."""
     interval: NotNegative = 0
-    """Optimizer steps between two searches for the scales of least squared error; 0 is about ten searches in all. In
-    between scales stay as they are."""
+    """Optimizer steps between searches for the scales with the least squared error; 0 is about ten searches per run.
+    Scales do not change in between."""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    def problems(self) -> Iterator[str]:
         for name in ("group", "activations", "start_fraction", "interval"):
             if not self.values and getattr(self, name):
-                raise ValueError(
-                    f"{name} = {getattr(self, name)!r} does nothing without values; set values to int8 or int4"
+                yield (
+                    f"quantization.{name} = {getattr(self, name)!r} does nothing without quantization.values. Set "
+                    "quantization.values to int8 or int4"
                 )
 
     @property
     def activation_bits(self) -> int:
-        """Bits of the inputs of rounded layers: 8, or 16 where they are not rounded."""
+        """Bits of the inputs of quantised layers: 8, or 16 if they are not quantised."""
         return 8 if self.activations else 16
 
-    def require_fit(self, method: str, schedule: ScheduleConfig) -> None:
-        """Refuse to round where no layer could be, and while the masks of ``method`` change. Raises ConfigError."""
+    def conflicts(self, method: str, schedule: ScheduleConfig) -> Iterator[str]:
+        """Yield a message where no layer can be quantised, or where masks still change."""
         if not self.values:
             return
         if not METHODS[method].injects:
             others = ", ".join(repr(name) for name, each in METHODS.items() if each.injects)
-            raise ConfigError(
-                f'quantization.values = "{self.values}" rounds the layers that a method makes its own, and method = '
-                f"{method!r} trains the model as it is; take one of {others}, or leave it out"
+            yield (
+                f'quantization.values = "{self.values}" quantises injected layers, and method = {method!r} injects '
+                f"none. Set method to one of {others}, or remove quantization.values"
             )
         if METHODS[method].masks != "ramp":
             return
         cooldown = schedule.cooldown_fraction
         if cooldown == 0.0:
-            raise ConfigError(
-                f'quantization.values = "{self.values}" rounds weights once the masks are final, and '
-                "schedule.cooldown_fraction = 0 leaves no step for it; set schedule.cooldown_fraction above 0"
+            yield (
+                f'quantization.values = "{self.values}" starts once masks are final, and schedule.cooldown_fraction = '
+                "0 leaves no step for it. Set schedule.cooldown_fraction above 0"
             )
-        if self.start_fraction is not None and self.start_fraction < 1.0 - cooldown - _ROUNDING_ERROR:
-            raise ConfigError(
+        elif self.start_fraction is not None and self.start_fraction < 1.0 - cooldown - _TOLERANCE:
+            yield (
                 f"quantization.start_fraction = {self.start_fraction}, but masks change until {1.0 - cooldown:.4g} of "
-                f"the steps (schedule.cooldown_fraction = {cooldown}), and scales are those of the weights that stay. "
-                f"Fix: quantization.start_fraction = {1.0 - cooldown:.4g}, or leave it out"
+                f"the steps (schedule.cooldown_fraction = {cooldown}), and scales are searched for final masks. "
+                f"Fix: quantization.start_fraction = {1.0 - cooldown:.4g}, or remove it"
             )
 
     def make_schedule(self, masks: Schedule | None, num_steps: int) -> RoundingSchedule | None:
-        """Return when a run of ``num_steps`` with the schedule ``masks`` rounds its weights; None for never.
+        """Return when a run of ``num_steps`` with the schedule ``masks`` quantises its weights; None for never.
 
-        Raises ConfigError for a run that would end before.
+        Raises ConfigError for a run that ends before quantisation starts.
         """
         if not self.values:
             return None
@@ -84,7 +85,7 @@ class QuantizationConfig:
         start = max(final, math.floor((self.start_fraction or 0.0) * num_steps))
         if start >= num_steps:
             raise ConfigError(
-                f'quantization.values = "{self.values}" rounds weights once the masks are final, which is after step '
-                f"{final} of {num_steps}; train longer, or raise schedule.cooldown_fraction"
+                f'quantization.values = "{self.values}" starts once masks are final, which is after step {final} of '
+                f"{num_steps}. Raise train.num_steps or schedule.cooldown_fraction"
             )
         return RoundingSchedule(start, self.interval or max(1, round((num_steps - start) / _SEARCHES)), num_steps)

@@ -1,83 +1,74 @@
-"""Settings of the one-shot pruning that a run begins with."""
+"""Settings of the one-shot pruning before training: ``[start]``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Literal
 
-from pst_ds.config.checks import ConfigError, NotNegative, Positive, check_fields
+from pst_ds.config.methods import METHODS
+from pst_ds.config.pst import PSTConfig
+from pst_ds.config.settings import NotNegative, Positive, Section, settings
 from pst_ds.core.patterns import parse_pattern
-from pst_ds.file_names import START
-
-if TYPE_CHECKING:
-    from pst_ds.config.run import RunConfig
+from pst_ds.core.schedule import ScheduleConfig
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StartConfig:
+@settings()
+class StartConfig(Section):
     """One-shot pruning of the pretrained model on training data, before the first step (docs/how-to/methods.md)."""
 
     method: Literal["none", "magnitude", "wanda", "sparsegpt", "alps"] = "none"
-    """How the zeros are chosen that the run begins with: those of ``schedule.initial_sparsity``, or all of them where
-    masks are fixed. The run folder keeps the pruned model, which is the run's base from then on."""
+    """One-shot method that chooses the initial masks, at ``schedule.initial_sparsity``, or at the final sparsity for
+    methods with fixed masks. The run folder keeps the pruned model, which becomes the run's base."""
     samples: Positive = 128
-    """Examples of ``data.train`` that the pruning looks at; all, where there are fewer."""
+    """Calibration examples from ``data.train``; all of them if there are fewer."""
     reconstruct: NotNegative = 0
-    """Passes of these examples that fit the kept weights of each block to what the dense block gives."""
+    """Epochs over the calibration examples that fit the kept weights of each block to the output of the dense block."""
     budgets: Literal["equal", "owl", "saliency"] = "equal"
-    """How zeros are shared out among layers: equally, by how much weights stand out, or by what the loss loses."""
+    """Distribution of the sparsity over layers: equal, by outliers among the weights (OWL), or by the increase in
+    loss."""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    def problems(self) -> Iterator[str]:
         for field in fields(self):
             if self.method == "none" and getattr(self, field.name) != field.default:
-                raise ConfigError(
+                yield (
                     f"start.{field.name} = {getattr(self, field.name)!r} does nothing with start.method = "
-                    '"none"; set start.method, such as "alps"'
+                    '"none". Set start.method, such as "alps"'
                 )
 
-    def sparsity(self, run: RunConfig) -> float:
-        """Return the fraction of zeros that ``run`` begins with."""
-        return run.schedule.initial_sparsity if run.mask_method.masks == "ramp" else run.schedule.final_sparsity
+    def sparsity(self, method: str, schedule: ScheduleConfig) -> float:
+        """Return the sparsity of the initial masks."""
+        return schedule.initial_sparsity if METHODS[method].masks == "ramp" else schedule.final_sparsity
 
-    def require_fit(self, run: RunConfig) -> None:
-        """Refuse a start whose zeros the run would not begin with. Raises ConfigError."""
+    def conflicts(self, method: str, schedule: ScheduleConfig, pst: PSTConfig) -> Iterator[str]:
+        """Yield a message where the run would not start from the masks of the one-shot method."""
         if self.method == "none":
             return
-        asked, masks, zeros = f'start.method = "{self.method}"', run.mask_method.masks, self.sparsity(run)
+        setting, masks = f'start.method = "{self.method}"', METHODS[method].masks
+        sparsity = self.sparsity(method, schedule)
         if masks == "none":
-            raise ConfigError(f"{asked} prunes, and method = {run.method!r} does not; leave start out, or take another")
-        if masks == "fixed" and run.pst.initial_mask != "zeros":
-            raise ConfigError(
-                f'{asked} chooses the masks, and method = {run.method!r} chose others. Fix: pst.initial_mask = "zeros"'
+            yield f"{setting} prunes, and method = {method!r} does not. Remove [start], or set another method"
+            return
+        if masks == "fixed" and pst.initial_mask != "zeros":
+            yield (
+                f"{setting} chooses the masks, and method = {method!r} would choose others. Fix: "
+                'pst.initial_mask = "zeros"'
             )
-        if zeros == 0.0:
-            raise ConfigError(
-                f"{asked} prunes as much as schedule.initial_sparsity says, which is 0; set it above 0, or leave start "
-                "out"
+        if sparsity == 0.0:
+            yield (
+                f"{setting} prunes to schedule.initial_sparsity, which is 0. Set schedule.initial_sparsity above 0, or "
+                "remove [start]"
             )
-        fixed = parse_pattern(run.pst.pattern).fixed_sparsity
-        if fixed not in (None, zeros):
-            raise ConfigError(
-                f'{asked} prunes to schedule.initial_sparsity = {zeros}, but pst.pattern = "{run.pst.pattern}" has '
-                f"{fixed} zeros. Fix: schedule.initial_sparsity = {fixed}"
+            return
+        fixed = parse_pattern(pst.pattern).fixed_sparsity
+        if fixed not in (None, sparsity):
+            yield (
+                f'{setting} prunes to schedule.initial_sparsity = {sparsity}, but pst.pattern = "{pst.pattern}" has '
+                f"sparsity {fixed}. Fix: schedule.initial_sparsity = {fixed}"
             )
-        own = next((rule.modules for rule in run.pst.overrides if rule.final_sparsity is not None), None)
-        if masks == "ramp" and own is not None:
-            raise ConfigError(
-                f"{asked} gives all layers the same share of zeros, and pst.overrides gives {own!r} a final_sparsity "
-                "of its own; leave one of them out, or prune with pst-ds prune and train the folder"
+        overridden = next((rule.modules for rule in pst.overrides if rule.final_sparsity is not None), None)
+        if masks == "ramp" and overridden is not None:
+            yield (
+                f"{setting} prunes all layers to the same sparsity, and pst.overrides gives {overridden!r} a separate "
+                "final_sparsity. Remove one of them, or prune with pst-ds prune and train the folder"
             )
-
-
-def started(run: RunConfig) -> RunConfig:
-    """Return ``run`` as it goes on once its pretrained model is pruned, in its folder. A model that was to be its own
-    teacher is a teacher of its own then: it is dense."""
-    if run.start.method == "none":
-        return run
-    distillation = run.distillation
-    if distillation.weight and not distillation.teacher:
-        distillation = replace(distillation, teacher=run.model.path)
-    model = replace(run.model, path=str(Path(run.output_dir) / START))
-    return replace(run, model=model, distillation=distillation, start=StartConfig())

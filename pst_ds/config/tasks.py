@@ -1,43 +1,47 @@
-"""The tasks of a run file: facts about each that need no torch. Their code is in pst_ds/data/tasks."""
+"""The table of tasks: properties of each that need no torch. The code of a task is in pst_ds/data/tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pst_ds.config.checks import ConfigError
 from pst_ds.config.data import DataConfig, EvalConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskFacts:
-    """Facts about a task for the run file and ``pst-ds init``."""
+    """Properties of a task, for the run file and ``pst-ds init``."""
 
     metrics: tuple[str, ...]
-    """Those that may choose the best checkpoint; the first does by default."""
+    """Metrics that may choose the best checkpoint; the first is the default."""
     loss: str = "loss"
-    """The metric that training minimises."""
+    """Metric that training minimises."""
     eval_batch_size: int = 64
+    """Default examples per rank and evaluation batch."""
     max_text_columns: int = 2
+    """Maximum number of ``data.text_columns``."""
     min_length: int = 1
-    """Smallest ``data.max_length``."""
+    """Minimum ``data.max_length``."""
     has_labels: bool = True
-    """A row has a label column."""
+    """Whether rows have a label column."""
     packs_text: bool = False
-    """Examples are cut from one stream of text, ``data.max_length`` tokens each."""
+    """Whether examples are sequences of ``data.max_length`` tokens, cut from joined documents."""
     writes_texts: bool = False
-    """``pst-ds eval`` and ``verify`` have the model write texts."""
+    """Whether ``pst-ds eval`` and ``verify`` generate text."""
     predicts_tokens: bool = False
-    """Logits are those of every token, not of every example."""
+    """Whether there are logits for every token, not for every example."""
     no_teacher: str = ""
-    """Why its predictions cannot be compared with a teacher's; empty if they can."""
+    """Why distillation cannot compare its predictions; empty if it can."""
     init_max_length: int = 128
+    """``data.max_length`` that ``pst-ds init`` writes."""
     init_epochs: float = 3.0
+    """``train.num_epochs`` that ``pst-ds init`` writes."""
     init_sparsity: float = 0.9
-    """Where the pattern does not say it. Language models lose too much at 0.9: docs/background/results.md."""
+    """Sparsity that ``pst-ds init`` writes, unless the pattern fixes it. Language models lose too much accuracy at 0.9:
+    docs/background/results.md."""
     suggested_by: Callable[[str | None], bool] = lambda label_type: False
-    """True where ``pst-ds init`` proposes it for a label column of this Arrow type, or for None, no such column. The
-    first such task is taken."""
+    """Whether ``pst-ds init`` suggests the task for a label column of this Arrow type, None for no label column. The
+    first such task is suggested."""
 
 
 TASKS: dict[str, TaskFacts] = {
@@ -67,23 +71,23 @@ TASKS: dict[str, TaskFacts] = {
 }  # fmt: skip
 
 
-def check_task(task: str, data: DataConfig, evaluation: EvalConfig, num_steps: int) -> None:
-    """Raise ConfigError for settings that do not fit the task; ``num_steps`` is 0 for a run of some epochs."""
+def task_conflicts(task: str, data: DataConfig, evaluation: EvalConfig, num_steps: int) -> Iterator[str]:
+    """Yield a message for each setting that does not fit the task; ``num_steps`` is 0 if ``num_epochs`` is set."""
     facts = TASKS[task]
     if evaluation.metric and evaluation.metric not in facts.metrics:
-        raise ConfigError(
+        yield (
             f"eval.metric = {evaluation.metric!r} is not a metric of task {task!r}; choose from "
-            f"{', '.join(map(repr, facts.metrics))}, or leave it out"
+            f"{', '.join(map(repr, facts.metrics))}, or remove it"
         )
     if len(data.text_columns) > facts.max_text_columns:
-        raise ConfigError(f"data.text_columns = {list(data.text_columns)} must name one column for task {task!r}")
+        yield f"data.text_columns = {list(data.text_columns)} must name one column for task {task!r}"
     if data.sources and not facts.packs_text:
         mixing = ", ".join(repr(name) for name, other in TASKS.items() if other.packs_text)
-        raise ConfigError(f"data.sources are for task {mixing}, not for {task!r}; name its text with data.train")
+        yield f"data.sources are for task {mixing}, not for {task!r}. Name the training data with data.train"
     if data.streams and not num_steps:
-        raise ConfigError(
-            f"train.num_epochs is set, and data.sources has a stream ({data.streams[0].path!r}), whose length is not "
-            "known; set train.num_steps instead"
+        yield (
+            f"train.num_epochs is set, and data.sources has a stream ({data.streams[0].path!r}), whose length is "
+            "unknown. Set train.num_steps instead"
         )
     if data.max_length < facts.min_length:
-        raise ConfigError(f"data.max_length = {data.max_length} must be at least {facts.min_length} for task {task!r}")
+        yield f"data.max_length = {data.max_length} must be at least {facts.min_length} for task {task!r}"

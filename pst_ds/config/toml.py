@@ -1,26 +1,26 @@
-"""Read, override, check and write run files: TOML to :class:`RunConfig` and back."""
+"""Read, override and write run files: TOML to :class:`RunConfig` and back."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import os
 import sys
 import tomllib
-import types
-import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from pst_ds.config.methods import METHODS
 from pst_ds.config.presets import with_data_preset
-from pst_ds.config.pst import PAPER, PSTConfig
-from pst_ds.config.run import ConfigError, DataConfig, RunConfig
+from pst_ds.config.pst import PAPER
+from pst_ds.config.run import ConfigError, RunConfig
+from pst_ds.config.settings import messages, report
 from pst_ds.file_names import RUN_FILE, START
 
-T = TypeVar("T")
 PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER}
 
 
@@ -76,9 +76,12 @@ def _table(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     return table
 
 
-def run_from_table(table: dict[str, Any]) -> RunConfig:
-    """Build a RunConfig from nested tables. ``method``, ``pst.preset`` and ``data.preset`` fill in what they lack."""
-    table = with_data_preset(_without_removed(table))
+def run_from_table(table: Mapping[str, Any]) -> RunConfig:
+    """Build a RunConfig from nested tables. ``method``, ``pst.preset`` and ``data.preset`` fill in what they lack.
+
+    Raises ConfigError with a message for each wrong setting.
+    """
+    table = with_data_preset(_without_removed({"model": {}, "data": {}, "train": {}, **table}))
     pst = table.get("pst", {})
     if isinstance(pst, dict) and "preset" in pst:
         preset = pst["preset"]
@@ -89,7 +92,13 @@ def run_from_table(table: dict[str, Any]) -> RunConfig:
     if isinstance(pst, dict) and isinstance(method, str) and method in METHODS:
         pst = {**METHODS[method].defaults, **pst}
     table["pst"] = pst
-    return _build(RunConfig, table, "")
+    _require_utf8(table)
+    try:
+        # JSON, where a strict pydantic takes lists for tuples; dates become tables, which no setting takes
+        return _adapter().validate_json(json.dumps(table, default=lambda value: {"value": str(value)}))
+    except ValidationError as error:
+        report(messages(error, RunConfig, table))
+        raise
 
 
 REMOVED = {
@@ -110,6 +119,22 @@ def _without_removed(table: dict[str, Any]) -> dict[str, Any]:
             if os.environ.get("RANK", "0") == "0":
                 print(f"{name} = {values[key]!r} has no effect any more: {instead}. Remove it", file=sys.stderr)
     return table
+
+
+@cache
+def _adapter() -> TypeAdapter[RunConfig]:
+    return TypeAdapter(RunConfig)
+
+
+def _require_utf8(table: dict[str, Any]) -> None:
+    """Reject bytes of a path that are not UTF-8, which Python holds as halves of surrogate pairs."""
+    for key, value in flatten(table).items():
+        try:
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{key} = {value!r} is not UTF-8, which a run file must be. Rename the file or folder"
+            ) from None
 
 
 def dump_run(run: RunConfig) -> str:
@@ -138,13 +163,13 @@ def _toml_lines(config: Any) -> list[str]:
     return [line for f in dataclasses.fields(config) for line in _toml_line(f.name, getattr(config, f.name))]
 
 
-def _toml_line(name: str, value: Any) -> list[str]:
+def _toml_line(name: str, value: object) -> list[str]:
     if value is None:  # TOML has no null; the default is None wherever None is allowed
         return []
     return [f"{name} = {toml_value(value)}"]
 
 
-def toml_value(value: Any) -> str:
+def toml_value(value: object) -> str:
     """Return a setting's value as TOML spells it, in one line."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return "{" + ", ".join(_toml_lines(value)) + "}"
@@ -166,80 +191,9 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     table[last] = _parse_value(text.strip())
 
 
-def _parse_value(text: str) -> Any:
+def _parse_value(text: str) -> object:
     """Read a TOML value; anything else is taken as a string, so that --set output_dir=runs/a needs no quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-
-
-def _build(cls: type[T], table: Any, prefix: str) -> T:
-    if not isinstance(table, dict):
-        raise ConfigError(f"{prefix.rstrip('.')} must be a table, got {table!r}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
-    for key in table:
-        if key not in fields:
-            known = [*fields, "preset"] if cls in (PSTConfig, DataConfig) else list(fields)
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" Known keys: {', '.join(known)}"
-            raise ConfigError(f"unknown key '{prefix}{key}'.{hint}")
-    for name, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and name not in table and dataclasses.is_dataclass(hints[name]):
-            table = {**table, name: {}}  # which then says what it lacks
-        elif required and name not in table:
-            raise ConfigError(f"'{prefix}{name}' is missing; set it in the run file, or with --set {prefix}{name}=")
-    values = {key: _convert(value, hints[key], f"{prefix}{key}") for key, value in table.items()}
-    try:
-        return cls(**values)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{prefix}{error}") from None
-
-
-def _convert(value: Any, hint: Any, key: str) -> Any:
-    """Convert ``value`` to the annotated type. Raises ConfigError, naming the type."""
-    for text in value if isinstance(value, list | tuple) else [value]:
-        # Python holds the bytes of a path that are no UTF-8 as halves of surrogate pairs
-        if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
-            raise ConfigError(
-                f"{key} = {text!r} is not UTF-8, as a run file has to be; give the file or folder another name"
-            )
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, key + ".")  # type: ignore[arg-type]
-    if origin in (typing.Union, types.UnionType):
-        for option in args:
-            try:
-                return _convert(value, option, key)
-            except ConfigError:
-                continue
-    elif origin is typing.Literal:
-        if value in args:
-            return value
-        raise ConfigError(f"{key} = {value!r} must be one of {', '.join(map(repr, args))}")
-    elif origin is tuple:
-        if dataclasses.is_dataclass(args[0]) and isinstance(value, list | tuple):
-            return tuple(_build(args[0], item, f"{key}.") for item in value)  # type: ignore[arg-type]
-        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-    elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    raise ConfigError(f"{key} = {value!r} must be {_describe(hint)}")
-
-
-def _describe(hint: Any) -> str:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(a) for a in args if a is not type(None))
-    if origin is typing.Literal:
-        return f"one of {', '.join(map(repr, args))}"
-    if origin is tuple:
-        return "a list of tables" if dataclasses.is_dataclass(args[0]) else "a list of strings"
-    return {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}.get(hint, str(hint))

@@ -1,80 +1,156 @@
-"""Steps, batches and learning rates, in the run file."""
+"""Settings of training and its loss: ``[train]`` and ``[distillation]``."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
-from pst_ds.config.checks import ConfigError, Positive, Rate, Share, check_fields
+from pst_ds.config.settings import (
+    FINITE,
+    ConfigError,
+    MayDiffer,
+    Positive,
+    Rate,
+    Reported,
+    Section,
+    Share,
+    settings,
+)
+from pst_ds.config.tasks import TASKS
 
 Precision = Literal["bf16", "fp32"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
+@settings()
+class DistillationConfig(Section):
+    """Knowledge distillation from a dense teacher, in addition to the labels (arXiv 1503.02531)."""
+
+    weight: Annotated[float, Ge(0.0), Le(1.0)] = 0.0
+    """Weight of the KL divergence between teacher and student predictions in the loss; the task's loss has the rest. 0
+    switches distillation off."""
+    hidden_states: Rate = 0.0
+    """Weight of the relative squared distance between hidden states after each block (arXiv 2310.06927)."""
+    temperature: Annotated[float, Gt(0.0), FINITE] = 1.0
+    """Divisor of both logits; the divergence is multiplied by its square."""
+    teacher: str = ""
+    """Model folder with the same task, classes and vocabulary. Empty uses the base model without masks and updates,
+    which needs no memory but requires a dense base, and that only the small factors train."""
+
+    def problems(self) -> Iterator[str]:
+        for name in ("teacher", "hidden_states"):
+            if getattr(self, name) and not self.weight:
+                yield (
+                    f"distillation.{name} = {getattr(self, name)!r} does nothing with distillation.weight = 0. Set "
+                    "distillation.weight"
+                )
+
+    def conflicts(self, task: str) -> Iterator[str]:
+        """Yield a message for a task without predictions to compare."""
+        if self.weight and TASKS[task].no_teacher:
+            yield (
+                f"distillation.weight = {self.weight} compares classes or tokens, and task = {task!r} "
+                f"{TASKS[task].no_teacher}. Set distillation.weight = 0"
+            )
+
+
+@settings()
+class TrainConfig(Section):
     """Steps, batches and learning rates."""
 
     num_steps: int = 0
-    """Optimizer steps; or give ``num_epochs``."""
+    """Optimizer steps. Set either this or ``num_epochs``."""
     num_epochs: float = 0.0
-    """Passes over the training data, rounded to whole steps; or give ``num_steps``."""
+    """Epochs over the training data, rounded to whole steps. Set either this or ``num_steps``."""
     batch_size: Positive = 32
-    """Examples (sequences, for task "causal-lm") of an optimizer step, over all ranks and accumulation steps."""
-    gradient_accumulation_steps: Positive = 1
-    """Micro-batches whose gradients are summed for one optimizer step."""
-    sequence_parallel: Positive = 1
-    """Neighbouring ranks n that train on the same sequences, each on ``data.max_length`` / n tokens, for sequences too
-    long for one. It must divide the ranks and the model's attention heads (docs/how-to/large-models.md)."""
+    """Examples (sequences, for task "causal-lm") per optimizer step, over all ranks and accumulation steps."""
+    gradient_accumulation_steps: MayDiffer[Positive] = 1
+    """Micro-batches per optimizer step, whose gradients are summed."""
+    sequence_parallel: MayDiffer[Positive] = 1
+    """Neighbouring ranks n that share the same sequences, each with ``data.max_length`` / n tokens, for sequences that
+    are too long for one rank. Must divide the number of ranks and of attention heads (docs/how-to/large-models.md)."""
     precision: Precision = "bf16"
-    """What the model computes in; factors, moments and losses are kept in fp32 either way."""
-    score_learning_rate: Rate | None = None
-    """For A, B, R and C, and for the scores of movement pruning. None, here and below, is a rate for the model's width
-    and the run's steps, of :func:`pst_ds.core.schedule.default_learning_rates`."""
-    update_learning_rate: Rate | None = None
-    """For U and V."""
-    gate_learning_rate: Rate | None = None
-    """For the gates of ``pst.update_gates``."""
-    prompt_learning_rate: Rate | None = None
-    """For the prompt of ``[prompt]``."""
-    embedding_learning_rate: Rate | None = None
-    """For U and V of ``pst.update_embeddings``."""
-    head_learning_rate: Rate | None = None
-    """For the modules trained in full; for every weight with the methods that train all of them."""
+    """Type of the model's computations. Factors, Adam's moments and losses are always fp32."""
+    score_learning_rate: Reported[Rate | None] = None
+    """Learning rate of A, B, R and C, and of the scores of movement pruning. Unset learning rates, here and below, are
+    chosen by the model's width and the run's steps (:func:`pst_ds.core.schedule.default_learning_rates`)."""
+    update_learning_rate: Reported[Rate | None] = None
+    """Learning rate of U and V."""
+    gate_learning_rate: Reported[Rate | None] = None
+    """Learning rate of the gates of ``pst.update_gates``."""
+    prompt_learning_rate: Reported[Rate | None] = None
+    """Learning rate of the prompt of ``[prompt]``."""
+    embedding_learning_rate: Reported[Rate | None] = None
+    """Learning rate of U and V of ``pst.update_embeddings``."""
+    head_learning_rate: Reported[Rate | None] = None
+    """Learning rate of modules trained in full, and of every weight for methods that train all of them."""
     score_penalty: Rate = 0.0
-    """Of method "soft-movement": what the mean of sigmoid(S) costs at the final sparsity; less before it."""
+    """Weight of the mean of sigmoid(S) in the loss of method "soft-movement" at the final sparsity; it increases along
+    the schedule."""
     adam_beta1: Share = 0.9
     """Decay of Adam's first moment."""
     adam_beta2: Share = 0.98
-    """Decay of Adam's second moment. Held-out loss was lower than with Adam's 0.999."""
+    """Decay of Adam's second moment. Held-out loss was lower than with the usual 0.999."""
     learning_rate_warmup_fraction: Share = 0.06
-    """Share of all steps over which learning rates rise from zero; they then fall linearly to zero."""
-    gradient_clipping: Rate = 1.0
-    """Largest global gradient norm; 0 switches clipping off."""
-    log_interval: Positive = 10
-    """Optimizer steps between lines of metrics.jsonl; a mask update always writes one."""
-    profile_steps: str = ""
-    """First and last optimizer step, as "20:22", that rank 0 records with torch.profiler into profile/ of the run
-    folder: where the time goes, operator by operator (docs/how-to/monitor.md). Empty is none."""
-    stall_timeout_seconds: Annotated[float, Ge(0.0), Lt(1e7)] = 1800.0
-    """A rank that makes no progress for so long ends the run, with its number and stack. Longer than the longest
-    micro-batch, mask update and evaluation batch. 0 never does."""
+    """Fraction of all steps over which learning rates increase from zero; they then decrease linearly to zero."""
+    gradient_clipping: Reported[Rate] = 1.0
+    """Maximum global gradient norm; 0 switches clipping off."""
+    log_interval: MayDiffer[Positive] = 10
+    """Optimizer steps between lines of metrics.jsonl; every mask update also writes one."""
+    profile_steps: MayDiffer[str] = ""
+    """First and last optimizer step, such as "20:22", that rank 0 records with torch.profiler into profile/ of the run
+    folder (docs/how-to/monitor.md). Empty records none."""
+    stall_timeout_seconds: MayDiffer[Annotated[float, Ge(0.0), Lt(1e7)]] = 1800.0
+    """Seconds without progress on a rank after which the run ends with that rank's number and stack. Set it above the
+    longest micro-batch, mask update and evaluation batch. 0 never ends a run."""
 
-    def __post_init__(self) -> None:
+    def problems(self) -> Iterator[str]:
         in_range = self.num_steps >= 0 and 0.0 <= self.num_epochs < float("inf")
         if not in_range or (self.num_steps > 0) == (self.num_epochs > 0):
-            raise ConfigError(
+            yield (
                 f"train.num_steps = {self.num_steps} and train.num_epochs = {self.num_epochs}: set one of them to a "
                 "number above 0, and the other to 0"
             )
         first, last = self.profiled
         if self.profile_steps and not 1 <= first <= last:
-            raise ConfigError(
-                f'train.profile_steps = {self.profile_steps!r} must be the first and the last step, such as "20:22"'
+            yield f'train.profile_steps = {self.profile_steps!r} must be the first and the last step, such as "20:22"'
+
+    def conflicts(
+        self, task: str, max_length: int, distillation: DistillationConfig, deepspeed_config: str
+    ) -> Iterator[str]:
+        """Yield why ranks cannot share the sequences of a run, if ``sequence_parallel`` asks them to."""
+        if self.sequence_parallel == 1:
+            return
+        lead, facts = f"train.sequence_parallel = {self.sequence_parallel}", TASKS[task]
+        if not facts.predicts_tokens:
+            yield f"{lead} is for language models, not for task = {task!r}. Set train.sequence_parallel = 1"
+            return
+        if not deepspeed_config:
+            yield f'{lead} requires ZeRO-3. Set deepspeed_config = "ds_configs/zero3.json"'
+        if rest := max_length % self.sequence_parallel:
+            divisible = max_length - rest or self.sequence_parallel
+            yield f"{lead} must divide data.max_length = {max_length}. Set data.max_length = {divisible}"
+        if distillation.teacher:
+            yield (
+                f"{lead} does not support distillation.teacher = {distillation.teacher!r}. Remove it to distil from "
+                "the base model"
             )
-        check_fields(self)
+        elif not facts.packs_text and distillation.hidden_states:
+            yield (
+                f"{lead} cannot compare hidden states of padded examples (task = {task!r}). Set "
+                "distillation.hidden_states = 0"
+            )
+
+    def groups_of_ranks(self, world_size: int) -> int:
+        """Return the number of groups of ranks that share sequences. Raises ConfigError if it is not whole."""
+        if world_size % self.sequence_parallel:
+            raise ConfigError(
+                f"train.sequence_parallel = {self.sequence_parallel} does not divide {world_size} ranks. Start a "
+                f"multiple of {self.sequence_parallel}, or set a divisor"
+            )
+        return world_size // self.sequence_parallel
 
     @property
     def profiled(self) -> tuple[int, int]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pst_ds.config.checks import ConfigError
 from pst_ds.config.pst import name_matches
+from pst_ds.config.settings import ConfigError
 from pst_ds.core import stats
 from pst_ds.core.bits import unpack_shard
 from pst_ds.core.factors import Factors, tile_factors

@@ -13,8 +13,6 @@ from torch import nn
 
 from pst_ds.checkpoint.format import SCALE_BYTES, most_bytes
 from pst_ds.config.run import RunConfig
-from pst_ds.config.sequences import groups_of_ranks
-from pst_ds.config.start import started
 from pst_ds.config.toml import load_run_or_folder
 from pst_ds.data.tasks import task_of
 from pst_ds.errors import InputError
@@ -165,7 +163,7 @@ class Plan:
         start = self.run.start
         if start.method == "none":
             return None
-        return {**asdict(start), "sparsity": start.sparsity(self.run), "folder": started(self.run).model.path}
+        return {**asdict(start), "sparsity": self.run.start_sparsity, "folder": self.run.started().model.path}
 
     @property
     def base_grid(self) -> str | None:
@@ -320,7 +318,7 @@ def _cost(
         need=_need(run, memory, num_steps, checkpoint_bytes / ranks, machine.device),
         model_bytes=numbers.whole_bytes,
         checkpoint_bytes=checkpoint_bytes,
-        least_batch=groups_of_ranks(run.train.sequence_parallel, ranks) * accumulation,
+        least_batch=run.train.groups_of_ranks(ranks) * accumulation,
     )
     judged = verdict(work, times, machine, memory=options.memory, price=options.price)
     return _Cost(memory, scale_bytes, checkpoint_bytes, times, judged)

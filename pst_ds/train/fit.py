@@ -144,4 +144,4 @@ def _rank(run: RunConfig, factor: float) -> list[Change]:
 
 def _rank_of(run: RunConfig) -> int:
     """Return the rank of the updates that train; 0 where none do."""
-    return run.mask_method.pst_config(run.pst).update_rank if run.mask_method.injects else 0
+    return run.injected_pst.update_rank if run.mask_method.injects else 0

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from pst_ds.config.pst import PSTConfig
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.data.conversations import read_template
@@ -53,11 +52,6 @@ class BuiltModel:
 def base_of(run: RunConfig) -> Pretrained:
     """Return the run's pretrained model."""
     return Pretrained(run.model.path, "model.path")
-
-
-def pst_config(run: RunConfig) -> PSTConfig:
-    """Return the config of the modules that the run's method injects."""
-    return run.mask_method.pst_config(run.seeded_pst)
 
 
 def grid_of_run(run: RunConfig) -> Grid | None:
@@ -195,7 +189,7 @@ def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | N
     if method.injects:
         grid, base_grid = grid_of_run(run), base_grid_of_run(run)
         inject_pst(
-            module, pst_config(run), num_shards=num_shards, grid=grid,
+            module, run.injected_pst, num_shards=num_shards, grid=grid,
             activation_bits=run.quantization.activation_bits, base_grid=base_grid,
             embedding_grid=embedding_grid_of_run(run),
         )  # fmt: skip

@@ -154,11 +154,6 @@ def require_teacher(run: RunConfig, shapes: nn.Module) -> None:
     """Raise ConfigError when the run's teacher cannot be one; ``shapes``: the run's model, on the meta device."""
     if not run.distillation.weight:
         return
-    if run.task_facts.no_teacher:
-        raise ConfigError(
-            f"distillation.weight = {run.distillation.weight} compares classes or tokens, and task "
-            f"{run.task!r} {run.task_facts.no_teacher}; set distillation.weight = 0"
-        )
     place = teacher_of(run)
     if place is not None:
         if not Path(run.distillation.teacher).is_dir():

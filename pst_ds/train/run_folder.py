@@ -21,8 +21,9 @@ from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError, read_checkpoint
 from pst_ds.checkpoint.restore import base_fingerprint, load_optimizer, same_base
 from pst_ds.config.run import ConfigError, QuantizationConfig, RunConfig
+from pst_ds.config.settings import OnResume, resume_rules
 from pst_ds.config.start import StartConfig
-from pst_ds.config.toml import dump_run, flatten
+from pst_ds.config.toml import REMOVED, dump_run, flatten
 from pst_ds.errors import InputError
 from pst_ds.file_names import (
     CHECKPOINTS,
@@ -57,26 +58,6 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-MAY_DIFFER = (
-    "output_dir", "deepspeed_config", "dense_run", "model.path", "model.tokenizer", "model.attn_implementation",
-    "model.gradient_checkpointing", "model.gradient_checkpointing_reentrant", "model.activation_offload",
-    "data.train", "data.sources", "data.validation", "data.test", "data.label_names", "data.document_mask",
-    "data.chat_template",
-    "train.gradient_accumulation_steps", "train.sequence_parallel", "train.log_interval", "train.profile_steps",
-    "train.stall_timeout_seconds",
-    "eval.interval", "eval.batch_size", "checkpoint.interval", "checkpoint.keep_last",
-    "pst.prune_uncalled", "pst.tile_bytes", "pictures.interval", "pictures.layers",
-    "tracking.to", "tracking.project", "tracking.name",
-)  # fmt: skip
-"""Settings that may differ when a run continues: paths, how the same numbers are computed, and what the digest of the
-examples covers."""
-_MAY_BE_CHANGED = (
-    "train.score_learning_rate", "train.update_learning_rate", "train.gate_learning_rate",
-    "train.prompt_learning_rate",
-    "train.embedding_learning_rate", "train.head_learning_rate", "train.gradient_clipping",
-)  # fmt: skip
-"""Settings that a user may want to change to get over a divergence; a message says so."""
 
 _PATIENCE_SECONDS = 120.0
 """Longer than an NFS server keeps the locks of a host that is gone, which is 90 seconds."""
@@ -297,8 +278,9 @@ def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, d
     unset = flatten({"quantization": asdict(QuantizationConfig()), "start": asdict(StartConfig())})
     before, now = unset | flatten(progress.run), flat_table(run)
     changed = [key for key in now | before if before.get(key) != now.get(key)]  # pst.seed after the seed it may follow
+    rules = resume_rules(RunConfig)
     for key in changed:
-        if key not in MAY_DIFFER and key not in _MAY_BE_CHANGED:
+        if key not in rules and key not in REMOVED:
             raise ConfigError(
                 f"{key} = {now.get(key)!r}, but the run in {checkpoint.folder} has {before.get(key)!r}, and a run goes "
                 "on only as it began. Fix: take the old value, or start a new run in another output_dir"
@@ -311,7 +293,7 @@ def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, d
         )
     if progress.streams:
         _require_same_readers(run, len(progress.streams), before)
-    return [f"{key} = {now[key]!r} (was {before[key]!r})" for key in changed if key in _MAY_BE_CHANGED]
+    return [f"{key} = {now[key]!r} (was {before[key]!r})" for key in changed if rules.get(key) is OnResume.IS_REPORTED]
 
 
 def _require_same_readers(run: RunConfig, readers: int, before: Mapping[str, object]) -> None:

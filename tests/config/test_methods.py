@@ -232,8 +232,8 @@ def test_a_fixed_mask_of_zeros_is_the_base_models(tmp_path):
         (["method=soft-movement"], "needs one above 0"),
         (["train.score_penalty=1.0"], "no other method has one"),
         (["method=spp", "pst.update_rank=0"], "update_rank of at least 1"),
-        (["pst.full_scores=true"], "set score_rank = 0"),
-        (["pst.multiplicative_update=true", "pst.score_rank=0", "pst.structured_scores=false"], 'use "spp"'),
+        (["pst.full_scores=true"], "Set score_rank = 0"),
+        (["pst.multiplicative_update=true", "pst.score_rank=0", "pst.structured_scores=false"], 'Set method = "spp"'),
         (["method=gpm"], "method = 'gpm' must be one of 'pst', 'dense', 'lora'"),
         (["pst.magnitude=wanda"], "pst.magnitude = 'wanda' must be one of"),
         (["method=gmp", "pst.frozen_magnitude=true"], "frozen_magnitude = true ranks by the pretrained weights"),
@@ -244,10 +244,10 @@ def test_a_fixed_mask_of_zeros_is_the_base_models(tmp_path):
         (["method=movement", "schedule.initial_sparsity=0.5"], "schedule.initial_sparsity = 0.5, but all scores"),
         (["pst.magnitude=none", "schedule.initial_sparsity=0.5"], "schedule.initial_sparsity = 0.5, but all scores"),
         (["method=movement", "train.score_learning_rate=0"], "train.score_learning_rate = 0.0, but all scores"),
-        (["method=movement", "pst.magnitude=activation"], "which method = 'movement' does not do"),
+        (["method=movement", "pst.magnitude=activation"], "which method = 'movement' does not use"),
         (
             ["method=spp", "pst.initial_mask=zeros", "pst.magnitude=activation"],
-            'which pst.initial_mask = "zeros" does not do',
+            'which pst.initial_mask = "zeros" does not use',
         ),
         (
             ["method=soft-movement", "train.score_penalty=1", "schedule.final_sparsity=0.99"],

@@ -39,7 +39,7 @@ def test_names_end_as_tuples(name, given, kept):
 
 @pytest.mark.parametrize("name", ["modules_to_save", "fused_modules", "update_embeddings"])
 def test_an_expression_is_no_name(name):
-    with pytest.raises(ValueError, match=rf"{name} = '\.\*head' is no name of a module; give a list of names"):
+    with pytest.raises(ValueError, match=rf"{name} = '\.\*head' must be a list of strings"):
         PSTConfig(**{name: ".*head"})
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from pst_ds.config.checks import ConfigError
+from pst_ds.config.settings import ConfigError
 from pst_ds.config.toml import run_from_table
 from tools.docs.run_file import SCHEMA
 

@@ -46,7 +46,7 @@ DATA = {
     "a tokenizer without a chat template": Wrong(
         _rows({"messages": []}, settings=_CHAT[:-1]), "has no chat template", "task 'chat'", "data.chat_template"
     ),
-    "no data file": Wrong(setting("data.train="), "data.train", "missing", "name a local file"),
+    "no data file": Wrong(setting("data.train="), "data.train", "missing", "Name a local file"),
     "an empty JSONL file": Wrong(_train_on("train.jsonl", ""), "data.train", _FILE, "give it a row"),
     "an empty CSV file": Wrong(_train_on("train.csv", ""), "data.train", "{tmp}/train.csv", "give it a row"),
     "a CSV file of a header alone": Wrong(

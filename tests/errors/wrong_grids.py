@@ -40,9 +40,9 @@ GRIDS = {
         "Fix: quantization.start_fraction = 0.8",
     ),
     "rounding without a step for it": Wrong(
-        setting(_INT8, "schedule.cooldown_fraction=0"), "quantization.values", "int8", "set schedule.cooldown_fraction"
+        setting(_INT8, "schedule.cooldown_fraction=0"), "quantization.values", "int8", "Set schedule.cooldown_fraction"
     ),
-    "rounding of a dense run": Wrong(setting(_INT8, "method=dense"), "quantization.values", "'dense'", "leave it out"),
+    "rounding of a dense run": Wrong(setting(_INT8, "method=dense"), "quantization.values", "'dense'", "or remove"),
     "groups in training that do not divide": Wrong(
         setting(_INT8, "quantization.group=32"), "encoder.layer.0.output.dense", "do not divide 60", "take row"
     ),
@@ -50,7 +50,7 @@ GRIDS = {
         setting(_INT8, "quantization.group=48"), "quantization.group", "48", "must be one of 32, 64, 128, 'row'"
     ),
     "inputs of 8 bits beside weights that are not rounded": Wrong(
-        setting('quantization.activations="int8"'), "activations", "int8", "set values to int8 or int4"
+        setting('quantization.activations="int8"'), "activations", "int8", "Set quantization.values to"
     ),
     "groups of an export that do not divide": Wrong(
         words("export", "{made}/causal", "--out", "{tmp}/out", "--values", "int4"), "weight", "groups of 64", "take"

@@ -21,7 +21,7 @@ SETTINGS = {
         setting("train.num_steps=many"), "train.num_steps", "'many'", "must be a whole number"
     ),
     "few bits for weights that train": Wrong(
-        setting("model.base_bits=4", "method=dense"), "model.base_bits", "4", "take one of 'pst', 'lora'"
+        setting("model.base_bits=4", "method=dense"), "model.base_bits", "4", "to one of 'pst', 'lora'"
     ),
     "an embedding of few bits that trains": Wrong(
         setting("model.embedding_bits=8", 'pst.update_embeddings=["word_embeddings"]'),
@@ -34,7 +34,7 @@ SETTINGS = {
     ),
     "bits that there are not": Wrong(setting("model.base_bits=2"), "model.base_bits", "2", "must be one of 16, 8, 4"),
     "a group of the base without few bits": Wrong(
-        setting("model.base_group=64"), "model.base_group", "64", "set model.base_bits to 8 or 4"
+        setting("model.base_group=64"), "model.base_group", "64", "Set model.base_bits to 8 or 4"
     ),
     "a group of the base that does not divide": Wrong(
         setting("model.base_bits=4", "model.base_group=64"), "groups of 64", "32 inputs", "take 32 or row"
@@ -92,22 +92,22 @@ SETTINGS = {
         setting("eval.metric=pearson"), "eval.metric", "'pearson'", "choose from 'accuracy'"
     ),
     "zeros of the base as a mask that moves": Wrong(
-        setting("pst.initial_mask=zeros"), "pst.initial_mask", '"zeros"', "leave it out"
+        setting("pst.initial_mask=zeros"), "pst.initial_mask", '"zeros"', "Remove it"
     ),
     "a penalty that the method does not have": Wrong(
         setting("train.score_penalty=0.1"), "train.score_penalty", "0.1", '"soft-movement" needs one'
     ),
     "scores without anything in them": Wrong(
-        setting("method=masked-lora", "pst.magnitude=none"), "pst.magnitude", "'none'", 'set pst.magnitude = "weight"'
+        setting("method=masked-lora", "pst.magnitude=none"), "pst.magnitude", "'none'", 'Set pst.magnitude = "weight"'
     ),
     "a rank that updates do not have": Wrong(
         setting("pst.update_gates=component", "pst.target_rank=9"),
         "pst.target_rank",
         "9",
-        "set it to at most 8",
+        "Set it to at most 8",
     ),
     "a budget of components without gates": Wrong(
-        setting("pst.target_rank=2"), "pst.target_rank", "2", "set update_gates"
+        setting("pst.target_rank=2"), "pst.target_rank", "2", "Set update_gates"
     ),
     "a budget of components that no gate fits into": Wrong(
         setting("pst.update_gates=layer", "pst.target_rank=0.5"), "target_rank", "0.5", "set it to at least"
@@ -119,16 +119,16 @@ SETTINGS = {
         "Fix: schedule.initial_sparsity = 0",
     ),
     "scores that begin equal and do not train": Wrong(
-        setting("method=movement", "train.score_learning_rate=0"), "train.score_learning_rate", "0.0", "set it above 0"
+        setting("method=movement", "train.score_learning_rate=0"), "train.score_learning_rate", "0.0", "Set it above 0"
     ),
     "activations in scores that have none": Wrong(
-        setting("method=movement", "pst.magnitude=activation"), "pst.magnitude", '"activation"', "leave it out"
+        setting("method=movement", "pst.magnitude=activation"), "pst.magnitude", '"activation"', "Remove it"
     ),
     "activations beside zeros that are kept": Wrong(
         setting("method=spp", "pst.initial_mask=zeros", "pst.magnitude=activation"),
         "pst.magnitude",
         'pst.initial_mask = "zeros"',
-        "leave it out",
+        "Remove it",
     ),
     "a sparsity that soft movement cannot reach": Wrong(
         setting("method=soft-movement", "train.score_penalty=1", "schedule.final_sparsity=0.99"),
@@ -143,7 +143,7 @@ SETTINGS = {
         setting("distillation.teacher=tests/data/tiny-bert"),
         "distillation.teacher",
         "'tests/data/tiny-bert'",
-        "set a weight",
+        "Set distillation.weight",
     ),
     "a dense run that is not there": Wrong(
         setting("dense_run=no/run"), "dense_run", "'no/run'", "name the output_dir of a dense run"
@@ -155,19 +155,19 @@ SETTINGS = {
         setting("task=regression", "distillation.weight=0.5", "data.train={made}/numbers.jsonl"),
         "distillation.weight",
         "0.5",
-        "set distillation.weight = 0",
+        "Set distillation.weight = 0",
     ),
     "a batch smaller than the accumulation": Wrong(
-        setting("train.gradient_accumulation_steps=25"), "train.batch_size", "24", "or more, or take fewer ranks"
+        setting("train.gradient_accumulation_steps=25"), "train.batch_size", "24", "or more, or start fewer ranks"
     ),
     "a batch larger than the data": Wrong(
         setting("train.batch_size=480"), "train.batch_size", "480", "240 examples, fewer than one batch"
     ),
     "sequences of one token": Wrong(causal_setting("data.max_length=1"), "data.max_length", "1", "must be at least 2"),
     "an output_dir that is not UTF-8": Wrong(
-        setting("output_dir={tmp}/\udcff"), "output_dir", "{tmp}/\\udcff", "give the file or folder another name"
+        setting("output_dir={tmp}/\udcff"), "output_dir", "{tmp}/\\udcff", "Rename the file or folder"
     ),
-    "an empty output_dir": Wrong(setting("output_dir="), "output_dir", "''", "name the folder"),
+    "an empty output_dir": Wrong(setting("output_dir="), "output_dir", "''", "Name the folder"),
     "an output_dir below a file": Wrong(
         lambda shop: shop.train(f"output_dir={shop.below_a_file('run')}"),
         "output_dir",

@@ -41,19 +41,19 @@ TOKENS = {
         setting("data.train=", f"data.sources=[{{{_TRAIN}}}]"), "data.sources", "'classification'", "data.train"
     ),
     "sources besides data.train": Wrong(
-        causal_setting(f"data.sources=[{{{_TRAIN}}}]"), "data.train", "data.sources", "leave one of them out"
+        causal_setting(f"data.sources=[{{{_TRAIN}}}]"), "data.train", "data.sources", "Remove the other"
     ),
     "a stream in a run of epochs": Wrong(
         causal_setting(
             "data.train=", f"data.sources=[{{{_TRAIN}, stream = true}}]", "train.num_steps=0", "train.num_epochs=1.0"
         ),
-        "train.num_epochs", "'tests/data/train.jsonl'", "set train.num_steps",
+        "train.num_epochs", "'tests/data/train.jsonl'", "Set train.num_steps",
     ),
     "a stream without a weight": Wrong(
-        _sources(f"{_TRAIN}, stream = true", _TRAIN), "data.sources", "stream = true", "give all sources a weight"
+        _sources(f"{_TRAIN}, stream = true", _TRAIN), "data.sources", "stream = true", "Give all sources a weight"
     ),
     "a stream with epochs": Wrong(
-        _sources(f"{_TRAIN}, stream = true, weight = 1.0, epochs = 2"), "data.sources", "epochs = 2", "leave epochs out"
+        _sources(f"{_TRAIN}, stream = true, weight = 1.0, epochs = 2"), "data.sources", "epochs = 2", "Remove epochs"
     ),
     "a stream without the column": Wrong(
         causal_setting("data.train=", f"data.sources=[{{{_TRAIN}, stream = true}}]", 'data.text_columns=["body"]'),

@@ -167,10 +167,10 @@ def test_rounding_to_the_same_grid_ends_in_the_format(tmp_path):
         (["model.base_bits=5"], "base_bits = 5 must be one of 16, 8, 4"),
         (["model.base_group=64"], "base_group = 64 does nothing with model.base_bits = 16"),
         (["model.base_bits=4", "model.base_group=48"], "base_group = 48 must be one of"),
-        (["model.base_bits=4", "method=dense"], "method = 'dense' trains every weight; take one of"),
+        (["model.base_bits=4", "method=dense"], "method = 'dense' trains every weight. Set method to one of"),
         (["model.base_bits=8", "method=gmp"], "method = 'gmp' trains every weight"),
         (["model.base_bits=8", "pst.train_weights=true"], "trains every weight"),
-        (["model.embedding_bits=8", "method=dense"], "embedding_bits = 8 rounds frozen weights once, and method"),
+        (["model.embedding_bits=8", "method=dense"], "embedding_bits = 8 quantises frozen weights, and method"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path, settings, said):

@@ -92,12 +92,12 @@ def test_losses_do_not_depend_on_the_world_size(run_ranks, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["prompt.text=", "method=sk-tuning"], r"prompt.text = '' begins none"),
-        (["prompt.rank=2"], 'rank = 2 with adapter = "none"'),
-        (["prompt.adapter=low-rank"], "needs a rank of at least 1"),
-        (["prompt.text=", "prompt.source=hidden"], "does nothing without text"),
-        (["task=causal-lm", "data.text_columns=['text']", "prompt.text='a'"], "set data.document_mask = false"),
-        (["train.sequence_parallel=2", *SHARED], "set train.sequence_parallel = 1"),
+        (["prompt.text=", "method=sk-tuning"], r"prompt.text = '' with method = 'sk-tuning'"),
+        (["prompt.rank=2"], 'rank = 2 with prompt.adapter = "none"'),
+        (["prompt.adapter=low-rank"], "has a rank, of at least 1"),
+        (["prompt.text=", "prompt.source=hidden"], "does nothing without prompt.text"),
+        (["task=causal-lm", "data.text_columns=['text']", "prompt.text='a'"], "Set data.document_mask = false"),
+        (["train.sequence_parallel=2", *SHARED], "Set train.sequence_parallel = 1"),
     ],
 )  # fmt: skip
 def test_a_prompt_that_cannot_be_is_refused(tmp_path, more, message):

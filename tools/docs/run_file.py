@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import TypeAdapter
 
 from pst_ds.config.data import DataConfig, DataSource, EvalConfig
 from pst_ds.config.methods import METHODS
@@ -24,12 +24,12 @@ from pst_ds.config.run import (
     PromptConfig,
     QuantizationConfig,
     RunConfig,
+    TrackingConfig,
     TrainConfig,
 )
 from pst_ds.config.start import StartConfig
 from pst_ds.config.tasks import TASKS
 from pst_ds.config.toml import PRESETS
-from pst_ds.config.tracking import TrackingConfig
 from pst_ds.core.schedule import ScheduleConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,8 +89,6 @@ An empty default means "unset". This page is written by `python -m tools.docs.ru
 
 def schema() -> dict[str, Any]:
     """The JSON schema of a run file (draft 2020-12)."""
-    for cls in TABLES.values():
-        cls.__pydantic_config__ = ConfigDict(use_attribute_docstrings=True, extra="forbid")  # type: ignore[attr-defined]
     table = TypeAdapter(RunConfig).json_schema()
     table["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     for name, presets in (("PSTConfig", PRESETS), ("DataConfig", DATA_PRESETS)):

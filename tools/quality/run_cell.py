@@ -203,11 +203,10 @@ def sparsity_of_targets(run_file: Path, model: Path) -> float:
     from pst_ds.config.toml import load_run
     from pst_ds.data.tasks import task_of
     from pst_ds.nn.targets import find_targets
-    from pst_ds.train.model import pst_config
 
     run = load_run(run_file)
     network = task_of(run).model_class().from_pretrained(model)
-    weights = [target.weight for target in find_targets(network, pst_config(run))]
+    weights = [target.weight for target in find_targets(network, run.injected_pst)]
     return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
 
 

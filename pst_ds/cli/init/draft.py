@@ -25,7 +25,7 @@ from pst_ds.errors import InputError
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.targets import find_embeddings
 from pst_ds.planning.dense_start import HIGH_SPARSITY, remark_on_dense_start
-from pst_ds.train.model import kept_in_fp32, load_model_config, load_tokenizer, meta_model, num_trainable, pst_config
+from pst_ds.train.model import kept_in_fp32, load_model_config, load_tokenizer, meta_model, num_trainable
 
 NO_VALIDATION = "none"
 """Value of ``--validation`` that holds nothing out."""
@@ -142,7 +142,7 @@ def _remark_on_lines(data: DataConfig) -> str:
 
 def _has_small_update(run: RunConfig) -> bool:
     """Return whether the method trains a low-rank U V that is added to the weights."""
-    config = pst_config(run)
+    config = run.injected_pst
     return bool(run.mask_method.injects and config.update_rank and not config.multiplicative_update)
 
 
@@ -162,7 +162,7 @@ def _updatable_embeddings(model: nn.Module, run: RunConfig) -> list[str]:
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     names = tuple(name.rpartition(".")[2] for name, module in model.named_modules() if module is embeddings)
     try:
-        find_embeddings(model, replace(pst_config(run), update_embeddings=names))
+        find_embeddings(model, replace(run.injected_pst, update_embeddings=names))
     except InputError:
         return []
     return list(names)

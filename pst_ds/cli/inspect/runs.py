@@ -15,7 +15,6 @@ from pst_ds.core.bits import count_bits, shard_bytes
 from pst_ds.export.manifest import read_table
 from pst_ds.file_names import BEST, CHECKPOINTS, FINAL, LATEST, LAYERS_FILE, RESULT_FILE, RUN_FILE
 from pst_ds.report.layer_data import read_layers
-from pst_ds.train.model import pst_config
 
 _WHOLE = "whose files are whole: every SHA-256 is as it should be"
 _BYTES_TRAINED = 12
@@ -146,7 +145,7 @@ def _held(checkpoint: Checkpoint, layers: list[Layer]) -> Facts:
 
 def _layers(checkpoint: Checkpoint, run: RunConfig | None) -> list[Layer]:
     """Describe every module with a mask or trained parameters."""
-    contents, rules = checkpoint.contents, pst_config(run) if run else None
+    contents, rules = checkpoint.contents, run.injected_pst if run else None
     masks = {}
     for name, weights in contents.masks.items():
         bits = checkpoint.masks[name]

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from pst_ds.checkpoint.restore import base_fingerprint
 from pst_ds.config.run import ConfigError, RunConfig
-from pst_ds.config.start import started
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import InputError
 from pst_ds.export.plan import SHARD_BYTES
@@ -52,7 +51,7 @@ def start_run(run: RunConfig, examples: ExampleSet, *, is_new: bool, quiet: bool
             f"stopped by {stop_signals.name_of(signal)} while {run.model.path} was pruned, of which nothing is kept; "
             "start it again, and it is pruned anew"
         )
-    return started(run)
+    return run.started()
 
 
 def require_startable(run: RunConfig) -> None:
@@ -101,7 +100,7 @@ def _decides(run: RunConfig, data_digest: str) -> dict[str, object]:
     """Return what the start depends on besides the base model, as JSON values."""
     layers = {name: getattr(run.pst, name) for name in _OF_LAYERS}
     overrides = [asdict(one) for one in run.pst.overrides]
-    more = {"seed": run.seed, "sparsity": run.start.sparsity(run), "precision": run.train.precision}
+    more = {"seed": run.seed, "sparsity": run.start_sparsity, "precision": run.train.precision}
     found = {**asdict(run.start), **more, **layers, "overrides": overrides, "data_digest": data_digest}
     return json.loads(json.dumps(found))
 
@@ -110,9 +109,9 @@ def _asked(run: RunConfig, samples: int) -> Pruning:
     start, method, pattern = run.start, run.start.method, ""
     assert method != "none"
     if run.pst.pattern in _POOLED:  # which no method has: matrices are pruned one after another
-        pattern = usual_pattern(method, start.budgets, start.sparsity(run))
+        pattern = usual_pattern(method, start.budgets, run.start_sparsity)
     return Pruning(
-        method=method, sparsity=start.sparsity(run), pattern=pattern, budgets=start.budgets,
+        method=method, sparsity=run.start_sparsity, pattern=pattern, budgets=start.budgets,
         reconstruct=start.reconstruct, samples=samples, seed=run.seed,
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ import torch
 
 from pst_ds.atomic_files import write_text_atomic
 from pst_ds.config.run import ConfigError, PicturesConfig, RunConfig
+from pst_ds.config.settings import OnResume, resume_rules
 from pst_ds.config.toml import dump_run, flatten
 from pst_ds.data.tasks import ExampleSet, Task
 from pst_ds.file_names import CHECKPOINTS, RESULT_FILE, RUN_FILE, TRIALS, TUNE_FILE
@@ -109,8 +110,9 @@ def _lines_to_go_on_from(folder: Path, head: Record, restart: bool) -> list[Reco
     except ValueError as error:
         raise ConfigError(f"{path} is damaged: {error}; --restart begins again") from None
     before, now = ({key.removeprefix("run."): value for key, value in flatten(of).items()} for of in (lines[0], head))
+    may_change = resume_rules(RunConfig)
     for key in now | before:
-        if before.get(key) != now.get(key) and key not in run_folder.MAY_DIFFER:
+        if before.get(key) != now.get(key) and may_change.get(key) is not OnResume.MAY_DIFFER:
             raise ConfigError(
                 f"{path} has the trials of another search: {key} = {before.get(key)!r} there, and {now.get(key)!r} "
                 "now. Fix: the old value, a new search with --restart, or another output_dir"

@@ -152,7 +152,7 @@ def _make_personal(module: nn.Module, run: RunConfig, part: PersonalPart) -> dic
     if not chosen:
         some = shortened(list(layers), 6)
         raise ConfigError(f"--layers {' '.join(part.layers)} names none of the run's layers. Choose from {some}.")
-    config = run.mask_method.pst_config(run.seeded_pst)
+    config = run.injected_pst
     trained = configured_parameters(module, config) & _head_parameters(module, config)
     for param in module.parameters():
         param.requires_grad_(False)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TypedDict
 
 from pst_ds.checkpoint.format import Checkpoint
+from pst_ds.config.outputs import TrackingConfig
 from pst_ds.config.run import ConfigError, DistillationConfig, PicturesConfig, RunConfig
-from pst_ds.config.tracking import TrackingConfig
 from pst_ds.core.schedule import Schedules
 from pst_ds.data.by_user import RowsByUser, read_by_user
 from pst_ds.parallel import stop_signals

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from pst_ds.checkpoint.format import read_checkpoint
 from pst_ds.cli.main import main
 from pst_ds.config.run import ConfigError
-from pst_ds.config.start import started
 from pst_ds.config.toml import load_run, load_run_folder
 from pst_ds.errors import InputError
 from pst_ds.parallel import stop_signals
@@ -208,12 +207,12 @@ def test_a_signal_ends_a_start_on_all_ranks_and_leaves_nothing(run_ranks, tmp_pa
         (["start.samples=12"], 'does nothing with start.method = "none"'),
         (["method=lora"], "method = 'lora' does not"),
         (["method=masked-lora"], 'Fix: pst.initial_mask = "zeros"'),
-        (["schedule.initial_sparsity=0.0"], "schedule.initial_sparsity says, which is 0"),
+        (["schedule.initial_sparsity=0.0"], "schedule.initial_sparsity, which is 0"),
         (
             ["pst.pattern=2:4", "schedule.final_sparsity=0.5", "schedule.initial_sparsity=0.25"],
             "initial_sparsity = 0.5",
         ),
-        (['pst.overrides=[{modules="query", final_sparsity=0.6}]'], "a final_sparsity of its own"),
+        (['pst.overrides=[{modules="query", final_sparsity=0.6}]'], "a separate final_sparsity"),
     ],
 )
 def test_a_start_that_the_run_would_not_begin_with_is_refused(tmp_path, settings, said):
@@ -224,7 +223,7 @@ def test_a_start_that_the_run_would_not_begin_with_is_refused(tmp_path, settings
 
 
 def test_a_model_that_was_its_own_teacher_is_taught_by_what_was_not_pruned(tmp_path):
-    run = started(_run(tmp_path, "start.method=alps", "distillation.weight=0.5"))
+    run = _run(tmp_path, "start.method=alps", "distillation.weight=0.5").started()
     assert run.distillation.teacher == "tests/data/tiny-bert"
     assert run.model.path == str(tmp_path / "start")
-    assert started(run) == run
+    assert run.started() == run
