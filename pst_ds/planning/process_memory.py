@@ -1,7 +1,4 @@
-"""Memory that a process on a CPU must have, beside the tensors that its plan counts; numbers in, bytes out.
-
-``python -m tools.bench.fits`` trains under limits of what this says.
-"""
+"""Memory that a process on a CPU needs in addition to the tensors that its plan counts."""
 
 from __future__ import annotations
 
@@ -10,8 +7,8 @@ from dataclasses import dataclass
 PROCESS_BYTES = 300 << 20
 """A rank after its imports, as far as no file backs it: measured."""
 SCATTERED = 0.11
-"""Of all that a run takes, what the allocator holds in pieces too small for the next tensor: with it, no run of
-tools.bench.fits took more than is enough."""
+"""Of all that a run takes, what the allocator holds in pieces too small for the next tensor: with it, no
+measured run took more than is enough (tools/quality/logs/scaling.md)."""
 SCATTERED_AMONG_KEPT = 0.3
 """The same of activations that are kept to the backward pass, between which others come and go."""
 LEAST_SHARE = 0.8

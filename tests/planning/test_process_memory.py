@@ -1,4 +1,4 @@
-"""What a process on a CPU needs, against sums by hand; tools.bench.fits holds it against limits."""
+"""What a process on a CPU needs, against sums by hand."""
 
 from __future__ import annotations
 

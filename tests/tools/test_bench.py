@@ -14,7 +14,7 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.core.bits import unpack_range
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
-from tools.bench.baselines import MovementPruning, PlainPST, replace_linears
+from tools.bench.baselines import PlainPST, replace_linears
 from tools.bench.mask_update import PICKS, MaskUpdates, gathered_update, growth, share_at
 from tools.bench.mask_update import ratios as update_ratios
 from tools.bench.ranks import Ranks
@@ -74,20 +74,6 @@ def test_the_gathered_update_selects_what_ours_selects():
         assert int((~mask).sum()) == math.floor(0.6 * mask.numel())
 
 
-def test_movement_pruning_keeps_the_highest_scores_and_moves_them_by_gradient_times_weight():
-    dense = nn.Linear(12, 10, bias=False)
-    layer = MovementPruning(dense, 10, 12, rank=0, sparsity=0.75)
-    x = torch.randn(5, 12)
-    y = layer(x)
-    kept = layer.scores.flatten().sort(descending=True).indices[:30]
-    mask = torch.zeros(120).index_fill_(0, kept, 1.0).view(10, 12)
-    torch.testing.assert_close(y, x @ (mask * dense.weight).t())
-    y.square().sum().backward()
-    of_product = (2 * y).t() @ x
-    torch.testing.assert_close(layer.scores.grad, of_product * dense.weight)
-    torch.testing.assert_close(layer.weight.grad, of_product * mask)
-
-
 def step_of_every_method():
     found = {}
     for method in METHODS:
@@ -114,7 +100,6 @@ def test_every_method_takes_a_step_on_two_ranks(run_ranks):
             "plain": 2 * factors + one_more,
             "lora": factors,
             "full_finetuning": whole,
-            "movement": whole + 2 * block,
         }
         assert by_method["pst"][1]["weight_shards"] == pytest.approx(whole, rel=0.01)  # two bytes, two ranks
         assert by_method["pst"][1]["masks"] == pytest.approx(2 * block / 8 / 2, rel=0.05)
@@ -135,10 +120,10 @@ def test_a_round_of_mask_updates_on_two_ranks(run_ranks):
 
 def test_a_baseline_that_memory_does_not_hold_runs_at_fewer_layers():
     shape = Shape()
-    needs = [needed_gib("movement", replace(shape, layers=n)) for n in range(1, shape.layers + 1)]
-    assert fitting_layers("movement", shape, free=1000.0) == shape.layers
-    assert fitting_layers("movement", shape, free=needs[3] / 0.8 + 0.01) == 4
-    assert fitting_layers("movement", shape, free=needs[0] / 0.8 - 0.01) == 0
+    needs = [needed_gib("plain", replace(shape, layers=n)) for n in range(1, shape.layers + 1)]
+    assert fitting_layers("plain", shape, free=1000.0) == shape.layers
+    assert fitting_layers("plain", shape, free=needs[3] / 0.8 + 0.01) == 4
+    assert fitting_layers("plain", shape, free=needs[0] / 0.8 - 0.01) == 0
 
 
 def test_ratios_are_ours_over_theirs_and_growth_is_the_line():
@@ -236,10 +221,3 @@ def test_a_rank_that_is_gone_is_reported():
         gone._processes[0].join()
         with pytest.raises(RuntimeError, match="rank 0: the process ended"):
             gone.call("get", "key")
-
-
-@pytest.mark.zero3
-def test_benchmarks_of_experts_print_their_objects():
-    shape = ["--experts", "8", "--repeats", "1"]
-    packed = run_script("packed_experts", *shape, "--chosen", "2", "--hidden", "32", "--inner", "16")
-    assert [row["bar"] for row in packed["rows"]] == [2.5, 3.3]

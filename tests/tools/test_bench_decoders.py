@@ -109,11 +109,16 @@ def test_our_decoder_is_called_by_its_own_names(monkeypatch, tmp_path):
     assert engines.decode_rate(engine, 1, [1, 2], [3]) > 0
 
 
-def row(contestant, threads, rate, task="decode", model="135M"):
+def row(contestant, threads, rate, task="decode"):
     return {
-        "task": task, "model": model, "threads": threads, "tokens": 64, "contestant": contestant,
-        "tokens_per_second": rate, "file_bytes": 10, "quality": {"perplexity": None},
-    }  # fmt: skip
+        "task": task,
+        "threads": threads,
+        "tokens": 64,
+        "contestant": contestant,
+        "tokens_per_second": rate,
+        "file_bytes": 10,
+        "quality": {"perplexity": None},
+    }
 
 
 def test_a_ratio_is_ours_over_theirs_on_the_same_threads():
@@ -124,20 +129,18 @@ def test_a_ratio_is_ours_over_theirs_on_the_same_threads():
         row("80 % int4, pst-ds", 2, 50.0),
         row("dense, llama.cpp Q4_0", 1, 400.0, "prefill"), row("80 % int8, pst-ds", 1, 800.0, "prefill"),
         row("80 % int8, prompts of 8 bits, pst-ds", 1, 1200.0, "prefill"),
-        row("dense, llama.cpp Q8_0", 2, 5.0, model="1.1b"), row("80 % int8, pst-ds", 2, 20.0, model="1.1b"),
     ]  # fmt: skip
     assert decoders.ratios(rows) == {
         "decode_over_llamacpp": {"50/Q8_0/1": 2.0, "80/Q4_0/1": 1.5, "80/Q4_0/2": 2.5, "90/Q4_0/2": 3.0},
         "decode_int4_over_llamacpp": {"80/Q4_0/2": 0.5},
         "prefill_over_llamacpp": {"80/Q4_0/1": 2.0},
         "prefill_8_bits_over_llamacpp": {"80/Q4_0/1": 3.0},
-        "decode_1.1b_over_llamacpp": {"80/Q8_0/2": 4.0},
     }
 
 
-def test_every_bar_has_its_contestants():
+def test_every_ratio_has_its_contestants():
     ours = {decoders.our_name(share, "int8") for share in decoders.SHARES}
-    for places in decoders.BARS.values():
+    for places in decoders.RATIOS.values():
         for percent, kind, threads in (place.split("/") for place in places):
             assert decoders.our_name(int(percent) / 100, "int8") in ours
             assert kind in decoder_files.KINDS
@@ -169,36 +172,34 @@ def test_bytes_are_of_weights_alone(tmp_path):
     assert decoder_files.weight_bytes(tmp_path / "a.safetensors") == 3
 
 
-TINY = {
-    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}  # fmt: skip
+@pytest.fixture
+def tiny_llama(tmp_path, monkeypatch):
+    """A Llama with random weights and a tokenizer of bytes and one pair of them, since llama.cpp asks for a merge."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import decoders as tokens
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = LlamaConfig(vocab_size=300, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    model = LlamaForCausalLM(config).bfloat16()
+    words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[("a", "b")]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), tokens.ByteLevel()
+    tokenizer.add_special_tokens(words[:2])
+    folder = tmp_path / "dense"
+    model.save_pretrained(folder)
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    asked = []
+    monkeypatch.setattr(decoder_files, "smollm2_folder", lambda top, share: asked.append(share) or folder)
+    return model, asked
 
 
-def test_a_shape_has_zeros_in_its_blocks_alone(tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    folder = decoder_files.random_llama(tmp_path, 0.5, shape=TINY)
-    assert folder == tmp_path / "zeros-50"
-    assert torch.get_default_dtype() == torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    assert model.dtype == torch.bfloat16
-    zeros = {name: (weight == 0).float().mean().item() for name, weight in model.named_parameters() if weight.dim() > 1}
-    assert 0.4 < zeros["model.layers.0.mlp.up_proj.weight"] < 0.6
-    assert max(zeros["lm_head.weight"], zeros["model.embed_tokens.weight"]) < 0.1
-    decoder_files.remove_sources(tmp_path, [0.5, 0.0])
-    assert not folder.exists()
-
-
-def test_files_of_a_shape_are_packed_once(tmp_path):
-    def source(top, share):
-        made.append(share)
-        return decoder_files.random_llama(top, share, shape=TINY)
-
-    made: list[float] = []
+def test_files_are_packed_once(tiny_llama, tmp_path):
     for _ in range(2):
-        assert decoder_files.weight_bytes(decoder_files.packed_folder(tmp_path, "int8", 0.8, source)) > 0
-    assert made == [0.8]
+        assert decoder_files.weight_bytes(decoder_files.packed_folder(tmp_path, "int8", 0.0)) > 0
+    assert tiny_llama[1] == [0.0]
 
 
 def test_without_llama_cpp_one_message_names_the_extra(tmp_path, monkeypatch, capsys):
@@ -280,20 +281,15 @@ def test_it_prints_its_object(tmp_path, monkeypatch, capsys):
     assert printed[0] == "| tokens a second | MB | perplexity | decode 2, 1 thr. | prefill 2, 1 thr. |"
 
 
-def test_llama_cpp_decodes_the_files_that_are_made(tmp_path):
+def test_llama_cpp_decodes_the_files_that_are_made(tiny_llama, tmp_path):
     pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install 'pst-ds[peers]'")
     pytest.importorskip("gguf", reason="needs gguf: pip install 'pst-ds[gguf]'")
-    from transformers import AutoModelForCausalLM
-
-    def source(top, share):
-        return decoder_files.random_llama(top, share, shape=TINY)
-
     ids = [5, 90, 7, 44, 31]
-    model = AutoModelForCausalLM.from_pretrained(source(tmp_path, 0.0), dtype=torch.float32)
+    model = tiny_llama[0].float()
     with torch.no_grad():
         right = model(torch.tensor([ids])).logits[0].numpy()
     for kind in ("BF16", "Q8_0"):
-        engine = engines.LlamaCpp(decoder_files.gguf_file(tmp_path, kind, source), context=64)
+        engine = engines.LlamaCpp(decoder_files.gguf_file(tmp_path, kind), context=64)
         logits = engine.all_logits(ids)
         assert logits.shape == right.shape
         assert np.corrcoef(logits.ravel(), right.ravel())[0, 1] > 0.999

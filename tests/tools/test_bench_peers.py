@@ -67,8 +67,7 @@ def test_it_prints_its_object(tmp_path, monkeypatch, capsys):
         "--threads",
         "1",
         "2",
-        "--repeats",
-        "2",
+        "--repeats=2",
         "--no-quality",
         "--json",
     ]
@@ -76,8 +75,8 @@ def test_it_prints_its_object(tmp_path, monkeypatch, capsys):
     peers.main()
     printed = capsys.readouterr().out.splitlines()
     found = json.loads(printed[-1])
-    assert len(found["rows"]) == len(NAMES) * 2 * len(encoders.BARS)
-    assert set(found["ratios"]["encoder_over_openvino_int8"]) == set(encoders.BARS)
+    assert len(found["rows"]) == len(NAMES) * 2 * len(encoders.SHAPES)
+    assert set(found["ratios"]["encoder_over_openvino_int8"]) == set(encoders.SHAPES)
     assert all(row["quality"] == {"accuracy": None} for row in found["rows"])
     opened = [file.read_text().split() for file in tmp_path.glob("opened-*")]
     assert sorted(map(tuple, opened)) == sorted((str(at), str(threads)) for at in range(3) for threads in (1, 2))

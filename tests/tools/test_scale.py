@@ -8,9 +8,7 @@ import pytest
 
 from tools.bench import scale
 
-ARGUMENTS = argparse.Namespace(
-    ranks=2, sequence=128, batch=1, no_checkpointing=False, base_bits=16, embedding_bits=16, base_group=None
-)  # fmt: skip
+ARGUMENTS = argparse.Namespace(ranks=2, sequence=128, batch=1, no_checkpointing=False)
 RATES = {"flops": 1e11, "memory_bytes": 1e10, "network_bytes": 1e9, "latency": 1e-4}
 
 
@@ -37,14 +35,6 @@ def test_half_of_olmoe_is_planned_with_its_stacks():
     assert found["parameters"] == pytest.approx(3.6e9, rel=0.02)
     assert found["memory"]["gathers"] >= 64 * 2048 * 2048 * 2  # a stack whole
     assert found["memory"]["peak"] < 9e9
-
-
-def test_a_base_of_few_bits_takes_less_of_what_grows_with_weights():
-    args = argparse.Namespace(**{**vars(ARGUMENTS), "base_bits": 4, "embedding_bits": 4})
-    whole, coded = (scale.predict(a, "0.5B", RATES) for a in (ARGUMENTS, args))
-    assert coded["parameters"] == whole["parameters"]
-    assert coded["memory"]["weights"] < 0.35 * whole["memory"]["weights"]
-    assert coded["received_bytes"]["step"] < 0.4 * whole["received_bytes"]["step"]
 
 
 def test_a_run_ends_before_the_machines_memory_does(monkeypatch):

@@ -25,21 +25,6 @@ class _KeepBySort(torch.autograd.Function):
         return grads[0], None
 
 
-class _KeepTop(torch.autograd.Function):
-    """The same mask by ``torch.topk`` without order, the fastest that torch offers on a CPU."""
-
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor, sparsity: float) -> Tensor:
-        keep = scores.numel() - int(sparsity * scores.numel())
-        mask = torch.zeros_like(scores)
-        mask.view(-1)[scores.flatten().topk(keep, sorted=False).indices] = 1
-        return mask
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
 class PlainPST(nn.Module):
     """The equations of arXiv 2205.11005 as they stand, the mask selected in every forward pass.
 
@@ -63,19 +48,6 @@ class PlainPST(nn.Module):
         scores = weight.abs() + self.A @ self.B + self.R + self.C
         mask = _KeepBySort.apply(scores, self.sparsity)
         return linear(x, mask * weight, self.bias)
-
-
-class MovementPruning(nn.Module):
-    """Movement pruning with a score for every weight (Sanh et al. 2020, arXiv 2005.07683): weights and scores train."""
-
-    def __init__(self, replaced: nn.Linear, outputs: int, inputs: int, rank: int, sparsity: float):
-        super().__init__()
-        self.weight, self.bias, self.sparsity = replaced.weight, replaced.bias, sparsity
-        scores = torch.empty(outputs, inputs, dtype=replaced.weight.dtype).uniform_(-0.02, 0.02)
-        self.scores = nn.Parameter(scores)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, _KeepTop.apply(self.scores, self.sparsity) * self.weight, self.bias)
 
 
 def replace_linears(

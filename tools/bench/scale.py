@@ -23,14 +23,14 @@ import torch
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.kernels.host import available_bytes
+from pst_ds.nn.inject import inject_pst
 from pst_ds.planning.activations import trace_micro_batch
 from pst_ds.planning.machines import MACHINES
 from pst_ds.planning.memory import memory_plan
 from pst_ds.planning.shapes import model_numbers
 from pst_ds.planning.time import Batch, time_plan
 from pst_ds.planning.zero_settings import zero_settings
-from tools.bench.scale_folder import write_folder
-from tools.bench.scale_rank import inject, model_of
+from tools.bench.scale_rank import model_of
 from tools.bench.timing import hardware
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,18 +62,13 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--batch", type=int, default=1, help="sequences a rank")
     parser.add_argument("--repeats", type=int, default=2, help="timed steps and updates, after one that is not")
-    parser.add_argument("--base-bits", type=int, choices=(16, 8, 4), default=16, help="of a frozen weight")
-    parser.add_argument("--embedding-bits", type=int, choices=(16, 8, 4), default=16, help="of embedding and head")
-    parser.add_argument("--base-group", default=None, help="inputs that share a scale of the frozen weights, or row")
-    parser.add_argument("--from-files", action="store_true", help="write the model first, and load it as a run does")
     parser.add_argument("--no-checkpointing", action="store_true")
     parser.add_argument("--port", type=int, default=29517)
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     args = parser.parse_args()
     print(
         f"{hardware()}; {args.ranks} ranks, {args.batch} x {args.sequence} tokens a rank, bf16, 1 thread a rank, "
-        f"median of {args.repeats}, frozen weights of {args.base_bits} bits, "
-        f"embedding and head of {args.embedding_bits}"
+        f"median of {args.repeats}"
     )
     sizes = {size: compared(args, size, run(args, size)) for size in args.sizes}
     fits = {name: linear_fit(sizes, name) for name in ("step", "update")} if len(sizes) > 2 else {}
@@ -131,7 +126,7 @@ def predict(args: argparse.Namespace, size: str, rates: dict[str, float]) -> dic
     with torch.device("meta"):
         model = model_of(SHAPES[size])
         config = PSTConfig(modules_to_save=(), relative_magnitude=False)
-        inject(model, config, vars(args), args.ranks)
+        inject_pst(model, config, num_shards=args.ranks)
     numbers, zero = model_numbers(model), zero_settings(ds_config(args), args.ranks, "gloo")
     checkpointing = not args.no_checkpointing
     trace = trace_micro_batch(model, batch=args.batch, sequence=args.sequence, checkpointing=checkpointing)
@@ -177,14 +172,8 @@ def run(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
             "sequence": args.sequence,
             "repeats": args.repeats,
             "checkpointing": not args.no_checkpointing,
-            "base_bits": args.base_bits,
-            "embedding_bits": args.embedding_bits,
-            "base_group": args.base_group,
-            "folder": f"{folder}/model" if args.from_files else "",
             "result": f"{folder}/result.json",
         }
-        if args.from_files:
-            write_folder(SHAPES[size], Path(folder, "model"))
         Path(folder, "job.json").write_text(json.dumps(job))
         command = [
             str(Path(sys.executable).parent / "deepspeed"),

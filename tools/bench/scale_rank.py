@@ -13,12 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from pst_ds.config.pst import PSTConfig
-from pst_ds.core.quantization import grid_of
 from pst_ds.masks.update import update_masks
-from pst_ds.nn.base_model import Pretrained
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes
@@ -110,7 +107,7 @@ def measure(job: dict[str, Any], memory: Memory) -> dict[str, Any]:
     started = time.perf_counter()
     model, keep_alive = build(job)
     memory.phase("build")
-    inject(model, PSTConfig(modules_to_save=()), job)
+    inject_pst(model, PSTConfig(modules_to_save=()))
     memory.phase("inject")
     groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-3}]
     engine = build_engine(model, groups, ds_config=job["ds_config"])
@@ -134,15 +131,6 @@ def measure(job: dict[str, Any], memory: Memory) -> dict[str, Any]:
     return {"rank": rank(), "seconds": seconds, "phases": memory.phases, "peak": memory.peak, "base": memory.base,
             "training_peak": memory.training_peak, "gathered": gathered, "held": held(engine),
             "rates": rates}  # fmt: skip
-
-
-def inject(model: nn.Module, config: PSTConfig, settings: dict[str, Any], num_shards: int | None = None) -> None:
-    """Inject with what does not train in as many bits as a job's ``settings`` say."""
-    base, embedding = (
-        grid_of(f"int{bits}", settings["base_group"]) if (bits := settings[f"{kind}_bits"]) < 16 else None
-        for kind in ("base", "embedding")
-    )
-    inject_pst(model, config, num_shards=num_shards, base_grid=base, embedding_grid=embedding)
 
 
 def machine_rates(job: dict[str, Any]) -> dict[str, float]:
@@ -190,33 +178,20 @@ def step(engine: Engine, tokens: torch.Tensor) -> None:
 
 
 def build(job: dict[str, Any]) -> tuple[nn.Module, Any]:
-    """The model, of which each rank only ever draws, or reads, its own shards."""
-    from transformers import AutoModelForCausalLM
+    """Build the model with random weights; each rank only draws its own shards."""
+    import deepspeed
+    from transformers.initialization import no_init_weights
     from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
     keep_alive = HfDeepSpeedConfig(job["ds_config"])
-    if job["folder"]:
-        place, later = Pretrained(job["folder"]), job["base_bits"] < 16
-        model, missing = place.load(AutoModelForCausalLM, "", linear_later=later, dtype=torch.bfloat16)
-        assert not missing
-    else:
-        model = drawn(job)
+    with no_init_weights(), prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=job["ds_config"]):
+        model = model_of(job["model"])
+    draw(model)
     if job["checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     return model, keep_alive
-
-
-def drawn(job: dict[str, Any]) -> PreTrainedModel:
-    """Return a model of random weights."""
-    import deepspeed
-    from transformers.initialization import no_init_weights
-    from transformers.integrations.deepspeed import prevent_arange_dtype_change
-
-    with no_init_weights(), prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=job["ds_config"]):
-        model = model_of(job["model"])
-    draw(model)
-    return model
 
 
 def model_of(settings: dict[str, Any]) -> Any:

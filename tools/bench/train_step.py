@@ -1,4 +1,4 @@
-"""A training step of PST against full fine-tuning, LoRA, the plain algorithm and movement pruning: time and memory.
+"""Time and memory of a training step of PST, full fine-tuning, LoRA and the plain algorithm.
 
 Every method has its own ranks. PST is started again for each baseline, and the two take steps in turn; where both do
 not fit in memory (``--in-turn-below``, in GiB), PST takes all its steps first. Where the baseline alone does not fit,
@@ -26,12 +26,12 @@ from tools.bench.timing import conditions, print_json, progress, rounded
 from tools.bench.variants import METHODS, Shape, Variant, add_shape_options, shape_of
 
 BASELINES = METHODS[1:]
-NEEDED_BYTES_PER_WEIGHT = {"full_finetuning": 24, "lora": 8, "plain": 24, "movement": 54}
+NEEDED_BYTES_PER_WEIGHT = {"full_finetuning": 24, "lora": 8, "plain": 24}
 """About what all ranks of the baseline need together, activations of 2,048 tokens a rank with them."""
 FREE_SHARE = 0.8
 """Of the free memory, how much a baseline may need."""
-SELECTING = ("plain", "movement")
-"""Baselines that select their masks in every step, which ours must then do too."""
+SELECTING = ("plain",)
+"""Baselines that select their masks in every step, so PST does too."""
 COLUMNS = ("forward", "backward", "optimizer", "mask_update", "step", "cpu_step")
 """Of the table; every part is measured in seconds and, as ``cpu_*``, in seconds of processor time."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes
 from tools.bench.timing import status_bytes, timed
 
 AnyShape = TypeVar("AnyShape", bound="Shape")
-METHODS = ("pst", "full_finetuning", "lora", "plain", "movement")
+METHODS = ("pst", "full_finetuning", "lora", "plain")
 DTYPE = torch.bfloat16
 LEARNING_RATE = 1e-5
 MAX_BUCKET = 50_000_000
@@ -114,18 +114,10 @@ def random_llama(shape: Shape, dtype: torch.dtype = DTYPE, **more: Any) -> nn.Mo
 
 
 def build_model(method: str, shape: Shape) -> nn.Module:
-    """The model of ``method`` with random weights. Collective."""
-    import deepspeed
+    """Build the model of ``method`` with random weights. Collective."""
+    from tools.bench.baselines import PlainPST, replace_linears
 
     model = random_llama(shape)
-    new_weights = deepspeed.zero.Init(config_dict_or_path=zero3_settings(MAX_BUCKET), dtype=DTYPE)
-    with new_weights if method == "movement" else nullcontext():  # its scores are as large as the model
-        return _apply_method(method, model, shape)
-
-
-def _apply_method(method: str, model: nn.Module, shape: Shape) -> nn.Module:
-    from tools.bench.baselines import MovementPruning, PlainPST, replace_linears
-
     if method == "full_finetuning":
         return model.requires_grad_(True)
     if method == "pst":
@@ -137,9 +129,8 @@ def _apply_method(method: str, model: nn.Module, shape: Shape) -> nn.Module:
         names = sorted({name.rpartition(".")[2] for name, _ in targets})
         lora = LoraConfig(r=shape.rank, lora_alpha=shape.rank, lora_dropout=0.0, target_modules=names)
         return get_peft_model(model, lora, autocast_adapter_dtype=False)
-    model.requires_grad_(method == "movement")
-    baseline = {"plain": PlainPST, "movement": MovementPruning}[method]
-    replace_linears(model, targets, baseline, shape.rank, shape.sparsity)
+    model.requires_grad_(False)
+    replace_linears(model, targets, PlainPST, shape.rank, shape.sparsity)
     return model
 
 

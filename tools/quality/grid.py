@@ -73,8 +73,6 @@ class Method:
     result is the cell's base model, and a method with a fixed mask takes its zeros."""
     teacher: str = ""
     """A method without zeros, trained first with the cell's seed; its export is distillation.teacher."""
-    plot: bool = True
-    """Whether the plots have a line of it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,29 +27,22 @@ What sparsity costs under each method: one model, one text and one budget for al
 
 
 def write_report(grids: Sequence[Grid], results: Path) -> Path:
-    """Write the page of every grid that has lines in ``results``, beside that folder, with its plots in it."""
-    from tools.quality.plots import write_plots
-
-    sections = []
-    for grid in grids:
-        lines = Lines(results / f"{grid.name}.jsonl").by_id
-        if lines:
-            sections.append(section(grid, lines, write_plots(grid, lines, results)))
+    """Write the page of every grid that has lines in ``results`` next to that folder. Return its path."""
+    lines = [(grid, Lines(results / f"{grid.name}.jsonl").by_id) for grid in grids]
+    sections = [section(grid, by_id) for grid, by_id in lines if by_id]
     page = results.with_name(f"{results.name}.md")
     head = _HEAD.format(results=results.as_posix() if not results.is_absolute() else results.name)
     write_text_atomic(page, "\n".join([head, *sections]))
     return page
 
 
-def section(grid: Grid, lines: Mapping[str, Line], plots: Mapping[tuple[str, str], str]) -> str:
-    """Return the section of one grid: its description, a table and a plot per test, and the tries."""
+def section(grid: Grid, lines: Mapping[str, Line]) -> str:
+    """Return the section of one grid: its description, a table per test, and the tries."""
     parts = [f"## {grid.title}\n", *([f"{grid.about.strip()}\n"] if grid.about else []), costs(grid, lines)]
     for data_set in grid.data_sets.values():
         for test in test_names(grid, data_set.name):
             title = data_set.title if len(test_names(grid, data_set.name)) == 1 else f"{data_set.title}: {test}"
             parts += [f"### {title}\n", results_table(grid, lines, data_set.name, test)]
-            if (data_set.name, test) in plots:
-                parts.append(f"![{title}]({plots[data_set.name, test]})\n")
         if curve := files_table(grid, lines, data_set.name):
             parts += [f"### {data_set.title}: {metric_name(grid)} and bytes\n", curve]
     parts.append(tries_table(grid, lines))

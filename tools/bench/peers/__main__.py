@@ -8,14 +8,12 @@ CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python 'pst-ds[pee
     python -m tools.bench.peers --json
     python -m tools.bench.peers --no-decoders --threads 1 --shapes 1x128 --no-quality
     python -m tools.bench.peers --no-encoders --json
-    python -m tools.bench.peers --no-encoders --shape 1.1b --threads 2 --json
     PST_DS_INSTRUCTIONS=amx python -m tools.bench.peers --json           # ours with other instructions
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,21 +47,27 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         from tools.bench.peers import encoders
 
         rows += encoders.measure(
-            arguments.folder, arguments.sparse, threads=arguments.threads, shapes=arguments.shapes,
-            repeats=arguments.repeats, quality=not arguments.no_quality,
-        )  # fmt: skip
+            arguments.folder,
+            arguments.sparse,
+            threads=arguments.threads,
+            shapes=arguments.shapes,
+            repeats=arguments.repeats,
+            quality=not arguments.no_quality,
+        )
         ratios |= encoders.ratios(rows)
         encoders.print_table(rows)
     if not arguments.no_decoders:
         decoded = decoders.measure(
-            arguments.decoders, shape=arguments.shape, threads=arguments.threads, repeats=arguments.decoder_repeats,
-            only=arguments.only, text=arguments.text, quality=not arguments.no_quality,
-        )  # fmt: skip
+            arguments.decoders,
+            threads=arguments.threads,
+            repeats=arguments.decoder_repeats,
+            only=arguments.only,
+            text=arguments.text,
+            quality=not arguments.no_quality,
+        )
         ratios |= decoders.ratios(decoded)
         decoders.print_table(decoded)
         rows += decoded
-        if arguments.shape and not arguments.keep:
-            shutil.rmtree(arguments.decoders / arguments.shape)
     repeats = {"encode": arguments.repeats, "decode": arguments.decoder_repeats}
     return conditions(benchmark="peers", repeats=repeats, **stated, rows=rows, ratios=ratios)
 
@@ -94,8 +98,6 @@ def _parser() -> argparse.ArgumentParser:
     decoding.add_argument("--no-decoders", action="store_true")
     where = "where the models are, and are made (default: %(default)s)"
     decoding.add_argument("--decoders", type=Path, default=Path("runs/smollm2"), metavar="FOLDER", help=where)
-    decoding.add_argument("--shape", choices=list(decoders.SHAPES), help="random weights instead of a model")
-    decoding.add_argument("--keep", action="store_true", help="keep the files of a --shape")
     decoding.add_argument(
         "--only", nargs="*", default=[], metavar="TEXT", help="contestants with one of these in their name"
     )

@@ -7,8 +7,6 @@ tools/fetch_smollm2.py makes them, or put there by hand), ``int8-50`` what `pst-
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +26,32 @@ def smollm2_folder(top: Path, share: float) -> Path:
     return pruned_folder(top, share) if share else dense_folder(top)
 
 
-def packed_folder(top: Path, values: str, share: float, source: Callable[[Path, float], Path]) -> Path:
+def packed_folder(top: Path, values: str, share: float) -> Path:
     """Return ``top``/int8-50 and the like, of ``values`` "int8" or "int4", with embeddings in int8."""
     out = top / f"{values}-{100 * share:g}"
     if not (out / "config.json").is_file():
         progress(f"exporting {out}")
         layout = "bitmask" if share else "dense"
         options = ["--format", layout, "--values", values, "--embeddings", "int8", "--quiet", "--out", str(out)]
-        verb("export", str(source(top, share)), *options)
+        verb("export", str(smollm2_folder(top, share)), *options)
     return out
 
 
-def gguf_file(top: Path, kind: str, source: Callable[[Path, float], Path]) -> Path:
+def gguf_file(top: Path, kind: str) -> Path:
     """Return ``top``/Q8_0.gguf and the like, of one of :data:`KINDS`. Raises InputError."""
     out = top / f"{kind}.gguf"
     if out.is_file():
         return out
     if kind == "BF16":
         progress(f"writing {out}")
-        verb("export", str(source(top, 0.0)), "--format", "gguf", "--dtype", "bf16", "--quiet", "--out", str(out))
+        verb(
+            "export", str(smollm2_folder(top, 0.0)), "--format", "gguf", "--dtype", "bf16", "--quiet", "--out", str(out)
+        )
         return out
     library = llama_cpp()
     settings = library.llama_model_quantize_default_params()
     settings.ftype = getattr(library, f"LLAMA_FTYPE_MOSTLY_{kind}")
-    partial, dense = out.with_suffix(".part"), gguf_file(top, "BF16", source)
+    partial, dense = out.with_suffix(".part"), gguf_file(top, "BF16")
     progress(f"quantising {out}")
     code = library.llama_model_quantize(str(dense).encode(), str(partial).encode(), settings)
     if code:
@@ -72,51 +72,3 @@ def evenly_spaced_chunks(text: str, tokenizer: Any, chunks: int, length: int) ->
     if len(ids) < chunks * length:
         raise InputError(f"the text has {len(ids):,} tokens; {chunks} chunks of {length} take {chunks * length:,}")
     return [ids[start : start + length] for start in (at * len(ids) // chunks for at in range(chunks))]
-
-
-def random_llama(top: Path, share: float, *, shape: dict[str, int], seed: int = 0) -> Path:
-    """``top``/dense or ``top``/zeros-50: a Llama of ``shape`` with random bf16 weights, that share of them zero."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    out = top / (f"zeros-{100 * share:g}" if share else "dense")
-    if (out / "config.json").is_file():
-        return out
-    progress(f"making {out}")
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        torch.manual_seed(seed)
-        config = LlamaConfig.from_dict({"tie_word_embeddings": False, "max_position_embeddings": 2048, **shape})
-        model: Any = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
-    with torch.no_grad():
-        for name, module in model.model.named_modules():
-            if share and isinstance(module, torch.nn.Linear) and "." in name:
-                module.weight.masked_fill_(torch.rand(module.weight.shape) < share, 0.0)
-    beside = out.with_name(f"{out.name}.part")
-    model.save_pretrained(beside)
-    byte_tokenizer().save_pretrained(beside)
-    beside.rename(out)
-    return out
-
-
-def byte_tokenizer() -> Any:
-    """A tokenizer of bytes and one pair of them (llama.cpp asks for a merge), for models whose words mean nothing."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(words[:2])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-
-
-def remove_sources(top: Path, shares: Sequence[float]) -> None:
-    """Remove the bf16 folders that files were made of."""
-    for share in shares:
-        shutil.rmtree(top / (f"zeros-{100 * share:g}" if share else "dense"), ignore_errors=True)

@@ -16,8 +16,6 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tools.bench.peers import decoder_files, engines
 from tools.bench.peers.turns import medians_in_turn, seated
 from tools.bench.timing import progress
@@ -31,20 +29,12 @@ PRELOAD = ("pst_ds.inference.decoder", "tools.bench.peers.engines")
 """Imported once for all processes."""
 TEXT = Path("runs/quality/data/brown-test.txt")
 CHUNKS, CHUNK_TOKENS = 8, 512
-SHAPES: dict[str, dict[str, int]] = {
-    "1.1b": {
-        "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
-        "num_attention_heads": 32, "num_key_value_heads": 4,
-    },
-}  # fmt: skip
-"""Llamas with random weights, by name."""
-BARS = {
-    "decode_over_llamacpp": {"50/Q8_0/1": 1.7, "80/Q4_0/1": 1.5, "80/Q4_0/2": 1.7, "90/Q4_0/2": 1.9},
-    "prefill_over_llamacpp": {"80/Q4_0/1": 1.6},
-    "prefill_8_bits_over_llamacpp": {"80/Q4_0/1": 1.6},
-    "decode_1.1b_over_llamacpp": {"50/Q8_0/2": 1.5, "80/Q8_0/2": 2.3},
+RATIOS = {
+    "decode_over_llamacpp": ("50/Q8_0/1", "80/Q4_0/1", "80/Q4_0/2", "90/Q4_0/2"),
+    "prefill_over_llamacpp": ("80/Q4_0/1",),
+    "prefill_8_bits_over_llamacpp": ("80/Q4_0/1",),
 }
-"""Times as fast as llama.cpp our int8 values shall be, by (percent of zeros / its kind of file / threads)."""
+"""Reported speed-ups over llama.cpp: percent of sparsity / kind of its file / threads."""
 
 
 @dataclass(frozen=True)
@@ -64,24 +54,27 @@ class Material:
     prompt: list[int]
     following: list[int]
     chunks: list[list[int]]
-    """For perplexity; empty where words mean nothing."""
+    """Pieces of the text whose perplexity is measured."""
 
 
 def measure(
-    top: Path, *, shape: str | None, threads: Sequence[int], repeats: int, only: Sequence[str] = (),
-    new_tokens: int = 64, prompt_tokens: int = 128, text: Path = TEXT, quality: bool = True,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Return the rows of all contestants, or those with a word of ``only`` in their name, and make missing files.
+    top: Path,
+    *,
+    threads: Sequence[int],
+    repeats: int,
+    only: Sequence[str] = (),
+    new_tokens: int = 64,
+    prompt_tokens: int = 128,
+    text: Path = TEXT,
+    quality: bool = True,
+) -> list[dict[str, Any]]:
+    """Return the rows of all contestants, or of those with a word of ``only`` in their name; make missing files.
 
-    ``shape``: one of :data:`SHAPES`, or None for the model of ``top``/dense. Raises InputError.
+    Raises InputError.
     """
     engines.llama_cpp()
-    found = shape_contestants(top / shape, SHAPES[shape]) if shape else contestants(top)
-    found = [one for one in found if not only or any(part in one.name for part in only)]
-    if shape:
-        material = random_material(SHAPES[shape]["vocab_size"], prompt_tokens, new_tokens)
-    else:
-        material = text_material(top, text, prompt_tokens, new_tokens)
+    found = [one for one in contestants(top) if not only or any(part in one.name for part in only)]
+    material = text_material(top, text, prompt_tokens, new_tokens)
     rows: list[dict[str, Any]] = []
     perplexity: dict[str, float] = {}
     openers = {one.name: partial(one.engine, one.path, CONTEXT) for one in found}
@@ -93,10 +86,10 @@ def measure(
                 ("decode", engines.decode_rate, (material.prompt, material.following)),
                 ("prefill", engines.prefill_rate, (material.prompt,)),
             ):
-                size = {"task": task, "model": shape or "135M", "threads": count, "tokens": len(inputs[-1])}
+                size = {"task": task, "threads": count, "tokens": len(inputs[-1])}
                 rates = medians_in_turn(seats, work, count, *inputs, repeats=repeats)
                 rows += [{**size, "contestant": name, "tokens_per_second": rate} for name, rate in rates.items()]
-        for name, seat in seats.items() if quality and material.chunks else ():
+        for name, seat in seats.items() if quality else ():
             progress(f"perplexity of {name}")
             total, number = seat.ask(engines.chunk_losses, max(threads), material.chunks)
             perplexity[name] = exp(total / number)
@@ -108,31 +101,15 @@ def measure(
 
 def contestants(top: Path) -> list[Contestant]:
     """Everybody with the model of ``top``/dense."""
-    source = decoder_files.smollm2_folder
-    files = [(kind, decoder_files.gguf_file(top, kind, source)) for kind in decoder_files.KINDS]
+    files = [(kind, decoder_files.gguf_file(top, kind)) for kind in decoder_files.KINDS]
     found = [Contestant(f"dense, llama.cpp {kind}", file, engines.LlamaCpp) for kind, file in files]
     for values in ("int8", "int4"):
         for share in SHARES:
-            folder = decoder_files.packed_folder(top, values, share, source)
+            folder = decoder_files.packed_folder(top, values, share)
             found.append(Contestant(our_name(share, values), folder, engines.PstDs))
             if values == "int8" and share in (0.0, 0.8):
                 found.append(Contestant(our_name(share, PROMPTS), folder, partial(engines.PstDs, prompt_bits=8)))
     return found
-
-
-def shape_contestants(top: Path, shape: dict[str, int], shares: Sequence[float] = SHARES[:3]) -> list[Contestant]:
-    """Everybody with random weights of ``shape``; what the files are made of is removed, as it is large."""
-    source = partial(decoder_files.random_llama, shape=shape)
-    file = top / "Q8_0.gguf"
-    found = []
-    for share in shares:
-        folder = decoder_files.packed_folder(top, "int8", share, source)
-        found.append(Contestant(our_name(share, "int8"), folder, engines.PstDs))
-        if not share:
-            decoder_files.gguf_file(top, "Q8_0", source)
-            (top / "BF16.gguf").unlink(missing_ok=True)
-        decoder_files.remove_sources(top, [share])
-    return [Contestant("dense, llama.cpp Q8_0", file, engines.LlamaCpp), *found]
 
 
 def our_name(share: float, values: str) -> str:
@@ -151,28 +128,18 @@ def text_material(top: Path, text: Path, prompt_tokens: int, new_tokens: int) ->
     return Material(chunks[0][:prompt_tokens], chunks[0][prompt_tokens : prompt_tokens + new_tokens], chunks)
 
 
-def random_material(vocabulary: int, prompt_tokens: int, new_tokens: int) -> Material:
-    ids = np.random.default_rng(0).integers(0, vocabulary, prompt_tokens + new_tokens).tolist()
-    return Material(ids[:prompt_tokens], ids[prompt_tokens:], [])
-
-
 def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return how many times as fast ours is, for every bar of :data:`BARS` whose two rows are there.
-
-    Tables with "int4" in their name have the same places for int4 values, which have no bar.
-    """
-    rates = {(r["task"], r["model"], r["contestant"], r["threads"]): r["tokens_per_second"] for r in rows}
+    """Return the speed-ups over llama.cpp of :data:`RATIOS` whose two rows exist, also for int4 weights."""
+    rates = {(r["task"], r["contestant"], r["threads"]): r["tokens_per_second"] for r in rows}
     found: dict[str, dict[str, float]] = {}
-    for table, places in BARS.items():
+    for table, places in RATIOS.items():
         task, _, rest = table.partition("_")
-        in_bytes = rest.startswith("8_bits_")
-        model = rest.removeprefix("8_bits_").removesuffix("over_llamacpp").rstrip("_") or "135M"
-        for values in (PROMPTS,) if in_bytes else ("int8", "int4"):
-            name = table.replace(task, f"{task}_int4", 1) if values == "int4" else table
+        for values in (PROMPTS,) if rest.startswith("8_bits_") else ("int8", "int4"):
+            name = f"{task}_int4_{rest}" if values == "int4" else table
             for place in places:
                 percent, kind, threads = place.split("/")
-                ours = rates.get((task, model, our_name(int(percent) / 100, values), int(threads)))
-                theirs = rates.get((task, model, f"dense, llama.cpp {kind}", int(threads)))
+                ours = rates.get((task, our_name(int(percent) / 100, values), int(threads)))
+                theirs = rates.get((task, f"dense, llama.cpp {kind}", int(threads)))
                 if ours and theirs:
                     found.setdefault(name, {})[place] = ours / theirs
     return found

@@ -26,10 +26,8 @@ from tools.verbs import verb
 
 Feed = dict[str, np.ndarray]
 Run = Callable[[Feed], np.ndarray]
-BARS = {"1x32": 1.3, "1x128": 1.3, "8x128": 1.2}
-"""Times as fast as OpenVINO's int8, by (batch x tokens): the 90 %-sparse encoder on one thread."""
-BAR_ONNXRUNTIME = 1.4
-"""The same against ONNX Runtime's int8, at every size."""
+SHAPES = ("1x32", "1x128", "8x128")
+"""Batch x tokens."""
 SMALL = ["--dtype", "bf16", "--values", "int8", "--embeddings", "int8"]
 CALIBRATION_TEXTS = 128
 PRELOAD = ("pst_ds.inference.onnx.session",)
@@ -181,8 +179,8 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         for peer in ("OpenVINO int8", "ONNX Runtime int8"):
             table = f"{row['in_ratios']}_over_{peer.lower().replace(' ', '_')}"
             found.setdefault(table, {})[f"{size}/{threads}"] = ms[f"dense, {peer}", threads, size] / row["ms"]
-    barred = {size: found.get("pst-90_over_openvino_int8", {}).get(f"{size}/1") for size in BARS}
-    found["encoder_over_openvino_int8"] = {size: ratio for size, ratio in barred.items() if ratio is not None}
+    of_90 = found.get("pst-90_over_openvino_int8", {})
+    found["encoder_over_openvino_int8"] = {size: of_90[f"{size}/1"] for size in SHAPES if f"{size}/1" in of_90}
     return found
 
 
