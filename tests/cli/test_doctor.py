@@ -206,6 +206,7 @@ def test_code_that_computes_something_else_is_a_failure(monkeypatch):
 
 
 @pytest.mark.launcher
+@pytest.mark.thorough
 def test_a_machine_that_is_well(capsys, tmp_path):
     before = _mine()
     assert main(["doctor", "--folder", str(tmp_path), "--time-limit", str(LIMIT), "--json"]) == 0

@@ -46,6 +46,7 @@ def _evaluated(folder) -> tuple[int, str]:
 
 
 @pytest.mark.launcher
+@pytest.mark.thorough
 def test_local_sh_is_the_run_of_two_ranks_as_planned_and_eval_reads_it(run_ranks, tmp_path, capsys):
     done = _launch("launch/local.sh", "--ranks", "2", RUN_FILE, "--set", f"output_dir={tmp_path}/a", "--json")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -156,6 +156,7 @@ def test_on_two_ranks_all_end_with_2_and_the_first_alone_speaks(made, tmp_path, 
 
 @pytest.mark.launcher
 @pytest.mark.parametrize("name", ["an unknown option", "a head of another size"])
+@pytest.mark.few(1)
 def test_under_the_launcher_there_is_one_message_and_exit_code_2(name, made, tmp_path):
     wrong, shop = CASES[name], Workshop(tmp_path, made, ON_RANKS)
     arguments = wrong.arguments(shop)

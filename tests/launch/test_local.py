@@ -42,6 +42,7 @@ def local(tmp_path: Path) -> Iterator[Callable[..., Background]]:
         yield start
 
 
+@pytest.mark.thorough
 def test_term_and_usr1_save_and_exit_with_75_and_the_run_goes_on(local, tmp_path):
     folder = tmp_path / "run"
     for number, ranks in ((signal.SIGUSR1, 2), (signal.SIGTERM, 1)):  # one takes half of the time to start
@@ -56,6 +57,7 @@ def test_term_and_usr1_save_and_exit_with_75_and_the_run_goes_on(local, tmp_path
     assert steps(folder) == list(range(1, len(steps(folder)) + 1))
 
 
+@pytest.mark.thorough
 def test_a_signal_before_there_is_a_rank_ends_the_launcher(local, tmp_path):
     folder = tmp_path / "run"
     run = local(folder)

@@ -47,6 +47,7 @@ def test_what_no_run_may_have_is_refused_before_any_starts(tmp_path, arguments, 
 
 
 @pytest.mark.launcher
+@pytest.mark.thorough
 def test_a_run_that_is_preempted_comes_back_and_one_that_has_ended_is_not_repeated(tmp_path):
     """Two ranks, preempted by submitit's signal to the first task. That a run which goes on ends as a whole one, to the
     bit, is tested with fewer starts (tests/train/test_resume.py)."""

@@ -50,6 +50,7 @@ def torchruns(tmp_path: Path) -> Iterator[Callable[[Path], list[Background]]]:
         yield start
 
 
+@pytest.mark.thorough
 def test_a_run_that_is_stopped_has_saved_and_goes_on(torchruns, run_ranks, tmp_path):
     folder = tmp_path / "run"
     first, second = torchruns(folder)

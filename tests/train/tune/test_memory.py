@@ -35,6 +35,7 @@ def _weights_and_moments_of_trials(folder):
 
 
 @pytest.mark.zero3
+@pytest.mark.thorough
 def test_weights_and_moments_of_a_trial_are_freed(run_ranks, tmp_path):
     for during, after, lines in run_ranks(_weights_and_moments_of_trials, 2, str(tmp_path / "run")):
         assert lines == 1 + 3 + 1

@@ -15,7 +15,7 @@ from pst_ds.train.tune import trials
 from pst_ds.train.tune.halving import Rung
 
 RUN_FILE = "tests/data/world_size.toml"
-SHORT_TRIALS = mock.patch.object(trials, "rungs", return_value=[Rung(3, 12)])
+SHORT_TRIALS = mock.patch.object(trials, "rungs", return_value=[Rung(3, 6)])
 
 
 def _arguments(folder, *more):
@@ -44,7 +44,7 @@ def test_two_ranks_choose_as_one_process_does(run_ranks, tmp_path):
         assert main(["tune", *_arguments(tmp_path / "one", "deepspeed_config=")]) == 0
     (two, choice), (one, expected) = _trials(tmp_path / "two"), _trials(tmp_path / "one")
     assert [(t["trial"], t["steps"]) for t in two] == [(t["trial"], t["steps"]) for t in one]
-    assert [t["steps"] for t in two] == [12] * 3
+    assert [t["steps"] for t in two] == [6] * 3
     # masks of two ranks may differ in bits whose scores are equal but for a rounding
     assert [t["value"] for t in two] == pytest.approx([t["value"] for t in one], abs=one[0]["standard_error"])
     assert choice == expected

@@ -16,7 +16,7 @@ from pst_ds.data.tasks import task_of
 from pst_ds.parallel import stop_signals
 from pst_ds.train.divergence import DivergedError
 from pst_ds.train.objective import Objective
-from pst_ds.train.tune import trials
+from pst_ds.train.tune import halving, trials
 from pst_ds.train.tune.halving import RATES, Candidate
 from pst_ds.train.tune.trials import standard_error, trial_run
 
@@ -44,6 +44,15 @@ def run_file(tmp_path):
     )
     (tmp_path / "mine.toml").write_text(text)
     return str(tmp_path / "mine.toml")
+
+
+@pytest.fixture
+def short_file(run_file, monkeypatch):
+    """The same run, of which 3 trials of 10 steps are a fifth."""
+    monkeypatch.setattr(halving, "LEAST_STEPS", 10)
+    text = Path(run_file).read_text()
+    Path(run_file).write_text(text.replace("num_steps = 600", "num_steps = 150"))
+    return run_file
 
 
 @pytest.fixture
@@ -78,22 +87,22 @@ def _refused(capsys, *arguments):
     return message
 
 
-def test_trials_are_trained_compared_and_written_down(run_file, tmp_path, verb, capsys):
-    said = verb("tune", run_file, "--quiet")
+def test_trials_are_trained_compared_and_written_down(short_file, tmp_path, verb, capsys):
+    said = verb("tune", short_file, "--quiet")
     _, *made, choice = _lines(tmp_path / "run")
-    assert [(t["rung"], t["trial"], t["steps"]) for t in made] == [(0, 0, 40), (0, 1, 40), (0, 2, 40)]
+    assert [(t["rung"], t["trial"], t["steps"]) for t in made] == [(0, 0, 10), (0, 1, 10), (0, 2, 10)]
     assert said["trials"] == [{k: v for k, v in t.items() if k != "event"} for t in made]
     for trial in made:
         folder = tmp_path / "run" / "tune" / f"0-{trial['trial']}"
         result = json.loads((folder / "result.json").read_text())
-        assert (result["steps"], result["metrics"]["accuracy"]) == (40, trial["value"])
+        assert (result["steps"], result["metrics"]["accuracy"]) == (10, trial["value"])
         assert result["sparsity_in_masks"] == pytest.approx(0.8, abs=1e-3)  # the whole ramp
         assert not (folder / "checkpoints").exists()
     assert len({t["update_learning_rate"] for t in made}) == 3
     best = max(made, key=lambda t: t["value"])
     taken = best if best["value"] - made[0]["value"] > made[0]["standard_error"] else made[0]
     assert choice["trial"] == taken["trial"]
-    before, after = load_run(run_file), load_run(said["out"])
+    before, after = load_run(short_file), load_run(said["out"])
     assert {name: getattr(after.train, name) for name in RATES} == Candidate(taken["factor"]).rates(before.train)
     assert said["out"] == str(tmp_path / "mine.tuned.toml")
     text = Path(said["out"]).read_text()
@@ -147,29 +156,29 @@ def test_a_killed_search_goes_on_and_runs_no_finished_trial_again(run_file, tmp_
     assert len([line for line in lines if line["event"] == "trial"]) == whole
 
 
-def test_a_trial_that_a_signal_stopped_goes_on_where_it_was(run_file, tmp_path, verb, capsys, monkeypatch):
-    verb("tune", run_file, "--out", str(tmp_path / "a.toml"), "--set", f"output_dir={tmp_path}/a")
+def test_a_trial_that_a_signal_stopped_goes_on_where_it_was(short_file, tmp_path, verb, capsys, monkeypatch):
+    verb("tune", short_file, "--out", str(tmp_path / "a.toml"), "--set", f"output_dir={tmp_path}/a")
     loss, calls = Objective.__call__, iter(range(1, 10**6))
 
     def called(self, *arguments):
-        if next(calls) == 47:  # in the second trial
+        if next(calls) == 17:  # in the second trial
             stop_signals._asked_by = 15
         return loss(self, *arguments)
 
-    stopped = ["tune", run_file, "--out", str(tmp_path / "b.toml"), "--set", f"output_dir={tmp_path}/b"]
+    stopped = ["tune", short_file, "--out", str(tmp_path / "b.toml"), "--set", f"output_dir={tmp_path}/b"]
     with monkeypatch.context() as patch:
         patch.setattr(stop_signals, "_asked_by", 0)
         patch.setattr(Objective, "__call__", called)
         capsys.readouterr()
         assert main(stopped) == 75
     message = capsys.readouterr().err
-    assert "stopped by SIGTERM after step 7 of 40" in message
+    assert "stopped by SIGTERM after step 7 of 10" in message
     assert "the same command goes on" in message
     assert [line["event"] for line in _lines(tmp_path / "b")] == ["search", "trial"]
     steps = []
     monkeypatch.setattr(Objective, "__call__", lambda *a: steps.append(1) or loss(*a))
     verb(*stopped)
-    assert len(steps) == 33 + 40
+    assert len(steps) == 3 + 10
     assert _without_times(_lines(tmp_path / "b")[1:]) == _without_times(_lines(tmp_path / "a")[1:])
 
 
