@@ -69,6 +69,7 @@ def test_logits_are_those_of_transformers(family):
         parts = [decoder.forward(ids[:20], all_logits=True)]
         parts += [decoder.forward(ids[i : i + 1], all_logits=True) for i in range(20, 40)]
         assert _least_cosine(torch.cat(parts), expected) > least
+        assert torch.cat(parts).norm() == pytest.approx(float(expected.norm()), rel=0.02)  # which no cosine sees
         decoder.reset()
         decoder.threads = 2
         assert torch.equal(decoder.forward(ids, all_logits=True), torch.cat(parts))
