@@ -95,20 +95,14 @@ class _WandB:
         self._run.finish()
 
 
-class _Trackio:
-    """It knows runs by their names."""
+class _Trackio(_WandB):
+    """trackio, whose runs have the interface of Weights & Biases and are identified by name."""
 
     def __init__(self, project: str, name: str, known: str, settings: Mapping[str, object]):
         import trackio
 
         self.id = known or f"{name}-{secrets.token_hex(3)}"
         self._run = trackio.init(project=project, name=self.id, resume="allow", config=dict(settings))
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self._run.log(values, step=step)
-
-    def finish(self) -> None:
-        self._run.finish()
 
 
 class _MLflow:

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <vector>
 
+#include "bf16.hpp"
+
 #ifdef __AVX512BW__
 #include <immintrin.h>
 #endif
@@ -67,11 +69,7 @@ typedef float floats __attribute__((vector_size(LANES * 4)));
 typedef uint32_t words __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
 
-template <class V, class T> inline V load(const T* from) {
-    V value;
-    std::memcpy(&value, from, sizeof value);
-    return value;
-}
+using pst::load;
 
 #ifdef __AVX512BW__
 inline floats widen_many(const uint16_t* from) {

@@ -1,4 +1,4 @@
-// Conversion between bf16 and fp32, for every C++ source of the package.
+// Conversion between bf16 and fp32, and unaligned loads, for every C++ source of the package.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,13 @@
 namespace pst {
 
 using bf16 = uint16_t;
+
+// A value of type V, such as a vector, at an address that need not be aligned for it.
+template <class V, class T> inline V load(const T* from) {
+    V value;
+    std::memcpy(&value, from, sizeof(V));
+    return value;
+}
 
 inline float widen(float value) { return value; }
 inline float widen(bf16 value) {

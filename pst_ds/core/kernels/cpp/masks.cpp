@@ -26,12 +26,7 @@ typedef float floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t ints __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
 
-template <class V, class T> inline V load(const T* from) {
-    V value;
-    std::memcpy(&value, from, sizeof(V));
-    return value;
-}
-
+using pst::load;
 using pst::widen;
 
 inline floats widen_many(const float* from) { return load<floats>(from); }

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "bf16.hpp"
+
 namespace {
 
 constexpr int LANES = 8;
@@ -12,11 +14,7 @@ typedef int32_t ints __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
 typedef double doubles __attribute__((vector_size(LANES * 8)));
 
-template <class V, class T> inline V load(const T* from) {
-    V value;
-    std::memcpy(&value, from, sizeof(V));
-    return value;
-}
+using pst::load;
 
 // The last values of a run, fewer than LANES, padded with zeros.
 template <class V, class T> inline V load_rest(const T* from, int64_t count) {
