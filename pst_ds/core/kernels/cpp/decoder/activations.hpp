@@ -1,16 +1,16 @@
-// Vectors as integers, and what an instruction set's kernels are called by.
+// Activations as integers, and the interface of an instruction set's kernels.
 #pragma once
 
 #include "matrix.hpp"
 
 namespace pst {
 
-// How numbers become integers of -levels .. levels: times `inverse`, to nearest; `scale` takes them back. Both are 0 where all
-// numbers are, or nearly; with an infinity or a NaN among them the scale is NaN.
+// Quantisation to integers in -levels .. levels: multiply by `inverse` and round to nearest; `scale` is the way back.
+// Both are 0 if all numbers are 0 or nearly; with an infinity or a NaN among them the scale is NaN.
 struct Rounding {
     float scale = 0, inverse = 0;
 
-    // largest_bits: of the largest |x|, of which those of infinities and NaN are the largest of all.
+    // largest_bits: bits of the largest |x|; the bits of infinities and NaN exceed all others.
     Rounding(int32_t largest_bits, float levels) {
         float largest;
         std::memcpy(&largest, &largest_bits, 4);
@@ -19,16 +19,16 @@ struct Rounding {
     }
 };
 
-// `tokens` vectors rounded to integers. Each is q, and in planes: the low byte and the high one, which kernels of WORDS
-// take as unsigned (q + 2^15). Zeros follow a vector's columns, as many as a load may read past them. Or they are bytes,
-// of 8 bits with a scale for each word of columns: low alone has them.
+// `tokens` vectors quantised to integers. Each is stored as q, and in planes: the low byte and the high one, which
+// kernels of WORDS read as unsigned (q + 2^15). A vector's columns are followed by as many zeros as a load may read
+// past them. Alternatively they are bytes, 8 bits with a scale per word of columns, in `low` only.
 struct Activations {
     bool are_bytes = false;
-    int64_t stride = 0, chunks = 0;  // of a vector: in integers, and in scales
+    int64_t stride = 0, chunks = 0;  // per vector: integers, and scales
     std::vector<int16_t> q;
     std::vector<uint8_t> low, high;
     std::vector<float> scales;
-    std::vector<int32_t> sums;  // of a chunk's q; of bytes -128 times the sum
+    std::vector<int32_t> sums;  // of a chunk's q; for bytes -128 times the sum
 
     void reserve(int64_t tokens, int64_t columns) {
         const size_t most = size_t(tokens * (round_up(columns, WORD) + 2 * PADDING));
@@ -46,28 +46,28 @@ struct Activations {
     const float* scales_of(int64_t token) const { return scales.data() + token * chunks; }
 };
 
-// Bytes of 16 rows, expanded; and those that a thread needs beside a product.
+// Bytes of 16 expanded rows; and the bytes that a thread needs for a product.
 inline int64_t panel_bytes(int64_t columns) { return 16 * (round_up(columns, WORD) + WORD) + PADDING; }
 inline int64_t room_for(int64_t columns) { return 2 * panel_bytes(columns); }
 
-// y (tokens, y_width) gets the products with rows of the blocks from `first` to `last`; `room`: of this thread,
-// room_for(m) bytes.
+// Write products with rows of the blocks from `first` to `last` to y (tokens, y_width). `room`: room_for(m) bytes of
+// this thread.
 struct ProductJob {
     const Matrix& m;
-    const float* x;         // of FLOATS: (tokens, columns)
-    const Activations& q;   // of others
+    const float* x;  // for FLOATS: (tokens, columns)
+    const Activations& q;  // for the other layouts
     int64_t tokens, first, last;
     float* y;
     int64_t y_width;
     uint8_t* room;
-    int64_t panel = panel_bytes(m.columns);  // from 16 expanded rows in room to the next
+    int64_t panel = panel_bytes(m.columns);  // distance of 16 expanded rows in room
 };
 
-// One query head group and what it attends to. K and V: (context, padded head), of this key-value head.
+// One group of query heads with its keys and values. K and V: (context, padded head), of this key-value head.
 struct AttentionJob {
-    const float* q;    // (heads of the group, head)
+    const float* q;  // (heads of the group, head)
     const void *k, *v;
-    const float *k_scales, *v_scales;  // (context,), of a cache of 8 bits; null of others
+    const float *k_scales, *v_scales;  // (context,), for an 8-bit cache; null for others
     float* y;
     int64_t heads, head, padded, begin, end;  // positions begin .. end
     float scale, cap;
@@ -78,9 +78,9 @@ constexpr int HEADS_TOGETHER = 4;
 inline int64_t attention_room(int64_t positions, int64_t padded) { return HEADS_TOGETHER * (round_up(positions, 16) + 2 * padded); }
 
 struct Functions {
-    bool words;  // what it wants of pack()
+    bool words;  // layout that it needs from pack()
     void (*quantize)(const Matrix&, const float* x, int64_t token, Activations&);
-    void (*quantize_to_bytes)(const Matrix&, const float* x, int64_t token, Activations&);  // null: it does not
+    void (*quantize_to_bytes)(const Matrix&, const float* x, int64_t token, Activations&);  // null if not supported
     void (*product)(const ProductJob&);
     void (*rms_norm)(const float* x, const float* gain, float epsilon, int64_t width, float* y);
     void (*rotate)(float* x, const float* cosines, const float* sines, int64_t half);
@@ -88,10 +88,11 @@ struct Functions {
     void (*attend)(const AttentionJob&, int64_t bits);  // of keys and values: 8, 16, 32
 };
 
-// Eight rows of a block, or those that the matrix still has.
+// Store eight rows of a block, or as many as the matrix still has.
 inline void store_rows(const float* rows, const Matrix& m, int64_t block, float* y) {
     const int64_t left = m.rows - block * ROWS;
-    if (left >= ROWS) std::memcpy(y + block * ROWS, rows, ROWS * sizeof(float));  // of a known size: no call
+    // a constant size compiles without a call
+    if (left >= ROWS) std::memcpy(y + block * ROWS, rows, ROWS * sizeof(float));
     else std::memcpy(y + block * ROWS, rows, size_t(left) * sizeof(float));
 }
 

@@ -1,13 +1,12 @@
-// Products of many vectors with Intel AMX. 16 rows of codes, expanded as for AVX-512, are tiles of a word of columns, and so
-// are 16 vectors where they lie; sums are the same integers, and floats are added in the same order. Included after
+// Products of many vectors with Intel AMX. 16 rows of codes, expanded as for AVX-512, form tiles of a word of columns,
+// and so do 16 vectors in place. Sums are the same integers, and floats are added in the same order. Included after
 // avx512.hpp and what follows it in its namespace.
-//
-// Tiles: 4 and 5 are inputs, the low and the high plane of 16 vectors, or 32 vectors of bytes; 6 and 7 are the codes of a
-// panel each. Input i and panel p are added up in tile 2 p + i.
+// Tiles: 4 and 5 are inputs, the low and the high plane of 16 vectors, or 32 vectors of bytes; 6 and 7 are the codes of
+// a panel each. Input i and panel p are summed in tile 2 p + i.
 
-constexpr int64_t TILE_ROWS = 16, LEAST_VECTORS = 8;  // with fewer the expansion is most of the work
+constexpr int64_t TILE_ROWS = 16, LEAST_VECTORS = 8;  // with fewer vectors the expansion is most of the work
 
-// `first` and `second`: vectors of the two inputs; of the second there may be none. depth: columns of a word.
+// `first` and `second`: vectors of the two inputs; the second may have none. depth: columns of a word.
 inline TileConfig shapes(int64_t first, int64_t second, int64_t depth) {
     TileConfig config;
     const auto shape = [&](int tile, int64_t rows, int64_t bytes) {
@@ -21,7 +20,7 @@ inline TileConfig shapes(int64_t first, int64_t second, int64_t depth) {
     return config;
 }
 
-// Whether products are those of plain sums, for bytes of all values.
+// Whether products equal plain sums, for all byte values.
 template <bool SIGNED> inline bool tiles_hold() {
     constexpr int VECTORS = 3;
     uint8_t x[VECTORS * 64], codes[16 * 64];
@@ -46,13 +45,13 @@ template <bool SIGNED> inline bool tiles_hold() {
     return true;
 }
 
-// The sums of one or two inputs, as they are shaped, with one or two panels.
+// The sums of one or two inputs, in their shapes, with one or two panels.
 template <bool SIGNED> class TileSums {
    public:
     TileSums(Tiles& tiles, const ProductJob& job, int panels, const uint8_t* first, const uint8_t* second)
         : tiles_(tiles), job_(job), panels_(panels), first_(first), second_(second) {}
 
-    // Of the columns of words [from, to).
+    // Add the columns of words [from, to).
     void add_up(int64_t from, int64_t to) {
         tiles_.clear<0>(), tiles_.clear<2>();
         if (second_) tiles_.clear<1>(), tiles_.clear<3>();
@@ -60,7 +59,7 @@ template <bool SIGNED> class TileSums {
         tiles_.store<0>(sums_), tiles_.store<2>(sums_ + 2 * SIZE);
         if (second_) tiles_.store<1>(sums_ + SIZE), tiles_.store<3>(sums_ + 3 * SIZE);
     }
-    // Those of a vector of an input with the 16 rows of a panel.
+    // Sums of a vector of an input with the 16 rows of a panel.
     __m512i at(int panel, int64_t input, int64_t vector) const {
         return _mm512_load_si512(sums_ + (2 * panel + input) * SIZE + 16 * vector);
     }
@@ -83,11 +82,11 @@ template <bool SIGNED> class TileSums {
     Tiles& tiles_;
     const ProductJob& job_;
     const int panels_;
-    const uint8_t *first_, *second_;  // null where there is no second
+    const uint8_t *first_, *second_;  // null without a second input
     alignas(64) int32_t sums_[4 * SIZE];
 };
 
-// Some vectors, from `token` on, with the expanded rows of one or two panels, from `block` on.
+// Vectors from `token` on, with the expanded rows of one or two panels, from `block` on.
 struct TileJob {
     const ProductJob& of;
     int64_t block;
@@ -99,7 +98,7 @@ struct TileJob {
     }
 };
 
-// Up to 16 vectors, as panel_rows of AVX-512 adds them up.
+// Up to 16 vectors, summed as in panel_rows of AVX-512.
 inline void planes_in_tiles(Tiles& tiles, const TileJob& job) {
     const Matrix& m = job.of.m;
     const int64_t chunks = m.chunks(), words = m.words(), words_in_chunk = std::max<int64_t>(1, m.chunk / m.word);
@@ -119,7 +118,7 @@ inline void planes_in_tiles(Tiles& tiles, const TileJob& job) {
     for (int p = 0; p < job.panels; ++p) job.store(total[p], p);
 }
 
-// Up to 32 vectors of bytes, as byte_rows of AVX-512 adds them up; codes are signed here.
+// Up to 32 vectors of bytes, summed as in byte_rows of AVX-512; codes are signed here.
 inline void bytes_in_tiles(Tiles& tiles, const TileJob& job) {
     const Matrix& m = job.of.m;
     const int64_t chunks = m.chunks(), words = m.words(), words_in_chunk = std::max<int64_t>(1, m.chunk / m.word);
@@ -144,7 +143,7 @@ inline void bytes_in_tiles(Tiles& tiles, const TileJob& job) {
     for (int p = 0; p < job.panels; ++p) job.store(total[p], p);
 }
 
-// Vectors [token, last), so many at a time as a multiple of which they are: shapes are told once.
+// Vectors [token, last) in equal steps, so that shapes are set once.
 inline void vectors_in_tiles(const ProductJob& job, int64_t block, int panels, int64_t token, int64_t last, int64_t together) {
     if (token == last) return;
     const int64_t in_first = std::min(together, TILE_ROWS);

@@ -1,9 +1,9 @@
-// Attention of the heads that look at one key-value head: a key or value is widened once for HEADS of them. Included once for
-// each instruction set, before glue.hpp.
+// Attention of the heads that share one key-value head: a key or value is widened once for HEADS of them. Included once
+// per instruction set, before glue.hpp.
 
-inline Floats widen(const float* from) { return load(from); }  // beside those of bf16 and int8
+inline Floats widen(const float* from) { return load(from); }  // in addition to bf16 and int8
 
-// scores (HEADS, places) = query (HEADS, padded) keys', four keys at a time; those after the last get numbers of no meaning.
+// scores (HEADS, places) = query (HEADS, padded) keys', four keys per step; scores after the last key are undefined.
 template <class T, int HEADS>
 inline void scores_of(const float* query, const T* keys, int64_t count, int64_t padded, float* scores, int64_t places) {
     for (int64_t t = 0; t < count; t += 4) {
@@ -26,8 +26,8 @@ inline void scores_of(const float* query, const T* keys, int64_t count, int64_t 
     }
 }
 
-// e^(score - the largest), soft-capped where there is a cap. Returns their sum. Places from `count` on become numbers so
-// small that they leave it as it is.
+// Replace scores by e^(score - largest), soft-capped if there is a cap, and return their sum. Places from `count` on
+// become so small that they do not change it.
 inline float exponentials(float* scores, int64_t count, int64_t places, float cap) {
     for (int64_t t = count; t < places; ++t) scores[t] = -3.0e38f;
     Floats largest = all(-3.0e38f), total{};
@@ -94,7 +94,7 @@ template <class T, int HEADS> inline void attend_together(const AttentionJob& jo
 }
 
 template <class T> inline void attend_in(const AttentionJob& job) {
-    constexpr int64_t most = LANES == 16 ? HEADS_TOGETHER : 2;  // where vectors have 8 lanes there are half as many registers
+    constexpr int64_t most = LANES == 16 ? HEADS_TOGETHER : 2;  // 8-lane instruction sets have half as many registers
     for (int64_t first = 0; first < job.heads; first += most) switch (std::min(most, job.heads - first)) {
             case 1: attend_together<T, 1>(job, first); break;
             case 2: attend_together<T, 2>(job, first); break;

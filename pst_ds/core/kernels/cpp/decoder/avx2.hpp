@@ -1,4 +1,5 @@
-// Products with codes for AVX2 and AVX-VNNI: places in a window are looked up by a byte shuffle, low and high bytes of q apart.
+// Products with codes for AVX2 and AVX-VNNI: a byte shuffle looks up places in a window, for the low and high bytes of
+// q.
 
 inline __m256i add_products(__m256i sum, __m256i codes, __m256i q) { return (__m256i)add_pairs((Ints)sum, (Ints)codes, (Ints)q); }
 
@@ -15,7 +16,7 @@ inline __m256i eight_scales(const uint16_t* scales) {  // as bits of floats
     return _mm256_slli_epi32(_mm256_cvtepu16_epi32(half(reinterpret_cast<const uint8_t*>(scales))), 16);
 }
 
-// The next 32 codes of 8 rows, as two vectors of 16 bits.
+// The next 32 codes of 8 rows, as two vectors of 16-bit integers.
 template <int BITS> inline void codes_at(const uint8_t* data, __m256i& first, __m256i& second) {
     if (BITS == 8) {
         first = wide(half(data)), second = wide(half(data + 16));
@@ -25,7 +26,7 @@ template <int BITS> inline void codes_at(const uint8_t* data, __m256i& first, __
     first = wide(signed_nibbles(bytes)), second = wide(signed_nibbles(_mm_srli_epi16(bytes, 4)));
 }
 
-// Ahead of a stream that comes from memory: the hardware's own prefetching stops at every page of 4 KiB.
+// Prefetch a stream from memory: the hardware prefetcher stops at every page of 4 KiB.
 inline void fetch_ahead(const uint8_t* data) { _mm_prefetch(reinterpret_cast<const char*>(data) + 4096, _MM_HINT_T0); }
 
 template <int TOKENS> struct Sums {
@@ -102,7 +103,7 @@ inline __m256i two_columns(const int16_t* q) {
     return _mm256_set1_epi32(pair);
 }
 
-// Four vectors of 16 codes of 2 columns: those of 8 columns, 0 .. 15, or two of 4 columns.
+// Four vectors of 16 codes of 2 columns: of 8 columns with codes 0 .. 15, or of 4 columns twice.
 template <int BITS> inline void columns_at(const uint8_t* data, __m256i (&codes)[4]) {
     if (BITS == 8) {
         codes_at<8>(data, codes[0], codes[1]);
@@ -116,7 +117,7 @@ template <int BITS> inline void columns_at(const uint8_t* data, __m256i (&codes)
 }
 
 template <int BITS, int TOKENS> inline void pair_rows(const ProductJob& job, int64_t block, int64_t token) {
-    constexpr int CHAINS = TOKENS == 4 ? 2 : 4;  // sums that do not wait for each other
+    constexpr int CHAINS = TOKENS == 4 ? 2 : 4;  // independent sums
     const Matrix& m = job.m;
     const uint8_t* data = m.data.data() + m.first_byte[size_t(block)];
     Sums<TOKENS> sums(job, block, token);
@@ -159,7 +160,7 @@ template <int BITS, int TOKENS> inline void rows_of(const ProductJob& job, int64
     pair_rows<BITS, TOKENS>(job, block, token);
 }
 
-// Vectors are taken in tiles whose integers stay in the first cache.
+// Vectors are processed in tiles whose integers stay in the first-level cache.
 template <int BITS> inline void code_product_of(const ProductJob& job) {
     const int64_t tile = std::max<int64_t>(8, 24576 / (2 * job.q.stride) / 4 * 4);
     for (int64_t from = 0; from < job.tokens; from += tile) {

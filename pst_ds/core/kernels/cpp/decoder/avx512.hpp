@@ -1,11 +1,11 @@
-// Products with codes for AVX-512 with VBMI2 and VNNI: a word of bits expands 64 columns of a row.
-// q is taken as q + 2^15, two unsigned planes of bytes; what that adds to a sum is in Matrix::offsets, modulo 2^32.
+// Products with codes for AVX-512 with VBMI2 and VNNI: a word of mask bits expands 64 columns of a row. q is read as q
+// + 2^15, in two unsigned planes of bytes; Matrix::offsets contains what this adds to a sum, modulo 2^32.
 
-constexpr int64_t AHEAD = 4096;  // bytes that are fetched before they are needed
+constexpr int64_t AHEAD = 4096;  // bytes to prefetch
 
 inline __m512i bytes_at(const uint8_t* from) {
     __m512i bytes = _mm512_loadu_si512(from);
-    asm("" : "+v"(bytes));  // as an operand of the expansion in memory it would take twice as long
+    asm("" : "+v"(bytes));  // keeps it in a register: as a memory operand the expansion would take twice as long
     return bytes;
 }
 
@@ -14,10 +14,10 @@ inline __m512i dot(__m512i sum, __m512i x, __m512i codes) {
     return sum;
 }
 
-// The codes of 8 rows in a word of columns, 0 where nothing is kept; `data` and `masks` move on.
+// Expand the codes of 8 rows in a word of columns, 0 where pruned, and advance `data` and `masks`.
 template <int BITS, bool MASKED> inline void expand(const uint8_t*& data, const uint64_t*& masks, __m512i (&codes)[8]) {
 #pragma GCC unroll 4
-    for (int line = 0; line < (MASKED ? 4 : BITS); ++line)  // as many as half of the codes have
+    for (int line = 0; line < (MASKED ? 4 : BITS); ++line)  // half of the codes have as many
         _mm_prefetch(reinterpret_cast<const char*>(data) + AHEAD + 64 * line, _MM_HINT_T0);
     if (BITS == 8) {
 #pragma GCC unroll 8
@@ -49,7 +49,8 @@ inline __m256i sums_of(const __m512i (&a)[8]) {
         t[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]));
     const __m512i u = _mm512_add_epi32(_mm512_unpacklo_epi64(t[0], t[1]), _mm512_unpackhi_epi64(t[0], t[1]));
     const __m512i v = _mm512_add_epi32(_mm512_unpacklo_epi64(t[2], t[3]), _mm512_unpackhi_epi64(t[2], t[3]));
-    const __m256i us = _mm256_add_epi32(_mm512_castsi512_si256(u), _mm512_extracti64x4_epi64(u, 1));  // two halves of 4 rows
+    // two halves of 4 rows
+    const __m256i us = _mm256_add_epi32(_mm512_castsi512_si256(u), _mm512_extracti64x4_epi64(u, 1));
     const __m256i vs = _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
     const __m128i first = _mm_add_epi32(_mm256_castsi256_si128(us), _mm256_extracti128_si256(us, 1));
     const __m128i second = _mm_add_epi32(_mm256_castsi256_si128(vs), _mm256_extracti128_si256(vs, 1));
@@ -61,7 +62,7 @@ inline __m256 scales_at(const uint16_t* scales) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
 
-// One vector: two sums for each row of a block stay in registers.
+// One vector: two sums per row of a block stay in registers.
 template <int BITS, bool MASKED> inline void one_vector(const ProductJob& job, int64_t token) {
     const Matrix& m = job.m;
     const int64_t chunks = m.chunks(), words = m.words(), words_in_chunk = std::max<int64_t>(1, m.chunk / m.word);
@@ -98,7 +99,7 @@ template <int BITS, bool MASKED> inline void one_vector(const ProductJob& job, i
     }
 }
 
-// 16 rows as bytes [4 columns][row][4]: 16 x 16 words of 32 bits are transposed.
+// Transpose 16 x 16 words of 32 bits: 16 rows as bytes [4 columns][row][4].
 inline void transpose_codes(__m512i (&a)[16], uint8_t* to) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 4) {
@@ -119,7 +120,7 @@ inline void transpose_codes(__m512i (&a)[16], uint8_t* to) {
     }
 }
 
-// Two blocks from `block` on, expanded; the second is the last once more where there is none. UNSIGNED: codes + 128.
+// Expand two blocks from `block` on; at the end, the last block twice. UNSIGNED: codes + 128.
 template <int BITS, bool MASKED, bool UNSIGNED> inline void expand_16(const Matrix& m, int64_t block, uint8_t* panel) {
     const uint8_t* data[2];
     const uint64_t* masks[2];
@@ -134,7 +135,7 @@ template <int BITS, bool MASKED, bool UNSIGNED> inline void expand_16(const Matr
             for (int r = 0; r < 8; ++r)
                 rows[8 * i + r] = UNSIGNED ? _mm512_xor_si512(eight[r], _mm512_set1_epi8(char(0x80))) : eight[r];
         }
-        transpose_codes(rows, panel + word * m.word * 16);  // of a word of 32 columns the second half is overwritten
+        transpose_codes(rows, panel + word * m.word * 16);  // the second half of a 32-column word is overwritten
     }
 }
 
@@ -144,7 +145,7 @@ inline __m512i four_columns(const uint8_t* x) {
     return _mm512_set1_epi32(four);
 }
 
-// What two blocks have in a chunk, of `from` [block][chunk][8].
+// The values of two blocks in a chunk, from `from` [block][chunk][8].
 template <class T> struct Both {
     const T *first, *second;
     Both(const std::vector<T>& from, const Matrix& m, int64_t block, int64_t chunk) {
@@ -162,13 +163,13 @@ inline __m512 scales_of(const Matrix& m, int64_t block, int64_t chunk) {
     return _mm512_insertf32x8(_mm512_castps256_ps512(scales_at(at.first)), scales_at(at.second), 1);
 }
 
-// total + what a chunk of 16 rows adds for a vector: its sums with the high and the low plane.
+// total + the contribution of a chunk of 16 rows to a vector: its sums with the high and the low plane.
 inline __m512 with_planes(__m512 total, __m512i high, __m512i low, __m512i offset, __m512 scales, float x_scale) {
     const __m512i sum = _mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low), offset);
     return _mm512_add_ps(total, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scales, _mm512_set1_ps(x_scale))));
 }
 
-// Two blocks of rows for TOKENS vectors; the second may be another thread's.
+// Store two blocks of rows for TOKENS vectors; the second may belong to another thread.
 template <int TOKENS> inline void store_panel(const ProductJob& job, int64_t block, int64_t token, const __m512* total) {
     for (int t = 0; t < TOKENS; ++t) {
         float rows[2 * ROWS], *y = job.y + (token + t) * job.y_width;
@@ -216,7 +217,7 @@ template <int TOKENS, int PANELS> inline void panel_rows(const ProductJob& job, 
     for (int p = 0; p < PANELS; ++p) store_panel<TOKENS>(job, block + 2 * p, token, total[p]);
 }
 
-// The same for vectors of bytes: codes are unsigned, and what that adds is taken from each sum at its start.
+// The same for vectors of bytes: codes are unsigned, and each sum starts with the correction for it.
 template <int TOKENS, int PANELS> inline void byte_rows(const ProductJob& job, int64_t block, int64_t token) {
     const Matrix& m = job.m;
     const int64_t chunks = m.chunks(), words = m.words(), words_in_chunk = std::max<int64_t>(1, m.chunk / m.word);
@@ -298,7 +299,7 @@ inline void code_product(const ProductJob& job) {
     return job.m.has_bits ? code_product_of<8, true>(job) : code_product_of<8, false>(job);
 }
 
-// A vector as bytes, word by word of columns.
+// Quantise a vector to bytes, word by word of columns.
 inline void quantize_to_bytes(const Matrix& m, const float* x, int64_t token, Activations& to) {
     uint8_t* bytes = to.low.data() + token * to.stride;
     for (int64_t c = 0; c < to.chunks; ++c, x += m.word) {
@@ -308,7 +309,7 @@ inline void quantize_to_bytes(const Matrix& m, const float* x, int64_t token, Ac
         for (int i = 0; i < 4; ++i) {
             const int64_t left = count - 16 * i;
             part[i] = _mm512_maskz_loadu_ps(left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0, x + 16 * i);
-            most = (__m512)_mm512_max_epi32((__m512i)most, (__m512i)_mm512_abs_ps(part[i]));  // of a NaN the largest too
+            most = (__m512)_mm512_max_epi32((__m512i)most, (__m512i)_mm512_abs_ps(part[i]));  // the maximum keeps NaN
         }
         const Rounding rounding(_mm512_reduce_max_epi32((__m512i)most), 127);
         const __m512 inverse = _mm512_set1_ps(rounding.inverse);

@@ -1,4 +1,4 @@
-// A transformer's decoder as a loop over a table of layers, with weights that stay packed: see pst_ds/inference/decoder.
+// A transformer's decoder as a loop over a table of layers, with packed weights: see pst_ds/inference/decoder.
 #include <new>
 
 #include "kernels.hpp"

@@ -1,6 +1,6 @@
-// What lies between the products. Included once for each instruction set, after its lanes.
+// The operations between the products. Included once per instruction set, after its lanes.
 
-// The bits of the largest |x|: of infinities and NaN they are the largest.
+// The bits of the largest |x|; the bits of infinities and NaN exceed all others.
 inline int32_t largest_bits(const float* x, int64_t count) {
     const int64_t whole = count / LANES * LANES;
     Ints largest{};
@@ -29,7 +29,7 @@ inline void round_to_integers(const float* x, int64_t count, float inverse, int1
     for (int64_t i = whole; i < count; ++i) q[i] = int16_t(int32_t(x[i] * inverse + shift - shift));
 }
 
-// q of one vector, chunk by chunk. A chunk with an infinity or a NaN has the scale NaN.
+// Quantise one vector, chunk by chunk. A chunk with an infinity or a NaN has the scale NaN.
 inline void quantize(const Matrix& m, const float* x, int64_t token, Activations& to) {
     int16_t* q = to.q.data() + token * to.stride;
     uint8_t *low = to.low.data() + token * to.stride, *high = to.high.data() + token * to.stride;
@@ -41,12 +41,12 @@ inline void quantize(const Matrix& m, const float* x, int64_t token, Activations
             round_to_integers(x + begin, count, rounding.inverse, q + begin);
         else
             std::memset(q + begin, 0, size_t(count) * sizeof(int16_t));
-        if (WORDS_FIRST) continue;  // these kernels take a matrix's offsets instead of sums
+        if (WORDS_FIRST) continue;  // these kernels use a matrix's offsets instead of sums
         int32_t sum = 0;
         for (int64_t i = begin; i < begin + count; ++i) sum += q[i];
         to.sums[size_t(token * to.chunks + c)] = sum;
     }
-    const int64_t stride = to.stride;  // not read again after every byte, which might alias it
+    const int64_t stride = to.stride;  // a local copy, because writing bytes might alias it
     std::memset(q + m.columns, 0, size_t(stride - m.columns) * sizeof(int16_t));
 #pragma GCC ivdep
     for (int64_t i = 0; i < stride; ++i) {
@@ -65,7 +65,7 @@ inline void rms_norm(const float* x, const float* gain, float epsilon, int64_t w
     for (int64_t i = 0; i < width; ++i) y[i] = x[i] * scale * gain[i];
 }
 
-// The first 2 * half numbers of a head, as pairs (i, i + half).
+// Rotate the first 2 * half numbers of a head, as pairs (i, i + half).
 inline void rotate(float* x, const float* cosines, const float* sines, int64_t half) {
     for (int64_t i = 0; i < half; ++i) {
         const float a = x[i], b = x[i + half];
@@ -88,7 +88,7 @@ inline void gate(int64_t activation, const float* gates, const float* up, int64_
     for (int64_t j = i; j < width; ++j) y[j] = up ? last[j - i] * up[j] : last[j - i];
 }
 
-// y = x W' of a weight in fp32 or bf16, four vectors at a time.
+// y = x W' for a weight in fp32 or bf16, four vectors per step.
 template <class T, int TOKENS> inline void float_rows(const ProductJob& job, int64_t token) {
     const Matrix& m = job.m;
     const int64_t whole = m.columns / LANES * LANES;

@@ -1,4 +1,5 @@
-// Products, attention and what lies between them, for each instruction set; functions(level) has those of one.
+// The kernels (products, attention and the operations between them) of each instruction set; functions(level) returns
+// one set.
 #pragma once
 
 #include <cmath>
@@ -94,7 +95,8 @@ inline bool supports(int level) {
     return false;
 }
 
-// The one that PST_DS_INSTRUCTIONS names, if it is supported; or the best of those that have been timed: AMX has not.
+// The level that PST_DS_INSTRUCTIONS names, if it is supported; otherwise the best that has been timed, which excludes
+// AMX.
 inline int best_level() {
     static const int best = [] {
         const char* asked = std::getenv("PST_DS_INSTRUCTIONS");
@@ -107,13 +109,13 @@ inline int best_level() {
     return best;
 }
 
-// A table is made when it is asked for: its maker's own instructions may be those of the level.
+// A table is created on first use, because creating it may execute instructions of its level.
 template <Functions (*MAKE)()> inline const Functions& made() {
     static const Functions found = MAKE();
     return found;
 }
 
-// Of a level that is supported.
+// Requires a supported level.
 inline const Functions& functions(int level) {
     switch (level) {
 #if PST_X86

@@ -1,4 +1,4 @@
-// The decoder: layers as a table, a cache for each sequence, and one pass over all layers for any number of tokens.
+// The decoder: a table of layers, a cache per sequence, and one pass over all layers for any number of tokens.
 #pragma once
 
 #include <memory>
@@ -8,7 +8,7 @@
 
 namespace pst {
 
-// A product, or several of the same input whose results lie side by side.
+// A product, or several of the same input with results side by side.
 struct Linear {
     struct Part {
         const Matrix* matrix;
@@ -24,9 +24,9 @@ enum NormName { BEFORE_ATTENTION, AFTER_ATTENTION, BEFORE_MLP, AFTER_MLP, OF_QUE
 
 struct Layer {
     Linear linear[LINEARS];
-    const float* norm[NORMS] = {};  // gains; null: no such norm
-    int64_t window = 0;             // positions that attention looks back, itself among them; 0: all
-    int64_t rotary = -1;            // which table of angles; -1: none
+    const float* norm[NORMS] = {};  // gains; null without the norm
+    int64_t window = 0;  // positions visible to attention, including the current one; 0: all
+    int64_t rotary = -1;  // index of the table of angles; -1: none
 };
 
 struct Angles {
@@ -36,15 +36,16 @@ struct Angles {
 
 struct Shape {
     int64_t layers, hidden, heads, key_value_heads, head, inner, vocabulary, context, sequences, most;
-    int64_t activation, gated, cache_bits;    // most: tokens in a pass; gated: gate and up; 8: codes, 16: bf16, 32: fp32
-    int64_t norm_of_heads;                    // norms of queries and keys: 1 for each head, 0 across heads
+    // most: tokens per pass; gated: gate and up; cache bits 8: codes, 16: bf16, 32: fp32
+    int64_t activation, gated, cache_bits;
+    int64_t norm_of_heads;  // norms of queries and keys: 1 per head, 0 across heads
 };
 
 struct Numbers {
     double epsilon, attention_scale, attention_cap, logits_cap, logits_scale, residual_scale;
 };
 
-// Rows of the embedding, not owned: fp32 or bf16 numbers (32 or 16 bits), or codes with a scale for each `group` columns.
+// Rows of the embedding, not owned: fp32 or bf16 numbers (32 or 16 bits), or codes with a scale per `group` columns.
 struct Embedding {
     const uint8_t* rows = nullptr;
     const uint16_t* scales = nullptr;
@@ -68,8 +69,8 @@ struct Embedding {
     }
 };
 
-// What a pass is asked: tokens, each of a sequence and at a position; logits of some. in_bytes: activations of layers have
-// 8 bits, where the kernels can.
+// The request of a pass: tokens, each with sequence and position; which logits. in_bytes: use 8-bit activations if the
+// kernels support them.
 struct Pass {
     const int64_t *ids, *sequences, *positions, *wanted;
     int64_t tokens, num_wanted;
@@ -94,7 +95,7 @@ class Decoder {
         integers.reserve(most, widest);
     }
 
-    // Every position must be in its sequence's cache already up to it, or be in this pass.
+    // All earlier positions of a sequence must be in its cache, or in this pass.
     void run(const Pass& pass, int threads) {
         for (int64_t i = int64_t(rooms.size()); i < threads; ++i) {
             rooms.emplace_back(new Room);
@@ -117,7 +118,7 @@ class Decoder {
     Linear head;
 
   private:
-    // Rows of the cache of a layer's keys (0) or values (1), of a sequence and a head.
+    // Rows of the cache of a layer's keys (0) or values (1), for a sequence and a head.
     struct Cached {
         uint8_t* rows;
         float* scales;
@@ -146,13 +147,13 @@ class Decoder {
         }
     }
 
-    // A thread's own memory.
+    // Working memory of a thread.
     struct Room {
         std::vector<uint8_t> rows;
         std::vector<float> scores;
     };
 
-    // Work on each token; of one alone without asking for help.
+    // Work on each token; a single token uses one thread.
     template <class Work> void each(int64_t tokens, const Work& work) {
         pool.run(tokens, [&](int64_t t, int) { work(t); });
     }
@@ -226,7 +227,7 @@ class Decoder {
         add(pass, layer.norm[AFTER_MLP], nullptr);
     }
 
-    // x += what a half of the layer computed; then, where there is a norm for the next half, normed.
+    // Add the result of half a layer to x; then apply the norm of the next half, if any.
     void add(const Pass& pass, const float* after, const float* before) {
         const int64_t hidden = shape.hidden;
         each(pass.tokens, [&](int64_t t) {
@@ -252,7 +253,7 @@ class Decoder {
         });
     }
 
-    // Norms, angles and the cache, for a key-value head of a token and the queries that look at it.
+    // Norms, angles and the cache, for a key-value head of a token and the queries that share it.
     void prepare(const Pass& pass, const Layer& layer, int64_t index, int64_t t, int64_t h) {
         const int64_t group = shape.heads / shape.key_value_heads, position = pass.positions[t], sequence = pass.sequences[t];
         float* queries = qkv.data() + t * qkv_width;
@@ -279,10 +280,10 @@ class Decoder {
                        shape.cache_bits);
     }
 
-    static constexpr int PIECES = 2;  // of a product, for each thread
+    static constexpr int PIECES = 2;  // of a product, per thread
     int64_t padded, qkv_width, widest;
     std::vector<uint8_t> cache;
-    std::vector<float> cache_scales;  // of 8 bits: for each row
+    std::vector<float> cache_scales;  // for an 8-bit cache: per row
     std::vector<float> x, normed, added, qkv, attended, inner, gated;
     Activations integers;
     std::vector<std::unique_ptr<Room>> rooms;
@@ -291,7 +292,7 @@ class Decoder {
 
 }  // namespace pst
 
-// 0, or 1 without memory.
+// Returns 0, or 1 if memory is short.
 #define PST_API extern "C" __attribute__((visibility("default")))
 
 PST_API int pst_decoder_level() { return pst::best_level(); }
@@ -316,7 +317,7 @@ PST_API int64_t pst_matrix_bytes(const void* matrix) { return static_cast<const 
 PST_API int pst_matrix_layout(const void* matrix) { return static_cast<const pst::Matrix*>(matrix)->layout; }
 PST_API void pst_matrix_free(void* matrix) { delete static_cast<pst::Matrix*>(matrix); }
 
-// y (tokens, rows) = x W'. in_bytes: x of 8 bits; 2 where these kernels have none.
+// y (tokens, rows) = x W'. in_bytes: quantise x to 8 bits; returns 2 if these kernels do not support it.
 PST_API int pst_matrix_multiply(const void* matrix, const float* x, int64_t tokens, float* y, int threads, int level,
                                 int in_bytes) try {
     const pst::Matrix& m = *static_cast<const pst::Matrix*>(matrix);
@@ -358,7 +359,7 @@ PST_API void pst_decoder_angles(void* decoder, const float* cosines, const float
     static_cast<pst::Decoder*>(decoder)->angles.push_back({cosines, sines, half});
 }
 
-// Which: one of LinearName, or -1 for the head, of which `layer` is not looked at.
+// which: one of LinearName, or -1 for the head, which ignores `layer`.
 PST_API void pst_decoder_linear(void* decoder, int64_t layer, int which, const void* const* matrices, int64_t count,
                                 const float* bias) {
     auto& d = *static_cast<pst::Decoder*>(decoder);
@@ -371,7 +372,7 @@ PST_API void pst_decoder_linear(void* decoder, int64_t layer, int which, const v
     }
 }
 
-// Which: one of NormName, or -1 for the last.
+// which: one of NormName, or -1 for the last norm.
 PST_API void pst_decoder_norm(void* decoder, int64_t layer, int which, const float* gain) {
     auto& d = *static_cast<pst::Decoder*>(decoder);
     (which < 0 ? d.last_norm : d.layers[size_t(layer)].norm[which]) = gain;

@@ -21,23 +21,23 @@ constexpr int64_t ROWS = 8, WINDOW = 16, WORD = 64, MOST_COLUMNS = 2048;
 constexpr int64_t PADDING = 64;  // bytes that a load may read past the end
 
 enum Layout {
-    FLOATS,   // as it is in memory: rows of fp32 or bf16
-    PAIRS,    // every code; 2 columns of 8 rows lie together
-    WINDOWS,  // kept codes; 2 of each of 8 rows, from each of two windows of 16 columns, lie together with their places
-    WORDS,    // kept codes of 64 columns, row after row of a block, and a word of bits for each; or every code, no bits
+    FLOATS,  // unchanged in memory: rows of fp32 or bf16
+    PAIRS,  // all codes; 2 columns of 8 rows are adjacent
+    WINDOWS,  // kept codes; 2 per row from each of two windows of 16 columns, for 8 rows, followed by their places
+    WORDS,  // kept codes of 64 columns, row by row of a block, and a word of bits per row; or all codes without bits
 };
 
 struct Matrix {
     Layout layout = FLOATS;
     int64_t rows = 0, columns = 0;
-    int bits = 0;            // of a code: 4, 8; of a float: 16, 32
+    int bits = 0;  // per code: 4, 8; per float: 16, 32
     int64_t chunk = 0;       // columns that share a scale
-    int64_t word = WORD;     // columns of a word: 64, or 32 where a chunk is no multiple of 64
+    int64_t word = WORD;  // columns of a word: 64, or 32 if a chunk is not a multiple of 64
     int32_t levels = 0;
-    bool has_bits = false;   // of WORDS
+    bool has_bits = false;  // for WORDS
     const void* floats = nullptr;        // not owned
     std::vector<uint16_t> scales;        // [block][chunk][8], bf16
-    std::vector<uint8_t> data;           // codes, of WINDOWS with their places
+    std::vector<uint8_t> data;  // codes, for WINDOWS with their places
     std::vector<int64_t> first_byte;     // of every block in data, and the end
     std::vector<uint8_t> moves;          // WINDOWS: columns from one window to the next
     std::vector<int64_t> first_move;     // of every block in moves, and the end
@@ -56,7 +56,7 @@ struct Matrix {
     }
 };
 
-// What a matrix is packed from: every code (rows, columns), 0 where nothing is kept.
+// What a matrix is packed from: all codes (rows, columns), 0 where pruned.
 struct Codes {
     const int8_t* codes;
     int64_t rows, columns;
@@ -67,8 +67,8 @@ struct Codes {
 
 inline uint8_t nibbles(int low, int high) { return uint8_t((low & 15) | (high & 15) << 4); }
 
-// 8 bits: codes[row][2] of 2 columns, 16 bytes, and always 4 columns. 4 bits: words of 16 bits, [row][2], each with the codes
-// + 8 of 4 pairs of columns, from its lowest bits on: 32 bytes for 8 columns.
+// 8 bits: codes[row][2] of 2 columns, 16 bytes, always for 4 columns. 4 bits: words of 16 bits, [row][2], each with the
+// codes + 8 of 4 pairs of columns, from its lowest bits on: 32 bytes for 8 columns.
 inline void pack_pairs(Matrix& m, const Codes& from) {
     const int64_t step = m.bits == 4 ? 8 : 2;
     m.first_byte.resize(size_t(m.blocks() + 1));
@@ -90,7 +90,7 @@ inline void pack_pairs(Matrix& m, const Codes& from) {
 struct Kept {
     std::vector<int64_t> columns[ROWS];
     size_t taken[ROWS] = {};
-    int64_t next() const {  // the first column that is left; -1 if none is
+    int64_t next() const {  // the first remaining column; -1 if none is left
         int64_t least = -1;
         for (int row = 0; row < ROWS; ++row)
             if (taken[row] < columns[row].size() && (least < 0 || columns[row][taken[row]] < least))
@@ -99,7 +99,7 @@ struct Kept {
     }
 };
 
-// A window: at most 2 kept columns of each row, rows one after the other.
+// A window: at most 2 kept columns per row, row by row.
 struct Window {
     uint8_t place[2 * ROWS] = {};
     int code[2 * ROWS] = {};
@@ -135,7 +135,7 @@ inline void pack_windows(Matrix& m, const Codes& from) {
                     if (from.at(block * ROWS + row, column)) kept.columns[row].push_back(column);
             std::vector<Window> windows;
             for (int64_t at = c * m.chunk, next = kept.next(); next >= 0; next = kept.next()) {
-                const int64_t move = std::min<int64_t>(next - at, 255);  // after one of 255 a window may be empty
+                const int64_t move = std::min<int64_t>(next - at, 255);  // after a move of 255 a window may be empty
                 m.moves.push_back(uint8_t(move));
                 at += move;
                 windows.emplace_back(from, block, at, kept);
@@ -150,7 +150,7 @@ inline void pack_windows(Matrix& m, const Codes& from) {
     m.data.resize(m.data.size() + PADDING);
 }
 
-// 64 columns of the rows of a block. Codes of 4 bits: row in the lower halves, row + 4 in the upper.
+// 64 columns of the rows of a block. 4-bit codes: row in the lower halves, row + 4 in the upper.
 inline void pack_words(Matrix& m, const Codes& from) {
     for (int64_t block = 0; block < m.blocks(); ++block) {
         m.first_byte.push_back(int64_t(m.data.size()));
@@ -185,7 +185,8 @@ inline void pack_words(Matrix& m, const Codes& from) {
 }
 
 // Pack codes (rows, columns) with bf16 scales (rows, groups), groups of `group` columns; 0: one group. `words`: for
-// instructions that expand bits. A weight of which so much is kept that places save less than a quarter is packed whole.
+// instructions that expand bits. If so many weights are kept that places save less than a quarter, all codes are
+// packed.
 inline Matrix* pack(const int8_t* codes, const uint16_t* scales, int64_t rows, int64_t columns, int bits, int64_t group,
                     bool words) {
     std::unique_ptr<Matrix> m(new Matrix());

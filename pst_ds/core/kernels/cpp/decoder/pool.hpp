@@ -1,5 +1,5 @@
-// Threads that help one that leads: nobody waits for a thread that has no work in hand. Where the processor is shared, one
-// that is not scheduled costs its help and no more, and a piece of work is whoever's takes it.
+// Threads that help a leading thread without anybody waiting for a thread that has no work in progress. On a shared
+// processor a descheduled thread only costs its help; any thread may take a piece of work.
 #pragma once
 
 #include <atomic>
@@ -28,7 +28,7 @@ class Pool {
     }
 
     int threads() const { return int(helpers.size()) + 1; }
-    // Have `threads` in all, the leading one among them.
+    // Use `threads` in total, including the leading one.
     void grow(int threads) {
         while (this->threads() < threads) helpers.emplace_back(&Pool::help, this, int(helpers.size()) + 1);
     }
@@ -43,7 +43,7 @@ class Pool {
     }
     void rest() { is_awake.store(false); }
 
-    // work(i, thread) for i of 0 .. count, each once; returns when all are done. count is below 2^20.
+    // Call work(i, thread) for i in 0 .. count, each once; returns when all are done. count is below 2^20.
     template <class Work> void run(int64_t count, const Work& work) {
         if (count == 1 || !is_awake.load(std::memory_order_relaxed)) {
             for (int64_t i = 0; i < count; ++i) work(i, 0);
@@ -59,8 +59,8 @@ class Pool {
     }
 
   private:
-    // Take a piece and do it; false where there is none. The ticket says how many there are and how many are taken, so one
-    // that was taken is of the work that is still described.
+    // Take a piece of work and do it; false if none is left. The ticket holds the number of pieces and of those taken,
+    // so a piece that was taken belongs to the work that is still described.
     bool take(int thread) {
         uint64_t now = ticket.load(std::memory_order_acquire);
         do {
@@ -83,7 +83,7 @@ class Pool {
             for (int turns = 0; is_awake.load(std::memory_order_relaxed) && thread < allowed.load(); ++turns)
                 if (take(thread)) turns = 0;
                 else pause(turns);
-            // the next token mostly comes at once
+            // the next token usually arrives at once
             for (int turns = 0; turns < 4000 && !is_awake.load(std::memory_order_relaxed); ++turns) pause(turns);
             std::unique_lock<std::mutex> lock(mutex);
             if (is_ending) return;
@@ -98,7 +98,7 @@ class Pool {
     bool is_ending = false;
     std::atomic<bool> is_awake{false};
     std::atomic<int> allowed{1};
-    std::atomic<uint64_t> ticket{0};  // 24 bits of the stage, 20 of the pieces there are, 20 of those taken
+    std::atomic<uint64_t> ticket{0};  // 24 bits of the stage, 20 of the number of pieces, 20 of the pieces taken
     std::atomic<int64_t> done{0};
     uint32_t stage = 0;
     void (*call)(const void*, int64_t, int) = nullptr;

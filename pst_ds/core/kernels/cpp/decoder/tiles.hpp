@@ -65,8 +65,8 @@ class Tiles {
 
 #else
 
-// The registers of this thread, for as long as the object lives. The compiler's own functions take a register's number as
-// text, which a template's argument is not, and those of GCC 12 do not say that a load reads memory.
+// The registers of this thread, for the lifetime of the object. The compiler's intrinsics take a register number as
+// text, which a template argument is not, and GCC 12 does not declare that a load reads memory.
 class Tiles {
    public:
     static bool available() { return may_use_tiles(AMX_INT8); }

@@ -1,13 +1,13 @@
-// softmax(scale q k' + mask) v, one head at a time. Included once for each instruction set, after its lanes.
+// softmax(scale q k' + mask) v, one head at a time. Included once per instruction set, after its lanes.
 
-// A head of q, k, v or the result: rows of `head` floats that begin `stride` floats after each other.
+// A head of q, k, v or the result: rows of `head` floats, `stride` floats apart.
 struct Head {
     float* first;
     int64_t stride;
     float* row(int64_t i) const { return first + i * stride; }
 };
 
-// What the scores of one head get added: rows of keys, `stride` apart (0 where queries share them). May be null.
+// Added to the scores of a head: rows of keys, `stride` apart (0 if queries share them). May be null.
 struct Mask {
     const float* first;
     int64_t stride;
@@ -15,7 +15,7 @@ struct Mask {
 
 constexpr int QUERIES = 6, KEY_VECTORS = 2;
 
-// scores[query][key] of ROWS queries: `keys` has key vectors, [dimension][key], `padded` apart.
+// scores[query][key] of ROWS queries. `keys`: key vectors, [dimension][key], `padded` apart.
 template <int ROWS>
 inline void scores_of(const Head& q, int64_t query, const float* keys, int64_t padded, int64_t head, float* scores) {
     for (int64_t key = 0; key < padded; key += KEY_VECTORS * LANES) {
@@ -36,7 +36,8 @@ inline void scores_of(const Head& q, int64_t query, const float* keys, int64_t p
     }
 }
 
-// scores become e^(scale score + mask - largest); returns the inverse of their sum. Places from `keys` on become 0.
+// Replace scores by e^(scale score + mask - largest) and return the inverse of their sum. Places from `keys` on become
+// 0.
 inline float softmax_row(float* scores, int64_t keys, int64_t padded, float scale, const float* mask) {
     const float least = -3.0e38f;
     Floats largest = all(least);
@@ -100,7 +101,7 @@ inline void queries(const Head& q, const Head& v, const float* keys, int64_t cou
         }
 }
 
-// keys[dimension][key] of rows of keys, zeros from `count` on.
+// keys[dimension][key] from rows of keys, zeros from `count` on.
 inline void transpose_keys(const Head& k, int64_t count, int64_t padded, int64_t head, float* keys) {
     const int64_t whole = head / LANES * LANES;
     for (int64_t key = 0; key < padded; key += LANES) {
@@ -115,7 +116,7 @@ inline void transpose_keys(const Head& k, int64_t count, int64_t padded, int64_t
     }
 }
 
-// One head of `num_queries` and `num_keys` of `head` dimensions. False without memory.
+// One head of `num_queries` and `num_keys` with `head` dimensions. False if memory is short.
 inline bool attend(const Head& q, const Head& k, const Head& v, int64_t num_queries, int64_t num_keys, int64_t head,
                    float scale, const Mask& mask, const Head& out) {
     static thread_local Scratch key_memory, value_memory, score_memory;
@@ -124,7 +125,7 @@ inline bool attend(const Head& q, const Head& k, const Head& v, int64_t num_quer
     float* scores = score_memory.get<float>(padded * QUERIES);
     if (!keys || !values || !scores) return false;
     transpose_keys(k, num_keys, padded, head, keys);
-    for (int64_t key = 0; key < num_keys; ++key)  // side by side: rows far apart would fall into few places of the cache
+    for (int64_t key = 0; key < num_keys; ++key)  // adjacent, because distant rows would share few cache sets
         std::memcpy(values + key * head, v.row(key), size_t(head) * sizeof(float));
     const Head packed{values, head};
     int64_t query = 0;
@@ -134,7 +135,7 @@ inline bool attend(const Head& q, const Head& k, const Head& v, int64_t num_quer
     return true;
 }
 
-// All heads of all sequences. False without memory.
+// All heads of all sequences. False if memory is short.
 template <class Parallel> bool attention(const AttentionCall& job, const Parallel& parallel) {
     std::atomic<bool> done{true};
     parallel(job.batch * job.heads, [&](int64_t piece) {

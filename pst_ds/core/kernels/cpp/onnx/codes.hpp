@@ -1,6 +1,6 @@
-// A weight of codes of which much is kept, as the decoder multiplies it: a row's zeros are expanded, and its codes meet
-// activations of 13 to 16 bits, or of 8 with a scale for a word of columns. From some share of kept weights on that takes
-// less time than going from one to the next.
+// A quantised weight of high density, multiplied as in the decoder: zeros of a row are expanded, and its codes meet
+// activations of 13 to 16 bits, or of 8 bits with a scale per word of columns. Above a certain density this is faster
+// than visiting kept weights only.
 #pragma once
 
 #include <memory>
@@ -12,7 +12,7 @@ namespace pst {
 
 class CodeProduct {
    public:
-    // Whether a weight is multiplied so: where instructions expand bits, and groups have a form that they like.
+    // Whether a weight is multiplied this way: instructions expand bits, and its groups have a supported size.
     static bool pays(const Parts& parts, bool in_bytes) {
         const bool has_codes = parts.kind == Parts::CODES8 || parts.kind == Parts::CODES4;
         if (!has_codes || !kernels().words || (parts.groups != 1 && parts.group_size() % 32)) return false;
@@ -21,7 +21,7 @@ class CodeProduct {
         return double(kept) > (in_bytes ? LEAST_KEPT_FOR_BYTES : LEAST_KEPT) * double(parts.rows * parts.cols);
     }
 
-    // False where parts do not fit each other. in_bytes: activations of 8 bits.
+    // False if parts do not match. in_bytes: 8-bit activations.
     bool make(const Parts& parts, bool in_bytes) {
         in_bytes_ = in_bytes && kernels().quantize_to_bytes;
         std::vector<float> row(size_t(parts.cols + 1));
@@ -70,7 +70,7 @@ class CodeProduct {
    private:
     static constexpr double LEAST_KEPT = 0.3, LEAST_KEPT_FOR_BYTES = 0.15;
     static constexpr int64_t MOST_TOKENS = 256, PIECES = 8;
-    static constexpr int64_t STEP = 4;  // blocks that kernels like to have together
+    static constexpr int64_t STEP = 4;  // blocks that kernels prefer together
     static const Functions& kernels() { return functions(best_level()); }
 
     void finish(int64_t first, int64_t last, int64_t tokens, const float* bias, int64_t activation, float* y) const {

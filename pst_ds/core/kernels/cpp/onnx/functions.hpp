@@ -1,4 +1,4 @@
-// What every instruction set provides, and the threads that share its work.
+// Functions that every instruction set provides, and the threads that share the work.
 #pragma once
 
 #include <atomic>
@@ -8,7 +8,7 @@
 
 namespace pst {
 
-// Work that a session's threads share.
+// Work distributed over a session's threads.
 struct Parallel {
     const ort::Api* api;
     const ort::KernelContext* context;
@@ -34,7 +34,7 @@ struct AttentionCall {
 };
 
 struct OperatorTable {
-    int64_t panel;  // activations side by side, for Stream::make
+    int64_t panel;  // adjacent activations, for Stream::make
     bool (*product)(const Stream&, const float* x, int64_t tokens, const float* bias, int64_t activation, float* y,
                     const Parallel&);
     void (*layer_norm)(const float* x, const float* skip, const float* gain, const float* shift, float epsilon,

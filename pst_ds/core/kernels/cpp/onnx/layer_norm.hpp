@@ -1,4 +1,4 @@
-// Layer normalization, of a sum of two tensors where there are two. Included once for each instruction set.
+// Layer normalisation, optionally of the sum of two tensors. Included once per instruction set.
 
 // y = normalized (x + skip) * gain + shift of one row; `sum` (or null) gets x + skip. skip and shift may be null.
 inline void layer_norm(const float* x, const float* skip, const float* gain, const float* shift, float epsilon,

@@ -1,4 +1,4 @@
-// What ONNX Runtime hands to a node: attributes and tensors, within bounds whatever the file says.
+// Attributes and tensors of a node from ONNX Runtime, within bounds regardless of the file's contents.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 
 namespace pst {
 
-// A failed call of the API, whose message the runtime has.
+// A failed API call; the runtime has the message.
 struct Failed {
     ort::Status* status;
 };
@@ -29,11 +29,11 @@ template <class... Parts> void require(bool holds, const Parts&... message) {
     throw std::invalid_argument(text.str());
 }
 
-// Attributes and tensors of a file are within these, so that no product of two attributes, with a third added, and no
-// product of a tensor's sizes leaves 64 bits.
+// Limits for attributes and tensors of a file, so that the product of two attributes plus a third, and the product of a
+// tensor's sizes, fit in 64 bits.
 constexpr int64_t LARGEST_ATTRIBUTE = INT32_MAX, MOST_ELEMENTS = int64_t(1) << 56;
 
-// A tensor of the runtime, or nothing where an optional one is missing.
+// A tensor of the runtime, or nothing for a missing optional input.
 struct Tensor {
     void* data = nullptr;
     int type = ort::ANY;
@@ -50,8 +50,8 @@ struct Tensor {
     template <class T> const T* as() const { return static_cast<const T*>(data); }
 };
 
-// Sizes come from a file, or from a caller: a product of any of a tensor's sizes is at most MOST_ELEMENTS, also where
-// another one is 0.
+// Sizes come from a file or a caller: a product of any of a tensor's sizes is at most MOST_ELEMENTS, even if another
+// one is 0.
 inline Tensor tensor_of(const ort::Api& api, const ort::Value* value) {
     Tensor tensor;
     if (!value) return tensor;
@@ -73,18 +73,18 @@ inline Tensor tensor_of(const ort::Api& api, const ort::Value* value) {
     return tensor;
 }
 
-// What a node is made from.
+// Information from which a node is created.
 class Info {
    public:
     Info(const ort::Api& api, const ort::KernelInfo* info, const char* node) : api(api), info_(info), node_(node) {}
-    // Attributes: `otherwise` where the node has none of that name. Whole numbers from `least` to LARGEST_ATTRIBUTE:
+    // Attributes: `otherwise` if the node has no attribute of that name. Integers from `least` to LARGEST_ATTRIBUTE:
     int64_t integer(const char* name, int64_t otherwise, int64_t least) const {
         const int64_t found = value(name, otherwise);
         require(found >= least && found <= LARGEST_ATTRIBUTE, node_, ": ", name, " = ", found, " is not from ", least,
                 " to ", LARGEST_ATTRIBUTE);
         return found;
     }
-    // One of some whole numbers:
+    // One of several integers:
     int64_t choice(const char* name, int64_t otherwise, std::initializer_list<int64_t> choices) const {
         const int64_t found = value(name, otherwise);
         std::string listed;
@@ -106,7 +106,7 @@ class Info {
         const ort::Value* value = nullptr;
         if (index < count) {
             ort::Status* status = api.constant_input(info_, index, &is_constant, &value);
-            if (status) api.release(status), value = nullptr;  // an input left out
+            if (status) api.release(status), value = nullptr;  // an omitted input
         }
         require(value || may_miss, missing);
         return tensor_of(api, value);
@@ -125,7 +125,7 @@ class Info {
     const char* node_;
 };
 
-// What a node computes with.
+// Inputs and outputs of a node's computation.
 class Call {
    public:
     Call(const ort::Api& api, ort::KernelContext* context) : parallel{&api, context}, api_(api), context_(context) {}
@@ -134,7 +134,7 @@ class Call {
         check(api_.input(context_, index, &value));
         return tensor_of(api_, value);
     }
-    // The memory of an output; null where nothing takes it.
+    // The memory of an output; null if it is unused.
     float* output(size_t index, const std::vector<int64_t>& shape) const {
         ort::Value* value = nullptr;
         check(api_.output(context_, index, shape.data(), shape.size(), &value));

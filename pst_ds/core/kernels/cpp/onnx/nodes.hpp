@@ -1,4 +1,4 @@
-// The operators as ONNX Runtime sees them: their inputs, attributes and shapes, checked.
+// The operators as ONNX Runtime sees them, with their inputs, attributes and shapes checked.
 #pragma once
 
 #include <cfloat>
@@ -9,7 +9,7 @@
 
 namespace pst {
 
-// Whether inputs keep 16 bits whatever a node says.
+// Whether inputs keep 16 bits regardless of the node.
 inline bool& exact_inputs() {
     static bool exact = false;
     return exact;
@@ -66,7 +66,7 @@ class SparseLinear {
 
    private:
     int64_t activation_, rows_ = 0, columns_ = 0;
-    CodeProduct codes_;  // one of the two
+    CodeProduct codes_;  // exactly one is used
     Stream entries_;
     std::vector<float> bias_;
 };
@@ -204,7 +204,7 @@ class Embedding {
     Tensor values_, scales_;  // of the session, which outlives its nodes
 };
 
-// Calls `work`, and returns what went wrong as the runtime wants it.
+// Call `work`, and return its error as the runtime expects it.
 template <class Work> ort::Status* guarded(const ort::Api& api, const Work& work) {
     try {
         work();
@@ -259,7 +259,7 @@ inline ort::Status* register_operators(ort::SessionOptions* options, const ort::
     const ort::Api api(table);
     static const ort::Operator operators[] = {describe<SparseLinear>(), describe<SkipLayerNorm>(), describe<Attention>(),
                                               describe<Embedding>()};
-    static ort::Domain* domain = nullptr;  // a domain is shared by all sessions, and lives as long as the process
+    static ort::Domain* domain = nullptr;  // a domain is shared by all sessions for the lifetime of the process
     return guarded(api, [&] {
         if (!domain) {
             ort::Domain* made = nullptr;

@@ -86,8 +86,8 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
     return pst::register_operators(options, base);
 }
 
-// The instructions of products of codes, see decoder/kernels.hpp.
+// The instruction set of products with codes, see decoder/kernels.hpp.
 extern "C" __attribute__((visibility("default"))) int pst_onnx_level() { return pst::best_level(); }
 
-// Whether sessions that are opened from now on take 16 bits where their graph allows 8: for comparisons.
+// Let sessions opened from now on use 16 bits where their graph allows 8, for comparisons.
 extern "C" __attribute__((visibility("default"))) void pst_onnx_exact_inputs(int exact) { pst::exact_inputs() = exact != 0; }

@@ -1,5 +1,5 @@
 // The part of ONNX Runtime's C API that the operators call. The API is a table of functions that only grows: a function
-// keeps its place in every release, so the places below are all that is needed of its header.
+// keeps its index in every release, so the indices below replace its header.
 #pragma once
 
 #include <cstddef>
@@ -67,11 +67,11 @@ class Api {
     Status* input_count(const KernelInfo* info, size_t* out) const {
         return at<Status*(const KernelInfo*, size_t*)>(230)(info, out);
     }
-    // *out is null where the input is no constant.
+    // *out is null if the input is not a constant.
     Status* constant_input(const KernelInfo* info, size_t index, int* is_constant, const Value** out) const {
         return at<Status*(const KernelInfo*, size_t, int*, const Value**)>(249)(info, index, is_constant, out);
     }
-    // Calls work(state, 0 .. count - 1) on the session's threads and waits.
+    // Call work(state, 0 .. count - 1) on the session's threads and wait.
     Status* parallel_for(const KernelContext* context, void (*work)(void*, size_t), size_t count, void* state) const {
         return at<Status*(const KernelContext*, void (*)(void*, size_t), size_t, size_t, void*)>(274)(context, work, count,
                                                                                                    0, state);
@@ -87,7 +87,7 @@ struct ApiBase {
     const char* (*get_version)();
 };
 
-// What an operator tells the runtime, in the order of its header. From may_inplace on nothing is used.
+// The description of an operator for the runtime, in the order of its header. Fields from may_inplace on are unused.
 struct Operator {
     uint32_t version;
     void* (*create_kernel)(const Operator*, const void* api, const KernelInfo*);

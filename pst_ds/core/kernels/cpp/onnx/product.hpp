@@ -1,10 +1,10 @@
-// y = activation(x W' + bias) with a sparse W: every non-zero times a panel of activations that lie side by side. Included
-// once for each instruction set, after its lanes: no #pragma once.
+// y = activation(x W' + bias) with a sparse W: every non-zero times a panel of adjacent activations. Included once per
+// instruction set, after its lanes: no #pragma once.
 
 constexpr int MOST_VECTORS = LANES == 16 ? 4 : 6;  // of activations at a time, as many sums in registers
 constexpr int64_t PANEL = int64_t(MOST_VECTORS) * LANES;
 
-// Where activations or results of one panel lie: `tokens` rows of `width` floats, at most PANEL of them.
+// Position of the activations or results of one panel: `tokens` rows of `width` floats, at most PANEL of them.
 struct Rows {
     float* first;
     int64_t tokens, width;
