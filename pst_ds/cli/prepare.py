@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pst_ds.cli.main import add_quiet_argument, count
-from pst_ds.errors import InputError, first_line
+from pst_ds.data.tokens.identity import open_tokenizer
+from pst_ds.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,16 +81,4 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _tokenizer(where: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    problem = "the files that would make it are missing"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
-        if len(tokenizer) > len(set(tokenizer.all_special_ids)):
-            return tokenizer
-    except (OSError, ValueError) as error:
-        problem = first_line(error)
-    raise InputError(
-        f"--tokenizer {where} has no tokenizer, as a folder (looked in {Path(where).absolute()}) or on the hub: "
-        f"{problem}; name the language model's folder"
-    )
+    return open_tokenizer(where, f"--tokenizer {where}", "Name the language model's folder")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pst_ds.config.run import RunConfig
 from pst_ds.data.tasks import task_of
+from pst_ds.data.tokens.identity import open_tokenizer
 from pst_ds.data.vocabulary import Vocabulary, trim
 from pst_ds.errors import InputError
 from pst_ds.export.from_folder import model_of
@@ -31,11 +32,9 @@ def vocabulary_of_run(
 
 def vocabulary_of_folder(asked: str, folder: Path) -> dict[str, Any]:
     """Return the tokenizer of a model folder, and the vocabulary that ``asked`` names for it. Raises InputError."""
-    from transformers import AutoTokenizer
-
     if asked == SEEN:
         raise InputError(f"--vocabulary seen: {folder} is a model folder without training data. Name a text file")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = open_tokenizer(folder, str(folder), "Name a folder with a tokenizer")
     vocabulary = trim(tokenizer, _of_file(asked, tokenizer) | ids_of_model(model_of(folder)))
     return {"tokenizer": tokenizer, "vocabulary": vocabulary}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -15,7 +14,8 @@ from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.data.conversations import read_template
 from pst_ds.data.tasks import Task, task_of
-from pst_ds.errors import first_line, shortened
+from pst_ds.data.tokens.identity import open_tokenizer
+from pst_ds.errors import shortened
 from pst_ds.nn.base_model import DTYPES, Pretrained
 from pst_ds.nn.inject import inject_pst, persistent_buffers, plain_name, pst_layers
 from pst_ds.nn.optimizer import pst_parameter_groups
@@ -72,24 +72,12 @@ def embedding_grid_of_run(run: RunConfig) -> Grid | None:
 
 def load_tokenizer(run: RunConfig) -> Any:
     """Load the run's tokenizer, with a padding token if the task needs one. Raises InputError."""
-    from transformers import AutoTokenizer
-
     setting, where = ("tokenizer", run.model.tokenizer) if run.model.tokenizer else ("path", run.model.path)
     place = Pretrained(where, f"model.{setting}")
     place.require_place()
     if setting == "path":
         place.config()  # without which transformers finds no tokenizer, and says so
-    tokenizer, problem = None, "the files that would make it are missing"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError) as error:
-        problem = first_line(error)
-    # of a folder without its files, transformers makes one that has special tokens alone
-    if tokenizer is None or len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        raise ConfigError(
-            f"{place} has no tokenizer, as a folder (looked in {Path(where).absolute()}) or on the "
-            f"hub: {problem}. Name the folder that has one with model.tokenizer"
-        )
+    tokenizer = open_tokenizer(where, str(place), "Name the folder that has one with model.tokenizer")
     if run.data.chat_template:
         tokenizer.chat_template = read_template(run.data.chat_template, "data.chat_template")
     if tokenizer.pad_token is None and task_of(run).pads:

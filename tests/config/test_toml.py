@@ -21,6 +21,7 @@ from pst_ds.config.run import (
     ScheduleConfig,
     TrainConfig,
 )
+from pst_ds.config.settings import OnResume, resume_rules
 from pst_ds.config.toml import dump_run, load_run, load_run_folder, run_from_table
 from pst_ds.core.schedule import CubicSchedule, OneShotSchedule
 
@@ -391,3 +392,38 @@ def test_the_world_size_run_is_twenty_steps_on_files_in_the_repository():
     assert run.micro_batch_size(3) * 3 == run.train.batch_size
     for name in (run.model.path, run.data.train, run.data.validation, run.data.test):
         assert os.path.exists(name), name
+
+
+def test_all_wrong_settings_are_reported_at_once(tmp_path):
+    message = _refusal(tmp_path, "train.batch_size=0", "pst.score_rnk=1", "model.dropout='x'", "eval.interval=-2")
+    assert message == "\n  ".join(
+        [
+            "4 settings cannot be used:",
+            "model.dropout = 'x' must be a number",
+            "train.batch_size = 0 must be at least 1",
+            "unknown key 'pst.score_rnk'. Did you mean 'score_rank'?",
+            "eval.interval = -2 must be at least -1",
+        ]
+    )
+    message = _refusal(tmp_path, "pst.target_rank=9", "quantization.interval=5", "data.test_rows=['a']")
+    assert message.count("\n") == 4
+    for name in (
+        "pst.target_rank = 9.0 drops",
+        "pst.target_rank = 9.0 is more",
+        "quantization.interval",
+        "data.test_rows",
+    ):
+        assert name in message
+
+
+def test_settings_declare_what_a_resumed_run_may_change():
+    rules = resume_rules(RunConfig)
+    assert rules["train.head_learning_rate"] is OnResume.IS_REPORTED
+    assert {"output_dir", "data.sources", "model.path", "tracking.to"} <= rules.keys()
+    assert not {"seed", "train.batch_size", "pst.score_rank", "schedule.final_sparsity"} & rules.keys()
+
+
+def test_the_injected_config_is_computed_once(tmp_path):
+    run = _load(tmp_path, MINIMAL, "method=spp", "seed=4")
+    assert run.injected_pst is run.injected_pst
+    assert (run.injected_pst.seed, run.injected_pst.multiplicative_update) == (4, True)

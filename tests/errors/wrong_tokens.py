@@ -71,6 +71,6 @@ TOKENS = {
     ),
     "prepare with a tokenizer that is none": Wrong(
         words("prepare", "tests/data/train.jsonl", "--out", "{tmp}/store", "--tokenizer", "tests/data"),
-        "--tokenizer tests/data", "has no tokenizer", "name the language model's folder",
+        "--tokenizer tests/data", "has no tokenizer", "Name the language model's folder",
     ),
 }  # fmt: skip

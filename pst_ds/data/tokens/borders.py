@@ -8,8 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pst_ds.data.tokens.file_array import FileArray
-from pst_ds.data.tokens.joined import Array, windows
+from pst_ds.data.tokens.arrays import Array, FileArray, windows
 
 
 class Borders(Protocol):

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pst_ds.data.tokens.joined import windows
+from pst_ds.data.tokens.arrays import windows
 
 
 class Learned(Protocol):

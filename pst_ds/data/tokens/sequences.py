@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pst_ds.data.tokens.arrays import Array
 from pst_ds.data.tokens.borders import Borders
-from pst_ds.data.tokens.joined import Array
 from pst_ds.data.tokens.learned import Learned
 from pst_ds.data.tokens.order import in_passes
 

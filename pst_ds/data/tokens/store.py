@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from pst_ds.config.run import ConfigError
+from pst_ds.data.tokens.arrays import Array, FileArray, joined, parts_of
 from pst_ds.data.tokens.borders import Borders, JoinedBorders, Starts
-from pst_ds.data.tokens.file_array import FileArray
 from pst_ds.data.tokens.identity import TokenizerIdentity
-from pst_ds.data.tokens.joined import Array, joined, parts_of
 from pst_ds.data.tokens.learned import All, Bits, JoinedLearned, Learned
 from pst_ds.data.tokens.manifest import BYTES, LEARNED, MANIFEST, STARTS_FILE, TOKENS, Manifest, read_manifest
 from pst_ds.data.tokens.tokenize import Documents

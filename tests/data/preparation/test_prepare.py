@@ -249,7 +249,7 @@ def test_a_dead_worker_is_an_error_and_not_a_hang(tmp_path, monkeypatch):
         return tokenizes(*arguments, **options)
 
     monkeypatch.setattr(prepare_module, "tokenize", dying)
-    with pytest.raises(RuntimeError, match="was killed by signal 9"):
+    with pytest.raises(RuntimeError, match="a worker was killed"):
         _store([path], tmp_path / "s", workers=2, piece_bytes=700)
     monkeypatch.undo()
     _store([path], tmp_path / "s", workers=2, piece_bytes=700)
@@ -257,7 +257,7 @@ def test_a_dead_worker_is_an_error_and_not_a_hang(tmp_path, monkeypatch):
 
 
 def test_workers_end_with_the_process_that_began_them(tmp_path):
-    """Its death closes the pipe of tasks; they write a shard at most and leave."""
+    """The kernel kills them with it."""
     path = _many(tmp_path / "a.jsonl")
     assert _killed([path], tmp_path / "s", 2, 1)
     deadline, count = time.monotonic() + 60, -1

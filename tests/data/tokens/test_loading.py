@@ -270,7 +270,7 @@ def test_sources_survive_the_run_file_and_go_with_one_task():
     assert run_from_table(tomllib.loads(dump_run(run))) == run
     with pytest.raises(ConfigError, match=r"data\.sources are for task 'causal-lm', not for 'classification'"):
         run_from_table({**table, "task": "classification"})
-    with pytest.raises(ConfigError, match=r"besides data\.sources"):
+    with pytest.raises(ConfigError, match=r"with data\.sources"):
         run_from_table({**table, "data": {**table["data"], "train": "a.jsonl"}})
 
 

@@ -208,7 +208,7 @@ def test_a_stream_that_cannot_be_read_is_refused_where_it_is_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "tokens"}, r"'a' has kind = \"tokens\" and stream = true.*leave stream out"),
+        ({"kind": "tokens"}, r"'a' has kind = \"tokens\" and stream = true.*Remove stream"),
         ({"epochs": 1.0, "weight": 1.0}, r"'a' has stream = true and epochs = 1\.0"),
     ],
 )
@@ -218,5 +218,5 @@ def test_a_source_that_is_no_stream_is_refused(settings, message):
 
 
 def test_a_stream_among_others_needs_a_weight():
-    with pytest.raises(ConfigError, match=r"'a' has stream = true and no weight.*give all sources a weight"):
+    with pytest.raises(ConfigError, match=r"'a' has stream = true and no weight.*Give all sources a weight"):
         DataConfig(sources=(DataSource(path="a", stream=True), DataSource(path="b")))

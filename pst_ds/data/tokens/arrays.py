@@ -1,17 +1,56 @@
-"""One array out of several, read piece by piece where it lies."""
+"""One-dimensional arrays that stay in files or consist of several parts, and are read piece by piece."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from pathlib import Path
+from typing import overload
 
 import numpy as np
 
 
-def windows(starts: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yield (number of a part, where it begins, first and last place in it) for the parts that [start, stop) meets.
+class FileArray:
+    """A file of numbers of one ``dtype`` as a one-dimensional array that holds nothing in memory.
 
-    ``starts``: where each part begins, and behind them where the last ends, (parts + 1,) int64.
+    Single values are read with pread: a bisection through a memory-mapped file would map most of it. ``bisect``
+    supports it, and a copy that is sent to another process opens the file there.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self._path, self.dtype = path, dtype
+        self._file = path.open("rb", buffering=0)
+        self._length = os.fstat(self._file.fileno()).st_size // dtype.itemsize
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, place: int) -> int: ...
+    @overload
+    def __getitem__(self, place: slice) -> np.ndarray: ...
+    def __getitem__(self, place: int | slice) -> int | np.ndarray:
+        if isinstance(place, slice):
+            start, stop, step = place.indices(self._length)
+            return self._read(start, stop)[::step]
+        if not -self._length <= place < self._length:
+            raise IndexError(f"{place} of {self._length}")
+        return int(self._read(place % self._length, place % self._length + 1)[0])
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        size = self.dtype.itemsize
+        data = os.pread(self._file.fileno(), max(0, stop - start) * size, start * size)
+        return np.frombuffer(data, self.dtype)
+
+    def __reduce__(self) -> tuple[type[FileArray], tuple[Path, np.dtype]]:
+        return FileArray, (self._path, self.dtype)
+
+
+def windows(starts: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (part, its start, first index, last index within it) for each part that overlaps [start, stop).
+
+    Args:
+        starts: start of each part, and the end of the last: (parts + 1,) int64.
     """
     part = int(np.searchsorted(starts[1:], start, side="right"))
     while start < stop and part < len(starts) - 1:
@@ -21,10 +60,7 @@ def windows(starts: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, in
 
 
 class JoinedArray:
-    """Several arrays of one dimension and one type as if they stood one after another.
-
-    A slice within one part is a view of it; one that crosses a border is a copy.
-    """
+    """Concatenation of one-dimensional arrays of one type. Slices within one part are views; others are copies."""
 
     def __init__(self, parts: Sequence[np.ndarray]):
         self.parts = list(parts)
@@ -38,7 +74,7 @@ class JoinedArray:
     def __getitem__(self, place: int) -> np.generic: ...
     @overload
     def __getitem__(self, place: slice) -> np.ndarray: ...
-    def __getitem__(self, place: int | slice) -> Any:
+    def __getitem__(self, place: int | slice) -> np.generic | np.ndarray:
         if isinstance(place, slice):
             start, stop, step = place.indices(len(self))
             return self._between(start, stop)[::step]
@@ -55,11 +91,11 @@ class JoinedArray:
         kept = [part[: max(0, count - int(begin))] for part, begin in zip(self.parts, self._starts, strict=False)]
         return JoinedArray([part for part in kept if len(part)] or kept[:1])
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self._between(0, len(self)), dtype=dtype, copy=copy if copy is None else True)
 
     def tolist(self) -> list[int]:
-        """Return all of it as a list."""
+        """Return all values as a list."""
         return self[:].tolist()
 
 
@@ -67,11 +103,11 @@ Array = np.ndarray | JoinedArray
 
 
 def parts_of(array: Array) -> list[np.ndarray]:
-    """Return the arrays that one was joined from, or it alone."""
+    """Return the parts of a joined array, or the array itself."""
     return [array] if isinstance(array, np.ndarray) else array.parts
 
 
 def joined(parts: Sequence[np.ndarray]) -> Array:
-    """Return the only part that is not empty as it is, or all of them joined."""
+    """Concatenate ``parts`` without a copy; a single non-empty part is returned unchanged."""
     filled = [part for part in parts if len(part)]
     return filled[0] if len(filled) == 1 else JoinedArray(filled or parts[:1])
