@@ -30,7 +30,6 @@ SINGLE_FILES = {path.stem for path in PACKAGE.glob("*.py")} - {"__main__"}
 MOST_PACKAGES, MOST_LAYERS = 16, 8
 CORE_MAY_IMPORT = {"torch", "numpy", "triton", *sys.stdlib_module_names}
 KNOWN_CYCLES = {
-    ("nn/operators.py", "nn/linear.py"),
     ("inference/hf/tables.py", "inference/hf/layers.py"),
     ("train/run_folder.py", "train/run.py"),
 }

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pst_ds.config.pst import PSTConfig
+from pst_ds.config.pst import MaskRule, PSTConfig
 from pst_ds.core.experts import products
 from pst_ds.core.experts.routing import Routing
 from pst_ds.core.layout import WeightLayout
@@ -46,13 +46,14 @@ class PSTExpertStack(PSTLayer):
         name: str,
         weight: nn.Parameter | None,
         layout: WeightLayout,
+        rule: MaskRule,
         config: PSTConfig,
         num_shards: int,
         weight_scales: tuple[float, ...],
         grid: Grid | None = None,
         base: BaseCodes | None = None,
     ):
-        super().__init__(name, weight, None, layout, config.of_experts, num_shards, weight_scales, grid, base)
+        super().__init__(name, weight, None, layout, rule, config.of_experts, num_shards, weight_scales, grid, base)
         self.tokens_seen = torch.zeros(layout.num_experts, dtype=torch.int64, device="cpu")
         """Tokens that each expert was trained on in this process; those of recomputed forward passes count once."""
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from pst_ds.config.pst import MaskRule, PSTConfig, name_matches
+from pst_ds.config.pst import PSTConfig, name_matches
 from pst_ds.core.quantization import INPUT_BITS, Grid, InputGrid, StoredGrid
 from pst_ds.core.tiles import TileBudgetError, least_tile_bytes, plan_tiles
 from pst_ds.core.updates.gates import rank_budget
@@ -28,9 +28,9 @@ from pst_ds.nn.targets import (
     InjectionError,
     Target,
     find_embeddings,
-    find_targets,
     modules_named_to_save,
     put,
+    resolve_targets,
     suggestion,
 )
 from pst_ds.parallel import zero3
@@ -70,19 +70,19 @@ def inject_pst(
         ``model`` itself.
 
     Raises:
-        InjectionError: a layer cannot be pruned, or a name matches none; see :func:`pst_ds.nn.targets.find_targets`.
+        InjectionError: a layer cannot be pruned, or a name matches none; see :func:`pst_ds.nn.targets.resolve_targets`.
         InputError: FSDP2 or tensor parallelism has split the model.
     """
     if pst_layers(model):
         raise InjectionError("the model already has PST modules; inject into the base model, once")
-    targets, embeddings = find_targets(model, config), find_embeddings(model, config)
-    rules = _require_fit(targets, config, grid, base_grid)
+    targets, embeddings = resolve_targets(model, config), find_embeddings(model, config)
+    _require_fit(targets, config, grid, base_grid)
     tables = find_tables(model, config, embedding_grid, {t.module for t in targets}) if embedding_grid else []
     inputs = _input_grid(activation_bits, grid)
     shards = {target.name: _shards_of(target, num_shards) for target in targets}
     bases = encode_bases(targets, base_grid, shards, from_zeros=config.initial_mask == "zeros") if base_grid else {}
     read_now(model.parameters())
-    scales = _scales_in_scores(targets, bases, rules, config)
+    scales = _scales_in_scores(targets, bases, config)
     encode_tables(tables)
     model.requires_grad_(False)
     for target in targets:
@@ -107,7 +107,7 @@ def _replace(
 ) -> PSTLayer:
     """Put a PST layer in a target's place, and return it. ``scales``: of |W| in scores, one for each matrix."""
     weight = None if base else target.weight
-    rest = target.layout, config, num_shards, scales, grid, base
+    rest = target.layout, target.rule, config, num_shards, scales, grid, base
     like = base.codes if base else target.weight
     layer: PSTLayer
     if target.is_stack:
@@ -122,10 +122,10 @@ def _replace(
 
 
 def _scales_in_scores(
-    targets: Sequence[Target], bases: dict[str, BaseCodes], rules: Sequence[MaskRule], config: PSTConfig
+    targets: Sequence[Target], bases: dict[str, BaseCodes], config: PSTConfig
 ) -> dict[str, tuple[float, ...]]:
     """What |W| is divided by in the scores, for each matrix of a target; 1 where scores are compared with |W| alone."""
-    pools = config.update_gates != "none" or any(rule.pattern.pools_matrices for rule in rules)
+    pools = config.update_gates != "none" or any(target.rule.pattern.pools_matrices for target in targets)
     compared = not config.full_scores and (config.has_scores or pools)
     if config.relative_magnitude and compared and not targets[0].weight.is_meta:
         return mean_magnitudes(targets, bases)
@@ -194,16 +194,11 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _fitting_rules(targets: Sequence[Target], config: PSTConfig) -> list[MaskRule]:
-    """The mask rule of every target.
-
-    Raises InjectionError for a pattern that does not divide, or an override for no layer.
-    """
-    rules = []
+def _require_patterns_fit(targets: Sequence[Target], config: PSTConfig) -> None:
+    """Raise InjectionError for a pattern that does not divide its layer, or an override that matches no layer."""
     for target in targets:
-        rules.append(config.rule_for(target.name))
         try:
-            rules[-1].pattern.require_fit(target.layout)
+            target.rule.pattern.require_fit(target.layout)
         except ValueError as error:
             raise InjectionError(
                 f'{target.name}: {error}. Leave it out with exclude_modules = ["{target.name}"], or give it another '
@@ -217,7 +212,6 @@ def _fitting_rules(targets: Sequence[Target], config: PSTConfig) -> list[MaskRul
                 f"overrides for {asked!r} match none of the pruned layers."
                 f"{suggestion(override.modules, seen)} Names seen: {', '.join(sorted(seen)[:12])}"
             )
-    return rules
 
 
 def pst_layers(model: nn.Module) -> dict[str, PSTLayer]:
@@ -297,18 +291,15 @@ def _shards_of(target: Target, num_shards: int | None) -> int:
     return shards
 
 
-def _require_fit(
-    targets: Sequence[Target], config: PSTConfig, grid: Grid | None, base_grid: Grid | None
-) -> list[MaskRule]:
-    """The mask rule of every target. Raises InjectionError for what ``config`` or a grid asks of one that cannot be."""
+def _require_fit(targets: Sequence[Target], config: PSTConfig, grid: Grid | None, base_grid: Grid | None) -> None:
+    """Raise InjectionError for settings of ``config``, or a grid, that do not fit a target."""
     _require_tiles(targets, config)
     _require_ranks(targets, config.of_experts)
     _require_budget(targets, config)
-    rules = _fitting_rules(targets, config)
+    _require_patterns_fit(targets, config)
     _require_groups(targets, grid)
     _require_groups(targets, base_grid, "the base: ")
     _require_frozen(config, base_grid)
-    return rules
 
 
 def _require_frozen(config: PSTConfig, base_grid: Grid | None) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pst_ds.config.pst import PSTConfig, UpdateInit
+from pst_ds.config.pst import MaskRule, PSTConfig, UpdateInit
 from pst_ds.core import masked_linear
 from pst_ds.core.bits import all_ones, shard_range
 from pst_ds.core.factors import Constants, Factors, layer_factors, ungrouped_columns
@@ -72,6 +72,7 @@ class PSTLayer(nn.Module):
         weight: nn.Parameter | None,
         bias: nn.Parameter | None,
         layout: WeightLayout,
+        rule: MaskRule,
         config: PSTConfig,
         num_shards: int,
         weight_scales: tuple[float, ...],
@@ -86,7 +87,7 @@ class PSTLayer(nn.Module):
             magnitude=config.magnitude != "none", frozen_magnitude=config.frozen_magnitude,
             multiplicative=config.multiplicative_update,
         )  # fmt: skip
-        self.rule = config.rule_for(name)
+        self.rule = rule
         self.scores_train = config.has_scores or config.full_scores
         """True while scores have a gradient now; False once the masks are fixed."""
         self.stored_grid = None if grid is None else StoredGrid(layout, grid)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,10 +17,19 @@ from torch import Tensor
 from pst_ds.core.updates.rows import row_gradients, updated_rows
 from pst_ds.nn.layer import FACTOR_NAMES
 
-if TYPE_CHECKING:
-    from pst_ds.nn.linear import PSTLinear
 
-_LAYERS: weakref.WeakValueDictionary[int, PSTLinear] = weakref.WeakValueDictionary()
+class Layer(Protocol):
+    """What the operators call of a pruned linear layer; see :class:`pst_ds.nn.linear.PSTLinear`."""
+
+    was_called: bool
+
+    def product(self, x: Tensor) -> Tensor: ...
+    def gradients(
+        self, x: Tensor, grad_y: Tensor, *, need_x: bool, need_weight: bool, need_bias: bool
+    ) -> tuple[Tensor | None, ...]: ...
+
+
+_LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
 _OTHERS = ", ".join(f"Tensor? {name}" for name in ("weight", "bias", *FACTOR_NAMES, "S"))
 """What a layer may train, beside x. The operator reads the layer's; they are arguments for their gradients."""
@@ -35,14 +44,14 @@ for _schema in (
     _LIBRARY.define(_schema)
 
 
-def new_number(layer: PSTLinear) -> Tensor:
+def new_number(layer: Layer) -> Tensor:
     """Give ``layer`` a number by which the operators find it, () int64, on the CPU."""
     number = next(_NUMBERS)
     _LAYERS[number] = layer
     return torch.tensor(number, device="cpu")
 
 
-def _layer(number: Tensor) -> PSTLinear:
+def _layer(number: Tensor) -> Layer:
     return _LAYERS[int(number)]
 
 

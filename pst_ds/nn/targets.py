@@ -1,4 +1,4 @@
-"""The modules to prune and the modules to train in full, with PEFT's meaning of the names."""
+"""Find the modules to prune and the modules to train in full; names match as in PEFT."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from pst_ds.config.pst import PSTConfig, is_inside, name_matches
+from pst_ds.config.pst import MaskRule, PSTConfig, is_inside, name_matches
 from pst_ds.core.layout import WeightLayout
 from pst_ds.errors import InputError
 from pst_ds.nn import model_structure
@@ -24,20 +24,19 @@ HEAD_NAMES = ("classifier", "score", "pre_classifier", "classification_head", "q
 
 
 class InjectionError(InputError):
-    """A model, or the modules named for it, cannot be injected; the message names the module and the way out."""
+    """A model, or the modules named for it, cannot be injected; the message names the module and the fix."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One layer to prune: its module, every (parent, attribute) that holds it, and its layout.
-
-    A stack of experts is a Parameter of ``module``, which holds it in one place.
-    """
+    """A layer to prune. A stack of experts is a Parameter of ``module``, which holds it in one place."""
 
     name: str
     module: Any
     places: tuple[tuple[nn.Module, str], ...]
+    """Every (parent, attribute) that holds it."""
     layout: WeightLayout
+    rule: MaskRule
     parameter: str = "weight"
     """Name of the weight in ``module``."""
 
@@ -57,108 +56,160 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingTarget:
-    """One embedding to update, and every (parent, attribute) that holds it."""
+    """An embedding to update."""
 
     name: str
     module: nn.Embedding
     places: tuple[tuple[nn.Module, str], ...]
+    """Every (parent, attribute) that holds it."""
 
 
-def find_targets(model: nn.Module, config: PSTConfig) -> list[Target]:
-    """The layers that ``config`` prunes, in model order.
+def resolve_targets(model: nn.Module, config: PSTConfig) -> list[Target]:
+    """Return the layers that ``config`` prunes, in model order, each with its layout and mask rule.
 
-    "all-linear" is every linear layer inside the blocks, and the stacks of experts that transformers lets other
-    code compute, but the routers of experts: they choose, hold next to nothing, and stay dense and frozen. Name them in
-    ``target_modules`` to prune them.
+    "all-linear" selects every linear layer inside the blocks, and the stacks of experts that transformers lets other
+    code compute. It omits the routers of experts: they are tiny, and choose which experts run. To prune them, name them
+    in ``target_modules``. Modules that ``exclude_modules`` names stay dense and frozen.
 
-    Raises InjectionError when nothing matches, when a match is tied, quantised or not linear, or cannot be replaced
-    (:func:`pst_ds.nn.replaceable.why_not_replaceable`), and when "all-linear" would leave matrices inside the blocks
-    dense because they are not linear layers, such as experts in a 3-D Parameter of another form. Those that
-    ``exclude_modules`` names stay dense and frozen.
+    Raises InjectionError if nothing matches; if a match is tied, quantised, not linear, or cannot be replaced
+    (:func:`pst_ds.nn.replaceable.why_not_replaceable`); and if "all-linear" would leave matrices inside the blocks
+    dense because no linear layer holds them, such as experts in a 3-D Parameter of another form.
     """
-    saved = modules_to_save(model, config)
-    places = places_by_module(model)
-    routers = model_structure.router_names(model) if config.target_modules == ALL_LINEAR else set()
-    targets = []
-    for name, module in model.named_modules():
+    return _Resolver(model, config).targets()
+
+
+class _Resolver:
+    """One pass over the modules of a model."""
+
+    def __init__(self, model: nn.Module, config: PSTConfig):
+        self.model, self.config = model, config
+        self.saved, self.places = modules_to_save(model, config), places_by_module(model)
+        self.takes_all = config.target_modules == ALL_LINEAR
+        self.routers = model_structure.router_names(model) if self.takes_all else set()
+
+    def targets(self) -> list[Target]:
+        found = [target for name, module in self.model.named_modules() for target in self.of_module(name, module)]
+        if self.takes_all:
+            self.refuse_loose_matrices(found)
+        if not found:
+            raise InjectionError(_nothing_matched(self.model, self.config))
+        _refuse_tied(self.model, found)
+        return found
+
+    def of_module(self, name: str, module: nn.Module) -> list[Target]:
+        if _is_in(name, self.saved):
+            return []
         if model_structure.is_experts(module):
-            targets += _stacks(name, module, model, config, saved)
-            continue
-        if name in routers or not _is_wanted(name, module, model, config, saved):
-            continue
+            return self.stacks(name, module)
+        if not name or name in self.routers or is_inside(name, self.config.exclude_modules):
+            return []
+        if self.takes_all:
+            is_wanted = is_linear(module) and model_structure.is_inside_block(name, self.model)
+        else:
+            is_wanted = name_matches(name, self.config.target_modules)
+        return [self.linear(name, module)] if is_wanted else []
+
+    def linear(self, name: str, module: Any) -> Target:
         if not is_linear(module):
             raise InjectionError(
-                f"target_modules matches {name}, a {type(module).__name__}, which is no linear layer; name the linear "
-                "layers inside it"
+                f"target_modules matches {name}, which is a {type(module).__name__} and not a linear layer. Name the "
+                "linear layers inside it"
             )
-        _refuse_unfit(name, module, places[module], model)
-        targets.append(Target(name, module, places[module], _layout(name, module, config)))
-    if config.target_modules == ALL_LINEAR:
-        _refuse_loose_matrices(model, config, saved, targets, routers)
-    if not targets:
-        raise InjectionError(_nothing_matched(model, config))
-    _refuse_tied(model, targets)
-    return targets
+        outputs, inputs = model_structure.linear_shape(module)
+        is_fused = name_matches(name, self.config.fused_modules) and outputs % inputs == 0
+        layout = WeightLayout(outputs, inputs, is_conv1d(module), outputs // inputs if is_fused else 1)
+        places, shape = self.places[module], tuple(zero3.full_shape(module.weight))
+        _refuse_quantised(f"{name}.weight", module.weight)
+        if shape != layout.shape:
+            raise InjectionError(
+                f"{name}.weight has shape {shape}, not the {layout.shape} of its {type(module).__name__}. Exclude it "
+                "with exclude_modules"
+            )
+        if problem := why_not_replaceable(name, module, [holder for holder, _ in places], self.model):
+            raise InjectionError(problem)
+        return Target(name, module, places, layout, self.config.rule_for(name))
 
+    def stacks(self, name: str, module: nn.Module) -> list[Target]:
+        """Return the stacks of an experts module that are pruned; the config may name the module, or a stack."""
+        wanted = [stack for stack in model_structure.stack_names(module) if self.is_stack_wanted(name, stack)]
+        if not wanted:
+            return []
+        try:
+            layouts = model_structure.stack_layouts(module)
+        except ValueError as error:
+            raise InjectionError(
+                f"{name} ({type(module).__name__}) has another form than the experts that PST can prune: {error}. "
+                f"Leave it dense with exclude_modules = {listed([short_name(name)])}"
+            ) from None
+        if module._is_expert_parallel:
+            raise InjectionError(
+                f"{name} has its experts on several ranks (expert parallelism), where no rank could rank a whole "
+                "stack. Load the model without a distributed_config"
+            )
+        found = []
+        for stack in (stack for stack in layouts if stack in wanted):
+            full_name = f"{name}.{stack}"
+            _refuse_quantised(full_name, getattr(module, stack))
+            rule = self.config.rule_for(full_name)
+            found.append(Target(full_name, module, ((module, stack),), layouts[stack], rule, stack))
+        return found
 
-def _stacks(
-    name: str, module: nn.Module, model: nn.Module, config: PSTConfig, saved: dict[str, nn.Module]
-) -> list[Target]:
-    """The stacks of an experts module that ``config`` prunes; it may name the module, or a stack."""
-    wanted = {
-        attribute
-        for attribute in model_structure.stack_names(module)
-        if not _is_in(name, saved)
-        and not _is_excluded(name, attribute, config)
-        and (
-            model_structure.is_inside_block(name, model)
-            if config.target_modules == ALL_LINEAR
-            else any(name_matches(known, config.target_modules) for known in (name, f"{name}.{attribute}"))
-        )
-    }
-    if not wanted:
-        return []
-    try:
-        layouts = model_structure.stack_layouts(module)
-    except ValueError as error:
+    def is_stack_wanted(self, name: str, stack: str) -> bool:
+        if self.is_excluded(name, stack):
+            return False
+        if self.takes_all:
+            return model_structure.is_inside_block(name, self.model)
+        return any(name_matches(known, self.config.target_modules) for known in (name, f"{name}.{stack}"))
+
+    def is_excluded(self, owner: str, attribute: str) -> bool:
+        """Return whether ``exclude_modules`` names a Parameter that is a matrix, or its module."""
+        return any(is_inside(name, self.config.exclude_modules) for name in (owner, f"{owner}.{attribute}"))
+
+    def refuse_loose_matrices(self, targets: list[Target]) -> None:
+        """Raise InjectionError for a stack of matrices, or a matrix as large as a pruned one, that would stay dense."""
+        least = min((t.layout.expert.numel for t in targets), default=0)
+        pruned = {id(t.weight) for t in targets}
+        loose: list[LooseMatrix] = []
+        for matrix in model_structure.loose_matrices(self.model):
+            owner = matrix.owner
+            is_known = owner in self.routers or _is_in(owner, self.saved) or self.is_excluded(owner, matrix.attribute)
+            is_known = is_known or id(getattr(matrix.module, matrix.attribute)) in pruned
+            if not is_known and (matrix.is_stack or 0 < least <= matrix.numel):
+                loose.append(matrix)
+        if not loose:
+            return
+        first, dense = loose[0], sum(matrix.numel for matrix in loose)
+        owners = _names_to_exclude(loose, targets)
+        if any(isinstance(matrix.module, nn.MultiheadAttention) for matrix in loose):
+            owners += attention_names(self.model)
         raise InjectionError(
-            f"{name} ({type(module).__name__}) has another form than the experts that PST can prune: {error}. Leave "
-            f"it dense with exclude_modules = {listed([short_name(name)])}"
-        ) from None
-    if module._is_expert_parallel:
-        raise InjectionError(
-            f"{name} has its experts on several ranks (expert parallelism), where no rank could rank a whole stack; "
-            "load the model without a distributed_config"
+            f"{first.owner} ({type(first.module).__name__}) has {first.attribute} of shape {first.shape}, "
+            f"{'a stack of matrices' if first.is_stack else 'a matrix or a state'} outside any linear layer, which "
+            f"PST cannot prune. With all like it ({len(loose)} Parameters) {dense:,} weights would stay dense, next to "
+            f"{sum(t.layout.numel for t in targets):,} that would be pruned. If that is intended, set "
+            f"exclude_modules = {listed(dict.fromkeys(owners))}"
         )
-    found = [
-        Target(f"{name}.{attribute}", module, ((module, attribute),), layout, attribute)
-        for attribute, layout in layouts.items()
-        if attribute in wanted
-    ]
-    for target in found:
-        _refuse_quantised(target)
-    return found
 
 
 def modules_to_save(model: nn.Module, config: PSTConfig) -> dict[str, nn.Module]:
-    """The modules trained in full, by name; raises InjectionError for a name that matches none."""
+    """Return the modules trained in full, by name. Raises InjectionError for a name that matches none."""
     found = modules_named_to_save(model, config)
     _require_all_found("modules_to_save", config.modules_to_save or (), found, [n for n, _ in model.named_modules()])
     return found
 
 
 def modules_named_to_save(model: nn.Module, config: PSTConfig) -> dict[str, nn.Module]:
-    """The same for a model that may have changed since: a name that matches none is skipped."""
+    """Return the modules trained in full, by name; names that match none are skipped, as the model may have changed."""
     if config.modules_to_save is None:
         return _task_head(model)
     return {n: m for n, m in model.named_modules() if n and name_matches(n, config.modules_to_save)}
 
 
 def _task_head(model: nn.Module) -> dict[str, nn.Module]:
-    """Return what lies between the last block of a model of transformers and its output; nothing for a language model.
+    """Return the modules between the last block of a transformers model and its output; none for a language model.
 
-    That is what it has on top of its base model, and the pooler that BERT, ALBERT and others have inside it. A language
-    model is known by its output embeddings.
+    They are the modules on top of its base model, and the pooler inside BERT, ALBERT and others. A model with output
+    embeddings is a language model.
     """
     base = getattr(model, prefix := getattr(model, "base_model_prefix", "") or "", None)
     if not isinstance(base, nn.Module):
@@ -171,7 +222,7 @@ def _task_head(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _require_all_found(setting: str, wanted: tuple[str, ...], found: Iterable[str], usable: Iterable[str]) -> None:
-    """Refuse a name that matches none of the modules ``found``. ``usable``: names of those that it could have meant."""
+    """Raise InjectionError for a name that matches none of the modules ``found``; suggest one of ``usable``."""
     for name in wanted:
         if not any(name_matches(n, (name,)) for n in found):
             raise InjectionError(
@@ -181,9 +232,9 @@ def _require_all_found(setting: str, wanted: tuple[str, ...], found: Iterable[st
 
 
 def find_embeddings(model: nn.Module, config: PSTConfig) -> list[EmbeddingTarget]:
-    """The embeddings that ``config.update_embeddings`` names, in model order.
+    """Return the embeddings that ``config.update_embeddings`` names, in model order.
 
-    Raises InjectionError for a name that matches none, and for one that is tied, trained in full or no plain
+    Raises InjectionError for a name that matches none, and for a module that is tied, trained in full or not a plain
     ``nn.Embedding``.
     """
     wanted, saved, places = config.update_embeddings, modules_to_save(model, config), places_by_module(model)
@@ -209,34 +260,6 @@ def find_embeddings(model: nn.Module, config: PSTConfig) -> list[EmbeddingTarget
     return [EmbeddingTarget(name, module, places[module]) for name, module in found.items()]
 
 
-def _refuse_loose_matrices(
-    model: nn.Module, config: PSTConfig, saved: dict[str, nn.Module], targets: list[Target], routers: set[str]
-) -> None:
-    """A stack of matrices, or a matrix as large as one that is pruned, must not stay dense unsaid."""
-    least = min((t.layout.expert.numel for t in targets), default=0)
-    pruned = {id(t.weight) for t in targets}
-    loose: list[LooseMatrix] = []
-    for matrix in model_structure.loose_matrices(model):
-        owner = matrix.owner
-        is_known = owner in routers or _is_in(owner, saved) or _is_excluded(owner, matrix.attribute, config)
-        is_known = is_known or id(getattr(matrix.module, matrix.attribute)) in pruned
-        if not is_known and (matrix.is_stack or 0 < least <= matrix.numel):
-            loose.append(matrix)
-    if not loose:
-        return
-    first, dense = loose[0], sum(matrix.numel for matrix in loose)
-    owners = _names_to_exclude(loose, targets)
-    if any(isinstance(matrix.module, nn.MultiheadAttention) for matrix in loose):
-        owners += attention_names(model)
-    raise InjectionError(
-        f"{first.owner} ({type(first.module).__name__}) has {first.attribute} of shape {first.shape}, "
-        f"{'a stack of matrices' if first.is_stack else 'a matrix or a state'} that belongs to no linear layer, which "
-        f"PST cannot prune. With all like it ({len(loose)} Parameters) {dense:,} weights would stay dense, next to "
-        f"{sum(t.layout.numel for t in targets):,} that would be pruned. If that is meant, say so with "
-        f"exclude_modules = {listed(dict.fromkeys(owners))}"
-    )
-
-
 def _names_to_exclude(loose: list[LooseMatrix], targets: list[Target]) -> list[str]:
     """Return names for ``exclude_modules`` that leave ``loose`` dense, and as few as possible of ``targets``."""
     holders = {part for target in targets for part in accumulate(target.name.split("."), "{}.{}".format)}
@@ -248,25 +271,12 @@ def _names_to_exclude(loose: list[LooseMatrix], targets: list[Target]) -> list[s
     return names
 
 
-def _is_excluded(owner: str, attribute: str, config: PSTConfig) -> bool:
-    """Return whether ``exclude_modules`` names a Parameter that is a matrix, or what holds it."""
-    return any(is_inside(name, config.exclude_modules) for name in (owner, f"{owner}.{attribute}"))
-
-
 def _is_in(name: str, modules: Iterable[str]) -> bool:
     return any(name == module or name.startswith(module + ".") for module in modules)
 
 
-def _is_wanted(name: str, module: nn.Module, model: nn.Module, config: PSTConfig, saved: dict[str, nn.Module]) -> bool:
-    if not name or _is_in(name, saved) or is_inside(name, config.exclude_modules):
-        return False
-    if config.target_modules == ALL_LINEAR:
-        return is_linear(module) and model_structure.is_inside_block(name, model)
-    return name_matches(name, config.target_modules)
-
-
 def places_by_module(model: nn.Module) -> dict[nn.Module, tuple[tuple[nn.Module, str], ...]]:
-    """Every (parent, attribute) that holds a module, by module."""
+    """Return every (parent, attribute) that holds a module, by module."""
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for attribute, child in parent._modules.items():  # named_children() names a child held twice only once
@@ -276,36 +286,15 @@ def places_by_module(model: nn.Module) -> dict[nn.Module, tuple[tuple[nn.Module,
 
 
 def put(module: nn.Module, places: Iterable[tuple[nn.Module, str]]) -> None:
-    """Make ``module`` the attribute that each of ``places``, (parent, attribute), is."""
+    """Set the attribute of each (parent, attribute) in ``places`` to ``module``."""
     for parent, attribute in places:
         setattr(parent, attribute, module)
 
 
-def _layout(name: str, module: Any, config: PSTConfig) -> WeightLayout:
-    outputs, inputs = model_structure.linear_shape(module)
-    fused = name_matches(name, config.fused_modules) and outputs % inputs == 0
-    return WeightLayout(outputs, inputs, is_conv1d(module), outputs // inputs if fused else 1)
-
-
-def _refuse_unfit(name: str, module: Any, places: tuple[tuple[nn.Module, str], ...], model: nn.Module) -> None:
-    layout = _layout(name, module, PSTConfig())
-    weight = module.weight
-    _refuse_quantised(Target(name, module, places, layout))
-    if tuple(zero3.full_shape(weight)) != layout.shape:
-        raise InjectionError(
-            f"{name}.weight has shape {tuple(zero3.full_shape(weight))}, not the {layout.shape} of its "
-            f"{type(module).__name__}; exclude it with exclude_modules"
-        )
-    if problem := why_not_replaceable(name, module, [holder for holder, _ in places], model):
-        raise InjectionError(problem)
-
-
-def _refuse_quantised(target: Target) -> None:
-    weight = target.weight
+def _refuse_quantised(name: str, weight: nn.Parameter) -> None:
     if not weight.dtype.is_floating_point or weight.element_size() < 2:
         raise InjectionError(
-            f"{target.weight_name} is {weight.dtype}: quantised base weights cannot be pruned. Load the model in "
-            "bfloat16 or float32"
+            f"{name} is {weight.dtype}: quantised base weights cannot be pruned. Load the model in bfloat16 or float32"
         )
 
 
@@ -331,9 +320,9 @@ def _nothing_matched(model: nn.Module, config: PSTConfig) -> str:
 
 
 def suggestion(wanted: str | tuple[str, ...], known: set[str]) -> str:
-    """The sentence that says what may have been meant by a string, or a list's first; nothing where nothing is near.
+    """Return a sentence, after a space, with the name that was probably meant by a string or the first of a list.
 
-    ``known``: last parts of names. The sentence comes after a space.
+    ``known``: last parts of names. Empty if none of them is similar.
     """
     if isinstance(wanted, str) and wanted in known:
         return f' A string is a regular expression for whole names; for the layers of that name write ["{wanted}"].'

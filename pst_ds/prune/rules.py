@@ -93,7 +93,6 @@ def share_of_zeros(settings: PSTConfig, asked: float | None, default: float) -> 
 
 def layer_rules(
     targets: Sequence[Target],
-    settings: PSTConfig,
     method: Method,
     share: float,
     *,
@@ -101,7 +100,7 @@ def layer_rules(
     keeps_zeros: bool = False,
     swaps: int = 0,
 ) -> list[LayerRule]:
-    """The rules of all ``targets``, in their order; ``settings.overrides`` have the last word on their layers.
+    """The rules of all ``targets``, in their order; overrides have the last word on their layers.
 
     ``keeps_zeros``: no pattern and no override prunes anything. ``swaps``: passes, see :class:`LayerRule`. Raises
     InputError, naming the layer, for a pattern or a ``grid`` that does not fit it, or a pattern that the method, or
@@ -112,7 +111,7 @@ def layer_rules(
             _require_groups(target, grid)
     if keeps_zeros:
         return [LayerRule(target, Pattern("matrix"), 0.0, grid, keeps_zeros=True) for target in targets]
-    return [replace(_rule(target, settings, method, share, swaps), grid=grid) for target in targets]
+    return [replace(_rule(target, method, share, swaps), grid=grid) for target in targets]
 
 
 def _require_groups(target: Target, grid: Grid) -> None:
@@ -124,8 +123,8 @@ def _require_groups(target: Target, grid: Grid) -> None:
         ) from None
 
 
-def _rule(target: Target, settings: PSTConfig, method: Method, share: float, swaps: int) -> LayerRule:
-    rule = settings.rule_for(target.name)
+def _rule(target: Target, method: Method, share: float, swaps: int) -> LayerRule:
+    rule = target.rule
     if rule.pattern.pools_matrices:
         raise InputError(
             f'{target.name}: pattern "{rule.pattern}" ranks the weights of several matrices together, and one-shot '

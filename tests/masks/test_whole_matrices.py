@@ -32,7 +32,7 @@ def _stacks(num_matrices, num_shards, pattern="matrix", transposed=False, nan_at
             weight.view(-1)[nan_at] = float("nan")
         weight = nn.Parameter(weight, requires_grad=False)
         config = PSTConfig(pattern=pattern, modules_to_save=())
-        layer = PSTLinear(name, weight, None, layout, config, num_shards, (1.0,) * num_matrices)
+        layer = PSTLinear(name, weight, None, layout, config.rule_for(name), config, num_shards, (1.0,) * num_matrices)
         for _, param in layer.factor_parameters():
             param.data = (torch.randn(param.shape, generator=generator) * 4).round() / 8
         model.add_module(name, layer)

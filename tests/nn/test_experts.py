@@ -19,7 +19,7 @@ from pst_ds.nn.input_sums import InputGatherer, squares
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.merge import merge_and_unload
 from pst_ds.nn.model_structure import router_names
-from pst_ds.nn.targets import InjectionError, find_targets
+from pst_ds.nn.targets import InjectionError, resolve_targets
 
 from .expert_families import FAMILIES, tiny_model
 
@@ -234,7 +234,7 @@ def test_names_choose_a_stack_or_the_module_around_it():
     model = tiny_model("qwen3_moe")
 
     def names(**settings) -> list[str]:
-        found = [target.name for target in find_targets(model, PSTConfig(**settings))]
+        found = [target.name for target in resolve_targets(model, PSTConfig(**settings))]
         return [name.removeprefix("model.layers.0.mlp.") for name in found if name.startswith("model.layers.0.mlp")]
 
     both = ["experts.gate_up_proj", "experts.down_proj"]

@@ -13,7 +13,7 @@ from pst_ds.errors import InputError
 from pst_ds.nn.inject import inject_pst, layers_never_called, pst_layers
 from pst_ds.nn.model_structure import loose_matrices, router_names
 from pst_ds.nn.replaceable import listed
-from pst_ds.nn.targets import InjectionError, find_targets
+from pst_ds.nn.targets import InjectionError, resolve_targets
 from pst_ds.prune.blocks import find_blocks
 
 TINY = {
@@ -63,7 +63,7 @@ def xlnet():
 
 
 def names(model, **settings):
-    return [target.name for target in find_targets(model, PSTConfig(**settings))]
+    return [target.name for target in resolve_targets(model, PSTConfig(**settings))]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_stacks_of_matrices_are_refused_by_name_shape_and_number(build, owner, s
     with pytest.raises(InjectionError) as caught:
         inject_pst(build(), PSTConfig())
     message = str(caught.value)
-    first = f"{owner} of shape {shape}, a stack of matrices that belongs to no linear layer"
+    first = f"{owner} of shape {shape}, a stack of matrices outside any linear layer"
     assert re.match(rf"(model\.layers|transformer\.layer)\.0\.{re.escape(first)}", message)
     assert f" {2 * dense:,} weights would stay dense" in message
     assert message.endswith(f"exclude_modules = {listed(excluded)}")
@@ -99,7 +99,7 @@ _JAMBA = {**TINY, "num_experts": 2, "attn_layer_offset": 1, "attn_layer_period":
 def test_states_of_mamba_layers_are_excluded_as_the_message_says(family, config, mixer):
     """The mixers' linear layers are pruned then, and every pruned one is called."""
     model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**config))
-    with pytest.raises(InjectionError, match=r"has A_log of shape .*, a matrix or a state that") as caught:
+    with pytest.raises(InjectionError, match=r"has A_log of shape .*, a matrix or a state outside") as caught:
         names(model)
     suggested = tuple(json.loads(str(caught.value).rpartition("exclude_modules = ")[2]))
     assert suggested == ("A_log", "dt_proj")
@@ -206,7 +206,7 @@ def test_vectors_kernels_and_small_tables_are_no_matrices_to_prune(shape):
 )
 def test_what_is_as_large_as_a_pruned_layer_is_refused(shape, kind):
     model = blocks(weight=shape)
-    with pytest.raises(InjectionError, match=rf"layers\.0\.other \(Module\) has weight of shape .*, {kind} that"):
+    with pytest.raises(InjectionError, match=rf"layers\.0\.other \(Module\) has weight of shape .*, {kind} outside"):
         names(model)
     assert len(names(model, exclude_modules=("other",))) == 12
     assert len(names(model, modules_to_save=("other",))) == 12

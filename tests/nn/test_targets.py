@@ -25,7 +25,7 @@ from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.model_structure import model_width
-from pst_ds.nn.targets import InjectionError, find_targets, modules_to_save
+from pst_ds.nn.targets import InjectionError, modules_to_save, resolve_targets
 
 ENCODER_LINEARS = (
     "attention.self.query",
@@ -115,7 +115,7 @@ BLOCK_LINEARS = [f"layers.{i}.{n}_proj" for i in range(2) for n in "qv"]
 
 
 def names(model: nn.Module, **settings) -> list[str]:
-    return [target.name for target in find_targets(model, PSTConfig(**settings))]
+    return [target.name for target in resolve_targets(model, PSTConfig(**settings))]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -145,13 +145,13 @@ def test_the_width_is_the_hidden_size_injected_or_not(family):
 
 
 def test_gpt2_fuses_q_k_v_alone():
-    layouts = {t.name.rpartition(".")[2]: t.layout for t in find_targets(tiny_gpt2(), PSTConfig())}
+    layouts = {t.name.rpartition(".")[2]: t.layout for t in resolve_targets(tiny_gpt2(), PSTConfig())}
     assert {n: (layout.num_matrices, layout.transposed) for n, layout in layouts.items()} == {
         "c_attn": (3, True),
         "c_proj": (1, True),
         "c_fc": (1, True),
     }
-    unfused = find_targets(tiny_gpt2(), PSTConfig(fused_modules=()))
+    unfused = resolve_targets(tiny_gpt2(), PSTConfig(fused_modules=()))
     assert {t.layout.num_matrices for t in unfused} == {1}
 
 
@@ -227,7 +227,7 @@ def test_unknown_modules_to_save_are_refused_with_a_near_miss():
 
 
 def test_a_module_that_is_not_linear_is_refused_by_name():
-    with pytest.raises(InjectionError, match=r"matches layers\.0\.norm, a LayerNorm, which is no linear layer"):
+    with pytest.raises(InjectionError, match=r"matches layers\.0\.norm, which is a LayerNorm and not a linear layer"):
         names(Toy(), target_modules=("norm",))
 
 

@@ -12,7 +12,7 @@ from pst_ds.cli.main import main
 from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.core.one_shot import zeros_by_outliers
 from pst_ds.errors import InputError
-from pst_ds.nn.targets import find_targets
+from pst_ds.nn.targets import resolve_targets
 from pst_ds.prune.budgets import require_room, rules_by_outliers
 from pst_ds.prune.model import prune_model
 from pst_ds.prune.rules import layer_rules, settings_for
@@ -25,13 +25,13 @@ BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h", "bert": "encoder.lay
 
 def _rules(model, method="wanda", pattern="row", share=0.6, **settings):
     config = settings_for(model, PSTConfig(**settings), method, pattern)
-    return layer_rules(find_targets(model, config), config, method, share)
+    return layer_rules(resolve_targets(model, config), method, share)
 
 
 def _uneven(tiny, family):
     """A model of which block 1 has a few inputs that are much larger than the others."""
     model = tiny(family)
-    for target in find_targets(model, PSTConfig()):
+    for target in resolve_targets(model, PSTConfig()):
         if target.name.startswith(f"{BLOCKS[family]}.1."):
             inputs = 0 if target.layout.transposed else 1
             target.module.weight.data.index_fill_(inputs, torch.tensor([3]), 4.0)
@@ -41,7 +41,7 @@ def _uneven(tiny, family):
 @torch.no_grad()
 def _outliers_of_whole_passes(model, family, batches):
     """By block: the share of weights whose |w| times the norm of their input is above 5 times the block's mean."""
-    layers = {target.name: target for target in find_targets(model, PSTConfig())}
+    layers = {target.name: target for target in resolve_targets(model, PSTConfig())}
     given = {name: [] for name in layers}
     mask = [None]
 

@@ -12,7 +12,7 @@ from torch import nn
 from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.core.one_shot import inverse_factor
 from pst_ds.errors import InputError
-from pst_ds.nn.targets import find_targets
+from pst_ds.nn.targets import resolve_targets
 from pst_ds.prune import model as pruning
 from pst_ds.prune.layer import prune_weight
 from pst_ds.prune.model import prune_model
@@ -26,7 +26,7 @@ CPU, FP32 = torch.device("cpu"), torch.float32
 
 def _rules(model, method, pattern="", share=0.5, **settings):
     config = settings_for(model, PSTConfig(**settings), method, pattern)
-    return layer_rules(find_targets(model, config), config, method, share)
+    return layer_rules(resolve_targets(model, config), method, share)
 
 
 def _prune(model, rules, method, batches, dtype=FP32):

@@ -17,7 +17,7 @@ from pst_ds.cli.main import main
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.one_shot import keep_by_score
 from pst_ds.core.patterns import parse_pattern
-from pst_ds.nn.targets import find_targets
+from pst_ds.nn.targets import resolve_targets
 from pst_ds.train.one_shot import pruning
 
 CAUSAL, CLASSES = "tests/data/causal_lm.toml", "tests/data/world_size.toml"
@@ -75,7 +75,7 @@ def test_a_causal_model_is_pruned_exported_and_verified(capsys, tmp_path, method
     assert record["base_fingerprint"] == base_fingerprint(DATA / "tiny-llama")
     if method != "magnitude":
         assert (record["samples"], record["tokens"], record["seed"]) == (12, 12 * 32, 0)
-    targets = {target.name: target for target in find_targets(base, PSTConfig())}
+    targets = {target.name: target for target in resolve_targets(base, PSTConfig())}
     assert [layer["name"] for layer in record["layers"]] == list(targets)
     weights = dict(model.named_parameters())
     for layer in record["layers"]:
@@ -102,7 +102,7 @@ def test_a_causal_model_is_pruned_exported_and_verified(capsys, tmp_path, method
 def test_a_magnitude_mask_is_that_of_training(capsys, tmp_path):
     _prune(capsys, tmp_path / "out", CAUSAL, "magnitude", "--sparsity", "0.37")
     model, base = (AutoModelForCausalLM.from_pretrained(p) for p in (tmp_path / "out", DATA / "tiny-llama"))
-    for one, two in zip(find_targets(model, PSTConfig()), find_targets(base, PSTConfig()), strict=True):
+    for one, two in zip(resolve_targets(model, PSTConfig()), resolve_targets(base, PSTConfig()), strict=True):
         keep = keep_by_score(two.module.weight.abs(), two.layout, parse_pattern("matrix"), 0.37)
         assert torch.equal(one.module.weight, two.module.weight * keep)
 
@@ -159,7 +159,7 @@ def test_other_families_and_files_of_any_number(capsys, tmp_path, tiny, family, 
     pruned, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    for target in find_targets(pruned, PSTConfig()):
+    for target in resolve_targets(pruned, PSTConfig()):
         weight = target.module.weight.t() if target.layout.transposed else target.module.weight
         assert bool((weight.reshape(len(weight), -1, 4).eq(0).sum(2) == 2).all())
     assert main(["export", str(tmp_path / "out"), "--format", "2:4", "--out", str(tmp_path / "packed")]) == 0

@@ -10,7 +10,7 @@ from torch import nn
 
 from pst_ds.cli.main import main
 from pst_ds.config.pst import PSTConfig
-from pst_ds.nn.targets import find_targets
+from pst_ds.nn.targets import resolve_targets
 from pst_ds.prune import model as pruning
 from pst_ds.prune.model import prune_model
 from pst_ds.prune.rules import layer_rules, settings_for
@@ -22,7 +22,7 @@ CPU, FP32 = torch.device("cpu"), torch.float32
 
 def _prune(model, method, batches, passes, dtype=FP32, pattern=""):
     config = settings_for(model, PSTConfig(), method, pattern)
-    rules = layer_rules(find_targets(model, config), config, method, 0.5)
+    rules = layer_rules(resolve_targets(model, config), method, 0.5)
     return prune_model(model, rules, method, batches, device=CPU, dtype=dtype, reconstruct=passes)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.errors import InputError
-from pst_ds.nn.targets import find_targets
+from pst_ds.nn.targets import resolve_targets
 from pst_ds.prune.rules import layer_rules, settings_for, share_of_zeros, usual_pattern
 
 
@@ -52,7 +52,7 @@ def test_shares_that_cannot_be_are_refused(pattern, asked, said):
 
 def _rules(model, method, pattern):
     settings = settings_for(model, PSTConfig(), method, pattern)
-    return layer_rules(find_targets(model, settings), settings, method, 0.5)
+    return layer_rules(resolve_targets(model, settings), method, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -79,4 +79,4 @@ def test_the_head_of_the_task_is_not_looked_for_in_the_base_model(tiny):
     config = PSTConfig(modules_to_save=("classifier", "pooler"))
     settings = settings_for(tiny("bert"), config, "magnitude")
     assert settings.modules_to_save == ("pooler",)
-    assert len(find_targets(tiny("bert"), settings)) == 18
+    assert len(resolve_targets(tiny("bert"), settings)) == 18

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pst_ds.cli.main import main
 from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.errors import InputError
-from pst_ds.nn.targets import find_targets
+from pst_ds.nn.targets import resolve_targets
 from pst_ds.prune.blocks import block_of, find_blocks
 from pst_ds.prune.model import prune_model
 from pst_ds.prune.output_gradients import layer_norms
@@ -26,11 +26,11 @@ CPU, FP32 = torch.device("cpu"), torch.float32
 
 def _rules(model, method="wanda", pattern="row", share=0.6, **settings):
     config = settings_for(model, PSTConfig(**settings), method, pattern)
-    return layer_rules(find_targets(model, config), config, method, share)
+    return layer_rules(resolve_targets(model, config), method, share)
 
 
 def _norms(model, batches):
-    targets = find_targets(model, PSTConfig())
+    targets = resolve_targets(model, PSTConfig())
     stack, blocks = find_blocks(model, [target.name for target in targets])
     of_blocks = [
         {t.name: t.module for t in targets if block_of(t.name, stack) == index} for index in range(len(blocks))
@@ -54,7 +54,7 @@ def _plain_norms(model, batches):
 
         return take
 
-    for target in find_targets(model, PSTConfig()):
+    for target in resolve_targets(model, PSTConfig()):
         handles.append(target.module.register_forward_hook(hook(target.name)))
     for batch in batches:
         logits = model(**batch).logits[:, :-1].flatten(0, 1)
@@ -108,7 +108,7 @@ def _uneven(tiny, family):
     """A model whose block 1 does next to nothing, and of which one output is hardly looked at."""
     model = tiny(family)
     with torch.no_grad():
-        for target in find_targets(model, PSTConfig()):
+        for target in resolve_targets(model, PSTConfig()):
             if ".1." in target.name:
                 target.module.weight.mul_(1e-3)
     return model
@@ -136,7 +136,7 @@ def test_zeros_go_where_the_loss_loses_least(tiny, batches, family, method, patt
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_rows_count_by_what_the_loss_makes_of_them(tiny, batches, family, method):
     model, text = tiny(family), batches(family)
-    before = {t.name: t.module.weight.detach().clone() for t in find_targets(model, PSTConfig())}
+    before = {t.name: t.module.weight.detach().clone() for t in resolve_targets(model, PSTConfig())}
     rules = rules_by_saliency(model, _rules(model, method, "matrix"), text, device=CPU, dtype=FP32)
     prune_model(model, rules, method, text, device=CPU, dtype=FP32)
     for rule in rules:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from pst_ds.cli.main import main
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.one_shot import DAMPING, output_error
-from pst_ds.nn.targets import find_targets
+from pst_ds.nn.targets import resolve_targets
 from pst_ds.prune.model import prune_model
 from pst_ds.prune.rules import layer_rules, settings_for
 
@@ -21,13 +21,13 @@ METHODS = ["magnitude", "wanda", "sparsegpt", "alps"]
 
 def _prune(model, method, pattern, batches, swaps):
     config = settings_for(model, PSTConfig(), method, pattern)
-    rules = layer_rules(find_targets(model, config), config, method, 0.5, swaps=swaps)
+    rules = layer_rules(resolve_targets(model, config), method, 0.5, swaps=swaps)
     return prune_model(model, rules, method, batches, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def _first_block_inputs(model, batches):
     """By name of the layers whose inputs no pruned layer is before: (tokens, I)."""
-    names = [target.name for target in find_targets(model, PSTConfig())]
+    names = [target.name for target in resolve_targets(model, PSTConfig())]
     first = {name for name in names if ".0." in name and ("q_proj" in name or "c_attn" in name)}
     found = {name: [] for name in first}
     hooks = [

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from pst_ds.cli.main import main
 from pst_ds.config.pst import PSTConfig
 from pst_ds.nn.replaceable import listed
-from pst_ds.nn.targets import InjectionError, find_targets
+from pst_ds.nn.targets import InjectionError, resolve_targets
 from tests.nn.expert_families import FAMILIES as OF_EXPERTS
 from tests.nn.expert_families import tiny_model
 
@@ -148,9 +148,9 @@ def test_a_family_that_would_stay_dense_in_part_is_refused_with_what_to_exclude(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config())
     with pytest.raises(InjectionError) as refusal:
-        find_targets(model, PSTConfig())
-    assert str(refusal.value).endswith(f"If that is meant, say so with exclude_modules = {listed(names)}")
-    assert find_targets(model, PSTConfig(exclude_modules=tuple(names)))
+        resolve_targets(model, PSTConfig())
+    assert str(refusal.value).endswith(f"If that is intended, set exclude_modules = {listed(names)}")
+    assert resolve_targets(model, PSTConfig(exclude_modules=tuple(names)))
 
 
 def test_a_family_that_only_works_in_fp32_is_refused_in_bf16(tmp_path, capsys):

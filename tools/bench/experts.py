@@ -51,7 +51,9 @@ def _stack(experts: int, outputs: int, inputs: int, dtype: torch.dtype) -> PSTEx
     """Gate and up of each expert with half of the weights masked, in training."""
     layout = WeightLayout(experts * outputs, inputs, num_matrices=2 * experts, num_experts=experts)
     weight = torch.nn.Parameter(torch.randn(experts, outputs, inputs, dtype=dtype) * 0.02, requires_grad=False)
-    stack = PSTExpertStack("bench", weight, layout, PSTConfig(), 1, (0.016,) * layout.num_matrices)
+    stack = PSTExpertStack(
+        "bench", weight, layout, PSTConfig().rule_for("bench"), PSTConfig(), 1, (0.016,) * layout.num_matrices
+    )
     stack.pst_mask.data = pack_mask(torch.rand(layout.numel) > 0.5)
     return stack
 

@@ -16,7 +16,7 @@ from torch import nn
 from pst_ds.config.pst import PSTConfig
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
-from pst_ds.nn.targets import find_targets
+from pst_ds.nn.targets import resolve_targets
 from pst_ds.parallel import ranks, zero3
 from pst_ds.parallel.ds_config import RunNumbers, load_deepspeed_config, resolve_deepspeed_config
 from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes
@@ -122,7 +122,7 @@ def build_model(method: str, shape: Shape) -> nn.Module:
         return model.requires_grad_(True)
     if method == "pst":
         return inject_pst(model, PSTConfig(score_rank=shape.rank, update_rank=shape.rank))
-    targets = [(target.name, target.module) for target in find_targets(model, PSTConfig())]
+    targets = [(target.name, target.module) for target in resolve_targets(model, PSTConfig())]
     if method == "lora":
         from peft import LoraConfig, get_peft_model
 

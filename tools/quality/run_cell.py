@@ -202,11 +202,11 @@ def sparsity_of_targets(run_file: Path, model: Path) -> float:
     """Return the share of zeros in the layers that the run would prune, whatever the model has elsewhere."""
     from pst_ds.config.toml import load_run
     from pst_ds.data.tasks import task_of
-    from pst_ds.nn.targets import find_targets
+    from pst_ds.nn.targets import resolve_targets
 
     run = load_run(run_file)
     network = task_of(run).model_class().from_pretrained(model)
-    weights = [target.weight for target in find_targets(network, run.injected_pst)]
+    weights = [target.weight for target in resolve_targets(network, run.injected_pst)]
     return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
 
 

@@ -22,7 +22,7 @@ from pst_ds.export.from_folder import copy_beside
 from pst_ds.export.plan import require_space
 from pst_ds.formats.base_weights import BaseWeights
 from pst_ds.nn.base_model import DTYPES
-from pst_ds.nn.targets import find_targets
+from pst_ds.nn.targets import resolve_targets
 from pst_ds.parallel.launch import LaunchEnvironment, device_of
 from pst_ds.prune.budgets import require_room, rules_by_outliers
 from pst_ds.prune.folder import load_base, record_of, require_free, scales_of, write_folder
@@ -111,7 +111,7 @@ def rules_for(model: PreTrainedModel, run: RunConfig, asked: Pruning) -> tuple[P
     settings = settings_for(model, run.pst, asked.method, asked.pattern, budgets=asked.budgets, share=wanted)
     share = 0.0 if asked.keep_zeros else share_of_zeros(settings, asked.sparsity, run.schedule.final_sparsity)
     rules = layer_rules(
-        find_targets(model, settings), settings, asked.method, share, grid=asked.grid, keeps_zeros=asked.keep_zeros,
+        resolve_targets(model, settings), asked.method, share, grid=asked.grid, keeps_zeros=asked.keep_zeros,
         swaps=asked.swaps,
     )  # fmt: skip
     if asked.budgets == "owl":
