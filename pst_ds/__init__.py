@@ -22,6 +22,7 @@ _HOMES = {
     "pst_optimizer": "nn.optimizer",
     "pst_parameter_groups": "nn.optimizer",
     "save_pretrained": "checkpoint.adapter",
+    "train_run": "train.run",
     "adapter_checkpoints": "nn.adapter_checkpoints",
 }
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from pst_ds.nn.optimizer import pst_optimizer as pst_optimizer
     from pst_ds.nn.optimizer import pst_parameter_groups as pst_parameter_groups
     from pst_ds.planning.plan import plan as plan
+    from pst_ds.train.run import train_run as train_run
 else:
 
     def __getattr__(name: str) -> object:

@@ -20,10 +20,10 @@ from tools.cluster.processes import free_ports
 def train_as_rank(run_file: str, folder: Path, *settings: str, resume: bool = False) -> dict[str, Any]:
     """Train as a rank of ``run_ranks``, and return what result.json says; as those of a launcher do, to the bit."""
     from pst_ds.parallel.launch import launch_environment
-    from pst_ds.train.run import prepare, train_run
+    from pst_ds.train.run import prepare, train_prepared
 
     run = load_run(run_file, [f"output_dir={folder}", *settings])
-    return train_run(prepare(run, launch_environment()), resume=resume, quiet=True)
+    return train_prepared(prepare(run, launch_environment()), resume=resume, quiet=True)
 
 
 class ForkedModule:

@@ -31,7 +31,6 @@ MOST_PACKAGES, MOST_LAYERS = 16, 8
 CORE_MAY_IMPORT = {"torch", "numpy", "triton", *sys.stdlib_module_names}
 KNOWN_CYCLES = {
     ("inference/hf/tables.py", "inference/hf/layers.py"),
-    ("train/run_folder.py", "train/run.py"),
 }
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "misc"}
 ATTRIBUTE_FUNCTIONS = {"getattr", "hasattr", "setattr", "delattr"}

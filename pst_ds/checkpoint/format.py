@@ -73,7 +73,7 @@ class CheckpointState:
     rounds: bool = False
     """True if the model multiplies with weights rounded to the grid."""
     progress: dict[str, Any] = field(default_factory=dict)
-    """JSON values from which the run can continue; see :class:`pst_ds.train.run_folder.RunProgress`."""
+    """JSON values from which the run can continue; see :class:`pst_ds.train.run_progress.RunProgress`."""
 
 
 @dataclass(frozen=True, slots=True)

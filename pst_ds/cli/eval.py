@@ -14,7 +14,7 @@ from pst_ds.errors import InputError
 if TYPE_CHECKING:
     from pst_ds.checkpoint.format import Checkpoint
     from pst_ds.data.tasks.answers import AnsweredExamples
-    from pst_ds.train.run import Prepared
+    from pst_ds.train.run import RunContext
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,23 +37,23 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from pst_ds.train.run_folder import open_checkpoint
 
     checkpoint = open_checkpoint(config, args.checkpoint)
-    prepared = prepare(config, launch_environment(), run_file=args.run, labels=checkpoint.state.labels)
-    examples = prepared.load(args.split)
-    if config.task_facts.writes_texts and prepared.launch.world_size == 1:
-        metrics = _with_texts(prepared, checkpoint, examples, args.texts)
+    context = prepare(config, launch_environment(), run_file=args.run, labels=checkpoint.state.labels)
+    examples = context.load(args.split)
+    if config.task_facts.writes_texts and context.launch.world_size == 1:
+        metrics = _with_texts(context, checkpoint, examples, args.texts)
     else:
-        _, engine = build(prepared, checkpoint)
-        metrics = evaluate(engine, examples, prepared)
-        if config.task_facts.writes_texts and prepared.launch.rank == 0:
+        _, engine = build(context, checkpoint)
+        metrics = evaluate(engine, examples, context)
+        if config.task_facts.writes_texts and context.launch.rank == 0:
             print("texts are written and scored by one process: run pst-ds eval without a launcher for BLEU")
-    if prepared.launch.rank == 0:
+    if context.launch.rank == 0:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        print(f"{checkpoint.folder} on {args.split} ({len(examples)} {prepared.task.unit}): {shown}")
+        print(f"{checkpoint.folder} on {args.split} ({len(examples)} {context.task.unit}): {shown}")
     return {"checkpoint": str(checkpoint.folder), "split": args.split, "examples": len(examples), **metrics}
 
 
 def _with_texts(
-    prepared: Prepared, checkpoint: Checkpoint, examples: AnsweredExamples, file: str | None
+    context: RunContext, checkpoint: Checkpoint, examples: AnsweredExamples, file: str | None
 ) -> dict[str, float]:
     """Return metrics of the model and of the texts it writes (to ``file`` too), on one process without DeepSpeed."""
     from pst_ds.data.tasks.answers import AnswerTask
@@ -62,13 +62,13 @@ def _with_texts(
     from pst_ds.train.run import masked_model
 
     require_text_metrics()
-    task = prepared.task
+    task = context.task
     assert isinstance(task, AnswerTask)
-    model, batch_size = masked_model(prepared, checkpoint), prepared.run.eval_batch_size
-    written = task.write(model, examples, prepared.tokenizer, batch_size, prepared.device)
+    model, batch_size = masked_model(context, checkpoint), context.run.eval_batch_size
+    written = task.write(model, examples, context.tokenizer, batch_size, context.device)
     if file:
         pairs = zip(written, examples.references, strict=True)
         lines = [json.dumps({"text": text, "references": wanted}, ensure_ascii=False) + "\n" for text, wanted in pairs]
         Path(file).write_text("".join(lines), encoding="utf-8")
-    outcomes = predict(model, task, examples, prepared.tokenizer, batch_size, prepared.device)
+    outcomes = predict(model, context, examples)
     return {**task.metrics(outcomes, examples), **task.text_metrics(written, examples)}

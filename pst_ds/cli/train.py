@@ -4,12 +4,13 @@ import argparse
 
 from pst_ds.cli.main import add_quiet_argument, add_run_arguments, load_run_or_folder
 from pst_ds.parallel import stop_signals
+from pst_ds.progress import is_first_rank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_run_arguments(parser, "run file (TOML), or a run folder to go on with")
+    add_run_arguments(parser, "run file (TOML), or a run folder to resume")
     begin = parser.add_mutually_exclusive_group()
-    resume = "go on from the newest valid checkpoint of the run, if there is one"
+    resume = "resume from the newest valid checkpoint of the run, if there is one"
     begin.add_argument("--resume", action="store_true", help=resume)
     restart = "start over in a folder with checkpoints, which are set aside"
     begin.add_argument("--restart", action="store_true", help=restart)
@@ -19,11 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, object]:
     stop_signals.install()
     config = load_run_or_folder(args)
-    from pst_ds.parallel.launch import launch_environment
-    from pst_ds.train.run import prepare, train_run
+    from pst_ds.train.run import train_run
 
-    prepared = prepare(config, launch_environment(), run_file=args.run)
-    result = train_run(prepared, resume=args.resume, restart=args.restart, quiet=args.quiet)
-    if prepared.launch.rank == 0:
+    result = train_run(config, resume=args.resume, restart=args.restart, quiet=args.quiet, run_file=args.run)
+    if is_first_rank():
         print(f"run folder: {config.output_dir} (checkpoints/, metrics.jsonl, result.json, tensorboard/)")
     return {**result, "output_dir": config.output_dir}

@@ -17,7 +17,7 @@ from pst_ds.text_table import aligned, bytes_text
 if TYPE_CHECKING:
     from pst_ds.checkpoint.format import Checkpoint
     from pst_ds.config.run import RunConfig
-    from pst_ds.train.run import Prepared
+    from pst_ds.train.run import RunContext
     from pst_ds.train.users.personal import PersonalPart
     from pst_ds.train.users.store import UserStore
 
@@ -126,9 +126,9 @@ def _train(args: argparse.Namespace) -> Facts:
         head_learning_rate=args.head_learning_rate,
     )  # fmt: skip
     part = PersonalPart(form=args.form, layers=tuple(args.layers), rank=args.rank or 0, dtype=args.dtype)
-    prepared, checkpoint = _opened(run_of_users(config, how, **({"train": args.data} if args.data else {})), args)
+    context, checkpoint = _opened(run_of_users(config, how, **({"train": args.data} if args.data else {})), args)
     choice = Choice(names=tuple(args.users), min_rows=args.min_rows, limit=args.limit or 0)
-    done = train_users(prepared, checkpoint, Path(args.store), args.by, part, choice, how, again=args.again, say=_say)
+    done = train_users(context, checkpoint, Path(args.store), args.by, part, choice, how, again=args.again, say=_say)
     facts: Facts = dict(done)
     few = f", {facts['with_few_rows']} left out with fewer rows than --min-rows" if facts["with_few_rows"] else ""
     diverged = f", {len(facts['diverged'])} diverged: {', '.join(facts['diverged'][:4])}" if facts["diverged"] else ""
@@ -149,15 +149,15 @@ def _eval(args: argparse.Namespace) -> Facts:
     from pst_ds.train.users.train import UserTraining, run_of_users
 
     data = {args.split: args.data} if args.data else {}
-    prepared, checkpoint = _opened(run_of_users(config, UserTraining(), **data), args)
+    context, checkpoint = _opened(run_of_users(config, UserTraining(), **data), args)
     store = raise_on_all_ranks(lambda: UserStore.open(Path(args.store)))
-    rows = raise_on_all_ranks(lambda: read_by_user(prepared.run.data, args.split, args.by))
+    rows = raise_on_all_ranks(lambda: read_by_user(context.run.data, args.split, args.by))
     users = raise_on_all_ranks(lambda: _users_to_score(args, store, set(rows.places)))
-    model = PersonalModel(prepared, checkpoint, part_of(store))
+    model = PersonalModel(context, checkpoint, part_of(store))
     raise_on_all_ranks(lambda: store.require_common(model.common))
-    metric = metric_of(prepared)
-    scores = evaluate_users(model, prepared, store, rows, users, metric, others=args.others)
-    facts = {"metric": metric, **summary(scores, lower_is_better=prepared.task.lower_is_better)}
+    metric = metric_of(context)
+    scores = evaluate_users(model, context, store, rows, users, metric, others=args.others)
+    facts = {"metric": metric, **summary(scores, lower_is_better=context.task.lower_is_better)}
     if is_first_rank():
         head = ["user", "rows", "shared", "own", "another's"]
         lines = [[s.user[:40], str(s.rows), *(f"{v:.4f}" for v in (s.shared, s.own, s.other))] for s in scores]
@@ -251,7 +251,7 @@ def _remove(args: argparse.Namespace) -> Facts:
     return {"store": args.store, "removed": names, "users": len(store)}
 
 
-def _opened(config: RunConfig, args: argparse.Namespace) -> tuple[Prepared, Checkpoint]:
+def _opened(config: RunConfig, args: argparse.Namespace) -> tuple[RunContext, Checkpoint]:
     """Prepare the run and open its checkpoint, on every rank."""
     from pst_ds.parallel.launch import launch_environment
     from pst_ds.train.run import prepare

@@ -17,11 +17,10 @@ from pst_ds.config.toml import load_run_or_folder
 from pst_ds.data.tasks import task_of
 from pst_ds.errors import InputError
 from pst_ds.json_text import JsonObject
-from pst_ds.masks.layer_stats import chosen_layers
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.tables.embedding import pst_embeddings
-from pst_ds.parallel.ds_config import RunNumbers, load_deepspeed_config, resolve_deepspeed_config, zero_stage
+from pst_ds.parallel.ds_config import load_deepspeed_config, zero_stage
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.planning.activations import Trace, UntraceableError, trace_micro_batch
 from pst_ds.planning.dense_start import remark_on_dense_start
@@ -39,14 +38,11 @@ from pst_ds.train.model import (
     grid_of_run,
     head_names,
     load_tokenizer,
-    meta_model,
-    num_trainable,
     parameter_groups,
-    require_precision,
 )
 from pst_ds.train.monitor.dense_run import read_dense_run
-from pst_ds.train.objective import require_teacher, teacher_shapes
-from pst_ds.train.sequences.shared import require_shareable
+from pst_ds.train.objective import teacher_shapes
+from pst_ds.train.prepare import checked_shapes, resolved_deepspeed_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -236,7 +232,7 @@ def plan(run: RunConfig | str | Path, options: PlanOptions | None = None) -> Pla
     model = _model(run, data, ranks, stage, check_files=not options.no_data)
     machine_name = options.machine or _default_machine(ranks)
     machine = machine_of(machine_name)
-    zero = _zero_settings(run, raw, ranks, micro_batch_size, num_trainable(model), machine)
+    zero = zero_settings(resolved_deepspeed_config(run, raw, model, ranks=ranks), ranks, machine.backend)
     numbers = model_numbers(model, device=machine.device)
     layers, embeddings, trained_in_full = _layers(model), _embeddings(model), head_names(model, run)
     remarks = [remark for remark in (data.remark, remark_on_dense_start(run, model)) if remark]
@@ -361,25 +357,13 @@ def _data(run: RunConfig, no_data: bool) -> _Data:
 
 def _model(run: RunConfig, data: _Data, ranks: int, stage: int | None, *, check_files: bool) -> nn.Module:
     """Build the run's model on the meta device. Raises InputError for what ``pst-ds train`` would reject, too."""
-    model = meta_model(run, data.labels, data.tokenizer, num_shards=ranks if stage == 3 else 1)
-    require_precision(run, model)
-    require_shareable(run, model.config, stage or 0, run.micro_batch_size(ranks))
-    chosen_layers(list(pst_layers(model)), run.pictures.layers)
+    shards = ranks if stage == 3 else 1
+    model = checked_shapes(
+        run, data.labels, data.tokenizer, ranks=ranks, num_shards=shards, stage=stage or 0, reads_teacher=check_files
+    )
     if check_files:
-        require_teacher(run, model)
         read_dense_run(run)
     return model
-
-
-def _zero_settings(
-    run: RunConfig, raw: JsonObject | None, ranks: int, micro_batch_size: int, trainables: int, machine: Machine
-) -> ZeroSettings:
-    train, resolved = run.train, None
-    if raw is not None:
-        steps, clipping, is_bf16 = train.gradient_accumulation_steps, train.gradient_clipping, train.precision == "bf16"
-        own = RunNumbers(micro_batch_size * steps * ranks, micro_batch_size, steps, clipping, is_bf16, trainables)
-        resolved = resolve_deepspeed_config(raw, own, source=run.deepspeed_config, run_file="the run file")
-    return zero_settings(resolved, ranks, machine.backend)
 
 
 def _layers(model: nn.Module) -> list[PlannedLayer]:

@@ -17,7 +17,7 @@ from pst_ds.report.layer_table import layer_table
 from pst_ds.report.outcomes import ExportData
 from pst_ds.report.run_data import RunData
 from pst_ds.report.tables import Table, measured_once_table, result_table, setting_tables
-from pst_ds.train.monitor.verdict import sentence
+from pst_ds.train.fit_verdict import sentence
 
 T = TypeVar("T")
 TEMPLATES = Path(__file__).parent / "templates"

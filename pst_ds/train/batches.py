@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
-from pst_ds.config.run import RunConfig
-from pst_ds.data.tasks import ExampleSet, task_of
+from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import InputError
 from pst_ds.parallel.ranks import all_gather_objects, raise_on_all_ranks, rank, world_size
 from pst_ds.train.divergence import MicroBatch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from pst_ds.train.run_context import RunContext
 
 Places = list[list[int]]
 """Where a reader is in each of the run's streams; JSON values."""
@@ -34,12 +30,7 @@ class OwnBatch:
 
 
 def own_batches(
-    run: RunConfig,
-    examples: ExampleSet,
-    tokenizer: PreTrainedTokenizerBase,
-    device: str,
-    first: int,
-    streams: Sequence[Places] = (),
+    context: RunContext, examples: ExampleSet, first: int, streams: Sequence[Places] = ()
 ) -> Iterator[OwnBatch]:
     """Yield this rank's part of each global batch from number ``first`` on. Endless; not collective.
 
@@ -48,7 +39,7 @@ def own_batches(
     Ranks that share sequences have the same. Where ``examples`` have streams, each reader goes on at its place in
     ``streams``, and the share is a count of targets until :func:`agreed` has seen those of all ranks.
     """
-    task, lengths = task_of(run), examples.lengths
+    run, task, lengths = context.run, context.task, examples.lengths
     degree, accumulation = run.train.sequence_parallel, run.train.gradient_accumulation_steps
     group, groups = rank() // degree, world_size() // degree
     reader = task.reader(examples, run.seed, group, groups, streams[group] if streams else ())
@@ -63,8 +54,8 @@ def own_batches(
             drawn = [reader.take(indices) for indices in own]
             parts = [(of, range(len(of))) for of in drawn]
             per_target = 1.0
-        collated = [task.collate(of, indices, tokenizer) for of, indices in parts]
-        if device.startswith("cuda"):
+        collated = [task.collate(of, indices, context.tokenizer) for of, indices in parts]
+        if context.device.startswith("cuda"):
             collated = [{name: values.pin_memory() for name, values in inputs.items()} for inputs in collated]
         targets = [task.num_targets(of, indices) for of, indices in parts]
         micro_batches = list(map(MicroBatch, collated, [per_target * count for count in targets], own))

@@ -1,41 +1,38 @@
-"""Norms of the inputs of every pruned layer on training text, for ``pst.magnitude = "activation"``."""
+"""Norms of each pruned layer's inputs on training examples, for ``pst.magnitude = "activation"``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from pst_ds.atomic_files import write_bytes_atomic
 from pst_ds.config.run import ConfigError
-from pst_ds.data.tasks import ExampleSet, Task
+from pst_ds.data.tasks import ExampleSet
 from pst_ds.nn.inject import bypassed, injected_config, pst_layers
 from pst_ds.nn.input_sums import InputGatherer, InputSum, squares
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import broadcast, rank, world_size
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.evaluate import evaluation_batches
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from pst_ds.train.run_context import RunContext
 
 NORMS_FILE = "activation_norms.safetensors"
 
 
 def activation_norms(
-    engine: Engine, task: Task, examples: ExampleSet, indices: Sequence[int], tokenizer: PreTrainedTokenizerBase,
-    batch_size: int, device: str,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Return, for every PST layer, the root of its :func:`summed_squares` divided by their mean: (I,) fp32.
+    engine: Engine, context: RunContext, examples: ExampleSet, indices: Sequence[int]
+) -> dict[str, Tensor]:
+    """Return the relative norms of each PST layer's inputs: {name: (I,) fp32}. Collective.
 
-    Of a stack (E*I,), each expert's divided by their own mean. It is 1 where all inputs were zero, as those of an
-    expert without tokens are: its weights are ranked by magnitude. Collective.
+    The norm of an input is the root of its :func:`summed_squares`, divided by the mean over the layer's inputs. A stack
+    of experts has (E*I,), divided by the mean of each expert. Where all inputs of an expert are zero, because it saw no
+    tokens, the norms are 1, so its weights are ranked by magnitude.
     """
-    sums = summed_squares(engine, task, examples, indices, tokenizer, batch_size, device)
+    sums = summed_squares(engine, context, examples, indices)
     layers = pst_layers(engine.module)
     return {
         name: _relative(of_layer.sqrt().view(layers[name].layout.num_experts, -1)) for name, of_layer in sums.items()
@@ -44,28 +41,24 @@ def activation_norms(
 
 @torch.no_grad()
 def summed_squares(
-    engine: Engine, task: Task, examples: ExampleSet, indices: Sequence[int], tokenizer: PreTrainedTokenizerBase,
-    batch_size: int, device: str,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Return, for every PST layer, the sum of squares of each input over the real tokens of ``indices``: (I,) float64,
-    of a stack of experts (E*I,).
+    engine: Engine, context: RunContext, examples: ExampleSet, indices: Sequence[int]
+) -> dict[str, Tensor]:
+    """Return the sum of squares of each PST layer's inputs over the real tokens of ``indices``. Collective.
 
-    The model runs as the dense one it was. Ranks take turns at the batches, and every rank adds one batch's sums after
-    the other, in the order of the batches: the same bits on any number of ranks, which an all-reduce would not give,
-    and no more memory on many. Collective.
+    The result is {name: (I,) float64}, with (E*I,) for a stack of experts. The model runs as the dense model it was.
     """
-    layers = pst_layers(engine.module)
+    task, device, layers = context.task, context.device, pst_layers(engine.module)
     sizes = [layer.layout.num_inputs for layer in layers.values()]
     totals = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
     lengths = [examples.lengths[i] for i in indices]
-    batches = evaluation_batches(lengths, batch_size, mixed=task.pads)
+    batches = evaluation_batches(lengths, context.run.eval_batch_size, mixed=task.pads)
     engine.eval()
     with bypassed(engine.module):
         for first in range(0, len(batches), world_size()):
             heartbeat("the calibration pass")
             turn = first + rank()
-            own = batches[min(turn, len(batches) - 1)]
-            batch = {k: v.to(device) for k, v in task.collate(examples, [indices[i] for i in own], tokenizer).items()}
+            own = [indices[i] for i in batches[min(turn, len(batches) - 1)]]
+            batch = {k: v.to(device) for k, v in task.collate(examples, own, context.tokenizer).items()}
             gatherer = InputGatherer(squares, gated=injected_config(engine.module).gated_norms)
             gatherer.begin(batch)
             with gatherer.listening(layers) if turn < len(batches) else nullcontext():
@@ -74,6 +67,8 @@ def summed_squares(
             sums = torch.cat(
                 [totals.new_zeros(n) if s is None else s.flatten() for n, s in zip(sizes, parts, strict=True)]
             )
+            # Every rank adds the sums of one batch after the other, in the order of the batches, so they are
+            # bit-identical on any number of ranks; an all-reduce would not be. Memory does not grow with the ranks.
             for source in range(min(world_size(), len(batches) - first)):
                 totals += broadcast(sums, source)
     engine.train()
@@ -81,19 +76,19 @@ def summed_squares(
 
 
 def _relative(norms: Tensor) -> Tensor:
-    """Norms (E, I) by their mean, row by row: (E*I,) fp32."""
+    """Divide norms (E, I) by the mean of their row; return (E*I,) fp32."""
     mean = norms.mean(1, keepdim=True)
     return torch.where(mean > 0, norms / mean, 1.0).float().flatten()
 
 
 def set_norms(model: nn.Module, norms: dict[str, Tensor]) -> None:
-    """Make the scores of every layer weigh |W| by the norm of its input."""
+    """Set the norms by which each layer's scores weight |W|. ``norms``: as :func:`activation_norms` returns."""
     for name, layer in pst_layers(model).items():
         layer.input_norms = norms[name].to(layer.pst_mask.device)
 
 
 def save_norms(folder: Path, norms: dict[str, Tensor]) -> None:
-    """Write ``norms`` into the run's folder, whole or not at all."""
+    """Write ``norms`` into the run's folder, atomically."""
     from safetensors.torch import save
 
     write_bytes_atomic(folder / NORMS_FILE, save({name: values.contiguous() for name, values in norms.items()}))

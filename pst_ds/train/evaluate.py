@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,37 +15,34 @@ from pst_ds.nn.language_head import LanguageHead
 from pst_ds.parallel.ranks import all_gather_objects, rank, world_size
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.progress import Progress
+from pst_ds.train.run_context import RunContext
 from pst_ds.train.token_heads import head_of, loss_sums
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Model = Callable[..., Any]
 """A transformers model, or the engine around one."""
 _ROUNDINGS = 8
-"""Rounding errors by which a number may differ that two models compute alike."""
+"""Rounding errors by which equal predictions of two models may differ."""
 
 
 @torch.no_grad()
-def predict(
-    model: Model, task: Task, examples: ExampleSet, tokenizer: PreTrainedTokenizerBase, batch_size: int, device: str
-) -> np.ndarray:
-    """Return the outcomes of ``task``, (num examples, k) in the order of ``examples``, on every rank.
+def predict(model: Model, context: RunContext, examples: ExampleSet) -> np.ndarray:
+    """Return the task's outcomes, (num examples, k) in the order of ``examples``, on every rank.
 
-    Ranks take turns at the batches; one that runs out repeats its last and drops the answer, since under ZeRO-3 all
-    must run the same layers. A language model's logits exist for a chunk of tokens at a time, where its head is known.
-    Collective. ``model`` must be in evaluation mode.
+    Collective. ``model`` must be in evaluation mode. Where a language model's head is known, only the logits of a chunk
+    of tokens are in memory.
     """
+    task = context.task
     head = head_of(model, task)
-    batches = evaluation_batches(examples.lengths, batch_size, mixed=task.pads)
+    batches = evaluation_batches(examples.lengths, context.run.eval_batch_size, mixed=task.pads)
     own: list[tuple[list[int], np.ndarray]] = []
     with Progress("evaluate", len(batches), "batches") as progress:
         for first in range(0, len(batches), world_size()):
             heartbeat("evaluation")
             turn = first + rank()
+            # a rank that runs out repeats its last batch: under ZeRO-3 all ranks must run the same layers
             indices = batches[min(turn, len(batches) - 1)]
-            batch = task.collate(examples, indices, tokenizer)
-            outcomes = _outcomes(model, task, head, batch, device)
+            batch = task.collate(examples, indices, context.tokenizer)
+            outcomes = _outcomes(model, task, head, batch, context.device)
             if turn < len(batches):
                 own.append((indices, outcomes))
             progress.at(min(first + world_size(), len(batches)))
@@ -54,21 +51,21 @@ def predict(
 
 @torch.no_grad()
 def compare(
-    one: Model, other: Model, task: Task, examples: ExampleSet, tokenizer: PreTrainedTokenizerBase, batch_size: int,
-    device: str,
-) -> tuple[dict[str, Any], dict[str, float]]:  # fmt: skip
-    """Return how far the predictions of two models on one process differ, and the metrics of the ``other``.
+    one: Model, other: Model, context: RunContext, examples: ExampleSet
+) -> tuple[dict[str, int | float], dict[str, float]]:
+    """Compare the predictions of two models on one process; return (differences, metrics of ``other``).
 
-    A prediction is the index of the largest logit: a text's class, or the token that would follow; of a single output
-    (regression) it is the number, and others within a few roundings are the same. One batch of logits of each model is
-    held at a time.
+    The differences are "differing_predictions" and "max_logit_difference". A prediction is the index of the largest
+    logit: an example's class, or the next token. With a single output (regression) it is the number, and numbers within
+    a few roundings are equal. Only one batch of logits of each model is in memory.
     """
+    task, device = context.task, context.device
     differing, largest = 0, torch.zeros((), device=device)
     pieces: list[tuple[list[int], np.ndarray]] = []
-    batches = evaluation_batches(examples.lengths, batch_size, mixed=task.pads)
+    batches = evaluation_batches(examples.lengths, context.run.eval_batch_size, mixed=task.pads)
     with Progress("compare", len(batches), "batches") as progress:
         for indices in batches:
-            batch = task.collate(examples, indices, tokenizer)
+            batch = task.collate(examples, indices, context.tokenizer)
             ours, theirs = (_logits(model, batch, device) for model in (one, other))
             pieces.append((indices, task.outcomes(theirs.float(), batch)))
             ours, theirs = (_without_padding(logits, batch) for logits in (ours, theirs))
@@ -93,7 +90,7 @@ def _differing(ours: Tensor, theirs: Tensor) -> int:
 
 
 def evaluation_batches(lengths: Sequence[int] | np.ndarray, batch_size: int, *, mixed: bool) -> list[list[int]]:
-    """Batch every example once, short ones first; unless ``mixed``, those of a batch have one length."""
+    """Return batches of indices, short examples first; unless ``mixed``, all examples of a batch have one length."""
     order = np.argsort(lengths, kind="stable")
     groups = [order] if mixed else np.split(order, np.flatnonzero(np.diff(np.asarray(lengths)[order])) + 1)
     return [group[i : i + batch_size].tolist() for group in groups for i in range(0, len(group), batch_size)]

@@ -1,4 +1,4 @@
-"""The training loop: optimizer steps, with mask updates as the schedule says."""
+"""The training loop: optimizer steps, mask updates and reports."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import random
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.core.schedule import Schedules, learning_rate_factor
-from pst_ds.data.tasks import ExampleSet, task_of
+from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import shortened
 from pst_ds.masks.layer_stats import chosen_layers, measure
 from pst_ds.masks.schedule_driver import SPARSITY_TOLERANCE, update_if_due
@@ -33,73 +32,60 @@ from pst_ds.parallel import stop_signals
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, world_size
 from pst_ds.parallel.watchdog import heartbeat
-from pst_ds.train.batches import OwnBatch, Places, agreed, next_or_problem, own_batches
+from pst_ds.train.batches import OwnBatch, agreed, next_or_problem, own_batches
 from pst_ds.train.divergence import DivergedError, MicroBatch, fault_of_batch, require_finite
 from pst_ds.train.expert_tokens import token_figures, tokens_by_module
 from pst_ds.train.monitor.curves import STRAGGLER
 from pst_ds.train.monitor.metrics import MetricsWriter, peak_memory_bytes
 from pst_ds.train.objective import Objective
 from pst_ds.train.prefetch import Prefetched
+from pst_ds.train.run_context import RunContext
+from pst_ds.train.run_progress import LoopState
 from pst_ds.train.timing.profiling import recording
 from pst_ds.train.timing.step_clock import StepClock
 from pst_ds.train.timing.stragglers import OwnTime, Pace
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 MAX_SKIPPED_IN_A_ROW = 100
 FINAL_TAGS = ("loss", "sparsity/actual", "tokens_per_second")
-"""The reported values that a run is judged by at its end, besides its evaluation."""
+"""Reported values that judge a finished run, in addition to its evaluation."""
 
 
-@dataclass(slots=True)
-class LoopState:
-    """Where the run is. ``step`` counts applied optimizer steps, ``batch`` global batches, with skipped ones."""
-
-    step: int = 0
-    batch: int = 0
-    masks: MaskStats | None = None
-    losses: list[float] = field(default_factory=list)
-    """Mean loss of each global batch since the last report; the same on every rank."""
-    tokens: int = 0
-    """Tokens of these batches."""
-    waited_seconds: float = 0.0
-    """How long this rank has waited for data since the last report."""
-    last_report_seconds: float = 0.0
-    skipped_in_a_row: int = 0
-    streams: list[Places] = field(default_factory=list)
-    """Where each reader of streams is, the same on every rank; empty for a run without."""
-    stopped_by: int = 0
-    """The signal that asked some rank to stop; the same on every rank, after the same step. 0 for none."""
-
-
-@dataclass(frozen=True, slots=True)
 class Loop:
-    """Trains one run; whoever iterates over :meth:`steps` evaluates, saves and decides when to stop."""
+    """Trains one run; the caller iterates over :meth:`steps`, evaluates, saves and decides when to stop.
 
-    run: RunConfig
-    engine: Engine
-    schedules: Schedules
-    examples: ExampleSet
-    tokenizer: PreTrainedTokenizerBase
-    num_steps: int
-    device: str
-    metrics: MetricsWriter
-    objective: Objective
-    clock: StepClock = field(init=False)
-    own_time: OwnTime = field(init=False)
-    pace: Pace = field(init=False)
+    Creating it and calling any method is collective.
 
-    def __post_init__(self) -> None:
-        """Collective."""
-        object.__setattr__(self, "clock", StepClock(self.device))
-        object.__setattr__(self, "own_time", OwnTime(self.device, self.engine))
-        object.__setattr__(self, "pace", Pace(all_gather_objects(socket.gethostname())))
+    Args:
+        engine: Engine of the run's model.
+        examples: Examples to train on.
+        schedules: When masks, update ranks and quantisation scales change.
+        metrics: Where progress is reported.
+        objective: Loss of a micro-batch.
+    """
+
+    def __init__(
+        self,
+        context: RunContext,
+        engine: Engine,
+        examples: ExampleSet,
+        schedules: Schedules,
+        metrics: MetricsWriter,
+        objective: Objective,
+    ):
+        self.context, self.engine, self.examples = context, engine, examples
+        self.schedules, self.metrics, self.objective = schedules, metrics, objective
+        self.run, self.device = context.run, context.device
+        self.num_steps = context.run.num_steps(len(examples))
+        self.clock = StepClock(context.device)
+        self.own_time = OwnTime(context.device, engine)
+        self.pace = Pace(all_gather_objects(socket.gethostname()))
+        self.waited_seconds = 0.0
+        """Seconds that this rank has waited for data since the last report."""
 
     def steps(self, state: LoopState) -> Iterator[LoopState]:
         """Train from ``state`` to the last step; yield ``state`` after each applied step, once it is reported.
 
-        Collective. Raises DivergedError on every rank.
+        Raises DivergedError on every rank.
         """
         engine = self.engine
         engine.train()
@@ -112,14 +98,14 @@ class Loop:
             return
         buffers = {name: buffer.clone() for name, buffer in persistent_buffers(engine.module).items()}
         recorded = recording(self.run.train.profiled, self.num_steps, Path(self.run.output_dir))
-        make = partial(own_batches, self.run, self.examples, self.tokenizer, self.device, state.batch, state.streams)
+        make = partial(own_batches, self.context, self.examples, state.batch, state.streams)
         with Prefetched(make) as batches, recorded as recorder:
             while state.step < self.num_steps:
                 recorder.before(state.step + 1)
-                before = batches.waited_seconds
+                waited_before = batches.waited_seconds
                 with self.own_time.working():
                     batch = self._next(batches, state)
-                    state.waited_seconds += batches.waited_seconds - before
+                    self.waited_seconds += batches.waited_seconds - waited_before
                     self._train_on(batch.micro_batches, state)
                 state.tokens += batch.tokens
                 if not engine.was_step_applied():
@@ -127,40 +113,40 @@ class Loop:
                     continue
                 state.step += 1
                 state.skipped_in_a_row = 0
-                if buffers:
+                if buffers:  # one step is enough to see whether the forward pass changes them
                     _require_unchanged(engine.module, buffers)
                     buffers = {}
                 with self.clock.timing("masks"):
                     _update_if_due(self, state)
                 recorder.after(state.step)
-                _name_straggler(self, state)
+                _report_straggler(self, state)
                 _picture_if_due(self, state)
                 _report_if_due(self, state)
                 yield state
 
     def _next(self, batches: Iterator[OwnBatch], state: LoopState) -> OwnBatch:
         """Return this rank's part of the next batch. Collective where data is read from streams."""
-        if not task_of(self.run).has_streams(self.examples):
+        if not self.context.task.has_streams(self.examples):
             return next(batches)
         taken = next_or_problem(batches)
         with self.own_time.waiting():
             batch, state.streams = agreed(taken, self.run.train.sequence_parallel)
         return batch
 
-    def _saving(self) -> AbstractContextManager[object]:
-        """Decide where tensors lie that a forward pass saves."""
+    def _saved_tensors(self) -> AbstractContextManager[object]:
+        """Return a context that decides where a forward pass keeps tensors for the backward pass."""
         if not self.run.model.activation_offload:
             return nullcontext()
         return torch.autograd.graph.save_on_cpu(pin_memory=self.device.startswith("cuda"))
 
     def _train_on(self, micro_batches: Sequence[MicroBatch], state: LoopState) -> None:
-        """Take one optimizer step, or try to; none if a loss is not finite. Collective."""
+        """Take one optimizer step, which the engine may skip; raise DivergedError if a loss is not finite."""
         set_rates(self, state.step)
         seed_random_numbers(self.run.seed, state.batch)
         losses: list[Tensor] = []
         for number, batch in enumerate(micro_batches, 1):
             heartbeat(f"the forward and backward pass of batch {state.batch + 1}")
-            with self.clock.timing("forward"), self._saving():
+            with self.clock.timing("forward"), self._saved_tensors():
                 loss = batch.share * self._loss(batch)
             with self.clock.timing("backward"):
                 self.engine.backward(loss)
@@ -175,28 +161,30 @@ class Loop:
         return self.objective(self.engine, inputs)
 
     def _agree_on_batch(self, state: LoopState, losses: list[Tensor], micro_batches: Sequence[MicroBatch]) -> None:
-        """Exchange the mean loss of the batch, whether a rank was asked to stop, and how it got on. Collective.
-        DeepSpeed skips a step for a bad gradient (not at stage 0 in fp32); a bad loss ends the run, on all ranks,
-        before it is taken."""
+        """Exchange the mean loss of the batch, stop signals, and each rank's time and memory.
+
+        DeepSpeed skips a step whose gradient is not finite (except at stage 0 in fp32). A loss that is not finite ends
+        the run on all ranks, before the step is applied.
+        """
         loss = torch.stack(losses).double().mean()
         others = [float(stop_signals.asked_by()), self.own_time.seconds, float(peak_memory_bytes(self.device))]
         with self.own_time.exchanging():
             by_rank = all_gather_numbers(torch.cat([loss[None], loss.new_tensor(others)])).tolist()
-        of_ranks, stops, seconds, memory = zip(*by_rank, strict=True)
+        loss_by_rank, signals, seconds, memory = zip(*by_rank, strict=True)
 
         def find() -> str:
             seed_random_numbers(self.run.seed, state.batch)
             return fault_of_batch(self.engine.module, micro_batches, self._loss, Path(self.run.output_dir))
 
-        require_finite(of_ranks, state.batch + 1, state.step, find)
+        require_finite(loss_by_rank, state.batch + 1, state.step, find)
         state.batch += 1
-        state.stopped_by = int(max(stops))
+        state.stopped_by = int(max(signals))
         self.pace.add(seconds, memory)
-        state.losses.append(sum(of_ranks) / len(of_ranks))
+        state.losses.append(sum(loss_by_rank) / len(loss_by_rank))
 
 
 def _require_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
-    """Raise ConfigError on every rank if a buffer has changed, since checkpoints have none. Collective."""
+    """Raise ConfigError on every rank if a buffer has changed, since checkpoints have no buffers. Collective."""
     now = persistent_buffers(model)
     changed = sorted(name for name in before if not torch.equal(now[name], before[name]))
     names = sorted({name for of_rank in all_gather_objects(changed) for name in of_rank})
@@ -220,16 +208,18 @@ def seed_random_numbers(seed: int, batch: int) -> None:
 
 
 def set_rates(loop: Loop, step: int) -> None:
-    """Set every group's learning rate for the step after ``step``, the scores' to zero once the masks are fixed; and
-    the penalty on scores."""
+    """Set the learning rates, and the penalty on scores, for the step after ``step``.
+
+    Scores have rate 0 once the masks are final.
+    """
     if loop.run.train.score_penalty:
         penalty = loop.run.train.score_penalty * loop.schedules.progress_at(step)
         backward_passes = loop.run.train.gradient_accumulation_steps  # each adds its share
         set_score_penalty(loop.engine.module, penalty / backward_passes)
     factor = learning_rate_factor(step, loop.num_steps, loop.run.train.learning_rate_warmup_fraction)
-    masks_fixed = loop.schedules.masks_final_at(step)
+    masks_final = loop.schedules.masks_final_at(step)
     for group in loop.engine.optimizer.param_groups:
-        group["lr"] = 0.0 if masks_fixed and group["name"] == "scores" else group["peak_lr"] * factor
+        group["lr"] = 0.0 if masks_final and group["name"] == "scores" else group["peak_lr"] * factor
 
 
 def _update_if_due(loop: Loop, state: LoopState) -> None:
@@ -254,7 +244,7 @@ def _update_if_due(loop: Loop, state: LoopState) -> None:
 
 
 def _require_sparsity(run: RunConfig, masks: MaskStats) -> None:
-    """Raise ConfigError on every rank if the model has another share of zeros than the run requests."""
+    """Raise ConfigError on every rank if the base model's sparsity is not the requested one."""
     requested = run.schedule.final_sparsity
     if abs(masks.sparsity - requested) > SPARSITY_TOLERANCE:
         raise ConfigError(
@@ -265,7 +255,7 @@ def _require_sparsity(run: RunConfig, masks: MaskStats) -> None:
 
 
 def _stop_if_stuck(state: LoopState) -> None:
-    """Raise DivergedError after too many skipped steps in a row; engines skip together, so all ranks stop here."""
+    """Raise DivergedError after too many skipped steps in a row. Engines skip together, so all ranks raise here."""
     state.skipped_in_a_row += 1
     if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise DivergedError(
@@ -275,12 +265,13 @@ def _stop_if_stuck(state: LoopState) -> None:
 
 
 def _picture_if_due(loop: Loop, state: LoopState) -> None:
-    """Measure every layer, and draw some. Once the masks are fixed, only the updates still change. Collective."""
+    """Record statistics of every layer and images of some, if due. Collective."""
     pictures, layers = loop.run.pictures, list(pst_layers(loop.engine.module))
     if not layers or not pictures.is_due(state.step, loop.num_steps):
         return
     heartbeat("the figures of the layers")
     before = pictures.last_before(state.step, loop.num_steps)
+    # once the masks are final, only the updates still change
     masks_change = loop.schedules.masks is not None and (before < 0 or not loop.schedules.masks_final_at(before))
     stats = measure(loop.engine.module, chosen_layers(layers, pictures.layers), with_scores=masks_change)
     if stats.mean_correlation is not None:
@@ -289,33 +280,31 @@ def _picture_if_due(loop: Loop, state: LoopState) -> None:
 
 
 def _gradient_norm(engine: Engine) -> dict[str, float]:
-    """Return the norm of the last step's gradient before it was clipped; nothing where the engine keeps none."""
+    """Return the norm of the last step's gradient before clipping; {} if the engine does not keep it."""
     norm = engine.get_global_grad_norm()
     return {} if norm is None else {"grad_norm": float(norm)}
 
 
-def _name_straggler(loop: Loop, state: LoopState) -> None:
-    """Say which rank the others wait for, once until it is another."""
+def _report_straggler(loop: Loop, state: LoopState) -> None:
+    """Report the slowest rank, once per change."""
     if found := loop.pace.newly_slow():
         loop.metrics.write(state.step, {"event": STRAGGLER, **asdict(found)})
         loop.metrics.say(f"step {state.step}: {found}")
 
 
 def _report_if_due(loop: Loop, state: LoopState) -> None:
+    """Write a line of metrics.jsonl about the steps since the last one, and show progress. Collective."""
     if state.step % loop.run.train.log_interval and state.step not in (1, loop.num_steps):
         return
-    losses, tokens = [float(f"{value:.6g}") for value in state.losses], state.tokens
+    losses = [float(f"{value:.6g}") for value in state.losses]
     loss = sum(state.losses) / len(state.losses)
-    parts = loop.clock.read()
-    own = [peak_memory_bytes(loop.device), state.waited_seconds, *parts.values()]
-    of_ranks = all_gather_numbers(torch.tensor(own, dtype=torch.float64, device=loop.device))
-    memory, waited, *spent = of_ranks.amax(0).tolist()
-    state.losses.clear()
-    state.tokens, state.waited_seconds = 0, 0.0
-    elapsed = loop.metrics.seconds - state.last_report_seconds
+    memory, seconds = _memory_and_seconds(loop)
+    elapsed = loop.metrics.seconds - state.last_report_seconds  # after waiting for the device and the other ranks
     state.last_report_seconds = loop.metrics.seconds
+    per_second = state.tokens / elapsed if elapsed > 0 else 0.0
     sparsity, flip_rate = (state.masks.sparsity, state.masks.flip_rate) if state.masks else (0.0, 0.0)
-    per_second = tokens / elapsed if elapsed > 0 else 0.0
+    state.losses.clear()
+    state.tokens = 0
     values = {
         "event": "step",
         "loss": loss,
@@ -327,9 +316,8 @@ def _report_if_due(loop: Loop, state: LoopState) -> None:
         "flip_rate": flip_rate,
         "tokens_per_second": per_second,
         "tokens_per_second_per_rank": per_second / world_size(),
-        **{f"time/{part}": seconds / elapsed for part, seconds in zip(parts, spent, strict=True) if elapsed > 0},
-        "data_wait": waited / elapsed if elapsed > 0 else 0.0,
-        "peak_memory_bytes": int(memory),
+        **{name: spent / elapsed if elapsed > 0 else 0.0 for name, spent in seconds.items()},
+        "peak_memory_bytes": memory,
         "skipped_steps": loop.engine.skipped_steps,
         **loop.pace.figures(),
         **token_figures(tokens_by_module(loop.engine.module)),
@@ -340,3 +328,16 @@ def _report_if_due(loop: Loop, state: LoopState) -> None:
     if slow := loop.pace.slow():
         progress["slow rank"] = f"{slow.rank} ({slow.host})"
     loop.metrics.progress(state.step, progress, batches=len(losses))
+
+
+def _memory_and_seconds(loop: Loop) -> tuple[int, dict[str, float]]:
+    """Return (peak memory in bytes, seconds since the last report by part of a step), the maxima over ranks.
+
+    Collective; waits for the device.
+    """
+    parts = loop.clock.read()
+    own = [peak_memory_bytes(loop.device), *parts.values(), loop.waited_seconds]
+    loop.waited_seconds = 0.0
+    by_rank = all_gather_numbers(torch.tensor(own, dtype=torch.float64, device=loop.device))
+    memory, *seconds = by_rank.amax(0).tolist()
+    return int(memory), dict(zip([*(f"time/{part}" for part in parts), "data_wait"], seconds, strict=True))

@@ -23,6 +23,7 @@ from pst_ds.nn.language_head import LanguageHead
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.sequence import SequenceParallel
 from pst_ds.train.model import attention_options, set_padding
+from pst_ds.train.run_context import RunContext
 from pst_ds.train.sequences.documents import keep_documents_apart
 from pst_ds.train.sequences.shared import part_of_batch
 from pst_ds.train.token_heads import following, head_of, predicted, why_all_logits
@@ -36,11 +37,12 @@ class Objective:
     updates bypassed. Of a language model's logits a chunk of tokens exists at a time, where its head is known.
     """
 
-    def __init__(self, run: RunConfig, teacher: nn.Module | None = None, shared: SequenceParallel | None = None):
+    def __init__(self, context: RunContext, teacher: nn.Module | None = None, shared: SequenceParallel | None = None):
         """``shared``: the ranks that train on the same sequences as this one, if any."""
+        run = context.run
         self._weight, self._temperature = run.distillation.weight, run.distillation.temperature
         self._hidden = run.distillation.hidden_states
-        self._task, self._teacher, self._shared = task_of(run), teacher, shared
+        self._task, self._teacher, self._shared = context.task, teacher, shared
         self._known_heads: dict[nn.Module, tuple[LanguageHead, LanguageHead] | None] = {}
 
     def __call__(self, engine: Engine, batch: dict[str, Tensor]) -> Tensor:
@@ -230,13 +232,14 @@ def teacher_shapes(run: RunConfig) -> nn.Module | None:
     return place.shapes(kind, config, dtype=DTYPES[run.train.precision], fix=fix)
 
 
-def load_teacher(run: RunConfig, labels: list[str], tokenizer: Any, device: str) -> nn.Module | None:
+def load_teacher(context: RunContext) -> nn.Module | None:
     """Load the run's separate teacher, whole on every rank, frozen and in evaluation mode; None without one.
 
     It pads as the run's model does, and keeps no keys and values of what it read. Call it before a model is built under
     ``zero.Init``. Raises InputError for other classes, and for weights that are missing or have another shape.
     """
-    place, task = teacher_of(run), task_of(run)
+    run, labels, task = context.run, context.labels, context.task
+    place = teacher_of(run)
     if place is None:
         return None
     config: Any = place.config(**attention_options(run))
@@ -246,11 +249,11 @@ def load_teacher(run: RunConfig, labels: list[str], tokenizer: Any, device: str)
             f"{place} has the classes {', '.join(map(str, classes))}, and the run {', '.join(labels)}, in this order; "
             "name a teacher that was trained on the same labels"
         )
-    set_padding(config, task, tokenizer)
+    set_padding(config, task, context.tokenizer)
     fix = f"Name a whole model that was trained for task {run.task!r}"
     teacher, missing = place.load(task.model_class(), fix, config=config, dtype=DTYPES[run.train.precision])
     place.require_whole(teacher, missing, fix)
     teacher.config.use_cache = False
     keep_documents_apart(teacher)
     whole: nn.Module = teacher
-    return whole.requires_grad_(False).to(device).eval()
+    return whole.requires_grad_(False).to(context.device).eval()

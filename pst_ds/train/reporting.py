@@ -15,6 +15,7 @@ from pst_ds.parallel.ranks import is_main, raise_on_all_ranks
 from pst_ds.train.monitor.dense_run import DenseRun
 from pst_ds.train.monitor.metrics import MetricsWriter
 from pst_ds.train.monitor.trackers import Trackers
+from pst_ds.train.run_context import RunContext
 from pst_ds.train.run_folder import flat_table
 
 _EMULATED_BF16 = (
@@ -24,18 +25,39 @@ _EMULATED_BF16 = (
 
 
 def open_metrics(
-    run: RunConfig, module: nn.Module, device: str, num_steps: int, step: int, seconds: float, *, quiet: bool,
+    context: RunContext,
+    module: nn.Module,
+    num_steps: int,
+    step: int,
+    seconds: float,
+    *,
+    quiet: bool,
     dense: DenseRun | None,
-) -> MetricsWriter:  # fmt: skip
-    """Open the metrics of a run that goes on after ``step``, ``seconds`` into it; 0 for a new one. Collective. Raises
-    ConfigError, on every rank, for a tracker that does not start."""
+) -> MetricsWriter:
+    """Open the metrics of a run. Collective.
+
+    Args:
+        step: Step that the run resumes after; 0 for a new run.
+        seconds: Seconds of training up to ``step``.
+        dense: Dense run whose losses are shown next to this run's.
+
+    Raises ConfigError, on every rank, for a tracker that does not start.
+    """
+    run = context.run
     trackers = raise_on_all_ranks(lambda: _trackers(run, goes_on=step > 0))
     sizes = {name: layer.layout.numel for name, layer in pst_layers(module).items()}
     metrics = MetricsWriter(
-        Path(run.output_dir), num_steps=num_steps, is_main=is_main(), quiet=quiet, step=step, seconds=seconds,
-        layers=sizes, dense=dense, trackers=trackers,
-    )  # fmt: skip
-    if device == "cpu" and run.train.precision == "bf16" and not multiplies_bf16():
+        Path(run.output_dir),
+        num_steps=num_steps,
+        is_main=is_main(),
+        quiet=quiet,
+        step=step,
+        seconds=seconds,
+        layers=sizes,
+        dense=dense,
+        trackers=trackers,
+    )
+    if context.device == "cpu" and run.train.precision == "bf16" and not multiplies_bf16():
         metrics.say(_EMULATED_BF16)
     return metrics
 

@@ -10,11 +10,10 @@ import socket
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from copy import copy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import cache, partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from pst_ds.atomic_files import only_writer, remove_partial, require_writable, write_text_atomic
 from pst_ds.checkpoint import retention as checkpoints
@@ -38,7 +37,7 @@ from pst_ds.file_names import (
     SUBMITTED_FILE,
     SUBMITTED_VARIABLE,
 )
-from pst_ds.masks.update import MaskStats, mask_stats
+from pst_ds.masks.update import mask_stats
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.optimizer_state import set_counters
 from pst_ds.parallel.ranks import (
@@ -50,22 +49,17 @@ from pst_ds.parallel.ranks import (
     raise_on_all_ranks,
     world_size,
 )
-from pst_ds.train.batches import Places
-from pst_ds.train.loop import LoopState
-
-if TYPE_CHECKING:
-    from pst_ds.train.run import Prepared
+from pst_ds.train.run_context import RunContext
+from pst_ds.train.run_progress import LoopState, RunProgress
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _PATIENCE_SECONDS = 120.0
 """Longer than an NFS server keeps the locks of a host that is gone, which is 90 seconds."""
-_SHARED = ("batch", "losses", "tokens", "last_report_seconds", "skipped_in_a_row", "streams")
-"""Fields that LoopState and RunProgress have in common."""
 
 
-def without_other_runs(work: Callable[Concatenate[Prepared, P], T]) -> Callable[Concatenate[Prepared, P], T]:
+def without_other_runs(work: Callable[Concatenate[RunContext, P], T]) -> Callable[Concatenate[RunContext, P], T]:
     """Decorate what writes to the run folder of its first argument: create the folder, and keep other runs out of it
     until the work has ended; remove what was created for it if the input is bad.
 
@@ -74,14 +68,14 @@ def without_other_runs(work: Callable[Concatenate[Prepared, P], T]) -> Callable[
     """
 
     @wraps(work)
-    def alone(prepared: Prepared, *more: P.args, **settings: P.kwargs) -> T:
-        folder = Path(prepared.run.output_dir)
+    def alone(context: RunContext, *more: P.args, **settings: P.kwargs) -> T:
+        folder = Path(context.run.output_dir)
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         try:
             _require_shared(folder)
             with ExitStack() as locks:
                 _warn_of_other_runs(of_main_at_length(partial(_lock, folder, locks)))
-                return work(prepared, *more, **settings)
+                return work(context, *more, **settings)
         except InputError:
             for path in made if is_main() else ():
                 with suppress(OSError):  # never made, or no longer empty
@@ -169,10 +163,10 @@ def set_aside_checkpoints(folder: Path) -> None:
     barrier()
 
 
-def write_files(run: RunConfig, ds_config: Mapping[str, object] | None, *, is_over: bool) -> None:
-    """Write what a run is into its folder; an old result stays only if the run ``is_over``, since it is its own."""
+def write_files(run: RunConfig, ds_config: Mapping[str, object] | None, *, is_finished: bool) -> None:
+    """Write what a run is into its folder; an old result stays only if the run ``is_finished``, since it is its own."""
     folder = Path(run.output_dir)
-    if not is_over:
+    if not is_finished:
         (folder / RESULT_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder / STALLS, ignore_errors=True)
     files = (RUN_FILE, RESULT_FILE, METRICS_FILE, LAYERS_FILE, SUBMITTED_FILE, DEEPSPEED_FILE)
@@ -224,47 +218,6 @@ def open_checkpoint(run: RunConfig, name: str) -> Checkpoint:
     return checkpoint
 
 
-@dataclass(frozen=True, slots=True)
-class RunProgress:
-    """Where a run is, as JSON values; the same on every rank, and for any number of them.
-
-    The random numbers of a step and the order of the batches follow from the seed and ``batch``, and the learning rates
-    from the step, so none of these are saved.
-    """
-
-    batch: int
-    """Global batches taken."""
-    skipped_steps: int
-    skipped_in_a_row: int
-    losses: list[float]
-    """Losses of the global batches since the last line of metrics.jsonl."""
-    tokens: int
-    seconds: float
-    last_report_seconds: float
-    masks: dict[str, Any] | None
-    """Totals of the last update, see MaskStats."""
-    groups: dict[str, dict[str, float]]
-    """Learning rate, its peak, and Adam's betas of each parameter group."""
-    best_step: int | None
-    best_value: float | None
-    evaluated_step: int
-    data_digest: str
-    run: dict[str, Any]
-    """The resolved run file."""
-    world_size: int
-    zero_stage: int
-    streams: list[Places] = field(default_factory=list)
-    """Where each reader of streams is; these alone belong to a number of ranks."""
-
-    @classmethod
-    def read(cls, checkpoint: Checkpoint) -> RunProgress:
-        """Read the progress of ``checkpoint``. Raises CheckpointError when it has none, or an unknown one."""
-        try:
-            return cls(**checkpoint.state.progress)
-        except TypeError as error:
-            raise CheckpointError(f"{checkpoint.folder} was not written to continue a run: {error}") from None
-
-
 def reached(checkpoint: Checkpoint | None) -> tuple[int, float]:
     """Return the step that ``checkpoint`` was saved after, and how many seconds the run had taken; zeros for None."""
     return (checkpoint.state.step, RunProgress.read(checkpoint).seconds) if checkpoint else (0, 0.0)
@@ -291,8 +244,8 @@ def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, d
             "tokens or labels differ, or data.document_mask), so the batches would be others. Fix: bring the old file "
             "or setting back, or start a new run in another output_dir"
         )
-    if progress.streams:
-        _require_same_readers(run, len(progress.streams), before)
+    if progress.loop.streams:
+        _require_same_readers(run, len(progress.loop.streams), before)
     return [f"{key} = {now[key]!r} (was {before[key]!r})" for key in changed if rules.get(key) is OnResume.IS_REPORTED]
 
 
@@ -328,27 +281,6 @@ def flat_table(run: RunConfig) -> dict[str, Any]:
     return flatten(as_table(run))
 
 
-def progress_of(
-    run: RunConfig, engine: Engine, data_digest: str, zero_stage: int, state: LoopState, **more: Any
-) -> RunProgress:
-    """Return the progress of ``run`` at ``state``; ``more``: the remaining fields."""
-    groups = {
-        group["name"]: {"lr": group["lr"], "peak_lr": group["peak_lr"], "betas": list(group["betas"])}
-        for group in engine.optimizer.param_groups
-    }
-    return RunProgress(
-        skipped_steps=engine.skipped_steps,
-        masks=state.masks.totals() if state.masks else None,
-        groups=groups,
-        run=as_table(run),
-        data_digest=data_digest,
-        world_size=world_size(),
-        zero_stage=zero_stage,
-        **{name: copy(getattr(state, name)) for name in _SHARED},
-        **more,
-    )
-
-
 def restore(engine: Engine, checkpoint: Checkpoint, run: RunConfig) -> LoopState:
     """Restore the optimizer, and return the state that the loop continues from. Collective.
 
@@ -358,13 +290,10 @@ def restore(engine: Engine, checkpoint: Checkpoint, run: RunConfig) -> LoopState
     load_optimizer(engine, checkpoint)
     accumulation = run.train.gradient_accumulation_steps
     set_counters(engine, applied=step, skipped=progress.skipped_steps, accumulation=accumulation)
-    masks = None
-    if progress.masks is not None:
-        masks = MaskStats(**progress.masks)
-        checksum = mask_stats(engine.module).checksum
-        if checksum != masks.checksum:
-            raise CheckpointError(
-                f"{checkpoint.folder}: the masks have checksum {checksum} in the model, and had {masks.checksum} when "
-                "they were saved"
-            )
-    return LoopState(step=step, masks=masks, **{name: copy(getattr(progress, name)) for name in _SHARED})
+    masks = progress.loop.masks
+    if masks is not None and (checksum := mask_stats(engine.module).checksum) != masks.checksum:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the masks have checksum {checksum} in the model, and had {masks.checksum} when "
+            "they were saved"
+        )
+    return progress.loop

@@ -22,7 +22,7 @@ from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel.engine import build_engine
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.parallel.optimizer_state import KINDS
-from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run import prepare, train_prepared
 
 
 def _engine():
@@ -136,7 +136,7 @@ def _train(folder, resume):
     settings = [f"output_dir={json.dumps(str(folder))}", "train.num_steps=4", "checkpoint.interval=2"]
     settings += ["checkpoint.file_per=host", "eval.interval=-1", "pictures.interval=-1"]
     prepared = prepare(load_run("tests/data/world_size.toml", settings), launch_environment())
-    return train_run(prepared, resume=resume, quiet=True)["mask_checksum"]
+    return train_prepared(prepared, resume=resume, quiet=True)["mask_checksum"]
 
 
 @pytest.mark.zero3

@@ -21,7 +21,7 @@ from pst_ds.parallel.engine import build_engine
 from pst_ds.parallel.launch import LaunchEnvironment, launch_environment
 from pst_ds.train.loop import Loop, set_rates
 from pst_ds.train.objective import Objective
-from pst_ds.train.run import build, prepare, train_run
+from pst_ds.train.run import build, prepare, train_prepared
 
 RUN_FILE = "tests/data/world_size.toml"
 FULL = ("dense", "magnitude", "gmp", "movement", "soft-movement")
@@ -31,7 +31,7 @@ SPARSE = [name for name, method in METHODS.items() if method.masks != "none"]
 
 def _run(folder, *overrides):
     run = load_run(RUN_FILE, [f"output_dir={json.dumps(str(folder))}", *overrides])
-    return train_run(prepare(run, launch_environment()), quiet=True)
+    return train_prepared(prepare(run, launch_environment()), quiet=True)
 
 
 def _built(folder, *overrides):
@@ -165,8 +165,7 @@ def test_the_penalty_does_not_depend_on_the_number_of_backward_passes(tmp_path, 
                 layer.pst_S.copy_(torch.linspace(-2.0, 2.0, layer.layout.numel).view_as(layer.pst_S))
         examples, num_steps = prepared.load("train"), run.train.num_steps
         loop = Loop(
-            run, engine, run.make_schedules(num_steps), examples, prepared.tokenizer, num_steps, "cpu", None,
-            Objective(run),
+            prepared, engine, examples, run.make_schedules(num_steps), None, Objective(prepared)
         )  # fmt: skip
         set_rates(loop, num_steps)
         for first in range(0, 24, 24 // passes):

@@ -23,7 +23,7 @@ from pst_ds.data.tasks import task_of
 from pst_ds.data.tasks.regression import load_scored_texts, regression_metrics
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.model import build_model, load_tokenizer
-from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run import prepare, train_prepared
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -281,7 +281,7 @@ def test_a_stopped_run_goes_on_with_the_rate_of_its_outputs(tmp_path):
         if checkpoint.name != "step-00000004":
             shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()
     run = load_run(path, [*same, f"output_dir={tmp_path}/resumed"])
-    train_run(prepare(run, launch_environment()), quiet=True, resume=True)
+    train_prepared(prepare(run, launch_environment()), quiet=True, resume=True)
     steps = []
     for name in ("whole", "resumed"):
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -290,7 +290,7 @@ def test_a_stopped_run_goes_on_with_the_rate_of_its_outputs(tmp_path):
 
 
 def _train(path, *overrides):
-    train_run(prepare(load_run(path, overrides), launch_environment()), quiet=True)
+    train_prepared(prepare(load_run(path, overrides), launch_environment()), quiet=True)
 
 
 @pytest.mark.zero3

@@ -19,7 +19,7 @@ from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel import stop_signals, zero3
 from pst_ds.parallel.engine import build_engine
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.train.run import StoppedError, prepare, train_run
+from pst_ds.train.run import StoppedError, prepare, train_prepared
 
 from .pretended import NAME, counts, to_device, to_host
 from .tiny import tiny_llama
@@ -198,7 +198,7 @@ def test_the_host_waits_as_often_for_many_layers_as_for_few(run_on_device, kind,
 
 def _train(folder, *settings, resume=False):
     run = load_run("tests/data/world_size.toml", [f"output_dir={folder}", "train.num_steps=6", *settings])
-    return train_run(prepare(run, launch_environment()), resume=resume, quiet=True)
+    return train_prepared(prepare(run, launch_environment()), resume=resume, quiet=True)
 
 
 def _stop_and_go_on(folder, *settings):

@@ -13,7 +13,7 @@ from transformers.core_model_loading import Concatenate, Transpose, WeightConver
 from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run import prepare, train_prepared
 
 RENAMED = [WeightRenaming("intermediate.wide", "intermediate.dense")]
 HALVES = ["output.upper.weight", "output.lower.weight"]
@@ -40,7 +40,7 @@ def converted(monkeypatch, tmp_path):
             "model.tokenizer": "tests/data/tiny-bert", "train.num_steps": 3,
         }  # fmt: skip
         run = load_run("tests/data/world_size.toml", [f"{k}={json.dumps(v)}" for k, v in settings.items()])
-        train_run(prepare(run, launch_environment()), quiet=True)
+        train_prepared(prepare(run, launch_environment()), quiet=True)
         return load_file(tmp_path / "base" / "model.safetensors")
 
     return train

@@ -29,7 +29,7 @@ from pst_ds.nn.tables.embedding import pst_embeddings
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.train import run as run_module
 from pst_ds.train.model import meta_model
-from pst_ds.train.run import masked_model, prepare, train_run
+from pst_ds.train.run import masked_model, prepare, train_prepared
 from pst_ds.train.run_folder import open_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +74,7 @@ def _train(folder, *overrides, base=None):
         build = run_module.build
         patch.setattr(run_module, "build", lambda *a, **k: built.append(build(*a, **k)) or built[-1])
         prepared = prepare(load_run("tests/data/world_size.toml", overrides), LaunchEnvironment(0, 1, 0))
-        train_run(prepared, quiet=True)
+        train_prepared(prepared, quiet=True)
         examples = load_examples(prepared.run.data, "validation", prepared.tokenizer, prepared.labels)
         texts = [json.loads(line)["text"] for line in Path(prepared.run.data.validation).read_text().splitlines()]
         model = meta_model(prepared.run, prepared.labels, prepared.tokenizer)

@@ -16,7 +16,7 @@ from pst_ds.hf import PackedWeightsConfig
 from pst_ds.inference.runtime.experts import SparseExperts
 from pst_ds.nn.inject import persistent_buffers
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run import prepare, train_prepared
 from tests.nn.expert_families import tiny_model
 
 LLAMA = "tests/data/tiny-llama"
@@ -43,7 +43,7 @@ def _trained(folder, family, **more):
     }  # fmt: skip
     with torch.enable_grad():
         run = load_run("tests/data/causal_lm.toml", [f"{key}={json.dumps(value)}" for key, value in settings.items()])
-        train_run(prepare(run, launch_environment()), quiet=True)
+        train_prepared(prepare(run, launch_environment()), quiet=True)
     return folder
 
 

@@ -12,7 +12,7 @@ import torch
 
 from pst_ds.config.toml import load_run
 from pst_ds.parallel.launch import LaunchEnvironment
-from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run import prepare, train_prepared
 from tests.forks import ForkedLaunch
 from tools.chaos import kill_points
 from tools.chaos.__main__ import Findings, Kill, main, parse, summary
@@ -169,7 +169,7 @@ def test_bits_are_compared_and_not_values():
 def _trained(folder, *more):
     settings = ["deepspeed_config=", f"output_dir={json.dumps(str(folder))}", "train.num_steps=6", *more]
     run = load_run("tests/data/world_size.toml", ["checkpoint.interval=2", "checkpoint.keep_last=2", *settings])
-    train_run(prepare(run, LaunchEnvironment(0, 1, 0)), quiet=True)
+    train_prepared(prepare(run, LaunchEnvironment(0, 1, 0)), quiet=True)
     return folder
 
 

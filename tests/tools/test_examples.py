@@ -14,7 +14,7 @@ from pst_ds.cli.main import main as pst_ds
 from pst_ds.config.toml import load_run
 from pst_ds.data.labelled import GlobalBatches
 from pst_ds.parallel.launch import LaunchEnvironment
-from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run import prepare, train_prepared
 
 STEPS, BATCH = 8, 8
 
@@ -60,7 +60,7 @@ def _run(folder, classifier):
             "schedule.update_interval": 4,  # the default of the script's schedule too
         }.items()
     ])  # fmt: skip
-    return train_run(prepare(run, LaunchEnvironment(0, 1, 0)), quiet=True)
+    return train_prepared(prepare(run, LaunchEnvironment(0, 1, 0)), quiet=True)
 
 
 def _in_the_run_s_order(path, rows):

@@ -13,7 +13,7 @@ from pst_ds.config.toml import load_run
 from pst_ds.data.tasks.classification import Classification
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.train.checkpointer import Checkpointer
-from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run import prepare, train_prepared
 from pst_ds.train.run_folder import open_checkpoint
 
 
@@ -32,7 +32,7 @@ def test_the_best_checkpoint_is_chosen_among_those_at_the_final_sparsity(tmp_pat
         "metrics",
         lambda self, outcomes, examples: dict.fromkeys(("accuracy", "macro_f1"), next(order)),
     )
-    result = train_run(_prepared(tmp_path, "eval.interval=4"), quiet=True)
+    result = train_prepared(_prepared(tmp_path, "eval.interval=4"), quiet=True)
     assert result["best_step"] == 16
     best, final = (read_checkpoint(tmp_path / "checkpoints" / n).state for n in ("best", "final"))
     assert (best.step, best.masks_frozen, best.sparsity, best.metrics["accuracy"]) == (16, True, 0.8, 0.5)
@@ -47,7 +47,7 @@ def test_the_best_checkpoint_is_chosen_among_those_at_the_final_sparsity(tmp_pat
 def test_a_metric_that_is_no_number_is_never_the_best(tmp_path, monkeypatch, scores, best):
     order = iter(scores)
     monkeypatch.setattr(Classification, "metrics", lambda self, outcomes, examples: {"accuracy": next(order)})
-    result = train_run(_prepared(tmp_path, "eval.interval=16"), quiet=True)
+    result = train_prepared(_prepared(tmp_path, "eval.interval=16"), quiet=True)
     assert result["best_step"] == best
     assert (tmp_path / "checkpoints" / "best").is_dir() == (best is not None)
     assert read_checkpoint(tmp_path / "checkpoints" / "final").state.progress["best_value"] == (best and -0.3)
@@ -63,17 +63,17 @@ def test_a_number_is_better_than_a_value_that_is_none(tmp_path, monkeypatch):
         self._best, self.best_step = math.nan, 3
 
     monkeypatch.setattr(Checkpointer, "__init__", with_nan)
-    assert train_run(_prepared(tmp_path, "train.num_steps=4"), quiet=True)["best_step"] == 4
+    assert train_prepared(_prepared(tmp_path, "train.num_steps=4"), quiet=True)["best_step"] == 4
 
 
 def test_without_an_evaluation_at_the_final_sparsity_there_is_no_best(tmp_path):
     """Also in a folder where an earlier run left one."""
-    train_run(_prepared(tmp_path), quiet=True)
+    train_prepared(_prepared(tmp_path), quiet=True)
     assert (tmp_path / "checkpoints" / "best").is_dir()
     prepared = _prepared(tmp_path, "data.validation=", "train.num_steps=4", "seed=1")
     with pytest.raises(ConfigError, match=r"has checkpoints up to step-00000020: continue them with --resume"):
-        train_run(prepared, quiet=True)
-    result = train_run(prepared, quiet=True, restart=True)
+        train_prepared(prepared, quiet=True)
+    result = train_prepared(prepared, quiet=True, restart=True)
     assert (tmp_path / "checkpoints.previous" / "best").is_dir()
     assert result["best_step"] is None
     assert result["metrics"] == {}

@@ -21,7 +21,7 @@ from pst_ds.nn.inject import persistent_buffers
 from pst_ds.nn.optimizer import pst_optimizer
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train import model as run_model
-from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run import prepare, train_prepared
 
 LLAMA = "tests/data/tiny-llama"
 _TEXT = {
@@ -95,7 +95,7 @@ def _train(folder, run_file="tests/data/causal_lm.toml", **more):
         "schedule.final_sparsity": 0.7, "schedule.update_interval": 1, "train.num_steps": 4, **more,
     }  # fmt: skip
     run = load_run(run_file, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
-    return train_run(prepare(run, launch_environment()), quiet=True)
+    return train_prepared(prepare(run, launch_environment()), quiet=True)
 
 
 def _take_out(folder, name):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel.launch import LaunchEnvironment, launch_environment
 from pst_ds.train.calibration import NORMS_FILE, activation_norms, summed_squares
-from pst_ds.train.run import build, prepare, train_run
+from pst_ds.train.run import build, prepare, train_prepared
 
 RUN_FILE = "tests/data/world_size.toml"
 ACTIVATION = ["pst.magnitude=activation", "pst.calibration_examples=16"]
@@ -47,13 +48,13 @@ def _by_hooks(module, task, examples, tokenizer):
 
 @pytest.mark.parametrize("batch_size", [1, 5, 12])
 def test_norms_are_those_of_real_tokens_whatever_the_batches(tmp_path, batch_size):
-    run = load_run(RUN_FILE, ["deepspeed_config=", f"output_dir={json.dumps(str(tmp_path))}"])
-    prepared = prepare(run, LaunchEnvironment(0, 1, 0))
+    settings = ["deepspeed_config=", f"output_dir={json.dumps(str(tmp_path))}", f"eval.batch_size={batch_size}"]
+    prepared = prepare(load_run(RUN_FILE, settings), LaunchEnvironment(0, 1, 0))
     _, engine = build(prepared)
     examples = prepared.load("train")
     expected = _by_hooks(engine.module.eval(), prepared.task, examples, prepared.tokenizer)
     update_masks(engine.module, 0.9)  # the norms are the dense model's all the same
-    found = activation_norms(engine, prepared.task, examples, range(12), prepared.tokenizer, batch_size, "cpu")
+    found = activation_norms(engine, prepared, examples, range(12))
     assert found.keys() == expected.keys()
     for name, norms in found.items():
         assert norms.shape == (pst_layers(engine.module)[name].layout.in_features,)
@@ -93,7 +94,7 @@ def test_a_fixed_mask_ranks_weights_times_the_norms_of_a_plain_model(tmp_path, m
 
 def _train(folder, *overrides, resume=False):
     run = load_run(RUN_FILE, [f"output_dir={json.dumps(str(folder))}", *overrides])
-    return train_run(prepare(run, launch_environment()), quiet=True, resume=resume)
+    return train_prepared(prepare(run, launch_environment()), quiet=True, resume=resume)
 
 
 def test_a_continued_run_has_the_norms_it_began_with(tmp_path):
@@ -164,7 +165,8 @@ def _sums_of_toy(indices):
     numbers = _Numbers(24)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_gather_object", None)  # would hold the sums of every rank at once
-        found = summed_squares(_Toy(), numbers, numbers, indices, None, 1, "cpu")
+        context = SimpleNamespace(task=numbers, run=SimpleNamespace(eval_batch_size=1), tokenizer=None, device="cpu")
+        found = summed_squares(_Toy(), context, numbers, indices)
     return {name: sums.tolist() for name, sums in found.items()}
 
 

@@ -26,7 +26,7 @@ from pst_ds.parallel.launch import LaunchEnvironment, launch_environment
 from pst_ds.train.batches import own_batches
 from pst_ds.train.evaluate import evaluation_batches, predict
 from pst_ds.train.model import meta_model
-from pst_ds.train.run import build, prepare, train_run
+from pst_ds.train.run import build, prepare, train_prepared
 
 RUN_FILE, LLAMA = "tests/data/causal_lm.toml", "tests/data/tiny-llama"
 SPARSITY = 0.7
@@ -62,7 +62,7 @@ def _settings(folder, **more):
 
 
 def _train(settings):
-    return train_run(prepare(load_run(RUN_FILE, settings), launch_environment()), quiet=True)
+    return train_prepared(prepare(load_run(RUN_FILE, settings), launch_environment()), quiet=True)
 
 
 def _prepared(tmp_path, **more):
@@ -173,14 +173,14 @@ def test_a_multiplicative_update_of_fused_layers_is_exported_and_verified(tmp_pa
 
 
 def _outcomes(path, batch_size, count, overrides):
-    more = {"model.path": path, "output_dir": "unused", **overrides}
+    more = {"model.path": path, "output_dir": "unused", "eval.batch_size": batch_size, **overrides}
     run = load_run(RUN_FILE, [f"{key}={json.dumps(value)}" for key, value in more.items()])
     prepared = prepare(run, launch_environment())
     sequences = prepared.load("validation")
     sequences = sequences if count is None else sequences.first(count)
     _, engine = build(prepared)
     engine.eval()
-    found = predict(engine, prepared.task, sequences, prepared.tokenizer, batch_size, prepared.device)
+    found = predict(engine, prepared, sequences)
     return found, prepared.task.metrics(found, sequences), sequences
 
 
@@ -226,7 +226,7 @@ def test_metrics_are_those_of_their_definitions():
 def test_every_token_of_a_batch_is_counted_and_the_loss_is_its_mean(tmp_path):
     prepared = _prepared(tmp_path, **{"train.gradient_accumulation_steps": 2})
     _, engine = build(prepared)
-    own = next(own_batches(prepared.run, prepared.load("train"), prepared.tokenizer, "cpu", 0))
+    own = next(own_batches(prepared, prepared.load("train"), 0))
     micro_batches = own.micro_batches
     assert own.tokens == 2 * 6 * 32
     assert len(micro_batches) == 2
@@ -244,7 +244,7 @@ def test_every_token_of_a_batch_is_counted_and_the_loss_is_its_mean(tmp_path):
 def test_padding_is_not_counted_among_tokens(tmp_path):
     run = load_run("tests/data/world_size.toml", ["deepspeed_config=", f"output_dir={tmp_path}"])
     prepared = prepare(run, LaunchEnvironment(0, 1, 0))
-    own = next(own_batches(run, prepared.load("train"), prepared.tokenizer, "cpu", 0))
+    own = next(own_batches(prepared, prepared.load("train"), 0))
     batch = own.micro_batches[0].inputs
     assert own.tokens == int(batch["attention_mask"].sum()) < batch["input_ids"].numel()
 
@@ -256,7 +256,7 @@ def test_the_best_checkpoint_has_the_lowest_perplexity(tmp_path, monkeypatch):
     prepared = _prepared(tmp_path, **{"eval.interval": 1, "schedule.cooldown_fraction": 0.5})
     assert prepared.run.metric == "perplexity"
     assert prepared.run.eval_batch_size == 8
-    result = train_run(prepared, quiet=True)
+    result = train_prepared(prepared, quiet=True)
     assert result["best_step"] == 5  # masks are final from step 3 on
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "best").state.metrics == {"perplexity": 4.0}
 

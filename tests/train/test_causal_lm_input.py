@@ -12,7 +12,7 @@ from pst_ds.config.toml import load_run
 from pst_ds.errors import InputError
 from pst_ds.nn.targets import InjectionError
 from pst_ds.parallel.launch import LaunchEnvironment
-from pst_ds.train.run import build, prepare, train_run
+from pst_ds.train.run import build, prepare, train_prepared
 
 LLAMA = "tests/data/tiny-llama"
 
@@ -73,7 +73,7 @@ def test_another_model_s_tokenizer_is_refused(tmp_path):
 
 def test_fewer_sequences_than_a_batch_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"has 93 examples, .*batch_size = 96; lower it or data\.max_length, the tok"):
-        train_run(_prepared(tmp_path, **{"train.batch_size": 96}), quiet=True)
+        train_prepared(_prepared(tmp_path, **{"train.batch_size": 96}), quiet=True)
 
 
 def test_a_model_that_looks_both_ways_is_refused(tmp_path):

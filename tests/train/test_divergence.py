@@ -15,7 +15,7 @@ from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import rank, world_size
 from pst_ds.train import run as run_module
 from pst_ds.train.divergence import BAD_BATCH_FILE, DivergedError, _rows_not_finite
-from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run import prepare, train_prepared
 
 LAYER, EXAMPLE = "bert.encoder.layer.1.intermediate.dense", 41
 
@@ -42,7 +42,7 @@ def _ends_in(folder, *more):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "build", spoiled)
         with pytest.raises(DivergedError) as caught:
-            train_run(prepared, resume=False, quiet=True)
+            train_prepared(prepared, resume=False, quiet=True)
     return str(caught.value)
 
 
@@ -72,7 +72,7 @@ def test_a_loss_that_no_layer_explains_is_said_without_one(tmp_path, monkeypatch
     monkeypatch.setattr("pst_ds.train.objective.Objective.__call__", lambda *_: torch.tensor(math.nan).requires_grad_())
     run = load_run("tests/data/world_size.toml", ["deepspeed_config=", f"output_dir={json.dumps(str(tmp_path))}"])
     with pytest.raises(DivergedError, match=r"batch 1 is not finite on rank 0 .*; lower the learning rates"):
-        train_run(prepare(run, LaunchEnvironment(0, 1, 0)), resume=False, quiet=True)
+        train_prepared(prepare(run, LaunchEnvironment(0, 1, 0)), resume=False, quiet=True)
     assert not (Path(tmp_path) / BAD_BATCH_FILE).exists()
 
 

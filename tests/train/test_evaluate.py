@@ -16,12 +16,12 @@ from pst_ds.train.run import build, prepare
 
 
 def _predict(count, batch_size, overrides):
-    run = load_run("tests/data/world_size.toml", overrides)
+    run = load_run("tests/data/world_size.toml", [*overrides, f"eval.batch_size={batch_size}"])
     prepared = prepare(run, launch_environment())
     examples = prepared.load("validation").first(count)
     _, engine = build(prepared)
     engine.eval()
-    return predict(engine, prepared.task, examples, prepared.tokenizer, batch_size, prepared.device)
+    return predict(engine, prepared, examples)
 
 
 @pytest.mark.zero3
@@ -77,7 +77,8 @@ def test_padding_has_no_predictions_to_compare():
 
     def differences(other):
         models = (lambda **_: SimpleNamespace(logits=logits), lambda **_: SimpleNamespace(logits=other))
-        return compare(*models, task, Two(), None, 2, "cpu")[0]
+        context = SimpleNamespace(task=task, run=SimpleNamespace(eval_batch_size=2), tokenizer=None, device="cpu")
+        return compare(*models, context, Two())[0]
 
     other = logits.clone()
     other[0, 2] = -other[0, 2]

@@ -20,7 +20,7 @@ from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import rank, world_size
 from pst_ds.train import loop as loop_module
 from pst_ds.train.calibration import NORMS_FILE
-from pst_ds.train.run import StoppedError, prepare, train_run
+from pst_ds.train.run import StoppedError, prepare, train_prepared
 
 NUM_EXPERTS, STOP_AT = 64, 3
 
@@ -61,7 +61,7 @@ def _train(folder, base, *more, resume=False, quiet=True):
     prepared = prepare(load_run("tests/data/causal_lm.toml", settings), LaunchEnvironment(rank(), world_size(), rank()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Routing, "of", counting)
-        train_run(prepared, resume=resume, quiet=quiet)
+        train_prepared(prepared, resume=resume, quiet=quiet)
     return idle / calls
 
 

@@ -18,7 +18,7 @@ from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.model import load_model_config, load_tokenizer
-from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run import prepare, train_prepared
 
 SPARSITY = 0.7
 _ENCODER = {
@@ -83,7 +83,7 @@ def _settings(folder, **more):
 
 def _train(settings):
     run = load_run("tests/data/world_size.toml", settings)
-    return train_run(prepare(run, launch_environment()), quiet=True)
+    return train_prepared(prepare(run, launch_environment()), quiet=True)
 
 
 def _train_alone(settings):

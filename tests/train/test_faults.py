@@ -23,7 +23,7 @@ from pst_ds.parallel.store_group import StoreGroup
 from pst_ds.train import run as run_module
 from pst_ds.train.checkpointer import CheckpointWriteError
 from pst_ds.train.divergence import DivergedError
-from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run import prepare, train_prepared
 
 RUN_FILE = "tests/data/world_size.toml"
 
@@ -31,7 +31,7 @@ RUN_FILE = "tests/data/world_size.toml"
 def _train(folder, *more, resume=False):
     settings = [f"output_dir={json.dumps(str(folder))}", "checkpoint.interval=4", "eval.interval=0", *more]
     run = load_run(RUN_FILE, settings if world_size() > 1 else ["deepspeed_config=", *settings])
-    return train_run(prepare(run, LaunchEnvironment(rank(), world_size(), rank())), resume=resume, quiet=True)
+    return train_prepared(prepare(run, LaunchEnvironment(rank(), world_size(), rank())), resume=resume, quiet=True)
 
 
 def _events(folder, event):

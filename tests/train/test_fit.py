@@ -12,9 +12,8 @@ from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
 from pst_ds.core.schedule import CubicSchedule, OneShotSchedule
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.train.fit import fixes, masks_final, watched_steps
-from pst_ds.train.monitor.verdict import Verdict
-from pst_ds.train.run import prepare, train_run
+from pst_ds.train.fit_verdict import Verdict, fixes, masks_final, watched_steps
+from pst_ds.train.run import prepare, train_prepared
 
 _RATES = (
     "train.score_learning_rate=1e-2", "train.update_learning_rate=1e-3", "train.embedding_learning_rate=2e-4",
@@ -97,7 +96,7 @@ def test_what_to_change_is_what_the_method_has(settings, verdict, expected):
 
 def _train(folder, *settings, quiet=True):
     run = _run(f"output_dir={folder}", "train.log_interval=10", "pictures.interval=-1", *settings)
-    result = train_run(prepare(run, launch_environment()), quiet=quiet)
+    result = train_prepared(prepare(run, launch_environment()), quiet=quiet)
     assert json.loads((Path(folder) / "result.json").read_text())["fit"] == result["fit"]
     return result["fit"]
 

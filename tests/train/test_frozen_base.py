@@ -17,7 +17,7 @@ from pst_ds.core.quantization import Grid, grid_of, round_to_grid
 from pst_ds.errors import InputError
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run import prepare, train_prepared
 
 INT4 = ("model.base_bits=4", 'model.base_group="row"')
 EMBEDDING_TOO = (*INT4, "model.embedding_bits=4")
@@ -34,7 +34,7 @@ def run_of(folder, *more, steps=8):
 
 
 def trained(folder, *more, resume=False):
-    return train_run(prepare(run_of(folder, *more), launch_environment()), quiet=True, resume=resume)
+    return train_prepared(prepare(run_of(folder, *more), launch_environment()), quiet=True, resume=resume)
 
 
 def rounded_folder(folder, precision, parts=("encoder.",)):
@@ -123,7 +123,7 @@ def language_run(folder, *more):
         f"output_dir={json.dumps(str(folder))}", "deepspeed_config=", "train.num_steps=4", "checkpoint.interval=4",
         "train.batch_size=6", *INT4, "model.embedding_bits=8", *more,
     ])  # fmt: skip
-    return train_run(prepare(run, launch_environment()), quiet=True)
+    return train_prepared(prepare(run, launch_environment()), quiet=True)
 
 
 def language_ranks(folder):

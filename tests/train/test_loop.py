@@ -19,12 +19,13 @@ from pst_ds.parallel.engine import LocalEngine
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.train import loop as loop_module
 from pst_ds.train.divergence import DivergedError
-from pst_ds.train.loop import Loop, LoopState
+from pst_ds.train.loop import Loop
 from pst_ds.train.model import parameter_groups
 from pst_ds.train.monitor.metrics import MetricsWriter
 from pst_ds.train.objective import Objective
-from pst_ds.train.run import build, prepare, train_run
+from pst_ds.train.run import build, prepare, train_prepared
 from pst_ds.train.run_folder import open_checkpoint
+from pst_ds.train.run_progress import LoopState
 
 SCORES, UPDATES = ("pst_A", "pst_B", "pst_R", "pst_C"), ("pst_U", "pst_V")
 
@@ -49,8 +50,7 @@ class _Ready:
         self.metrics = MetricsWriter(Path(folder), num_steps=run.train.num_steps, is_main=True, quiet=True)
         self.folder = Path(folder)
         self.loop = Loop(
-            run, self.engine, self.schedules, examples, prepared.tokenizer, run.train.num_steps, "cpu", self.metrics,
-            Objective(run),
+            prepared, self.engine, examples, self.schedules, self.metrics, Objective(prepared)
         )  # fmt: skip
         self.seen = seen
 
@@ -259,7 +259,7 @@ def test_the_factors_start_by_the_seed_of_the_run_unless_they_have_one(tmp_path)
 
 
 def test_every_line_of_the_metrics_says_what_it_should(tmp_path):
-    result = train_run(_prepared(tmp_path / "run", "eval.interval=5"), quiet=True)
+    result = train_prepared(_prepared(tmp_path / "run", "eval.interval=5"), quiet=True)
     lines = _lines(tmp_path / "run")
     by_event = {name: [line for line in lines if line["event"] == name] for name in {line["event"] for line in lines}}
     assert by_event.keys() == {"step", "mask_update", "scores", "evaluation", "checkpoint"}
@@ -298,7 +298,7 @@ def test_every_line_of_the_metrics_says_what_it_should(tmp_path):
 def test_the_tensorboard_file_holds_the_same_scalars(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train_run(_prepared(tmp_path, "train.log_interval=5"), quiet=True)
+    train_prepared(_prepared(tmp_path, "train.log_interval=5"), quiet=True)
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert {"loss", "lr/scores", "sparsity/actual", "flip_rate", "eval/accuracy"} <= set(board.Tags()["scalars"])
     logged = {line["step"]: line["loss"] for line in _lines(tmp_path) if line["event"] == "step"}
@@ -319,7 +319,7 @@ def test_the_loss_of_a_line_is_the_mean_since_the_line_before(tmp_path):
 
 def test_the_run_folder_can_be_read_back(tmp_path):
     prepared = _prepared(tmp_path, "train.num_steps=2")
-    result = train_run(prepared, quiet=True)
+    result = train_prepared(prepared, quiet=True)
     assert load_run(tmp_path / "run.toml") == prepared.run.with_rates(
         width=prepared.width, num_steps=2, num_examples=len(prepared.load("train")), num_labels=2
     )
@@ -343,7 +343,7 @@ def test_inputs_that_wait_on_the_host_change_nothing(tmp_path, monkeypatch):
     for name, more in (("kept", []), ("waiting", ["model.activation_offload=true"])):
         settings = [f"output_dir={tmp_path / name}", "deepspeed_config=", "train.num_steps=3", *reentrant, *more]
         run = load_run("tests/data/causal_lm.toml", settings)
-        train_run(prepare(run, LaunchEnvironment(0, 1, 0)), quiet=True)
+        train_prepared(prepare(run, LaunchEnvironment(0, 1, 0)), quiet=True)
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in lines if line["event"] == "step"])
         assert bool(packed) == bool(more)

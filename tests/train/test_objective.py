@@ -17,7 +17,7 @@ from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import bypassed, pst_layers
 from pst_ds.parallel.launch import LaunchEnvironment, launch_environment
 from pst_ds.train.objective import Objective, load_teacher, predictions
-from pst_ds.train.run import build, prepare, train_run
+from pst_ds.train.run import build, prepare, train_prepared
 
 CAUSAL, CLASSIFY = "tests/data/causal_lm.toml", "tests/data/world_size.toml"
 
@@ -52,7 +52,7 @@ def test_the_model_teaches_itself_as_the_dense_one_it_was(tmp_path, weight, temp
         for layer in pst_layers(engine.module).values():
             layer.pst_V.normal_(std=0.1)
     batch = _batch(prepared)
-    loss = Objective(prepared.run)(engine, batch)
+    loss = Objective(prepared)(engine, batch)
     dense = AutoModelForCausalLM.from_pretrained("tests/data/tiny-llama", dtype=torch.float32)
     with torch.no_grad():
         student = engine(**batch, output_hidden_states=True)
@@ -100,7 +100,7 @@ def test_predictions_of_texts_and_of_tokens():
 
 def _train(run_file, folder, *overrides):
     run = load_run(run_file, [f"output_dir={json.dumps(str(folder))}", *overrides])
-    return train_run(prepare(run, launch_environment()), quiet=True)
+    return train_prepared(prepare(run, launch_environment()), quiet=True)
 
 
 def _losses(folder):
@@ -184,14 +184,14 @@ def test_an_encoder_teaches_no_language_model(tmp_path):
 
 def test_a_teacher_of_another_depth_teaches_predictions(tmp_path):
     prepared = _prepared(CAUSAL, tmp_path, *_taught(_llama(tmp_path / "teacher", num_hidden_layers=3)))
-    teacher = load_teacher(prepared.run, prepared.labels, prepared.tokenizer, "cpu")
-    loss = Objective(prepared.run, teacher)(build(prepared)[1], _batch(prepared))
+    teacher = load_teacher(prepared)
+    loss = Objective(prepared, teacher)(build(prepared)[1], _batch(prepared))
     assert bool(loss.isfinite())
 
 
 def test_a_teacher_keeps_no_keys_and_values(tmp_path):
     prepared = _prepared(CAUSAL, tmp_path, *_taught("tests/data/tiny-llama"))
-    teacher = load_teacher(prepared.run, prepared.labels, prepared.tokenizer, "cpu")
+    teacher = load_teacher(prepared)
     assert teacher(input_ids=_batch(prepared)["input_ids"]).past_key_values is None
 
 
@@ -203,7 +203,7 @@ def test_a_teacher_without_all_its_weights_is_refused(tmp_path):
     for folder, said in ((headless, r"lacks lm_head\.weight, which a LlamaForCausalLM"), (other, differing)):
         prepared = _prepared(CAUSAL, tmp_path, *_taught(folder))
         with pytest.raises(InputError, match=said):
-            load_teacher(prepared.run, prepared.labels, prepared.tokenizer, "cpu")
+            load_teacher(prepared)
 
 
 def test_a_decoder_teaches_a_classifier_of_padded_texts(tmp_path):
@@ -212,7 +212,7 @@ def test_a_decoder_teaches_a_classifier_of_padded_texts(tmp_path):
     labels = {"num_labels": 2, "id2label": ids, "label2id": {label: i for i, label in ids.items()}}
     folder = _llama(tmp_path / "teacher", "AutoModelForSequenceClassification", **labels)
     prepared = _prepared(CLASSIFY, tmp_path, "model.path=tests/data/tiny-llama", *_taught(folder))
-    teacher = load_teacher(prepared.run, prepared.labels, prepared.tokenizer, "cpu")
+    teacher = load_teacher(prepared)
     batch = _batch(prepared, 8)
     assert not batch["attention_mask"].all()
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
@@ -265,7 +265,7 @@ def test_the_loss_in_chunks_is_that_of_whole_logits(tmp_path, trained, monkeypat
     found = []
     for in_chunks in (True, False):
         _, engine = build(prepared)
-        objective, batch = Objective(prepared.run), _batch(prepared)
+        objective, batch = Objective(prepared), _batch(prepared)
         assert objective.why_all_logits(engine.module) == ""
         if not in_chunks:
             monkeypatch.setattr(Objective, "_heads", lambda self, module: None)
@@ -283,7 +283,7 @@ def test_the_loss_in_chunks_is_that_of_whole_logits(tmp_path, trained, monkeypat
 def test_a_pruned_head_keeps_the_own_loss_of_the_model_and_says_why(tmp_path):
     prepared = _prepared(CAUSAL, tmp_path, 'pst.target_modules=["q_proj", "lm_head"]')
     _, engine = build(prepared)
-    objective, batch = Objective(prepared.run), _batch(prepared)
+    objective, batch = Objective(prepared), _batch(prepared)
     assert "LlamaForCausalLM has a head of class PSTLinear" in objective.why_all_logits(engine.module)
     with torch.no_grad():
         assert torch.equal(objective(engine, batch), engine(**batch).loss)
@@ -295,7 +295,7 @@ def test_a_micro_batch_that_predicts_nothing_costs_nothing_whoever_makes_the_los
         _, engine = build(prepared)
         batch = _batch(prepared)
         batch["labels"] = torch.full_like(batch["labels"], -100)
-        loss = Objective(prepared.run)(engine, batch)
+        loss = Objective(prepared)(engine, batch)
         engine.backward(loss)
         assert loss == 0.0
         gradients = [param.grad for param in engine.module.parameters() if param.grad is not None]

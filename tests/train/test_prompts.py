@@ -17,7 +17,7 @@ from pst_ds.nn.prompt import prompt_of
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import rank, world_size
 from pst_ds.train.prompts import add_prompt
-from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run import prepare, train_prepared
 
 SHARED = ["task=causal-lm", "data.document_mask=false", "deepspeed_config=ds_configs/zero3_cpu.json"]
 NAME = "bert.pst_prompt.pst_P"
@@ -33,7 +33,7 @@ def _run(folder, *more):
 
 def _train(folder, *more):
     prepared = prepare(_run(folder, *more), LaunchEnvironment(rank(), world_size(), rank()))
-    return train_run(prepared, quiet=True)
+    return train_prepared(prepared, quiet=True)
 
 
 def _trained(folder):

@@ -15,7 +15,7 @@ from pst_ds.config.toml import load_run
 from pst_ds.core.updates.gates import is_dropped
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import rank, world_size
-from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run import prepare, train_prepared
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 BUDGET = 2 * 12  # of 2 blocks with 6 matrices each
@@ -30,7 +30,7 @@ def _train(folder, *more, resume=False):
     prepared = prepare(
         load_run("tests/data/world_size.toml", settings), LaunchEnvironment(rank(), world_size(), rank())
     )
-    return train_run(prepared, resume=resume, quiet=True)
+    return train_prepared(prepared, resume=resume, quiet=True)
 
 
 def _values(folder):

@@ -20,7 +20,7 @@ from pst_ds.parallel import stop_signals
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import rank, world_size
 from pst_ds.train import loop as loop_module
-from pst_ds.train.run import StoppedError, prepare, train_run
+from pst_ds.train.run import StoppedError, prepare, train_prepared
 from pst_ds.train.run_folder import require_same_run
 
 STOP_AT, NUM_STEPS = 9, 20
@@ -54,7 +54,7 @@ def _settings(folder, stage, *more):
 def _train(folder, stage, *more, resume=False):
     run = load_run("tests/data/world_size.toml", _settings(folder, stage, *more))
     prepared = prepare(run, LaunchEnvironment(rank(), world_size(), rank()))
-    return train_run(prepared, resume=resume, quiet=True)
+    return train_prepared(prepared, resume=resume, quiet=True)
 
 
 def _stopped(folder, stage, *more, at=STOP_AT, resume=False):
@@ -323,7 +323,7 @@ def test_links_that_a_crash_left_behind_are_mended(tmp_path):
 def test_with_nothing_saved_a_resumed_run_begins(tmp_path, capsys):
     run = load_run("tests/data/world_size.toml", _settings(tmp_path / "run", "local", "train.num_steps=2"))
     prepared = prepare(run, LaunchEnvironment(0, 1, 0))
-    assert train_run(prepared, resume=True)["steps"] == 2
+    assert train_prepared(prepared, resume=True)["steps"] == 2
     assert "nothing was saved in" in capsys.readouterr().err
 
 
@@ -382,7 +382,7 @@ def test_rates_may_be_changed_and_it_is_said(stopped, tmp_path, capsys):
     folder = Path(shutil.copytree(stopped, tmp_path / "run", symlinks=True))
     changed = ("train.update_learning_rate=1e-4", "eval.interval=5", "data.label_names=['bad', 'good']")
     run = load_run("tests/data/world_size.toml", _settings(folder, "local", *changed))
-    train_run(prepare(run, LaunchEnvironment(0, 1, 0)), resume=True)
+    train_prepared(prepare(run, LaunchEnvironment(0, 1, 0)), resume=True)
     said = capsys.readouterr().err
     assert f"going on from {folder}/checkpoints/step-{STOP_AT:08d}, after step {STOP_AT}" in said
     assert "train.update_learning_rate = 0.0001 (was 0.00251984" in said

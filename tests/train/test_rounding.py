@@ -22,7 +22,7 @@ from pst_ds.nn.inject import pst_layers, round_weights
 from pst_ds.nn.layer import exact_inputs
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.evaluate import predict
-from pst_ds.train.run import masked_model, prepare, prepare_single, train_run
+from pst_ds.train.run import masked_model, prepare, prepare_single, train_prepared
 
 STEPS, START, INTERVAL = 12, 6, 4
 INT4 = ('quantization.values="int4"', 'quantization.group="row"')
@@ -51,7 +51,7 @@ def _run(folder, *more):
 
 def _trained(folder, *more):
     run = _run(folder, *more)
-    train_run(prepare(run, launch_environment()), quiet=True)
+    train_prepared(prepare(run, launch_environment()), quiet=True)
     return run
 
 
@@ -152,7 +152,7 @@ def test_without_quantization_a_run_is_as_before(tmp_path):
         [f"output_dir={json.dumps(str(tmp_path / 'plain'))}", "deepspeed_config=", f"train.num_steps={STEPS}",
          "schedule.cooldown_fraction=0.5", "eval.interval=3"],
     )  # fmt: skip
-    train_run(prepare(plain, launch_environment()), quiet=True)
+    train_prepared(prepare(plain, launch_environment()), quiet=True)
     losses = [[line["loss"] for line in _lines(tmp_path / f) if line["event"] == "step"] for f in ("grid", "plain")]
     assert losses[0][:START] == losses[1][:START]
     assert losses[0][START:] != losses[1][START:]
@@ -200,7 +200,7 @@ def test_inputs_are_rounded_from_when_weights_are(tmp_path, capsys):
         assert rounds_inputs
         torch.testing.assert_close(_logits(prepared, model, rounded=True), as_trained, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(_logits(prepared, model, rounded=False), as_trained, rtol=1e-4, atol=1e-4)
-    outcomes = predict(model, prepared.task, prepared.load("validation"), prepared.tokenizer, 8, "cpu")
+    outcomes = predict(model, prepared, prepared.load("validation"))
     metrics = prepared.task.metrics(outcomes, prepared.load("validation"))
     assert metrics == pytest.approx({name: final.state.metrics[name] for name in metrics}, rel=1e-5)
     before = _checkpoint(tmp_path / "inputs", "step-00000003")
@@ -208,7 +208,7 @@ def test_inputs_are_rounded_from_when_weights_are(tmp_path, capsys):
         assert not rounds_inputs
     changed = _run(tmp_path / "inputs")
     with pytest.raises(ConfigError, match=r"quantization.activations = \'\', but the run in .* has \'int8\'"):
-        train_run(prepare(changed, launch_environment()), resume=True, quiet=True)
+        train_prepared(prepare(changed, launch_environment()), resume=True, quiet=True)
     out, against = tmp_path / "out", ["--against", str(tmp_path / "inputs"), "--checkpoint", "final"]
     assert main(["export", str(tmp_path / "inputs"), "--checkpoint", "final", "--out", str(out)]) == 0
     capsys.readouterr()
@@ -230,7 +230,7 @@ def test_another_grid_does_not_go_on(tmp_path):
     _trained(tmp_path)
     changed = _run(tmp_path, 'quantization.values="int8"')
     with pytest.raises(ConfigError, match=r"quantization.values = \'int8\', but the run in .* has \'int4\'"):
-        train_run(prepare(changed, launch_environment()), resume=True, quiet=True)
+        train_prepared(prepare(changed, launch_environment()), resume=True, quiet=True)
 
 
 def test_scales_of_a_checkpoint_that_there_cannot_be_are_not_exported(tmp_path, capsys):

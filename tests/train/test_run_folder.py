@@ -25,7 +25,7 @@ from pst_ds.report.page import page
 from pst_ds.report.run_data import read_runs
 from pst_ds.train import loop as training
 from pst_ds.train import run_folder
-from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run import prepare, train_prepared
 
 
 def _prepared(folder, *overrides):
@@ -39,7 +39,7 @@ def _prepared(folder, *overrides):
 def test_a_run_that_trains_has_no_result_of_an_earlier_one(tmp_path, monkeypatch, how):
     """For a restart, and for a run that is resumed from before its end."""
     prepared = _prepared(tmp_path, "train.num_steps=4", "checkpoint.interval=2")
-    train_run(prepared, quiet=True)
+    train_prepared(prepared, quiet=True)
     if how == "resume":
         shutil.rmtree(tmp_path / "checkpoints" / "step-00000004")
 
@@ -49,23 +49,23 @@ def test_a_run_that_trains_has_no_result_of_an_earlier_one(tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(training.Loop, "steps", killed)
         with pytest.raises(KeyboardInterrupt):
-            train_run(prepared, quiet=True, **{how: True})
+            train_prepared(prepared, quiet=True, **{how: True})
     assert not (tmp_path / "result.json").exists()
 
 
 def test_a_finished_run_that_is_resumed_never_lacks_its_result(tmp_path, monkeypatch):
     prepared = _prepared(tmp_path, "train.num_steps=4")
-    train_run(prepared, quiet=True)
+    train_prepared(prepared, quiet=True)
     monkeypatch.setattr(
         training.Loop, "steps", lambda loop, state: pytest.fail(str((tmp_path / "result.json").exists()))
     )
     with pytest.raises(pytest.fail.Exception, match="True"):
-        train_run(prepared, quiet=True, resume=True)
+        train_prepared(prepared, quiet=True, resume=True)
 
 
 def test_a_metric_that_is_no_number_is_null_in_the_files_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks.Classification, "metrics", lambda self, outcomes, examples: {"accuracy": math.nan})
-    train_run(_prepared(tmp_path, "train.num_steps=2"), quiet=True)
+    train_prepared(_prepared(tmp_path, "train.num_steps=2"), quiet=True)
     result = json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)
     assert result["metrics"] == {"accuracy": None}
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -82,7 +82,7 @@ def test_a_metric_that_is_no_number_is_null_in_the_files_of_a_run(tmp_path, monk
 )
 def test_bf16_on_a_processor_without_it_is_said_once(tmp_path, monkeypatch, capsys, precision, multiplies, said):
     monkeypatch.setattr("pst_ds.train.reporting.multiplies_bf16", lambda: multiplies)
-    train_run(_prepared(tmp_path, "train.num_steps=2", f"train.precision={precision}"))
+    train_prepared(_prepared(tmp_path, "train.num_steps=2", f"train.precision={precision}"))
     shown = "".join(capsys.readouterr())
     assert shown.count('set train.precision = "fp32"') == said
 
@@ -93,7 +93,7 @@ def _tree(folder):
 
 @pytest.mark.parametrize("how", ["new", "resume", "restart"])
 def test_a_second_run_is_refused_and_writes_nothing(tmp_path, locked_elsewhere, how):
-    train_run(_prepared(tmp_path, "train.num_steps=2"), quiet=True)
+    train_prepared(_prepared(tmp_path, "train.num_steps=2"), quiet=True)
     assert not (tmp_path / "run.lock").exists()
     pid = locked_elsewhere(tmp_path / "run.lock")
     before = _tree(tmp_path)
@@ -102,7 +102,7 @@ def test_a_second_run_is_refused_and_writes_nothing(tmp_path, locked_elsewhere, 
     with pytest.raises(
         InputError, match=rf"^output_dir = '{tmp_path}': {owner}, writes there\. Wait until it has ended"
     ):
-        train_run(_prepared(tmp_path, "train.num_steps=4"), quiet=True, **settings)
+        train_prepared(_prepared(tmp_path, "train.num_steps=4"), quiet=True, **settings)
     assert _tree(tmp_path) == before
 
 
@@ -123,7 +123,7 @@ def test_two_runs_that_overlap_leave_the_lines_of_one(tmp_path, capsys):
 
         training.set_rates = waiting
         try:
-            train_run(_prepared(tmp_path / "run", *settings), quiet=True)
+            train_prepared(_prepared(tmp_path / "run", *settings), quiet=True)
             os._exit(0)
         finally:
             os._exit(1)
@@ -143,7 +143,7 @@ def test_two_runs_that_overlap_leave_the_lines_of_one(tmp_path, capsys):
 def _refused(folder):
     run = load_run("tests/data/world_size.toml", [f"output_dir={json.dumps(str(folder))}"])
     with pytest.raises(InputError) as caught:
-        train_run(prepare(run, LaunchEnvironment(rank(), world_size(), rank())), quiet=True)
+        train_prepared(prepare(run, LaunchEnvironment(rank(), world_size(), rank())), quiet=True)
     return str(caught.value)
 
 
@@ -167,10 +167,10 @@ def test_a_run_takes_over_from_one_that_was_killed(tmp_path, locked_elsewhere, m
     with monkeypatch.context() as patch:
         patch.setenv(EXIT_CODES_VARIABLE, str(tmp_path / "codes"))
         patch.setattr(Progress, "say", end_it)
-        train_run(_prepared(tmp_path, "train.num_steps=2"), quiet=True)
+        train_prepared(_prepared(tmp_path, "train.num_steps=2"), quiet=True)
     assert f"waiting for pid {pid} on" in said[0]
     os.kill(locked_elsewhere(tmp_path / "run.lock"), signal.SIGKILL)
-    train_run(_prepared(tmp_path, "train.num_steps=4"), quiet=True, restart=True)
+    train_prepared(_prepared(tmp_path, "train.num_steps=4"), quiet=True, restart=True)
 
 
 def test_without_locks_a_run_warns_once_and_goes_on(tmp_path, monkeypatch, capsys):
@@ -183,11 +183,11 @@ def test_without_locks_a_run_warns_once_and_goes_on(tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     run_folder._warn_of_other_runs.cache_clear()
-    train_run(_prepared(tmp_path, "train.num_steps=2"), quiet=True)
+    train_prepared(_prepared(tmp_path, "train.num_steps=2"), quiet=True)
     assert capsys.readouterr().err.splitlines() == [
         f"WARNING: {tmp_path} is on a file system without file locks. Make sure that no other run writes there"
     ]
-    train_run(_prepared(tmp_path, "train.num_steps=2"), quiet=True, restart=True)
+    train_prepared(_prepared(tmp_path, "train.num_steps=2"), quiet=True, restart=True)
     assert "WARNING" not in capsys.readouterr().err
 
 
@@ -195,5 +195,5 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
     left = [".run.toml.0123abcd.partial", ".metrics.jsonl.0123abcd.partial", ".other.0123abcd.partial"]
     for name in left:
         (tmp_path / name).write_text("half")
-    train_run(_prepared(tmp_path, "train.num_steps=2"), quiet=True)
+    train_prepared(_prepared(tmp_path, "train.num_steps=2"), quiet=True)
     assert [path.name for path in tmp_path.glob(".*")] == left[2:]  # which may be an export at work

@@ -17,7 +17,7 @@ from pst_ds.masks.update import update_masks
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.parallel.ranks import rank
 from pst_ds.train.objective import Objective
-from pst_ds.train.run import build, prepare, train_run
+from pst_ds.train.run import build, prepare, train_prepared
 from pst_ds.train.sequences.shared import part_of_batch, require_shareable, shared_sequences
 
 RUN_FILE = "tests/data/causal_lm.toml"
@@ -34,8 +34,8 @@ def _one_step(folder, degree, *more):
 
     prepared = prepare(_run(folder, degree, *more), launch_environment())
     _, engine = build(prepared)
-    run, examples = prepared.run, prepared.load("train")
-    objective = Objective(run, None, shared_sequences(engine, run, prepared.device))
+    examples = prepared.load("train")
+    objective = Objective(prepared, None, shared_sequences(engine, prepared))
     engine.train()
     masks = update_masks(engine.module, 0.5)
     batch = prepared.task.collate(examples, [0, 1], prepared.tokenizer)
@@ -96,7 +96,7 @@ def _saved_bytes(folder, degree, length):
     """Bytes that autograd keeps for the backward pass of one sequence, parameters apart."""
     prepared = prepare(_run(folder, degree), launch_environment())
     _, engine = build(prepared)
-    objective = Objective(prepared.run, None, shared_sequences(engine, prepared.run, prepared.device))
+    objective = Objective(prepared, None, shared_sequences(engine, prepared))
     engine.train()
     kept = {}
 
@@ -120,7 +120,7 @@ def test_two_ranks_that_share_a_sequence_keep_half_of_its_activations(run_ranks,
 
 
 def _train(folder, degree, *more, resume=False):
-    return train_run(prepare(_run(folder, degree, *more), launch_environment()), quiet=True, resume=resume)
+    return train_prepared(prepare(_run(folder, degree, *more), launch_environment()), quiet=True, resume=resume)
 
 
 def _steps(folder):
@@ -254,7 +254,7 @@ def _refusal(folder):
         part if part is None else part * (1 + 0.1 * rank()) for part in mixes(self, *args, **kwargs)
     )
     with pytest.raises(InputError) as refused:
-        shared_sequences(engine, prepared.run, prepared.device)
+        shared_sequences(engine, prepared)
     return str(refused.value)
 
 

@@ -16,13 +16,13 @@ from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import build_engine, optimizer_bytes
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run import prepare, train_prepared
 
 
 def _train(folder, deepspeed_config):
     settings = [f'output_dir="{folder}"', f'deepspeed_config="{deepspeed_config}"', "train.num_steps=4"]
     run = load_run("tests/data/world_size.toml", settings)
-    return train_run(prepare(run, launch_environment()), quiet=True)
+    return train_prepared(prepare(run, launch_environment()), quiet=True)
 
 
 def _losses(folder):

@@ -15,7 +15,7 @@ from pst_ds.errors import InputError
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import rank, world_size
 from pst_ds.train import loop as loop_module
-from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run import prepare, train_prepared
 
 RUN_FILE = "tests/data/causal_lm.toml"
 STEPS, INTERVAL = 8, 3
@@ -72,7 +72,9 @@ def _train(folder, sources, *, resume=False, kill_at=0, **more):
         patch.setattr(loop_module, "agreed", recorded)
         run = _run(folder, sources, **more)
         try:
-            result = train_run(prepare(run, LaunchEnvironment(rank(), world_size(), rank())), resume=resume, quiet=True)
+            result = train_prepared(
+                prepare(run, LaunchEnvironment(rank(), world_size(), rank())), resume=resume, quiet=True
+            )
         except _Killed:
             return taken, None
     return taken, result["mask_checksum"]

@@ -19,7 +19,7 @@ from pst_ds.config.toml import load_run
 from pst_ds.data.generation import write_texts
 from pst_ds.data.tasks import task_of
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run import prepare, train_prepared
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -182,7 +182,7 @@ def test_from_the_hub_s_files_to_a_verified_export(tmp_path, gpt2, name, verb):
 
 
 def _train(path, *overrides):
-    return train_run(prepare(load_run(path, overrides), launch_environment()), quiet=True)
+    return train_prepared(prepare(load_run(path, overrides), launch_environment()), quiet=True)
 
 
 @pytest.mark.zero3

@@ -17,7 +17,7 @@ from pst_ds.data.preparation.prepare import plan_store, prepare_store
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import rank, world_size
-from pst_ds.train.run import StoppedError, prepare, train_run
+from pst_ds.train.run import StoppedError, prepare, train_prepared
 
 LLAMA = "tests/data/tiny-llama"
 RUN_FILE = "tests/data/causal_lm.toml"
@@ -73,7 +73,9 @@ def _train(folder, sources, *, resume=False, stop_at=0):
         patch.setattr(labelled.GlobalBatches, "micro_batches", micro_batches)
         run = load_run(RUN_FILE, _settings(folder, sources))
         try:
-            result = train_run(prepare(run, LaunchEnvironment(rank(), world_size(), rank())), resume=resume, quiet=True)
+            result = train_prepared(
+                prepare(run, LaunchEnvironment(rank(), world_size(), rank())), resume=resume, quiet=True
+            )
         except StoppedError:
             return batches[:STEPS], None
     return batches[:STEPS], result["mask_checksum"]

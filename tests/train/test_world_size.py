@@ -11,14 +11,14 @@ from pst_ds.checkpoint.format import read_checkpoint
 from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run import prepare, train_prepared
 
 RUN_FILE = "tests/data/world_size.toml"
 
 
 def _train(output_dir, *overrides):
     run = load_run(RUN_FILE, [f"output_dir={output_dir}", *overrides])
-    return train_run(prepare(run, launch_environment()), quiet=True)
+    return train_prepared(prepare(run, launch_environment()), quiet=True)
 
 
 def _steps(folder):

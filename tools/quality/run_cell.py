@@ -168,23 +168,24 @@ def test(run_file: Path, model: Path, tests: dict[str, str]) -> dict[str, dict[s
     from pst_ds.parallel.launch import LaunchEnvironment, device_of
     from pst_ds.train.evaluate import predict
     from pst_ds.train.model import attention_options, load_tokenizer
+    from pst_ds.train.run_context import RunContext
 
     if not tests:
         return {}
-    run, device = load_run(run_file), device_of(LaunchEnvironment(0, 1, 0))
-    task, tokenizer = task_of(run), load_tokenizer(run)
-    labels = task.label_names(run.data)
+    run, launch = load_run(run_file), LaunchEnvironment(0, 1, 0)
+    labels = task_of(run).label_names(run.data)
+    context = RunContext(run, launch, labels, load_tokenizer(run), None, device_of(launch))
+    task = context.task
     dtype = DTYPES[run.train.precision]
     options: dict[str, Any] = {**attention_options(run)}
     if open_model_folder(model).format != DENSE:
         options["quantization_config"] = PackedWeightsConfig(load_as="dense")
-    network = task.model_class().from_pretrained(model, dtype=dtype, **options).to(device).eval()
+    network = task.model_class().from_pretrained(model, dtype=dtype, **options).to(context.device).eval()
     found = {}
     for name, path in tests.items():
         data = load_run(run_file, [f"data.test={json.dumps(path)}"]).data
-        examples = task.load(data, "test", tokenizer, labels)
-        outcomes = predict(network, task, examples, tokenizer, run.eval_batch_size, device)
-        found[name] = task.metrics(outcomes, examples)
+        examples = task.load(data, "test", context.tokenizer, labels)
+        found[name] = task.metrics(predict(network, context, examples), examples)
     return found
 
 

@@ -29,7 +29,7 @@ from pst_ds.nn.model_structure import is_conv1d
 from pst_ds.nn.tables.embedding import pst_embeddings
 from pst_ds.train.evaluate import compare, predict
 from pst_ds.train.model import attention_options
-from pst_ds.train.run import Prepared, masked_model, prepare_single
+from pst_ds.train.run import RunContext, masked_model, prepare_single
 from pst_ds.train.run_folder import open_checkpoint
 from pst_ds.train.sequences.documents import keep_documents_apart
 
@@ -53,41 +53,41 @@ def compare_with_run(args: argparse.Namespace, config: RunConfig) -> dict[str, A
             "codes in a folder of --format dense"
         )
     checkpoint = open_checkpoint(config, args.checkpoint)
-    prepared = prepare_single(config, checkpoint)
-    examples = prepared.load(args.split)
+    context = prepare_single(config, checkpoint)
+    examples = context.load(args.split)
     if args.limit:
         examples = examples.first(args.limit)
-    masked = _aligned(masked_model(prepared, checkpoint))
+    masked = _aligned(masked_model(context, checkpoint))
     with exact_inputs(masked) as rounds_inputs:
-        compared, prepared, examples, plain = _compare_exact(args, prepared, examples, masked, encoding)
+        compared, context, examples, plain = _compare_exact(args, context, examples, masked, encoding)
     if rounds_inputs:
-        differences, metrics = _on_examples(prepared, examples, plain, masked)
+        differences, metrics = _on_examples(context, examples, plain, masked)
         compared["inputs"] = {**differences, "metrics_as_trained": metrics}
     return compared
 
 
 def _compare_exact(
-    args: argparse.Namespace, prepared: Prepared, examples: ExampleSet, masked: nn.Module, encoding: Encoding
-) -> tuple[dict[str, Any], Prepared, ExampleSet, nn.Module]:
+    args: argparse.Namespace, context: RunContext, examples: ExampleSet, masked: nn.Module, encoding: Encoding
+) -> tuple[dict[str, Any], RunContext, ExampleSet, nn.Module]:
     """Return what :func:`compare_with_run` says, what read the examples and these, and the export made dense."""
     trimmed: dict[str, Any] = {}
     if kept := tokens_of_folder(args.export):
-        prepared, examples, trimmed = trimmed_to_export(args, prepared, examples, masked, kept)
-    plain = _aligned(_loaded(prepared, args.export, "" if encoding.is_plain else "dense"))
+        context, examples, trimmed = trimmed_to_export(args, context, examples, masked, kept)
+    plain = _aligned(_loaded(context, args.export, "" if encoding.is_plain else "dense"))
     changed: dict[str, Any] = {}
     dtypes = narrower_dtypes(masked, args.export)
     if dtypes or encoding.is_quantized:
-        differences, metrics = _on_examples(prepared, examples, plain, masked)
+        differences, metrics = _on_examples(context, examples, plain, masked)
         changed = {"rounding": {**differences, "metrics_before": metrics}}
     cast_model(masked, dtypes)
-    rounded = round_model(masked, args.export, prepared.run.model.path) if encoding.is_quantized else {}
+    rounded = round_model(masked, args.export, context.run.model.path) if encoding.is_quantized else {}
     pairs = _weights_of_both(args, masked, plain, rounded)
     largest = LargestLogit(masked)
-    differences, metrics = _on_examples(prepared, examples, largest, plain)
+    differences, metrics = _on_examples(context, examples, largest, plain)
     dtype, inputs = next(plain.parameters()).dtype, max(w.shape[-1] for w, _ in pairs if w.dim())
     compared = {
         "examples": len(examples),
-        "unit": prepared.task.unit,
+        "unit": context.task.unit,
         "compared_weights": len(pairs),
         "differing_weights": sum(not torch.equal(ours, theirs) for ours, theirs in pairs),
         **differences,
@@ -95,11 +95,11 @@ def _compare_exact(
         "metrics": metrics,
         **changed,
         **trimmed,
-        **_compare_texts(prepared, examples, masked, plain),
+        **_compare_texts(context, examples, masked, plain),
     }
     if not encoding.is_plain:
-        compared["kept_sparse"] = _compare_sparse(prepared, examples, masked, plain, args.export)
-    return compared, prepared, examples, plain
+        compared["kept_sparse"] = _compare_sparse(context, examples, masked, plain, args.export)
+    return compared, context, examples, plain
 
 
 def _weights_of_both(
@@ -127,32 +127,31 @@ def _weights_of_both(
 
 
 def trimmed_to_export(
-    args: argparse.Namespace, prepared: Prepared, examples: ExampleSet, masked: nn.Module, kept: list[int]
-) -> tuple[Prepared, ExampleSet, dict[str, Any]]:
+    args: argparse.Namespace, context: RunContext, examples: ExampleSet, masked: nn.Module, kept: list[int]
+) -> tuple[RunContext, ExampleSet, dict[str, Any]]:
     """Trim ``masked`` to the tokens ``kept``; return what reads the examples as the export does, these, and what it
     changes."""
-    batch_size, task = prepared.run.eval_batch_size, prepared.task
-    outcomes = predict(masked, task, examples, prepared.tokenizer, batch_size, prepared.device)
-    after = trim_model(masked, prepared, args.export, kept)
+    outcomes = predict(masked, context, examples)
+    after = trim_model(masked, context, args.export, kept)
     fewer = after.load(args.split)
     if args.limit:
         fewer = fewer.first(args.limit)
-    found = {"tokens": len(kept), **same_tokens(prepared, examples, after, fewer, kept)}
-    found["metrics_before"] = task.metrics(outcomes, examples)
+    found = {"tokens": len(kept), **same_tokens(context, examples, after, fewer, kept)}
+    found["metrics_before"] = context.task.metrics(outcomes, examples)
     return after, fewer, {"vocabulary": found}
 
 
-def _compare_texts(prepared: Prepared, examples: ExampleSet, masked: nn.Module, plain: nn.Module) -> dict[str, Any]:
+def _compare_texts(context: RunContext, examples: ExampleSet, masked: nn.Module, plain: nn.Module) -> dict[str, Any]:
     """Count the differing texts of the two models, and score the export's if the libraries are installed.
 
     A text depends on every logit before it, so texts may differ where the order of sums varies, as on a GPU: they are
     not required to be equal. Returns nothing for tasks that write no text.
     """
-    task = prepared.task
+    task = context.task
     if not isinstance(task, DataToText) or not isinstance(examples, Pairs):
         return {}
     ours, theirs = (
-        task.write(model, examples, prepared.tokenizer, prepared.run.eval_batch_size, prepared.device)
+        task.write(model, examples, context.tokenizer, context.run.eval_batch_size, context.device)
         for model in (masked, plain)
     )
     return {
@@ -163,10 +162,10 @@ def _compare_texts(prepared: Prepared, examples: ExampleSet, masked: nn.Module, 
 
 
 def _compare_sparse(
-    prepared: Prepared, examples: ExampleSet, masked: nn.Module, plain: nn.Module, folder: str
+    context: RunContext, examples: ExampleSet, masked: nn.Module, plain: nn.Module, folder: str
 ) -> dict[str, Any]:
     """Compare the export with its weights kept packed: weights to the bit, logits up to rounding."""
-    sparse = _loaded(prepared, folder, "sparse")
+    sparse = _loaded(context, folder, "sparse")
     layers, differing = sparse_layers(sparse), 0
     for name, layer in layers.items():
         if isinstance(layer, SparseExperts):
@@ -178,7 +177,7 @@ def _compare_sparse(
             weight = module.weight.t() if is_conv1d(module) else module.weight
         differing += not torch.equal(layer.dense_weight().to(weight.device), weight)
     largest = LargestLogit(masked)
-    differences, _ = _on_examples(prepared, examples, largest, sparse)
+    differences, _ = _on_examples(context, examples, largest, sparse)
     dtype = next(plain.parameters()).dtype
     allowed, rule = allowed_difference(dtype, len(layers), max((n.in_features for n in layers.values()), default=1))
     return {
@@ -218,19 +217,19 @@ class LargestLogit:
         return result
 
 
-def _loaded(prepared: Prepared, folder: str, load_as: Literal["", "dense", "sparse"]) -> nn.Module:
+def _loaded(context: RunContext, folder: str, load_as: Literal["", "dense", "sparse"]) -> nn.Module:
     """Load the export with transformers; ``load_as``: "" for a dense folder, else what to do with packed weights."""
-    options: dict[str, object] = {**attention_options(prepared.run)}
+    options: dict[str, object] = {**attention_options(context.run)}
     if load_as:
         from pst_ds.inference.hf.config import PackedWeightsConfig  # a dense export is to load without it
 
         options["quantization_config"] = PackedWeightsConfig(load_as=load_as)
-    dtype = DTYPES[prepared.run.train.precision]
-    model = prepared.task.model_class().from_pretrained(folder, dtype=dtype, **options)
+    dtype = DTYPES[context.run.train.precision]
+    model = context.task.model_class().from_pretrained(folder, dtype=dtype, **options)
     model.config.use_cache = False  # with a cache transformers takes positions for those of one text
     keep_documents_apart(model)
     attach_saved_prompt(model, Path(folder))
-    return model.to(prepared.device).eval()
+    return model.to(context.device).eval()
 
 
 def _aligned(model: nn.Module) -> nn.Module:
@@ -242,8 +241,7 @@ def _aligned(model: nn.Module) -> nn.Module:
 
 
 def _on_examples(
-    prepared: Prepared, examples: ExampleSet, one: Callable[..., object], other: Callable[..., object]
+    context: RunContext, examples: ExampleSet, one: Callable[..., object], other: Callable[..., object]
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Return how far the logits of two models differ, and the metrics of ``other``."""
-    batch_size = prepared.run.eval_batch_size
-    return compare(one, other, prepared.task, examples, prepared.tokenizer, batch_size, prepared.device)
+    return compare(one, other, context, examples)

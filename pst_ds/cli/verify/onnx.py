@@ -64,12 +64,11 @@ def compare_onnx_with_run(args: argparse.Namespace, config: RunConfig) -> dict[s
         if not layer.rounds:
             settle(layer, layer.masked_weight())
     largest = LargestLogit(nn.Module.float(masked))
-    batch_size = prepared.run.eval_batch_size
-    how = (prepared.task, examples, prepared.tokenizer, batch_size, prepared.device)
     with exact_inputs(masked):
-        differences, metrics = compare(largest, model, *how)
+        differences, metrics = compare(largest, model, prepared, examples)
     if model.activation_bits == 8:
-        rounded, metrics = compare(largest, _OnnxModel(Path(args.export) / ONNX_FILE, exact=False), *how)
+        quantised = _OnnxModel(Path(args.export) / ONNX_FILE, exact=False)
+        rounded, metrics = compare(largest, quantised, prepared, examples)
         differences |= {
             "differing_predictions": rounded["differing_predictions"],
             "max_logit_difference_in_8_bits": rounded["max_logit_difference"],

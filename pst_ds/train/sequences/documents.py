@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from pst_ds.config.run import ConfigError, RunConfig
-from pst_ds.data.tasks import ExampleSet, task_of
+from pst_ds.config.run import ConfigError
+from pst_ds.data.tasks import ExampleSet
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import raise_on_all_ranks
+from pst_ds.train.run_context import RunContext
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
@@ -120,14 +121,17 @@ def _in_rows(values: Tensor, shape: torch.Size) -> Tensor:
     return values.reshape(*shape, *values.shape[2:])
 
 
-def require_documents_apart(engine: Engine, run: RunConfig, examples: ExampleSet, device: str) -> str:
-    """Return a warning if the model sees a document before the one that it reads, "" if not. Collective. Raises
-    ConfigError, on every rank, where ``data.document_mask = true`` asks for documents that are kept apart."""
+def require_documents_apart(engine: Engine, context: RunContext, examples: ExampleSet) -> str:
+    """Return a warning if tokens attend to earlier documents in their sequence, "" if not. Collective.
+
+    Raises ConfigError, on every rank, if ``data.document_mask = true`` rules that out.
+    """
+    run = context.run
     if not getattr(examples, "several_documents", False):
         return ""
-    drawn, (some,) = raise_on_all_ranks(lambda: task_of(run).sample(examples, 1, run.seed))
+    drawn, (some,) = raise_on_all_ranks(lambda: context.task.sample(examples, 1, run.seed))
     ids = drawn[some][: 2 * _TOKENS].astype("int64")  # type: ignore[index]
-    leaks = reads_on(engine, torch.as_tensor(ids, device=device))
+    leaks = reads_on(engine, torch.as_tensor(ids, device=context.device))
     kind: str = getattr(getattr(engine.module, "config", None), "model_type", "model")
     found = f"model.path = {run.model.path!r} ({kind}) lets tokens see the documents before their own"
 

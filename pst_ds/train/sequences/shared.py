@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pst_ds.config.run import ConfigError, RunConfig
-from pst_ds.data.tasks import task_of
 from pst_ds.data.tasks.task import IGNORED
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import raise_on_all_ranks
 from pst_ds.parallel.sequence import SequenceParallel
+from pst_ds.train.run_context import RunContext
 from pst_ds.train.sequences.documents import LEAST_LEAK
 from pst_ds.train.token_heads import following, why_all_logits
 
@@ -83,17 +83,19 @@ def part_of_batch(
     return own, positions, shared.part(targets), (targets != IGNORED).sum().clamp_min(1)
 
 
-def shared_sequences(engine: Engine, run: RunConfig, device: str) -> SequenceParallel | None:
-    """Return the ranks that share sequences with this one; None for a run that does not share any. Collective. Raises
-    ConfigError, on every rank, for a model that cannot be trained so."""
-    degree = run.train.sequence_parallel
+def shared_sequences(engine: Engine, context: RunContext) -> SequenceParallel | None:
+    """Return the ranks that share sequences with this one; None for a run without ``train.sequence_parallel``.
+
+    Collective. Raises ConfigError, on every rank, for a model whose sequences cannot be shared.
+    """
+    degree = context.run.train.sequence_parallel
     if degree == 1:
         return None
     model: Any = engine.module
-    if reason := why_all_logits(model, task_of(run)):
+    if reason := why_all_logits(model, context.task):
         raise ConfigError(f"train.sequence_parallel = {degree} needs a head that is known, but {reason}; set it to 1")
     shared = SequenceParallel(degree, model.config._attn_implementation)
-    require_same_when_shared(engine, run, shared, device)
+    require_same_when_shared(engine, context.run, shared, context.device)
     return shared
 
 

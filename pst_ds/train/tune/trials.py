@@ -23,12 +23,14 @@ from pst_ds.file_names import CHECKPOINTS, RESULT_FILE, RUN_FILE, TRIALS, TUNE_F
 from pst_ds.json_text import json_of
 from pst_ds.parallel.engine import Engine, release
 from pst_ds.parallel.ranks import all_gather_objects, is_main, raise_on_all_ranks
+from pst_ds.parallel.stop_signals import StoppedError
 from pst_ds.progress import Progress
 from pst_ds.train import run_folder
 from pst_ds.train.divergence import DivergedError
 from pst_ds.train.evaluate import predict
 from pst_ds.train.one_shot.start import start_run
-from pst_ds.train.run import Prepared, Splits, StoppedError, load_splits, train_run
+from pst_ds.train.run import Splits, load_splits, train_prepared
+from pst_ds.train.run_context import RunContext
 from pst_ds.train.tune.halving import RATES, Candidate, Outcome, Rung, candidates, chosen, promoted, rungs
 
 Record = dict[str, Any]
@@ -38,22 +40,22 @@ _DRAWS = 100
 
 
 @run_folder.without_other_runs
-def search(prepared: Prepared, share: float, *, restart: bool = False) -> list[Record]:
+def search(context: RunContext, share: float, *, restart: bool = False) -> list[Record]:
     """Run the trials that the folder does not have yet; return all its lines, the last of which says what was chosen.
 
     Collective. ``restart`` sets the trials of an earlier search aside. Raises InputError, and StoppedError after a
     signal.
     """
-    splits = load_splits(prepared)
-    num_steps = prepared.run.num_steps(len(splits[0]))
-    run = prepared.with_rates(prepared.run, splits[0])
-    prepared, folder = replace(prepared, run=run), Path(run.output_dir)
-    has_head = not run.mask_method.trains_everything and (prepared.task.new_head or bool(run.pst.modules_to_save))
+    splits = load_splits(context)
+    num_steps = context.run.num_steps(len(splits[0]))
+    context = context.with_rates(splits[0])
+    run, folder = context.run, Path(context.run.output_dir)
+    has_head = not run.mask_method.trains_everything and (context.task.new_head or bool(run.pst.modules_to_save))
     tried = candidates(has_head=has_head)
     plan = rungs(num_steps, share, len(tried))
     head: Record = {
         "event": "search", "num_steps": num_steps, "share": share, "rungs": [asdict(rung) for rung in plan],
-        "metric": run.metric, "lower_is_better": prepared.task.lower_is_better,
+        "metric": run.metric, "lower_is_better": context.task.lower_is_better,
         "data_digest": splits[0].digest, "run": run_folder.as_table(run),
     }  # fmt: skip
     lines = raise_on_all_ranks(partial(_lines_to_go_on_from, folder, json.loads(json_of(head)), restart))
@@ -63,7 +65,7 @@ def search(prepared: Prepared, share: float, *, restart: bool = False) -> list[R
             _write_lines(folder, lines)
         _write_run_file(folder, run)
         # one start for all trials, and for the run itself
-        begun = replace(prepared, run=start_run(run, splits[0], is_new=False, quiet=False))
+        begun = replace(context, run=start_run(run, splits[0], is_new=False, quiet=False))
         with Progress("tune", sum(rung.trials * rung.steps for rung in plan), "steps") as progress:
             best = _run_trials(begun, splits, plan, tried, lines, progress)
         rates: dict[str, Any] = dict(best.rates(run.train))
@@ -73,7 +75,7 @@ def search(prepared: Prepared, share: float, *, restart: bool = False) -> list[R
 
 
 def _run_trials(
-    prepared: Prepared,
+    context: RunContext,
     splits: Splits,
     plan: list[Rung],
     tried: tuple[Candidate, ...],
@@ -82,7 +84,7 @@ def _run_trials(
 ) -> Candidate:
     """Run what ``lines`` lack, and add it to them and to the file; return what is chosen. What comes next follows from
     the lines alone."""
-    folder, lower, outcomes = Path(prepared.run.output_dir), prepared.task.lower_is_better, list[Outcome]()
+    folder, lower, outcomes = Path(context.run.output_dir), context.task.lower_is_better, list[Outcome]()
     for i, rung in enumerate(plan):
         names = list(range(rung.trials)) if i == 0 else promoted(outcomes, rung.trials, lower_is_better=lower)
         outcomes = []
@@ -90,12 +92,12 @@ def _run_trials(
             line = next((of for of in lines if of["event"] == "trial" and (of["rung"], of["trial"]) == (i, name)), None)
             if line is None:
                 line = {"event": "trial", "rung": i, "trial": name, **asdict(tried[name])}
-                line |= _run_trial(prepared, splits, tried[name], rung.steps, lines[0]["num_steps"], f"{i}-{name}")
+                line |= _run_trial(context, splits, tried[name], rung.steps, lines[0]["num_steps"], f"{i}-{name}")
                 line = _add(folder, lines, line)
             if is_main():
                 shutil.rmtree(folder / TRIALS / f"{i}-{name}" / CHECKPOINTS, ignore_errors=True)
             outcomes.append(Outcome(name, math.nan if line["value"] is None else line["value"], line[STANDARD_ERROR]))
-            progress.add(rung.steps, f"{tried[name]}: {prepared.run.metric} {outcomes[-1].value:.4g}")
+            progress.add(rung.steps, f"{tried[name]}: {context.run.metric} {outcomes[-1].value:.4g}")
     return tried[chosen(outcomes, lower_is_better=lower)]
 
 
@@ -159,20 +161,22 @@ def trial_run(run: RunConfig, candidate: Candidate, steps: int, num_steps: int, 
 
 
 def _run_trial(
-    prepared: Prepared, splits: Splits, candidate: Candidate, steps: int, num_steps: int, name: str
+    context: RunContext, splits: Splits, candidate: Candidate, steps: int, num_steps: int, name: str
 ) -> Record:
     """Run one trial, or go on with it where it was stopped. Collective."""
-    run = trial_run(prepared.run, candidate, steps, num_steps, Path(prepared.run.output_dir) / TRIALS / name)
+    run = trial_run(context.run, candidate, steps, num_steps, Path(context.run.output_dir) / TRIALS / name)
     line: Record = {"steps": steps, **{rate: getattr(run.train, rate) for rate in RATES}}
     failed: Record = {"value": None, STANDARD_ERROR: 0.0}
     used: list[Engine] = []
 
-    def evaluation(engine: Engine, examples: ExampleSet, prepared: Prepared) -> dict[str, float]:
+    def evaluation(engine: Engine, examples: ExampleSet, context: RunContext) -> dict[str, float]:
         used[:] = [engine]
-        return evaluate_with_error(engine, examples, prepared)
+        return evaluate_with_error(engine, examples, context)
 
     try:
-        result = train_run(replace(prepared, run=run), resume=True, quiet=True, splits=splits, evaluation=evaluation)
+        result = train_prepared(
+            replace(context, run=run), resume=True, quiet=True, splits=splits, evaluation=evaluation
+        )
     except DivergedError:
         return line | failed
     except StoppedError as error:
@@ -190,11 +194,11 @@ def _run_trial(
     return line | measured | {"seconds": result["seconds"]}
 
 
-def evaluate_with_error(engine: Engine, examples: ExampleSet, prepared: Prepared) -> dict[str, float]:
+def evaluate_with_error(engine: Engine, examples: ExampleSet, context: RunContext) -> dict[str, float]:
     """Compute the metrics, and the standard error of that which the run is judged by. Collective."""
     engine.eval()
-    task, run = prepared.task, prepared.run
-    outcomes = predict(engine, task, examples, prepared.tokenizer, run.eval_batch_size, prepared.device)
+    task, run = context.task, context.run
+    outcomes = predict(engine, context, examples)
     metrics = task.metrics(outcomes, examples)
     return {**metrics, STANDARD_ERROR: standard_error(task, outcomes, examples, run.metric)}
 

@@ -13,7 +13,7 @@ from pst_ds.parallel.ranks import raise_on_all_ranks
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.progress import Progress
 from pst_ds.train.evaluate import predict
-from pst_ds.train.run import Prepared
+from pst_ds.train.run_context import RunContext
 from pst_ds.train.users.personal import PersonalModel
 from pst_ds.train.users.store import UserStore
 
@@ -43,7 +43,7 @@ class UserScores:
 
 def evaluate_users(
     model: PersonalModel,
-    prepared: Prepared,
+    context: RunContext,
     store: UserStore,
     rows: RowsByUser,
     users: Sequence[str],
@@ -58,14 +58,14 @@ def evaluate_users(
         for user in users:
             heartbeat("the evaluation of users")
             examples = raise_on_all_ranks(lambda user=user: rows.load(
-                prepared.task, user, prepared.tokenizer, prepared.labels
+                context.task, user, context.tokenizer, context.labels
             ))  # type: ignore[misc]  # fmt: skip
             begin = names.index(user) + 1
             followers = [*names[begin:], *names[: begin - 1]][:others]
             found = []
             for state in (None, user, *followers):
                 model.activate(None if state is None else store.state(state))
-                found.append(_score(model, prepared, examples, metric))
+                found.append(_score(model, context, examples, metric))
             shared, own, *of_others = found
             scores.append(UserScores(user, len(examples), shared, own, tuple(of_others)))
             progress.add(1)
@@ -73,9 +73,9 @@ def evaluate_users(
     return scores
 
 
-def metric_of(prepared: Prepared) -> str:
+def metric_of(context: RunContext) -> str:
     """Return what users are compared by: the run's metric, or the loss of a language model."""
-    return "loss" if prepared.task.lower_is_better else prepared.run.metric
+    return "loss" if context.task.lower_is_better else context.run.metric
 
 
 def summary(scores: Sequence[UserScores], *, lower_is_better: bool) -> dict[str, Any]:
@@ -93,14 +93,12 @@ def summary(scores: Sequence[UserScores], *, lower_is_better: bool) -> dict[str,
     return facts
 
 
-def _score(model: PersonalModel, prepared: Prepared, examples: Any, metric: str) -> float:
+def _score(model: PersonalModel, context: RunContext, examples: Any, metric: str) -> float:
     model.engine.eval()
-    outcomes = predict(
-        model.engine, prepared.task, examples, prepared.tokenizer, prepared.run.eval_batch_size, prepared.device
-    )
+    outcomes = predict(model.engine, context, examples)
     with warnings.catch_warnings():  # scores that need two classes, of a user whose rows have one
         warnings.simplefilter("ignore")
-        return float(prepared.task.metrics(outcomes, examples)[metric])
+        return float(context.task.metrics(outcomes, examples)[metric])
 
 
 def _mean(values: Sequence[float]) -> float:

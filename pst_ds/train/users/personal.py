@@ -24,7 +24,7 @@ from pst_ds.parallel import optimizer_state, zero3
 from pst_ds.parallel.ds_config import zero_stage
 from pst_ds.parallel.engine import build_engine
 from pst_ds.train.model import build_model
-from pst_ds.train.run import Prepared
+from pst_ds.train.run_context import RunContext
 from pst_ds.train.users.store import Common, Form, State, UserStoreError
 
 UPDATES = ("pst_U", "pst_V", LEFT, RIGHT)
@@ -60,17 +60,17 @@ class PersonalModel:
         InputError: The run has no parameters that can be personal, or its masks are not final.
     """
 
-    def __init__(self, prepared: Prepared, checkpoint: Checkpoint, part: PersonalPart):
-        run, ds_config = prepared.run, prepared.ds_config
+    def __init__(self, context: RunContext, checkpoint: Checkpoint, part: PersonalPart):
+        run, ds_config = context.run, context.ds_config
         _require_finished(run, checkpoint)
         zero3_config = ds_config if zero_stage(ds_config) == 3 else None
-        built = build_model(run, prepared.labels, prepared.tokenizer, zero3_config=zero3_config)
+        built = build_model(run, context.labels, context.tokenizer, zero3_config=zero3_config)
         module, self._keep_alive = built.module, built.keep_alive
         load_into(module, checkpoint)
         freeze_scores(module)
         self.personal = _make_personal(module, run, part)
         if ds_config is None:
-            module.to(prepared.device)
+            module.to(context.device)
         groups, clipping = _groups(self.personal, run), run.train.gradient_clipping
         self.engine = build_engine(module, groups, ds_config=ds_config, gradient_clipping=clipping)
         self._named = list(self.personal.items())

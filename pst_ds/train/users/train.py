@@ -15,12 +15,15 @@ from pst_ds.core.schedule import Schedules
 from pst_ds.data.by_user import RowsByUser, read_by_user
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.ranks import of_main, raise_on_all_ranks, world_size
+from pst_ds.parallel.stop_signals import StoppedError
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.progress import Progress
-from pst_ds.train.loop import DivergedError, Loop, LoopState
+from pst_ds.train.divergence import DivergedError
+from pst_ds.train.loop import Loop
 from pst_ds.train.monitor.metrics import MetricsWriter
 from pst_ds.train.objective import Objective
-from pst_ds.train.run import Prepared, StoppedError
+from pst_ds.train.run_context import RunContext
+from pst_ds.train.run_progress import LoopState
 from pst_ds.train.users.personal import PersonalModel, PersonalPart
 from pst_ds.train.users.store import State, UserStore, require_name
 
@@ -160,7 +163,7 @@ def with_rates_of_users(run: RunConfig, how: UserTraining, *, width: int, steps:
 
 
 def train_users(
-    prepared: Prepared,
+    context: RunContext,
     checkpoint: Checkpoint,
     folder: Path,
     column: str,
@@ -173,15 +176,15 @@ def train_users(
 ) -> TrainedUsers:
     """Train the users of a ``column`` of the training rows into the store ``folder``. Collective.
 
-    ``prepared`` is of the run that :func:`run_of_users` returns for ``how``. Users that the store has are skipped
+    ``context`` is of the run that :func:`run_of_users` returns for ``how``. Users that the store has are skipped
     unless ``again``. Each state is stored before the next user starts, so an interrupted training resumes. Raises
     InputError, and StoppedError after a signal.
     """
-    rows = raise_on_all_ranks(lambda: read_by_user(prepared.run.data, "train", column))
+    rows = raise_on_all_ranks(lambda: read_by_user(context.run.data, "train", column))
     chosen, few = raise_on_all_ranks(lambda: choice.of(rows))
-    steps = _usual_steps(prepared.run, rows, chosen)
-    prepared = replace(prepared, run=with_rates_of_users(prepared.run, how, width=prepared.width, steps=steps))
-    model = PersonalModel(prepared, checkpoint, part)
+    steps = _usual_steps(context.run, rows, chosen)
+    context = replace(context, run=with_rates_of_users(context.run, how, width=context.width, steps=steps))
+    model = PersonalModel(context, checkpoint, part)
     of_main(lambda: UserStore.create(folder, model.common).names)
     store = raise_on_all_ranks(lambda: UserStore.open(folder))
     waiting = [name for name in chosen if again or name not in store]
@@ -192,7 +195,7 @@ def train_users(
         for name in waiting:
             heartbeat("the training of a user")
             try:
-                done = _train_user(model, prepared, rows, name)
+                done = _train_user(model, context, rows, name)
             except DivergedError as error:
                 diverged.append(name)
                 progress.say(f"{name}: {error}")
@@ -216,22 +219,21 @@ def train_users(
     )
 
 
-def _train_user(model: PersonalModel, prepared: Prepared, rows: RowsByUser, name: str) -> _Trained:
+def _train_user(model: PersonalModel, context: RunContext, rows: RowsByUser, name: str) -> _Trained:
     """Train one user from the shared state; the result does not depend on users trained before.
 
     Collective. Raises ConfigError and DivergedError.
     """
-    examples = raise_on_all_ranks(lambda: rows.load(prepared.task, name, prepared.tokenizer, prepared.labels))
+    examples = raise_on_all_ranks(lambda: rows.load(context.task, name, context.tokenizer, context.labels))
     model.activate(None)
-    run = _with_batches_for(prepared.run, len(examples), name)
-    num_steps = run.num_steps(len(examples))
-    metrics = _Losses(Path(run.output_dir), num_steps=num_steps, is_main=False, quiet=True)
-    given = (examples, prepared.tokenizer, num_steps, prepared.device, metrics, Objective(run))
-    end = LoopState()
-    for reached in Loop(run, model.engine, Schedules(), *given).steps(end):
-        if reached.stopped_by:
+    run = _with_batches_for(context.run, len(examples), name)
+    context = replace(context, run=run)
+    metrics = _Losses(Path(run.output_dir), num_steps=run.num_steps(len(examples)), is_main=False, quiet=True)
+    state = LoopState()  # changed in place
+    for _ in Loop(context, model.engine, examples, Schedules(), metrics, Objective(context)).steps(state):
+        if state.stopped_by:
             break
-    return _Trained(model.state(), len(examples), end.step, metrics.last, end.stopped_by)
+    return _Trained(model.state(), len(examples), state.step, metrics.last, state.stopped_by)
 
 
 def _with_batches_for(run: RunConfig, count: int, name: str) -> RunConfig:

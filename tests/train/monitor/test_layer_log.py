@@ -17,7 +17,7 @@ from pst_ds.config.toml import load_run
 from pst_ds.data import labelled as data
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.train.monitor.metrics import MetricsWriter
-from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run import prepare, train_prepared
 
 LAYER_SCALARS = {"sparsity", "flip_rate", "correlation", "score_norm", "relative_update_norm"}
 SCALARS = {
@@ -30,7 +30,7 @@ SCALARS = {
 def _train(folder, *more, resume=False):
     settings = ["deepspeed_config=", f"output_dir={json.dumps(str(folder))}", "checkpoint.interval=4", *more]
     prepared = prepare(load_run("tests/data/world_size.toml", settings), LaunchEnvironment(0, 1, 0))
-    return train_run(prepared, resume=resume, quiet=True)
+    return train_prepared(prepared, resume=resume, quiet=True)
 
 
 def _lines(folder, name="layers.jsonl"):

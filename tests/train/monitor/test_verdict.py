@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import linregress
 
-from pst_ds.train.monitor.verdict import Losses, judge, noise, sentence, trend
+from pst_ds.train.fit_verdict import Losses, judge, noise, sentence, trend
 
 STEPS, CONSTANT = 400, math.log(2)
 EVALUATIONS = range(40, STEPS + 1, 40)

@@ -12,7 +12,7 @@ from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.one_shot.start import remark_on_shares
-from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run import prepare, train_prepared
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -66,7 +66,7 @@ def test_global_begins_with_zeros_that_matrices_have_unequal_shares_of(tmp_path,
     schedule = {f"schedule.{name}_sparsity": zeros for name in ("initial", "final")}
     schedule |= {"schedule.warmup_fraction": 0.0, "schedule.cooldown_fraction": 0.0}
     more = {"pst.frozen_magnitude": True, "train.num_steps": 1, "output_dir": str(tmp_path / "run")}
-    train_run(prepare(_run(start, pattern, **schedule, **more), launch_environment()), quiet=True)
+    train_prepared(prepare(_run(start, pattern, **schedule, **more), launch_environment()), quiet=True)
     assert main(["export", str(tmp_path / "run"), "--format", "dense", "--out", str(out)]) == 0
     exported = load_file(out / "model.safetensors")
     moved = sum(int(((weights[n] == 0) != (exported[f"bert.{n}"] == 0)).sum()) for n in pruned)

@@ -20,7 +20,7 @@ from pst_ds.parallel import stop_signals
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import rank, world_size
 from pst_ds.progress import heard_by
-from pst_ds.train.run import StoppedError, prepare, train_run
+from pst_ds.train.run import StoppedError, prepare, train_prepared
 
 RUN_FILE = "tests/data/world_size.toml"
 SETTINGS = ("train.num_steps=4", "schedule.initial_sparsity=0.5", "deepspeed_config=", "eval.interval=0")
@@ -33,7 +33,7 @@ def _run(folder, *more):
 
 def _train(folder, *more, **how):
     prepared = prepare(_run(folder, *more), LaunchEnvironment(rank(), world_size(), rank()))
-    return train_run(prepared, quiet=True, **how)
+    return train_prepared(prepared, quiet=True, **how)
 
 
 def _trained(folder):
@@ -81,7 +81,7 @@ def test_a_language_model_begins_with_shares_by_saliency(tmp_path, alone, share,
         "tests/data/causal_lm.toml", ["deepspeed_config=", f"output_dir={json.dumps(str(tmp_path))}", *begun, *shares]
     )
     prepared = prepare(run, LaunchEnvironment(rank(), world_size(), rank()))
-    train_run(prepared, quiet=True)
+    train_prepared(prepared, quiet=True)
     record = json.loads((tmp_path / "start" / "pruning.json").read_text())
     assert (record["budgets"], record["pattern"]) == ("saliency", pattern)
     in_rows = [

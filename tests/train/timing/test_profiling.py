@@ -10,12 +10,12 @@ import pytest
 from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
 from pst_ds.parallel.launch import LaunchEnvironment
-from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run import prepare, train_prepared
 
 
 def _names(folder, *more):
     settings = ["deepspeed_config=", f"output_dir={json.dumps(str(folder))}", "train.num_steps=4", *more]
-    train_run(prepare(load_run("tests/data/world_size.toml", settings), LaunchEnvironment(0, 1, 0)), quiet=True)
+    train_prepared(prepare(load_run("tests/data/world_size.toml", settings), LaunchEnvironment(0, 1, 0)), quiet=True)
     made = folder / "profile"
     return sorted(path.name for path in made.iterdir()) if made.is_dir() else []
 

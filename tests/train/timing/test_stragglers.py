@@ -17,7 +17,7 @@ from pst_ds.parallel.launch import launch_environment
 from pst_ds.parallel.ranks import rank
 from pst_ds.train import loop as loop_module
 from pst_ds.train import run as run_module
-from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run import prepare, train_prepared
 from pst_ds.train.timing.stragglers import LEAST_SLOW, WINDOW, Pace
 
 HOSTS = [f"host{i}" for i in range(5)]
@@ -126,7 +126,7 @@ def _with_slow_rank(folder):
         patch.setattr(loop_module, "set_rates", before_step)
         for module in (ranks, zero3):
             patch.setattr(module, "dist", _Counted(calls))
-        train_run(prepare(load_run("tests/data/world_size.toml", settings), launch_environment()), quiet=True)
+        train_prepared(prepare(load_run("tests/data/world_size.toml", settings), launch_environment()), quiet=True)
     return [after - before for before, after in itertools.pairwise(in_steps[2:])]
 
 

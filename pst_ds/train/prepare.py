@@ -1,0 +1,144 @@
+"""Read and check a run before its model is built, so that mistakes are reported within seconds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from pst_ds.checkpoint.format import Checkpoint
+from pst_ds.config.run import ConfigError, RunConfig
+from pst_ds.data.tasks import task_of
+from pst_ds.errors import InputError
+from pst_ds.json_text import JsonObject
+from pst_ds.masks.layer_stats import chosen_layers
+from pst_ds.nn.experts import leaf_class
+from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.model_structure import model_width
+from pst_ds.parallel.ds_config import (
+    RunNumbers,
+    load_deepspeed_config,
+    require_deepspeed,
+    resolve_deepspeed_config,
+    zero_stage,
+)
+from pst_ds.parallel.launch import LaunchEnvironment, device_of, init_distributed
+from pst_ds.parallel.ranks import raise_on_all_ranks
+from pst_ds.train.model import load_tokenizer, meta_model, num_trainable, require_precision
+from pst_ds.train.objective import require_teacher
+from pst_ds.train.run_context import RunContext
+from pst_ds.train.sequences.shared import require_shareable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_AFTER_STALL_SECONDS = 60.0
+"""By how much collectives outlast the watchdog's patience, so that the watchdog reports which rank hangs."""
+
+
+def prepare(
+    run: RunConfig, launch: LaunchEnvironment, *, run_file: str = "the run file", labels: list[str] | None = None
+) -> RunContext:
+    """Read and check everything that takes little time, and join the process group. Collective.
+
+    Args:
+        run_file: Name of the run file, for messages.
+        labels: Names of the classes of a trained run; None to read them from the data.
+
+    Raises InputError, on every rank.
+    """
+    run.micro_batch_size(launch.world_size)
+    if not run.deepspeed_config and launch.world_size > 1:
+        raise ConfigError(
+            f"{launch.world_size} ranks, but deepspeed_config is not set. Set deepspeed_config = "
+            '"ds_configs/zero3_cpu.json" (or zero3.json on GPUs), or start one process.'
+        )
+    checked: RunContext | InputError
+    try:
+        checked = _checked(run, launch, run_file, labels)
+    except InputError as error:
+        if launch.world_size == 1 or find_spec("deepspeed") is None:
+            raise
+        checked = error  # possibly on this rank only: the process group has to exist to tell the others
+    if run.deepspeed_config:
+        timeout = run.train.stall_timeout_seconds
+        init_distributed(launch, timeout_seconds=timeout + _AFTER_STALL_SECONDS if timeout else 0.0)
+    return raise_on_all_ranks(partial(_raise_or_return, checked))
+
+
+def _raise_or_return(checked: RunContext | InputError) -> RunContext:
+    if isinstance(checked, InputError):
+        raise checked
+    return checked
+
+
+def _checked(run: RunConfig, launch: LaunchEnvironment, run_file: str, labels: list[str] | None) -> RunContext:
+    if run.deepspeed_config:
+        require_deepspeed()
+    run.tracking.require_installed()
+    raw = load_deepspeed_config(run.deepspeed_config) if run.deepspeed_config else None
+    labels = labels or task_of(run).label_names(run.data)
+    context = RunContext(run, launch, labels, load_tokenizer(run), None, device_of(launch))
+    ranks, stage = launch.world_size, zero_stage(raw)
+    shapes = checked_shapes(run, labels, context.tokenizer, ranks=ranks, num_shards=ranks, stage=stage)
+    resolved = resolved_deepspeed_config(run, raw, shapes, ranks=ranks, run_file=run_file)
+    return replace(context, ds_config=resolved, width=model_width(shapes))
+
+
+def checked_shapes(
+    run: RunConfig,
+    labels: list[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    ranks: int,
+    num_shards: int,
+    stage: int,
+    reads_teacher: bool = True,
+) -> nn.Module:
+    """Build the run's model on the meta device and check that it can be trained. Raises InputError.
+
+    Args:
+        tokenizer: None to skip what depends on it.
+        num_shards: Ranks that each parameter is split over.
+        stage: ZeRO stage; 0 without DeepSpeed.
+        reads_teacher: Whether to check a teacher, whose folder must then exist.
+    """
+    shapes = meta_model(run, labels, tokenizer, num_shards=num_shards)
+    require_precision(run, shapes)
+    if reads_teacher:
+        require_teacher(run, shapes)
+    require_shareable(run, shapes.config, stage, run.micro_batch_size(ranks))
+    chosen_layers(list(pst_layers(shapes)), run.pictures.layers)  # rejects layers that do not exist
+    return shapes
+
+
+def resolved_deepspeed_config(
+    run: RunConfig, raw: JsonObject | None, shapes: nn.Module, *, ranks: int, run_file: str = "the run file"
+) -> JsonObject | None:
+    """Fill in the DeepSpeed settings ``raw`` for the run and the ``shapes`` of its model; None stays None.
+
+    Raises InputError for settings that contradict the run file.
+    """
+    if raw is None:
+        return None
+    micro_batch, accumulation = run.micro_batch_size(ranks), run.train.gradient_accumulation_steps
+    numbers = RunNumbers(
+        # DeepSpeed knows neither parts of unequal size nor shared sequences
+        micro_batch * accumulation * ranks,
+        micro_batch,
+        accumulation,
+        run.train.gradient_clipping,
+        run.train.precision == "bf16",
+        num_trainable(shapes),
+        leaf_class=leaf_class(shapes),
+    )
+    return resolve_deepspeed_config(raw, numbers, source=run.deepspeed_config, run_file=run_file)
+
+
+def prepare_single(run: RunConfig, checkpoint: Checkpoint) -> RunContext:
+    """Prepare to read a checkpoint on one process without DeepSpeed, regardless of what the run trained on."""
+    launch = LaunchEnvironment(0, 1, 0)
+    return RunContext(run, launch, checkpoint.state.labels, load_tokenizer(run), None, device_of(launch))
