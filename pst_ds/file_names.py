@@ -1,4 +1,7 @@
-"""Names in a run folder and in an export. Imports nothing, so that a reader needs no torch."""
+"""Names in a run folder and in an export. Imports only the standard library, so that a reader needs no torch."""
+
+import re
+from pathlib import Path
 
 RUN_FILE, RESULT_FILE, DEEPSPEED_FILE = "run.toml", "result.json", "deepspeed.json"
 RUN_LOCK = "run.lock"
@@ -18,3 +21,19 @@ TUNE_FILE, TRIALS = "tune.jsonl", "tune"
 """What ``pst-ds tune`` writes: a line for each trial, and a folder of their own run folders."""
 LATEST, BEST, FINAL = "latest", "best", "final"
 """Links among the checkpoints."""
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+"""Names of finished checkpoints."""
+
+
+def step_folders(checkpoints: Path) -> list[Path]:
+    """Return the finished checkpoints in the folder ``checkpoints``, newest first."""
+    if not checkpoints.is_dir():
+        return []
+    steps = [(int(match[1]), path) for path in checkpoints.iterdir() if (match := STEP_FOLDER.fullmatch(path.name))]
+    return [path for _, path in sorted(steps, reverse=True) if path.is_dir() and not path.is_symlink()]
+
+
+def links_to(checkpoint: Path) -> list[str]:
+    """Return which of LATEST, BEST and FINAL point to a checkpoint."""
+    links = (LATEST, BEST, FINAL)
+    return [link for link in links if (checkpoint.parent / link).resolve().name == checkpoint.name]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_ds.core.packings import ONNX_FILE
-from pst_ds.inference.onnx.session import open_session
+from pst_ds.inference.onnx.operators import open_session
 from tools.verbs import verb
 
 

@@ -6,33 +6,23 @@ most a ``.partial`` one; a damaged one is set aside as ``.broken``, never used a
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 from typing import TypeAlias
 
 from pst_ds.atomic_files import OLD, PARTIAL, file_sha256, replace_link, restore_replaced
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError, check_sums, listed_files, open_checkpoint
-from pst_ds.file_names import BEST, FINAL, LATEST
+from pst_ds.file_names import BEST, FINAL, LATEST, STEP_FOLDER, step_folders
 from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, of_main, rank, world_size
 
 Known: TypeAlias = dict[str, int | None]
 """Names of good checkpoints, with the step of the best one that each knows."""
 
 BROKEN = ".broken"
-_STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
 def step_name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def step_folders(folder: Path) -> list[Path]:
-    """Return the finished checkpoints in ``folder``, newest first."""
-    if not folder.is_dir():
-        return []
-    steps = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP_FOLDER.fullmatch(path.name))]
-    return [path for _, path in sorted(steps, reverse=True) if path.is_dir() and not path.is_symlink()]
 
 
 def clean_up(folder: Path) -> None:
@@ -149,7 +139,7 @@ def find(folder: Path, name: str) -> Path:
     path = folder / (FINAL if name == BEST and not (folder / BEST).exists() else name)
     if path.is_symlink():
         target = path.readlink()
-        if not _STEP_FOLDER.fullmatch(str(target)) or (folder / target).is_symlink():
+        if not STEP_FOLDER.fullmatch(str(target)) or (folder / target).is_symlink():
             raise CheckpointError(f"{path} is a link to {str(target)!r}; it must name a checkpoint in the same folder")
         path = folder / target
     if not path.is_dir():

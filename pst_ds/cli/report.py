@@ -27,11 +27,10 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 def _made(args: argparse.Namespace, state: str = "") -> tuple[bytes, dict[str, list[str]]]:
     """Return the page, and the names of the runs and exports in it."""
-    from pst_ds.report.outcomes import bench_tables, export_table, find_exports, verification_table
+    from pst_ds.report.outcomes import bench_tables, export_table, find_exports, tuning_tables, verification_table
     from pst_ds.report.page import page
     from pst_ds.report.run_data import read_runs
     from pst_ds.report.tables import checkpoint_table, straggler_table
-    from pst_ds.report.tuning import tuning_tables
 
     runs = read_runs([Path(name) for name in args.runs])
     exports, notes = find_exports(runs, [Path(name) for name in args.export])

@@ -11,8 +11,7 @@ from typing import TypeVar
 from pst_ds import __version__
 from pst_ds.report import axes
 from pst_ds.report.charts import charts
-from pst_ds.report.expert_pictures import expert_maps
-from pst_ds.report.layer_pictures import heat_maps, layer_pictures
+from pst_ds.report.heat_maps import expert_maps, heat_maps, layer_pictures
 from pst_ds.report.layer_table import layer_table
 from pst_ds.report.outcomes import ExportData
 from pst_ds.report.run_data import RunData

@@ -11,7 +11,7 @@ from typing import Any
 
 from pst_ds.config.toml import flatten
 from pst_ds.errors import InputError
-from pst_ds.file_names import BEST, CHECKPOINTS, FINAL, LATEST, LAYERS_FILE, METRICS_FILE, RESULT_FILE, RUN_FILE
+from pst_ds.file_names import CHECKPOINTS, LAYERS_FILE, METRICS_FILE, RESULT_FILE, RUN_FILE, links_to, step_folders
 from pst_ds.report.layer_data import LayerData, read_layers
 from pst_ds.train.monitor.curves import Point, named_stragglers, read_curves
 
@@ -110,13 +110,11 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def _checkpoints(folder: Path) -> Iterator[CheckpointData]:
     """Yield the checkpoints by step; ``inspect`` and ``--resume`` complain about unreadable manifests."""
-    links = {link: (folder / link).resolve().name for link in (LATEST, BEST, FINAL)}
-    for path in sorted(folder.glob("step-*[0-9]")):
+    for path in reversed(step_folders(folder)):
         try:
             state = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["state"]
             sparsity, metrics = state.get("sparsity"), state.get("metrics") or {}
             nbytes = sum(file.stat().st_size for file in path.iterdir())
-            own_links = [link for link, name in links.items() if name == path.name]
-            yield CheckpointData(path.name, own_links, state["step"], sparsity, metrics, nbytes)
+            yield CheckpointData(path.name, links_to(path), state["step"], sparsity, metrics, nbytes)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue

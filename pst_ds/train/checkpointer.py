@@ -14,7 +14,7 @@ from pst_ds.checkpoint.format import Checkpoint, CheckpointState
 from pst_ds.checkpoint.restore import base_fingerprint, weight_scales
 from pst_ds.checkpoint.retention import step_name
 from pst_ds.checkpoint.writer import CheckpointWriter, SaveResult, size_limit
-from pst_ds.file_names import CHECKPOINTS
+from pst_ds.file_names import CHECKPOINTS, step_folders
 from pst_ds.parallel.ds_config import zero_stage
 from pst_ds.parallel.ranks import is_main, of_main, world_size
 from pst_ds.parallel.stop_signals import name_of
@@ -111,7 +111,7 @@ class Checkpointer:
 
     def newest(self) -> str:
         """Name the newest checkpoint, for a message."""
-        folders = checkpoints.step_folders(self._folder)
+        folders = step_folders(self._folder)
         return str(folders[0]) if folders else "the beginning (nothing was saved yet)"
 
     def _evaluate(self, step: int) -> None:

@@ -36,6 +36,7 @@ from pst_ds.file_names import (
     STALLS,
     SUBMITTED_FILE,
     SUBMITTED_VARIABLE,
+    step_folders,
 )
 from pst_ds.masks.update import mask_stats
 from pst_ds.parallel.engine import Engine
@@ -137,7 +138,7 @@ def require_same_everywhere(digest: str, what: str) -> None:
 
 def require_no_checkpoints(folder: Path) -> None:
     """Raise ConfigError on every rank if a run was saved in ``folder``. Collective."""
-    names = [path.name for path in checkpoints.step_folders(folder / CHECKPOINTS)]
+    names = [path.name for path in step_folders(folder / CHECKPOINTS)]
     there = all_gather_objects(names)[0]
     if there:
         raise ConfigError(

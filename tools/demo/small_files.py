@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pst_ds.inference.onnx.session import open_session
+from pst_ds.inference.onnx.operators import open_session
 from tools import onnx_int8
 from tools.bench.timing import medians
 from tools.verbs import verb

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pst_ds.cli.init.held_out import with_validation
-from pst_ds.cli.init.start import Settings, laid_over, with_start
+from pst_ds.cli.init.proposals import Settings, laid_over, with_start, with_validation
 from pst_ds.config.methods import METHODS
 from pst_ds.config.run import DataConfig, RunConfig
 from pst_ds.config.tasks import TASKS, TaskFacts

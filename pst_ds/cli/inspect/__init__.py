@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 def inspect(path: Path) -> Inspection:
     """Inspect a file or folder. Raises InputError for one that is missing, damaged or of no known kind."""
-    from pst_ds.cli.inspect import models, runs, stores, trained
+    from pst_ds.cli.inspect import models, runs
 
     if not path.exists():
         raise InputError(f"{str(path)!r} does not exist (looked in {path.absolute()})")
@@ -33,9 +33,9 @@ def inspect(path: Path) -> Inspection:
     readers = {
         "run.toml": runs.run_folder,
         "SHA256SUMS": runs.checkpoint_folder,
-        "documents.bin": stores.token_store,
+        "documents.bin": models.token_store,
         "manifest.json": runs.checkpoint_folder,
-        "pst_config.json": trained.adapter_state,
+        "pst_config.json": models.adapter_state,
         "pst_manifest.json": models.export_folder,
         "pruning.json": models.pruned_folder,
         "config.json": models.model_folder,

@@ -1,4 +1,4 @@
-"""Model folders for ``pst-ds inspect``: exports, results of ``pst-ds prune``, and others of transformers."""
+"""Model folders, adapter states and token stores for ``pst-ds inspect``."""
 
 import math
 from pathlib import Path
@@ -6,10 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pst_ds.cli.inspect.experts import add_experts, usage
+from pst_ds.atomic_files import file_sha256
+from pst_ds.checkpoint import adapter
+from pst_ds.cli.inspect.layers import Mask, add_experts, matrix_shape, totals, trained_layers, usage
 from pst_ds.cli.inspect.text import Facts, Inspection, Layer, sparsity_of
 from pst_ds.cli.plan_text import name_across_blocks
-from pst_ds.core.bits import INT_OF_SIZE
+from pst_ds.core.bits import INT_OF_SIZE, count_bits
+from pst_ds.data.tokens import manifest as token_manifest
 from pst_ds.errors import InputError
 from pst_ds.export.detect_pattern import detect_pattern, per_row
 from pst_ds.export.encoding import QUANT_METHOD
@@ -27,6 +30,7 @@ from pst_ds.export.manifest import (
 from pst_ds.formats import row_bits
 from pst_ds.formats.base_weights import BaseWeights
 from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, TensorFile
+from pst_ds.nn.adapter_checkpoints import MASK_BITS, SCALES
 from pst_ds.progress import Progress
 from pst_ds.prune.folder import RECORD_FILE
 
@@ -128,6 +132,35 @@ def _recorded(row: Facts, weights: BaseWeights) -> Layer:
     return layer
 
 
+def adapter_state(path: Path) -> Inspection:
+    """Describe an adapter state by its config and the masks in its file. Raises InputError for damaged ones."""
+    table = read_table(path / adapter.CONFIG_FILE, f"{path / adapter.CONFIG_FILE} is missing")
+    if not (path / adapter.WEIGHTS_FILE).is_file():
+        raise InputError(f"{path / adapter.WEIGHTS_FILE} is missing")
+    if file_sha256(path / adapter.WEIGHTS_FILE) != table.get("sha256"):
+        raise InputError(
+            f"{path / adapter.WEIGHTS_FILE} is damaged: its SHA-256 is not the one in {adapter.CONFIG_FILE}"
+        )
+    file, ending = TensorFile(path / adapter.WEIGHTS_FILE), f".{MASK_BITS}"
+    frozen = ending, f".{SCALES}"
+    trained = {name: slot.shape for name, slot in file.slots.items() if not name.endswith(frozen)}
+    masks = {}
+    for name in file.slots:
+        if name.endswith(ending):
+            bits, shape = file.read(name), matrix_shape(name.removesuffix(ending), trained)
+            weights = math.prod(shape) if shape else 8 * bits.numel()
+            masks[name.removesuffix(ending)] = Mask(weights, weights - int(count_bits(bits, bits)[1]), bits.nbytes)
+    config = table.get("pst_config") or {}
+    pattern = "" if config.get("overrides") else str(config.get("pattern", ""))
+    layers = trained_layers(trained, masks, lambda name: pattern, 4)
+    known = ["step", "sparsity", "masks_frozen", "rounds", "dtype", "base_model_name_or_path", "base_fingerprint"]
+    known += ["pst_ds_version"]
+    facts = {**{key: table.get(key) for key in known}, **totals(layers), "pattern": config.get("pattern")}
+    facts["file_bytes"] = (path / adapter.WEIGHTS_FILE).stat().st_size
+    note = "its weight file is whole: its SHA-256 is as it should be"
+    return Inspection(f"{path}: an adapter state, to be put onto its base model", facts, layers, note)
+
+
 def model_folder(path: Path) -> Inspection:
     """Describe a model folder by its config and its weights, read one at a time. Raises InputError."""
     config = read_table(path / CONFIG_FILE, f"{path / CONFIG_FILE} is missing")
@@ -187,3 +220,22 @@ def _sizes(nbytes: int, dense_bf16_bytes: int | None = None) -> Facts:
     """Return the bytes of the weight files, and their share of a dense bf16 model's."""
     share = round(nbytes / dense_bf16_bytes, 4) if dense_bf16_bytes else None
     return {"weight_file_bytes": nbytes, "of_dense_bf16": share}
+
+
+def token_store(path: Path) -> Inspection:
+    """Describe a store by its manifest. Raises InputError for one that is not whole."""
+    manifest = token_manifest.read_manifest(path)
+    facts = {
+        "tokens": manifest.tokens,
+        "documents": manifest.documents,
+        "text_bytes": manifest.text_bytes,
+        "dtype": manifest.tokenizer.dtype.name,
+        "vocabulary": manifest.tokenizer.vocabulary,
+        "shards": len(manifest.shards),
+        "counts_bytes": token_manifest.BYTES in manifest.has,
+        "masks_tokens": token_manifest.LEARNED in manifest.has,
+        "digest": manifest.digest,
+        "tokenizer_sha256": manifest.tokenizer.sha256,
+        "sources": manifest.source.get("sources"),
+    }
+    return Inspection(f"{path}: a store of tokens", facts, [])

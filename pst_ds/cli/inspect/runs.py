@@ -6,14 +6,13 @@ from pathlib import Path
 
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError, open_checkpoint, read_checkpoint
-from pst_ds.cli.inspect.experts import add_experts, usage, zeros_of_experts
+from pst_ds.cli.inspect.layers import Mask, add_experts, totals, trained_layers, usage, zeros_of_experts
 from pst_ds.cli.inspect.text import Facts, Inspection, Layer
-from pst_ds.cli.inspect.trained import Mask, totals, trained_layers
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.toml import load_run, run_from_table
 from pst_ds.core.bits import count_bits, shard_bytes
 from pst_ds.export.manifest import read_table
-from pst_ds.file_names import BEST, CHECKPOINTS, FINAL, LATEST, LAYERS_FILE, RESULT_FILE, RUN_FILE
+from pst_ds.file_names import CHECKPOINTS, LAYERS_FILE, RESULT_FILE, RUN_FILE, links_to, step_folders
 from pst_ds.report.layer_data import read_layers
 
 _WHOLE = "whose files are whole: every SHA-256 is as it should be"
@@ -125,10 +124,9 @@ def _settings(run: RunConfig) -> Facts:
 
 def _checkpoints(folder: Path, problems: Mapping[str, str]) -> list[Facts]:
     """Describe every checkpoint, newest first; damaged ones carry a "problem", known already from ``problems``."""
-    links = {name: (folder / name).resolve().name for name in (LATEST, BEST, FINAL)}
     described = []
-    for path in checkpoints.step_folders(folder):
-        about: Facts = {"name": path.name, "links": [n for n, to in links.items() if to == path.name]}
+    for path in step_folders(folder):
+        about: Facts = {"name": path.name, "links": links_to(path)}
         try:
             about["step"] = open_checkpoint(path).state.step
         except CheckpointError as error:

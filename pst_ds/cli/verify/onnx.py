@@ -19,7 +19,7 @@ from pst_ds.config.run import RunConfig
 from pst_ds.core.packings import ONNX_FILE
 from pst_ds.errors import InputError
 from pst_ds.inference.onnx.folder import ALLOWED
-from pst_ds.inference.onnx.session import open_session
+from pst_ds.inference.onnx.operators import open_session
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import exact_inputs
 from pst_ds.train.evaluate import compare

@@ -173,7 +173,7 @@ def _compare(file: Path, reference: Any, allowed: float, *, exact: bool = False)
     """
     if find_spec("onnxruntime") is None:
         return None
-    from pst_ds.inference.onnx.session import open_session
+    from pst_ds.inference.onnx.operators import open_session
 
     session = open_session(file, threads=1, exact=exact)
     most = min(getattr(reference.config, "max_position_embeddings", None) or 64, 64)

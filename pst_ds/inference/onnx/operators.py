@@ -1,17 +1,19 @@
-"""Operators for ONNX Runtime that multiply with sparse weights: call ``register_operators(options)`` before a session.
+"""ONNX Runtime: operators that multiply with sparse weights, and sessions with them.
 
-``pst-ds export --format onnx`` writes graphs that use them. They need a CPU and ONNX Runtime 1.18 or newer.
+``pst-ds export --format onnx`` writes graphs that use the operators. They need a CPU and ONNX Runtime 1.18 or newer.
+Call ``register_operators(options)`` before creating a session.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from pst_ds.core.kernels import NativeSource, library_file
+from pst_ds.errors import InputError
 from pst_ds.inference.runtime.instructions import as_asked
 
 SOURCE = NativeSource(
@@ -51,3 +53,23 @@ def exact_inputs() -> Iterator[None]:
         yield
     finally:
         library.pst_onnx_exact_inputs(0)
+
+
+def open_session(file: Path, threads: int = 0, *, exact: bool = False) -> Any:
+    """Return an ``onnxruntime.InferenceSession`` of ``file`` on the CPU, with our operators. ``threads``: 0 for all.
+
+    ``exact``: use 16-bit activations in sparse products, whatever the file says. Raises InputError without ONNX
+    Runtime, and if it rejects the file.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise InputError("ONNX files are run by ONNX Runtime: pip install 'pst-ds[onnx]'") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    register_operators(options)
+    try:
+        with exact_inputs() if exact else nullcontext():
+            return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has a class per error code and no common base
+        raise InputError(f"{file}: ONNX Runtime {onnxruntime.__version__} refuses it: {error}") from None

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from pst_ds.checkpoint.format import MANIFEST
-from pst_ds.checkpoint.retention import step_folders
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.toml import load_run_folder
 from pst_ds.errors import InputError
-from pst_ds.file_names import CHECKPOINTS, METRICS_FILE, RUN_FILE
+from pst_ds.file_names import CHECKPOINTS, METRICS_FILE, RUN_FILE, step_folders
 from pst_ds.train.monitor.curves import DENSE, EVALUATION, Point, batch_losses, read_curves
 
 _PLACES = ("model.path", "data.train", "data.validation")

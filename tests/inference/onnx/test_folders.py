@@ -14,7 +14,7 @@ from pst_ds.cli.main import main
 from pst_ds.export.manifest import ExportError
 from pst_ds.inference.onnx import export as onnx_export
 from pst_ds.inference.onnx import folder as onnx_folder
-from pst_ds.inference.onnx.session import open_session
+from pst_ds.inference.onnx.operators import open_session
 from pst_ds.inference.runtime.native_loop import LEVELS, best_level
 
 onnx = pytest.importorskip("onnx", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")

@@ -14,9 +14,8 @@ for _name in ("fastapi", "uvicorn", "openai"):
 import httpx2 as httpx  # noqa: E402
 from fastapi import FastAPI  # noqa: E402
 
-from pst_ds.inference.serve.connections import Connection  # noqa: E402
 from pst_ds.inference.serve.gate import Access, Gate  # noqa: E402
-from pst_ds.inference.serve.processes import bound  # noqa: E402
+from pst_ds.inference.serve.processes import Connection, bound  # noqa: E402
 from tests.inference.serve.servers import start, stop  # noqa: E402
 
 JSON = {"Content-Type": "application/json"}

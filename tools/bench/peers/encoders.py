@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from pst_ds.inference.onnx.session import open_session
+from pst_ds.inference.onnx.operators import open_session
 from tools.bench.peers.turns import medians_in_turn, seated
 from tools.bench.timing import progress
 from tools.onnx_int8 import share_of_right_answers, write_int8
@@ -30,7 +30,7 @@ SHAPES = ("1x32", "1x128", "8x128")
 """Batch x tokens."""
 SMALL = ["--dtype", "bf16", "--values", "int8", "--embeddings", "int8"]
 CALIBRATION_TEXTS = 128
-PRELOAD = ("pst_ds.inference.onnx.session",)
+PRELOAD = ("pst_ds.inference.onnx.operators",)
 """Imported once for all processes."""
 
 

@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 
-from pst_ds.report.expert_pictures import expert_maps
+from pst_ds.report.heat_maps import expert_maps
 from pst_ds.report.page import page
 from pst_ds.report.run_data import read_runs
 

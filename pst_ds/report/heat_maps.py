@@ -1,14 +1,15 @@
-"""Heat maps of layers by steps, and pictures of masks and scores, as the page shows them."""
+"""Heat maps of layers and experts, and pictures of masks and scores, as the page shows them."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from pst_ds.core.experts.tokens import of_equal_numbers, shares_of_zeros
 from pst_ds.report.axes import LEFT, RIGHT, Tick, short, whole
 from pst_ds.report.layer_data import LayerData, Picture
 from pst_ds.report.run_data import RunData
@@ -125,3 +126,47 @@ def _mask(line: Picture) -> Snapshot:
     share = np.array(line["share"], dtype=float)
     caption = f"cells keep {share.min():.1%} to {share.max():.1%}"
     return Snapshot("mask", line["step"], png_uri(shaded(share_on_scale(line["share"]))), caption)
+
+
+def expert_maps(run: RunData) -> Iterator[HeatMap]:
+    """Yield the maps of tokens and of sparsity, if the run has ended and counted them; one for each number of
+    experts.
+    """
+    for table in _tables(run, "expert_tokens"):
+        rows = np.array(list(table.values()), dtype=float)
+        relative = rows / np.maximum(rows.mean(1, keepdims=True), 1e-9)
+        on_scale = np.concatenate([share_on_scale([row]) for row in rows])
+        yield _map("Tokens of experts", "over the mean of their module", table, relative, on_scale, ("0", "2 or more"))
+    weights = dict(zip(run.layers.names, run.layers.weights, strict=True)) if run.layers else {}
+    for table in _tables(run, "expert_zeros"):
+        known = {name: row for name, row in table.items() if weights.get(name)}
+        if known:
+            share = np.array([shares_of_zeros(row, weights[name]) for name, row in known.items()])
+            yield _map("Zeros of experts", "share of zeros", known, share, share, ("0", "1"))
+
+
+def _tables(run: RunData, key: str) -> list[dict[str, Sequence[int]]]:
+    counts = run.result.get(key)
+    return of_equal_numbers(counts) if isinstance(counts, dict) else []
+
+
+def _map(
+    title: str,
+    note: str,
+    table: Mapping[str, Sequence[int]],
+    values: np.ndarray,
+    on_scale: np.ndarray,
+    scale: tuple[str, str],
+) -> HeatMap:
+    numbers = range(values.shape[1])
+    return HeatMap(
+        title,
+        note,
+        png_uri(shaded(on_scale)),
+        scale,
+        column_ticks(numbers),
+        list(table),
+        [str(i) for i in numbers],
+        packed(values),
+        "expert",
+    )
