@@ -14,7 +14,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def bytes_text(count: int) -> str:
+def bytes_text(count: float) -> str:
     """Format a size as "1.25 GB", "76.30 MB" or "812 bytes"."""
     for unit, size in (("GB", 1e9), ("MB", 1e6)):
         if count >= size:

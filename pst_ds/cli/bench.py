@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from pst_ds.cli.main import add_quiet_argument, count
 from pst_ds.errors import InputError
-from pst_ds.report.bench_table import Row, bench_text
+from pst_ds.report.bench_table import BenchResult, Conditions, Row, bench_text
 
 if TYPE_CHECKING:
     from pst_ds.inference.bench.native_loop import NativeLoop
@@ -68,17 +68,18 @@ def run(args: argparse.Namespace) -> dict[str, object]:
                 rows += _rows(measure(by_name, folder, batch, args), by_name, {"threads": threads, "batch": batch})
     finally:
         torch.set_num_threads(threads_before)
-    result = {
+    measured = {"dtype": args.dtype, "repeats": args.repeats, "clock": "wall, medians, in turn"}
+    result: BenchResult = {
         "model": args.model,
         "dense": args.dense or f"{args.model}, unpacked",
         "causal": folder.is_causal,
         "prompt_tokens": args.prompt_tokens,
         "new_tokens": new_tokens,
-        "conditions": {**conditions(), "dtype": args.dtype, "repeats": args.repeats, "clock": "wall, medians, in turn"},
+        "conditions": cast("Conditions", conditions() | measured),
         "rows": rows,
     }
     print(bench_text(result))
-    return result
+    return dict(result)
 
 
 def _rows(
@@ -91,8 +92,8 @@ def _rows(
         for stage in ("prefill", "decode"):
             rate = f"{stage}_tokens_per_second"
             for base in ("dense", "prepacked"):
-                if rate in row and base in measured:
-                    row[f"{stage}_over_{base}"] = row[rate] / measured[base][rate]
+                if rate in measured[name] and base in measured:
+                    row[f"{stage}_over_{base}"] = measured[name][rate] / measured[base][rate]
         rows.append(row)
     return rows
 

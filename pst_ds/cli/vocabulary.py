@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pst_ds.config.run import RunConfig
 from pst_ds.data.tasks import task_of
@@ -30,7 +30,7 @@ def vocabulary_of_run(
     return trim(tokenizer, seen | ids_of_model(model))
 
 
-def vocabulary_of_folder(asked: str, folder: Path) -> dict[str, Any]:
+def vocabulary_of_folder(asked: str, folder: Path) -> dict[str, object]:
     """Return the tokenizer of a model folder, and the vocabulary that ``asked`` names for it. Raises InputError."""
     if asked == SEEN:
         raise InputError(f"--vocabulary seen: {folder} is a model folder without training data. Name a text file")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
 from pst_ds.text_table import aligned
 
@@ -23,11 +23,34 @@ COLUMNS = (
 )
 """The key of a row, its heading, and its format."""
 _MB = ("resident_bytes", "file_bytes")
-Row = dict[str, Any]
-"""Results by key."""
+Row = dict[str, str | float | None]
+"""Results of a variant at a number of threads and a batch size, by the keys of :data:`COLUMNS` and others."""
 
 
-def bench_text(result: Row) -> str:
+class Conditions(TypedDict):
+    """Conditions of a measurement."""
+
+    dtype: str
+    repeats: int
+    hardware: str
+    last_level_cache_bytes: int
+    sparse_kernel: str
+    versions: dict[str, str]
+
+
+class BenchResult(TypedDict):
+    """Output of ``pst-ds bench --json``."""
+
+    model: str
+    dense: str
+    causal: bool
+    prompt_tokens: int
+    new_tokens: int
+    conditions: Conditions
+    rows: list[Row]
+
+
+def bench_text(result: BenchResult) -> str:
     """Format the conditions, and one line for each variant, thread count and batch."""
     conditions = result["conditions"]
     what = f"{result['prompt_tokens']} tokens in" + (f", {result['new_tokens']} out" if result["causal"] else "")

@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from pst_ds.report.thin import EvenlyApart
 from pst_ds.train.monitor.images import MaskHistory
@@ -16,8 +16,21 @@ FIGURES = ("correlation", "score_norm", "update_norm", "weight_norm")
 _MOST_PICTURES = 64
 """Held at a time of one layer, besides the last."""
 
-Picture = dict[str, Any]
-"""A line of one of these events, with these fields."""
+
+class Picture(TypedDict, total=False):
+    """A line of layers.jsonl with a histogram of scores, or with a thumbnail of a mask."""
+
+    step: int
+    low: float
+    high: float
+    kept: list[int]
+    """Kept weights in each bin from ``low`` to ``high``."""
+    pruned: list[int]
+    threshold: float | None
+    share: list[list[float]]
+    """Share of kept weights in each cell of the thumbnail."""
+
+
 _PICTURES = {"histogram": {"low", "high", "kept", "pruned", "threshold"}, "thumbnail": {"share"}}
 
 
@@ -87,7 +100,7 @@ def _add(layers: LayerData, line: dict[str, Any]) -> None:
             new, old = _list_of(line[name], count), layers.figures.get(name, [None] * count)
             layers.figures[name] = [b if a is None else a for a, b in zip(new, old, strict=True)]
     elif event in _PICTURES and _PICTURES[event] <= line.keys() and 0 <= line["layer"] < count:
-        layers.pictures[event].setdefault(line["layer"], EvenlyApart(_MOST_PICTURES)).add(line)
+        layers.pictures[event].setdefault(line["layer"], EvenlyApart(_MOST_PICTURES)).add(cast("Picture", line))
 
 
 def _list_of(values: object, count: int) -> list[Any]:

@@ -7,13 +7,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from pst_ds.atomic_files import PARTIAL
 from pst_ds.errors import InputError
 from pst_ds.file_names import MANIFEST_FILE, TUNE_FILE
 from pst_ds.report.axes import whole
-from pst_ds.report.bench_table import bench_table
+from pst_ds.report.bench_table import BenchResult, bench_table
 from pst_ds.report.run_data import RunData, read_object
 from pst_ds.report.tables import Cell, Table, number
 from pst_ds.text_table import bytes_text
@@ -115,7 +115,7 @@ def export_table(exports: Sequence[ExportData], notes: Sequence[str] = ()) -> Ta
 def bench_tables(files: Sequence[Path]) -> Iterator[Table]:
     """Yield tables of what ``pst-ds bench --json`` printed. Raises InputError for anything else."""
     for path in files:
-        result = read_object(path)
+        result = cast("BenchResult", read_object(path))
         try:
             conditions = result["conditions"]
             new = f", {result['new_tokens']} new ones" if result["causal"] else ""
@@ -138,7 +138,7 @@ def verification_table(files: Sequence[Path]) -> Table | None:
     return Table("Verified", head, rows) if rows else None
 
 
-def _verified(path: Path, result: dict[str, Any]) -> list[Cell]:
+def _verified(path: Path, result: dict[str, object]) -> list[Cell]:
     if not {"export_dir", "tensors", "sparsity_measured"} <= result.keys():
         raise InputError(f"{str(path)!r} is not what pst-ds verify --json prints: it has no export_dir, or no counts")
     counts = (("differing_weights", "compared_weights"), ("differing_predictions", "examples"))

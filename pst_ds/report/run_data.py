@@ -7,7 +7,6 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pst_ds.config.toml import flatten
 from pst_ds.errors import InputError
@@ -36,9 +35,9 @@ class RunData:
     """Short, and unique in the report."""
     folder: Path
     run_file: str
-    settings: dict[str, Any]
+    settings: dict[str, object]
     """By dotted name."""
-    result: dict[str, Any]
+    result: dict[str, object]
     """Empty for a run that has not finished."""
     curves: dict[str, list[Point]]
     """By the names of metrics.jsonl, in order of steps."""
@@ -92,7 +91,7 @@ def _read_run(folder: Path, name: str) -> RunData:
     return RunData(name, folder, run_file, settings, result, curves, layers, checkpoints, slow)
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, object]:
     """Read the JSON object in a file, or on its last line as ``--json`` prints it. Raises InputError without one."""
     try:
         text = path.read_text(encoding="utf-8").strip()

@@ -7,7 +7,6 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from pst_ds.core.experts.tokens import hardly_used
 from pst_ds.progress import duration_text
@@ -51,7 +50,7 @@ class Table:
         return [any(c.value is not None for c in cells) or all(c.is_missing for c in cells) for cells in columns]
 
 
-def number(value: object, text: Callable[[Any], str] = short) -> Cell:
+def number(value: object, text: Callable[[float], str] = short) -> Cell:
     """Make a cell with a number; a missing one for anything else."""
     if not is_number(value):
         return Cell(MISSING, is_missing=True)
@@ -105,7 +104,8 @@ def _final_metrics(run: RunData) -> dict[str, float | None]:
     """Return the metrics of the result, or of the last evaluation of a run that has not finished."""
     curves = [name for name in run.curves if name.startswith(EVALUATION) and not name.endswith(DENSE)]
     names = [name.removeprefix(EVALUATION) for name in curves]
-    return run.result.get("metrics") or {name: run.last(EVALUATION + name) for name in names}
+    final = run.result.get("metrics")
+    return final if isinstance(final, dict) and final else {name: run.last(EVALUATION + name) for name in names}
 
 
 def measured_once_table(charts: Sequence[Chart]) -> Table | None:

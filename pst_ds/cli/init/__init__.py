@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pst_ds.atomic_files import require_writable
 from pst_ds.cli.main import count
@@ -47,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="write over a run file that is there")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, object]:
     out = Path(args.out)
     deepspeed_file = out.with_suffix(".deepspeed.json")
     for path in (out, deepspeed_file):

@@ -1,11 +1,13 @@
 """Settings that ``pst-ds init`` chooses by the flags, the columns of the training file and the model's config."""
 
+from __future__ import annotations
+
 import argparse
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -25,6 +27,9 @@ from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.targets import find_embeddings
 from pst_ds.planning.dense_start import HIGH_SPARSITY, remark_on_dense_start
 from pst_ds.train.model import kept_in_fp32, load_model_config, load_tokenizer, meta_model, num_trainable
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 NO_VALIDATION = "none"
 """Value of ``--validation`` that holds nothing out."""
@@ -290,7 +295,7 @@ def _text_columns(features: dict[str, str], label_column: str, task: str, where:
     )
 
 
-def _positions(config: Any, tokenizer: Any) -> int | None:
+def _positions(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the smaller limit of model and tokenizer; None when neither has one."""
     of_model = getattr(config.get_text_config(), "max_position_embeddings", None)
     known = [n for n in (of_model, tokenizer.model_max_length) if isinstance(n, int) and 0 < n < 10**9]

@@ -22,7 +22,7 @@ Settings: TypeAlias = dict[str, Any]
 """Values of settings, or tables of them, by name."""
 
 
-def laid_over(table: Settings, section: str, **settings: Any) -> Settings:
+def laid_over(table: Settings, section: str, **settings: object) -> Settings:
     """Return ``table`` with ``settings`` in a section."""
     return {**table, section: {**table.get(section, {}), **settings}}
 

@@ -5,10 +5,10 @@ import shlex
 import tomllib
 import unicodedata
 from pathlib import Path
-from typing import Any
 
 from pst_ds.atomic_files import write_text_atomic
 from pst_ds.cli.init.draft import Chosen
+from pst_ds.cli.init.proposals import Settings
 from pst_ds.config.toml import run_from_table, toml_value
 from pst_ds.errors import InputError
 from pst_ds.planning.dense_start import gains_by_start
@@ -77,7 +77,7 @@ def run_file_text(chosen: Chosen, out: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _lines(table: dict[str, Any], prefix: str, comments: dict[str, str]) -> list[str]:
+def _lines(table: Settings, prefix: str, comments: dict[str, str]) -> list[str]:
     lines = [""]
     for name, value in table.items():
         if prefix + name in comments:
@@ -116,10 +116,10 @@ def _found(chosen: Chosen) -> dict[str, str]:
     return comments | ({"data.label_column": f"{len(chosen.labels)} classes: {classes}"} if chosen.labels else {})
 
 
-def deepspeed_settings(*, on_cpu: bool) -> dict[str, Any]:
+def deepspeed_settings(*, on_cpu: bool) -> dict[str, object]:
     """Return ZeRO-3 settings for ranks on a CPU or on GPUs, as ds_configs/zero3_cpu.json and zero3.json have it."""
     numbers = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    zero: dict[str, Any] = {
+    zero: dict[str, object] = {
         "stage": 3,
         "overlap_comm": not on_cpu,
         "contiguous_gradients": True,

@@ -21,6 +21,7 @@ from pst_ds.export.from_folder import CONFIG_FILE
 from pst_ds.export.manifest import (
     DENSE,
     ExportError,
+    JsonTable,
     TensorEntry,
     count_nonzero,
     encoding_by,
@@ -107,7 +108,7 @@ def pruned_folder(path: Path) -> Inspection:
     return Inspection(f"{path}: a result of pst-ds prune", facts, layers, note)
 
 
-def _recorded(row: Facts, weights: BaseWeights) -> Layer:
+def _recorded(row: JsonTable, weights: BaseWeights) -> Layer:
     """Describe a pruned layer; the files may hold the experts of a stack one by one under other names."""
     if "expert_zeros" in row:
         dtype, shape = getattr(torch, row["dtype"]), row["shape"]

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from pst_ds.cli.plan_text import name_across_blocks
 from pst_ds.text_table import aligned, bytes_text
 
-Facts = dict[str, Any]
+Facts = dict[str, object]
 """JSON values; None for unknown ones."""
 _VECTORS = ("(vectors)",)
 

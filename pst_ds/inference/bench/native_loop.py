@@ -32,7 +32,7 @@ class NativeLoop:
             return None
         return cls(decoder, folder.weight_file_bytes)
 
-    def facts(self) -> dict[str, object]:
+    def facts(self) -> dict[str, int | None]:
         facts = {"file_bytes": self._file_bytes, "sparse_layers": 0, "copies": 1}
         return {"resident_bytes": self.decoder.weight_bytes, **facts}
 

@@ -43,7 +43,7 @@ class Variant:
         self.models = [self.model]
         self.loaded_bytes = resident_bytes(self.model)
 
-    def facts(self) -> dict[str, object]:
+    def facts(self) -> dict[str, int | None]:
         return {
             "resident_bytes": self.loaded_bytes,
             "file_bytes": self.file_bytes,

@@ -7,12 +7,11 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
 from pst_ds.export.manifest import ExportError
@@ -37,7 +36,7 @@ class _ByPosition(nn.Module):
         return tuple(results[name] for name in self.outputs)
 
 
-def input_names(model: Any) -> list[str]:
+def input_names(model: PreTrainedModel) -> list[str]:
     """Return the inputs of a model's graph: the :data:`INPUTS` that its forward accepts and has a table for."""
     takes = inspect.signature(model.forward).parameters
     names = [name for name in INPUTS if name in takes]
@@ -46,7 +45,7 @@ def input_names(model: Any) -> list[str]:
     return names
 
 
-def sparse_graph(model: Any, tables: Mapping[str, Table], outputs: Sequence[str]) -> ir.Model:
+def sparse_graph(model: PreTrainedModel, tables: Mapping[str, Table], outputs: Sequence[str]) -> ir.Model:
     """Trace ``model``, whose packed layers are SparseLinear, in fp32 with its sparse products as single nodes.
 
     ``tables``: embeddings that stay in their stored form, by name. ``outputs``: fields of the forward pass's result.
@@ -57,7 +56,9 @@ def sparse_graph(model: Any, tables: Mapping[str, Table], outputs: Sequence[str]
     sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
     nodes: dict[str, nn.Module] = {name: SparseLinearNode(layer) for name, layer in sparse.items()}
     for name, (values, scales, bits) in tables.items():
-        nodes[name] = EmbeddingNode(values, scales, bits, model.get_submodule(name).embedding_dim)
+        embedding = model.get_submodule(name)
+        assert isinstance(embedding, nn.Embedding)
+        nodes[name] = EmbeddingNode(values, scales, bits, embedding.embedding_dim)
     for name in nodes:  # not cast with the rest
         model.set_submodule(name, nn.Identity())
     nn.Module.float(model).eval()  # transformers refuses to cast what it loaded as quantised
@@ -69,7 +70,7 @@ def sparse_graph(model: Any, tables: Mapping[str, Table], outputs: Sequence[str]
     return traced
 
 
-def plain_graph(model: Any, outputs: Sequence[str]) -> ir.Model:
+def plain_graph(model: PreTrainedModel, outputs: Sequence[str]) -> ir.Model:
     """Trace ``model``, whose layers are dense, in fp32 with ONNX's standard operators. Raises ExportError."""
     return _trace(nn.Module.float(model).eval(), outputs)
 
@@ -80,7 +81,7 @@ def _register_attention() -> None:
     AttentionMaskInterface.register(ATTENTION, eager_mask)
 
 
-def _trace(model: Any, outputs: Sequence[str]) -> ir.Model:
+def _trace(model: PreTrainedModel, outputs: Sequence[str]) -> ir.Model:
     inputs = input_names(model)
     most = getattr(model.config, "max_position_embeddings", None)
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=most or 1 << 20)}

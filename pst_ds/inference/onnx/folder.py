@@ -27,6 +27,7 @@ from pst_ds.nn.model_structure import is_experts
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from transformers import PreTrainedModel
 
 _TABLE_ROWS = 100
 """Embeddings with at least this many rows stay in their stored form; smaller ones gain little."""
@@ -102,7 +103,7 @@ def _annotate(graph: ir.Model, facts: JsonTable, activation_bits: int) -> None:
     graph.metadata_props["pst_ds"] = json.dumps({"version": __version__, **kept})
 
 
-def _require_graph(model: nn.Module) -> None:
+def _require_graph(model: PreTrainedModel) -> None:
     """Raise ExportError for a model that no graph can represent."""
     from pst_ds.inference.onnx.export import input_names
 
@@ -126,23 +127,23 @@ def _require_libraries() -> None:
         raise ExportError("ONNX files take onnx and onnxscript: pip install 'pst-ds[onnx]'")
 
 
-def _load(folder: Path, load_as: Literal["dense", "sparse"]) -> Any:
+def _load(folder: Path, load_as: Literal["dense", "sparse"]) -> PreTrainedModel:
     """Return the model in ``folder`` in fp32, of the class that its config names."""
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     names = config.get("architectures") or ["AutoModel"]
     cls = getattr(transformers, names[0], None)
     if cls is None:
         raise ExportError(f"config.json names {names[0]}, which transformers {transformers.__version__} does not have")
-    how: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
+    how: dict[str, object] = {"dtype": torch.float32, "local_files_only": True}
     if "quantization_config" in config:
         how["quantization_config"] = PackedWeightsConfig(load_as=load_as)
-    model = cls.from_pretrained(folder, **how).eval()
+    model: PreTrainedModel = cls.from_pretrained(folder, **how).eval()
     if getattr(model.config, "use_cache", False):
         model.config.use_cache = False
     return model
 
 
-def _output_names(model: Any) -> list[str]:
+def _output_names(model: PreTrainedModel) -> list[str]:
     """Return the names of the tensors that a model's forward pass returns, without states and caches."""
     from pst_ds.inference.onnx.export import input_names
 

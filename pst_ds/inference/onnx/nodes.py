@@ -90,7 +90,7 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Return softmax(scale q k' + mask) v, with the signature that transformers expects.
 
@@ -110,7 +110,7 @@ def attention(
     return _node("Attention", inputs, attributes, (batch, queries, heads, size)), None
 
 
-def _node(name: str, inputs: list[Tensor | None], attributes: dict[str, Any], shape: tuple[Any, ...]) -> Tensor:
+def _node(name: str, inputs: list[Tensor | None], attributes: dict[str, Any], shape: tuple[int, ...]) -> Tensor:
     return torch.onnx.ops.symbolic(
         f"{DOMAIN}::{name}", inputs, attributes, dtype=torch.float32, shape=shape, version=VERSION
     )

@@ -10,11 +10,14 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pst_ds.core.kernels import NativeSource, library_file
 from pst_ds.errors import InputError
 from pst_ds.inference.runtime.instructions import as_asked
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession, SessionOptions
 
 SOURCE = NativeSource(
     "onnx/operators.cpp",
@@ -34,7 +37,7 @@ def operator_library() -> Path:
     return library_file(SOURCE)
 
 
-def register_operators(options: Any) -> None:
+def register_operators(options: SessionOptions) -> None:
     """Let sessions with ``options``, an ``onnxruntime.SessionOptions``, run graphs with sparse weights.
 
     Raises InputError if the environment asks for instructions that are not supported.
@@ -55,7 +58,7 @@ def exact_inputs() -> Iterator[None]:
         library.pst_onnx_exact_inputs(0)
 
 
-def open_session(file: Path, threads: int = 0, *, exact: bool = False) -> Any:
+def open_session(file: Path, threads: int = 0, *, exact: bool = False) -> InferenceSession:
     """Return an ``onnxruntime.InferenceSession`` of ``file`` on the CPU, with our operators. ``threads``: 0 for all.
 
     ``exact``: use 16-bit activations in sparse products, whatever the file says. Raises InputError without ONNX

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -28,11 +26,22 @@ class SparseExperts(SparseLinear):
 
     expert_offsets: Tensor
 
-    def __init__(self, num_experts: int, in_features: int, out_features: int, nonzero: int, **options: Any):
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        nonzero: int,
+        *,
+        format: str | PackedFormat = "bitmask",
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ):
         """``out_features``: per expert. ``nonzero``: of all experts. The other arguments are those of
         :class:`SparseLinear`.
         """
-        super().__init__(in_features, num_experts * out_features, nonzero, bias=False, **options)
+        outputs = num_experts * out_features
+        super().__init__(in_features, outputs, nonzero, format=format, bias=False, dtype=dtype, device=device)
         self.num_experts = num_experts
         self._starts: list[int] = []
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +129,7 @@ class SparseLinear(nn.Module):
             wide = self.values.detach() if self.values.dtype == torch.float64 else self.values.detach().float()
             self.register_buffer("csr_values", wide, persistent=False)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         self._is_checked = False
         super()._load_from_state_dict(*args, **kwargs)
 

@@ -23,7 +23,15 @@ from starlette.exceptions import HTTPException
 from pst_ds.inference.serve.batches import DONE_STOP, Batches, BusyError, ClosingError, Job
 from pst_ds.inference.serve.cpu_limit import call_within
 from pst_ds.inference.serve.gate import HEALTH, Access, Gate
-from pst_ds.inference.serve.protocol import ChatRequest, Chunks, JsonTable, ProtocolError, completion, read_request
+from pst_ds.inference.serve.protocol import (
+    ChatMessage,
+    ChatRequest,
+    Chunks,
+    JsonTable,
+    ProtocolError,
+    completion,
+    read_request,
+)
 from pst_ds.inference.serve.texts import TextStream
 from pst_ds.train.users.store import UserNameError, UserStoreError
 
@@ -100,7 +108,7 @@ class Service:
         asked = read_request(body)
         return asked, self.state_of(asked.model), self.prompt_of(asked.messages)
 
-    def prompt_of(self, messages: list[JsonTable]) -> list[int]:
+    def prompt_of(self, messages: list[ChatMessage]) -> list[int]:
         """Return the tokens of the messages. Raises ProtocolError."""
         try:
             prompt = self._tokens(messages)
@@ -118,7 +126,7 @@ class Service:
             )
         return prompt
 
-    def _tokens(self, messages: list[JsonTable]) -> list[int]:
+    def _tokens(self, messages: list[ChatMessage]) -> list[int]:
         render: Any = partial(self.tokenizer.apply_chat_template, messages, add_generation_prompt=True, tokenize=False)
         text: str = call_within(self.limits.template_seconds, render)
         if len(text) > 4 * self.limits.body_bytes:  # only a template that loops expands a body this much

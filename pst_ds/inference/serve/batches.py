@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch import Tensor
 from pst_ds.inference.decoder.sampling import Sampling
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from pst_ds.inference.serve.users import ServedUsers
     from pst_ds.train.users.store import State
 
@@ -71,7 +73,7 @@ class Batches:
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         *,
         pad: int,
         ends: Sequence[int],
@@ -190,9 +192,9 @@ class Batches:
             job.end(DONE_LENGTH)
         return token
 
-    def _step(self, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    def _step(self, ids: Tensor, mask: Tensor, cache: object) -> tuple[Tensor, object]:
         """Return the logits of the next tokens, (jobs, vocabulary) fp32 on the CPU, and the cache."""
-        more: dict[str, Any] = {self._cache_name: cache}
+        more: dict[str, object] = {self._cache_name: cache}
         if self._takes_positions:  # of a prompt that is padded on the left they do not begin at 0
             more["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         if self._takes_last:

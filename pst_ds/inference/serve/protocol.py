@@ -9,11 +9,12 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 from pst_ds.inference.decoder.sampling import Sampling
 
-JsonTable = dict[str, Any]
+JsonTable = dict[str, object]
+ChatMessage = dict[str, str]
+"""``role`` and ``content``."""
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _MOST_SEED = 1 << 63
 _STOPS, _STOP_CHARACTERS = 4, 256
@@ -68,7 +69,7 @@ class ChatRequest:
     """A validated request."""
 
     model: str
-    messages: list[JsonTable]
+    messages: list[ChatMessage]
     max_tokens: int | None
     sampling: Sampling
     seed: int | None
@@ -146,7 +147,7 @@ def _head(model: str, kind: str) -> JsonTable:
     return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
 
-def _messages(messages: object) -> list[JsonTable]:
+def _messages(messages: object) -> list[ChatMessage]:
     if not isinstance(messages, list) or not messages:
         raise ProtocolError(400, "messages must be a list with at least one message", param="messages")
     read = []
