@@ -32,8 +32,8 @@ from pst_ds.checkpoint.restore import (
     grid_numbers,
     input_bits,
     is_of_hub,
+    magnitude_scales,
     same_base,
-    weight_scales,
 )
 from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.core.bits import count_bits, relayout
@@ -141,7 +141,7 @@ def load_pretrained(model: inject.ModelT, folder: str | Path) -> inject.ModelT:
             buffer.copy_(tensors.get(name, buffer))
         for name, layer in inject.pst_layers(model).items():
             write_mask(layer, tensors[f"{name}.{MASK_BITS}"])
-            layer.weight_scales = tuple(saved["weight_scales"][name])
+            layer.magnitude_scales = tuple(saved["weight_scales"][name])
             if layer.pst_scales is not None:
                 write_bytes(layer.pst_scales, bytes_of_scales(tensors[f"{name}.{SCALES}"]))
     if saved["masks_frozen"]:
@@ -210,7 +210,7 @@ def write_adapter_state(
         "step": step,
         "sparsity": 1.0 - kept / sum(layer.layout.numel for layer in layers.values()),
         "masks_frozen": not any(layer.scores_train for layer in layers.values()),
-        "weight_scales": weight_scales(model),
+        "weight_scales": magnitude_scales(model),
         "grid": grid_numbers(model),
         "base_grid": base_grid_numbers(model),
         "embedding_grid": embedding_grid_numbers(model),
@@ -314,7 +314,7 @@ def _require_weights(model: nn.Module, saved: dict[str, Any], folder: Path) -> N
 
     Warns where no means were saved, or only those of another dtype.
     """
-    scales = weight_scales(model)
+    scales = magnitude_scales(model)
     if _dtype(model) == saved.get("dtype") and any(scale != 1.0 for of in scales.values() for scale in of):
         if scales != saved["weight_scales"]:
             raise PretrainedError(f"{_other_weights(model, saved, folder)}, by from_pretrained(..., revision=)")

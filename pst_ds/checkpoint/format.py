@@ -42,6 +42,9 @@ FORMAT, HOSTS_FORMAT, READ_FORMATS = 3, 4, (2, 3, 4)
 """2 has neither scales nor a grid; 4, of earlier versions, may have one file for the ranks of each host."""
 MANIFEST, SUMS, MASK, SCALES = "manifest.json", "SHA256SUMS", "mask", "scales"
 SCALE_BYTES = SCALE_DTYPE.itemsize
+_KEY_OF_FIELD = {"magnitude_scales": "weight_scales"}
+"""Keys of the state in the manifest that differ from the names of its fields."""
+_FIELD_OF_KEY = {key: name for name, key in _KEY_OF_FIELD.items()}
 
 
 class CheckpointError(InputError):
@@ -66,7 +69,7 @@ class CheckpointState:
     base_fingerprint: str
     labels: list[str]
     """Names of the classes, in the order of their ids."""
-    weight_scales: dict[str, list[float]]
+    magnitude_scales: dict[str, list[float]]
     """Mean |W0| of the matrices of each PST layer (or ones)."""
     metrics: dict[str, float]
     """Metrics at this step, if the model was evaluated."""
@@ -252,7 +255,8 @@ def sums_text(sums: Mapping[str, str]) -> str:
 def manifest_bytes(state: CheckpointState, contents: Contents) -> bytes:
     of_contents = asdict(contents)
     del of_contents["hosts"]  # written by earlier versions only
-    table = {"format": FORMAT, "state": asdict(state), "contents": of_contents}
+    of_state = {_KEY_OF_FIELD.get(name, name): value for name, value in asdict(state).items()}
+    table = {"format": FORMAT, "state": of_state, "contents": of_contents}
     return (json.dumps(table, indent=1) + "\n").encode()
 
 
@@ -340,13 +344,13 @@ def _require_keys(table: dict[str, Any], wanted: set[str], what: str) -> None:
 
 def _state(table: dict[str, Any]) -> CheckpointState:
     """Build the state from its JSON. Raises ValueError or TypeError for values of other types."""
-    state = CheckpointState(**table)
+    state = CheckpointState(**{_FIELD_OF_KEY.get(name, name): value for name, value in table.items()})
     _count(state.step)
     for name, hint in get_type_hints(CheckpointState).items():
         value, kind = getattr(state, name), get_origin(hint) or hint
         if type(value) is not kind and (kind is not float or type(value) is not int):
             raise ValueError(f"{name} is {value!r}")
-    scales = [scale for of_layer in state.weight_scales.values() for scale in of_layer]
+    scales = [scale for of_layer in state.magnitude_scales.values() for scale in of_layer]
     if not all(type(number) in (int, float) for number in [*scales, *state.metrics.values()]):
         raise ValueError("weight_scales or metrics are not all numbers")
     if not all(type(label) is str for label in state.labels):

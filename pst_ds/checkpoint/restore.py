@@ -42,7 +42,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
             stop = shard.start + shard.values.numel()
             zero3.write_shard(param, checkpoint.values(name, optimizer_state.MASTER, shard.start, stop))
     for name, layer in pst_layers(model).items():
-        layer.weight_scales = tuple(checkpoint.state.weight_scales[name])
+        layer.magnitude_scales = tuple(checkpoint.state.magnitude_scales[name])
         mask = layer.pst_mask
         held = [zero3.shard_index(mask)] if zero3.is_partitioned(mask) else range(layer.num_shards)
         bits = torch.cat([checkpoint.mask_shard(name, layer.num_shards, i) for i in held])
@@ -76,9 +76,9 @@ def load_optimizer(engine: Engine, checkpoint: Checkpoint) -> None:
                 values.copy_(checkpoint.values(fragment.name, kind, fragment.start, fragment.stop))
 
 
-def weight_scales(model: nn.Module) -> dict[str, list[float]]:
+def magnitude_scales(model: nn.Module) -> dict[str, list[float]]:
     """Return the scales of |W| that a checkpoint of ``model`` must keep."""
-    return {name: list(layer.weight_scales) for name, layer in pst_layers(model).items()}
+    return {name: list(layer.magnitude_scales) for name, layer in pst_layers(model).items()}
 
 
 def grid_numbers(model: nn.Module) -> tuple[int, int] | None:
@@ -177,7 +177,7 @@ def _require_fit(model: nn.Module, checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder} does not fit the model: its weights are rounded to another grid, or not at all; take "
             "the [quantization] settings that it was trained with"
         )
-    if set(checkpoint.state.weight_scales) != set(layers):
+    if set(checkpoint.state.magnitude_scales) != set(layers):
         raise CheckpointError(
             f"{checkpoint.folder} does not fit the model: weight_scales are those of other layers{_FIX}"
         )

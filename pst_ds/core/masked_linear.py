@@ -36,7 +36,7 @@ class LayerState:
     layout: WeightLayout
     factors: Factors
     constants: Constants
-    weight_scales: tuple[float, ...]
+    magnitude_scales: tuple[float, ...]
     """Divisor of |W| in the scores, one per fused matrix."""
     scores_train: bool
     """False once the masks are fixed: scores, and |W| through them, then get no gradient."""
@@ -59,7 +59,7 @@ class LayerState:
             num_shards=1,
             layout=layout.expert,
             factors=self.factors.of_expert(expert, layout.num_experts),
-            weight_scales=self.weight_scales[expert * share : (expert + 1) * share],
+            magnitude_scales=self.magnitude_scales[expert * share : (expert + 1) * share],
             rounding=None if self.rounding is None else self.rounding.of_expert(expert),
         )
 
@@ -256,7 +256,9 @@ def _band_backward(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor
                 magnitude.mul_(factors.row_norms.unsqueeze(1))
             if factors.col_norms is not None:
                 magnitude.mul_(factors.col_norms)
-            product.addcmul_(grad, magnitude, value=state.constants.magnitude_factor(state.weight_scales[matrix.index]))
+            product.addcmul_(
+                grad, magnitude, value=state.constants.magnitude_factor(state.magnitude_scales[matrix.index])
+            )
         if state.constants.multiplicative:
             product.mul_(weights_at(state.weight, rect, _shaped(work.buffers.magnitude, rect)))
         _add_low_rank_gradients(product, factors.update_left, factors.update_right, sums.update_left, sums.update_right)
@@ -274,7 +276,7 @@ def _band_by_kernel(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tenso
     scores = _shaped(work.buffers.product, rect) if has_scores else None
     updates = _shaped(work.buffers.magnitude, rect) if has_updates else None
     has_gradient = has_scores and constants.magnitude_has_gradient
-    factor = constants.magnitude_factor(state.weight_scales[matrix.index]) if has_gradient else 0.0
+    factor = constants.magnitude_factor(state.magnitude_scales[matrix.index]) if has_gradient else 0.0
     own = tile_factors(state.factors, state.layout, matrix, rect)
     base = state.weight[rect.r0 : rect.r1, rect.c0 : rect.c1]
     gradients_into(weight, scores, updates, base, grad, work.mask, rect, own, constants, factor)

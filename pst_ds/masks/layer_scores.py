@@ -72,7 +72,7 @@ class LayerScores:
         if self.layer.pst_S is not None:
             return order_keys(self._values(rect).float())
         tile = tile_factors(self._factors, self.layout, matrix, rect)
-        return score_keys(self._values(rect), tile, self.layer.constants, self.layer.weight_scales[matrix.index])
+        return score_keys(self._values(rect), tile, self.layer.constants, self.layer.magnitude_scales[matrix.index])
 
     def weight_keys(self, matrix: StoredMatrix) -> Iterator[Tensor]:
         """This rank's keys of ``matrix`` where every weight is a unit."""
@@ -141,7 +141,7 @@ class LayerScores:
             return order_keys(values.float())
         width = matrix.rect.c1 - matrix.rect.c0
         tile = tile_factors(self._factors, self.layout, matrix, matrix.rect)
-        scale = self.layer.weight_scales[matrix.index]
+        scale = self.layer.magnitude_scales[matrix.index]
         return single_weights(values, positions // width, positions % width, tile, self.layer.constants, scale)
 
     def own_keys(self, matrix: StoredMatrix) -> OwnKeys | None:
@@ -153,7 +153,7 @@ class LayerScores:
             found = OwnKeys(values, self.start, self.row_length, matrix.rect, None)
         else:
             tile = tile_factors(self._factors, self.layout, matrix, matrix.rect)
-            scale = self.layer.weight_scales[matrix.index]
+            scale = self.layer.magnitude_scales[matrix.index]
             found = OwnKeys(values, self.start, self.row_length, matrix.rect, tile, self.layer.constants, scale)
         return found if found.fits else None
 

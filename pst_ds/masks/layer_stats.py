@@ -162,7 +162,7 @@ class _Part:
             if self.layer.constants.multiplicative:
                 sums[_UPDATE_SQUARES] += stats.square_sum(updated - weight)
             if with_scores:
-                scale = self.layer.weight_scales[matrix.index]
+                scale = self.layer.magnitude_scales[matrix.index]
                 if self.layer.pst_S is None:
                     keys = score_keys(weight, tile, self.layer.constants, scale)
                 else:

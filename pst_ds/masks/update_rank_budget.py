@@ -50,7 +50,7 @@ def drop_components(
     overwritten there, too. Without a collective."""
     sizes, found = [], []
     for layer, own in zip(layers.values(), masters, strict=True):
-        found.append(importance(own["U"], own["V"], own["G"], layer.layout, layer.weight_scales).cpu())
+        found.append(importance(own["U"], own["V"], own["G"], layer.layout, layer.magnitude_scales).cpu())
         sizes.append(own["V"].shape[0] // own["G"].numel())
     bad = [name for name, one in zip(layers, found, strict=True) if not bool(one.isfinite().all())]
     if bad:

@@ -49,11 +49,11 @@ class PSTExpertStack(PSTLayer):
         rule: MaskRule,
         config: PSTConfig,
         num_shards: int,
-        weight_scales: tuple[float, ...],
+        magnitude_scales: tuple[float, ...],
         grid: Grid | None = None,
         base: BaseCodes | None = None,
     ):
-        super().__init__(name, weight, None, layout, rule, config.of_experts, num_shards, weight_scales, grid, base)
+        super().__init__(name, weight, None, layout, rule, config.of_experts, num_shards, magnitude_scales, grid, base)
         self.tokens_seen = torch.zeros(layout.num_experts, dtype=torch.int64, device="cpu")
         """Tokens that each expert was trained on in this process; those of recomputed forward passes count once."""
 

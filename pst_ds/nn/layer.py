@@ -75,13 +75,13 @@ class PSTLayer(nn.Module):
         rule: MaskRule,
         config: PSTConfig,
         num_shards: int,
-        weight_scales: tuple[float, ...],
+        magnitude_scales: tuple[float, ...],
         grid: Grid | None = None,
         base: BaseCodes | None = None,
     ):
         assert (weight is None) == (base is not None), "a layer has a weight or its codes"
         super().__init__()
-        self.layout, self.num_shards, self.weight_scales = layout, num_shards, weight_scales
+        self.layout, self.num_shards, self.magnitude_scales = layout, num_shards, magnitude_scales
         self.constants = Constants(
             config.alpha1, config.alpha2, config.beta, config.detach_magnitude,
             magnitude=config.magnitude != "none", frozen_magnitude=config.frozen_magnitude,
@@ -226,7 +226,8 @@ class PSTLayer(nn.Module):
         weight, mask = self.base_weight(), self.pst_mask.detach()
         factors = self.factors({name: param.detach() for name, param in self.factor_parameters()})
         return masked_linear.LayerState(
-            weight, mask, self.num_shards, self.layout, factors, self.constants, self.weight_scales, self.scores_train,
+            weight, mask, self.num_shards, self.layout, factors, self.constants, self.magnitude_scales,
+            self.scores_train,
             self.rounding() if self.rounds else None, self.inputs if self.rounds else None,
         )  # fmt: skip
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import Checkpoint, CheckpointState
-from pst_ds.checkpoint.restore import base_fingerprint, weight_scales
+from pst_ds.checkpoint.restore import base_fingerprint, magnitude_scales
 from pst_ds.checkpoint.retention import step_name
 from pst_ds.checkpoint.writer import CheckpointWriter, SaveResult, size_limit
 from pst_ds.file_names import CHECKPOINTS, step_folders
@@ -153,7 +153,7 @@ class Checkpointer:
             step=state.step,
             sparsity=schedules.sparsity_at(state.step),
             masks_frozen=schedules.masks is None or schedules.masks_final_at(state.step),
-            weight_scales=weight_scales(engine.module),
+            magnitude_scales=magnitude_scales(engine.module),
             metrics=metrics if evaluated_step == state.step else {},
             rounds=schedules.quantises_at(state.step),
             progress=self._progress(state).as_json(),

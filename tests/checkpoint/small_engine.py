@@ -9,7 +9,7 @@ import torch
 from pst_ds.checkpoint import own_part
 from pst_ds.checkpoint import writer as checkpoint_writer
 from pst_ds.checkpoint.format import CheckpointState, read_checkpoint
-from pst_ds.checkpoint.restore import weight_scales
+from pst_ds.checkpoint.restore import magnitude_scales
 from pst_ds.checkpoint.writer import CheckpointWriter
 from pst_ds.config.pst import PSTConfig
 from pst_ds.nn.inject import inject_pst, pst_layers
@@ -53,7 +53,8 @@ def state_of(model, **changes):
         **{
             "step": 12, "sparsity": 0.4, "masks_frozen": False, "precision": "fp32", "device_type": "cpu",
             "base_path": "base", "base_fingerprint": "f00d", "labels": ["bad", "good"],
-            "weight_scales": weight_scales(model), "metrics": {"accuracy": 0.75}, "progress": {"batch": 3}, **changes,
+            "magnitude_scales": magnitude_scales(model), "metrics": {"accuracy": 0.75},
+            "progress": {"batch": 3}, **changes,
         }
     )  # fmt: skip
 

@@ -79,8 +79,8 @@ def test_a_saved_model_comes_back_on_its_base(tmp_path, dtype):
     assert loaded.pst_config == CONFIG
     assert torch.equal(_logits(loaded), _logits(model))
     assert mask_stats(loaded).checksum == mask_stats(model).checksum
-    assert {n: layer.weight_scales for n, layer in pst_layers(loaded).items()} == {
-        n: layer.weight_scales for n, layer in pst_layers(model).items()
+    assert {n: layer.magnitude_scales for n, layer in pst_layers(loaded).items()} == {
+        n: layer.magnitude_scales for n, layer in pst_layers(model).items()
     }
     assert not any(layer.scores_train for layer in pst_layers(loaded).values())
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == set(named)

@@ -21,6 +21,13 @@ from safetensors.numpy import load_file, save_file
 from pst_ds.checkpoint.format import CheckpointError, CheckpointState, read_checkpoint
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
+
+
+def _fields(state):
+    """The arguments of CheckpointState for a state of a manifest."""
+    return {"magnitude_scales" if key == "weight_scales" else key: value for key, value in state.items()}
+
+
 STATE = {
     "step": 12, "sparsity": 0.4, "masks_frozen": False, "precision": "fp32", "device_type": "cpu", "base_path": "base",
     "base_fingerprint": "f00d", "labels": ["bad", "good"], "weight_scales": {"m": [0.5], "n": [1.0, 2.0]},
@@ -100,7 +107,7 @@ def test_a_hand_made_checkpoint_is_read_in_any_range_and_any_number_of_mask_shar
     folder = tmp_path_factory.mktemp("any") / "c"
     _, values, keep = _hand_made(folder, {f"t{i}": [size] for i, size in enumerate(sizes)}, masks, num_shards, cuts)
     checkpoint = read_checkpoint(folder)
-    assert checkpoint.state == CheckpointState(**STATE)
+    assert checkpoint.state == CheckpointState(**_fields(STATE))
     for kind in KINDS:
         for name, flat in values[kind].items():
             start = data.draw(st.integers(0, flat.size))
@@ -280,7 +287,7 @@ ABSURD: list[tuple[str, tuple]] = [
     ("state.masks_frozen", (None, 1, "true", [])),
     *((f"state.{key}", (None, 1, [], {})) for key in ("precision", "device_type", "base_path", "base_fingerprint")),
     ("state.labels", (None, "good", {}, [1], [None])),
-    ("state.weight_scales", (None, [], "x", {"m": 1.0}, {"m": "1"}, {"m": ["1"]}, {"m": [True]}, {"m": None})),
+    ("state.magnitude_scales", (None, [], "x", {"m": 1.0}, {"m": "1"}, {"m": ["1"]}, {"m": [True]}, {"m": None})),
     ("state.metrics", (None, [], "x", {"loss": "1"}, {"loss": None}, {"loss": [1]})),
     ("state.progress", (None, [], "x", 3)),
 ]  # fmt: skip

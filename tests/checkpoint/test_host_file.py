@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from pst_ds.checkpoint.file_names import TensorFiles
 from pst_ds.checkpoint.format import CheckpointError, CheckpointState, read_checkpoint, sums_text
-from pst_ds.checkpoint.restore import weight_scales
+from pst_ds.checkpoint.restore import magnitude_scales
 from pst_ds.checkpoint.retention import keep, newest_valid, step_folders
 from pst_ds.checkpoint.writer import save_checkpoint
 from pst_ds.config.pst import PSTConfig
@@ -46,7 +46,7 @@ def _engine():
 def _state(engine, step):
     return CheckpointState(
         step=step, sparsity=0.4, masks_frozen=False, precision="fp32", device_type="cpu", base_path="base",
-        base_fingerprint="f00d", labels=[], weight_scales=weight_scales(engine.module), metrics={},
+        base_fingerprint="f00d", labels=[], magnitude_scales=magnitude_scales(engine.module), metrics={},
     )  # fmt: skip
 
 

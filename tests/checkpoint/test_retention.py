@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pst_ds.atomic_files import replace_link
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import CheckpointError, CheckpointState, read_checkpoint
-from pst_ds.checkpoint.restore import base_fingerprint, weight_scales
+from pst_ds.checkpoint.restore import base_fingerprint, magnitude_scales
 from pst_ds.checkpoint.retention import clean_up, find, keep, newest_valid, settle, step_folders, step_name
 from pst_ds.checkpoint.writer import save_checkpoint
 from pst_ds.config.pst import PSTConfig
@@ -46,7 +46,8 @@ def _engine():
 def _save(folder, step=1, best_step=None, **changes):
     state = {
         "step": step, "sparsity": 0.4, "masks_frozen": False, "precision": "fp32", "device_type": "cpu",
-        "base_path": "base", "base_fingerprint": "f00d", "labels": [], "weight_scales": weight_scales(_engine().module),
+        "base_path": "base", "base_fingerprint": "f00d", "labels": [],
+        "magnitude_scales": magnitude_scales(_engine().module),
         "metrics": {}, "progress": {"best_step": best_step}, **changes,
     }  # fmt: skip
     save_checkpoint(folder, _engine(), CheckpointState(**state))

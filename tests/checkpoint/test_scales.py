@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from pst_ds.checkpoint.format import CheckpointError, CheckpointState, read_checkpoint
-from pst_ds.checkpoint.restore import load_into, trainable, weight_scales
+from pst_ds.checkpoint.restore import load_into, magnitude_scales, trainable
 from pst_ds.checkpoint.writer import save_checkpoint, size_limit
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.quantization import Grid
@@ -27,7 +27,7 @@ CONFIG = PSTConfig(modules_to_save=(), score_rank=2, update_rank=2)
 
 STATE = CheckpointState(
     step=3, sparsity=0.0, masks_frozen=True, precision="fp32", device_type="cpu", base_path="base",
-    base_fingerprint="f00d", labels=[], weight_scales={}, metrics={}, rounds=True,
+    base_fingerprint="f00d", labels=[], magnitude_scales={}, metrics={}, rounds=True,
 )  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def saved(tmp_path):
     model = _model()
     update_scales(model)
     round_weights(model)
-    state = replace(STATE, weight_scales=weight_scales(model))
+    state = replace(STATE, magnitude_scales=magnitude_scales(model))
     groups = [{"params": [param for _, param in trainable(model)], "name": "all"}]
     save_checkpoint(tmp_path / "c", build_engine(model, groups, ds_config=None), state)
     return model, tmp_path / "c"
@@ -94,7 +94,9 @@ def test_hand_made_scales_are_read_in_any_range(tmp_path_factory, data):
         tensors |= {"mask": np.zeros(len(shapes), np.uint8), "scales": np.concatenate(parts)}
         save_file(tensors, folder / f"shard-{i + 1:05d}-of-{num_shards:05d}.safetensors")
     contents = {"num_shards": num_shards, "trained": {}, "masks": dict.fromkeys(shapes, 8), "steps": {}, "cuts": None}
-    manifest = {"format": 3, "state": asdict(STATE), "contents": contents | {"grid": [8, 0], "scales": shapes}}
+    state = asdict(STATE)
+    state["weight_scales"] = state.pop("magnitude_scales")
+    manifest = {"format": 3, "state": state, "contents": contents | {"grid": [8, 0], "scales": shapes}}
     _forge(folder, manifest, "format", 3)
     checkpoint = read_checkpoint(folder)
     for name, bits in scales.items():

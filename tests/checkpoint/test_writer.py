@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from pst_ds.checkpoint import writer as checkpoint_writer
 from pst_ds.checkpoint.format import CheckpointError, read_checkpoint
-from pst_ds.checkpoint.restore import load_into, weight_scales
+from pst_ds.checkpoint.restore import load_into, magnitude_scales
 from pst_ds.checkpoint.writer import CheckpointWriter, size_limit
 from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel import optimizer_state
@@ -68,13 +68,13 @@ def test_what_is_saved_is_loaded_whatever_the_number_of_shards(tmp_path, world, 
     save_as_ranks(tmp_path / "c", engine, world)
     fresh, x = small_model(num_shards=num_shards), torch.ones(12)
     for layer in pst_layers(fresh).values():
-        layer.weight_scales = (99.0,)
+        layer.magnitude_scales = (99.0,)
     assert not torch.equal(fresh(x), engine(x))
     load_into(fresh, read_checkpoint(tmp_path / "c"))
     values = dict(fresh.named_parameters())
     for name, param in engine.module.named_parameters():
         assert name.endswith("pst_mask") or torch.equal(values[name], param), name
-    assert weight_scales(fresh) == weight_scales(engine.module)
+    assert magnitude_scales(fresh) == magnitude_scales(engine.module)
     assert torch.equal(fresh(x), engine(x))  # masks and all
 
 
@@ -118,7 +118,7 @@ def test_a_model_that_it_does_not_fit_is_refused_by_name_and_not_changed(tmp_pat
 def test_masks_and_scales_of_other_layers_are_refused(tmp_path, where):
     save_as_ranks(tmp_path / "c", trained_engine()[0])
     checkpoint = read_checkpoint(tmp_path / "c")
-    table = checkpoint.contents.masks if where == "masks" else checkpoint.state.weight_scales
+    table = checkpoint.contents.masks if where == "masks" else checkpoint.state.magnitude_scales
     table["layers.2"] = table.pop("layers.1")
     said = {"masks": "masks differ in layers.1, layers.2", "weight_scales": "weight_scales are those of other layers"}
     assert said[where] in _refusal(small_model(), checkpoint)

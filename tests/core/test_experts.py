@@ -44,7 +44,8 @@ def make_state(layout: WeightLayout, num_shards: int = 1, **changed) -> LayerSta
     keep = torch.rand(layout.numel, generator=generator) > 0.5
     state = LayerState(
         weight=normal(*layout.shape), bits=pack_mask(keep, num_shards), num_shards=num_shards, layout=layout,
-        factors=factors, constants=CONSTANTS, weight_scales=tuple(2.0 + i for i in range(matrices)), scores_train=True,
+        factors=factors, constants=CONSTANTS, magnitude_scales=tuple(2.0 + i for i in range(matrices)),
+        scores_train=True,
     )  # fmt: skip
     return dataclasses.replace(state, **changed)
 
@@ -74,7 +75,7 @@ def reference(state: LayerState, x: torch.Tensor, index: torch.Tensor, grad_y: t
             outs, ranks = slice(i * width, (i + 1) * width), slice(i * RANK, (i + 1) * RANK)
             own = slice(part * width, (part + 1) * width)
             merged = leaves["weight"][e, own] + CONSTANTS.beta * leaves["U"][outs] @ leaves["V"][ranks]
-            score = merged.abs() * norms[e] / state.weight_scales[i]
+            score = merged.abs() * norms[e] / state.magnitude_scales[i]
             score = score + CONSTANTS.alpha1 * leaves["A"][outs] @ leaves["B"][ranks]
             score = score + CONSTANTS.alpha2 * (leaves["R"][outs, None] + leaves["C"][i])
             rows.append((keep[e, own] + score - score.detach()) * merged)
@@ -190,7 +191,7 @@ def test_an_expert_behind_more_weights_than_32_bits_count(transposed, tmp_path):
     kept[: 8 * width // 8].random_(generator=generator)
     state = dataclasses.replace(
         make_state(LAYOUTS[0]), weight=weight, bits=bits, layout=layout, factors=Factors(), scores_train=False,
-        weight_scales=(1.0,) * experts,
+        magnitude_scales=(1.0,) * experts,
     )  # fmt: skip
     routing = Routing.of(torch.tensor([[experts - 1]]), torch.ones(1, 1), experts)
     x = torch.randn(1, width, generator=generator).bfloat16()

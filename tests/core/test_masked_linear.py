@@ -70,7 +70,7 @@ def make_case(layout: WeightLayout, num_shards: int = 1, dtype=torch.float32, **
         layout=layout,
         factors=factors,
         constants=CONSTANTS,
-        weight_scales=tuple(2.0 + part for part in range(parts)),
+        magnitude_scales=tuple(2.0 + part for part in range(parts)),
         scores_train=True,
     )
     state = dataclasses.replace(state, **changed)
@@ -98,7 +98,7 @@ def reference(case: Case) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     merged = dense + state.constants.beta * update
     ranked = dense.detach() if state.constants.frozen_magnitude else merged
     magnitude = ranked.detach().abs() if state.constants.detach_magnitude else ranked.abs()
-    scale = torch.tensor(state.weight_scales, dtype=torch.float64).repeat_interleave(width).unsqueeze(1)
+    scale = torch.tensor(state.magnitude_scales, dtype=torch.float64).repeat_interleave(width).unsqueeze(1)
     scores = magnitude * norms / scale * state.constants.magnitude + state.constants.alpha1 * by_part("A", "B")
     if "R" in leaves:
         by_column = leaves["C"].repeat_interleave(width, 0)

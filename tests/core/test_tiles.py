@@ -41,7 +41,7 @@ def layer_state(layout: WeightLayout, dtype: torch.dtype, num_shards: int) -> La
         layout=layout,
         factors=Factors(**{name: torch.ones(shape, dtype=dtype) for name, shape in ones.items()}),
         constants=Constants(),
-        weight_scales=(1.0,) * parts,
+        magnitude_scales=(1.0,) * parts,
         scores_train=True,
     )
 

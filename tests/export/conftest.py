@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from pst_ds.checkpoint.format import Checkpoint, CheckpointState, read_checkpoint
-from pst_ds.checkpoint.restore import trainable, weight_scales
+from pst_ds.checkpoint.restore import magnitude_scales, trainable
 from pst_ds.checkpoint.writer import save_checkpoint
 from pst_ds.config.pst import PSTConfig
 from pst_ds.export.export import export_run
@@ -51,7 +51,7 @@ def prune(
             layer.pst_V.normal_(std=0.02)
     state = CheckpointState(
         step=3, sparsity=sparsity, masks_frozen=True, precision=precision, device_type="cpu",
-        base_path=str(folder / "base"), base_fingerprint="f00d", labels=[], weight_scales=weight_scales(model),
+        base_path=str(folder / "base"), base_fingerprint="f00d", labels=[], magnitude_scales=magnitude_scales(model),
         metrics={"loss": 1.5},
     )  # fmt: skip
     params = [{"params": [param for _, param in trainable(model)], "name": "all"}]

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 from transformers import GPT2ForSequenceClassification as GPT2Classifier
 
 from pst_ds.checkpoint.format import CheckpointState, read_checkpoint
-from pst_ds.checkpoint.restore import trainable, weight_scales
+from pst_ds.checkpoint.restore import magnitude_scales, trainable
 from pst_ds.checkpoint.writer import save_checkpoint
 from pst_ds.config.pst import PSTConfig
 from pst_ds.export.check import check_export
@@ -37,7 +37,8 @@ def _exported(folder, model, **settings):
     update_masks(model, 0.5)
     state = CheckpointState(
         step=3, sparsity=0.5, masks_frozen=True, precision="fp32", device_type="cpu", base_path=str(folder / "base"),
-        base_fingerprint="f00d", labels=["bad", "good"], weight_scales=weight_scales(model), metrics={"accuracy": 0.5},
+        base_fingerprint="f00d", labels=["bad", "good"], magnitude_scales=magnitude_scales(model),
+        metrics={"accuracy": 0.5},
     )  # fmt: skip
     params = [{"params": [param for _, param in trainable(model)], "name": "all"}]
     save_checkpoint(folder / "checkpoint", build_engine(model, params, ds_config=None), state)

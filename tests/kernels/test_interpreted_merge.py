@@ -38,7 +38,7 @@ def state_of(layout, dtype=torch.float32, rank=3, num_shards=1, **changed):
     mask = torch.rand(layout.shape, generator=generator) > 0.5
     given = {
         "weight": normal(*layout.shape), "bits": pack_mask(mask, num_shards), "num_shards": num_shards,
-        "layout": layout, "factors": factors, "constants": CONSTANTS, "weight_scales": (0.8,) * parts,
+        "layout": layout, "factors": factors, "constants": CONSTANTS, "magnitude_scales": (0.8,) * parts,
         "scores_train": True,
     }  # fmt: skip
     return LayerState(**given | changed)

@@ -84,7 +84,7 @@ def course(engine, zeros):
         with zero3.gathered(list(layer.parameters(recurse=False))):
             weight = layer.base_weight()
             dense = weight.clone() if isinstance(weight, torch.Tensor) else weight.dense()
-            whole[name] = (dense, layer.pst_scales.clone(), layer.weight_scales)
+            whole[name] = (dense, layer.pst_scales.clone(), layer.magnitude_scales)
     exact = (stats.checksum, stats.kept, stats_after.checksum, whole)
     near = [out.detach(), rounded.detach(), torch.tensor(found.layer_errors), torch.tensor(figures.weight_norm)]
     return exact, near
@@ -139,11 +139,11 @@ def require_same(one, other):
     (checksum, kept, after, whole), near = one
     (same_checksum, same_kept, same_after, same_whole), same_near = other
     assert (checksum, kept, after) == (same_checksum, same_kept, same_after)
-    for name, (dense, scales, weight_scales) in whole.items():
-        same_dense, same_scales, same_weight_scales = same_whole[name]
+    for name, (dense, scales, magnitude_scales) in whole.items():
+        same_dense, same_scales, same_magnitude_scales = same_whole[name]
         assert torch.equal(dense, same_dense), name
         assert torch.equal(scales, same_scales), name
-        assert weight_scales == same_weight_scales, name
+        assert magnitude_scales == same_magnitude_scales, name
     for values, same in zip(near, same_near, strict=True):
         torch.testing.assert_close(values, same, rtol=1e-5, atol=1e-5)
 

@@ -63,7 +63,7 @@ def _whole(layer):
     weight = layer.weight.detach().double()
     weight = weight.t() if layer.layout.transposed else weight
     update = product("U", "V") if "U" in f else torch.zeros_like(weight)
-    scale = torch.tensor(layer.weight_scales, dtype=torch.float64).repeat_interleave(width)[:, None]
+    scale = torch.tensor(layer.magnitude_scales, dtype=torch.float64).repeat_interleave(width)[:, None]
     magnitude = (weight + update).abs() / scale
     learned = product("A", "B") + f["R"][:, None] + f["C"].repeat_interleave(width, 0)
     return magnitude + learned, magnitude, learned, update, weight

@@ -116,7 +116,7 @@ def _scores(layer):
         score = (weight.T if layout.transposed else weight)[o].copy()
         for j in range(RANK):
             score = score + f["U"][o, j : j + 1] * f["V"][r][j]
-        score = np.abs(score) * np.float32(1.0 / layer.weight_scales[part])
+        score = np.abs(score) * np.float32(1.0 / layer.magnitude_scales[part])
         for j in range(RANK):
             score = score + f["A"][o, j : j + 1] * f["B"][r][j]
         structured = (f["C"][part], f["R"][o, None]) if layout.transposed else (f["R"][o, None], f["C"][part])
@@ -265,7 +265,7 @@ def test_unit_keys_that_are_not_kept_between_passes_give_the_same_masks(case, mo
 def test_a_global_cut_holds_the_least_share_of_a_matrix():
     model = _mid_ramp("bert", 1, {"pattern": "global"})
     small = pst_layers(model)["encoder.layer.0.output.dense"]
-    small.weight_scales = (small.weight_scales[0] * 100,)  # all of its scores near zero, or below
+    small.magnitude_scales = (small.magnitude_scales[0] * 100,)  # all of its scores near zero, or below
     for _, param in small.factor_parameters():
         param.data.zero_()
     stats = update_masks(model, 0.6)

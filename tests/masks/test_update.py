@@ -108,7 +108,7 @@ def _brute_force(kind):
             score = weight[o].clone()
             for j in range(8):
                 score = score + f["U"][o, j : j + 1] * f["V"][r][j]
-            score = score.abs() * (1.0 / layer.weight_scales[part])
+            score = score.abs() * (1.0 / layer.magnitude_scales[part])
             for j in range(8):
                 score = score + f["A"][o, j : j + 1] * f["B"][k][j]
             if layout.transposed:  # (R 1' + 1 C')' = C 1' + 1 R': the sum runs in storage order

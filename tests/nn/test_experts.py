@@ -65,7 +65,7 @@ def straight_through(layer: PSTLayer, leaves: dict[str, torch.Tensor]) -> torch.
         A, U, R = (leaves[n][i * outputs : (i + 1) * outputs] for n in "AUR")
         B, V = (leaves[n].chunk(len(of_matrices))[i] for n in "BV")
         merged = own + U @ V
-        scores = merged.abs() / layer.weight_scales[i] + A @ B + R.unsqueeze(1) + leaves["C"][i]
+        scores = merged.abs() / layer.magnitude_scales[i] + A @ B + R.unsqueeze(1) + leaves["C"][i]
         found.append((mask + scores - scores.detach()) * merged)
     stack = torch.stack(found).view(experts, -1, layer.layout.in_features)
     return (stack.transpose(1, 2) if layer.layout.transposed else stack).reshape(layer.weight_shape)

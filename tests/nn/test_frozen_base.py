@@ -65,7 +65,7 @@ def test_codes_train_as_the_weights_that_they_are_would(grid, capsys):
             dense = model(x)
         print_trainable_parameters(model)
         grads = [param.grad for param in model.parameters() if param.requires_grad]
-        scales = [layer.weight_scales for layer in pst_layers(model).values()]
+        scales = [layer.magnitude_scales for layer in pst_layers(model).values()]
         merged = merge_and_unload(model)
         found.append((stats, scales, [after, dense, *grads, *merged.state_dict().values()], capsys.readouterr().out))
     (stats, scales, tensors, said), (same_stats, same_scales, same_tensors, same_said) = found

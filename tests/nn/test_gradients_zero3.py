@@ -81,7 +81,7 @@ def _reference(world_size, accumulation):
             )
 
         weight = stored + low_rank("U", "V")
-        scales = torch.tensor(layer.weight_scales, dtype=torch.float64).repeat_interleave(rows)[:, None]
+        scales = torch.tensor(layer.magnitude_scales, dtype=torch.float64).repeat_interleave(rows)[:, None]
         columns = params["C"].repeat_interleave(rows, 0)
         score = weight.abs() / scales + low_rank("A", "B") + params["R"][:, None] + columns
         soft_mask = mask.double() + score - score.detach()  # straight-through

@@ -74,7 +74,7 @@ def reference_gradients(layer: PSTLinear, mask: torch.Tensor, x: torch.Tensor, g
         weight = base + constants.beta * u @ v
         ranked = base if constants.frozen_magnitude else weight
         magnitude = ranked.detach().abs() if constants.detach_magnitude else ranked.abs()
-        scores = magnitude / layer.weight_scales[part] + constants.alpha1 * a @ b
+        scores = magnitude / layer.magnitude_scales[part] + constants.alpha1 * a @ b
         scores = scores + constants.alpha2 * (r.unsqueeze(1) + c)
         straight_through = keep + scores - scores.detach() if layer.scores_train else keep
         pieces.append(straight_through * weight)
@@ -361,8 +361,8 @@ def test_weight_scales_are_the_mean_magnitude_of_each_matrix(parts):
     layer = injected("fused" if parts == 3 else "linear")
     outputs = layer.weight.detach().double() if parts == 1 else layer.weight.detach().double().t()
     expected = [float(part.abs().mean()) for part in outputs.chunk(parts)]
-    assert layer.weight_scales == pytest.approx(expected, rel=1e-7)
-    assert injected("linear", relative_magnitude=False).weight_scales == (1.0,)
+    assert layer.magnitude_scales == pytest.approx(expected, rel=1e-7)
+    assert injected("linear", relative_magnitude=False).magnitude_scales == (1.0,)
 
 
 def test_state_dict_round_trip_and_deepcopy():

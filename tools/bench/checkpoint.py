@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_ds.checkpoint.format import CheckpointState, read_checkpoint
-from pst_ds.checkpoint.restore import weight_scales
+from pst_ds.checkpoint.restore import magnitude_scales
 from pst_ds.checkpoint.writer import CheckpointWriter, SaveResult, size_limit
 from pst_ds.config.pst import PSTConfig
 from pst_ds.nn.inject import inject_pst
@@ -124,7 +124,7 @@ class Saver(Variant):
             base_path="",
             base_fingerprint="",
             labels=[],
-            weight_scales=weight_scales(self.engine.module),
+            magnitude_scales=magnitude_scales(self.engine.module),
             metrics={},
         )
 

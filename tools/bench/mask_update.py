@@ -113,7 +113,7 @@ def gathered_update(layers: list[PSTLayer], sparsity: float, pick: Callable[[Ten
             assert layer.weight is not None
             with zero3.gathered([layer.weight]):
                 weight = layer.weight.float() + constants.beta * (factors["U"] @ factors["V"])
-            scores = weight.abs() / layer.weight_scales[0] + constants.alpha1 * (factors["A"] @ factors["B"])
+            scores = weight.abs() / layer.magnitude_scales[0] + constants.alpha1 * (factors["A"] @ factors["B"])
             scores = scores + constants.alpha2 * (factors["R"].unsqueeze(1) + factors["C"])
             keep = scores.numel() - int(sparsity * scores.numel())
             masks.append(pick(scores.flatten(), keep))

@@ -56,7 +56,7 @@ def _by_row(values: Tensor, V: Tensor, num_matrices: int) -> Tensor:
     return values.view(num_matrices, -1).expand(num_matrices, rank).reshape(-1, 1)
 
 
-def importance(U: Tensor, V: Tensor, gates: Tensor, layout: WeightLayout, weight_scales: Sequence[float]) -> Tensor:
+def importance(U: Tensor, V: Tensor, gates: Tensor, layout: WeightLayout, magnitude_scales: Sequence[float]) -> Tensor:
     """Return how far the components of each gate move the weights, relative to these: float64, in the shape of the
     gates.
 
@@ -69,7 +69,7 @@ def importance(U: Tensor, V: Tensor, gates: Tensor, layout: WeightLayout, weight
     of_left, of_right = left.transpose(1, 2) @ left, right @ right.transpose(1, 2)  # |L R|^2 = sum of (L' L) . (R R')
     products = of_left * of_right
     squares = products.diagonal(dim1=1, dim2=2) if gates.numel() == V.shape[0] else products.sum((1, 2)).unsqueeze(1)
-    scales = torch.tensor(weight_scales, dtype=torch.float64, device=U.device).unsqueeze(1)
+    scales = torch.tensor(magnitude_scales, dtype=torch.float64, device=U.device).unsqueeze(1)
     found = squares.clamp(min=0.0).sqrt() / (scales * math.sqrt(outputs * layout.in_features))
     return found.reshape(-1).masked_fill(is_dropped(gates), -1.0)
 
