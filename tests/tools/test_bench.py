@@ -217,7 +217,7 @@ def test_a_rank_that_fails_ends_the_benchmark_with_its_traceback():
 def test_a_rank_that_is_gone_is_reported():
     with Ranks(1, dict) as gone:
         assert gone.call("get", "key", 3) == [3]
-        gone._processes[0].kill()
-        gone._processes[0].join()
+        gone.workers[0].process.kill()
+        gone.workers[0].process.join()
         with pytest.raises(RuntimeError, match="rank 0: the process ended"):
             gone.call("get", "key")

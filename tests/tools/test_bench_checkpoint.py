@@ -16,11 +16,11 @@ def test_shares_are_of_a_step_and_the_longer_of_both_blocking_times_counts():
     sizes = {"checkpoint": 90, "limit": 100}
     found = summary({}, {**seconds, "blocked": 0.01, "blocked_outside": 0.02}, sizes)
     assert found["blocked_ratio"] == pytest.approx(0.01)
-    assert found["blocked_within_bar"]
     assert found["hidden_ratio"] == pytest.approx(0.25)
     assert found["cpu_hidden_ratio"] == pytest.approx(0.1)
     assert found["bytes_ratio"] == pytest.approx(0.9)
-    assert not summary({}, {**seconds, "blocked": 0.11, "blocked_outside": 0.02}, sizes)["blocked_within_bar"]
+    longer = summary({}, {**seconds, "blocked": 0.11, "blocked_outside": 0.02}, sizes)
+    assert longer["blocked_ratio"] == pytest.approx(0.055)
 
 
 def test_the_default_shape_is_smollm2_135m():

@@ -1,4 +1,4 @@
-"""Decoders beside llama.cpp: rates, losses, what is divided by what, and the object that is printed."""
+"""Decoders compared with llama.cpp: rates, losses, what is divided by what, and the object that is printed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from pst_ds.errors import InputError
 from tools.bench.peers import __main__ as peers
 from tools.bench.peers import decoder_files, decoders, engines
-from tools.bench.peers.turns import medians_in_turn, seated
+from tools.bench.ranks import medians_in_turn, working
 
 VOCABULARY = 11
 
@@ -227,31 +227,31 @@ def end(cache):
     os._exit(3)
 
 
-def test_seats_work_in_processes_of_their_own():
+def test_workers_are_separate_processes():
     parent = Cache()
-    with seated({"a": lambda: parent, "b": opened_by("b")}, threads=1, method="fork") as seats:
-        assert medians_in_turn(seats, count_of, 5, repeats=2, rest=0) == {"a": 5, "b": 5}
-        seats["a"].ask(engines.prefill_rate, 1, [1, 2])
+    with working({"a": lambda: parent, "b": opened_by("b")}, threads=1, method="fork") as workers:
+        assert medians_in_turn(workers, count_of, 5, repeats=2, rest=0) == {"a": 5, "b": 5}
+        workers["a"].ask(engines.prefill_rate, 1, [1, 2])
         with pytest.raises(RuntimeError, match=r"b: (?s:.*)ValueError: no such thing"):
-            seats["b"].ask(refuse)
-        assert seats["b"].ask(count_of, 2) == 2
+            workers["b"].ask(refuse)
+        assert workers["b"].ask(count_of, 2) == 2
     assert parent.ids == []
 
 
-def test_a_seat_that_cannot_open_says_why():
+def test_a_worker_that_cannot_open_says_why():
     def broken():
         raise InputError("not a model")
 
-    with pytest.raises(RuntimeError, match=r"a: (?s:.*)not a model"), seated({"a": broken}, 1, method="fork"):
+    with pytest.raises(RuntimeError, match=r"a: (?s:.*)not a model"), working({"a": broken}, 1, method="fork"):
         pass
 
 
 def test_a_process_that_dies_is_named():
     with (
-        seated({"a": Cache}, 1, method="fork") as seats,
-        pytest.raises(RuntimeError, match="a: its process ended with 3"),
+        working({"a": Cache}, 1, method="fork") as workers,
+        pytest.raises(RuntimeError, match="a: the process ended with exit code 3"),
     ):
-        seats["a"].ask(end)
+        workers["a"].ask(end)
 
 
 def test_it_prints_its_object(tmp_path, monkeypatch, capsys):
@@ -262,7 +262,7 @@ def test_it_prints_its_object(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(decoders, "contestants", lambda top: fakes)
     material = decoders.Material([1, 2], [3, 4], [[3, 3, 3]])
     monkeypatch.setattr(decoders, "text_material", lambda *inputs: material)
-    monkeypatch.setattr(decoders, "seated", lambda openers, threads, preload: seated(openers, threads, method="fork"))
+    monkeypatch.setattr(decoders, "working", lambda openers, threads, preload: working(openers, threads, method="fork"))
     monkeypatch.setattr(engines, "llama_cpp", lambda: None)
     monkeypatch.setattr(peers, "llama_cpp_build", lambda: {"built_for": "tests"})
     options = ["--no-encoders", "--decoders", str(tmp_path), "--threads", "1", "--decoder-repeats", "2", "--json"]
@@ -278,7 +278,7 @@ def test_it_prints_its_object(tmp_path, monkeypatch, capsys):
     assert found["rows"][0]["quality"]["perplexity"] == pytest.approx(expected, rel=1e-3)
     assert set(found["ratios"]["decode_over_llamacpp"]) == {"50/Q8_0/1"}
     assert found["llama_cpp"] == {"built_for": "tests"}
-    assert printed[0] == "| tokens a second | MB | perplexity | decode 2, 1 thr. | prefill 2, 1 thr. |"
+    assert printed[0] == "| tokens per second | MB | perplexity | decode 2, 1 thr. | prefill 2, 1 thr. |"
 
 
 def test_llama_cpp_decodes_the_files_that_are_made(tiny_llama, tmp_path):

@@ -21,14 +21,6 @@ def test_speed_counts_merge_pack_and_hash_of_dense_bytes():
     assert row["bytes_ratio"] == pytest.approx(0.564)
 
 
-def test_bars_are_those_of_bitmask():
-    shape = (4000, 2000)
-    assert summary("bitmask", 0.5, shape, [{**RUN, "pack": 0.0099}], 1)["within_bar"] is True
-    assert summary("bitmask", 0.5, shape, [{**RUN, "pack": 0.0101}], 1)["within_bar"] is False
-    assert summary("bitmask", 0.9, shape, [RUN], 1)["within_bar"] is False
-    assert summary("csr", 0.9, shape, [RUN], 1)["within_bar"] is None
-
-
 def test_masks_have_the_sparsity_they_are_said_to_have():
     shape = (64, 128)
     for case in cases(shape, [0.5, 0.9]):

@@ -34,6 +34,6 @@ def test_it_runs_and_prints_json(monkeypatch, capsys, alone):
     main()
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {row["contestant"] for row in report["rows"]} == {"map", "one", "two"}
-    assert report["ratios"].keys() == report["bars"].keys()
+    assert report["ratios"].keys() == {"cpu_against_map", "two_against_one"}
     assert report["two_by_cpu"] > 0.0
     assert report["conditions"]["megabytes"] == pytest.approx(0.4, abs=0.3)

@@ -32,16 +32,6 @@ def test_speed_is_against_the_fastest_dense_product(layers):
     assert set(row["dense_milliseconds"]) == set(bench.DENSE)
 
 
-@pytest.mark.parametrize(
-    ("batch", "sparsity", "bar"),
-    [(1, 0.5, 1.7), (1, 0.9, 3.0), (4, 0.8, 1.3), (8, 0.5, 0.95), (64, 0.5, 0.9), (4, 0.7, 0.9)],
-)
-def test_the_bar_is_that_of_batch_and_sparsity(layers, batch, sparsity, bar):
-    at_bar = row_of({**TIMES, "bitmask": 2.0 / bar * 0.999}, layers, batch, sparsity)
-    assert (at_bar["bar"], at_bar["met"]) == (bar, True)
-    assert row_of({**TIMES, "bitmask": 2.0 / bar * 1.001}, layers, batch, sparsity)["met"] is False
-
-
 def test_bytes_of_a_weight_are_those_of_all_its_parts(layers):
     kept = layers["bitmask"][0].compressed.numel()
     expected = (2 * kept + SHAPE[0] * SHAPE[1] / 8 + 8 * SHAPE[0] + 16) / (SHAPE[0] * SHAPE[1])

@@ -1,4 +1,4 @@
-"""What PST is measured against, written the plain way: torch autograd, no care for memory."""
+"""The plain PST algorithm in torch autograd, as a baseline of benchmarks and a reference of tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 
 class _KeepBySort(torch.autograd.Function):
-    """1 for all but the floor(sparsity * numel) smallest scores, by sorting them all; the gradient passes straight."""
+    """Mask out the floor(sparsity * numel) smallest scores by a full sort, with a straight-through gradient."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, sparsity: float) -> Tensor:
@@ -26,9 +26,9 @@ class _KeepBySort(torch.autograd.Function):
 
 
 class PlainPST(nn.Module):
-    """The equations of arXiv 2205.11005 as they stand, the mask selected in every forward pass.
+    """The equations of arXiv 2205.11005, with the mask selected in every forward pass.
 
-    S and W are dense and in the weight's dtype; autograd keeps what it needs of them until the backward pass.
+    S and W are dense and in the weight's dtype; autograd keeps them until the backward pass.
     """
 
     def __init__(self, replaced: nn.Linear, outputs: int, inputs: int, rank: int, sparsity: float):
@@ -53,7 +53,7 @@ class PlainPST(nn.Module):
 def replace_linears(
     model: nn.Module, targets: list[tuple[str, nn.Linear]], build: Callable[..., nn.Module], rank: int, sparsity: float
 ) -> None:
-    """Put ``build(linear, outputs, inputs, rank, sparsity)`` in the place of every linear layer in ``targets``."""
+    """Replace every linear layer in ``targets`` by ``build(linear, outputs, inputs, rank, sparsity)``."""
     for name, module in targets:
         parent = model.get_submodule(name.rpartition(".")[0])
         new = build(module, module.out_features, module.in_features, rank, sparsity)

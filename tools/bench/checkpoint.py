@@ -1,8 +1,8 @@
-"""What a checkpoint costs a training step: how long the save holds training up, and what writing it takes beside.
+"""Cost of a checkpoint: how long a save blocks training, and how much writing it slows the next step.
 
-A Llama of 135 M parameters (the shape of SmolLM2-135M) with random weights trains on ZeRO-3 ranks; in every other step
-a checkpoint is written. The step before it has the machine to itself, the step after it runs while it is written. Times
-are medians, of the slowest rank each. The last checkpoint is then verified and read by one process, whole.
+A Llama of 135 M parameters (the shape of SmolLM2-135M) with random weights trains on ZeRO-3 ranks and saves after every
+other step. The step before a save runs undisturbed, the step after it while the checkpoint is written. Times are
+medians of the slowest rank. One process then verifies and reads the last checkpoint.
 
     python -m tools.bench.checkpoint --json
     python -m tools.bench.checkpoint --json --ranks 1 --sequence 512
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from pst_ds.checkpoint.writer import CheckpointWriter, SaveResult, size_limit
 from pst_ds.config.pst import PSTConfig
 from pst_ds.nn.inject import inject_pst
 from tools.bench.ranks import Ranks, slowest
-from tools.bench.timing import conditions, medians, print_json, progress
+from tools.bench.timing import benchmark_parser, conditions, medians, medians_of, print_result, progress
 from tools.bench.variants import (
     Shape,
     Variant,
@@ -36,17 +35,15 @@ from tools.bench.variants import (
     reset_peak,
     resident_bytes,
     shape_of,
-)  # fmt: skip
+)
 
-MOST_BLOCKED = 0.05
-"""Of a step: what a save may hold training up for."""
 WARMUP_STEPS = 3
-"""Not timed; nor is the first save, which makes the buffers and tells what memory a save takes."""
+"""Untimed steps. The first save is not timed either: it allocates the buffers, whose size is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SmolShape(Shape):
-    """SmolLM2-135M, whose embeddings are tied, and one sequence of 1,024 tokens a rank."""
+    """SmolLM2-135M, whose embeddings are tied, and one sequence of 1,024 tokens per rank."""
 
     hidden: int = 576
     intermediate: int = 1536
@@ -58,12 +55,12 @@ class SmolShape(Shape):
 
 
 class Saver(Variant):
-    """PST on this rank with a writer of checkpoints into ``folder``. Construction is collective."""
+    """PST on this rank with a checkpoint writer for ``folder``. Construction is collective."""
 
     def __init__(self, shape: SmolShape, folder: str):
         model = random_llama(shape, num_key_value_heads=shape.kv_heads, tie_word_embeddings=True)
         inject_pst(model, PSTConfig(score_rank=shape.rank, update_rank=shape.rank))
-        self._begin("pst", shape, model)
+        self._start("pst", shape, model)
         self._writer = CheckpointWriter(Path(folder), self.engine)
         self._saves, self._written_at = 0, 0.0
         for _ in range(WARMUP_STEPS):
@@ -75,26 +72,26 @@ class Saver(Variant):
         self._save_memory = peak_bytes() - before
 
     def round(self) -> dict[str, float]:
-        """Seconds of a step alone, of a save, and of the step while it is written; with its bytes. Collective."""
-        alone = self.step()
-        began = time.perf_counter()
+        """Return the seconds of an undisturbed step, a save and a step during writing, and the bytes. Collective."""
+        undisturbed = self.step()
+        start = time.perf_counter()
         self._save()
-        outside = time.perf_counter() - began
-        beside = self.step()
+        outside = time.perf_counter() - start
+        disturbed = self.step()
         written = self._written()
         return {
-            "step": alone["step"],
-            "step_while_writing": beside["step"],
-            "cpu_step": alone["cpu_step"],
-            "cpu_step_while_writing": beside["cpu_step"],
+            "step": undisturbed["step"],
+            "step_while_writing": disturbed["step"],
+            "cpu_step": undisturbed["cpu_step"],
+            "cpu_step_while_writing": disturbed["cpu_step"],
             "blocked": written.blocked_seconds,
             "blocked_outside": outside,
-            "until_written": max(0.0, self._written_at - began),  # known to rank 0 alone
+            "until_written": max(0.0, self._written_at - start),  # known to rank 0 only
             "bytes": written.bytes,
         }
 
     def sizes(self) -> dict[str, int]:
-        """Bytes and counts, the same on every rank but for the memory."""
+        """Return bytes and counts; only the memory differs between ranks."""
         return {
             "trainables": self.trainables,
             "limit": size_limit(self.engine.module),
@@ -134,14 +131,11 @@ def main() -> None:
     shape = shape_of(arguments, SmolShape)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         report = measure(shape, arguments.ranks, arguments.saves, Path(folder))
-    if arguments.json:
-        print_json(report)
-    else:
-        _print(report)
+    print_result(report, as_json=arguments.json)
 
 
 def measure(shape: SmolShape, num_ranks: int, saves: int, folder: Path) -> dict[str, Any]:
-    """Medians of ``saves`` rounds, and what the last checkpoint takes on disk and to read."""
+    """Return medians over ``saves`` rounds, and the size and reading time of the last checkpoint."""
     rounds = []
     with Ranks(num_ranks, Saver, shape, str(folder)) as team:
         for turn in range(saves):
@@ -152,14 +146,14 @@ def measure(shape: SmolShape, num_ranks: int, saves: int, folder: Path) -> dict[
                 shutil.rmtree(older)
         sizes = slowest(team.call("sizes"))
     (newest,) = folder.glob("step-*")
-    seconds = {name: statistics.median(found[name] for found in rounds) for name in rounds[0] if name != "bytes"}
-    seconds |= read_seconds(newest)
+    seconds = medians_of(rounds) | read_seconds(newest)
+    del seconds["bytes"]
     stated = conditions(shape=asdict(shape), dtype="bfloat16", ranks=num_ranks, zero_stage=3, saves=saves)
     return summary(stated, seconds, {"checkpoint": int(rounds[-1]["bytes"]), **sizes})
 
 
 def read_seconds(folder: Path, repeats: int = 3) -> dict[str, float]:
-    """Median seconds of one process to open and verify a checkpoint, and then to read every mask and master whole."""
+    """Return the median seconds that one process takes to verify a checkpoint, and to read all of its tensors."""
 
     def read() -> None:
         for found in (checkpoint.trained, checkpoint.masks):
@@ -175,14 +169,13 @@ def read_seconds(folder: Path, repeats: int = 3) -> dict[str, float]:
 
 
 def summary(stated: dict[str, Any], seconds: dict[str, float], sizes: dict[str, int]) -> dict[str, Any]:
-    """The report: what a save blocks and adds, as shares of a step, and its bytes against the limit."""
+    """Return the report: blocked and added time as shares of a step, and bytes as a share of the limit."""
     step, blocked = seconds["step"], max(seconds["blocked"], seconds["blocked_outside"])
     return {
         "benchmark": "checkpoint",
         "conditions": stated,
         "seconds": seconds,
         "blocked_ratio": blocked / step,
-        "blocked_within_bar": blocked <= MOST_BLOCKED * step,
         "hidden_ratio": seconds["step_while_writing"] / step - 1.0,
         "cpu_hidden_ratio": seconds["cpu_step_while_writing"] / seconds["cpu_step"] - 1.0,
         "bytes": sizes,
@@ -190,25 +183,9 @@ def summary(stated: dict[str, Any], seconds: dict[str, float], sizes: dict[str, 
     }
 
 
-def _print(report: dict[str, Any]) -> None:
-    stated, seconds, sizes = report["conditions"], report["seconds"], report["bytes"]
-    print(f"{stated['hardware']}, {stated['ranks']} ranks, {stated['shape']}")
-    print(f"a step {seconds['step']:.3f} s, while a checkpoint is written {seconds['step_while_writing']:.3f} s")
-    print(
-        f"a save blocks {seconds['blocked'] * 1e3:.1f} ms ({seconds['blocked_outside'] * 1e3:.1f} ms with its state), "
-        f"{report['blocked_ratio']:.2%} of a step; written after {seconds['until_written']:.2f} s"
-    )
-    print(
-        f"{sizes['checkpoint'] / 1e6:.2f} MB ({sizes['limit'] / 1e6:.2f} MB is the most); a save takes "
-        f"{sizes['save_memory'] / 1e6:.0f} MB of memory a rank; verified in "
-        f"{seconds['read_checkpoint']:.2f} s, all of it read in {seconds['read_all_values']:.2f} s"
-    )
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
-    parser.add_argument("--saves", type=int, default=10, help="checkpoints that are measured")
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--saves", type=int, default=10, help="measured checkpoints")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="an existing folder on the disk to write to (default: temporary)")
     add_shape_options(parser, SmolShape)

@@ -1,13 +1,12 @@
-"""Decoding of a real model, the 135M-parameter Llama of tools/fetch_smollm2.py: sparse against dense, on this CPU.
+"""Decoding speed of the 135M-parameter Llama of tools/fetch_smollm2.py on this CPU, sparse and dense.
 
-Its linear layers are pruned by magnitude, the folders packed by ``pst-ds export --format bitmask`` and loaded by
-transformers. ``dense`` is bf16 as transformers runs it; ``prepacked`` has every linear layer in oneDNN's layout. The
-output layer is dense in all of them, being the embedding too; beside ``dense`` it is the same one on both sides, the
-quickest that torch has. Variants take turns, and each has copies of its model, twice the last-level cache together,
-which step in turn, so that weights come from memory. Prompt and new tokens are the same for all; times are medians.
+Linear layers are pruned by magnitude, packed by ``pst-ds export --format bitmask`` and loaded by transformers.
+``dense`` is bf16 as transformers runs it; ``prepacked`` has every linear layer in oneDNN's layout. The output layer is
+the embedding and dense in all variants. Variants take turns. Each has copies of its model, together twice as large as
+the last-level cache, so that weights come from memory. Prompt and new tokens are the same for all; times are medians.
 
-Beside it: where a step's time goes, what is resident (all parameters and buffers, and the growth of a fresh process),
-and how far the logits on real text are from those of the unpacked model.
+Also reported: where a step's time goes, resident memory (parameters and buffers, and the growth of a fresh process),
+and the difference between the logits on real text and those of the unpacked model.
 
     OMP_NUM_THREADS=2 python -m tools.bench.decode --json
     OMP_NUM_THREADS=2 python -m tools.bench.decode --sparsity 0.5 --threads 1 --warm-cache
@@ -27,27 +26,23 @@ from typing import Any
 import torch
 
 import pst_ds.inference.bench.variants as benched
-from pst_ds.cli.main import main as pst_ds_main
 from pst_ds.cli.verify.against_run import allowed_difference
 from pst_ds.inference.bench.decode import Decoder
 from pst_ds.inference.bench.measure import measure
 from pst_ds.inference.hf.model_folder import ModelFolder, open_model_folder
 from pst_ds.inference.runtime import sparse_layers
 from pst_ds.inference.runtime.dense import quicken_output_layer
-from tools.bench.timing import conditions, print_json, progress, status_bytes
+from tools.bench.timing import benchmark_parser, conditions, print_result, progress, status_bytes
 from tools.fetch_smollm2 import FOLDER, dense_folder, pruned_folder
+from tools.verbs import verb
 
-BARS = {0.5: 1.25, 0.8: 1.45}
-"""Times as many tokens a second as prepacked, by sparsity."""
-RESIDENT_BAR = 1.05
-"""Bytes of a loaded model's weights to those of its file."""
 TEXT = Path(__file__).resolve().parents[2] / "LICENSE"
 
 
 def main() -> None:
     arguments = _parser().parse_args()
     if arguments.resident:
-        print_json(resident(arguments.resident))
+        print_result(resident(arguments.resident), as_json=True)
         return
     torch.manual_seed(0)
     dense = open_model_folder(dense_folder(arguments.folder))
@@ -61,11 +56,15 @@ def main() -> None:
         torch.set_num_threads(threads)
         rows += speed_rows(measure(found, dense, 1, arguments), threads)
     stated = conditions(
-        **{k: v for k, v in benched.conditions().items() if k != "versions"}, dtype="bfloat16", batch=1,
+        **{k: v for k, v in benched.conditions().items() if k != "versions"},
+        dtype="bfloat16",
+        batch=1,
         copies={name: len(variant.models) for name, variant in found.items()},
-        prompt_tokens=arguments.prompt_tokens, new_tokens=arguments.new_tokens, repeats=arguments.repeats,
+        prompt_tokens=arguments.prompt_tokens,
+        new_tokens=arguments.new_tokens,
+        repeats=arguments.repeats,
         clock="wall, medians, variants in turn",
-    )  # fmt: skip
+    )
     stated["threads_per_rank"] = arguments.threads
     del found
     report = {
@@ -75,19 +74,16 @@ def main() -> None:
         "resident": [resident_row(folder) for folder in packed.values()],
         "logits": [logits_row(folder, sparsity, arguments.text_tokens) for sparsity, folder in packed.items()],
     }
-    print_json(report) if arguments.json else _print(report)
+    print_result(report, as_json=arguments.json)
 
 
 def packed_folder(top: Path, sparsity: float) -> ModelFolder:
-    """``top``/bitmask-50 and the like, by the real command; made if it is not there."""
+    """Open ``top``/bitmask-50 or the like, which ``pst-ds export`` writes unless it exists."""
     out = top / f"bitmask-{100 * sparsity:g}"
     if not (out / "config.json").is_file():
         progress(f"packing {out}")
-        zeros = pruned_folder(top, sparsity)
         with contextlib.redirect_stdout(sys.stderr):
-            code = pst_ds_main(["export", str(zeros), "--format", "bitmask", "--out", str(out)])
-        if code:
-            raise SystemExit(f"pst-ds export {zeros} ended with {code}")
+            verb("export", str(pruned_folder(top, sparsity)), "--format", "bitmask", "--out", str(out))
     return open_model_folder(out)
 
 
@@ -101,7 +97,7 @@ def models(dense: ModelFolder, packed: dict[float, ModelFolder]) -> dict[str, be
 
 
 def speed_rows(measured: dict[str, dict[str, float]], threads: int) -> list[dict[str, Any]]:
-    """A row for each variant: its rates, against both dense ones, and the bar."""
+    """Return a row per variant: its rates, also relative to both dense variants."""
     rows = []
     for name, rates in measured.items():
         row: dict[str, Any] = {"model": name, "threads": threads, **rates}
@@ -109,30 +105,20 @@ def speed_rows(measured: dict[str, dict[str, float]], threads: int) -> list[dict
             for stage in ("prefill", "decode"):
                 key = f"{stage}_tokens_per_second"
                 row[f"{stage}_over_{base}"] = rates[key] / measured[base][key]
-        sparsity = round(float(name.partition("-")[2] or 0) / 100, 4)
-        row["bar"] = BARS.get(sparsity)
-        row["met"] = None if row["bar"] is None else row.get("decode_over_prepacked", 0.0) >= row["bar"]
         rows.append(row)
     return rows
 
 
 def resident_row(folder: ModelFolder) -> dict[str, Any]:
-    """What a fresh process holds of the loaded model."""
+    """Return the memory that the loaded model takes in a fresh process."""
     command = [sys.executable, "-m", "tools.bench.decode", "--resident", str(folder.path)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    ratio = found["weight_bytes"] / found["file_bytes"]
-    return {
-        "model": folder.path.name,
-        **found,
-        "weights_to_file": ratio,
-        "bar": RESIDENT_BAR,
-        "met": ratio <= RESIDENT_BAR,
-    }
+    return {"model": folder.path.name, **found, "weights_to_file": found["weight_bytes"] / found["file_bytes"]}
 
 
 def resident(path: Path) -> dict[str, Any]:
-    """The second of two models that this process holds: the first brings in code, threads and buffers as well."""
+    """Measure the second of two models in this process; the first also loads code, threads and buffers."""
     folder = open_model_folder(path)
     held, sizes = [], []
     for _ in range(2):
@@ -151,7 +137,7 @@ def resident(path: Path) -> dict[str, Any]:
 
 @torch.inference_mode()
 def logits_row(folder: ModelFolder, sparsity: float, tokens: int) -> dict[str, Any]:
-    """Sparse against unpacked on real text, and both against the same weights in fp32."""
+    """Compare the logits of sparse and unpacked weights on real text, and both with the same weights in fp32."""
     ids = folder.tokenizer()(TEXT.read_text(encoding="utf-8"), return_tensors="pt").input_ids[:, :tokens]
     sparse = folder.load("sparse")
     layers = len(sparse_layers(sparse))
@@ -180,33 +166,17 @@ def _errors(found: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the models are, and are made")
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="folder of the models, which are made if missing")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.8])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--text-tokens", type=int, default=512, help="of the text whose logits are compared")
-    parser.add_argument("--warm-cache", action="store_true", help="one model of each, which a large cache may hold")
+    parser.add_argument("--text-tokens", type=int, default=512, help="tokens of the text whose logits are compared")
+    parser.add_argument("--warm-cache", action="store_true", help="one copy per model, which a large cache may hold")
     parser.add_argument("--resident", type=Path, metavar="DIR", help=argparse.SUPPRESS)
-    parser.add_argument("--json", action="store_true")
     return parser
-
-
-def _print(report: dict[str, Any]) -> None:
-    for key, value in report["conditions"].items():
-        print(f"{key}: {value}")
-    print(f"{'model':<12} {'threads':>7} {'tok/s':>7} {'ms':>7} {'/prepacked':>10} {'bar':>5} {'/dense':>6} "
-          f"{'outside linears':>15} {'output layer':>12} {'prefill tok/s':>13}")  # fmt: skip
-    for row in report["rows"]:
-        bar = "" if row["bar"] is None else f"{row['bar']}{'' if row['met'] else '!'}"
-        print(f"{row['model']:<12} {row['threads']:>7} {row['decode_tokens_per_second']:>7.1f} "
-              f"{1e3 * row['decode_step_seconds']:>7.2f} {row.get('decode_over_prepacked', float('nan')):>10.2f} "
-              f"{bar:>5} {row['decode_over_dense']:>6.2f} {row['outside_linear_layers']:>15.0%} "
-              f"{row['output_layer_share']:>12.0%} {row['prefill_tokens_per_second']:>13.0f}")  # fmt: skip
-    for row in (*report["resident"], *report["logits"]):
-        print(row)
 
 
 if __name__ == "__main__":

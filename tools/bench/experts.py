@@ -1,16 +1,15 @@
-"""Products with a stack of experts, forward and backward, against a loop over its experts in full fine-tuning.
+"""Forward and backward pass of a pruned stack of experts, compared with full fine-tuning of a loop over the experts.
 
-The loop's backward pass is written out ("dense backward"), and as autograd does it, which makes a gradient as large as
-the stack for each expert ("autograd backward"). Every expert gets as many tokens. Nanoseconds of processor time a
-weight of the stack, medians of turns; bytes are the most that torch's allocator gave at a time in either pass, by the
-bytes of one expert's matrix, without what it returns.
+The backward pass of the loop is written by hand ("dense backward"), and computed by autograd, which allocates a
+gradient as large as the stack for each expert ("autograd backward"). Every expert gets the same number of tokens. Times
+are medians in nanoseconds of CPU time per weight of the stack. "matrices" is the peak of memory that torch allocates in
+a pass without its result, in units of one expert's matrix.
 
     python -m tools.bench.experts --json --experts 32 --outputs 1536 --inputs 2048 --tokens 16 64 256
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
 from collections.abc import Callable
@@ -25,30 +24,27 @@ from pst_ds.core.experts.routing import Routing
 from pst_ds.core.layout import WeightLayout
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.experts import PSTExpertStack
-from tools.bench.timing import conditions, medians, print_json
+from tools.bench.timing import benchmark_parser, conditions, medians, print_result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--experts", type=int, default=32)
-    parser.add_argument("--outputs", type=int, default=1536, help="of an expert, gate and up together (1536)")
+    parser.add_argument("--outputs", type=int, default=1536, help="outputs per expert, gate and up together (1536)")
     parser.add_argument("--inputs", type=int, default=2048)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 64, 256], help="of each expert (16 64 256)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 64, 256], help="tokens per expert (16 64 256)")
     parser.add_argument("--precision", choices=DTYPES, default="bf16")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each (5)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed turns (5)")
     args = parser.parse_args()
     torch.manual_seed(0)
     stack = _stack(args.experts, args.outputs, args.inputs, DTYPES[args.precision])
     results = {str(tokens): _measured(stack, tokens, args.repeats) for tokens in args.tokens}
-    for tokens, found in results.items():
-        print(f"{tokens} tokens an expert: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
-    if args.json:
-        print_json({"nanoseconds_a_weight": results, "conditions": conditions(**vars(args))})
+    result = {"nanoseconds_a_weight": results, "conditions": conditions(**vars(args))}
+    print_result(result, as_json=args.json)
 
 
 def _stack(experts: int, outputs: int, inputs: int, dtype: torch.dtype) -> PSTExpertStack:
-    """Gate and up of each expert with half of the weights masked, in training."""
+    """Return a trainable stack of gate and up projections at 50 % sparsity."""
     layout = WeightLayout(experts * outputs, inputs, num_matrices=2 * experts, num_experts=experts)
     weight = torch.nn.Parameter(torch.randn(experts, outputs, inputs, dtype=dtype) * 0.02, requires_grad=False)
     stack = PSTExpertStack(
@@ -91,9 +87,12 @@ def _measured(stack: PSTExpertStack, tokens: int, repeats: int) -> dict[str, flo
         return torch.autograd.grad(graph, (given, trained), grad_y, retain_graph=True)
 
     runs: dict[str, Callable[[], object]] = {
-        "forward": pst, "backward": pst_backward, "dense forward": dense, "dense backward": dense_backward,
+        "forward": pst,
+        "backward": pst_backward,
+        "dense forward": dense,
+        "dense backward": dense_backward,
         "autograd backward": autograd_backward,
-    }  # fmt: skip
+    }
     with torch.no_grad():
         seconds = medians(runs, repeats, warmup=1, clock=time.process_time)
         one = layout.expert.numel * stack.dtype.itemsize
@@ -102,7 +101,7 @@ def _measured(stack: PSTExpertStack, tokens: int, repeats: int) -> dict[str, flo
 
 
 def _peak_bytes(run: Callable[[], object]) -> int:
-    """The most that is allocated at a time, beyond what is left at the end: the result."""
+    """Return the peak of allocated bytes, without the bytes of the result."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
         result = run()
     del result

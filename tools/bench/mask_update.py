@@ -1,12 +1,11 @@
-"""A mask update under ZeRO-3 against gather + torch.topk, one read of the shard, and a training step.
+"""Time of a mask update under ZeRO-3, compared with gather + torch.topk, a read of the shard, and a training step.
 
-For 1, 2 and 4 ranks and 1x, 4x and 16x parameters: ``update_masks``; the same selection as a user would write it (every
-rank gathers each weight and its fp32 factors, scores it whole and takes ``torch.topk``); and one streaming read of the
-rank's weight shard, which is the floor. All three take turns in the same processes, and the teams of ranks too.
-Between two rounds the masters move as in a training step and the sparsity goes on along its ramp.
+For 1, 2 and 4 ranks and 1x, 4x and 16x parameters: ``update_masks``; the obvious implementation of the same selection
+(every rank gathers each weight and its fp32 factors, scores it and calls ``torch.topk``); and a streaming read of the
+rank's weight shard as lower bound. All three take turns in the same processes. Between two rounds the masters change as
+in a training step and the sparsity follows its schedule.
 
-The share of a step: seconds of a PST step and of its mask update for a Llama of 1 and of 3 layers; the lines through
-them, at the number of layers of the whole model.
+The share of a step is extrapolated to all layers from a PST step and a mask update with 1 and with 3 layers.
 
     python -m tools.bench.mask_update --json
 """
@@ -32,7 +31,7 @@ from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import ranks, zero3
 from tools.bench.ranks import Ranks, slowest
-from tools.bench.timing import conditions, print_json, progress, rounded, timed
+from tools.bench.timing import benchmark_parser, conditions, medians_of, print_result, progress, timed
 from tools.bench.variants import LEARNING_RATE, Shape, Variant, add_shape_options, shape_of, zero3_engine
 
 MATRICES = 8
@@ -50,7 +49,7 @@ def _mask_at(scores: Tensor, kept: Tensor) -> Tensor:
 
 
 class MaskUpdates:
-    """One model's mask updates on this rank: ``MATRICES`` bf16 matrices of width x width under ZeRO-3."""
+    """Mask updates of ``MATRICES`` bf16 matrices of width x width under ZeRO-3, on this rank."""
 
     def __init__(self, width: int):
         torch.manual_seed(0)
@@ -66,7 +65,7 @@ class MaskUpdates:
         self.step = FIRST_STEP
 
     def round(self, steps: int, warmup: bool = False) -> dict[str, float]:
-        """Seconds of each candidate, ``steps`` training steps after the last round. Collective."""
+        """Return the seconds of each candidate, ``steps`` training steps after the last round. Collective."""
         self._move(steps)
         sparsity = RAMP.sparsity_at(self.step)
         candidates: dict[str, Callable[[], object]] = {
@@ -83,7 +82,7 @@ class MaskUpdates:
         return seconds
 
     def agreement(self) -> float:
-        """Share of this rank's mask bits that the gathered update chooses too; rounding may tip scores at the cut."""
+        """Return the share of this rank's mask bits that the gathered update chooses too; scores at the cut may tie."""
         sparsity = RAMP.sparsity_at(self.step)
         update_masks(self.engine.module, sparsity)
         whole = gathered_update(self.layers, sparsity, PICKS["gather_topk"])
@@ -96,14 +95,14 @@ class MaskUpdates:
         return equal / count
 
     def _move(self, steps: int) -> None:
-        """As Adam moves every master by about its learning rate a step, all of them in one direction each."""
+        """Change every master as Adam does, by about its learning rate per step in one direction."""
         self.step += steps
         for masters in self.engine.optimizer.fp32_partitioned_groups_flat:
             masters.data.add_(torch.randn_like(masters), alpha=100 * LEARNING_RATE * steps)
 
 
 def gathered_update(layers: list[PSTLayer], sparsity: float, pick: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
-    """Whole bool masks, (numel,) a layer, each scored and selected whole on every rank. Collective."""
+    """Return a bool mask of shape (numel,) per layer, scored and selected on every rank. Collective."""
     masks = []
     with torch.no_grad():
         for layer in layers:
@@ -121,7 +120,7 @@ def gathered_update(layers: list[PSTLayer], sparsity: float, pick: Callable[[Ten
 
 
 def _read(shards: list[Tensor]) -> None:
-    """Every byte once: as whole words, since torch adds bf16 values slower than memory brings them."""
+    """Read every byte once, as fp32 words, since torch reduces bf16 values slower than memory delivers them."""
     for shard in shards:
         words = shard[: shard.numel() // 2 * 2].view(torch.float32)
         words.amax()
@@ -143,14 +142,11 @@ def main() -> None:
         result["share_of_step"] = share_of_step(
             shape_of(arguments, Shape), arguments.repeats, result.get("after_10_steps", 1.0)
         )
-    if arguments.json:
-        print_json(result)
-    else:
-        _print_table(result)
+    print_result(result, as_json=arguments.json)
 
 
 def measure(width: int, rank_counts: Sequence[int], repeats: int) -> list[dict[str, Any]]:
-    """Medians for one model size; a team of ranks for each of ``rank_counts``, and the teams take turns."""
+    """Return medians for one model size. The teams of ranks, one per count, take turns."""
     with ExitStack() as running:
         teams = {count: running.enter_context(Ranks(count, MaskUpdates, width)) for count in rank_counts}
         found: dict[int, list[dict[str, float]]] = {count: [] for count in teams}
@@ -166,7 +162,7 @@ def measure(width: int, rank_counts: Sequence[int], repeats: int) -> list[dict[s
     weights = MATRICES * width * width
     sizes = []
     for count, rounds in found.items():
-        seconds = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
+        seconds = medians_of(rounds)
         seconds |= {"ours_first": first[count], "ours_after_10_steps": statistics.median(late[count])}
         sizes.append(
             {
@@ -184,9 +180,9 @@ def measure(width: int, rank_counts: Sequence[int], repeats: int) -> list[dict[s
 
 
 def ratios(sizes: list[dict[str, Any]]) -> dict[str, Any]:
-    """At the largest size: ours over theirs on two ranks, and a rank's time on two ranks over that on one.
+    """Return our time over the others' on two ranks, and our time on two ranks over one, at the largest size.
 
-    By the wall clock, and as ``cpu_ratios`` by processor time, in which waiting for another rank does not count.
+    "ratios" are of wall time, "cpu_ratios" of CPU time, which excludes waiting for another rank.
     """
     largest = max(size["weights"] for size in sizes)
     at = {size["ranks"]: size["seconds"] for size in sizes if size["weights"] == largest}
@@ -204,12 +200,12 @@ def ratios(sizes: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def growth(sizes: list[dict[str, Any]], name: str) -> dict[str, float]:
-    """The line through the seconds of ``name`` over weights, and the largest deviation from it, relative."""
+    """Fit a line to the seconds of ``name`` over weights. Return it with the largest relative deviation."""
     weights = torch.tensor([size["weights"] for size in sizes], dtype=torch.float64)
     seconds = torch.tensor([size["seconds"][name] for size in sizes], dtype=torch.float64)
     if len(sizes) < 2:
         return {}
-    # each size counts by its relative error, or the largest alone would make the line
+    # relative errors, otherwise the largest size would determine the line
     design = torch.stack([torch.ones_like(weights), weights], 1) / seconds.unsqueeze(1)
     constant, slope = torch.linalg.lstsq(design, torch.ones_like(seconds)).solution.tolist()
     deviation = ((constant + slope * weights) / seconds - 1.0).abs().max()
@@ -217,21 +213,22 @@ def growth(sizes: list[dict[str, Any]], name: str) -> dict[str, float]:
 
 
 def share_of_step(shape: Shape, repeats: int, after_10_steps: float) -> dict[str, Any]:
-    """Measure steps and updates of a few layers of ``shape`` on two ranks, and :func:`share_at` its number of them."""
+    """Measure steps and updates with a few layers of ``shape`` on two ranks, and extrapolate to all of its layers."""
     points = {}
     for layers in SHARE_LAYERS:
         with Ranks(2, Variant, "pst", replace(shape, layers=layers)) as team:
             team.call("step")
             steps = [slowest(team.call("step")) for _ in range(repeats)]
-        points[layers] = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
+        points[layers] = medians_of(steps)
         progress(f"{layers} layers: " + ", ".join(f"{name} {value:.4f}" for name, value in points[layers].items()))
     return {**share_at(shape.layers, points, after_10_steps), "measured": points, "shape": asdict(shape)}
 
 
 def share_at(layers: int, points: dict[int, dict[str, float]], after_10_steps: float) -> dict[str, float]:
-    """Seconds of an update over seconds of a step, at interval 1 and 10, on the lines through ``points``, by layers.
+    """Return the share of an update in a step at interval 1 and 10, extrapolated from ``points`` by layers.
 
-    ``after_10_steps``: seconds of an update that is 10 steps from the last, over those of one that is 1 step from it.
+    Args:
+        after_10_steps: Seconds of an update 10 steps after the last one, over those 1 step after it.
     """
     few, many = sorted(points)
 
@@ -249,28 +246,12 @@ def share_at(layers: int, points: dict[int, dict[str, float]], after_10_steps: f
     }
 
 
-def _print_table(result: dict[str, Any]) -> None:
-    print(result["conditions"]["hardware"])
-    print("weights      ranks   ms of ours   ns a weight   / gather+topk   / gather+kthvalue   / read")
-    for size in result["sizes"]:
-        print(
-            f"{size['weights']:<12} {size['ranks']:>5} {size['seconds']['ours'] * 1e3:>12.1f} "
-            f"{size['ns_per_weight_of_a_rank']:>13.2f} {size['over_gather_topk']:>15.3f} "
-            f"{size['over_gather_kthvalue']:>19.3f} {size['over_read']:>8.1f}"
-        )
-    for key in ("ratios", "cpu_ratios", "growth", "cpu_growth"):
-        print(f"{key}: {rounded(result.get(key))}")
-    if share := result.get("share_of_step"):
-        print(f"share of a step: {share['interval_1']:.4f} at interval 1, {share['interval_10']:.5f} at interval 10")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--ranks", type=_numbers, default=[1, 2, 4], help="comma-separated")
-    parser.add_argument("--widths", type=_numbers, default=[1024, 2048, 4096], help=f"of the {MATRICES} matrices")
+    parser.add_argument("--widths", type=_numbers, default=[1024, 2048, 4096], help=f"sides of the {MATRICES} matrices")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--no-share", action="store_true", help="leave the share of a training step out")
+    parser.add_argument("--no-share", action="store_true", help="skip the share of a training step")
     add_shape_options(parser, Shape)
     parser.set_defaults(layers=24)
     return parser

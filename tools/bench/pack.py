@@ -1,11 +1,10 @@
-"""What a packed export costs a core: to merge, pack and hash one matrix, disk excluded.
+"""Cost of a packed export on one core: merge, pack and hash one matrix, without disk access.
 
-The input is a bf16 base weight with its mask and rank-8 factors, as a checkpoint has them. The weights take turns, and
-are twice as large together as the last-level cache, so that they come from memory. Merge is ``merged_weight``: packing
-takes what the mask keeps, so nothing is masked before. Hash is SHA-256 of every part. MB/s count the bytes of the dense
-matrix, by the wall clock and by the processor's, which other work on the machine disturbs less. One thread; medians,
-and the formats take turns. The merge with its mask, as in the forward pass, the check and unpacking are timed beside,
-and not counted.
+The input is a bf16 base weight with its mask and rank-8 factors, as in a checkpoint. The weights take turns and are
+together twice as large as the last-level cache, so that they come from memory. Merge is ``merged_weight``; packing uses
+only what the mask keeps. Hash is SHA-256 of every part. MB/s are dense bytes per second of wall time and of CPU time.
+One thread, medians; the formats take turns. The masked merge of the forward pass, the check and unpacking are timed
+too, but do not count.
 
     python -m tools.bench.pack --json
     python -m tools.bench.pack --shapes 4096x4096 --sparsity 0.5 0.9 --repeats 15
@@ -28,19 +27,17 @@ from pst_ds.core.factors import Constants, Factors
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.scores import masked_weight, merged_weight
 from pst_ds.formats import FORMATS, mask_row_bits
-from tools.bench.timing import conditions, print_json, progress, timed
+from tools.bench.timing import benchmark_parser, conditions, medians_of, print_result, progress, timed
 
 DTYPE, RANK = torch.bfloat16, 8
-BARS = {("bitmask", 0.5): 400.0, ("bitmask", 0.9): 800.0}
-"""MB/s of dense input that are asked for."""
 STAGES = ("merge", "pack", "hash")
-BESIDE = ("masked_merge", "check", "unpack")
+"""Stages that count. The others, for comparison, are "masked_merge", "check" and "unpack"."""
 CACHE_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One format at one sparsity, with the mask to be packed."""
+    """A format at a sparsity, with the mask to pack."""
 
     name: str
     sparsity: float
@@ -56,16 +53,12 @@ def main() -> None:
         weights = base_weights(shape, arguments.input_bytes or default_input_bytes())
         progress(f"{shape[0]} x {shape[1]}: {len(weights)} matrices take turns")
         rows += measure(weights, cases(shape, arguments.sparsity), arguments.repeats)
-    stated = conditions(dtype="bfloat16", rank=RANK, repeats=arguments.repeats, bar="merge, pack and hash together")
-    report = {"benchmark": "pack", "conditions": stated, "rows": rows}
-    if arguments.json:
-        print_json(report)
-    else:
-        _print(report)
+    stated = conditions(dtype="bfloat16", rank=RANK, repeats=arguments.repeats)
+    print_result({"benchmark": "pack", "conditions": stated, "rows": rows}, as_json=arguments.json)
 
 
 def default_input_bytes() -> int:
-    """Twice the last-level cache, where that is known, and at least 256 MB."""
+    """Return twice the size of the last-level cache, and at least 256 MB."""
     try:
         cache = int(CACHE_SIZE.read_text().strip().removesuffix("K")) << 10
     except (OSError, ValueError):
@@ -74,14 +67,14 @@ def default_input_bytes() -> int:
 
 
 def base_weights(shape: tuple[int, int], total_bytes: int) -> list[Tensor]:
-    """As many bf16 matrices as fill ``total_bytes``, at least two."""
+    """Return bf16 matrices of ``total_bytes`` together, at least two."""
     count = max(2, -(-total_bytes // (shape[0] * shape[1] * DTYPE.itemsize)))
     first = torch.randn(shape).to(DTYPE)
     return [first, *(first.roll(turn, 0) for turn in range(1, count))]
 
 
 def cases(shape: tuple[int, int], sparsities: list[float]) -> list[Case]:
-    """Random masks: each sparsity for bitmask and csr, and two of every four for 2:4."""
+    """Return random masks: bitmask and csr at each sparsity, and 2:4."""
     drawn = torch.rand(shape)
     found = []
     for sparsity in sparsities:
@@ -92,14 +85,14 @@ def cases(shape: tuple[int, int], sparsities: list[float]) -> list[Case]:
 
 
 def measure(weights: list[Tensor], found: list[Case], repeats: int) -> list[dict[str, Any]]:
-    """A row for each case: median seconds of every stage, and MB/s of all that is counted."""
+    """Return a row per case: median seconds of every stage, and MB/s."""
     outputs, inputs = weights[0].shape
     layout = WeightLayout(outputs, inputs)
     factors = Factors(U=(torch.randn(outputs, RANK) * 0.01).to(DTYPE), V=torch.randn(RANK, inputs).to(DTYPE))
     runs: list[list[dict[str, float]]] = [[] for _ in found]
     packed_bytes = [0] * len(found)
     turn = 0
-    for round_number in range(-1, repeats):  # the first is not counted
+    for round_number in range(-1, repeats):  # the first is a warm-up
         for index, case in enumerate(found):
             turn += 1
             seconds, packed_bytes[index] = export_once(weights[turn % len(weights)], case, layout, factors)
@@ -110,7 +103,7 @@ def measure(weights: list[Tensor], found: list[Case], repeats: int) -> list[dict
 
 
 def export_once(weight: Tensor, case: Case, layout: WeightLayout, factors: Factors) -> tuple[dict[str, float], int]:
-    """Seconds of each stage, and the bytes of the parts."""
+    """Return the seconds of each stage, and the bytes of the parts."""
     seconds: dict[str, float] = {}
     form = FORMATS[case.name]
     with timed(seconds, "merge"):
@@ -132,45 +125,19 @@ def export_once(weight: Tensor, case: Case, layout: WeightLayout, factors: Facto
 def summary(
     name: str, sparsity: float, shape: tuple[int, int], runs: list[dict[str, float]], packed: int
 ) -> dict[str, Any]:
-    """One row of the report; ``within_bar``, by the wall clock, is None where no bar is set."""
+    """Return one row of the report from the seconds of all stages in ``runs`` and the bytes of the parts."""
     dense = shape[0] * shape[1] * DTYPE.itemsize
     together = statistics.median(sum(run[stage] for stage in STAGES) for run in runs)
     on_cpu = statistics.median(sum(run[f"cpu_{stage}"] for stage in STAGES) for run in runs)
-    speed, bar = dense / together / 1e6, BARS.get((name, sparsity))
     return {
         "format": name,
         "shape": list(shape),
         "sparsity": sparsity,
-        "mb_per_second": speed,
+        "mb_per_second": dense / together / 1e6,
         "mb_per_cpu_second": dense / on_cpu / 1e6,
-        "bar_mb_per_second": bar,
-        "within_bar": None if bar is None else speed >= bar,
-        "seconds": {
-            "together": together,
-            **{stage: statistics.median(run[stage] for run in runs) for stage in STAGES + BESIDE},
-        },
+        "seconds": {"together": together, **medians_of(runs)},
         "bytes_ratio": packed / dense,
     }
-
-
-def _print(report: dict[str, Any]) -> None:
-    stated = report["conditions"]
-    print(f"{stated['hardware']}, one thread, bf16, rank {stated['rank']}, medians of {stated['repeats']}; times in ms")
-    columns = ["format", "shape", "sparsity", "MB/s", "bar", "MB/cpu s", *STAGES, *BESIDE, "bytes/dense"]
-    print("  ".join(f"{column:>{max(10, len(column))}}" for column in columns))
-    for row in report["rows"]:
-        bar = row["bar_mb_per_second"]
-        cells = [
-            row["format"],
-            "x".join(map(str, row["shape"])),
-            f"{row['sparsity']:.2f}",
-            f"{row['mb_per_second']:.0f}",
-            f"{bar:.0f}" if bar else "-",
-            f"{row['mb_per_cpu_second']:.0f}",
-            *(f"{row['seconds'][stage] * 1e3:.1f}" for stage in STAGES + BESIDE),
-            f"{row['bytes_ratio']:.3f}",
-        ]
-        print("  ".join(f"{cell:>{max(10, len(column))}}" for cell, column in zip(cells, columns, strict=True)))
 
 
 def shape_of(text: str) -> tuple[int, int]:
@@ -179,12 +146,11 @@ def shape_of(text: str) -> tuple[int, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", type=shape_of, default=[(4096, 4096), (11008, 4096)], metavar="OxI")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.9])
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--input-bytes", type=int, help="of the matrices together (default: twice the cache)")
+    parser.add_argument("--input-bytes", type=int, help="bytes of all matrices (default: twice the cache)")
     return parser
 
 

@@ -1,12 +1,11 @@
-"""How fast text becomes a store: ``pst-ds prepare`` against ``datasets.map`` with the same tokenizer, and two processes
-against one.
+"""Throughput of ``pst-ds prepare`` compared with ``datasets.map``, and of two processes compared with one.
 
-The text is Python's own library, as JSONL with a file a row, and the tokenizer a byte-level BPE of 8,192 tokens trained
-on a part of it, so nothing is fetched. ``map`` tokenises 1,000 rows at a time, without the attention mask, and its
-rows are loaded before the clock starts; ``prepare`` reads, tokenises, hashes and writes. Each runs in a fork of
-its own and they take turns; MB count bytes of text in UTF-8. CPU seconds are those of the fork and its workers, and the
-two processes are compared by the clock on the wall, best of all rounds. "two_by_cpu" is what the clock could show at
-best: CPU seconds of one against those of two outside of the workers and half of those inside.
+The corpus is the source code of Python's library as JSONL with one file per row; the tokenizer is a byte-level BPE of
+8,192 tokens trained on a part of it, so nothing is downloaded. ``map`` tokenises batches of 1,000 rows without the
+attention mask, and its rows are loaded before the clock starts; ``prepare`` reads, tokenises, hashes and writes. Each
+runs in a forked process, in turns; MB are bytes of UTF-8 text. CPU seconds include workers; one and two processes are
+compared by the shortest wall time of all rounds. "two_by_cpu" is the best possible speed-up of two processes: CPU
+seconds of one over those of two, of which the part inside workers is halved.
 
     python -m tools.bench.prepare --json
     python -m tools.bench.prepare --megabytes 16 --repeats 3
@@ -26,9 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tools.bench.timing import conditions, print_json, progress
+from tools.bench.timing import benchmark_parser, conditions, print_result, progress
 
-BARS = {"cpu_against_map": 1.0, "two_against_one": 1.8}
 _VOCABULARY, _TRAINED_ON_BYTES = 8192, 4_000_000
 
 
@@ -37,16 +35,11 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory() as scratch:
         report = measure(Path(scratch), arguments.megabytes, arguments.repeats)
-    if arguments.json:
-        print_json(report)
-    else:
-        for name, value in report["ratios"].items():
-            print(f"{name:>16} {value:5.2f}  (bar {BARS[name]})")
-        print(f"{'two_by_cpu':>16} {report['two_by_cpu']:5.2f}")
+    print_result(report, as_json=arguments.json)
 
 
 def measure(folder: Path, megabytes: float, repeats: int) -> dict[str, Any]:
-    """Time all contestants on so much text, in ``folder``."""
+    """Time all contestants on a corpus of that size, in ``folder``."""
     path = folder / "texts.jsonl"
     size = write_texts(path, int(1e6 * megabytes))
     progress(f"{size / 1e6:.1f} MB of text; training a tokenizer")
@@ -76,12 +69,11 @@ def measure(folder: Path, megabytes: float, repeats: int) -> dict[str, Any]:
         "rows": rows,
         "ratios": ratios(rows),
         "two_by_cpu": bound_of_two(rows),
-        "bars": BARS,
     }
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """What the bars ask for, from the rows of all contestants."""
+    """Return the speed of one process relative to ``map``, and of two processes relative to one."""
     by_name = {row["contestant"]: row for row in rows}
     return {
         "cpu_against_map": by_name["one"]["mb_per_cpu_second"] / by_name["map"]["mb_per_cpu_second"],
@@ -90,13 +82,13 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def bound_of_two(rows: list[dict[str, Any]]) -> float:
-    """What two processes are to one at best, by their CPU seconds: what workers do is halved, and all else stays."""
+    """Return the best possible speed-up of two processes: CPU seconds in workers are halved, all others stay."""
     one, two = (next(row for row in rows if row["contestant"] == name) for name in ("one", "two"))
     return two["mb_per_cpu_second"] / one["mb_per_cpu_second"] / (1.0 - two["share_in_workers"] / 2)
 
 
 def write_texts(path: Path, num_bytes: int) -> int:
-    """Write the sources of Python's library as JSONL, over again if need be; the bytes of text."""
+    """Write the source files of Python's library as JSONL, repeated if necessary. Return the bytes of text."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
     size = 0
     with path.open("w", encoding="utf-8") as out:
@@ -114,7 +106,7 @@ def write_texts(path: Path, num_bytes: int) -> int:
 
 
 def train_tokenizer(path: Path) -> Any:
-    """A byte-level BPE, trained on the first megabytes of ``path``."""
+    """Train a byte-level BPE on the first megabytes of ``path``."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -159,8 +151,8 @@ def _prepare(path: Path, tokenizer: Any, folder: Path, workers: int) -> object:
 
 
 def in_a_fork(run: Callable[[], object]) -> tuple[float, float, float]:
-    """Seconds on the wall and of the processor that ``run`` takes in a process of its own with its children, and of the
-    processor in these children alone."""
+    """Run ``run`` in a forked process. Return wall seconds, CPU seconds with its children, and CPU seconds of only
+    these children."""
     sys.stdout.flush()
     read, write = os.pipe()
     start = time.perf_counter()
@@ -180,17 +172,16 @@ def in_a_fork(run: Callable[[], object]) -> tuple[float, float, float]:
     _, status, used = os.wait4(pid, 0)
     wall = time.perf_counter() - start
     with os.fdopen(read, "rb") as pipe:
-        said = pipe.read()
+        in_children = float(pipe.read() or 0)
     if status:
-        raise RuntimeError("a contestant failed; what it said is above")
-    return wall, used.ru_utime + used.ru_stime, float(said)
+        raise RuntimeError("a contestant failed; its output is above")
+    return wall, used.ru_utime + used.ru_stime, in_children
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=float, default=32.0, help="text to tokenise (default: 32)")
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--megabytes", type=float, default=32.0, help="size of the corpus (default: 32)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds (default: 3)")
-    parser.add_argument("--json", action="store_true", help="print a JSON object")
     return parser
 
 

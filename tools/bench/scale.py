@@ -1,7 +1,9 @@
-"""Step time, mask update time and peak memory of Llama-shaped models, from 0.1 to 7 billion parameters, and of OLMoE.
+"""Step time, mask update time and peak memory of Llama-shaped models from 0.1 to 7 billion parameters, and of OLMoE.
 
-Every size runs through the deepspeed launcher in fresh processes; beside each figure stands what ``plan`` predicts.
-Memory is a rank's peak resident set above what it was after its imports.
+Every size runs in new processes of the deepspeed launcher and is compared with the predictions of ``plan``. Memory is a
+rank's peak resident set minus that after its imports.
+
+    python -m tools.bench.scale --json
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from pst_ds.planning.shapes import model_numbers
 from pst_ds.planning.time import Batch, time_plan
 from pst_ds.planning.zero_settings import zero_settings
 from tools.bench.scale_rank import model_of
-from tools.bench.timing import hardware
+from tools.bench.timing import benchmark_parser, hardware, print_result, progress
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 32000
@@ -48,51 +50,50 @@ SHAPES: dict[str, dict[str, int | str]] = {
         "num_attention_heads": 16, "num_experts": 64, "num_experts_per_tok": 8, "vocab_size": 50304,
     } for layers in (1, 2, 4, 8, 16)},
 }  # fmt: skip
-"""Settings of models; OLMoE with so many of its 16 layers: 0.6, 1.0, 1.9, 3.6 and 6.9 billion parameters."""
+"""Model settings by name. OLMoE has 1 to 16 layers: 0.6, 1.0, 1.9, 3.6 and 6.9 billion parameters."""
 MIN_AVAILABLE = 1 << 30
-"""Bytes that a run leaves to others on this machine; with less it is stopped."""
+"""Bytes of available memory on this machine below which a run is stopped."""
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4194304", "MALLOC_ARENA_MAX": "1"}
-"""glibc returns blocks from 4 MiB on when they are freed, so that a resident set is what tensors take."""
+"""Makes glibc return freed blocks from 4 MiB on, so that the resident set is the size of the tensors."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=list(LLAMAS))
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--sequence", type=int, default=128, help="tokens of a sequence")
-    parser.add_argument("--batch", type=int, default=1, help="sequences a rank")
-    parser.add_argument("--repeats", type=int, default=2, help="timed steps and updates, after one that is not")
+    parser.add_argument("--sequence", type=int, default=128, help="tokens per sequence")
+    parser.add_argument("--batch", type=int, default=1, help="sequences per rank")
+    parser.add_argument("--repeats", type=int, default=2, help="timed steps and updates, after a warm-up")
     parser.add_argument("--no-checkpointing", action="store_true")
     parser.add_argument("--port", type=int, default=29517)
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     args = parser.parse_args()
-    print(
-        f"{hardware()}; {args.ranks} ranks, {args.batch} x {args.sequence} tokens a rank, bf16, 1 thread a rank, "
-        f"median of {args.repeats}"
-    )
-    sizes = {size: compared(args, size, run(args, size)) for size in args.sizes}
+    sizes = {}
+    for size in args.sizes:
+        progress(f"{size} on {args.ranks} ranks")
+        sizes[size] = compared(args, size, run(args, size))
     fits = {name: linear_fit(sizes, name) for name in ("step", "update")} if len(sizes) > 2 else {}
-    for name, fit in fits.items():
-        print(
-            f"{name} seconds = {fit['seconds_per_weight'] * 1e9:.2f} ns x pruned weights + {fit['seconds']:.2f}, "
-            f"R^2 = {fit['r_squared']:.4f}"
-        )
-    if args.json:
-        settings = {key: value for key, value in vars(args).items() if key not in ("json", "sizes", "port")}
-        result = {
-            "benchmark": "scale", "hardware": hardware(), **settings, "dtype": "bfloat16", "threads": 1,
-            "shapes": {size: SHAPES[size] for size in args.sizes}, "malloc": MALLOC,
-            "ds_config": ds_config(args), "sizes": sizes, "fits": fits,
-        }  # fmt: skip
-        print(json.dumps(result))
+    settings = {key: value for key, value in vars(args).items() if key not in ("json", "sizes", "port")}
+    result = {
+        "benchmark": "scale",
+        "hardware": hardware(),
+        **settings,
+        "dtype": "bfloat16",
+        "threads": 1,
+        "shapes": {size: SHAPES[size] for size in args.sizes},
+        "malloc": MALLOC,
+        "ds_config": ds_config(args),
+        "sizes": sizes,
+        "fits": fits,
+    }
+    print_result(result, as_json=args.json)
 
 
 def compared(args: argparse.Namespace, size: str, ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the ranks measured of one size, beside what the formulas say."""
+    """Return the measurements of all ranks for one size, and the predictions."""
     predicted = predict(args, size, ranks[0]["rates"])
     seconds, peaks = ranks[0]["seconds"], [one["peak"] for one in ranks]
     memory = predicted["memory"]
-    found = {
+    return {
         "parameters": predicted["parameters"],
         "pruned_weights": ranks[0]["held"]["pruned_weights"],
         "seconds": seconds,
@@ -107,22 +108,10 @@ def compared(args: argparse.Namespace, size: str, ranks: list[dict[str, Any]]) -
         "rates": ranks[0]["rates"],
         "predicted": predicted,
     }
-    print(
-        f"{size:>5}: {found['parameters'] / 1e9:.2f}e9 parameters; step {seconds['step']:.2f} s "
-        f"(predicted {predicted['seconds']['step']:.2f}), update {seconds['update']:.2f} s "
-        f"({predicted['seconds']['update']:.2f}), build {seconds['build']:.0f} s; peak above imports "
-        f"{max(peaks) / 1e6:,.0f} MB a rank (predicted {memory['peak'] / 1e6:,.0f}, "
-        f"{found['memory_ratio'] - 1:+.1%}); all ranks {found['peak_bytes_of_all_ranks'] / 1e9:.2f} GB; "
-        f"once it trains {max(found['training_peak_bytes_above_imports']) / 1e6:,.0f} MB and "
-        f"{found['training_peak_bytes_of_all_ranks'] / 1e9:.2f} GB; "
-        f"{found['gathered_bytes'] / 1e9:.3f} GB gathered a step",
-        flush=True,
-    )
-    return found
 
 
 def predict(args: argparse.Namespace, size: str, rates: dict[str, float]) -> dict[str, Any]:
-    """Memory from shapes alone; times with the machine's rates, measured by every rank at once."""
+    """Predict memory from shapes, and times from the rates that all ranks measured at the same time."""
     with torch.device("meta"):
         model = model_of(SHAPES[size])
         config = PSTConfig(modules_to_save=(), relative_magnitude=False)
@@ -152,7 +141,7 @@ def predict(args: argparse.Namespace, size: str, rates: dict[str, float]) -> dic
 
 
 def linear_fit(sizes: dict[str, dict[str, Any]], name: str) -> dict[str, float]:
-    """Least squares of seconds against pruned weights."""
+    """Fit seconds to pruned weights by least squares."""
     x = np.array([one["pruned_weights"] for one in sizes.values()], dtype=float)
     y = np.array([one["seconds"][name] for one in sizes.values()])
     slope, intercept = np.polyfit(x, y, 1)
@@ -162,7 +151,7 @@ def linear_fit(sizes: dict[str, dict[str, Any]], name: str) -> dict[str, float]:
 
 
 def run(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
-    """What each rank measured."""
+    """Run one size. Return the measurements of each rank."""
     with tempfile.TemporaryDirectory() as folder:
         job = {
             "model": SHAPES[size],
@@ -185,13 +174,13 @@ def run(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
         result = Path(folder, "result.json")
         if not result.is_file():
             sys.exit(f"{command[-2]} ended with {code}")
-        if code:  # seen once: a rank aborted in a thread of a library after its last collective
-            print(f"{command[-2]} ended with {code}, after it had written its result", file=sys.stderr)
+        if code:  # a library thread may abort after the last collective
+            progress(f"{command[-2]} ended with {code}, after it had written its result")
         return json.loads(result.read_text())
 
 
 def _run_guarded(command: list[str], env: dict[str, str]) -> int:
-    """Exit code of ``command``; it is ended, with all it started, before this machine runs out of memory."""
+    """Run ``command`` and return its exit code. Stop it and its children before this machine runs out of memory."""
     process = subprocess.Popen(command, env=env, stdout=sys.stderr, start_new_session=True)
     try:
         while process.poll() is None:
@@ -205,7 +194,7 @@ def _run_guarded(command: list[str], env: dict[str, str]) -> int:
 
 
 def ds_config(args: argparse.Namespace) -> dict[str, Any]:
-    """ZeRO-3 with nothing kept or fetched ahead of its turn."""
+    """Return ZeRO-3 settings without prefetching or persistent parameters."""
     return {
         "train_batch_size": args.batch * args.ranks,
         "train_micro_batch_size_per_gpu": args.batch,

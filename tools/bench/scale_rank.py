@@ -1,4 +1,4 @@
-"""One rank of ``scale.py``: a model with random weights, built shard by shard, trained and re-masked."""
+"""One rank of ``scale.py``: build a model with random weights shard by shard, train it and update its masks."""
 
 from __future__ import annotations
 
@@ -25,13 +25,17 @@ from tools.bench.timing import status_bytes
 
 DRAW_ELEMENTS = 1 << 20
 COPY_ELEMENTS = 1 << 25
-"""Of the copy that measures memory: more than caches hold."""
+"""Elements of the copy that measures memory bandwidth: more than fits in caches."""
 IMPORTS = (
-    "transformers.models.llama.modeling_llama", "transformers.integrations", "deepspeed.runtime.engine",
-    "deepspeed.runtime.superoffload.superoffload_stage3", "functorch.compile", "torch._inductor.compile_fx",
+    "transformers.models.llama.modeling_llama",
+    "transformers.integrations",
+    "deepspeed.runtime.engine",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "functorch.compile",
+    "torch._inductor.compile_fx",
     "torch._thread_safe_fork",
-)  # fmt: skip
-"""All that transformers and deepspeed.initialize import in the end, so that it does not count as memory of a model."""
+)
+"""Modules that transformers and deepspeed.initialize import lazily; imported first, so that they do not count."""
 
 
 def main() -> None:
@@ -57,7 +61,7 @@ def main() -> None:
 
 
 class Memory:
-    """Resident memory above what the imports took, in bytes."""
+    """Resident memory in bytes, minus that after the imports."""
 
     def __init__(self) -> None:
         self.base = status_bytes("VmRSS")
@@ -65,7 +69,7 @@ class Memory:
         self.phases: dict[str, dict[str, int]] = {}
 
     def phase(self, name: str) -> None:
-        """Ends a phase: its peak, and what is resident now."""
+        """End a phase: record its peak and what is resident now."""
         found = {"peak": status_bytes("VmHWM") - self.base, "now": status_bytes("VmRSS") - self.base}
         before = self.phases.get(name, found)
         self.phases[name] = {key: max(value, before[key]) for key, value in found.items()}
@@ -77,12 +81,12 @@ class Memory:
 
     @property
     def training_peak(self) -> int:
-        """The same without what came before the first step: base weights in 16 bits, before they are in fewer."""
+        """The peak without what came before the first step."""
         return max(self.phases[name]["peak"] for name in ("step", "update"))
 
 
 class Gathers:
-    """Bytes that DeepSpeed's gathers bring, whole."""
+    """Counter of the bytes that DeepSpeed gathers."""
 
     def __init__(self) -> None:
         from deepspeed.runtime.zero import partition_parameters
@@ -128,14 +132,24 @@ def measure(job: dict[str, Any], memory: Memory) -> dict[str, Any]:
     seconds |= {f"first_{name}": values[0] for name, values in times.items()}
     seconds |= {name: statistics.median(values[1:] or values) for name, values in times.items()}
     del keep_alive
-    return {"rank": rank(), "seconds": seconds, "phases": memory.phases, "peak": memory.peak, "base": memory.base,
-            "training_peak": memory.training_peak, "gathered": gathered, "held": held(engine),
-            "rates": rates}  # fmt: skip
+    return {
+        "rank": rank(),
+        "seconds": seconds,
+        "phases": memory.phases,
+        "peak": memory.peak,
+        "base": memory.base,
+        "training_peak": memory.training_peak,
+        "gathered": gathered,
+        "held": held(engine),
+        "rates": rates,
+    }
 
 
 def machine_rates(job: dict[str, Any]) -> dict[str, float]:
-    """What this machine does for the products, copies and gathers of the model's largest layer, while every rank does
-    the same: FLOPs, bytes read or written, and bytes received, per second."""
+    """Measure products, copies and gathers of the model's largest layer while every rank does the same.
+
+    Returns FLOPs, bytes read or written, and bytes received, all per second, and the latency in seconds. Collective.
+    """
     outputs, inputs = job["model"]["intermediate_size"], job["model"]["hidden_size"]
     weight = torch.randn(outputs, inputs).bfloat16()
     x = torch.randn(job["batch"] * job["sequence"], inputs).bfloat16()
@@ -195,7 +209,7 @@ def build(job: dict[str, Any]) -> tuple[nn.Module, Any]:
 
 
 def model_of(settings: dict[str, Any]) -> Any:
-    """Return the causal language model of a config with these ``settings``, among them its "model_type", in bf16."""
+    """Build the causal language model of a config with these ``settings``, including "model_type", in bf16."""
     from transformers import AutoConfig
     from transformers.modeling_utils import local_torch_dtype
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -207,7 +221,7 @@ def model_of(settings: dict[str, Any]) -> Any:
 
 
 def draw(model: nn.Module) -> None:
-    """N(0, 0.02**2) for every matrix and stack, on its own shard; the norms are ones from their constructor."""
+    """Draw this rank's shard of every matrix and stack from N(0, 0.02**2); norms stay one."""
     generator = torch.Generator().manual_seed(rank())
     scratch = torch.empty(DRAW_ELEMENTS)
     for param in model.parameters():
@@ -217,7 +231,7 @@ def draw(model: nn.Module) -> None:
 
 
 def held(engine: Engine) -> dict[str, int]:
-    """Bytes that this rank's tensors hold after a step, counted from the tensors themselves."""
+    """Return the bytes of this rank's tensors after a step."""
     params = dict(engine.module.named_parameters())
     masks = {n for n in params if n.endswith("pst_mask")}
     size = {n: zero3.shard_of(p).values.nbytes for n, p in params.items()}

@@ -1,13 +1,14 @@
-"""Medians of interleaved runs, so that two candidates see the same machine; and the conditions they ran under."""
+"""What benchmarks share: options, interleaved timing, conditions and printed results."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +16,15 @@ from typing import Any
 
 import torch
 
+from pst_ds.config.toml import flatten
 from pst_ds.core.kernels.host import cpu_name
+
+
+def benchmark_parser(doc: str | None, prog: str | None = None) -> argparse.ArgumentParser:
+    """Return a parser that shows ``doc`` unchanged in its help and has the option --json."""
+    parser = argparse.ArgumentParser(prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    return parser
 
 
 def medians(
@@ -24,23 +33,27 @@ def medians(
     warmup: int = 3,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Median seconds of each candidate; they take turns."""
-    for _ in range(warmup):
-        for run in candidates.values():
-            run()
+    """Return the median seconds of each candidate. They run in turns, so that all see the same machine."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(repeats):
+    for turn in range(warmup + repeats):
         for name, run in candidates.items():
             start = clock()
             run()
-            seconds[name].append(clock() - start)
+            if turn >= warmup:
+                seconds[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def medians_of(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the median over ``rounds`` of each of their keys, which are all those of the first."""
+    return {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
 
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Add the wall-clock seconds of the block, until an accelerator is done too, as ``name``, and the processor's as
-    ``cpu_name``: other work on the machine disturbs those less.
+    """Put the block's seconds into ``seconds``: wall time as ``name``, CPU time as ``cpu_name``.
+
+    Wall time includes waiting for the accelerator. CPU time is less sensitive to other work on the machine.
     """
     cpu, start = time.process_time(), time.perf_counter()
     yield
@@ -51,7 +64,7 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def status_bytes(field: str) -> int:
-    """Memory of this process by /proc/self/status: "VmRSS" is resident now, "VmHWM" the peak of that."""
+    """Return this process's memory from /proc/self/status: "VmRSS" is resident now, "VmHWM" its peak."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
 
@@ -62,7 +75,7 @@ def hardware() -> str:
 
 
 def conditions(**stated: Any) -> dict[str, Any]:
-    """Hardware, versions and threads, beside what the benchmark states: shapes, dtype, ranks, repeats."""
+    """Return hardware, versions and threads, together with what the benchmark states: shapes, dtype, repeats."""
     found = {}
     for package in ("torch", "deepspeed", "transformers", "peft"):
         try:
@@ -76,9 +89,26 @@ def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def print_json(result: dict[str, Any]) -> None:
-    """The last line of stdout: one object, floats to four significant digits."""
-    print(json.dumps(rounded(result)))
+def print_result(result: dict[str, Any], *, as_json: bool) -> None:
+    """Print a benchmark's result, floats to four significant digits: one JSON object, or lines and tables."""
+    if as_json:
+        print(json.dumps(rounded(result)))
+        return
+    for name, value in flatten(rounded(result)).items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            rows = [flatten(row) for row in value]
+            head = list(dict.fromkeys(column for row in rows for column in row))
+            print_table(head, [[str(row.get(column, "-")) for column in head] for row in rows])
+        else:
+            print(f"{name}: {value}")
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print aligned columns after an empty line."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    print()
+    for row in (head, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
 
 
 def rounded(value: Any) -> Any:

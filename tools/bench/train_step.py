@@ -1,9 +1,9 @@
 """Time and memory of a training step of PST, full fine-tuning, LoRA and the plain algorithm.
 
-Every method has its own ranks. PST is started again for each baseline, and the two take steps in turn; where both do
-not fit in memory (``--in-turn-below``, in GiB), PST takes all its steps first. Where the baseline alone does not fit,
-both are measured at as many layers as do, and the pair says so. A ratio is of two medians of such a pair. Results are
-merged into ``--results`` pair by pair, so that a long run can be done in parts with ``--methods``.
+Every method has its own ranks. For each baseline, PST is started again and the two take steps in turn. If both do not
+fit in memory together (``--in-turn-below``, in GiB), PST takes all its steps first. If the baseline does not fit, both
+are measured with fewer layers, which the pair reports. Ratios are of medians of such a pair. Results are merged into
+``--results`` pair by pair, so that a long run can be split with ``--methods``.
 
     python -m tools.bench.train_step --json
     python -m tools.bench.train_step --json --methods plain --repeats 3
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,18 +21,16 @@ from typing import Any
 
 from pst_ds.core.kernels.host import available_bytes
 from tools.bench.ranks import Ranks, slowest
-from tools.bench.timing import conditions, print_json, progress, rounded
+from tools.bench.timing import benchmark_parser, conditions, medians_of, print_result, progress, rounded
 from tools.bench.variants import METHODS, Shape, Variant, add_shape_options, shape_of
 
 BASELINES = METHODS[1:]
 NEEDED_BYTES_PER_WEIGHT = {"full_finetuning": 24, "lora": 8, "plain": 24}
-"""About what all ranks of the baseline need together, activations of 2,048 tokens a rank with them."""
+"""Approximate memory of all ranks of a baseline, including activations of 2,048 tokens per rank."""
 FREE_SHARE = 0.8
-"""Of the free memory, how much a baseline may need."""
+"""Share of the free memory that a baseline may need."""
 SELECTING = ("plain",)
 """Baselines that select their masks in every step, so PST does too."""
-COLUMNS = ("forward", "backward", "optimizer", "mask_update", "step", "cpu_step")
-"""Of the table; every part is measured in seconds and, as ``cpu_*``, in seconds of processor time."""
 
 
 def main() -> None:
@@ -52,14 +49,11 @@ def main() -> None:
                 results["not_run"][baseline] = f"needs about {needed:.0f} GiB at one layer"
             _write(arguments.results, results)
     report = summary(results)
-    if arguments.json:
-        print_json(report)
-    else:
-        _print_table(report)
+    print_result(report, as_json=arguments.json)
 
 
 def run_pair(baseline: str, shape: Shape, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Median seconds and the facts of PST and of ``baseline``."""
+    """Return the median seconds and the memory of PST and of ``baseline``."""
     together = needed_gib(baseline, shape) <= arguments.in_turn_below
     groups = [["pst", baseline]] if together else [["pst"], [baseline]]
     found: dict[str, Any] = {"layers": shape.layers, "in_turn": together}
@@ -74,13 +68,13 @@ def needed_gib(baseline: str, shape: Shape) -> float:
 
 
 def free_gib() -> float:
-    """Memory that can be had without swapping; infinite where the system does not say."""
+    """Return the memory available without swapping; infinite if the system does not report it."""
     free = available_bytes()
     return math.inf if free is None else free / 2**30
 
 
 def fitting_layers(baseline: str, shape: Shape, free: float) -> int:
-    """The most layers, up to those of ``shape``, at which the baseline fits in FREE_SHARE of ``free`` GiB; or 0."""
+    """Return the most layers, up to those of ``shape``, with which the baseline fits in FREE_SHARE of ``free`` GiB."""
     needed = {n: needed_gib(baseline, replace(shape, layers=n)) for n in range(1, shape.layers + 1)}
     return max((n for n, gib in needed.items() if gib <= FREE_SHARE * free), default=0)
 
@@ -93,7 +87,7 @@ def weights_of(shape: Shape) -> int:
 def run_group(
     methods: list[str], shape: Shape, num_ranks: int, repeats: int, warmup: int
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Median seconds and the facts of each of ``methods``; they take a step in turn."""
+    """Return the median seconds and the memory of each of ``methods``, which take steps in turn."""
     steps: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
     with ExitStack() as running:
         teams = {method: running.enter_context(Ranks(num_ranks, Variant, method, shape)) for method in methods}
@@ -104,15 +98,11 @@ def run_group(
                 if turn >= warmup:
                     steps[method].append(seconds)
         facts = {method: slowest(team.call("facts")) for method, team in teams.items()}
-    medians = {
-        method: {part: statistics.median(step[part] for step in found) for part in found[0]}
-        for method, found in steps.items()
-    }
-    return {method: {"seconds": medians[method], "bytes_per_rank": facts[method]} for method in methods}
+    return {method: {"seconds": medians_of(steps[method]), "bytes_per_rank": facts[method]} for method in methods}
 
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:
-    """The measured pairs, and ours over theirs in time and memory."""
+    """Return the measured pairs with the ratios of PST over the baseline in time and memory."""
     report = {**results, "ratios_without_update": {}, "ratios_with_update": {}, "memory_ratios": {}, "cpu_ratios": {}}
     for baseline, pair in results["pairs"].items():
         ours, theirs = pair["pst"], pair[baseline]
@@ -130,7 +120,7 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _earlier(path: Path, stated: dict[str, Any]) -> dict[str, Any]:
-    """Pairs measured before under the same conditions, or none."""
+    """Return the pairs measured before under the same conditions."""
     if path.is_file():
         results = json.loads(path.read_text(encoding="utf-8"))
         if results["conditions"] == json.loads(json.dumps(stated)):
@@ -143,29 +133,13 @@ def _write(path: Path, results: dict[str, Any]) -> None:
     path.write_text(json.dumps(rounded(results), indent=1) + "\n", encoding="utf-8")
 
 
-def _print_table(report: dict[str, Any]) -> None:
-    stated = report["conditions"]
-    print(f"{stated['hardware']}, {stated['ranks']} ranks, {stated['shape']}")
-    print(f"{'seconds':<16}" + "".join(f"{part:>12}" for part in COLUMNS) + "   GB above weights")
-    for baseline, pair in report["pairs"].items():
-        for method in ("pst", baseline):
-            seconds, size = pair[method]["seconds"], pair[method]["bytes_per_rank"]["memory"] / 1e9
-            numbers = "".join(f"{seconds[part]:>12.3f}" if part in seconds else f"{'-':>12}" for part in COLUMNS)
-            print(f"{method:<16}{numbers}{size:>19.2f}")
-        time, memory = report["ratios"][baseline], report["memory_ratios"][baseline]
-        print(f"pst / {baseline}, {pair['layers']} layers: time {time:.3f}, memory {memory:.3f}")
-    for baseline, reason in report["not_run"].items():
-        print(f"{baseline}: {reason}")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--methods", type=_methods, default=list(BASELINES), help=f"of {', '.join(BASELINES)}")
-    parser.add_argument("--repeats", type=int, default=3, help="timed steps of each method")
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps per method")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--in-turn-below", type=float, default=15.0, help="GiB that a baseline may need beside PST")
+    parser.add_argument("--in-turn-below", type=float, default=15.0, help="GiB that a baseline may need while PST runs")
     parser.add_argument("--results", type=Path, default=Path("runs/bench/train_step.json"))
     add_shape_options(parser, Shape)
     return parser

@@ -1,4 +1,4 @@
-"""The models that take a training step against each other, each in its own ranks; all but the method is the same."""
+"""The models whose training steps benchmarks compare: one per method, otherwise equal."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ METHODS = ("pst", "full_finetuning", "lora", "plain")
 DTYPE = torch.bfloat16
 LEARNING_RATE = 1e-5
 MAX_BUCKET = 50_000_000
-"""Elements of ZeRO's gradient bucket, allocated whole (fewer where fewer weights train), and of an optimizer group."""
+"""Elements of ZeRO's gradient bucket (at most the trained weights) and of an optimizer group."""
 DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero3_cpu.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A Llama, the batch of a rank, and the method's numbers."""
+    """Sizes of a Llama, the batch per rank, and the method's settings."""
 
     hidden: int = 2048
     intermediate: int = 5504
@@ -49,7 +49,7 @@ class Shape:
 
 
 def add_shape_options(parser: argparse.ArgumentParser, cls: type[Shape]) -> None:
-    """An option for every field of ``cls``, which :func:`shape_of` reads."""
+    """Add an option for every field of ``cls``, which :func:`shape_of` reads."""
     for field in fields(cls):
         name = "--" + field.name.replace("_", "-")
         if isinstance(field.default, bool):
@@ -63,8 +63,8 @@ def shape_of(arguments: argparse.Namespace, cls: type[AnyShape]) -> AnyShape:
 
 
 def zero3_settings(num_trainable: int, dtype: torch.dtype = DTYPE) -> dict[str, Any]:
-    """ds_configs/zero3_cpu.json for a batch of one micro-batch a rank; layers are gathered for the forward and again
-    for the backward pass, as they are where a model is too large to stay gathered.
+    """Return ds_configs/zero3_cpu.json for one micro-batch per rank. Layers are gathered in the forward and again in
+    the backward pass, as for a model that is too large to stay gathered.
     """
     world = ranks.world_size()
     numbers = RunNumbers(world, 1, 1, 0.0, dtype == torch.bfloat16, min(num_trainable, MAX_BUCKET))
@@ -82,14 +82,14 @@ def zero3_settings(num_trainable: int, dtype: torch.dtype = DTYPE) -> dict[str, 
 
 
 def zero3_engine(model: nn.Module) -> Engine:
-    """``model`` in DeepSpeed's ZeRO-3 with torch's AdamW on fp32 masters. Collective."""
+    """Wrap ``model`` in DeepSpeed's ZeRO-3 with torch's AdamW on fp32 masters. Collective."""
     trained = [p for p in model.parameters() if p.requires_grad]
     settings = zero3_settings(sum(map(zero3.full_numel, trained)), trained[0].dtype)
     return build_engine(model, [{"params": trained, "lr": LEARNING_RATE}], ds_config=settings)
 
 
 def random_llama(shape: Shape, dtype: torch.dtype = DTYPE, **more: Any) -> nn.Module:
-    """A Llama with random weights, built under ``zero.Init``: no rank holds it whole. Collective."""
+    """Build a Llama with random weights under ``zero.Init``, partitioned over the ranks. Collective."""
     from transformers import AutoModelForCausalLM, LlamaConfig
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -135,17 +135,17 @@ def build_model(method: str, shape: Shape) -> nn.Module:
 
 
 class Variant:
-    """One method on this rank: its engine, a fixed random batch, and a clock. Construction is collective."""
+    """A method on this rank: its engine and a fixed random batch. Construction is collective."""
 
     def __init__(self, method: str, shape: Shape):
         import peft  # noqa: F401  every method starts from the same imports
         import transformers.models.llama.modeling_llama  # noqa: F401
 
         self._memory_at_start = resident_bytes()
-        self._begin(method, shape, build_model(method, shape))
+        self._start(method, shape, build_model(method, shape))
         reset_peak()
 
-    def _begin(self, method: str, shape: Shape, model: nn.Module) -> None:
+    def _start(self, method: str, shape: Shape, model: nn.Module) -> None:
         self.method, self.shape = method, shape
         self.trainables = sum(zero3.full_numel(p) for p in model.parameters() if p.requires_grad)
         self.engine = zero3_engine(model)
@@ -156,9 +156,9 @@ class Variant:
         self.tokens = tokens.to(zero3.shard_of(next(model.parameters())).values.device)
 
     def step(self) -> dict[str, float]:
-        """Seconds of each part of a step, from a moment when all ranks are ready; ``cpu_*`` is processor time.
+        """Return the seconds of each part of a step after a barrier; ``cpu_*`` is CPU time.
 
-        ``step`` is without PST's ``mask_update``, which follows every step. Collective.
+        ``step`` excludes PST's ``mask_update``, which follows every step. Collective.
         """
         seconds: dict[str, float] = {}
         ranks.barrier()
@@ -178,7 +178,7 @@ class Variant:
         return seconds
 
     def facts(self) -> dict[str, int]:
-        """Bytes and counts on this rank; ``memory`` is the peak above imports and the shard of the base weights."""
+        """Return bytes and counts on this rank; ``memory`` is the peak without imports and base weights."""
         shards = self._base_weight_shard_bytes()
         found = {
             "memory": peak_bytes() - self._memory_at_start - shards,
@@ -192,7 +192,7 @@ class Variant:
         return found
 
     def _base_weight_shard_bytes(self) -> int:
-        """What this rank holds of the model that every method starts from."""
+        """Return this rank's share of the model that every method starts from."""
         with torch.device("meta"):
             from transformers import LlamaForCausalLM
 
@@ -214,11 +214,11 @@ def peak_bytes() -> int:
 
 
 def reset_peak() -> None:
-    """Forget what building the model took."""
+    """Reset the peak memory, so that it excludes building the model."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
     ctypes.CDLL(None).malloc_trim(0)
-    with suppress(OSError):  # where the kernel does not let us, the peak is that of building too, for every method
+    with suppress(OSError):  # without permission, the peak includes building the model, for every method
         Path("/proc/self/clear_refs").write_text("5")

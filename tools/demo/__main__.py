@@ -13,12 +13,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pst_ds.config.toml import load_run
 from pst_ds.core.kernels.host import cpu_name, multiplies_bf16
+from tools.bench.timing import print_table
 from tools.demo.films import install_packages, write_splits
 from tools.demo.small_files import small_files
 from tools.verbs import verb
@@ -196,13 +196,6 @@ def print_small_files(small: list[dict[str, Any]]) -> None:
     print_table(
         ("file", "MB", "bits a weight", "accuracy", "points over its run", "reloaded equal", "ms for 128 tokens"), rows
     )
-
-
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    print()
-    for row in (head, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
 
 
 if __name__ == "__main__":

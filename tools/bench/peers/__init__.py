@@ -1,1 +1,1 @@
-"""pst-ds beside what a user would take instead: speed, bytes and quality of each, in one process tree."""
+"""pst-ds compared with ONNX Runtime, OpenVINO and llama.cpp."""

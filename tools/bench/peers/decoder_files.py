@@ -1,8 +1,7 @@
-"""The files of the decoders' contestants, those that are not there yet: folders of pst-ds and GGUF files of llama.cpp.
+"""Files of the compared decoders: folders of pst-ds and GGUF files of llama.cpp, made if missing.
 
-Of a top folder ``dense`` is the model, ``zeros-50`` and the like the same with zeros in its linear layers (both as
-tools/fetch_smollm2.py makes them, or put there by hand), ``int8-50`` what `pst-ds export` packs of that, and
-``Q8_0.gguf`` what llama.cpp's own quantisation makes of the dense model.
+In a top folder, ``dense`` is the model, ``zeros-50`` the same at 50 % sparsity (both from tools/fetch_smollm2.py, or
+copied there), ``int8-50`` what `pst-ds export` packs from it, and ``Q8_0.gguf`` llama.cpp's quantisation of ``dense``.
 """
 
 from __future__ import annotations
@@ -16,18 +15,18 @@ from tools.bench.timing import progress
 from tools.verbs import verb
 
 KINDS = ("BF16", "Q8_0", "Q4_0")
-"""Of GGUF files."""
+"""Kinds of GGUF files."""
 
 
 def smollm2_folder(top: Path, share: float) -> Path:
-    """``top``/dense, or ``top``/zeros-50 and the like with that share of zeros, by magnitude."""
+    """Return ``top``/dense, or for a sparsity ``share`` above 0 ``top``/zeros-50 or the like, pruned by magnitude."""
     from tools.fetch_smollm2 import dense_folder, pruned_folder
 
     return pruned_folder(top, share) if share else dense_folder(top)
 
 
 def packed_folder(top: Path, values: str, share: float) -> Path:
-    """Return ``top``/int8-50 and the like, of ``values`` "int8" or "int4", with embeddings in int8."""
+    """Return ``top``/int8-50 or the like, with ``values`` "int8" or "int4" and int8 embeddings."""
     out = top / f"{values}-{100 * share:g}"
     if not (out / "config.json").is_file():
         progress(f"exporting {out}")
@@ -38,7 +37,7 @@ def packed_folder(top: Path, values: str, share: float) -> Path:
 
 
 def gguf_file(top: Path, kind: str) -> Path:
-    """Return ``top``/Q8_0.gguf and the like, of one of :data:`KINDS`. Raises InputError."""
+    """Return ``top``/Q8_0.gguf or the like, of one of :data:`KINDS`. Raises InputError."""
     out = top / f"{kind}.gguf"
     if out.is_file():
         return out
@@ -61,13 +60,13 @@ def gguf_file(top: Path, kind: str) -> Path:
 
 
 def weight_bytes(path: Path) -> int:
-    """Bytes of a GGUF file, or of the weight files of a folder."""
+    """Return the bytes of a GGUF file, or of the weight files of a folder."""
     files = [path] if path.is_file() else list(path.glob("*.safetensors"))
     return sum(file.stat().st_size for file in files)
 
 
 def evenly_spaced_chunks(text: str, tokenizer: Any, chunks: int, length: int) -> list[list[int]]:
-    """Return ``chunks`` pieces of ``length`` tokens, evenly spread over ``text``. Raises InputError if it is short."""
+    """Return ``chunks`` pieces of ``length`` tokens, spread evenly over ``text``. Raises InputError."""
     ids = tokenizer(text)["input_ids"]
     if len(ids) < chunks * length:
         raise InputError(f"the text has {len(ids):,} tokens; {chunks} chunks of {length} take {chunks * length:,}")

@@ -1,10 +1,9 @@
-"""The sparse decoder beside llama.cpp: one sequence, tokens a second, bytes and perplexity of each contestant.
+"""The sparse decoder compared with llama.cpp: tokens per second for one sequence, file size and perplexity.
 
-llama.cpp takes the dense model in its own quantisations of BF16; ours the same model as `pst-ds export` packs it, with
-zeros and without, in int8 and int4; two of them also with prompts of 8 bits. Every contestant has a process of its own,
-and they take turns. All read the same tokens of the same text: 128 are in the cache when decoding begins, and the
-tokens that follow are given, so that no sampling is in the time. A shape with random weights has no text and no
-perplexity.
+llama.cpp runs its quantisations of the dense model, pst-ds the same model packed by `pst-ds export`, dense and sparse,
+in int8 and int4; two of them also with int8 activations for prompts. Every contestant has its own process, and they
+take turns. All read the same tokens of the same text: 128 are in the cache when decoding starts, and the following
+tokens are given, so that times exclude sampling.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from tools.bench.peers import decoder_files, engines
-from tools.bench.peers.turns import medians_in_turn, seated
+from tools.bench.ranks import medians_in_turn, working
 from tools.bench.timing import progress
 
 CONTEXT = 1024
-"""Places of everybody's cache."""
+"""Tokens that fit in the cache of each decoder."""
 PROMPTS = "int8, prompts of 8 bits"
-"""What our decoder is called where activations of a prompt have 8 bits."""
+"""Label of our decoder with int8 activations for prompts."""
 SHARES = (0.0, 0.5, 0.8, 0.9)
 PRELOAD = ("pst_ds.inference.decoder", "tools.bench.peers.engines")
-"""Imported once for all processes."""
+"""Modules imported once for all processes."""
 TEXT = Path("runs/quality/data/brown-test.txt")
 CHUNKS, CHUNK_TOKENS = 8, 512
 RATIOS = {
@@ -39,17 +38,17 @@ RATIOS = {
 
 @dataclass(frozen=True)
 class Contestant:
-    """A file and what decodes it."""
+    """A file and the engine that decodes it."""
 
     name: str
     path: Path
     engine: Callable[[Path, int], engines.Engine]
-    """Called with the path and the places of its cache."""
+    """Called with the path and the capacity of the cache in tokens."""
 
 
 @dataclass(frozen=True)
 class Material:
-    """What everybody reads: token ids."""
+    """Token ids that all contestants read."""
 
     prompt: list[int]
     following: list[int]
@@ -79,7 +78,7 @@ def measure(
     perplexity: dict[str, float] = {}
     openers = {one.name: partial(one.engine, one.path, CONTEXT) for one in found}
     progress(f"opening {len(openers)} files")
-    with seated(openers, max(threads), preload=PRELOAD) as seats:
+    with working(openers, max(threads), preload=PRELOAD) as workers:
         for count in threads:
             progress(f"decoders on {count} threads")
             for task, work, inputs in (
@@ -87,11 +86,11 @@ def measure(
                 ("prefill", engines.prefill_rate, (material.prompt,)),
             ):
                 size = {"task": task, "threads": count, "tokens": len(inputs[-1])}
-                rates = medians_in_turn(seats, work, count, *inputs, repeats=repeats)
+                rates = medians_in_turn(workers, work, count, *inputs, repeats=repeats)
                 rows += [{**size, "contestant": name, "tokens_per_second": rate} for name, rate in rates.items()]
-        for name, seat in seats.items() if quality else ():
+        for name, worker in workers.items() if quality else ():
             progress(f"perplexity of {name}")
-            total, number = seat.ask(engines.chunk_losses, max(threads), material.chunks)
+            total, number = worker.ask(engines.chunk_losses, max(threads), material.chunks)
             perplexity[name] = exp(total / number)
     sizes = {one.name: decoder_files.weight_bytes(one.path) for one in found}
     for row in rows:
@@ -100,7 +99,7 @@ def measure(
 
 
 def contestants(top: Path) -> list[Contestant]:
-    """Everybody with the model of ``top``/dense."""
+    """Return all contestants with the model of ``top``/dense."""
     files = [(kind, decoder_files.gguf_file(top, kind)) for kind in decoder_files.KINDS]
     found = [Contestant(f"dense, llama.cpp {kind}", file, engines.LlamaCpp) for kind, file in files]
     for values in ("int8", "int4"):
@@ -146,15 +145,9 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    columns = list(dict.fromkeys((row["task"], row["threads"], row["tokens"]) for row in rows))
-    by_name: dict[str, dict[tuple[str, int, int], dict[str, Any]]] = {}
-    for row in rows:
-        by_name.setdefault(row["contestant"], {})[row["task"], row["threads"], row["tokens"]] = row
-    heads = [f"{task} {tokens}, {threads} thr." for task, threads, tokens in columns]
-    print(f"| tokens a second | MB | perplexity | {' | '.join(heads)} |\n|---|{'---|' * (len(heads) + 2)}")
-    for name, cells in by_name.items():
-        one = next(iter(cells.values()))
-        known = one["quality"]["perplexity"]
-        rates = " | ".join(f"{cells[column]['tokens_per_second']:.1f}" for column in columns)
-        said = "-" if known is None else f"{known:,.2f}"
-        print(f"| {name} | {one['file_bytes'] / 1e6:.1f} | {said} | {rates} |")
+    def column(row: dict[str, Any]) -> str:
+        return f"{row['task']} {row['tokens']}, {row['threads']} thr."
+
+    engines.print_by_contestant(
+        rows, "tokens_per_second", "tokens per second", column, quality="perplexity", shown=",.2f"
+    )

@@ -1,9 +1,9 @@
-"""The sparse encoder beside ONNX Runtime and OpenVINO: speed, bytes and accuracy of each.
+"""The sparse encoder compared with ONNX Runtime and OpenVINO: speed, file size and accuracy.
 
-Contestants are made of the demo's runs: the dense run in ONNX Runtime (fp32, dynamic int8) and OpenVINO (fp32, int8 by
-NNCF, calibrated on training text), the sparse runs as `pst-ds export --format onnx` writes them, with int8 values and
-embeddings. Every contestant has a process of its own, and they take turns at every size; times are medians. Accuracy
-is on the demo's test split, one text at a time, so that every speed stands beside its loss.
+Contestants are the demo's runs: the dense run in ONNX Runtime (fp32, dynamic int8) and OpenVINO (fp32, int8 by NNCF,
+calibrated on training examples), and the sparse runs from `pst-ds export --format onnx`, with int8 weights and
+embeddings. Every contestant has its own process, and they take turns at every size; times are medians. Accuracy is on
+the demo's test split, one example per call.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from pst_ds.inference.onnx.operators import open_session
-from tools.bench.peers.turns import medians_in_turn, seated
+from tools.bench.peers.engines import print_by_contestant
+from tools.bench.ranks import medians_in_turn, working
 from tools.bench.timing import progress
 from tools.onnx_int8 import share_of_right_answers, write_int8
 from tools.verbs import verb
@@ -31,7 +32,7 @@ SHAPES = ("1x32", "1x128", "8x128")
 SMALL = ["--dtype", "bf16", "--values", "int8", "--embeddings", "int8"]
 CALIBRATION_TEXTS = 128
 PRELOAD = ("pst_ds.inference.onnx.operators",)
-"""Imported once for all processes."""
+"""Modules imported once for all processes."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,20 @@ class Contestant:
     name: str
     file_bytes: int
     open: Callable[[int], Run]
-    """Called with a number of threads, in a process of its own, returns what computes the logits of a feed."""
+    """Called with a number of threads in its own process; returns a function from a feed to logits."""
     in_ratios: str = ""
-    """What tables of ratios call one of ours."""
+    """Label in tables of ratios, for contestants of pst-ds."""
 
 
 def measure(
     folder: Path, sparse: Sequence[str], *, threads: Sequence[int], shapes: Sequence[str], repeats: int, quality: bool
 ) -> list[dict[str, Any]]:
-    """Return the rows of all contestants, made of the demo's runs in ``folder``; ``sparse``: ours, "NAME" or
-    "NAME:BITS"."""
+    """Return the rows of all contestants.
+
+    Args:
+        folder: The demo's runs.
+        sparse: Runs of pst-ds in it, "NAME" or "NAME:BITS" of the activations.
+    """
     sizes = [(int(batch), int(tokens)) for batch, tokens in (shape.split("x") for shape in shapes)]
     found = list(contestants(folder, sparse))
     vocabulary = json.loads((folder / "dense/export/config.json").read_text(encoding="utf-8"))["vocab_size"]
@@ -71,17 +76,17 @@ def measure(
 def seconds_in_turn(
     openers: Mapping[str, Callable[[int], Run]], threads: int, feeds: Mapping[tuple[int, int], Feed], repeats: int
 ) -> Iterator[tuple[tuple[int, int], dict[str, float]]]:
-    """Yield the (batch, tokens) of each feed and the median seconds of all who are opened with so many threads."""
+    """Yield the (batch, tokens) of each feed and the median seconds of all contestants on that many threads."""
     progress(f"opening {len(openers)} files for {threads} threads")
-    with seated({name: partial(opener, threads) for name, opener in openers.items()}, threads, PRELOAD) as seats:
+    with working({name: partial(one, threads) for name, one in openers.items()}, threads, PRELOAD) as workers:
         for (batch, tokens), feed in feeds.items():
             progress(f"{batch} x {tokens} on {threads} threads")
             rounds = repeats if batch * tokens <= 256 else max(5, repeats // 3)
-            yield (batch, tokens), medians_in_turn(seats, seconds_of, feed, repeats=rounds)
+            yield (batch, tokens), medians_in_turn(workers, seconds_of, feed, repeats=rounds)
 
 
 def seconds_of(run: Run, feed: Feed) -> float:
-    """Time ``run``, after once that wakes its threads."""
+    """Time ``run`` after a call that wakes its threads."""
     run(feed)
     start = time.perf_counter()
     run(feed)
@@ -89,7 +94,7 @@ def seconds_of(run: Run, feed: Feed) -> float:
 
 
 def tokens_of(vocabulary: int, batch: int, tokens: int) -> Feed:
-    """Texts without padding, the same for all."""
+    """Return random tokens without padding, the same in every call."""
     ids = np.random.default_rng(0).integers(1, vocabulary, (batch, tokens))
     return {
         "input_ids": ids,
@@ -99,7 +104,7 @@ def tokens_of(vocabulary: int, batch: int, tokens: int) -> Feed:
 
 
 def contestants(folder: Path, sparse: Sequence[str]) -> Iterator[Contestant]:
-    """Make the files of everybody, those that are not there yet."""
+    """Yield all contestants; make missing files."""
     dense = folder / "dense" / "export"
     onnx = folder / "dense" / "onnx"
     int8, fp32 = onnx / "model.onnx", onnx / "fp32" / "model.onnx"
@@ -110,7 +115,7 @@ def contestants(folder: Path, sparse: Sequence[str]) -> Iterator[Contestant]:
     yield Contestant("dense, ONNX Runtime int8", int8.stat().st_size, partial(run_onnx, int8))
     openvino = onnx / "openvino" / "int8.xml"
     if not openvino.is_file():
-        progress("quantizing the dense run with NNCF")
+        progress("quantising the dense run with NNCF")
         quantize(fp32, openvino, folder)
     yield Contestant("dense, OpenVINO fp32", fp32.stat().st_size, partial(run_openvino, fp32))
     nbytes = openvino.stat().st_size + openvino.with_suffix(".bin").stat().st_size
@@ -126,7 +131,7 @@ def contestants(folder: Path, sparse: Sequence[str]) -> Iterator[Contestant]:
 
 
 def ours(name: str, bits: str, file: Path) -> Contestant:
-    """Return the contestant of a run; ``bits``: of its products' inputs, empty for those that are exact."""
+    """Return the contestant of a run; ``bits``: of its activations, empty for exact ones."""
     words, short = (f", inputs of {bits} bits", f"_in_{bits}_bits") if bits else ("", "")
     return Contestant(f"{name} int8{words}, pst-ds", file.stat().st_size, partial(run_onnx, file), name + short)
 
@@ -146,7 +151,7 @@ def run_openvino(file: Path, threads: int) -> Run:
 
 
 def quantize(fp32: Path, out: Path, folder: Path) -> None:
-    """Write ``out`` with NNCF's settings for transformers, calibrated on texts of the training split."""
+    """Write ``out`` with NNCF's settings for transformers, calibrated on training examples."""
     import nncf
     import openvino
     from transformers import AutoTokenizer
@@ -155,9 +160,11 @@ def quantize(fp32: Path, out: Path, folder: Path) -> None:
     lines = (folder / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:CALIBRATION_TEXTS]
     feeds = [dict(tokenizer(json.loads(line)["text"], truncation=True, return_tensors="np")) for line in lines]
     quantized = nncf.quantize(
-        openvino.Core().read_model(fp32), nncf.Dataset(feeds), model_type=nncf.ModelType.TRANSFORMER,
+        openvino.Core().read_model(fp32),
+        nncf.Dataset(feeds),
+        model_type=nncf.ModelType.TRANSFORMER,
         subset_size=len(feeds),
-    )  # fmt: skip
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     openvino.save_model(quantized, out)
 
@@ -169,7 +176,7 @@ def accuracy(contestant: Contestant, folder: Path) -> float:
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return how many times as fast the sparse encoders are: by size, and by size and threads."""
+    """Return the speed-ups of the sparse encoders, by size and by size and threads."""
     ms = {(row["contestant"], row["threads"], f"{row['batch']}x{row['tokens']}"): row["ms"] for row in rows}
     found: dict[str, dict[str, float]] = {}
     for row in rows:
@@ -185,15 +192,9 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    columns = sorted({(row["threads"], row["batch"], row["tokens"]) for row in rows})
-    by_name: dict[str, dict[tuple[int, int, int], dict[str, Any]]] = {}
-    for row in rows:
-        by_name.setdefault(row["contestant"], {})[row["threads"], row["batch"], row["tokens"]] = row
-    heads = [f"{batch} x {tokens}, {threads} thr." for threads, batch, tokens in columns]
-    print(f"| ms | MB | accuracy | {' | '.join(heads)} |\n|---|{'---|' * (len(heads) + 2)}")
-    for name, cells in by_name.items():
-        one = next(iter(cells.values()))
-        share = one["quality"]["accuracy"]
-        known = "-" if share is None else f"{share:.2%}"
-        times = " | ".join(f"{cells[column]['ms']:.1f}" for column in columns)
-        print(f"| {name} | {one['file_bytes'] / 1e6:.1f} | {known} | {times} |")
+    ordered = sorted(rows, key=lambda row: (row["threads"], row["batch"], row["tokens"]))
+
+    def column(row: dict[str, Any]) -> str:
+        return f"{row['batch']} x {row['tokens']}, {row['threads']} thr."
+
+    print_by_contestant(ordered, "ms", "ms", column, quality="accuracy", shown=".2%")

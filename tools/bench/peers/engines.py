@@ -1,4 +1,4 @@
-"""What decodes: llama.cpp by its C interface, and pst-ds, behind the same three methods; and what is timed of them."""
+"""The decoders of pst-ds and llama.cpp behind one interface, their timed tasks, and the table of contestants."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from numpy.typing import NDArray
 from pst_ds.errors import InputError
 
 PEER = (
-    "llama.cpp's part takes the package llama-cpp-python, which is not installed: pip install 'pst-ds[peers]', with "
+    "llama.cpp needs the package llama-cpp-python, which is not installed: pip install 'pst-ds[peers]', with "
     "CMAKE_ARGS=-DGGML_NATIVE=ON and --no-binary llama-cpp-python, so that it is built for this processor"
 )
 
 
 class Engine(Protocol):
-    """One sequence and its cache."""
+    """A decoder with one sequence and its cache."""
 
     def use(self, threads: int) -> None:
-        """Compute with so many threads from now on."""
+        """Set the number of threads."""
 
     def reset(self, length: int) -> None:
-        """Cut the cache back to its first ``length`` tokens."""
+        """Truncate the cache to its first ``length`` tokens."""
 
     def forward(self, ids: Sequence[int]) -> Callable[[], NDArray[np.float32]]:
-        """Append ``ids`` and compute the logits of the last one. Returns what copies them: (vocabulary,)."""
+        """Append ``ids`` and compute the logits of the last one. Return a function that copies them: (vocabulary,)."""
 
     def all_logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Empty the cache, append ``ids`` and return the logits of each: (len(ids), vocabulary)."""
@@ -44,7 +44,7 @@ class PstDs:
 
         from pst_ds.inference.decoder import Decoder
 
-        torch.set_num_threads(1)  # of what is outside the loop: rows of the embedding
+        torch.set_num_threads(1)  # for what is outside the native loop: rows of the embedding
         self._decoder = Decoder.from_pretrained(
             folder, context=context, threads=1, verify=False, prompt_bits=prompt_bits
         )
@@ -65,7 +65,7 @@ class PstDs:
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp: its library's functions, none of its Python."""
+    """A GGUF file in llama.cpp, through its C interface."""
 
     def __init__(self, file: Path, context: int) -> None:
         self._library = library = llama_cpp()
@@ -77,7 +77,7 @@ class LlamaCpp:
         settings.n_threads = settings.n_threads_batch = 1
         self._context = library.llama_init_from_model(self._model, settings) if self._model else None
         if not self._context:
-            raise InputError(f"llama.cpp does not read {file}; remove it, and it is written again")
+            raise InputError(f"{file}: llama.cpp cannot read it. Remove it, so that it is written again.")
         self._memory = library.llama_get_memory(self._context)
         self._vocabulary = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self._model))
 
@@ -116,21 +116,21 @@ class LlamaCpp:
 
 
 def llama_cpp() -> Any:
-    """Return the package, told to write errors alone. Raises InputError where it is not installed."""
+    """Return the package with logging of errors only. Raises InputError if it is not installed."""
     try:
         library = importlib.import_module("llama_cpp")
     except ImportError:
         raise InputError(PEER) from None
-    library.llama_log_set(_errors_alone(library), None)
+    library.llama_log_set(_errors_only(library), None)
     library.llama_backend_init()
     return library
 
 
 _KEPT: list[Any] = []
-"""Callbacks that llama.cpp holds."""
+"""Callbacks that llama.cpp refers to, kept alive."""
 
 
-def _errors_alone(library: Any) -> Any:
+def _errors_only(library: Any) -> Any:
     if not _KEPT:
         error = 4  # GGML_LOG_LEVEL_ERROR
 
@@ -144,7 +144,7 @@ def _errors_alone(library: Any) -> Any:
 
 
 def decode_rate(engine: Engine, threads: int, prompt: Sequence[int], following: Sequence[int]) -> float:
-    """Return tokens a second of ``following``, one at a time, with ``prompt`` in the cache before time runs."""
+    """Return tokens per second of ``following``, one per call, with ``prompt`` in the cache already."""
     engine.use(threads)
     engine.reset(0)
     engine.forward(prompt)
@@ -157,7 +157,7 @@ def decode_rate(engine: Engine, threads: int, prompt: Sequence[int], following: 
 
 
 def prefill_rate(engine: Engine, threads: int, prompt: Sequence[int]) -> float:
-    """Return tokens a second of ``prompt``, all at once into an empty cache."""
+    """Return tokens per second of ``prompt``, in one call with an empty cache."""
     engine.use(threads)
     engine.reset(0)
     start = time.perf_counter()
@@ -166,7 +166,7 @@ def prefill_rate(engine: Engine, threads: int, prompt: Sequence[int]) -> float:
 
 
 def chunk_losses(engine: Engine, threads: int, chunks: Sequence[Sequence[int]]) -> tuple[float, int]:
-    """Return (sum of the losses in nats, their number): each chunk by itself, its first token given."""
+    """Return (sum of the losses in nats, their number) over separate chunks, without the first token of each."""
     engine.use(threads)
     total, count = 0.0, 0
     for chunk in chunks:
@@ -176,3 +176,25 @@ def chunk_losses(engine: Engine, threads: int, chunks: Sequence[Sequence[int]]) 
         total += float((np.log(np.exp(logits).sum(1)) - right).sum())
         count += len(logits)
     return total, count
+
+
+def print_by_contestant(
+    rows: list[dict[str, Any]],
+    measure: str,
+    unit: str,
+    column: Callable[[dict[str, Any]], str],
+    *,
+    quality: str,
+    shown: str,
+) -> None:
+    """Print a Markdown table with a row per contestant: megabytes, quality, and ``measure`` per column of the rows."""
+    columns = list(dict.fromkeys(map(column, rows)))
+    by_name: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by_name.setdefault(row["contestant"], {})[column(row)] = row
+    print(f"| {unit} | MB | {quality} | {' | '.join(columns)} |\n|---|{'---|' * (len(columns) + 2)}")
+    for name, cells in by_name.items():
+        one = next(iter(cells.values()))
+        known = one["quality"][quality]
+        values = " | ".join(f"{cells[head][measure]:.1f}" for head in columns)
+        print(f"| {name} | {one['file_bytes'] / 1e6:.1f} | {'-' if known is None else f'{known:{shown}}'} | {values} |")
