@@ -271,7 +271,7 @@ def test_a_run_with_rows_held_out_is_tuned_trained_resumed_and_evaluated(made, c
     run = ("--method", "lora", "--steps", "120", "--output-dir", str(tmp_path / "run"))
     out, _, _ = made(BERT, "--train", TRAIN, *run)
     measured = {"metrics": {"accuracy": 0.5, trials.STANDARD_ERROR: 0.1}, "seconds": 1.0}
-    monkeypatch.setattr(trials, "train_run", lambda *_, **__: measured)
+    monkeypatch.setattr(trials, "train_prepared", lambda *_, **__: measured)
     assert main(["tune", str(out), "--budget", "1"]) == 0
     steps = ("--set", "train.num_steps=2")
     assert main(["train", str(out.with_suffix(".tuned.toml")), *steps]) == 0

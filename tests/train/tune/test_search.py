@@ -62,11 +62,11 @@ def planned(monkeypatch):
     def plan(metrics):
         runs = []
 
-        def train_run(prepared, **_):
+        def train_prepared(prepared, **_):
             runs.append(prepared.run)
             return {"metrics": metrics(prepared.run.train, prepared.run.train.num_steps), "seconds": 1.0}
 
-        monkeypatch.setattr(trials, "train_run", train_run)
+        monkeypatch.setattr(trials, "train_prepared", train_prepared)
         return runs
 
     return plan
