@@ -35,9 +35,9 @@ Hear = Callable[[str, Tensor, Routing, bool], None]
 
 
 class PSTExpertStack(PSTLayer):
-    """Takes the place of a stack of experts, (E, O, I) or (E, I, O): y = x (M . W)' with the expert of each token.
+    """Replacement of a stack of experts, (E, O, I) or (E, I, O): y = x (M . W)' with the expert of each token.
 
-    To masks, checkpoints and exports it is the matrix that the stack is in memory, see
+    Masks, checkpoints and exports treat the stack as the matrix that it forms in memory, see
     :class:`pst_ds.core.layout.WeightLayout`. Factors have the ranks of ``PSTConfig.of_experts``.
     """
 
@@ -55,7 +55,7 @@ class PSTExpertStack(PSTLayer):
     ):
         super().__init__(name, weight, None, layout, rule, config.of_experts, num_shards, magnitude_scales, grid, base)
         self.tokens_seen = torch.zeros(layout.num_experts, dtype=torch.int64, device="cpu")
-        """Tokens that each expert was trained on in this process; those of recomputed forward passes count once."""
+        """Tokens that trained each expert in this process; tokens of recomputed forward passes count once."""
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -63,9 +63,9 @@ class PSTExpertStack(PSTLayer):
         return self.layout.num_experts, *self.layout.expert.shape
 
     def forward(self, x: Tensor, routing: Routing, by_token: bool) -> Tensor:
-        """Products with the expert of each pair of a token and an expert: (N*k, O) in the order of the experts.
+        """Return the product of each (token, expert) pair: (N*k, O), sorted by expert.
 
-        ``x``: (N, I) ``by_token``, or (N*k, I) in the order of the experts. In the weight's dtype, also under autocast.
+        ``x``: (N, I) ``by_token``, or (N*k, I) sorted by expert. In the weight's dtype, also under autocast.
         """
         if self.bypassed:
             return _product(x, _DenseStack(self, self._dense_weight, self.layout.transposed), routing, by_token)
@@ -81,15 +81,15 @@ class PSTExpertStack(PSTLayer):
         return (weight if isinstance(weight, Tensor) else weight.dense()).view(self.weight_shape)
 
     def product(self, x: Tensor, routing: Routing, by_token: bool) -> Tensor:
-        """The same without a gradient. The parameters must be gathered."""
+        """Return the products of :meth:`forward`, without gradient. The parameters must be gathered."""
         return products.forward(x.detach(), self.state(), routing, by_token=by_token)
 
     def gradients(
         self, x: Tensor, grad_y: Tensor, routing: Routing, by_token: bool, *, need_x: bool, need_weight: bool
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, and of what :meth:`trained` names, for ``grad_y`` (N*k, O).
+        """Return the gradients of x and of the parameters in :meth:`trained`, for ``grad_y`` (N*k, O).
 
-        Gathers what ZeRO-3 has released. Those of experts without a token are zero.
+        Gathers the parameters that ZeRO-3 has released. Gradients of experts without tokens are zero.
         """
         grads = self.gathered_gradients(
             partial(
@@ -105,12 +105,12 @@ class PSTExpertStack(PSTLayer):
 
 
 def expert_stacks(model: nn.Module) -> dict[str, PSTExpertStack]:
-    """The PST stacks of ``model`` by name, in model order."""
+    """Return the PST stacks of ``model`` by name, in model order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PSTExpertStack)}
 
 
 class _DenseStack:
-    """A frozen stack as it is: of an experts module whose other stack is pruned, or of a PST stack that is bypassed."""
+    """A frozen dense stack: one whose sibling stack is pruned, or a bypassed PST stack."""
 
     def __init__(self, holder: nn.Module, weight: Callable[[], Tensor], transposed: bool):
         self._holder, self._weight, self._transposed = holder, weight, transposed

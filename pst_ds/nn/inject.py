@@ -1,4 +1,4 @@
-"""Put PST modules into a model, and find them again."""
+"""Replace layers of a model by PST modules, and look those up."""
 
 from __future__ import annotations
 
@@ -49,32 +49,29 @@ def inject_pst(
     base_grid: Grid | None = None,
     embedding_grid: Grid | None = None,
 ) -> ModelT:
-    """Put PSTLinear in the places of ``model``'s target layers, PSTExpertStack in those of stacks; freeze the rest.
+    """Replace the target layers of ``model`` by PSTLinear, and stacks of experts by PSTExpertStack; freeze the rest.
 
-    Call it before ``deepspeed.initialize``. Collective under ``zero.Init``, where one layer at a time is whole.
+    Call it before ``deepspeed.initialize``. Collective under ``zero.Init``, where it gathers one layer at a time.
 
     Args:
-        model: a model with its pretrained weights. On the meta device |W| has no scale.
+        model: a model with its pretrained weights. On the meta device magnitude scales are 1.
         config: the layers to prune, the factors, and what else is trained; kept as ``model.pst_config``. Embeddings
             that it updates become PSTEmbedding.
-        num_shards: the number of ranks that ZeRO-3 will split the weights over; None takes it from a model that was
-            built under ``zero.Init``, and 1 from any other.
-        grid: what the pruned weights are rounded to once :func:`round_weights` says so; None for never.
-        activation_bits: 8 rounds the inputs of these layers where their weights are rounded, as kernels with such
-            inputs do; 16 leaves them.
-        base_grid: the pretrained weights W0 of the target layers are rounded to it now, and kept as codes and scales of
-            8 or 4 bits, in shards under ZeRO-3; None keeps them as they are.
-        embedding_grid: the same for the frozen token embedding of a model of transformers and its output layer.
+        num_shards: number of ranks over which ZeRO-3 will partition the weights. None: as in a model that was built
+            under ``zero.Init``; 1 for any other.
+        grid: quantisation scheme of the pruned weights once :func:`round_weights` is called; None for never.
+        activation_bits: 8 quantises the inputs of these layers to int8 while their weights are quantised; 16 does not.
+        base_grid: quantisation scheme of the pretrained weights W0 of the target layers, applied now: they are kept as
+            int8 or int4 values with scales, sharded under ZeRO-3. None leaves them unchanged.
+        embedding_grid: the same for the frozen token embedding of a transformers model, and for its output layer.
 
-    Returns:
-        ``model`` itself.
+    Returns ``model``.
 
     Raises:
         InjectionError: a layer cannot be pruned, or a name matches none; see :func:`pst_ds.nn.targets.resolve_targets`.
-        InputError: FSDP2 or tensor parallelism has split the model.
+        InputError: FSDP2 or tensor parallelism has partitioned the model.
     """
-    if pst_layers(model):
-        raise InjectionError("the model already has PST modules; inject into the base model, once")
+    _require_base_model(model)
     targets, embeddings = resolve_targets(model, config), find_embeddings(model, config)
     _require_fit(targets, config, grid, base_grid)
     tables = find_tables(model, config, embedding_grid, {t.module for t in targets}) if embedding_grid else []
@@ -82,12 +79,11 @@ def inject_pst(
     shards = {target.name: _shards_of(target, num_shards) for target in targets}
     bases = encode_bases(targets, base_grid, shards, from_zeros=config.initial_mask == "zeros") if base_grid else {}
     read_now(model.parameters())
-    scales = _scales_in_scores(targets, bases, config)
+    scales = _magnitude_scales(targets, bases, config)
     encode_tables(tables)
     model.requires_grad_(False)
     for target in targets:
-        layer = _replace(target, config, shards[target.name], scales[target.name], grid, bases.get(target.name))
-        layer.inputs = inputs
+        _replace(target, config, shards[target.name], scales[target.name], grid, bases.get(target.name), inputs)
     experts.switch_on(dict.fromkeys(target.module for target in targets if target.is_stack))
     fast_paths.switch_off(model)
     replace_embeddings(embeddings, config)
@@ -97,6 +93,11 @@ def inject_pst(
     return model
 
 
+def _require_base_model(model: nn.Module) -> None:
+    if pst_layers(model):
+        raise InjectionError("the model already has PST modules; inject into the base model, once")
+
+
 def _replace(
     target: Target,
     config: PSTConfig,
@@ -104,8 +105,9 @@ def _replace(
     scales: tuple[float, ...],
     grid: Grid | None,
     base: BaseCodes | None,
-) -> PSTLayer:
-    """Put a PST layer in a target's place, and return it. ``scales``: of |W| in scores, one for each matrix."""
+    inputs: InputGrid | None,
+) -> None:
+    """Replace a target by a PST layer. ``scales``: magnitude scales, one for each matrix."""
     weight = None if base else target.weight
     rest = target.layout, target.rule, config, num_shards, scales, grid, base
     like = base.codes if base else target.weight
@@ -117,14 +119,14 @@ def _replace(
         layer = PSTLinear(target.name, weight, target.module.bias, *rest)
     zero3.split_as(like, layer.parameters(recurse=False))
     layer.train(target.module.training)
+    layer.inputs = inputs
     put(layer, target.places)
-    return layer
 
 
-def _scales_in_scores(
+def _magnitude_scales(
     targets: Sequence[Target], bases: dict[str, BaseCodes], config: PSTConfig
 ) -> dict[str, tuple[float, ...]]:
-    """What |W| is divided by in the scores, for each matrix of a target; 1 where scores are compared with |W| alone."""
+    """Return the divisors of |W| in the scores, one for each matrix of a target; 1 where |W| is the only term."""
     pools = config.update_gates != "none" or any(target.rule.pattern.pools_matrices for target in targets)
     compared = not config.full_scores and (config.has_scores or pools)
     if config.relative_magnitude and compared and not targets[0].weight.is_meta:
@@ -133,9 +135,9 @@ def _scales_in_scores(
 
 
 def configured_parameters(model: nn.Module, config: PSTConfig) -> set[nn.Parameter]:
-    """Return what ``config`` trains of an injected ``model``: factors, modules trained in full, biases, pruned weights.
+    """Return the parameters of an injected ``model`` that ``config`` trains, whether or not they have a gradient now.
 
-    By what the config says, whether or not it has a gradient now.
+    They are the factors, modules trained in full, biases and trained pruned weights.
     """
     own = {p: name.rpartition(".")[2] for name, p in model.named_parameters()}
     params = {p for p, part in own.items() if part.startswith("pst_") and part not in CONSTANT_PARTS}
@@ -150,7 +152,7 @@ def configured_parameters(model: nn.Module, config: PSTConfig) -> set[nn.Paramet
 
 
 def _biases(module: nn.Module) -> Iterator[tuple[bool, nn.Parameter]]:
-    """(whether it is a pruned layer's, the Parameter) of the biases that a module holds itself."""
+    """Yield (whether a pruned layer has it, Parameter) for each bias that a module holds directly."""
     layers: dict[str, object] = {"bias": module}
     if is_experts(module):
         layers |= {f"{stack}_bias": getattr(module, stack) for stack in stack_names(module)}
@@ -161,7 +163,7 @@ def _biases(module: nn.Module) -> Iterator[tuple[bool, nn.Parameter]]:
 
 
 def injected_config(model: nn.Module) -> PSTConfig:
-    """The config that ``model`` was injected with. Raises InputError for a model that was not, or only in part."""
+    """Return the config that ``model`` was injected with. Raises InputError if it was not injected, or only in part."""
     config = vars(model).get("pst_config")
     if isinstance(config, PSTConfig):
         return config
@@ -174,9 +176,9 @@ def injected_config(model: nn.Module) -> PSTConfig:
 
 
 def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """(name, Parameter) of all that an adapter state has besides masks, in model order.
+    """Return (name, Parameter) of everything in an adapter state besides masks, in model order.
 
-    That is what the config trains, also when it was frozen since, and whatever else has a gradient.
+    These are the parameters that the config trains, even if they were frozen since, and all others with a gradient.
     """
     inner = unwrapped(model)
     config = vars(inner).get("pst_config")
@@ -185,7 +187,7 @@ def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that belong in a state dict, by name: constants and running statistics, which are not trained."""
+    """Return the buffers of a state dict, by name: constants and running statistics, which are not trained."""
     return {
         f"{owner}.{name}" if owner else name: buffer
         for owner, module in model.named_modules()
@@ -225,23 +227,22 @@ def pst_layers(model: nn.Module) -> dict[str, PSTLayer]:
 
 
 def plain_name(name: str, layer: PSTLayer) -> str:
-    """Name that the weight of the PST layer ``name`` has in the model it was injected into, with its
-    ``weight_shape``."""
+    """Return the name of the PST layer's weight in the original model, where it has the layer's ``weight_shape``."""
     return name if isinstance(layer, PSTExpertStack) else f"{name}.weight"
 
 
 def layers_never_called(model: nn.Module) -> list[str]:
-    """Names of the PST layers that no forward pass of this process has called since they were made, in model order.
+    """Return the names of the PST layers that no forward pass of this process has called so far, in model order.
 
-    Of some that is no fault: an expert that no token was sent to, a layer that layerdrop left out. Others are not used
-    at all, or code around them reads their weights, and neither mask nor update is in what the model computes.
+    An expert without tokens, or a layer skipped by layerdrop, may be called later. Others are unused, or surrounding
+    code reads their weights directly, so that mask and update have no effect.
     """
     return [name for name, layer in pst_layers(model).items() if not layer.was_called]
 
 
 @contextmanager
 def bypassed(model: nn.Module) -> Iterator[None]:
-    """Inside, ``model`` computes without masks, updates and prompt, as the dense model it was made from."""
+    """Make ``model`` compute like its dense base inside the context: without masks, updates and prompt."""
     prompt = prompt_of(model)
     layers: list[PSTLayer | PSTEmbedding | PSTPrompt] = [*pst_layers(model).values(), *pst_embeddings(model).values()]
     layers += [] if prompt is None else [prompt]
@@ -255,9 +256,9 @@ def bypassed(model: nn.Module) -> Iterator[None]:
 
 
 def set_score_penalty(model: nn.Module, penalty: float) -> None:
-    """Let the mean of sigmoid(S) over all scores of single weights cost ``penalty`` (soft movement pruning).
+    """Add ``penalty`` times the mean of sigmoid(S) over per-weight scores to the loss (soft movement pruning).
 
-    The mean is over the layers and, in each, its weights, as arXiv 2005.07683 has it.
+    It is the mean over layers of the mean over each layer's weights, as in arXiv 2005.07683.
     """
     layers = pst_layers(model).values()
     for layer in layers:
@@ -265,9 +266,9 @@ def set_score_penalty(model: nn.Module, penalty: float) -> None:
 
 
 def freeze_scores(model: nn.Module, *, frozen: bool = True) -> None:
-    """The masks are fixed from now on: scores have no gradient any more, nor has |W| through them.
+    """Stop the gradient of the scores, and of |W| through them, once the masks are fixed.
 
-    ``frozen=False`` undoes it, where the model was injected with scores that train.
+    ``frozen=False`` undoes this for models that were injected with trained scores.
     """
     config: PSTConfig | None = getattr(model, "pst_config", None)
     can_train = config is not None and (config.has_scores or config.full_scores)
@@ -276,14 +277,14 @@ def freeze_scores(model: nn.Module, *, frozen: bool = True) -> None:
 
 
 def round_weights(model: nn.Module, *, rounds: bool = True) -> None:
-    """Round M . W of every layer that has a grid, and the inputs of those that round them, in all forward and backward
-    passes from now on, or no longer."""
+    """Start or stop to quantise M . W of every layer with a grid, and its inputs if they are to be quantised, in all
+    forward and backward passes."""
     for layer in pst_layers(model).values():
         layer.rounds = rounds and layer.stored_grid is not None
 
 
 def _shards_of(target: Target, num_shards: int | None) -> int:
-    """Return how many shards a layer's weight has, or will have. Raises InjectionError where that is not num_shards."""
+    """Return the number of shards of a layer's weight, now or later. Raises InjectionError if num_shards differs."""
     weight = target.weight
     shards = zero3.num_shards(weight) if zero3.is_partitioned(weight) else num_shards or 1
     if num_shards not in (None, shards):
@@ -312,7 +313,7 @@ def _require_frozen(config: PSTConfig, base_grid: Grid | None) -> None:
 
 
 def _require_groups(targets: Sequence[Target], grid: Grid | None, what: str = "") -> None:
-    """Refuse groups of a grid that do not divide the inputs of a layer."""
+    """Raise InjectionError for groups of a grid that do not divide the inputs of a layer."""
     if grid is None:
         return
     for target in targets:
@@ -325,7 +326,7 @@ def _require_groups(targets: Sequence[Target], grid: Grid | None, what: str = ""
 
 
 def _input_grid(bits: int, grid: Grid | None) -> InputGrid | None:
-    """What inputs of ``bits`` are rounded to that meet weights on ``grid``; None for 16."""
+    """Return the quantisation of ``bits``-bit inputs of weights on ``grid``; None for 16. Raises InjectionError."""
     if bits not in INPUT_BITS:
         raise InjectionError(f"activation_bits = {bits!r}: inputs of layers have 8 bits, or 16, which are not rounded")
     if bits == 8 and grid is None:
@@ -337,7 +338,7 @@ def _input_grid(bits: int, grid: Grid | None) -> InputGrid | None:
 
 
 def _require_ranks(targets: Sequence[Target], config: PSTConfig) -> None:
-    """Refuse factors of experts that would have a higher rank than an expert's matrix."""
+    """Raise InjectionError for factors of experts with a higher rank than an expert's matrix."""
     for target in (target for target in targets if target.is_stack):
         one = target.layout.expert
         most = min(one.out_features // one.num_matrices, one.in_features)
@@ -349,7 +350,7 @@ def _require_ranks(targets: Sequence[Target], config: PSTConfig) -> None:
 
 
 def _require_budget(targets: Sequence[Target], config: PSTConfig) -> None:
-    """Refuse a budget of components that no gate fits into."""
+    """Raise InjectionError for a budget of components that is smaller than one gate."""
     if not config.target_rank:
         return
     ranks = [(t.layout.num_matrices, (config.of_experts if t.is_stack else config).update_rank) for t in targets]
@@ -365,7 +366,7 @@ def _require_budget(targets: Sequence[Target], config: PSTConfig) -> None:
 
 
 def _require_tiles(targets: Sequence[Target], config: PSTConfig) -> None:
-    """Refuse a tile budget that is too small, by the layer that needs most, before anything is changed."""
+    """Raise InjectionError for a tile budget below the need of the largest layer, before anything is changed."""
     sized = [(target, target.weight.element_size()) for target in targets]
     target, itemsize = max(sized, key=lambda pair: least_tile_bytes(pair[0].layout.expert, pair[1]))
     try:

@@ -1,4 +1,4 @@
-"""What every PST layer holds: a frozen weight, a mask and the small factors that choose it and update the weight."""
+"""Base class of pruned layers: frozen weight, mask, score factors and low-rank update."""
 
 from __future__ import annotations
 
@@ -32,30 +32,32 @@ from pst_ds.parallel import zero3
 from pst_ds.parallel.backward_pass import in_backward_pass
 
 FACTOR_NAMES = ("A", "B", "R", "C", "U", "V", "G")
-"""The small ones; a score of each weight, S, is none of them."""
+"""The small factors; per-weight scores, S, are not one of them."""
 SCORE_FACTORS = ("A", "B", "R", "C", "S")
 UPDATE_FACTORS = ("U", "V", "G")
 CONSTANT_PARTS = ("pst_mask", "pst_scales", BASE_CODES, BASE_SCALES)
-"""Parameters of a layer that are bytes, which nothing trains."""
+"""Parameters of a layer that hold bytes and are not trained."""
 
 
 class PSTLayer(nn.Module):
-    """Adopts the ``weight`` and ``bias`` Parameters of what it takes the place of, and learns which weights to keep.
+    """Base class of pruned layers: the frozen weight, mask, score factors and low-rank update.
+
+    It adopts the ``weight`` and ``bias`` Parameters of the layer that it replaces.
 
     W = W0 + beta U V;  S = |W| / scale + alpha1 A B + alpha2 (R 1' + 1 C');  M keeps the largest S
 
     Parameters, besides ``weight`` (frozen unless ``config.train_weights``) and ``bias``:
         pst_A (O, k), pst_B (P*k, I), pst_R (O,), pst_C (P, I), pst_U (O, r), pst_V (P*r, I): trainable, see
-            :mod:`pst_ds.core.factors` for P; None for those the config leaves out.
-        pst_G (P*r,) or (P,): the gates of learned ranks, with ``config.update_gates`` alone; trainable.
-        pst_S, as the weight: a score of each weight, with ``config.full_scores`` alone; trainable.
-        pst_mask (num_shards * ceil(ceil(O*I / num_shards) / 8),): uint8, one bit a weight, frozen.
-        pst_scales, with a ``grid`` alone: uint8, the bytes of the bf16 scales that M . W is rounded with, frozen.
-        pst_base_codes, pst_base_scales, with a ``base`` alone: uint8, W0 as codes and scales, see
+            :mod:`pst_ds.core.factors` for P; None for those that the config omits.
+        pst_G (P*r,) or (P,): gates of learned ranks, only with ``config.update_gates``; trainable.
+        pst_S, shaped like the weight: per-weight scores, only with ``config.full_scores``; trainable.
+        pst_mask (num_shards * ceil(ceil(O*I / num_shards) / 8),): uint8, one bit per weight; frozen.
+        pst_scales: uint8, the bytes of the bf16 scales that quantise M . W, only with a ``grid``; frozen.
+        pst_base_codes, pst_base_scales: uint8, W0 as quantised values and scales, only with a ``base``, see
             :class:`pst_ds.core.quantization.CodeLayout`; ``weight`` is None then.
     A multiplicative update has pst_U (O,) and pst_V (P*r, I).
 
-    One module holds them all, so ZeRO-3 fetches and releases the layer in one go.
+    One module holds them all, so ZeRO-3 fetches and releases the layer at once.
     """
 
     weight: nn.Parameter | None
@@ -82,27 +84,23 @@ class PSTLayer(nn.Module):
         assert (weight is None) == (base is not None), "a layer has a weight or its codes"
         super().__init__()
         self.layout, self.num_shards, self.magnitude_scales = layout, num_shards, magnitude_scales
-        self.constants = Constants(
-            config.alpha1, config.alpha2, config.beta, config.detach_magnitude,
-            magnitude=config.magnitude != "none", frozen_magnitude=config.frozen_magnitude,
-            multiplicative=config.multiplicative_update,
-        )  # fmt: skip
+        self.constants = _constants(config)
         self.rule = rule
         self.scores_train = config.has_scores or config.full_scores
-        """True while scores have a gradient now; False once the masks are fixed."""
+        """True while the scores have a gradient; False once the masks are fixed."""
         self.stored_grid = None if grid is None else StoredGrid(layout, grid)
         self.rounds = False
-        """True while M . W is rounded to the grid, with the scales as they are, and x where it has a grid."""
+        """True while M . W is quantised with the current scales, and x if ``inputs`` is set."""
         self.inputs: InputGrid | None = None
-        """What x is rounded to where M . W is; None leaves it as it is."""
+        """Quantisation of x while M . W is quantised; None for unquantised inputs."""
         self.input_norms: Tensor | None = None
-        """(I,) fp32, of ``magnitude = "activation"``; the same on every rank, and on the weight's device."""
+        """(I,) fp32, for ``magnitude = "activation"``; the same on every rank, on the weight's device."""
         self.score_penalty = 0.0
-        """What the mean of sigmoid(S) of a score of each weight adds in each backward pass to the loss, times this."""
+        """Factor of the mean of sigmoid(S), for per-weight scores, in the loss of each backward pass."""
         self.bypassed = False
-        """True while it multiplies with W0 alone, as the dense model does; see :func:`pst_ds.nn.inject.bypassed`."""
+        """True while the layer multiplies with W0, like the dense model; see :func:`pst_ds.nn.inject.bypassed`."""
         self.was_called = False
-        """True once ``forward`` was called; see :func:`pst_ds.nn.inject.layers_never_called`."""
+        """True after the first call of ``forward``; see :func:`pst_ds.nn.inject.layers_never_called`."""
         self.tile_bytes = config.tile_bytes
         self.register_parameter("weight", weight)
         self.bias = bias
@@ -116,22 +114,24 @@ class PSTLayer(nn.Module):
             device, dtype = base.codes.device, base.dtype
             self.pst_mask = base.mask
         self._code_layout, self._loaded_dtype = None if base is None else base.layout, dtype
+        self._add_scales(device)
+        self._add_factors(name, config, device, dtype)
 
+    def _add_scales(self, device: torch.device) -> None:
+        """Register the quantisation scales of a layer with a grid; None for another."""
         scales = None
         if self.stored_grid is not None:
             unused = bytes_of_scales(torch.full(self.stored_grid.shape, UNUSED_SCALE)).to(device)
             scales = nn.Parameter(unused, requires_grad=False)
         self.register_parameter("pst_scales", scales)
 
-        self._add_factors(name, config, device, dtype)
-
     def _add_factors(self, name: str, config: PSTConfig, device: torch.device, dtype: torch.dtype) -> None:
-        """Register the factors that ``config`` asks for, as they are before training, and None for the others."""
+        """Register the factors of ``config`` with their initial values, and None for the others."""
 
         def add(factor: str, shape: tuple[int, ...] | None, std: float = 0.0) -> None:
             param = None
             if shape is not None:
-                if device.type == "meta":  # a shape alone, which takes no random numbers
+                if device.type == "meta":  # shapes need no random numbers
                     values = torch.empty(shape, device=device)
                 else:
                     values = seeded_normal(shape, std, f"{config.factor_seed}/{name}/{factor}")
@@ -156,7 +156,7 @@ class PSTLayer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the layer computes in."""
+        """The dtype of the layer's computation."""
         if self.weight is not None:
             return self.weight.dtype
         # factors follow a cast of the model, which codes do not
@@ -173,11 +173,11 @@ class PSTLayer(nn.Module):
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the whole parameter ``weight``."""
+        """Full shape of the parameter ``weight``."""
         return self.layout.shape
 
     def base_weight(self) -> Tensor | CodedWeight:
-        """W0, or the weight that is trained in its place, in storage shape. The parameters must be gathered."""
+        """Return W0, or the trained weight that replaces it, in storage shape. The parameters must be gathered."""
         if self.weight is not None:
             return self.weight.detach().flatten(0, -2)
         assert self.base_codes is not None
@@ -185,7 +185,7 @@ class PSTLayer(nn.Module):
 
     @torch.no_grad()
     def hold(self, weight: Tensor) -> None:
-        """Make ``weight``, in storage shape, the frozen W0, in place of codes where the layer has these. Not under
+        """Replace the frozen W0 by ``weight``, in storage shape; quantised values, if any, are dropped. Not for
         ZeRO-3."""
         weight = weight.view(self.weight_shape)
         if self.weight is not None:
@@ -197,31 +197,31 @@ class PSTLayer(nn.Module):
             self.register_parameter(name, None)
 
     def own_base(self) -> OwnWeights:
-        """Return this rank's shard of :meth:`base_weight`; all of it where it is not split."""
+        """Return this rank's shard of :meth:`base_weight`; the whole weight if it is not partitioned."""
         if self.weight is not None:
             return own_weights(self.weight, self.layout)
         assert self.base_codes is not None
         return self.base_codes.own(self.dtype)
 
     def own_range(self) -> tuple[int, int]:
-        """Return the flat range of the weights whose mask this rank holds; all of them where it is not split."""
+        """Return the flat range of the weights whose mask bits this rank holds; all if it is not partitioned."""
         if not zero3.is_partitioned(self.pst_mask):
             return 0, self.layout.numel
         return shard_range(self.layout.numel, self.num_shards, zero3.shard_index(self.pst_mask))
 
     def factor_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name in :data:`FACTOR_NAMES`, Parameter) of the factors this layer has."""
+        """Yield (name in :data:`FACTOR_NAMES`, Parameter) of the factors that this layer has."""
         for name in FACTOR_NAMES:
             param = getattr(self, f"pst_{name}")
             if param is not None:
                 yield name, param
 
     def factors(self, values: dict[str, Tensor]) -> Factors:
-        """The matrices of the formulas, from the ``values`` of :meth:`factor_parameters`."""
+        """Return the matrices of the formulas, from the ``values`` of :meth:`factor_parameters`."""
         return layer_factors(values, self.layout.num_matrices, self.constants, self.input_norms)
 
     def state(self) -> masked_linear.LayerState:
-        """The weight that the layer multiplies with now. The parameters must be gathered."""
+        """Return the state that computes the layer's current weight. The parameters must be gathered."""
         zero3.refuse_dtensors(self, recurse=False)
         weight, mask = self.base_weight(), self.pst_mask.detach()
         factors = self.factors({name: param.detach() for name, param in self.factor_parameters()})
@@ -232,32 +232,32 @@ class PSTLayer(nn.Module):
         )  # fmt: skip
 
     def rounding(self) -> Rounding:
-        """The grid and its scales as they are now; of a layer with a grid, whose parameters must be gathered."""
+        """Return the grid and its current scales, of a layer with a grid. The parameters must be gathered."""
         assert self.stored_grid is not None
         assert self.pst_scales is not None
         return Rounding(self.stored_grid, scales_of_bytes(self.pst_scales.detach(), self.stored_grid.shape))
 
     def masked_weight(self) -> Tensor:
-        """M . W in storage shape, exactly what ``forward`` multiplies with, rounded where it is. The parameters must be
-        gathered."""
+        """Return M . W in storage shape, exactly as ``forward`` multiplies with it, quantised or not. The parameters
+        must be gathered."""
         return self.state().masked_weight()
 
     def trained(self) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Return the weight where it is trained, and :data:`FACTOR_NAMES` and S."""
+        """Return the weight if it is trained, and the factors of :data:`FACTOR_NAMES` and S; None for absent ones."""
         weight = self.weight if self.weight is not None and self.weight.requires_grad else None
         return weight, [getattr(self, f"pst_{name}") for name in (*FACTOR_NAMES, "S")]
 
     def keep_if_recomputed(self) -> None:
-        """Where a forward pass is repeated inside a backward pass, leave what is frozen whole until the layer's turn.
+        """If a backward pass recomputes this forward pass, keep frozen parameters gathered until its turn.
 
-        DeepSpeed has those of a checkpointed block whole at once, until the module whose gradients asked for the
-        repetition is done, and would gather each of them a third time for its own.
+        While DeepSpeed recomputes a checkpointed block, all its parameters are gathered, until the module that
+        triggered the recomputation is done. Each would be gathered a third time for its gradients.
         """
         if in_backward_pass() and torch.is_grad_enabled():
             zero3.hold(param for param in self.parameters(recurse=False) if not param.requires_grad)
 
     def gathered_gradients(self, backward: Callable[..., masked_linear.Gradients]) -> masked_linear.Gradients:
-        """Call ``backward`` of pst_ds.core with the layer's state, for which what ZeRO-3 has released is gathered."""
+        """Call ``backward`` of pst_ds.core with the layer's state. Gathers the parameters that ZeRO-3 has released."""
         params = list(self.parameters(recurse=False))
         zero3.let_go(params)
         with zero3.gathered([p for p in params if zero3.is_released(p)]):
@@ -271,7 +271,7 @@ class PSTLayer(nn.Module):
 
     @torch.no_grad()
     def _finish(self, grads: masked_linear.Gradients) -> None:
-        """What the formulas of one matrix do not know: how the layer holds U and V, and the penalty on its scores."""
+        """Add what the formulas of one matrix omit: the storage of U and V, gates, and the penalty on scores."""
         if self.constants.multiplicative and grads.U is not None:
             grads.U = ungrouped_columns(grads.U, self.layout.num_matrices)
         if self.pst_G is not None and self.pst_V is not None and grads.V is not None:
@@ -285,14 +285,15 @@ class PSTLayer(nn.Module):
             grads.S.addcmul_(probability, 1.0 - probability, value=self.score_penalty / self.layout.numel)
 
     def of_trained(self, grads: masked_linear.Gradients) -> tuple[Tensor | None, ...]:
-        """Return the gradients of what :meth:`trained` names, but of the weight, in the layer's dtype."""
+        """Return the gradients of the factors in :meth:`trained`, in the layer's dtype."""
         of_factors = (getattr(grads, name) for name in (*FACTOR_NAMES, "S"))
         return tuple(None if g is None else g.to(self.dtype) for g in of_factors)
 
 
 @contextmanager
 def exact_inputs(model: nn.Module) -> Iterator[bool]:
-    """Inside, no layer of ``model`` rounds its inputs. Gives whether some do outside."""
+    """Leave the inputs of all layers of ``model`` unquantised inside the context. Yield whether any is quantised
+    outside."""
     layers = [module for module in model.modules() if isinstance(module, PSTLayer)]
     before = [layer.inputs for layer in layers]
     for layer in layers:
@@ -304,6 +305,18 @@ def exact_inputs(model: nn.Module) -> Iterator[bool]:
             layer.inputs = inputs
 
 
+def _constants(config: PSTConfig) -> Constants:
+    return Constants(
+        config.alpha1,
+        config.alpha2,
+        config.beta,
+        config.detach_magnitude,
+        magnitude=config.magnitude != "none",
+        frozen_magnitude=config.frozen_magnitude,
+        multiplicative=config.multiplicative_update,
+    )
+
+
 def init_std(kind: UpdateInit, rank: int, in_features: int) -> float:
     if kind == "rank":
         return 1.0 / math.sqrt(max(rank, 1))
@@ -313,7 +326,7 @@ def init_std(kind: UpdateInit, rank: int, in_features: int) -> float:
 
 
 def seeded_normal(shape: tuple[int, ...], std: float, key: str) -> Tensor:
-    """N(0, std**2) values fixed by ``key`` alone; zeros when std is 0."""
+    """Return N(0, std**2) values that depend only on ``key`` and the shape; zeros if std is 0."""
     if std == 0.0:
         return torch.zeros(shape)
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))

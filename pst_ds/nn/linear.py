@@ -15,7 +15,7 @@ from pst_ds.parallel import zero3
 
 
 class PSTLinear(PSTLayer):
-    """Takes the place of an ``nn.Linear`` or ``Conv1D``: y = x (M . W)' + b."""
+    """Replacement of an ``nn.Linear`` or ``Conv1D``: y = x (M . W)' + b."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -23,13 +23,13 @@ class PSTLinear(PSTLayer):
         self._number = new_number(self)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., I) to (..., O), in the weight's dtype, also under autocast."""
+        """Map (..., I) to (..., O), in the weight's dtype, also under autocast."""
         x = input  # nn.Linear's name for it
         if self.bypassed:
             return self._dense(x)
         if not torch.compiler.is_compiling():
             return self._eager(x)
-        if zero3.is_partitioned(self.pst_mask):  # whose modules have hooks around them, so graphs end here anyway
+        if zero3.is_partitioned(self.pst_mask):  # ZeRO-3's hooks end graphs here anyway
             return torch.compiler.disable(self._eager)(x)
         weight, factors = self.trained()
         x = x.to(self.dtype) if torch.is_autocast_enabled(x.device.type) else x
@@ -46,7 +46,7 @@ class PSTLinear(PSTLayer):
             return _MaskedLinear.apply(x.to(self.dtype), self, weight, self.bias, *factors)
 
     def product(self, x: Tensor) -> Tensor:
-        """Return x (M . W)' + bias, (..., I) to (..., O), without a gradient. The parameters must be gathered."""
+        """Return x (M . W)' + bias for x (..., I): (..., O), without gradient. The parameters must be gathered."""
         bias = None if self.bias is None else self.bias.detach()
         # Some products are views, which autograd lets no one modify once a Function has returned them; to autograd,
         # what detach returns is not a view. Two dimensions would do too, but not bit for bit as nn.Linear multiplies.
@@ -65,7 +65,7 @@ class PSTLinear(PSTLayer):
         return grad_x, grads.weight, grad_bias, *self.of_trained(grads)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy, which is a layer of its own to torch.compile's graphs."""
+        """Restore a copy, which torch.compile's graphs have to tell from the original."""
         super().__setstate__(state)
         self._number = new_number(self)
 
@@ -82,7 +82,7 @@ class PSTLinear(PSTLayer):
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """Saves x alone; the backward pass reads weight, mask and factors from the layer, where ZeRO-3 has them again."""
+    """Save only x; the backward pass reads weight, mask and factors from the layer, where ZeRO-3 gathers them again."""
 
     @staticmethod
     def forward(ctx, x, layer, weight, bias, *factors):

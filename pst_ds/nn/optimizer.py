@@ -1,8 +1,8 @@
-"""The groups that PST trains in, each with a learning rate of its own, and AdamW over them."""
+"""AdamW over the parameter groups of PST, each with its learning rate."""
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -35,51 +35,72 @@ def pst_parameter_groups(
     num_steps: int = USUAL_STEPS,
     epochs: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Sort the trained parameters of ``model`` into AdamW's groups; none is empty or has weight decay.
+    """Sort the trained parameters of ``model`` into groups for AdamW, without weight decay; empty groups are omitted.
 
     Args:
         model: a model with PST modules.
-        score_learning_rate: of the group "scores": A, B, R and C, or a score of each weight. None, here and below, is
-            the rate of :func:`pst_ds.core.schedule.default_learning_rates` for the model's width and ``num_steps``, and
-            for what it predicts: tokens, or as many classes as its config has labels (one: numbers of many values).
-        update_learning_rate: of the group "updates": U and V.
-        gate_learning_rate: of the group "gates": those of learned ranks.
-        prompt_learning_rate: of the group "prompt".
-        embedding_learning_rate: of the group "embeddings": U and V of embeddings.
-        head_learning_rate: of the group "head": all that is trained in full.
-        betas: Adam's two, of all groups. The default is the run file's.
-        num_steps: optimizer steps of the run, for rates that are None; like ``epochs``, its passes over the data.
+        score_learning_rate: peak rate of group "scores": A, B, R and C, or per-weight scores. None, here and below,
+            selects :func:`pst_ds.core.schedule.default_learning_rates` for the model's width, for ``num_steps`` and
+            ``epochs``, and for its outputs: tokens, classes (as many as the config has labels), or numbers (one label).
+        update_learning_rate: peak rate of group "updates": U and V.
+        gate_learning_rate: peak rate of group "gates": the gates of learned ranks.
+        prompt_learning_rate: peak rate of group "prompt".
+        embedding_learning_rate: peak rate of group "embeddings": U and V of embeddings.
+        head_learning_rate: peak rate of group "head": the modules trained in full.
+        betas: Adam's betas for all groups. The default is the run file's.
+        num_steps: optimizer steps of the run.
+        epochs: passes over the training data.
 
     Returns:
-        Groups for ``torch.optim.AdamW``, each with "name", "lr" and "peak_lr" (what a warmup goes up to).
+        Groups for ``torch.optim.AdamW``, each with "name", "lr" and "peak_lr" (the rate at the end of the warm-up).
     """
-    default = default_learning_rates(
-        width=model_width(model), num_steps=num_steps, epochs=epochs, num_labels=_num_labels(model),
-        predicts_tokens=_predicts_tokens(model),
-    )  # fmt: skip
-    whole = all(param.requires_grad for param in model.parameters() if param.dtype.is_floating_point)
-    head = default.everything if whole else default.head
-    multiplies = any(layer.constants.multiplicative for layer in pst_layers(model).values())
-    updates = default.multiplicative if multiplies else default.updates
-    rates = {
-        "scores": default.scores if score_learning_rate is None else score_learning_rate,
-        "updates": updates if update_learning_rate is None else update_learning_rate,
-        "gates": default.gates if gate_learning_rate is None else gate_learning_rate,
-        "prompt": default.prompt if prompt_learning_rate is None else prompt_learning_rate,
-        "embeddings": default.embeddings if embedding_learning_rate is None else embedding_learning_rate,
-        "head": head if head_learning_rate is None else head_learning_rate,
+    given = {
+        "scores": score_learning_rate,
+        "updates": update_learning_rate,
+        "gates": gate_learning_rate,
+        "prompt": prompt_learning_rate,
+        "embeddings": embedding_learning_rate,
+        "head": head_learning_rate,
     }
-    groups: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
+    default = _default_rates(model, num_steps, epochs)
+    rates = {name: default[name] if rate is None else rate for name, rate in given.items()}
+    shared = {"weight_decay": 0.0, "betas": betas}
+    return [
+        {"params": params, "name": name, "lr": rates[name], "peak_lr": rates[name], **shared}
+        for name, params in _trained_by_group(model, rates).items()
+        if params
+    ]
+
+
+def _trained_by_group(model: nn.Module, names: Iterable[str]) -> dict[str, list[nn.Parameter]]:
+    """Return the trained parameters of each group, which may be empty, in model order."""
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in names}
     embeddings = pst_embeddings(model)
     for name, param in model.named_parameters():
         if param.requires_grad:
             groups[_group_of(name, embeddings)].append(param)
-    shared = {"weight_decay": 0.0, "betas": betas}
-    return [
-        {"params": params, "name": name, "lr": rates[name], "peak_lr": rates[name], **shared}
-        for name, params in groups.items()
-        if params
-    ]
+    return groups
+
+
+def _default_rates(model: nn.Module, num_steps: int, epochs: float) -> dict[str, float]:
+    """Return the default learning rate of each group, by its name."""
+    rates = default_learning_rates(
+        width=model_width(model),
+        num_steps=num_steps,
+        epochs=epochs,
+        num_labels=_num_labels(model),
+        predicts_tokens=_predicts_tokens(model),
+    )
+    trains_all = all(param.requires_grad for param in model.parameters() if param.dtype.is_floating_point)
+    multiplies = any(layer.constants.multiplicative for layer in pst_layers(model).values())
+    return {
+        "scores": rates.scores,
+        "updates": rates.multiplicative if multiplies else rates.updates,
+        "gates": rates.gates,
+        "prompt": rates.prompt,
+        "embeddings": rates.embeddings,
+        "head": rates.everything if trains_all else rates.head,
+    }
 
 
 def _predicts_tokens(model: nn.Module) -> bool:
@@ -88,13 +109,13 @@ def _predicts_tokens(model: nn.Module) -> bool:
 
 
 def _num_labels(model: nn.Module) -> int:
-    """Return how many classes a classifier's config has; 0 for a regression, whose labels may have many values."""
+    """Return the number of classes in a classifier's config; 0 for a regression, whose labels may have many values."""
     labels: int = getattr(getattr(model, "config", None), "num_labels", 0)
     return labels if labels > 1 else 0
 
 
 def _group_of(name: str, embeddings: Container[str]) -> str:
-    """Name of the group of a trained parameter. ``embeddings``: names of the modules that are PST embeddings."""
+    """Return the name of a trained parameter's group. ``embeddings``: names of the PST embeddings."""
     owner, _, last = name.rpartition(".")
     if owner in embeddings:
         return "embeddings"
@@ -110,15 +131,15 @@ def _group_of(name: str, embeddings: Container[str]) -> str:
 def pst_optimizer(model: nn.Module, **rates: Any) -> MasterAdamW:
     """Return AdamW over :func:`pst_parameter_groups`, on fp32 masters where the model is in bf16.
 
-    Under DeepSpeed the engine keeps the masters, and this is plain AdamW; ``deepspeed.initialize`` itself wants torch's
-    class: ``torch.optim.AdamW(pst_parameter_groups(model))``.
+    Under DeepSpeed the engine keeps the masters, and this is plain AdamW. ``deepspeed.initialize`` requires torch's
+    class instead: ``torch.optim.AdamW(pst_parameter_groups(model))``.
 
     Args:
         model: a model with PST modules.
-        rates: learning rates and betas, as :func:`pst_parameter_groups` takes them.
+        rates: keyword arguments of :func:`pst_parameter_groups`.
 
     Raises:
-        InputError: the model is in fp16 and not under ZeRO-3, which alone has masters for it at once.
+        InputError: the model is in fp16 and not under ZeRO-3, the only stage that has fp32 masters from the start.
     """
     groups = pst_parameter_groups(model, **rates)
     params = [param for group in groups for param in group["params"]]
