@@ -178,7 +178,7 @@ def test_too_little_text_is_refused_with_its_tokens(tmp_path):
     path = _write(tmp_path / "texts.jsonl", ["film", "plot"])  # <s> film </s> <s> plot
     message = _refusal(load_sequences, _data(path, max_length=6), "train", TOKENIZER)
     assert message.startswith(f"{path} has 5 tokens in all, fewer than one sequence of ")
-    assert "data.max_length = 6; lower it, or give more text" in message
+    assert "data.max_length = 6. Lower it, or add text" in message
     assert load_sequences(_data(path, max_length=6), "validation", TOKENIZER).lengths.tolist() == [5]
     path = _write(tmp_path / "empty.jsonl", ["", "  "])
     for split in ("train", "validation"):

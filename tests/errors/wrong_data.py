@@ -142,7 +142,7 @@ DATA = {
         lambda shop: shop.causal(f"data.train={shop.rows('train.jsonl', {'text': 'the film'})}"),
         _FILE,
         "3 tokens in all",
-        "give more text",
+        "or add text",
     ),
     "a test split that is not set": Wrong(
         lambda shop: ["eval", f"{shop.made}/run", "--set", "data.test="], "data.test", "not set", "name a file"

@@ -20,7 +20,7 @@ def _sources(*sources: str):
 
 _TRAIN = 'path = "tests/data/train.jsonl"'
 TOKENS = {
-    "a store with a foreign manifest": Wrong(_half_a_store, "{tmp}/store/manifest.json", "not the manifest", "name a"),
+    "a store with a foreign manifest": Wrong(_half_a_store, "{tmp}/store/manifest.json", "not the manifest", "Name a"),
     "tokens of another vocabulary": Wrong(
         lambda shop: shop.causal(f"data.train={shop.file('a.npy', b'12' * 99)}"),
         "{tmp}/a.npy",
@@ -35,7 +35,7 @@ TOKENS = {
     ),
     "a source that is not there": Wrong(
         _sources(f"{_TRAIN}, weight = 0.5", 'path = "no/such/store", weight = 0.5'),
-        "'no/such/store'", "does not exist", "name a file",
+        "'no/such/store'", "does not exist", "Name a file",
     ),
     "sources for a classifier": Wrong(
         setting("data.train=", f"data.sources=[{{{_TRAIN}}}]"), "data.sources", "'classification'", "data.train"
@@ -59,12 +59,12 @@ TOKENS = {
         causal_setting("data.train=", f"data.sources=[{{{_TRAIN}, stream = true}}]", 'data.text_columns=["body"]'),
         "tests/data/train.jsonl", "no column 'body'", "Columns: text",
     ),
-    "prepare of nothing": Wrong(_prepare("{tmp}/no.jsonl"), "{tmp}/no.jsonl", "does not exist", "name a file"),
+    "prepare of nothing": Wrong(_prepare("{tmp}/no.jsonl"), "{tmp}/no.jsonl", "does not exist", "Name a file"),
     "prepare of an unknown kind": Wrong(
         lambda shop: [
             "prepare", shop.file("a.docx", "x"), "--out", f"{shop.tmp}/store", "--tokenizer", LLAMA,
         ],
-        "{tmp}/a.docx", "unknown kind", "known are .jsonl",
+        "{tmp}/a.docx", "unknown kind", "Use one of .jsonl",
     ),
     "prepare without the column": Wrong(
         _prepare("tests/data/train.jsonl", "--text-column", "body"), "tests/data/train.jsonl", "'body'", "Columns: text"

@@ -1,1 +1,1 @@
-"""Files and data sets of text, read in pieces by several processes, which make a store of tokens of them."""
+"""Prepare token stores: read files and datasets in pieces, and tokenise them in several processes."""

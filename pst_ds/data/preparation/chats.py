@@ -1,4 +1,4 @@
-"""Conversations in bulk: rows as lines of JSON, which their readers hand on, and the tokens of these."""
+"""Conversations in token stores: rows as lines of JSON, and their tokens."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 PAIR = ("prompt", "completion")
-"""The columns that make a conversation where the one with messages is not there."""
+"""Columns of a conversation if there is no column with messages."""
 
 
 def template_hash(tokenizer: Tokenizer) -> str:
-    """Return a SHA-256 of the templates that ``tokenizer`` writes conversations by."""
+    """Return the SHA-256 of the tokenizer's chat templates."""
     return hashlib.sha256(json.dumps(tokenizer.chat_template, sort_keys=True).encode()).hexdigest()
 
 
 def columns_of_chat(names: Iterable[str], column: str) -> list[str]:
-    """Return the columns that conversations are in, among ``names``; none if they are not there."""
+    """Return the columns among ``names`` that hold conversations; an empty list if there are none."""
     names = set(names)
     found = [column] if column in names else [name for name in PAIR if set(PAIR) <= names]
     return [*found, *({TOOLS} & names)] if found else []
 
 
 def row_of_chat(row: Mapping[str, Any], column: str, place: Callable[[], str]) -> str:
-    """Return the conversation of a row as a line of JSON; ``place`` names the row. Raises ConfigError."""
+    """Return the conversation of a row as a line of JSON. Raises ConfigError, naming the row by ``place``."""
     found = columns_of_chat(row, column)
     if not found:
         raise ConfigError(
@@ -51,8 +51,8 @@ def row_of_chat(row: Mapping[str, Any], column: str, place: Callable[[], str]) -
 
 
 def tokenize_chats(rows: Sequence[str], tokenizer: Tokenizer, where: str) -> Documents:
-    """Return the tokens of conversations, which :func:`row_of_chat` returned, and which of them the assistant wrote;
-    each ends with the end-of-text token. Raises ConfigError, which names ``where``."""
+    """Return the tokens of rows from :func:`row_of_chat`, with a mask of the assistant's tokens. Each conversation ends
+    with the end-of-text token. Raises ConfigError, naming ``where``."""
     end = tokenizer.eos_token_id
     tokens: list[int] = []
     learned: list[bool] = []

@@ -1,4 +1,4 @@
-"""Sources of text, cut into pieces of about the same size: each becomes a shard, whoever tokenises it."""
+"""Cut sources of text into pieces of similar size. Each becomes one shard, regardless of which worker tokenises it."""
 
 from __future__ import annotations
 
@@ -16,54 +16,54 @@ FORMATS = {
 }  # fmt: skip
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bz2"}
 LINE_FORMATS = ("jsonl", "text")
-"""Formats that can be cut between any two lines."""
+"""Formats that can be cut between lines."""
 PARAGRAPH_END = b"\n\n"
 _LOOK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """How texts are taken out of files."""
+    """How documents are read from files."""
 
     column: str = "text"
-    """Of the texts, or of the messages of conversations."""
+    """Column with the text, or with the messages of conversations."""
     kind: str = "text"
     """"text" or "chat"."""
     chat_template_sha256: str = ""
-    """Of the template that conversations are written by."""
+    """SHA-256 of the chat template."""
     setting: str = "--text-column"
-    """Where the column was named, for messages."""
+    """Setting that names the column, for messages."""
     sample_by: str = "line"
-    """What a document of a plain text is: "line", "paragraph" or "document"."""
+    """Document of a plain text file: "line", "paragraph" or "document"."""
     split: str = "train"
-    """Of a data set of the hub."""
+    """Split of a dataset on the hub."""
     subset: str = ""
     revision: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Span:
-    """A part of a file or data set, read by one process from its start to its end."""
+    """A part of a file or dataset that one process reads."""
 
     path: str
     kind: str
     """A value of FORMATS, "saved" for a folder of ``save_to_disk``, or "hub"."""
     start: int = 0
-    """First byte, row group, row, or shard, by its kind."""
+    """First byte, row group, row or shard, depending on the kind."""
     stop: int = -1
-    """Behind the last; -1 is the end of the file."""
+    """End of the range; -1 is the end of the file."""
     compression: str = ""
     num_bytes: int = 0
-    """About what reading it costs, for progress and to balance pieces."""
+    """Approximate bytes, for progress and to balance pieces."""
 
 
 Piece = tuple[Span, ...]
 
 
 def find_pieces(sources: Sequence[str], reading: Reading, piece_bytes: int) -> list[Piece]:
-    """Return the pieces of all sources in their order: a function of names, sizes and contents, and of nothing else.
+    """Return the pieces of all sources in order, determined by names, sizes and contents only.
 
-    A source is a file, a folder, a pattern, a URL that fsspec knows, or a data set of the hub. Raises InputError.
+    A source is a file, a folder, a pattern, a URL supported by fsspec, or a dataset on the hub. Raises InputError.
     """
     pieces: list[Piece] = []
     gathered: list[Span] = []
@@ -81,12 +81,12 @@ def _spans(source: str, reading: Reading, piece_bytes: int) -> Iterator[Span]:
         yield from _saved_spans(source, piece_bytes)
     elif path.is_dir() and (path / "dataset_dict.json").is_file():
         raise InputError(
-            f"{source} holds several splits (save_to_disk of a DatasetDict); name one, such as {path / reading.split}"
+            f"{source} holds several splits (save_to_disk of a DatasetDict). Name one, such as {path / reading.split}"
         )
     elif path.is_dir():
         files = sorted(str(file) for file in path.rglob("*") if file.is_file() and format_of(file.name))
         if not files:
-            raise InputError(f"{source} has no file of a known kind ({_known()}), nor has a folder in it; name another")
+            raise InputError(f"{source} has no file of a known kind ({_known()}). Name another folder")
         for file in files:
             yield from _file_spans(file, reading, piece_bytes)
     elif path.is_file() or "://" in source:
@@ -94,20 +94,20 @@ def _spans(source: str, reading: Reading, piece_bytes: int) -> Iterator[Span]:
     elif glob.has_magic(source):
         found = sorted(file for file in glob.glob(source, recursive=True) if Path(file).is_file())
         if not found:
-            raise InputError(f"{source!r} matches no file (looked from {Path.cwd()}); name files, folders or patterns")
+            raise InputError(f"{source!r} matches no file (looked from {Path.cwd()}). Name files, folders or patterns")
         for file in found:
             yield from _file_spans(file, reading, piece_bytes)
     elif source.count("/") == 1 and not source.startswith((".", "/")) and not format_of(source):
         yield from _hub_spans(source, reading)
     else:
         raise InputError(
-            f"{source!r} does not exist (looked in {path.absolute()}); name a file, a folder, a pattern or a data set "
-            "of the hub (owner/name)"
+            f"{source!r} does not exist (looked in {path.absolute()}). Name a file, a folder, a pattern or a dataset "
+            "on the hub (owner/name)"
         )
 
 
 def format_of(name: str) -> tuple[str, str] | None:
-    """Return the format and the compression that a file's name says; None for a name of an unknown kind."""
+    """Return the format and the compression of a file by its name; None for unknown kinds."""
     path = Path(name.lower())
     compression = COMPRESSIONS.get(path.suffix, "")
     kind = FORMATS.get(path.with_suffix("").suffix if compression else path.suffix)
@@ -115,13 +115,13 @@ def format_of(name: str) -> tuple[str, str] | None:
 
 
 def _known() -> str:
-    return f"{', '.join(FORMATS)}, also with {', '.join(COMPRESSIONS)} behind"
+    return f"{', '.join(FORMATS)}, also followed by {', '.join(COMPRESSIONS)}"
 
 
 def _file_spans(file: str, reading: Reading, piece_bytes: int) -> Iterator[Span]:
     found = format_of(file)
     if found is None:
-        raise InputError(f"{file!r} is of an unknown kind; known are {_known()}")
+        raise InputError(f"{file!r} is of an unknown kind. Use one of {_known()}")
     kind, compression = found
     size = open_size(file)
     whole = Span(path=file, kind=kind, compression=compression, num_bytes=size)
@@ -135,7 +135,7 @@ def _file_spans(file: str, reading: Reading, piece_bytes: int) -> Iterator[Span]
 
 
 def _line_spans(whole: Span, ending: bytes, piece_bytes: int) -> Iterator[Span]:
-    """Cut a file behind the first ``ending`` after each multiple of ``piece_bytes``."""
+    """Cut a file after the first ``ending`` after each multiple of ``piece_bytes``."""
     start, size = 0, whole.num_bytes
     with open_file(whole.path) as file:
         while start < size:
@@ -145,8 +145,8 @@ def _line_spans(whole: Span, ending: bytes, piece_bytes: int) -> Iterator[Span]:
 
 
 def _behind(file: IO[bytes], ending: bytes, place: int, size: int) -> int:
-    """Return the place behind the first ``ending`` from ``place`` on that no line break stands before: of a run of
-    them, the first two end a paragraph."""
+    """Return the offset after the first ``ending`` from ``place`` on that does not follow a line break: the first two
+    line breaks of a run end a paragraph."""
     file.seek(place)
     data, at = b"", place
     while at + len(data) < size:
@@ -177,7 +177,7 @@ def _row_groups(whole: Span, piece_bytes: int) -> Iterator[Span]:
             about = pyarrow.parquet.ParquetFile(file).metadata
             sizes = [about.row_group(i).total_byte_size for i in range(about.num_row_groups)]
     except Exception as error:
-        raise InputError(f"{whole.path} cannot be read as parquet: {first_line(error)}; name another file") from None
+        raise InputError(f"{whole.path} cannot be read as parquet: {first_line(error)}. Name another file") from None
     first = 0
     for i, _ in enumerate(sizes):
         num_bytes = sum(sizes[first : i + 1])
@@ -192,7 +192,7 @@ def _saved_spans(folder: str, piece_bytes: int) -> Iterator[Span]:
     try:
         rows = datasets.load_from_disk(folder)
     except Exception as error:
-        raise InputError(f"{folder} cannot be read as a saved data set: {first_line(error)}; save it again") from None
+        raise InputError(f"{folder} cannot be read as a saved dataset: {first_line(error)}. Save it again") from None
     size = max(1, rows.data.nbytes)
     cuts = max(1, round(size / piece_bytes))
     for i in range(min(cuts, len(rows))):
@@ -207,7 +207,7 @@ def _hub_spans(name: str, reading: Reading) -> Iterator[Span]:
 
 
 def load_hub(name: str, reading: Reading) -> Any:
-    """Open a data set of the hub as a stream. Raises InputError."""
+    """Open a dataset on the hub as a stream. Raises InputError."""
     import datasets
 
     options: dict[str, Any] = {"revision": reading.revision} if reading.revision else {}
@@ -215,13 +215,13 @@ def load_hub(name: str, reading: Reading) -> Any:
         return datasets.load_dataset(name, reading.subset or None, split=reading.split, streaming=True, **options)
     except Exception as error:
         raise InputError(
-            f"{name!r} is no file or folder here, and the data set of that name, split {reading.split!r}, cannot be "
-            f"opened: {first_line(error)}; name files, or a data set of the hub that can be reached"
+            f"{name!r} is not a local file or folder, and the dataset of that name, split {reading.split!r}, cannot be "
+            f"opened: {first_line(error)}. Name files, or a dataset on the hub that can be reached"
         ) from None
 
 
 def open_file(path: str) -> IO[bytes]:
-    """Open a local file, or a URL that fsspec knows, for reading bytes. Raises InputError."""
+    """Open a local file, or a URL supported by fsspec, for reading bytes. Raises InputError."""
     try:
         if "://" not in path:
             return open(path, "rb")
@@ -229,11 +229,11 @@ def open_file(path: str) -> IO[bytes]:
 
         return fsspec.open(path, "rb").open()
     except (OSError, ImportError, ValueError) as error:
-        raise InputError(f"{path!r} cannot be opened: {first_line(error)}; name a file that can be read") from None
+        raise InputError(f"{path!r} cannot be opened: {first_line(error)}. Name a readable file") from None
 
 
 def open_size(path: str) -> int:
-    """Return the bytes of a file or URL. Raises InputError."""
+    """Return the size of a file or URL in bytes. Raises InputError."""
     if "://" not in path:
         return Path(path).stat().st_size
     import fsspec
@@ -242,4 +242,4 @@ def open_size(path: str) -> int:
         files, inside = fsspec.core.url_to_fs(path)
         return int(files.size(inside) or 0)
     except (OSError, ImportError, ValueError) as error:
-        raise InputError(f"{path!r} cannot be opened: {first_line(error)}; name a file that can be read") from None
+        raise InputError(f"{path!r} cannot be opened: {first_line(error)}. Name a readable file") from None

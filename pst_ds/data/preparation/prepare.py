@@ -1,4 +1,4 @@
-"""Tokenises sources into a store, in several processes; killed, it goes on where it was, to the same bytes."""
+"""Tokenise sources into a store in several processes. An interrupted preparation resumes to the same bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 PIECE_BYTES = 64 << 20
-"""Of the files that a shard is made from."""
+"""Bytes of text per shard."""
 PLAN = "plan"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preparation:
-    """What becomes a store, and how."""
+    """Plan of a token store: its sources and how they are read."""
 
     sources: tuple[str, ...]
     reading: Reading
@@ -54,19 +54,19 @@ class Preparation:
 
     @property
     def plain_files(self) -> list[Path]:
-        """Local plain text files without compression."""
+        """Local uncompressed text files."""
         spans = (span for piece in self.pieces for span in piece)
         plain = (of.path for of in spans if of.kind == "text" and not of.compression and "://" not in of.path)
         return [Path(path) for path in dict.fromkeys(plain)]
 
     @property
     def num_bytes(self) -> int:
-        """About the bytes to read."""
+        """Approximate bytes to read."""
         return sum(span.num_bytes for piece in self.pieces for span in piece)
 
     @property
     def key(self) -> str:
-        """A hash of all that decides the bytes of the store; of the files' contents, times and sizes stand for them."""
+        """Hash of everything that determines the store. File times and sizes represent the contents."""
         paths = dict.fromkeys(span.path for piece in self.pieces for span in piece)
         times = [Path(path).stat().st_mtime_ns for path in paths if Path(path).exists()]
         pieces = [[asdict(span) for span in piece] for piece in self.pieces]
@@ -84,7 +84,7 @@ def plan_store(
         reading = replace(reading, chat_template_sha256=template_hash(tokenizer))
     pieces = find_pieces(sources, reading, piece_bytes)
     if not pieces:
-        raise InputError(f"{', '.join(sources)}: there is nothing to read; give files with text")
+        raise InputError(f"{', '.join(sources)}: there is nothing to read. Name files with text")
     return Preparation(
         sources=tuple(sources), reading=reading, pieces=tuple(pieces), tokenizer=identity_of(tokenizer),
         count_bytes=count_bytes,
@@ -94,10 +94,10 @@ def plan_store(
 def prepare_store(
     plan: Preparation, tokenizer: Tokenizer, out: Path, *, num_workers: int = 1, force: bool = False
 ) -> Manifest:
-    """Write the store that ``plan`` describes to the folder ``out``, which it then is wholly.
+    """Write the store of ``plan`` to the folder ``out`` atomically.
 
-    What an earlier call with the same plan left unfinished is taken over; ``force`` starts over, and replaces a store.
-    Raises InputError.
+    Resumes an unfinished preparation of the same plan; ``force`` starts over, and replaces an existing store. Raises
+    InputError.
     """
     require_writable(out, f"--out {out}")
     partial = out.with_name(out.name + PARTIAL)
@@ -115,7 +115,7 @@ def prepare_store(
         clean_up(partial, manifest)
         if not manifest.tokens:
             shutil.rmtree(partial)
-            raise InputError(f"{', '.join(plan.sources)}: there is no text in it but white space; give files with text")
+            raise InputError(f"{', '.join(plan.sources)}: there is only white space. Name files with text")
         publish(partial, out)
     return manifest
 
@@ -127,7 +127,7 @@ def _leave_nothing_of_nothing(partial: Path, num_pieces: int, dtype: np.dtype) -
 
 
 def write_pieces(plan: Preparation, tokenizer: Tokenizer, folder: Path, num_workers: int = 1) -> None:
-    """Write the shards that ``folder`` lacks, and then the manifest. Raises InputError."""
+    """Write the missing shards, then the manifest. Raises InputError."""
     _tokenize_pieces(plan, tokenizer, folder, num_workers)
     records = [finished_shard(folder, i, plan.tokenizer.dtype) for i in range(len(plan.pieces))]
     source = {"sources": list(plan.sources), **asdict(plan.reading)}
@@ -137,19 +137,19 @@ def write_pieces(plan: Preparation, tokenizer: Tokenizer, folder: Path, num_work
 def _require_free(out: Path, *, force: bool) -> None:
     if out.is_dir() and any(out.iterdir()):
         if not (out / MANIFEST).is_file():
-            raise InputError(f"--out {out} is a folder with other files; name a new one")
+            raise InputError(f"--out {out} is a folder with other files. Name a new one")
         if not force:
-            raise InputError(f"--out {out} is a finished store; --force replaces it, or name another folder")
+            raise InputError(f"--out {out} is a finished store. Replace it with --force, or name another folder")
 
 
 def _take_over(partial: Path, key: str, *, force: bool) -> None:
-    """Make ``partial`` a folder for the preparation of ``key``, with what is finished of it."""
+    """Create the folder of an unfinished preparation, or keep one with the same ``key``."""
     path = partial / PLAN
     if partial.is_dir() and not force and path.is_file():
         if path.read_text() != key:
             raise InputError(
-                f"{partial} is half of a store from other sources, settings or tokenizer; --force starts over, or name "
-                "another --out"
+                f"{partial} is an unfinished store of other sources, settings or tokenizer. Start over with --force, "
+                "or name another --out"
             )
         return
     if partial.is_dir() and (partial / MANIFEST).is_file() and not force:
@@ -193,7 +193,7 @@ def _tokenize_piece(
         shard.finish()
 
 
-def as_result(manifest: Manifest) -> dict[str, Any]:
+def as_result(manifest: Manifest) -> dict[str, int | str]:
     """Return the counts of a store as JSON values."""
     return {
         "tokens": manifest.tokens, "documents": manifest.documents, "text_bytes": manifest.text_bytes,

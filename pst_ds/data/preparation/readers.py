@@ -1,4 +1,4 @@
-"""Texts of a span, some at a time; never a whole file in memory, but for a .json that is one list."""
+"""Read the documents of a span in batches, without loading a whole file (except a .json file with one list)."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from pst_ds.errors import InputError, first_line
 
 ROWS_AT_A_TIME = 1000
 BYTES_AT_A_TIME = 1 << 20
-"""Of text, before a batch is handed on."""
+"""Characters of text per batch."""
 _BLOCK_BYTES = 1 << 20
 
 
 def texts_of(span: Span, reading: Reading) -> Iterator[list[str]]:
-    """Yield the texts of ``span`` in batches. Raises InputError for a row without text, and for what cannot be read."""
+    """Yield the documents of ``span`` in batches. Raises InputError for unreadable files and rows without text."""
     rows = _READERS[span.kind](span, reading)
     try:
         yield from _batches(rows)
     except InputError:
         raise
     except UnicodeDecodeError as error:
-        raise InputError(f"{span.path} is not UTF-8 text: {error}; save it in UTF-8") from None
+        raise InputError(f"{span.path} is not UTF-8 text: {error}. Save it in UTF-8") from None
     except Exception as error:
-        raise InputError(f"{span.path} cannot be read: {first_line(error)}; repair it, or name another") from error
+        raise InputError(f"{span.path} cannot be read: {first_line(error)}. Repair it, or name another") from error
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -47,7 +47,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _open(span: Span) -> IO[bytes]:
-    """Open what a span is in, unpacked."""
+    """Open the decompressed file of a span."""
     file = open_file(span.path)
     if not span.compression:
         return file
@@ -55,12 +55,12 @@ def _open(span: Span) -> IO[bytes]:
 
     unpack = fsspec.compression.compr.get(span.compression)
     if unpack is None:
-        raise InputError(f"{span.path} needs a package to be unpacked: pip install zstandard")
+        raise InputError(f"{span.path} needs a package for decompression. Run pip install zstandard")
     return unpack(file, mode="rb")
 
 
 def _blocks(span: Span) -> Iterator[bytes]:
-    """Yield the bytes of a span, each block but the last up to the end of a line."""
+    """Yield the bytes of a span in blocks; each except the last ends with a line."""
     with _open(span) as file:
         if span.start:
             file.seek(span.start)
@@ -89,12 +89,12 @@ def _json_lines(span: Span, reading: Reading) -> Iterator[str]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise InputError(f"{span.path}: {_place(span, number)} is not JSON ({error}); repair it") from None
+                raise InputError(f"{span.path}: {_place(span, number)} is not JSON ({error}). Repair it") from None
             yield _text(row, span, reading, number)
 
 
 def _place(span: Span, number: int) -> str:
-    """Name a line, or the row of a format that has none; ``number`` counts from the span's first."""
+    """Return the line, or for formats without lines the row; ``number`` counts from the start of the span."""
     if span.kind not in ("jsonl", "json"):
         return f"row {number}"
     before = _blocks(replace(span, start=0, stop=span.start)) if span.start else ()
@@ -121,8 +121,8 @@ def _as_text(value: object, span: Span, reading: Reading, number: int) -> str:
     what = "no text" if value is None else f"a {type(value).__name__}"
     if value is None or isinstance(value, dict | list | tuple | bytes):
         raise InputError(
-            f"{span.path}: column {reading.column!r} has {what} in {_place(span, number)}; give it one (an empty one "
-            'is written "") or take the row out'
+            f"{span.path}: column {reading.column!r} has {what} in {_place(span, number)}. Add one (an empty one is "
+            'written "") or remove the row'
         )
     return str(value)
 
@@ -139,7 +139,7 @@ def _json_file(span: Span, reading: Reading) -> Iterator[str]:
 
 
 def _plain(span: Span, reading: Reading) -> Iterator[str]:
-    """As ``datasets`` reads text: all kinds of line breaks are one, and empty paragraphs are none."""
+    """Yield documents as ``datasets`` does: all line breaks are equal, and empty paragraphs are skipped."""
     rest = ""
     for block in _blocks(span):
         text = block.decode().replace("\r\n", "\n").replace("\r", "\n")
@@ -169,8 +169,8 @@ def _table(span: Span, reading: Reading) -> Iterator[str]:
         for row in rows:
             if row and len(row) != len(names):
                 raise InputError(
-                    f"{span.path}: the row in line {rows.line_num} has {len(row)} fields, and there are {len(names)} "
-                    "columns; repair it"
+                    f"{span.path}: the row in line {rows.line_num} has {len(row)} fields, but there are {len(names)} "
+                    "columns. Repair it"
                 )
             if row:
                 yield row[column]
@@ -209,7 +209,7 @@ def _hub(span: Span, reading: Reading) -> Iterator[str]:
 
 
 def _columns(names: list[str], span: Span, reading: Reading) -> list[str]:
-    """Return the columns to read. Raises InputError where they are not there."""
+    """Return the columns to read. Raises InputError for missing columns."""
     if reading.kind == "chat" and (found := columns_of_chat(names, reading.column)):
         return found
     if reading.column not in names:

@@ -1,2 +1,4 @@
-"""Tokens on disk: stores that ``pst-ds prepare`` writes, those of other programs, and the order in which a run reads
-them. Nothing of a corpus is held in memory."""
+"""Token stores of ``pst-ds prepare``, token files of other programs, and the order in which a run reads them.
+
+A corpus is never held in memory.
+"""

@@ -1,4 +1,4 @@
-"""Batches of sequences: which they are, from the number of the batch alone, and the inputs that a model takes."""
+"""Batches of sequences: their indices, computed from the batch number, and their model inputs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from pst_ds.data.tokens.sequences import Sequences
 
 @dataclass(frozen=True, slots=True)
 class SequenceBatches(GlobalBatches):
-    """Batches in the keyed order of their sequences, of which nothing is held; what an epoch leaves over begins the
-    next."""
+    """Batches in a shuffled order that is computed, not held. An incomplete last batch carries over into the next
+    epoch."""
 
     sequences: Sequences | MixedSequences = field(kw_only=True)
 
@@ -35,10 +35,9 @@ def collate_sequences(
 ) -> dict[str, Tensor]:
     """Return model inputs of sequences of equal length: input_ids and labels, (len(indices), length) int64.
 
-    Labels are the input: the model predicts each from those before it. There is no padding, so no attention mask.
-    Where documents do not run on, ``position_ids`` begin anew with each and its first label is -100; a model of
-    transformers that is given such positions without an attention mask keeps the documents apart in its attention.
-    Tokens that are not to be learned have the label -100 as well.
+    Labels equal the input, because models shift them. Without padding no attention mask is needed. With a document
+    mask, ``position_ids`` restart at each document and its first label is -100; transformers then restricts attention
+    to the document, as long as there is no attention mask. Tokens that are not trained on also have the label -100.
     """
     ids = torch.from_numpy(np.stack([sequences[i] for i in indices]).astype(np.int64))
     labels = ids

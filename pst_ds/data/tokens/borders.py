@@ -1,4 +1,4 @@
-"""Where documents begin in a stream of tokens; a window of it is looked at, never all."""
+"""Document starts in a token stream, read window by window."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pst_ds.data.tokens.arrays import Array, FileArray, windows
 
 
 class Borders(Protocol):
-    """Says where documents begin."""
+    """Document starts of a token stream."""
 
     @property
     def several(self) -> bool:
@@ -20,13 +20,13 @@ class Borders(Protocol):
         ...
 
     def between(self, start: int, stop: int) -> np.ndarray:
-        """Return the places in [start, stop) at which a document begins: int64, ascending."""
+        """Return the document starts in [start, stop): int64, ascending."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Starts:
-    """Borders from the sorted places of first tokens."""
+    """Document starts from the sorted indices of first tokens."""
 
     starts: np.ndarray | FileArray
     """(documents,) int64."""
@@ -43,7 +43,7 @@ class Starts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ends:
-    """Borders from the sorted places behind last tokens; the first document begins at 0."""
+    """Document starts from the sorted indices after last tokens; the first document starts at 0."""
 
     ends: np.ndarray
 
@@ -53,13 +53,13 @@ class Ends:
 
     def between(self, start: int, stop: int) -> np.ndarray:
         first, last = np.searchsorted(self.ends[: max(0, len(self.ends) - 1)], [start, stop])
-        inside = np.unique(np.array(self.ends[first:last], dtype=np.int64))  # an empty document ends where it begins
+        inside = np.unique(np.array(self.ends[first:last], dtype=np.int64))  # empty documents end where they start
         return np.concatenate([[0], inside[inside > 0]]) if start == 0 < stop else inside
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AfterEnds:
-    """Borders of a stream in which every document ends with the end-of-text token."""
+    """Document starts of a stream in which every document ends with the end-of-text token."""
 
     tokens: Array
     end: int
@@ -76,11 +76,11 @@ class AfterEnds:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class JoinedBorders:
-    """Borders of streams one after another."""
+    """Document starts of concatenated streams."""
 
     parts: tuple[Borders, ...]
     starts: np.ndarray
-    """Where each stream begins, and behind them where the last ends: (parts + 1,) int64."""
+    """Start of each stream, and the end of the last: (parts + 1,) int64."""
 
     @property
     def several(self) -> bool:

@@ -1,4 +1,4 @@
-"""Text that a run names, tokenised once a host into a store that all ranks map, and later runs find."""
+"""Cache of tokenised text: tokenised once per host into a store that all ranks and later runs map."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 CACHE = "PST_DS_CACHE"
 Build = Callable[[Path], None]
-"""Writes a store into an empty folder."""
+"""Function that writes a store into an empty folder."""
 
 
 def cache_folder() -> Path:
-    """Return the folder of all cached stores: $PST_DS_CACHE/tokens, or pst-ds/tokens beside the hub's cache."""
+    """Return the folder of all cached stores: $PST_DS_CACHE/tokens, or pst-ds/tokens next to the hub's cache."""
     from huggingface_hub.constants import HF_HOME
 
     try:
@@ -47,9 +47,12 @@ def cached_tokens(
 ) -> TokenStream:  # fmt: skip
     """Return the tokens of ``texts``, from the cache or tokenised into it.
 
-    ``contents`` decides what the texts are: hashes of files and settings. One process of a host tokenises, and the
-    others wait for it. With ``count``, the bytes of text behind each token are counted. ``what`` names the text.
-    Raises InputError.
+    One process per host tokenises and the others wait. Raises InputError.
+
+    Args:
+        contents: hashes of files, and settings, that identify the texts.
+        count: whether to count the bytes that each token represents.
+        what: name of the text in messages.
     """
     identity = identity_of(tokenizer)
 
@@ -65,7 +68,7 @@ def cached_tokens(
 
 
 def cached_store(contents: Iterable[str], identity: TokenizerIdentity, build: Build, what: str) -> TokenStream:
-    """Return the store that ``build`` makes, of which ``contents`` and ``identity`` decide the bytes."""
+    """Return the cached store for ``contents`` and ``identity``; call ``build`` if there is none."""
     about = json.dumps([VERSION, asdict(identity), list(contents)])
     folder = cache_folder() / hashlib.sha256(about.encode()).hexdigest()[:32]
     if (found := _whole(folder, identity)) is not None:
@@ -80,7 +83,7 @@ def cached_store(contents: Iterable[str], identity: TokenizerIdentity, build: Bu
 
 
 def _whole(folder: Path, identity: TokenizerIdentity) -> TokenStream | None:
-    """Map a cached store; None if there is none, or only a damaged one, which is made again."""
+    """Map a cached store; None if it is missing or damaged."""
     try:
         return open_store(folder, identity) if is_store(folder) else None
     except ConfigError:
@@ -88,12 +91,12 @@ def _whole(folder: Path, identity: TokenizerIdentity) -> TokenStream | None:
 
 
 def hash_of_file(path: Path) -> str:
-    """Return what of a file decides its texts: its contents, and the ending that says how they are read."""
+    """Return the suffix and SHA-256 of a file, which determine its texts."""
     return f"{path.suffix.lower()} {file_sha256(path)}"
 
 
 def hash_of_texts(batches: Iterable[Sequence[object]]) -> str:
-    """Return a SHA-256 of texts, for rows that are in no single file."""
+    """Return the SHA-256 of texts that are not in a single file."""
     digest = hashlib.sha256()
     for batch in batches:
         digest.update(json.dumps([str(text) for text in batch]).encode())

@@ -1,4 +1,4 @@
-"""Sequences of a mixture with streams in it, drawn for one reader as its turns come."""
+"""Read a mixture with streams: one reader draws its sequences in order."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class DrawnSequences:
 
     sequences: tuple[TokenSequence, ...]
     apart: bool
-    """Whether documents of a sequence do not see each other."""
+    """Whether attention is restricted to each document."""
     masks_tokens: bool
-    """Whether some tokens are not to be learned."""
+    """Whether some tokens are not trained on."""
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -45,7 +45,7 @@ class DrawnSequences:
         return self.sequences[index].tokens
 
     def starts_in(self, index: int) -> np.ndarray:
-        """Return the places in a sequence, behind its first, at which documents begin."""
+        """Return the document starts in a sequence, without the first token: int64."""
         return self.sequences[index].starts
 
     def predicted_in(self, index: int) -> np.ndarray:
@@ -58,9 +58,9 @@ class DrawnSequences:
 
 
 class MixedReader:
-    """Draws the sequences of one of ``parts`` readers of ``mixed``, whose streams it goes on in at ``places``.
+    """Reader number ``part`` of ``parts`` of a mixture, which resumes its streams at ``places``.
 
-    Of a stream it gives what comes next in its own part, and of all else the sequence that the index says.
+    A stream yields the next sequence of the reader's part; other sources are read by index.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class MixedReader:
 
     @property
     def places(self) -> list[list[int]]:
-        """The :class:`Place` of each stream, in their order, at which another reader gives what this one would next."""
+        """The :class:`Place` of each stream at which another reader would continue like this one."""
         return [list(reader.place) for reader in self._readers.values()]
 
     def take(self, indices: Sequence[int]) -> DrawnSequences:

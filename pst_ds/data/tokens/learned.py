@@ -1,4 +1,4 @@
-"""Which tokens of a stream the model is to predict; a window of it is looked at, never all."""
+"""Masks of the tokens that are trained on, read window by window."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pst_ds.data.tokens.arrays import windows
 
 
 class Learned(Protocol):
-    """Says which tokens are predicted."""
+    """Mask of the tokens that are predicted."""
 
     def between(self, start: int, stop: int) -> np.ndarray:
         """Return whether each token of [start, stop) is predicted: (stop - start,) bool."""
@@ -21,7 +21,7 @@ class Learned(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class All:
-    """Every token."""
+    """Mask that selects every token."""
 
     def between(self, start: int, stop: int) -> np.ndarray:
         return np.ones(stop - start, bool)
@@ -29,10 +29,10 @@ class All:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bits:
-    """A bit for each token, the lowest first."""
+    """Mask with one bit per token, lowest bit first."""
 
     bits: np.ndarray
-    """(tokens / 8, rounded up,) uint8."""
+    """Packed bits: (ceil(tokens / 8),) uint8."""
 
     def between(self, start: int, stop: int) -> np.ndarray:
         window = np.unpackbits(self.bits[start // 8 : -(-stop // 8)], bitorder="little")
@@ -41,7 +41,7 @@ class Bits:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bytes:
-    """A byte for each token, 0 or 1."""
+    """Mask with one byte per token, 0 or 1."""
 
     bytes: np.ndarray
 
@@ -51,11 +51,11 @@ class Bytes:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class JoinedLearned:
-    """Those of streams one after another."""
+    """Concatenation of masks."""
 
     parts: Sequence[Learned]
     starts: np.ndarray
-    """Where each stream begins, and behind them where the last ends: (parts + 1,) int64."""
+    """Start of each part, and the end of the last: (parts + 1,) int64."""
 
     def between(self, start: int, stop: int) -> np.ndarray:
         found = (self.parts[part].between(first, last) for part, _, first, last in windows(self.starts, start, stop))

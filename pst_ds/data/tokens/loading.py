@@ -1,4 +1,4 @@
-"""What a run file names, as a mapped stream of tokens: a store, tokens of other programs, or text by the cache."""
+"""Open the training and evaluation data of a run as token streams: stores, tokens of other programs, or cached text."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _ROWS_AT_A_TIME = 100
 
 
 def load_sequences(data: DataConfig, split: str, tokenizer: Tokenizer) -> Sequences | MixedSequences:
-    """Return the sequences of one split: for "train" without overlap, for others with one of a token.
+    """Return the sequences of one split: without overlap for "train", with an overlap of one token for others.
 
-    Raises InputError for a missing file or column, a row without text, tokens of another tokenizer, and too little text
-    for one sequence.
+    Raises InputError for a missing file or column, a row without text, tokens of another tokenizer, and less text than
+    one sequence.
     """
     if split == "train" and data.sources:
         sources = tuple(_source(data, of, tokenizer) for of in data.sources)
@@ -51,20 +51,20 @@ def _source(data: DataConfig, source: DataSource, tokenizer: Tokenizer) -> Seque
     spans = tuple(span for piece in plan.pieces for span in piece)
     what = f"data.sources.path = {source.path!r}"
     stream = TextStream(what, spans, plan.reading, tokenizer, data.max_length, data.keeps_documents_apart)
-    StreamReader(stream, "", 0, 1, window=1).next()  # refuses what cannot be read before a model is loaded
+    StreamReader(stream, "", 0, 1, window=1).next()  # reject unreadable data before a model is loaded
     return stream
 
 
 def _cut(data: DataConfig, split: str, stream: TokenStream, where: str) -> Sequences:
     trains = split == "train"
-    is_given = isinstance(data, DataInMemory)  # one user's, who may have written less than a sequence
+    is_given = isinstance(data, DataInMemory)  # one user's examples may be shorter than a sequence
     length = min(data.max_length, max(2, len(stream))) if is_given else data.max_length
     sequences = Sequences.of(stream, length, trains=trains, apart=data.keeps_documents_apart)
     if not len(sequences):
-        needed = f"one sequence of data.max_length = {data.max_length}" if trains else "2, a token to predict"
+        needed = f"one sequence of data.max_length = {data.max_length}" if trains else "2, one of which is predicted"
         raise ConfigError(
-            f"{where} has {len(sequences.tokens)} tokens in all, fewer than {needed}"
-            + ("; lower it, or give more text" if trains else "; give more text")
+            f"{where} has {len(sequences.tokens)} tokens in all, fewer than {needed}. "
+            + ("Lower it, or add text" if trains else "Add text")
         )
     return sequences
 
@@ -74,7 +74,7 @@ def _stream_of_source(data: DataConfig, source: DataSource, tokenizer: Tokenizer
     if source.kind == "tokens" or (source.kind == "auto" and is_token_source(path)):
         if not path.exists():
             raise ConfigError(
-                f"data.sources.path = {source.path!r} does not exist (looked in {path.absolute()}); name a store of "
+                f"data.sources.path = {source.path!r} does not exist (looked in {path.absolute()}). Name a store of "
                 "pst-ds prepare, or tokens of another program"
             )
         return open_tokens(path, identity_of(tokenizer))
@@ -115,7 +115,7 @@ def _stream_of_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> Toke
 
 
 def _is_several(where: str) -> bool:
-    """Return whether a local place is none of the single files that all tasks read."""
+    """Return whether ``where`` is a folder, a pattern or a compressed file, not a file that all tasks read."""
     path = Path(where)
     return (
         path.is_dir()
@@ -127,14 +127,14 @@ def _is_several(where: str) -> bool:
 def _stream_of_files(
     data: DataConfig, where: str, tokenizer: Tokenizer, *, count: bool, kind: str = "text"
 ) -> TokenStream:
-    """Map the tokens of the files that a path names, as ``pst-ds prepare`` finds and reads them."""
+    """Map the tokens of the files at ``where``, found and read as in ``pst-ds prepare``."""
     plan = plan_store([where], tokenizer, _reading(data, kind), count_bytes=count)
     paths = dict.fromkeys(span.path for piece in plan.pieces for span in piece)
     remote = next((path for path in paths if not Path(path).exists()), None)
     if remote is not None:
         raise ConfigError(
-            f"{remote!r} is not on this machine, and would be read at every start; make a store of it with pst-ds "
-            "prepare, and name that"
+            f"{remote!r} is not on this machine and would be downloaded at every start. Write a store with "
+            "pst-ds prepare, and name it"
         )
     files = (file for path in paths for file in _files_of(Path(path)))
     contents = [*map(hash_of_file, files), *map(str, asdict(plan.reading).values()), f"count {count}"]

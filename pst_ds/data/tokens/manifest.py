@@ -1,4 +1,4 @@
-"""The manifest of a token store: what is in it, for whom, and the hash of every file."""
+"""The manifest of a token store: its tokenizer, counts, and the SHA-256 of every file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,10 +16,10 @@ from pst_ds.json_text import json_of
 MANIFEST = "manifest.json"
 KIND, VERSION = "pst-ds tokens", 1
 TOKENS, BYTES, LEARNED, STARTS = "tokens", "bytes", "learned", "starts"
-"""Kinds of files: tokens, the bytes each stands for, a bit for each that is predicted, and where documents begin."""
+"""Kinds of files: tokens, bytes per token, mask of trained tokens (one bit each), and document starts."""
 STARTS_FILE = "documents.bin"
 _ITEM: dict[str, np.dtype] = {BYTES: np.dtype("<u4"), STARTS: np.dtype("<i8")}
-_AGAIN = "prepare it again (pst-ds prepare)"
+_AGAIN = "Prepare it again (pst-ds prepare)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,15 +31,15 @@ class ShardRecord:
     documents: int
     text_bytes: int
     closed_by_us: bool
-    """The last document's end-of-text token is not the tokenizer's own."""
+    """Whether we, not the tokenizer, added the last end-of-text token."""
     sha256: dict[str, str]
 
     def file(self, kind: str) -> str:
-        """Return the name of its file of a kind."""
+        """Return the name of the file of a kind."""
         return f"{kind}-{self.number:05d}.bin"
 
     def num_file_bytes(self, kind: str, dtype: np.dtype) -> int:
-        """Return how large its file of a kind is, with tokens of ``dtype``."""
+        """Return the bytes of the file of a kind, with tokens of ``dtype``."""
         if kind == LEARNED:
             return -(-self.tokens // 8)
         count = self.documents if kind == STARTS else self.tokens
@@ -49,42 +48,42 @@ class ShardRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """All that is known of a store without reading its tokens."""
+    """Contents of a store's manifest."""
 
     tokenizer: TokenizerIdentity
     shards: tuple[ShardRecord, ...]
     starts_sha256: str
-    source: dict[str, Any] = field(default_factory=dict)
-    """Where the text came from, for people."""
+    source: dict[str, object] = field(default_factory=dict)
+    """Sources and settings of the preparation, for information only."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of all shards."""
+        """Tokens in all shards."""
         return sum(shard.tokens for shard in self.shards)
 
     @property
     def documents(self) -> int:
-        """Documents of all shards."""
+        """Documents in all shards."""
         return sum(shard.documents for shard in self.shards)
 
     @property
     def text_bytes(self) -> int:
-        """Bytes of text, in UTF-8, that the tokens stand for."""
+        """UTF-8 bytes of text that the tokens represent."""
         return sum(shard.text_bytes for shard in self.shards)
 
     @property
     def has(self) -> frozenset[str]:
-        """The kinds of files that each shard has."""
+        """Kinds of files of each shard."""
         return frozenset(self.shards[0].sha256) if self.shards else frozenset()
 
     @property
     def closed_by_us(self) -> bool:
-        """Whether the very last end-of-text token is not the tokenizer's own."""
+        """Whether we, not the tokenizer, added the last end-of-text token."""
         return bool(self.shards) and self.shards[-1].closed_by_us
 
     @property
     def digest(self) -> str:
-        """A SHA-256 of the contents, from those of the files; not of where the text came from."""
+        """SHA-256 of the contents, from those of the files; independent of ``source``."""
         about = [asdict(self.tokenizer), [asdict(shard) for shard in self.shards], self.starts_sha256]
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
@@ -96,15 +95,15 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a store, and hold the sizes of its files against it. Raises ConfigError."""
+    """Read the manifest of a store and check the sizes of its files. Raises ConfigError."""
     path = folder / MANIFEST
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(table, dict) or table.get("kind") != KIND:
-            raise ConfigError(f"{path} is not the manifest of a token store; name a folder that prepare wrote")
+            raise ConfigError(f"{path} is not the manifest of a token store. Name a folder of pst-ds prepare")
         if table.get("version") != VERSION:
             raise ConfigError(
-                f"{path} has version {table.get('version')!r} of the format, and this pst-ds reads {VERSION}; {_AGAIN}"
+                f"{path} has version {table.get('version')!r} of the format, but this pst-ds reads {VERSION}. {_AGAIN}"
             )
         manifest = Manifest(
             tokenizer=TokenizerIdentity(**table["tokenizer"]),
@@ -115,12 +114,12 @@ def read_manifest(folder: Path) -> Manifest:
         stated = table["digest"]
     except FileNotFoundError:
         raise ConfigError(
-            f"{str(folder)!r} has no {MANIFEST}, so it is no token store, or one that was not finished; {_AGAIN}"
+            f"{str(folder)!r} has no {MANIFEST}: it is not a token store, or an unfinished one. {_AGAIN}"
         ) from None
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error}); {_AGAIN}") from None
+        raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error}). {_AGAIN}") from None
     if manifest.digest != stated:
-        raise ConfigError(f"{path} was changed: its digest is {manifest.digest}, and it states {stated}; {_AGAIN}")
+        raise ConfigError(f"{path} was changed: its digest is {manifest.digest}, but it states {stated}. {_AGAIN}")
     _check_sizes(folder, manifest)
     return manifest
 
@@ -134,6 +133,6 @@ def _check_sizes(folder: Path, manifest: Manifest) -> None:
         try:
             found = (folder / name).stat().st_size
         except OSError as error:
-            raise ConfigError(f"{folder / name} cannot be read: {error.strerror}; {_AGAIN}") from None
+            raise ConfigError(f"{folder / name} cannot be read: {error.strerror}. {_AGAIN}") from None
         if found != size:
-            raise ConfigError(f"{folder / name} has {found} bytes, and its manifest says {size}; {_AGAIN}")
+            raise ConfigError(f"{folder / name} has {found} bytes, but its manifest says {size}. {_AGAIN}")

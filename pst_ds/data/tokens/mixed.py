@@ -1,4 +1,4 @@
-"""Sequences of several sources, dealt out by weight."""
+"""Sequences of several sources, mixed by weight."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from pst_ds.data.tokens.streamed import TextStream
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MixedSequences:
-    """The sequences of sources one after another by index; a run takes them in the order of :meth:`ordered`.
+    """The concatenated sequences of several sources; a run uses them in the order of :meth:`ordered`.
 
-    Without ``weights`` it takes each sequence once in an epoch. With them, each source has its share of any number of
-    sequences, and is gone through anew, in another order, as often as that takes. An index of a stream says whose turn
-    it is and nothing more: :class:`~pst_ds.data.tokens.drawn.MixedReader` draws what comes.
+    Without ``weights``, each sequence occurs once per epoch. With weights, each source has its fraction of any number
+    of sequences, and restarts in another order when it is used up. For a stream, an index says only that it is the
+    stream's turn: :class:`~pst_ds.data.tokens.drawn.MixedReader` draws the sequence.
     """
 
     sources: tuple[Sequences | TextStream, ...]
-    """All of one length, for training."""
+    """Sources with sequences of equal length, for training."""
     weights: tuple[float, ...] = ()
     epochs: tuple[float, ...] = ()
-    """Most passes over each source; 0 is any number. Empty for any number for all."""
+    """Maximum epochs over each source; 0 is no limit. Empty limits none."""
     _mixture: Mixture | None = field(init=False)
     _starts: np.ndarray = field(init=False)
 
@@ -45,7 +45,7 @@ class MixedSequences:
         return source[inside]
 
     def starts_in(self, index: int) -> np.ndarray:
-        """Return the places in a sequence, behind its first, at which documents begin."""
+        """Return the document starts in a sequence, without the first token: int64."""
         source, inside = self._place(index)
         return source.starts_in(inside)
 
@@ -66,7 +66,7 @@ class MixedSequences:
 
     @property
     def has_streams(self) -> bool:
-        """Whether some sources are read as they come."""
+        """Whether some sources are tokenised while training."""
         return any(isinstance(source, TextStream) for source in self.sources)
 
     @property
@@ -76,22 +76,22 @@ class MixedSequences:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each sequence: a view that holds nothing."""
+        """Tokens of each sequence: a broadcast view."""
         return np.broadcast_to(np.int64(self.length), len(self))
 
     @property
     def apart(self) -> bool:
-        """Whether documents of a sequence do not see each other."""
+        """Whether attention is restricted to each document."""
         return self.sources[0].apart
 
     @property
     def several_documents(self) -> bool:
-        """Whether a sequence may have documents that do not see each other."""
+        """Whether a sequence may have several documents with separate attention."""
         return any(source.several_documents for source in self.sources)
 
     @property
     def masks_tokens(self) -> bool:
-        """Whether some tokens are not to be learned."""
+        """Whether some tokens are not trained on."""
         return any(source.masks_tokens for source in self.sources)
 
     @property
@@ -102,7 +102,7 @@ class MixedSequences:
 
     @property
     def num_predicted(self) -> int:
-        """Predicted tokens of all sequences that are no stream's."""
+        """Predicted tokens of all sequences, without streams."""
         return sum(source.num_predicted for source in self.sources if isinstance(source, Sequences))
 
     @property
@@ -112,11 +112,11 @@ class MixedSequences:
 
     @property
     def most(self) -> int | None:
-        """Sequences that the limits of all sources leave to train on; None for any number."""
+        """Maximum number of sequences within the epoch limits; None for no limit."""
         return None if self._mixture is None else self._mixture.total
 
     def ordered(self, numbers: np.ndarray, seed: int | str) -> np.ndarray:
-        """Return which sequences come at some ``numbers`` of the mixture: int64."""
+        """Return the sequences at ``numbers`` of the shuffled mixture: int64."""
         if self._mixture is None:
             return in_passes(numbers, len(self), f"{seed}")
         sources, before = self._mixture.at(numbers)
@@ -129,7 +129,7 @@ class MixedSequences:
         return found
 
     def first(self, count: int) -> MixedSequences:
-        """Return the first ``count`` sequences by index, without those of streams."""
+        """Return the first ``count`` sequences by index, without streams."""
         kept = [
             of.first(max(0, count - int(begin)))
             for of, begin in zip(self.sources, self._starts, strict=False)

@@ -1,4 +1,4 @@
-"""Which source each sequence of a mixture comes from: computed from its number, never a sequence off the weights."""
+"""Assign the sequences of a mixture to sources by weight, with an error of less than one sequence at any time."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fractions import Fraction
 import numpy as np
 
 MOST_PARTS = 100_000
-"""Weights are exact as shares of up to so many parts, which weights of up to five decimals are."""
+"""Denominator up to which weights are exact; enough for weights with five decimals."""
 
 
 def parts_of_weights(weights: Sequence[float]) -> list[int]:
-    """Return weights above 0 as whole numbers in their ratio; rounded to shares of MOST_PARTS where it takes more."""
+    """Return weights above 0 as integers in the same ratio, rounded to fractions of MOST_PARTS if necessary."""
     exact = [Fraction(Decimal(repr(weight))) for weight in weights]
     shares = [weight / sum(exact) for weight in exact]
     common = math.lcm(*(share.denominator for share in shares))
@@ -30,11 +30,11 @@ def parts_of_weights(weights: Sequence[float]) -> list[int]:
 
 
 def turns(parts: Sequence[int]) -> np.ndarray:
-    """Return the source of each of ``sum(parts)`` sequences, after which it begins anew: (sum(parts),) int64.
+    """Return the source of each sequence in a period of ``sum(parts)`` sequences: (sum(parts),) int64.
 
-    After n sequences a source of share w has more than wn - 1 and less than wn + 1 of them: the j-th of a source, from
-    0, comes between j / w and (j + 1) / w, and of those whose time has come, the one whose time ends first is taken
-    (Baruah, Cohen, Plaxton, Varvel, Algorithmica 1996, for one processor).
+    After n sequences, a source with weight w has between wn - 1 and wn + 1 of them: its j-th sequence, counted from 0,
+    is scheduled between j / w and (j + 1) / w, earliest deadline first (Baruah, Cohen, Plaxton, Varvel, Algorithmica
+    1996, for one processor).
     """
     total = sum(parts)
     released: list[list[tuple[int, int, int]]] = [[] for _ in range(total + 1)]
@@ -61,15 +61,15 @@ def turns(parts: Sequence[int]) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Phase:
-    """A part of the order in which the same sources take turns."""
+    """A part of the order with the same set of sources."""
 
     start: int
     taken: np.ndarray
-    """Sequences of each source before it: (sources,) int64."""
+    """Sequences of each source before this phase: (sources,) int64."""
     turns: np.ndarray
-    """The source of each turn: (turns,) int64."""
+    """Source of each turn: (turns,) int64."""
     before: np.ndarray
-    """How many turns of the same source came before in ``turns``: (turns,) int64."""
+    """Number of earlier turns of the same source: (turns,) int64."""
     parts: np.ndarray
     """Turns of each source: (sources,) int64."""
 
@@ -80,18 +80,17 @@ class _Phase:
 
 
 class Mixture:
-    """Deals out the sequences of sources by weight.
+    """Assignment of sequences to sources by weight.
 
     Args:
-        weights: of each source, above 0; only their ratio counts.
-        limits: most sequences of each source, None for any number. A source that has given them all leaves its turns to
-            the others.
+        weights: weight of each source, above 0; only ratios matter.
+        limits: maximum sequences of each source, None for no limit. The other sources replace one that is used up.
     """
 
     def __init__(self, weights: Sequence[float], limits: Sequence[int | None]):
         parts = parts_of_weights(weights)
         self.total: int | None = None
-        """Sequences that all sources have within their limits; None without an end."""
+        """Sequences within the limits of all sources; None for no limit."""
         self._phases: list[_Phase] = []
         start, taken = 0, np.zeros(len(parts), np.int64)
         left = [i for i, limit in enumerate(limits) if limit is None or limit > 0]

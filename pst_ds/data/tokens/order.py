@@ -1,4 +1,4 @@
-"""An order of many things that nobody holds: a keyed permutation, from which each place is computed by itself."""
+"""Keyed permutations: a shuffled order in which each element is computed separately, without holding the order."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
 def permuted(places: np.ndarray, count: int, key: str) -> np.ndarray:
-    """Return what stands at some ``places`` of a random order of ``range(count)``, which ``key`` decides: int64.
+    """Return the elements at ``places`` of a random permutation of ``range(count)``, seeded by ``key``: int64.
 
-    A Feistel network permutes the next power of two (Luby and Rackoff, SIAM J. Comput. 1988); what falls outside
-    ``range(count)`` goes through it again (cycle walking: Black and Rogaway, CT-RSA 2002), less than twice on average.
-    The same on every machine.
+    A Feistel network permutes the next power of two (Luby and Rackoff, SIAM J. Comput. 1988). Values outside
+    ``range(count)`` are permuted again (cycle walking: Black and Rogaway, CT-RSA 2002), less than twice on average. The
+    result is the same on every machine.
     """
     bits = (count - 1).bit_length()
     keys = np.frombuffer(hashlib.blake2b(key.encode(), digest_size=8 * _ROUNDS).digest(), "<u8")
@@ -29,8 +29,8 @@ def permuted(places: np.ndarray, count: int, key: str) -> np.ndarray:
 
 
 def in_passes(numbers: np.ndarray, count: int, key: str) -> np.ndarray:
-    """Return which of ``count`` things come at some ``numbers`` of an endless order: each once in every pass, in the
-    pass's own order. int64."""
+    """Return the elements at ``numbers`` of an endless sequence of permutations of ``range(count)``, one per epoch:
+    int64."""
     passes, places = np.divmod(np.asarray(numbers, np.int64), count)
     found = np.empty_like(places)
     for number in np.unique(passes):
@@ -40,7 +40,7 @@ def in_passes(numbers: np.ndarray, count: int, key: str) -> np.ndarray:
 
 
 def _feistel(values: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
-    """Permute numbers of so many bits. The halves change places, and so widths, in each of an even number of rounds."""
+    """Permute values of ``bits`` bits. Each of an even number of rounds swaps the halves, and their widths."""
     low_bits = bits // 2
     high_bits = bits - low_bits
     high, low = values >> np.uint64(low_bits), values & _mask(low_bits)

@@ -1,4 +1,4 @@
-"""A stream of tokens cut into sequences of equal length, which are read when a batch needs them."""
+"""A token stream cut into sequences of equal length, which are read when a batch needs them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _WINDOWS, _WINDOW_TOKENS = 16, 1 << 16
 class Sequences:
     """Consecutive pieces of a token stream; sequence i starts at token ``i * (length - overlap)``.
 
-    Without ``overlap`` (for training) every sequence has ``length`` tokens, and what is left at the end, less than
-    ``length``, is in none. With an overlap of 1 (for evaluation) a sequence begins with the last token of the one
-    before, so that each token but the stream's first is predicted in exactly one; the last may be shorter, down to 2.
+    Without ``overlap`` (for training), every sequence has ``length`` tokens and an incomplete last one is dropped. With
+    an overlap of 1 (for evaluation), a sequence starts with the last token of the one before, so that every token
+    except the stream's first is predicted exactly once; the last sequence may have as few as 2 tokens.
     """
 
     tokens: Array
@@ -35,18 +35,18 @@ class Sequences:
     length: int
     overlap: int = 0
     num_bytes: Array | None = None
-    """Bytes of text that each token stands for: (tokens of the stream,). None if not counted."""
+    """Bytes of text that each token represents: (tokens of the stream,). None if not counted."""
     borders: Borders | None = None
-    """Where documents begin, at which positions and attention begin anew, and whose first token is not predicted. None
-    if they run on."""
+    """Document starts, where positions and attention restart and whose first token is not predicted. None treats all
+    documents as one text."""
     learned: Learned | None = None
-    """Which tokens are predicted, apart from those that begin something. None for all."""
+    """Mask of the tokens that are trained on, apart from first tokens. None for all."""
     stream_digest: str = ""
-    """A SHA-256 of the stream. Empty computes it from all tokens."""
+    """SHA-256 of the stream. Empty computes it from all tokens."""
 
     @classmethod
     def of(cls, stream: TokenStream, length: int, *, trains: bool, apart: bool) -> Sequences:
-        """Cut a stream, for training or for evaluation; with its documents ``apart`` or running on."""
+        """Cut a stream, for training or for evaluation; ``apart`` restricts attention to each document."""
         return cls(
             stream.tokens,
             length,
@@ -68,22 +68,22 @@ class Sequences:
 
     @property
     def apart(self) -> bool:
-        """Whether documents of a sequence do not see each other."""
+        """Whether attention is restricted to each document."""
         return self.borders is not None
 
     @property
     def masks_tokens(self) -> bool:
-        """Whether some tokens are not to be learned."""
+        """Whether some tokens are not trained on."""
         return self.learned is not None
 
     @property
     def several_documents(self) -> bool:
-        """Whether a sequence may have documents that do not see each other."""
+        """Whether a sequence may have several documents with separate attention."""
         return self.borders is not None and self.borders.several
 
     @property
     def median_document(self) -> int | None:
-        """Tokens of the median document, among those inside a few windows of the stream; None if they run on."""
+        """Median tokens of the documents in a few windows of the stream; None without document starts."""
         if self.borders is None:
             return None
         last, lengths = max(0, len(self.tokens) - _WINDOW_TOKENS), [np.empty(0, np.int64)]
@@ -100,7 +100,7 @@ class Sequences:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each sequence: (sequences,) int64, of which nothing is held for training."""
+        """Tokens of each sequence: (sequences,) int64; a broadcast view for training."""
         if not self.overlap or not len(self):
             return np.broadcast_to(np.int64(self.length), len(self))
         lengths = np.full(len(self), self.length)
@@ -113,7 +113,7 @@ class Sequences:
         return self.tokens[start : start + self.length]
 
     def starts_in(self, index: int) -> np.ndarray:
-        """Return the places in a sequence, behind its first, at which documents begin."""
+        """Return the document starts in a sequence, without the first token: int64."""
         if self.borders is None:
             return np.empty(0, dtype=np.int64)
         first = index * self._stride
@@ -136,14 +136,14 @@ class Sequences:
 
     @property
     def predicted_bytes(self) -> int | None:
-        """The bytes of text that the predicted tokens stand for; with an overlap, all but those of first tokens."""
+        """Bytes of text that the predicted tokens represent; None without an overlap."""
         if self.num_bytes is None or not self.overlap:
             return None
         windows = self._predicted_windows()
         return sum(int(self.num_bytes[window][predicted].sum(dtype=np.int64)) for window, predicted in windows)
 
     def _predicted_windows(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yield windows of the whole stream, and which of their tokens are predicted in an evaluation."""
+        """Yield windows of the stream, each with a mask of the tokens that an evaluation predicts."""
         for first in range(0, len(self.tokens), _TOKENS_AT_A_TIME):
             stop = min(first + _TOKENS_AT_A_TIME, len(self.tokens))
             predicted = np.ones(stop - first, bool) if self.learned is None else self.learned.between(first, stop)
@@ -154,7 +154,7 @@ class Sequences:
             yield slice(first, stop), predicted
 
     def ordered(self, numbers: np.ndarray, seed: int) -> np.ndarray:
-        """Return which sequences come at some ``numbers`` of a shuffled order without an end: int64."""
+        """Return the sequences at ``numbers`` of an endless shuffled order: int64."""
         return in_passes(numbers, len(self), f"{seed}")
 
     def first(self, count: int) -> Sequences:

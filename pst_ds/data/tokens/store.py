@@ -1,4 +1,4 @@
-"""Streams of tokens that are mapped from files, and the store that ``pst-ds prepare`` writes."""
+"""Token streams in memory-mapped files, and opening the stores of ``pst-ds prepare``."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from pst_ds.data.tokens.tokenize import Documents
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenStream:
-    """The tokens of documents one after another, where they lie."""
+    """Concatenated tokens of documents, in memory-mapped files or in memory."""
 
     tokens: Array
-    """(tokens,), unsigned and of 2 or 4 bytes, or int32."""
+    """(tokens,) uint16, uint32 or int32."""
     borders: Borders
     digest: str
-    """A SHA-256 of the contents, or of enough of them to notice other contents."""
+    """SHA-256 of the contents, or of a sample of them."""
     num_bytes: Array | None = None
-    """Bytes of text that each token stands for: (tokens,). None if not counted."""
+    """Bytes of text that each token represents: (tokens,). None if not counted."""
     learned: Learned | None = None
-    """Which tokens the model is to predict. None: all."""
+    """Mask of the tokens that are trained on. None for all."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
 def join_streams(streams: Sequence[TokenStream]) -> TokenStream:
-    """Return streams one after another as one; with the counts of bytes only if all have them."""
+    """Concatenate streams; byte counts are kept only if all streams have them."""
     if len(streams) == 1:
         return streams[0]
     starts = np.cumsum([0, *map(len, streams)])
@@ -58,8 +58,7 @@ def join_streams(streams: Sequence[TokenStream]) -> TokenStream:
 
 
 def stream_of_documents(documents: Documents) -> TokenStream:
-    """Return documents that are in memory as a stream, as a store would have them: the end that closes the last one is
-    not in it where it is ours."""
+    """Return documents in memory as a stream, without the last end-of-text token if we added it, as in a store."""
     count = len(documents.tokens) - documents.closed_by_us
     tokens, num_bytes = documents.tokens[:count].astype(np.int32), documents.num_bytes
     starts = np.cumsum(documents.lengths) - documents.lengths
@@ -73,10 +72,10 @@ def is_store(folder: Path) -> bool:
 
 
 def open_store(folder: Path, tokenizer: TokenizerIdentity | None = None) -> TokenStream:
-    """Map a store that :func:`~pst_ds.data.tokens.writer.finish_store` wrote; of its files only sizes are looked at.
+    """Map the files of a store; only their sizes are checked.
 
-    The end-of-text token behind the last document is left out, unless the tokenizer put it there: it stands between
-    documents. Raises ConfigError for a store that is not whole, or is not of ``tokenizer``, if given.
+    The end-of-text token after the last document is omitted unless the tokenizer added it, because it separates
+    documents. Raises ConfigError for an incomplete store, or one of another tokenizer than ``tokenizer``.
     """
     manifest = read_manifest(folder)
     if tokenizer is not None:
@@ -100,7 +99,7 @@ def open_store(folder: Path, tokenizer: TokenizerIdentity | None = None) -> Toke
 
 
 def require_tokenizer(folder: Path, manifest: Manifest, tokenizer: TokenizerIdentity) -> None:
-    """Raise ConfigError unless the store is of ``tokenizer``."""
+    """Raise ConfigError if a store has tokens of another tokenizer."""
     ours = manifest.tokenizer
     if ours.sha256 == tokenizer.sha256:
         return
@@ -113,7 +112,7 @@ def require_tokenizer(folder: Path, manifest: Manifest, tokenizer: TokenizerIden
 
 
 def mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    """Map a file, which is not empty."""
+    """Memory-map a non-empty file."""
     return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
 

@@ -1,4 +1,4 @@
-"""Texts that are tokenised as they come, without a store: a reader knows its place in them by a few numbers."""
+"""Text that is tokenised while training, without a store; the state of a reader is a few numbers."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 PIECE_BYTES = 16 << 20
-"""Of a file that is cut: a reader that goes on reads at most so many again."""
+"""Bytes of a part of a file, which a resumed reader may read again."""
 WINDOW = 128
-"""Sequences among which the next one is chosen."""
+"""Sequences of the shuffle buffer."""
 ENDLESS = 1 << 40
-"""The length of a stream: more sequences than a run takes."""
+"""Nominal number of sequences of a stream: more than any run uses."""
 
 
 class Place(NamedTuple):
-    """Where a reader is in a stream; a list of numbers in a checkpoint."""
+    """Position of a reader in a stream; a list of numbers in checkpoints."""
 
     passes: int = 0
-    """How often it has read its part."""
+    """Completed epochs over the reader's part."""
     span: int = 0
-    """Spans of this pass that it is done with."""
+    """Completed spans of this epoch."""
     batch: int = 0
-    """Batches of texts of this span that it is done with."""
+    """Completed batches of documents of this span."""
     token: int = 0
-    """Tokens that it is done with of the next batch."""
+    """Used tokens of the next batch."""
     given: int = 0
-    """Sequences that it has given of the window that begins here."""
+    """Sequences already returned from the shuffle buffer that starts here."""
 
 
 BEGIN = Place()
@@ -51,56 +51,56 @@ BEGIN = Place()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenSequence:
-    """Tokens to train on, in memory."""
+    """One training sequence in memory."""
 
     tokens: np.ndarray
     """(length,), of an integer type."""
     starts: np.ndarray
-    """Where documents begin, behind the first token: int64."""
+    """Document starts without the first token: int64."""
     predicted: np.ndarray
-    """Which tokens are predicted: (length,) bool."""
+    """Mask of predicted tokens: (length,) bool."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextStream:
-    """Files or data sets as an endless stream of sequences, of which nothing is kept and none has a number."""
+    """Files or datasets as an endless stream of sequences without indices."""
 
     what: str
-    """Names it in messages."""
+    """Name in messages."""
     spans: tuple[Span, ...]
     reading: Reading
     tokenizer: Tokenizer
     length: int
     """Tokens of each sequence."""
     apart: bool
-    """Whether documents of a sequence do not see each other."""
+    """Whether attention is restricted to each document."""
 
     def __len__(self) -> int:
         return ENDLESS
 
     @property
     def masks_tokens(self) -> bool:
-        """Whether some tokens are not to be learned."""
+        """Whether some tokens are not trained on."""
         return self.reading.kind == "chat"
 
     @property
     def several_documents(self) -> bool:
-        """Whether a sequence may have documents that do not see each other."""
+        """Whether a sequence may have several documents with separate attention."""
         return self.apart
 
     @property
     def digest(self) -> str:
-        """A SHA-256 of names and sizes of the files, of the tokenizer, and of how they are read; of no contents."""
+        """SHA-256 of file names, file sizes, tokenizer and settings, without contents."""
         spans = [asdict(replace(span, path=Path(span.path).name)) for span in self.spans]
         about = [spans, asdict(self.reading), identity_of(self.tokenizer).sha256, self.length, self.apart]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
 class StreamReader:
-    """Gives the sequences of one of ``parts`` of a stream, without an end and from ``place`` on.
+    """Endless reader of part ``part`` of ``parts`` of a stream, starting at ``place``.
 
-    Where there are as many spans as parts, a part is every ``parts``-th span, and else every ``parts``-th text. Each
-    pass takes its spans in another order, and each ``window`` of sequences is shuffled; ``key`` decides both.
+    A part is every ``parts``-th span if there are enough spans, else every ``parts``-th document. Spans are shuffled in
+    each epoch and sequences within each buffer of ``window`` sequences; ``key`` seeds both.
     """
 
     def __init__(
@@ -115,17 +115,17 @@ class StreamReader:
         self._behind = self._start
         self._window: list[TokenSequence] = []
         self._coming: list[TokenSequence] = []
-        """The next window, of which a sequence is read for each that is given of this one."""
+        """The next buffer, which grows by one sequence for each that is returned from the current one."""
         self._coming_start = self._start
         self._order: list[int] = []
 
     @property
     def place(self) -> Place:
-        """From where another reader gives what this one would give next."""
+        """Position at which another reader would continue like this one."""
         return self._start._replace(given=self._given)
 
     def next(self) -> TokenSequence:
-        """Return the next sequence. Raises InputError for a text that cannot be read, or no text at all."""
+        """Return the next sequence. Raises InputError for unreadable text, or if there is none."""
         if not self._order:
             self._begin_window()
         found = self._window[self._order[self._given]]
@@ -149,7 +149,7 @@ class StreamReader:
         return sequence
 
     def _cut(self, place: Place) -> Iterator[tuple[TokenSequence, Place]]:
-        """Yield sequences from ``place`` on, each with the place behind it."""
+        """Yield sequences from ``place`` on, each with the position after it."""
         parts: list[TokenSequence] = []
         filled, length = 0, self._stream.length
         for at, documents in self._batches(place):
@@ -163,7 +163,7 @@ class StreamReader:
                     parts, filled = [], 0
 
     def _batches(self, place: Place) -> Iterator[tuple[Place, Documents]]:
-        """Yield tokenised batches of texts from that of ``place`` on, each with its place."""
+        """Yield tokenised batches of documents from ``place`` on, each with its position."""
         begin, has_text = place, place != BEGIN
         for passes in itertools.count(place.passes):
             order = permuted(np.arange(len(self._spans)), len(self._spans), f"{self._key}/{passes}")
@@ -177,7 +177,7 @@ class StreamReader:
                 begin = BEGIN
             if not has_text:
                 part = f" for reader {self._part + 1} of {self._parts}" if self._parts > 1 else ""
-                raise InputError(f"{self._stream.what} has no text{part}; give more text, or take fewer ranks")
+                raise InputError(f"{self._stream.what} has no text{part}. Add text, or start fewer ranks")
 
     def _tokenized(self, texts: list[str]) -> Documents:
         tokenizer = self._stream.tokenizer
@@ -187,7 +187,7 @@ class StreamReader:
 
 
 def _part(documents: Documents, start: int, stop: int, filled: int) -> TokenSequence:
-    """Return tokens [start, stop) of ``documents`` as the part of a sequence behind its first ``filled`` tokens."""
+    """Return tokens [start, stop) of ``documents`` as a part of a sequence, after its first ``filled`` tokens."""
     starts = np.cumsum(documents.lengths) - documents.lengths
     inside = starts[np.searchsorted(starts, start) : np.searchsorted(starts, stop)] - start + filled
     learned = np.ones(stop - start, bool) if documents.learned is None else documents.learned[start:stop]
@@ -195,7 +195,7 @@ def _part(documents: Documents, start: int, stop: int, filled: int) -> TokenSequ
 
 
 def _joined(parts: list[TokenSequence], *, apart: bool) -> TokenSequence:
-    """Return parts as one sequence, whose first token is not predicted, nor are those that begin documents."""
+    """Concatenate parts to one sequence; first tokens of the sequence and of documents are not predicted."""
     starts = np.concatenate([part.starts for part in parts]) if apart else np.empty(0, np.int64)
     predicted = np.concatenate([part.predicted for part in parts])
     predicted[0] = False

@@ -1,4 +1,4 @@
-"""Writes a store shard by shard; each is whole on disk, with its record, or not there at all."""
+"""Write a token store shard by shard. Each shard and its record are written atomically."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
@@ -28,7 +28,7 @@ _COPY_BYTES = 1 << 22
 
 
 class _HashedFile:
-    """A file that is hashed while it is written, under another name until :meth:`finish`."""
+    """A file that is hashed while it is written, under a temporary name until :meth:`finish`."""
 
     def __init__(self, path: Path):
         self._path, self._partial = path, partial_name(path)
@@ -52,9 +52,9 @@ class _HashedFile:
 
 
 class ShardWriter:
-    """Writes one shard of the store in ``folder``; as a context manager, an error leaves none of it.
+    """Writer of one shard of the store in ``folder``; as a context manager it removes the files after an error.
 
-    ``kinds`` names the files besides the tokens and the starts of documents: BYTES, LEARNED.
+    ``kinds`` names optional files: BYTES, LEARNED. Tokens and document starts are always written.
     """
 
     def __init__(self, folder: Path, number: int, tokenizer: TokenizerIdentity, kinds: frozenset[str] = frozenset()):
@@ -67,7 +67,7 @@ class ShardWriter:
         self._bits: np.ndarray = np.empty(0, bool)
 
     def add(self, documents: Documents, text_bytes: int = 0) -> None:
-        """Append documents, which stand for ``text_bytes`` bytes of text."""
+        """Append documents, which represent ``text_bytes`` bytes of text."""
         self._text_bytes += text_bytes
         if not len(documents.lengths):
             return
@@ -92,7 +92,7 @@ class ShardWriter:
         self._bits = bits[whole:]
 
     def finish(self) -> ShardRecord:
-        """Put the shard and its record on disk, and return the record."""
+        """Write the rest of the shard and its record, and return the record."""
         if LEARNED in self._files:
             self._files[LEARNED].write(np.packbits(self._bits, bitorder="little"))
         record = ShardRecord(
@@ -116,12 +116,12 @@ class ShardWriter:
 
 
 def record_path(folder: Path, number: int) -> Path:
-    """Return where the record of a shard is until the store is finished."""
+    """Return the path of a shard's record, which exists until the store is finished."""
     return folder / f"shard-{number:05d}.json"
 
 
 def finished_shard(folder: Path, number: int, dtype: np.dtype) -> ShardRecord | None:
-    """Return the record of a shard that is whole on disk; None if it is not."""
+    """Return the record of a complete shard; None for an incomplete one."""
     try:
         record = ShardRecord(**json.loads(record_path(folder, number).read_text()))
         sizes = {kind: (folder / record.file(kind)).stat().st_size for kind in record.sha256}
@@ -132,9 +132,9 @@ def finished_shard(folder: Path, number: int, dtype: np.dtype) -> ShardRecord | 
 
 
 def finish_store(
-    folder: Path, tokenizer: TokenizerIdentity, records: list[ShardRecord], source: dict[str, Any]
+    folder: Path, tokenizer: TokenizerIdentity, records: list[ShardRecord], source: dict[str, object]
 ) -> Manifest:
-    """Write the manifest of all shards in ``folder``, with their starts in one file; empty shards go."""
+    """Merge the document starts of all shards into one file, remove empty shards and write the manifest."""
     documents = _HashedFile(folder / STARTS_FILE)
     first = 0
     for record in records:

@@ -281,11 +281,11 @@ def _children_with(word):
 def test_a_store_and_a_half_of_another_are_not_overwritten(tmp_path):
     path, other = _many(tmp_path / "a.jsonl"), _many(tmp_path / "b.jsonl", seed=1)
     _store([path], tmp_path / "s")
-    with pytest.raises(InputError, match="is a finished store; --force replaces it"):
+    with pytest.raises(InputError, match=r"is a finished store\. Replace it with --force"):
         _store([other], tmp_path / "s")
     _store([other], tmp_path / "s", force=True)
     assert _killed([path], tmp_path / "t", 1, 2)
-    with pytest.raises(InputError, match="half of a store from other sources"):
+    with pytest.raises(InputError, match="an unfinished store of other sources"):
         _store([other], tmp_path / "t", piece_bytes=700)
     _store([other], tmp_path / "t", force=True)
     assert _bytes_of(tmp_path / "s") == _bytes_of(tmp_path / "t")
@@ -300,7 +300,7 @@ def test_sources_that_changed_are_not_mixed(tmp_path):
     path = _many(tmp_path / "a.jsonl")
     assert _killed([path], tmp_path / "s", 1, 2)
     os.utime(path, ns=(1, 1))
-    with pytest.raises(InputError, match="half of a store from other sources"):
+    with pytest.raises(InputError, match="an unfinished store of other sources"):
         _store([path], tmp_path / "s", piece_bytes=700)
 
 
@@ -311,22 +311,22 @@ def _file(name, content):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda f: [f / "no.jsonl"], ["no.jsonl' does not exist (looked in", "name a file"]),
+        (lambda f: [f / "no.jsonl"], ["no.jsonl' does not exist (looked in", "Name a file"]),
         (lambda f: [f / "*.jsonl"], ["*.jsonl' matches no file", "patterns"]),
         (lambda f: [f], ["has no file of a known kind", ".parquet"]),
         (_file("a.docx", b"x"), ["a.docx' is of an unknown kind", ".jsonl"]),
-        (_file("a.jsonl", b'{"text": "a"}\n{"text": \n'), ["a.jsonl: line 2 is not JSON", "repair"]),
+        (_file("a.jsonl", b'{"text": "a"}\n{"text": \n'), ["a.jsonl: line 2 is not JSON", "Repair"]),
         (_file("a.jsonl", b'{"text": "a"}\n[1]\n'), ["a.jsonl: line 2 is a list"]),
         (_file("a.jsonl", b'{"body": "a"}\n'), ["a.jsonl: line 1 has no column 'text'", "--text-column", "body"]),
-        (_file("a.jsonl", b'{"text": null}\n'), ["a.jsonl: column 'text' has no text in line 1", "take the row out"]),
+        (_file("a.jsonl", b'{"text": null}\n'), ["a.jsonl: column 'text' has no text in line 1", "remove the row"]),
         (_file("a.jsonl", b'{"text": ["a"]}\n'), ["a.jsonl: column 'text' has a list in line 1"]),
         (_file("a.csv", b"body\na\n"), ["a.csv has no column 'text'", "Columns: body"]),
         (_file("a.csv", b"text,n\na,1\nb,2,3\n"), ["a.csv: the row in line 3 has 3 fields", "2 columns"]),
-        (_file("a.txt", b"caf\xe9\n"), ["a.txt is not UTF-8", "0xe9", "save it"]),
+        (_file("a.txt", b"caf\xe9\n"), ["a.txt is not UTF-8", "0xe9", "Save it"]),
         (_file("a.jsonl", b'{"text": "caf\xe9"}\n'), ["a.jsonl: line 1 is not JSON", "0xe9"]),
-        (_file("a.parquet", b"text"), ["a.parquet cannot be read as parquet", "name another file"]),
-        (_file("a.jsonl.gz", b"no gzip"), ["a.jsonl.gz cannot be read", "repair it"]),
-        (_file("a.jsonl", b'{"text": " "}\n'), ["no text in it but white space"]),
+        (_file("a.parquet", b"text"), ["a.parquet cannot be read as parquet", "Name another file"]),
+        (_file("a.jsonl.gz", b"no gzip"), ["a.jsonl.gz cannot be read", "Repair it"]),
+        (_file("a.jsonl", b'{"text": " "}\n'), ["there is only white space"]),
         (_file("a.jsonl", b""), ["nothing to read", "a.jsonl"]),
     ],
 )  # fmt: skip

@@ -159,7 +159,7 @@ def _damage(folder, name):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("no manifest", ["has no manifest.json", "not finished"]),
+        ("no manifest", ["has no manifest.json", "an unfinished one"]),
         ("no JSON", ["manifest.json is damaged"]),
         ("another kind", ["not the manifest of a token store"]),
         ("a list", ["not the manifest of a token store"]),
@@ -176,7 +176,11 @@ def test_a_store_that_is_not_whole_is_refused(tmp_path, name, words):
     _damage(tmp_path / "s", name)
     with pytest.raises(ConfigError) as caught:
         open_store(tmp_path / "s")
-    for word in [*words, str(tmp_path / "s"), "; " if name != "no manifest" else "prepare"]:
+    for word in [
+        *words,
+        str(tmp_path / "s"),
+        ". Name a folder" if "not the manifest of a token store" in words else ". Prepare it again",
+    ]:
         assert word in str(caught.value)
 
 

@@ -194,7 +194,7 @@ def test_the_digest_is_of_names_and_sizes(tmp_path):
 
 def test_a_part_without_text_is_refused(tmp_path):
     stream = _stream(_jsonl(tmp_path / "a.jsonl", ["film", "  "]))
-    with pytest.raises(InputError, match=r"texts has no text for reader 2 of 2; give more text, or take fewer ranks"):
+    with pytest.raises(InputError, match=r"texts has no text for reader 2 of 2\. Add text, or start fewer ranks"):
         StreamReader(stream, "0", 1, 2, BEGIN).next()
 
 
