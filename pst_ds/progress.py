@@ -93,7 +93,7 @@ class Progress:
         self._bar.set_description_str(text if len(text) <= room else text[: room - 1] + "…")
 
     def say(self, text: str) -> None:
-        """Print a line of its own, above the bar if there is one."""
+        """Print a separate line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         elif self._is_shown:
@@ -134,7 +134,7 @@ def _new_bar(what: str, total: int, done: int, text: str) -> tqdm[None]:
 
 
 def _columns() -> int:
-    """Return the width of the terminal. A terminal that does not know its own has 0, on which tqdm hangs."""
+    """Return the width of the terminal, 80 if unknown: tqdm hangs on the 0 that some terminals report."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns or 80
     except OSError:

@@ -122,9 +122,11 @@ def _train(args: argparse.Namespace) -> Facts:
     if not 0 < args.epochs < float("inf"):
         raise InputError(f"--epochs {args.epochs} is not a number above 0")
     how = UserTraining(
-        epochs=args.epochs, batch_size=args.batch_size, update_learning_rate=args.learning_rate,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        update_learning_rate=args.learning_rate,
         head_learning_rate=args.head_learning_rate,
-    )  # fmt: skip
+    )
     part = PersonalPart(form=args.form, layers=tuple(args.layers), rank=args.rank or 0, dtype=args.dtype)
     context, checkpoint = _opened(run_of_users(config, how, **({"train": args.data} if args.data else {})), args)
     choice = Choice(names=tuple(args.users), min_rows=args.min_rows, limit=args.limit or 0)
@@ -228,9 +230,15 @@ def _export(args: argparse.Namespace) -> Facts:
     tokenizer = load_tokenizer(config)
     model = meta_model(config, checkpoint.state.labels, tokenizer, own_dropout=True)
     written = export_run(
-        model, own, tokenizer, Path(args.out), packing=args.format, dtype=args.dtype,
-        prompt=saved_prompt(config, own, model), run=as_table(config),
-    )  # fmt: skip
+        model,
+        own,
+        tokenizer,
+        Path(args.out),
+        packing=args.format,
+        dtype=args.dtype,
+        prompt=saved_prompt(config, own, model),
+        run=as_table(config),
+    )
     print(
         f"wrote {args.out} of {args.user}: sparsity {written['sparsity_measured']:.6f} measured, as the base; "
         f"{bytes_text(written['file_bytes'])}"
@@ -269,9 +277,11 @@ def part_of(store: UserStore) -> PersonalPart:
     owners = {name: shape for name, shape in common.shapes.items() if name.rpartition(".")[2] in UPDATES}
     ranks = [shape[1] for name, shape in owners.items() if name.endswith(".personal_U")]
     return PersonalPart(
-        form=common.form, layers=tuple(dict.fromkeys(name.rpartition(".")[0] for name in owners)),
-        rank=next(iter(ranks), 0), dtype=common.dtype,
-    )  # fmt: skip
+        form=common.form,
+        layers=tuple(dict.fromkeys(name.rpartition(".")[0] for name in owners)),
+        rank=next(iter(ranks), 0),
+        dtype=common.dtype,
+    )
 
 
 def _users_to_score(args: argparse.Namespace, store: UserStore, there: set[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A micro-batch's activations, gathers and operators, from a forward and a backward pass on tensors without values."""
+"""Trace a micro-batch's activations, gathers and operators on tensors without values."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pst_ds.planning.operators import operator_traffic
 
 
 class UntraceableError(RuntimeError):
-    """The model's forward pass needs values, not shapes alone."""
+    """The model's forward pass depends on values, not only on shapes."""
 
 
 @dataclass(slots=True)
@@ -170,9 +170,7 @@ def _loss_in_chunks(
 
         def loss_of(tokens: int) -> Tensor:
             places = torch.arange(tokens)
-            return head_loss(
-                hidden.flatten(0, 1), head.readout, targets[:tokens], places, teacher=teacher, sizes=sizes
-            )  # fmt: skip
+            return head_loss(hidden.flatten(0, 1), head.readout, targets[:tokens], places, teacher=teacher, sizes=sizes)
 
         more = len(targets) / rows - 2
         if more <= 0:

@@ -1,4 +1,4 @@
-"""What PST does beside products: bytes and launches, as counted from the code that runs.
+"""Bytes and launches of PST in addition to matrix products, counted from the code.
 
 Tests count them again: tests/device in torch on a pretended accelerator, tests/kernels with Triton kernels on it.
 """

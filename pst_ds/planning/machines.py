@@ -1,4 +1,4 @@
-"""Machines that a plan can be made for, and the rates assumed of them.
+"""Machines to plan for, and the rates assumed for them.
 
 Data sheets: NVIDIA A100 80 GB (312 TFLOP/s of dense bf16, 19.5 of fp32, 2.039 TB/s, NVLink 300 GB/s a direction), H100
 SXM (989, 67, 3.35 TB/s, 450 GB/s), H200 SXM (989, 67, 4.8 TB/s, 450 GB/s), HGX B200 (2,250, 80, 8 TB/s, 900 GB/s); AMD
@@ -80,9 +80,17 @@ class Machine:
 
 
 def _gpu(
-    name: str, *, flops: float, share: float, memory: float, link: float, network: float, gb: float,
-    fp32: float = 0.0, code: Literal["triton", "torch"] = "triton",
-) -> Machine:  # fmt: skip
+    name: str,
+    *,
+    flops: float,
+    share: float,
+    memory: float,
+    link: float,
+    network: float,
+    gb: float,
+    fp32: float = 0.0,
+    code: Literal["triton", "torch"] = "triton",
+) -> Machine:
     """Return a machine of eight GPUs a node from data sheet rates, of whose products it reaches ``share``."""
     return Machine(
         name=f"8 x {name} a node, {network * 8 / 1e9:.0f} Gb/s a GPU between nodes",

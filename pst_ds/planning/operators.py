@@ -12,10 +12,18 @@ from torch.utils._pytree import tree_leaves
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 """Operators whose time is that of their FLOPs; attention's fused ones, too, see :func:`operator_traffic`."""
 _ATTENTION = "scaled_dot_product"
-_NOTHING = frozenset({
-    "_local_scalar_dense", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
-    "set_"
-})  # fmt: skip
+_NOTHING = frozenset(
+    {
+        "_local_scalar_dense",
+        "_unsafe_view",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "new_empty_strided",
+        "set_",
+    }
+)
 
 
 def operator_traffic(

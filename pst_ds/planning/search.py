@@ -30,9 +30,7 @@ class Choice:
 
     def of(self, run: RunConfig) -> RunConfig:
         """Return ``run`` with these settings. Raises ConfigError if they cannot be combined."""
-        train = replace(
-            run.train, gradient_accumulation_steps=self.accumulation, sequence_parallel=self.shared_by
-        )  # fmt: skip
+        train = replace(run.train, gradient_accumulation_steps=self.accumulation, sequence_parallel=self.shared_by)
         checkpoints = self.checkpointing
         model = replace(
             run.model,

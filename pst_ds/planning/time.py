@@ -229,10 +229,12 @@ def _full_step(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: M
     The gradient of a pruned weight is a product in either; that of a weight which PST leaves alone is one more.
     """
     plain = tuple(
-        replace(t, numel=t.numel if t.stands_for is None else t.stands_for, element_size=2, stands_for=None,
-                trainable=True)
-        for t in model.tensors if not (t.is_mask or t.is_scales or t.is_factor)
-    )  # fmt: skip
+        replace(
+            t, numel=t.numel if t.stands_for is None else t.stands_for, element_size=2, stands_for=None, trainable=True
+        )
+        for t in model.tensors
+        if not (t.is_mask or t.is_scales or t.is_factor)
+    )
     full = replace(model, tensors=plain, score_rank=0, update_rank=0)
     gathered = int(batch.gathered * full.whole_bytes / model.whole_bytes)
     batch = replace(batch, gathered=gathered, teacher_weights=0, own_teacher=False)

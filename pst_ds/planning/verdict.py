@@ -1,4 +1,4 @@
-"""What a plan decides: whether the run fits its machine, how fast it is there, how long it takes and what it costs."""
+"""Whether a planned run fits its machine, its speed, duration and cost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pst_ds.planning.time import TimePlan
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a run does, whatever the machine."""
+    """Work of a run, independent of the machine."""
 
     ranks: int
     steps: int
@@ -36,7 +36,7 @@ class Verdict:
     needed_bytes: int
     """Memory with which a rank trains."""
     least_bytes: int
-    """Memory with less of which it is killed; what lies between the two is too close to tell."""
+    """Memory below which it is killed. Between the two, the outcome is uncertain."""
     capacity_bytes: int | None
     """Memory that a rank has."""
     fits: bool | None

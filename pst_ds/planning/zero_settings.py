@@ -1,4 +1,4 @@
-"""Settings of a DeepSpeed config that decide memory and traffic, with DeepSpeed's defaults for those left out."""
+"""Read the settings of a DeepSpeed config that decide memory and traffic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The batches of a run: what this rank takes of each, made ahead, and what all ranks have to agree on."""
+"""This rank's part of each global batch, and what all ranks must agree on for batches of streams."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pst_ds.train.divergence import MicroBatch
 from pst_ds.train.run_context import RunContext
 
 Places = list[list[int]]
-"""Where a reader is in each of the run's streams; JSON values."""
+"""Position of a reader in each of the run's streams, as JSON values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,22 +22,22 @@ class OwnBatch:
 
     micro_batches: list[MicroBatch]
     tokens: int
-    """Of the whole batch."""
+    """Tokens of the whole batch."""
     targets: int = 0
-    """Predicted tokens of this part; 0 where every rank knows those of the whole batch."""
+    """Predicted tokens of this part; 0 if shares are known without them."""
     places: Places | None = None
-    """Where this rank's reader is behind it; None of a run without streams."""
+    """Position of this rank's reader after the batch; None without streams."""
 
 
 def own_batches(
     context: RunContext, examples: ExampleSet, first: int, streams: Sequence[Places] = ()
 ) -> Iterator[OwnBatch]:
-    """Yield this rank's part of each global batch from number ``first`` on. Endless; not collective.
+    """Yield this rank's part of each global batch, starting with number ``first``, without end. Not collective.
 
-    Tensors are on the CPU, in pinned memory if a GPU is to copy them. A micro-batch has a share, on average 1 over all
-    ranks, by which its mean loss is to be multiplied: then the mean of all is the global batch's, however it is cut.
-    Ranks that share sequences have the same. Where ``examples`` have streams, each reader goes on at its place in
-    ``streams``, and the share is a count of targets until :func:`agreed` has seen those of all ranks.
+    Tensors are on the CPU, pinned if a GPU copies them. A micro-batch has a share, 1 on average over all ranks, which
+    weights its mean loss so that the mean over all ranks is the global batch's loss, regardless of how it is split.
+    Ranks that share sequences get the same part. With streams, each reader resumes at its place in ``streams``, and
+    shares are counts of targets until :func:`agreed` has seen those of all ranks.
     """
     run, task, lengths = context.run, context.task, examples.lengths
     degree, accumulation = run.train.sequence_parallel, run.train.gradient_accumulation_steps
@@ -66,7 +66,7 @@ def own_batches(
 
 
 def next_or_problem(batches: Iterator[OwnBatch]) -> OwnBatch | InputError:
-    """Return the next batch, or why this rank cannot have it."""
+    """Return the next batch, or the error that prevents it on this rank."""
     try:
         return next(batches)
     except InputError as problem:
@@ -74,9 +74,9 @@ def next_or_problem(batches: Iterator[OwnBatch]) -> OwnBatch | InputError:
 
 
 def agreed(taken: OwnBatch | InputError, degree: int) -> tuple[OwnBatch, list[Places]]:
-    """Return this rank's part of a batch of streams with its shares, and where all readers are behind it.
+    """Return (this rank's part of a batch of streams with final shares, positions of all readers after it).
 
-    ``degree`` ranks share a reader. Collective; raises InputError on all ranks if one could not read.
+    ``degree`` ranks share a reader. Collective. Raises InputError on all ranks if one of them could not read.
     """
     batch = raise_on_all_ranks(partial(_raise_or_return, taken))
     of_ranks = all_gather_objects((batch.targets, batch.places or []))[::degree]

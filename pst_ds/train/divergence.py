@@ -1,4 +1,4 @@
-"""Where a loss that is not finite comes from: the first layer whose output is not, and the examples it read."""
+"""Locate the origin of a non-finite loss: the first layer with a non-finite output, and its examples."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class DivergedError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What a rank takes at a time."""
+    """A rank's share of one forward and backward pass."""
 
     inputs: dict[str, Tensor]
-    """Of the model, by name, with the labels."""
+    """Inputs of the model by name, with the labels."""
     share: float
-    """By what its mean loss is to be multiplied."""
+    """Weight of this micro-batch's mean loss in the batch."""
     examples: Sequence[int]
-    """Numbers of its examples in the training data."""
+    """Indices of its examples in the training data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,10 @@ def require_finite(losses: Sequence[float], batch: int, step: int, find: Callabl
 def fault_of_batch(
     model: nn.Module, micro_batches: Sequence[MicroBatch], run: Callable[[MicroBatch], object], folder: Path
 ) -> str:
-    """Return in words the first layer whose output is not finite when each micro-batch is ``run`` again, on the lowest
-    rank that has one, with its examples; "" if there is none. Its inputs are written to ``folder``. Collective."""
+    """Run each micro-batch again; describe the first layer with a non-finite output, on the lowest rank that has one.
+
+    Return "" if there is none. The inputs are written to ``folder``. Collective.
+    """
     own: Fault | None = None
     for batch in micro_batches:
         with _listening(model, batch.examples) as faults:
@@ -104,7 +106,7 @@ def _listening(model: nn.Module, examples: Sequence[int]) -> Iterator[list[Fault
 
 
 def _rows_not_finite(values: Tensor, count: int) -> list[int]:
-    """Return which of ``count`` examples have values that are not finite; all, where values are not cut by example."""
+    """Return which of ``count`` examples have non-finite values; all if ``values`` cannot be split by example."""
     finite = values.isfinite()
     if bool(finite.all()):
         return []

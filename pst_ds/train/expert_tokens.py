@@ -1,4 +1,4 @@
-"""How many tokens the experts of a run have been trained on, which have seen none, and how many zeros they have."""
+"""Tokens that each expert was trained on, and pruned weights of each expert."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CountsOfExperts = dict[str, dict[str, list[int]]]
 
 
 def tokens_by_module(model: nn.Module) -> dict[str, Tensor]:
-    """Tokens of each expert since this process began, (E,) int64, by experts module; of all ranks. Collective."""
+    """Return the tokens of each expert since this process started, over all ranks: {module: (E,) int64}. Collective."""
     stacks = {name.rpartition(".")[0]: stack for name, stack in expert_stacks(model).items()}  # both saw the same
     if not stacks:
         return {}
@@ -29,7 +29,7 @@ def tokens_by_module(model: nn.Module) -> dict[str, Tensor]:
 
 
 def token_figures(tokens: dict[str, Tensor]) -> dict[str, float]:
-    """What metrics.jsonl has of ``tokens``: the least and the median of all experts, and how many have seen none."""
+    """Return the figures of ``tokens`` for metrics.jsonl: minimum, median, and number of experts without tokens."""
     if not tokens:
         return {}
     every = torch.cat(list(tokens.values()))
@@ -41,7 +41,7 @@ def token_figures(tokens: dict[str, Tensor]) -> dict[str, float]:
 
 
 def zeros_by_stack(model: nn.Module) -> dict[str, list[int]]:
-    """Zeros in the mask of each expert, by stack; of all ranks. Collective."""
+    """Return the pruned weights of each expert, over all ranks: {stack: counts}. Collective."""
     found = {}
     for name, stack in expert_stacks(model).items():
         bits, (start, stop) = zero3.shard_of(stack.pst_mask).values, stack.own_range()
@@ -54,13 +54,13 @@ def zeros_by_stack(model: nn.Module) -> dict[str, list[int]]:
 
 
 def counts_of_experts(model: nn.Module) -> CountsOfExperts:
-    """What result.json has of each expert, by module and by stack; nothing for a model without stacks. Collective."""
+    """Return the counts for result.json; {} for a model without stacks of experts. Collective."""
     tokens = {name: counts.tolist() for name, counts in tokens_by_module(model).items()}
     return {"expert_tokens": tokens, "expert_zeros": zeros_by_stack(model)} if tokens else {}
 
 
 def warning_of_unused(tokens: Mapping[str, Sequence[int]], first_step: int) -> str:
-    """The sentence that names experts without a token since ``first_step``; "" if all had some."""
+    """Return a warning that names experts without tokens since ``first_step``; "" if all had some."""
     since = f" since step {first_step}" if first_step else ""
     unused = unused_experts(tokens, since)
     advice = "which leaves their masks to their weights. Train on more text, or on text that they are for"

@@ -1,4 +1,4 @@
-"""From a run file to a model with PST modules, whole or partitioned by ``zero.Init``."""
+"""Build a run's model with PST modules, whole or partitioned by ``zero.Init``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pst_ds.train.prompts import add_prompt
 from pst_ds.train.sequences.documents import keep_documents_apart
 
 Groups: TypeAlias = list[dict[str, Any]]
-"""Of parameters, as torch's optimizers take them."""
+"""Parameter groups, as for torch's optimizers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +40,9 @@ class BuiltModel:
     keep_alive: Any = None
     """transformers finds the ZeRO-3 config through a weak reference to this."""
     outputs: list[nn.Parameter] = field(default_factory=list)
-    """Of the last layer of a new head, where labels have a scale."""
+    """Parameters of the last layer of a new head, if labels have a scale."""
     unit: float = 1.0
-    """The standard deviation of such labels."""
+    """Standard deviation of these labels."""
 
     def parameter_groups(self, run: RunConfig) -> Groups:
         """Return :func:`parameter_groups` of the module, whose outputs train in the labels' unit."""
@@ -55,17 +55,17 @@ def base_of(run: RunConfig) -> Pretrained:
 
 
 def grid_of_run(run: RunConfig) -> Grid | None:
-    """Return the grid that the run rounds its weights to."""
+    """Return the scheme in which the run quantises its weights; None if it does not."""
     return grid_of(run.quantization.values, run.quantization.group) if run.quantization.values else None
 
 
 def base_grid_of_run(run: RunConfig) -> Grid | None:
-    """Return the grid that the run's frozen weights are on; None for weights as they were loaded."""
+    """Return the quantisation scheme of the run's frozen weights; None for weights as they were loaded."""
     return None if run.model.base_bits == 16 else grid_of(f"int{run.model.base_bits}", run.model.base_group)
 
 
 def embedding_grid_of_run(run: RunConfig) -> Grid | None:
-    """Return the grid that the run's frozen embedding and output layer are on; None for weights as they were loaded."""
+    """Return the quantisation scheme of the frozen embedding and output layer; None for weights as they were loaded."""
     bits = run.model.embedding_bits
     return None if bits == 16 else grid_of(f"int{bits}", run.model.base_group)
 
@@ -103,21 +103,23 @@ def load_model_config(run: RunConfig, labels: list[str], tokenizer: Any, *, own_
 
 
 def set_padding(config: Any, task: Task, tokenizer: Any) -> None:
-    """Let a model of transformers ``config`` pad as ``tokenizer`` does, if the task pads; without one as it says."""
+    """Set the padding token of ``config`` to the tokenizer's, if the task pads."""
     padding = config.pad_token_id or 0 if tokenizer is None else tokenizer.pad_token_id
     if task.pads and padding is not None:  # a decoder's head reads the token before the padding
         config.pad_token_id = padding
 
 
 def _dropout_keys(config: Any) -> list[str]:
-    """Return the names of dropout probabilities: hidden_dropout_prob, resid_pdrop, dropout_rate and so on. One that is
-    None follows another; layerdrop, which leaves out layers, does not count."""
+    """Return the names of dropout probabilities: hidden_dropout_prob, resid_pdrop, dropout_rate and so on.
+
+    Not included are those that are None, which follow another, and layerdrop, which skips layers.
+    """
     options = {k: v for k, v in config.to_dict().items() if "dropout" in k or k.endswith("pdrop")}
     return [k for k, v in options.items() if isinstance(v, int | float) and not isinstance(v, bool)]
 
 
 def attention_options(run: RunConfig) -> dict[str, str]:
-    """Return options of ``from_pretrained`` by which two models of a run compute attention alike."""
+    """Return the options of ``from_pretrained`` for the run's attention implementation."""
     return {"attn_implementation": run.model.attn_implementation} if run.model.attn_implementation else {}
 
 
@@ -172,15 +174,20 @@ def build_model(
 
 
 def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | None) -> None:
-    """Inject and freeze what the run's method asks for; also works on the meta device. Collective under zero.Init."""
+    """Inject PST modules and freeze parameters for the run's method. Works on the meta device; collective under
+    ``zero.Init``."""
     method = run.mask_method
     if method.injects:
         grid, base_grid = grid_of_run(run), base_grid_of_run(run)
         inject_pst(
-            module, run.injected_pst, num_shards=num_shards, grid=grid,
-            activation_bits=run.quantization.activation_bits, base_grid=base_grid,
+            module,
+            run.injected_pst,
+            num_shards=num_shards,
+            grid=grid,
+            activation_bits=run.quantization.activation_bits,
+            base_grid=base_grid,
             embedding_grid=embedding_grid_of_run(run),
-        )  # fmt: skip
+        )
     if method.trains_everything:  # that can have a gradient
         for param in module.parameters():
             param.requires_grad_(param.dtype.is_floating_point)
@@ -196,9 +203,12 @@ def meta_model(
     config = load_model_config(run, labels, tokenizer, own_dropout=own_dropout)
     purpose = f" with model.attn_implementation = {run.model.attn_implementation!r} and task {run.task!r}"
     module = base_of(run).shapes(
-        task_of(run).model_class(), config, dtype=DTYPES[run.train.precision], purpose=purpose,
+        task_of(run).model_class(),
+        config,
+        dtype=DTYPES[run.train.precision],
+        purpose=purpose,
         fix="Choose another of them",
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         prepare_for_method(module, run, num_shards=num_shards)
         if run.prompt.text:
@@ -287,7 +297,8 @@ def _new_outputs(module: nn.Module, missing: Any, count: int) -> list[nn.Paramet
 
 
 def _put_on_scale(outputs: list[nn.Parameter], mean: float, unit: float) -> None:
-    """Let what a new layer answers have this mean and this unit; without a bias only the unit. Collective."""
+    """Scale the outputs of a new layer to a mean and a standard deviation ``unit``; without bias only the latter.
+    Collective."""
     with zero3.gathered(outputs, writer_rank=0), torch.no_grad():
         for param in outputs:
             param.mul_(unit)
@@ -312,8 +323,7 @@ def on_scale(groups: Groups, outputs: list[nn.Parameter], unit: float) -> Groups
 
 
 def _keep_statistics(module: nn.Module) -> None:
-    """Let batch norms train as they evaluate, with the base's statistics: those of a batch depend on its padding, and
-    on the ranks and micro-batches it is cut into."""
+    """Keep batch norms on the base's statistics: those of a batch would depend on padding, ranks and micro-batches."""
     for part in module.modules():
         if isinstance(part, _NormBase) and part.track_running_stats:
             part.eval().train = lambda mode=True, part=part: part  # type: ignore[method-assign, misc]

@@ -1,4 +1,4 @@
-"""The loss of a batch: the task's own, and with a teacher how far the predictions are from a dense model's."""
+"""The training loss: the task's own, or with a teacher a mixture with its predictions."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from pst_ds.train.token_heads import following, head_of, predicted, why_all_logi
 class Objective:
     """The model's own loss; with a teacher (1 - w) CE + w (T^2 KL(teacher || student) + h distance of hidden states).
 
-    CE is the cross-entropy of the labels, which is the own loss of the tasks that can have a teacher. w, T and h are
-    those of the run's ``[distillation]``. The teacher is a frozen model of its own, or the trained one with masks and
-    updates bypassed. Of a language model's logits a chunk of tokens exists at a time, where its head is known.
+    CE is the cross-entropy of the labels. w, T and h are weight, temperature and hidden_states of the run's
+    ``[distillation]``. The teacher is a separate frozen model, or the trained model with masks and updates bypassed.
+    Where a language model's head is known, only the logits of a chunk of tokens are in memory.
     """
 
     def __init__(self, context: RunContext, teacher: nn.Module | None = None, shared: SequenceParallel | None = None):
@@ -78,9 +78,9 @@ class Objective:
     def _loss_in_chunks(
         self, engine: Engine, inputs: dict[str, Any], labels: Tensor, head: LanguageHead, other: LanguageHead
     ) -> Tensor:
-        """Return the loss that each head makes where the model would have multiplied its hidden states with it.
+        """Return the loss, computed by the head in chunks of tokens in place of the model's own product.
 
-        Of a rank that shares its sequences it is such that the mean over all ranks is the loss of the batch.
+        For ranks that share sequences it is scaled so that the mean over all ranks is the loss of the batch.
         """
         shared = self._shared
         sharing: AbstractContextManager[None] = nullcontext()
@@ -130,7 +130,7 @@ class Objective:
 
 
 def _own_loss(engine: Engine, inputs: Mapping[str, object], labels: Tensor) -> Tensor:
-    """Return the loss that the model makes itself, and 0 of tokens that predict none, whose mean is not a number."""
+    """Return the model's own loss; 0 for a batch without predicted tokens, whose mean would be NaN."""
     if labels.dim() == 1:
         return engine(**inputs, labels=labels).loss
     predicts = (labels[:, 1:] != IGNORED).any()
@@ -141,8 +141,8 @@ def _own_loss(engine: Engine, inputs: Mapping[str, object], labels: Tensor) -> T
 def predictions(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return (mask of the logits that predict something, (rows,) their labels).
 
-    The mask is bool, (texts,) for one prediction a text, (texts, length) for tokens: of a language model the logits
-    whose next token is a label; the last predicts none.
+    The mask is bool: (examples,) for one prediction per example, (examples, length) for tokens, where it selects the
+    logits whose next token is a label. The last token predicts nothing.
     """
     if logits.dim() == 2:
         return torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device), labels
@@ -193,8 +193,8 @@ def _require_dense_base(run: RunConfig) -> None:
 
 
 def _require_comparable(run: RunConfig, own: Any, config: Any) -> None:
-    """Raise ConfigError when a teacher of transformers ``config`` cannot read what a model of ``own`` reads, or what it
-    predicts cannot be compared."""
+    """Raise ConfigError when a teacher with ``config`` cannot read the inputs of a model with config ``own``, or their
+    predictions cannot be compared."""
     path, task, hidden = run.distillation.teacher, task_of(run), run.distillation.hidden_states
     try:
         task.check_model(run.data, config, None)
@@ -235,8 +235,8 @@ def teacher_shapes(run: RunConfig) -> nn.Module | None:
 def load_teacher(context: RunContext) -> nn.Module | None:
     """Load the run's separate teacher, whole on every rank, frozen and in evaluation mode; None without one.
 
-    It pads as the run's model does, and keeps no keys and values of what it read. Call it before a model is built under
-    ``zero.Init``. Raises InputError for other classes, and for weights that are missing or have another shape.
+    It pads as the run's model does and has no KV cache. Call it before a model is built under ``zero.Init``. Raises
+    InputError for other classes, and for missing weights or weights of another shape.
     """
     run, labels, task = context.run, context.labels, context.task
     place = teacher_of(run)

@@ -1,4 +1,4 @@
-"""Batches made ahead in a thread, while the device is busy with those before."""
+"""Prefetch batches in a thread while the device works on earlier ones."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pst_ds.parallel.watchdog import heartbeat
 
 T = TypeVar("T")
 AHEAD = 2
-"""Batches that are ready while one is trained on."""
+"""Batches kept ready."""
 _PATIENCE_SECONDS = 0.1
-"""How long the thread waits for room before it looks whether it is still wanted."""
+"""Seconds that the thread waits for room before it checks whether it should stop."""
 
 
 class Prefetched(Generic[T]):
-    """The items of ``make()``, in its order, made by a thread that is at most :data:`AHEAD` ahead. A context.
+    """Iterator over the items of ``make()``, computed by a thread at most :data:`AHEAD` items ahead. A context manager.
 
-    An exception that making one raises is raised where that item is asked for. What is made must draw no random numbers
-    of the whole process, since when the thread draws them is not defined.
+    An exception in ``make()`` is raised where its item is requested. ``make()`` must not draw from the process-wide
+    random generators: when the thread would do so is undefined.
     """
 
     def __init__(self, make: Callable[[], Iterator[T]]):
@@ -31,7 +31,7 @@ class Prefetched(Generic[T]):
         self._unwanted = threading.Event()
         self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
         self.waited_seconds = 0.0
-        """How long :meth:`__next__` has waited in all."""
+        """Total seconds that :meth:`__next__` has waited."""
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -62,11 +62,11 @@ class Prefetched(Generic[T]):
                 if not self._put(item, None):
                     return
             self._put(None, StopIteration())
-        except BaseException as error:  # raised by whoever asks for the item
+        except BaseException as error:  # raised where the item is requested
             self._put(None, error)
 
     def _put(self, item: T | None, error: BaseException | None) -> bool:
-        """Return whether the item is still wanted."""
+        """Hand an item over; return False once nobody wants it."""
         while not self._unwanted.is_set():
             try:
                 self._ready.put((item, error), timeout=_PATIENCE_SECONDS)

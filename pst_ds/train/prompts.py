@@ -1,4 +1,4 @@
-"""The prompt of a run: its text's tokens, where it begins, and the model that reads it."""
+"""Add a run's trained prompt to its model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def add_prompt(module: nn.Module, run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let the run's model read its ``[prompt]`` with every text; nothing without one.
+    """Prepend the run's ``[prompt]`` to every input of its model; do nothing without one.
 
     Also works on the meta device. Raises InputError for a text without tokens, for one that leaves too few positions,
     and for a model that reads no embeddings. Collective under ``zero.Init``.
@@ -44,14 +44,14 @@ def add_prompt(module: nn.Module, run: RunConfig, tokenizer: PreTrainedTokenizer
 
 
 def _tokens_before(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return 1 where a text begins with a token that stands for all of it, such as [CLS]; else 0."""
+    """Return 1 if inputs start with a token that represents the whole input, such as [CLS]; else 0."""
     first = tokenizer("a")["input_ids"][:1]
     return int(tokenizer.cls_token_id is not None and first == [tokenizer.cls_token_id])
 
 
 def _require_room(run: RunConfig, config: PreTrainedConfig, size: int) -> None:
     if size == 0:
-        raise ConfigError(f"prompt.text = {run.prompt.text!r} has no tokens; give it words, or leave it out")
+        raise ConfigError(f"prompt.text = {run.prompt.text!r} has no tokens. Give it words, or remove it.")
     positions, longest = positions_of(config), run.data.max_length
     if 0 < positions < size + longest:
         raise ConfigError(

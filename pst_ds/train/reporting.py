@@ -1,4 +1,4 @@
-"""What a run writes its metrics to."""
+"""Open the metrics and trackers of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a run: one that all ranks share, and what a run needs to continue from the checkpoints in it."""
+"""The folder of a run: locking and writing it, and resuming from its checkpoints."""
 
 from __future__ import annotations
 
@@ -57,19 +57,19 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _PATIENCE_SECONDS = 120.0
-"""Longer than an NFS server keeps the locks of a host that is gone, which is 90 seconds."""
+"""Seconds to wait for a lock. An NFS server keeps the locks of a lost host for 90 seconds."""
 
 
 def without_other_runs(work: Callable[Concatenate[RunContext, P], T]) -> Callable[Concatenate[RunContext, P], T]:
-    """Decorate what writes to the run folder of its first argument: create the folder, and keep other runs out of it
-    until the work has ended; remove what was created for it if the input is bad.
+    """Decorate a function that writes to its context's run folder: create the folder and lock it until the function
+    returns; remove created folders after an InputError.
 
-    Collective. Raises ConfigError when the ranks do not all see the same folder, and InputError when another run
-    writes to it.
+    The decorated function is collective. It raises ConfigError when the ranks do not all see the same folder, and
+    InputError when another run writes to it.
     """
 
     @wraps(work)
-    def alone(context: RunContext, *more: P.args, **settings: P.kwargs) -> T:
+    def locked(context: RunContext, *more: P.args, **settings: P.kwargs) -> T:
         folder = Path(context.run.output_dir)
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         try:
@@ -83,11 +83,11 @@ def without_other_runs(work: Callable[Concatenate[RunContext, P], T]) -> Callabl
                     path.rmdir()
             raise
 
-    return alone
+    return locked
 
 
 def _lock(folder: Path, locks: ExitStack) -> str:
-    # under pst-ds launch, the ranks of the start before may still be ending
+    # under pst-ds launch, ranks of the previous start may still be ending
     patience = _PATIENCE_SECONDS if EXIT_CODES_VARIABLE in os.environ else 0.0
     return locks.enter_context(only_writer(folder / RUN_LOCK, f"output_dir = {str(folder)!r}", patience))
 
@@ -131,8 +131,7 @@ def require_same_everywhere(digest: str, what: str) -> None:
     for i, (other, host) in enumerate(ranks):
         if other != ranks[0][0]:
             raise ConfigError(
-                f"{what} is another text on rank {i} ({host}) than on rank 0 ({ranks[0][1]}); every "
-                "host must read the same file"
+                f"{what} differs between rank 0 ({ranks[0][1]}) and rank {i} ({host}). Give every host the same file."
             )
 
 
@@ -165,7 +164,7 @@ def set_aside_checkpoints(folder: Path) -> None:
 
 
 def write_files(run: RunConfig, ds_config: Mapping[str, object] | None, *, is_finished: bool) -> None:
-    """Write what a run is into its folder; an old result stays only if the run ``is_finished``, since it is its own."""
+    """Write the run's metadata into its folder; remove an old result unless the run ``is_finished``."""
     folder = Path(run.output_dir)
     if not is_finished:
         (folder / RESULT_FILE).unlink(missing_ok=True)
@@ -188,13 +187,13 @@ def checkpoint_to_go_on_from(run: RunConfig, data_digest: str, *, quiet: bool) -
     checkpoint, problems = checkpoints.newest_valid(folder)
     messages = [f"WARNING: {problem}. It is set aside as {checkpoints.BROKEN}" for problem in problems]
     if checkpoint is None and problems:
-        raise CheckpointError(f"no checkpoint in {folder} is whole: {'; '.join(problems)}. --restart starts over")
+        raise CheckpointError(f"no checkpoint in {folder} is valid: {'; '.join(problems)}. --restart starts over")
     if checkpoint is None:
         messages.append(f"nothing was saved in {folder} yet: starting at step 0")
     else:
         fingerprint = of_main(lambda: base_fingerprint(run.model.path))
         changed = raise_on_all_ranks(lambda: require_same_run(checkpoint, run, fingerprint, data_digest))
-        messages.append(f"going on from {checkpoint.folder}, after step {checkpoint.state.step}")
+        messages.append(f"resuming from {checkpoint.folder}, after step {checkpoint.state.step}")
         messages += [f"  with {change}" for change in changed]
     if is_main() and not quiet:
         print("\n".join(messages), file=sys.stderr, flush=True)
@@ -202,10 +201,10 @@ def checkpoint_to_go_on_from(run: RunConfig, data_digest: str, *, quiet: bool) -
 
 
 def open_checkpoint(run: RunConfig, name: str) -> Checkpoint:
-    """Open a checkpoint of the run by name; "best" falls back to "final" when none was chosen. Its base model is where
-    the run says.
+    """Open a checkpoint of the run by name; "best" falls back to "final" when none was chosen.
 
-    Raises InputError, also when the base model is not the one that was trained.
+    The base model is read from the run's ``model.path``. Raises InputError, also when that is another model than the
+    one that was trained.
     """
     folder = Path(run.output_dir) / CHECKPOINTS
     path = checkpoints.find(folder, name)

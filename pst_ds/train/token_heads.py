@@ -1,4 +1,4 @@
-"""Losses of a language model's tokens without the logits of a whole batch."""
+"""Losses of a language model's tokens, without the logits of a whole batch."""
 
 from __future__ import annotations
 

@@ -34,9 +34,14 @@ class _LogFigures(TrainerCallback):
     """Ahead of the callbacks that report: a user's own callback comes after them, too late to add to the logs."""
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
-        logs: dict[str, Any] | None = None, **_: object,
-    ) -> None:  # fmt: skip
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        logs: dict[str, Any] | None = None,
+        **_: object,
+    ) -> None:
         figures = {} if model is None else _FIGURES.get(model, {})
         if logs is not None and "loss" in logs:  # of training steps, and the history that trainer_state.json keeps
             for entry in (logs, state.log_history[-1]):
@@ -108,9 +113,14 @@ class PSTCallback(_LogFigures, ExportableState):
         self._came_with_trainer = True
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
-        optimizer: Any = None, **_: object,
-    ) -> None:  # fmt: skip
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **_: object,
+    ) -> None:
         if not isinstance(vars(model).get("save_pretrained"), _SavesAdapterState):
             if self._came_with_trainer:
                 raise InputError(
@@ -145,9 +155,14 @@ class PSTCallback(_LogFigures, ExportableState):
             )
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
-        optimizer: Any = None, **_: object,
-    ) -> None:  # fmt: skip
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **_: object,
+    ) -> None:
         assert self._masks is not None
         self._forget_best_of_ramp(state)
         self._masks.after_step(optimizer)

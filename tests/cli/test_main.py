@@ -113,7 +113,7 @@ def test_a_run_folder_of_any_name_is_continued_where_it_is(folders, tmp_path, ca
     assert main(["train", str(run), "--resume", "--json"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out.splitlines()[-1])["output_dir"] == str(run)
-    assert f"going on from {run}/checkpoints/step-00000006" in said.err
+    assert f"resuming from {run}/checkpoints/step-00000006" in said.err
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -152,7 +152,7 @@ def test_a_job_of_a_grid_that_is_preempted_saves_and_comes_back(slurm, tmp_path)
     slurm.call("scancel", "--signal=USR2", job)
     shown = slurm.wait(job, JOB_SECONDS, log)
     assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1"), log.read_text()
-    assert "going on from" in log.read_text()
+    assert "resuming from" in log.read_text()
     assert (result(folder)["world_size"], steps(folder)) == (2, list(range(1, 61)))
 
 

@@ -64,7 +64,7 @@ def test_a_run_that_is_preempted_comes_back_and_one_that_has_ended_is_not_repeat
     job = sweep.text().partition(":")[0]
     log = folder / "submitit" / job / f"{job}_0_log.out"
     assert f"Requeued job {job}" in log.read_text()
-    assert "going on from" in log.with_suffix(".err").read_text()
+    assert "resuming from" in log.with_suffix(".err").read_text()
     again = call(*_sweep(folder, *several, *varied), seconds=RUN_SECONDS)
     assert again == ""
     assert (result(run)["world_size"], result(run)["sparsity_requested"]) == (2, 0.75)

@@ -384,7 +384,7 @@ def test_rates_may_be_changed_and_it_is_said(stopped, tmp_path, capsys):
     run = load_run("tests/data/world_size.toml", _settings(folder, "local", *changed))
     train_prepared(prepare(run, LaunchEnvironment(0, 1, 0)), resume=True)
     said = capsys.readouterr().err
-    assert f"going on from {folder}/checkpoints/step-{STOP_AT:08d}, after step {STOP_AT}" in said
+    assert f"resuming from {folder}/checkpoints/step-{STOP_AT:08d}, after step {STOP_AT}" in said
     assert "train.update_learning_rate = 0.0001 (was 0.00251984" in said
 
 

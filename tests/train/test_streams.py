@@ -153,7 +153,7 @@ def test_a_text_that_one_rank_cannot_read_ends_all(run_ranks, tmp_path, sources)
 
 def test_a_run_of_epochs_is_refused(tmp_path, sources):
     with pytest.raises(
-        ConfigError, match=r"train\.num_epochs is set, and data\.sources has a stream .* set train\.num"
+        ConfigError, match=r"train\.num_epochs is set, and data\.sources has a stream .* Set train\.num"
     ):
         _run(tmp_path, sources, **{"train.num_steps": 0, "train.num_epochs": 1.0})
 

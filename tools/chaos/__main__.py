@@ -43,7 +43,7 @@ SETTINGS = (
 LOOK_SECONDS = 0.001
 MOST_MISSES = 5
 """Trainings in a row that may end before the kill that was aimed at them."""
-_WENT_ON = re.compile(r"going on from .*, after step (\d+)$|nothing was saved in .*: beginning at step (0)$", re.M)
+_WENT_ON = re.compile(r"resuming from .*, after step (\d+)$|nothing was saved in .*: starting at step (0)$", re.M)
 
 
 class ChaosError(Exception):

@@ -1,4 +1,4 @@
-"""Curves of a run, as metrics.jsonl has them. Needs no torch."""
+"""Read the curves of a run from metrics.jsonl. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import TypeGuard
 from pst_ds.train.monitor.jsonl import lines_until
 
 EVALUATION = "eval/"
-"""The names of what evaluations measure begin so."""
+"""Prefix of the names of evaluation metrics."""
 DENSE = "/dense"
-"""The names of the losses of a dense run at the same steps end so."""
+"""Suffix of the names of a dense run's losses at the same steps."""
 STRAGGLER = "straggler"
-"""The event of a rank that the others wait for: rank, host, seconds of a step, those of the median rank."""
+"""Name of the event of a slow rank: rank, host, seconds per step, seconds of the median rank."""
 Point = tuple[int, float]
 """A step and a finite value."""
 
@@ -40,13 +40,15 @@ def read_curves(path: Path) -> dict[str, list[Point]]:
 
 
 def named_stragglers(path: Path) -> list[dict[str, object]]:
-    """Read the events of ranks that the others waited for."""
+    """Read the events of slow ranks."""
     return [line for line in lines_until(path, sys.maxsize) if line.get("event") == STRAGGLER]
 
 
 def batch_losses(path: Path, until: int = sys.maxsize) -> list[Point]:
-    """Read the training loss of every batch up to step ``until``: a line has those since the line before, of
-    skipped steps too. Lines of older runs have their mean alone, which counts as one batch."""
+    """Read the training loss of every batch up to step ``until``, skipped steps included.
+
+    Lines of older runs only have the mean of their batches, which counts as one batch.
+    """
     found: list[Point] = []
     for line in lines_until(path, until):
         if line.get("event") != "step":

@@ -19,9 +19,18 @@ from pst_ds.train.monitor.curves import DENSE, EVALUATION, Point, batch_losses, 
 
 _PLACES = ("model.path", "data.train", "data.validation")
 _SAME = (
-    "task", *_PLACES, "data.dataset", "data.subset", "data.revision", "data.text_columns", "data.label_column",
-    "data.separator", "data.sample_by", "data.max_length", "train.batch_size",
-)  # fmt: skip
+    "task",
+    *_PLACES,
+    "data.dataset",
+    "data.subset",
+    "data.revision",
+    "data.text_columns",
+    "data.label_column",
+    "data.separator",
+    "data.sample_by",
+    "data.max_length",
+    "train.batch_size",
+)
 """Settings without which a step of one run is not a step of the other, or a loss not the same loss."""
 
 

@@ -1,4 +1,4 @@
-"""Files of one JSON object a line, which go on where a run does."""
+"""JSON Lines files that resume with a run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pst_ds.json_text import json_of
 
 
 class JsonLines:
-    """A file that is written a line at a time. When a run is continued after ``step``, the lines up to there stay;
-    without a step the file starts empty. ``head`` is a first line that has no step."""
+    """A file that is written line by line. For a run that resumes after ``step``, lines up to that step are kept; with
+    step 0 the file starts empty. ``head`` is a first line without a step."""
 
     def __init__(self, path: Path, step: int, head: Mapping[str, object] | None = None):
         first = [json_of(head)] if head is not None else []
@@ -30,7 +30,7 @@ class JsonLines:
 
 
 def lines_until(path: Path, step: int) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file with steps up to ``step``; a crash may have left half a line at the end."""
+    """Yield the lines with steps up to ``step``, skipping a partial line that a crash may have left."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as lines:

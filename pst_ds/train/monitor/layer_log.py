@@ -125,9 +125,13 @@ class LayerLog:
     def _histogram(self, step: int, found: ScoreHistogram) -> None:
         name, width = self._names[found.layer], (found.high - found.low) / len(found.kept)
         line = {
-            "layer": found.layer, "low": found.low, "high": found.high, "kept": found.kept, "pruned": found.pruned,
+            "layer": found.layer,
+            "low": found.low,
+            "high": found.high,
+            "kept": found.kept,
+            "pruned": found.pruned,
             "threshold": _six_digits(found.threshold),
-        }  # fmt: skip
+        }
         self._file.write({"step": step, "event": "histogram", **line})
         at = None if found.threshold is None else (found.threshold - found.low) / width
         drawn = pictures.histogram(found.kept, found.pruned, at)

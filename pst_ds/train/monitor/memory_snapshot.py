@@ -1,4 +1,4 @@
-"""What a GPU held when its memory ended, for https://pytorch.org/memory_viz."""
+"""Save a snapshot when a GPU runs out of memory, for https://pytorch.org/memory_viz."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ HISTORY_VARIABLE = "PST_DS_MEMORY_HISTORY"
 
 @contextmanager
 def snapshot_when_memory_ends(folder: Path, device: str) -> Iterator[None]:
-    """When the memory of a GPU ends inside, leave a snapshot of it in the run ``folder``, and say where; the error goes
-    on."""
+    """Save a memory snapshot in the run ``folder`` if a GPU runs out of memory inside; the error is raised all the
+    same."""
     if not device.startswith("cuda"):
         yield
         return

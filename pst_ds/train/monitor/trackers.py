@@ -125,5 +125,7 @@ class _MLflow:
 
 
 _KINDS: dict[str, Callable[[str, str, str, Mapping[str, object]], Tracker]] = {
-    "wandb": _WandB, "mlflow": _MLflow, "trackio": _Trackio,
-}  # fmt: skip
+    "wandb": _WandB,
+    "mlflow": _MLflow,
+    "trackio": _Trackio,
+}

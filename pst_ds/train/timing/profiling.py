@@ -1,4 +1,4 @@
-"""A recording of some steps with torch.profiler: a trace for Perfetto or Chrome, and a table of operators."""
+"""Profile some steps with torch.profiler: a trace for Perfetto or Chrome, and a table of operators."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch.profiler import profile
 
 _ROWS = 60
-"""Operators in the table."""
+"""Rows printed in the profiler's table."""
 
 
 class Recorder:

@@ -1,4 +1,4 @@
-"""Which rank keeps the others waiting, by how long each is busy with a step."""
+"""Find the rank that the others wait for, from the time that each is busy with a step."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pst_ds.parallel.waits import time_waits
 from pst_ds.train.timing.step_clock import StepClock
 
 WINDOW, LEAST_SLOW = 10, 8
-"""A straggler is slow in so many of the last steps."""
+"""A straggler is slow in LEAST_SLOW of the last WINDOW steps."""
 SLOWER, LEAST_SECONDS = 1.2, 0.01
-"""A slow step takes so many times the median rank's, and so much longer."""
+"""A slow step takes SLOWER times as long as the median rank's, and LEAST_SECONDS more."""
 _NOT_IN_A_STEP = nullcontext()
 
 
 class OwnTime:
-    """Measures how long this rank is busy with a step itself, without its waits for other ranks."""
+    """Measures how long this rank is busy with a step, without waiting for other ranks."""
 
     def __init__(self, device: str, engine: Engine):
         self._waits = StepClock(device, ("waits",))

@@ -54,10 +54,15 @@ def search(context: RunContext, share: float, *, restart: bool = False) -> list[
     tried = candidates(has_head=has_head)
     plan = rungs(num_steps, share, len(tried))
     head: Record = {
-        "event": "search", "num_steps": num_steps, "share": share, "rungs": [asdict(rung) for rung in plan],
-        "metric": run.metric, "lower_is_better": context.task.lower_is_better,
-        "data_digest": splits[0].digest, "run": run_folder.as_table(run),
-    }  # fmt: skip
+        "event": "search",
+        "num_steps": num_steps,
+        "share": share,
+        "rungs": [asdict(rung) for rung in plan],
+        "metric": run.metric,
+        "lower_is_better": context.task.lower_is_better,
+        "data_digest": splits[0].digest,
+        "run": run_folder.as_table(run),
+    }
     lines = raise_on_all_ranks(partial(_lines_to_go_on_from, folder, json.loads(json_of(head)), restart))
     if lines[-1]["event"] != "choice":
         if is_main() and (restart or not (folder / TUNE_FILE).is_file()):

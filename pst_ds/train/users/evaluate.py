@@ -1,4 +1,4 @@
-"""How much better a user's own state is than the shared one, and than another user's."""
+"""Compare each user's state with the shared state and with other users' states."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from pst_ds.data.by_user import RowsByUser
@@ -22,22 +23,22 @@ SHARED, OWN, OTHER = "shared", "own", "another's"
 
 @dataclass(frozen=True, slots=True)
 class UserScores:
-    """The metric of one user's rows with each of three states."""
+    """Metric on one user's rows, with the shared, the user's own and other users' states."""
 
     user: str
     rows: int
     shared: float
     own: float
     others: tuple[float, ...]
-    """With the states of the users that follow in the order of names, the first of them behind the last."""
+    """Metric with the states of the users that follow by name, cyclically."""
 
     @property
     def other(self) -> float:
-        """The mean with another user's state; NaN where there is no other."""
+        """Mean over ``others``; NaN for none."""
         return _mean(self.others) if self.others else math.nan
 
     def as_table(self) -> dict[str, Any]:
-        """Return it as JSON values."""
+        """Return the scores as JSON values."""
         return {**asdict(self), "others": list(self.others), "other": self.other}
 
 
@@ -51,17 +52,18 @@ def evaluate_users(
     *,
     others: int = 1,
 ) -> list[UserScores]:
-    """Return the scores of ``users``, each on its own rows: with the shared state, its own, and those of as many
-    ``others`` as there are up to that number. Collective. Raises InputError."""
+    """Score each of ``users`` on its rows with the shared state, its own, and those of up to ``others`` other users.
+
+    Collective. Raises InputError.
+    """
     scores, names = [], store.names
     with Progress("evaluate users", len(users), "users") as progress:
         for user in users:
             heartbeat("the evaluation of users")
-            examples = raise_on_all_ranks(lambda user=user: rows.load(
-                context.task, user, context.tokenizer, context.labels
-            ))  # type: ignore[misc]  # fmt: skip
-            begin = names.index(user) + 1
-            followers = [*names[begin:], *names[: begin - 1]][:others]
+            load = partial(rows.load, context.task, user, context.tokenizer, context.labels)
+            examples = raise_on_all_ranks(load)
+            following = names.index(user) + 1
+            followers = [*names[following:], *names[: following - 1]][:others]
             found = []
             for state in (None, user, *followers):
                 model.activate(None if state is None else store.state(state))
@@ -74,12 +76,12 @@ def evaluate_users(
 
 
 def metric_of(context: RunContext) -> str:
-    """Return what users are compared by: the run's metric, or the loss of a language model."""
+    """Return the metric that compares states: the run's, or the loss of a language model."""
     return "loss" if context.task.lower_is_better else context.run.metric
 
 
 def summary(scores: Sequence[UserScores], *, lower_is_better: bool) -> dict[str, Any]:
-    """Return means over users, and how much the own state gains, with the standard error of the mean over users."""
+    """Return means over users, and the gain of the own state with its standard error over users."""
     sign = -1.0 if lower_is_better else 1.0
     facts: dict[str, Any] = {"users": len(scores), "rows": sum(score.rows for score in scores)}
     for name in ("shared", "own", "other"):

@@ -97,9 +97,13 @@ class UserStore:
     """
 
     def __init__(
-        self, folder: Path, common: Common, entries: dict[str, UserEntry], kept: int = KEPT_IN_MEMORY,
+        self,
+        folder: Path,
+        common: Common,
+        entries: dict[str, UserEntry],
+        kept: int = KEPT_IN_MEMORY,
         stamp: tuple[int, ...] = (),
-    ):  # fmt: skip
+    ):
         """``stamp``: of the index that ``entries`` are from."""
         self.folder, self.common = folder, common
         self._entries, self._kept = entries, kept
@@ -219,10 +223,13 @@ class UserStore:
     def require_common(self, common: Common) -> None:
         """Raise UserStoreError unless the states belong to a model of ``common``: its base, masks and shapes."""
         own = self.common
-        self._require_same({
-            "base model": same_base(own.base_fingerprint, common.base_fingerprint),
-            "masks": own.masks_sha256 == common.masks_sha256,
-        }, common)  # fmt: skip
+        self._require_same(
+            {
+                "base model": same_base(own.base_fingerprint, common.base_fingerprint),
+                "masks": own.masks_sha256 == common.masks_sha256,
+            },
+            common,
+        )
         if own.shapes != common.shapes:
             raise UserStoreError(
                 f"{self.folder} has states of {_difference(own.shapes, common.shapes)}; take the run and the layers "

@@ -190,9 +190,28 @@ def train_users(
     waiting = [name for name in chosen if again or name not in store]
     if len(waiting) < len(chosen):
         say(f"{len(chosen) - len(waiting)} users are in {folder} already; --again trains them again")
-    trained, diverged = 0, []
-    with Progress("train users", len(waiting), "users") as progress:
-        for name in waiting:
+    trained, diverged = _train_all(model, context, rows, store, waiting)
+    return TrainedUsers(
+        store=str(folder),
+        users=len(chosen),
+        trained=trained,
+        there_already=len(chosen) - len(waiting),
+        with_few_rows=len(few),
+        diverged=diverged,
+        state_bytes=sum(tensor.nbytes for tensor in model.state().values()),
+    )
+
+
+def _train_all(
+    model: PersonalModel, context: RunContext, rows: RowsByUser, store: UserStore, names: Sequence[str]
+) -> tuple[int, list[str]]:
+    """Train users into ``store``; return (number of trained users, names of those that diverged). Collective.
+
+    Raises StoppedError after a signal.
+    """
+    trained, diverged = 0, list[str]()
+    with Progress("train users", len(names), "users") as progress:
+        for name in names:
             heartbeat("the training of a user")
             try:
                 done = _train_user(model, context, rows, name)
@@ -203,20 +222,12 @@ def train_users(
             if done.stopped_by:
                 signal = stop_signals.name_of(done.stopped_by)
                 raise StoppedError(
-                    f"stopped by {signal} after {trained} users, which are in {folder}; start it again to resume"
+                    f"stopped by {signal} after {trained} users, which are in {store.folder}; start it again to resume"
                 )
             of_main(partial(store.add, name, done.state, rows=done.rows, steps=done.steps, loss=done.loss))
             trained += 1
             progress.add(1, name[:40])
-    return TrainedUsers(
-        store=str(folder),
-        users=len(chosen),
-        trained=trained,
-        there_already=len(chosen) - len(waiting),
-        with_few_rows=len(few),
-        diverged=diverged,
-        state_bytes=sum(tensor.nbytes for tensor in model.state().values()),
-    )
+    return trained, diverged
 
 
 def _train_user(model: PersonalModel, context: RunContext, rows: RowsByUser, name: str) -> _Trained:
