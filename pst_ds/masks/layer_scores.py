@@ -1,4 +1,4 @@
-"""Keys of one layer's weights on this rank, in the units of its pattern."""
+"""Score keys of one layer's weights on this rank, in the units of its pattern."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from pst_ds.parallel import zero3
 from pst_ds.parallel.halo import Halo
 
 TILE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 24}
-"""Weights scored at a time: on a CPU the tile's keys stay in a core's cache."""
+"""Weights scored per tile, by device: on a CPU the keys of a tile fit a core's cache."""
 UNIT_CACHE_BYTES = 256 << 20
-"""Keys of a layer's units of many weights are kept between passes while they fit in here."""
+"""Most bytes of cached keys of a layer's units of several weights."""
 
 
 class LayerScores:
-    """One layer's weights on this rank, with what is around them, and the whole fp32 masters of its factors.
+    """One layer's weights on this rank with their halo, and the full fp32 masters of its factors.
 
     ``own``: :func:`ranked_weights`.
     """
@@ -49,37 +49,37 @@ class LayerScores:
         self._unit_keys: dict[int, list[Tensor]] = {}
 
     def lies_whole(self, matrix: StoredMatrix) -> bool:
-        """Return whether all weights of ``matrix`` are in the shard of some rank; the same on every rank."""
+        """Return whether one rank's shard has all weights of ``matrix``; the same on every rank."""
         rect = matrix.rect
         first, last = rect.r0 * self.row_length + rect.c0, (rect.r1 - 1) * self.row_length + rect.c1 - 1
         return first // self._shard_numel == last // self._shard_numel
 
     @property
     def in_order(self) -> bool:
-        """True if each matrix is a run of the stored weight, behind the one before it."""
+        """True if the matrices are contiguous in the stored weight, one after another."""
         return all(m.rect.c1 - m.rect.c0 == self.row_length for m in self.matrices)
 
     def rects(self, matrix: StoredMatrix) -> Iterator[Rect]:
-        """The part of ``matrix`` that holds this rank's units, in rectangles of whole units, in rising order."""
+        """Yield rectangles of whole units that cover this rank's units of ``matrix``, in ascending order."""
         return unit_tiles(matrix.rect, self.unit, self.row_length, *self.region, self._tile_size)
 
     def own_rects(self, matrix: StoredMatrix) -> Iterator[Rect]:
-        """This rank's weights of ``matrix`` and no others, in rectangles in rising order, whatever its units are."""
+        """Yield rectangles of exactly this rank's weights of ``matrix``, in ascending order, regardless of units."""
         return shard_tiles(matrix.rect, self.row_length, self.start, self.stop, self._tile_size)
 
     def keys(self, matrix: StoredMatrix, rect: Rect) -> Tensor:
-        """Keys of single weights, (rows, cols) int32, of a rectangle of ``matrix``."""
+        """Return the keys of single weights, (rows, cols) int32, of a rectangle of ``matrix``."""
         if self.layer.pst_S is not None:
             return order_keys(self._values(rect).float())
         tile = tile_factors(self._factors, self.layout, matrix, rect)
         return score_keys(self._values(rect), tile, self.layer.constants, self.layer.magnitude_scales[matrix.index])
 
     def weight_keys(self, matrix: StoredMatrix) -> Iterator[Tensor]:
-        """This rank's keys of ``matrix`` where every weight is a unit."""
+        """Yield this rank's keys of ``matrix``, whose units are single weights."""
         return (self.keys(matrix, rect) for rect in self.rects(matrix))
 
     def unit_keys(self, matrix: StoredMatrix, prune: int) -> Iterator[Tensor]:
-        """Keys of units of many weights: of blocks, or of N:M groups that would lose ``prune`` weights."""
+        """Yield the keys of units of several weights: blocks, or N:M groups that would lose ``prune`` weights."""
         made = (self._keys_of_units(matrix, rect, prune) for rect in self.rects(matrix))
         if self.num_units(matrix) * 4 > UNIT_CACHE_BYTES // len(self.matrices):
             yield from made
@@ -93,18 +93,18 @@ class LayerScores:
         return block_keys(keys, self.unit) if self.pattern.kind == "block" else loss_keys(keys, self.unit, prune)
 
     def num_units(self, matrix: StoredMatrix) -> int:
-        """Units in :meth:`rects`, those that other ranks count included."""
+        """Return the number of units in :meth:`rects`, including units that other ranks count."""
         if self.unit == (1, 1):
             first, last = (positions_before(matrix.rect, self.row_length, index) for index in (self.start, self.stop))
             return last - first
         return sum(rect.numel for rect in self.rects(matrix)) // (self.unit[0] * self.unit[1])
 
     def own_units(self, matrix: StoredMatrix) -> tuple[int, int]:
-        """First and last + 1 among the units of :meth:`rects` of those that begin in this rank's shard."""
+        """Return (first, last + 1) of the units of :meth:`rects` that start in this rank's shard."""
         return self._units_before(matrix, self.start), self._units_before(matrix, self.stop)
 
     def _units_before(self, matrix: StoredMatrix, index: int) -> int:
-        """How many of the units begin before the flat ``index``."""
+        """Return the number of units that start before the flat ``index``."""
         (rows, cols), length, count = self.unit, self.row_length, 0
         for rect in self.rects(matrix):
             across = (rect.c1 - rect.c0) // cols
@@ -113,8 +113,8 @@ class LayerScores:
         return count
 
     def sample(self, matrix: StoredMatrix, positions: Tensor, on_device: Tensor) -> Sampled:
-        """What makes the keys of this rank's weights among those at ``positions`` (int64, among the matrix's in storage
-        order). ``on_device``: the same positions where the weights are."""
+        """Return what computes the keys of this rank's weights among ``positions`` (int64, in the matrix's storage
+        order). ``on_device``: the same positions on the weights' device."""
         rect = matrix.rect
         if rect.c1 - rect.c0 == self.row_length:  # in the order of the shard: look at none but this rank's
             offset = rect.r0 * self.row_length
@@ -127,7 +127,7 @@ class LayerScores:
         return Sampled(here, self._singles(matrix, on_device[here]))
 
     def _flat(self, matrix: StoredMatrix, positions: Tensor) -> Tensor:
-        """Flat indices in the stored weight of ``positions`` in the matrix."""
+        """Return the flat indices in the stored weight of ``positions`` in the matrix."""
         rect, width = matrix.rect, matrix.rect.c1 - matrix.rect.c0
         offset = rect.r0 * self.row_length + rect.c0
         if width != self.row_length:
@@ -135,7 +135,7 @@ class LayerScores:
         return positions + offset if offset else positions
 
     def _singles(self, matrix: StoredMatrix, positions: Tensor) -> Tensor | SingleWeights:
-        """This rank's weights at ``positions`` of the matrix, or the keys of their scores."""
+        """Return this rank's weights at ``positions`` of the matrix, or the keys of their scores."""
         values = self._own.at(self._flat(matrix, positions))
         if self.layer.pst_S is not None:
             return order_keys(values.float())
@@ -145,7 +145,7 @@ class LayerScores:
         return single_weights(values, positions // width, positions % width, tile, self.layer.constants, scale)
 
     def own_keys(self, matrix: StoredMatrix) -> OwnKeys | None:
-        """This rank's weights of ``matrix`` as kernels score them; None where none serve."""
+        """Return this rank's weights of ``matrix`` as input of the kernels; None if the kernels cannot be used."""
         values = self._own.values
         if not serves(self.device) or isinstance(values, CodedRun) or values.element_size() > 4:
             return None
@@ -158,13 +158,13 @@ class LayerScores:
         return found if found.fits else None
 
     def write_own(self, keep: Tensor, rect: Rect, kept: Tensor) -> None:
-        """Copy the part of ``kept`` (rows, cols of ``rect``) that is this rank's into ``keep``, its shard's mask."""
+        """Copy this rank's part of ``kept`` (rows, cols of ``rect``) into ``keep``, the mask of its shard."""
         for own in shard_tiles(rect, self.row_length, self.start, self.stop, 1 << 62):
             part = kept[own.r0 - rect.r0 : own.r1 - rect.r0, own.c0 - rect.c0 : own.c1 - rect.c0]
             view_in_shard(keep, own, self.row_length, self.start).copy_(part)
 
     def _values(self, rect: Rect) -> Tensor:
-        """W0 of a rectangle, (rows, cols): a view of the shard, or put together with what is around it."""
+        """Return W0 of a rectangle, (rows, cols): a view of the shard, or a copy of shard and halo."""
         first = rect.r0 * self.row_length + rect.c0
         last = (rect.r1 - 1) * self.row_length + rect.c1
         if self.start <= first and last <= self.stop:
@@ -178,7 +178,7 @@ class LayerScores:
         return self._region(*self.region)
 
     def _region(self, first: int, last: int) -> Tensor:
-        """Flat weights [first, last) of the region, copied together."""
+        """Return a copy of the flat weights [first, last) of shard and halo."""
         assert self._halo is not None, f"{self.name} needs weights of other ranks"
         begin, before = self.region[0], self._halo.before
         pieces = [
@@ -190,12 +190,12 @@ class LayerScores:
 
 
 def whole_factors(layers: Sequence[PSTLayer], names: Sequence[str] = FACTOR_NAMES) -> list[Factors]:
-    """The factors of each layer as the formulas have them, from :func:`whole_masters`. Collective."""
+    """Return the factors of each layer for the formulas, from :func:`whole_masters`. Collective."""
     return factors_of(layers, whole_masters(layers, names))
 
 
 def factors_of(layers: Iterable[PSTLayer], masters: Iterable[dict[str, Tensor]]) -> list[Factors]:
-    """The factors of each layer as the formulas have them, given their masters; norms come to where these are."""
+    """Return the factors of each layer for the formulas, on the device of its mask, given their ``masters``."""
     return [
         layer.factors(own).to(zero3.shard_of(layer.pst_mask).values.device)
         for layer, own in zip(layers, masters, strict=True)
@@ -203,9 +203,9 @@ def factors_of(layers: Iterable[PSTLayer], masters: Iterable[dict[str, Tensor]])
 
 
 def whole_masters(layers: Sequence[PSTLayer], names: Sequence[str] = FACTOR_NAMES) -> list[dict[str, Tensor]]:
-    """The whole fp32 masters of each layer's factors of ``names``, by name, where its mask's shard is.
+    """Return the full fp32 masters of each layer's factors in ``names``, by name, on the device of its mask's shard.
 
-    Collective: under ZeRO-3 one all-gather for all.
+    Collective: under ZeRO-3 one all-gather for all layers.
     """
     held = ((i, name, param) for i, layer in enumerate(layers) for name, param in layer.factor_parameters())
     owned = [entry for entry in held if entry[1] in names]
@@ -218,15 +218,15 @@ def whole_masters(layers: Sequence[PSTLayer], names: Sequence[str] = FACTOR_NAME
 
 
 def ranked_weights(layer: PSTLayer) -> OwnWeights:
-    """Return this rank's numbers that rank a layer's weights, before any factors: a score of each, or the weights.
+    """Return this rank's values that rank a layer's weights before any factors: per-weight scores, or the weights.
 
-    They are fp32 masters where they train. Collective where :func:`zero3.master_shard` is.
+    They are fp32 masters if trained. Collective if :func:`zero3.master_shard` is.
     """
     return current_base(layer) if layer.pst_S is None else _masters(layer, layer.pst_S)
 
 
 def current_base(layer: PSTLayer) -> OwnWeights:
-    """Return this rank's weights of a layer without its update, as masters where they train."""
+    """Return this rank's weights of a layer without its update; fp32 masters if trained."""
     return layer.own_base() if layer.weight is None else _masters(layer, layer.weight)
 
 
@@ -237,7 +237,7 @@ def _masters(layer: PSTLayer, param: nn.Parameter) -> OwnWeights:
 
 
 def with_contiguous_columns(factors: Factors) -> Factors:
-    """A Conv1D's A, U lie transposed under its weight: make their transposes contiguous, once for all tiles."""
+    """Return the factors with contiguous transposes of A and U, which a Conv1D reads by columns in every tile."""
 
     def columns(by_output: Tensor | None) -> Tensor | None:
         return None if by_output is None else by_output.t().contiguous().t()

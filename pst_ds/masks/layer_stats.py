@@ -1,5 +1,5 @@
-"""Statistics of each layer: norms, the correlation of scores with |W|, and images of chosen layers. Every rank looks at
-its own shards, in tiles; no weight is gathered."""
+"""Statistics of each layer: norms, correlation of scores with |W|, histograms and mask thumbnails. Every rank reads its
+shards in tiles; no weight is gathered."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _SCORE_NORM, _UPDATE_NORM, _NUM_NORMS = 0, 1, 2
 
 @dataclass(frozen=True, slots=True)
 class ScoreHistogram:
-    """The scores of one layer in equal bins of [low, high]; what is beyond is in the first and the last."""
+    """Counts of one layer's scores in equal bins of [low, high]; outliers count in the first and last bin."""
 
     layer: int
     low: float
@@ -49,12 +49,12 @@ class ScoreHistogram:
     kept: list[int]
     pruned: list[int]
     threshold: float | None
-    """Where an update would cut now, to a fraction of a bin; None where no one threshold cuts the layer."""
+    """Score at which an update would cut now, to a fraction of a bin; None if the layer has no single threshold."""
 
 
 @dataclass(frozen=True, slots=True)
 class MaskThumbnail:
-    """The share of kept weights in each cell of one layer: rows of outputs, columns of inputs."""
+    """Share of kept weights in each cell of one layer: rows of outputs, columns of inputs."""
 
     layer: int
     share: list[list[float]]
@@ -62,30 +62,30 @@ class MaskThumbnail:
 
 @dataclass(frozen=True, slots=True)
 class LayerStats:
-    """Statistics of every PST layer, in model order; None where a layer has no such thing. The same on every rank."""
+    """Statistics of every PST layer, in model order; None where not applicable. The same on every rank."""
 
     correlation: list[float | None]
-    """Pearson's, of S with |W| over the mean of |W0|; where scores are learned."""
+    """Pearson correlation of S with |W| / mean |W0|, for learned scores."""
     score_norm: list[float | None]
-    """Frobenius norm of what is learned in S: of alpha1 A B + alpha2 (R 1' + 1 C'), or of a score of each weight."""
+    """Frobenius norm of the learned part of S: alpha1 A B + alpha2 (R 1' + 1 C'), or the per-weight scores."""
     update_norm: list[float | None]
     """Frobenius norm of beta U V, or of beta W0 . (U V)."""
     weight_norm: list[float | None]
-    """Frobenius norm of W0, or of the weight that is trained in its place."""
+    """Frobenius norm of W0, or of the trained weight that replaces it."""
     with_scores: bool
-    """True if scores and masks were looked at."""
+    """True if scores and masks were measured."""
     histograms: list[ScoreHistogram] = field(default_factory=list)
     thumbnails: list[MaskThumbnail] = field(default_factory=list)
 
     @property
     def mean_correlation(self) -> float | None:
-        """Over the layers that have one."""
+        """Mean over the layers with a correlation; None if there are none."""
         known = [value for value in self.correlation if value is not None]
         return math.fsum(known) / len(known) if known else None
 
 
 def chosen_layers(names: Sequence[str], asked: Sequence[str]) -> list[int]:
-    """Which of the layers ``names`` are drawn: those that ``asked`` matches, or the first, middle and last for none.
+    """Return the indices of the layers to draw: those that match ``asked``; by default the first, middle and last.
 
     Raises ConfigError for an entry of ``asked`` that matches no layer, where there are any.
     """
@@ -105,11 +105,10 @@ def chosen_layers(names: Sequence[str], asked: Sequence[str]) -> list[int]:
 
 @torch.no_grad()
 def measure(model: nn.Module, chosen: Sequence[int], *, with_scores: bool) -> LayerStats:
-    """Return statistics of the PST layers of ``model``, with pictures of the ``chosen`` ones.
+    """Return statistics of the PST layers of ``model``, with histograms and thumbnails of the ``chosen`` ones.
 
-    Without ``with_scores`` norms of updates and weights alone: scores and masks are not looked at. Collective: the
-    factors travel in one all-gather, the sums of all layers in one exchange, and all that is counted in another. The
-    host waits for each of these once.
+    Without ``with_scores``, only norms of updates and weights. Collective: one all-gather for all factors, one exchange
+    for all sums, and one for all counts; the host waits once for each.
     """
     layers = pst_layers(model)
     parts = [_Part(*each) for each in zip(layers.items(), whole_factors(list(layers.values())), strict=True)]
@@ -138,7 +137,7 @@ def measure(model: nn.Module, chosen: Sequence[int], *, with_scores: bool) -> La
 
 
 class _Part:
-    """This rank's part of one layer: its weights, as masters where they train, and the keys of their scores."""
+    """This rank's shard of one layer: its weights, fp32 masters if trained, and the keys of their scores."""
 
     def __init__(self, named: tuple[str, PSTLayer], factors: Factors):
         name, self.layer = named
@@ -150,7 +149,7 @@ class _Part:
         self.learns_scores = any(getattr(self.layer, f"pst_{name}") is not None for name in SCORE_FACTORS)
 
     def sums(self, with_scores: bool) -> Tensor:
-        """(_NUM_SUMS,) float64 over this rank's weights; those of scores only where asked for."""
+        """Return sums over this rank's weights, (_NUM_SUMS,) float64; sums of scores only ``with_scores``."""
         sums = torch.zeros(_NUM_SUMS, dtype=torch.float64, device=self._weight.device)
         for matrix, rect in self._rects():
             weight = self._weight.rect(rect)
@@ -171,7 +170,7 @@ class _Part:
         return sums
 
     def norms(self, with_scores: bool) -> Tensor:
-        """(_NUM_NORMS,) float64, of the whole layer: of what low-rank factors learn in the scores, and of beta U V."""
+        """Return norms of the layer, (_NUM_NORMS,) float64: of the low-rank part of the scores, and of beta U V."""
         norms = torch.zeros(_NUM_NORMS, dtype=torch.float64, device=self._weight.device)
         layout, constants = self.layer.layout, self.layer.constants
         if with_scores and self.learns_scores and self.layer.pst_S is None:
@@ -181,7 +180,7 @@ class _Part:
         return norms
 
     def counts(self, low: float, high: float) -> Tensor:
-        """This rank's counts: of scores in bins, pruned then kept, and of the kept in the cells of a thumbnail."""
+        """Return this rank's counts: scores per bin, pruned then kept, and kept weights per cell of the thumbnail."""
         shape = self.layer.layout.shape
         kept_here = unpack_shard(zero3.shard_of(self.layer.pst_mask).values, self._weight.stop - self._weight.start)
         bins = torch.zeros(2, stats.HISTOGRAM_BINS, dtype=torch.int64, device=kept_here.device)
@@ -193,7 +192,7 @@ class _Part:
         return torch.cat([bins.flatten(), cells.flatten()])
 
     def correlation(self, sums: Tensor) -> float | None:
-        """From the ``sums`` over all ranks, as all below."""
+        """Return the correlation, from the ``sums`` over all ranks."""
         return stats.correlation(sums[_MOMENTS], self.numel) if self.learns_scores else None
 
     def histogram_range(self, sums: Tensor) -> tuple[float, float]:
@@ -215,7 +214,7 @@ class _Part:
         return ((matrix, rect) for matrix in self._keys.matrices for rect in self._keys.own_rects(matrix))
 
     def _scores(self, matrix: StoredMatrix, rect: Rect) -> Tensor:
-        """S, (rows, cols) fp32, as masks are selected by it."""
+        """Return S, (rows, cols) fp32, as used to select masks."""
         return scores_of_keys(self._keys.keys(matrix, rect))
 
     def _view(self, values: Tensor, rect: Rect) -> Tensor:
@@ -223,7 +222,7 @@ class _Part:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
+    """Return ``value``, or None for NaN and infinity, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 

@@ -1,7 +1,7 @@
-"""Search the scales of every layer that is rounded to a grid: each rank its own shard, and no weight is gathered.
+"""Search the quantisation scales of every layer with a grid: each rank in its shard, and no weight is gathered.
 
-A group that a shard's boundary cuts is searched by all ranks together: each adds its part of the sums that decide,
-which are integers, so scales are the same for every world size. All such groups are searched at once.
+All ranks together search the groups that a shard boundary cuts: each adds its part of the deciding sums. These are
+integers, so scales are the same for every world size. All such groups are searched at once.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import group_max, group_sum
 
 _TILE_ELEMENTS, _BAND_ELEMENTS = {"cpu": 1 << 20}, {"cpu": 1 << 17}
-"""Weights that are searched at a time, for a search makes some 400 calls, and that are merged at a time."""
+"""Weights per search, which makes about 400 calls, and weights merged at once."""
 _BATCH_WEIGHTS, _BATCH_SCALES = 1 << 24, 1 << 22
-"""Weights of cut groups that a rank holds at a time, and scales that travel at a time: layers are taken in batches."""
+"""Limits of a batch of layers: weights of cut groups on a rank, and scales per exchange."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoundingStats:
-    """What rounding to the new scales changes; the same on every rank."""
+    """Quantisation error with the new scales; the same on every rank."""
 
     errors: tuple[float, ...]
-    """Sum of (M . W - rounded)^2 of each layer with a grid, in model order."""
+    """Sum of (M . W - quantised)^2 of each layer with a grid, in model order."""
     squares: tuple[float, ...]
     """Sum of (M . W)^2 of each."""
 
     @property
     def error(self) -> float:
-        """Return |M . W - rounded| / |M . W| over all layers together."""
+        """Return |M . W - quantised| / |M . W| over all layers together."""
         return _relative(math.fsum(self.errors), math.fsum(self.squares))
 
     @property
     def layer_errors(self) -> list[float]:
-        """Return the same of each layer."""
+        """Return |M . W - quantised| / |M . W| of each layer."""
         return [_relative(error, square) for error, square in zip(self.errors, self.squares, strict=True)]
 
 
@@ -68,9 +68,9 @@ def _relative(error: float, square: float) -> float:
 
 @torch.no_grad()
 def update_scales(model: nn.Module) -> RoundingStats:
-    """Choose the scales of least squared error for M . W as it is now, from the fp32 masters; and return what is lost.
+    """Choose the scales of least squared error for the current M . W, from the fp32 masters; return the error.
 
-    Collective, with some 16 exchanges for a batch of layers. Raises FloatingPointError on every rank, naming the
+    Collective, with about 16 exchanges per batch of layers. Raises FloatingPointError on every rank, naming the
     layers, for weights that are not finite.
     """
     named = {name: layer for name, layer in pst_layers(model).items() if layer.stored_grid is not None}
@@ -94,7 +94,7 @@ def update_scales(model: nn.Module) -> RoundingStats:
 
 
 class _ShardWeights:
-    """This rank's part of M . W of one layer, and the groups of its grid that lie in it."""
+    """This rank's shard of M . W of one layer, and the quantisation groups in it."""
 
     def __init__(self, name: str, layer: PSTLayer, factors: Factors):
         assert layer.stored_grid is not None
@@ -105,14 +105,14 @@ class _ShardWeights:
         self._own: OwnWeights | None = None
 
     def open(self) -> None:
-        """Look up the masters and unpack the mask; collective where :func:`zero3.master_shard` is."""
+        """Look up the masters and unpack the mask. Collective if :func:`zero3.master_shard` is."""
         self._own = current_base(self.layer)
         self.start, self.stop, self.device = self._own.start, self._own.stop, self._own.device
         self._keep = unpack_shard(zero3.shard_of(self.layer.pst_mask).values, self.stop - self.start).bool()
         period = self.stored.period
         first, last = -(-self.start // period) * period, self.stop // period * period
         self.whole = (first, last) if first < last else (self.stop, self.stop)
-        """Flat range of the periods that this shard holds whole."""
+        """Flat range of the periods that lie entirely in this shard."""
 
     def close(self) -> None:
         self._own = None
@@ -120,25 +120,25 @@ class _ShardWeights:
 
     @property
     def cut_periods(self) -> list[int]:
-        """The periods, by number, that lie in more than one shard; the same on every rank."""
+        """Numbers of the periods that lie in more than one shard; the same on every rank."""
         share, period = shard_numel(self.layout.numel, self.layer.num_shards), self.stored.period
         edges = range(share, self.layout.numel, share) if self.layer.num_shards > 1 else ()
         return sorted({edge // period for edge in edges if edge % period})
 
     @property
     def most_cut_weights(self) -> int:
-        """At most so many of a shard's weights are in groups that are cut."""
+        """Upper bound of the weights of cut groups in a shard."""
         return min(shard_numel(self.layout.numel, self.layer.num_shards), 2 * self.stored.period)
 
     def whole_groups(self) -> Iterator[tuple[Rect, Tensor]]:
-        """(rectangle, its groups as rows, fp32) of what this shard holds whole."""
+        """Yield (rectangle, its groups as rows, fp32) of the groups that lie entirely in this shard."""
         size = _TILE_ELEMENTS.get(self.device.type, 1 << 24)
         for matrix in self.layout.matrices():
             for rect in unit_tiles(matrix.rect, self.stored.unit, self.row_length, *self.whole, size):
                 yield rect, self.stored.grouped(self._masked(matrix, rect))
 
     def cut_groups(self) -> Iterator[tuple[int, Tensor]]:
-        """(number of the first among the layer's cut groups, this shard's part of groups as rows, fp32)."""
+        """Yield (index of the first group among the layer's cut groups, this shard's part of groups as rows, fp32)."""
         number = {period: i * self.stored.groups_per_period for i, period in enumerate(self.cut_periods)}
         for start, stop in ((self.start, self.whole[0]), (self.whole[1], self.stop)):
             for matrix in self.layout.matrices():
@@ -151,7 +151,7 @@ class _ShardWeights:
                         yield first, weight
 
     def _cut_rects(self, matrix: Rect, start: int, stop: int) -> Iterator[Rect]:
-        """Rectangles of [start, stop), none of which is in two periods."""
+        """Yield rectangles that cover [start, stop), each within one period."""
         period = self.stored.period
         while start < stop:
             end = min(stop, (start // period + 1) * period)
@@ -159,7 +159,7 @@ class _ShardWeights:
             start = end
 
     def _masked(self, matrix: StoredMatrix, rect: Rect) -> Tensor:
-        """M . W of a rectangle, fp32; the same bits in whatever rectangle."""
+        """Return M . W of a rectangle, fp32, bit-identical for every choice of rectangles."""
         assert self._own is not None
         merged = torch.empty(rect.r1 - rect.r0, rect.c1 - rect.c0, device=self.device)
         for band in row_tiles(rect, _BAND_ELEMENTS.get(self.device.type, 1 << 24)):
@@ -171,12 +171,12 @@ class _ShardWeights:
         return merged
 
     def scale_rect(self, rect: Rect) -> tuple[slice, slice]:
-        """Where the scales of a rectangle of whole groups lie among the layer's."""
+        """Return the slices of the layer's scales that belong to a rectangle of whole groups."""
         rows, cols = self.stored.unit
         return slice(rect.r0 // rows, rect.r1 // rows), slice(rect.c0 // cols, rect.c1 // cols)
 
     def write(self, scales: Tensor) -> None:
-        """Make ``scales``, all of the layer's, its own: under ZeRO-3 each rank its part."""
+        """Store ``scales``, those of the full layer; under ZeRO-3 each rank stores its shard."""
         param = self.layer.pst_scales
         assert param is not None
         own = zero3.shard_of(param)
@@ -185,7 +185,7 @@ class _ShardWeights:
 
 
 def _batches(weights: Sequence[_ShardWeights]) -> Iterator[list[_ShardWeights]]:
-    """Layers in order, as many together as the limits allow; sized alike on every rank."""
+    """Yield batches of layers, in order, within the limits; the same on every rank."""
     batch: list[_ShardWeights] = []
     cut = scales = 0
     for own in weights:
@@ -199,7 +199,7 @@ def _batches(weights: Sequence[_ShardWeights]) -> Iterator[list[_ShardWeights]]:
 
 
 def _searched(batch: list[_ShardWeights]) -> tuple[list[Tensor], list[list[float]]]:
-    """The scales of each layer, and its [squared error, sum of squares]. Collective."""
+    """Return the scales of each layer, and its [squared error, sum of squares]. Collective."""
     any_weight, grid = batch[0].layer.pst_mask, batch[0].grid
     cut = _CutGroups(any_weight, grid, batch[0].layer.dtype)
     tables, sums = [], torch.zeros(len(batch), 2, dtype=torch.float64)
@@ -226,7 +226,7 @@ def _searched(batch: list[_ShardWeights]) -> tuple[list[Tensor], list[list[float
 
 
 def _added_up(tables: list[Tensor], any_weight: nn.Parameter) -> list[Tensor]:
-    """Tables of scales, of which every rank has some and 0 for the others. Collective."""
+    """Return the sum over ranks of tables in which each rank has filled its scales, and 0 elsewhere. Collective."""
     if zero3.num_shards(any_weight) == 1:
         return tables
     bits = group_sum(torch.cat([table.view(torch.int16).flatten() for table in tables]).int(), any_weight)
@@ -235,12 +235,12 @@ def _added_up(tables: list[Tensor], any_weight: nn.Parameter) -> list[Tensor]:
 
 
 def _loss(grouped: Tensor, scales: Tensor, grid: Grid) -> Tensor:
-    """(squared error, sum of squares) of ``grouped`` rounded with the scales of its rows, (2,) float64."""
+    """Return (squared error, sum of squares) of ``grouped`` quantised with the scales of its rows, (2,) float64."""
     return torch.stack([each.sum() for each in group_losses(grouped, scales, grid)]).cpu()
 
 
 class _CutGroups:
-    """The groups of a batch's layers that lie in several shards, one layer's after another's."""
+    """The groups of a batch that shard boundaries cut, layer after layer."""
 
     def __init__(self, any_weight: nn.Parameter, grid: Grid, dtype: torch.dtype):
         self._any_weight, self._grid, self._dtype = any_weight, grid, dtype
@@ -248,15 +248,15 @@ class _CutGroups:
         self._parts: list[tuple[int, int, Tensor]] = []
 
     def add(self, layer: int, first: int, grouped: Tensor) -> None:
-        """Add this rank's part of groups of the layer numbered ``layer``, from its group number ``first`` on."""
+        """Add this rank's part of groups of layer number ``layer``, starting at its group number ``first``."""
         self._parts.append((layer, sum(self._sizes) + first, grouped))
 
     def reserve(self, count: int) -> None:
-        """End a layer, which has ``count`` cut groups."""
+        """Finish a layer that has ``count`` cut groups."""
         self._sizes.append(count)
 
     def search(self, sums: Tensor) -> list[Tensor]:
-        """Return the scales of each layer's cut groups, and add what rounding to them loses to ``sums``. Collective."""
+        """Return the scales of each layer's cut groups, and add their error to ``sums``. Collective."""
         total = sum(self._sizes)
         device = zero3.shard_of(self._any_weight).values.device
         found = torch.empty(0, dtype=SCALE_DTYPE, device=device)

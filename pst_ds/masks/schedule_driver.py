@@ -31,7 +31,7 @@ from pst_ds.parallel.steps import applied_steps, steps_noted, torch_optimizer, u
 from pst_ds.parallel.watchdog import heartbeat
 
 SPARSITY_TOLERANCE = 0.01
-"""Largest difference between requested and measured sparsity: the share of every row or group rounds down."""
+"""Largest difference between requested and measured sparsity, which rounds down in every row or group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def _update_masks(model: nn.Module, schedule: Schedule, step: int, dropped_share
 
 
 class MaskUpdater:
-    """Keep the masks of a model in step with a schedule, in a training loop of your own.
+    """Keep the masks of a model in step with a schedule, in your own training loop.
 
         masks = MaskUpdater(model, schedule)
         for batch in loader:
@@ -98,19 +98,17 @@ class MaskUpdater:
 
     Create it right before the loop: after ``deepspeed.initialize`` or ``accelerator.prepare``, and after loading a
     checkpoint. Creating it is collective, and so is :meth:`after_step`. From then on the schedule decides whether
-    scores train, even if the model's masks were final before. Rank 0 warns if the schedule begins below the sparsity
-    that the masks already have.
+    scores train, even if the masks were final before. Rank 0 warns if the schedule starts below the current sparsity.
 
     Args:
         model: the model that ``inject_pst`` was called on, or its wrapper from DeepSpeed or accelerate.
-        schedule: when masks change, and how sparse they are then.
-        step: optimizer steps applied so far, when a run is continued; or let accelerate save and load the updater
+        schedule: sparsity of the masks, and the steps at which they change.
+        step: optimizer steps applied so far, to resume a run. Alternatively let accelerate save and load the updater
             (``register_for_checkpointing``).
-        rounding: when weights are rounded to the grid that ``inject_pst`` was given, and their scales searched; None
-            leaves them as they are.
-        rank_budget: the share of the components of U V that is dropped, and when, of a model with gates
-            (``PSTConfig.update_gates``). None drops those that ``PSTConfig.target_rank`` says, along the ramp of
-            ``schedule``.
+        rounding: steps from which on weights are quantised with the ``grid`` of ``inject_pst``, and at which their
+            scales are searched; None for never.
+        rank_budget: share of the components of U V to drop, for a model with gates (``PSTConfig.update_gates``). None
+            follows ``PSTConfig.target_rank`` along the ramp of ``schedule``.
         ranks: former name of ``rank_budget``.
 
     Raises:
@@ -171,8 +169,8 @@ class MaskUpdater:
     def after_step(self, stepper: Engine | Optimizer) -> MaskStats | None:
         """Update the masks if they are due. Call it after every ``step`` of ``stepper``. Collective.
 
-        Skipped steps, also those of a GradScaler, and micro-batches that end no step are not counted. Once the masks
-        are final, scores stop training: the groups named "scores" get a learning rate of 0.
+        Skipped steps, including those of a GradScaler, and micro-batches before the end of a step do not count. Once
+        the masks are final, scores stop training: groups named "scores" get a learning rate of 0.
 
         Args:
             stepper: a DeepSpeed engine, or an optimizer of accelerate or torch.
@@ -203,7 +201,7 @@ class MaskUpdater:
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from the step of ``state``, with the masks that the model now has. Collective."""
+        """Resume from the step of ``state`` with the model's current masks. Collective."""
         self.step, self.masks = state["step"], mask_stats(self._model)
         self._noted = steps_noted()
         freeze_scores(self._model, frozen=self.is_final)
@@ -242,7 +240,7 @@ def _keeps_zeros(model: nn.Module) -> bool:
 
 
 def _rank_budget(config: PSTConfig, schedule: Schedule) -> Schedule | None:
-    """Return the schedule of the share of components that ``config`` drops; None where it keeps them all."""
+    """Return the schedule of the share of components that ``config`` drops; None if it keeps all."""
     if not config.dropped_share:
         return None
     if isinstance(schedule, CubicSchedule):
@@ -278,7 +276,7 @@ def _require_rounding_fits(model: nn.Module, schedule: Schedule, rounding: Round
 
 
 def _stop_scores(optimizer: Optimizer, stop: bool) -> None:
-    """No gradient is not enough: Adam's momentum would move scores on, and with them what is saved."""
+    """Set the rate of scores to 0, or restore it: without a gradient Adam's momentum would still change them."""
     for group in optimizer.param_groups:
         if group.get("name") == "scores":
             if stop:
@@ -308,7 +306,7 @@ def _require_called(model: nn.Module) -> None:
 
 
 def _left_to_chance(model: nn.Module, idle: set[str], called: set[str]) -> set[str]:
-    """Those of ``idle`` that another step may call: experts next to called ones, and blocks under layerdrop."""
+    """Return the ``idle`` layers that later steps may call: siblings of called experts, and blocks under layerdrop."""
     config = getattr(model, "config", None)
     drops_blocks = config is not None and any(value for key, value in vars(config).items() if "layerdrop" in key)
     found = set()
@@ -324,7 +322,7 @@ def _left_to_chance(model: nn.Module, idle: set[str], called: set[str]) -> set[s
 
 
 def _excluding(names: list[str], called: set[str], excluded: str | tuple[str, ...]) -> str:
-    """A value of ``exclude_modules`` that covers ``names`` too: the outermost modules that no called layer is in."""
+    """Return a value of ``exclude_modules`` that covers ``names``: the outermost modules without a called layer."""
     alive = {".".join(name.split(".")[:i]) for name in called for i in range(name.count(".") + 2)}
     ending_of_alive = {name.rpartition(".")[2] for name in alive}
     found: dict[str, None] = {}

@@ -1,4 +1,4 @@
-"""Select what each matrix keeps, in the units of its pattern, for all layers together."""
+"""Select the weights that each matrix keeps, for all layers at once, from the shards of all ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pst_ds.parallel.ranks import group_sum, rank_sums
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One matrix of a layer, and its share of zeros now."""
+    """One matrix of a layer, and its current sparsity."""
 
     layer: LayerScores
     stored: StoredMatrix
@@ -36,7 +36,7 @@ class Matrix:
 
     @property
     def prune_per_group(self) -> int:
-        """For N:M: how many of a group's M weights go, once the group is constrained."""
+        """Weights pruned of each constrained group of N:M."""
         pattern = self.layer.pattern
         if self.sparsity == pattern.fixed_sparsity or self.layer.rule.nm_ramp == "share":
             return pattern.m - pattern.n
@@ -44,34 +44,33 @@ class Matrix:
 
     @property
     def selects_units(self) -> bool:
-        """True if units of many weights are ranked: blocks, and the groups of N:M while only a share is constrained."""
+        """True if units of several weights are ranked: blocks, or N:M groups while only a share is constrained."""
         if self.kind == "n:m":
             return self.layer.rule.nm_ramp == "share" and self.sparsity != self.layer.pattern.fixed_sparsity
         return self.kind == "block"
 
     @property
     def competes(self) -> bool:
-        """True if more than one unit is ranked against each other: not where a row or a group is decided by itself."""
+        """True if units compete across the matrix; False if each row or group is decided separately."""
         return self.kind == "matrix" or self.layer.pattern.pools_matrices or self.selects_units
 
     @property
     def lies_whole(self) -> bool:
-        """True if its weights are all in one rank's shard. The same on every rank."""
+        """True if one rank's shard has all its weights. The same on every rank."""
         return self.layer.lies_whole(self.stored)
 
     @property
     def is_selected_there(self) -> bool:
-        """True if no other than one rank's weights are needed to select it. The same on every rank."""
+        """True if one rank can select it from its weights. The same on every rank."""
         return self.lies_whole and not self.layer.pattern.pools_matrices
 
 
 def select_kept(matrices: Sequence[Matrix], any_weight: nn.Parameter) -> list[Tensor]:
-    """Bits of what every matrix keeps on this rank: of its units if it ``selects_units``, else of its weights.
+    """Return the bits kept of every matrix on this rank: of its units if it ``selects_units``, else of its weights.
 
-    A matrix that lies whole in a rank's shard is selected there, or counted there with others of its pool; counts of
-    those that a border cuts are exchanged. Collective: a number of exchanges that does not depend on the number of
-    matrices. Raises FloatingPointError on every rank, naming the
-    layers, for scores that are not finite.
+    A matrix that lies in one rank's shard is selected there, or counted there with others of its pool. For matrices cut
+    by a shard boundary, counts are exchanged. Collective, with a number of exchanges that does not depend on the number
+    of matrices. Raises FloatingPointError on every rank, naming the layers, for scores that are not finite.
     """
     ranks, device = rank_sums(any_weight), zero3.shard_of(any_weight).values.device
     by_itself = [m for m in matrices if not m.competes]
@@ -87,8 +86,8 @@ def select_kept(matrices: Sequence[Matrix], any_weight: nn.Parameter) -> list[Te
 
 
 def _select_whole(matrices: Sequence[Matrix], any_weight: nn.Parameter, device: torch.device) -> dict[int, Tensor]:
-    """Bits by id of matrices each of which lies whole on a rank; none on the others. Collective: one exchange, of a
-    number for each matrix."""
+    """Return the kept bits, by id, of matrices that each lie in one rank's shard; on other ranks none of them.
+    Collective: one exchange of a number per matrix."""
     found, not_finite = {}, torch.zeros(len(matrices), dtype=torch.int64)
     in_passes = []
     for i, m in enumerate(matrices):
@@ -111,7 +110,7 @@ def _select_whole(matrices: Sequence[Matrix], any_weight: nn.Parameter, device: 
 
 
 def _select(matrices: Sequence[Matrix], ranks: RankSums, device: torch.device) -> list[Tensor]:
-    """Bits of what each matrix keeps on this rank. Collective when ``ranks`` is; raises NonFiniteScoreError."""
+    """Return the kept bits of each matrix on this rank. Collective if ``ranks`` is. Raises NonFiniteScoreError."""
     found: dict[int, Tensor] = {}
     single = [i for i, m in enumerate(matrices) if not m.selects_units]
     units = [i for i, m in enumerate(matrices) if m.selects_units]
@@ -127,7 +126,7 @@ def _select(matrices: Sequence[Matrix], ranks: RankSums, device: torch.device) -
 
 
 def weights_kept(matrix: Matrix, bits: Tensor) -> Iterator[tuple[Rect, Tensor]]:
-    """(rectangle, its mask (rows, cols) uint8) of a matrix on this rank, from :func:`select_kept`'s bits."""
+    """Yield (rectangle, its mask (rows, cols) uint8) of a matrix on this rank, from the bits of :func:`select_kept`."""
     layer = matrix.layer
     per_unit = math.prod(layer.unit) if matrix.selects_units else 1
     flags = unpack_shard(bits, sum(rect.numel for rect in layer.rects(matrix.stored)) // per_unit)
@@ -146,8 +145,8 @@ def weights_kept(matrix: Matrix, bits: Tensor) -> Iterator[tuple[Rect, Tensor]]:
 
 
 def _single_weights(matrices: Sequence[Matrix]) -> tuple[list[MatrixKeys], list[int]]:
-    """Keys of single weights, and how many to prune of each pool: one for all "global" ones, and one for the matrices
-    of each layer that is a "stack"."""
+    """Return the keys of single weights, and the number to prune of each pool: one pool for all "global" matrices, and
+    one for the matrices of each "stack" layer."""
     keys, pools = [], dict[object, int]()
     for m in matrices:
         numel, pool = m.stored.rect.numel, _pool(m)
@@ -170,14 +169,14 @@ def _single_weights(matrices: Sequence[Matrix]) -> tuple[list[MatrixKeys], list[
 
 
 def _pool(m: Matrix) -> object | None:
-    """What the matrices that are ranked together have in common."""
+    """Return the key shared by the matrices that are ranked together; None for a matrix ranked separately."""
     if not m.layer.pattern.pools_matrices:
         return None
     return m.kind if m.kind == "global" else m.layer.name
 
 
 def _prune_count(m: Matrix) -> int:
-    """How many of the weights of a matrix go, or of its units."""
+    """Return the number of weights, or units, of a matrix to prune."""
     if not m.selects_units:
         return prune_count(m.sparsity, m.stored.rect.numel)
     share = m.sparsity if m.kind == "block" else m.sparsity / (m.layer.pattern.fixed_sparsity or 1.0)
@@ -185,7 +184,7 @@ def _prune_count(m: Matrix) -> int:
 
 
 def _all_keys(m: Matrix) -> Tensor:
-    """Keys of all weights of a matrix, or of its units, in rising order; it lies whole on this rank."""
+    """Return the keys of all weights, or units, of a matrix in this rank's shard, in ascending order of position."""
     if not m.selects_units:
         return m.layer.keys(m.stored, m.stored.rect)
     return torch.cat(list(m.layer.unit_keys(m.stored, m.prune_per_group if m.kind == "n:m" else 0)))
@@ -212,7 +211,7 @@ def _unit_bits(m: Matrix, cut: Cut) -> Tensor:
 
 
 def _each_unit_by_itself(matrices: Sequence[Matrix], any_weight: nn.Parameter) -> list[Tensor]:
-    """Bits of the weights kept in rows, or groups of N:M, each of which is decided by its own weights. Collective."""
+    """Return the kept bits of matrices whose rows, or N:M groups, are decided separately. Collective."""
     found, bad = [], []
     for m in matrices:
         rects = list(m.layer.rects(m.stored))
@@ -238,7 +237,7 @@ def _each_unit_by_itself(matrices: Sequence[Matrix], any_weight: nn.Parameter) -
 
 @contextmanager
 def _numbered(positions: Sequence[int]) -> Iterator[None]:
-    """Number the matrices of an error by ``positions``, those in a longer list."""
+    """Translate the matrix numbers of an error to ``positions`` in a longer list."""
     try:
         yield
     except NonFiniteScoreError as error:

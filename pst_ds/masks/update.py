@@ -1,4 +1,4 @@
-"""Select new masks: every rank scores its own shard of each weight, and no weight is gathered."""
+"""Select new masks: every rank scores its shard of each weight, and no weight is gathered."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pst_ds.parallel.ranks import group_sum
 
 @dataclass(frozen=True, slots=True)
 class MaskStats:
-    """The masks of all layers together; the same on every rank and for every world size."""
+    """Statistics of all masks together; the same on every rank and for every world size."""
 
     num_weights: int
     num_pruned: int
@@ -35,9 +35,9 @@ class MaskStats:
     kept: tuple[int, ...] = field(default=(), repr=False)
     """Weights that each layer keeps, in model order."""
     flipped: tuple[int, ...] = field(default=(), repr=False)
-    """Bits of each layer that differ."""
+    """Changed bits of each layer."""
     ranks: RankStats | None = field(default=None, repr=False)
-    """Of an update that dropped components of U V too."""
+    """Statistics of the update ranks, if the update dropped components of U V too."""
 
     @property
     def sparsity(self) -> float:
@@ -56,15 +56,17 @@ class MaskStats:
 def update_masks(
     model: nn.Module, sparsity: float, *, progress: float = 1.0, dropped_share: float | None = None
 ) -> MaskStats:
-    """Prune by the smallest scores, from the fp32 masters, in the pattern of each layer. A layer with a final sparsity
-    of its own has ``progress`` times that, the others ``sparsity``.
+    """Prune the weights with the smallest scores, computed from the fp32 masters, in the pattern of each layer.
 
-    Of a matrix, exactly floor(sparsity * numel) weights are pruned; of "global" ones together, as many as they would be
-    each by itself; in every row floor(sparsity * in_features); of blocks, or groups of N:M, floor(share * number).
-    Among equal scores the lowest flat index goes first. With a ``dropped_share`` components of U V are dropped before,
-    from the same masters, see :mod:`pst_ds.masks.update_rank_budget`. Collective, with a number of collectives that
-    does not depend on the number of layers. Raises FloatingPointError on every rank, naming the layers, for scores that
-    are not finite; the masks are then unchanged.
+    Layers with their own final sparsity have ``progress`` times that, the others ``sparsity``. Exactly
+    floor(sparsity * numel) weights are pruned of a matrix, floor(sparsity * in_features) of every row,
+    floor(share * number) of blocks or N:M groups; "global" matrices lose as many in all as they would separately. Among
+    equal scores the lowest flat index is pruned first.
+
+    With a ``dropped_share``, components of U V are dropped before, from the same masters; see
+    :mod:`pst_ds.masks.update_rank_budget`. Collective, with a number of collectives that does not depend on the number
+    of layers. Raises FloatingPointError on every rank, naming the layers, for scores that are not finite; the masks are
+    then unchanged.
     """
     layers = pst_layers(model)
     for name, layer in layers.items():
@@ -84,9 +86,9 @@ def update_masks(
 
 @torch.no_grad()
 def masks_of_zeros(model: nn.Module) -> MaskStats:
-    """Keep exactly the non-zeros of the weights, as they are now. Each rank looks at its own shard. Collective.
+    """Keep exactly the current non-zeros of the weights. Collective; each rank reads its shard.
 
-    Of weights that became codes the mask has those of before, see :func:`pst_ds.nn.base_codes.encode_base`.
+    A quantised base was masked before it was quantised, see :func:`pst_ds.nn.base_codes.encode_base`.
     """
     written = {}
     for layer in pst_layers(model).values():
@@ -97,9 +99,9 @@ def masks_of_zeros(model: nn.Module) -> MaskStats:
 
 
 def mask_stats(model: nn.Module, written: Mapping[PSTLayer, Tensor] | None = None) -> MaskStats:
-    """Counts and checksum of the masks as they are, or once ``written``, bits of this rank's shards by layer, are.
+    """Return counts and checksum of the masks, after writing ``written``, this rank's new mask bits by layer.
 
-    Collective: one sum over ranks for all layers, which the host waits for once.
+    Collective: one sum over ranks for all layers, for which the host waits once.
     """
     layers = pst_layers(model)
     any_mask = next(iter(layers.values())).pst_mask
@@ -118,13 +120,13 @@ def mask_stats(model: nn.Module, written: Mapping[PSTLayer, Tensor] | None = Non
 
 
 def _target(layer: PSTLayer, sparsity: float, progress: float) -> float:
-    """The layer's share of zeros now."""
+    """Return the layer's current target sparsity."""
     own = layer.rule.final_sparsity
     return sparsity if own is None else own * progress
 
 
 def _shard_bits(layer: LayerScores, matrices: list[Matrix], kept: list[Tensor]) -> Tensor:
-    """This rank's mask bits of a layer from what its matrices keep."""
+    """Return this rank's mask bits of a layer, from the kept bits of its matrices."""
     num_bytes = zero3.shard_of(layer.layer.pst_mask).values.numel()
     if layer.unit == (1, 1) and layer.in_order:
         return join_bits([(bits, layer.num_units(m.stored)) for m, bits in zip(matrices, kept, strict=True)], num_bytes)
@@ -136,7 +138,7 @@ def _shard_bits(layer: LayerScores, matrices: list[Matrix], kept: list[Tensor]) 
 
 
 def _layer_keys(layers: dict[str, PSTLayer], masters: list[dict[str, Tensor]]) -> list[LayerScores]:
-    """Every layer with the factors of its whole fp32 ``masters``, and the weights its units need of other ranks.
+    """Return every layer with the factors of its full fp32 ``masters``, and the weights of other ranks in its units.
     Collective: one all-to-all for all layers under ZeRO-3."""
     factors = factors_of(layers.values(), masters)
     wide = [layer for layer in layers.values() if layer.rule.pattern.unit(layer.layout) != (1, 1)]

@@ -1,4 +1,4 @@
-"""Drop the components of updates that matter least, until a budget over all matrices is met."""
+"""Drop the least important components of the low-rank updates, until a budget over all matrices is met."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from pst_ds.parallel import zero3
 
 @dataclass(frozen=True, slots=True)
 class RankStats:
-    """The components of all updates together; the same on every rank and for every world size."""
+    """Statistics of the components of all updates; the same on every rank and for every world size."""
 
     components: int
-    """Those that there were at the start."""
+    """Components at the start."""
     matrices: int
     kept: tuple[int, ...] = field(default=(), repr=False)
-    """Components that each layer keeps, in model order; a layer of several matrices has those of all."""
+    """Components that each layer keeps, over all its matrices, in model order."""
 
     @property
     def mean_rank(self) -> float:
-        """Components a matrix."""
+        """Mean number of components per matrix."""
         return sum(self.kept) / self.matrices
 
 
 @torch.no_grad()
 def update_ranks(model: nn.Module, dropped_share: float) -> RankStats:
-    """Shut the gates of the least important components, until ``dropped_share`` of those at the start are dropped.
+    """Close the gates of the least important components for good, until ``dropped_share`` of all are dropped.
 
-    What is shut stays so. The choice depends on the masters of U, V and the gates alone, and equal importances are
-    decided by the order of layers and components. Collective: under ZeRO-3 one all-gather for all layers. Raises
-    FloatingPointError on every rank, naming the layers, for factors that are not finite.
+    The choice depends only on the masters of U, V and the gates; ties are broken by the order of layers and components.
+    Collective: under ZeRO-3 one all-gather for all layers. Raises FloatingPointError on every rank, naming the layers,
+    for factors that are not finite.
     """
     layers = pst_layers(model)
     return drop_components(layers, whole_masters(list(layers.values()), UPDATE_FACTORS), dropped_share)
@@ -46,8 +46,8 @@ def update_ranks(model: nn.Module, dropped_share: float) -> RankStats:
 def drop_components(
     layers: dict[str, PSTLayer], masters: Sequence[dict[str, Tensor]], dropped_share: float
 ) -> RankStats:
-    """:func:`update_ranks`, given the whole ``masters`` of U, V and G of each layer; those of dropped gates are
-    overwritten there, too. Without a collective."""
+    """Do the same as :func:`update_ranks`, given the full ``masters`` of U, V and G of each layer, in which dropped
+    gates are overwritten too. Not collective."""
     sizes, found = [], []
     for layer, own in zip(layers.values(), masters, strict=True):
         found.append(importance(own["U"], own["V"], own["G"], layer.layout, layer.magnitude_scales).cpu())
@@ -67,7 +67,7 @@ def drop_components(
 
 @torch.no_grad()
 def ranks_kept(model: nn.Module) -> list[int]:
-    """Return the components that each layer keeps now, in model order; all of a layer without gates. Collective."""
+    """Return the number of components that each layer keeps, in model order; all for one without gates. Collective."""
     layers = list(pst_layers(model).values())
     gated = [layer.pst_G for layer in layers if layer.pst_G is not None]
     with zero3.gathered([gates for gates in gated if zero3.is_released(gates)]):
