@@ -18,20 +18,24 @@ SPARSE = ("bitmask", "csr", "2:4")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="DIR", help="model folder: packed, or dense with zeros in it")
+    parser.add_argument("model", metavar="DIR", help="sparse model folder: packed, or dense with pruned weights")
     parser.add_argument("--dense", metavar="DIR", help="dense model to compare with; default: DIR itself, unpacked")
     formats = (
-        f"sparse layers to measure, of {', '.join(SPARSE)}; default: the folder's (bitmask of a dense one), and "
+        f"sparse formats to measure: {', '.join(SPARSE)}; default: the folder's (bitmask for a dense one), and "
         "csr and 2:4 where they apply"
     )
     parser.add_argument("--formats", nargs="+", choices=SPARSE, default=[], metavar="FORMAT", help=formats)
-    parser.add_argument("--batch", type=_counts, default=[1], metavar="N,...", help="sequences at a time (default: 1)")
+    parser.add_argument("--batch", type=_counts, default=[1], metavar="N,...", help="sequences per batch (default: 1)")
     parser.add_argument("--prompt-tokens", type=count, default=128, metavar="N", help="(default: 128)")
     parser.add_argument("--new-tokens", type=count, default=32, metavar="N", help="(default: 32)")
-    parser.add_argument("--threads", type=_counts, metavar="N,...", help="of torch (default: OMP_NUM_THREADS)")
-    parser.add_argument("--repeats", type=count, default=3, metavar="N", help="runs of each, in turn (default: 3)")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of every model (default: bf16)")
-    copies = "go through copies of each model, twice the last-level cache together, a token each in turn"
+    parser.add_argument("--threads", type=_counts, metavar="N,...", help="torch threads (default: OMP_NUM_THREADS)")
+    parser.add_argument(
+        "--repeats", type=count, default=3, metavar="N", help="interleaved repeats of each measurement (default: 3)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp32"), default="bf16", help="dtype of every model (default: bf16)"
+    )
+    copies = "read weights from memory: use copies of each model, together twice the last-level cache, in turn"
     parser.add_argument("--from-memory", action="store_true", help=copies)
     add_quiet_argument(parser)
 
@@ -47,13 +51,13 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     folder = open_model_folder(args.model)
     dense = open_model_folder(args.dense) if args.dense else None
     if dense is not None and dense.format != "dense":
-        fix = f"leave --dense out to unpack {args.model} itself"
-        raise InputError(f"--dense {args.dense}: its weights are packed; {fix}")
+        fix = f"Omit --dense to unpack {args.model} itself"
+        raise InputError(f"--dense {args.dense}: its weights are packed. {fix}")
     positions = getattr(folder.config.get_text_config(), "max_position_embeddings", None)
     new_tokens = args.new_tokens if folder.is_causal else 0
     if isinstance(positions, int) and args.prompt_tokens + new_tokens > positions:
         what = f"--prompt-tokens and --new-tokens come to {args.prompt_tokens + new_tokens}"
-        raise InputError(f"{args.model} has {positions} positions, and {what}: lower them")
+        raise InputError(f"{args.model} has {positions} positions, and {what}. Lower them")
     models = variants(folder, dense, args.formats, args.dtype)
     by_name: dict[str, Variant | NativeLoop] = dict(models)
     if args.from_memory:

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, "run folder, or its run file")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
     parser.add_argument("--checkpoint", default="best", help='"best" (default), "final", or another in checkpoints/')
-    texts = 'of tasks "data-to-text" and "chat": a JSON line for each text written, with its references'
+    texts = 'for tasks "data-to-text" and "chat": write each generated text with its references to this JSONL file'
     parser.add_argument("--texts", metavar="FILE", help=texts)
     add_quiet_argument(parser)
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, object]:
     config = load_run_or_folder(args)
     if args.texts and not config.task_facts.writes_texts:
-        raise InputError(f"--texts {args.texts}: task {config.task!r} writes no texts; leave it out")
+        raise InputError(f"--texts {args.texts}: task {config.task!r} does not generate text. Omit it")
     if args.texts:
         require_writable(Path(args.texts), f"--texts {args.texts}")
     from pst_ds.parallel.launch import launch_environment
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         _, engine = build(context, checkpoint)
         metrics = evaluate(engine, examples, context)
         if config.task_facts.writes_texts and context.launch.rank == 0:
-            print("texts are written and scored by one process: run pst-ds eval without a launcher for BLEU")
+            print("text is generated and scored by one process. Run pst-ds eval without a launcher for BLEU")
     if context.launch.rank == 0:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         print(f"{checkpoint.folder} on {args.split} ({len(examples)} {context.task.unit}): {shown}")

@@ -24,29 +24,35 @@ Facts = dict[str, Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="DIR", help="model folder: dense, or packed by pst-ds export")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help='text to go on from; "-" reads stdin')
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help='text to continue; "-" reads stdin')
     chat = "the prompt is a message: use the tokenizer's chat template"
     parser.add_argument("--chat", action="store_true", help=chat)
     parser.add_argument("--max-new-tokens", type=count, default=128, metavar="N", help="(default: 128)")
-    parser.add_argument("--temperature", type=float, metavar="T", help="draw tokens; default: always the likeliest")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that sum up to P")
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="sampling temperature (default: greedy decoding)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="sample from the most likely tokens whose probabilities add up to P"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
-    load_as = "packed weights: keep them packed, or unpack them; auto takes the quicker"
-    parser.add_argument("--store", metavar="DIR", help="states of pst-ds users train --form beside, over this model")
-    parser.add_argument("--user", metavar="NAME", help="whose state in --store writes")
+    load_as = "packed weights: keep them packed, or unpack them; auto chooses the faster"
+    parser.add_argument(
+        "--store", metavar="DIR", help="store of per-user adapters of this model (pst-ds users train --form beside)"
+    )
+    parser.add_argument("--user", metavar="NAME", help="user in --store whose adapter is used")
     parser.add_argument("--load-as", choices=("auto", "sparse", "dense"), default="auto", help=load_as)
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the folder's")
     parser.add_argument("--threads", type=count, metavar="N", help="threads (default: OMP_NUM_THREADS, or all cores)")
-    engine = "the native loop, or transformers; auto: native on a CPU where the folder's values are codes"
+    engine = "the native loop, or transformers; auto: native on a CPU if the weights are quantised"
     parser.add_argument("--engine", choices=("auto", "native", "torch"), default="auto", help=engine)
-    bits = "of the native loop's activations in prompts: 8 takes less time, and rounds more (default: 16)"
+    bits = "bits of the native loop's activations in prompts: 8 is faster and less exact (default: 16)"
     parser.add_argument("--prompt-bits", type=int, choices=(8, 16), metavar="BITS", help=bits)
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     sampling = _sampling(args)
     if (args.store is None) != (args.user is None):
-        raise InputError("--store and --user go together: a folder of states, and whose of them writes")
+        raise InputError("--store and --user must be given together")
     import torch
 
     from pst_ds.inference.hf.model_folder import open_model_folder
@@ -60,7 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     tokenizer = folder.tokenizer()
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt.strip():
-        raise InputError("--prompt is empty: give a text to go on from")
+        raise InputError("--prompt is empty: give a text to continue")
     inputs = _encoded(prompt, tokenizer, args)
     new_tokens = _new_tokens(args, inputs["input_ids"], folder)
     start = time.perf_counter()
@@ -108,13 +114,13 @@ def _decoder(args: argparse.Namespace, folder: ModelFolder, device: str, context
         f"--{name.replace('_', '-')}" for name in ("load_as", "dtype") if getattr(args, name) not in ("auto", None)
     ]
     if args.engine == "native" and (chosen or device != "cpu"):
-        raise InputError(f"--engine native is for a CPU, and takes no {' and '.join(chosen) or device}")
+        raise InputError(f"--engine native is for a CPU. Omit {' and '.join(chosen) or device}")
     if args.engine == "native" and args.user is not None:
         raise InputError("--engine native does not support users. Omit it to use transformers")
     is_plain = args.engine == "auto" and folder.values is None
     if args.engine == "torch" or args.user is not None or chosen or device != "cpu" or is_plain:
         if args.prompt_bits:
-            raise InputError("--prompt-bits is for the native loop, which is not used here: add --engine native")
+            raise InputError("--prompt-bits is for the native loop, which is not used here. Add --engine native")
         return None
     from pst_ds.inference.decoder import Decoder, DecoderError
 
@@ -123,7 +129,7 @@ def _decoder(args: argparse.Namespace, folder: ModelFolder, device: str, context
     except (DecoderError, RuntimeError) as error:
         if args.engine == "native":
             raise InputError(str(error)) from None
-        print(f"transformers decodes, for the native loop cannot: {error}", file=sys.stderr)
+        print(f"using transformers instead of the native loop: {error}", file=sys.stderr)
         return None
 
 
@@ -160,9 +166,9 @@ def _facts(model: PreTrainedModel) -> Facts:
 def _sampling(args: argparse.Namespace) -> Sampling:
     """Return how the next token is chosen, in transformers' terms. Raises InputError."""
     if args.temperature is not None and not 0 <= args.temperature < float("inf"):
-        raise InputError(f"--temperature is a number of at least 0, got {args.temperature}")
+        raise InputError(f"--temperature = {args.temperature}: not a number of at least 0")
     if args.top_p is not None and not 0 < args.top_p <= 1:
-        raise InputError(f"--top-p is above 0 and at most 1, got {args.top_p}")
+        raise InputError(f"--top-p = {args.top_p}: not above 0 and at most 1")
     if args.temperature == 0 or (args.temperature is None and args.top_p is None):
         return {"do_sample": False}
     temperature = 1.0 if args.temperature is None else args.temperature
@@ -188,19 +194,19 @@ def _new_tokens(args: argparse.Namespace, ids: Tensor, folder: ModelFolder) -> i
     config, trained = folder.config.get_text_config(), read_prompt(folder.path)
     tokens = ids.shape[1]
     if tokens == 0:
-        raise InputError("--prompt: the tokenizer makes no token from it")
+        raise InputError("--prompt: the tokenizer returns no tokens for it")
     largest = int(ids.max())
     if largest >= config.vocab_size:
         raise InputError(
             f"{args.model}: the tokenizer gives token {largest}, and the model has {config.vocab_size}: "
-            "they do not belong together"
+            "model and tokenizer do not belong together"
         )
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int):
         return int(args.max_new_tokens)
     positions -= 0 if trained is None else len(trained.values)
     if tokens >= positions:
-        raise InputError(f"--prompt has {tokens} tokens, and the model {positions} positions: shorten it")
+        raise InputError(f"--prompt has {tokens} tokens, and the model has {positions} positions. Shorten it")
     return min(args.max_new_tokens, positions - tokens)
 
 

@@ -11,17 +11,22 @@ from pst_ds.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_run_arguments(parser, "run file (TOML), or a run folder to go on with")
-    by = "the launcher's words before RUN, such as 'launch/local.sh --ranks 2' (default: pst-ds train)"
+    add_run_arguments(parser, "run file (TOML), or a run folder to resume")
+    by = "the launcher's command before RUN, such as 'launch/local.sh --ranks 2' (default: pst-ds train)"
     parser.add_argument("--by", default="pst-ds train", metavar="COMMAND", help=by)
-    retries = "most starts after failures (default: 10); stops that saved do not count; 0 starts it once"
+    retries = "maximum restarts after failures (default: 10); stops after a checkpoint do not count"
     parser.add_argument("--retries", type=_number, default=10, metavar="N", help=retries)
-    wait = "seconds between two starts (default: 10)"
+    wait = "seconds before a restart (default: 10)"
     parser.add_argument("--wait", type=_number, default=10, metavar="S", help=wait)
-    parser.add_argument("--hostfile", default="", metavar="FILE", help="a line a host; --by has {hostfile} for it")
-    spares = "hosts that are not used until a stalled run or a check names others (default: 0)"
+    parser.add_argument(
+        "--hostfile",
+        default="",
+        metavar="FILE",
+        help="file with one host per line; write {hostfile} in --by where its name belongs",
+    )
+    spares = "hosts held back to replace faulty ones (default: 0)"
     parser.add_argument("--spares", type=_number, default=0, metavar="N", help=spares)
-    check = "ends with 0 on a host that is well, such as 'ssh -oBatchMode=yes {host} true'; before every start"
+    check = "exits with 0 on a healthy host, such as 'ssh -oBatchMode=yes {host} true'; runs before every start"
     parser.add_argument("--check", default="", metavar="COMMAND", help=check)
 
 
@@ -48,7 +53,7 @@ def _words(command: str) -> list[str]:
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise InputError(f"--by {command!r} is not a command:  {error}") from None
+        raise InputError(f"--by {command!r} is not a command: {error}") from None
     if not words:
         raise InputError("--by is empty; name a launcher, such as 'launch/local.sh --ranks 2'")
     return words

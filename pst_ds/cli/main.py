@@ -32,23 +32,23 @@ _REPORTED = ("DivergedError", "VerificationError", "FloatingPointError", "Stoppe
 """Failures that all ranks raise together and whose message says everything."""
 
 VERBS = {
-    "init": "write a commented run file for a model and its text, from flags and a few questions",
-    "plan": "show what a run would do: modules, parameters, memory, schedule; starts nothing",
-    "prepare": "tokenise texts once, into a store of tokens that runs map into memory",
-    "train": "train a run, on one process or as every rank of a launcher",
-    "launch": "train a run through a launcher, and start it again after failures, without hosts at fault",
-    "tune": "search a run's learning rates in a share of its steps, and write the run file with what it found",
-    "users": "train, evaluate, list, export and remove personal states of users over one sparse base",
-    "prune": "prune a run's pretrained model once, on calibration text: magnitude, Wanda, SparseGPT or ALPS",
+    "init": "write a commented run file for a model and its training data, from flags and a few questions",
+    "plan": "show what a run would do (modules, parameters, memory, schedule) without starting it",
+    "prepare": "tokenise a corpus once, into a token store that runs map into memory",
+    "train": "train a run in one process, or as a rank of a launcher",
+    "launch": "train a run through a launcher, restart it after failures, and exclude faulty hosts",
+    "tune": "search a run's learning rates with short trials, and write a run file with the best ones",
+    "users": "train, evaluate, list, export and remove per-user adapters of one sparse model",
+    "prune": "prune a pretrained model in one shot, with calibration data: magnitude, Wanda, SparseGPT or ALPS",
     "eval": "evaluate a checkpoint of a run",
-    "export": "write a run, or a folder with zeros, as a model folder: dense, bitmask, 2:4 or csr",
-    "verify": "check an export, alone or against the run it came from: files, tensors, weights, logits",
-    "generate": "write text with a causal model, dense or packed",
-    "serve": "answer chat-completions requests over HTTP with a model folder, with or without users",
-    "bench": "measure how fast and how large a model is, dense and sparse",
+    "export": "export a run or a sparse model folder as a model folder: dense, bitmask, 2:4 or csr",
+    "verify": "check an export, by itself or against its run: files, tensors, weights, logits",
+    "generate": "generate text with a causal model, dense or packed",
+    "serve": "serve a model folder over HTTP with the chat-completions protocol, with or without per-user adapters",
+    "bench": "measure the speed and size of a model, dense and sparse",
     "report": "write one HTML page about runs, side by side: curves, heat maps of layers, tables, exports, speed",
-    "inspect": "say what a folder or file is and holds: run, checkpoint, export, model; layer by layer",
-    "doctor": "check this machine: versions, accelerator, compiler, communication, disk; says what to fix",
+    "inspect": "describe a run, checkpoint, export or model folder, layer by layer",
+    "doctor": "check this machine (versions, accelerator, compiler, communication, disk) and say what to fix",
     "completion": "print a script that completes pst-ds in a shell: bash, zsh or fish",
 }
 
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if kind in _REPORTED:
             _say_on_main(f"pst-ds {args.verb}: {kind}: {error}")
         elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            told = f"{error}. Make room on that disk, or write to another"  # from each rank that has no room
+            told = f"{error}. Free space on that disk, or write to another one"  # from each rank that has no room
             print(f"pst-ds {args.verb}: {kind}: {told}", file=sys.stderr, flush=True)
         else:
             traceback.print_exc()
@@ -205,7 +205,7 @@ def add_quiet_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_shard_argument(parser: argparse.ArgumentParser) -> None:
-    text = "most bytes of a weight file (default: 5 GiB)"
+    text = "maximum bytes per weight file (default: 5 GiB)"
     parser.add_argument("--shard-bytes", type=count, default=5 << 30, metavar="B", help=text)
 
 

@@ -1,4 +1,6 @@
-"""``pst-ds prepare SRC ... --tokenizer DIR --out DIR``: tokenise texts once, into a store that runs map into memory."""
+"""``pst-ds prepare SRC ... --tokenizer DIR --out DIR``: tokenise a corpus once, into a token store that runs map into
+memory.
+"""
 
 from __future__ import annotations
 
@@ -18,28 +20,32 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    sources = "text, JSONL, CSV or Parquet, also compressed: files, folders, patterns, URLs, data sets of the hub"
+    sources = "text, JSONL, CSV or Parquet, also compressed: files, folders, patterns, URLs, datasets on the hub"
     parser.add_argument("sources", nargs="+", metavar="SRC", help=sources)
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="folder or hub name of a model or tokenizer")
-    parser.add_argument("--out", required=True, metavar="DIR", help="store to write; a killed call goes on there")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="token store to write; an interrupted call resumes there"
+    )
     workers = "processes (default: the cores of this machine, at most 64); the store's bytes do not depend on it"
     parser.add_argument("--workers", type=count, metavar="N", help=workers)
-    kind = "what rows are: texts, or conversations, of which the assistant's part is learnt (default: text)"
+    kind = "content of a row: text, or a conversation, of which the assistant's turns are learnt (default: text)"
     parser.add_argument("--kind", choices=("text", "chat"), default="text", help=kind)
     column = 'column that has the text, or a list of messages (default: "text", for conversations "messages")'
     parser.add_argument("--text-column", metavar="C", help=column)
-    template = "Jinja file by which conversations are written (default: the tokenizer's template)"
+    template = "Jinja file that formats conversations (default: the tokenizer's template)"
     parser.add_argument("--chat-template", metavar="FILE", help=template)
-    sample_by = "a document of a plain text: line, paragraph (up to an empty line) or document, all (default: line)"
+    sample_by = (
+        "document in a plain text file: line, paragraph (up to an empty line), or the whole document (default: line)"
+    )
     parser.add_argument("--sample-by", choices=("line", "paragraph", "document"), default="line", help=sample_by)
-    parser.add_argument("--split", default="train", metavar="S", help="split of a data set of the hub (default: train)")
-    parser.add_argument("--subset", default="", metavar="S", help="configuration of a data set of the hub")
-    parser.add_argument("--revision", default="", metavar="R", help="branch, tag or commit of a data set of the hub")
+    parser.add_argument("--split", default="train", metavar="S", help="split of a dataset on the hub (default: train)")
+    parser.add_argument("--subset", default="", metavar="S", help="configuration of a dataset on the hub")
+    parser.add_argument("--revision", default="", metavar="R", help="branch, tag or commit of a dataset on the hub")
     bytes_help = "count the bytes of text behind each token, for perplexity per byte of a validation set"
     parser.add_argument("--count-bytes", action="store_true", help=bytes_help)
-    shard = "bytes of input for a shard, where a file can be cut (default: 64 MiB)"
+    shard = "input bytes per shard, if the file can be split (default: 64 MiB)"
     parser.add_argument("--shard-bytes", type=count, default=64 << 20, metavar="B", help=shard)
-    force = "replace a store that is there, or what is left of another"
+    force = "replace an existing or incomplete store"
     parser.add_argument("--force", action="store_true", help=force)
     add_quiet_argument(parser)
 
@@ -69,7 +75,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     plan = plan_store(args.sources, tokenizer, reading, count_bytes=args.count_bytes, piece_bytes=args.shard_bytes)
     if args.sample_by == "line" and (path := next(filter(is_wrapped, plan.plain_files), None)):
         fix = "--sample-by document keeps them together"
-        print(f"note: {path}: its lines continue one another, and each becomes a document; {fix}", file=sys.stderr)
+        print(f"note: {path}: its lines are parts of longer texts, and each becomes a document; {fix}", file=sys.stderr)
     workers = args.workers or min(64, len(os.sched_getaffinity(0)))
     manifest = prepare_store(plan, tokenizer, Path(args.out), num_workers=workers, force=args.force)
     seconds = time.perf_counter() - start

@@ -12,13 +12,15 @@ from pst_ds.errors import InputError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; several are shown side by side")
     parser.add_argument("--out", metavar="FILE", help="HTML file to write (default: report.html in the first run)")
-    parser.add_argument("--export", nargs="+", default=[], metavar="DIR", help="exports that are in none of the runs")
-    parser.add_argument("--bench", nargs="+", default=[], metavar="FILE", help="what pst-ds bench --json printed")
-    parser.add_argument("--verified", nargs="+", default=[], metavar="FILE", help="what pst-ds verify --json printed")
-    watch = "serve the page over HTTP in place of writing it, and follow the runs"
+    parser.add_argument("--export", nargs="+", default=[], metavar="DIR", help="exports outside the run folders")
+    parser.add_argument("--bench", nargs="+", default=[], metavar="FILE", help="output of pst-ds bench --json")
+    parser.add_argument("--verified", nargs="+", default=[], metavar="FILE", help="output of pst-ds verify --json")
+    watch = "serve the page over HTTP instead of writing it, and update it as the runs progress"
     parser.add_argument("--watch", action="store_true", help=watch)
-    parser.add_argument("--host", default="127.0.0.1", help="where --watch listens (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8420, help="its port (default: 8420; 0 takes a free one)")
+    parser.add_argument("--host", default="127.0.0.1", help="address on which --watch listens (default: 127.0.0.1)")
+    parser.add_argument(
+        "--port", type=int, default=8420, help="port on which --watch listens (default: 8420; 0 chooses a free one)"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
@@ -70,6 +72,6 @@ def _write(args: argparse.Namespace) -> dict[str, object]:
     except BrokenPipeError:  # --out /dev/stdout, whose reader has gone
         raise
     except OSError as error:
-        raise InputError(f"--out {str(out)!r} cannot be written: {error}; name an HTML file to write") from None
+        raise InputError(f"--out {str(out)!r} cannot be written: {error}. Name an HTML file") from None
     print(f"wrote {out}: {', '.join(names['runs'])}; {len(data):,} bytes")
     return {"out": str(out), "bytes": len(data), **names}

@@ -26,20 +26,26 @@ KEYS = "PST_DS_API_KEYS"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="DIR", help="folder of a causal model: dense, or packed by pst-ds export")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="(default: 8000; 0 takes a free one)")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="(default: 8000; 0 chooses a free one)")
     parser.add_argument("--name", help="the model's name in requests (default: the folder's)")
-    parser.add_argument("--store", metavar="DIR", help="states of users, each served as NAME:USER")
-    parser.add_argument("--chat-template", metavar="FILE", help="Jinja file in place of the tokenizer's template")
-    memory = "states of users that stay in memory, those asked for last (default: 64)"
+    parser.add_argument("--store", metavar="DIR", help="store of per-user adapters, each served as NAME:USER")
+    parser.add_argument("--chat-template", metavar="FILE", help="Jinja file to use instead of the tokenizer's template")
+    memory = "adapters kept in memory, the most recently used ones (default: 64)"
     parser.add_argument("--users-in-memory", type=count, default=64, metavar="N", help=memory)
-    workers = "processes with a model each; one that dies is replaced (default: 1, this one)"
+    workers = "processes, each with a model, restarted when they die (default: 1, this process)"
     parser.add_argument("--workers", type=count, default=1, metavar="N", help=workers)
-    parser.add_argument("--max-batch", type=count, default=8, metavar="N", help="texts written at a time (default: 8)")
-    parser.add_argument("--max-waiting", type=count, default=64, metavar="N", help="requests that wait (default: 64)")
-    parser.add_argument("--max-body", type=count, default=1 << 20, metavar="B", help="of a request (default: 2^20)")
+    parser.add_argument("--max-batch", type=count, default=8, metavar="N", help="requests per batch (default: 8)")
+    parser.add_argument(
+        "--max-waiting", type=count, default=64, metavar="N", help="maximum waiting requests (default: 64)"
+    )
+    parser.add_argument(
+        "--max-body", type=count, default=1 << 20, metavar="B", help="maximum bytes of a request (default: 2^20)"
+    )
     parser.add_argument("--max-prompt-tokens", type=count, metavar="N", help="(default: the model's positions)")
-    parser.add_argument("--max-new-tokens", type=count, default=512, metavar="N", help="of an answer (default: 512)")
-    load_as = "packed weights: keep them packed, or unpack them; auto takes the quicker"
+    parser.add_argument(
+        "--max-new-tokens", type=count, default=512, metavar="N", help="maximum tokens of an answer (default: 512)"
+    )
+    load_as = "packed weights: keep them packed, or unpack them; auto chooses the faster"
     parser.add_argument("--load-as", choices=("auto", "sparse", "dense"), default="auto", help=load_as)
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the folder's")
     parser.add_argument("--threads", type=count, metavar="N", help="threads (default: OMP_NUM_THREADS, or all cores)")
@@ -72,7 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 def _say(args: argparse.Namespace, facts: dict[str, object]) -> None:
     users = f", {facts['users']} users" if args.store else ""
-    keys = f"{len(_keys())} keys" if _keys() else f"no key wanted: set {KEYS} to want one"
+    keys = f"{len(_keys())} keys" if _keys() else f"no key required: set {KEYS} to require one"
     workers = f", {args.workers} workers" if args.workers > 1 else ""
     print(f"serving {facts['name']}{users} at http://{args.host}:{facts['port']}/v1 ({keys}{workers})", flush=True)
 

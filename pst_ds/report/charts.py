@@ -119,7 +119,7 @@ def _sparsity(runs: Sequence[RunData]) -> Iterator[Chart]:
             if any(value for _, value in points):
                 label = name if len(runs) == 1 else f"{run.name}, {name}"
                 series.append(Series(label, i, points, is_dashed=name == "target"))
-    yield from drawn("Sparsity", "zeros in the pruned matrices", series, _last_step(runs), from_zero=True)
+    yield from drawn("Sparsity", "sparsity of the pruned matrices", series, _last_step(runs), from_zero=True)
 
 
 def _learning_rates(runs: Sequence[RunData]) -> Iterator[Chart]:

@@ -66,7 +66,7 @@ def heat_maps(run: RunData) -> Iterator[HeatMap]:
         return
     sparsity, flips = layers.history.sparsity(), layers.history.flips()
     low, high = FLIP_DECADES
-    yield _heat_map(layers, "Sparsity", "share of zeros", sparsity, sparsity, ("0", "1"))
+    yield _heat_map(layers, "Sparsity", "fraction of pruned weights", sparsity, sparsity, ("0", "1"))
     scale = (f"{10**low:.3%} or less", f"{10**high:.0%} or more")
     yield _heat_map(layers, "Flips", "of mask bits, log scale", flips, flips_on_scale(flips), scale)
 
@@ -142,7 +142,7 @@ def expert_maps(run: RunData) -> Iterator[HeatMap]:
         known = {name: row for name, row in table.items() if weights.get(name)}
         if known:
             share = np.array([shares_of_zeros(row, weights[name]) for name, row in known.items()])
-            yield _map("Zeros of experts", "share of zeros", known, share, share, ("0", "1"))
+            yield _map("Sparsity of experts", "fraction of pruned weights", known, share, share, ("0", "1"))
 
 
 def _tables(run: RunData, key: str) -> list[dict[str, Sequence[int]]]:

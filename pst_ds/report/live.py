@@ -65,7 +65,7 @@ def server_of(report: LiveReport, host: str, port: int) -> ThreadingHTTPServer:
                 except InputError as error:
                     self._answer(503, "text/plain", f"{error}\n".encode())
             else:
-                self._answer(404, "text/plain", b"there is / alone\n")
+                self._answer(404, "text/plain", b"only / exists\n")
 
         def log_message(self, format: str, *args: object) -> None:
             """Say nothing: the page asks all the time."""
@@ -82,5 +82,5 @@ def server_of(report: LiveReport, host: str, port: int) -> ThreadingHTTPServer:
         return ThreadingHTTPServer((host, port), Handler)
     except OSError as error:
         raise InputError(
-            f"--host {host} --port {port} cannot be listened on: {error}; name another port, or 0 for a free one"
+            f"--host {host} --port {port} cannot be listened on: {error}. Name another port, or 0 for a free one"
         ) from None

@@ -55,7 +55,7 @@ def find_exports(runs: Sequence[RunData], others: Sequence[Path]) -> tuple[list[
         except InputError as error:
             if folder.resolve() in named:
                 raise
-            notes.append(f"{run.name}/{folder.name} is left out: {error}")
+            notes.append(f"{run.name}/{folder.name} is omitted: {error}")
     known = {folder.resolve() for _, folder in inside}
     return exports + [read_export(path, str(path)) for path in others if path.resolve() not in known], notes
 
@@ -65,7 +65,7 @@ def read_export(folder: Path, name: str) -> ExportData:
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise InputError(
-            f"{str(folder)!r} is not an export: {MANIFEST_FILE} is missing; name a folder of pst-ds export"
+            f"{str(folder)!r} is not an export: {MANIFEST_FILE} is missing. Name a folder written by pst-ds export"
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -86,7 +86,7 @@ def read_export(folder: Path, name: str) -> ExportData:
             largest_rounding_error=manifest.get("largest_rounding_error"),
         )
     except (KeyError, TypeError, ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path} is damaged: {error!r}; pst-ds verify says more") from None
+        raise InputError(f"{path} is damaged: {error!r}. Run pst-ds verify for details") from None
 
 
 def export_table(exports: Sequence[ExportData], notes: Sequence[str] = ()) -> Table | None:
@@ -108,7 +108,7 @@ def export_table(exports: Sequence[ExportData], notes: Sequence[str] = ()) -> Ta
         for export in exports
     ]
     head = ["export", "format", "step", "sparsity requested", "measured", "weight files", "of dense bf16"]
-    head += ["bits a weight", *(["rounding changed at most"] if is_rounded else [])]
+    head += ["bits per weight", *(["largest quantisation error"] if is_rounded else [])]
     return Table("Exports", head, rows, note="; ".join(notes))
 
 
@@ -125,7 +125,7 @@ def bench_tables(files: Sequence[Path]) -> Iterator[Table]:
             )
             head, *rows = bench_table(result["rows"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{str(path)!r} is not what pst-ds bench --json prints: {error!r}") from None
+            raise InputError(f"{str(path)!r} is not the output of pst-ds bench --json: {error!r}") from None
         cells = [[Cell(row[0]), *(number(None) if c == "-" else Cell(c, 0.0) for c in row[1:])] for row in rows]
         yield Table(f"Speed of {result['model']}", head, cells, note=note)
 
@@ -140,7 +140,9 @@ def verification_table(files: Sequence[Path]) -> Table | None:
 
 def _verified(path: Path, result: dict[str, object]) -> list[Cell]:
     if not {"export_dir", "tensors", "sparsity_measured"} <= result.keys():
-        raise InputError(f"{str(path)!r} is not what pst-ds verify --json prints: it has no export_dir, or no counts")
+        raise InputError(
+            f"{str(path)!r} is not the output of pst-ds verify --json: export_dir or the counts are missing"
+        )
     counts = (("differing_weights", "compared_weights"), ("differing_predictions", "examples"))
     return [
         Cell(str(result["export_dir"])),
@@ -166,9 +168,9 @@ def tuning_tables(runs: Sequence[RunData]) -> Iterator[Table]:
         try:
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             head, *rows = trial_table(lines)
-            note = why(lines) if lines[-1]["event"] == "choice" else "not finished; the same command goes on"
+            note = why(lines) if lines[-1]["event"] == "choice" else "not finished; the same command resumes it"
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise InputError(f"{path} is damaged: {error!r}; remove it, or tune again with --restart") from None
+            raise InputError(f"{path} is damaged: {error!r}. Remove it, or tune again with --restart") from None
         cells = [[Cell(row[0]), *(number(None) if c in "-" else Cell(c, _key(c)) for c in row[1:])] for row in rows]
         yield Table(f"Learning rates tried{f' for {run.name}' if len(runs) > 1 else ''}", head, cells, note=note)
 

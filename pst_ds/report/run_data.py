@@ -61,7 +61,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
     resolved = [folder.resolve() for folder in folders]
     for folder, place in zip(folders, resolved, strict=True):
         if resolved.count(place) > 1:
-            raise InputError(f"{str(folder)!r} is named twice; name every run once")
+            raise InputError(f"{str(folder)!r} is named twice. Name every run once")
     return [_read_run(folder, name) for folder, name in zip(folders, short_names(resolved), strict=True)]
 
 
@@ -77,7 +77,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 def _read_run(folder: Path, name: str) -> RunData:
     if not (folder / RUN_FILE).is_file():
         raise InputError(
-            f"{str(folder)!r} is not a run folder: {RUN_FILE} is missing (looked in {folder.absolute()}); name the "
+            f"{str(folder)!r} is not a run folder: {RUN_FILE} is missing (looked in {folder.absolute()}). Name the "
             "output_dir of a run"
         )
     try:
@@ -104,7 +104,9 @@ def read_object(path: Path) -> dict[str, object]:
             continue
         if isinstance(value, dict):
             return value
-    raise InputError(f"{str(path)!r} holds no JSON object, as a whole or on its last line; name what --json wrote")
+    raise InputError(
+        f"{str(path)!r} does not contain a JSON object, as a whole or on its last line. Name the output of --json"
+    )
 
 
 def _checkpoints(folder: Path) -> Iterator[CheckpointData]:

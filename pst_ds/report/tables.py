@@ -76,14 +76,17 @@ def _results(runs: Sequence[RunData]) -> Iterator[tuple[str, list[Cell]]]:
         ("best_step", "best step", whole),
         ("skipped_steps", "skipped steps", whole),
         ("trained_parameters", "trained parameters", whole),
-        ("optimizer_bytes_per_rank", "optimizer state of a rank", bytes_text),
+        ("optimizer_bytes_per_rank", "optimizer state per rank", bytes_text),
     ):
         yield label, [number(run.result.get(key), text) for run in runs]
     peaks = [max((int(value) for _, value in run.curves.get("peak_memory_bytes", [])), default=None) for run in runs]
-    yield "peak memory of a rank", [number(peak, bytes_text) for peak in peaks]
+    yield "peak memory per rank", [number(peak, bytes_text) for peak in peaks]
     yield "checkpoint", [number(run.checkpoints[-1].nbytes if run.checkpoints else None, bytes_text) for run in runs]
     speeds = [[value for _, value in run.curves.get("tokens_per_second", [])] for run in runs]
-    yield "tokens a second, median", [number(statistics.median(of_run) if of_run else None, whole) for of_run in speeds]
+    yield (
+        "tokens per second, median",
+        [number(statistics.median(of_run) if of_run else None, whole) for of_run in speeds],
+    )
     yield "experts hardly used", [number(_hardly_used(run), whole) for run in runs]
     yield "ranks", [number(run.result.get("world_size"), whole) for run in runs]
     yield "time", [number(run.result.get("seconds"), duration_text) for run in runs]
@@ -175,5 +178,5 @@ def straggler_table(runs: Sequence[RunData]) -> Table | None:
         ]
         for run, event in found
     ]
-    head = ["host", "rank", "from step", "its seconds of a step", "the median rank's", "its memory", "more slow ranks"]
+    head = ["host", "rank", "from step", "its seconds per step", "the median rank's", "its memory", "more slow ranks"]
     return Table("Ranks that the others waited for", head, rows)

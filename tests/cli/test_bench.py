@@ -102,7 +102,7 @@ def test_a_model_that_the_loop_cannot_run_is_measured_without_it(folders, capsys
     monkeypatch.setattr(Decoder, "from_pretrained", refuse)
     assert main(["bench", str(folders / "half-int8"), *SHORT]) == 0
     out = capsys.readouterr()
-    assert "without the native loop: an odd layer" in out.err
+    assert "the native loop is not measured: an odd layer" in out.err
     assert "native loop" not in out.out
 
 
@@ -146,7 +146,7 @@ def test_dense_model_of_ones_own(folders, capsys):
     result, _ = _bench(capsys, folders / "half-bitmask", "--dense", str(folders / "half"))
     rows = {row["variant"]: row for row in result["rows"]}
     assert rows["dense"]["file_bytes"] == (folders / "half" / "model.safetensors").stat().st_size
-    assert "leave --dense out" in _refused(capsys, folders / "half", *SHORT, "--dense", folders / "half-bitmask")
+    assert "Omit --dense" in _refused(capsys, folders / "half", *SHORT, "--dense", folders / "half-bitmask")
 
 
 def test_default_formats_are_those_that_apply(folders):
@@ -195,7 +195,7 @@ def test_copies_fill_what_is_asked_and_share_nothing(folders):
 def test_copies_that_do_not_fit_are_refused(monkeypatch):
     monkeypatch.setattr(benched, "available_bytes", lambda: 1000)
     found = {"dense": Variant(torch.nn.Linear(8, 8))}
-    with pytest.raises(ModelFolderError, match="leave it out"):
+    with pytest.raises(ModelFolderError, match="Omit it"):
         copy_until(found, 900)
     assert len(found["dense"].models) == 1
     copy_until(found, 700)

@@ -97,7 +97,7 @@ def test_a_disk_that_cannot_be_written_fails(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("value", "status", "words"),
-    [(None, "ok", "not set"), ("1", "ok", "1 of"), ("4096", "warn", "wait for each other"), ("many", "warn", "export")],
+    [(None, "ok", "not set"), ("1", "ok", "1 of"), ("4096", "warn", "compete for"), ("many", "warn", "export")],
 )
 def test_threads(monkeypatch, value, status, words):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -118,7 +118,7 @@ def test_cores_are_those_that_this_process_may_use(monkeypatch):
         (of_threads,), (of_accelerator,) = doctor_checks.threads(), doctor_checks.accelerator()
     finally:
         os.sched_setaffinity(0, allowed)
-    assert (of_threads.status, of_threads.text) == ("warn", "2 threads on 1 cores wait for each other")
+    assert (of_threads.status, of_threads.text) == ("warn", "2 threads compete for 1 cores")
     assert "(1 cores, " in of_accelerator.text
 
 

@@ -128,7 +128,7 @@ def test_transformers_goes_on_where_the_native_loop_cannot(folders, tmp_path, ca
     monkeypatch.setattr("pst_ds.inference.decoder.decoder.LEAST_COSINE", 1.1)
     result, _, err = _generate(capsys, tmp_path / "codes", "--max-new-tokens", "2")
     assert result["engine"] == "torch"
-    assert "transformers decodes, for the native loop cannot" in err
+    assert "using transformers instead of the native loop" in err
     assert "other logits" in _refused(capsys, tmp_path / "codes", "--prompt", PROMPT, "--engine", "native")
 
 
@@ -144,7 +144,7 @@ def test_bits_of_a_prompt_are_of_the_native_loop(folders, tmp_path, capsys, monk
     _generate(capsys, folders / "dense", "--max-new-tokens", "2", "--engine", "native", "--prompt-bits", "8")
     assert opened == [{"prompt_bits": 8}]
     said = _refused(capsys, folders / "dense", "--prompt", PROMPT, "--prompt-bits", "8")
-    assert "add --engine native" in said
+    assert "Add --engine native" in said
 
 
 def test_seed_and_temperature(folders, capsys):
@@ -210,7 +210,7 @@ def test_stops_where_the_positions_end(folders, capsys):
     assert result["prompt_tokens"] + result["new_tokens"] <= 48
     assert f"stops after {48 - tokens} tokens: the model has 48 positions" in err
     assert "more than 48 positions" not in err
-    assert "48 positions: shorten it" in _refused(capsys, folders / "bitmask", "--prompt", "film " * 60)
+    assert "48 positions. Shorten it" in _refused(capsys, folders / "bitmask", "--prompt", "film " * 60)
 
 
 def test_prompt_from_stdin(folders, capsys, monkeypatch):

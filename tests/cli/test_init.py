@@ -93,14 +93,14 @@ def test_a_model_that_cannot_be_pruned_block_by_block_begins_without(made, tmp_p
     (base / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
     out, table, _ = made(str(base), "--train", TRAIN)
     assert "start" not in table
-    assert "begun by ALPS it costs less" in out.read_text()
+    assert "more accurate if initialised with ALPS" in out.read_text()
     assert table["schedule"]["initial_sparsity"] == 0.45
 
 
 @pytest.mark.parametrize(
     ("model", "more", "pattern", "words"),
     [
-        (BERT, ("--target", "cpu"), "matrix", "so many zeros cost 2 to 3 points more in blocks"),
+        (BERT, ("--target", "cpu"), "matrix", "at this sparsity blocks lose 2 to 3 points more"),
         (BERT, ("--target", "cpu", "--method", "gmp"), "1x4", "blocks of 4 inputs"),
         (BERT, ("--target", "cpu", "--sparsity", "0.8"), "1x4", "blocks of 4 inputs"),
         (LLAMA, ("--target", "cpu", "--task", "causal-lm"), "global", "decoders on CPUs"),
@@ -233,9 +233,9 @@ def test_a_book_is_one_text_and_says_so(made, capsys, book):
     assert table["data"]["sample_by"] == "document"
     assert (table["data"]["train"], table["data"]["validation"]) == (f"{book}[:90%]", f"{book}[90%:]")
     lines, held_out = result["remarks"]
-    assert lines == f'{book}: its lines continue one another, so none is a document: data.sample_by = "document"'
+    assert lines == f'{book}: its lines are parts of longer texts, not documents: data.sample_by = "document"'
     assert held_out.startswith(f"held out for validation: the last 10 % of {book}, ")
-    assert "# what a document is; the lines of this file continue one another\n" in out.read_text()
+    assert "# what counts as a document; the lines of this file are parts of longer texts\n" in out.read_text()
     assert _planned(capsys, out)["remarks"] == []
 
 
@@ -391,7 +391,7 @@ def _refused(capsys, *arguments):
 def test_nothing_is_written_over(made, tmp_path, capsys):
     out, _, _ = made(BERT, "--train", TRAIN)
     before = out.read_bytes()
-    assert f"{out} exists; name another file with --out, or write over it with --force" in _refused(
+    assert f"{out} exists. Name another file with --out, or overwrite it with --force" in _refused(
         capsys, BERT, "--train", TRAIN, "--sparsity", "0.5", "--out", str(out)
     )
     assert out.read_bytes() == before
@@ -441,7 +441,7 @@ def test_a_model_that_writes_no_text_needs_a_label_column(tmp_path, capsys, row,
 def test_without_a_terminal_nothing_is_asked(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("tests/data/tiny-bert\n"))
     out = ("--out", str(tmp_path / "run.toml"))
-    assert "the model folder and --train missing, and no terminal to ask on" in _refused(capsys, *out)
+    assert "the model folder and --train missing, and there is no terminal to ask on" in _refused(capsys, *out)
     assert "--train missing" in _refused(capsys, BERT, *out)
 
 
@@ -480,7 +480,7 @@ def test_the_questions_go_to_stderr_and_say_what_is_wrong(typed, tmp_path, capsy
     typed(f"{TRAIN}\n\n\n1\n")
     assert main(["init", BERT, "--out", str(tmp_path / "run.toml")]) == 0
     said = capsys.readouterr()
-    assert "fraction of zeros at the end [0.9, and 0.5 for language models]: " in said.err
+    assert "final sparsity [0.9, and 0.5 for language models]: " in said.err
     assert tomllib.loads((tmp_path / "run.toml").read_text())["schedule"]["final_sparsity"] == 0.9
     assert said.out.startswith("wrote ")
     typed("no.jsonl\n" * 9)

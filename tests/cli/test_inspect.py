@@ -124,7 +124,7 @@ def test_a_run_whose_links_were_lost_has_the_layers_of_its_newest_checkpoint(ins
     found, text = inspect(run)
     assert found["layers"] == whole["layers"]
     assert [c["links"] for c in found["checkpoints"]] == [[], []]
-    assert f"layers are those of {run}/checkpoints/step-00000006 (the newest)" in text
+    assert f"layers are from {run}/checkpoints/step-00000006 (the newest)" in text
 
 
 def test_a_damaged_checkpoint_of_a_run_is_told_and_the_next_is_shown(inspect, copied):
@@ -133,7 +133,7 @@ def test_a_damaged_checkpoint_of_a_run_is_told_and_the_next_is_shown(inspect, co
     _flip(next(newest.glob("*.safetensors")))
     found, text = inspect(run)
     problem = f"{newest}/shard-00001-of-00001.safetensors is damaged: its SHA-256 is not the one in SHA256SUMS"
-    assert f"layers are those of {older} (step-00000004)" in text
+    assert f"layers are from {older} (step-00000004)" in text
     assert text.endswith(f"\n{problem}")
     assert [c.get("problem") for c in found["checkpoints"]] == [problem, None]
     assert {n: x["zeros"] for n, x in _by_name(found).items()} == {
@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint_of_a_run_is_told_and_the_next_is_shown(inspect, co
     (older / "manifest.json").unlink()
     found, text = inspect(run)
     assert (found["layers"], found["finished"]) == ([], True)
-    assert "none of its checkpoints is whole" in text
+    assert "none of its checkpoints is intact" in text
     assert problem in text
     assert "manifest.json is missing" in text
     shutil.rmtree(run / "checkpoints")
@@ -181,7 +181,7 @@ def test_an_adapter_state(inspect, tmp_path, capsys):
     update_masks(model, 0.5)
     save_pretrained(model, tmp_path, step=3)
     found, _ = inspect(tmp_path)
-    assert found["kind"].endswith(": an adapter state, to be put onto its base model")
+    assert found["kind"].endswith(": an adapter state, for its base model")
     assert (found["step"], found["pattern"], found["sparsity_measured"]) == (3, "row", 0.5)
     layers = _by_name(found)
     for name, layer in pst_layers(model).items():

@@ -27,7 +27,7 @@ def test_it_writes_a_store_and_says_so(tmp_path, texts, verb):
     assert result["digest"] == open_store(out).digest
     assert open_store(out).num_bytes.tolist() == [0, 3, 5, 0, 0, 3, 5, 5]
     inspected = verb("inspect", str(out))
-    assert inspected["kind"] == f"{out}: a store of tokens"
+    assert inspected["kind"] == f"{out}: a token store"
     assert {inspected[key] == result[key] for key in ("tokens", "documents", "text_bytes", "digest")} == {True}
     assert inspected["sources"] == [str(texts)]
     assert main(["prepare", str(texts), *options, "--workers", "2"]) == 2
@@ -62,4 +62,4 @@ def test_a_book_of_which_each_line_becomes_a_document_is_noted(tmp_path, alone, 
     (tmp_path / "other.txt").write_text("the film\n" * 30)
     out = ("--tokenizer", "tests/data/tiny-llama", "--out", str(tmp_path / "store"), "--workers", "1")
     assert main(["prepare", str(tmp_path / "other.txt"), str(book), *out, *options]) == 0
-    assert (f"note: {book}: its lines continue one another" in capsys.readouterr().err) is is_noted
+    assert (f"note: {book}: its lines are parts of longer texts" in capsys.readouterr().err) is is_noted

@@ -48,7 +48,7 @@ def test_half_an_export_in_the_run_is_said_and_left_out(copied, tmp_path, capsys
     said = capsys.readouterr()
     assert json.loads(said.out.splitlines()[-1])["exports"] == []
     (line,) = said.err.splitlines()
-    assert line.startswith("pst-ds report: run/half is left out: ")
+    assert line.startswith("pst-ds report: run/half is omitted: ")
 
 
 def test_the_page_goes_into_the_first_run_unless_it_is_told_where(copied, folders):
@@ -62,9 +62,9 @@ def test_the_page_goes_into_the_first_run_unless_it_is_told_where(copied, folder
     [
         (["no/such"], ["'no/such' is not a run folder: run.toml is missing", "looked in", "output_dir"]),
         (["{run}", "--export", "{run}"], ["is not an export: pst_manifest.json is missing"]),
-        (["{run}", "--bench", "{run}/result.json"], ["result.json' is not what pst-ds bench --json prints"]),
+        (["{run}", "--bench", "{run}/result.json"], ["result.json' is not the output of pst-ds bench --json"]),
         (["{run}", "--verified", "none.json"], ["'none.json' cannot be read"]),
-        (["{run}", "--out", "{run}"], ["--out", "cannot be written", "name an HTML file"]),
+        (["{run}", "--out", "{run}"], ["--out", "cannot be written", "Name an HTML file"]),
     ],
 )
 def test_what_cannot_be_reported_is_one_message_and_2(folders, capsys, arguments, parts):

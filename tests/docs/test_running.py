@@ -45,7 +45,7 @@ NOT_HERE = {
     "fewer-experts": "needs a mixture of experts; tests/prune/test_whole_experts.py",
     "--format gguf": "needs a BPE tokenizer; tests/export/test_gguf.py",
     "export theirs": "needs a model that another library has quantised; tests/export",
-    "stores/web": "needs a store of tokens; tests/cli/test_prepare.py",
+    "stores/web": "needs a token store; tests/cli/test_prepare.py",
     "init$": "asks questions",
     "--bench bench.txt": "needs what bench measures; tests/cli/test_report.py",
 }

@@ -139,7 +139,7 @@ RUNS = {
         "take the method",
     ),
     "texts of a classifier": Wrong(
-        words("eval", "{made}/run", "--texts", "{tmp}/texts.jsonl"), "--texts", "{tmp}/texts.jsonl", "leave it out"
+        words("eval", "{made}/run", "--texts", "{tmp}/texts.jsonl"), "--texts", "{tmp}/texts.jsonl", "Omit it"
     ),
 }
 

@@ -129,7 +129,7 @@ VERBS = {
     ),
     "an empty prompt": Wrong(_generate("--prompt", " "), "--prompt", "empty", "give a text"),
     "a prompt longer than the model's": Wrong(
-        _generate("--prompt", "film " * 60), "--prompt", "61 tokens", "shorten it"
+        _generate("--prompt", "film " * 60), "--prompt", "61 tokens", "Shorten it"
     ),
     "a temperature below 0": Wrong(
         _generate("--prompt", "a", "--temperature", "-1"), "--temperature", "-1", "at least 0"
@@ -142,7 +142,7 @@ VERBS = {
         "pst-ds export",
     ),
     "a chat without a template": Wrong(
-        _generate("--prompt", "the", "--chat"), "{made}/causal-dense", "no chat template", "leave out --chat"
+        _generate("--prompt", "the", "--chat"), "{made}/causal-dense", "no chat template", "Omit --chat"
     ),
     "text of a packed folder that is damaged": Wrong(
         lambda shop: ["generate", str(shop.without("bitmask", "pst_bitmask.safetensors")), "--prompt", "the"],
@@ -157,19 +157,19 @@ VERBS = {
         words("bench", "{made}/causal-dense", "--prompt-tokens", "40", "--new-tokens", "40"),
         "--prompt-tokens",
         "80",
-        "lower them",
+        "Lower them",
     ),
     "bench against a packed model": Wrong(
         words("bench", "{made}/causal-dense", "--dense", "{made}/bitmask", "--prompt-tokens", "4", "--new-tokens", "2"),
         "--dense",
         "{made}/bitmask",
-        "leave --dense out",
+        "Omit --dense",
     ),
     "bench of a format that does not fit": Wrong(
         words("bench", "{made}/causal-dense", "--formats", "2:4", "--prompt-tokens", "4", "--new-tokens", "2"),
         "{made}/causal-dense",
         "2:4",
-        "leave 2:4 out of --formats",
+        "Omit 2:4 from --formats",
     ),
     "bench of no sequences": Wrong(
         words("bench", "{made}/causal-dense", "--batch", "0"), "--batch", "'0'", "at least 1"
@@ -259,6 +259,6 @@ VERBS = {
         ],
         "{tmp}/bench.json",
         "JSON",
-        "name what --json wrote",
+        "Name the output of --json",
     ),
 }

@@ -51,7 +51,7 @@ def test_a_rounded_export_says_so(write_run, export):
     path.write_text(json.dumps({**json.loads(path.read_text()), "kind": "bitmask", **about}))
     export(run / "plain")
     table = export_table(find_exports(read_runs([run]), [])[0])
-    assert table.head[-2:] == ["bits a weight", "rounding changed at most"]
+    assert table.head[-2:] == ["bits per weight", "largest quantisation error"]
     assert [row[1].text for row in table.rows] == ["bitmask int4 int8", "dense"]
     assert [row[-1].text for row in table.rows] == ["9.12%", "–"]
 
@@ -79,7 +79,7 @@ def test_a_damaged_manifest_is_named(tmp_path, content):
     with pytest.raises(InputError, match=r"is not an export: pst_manifest\.json is missing"):
         read_export(tmp_path, "x")
     (tmp_path / "pst_manifest.json").write_text(content)
-    with pytest.raises(InputError, match=r"pst_manifest\.json is damaged: .*; pst-ds verify says more"):
+    with pytest.raises(InputError, match=r"pst_manifest\.json is damaged: .*\. Run pst-ds verify for details"):
         read_export(tmp_path, "x")
 
 
@@ -97,7 +97,7 @@ def test_speed_is_what_bench_printed(tmp_path):
     assert table.head == ["variant", "threads", "batch", "decode tok/s"]
     assert [cell.text for cell in table.rows[0]] == ["dense", "2", "1", "31.2"]
     path.write_text('{"rows": []}')
-    with pytest.raises(InputError, match=r"bench\.json' is not what pst-ds bench --json prints"):
+    with pytest.raises(InputError, match=r"bench\.json' is not the output of pst-ds bench --json"):
         list(bench_tables([path]))
 
 
@@ -113,6 +113,6 @@ def test_verification_is_what_verify_printed(tmp_path):
     (row,) = verification_table([path]).rows
     assert [cell.text for cell in row] == ["e", "3", "0.500000", "–", "–", "–"]
     path.write_text("{}")
-    with pytest.raises(InputError, match=r"is not what pst-ds verify --json prints"):
+    with pytest.raises(InputError, match=r"is not the output of pst-ds verify --json"):
         verification_table([path])
     assert verification_table([]) is None

@@ -73,10 +73,10 @@ def test_what_is_no_run_is_said_with_the_fix(tmp_path, write_run):
         read_runs([write_run("broken", run_file="a = ")])
     run = write_run("cut")
     (run / "result.json").write_text('{"steps": 1')
-    with pytest.raises(InputError, match=r"result\.json' holds no JSON object"):
+    with pytest.raises(InputError, match=r"result\.json' does not contain a JSON object"):
         read_runs([run])
     run = write_run("twice")
-    with pytest.raises(InputError, match=r"twice' is named twice; name every run once"):
+    with pytest.raises(InputError, match=r"twice' is named twice. Name every run once"):
         read_runs([run, tmp_path / "." / "twice"])
 
 

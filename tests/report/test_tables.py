@@ -25,8 +25,8 @@ def test_results_have_a_column_a_run_and_no_row_that_nobody_has(a_run, write_run
     assert texts["accuracy"] == ["0.8", "0.5"]
     assert texts["f1"] == ["–", "0.25"]
     assert texts["sparsity in the masks"] == ["0.900000", "–"]
-    assert texts["tokens a second, median"] == ["500", "100"]
-    assert texts["peak memory of a rank"] == ["1.07 GB", "–"]
+    assert texts["tokens per second, median"] == ["500", "100"]
+    assert texts["peak memory per rank"] == ["1.07 GB", "–"]
     assert texts["time"] == ["1h02m", "–"]
     assert "ranks" not in texts
     assert table.is_numeric == [False, True, True]

@@ -89,7 +89,9 @@ def folder(path: Path) -> Iterator[Finding]:
             file.write(bytes(1 << 20))
             os.fsync(file.fileno())
     except OSError as error:
-        yield Finding("disk", "fail", f"{place} cannot be written: {error}", "name another --folder, or free space")
+        yield Finding(
+            "disk", "fail", f"{place} cannot be written: {error}", "name another --folder, or free some space"
+        )
         return
     yield _enough("disk", place, _FREE_GB, f"free {_FREE_GB:.0f} GB, or set output_dir to another disk")
 
@@ -113,12 +115,12 @@ def threads() -> Iterator[Finding]:
     name, cores = "OMP_NUM_THREADS", _cores()
     value = os.environ.get(name)
     if value is None:
-        text = f"not set: a process takes all {cores} cores; the scripts in launch/ set it for ranks"
+        text = f"not set: a process uses all {cores} cores; the scripts in launch/ set it for ranks"
         yield Finding(name, "ok", text)
     elif not value.isdigit() or not int(value):
         yield Finding(name, "warn", f"{value!r} is not a number of threads", f"export {name}=1")
     elif int(value) > cores:
-        yield Finding(name, "warn", f"{value} threads on {cores} cores wait for each other", f"export {name}={cores}")
+        yield Finding(name, "warn", f"{value} threads compete for {cores} cores", f"export {name}={cores}")
     else:
         yield Finding(name, "ok", f"{value} of {cores} cores")
 

@@ -19,7 +19,7 @@ from pst_ds.cli.doctor.checks import Finding
 
 _COMPILER_FIX = "install a C++ compiler (apt install g++), or name one in CXX"
 _GATHER_FIX = (
-    "see that 127.0.0.1 and the host's own name can be reached (ping $(hostname)); GLOO_SOCKET_IFNAME or "
+    "check that 127.0.0.1 and the host's name can be reached (ping $(hostname)); GLOO_SOCKET_IFNAME or "
     "NCCL_SOCKET_IFNAME=lo names the network to use"
 )
 
@@ -30,12 +30,14 @@ def native_code(limit_seconds: float) -> Iterator[Finding]:
     last_line, problem = _run(["native"], {}, limit_seconds)
     seconds = time.monotonic() - start
     if problem:
-        yield Finding("native code", "fail", f"{problem} after {seconds:.1f} s", "set PST_DS_NATIVE=0 meanwhile")
+        yield Finding(
+            "native code", "fail", f"{problem} after {seconds:.1f} s", "set PST_DS_NATIVE=0 until it is fixed"
+        )
         return
     report = json.loads(last_line)
     if report["wrong"]:
         text = f"{', '.join(report['wrong'])} differ from torch"
-        yield Finding("native code", "fail", text, "set PST_DS_NATIVE=0, and report the compiler")
+        yield Finding("native code", "fail", text, "set PST_DS_NATIVE=0, and report this compiler")
     elif report["missing"]:
         text, fix = f"missing for {', '.join(report['missing'])}: {report['warning']}", _COMPILER_FIX
         if os.environ.get("PST_DS_NATIVE") == "0":
@@ -54,7 +56,7 @@ def two_ranks(limit_seconds: float) -> Iterator[Finding]:
     if torch.cuda.device_count() > 1:
         yield _gather("nccl", {}, limit_seconds)
     elif torch.cuda.is_available():
-        yield Finding("two ranks over nccl", "ok", "not tried: there is one GPU, and NCCL needs one for each rank")
+        yield Finding("two ranks over nccl", "ok", "skipped: NCCL needs one GPU per rank, and there is only one")
 
 
 def _gather(backend: str, environ: Mapping[str, str], limit_seconds: float) -> Finding:
@@ -63,7 +65,7 @@ def _gather(backend: str, environ: Mapping[str, str], limit_seconds: float) -> F
     name, seconds = f"two ranks over {backend}", time.monotonic() - start
     if problem:
         return Finding(name, "fail", f"{problem} after {seconds:.1f} s", _GATHER_FIX)
-    return Finding(name, "ok", f"each gathered what both sent, through DeepSpeed, {seconds:.1f} s")
+    return Finding(name, "ok", f"each received what both sent, through DeepSpeed, {seconds:.1f} s")
 
 
 def _run(arguments: list[str], environ: Mapping[str, str], limit_seconds: float) -> tuple[str, str]:

@@ -11,39 +11,41 @@ from pst_ds.config.methods import METHODS
 from pst_ds.config.tasks import TASKS
 from pst_ds.errors import InputError
 
-_ZEROS = "0.9, and 0.5 for language models"
+_DEFAULT_SPARSITY = "0.9, and 0.5 for language models"
 _HELD_OUT = "the last 10 % of it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="DIR", help="model folder, or a name on the hub")
     parser.add_argument("--train", metavar="FILE", help="JSONL, CSV, Parquet or text file to train on")
-    validation = "file that chooses the best checkpoint, or none (default: the last 10 %% of the training file)"
+    validation = "file for choosing the best checkpoint, or none (default: the last 10 %% of the training file)"
     parser.add_argument("--validation", metavar="FILE", help=validation)
     parser.add_argument("--test", metavar="FILE", help="file for pst-ds eval and verify")
-    parser.add_argument("--task", choices=tuple(TASKS), help="default: what the columns of the training file suggest")
+    parser.add_argument("--task", choices=tuple(TASKS), help="default: inferred from the columns of the training file")
     parser.add_argument("--text-columns", type=_names, metavar="COLUMN,...", help="one column, or two for pairs")
     parser.add_argument("--label-column", metavar="COLUMN", help="default: label")
     parser.add_argument("--method", choices=tuple(METHODS), default="pst", help="default: pst")
-    parser.add_argument("--sparsity", type=float, metavar="S", help=f"fraction of zeros at the end (default: {_ZEROS})")
+    parser.add_argument("--sparsity", type=float, metavar="S", help=f"final sparsity (default: {_DEFAULT_SPARSITY})")
     pattern = 'matrix (default), global, row, N:M or blocks such as "16x1"'
     parser.add_argument("--pattern", metavar="P", help=pattern)
-    target = "where the sparse model will run: proposes the quickest pattern there of about the same quality"
+    target = "where the sparse model will run; proposes the fastest pattern of about the same quality"
     parser.add_argument("--target", choices=("cpu",), help=target)
-    excluded = "modules and Parameters to leave dense, as pst.exclude_modules names them"
+    excluded = "modules and parameters to keep dense, as in pst.exclude_modules"
     parser.add_argument("--exclude-modules", type=_names, metavar="NAME,...", help=excluded)
     steps = parser.add_mutually_exclusive_group()
     steps.add_argument(
         "--epochs", type=float, metavar="N", help="default: 3, and 1 for causal-lm, within 600 to 10,000 steps"
     )
     steps.add_argument("--steps", type=count, metavar="N", help="optimizer steps")
-    parser.add_argument("--batch-size", type=count, metavar="N", help="of all ranks together (default: about 32)")
-    length = "tokens (default: 128, 512 for causal-lm, or less)"
+    parser.add_argument(
+        "--batch-size", type=count, metavar="N", help="examples per optimizer step, over all ranks (default: about 32)"
+    )
+    length = "maximum tokens per example (default: 128, or 512 for causal-lm, or the model's limit)"
     parser.add_argument("--max-length", type=count, metavar="N", help=length)
     parser.add_argument("--ranks", type=count, metavar="N", help="processes to train on (default: 1)")
     parser.add_argument("--output-dir", metavar="DIR", help="run folder (default: runs/ and the name of the run file)")
     parser.add_argument("--out", default="run.toml", metavar="FILE", help="run file to write (default: run.toml)")
-    parser.add_argument("--force", action="store_true", help="write over a run file that is there")
+    parser.add_argument("--force", action="store_true", help="overwrite an existing run file")
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
@@ -51,7 +53,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     deepspeed_file = out.with_suffix(".deepspeed.json")
     for path in (out, deepspeed_file):
         if path.exists() and not args.force:
-            raise InputError(f"{path} exists; name another file with --out, or write over it with --force")
+            raise InputError(f"{path} exists. Name another file with --out, or overwrite it with --force")
         require_writable(path, f"--out {out}")
     _complete(args)
     from pst_ds.cli.init.draft import chosen_run
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     chosen = chosen_run(args, deepspeed_file)
     write_files(chosen, out, deepspeed_file)
     result = chosen.summary | {"out": args.out, "deepspeed_config": chosen.run.deepspeed_config}
-    shown = f", {result['sparsity']} zeros" if result["sparsity"] else ""
+    shown = f", sparsity {result['sparsity']}" if result["sparsity"] else ""
     print(
         f"wrote {out}: {result['task']}, method {result['method']}{shown}, {result['num_layers']} layers, "
         f"{result['trained_parameters']:,} trained parameters, {result['num_steps']} steps over {result['examples']} "
@@ -78,7 +80,7 @@ def _complete(args: argparse.Namespace) -> None:
         missing = [name for name, value in (("the model folder", args.model), ("--train", args.train)) if not value]
         if missing:
             names = " and ".join(missing)
-            raise InputError(f"{names} missing, and no terminal to ask on: pst-ds init DIR --train FILE")
+            raise InputError(f"{names} missing, and there is no terminal to ask on. Run pst-ds init DIR --train FILE")
         return
     if not args.model:
         args.model = _ask("model folder, or its name on the hub")
@@ -88,8 +90,8 @@ def _complete(args: argparse.Namespace) -> None:
             asked = _ask("file for validation, or none", _HELD_OUT, check=_file_problem)
             args.validation = None if asked == _HELD_OUT else asked
     if args.sparsity is None and args.pattern is None and METHODS[args.method].masks != "none":
-        asked = _ask("fraction of zeros at the end", _ZEROS, check=_share_problem)
-        args.sparsity = None if asked == _ZEROS else float(asked)
+        asked = _ask("final sparsity", _DEFAULT_SPARSITY, check=_share_problem)
+        args.sparsity = None if asked == _DEFAULT_SPARSITY else float(asked)
     if args.ranks is None:
         args.ranks = int(_ask("processes to train on", "1", check=_count_problem))
 

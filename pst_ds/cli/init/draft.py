@@ -141,7 +141,7 @@ def _remark_on_lines(data: DataConfig) -> str:
     if data.sample_by == "line":
         return ""
     file, _ = file_and_slice(data.train)
-    return f'{file}: its lines continue one another, so none is a document: data.sample_by = "{data.sample_by}"'
+    return f'{file}: its lines are parts of longer texts, not documents: data.sample_by = "{data.sample_by}"'
 
 
 def _has_small_update(run: RunConfig) -> bool:
@@ -182,13 +182,13 @@ def proposed_length(usual_epochs: float, examples: int, batch_size: int) -> tupl
     steps = round(usual_epochs * steps_of_epoch)
     if steps > max(_MOST_STEPS, steps_of_epoch):
         steps = max(_MOST_STEPS, steps_of_epoch)
-        return {"num_steps": steps}, f"{steps / steps_of_epoch:.1f} epochs, for this data is large"
+        return {"num_steps": steps}, f"{steps / steps_of_epoch:.1f} epochs, because the dataset is large"
     if steps >= _LEAST_STEPS:
         return {"num_epochs": usual_epochs}, "usual for this task"
     epochs = _LEAST_STEPS / steps_of_epoch
     if epochs > _LONGER * usual_epochs:
-        return {"num_epochs": _LONGER * usual_epochs}, "more than usual, for this data is small"
-    return {"num_steps": _LEAST_STEPS}, f"{epochs:.1f} epochs, for the masks to settle"
+        return {"num_epochs": _LONGER * usual_epochs}, "more than usual, because the dataset is small"
+    return {"num_steps": _LEAST_STEPS}, f"{epochs:.1f} epochs, so that the masks settle"
 
 
 def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> Settings:
@@ -244,10 +244,10 @@ def _proposed_pattern(args: argparse.Namespace, task: str) -> tuple[str, str]:
     if args.pattern or args.target != "cpu":
         return args.pattern or "matrix", ""
     if not TASKS[task].has_labels:
-        return "matrix", "decoders on CPUs are as fast with zeros anywhere as with blocks"
+        return "matrix", "decoders on CPUs are as fast with unstructured sparsity as with blocks"
     if args.method == "pst" and _sparsity(args, TASKS[task]) >= HIGH_SPARSITY:
-        return "matrix", '"1x4" is 1.3 times as fast on CPUs, but so many zeros cost 2 to 3 points more in blocks'
-    return "1x4", "blocks of 4 inputs: encoders on CPUs are 1.3 times as fast as with zeros anywhere"
+        return "matrix", '"1x4" is 1.3 times as fast on CPUs, but at this sparsity blocks lose 2 to 3 points more'
+    return "1x4", "blocks of 4 inputs: encoders on CPUs are 1.3 times as fast as with unstructured sparsity"
 
 
 def _sparsity(args: argparse.Namespace, facts: TaskFacts) -> float:

@@ -18,28 +18,28 @@ _COMMENTS = {
     "method": '"pst", or a rival with the same data, schedule and export: docs/how-to/methods.md',
     "deepspeed_config": "memory, precision and communication; batch and optimizer are this file's",
     "data.validation": "chooses the best checkpoint, among those at the final sparsity",
-    "data.sample_by": "what a document is; the lines of this file continue one another",
-    "data.document_mask": "documents run on, as if they were one text",
-    "data.test": "read by pst-ds eval and verify alone",
+    "data.sample_by": "what counts as a document; the lines of this file are parts of longer texts",
+    "data.document_mask": "documents are joined as if they were one text",
+    "data.test": "used only by pst-ds eval and verify",
     "train.batch_size": "examples of an optimizer step, over all ranks",
     "train.precision": '"bf16" or "fp32"; optimizer and masters are fp32 in both',
-    "train.score_penalty": "what the mean of sigmoid(S) costs at the final sparsity",
+    "train.score_penalty": "weight of the mean of sigmoid(S) in the loss, at the final sparsity",
     "pst.exclude_modules": "these stay dense and frozen",
     "pst.pattern": '"matrix", "stack", "global", "row", N:M such as "2:4", or blocks such as "16x1"',
-    "pst.magnitude": "scores rank |W| times the norms of inputs, as the start did",
-    "start.method": "prunes the model before the first step; what that is worth: docs/how-to/methods.md",
-    "start.samples": "training examples that this looks at",
-    "start.reconstruct": "passes of them that fit what is left to the dense model",
-    "start.budgets": "layers have more or fewer zeros by what the loss loses; pst.pattern keeps that",
-    "pst.frozen_magnitude": "scores rank the weights as the start left them",
-    "pst.update_rank": "of U V, which make up for the zeros",
+    "pst.magnitude": "scores compare |W| times the input norms, as the one-shot start does",
+    "start.method": "prunes the model before the first step; the gain: docs/how-to/methods.md",
+    "start.samples": "training examples for calibration",
+    "start.reconstruct": "passes over them that fit the kept weights to the dense model",
+    "start.budgets": "each layer's sparsity follows its effect on the loss; pst.pattern keeps it",
+    "pst.frozen_magnitude": "scores compare the weights as they are after the start",
+    "pst.update_rank": "rank of U V, which compensate for pruned weights",
     "pst.update_init": "U starts at zero, so the first loss is the pruned model's,",
     "pst.update_init_scale": "and V as LoRA's",
-    "pst.update_embeddings": "these get a low-rank update too, and no zeros",
-    "schedule.final_sparsity": "fraction of zeros in every pruned matrix at the end",
-    "schedule.initial_sparsity": "fraction of zeros from the first step on: the smallest weights cost next to nothing",
-    "schedule.warmup_fraction": "share of the steps at this fraction, before it grows",
-    "schedule.cooldown_fraction": "share of the steps at the end, with final masks",
+    "pst.update_embeddings": "these get a low-rank update too, and are not pruned",
+    "schedule.final_sparsity": "final sparsity of every pruned matrix",
+    "schedule.initial_sparsity": "sparsity from the first step on; pruning the smallest weights costs next to nothing",
+    "schedule.warmup_fraction": "fraction of steps at this sparsity, before it grows",
+    "schedule.cooldown_fraction": "fraction of steps at the end, with fixed masks",
     "schedule.update_interval": "optimizer steps between mask updates",
 }
 
@@ -95,8 +95,12 @@ def _comment(text: str) -> str:
 def _found(chosen: Chosen) -> dict[str, str]:
     """Return comments about findings in the model and its text."""
     classes = ", ".join(chosen.labels[:8]) + (", …" if len(chosen.labels) > 8 else "")
-    limit = f"; the model takes at most {chosen.positions}" if chosen.positions else ""
-    what = "length of every training sequence" if chosen.run.task_facts.packs_text else "tokens a text is cut to"
+    limit = f"; the model supports at most {chosen.positions}" if chosen.positions else ""
+    what = (
+        "length of every training sequence"
+        if chosen.run.task_facts.packs_text
+        else "tokens to which an example is truncated"
+    )
     comments = {
         "model.path": f"family {chosen.family}",
         "data.train": f"{chosen.summary['examples']} {chosen.summary['unit']}",
@@ -107,11 +111,11 @@ def _found(chosen: Chosen) -> dict[str, str]:
     }
     comments |= {"pst.pattern": chosen.pattern_reason} if chosen.pattern_reason else {}
     if chosen.run.pst.pattern == "global":
-        comments["schedule.final_sparsity"] = "fraction of zeros in all pruned matrices together at the end"
+        comments["schedule.final_sparsity"] = "final sparsity of all pruned matrices together"
     if chosen.run.start.method != "none":
-        comments["schedule.initial_sparsity"] = "fraction of zeros from the first step on, by [start]"
+        comments["schedule.initial_sparsity"] = "sparsity from the first step on, reached by [start]"
     elif gains_by_start(chosen.run):
-        said = f"{_COMMENTS['schedule.final_sparsity']}; begun by ALPS it costs less accuracy: docs/how-to/methods.md"
+        said = f"{_COMMENTS['schedule.final_sparsity']}; more accurate if initialised with ALPS: docs/how-to/methods.md"
         comments["schedule.final_sparsity"] = said
     return comments | ({"data.label_column": f"{len(chosen.labels)} classes: {classes}"} if chosen.labels else {})
 

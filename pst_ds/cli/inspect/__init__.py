@@ -9,9 +9,9 @@ from pst_ds.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = "run file, run folder, checkpoint, adapter state, export, model folder, or store of tokens"
+    kinds = "run file, run folder, checkpoint, adapter state, export, model folder, or token store"
     parser.add_argument("path", metavar="PATH", help=kinds)
-    parser.add_argument("--layers", action="store_true", help="a line for every layer, not one for all blocks")
+    parser.add_argument("--layers", action="store_true", help="one line per layer, instead of one for all blocks")
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
@@ -29,7 +29,9 @@ def inspect(path: Path) -> Inspection:
     if path.is_file():
         return runs.run_file(path)
     if (path / ONNX_FILE).is_file():
-        raise InputError(f"{path} has an ONNX file, whose graph netron or onnx show; pst-ds verify {path} checks it")
+        raise InputError(
+            f"{path} is an ONNX export. Show its graph with netron or onnx, and check it with pst-ds verify {path}"
+        )
     readers = {
         "run.toml": runs.run_folder,
         "SHA256SUMS": runs.checkpoint_folder,
@@ -45,7 +47,7 @@ def inspect(path: Path) -> Inspection:
             return reader(path)
     inside = sorted(p.name for p in path.iterdir())
     raise InputError(
-        f"{str(path)!r} is not a run, checkpoint, export, model or store of tokens: it has none of "
+        f"{str(path)!r} is not a run, checkpoint, export, model or token store: it does not contain any of "
         f"{', '.join(readers)}. "
-        + (f"It holds {', '.join(inside[:6])}{', …' if len(inside) > 6 else ''}" if inside else "It is empty")
+        + (f"It contains {', '.join(inside[:6])}{', …' if len(inside) > 6 else ''}" if inside else "It is empty")
     )

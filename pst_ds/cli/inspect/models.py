@@ -64,14 +64,14 @@ def export_folder(path: Path) -> Inspection:
         **storage_facts(entries, [layer["bytes"] for layer in layers]),
         **_sizes(sum((path / name).stat().st_size for name in files), about.get("dense_bf16_bytes")),
     }
-    note = f"zeros and patterns are the manifest's; pst-ds verify {path} counts them in the files and checks every hash"
+    note = f"sparsity and patterns are from the manifest. pst-ds verify {path} checks the files"
     return Inspection(f"{path}: an export, {encoding}", facts, layers, note)
 
 
 def _exported(entry: TensorEntry, files: dict[str, TensorFile], path: Path) -> Layer:
     for part in entry.parts:
         if part.name not in files[part.file].slots:
-            raise ExportError(f"{path / part.file} lacks {part.name}, which the manifest says is in it")
+            raise ExportError(f"{path / part.file} does not contain {part.name}, which the manifest lists")
     nbytes = sum(files[part.file].slots[part.name].nbytes for part in entry.parts)
     layer: Layer = {
         "name": entry.name,
@@ -103,7 +103,7 @@ def pruned_folder(path: Path) -> Inspection:
         facts = {key: value for key, value in record.items() if key not in ("format", "layers", "modules")}
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path / RECORD_FILE} is damaged: {error!r}") from None
-    note = f"zeros are as pst-ds prune counted them, {RECORD_FILE} says"
+    note = f"sparsity is as counted by pst-ds prune, in {RECORD_FILE}"
     facts |= {**usage(layers), **_sizes(weights.file_bytes)}
     return Inspection(f"{path}: a result of pst-ds prune", facts, layers, note)
 
@@ -115,7 +115,7 @@ def _recorded(row: JsonTable, weights: BaseWeights) -> Layer:
     else:
         stored = weights.find(f"{row['name']}.weight")
         if stored is None:
-            raise InputError(f"{weights.folder} has no {row['name']}.weight, which {RECORD_FILE} says was pruned")
+            raise InputError(f"{weights.folder} has no {row['name']}.weight, which {RECORD_FILE} lists as pruned")
         dtype, shape = weights.size(stored)
     numel = math.prod(shape)
     layer: Layer = {
@@ -158,8 +158,8 @@ def adapter_state(path: Path) -> Inspection:
     known += ["pst_ds_version"]
     facts = {**{key: table.get(key) for key in known}, **totals(layers), "pattern": config.get("pattern")}
     facts["file_bytes"] = (path / adapter.WEIGHTS_FILE).stat().st_size
-    note = "its weight file is whole: its SHA-256 is as it should be"
-    return Inspection(f"{path}: an adapter state, to be put onto its base model", facts, layers, note)
+    note = "its weight file is intact: its SHA-256 matches"
+    return Inspection(f"{path}: an adapter state, for its base model", facts, layers, note)
 
 
 def model_folder(path: Path) -> Inspection:
@@ -167,7 +167,7 @@ def model_folder(path: Path) -> Inspection:
     config = read_table(path / CONFIG_FILE, f"{path / CONFIG_FILE} is missing")
     quantization = config.get("quantization_config") or {}
     if quantization.get("quant_method") == QUANT_METHOD:
-        raise ExportError(f"{path} is a packed export without pst_manifest.json, which says what it holds")
+        raise ExportError(f"{path} is a packed export without pst_manifest.json, which describes its tensors")
     text: Facts = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     facts = {
         "architectures": config.get("architectures"),
@@ -187,7 +187,7 @@ def model_folder(path: Path) -> Inspection:
         "sparsity_measured": sparsity_of(in_blocks),
         **_sizes(weights.file_bytes),
     }
-    note = "sparsity measured: of the matrices inside blocks. Patterns are along the rows as they are stored"
+    note = "sparsity measured is that of the matrices inside blocks. Patterns are along the rows as stored"
     return Inspection(f"{path}: a model folder", facts, layers, note)
 
 
@@ -239,4 +239,4 @@ def token_store(path: Path) -> Inspection:
         "tokenizer_sha256": manifest.tokenizer.sha256,
         "sources": manifest.source.get("sources"),
     }
-    return Inspection(f"{path}: a store of tokens", facts, [])
+    return Inspection(f"{path}: a token store", facts, [])

@@ -15,7 +15,7 @@ from pst_ds.export.manifest import read_table
 from pst_ds.file_names import CHECKPOINTS, LAYERS_FILE, RESULT_FILE, RUN_FILE, links_to, step_folders
 from pst_ds.report.layer_data import read_layers
 
-_WHOLE = "whose files are whole: every SHA-256 is as it should be"
+_WHOLE = "with intact files: every SHA-256 matches"
 _BYTES_TRAINED = 12
 """Bytes of a trained parameter in a checkpoint: its fp32 master and two moments."""
 
@@ -42,9 +42,9 @@ def run_folder(path: Path) -> Inspection:
         layers = _layers(checkpoint, run)
         _add_experts(layers, checkpoint, result.get("expert_tokens") or {})
         held = {**_held(checkpoint, layers), **usage(layers)}
-        note = f"layers are those of {checkpoint.folder} ({name}), {_WHOLE}"
+        note = f"layers are from {checkpoint.folder} ({name}), {_WHOLE}"
     else:
-        note = "none of its checkpoints is whole" if problems else "it has no checkpoint yet"
+        note = "none of its checkpoints is intact" if problems else "it has no checkpoint yet"
     damaged_figures = _add_figures(layers, path / LAYERS_FILE)
     facts = {
         **_settings(run),
@@ -103,7 +103,7 @@ def checkpoint_folder(path: Path) -> Inspection:
         "zero_stage": state.progress.get("zero_stage"),
         "files": checkpoint.files.count,
     }
-    return Inspection(f"{path}: a checkpoint", facts, layers, f"it is one {_WHOLE}")
+    return Inspection(f"{path}: a checkpoint", facts, layers, f"it is a checkpoint {_WHOLE}")
 
 
 def _settings(run: RunConfig) -> Facts:

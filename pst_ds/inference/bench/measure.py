@@ -102,5 +102,5 @@ def _token_ids(folder: ModelFolder, batch: int, tokens: int) -> Tensor:
     """Draw (batch, tokens) from the whole vocabulary, with a fixed seed."""
     size: object = getattr(folder.config.get_text_config(), "vocab_size", None)
     if not isinstance(size, int):
-        raise ModelFolderError(f"{folder.path}: config.json lacks vocab_size, and only text models are measured")
+        raise ModelFolderError(f"{folder.path}: config.json lacks vocab_size. Only text models can be measured")
     return torch.randint(size, (batch, tokens), generator=torch.Generator().manual_seed(0))

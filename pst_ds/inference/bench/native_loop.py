@@ -28,7 +28,7 @@ class NativeLoop:
         try:
             decoder = Decoder.from_pretrained(folder.path, positions, sequences=sequences)
         except (DecoderError, RuntimeError) as error:
-            print(f"without the native loop: {error}", file=sys.stderr)
+            print(f"the native loop is not measured: {error}", file=sys.stderr)
             return None
         return cls(decoder, folder.weight_file_bytes)
 

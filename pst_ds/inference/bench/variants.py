@@ -95,7 +95,7 @@ def _sparse(folder: ModelFolder, plain: PreTrainedModel | None, name: str, dtype
     model = copy.deepcopy(plain) if plain is not None else folder.load("dense", dtype)
     if not make_sparse(model, name):
         raise ModelFolderError(
-            f"{folder.path}: no linear layer can be packed as {name} and become smaller; leave {name} out of --formats"
+            f"{folder.path}: no linear layer can be packed as {name} and become smaller. Omit {name} from --formats"
         )
     return Variant(model)
 
@@ -122,7 +122,7 @@ def copy_until(by_name: dict[str, Variant], total_bytes: int) -> None:
     available = available_bytes()
     if available is not None and needed > 0.8 * available:
         raise ModelFolderError(
-            f"--from-memory needs {needed / 1e9:.1f} GB of copies, and {available / 1e9:.1f} GB are free: leave it out"
+            f"--from-memory needs {needed / 1e9:.1f} GB of copies, and {available / 1e9:.1f} GB are free. Omit it"
         )
     for variant in by_name.values():
         count = max(2, -(-total_bytes // max(1, variant.loaded_bytes)))

@@ -269,7 +269,7 @@ def _require_same(decoder: Decoder, model: Part) -> None:
         cosine = torch.cosine_similarity(torch.cat(parts).double(), expected, dim=-1).mean().item()
         if not cosine >= LEAST_COSINE:
             raise DecoderError(
-                f"{type(model).__name__}: the native loop gives other logits at positions {first} to "
+                f"{type(model).__name__}: the native loop's logits differ at positions {first} to "
                 f"{first + count - 1} (mean cosine {cosine:.5f}, at least {LEAST_COSINE} is right): a part of this "
                 "model is not in its table. Use transformers' own generate()"
             )

@@ -26,11 +26,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is a number of at least 0, got {self.temperature}")
+            raise ValueError(f"temperature = {self.temperature}: not a number of at least 0")
         if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p is above 0 and at most 1, got {self.top_p}")
+            raise ValueError(f"top_p = {self.top_p}: not above 0 and at most 1")
         if self.top_k < 0:
-            raise ValueError(f"top_k is at least 0, got {self.top_k}")
+            raise ValueError(f"top_k = {self.top_k}: not at least 0")
 
     def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return a token for each row of fp32 ``logits`` (rows, vocabulary), (rows,) int64."""

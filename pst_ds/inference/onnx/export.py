@@ -102,7 +102,7 @@ def _trace(model: PreTrainedModel, outputs: Sequence[str]) -> ir.Model:
     assert program is not None
     if any(isinstance(size, int) for value in program.model.graph.inputs for size in value.shape or ()):
         raise ExportError(
-            f"{type(model).__name__} cannot be written as a graph: torch's exporter fixes its number of tokens; use "
+            f"{type(model).__name__} cannot be written as a graph: torch's exporter fixes the number of tokens. Use "
             "--format bitmask"
         )
     return program.model

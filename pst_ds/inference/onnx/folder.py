@@ -55,7 +55,7 @@ def write_onnx(
     from pst_ds.inference.onnx.export import plain_graph, sparse_graph
 
     if (packed / PROMPT_FILE).is_file():
-        raise ExportError(f"{out} would compute without the model's trained prompt; take --format dense, or bitmask")
+        raise ExportError(f"{out} would ignore the model's trained prompt. Use --format dense, or bitmask")
     model, reference = _load(packed, "dense" if plain else "sparse"), _load(packed, "dense")
     _require_graph(reference)
     outputs = _output_names(reference)
@@ -109,9 +109,9 @@ def _require_graph(model: PreTrainedModel) -> None:
 
     name, config = type(model).__name__, getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False) or "input_ids" not in input_names(model):
-        raise ExportError(f"{name} does not read one sequence of tokens; use --format bitmask")
+        raise ExportError(f"{name} does not take a single sequence of tokens. Use --format bitmask")
     if any(is_experts(module) for module in model.modules()):
-        raise ExportError(f"{name} has experts, and a graph cannot choose them by token; use --format bitmask")
+        raise ExportError(f"{name} has experts, and a graph cannot route tokens to them. Use --format bitmask")
 
 
 def require_free(out: Path) -> None:
@@ -124,7 +124,7 @@ def require_free(out: Path) -> None:
 
 def _require_libraries() -> None:
     if find_spec("onnxscript") is None:  # onnx and onnx_ir are installed with it
-        raise ExportError("ONNX files take onnx and onnxscript: pip install 'pst-ds[onnx]'")
+        raise ExportError("ONNX files need onnx and onnxscript: pip install 'pst-ds[onnx]'")
 
 
 def _load(folder: Path, load_as: Literal["dense", "sparse"]) -> PreTrainedModel:
@@ -202,6 +202,6 @@ def _compare(file: Path, reference: Any, allowed: float, *, exact: bool = False)
     worst = apart / largest
     if not worst <= allowed:
         raise ExportError(
-            f"the graph computes something else than the model: outputs differ by {worst:.2g} of the largest"
+            f"the graph does not compute the same as the model: outputs differ by {worst:.2g} of the largest"
         )
     return worst

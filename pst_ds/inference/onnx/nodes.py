@@ -98,7 +98,7 @@ def attention(
     the mask (batch, heads or 1, queries, keys), which is added. The result is (batch, queries, heads, head_size).
     """
     if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
-        raise NotImplementedError("attention with capped scores or sinks has no operator")
+        raise NotImplementedError("attention with soft-capped scores or sinks is not supported")
     batch, heads, queries, size = query.shape
     attributes = {
         "heads": heads,

@@ -67,7 +67,7 @@ def open_session(file: Path, threads: int = 0, *, exact: bool = False) -> Infere
     try:
         import onnxruntime
     except ImportError:
-        raise InputError("ONNX files are run by ONNX Runtime: pip install 'pst-ds[onnx]'") from None
+        raise InputError("ONNX files need ONNX Runtime: pip install 'pst-ds[onnx]'") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     register_operators(options)
@@ -75,4 +75,4 @@ def open_session(file: Path, threads: int = 0, *, exact: bool = False) -> Infere
         with exact_inputs() if exact else nullcontext():
             return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a class per error code and no common base
-        raise InputError(f"{file}: ONNX Runtime {onnxruntime.__version__} refuses it: {error}") from None
+        raise InputError(f"{file}: ONNX Runtime {onnxruntime.__version__} rejects it: {error}") from None

@@ -71,7 +71,7 @@ def bitmask_linear(
         x.element_size(), torch.get_num_threads(), level,
     )  # fmt: skip
     if failed:
-        raise MemoryError(f"no memory to multiply {tuple(x.shape)} with a sparse weight of {rows} x {columns}")
+        raise MemoryError(f"not enough memory to multiply {tuple(x.shape)} with a sparse weight of {rows} x {columns}")
     return y
 
 
@@ -108,5 +108,5 @@ def bitmask_experts(
         torch.get_num_threads(), level,
     )  # fmt: skip
     if failed:
-        raise MemoryError(f"no memory to multiply {tuple(x.shape)} with experts of {rows} x {columns}")
+        raise MemoryError(f"not enough memory to multiply {tuple(x.shape)} with experts of {rows} x {columns}")
     return y

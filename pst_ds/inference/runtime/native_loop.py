@@ -95,7 +95,7 @@ class Matrix:
 
     def __init__(self, handle: int | None, shape: tuple[int, int], level: int, keep: Tensor | None = None):
         if not handle:
-            raise MemoryError(f"no memory to pack a weight of {shape[0]} x {shape[1]}")
+            raise MemoryError(f"not enough memory to pack a weight of {shape[0]} x {shape[1]}")
         self.handle, self.shape, self.level, self._keep = handle, shape, level, keep
         weakref.finalize(self, require_library().pst_matrix_free, handle)
 
@@ -153,9 +153,9 @@ class Matrix:
             self.handle, x.data_ptr(), x.shape[0], y.data_ptr(), threads, self.level, in_bytes
         )
         if failed == 2:
-            raise ValueError(f"no products with vectors of 8 bits for {LEVELS[self.level]}")
+            raise ValueError(f"int8 activations are not supported with {LEVELS[self.level]}")
         if failed:
-            raise MemoryError(f"no memory to multiply {tuple(x.shape)} with a weight of {self.shape}")
+            raise MemoryError(f"not enough memory to multiply {tuple(x.shape)} with a weight of {self.shape}")
         return y
 
 
@@ -192,12 +192,12 @@ class Loop:
         self._num_angles = 0
         cached = math.prod(shape[key] for key in ("layers", "sequences", "context", "key_value_heads", "head"))
         if cached > 1 << 46:  # beyond any memory, and below 2^63 bytes
-            raise MemoryError(f"no memory for a cache of {shape['sequences']} x {shape['context']} positions")
+            raise MemoryError(f"not enough memory for a cache of {shape['sequences']} x {shape['context']} positions")
         sizes = (ctypes.c_int64 * len(SHAPE))(*(shape[key] for key in SHAPE))
         values = (ctypes.c_double * len(NUMBERS))(*(numbers[key] for key in NUMBERS))
         handle = self._library.pst_decoder_new(sizes, values, best_level() if level is None else level)
         if not handle:
-            raise MemoryError(f"no memory for a cache of {shape['sequences']} x {shape['context']} positions")
+            raise MemoryError(f"not enough memory for a cache of {shape['sequences']} x {shape['context']} positions")
         self.handle, self._keep = handle, list[object]()
         weakref.finalize(self, self._library.pst_decoder_free, handle)
 
@@ -298,5 +298,5 @@ class Loop:
             in_bytes,
         )
         if failed:
-            raise MemoryError(f"no memory for a pass of {count} tokens")
+            raise MemoryError(f"not enough memory for a pass of {count} tokens")
         return logits

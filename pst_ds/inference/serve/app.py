@@ -120,7 +120,7 @@ class Service:
         if not prompt or len(prompt) > most:
             raise ProtocolError(
                 400,
-                f"the messages are {len(prompt)} tokens, and 1 to {most} are served",
+                f"the messages have {len(prompt)} tokens; 1 to {most} are supported",
                 param="messages",
                 code="context_length_exceeded",
             )
@@ -207,7 +207,7 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:  # its trace is logged
-        return JSONResponse(ProtocolError(500, "the server failed at this request").body(), 500)
+        return JSONResponse(ProtocolError(500, "the server failed to process this request").body(), 500)
 
 
 def _no_model(name: str) -> ProtocolError:
@@ -216,7 +216,7 @@ def _no_model(name: str) -> ProtocolError:
 
 def _unreadable(error: UserStoreError) -> ProtocolError:
     _LOG.error("%s", error)
-    return ProtocolError(500, "the state of this user, or the store of all, cannot be read", param="model")
+    return ProtocolError(500, "the adapter of this user, or the store, cannot be read", param="model")
 
 
 async def _answer(service: Service, body: bytes, request: Request) -> Response:
@@ -235,7 +235,7 @@ async def _answer(service: Service, body: bytes, request: Request) -> Response:
     try:
         service.batches.submit(job)
     except BusyError:
-        raise ProtocolError(429, "too many requests wait; try again later", code="rate_limit_exceeded") from None
+        raise ProtocolError(429, "too many requests are waiting; try again later", code="rate_limit_exceeded") from None
     text = TextStream(service.tokenizer, asked.stop)
     pieces = _pieces(job, arrived, text)
     if asked.stream:
@@ -278,7 +278,7 @@ async def _pieces(
             if isinstance(item, ClosingError):
                 raise ProtocolError(503, "the server is closing; try again later")
             if isinstance(item, Exception):
-                raise ProtocolError(500, "the model failed at this request")
+                raise ProtocolError(500, "the model failed to process this request")
             if isinstance(item, str):
                 rest = text.end()
                 yield rest, DONE_STOP if text.stopped else item

@@ -89,7 +89,7 @@ class Gate:
             async with asyncio.timeout(self._seconds):
                 whole = await self._body(receive)
         except TimeoutError:
-            await _refuse(ProtocolError(408, f"the body was not there after {self._seconds:g} seconds"), scope, send)
+            await _refuse(ProtocolError(408, f"the body did not arrive within {self._seconds:g} seconds"), scope, send)
         except ProtocolError as error:
             await _refuse(error, scope, send)
         else:

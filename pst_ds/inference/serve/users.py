@@ -61,12 +61,14 @@ def _require_served(store: UserStore) -> None:
     common = store.common
     if common.form != "beside":
         raise UserStoreError(
-            f"{store.folder} has states of the form {common.form!r}, whose weight is made for one user at a time: "
-            "export a user (pst-ds users export), or train the users with --form beside"
+            f"{store.folder} has adapters of the form {common.form!r}, whose weight is for one user only. "
+            "Export a user (pst-ds users export), or train the users with --form beside"
         )
     others = [name for name in common.shapes if name.rpartition(".")[2] not in (LEFT, RIGHT)]
     if others:
-        raise UserStoreError(f"{store.folder} has a head for each user ({others[0]}), and no such model writes text")
+        raise UserStoreError(
+            f"{store.folder} has a head for each user ({others[0]}), and such models cannot generate text"
+        )
 
 
 def _require_base(folder: Path, store: UserStore) -> None:
@@ -76,11 +78,11 @@ def _require_base(folder: Path, store: UserStore) -> None:
         known = None
     if not known:
         raise InputError(
-            f"{folder / MANIFEST_FILE} does not say which base it was made of; take an export of the run that the "
+            f"{folder / MANIFEST_FILE} does not name its base model. Use an export of the run that the "
             "users were trained over"
         )
     if known != store.common.base_fingerprint:
-        raise UserStoreError(f"{store.folder} has states over another base model than {folder} was made of")
+        raise UserStoreError(f"{store.folder} has adapters of another base model than that of {folder}")
 
 
 def _require_masks(model: nn.Module, folder: Path, store: UserStore) -> None:
@@ -93,13 +95,15 @@ def _require_masks(model: nn.Module, folder: Path, store: UserStore) -> None:
     modules = dict(model.named_modules())
     for name, known in store.common.masks_sha256.items():
         if name not in modules:
-            raise UserStoreError(f"{store.folder} has states over a layer {name}, which the model in {folder} has not")
+            raise UserStoreError(
+                f"{store.folder} has adapters of a layer {name}, which the model in {folder} does not have"
+            )
         keep = _weight(modules[name], name in layers) != 0
         found = {hashlib.sha256(pack_mask(bits).numpy().data).hexdigest() for bits in (keep, keep.t().contiguous())}
         if known not in found:  # try the order of nn.Linear and of Conv1D, which a packed layer does not record
             raise UserStoreError(
-                f"{store.folder} has states over other masks than {folder} ({name}); take the export of the run and "
-                "checkpoint that they were trained over"
+                f"{store.folder} has adapters trained with other masks than those of {folder} ({name}). Use the "
+                "export of the run and checkpoint that they were trained over"
             )
 
 

@@ -153,7 +153,7 @@ def test_positions_near_the_end_of_the_context_are_checked():
     for layer in model.model.layers:
         layer.register_forward_hook(late, with_kwargs=True)
     Decoder.from_model(model, 900)
-    with pytest.raises(DecoderError, match="other logits at positions 1000 to 1023"):
+    with pytest.raises(DecoderError, match="logits differ at positions 1000 to 1023"):
         Decoder.from_model(model, 1024)
 
 

@@ -182,7 +182,7 @@ def test_a_graph_that_computes_something_else_is_not_kept(bert, tmp_path, monkey
     monkeypatch.setattr(onnx_folder, "ALLOWED", 0.0)
     out = tmp_path / "onnx"
     assert main(["export", str(bert), "--format", "onnx", "--out", str(out)]) == 2
-    assert "computes something else than the model" in capsys.readouterr().err
+    assert "does not compute the same as the model" in capsys.readouterr().err
     assert not out.exists()
 
 
@@ -194,16 +194,16 @@ REFUSED = {
             )
         )
     ),
-    "Gemma2ForCausalLM cannot be written as a graph: attention with capped scores or sinks": lambda: (
+    "Gemma2ForCausalLM cannot be written as a graph: attention with soft-capped scores or sinks": lambda: (
         hf.Gemma2ForCausalLM(hf.Gemma2Config(**DECODER, head_dim=8))
     ),
-    "T5ForConditionalGeneration does not read one sequence of tokens": lambda: hf.T5ForConditionalGeneration(
+    "T5ForConditionalGeneration does not take a single sequence of tokens": lambda: hf.T5ForConditionalGeneration(
         hf.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, vocab_size=160)
     ),
-    "MixtralForCausalLM has experts, and a graph cannot choose them by token; use --format bitmask": lambda: (
+    "MixtralForCausalLM has experts, and a graph cannot route tokens to them. Use --format bitmask": lambda: (
         hf.MixtralForCausalLM(hf.MixtralConfig(**DECODER, num_local_experts=2))
     ),
-    "BambaForCausalLM cannot be written as a graph: torch's exporter fixes its number of tokens; use": lambda: (
+    "BambaForCausalLM cannot be written as a graph: torch's exporter fixes the number of tokens. Use": lambda: (
         hf.BambaForCausalLM(
             hf.BambaConfig(
                 **DECODER | TOKENS | {"num_hidden_layers": 1}, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8
