@@ -1,4 +1,4 @@
-"""``pst-ds bench DIR``: measure how fast and how large a model is: dense, prepacked and sparse."""
+"""``pst-ds bench DIR``: measure the speed and size of a model: dense, prepacked and sparse."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 def _rows(
     measured: dict[str, dict[str, float]], by_name: Mapping[str, Variant | NativeLoop], at: dict[str, int]
 ) -> list[Row]:
-    """Return a row for each variant, with its rates relative to both dense ones."""
+    """Return one row per variant, with its rates relative to both dense ones."""
     rows: list[Row] = []
     for name, variant in by_name.items():
         row: Row = {"variant": name, **at, **measured[name], **variant.facts()}

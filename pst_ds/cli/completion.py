@@ -1,4 +1,6 @@
-"""``pst-ds completion SHELL``: print a script that knows all verbs, options, choices and files; it runs no Python."""
+"""``pst-ds completion SHELL``: print a completion script with all verbs, options, choices and files; it runs no
+Python.
+"""
 
 import argparse
 from collections.abc import Iterator
@@ -43,7 +45,7 @@ def completion_script(shell: str) -> str:
         if name in _FILES | _FOLDERS and not action.choices:
             action.complete = shtab.FILE if name in _FILES else shtab.DIRECTORY  # type: ignore[attr-defined]
     script = str(shtab.complete(parser, shell=shell))
-    # shtab makes zsh take one value of an argument that takes several; a star takes all that are left
+    # shtab lets zsh complete one value of an argument with several; a star completes all
     return script.replace('"(*):', '"*:') if shell == "zsh" else script
 
 

@@ -1,4 +1,4 @@
-"""``pst-ds eval RUN``: metrics of a checkpoint on one split, and of the texts it writes."""
+"""``pst-ds eval RUN``: metrics of a checkpoint on one split, and of the text that it generates."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 def _with_texts(
     context: RunContext, checkpoint: Checkpoint, examples: AnsweredExamples, file: str | None
 ) -> dict[str, float]:
-    """Return metrics of the model and of the texts it writes (to ``file`` too), on one process without DeepSpeed."""
+    """Return metrics of the model and of the text it generates (also written to ``file``), in one process without
+    DeepSpeed.
+    """
     from pst_ds.data.tasks.answers import AnswerTask
     from pst_ds.data.text_metrics import require_text_metrics
     from pst_ds.train.evaluate import predict

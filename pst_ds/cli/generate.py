@@ -1,4 +1,4 @@
-"""``pst-ds generate DIR --prompt TEXT``: a model, dense or packed, writes text; tokens per second go to stderr."""
+"""``pst-ds generate DIR --prompt TEXT``: generate text with a dense or packed model; tokens per second go to stderr."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _speed(result: Facts) -> str:
 
 
 def _decoder(args: argparse.Namespace, folder: ModelFolder, device: str, context: int) -> Decoder | None:
-    """Return the native loop where it is asked for, or where it is sure to be the quicker. Raises InputError."""
+    """Return the native loop if requested, or if it is certainly faster. Raises InputError."""
     chosen = [
         f"--{name.replace('_', '-')}" for name in ("load_as", "dtype") if getattr(args, name) not in ("auto", None)
     ]
@@ -164,7 +164,7 @@ def _facts(model: PreTrainedModel) -> Facts:
 
 
 def _sampling(args: argparse.Namespace) -> Sampling:
-    """Return how the next token is chosen, in transformers' terms. Raises InputError."""
+    """Return the sampling settings in transformers' terms. Raises InputError."""
     if args.temperature is not None and not 0 <= args.temperature < float("inf"):
         raise InputError(f"--temperature = {args.temperature}: not a number of at least 0")
     if args.top_p is not None and not 0 < args.top_p <= 1:
@@ -188,7 +188,7 @@ def _encoded(prompt: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Nam
 
 
 def _new_tokens(args: argparse.Namespace, ids: Tensor, folder: ModelFolder) -> int:
-    """Return how many tokens are requested, or fewer where the model's positions end. Raises InputError."""
+    """Return the number of requested tokens, or fewer if the model's positions end. Raises InputError."""
     from pst_ds.export.prompt_file import read_prompt
 
     config, trained = folder.config.get_text_config(), read_prompt(folder.path)
@@ -211,7 +211,7 @@ def _new_tokens(args: argparse.Namespace, ids: Tensor, folder: ModelFolder) -> i
 
 
 class _Stopwatch:
-    """A streamer of ``generate()`` that notes when the prompt and every token come, and hands them on."""
+    """Streamer of ``generate()`` that records when the prompt and every token arrive, and passes them on."""
 
     def __init__(self, streamer: TextStreamer):
         self._streamer, self._times = streamer, list[float]()
@@ -224,7 +224,9 @@ class _Stopwatch:
         self._streamer.end()
 
     def rates(self, prompt_tokens: int) -> dict[str, float | None]:
-        """Return seconds to the first token, and tokens per second of the prefill and after it (None for one token)."""
+        """Return seconds to the first token, and tokens per second of the prefill and of decoding (None for one
+        token).
+        """
         prompt, first, *later = self._times
         return {
             "first_token_seconds": first - prompt,
@@ -236,14 +238,14 @@ class _Stopwatch:
 def _write(
     model: Any, tokenizer: PreTrainedTokenizerBase, inputs: dict[str, Tensor], new_tokens: int, sampling: Sampling
 ) -> dict[str, object]:
-    """Stream the text to stdout; return it, with how long it took."""
+    """Stream the text to stdout; return it with its timings."""
     import torch
     from transformers import GenerationConfig, TextStreamer
 
     stopwatch = _Stopwatch(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
     own = model.generation_config
     pad = own.pad_token_id
-    # in place of the folder's own, of which the special tokens count, but no beams, penalties and the like
+    # replaces the folder's settings: keep its special tokens, but no beam search, penalties and the like
     model.generation_config = GenerationConfig(
         max_new_tokens=new_tokens,
         num_beams=1,
@@ -280,7 +282,7 @@ def _write_natively(
     sampling: Sampling,
     seed: int,
 ) -> dict[str, object]:
-    """Stream the native loop's text to stdout; return what :func:`_write` does."""
+    """Stream the native loop's text to stdout; return the same as :func:`_write`."""
     import torch
     from transformers import GenerationConfig, TextStreamer
 

@@ -1,4 +1,4 @@
-"""``pst-ds launch RUN.toml --by LAUNCHER``: train a run through a launcher, and start it again while that helps."""
+"""``pst-ds launch RUN.toml --by LAUNCHER``: train a run through a launcher, and restart it after failures."""
 
 import argparse
 import shlex

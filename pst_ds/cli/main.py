@@ -1,6 +1,6 @@
-"""``pst-ds VERB``: arguments in, exit code out.
+"""``pst-ds VERB``: parse arguments, run a verb, return an exit code.
 
-0 done, 1 failed, 2 bad input, 75 stopped by a signal and saved, 141 the reader of the output has gone.
+0: done, 1: failed, 2: invalid input, 75: stopped by a signal after saving, 141: the reader of the output has exited.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from pst_ds.supervise.exit_codes import leave_code
 EXIT_UNREAD = 141
 """The exit code that a shell reports for a program ended by SIGPIPE: 128 and its number."""
 _REPORTED = ("DivergedError", "VerificationError", "FloatingPointError", "StoppedError", "CheckpointWriteError")
-"""Failures that all ranks raise together and whose message says everything."""
+"""Failures that all ranks raise together, and whose message needs no traceback."""
 
 VERBS = {
     "init": "write a commented run file for a model and its training data, from flags and a few questions",
@@ -54,7 +54,7 @@ VERBS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that answers a wrong command line with one message from rank 0, the near miss and exit code 2."""
+    """Parser that reports a wrong command line with one message from rank 0, a suggestion and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         _say_on_main(f"{self.prog}: {message}{'' if message.endswith('?') else '.'} See {self.prog} --help")
@@ -73,7 +73,7 @@ def _near_miss(wrong: str, known: Iterable[str]) -> str:
 
 
 def build_parser(*loaded: str | None) -> argparse.ArgumentParser:
-    """Build the parser with the arguments of the verbs ``loaded``; other modules are not imported, so help is quick."""
+    """Build the parser with the arguments of the verbs ``loaded``. Other modules are not imported, so help is fast."""
     parser = _Parser(prog="pst-ds", description="Parameter-efficient Sparse Training on DeepSpeed.")
     parser.add_argument("--version", action="version", version=f"pst-ds {__version__}")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from the launcher
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if kind in _REPORTED:
             _say_on_main(f"pst-ds {args.verb}: {kind}: {error}")
         elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            told = f"{error}. Free space on that disk, or write to another one"  # from each rank that has no room
+            told = f"{error}. Free space on that disk, or write to another one"  # from each rank whose disk is full
             print(f"pst-ds {args.verb}: {kind}: {told}", file=sys.stderr, flush=True)
         else:
             traceback.print_exc()
@@ -122,19 +122,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def program() -> NoReturn:
-    """Run :func:`main` as a process of its own.
+    """Run :func:`main` as a process.
 
-    A rank ends without the interpreter's clean-up: gloo's threads may free their last tensors at any time, and one that
-    does so during the clean-up aborts the process with exit code 134.
+    A rank skips the interpreter's clean-up: gloo's threads may free their last tensors at any time, and doing so during
+    the clean-up aborts the process with exit code 134.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files may be of any bytes
+            stream.reconfigure(errors="backslashreplace")  # file names may contain any bytes
     try:
         code = main()
     except SystemExit as ended:  # from argparse
         code = int(ended.code or 0)
-    except BrokenPipeError:  # from the message about how it ended
+    except BrokenPipeError:  # from the final message
         code = EXIT_UNREAD
     leave_code(code)
     joined = getattr(sys.modules.get("pst_ds.parallel.launch"), "joined", False)
@@ -143,13 +143,13 @@ def program() -> NoReturn:
     with contextlib.suppress(BrokenPipeError, AttributeError):  # stdout may be closed
         sys.stdout.flush()
     is_unread = _is_unread()
-    if joined or is_unread:  # the interpreter would complain about the text that is left
+    if joined or is_unread:  # the interpreter would complain about unwritten output
         os._exit(code or (EXIT_UNREAD if is_unread else 0))
     sys.exit(code)
 
 
 def _is_unread() -> bool:
-    """Return whether stdout or stderr is a pipe whose reader has gone, as after ``| head``."""
+    """Return whether stdout or stderr is a pipe without a reader, as after ``| head``."""
     poll = select.poll()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, AttributeError):  # a stream without a file, or closed
@@ -158,7 +158,7 @@ def _is_unread() -> bool:
 
 
 def _say_on_main(message: str) -> None:
-    """Print one message, not one per rank: all of them have the same input."""
+    """Print one message, not one per rank, since all ranks have the same input."""
     if progress.is_first_rank():
         print(message, file=sys.stderr, flush=True)
 
@@ -172,7 +172,7 @@ def _leave(code: int) -> int:
 
 
 def quiet_libraries() -> None:
-    """Silence the notices of libraries, which would bury ours; set PST_DS_VERBOSE=1 to see them."""
+    """Silence messages of libraries, which would hide ours; PST_DS_VERBOSE=1 shows them."""
     if os.environ.get("PST_DS_VERBOSE"):
         return
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -186,7 +186,7 @@ def quiet_libraries() -> None:
         "TOKENIZERS_PARALLELISM": "false",
     }.items():
         os.environ.setdefault(name, value)
-    if "transformers" in sys.modules:  # which has looked at the environment already
+    if "transformers" in sys.modules:  # it has already read the environment
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
@@ -200,7 +200,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def add_quiet_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the argument of verbs that may take long."""
+    """Add ``--quiet``, for verbs that may take long."""
     parser.add_argument("--quiet", action="store_true", help="show no progress")
 
 

@@ -1,6 +1,4 @@
-"""``pst-ds prepare SRC ... --tokenizer DIR --out DIR``: tokenise a corpus once, into a token store that runs map into
-memory.
-"""
+"""``pst-ds prepare SRC ... --tokenizer DIR --out DIR``: tokenise a corpus once, into a token store."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _made(args: argparse.Namespace, state: str = "") -> tuple[bytes, dict[str, list[str]]]:
-    """Return the page, and the names of the runs and exports in it."""
+    """Return the page, and the names of its runs and exports."""
     from pst_ds.report.outcomes import bench_tables, export_table, find_exports, tuning_tables, verification_table
     from pst_ds.report.page import page
     from pst_ds.report.run_data import read_runs
@@ -44,15 +44,15 @@ def _made(args: argparse.Namespace, state: str = "") -> tuple[bytes, dict[str, l
     slow = [table for table in (straggler_table(runs),) if table]
     outcomes = [("Tuning", list(tuning_tables(runs))), ("Checkpoints and exports", saved), ("Speed", speed)]
     outcomes.insert(0, ("Stragglers", slow))
-    data = page(runs, exports, outcomes, state=state).encode(errors="replace")  # names of folders may be of any bytes
+    data = page(runs, exports, outcomes, state=state).encode(errors="replace")  # folder names may contain any bytes
     return data, {"runs": [run.name for run in runs], "exports": [export.name for export in exports]}
 
 
 def _watch(args: argparse.Namespace) -> dict[str, object]:
-    """Serve the page until the process is asked to end."""
+    """Serve the page until the process is stopped."""
     from pst_ds.report.live import LiveReport, server_of
 
-    _, names = _made(args)  # what is wrong with the arguments is said at once
+    _, names = _made(args)  # reports wrong arguments at once
     report = LiveReport([Path(name) for name in args.runs], lambda state: _made(args, state)[0])
     with server_of(report, args.host, args.port) as server:
         url = f"http://{args.host}:{server.server_port}/"
@@ -69,7 +69,7 @@ def _write(args: argparse.Namespace) -> dict[str, object]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_bytes_atomic(out, data)
-    except BrokenPipeError:  # --out /dev/stdout, whose reader has gone
+    except BrokenPipeError:  # --out /dev/stdout without a reader
         raise
     except OSError as error:
         raise InputError(f"--out {str(out)!r} cannot be written: {error}. Name an HTML file") from None

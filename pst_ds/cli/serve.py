@@ -1,4 +1,4 @@
-"""``pst-ds serve DIR``: a model folder, with or without users, behind the chat-completions protocol."""
+"""``pst-ds serve DIR``: serve a model folder with the chat-completions protocol, with or without per-user adapters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pst_ds.train.users.store import State, UserStore
 
 KEYS = "PST_DS_API_KEYS"
-"""Environment variable: keys that requests must have one of, with commas between them."""
+"""Environment variable with the keys of clients, separated by commas."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +88,7 @@ def _name(args: argparse.Namespace, folder: ModelFolder) -> str:
 
 
 def _app_of_worker(args: argparse.Namespace) -> FastAPI:
-    """Load what a worker serves, whose share of the cores is its own. Raises InputError."""
+    """Load the application of a worker, which uses its share of the cores. Raises InputError."""
     from pst_ds.inference.serve.app import make_app
 
     quiet_libraries()
@@ -121,7 +121,7 @@ def _opened(args: argparse.Namespace) -> tuple[ModelFolder, PreTrainedTokenizerB
 def _service(
     args: argparse.Namespace, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, store: UserStore | None
 ) -> Service:
-    """Load what is served. Raises InputError."""
+    """Load the model and return the service. Raises InputError."""
     import torch
 
     from pst_ds.data.generation import end_tokens
@@ -161,7 +161,7 @@ def _service(
 
 
 def _warm_up(args: argparse.Namespace, service: Service) -> None:
-    """Compute as requests do, for a user too, so that none of them waits for a compiler. Raises InputError."""
+    """Run what requests run, for a user too, so that no request waits for a compiler. Raises InputError."""
     import torch
 
     from pst_ds.inference.serve.protocol import ProtocolError

@@ -1,4 +1,4 @@
-"""The tokens of ``pst-ds export --vocabulary``: the tokens of a run's training data, or of a file."""
+"""The vocabulary of ``pst-ds export --vocabulary``: the tokens of a run's training data, or of a file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def vocabulary_of_folder(asked: str, folder: Path) -> dict[str, object]:
 
 
 def _of_splits(run: RunConfig, labels: list[str], tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the tokens of the text that a run trains on and validates with, cut as it cuts them."""
+    """Return the tokens of the training and validation data of a run, truncated as in training."""
     task, found = task_of(run), set[int]()
     for split in ("train", "validation") if run.data.validation else ("train",):
         examples = task.load(run.data, split, tokenizer, labels)
@@ -58,7 +58,7 @@ def _of_file(name: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def _lines(path: Path) -> Iterator[list[str]]:
-    """Some lines of a text file at a time. Raises InputError."""
+    """Yield batches of lines of a text file. Raises InputError."""
     try:
         with path.open(encoding="utf-8") as file:
             while texts := [line.rstrip("\n") for _, line in zip(range(_AT_A_TIME), file, strict=False)]:

@@ -1,4 +1,4 @@
-"""Axes of a drawing: where numbers lie, their ticks, and how numbers are written."""
+"""Axes of a drawing: positions of numbers, ticks, and number formats."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 360, 190
-"""Size of a chart in its own units: a phone's width, so that its text is as large as it says."""
+"""Size of a chart in its units: a phone's width, so that text has its nominal size."""
 LEFT, RIGHT, TOP, BOTTOM = 54, 350, 10, 166
-"""Edges of the plot in it."""
+"""Edges of the plot in the chart."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """A label, and its place in the drawing."""
+    """A label and its position."""
 
     at: float
     text: str
@@ -21,7 +21,7 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """Values from ``low`` to ``high``, drawn at the places from ``start`` to ``end``."""
+    """Values from ``low`` to ``high``, drawn at positions from ``start`` to ``end``."""
 
     low: float
     high: float
@@ -34,7 +34,7 @@ class Axis:
         return self.start + (at - low) / (high - low) * (self.end - self.start)
 
     def ticks(self, most: int) -> list[Tick]:
-        """Return at most about ``most`` ticks, with as many digits as tell them apart."""
+        """Return about ``most`` ticks or fewer, with enough digits to distinguish them."""
         values = decades(self.low, self.high, most) if self.is_log else round_numbers(self.low, self.high, most)
         step = math.inf if self.is_log else round_step(self.low, self.high, most)
         return [Tick(round(self.place(value), 1), short(value, digits_to(step, value))) for value in values]
@@ -43,8 +43,10 @@ class Axis:
 def axis_of(
     low: float, high: float, start: float, end: float, *, is_log: bool = False, least_share: float = 0.0
 ) -> Axis:
-    """Make an axis from ``low`` to ``high``, wider where they are closer together than ``least_share`` of the greater:
-    values that are nearly the same are then drawn so."""
+    """Return an axis from ``low`` to ``high``, widened if they are closer than ``least_share`` of the greater.
+
+    Values that are nearly the same then look so.
+    """
     if is_log:
         return Axis(10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high * 1.0001)), start, end, True)
     least = least_share * max(abs(low), abs(high))
@@ -58,7 +60,7 @@ def axis_of(
 
 
 def round_numbers(low: float, high: float, most: int) -> list[float]:
-    """List at most ``most`` + 1 multiples of 1, 2 or 5 times a power of ten in [low, high]."""
+    """Return at most ``most`` + 1 multiples of 1, 2 or 5 times a power of ten in [low, high]."""
     step = round_step(low, high, most)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [i * step for i in range(first, last + 1)]
@@ -71,20 +73,20 @@ def round_step(low: float, high: float, most: int) -> float:
 
 
 def digits_to(step: float, value: float) -> int:
-    """Count the digits of ``value`` down to the first one of ``step``, at least four."""
+    """Return the number of digits of ``value`` down to the first one of ``step``, at least four."""
     if not value or math.isinf(step):
         return 4
     return max(4, math.floor(math.log10(abs(value)) + 1e-9) - math.floor(math.log10(step) + 1e-9) + 1)
 
 
 def decades(low: float, high: float, most: int) -> list[float]:
-    """List at most about ``most`` powers of ten in [low, high]."""
+    """Return about ``most`` powers of ten or fewer in [low, high]."""
     first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
     return [10.0**power for power in range(first, last + 1, max(1, math.ceil((last - first) / most)))]
 
 
 def short(value: float, digits: int = 4) -> str:
-    """Format a value with at most so many digits: "0.8999", "12.3k", "4.5M", "2e-05"."""
+    """Format a value with at most ``digits`` digits: "0.8999", "12.3k", "4.5M", "2e-05"."""
     value = float(f"{value:.{digits}g}")
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if max(size, 1e4) <= abs(value) < 1e13:

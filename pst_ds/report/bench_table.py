@@ -1,4 +1,4 @@
-"""The table that ``pst-ds bench`` prints."""
+"""The table of ``pst-ds bench``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COLUMNS = (
     ("resident_bytes", "resident MB", "{}"),
     ("file_bytes", "file MB", "{}"),
 )
-"""The key of a row, its heading, and its format."""
+"""Key in a row, heading and format of each column."""
 _MB = ("resident_bytes", "file_bytes")
 Row = dict[str, str | float | None]
 """Results of a variant at a number of threads and a batch size, by the keys of :data:`COLUMNS` and others."""

@@ -11,21 +11,21 @@ from pst_ds.report.thin import thinned
 from pst_ds.train.monitor.curves import DENSE, EVALUATION, Point
 
 MOST_POINTS = 600
-"""Points of a curve: about two a pixel."""
+"""Most points of a curve, about two per pixel."""
 _MOST_MARKS = 20
-"""Points of a line that shows them."""
+"""Most points of a line that has visible marks."""
 _LEAST_LOG_RANGE = 10.0
-"""Least ratio of the greatest to the least value on a logarithmic axis."""
+"""Smallest ratio of the largest to the smallest value on a logarithmic axis."""
 _LEAST_SHARE = 1e-3
-"""Least range of an axis as a share of the greatest value, so that rounding does not fill the chart."""
+"""Smallest range of an axis relative to the largest value, so that rounding does not fill the chart."""
 _TINY, _LEAST_SHARE_OF_TINY = 1e-4, 0.5
-"""Smaller values have an exponent, and there is room for two digits of them next to the plot."""
+"""Values below the first need an exponent, which leaves room for two digits next to the plot."""
 LEARNING_RATE = "lr/"
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line of a chart. ``colour`` is an index into the page's colours."""
+    """One line of a chart. ``colour`` is an index into the page's palette."""
 
     label: str
     colour: int
@@ -39,7 +39,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A drawing of series, with what a script needs to show the value at the pointer."""
+    """A drawing of series, with the data that a script needs to show the value at the pointer."""
 
     title: str
     note: str
@@ -64,7 +64,7 @@ class Chart:
         return "M" + "L".join(f"{x:g} {y:g}" for x, y in self._places(series))
 
     def marks(self, series: Series) -> list[tuple[float, float]]:
-        """Return where a series of few points shows them."""
+        """Return where a series of few points has visible marks."""
         return self._places(series) if len(series.points) <= _MOST_MARKS else []
 
     def _places(self, series: Series) -> list[tuple[float, float]]:
@@ -81,7 +81,7 @@ class Chart:
 
 
 def charts(runs: Sequence[RunData]) -> Iterator[Chart]:
-    """Yield every chart that the runs have curves for, all over the same steps."""
+    """Yield the charts for which the runs have curves, all over the same steps."""
     yield from _chart(runs, "Loss", "mean since the point before", "loss")
     yield from _sparsity(runs)
     yield from _chart(runs, "Flip rate", "of mask bits, at an update", "flip_rate", is_log=True)
@@ -94,15 +94,13 @@ def charts(runs: Sequence[RunData]) -> Iterator[Chart]:
 
 
 def _names(runs: Sequence[RunData], prefix: str) -> list[str]:
-    """List the curves of any run with this prefix, in the order they were first written; without the curves of a dense
-    run.
-    """
+    """List the curves of any run with this prefix, in the order of their first values; without those of a dense run."""
     names = dict.fromkeys(name for run in runs for name in run.curves if name.startswith(prefix))
     return [name for name in names if not name.endswith(DENSE)]
 
 
 def _chart(runs: Sequence[RunData], title: str, note: str, curve: str, *, is_log: bool = False) -> Iterator[Chart]:
-    """Draw a curve of each run, and dashed what its dense run had, if it has one."""
+    """Draw a curve of each run, and that of its dense run, if any, dashed."""
     series = [Series(run.name, i, run.curves[curve]) for i, run in enumerate(runs) if curve in run.curves]
     for i, run in enumerate(runs):
         if points := run.curves.get(f"{curve}{DENSE}"):
@@ -111,7 +109,7 @@ def _chart(runs: Sequence[RunData], title: str, note: str, curve: str, *, is_log
 
 
 def _sparsity(runs: Sequence[RunData]) -> Iterator[Chart]:
-    """Draw the target dashed and the actual value solid; from 0, because the two are nearly the same."""
+    """Draw the target dashed and the actual value solid, from 0, because the two nearly agree."""
     series = []
     for i, run in enumerate(runs):
         for name in ("target", "actual"):
@@ -134,7 +132,7 @@ def _learning_rates(runs: Sequence[RunData]) -> Iterator[Chart]:
 
 
 def _pace(runs: Sequence[RunData]) -> Iterator[Chart]:
-    """Draw how long the slowest rank is busy with a step, and dashed the median rank."""
+    """Draw the time that the slowest rank needs for a step, and that of the median rank dashed."""
     series = []
     for i, run in enumerate(runs):
         for name, rank in (("most", "slowest"), ("median", "median")):

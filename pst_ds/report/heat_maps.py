@@ -25,12 +25,12 @@ from pst_ds.train.monitor.images import (
 )
 
 MOST_SNAPSHOTS = 4
-"""Pictures of one layer's scores, or of its mask."""
+"""Most pictures of one layer's scores, or of its mask."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeatMap:
-    """Layers from top to bottom, mask updates or experts from left to right, a pixel a cell."""
+    """Layers from top to bottom, mask updates or experts from left to right; one pixel per cell."""
 
     title: str
     note: str
@@ -41,9 +41,9 @@ class HeatMap:
     ticks: list[Tick]
     layers: list[str]
     columns: list[str]
-    """Label of each."""
+    """Label of each column."""
     values: str
-    """Every cell, row by row: little-endian float32 in base64."""
+    """All cells, row by row: little-endian float32 in base64."""
     column: str = "step"
     """Name of a column."""
 
@@ -60,7 +60,7 @@ class Snapshot:
 
 
 def heat_maps(run: RunData) -> Iterator[HeatMap]:
-    """Yield the maps of sparsity and of flips, if the run has updated its masks."""
+    """Yield the maps of sparsity and flips, if the run has updated its masks."""
     layers = run.layers
     if layers is None or not layers.update_steps:
         return
@@ -81,14 +81,14 @@ def _heat_map(
 
 
 def column_ticks(numbers: Sequence[int]) -> list[Tick]:
-    """Label the first, the middle and the last of columns that stand for these numbers."""
+    """Label the first, middle and last of the columns for ``numbers``."""
     count = len(numbers)
     shown = sorted({0, count // 2, count - 1})
     return [Tick(round(LEFT + (i + 0.5) / count * (RIGHT - LEFT), 1), short(numbers[i])) for i in shown]
 
 
 def packed(values: np.ndarray) -> str:
-    """Return cells as :attr:`HeatMap.values`."""
+    """Encode cells as :attr:`HeatMap.values`."""
     return base64.b64encode(values.astype("<f4").tobytes()).decode("ascii")
 
 
@@ -98,7 +98,7 @@ def png_uri(pixels: np.ndarray) -> str:
 
 
 def layer_pictures(run: RunData) -> Iterator[tuple[str, list[Snapshot]]]:
-    """Yield (name, pictures) of every layer that has some, in model order."""
+    """Yield (name, pictures) of every layer that has pictures, in model order."""
     layers = run.layers
     if layers is None:
         return
@@ -129,9 +129,7 @@ def _mask(line: Picture) -> Snapshot:
 
 
 def expert_maps(run: RunData) -> Iterator[HeatMap]:
-    """Yield the maps of tokens and of sparsity, if the run has ended and counted them; one for each number of
-    experts.
-    """
+    """Yield the maps of tokens and of sparsity, one per number of experts, if the run has finished and counted them."""
     for table in _tables(run, "expert_tokens"):
         rows = np.array(list(table.values()), dtype=float)
         relative = rows / np.maximum(rows.mean(1, keepdims=True), 1e-9)

@@ -1,4 +1,4 @@
-"""The contents of layers.jsonl, in as much memory for a long run as for a short one."""
+"""The contents of layers.jsonl, read with bounded memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pst_ds.train.monitor.jsonl import lines_until
 
 FIGURES = ("correlation", "score_norm", "update_norm", "weight_norm")
 _MOST_PICTURES = 64
-"""Held at a time of one layer, besides the last."""
+"""Most pictures held per layer, in addition to the last one."""
 
 
 class Picture(TypedDict, total=False):
@@ -48,13 +48,13 @@ class LayerData:
     flipped: list[int] = field(default_factory=list)
     """Mask bits of each layer that flipped, over all mask updates."""
     last_flipped: list[int] = field(default_factory=list)
-    """Those of the last mask update."""
+    """Mask bits of each layer that flipped in the last mask update."""
     ranks: list[int] = field(default_factory=list)
-    """Components that each layer's update keeps after the last of such choices; empty without learned ranks."""
+    """Components that each layer's update keeps after the last choice; empty without learned ranks."""
     figures: dict[str, list[float | None]] = field(default_factory=dict)
-    """The last known value of each of FIGURES for every layer; None where there was none."""
+    """The last known value of each of FIGURES for every layer; None if unknown."""
     pictures: dict[str, dict[int, EvenlyApart[Picture]]] = field(default_factory=lambda: {e: {} for e in _PICTURES})
-    """Pictures by event and layer: the first, the last and some evenly apart."""
+    """Pictures by event and layer: the first, the last and some at even intervals."""
 
     def sparsity(self, layer: int) -> float | None:
         """Return the sparsity after the last mask update."""
@@ -67,7 +67,7 @@ class LayerData:
 
 
 def read_layers(path: Path) -> LayerData | None:
-    """Read the file, skipping malformed lines; None without a file or a whole first line."""
+    """Read the file, skipping malformed lines. Returns None without a file or a valid first line."""
     try:
         with path.open(encoding="utf-8") as stream:
             head = json.loads(stream.readline())

@@ -1,4 +1,4 @@
-"""The table of layers: a row each, and with several runs a column per run for every figure."""
+"""The table of layers: one row per layer, and with several runs one column per run for every figure."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from pst_ds.report.tables import Cell, Table, number
 
 LayerFigure = Callable[[LayerData, int], Cell]
 Shapes = Mapping[tuple[str, int], list[int]]
-"""By layer and number of weights."""
+"""Shapes by layer and number of weights."""
 
 
 def layer_table(runs: Sequence[RunData], shapes: Shapes) -> Table | None:
-    """List every layer of any run, with its shape where it is known; None without layers. A figure that no run has is
-    left out."""
+    """Tabulate the layers of all runs, with shapes where known; None without layers. Figures that no run has are
+    omitted.
+    """
     known = {run.name: run.layers for run in runs if run.layers is not None}
     if not known:
         return None
@@ -50,20 +51,20 @@ def _size(shapes: Shapes) -> LayerFigure:
 
 
 def _in_one(columns: Sequence[Sequence[Cell]]) -> list[Cell]:
-    """Merge columns into one where the cells of every row agree; return none where some differ."""
+    """Merge columns into one if the cells of every row agree; return an empty list otherwise."""
     rows = [[cell for cell in row if not cell.is_missing] for row in zip(*columns, strict=True)]
     return [cells[0] for cells in rows] if all(len(set(cells)) == 1 for cells in rows) else []
 
 
 def common_prefix(names: Collection[str]) -> str:
-    """Return the dotted parts, with the dot after them, that several names have in common, or ""."""
+    """Return the dotted parts, including the last dot, that several names have in common, or ""."""
     first, *others = [name.split(".")[:-1] for name in names] if len(names) > 1 else [[]]
     same = takewhile(lambda column: len(set(column)) == 1, zip(first, *others, strict=False))
     return "".join(f"{parts[0]}." for parts in same)
 
 
 def _column(layers: LayerData, figure: LayerFigure, names: Collection[str]) -> list[Cell]:
-    """Return a cell for each of ``names``; a missing one for a layer that the run does not have."""
+    """Return one cell per name; a missing one for layers that the run does not have."""
     places = {name: i for i, name in enumerate(layers.names)}
     return [figure(layers, places[name]) if name in places else number(None) for name in names]
 
@@ -90,4 +91,4 @@ FIGURES: dict[str, LayerFigure] = {
     "update norm": _figure("update_norm"),
     "update / W0 norm": _relative_update,
 }
-"""By their headings."""
+"""Figures of the table, by heading."""

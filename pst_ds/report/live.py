@@ -1,5 +1,6 @@
-"""A report over HTTP that follows its runs: the page asks for the state of their files, and is made anew when it
-changes. Needs no torch."""
+"""A report over HTTP that follows its runs: the page polls the state of their files and reloads when it changes. Needs
+no torch.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +15,11 @@ from pst_ds.file_names import CHECKPOINTS, LAYERS_FILE, METRICS_FILE, RESULT_FIL
 
 STATE_PATH = "/state"
 FOLLOWED = (RUN_FILE, METRICS_FILE, LAYERS_FILE, RESULT_FILE, TUNE_FILE, CHECKPOINTS)
-"""Files of a run by whose changes its state changes."""
+"""Files of a run that its state depends on."""
 
 
 def state_of(folders: Sequence[Path]) -> str:
-    """Return a text that is another one when the files of a run have changed."""
+    """Return a string that changes when a file of a run changes."""
     stats = []
     for path in (folder / name for folder in folders for name in FOLLOWED):
         try:
@@ -30,7 +31,7 @@ def state_of(folders: Sequence[Path]) -> str:
 
 
 class LiveReport:
-    """The page of ``folders`` as their files are now; ``render`` makes it for a state, and one at a time."""
+    """The current page of ``folders``. ``render`` builds it for a state; calls do not overlap."""
 
     def __init__(self, folders: Sequence[Path], render: Callable[[str], bytes]):
         self._folders, self._render = folders, render
@@ -39,7 +40,7 @@ class LiveReport:
 
     @property
     def state(self) -> str:
-        """Return the state of the runs now."""
+        """The current state of the runs."""
         return state_of(self._folders)
 
     def page(self) -> bytes:
@@ -52,7 +53,7 @@ class LiveReport:
 
 
 def server_of(report: LiveReport, host: str, port: int) -> ThreadingHTTPServer:
-    """Return a server of ``report`` that listens, on a free port for 0. Raises InputError."""
+    """Return a server of ``report``. Port 0 chooses a free one. Raises InputError."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -68,7 +69,7 @@ def server_of(report: LiveReport, host: str, port: int) -> ThreadingHTTPServer:
                 self._answer(404, "text/plain", b"only / exists\n")
 
         def log_message(self, format: str, *args: object) -> None:
-            """Say nothing: the page asks all the time."""
+            """Log nothing, because the page polls all the time."""
 
         def _answer(self, status: int, kind: str, body: bytes) -> None:
             self.send_response(status)

@@ -1,4 +1,4 @@
-"""Outcomes of the runs: exports and their sizes, speed, verification, trials of ``pst-ds tune``."""
+"""Outcomes of runs: exports and their sizes, speed, verification, and trials of ``pst-ds tune``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pst_ds.train.tune.table import trial_table, why
 
 @dataclass(frozen=True, slots=True)
 class ExportData:
-    """An export folder, by its manifest and the sizes of its files."""
+    """An export folder, from its manifest and the sizes of its files."""
 
     name: str
     kind: str
@@ -42,8 +42,10 @@ class ExportData:
 
 
 def find_exports(runs: Sequence[RunData], others: Sequence[Path]) -> tuple[list[ExportData], list[str]]:
-    """Read the exports in the run folders, and ``others``; with a note on each in a run that is damaged. Raises
-    InputError for one of ``others`` that is not an export."""
+    """Read the exports in the run folders, and ``others``. Returns the exports, and notes on damaged ones in runs.
+
+    Raises InputError if one of ``others`` is not an export.
+    """
     found = [(run, path.parent) for run in runs for path in sorted(run.folder.glob(f"*/{MANIFEST_FILE}"))]
     inside = [(run, folder) for run, folder in found if folder.suffix != PARTIAL]
     exports: list[ExportData] = []
@@ -61,7 +63,7 @@ def find_exports(runs: Sequence[RunData], others: Sequence[Path]) -> tuple[list[
 
 
 def read_export(folder: Path, name: str) -> ExportData:
-    """Read an export's manifest. Raises InputError for a folder without one, or with a damaged one."""
+    """Read an export's manifest. Raises InputError if it is missing or damaged."""
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise InputError(
@@ -71,7 +73,7 @@ def read_export(folder: Path, name: str) -> ExportData:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         tensors = manifest["tensors"]
         files = {part["file"] for tensor in tensors for part in tensor["parts"]}
-        # of a model that was pruned elsewhere, the linear weights with zeros
+        # if another tool pruned the model, the linear weights that have pruned entries
         sparse = [t for t in tensors if t["origin"] == "pruned"] or [t for t in tensors if t["pattern"] != "dense"]
         weights = sum(math.prod(t["shape"]) for t in sparse)
         return ExportData(
@@ -113,7 +115,7 @@ def export_table(exports: Sequence[ExportData], notes: Sequence[str] = ()) -> Ta
 
 
 def bench_tables(files: Sequence[Path]) -> Iterator[Table]:
-    """Yield tables of what ``pst-ds bench --json`` printed. Raises InputError for anything else."""
+    """Yield tables of results of ``pst-ds bench --json``. Raises InputError for other files."""
     for path in files:
         result = cast("BenchResult", read_object(path))
         try:
@@ -131,7 +133,7 @@ def bench_tables(files: Sequence[Path]) -> Iterator[Table]:
 
 
 def verification_table(files: Sequence[Path]) -> Table | None:
-    """Tabulate what ``pst-ds verify --json`` printed, which it does only for correct exports. Raises InputError."""
+    """Tabulate results of ``pst-ds verify --json``, which exist for correct exports only. Raises InputError."""
     rows = [_verified(path, read_object(path)) for path in files]
     head = ["export", "tensors", "sparsity measured", "differing weight tensors", "differing predictions"]
     head += ["logits differ by"]

@@ -1,4 +1,4 @@
-"""The page: everything laid out and put into the template."""
+"""The HTML page: fill the template with all parts of a report."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def page(
     state: str = "",
     seconds: float = 2.0,
 ) -> str:
-    """Render the HTML of a report about ``runs``. ``outcomes``: further headings, each with its tables. With a
-    ``state`` the page asks its server every so many ``seconds`` for the state, and takes the new page when it is
-    another.
+    """Render the HTML of a report about ``runs``.
 
-    All text from the data is escaped, and the browser is told to load nothing else and to run no script but ours.
+    ``outcomes``: further headings, each with its tables. With a ``state`` the page asks its server for the state every
+    ``seconds``, and reloads when it differs. All text from the data is escaped, and the browser may load no other
+    resource and run no other script.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -72,6 +72,6 @@ def page(
 
 
 def _in_rows(of_runs: list[list[T]]) -> list[list[T]]:
-    """Put one run's items in a row; with several runs each kind, so that runs stand side by side."""
+    """Put the items of one run in a row; with several runs one row per kind, so that runs are side by side."""
     of_runs = [items for items in of_runs if items]
     return of_runs if len(of_runs) < 2 else [list(of_kind) for of_kind in zip(*of_runs, strict=True)]

@@ -17,7 +17,7 @@ from pst_ds.train.monitor.curves import Point, named_stragglers, read_curves
 
 @dataclass(frozen=True, slots=True)
 class CheckpointData:
-    """A finished checkpoint, by its manifest."""
+    """A finished checkpoint, from its manifest."""
 
     name: str
     links: list[str]
@@ -29,35 +29,35 @@ class CheckpointData:
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """A run."""
+    """A run, from its folder."""
 
     name: str
-    """Short, and unique in the report."""
+    """A short name, unique in the report."""
     folder: Path
     run_file: str
     settings: dict[str, object]
-    """By dotted name."""
+    """Settings by dotted name."""
     result: dict[str, object]
-    """Empty for a run that has not finished."""
+    """The result; empty for an unfinished run."""
     curves: dict[str, list[Point]]
-    """By the names of metrics.jsonl, in order of steps."""
+    """Curves by their names in metrics.jsonl, in order of steps."""
     layers: LayerData | None
     checkpoints: list[CheckpointData]
     stragglers: list[dict[str, object]]
-    """Ranks that the others waited for, as metrics.jsonl has them."""
+    """Events about the slowest rank, as in metrics.jsonl."""
 
     @property
     def last_step(self) -> int:
-        """The last step of any curve."""
+        """The largest step of any curve."""
         return max([0, *(points[-1][0] for points in self.curves.values())])
 
     def last(self, curve: str) -> float | None:
-        """Return the last value of a curve, if there is one."""
+        """Return the last value of a curve, or None."""
         return self.curves[curve][-1][1] if self.curves.get(curve) else None
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunData]:
-    """Read the runs. Raises InputError for a folder that is not a run, is damaged, or is named twice."""
+    """Read the runs. Raises InputError for a folder that is damaged, is not a run, or is named twice."""
     resolved = [folder.resolve() for folder in folders]
     for folder, place in zip(folders, resolved, strict=True):
         if resolved.count(place) > 1:
@@ -66,7 +66,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """Return the fewest last parts of every path that tell them apart."""
+    """Return the shortest path endings that distinguish the folders."""
     for depth in range(1, max(len(folder.parts) for folder in folders)):
         names = [str(Path(*folder.parts[-depth:])) for folder in folders]
         if len(set(names)) == len(names):
@@ -92,7 +92,9 @@ def _read_run(folder: Path, name: str) -> RunData:
 
 
 def read_object(path: Path) -> dict[str, object]:
-    """Read the JSON object in a file, or on its last line as ``--json`` prints it. Raises InputError without one."""
+    """Read the JSON object in a file, or on its last line, as ``--json`` prints it. Raises InputError if there is
+    none.
+    """
     try:
         text = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -110,7 +112,7 @@ def read_object(path: Path) -> dict[str, object]:
 
 
 def _checkpoints(folder: Path) -> Iterator[CheckpointData]:
-    """Yield the checkpoints by step; ``inspect`` and ``--resume`` complain about unreadable manifests."""
+    """Yield the checkpoints, oldest first, without unreadable ones, which ``inspect`` and ``--resume`` report."""
     for path in reversed(step_folders(folder)):
         try:
             state = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["state"]

@@ -1,4 +1,4 @@
-"""The tables of a report about its runs: results, settings, checkpoints."""
+"""Tables of a report about runs: results, settings, checkpoints, slow ranks."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ MAIN_SETTINGS = (
     "pst.score_rank", "pst.update_rank", "train.num_steps", "train.num_epochs", "train.batch_size", "train.precision",
     "deepspeed_config", "seed",
 )  # fmt: skip
-"""Shown for every run, unless they are empty or zero."""
+"""Settings shown for every run, unless they are empty or zero."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
     text: str
     value: float | None = None
-    """The sort key; None for texts and missing values."""
+    """The sort key; None for text and missing values."""
     is_missing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table. ``groups``: headings above several columns, with their numbers of columns."""
+    """A table. ``groups``: headings above several columns, with the number of columns."""
 
     caption: str
     head: list[str]
@@ -45,20 +45,20 @@ class Table:
 
     @property
     def is_numeric(self) -> list[bool]:
-        """Return for each column whether it has a number in it, or nothing at all."""
+        """Whether each column has numbers, or only missing values."""
         columns = [[row[i] for row in self.rows] for i in range(len(self.head))]
         return [any(c.value is not None for c in cells) or all(c.is_missing for c in cells) for cells in columns]
 
 
 def number(value: object, text: Callable[[float], str] = short) -> Cell:
-    """Make a cell with a number; a missing one for anything else."""
+    """Return a cell for a number, or a missing one for any other value."""
     if not is_number(value):
         return Cell(MISSING, is_missing=True)
     return Cell(text(value) if math.isfinite(value) else str(value), float(value))
 
 
 def result_table(runs: Sequence[RunData]) -> Table:
-    """Tabulate the results of the runs, the final metrics first."""
+    """Tabulate the results of the runs, starting with the final metrics."""
     rows = [[Cell(label), *cells] for label, cells in _results(runs) if not all(cell.is_missing for cell in cells)]
     return Table("Results", ["", *(run.name for run in runs)], rows)
 
@@ -98,13 +98,13 @@ def _state(run: RunData) -> Cell:
 
 
 def _hardly_used(run: RunData) -> int | None:
-    """Count the experts of few tokens in a run that has counted its experts' tokens."""
+    """Count the rarely used experts of a run that has counted its experts' tokens."""
     tokens = run.result.get("expert_tokens")
     return sum(len(hardly_used(counts)) for counts in tokens.values()) if isinstance(tokens, dict) else None
 
 
 def _final_metrics(run: RunData) -> dict[str, float | None]:
-    """Return the metrics of the result, or of the last evaluation of a run that has not finished."""
+    """Return the metrics of the result, or of the last evaluation of an unfinished run."""
     curves = [name for name in run.curves if name.startswith(EVALUATION) and not name.endswith(DENSE)]
     names = [name.removeprefix(EVALUATION) for name in curves]
     final = run.result.get("metrics")
@@ -112,7 +112,7 @@ def _final_metrics(run: RunData) -> dict[str, float | None]:
 
 
 def measured_once_table(charts: Sequence[Chart]) -> Table | None:
-    """Tabulate charts of single points, if there are any."""
+    """Tabulate charts that have single points only; None without any."""
     rows = [
         [Cell(chart.title), Cell(one.label), number(step, whole), number(value)]
         for chart in charts
@@ -136,7 +136,7 @@ def setting_tables(runs: Sequence[RunData]) -> Iterator[Table]:
 
 
 def _setting(run: RunData, name: str) -> Cell:
-    """Make a cell of a setting; an empty one counts as missing."""
+    """Return the cell of a setting; an empty one counts as missing."""
     value = run.settings.get(name)
     if value is None or value in ("", []):
         return Cell(MISSING, is_missing=True)
@@ -144,7 +144,7 @@ def _setting(run: RunData, name: str) -> Cell:
 
 
 def checkpoint_table(runs: Sequence[RunData]) -> Table | None:
-    """Tabulate the finished checkpoints of every run, if there are any."""
+    """Tabulate the finished checkpoints of all runs; None without any."""
     checkpoints = [(run, checkpoint) for run in runs for checkpoint in run.checkpoints]
     if not checkpoints:
         return None
@@ -164,7 +164,7 @@ def checkpoint_table(runs: Sequence[RunData]) -> Table | None:
 
 
 def straggler_table(runs: Sequence[RunData]) -> Table | None:
-    """Tabulate the ranks that the others waited for, if there were any."""
+    """Tabulate the ranks that slowed down others; None without any."""
     found = [(run, event) for run in runs for event in run.stragglers]
     if not found:
         return None

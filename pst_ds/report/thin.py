@@ -1,4 +1,4 @@
-"""Thinning: fewer points that draw the same curve, and fewer pictures that tell the same story."""
+"""Thinning: fewer points with the same curve, and fewer pictures over the same time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ P = TypeVar("P", bound=tuple[float, float])
 
 
 def thinned(points: Sequence[P], most: int) -> list[P]:
-    """Pick at most ``most`` (at least 4) of ``points``: both ends, and the extremes of every stretch between them."""
+    """Pick at most ``most`` (at least 4) of ``points``: both ends, and the extremes of every interval between them."""
     if len(points) <= most:
         return list(points)
     inner = range(1, len(points) - 1)
@@ -24,14 +24,14 @@ def thinned(points: Sequence[P], most: int) -> list[P]:
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:
-    """Pick at most ``most`` (at least 2) of ``items``, evenly apart, the first and the last among them."""
+    """Pick at most ``most`` (at least 2) of ``items`` at even intervals, including the first and the last."""
     if len(items) <= most:
         return list(items)
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 class EvenlyApart(Generic[T]):
-    """Every k-th item of a stream and its last one, at most ``most`` (at least 2) and one more; k doubles as needed."""
+    """Every k-th item of a stream and its last one: at most ``most`` (at least 2) and one more. k doubles as needed."""
 
     def __init__(self, most: int):
         self._most, self._stride, self._seen = most, 1, 0

@@ -167,7 +167,7 @@ def test_a_language_model_begins_by_alps_with_all_its_zeros(made, capsys, more, 
     assert (schedule["final_sparsity"], schedule["initial_sparsity"]) == (zeros, zeros)
     assert (table["pst"]["pattern"], table["start"].get("budgets")) == (pattern, shares)
     assert (table["pst"]["frozen_magnitude"], table["pst"]["update_init"]) == (True, "lora")
-    assert ("in all pruned matrices together" in out.read_text()) is (pattern == "global")
+    assert ("of all pruned matrices together" in out.read_text()) is (pattern == "global")
     assert _planned(capsys, out)["num_steps"] > 0
 
 

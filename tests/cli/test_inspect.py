@@ -364,7 +364,7 @@ def test_what_is_none_of_these_is_2(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("hello")
     assert main(["inspect", str(tmp_path)]) == 2
     assert (
-        "none of run.toml, SHA256SUMS, documents.bin, manifest.json, pst_config.json, pst_manifest.json"
+        "any of run.toml, SHA256SUMS, documents.bin, manifest.json, pst_config.json, pst_manifest.json"
         in capsys.readouterr().err
     )
     assert main(["inspect", str(tmp_path / "notes.txt")]) == 2

@@ -85,7 +85,7 @@ def test_a_full_disk_is_one_message_whoever_finds_it(monkeypatch, capsys, number
     assert main(["train", "run.toml"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("pst-ds train: OSError: [Errno ")
-    assert "'runs/x/metrics.jsonl'. Make room" in line
+    assert "'runs/x/metrics.jsonl'. Free space" in line
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])

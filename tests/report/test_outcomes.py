@@ -65,7 +65,7 @@ def test_what_is_no_whole_export_in_a_run_is_left_out_with_a_note(write_run, exp
     found, (note,) = find_exports(read_runs([run]), [])
     assert [one.name for one in found] == ["mine/export"]
     assert str(run / "half" / "pst_manifest.json") in note
-    assert "is left out" in note
+    assert "is omitted" in note
     assert "--json" not in note
     assert export_table(found, [note]).note == note
     with pytest.raises(InputError, match=r"pst_manifest\.json is damaged"):

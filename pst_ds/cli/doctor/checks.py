@@ -1,4 +1,4 @@
-"""The checks of ``pst-ds doctor`` in its own process: versions, accelerator, disk, shared memory, threads."""
+"""Checks of ``pst-ds doctor`` in its process: versions, accelerator, disk, shared memory, threads."""
 
 import os
 import platform
@@ -25,7 +25,7 @@ class Finding:
     status: Literal["ok", "warn", "fail"]
     text: str
     fix: str = ""
-    """The remedy; empty where none is needed."""
+    """The remedy; empty if none is needed."""
 
 
 def versions() -> Iterator[Finding]:
@@ -56,7 +56,7 @@ def versions() -> Iterator[Finding]:
 
 
 def accelerator() -> Iterator[Finding]:
-    """Describe what models would train on."""
+    """Describe the device on which models would train."""
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -97,7 +97,7 @@ def folder(path: Path) -> Iterator[Finding]:
 
 
 def shared_memory() -> Iterator[Finding]:
-    """Check the room in /dev/shm, which NCCL and the readers of data sets use."""
+    """Check the free space in /dev/shm, which NCCL and data loaders use."""
     if Path("/dev/shm").is_dir():
         in_docker = Path("/.dockerenv").exists()
         fix = "start the container with --shm-size=8g" if in_docker else "free it, or mount it larger"
@@ -126,5 +126,5 @@ def threads() -> Iterator[Finding]:
 
 
 def _cores() -> int:
-    """Count the cores this process may use; in a container or a job often fewer than the machine has."""
+    """Return the number of cores available to this process, which containers and jobs may restrict."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

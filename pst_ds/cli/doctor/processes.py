@@ -1,4 +1,4 @@
-"""The checks of ``pst-ds doctor`` that may crash or hang, and so run in processes of their own.
+"""Checks of ``pst-ds doctor`` that may crash or hang, and therefore run in separate processes.
 
 ``python -m pst_ds.cli.doctor.processes native | gather BACKEND`` is such a process; its last line is JSON.
 """
@@ -25,7 +25,7 @@ _GATHER_FIX = (
 
 
 def native_code(limit_seconds: float) -> Iterator[Finding]:
-    """Check that the C++ of mask updates, packing, layers and decoding compiles and computes what torch does."""
+    """Check that the C++ code of mask updates, packing, layers and decoding compiles and agrees with torch."""
     start = time.monotonic()
     last_line, problem = _run(["native"], {}, limit_seconds)
     seconds = time.monotonic() - start
@@ -49,7 +49,7 @@ def native_code(limit_seconds: float) -> Iterator[Finding]:
 
 
 def two_ranks(limit_seconds: float) -> Iterator[Finding]:
-    """Check a gather of two ranks over gloo on the CPU; over NCCL too where there are two GPUs."""
+    """Check an all-gather of two ranks over gloo on the CPU, and over NCCL if there are two GPUs."""
     import torch
 
     yield _gather("gloo", {"DS_ACCELERATOR": "cpu"}, limit_seconds)
@@ -69,7 +69,7 @@ def _gather(backend: str, environ: Mapping[str, str], limit_seconds: float) -> F
 
 
 def _run(arguments: list[str], environ: Mapping[str, str], limit_seconds: float) -> tuple[str, str]:
-    """Run this module in a process; return (its last line, what went wrong). Nothing it started is left afterwards."""
+    """Run this module in a process; return its last line and its problem, or "". No child process survives."""
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             [sys.executable, "-m", __name__, *arguments],
@@ -99,7 +99,7 @@ def _run(arguments: list[str], environ: Mapping[str, str], limit_seconds: float)
 
 
 def _native() -> dict[str, object]:
-    """Load all native code, compiling what is not in the cache, and compare it with torch."""
+    """Load all native code, compiling it if it is not in the cache, and compare it with torch."""
     import torch
 
     from pst_ds.core import kernels as masks
@@ -145,7 +145,7 @@ def _native() -> dict[str, object]:
 
 
 def _two_ranks(backend: str) -> None:
-    """Start two ranks that meet; raise the error of the one that failed first."""
+    """Start two ranks that exchange values; raise the error of the first that failed."""
     import torch.multiprocessing
 
     with socket.socket() as probe:
@@ -155,7 +155,7 @@ def _two_ranks(backend: str) -> None:
 
 
 def _rank(rank: int, backend: str) -> None:
-    """Join the other rank as a training does, and check what both sent."""
+    """Join the other rank as training does, and check the values received."""
     import torch
     import torch.distributed as dist
 

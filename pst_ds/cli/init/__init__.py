@@ -1,4 +1,4 @@
-"""``pst-ds init MODEL --train FILE``: a commented run file that ``pst-ds plan`` takes, from a model and its text."""
+"""``pst-ds init MODEL --train FILE``: write a commented run file for a model and its training data."""
 
 import argparse
 import sys
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _complete(args: argparse.Namespace) -> None:
-    """Ask for what the flags leave open. Raises InputError where there is no terminal to ask on."""
+    """Ask for settings that the flags leave open. Raises InputError without a terminal."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         missing = [name for name, value in (("the model folder", args.model), ("--train", args.train)) if not value]
         if missing:
@@ -97,8 +97,11 @@ def _complete(args: argparse.Namespace) -> None:
 
 
 def _ask(question: str, default: str = "", check: Callable[[str], str] = lambda answer: "") -> str:
-    """Return the answer. Raises InputError after three answers that ``check``, which is not asked about the default,
-    finds a problem with, or at the end of input."""
+    """Return the answer to a question.
+
+    ``check`` returns the problem with an answer, or ""; it is not called for the default. Raises InputError after three
+    wrong answers, or at the end of input.
+    """
     problem = ""
     for _ in range(3):
         print(f"{question}{f' [{default}]' if default else ''}: ", end="", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Settings that ``pst-ds init`` chooses by the flags, the columns of the training file and the model's config."""
+"""Settings that ``pst-ds init`` chooses from the flags, the columns of the training file and the model's config."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 NO_VALIDATION = "none"
-"""Value of ``--validation`` that holds nothing out."""
+"""Value of ``--validation`` for a run without validation data."""
 _UNKNOWN_LIMIT, _BATCH_SIZE = 128, 32
 _LEAST_STEPS, _MOST_STEPS, _LONGER = 600, 10_000, 3.0
 _GUESSED_PAIRS = (["sentence1", "sentence2"], ["premise", "hypothesis"], ["question1", "question2"])
@@ -43,26 +43,26 @@ _TEXT_TYPES = ("string", "large_string")
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A run, and the findings that led to it."""
+    """A run, and the reasons for its settings."""
 
     table: Settings
-    """The run file's settings, those that it names."""
+    """Settings that the run file contains."""
     run: RunConfig
     labels: list[str]
     family: str
     positions: int | None
-    """The most tokens that model and tokenizer can take; None without a limit."""
+    """Most tokens that model and tokenizer support; None without a limit."""
     has_accelerator: bool
     layers: list[str]
     """Last parts of the names of the layers to prune."""
     length_reason: str
-    """Why the run is as long as it is."""
+    """Reason for the number of steps or epochs."""
     pattern_reason: str
     """Reason for the sparsity pattern; empty if the user chose it."""
     summary: Settings
 
     def plan_command(self, out: Path) -> str:
-        """Return the command for a shell, as :meth:`train_command` does."""
+        """Return the shell command that plans the run."""
         ranks = f" --ranks {self.summary['ranks']}" if self.run.deepspeed_config else ""
         return f"pst-ds plan {shlex.quote(str(out))}{ranks}"
 
@@ -74,7 +74,7 @@ class Chosen:
 
 
 def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
-    """Return the run that ``args`` ask for, checked as ``pst-ds plan`` does. Raises InputError."""
+    """Return the run that ``args`` ask for, checked like ``pst-ds plan`` does. Raises InputError."""
     ranks = args.ranks or 1
     has_accelerator = torch.accelerator.is_available()
     table = _first_table(args, deepspeed_file if ranks > 1 or has_accelerator else None)
@@ -127,7 +127,7 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
 
 
 def _summary(run: RunConfig, model: nn.Module) -> dict[str, object]:
-    """Return the method and the size of what it trains."""
+    """Return the method, and the numbers of layers and trained parameters."""
     return {
         "task": run.task,
         "method": run.method,
@@ -145,14 +145,15 @@ def _remark_on_lines(data: DataConfig) -> str:
 
 
 def _has_small_update(run: RunConfig) -> bool:
-    """Return whether the method trains a low-rank U V that is added to the weights."""
+    """Return whether the method trains a low-rank update that is added to the weights."""
     config = run.injected_pst
     return bool(run.mask_method.injects and config.update_rank and not config.multiplicative_update)
 
 
 def _for_a_new_task(table: Settings, model: nn.Module, run: RunConfig) -> Settings:
-    """Return ``table`` for a model that learns a new task: with an update of its embeddings, and with masks that are
-    half empty at once and final early. tools/quality/logs/tuning-log.md says what each is worth."""
+    """Return ``table`` for a model that learns a new task: with an update of its embeddings, and with masks that start
+    at half of the final sparsity and are fixed early. tools/quality/logs/tuning-log.md has the gains.
+    """
     if embeddings := _updatable_embeddings(model, run):
         table = laid_over(table, "pst", update_embeddings=embeddings)
     if run.method != "pst" or run.pst.magnitude == "none":
@@ -173,10 +174,11 @@ def _updatable_embeddings(model: nn.Module, run: RunConfig) -> list[str]:
 
 
 def proposed_length(usual_epochs: float, examples: int, batch_size: int) -> tuple[Settings, str]:
-    """Return ``num_epochs`` or ``num_steps`` for a run over ``examples``, and why.
+    """Return ``num_epochs`` or ``num_steps`` for a run over ``examples``, and the reason.
 
-    It is the task's usual epochs. Of little data it is up to three times as many, since masks need steps to settle
-    while they ramp up, and of very much data fewer, since the small matrices have then long learnt what they can hold.
+    The default is the task's usual number of epochs. Small datasets get up to three times as many, since masks need
+    steps to settle while sparsity ramps up. Very large datasets get fewer, since the small matrices stop improving
+    earlier.
     """
     steps_of_epoch = max(1, examples // batch_size)
     steps = round(usual_epochs * steps_of_epoch)
@@ -192,7 +194,7 @@ def proposed_length(usual_epochs: float, examples: int, batch_size: int) -> tupl
 
 
 def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> Settings:
-    """Return the settings that need no model, in the order of the file, without defaults that say nothing."""
+    """Return the settings that do not depend on the model, in the order of the file, without uninformative defaults."""
     rows = read_rows(DataConfig(train=args.train), "train", {})
     features = {name: getattr(feature, "dtype", "") for name, feature in rows.features.items()}
     if args.label_column and args.label_column not in features:
@@ -240,7 +242,9 @@ def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> Setti
 
 
 def _proposed_pattern(args: argparse.Namespace, task: str) -> tuple[str, str]:
-    """Return the requested pattern, or the pattern of ``args.target``, and the reason (docs/background/results.md)."""
+    """Return the requested pattern, or the best one for ``args.target``, and the reason
+    (docs/background/results.md).
+    """
     if args.pattern or args.target != "cpu":
         return args.pattern or "matrix", ""
     if not TASKS[task].has_labels:
@@ -260,7 +264,9 @@ def _sparsity(args: argparse.Namespace, facts: TaskFacts) -> float:
 
 
 def _require_labels_or_causal(args: argparse.Namespace, features: dict[str, str]) -> None:
-    """Raise InputError for text without labels and a model that writes none, where another column may hold them."""
+    """Raise InputError for data without labels and a model that cannot generate text, if another column may have
+    labels.
+    """
     others = [name for name in features if name not in _usual_texts(features)]
     if not others:
         return
@@ -274,17 +280,17 @@ def _require_labels_or_causal(args: argparse.Namespace, features: dict[str, str]
 
 
 def _usual_texts(names: Iterable[str]) -> list[str]:
-    """Return the columns that hold texts, by their names; () without any."""
+    """Return the columns with usual names for text; empty without any."""
     return next((texts for texts in _GUESSED_TEXTS if set(texts) <= set(names)), [])
 
 
 def _conversations(names: Iterable[str]) -> list[str]:
-    """Return the columns that hold conversations, by their names; () without any."""
+    """Return the columns with usual names for conversations; empty without any."""
     return next((columns for columns in _GUESSED_CONVERSATIONS if set(columns) <= set(names)), [])
 
 
 def _text_columns(features: dict[str, str], label_column: str, task: str, where: str) -> list[str]:
-    """Return the columns with the texts. Raises InputError where that would be a guess."""
+    """Return the text columns. Raises InputError if they cannot be inferred."""
     texts = [name for name, kind in features.items() if kind in _TEXT_TYPES and name != label_column]
     found = _usual_texts(texts) or texts
     if 1 <= len(found) <= TASKS[task].max_text_columns:
@@ -296,7 +302,7 @@ def _text_columns(features: dict[str, str], label_column: str, task: str, where:
 
 
 def _positions(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the smaller limit of model and tokenizer; None when neither has one."""
+    """Return the smaller limit of model and tokenizer; None if neither has one."""
     of_model = getattr(config.get_text_config(), "max_position_embeddings", None)
     known = [n for n in (of_model, tokenizer.model_max_length) if isinstance(n, int) and 0 < n < 10**9]
     return min(known, default=None)

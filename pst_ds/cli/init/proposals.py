@@ -19,17 +19,20 @@ if TYPE_CHECKING:
 
 _START_SPARSITY, _EXAMPLES = 0.8, 1024
 Settings: TypeAlias = dict[str, Any]
-"""Values of settings, or tables of them, by name."""
+"""Settings, or tables of settings, by name."""
 
 
 def laid_over(table: Settings, section: str, **settings: object) -> Settings:
-    """Return ``table`` with ``settings`` in a section."""
+    """Return ``table`` with ``settings`` added to a section."""
     return {**table, section: {**table.get(section, {}), **settings}}
 
 
 def with_start(table: Settings, model: nn.Module, examples: int, *, any_pattern: bool) -> Settings:
-    """Return ``table`` with a start by ALPS where the run gains by it, and its model is of moderate size and can be
-    pruned so; else as it is. With ``any_pattern`` where zeros lie is left to the start."""
+    """Return ``table`` with a one-shot start by ALPS if that improves this kind of run, or unchanged.
+
+    It stays unchanged for large models and for models that ALPS cannot prune. With ``any_pattern`` the start chooses
+    the sparsity pattern.
+    """
     run = run_from_table(table)
     if not gains_by_start(run) or is_large(model):
         return table
@@ -50,14 +53,14 @@ def _is_startable(table: Settings) -> bool:
 
 
 def _classifier(table: Settings, examples: int) -> Settings:
-    """The rest of the zeros is chosen by scores that have the norms of the inputs in them, as ALPS had."""
+    """Start with ALPS at 80 % sparsity; scores with input norms, as in ALPS, choose the other weights to prune."""
     table = laid_over(table, "start", method="alps", samples=min(_EXAMPLES, examples), reconstruct=2)
     table = laid_over(table, "pst", magnitude="activation")
     return laid_over(table, "schedule", initial_sparsity=_START_SPARSITY)
 
 
 def _language_model(table: Settings, run: RunConfig, examples: int, by_saliency: bool) -> Settings:
-    """All zeros are the start's, and PST makes up for them: docs/how-to/methods.md, "Language models"."""
+    """Start at the final sparsity and let PST compensate: docs/how-to/methods.md, "Language models"."""
     table = laid_over(table, "start", method="alps", samples=min(SAMPLES_OF_TOKENS, examples), reconstruct=2)
     if by_saliency:
         table = laid_over(table, "start", budgets="saliency")
@@ -71,8 +74,10 @@ PERCENT = 10
 
 
 def with_validation(table: Settings, tokenizer: Tokenizer, labels: list[str]) -> tuple[Settings, str]:
-    """Return ``table`` with the last rows of data.train held out for validation, and a sentence on it. Where that is
-    not possible, return it unchanged, and the sentence says why."""
+    """Return ``table`` with the last rows of data.train held out for validation, and a sentence about it.
+
+    Where that is not possible, return ``table`` unchanged; the sentence gives the reason.
+    """
     where, share = table["data"]["train"], 100 - PERCENT
     file, piece = file_and_slice(where)
     if piece:
@@ -89,7 +94,7 @@ def with_validation(table: Settings, tokenizer: Tokenizer, labels: list[str]) ->
 def _require_fair(run: RunConfig, tokenizer: Tokenizer, labels: list[str]) -> str:
     """Return the number of held-out examples, with their unit.
 
-    Raises InputError if the rest cannot be trained on, or if the rows are in the order of their classes.
+    Raises InputError if the remaining rows cannot be trained on, or if the rows are sorted by class.
     """
     task, data = task_of(run), run.data
     if task.label_names(data) != labels:

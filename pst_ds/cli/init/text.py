@@ -87,7 +87,7 @@ def _lines(table: Settings, prefix: str, comments: dict[str, str]) -> list[str]:
 
 
 def _comment(text: str) -> str:
-    """Return one line, whatever the data calls its classes: line ends and control characters become escapes."""
+    """Return a one-line comment: line ends and control characters, such as in class names, become escapes."""
     escaped = (c.encode("unicode_escape").decode() if unicodedata.category(c) in _ESCAPED else c for c in text)
     return "# " + "".join(escaped)
 

@@ -1,4 +1,4 @@
-"""``pst-ds inspect PATH``: say what a folder or file is and holds, from headers and masks; no model is built."""
+"""``pst-ds inspect PATH``: describe a folder or file from headers and masks, without building a model."""
 
 import argparse
 from pathlib import Path
@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 
 def inspect(path: Path) -> Inspection:
-    """Inspect a file or folder. Raises InputError for one that is missing, damaged or of no known kind."""
+    """Inspect a file or folder. Raises InputError if it is missing, damaged or of an unknown kind."""
     from pst_ds.cli.inspect import models, runs
 
     if not path.exists():

@@ -71,7 +71,9 @@ def totals(layers: list[Layer]) -> Facts:
 
 
 def zeros_of_experts(bits: Tensor, weights: int, num_shards: int, num_experts: int) -> list[int]:
-    """Return the pruned weights of each expert in the mask ``bits`` of a stack of so many ``weights``."""
+    """Return the number of pruned weights of each expert, from the mask ``bits`` of a stack with ``weights``
+    weights.
+    """
     each = weights // num_experts
     kept = (unpack_range(bits, weights, num_shards, i * each, (i + 1) * each) for i in range(num_experts))
     return [each - int(of_expert.sum()) for of_expert in kept]
@@ -85,9 +87,9 @@ def add_experts(layer: Layer, zeros: Sequence[int], tokens: Sequence[int] = ()) 
 
 
 def usage(layers: Sequence[Layer]) -> Facts:
-    """Return how much of the pruning falls on experts that were hardly used; nothing where no tokens are known.
+    """Return how much of the pruning falls on rarely used experts; empty if no tokens are known.
 
-    Shares refer to all weights, and all pruned weights, of the stacks.
+    Fractions refer to all weights, and to all pruned weights, of the stacks.
     """
     modules: dict[str, set[int]] = {}
     number = weights = zeros = weights_there = zeros_there = 0

@@ -39,7 +39,7 @@ _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
 def export_folder(path: Path) -> Inspection:
-    """Describe an export by its manifest and the headers of its files. Raises InputError for damaged ones."""
+    """Describe an export from its manifest and the headers of its files. Raises InputError if one is damaged."""
     entries, about = read_manifest(path)
     files: dict[str, TensorFile] = {}
     for name in sorted({part.file for entry in entries for part in entry.parts}):
@@ -95,7 +95,7 @@ def _exported(entry: TensorEntry, files: dict[str, TensorFile], path: Path) -> L
 
 
 def pruned_folder(path: Path) -> Inspection:
-    """Describe a result of ``pst-ds prune`` by its record. Raises InputError for damaged files."""
+    """Describe a result of ``pst-ds prune`` from its record. Raises InputError for damaged files."""
     record = read_table(path / RECORD_FILE, f"{path / RECORD_FILE} is missing")
     weights = BaseWeights(path, "")
     try:
@@ -109,7 +109,7 @@ def pruned_folder(path: Path) -> Inspection:
 
 
 def _recorded(row: JsonTable, weights: BaseWeights) -> Layer:
-    """Describe a pruned layer; the files may hold the experts of a stack one by one under other names."""
+    """Describe a pruned layer. The files may store the experts of a stack separately, under other names."""
     if "expert_zeros" in row:
         dtype, shape = getattr(torch, row["dtype"]), row["shape"]
     else:
@@ -134,7 +134,7 @@ def _recorded(row: JsonTable, weights: BaseWeights) -> Layer:
 
 
 def adapter_state(path: Path) -> Inspection:
-    """Describe an adapter state by its config and the masks in its file. Raises InputError for damaged ones."""
+    """Describe an adapter state from its config and masks. Raises InputError if one is damaged."""
     table = read_table(path / adapter.CONFIG_FILE, f"{path / adapter.CONFIG_FILE} is missing")
     if not (path / adapter.WEIGHTS_FILE).is_file():
         raise InputError(f"{path / adapter.WEIGHTS_FILE} is missing")
@@ -163,7 +163,7 @@ def adapter_state(path: Path) -> Inspection:
 
 
 def model_folder(path: Path) -> Inspection:
-    """Describe a model folder by its config and its weights, read one at a time. Raises InputError."""
+    """Describe a model folder from its config and its weights, which are read one at a time. Raises InputError."""
     config = read_table(path / CONFIG_FILE, f"{path / CONFIG_FILE} is missing")
     quantization = config.get("quantization_config") or {}
     if quantization.get("quant_method") == QUANT_METHOD:
@@ -218,13 +218,13 @@ def _counted_tensor(name: str, tensor: Tensor) -> Layer:
 
 
 def _sizes(nbytes: int, dense_bf16_bytes: int | None = None) -> Facts:
-    """Return the bytes of the weight files, and their share of a dense bf16 model's."""
+    """Return the bytes of the weight files, and their ratio to a dense bf16 model."""
     share = round(nbytes / dense_bf16_bytes, 4) if dense_bf16_bytes else None
     return {"weight_file_bytes": nbytes, "of_dense_bf16": share}
 
 
 def token_store(path: Path) -> Inspection:
-    """Describe a store by its manifest. Raises InputError for one that is not whole."""
+    """Describe a token store from its manifest. Raises InputError for an incomplete one."""
     manifest = token_manifest.read_manifest(path)
     facts = {
         "tokens": manifest.tokens,

@@ -30,7 +30,7 @@ def run_file(path: Path) -> Inspection:
 def run_folder(path: Path) -> Inspection:
     """Describe a run by its settings, result, checkpoints and layers. Raises InputError for damaged files.
 
-    The layers are from the best or newest checkpoint; a damaged one is mentioned, and the next one is taken.
+    The layers are from the best or newest checkpoint. A damaged one is reported, and the next one is used.
     """
     run, folder = load_run(path / RUN_FILE), path / CHECKPOINTS
     result = read_table(path / RESULT_FILE, "") if (path / RESULT_FILE).is_file() else {}
@@ -60,9 +60,9 @@ def run_folder(path: Path) -> Inspection:
 
 
 def _whole_checkpoint(folder: Path) -> tuple[Checkpoint | None, str, dict[str, str]]:
-    """Return the best, final, latest or newest checkpoint in ``folder``, the first of these that is whole.
+    """Return the first intact checkpoint of best, final, latest and the rest from new to old, and its name.
 
-    With its name, and the problems of those before it by the names of their folders.
+    The last value has the problems of the damaged checkpoints before it, by folder name.
     """
     problems: dict[str, str] = {}
     for name in checkpoints.known_names(folder):
@@ -123,7 +123,7 @@ def _settings(run: RunConfig) -> Facts:
 
 
 def _checkpoints(folder: Path, problems: Mapping[str, str]) -> list[Facts]:
-    """Describe every checkpoint, newest first; damaged ones carry a "problem", known already from ``problems``."""
+    """Describe every checkpoint, newest first. ``problems``: known damages, by name."""
     described = []
     for path in step_folders(folder):
         about: Facts = {"name": path.name, "links": links_to(path)}
@@ -142,7 +142,7 @@ def _held(checkpoint: Checkpoint, layers: list[Layer]) -> Facts:
 
 
 def _layers(checkpoint: Checkpoint, run: RunConfig | None) -> list[Layer]:
-    """Describe every module with a mask or trained parameters."""
+    """Describe every module that has a mask or trained parameters."""
     contents, rules = checkpoint.contents, run.injected_pst if run else None
     masks = {}
     for name, weights in contents.masks.items():
@@ -157,7 +157,7 @@ def _layers(checkpoint: Checkpoint, run: RunConfig | None) -> list[Layer]:
 
 
 def _add_experts(layers: list[Layer], checkpoint: Checkpoint, tokens: Mapping[str, list[int]]) -> None:
-    """Add the pruned weights of every expert to stacks whose experts' ``tokens``, by module, the run has counted."""
+    """Add the pruned weights of each expert to stacks for which the run counted ``tokens``, by module."""
     for layer in layers:
         name = layer["name"]
         of_experts = tokens.get(name.rpartition(".")[0])
@@ -167,7 +167,7 @@ def _add_experts(layers: list[Layer], checkpoint: Checkpoint, tokens: Mapping[st
 
 
 def _add_figures(layers: list[Layer], file: Path) -> str:
-    """Add the newest per-layer values of :data:`LAYERS_FILE`, if there is one; return what is wrong with it."""
+    """Add the newest per-layer values of :data:`LAYERS_FILE`, if it exists; return its problem, or ""."""
     data = read_layers(file)
     if data is None:
         return f"{file} is damaged: its first line does not name the layers" if file.is_file() else ""

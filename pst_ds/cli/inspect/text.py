@@ -1,4 +1,4 @@
-"""The result of ``pst-ds inspect`` as lines of text: facts, then a table of layers."""
+"""The result of ``pst-ds inspect`` as text: facts, then a table of layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from pst_ds.cli.plan_text import name_across_blocks
 from pst_ds.text_table import aligned, bytes_text
 
 Facts = dict[str, object]
-"""JSON values; None for unknown ones."""
+"""JSON values; None if unknown."""
 _VECTORS = ("(vectors)",)
 
 
@@ -25,7 +25,7 @@ class Layer(TypedDict, total=False):
     packing: str
     origin: str
     values: str
-    """"int8" or "int4" where they are codes on a grid."""
+    """"int8" or "int4" for quantised weights."""
     group: int | str
     """Weights of a row that share a scale, or "row"."""
     bits_per_weight: float
@@ -37,16 +37,16 @@ class Layer(TypedDict, total=False):
     expert_zeros: list[int]
     """For a stack: pruned weights per expert."""
     expert_tokens: list[int]
-    """Of a stack: the tokens that each expert was given, in training or for calibration."""
+    """For a stack: tokens routed to each expert, in training or for calibration."""
     flipped: int
     """Weights that the last mask update flipped."""
     correlation: float | None
-    """Correlation of the scores with |W| when it was last measured."""
+    """Correlation of the scores with |W| at the last measurement."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """The kind of a path, with facts about the whole and about each layer; ``note`` says where they come from."""
+    """The kind of a path, with facts about it and about each layer; ``note`` names their source."""
 
     kind: str
     facts: Facts
@@ -89,9 +89,9 @@ def _text(key: str, value: object) -> str:
 
 
 def layer_table(layers: Sequence[Layer], *, every_layer: bool) -> list[str]:
-    """Return a line for each layer, or for all that share a name across blocks, a shape, a dtype and a pattern.
+    """Return one line per layer, or one for all layers with the same name across blocks, shape, dtype and pattern.
 
-    Vectors (biases and norms) then have one line together.
+    Vectors (biases and norms) then share one line.
     """
     groups: dict[tuple[str, ...], list[Layer]] = {}
     for layer in layers:
@@ -107,7 +107,7 @@ def layer_table(layers: Sequence[Layer], *, every_layer: bool) -> list[str]:
 
 
 def _row(name: str, group: Sequence[Layer]) -> dict[str, str]:
-    """Return cells by heading; for several layers the least, mean and greatest of a value, or sums."""
+    """Return cells by heading; for several layers minimum, mean and maximum, or the sum."""
     first = group[0]
     is_one_shape = all(layer["shape"] == first["shape"] for layer in group)
     zeros = [layer["zeros"] / layer["weights"] for layer in group if layer["zeros"] is not None and layer["weights"]]
@@ -140,7 +140,7 @@ def _shares_of_experts(layer: Layer) -> list[float]:
 
 
 def _range(values: Sequence[float], form: str) -> str:
-    """Format values as "0.8998 .. 0.9001, mean 0.9000", or as one number where they look alike."""
+    """Format values as "0.8998 .. 0.9001, mean 0.9000", or as one number if all look the same."""
     if not values:
         return ""
     least, mean, most = (form.format(value) for value in (min(values), sum(values) / len(values), max(values)))
