@@ -202,7 +202,7 @@ MODELS = {
         setting("pst.target_modules=['q_porj']"), "target_modules", "'q_porj'", "Names seen: query, key, value, dense"
     ),
     "a target that is no linear layer": Wrong(
-        setting("pst.target_modules=['LayerNorm']"), "target_modules matches", "LayerNorm", "name the linear layers"
+        setting("pst.target_modules=['LayerNorm']"), "target_modules matches", "LayerNorm", "Name the linear layers"
     ),
     "a target that is tied": Wrong(
         _llama(None, "pst.target_modules=['lm_head']", tie_word_embeddings=True),
