@@ -1,4 +1,4 @@
-"""What one rank has of a checkpoint, copied between two steps, or as it lies in the engine."""
+"""One rank's part of a checkpoint: a copy made between two steps, or the engine's own tensors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from pst_ds.parallel.ranks import rank, world_size
 
 
 class OwnPart:
-    """This rank's part of a checkpoint: 12 bytes for each of its trainable values, the bits of its masks and the bytes
-    of its scales.
+    """This rank's part of a checkpoint: 12 bytes per trainable value, mask bits, and bytes of quantisation scales.
 
-    :meth:`copy` takes it into the host's memory, which is kept for the next copy; :meth:`refer` leaves it where it is.
+    :meth:`copy` copies it to host memory, which is kept for the next copy; :meth:`refer` uses the engine's tensors.
     """
 
     def __init__(self, engine: Engine):
@@ -30,15 +29,15 @@ class OwnPart:
         self._named = trainable(engine.module)
         self._layers = pst_layers(engine.module)
         self.tensors: dict[str, Sequence[Tensor]] = {}
-        """Under the names of the file: flat pieces of one dtype, at least one each, that follow each other there."""
+        """Pieces of each tensor of the file, by name: flat, of one dtype, at least one each, in the file's order."""
         self.steps: dict[str, int] = {}
-        """Adam's steps of each parameter that it has values of."""
+        """Adam's step count of each parameter that this rank has values of."""
         self.cuts: list[tuple[int, int, int]] = []
-        """(number of the parameter, first value, after the last) of its values, unless all are cut evenly."""
+        """(index of the parameter, start, stop) of its values; empty if all parameters are cut evenly."""
         self._copies: dict[str, Tensor] = {}
 
     def copy(self) -> None:
-        """Copy what the engine has now. Does not communicate."""
+        """Copy the engine's current values. Not collective."""
         held = self._own_fragments()
         for kind in optimizer_state.KINDS:
             self._copy_into(kind, optimizer_state.values(self._engine, held, kind), torch.float32)
@@ -49,7 +48,7 @@ class OwnPart:
         self._note(held)
 
     def refer(self) -> None:
-        """Take the engine's own tensors: the part is what they are when it is read. Does not communicate."""
+        """Use the engine's own tensors, whose values are those at the time of reading. Not collective."""
         held = self._own_fragments()
         none = torch.empty(0)
         self.tensors = {
@@ -80,7 +79,7 @@ class OwnPart:
             torch._foreach_copy_(list(self._copies[name].split(sizes)), list(pieces))
 
     def _note(self, held: list[Fragment]) -> None:
-        """Note steps and cuts of what is held."""
+        """Record the steps and cuts of ``held``."""
         self.steps = optimizer_state.adam_steps(self._engine, held)
         self.cuts = []
         if not optimizer_state.is_cut_evenly(param for _, param in self._named):
@@ -89,7 +88,7 @@ class OwnPart:
 
 
 def _mask_share(layer: PSTLayer) -> Tensor:
-    """Return the bits of this rank's share of a mask: shard ``rank`` of as many as there are ranks."""
+    """Return the bits of this rank's shard of a mask cut into one shard per rank."""
     bits, numel = layer.pst_mask, layer.layout.numel
     if zero3.is_partitioned(bits):
         return zero3.shard_of(bits).values

@@ -59,7 +59,7 @@ def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def _verified(path: Path) -> tuple[Checkpoint | None, str]:
-    """Return the checkpoint, or the first problem that any rank has with it. Collective."""
+    """Return the verified checkpoint, or the first problem that a rank found. Collective."""
     checkpoint, sums, problem = None, {}, ""
     try:
         names = of_main(lambda: listed_files(path))
@@ -82,10 +82,10 @@ def _verified(path: Path) -> tuple[Checkpoint | None, str]:
 
 
 def keep(folder: Path, keep_last: int, known: Known | None = None) -> list[str]:
-    """Remove all but the newest ``keep_last`` good checkpoints and the best that any of them knows; return the names.
+    """Remove all but the newest ``keep_last`` good checkpoints and the best one that they name; return their names.
 
-    A checkpoint is good when it is ``known``, or when its manifest is intact and its files have their full length;
-    those found to be good become known. A bad one is removed only if it is older than ``keep_last`` good ones.
+    A checkpoint is good if it is in ``known``, or if its manifest is intact and its files have their full length; it is
+    then added to ``known``. A bad one is removed only if it is older than ``keep_last`` good ones.
     """
     known = {} if known is None else known
     best: set[str] = set()
@@ -99,14 +99,14 @@ def keep(folder: Path, keep_last: int, known: Known | None = None) -> list[str]:
             best |= set() if step is None else {step_name(step)}
     removed = [path for path in removed if path.name not in best]
     for path in removed:
-        doomed = path.with_name(path.name + PARTIAL)  # whole or gone, also when we are killed now
+        doomed = path.with_name(path.name + PARTIAL)  # so that a kill during rmtree leaves no half checkpoint
         path.rename(doomed)
         shutil.rmtree(doomed)
     return [path.name for path in removed]
 
 
 def _learn(path: Path, known: Known) -> bool:
-    """Return whether a checkpoint is good, and make it known if it is."""
+    """Return whether a checkpoint is good, and add it to ``known`` if so."""
     try:
         checkpoint = open_checkpoint(path)
         for file in range(checkpoint.files.count):
@@ -122,9 +122,8 @@ def settle(
 ) -> None:
     """Point the links to the checkpoint of ``step``, and remove checkpoints that are no longer needed.
 
-    ``known`` are those that this process wrote or verified, and :func:`keep` does not look into again.
-
-    Also repairs what a crash between writing a checkpoint and this left behind.
+    ``known``: the checkpoints that this process wrote or verified, which :func:`keep` does not read again. Also repairs
+    the links after a crash between writing a checkpoint and this call.
     """
     for link, of_step in ((LATEST, step), (BEST, best_step), (FINAL, step if is_last else None)):
         if of_step is not None and (folder / step_name(of_step)).is_dir():

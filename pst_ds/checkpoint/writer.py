@@ -44,9 +44,9 @@ class SaveResult:
     bytes: int
     """Size of all files."""
     blocked_seconds: float
-    """Time that this rank's training thread had to wait."""
+    """Time for which this rank's training thread was blocked."""
     error: str = ""
-    """Why there is no checkpoint, or why ``when_written`` failed, with the rank; empty after success."""
+    """Why the checkpoint was not written, or ``when_written`` failed, with the rank; empty after success."""
 
 
 class _Report(TypedDict):

@@ -1,4 +1,4 @@
-"""Whether autograd is at work, which torch says nowhere in public."""
+"""Detect whether autograd's backward pass is running (torch has no public API for it)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ import torch
 def in_backward_pass() -> bool:
     """Return whether this thread is inside a backward pass.
 
-    A forward pass that runs there is one of a checkpointed block, repeated for its gradients.
+    A forward pass inside one recomputes a checkpointed block.
     """
     return torch._C._current_graph_task_id() != -1

@@ -1,4 +1,4 @@
-"""DeepSpeed's own checkpoints without the frozen weights, for models that say so."""
+"""Omit frozen weights from DeepSpeed's checkpoints of chosen models."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _MARK = "pst_leaves_out_frozen"
 
 
 def leave_out_frozen(model: nn.Module) -> None:
-    """Let ``save_checkpoint`` of every DeepSpeed engine of ``model`` leave out what is frozen, unless told otherwise.
+    """Omit frozen parameters from ``save_checkpoint`` of every DeepSpeed engine of ``model``, unless told otherwise.
 
-    HF Trainer saves so for PEFT's models alone, and a callback meets no engine. Other models' engines save as ever.
-    Nothing to do where nobody has imported DeepSpeed.
+    HF Trainer does so only for PEFT's models, and a callback has no access to the engine. Engines of other models are
+    not affected. Does nothing if DeepSpeed was not imported. Raises ThirdPartyError.
     """
     setattr(model, _MARK, True)
     if "deepspeed" not in sys.modules:

@@ -1,4 +1,4 @@
-"""Halo exchange: fetch the weights around a rank's own shard from the ranks that hold them."""
+"""Halo exchange: fetch the weights around a rank's shard from the ranks that hold them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pst_ds.parallel import zero3
 
 Range = tuple[int, int]
 Widen = Callable[[int, int], Range]
-"""From a rank's shard [start, stop) to the flat range it needs, which holds the shard; rising with it."""
+"""Maps a rank's shard [start, stop) to the flat range it needs, which contains the shard; monotonic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Halo:
 
 
 class Flat(Protocol):
-    """A flat tensor, or what gives one for a slice."""
+    """A flat tensor, or an object that returns one for a slice."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -43,10 +43,10 @@ def fetch_halos(
     shards: Sequence[Flat] | None = None,
     sizes: Sequence[int] | None = None,
 ) -> list[Halo]:
-    """Fetch what this rank lacks of the range that ``widen[i]`` makes of its shard of ``params[i]``.
+    """Fetch the values outside this rank's shard of ``params[i]`` in the range ``widen[i]`` of that shard.
 
-    ``shards[i]``: flat values to send in place of the shard of ``params[i]``, such as its fp32 masters; ``sizes[i]``:
-    how many there are on all ranks, where they are not as many as ``params[i]`` has.
+    ``shards[i]``: flat values to send instead of the shard of ``params[i]``, such as its fp32 masters; ``sizes[i]``:
+    their number over all ranks, if it differs from that of ``params[i]``.
 
     Collective over the ranks that ZeRO-3 splits them over: one all-to-all for all of them; free when nothing is split.
     Every rank works out from the sizes alone who sends what to whom.
@@ -71,7 +71,7 @@ Piece = tuple[int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class _Split:
-    """Flat values over ranks, of which this is number ``own``."""
+    """Flat values partitioned over ranks; ``own`` is the index of this rank."""
 
     numel: int
     shards: int
@@ -81,7 +81,7 @@ class _Split:
         return shard_range(self.numel, self.shards, rank)
 
     def ranks_of(self, wanted: Range) -> range:
-        """Ranks whose shards meet the flat range ``wanted``."""
+        """Return the ranks whose shards overlap the flat range ``wanted``."""
         share = shard_numel(self.numel, self.shards)
         return range(wanted[0] // share, -(-wanted[1] // share) if wanted[1] > wanted[0] else wanted[0] // share)
 
@@ -114,7 +114,7 @@ def _exchange(
     incoming: list[Piece],
     outgoing: list[Piece],
 ) -> list[Tensor]:
-    """Send the ``outgoing`` pieces of this rank's shards; returns the ``incoming`` ones. Bytes travel, so any dtype."""
+    """Send the ``outgoing`` pieces of this rank's shards; return the ``incoming`` ones, of any dtype. Collective."""
     group, world = zero3.process_group(param), zero3.num_shards(param)
     home = shards[0].device
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else home

@@ -1,4 +1,4 @@
-"""Ranks and their collectives, on one process and on many."""
+"""Ranks of the process group and collectives over them; without a group, this process is rank 0 of 1."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pst_ds.progress import heard_by
 
 T = TypeVar("T")
 _BEAT_SECONDS = 10.0
-"""Least time between two signs of life of long work."""
+"""Shortest time between two progress messages of long work."""
 
 
 def rank() -> int:
@@ -35,13 +35,13 @@ def is_main() -> bool:
 
 
 def barrier() -> None:
-    """Collective."""
+    """Wait for all ranks. Collective."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Return the ``value`` of every rank, in order; over ``group``, by default over all of them. Collective."""
+    """Return the ``value`` of every rank of ``group``, in order; by default of all ranks. Collective."""
     if not dist.is_initialized():
         return [value]
     gathered = [value] * world_size()
@@ -50,8 +50,8 @@ def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list
 
 
 def of_main(action: Callable[[], T]) -> T:
-    """Return on every rank what ``action`` returns on rank 0, which alone runs it. An InputError or OSError of it is
-    raised on every rank. Collective."""
+    """Run ``action`` on rank 0 only, and return its result on every rank. Its InputError or OSError is raised on every
+    rank. Collective."""
     outcome: list[object] = [None, None]
     if is_main():
         try:
@@ -66,8 +66,8 @@ def of_main(action: Callable[[], T]) -> T:
 
 
 def of_main_at_length(action: Callable[[], T]) -> T:
-    """Return what :func:`of_main` does, of work that takes longer than a collective may wait: the others wait anew as
-    often as it reports its :class:`~pst_ds.progress.Progress`. Collective."""
+    """Do the same as :func:`of_main` for work that takes longer than a collective may wait: the other ranks wait again
+    whenever it reports its :class:`~pst_ds.progress.Progress`. Collective."""
     if not is_main():
         while _goes_on(True):
             pass
@@ -91,7 +91,7 @@ def of_main_at_length(action: Callable[[], T]) -> T:
 
 
 def _goes_on(said: bool) -> bool:
-    """What rank 0 says. Collective."""
+    """Return the object of rank 0. Collective."""
     outcome = [said]
     if world_size() > 1:
         dist.broadcast_object_list(outcome, 0)
@@ -99,7 +99,7 @@ def _goes_on(said: bool) -> bool:
 
 
 def all_gather_numbers(value: Tensor) -> Tensor:
-    """Everyone's ``value``, of one shape, on its own device, by rank: (world size, *shape). Collective."""
+    """Return the ``value`` of every rank, of equal shape, on its device: (world size, *shape). Collective."""
     if not dist.is_initialized():
         return value.unsqueeze(0)
     gathered = value.new_empty(world_size(), *value.shape)
@@ -108,7 +108,7 @@ def all_gather_numbers(value: Tensor) -> Tensor:
 
 
 def broadcast(value: Tensor, source: int) -> Tensor:
-    """The ``value`` of rank ``source``; it has one shape, dtype and kind of device on all ranks. Collective."""
+    """Return the ``value`` of rank ``source``, of the same shape, dtype and device type everywhere. Collective."""
     if not dist.is_initialized():
         return value
     received = value.clone() if rank() == source else torch.empty_like(value)
@@ -117,8 +117,8 @@ def broadcast(value: Tensor, source: int) -> Tensor:
 
 
 def raise_on_all_ranks(action: Callable[[], T]) -> T:
-    """Run ``action`` on every rank; if any raises InputError, all do. Collective. The message is that of the lowest
-    such rank, and names it unless all ranks fail."""
+    """Run ``action`` on every rank; if one raises InputError, all do, with the message of the lowest such rank, which
+    it names unless all ranks fail. Collective."""
     try:
         result, problem = action(), None
     except InputError as error:
@@ -147,17 +147,17 @@ def _reduce(values: Tensor, param: nn.Parameter, op: dist.ReduceOp.RedOpType) ->
 
 
 def group_sum(values: Tensor, param: nn.Parameter) -> Tensor:
-    """Sum over the ranks that ``param`` is split over; the values themselves when it is whole here. Collective."""
+    """Return the sum of ``values`` over the ranks that hold ``param``; unchanged if not partitioned. Collective."""
     return _reduce(values, param, dist.ReduceOp.SUM)
 
 
 def group_max(values: Tensor, param: nn.Parameter) -> Tensor:
-    """The same with the maximum."""
+    """Return the maximum over the ranks that hold ``param``; unchanged if it is not partitioned. Collective."""
     return _reduce(values, param, dist.ReduceOp.MAX)
 
 
 def rank_sums(param: nn.Parameter) -> RankSums:
-    """The collectives of selection over the ranks that ``param`` is split over."""
+    """Return the collectives of selection over the ranks that hold ``param``."""
     shards = zero3.num_shards(param)
     if shards == 1:
         return RankSums()

@@ -21,14 +21,14 @@ _HOLDER = -1
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """This rank's part of a parameter: the flat values from index ``start`` on, without padding."""
+    """This rank's part of a parameter: its flat values from index ``start``, without padding."""
 
     values: Tensor
     start: int
 
 
 def is_partitioned(param: nn.Parameter) -> bool:
-    """Return whether ZeRO-3 splits ``param`` over ranks."""
+    """Return whether ZeRO-3 partitions ``param`` over ranks."""
     return hasattr(param, "ds_id")
 
 
@@ -47,7 +47,7 @@ def refuse_dtensors(module: nn.Module, *, recurse: bool = True) -> None:
 
 
 def full_shape(param: nn.Parameter) -> torch.Size:
-    """The shape of the whole parameter; under ZeRO-3 ``param.shape`` is (0,) while it is released."""
+    """Return the full shape of ``param``; under ZeRO-3 ``param.shape`` is (0,) while it is released."""
     return torch.Size(getattr(param, "ds_shape", param.shape))
 
 
@@ -56,27 +56,27 @@ def full_numel(param: nn.Parameter) -> int:
 
 
 def num_shards(param: nn.Parameter) -> int:
-    """Ranks that ``param`` is split over; 1 when it is not."""
+    """Return the number of ranks that ``param`` is partitioned over; 1 if it is not."""
     return getattr(param, "ds_zero_partition_world_size", 1) if is_partitioned(param) else 1
 
 
 def shard_index(param: nn.Parameter) -> int:
-    """Which of the shards of ``param`` is this rank's; 0 when it is not partitioned."""
+    """Return the index of this rank's shard of ``param``; 0 if it is not partitioned."""
     return param.ds_zero_partition_rank if is_partitioned(param) else 0
 
 
 def process_group(param: nn.Parameter) -> dist.ProcessGroup | None:
-    """The ranks that ``param`` is split over; None, the default group, when it is not partitioned."""
+    """Return the process group that ``param`` is partitioned over; None, the default group, if it is not."""
     return getattr(param, "ds_process_group", None)
 
 
 def is_released(param: nn.Parameter) -> bool:
-    """Return whether ``param`` is partitioned and not gathered now."""
+    """Return whether ``param`` is partitioned and not gathered at the moment."""
     return is_partitioned(param) and param.ds_status.name != "AVAILABLE"
 
 
 def shard_of(param: nn.Parameter) -> Shard:
-    """This rank's shard of ``param`` (the whole of it when it is not partitioned), a view that may be written."""
+    """Return this rank's shard of ``param`` as a writable view; all of it if it is not partitioned."""
     if not is_partitioned(param):
         return Shard(param.detach().view(-1), 0)
     start = min(param.ds_zero_partition_rank * param.ds_tensor.ds_numel, param.ds_numel)
@@ -85,14 +85,14 @@ def shard_of(param: nn.Parameter) -> Shard:
 
 
 def hold(params: Iterable[nn.Parameter]) -> None:
-    """Keep those of ``params`` whole that are gathered now, whatever modules' turns end, until :func:`let_go`."""
+    """Keep the gathered ones of ``params`` gathered until :func:`let_go`, even after their modules have run."""
     for param in params:
         if is_partitioned(param) and not is_released(param):
             param.ds_active_sub_modules.add(_HOLDER)
 
 
 def let_go(params: Iterable[nn.Parameter]) -> None:
-    """End :func:`hold`: ZeRO-3 releases them when the turn of the module that they are in ends."""
+    """End :func:`hold`: ZeRO-3 releases the parameters once their module has run."""
     for param in params:
         if is_partitioned(param):
             param.ds_active_sub_modules.discard(_HOLDER)
@@ -101,7 +101,7 @@ def let_go(params: Iterable[nn.Parameter]) -> None:
 def write_shard(param: nn.Parameter, values: Tensor) -> None:
     """Overwrite this rank's shard of a frozen ``param``. Every rank must do so before the next gather.
 
-    A parameter that is gathered now (ZeRO-3 keeps small ones so) is released, since its whole value is out of date.
+    A gathered parameter (ZeRO-3 keeps small ones gathered) is released, since its full value is out of date.
     """
     if not is_partitioned(param):
         param.detach().view(-1).copy_(values)
@@ -113,9 +113,9 @@ def write_shard(param: nn.Parameter, values: Tensor) -> None:
 
 
 def fill_where(param: nn.Parameter, where: Tensor, value: float) -> None:
-    """Give a trained ``param`` the number ``value`` in some places, and its fp32 master if an optimizer has one.
+    """Fill a trained ``param``, and its fp32 master in the optimizer if there is one, with ``value`` where ``where``.
 
-    ``where``: bool, in the full shape, the same on every rank; all ranks must do so before the next gather.
+    ``where``: bool, of the full shape, the same on every rank. Every rank must do so before the next gather.
     """
     flat = where.flatten()
     if _has_zero3_master(param):
@@ -138,9 +138,9 @@ def _fill(master: Tensor, where: Tensor, value: float) -> None:
 
 
 def bytes_split_as(like: nn.Parameter, numel: int, own: Tensor) -> nn.Parameter:
-    """Return a frozen parameter of ``numel`` bytes that is split over ranks as ``like`` is; ``own`` are this rank's.
+    """Return a frozen parameter of ``numel`` bytes, partitioned like ``like``; ``own`` are this rank's bytes.
 
-    Of a parameter that is not partitioned ``own`` are all. Collective under ZeRO-3, and whole on every rank meanwhile.
+    ``own`` are all bytes if ``like`` is not partitioned. Collective under ZeRO-3; uses the full memory meanwhile.
     """
     if not is_partitioned(like):
         return nn.Parameter(own, requires_grad=False)
@@ -151,21 +151,21 @@ def bytes_split_as(like: nn.Parameter, numel: int, own: Tensor) -> nn.Parameter:
 
 
 def own_part(like: nn.Parameter, whole: Tensor) -> Tensor:
-    """Return what this rank holds of the flat values ``whole`` once they are split as ``like`` is: (n,)."""
+    """Return this rank's shard of the flat values ``whole``, (n,), when partitioned like ``like``."""
     share = -(-whole.numel() // num_shards(like))
     return whole[shard_index(like) * share :][:share]
 
 
 def split_as(like: nn.Parameter, params: Iterable[nn.Parameter]) -> None:
-    """Split ``params``, with the values of rank 0, over the ranks that ``like`` is split over, as
-    ``deepspeed.initialize`` would later. Collective under ZeRO-3; nothing where ``like`` is whole."""
+    """Partition ``params``, with the values of rank 0, like ``like``, as ``deepspeed.initialize`` would later.
+    Collective under ZeRO-3; does nothing if ``like`` is not partitioned."""
     whole = [param for param in params if not is_partitioned(param)]
     if whole and is_partitioned(like):
         like.convert_to_zero_parameters(param_list=whole)
 
 
 def drop(param: nn.Parameter) -> None:
-    """Free the values of a parameter that ZeRO-3 has split and no module holds any more."""
+    """Free the memory of a partitioned parameter that no module uses any more."""
     for tensor in (param, getattr(param, "ds_tensor", None), getattr(param, "ds_secondary_tensor", None)):
         if tensor is not None and is_partitioned(param):
             tensor.data = tensor.new_empty(0)
@@ -173,8 +173,8 @@ def drop(param: nn.Parameter) -> None:
 
 @contextmanager
 def unfilled(chosen: Callable[[nn.Module, str], bool]) -> Iterator[None]:
-    """Inside, parameters of new modules that are ``chosen``, by their module and their name in it, keep no memory once
-    ``zero.Init`` has split them. Each needs :func:`make_shard` before anything gathers it."""
+    """Inside the context, free the memory of parameters of new modules that ``chosen(module, name)`` selects, once
+    ``zero.Init`` has partitioned them. Each needs :func:`make_shard` before it is gathered. Raises ThirdPartyError."""
     from deepspeed.runtime.zero.partition_parameters import Init
 
     def dropping(split: Code) -> Code:
@@ -191,7 +191,7 @@ def unfilled(chosen: Callable[[nn.Module, str], bool]) -> Iterator[None]:
 
 
 def is_unfilled(param: nn.Parameter) -> bool:
-    """Return whether ``param`` is one of :func:`unfilled` that has no shard yet."""
+    """Return whether ``param`` was freed by :func:`unfilled` and has no shard yet."""
     return is_partitioned(param) and param.ds_tensor.numel() < param.ds_tensor.ds_numel
 
 
@@ -202,7 +202,7 @@ def make_shard(param: nn.Parameter) -> None:
 
 @contextmanager
 def gathered(params: Iterable[nn.Parameter], *, writer_rank: int | None = None) -> Iterator[None]:
-    """Whole tensors inside, shards outside; free when nothing is partitioned.
+    """Gather ``params`` inside the context; does nothing if none is partitioned.
 
     Collective: every rank must enter. With ``writer_rank`` the values that rank leaves are kept for all.
     """
@@ -217,9 +217,9 @@ def gathered(params: Iterable[nn.Parameter], *, writer_rank: int | None = None) 
 
 
 def master_shard(param: nn.Parameter) -> Shard:
-    """This rank's shard of the fp32 values that the optimizer holds of a trained ``param``; the shard of a frozen one.
+    """Return this rank's shard of the fp32 master of a trained ``param``; the shard of a frozen one.
 
-    The whole of it where no rank holds less: then collective, as at ZeRO stages 1 and 2.
+    The shard is everything if ``param`` is not partitioned: then collective, as at ZeRO stages 1 and 2.
     """
     if not param.requires_grad:
         return shard_of(param)
@@ -230,11 +230,10 @@ def master_shard(param: nn.Parameter) -> Shard:
 
 
 def fp32_masters(params: Sequence[nn.Parameter], device: torch.device | None = None) -> list[Tensor]:
-    """The whole fp32 values that the optimizer holds of trainable ``params``, in their full shapes; on ``device``, by
-    default wherever they are.
+    """Return the full fp32 masters of trainable ``params`` in their shapes, on ``device``, by default where they are.
 
-    Parameters that no optimizer keeps a master of are returned as fp32 copies. Collective; under ZeRO-3 the shards of
-    all ``params`` travel in one all-gather, and to ``device`` in one copy.
+    A parameter without a master is returned as an fp32 copy. Collective; under ZeRO-3 one all-gather for all shards,
+    and one copy to ``device``.
     """
     if params and all(_has_zero3_master(p) for p in params):
         return _gather_zero3_masters(params, device)
@@ -247,8 +246,7 @@ def _has_zero3_master(param: nn.Parameter) -> bool:
 
 
 def _zero3_master(param: nn.Parameter) -> Tensor:
-    """This rank's part of the fp32 values of ``param``, a flat view with padding, where the optimizer holds it: on the
-    host if it is offloaded."""
+    """Return this rank's shard of the master of ``param``, a flat view with padding; on the host if offloaded."""
     optimizer = param._z3_optimizer
     group, offset, count = optimizer.grad_position[optimizer.get_param_id(param)]
     return optimizer.fp32_partitioned_groups_flat[group].detach().narrow(0, offset, count)
@@ -268,9 +266,9 @@ def _gather_zero3_masters(params: Sequence[nn.Parameter], device: torch.device |
 
 
 def kept_masters(params: Sequence[nn.Parameter]) -> list[Tensor | None]:
-    """The fp32 values that MasterAdamW, or DeepSpeed at stage 0, keeps of each whole parameter.
+    """Return the fp32 masters that MasterAdamW, or DeepSpeed at stage 0, keeps of each full parameter.
 
-    None where no such values exist, or the parameter was given other values since: the host waits once to know.
+    None where there is no master, or the parameter was overwritten since; the host waits once for that comparison.
     """
     held = {i: param.fp32_master.detach() for i, param in enumerate(params) if hasattr(param, "fp32_master")}
     masters = {i: master for i, master in held.items() if master.shape == params[i].shape}
