@@ -29,9 +29,7 @@ LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in unit
 SINGLE_FILES = {path.stem for path in PACKAGE.glob("*.py")} - {"__main__"}
 MOST_PACKAGES, MOST_LAYERS = 16, 8
 CORE_MAY_IMPORT = {"torch", "numpy", "triton", *sys.stdlib_module_names}
-KNOWN_CYCLES = {
-    ("inference/hf/tables.py", "inference/hf/layers.py"),
-}
+KNOWN_CYCLES: set[tuple[str, str]] = set()
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "misc"}
 ATTRIBUTE_FUNCTIONS = {"getattr", "hasattr", "setattr", "delattr"}
 

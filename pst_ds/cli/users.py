@@ -218,27 +218,15 @@ def _list(args: argparse.Namespace) -> Facts:
 
 def _export(args: argparse.Namespace) -> Facts:
     config = load_run_or_folder(args)
-    from pst_ds.cli.export import saved_prompt
-    from pst_ds.export.export import export_run
-    from pst_ds.train.model import load_tokenizer, meta_model
-    from pst_ds.train.run_folder import as_table, open_checkpoint
+    from pst_ds.inference.export_run import ExportSettings, export_run
+    from pst_ds.train.run_folder import open_checkpoint
     from pst_ds.train.users.export import user_checkpoint
     from pst_ds.train.users.store import UserStore
 
     checkpoint = open_checkpoint(config, args.checkpoint)
     own = user_checkpoint(checkpoint, config, UserStore.open(Path(args.store)), args.user)
-    tokenizer = load_tokenizer(config)
-    model = meta_model(config, checkpoint.state.labels, tokenizer, own_dropout=True)
-    written = export_run(
-        model,
-        own,
-        tokenizer,
-        Path(args.out),
-        packing=args.format,
-        dtype=args.dtype,
-        prompt=saved_prompt(config, own, model),
-        run=as_table(config),
-    )
+    settings = ExportSettings(format=args.format, dtype=args.dtype)
+    written = export_run(config, args.out, settings, checkpoint=own)
     print(
         f"wrote {args.out} of {args.user}: sparsity {written['sparsity_measured']:.6f} measured, as the base; "
         f"{bytes_text(written['file_bytes'])}"

@@ -11,6 +11,7 @@ from pst_ds.config.data import DataConfig as DataConfig
 from pst_ds.config.data import EvalConfig as EvalConfig
 from pst_ds.config.methods import METHODS, Method, method_conflicts
 from pst_ds.config.model import ModelConfig as ModelConfig
+from pst_ds.config.one_shot import OneShotConfig
 from pst_ds.config.outputs import CheckpointConfig as CheckpointConfig
 from pst_ds.config.outputs import PicturesConfig as PicturesConfig
 from pst_ds.config.outputs import TrackingConfig as TrackingConfig
@@ -19,7 +20,6 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.config.quantization import QuantizationConfig as QuantizationConfig
 from pst_ds.config.settings import ConfigError as ConfigError
 from pst_ds.config.settings import MayDiffer, Section, settings
-from pst_ds.config.start import StartConfig
 from pst_ds.config.tasks import TASKS, TaskFacts, task_conflicts
 from pst_ds.config.train import DistillationConfig as DistillationConfig
 from pst_ds.config.train import TrainConfig as TrainConfig
@@ -55,7 +55,7 @@ class RunConfig(Section):
     """Run folder of a dense run (method "dense" or "lora") with the same base model, data and batch size, as a
     reference for the losses of this run."""
     pst: PSTConfig = field(default_factory=PSTConfig)
-    start: StartConfig = field(default_factory=StartConfig)
+    start: OneShotConfig = field(default_factory=OneShotConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
@@ -111,7 +111,7 @@ class RunConfig(Section):
     @property
     def start_sparsity(self) -> float:
         """Sparsity of the initial masks that one-shot pruning chooses."""
-        return self.start.sparsity(self.method, self.schedule)
+        return self.start.initial_sparsity(self.method, self.schedule)
 
     @property
     def ranks_by_activation(self) -> bool:
@@ -206,7 +206,7 @@ class RunConfig(Section):
         if distillation.weight and not distillation.teacher:
             distillation = replace(distillation, teacher=self.model.path)
         model = replace(self.model, path=str(Path(self.output_dir) / START))
-        return replace(self, model=model, distillation=distillation, start=StartConfig())
+        return replace(self, model=model, distillation=distillation, start=OneShotConfig())
 
     def micro_batch_size(self, world_size: int) -> int:
         """Return the maximum number of examples of a group of ranks per micro-batch; some ranks have one less if the

@@ -1,131 +1,136 @@
-"""The check that a folder still holds what was exported, and that nothing in it is other than it says."""
+"""Verify that a folder still holds exactly what was exported."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from pst_ds.atomic_files import file_sha256
+from pst_ds.core.packings import DENSE
 from pst_ds.errors import shortened
-from pst_ds.export import manifest
-from pst_ds.export.encoding import Encoding
-from pst_ds.export.export import measured_sparsity, storage_facts
+from pst_ds.export.encoding import Encoding, ExportError
 from pst_ds.export.from_folder import CONFIG_FILE, model_of
 from pst_ds.export.manifest import (
-    DENSE,
-    About,
-    ExportError,
-    JsonTable,
-    TensorEntry,
+    ExportedTensor,
+    ExportFacts,
+    count_nonzero,
     encoding_by,
     read_manifest,
     read_table,
+    require_plain,
+    tensor_sha256,
 )
 from pst_ds.export.model_card import CARD_FILE
+from pst_ds.export.to_folder import ExportReport, measured_sparsity, storage_facts, tensor_counts
+from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.formats import FormatError
 from pst_ds.formats.base_weights import saved_tensors, tensors_lacking
 from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, TensorFile, TensorFileError
 from pst_ds.progress import Progress
 
 
-def check_export(folder: Path) -> JsonTable:
-    """Read every tensor and hold it against the manifest. Returns counts; raises ExportError naming the tensor.
+def check_export(folder: Path) -> ExportReport:
+    """Read every tensor of an export and compare it with the manifest.
 
-    Checked: that there are these files and no others, none of them a link; their SHA-256; headers, index and config;
-    the set of tensors, their shapes, dtypes and SHA-256; every invariant of the packed ones; non-zeros; that zeros of
-    pruned tensors are +0.0, and that every matrix has at least the zeros of its mask.
+    Checks the set of files (no others, no links) and their SHA-256; headers, index and config; the set of tensors with
+    their shapes, dtypes and SHA-256; all invariants of packed tensors; the numbers of non-zeros; that pruned weights
+    are +0.0, and that every matrix has at least as many zeros as its mask prunes.
+
+    Returns:
+        Counts, sizes and sparsity.
+
+    Raises ExportError, naming the tensor.
     """
-    entries, about = read_manifest(folder)
-    encoding = encoding_by(about)
-    _check_files(folder, entries, about, encoding)
-    _check_grids(folder, entries, encoding)
-    files = _opened(folder, entries)
-    _check_index(folder, entries, files, encoding)
-    sizes = [sum(files[part.file].slots[part.name].nbytes for part in entry.parts) for entry in entries]
+    tensors, facts = read_manifest(folder)
+    encoding = encoding_by(facts)
+    _check_files(folder, tensors, facts, encoding)
+    _check_encodings(folder, tensors, encoding)
+    files = _opened(folder, tensors)
+    _check_index(folder, tensors, files, encoding)
+    sizes = [sum(files[part.file].slots[part.name].nbytes for part in tensor.parts) for tensor in tensors]
     with Progress("check", sum(sizes), "bytes") as shown:
-        for entry, nbytes in zip(entries, sizes, strict=True):
-            _check_entry(folder, entry, files)
+        for tensor, nbytes in zip(tensors, sizes, strict=True):
+            _check_tensor(folder, tensor, files)
             shown.add(nbytes)
-    return {
-        "tensors": len(entries),
-        "pruned_tensors": sum(entry.origin == "pruned" for entry in entries),
-        "packed_tensors": sum(entry.packing != DENSE for entry in entries),
-        "kind": about["kind"],
+    report: dict[str, object] = {
+        **tensor_counts(tensors),
+        "kind": facts["kind"],
         **encoding.facts(),
-        **storage_facts(entries, sizes),
-        "sparsity_requested": about["sparsity_requested"],
-        "sparsity_measured": measured_sparsity(entries),
+        **storage_facts(tensors, sizes),
+        "sparsity_requested": facts["sparsity_requested"],
+        "sparsity_measured": measured_sparsity(tensors),
     }
+    return cast(ExportReport, report)
 
 
 def check_model(folder: Path) -> None:
-    """Hold names and shapes of a checked export against the model of its config, and its against the export's.
-
-    Raises ExportError.
-    """
-    entries, model = read_manifest(folder)[0], model_of(folder)
-    tensors = model.state_dict(keep_vars=True)
-    tensors |= saved_tensors(model, tensors)
-    for entry in entries:
-        known = tensors.get(entry.name)
-        if known is not None and list(known.shape) != entry.shape:
-            raise ExportError(f"{folder}: {entry.name} is {entry.shape}, and {list(known.shape)} in the model")
-        if known is None and entry.form is not None:
-            raise ExportError(f"{folder}: {entry.name} is packed, and the model has no such tensor")
-    lacking = tensors_lacking(model, {entry.name for entry in entries})
+    """Compare the names and shapes of a checked export with the model of its config.json. Raises ExportError."""
+    tensors, model = read_manifest(folder)[0], model_of(folder)
+    in_model = model.state_dict(keep_vars=True)
+    in_model |= saved_tensors(model, in_model)
+    for tensor in tensors:
+        known = in_model.get(tensor.name)
+        if known is not None and tuple(known.shape) != tensor.shape:
+            raise ExportError(
+                f"{folder}: {tensor.name} has shape {list(tensor.shape)}, and {list(known.shape)} in the model"
+            )
+        if known is None and tensor.form is not None:
+            raise ExportError(f"{folder}: {tensor.name} is packed, and the model has no such tensor")
+    lacking = tensors_lacking(model, {tensor.name for tensor in tensors})
     if lacking:
         raise ExportError(
-            f"{folder} lacks {shortened(lacking)}, which a {type(model).__name__} has, as config.json names it: "
-            "transformers would load initial values there. Export the model again, from files that have all its tensors"
+            f"{folder} lacks {shortened(lacking)}, which a {type(model).__name__}, the class in config.json, has: "
+            "transformers would initialise them randomly. Export the model again, from files that have all its tensors"
         )
 
 
-def _check_files(folder: Path, entries: Sequence[TensorEntry], about: About, encoding: Encoding) -> None:
-    """Require exactly the manifest's files; all but the weights byte by byte."""
-    weights = {part.file for entry in entries for part in entry.parts}
-    beside: dict[str, str] = about["files"]
-    for name, digest in beside.items():
-        manifest.require_plain(folder / name, f"{folder / name} is missing")
+def _check_files(folder: Path, tensors: Sequence[ExportedTensor], facts: ExportFacts, encoding: Encoding) -> None:
+    """Require exactly the files of the manifest, and compare all but the weights with their SHA-256."""
+    weights = {part.file for tensor in tensors for part in tensor.parts}
+    others = facts["files"]
+    for name, digest in others.items():
+        require_plain(folder / name, f"{folder / name} is missing")
         if file_sha256(folder / name) != digest:
             raise ExportError(f"{folder / name} is not what was exported: its SHA-256 differs")
     for name in sorted(weights):
-        manifest.require_plain(folder / name, f"{folder / name} is missing")
-    known = weights | set(beside) | {manifest.MANIFEST_FILE, CARD_FILE}
+        require_plain(folder / name, f"{folder / name} is missing")
+    known = weights | set(others) | {MANIFEST_FILE, CARD_FILE}
     stray = {path.name for path in folder.iterdir()} - known
     loaded = sorted(n for n in stray if n.endswith((".safetensors", ".bin", ".index.json", ".py", ".pt")))
     if loaded:
-        raise ExportError(f"{folder} holds files the manifest does not know: {', '.join(loaded[:4])}")
-    _check_config(folder, encoding, len(weights), about.get("left_alone", ()))
+        raise ExportError(f"{folder} has files that the manifest does not list: {shortened(loaded)}. Remove them")
+    _check_config(folder, encoding, len(weights), facts.get("left_alone", ()))
 
 
-def _check_grids(folder: Path, entries: Sequence[TensorEntry], encoding: Encoding) -> None:
-    """Every tensor's grid must be one of the two that the manifest names for all."""
+def _check_encodings(folder: Path, tensors: Sequence[ExportedTensor], encoding: Encoding) -> None:
+    """Require every tensor to be packed and quantised in one of the ways that the manifest names for the export."""
     known = {encoding.values, encoding.embeddings, None}
-    for entry in entries:
-        if entry.grid not in known or entry.packing not in (DENSE, encoding.packing):
+    for tensor in tensors:
+        if tensor.grid not in known or tensor.packing not in (DENSE, encoding.packing):
             raise ExportError(
-                f"{folder}: {entry.name} is {entry.packing}, {entry.grid or 'as it is'}; by the manifest the export is "
-                f"{encoding}"
+                f"{folder}: {tensor.name} is {tensor.packing}, {tensor.grid or 'not quantised'}, but by the manifest "
+                f"the export is {encoding}"
             )
 
 
-def _check_config(folder: Path, encoding: Encoding, num_files: int, left_alone: Sequence[str]) -> None:
-    """config.json must send transformers to the weights of the manifest."""
+def _check_config(folder: Path, encoding: Encoding, num_files: int, unquantised: Sequence[str]) -> None:
+    """Require config.json to lead transformers to the weights of the manifest."""
     path = folder / CONFIG_FILE
     found = read_table(path, f"{path} is missing").get("quantization_config")
-    wanted = encoding.quantization_config(num_files, left_alone)
+    wanted = encoding.quantization_config(num_files, unquantised)
     if found != wanted:
-        raise ExportError(f"{path} has quantization_config {str(found)[:200]}, and {encoding} weights need {wanted}")
+        raise ExportError(f"{path}: quantization_config = {str(found)[:200]}, but {encoding} weights need {wanted}")
 
 
-def _opened(folder: Path, entries: Sequence[TensorEntry]) -> dict[str, TensorFile]:
-    """The weight files, whose headers name the tensors of the manifest and no others."""
+def _opened(folder: Path, tensors: Sequence[ExportedTensor]) -> dict[str, TensorFile]:
+    """Open the weight files, and require exactly the tensors of the manifest in their headers."""
     wanted: dict[str, set[str]] = {}
-    for entry in entries:
-        for part in entry.parts:
+    for tensor in tensors:
+        for part in tensor.parts:
             wanted.setdefault(part.file, set()).add(part.name)
     files = {}
     for name, parts in wanted.items():
@@ -135,83 +140,84 @@ def _opened(folder: Path, entries: Sequence[TensorEntry]) -> dict[str, TensorFil
             raise ExportError(str(error)) from None
         unknown, lacking = sorted(set(files[name].slots) - parts), sorted(parts - set(files[name].slots))
         if unknown:
-            raise ExportError(f"{folder} holds tensors the manifest does not know: {', '.join(unknown[:4])}")
+            raise ExportError(f"{folder} has tensors that the manifest does not list: {shortened(unknown)}")
         if lacking:
-            raise ExportError(f"{folder / name} lacks {', '.join(lacking[:4])}")
+            raise ExportError(f"{folder / name} lacks {shortened(lacking)}")
     return files
 
 
 def _check_index(
-    folder: Path, entries: Sequence[TensorEntry], files: dict[str, TensorFile], encoding: Encoding
+    folder: Path, tensors: Sequence[ExportedTensor], files: dict[str, TensorFile], encoding: Encoding
 ) -> None:
-    """The index that transformers finds the tensors of several files by; of one file there is none."""
+    """Check the index through which transformers finds tensors in several files; a single file has no index."""
     path = folder / encoding.weights_file(2)
     if any(not name.startswith(encoding.stem) for name in files):
-        raise ExportError(f"{folder} is {encoding}, and has its tensors in {', '.join(sorted(files)[:2])}")
+        raise ExportError(f"{folder} is {encoding}, but its tensors are in {shortened(sorted(files), 2)}")
     if len(files) == 1:
         if path.exists():
-            raise ExportError(f"{path} is an index, and there is one file")
+            raise ExportError(f"{path} is an index, but there is only one weight file. Remove it")
         return
     found = read_table(path, f"{path} is missing")
     total = sum(slot.nbytes for file in files.values() for slot in file.slots.values())
-    where = {part.name: part.file for entry in entries for part in entry.parts}
+    where = {part.name: part.file for tensor in tensors for part in tensor.parts}
     if found != {"metadata": {"total_size": total}, "weight_map": where}:
-        raise ExportError(f"{path} does not name the tensors and files of the manifest")
+        raise ExportError(f"{path} does not list the tensors and files of the manifest. Export the model again")
 
 
-def _check_entry(folder: Path, entry: TensorEntry, files: dict[str, TensorFile]) -> None:
+def _check_tensor(folder: Path, tensor: ExportedTensor, files: dict[str, TensorFile]) -> None:
+    """Read a tensor, and compare its bytes and values with the manifest."""
     parts: dict[str, Tensor] = {}
-    for part in entry.parts:
+    for part in tensor.parts:
         path = folder / part.file
         try:
-            tensor = files[part.file].read(part.name)
+            stored = files[part.file].read(part.name)
         except TensorFileError as error:
             raise ExportError(str(error)) from None
-        if manifest.tensor_sha256(tensor) != part.sha256:
+        if tensor_sha256(stored) != part.sha256:
             raise ExportError(f"{path}: {part.name} is not what was exported: its SHA-256 differs")
-        parts[part.name] = tensor
-    _check_tensor(entry, _dense(entry, parts, path), path)
+        parts[part.name] = stored
+    _check_values(tensor, _dense(tensor, parts, path), path)
 
 
-def _dense(entry: TensorEntry, parts: dict[str, Tensor], path: Path) -> Tensor:
-    """The tensor in the model's shape, from parts that hold every invariant of their format."""
-    form = entry.form
+def _dense(tensor: ExportedTensor, parts: dict[str, Tensor], path: Path) -> Tensor:
+    """Check all invariants of the parts, and unpack them in the model's shape."""
+    form = tensor.form
     if form is None:
-        return parts[entry.name]
-    by_part = {part: parts[name] for part, name in zip(form.part_names, entry.part_names(), strict=True)}
+        return parts[tensor.name]
+    by_part = {part: parts[name] for part, name in zip(form.part_names, tensor.part_names(), strict=True)}
     try:
-        form.check(f"{path}: {entry.name}", by_part, entry.matrix)
+        form.check(f"{path}: {tensor.name}", by_part, tensor.matrix)
     except FormatError as error:
         raise ExportError(str(error)) from None
-    dense = form.unpack(by_part)
-    return entry.as_in_model(dense)
+    return tensor.as_in_model(form.unpack(by_part))
 
 
-def _check_tensor(entry: TensorEntry, tensor: Tensor, path: Path) -> None:
-    if list(tensor.shape) != entry.shape or (not entry.values and CODE_OF_DTYPE[tensor.dtype] != entry.dtype):
+def _check_values(tensor: ExportedTensor, values: Tensor, path: Path) -> None:
+    if tuple(values.shape) != tensor.shape or (tensor.grid is None and values.dtype != tensor.dtype):
         raise ExportError(
-            f"{path}: {entry.name} is {CODE_OF_DTYPE[tensor.dtype]} {list(tensor.shape)}, the manifest says "
-            f"{entry.dtype} {entry.shape}"
+            f"{path}: {tensor.name} is {CODE_OF_DTYPE[values.dtype]} {list(values.shape)}, the manifest says "
+            f"{CODE_OF_DTYPE[tensor.dtype]} {list(tensor.shape)}"
         )
-    nonzero = manifest.count_nonzero(tensor)
-    if nonzero != entry.nonzero:
-        raise ExportError(f"{path}: {entry.name} has {nonzero} non-zeros, not {entry.nonzero}")
-    if entry.origin != "pruned":
+    nonzero = count_nonzero(values)
+    if nonzero != tensor.nonzero:
+        raise ExportError(f"{path}: {tensor.name} has {nonzero} non-zeros, not {tensor.nonzero}")
+    if tensor.origin != "pruned":
         return
-    if bool((torch.signbit(tensor) & (tensor == 0)).any()):
-        raise ExportError(f"{path}: {entry.name} has a -0.0 among its zeros")
-    for part, (matrix, pruned) in enumerate(zip(_matrices(entry, tensor, path), entry.pruned_per_matrix, strict=True)):
+    if bool((torch.signbit(values) & (values == 0)).any()):
+        raise ExportError(f"{path}: {tensor.name} has a -0.0 where pruned weights must be +0.0")
+    matrices = _matrices(tensor, values, path)
+    for index, (matrix, pruned) in enumerate(zip(matrices, tensor.pruned_per_matrix, strict=True)):
         if int((matrix == 0).sum()) < pruned:
-            raise ExportError(f"{path}: {entry.name}, matrix {part}, has fewer zeros than the {pruned} of its mask")
+            raise ExportError(f"{path}: {tensor.name}, matrix {index}, has fewer zeros than the {pruned} of its mask")
 
 
-def _matrices(entry: TensorEntry, tensor: Tensor, path: Path) -> list[Tensor]:
-    """The matrices of a pruned tensor; of a stack of experts those of the first, then those of the next."""
-    count, width = len(entry.pruned_per_matrix), entry.shape[entry.matrix_axis - 2]
-    experts = [tensor] if tensor.dim() == 2 else list(tensor)
+def _matrices(tensor: ExportedTensor, values: Tensor, path: Path) -> list[Tensor]:
+    """Split a pruned tensor into its matrices; a stack of experts expert by expert."""
+    count, width = len(tensor.pruned_per_matrix), tensor.shape[tensor.matrix_axis - 2]
+    experts = [values] if values.dim() == 2 else list(values)
     per_expert, rest = divmod(count, len(experts)) if experts else (0, count)
     if rest or not per_expert or width % per_expert:
-        raise ExportError(f"{path}: {entry.name} cannot be {count} matrices: {list(tensor.shape)} does not divide")
+        raise ExportError(f"{path}: {tensor.name} cannot be {count} matrices: {list(values.shape)} does not divide")
     if not width:
-        return [tensor] * count
-    return [matrix for expert in experts for matrix in expert.split(width // per_expert, dim=entry.matrix_axis)]
+        return [values] * count
+    return [matrix for expert in experts for matrix in expert.split(width // per_expert, dim=tensor.matrix_axis)]

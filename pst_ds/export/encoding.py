@@ -1,10 +1,10 @@
-"""How an export stores its weights: the packing of zeros, and the grids that values and embeddings are rounded to."""
+"""How an export stores its weights: packing of sparse layers, quantisation of linear layers and embeddings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 from pst_ds.core.packings import (
     COMPRESSED_TENSORS,
@@ -17,12 +17,13 @@ from pst_ds.core.packings import (
     WHOLE_ROW,
 )
 from pst_ds.core.quantization import Grid, grid_of
+from pst_ds.errors import InputError
 
 QUANT_METHOD = "pst_ds"
 PLAIN_VERSION, QUANTIZED_VERSION = 1, 2
-"""Values of ``format_version``: of folders whose values have the model's dtype, and of those with codes and scales."""
+"""``format_version`` of folders with values in the model's dtype, and of folders with quantised values."""
 PLAIN_STEM = "model"
-"""What plain transformers looks for; weights that it cannot read are never called so."""
+"""Stem that plain transformers looks for; files that it cannot read never have it."""
 _STEMS = {
     COMPRESSED_TENSORS: PLAIN_STEM,
     COMPRESSED_TENSORS_W8A8: PLAIN_STEM,
@@ -32,36 +33,49 @@ _STEMS = {
     "csr": "pst_csr",
 }
 STEMS = tuple(_STEMS.values())
-"""Beginnings of the names of an export's weight files."""
+"""Stems of the weight files of exports."""
+
+
+class ExportError(InputError):
+    """An export that cannot be made, or that does not match its manifest."""
+
+
+class QuantisationFacts(TypedDict, total=False):
+    """Quantisation of an export, in its manifest and its config.json; absent keys mean that nothing is quantised."""
+
+    values: str
+    """"int8" or "int4": linear layers."""
+    group: int | str
+    """Weights per scale: 32, 64, 128 or "row"."""
+    embeddings: str
+    embedding_group: int | str
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How all tensors of an export are stored. Raises ValueError for what there is not."""
+    """The storage of all tensors of an export. Raises ExportError for an unsupported combination."""
 
     packing: str = DENSE
-    """What the zeros of linear layers become; "dense" stores them."""
+    """Format of the linear layers' weights; "dense" stores pruned weights as zeros."""
     values: Grid | None = None
-    """The grid of the weights of linear layers inside the blocks; None leaves them as they are."""
+    """Quantisation of linear layers inside the transformer blocks; None leaves them unchanged."""
     embeddings: Grid | None = None
-    """The grid of embedding tables, and of an output layer that is none of them."""
+    """Quantisation of embedding tables and of an untied output layer."""
 
     def __post_init__(self) -> None:
         if self.packing in FOR_COMPRESSED_TENSORS:
             if self.values is None or self.embeddings is not None:
-                raise ValueError(f"{COMPRESSED_TENSORS} holds linear layers of int8 or int4 values, and no embeddings")
+                raise ExportError(f"{COMPRESSED_TENSORS} holds int8 or int4 linear layers only. Set --values only")
             if self.packing == COMPRESSED_TENSORS_W8A8 and self.values != Grid(8):
-                raise ValueError(
-                    f"{COMPRESSED_TENSORS} with inputs of 8 bits has int8 values with a scale a row, not {self.values}"
+                raise ExportError(
+                    f"{COMPRESSED_TENSORS} with int8 activations needs int8 weights with per-row scales, got "
+                    f"{self.values}. Set --values int8 --group row"
                 )
-            return
-        if self.packing == GGUF:
-            return
-        if self.packing not in (DENSE, *PACKINGS):
-            raise ValueError(f"format is one of {DENSE}, {', '.join(PACKINGS)}, got {self.packing!r}")
-        if self.is_quantized and self.packing not in QUANTIZED_PACKINGS:
-            raise ValueError(
-                f"{self.packing} holds values of the model's dtype only; int8 and int4 are for "
+        elif self.packing not in (DENSE, GGUF, *PACKINGS):
+            raise ExportError(f"format must be one of {DENSE}, {', '.join(PACKINGS)}, got {self.packing!r}")
+        elif self.is_quantized and self.packing not in (GGUF, *QUANTIZED_PACKINGS):
+            raise ExportError(
+                f"{self.packing} holds values of the model's dtype only. For int8 and int4 choose "
                 f"{', '.join(QUANTIZED_PACKINGS)}"
             )
 
@@ -71,85 +85,99 @@ class Encoding:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the export is an ordinary model folder, which needs no pst_ds.hf."""
+        """Whether the export is an ordinary model folder."""
         return self.packing == DENSE and not self.is_quantized
 
     @property
-    def is_ours(self) -> bool:
-        """Whether loading the export takes pst_ds.hf."""
+    def needs_pst_ds(self) -> bool:
+        """Whether loading the export needs ``import pst_ds.hf``."""
         return not self.is_plain and self.packing not in FOR_COMPRESSED_TENSORS
 
     @property
     def stem(self) -> str:
-        """Beginning of the names of the weight files."""
+        """Stem of the weight files' names."""
         return PLAIN_STEM if self.is_plain else _STEMS[self.packing]
 
     def weights_file(self, num_files: int) -> str:
-        """Name of the one weight file, or of the index of several."""
+        """Return the name of the only weight file, or of the index of several files."""
         return f"{self.stem}.safetensors" + (".index.json" if num_files > 1 else "")
 
     def __str__(self) -> str:
         grids = (("values", self.values), ("embeddings", self.embeddings))
         return "; ".join([self.packing, *(f"{what} in {grid}" for what, grid in grids if grid)])
 
-    def facts(self) -> dict[str, Any]:
-        """Return what a manifest and a config say of the grids; nothing without any."""
-        facts: dict[str, Any] = {}
+    def facts(self) -> QuantisationFacts:
+        """Return the quantisation as a manifest and a config.json have it."""
+        facts: QuantisationFacts = {}
         if self.values is not None:
-            facts |= {"values": self.values.values, "group": self.values.group or WHOLE_ROW}
+            facts["values"], facts["group"] = self.values.values, self.values.group or WHOLE_ROW
         if self.embeddings is not None:
-            facts |= {"embeddings": self.embeddings.values, "embedding_group": self.embeddings.group or WHOLE_ROW}
+            facts["embeddings"] = self.embeddings.values
+            facts["embedding_group"] = self.embeddings.group or WHOLE_ROW
         return facts
 
-    def quantization_config(self, num_files: int, left_alone: Sequence[str] = ()) -> dict[str, Any] | None:
-        """Return the entry of config.json by which transformers finds the weights; None where it needs none.
+    @property
+    def format_version(self) -> int:
+        return QUANTIZED_VERSION if self.is_quantized else PLAIN_VERSION
 
-        ``left_alone``: names of the linear layers that are not rounded, which compressed-tensors is to be told.
+    def quantization_config(self, num_files: int, unquantised: Sequence[str] = ()) -> dict[str, object] | None:
+        """Return the entry "quantization_config" of config.json, or None for an ordinary folder.
+
+        Args:
+            num_files: number of weight files.
+            unquantised: names of linear layers that are not quantised; compressed-tensors needs to know them.
         """
         if self.is_plain:
             return None
         if self.packing in FOR_COMPRESSED_TENSORS:
             assert self.values is not None
-            return _compressed_tensors_config(self.packing, self.values, left_alone)
-        version = QUANTIZED_VERSION if self.is_quantized else PLAIN_VERSION
-        name = self.weights_file(num_files)
-        table = {"quant_method": QUANT_METHOD, "format": self.packing, "format_version": version}
-        return table | self.facts() | {"weights_file": name}
+            return _compressed_tensors_config(self.packing, self.values, unquantised)
+        return {
+            "quant_method": QUANT_METHOD,
+            "format": self.packing,
+            "format_version": self.format_version,
+            **self.facts(),
+            "weights_file": self.weights_file(num_files),
+        }
 
 
-def _compressed_tensors_config(packing: str, grid: Grid, left_alone: Sequence[str]) -> dict[str, Any]:
-    """The library's own description of rounded weights, nn.Linear by nn.Linear, and of inputs where they are."""
-    of_codes = {"type": "int", "symmetric": True}
+def _compressed_tensors_config(packing: str, grid: Grid, unquantised: Sequence[str]) -> dict[str, object]:
+    """Describe quantised nn.Linear weights, and int8 activations, in the terms of compressed-tensors."""
+    symmetric = {"type": "int", "symmetric": True}
     strategy = {"strategy": "channel" if grid.group is None else "group", "group_size": grid.group}
-    weights = {"num_bits": grid.bits, **of_codes, **strategy, "dynamic": False}
-    inputs = {"num_bits": 8, **of_codes, "strategy": "token", "group_size": None, "dynamic": True}
-    rounds_inputs = packing == COMPRESSED_TENSORS_W8A8
+    weights = {"num_bits": grid.bits, **symmetric, **strategy, "dynamic": False}
+    inputs = {"num_bits": 8, **symmetric, "strategy": "token", "group_size": None, "dynamic": True}
+    quantises_inputs = packing == COMPRESSED_TENSORS_W8A8
     scheme = {
         "targets": ["Linear"],
         "weights": weights,
-        "input_activations": inputs if rounds_inputs else None,
+        "input_activations": inputs if quantises_inputs else None,
         "output_activations": None,
     }
     return {
         "quant_method": COMPRESSED_TENSORS,
-        "format": "int-quantized" if rounds_inputs else "pack-quantized",
+        "format": "int-quantized" if quantises_inputs else "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": scheme},
-        "ignore": list(left_alone),
+        "ignore": list(unquantised),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
 
 
-def encoding_of(packing: object, facts: Mapping[str, Any]) -> Encoding:
-    """Return the encoding that a manifest or config says; ``facts`` has the keys of :meth:`Encoding.facts`, or not.
+def encoding_of(packing: object, facts: Mapping[str, object]) -> Encoding:
+    """Return the encoding that a manifest or config.json describes.
 
-    Raises ValueError for unknown packings, values and groups.
+    Args:
+        packing: the format.
+        facts: the keys of :class:`QuantisationFacts`, and others.
+
+    Raises ValueError for unknown formats, values and groups.
     """
     grids = []
-    for values, group in (("values", "group"), ("embeddings", "embedding_group")):
-        said = facts.get(values), facts.get(group)
-        if (said[0] is None) != (said[1] is None):
-            raise ValueError(f"{values} and {group} go together, got {said[0]!r} and {said[1]!r}")
-        grids.append(None if said[0] is None else grid_of(said[0], said[1]))
+    for key, group_key in (("values", "group"), ("embeddings", "embedding_group")):
+        values, group = facts.get(key), facts.get(group_key)
+        if (values is None) != (group is None):
+            raise ValueError(f"{key} and {group_key} must be given together, got {values!r} and {group!r}")
+        grids.append(None if values is None else grid_of(values, group))
     return Encoding(str(packing), *grids)

@@ -1,4 +1,4 @@
-"""Values of a model folder's tensors, for an export: read, checked, unpacked."""
+"""Values of a model folder's tensors for an export: read, verified and unpacked."""
 
 from __future__ import annotations
 
@@ -9,138 +9,114 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.quantization import Grid
-from pst_ds.export import manifest
-from pst_ds.export.folder_stacks import FolderStack
-from pst_ds.export.manifest import MANIFEST_FILE, ExportError
-from pst_ds.export.plan import PlannedTensor, TensorJob, TensorValues
-from pst_ds.export.promised_grid import PromisedGrid
-from pst_ds.export.rounding import matrix_of
+from pst_ds.export.encoding import ExportError
+from pst_ds.export.expert_stacks import FolderStack, ManifestFacts
+from pst_ds.export.manifest import tensor_sha256
+from pst_ds.export.plan import TensorJob, TensorValues
+from pst_ds.export.pruned_scales import PrunedScales
+from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.formats import ForeignFormat, FormatError, PackedFormat, QuantizedFormat
 from pst_ds.formats.base_weights import BaseWeights
 
 
 @dataclass(frozen=True, slots=True)
-class FolderTensor:
-    parts: dict[str, str]
-    """Name in the files of each part; of a tensor that is stored as it is its own under ""."""
-    form: PackedFormat | ForeignFormat | None
-    """The format of the parts; None of a tensor that is stored as it is."""
+class FolderRecipe:
+    """How to read one tensor, or a whole stack of experts, from a folder."""
+
     dtype: torch.dtype
-    """The model's."""
-    matrix: tuple[int, ...] | None
-    """(O, I) of a tensor in parts; another library's may be the shape of several."""
-    transposed: bool
-    sha256: dict[str, str]
-    """By the manifest, of each tensor in the files; empty without a manifest."""
-    pruned_per_matrix: tuple[int, ...] = ()
-    rounding_error: float = 0.0
-    promised: str = ""
-    """The layer whose weight this is, if the folder was pruned to a grid."""
+    """Dtype in the model."""
+    facts: ManifestFacts
+    parts: dict[str, str]
+    """Name in the files of each part; "" is the part of a tensor that is stored unchanged. Empty for a dense stack."""
+    form: PackedFormat | ForeignFormat | None = None
+    """Format of the parts; None if values are stored unchanged."""
+    matrix: tuple[int, ...] = ()
+    """(O, I) of a packed tensor, (E*O, I) of a stack; more dimensions only in other libraries' formats."""
+    transposed: bool = False
+    pruned_layer: str = ""
+    """The layer that ``pst-ds prune`` has quantised and whose weight this is."""
     rows: tuple[int, int] | None = None
-    """First and last + 1 of those of a stack of experts that this is."""
+    """Range of rows, if this is a piece of a stack of experts."""
+    stack: FolderStack | None = None
 
     def is_on(self, grid: Grid | None) -> bool:
-        """Return whether its values are codes on that very grid."""
-        if grid is None or self.matrix is None or not isinstance(self.form, QuantizedFormat):
+        """Return whether the values are quantised to ``grid`` already."""
+        if grid is None or not self.matrix or not isinstance(self.form, QuantizedFormat):
             return False
         mine, inputs = self.form.grid, self.matrix[1]
         return mine.bits == grid.bits and mine.num_groups(inputs) == grid.num_groups(inputs)
 
 
-@dataclass(frozen=True, slots=True)
-class StackTensor:
-    """A stack of experts that is packed, or will be."""
-
-    stack: FolderStack
-    packed: FolderTensor | None
-    """Its parts, (E*O, I); None of one that plain tensors hold."""
-    sha256: dict[str, str]
-    """Of the plain tensors, as :attr:`FolderTensor.sha256`."""
-    pruned_per_matrix: tuple[int, ...] = ()
-    promised: bool = False
-    """True if the folder was pruned to a grid, and the stack with it."""
-
-
 class FolderSource:
     """Values of a model folder."""
 
-    def __init__(self, weights: BaseWeights, promised: PromisedGrid | None = None):
-        self._weights, self._promised = weights, promised
+    def __init__(self, weights: BaseWeights, pruned_scales: PrunedScales | None = None):
+        self._weights, self._pruned_scales = weights, pruned_scales
 
     def make(self, job: TensorJob) -> Iterator[TensorValues]:
-        """The values of the job's one output, or of all that a stack becomes. Raises ExportError and InputError."""
-        if isinstance(job.recipe, StackTensor):
-            yield from self._of_stack(job.recipe, job.outputs)
-            return
-        recipe: FolderTensor = job.recipe
-        (output,) = job.outputs
-        tensor = self.read(recipe, output.name, output.dtype)
+        """Yield the values of the job's outputs. Raises ExportError and InputError."""
+        recipe, output = job.recipe, job.outputs[0]
+        assert isinstance(recipe, FolderRecipe)
+        tensor, facts = self.read(recipe, output.name, output.dtype), recipe.facts
         scales, error = None, 0.0
         if recipe.is_on(output.grid):
-            scales, error = self._weights.read(recipe.parts["scales"]), recipe.rounding_error
-        elif recipe.promised and self._promised and output.grid:
-            matrix = tensor.t() if output.transposed else tensor
-            scales = self._promised.scales_of(recipe.promised, matrix, recipe.rows)
-        yield TensorValues(tensor, None, recipe.pruned_per_matrix, scales, error)
+            scales, error = self._weights.read(recipe.parts["scales"]), facts.rounding_error
+        stack = recipe.stack
+        if stack is not None and output.name != stack.name:  # as the tensors of a dense folder
+            for piece in stack.pieces:
+                own, pruned = slice(*piece.rows), stack.pruned_of(piece, facts.pruned_per_matrix)
+                own_scales = None if scales is None else scales[own]
+                yield TensorValues(tensor[own].view(piece.shape), None, pruned, own_scales, error)
+            return
+        tensor = tensor if stack is None else tensor.view(stack.shape)
+        if scales is None and recipe.pruned_layer and self._pruned_scales and output.grid:
+            scales = self._pruned_scales.scales_of(recipe.pruned_layer, output.as_matrix(tensor), recipe.rows)
+        yield TensorValues(tensor, None, facts.pruned_per_matrix, scales, error)
 
-    def read(self, recipe: FolderTensor, name: str, dtype: torch.dtype, *, hashed: bool = True) -> Tensor:
-        """A tensor in the model's shape; codes become weights of ``dtype``. Raises ExportError for damaged parts.
+    def read(self, recipe: FolderRecipe, name: str, dtype: torch.dtype, *, hashed: bool = True) -> Tensor:
+        """Return a tensor in the model's shape, a stack of experts as the matrix that it is in memory.
 
-        ``hashed``: hold it against the SHA-256 of the manifest, if there is one.
+        Args:
+            recipe: how to read it.
+            name: name for messages.
+            dtype: dtype of the result for quantised values.
+            hashed: whether to compare with the SHA-256 of the manifest, if there is one.
+
+        Raises ExportError for damaged parts.
         """
-        sha256 = recipe.sha256 if hashed else {}
+        sha256 = recipe.facts.sha256 if hashed else {}
         parts = {part: self._stored(stored, sha256) for part, stored in recipe.parts.items()}
-        form = recipe.form
+        form, stack = recipe.form, recipe.stack
+        if form is None and stack is not None:
+            rows = [self._stored(stored, sha256).flatten(0, -2) for stored in stack.stored]
+            return rows[0] if len(rows) == 1 else torch.cat(rows)
         if form is None:
             return parts[""]
         if isinstance(form, ForeignFormat):
-            return self._read_foreign(form, recipe, name, parts)
-        assert recipe.matrix is None or len(recipe.matrix) == 2
+            return self._unpack_foreign(form, recipe, name, parts)
+        outputs, inputs = recipe.matrix
         try:
-            form.check(name, parts, recipe.matrix)
+            form.check(name, parts, (outputs, inputs))
         except FormatError as error:
             raise ExportError(f"{self._weights.folder}: {error}") from None
         dense = form.unpack(parts, dtype if isinstance(form, QuantizedFormat) else None)
         del parts
+        if stack is not None:
+            return stack.rows_of_matrix(dense)
         return dense.t().contiguous() if recipe.transposed else dense
 
-    def read_stack(self, recipe: StackTensor, dtype: torch.dtype, *, hashed: bool = True) -> Tensor:
-        """A stack as the matrix that it is in memory, (E*O, I) or (E*I, O); see :meth:`read`."""
-        stack = recipe.stack
-        if recipe.packed is not None:
-            return stack.rows_of_matrix(self.read(recipe.packed, stack.name, dtype, hashed=hashed))
-        stored = [self._stored(name, recipe.sha256 if hashed else {}).flatten(0, -2) for name in stack.stored]
-        return stored[0] if len(stored) == 1 else torch.cat(stored)
-
-    def _of_stack(self, recipe: StackTensor, outputs: tuple[PlannedTensor, ...]) -> Iterator[TensorValues]:
-        """A stack as one tensor, or as those that plain files have of it."""
-        stack, scales, error, grid = recipe.stack, None, 0.0, outputs[0].grid
-        rows = self.read_stack(recipe, outputs[0].dtype)
-        if recipe.packed is not None and recipe.packed.is_on(grid):
-            scales, error = self._weights.read(recipe.packed.parts["scales"]), recipe.packed.rounding_error
-        if outputs[0].name == stack.name:
-            tensor = rows.view(stack.shape)
-            if scales is None and recipe.promised and self._promised and grid:
-                scales = self._promised.scales_of(stack.name, matrix_of(outputs[0], tensor))
-            yield TensorValues(tensor, None, recipe.pruned_per_matrix, scales, error)
-            return
-        for piece in stack.pieces:
-            own, pruned = slice(*piece.rows), stack.pruned_of(piece, recipe.pruned_per_matrix)
-            own_scales = None if scales is None else scales[own]
-            yield TensorValues(rows[own].view(piece.shape), None, pruned, own_scales, error)
-
     def _stored(self, name: str, sha256: dict[str, str]) -> Tensor:
-        """A tensor of the files, held against its SHA-256 if that is known."""
+        """Read a tensor of the files, and compare it with its SHA-256 if that is known."""
         tensor = self._weights.read(name)
-        if name in sha256 and manifest.tensor_sha256(tensor) != sha256[name]:
+        if name in sha256 and tensor_sha256(tensor) != sha256[name]:
             raise ExportError(
                 f"{self._weights.folder}: {name} is not what was exported: its SHA-256 differs. If the weights were "
                 f"changed on purpose, delete {MANIFEST_FILE}"
             )
         return tensor
 
-    def _read_foreign(self, form: ForeignFormat, recipe: FolderTensor, name: str, parts: dict[str, Tensor]) -> Tensor:
-        """Another library's weight in the model's shape and dtype."""
+    def _unpack_foreign(self, form: ForeignFormat, recipe: FolderRecipe, name: str, parts: dict[str, Tensor]) -> Tensor:
+        """Return another library's weight in the model's shape and dtype. Raises ExportError."""
         try:
             weight = form.unpack(name, parts)
         except FormatError as error:

@@ -1,4 +1,4 @@
-"""A model folder's tensors for an export: dense with zeros in them, from anywhere, or one of our packed folders."""
+"""A model folder's tensors for an export: a dense folder with pruned weights from any source, or a packed one."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pst_ds.core.packings import FOR_COMPRESSED_TENSORS, GGUF
+from pst_ds.core.packings import DENSE, FOR_COMPRESSED_TENSORS, GGUF
 from pst_ds.core.quantization import Grid
-from pst_ds.export import manifest
-from pst_ds.export.encoding import QUANT_METHOD, Encoding, encoding_of
-from pst_ds.export.folder_source import FolderSource, FolderTensor, StackTensor
-from pst_ds.export.folder_stacks import FolderStack, folder_stacks
-from pst_ds.export.manifest import DENSE, MANIFEST_FILE, About, ExportError, JsonTable, TensorEntry, read_table
-from pst_ds.export.plan import PlannedTensor, TensorJob
-from pst_ds.export.promised_grid import PromisedGrid, promised_grid
-from pst_ds.export.rounding import embedding_tables, grids, matrix_of
+from pst_ds.export.encoding import QUANT_METHOD, Encoding, ExportError, encoding_of
+from pst_ds.export.expert_stacks import FolderStack, ManifestFacts, facts_of, folder_stacks
+from pst_ds.export.folder_source import FolderRecipe, FolderSource
+from pst_ds.export.manifest import ExportedTensor, ExportFacts, read_manifest, read_table
+from pst_ds.export.plan import TensorJob
+from pst_ds.export.pruned_scales import PrunedScales, read_pruned_scales
+from pst_ds.export.quantization import embedding_tables, grids
+from pst_ds.export.tensor_spec import TensorSpec
+from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.formats import (
     VALUE_DTYPES,
     ForeignFormat,
@@ -32,86 +33,88 @@ from pst_ds.formats import (
 from pst_ds.formats.base_weights import BaseWeights, names_in_files
 from pst_ds.formats.foreign import METHODS as FOREIGN_METHODS
 from pst_ds.formats.rows import row_counts
-from pst_ds.formats.safetensors_file import DTYPE_OF_CODE
 from pst_ds.nn.base_model import DTYPES, Pretrained, architecture
 from pst_ds.nn.model_structure import is_conv1d, linear_shape, untied_linear_layers
 
 CONFIG_FILE = "config.json"
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-"""Endings of the small files that go along with the weights: tokenizer, vocabulary, settings of generation."""
+"""Endings of small files that are copied along with the weights: tokenizer, vocabulary, generation settings."""
 
 
 @dataclass(frozen=True, slots=True)
 class FolderContents:
-    """A model folder, opened: its config, the model's names and shapes, and its tensors."""
+    """An opened model folder."""
 
     path: Path
-    config: JsonTable
-    """config.json."""
+    config: dict[str, object]
+    """Content of config.json."""
     model: nn.Module
-    """On the meta device."""
+    """Plain model on the meta device."""
     weights: BaseWeights
     encoding: Encoding
-    entries: dict[str, TensorEntry]
-    """The manifest's, by name; empty without one."""
-    about: About
-    promised: PromisedGrid | None
-    """What ``pst-ds prune`` rounded its layers to."""
+    tensors: dict[str, ExportedTensor]
+    """Tensors of the manifest, by name; empty without one."""
+    facts: ExportFacts | None
+    """Facts of the manifest."""
+    pruned_scales: PrunedScales | None
+    """Quantisation that ``pst-ds prune`` has applied."""
     foreign: ForeignFormat | None = None
-    """Another library's, that some of its weights are in."""
+    """Format of weights that another library has quantised."""
 
 
 def open_folder(path: Path, *, dequantize: bool = False) -> FolderContents:
-    """Open a model folder. Raises InputError for what is not one, and for damaged files.
+    """Open a model folder; ``dequantize``: one that another library has quantised.
 
-    ``dequantize``: it is one that another library has quantised.
+    Raises InputError if it is not a model folder, or damaged.
     """
     config = read_table(path / CONFIG_FILE, f"{path.absolute()} is not a model folder: {CONFIG_FILE} is missing")
     foreign = foreign_format(path, config) if dequantize else None
     encoding, index = (Encoding(), "") if foreign else _encoding_of(path, config)
     model = model_of(path)
-    entries, about = manifest.read_manifest(path) if (path / MANIFEST_FILE).exists() else ([], {})
+    tensors, facts = read_manifest(path) if (path / MANIFEST_FILE).exists() else ([], None)
     weights = BaseWeights(path, getattr(model, "base_model_prefix", ""), index)
-    by_name = {entry.name: entry for entry in entries}
-    return FolderContents(path, config, model, weights, encoding, by_name, about, promised_grid(path), foreign)
+    by_name = {tensor.name: tensor for tensor in tensors}
+    return FolderContents(path, config, model, weights, encoding, by_name, facts, read_pruned_scales(path), foreign)
 
 
-def _encoding_of(path: Path, config: JsonTable) -> tuple[Encoding, str]:
-    """(how its weights are stored, weight file or index) by the config of a folder."""
+def _encoding_of(path: Path, config: dict[str, object]) -> tuple[Encoding, str]:
+    """Return (storage of the weights, weight file or index) of a folder with this config. Raises ExportError."""
     quantization = config.get("quantization_config")
     if quantization is None:
         return Encoding(), ""
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        fix = "add --dequantize, or " if method in FOREIGN_METHODS else ""
-        raise ExportError(f"{path} is quantised ({str(method)[:40]}); {fix}export the model before it was quantised")
+        fix = "Add --dequantize, or export" if method in FOREIGN_METHODS else "Export"
+        raise ExportError(f"{path} is quantised ({str(method)[:40]}). {fix} the model before it was quantised")
     packing, version, index = (quantization.get(key) for key in ("format", "format_version", "weights_file"))
+    unread = f"{path} is packed as {packing!r}, version {version!r}, which this version does not read"
     try:
         encoding = encoding_of(packing, quantization)
     except ValueError as error:
-        raise ExportError(
-            f"{path} is packed as {packing!r}, version {version!r}, which this version does not read: {error}"
-        ) from None
-    if encoding.is_plain or version != (encoding.quantization_config(1) or {})["format_version"]:
-        raise ExportError(f"{path} is packed as {packing!r}, version {version!r}, which this version does not read")
+        raise ExportError(f"{unread}: {error}") from None
+    if encoding.is_plain or encoding.packing in (GGUF, *FOR_COMPRESSED_TENSORS) or version != encoding.format_version:
+        raise ExportError(unread)
     if str(index) not in [encoding.weights_file(count) for count in (1, 2)]:
-        raise ExportError(f"{path / CONFIG_FILE} names the weights {str(index)[:80]!r}, which {packing} never has")
+        raise ExportError(
+            f"{path / CONFIG_FILE}: weights_file = {str(index)[:80]!r} is not a weight file of a folder packed as "
+            f"{packing}. Export the model again"
+        )
     return encoding, str(index)
 
 
-def foreign_format(path: Path, config: JsonTable) -> ForeignFormat:
-    """Return the format of a folder that another library has quantised. Raises ExportError for any other."""
+def foreign_format(path: Path, config: dict[str, object]) -> ForeignFormat:
+    """Return the format of a folder that another library has quantised. Raises ExportError for any other folder."""
     settings = config.get("quantization_config")
     if not isinstance(settings, dict) or settings.get("quant_method") == QUANT_METHOD:
-        raise ExportError(f"{path} is not quantised by another library: leave out --dequantize")
+        raise ExportError(f"{path} is not quantised by another library. Remove --dequantize")
     try:
         return ForeignFormat(str(settings.get("quant_method"))[:40], settings)
     except FormatError as error:
-        raise ExportError(f"{path / CONFIG_FILE}: {error}; export the model before it was quantised") from None
+        raise ExportError(f"{path / CONFIG_FILE}: {error}. Export the model before it was quantised") from None
 
 
 def model_of(path: Path) -> nn.Module:
-    """Return the plain model of a folder's config, on the meta device. Raises InputError."""
+    """Return the plain model of a folder's config on the meta device. Raises InputError."""
     place = Pretrained(str(path))
     config = place.config()
     if hasattr(config, "quantization_config"):
@@ -119,100 +122,141 @@ def model_of(path: Path) -> nn.Module:
     kind = architecture(config)
     if kind is None:
         raise ExportError(
-            f"{path / CONFIG_FILE} names the architecture {(config.architectures or [])[:1]}, which this version of "
-            "transformers does not have"
+            f"{path / CONFIG_FILE}: architectures = {(config.architectures or [])[:1]} is not in this version of "
+            "transformers. Install a newer one"
         )
     return place.shapes(kind, config)
 
 
 def linear_weights(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers that share their weight with no other module, by its name in the model and in the files."""
+    """Return the linear layers with untied weights, by the weights' names in the model and in the files."""
     layers = {f"{name}.weight": module for name, module in untied_linear_layers(model).items()}
     in_files = names_in_files(model, {name: module.weight for name, module in layers.items()})
     return layers | {saved: layers[name] for saved, name in in_files.items()}
 
 
 def plan_folder(folder: FolderContents, encoding: Encoding, dtype: str | None) -> tuple[list[TensorJob], FolderSource]:
-    """Every tensor of a model folder, under the model's name for it. Reads the weights of linear layers once.
+    """Return a job for every tensor of a model folder, under the model's name for it, and the source of values.
 
-    Raises ExportError and InputError.
+    Reads the weights of linear layers once, to see whether packing them saves space. Raises ExportError and InputError.
     """
-    source, linear = FolderSource(folder.weights, folder.promised), linear_weights(folder.model)
-    stacks = [] if folder.foreign else folder_stacks(folder.model, folder.weights)
-    names = [stack.name for stack in stacks]
-    promised = folder.promised.names(folder.model, linear, names, encoding.values) if folder.promised else {}
-    rounded, cast = grids(folder.model, encoding), None if dtype is None else DTYPES[dtype]
-    jobs, taken = [], set[str]()
-    for stack in stacks:
-        recipe = _stack_recipe(folder, stack, is_promised=stack.name in promised)
-        outputs = _stack_outputs(folder, source, recipe, encoding, cast)
-        if outputs:
-            jobs.append(TensorJob(outputs, recipe))
-            taken |= {*(recipe.packed.parts.values() if recipe.packed else ()), *stack.stored}
-    of_stacks = _pieces_of_plain(stacks) if encoding.packing == GGUF else {}
-    for name, parts in _tensors(folder, linear, taken).items():
-        layer, rows, grid = name, None, rounded.get(name)
-        if name in of_stacks:  # which GGUF stacks again, and is filled with expert by expert
-            (layer, rows), grid = of_stacks[name], encoding.values
-        own = replace(_recipe(folder, name, parts, linear), promised=promised.get(layer, ""), rows=rows)
-        planned = _planned(folder, name, own, linear, cast).rounded(grid)
+    planner = _Planner(folder, encoding, None if dtype is None else DTYPES[dtype])
+    return list(planner.jobs()), planner.source
+
+
+class _Planner:
+    def __init__(self, folder: FolderContents, encoding: Encoding, cast: torch.dtype | None):
+        self._folder, self._encoding, self._cast = folder, encoding, cast
+        self.source = FolderSource(folder.weights, folder.pruned_scales)
+        self._linear = linear_weights(folder.model)
+        self._stacks = [] if folder.foreign else folder_stacks(folder.model, folder.weights)
+        self._grids = grids(folder.model, encoding)
+        names, scales = [stack.name for stack in self._stacks], folder.pruned_scales
+        self._pruned_layers = (
+            scales.names(folder.model, self._linear, names, encoding.values) if scales is not None else {}
+        )
+
+    def jobs(self) -> list[TensorJob]:
+        jobs, taken = [], set[str]()
+        for stack in self._stacks:
+            recipe = self._stack_recipe(stack)
+            outputs = self._stack_outputs(stack, recipe)
+            if outputs:
+                jobs.append(TensorJob(outputs, recipe))
+                taken |= {*recipe.parts.values(), *stack.stored}
+        pieces = _dense_pieces(self._stacks) if self._encoding.packing == GGUF else {}
+        for name, parts in _tensors(self._folder, self._linear, taken).items():
+            layer, rows, grid = name, None, self._grids.get(name)
+            if name in pieces:  # GGUF files have stacks again, and are filled expert by expert
+                (layer, rows), grid = pieces[name], self._encoding.values
+            recipe = self._recipe(name, parts)
+            recipe = replace(recipe, pruned_layer=self._pruned_layers.get(layer, ""), rows=rows)
+            jobs.append(TensorJob((self._output(name, recipe, grid),), recipe))
+        return jobs
+
+    def _output(self, name: str, recipe: FolderRecipe, grid: Grid | None) -> TensorSpec:
+        """Return the tensor as the export stores it."""
+        encoding, spec = self._encoding, self._spec(name, recipe).quantised(grid)
         if encoding.packing in FOR_COMPRESSED_TENSORS:
-            planned = planned.for_compressed_tensors(encoding.packing)
-        elif planned.is_linear and encoding.packing not in (DENSE, GGUF) and planned.grid in (None, encoding.values):
-            weight = source.read(own, planned.name, planned.dtype, hashed=False)
-            planned = _as_packed(weight.to(planned.dtype), planned, encoding)
-        jobs.append(TensorJob((planned,), own))
-    return jobs, source
+            return spec.for_compressed_tensors(encoding.packing)
+        if spec.is_linear and encoding.packing not in (DENSE, GGUF) and spec.grid in (None, encoding.values):
+            weight = self.source.read(recipe, spec.name, spec.dtype, hashed=False)
+            return _packed_if_smaller(weight.to(spec.dtype), spec, encoding)
+        return spec
+
+    def _stack_recipe(self, stack: FolderStack) -> FolderRecipe:
+        folder, facts = self._folder, stack.facts(self._folder.tensors)
+        pruned = stack.name if stack.name in self._pruned_layers else ""
+        stored = {} if folder.encoding.is_plain else _parts_of(stack.name, set(folder.weights.names), folder)
+        if not stored:
+            dtype = folder.weights.size(stack.stored[0])[0] if stack.stored else torch.float32
+            return FolderRecipe(dtype, facts, {}, pruned_layer=pruned, stack=stack)
+        parts, layout = {part: name for name, part in stored.items()}, stack.layout
+        tensor = folder.tensors.get(stack.name)
+        form, dtype = _form_of_parts(folder, stack.name, parts, layout.in_features, tensor)
+        matrix = layout.out_features, layout.in_features
+        return FolderRecipe(dtype, facts, parts, form, matrix, pruned_layer=pruned, stack=stack)
+
+    def _stack_outputs(self, stack: FolderStack, recipe: FolderRecipe) -> tuple[TensorSpec, ...]:
+        """Return the outputs of a stack that is or will be packed; nothing if it stays separate dense tensors."""
+        encoding, is_packed = self._encoding, recipe.form is not None
+        if not is_packed and (
+            not stack.stored or encoding.is_plain or encoding.packing in (GGUF, *FOR_COMPRESSED_TENSORS)
+        ):
+            return ()
+        spec = stack.spec(self._cast_dtype(recipe.dtype), recipe.facts.origin)
+        as_one = spec
+        if encoding.packing == DENSE:
+            as_one = spec.quantised(encoding.values)
+        elif encoding.packing not in (GGUF, *FOR_COMPRESSED_TENSORS):
+            rows = self.source.read(recipe, stack.name, spec.dtype, hashed=False).to(spec.dtype)
+            as_one = _packed_if_smaller(rows.view(stack.shape), spec, encoding)
+        if as_one.form is not None:
+            return (as_one,)
+        if not is_packed:
+            return ()
+        return stack.piece_specs(spec.quantised(encoding.values) if encoding.packing == GGUF else spec)
+
+    def _recipe(self, name: str, parts: dict[str, str]) -> FolderRecipe:
+        folder = self._folder
+        tensor = folder.tensors.get(name)
+        if folder.tensors and tensor is None:
+            raise ExportError(f"{folder.path} has {name}, which its {MANIFEST_FILE} does not list")
+        if "" in parts:
+            return FolderRecipe(folder.weights.size(parts[""])[0], facts_of(tensor), parts)
+        layer = self._linear.get(name)
+        if folder.foreign:
+            return _foreign_recipe(folder, folder.foreign, name, parts, layer)
+        shape = linear_shape(layer) if layer is not None else embedding_tables(folder.model)[name].shape
+        matrix = (shape[0], shape[1])
+        form, dtype = _form_of_parts(folder, name, parts, matrix[1], tensor)
+        return FolderRecipe(dtype, facts_of(tensor), parts, form, matrix, layer is not None and is_conv1d(layer))
+
+    def _spec(self, name: str, recipe: FolderRecipe) -> TensorSpec:
+        if recipe.form is None:
+            shape = self._folder.weights.size(recipe.parts[""])[1]
+        else:
+            shape = recipe.matrix[::-1] if recipe.transposed else recipe.matrix
+        is_weight = name in self._linear and len(shape) == 2
+        transposed = is_weight and is_conv1d(self._linear[name])
+        dtype = self._cast_dtype(recipe.dtype)
+        return TensorSpec(name, shape, dtype, recipe.facts.origin, transposed=transposed, is_linear=is_weight)
+
+    def _cast_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return self._cast if self._cast is not None and dtype.is_floating_point else dtype
 
 
-def _pieces_of_plain(stacks: list[FolderStack]) -> dict[str, tuple[str, tuple[int, int]]]:
-    """(stack, its rows) by the files' name of each plain tensor that is rows of one."""
+def _dense_pieces(stacks: list[FolderStack]) -> dict[str, tuple[str, tuple[int, int]]]:
+    """Return (stack, its rows) of each dense tensor that is a piece of a stack, by its name in the files."""
     return {
         at: (stack.name, piece.rows) for stack in stacks for at, piece in zip(stack.stored, stack.pieces, strict=False)
     }
 
 
-def _stack_recipe(folder: FolderContents, stack: FolderStack, *, is_promised: bool) -> StackTensor:
-    facts, packed = stack.facts(folder.entries), None
-    stored = {} if folder.encoding.is_plain else _parts_of(stack.name, set(folder.weights.names), folder)
-    if stored:
-        parts, layout = {part: name for name, part in stored.items()}, stack.layout
-        entry = folder.entries.get(stack.name)
-        form, dtype = _form_of_parts(folder, stack.name, parts, layout.in_features, entry)
-        matrix, pruned = (layout.out_features, layout.in_features), facts.pruned_per_matrix
-        packed = FolderTensor(parts, form, dtype, matrix, False, facts.sha256, pruned, facts.rounding_error)
-    return StackTensor(stack, packed, facts.sha256, facts.pruned_per_matrix, is_promised)
-
-
-def _stack_outputs(
-    folder: FolderContents, source: FolderSource, recipe: StackTensor, encoding: Encoding, cast: torch.dtype | None
-) -> tuple[PlannedTensor, ...]:
-    """What a stack becomes that is packed, or is to be; nothing where its plain tensors stay ones by themselves."""
-    stack = recipe.stack
-    if recipe.packed is None and (
-        not stack.stored or encoding.is_plain or encoding.packing in (GGUF, *FOR_COMPRESSED_TENSORS)
-    ):
-        return ()
-    dtype = recipe.packed.dtype if recipe.packed else folder.weights.size(stack.stored[0])[0]
-    origin = stack.facts(folder.entries).origin
-    planned = stack.planned(cast if cast and dtype.is_floating_point else dtype, origin)
-    as_one = planned
-    if encoding.packing == DENSE:
-        as_one = planned.rounded(encoding.values)
-    elif encoding.packing not in (GGUF, *FOR_COMPRESSED_TENSORS):
-        rows = source.read_stack(recipe, planned.dtype, hashed=False).to(planned.dtype)
-        as_one = _as_packed(rows.view(stack.shape), planned, encoding)
-    if as_one.form is not None:
-        return (as_one,)
-    if recipe.packed is None:
-        return ()
-    return stack.planned_pieces(planned.rounded(encoding.values) if encoding.packing == GGUF else planned)
-
-
 def _tensors(folder: FolderContents, linear: dict[str, nn.Module], taken: set[str]) -> dict[str, dict[str, str]]:
-    """By the model's name of each tensor: the files' name of each part ("" where it is stored as it is).
+    """Return the name in the files of each part ("" if stored unchanged), by the model's name of each tensor.
 
-    Without those that are ``taken``, by their names in the files.
+    Tensors of the files that are ``taken`` already are left out. Raises ExportError.
     """
     by_model = {}
     for name in (*dict(folder.model.named_parameters()), *dict(folder.model.named_buffers())):
@@ -232,12 +276,15 @@ def _tensors(folder: FolderContents, linear: dict[str, nn.Module], taken: set[st
         tensors.setdefault(name, {})[part] = stored
     mixed = next((name for name, parts in tensors.items() if "" in parts and len(parts) > 1), None)
     if mixed:
-        raise ExportError(f"{folder.path} has {mixed} both dense and packed")
+        raise ExportError(f"{folder.path} has {mixed} both dense and packed. Export the model again")
     return tensors
 
 
 def _foreign_parts(folder: FolderContents, form: ForeignFormat) -> dict[str, tuple[str, str]]:
-    """(model's name, part) by the files' names of what another library's weights are in. Raises ExportError."""
+    """Return (model's name, part) of the parts of another library's weights, by their names in the files.
+
+    Raises ExportError.
+    """
     prefix = f"{getattr(folder.model, 'base_model_prefix', '')}.".removeprefix(".")
     known = dict(folder.model.named_parameters())
     part_of: dict[str, tuple[str, str]] = {}
@@ -247,12 +294,12 @@ def _foreign_parts(folder: FolderContents, form: ForeignFormat) -> dict[str, tup
             raise ExportError(f"{folder.path} has {stored} in {form.method}, and the model has no such weight")
         part_of |= {file: (name, part) for part, file in parts.items()}
     if not part_of:
-        raise ExportError(f"{folder.path} has no weight in {form.method}, which its {CONFIG_FILE} says it has")
+        raise ExportError(f"{folder.path} has no weight in {form.method}, although its {CONFIG_FILE} says so")
     return part_of
 
 
 def _parts_of(weight: str, known: set[str], folder: FolderContents) -> dict[str, str]:
-    """The part by the files' name of each that the tensor ``weight`` is stored in; none where it has no parts."""
+    """Return the parts of the tensor ``weight``, by their names in the files; empty if it has no parts."""
     module, packing = weight.removesuffix(".weight"), folder.encoding.packing
     names = packed_format(packing).part_names if packing != DENSE else ()
     if f"{module}.codes" in known:
@@ -260,29 +307,12 @@ def _parts_of(weight: str, known: set[str], folder: FolderContents) -> dict[str,
     parts = {f"{module}.{part}": part for part in names}
     lacking = sorted(set(parts) - known) if known & set(parts) else []
     if lacking:
-        raise ExportError(f"{folder.path} lacks {lacking[0]}, which a weight packed as {packing} has")
+        raise ExportError(f"{folder.path} lacks {lacking[0]}, a part of a weight packed as {packing}")
     return parts if known & set(parts) else {}
 
 
-def _recipe(folder: FolderContents, name: str, parts: dict[str, str], linear: dict[str, nn.Module]) -> FolderTensor:
-    entry = folder.entries.get(name)
-    if folder.entries and entry is None:
-        raise ExportError(f"{folder.path} has {name}, which its {MANIFEST_FILE} does not know")
-    sums = {part.name: part.sha256 for part in entry.parts} if entry else {}
-    pruned, error = (tuple(entry.pruned_per_matrix), entry.rounding_error) if entry else ((), 0.0)
-    if "" in parts:
-        return FolderTensor(parts, None, folder.weights.size(parts[""])[0], None, False, sums, pruned)
-    layer = linear.get(name)
-    if folder.foreign:
-        return _foreign_recipe(folder, folder.foreign, name, parts, layer)
-    shape = linear_shape(layer) if layer is not None else embedding_tables(folder.model)[name].shape
-    matrix = (shape[0], shape[1])
-    form, dtype = _form_of_parts(folder, name, parts, matrix[1], entry)
-    return FolderTensor(parts, form, dtype, matrix, layer is not None and is_conv1d(layer), sums, pruned, error)
-
-
 def _form_of_parts(
-    folder: FolderContents, name: str, parts: dict[str, str], inputs: int, entry: TensorEntry | None
+    folder: FolderContents, name: str, parts: dict[str, str], inputs: int, tensor: ExportedTensor | None
 ) -> tuple[PackedFormat, torch.dtype]:
     """Return the format of a weight's parts, and the dtype of the weight. Raises ExportError."""
     sizes = {part: folder.weights.size(stored) for part, stored in parts.items()}
@@ -290,62 +320,47 @@ def _form_of_parts(
         form = form_of(folder.encoding.packing, sizes, inputs)
     except FormatError as broken:
         raise ExportError(f"{folder.path}: {name}: {broken}") from None
-    dtype = sizes[form.values_name][0] if not isinstance(form, QuantizedFormat) else _model_dtype(folder, entry)
+    dtype = sizes[form.values_name][0] if not isinstance(form, QuantizedFormat) else _model_dtype(folder, tensor)
     return form, dtype
 
 
 def _foreign_recipe(
     folder: FolderContents, form: ForeignFormat, name: str, parts: dict[str, str], layer: nn.Module | None
-) -> FolderTensor:
+) -> FolderRecipe:
     shape, transposed = tuple(folder.model.get_parameter(name).shape), layer is not None and is_conv1d(layer)
     lacking = sorted(stored for stored in parts.values() if not folder.weights.has(stored))
     if lacking:
-        raise ExportError(f"{folder.path} lacks {lacking[0]}, which a weight in {form.method} has")
-    return FolderTensor(parts, form, _model_dtype(folder, None), shape[::-1] if transposed else shape, transposed, {})
+        raise ExportError(f"{folder.path} lacks {lacking[0]}, a part of a weight in {form.method}")
+    matrix = shape[::-1] if transposed else shape
+    return FolderRecipe(_model_dtype(folder, None), ManifestFacts(), parts, form, matrix, transposed)
 
 
-def _model_dtype(folder: FolderContents, entry: TensorEntry | None) -> torch.dtype:
-    """The dtype of a weight that is stored as codes: the manifest's, or without one that of config.json."""
-    if entry is not None:
-        return DTYPE_OF_CODE[entry.dtype]
+def _model_dtype(folder: FolderContents, tensor: ExportedTensor | None) -> torch.dtype:
+    """Return the dtype of a quantised weight, from the manifest or else from config.json."""
+    if tensor is not None:
+        return tensor.dtype
     named = getattr(torch, str(folder.config.get("dtype") or folder.config.get("torch_dtype")), None)
     return named if named in VALUE_DTYPES else torch.float32
 
 
-def _planned(
-    folder: FolderContents, name: str, recipe: FolderTensor, linear: dict[str, nn.Module], cast: torch.dtype | None
-) -> PlannedTensor:
-    origin, dtype = folder.entries[name].origin if name in folder.entries else "model", recipe.dtype
-    if recipe.form is None:
-        shape = folder.weights.size(recipe.parts[""])[1]
-    else:
-        matrix = recipe.matrix or (0, 0)
-        shape = matrix[::-1] if recipe.transposed else matrix
-    if cast is not None and dtype.is_floating_point:
-        dtype = cast
-    is_weight = name in linear and len(shape) == 2
-    transposed = is_weight and is_conv1d(linear[name])
-    return PlannedTensor(name, shape, dtype, origin, transposed=transposed, is_linear=is_weight)
-
-
-def _as_packed(weight: Tensor, planned: PlannedTensor, encoding: Encoding) -> PlannedTensor:
-    """``planned``, packed if its values, ``weight``, fit the format and it pays; it is on the grid of the values."""
-    if planned.dtype not in VALUE_DTYPES:
-        return planned
-    bits, numel = row_bits(matrix_of(planned, weight).contiguous()), weight.numel()
+def _packed_if_smaller(weight: Tensor, spec: TensorSpec, encoding: Encoding) -> TensorSpec:
+    """Return ``spec`` packed and quantised if ``weight`` fits the format and becomes smaller, else dense."""
+    if spec.dtype not in VALUE_DTYPES:
+        return spec
+    bits, numel = row_bits(spec.as_matrix(weight).contiguous()), weight.numel()
     del weight
     counts = row_counts(bits)
     if int(counts.sum()) == numel:
-        return planned
-    candidate = planned.rounded(encoding.values)
-    if not packed_format(encoding.packing, candidate.grid).accepts(bits, planned.matrix):
-        return replace(planned, stays_dense=True)
+        return spec
+    candidate = spec.quantised(encoding.values)
+    if not packed_format(encoding.packing, candidate.grid).accepts(bits, spec.matrix):
+        return replace(spec, stays_dense=True)
     candidate = candidate.packed(encoding.packing, counts)
-    return candidate if candidate.packing != DENSE else replace(planned, stays_dense=candidate.stays_dense)
+    return candidate if candidate.packing != DENSE else replace(spec, stays_dense=candidate.stays_dense)
 
 
-def copy_beside(folder: Path, out: Path) -> None:
-    """Copy the small files that go along with the weights: of the tokenizer, of generation."""
+def copy_small_files(folder: Path, out: Path) -> None:
+    """Copy the small files that go along with the weights: tokenizer, generation settings."""
     for path in sorted(folder.iterdir()):
         is_ours = path.name in (CONFIG_FILE, MANIFEST_FILE) or path.name.endswith(".index.json")
         if path.is_file() and path.suffix in _COPIED and not is_ours:

@@ -1,4 +1,4 @@
-"""A run's tensors for an export: W = (W0 + beta U V) . M from the base model's files and a checkpoint."""
+"""A run's tensors for an export: W = (W0 + beta U V) . M, from the base model's files and a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.core.factors import Constants, layer_factors
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.packings import FOR_COMPRESSED_TENSORS, GGUF
+from pst_ds.core.packings import DENSE, FOR_COMPRESSED_TENSORS, GGUF
 from pst_ds.core.quantization import (
     SCALE_DTYPE,
     CodedWeight,
@@ -26,11 +26,11 @@ from pst_ds.core.quantization import (
 from pst_ds.core.scores import masked_weight, merged_weight
 from pst_ds.core.updates.rows import updated_rows
 from pst_ds.export.detect_pattern import per_row
-from pst_ds.export.encoding import Encoding
-from pst_ds.export.manifest import DENSE, ExportError
-from pst_ds.export.plan import PlannedTensor, TensorJob, TensorValues
-from pst_ds.export.rounding import grids
-from pst_ds.export.stacks import FilePart, StackRun, all_experts, runs_in_files, whole
+from pst_ds.export.encoding import Encoding, ExportError
+from pst_ds.export.expert_stacks import StackRun, all_experts, runs_in_files, whole
+from pst_ds.export.plan import TensorJob, TensorValues
+from pst_ds.export.quantization import grids
+from pst_ds.export.tensor_spec import Origin, TensorSpec
 from pst_ds.formats import mask_row_bits, packed_format
 from pst_ds.formats.base_weights import BaseWeights, is_text_part, may_be_missing, names_in_files, saved_tensors
 from pst_ds.formats.rows import row_counts
@@ -45,32 +45,44 @@ from pst_ds.parallel.optimizer_state import MASTER
 
 
 @dataclass(frozen=True, slots=True)
-class RunTensor:
-    """The way to make one tensor of the trained model."""
+class RunRecipe:
+    """How to make one tensor of the trained model."""
 
     name: str
     in_base: str | None
-    """Its name in the base model's files."""
+    """Name in the base model's files."""
     dtype: torch.dtype
-    """Of the result, before the cast to ``--dtype``."""
+    """Dtype of the result, before the cast to ``--dtype``."""
     trained: bool = False
     layer: tuple[StackRun, Constants] | None = None
-    """What it is of a pruned layer."""
+    """The part of a pruned layer that this is, and the layer's constants."""
     rows_in_base: tuple[tuple[str, int, int], ...] = ()
-    """Of a stack of experts: tensors of the base's files, with the first and last + 1 of the stack's rows in each."""
+    """For a stack of experts: (tensor of the base's files, first row of the stack in it, last row + 1)."""
     grid: StoredGrid | None = None
-    """What training rounded the layer to."""
+    """Quantisation that the layer was trained with."""
     base: CodeLayout | None = None
-    """How the model held the base's weight, where that was in few bits."""
+    """Layout of the frozen weight, if the model held it quantised."""
     embedding_beta: float | None = None
     masked: bool = True
-    """False where values that the mask prunes may be anything, because the packing does not look at them."""
+    """False if pruned values may be anything, because the packing does not read them."""
     in_files_form: bool = False
-    """True where transformers makes several tensors of it, or one of another name."""
+    """Whether transformers saves it as several tensors, or under another name."""
+
+
+@dataclass(frozen=True, slots=True)
+class FilePart:
+    """A tensor of the files that is a run of a stack."""
+
+    name: str
+    """Name that ``save_pretrained`` gives it."""
+    in_base: str
+    """Name in the base model's files."""
+    run: StackRun
+    shape: tuple[int, ...]
 
 
 class RunSource:
-    """Values of the model in a checkpoint. In another process it reads the same files, without the model."""
+    """Values of the model in a checkpoint. Copies in other processes read the same files without the model."""
 
     def __init__(self, checkpoint: Checkpoint, base: BaseWeights, model: nn.Module | None = None):
         self._checkpoint, self._base, self._model = checkpoint, base, model
@@ -79,8 +91,9 @@ class RunSource:
         return {"_checkpoint": self._checkpoint, "_base": self._base, "_model": None}
 
     def make(self, job: TensorJob) -> Iterator[TensorValues]:
-        """The values of the job's outputs. Raises ExportError."""
-        recipe: RunTensor = job.recipe
+        """Yield the values of the job's outputs. Raises ExportError."""
+        recipe = job.recipe
+        assert isinstance(recipe, RunRecipe)
         if recipe.layer is not None:
             made = self._pruned(recipe, *recipe.layer)
             yield replace(made, tensor=made.tensor.view(job.outputs[0].shape))
@@ -95,7 +108,8 @@ class RunSource:
             tensor = saved.pop(output.name).clone(memory_format=torch.contiguous_format)
             yield replace(whole, tensor=tensor, keep=None)
 
-    def _made(self, recipe: RunTensor) -> TensorValues:
+    def _made(self, recipe: RunRecipe) -> TensorValues:
+        """Make a tensor that is not pruned."""
         beta, checkpoint = recipe.embedding_beta, self._checkpoint
         compute = DTYPES[checkpoint.state.precision]
         if recipe.trained and beta is None:
@@ -104,15 +118,15 @@ class RunSource:
         stored = self._base.read(recipe.in_base)
         if recipe.base is not None:
             weight = stored.to(compute)
-            rounded = CodedWeight(recipe.base, *recipe.base.encode(weight, 0), compute).dense()
-            return TensorValues(rounded.to(recipe.dtype))
+            quantised = CodedWeight(recipe.base, *recipe.base.encode(weight, 0), compute).dense()
+            return TensorValues(quantised.to(recipe.dtype))
         if beta is None:
             return TensorValues(stored.contiguous())
         left, right = (checkpoint.trained[f"{recipe.name.removesuffix('weight')}pst_{f}"].to(compute) for f in "UV")
         return TensorValues(updated_rows(stored.to(compute), left, right, beta).to(recipe.dtype))
 
-    def _pruned(self, recipe: RunTensor, run: StackRun, constants: Constants) -> TensorValues:
-        """M . (W0 + beta U V) as the model computed it: same function, same dtype, same kind of device."""
+    def _pruned(self, recipe: RunRecipe, run: StackRun, constants: Constants) -> TensorValues:
+        """Compute M . (W0 + beta U V) as the model did: same function, same dtype, same type of device."""
         height, width = run.piece.shape
         tensor = torch.empty(run.num_pieces * height if run.num_pieces > 1 else 0, width, dtype=recipe.dtype)
         made = []
@@ -127,8 +141,8 @@ class RunSource:
         pruned = tuple(count for one in made for count in one.pruned_per_matrix)
         return TensorValues(tensor, keep, pruned, torch.cat(scales) if scales else None)
 
-    def _start(self, recipe: RunTensor, run: StackRun, piece: int) -> Tensor:
-        """W0 of a piece, or the weight that was trained in its place, in storage shape."""
+    def _start(self, recipe: RunRecipe, run: StackRun, piece: int) -> Tensor:
+        """Return W0 of a piece, or the weight that was trained in its place, in storage shape."""
         shape = height, _ = run.piece.shape
         if recipe.trained:
             return self._checkpoint.values(recipe.name, MASTER, *run.flat_range(piece)).view(shape)
@@ -139,14 +153,14 @@ class RunSource:
         found = [self._base.read_rows(name, a - first, b - first) for name, first, a, b in meet if a < b]
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _piece(self, recipe: RunTensor, run: StackRun, constants: Constants, piece: int) -> TensorValues:
-        """One piece of a stack, or all of a layer."""
+    def _piece(self, recipe: RunRecipe, run: StackRun, constants: Constants, piece: int) -> TensorValues:
+        """Make one piece of a stack, or a whole layer."""
         checkpoint, owner = self._checkpoint, recipe.name.removesuffix(".weight")
         layout, compute = run.piece, DTYPES[checkpoint.state.precision]
         device = checkpoint.state.device_type if torch.accelerator.is_available() else "cpu"
         start = self._start(recipe, run, piece).to(compute).to(device)
         weight: Tensor | CodedWeight = start
-        if recipe.base is not None:  # as the layer did when it was made
+        if recipe.base is not None:  # quantised in the same way when the layer was created
             base = run.codes_of_piece(recipe.base)
             weight = CodedWeight(base, *base.encode(start, 0), compute)
         del start
@@ -161,13 +175,13 @@ class RunSource:
         del weight
         merged = merged.cpu().to(recipe.dtype).contiguous()
         if recipe.masked:
-            merged.add_(0.0)  # a weight of -0.0 that the mask keeps becomes +0.0
+            merged.add_(0.0)  # turns a kept -0.0 into +0.0
         keep = mask_row_bits(mask, layout)
         scales = None if rounding is None else rounding.scales_by_output.cpu()
         return TensorValues(merged, keep, pruned_per_matrix(keep, layout), scales)
 
     def _factors(self, owner: str, run: StackRun, piece: int, device: str) -> dict[str, Tensor]:
-        """The factors of a piece, by name, as the model computed with them."""
+        """Return the factors of a piece, by name, in the dtype that the model computed with."""
         checkpoint, found = self._checkpoint, {}
         for factor in FACTOR_NAMES:
             shape = checkpoint.contents.trained.get(f"{owner}.pst_{factor}")
@@ -177,19 +191,19 @@ class RunSource:
         return found
 
     def _rounding(self, owner: str, run: StackRun, piece: int, stored: StoredGrid, device: str) -> Rounding:
-        """What training rounded a piece to. Raises ExportError."""
+        """Return the quantisation that a piece was trained with. Raises ExportError for damaged scales."""
         grid, checkpoint = run.grid_of_piece(stored), self._checkpoint
         num_bytes = SCALE_DTYPE.itemsize * math.prod(stored.shape)
         scales = scales_of_bytes(checkpoint.scale_bytes(owner, *run.share(piece, num_bytes)), grid.shape)
         try:
             require_scales(scales, grid.grid)
         except ValueError as error:
-            raise ExportError(f"{checkpoint.folder}: {owner}: {error}; take another --checkpoint") from None
+            raise ExportError(f"{checkpoint.folder}: {owner}: {error}. Choose another --checkpoint") from None
         return Rounding(grid, scales.to(device))
 
 
 def pruned_per_matrix(keep: Tensor, layout: WeightLayout) -> tuple[int, ...]:
-    """Zeros in the mask of each matrix of a layer; ``keep``: its row bits."""
+    """Count the pruned weights of each matrix of a layer, given the row bits ``keep`` of its mask."""
     kept = per_row(keep.numpy())
     return tuple(matrix.rect.numel - int(kept[matrix.outputs].sum()) for matrix in layout.matrices())
 
@@ -197,10 +211,18 @@ def pruned_per_matrix(keep: Tensor, layout: WeightLayout) -> tuple[int, ...]:
 def plan_run(
     model: nn.Module, checkpoint: Checkpoint, base: BaseWeights, encoding: Encoding, dtype: str | None
 ) -> list[TensorJob]:
-    """Every tensor that ``save_pretrained`` of the plain model would write, under its name there.
+    """Return a job for every tensor that ``save_pretrained`` of the plain model would write, under its name there.
 
-    Of a model that is the text part of its base every tensor of the base, under the base's names.
-    ``model`` has PST modules and may be on the meta device. Raises ExportError.
+    If ``model`` is the text part of its base, all tensors of the base are included, under the base's names.
+
+    Args:
+        model: the run's model with PST modules; may be on the meta device.
+        checkpoint: the trained values.
+        base: files of the base model.
+        encoding: storage of the export.
+        dtype: dtype to cast all tensors to; None keeps their own.
+
+    Raises ExportError.
     """
     return list(_Planner(model, checkpoint, base, encoding, dtype).jobs())
 
@@ -212,7 +234,7 @@ class _Planner:
         self._model, self._checkpoint, self._base = model, checkpoint, base
         self._tables = plain_tables(model)
         self._encoding, self._cast = encoding, None if dtype is None else DTYPES[dtype]
-        # of a run that rounds, layers that it left as they are stay so: the file computes what was trained
+        # in a run that quantises, other layers stay unchanged, so that the export computes what was trained
         self._grids = grids(model, replace(encoding, values=None) if checkpoint.state.rounds else encoding)
         self._layers, self._embeddings = pst_layers(model), pst_embeddings(model)
         self._linear = {name: module for name, module in model.named_modules() if is_linear(module)}
@@ -232,7 +254,7 @@ class _Planner:
                 yield self._job(name, name, name, torch.empty(self._base.size(name)[1], device="meta"))
 
     def _jobs_of(self, name: str, tensor: Tensor, in_files: str | None) -> Iterator[TensorJob]:
-        """``in_files``: how ``save_pretrained`` names it; None where it takes it apart."""
+        """Plan one tensor; ``in_files``: the name that ``save_pretrained`` gives it, None if it is split."""
         if self._base.has(name):
             yield self._job(name, name, name, tensor)
         elif in_files is None:
@@ -243,16 +265,16 @@ class _Planner:
                 yield self._job(name, in_base, in_files, tensor)
 
     def _of_stack(self, name: str) -> Iterator[TensorJob]:
-        """The stack ``name``: packed as one tensor, or in those of the base's files, such as a matrix of an expert.
+        """Plan a stack: packed as one tensor, or as the tensors of the base's files, such as a matrix per expert.
 
-        GGUF stacks the latter again, and is filled expert by expert.
+        GGUF files have stacks again, but are filled expert by expert.
         """
         layer = self._layers[name]
         parts = self._parts_of_stack(name, layer)
         rows = tuple((part.in_base, *part.run.rows) for part in parts)
         recipe = self._recipe(f"{name}.weight", parts[0].in_base)
         recipe = replace(recipe, layer=(all_experts(layer.layout), layer.constants), rows_in_base=rows)
-        as_one = self._planned(recipe, name, layer.weight_shape)
+        as_one = self._spec(recipe, name, layer.weight_shape)
         if as_one.form is not None and self._encoding.packing != GGUF:
             yield TensorJob((as_one,), replace(recipe, masked=as_one.packing == DENSE))
             return
@@ -262,7 +284,7 @@ class _Planner:
             yield TensorJob((replace(as_one, name=out_name, shape=part.shape),), own)
 
     def _parts_of_stack(self, name: str, layer: PSTLayer) -> list[FilePart]:
-        """The tensors of the base's files that a stack is made of. Raises ExportError."""
+        """Return the tensors of the base's files that a stack consists of. Raises ExportError."""
         if self._base.has(name):
             return [FilePart(name, name, all_experts(layer.layout), layer.weight_shape)]
         found = []
@@ -270,8 +292,8 @@ class _Planner:
             runs = runs_in_files(self._model, name, layer.layout)
         except ValueError as error:
             raise ExportError(
-                f"{name} becomes {error} in the files of the model, which is no run of its rows; leave it out with "
-                f"exclude_modules = [{json.dumps(name)}]"
+                f"{name} becomes {error} in the files of the model, which does not consist of whole experts. Exclude "
+                f"it with exclude_modules = [{json.dumps(name)}]"
             ) from None
         for part, (run, shape) in runs.items():
             in_base = self._base.find(part)
@@ -283,16 +305,16 @@ class _Planner:
         return found
 
     def _job(self, name: str, in_base: str | None, out_name: str, tensor: Tensor) -> TensorJob:
-        """The model's tensor ``name`` alone, as ``out_name`` in the export, or as a base that is kept whole has it."""
+        """Plan the model's tensor ``name`` as ``out_name``; an export of a whole base uses the base's names."""
         recipe = self._recipe(name, in_base)
-        planned = self._planned(recipe, in_base if in_base and self._keeps_rest else out_name, tuple(tensor.shape))
-        return TensorJob((planned,), replace(recipe, masked=planned.packing == DENSE))
+        spec = self._spec(recipe, in_base if in_base and self._keeps_rest else out_name, tuple(tensor.shape))
+        return TensorJob((spec,), replace(recipe, masked=spec.packing == DENSE))
 
-    def _recipe(self, name: str, in_base: str | None, of_base: str | None = None) -> RunTensor:
-        """Return how to make the tensor ``name``; ``of_base``: a tensor of the base that tells its dtype."""
+    def _recipe(self, name: str, in_base: str | None, dtype_of: str | None = None) -> RunRecipe:
+        """Return how to make the tensor ``name``; ``dtype_of``: a tensor of the base with the dtype, if not in_base."""
         owner, _, last = name.rpartition(".")
         state, trained = self._checkpoint.state, name in self._checkpoint.contents.trained
-        compute, stored = DTYPES[state.precision], in_base or of_base
+        compute, stored = DTYPES[state.precision], in_base or dtype_of
         layer = self._layers.get(owner) if last == "weight" else None
         embedding = self._embeddings.get(owner) if last == "weight" else None
         coded = self._tables.get(name) if layer is None or layer.base_codes is None else layer.base_codes.layout
@@ -300,23 +322,27 @@ class _Planner:
             raise ExportError(f"{name} is not in the base model {state.base_path!r}")
         if in_base is None and not trained:
             raise ExportError(f"{name} is neither trained nor in the base model {state.base_path!r}")
-        # values are those computed with; they are stored at least as wide as the base's, so that files stay uniform
+        # values have the precision of the run, but are stored at least as wide as the base's, to keep files uniform
         width = compute if stored is None else self._base.size(stored)[0]
         if layer is not None or trained or embedding is not None or coded is not None:
             width = torch.promote_types(compute, width)
-        return RunTensor(
-            name, in_base, width, trained,
+        return RunRecipe(
+            name,
+            in_base,
+            width,
+            trained,
             layer=None if layer is None else (whole(layer.layout), layer.constants),
             grid=None if layer is None or not state.rounds else layer.stored_grid,
             base=None if coded is None else replace(coded, num_shards=1),
             embedding_beta=None if embedding is None else embedding.beta,
-        )  # fmt: skip
+        )
 
-    def _planned(self, recipe: RunTensor, name: str, shape: tuple[int, ...]) -> PlannedTensor:
-        """The tensor of ``recipe`` under its ``name`` in the file."""
+    def _spec(self, recipe: RunRecipe, name: str, shape: tuple[int, ...]) -> TensorSpec:
+        """Return the tensor that ``recipe`` makes, under its ``name`` in the export."""
         self._require_shape(recipe, shape)
         owner, _, last = recipe.name.rpartition(".")
         linear = self._linear.get(owner) if last == "weight" else None
+        origin: Origin
         if recipe.layer is not None:
             transposed, origin = recipe.layer[0].piece.transposed, "pruned"
         else:
@@ -324,34 +350,34 @@ class _Planner:
             origin = "trained" if recipe.trained or recipe.embedding_beta is not None else "base"
         is_linear_weight = linear is not None or recipe.layer is not None
         dtype = self._cast if self._cast and recipe.dtype.is_floating_point else recipe.dtype
-        grid = self._grids.get(recipe.name) if recipe.layer is None else self._encoding.values
-        planned = PlannedTensor(name, shape, dtype, origin, transposed=transposed, is_linear=is_linear_weight)
+        spec = TensorSpec(name, shape, dtype, origin, transposed=transposed, is_linear=is_linear_weight)
         packing = self._encoding.packing
         if packing in FOR_COMPRESSED_TENSORS and len(shape) > 2:
-            return planned  # its readers know linear layers alone
-        planned = planned.rounded(grid)
+            return spec  # its readers support linear layers only
+        grid = self._grids.get(recipe.name) if recipe.layer is None else self._encoding.values
+        spec = spec.quantised(grid)
         if packing in FOR_COMPRESSED_TENSORS:
-            return planned.for_compressed_tensors(packing)
+            return spec.for_compressed_tensors(packing)
         if recipe.layer is None or packing in (DENSE, GGUF):
-            return planned
+            return spec
         keep = mask_row_bits(self._checkpoint.masks[owner], recipe.layer[0].stack)
-        if not packed_format(packing, grid).accepts(keep, planned.matrix):
-            return replace(planned, stays_dense=True)
-        return planned.packed(packing, row_counts(keep))
+        if not packed_format(packing, grid).accepts(keep, spec.matrix):
+            return replace(spec, stays_dense=True)
+        return spec.packed(packing, row_counts(keep))
 
-    def _require_shape(self, recipe: RunTensor, shape: tuple[int, ...]) -> None:
+    def _require_shape(self, recipe: RunRecipe, shape: tuple[int, ...]) -> None:
         contents = self._checkpoint.contents
         if recipe.rows_in_base and not recipe.trained:
-            return  # seen where these were found
+            return  # checked by _parts_of_stack
         found = contents.trained[recipe.name] if recipe.trained else self._base.size(recipe.in_base or "")[1]
         if tuple(found) != shape and not recipe.in_files_form:
             raise ExportError(
                 f"{recipe.name} has shape {tuple(found)} in the base model or checkpoint, and {shape} in the trained "
-                "model"
+                "model. Use the base model that the run was trained from"
             )
 
     def _in_parts(self, name: str, saved: dict[str, Tensor]) -> Iterator[TensorJob]:
-        """The tensor ``name`` as ``saved``, the tensors that the base's files hold of it."""
+        """Plan the tensor ``name``, which the base's files hold as the tensors ``saved``."""
         in_base = {part: self._base.find(part) for part in saved}
         is_pruned = name.removesuffix(".weight") in self._layers
         if not is_pruned and name not in self._checkpoint.contents.trained:
@@ -360,9 +386,9 @@ class _Planner:
             return
         if is_pruned:
             raise ExportError(
-                f"{name} is made of {', '.join(saved)} by transformers, and cannot be turned back once it is pruned; "
-                f"leave it out with exclude_modules = [{json.dumps(name.rpartition('.')[0])}]"
+                f"{name} is built from {', '.join(saved)} by transformers, and cannot be split again once it is "
+                f"pruned. Exclude it with exclude_modules = [{json.dumps(name.rpartition('.')[0])}]"
             )
         recipe = replace(self._recipe(name, None, next(iter(in_base.values()))), in_files_form=True)
-        outputs = tuple(self._planned(recipe, part, tuple(tensor.shape)) for part, tensor in saved.items())
+        outputs = tuple(self._spec(recipe, part, tuple(tensor.shape)) for part, tensor in saved.items())
         yield TensorJob(outputs, recipe, in_parent=True)

@@ -1,9 +1,8 @@
-"""prompt.json of a model folder: the vectors of a trained prompt, and how the model reads them.
+"""``prompt.json`` of a model folder: the vectors of a trained prompt, and where the model inserts them.
 
-    {"text": what it began as, "after": tokens of a text before it, "values": [[m rows of d numbers]]}
+    {"text": text it was initialised with, "after": tokens before it, "values": [[m rows of d numbers]]}
 
-transformers knows no prompt: ``from_pretrained`` alone gives the model without it, and :func:`attach_saved_prompt` puts
-it in.
+``from_pretrained`` of transformers ignores the file; :func:`attach_saved_prompt` adds the prompt to the model.
 """
 
 from __future__ import annotations
@@ -23,17 +22,18 @@ PROMPT_FILE = "prompt.json"
 
 @dataclass(frozen=True, slots=True)
 class SavedPrompt:
-    """A prompt as a folder keeps it."""
+    """A trained prompt."""
 
     text: str
+    """Text that it was initialised with."""
     after: int
-    """Tokens of a text that come before it."""
+    """Number of input tokens before the prompt, 0 or 1."""
     values: Tensor
-    """(m, d) fp32; numbers of a narrower type are exact in it."""
+    """(m, d) fp32; exact for narrower dtypes."""
 
     @property
     def facts(self) -> dict[str, object]:
-        """What a manifest says of it."""
+        """Entry of the manifest."""
         return {"text": self.text, "tokens": self.values.shape[0], "after": self.after}
 
     def write(self, folder: Path) -> None:
@@ -43,7 +43,7 @@ class SavedPrompt:
 
 
 def read_prompt(folder: Path) -> SavedPrompt | None:
-    """Read the prompt of a model folder; None without one. Raises InputError for a damaged file."""
+    """Return the prompt of a model folder, or None without one. Raises InputError for a damaged file."""
     path = folder / PROMPT_FILE
     if not path.is_file():
         return None
@@ -52,16 +52,16 @@ def read_prompt(folder: Path) -> SavedPrompt | None:
         values = torch.tensor(table["values"], dtype=torch.float32)
         found = SavedPrompt(str(table["text"]), int(table["after"]), values)
         if values.dim() != 2 or not bool(values.isfinite().all()) or found.after not in (0, 1):
-            raise ValueError("no table of finite numbers")
+            raise ValueError("expected a table of finite numbers, and after = 0 or 1")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is damaged: {error}; export the model again") from None
+        raise InputError(f"{path} is damaged: {error}. Export the model again") from None
     return found
 
 
 def attach_saved_prompt(model: nn.Module, folder: Path) -> None:
-    """Let ``model``, loaded from ``folder``, read the folder's prompt with every text; nothing without one.
+    """Add the prompt of ``folder`` to ``model``, which was loaded from it, so that every input has it.
 
-    Raises InputError for a prompt that is damaged, or of another model.
+    Does nothing without a prompt. Raises InputError if the prompt is damaged or belongs to another model.
     """
     saved = read_prompt(folder)
     if saved is None:
@@ -69,8 +69,8 @@ def attach_saved_prompt(model: nn.Module, folder: Path) -> None:
     table = body_of(model).get_input_embeddings().weight
     if saved.values.shape[1] != table.shape[1]:
         raise InputError(
-            f"{folder / PROMPT_FILE} has vectors of {saved.values.shape[1]} numbers, and the model's embeddings have "
-            f"{table.shape[1]}: it is of another model"
+            f"{folder / PROMPT_FILE} has vectors of size {saved.values.shape[1]}, and the model's embeddings have size "
+            f"{table.shape[1]}: it belongs to another model. Export the model again"
         )
     prompt = PSTPrompt(saved.values.to(table), after=saved.after).requires_grad_(False)
     attach_prompt(model, prompt.train(model.training))

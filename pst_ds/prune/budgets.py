@@ -118,7 +118,7 @@ def _layer_scores(rule: LayerRule, sums: InputSum | None) -> Iterator[Tensor]:
 
 def is_movable(rule: LayerRule) -> bool:
     """Return whether a budget may give the layer another share of zeros."""
-    return rule.pattern.fixed_sparsity is None and not rule.has_own_share
+    return rule.pattern.fixed_sparsity is None and not rule.has_own_sparsity
 
 
 def _with_budgets(rules: Sequence[LayerRule], outliers: Sequence[float], spread: float) -> list[LayerRule]:

@@ -1,4 +1,4 @@
-"""A whole model pruned once, block after block: each layer by its rule, on what the pruned blocks before it give."""
+"""Prune all layers of a model block by block, each on the outputs of the pruned blocks before it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from pst_ds.prune.replay import Batch, BlockReplay, Compute
 from pst_ds.prune.rules import LayerRule, Method
 
 STATISTICS_BYTES = 4 * 2**30
-"""Bytes that the Gram matrices of a block's experts take at a time, unless those of one expert take more."""
+"""Memory limit of a block's expert Gram matrices, which only a single larger expert exceeds."""
 
 
-def prune_model(
+def prune_layers(
     model: nn.Module,
     rules: Sequence[LayerRule],
     method: Method,
@@ -35,45 +35,54 @@ def prune_model(
     reconstruct: int = 0,
     statistics_bytes: int = STATISTICS_BYTES,
 ) -> list[PrunedLayer]:
-    """Prune a whole ``model`` on the CPU in place; what was done to each layer, in the order of ``rules``.
+    """Prune a whole model in place; return the outcome of each layer, in the order of ``rules``.
 
-    "magnitude" needs no ``batches``, unless the rules have swaps or there is ``reconstruct``. The others run every
-    block twice on them, on ``device`` and in ``dtype``: once to gather what its layers are given, once, pruned, for its
-    output. A batch has the model's arguments; where it has an ``attention_mask`` (batch, length), the positions with 0
-    count for nothing. The device holds one block, a batch, and the statistics of one block; the CPU the model and the
-    hidden states of all batches. Kept weights keep their bits with "magnitude" and "wanda"; pruned ones are +0.0.
-    Raises InputError, and FloatingPointError, naming the layer, for inputs that are not finite. Says on stderr how far
-    it is.
+    Every block runs twice on the batches: dense, to collect the inputs of its layers, and pruned, for the input of the
+    next block. The device holds one block, one batch and the statistics of one block; the CPU holds the model and the
+    hidden states of all batches. Kept weights are bit-identical with "magnitude" and "wanda"; pruned ones are +0.0.
+    Experts are pruned on the tokens that are routed to them, and by magnitude if there are none.
 
-    With ``reconstruct`` the kept weights of each block are then fitted to its dense outputs, in so many passes more
-    and with gradients; the device then also holds three fp32 numbers for each weight of one block.
+    Args:
+        model: the model, on the CPU.
+        rules: a rule for each layer.
+        method: how weights are chosen.
+        batches: arguments of the forward pass; positions with 0 in an ``attention_mask`` (batch, length) are ignored.
+            "magnitude" needs none without swaps and ``reconstruct``.
+        device: where blocks compute.
+        dtype: dtype of the computation.
+        gated: weigh an expert's tokens by their router gates.
+        reconstruct: passes that fit the kept weights of each block to its dense outputs. The device then also holds
+            three fp32 numbers per weight of a block.
+        statistics_bytes: memory for the Gram matrices of experts. A block whose experts need more runs once per group
+            of experts.
 
-    Each expert of a stack is pruned by the tokens that it was given, ``gated``: times what the router gives them there;
-    without a token by magnitude. Where the Gram matrices of a block's experts take more than ``statistics_bytes``, the
-    block runs again for each group of experts whose do not.
+    Raises InputError, and FloatingPointError, naming the layer, for values that are not finite.
     """
     model.eval()
     swaps = any(rule.swaps for rule in rules)
     if method == "magnitude" and not swaps and not reconstruct:
         return [_by_magnitude(rule) for rule in rules]
     stack, blocks = find_blocks(model, [rule.target.name for rule in rules])
+    with without_cache(model), BlockReplay(model, blocks, batches, device, dtype) as replay:
+        pruner = _BlockPruner(
+            replay, method, gated=gated, swaps=swaps, reconstruct=reconstruct, statistics_bytes=statistics_bytes
+        )
+        done = _prune_blocks(pruner, rules, stack)
+    return [done[rule.target.name] for rule in rules]
+
+
+def _prune_blocks(pruner: _BlockPruner, rules: Sequence[LayerRule], stack: str) -> dict[str, PrunedLayer]:
+    """Prune the blocks of ``stack`` in order, up to the last one that has a rule; return the outcomes by layer."""
     by_block: dict[int, list[LayerRule]] = {}
     for rule in rules:
         by_block.setdefault(block_of(rule.target.name, stack), []).append(rule)
     done: dict[str, PrunedLayer] = {}
     last = max(by_block)
-    with (
-        without_cache(model),
-        BlockReplay(model, blocks, batches, device, dtype) as replay,
-        Progress("prune", last + 1, "blocks") as shown,
-    ):
-        pruner = _BlockPruner(
-            replay, method, gated=gated, swaps=swaps, reconstruct=reconstruct, statistics_bytes=statistics_bytes
-        )
+    with Progress("prune", last + 1, "blocks") as shown:
         for index in range(last + 1):
             done |= {layer.name: layer for layer in pruner.prune(index, by_block.get(index, []), goes_on=index < last)}
             shown.add(1, f"{stack}.{index}")
-    return [done[rule.target.name] for rule in rules]
+    return done
 
 
 def _by_magnitude(rule: LayerRule) -> PrunedLayer:
@@ -84,7 +93,7 @@ def _by_magnitude(rule: LayerRule) -> PrunedLayer:
 
 
 class _BlockPruner:
-    """Prunes blocks by what the text gives their layers."""
+    """Prunes one block after another on the inputs of its layers."""
 
     def __init__(
         self,
@@ -102,12 +111,14 @@ class _BlockPruner:
         self._inputs = _LastInputs(method, swaps=swaps)
 
     def prune(self, index: int, rules: Sequence[LayerRule], *, goes_on: bool) -> list[PrunedLayer]:
-        """Gather, prune and, if the pass ``goes_on``, run the block again for what the next one is given.
+        """Collect statistics and prune a block; if the pass ``goes_on``, run it again for the input of the next block.
 
-        Experts are pruned group by group, and what an expert is given does not depend on the others: linear layers,
-        on which it may depend, come last.
+        Experts are pruned group by group. Their inputs do not depend on other experts, but may depend on linear
+        layers, which are therefore pruned last.
         """
-        layers = [LayerPruning(rule, rule.target.weight.data) for rule in rules]  # as the model has them, not a copy
+        layers = [
+            LayerPruning(rule, rule.target.weight.data) for rule in rules
+        ]  # the stored values, not the copy on the device
         linear = [layer for layer in layers if not layer.rule.target.is_stack]
         stacks = [layer for layer in layers if layer.rule.target.is_stack]
         gatherer, tokens = self._gatherer(), dict[str, list[int]]()
@@ -136,7 +147,7 @@ class _BlockPruner:
         return InputGatherer(self._sum_of, self._gated, group)
 
     def _groups(self, stacks: Sequence[LayerPruning]) -> list[range]:
-        """Consecutive experts whose statistics fit; one group where there are no stacks."""
+        """Return groups of consecutive experts whose statistics fit into memory; one group without stacks."""
         layouts = [layer.rule.target.layout for layer in stacks]
         number = max((layout.num_experts for layout in layouts), default=1)
         of_expert = sum(4 * layout.in_features**2 for layout in layouts)
@@ -152,7 +163,7 @@ class _BlockPruner:
         stacks: Sequence[LayerPruning],
         compute: Compute | None,
     ) -> None:
-        """Run the block for what its ``linear`` layers, and a group of the experts of its ``stacks``, are given."""
+        """Run the block, and collect the inputs of ``linear`` layers and of a group of experts of ``stacks``."""
 
         def begin(batch: Batch) -> None:
             gatherer.begin(batch)
@@ -166,7 +177,7 @@ class _BlockPruner:
             self._replay.run(index, keep_output=False, before=begin, compute=compute)
 
     def _prune_experts(self, layer: LayerPruning, sums: InputSum, group: range) -> None:
-        """Prune the experts of ``group``, whose statistics ``sums`` holds; by magnitude where there was no token."""
+        """Prune the experts of ``group``, whose statistics are ``sums``; by magnitude if they had no token."""
         layout, device = layer.rule.target.layout, layer.rule.target.weight.device
         for place, expert in enumerate(group):
             if expert >= layout.num_experts:
@@ -189,21 +200,21 @@ def _required(gatherer: InputGatherer, name: str) -> InputSum:
     found = gatherer.sums.get(name)
     if found is None or not found.num_tokens:
         raise InputError(
-            f"{name} was given nothing by the calibration text; use more --samples, or leave it dense with "
+            f"{name} had no input from the calibration data. Use more --samples, or leave it dense with "
             "pst.exclude_modules"
         )
     return found
 
 
 class _LastInputs:
-    """What a method knows of layers' inputs; of equal ones that follow each other, as q, k and v have them, one."""
+    """Statistics of layers' inputs; computed once for consecutive layers with equal inputs, such as q, k and v."""
 
     def __init__(self, method: Method, *, swaps: bool) -> None:
         self._method, self._swaps = method, swaps
         self._last: tuple[Tensor, Inputs | None] | None = None
 
     def of(self, total: Tensor) -> Inputs | None:
-        """Return what the method knows of inputs with this sum. Raises FloatingPointError."""
+        """Return the method's statistics of inputs with this sum. Raises FloatingPointError."""
         if self._last is None or not torch.equal(self._last[0], total):
             self._last = total, inputs_of(self._method, total, swaps=self._swaps)
         return self._last[1]
@@ -211,7 +222,7 @@ class _LastInputs:
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """Inside, no keys and values are kept for generation; the config is as it was afterwards."""
+    """Disable the key-value cache of ``model`` inside the context."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     if not hasattr(config, "use_cache"):

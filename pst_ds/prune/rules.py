@@ -1,4 +1,4 @@
-"""Rules of one-shot pruning: the method, and the pattern and share of zeros of every target."""
+"""Rules of one-shot pruning: pattern and sparsity of every layer."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from pst_ds.errors import InputError
 from pst_ds.nn.targets import Target
 
 _METHOD_PATTERNS: dict[Method, str] = {"magnitude": "matrix", "wanda": "row", "sparsegpt": "row", "alps": "row"}
-"""The pattern of each method unless another is given."""
-_ROWS_TOGETHER = 0.6
-"""Up to this share of zeros rows are ranked together by what the loss loses with their outputs: measured as better at
-0.5, and as far worse than rows of equal shares at 0.7 (docs/background/results.md)."""
+"""Default pattern of each method."""
+_MAX_SPARSITY_OF_MATRIX = 0.6
+"""Up to this sparsity, budgets by saliency rank all rows of a matrix together: measured as better at 0.5, and as far
+worse than equal sparsity per row at 0.7 (docs/background/results.md)."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRule:
-    """A layer to prune, its pattern and its fraction of zeros."""
+    """How to prune one layer."""
 
     target: Target
     pattern: Pattern
     sparsity: float
     grid: Grid | None = None
-    """What kept weights are rounded to, by SparseGPT alone."""
+    """Quantisation of the kept weights; only SparseGPT supports it."""
     keeps_zeros: bool = False
-    """Whether exactly the weights that are zero already are pruned, whatever the pattern."""
+    """Whether exactly the weights that are zero already are pruned, regardless of the pattern."""
     swaps: int = 0
-    """Passes of swaps that refine the method's mask, at most; 0: none."""
-    has_own_share: bool = False
-    """Whether an override says its fraction of zeros."""
+    """Maximum number of passes that refine the mask by swaps."""
+    has_own_sparsity: bool = False
+    """Whether an override sets its sparsity."""
     output_factors: Tensor | None = field(default=None, repr=False, compare=False)
-    """(O,) fp32, above 0: how much a change of each output counts where rows are ranked together; None: all alike."""
+    """(O,) fp32, positive: weight of each row where rows are ranked together; None weighs them equally."""
 
 
 def usual_pattern(method: Method, budgets: str, share: float) -> str:
-    """Return the pattern of a ``method`` unless another is given, with ``share`` zeros in all.
+    """Return the default pattern of a ``method`` at sparsity ``share``.
 
-    With ``budgets`` by saliency rows are ranked together up to 60 % of zeros, and have equal shares beyond.
+    With ``budgets`` by saliency it is "matrix" up to 60 % sparsity, and "row" above.
     """
     if budgets == "saliency":
-        return "matrix" if share <= _ROWS_TOGETHER else "row"
+        return "matrix" if share <= _MAX_SPARSITY_OF_MATRIX else "row"
     return _METHOD_PATTERNS[method]
 
 
@@ -59,10 +59,10 @@ def settings_for(
     budgets: str = "equal",
     share: float = 0.0,
 ) -> PSTConfig:
-    """``config`` with the pattern to prune by, for a ``model`` that has not the head of the run's task.
+    """Return ``config`` with the pattern to prune with, for a ``model`` without the head of the run's task.
 
-    ``pattern``: "" takes the config's, or :func:`usual_pattern` where the config has "matrix". Raises InputError for a
-    pattern that there is not, or that does not go with the config.
+    ``pattern``: "" uses the config's, or :func:`usual_pattern` if that is "matrix". Raises InputError for an unknown
+    pattern, or one that conflicts with the config.
     """
     chosen = pattern or (usual_pattern(method, budgets, share) if config.pattern == "matrix" else config.pattern)
     saved = config.modules_to_save
@@ -75,19 +75,19 @@ def settings_for(
         raise InputError(f"--pattern {chosen}: {error}") from None
 
 
-def share_of_zeros(settings: PSTConfig, asked: float | None, default: float) -> float:
-    """The fraction of zeros of layers that no override names: ``asked``, or the pattern's only one, or ``default``.
+def requested_sparsity(settings: PSTConfig, asked: float | None, default: float) -> float:
+    """Return the sparsity of layers without an override: ``asked``, or that of an N:M pattern, or ``default``.
 
-    Raises InputError for one that is out of range, or that the pattern does not have.
+    Raises InputError if it is out of range, or the pattern has another one.
     """
     fixed = parse_pattern(settings.pattern).fixed_sparsity
     if fixed is not None:
         if asked not in (None, fixed):
-            raise InputError(f"--sparsity {asked}: pattern {settings.pattern} has {fixed} zeros; leave it out")
+            raise InputError(f"--sparsity {asked}: pattern {settings.pattern} has sparsity {fixed}. Remove --sparsity")
         return fixed
     share = default if asked is None else asked
     if not 0.0 <= share < 1.0:
-        raise InputError(f"--sparsity {share} must be in [0, 1): it is the fraction of zeros")
+        raise InputError(f"--sparsity {share} must be in [0, 1): it is the fraction of pruned weights")
     return share
 
 
@@ -100,11 +100,17 @@ def layer_rules(
     keeps_zeros: bool = False,
     swaps: int = 0,
 ) -> list[LayerRule]:
-    """The rules of all ``targets``, in their order; overrides have the last word on their layers.
+    """Return the rules of all ``targets``, in their order; overrides take precedence for their layers.
 
-    ``keeps_zeros``: no pattern and no override prunes anything. ``swaps``: passes, see :class:`LayerRule`. Raises
-    InputError, naming the layer, for a pattern or a ``grid`` that does not fit it, or a pattern that the method, or
-    swaps, do not have.
+    Args:
+        targets: the layers.
+        method: how weights are chosen.
+        share: sparsity of layers without an override.
+        grid: quantisation of the kept weights.
+        keeps_zeros: prune exactly the weights that are zero; pattern and overrides have no effect.
+        swaps: see :class:`LayerRule`.
+
+    Raises InputError, naming the layer, for a pattern or quantisation that does not fit the layer, the method or swaps.
     """
     for target in targets:
         if grid is not None:
@@ -119,7 +125,7 @@ def _require_groups(target: Target, grid: Grid) -> None:
         grid.num_groups(target.layout.in_features)
     except ValueError as error:
         raise InputError(
-            f"{target.name}: {error}. Choose another --group, or leave the layer as it is with pst.exclude_modules"
+            f"{target.name}: {error}. Choose another --group, or exclude the layer with pst.exclude_modules"
         ) from None
 
 
@@ -127,18 +133,18 @@ def _rule(target: Target, method: Method, share: float, swaps: int) -> LayerRule
     rule = target.rule
     if rule.pattern.pools_matrices:
         raise InputError(
-            f'{target.name}: pattern "{rule.pattern}" ranks the weights of several matrices together, and one-shot '
-            "pruning goes matrix by matrix; choose --pattern matrix, row or N:M"
+            f'{target.name}: pattern "{rule.pattern}" ranks the weights of several matrices together, but one-shot '
+            "pruning goes matrix by matrix. Choose --pattern matrix, row or N:M"
         )
     if rule.pattern.kind == "block" and method == "sparsegpt":
         raise InputError(
-            f"{target.name}: SparseGPT prunes by matrix, row or N:M, not in blocks of {rule.pattern}; choose another "
-            "with --pattern, or --method alps"
+            f"{target.name}: SparseGPT prunes by matrix, row or N:M, not in blocks of {rule.pattern}. Choose another "
+            "--pattern, or --method alps"
         )
     if rule.pattern.kind == "block" and swaps:
         raise InputError(
-            f"{target.name}: --swaps {swaps} swaps single weights, and pattern {rule.pattern} prunes whole blocks; "
-            "leave --swaps out, or choose --pattern matrix, row or N:M"
+            f"{target.name}: --swaps {swaps} swaps single weights, and pattern {rule.pattern} prunes whole blocks. "
+            "Remove --swaps, or choose --pattern matrix, row or N:M"
         )
     try:
         rule.pattern.require_fit(target.layout)
@@ -148,4 +154,4 @@ def _rule(target: Target, method: Method, share: float, swaps: int) -> LayerRule
             "pst.overrides"
         ) from None
     own = rule.final_sparsity
-    return LayerRule(target, rule.pattern, share if own is None else own, swaps=swaps, has_own_share=own is not None)
+    return LayerRule(target, rule.pattern, share if own is None else own, swaps=swaps, has_own_sparsity=own is not None)

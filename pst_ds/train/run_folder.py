@@ -19,9 +19,9 @@ from pst_ds.atomic_files import only_writer, remove_partial, require_writable, w
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError, read_checkpoint
 from pst_ds.checkpoint.restore import base_fingerprint, load_optimizer, same_base
+from pst_ds.config.one_shot import OneShotConfig
 from pst_ds.config.run import ConfigError, QuantizationConfig, RunConfig
 from pst_ds.config.settings import OnResume, resume_rules
-from pst_ds.config.start import StartConfig
 from pst_ds.config.toml import REMOVED, dump_run, flatten
 from pst_ds.errors import InputError
 from pst_ds.file_names import (
@@ -228,7 +228,7 @@ def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, d
     progress = RunProgress.read(checkpoint)
     require_base(checkpoint, run.model.path, fingerprint)
     # a checkpoint may be older than these settings
-    unset = flatten({"quantization": asdict(QuantizationConfig()), "start": asdict(StartConfig())})
+    unset = flatten({"quantization": asdict(QuantizationConfig()), "start": asdict(OneShotConfig())})
     before, now = unset | flatten(progress.run), flat_table(run)
     changed = [key for key in now | before if before.get(key) != now.get(key)]  # pst.seed after the seed it may follow
     rules = resume_rules(RunConfig)

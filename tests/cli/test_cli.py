@@ -151,7 +151,7 @@ def test_what_is_not_there_of_a_run_is_2(made, tmp_path, capsys):
     _assert_refused(
         capsys, ["eval", run, "--checkpoint", "step-9"], "no checkpoint 'step-9' in", "There are: best, final, "
     )
-    _assert_refused(capsys, ["export", run, "--out", run], "exists and is not an export; name another", "--out")
+    _assert_refused(capsys, ["export", run, "--out", run], "exists and is not an export. Name another", "--out")
     _assert_refused(capsys, ["export", run, "--out", f"{run}/run.toml"], "run.toml exists and is not an export")
     _assert_refused(capsys, ["eval", run, "--set", "data.test=no.csv"], "data.test = 'no.csv' does not exist")
     _assert_refused(capsys, ["verify", str(tmp_path)], "is not an export: pst_manifest.json is missing")
@@ -327,9 +327,9 @@ def test_a_packed_export_that_was_damaged_is_2(made, packed, tmp_path, capsys):
 
 def test_a_model_folder_takes_no_settings_of_a_run(packed, tmp_path, capsys):
     export = ["export", str(packed["bitmask"]), "--out", str(tmp_path / "out")]
-    _assert_refused(capsys, [*export, "--checkpoint", "best"], "is a model folder", "leave out --set and --checkpoint")
+    _assert_refused(capsys, [*export, "--checkpoint", "best"], "is a model folder", "Remove --set and --checkpoint")
     _assert_refused(capsys, [*export, "--set", "model.path=x"], "is a model folder")
-    _assert_refused(capsys, [*export, "--format", "2:4"], 'train with pst.pattern = "2:4"')
+    _assert_refused(capsys, [*export, "--format", "2:4"], 'Train with pst.pattern = "2:4"')
     with pytest.raises(SystemExit):
         main([*export, "--processes", "0"])
     assert "'0' is not a whole number of at least 1" in capsys.readouterr().err
@@ -361,7 +361,10 @@ def test_verify_holds_the_export_against_its_checkpoint_and_no_other(made, capsy
     assert (verified["compared_weights"], verified["examples"]) == (12 + 1, 61)
     assert main(["verify", export, "--against", run, "--checkpoint", "best", "--limit", "5", "--json"]) == 1
     said = capsys.readouterr()
-    assert f"pst-ds verify: VerificationError: {export} is not the model in {run}, checkpoint best" in said.err
+    assert (
+        f"pst-ds verify: VerificationError: {export} is not the model in {run}, checkpoint best: 13 weight tensors and"
+        in said.err
+    )
     assert "Traceback" not in said.err
     assert "13 of 13 weight tensors differ" in said.out  # the updated embedding too
     assert not said.out.splitlines()[-1].startswith("{")

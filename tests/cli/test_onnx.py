@@ -44,7 +44,7 @@ def test_inputs_of_8_bits_do_not_make_verify_lenient(folders, tmp_path, capsys):
     said, printed = said_by(capsys, *against, "step-00000004")
     assert said["max_logit_difference"] <= said["allowed_logit_difference"]
     assert said["max_logit_difference_in_8_bits"] >= said["max_logit_difference"]
-    assert "with inputs of 8 bits" in printed
+    assert "with int8 activations" in printed
     assert main([*map(str, against), "final"]) == 1
     assert "is not the model in" in capsys.readouterr().err
 

@@ -37,7 +37,7 @@ def test_export_says_what_it_rounded(folders, tmp_path, capsys):
     assert (said["embeddings"], said["embedding_group"], said["rounded_tensors"]) == ("int4", 32, 2)
     assert "values" not in said
     assert said["packed_bits_per_weight"] > said["bits_per_weight"] / 2 > 0
-    assert "rounded 2 tensors (embeddings int4, a scale for 32 weights)" in printed
+    assert "quantised 2 tensors (embeddings int4, one scale per 32 weights)" in printed
 
 
 @pytest.mark.parametrize("name", ["int4", "int8"])
@@ -51,8 +51,8 @@ def test_verify_holds_the_file_against_the_model_on_the_grid(exported, folders, 
     assert said["compared_weights"] >= said["rounded_tensors"]
     assert said["rounding"]["max_logit_difference"] > 0
     assert said["rounding"]["metrics_before"].keys() == said["metrics"].keys()
-    assert "rounding changed" in printed
-    assert "against the masked model on the grid" in printed
+    assert "quantisation changed" in printed
+    assert "against the masked model, quantised, on" in printed
 
 
 def test_verify_refuses_codes_of_another_checkpoint(folders, tmp_path, capsys):
@@ -102,7 +102,7 @@ def test_a_file_in_a_narrower_dtype_is_held_against_the_model_cast_alike(folders
     said, printed = said_by(capsys, "verify", tmp_path / "bf16", "--against", folders / "run")
     assert (said["reloaded_equal"], said["differing_weights"]) == (True, 0)
     assert said["rounding"]["max_logit_difference"] > said["max_logit_difference"]
-    assert f"the masked model {'on the grid' if values else 'cast as the file is'} on " in printed
+    assert f"the masked model, {'quantised' if values else 'cast'} on " in printed
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_folder_for_compressed_tensors_is_checked_but_not_computed_with(folder
     assert said["kind"] == "compressed-tensors"
     assert "14 packed as compressed-tensors" in printed
     assert main(["verify", out, "--against", str(folders / "run")]) == 2
-    assert "compares the same codes in a folder of --format dense" in capsys.readouterr().err
+    assert "Compare a --format dense export" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("grid", [("int8", "32"), ("int4", "64")])
@@ -142,7 +142,7 @@ def test_inputs_of_8_bits_take_whole_rows_of_int8(folders, tmp_path, capsys, gri
     said, _ = said_by(capsys, "verify", str(tmp_path / "whole"))
     assert said["kind"] == "compressed-tensors-w8a8"
     assert main([*words, str(tmp_path / "other"), "--values", values, "--group", group]) == 2
-    assert "with inputs of 8 bits has int8 values with a scale a row" in capsys.readouterr().err
+    assert "with int8 activations needs int8 weights with per-row scales" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 
@@ -150,7 +150,7 @@ def test_a_file_for_llama_cpp_needs_a_tokenizer_that_it_knows(folders, tmp_path,
     pytest.importorskip("gguf")
     words = ["export", str(folders / "run"), "--format", "gguf", "--values", "int8", "--out"]
     assert main([*words, str(tmp_path / "out")]) == 2
-    assert "give --out a name that ends in .gguf" in capsys.readouterr().err
+    assert "Give it a name that ends in .gguf" in capsys.readouterr().err
     assert main([*words, str(tmp_path / "out.gguf")]) == 2
     said = capsys.readouterr().err
     assert "weight has 60 inputs, and GGUF's blocks have 32" in said or "do not divide 60" in said or "BPE" in said

@@ -65,7 +65,7 @@ def test_a_run_is_exported_for_fewer_tokens_and_verified(run, some, tmp_path, ca
     assert checked["reloaded_equal"] is True
     assert checked["vocabulary"]["tokens"] == said["tokens"]
     assert 0 < checked["vocabulary"]["same_tokens"] < checked["examples"]
-    assert "texts read as before" in printed
+    assert "texts unchanged" in printed
 
 
 def test_seen_texts_have_the_same_logits(run, some, tmp_path, capsys):
@@ -108,7 +108,7 @@ def test_what_is_no_text_is_2_and_writes_nothing(run, some, tmp_path, capsys):
     for source, vocabulary, words in (
         (run, "missing.txt", "cannot be read"),
         (run, tmp_path / "binary", "cannot be read"),
-        (tmp_path / "whole", "seen", "without training data"),
+        (tmp_path / "whole", "seen", "has no training data"),
     ):
         arguments = ["export", str(source), "--out", str(tmp_path / "out"), "--vocabulary", str(vocabulary)]
         assert main(arguments) == 2

@@ -25,7 +25,6 @@ class Wrong:
     value: str
     fix: str
     environment: Mapping[str, str] = field(default_factory=dict)
-    said_before: str = ""
     """What stdout begins with, of work that was done before; nothing if it is empty."""
     without_gpu: bool = False
     """Whether it is wrong only where there is no GPU."""

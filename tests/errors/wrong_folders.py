@@ -191,13 +191,13 @@ EXPORTS = {
         words("export", "{made}/run", "--format", "2:4", "--out", "{tmp}/out"),
         "2:4",
         "2:4",
-        'train with pst.pattern = "2:4"',
+        'Train with pst.pattern = "2:4"',
     ),
     "settings of a model folder": Wrong(
         words("export", "{made}/dense", "--out", "{tmp}/out", "--checkpoint", "best"),
         "{made}/dense",
         "model folder",
-        "leave out --set and --checkpoint",
+        "Remove --set and --checkpoint",
     ),
     "export of a quantised folder": Wrong(
         lambda shop: [
@@ -218,13 +218,13 @@ EXPORTS = {
         lambda shop: ["verify", str(shop.damaged("dense", "model.safetensors"))], "{tmp}/dense", "SHA-256", "export"
     ),
     "verify of a manifest that is not JSON": Wrong(
-        _manifest(lambda text: text[:100]), "{tmp}/dense/pst_manifest.json", "damaged", "written again"
+        _manifest(lambda text: text[:100]), "{tmp}/dense/pst_manifest.json", "damaged", "Write it again"
     ),
     "verify of a manifest that was edited": Wrong(
         _manifest(lambda text: json.dumps({**json.loads(text), "step": 3})),
         "{tmp}/dense/pst_manifest.json",
         "damaged",
-        "export the model again",
+        "Export the model again",
     ),
     "verify against what is no run": Wrong(
         words("verify", "{made}/dense", "--against", "{made}/plain"),
@@ -236,8 +236,7 @@ EXPORTS = {
         words("verify", "{made}/dense", "--against", "{made}/causal"),
         "{made}/dense",
         "{made}/causal",
-        "name the run it came from",
-        said_before="{made}/dense: 41 tensors as in the manifest",
+        "Name the run it came from",
     ),
     "verify against less than nothing": Wrong(
         words("verify", "{made}/dense", "--against", "{made}/run", "--limit", "-1"),

@@ -20,7 +20,7 @@ def _foreign(method: str, *arguments: str, **settings: object):
 
 
 def _named(method: str) -> Wrong:
-    return Wrong(_foreign(method), "{tmp}/model", f"is quantised ({method})", "add --dequantize")
+    return Wrong(_foreign(method), "{tmp}/model", f"is quantised ({method})", "Add --dequantize")
 
 
 GRIDS = {
@@ -65,10 +65,10 @@ GRIDS = {
         _prune("--keep-zeros", "--bits", "8", "--budgets", "owl"), "--keep-zeros", "--budgets owl", "leave out"
     ),
     "swaps of masks under which weights are rounded": Wrong(
-        _prune("--bits", "4", "--swaps", "2"), "--swaps", "2", "round the folder with --method sparsegpt --keep-zeros"
+        _prune("--bits", "4", "--swaps", "2"), "--swaps", "2", "quantise the folder with --method sparsegpt"
     ),
     "weights that are fitted after they are rounded": Wrong(
-        _prune("--bits", "4", "--reconstruct", "2"), "--reconstruct", "2", "round the folder with --method sparsegpt"
+        _prune("--bits", "4", "--reconstruct", "2"), "--reconstruct", "2", "quantise the folder with --method sparsegpt"
     ),
     "a group without bits": Wrong(_prune("--group", "32"), "--group", "32", "add --bits 4 or 8"),
     "zeros that are kept, and nothing to do": Wrong(
@@ -82,7 +82,7 @@ GRIDS = {
     "a base in AWQ": _named("awq"),
     "a base in MXFP4": _named("mxfp4"),
     "a base in a format that is not read": Wrong(
-        _foreign("aqlm"), "{tmp}/model", "is quantised (aqlm)", "export the model before it was quantised"
+        _foreign("aqlm"), "{tmp}/model", "is quantised (aqlm)", "Export the model before it was quantised"
     ),
     "plain numbers of what is not read": Wrong(
         _foreign("aqlm", "--dequantize"), "{tmp}/model/config.json", "aqlm", "gptq, awq, bitsandbytes, mxfp4 are"
@@ -97,7 +97,7 @@ GRIDS = {
         words("export", "{made}/dense", "--out", "{tmp}/out", "--dequantize"),
         "{made}/dense",
         "is not quantised by another library",
-        "leave out --dequantize",
+        "Remove --dequantize",
     ),
     "plain numbers of a run": Wrong(
         words("export", "{made}/run", "--out", "{tmp}/out", "--dequantize"), "{made}/run", "is a run", "leave it out"

@@ -66,7 +66,7 @@ VERBS = {
         _prune("--method", "wanda", "--budgets", "owl", "--spread", "wide"), "--spread", "'wide'", "invalid float value"
     ),
     "prune with a spread of equal budgets": Wrong(
-        _prune("--method", "wanda", "--spread", "0.1"), "--spread", "0.1", "add --budgets owl"
+        _prune("--method", "wanda", "--spread", "0.1"), "--spread", "0.1", "--budgets owl"
     ),
     "prune by budgets of whole experts": Wrong(
         _prune("--method", "reap", "--budgets", "owl"), "--budgets", "--method reap", "leave it out"
@@ -105,7 +105,7 @@ VERBS = {
         "give it a row",
     ),
     "calibration with too little text": Wrong(
-        _prune("--method", "wanda", "--samples", "9999"), "--samples", "9999", "lower --samples"
+        _prune("--method", "wanda", "--samples", "9999"), "--samples", "9999", "Lower --samples"
     ),
     "prune of a packed folder": Wrong(
         _prune("--method", "magnitude", settings=("model.path={made}/bitmask",)),

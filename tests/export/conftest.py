@@ -15,10 +15,10 @@ from pst_ds.checkpoint.format import Checkpoint, CheckpointState, read_checkpoin
 from pst_ds.checkpoint.restore import magnitude_scales, trainable
 from pst_ds.checkpoint.writer import save_checkpoint
 from pst_ds.config.pst import PSTConfig
-from pst_ds.export.export import export_run
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel.engine import build_engine
+from tests.exporting import export_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,7 +33,7 @@ class Pruned:
     base: Path
 
     def export(self, out: Path, **settings: Any) -> dict[str, Any]:
-        return export_run(self.model, self.checkpoint, self.tokenizer, out, **settings)
+        return export_checkpoint(self.model, self.checkpoint, self.tokenizer, out, **settings)
 
     def masked_weights(self) -> dict[str, torch.Tensor]:
         return {f"{name}.weight": layer.masked_weight() for name, layer in pst_layers(self.model).items()}

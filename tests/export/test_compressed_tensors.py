@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from pst_ds.core.quantization import Grid
 from pst_ds.export.check import check_export, check_model
-from pst_ds.export.export import export_folder
-from pst_ds.export.manifest import ExportError, read_manifest
+from pst_ds.export.encoding import ExportError
+from pst_ds.export.manifest import read_manifest
 from tests.core.test_compressed_tensors import by_numpy
 from tests.export.test_quantized import by_numpy as of_ours
+from tests.exporting import export_folder
 
 CASES = [("llama", Grid(8)), ("2:4", Grid(4)), ("bf16", Grid(4, 32))]
 W8A8 = "compressed-tensors-w8a8"
@@ -57,7 +58,7 @@ def test_the_config_is_the_library_s(folders):
     assert (weights["num_bits"], weights["type"], weights["symmetric"]) == (grid.bits, "int", True)
     assert (weights["strategy"], weights["group_size"]) == (("group", 32) if grid.group else ("channel", None))
     assert table["ignore"] == ["lm_head"] == read_manifest(theirs)[1]["left_alone"]
-    assert "It takes the package compressed-tensors" in (theirs / "README.md").read_text()
+    assert "Requires the package compressed-tensors" in (theirs / "README.md").read_text()
 
 
 def test_transformers_computes_with_it(folders):
@@ -122,9 +123,9 @@ def test_transformers_rounds_inputs_of_8_bits(with_inputs_of_8_bits):
 @pytest.mark.parametrize(
     ("name", "how", "message"),
     [
-        ("llama", {}, "compressed-tensors holds linear layers of int8 or int4 values, and no embeddings"),
-        ("llama", {"values": Grid(8), "embeddings": Grid(8)}, "and no embeddings"),
-        ("gpt2", {"values": Grid(8)}, r"is the weight of a Conv1D, and compressed-tensors knows nn\.Linear alone"),
+        ("llama", {}, "compressed-tensors holds int8 or int4 linear layers only"),
+        ("llama", {"values": Grid(8), "embeddings": Grid(8)}, "linear layers only"),
+        ("gpt2", {"values": Grid(8)}, r"is the weight of a Conv1D, and compressed-tensors supports nn\.Linear only"),
     ],
 )
 def test_what_it_cannot_hold_is_refused_and_nothing_is_written(models, tmp_path, name, how, message):
@@ -134,5 +135,5 @@ def test_what_it_cannot_hold_is_refused_and_nothing_is_written(models, tmp_path,
 
 
 def test_it_is_not_converted(folders, tmp_path):
-    with pytest.raises(ExportError, match=r"is quantised \(compressed-tensors\); export the model before"):
+    with pytest.raises(ExportError, match=r"is quantised \(compressed-tensors\)\. Export the model before"):
         export_folder(folders[1], tmp_path / "out")

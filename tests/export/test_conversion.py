@@ -69,5 +69,5 @@ def test_a_pruned_tensor_that_the_files_hold_otherwise_is_refused_by_name(
     base = converted(transforms)
     assert f"encoder.layer.0.{in_file}" in base
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "export")]) == 2
-    assert "output.dense.weight is made of" in capsys.readouterr().err
+    assert "output.dense.weight is built from" in capsys.readouterr().err
     assert not (tmp_path / "export").exists()

@@ -21,8 +21,7 @@ from pst_ds.config.toml import load_run
 from pst_ds.data.labelled import collate, load_examples
 from pst_ds.export import write
 from pst_ds.export.check import check_export
-from pst_ds.export.export import export_run
-from pst_ds.export.manifest import ExportError
+from pst_ds.export.encoding import ExportError
 from pst_ds.formats import safetensors_file
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.tables.embedding import pst_embeddings
@@ -31,6 +30,7 @@ from pst_ds.train import run as run_module
 from pst_ds.train.model import meta_model
 from pst_ds.train.run import masked_model, prepare, train_prepared
 from pst_ds.train.run_folder import open_checkpoint
+from tests.exporting import export_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SPARSITY, SHARD_BYTES = 0.7, 9000
@@ -86,7 +86,7 @@ def _train(folder, *overrides, base=None):
 def _export(trained, out, **settings):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        return export_run(trained.model, trained.checkpoint, trained.prepared.tokenizer, out, **settings)
+        return export_checkpoint(trained.model, trained.checkpoint, trained.prepared.tokenizer, out, **settings)
 
 
 def _tensors(folder):
@@ -260,7 +260,7 @@ def test_what_is_no_export_is_not_overwritten(trained, tmp_path):
     for name in ("mine", "file"):
         with pytest.raises(ExportError) as caught:
             _export(trained, tmp_path / name)
-        assert str(caught.value) == (f"{tmp_path / name} exists and is not an export; name another folder with --out")
+        assert str(caught.value) == (f"--out {tmp_path / name} exists and is not an export. Name another folder")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "mine", "thesis.txt"]
 
@@ -397,4 +397,4 @@ def test_an_updated_embedding_that_the_base_lacks_is_refused_by_name(updated, tm
     state = dataclasses.replace(updated.checkpoint.state, base_path=str(tmp_path / "base"))
     checkpoint = Checkpoint(updated.checkpoint.folder, state, updated.checkpoint.contents)
     with pytest.raises(ExportError, match=r"bert\.embeddings\.word_embeddings\.weight is not in the base model '"):
-        export_run(updated.model, checkpoint, updated.prepared.tokenizer, tmp_path / "out")
+        export_checkpoint(updated.model, checkpoint, updated.prepared.tokenizer, tmp_path / "out")

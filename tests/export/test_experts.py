@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
-from pst_ds.export.manifest import MANIFEST_FILE
+from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.hf import PackedWeightsConfig
 from pst_ds.inference.runtime.experts import SparseExperts
 from pst_ds.nn.inject import persistent_buffers

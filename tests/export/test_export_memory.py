@@ -21,7 +21,7 @@ import json, sys
 from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from pst_ds.export.export import export_folder, export_run
+from tests.exporting import export_checkpoint, export_folder
 from pst_ds.checkpoint.format import read_checkpoint
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.quantization import grid_of
@@ -41,7 +41,7 @@ def export(source, folder, out, packing, values=""):
         inject_pst(model, PSTConfig(relative_magnitude=False))
     checkpoint = read_checkpoint(Path(folder) / "checkpoint")
     tokenizer = AutoTokenizer.from_pretrained("tests/data/tiny-llama")
-    export_run(model, checkpoint, tokenizer, Path(out), **how)
+    export_checkpoint(model, checkpoint, tokenizer, Path(out), **how)
 
 
 def peak(*job):

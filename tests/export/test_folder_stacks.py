@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from pst_ds.core.quantization import Grid
 from pst_ds.export.check import check_export
-from pst_ds.export.export import export_folder
-from pst_ds.export.manifest import ExportError, read_manifest
+from pst_ds.export.encoding import ExportError
+from pst_ds.export.manifest import read_manifest
 from pst_ds.hf import PackedWeightsConfig
 from pst_ds.inference.runtime.experts import SparseExperts
+from tests.exporting import export_folder
 from tests.nn.expert_families import tiny_model
 
 FAMILIES = ["mixtral", "gpt_oss", "granitemoe"]
@@ -46,7 +47,7 @@ def test_a_folder_with_zeros_in_its_experts_is_packed_and_comes_back(family, tmp
     before = _pruned(tmp_path / "zeros", family)
     export_folder(tmp_path / "zeros", tmp_path / "packed", packing="bitmask")
     stacks, parameters = _stacks(tmp_path / "packed"), dict(tiny_model(family).named_parameters())
-    expected = {name: list(param.shape) for name, param in parameters.items() if param.dim() == 3}
+    expected = {name: tuple(param.shape) for name, param in parameters.items() if param.dim() == 3}
     assert {name: entry.shape for name, entry in stacks.items()} == expected
     assert {entry.packing for entry in stacks.values()} == {"bitmask"}
     check_export(tmp_path / "packed")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, 
 
 from pst_ds.cli.main import main
 from pst_ds.export.check import check_export
-from pst_ds.export.export import export_folder
+from tests.exporting import export_folder
 
 from ..core.test_foreign_formats import awq, bitsandbytes4, bitsandbytes8, gptq, mxfp4
 
@@ -99,7 +99,7 @@ def _said_by(capsys, *words):
 def test_it_is_named_unless_that_is_asked(capsys, tmp_path, kind):
     foreign_folder(tmp_path / "theirs", kind)
     line = _said_by(capsys, "export", tmp_path / "theirs", "--out", tmp_path / "out")
-    assert f"is quantised ({kind}); add --dequantize, or export the model before it was quantised" in line
+    assert f"is quantised ({kind}). Add --dequantize, or export the model before it was quantised" in line
     words = ["--method", "magnitude", "--out", tmp_path / "out", "--set", f'model.path="{tmp_path / "theirs"}"']
     line = _said_by(capsys, "prune", "tests/data/causal_lm.toml", *words)
     assert f"is quantised ({kind}), and its weights cannot be ranked" in line
@@ -121,7 +121,7 @@ def _with_tensors(folder, change):
 UP = "model.layers.1.mlp.up_proj"
 DAMAGE = {
     "no such library": (lambda f: _with_config(f, {"quant_method": "aqlm"}), "aqlm is not read; gptq, awq"),
-    "not quantised": (lambda f: _with_config(f, None), "is not quantised by another library: leave out --dequantize"),
+    "not quantised": (lambda f: _with_config(f, None), "is not quantised by another library. Remove --dequantize"),
     "ours": (lambda f: _with_config(f, {"quant_method": "pst_ds"}), "is not quantised by another library"),
     "other bits": (lambda f: _with_config(f, {"quant_method": "gptq", "bits": 3}), "2, 4 or 8 bits, not 3"),
     "another version": (

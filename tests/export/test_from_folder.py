@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPT2
 
 from pst_ds.errors import InputError
 from pst_ds.export.check import check_export, check_model
-from pst_ds.export.export import export_folder
-from pst_ds.export.manifest import ExportError, read_manifest
+from pst_ds.export.encoding import ExportError
+from pst_ds.export.manifest import read_manifest
+from tests.exporting import export_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -24,11 +24,11 @@ from transformers import (
 )
 
 from pst_ds.core.quantization import Grid, round_to_grid
-from pst_ds.export.export import export_folder
+from pst_ds.export.encoding import ExportError
 from pst_ds.export.gguf.model import _llama3_factors
 from pst_ds.export.gguf.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, gguf_tokenizer
-from pst_ds.export.manifest import ExportError
 from pst_ds.nn.inject import pst_layers
+from tests.exporting import export_folder
 
 LINES = ["the quick brown fox jumps over the lazy dog 12345", "a film that is good, and one that is not", "théâtre"]
 INT8, INT4 = Grid(8, 32), Grid(4, 32)
@@ -311,7 +311,7 @@ def test_what_gguf_cannot_say_is_refused_and_nothing_is_written(request, folder,
     pytest.importorskip("gguf")
     runs = request.getfixturevalue("models")
     wrong = [
-        ("out", {"values": INT4}, "give --out a name that ends in .gguf"),
+        ("out", {"values": INT4}, "Give it a name that ends in .gguf"),
         ("out.gguf", {"values": Grid(4, 64)}, "groups of 64 do not divide 96 inputs"),
     ]
     for name, how, message in wrong:
@@ -326,7 +326,7 @@ def test_what_gguf_cannot_say_is_refused_and_nothing_is_written(request, folder,
     strange, plain = byte_level(pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel()])), byte_level()
     with pytest.raises(ExportError, match="this tokenizer splits text by Split, ByteLevel, in a way that has no name"):
         gguf_tokenizer(strange, 400)
-    with pytest.raises(ExportError, match=r"the tokenizer has a token \d+, and the model 30 rows of embeddings"):
+    with pytest.raises(ExportError, match=r"the tokenizer has token \d+, but the model embeds only 30 tokens"):
         gguf_tokenizer(plain, 30)
     assert list(tmp_path.iterdir()) == []
 
@@ -339,6 +339,6 @@ def test_the_package_is_named_where_it_is_missing(folder, tmp_path, monkeypatch)
     import sys
 
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ExportError, match=r"GGUF takes the package gguf: pip install 'pst-ds\[gguf\]'"):
+    with pytest.raises(ExportError, match=r"GGUF export needs the package gguf. Run pip install 'pst-ds\[gguf\]'"):
         export_folder(folder, tmp_path / "out.gguf", packing="gguf", values=INT8)
     assert list(tmp_path.iterdir()) == []

@@ -14,14 +14,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pst_ds.core.quantization import Grid, dequantize, quantize, round_to_grid
-from pst_ds.export.encoding import Encoding
-from pst_ds.export.export import export_folder
+from pst_ds.export.encoding import Encoding, ExportError
 from pst_ds.export.from_folder import open_folder, plan_folder
 from pst_ds.export.from_run import plan_run
-from pst_ds.export.manifest import ExportError
 from pst_ds.formats.base_weights import BaseWeights
 from pst_ds.nn.inject import pst_layers
 from pst_ds.prune.folder import RECORD_FILE, SCALES_FILE, scales_name
+from tests.exporting import export_folder
 
 from .test_gguf import LINES, byte_level
 

@@ -19,7 +19,9 @@ from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.data.vocabulary import trim
 from pst_ds.errors import InputError
 from pst_ds.export.check import check_export
-from pst_ds.export.manifest import MANIFEST_FILE, ExportError, sealed
+from pst_ds.export.encoding import ExportError
+from pst_ds.export.manifest import sealed
+from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.formats import FORMATS, packed_format
 from pst_ds.formats.safetensors_file import TensorFile, TensorFileError, header_and_slots
 

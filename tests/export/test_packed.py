@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pst_ds.export import write
 from pst_ds.export.check import check_export, check_model
-from pst_ds.export.export import export_folder
+from pst_ds.export.encoding import ExportError
 from pst_ds.export.from_run import RunSource
-from pst_ds.export.manifest import ExportError, read_manifest
+from pst_ds.export.manifest import read_manifest
 from pst_ds.export.write import WorkerError
+from tests.exporting import export_folder
 
 FILES = {"dense": "model", "bitmask": "pst_bitmask", "2:4": "pst_2of4", "csr": "pst_csr"}
 HAVE = {"llama": ["bitmask", "csr"], "2:4": ["bitmask", "2:4", "csr"], "bf16": ["bitmask", "csr"],
@@ -180,7 +181,7 @@ class _Killed(RunSource):
 
 
 def test_a_killed_process_leaves_nothing(models, tmp_path, monkeypatch):
-    monkeypatch.setattr("pst_ds.export.export.RunSource", _Killed)
+    monkeypatch.setattr("pst_ds.export.to_folder.RunSource", _Killed)
     with pytest.raises(WorkerError, match=r"was killed.*fewer --processes"):
         models["llama"].export(tmp_path / "out", packing="bitmask", processes=2)
     assert list(tmp_path.iterdir()) == []
@@ -214,7 +215,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(models, 
 
 
 def test_two_four_of_another_model_is_refused_and_of_a_mixed_one_packs_what_fits(models, tmp_path, exports):
-    with pytest.raises(ExportError, match=r'no weight is 2:4 .* train with pst.pattern = "2:4"'):
+    with pytest.raises(ExportError, match=r'no weight is 2:4 .* Train with pst.pattern = "2:4"'):
         models["llama"].export(tmp_path / "out", packing="2:4")
     with pytest.raises(ExportError, match="no weight is 2:4"):
         export_folder(exports["llama", "bitmask"], tmp_path / "out", packing="2:4")
@@ -273,8 +274,8 @@ def test_card_and_manifest_say_what_is_in_the_folder(models, exports, tmp_path):
     weight = next(e for e in entries if e.name == "model.layers.1.mlp.down_proj.weight")
     expected = models["bf16"].masked_weights()[weight.name]
     assert weight.nonzero == int(torch.count_nonzero(expected))
-    assert weight.pruned_per_matrix == [math.floor(0.8 * expected.numel())]
-    assert (weight.packing, weight.origin, weight.dtype) == ("bitmask", "pruned", "BF16")
+    assert weight.pruned_per_matrix == (math.floor(0.8 * expected.numel()),)
+    assert (weight.packing, weight.origin, weight.dtype) == ("bitmask", "pruned", torch.bfloat16)
     assert about["file_bytes"] == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert about["dense_bf16_bytes"] == 2 * sum(t.numel() for t in _stored(exports["bf16", "dense"]).values())
     card = (folder / "README.md").read_text()

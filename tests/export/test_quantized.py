@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassi
 import pst_ds.hf  # noqa: F401 (teaches transformers the format)
 from pst_ds.core.quantization import Grid, grid_of, quantize, round_to_grid
 from pst_ds.export.check import check_export, check_model
-from pst_ds.export.export import export_folder
-from pst_ds.export.manifest import MANIFEST_FILE, ExportError, read_manifest
+from pst_ds.export.encoding import ExportError
+from pst_ds.export.manifest import read_manifest
+from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.formats import mask_row_bits
 from pst_ds.formats.rows import as_bools
 from pst_ds.nn.inject import pst_layers
+from tests.exporting import export_folder
 
 INT8, INT4, INT4_32 = Grid(8), Grid(4), Grid(4, 32)
 FILES = {"dense": "pst_dense", "bitmask": "pst_bitmask", "2:4": "pst_2of4"}
@@ -129,10 +131,10 @@ def test_what_the_folder_says(models, exports, index, case):
     rounded = [entry for entry in entries if entry.values]
     assert all(0 < entry.rounding_error < (0.02 if entry.values == "int8" else 0.2) for entry in rounded)
     assert about["largest_rounding_error"] == max(entry.rounding_error for entry in rounded)
-    assert {entry.dtype for entry in entries} == {"BF16" if CASES[index][0] == "bf16" else "F32"}
+    assert {entry.dtype for entry in entries} == {torch.bfloat16 if CASES[index][0] == "bf16" else torch.float32}
     card = (folder / "README.md").read_text()
-    assert f"Their values are {values.values}, with a bf16 scale for every" in card
-    assert "bits a weight" in card
+    assert f"They are quantised to {values.values}, with a bf16 scale per" in card
+    assert "bits per weight" in card
 
 
 @pytest.mark.parametrize(("index", "case"), enumerate(CASES), ids=str)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pst_ds.core.layout import WeightLayout
-from pst_ds.export.stacks import StackRun, runs_in_files, whole
+from pst_ds.export.expert_stacks import StackRun, runs_in_files, whole
 from pst_ds.formats.base_weights import saved_tensors
 from pst_ds.formats.safetensors_file import TensorFile
 from pst_ds.nn.model_structure import is_experts, stack_layouts
@@ -84,6 +84,8 @@ def test_a_layer_that_is_no_stack_is_one_piece():
 
 
 def test_a_stack_that_is_written_in_another_order_is_named(monkeypatch):
-    monkeypatch.setattr("pst_ds.export.stacks.saved_tensors", lambda _, t: {"odd": next(iter(t.values())).flip(1)})
+    monkeypatch.setattr(
+        "pst_ds.export.expert_stacks.saved_tensors", lambda _, t: {"odd": next(iter(t.values())).flip(1)}
+    )
     with pytest.raises(ValueError, match="odd"):
         runs_in_files(torch.nn.Module(), "x", WeightLayout(12, 5, num_matrices=3, num_experts=3))

@@ -14,7 +14,7 @@ from pst_ds.core.one_shot import zeros_by_outliers
 from pst_ds.errors import InputError
 from pst_ds.nn.targets import resolve_targets
 from pst_ds.prune.budgets import require_room, rules_by_outliers
-from pst_ds.prune.model import prune_model
+from pst_ds.prune.model import prune_layers
 from pst_ds.prune.rules import layer_rules, settings_for
 from tests.nn.expert_families import tiny_model
 
@@ -93,13 +93,13 @@ def test_outliers_are_those_of_the_dense_model_and_the_model_stays_as_it_was(tin
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_as_many_weights_go_in_all_as_with_equal_shares(tiny, batches, family, method, pattern):
     even, uneven = _uneven(tiny, family), _uneven(tiny, family)
-    layers = prune_model(
+    layers = prune_layers(
         even, _rules(even, method, pattern), method, batches(family), device=CPU, dtype=FP32
     )  # fmt: skip
     rules, _ = rules_by_outliers(
         uneven, _rules(uneven, method, pattern), batches(family), device=CPU, dtype=FP32, spread=0.1
     )
-    moved = prune_model(uneven, rules, method, batches(family), device=CPU, dtype=FP32)
+    moved = prune_layers(uneven, rules, method, batches(family), device=CPU, dtype=FP32)
     assert sum(layer.pruned for layer in moved) == sum(layer.pruned for layer in layers)
     assert [layer.pruned for layer in moved] != [layer.pruned for layer in layers]
     for shape in {layer.shape for layer in layers}:

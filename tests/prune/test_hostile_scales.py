@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from pst_ds.core.quantization import Grid, dequantize, quantize
 from pst_ds.errors import InputError
-from pst_ds.export.promised_grid import promised_grid
+from pst_ds.export.pruned_scales import read_pruned_scales
 from pst_ds.formats.safetensors_file import TensorFile
 
 MUTANTS = 2000
@@ -38,7 +38,7 @@ def folder(tmp_path) -> Path:
 
 def _read(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, Grid]] | None:
     """(weight, scales, grid) of each layer; None for a folder that promises nothing. Raises InputError."""
-    promised = promised_grid(folder)
+    promised = read_pruned_scales(folder)
     if promised is None:
         return None
     file, found = TensorFile(folder / "model.safetensors"), {}

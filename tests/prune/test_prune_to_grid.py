@@ -151,14 +151,14 @@ def test_words_that_do_not_go_together(capsys, tmp_path, base):
         return line
 
     for method in ("wanda", "magnitude", "alps"):
-        assert "round the folder with --method sparsegpt --keep-zeros" in said("--bits", "4", method=method)
-    assert "--group 32 is for rounded weights: add --bits 4 or 8" in said("--group", "32")
-    assert "--keep-zeros prunes nothing more, so there is nothing to do: add --bits" in said("--keep-zeros")
+        assert "quantise the folder with --method sparsegpt --keep-zeros" in said("--bits", "4", method=method)
+    assert "--group 32 is for quantised weights. Add --bits 4 or 8" in said("--group", "32")
+    assert "--keep-zeros prunes nothing more, so there is nothing to do. Add --bits" in said("--keep-zeros")
     both = said("--keep-zeros", "--bits", "4", "--sparsity", "0.5", "--pattern", "row")
     assert "--keep-zeros keeps the mask that the folder has: leave out --sparsity 0.5 and --pattern row" in both
     groups = said("--bits", "4", "--group", "128")
     assert "model.layers.0.self_attn.q_proj: groups of 128 do not divide 64 inputs; take 32 or 64 or row" in groups
-    assert "Choose another --group, or leave the layer as it is with pst.exclude_modules" in groups
+    assert "Choose another --group, or exclude the layer with pst.exclude_modules" in groups
 
 
 def _with_weight(folder, name, change):
@@ -185,7 +185,7 @@ def _add_layer(tensors):
 DAMAGE = {
     "a weight off the grid": (
         lambda f: _with_weight(f, f"{UP}.weight", lambda t: t[3, 5:6].fill_(0.1234)),
-        rf"{UP}.weight is not on the grid that .*pruning.json says it is on .*row 3, input 5 is 0.1235\d*, no whole",
+        rf"{UP}.weight does not match .*pruning.json, which says .*row 3, input 5 is 0.1235\d*, not an",
     ),
     "a weight that is not finite": (
         lambda f: _with_weight(f, f"{UP}.weight", lambda t: t[3, 5:6].fill_(float("nan"))), "is not finite in fp32"

@@ -5,7 +5,7 @@ import pytest
 from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.errors import InputError
 from pst_ds.nn.targets import resolve_targets
-from pst_ds.prune.rules import layer_rules, settings_for, share_of_zeros, usual_pattern
+from pst_ds.prune.rules import layer_rules, requested_sparsity, settings_for, usual_pattern
 
 
 @pytest.mark.parametrize(
@@ -36,18 +36,18 @@ def test_rows_are_ranked_together_by_what_the_loss_loses_up_to_a_share(tiny, met
     [("row", None, 0.9, 0.9), ("row", 0.3, 0.9, 0.3), ("2:4", None, 0.9, 0.5), ("2:4", 0.5, 0.9, 0.5),
      ("1:4", None, 0.5, 0.75), ("matrix", 0.0, 0.5, 0.0)],
 )  # fmt: skip
-def test_the_share_of_zeros(pattern, asked, default, expected):
-    assert share_of_zeros(PSTConfig(pattern=pattern), asked, default) == expected
+def test_the_requested_sparsity(pattern, asked, default, expected):
+    assert requested_sparsity(PSTConfig(pattern=pattern), asked, default) == expected
 
 
 @pytest.mark.parametrize(
     ("pattern", "asked", "said"),
-    [("2:4", 0.6, "pattern 2:4 has 0.5 zeros; leave it out"), ("row", 1.0, r"must be in \[0, 1\)"),
+    [("2:4", 0.6, "pattern 2:4 has sparsity 0.5. Remove"), ("row", 1.0, r"must be in \[0, 1\)"),
      ("row", -0.1, r"must be in \[0, 1\)"), ("row", float("nan"), r"must be in \[0, 1\)")],
 )  # fmt: skip
 def test_shares_that_cannot_be_are_refused(pattern, asked, said):
     with pytest.raises(InputError, match=said):
-        share_of_zeros(PSTConfig(pattern=pattern), asked, 0.5)
+        requested_sparsity(PSTConfig(pattern=pattern), asked, 0.5)
 
 
 def _rules(model, method, pattern):

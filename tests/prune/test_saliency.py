@@ -14,7 +14,7 @@ from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.errors import InputError
 from pst_ds.nn.targets import resolve_targets
 from pst_ds.prune.blocks import block_of, find_blocks
-from pst_ds.prune.model import prune_model
+from pst_ds.prune.model import prune_layers
 from pst_ds.prune.output_gradients import layer_norms
 from pst_ds.prune.rules import layer_rules, settings_for
 from pst_ds.prune.saliency import rules_by_saliency
@@ -121,9 +121,9 @@ def _uneven(tiny, family):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_zeros_go_where_the_loss_loses_least(tiny, batches, family, method, pattern):
     text, model, other = batches(family), _uneven(tiny, family), _uneven(tiny, family)
-    equal = prune_model(other, _rules(other, method, pattern), method, text, device=CPU, dtype=FP32)
+    equal = prune_layers(other, _rules(other, method, pattern), method, text, device=CPU, dtype=FP32)
     moved = rules_by_saliency(model, _rules(model, method, pattern), text, device=CPU, dtype=FP32)
-    layers = prune_model(model, moved, method, text, device=CPU, dtype=FP32)
+    layers = prune_layers(model, moved, method, text, device=CPU, dtype=FP32)
     pruned, expected = (sum(layer.pruned for layer in each) for each in (layers, equal))
     assert expected - 128 < pruned <= expected  # less than a weight of every row of a layer, or a few of its blocks
     shares = {layer.name: layer.pruned / (layer.shape[0] * layer.shape[1]) for layer in layers}
@@ -138,7 +138,7 @@ def test_rows_count_by_what_the_loss_makes_of_them(tiny, batches, family, method
     model, text = tiny(family), batches(family)
     before = {t.name: t.module.weight.detach().clone() for t in resolve_targets(model, PSTConfig())}
     rules = rules_by_saliency(model, _rules(model, method, "matrix"), text, device=CPU, dtype=FP32)
-    prune_model(model, rules, method, text, device=CPU, dtype=FP32)
+    prune_layers(model, rules, method, text, device=CPU, dtype=FP32)
     for rule in rules:
         layout, after = rule.target.layout, rule.target.module.weight.detach()
         kept = after != 0
@@ -155,8 +155,8 @@ def test_methods_that_change_weights_are_as_exact_with_factors(tiny, batches, me
     plain, weighed = tiny("llama"), tiny("llama")
     alike = [replace(rule, output_factors=torch.full((rule.target.layout.out_features,), 4.0))
              for rule in _rules(weighed, method, "matrix")]  # fmt: skip
-    prune_model(plain, _rules(plain, method, "matrix"), method, text, device=CPU, dtype=FP32)
-    prune_model(weighed, alike, method, text, device=CPU, dtype=FP32)
+    prune_layers(plain, _rules(plain, method, "matrix"), method, text, device=CPU, dtype=FP32)
+    prune_layers(weighed, alike, method, text, device=CPU, dtype=FP32)
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, weighed.state_dict()[name]), name
 

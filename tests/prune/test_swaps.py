@@ -12,7 +12,7 @@ from pst_ds.cli.main import main
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.one_shot import DAMPING, output_error
 from pst_ds.nn.targets import resolve_targets
-from pst_ds.prune.model import prune_model
+from pst_ds.prune.model import prune_layers
 from pst_ds.prune.rules import layer_rules, settings_for
 
 RUN_FILE = "tests/data/causal_lm.toml"
@@ -22,7 +22,7 @@ METHODS = ["magnitude", "wanda", "sparsegpt", "alps"]
 def _prune(model, method, pattern, batches, swaps):
     config = settings_for(model, PSTConfig(), method, pattern)
     rules = layer_rules(resolve_targets(model, config), method, 0.5, swaps=swaps)
-    return prune_model(model, rules, method, batches, device=torch.device("cpu"), dtype=torch.float32)
+    return prune_layers(model, rules, method, batches, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def _first_block_inputs(model, batches):

@@ -15,7 +15,8 @@ from pst_ds.cli.main import main
 from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
 from pst_ds.export import check
-from pst_ds.export.manifest import MANIFEST_FILE, sealed
+from pst_ds.export.manifest import sealed
+from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.formats.safetensors_file import tensor_bytes
 from pst_ds.nn.inject import persistent_buffers
 from pst_ds.nn.optimizer import pst_optimizer

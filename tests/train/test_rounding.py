@@ -216,7 +216,7 @@ def test_inputs_are_rounded_from_when_weights_are(tmp_path, capsys):
     *text, last = capsys.readouterr().out.splitlines()
     said = json.loads(last)
     assert said["inputs"]["max_logit_difference"] > 100 * said["max_logit_difference"]
-    assert any(line.startswith("inputs of 8 bits, as trained, change") for line in text)
+    assert any(line.startswith("int8 activations, as trained, change") for line in text)
 
 
 def test_groups_that_do_not_divide_a_layer_name_it(tmp_path):

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 
 import pst_ds.inference.bench.variants as benched
-from pst_ds.cli.verify.against_run import allowed_difference
 from pst_ds.inference.bench.decode import Decoder
 from pst_ds.inference.bench.measure import measure
 from pst_ds.inference.hf.model_folder import ModelFolder, open_model_folder
 from pst_ds.inference.runtime import sparse_layers
 from pst_ds.inference.runtime.dense import quicken_output_layer
+from pst_ds.inference.verify.against_run import allowed_difference
 from tools.bench.timing import benchmark_parser, conditions, print_result, progress, status_bytes
 from tools.fetch_smollm2 import FOLDER, dense_folder, pruned_folder
 from tools.verbs import verb

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 
 from pst_ds.config.data import DataConfig, DataSource, EvalConfig
 from pst_ds.config.methods import METHODS
+from pst_ds.config.one_shot import OneShotConfig
 from pst_ds.config.presets import DATA_PRESETS
 from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.config.run import (
@@ -27,7 +28,6 @@ from pst_ds.config.run import (
     TrackingConfig,
     TrainConfig,
 )
-from pst_ds.config.start import StartConfig
 from pst_ds.config.tasks import TASKS
 from pst_ds.config.toml import PRESETS
 from pst_ds.core.schedule import ScheduleConfig
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE, SCHEMA = ROOT / "docs/reference/run-file.md", ROOT / "docs/reference/run-file.schema.json"
 TABLES = {
     "": RunConfig, "model": ModelConfig, "data": DataConfig, "[data.sources]": DataSource, "train": TrainConfig,
-    "start": StartConfig, "schedule": ScheduleConfig, "pst": PSTConfig, "[pst.overrides]": Override,
+    "start": OneShotConfig, "schedule": ScheduleConfig, "pst": PSTConfig, "[pst.overrides]": Override,
     "quantization": QuantizationConfig,
     "prompt": PromptConfig,
     "distillation": DistillationConfig, "eval": EvalConfig, "checkpoint": CheckpointConfig, "pictures": PicturesConfig,

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,22 +13,14 @@ from pst_ds.cli.inspect.layers import Mask, add_experts, matrix_shape, totals, t
 from pst_ds.cli.inspect.text import Facts, Inspection, Layer, sparsity_of
 from pst_ds.cli.plan_text import name_across_blocks
 from pst_ds.core.bits import INT_OF_SIZE, count_bits
+from pst_ds.core.packings import DENSE, WHOLE_ROW
 from pst_ds.data.tokens import manifest as token_manifest
 from pst_ds.errors import InputError
 from pst_ds.export.detect_pattern import detect_pattern, per_row
-from pst_ds.export.encoding import QUANT_METHOD
-from pst_ds.export.export import storage_facts
+from pst_ds.export.encoding import QUANT_METHOD, ExportError
 from pst_ds.export.from_folder import CONFIG_FILE
-from pst_ds.export.manifest import (
-    DENSE,
-    ExportError,
-    JsonTable,
-    TensorEntry,
-    count_nonzero,
-    encoding_by,
-    read_manifest,
-    read_table,
-)
+from pst_ds.export.manifest import ExportedTensor, count_nonzero, encoding_by, read_manifest, read_table
+from pst_ds.export.to_folder import storage_facts
 from pst_ds.formats import row_bits
 from pst_ds.formats.base_weights import BaseWeights
 from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, TensorFile
@@ -55,7 +48,7 @@ def export_folder(path: Path) -> Inspection:
         **{key: about.get(key) for key in known},
         "base_fingerprint": about.get("base_fingerprint"),
         "method": (about.get("run") or {}).get("method"),
-        "dtypes": sorted({entry.dtype for entry in entries}),
+        "dtypes": sorted({CODE_OF_DTYPE[entry.dtype] for entry in entries}),
         "tensors": len(entries),
         "pruned_tensors": sum(entry.origin == "pruned" for entry in entries),
         "packed_tensors": sum(entry.packing != DENSE for entry in entries),
@@ -68,15 +61,15 @@ def export_folder(path: Path) -> Inspection:
     return Inspection(f"{path}: an export, {encoding}", facts, layers, note)
 
 
-def _exported(entry: TensorEntry, files: dict[str, TensorFile], path: Path) -> Layer:
+def _exported(entry: ExportedTensor, files: dict[str, TensorFile], path: Path) -> Layer:
     for part in entry.parts:
         if part.name not in files[part.file].slots:
             raise ExportError(f"{path / part.file} does not contain {part.name}, which the manifest lists")
     nbytes = sum(files[part.file].slots[part.name].nbytes for part in entry.parts)
     layer: Layer = {
         "name": entry.name,
-        "shape": entry.shape,
-        "dtype": entry.dtype,
+        "shape": list(entry.shape),
+        "dtype": CODE_OF_DTYPE[entry.dtype],
         "pattern": entry.pattern,
         "weights": entry.numel,
         "zeros": entry.numel - entry.nonzero,
@@ -84,8 +77,9 @@ def _exported(entry: TensorEntry, files: dict[str, TensorFile], path: Path) -> L
         "packing": entry.packing,
         "origin": entry.origin,
     }
-    if entry.values:
-        layer |= {"values": entry.values, "group": entry.group, "rounding_error": entry.rounding_error}
+    if entry.grid:
+        layer |= {"values": entry.values, "group": entry.grid.group or WHOLE_ROW}
+        layer["rounding_error"] = entry.rounding_error
         layer["bits_per_weight"] = round(8 * nbytes / max(entry.numel, 1), 4)
     if entry.pruned_per_matrix and len(entry.shape) == 3:
         fused = len(entry.pruned_per_matrix) // entry.shape[0]
@@ -108,7 +102,7 @@ def pruned_folder(path: Path) -> Inspection:
     return Inspection(f"{path}: a result of pst-ds prune", facts, layers, note)
 
 
-def _recorded(row: JsonTable, weights: BaseWeights) -> Layer:
+def _recorded(row: dict[str, Any], weights: BaseWeights) -> Layer:
     """Describe a pruned layer. The files may store the experts of a stack separately, under other names."""
     if "expert_zeros" in row:
         dtype, shape = getattr(torch, row["dtype"]), row["shape"]

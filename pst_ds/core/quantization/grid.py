@@ -47,7 +47,7 @@ class Grid:
         return f"{self.values}, a scale for {'every row' if self.group is None else f'{self.group} inputs'}"
 
 
-def grid_of(values: str, group: int | str | None = None) -> Grid:
+def grid_of(values: object, group: object = None) -> Grid:
     """Return the scheme for the names that users write: "int8" or "int4", and 32, 64, 128 or "row".
 
     Without a group, int8 has per-row scales and int4 has groups of 64 inputs. Raises ValueError.

@@ -1,4 +1,4 @@
-"""Families of models that llama.cpp computes as transformers does, and the settings with which it does."""
+"""Model families that llama.cpp computes as transformers does, and the settings under which it does."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pst_ds.export.manifest import ExportError
+from pst_ds.export.encoding import ExportError
 
 Config = Any
-"""A configuration of transformers, whose settings differ by family."""
+"""A transformers config; its settings differ between families."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How llama.cpp reads a family of transformers."""
+    """A family of models in transformers, as llama.cpp reads it."""
 
     architecture: str
-    """Its name there."""
+    """Name in llama.cpp."""
     rotates_neighbours: bool = False
     """Whether dimension 2 i of a head is rotated with 2 i + 1, and not i with i + d / 2 as in transformers."""
     has_sigmoid_gates: bool = False
-    """Whether a router's numbers become gates one by one, and not all by one softmax."""
+    """Whether router gates are sigmoids instead of a softmax."""
     only_with: Mapping[str, object] = field(default_factory=dict)
-    """Settings that llama.cpp has no word for, and their values in what it computes."""
+    """Settings that GGUF cannot express, and the values that llama.cpp assumes."""
 
 
 _FULL_ATTENTION = {"use_sliding_window": False}
@@ -39,19 +39,19 @@ _FAMILIES = {
     "glm4_moe": Family("glm4moe", has_sigmoid_gates=True, only_with={"n_group": 1}),
     "olmoe": Family("olmoe", only_with={"norm_topk_prob": False, "clip_qkv": None}),
 }
-"""By ``model_type``."""
+"""Families by ``model_type``."""
 
 
 def family_of(config: Config) -> Family:
-    """Return the family of a model's text config. Raises ExportError where llama.cpp would compute something else."""
+    """Return the family of a model's text config. Raises ExportError if llama.cpp would compute something else."""
     kind = config.model_type
     family = _FAMILIES.get(kind)
     if family is None:
-        raise ExportError(f"GGUF is written of {', '.join(_FAMILIES)} models, and this is {kind}")
+        raise ExportError(f"model_type = {kind}: GGUF export supports {', '.join(_FAMILIES)}. Use another --format")
     for setting, value in family.only_with.items():
         if (found := getattr(config, setting, value)) != value:
             raise ExportError(
-                f"{setting} is {json.dumps(found)} in the config of this {kind}, and llama.cpp computes the family "
-                f"with {json.dumps(value)}"
+                f"{setting} = {json.dumps(found)} in the config of this {kind}, but llama.cpp computes the family with "
+                f"{json.dumps(value)}. Use another --format"
             )
     return family

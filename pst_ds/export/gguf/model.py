@@ -1,4 +1,4 @@
-"""A GGUF file of a model, for llama.cpp: int8 and int4 values in blocks of 32 that share a scale."""
+"""Write a model as a GGUF file for llama.cpp, with int8 and int4 values in blocks of 32 that share a scale."""
 
 from __future__ import annotations
 
@@ -14,27 +14,33 @@ import torch
 from numpy.typing import NDArray
 
 from pst_ds.atomic_files import atomic_file
-from pst_ds.export.encoding import Encoding
+from pst_ds.export.encoding import Encoding, ExportError
 from pst_ds.export.gguf.families import Config, Family, family_of
 from pst_ds.export.gguf.tensors import GgufPiece, GgufPlan, GgufTensor, num_experts
 from pst_ds.export.gguf.tokenizer import GgufTokenizer, gguf_tokenizer
-from pst_ds.export.manifest import ExportError, JsonTable
 from pst_ds.export.plan import Source, TensorJob, require_space
 from pst_ds.formats.safetensors_file import write_at
 from pst_ds.progress import Progress
 
 _SPARE_BYTES = 64 << 20
 _FILE_TYPES = {None: 32, 4: 2, 8: 7}
-"""llama.cpp's numbers of mostly BF16, Q4_0 and Q8_0 files, by the bits of the values."""
+"""llama.cpp's file types for mostly BF16, Q4_0 and Q8_0, by bits of the values."""
 
 
 def write_gguf(
     jobs: Sequence[TensorJob], source: Source, config: Config, tokenizer: Any, out: Path, encoding: Encoding
-) -> JsonTable:
-    """Write ``out``, whole or not at all. Returns counts.
+) -> dict[str, object]:
+    """Write ``out`` atomically; return counts and sizes.
 
-    ``jobs`` and ``source``: of plan_run or plan_folder. ``config``: of the model. Raises ExportError for a family or a
-    tokenizer that GGUF has no words for here.
+    Args:
+        jobs: tensors from plan_run or plan_folder.
+        source: their values.
+        config: the model's config.
+        tokenizer: the model's tokenizer.
+        out: file to write.
+        encoding: quantisation of the values.
+
+    Raises ExportError for an unsupported model family or tokenizer.
     """
     text = config.get_text_config()
     family, library = family_of(text), _library()
@@ -58,7 +64,7 @@ def write_gguf(
             inexact = _write_pieces(file.fileno(), offsets, plan.pieces, jobs, source)
     return {
         "export_dir": str(out), "kind": "gguf", **encoding.facts(), "tensors": len(plan.tensors),
-        "rounded_tensors": sum(tensor.is_rounded for tensor in plan.tensors), "file_bytes": out.stat().st_size,
+        "rounded_tensors": sum(tensor.is_quantised for tensor in plan.tensors), "file_bytes": out.stat().st_size,
         "inexact_scales": inexact,
         "bits_per_weight": round(8 * out.stat().st_size / sum(math.prod(p.output.shape) for p in plan.pieces), 4),
     }  # fmt: skip
@@ -68,12 +74,12 @@ def _library() -> Any:
     try:
         import gguf
     except ImportError:
-        raise ExportError("GGUF takes the package gguf: pip install 'pst-ds[gguf]'") from None
+        raise ExportError("GGUF export needs the package gguf. Run pip install 'pst-ds[gguf]'") from None
     return gguf
 
 
 def _write_head(writer: Any, tensors: Sequence[GgufTensor], path: Path) -> dict[str, int]:
-    """Write all but the tensors to ``path``, and make room for these; the byte at which each of them begins."""
+    """Write everything but the tensors to ``path``, and reserve their space; return the offset of each tensor."""
     for tensor in tensors:
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(tensor.numpy), tensor.nbytes, tensor.kind)
     writer.write_header_to_file()
@@ -91,7 +97,7 @@ def _write_head(writer: Any, tensors: Sequence[GgufTensor], path: Path) -> dict[
 def _write_pieces(
     handle: int, offsets: dict[str, int], pieces: Sequence[GgufPiece], jobs: Sequence[TensorJob], source: Source
 ) -> int:
-    """Make and write every piece at its place, one at a time. Returns how many scales fp16 does not hold exactly."""
+    """Make and write the pieces one by one; return the number of scales that fp16 cannot hold exactly."""
     inexact = 0
     with Progress("export", sum(piece.nbytes for piece in pieces), "bytes") as progress:
         for piece, values in zip(pieces, (made for job in jobs for made in source.make(job)), strict=True):
@@ -103,7 +109,7 @@ def _write_pieces(
 
 
 def _describe(writer: Any, config: Config, words: GgufTokenizer, name: str, encoding: Encoding) -> None:
-    """Write the model's shape and its tokenizer."""
+    """Write the model's dimensions and its tokenizer."""
     heads, width = config.num_attention_heads, config.hidden_size
     head_width = getattr(config, "head_dim", None) or width // heads
     writer.add_name(name)
@@ -140,7 +146,7 @@ def _describe(writer: Any, config: Config, words: GgufTokenizer, name: str, enco
 
 
 def _describe_experts(writer: Any, config: Config, experts: int, family: Family) -> None:
-    """Write how many experts there are, how wide, and what a router makes of its numbers."""
+    """Write the number and width of the experts, and the gating function of the router."""
     writer.add_expert_count(experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
     for setting, add in (
@@ -158,7 +164,7 @@ def _describe_experts(writer: Any, config: Config, experts: int, family: Family)
 
 
 def _rotation(config: Config) -> dict[str, Any]:
-    """The rotary settings of a config, old or new: rope_theta, rope_type and what belongs to it."""
+    """Return the rotary settings of an old or new config: rope_theta, rope_type and its parameters."""
     found = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
     if getattr(config, "rope_theta", None):
         found.setdefault("rope_theta", config.rope_theta)
@@ -168,19 +174,17 @@ def _rotation(config: Config) -> dict[str, Any]:
 def _require_rotation(config: Config) -> None:
     kind = _rotation(config).get("rope_type", "default")
     if kind not in ("default", "llama3"):
-        raise ExportError(
-            f"the rotary embeddings of this model are {kind!r}; GGUF is written of default and llama3 ones"
-        )
+        raise ExportError(f'rope_type = {kind!r}: GGUF export supports "default" and "llama3". Use another --format')
 
 
 def _llama3_factors(config: Config) -> NDArray[np.float32] | None:
-    """By what Llama 3.1 divides each frequency, as transformers computes it; None for default rotary embeddings."""
+    """Return the divisor of each rotary frequency of Llama 3.1; None for default rotary embeddings."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    said = _rotation(config)
-    if said.get("rope_type") != "llama3":
+    settings = _rotation(config)
+    if settings.get("rope_type") != "llama3":
         return None
     divided, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     width = 2 * divided.numel()
-    plain = said["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    plain = settings["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     return (plain / divided).float().numpy()

@@ -1,19 +1,21 @@
-"""The tokenizer of a model as GGUF describes it: byte-level BPE ("gpt2"), and BPE with byte fallback ("llama")."""
+"""Describe a tokenizer for GGUF: byte-level BPE ("gpt2"), or BPE with byte fallback ("llama")."""
 
 from __future__ import annotations
 
 import json
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pst_ds.export.manifest import ExportError, JsonTable
+from pst_ds.export.encoding import ExportError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+_Table = dict[str, Any]
+"""Part of tokenizer.json."""
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-"""Kinds of tokens, as llama.cpp numbers them."""
+"""Token types in llama.cpp's numbering."""
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -23,20 +25,20 @@ _KNOWN_SPLITS = {_LLAMA3: "llama-bpe", _LLAMA3.replace("{1,3}", ""): "qwen2"}
 
 @dataclass(frozen=True, slots=True)
 class GgufTokenizer:
-    """What ``tokenizer.ggml.*`` says."""
+    """Values of ``tokenizer.ggml.*``."""
 
     model: str
     """ "gpt2" or "llama"."""
     pre: str
-    """How text is split before merges: a name that llama.cpp knows."""
+    """llama.cpp's name for the pre-tokeniser."""
     tokens: list[str]
     kinds: list[int]
     merges: list[str]
-    """Of "gpt2", in their order."""
+    """BPE merges in order, for "gpt2"."""
     scores: list[float]
-    """Of "llama": a merge's rank, negative, so that the best merge comes first as in a list of merges."""
+    """Negated index of the merge that makes each token, for "llama": the highest score is merged first."""
     special: dict[str, int]
-    """Numbers of "bos", "eos", "unk" and "pad" tokens, where there are any."""
+    """Ids of the "bos", "eos", "unk" and "pad" tokens that exist."""
     adds_bos: bool
     adds_space: bool
     chat_templates: list[dict[str, str]]
@@ -46,12 +48,12 @@ class GgufTokenizer:
 def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> GgufTokenizer:
     """Describe a fast tokenizer of transformers for a model of ``vocab_size`` rows. Raises ExportError."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    table: JsonTable = json.loads(backend.to_str()) if backend is not None else {}
+    table: _Table = json.loads(backend.to_str()) if backend is not None else {}
     model = table.get("model") or {}
     if model.get("type") != "BPE":
         raise ExportError(
-            f"GGUF is written with BPE tokenizers, and this is {model.get('type') or type(tokenizer).__name__}; export "
-            "with --format dense, and convert the folder with llama.cpp's own script"
+            f"GGUF export supports BPE tokenizers, and this is {model.get('type') or type(tokenizer).__name__}. Export "
+            "with --format dense, and convert the folder with llama.cpp's script"
         )
     merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
     falls_back = bool(model.get("byte_fallback"))
@@ -70,7 +72,7 @@ def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> GgufTokenizer:
     )  # fmt: skip
 
 
-def _tokens(table: JsonTable, model: JsonTable, vocab_size: int, falls_back: bool) -> tuple[list[str], list[int]]:
+def _tokens(table: _Table, model: _Table, vocab_size: int, falls_back: bool) -> tuple[list[str], list[int]]:
     tokens, kinds = [f"[PAD{number}]" for number in range(vocab_size)], [UNUSED] * vocab_size
     named = {number: (token, NORMAL) for token, number in model["vocab"].items()}
     if falls_back:
@@ -81,14 +83,14 @@ def _tokens(table: JsonTable, model: JsonTable, vocab_size: int, falls_back: boo
         named[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
     beyond = sorted(number for number in named if number >= vocab_size)
     if beyond:
-        raise ExportError(f"the tokenizer has a token {beyond[0]}, and the model {vocab_size} rows of embeddings")
+        raise ExportError(f"the tokenizer has token {beyond[0]}, but the model embeds only {vocab_size} tokens")
     for number, (token, kind) in named.items():
         tokens[number], kinds[number] = token, kind
     return tokens, kinds
 
 
 def _scores(tokens: list[str], merges: list[str]) -> list[float]:
-    """llama.cpp merges the pair of the highest score: the rank of a merge, negative, is its token's score."""
+    """Return the score of each token; llama.cpp merges the pair with the highest score first."""
     rank: dict[str, int] = {}
     for number, merge in enumerate(merges):
         left, _, right = merge.partition(" ")
@@ -96,8 +98,8 @@ def _scores(tokens: list[str], merges: list[str]) -> list[float]:
     return [float(-rank.get(token, len(merges))) for token in tokens]
 
 
-def _pre_tokenizer(table: JsonTable) -> str:
-    """Return llama.cpp's name of the splits before byte-level merges. Raises ExportError for unknown ones."""
+def _pre_tokenizer(table: _Table) -> str:
+    """Return llama.cpp's name for the pre-tokeniser. Raises ExportError if it has none."""
     found = table.get("pre_tokenizer") or {}
     parts = found.get("pretokenizers", [found] if found else [])
     kinds = [part.get("type") for part in parts]
@@ -110,13 +112,13 @@ def _pre_tokenizer(table: JsonTable) -> str:
         if name:
             return name
     raise ExportError(
-        f"this tokenizer splits text by {', '.join(map(str, kinds)) or 'nothing'}, in a way that has no name here; "
-        "known are those of GPT-2, SmolLM, Llama 3 and Qwen2, and BPE with byte fallback"
+        f"the tokenizer splits text with {', '.join(map(str, kinds)) or 'nothing'}, a pre-tokeniser that GGUF export "
+        "does not know. Supported are those of GPT-2, SmolLM, Llama 3 and Qwen2, and BPE with byte fallback"
     )
 
 
-def _adds_space(table: JsonTable) -> bool:
-    """Whether a space is put before the text."""
+def _adds_space(table: _Table) -> bool:
+    """Return whether the tokenizer prepends a space."""
     said = json.dumps([table.get("normalizer"), table.get("pre_tokenizer")])
     return '"Prepend"' in said or '"prepend_scheme": "first"' in said or '"prepend_scheme": "always"' in said
 

@@ -14,7 +14,7 @@ from pst_ds.inference.decoder.sampling import Sampling
 from pst_ds.inference.decoder.table import DecoderError, DecoderTable, Part, table_of
 from pst_ds.inference.decoder.weights import Weights, embeddings_of
 from pst_ds.inference.hf.model_folder import open_model_folder
-from pst_ds.inference.hf.tables import StoredTable, stored_tables
+from pst_ds.inference.hf.stored_tables import StoredTable, stored_tables
 from pst_ds.inference.runtime.native_loop import require_library
 from pst_ds.nn.prompt import prompt_of
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pst_ds.core.quantization import unpack_nibbles
 from pst_ds.formats import QuantizedFormat
 from pst_ds.inference.decoder.table import DecoderError, DecoderTable, Part
-from pst_ds.inference.hf.tables import StoredTable
+from pst_ds.inference.hf.stored_tables import StoredTable
 from pst_ds.inference.runtime import SparseLinear
 from pst_ds.inference.runtime.dense import narrowed
 from pst_ds.inference.runtime.native_loop import Loop, Matrix

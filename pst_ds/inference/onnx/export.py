@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
-from pst_ds.export.manifest import ExportError
+from pst_ds.export.encoding import ExportError
 from pst_ds.inference.onnx.fuse import fuse
 from pst_ds.inference.onnx.nodes import ATTENTION, EmbeddingNode, SparseLinearNode, Table, attention
 from pst_ds.inference.runtime import SparseLinear

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from pst_ds import __version__
 from pst_ds.atomic_files import atomic_folder, require_writable
 from pst_ds.core.packings import ONNX_FILE
-from pst_ds.export.from_folder import CONFIG_FILE, copy_beside
-from pst_ds.export.manifest import MANIFEST_FILE, ExportError, JsonTable
+from pst_ds.export.encoding import ExportError
+from pst_ds.export.from_folder import CONFIG_FILE, copy_small_files
 from pst_ds.export.prompt_file import PROMPT_FILE
+from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.inference.hf.config import PackedWeightsConfig
-from pst_ds.inference.hf.tables import stored_tables
+from pst_ds.inference.hf.stored_tables import stored_tables
 from pst_ds.inference.onnx.nodes import Table
 from pst_ds.inference.runtime.dense import narrowed
 from pst_ds.nn.model_structure import is_experts
@@ -39,8 +40,8 @@ _NOT_LOGITS = ("loss", "past_key_values", "hidden_states", "attentions", "encode
 
 
 def write_onnx(
-    packed: Path, out: Path, facts: JsonTable, *, plain: bool = False, activation_bits: int = 16
-) -> JsonTable:
+    packed: Path, out: Path, facts: dict[str, Any], *, plain: bool = False, activation_bits: int = 16
+) -> dict[str, Any]:
     """Write ``out``, a folder with model.onnx, config.json and the tokenizer, from the folder ``packed``.
 
     ``packed`` is a bitmask folder, or any folder with ``plain``: dense fp32 weights and ONNX's standard operators.
@@ -66,7 +67,7 @@ def write_onnx(
     with atomic_folder(out) as partial:
         file = partial / ONNX_FILE
         ir.save(graph, file, external_data=external)
-        copy_beside(packed, partial)
+        copy_small_files(packed, partial)
         shutil.copy2(packed / MANIFEST_FILE, partial / MANIFEST_FILE)  # verify quantises the model as it says
         config = json.loads((packed / CONFIG_FILE).read_text(encoding="utf-8"))
         config.pop("quantization_config", None)
@@ -90,7 +91,7 @@ def write_onnx(
     }
 
 
-def _annotate(graph: ir.Model, facts: JsonTable, activation_bits: int) -> None:
+def _annotate(graph: ir.Model, facts: dict[str, Any], activation_bits: int) -> None:
     """Add the small ``facts`` to the graph's metadata, and the bits of activations to its sparse products."""
     import onnx_ir as ir
 

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from pst_ds.checkpoint.restore import base_fingerprint
+from pst_ds.config.one_shot import PruneConfig
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import InputError
-from pst_ds.export.plan import SHARD_BYTES
 from pst_ds.file_names import CHECKPOINTS, START
 from pst_ds.nn.base_model import pruning_record
 from pst_ds.parallel import stop_signals
@@ -21,9 +21,10 @@ from pst_ds.parallel.stop_signals import StoppedError
 from pst_ds.progress import heard_by
 from pst_ds.prune.blocks import find_blocks
 from pst_ds.prune.folder import load_base
+from pst_ds.prune.one_shot import plan_layers
 from pst_ds.prune.rules import usual_pattern
 from pst_ds.train.model import attention_options
-from pst_ds.train.one_shot.pruning import Pruning, prune_to_folder, rules_for
+from pst_ds.train.one_shot.pruning import prune_model
 from pst_ds.train.run_folder import require_no_checkpoints
 
 _OF_LAYERS = ("pattern", "target_modules", "exclude_modules", "modules_to_save", "gated_norms")
@@ -58,7 +59,8 @@ def require_startable(run: RunConfig) -> None:
     """Raise InputError unless ``[start]`` can prune the run's model, as far as it is known without text. Loads the
     model on the CPU."""
     model = load_base(run.model.path, **attention_options(run))
-    _, _, rules = rules_for(model, run, _asked(run, run.start.samples))
+    config = _one_shot_config(run, run.start.samples)
+    _, _, rules = plan_layers(model, config, run.pst, run.schedule.final_sparsity)
     find_blocks(model, [rule.target.name for rule in rules])
 
 
@@ -73,7 +75,7 @@ def _stop_if_asked() -> None:
 
 def _prune_once(run: RunConfig, examples: ExampleSet, *, quiet: bool) -> int:
     """Return the number of the signal that ended it between two blocks; 0 where the start is there."""
-    out, asked = Path(run.output_dir) / START, _asked(run, min(run.start.samples, len(examples)))
+    out, asked = Path(run.output_dir) / START, _one_shot_config(run, min(run.start.samples, len(examples)))
     expected = {"start": _decides(run, examples.digest), "base_fingerprint": base_fingerprint(run.model.path)}
     found = pruning_record(out)
     if all(found.get(name) == value for name, value in expected.items()):
@@ -88,7 +90,7 @@ def _prune_once(run: RunConfig, examples: ExampleSet, *, quiet: bool) -> int:
     try:
         more = {"start": expected["start"]}
         with heard_by(_stop_if_asked):
-            prune_to_folder(run, asked, out, shard_bytes=SHARD_BYTES, examples=examples, more=more)
+            prune_model(run, out, asked, examples=examples, more_facts=more)
     except _Stopped:
         return stop_signals.asked_by()
     except InputError as error:
@@ -105,12 +107,12 @@ def _decides(run: RunConfig, data_digest: str) -> dict[str, object]:
     return json.loads(json.dumps(found))
 
 
-def _asked(run: RunConfig, samples: int) -> Pruning:
+def _one_shot_config(run: RunConfig, samples: int) -> PruneConfig:
     start, method, pattern = run.start, run.start.method, ""
     assert method != "none"
     if run.pst.pattern in _POOLED:  # which no method has: matrices are pruned one after another
         pattern = usual_pattern(method, start.budgets, run.start_sparsity)
-    return Pruning(
+    return PruneConfig(
         method=method, sparsity=run.start_sparsity, pattern=pattern, budgets=start.budgets,
         reconstruct=start.reconstruct, samples=samples, seed=run.seed,
     )  # fmt: skip

@@ -187,8 +187,8 @@ def test_a_missing_shard_and_a_missing_file(copied):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "rle"}, "format is one of dense, bitmask, 2:4, csr, got 'rle'"),
-        ({"format": None}, "format is one of"),
+        ({"format": "rle"}, "format must be one of dense, bitmask, 2:4, csr, got 'rle'"),
+        ({"format": None}, "format must be one of"),
         ({"format_version": 3}, "reads versions 1 and 2. Load the folder with a newer pst-ds"),
         ({"weights_file": "../pst_bitmask.safetensors"}, "in the same folder, got '../pst_bitmask"),
         ({"weights_file": "/tmp/pst_bitmask.safetensors"}, "in the same folder"),

@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 
 from pst_ds.cli.main import main
-from pst_ds.export.manifest import ExportError
+from pst_ds.export.encoding import ExportError
 from pst_ds.inference.onnx import export as onnx_export
 from pst_ds.inference.onnx import folder as onnx_folder
 from pst_ds.inference.onnx.operators import open_session

@@ -1,4 +1,4 @@
-"""A model for fewer tokens: embeddings and output layer without the rows of those that are gone."""
+"""Export a model for fewer tokens: embeddings and output layer keep only the rows of the remaining tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pst_ds.data.vocabulary import Vocabulary, ids_in, renumbered
-from pst_ds.export.manifest import ExportError, JsonTable
+from pst_ds.export.encoding import ExportError
 from pst_ds.export.plan import Source, TensorJob, TensorValues
 from pst_ds.formats.base_weights import names_in_files
 from pst_ds.nn.inject import pst_layers
@@ -22,17 +22,19 @@ from pst_ds.nn.tables.embedding import PSTEmbedding
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_Table = dict[str, object]
+
 
 @dataclass(frozen=True, slots=True)
 class RowSource:
-    """Another source's values, of some tensors the kept rows alone."""
+    """Another source's values; tensors in ``names`` have only the rows ``kept``."""
 
     source: Source
     names: frozenset[str]
     kept: Sequence[int]
 
     def make(self, job: TensorJob) -> Iterator[TensorValues]:
-        """The values of the job's outputs. Raises ExportError."""
+        """Yield the values of the job's outputs. Raises ExportError."""
         for output, values in zip(job.outputs, self.source.make(job), strict=True):
             yield self._fewer(values) if output.name in self.names else values
 
@@ -60,7 +62,7 @@ def with_fewer_rows(
 
 
 def take_rows(model: nn.Module, kept: Sequence[int]) -> None:
-    """Leave ``model``, which may have PST modules, the rows of the tokens ``kept``, in place. Raises ExportError."""
+    """Keep only the rows of the tokens ``kept`` in ``model``, in place; it may have PST modules. Raises ExportError."""
     rows = torch.tensor(kept)
     for param in {id(p): p for p in _row_per_token(model, kept).values()}.values():
         param.data = param.data[rows.to(param.device)]
@@ -72,12 +74,14 @@ def take_rows(model: nn.Module, kept: Sequence[int]) -> None:
 
 
 def _row_per_token(model: nn.Module, kept: Sequence[int]) -> dict[str, nn.Parameter]:
-    """Return the parameters that have a row for each token: of the embedding and the output layer, tied or not, and
-    biases as long outside of the blocks. Raises ExportError where they cannot lose any."""
+    """Return the parameters with a row per token: embedding, output layer (tied or not), and biases outside the blocks.
+
+    Raises ExportError if rows of them cannot be removed.
+    """
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
     rows = int(modules[0].weight.shape[0])
     if kept[-1] >= rows:
-        raise ExportError(f"the tokenizer has token {kept[-1]}, and the model embeds {rows} tokens only")
+        raise ExportError(f"the tokenizer has token {kept[-1]}, but the model embeds only {rows} tokens")
     owned = {id(param) for module in modules if module is not None for param in module.parameters()}
     found = {
         name: param
@@ -87,23 +91,23 @@ def _row_per_token(model: nn.Module, kept: Sequence[int]) -> dict[str, nn.Parame
     }
     pruned = next((name for name in found if name.rpartition(".")[0] in pst_layers(model)), None)
     if pruned:
-        raise ExportError(
-            f"{pruned} has a row for each token and is pruned, so its rows must stay: leave --vocabulary out"
-        )
+        raise ExportError(f"--vocabulary: {pruned} has a row per token and is pruned, so its rows must stay. Remove it")
     other = next((name for name, param in found.items() if param.shape[0] != rows), None)
     if other:
-        raise ExportError(f"{other} has {found[other].shape[0]} rows, and the embedding {rows}: leave --vocabulary out")
+        raise ExportError(
+            f"--vocabulary: {other} has {found[other].shape[0]} rows, and the embedding {rows}. Remove --vocabulary"
+        )
     return found
 
 
 def ids_of_model(model: nn.Module) -> set[int]:
-    """Return the tokens that the configs of ``model`` name, which must be kept."""
+    """Return the token ids in the configs of ``model``, which must be kept."""
     generation: Any = getattr(model, "generation_config", None)
     return ids_in(_settings(model)) | (ids_in(generation.to_dict()) if generation is not None else set())
 
 
 def write_vocabulary(folder: Path, model: nn.Module, vocabulary: Vocabulary, whole: PreTrainedTokenizerBase) -> None:
-    """Write the tokenizer into ``folder``, in place of the ``whole`` one, and new ids into its configs."""
+    """Replace the ``whole`` tokenizer in ``folder`` by the trimmed one, and renumber the ids in the configs."""
     for name in whole.vocab_files_names.values():
         (folder / name).unlink(missing_ok=True)
     vocabulary.tokenizer.save_pretrained(folder)
@@ -113,23 +117,24 @@ def write_vocabulary(folder: Path, model: nn.Module, vocabulary: Vocabulary, who
         _renumber_file(path, json.loads(path.read_text("utf-8")), vocabulary)
 
 
-def _settings(model: nn.Module) -> JsonTable:
+def _settings(model: nn.Module) -> _Table:
     config: Any = model.config
     return dict(config.to_dict())
 
 
-def _renumber_file(path: Path, full: JsonTable, vocabulary: Vocabulary) -> None:
-    """``full``: all settings, also those that the file leaves out for being the class's defaults."""
+def _renumber_file(path: Path, full: _Table, vocabulary: Vocabulary) -> None:
+    """Renumber the ids in a config file; ``full`` includes settings that the file omits because they are defaults."""
     table = _changed(json.loads(path.read_text("utf-8")), full, renumbered(full, vocabulary))
     path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _changed(table: JsonTable, full: Mapping[str, Any], new: Mapping[str, Any]) -> JsonTable:
+def _changed(table: Mapping[str, object], full: Mapping[str, object], new: Mapping[str, object]) -> _Table:
     """Return ``table`` with the values that differ between ``full`` and ``new``."""
-    merged: JsonTable = dict(table)
+    merged: _Table = dict(table)
     for name, value in new.items():
-        if isinstance(value, dict) and isinstance(merged.get(name), dict):
-            merged[name] = _changed(merged[name], full[name], value)
-        elif value != full[name]:
+        inner, before = merged.get(name), full[name]
+        if isinstance(value, dict) and isinstance(inner, dict) and isinstance(before, dict):
+            merged[name] = _changed(inner, before, value)
+        elif value != before:
             merged[name] = value
     return merged

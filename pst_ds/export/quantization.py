@@ -1,4 +1,4 @@
-"""Which weights of a model an export rounds, and the rounding of one of them."""
+"""Which weights of a model an export quantises, and the quantisation of one of them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Container
 import torch
 from torch import Tensor, nn
 
+from pst_ds.core.packings import DENSE
 from pst_ds.core.quantization import Grid, quantize, squared_norms
 from pst_ds.export.detect_pattern import detect_pattern
-from pst_ds.export.encoding import Encoding
-from pst_ds.export.manifest import DENSE, ExportError
-from pst_ds.export.plan import PlannedTensor, TensorValues
+from pst_ds.export.encoding import Encoding, ExportError
+from pst_ds.export.plan import TensorValues
+from pst_ds.export.tensor_spec import TensorSpec
 from pst_ds.formats import FormatError, QuantizedFormat, row_bits
 from pst_ds.formats.base_weights import names_in_files
 from pst_ds.formats.rows import as_bools
@@ -20,23 +21,23 @@ from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.model_structure import is_inside_block, is_linear, router_names, untied_linear_layers
 from pst_ds.nn.tables.embedding import PSTEmbedding
 
-LEAST_ROWS = 16
-"""Smaller tables, such as those of two kinds of sentences, would save nothing, and are added to every token."""
+MIN_ROWS = 16
+"""Smaller tables, such as token types, would save nothing, and their error would affect every token."""
 
 
 def grids(model: nn.Module, encoding: Encoding) -> dict[str, Grid]:
-    """Return the grid of every weight of ``model`` that is rounded, by its names in the model and in its files.
+    """Return the quantisation of every weight that ``encoding`` quantises, by its names in the model and in files.
 
-    ``values`` are for the linear layers inside the blocks, but routers of experts, which are small and decide;
-    ``embeddings`` for embedding tables of some rows outside of them and for the output layer. A parameter with a name
-    of its own in the files has both. Pruned layers are rounded wherever they are: the caller knows them.
+    ``encoding.values`` is for linear layers inside the blocks, except the routers of experts, which are small and
+    sensitive. ``encoding.embeddings`` is for embedding tables outside the blocks with at least :data:`MIN_ROWS` rows,
+    and for the output layer. Pruned layers are not included: they are quantised wherever they are.
     """
     if not encoding.is_quantized:
         return {}
     chosen: dict[int, Grid] = {}
     if encoding.embeddings:
         tables = embedding_tables(model).values()
-        chosen = {id(table): encoding.embeddings for table in tables if table.shape[0] >= LEAST_ROWS}
+        chosen = {id(table): encoding.embeddings for table in tables if table.shape[0] >= MIN_ROWS}
     if encoding.values:
         routers = router_names(model)
         for name, module in untied_linear_layers(model).items():
@@ -46,7 +47,7 @@ def grids(model: nn.Module, encoding: Encoding) -> dict[str, Grid]:
 
 
 def embedding_tables(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the weights of embeddings outside the blocks and of the output layer, by their names as of :func:`grids`.
+    """Return the weights of embeddings outside the blocks and of the output layer, by their names as in :func:`grids`.
 
     A tied output layer shares its table.
     """
@@ -63,29 +64,33 @@ def embedding_tables(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def linear_layers(model: nn.Module) -> list[str]:
-    """Return the names of the linear layers of ``model``, pruned ones among them."""
+    """Return the names of all linear layers, including pruned ones."""
     return [name for name, module in model.named_modules() if is_linear(module) or isinstance(module, PSTLinear)]
 
 
 def _named(model: nn.Module, chosen: Container[int]) -> dict[str, nn.Parameter]:
-    """The parameters of these identities, by every name in the model and in its files."""
+    """Return the parameters with these identities, by each of their names in the model and in its files."""
     named = {n: p for n, p in model.named_parameters(remove_duplicate=False) if id(p) in chosen}
     return named | {saved: named[name] for saved, name in names_in_files(model, named).items()}
 
 
-def matrix_of(output: PlannedTensor, tensor: Tensor) -> Tensor:
-    """``tensor`` in (O, I) orientation; a stack of experts (E*O, I)."""
-    return (tensor.transpose(-1, -2) if output.transposed else tensor).flatten(0, -2)
-
-
-def rounded(
-    output: PlannedTensor, form: QuantizedFormat, held: list[Tensor], made: TensorValues
+def quantised_parts(
+    output: TensorSpec, form: QuantizedFormat, held: list[Tensor], made: TensorValues
 ) -> tuple[list[Tensor], int, str, float]:
-    """(parts, non-zero codes, pattern of what is kept, relative error) of the one tensor in ``held``, which is let go.
+    """Quantise and pack a tensor.
 
-    ``made``: what else its source says of it. Raises ExportError.
+    Args:
+        output: the tensor in the export.
+        form: its format.
+        held: a list with the tensor in the model's shape, which is removed to free its memory early.
+        made: its mask, scales and earlier error, if known.
+
+    Returns:
+        The parts, the number of non-zero quantised values, the sparsity pattern, and the relative error.
+
+    Raises ExportError.
     """
-    weight = matrix_of(output, held.pop()).contiguous()
+    weight = output.as_matrix(held.pop()).contiguous()
     keep = row_bits(weight) if made.keep is None else made.keep
     kept = as_bools(keep, weight.shape[1])
     try:

@@ -1,0 +1,84 @@
+"""``pst-ds prune RUN_FILE --method METHOD --out DIR``: prune a run's pretrained model once, on calibration data."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import fields
+from typing import TYPE_CHECKING, get_args
+
+from pst_ds.cli.main import add_quiet_argument, add_run_arguments, add_shard_argument, count, load_run_or_folder
+from pst_ds.config.methods import OneShotMethod
+from pst_ds.config.one_shot import REAP, Budgets, PruneConfig
+from pst_ds.core.experts.tokens import unused_experts
+from pst_ds.core.packings import GROUPS, VALUE_BITS, WHOLE_ROW
+
+if TYPE_CHECKING:
+    from pst_ds.train.one_shot.pruning import PruneReport
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_arguments(parser, "run file (TOML) that names the model, the layers and the calibration data")
+    parser.add_argument("--method", required=True, choices=(*get_args(OneShotMethod), REAP))
+    parser.add_argument("--out", required=True, metavar="DIR", help="model folder to write, dense with zeros")
+    text = "sparsity, or fraction of experts for reap (default: schedule.final_sparsity, or 1 - N/M)"
+    parser.add_argument("--sparsity", type=float, metavar="S", help=text)
+    text = "row, matrix, N:M or blocks (default: pst.pattern, but row instead of matrix with calibration data)"
+    parser.add_argument("--pattern", default="", metavar="P", help=text)
+    text = "prune exactly the weights that are zero already"
+    parser.add_argument("--keep-zeros", action="store_true", help=text)
+    text = "quantise the kept weights to this many bits in the same pass (sparsegpt)"
+    parser.add_argument("--bits", type=int, choices=sorted(VALUE_BITS.values()), help=text)
+    text = "weights of a row per scale (default: row for 8 bits, 64 for 4)"
+    parser.add_argument("--group", choices=(*map(str, GROUPS), WHOLE_ROW), help=text)
+    text = "refine the masks in up to N passes that swap kept and pruned weights where outputs then change less"
+    parser.add_argument("--swaps", type=count, default=0, metavar="N", help=text)
+    text = "sparsity of layers: equal (default), by outliers among the weights (owl), or by the increase in loss"
+    parser.add_argument("--budgets", choices=get_args(Budgets), default="equal", help=text)
+    text = "largest difference of a block's sparsity from the mean, with --budgets owl (default: 0.08)"
+    parser.add_argument("--spread", type=float, metavar="L", help=text)
+    text = "then fit the kept weights of each block to the dense block's outputs, in N passes over the data"
+    parser.add_argument("--reconstruct", type=count, default=0, metavar="N", help=text)
+    text = "calibration examples from data.train (default: 128)"
+    parser.add_argument("--samples", type=count, default=128, metavar="N", help=text)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of examples (default: 0)")
+    add_shard_argument(parser)
+    add_quiet_argument(parser)
+
+
+def run(args: argparse.Namespace) -> dict[str, object]:
+    given = {field.name: getattr(args, field.name) for field in fields(PruneConfig)}
+    group = args.group if args.group in (None, WHOLE_ROW) else int(args.group)
+    config = PruneConfig(**{**given, "group": group})
+    start, run = time.perf_counter(), load_run_or_folder(args)
+    from pst_ds.train.one_shot.pruning import prune_model
+
+    report = prune_model(run, args.out, config, shard_bytes=args.shard_bytes)
+    result = {**report.facts, "out": args.out}
+    if config.method != REAP:
+        result["num_layers"] = len(report.layers)
+    result["seconds"] = time.perf_counter() - start
+    print(_line_of_experts(report, result) if config.method == REAP else _line_of_weights(config, report, result))
+    tokens = {layer.name.rpartition(".")[0]: layer.expert_tokens for layer in report.layers if layer.expert_tokens}
+    if unused := unused_experts(tokens):  # both stacks of a module saw the same tokens
+        print(f"{unused}, and were pruned by magnitude. Add --samples", file=sys.stderr)
+    return result
+
+
+def _line_of_weights(config: PruneConfig, report: PruneReport, result: dict[str, object]) -> str:
+    text = f", on {result['samples']} examples of {result['tokens']:,} tokens" if "tokens" in result else ""
+    requested = "unchanged" if config.keep_zeros else f"{result['sparsity_requested']} requested"
+    quantised = f" quantised to {result['values']}, group {result['group']}" if "values" in result else ""
+    return (
+        f"wrote {report.out}: {config.method}, pattern {result['pattern']}, {len(report.layers)} layers{quantised}, "
+        f"sparsity {result['sparsity_measured']:.6f} measured, {requested}{text}; {result['seconds']:.1f} s in total"
+    )
+
+
+def _line_of_experts(report: PruneReport, result: dict[str, object]) -> str:
+    return (
+        f"wrote {report.out}: reap, {result['experts']} of {result['experts_before']} experts in each of "
+        f"{len(report.modules)} modules, on {result['samples']} examples of {result['tokens']:,} tokens; "
+        f"{result['seconds']:.1f} s in total"
+    )

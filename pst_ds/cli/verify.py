@@ -1,0 +1,117 @@
+"""``pst-ds verify DIR [--against RUN]``: check an export against its manifest and against the trained model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from pst_ds.cli.export import quantisation_text
+from pst_ds.cli.main import add_quiet_argument, count, load_run_or_folder
+from pst_ds.core.packings import ONNX_FILE
+
+if TYPE_CHECKING:
+    from pst_ds.export.to_folder import ExportReport
+    from pst_ds.inference.verify import Comparison, OnnxComparison, VerifyReport
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("export", help="export folder")
+    parser.add_argument("--against", dest="run", metavar="RUN", help="run folder the export came from")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of the run")
+    parser.add_argument("--checkpoint", default="best", help="checkpoint that was exported (default: best)")
+    parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
+    parser.add_argument("--limit", type=count, metavar="N", help="compare on the first N examples only")
+    add_quiet_argument(parser)
+
+
+def run(args: argparse.Namespace) -> dict[str, object]:
+    from pst_ds.inference.verify import OnnxComparison, verify
+
+    config = load_run_or_folder(args) if args.run is not None else None
+    report = verify(args.export, config, checkpoint=args.checkpoint, split=args.split, limit=args.limit)
+    compared = report.comparison
+    is_onnx = (Path(args.export) / ONNX_FILE).is_file()
+    lines = [*(_lines_of_onnx(report) if is_onnx else _lines_of_file(report))]
+    if isinstance(compared, OnnxComparison):
+        lines.append(_line_of_onnx_comparison(args.split, compared))
+    elif compared is not None:
+        lines += _lines_of_comparison(args.split, compared, quantised="rounded_tensors" in report.file)
+    print("\n".join(lines))
+    report.require_equal()
+    return report.to_json()
+
+
+def _lines_of_onnx(report: VerifyReport) -> Iterator[str]:
+    file = Path(report.export_dir) / ONNX_FILE
+    yield f"{file}: {report.file['file_bytes']:,} bytes, ONNX Runtime opens it; outputs {report.file['outputs']}"
+
+
+def _lines_of_file(report: VerifyReport) -> Iterator[str]:
+    """Yield what was found in the files."""
+    file = cast("ExportReport", report.file)
+    packed = f"{file['packed_tensors']} packed as {file['kind']}, " if file["packed_tensors"] else ""
+    requested = "unknown" if file["sparsity_requested"] is None else file["sparsity_requested"]
+    yield (
+        f"{report.export_dir}: {file['tensors']} tensors as in the manifest, {packed}sparsity "
+        f"{file['sparsity_measured']:.6f} measured in the file, {requested} requested"
+    )
+    if "rounded_tensors" in file:
+        yield quantisation_text(file)
+
+
+def _lines_of_comparison(split: str, compared: Comparison, *, quantised: bool) -> Iterator[str]:
+    """Yield how the reloaded export compares with the trained model; ``quantised``: whether the export is."""
+    rounding, fewer, kept, texts = compared.rounding, compared.vocabulary, compared.kept_sparse, compared.texts
+    if rounding is not None:
+        yield (
+            f"{'quantisation' if quantised else 'the cast'} changed {rounding.differing_predictions} predictions, and "
+            f"a logit by at most {rounding.max_logit_difference:.3g}: "
+            f"{_before_and_after(rounding.metrics_before, compared.metrics)}"
+        )
+    if fewer is not None:
+        same = "" if fewer.same_tokens is None else f", {fewer.same_tokens} of {compared.examples} texts unchanged"
+        yield f"{fewer.tokens} tokens{same}: {_before_and_after(fewer.metrics_before, compared.metrics)}"
+    as_exported = ", quantised" if quantised else "" if rounding is None else ", cast"
+    by = "pst_ds.hf, made dense," if kept else "plain transformers"
+    yield (
+        f"reloaded with {by} against the masked model{as_exported} on "
+        f"{compared.examples} {compared.unit} of {split}: {compared.differing_weights} of "
+        f"{compared.compared_weights} weight tensors differ, {compared.differing_predictions} predictions "
+        f"differ, largest logit difference {compared.max_logit_difference:.3g}"
+    )
+    if texts is not None:
+        scores = ", ".join(f"{name} {value:.2f}" for name, value in texts.text_metrics.items()) or "not scored"
+        yield f"{texts.differing_texts} of {texts.texts} generated texts differ: {scores}"
+    if kept:
+        yield (
+            f"kept sparse: {kept.differing_weights} of {kept.layers} layers differ, "
+            f"{kept.differing_predictions} predictions differ, largest logit difference "
+            f"{kept.max_logit_difference:.3g}, allowed {kept.allowed_logit_difference:.3g} ({kept.rule})"
+        )
+    if (trained := compared.inputs) is not None:
+        yield (
+            f"int8 activations, as trained, change {trained.differing_predictions} predictions, and a logit by at most "
+            f"{trained.max_logit_difference:.3g}: {_metrics_text(trained.metrics_as_trained)} with them, "
+            f"{_metrics_text(compared.metrics)} without"
+        )
+
+
+def _line_of_onnx_comparison(split: str, compared: OnnxComparison) -> str:
+    apart = compared.max_logit_difference_in_8_bits
+    rounded = "" if apart is None else f"{apart:.3g} with int8 activations, as it runs; "
+    return (
+        f"against the masked model in fp32 on {compared.examples} {compared.unit} of {split}: "
+        f"{compared.differing_predictions} predictions differ, largest logit difference "
+        f"{compared.max_logit_difference:.3g}, allowed {compared.allowed_logit_difference:.3g}; {rounded}"
+        f"{_metrics_text(compared.metrics)}"
+    )
+
+
+def _metrics_text(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+
+
+def _before_and_after(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    return f"{_metrics_text(before)} before, {_metrics_text(after)} after"

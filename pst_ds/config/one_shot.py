@@ -1,0 +1,160 @@
+"""Settings of one-shot pruning: ``[start]`` of a run file, and ``pst-ds prune``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Final, Literal
+
+from pst_ds.config.methods import METHODS, OneShotMethod
+from pst_ds.config.pst import PSTConfig
+from pst_ds.config.settings import NotNegative, Positive, Section, settings
+from pst_ds.core.packings import VALUE_BITS
+from pst_ds.core.patterns import parse_pattern
+from pst_ds.core.schedule import ScheduleConfig
+
+REAP: Final = "reap"
+"""Drops whole experts instead of weights."""
+Budgets = Literal["equal", "owl", "saliency"]
+_BITS = " or ".join(str(bits) for bits in sorted(VALUE_BITS.values()))
+_QUANTISE_LATER = "and then quantise the folder with --method sparsegpt --keep-zeros"
+
+
+@settings()
+class OneShotConfig(Section):
+    """One-shot pruning of the pretrained model on training data, before the first step (docs/how-to/methods.md)."""
+
+    method: Literal["none", "magnitude", "wanda", "sparsegpt", "alps"] = "none"
+    """One-shot method that chooses the initial masks, at ``schedule.initial_sparsity``, or at the final sparsity for
+    methods with fixed masks. The run folder keeps the pruned model, which becomes the run's base."""
+    samples: Positive = 128
+    """Calibration examples from ``data.train``; all of them if there are fewer."""
+    reconstruct: NotNegative = 0
+    """Epochs over the calibration examples that fit the kept weights of each block to the output of the dense block."""
+    budgets: Budgets = "equal"
+    """Distribution of the sparsity over layers: equal, by outliers among the weights (OWL), or by the increase in
+    loss."""
+
+    def problems(self) -> Iterator[str]:
+        for field in fields(self):
+            if self.method == "none" and getattr(self, field.name) != field.default:
+                yield (
+                    f"start.{field.name} = {getattr(self, field.name)!r} does nothing with start.method = "
+                    '"none". Set start.method, such as "alps"'
+                )
+
+    def initial_sparsity(self, method: str, schedule: ScheduleConfig) -> float:
+        """Return the sparsity of the initial masks."""
+        return schedule.initial_sparsity if METHODS[method].masks == "ramp" else schedule.final_sparsity
+
+    def conflicts(self, method: str, schedule: ScheduleConfig, pst: PSTConfig) -> Iterator[str]:
+        """Yield a message where the run would not start from the masks of the one-shot method."""
+        if self.method == "none":
+            return
+        setting, masks = f'start.method = "{self.method}"', METHODS[method].masks
+        sparsity = self.initial_sparsity(method, schedule)
+        if masks == "none":
+            yield f"{setting} prunes, and method = {method!r} does not. Remove [start], or set another method"
+            return
+        if masks == "fixed" and pst.initial_mask != "zeros":
+            yield (
+                f"{setting} chooses the masks, and method = {method!r} would choose others. Fix: "
+                'pst.initial_mask = "zeros"'
+            )
+        if sparsity == 0.0:
+            yield (
+                f"{setting} prunes to schedule.initial_sparsity, which is 0. Set schedule.initial_sparsity above 0, or "
+                "remove [start]"
+            )
+            return
+        fixed = parse_pattern(pst.pattern).fixed_sparsity
+        if fixed not in (None, sparsity):
+            yield (
+                f'{setting} prunes to schedule.initial_sparsity = {sparsity}, but pst.pattern = "{pst.pattern}" has '
+                f"sparsity {fixed}. Fix: schedule.initial_sparsity = {fixed}"
+            )
+        overridden = next((rule.modules for rule in pst.overrides if rule.final_sparsity is not None), None)
+        if masks == "ramp" and overridden is not None:
+            yield (
+                f"{setting} prunes all layers to the same sparsity, and pst.overrides gives {overridden!r} a separate "
+                "final_sparsity. Remove one of them, or prune with pst-ds prune and train the folder"
+            )
+
+
+@settings()
+class PruneConfig(OneShotConfig):
+    """Settings of ``pst-ds prune``, which has more options than ``[start]``: there the run decides on the rest."""
+
+    method: OneShotMethod | Literal["reap"]  # type: ignore[assignment]
+    """How weights are chosen; "reap" drops whole experts."""
+    sparsity: float | None = None
+    """Fraction of pruned weights, or of dropped experts. Unset, it is that of the pattern or
+    ``schedule.final_sparsity``."""
+    pattern: str = ""
+    """"row", "matrix", N:M or blocks. Empty is the run's pattern, or the method's default where that is "matrix"."""
+    keep_zeros: bool = False
+    """Prune exactly the weights that are zero already."""
+    bits: Literal[8, 4] | None = None
+    """Quantise the kept weights in the same pass, with SparseGPT."""
+    group: Literal[32, 64, 128, "row"] | None = None
+    """Weights of a row per scale. Unset, it is "row" for 8 bits, and 64 for 4."""
+    swaps: NotNegative = 0
+    """Maximum number of passes that refine each mask by swapping kept and pruned weights."""
+    spread: float | None = None
+    """Largest difference of a block's sparsity from the mean, for budgets "owl". Unset, it is 0.08."""
+    seed: int = 0
+    """Seed of the choice of calibration examples."""
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the method needs calibration data."""
+        return self.method != "magnitude" or bool(self.swaps or self.reconstruct) or self.budgets != "equal"
+
+    def problems(self) -> Iterator[str]:
+        if self.method == REAP:
+            yield from self._problems_of_reap()
+        if self.bits and self.method != "sparsegpt":
+            yield (
+                f"--bits {self.bits} needs --method sparsegpt, whose kept weights compensate for the quantisation "
+                f"error. With --method {self.method} prune first, {_QUANTISE_LATER}"
+            )
+        if self.group and not self.bits:
+            yield f"--group {self.group} is for quantised weights. Add --bits {_BITS}"
+        if self.keep_zeros:
+            yield from self._problems_of_keep_zeros()
+        for name, passes in (("swaps", self.swaps), ("reconstruct", self.reconstruct)):
+            if self.bits and passes:
+                yield (
+                    f"--{name} {passes} would change weights that --bits {self.bits} has quantised. Prune with "
+                    f"--{name} first, {_QUANTISE_LATER}"
+                )
+        if self.bits and self.budgets == "saliency":
+            yield (
+                f"--bits {self.bits} quantises while pruning, which --budgets saliency does not support. Prune first, "
+                f"{_QUANTISE_LATER}"
+            )
+        if self.spread is not None and self.budgets != "owl":
+            yield f"--spread {self.spread} is for --budgets owl. Add it, or remove --spread"
+
+    def _problems_of_reap(self) -> Iterator[str]:
+        options = {
+            "pattern": self.pattern, "bits": self.bits, "group": self.group, "keep-zeros": self.keep_zeros,
+            "swaps": self.swaps, "budgets": self.budgets != "equal", "reconstruct": self.reconstruct,
+        }  # fmt: skip
+        for name, value in options.items():
+            if value:
+                yield (
+                    f"--{name} is for weights, and --method reap drops whole experts. Remove it, or prune the "
+                    "resulting folder once more"
+                )
+
+    def _problems_of_keep_zeros(self) -> Iterator[str]:
+        if not self.bits:
+            yield f"--keep-zeros prunes nothing more, so there is nothing to do. Add --bits {_BITS}"
+        options = {
+            "sparsity": self.sparsity, "pattern": self.pattern or None,
+            "budgets": None if self.budgets == "equal" else self.budgets,
+        }  # fmt: skip
+        given = [f"--{name} {value}" for name, value in options.items() if value is not None]
+        if given:
+            yield f"--keep-zeros keeps the mask that the folder has. Remove {' and '.join(given)}"

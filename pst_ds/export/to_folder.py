@@ -1,0 +1,433 @@
+"""Export a run's checkpoint or a model folder as a folder of dense or packed weights, or as a GGUF file, atomically."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from torch import nn
+
+from pst_ds.atomic_files import atomic_folder, file_sha256, require_writable
+from pst_ds.checkpoint.format import Checkpoint
+from pst_ds.core.packings import DENSE, FOR_COMPRESSED_TENSORS, GGUF, QUANTIZED_PACKINGS
+from pst_ds.core.quantization import Grid
+from pst_ds.data.vocabulary import Vocabulary
+from pst_ds.export.encoding import Encoding, ExportError
+from pst_ds.export.from_folder import CONFIG_FILE, FolderContents, copy_small_files, open_folder, plan_folder
+from pst_ds.export.from_run import RunSource, plan_run
+from pst_ds.export.gguf.model import write_gguf
+from pst_ds.export.manifest import ExportedTensor, ExportFacts, write_manifest
+from pst_ds.export.model_card import CARD_FILE, model_card
+from pst_ds.export.plan import SHARD_BYTES, PlannedFile, Source, TensorJob, plan_files, require_packed, require_space
+from pst_ds.export.prompt_file import SavedPrompt, read_prompt
+from pst_ds.export.quantization import linear_layers
+from pst_ds.export.trimmed_vocabulary import with_fewer_rows, write_vocabulary
+from pst_ds.export.write import write_tensors
+from pst_ds.file_names import MANIFEST_FILE
+from pst_ds.formats.base_weights import BaseWeights, is_text_part
+from pst_ds.nn.base_model import pruning_record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SMALL = "generation_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
+"""Small files of the base model that ``save_pretrained`` of the tokenizer does not write."""
+_SPARE_BYTES = 64 << 20
+"""Free disk space to require in addition to the weights, for tokenizer, manifest and card."""
+_KEPT_FACTS = (
+    "step", "base_model", "base_fingerprint", "computed_in", "sparsity_requested", "metrics", "run", "tokens_kept",
+    "prompt",
+)  # fmt: skip
+"""Facts of a manifest that an export of the folder keeps."""
+
+
+class ExportReport(ExportFacts, total=False):
+    """Result of an export; the JSON object of ``pst-ds export --json``."""
+
+    export_dir: str
+    tensors: int
+    pruned_tensors: int
+    packed_tensors: int
+    stay_dense: list[str]
+    """Sparse weights that stay dense."""
+    inexact_scales: int
+    """Scales of a GGUF file that fp16 cannot hold exactly."""
+    tokens: int
+    """Size of a trimmed vocabulary."""
+    checkpoint: str
+    activation_bits: int
+    """Bits of the activations that the run was trained with, if they were quantised."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportOptions:
+    """Storage of an export."""
+
+    packing: str = DENSE
+    """"dense", a packed format ("bitmask", "2:4", "csr"), "compressed-tensors" or "gguf"."""
+    values: Grid | None = None
+    """Quantisation of linear layers; None leaves them unchanged. Layers of a run that was trained with quantisation
+    have its quantised values, unless ``dtype`` is set."""
+    embeddings: Grid | None = None
+    """Quantisation of embeddings and the output layer; None leaves them unchanged."""
+    dtype: str | None = None
+    """"bf16" or "fp32": cast all tensors; None keeps their dtypes."""
+    shard_bytes: int = SHARD_BYTES
+    """Size limit of a weight file."""
+    processes: int = 1
+    """Processes that write."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """The tensors and other files of a folder, and the facts for its manifest."""
+
+    jobs: list[TensorJob]
+    source: Source
+    facts: ExportFacts
+    linear: list[str]
+    """Names of the linear layers."""
+    write_small_files: Callable[[Path], None]
+    """Writes config.json, the tokenizer and other small files."""
+
+
+def export_checkpoint(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    options: ExportOptions,
+    *,
+    vocabulary: Vocabulary | None = None,
+    prompt: SavedPrompt | None = None,
+    run: dict[str, object] | None = None,
+) -> ExportReport:
+    """Write ``out``, a model folder with the model in ``checkpoint``, atomically.
+
+    Pruned tensors have the values that the masked model multiplied with, and +0.0 where pruned. Other tensors have the
+    base model's bytes, or were trained.
+
+    Args:
+        model: the run's model, for names, shapes and config; may be on the meta device.
+        checkpoint: the trained values.
+        tokenizer: written next to the weights.
+        out: folder or GGUF file to write.
+        options: storage.
+        vocabulary: tokenizer with fewer tokens; only their rows are written. None keeps all tokens.
+        prompt: trained prompt of the run.
+        run: resolved run file, for the manifest.
+
+    Raises ExportError, and WorkerError if one of several processes was killed.
+    """
+    options = replace(options, values=_trained_values(checkpoint, options))
+    encoding = Encoding(options.packing, options.values, options.embeddings)
+    _require_free(out, encoding)
+    base = BaseWeights(checkpoint.state.base_path, getattr(model, "base_model_prefix", ""))
+    if vocabulary and is_text_part(model, base.folder):
+        raise ExportError(
+            f"--vocabulary: {base.folder} has more than the text part, so its vocabulary must stay complete. Remove "
+            "--vocabulary"
+        )
+    facts = _facts_of_run(checkpoint, encoding, prompt, run)
+    _require_prompt_support(prompt, options.packing, checkpoint.folder)
+    jobs = plan_run(model, checkpoint, base, encoding, options.dtype)
+    write_small_files = partial(_write_small_files_of_run, model, base, tokenizer, prompt)
+    contents = _Contents(jobs, RunSource(checkpoint, base, model), facts, linear_layers(model), write_small_files)
+    if vocabulary:
+        contents = _trimmed(contents, model, tokenizer, vocabulary)
+    return _write(contents, model, tokenizer, out, encoding, options)
+
+
+def _facts_of_run(
+    checkpoint: Checkpoint, encoding: Encoding, prompt: SavedPrompt | None, run: dict[str, object] | None
+) -> ExportFacts:
+    state = checkpoint.state
+    facts: ExportFacts = {
+        "kind": encoding.packing,
+        "step": state.step,
+        "base_model": state.base_path,
+        "base_fingerprint": state.base_fingerprint,
+        "computed_in": state.precision,
+        "sparsity_requested": state.sparsity,
+        "metrics": {name: value if math.isfinite(value) else None for name, value in state.metrics.items()},
+        "prompt": None if prompt is None else prompt.facts,
+        "run": run,
+    }
+    if pruned_from := pruning_record(state.base_path).get("base_model"):
+        facts["pruned_from"] = str(pruned_from)
+    return facts
+
+
+def _require_prompt_support(prompt: SavedPrompt | None, packing: str, source: Path) -> None:
+    """Raise ExportError for a format whose readers would silently ignore the prompt."""
+    if prompt is not None and packing in (*FOR_COMPRESSED_TENSORS, GGUF):
+        raise ExportError(
+            f"{source} has a trained prompt, which programs that read {packing} would silently ignore. Use --format "
+            "dense or bitmask"
+        )
+
+
+def _write_small_files_of_run(
+    model: PreTrainedModel,
+    base: BaseWeights,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: SavedPrompt | None,
+    folder: Path,
+) -> None:
+    """Write the config, the base's small files, the tokenizer and the prompt to ``folder``."""
+    if prompt is not None:
+        prompt.write(folder)
+    if is_text_part(model, base.folder):
+        base.copy_if_there(CONFIG_FILE, folder)
+    else:
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(folder)
+    for name in _SMALL:
+        base.copy_if_there(name, folder)
+    tokenizer.save_pretrained(folder)
+
+
+def export_folder(
+    source: Path,
+    out: Path,
+    options: ExportOptions,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    vocabulary: Vocabulary | None = None,
+    dequantize: bool = False,
+) -> ExportReport:
+    """Write ``out`` from a dense model folder with pruned weights, or from one of our packed folders, atomically.
+
+    Weights are bit-identical, except for a packed -0.0, which becomes +0.0, and for weights that ``options`` quantises.
+    Weights that are quantised in that way already stay unchanged.
+
+    Args:
+        source: the folder.
+        out: folder or GGUF file to write.
+        options: storage.
+        tokenizer: the folder's tokenizer, required with ``vocabulary``.
+        vocabulary: ``tokenizer`` with fewer tokens; only their rows are written. None keeps all tokens.
+        dequantize: whether the folder is in GPTQ, AWQ, bitsandbytes or MXFP4, and is converted to floats first.
+
+    Raises ExportError, and WorkerError if one of several processes was killed.
+    """
+    encoding = Encoding(options.packing, options.values, options.embeddings)
+    _require_free(out, encoding)
+    if out.resolve() == source.resolve():
+        raise ExportError(f"--out {out} is the folder to read. Name another folder")
+    folder = open_folder(source, dequantize=dequantize)
+    jobs, origin = plan_folder(folder, encoding, options.dtype)
+    _require_prompt_support(read_prompt(source), options.packing, source)
+    known: dict[str, object] = dict(folder.facts or {})
+    facts = {"kind": encoding.packing, **{key: known.get(key) for key in _KEPT_FACTS}}
+    facts["metrics"] = known.get("metrics") or {}
+    facts |= {key: known[key] for key in ("pruned_from",) if key in known}
+    small_files = partial(_write_small_files_of_folder, folder)
+    contents = _Contents(jobs, origin, cast(ExportFacts, facts), linear_layers(folder.model), small_files)
+    if vocabulary:
+        assert tokenizer is not None
+        contents = _trimmed(contents, folder.model, tokenizer, vocabulary)
+    if encoding.packing == GGUF and not vocabulary:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    return _write(contents, folder.model, tokenizer, out, encoding, options)
+
+
+def _trimmed(
+    contents: _Contents, model: nn.Module, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
+) -> _Contents:
+    """Return ``contents`` with the rows, the tokenizer and the ids of ``vocabulary``. Raises ExportError."""
+
+    def write_small_files(folder: Path) -> None:
+        contents.write_small_files(folder)
+        write_vocabulary(folder, model, vocabulary, tokenizer)
+
+    jobs, source = with_fewer_rows(contents.jobs, contents.source, model, vocabulary.kept)
+    before = contents.facts.get("tokens_kept")
+    if before and vocabulary.kept[-1] >= len(before):
+        raise ExportError(f"the manifest has {len(before)} tokens, and the tokenizer has more. Export the model again")
+    kept = [before[old] for old in vocabulary.kept] if before else list(vocabulary.kept)
+    facts: ExportFacts = {**contents.facts, "tokens_kept": kept}
+    return replace(contents, jobs=jobs, source=source, facts=facts, write_small_files=write_small_files)
+
+
+def _trained_values(checkpoint: Checkpoint, options: ExportOptions) -> Grid | None:
+    """Return the quantisation of the values: by default that of the run, if the format supports it.
+
+    Raises ExportError for another quantisation than the run's.
+    """
+    trained, requested = checkpoint.contents.value_grid, options.values
+    if not checkpoint.state.rounds or trained is None:
+        return requested
+    if requested is None:
+        has_codes = options.packing in (*QUANTIZED_PACKINGS, *FOR_COMPRESSED_TENSORS, GGUF)
+        return trained if options.dtype is None and has_codes else None
+    if requested != trained:
+        raise ExportError(
+            f"the export asks for {requested}, and {checkpoint.folder} was trained with {trained}. Quantising again "
+            "loses accuracy. Remove --values and --group, or write floats with --dtype"
+        )
+    return requested
+
+
+def _write_small_files_of_folder(folder: FolderContents, out: Path) -> None:
+    copy_small_files(folder.path, out)
+    config = {key: value for key, value in folder.config.items() if key != "quantization_config"}
+    (out / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _require_free(out: Path, encoding: Encoding) -> None:
+    """Raise ExportError unless ``out`` is free, an empty folder or an older export; for GGUF free or an older file."""
+    if encoding.packing == GGUF:
+        if out.suffix != ".gguf" or out.is_dir():
+            raise ExportError(
+                f"--out {out.absolute()} must be one file for llama.cpp. Give it a name that ends in .gguf"
+            )
+    elif out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / MANIFEST_FILE).is_file())):
+        raise ExportError(f"--out {out.absolute()} exists and is not an export. Name another folder")
+    require_writable(out, f"--out {out}")
+
+
+def _write(
+    contents: _Contents,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    out: Path,
+    encoding: Encoding,
+    options: ExportOptions,
+) -> ExportReport:
+    """Write ``out`` as a folder or a GGUF file."""
+    if encoding.packing != GGUF:
+        return _write_folder(contents, out, encoding, options)
+    counts = write_gguf(contents.jobs, contents.source, model.config, tokenizer, out, encoding)
+    return cast(ExportReport, {**contents.facts, **counts})
+
+
+def _write_folder(contents: _Contents, out: Path, encoding: Encoding, options: ExportOptions) -> ExportReport:
+    stay_dense = require_packed(contents.jobs, encoding)
+    files = plan_files(contents.jobs, encoding.stem, options.shard_bytes)
+    require_space(out, sum(file.nbytes for file in files) + _SPARE_BYTES)
+    with atomic_folder(out) as partial_folder:
+        tensors = write_tensors(partial_folder, files, contents.jobs, contents.source, options.processes)
+        _write_index(partial_folder, files, encoding)
+        contents.write_small_files(partial_folder)
+        left_alone = _unquantised(contents.linear, tensors) if encoding.packing in FOR_COMPRESSED_TENSORS else []
+        architecture = _finish_config(partial_folder, tensors, encoding.quantization_config(len(files), left_alone))
+        known: dict[str, object] = {
+            "kind": encoding.packing, **encoding.facts(), "architecture": architecture, **contents.facts,
+            **_counted(tensors, files),
+        }  # fmt: skip
+        storage = storage_facts(tensors, _sizes(tensors, files))
+        facts = cast(ExportFacts, {**known, **(storage if encoding.is_quantized else {})})
+        if left_alone:
+            facts["left_alone"] = left_alone
+        (partial_folder / CARD_FILE).write_text(model_card(out.name, tensors, facts), encoding="utf-8")
+        facts["files"] = _sums(partial_folder)
+        write_manifest(partial_folder, tensors, facts)
+    report: dict[str, object] = {
+        **{key: value for key, value in facts.items() if key not in ("files", "run")},
+        "export_dir": str(out),
+        **tensor_counts(tensors),
+        **storage,
+        "stay_dense": stay_dense,
+    }
+    return cast(ExportReport, report)
+
+
+def tensor_counts(tensors: Sequence[ExportedTensor]) -> dict[str, int]:
+    """Return the numbers of tensors, of pruned ones and of packed ones."""
+    return {
+        "tensors": len(tensors),
+        "pruned_tensors": sum(tensor.origin == "pruned" for tensor in tensors),
+        "packed_tensors": sum(tensor.packing != DENSE for tensor in tensors),
+    }
+
+
+def _write_index(folder: Path, files: Sequence[PlannedFile], encoding: Encoding) -> None:
+    """Write the index, if there are several files."""
+    if len(files) == 1:
+        return
+    total = sum(slot.nbytes for file in files for slot in file.slots.values())
+    index = {"metadata": {"total_size": total}, "weight_map": {n: file.name for file in files for n in file.slots}}
+    path = folder / encoding.weights_file(len(files))
+    path.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _finish_config(folder: Path, tensors: Sequence[ExportedTensor], quantization: dict[str, object] | None) -> str:
+    """Write dtype and packing of the tensors into config.json; return the name of the model's class."""
+    path = folder / CONFIG_FILE
+    table = json.loads(path.read_text(encoding="utf-8"))
+    names = ("bfloat16", "float16", "float32")
+    widths = {name for tensor in tensors if (name := str(tensor.dtype).removeprefix("torch.")) in names}
+    table.pop("torch_dtype", None)  # the older name of "dtype"
+    table["dtype"] = widths.pop() if len(widths) == 1 else "float32"
+    for part in table.values():  # such as text_config
+        if isinstance(part, dict) and part.get("dtype"):
+            part["dtype"] = table["dtype"]
+    if quantization is not None:
+        table["quantization_config"] = quantization
+    path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return (table.get("architectures") or [""])[0]
+
+
+def _unquantised(linear: Sequence[str], tensors: Sequence[ExportedTensor]) -> list[str]:
+    """Return the linear layers that are not quantised."""
+    quantised = {tensor.name.removesuffix(".weight") for tensor in tensors if tensor.grid}
+    return [name for name in linear if name not in quantised]
+
+
+def _counted(tensors: Sequence[ExportedTensor], files: Sequence[PlannedFile]) -> dict[str, object]:
+    """Return the measured sparsity and sizes."""
+    return {
+        "sparsity_measured": measured_sparsity(tensors),
+        "dense_bf16_bytes": 2 * sum(tensor.numel for tensor in tensors),
+        "weight_bytes": sum(slot.nbytes for file in files for slot in file.slots.values()),
+        "file_bytes": sum(file.nbytes for file in files),
+    }
+
+
+def _sizes(tensors: Sequence[ExportedTensor], files: Sequence[PlannedFile]) -> list[int]:
+    """Return the stored bytes of each tensor."""
+    nbytes = {name: slot.nbytes for file in files for name, slot in file.slots.items()}
+    return [sum(nbytes[part.name] for part in tensor.parts) for tensor in tensors]
+
+
+def storage_facts(tensors: Sequence[ExportedTensor], sizes: Sequence[int]) -> dict[str, float]:
+    """Return the bits per weight, including scales and positions, and the quantisation error.
+
+    ``sizes``: stored bytes of each tensor.
+    """
+    stored = list(zip(tensors, sizes, strict=True))
+    packed = [(tensor, size) for tensor, size in stored if tensor.packing != DENSE]
+    errors = [tensor.rounding_error for tensor in tensors if tensor.grid]
+    facts: dict[str, float] = {"bits_per_weight": _bits_per_weight(stored)}
+    if packed:
+        facts["packed_bits_per_weight"] = _bits_per_weight(packed)
+    return facts | ({"rounded_tensors": len(errors), "largest_rounding_error": max(errors)} if errors else {})
+
+
+def _bits_per_weight(stored: Sequence[tuple[ExportedTensor, int]]) -> float:
+    weights, nbytes = sum(tensor.numel for tensor, _ in stored), sum(size for _, size in stored)
+    return round(8 * nbytes / max(weights, 1), 4)
+
+
+def measured_sparsity(tensors: Sequence[ExportedTensor]) -> float:
+    """Return the sparsity of the pruned tensors; without any, of the linear weights that have zeros."""
+    pruned = [tensor for tensor in tensors if tensor.origin == "pruned"]
+    sparse = pruned or [tensor for tensor in tensors if tensor.pattern != DENSE]
+    zeros = sum(tensor.numel - tensor.nonzero for tensor in sparse)
+    return zeros / sum(tensor.numel for tensor in sparse) if sparse else 0.0
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file except the weights, which have their own, and the card, which users may edit."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return {n: file_sha256(folder / n) for n in names if n != CARD_FILE and not n.endswith(".safetensors")}

@@ -1,0 +1,269 @@
+"""Export a run or a model folder in any format: the function behind ``pst-ds export``."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from pst_ds.checkpoint.format import Checkpoint
+from pst_ds.config.run import RunConfig
+from pst_ds.config.toml import dump_run, load_run, load_run_folder
+from pst_ds.core.packings import COMPRESSED_TENSORS, COMPRESSED_TENSORS_W8A8, DENSE, GGUF, ONNX, VALUE_BITS
+from pst_ds.core.quantization import grid_of
+from pst_ds.data.tasks import task_of
+from pst_ds.data.tokens.identity import open_tokenizer
+from pst_ds.data.vocabulary import Vocabulary, trim
+from pst_ds.errors import InputError
+from pst_ds.export.from_folder import CONFIG_FILE, model_of
+from pst_ds.export.plan import SHARD_BYTES
+from pst_ds.export.prompt_file import SavedPrompt
+from pst_ds.export.to_folder import ExportOptions, ExportReport, export_checkpoint, export_folder
+from pst_ds.export.trimmed_vocabulary import ids_of_model
+from pst_ds.file_names import RUN_FILE
+from pst_ds.nn.base_model import DTYPES
+from pst_ds.nn.prompt import NAME, prompt_of
+from pst_ds.train.model import load_tokenizer, meta_model
+from pst_ds.train.run import masked_model, prepare_single
+from pst_ds.train.run_folder import open_checkpoint
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SEEN = "seen"
+"""Value of ``vocabulary`` for the tokens in a run's training and validation data."""
+_BATCH = 1024
+"""Examples or lines that are tokenised together."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportSettings:
+    """Settings of an export, named like the options of ``pst-ds export``. Raises InputError if they conflict."""
+
+    format: str = DENSE
+    """"dense", "bitmask", "2:4", "csr", "compressed-tensors", "gguf" or "onnx"."""
+    values: str | None = None
+    """Linear layers inside the blocks: "int8" or "int4" quantises them; "bf16" casts every tensor of the model."""
+    embeddings: str | None = None
+    """Embeddings and the output layer: "int8" or "int4"."""
+    group: str | int | None = None
+    """Weights of a row per scale: 32, 64, 128 or "row"; default: "row" for int8, 64 for int4, and 32 for GGUF."""
+    dtype: str | None = None
+    """"bf16" or "fp32": cast every tensor."""
+    vocabulary: str | None = None
+    """Keep only the tokens in this text file, or with "seen" those in a run's training and validation data."""
+    activation_bits: int | None = None
+    """8 or 16: activations of quantised products in ONNX, or of int8 layers in compressed-tensors."""
+    plain: bool = False
+    """With format "onnx": dense fp32 weights and standard operators only."""
+    dequantize: bool = False
+    """Whether the source is a model folder in GPTQ, AWQ, bitsandbytes or MXFP4."""
+    processes: int = 1
+    """Processes that write."""
+    shard_bytes: int = SHARD_BYTES
+    """Size limit of a weight file."""
+
+    def __post_init__(self) -> None:
+        if self.plain and self.format != ONNX:
+            raise InputError(f"--plain is for --format {ONNX}, not {self.format}. Remove --plain")
+        quantised_onnx = self.format == ONNX and not self.plain and self.values in VALUE_BITS
+        if self.activation_bits == 8 and not quantised_onnx and self.format != COMPRESSED_TENSORS:
+            raise InputError(
+                f"--activation-bits 8 is for --format {COMPRESSED_TENSORS}, and for --format {ONNX} with quantised "
+                f"weights. Add --values {' or '.join(VALUE_BITS)}"
+            )
+        if self.group and self.values not in VALUE_BITS and self.embeddings not in VALUE_BITS:
+            raise InputError(
+                f"--group {self.group} is for {' or '.join(VALUE_BITS)} values. Add --values or --embeddings"
+            )
+        if self.values == "bf16" and self.dtype not in (None, "bf16"):
+            raise InputError(f"--values bf16 and --dtype {self.dtype} both cast every tensor. Remove one of them")
+
+    def options(self) -> ExportOptions:
+        """Return the storage of the export. Raises InputError for an unknown quantisation."""
+        group = self.group or ("32" if self.format == GGUF else None)
+        quantises_inputs = self.format == COMPRESSED_TENSORS and self.activation_bits == 8
+        try:
+            return ExportOptions(
+                packing=COMPRESSED_TENSORS_W8A8 if quantises_inputs else self.format,
+                values=grid_of(self.values, group) if self.values in VALUE_BITS else None,
+                embeddings=grid_of(self.embeddings, group) if self.embeddings in VALUE_BITS else None,
+                dtype="bf16" if self.values == "bf16" else self.dtype,
+                shard_bytes=self.shard_bytes,
+                processes=self.processes,
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+
+def export_run(
+    run: RunConfig | str | Path,
+    out: str | Path,
+    settings: ExportSettings | None = None,
+    *,
+    checkpoint: str | Checkpoint = "best",
+) -> ExportReport:
+    """Export a checkpoint of a run, atomically.
+
+    Args:
+        run: config of the run, its folder, or its run file.
+        out: folder to write; for GGUF a file.
+        settings: format, quantisation and so on; None writes a dense folder.
+        checkpoint: "best", "final", another name in the run's ``checkpoints/``, or an opened checkpoint.
+
+    Returns:
+        Counts, sizes and sparsity.
+
+    Raises InputError, and WorkerError if one of several processes was killed.
+    """
+    settings = settings or ExportSettings()
+    config = run if isinstance(run, RunConfig) else _load_run(Path(run))
+    if settings.dequantize:
+        raise InputError("--dequantize is for model folders of other libraries, not for runs. Remove --dequantize")
+    if settings.format == ONNX:
+        return _to_onnx(lambda at, how: export_run(config, at, how, checkpoint=checkpoint), Path(out), settings)
+    opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(config, checkpoint)
+    tokenizer = load_tokenizer(config)
+    model = meta_model(config, opened.state.labels, tokenizer, own_dropout=True)
+    vocabulary = None
+    if settings.vocabulary:
+        vocabulary = _vocabulary_of_run(settings.vocabulary, config, opened.state.labels, tokenizer, model)
+    report = export_checkpoint(
+        cast("PreTrainedModel", model),
+        opened,
+        tokenizer,
+        Path(out),
+        settings.options(),
+        vocabulary=vocabulary,
+        prompt=saved_prompt(config, opened, model),
+        run=json.loads(json.dumps(tomllib.loads(dump_run(config)))),
+    )
+    if opened.state.rounds and config.quantization.activations:
+        report["activation_bits"] = config.quantization.activation_bits
+    report["checkpoint"] = str(opened.folder)
+    return _with_token_count(report)
+
+
+def export_model_folder(source: str | Path, out: str | Path, settings: ExportSettings | None = None) -> ExportReport:
+    """Export a model folder with pruned weights, or one of our packed folders, atomically; see :func:`export_run`."""
+    settings, source = settings or ExportSettings(), Path(source)
+    if settings.format == ONNX:
+        return _to_onnx(lambda at, how: export_model_folder(source, at, how), Path(out), settings)
+    tokenizer, vocabulary = None, None
+    if settings.vocabulary:
+        tokenizer, vocabulary = _vocabulary_of_folder(settings.vocabulary, source)
+    report = export_folder(
+        source,
+        Path(out),
+        settings.options(),
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        dequantize=settings.dequantize,
+    )
+    return _with_token_count(report)
+
+
+def is_model_folder(source: Path) -> bool:
+    """Return whether ``source`` is a model folder, not a run folder or file. Raises InputError for other folders."""
+    if not source.is_dir() or (source / RUN_FILE).is_file():
+        return False
+    if not (source / CONFIG_FILE).exists():
+        raise InputError(
+            f"{str(source)!r} is not a run folder: {RUN_FILE} is missing; nor a model folder: {CONFIG_FILE} is missing "
+            f"(looked in {source.absolute()})"
+        )
+    return True
+
+
+def _load_run(path: Path) -> RunConfig:
+    return load_run_folder(path) if path.is_dir() else load_run(path)
+
+
+def _to_onnx(
+    export: Callable[[Path, ExportSettings], ExportReport], out: Path, settings: ExportSettings
+) -> ExportReport:
+    """Export to a temporary folder with ``export``, and write its ONNX graph to ``out``."""
+    from pst_ds.inference.onnx.folder import require_free, write_onnx
+
+    require_free(out)
+    with tempfile.TemporaryDirectory(prefix="pst-ds-") as scratch:
+        packed, plain = Path(scratch) / out.name, settings.plain
+        how = replace(settings, format=DENSE if plain else "bitmask", plain=False, activation_bits=None)
+        facts = export(packed, how)
+        trained = 16 if plain or facts.get("values") not in VALUE_BITS else facts.get("activation_bits", 16)
+        bits = settings.activation_bits or trained
+        return cast(ExportReport, write_onnx(packed, out, dict(facts), plain=plain, activation_bits=bits))
+
+
+def _with_token_count(report: ExportReport) -> ExportReport:
+    """Replace the list of kept tokens by their number."""
+    kept = report.pop("tokens_kept", None)
+    if kept:
+        report["tokens"] = len(kept)
+    return report
+
+
+def saved_prompt(config: RunConfig, checkpoint: Checkpoint, shapes: nn.Module) -> SavedPrompt | None:
+    """Return the trained prompt of a checkpoint, or None; ``shapes``: the run's model on the meta device."""
+    prompt = prompt_of(shapes)
+    if prompt is None:
+        return None
+    name = next((name for name in checkpoint.contents.trained if name.endswith(f"{NAME}.pst_P")), None)
+    if name is not None:
+        values = checkpoint.trained[name].to(DTYPES[checkpoint.state.precision])
+    else:  # an adapter computes it from hidden states of the text, which checkpoints do not have
+        whole = prompt_of(masked_model(prepare_single(config, checkpoint), checkpoint))
+        assert whole is not None
+        values = whole().detach().cpu()
+    return SavedPrompt(config.prompt.text, prompt.after, values.float())
+
+
+def _vocabulary_of_run(
+    requested: str, run: RunConfig, labels: list[str], tokenizer: PreTrainedTokenizerBase, model: nn.Module
+) -> Vocabulary:
+    """Return the trimmed vocabulary for a run's model. Raises InputError."""
+    seen = _tokens_of_splits(run, labels, tokenizer) if requested == SEEN else _tokens_of_file(requested, tokenizer)
+    return trim(tokenizer, seen | ids_of_model(model))
+
+
+def _vocabulary_of_folder(requested: str, folder: Path) -> tuple[PreTrainedTokenizerBase, Vocabulary]:
+    """Return the tokenizer of a model folder, and the trimmed vocabulary. Raises InputError."""
+    if requested == SEEN:
+        raise InputError(f"--vocabulary seen: {folder} is a model folder, which has no training data. Name a text file")
+    tokenizer = open_tokenizer(folder, str(folder), "Name a folder with a tokenizer")
+    return tokenizer, trim(tokenizer, _tokens_of_file(requested, tokenizer) | ids_of_model(model_of(folder)))
+
+
+def _tokens_of_splits(run: RunConfig, labels: list[str], tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the tokens of the training and validation data, truncated as in training."""
+    task, found = task_of(run), set[int]()
+    for split in ("train", "validation") if run.data.validation else ("train",):
+        examples = task.load(run.data, split, tokenizer, labels)
+        for first in range(0, len(examples), _BATCH):
+            indices = range(first, min(first + _BATCH, len(examples)))
+            found.update(task.collate(examples, indices, tokenizer)["input_ids"].unique().tolist())
+    return found
+
+
+def _tokens_of_file(name: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    found = set[int]()
+    for lines in _batches_of_lines(Path(name)):
+        found.update(token for ids in tokenizer(lines)["input_ids"] for token in ids)
+    return found
+
+
+def _batches_of_lines(path: Path) -> Iterator[list[str]]:
+    """Yield the lines of a text file in batches. Raises InputError."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            while lines := [line.rstrip("\n") for _, line in zip(range(_BATCH), file, strict=False)]:
+                yield lines
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f'--vocabulary {path} cannot be read: {error}. Name a UTF-8 file with one text per line, or "seen"'
+        ) from None

@@ -1,0 +1,92 @@
+"""Verify an export: its files against the manifest, and its model against the run that it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pst_ds.config.run import RunConfig
+from pst_ds.config.toml import load_run, load_run_folder
+from pst_ds.core.packings import ONNX_FILE
+from pst_ds.export.check import check_export, check_model
+from pst_ds.inference.verify.against_run import Comparison, OnnxComparison, RunToCompare, compare_with_run
+
+__all__ = ["Comparison", "OnnxComparison", "VerificationError", "VerifyReport", "verify"]
+
+
+class VerificationError(RuntimeError):
+    """A valid export that is not the trained model."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """Result of :func:`verify`."""
+
+    export_dir: str
+    file: Mapping[str, object]
+    """Counts, sizes and sparsity of the files."""
+    comparison: Comparison | OnnxComparison | None = None
+    """Comparison with the run, if one was given."""
+    run: str = ""
+    """Folder of the run, and its checkpoint."""
+
+    @property
+    def problem(self) -> str:
+        """Why the export is not the trained model; "" if it is, or without a run."""
+        found = "" if self.comparison is None else self.comparison.problem
+        return f"{self.export_dir} is not the model in {self.run}: {found}" if found else ""
+
+    def require_equal(self) -> None:
+        """Raise VerificationError if the export is not the trained model."""
+        if self.problem:
+            raise VerificationError(self.problem)
+
+    def to_json(self) -> dict[str, object]:
+        """Return the JSON object of ``pst-ds verify --json``."""
+        if self.comparison is None:
+            return {**self.file, "export_dir": self.export_dir}
+        compared = {key: value for key, value in asdict(self.comparison).items() if value is not None}
+        texts = compared.pop("texts", None) or {}
+        return {**self.file, **compared, **texts, "reloaded_equal": not self.problem, "export_dir": self.export_dir}
+
+
+def verify(
+    export: str | Path,
+    against: RunConfig | str | Path | None = None,
+    *,
+    checkpoint: str = "best",
+    split: str = "test",
+    limit: int | None = None,
+) -> VerifyReport:
+    """Verify an export.
+
+    Without ``against`` the files are compared with the manifest (see :func:`pst_ds.export.check.check_export`), and an
+    ONNX file is opened. With it the masked model of the run and the export are loaded, and their weights, logits and
+    predictions are compared on the same batches; check ``problem`` of the report, or call ``require_equal``.
+
+    Args:
+        export: the exported folder.
+        against: config of the run that it came from, its folder, or its run file.
+        checkpoint: name of the checkpoint that was exported.
+        split: "train", "validation" or "test": the data to compare on.
+        limit: number of examples to compare on; None uses all.
+
+    Raises InputError for a damaged export, and for the export of another model.
+    """
+    folder = Path(export)
+    config = against if isinstance(against, RunConfig) or against is None else _load_run(Path(against))
+    run = None if config is None else RunToCompare(config, checkpoint, split, limit)
+    place = "" if config is None else f"{config.output_dir}, checkpoint {checkpoint}"
+    if (folder / ONNX_FILE).is_file():
+        from pst_ds.inference.verify.onnx import compare_onnx_with_run, facts_of_file
+
+        facts = facts_of_file(folder)
+        return VerifyReport(str(export), facts, compare_onnx_with_run(folder, run) if run else None, place)
+    file = check_export(folder)
+    check_model(folder)
+    return VerifyReport(str(export), file, compare_with_run(folder, run) if run else None, place)
+
+
+def _load_run(path: Path) -> RunConfig:
+    return load_run_folder(path) if path.is_dir() else load_run(path)

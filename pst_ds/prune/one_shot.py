@@ -1,0 +1,135 @@
+"""Prune a loaded model by a :class:`PruneConfig`: rules of its layers, budgets, and the pruning itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from pst_ds.config.methods import OneShotMethod
+from pst_ds.config.one_shot import REAP, PruneConfig
+from pst_ds.config.pst import PSTConfig
+from pst_ds.core.one_shot import SPREAD
+from pst_ds.core.packings import WHOLE_ROW
+from pst_ds.core.quantization import Grid, grid_of
+from pst_ds.errors import InputError
+from pst_ds.nn.targets import resolve_targets
+from pst_ds.prune.budgets import require_room, rules_by_outliers
+from pst_ds.prune.layer import PrunedLayer
+from pst_ds.prune.model import prune_layers
+from pst_ds.prune.replay import Batch
+from pst_ds.prune.rules import LayerRule, layer_rules, requested_sparsity, settings_for
+from pst_ds.prune.saliency import require_linear, rules_by_saliency
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def plan_layers(
+    model: PreTrainedModel, config: PruneConfig, pst: PSTConfig, final_sparsity: float
+) -> tuple[PSTConfig, float, list[LayerRule]]:
+    """Return the effective PST settings, the requested sparsity, and the rule of each layer.
+
+    Args:
+        model: the model to prune.
+        config: settings of the pruning.
+        pst: PST settings of the run, for targets, pattern and overrides.
+        final_sparsity: sparsity if ``config`` and the pattern have none.
+
+    Raises InputError for everything that is wrong and can be known without calibration data.
+    """
+    method, wanted = _method_of(config), final_sparsity if config.sparsity is None else config.sparsity
+    settings = settings_for(model, pst, method, config.pattern, budgets=config.budgets, share=wanted)
+    sparsity = 0.0 if config.keep_zeros else requested_sparsity(settings, config.sparsity, final_sparsity)
+    rules = layer_rules(
+        resolve_targets(model, settings),
+        method,
+        sparsity,
+        grid=_grid_of(config),
+        keeps_zeros=config.keep_zeros,
+        swaps=config.swaps,
+    )
+    if config.budgets == "owl":
+        require_room(rules, _spread_of(config))
+    if config.budgets == "saliency":
+        require_linear(rules)
+    return settings, sparsity, rules
+
+
+def prune_loaded(
+    model: PreTrainedModel,
+    config: PruneConfig,
+    pst: PSTConfig,
+    final_sparsity: float,
+    batches: Sequence[Batch],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[list[PrunedLayer], dict[str, object]]:
+    """Prune ``model`` in place.
+
+    Args:
+        model: the model, on the CPU.
+        config: settings of the pruning.
+        pst: PST settings of the run.
+        final_sparsity: sparsity if ``config`` and the pattern have none.
+        batches: calibration data; empty if ``config.needs_data`` is False.
+        device: where blocks compute.
+        dtype: dtype of the computation.
+
+    Returns:
+        The outcome of each layer, and facts for the pruning record.
+
+    Raises InputError, and FloatingPointError for values that are not finite.
+    """
+    settings, sparsity, rules = plan_layers(model, config, pst, final_sparsity)
+    budgets: dict[str, object] = {} if config.budgets == "equal" else {"budgets": config.budgets}
+    if config.budgets == "owl":
+        spread = _spread_of(config)
+        rules, outliers = rules_by_outliers(model, rules, batches, device=device, dtype=dtype, spread=spread)
+        budgets |= {"spread": spread, "outliers": outliers}
+    if config.budgets == "saliency":
+        rules = rules_by_saliency(model, rules, batches, device=device, dtype=dtype)
+    layers = prune_layers(
+        model,
+        rules,
+        _method_of(config),
+        batches,
+        device=device,
+        dtype=dtype,
+        gated=settings.gated_norms,
+        reconstruct=config.reconstruct,
+    )
+    facts = _facts_of(config, settings, sparsity) | budgets
+    if batches and any(rule.target.is_stack for rule in rules):
+        facts["gated_norms"] = settings.gated_norms
+    return layers, facts
+
+
+def _facts_of(config: PruneConfig, settings: PSTConfig, sparsity: float) -> dict[str, object]:
+    facts: dict[str, object] = {
+        "method": config.method,
+        "pattern": "zeros" if config.keep_zeros else settings.pattern,
+        "sparsity_requested": None if config.keep_zeros else sparsity,
+    }
+    if (grid := _grid_of(config)) is not None:
+        facts |= {"values": grid.values, "group": grid.group or WHOLE_ROW}
+    return facts | {name: passes for name in ("swaps", "reconstruct") if (passes := getattr(config, name))}
+
+
+def _method_of(config: PruneConfig) -> OneShotMethod:
+    if config.method == REAP:
+        raise InputError("method reap drops experts, and does not prune weights. Call drop_experts")
+    return config.method
+
+
+def _grid_of(config: PruneConfig) -> Grid | None:
+    try:
+        return grid_of(f"int{config.bits}", config.group) if config.bits else None
+    except ValueError as error:
+        raise InputError(f"--bits {config.bits} --group {config.group}: {error}") from None
+
+
+def _spread_of(config: PruneConfig) -> float:
+    return SPREAD if config.spread is None else config.spread

@@ -1,0 +1,23 @@
+"""Exports with the storage options as keywords."""
+
+from pathlib import Path
+
+from pst_ds.export import to_folder
+from pst_ds.export.to_folder import ExportOptions
+
+_NOT_STORAGE = ("tokenizer", "vocabulary", "dequantize", "prompt", "run")
+
+
+def _split(keywords):
+    others = {name: keywords.pop(name) for name in _NOT_STORAGE if name in keywords}
+    return ExportOptions(**keywords), others
+
+
+def export_folder(source: Path, out: Path, **keywords):
+    options, others = _split(keywords)
+    return to_folder.export_folder(source, out, options, **others)
+
+
+def export_checkpoint(model, checkpoint, tokenizer, out: Path, **keywords):
+    options, others = _split(keywords)
+    return to_folder.export_checkpoint(model, checkpoint, tokenizer, out, options, **others)
