@@ -111,7 +111,7 @@ def test_a_file_in_a_narrower_dtype_is_held_against_the_model_cast_alike(folders
         (["--group", "32"], "--group 32 is for values of int8 or int4: add --values or --embeddings"),
         (["--values", "bf16", "--group", "32"], "--group 32 is for values of int8 or int4"),
         (["--values", "bf16", "--dtype", "fp32"], "--values bf16 casts every tensor, and so does --dtype fp32"),
-        (["--format", "csr", "--values", "int8"], "csr holds values of the model's dtype only; int8 and int4 are for"),
+        (["--format", "csr", "--values", "int8"], "csr holds values of the model's dtype only. For int8 and int4"),
         (["--values", "int4"], "do not divide"),
     ],
 )

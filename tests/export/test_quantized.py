@@ -266,7 +266,7 @@ def test_bytes_do_not_depend_on_processes_or_files(forked_writers, models, expor
     [
         ({"values": Grid(4, 64)}, r"model\.layers\.0\.\w+\.\w+_proj\.weight: groups of 64 do not divide (24|36)"),
         ({"embeddings": INT4_32}, "weight: groups of 32 do not divide 24 inputs; take row"),
-        ({"packing": "csr", "values": INT8}, "csr holds values of the model's dtype only; int8 and int4 are for"),
+        ({"packing": "csr", "values": INT8}, "csr holds values of the model's dtype only. For int8 and int4"),
         ({"packing": "csr", "embeddings": INT8}, "csr holds values of the model's dtype only"),
     ],
 )  # fmt: skip
@@ -313,7 +313,7 @@ def test_damaged_codes_are_not_converted(exports, tmp_path):
     del tensors[f"{name}.scales"]
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(
-        ExportError, match=r"lacks model\.layers\.0\.mlp\.up_proj\.scales, which a weight packed as 2:4"
+        ExportError, match=r"lacks model\.layers\.0\.mlp\.up_proj\.scales, a part of a weight packed as 2:4"
     ):
         export_folder(folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
