@@ -9,21 +9,26 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CubicSchedule": "core.schedule",
+    "ExportSettings": "inference.export_run",
     "Grid": "core.quantization.grid",
     "MaskUpdater": "masks.schedule_driver",
     "OneShotSchedule": "core.schedule",
     "PSTConfig": "config.pst",
+    "PruneConfig": "config.one_shot",
     "RoundingSchedule": "core.schedule",
+    "export_run": "inference.export_run",
     "inject_pst": "nn.inject",
     "load_pretrained": "checkpoint.adapter",
     "merge_and_unload": "nn.merge",
     "plan": "planning.plan",
     "print_trainable_parameters": "nn.merge",
+    "prune_model": "train.one_shot.pruning",
     "pst_optimizer": "nn.optimizer",
     "pst_parameter_groups": "nn.optimizer",
     "save_pretrained": "checkpoint.adapter",
     "train_run": "train.run",
     "adapter_checkpoints": "nn.adapter_checkpoints",
+    "verify": "inference.verify",
 }
 
 __all__ = ["__version__", *_HOMES]
@@ -32,11 +37,15 @@ __all__ = ["__version__", *_HOMES]
 if TYPE_CHECKING:
     from pst_ds.checkpoint.adapter import load_pretrained as load_pretrained
     from pst_ds.checkpoint.adapter import save_pretrained as save_pretrained
+    from pst_ds.config.one_shot import PruneConfig as PruneConfig
     from pst_ds.config.pst import PSTConfig as PSTConfig
     from pst_ds.core.quantization.grid import Grid as Grid
     from pst_ds.core.schedule import CubicSchedule as CubicSchedule
     from pst_ds.core.schedule import OneShotSchedule as OneShotSchedule
     from pst_ds.core.schedule import RoundingSchedule as RoundingSchedule
+    from pst_ds.inference.export_run import ExportSettings as ExportSettings
+    from pst_ds.inference.export_run import export_run as export_run
+    from pst_ds.inference.verify import verify as verify
     from pst_ds.masks.schedule_driver import MaskUpdater as MaskUpdater
     from pst_ds.nn.adapter_checkpoints import adapter_checkpoints as adapter_checkpoints
     from pst_ds.nn.inject import inject_pst as inject_pst
@@ -45,6 +54,7 @@ if TYPE_CHECKING:
     from pst_ds.nn.optimizer import pst_optimizer as pst_optimizer
     from pst_ds.nn.optimizer import pst_parameter_groups as pst_parameter_groups
     from pst_ds.planning.plan import plan as plan
+    from pst_ds.train.one_shot.pruning import prune_model as prune_model
     from pst_ds.train.run import train_run as train_run
 else:
 

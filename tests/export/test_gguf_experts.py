@@ -187,13 +187,13 @@ def test_a_packed_folder_has_its_own_codes_in_the_file(tmp_path):
         (
             "qwen2_moe",
             {"norm_topk_prob": True},
-            "norm_topk_prob is true in the config of this qwen2_moe, and llama.cpp",
+            "norm_topk_prob = true in the config of this qwen2_moe, but llama.cpp",
         ),
-        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob is false in the config of this qwen3_moe"),
-        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0 in the config of this olmoe"),
-        ("mixtral", {"sliding_window": 16}, "sliding_window is 16 in the config of this mixtral"),
-        ("glm4_moe", {"n_group": 2, "topk_group": 1}, "n_group is 2 in the config of this glm4_moe"),
-        ("qwen3_moe", {"mlp_only_layers": [0]}, "has no name in a GGUF file of a qwen3moe"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob = false in the config of this qwen3_moe"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0 in the config of this olmoe"),
+        ("mixtral", {"sliding_window": 16}, "sliding_window = 16 in the config of this mixtral"),
+        ("glm4_moe", {"n_group": 2, "topk_group": 1}, "n_group = 2 in the config of this glm4_moe"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "has no name in GGUF files of qwen3moe"),
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(family, setting, message, tmp_path):
@@ -215,5 +215,5 @@ def test_an_expert_that_is_missing_is_noticed(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ExportError, match="is not of 4 experts of one shape and dtype, which GGUF stacks"):
+    with pytest.raises(ExportError, match="GGUF stacks experts, and these are not 4 of one shape and dtype"):
         export_folder(folder, tmp_path / "m.gguf", packing="gguf")
