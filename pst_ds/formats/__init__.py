@@ -1,15 +1,15 @@
-"""Packed forms of a sparse (O, I) matrix: what is kept, and where it was.
+"""Packed formats of a sparse (O, I) matrix: kept values and their positions.
 
-    "bitmask"   the kept values row by row, a bit for every position, the first value of every row
-    "2:4"       the two kept values of every four inputs of an output, and the bits
-    "csr"       the kept values, the column of each, the first value of every row
+    "bitmask"   kept values row by row, one bit per position, index of the first value of every row
+    "2:4"       the two kept values of every four inputs, and the bits
+    "csr"       kept values, the column of each, index of the first value of every row
 
-Of bitmask, 2:4 and dense matrices the values may also be codes on a grid (:mod:`pst_ds.core.quantization`), with their
-scales in a part of their own; :func:`packed_format` gives the format of either.
+In bitmask, 2:4 and dense matrices the values may be quantised (:mod:`pst_ds.core.quantization`), with their scales in
+another part; see :func:`packed_format`.
 
-A packed tensor is a dict of parts, which are named in a file ``<module>.<part>``. A GPT-2 Conv1D weight, stored (I, O),
-is transposed by the caller, before packing and after unpacking. :meth:`PackedFormat.check` comes first for parts that
-were read from anywhere: nothing else here looks at them before it uses them.
+A packed tensor is a dict of parts, named ``<module>.<part>`` in files. The caller transposes a Conv1D weight, stored
+(I, O), before packing and after unpacking. Call :meth:`PackedFormat.check` first for parts that were read from a file:
+nothing else here validates them.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ FORMATS = dict(zip(PACKINGS, _FORMATS, strict=True))
 
 @cache
 def packed_format(packing: str, grid: Grid | None = None) -> PackedFormat:
-    """Return the format of a packing whose values are on ``grid``, or have the model's dtype.
+    """Return the format of a packing with values quantised to ``grid``, or in the model's dtype.
 
-    Raises ValueError for what there is not: a dense matrix without a grid is not packed, and csr has no grid.
+    Raises ValueError for an unsupported combination: dense without quantisation, or csr with it.
     """
     if grid is not None and packing in FOR_COMPRESSED_TENSORS:
         return PackQuantizedFormat(grid) if packing == COMPRESSED_TENSORS else IntQuantizedFormat(grid)
@@ -50,11 +50,16 @@ def packed_format(packing: str, grid: Grid | None = None) -> PackedFormat:
 
 
 def form_of(packing: str, parts: Mapping[str, Part], columns: int) -> PackedFormat:
-    """Return the format of a weight of ``columns`` inputs whose parts have these dtypes and shapes.
+    """Return the format of a weight, given the dtypes and shapes of its parts.
 
-    ``packing``: the format of the folder; a weight with codes and no bitmask is dense. Only what tells formats apart is
-    looked at: :meth:`PackedFormat.check` comes after it. FormatError where the scales fit no grid; ValueError for a
-    ``packing`` that there is not.
+    Reads only what distinguishes formats; :meth:`PackedFormat.check` validates the rest.
+
+    Args:
+        packing: format of the folder; a weight with codes and without a bitmask is dense.
+        parts: dtype and shape of each part.
+        columns: inputs of the weight.
+
+    Raises FormatError if the scales fit no quantisation, and ValueError for an unknown ``packing``.
     """
     if "codes" not in parts:
         return packed_format(packing)
@@ -64,7 +69,7 @@ def form_of(packing: str, parts: Mapping[str, Part], columns: int) -> PackedForm
     group = None if groups == 1 or not columns else columns // max(groups, 1)
     if group is not None and (group not in GROUPS or group * groups != columns):
         known = ", ".join(map(str, GROUPS))
-        raise FormatError(f"{groups} scales a row of {columns} inputs; a scale is for {known} of them or for all")
+        raise FormatError(f"{groups} scales per row of {columns} inputs: a scale must be for {known} inputs or for all")
     return packed_format(packing if "bitmask" in parts else DENSE, Grid(bits, group))
 
 

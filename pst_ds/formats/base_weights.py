@@ -1,4 +1,4 @@
-"""The tensors of a model folder's files, one at a time, under the names the model gives them."""
+"""Read single tensors of a model folder, and map names between a model and its files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ class BaseWeights:
     """Read single tensors of a model folder (safetensors, or PyTorch files) without loading the rest."""
 
     def __init__(self, path: str | Path, base_model_prefix: str, index: str = ""):
-        """``index``: the weight file, or the index of several, if it is not one that transformers looks for.
+        """Find the files.
+
+        Args:
+            path: model folder, or name of a cached model of the hub.
+            base_model_prefix: prefix of the base model's tensors, such as "model".
+            index: weight file or index of several, if it is not one that transformers looks for.
 
         Raises InputError.
         """
@@ -36,16 +41,16 @@ class BaseWeights:
 
     @property
     def names(self) -> list[str]:
-        """The files' own names, in the order of the files."""
+        """Names in the files, in the order of the files."""
         return list(self._file_of)
 
     def has(self, name: str) -> bool:
-        """Return whether the files have a tensor of that very name."""
+        """Return whether the files have a tensor with exactly this name."""
         return name in self._file_of
 
     @property
     def file_bytes(self) -> int:
-        """The size of the files that the tensors are in. Raises InputError for one that is missing."""
+        """Size of the weight files in bytes. Raises InputError for a missing file."""
         files = [self.folder / file for file in sorted(set(self._file_of.values()))]
         for file in files:
             if not file.is_file():
@@ -53,28 +58,28 @@ class BaseWeights:
         return sum(file.stat().st_size for file in files)
 
     def find(self, name: str) -> str | None:
-        """The file's name for the model's tensor ``name``: with or without the base model's prefix; None if absent."""
+        """Return the name in the files of the model's tensor ``name``, with or without the prefix; None if absent."""
         return _spelled(name, self._prefix, self._file_of)
 
     def unused_by(self, model: nn.Module) -> list[str]:
-        """Return the files' own names of tensors that ``model`` has none of: of another head, or of a pooler."""
+        """Return the names of tensors in the files that ``model`` does not have, such as another head or a pooler."""
         state = saved_tensors(model, model.state_dict())
         used = {self.find(name) for name in state}
         return [name for name in self.names if name not in used]
 
     def size(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        """dtype and shape of the tensor under the file's own ``name``; its values are not read."""
+        """Return dtype and shape of a tensor, by its name in the files, without reading its values."""
         file = self._file(name)
         slot = _tensors_of(file)[name]
         return slot.dtype, tuple(slot.shape)
 
     def read(self, name: str) -> Tensor:
-        """The tensor under the file's own ``name``; of a safetensors file in memory of its own."""
+        """Read a tensor, by its name in the files; from safetensors into new memory."""
         file = self._file(name)
         return file.read(name) if isinstance(file, TensorFile) else file[name]
 
     def read_rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows [first, last) of the matrix that the tensor ``name`` of the file is in memory."""
+        """Read rows [first, last) of a tensor (..., columns), viewed as the matrix (rows, columns)."""
         file = self._file(name)
         return (
             file.read_rows(name, first, last) if isinstance(file, TensorFile) else file[name].flatten(0, -2)[first:last]
@@ -86,12 +91,14 @@ class BaseWeights:
             opened = _opened(self.folder / file)
             missing = {n for n, at in self._file_of.items() if at == file} - set(_tensors_of(opened))
             if missing:
-                raise InputError(f"{self.folder / file} lacks {min(missing)}, which the index says is in it")
+                raise InputError(
+                    f"{self.folder / file} lacks {min(missing)}, which the index lists for it. Copy it again"
+                )
             self._open[file] = opened
         return self._open[file]
 
     def copy_if_there(self, name: str, folder: Path) -> None:
-        """Copy a file of the model's that is no weight file into ``folder``."""
+        """Copy a small file of the model into ``folder``, if it exists."""
         if (self.folder / name).is_file():
             shutil.copyfile(self.folder / name, folder / name)
 
@@ -99,7 +106,7 @@ class BaseWeights:
 def is_text_part(model: nn.Module, folder: Path) -> bool:
     """Return whether the config of ``model`` is the text config of the model in ``folder``.
 
-    If so, :func:`saved_tensors` from now on gives the names in the whole model, as far as transformers knows them.
+    If so, :func:`saved_tensors` returns the names in the whole model from then on, as far as transformers knows them.
     """
     from transformers import AutoConfig
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -114,10 +121,10 @@ def is_text_part(model: nn.Module, folder: Path) -> bool:
 
 
 def saved_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what ``save_pretrained`` writes for these of the model's tensors, by name; they may be on the meta device.
+    """Return the tensors that ``save_pretrained`` writes for these tensors of the model, by name.
 
-    transformers builds some models of other tensors than their files hold: it renames them, or stacks the experts of a
-    layer in one Parameter. This is its own way back. One that is renamed is the same object.
+    transformers renames some tensors when it loads a model, or stacks the experts of a layer in one Parameter; this
+    reverts it. A renamed tensor is the same object. Tensors may be on the meta device.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -125,19 +132,19 @@ def saved_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
 
 
 def names_in_files(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The model's names of ``tensors`` by those that ``save_pretrained`` gives them; without what it takes apart."""
+    """Return the model's names of ``tensors`` by their names in saved files; tensors that are split are omitted."""
     name_of = {id(tensor): name for name, tensor in tensors.items()}
     return {saved: name_of[id(t)] for saved, t in saved_tensors(model, tensors).items() if id(t) in name_of}
 
 
 def may_be_missing(model: nn.Module, name: str) -> bool:
-    """Return whether transformers has a rule of its own for the tensor ``name`` where the files do not have it."""
+    """Return whether transformers allows files without the tensor ``name``."""
     rules = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]  # type: ignore[misc]
     return any(re.search(rule, name) for rule in rules)
 
 
 def tensors_lacking(model: nn.Module, in_files: Collection[str]) -> list[str]:
-    """The tensors of ``model``, as ``save_pretrained`` names them, that ``in_files`` lacks; tied ones once."""
+    """Return the tensors of ``model``, by their names in saved files, that ``in_files`` lacks; tied ones once."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}.".removeprefix(".")
     state = model.state_dict(keep_vars=True)
 
@@ -150,7 +157,7 @@ def tensors_lacking(model: nn.Module, in_files: Collection[str]) -> list[str]:
 
 
 def _tied(tensors: Iterable[tuple[str, Tensor]]) -> list[list[str]]:
-    """The names of each tensor."""
+    """Group the names of each distinct tensor."""
     names: dict[int, list[str]] = {}
     for name, tensor in tensors:
         names.setdefault(id(tensor), []).append(name)
@@ -173,14 +180,16 @@ def _local_folder(path: str | Path) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
-    try:  # the run has loaded it, so it is in the cache
+    try:  # the run has loaded it, so the hub's cache has it
         return Path(snapshot_download(str(path), local_files_only=True))
     except Exception as error:
-        raise InputError(f"base model {str(path)!r} is neither a folder nor in the hub's cache") from error
+        raise InputError(
+            f"model.path = {str(path)!r} is neither a folder nor in the hub's cache. Give its folder"
+        ) from error
 
 
 def _index(folder: Path, named: str) -> dict[str, str]:
-    """File of each tensor."""
+    """Return the file of each tensor. Raises InputError."""
     for name in [named] if named else _LOOKED_FOR:
         path = folder / name
         if path.is_file():
@@ -193,10 +202,10 @@ def _weight_map(index: Path) -> dict[str, str]:
         table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = set(table.values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{index} is damaged: {error!r}") from None
+        raise InputError(f"{index} is damaged: {error!r}. Copy it again") from None
     strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
     if strange:
-        raise InputError(f"{index} names {strange[0]!r}, which is no file in its own folder")
+        raise InputError(f"{index} refers to {strange[0]!r}, outside the folder. Use a copy from a trusted source")
     return table
 
 
@@ -205,7 +214,7 @@ def _tensors_of(file: _WeightFile) -> Mapping[str, Slot | Tensor]:
 
 
 def _opened(path: Path) -> _WeightFile:
-    """A TensorFile, or the tensors of a PyTorch file by name, mapped from it."""
+    """Open a safetensors file, or map the tensors of a PyTorch file. Raises InputError."""
     if not path.is_file():
         raise InputError(f"{path} is missing")
     if path.suffix == ".safetensors":

@@ -1,4 +1,4 @@
-"""Kept values and a bit for every position: the smallest form up to about 94 % sparsity."""
+"""Kept values and one bit per position: the smallest format up to about 94 % sparsity."""
 
 from __future__ import annotations
 

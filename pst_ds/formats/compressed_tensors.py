@@ -1,8 +1,8 @@
-"""Dense matrices of codes in two layouts of compressed-tensors, which vLLM and transformers read.
+"""Dense quantised matrices in two layouts of compressed-tensors, which vLLM and transformers read.
 
-Described in the library's source (compressed_tensors/compressors, version 0.20). "pack-quantized": codes as unsigned
-numbers, 128 or 8 added, side by side from the lowest bit of each int32 on; a row begins with an int32 of its own.
-"int-quantized": int8 codes as they are.
+Described in the library's source (compressed_tensors/compressors, version 0.20). "pack-quantized": unsigned values with
+128 or 8 added, packed from the lowest bit of each int32; every row starts with a new int32. "int-quantized": plain int8
+values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pst_ds.formats.quantized import QuantizedFormat
 
 
 class _OfCompressedTensors(QuantizedFormat):
-    """A matrix of codes, and ``weight_scale`` (O, groups) bf16."""
+    """Quantised values, and ``weight_scale`` (O, groups) bf16."""
 
     def _check_contents(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
         bad = first_bad_scale(parts["weight_scale"], self.grid)
@@ -33,7 +33,7 @@ class _OfCompressedTensors(QuantizedFormat):
 
     @abstractmethod
     def _refuse_codes(self, name: str, values: Tensor, columns: int) -> None:
-        """Raise FormatError where ``values`` are no codes of the grid; they are of rows that are not empty."""
+        """Raise FormatError if ``values``, of non-empty rows, are not valid codes."""
 
     def _unpack(self, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
         return dequantize(self.unpack_codes(parts), parts["weight_scale"], dtype or torch.float32)
@@ -51,7 +51,7 @@ class PackQuantizedFormat(_OfCompressedTensors):
         self.value_dtypes = (torch.int32,)
 
     def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
-        """Neither ``nonzero`` nor ``dtype`` is looked at."""
+        """Return dtype and shape of every part; ``nonzero`` and ``dtype`` are not used."""
         rows, columns = shape
         try:
             groups = self.grid.num_groups(columns)
@@ -80,7 +80,7 @@ class PackQuantizedFormat(_OfCompressedTensors):
         return (raw.to(torch.int16) - (self.grid.largest + 1)).to(torch.int8)
 
     def _raw(self, words: Tensor, columns: int) -> Tensor:
-        """The unsigned codes, (O, I) uint8."""
+        """Return the unsigned codes, (O, I) uint8."""
         raw = words.contiguous().view(torch.uint8)
         if self.grid.bits == 4:
             raw = torch.stack([raw & 15, raw >> 4], -1).flatten(1)
@@ -96,21 +96,21 @@ class PackQuantizedFormat(_OfCompressedTensors):
 
 
 class IntQuantizedFormat(_OfCompressedTensors):
-    """``weight`` (O, I) int8 and ``weight_scale`` (O, 1) bf16, of layers whose inputs are rounded to int8 as well."""
+    """``weight`` (O, I) int8 and ``weight_scale`` (O, 1) bf16, of layers with int8 activations."""
 
     values_name = "weight"
 
     def __init__(self, grid: Grid):
-        """Raises ValueError for another grid than int8 with a scale a row."""
+        """Create the format. Raises ValueError unless ``grid`` is int8 with per-row scales."""
         if grid != Grid(8):
-            raise ValueError(f"{COMPRESSED_TENSORS_W8A8} has int8 values with a scale a row, not {grid}")
+            raise ValueError(f"{COMPRESSED_TENSORS_W8A8} needs int8 values with per-row scales, not {grid}")
         super().__init__(DENSE, grid)
         self.packing = self.name = COMPRESSED_TENSORS_W8A8
         self.part_names = ("weight", "weight_scale")
         self.value_dtypes = (torch.int8,)
 
     def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
-        """Neither ``nonzero`` nor ``dtype`` is looked at."""
+        """Return dtype and shape of every part; ``nonzero`` and ``dtype`` are not used."""
         return {"weight": (torch.int8, shape), "weight_scale": (SCALE_DTYPE, (shape[0], 1))}
 
     def pack_codes(self, codes: Tensor, scales: Tensor, keep: Tensor, name: str = "") -> dict[str, Tensor]:
@@ -122,7 +122,7 @@ class IntQuantizedFormat(_OfCompressedTensors):
     def _claimed_shape(self, name: str, parts: Mapping[str, Tensor]) -> tuple[int, int]:
         codes = parts["weight"]
         if codes.ndim != 2:
-            raise FormatError(f"{name}: weight must be a matrix, and has the shape {tuple(codes.shape)}")
+            raise FormatError(f"{name}: weight must be a matrix, but has the shape {tuple(codes.shape)}")
         return codes.shape[0], codes.shape[1]
 
     def _refuse_codes(self, name: str, values: Tensor, columns: int) -> None:

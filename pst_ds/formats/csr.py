@@ -1,4 +1,4 @@
-"""Compressed sparse rows, as scipy and torch have them; columns take two bytes where they fit."""
+"""Compressed sparse rows as in scipy and torch, with 2-byte column indices where they fit."""
 
 from __future__ import annotations
 
@@ -61,18 +61,18 @@ class CsrFormat(PackedFormat):
         starts, indices = parts["crow_indices"].numpy(), parts["col_indices"].numpy()
         if starts[0] != 0 or starts[-1] != len(indices):
             raise FormatError(
-                f"{name}: crow_indices must go from 0 to the number of values, {len(indices)}, and go from {starts[0]} "
+                f"{name}: crow_indices must go from 0 to the number of values, {len(indices)}, but go from {starts[0]} "
                 f"to {starts[-1]}"
             )
         falls = starts[1:] < starts[:-1]
         if falls.any():
             row = int(falls.argmax())
-            raise FormatError(f"{name}: crow_indices fall after row {row}, from {starts[row]} to {starts[row + 1]}")
+            raise FormatError(f"{name}: crow_indices decrease after row {row}, from {starts[row]} to {starts[row + 1]}")
         if not len(indices):
             return
         for column in (int(indices.min()), int(indices.max())):
             if not 0 <= column < shape[1]:
-                raise FormatError(f"{name}: col_indices has column {column}, and there are {shape[1]}")
+                raise FormatError(f"{name}: col_indices has column {column}, but the matrix has {shape[1]}")
         rises = indices[1:] > indices[:-1]
         first_of_row = starts[1:-1]
         rises[first_of_row[(first_of_row > 0) & (first_of_row < len(indices))] - 1] = True
@@ -80,5 +80,6 @@ class CsrFormat(PackedFormat):
             at = int(np.argmin(rises))
             row = int(np.searchsorted(starts, at, side="right")) - 1
             raise FormatError(
-                f"{name}: col_indices must rise within a row, and row {row} has {indices[at]} before {indices[at + 1]}"
+                f"{name}: col_indices must increase within a row, but row {row} has {indices[at]} before "
+                f"{indices[at + 1]}"
             )

@@ -1,16 +1,17 @@
-"""Weights as other libraries store them in few bits, read into plain numbers: GPTQ, AWQ, bitsandbytes, MXFP4.
+"""Dequantise weights of other libraries: GPTQ, AWQ, bitsandbytes, MXFP4.
 
-Each is described in the source of the library that writes it.
+Each format is described in the source of the library that writes it.
 
-    gptq            (AutoGPTQ, GPTQModel) w = scale * (code - zero), in groups of inputs that ``g_idx`` says. Words hold
-                    codes of consecutive inputs from the lowest bits on, and zeros of consecutive outputs, which
-                    files of version 1 store less 1
-    awq             (AutoAWQ, "gemm") the same in 4 bits, in groups of consecutive inputs; the eight codes of a word are
-                    those of outputs 0, 2, 4, 6, 1, 3, 5, 7 of eight
-    bitsandbytes    4 bits: w = table[code] * absmax, one of 64 consecutive weights or so, the first of two in the upper
-                    half of a byte; absmax may itself be in 8 bits. 8 bits: w = code * SCB / 127, SCB of each output
-    mxfp4           (OCP Microscaling 1.0) fp4 numbers, 32 of which share a power of two, the first of two in the lower
-                    half of a byte; experts' weights are stored the other way round than models have them
+    gptq            (AutoGPTQ, GPTQModel) w = scale * (code - zero point), in groups of inputs given by ``g_idx``. Words
+                    hold the codes of consecutive inputs from the lowest bits, and zero points of consecutive outputs,
+                    from which files of version 1 subtract 1
+    awq             (AutoAWQ, "gemm") the same in 4 bits, in groups of consecutive inputs; the eight codes of a word
+                    belong to outputs 0, 2, 4, 6, 1, 3, 5, 7 of eight
+    bitsandbytes    4 bits: w = table[code] * absmax, with one absmax per 64 consecutive weights or so, the first of two
+                    codes in the upper half of a byte; absmax may be quantised to 8 bits. 8 bits: w = code * SCB / 127,
+                    with one SCB per output
+    mxfp4           (OCP Microscaling 1.0) fp4 values, 32 of which share a power of two, the first of two in the lower
+                    half of a byte; weights of experts are stored transposed
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor
 from pst_ds.formats.parts import FormatError
 
 METHODS = ("gptq", "awq", "bitsandbytes", "mxfp4")
-"""Names as ``quant_method`` of a model's config has them."""
+"""Values of ``quant_method`` in a model's config."""
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _STATE = "quant_state.bitsandbytes__"
@@ -38,30 +39,30 @@ _PARTS = {
     "bitsandbytes": (".weight", (*(f".weight.{part}" for part in _BITS_AND_BYTES), ".SCB", ".weight_format")),
     "mxfp4": ("", ("_blocks", "_scales")),
 }
-"""The ending of a weight's name, and those of its parts. The codes of bitsandbytes have the weight's own name."""
+"""Ending of a weight's name, and endings of its parts. The codes of bitsandbytes have the weight's name."""
 
 
 @dataclass(frozen=True, slots=True)
 class ForeignFormat:
-    """The format of another library's weights. Raises FormatError for settings that are not read."""
+    """Format of another library's weights. Raises FormatError for unsupported settings."""
 
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What config.json says of it."""
+    """``quantization_config`` of config.json."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise FormatError(f"{self.method} is not read; {', '.join(METHODS)} are")
+            raise FormatError(f"quant_method = {self.method} is not supported; {', '.join(METHODS)} are")
         if self.method == "gptq" and self.settings.get("bits") not in (2, 4, 8):
-            raise FormatError(f"gptq is read with 2, 4 or 8 bits, not {self.settings.get('bits')!r}")
+            raise FormatError(f"gptq is supported with 2, 4 or 8 bits, not {self.settings.get('bits')!r}")
         if self.method == "gptq" and self.settings.get("checkpoint_format") not in (None, "gptq", "gptq_v2"):
-            raise FormatError(f"gptq is read as gptq or gptq_v2, not {self.settings['checkpoint_format']!r}")
+            raise FormatError(f"gptq is supported as gptq or gptq_v2, not {self.settings['checkpoint_format']!r}")
         awq = self.settings.get("bits"), str(self.settings.get("version", "gemm")).lower()
         if self.method == "awq" and awq != (4, "gemm"):
-            raise FormatError(f"awq is read with 4 bits, version gemm, not {awq[0]!r} bits, {awq[1]}")
+            raise FormatError(f"awq is supported with 4 bits, version gemm, not {awq[0]!r} bits, {awq[1]}")
 
     def weights(self, names: Collection[str]) -> dict[str, dict[str, str]]:
-        """Return the weights among the tensors ``names`` of files: by name, their parts' names by part."""
+        """Return the weights among the tensors ``names``: for each, the names of its parts by part."""
         ending, parts = _PARTS[self.method]
         found: dict[str, dict[str, str]] = {}
         for name in names:
@@ -76,7 +77,7 @@ class ForeignFormat:
         return found
 
     def unpack(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
-        """Return the weight ``name``, fp32: (O, I), or of experts (E, I, O). Raises FormatError for damaged parts."""
+        """Return the weight ``name`` in fp32: (O, I), or (E, I, O) for experts. Raises FormatError."""
         try:
             weight = _UNPACK[self.method](parts, self.settings)
         except (
@@ -89,9 +90,7 @@ class ForeignFormat:
             StopIteration,
             RecursionError,
         ) as error:
-            raise FormatError(
-                f"{name}: its {self.method} parts {_sizes(parts)} do not fit each other: {error}"
-            ) from None
+            raise FormatError(f"{name}: its {self.method} parts {_sizes(parts)} do not fit together: {error}") from None
         if not bool(torch.isfinite(weight).all()):
             raise FormatError(f"{name}: its {self.method} scales are not finite")
         return weight
@@ -102,7 +101,7 @@ def _sizes(parts: Mapping[str, Tensor]) -> str:
 
 
 def _fields(words: Tensor, bits: int) -> Tensor:
-    """The unsigned numbers of ``bits`` in int32 words, from the lowest on: (..., n) to (..., n * 32 / bits)."""
+    """Unpack unsigned ``bits``-bit values from int32 words, lowest first: (..., n) to (..., n * 32 / bits)."""
     _require(words.dtype == torch.int32, f"words of {words.dtype}")
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     return ((words.unsqueeze(-1) >> shifts) & (1 << bits) - 1).flatten(-2)

@@ -1,8 +1,7 @@
-"""Blocks of 32 weights as GGUF stores them: Q8_0 and Q4_0, for values on a grid.
+"""Quantise weights to GGUF's blocks of 32: Q8_0 and Q4_0.
 
-As ggml's source has them (ggml-common.h): a block is its scale in fp16 and then 32 codes. Q8_0 has a byte each. Q4_0
-has 16 bytes; byte j holds code j plus 8 in its lower half and code j + 16 plus 8 in its upper one. A code of 0 is a
-weight of 0.
+As in ggml's source (ggml-common.h), a block is an fp16 scale followed by 32 codes. Q8_0 has a byte per code. Q4_0 has
+16 bytes; byte j holds code j plus 8 in its lower half and code j + 16 plus 8 in its upper half. Code 0 is a weight of 0.
 """
 
 from __future__ import annotations
@@ -14,16 +13,25 @@ from pst_ds.core.quantization import Grid, nearest_codes, quantize
 
 BLOCK = 32
 _LEAST_HALF = 2.0**-24
-"""The smallest fp16 number."""
+"""Smallest positive fp16 number."""
 
 
 def gguf_blocks(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tensor | None = None) -> tuple[Tensor, int]:
-    """Round a matrix to blocks: (uint8 (O, I / 32 * (34 or 18)), number of blocks whose scale fp16 holds only nearly).
+    """Quantise a matrix to blocks.
 
-    ``weight``: (O, I) of any float dtype, on the CPU; 32 must divide I. ``keep``: (O, I) bool, true where it is kept;
-    None keeps all. ``grid``: blocks of a wider group share its scale. Scales are those of
-    :func:`~pst_ds.core.quantization.quantize`, which takes ``scales`` too, rounded to fp16: where that changes one
-    (below 2^-17, or above 65,504) its codes are chosen anew. Raises ValueError.
+    Scales are those of :func:`~pst_ds.core.quantization.quantize`, rounded to fp16. If that changes a scale (below
+    2^-17, or above 65,504), its codes are computed again.
+
+    Args:
+        weight: (O, I) of any float dtype, on the CPU; I must be a multiple of 32.
+        keep: (O, I) bool, true for kept weights; None keeps all.
+        grid: the quantisation; blocks of a wider group share its scale.
+        scales: known scales; None computes them.
+
+    Returns:
+        uint8 (O, I / 32 * (34 or 18)), and the number of blocks whose scale fp16 cannot hold exactly.
+
+    Raises ValueError.
     """
     columns = weight.shape[1]
     if columns == 0 or columns % BLOCK:

@@ -1,4 +1,4 @@
-"""The interface of every packed format, and the checks that formats share."""
+"""Interface of the packed formats, and checks that they share."""
 
 from __future__ import annotations
 
@@ -14,86 +14,102 @@ from pst_ds.formats.rows import bytes_of_row, first_padded_row, row_bits
 
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_BYTES = 1 << 62
-"""Most weights of the dense matrix: sizes and offsets in bytes are far from the end of int64."""
+"""Largest dense matrix in bytes; sizes and offsets stay far below the limit of int64."""
 
 Part = tuple[torch.dtype, tuple[int, ...]]
-"""dtype and shape of a part."""
+"""Dtype and shape of a part."""
 
 
 class FormatError(ValueError):
-    """An invalid packed tensor, or a matrix that a format cannot hold; the message begins with its name."""
+    """An invalid packed tensor, or a matrix that a format cannot hold; the message starts with its name."""
 
 
 class PackedFormat(ABC):
-    """One packed format. It keeps no state: one object serves all tensors."""
+    """A packed format, without state: one object serves all tensors."""
 
     name: str
     part_names: tuple[str, ...]
     values_name: str
-    """The part that has the weights' dtype, or their codes."""
+    """Name of the part with the values."""
     value_dtypes: tuple[torch.dtype, ...] = VALUE_DTYPES
-    """The dtypes that it may have."""
+    """Dtypes that this part may have."""
     shape_name: str = "shape"
-    """The part that says the shape of the matrix, where one does,"""
+    """Name of the part with the shape of the matrix."""
     shape_dims: tuple[int, ...] = (2,)
-    """and the shape of that part."""
+    """Shape of that part."""
 
     @abstractmethod
     def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
-        """dtype and shape of every part for an (O, I) matrix of which ``nonzero`` positions are kept, or as many as
-        :meth:`stored` says.
+        """Return dtype and shape of every part of a matrix.
+
+        Args:
+            shape: (O, I).
+            nonzero: number of stored values, from :meth:`stored`.
+            dtype: dtype of the values.
 
         Raises FormatError for a shape that the format cannot hold.
         """
 
     def stored(self, counts: Tensor) -> int:
-        """Return what :meth:`parts` takes as ``nonzero`` for rows of which so many positions are kept, (O,) int64."""
+        """Return the number of stored values for :meth:`parts`; ``counts``: kept positions per row, (O,) int64."""
         return int(counts.sum())
 
     def nbytes(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> int:
-        """Bytes of all parts together."""
+        """Return the bytes of all parts together."""
         sizes = self.parts(shape, nonzero, dtype).values()
         return sum(math.prod(dims) * part_dtype.itemsize for part_dtype, dims in sizes)
 
     def accepts(self, bits: Tensor, shape: tuple[int, int]) -> bool:
-        """Return whether a matrix whose kept positions are ``bits``, (O, ceil(I / 8)) uint8, can be packed."""
+        """Return whether a matrix with the kept positions ``bits``, (O, ceil(I / 8)) uint8, can be packed."""
         return bits.shape == (shape[0], bytes_of_row(shape[1]))
 
     def pack(self, weight: Tensor, keep: Tensor | None = None, name: str = "") -> dict[str, Tensor]:
-        """The parts of ``weight``, (O, I) float; they are on the CPU.
+        """Pack a matrix; return its parts on the CPU, which share no memory with the arguments.
 
-        ``keep``: row bits of the kept positions, (O, ceil(I / 8)) uint8; None keeps what is not zero. A kept position
-        is stored even when its value is 0, a stored -0.0 becomes +0.0, and values that are not kept are not looked at:
-        an unmasked weight may be given. The parts share no memory with the arguments. Raises FormatError.
+        A kept position is stored even if its value is 0; a stored -0.0 becomes +0.0.
+
+        Args:
+            weight: (O, I) float. Values that are not kept are not read, so it may be an unmasked weight.
+            keep: row bits of the kept positions, (O, ceil(I / 8)) uint8; None keeps all non-zeros.
+            name: name for messages.
+
+        Raises FormatError.
         """
         if weight.dim() != 2 or weight.dtype not in VALUE_DTYPES:
             raise FormatError(
-                f"{name}: a weight to pack is a matrix of bf16, fp16, fp32 or fp64, got {_described(weight)}"
+                f"{name}: a weight to pack must be a matrix of bf16, fp16, fp32 or fp64, got {_described(weight)}"
             )
         weight = weight.detach().cpu().contiguous()
         if keep is None:
             return self._pack(weight, row_bits(weight), name)
         expected = (weight.shape[0], bytes_of_row(weight.shape[1]))
         if keep.dtype != torch.uint8 or tuple(keep.shape) != expected:
-            raise FormatError(f"{name}: the kept positions are uint8 of shape {expected}, got {_described(keep)}")
+            raise FormatError(f"{name}: the kept positions must be uint8 of shape {expected}, got {_described(keep)}")
         keep = keep.cpu().clone(memory_format=torch.contiguous_format)
         _refuse_padding(name, "the kept positions", keep, weight.shape[1])
         return self._pack(weight, keep, name)
 
     def check(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int] | None = None) -> tuple[int, int]:
-        """(O, I) of the matrix, after a look at every invariant. Raises FormatError, which begins with ``name``.
+        """Check every invariant; return (O, I). Allocates no more memory than the parts have.
 
-        ``shape``: (O, I) that the matrix must have. Give it where it is known: the parts of csr do not bound I, so a
-        small file may claim a matrix that no memory holds. Nothing is allocated beyond the size of the parts.
+        Args:
+            name: start of messages.
+            parts: the parts.
+            shape: (O, I) that the matrix must have. Give it if it is known: the parts of csr do not bound I, so a
+                small file may claim a matrix that exceeds memory.
+
+        Raises FormatError.
         """
         if set(parts) != set(self.part_names):
-            raise FormatError(f"{name}: {self.name} has the parts {_listed(self.part_names)}, found {_listed(parts)}")
+            raise FormatError(
+                f"{name}: {self.name} must have the parts {_listed(self.part_names)}, found {_listed(parts)}"
+            )
         held = {part: self._plain(name, part, parts[part]) for part in self.part_names}
         rows, columns = self._claimed_shape(name, held)
         if max(rows, 1) * max(columns, 1) * held[self.values_name].dtype.itemsize > MAX_BYTES:
             raise FormatError(f"{name}: no matrix has the shape {(rows, columns)}")
         if shape is not None and (rows, columns) != tuple(shape):
-            raise FormatError(f"{name}: its shape is {(rows, columns)}, and {tuple(shape)} is needed")
+            raise FormatError(f"{name}: its shape is {(rows, columns)}, but must be {tuple(shape)}")
         values = held[self.values_name]
         try:
             expected = self.parts((rows, columns), self.stored_of(values.numel()), values.dtype)
@@ -102,8 +118,8 @@ class PackedFormat(ABC):
         for part, (dtype, dims) in expected.items():
             if held[part].dtype != dtype or tuple(held[part].shape) != dims:
                 raise FormatError(
-                    f"{name}: {part} of a {rows} x {columns} matrix with {values.numel()} values is {dtype} of shape "
-                    f"{dims}, found {_described(held[part])}"
+                    f"{name}: {part} of a {rows} x {columns} matrix with {values.numel()} values must be {dtype} of "
+                    f"shape {dims}, found {_described(held[part])}"
                 )
         self._check_contents(name, held, (rows, columns))
         if values.is_floating_point():
@@ -111,33 +127,33 @@ class PackedFormat(ABC):
         return rows, columns
 
     def unpack(self, parts: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
-        """The (O, I) matrix on the CPU, +0.0 where nothing is kept. The parts must have passed :meth:`check`.
+        """Return the (O, I) matrix on the CPU, with +0.0 at pruned positions. Call :meth:`check` first.
 
-        ``dtype``: of the matrix; None takes that of the values; for codes fp32, where code times scale is exact.
+        ``dtype``: dtype of the matrix; None is that of the values, or fp32 for quantised values, which is exact.
         """
         return self._unpack({part: parts[part].detach().cpu().contiguous() for part in self.part_names}, dtype)
 
     @abstractmethod
     def _pack(self, weight: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:
-        """``pack`` of a contiguous weight and bits that were looked at and are ours."""
+        """Implement ``pack`` for a contiguous weight and bits that were checked and copied."""
 
     @abstractmethod
     def _unpack(self, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
-        """``unpack`` of contiguous parts on the CPU."""
+        """Implement ``unpack`` for contiguous parts on the CPU."""
 
     @abstractmethod
     def _check_contents(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
-        """Check the values of the parts; their dtypes and shapes are right already."""
+        """Check the values of the parts; dtypes and shapes were checked before."""
 
     def stored_of(self, num_values: int) -> int:
-        """Return what :meth:`parts` takes as ``nonzero``, by the size of the part of the values."""
+        """Return the number of stored values for :meth:`parts`, given the size of the part with the values."""
         return num_values
 
     def _shape_part(self, shape: tuple[int, int] | torch.Size) -> Tensor:
         return torch.tensor(tuple(shape), dtype=torch.int64).view(self.shape_dims)
 
     def _plain(self, name: str, part: str, tensor: Tensor) -> Tensor:
-        """``tensor`` on the CPU, after a look at how it is stored."""
+        """Check how a part is stored, and return it on the CPU."""
         if not isinstance(tensor, Tensor):
             raise FormatError(f"{name}: {part} is a {type(tensor).__name__}, not a tensor")
         if tensor.layout != torch.strided or tensor.device.type == "meta" or not tensor.is_contiguous():
@@ -148,7 +164,7 @@ class PackedFormat(ABC):
         return tensor.detach().cpu()
 
     def _claimed_shape(self, name: str, parts: Mapping[str, Tensor]) -> tuple[int, int]:
-        """Return (O, I) as the parts say it: names are right, dtypes and shapes were not looked at."""
+        """Return (O, I) as claimed by the parts; their names are right, but dtypes and shapes were not checked yet."""
         part = parts[self.shape_name]
         if part.dtype != torch.int64 or tuple(part.shape) != self.shape_dims:
             raise FormatError(
@@ -161,14 +177,16 @@ class PackedFormat(ABC):
 
 
 def checked_bits(name: str, bits: Tensor, columns: int) -> None:
-    """Raise FormatError where a part "bitmask" has a bit beyond its row."""
+    """Raise FormatError if a part "bitmask" has a bit set beyond its row."""
     _refuse_padding(name, "bitmask", bits, columns)
 
 
 def _refuse_padding(name: str, part: str, bits: Tensor, columns: int) -> None:
     row = first_padded_row(bits, columns)
     if row is not None:
-        raise FormatError(f"{name}: {part} set a bit beyond the {columns} inputs of row {row}; padding bits must be 0")
+        raise FormatError(
+            f"{name}: {part} has a bit set beyond the {columns} inputs of row {row}; padding bits must be 0"
+        )
 
 
 def _refuse_negative_zero(name: str, part: str, values: Tensor) -> None:
@@ -176,7 +194,7 @@ def _refuse_negative_zero(name: str, part: str, values: Tensor) -> None:
     found = as_int == torch.iinfo(as_int.dtype).min
     if found.any():
         first = int(found.flatten().to(torch.uint8).argmax())
-        raise FormatError(f"{name}: {part} has -0.0 at position {first}; a packed zero is +0.0")
+        raise FormatError(f"{name}: {part} has -0.0 at position {first}; packed zeros must be +0.0")
 
 
 def _described(tensor: Tensor) -> str:

@@ -1,8 +1,8 @@
-"""Packed forms whose values are codes on a grid: bitmask, 2:4, and dense matrices.
+"""Packed formats with quantised values ("codes"): bitmask, 2:4, and dense matrices.
 
-Of bitmask and 2:4 the codes stand for the kept positions row by row, and the bits say where those are; "dense" has a
-code for every position. int8 codes are a byte each. Two int4 codes share a byte, the first in its lower half, and every
-row begins with a byte of its own; what a row of an odd number of codes leaves of its last byte is 0.
+bitmask and 2:4 have codes for the kept positions, row by row, and bits for the positions; "dense" has a code for every
+position. Two int4 codes share a byte, the first in its lower half. Every row starts with a new byte; the unused half
+byte after an odd number of codes is 0.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _HAS_MINUS_8 = np.array([byte & 15 == 8 or byte >> 4 == 8 for byte in range(256)
 
 
 class QuantizedFormat(PackedFormat):
-    """``codes``, ``scales`` (O, groups) bf16 and ``shape``, with ``bitmask`` (O, ceil(I / 8)) uint8 where not dense.
+    """``codes``, ``scales`` (O, groups) bf16, ``shape`` and, unless dense, ``bitmask`` (O, ceil(I / 8)) uint8.
 
-    ``codes`` of bitmask are (nnz,), of 2:4 (O, I / 2), of a dense matrix (O, I) int8; int4 ones are uint8, with half as
-    many bytes a row, rounded up, and those of bitmask row by row in one dimension.
+    ``codes`` are int8: (nnz,) for bitmask, (O, I / 2) for 2:4, (O, I) for a dense matrix. int4 codes are uint8, with
+    half as many bytes per row, rounded up; those of bitmask are concatenated row by row.
     """
 
     values_name = "codes"
@@ -37,9 +37,9 @@ class QuantizedFormat(PackedFormat):
     _POSITIONS: ClassVar[dict[str, PackedFormat]] = {"bitmask": BitmaskFormat(), "2:4": TwoFourFormat()}
 
     def __init__(self, packing: str, grid: Grid):
-        """``packing``: "bitmask", "2:4" or "dense". Raises ValueError for others."""
+        """Create the format; ``packing``: "bitmask", "2:4" or "dense". Raises ValueError for others."""
         if packing not in QUANTIZED_PACKINGS:
-            raise ValueError(f"values on a grid are packed as {', '.join(QUANTIZED_PACKINGS)}, not as {packing}")
+            raise ValueError(f"quantised values are packed as {', '.join(QUANTIZED_PACKINGS)}, not as {packing}")
         self.packing, self.grid = packing, grid
         self._base = self._POSITIONS.get(packing)
         self.name = f"{packing} {grid.values}"
@@ -48,16 +48,16 @@ class QuantizedFormat(PackedFormat):
         self.value_dtypes = (torch.int8,) if grid.bits == 8 else (torch.uint8,)
 
     def stored(self, counts: Tensor) -> int:
-        """int4 codes of rows that keep ``counts`` take whole bytes in every row."""
+        """Return the number of stored codes; int4 codes fill whole bytes in every row."""
         return int((counts + (counts & 1 if self.grid.bits == 4 else 0)).sum())
 
     def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
-        """``nonzero``: what :meth:`stored` gives for the rows. ``dtype`` is not looked at."""
+        """Return dtype and shape of every part; ``nonzero``: from :meth:`stored`. ``dtype`` is not used."""
         rows, columns = shape
         sizes: dict[str, tuple[int, ...]] = {"bitmask": (nonzero,), "2:4": (rows, columns // 2), DENSE: (rows, columns)}
         *outer, codes = sizes[self.packing]
         if self._base is not None:
-            self._base.parts(shape, nonzero, torch.float32)  # which refuses what it cannot hold
+            self._base.parts(shape, nonzero, torch.float32)  # rejects shapes that it cannot hold
         try:
             groups = self.grid.num_groups(columns)
         except ValueError as error:
@@ -81,9 +81,15 @@ class QuantizedFormat(PackedFormat):
         return self.pack_codes(codes, scales, keep, name)
 
     def pack_codes(self, codes: Tensor, scales: Tensor, keep: Tensor, name: str = "") -> dict[str, Tensor]:
-        """Return the parts of codes (O, I) int8 and their scales, on the CPU; others than those of ``keep`` are 0.
+        """Pack quantised values; return the parts on the CPU.
 
-        ``keep``: row bits of the kept positions, (O, ceil(I / 8)) uint8. Raises FormatError where 2:4 cannot hold them.
+        Args:
+            codes: (O, I) int8, 0 at pruned positions.
+            scales: (O, groups) bf16.
+            keep: row bits of the kept positions, (O, ceil(I / 8)) uint8.
+            name: name for messages.
+
+        Raises FormatError if 2:4 cannot hold the positions.
         """
         rows, columns = codes.shape
         held = {"scales": scales, "shape": self._shape_part(codes.shape)}
@@ -101,7 +107,7 @@ class QuantizedFormat(PackedFormat):
         return {part: held[part] for part in self.part_names}
 
     def row_offsets(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """Return the first byte of every row in ``codes``, (O,) int64, on the device of these parts."""
+        """Return the index of the first byte of every row in ``codes``, (O,) int64, on the device of the parts."""
         codes, rows = parts["codes"], int(parts["shape"].flatten()[0])
         if self.packing != "bitmask":
             return torch.arange(rows, device=codes.device) * (codes.shape[1] if rows else 0)
@@ -110,7 +116,7 @@ class QuantizedFormat(PackedFormat):
         return (nbytes.cumsum(0) - nbytes).to(codes.device)
 
     def unpack_codes(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """Return the codes, (O, I) int8 on the CPU, 0 where nothing is kept. The parts must have passed the check."""
+        """Return the codes, (O, I) int8 on the CPU, 0 at pruned positions. Call :meth:`check` first."""
         codes, columns = parts["codes"].detach().cpu().contiguous(), int(parts["shape"].flatten()[1])
         if self._base is None:
             return unpack_nibbles(codes, columns).contiguous() if self.grid.bits == 4 else codes
@@ -138,19 +144,19 @@ class QuantizedFormat(PackedFormat):
             checked_groups(name, parts["bitmask"], shape[1])
         if shape[1]:
             self._check_codes(name, parts["codes"], self._counts(name, parts, shape))
-        elif parts["codes"].numel():  # there may be more rows than anyone counts to
-            raise FormatError(f"{name}: codes has {parts['codes'].numel()} bytes, and there are no inputs")
+        elif parts["codes"].numel():  # without inputs, a file of few bytes may claim any number of rows
+            raise FormatError(f"{name}: codes has {parts['codes'].numel()} bytes, but the matrix has no inputs")
 
     def _counts(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        """Codes of every row, (O,) int64, by bits that were looked at."""
+        """Return the number of codes per row, (O,) int64, given checked bits. Raises FormatError."""
         if self.packing != "bitmask":
             return torch.full((shape[0],), shape[1] // (2 if self.packing == "2:4" else 1), dtype=torch.int64)
         counts = row_counts(parts["bitmask"])
         total, held = self.stored(counts), self.stored_of(parts["codes"].numel())
         if total != held:
-            filled = ", with those that fill up rows," if self.grid.bits == 4 else ""
+            filled = ", including padding," if self.grid.bits == 4 else ""
             raise FormatError(
-                f"{name}: bitmask keeps {int(counts.sum())} positions, for which codes must have {total}{filled} and "
+                f"{name}: bitmask keeps {int(counts.sum())} positions, so codes must have {total}{filled} but "
                 f"has {held}"
             )
         return counts
@@ -169,11 +175,11 @@ class QuantizedFormat(PackedFormat):
             wrong = (flat[ends[odd]] >> 4) != 0
             if wrong.any():
                 row = int(odd[int(wrong.to(torch.uint8).argmax())])
-                raise FormatError(f"{name}: the last half byte of row {row} in codes fills it up, and must be 0")
+                raise FormatError(f"{name}: the last half byte of row {row} in codes is padding, and must be 0")
 
 
 def _packed_rows(codes: Tensor, counts: Tensor) -> Tensor:
-    """Pack int4 codes row by row, (nnz,) int8 to (bytes,) uint8; ``counts``: codes of each row."""
+    """Pack int4 codes row by row, (nnz,) int8 to (bytes,) uint8; ``counts``: codes per row."""
     odd = (counts & 1).bool()
     if odd.any():
         codes = torch.from_numpy(np.insert(codes.numpy(), counts.cumsum(0)[odd].numpy(), 0))
@@ -181,9 +187,9 @@ def _packed_rows(codes: Tensor, counts: Tensor) -> Tensor:
 
 
 def without_padding(codes: Tensor, counts: Tensor) -> Tensor:
-    """Drop what rows of an odd number of codes were filled up with; ``counts``: codes of each row, (O,) int64.
+    """Remove the padding after rows with an odd number of codes, on any device.
 
-    On any device.
+    ``counts``: codes per row, (O,) int64.
     """
     odd = counts & 1
     whole = torch.ones(codes.shape, dtype=torch.bool, device=codes.device)

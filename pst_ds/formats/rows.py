@@ -1,7 +1,7 @@
-"""Row bits, and the moves between a dense row and its kept values: C++ loops, with numpy twins of the same results.
+"""Row bits, and copies between dense rows and their kept values: C++ loops, with numpy fallbacks of the same results.
 
-Row bits are (O, ceil(I / 8)) uint8, little-endian within a byte; every row begins with a byte of its own and its
-padding bits are zero. Weights are moved as integers of their width, so that all NaNs keep their bits.
+Row bits are (O, ceil(I / 8)) uint8, little-endian within a byte; every row starts with a new byte, and padding bits are
+zero. Weights are copied as integers of the same width, so that NaNs stay bit-identical.
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ POPCOUNT = np.array([value.bit_count() for value in range(256)], dtype=np.uint8)
 
 @cache
 def library() -> CDLL | None:
-    """The functions of pack.cpp, or None where they cannot be had."""
+    """Return the functions of pack.cpp, or None if they cannot be compiled."""
     return load(SOURCE)
 
 
 def bytes_of_row(columns: int) -> int:
+    """Return the bytes of a row of bits."""
     return -(-columns // 8)
 
 
 def row_bits(weight: Tensor) -> Tensor:
-    """Bits of what is not zero in ``weight``, (O, I) float on the CPU: (O, ceil(I / 8)) uint8. -0.0 is a zero."""
+    """Return the row bits of the non-zeros of ``weight``, (O, I) float on the CPU; -0.0 counts as zero."""
     as_int = _as_int(weight.detach().contiguous())
     rows, columns = as_int.shape
     native = library()
@@ -58,9 +59,9 @@ def row_bits(weight: Tensor) -> Tensor:
 
 
 def mask_row_bits(mask: Tensor, layout: WeightLayout) -> Tensor:
-    """Row bits in (O, I) orientation of a whole mask in one shard, as :mod:`pst_ds.core.bits` has it in storage order.
+    """Return the row bits, in (O, I) orientation, of a whole mask in one shard in storage order.
 
-    A view of ``mask`` where the rows begin with bytes of their own, else a new tensor.
+    ``mask``: bits as in :mod:`pst_ds.core.bits`. The result is a view of it if rows start at whole bytes.
     """
     if not layout.transposed and layout.in_features % 8 == 0:
         return mask.view(layout.out_features, layout.in_features // 8)
@@ -70,12 +71,12 @@ def mask_row_bits(mask: Tensor, layout: WeightLayout) -> Tensor:
 
 
 def as_bools(bits: Tensor, columns: int) -> Tensor:
-    """Row bits as (O, I) bool."""
+    """Return row bits as (O, I) bool."""
     return torch.from_numpy(_unpacked(bits, columns))
 
 
 def row_counts(bits: Tensor) -> Tensor:
-    """Set bits of every row, (O,) int64."""
+    """Count the set bits per row, (O,) int64."""
     native = library()
     if native is None:
         return torch.from_numpy(POPCOUNT[bits.numpy()].sum(axis=1, dtype=np.int64))
@@ -85,7 +86,7 @@ def row_counts(bits: Tensor) -> Tensor:
 
 
 def first_padded_row(bits: Tensor, columns: int) -> int | None:
-    """The first row with a bit set beyond ``columns``."""
+    """Return the first row with a bit set beyond ``columns``, or None."""
     if columns % 8 == 0 or not bits.numel():
         return None
     padded = (bits[:, -1] >> (columns % 8)) != 0
@@ -93,7 +94,7 @@ def first_padded_row(bits: Tensor, columns: int) -> int | None:
 
 
 def gather(weight: Tensor, bits: Tensor, count: int) -> Tensor:
-    """The kept values of ``weight``, (O, I) contiguous, row by row: (count,), -0.0 made +0.0.
+    """Return the kept values of ``weight``, (O, I) contiguous, row by row: (count,), with -0.0 turned into +0.0.
 
     ``bits`` must have ``count`` bits set, none of them padding.
     """
@@ -111,14 +112,14 @@ def gather(weight: Tensor, bits: Tensor, count: int) -> Tensor:
 
 
 def scatter(values: Tensor, bits: Tensor, columns: int) -> Tensor:
-    """The (O, I) matrix whose kept values are ``values``, any shape, and +0.0 elsewhere.
+    """Return the (O, I) matrix with ``values``, of any shape, at the set ``bits``, and +0.0 elsewhere.
 
     ``bits`` must have as many bits set as there are values, none of them padding.
     """
     as_int = _as_int(values)
     rows, count = bits.shape[0], values.numel()
     native = library()
-    if not rows * columns:  # with no bytes behind them, there may be more rows than anyone counts to
+    if not rows * columns:  # without inputs, a file of few bytes may claim any number of rows
         dense = torch.empty(rows, columns, dtype=as_int.dtype)
     elif native is None:
         dense = torch.zeros(rows, columns, dtype=as_int.dtype)
@@ -131,7 +132,7 @@ def scatter(values: Tensor, bits: Tensor, columns: int) -> Tensor:
 
 
 def gather_codes(codes: Tensor, bits: Tensor) -> Tensor:
-    """The kept ones of ``codes``, (O, I) int8, row by row: (count,) int8. See :func:`gather`."""
+    """Return the kept ``codes``, (O, I) int8, row by row: (count,) int8. See :func:`gather`."""
     counts = row_counts(bits) if codes.shape[1] else codes.new_empty(0, dtype=torch.int64)
     kept, at = torch.empty(int(counts.sum()), dtype=torch.int8), 0
     for band in _bands(codes.shape):
@@ -142,7 +143,7 @@ def gather_codes(codes: Tensor, bits: Tensor) -> Tensor:
 
 
 def scatter_codes(kept: Tensor, bits: Tensor, columns: int) -> Tensor:
-    """The (O, I) int8 matrix whose kept codes are ``kept``, (count,) int8, and 0 elsewhere. See :func:`scatter`."""
+    """Return the (O, I) int8 matrix with the codes ``kept``, (count,) int8, and 0 elsewhere. See :func:`scatter`."""
     codes, at = torch.empty(bits.shape[0], columns, dtype=torch.int8), 0
     for band in _bands(codes.shape):
         count = int(row_counts(bits[band]).sum())
@@ -152,14 +153,14 @@ def scatter_codes(kept: Tensor, bits: Tensor, columns: int) -> Tensor:
 
 
 def _bands(shape: torch.Size) -> Iterator[slice]:
-    """Slices of some rows each, so that codes may be moved as integers of two bytes, which the loops know."""
+    """Yield slices of rows; codes are widened band by band to int16, the narrowest type of the C++ loops."""
     rows, columns = shape
     step = max(1, _BAND_CODES // max(1, columns))
     yield from (slice(first, first + step) for first in range(0, rows if columns else 0, step))
 
 
 def columns_of(bits: Tensor, columns: int, count: int, dtype: torch.dtype) -> Tensor:
-    """The column of every set bit, row by row: (count,), uint16 or int32."""
+    """Return the column of every set bit, row by row: (count,), uint16 or int32."""
     native = library()
     if native is None:
         found = np.nonzero(_unpacked(bits, columns))[1]
@@ -170,7 +171,10 @@ def columns_of(bits: Tensor, columns: int, count: int, dtype: torch.dtype) -> Te
 
 
 def scatter_columns(values: Tensor, starts: Tensor, indices: Tensor, columns: int) -> Tensor:
-    """The (O, I) matrix with ``values`` (nnz,) at ``indices`` (nnz,), row r's from ``starts[r]`` (O + 1,) int64 on."""
+    """Return the (O, I) matrix with ``values`` (nnz,) at the columns ``indices`` (nnz,).
+
+    ``starts`` (O + 1,) int64: index of the first value of each row.
+    """
     as_int = _as_int(values)
     rows = starts.numel() - 1
     native = library()
@@ -192,5 +196,5 @@ def _as_int(weight: Tensor) -> Tensor:
 
 
 def _unpacked(bits: Tensor, columns: int) -> np.ndarray:
-    """(O, I) bool."""
+    """Return row bits as (O, I) bool."""
     return np.unpackbits(bits.numpy(), axis=1, count=columns, bitorder="little").view(bool)

@@ -1,4 +1,4 @@
-"""Two of every four consecutive inputs of an output: what sparse tensor cores take."""
+"""2:4 sparsity: two of every four consecutive inputs, the format of sparse tensor cores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GROUP = 4
 class TwoFourFormat(PackedFormat):
     """``compressed`` (O, I / 2), ``bitmask`` (O, ceil(I / 8)) uint8, ``shape`` (2, 1) int64.
 
-    A group that keeps fewer than two is filled up with its lowest positions, of value +0.0.
+    Groups that keep fewer than two inputs are filled with their lowest free positions, with value +0.0.
     """
 
     name = "2:4"
@@ -46,7 +46,7 @@ class TwoFourFormat(PackedFormat):
     def _pack(self, weight: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:
         rows, columns = weight.shape
         filled = filled_groups(name, keep, columns)
-        if not torch.equal(filled, keep):  # what stands at the filled positions is not kept: it must not be stored
+        if not torch.equal(filled, keep):  # values at filled positions are pruned, and must be stored as 0
             weight = scatter(gather(weight, keep, int(row_counts(keep).sum())), keep, columns)
         values = gather(weight, filled, rows * columns // 2)
         return {
@@ -60,9 +60,9 @@ class TwoFourFormat(PackedFormat):
 
 
 def filled_groups(name: str, keep: Tensor, columns: int) -> Tensor:
-    """Bits that keep two of every four: those of ``keep``, and the lowest free positions of groups that keep fewer.
+    """Return bits that keep two of every four inputs: ``keep``, filled with the lowest free positions of each group.
 
-    Raises FormatError where a group keeps more, or ``columns`` are no groups.
+    Raises FormatError if a group keeps more, or ``columns`` is not a multiple of 4.
     """
     if columns % GROUP:
         raise FormatError(f"{name}: 2:4 needs in_features divisible by {GROUP}, got {columns}")
@@ -71,7 +71,7 @@ def filled_groups(name: str, keep: Tensor, columns: int) -> Tensor:
 
 
 def checked_groups(name: str, bits: Tensor, columns: int) -> None:
-    """Raise FormatError where a part "bitmask" does not keep two of every four, or has a bit beyond its row."""
+    """Raise FormatError unless a part "bitmask" keeps two of every four inputs and has no bit beyond its row."""
     if not bits.numel():
         return
     checked_bits(name, bits, columns)
@@ -82,13 +82,13 @@ def checked_groups(name: str, bits: Tensor, columns: int) -> None:
 
 
 def _table(of_group: list[int], join: str) -> np.ndarray:
-    """A value for each of the 256 bytes, two groups, from one for each of the 16 groups."""
+    """Combine a value for each of the 16 groups into a value for each of the 256 bytes of two groups."""
     low, high = np.array(of_group * 16, dtype=np.uint8), np.repeat(np.array(of_group, dtype=np.uint8), 16)
     return (low | high) if join == "or" else (low | high << 4)
 
 
 def _fill(group: int) -> int:
-    """``group`` with its lowest free positions taken until it has two."""
+    """Return ``group`` with its lowest free positions set until it has two."""
     while group.bit_count() < 2:
         group |= ~group & (group + 1)
     return group
@@ -107,7 +107,7 @@ def _filled(keep: Tensor, columns: int) -> Tensor:
 
 
 def _refuse_groups(name: str, bits: Tensor, table: np.ndarray, wanted: str, first_byte: int = 0) -> None:
-    """Raise FormatError at the first byte with a bad group; ``bits`` begin with byte ``first_byte`` of each row."""
+    """Raise FormatError at the first invalid group; ``bits`` start with byte ``first_byte`` of each row."""
     bad = table[bits.numpy()]
     if not bad.any():
         return

@@ -104,7 +104,7 @@ def test_int8_codes_as_they_are(columns):
 
 @pytest.mark.parametrize("grid", [Grid(8, 32), Grid(4)], ids=str)
 def test_inputs_of_8_bits_go_with_whole_rows_of_int8(grid):
-    with pytest.raises(ValueError, match="int8 values with a scale a row, not"):
+    with pytest.raises(ValueError, match="int8 values with per-row scales, not"):
         packed_format("compressed-tensors-w8a8", grid)
 
 

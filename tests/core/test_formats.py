@@ -260,8 +260,8 @@ def test_a_transposed_parameter_is_packed_as_it_reads():
 @pytest.mark.parametrize(
     ("name", "weight", "keep", "said"),
     [
-        ("bitmask", torch.ones(4), None, "is a matrix of bf16"),
-        ("csr", torch.ones(2, 4, dtype=torch.int32), None, "is a matrix of bf16"),
+        ("bitmask", torch.ones(4), None, "must be a matrix of bf16"),
+        ("csr", torch.ones(2, 4, dtype=torch.int32), None, "must be a matrix of bf16"),
         ("bitmask", torch.ones(2, 9), torch.zeros(2, 1, dtype=torch.uint8), r"uint8 of shape \(2, 2\)"),
         ("bitmask", torch.ones(2, 8), torch.zeros(2, 1, dtype=torch.int8), r"uint8 of shape \(2, 1\)"),
         ("csr", torch.ones(2, 7), torch.tensor([[127], [128]], dtype=torch.uint8), "beyond the 7 inputs of row 1"),

@@ -165,7 +165,7 @@ def test_negative_columns_of_wide_csr_are_refused():
 def test_falling_columns_are_found_behind_an_empty_first_row():
     parts = FORMATS["csr"].pack(torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]]))
     parts["col_indices"].copy_(torch.tensor([0, 2, 1]))
-    with pytest.raises(FormatError, match=f"^{NAME}: col_indices must rise .* row 1 has 2 before 1"):
+    with pytest.raises(FormatError, match=f"^{NAME}: col_indices must increase .* row 1 has 2 before 1"):
         FORMATS["csr"].check(NAME, parts)
 
 

@@ -61,7 +61,7 @@ WITH_BITS = [
     ("bits are signed", replaced("bitmask", lambda t: t.view(torch.int8)), "bitmask of .* is torch.uint8"),
 ]
 OF_BITMASK = [
-    ("two bits too many", with_item("bitmask", (4, 0), 3), "positions, for which codes must have .* and has"),
+    ("two bits too many", with_item("bitmask", (4, 0), 3), "positions, so codes must have .* and has"),
     ("a row of codes", replaced("codes", lambda t: t[None]), "codes of a 5 x 36 matrix"),
 ]
 ROW_FORMS = [form for form in FORMS if form.grid.group is None]
