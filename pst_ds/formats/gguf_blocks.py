@@ -1,7 +1,8 @@
 """Quantise weights to GGUF's blocks of 32: Q8_0 and Q4_0.
 
 As in ggml's source (ggml-common.h), a block is an fp16 scale followed by 32 codes. Q8_0 has a byte per code. Q4_0 has
-16 bytes; byte j holds code j plus 8 in its lower half and code j + 16 plus 8 in its upper half. Code 0 is a weight of 0.
+16 bytes; byte j holds code j plus 8 in its lower half and code j + 16 plus 8 in its upper half. Code 0 is
+a weight of 0.
 """
 
 from __future__ import annotations

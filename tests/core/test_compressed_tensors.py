@@ -55,7 +55,10 @@ def test_the_library_reads_them(grid):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda parts: parts.pop("weight_scale"), "has the parts weight_packed, weight_scale, weight_shape, found"),
+        (
+            lambda parts: parts.pop("weight_scale"),
+            "must have the parts weight_packed, weight_scale, weight_shape, found",
+        ),
         (lambda parts: parts.update(weight_shape=torch.tensor([5.0, 64.0])), "weight_shape must be int64"),
         (lambda parts: parts.update(weight_shape=torch.tensor([-5, 64])), "no matrix has the shape"),
         (lambda parts: parts.update(weight_shape=torch.tensor([5, 96])), "weight_packed of a 5 x 96 matrix"),
@@ -79,7 +82,7 @@ def test_bits_beyond_a_row():
     parts["weight_packed"][1, -1] |= 1 << 30
     with pytest.raises(FormatError, match="weight_packed has a bit beyond it in row 1"):
         form.check("w", parts)
-    with pytest.raises(FormatError, match=r"its shape is \(3, 37\), and \(37, 3\) is needed"):
+    with pytest.raises(FormatError, match=r"its shape is \(3, 37\), but must be \(37, 3\)"):
         form.check("w", made(Grid(8), (3, 37))[1], (37, 3))
 
 
@@ -111,10 +114,13 @@ def test_inputs_of_8_bits_go_with_whole_rows_of_int8(grid):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda parts: parts.pop("weight"), "has the parts weight, weight_scale, found weight_scale"),
-        (lambda parts: parts.update(weight=parts["weight"].flatten()), r"must be a matrix, and has the shape \(320,\)"),
+        (lambda parts: parts.pop("weight"), "must have the parts weight, weight_scale, found weight_scale"),
+        (lambda parts: parts.update(weight=parts["weight"].flatten()), r"must be a matrix, but has the shape \(320,\)"),
         (lambda parts: parts.update(weight=parts["weight"].float()), "weight must be torch.int8, found"),
-        (lambda parts: parts.update(weight_scale=parts["weight_scale"][:4]), r"is torch.bfloat16 of shape \(5, 1\)"),
+        (
+            lambda parts: parts.update(weight_scale=parts["weight_scale"][:4]),
+            r"must be torch.bfloat16 of shape \(5, 1\)",
+        ),
         (lambda parts: parts["weight"][2, 7].fill_(-128), "weight has the code -128 in row 2"),
         (lambda parts: parts["weight_scale"][3].fill_(float("inf")), "weight_scale 3 is inf; scales are at least"),
     ],
@@ -127,5 +133,5 @@ def test_each_rule_of_int8_broken_once_is_refused_by_name(change, message):
 
 
 def test_int8_codes_of_another_shape_than_the_model_has():
-    with pytest.raises(FormatError, match=r"its shape is \(5, 64\), and \(64, 5\) is needed"):
+    with pytest.raises(FormatError, match=r"its shape is \(5, 64\), but must be \(64, 5\)"):
         packed_format("compressed-tensors-w8a8", Grid(8)).check("w", of_int8()[1], (64, 5))

@@ -61,8 +61,8 @@ def claim(*shape):
 
 
 EVERY_FORMAT = [
-    ("a part is missing", dropped("shape"), "has the parts .*, found"),
-    ("a part too many", added, "has the parts .*, found .*bias"),
+    ("a part is missing", dropped("shape"), "must have the parts .*, found"),
+    ("a part too many", added, "must have the parts .*, found .*bias"),
     ("shape is float", replaced("shape", torch.Tensor.double), "shape must be int64"),
     ("shape of three", replaced("shape", lambda t: torch.cat([t, t[:1]])), "shape must be int64 of shape"),
     ("shape of no dims", replaced("shape", lambda t: t.flatten()[0]), "shape must be int64 of shape"),
@@ -76,11 +76,11 @@ EVERY_FORMAT = [
     ("a part has no values", replaced("shape", lambda t: t.to("meta")), "shape must be a contiguous tensor"),
 ]
 BITS = [
-    ("bits are signed", replaced("bitmask", lambda t: t.view(torch.int8)), "bitmask of .* is torch.uint8"),
-    ("bits are flat", replaced("bitmask", torch.Tensor.flatten), "bitmask of .* is torch.uint8"),
+    ("bits are signed", replaced("bitmask", lambda t: t.view(torch.int8)), "bitmask of .* must be torch.uint8"),
+    ("bits are flat", replaced("bitmask", torch.Tensor.flatten), "bitmask of .* must be torch.uint8"),
     ("bits lie across", replaced("bitmask", lambda t: t.t().contiguous().t()), "bitmask must be a contiguous"),
-    ("bits are one row short", replaced("bitmask", lambda t: t[:-1]), "bitmask of .* is torch.uint8"),
-    ("a padding bit", with_item("bitmask", (3, 2), 0x83), "bitmask set a bit beyond the 20 inputs of row 3"),
+    ("bits are one row short", replaced("bitmask", lambda t: t[:-1]), "bitmask of .* must be torch.uint8"),
+    ("a padding bit", with_item("bitmask", (3, 2), 0x83), "bitmask has a bit set beyond the 20 inputs of row 3"),
 ]
 VALUES = [
     ("values are integers", lambda t: t.view(torch.int16), "must be bf16, fp16, fp32 or fp64"),
@@ -98,7 +98,7 @@ OF_FORMAT = {
         ("offsets shifted", replaced("row_offsets", lambda t: t + 1), "row_offsets of row 0 is 1"),
         ("offsets that rise, but not right", with_item("row_offsets", 4, 0), "row_offsets of row 4 is 0"),
         ("negative offset", with_item("row_offsets", 2, -1), "row_offsets of row 2 is -1"),
-        ("offsets are int32", replaced("row_offsets", torch.Tensor.int), "row_offsets of .* is torch.int64"),
+        ("offsets are int32", replaced("row_offsets", torch.Tensor.int), "row_offsets of .* must be torch.int64"),
         ("offsets have an end", replaced("row_offsets", lambda t: torch.cat([t, t[-1:]])), "row_offsets of"),
     ],
     "2:4": [
@@ -113,17 +113,17 @@ OF_FORMAT = {
     "csr": [
         ("does not begin at 0", with_item("crow_indices", 0, 1), "must go from 0 to"),
         ("ends early", with_item("crow_indices", -1, 3), "must go from 0 to the number of values"),
-        ("rows fall", with_item("crow_indices", 2, 0), "crow_indices fall after row 1"),
-        ("rows leave", with_item("crow_indices", 2, 1 << 20), "crow_indices fall after row 2, from 1048576"),
-        ("wide rows", replaced("crow_indices", torch.Tensor.long), "crow_indices of .* is torch.int32"),
-        ("column out of range", with_item("col_indices", 3, 20), "column 20, and there are 20"),
-        ("columns are wide", replaced("col_indices", torch.Tensor.int), "col_indices of .* is torch.uint16"),
-        ("columns are signed", replaced("col_indices", lambda t: t.view(torch.int16)), "is torch.uint16"),
-        ("columns fall", swap_columns, "must rise within a row, and row 0 has"),
+        ("rows fall", with_item("crow_indices", 2, 0), "crow_indices decrease after row 1"),
+        ("rows leave", with_item("crow_indices", 2, 1 << 20), "crow_indices decrease after row 2, from 1048576"),
+        ("wide rows", replaced("crow_indices", torch.Tensor.long), "crow_indices of .* must be torch.int32"),
+        ("column out of range", with_item("col_indices", 3, 20), "column 20, but the matrix has 20"),
+        ("columns are wide", replaced("col_indices", torch.Tensor.int), "col_indices of .* must be torch.uint16"),
+        ("columns are signed", replaced("col_indices", lambda t: t.view(torch.int16)), "must be torch.uint16"),
+        ("columns fall", swap_columns, "must increase within a row, but row 0 has"),
         ("a column twice", with_item("col_indices", 1, 0), "row 0 has 0 before 0"),
         ("a value too few", replaced("values", lambda t: t[:-1]), "col_indices of a 5 x 20 matrix with"),
         ("more inputs than int32", claim(5, (1 << 31) + 1), "csr holds at most"),
-        ("uint16 columns of many inputs", claim(5, 65537), "col_indices of .* is torch.int32"),
+        ("uint16 columns of many inputs", claim(5, 65537), "col_indices of .* must be torch.int32"),
     ],
 }
 BROKEN = [
@@ -149,7 +149,7 @@ def test_each_invariant_broken_once_is_refused_by_name(name, change, said):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_another_shape_than_the_model_needs_is_refused(name):
-    with pytest.raises(FormatError, match=rf"^{NAME}: its shape is \(5, 20\), and \(20, 5\) is needed"):
+    with pytest.raises(FormatError, match=rf"^{NAME}: its shape is \(5, 20\), but must be \(20, 5\)"):
         FORMATS[name].check(NAME, whole_parts(name), (20, 5))
 
 

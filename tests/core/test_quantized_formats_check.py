@@ -30,18 +30,18 @@ def claim(*shape):
 
 
 EVERY_FORM = [
-    ("no scales", lambda parts: parts.pop("scales"), "has the parts .*, found"),
-    ("values of v1 beside", lambda parts: parts.update(compressed=parts["codes"]), "has the parts .*compressed"),
+    ("no scales", lambda parts: parts.pop("scales"), "must have the parts .*, found"),
+    ("values of v1 beside", lambda parts: parts.update(compressed=parts["codes"]), "must have the parts .*compressed"),
     ("scale of zero", with_item("scales", (2, 0), 0.0), "scale 0 of row 2 is 0; scales are at least"),
     ("negative scale", with_item("scales", (2, 0), -1.0), "scale 0 of row 2 is -1"),
     ("infinite scale", with_item("scales", (0, 0), float("inf")), "scale 0 of row 0 is inf"),
     ("scale that is no number", with_item("scales", (4, 0), float("nan")), "scale 0 of row 4 is nan"),
     ("denormal scale", with_item("scales", (4, 0), 2.0**-127), "scale 0 of row 4 is 5.87747e-39"),
     ("scale whose products overflow", with_item("scales", (1, 0), 3e38), r"scale 0 of row 1 is [\d.]+e\+38"),
-    ("wide scales", replaced("scales", torch.Tensor.float), "scales of .* is torch.bfloat16"),
-    ("scales of half floats", replaced("scales", torch.Tensor.half), "scales of .* is torch.bfloat16"),
-    ("a row of scales too few", replaced("scales", lambda t: t[:-1]), "scales of .* is torch.bfloat16 of shape"),
-    ("a scale too many", replaced("scales", lambda t: torch.cat([t, t], 1)), "scales of .* is torch.bfloat16 of shape"),
+    ("wide scales", replaced("scales", torch.Tensor.float), "scales of .* must be torch.bfloat16"),
+    ("scales of half floats", replaced("scales", torch.Tensor.half), "scales of .* must be torch.bfloat16"),
+    ("a row of scales too few", replaced("scales", lambda t: t[:-1]), "scales of .* be torch.bfloat16 of shape"),
+    ("a scale too many", replaced("scales", lambda t: torch.cat([t, t], 1)), "scales of .* be torch.bfloat16 of shape"),
     ("codes are float", replaced("codes", torch.Tensor.bfloat16), "codes must be torch.u?int8"),
     ("codes of the other sign", replaced("codes", lambda t: t.view({torch.int8: torch.uint8}.get(t.dtype, torch.int8))),
      "codes must be torch.u?int8"),
@@ -57,11 +57,11 @@ BY_BITS = {
     ],
 }
 WITH_BITS = [
-    ("a padding bit", with_item("bitmask", (3, 4), 0xF0), "bitmask set a bit beyond the 36 inputs of row 3"),
-    ("bits are signed", replaced("bitmask", lambda t: t.view(torch.int8)), "bitmask of .* is torch.uint8"),
+    ("a padding bit", with_item("bitmask", (3, 4), 0xF0), "bitmask has a bit set beyond the 36 inputs of row 3"),
+    ("bits are signed", replaced("bitmask", lambda t: t.view(torch.int8)), "bitmask of .* must be torch.uint8"),
 ]
 OF_BITMASK = [
-    ("two bits too many", with_item("bitmask", (4, 0), 3), "positions, so codes must have .* and has"),
+    ("two bits too many", with_item("bitmask", (4, 0), 3), "positions, so codes must have .*but has"),
     ("a row of codes", replaced("codes", lambda t: t[None]), "codes of a 5 x 36 matrix"),
 ]
 ROW_FORMS = [form for form in FORMS if form.grid.group is None]
@@ -90,7 +90,7 @@ def test_half_bytes_that_fill_up_a_row_are_zero():
     form = packed_format("bitmask", Grid(4))
     parts = whole_parts(form)
     parts["codes"][1] |= 0x30  # of three codes of the first row
-    with pytest.raises(FormatError, match=f"^{NAME}: the last half byte of row 0 in codes fills it up, and must be 0"):
+    with pytest.raises(FormatError, match=f"^{NAME}: the last half byte of row 0 in codes is padding, and must be 0"):
         form.check(NAME, parts)
     form = packed_format("dense", Grid(4))
     parts = form.pack(torch.randn(3, 5, generator=torch.Generator().manual_seed(0)))
@@ -105,7 +105,7 @@ def test_groups_that_do_not_divide_and_another_shape():
     parts["shape"][1] = 48
     with pytest.raises(FormatError, match=f"^{NAME}: groups of 32 do not divide 48 inputs; take row"):
         form.check(NAME, parts)
-    with pytest.raises(FormatError, match=rf"^{NAME}: its shape is \(5, 36\), and \(36, 5\) is needed"):
+    with pytest.raises(FormatError, match=rf"^{NAME}: its shape is \(5, 36\), but must be \(36, 5\)"):
         packed_format("dense", Grid(8)).check(NAME, whole_parts(packed_format("dense", Grid(8))), (36, 5))
 
 
@@ -121,7 +121,7 @@ def test_rows_without_end_and_without_bytes_take_no_time(form):
     assert form.unpack(parts).shape == (rows, 0)
     if form.packing == "bitmask":
         parts["codes"] = torch.ones(4, dtype=parts["codes"].dtype)
-        with pytest.raises(FormatError, match="codes has 4 bytes, and there are no inputs"):
+        with pytest.raises(FormatError, match="codes has 4 bytes, but the matrix has no inputs"):
             form.check(NAME, parts)
 
 

@@ -155,7 +155,7 @@ def test_words_that_do_not_go_together(capsys, tmp_path, base):
     assert "--group 32 is for quantised weights. Add --bits 4 or 8" in said("--group", "32")
     assert "--keep-zeros prunes nothing more, so there is nothing to do. Add --bits" in said("--keep-zeros")
     both = said("--keep-zeros", "--bits", "4", "--sparsity", "0.5", "--pattern", "row")
-    assert "--keep-zeros keeps the mask that the folder has: leave out --sparsity 0.5 and --pattern row" in both
+    assert "--keep-zeros keeps the mask that the folder has. Remove --sparsity 0.5 and --pattern row" in both
     groups = said("--bits", "4", "--group", "128")
     assert "model.layers.0.self_attn.q_proj: groups of 128 do not divide 64 inputs; take 32 or 64 or row" in groups
     assert "Choose another --group, or exclude the layer with pst.exclude_modules" in groups
@@ -199,8 +199,8 @@ DAMAGE = {
                                r"up_proj\.scales: scales are torch\.bfloat16 of shape \(128, 2\), got .*\(128, 1\)"),
     "wide scales": (lambda f: _with_scales(f, lambda t: t.update({f"{UP}.scales": t[f"{UP}.scales"].float()})),
                     r"got torch\.float32"),
-    "a layer's scales gone": (lambda f: _with_scales(f, lambda t: t.pop(f"{UP}.scales")), f"lacks {UP}.scales; prune"),
-    "no scales": (lambda f: (f / "scales.safetensors").unlink(), "scales.safetensors is missing, which the grid of"),
+    "a layer's scales gone": (lambda f: _with_scales(f, lambda t: t.pop(f"{UP}.scales")), f"lacks {UP}.scales. Prune"),
+    "no scales": (lambda f: (f / "scales.safetensors").unlink(), "scales.safetensors is missing, although"),
     "half a file": (lambda f: (f / "scales.safetensors").write_bytes((f / "scales.safetensors").read_bytes()[:-3]),
                     "scales.safetensors is damaged"),
     "other values": (lambda f: _with_record(f, values="int3"), "pruning.json is damaged.*int8 or int4, got 'int3'"),
@@ -208,7 +208,7 @@ DAMAGE = {
     "no layers": (lambda f: _with_record(f, layers=3), "pruning.json is damaged"),
     "a layer that there is not": (
         lambda f: (_with_record(f, layers=[{"name": "lm"}]), _with_scales(f, _add_layer)),
-        "says that lm was rounded, and there is no such layer",
+        "says that lm was quantised, but the model has no such layer",
     ),
 }  # fmt: skip
 
@@ -254,7 +254,7 @@ def test_where_exactness_was_promised_and_cannot_be_had(capsys, tmp_path, on_gri
 def test_another_grid_would_round_twice(capsys, tmp_path, on_grid):
     for words in (["--values", "int8"], ["--values", "int4"], ["--values", "int4", "--group", "64"]):
         line = _said_by(capsys, "export", on_grid, "--out", tmp_path / "out", *words)
-        assert "rounding again loses more: take --values int4 --group 32" in line
+        assert "Use --values int4 --group 32" in line
     assert not (tmp_path / "out").exists()
     _export(tmp_path / "tables", on_grid, "--embeddings", "int8")  # which are on no grid yet
     folder = Path(shutil.copytree(on_grid, tmp_path / "folder"))

@@ -46,13 +46,13 @@ def _refused(capsys, tmp_path, *arguments, run_file=CAUSAL, method="wanda"):
 
 
 def test_the_cpu_is_used_when_deepspeed_is_told_so(capsys, tmp_path, monkeypatch):
-    used, prune_model = [], pruning.prune_model
+    used, prune_loaded = [], pruning.prune_loaded
 
     def seen(*arguments, device, **more):
         used.append(device.type)
-        return prune_model(*arguments, device=device, **more)
+        return prune_loaded(*arguments, device=device, **more)
 
-    monkeypatch.setattr(pruning, "prune_model", seen)
+    monkeypatch.setattr(pruning, "prune_loaded", seen)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     for accelerator in (torch.accelerator, torch.cuda):
         monkeypatch.setattr(accelerator, "is_available", lambda: True)
