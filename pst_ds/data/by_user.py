@@ -1,4 +1,4 @@
-"""The rows of a split by the value of a column that names users, read once, and loaded as examples user by user."""
+"""Group the rows of a split by user, and load the examples of one user at a time."""
 
 from __future__ import annotations
 
@@ -17,47 +17,46 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RowsByUser:
-    """All rows of a split, and whose they are."""
+    """Rows of a split, grouped by user."""
 
     data: DataConfig
     split: str
     rows: Dataset
     places: dict[str, list[int]]
-    """The rows of each user, in their order, by users in the order of their first rows."""
+    """Row indices of each user, ascending; users in the order of their first rows."""
 
     @property
     def where(self) -> str:
-        """The file or split that the rows are of."""
+        """File or split of the rows."""
         return str(getattr(self.data, self.split))
 
     def count(self, user: str) -> int:
-        """Return how many rows a user has; 0 for one that has none."""
+        """Return the number of rows of a user; 0 for unknown users."""
         return len(self.places.get(user, ()))
 
     def load(self, task: Task[Any], user: str, tokenizer: Tokenizer, labels: Sequence[str]) -> Any:
-        """Return the task's examples of a user. Nothing of them is cached on disk. Raises ConfigError."""
+        """Return a user's examples, without caching them on disk. Raises ConfigError."""
         own = DataInMemory.of(self.data, self.rows.select(self.places[user]))
         return task.load(own, self.split, tokenizer, labels)
 
 
 def read_by_user(data: DataConfig, split: str, column: str) -> RowsByUser:
-    """Read a split, whose ``column`` names the user of each row: a text or a number.
+    """Read a split and group its rows by the user in ``column``, a text or a number.
 
-    Raises ConfigError for a split that is no table of rows, a column that is missing, and a row without a user.
+    Raises ConfigError for a missing column, and for a row without a user.
     """
     where = getattr(data, split)
     rows = read_rows(data, split, {})
     if column not in rows.column_names:
         raise ConfigError(
-            f"{where} has no column {column!r}, which is to name the user of each row. Columns: "
-            f"{', '.join(rows.column_names)}"
+            f"{where} has no column {column!r}, with the user of each row. Columns: {', '.join(rows.column_names)}"
         )
     places: dict[str, list[int]] = {}
     for row, value in enumerate(rows[column]):
         if value is None or isinstance(value, list | dict) or not str(value).strip():
             raise ConfigError(
-                f"{where}: column {column!r} has {value!r} in row {row}, which names no user; give it a text or a "
-                "number, or take the row out"
+                f"{where}: column {column!r} has {value!r} in row {row}, which is not a user. Use a text or a "
+                "number, or remove the row"
             )
         places.setdefault(str(value), []).append(row)
     return RowsByUser(data, split, rows, places)

@@ -1,10 +1,10 @@
-"""Conversations as tokens, with a mask of those that the assistant wrote.
+"""Tokenise conversations, with a mask of the assistant's tokens.
 
-A conversation is a list of messages ``{"role": ..., "content": ...}`` as transformers' chat templates take them, with
-``tool_calls`` and whatever else the template knows. Where the template marks what the assistant says ({% generation %})
-its own mask counts. Elsewhere the mask is found by the growing prefix: the text of the messages before an answer, with
-the prompt for one, must begin the text that has the answer too, and what is added is the answer. A template that writes
-earlier messages in another way once later ones follow is refused, since no mask of it would be right.
+A conversation is a list of messages ``{"role": ..., "content": ...}`` as in transformers' chat templates, with
+``tool_calls`` and other fields that the template uses. If the template marks the assistant's messages
+({% generation %}), its mask is used. Otherwise the mask follows from prefixes: the rendered messages before an answer,
+with the generation prompt, must be a prefix of the rendered messages including it, and the rest is the answer.
+Templates that render earlier messages differently once others follow are rejected, because they have no such mask.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ Message: TypeAlias = dict[str, Any]
 
 ASSISTANT = "assistant"
 TOOLS = "tools"
-"""The column with the tools of a conversation."""
+"""Column with the tools of a conversation."""
 _ROLES_OF_OTHERS = {"human": "user", "gpt": ASSISTANT, "bot": ASSISTANT, "model": ASSISTANT}
-"""Roles as ShareGPT and its like call them."""
+"""Roles in ShareGPT and similar formats."""
 _MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What a chat template is given."""
+    """Input of a chat template."""
 
     messages: list[Message]
     tools: list[JsonObject] | None = None
@@ -44,51 +44,51 @@ class Conversation:
         return Conversation(self.messages[:place], self.tools)
 
     def split_at_last_answer(self) -> tuple[Conversation, str]:
-        """Return what comes before the last answer, and its text."""
+        """Return the messages before the last answer, and its text."""
         last = max(place for place, message in enumerate(self.messages) if message["role"] == ASSISTANT)
         return self.upto(last), str(self.messages[last].get("content") or "")
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A conversation as its template writes it."""
+    """A rendered and tokenised conversation."""
 
     ids: list[int]
-    """Its tokens."""
+    """Token ids."""
     is_answer: list[bool]
-    """For each token whether the assistant wrote it, the end of a turn included."""
+    """Mask of the assistant's tokens, including the end of a turn."""
 
 
 def messages_of(value: object, where: str) -> list[Message]:
     """Return the messages of a row: a list of {"role", "content"}, or of ShareGPT's {"from", "value"}.
 
-    Fields that are None, as they are where a table has one column for all messages, are left out. Raises ConfigError,
-    naming ``where``, for another shape, and for a conversation without an answer.
+    Fields with the value None are omitted: in a table, all messages have the same fields. Raises ConfigError, naming
+    ``where``, for another structure, and for a conversation without an answer.
     """
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise ConfigError(f"{where} holds {str(value)[:80]!r}, and a conversation is a list of messages")
+        raise ConfigError(f"{where} holds {str(value)[:80]!r}, but a conversation is a list of messages")
     messages = [_without_none(_in_our_words(message)) for message in value]
     for place, message in enumerate(messages):
         if not isinstance(message.get("role"), str) or not ({"content", "tool_calls"} & message.keys()):
             raise ConfigError(
-                f'{where}: message {place} has the fields {", ".join(value[place])}, and needs a "role" and a "content"'
+                f'{where}: message {place} has the fields {", ".join(value[place])}, but needs a "role" and a "content"'
             )
     if not any(message["role"] == ASSISTANT for message in messages):
-        raise ConfigError(f"{where} has no message of the role {ASSISTANT!r}, and only those are learnt")
+        raise ConfigError(f"{where} has no message of the role {ASSISTANT!r}, but only those are trained on")
     return messages
 
 
 def messages_of_pair(prompt: object, completion: object, where: str) -> list[Message]:
-    """Return the messages of a prompt and its completion: each is a text, or a list of messages."""
+    """Return the messages of a prompt and a completion, each a text or a list of messages."""
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     after = [{"role": ASSISTANT, "content": completion}] if isinstance(completion, str) else completion
     if not isinstance(before, list) or not isinstance(after, list):
-        raise ConfigError(f"{where} has a prompt and a completion that are neither texts nor lists of messages")
+        raise ConfigError(f"{where} has a prompt or a completion that is neither a text nor a list of messages")
     return messages_of([*before, *after], where)
 
 
 def tools_of(value: object, where: str) -> list[JsonObject] | None:
-    """Return the tools of a row, which may be JSON. Raises ConfigError for JSON that is none."""
+    """Return the tools of a row, which may be a JSON string. Raises ConfigError for invalid JSON."""
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
@@ -99,32 +99,31 @@ def tools_of(value: object, where: str) -> list[JsonObject] | None:
 
 
 def read_template(path: str, setting: str) -> str:
-    """Return the chat template in a file, which ``setting`` names. Raises ConfigError."""
+    """Read a chat template from a file. Raises ConfigError, which names ``setting``."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{setting} = {path!r} cannot be read: {error}; name a Jinja file") from None
+        raise ConfigError(f"{setting} = {path!r} cannot be read: {error}. Name a Jinja file") from None
 
 
 def require_template(tokenizer: Tokenizer, task: str) -> None:
-    """Raise ConfigError for a tokenizer without a chat template, and for one that gives no places of its tokens."""
+    """Raise ConfigError for a tokenizer without a chat template or without offsets."""
     if tokenizer.chat_template is None:
         raise ConfigError(
-            f"the tokenizer has no chat template, which task {task!r} writes conversations by; name a Jinja file with "
+            f"the tokenizer has no chat template, which task {task!r} requires. Name a Jinja file with "
             "data.chat_template, or a tokenizer that has one with model.tokenizer"
         )
     if not tokenizer.is_fast:
         raise ConfigError(
-            f"{type(tokenizer).__name__} is no fast tokenizer, and does not tell where in a text its tokens are; name "
-            "one with model.tokenizer"
+            f"{type(tokenizer).__name__} is not a fast tokenizer and has no offsets of its tokens. Name a fast one "
+            "with model.tokenizer"
         )
 
 
 def render(conversation: Conversation, tokenizer: Tokenizer, where: str) -> Rendered:
-    """Return the tokens of a conversation, and which of them the assistant wrote.
+    """Return the tokens of a conversation, with a mask of the assistant's tokens.
 
-    Raises ConfigError, naming ``where``, if the template refuses the conversation, or if it has no marks and answers
-    cannot be told from the growing prefix.
+    Raises ConfigError, naming ``where``, if the template rejects the conversation, or if the mask cannot be determined.
     """
     template = tokenizer.get_chat_template(None, conversation.tools)
     if _MARKS_ANSWERS.search(template):
@@ -142,14 +141,14 @@ def render(conversation: Conversation, tokenizer: Tokenizer, where: str) -> Rend
 
 
 def prompt_tokens(conversation: Conversation, tokenizer: Tokenizer, where: str) -> list[int]:
-    """Return the tokens that the next answer is written after."""
+    """Return the tokens of the conversation with the generation prompt."""
     return list(_tokens(conversation, tokenizer, where, add_generation_prompt=True)["input_ids"])
 
 
 def _answers_by_prefix(
     conversation: Conversation, tokenizer: Tokenizer, where: str
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Return the text of a conversation, and where in it answers begin and end."""
+    """Return the text of a conversation, and (start, end) of each answer in it."""
     text, spans = _text(conversation, tokenizer, where), []
     for place, message in enumerate(conversation.messages):
         if message["role"] != ASSISTANT:
@@ -158,8 +157,8 @@ def _answers_by_prefix(
         through = _text(conversation.upto(place + 1), tokenizer, where)
         if not text.startswith(through) or not through.startswith(before):
             raise ConfigError(
-                f"{where}: the chat template writes what comes before message {place} in another way once more "
-                "follows, so what the assistant says cannot be told from its prefix. Name a template that marks it "
+                f"{where}: the chat template renders the messages before message {place} differently once others "
+                "follow, so the assistant's tokens cannot be determined. Name a template that marks them "
                 "with {% generation %} and {% endgeneration %} in data.chat_template"
             )
         spans.append((len(before), len(through)))
@@ -169,7 +168,7 @@ def _answers_by_prefix(
 def _up_to_its_end(
     inside: Sequence[int], ids: Sequence[int], text: str, places: Sequence[tuple[int, int]], special: set[int]
 ) -> Sequence[int]:
-    """Return the tokens of an answer without the white space that a template puts behind the token that ends it."""
+    """Return the tokens of an answer without the white space after its last special token."""
     last = next((n for n in reversed(range(len(inside))) if ids[inside[n]] in special), None)
     if last is None or text[places[inside[last]][1] : places[inside[-1]][1]].strip():
         return inside
@@ -188,8 +187,8 @@ def _tokens(conversation: Conversation, tokenizer: Tokenizer, where: str, **opti
 def _applied(conversation: Conversation, tokenizer: Any, where: str, **options: bool) -> Any:
     try:
         return tokenizer.apply_chat_template(conversation.messages, tools=conversation.tools, **options)
-    except Exception as error:  # what a template raises for roles in an order that it does not know
-        raise ConfigError(f"{where}: the chat template refuses the conversation: {error}") from None
+    except Exception as error:  # templates raise various errors, such as for an unexpected order of roles
+        raise ConfigError(f"{where}: the chat template rejects the conversation: {error}") from None
 
 
 def _in_our_words(message: Message) -> Message:
@@ -200,7 +199,7 @@ def _in_our_words(message: Message) -> Message:
 
 
 def _without_none(value: Any) -> Any:
-    """Return JSON values without the fields that are None."""
+    """Return a JSON value without fields that are None."""
     if isinstance(value, dict):
         return {name: _without_none(of) for name, of in value.items() if of is not None}
     return [_without_none(of) for of in value] if isinstance(value, list) else value

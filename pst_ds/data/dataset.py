@@ -1,4 +1,4 @@
-"""Rows of a local file or of a dataset on the hub, with the columns that a task needs."""
+"""Read rows of a local file or of a dataset on the hub, and check the columns that a task needs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _QUOTED, _QUOTED_INSIDE = r'^"([^"]|"")*"$', r'^"([^"]|"")*""([^"]|"")*"$'
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataInMemory(DataConfig):
-    """Settings of a split whose ``rows`` are given: some of those that :func:`read_rows` returned for it before."""
+    """Data settings with ``rows`` in memory, a selection of what :func:`read_rows` returned."""
 
     rows: Dataset
 
@@ -36,24 +36,27 @@ class DataInMemory(DataConfig):
         return cls(**{field.name: getattr(data, field.name) for field in fields(data)}, rows=rows)
 
     def __post_init__(self) -> None:
-        """Nothing: the settings were checked where they were read."""
+        """Skip the checks, which were done when the settings were read."""
 
 
 def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, nested: bool = False) -> Dataset:
-    """Read one split, which must have ``columns``: each with the setting of ``data`` that names it.
+    """Read one split.
 
-    A local file may be followed by a slice of its rows, such as "[:80%]". A .txt file has the one column "text", and
-    ``data.sample_by`` says what a row of it is; where that is the document, a slice is of its lines. In a .tsv file
-    quotes are characters like others, as in GLUE's. Raises ConfigError for a file or column that is missing, and for a
-    column that holds no plain values. With ``nested`` a column may hold any values, and be a path into them, such as
-    "lex.text", which :func:`values_of` follows.
+    A local file may be followed by a slice of its rows, such as "[:80%]". A .txt file has one column, "text", with rows
+    by ``data.sample_by``; slices of whole documents count lines. Quotes have no meaning in .tsv files, as in GLUE.
+
+    Args:
+        columns: required columns, each with the setting of ``data`` that names it.
+        nested: allow columns with nested values, and paths into them such as "lex.text", for :func:`values_of`.
+
+    Raises ConfigError for a missing file or column, and for a column with nested values unless ``nested``.
     """
     import datasets
 
     datasets.disable_progress_bars()
     where = getattr(data, split)
     if not where:
-        raise ConfigError(f"data.{split} is not set; name a file, or a split of data.dataset")
+        raise ConfigError(f"data.{split} is not set. Name a file, or a split of data.dataset")
     if isinstance(data, DataInMemory):
         rows = data.rows
     else:
@@ -72,7 +75,7 @@ def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, neste
                 "values; only a plain text, number or label in each row can be read"
             )
     if not len(rows):
-        raise ConfigError(f"data.{split} = {where!r} has no examples; give it a row for each")
+        raise ConfigError(f"data.{split} = {where!r} has no examples. Add a row for each")
     if split == "test" and data.test_rows and not isinstance(data, DataInMemory):
         column, wanted = data.test_rows
         rows = _rows_with(rows, column, wanted, where)
@@ -80,13 +83,13 @@ def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, neste
 
 
 def file_and_slice(where: str) -> tuple[str, str]:
-    """Split the name of a local file and the slice behind it, "" without one: "a.csv[:80%]" is "a.csv", "[:80%]"."""
+    """Split "a.csv[:80%]" into the file "a.csv" and the slice "[:80%]", or "" without a slice."""
     found = None if Path(where).exists() else _SLICED.fullmatch(where)
     return (found["file"], found["slice"]) if found else (where, "")
 
 
 def values_of(rows: Dataset, column: str) -> Iterable[object]:
-    """Yield the values of all rows at ``column``, a name or a path; a path leads through every item of a list."""
+    """Yield the values of ``column``, a name or a path, which follows every item of a list."""
     top, *path = _path_of(column, rows)
     for value in rows[top]:
         yield _value_at(value, path)
@@ -112,7 +115,7 @@ def _require_column(rows: Dataset, column: str, setting: str, where: str) -> Non
 
 
 def _require_utf8(rows: Dataset, column: str, where: str) -> None:
-    """Check the bytes of texts, which the readers of JSON and Parquet do not."""
+    """Check that texts are UTF-8; the readers of JSON and Parquet do not."""
     import pyarrow
 
     first = 0
@@ -121,15 +124,15 @@ def _require_utf8(rows: Dataset, column: str, where: str) -> None:
             chunk.validate(full=True)
         except pyarrow.ArrowInvalid as error:
             raise ConfigError(
-                f"{where}: column {column!r} is not UTF-8 text in the rows from {first} on ({error}); save the file in "
-                "UTF-8"
+                f"{where}: column {column!r} is not UTF-8 text in the rows from {first} on ({error}). Save the file "
+                "in UTF-8"
             ) from None
         first += len(chunk)
 
 
 def _require_unquoted(rows: Dataset, columns: Iterable[str], where: str) -> None:
-    """Refuse a .tsv that a CSV writer made: quotes stand around the names of columns, or around all values of one, or
-    around all that have quotes, with those inside doubled."""
+    """Reject a .tsv file with CSV quoting: quotes around column names, around all values of a column, or around all
+    values that contain quotes."""
     import pyarrow.compute as arrow
 
     def count(values: ChunkedArray, pattern: str) -> int:
@@ -143,8 +146,8 @@ def _require_unquoted(rows: Dataset, columns: Iterable[str], where: str) -> None
             quoted = f"values in column {column!r}"
     if quoted:
         raise ConfigError(
-            f"{where} was written with quotes around its {quoted}, and quotes of a .tsv file are characters like "
-            "others; save it without them, or as .csv or .jsonl"
+            f"{where} was written with quotes around its {quoted}, but quotes have no meaning in a .tsv file. "
+            "Save it without them, or as .csv or .jsonl"
         )
 
 
@@ -160,7 +163,7 @@ def _require_path(feature: Any, path: list[str], column: str, setting: str, wher
 
 
 def _rows_with(rows: Dataset, column: str, wanted: str, where: str) -> Dataset:
-    """Return the rows whose ``column`` has the value ``wanted``, as text."""
+    """Return the rows whose ``column`` equals ``wanted``, compared as text."""
     _require_column(rows, column, "test_rows", where)
     values = [str(value) for value in rows[column]]
     if wanted not in values:
@@ -179,14 +182,14 @@ def _read_local(where: str, split: str, sample_by: str) -> Dataset:
     path = Path(file)
     if not path.is_file():
         raise ConfigError(
-            f"{setting} = {where!r} does not exist (looked in {path.absolute()}); name a local file, or a split of "
+            f"{setting} = {where!r} does not exist (looked in {path.absolute()}). Name a local file, or a split of "
             "data.dataset"
         )
     kind = _FORMATS.get(path.suffix.lower())
     if kind is None:
-        raise ConfigError(f"{setting} = {where!r} ends in {path.suffix!r}; known are {', '.join(_FORMATS)}")
+        raise ConfigError(f"{setting} = {where!r} ends in {path.suffix!r}. Use one of {', '.join(_FORMATS)}")
     options: dict[str, object] = {}
-    if kind == "csv":  # pandas takes words such as "NA", "null" or "None" for empty fields; here they are texts
+    if kind == "csv":  # pandas would read "NA", "null" and "None" as empty fields
         options = {"keep_default_na": False}
         if path.suffix.lower() == _TSV:
             options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
@@ -205,7 +208,7 @@ def _read_local(where: str, split: str, sample_by: str) -> Dataset:
 
 
 def _places(piece: str, count: int) -> range:
-    """Return the rows, of ``count``, in a slice such as "[:80%]" or "[-100:]", as datasets on the hub are sliced."""
+    """Return the rows of a slice such as "[:80%]" or "[-100:]" of ``count`` rows, as in ``datasets``."""
     ends = [
         round(int(end[:-1]) * count / 100) if end.endswith("%") else int(end) if end else None
         for end in piece[1:-1].split(":")
@@ -214,21 +217,21 @@ def _places(piece: str, count: int) -> range:
 
 
 def _why_unreadable(path: Path, kind: str, error: Exception) -> str:
-    """Say what is wrong with a file that ``datasets`` fails to read, and the fix."""
+    """Return why ``datasets`` cannot read a file, and the fix."""
     with path.open("rb") as stream:
         if not any(line.strip() for line in stream):
-            return "is empty; give it a row for each example"
+            return "is empty. Add a row for each example"
     cause = error.__cause__ or error
     if "corresponds to no data" in str(cause):
-        return "has no examples; give it a row for each"
+        return "has no examples. Add a row for each"
     if isinstance(cause, UnicodeDecodeError):
-        return f"is not UTF-8 text: {cause}; save it in UTF-8"
+        return f"is not UTF-8 text: {cause}. Save it in UTF-8"
     if kind == "json" and path.suffix.lower() == ".jsonl":
         with path.open("rb") as stream:
             for number, line in enumerate(stream, 1):
                 if problem := _json_problem(line):
-                    return f"cannot be read as json: line {number} is not a JSON object ({problem}); each must be one"
-    return f"cannot be read as {kind}: {first_line(cause)}; repair it, or name another file"
+                    return f"cannot be read as json: line {number} is not a JSON object ({problem}). Write one per line"
+    return f"cannot be read as {kind}: {first_line(cause)}. Repair it, or name another file"
 
 
 def _json_problem(line: bytes) -> str:
@@ -250,20 +253,20 @@ def _read_from_hub(data: DataConfig, split: str) -> Dataset:
         return datasets.load_dataset(data.dataset, split=split, **subset, **options)
     except Exception as error:
         reason = first_line(error)
-        fix = "name a data set of the hub that can be reached or is in its cache, a folder, or local files without one"
+        fix = "Name a dataset that can be reached or is cached, a folder, or local files without data.dataset"
         if "scripts are no longer supported" in reason:
-            fix = f'try data.revision = "{PARQUET_BRANCH}", where the hub may have converted it'
+            fix = f'Try data.revision = "{PARQUET_BRANCH}", where the hub may have converted it'
         raise ConfigError(
-            f"data.dataset = {data.dataset!r}, split {split!r}, cannot be loaded: {reason}; {fix}"
+            f"data.dataset = {data.dataset!r}, split {split!r}, cannot be loaded: {reason}. {fix}"
         ) from error
 
 
 def text_column(values: Iterable[object], column: str, where: str, first_row: int = 0) -> list[str]:
-    """Return the texts of consecutive rows, numbered from ``first_row``. Raises ConfigError for a row without one."""
+    """Return the texts of consecutive rows from ``first_row`` on. Raises ConfigError for a row without text."""
     texts = list(values)
     if None in texts:
         raise ConfigError(
-            f"{where}: column {column!r} has no text in row {first_row + texts.index(None)}; give it one (an "
-            'empty one is written "") or take the row out'
+            f"{where}: column {column!r} has no text in row {first_row + texts.index(None)}. Add one (an "
+            'empty one is written "") or remove the row'
         )
     return [str(text) for text in texts]

@@ -1,4 +1,4 @@
-"""Writing texts with a causal model on one process: beam search over a batch of prompts."""
+"""Generate texts with a causal model in one process: beam search over batches of prompts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def end_tokens(own: GenerationConfig) -> list[int]:
-    """Return the tokens that end a text by a model's generation config, which has one, several or none."""
+    """Return the end-of-text tokens of a generation config, which has one, several or none."""
     found = own.eos_token_id
     return [found] if isinstance(found, int) else list(found or ())
 
@@ -33,11 +33,13 @@ def write_texts(
     device: str,
     ends: Sequence[int] = (),
 ) -> list[str]:
-    """Return what ``model`` writes after each of the ``prompts``, which are tokens, up to its end-of-text token or one
-    of ``ends``.
+    """Return the text that ``model`` generates after each prompt, up to the end-of-text token or one of ``ends``.
 
-    ``model`` is one of transformers, whole and in evaluation mode. What its own generation_config.json says does not
-    count. The texts do not depend on which prompts share a batch, but for rounding.
+    The model's generation_config.json is ignored. Up to rounding, texts do not depend on the batching.
+
+    Args:
+        model: a transformers model with whole weights, in evaluation mode.
+        prompts: token ids of each prompt.
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     own_config = model.generation_config
@@ -73,7 +75,7 @@ def _write(
 
 
 def _generation_config(settings: EvalConfig, tokenizer: Tokenizer, ends: Sequence[int]) -> GenerationConfig:
-    """``use_cache`` is switched off in the config of a model in training."""
+    """Return the generation settings; ``use_cache`` is set because training switches it off in the config."""
     from transformers import GenerationConfig
 
     end = tokenizer.eos_token_id
@@ -90,8 +92,8 @@ def _generation_config(settings: EvalConfig, tokenizer: Tokenizer, ends: Sequenc
 
 
 class _NoRepeatAfter:
-    """Forbid the same ``size`` tokens in a row twice, after the first ``length`` tokens. The processor of transformers
-    also counts the prompt of a decoder, from which a name must be copied."""
+    """Forbid repeated n-grams of ``size`` tokens after the first ``length`` tokens. The processor of transformers also
+    counts the prompt, from which names must be copied."""
 
     def __init__(self, length: int, size: int):
         from transformers import NoRepeatNGramLogitsProcessor

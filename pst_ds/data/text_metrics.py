@@ -1,4 +1,4 @@
-"""How near written texts are to texts by people: BLEU, ROUGE and chrF, each with several references."""
+"""Text-generation metrics: BLEU, ROUGE and chrF with several references."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pst_ds.config.run import ConfigError
 
 
 def missing_libraries() -> list[str]:
-    """Return the libraries to install before texts can be scored."""
+    """Return the missing packages of the metrics."""
     return [name for name in ("sacrebleu", "rouge_score") if find_spec(name) is None]
 
 
 def require_text_metrics() -> None:
-    """Raise ConfigError when the libraries are not installed."""
+    """Raise ConfigError if a package is not installed."""
     missing = missing_libraries()
     if missing:
         raise ConfigError(
@@ -24,11 +24,10 @@ def require_text_metrics() -> None:
 
 
 def text_metrics(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Score ``texts``, each against all of its ``references``; all are in [0, 100].
+    """Return the scores of ``texts``, each against all of its ``references``, in [0, 100].
 
-    ``bleu`` and ``chrf`` are sacrebleu's, of the corpus, with its default tokens and orders (arXiv 1804.08771; chrF
-    without word order). ``rouge_l`` is the mean over texts of the F1 of the longest common subsequence of words with
-    that reference for which it is largest, as rouge-score counts it, without stemming; ``rouge_1`` that of words.
+    ``bleu`` and ``chrf`` are corpus scores of sacrebleu with its defaults (arXiv 1804.08771; chrF without word order).
+    ``rouge_1`` and ``rouge_l`` are means over texts of the F1 of rouge-score without stemming, for the best reference.
     """
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer

@@ -137,4 +137,4 @@ def test_what_the_hub_is_asked_for(monkeypatch, preset, asked):
     assert f"data.dataset = '{asked['path']}', split 'validation', cannot be loaded: Dataset scripts" in str(
         caught.value
     )
-    assert 'try data.revision = "refs/convert/parquet"' in str(caught.value)
+    assert 'Try data.revision = "refs/convert/parquet"' in str(caught.value)

@@ -189,13 +189,13 @@ def test_a_row_without_text_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "_ROWS_AT_A_TIME", 2)
     path = _write(tmp_path / "texts.jsonl", ["film", "plot", "warm", None])
     message = _refusal(load_sequences, _data(path), "train", TOKENIZER)
-    assert message.startswith(f"{path}: column 'text' has no text in row 3;")
+    assert message.startswith(f"{path}: column 'text' has no text in row 3. Add one")
 
 
 def test_files_that_are_not_there_or_not_read(tmp_path):
     assert "does not exist" in _refusal(load_sequences, _data(tmp_path / "no.txt"), "train", TOKENIZER)
     (tmp_path / "texts.pdf").write_text("film")
-    assert "known are .jsonl, .json, .csv, .tsv, .parquet, .txt" in _refusal(
+    assert "Use one of .jsonl, .json, .csv, .tsv, .parquet, .txt" in _refusal(
         load_sequences, _data(tmp_path / "texts.pdf"), "train", TOKENIZER
     )
     (tmp_path / "empty.txt").write_text("")

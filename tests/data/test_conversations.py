@@ -152,7 +152,7 @@ def test_the_loss_is_that_of_a_mask_made_by_hand(tmp_path, name):
 
 def test_a_template_that_forgets_is_refused_unless_it_has_marks():
     thought = [TALK[0], {"role": "assistant", "content": "<think>hm</think>no"}, *TALK[2:]]
-    with pytest.raises(ConfigError, match="row 3: the chat template writes what comes before message 1 in another way"):
+    with pytest.raises(ConfigError, match="row 3: the chat template renders the messages before message 1 differently"):
         render(Conversation(thought), tokenizer_with(FORGETFUL), "row 3")
     assert any(
         render(Conversation(TALK[:2]), tokenizer_with(FORGETFUL), "row 3").is_answer
@@ -230,7 +230,7 @@ def test_what_is_no_conversation_is_refused(value, problem):
 
 
 def test_a_template_that_refuses_a_role_and_a_missing_one_are_said(tmp_path):
-    with pytest.raises(ConfigError, match="row 0: the chat template refuses the conversation: unknown role"):
+    with pytest.raises(ConfigError, match="row 0: the chat template rejects the conversation: unknown role"):
         render(Conversation([{"role": "system", "content": "x"}, *TALK]), tokenizer_with(INST), "row 0")
     path = write_rows(tmp_path / "c.jsonl", [{"messages": TALK}])
     with pytest.raises(ConfigError, match="the tokenizer has no chat template"):

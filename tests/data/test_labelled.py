@@ -97,7 +97,7 @@ def test_a_tsv_that_was_written_with_quotes_is_refused(tmp_path, quoting):
         csv.writer(file, delimiter="\t", quoting=quoting).writerows([("text", "label"), ('a "b" c', 1), ("d", 0)])
     message = _refusal(label_names, _data(path))
     assert message.startswith(f"{path} was written with quotes around its ")
-    assert "save it without them, or as .csv or .jsonl" in message
+    assert "Save it without them, or as .csv or .jsonl" in message
     path.write_text('text\tlabel\n"a b"\t1\n"c d"\t0\n')  # every value of a column
     assert "quotes around" in _refusal(label_names, _data(path))
 
@@ -252,7 +252,7 @@ def test_a_missing_file_names_the_setting_and_where_it_looked(tmp_path):
 def test_an_unknown_ending_lists_the_known(tmp_path):
     (tmp_path / "rows.xlsx").write_text("x")
     message = _refusal(label_names, _data(tmp_path / "rows.xlsx"))
-    assert "ends in '.xlsx'; known are .jsonl, .json, .csv, .tsv, .parquet" in message
+    assert "ends in '.xlsx'. Use one of .jsonl, .json, .csv, .tsv, .parquet" in message
 
 
 @pytest.mark.parametrize(("ending", "content"), [("jsonl", "{not json\n"), ("parquet", "not parquet")])

@@ -23,10 +23,10 @@ _CHAT = (
 _FILE = "{tmp}/train.jsonl"
 DATA = {
     "a data file that is not there": Wrong(
-        setting("data.train=no.jsonl"), "data.train", "'no.jsonl'", "name a local file"
+        setting("data.train=no.jsonl"), "data.train", "'no.jsonl'", "Name a local file"
     ),
     "a data file of an unknown kind": Wrong(
-        _train_on("train.docx", "x"), "data.train", "'.docx'", "known are .jsonl, .json, .csv"
+        _train_on("train.docx", "x"), "data.train", "'.docx'", "Use one of .jsonl, .json, .csv"
     ),
     "a conversation that is a text": Wrong(
         _rows({"messages": "hello"}, settings=_CHAT), "row 0, column 'messages'", "'hello'", "a list of messages"
@@ -35,34 +35,34 @@ DATA = {
         _rows({"messages": [{"role": "user", "content": "the film"}]}, settings=_CHAT),
         "row 0, column 'messages'",
         "role 'assistant'",
-        "only those are learnt",
+        "only those are trained on",
     ),
     "a chat template that is not there": Wrong(
         _rows({"messages": []}, settings=(*_CHAT, "data.chat_template=no.jinja")),
         "data.chat_template",
         "'no.jinja'",
-        "name a Jinja file",
+        "Name a Jinja file",
     ),
     "a tokenizer without a chat template": Wrong(
         _rows({"messages": []}, settings=_CHAT[:-1]), "has no chat template", "task 'chat'", "data.chat_template"
     ),
     "no data file": Wrong(setting("data.train="), "data.train", "missing", "Name a local file"),
-    "an empty JSONL file": Wrong(_train_on("train.jsonl", ""), "data.train", _FILE, "give it a row"),
-    "an empty CSV file": Wrong(_train_on("train.csv", ""), "data.train", "{tmp}/train.csv", "give it a row"),
+    "an empty JSONL file": Wrong(_train_on("train.jsonl", ""), "data.train", _FILE, "Add a row"),
+    "an empty CSV file": Wrong(_train_on("train.csv", ""), "data.train", "{tmp}/train.csv", "Add a row"),
     "a CSV file of a header alone": Wrong(
-        _train_on("train.csv", "text,label\n"), "{tmp}/train.csv", "no examples", "give it a row"
+        _train_on("train.csv", "text,label\n"), "{tmp}/train.csv", "no examples", "Add a row"
     ),
     "a line that is not JSON": Wrong(
         _train_on("train.jsonl", '{"text": "a", "label": "b"}\n{"text": "c", "label": "d"}\n{"text": "e", "label\n'),
         _FILE,
         "line 3 is not a JSON object",
-        "each must be one",
+        "Write one per line",
     ),
     "a line that is JSON and no object": Wrong(
         _train_on("train.jsonl", '{"text": "a", "label": "b"}\n["c", "d"]\n'),
         _FILE,
         "line 2 is not a JSON object",
-        "each must be one",
+        "Write one per line",
     ),
     "columns that change their type": Wrong(
         _rows({"text": "a", "label": "b"}, {"text": {"c": 1}, "label": "b"}),
@@ -71,7 +71,7 @@ DATA = {
         "only a plain text, number or label",
     ),
     "a CSV row with too many fields": Wrong(
-        _train_on("train.csv", "text,label\na,b\nc,d,e\n"), "{tmp}/train.csv", "line 3", "repair it"
+        _train_on("train.csv", "text,label\na,b\nc,d,e\n"), "{tmp}/train.csv", "line 3", "Repair it"
     ),
     "a TSV file with quotes around its texts": Wrong(
         _train_on("train.tsv", 'text\tlabel\n"a ""b"" c"\tx\nd\ty\n'), "{tmp}/train.tsv", "'text'", "as .csv or .jsonl"
@@ -80,16 +80,16 @@ DATA = {
         _train_on("train.jsonl", '{"text": "café", "label": "a"}\n'.encode("latin-1")),
         _FILE,
         "row",
-        "save the file in UTF-8",
+        "Save the file in UTF-8",
     ),
     "a CSV file in another encoding": Wrong(
-        _train_on("train.csv", "text,label\ncafé,a\n".encode("latin-1")), "{tmp}/train.csv", "0xe9", "save"
+        _train_on("train.csv", "text,label\ncafé,a\n".encode("latin-1")), "{tmp}/train.csv", "0xe9", "Save it"
     ),
     "a text file in another encoding": Wrong(
         lambda shop: shop.causal(f"data.train={shop.file('train.txt', 'café '.encode('latin-1') * 99)}"),
         "{tmp}/train.txt",
         "0xe9",
-        "save",
+        "Save it",
     ),
     "a Parquet file that is none": Wrong(
         _train_on("train.parquet", "text"), "data.train", "{tmp}/train.parquet", "name another file"
@@ -103,7 +103,7 @@ DATA = {
     "a column of lists": Wrong(
         _rows({"text": ["a"], "label": "x"}, {"text": ["b"], "label": "y"}), _FILE, "column 'text'", "only a plain text"
     ),
-    "a row without text": Wrong(_rows(*GOOD, {"text": None, "label": "good"}), _FILE, "row 40", "take the row out"),
+    "a row without text": Wrong(_rows(*GOOD, {"text": None, "label": "good"}), _FILE, "row 40", "remove the row"),
     "a row without a label": Wrong(
         _rows(*GOOD, {"text": "film", "label": None}), _FILE, "'label'", "every example needs"
     ),
@@ -145,13 +145,13 @@ DATA = {
         "or add text",
     ),
     "a test split that is not set": Wrong(
-        lambda shop: ["eval", f"{shop.made}/run", "--set", "data.test="], "data.test", "not set", "name a file"
+        lambda shop: ["eval", f"{shop.made}/run", "--set", "data.test="], "data.test", "not set", "Name a file"
     ),
     "a test file that is not there": Wrong(
         lambda shop: ["eval", f"{shop.made}/run", "--set", "data.test=no.csv"],
         "data.test",
         "'no.csv'",
-        "name a local file",
+        "Name a local file",
     ),
     "a dataset that is not on the hub": Wrong(
         setting("data.dataset=nobody/nothing", "data.train=train"), "data.dataset", "'nobody/nothing'", "split 'train'"

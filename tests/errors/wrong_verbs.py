@@ -102,7 +102,7 @@ VERBS = {
         lambda shop: shop.prune("--method", "wanda", settings=(f"data.train={shop.file('train.jsonl', '')}",)),
         "data.train",
         "{tmp}/train.jsonl",
-        "give it a row",
+        "Add a row",
     ),
     "calibration with too little text": Wrong(
         _prune("--method", "wanda", "--samples", "9999"), "--samples", "9999", "Lower --samples"
@@ -204,7 +204,7 @@ VERBS = {
         words("init", BERT, "--train", "no.csv", "--out", "{tmp}/run.toml"),
         "data.train",
         "'no.csv'",
-        "name a local file",
+        "Name a local file",
     ),
     "init with a sparsity above 1": Wrong(_init("--sparsity", "2"), "final_sparsity", "2.0", "must be in [0, 1)"),
     "init with an unknown pattern": Wrong(_init("--pattern", "rows"), "--pattern", "'rows'", 'there are "matrix"'),

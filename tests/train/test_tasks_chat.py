@@ -94,7 +94,7 @@ def test_from_conversations_to_an_export_that_answers(settings, tmp_path, capsys
 def test_without_a_template_one_message_says_what_to_do(settings, capsys):
     del settings["data.chat_template"]
     assert main(["train", "tests/data/causal_lm.toml", "--quiet", *_sets(settings)]) == 2
-    assert "name a Jinja file with data.chat_template" in capsys.readouterr().err
+    assert "Name a Jinja file with data.chat_template" in capsys.readouterr().err
     settings["data.chat_template"] = "no.jinja"
     assert main(["train", "tests/data/causal_lm.toml", "--quiet", *_sets(settings)]) == 2
     assert "data.chat_template = 'no.jinja' cannot be read" in capsys.readouterr().err
