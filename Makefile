@@ -42,16 +42,17 @@ types: venv
 
 # Tests of marks $(1), with options $(2). Those that fork ranks of devices come first, in processes of their own: none
 # forks once a backward pass has had a device. Those that start launchers, and so take ports and look at processes, come
-# last and run one at a time. pytest ends with 5 where no test has the marks.
+# last and run one at a time. pytest ends with 5 where no test has the marks; tests/device is collected where "device" is
+# the first word of the expression.
 define run_tests
 	$(call pytest,$(1),$(DEVICE_TESTS) and zero3,tests/device $(2) $(call workers,$(RANK_WORKERS)))
 	$(call pytest,$(1),$(DEVICE_TESTS) and not zero3,tests/device $(2) $(call workers,$(RANK_WORKERS)))
 	TRITON_INTERPRET=1 $(call pytest,$(1),$(KERNEL_TESTS),tests/kernels $(2) $(call workers,$(TEST_WORKERS)))
 	$(call pytest,$(1),not ($(RANK_TESTS) or $(DEVICE_TESTS) or $(KERNEL_TESTS)),$(2) $(call workers,$(TEST_WORKERS)))
 	$(call pytest,$(1),zero3 and not ($(LAUNCHER_TESTS) or $(DEVICE_TESTS)),$(2) $(call workers,$(RANK_WORKERS)))
-	$(call pytest,$(1),$(LAUNCHER_TESTS),$(2))
+	$(call pytest,$(1),($(LAUNCHER_TESTS)),$(2))
 endef
-pytest = $(BIN)/python -m pytest -m '($(1)) and ($(2))' $(3) || test $$? = 5
+pytest = $(BIN)/python -m pytest -m '$(2) and ($(1))' $(3) || test $$? = 5
 workers = --numprocesses $(1) --dist worksteal
 
 # every promise of the documentation at least once
