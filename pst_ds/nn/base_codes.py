@@ -1,5 +1,4 @@
-"""The frozen weights W0 as injection finds them: as codes and scales of few bits, split over ranks as the weight was,
-and how large they are on average."""
+"""The frozen weights W0 as int8 or int4 values with scales, sharded like the weight, and the mean of |W0|."""
 
 from __future__ import annotations
 
@@ -21,29 +20,29 @@ from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import group_max, group_sum
 
 BASE_CODES, BASE_SCALES = "pst_base_codes", "pst_base_scales"
-"""Names of the two parameters of a layer, bytes both."""
+"""Names of the two parameters of a layer with quantised W0, both of dtype uint8."""
 _TILE = 1 << 22
-"""Weights that are looked at together."""
+"""Weights per tile."""
 
 
 @dataclass(frozen=True, slots=True)
 class BaseCodes:
-    """What a layer has in place of the parameter W0."""
+    """A quantised W0, which a layer has instead of the parameter ``weight``."""
 
     layout: CodeLayout
     codes: nn.Parameter
     scales: nn.Parameter
     mask: nn.Parameter
-    """Bits as in :mod:`pst_ds.core.bits`, split as the codes are."""
+    """Mask bits as in :mod:`pst_ds.core.bits`, partitioned like the codes."""
     dtype: torch.dtype
-    """Of the weight that was encoded."""
+    """Dtype of the original weight."""
 
     def whole(self, dtype: torch.dtype) -> CodedWeight:
         """Return W0 in ``dtype``; the parameters must be gathered."""
         return CodedWeight(self.layout, self.codes.detach(), self.scales.detach(), dtype)
 
     def own(self, dtype: torch.dtype) -> OwnWeights:
-        """Return this rank's shard of W0 in ``dtype``; all of it where it is not split."""
+        """Return this rank's shard of W0 in ``dtype``; all of it if it is not partitioned."""
         codes, scales = zero3.shard_of(self.codes).values, zero3.shard_of(self.scales).values
         shard = zero3.shard_index(self.codes) if zero3.is_partitioned(self.codes) else None
         assert shard is not None or self.layout.num_shards == 1, "num_shards is not how the weight is partitioned"
@@ -52,7 +51,7 @@ class BaseCodes:
 
 
 def own_weights(param: nn.Parameter, layout: WeightLayout) -> OwnWeights:
-    """Return this rank's shard of a parameter that holds a number for each weight."""
+    """Return this rank's shard of a parameter with one value per weight."""
     shard = zero3.shard_of(param)
     return OwnWeights(shard.values, shard.start, layout.shape[1])
 
@@ -60,13 +59,13 @@ def own_weights(param: nn.Parameter, layout: WeightLayout) -> OwnWeights:
 def encode_bases(
     targets: Sequence[Target], grid: Grid, num_shards: Mapping[str, int], *, from_zeros: bool
 ) -> dict[str, BaseCodes]:
-    """Encode the weights of ``targets`` one after the other, each in ``num_shards`` by its name; as encode_base."""
+    """Quantise the weights of ``targets`` one by one with :func:`encode_base`; ``num_shards``: by target name."""
     return {t.name: encode_base(t, grid, num_shards[t.name], from_zeros=from_zeros) for t in targets}
 
 
 @torch.no_grad()
 def encode_base(target: Target, grid: Grid, num_shards: int, *, from_zeros: bool) -> BaseCodes:
-    """Encode the weight of a target layer and let go of it; on the meta device only shapes are made.
+    """Quantise the weight of a target layer and free it; on the meta device only shapes are made.
 
     ``from_zeros``: the mask keeps what is not zero before it is rounded, for afterwards small weights are zero too;
     otherwise it keeps all. Collective under ZeRO-3, where one weight at a time is whole on every rank. Raises
@@ -96,20 +95,20 @@ def encode_base(target: Target, grid: Grid, num_shards: int, *, from_zeros: bool
 
 
 def require_finite(name: str, weight: Tensor) -> None:
-    """Raise InjectionError, naming it, for a ``weight`` that has NaN or infinite values."""
+    """Raise InjectionError, naming the layer, if ``weight`` has NaN or infinite values."""
     if not torch.stack(torch.aminmax(weight)).isfinite().all():  # without a copy of the weight
         raise InjectionError(f"{name} has NaN or infinite values; the base model is damaged")
 
 
 def _non_zeros(weight: Tensor, layout: CodeLayout, shard: int) -> Tensor:
-    """The bits of a shard's mask that keeps what is not zero."""
+    """Return the mask bits of a shard that keep its non-zeros."""
     numel = layout.stored.layout.numel
     start, stop = layout.weights_of(shard)
     return pack_shard(weight.detach().reshape(-1)[start:stop] != 0, shard_bytes(numel, layout.num_shards))
 
 
 def mean_magnitudes(targets: Sequence[Target], bases: Mapping[str, BaseCodes]) -> dict[str, tuple[float, ...]]:
-    """Mean of |W0| of every matrix, by layer name: exact integer sums, so the same bits for any sharding.
+    """Return mean |W0| of every matrix, by layer name: exact integer sums, so bit-identical for any sharding.
 
     ``bases``: of the layers whose W0 is codes. Collective under ZeRO-3. Raises InjectionError for a matrix that is all
     zeros, or has NaN or infinite values.
@@ -141,7 +140,7 @@ def mean_magnitudes(targets: Sequence[Target], bases: Mapping[str, BaseCodes]) -
 
 
 def _own_tiles(target: Target, base: BaseCodes | None, matrix: StoredMatrix) -> Iterator[Tensor]:
-    """This rank's values of one matrix, in rectangles."""
+    """Yield this rank's values of one matrix, in rectangles."""
     own = own_weights(target.weight, target.layout) if base is None else base.own(base.dtype)
     for rect in shard_tiles(matrix.rect, own.row_length, own.start, own.stop, _TILE):
         yield own.rect(rect)

@@ -1,4 +1,4 @@
-"""Low-rank updates of users beside the layers of a model, dense or packed: y = layer(x) + beta (x V') U'.
+"""Per-user low-rank updates added to the layers of a model, dense or packed: y = layer(x) + beta (x V') U'.
 
 The layers stay the modules that they are, and get a forward hook; an update of one user trains, and in a batch each
 sample may have the update of another user, or none.
@@ -19,14 +19,14 @@ from pst_ds.core.updates.each import EachBeside
 from pst_ds.core.updates.rows import beside, with_beside_each
 
 LEFT, RIGHT = "personal_U", "personal_V"
-"""Names of a layer's U (O, r) and V (r, I)."""
+"""Parameter names of a layer's U (O, r) and V (r, I)."""
 
 
 def add_update(
     layer: nn.Module, name: str, *, outputs: int, inputs: int, rank: int, beta: float, seed: int, dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, nn.Parameter]:  # fmt: skip
-    """Give ``layer`` an update that trains, and return U, zeros, and V, drawn from ``seed`` and ``name``, by name.
+    """Add a trainable update to ``layer``; return U, zeros, and V, drawn from ``seed`` and ``name``, by name.
 
     Call it before ``deepspeed.initialize``, which splits them like the layer's other parameters.
     """
@@ -59,14 +59,14 @@ class _Stacked:
 
 
 class BatchUpdates:
-    """The updates of the users of a batch, beside some layers of a model; nothing at first.
+    """The updates of the users of a batch for some layers of a model; none at first.
 
     A switch of users takes their factors as they are on a CPU, and stacks those of several on an accelerator; neither
     touches a weight.
     """
 
     def __init__(self, model: nn.Module, shapes: Mapping[str, Sequence[int]], beta: float):
-        """``shapes``: of U and V by their names in ``model``. Raises KeyError or ValueError where they do not fit."""
+        """``shapes``: shapes of U and V by name in ``model``. Raises KeyError or ValueError if they do not fit."""
         self._beta = beta
         self._now: dict[str, _Stacked | EachBeside] = {}
         self._handles: list[RemovableHandle] = []
@@ -106,7 +106,7 @@ class BatchUpdates:
             self._now[name] = EachBeside(factors, self._beta)
 
     def remove(self) -> None:
-        """Take the hooks off the model again."""
+        """Remove the hooks from the model."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

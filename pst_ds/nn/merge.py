@@ -1,4 +1,4 @@
-"""The plain model that a trained one stands for, and how much of it is trained."""
+"""Merge PST layers into a plain model, and count trained parameters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pst_ds.parallel.steps import unwrapped
 
 @torch.no_grad()
 def merge_and_unload(model: nn.Module) -> nn.Module:
-    """Turn the PST modules of a model into plain ones, in place.
+    """Replace the PST modules of a model by plain ones, in place.
 
     A PSTLinear becomes an ``nn.Linear``, or ``Conv1D``, whose weight is M . W as the masked model multiplied with it,
     bit for bit but that a kept -0.0 is +0.0; a PSTExpertStack the Parameter that it was made from; a PSTEmbedding an
@@ -78,8 +78,8 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
 
 def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that the model has without its PST modules, on the meta device, by name: parameters, weights
-    that are kept as codes, persistent buffers."""
+    """Return the tensors of the plain model, on the meta device, by name: parameters, quantised weights and persistent
+    buffers."""
     layers = pst_layers(model)
     tensors = {name: param.to("meta") for name, param in model.named_parameters() if ".pst_" not in name}
     coded = {f"{name}.weight": layer for name, layer in layers.items() if layer.weight is None}
@@ -90,7 +90,7 @@ def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print how many parameters are trained, of how many, as PEFT words it.
+    """Print the number of trained parameters and of all parameters, in the format of PEFT.
 
     Args:
         model: the model, or the engine around it; under ZeRO-3 whole parameters are counted. Mask bits, and scales of

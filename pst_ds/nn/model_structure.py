@@ -1,6 +1,6 @@
-"""The inside of a model's blocks: linear layers, experts, matrices that belong to neither, and routers.
+"""Find the parts of a model's blocks: linear layers, experts, other matrices, and routers.
 
-All of it is found by shape and place, never by name, so that a model of tomorrow is looked at as one of today.
+Everything is found by shape and position, never by name, so that new model families work unchanged.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pst_ds.core.layout import WeightLayout
 from pst_ds.parallel import zero3
 
 _EXPERT_FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel")
-"""What transformers' ``use_experts_implementation`` says of an experts module, and the number of its experts."""
+"""Attributes that transformers' ``use_experts_implementation`` sets on an experts module, and ``num_experts``."""
 
 
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, or the Conv1D of transformers' GPT-2."""
+    """Return whether ``module`` is an nn.Linear, or the Conv1D of transformers' GPT-2."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
@@ -30,7 +30,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of a linear layer."""
+    """Return (out_features, in_features) of a linear layer."""
     if is_conv1d(module):
         return int(module.nf), int(module.nx)  # type: ignore[arg-type]
     return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
@@ -45,18 +45,18 @@ def model_width(model: nn.Module) -> int:
 
 
 def untied_linear_layers(model: nn.Module) -> dict[str, Any]:
-    """nn.Linear and Conv1D by name, without those whose weight another module has too, such as the embedding."""
+    """Return nn.Linear and Conv1D layers by name, except those that share their weight, such as with the embedding."""
     users = Counter(id(param) for module in model.modules() for param in module.parameters(recurse=False))
     return {name: m for name, m in model.named_modules() if is_linear(m) and users[id(m.weight)] == 1}
 
 
 def is_inside_block(name: str, model: nn.Module) -> bool:
-    """Return whether the name passes through an item of a ModuleList: how transformers stacks its blocks."""
+    """Return whether the name is inside an item of a ModuleList, in which transformers stacks its blocks."""
     return bool(outermost_list(name, model))
 
 
 def outermost_list(name: str, model: nn.Module) -> str:
-    """Name of the first stack of blocks on the way to a module inside one of its items; "" when there is none.
+    """Return the name of the outermost stack of blocks around a module; "" if there is none.
 
     A stack is a ModuleList. One of single layers next to one of blocks, such as Gemma-3n's altup_projections, is not.
     """
@@ -81,12 +81,12 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def stack_names(experts: Any) -> tuple[str, str]:
-    """Attributes of an experts module that hold its stacks, in the order in which it multiplies with them."""
+    """Return the attributes of an experts module that hold its stacks, in the order of multiplication."""
     return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
 
 
 def stack_layouts(experts: Any) -> dict[str, WeightLayout]:
-    """Layouts of the stacks of an experts module, by attribute. Raises ValueError if it has another form."""
+    """Return the layouts of the stacks of an experts module, by attribute. Raises ValueError for another form."""
     first, last = stack_names(experts)
     fused = 2 if experts.has_gate and experts.is_concatenated else 1
     layouts = {}
@@ -106,7 +106,7 @@ def stack_layouts(experts: Any) -> dict[str, WeightLayout]:
 
 @dataclass(frozen=True, slots=True)
 class LooseMatrix:
-    """A Parameter inside the blocks that holds a matrix, or a stack of them, and is no weight of a linear layer."""
+    """A Parameter inside the blocks that is a matrix, or a stack of matrices, outside any linear layer."""
 
     owner: str
     """Name of the module that holds it."""
@@ -116,7 +116,7 @@ class LooseMatrix:
 
     @property
     def is_stack(self) -> bool:
-        """Three dimensions or more, such as (experts, out, in)."""
+        """True for three or more dimensions, such as (experts, out, in)."""
         return len(self.shape) >= 3
 
     @property
@@ -125,7 +125,7 @@ class LooseMatrix:
 
 
 def loose_matrices(model: nn.Module) -> list[LooseMatrix]:
-    """Every such Parameter, in model order; but embeddings, kernels of convolutions, and biases of experts.
+    """Return all such Parameters in model order, except embeddings, convolution kernels, and biases of experts.
 
     The last two dimensions must be larger than 1: (1, 1, width) is a vector that broadcasts, (channels, 1, width) a
     kernel.
@@ -143,7 +143,7 @@ def loose_matrices(model: nn.Module) -> list[LooseMatrix]:
 
 
 def router_names(model: nn.Module) -> set[str]:
-    """The modules that choose among experts, or weigh a shared one, by name.
+    """Return the names of the modules that choose among experts, or weigh a shared one.
 
     Beside experts (one Parameter that stacks them, or a ModuleList of equals) a router is what turns an expert's input
     into one number an expert, or one number in all: a linear layer, or another module with such a Parameter.
@@ -163,7 +163,7 @@ def router_names(model: nn.Module) -> set[str]:
 
 
 def _experts(model: nn.Module) -> Iterator[tuple[str, int, set[int]]]:
-    """(name, number of experts, widths an expert may read) of every container of experts inside a block."""
+    """Yield (name, number of experts, input widths of an expert) of every container of experts inside a block."""
     for matrix in loose_matrices(model):
         if matrix.is_stack:
             parent = matrix.owner.rpartition(".")[0]

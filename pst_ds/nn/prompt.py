@@ -1,4 +1,4 @@
-"""PSTPrompt: vectors that a model reads before every text, begun from the words of a text (arXiv 2410.08598).
+"""PSTPrompt: soft prompts, vectors before every sequence, initialised from a text (arXiv 2410.08598).
 
 The prompt is part of the base model, between its embeddings and its blocks: hooks put it into what the body reads and
 take its places out of what the body returns. So whatever is on top of the body, a language model's head, a pooler or a
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from transformers.utils import ModelOutput
 
 Arguments = dict[str, Any]
-"""Of a forward pass, by name."""
+"""Argument names of a forward pass."""
 
 NAME = "pst_prompt"
-"""Of the module in the body."""
+"""Attribute of the body that holds the prompt."""
 _CACHES = ("cache", "past_key_values")
-"""What transformers calls the keys and values of the tokens before."""
+"""Names in transformers for the cached keys and values of earlier tokens."""
 
 
 class PSTPrompt(nn.Module):
-    """m vectors of width d: trained themselves, or states of a text with a small trained adapter on them.
+    """m vectors of width d: trained directly, or states of a text with a small trained adapter.
 
     Parameters: pst_P (m, d) without an adapter; else pst_U, zero at the start, (d, d), or (d, r) with pst_V (r, d) of a
     low-rank one, on constant states H (m, d), a buffer that no state dict has.
@@ -47,8 +47,8 @@ class PSTPrompt(nn.Module):
     states: Tensor | None
 
     def __init__(self, states: Tensor, adapter: Adapter = "none", *, after: int = 0, rank: int = 0, seed: int = 0):
-        """``states`` (m, d); ``after``: how many tokens of a text come before the prompt; ``rank``: of an adapter
-        "low-rank"; ``seed``: of its V."""
+        """Initialise from ``states`` (m, d). ``after``: number of tokens before the prompt; ``rank``: rank
+        of a "low-rank" adapter; ``seed``: seed of its V."""
         super().__init__()
         self.size, width = states.shape
         self.after, self.bypassed = after, False
@@ -64,7 +64,7 @@ class PSTPrompt(nn.Module):
         self.register_buffer("states", None if left is None else states, persistent=False)
 
     def forward(self) -> Tensor:
-        """Return the prompt as it is now, (m, d)."""
+        """Return the current prompt, (m, d)."""
         if self.pst_P is not None:
             return self.pst_P
         assert self.states is not None
@@ -75,7 +75,7 @@ class PSTPrompt(nn.Module):
 
 
 def attach_prompt(model: nn.Module, prompt: PSTPrompt) -> None:
-    """Let the base model of ``model``, of transformers, read ``prompt`` with every text. Raises InputError."""
+    """Insert ``prompt`` into every sequence of ``model``'s base model, of transformers. Raises InputError."""
     body = body_of(model)
     body.add_module(NAME, prompt)
     body.register_forward_pre_hook(_put_in, with_kwargs=True)
@@ -88,7 +88,7 @@ def prompt_of(model: nn.Module) -> PSTPrompt | None:
 
 
 def body_of(model: nn.Module) -> Any:
-    """Return the base model, which reads embeddings. Raises InputError where it does not."""
+    """Return the base model, which accepts embeddings. Raises InputError for one that does not."""
     body: Any = getattr(model, "base_model", model)
     embeddings = body.get_input_embeddings() if hasattr(body, "get_input_embeddings") else None
     if embeddings is None or "inputs_embeds" not in inspect.signature(body.forward).parameters:
@@ -113,8 +113,8 @@ def embedded(model: nn.Module, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def read(model: nn.Module, ids: Tensor) -> Tensor:
-    """Return the last hidden states of the body for a text of the tokens ``ids`` (m,): (m, d). Collective under ZeRO-3,
-    where every rank holds the whole model meanwhile."""
+    """Return the last hidden states of the body for the tokens ``ids`` (m,): (m, d). Collective under ZeRO-3, where it
+    gathers the full model on every rank."""
     body, was_training = body_of(model), model.training
     model.eval()
     with zero3.gathered(model.parameters()):
@@ -124,7 +124,7 @@ def read(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def random_like(states: Tensor, seed: int) -> Tensor:
-    """Return normal numbers, the same for a seed everywhere, with the root mean square of ``states`` (m, d)."""
+    """Return normal values that depend only on the seed, scaled to the root mean square of ``states`` (m, d)."""
     size = float(states.float().square().mean().sqrt())
     return seeded_normal(tuple(states.shape), size, f"{seed}/{NAME}/P").to(states)
 
@@ -156,7 +156,7 @@ def _put_in(body: PreTrainedModel, args: tuple[object, ...], kwargs: Arguments) 
 
 
 def _positions(positions: Tensor, prompt: PSTPrompt) -> Tensor:
-    """Those of the prompt among those of a text: they count on, (texts, m + tokens)."""
+    """Return the positions with those of the prompt inserted, counting on: (sequences, m + tokens)."""
     own = torch.arange(prompt.size, device=positions.device) + prompt.after
     moved = torch.cat([positions[:, : prompt.after], positions[:, prompt.after :] + prompt.size], 1)
     return with_prompt(moved, own, prompt.after)

@@ -1,4 +1,4 @@
-"""Why a linear layer cannot be replaced by a module that computes the same, and names as messages have them."""
+"""Check whether a linear layer can be replaced, and format module names for messages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from pst_ds.nn.model_structure import is_conv1d, is_linear
 
 SAME_AS_LINEAR = ("FalconLinear",)
-"""Classes with a forward of their own that computes what nn.Linear's does."""
+"""Classes whose own forward computes the same as that of nn.Linear."""
 _HOOKS = {
     "_forward_hooks": "forward", "_forward_pre_hooks": "forward pre-", "_backward_hooks": "backward",
     "_backward_pre_hooks": "backward pre-",
@@ -49,7 +49,7 @@ def why_not_replaceable(name: str, module: nn.Module, holders: Sequence[nn.Modul
 
 
 def hooks(name: str, module: nn.Module) -> str:
-    """The sentence that names the hooks of a module that is to be replaced; "" if it has none."""
+    """Return a sentence that names the hooks of a module to be replaced; "" if it has none."""
     for attribute, kind in _HOOKS.items():
         if getattr(module, attribute):
             return (
@@ -60,7 +60,7 @@ def hooks(name: str, module: nn.Module) -> str:
 
 
 def attention_names(model: nn.Module) -> list[str]:
-    """Return the names of every nn.MultiheadAttention and its linear layers, as ``exclude_modules`` takes them."""
+    """Return the names of every nn.MultiheadAttention and its linear layers, for ``exclude_modules``."""
     found: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
@@ -71,19 +71,19 @@ def attention_names(model: nn.Module) -> list[str]:
 
 
 def short_name(name: str) -> str:
-    """The dotted ending of ``name`` from its last part on that is no number: other modules end in a number too."""
+    """Return the dotted ending of ``name`` from its last part that is not a number."""
     parts = name.split(".")
     first = max((i for i, part in enumerate(parts) if not part.isdigit()), default=0)
     return ".".join(parts[first:])
 
 
 def listed(names: Iterable[str]) -> str:
-    """As in a run file: ["one", "other"]."""
+    """Return names as a list in a run file: ["one", "other"]."""
     return f"[{', '.join(chr(34) + name + chr(34) for name in names)}]"
 
 
 def _computes_as_linear(module: nn.Module) -> bool:
-    """accelerate's hooks put a forward around the module's own; that it is called on another device is all they do."""
+    """Return whether ``module`` computes like nn.Linear; accelerate's hooks only move its forward between devices."""
     if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
         return False
     return type(module).forward is nn.Linear.forward or type(module).__name__ in SAME_AS_LINEAR
