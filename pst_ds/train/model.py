@@ -88,7 +88,7 @@ def load_tokenizer(run: RunConfig) -> Any:
 def load_model_config(run: RunConfig, labels: list[str], tokenizer: Any, *, own_dropout: bool = False) -> Any:
     """Load the transformers config of the run's model. Raises InputError for a model that cannot do the run's task.
 
-    Without a ``tokenizer``, for shapes alone, that is not checked.
+    Without a ``tokenizer``, as for shapes, that is not checked.
     """
     task, base = task_of(run), base_of(run)
     config = base.config(**task.config_options(labels), **attention_options(run))
@@ -151,7 +151,7 @@ def build_model(
         misfit += f", or the model without that head (the data has {config.num_labels} classes)"
     options = {"config": config, "dtype": DTYPES[run.train.precision]}
     in_few_bits = run.mask_method.injects and base_grid_of_run(run) is not None
-    module, missing = raise_on_all_ranks(  # rank 0 alone reads what is not read in shards
+    module, missing = raise_on_all_ranks(  # only rank 0 reads what is not read in shards
         lambda: base.load(task.model_class(), misfit, linear_later=in_few_bits, **options)
     )
     if not task.new_head:
@@ -196,7 +196,7 @@ def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | N
 def meta_model(
     run: RunConfig, labels: list[str], tokenizer: Any, *, num_shards: int = 1, own_dropout: bool = False
 ) -> nn.Module:
-    """Build the run's model without values: names, shapes and what is trained. Raises InputError.
+    """Build the run's model on the meta device, with names, shapes and trainable parameters. Raises InputError.
 
     With ``own_dropout`` it has the dropout of its config, not the run's.
     """
@@ -274,7 +274,7 @@ def _initialise_missing(module: nn.Module, missing: Any, run: RunConfig) -> None
     buffers = sorted(set(missing) & set(persistent_buffers(module)))
     if buffers:
         raise ConfigError(
-            f"model.path = {run.model.path!r} lacks {shortened(buffers)}, which training leaves as it is; name a model "
+            f"model.path = {run.model.path!r} lacks {shortened(buffers)}, which training does not change; name a model "
             "that was saved with its buffers"
         )
     owners = sorted({name.rpartition(".")[0] for name in missing})
@@ -309,8 +309,8 @@ def _put_on_scale(outputs: list[nn.Parameter], mean: float, unit: float) -> None
 def on_scale(groups: Groups, outputs: list[nn.Parameter], unit: float) -> Groups:
     """Return optimizer ``groups`` of which ``outputs`` train at the rate of their group times ``unit``.
 
-    A step of Adam is as long as its rate, whatever the loss: so a head that begins on that scale goes the way that it
-    would go on labels brought to a standard deviation of 1.
+    The length of Adam's step is its rate, independent of the loss. At this rate, the head trains as it would on labels
+    scaled to a standard deviation of 1.
     """
     chosen, found = set(map(id, outputs)), []
     for group in groups:
@@ -330,7 +330,7 @@ def _keep_statistics(module: nn.Module) -> None:
 
 
 def _refuse_untrained(module: nn.Module, missing: Any, run: RunConfig) -> None:
-    """Refuse random values that nothing would train: those of modules that the base model lacks and the run freezes."""
+    """Raise ConfigError for modules that the base model lacks and the run freezes: their values would stay random."""
     frozen = {name for name, param in module.named_parameters() if not param.requires_grad}
     frozen |= {f"{name}.weight" for name in coded_tables(module)}
     frozen |= {plain_name(name, layer) for name, layer in pst_layers(module).items() if layer.weight is None}

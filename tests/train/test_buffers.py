@@ -179,7 +179,7 @@ def test_a_base_without_its_buffers_is_refused_and_no_pretrained_weight_drawn_ag
     path = tmp_path / "base/model.safetensors"
     tensors = load_file(path)
     save_file({n: t for n, t in tensors.items() if "running_mean" not in n}, path, metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"lacks bert\.norm\.running_mean, which training leaves as it is"):
+    with pytest.raises(ConfigError, match=r"lacks bert\.norm\.running_mean, which training does not change"):
         _train(tmp_path, "tests/data/world_size.toml")
 
 

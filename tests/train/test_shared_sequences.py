@@ -230,7 +230,7 @@ def _config(**more):
     [
         (2, {}, 2, "is for ZeRO-3; .*not stage 2"),
         (2, {"attention": "eager"}, 3, "cannot cut attention 'eager'"),
-        (2, {"attention": "flash_attention_2"}, 3, ".*takes one sequence at a time, not 6"),
+        (2, {"attention": "flash_attention_2"}, 3, ".*takes one sequence per micro-batch, not 6"),
         (8, {}, 3, "must divide the 4 attention heads"),
         (2, {"sliding_window": 16}, 3, ".*a sliding window of 16 tokens; .*data.max_length to at most 16"),
         (2, {"layer_types": ["full_attention", "linear_attention"]}, 3, ".*layers of kind linear_attention"),

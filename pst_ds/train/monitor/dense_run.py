@@ -1,4 +1,4 @@
-"""A dense run of the same task and data, whose losses are shown with those of a run."""
+"""Losses of a dense run on the same task and data, shown next to a run's losses."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def read_dense_run(run: RunConfig) -> DenseRun | None:
         if not _are_same(name, ours, theirs):
             raise ConfigError(
                 f"{where} has {name} = {theirs!r}, and this run {ours!r}: their losses cannot be compared step by "
-                "step. Fix: name a dense run that differs in what trains alone, or leave it out"
+                "step. Fix: name a dense run that differs only in what is trained, or remove it"
             )
     name = f"{EVALUATION}{run.task_facts.loss}"
     validation = read_curves(folder / METRICS_FILE).get(name, [])

@@ -44,7 +44,7 @@ def flips_on_scale(flipped: np.ndarray) -> np.ndarray:
 
 def thumbnail(share: Sequence[Sequence[float]]) -> np.ndarray:
     """Cells of a mask, coloured by the share of weights they keep, from 0 to twice the mean, and the scale of colours.
-    Relative to the mean, for at 90 % of zeros all cells of a large matrix keep nearly a tenth."""
+    The colour is relative to the mean: at 90 % sparsity, all cells of a large matrix keep about a tenth."""
     return heat_map(share_on_scale(share), THUMBNAIL_SIZE)
 
 
@@ -107,11 +107,11 @@ class MaskHistory:
         self._in_last = 1
 
     def sparsity(self) -> np.ndarray:
-        """(layers, columns): the share of zeros after the last update of each column."""
+        """Return the sparsity after the last update of each column, (layers, columns)."""
         return np.stack([column[0] for column in self._columns], 1)
 
     def flips(self) -> np.ndarray:
-        """(layers, columns): the share of weights that flip at an update, on average over those of each column."""
+        """Return the mean share of flipped weights per update of each column, (layers, columns)."""
         return np.stack([column[1] for column in self._columns], 1)
 
 

@@ -17,7 +17,7 @@ from pst_ds.train.monitor.jsonl import JsonLines, lines_until
 from pst_ds.train.monitor.tensorboard import TensorBoardWriter
 
 _ROWS = "One row a layer, the first on top; one column a mask update, the oldest left (of long runs a few updates)."
-SPARSITY_MAP = f"Share of zeros: dark violet 0, yellow 1, as on the scale to its right. {_ROWS}"
+SPARSITY_MAP = f"Sparsity: dark violet 0, yellow 1, as on the scale to its right. {_ROWS}"
 FLIPS_MAP = (
     "Share of a layer's weights whose mask bit flips at an update, on a logarithmic scale: dark violet one in 100,000 "
     f"or fewer, yellow one in ten or more. {_ROWS}"
@@ -31,7 +31,7 @@ EXPERT_TOKENS = (
     "Tokens that each expert was trained on since the process began: dark violet none, green as many as the experts of "
     f"its module on average, yellow twice as many or more. {_EXPERTS.format('a module')}"
 )
-EXPERT_ZEROS = f"Share of zeros in each expert: dark violet 0, yellow 1. {_EXPERTS.format('a stack')}"
+EXPERT_ZEROS = f"Sparsity of each expert: dark violet 0, yellow 1. {_EXPERTS.format('a stack')}"
 SCORES = (
     "Importance scores S of single weights, from four standard deviations below their mean to four above it; the bars "
     "at both ends have all that is beyond."
@@ -43,7 +43,12 @@ SPLIT_SCORES = (
 
 
 class LayerLog:
-    """``layers``: names in model order, with their numbers of weights. ``step``: where a continued run goes on."""
+    """Writes layers.jsonl and TensorBoard images.
+
+    Args:
+        layers: Number of weights of each layer, by name in model order.
+        step: Step after which the run resumes; 0 for a new run.
+    """
 
     def __init__(self, folder: Path, board: TensorBoardWriter, layers: dict[str, int], step: int):
         self._board = board

@@ -25,9 +25,15 @@ _GROUPS = ("checkpoint", STRAGGLER)
 
 
 class MetricsWriter:
-    """Write on rank 0, do nothing elsewhere. A run that is continued after ``step``, ``seconds`` into it, keeps its
-    lines up to there. ``layers``: weights of each PST layer, by name in model order. ``dense``: a run whose losses are
-    written and shown with those of this one. ``trackers``: what gets all numbers too, on rank 0."""
+    """Writes the metrics of a run on rank 0 and does nothing on other ranks.
+
+    Args:
+        step: Step after which the run resumes; lines up to it are kept. 0 for a new run.
+        seconds: Seconds of training up to ``step``.
+        layers: Number of weights of each PST layer, by name in model order.
+        dense: Dense run whose losses are written and shown next to this run's.
+        trackers: Trackers that get all numbers, too; given on rank 0 only.
+    """
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Weights & Biases, MLflow and trackio."""
+"""Report a run to Weights & Biases, MLflow and trackio."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pst_ds.config.run import ConfigError
 from pst_ds.errors import first_line
 
 IDS_FILE = "trackers.json"
-"""In the run folder: by which id each tracker knows the run."""
+"""File in the run folder with each tracker's id of the run."""
 _PARAMETERS_AT_A_TIME = 100
-"""As many as MLflow takes."""
+"""Most parameters per call of MLflow."""
 
 
 class Tracker(Protocol):
@@ -31,7 +31,7 @@ class Tracker(Protocol):
 class Trackers:
     """The trackers of one run, all started. One that fails later is left out from then on: the run does not end for it.
 
-    A run that goes on is the same one to its trackers, by the ids in its folder. ``settings`` are those of a new run.
+    A resumed run continues the same run of each tracker, by the ids in its folder. ``settings`` belong to a new run.
     ``complain`` says a line to people. Raises ConfigError for a tracker that does not start.
     """
 

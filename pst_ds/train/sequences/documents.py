@@ -32,7 +32,7 @@ Inputs: TypeAlias = dict[str, Any]
 
 
 def keep_documents_apart(model: nn.Module) -> None:
-    """Have a model of transformers keep documents apart that begin anew in its ``position_ids``.
+    """Make a transformers model keep documents apart whose ``position_ids`` restart at 0.
 
     Most models do so without help, but some (OPT, BLOOM, MPT, gpt-oss) make their masks without the positions, so these
     get masks that know the documents. Flash attention takes the borders of documents from positions only where the
@@ -73,7 +73,7 @@ def _leave(module: nn.Module, args: tuple[object, ...], out: object) -> None:
 
 
 def _adding_documents(make_mask: Callable[..., object]) -> Callable[..., object]:
-    """Return ``make_mask``, a mask function of transformers, such that tokens see those of their own document alone."""
+    """Wrap ``make_mask``, a mask function of transformers, so that tokens attend to their own document only."""
 
     def make(*args: object, **settings: object) -> object:
         documents = _DOCUMENTS.get()
@@ -91,7 +91,7 @@ def _adding_documents(make_mask: Callable[..., object]) -> Callable[..., object]
 
 
 def flatten_packed_rows(model: nn.Module) -> None:
-    """Make one row of inputs whose positions begin anew, and rows of what comes out, whatever the attention is."""
+    """Flatten batches with restarting positions into one row, and restore the rows of the outputs."""
     shapes: list[torch.Size | None] = []
 
     def flatten(module: nn.Module, args: tuple[object, ...], kwargs: Inputs) -> tuple[tuple[object, ...], Inputs]:
@@ -141,7 +141,7 @@ def require_documents_apart(engine: Engine, context: RunContext, examples: Examp
                 f"data.document_mask = true, but {found}. Set data.document_mask = false, which joins documents"
             )
 
-    raise_on_all_ranks(refuse)  # a rounding on one rank alone must not leave the others waiting
+    raise_on_all_ranks(refuse)  # a rounding on a single rank must not leave the others waiting
     warning = (
         f"warning: data.document_mask is not set, and {found}: at most some of its layers keep documents apart. Set "
         "data.document_mask = false to join them"

@@ -40,7 +40,7 @@ def require_shareable(run: RunConfig, config: Any, stage: int, micro_batch_size:
         )
     if "flash" in attention and micro_batch_size > 1:
         raise ConfigError(
-            f"{setting} with model.attn_implementation = {attention!r} takes one sequence at a time, not "
+            f"{setting} with model.attn_implementation = {attention!r} takes one sequence per micro-batch, not "
             f"{micro_batch_size}; raise train.gradient_accumulation_steps, or lower train.batch_size"
         )
     heads = text.num_attention_heads

@@ -1,7 +1,7 @@
-"""Successive halving over a few factors on a run's learning rates, as pure functions of what the trials measured.
+"""Successive halving over factors on a run's learning rates, as pure functions of the trials' outcomes.
 
-A trial is the whole run in fewer steps: warm-ups, ramp and decay are shares of them. It starts over in every rung, so
-all steps of all rungs count. The search is that of Jamieson and Talwalkar (arXiv 1502.07943).
+A trial is the whole run in fewer steps, with warm-up, ramp and decay scaled. It restarts in every rung, so the steps of
+all rungs count. The search is that of Jamieson and Talwalkar (arXiv 1502.07943).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TRIAL_POWER = 1 / 6
 """Rates of a trial rise with this power of how much shorter it is: half of what long runs have, since near 40 steps the
 edge above which runs collapse is hardly higher than at 600 (tools/quality/logs/learning-rate-search.md)."""
 DEVIATIONS = 2.0
-"""By how many standard errors of the metric other rates must be better than the run's own."""
+"""Standard errors of the metric by which other rates must be better than the run's own."""
 _GROWTH = 3
 _FINALISTS = 3
 
@@ -30,16 +30,16 @@ class Candidate:
     """Factors on a run's learning rates."""
 
     factor: float = 1.0
-    """On all of them."""
+    """Factor on all rates."""
     head_factor: float = 1.0
-    """On the head's, besides."""
+    """Further factor on the head's rate."""
 
     def __str__(self) -> str:
         head = f", head x{self.head_factor:.3g} more" if self.head_factor != 1.0 else ""
         return f"x{self.factor:.3g}{head}" if self != Candidate() else "as they are"
 
     def rates(self, train: TrainConfig, steps: int = 1, of_steps: int = 1) -> dict[str, float]:
-        """Return the rates of ``train`` by name; those of a trial of ``steps`` that stands for ``of_steps``."""
+        """Return the rates of ``train`` by name, for a trial of ``steps`` that represents a run of ``of_steps``."""
         fewer = (of_steps / steps) ** TRIAL_POWER
         factors = dict.fromkeys(RATES, self.factor * fewer)
         factors["head_learning_rate"] *= self.head_factor
@@ -53,7 +53,7 @@ CANDIDATES = tuple(
     Candidate(factor, head)
     for factor, head in ((1, 1), (3, 1), (1 / 3, 1), (9, 1), (1, 3), (3, 3), (3, 1 / 3), (1, 1 / 3), (27, 1))
 )
-"""The run's own rates, then what is tried first."""
+"""The run's own rates, then the candidates in the order of their trials."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +66,17 @@ class Rung:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a trial of a candidate reached on the validation split."""
+    """Result of a candidate's trial on the validation split."""
 
     candidate: int
-    """Its index."""
+    """Index of the candidate."""
     value: float
     """The run's metric; NaN for a trial that diverged."""
     standard_error: float
 
 
 def candidates(*, has_head: bool) -> tuple[Candidate, ...]:
-    """Return what can be tried, the run's own rates first; factors on the head alone only for a model that has one."""
+    """Return the candidates, the run's own rates first; factors on the head only for a model with a head."""
     return tuple(c for c in CANDIDATES if has_head or c.head_factor == 1.0)
 
 
@@ -106,7 +106,7 @@ def rungs(num_steps: int, share: float, most: int) -> list[Rung]:
 
 
 def ranked(outcomes: Sequence[Outcome], *, lower_is_better: bool) -> list[Outcome]:
-    """Sort outcomes, the best first and those without a value last; of equal ones, what is tried first."""
+    """Sort outcomes, the best first and those without a value last; ties go to the earlier candidate."""
     sign = 1.0 if lower_is_better else -1.0
     key = {o.candidate: math.inf if math.isnan(o.value) else sign * o.value for o in outcomes}
     return sorted(outcomes, key=lambda outcome: (math.isnan(outcome.value), key[outcome.candidate], outcome.candidate))
@@ -119,13 +119,13 @@ def promoted(outcomes: Sequence[Outcome], count: int, *, lower_is_better: bool) 
 
 
 def chosen(outcomes: Sequence[Outcome], *, lower_is_better: bool) -> int:
-    """Return the candidate to take after the last rung: the best, if it is better than the run's own rates by more than
-    :data:`DEVIATIONS` standard errors of their metric; else 0. Raises InputError when no trial has a value."""
+    """Return the chosen candidate after the last rung: the best, if it beats the run's own rates by more than
+    :data:`DEVIATIONS` standard errors of their metric, else 0. Raises InputError when no trial has a value."""
     best, own = ranked(outcomes, lower_is_better=lower_is_better)[0], next(o for o in outcomes if o.candidate == 0)
     if math.isnan(best.value):
         raise InputError(
             "every trial of the last rung diverged, so there is nothing to choose from; lower the learning rates of "
-            "the run file, and begin with --restart"
+            "the run file, and start over with --restart"
         )
     if math.isnan(own.value):
         return best.candidate

@@ -1,4 +1,4 @@
-"""The run file that a search writes: that of the user with other rates, and why."""
+"""Write the chosen rates into a copy of the user's run file, with the reason as a comment."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def _with_rates(text: str, rates: Mapping[str, float]) -> str:
     """Set ``rates`` below the line "[train]" of ``text``, if there is one."""
     lines = text.splitlines()
     tables = [i for i, line in enumerate(lines) if line.lstrip().startswith("[")]
-    begin = next((i for i in tables if lines[i].partition("#")[0].strip() == "[train]"), None)
-    if begin is None:
+    start = next((i for i in tables if lines[i].partition("#")[0].strip() == "[train]"), None)
+    if start is None:
         return text
-    end = next((i for i in tables if i > begin), len(lines))
-    kept = [line for line in lines[begin + 1 : end] if line.partition("=")[0].strip() not in rates]
+    end = next((i for i in tables if i > start), len(lines))
+    kept = [line for line in lines[start + 1 : end] if line.partition("=")[0].strip() not in rates]
     new = [f"{name} = {toml_value(rate)}" for name, rate in rates.items()]
-    return "\n".join([*lines[: begin + 1], *new, *kept, *lines[end:]]) + "\n"
+    return "\n".join([*lines[: start + 1], *new, *kept, *lines[end:]]) + "\n"

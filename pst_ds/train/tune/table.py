@@ -1,4 +1,4 @@
-"""What the lines of a search say: as a table, and in words. No torch."""
+"""Format the lines of a search as a table and as text. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _candidate(line: dict[str, Any]) -> Candidate:
 
 
 def trial_table(lines: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Return a head and a row for each trial. Rates are those that a trial stands for: those of the whole run."""
+    """Return a header and a row for each trial, with the rates of the whole run that the trial represents."""
     head, train = lines[0], TrainConfig(**lines[0]["run"]["train"])
     names = [name.removesuffix("_learning_rate") for name in RATES]
     rows = [["rates", *names, "steps", head["metric"], "standard error"]]

@@ -1,4 +1,4 @@
-"""The trials of a search on the ranks of a run, each a short run of its own, and the file that remembers them."""
+"""Run the trials of a search, each a short separate run, and record them in a file."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from pst_ds.train.run_context import RunContext
 from pst_ds.train.tune.halving import RATES, Candidate, Outcome, Rung, candidates, chosen, promoted, rungs
 
 Record = dict[str, Any]
-"""A line of the file."""
+"""A line of tune.jsonl."""
 STANDARD_ERROR = "standard_error"
 _DRAWS = 100
 
 
 @run_folder.without_other_runs
 def search(context: RunContext, share: float, *, restart: bool = False) -> list[Record]:
-    """Run the trials that the folder does not have yet; return all its lines, the last of which says what was chosen.
+    """Run the trials that the folder does not have yet; return all lines of tune.jsonl, the choice last.
 
-    Collective. ``restart`` sets the trials of an earlier search aside. Raises InputError, and StoppedError after a
+    Collective. ``restart`` discards the trials of an earlier search. Raises InputError, and StoppedError after a
     signal.
     """
     splits = load_splits(context)
@@ -70,9 +70,9 @@ def search(context: RunContext, share: float, *, restart: bool = False) -> list[
             _write_lines(folder, lines)
         _write_run_file(folder, run)
         # one start for all trials, and for the run itself
-        begun = replace(context, run=start_run(run, splits[0], is_new=False, quiet=False))
+        started = replace(context, run=start_run(run, splits[0], is_new=False, quiet=False))
         with Progress("tune", sum(rung.trials * rung.steps for rung in plan), "steps") as progress:
-            best = _run_trials(begun, splits, plan, tried, lines, progress)
+            best = _run_trials(started, splits, plan, tried, lines, progress)
         rates: dict[str, Any] = dict(best.rates(run.train))
         _write_run_file(folder, replace(run, train=replace(run.train, **rates)))
         _add(folder, lines, {"event": "choice", "trial": tried.index(best), **asdict(best), **rates})
@@ -87,8 +87,10 @@ def _run_trials(
     lines: list[Record],
     progress: Progress,
 ) -> Candidate:
-    """Run what ``lines`` lack, and add it to them and to the file; return what is chosen. What comes next follows from
-    the lines alone."""
+    """Run the trials that ``lines`` lack and add them to it and to the file; return the chosen candidate.
+
+    The next trial follows from the lines only, so an interrupted search resumes.
+    """
     folder, lower, outcomes = Path(context.run.output_dir), context.task.lower_is_better, list[Outcome]()
     for i, rung in enumerate(plan):
         names = list(range(rung.trials)) if i == 0 else promoted(outcomes, rung.trials, lower_is_better=lower)
@@ -115,7 +117,7 @@ def _lines_to_go_on_from(folder: Path, head: Record, restart: bool) -> list[Reco
         text = path.read_text(encoding="utf-8") if path.is_file() and not restart else json_of(head)
         lines = [json.loads(line) for line in text.splitlines()]
     except ValueError as error:
-        raise ConfigError(f"{path} is damaged: {error}; --restart begins again") from None
+        raise ConfigError(f"{path} is damaged: {error}; --restart starts over") from None
     before, now = ({key.removeprefix("run."): value for key, value in flatten(of).items()} for of in (lines[0], head))
     may_change = resume_rules(RunConfig)
     for key in now | before:
@@ -168,7 +170,7 @@ def trial_run(run: RunConfig, candidate: Candidate, steps: int, num_steps: int, 
 def _run_trial(
     context: RunContext, splits: Splits, candidate: Candidate, steps: int, num_steps: int, name: str
 ) -> Record:
-    """Run one trial, or go on with it where it was stopped. Collective."""
+    """Run one trial, or resume it. Collective."""
     run = trial_run(context.run, candidate, steps, num_steps, Path(context.run.output_dir) / TRIALS / name)
     line: Record = {"steps": steps, **{rate: getattr(run.train, rate) for rate in RATES}}
     failed: Record = {"value": None, STANDARD_ERROR: 0.0}
@@ -185,7 +187,7 @@ def _run_trial(
     except DivergedError:
         return line | failed
     except StoppedError as error:
-        message = str(error).replace("go on with --resume", "the same command goes on")
+        message = str(error).replace("go on with --resume", "the same command resumes it")
         raise StoppedError(f"trial {name}: {message}") from None
     finally:
         for engine in used:

@@ -1,4 +1,4 @@
-"""A folder of personal states over one sparse base, written whole or not at all.
+"""A folder of per-user states over one sparse base, written atomically.
 
     index.json               what all users share (base, masks, shapes), and the file and SHA-256 of every user
     states/….safetensors     the personal values of one user, by the names that the model has for them
@@ -34,7 +34,7 @@ from pst_ds.formats.safetensors_file import TensorFile, TensorFileError
 INDEX, STATES = "index.json", "states"
 FORMAT = 1
 KEPT_IN_MEMORY = 64
-"""States that a store keeps in memory, the last ones used."""
+"""Most recently used states that a store keeps in memory."""
 _STATE_FILE = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.safetensors")
 _MOST_CHARACTERS = 200
 
@@ -48,12 +48,12 @@ class UserStoreError(InputError):
 
 
 class UserNameError(UserStoreError):
-    """A name of nobody in the store, or that no user can have."""
+    """The name of a user who is not in the store, or a name that no user can have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Common:
-    """What all states of a store belong to."""
+    """What all states of a store share."""
 
     form: Form
     """"masked": U and V of M . (W0 + beta U V), in the layers; "beside": a separate beta U V next to each layer."""
@@ -63,14 +63,14 @@ class Common:
     base_path: str
     base_fingerprint: str
     masks_sha256: dict[str, str]
-    """Of the bits of every mask, by layer."""
+    """SHA-256 of each mask, by layer."""
     shared_sha256: str
-    """Of what was trained and is not personal."""
+    """SHA-256 of the trained values that users share."""
     beta: float
     dtype: Literal["bf16", "fp32"]
-    """Of the values in the files."""
+    """Dtype of the values in the files."""
     shapes: dict[str, list[int]]
-    """Of the personal values, by name."""
+    """Shapes of the personal values, by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,14 +126,14 @@ class UserStore:
     def _make(self) -> None:
         if any(path.name != LOCK for path in self.folder.iterdir()):
             raise UserStoreError(
-                f"{self.folder} is no store of users, since {INDEX} is missing, and it is not empty; name a new folder"
+                f"{self.folder} is not a store of users: {INDEX} is missing, and it is not empty. Name a new folder."
             )
         self._write_index({})
 
     @classmethod
     def open(cls, folder: Path, kept: int = KEPT_IN_MEMORY) -> UserStore:
         """Open a store, of which up to ``kept`` states stay in memory. Raises UserStoreError."""
-        stamp = _stamp(folder / INDEX)  # before the reading: what is written meanwhile is then read again
+        stamp = _stamp(folder / INDEX)  # before reading: what is written meanwhile is read again
         return cls(folder, *_read_index(folder), kept, stamp)
 
     def refresh(self) -> None:
@@ -277,8 +277,9 @@ class UserStore:
 
     @contextmanager
     def _writing(self) -> Iterator[dict[str, UserEntry]]:
-        """Inside, the entries as other processes left them; what is done to them is in the index afterwards, and files
-        that it does not name are gone, also after an error."""
+        """Yield the current entries under the lock; then write them to the index and delete unnamed files, also after
+        an error.
+        """
         with _failing_as_one_message(self.folder), only_writer(self.folder / LOCK, f"write {self.folder}"):
             common, entries = _read_index(self.folder)
             self.require_common(common)

@@ -246,7 +246,7 @@ def test_pictures_come_about_twenty_times_and_at_the_last_step():
     assert steps(PicturesConfig(interval=-1), 1000) == []
     every = PicturesConfig(interval=300)
     assert [every.last_before(step, 1000) for step in (0, 1, 300, 301, 1000)] == [-1, 0, 0, 300, 900]
-    with pytest.raises(ConfigError, match=r"pictures\.interval = -2"):
+    with pytest.raises(ConfigError, match=r"interval = -2"):
         PicturesConfig(interval=-2)
 
 

@@ -173,7 +173,7 @@ def test_a_trial_that_a_signal_stopped_goes_on_where_it_was(short_file, tmp_path
         assert main(stopped) == 75
     message = capsys.readouterr().err
     assert "stopped by SIGTERM after step 7 of 10" in message
-    assert "the same command goes on" in message
+    assert "the same command resumes it" in message
     assert [line["event"] for line in _lines(tmp_path / "b")] == ["search", "trial"]
     steps = []
     monkeypatch.setattr(Objective, "__call__", lambda *a: steps.append(1) or loss(*a))
