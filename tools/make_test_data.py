@@ -1,6 +1,6 @@
-"""Write tests/data anew: a tiny random BERT and a tiny random Llama with their tokenizers, and a small sentiment set.
+"""Write tests/data: a tiny random BERT and Llama with their tokenizers, and a small sentiment data set.
 
-Run from the top folder.
+python -m tools.make_test_data
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -25,6 +26,14 @@ GOOD = ["fine", "bright", "warm", "clever", "moving", "lovely", "sharp", "funny"
 BAD = ["dull", "flat", "cold", "clumsy", "boring", "ugly", "vague", "tired"]
 OTHER = ["the", "a", "film", "plot", "cast", "scene", "story", "end", "with", "of", "and", "is", "was"]
 OTHER += ["very", "quite", "rather"]
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 60,
+    "max_position_embeddings": 48,
+    "initializer_range": 0.2,
+}
 
 
 def main() -> None:
@@ -35,27 +44,18 @@ def main() -> None:
 
 
 def write_model() -> None:
-    """2 layers of width 32; odd sizes would do too, but not for more than one attention head."""
+    """Write the BERT: 2 layers of width 32."""
     folder = FOLDER / "tiny-bert"
     folder.mkdir(parents=True, exist_ok=True)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *OTHER]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=60,
-        max_position_embeddings=48,
-        initializer_range=0.2,
-    )
-    BertModel(config).save_pretrained(folder)
+    BertModel(BertConfig(vocab_size=len(words), **SIZES)).save_pretrained(folder)
 
 
 def write_language_model() -> None:
-    """2 layers of width 32, an untied head; every text begins with "<s>", as Llama's tokenizer has it."""
+    """Write the Llama: 2 layers of width 32 and an untied head. Every sequence starts with "<s>"."""
     folder = FOLDER / "tiny-llama"
     words = ["<unk>", "<s>", "</s>", *GOOD, *BAD, *OTHER]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -67,18 +67,8 @@ def write_language_model() -> None:
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=60,
-        max_position_embeddings=48,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    sizes = {**SIZES, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
 
 
 def write_texts(name: str, count: int, seed: int) -> None:

@@ -54,9 +54,3 @@ def share_of_right_answers(logits_of: Any, folder: Path, texts: Path, max_length
         tokens = tokenizer(row["text"], truncation=True, max_length=max_length, return_tensors="np")
         right += int(logits_of(dict(tokens))[0].argmax()) == classes[row["label"]]
     return right / len(rows)
-
-
-def measure(folder: Path, out: Path, texts: Path, max_length: int) -> dict[str, Any]:
-    """Convert and test; the file's bytes are those of the one file that a user would keep."""
-    file = write_int8(folder, out)
-    return {"file_bytes": file.stat().st_size, "accuracy": accuracy(file, folder, texts, max_length)}

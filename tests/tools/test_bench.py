@@ -15,7 +15,7 @@ from pst_ds.core.bits import unpack_range
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from tools.bench.baselines import PlainPST, replace_linears
-from tools.bench.mask_update import PICKS, MaskUpdates, gathered_update, growth, share_at
+from tools.bench.mask_update import PICKS, MaskUpdates, gathered_update, share_at
 from tools.bench.mask_update import ratios as update_ratios
 from tools.bench.ranks import Ranks
 from tools.bench.train_step import fitting_layers, needed_gib, summary
@@ -126,7 +126,7 @@ def test_a_baseline_that_memory_does_not_hold_runs_at_fewer_layers():
     assert fitting_layers("plain", shape, free=needs[0] / 0.8 - 0.01) == 0
 
 
-def test_ratios_are_ours_over_theirs_and_growth_is_the_line():
+def test_ratios_are_ours_over_theirs():
     def pair(baseline):
         ours = {"step": 2.0, "mask_update": 1.0, "cpu_step": 1.5, "cpu_mask_update": 0.3}
         return {
@@ -140,13 +140,6 @@ def test_ratios_are_ours_over_theirs_and_growth_is_the_line():
     assert report["ratios_without_update"] == {"lora": 0.5, "plain": 0.5}
     assert report["memory_ratios"] == {"lora": 0.25, "plain": 0.25}
     assert report["cpu_ratios"] == pytest.approx({"lora": 0.5, "plain": 0.6})
-
-    sizes = [{"weights": n, "seconds": {"ours": 0.5 + n * 2e-9}} for n in (10**8, 4 * 10**8, 10**9)]
-    assert growth(sizes, "ours") == pytest.approx(
-        {"seconds_at_zero": 0.5, "ns_per_weight": 2.0, "largest_deviation": 0.0}
-    )
-    sizes[1]["seconds"]["ours"] *= 1.5
-    assert growth(sizes, "ours")["largest_deviation"] > 0.1
 
 
 def test_the_ratio_of_ranks_is_taken_at_the_largest_size():

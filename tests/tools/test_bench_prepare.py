@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tools.bench.prepare import bound_of_two, main, ratios, write_texts
+from tools.bench.prepare import main, ratios, write_texts
 
 
 def test_ratios_are_of_cpu_time_against_map_and_of_the_clock_between_processes():
@@ -15,12 +15,6 @@ def test_ratios_are_of_cpu_time_against_map_and_of_the_clock_between_processes()
         {"contestant": "two", "mb_per_cpu_second": 9.0, "mb_per_second": 5.0},
     ]
     assert ratios(rows) == {"cpu_against_map": 1.5, "two_against_one": 2.0}
-
-
-def test_what_is_outside_of_the_workers_bounds_what_two_can_gain():
-    one = {"contestant": "one", "mb_per_cpu_second": 2.0, "share_in_workers": 0.0}
-    assert bound_of_two([one, {"contestant": "two", "mb_per_cpu_second": 2.0, "share_in_workers": 1.0}]) == 2.0
-    assert bound_of_two([one, {"contestant": "two", "mb_per_cpu_second": 1.5, "share_in_workers": 0.5}]) == 1.0
 
 
 def test_texts_have_the_size_asked_for(tmp_path):
@@ -35,5 +29,4 @@ def test_it_runs_and_prints_json(monkeypatch, capsys, alone):
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {row["contestant"] for row in report["rows"]} == {"map", "one", "two"}
     assert report["ratios"].keys() == {"cpu_against_map", "two_against_one"}
-    assert report["two_by_cpu"] > 0.0
     assert report["conditions"]["megabytes"] == pytest.approx(0.4, abs=0.3)

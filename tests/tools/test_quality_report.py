@@ -6,11 +6,10 @@ import math
 
 import pytest
 
+from tools.quality.cells import Lines
 from tools.quality.grid import grid_from_table
-from tools.quality.lines import Lines
+from tools.quality.report import Figure, figure, figure_of, shown, write_report
 from tools.quality.report import table as markdown
-from tools.quality.report import write_report
-from tools.quality.stats import Figure, figure, figure_of, shown
 
 from .small_grid import filled, table
 

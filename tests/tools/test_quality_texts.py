@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.quality import ladder_texts, mpnet, texts
+from tools.quality import ladder_texts, texts
 from tools.quality.brown_prose import prose
 
 
@@ -147,7 +147,7 @@ def _packages_of_pieces(folder: Path, content: bytes, cuts: list[int]) -> None:
 def test_a_model_in_pieces_is_joined_in_their_order_and_made_once(tmp_path, monkeypatch):
     held = io.BytesIO()
     with zipfile.ZipFile(held, "w") as archive:
-        for name in mpnet.FILES:
+        for name in texts.MPNET_FILES:
             archive.writestr(f"all-mpnet-base-v2/{name}", name * 50)
     asked = []
 
@@ -155,23 +155,23 @@ def test_a_model_in_pieces_is_joined_in_their_order_and_made_once(tmp_path, monk
         asked.append(packages)
         _packages_of_pieces(folder, held.getvalue(), [100, 200, 1000, 1100])
 
-    monkeypatch.setattr(mpnet, "unpack", unpack)
-    out = mpnet.mpnet_folder(tmp_path)
-    assert {path.name: path.read_text() for path in out.iterdir()} == {name: name * 50 for name in mpnet.FILES}
+    monkeypatch.setattr(texts, "unpack", unpack)
+    out = texts.mpnet_folder(tmp_path)
+    assert {path.name: path.read_text() for path in out.iterdir()} == {name: name * 50 for name in texts.MPNET_FILES}
     assert [path.name for path in tmp_path.iterdir()] == ["mpnet"]
-    assert mpnet.mpnet_folder(tmp_path) == out
-    assert asked == [mpnet.PACKAGES]
+    assert texts.mpnet_folder(tmp_path) == out
+    assert asked == [texts.MPNET]
 
 
 def test_a_damaged_piece_leaves_no_model_behind(tmp_path, monkeypatch):
     held = io.BytesIO()
     with zipfile.ZipFile(held, "w") as archive:
-        for name in mpnet.FILES:
+        for name in texts.MPNET_FILES:
             archive.writestr(f"all-mpnet-base-v2/{name}", name * 50)
     content = held.getvalue().replace(b"config.jsonconfig.json", b"config.jsonXonfig.json", 1)
     monkeypatch.setattr(
-        mpnet, "unpack", lambda folder, *_: _packages_of_pieces(folder, content, [100, 200, 1000, 1100])
+        texts, "unpack", lambda folder, *_: _packages_of_pieces(folder, content, [100, 200, 1000, 1100])
     )
     with pytest.raises(zipfile.BadZipFile):
-        mpnet.mpnet_folder(tmp_path)
+        texts.mpnet_folder(tmp_path)
     assert not (tmp_path / "mpnet/config.json").exists()

@@ -5,9 +5,6 @@ Linear layers are pruned by magnitude, packed by ``pst-ds export --format bitmas
 the embedding and dense in all variants. Variants take turns. Each has copies of its model, together twice as large as
 the last-level cache, so that weights come from memory. Prompt and new tokens are the same for all; times are medians.
 
-Also reported: where a step's time goes, resident memory (parameters and buffers, and the growth of a fresh process),
-and the difference between the logits on real text and those of the unpacked model.
-
     OMP_NUM_THREADS=2 python -m tools.bench.decode --json
     OMP_NUM_THREADS=2 python -m tools.bench.decode --sparsity 0.5 --threads 1 --warm-cache
 """
@@ -16,9 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
-import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,24 +20,15 @@ from typing import Any
 import torch
 
 import pst_ds.inference.bench.variants as benched
-from pst_ds.inference.bench.decode import Decoder
 from pst_ds.inference.bench.measure import measure
 from pst_ds.inference.hf.model_folder import ModelFolder, open_model_folder
-from pst_ds.inference.runtime import sparse_layers
-from pst_ds.inference.runtime.dense import quicken_output_layer
-from pst_ds.inference.verify.against_run import allowed_difference
-from tools.bench.timing import benchmark_parser, conditions, print_result, progress, status_bytes
+from tools.bench.timing import benchmark_parser, conditions, print_result, progress
 from tools.fetch_smollm2 import FOLDER, dense_folder, pruned_folder
 from tools.verbs import verb
-
-TEXT = Path(__file__).resolve().parents[2] / "LICENSE"
 
 
 def main() -> None:
     arguments = _parser().parse_args()
-    if arguments.resident:
-        print_result(resident(arguments.resident), as_json=True)
-        return
     torch.manual_seed(0)
     dense = open_model_folder(dense_folder(arguments.folder))
     packed = {sparsity: packed_folder(arguments.folder, sparsity) for sparsity in arguments.sparsity}
@@ -71,8 +56,6 @@ def main() -> None:
         "benchmark": "decode",
         "conditions": stated,
         "rows": rows,
-        "resident": [resident_row(folder) for folder in packed.values()],
-        "logits": [logits_row(folder, sparsity, arguments.text_tokens) for sparsity, folder in packed.items()],
     }
     print_result(report, as_json=arguments.json)
 
@@ -109,62 +92,6 @@ def speed_rows(measured: dict[str, dict[str, float]], threads: int) -> list[dict
     return rows
 
 
-def resident_row(folder: ModelFolder) -> dict[str, Any]:
-    """Return the memory that the loaded model takes in a fresh process."""
-    command = [sys.executable, "-m", "tools.bench.decode", "--resident", str(folder.path)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    return {"model": folder.path.name, **found, "weights_to_file": found["weight_bytes"] / found["file_bytes"]}
-
-
-def resident(path: Path) -> dict[str, Any]:
-    """Measure the second of two models in this process; the first also loads code, threads and buffers."""
-    folder = open_model_folder(path)
-    held, sizes = [], []
-    for _ in range(2):
-        model = folder.load("sparse")
-        quicken_output_layer(model)
-        decoder = Decoder(model)
-        decoder.prefill(torch.zeros(1, 8, dtype=torch.long))
-        decoder.step()
-        held.append(decoder)
-        gc.collect()
-        sizes.append(status_bytes("VmRSS"))
-    weights = benched.Variant(model).loaded_bytes
-    file_bytes = folder.weight_file_bytes
-    return {"weight_bytes": weights, "process_growth_bytes": sizes[1] - sizes[0], "file_bytes": file_bytes}
-
-
-@torch.inference_mode()
-def logits_row(folder: ModelFolder, sparsity: float, tokens: int) -> dict[str, Any]:
-    """Compare the logits of sparse and unpacked weights on real text, and both with the same weights in fp32."""
-    ids = folder.tokenizer()(TEXT.read_text(encoding="utf-8"), return_tensors="pt").input_ids[:, :tokens]
-    sparse = folder.load("sparse")
-    layers = len(sparse_layers(sparse))
-    logits = {"sparse": sparse(input_ids=ids).logits.float()}
-    logits["unpacked"] = folder.load("dense")(input_ids=ids).logits.float()
-    exact = folder.load("dense", "fp32")(input_ids=ids).logits
-    share, rule = allowed_difference(torch.bfloat16, layers, 0)
-    largest = float((logits["sparse"] - logits["unpacked"]).abs().max())
-    allowed = share * float(exact.abs().max())
-    return {
-        "model": folder.path.name,
-        "sparsity": sparsity,
-        "tokens": ids.numel(),
-        "max_difference": largest,
-        "allowed": allowed,
-        "rule": rule,
-        "met": largest <= allowed,
-        "same_prediction": float((logits["sparse"].argmax(-1) == logits["unpacked"].argmax(-1)).float().mean()),
-        "from_fp32": {name: _errors(found, exact) for name, found in logits.items()},
-    }
-
-
-def _errors(found: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
-    error = (found - exact).abs()
-    return {"max": float(error.max()), "mean": float(error.mean())}
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="folder of the models, which are made if missing")
@@ -173,9 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--text-tokens", type=int, default=512, help="tokens of the text whose logits are compared")
     parser.add_argument("--warm-cache", action="store_true", help="one copy per model, which a large cache may hold")
-    parser.add_argument("--resident", type=Path, metavar="DIR", help=argparse.SUPPRESS)
     return parser
 
 

@@ -193,23 +193,8 @@ def ratios(sizes: list[dict[str, Any]]) -> dict[str, Any]:
                 found[name] = two[f"{kind}ours"] / two[f"{kind}{name}"]
             if one := at.get(1):
                 found["two_ranks_over_one"] = two[f"{kind}ours"] / one[f"{kind}ours"]
-            of_two = [size for size in sizes if size["ranks"] == 2]
-            result[f"{kind}growth"] = growth(of_two, f"{kind}ours")
         result["after_10_steps"] = two["ours_after_10_steps"] / two["ours"]
     return result
-
-
-def growth(sizes: list[dict[str, Any]], name: str) -> dict[str, float]:
-    """Fit a line to the seconds of ``name`` over weights. Return it with the largest relative deviation."""
-    weights = torch.tensor([size["weights"] for size in sizes], dtype=torch.float64)
-    seconds = torch.tensor([size["seconds"][name] for size in sizes], dtype=torch.float64)
-    if len(sizes) < 2:
-        return {}
-    # relative errors, otherwise the largest size would determine the line
-    design = torch.stack([torch.ones_like(weights), weights], 1) / seconds.unsqueeze(1)
-    constant, slope = torch.linalg.lstsq(design, torch.ones_like(seconds)).solution.tolist()
-    deviation = ((constant + slope * weights) / seconds - 1.0).abs().max()
-    return {"seconds_at_zero": constant, "ns_per_weight": slope * 1e9, "largest_deviation": float(deviation)}
 
 
 def share_of_step(shape: Shape, repeats: int, after_10_steps: float) -> dict[str, Any]:

@@ -4,8 +4,7 @@ The corpus is the source code of Python's library as JSONL with one file per row
 8,192 tokens trained on a part of it, so nothing is downloaded. ``map`` tokenises batches of 1,000 rows without the
 attention mask, and its rows are loaded before the clock starts; ``prepare`` reads, tokenises, hashes and writes. Each
 runs in a forked process, in turns; MB are bytes of UTF-8 text. CPU seconds include workers; one and two processes are
-compared by the shortest wall time of all rounds. "two_by_cpu" is the best possible speed-up of two processes: CPU
-seconds of one over those of two, of which the part inside workers is halved.
+compared by the shortest wall time of all rounds.
 
     python -m tools.bench.prepare --json
     python -m tools.bench.prepare --megabytes 16 --repeats 3
@@ -49,7 +48,7 @@ def measure(folder: Path, megabytes: float, repeats: int) -> dict[str, Any]:
         "one": lambda: _prepare(path, tokenizer, folder, 1),
         "two": lambda: _prepare(path, tokenizer, folder, 2),
     }
-    times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in contestants}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     for turn in range(repeats):
         for name, run in contestants.items():
             times[name].append(in_a_fork(run))
@@ -57,9 +56,8 @@ def measure(folder: Path, megabytes: float, repeats: int) -> dict[str, Any]:
     rows = [
         {
             "contestant": name,
-            "mb_per_cpu_second": size / 1e6 / statistics.median(cpu for _, cpu, _ in of),
-            "mb_per_second": size / 1e6 / min(wall for wall, _, _ in of),
-            "share_in_workers": statistics.median(workers / cpu for _, cpu, workers in of),
+            "mb_per_cpu_second": size / 1e6 / statistics.median(cpu for _, cpu in of),
+            "mb_per_second": size / 1e6 / min(wall for wall, _ in of),
         }
         for name, of in times.items()
     ]
@@ -68,7 +66,6 @@ def measure(folder: Path, megabytes: float, repeats: int) -> dict[str, Any]:
         "conditions": conditions(megabytes=size / 1e6, repeats=repeats, vocabulary=_VOCABULARY),
         "rows": rows,
         "ratios": ratios(rows),
-        "two_by_cpu": bound_of_two(rows),
     }
 
 
@@ -79,12 +76,6 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
         "cpu_against_map": by_name["one"]["mb_per_cpu_second"] / by_name["map"]["mb_per_cpu_second"],
         "two_against_one": by_name["two"]["mb_per_second"] / by_name["one"]["mb_per_second"],
     }
-
-
-def bound_of_two(rows: list[dict[str, Any]]) -> float:
-    """Return the best possible speed-up of two processes: CPU seconds in workers are halved, all others stay."""
-    one, two = (next(row for row in rows if row["contestant"] == name) for name in ("one", "two"))
-    return two["mb_per_cpu_second"] / one["mb_per_cpu_second"] / (1.0 - two["share_in_workers"] / 2)
 
 
 def write_texts(path: Path, num_bytes: int) -> int:
@@ -150,32 +141,22 @@ def _prepare(path: Path, tokenizer: Any, folder: Path, workers: int) -> object:
     return prepare_store(plan, tokenizer, folder / f"store-{workers}", num_workers=workers, force=True)
 
 
-def in_a_fork(run: Callable[[], object]) -> tuple[float, float, float]:
-    """Run ``run`` in a forked process. Return wall seconds, CPU seconds with its children, and CPU seconds of only
-    these children."""
+def in_a_fork(run: Callable[[], object]) -> tuple[float, float]:
+    """Run ``run`` in a forked process. Return its wall seconds, and the CPU seconds of it and its children."""
     sys.stdout.flush()
-    read, write = os.pipe()
     start = time.perf_counter()
     pid = os.fork()
     if not pid:
         code = 1
         try:
-            before = os.times()
             run()
-            after = os.times()
-            inside = after.children_user + after.children_system - before.children_user - before.children_system
-            os.write(write, repr(inside).encode())
             code = 0
         finally:
             os._exit(code)
-    os.close(write)
     _, status, used = os.wait4(pid, 0)
-    wall = time.perf_counter() - start
-    with os.fdopen(read, "rb") as pipe:
-        in_children = float(pipe.read() or 0)
     if status:
         raise RuntimeError("a contestant failed; its output is above")
-    return wall, used.ru_utime + used.ru_stime, in_children
+    return time.perf_counter() - start, used.ru_utime + used.ru_stime
 
 
 def _parser() -> argparse.ArgumentParser:

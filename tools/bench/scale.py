@@ -99,8 +99,6 @@ def compared(args: argparse.Namespace, size: str, ranks: list[dict[str, Any]]) -
         "seconds": seconds,
         "peak_bytes_above_imports": peaks,
         "peak_bytes_of_all_ranks": sum(one["peak"] + one["base"] for one in ranks),
-        "training_peak_bytes_above_imports": [one["training_peak"] for one in ranks],
-        "training_peak_bytes_of_all_ranks": sum(one["training_peak"] + one["base"] for one in ranks),
         "gathered_bytes": ranks[0]["gathered"],
         "memory_ratio": memory["peak"] / max(peaks),
         "held_bytes": ranks[0]["held"],

@@ -79,11 +79,6 @@ class Memory:
     def peak(self) -> int:
         return max(phase["peak"] for name, phase in self.phases.items() if name != "rates")
 
-    @property
-    def training_peak(self) -> int:
-        """The peak without what came before the first step."""
-        return max(self.phases[name]["peak"] for name in ("step", "update"))
-
 
 class Gathers:
     """Counter of the bytes that DeepSpeed gathers."""
@@ -138,7 +133,6 @@ def measure(job: dict[str, Any], memory: Memory) -> dict[str, Any]:
         "phases": memory.phases,
         "peak": memory.peak,
         "base": memory.base,
-        "training_peak": memory.training_peak,
         "gathered": gathered,
         "held": held(engine),
         "rates": rates,

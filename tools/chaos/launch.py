@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import socket
 import subprocess
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tools.cluster.processes import ROOT, environment, free_ports, kill_all
+
 _LAUNCHER_SECONDS = 10.0
 """For the launcher to end once its ranks have been killed."""
 
@@ -25,11 +23,8 @@ class Launch:
         self._pids: dict[int, int] = {}
         self._looked = 0.0
         command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(num_ranks)]
-        command += ["--master_port", _free_port(), "--module", "pst_ds", "train", *arguments]
-        environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        for name, first in (("PATH", Path(sys.executable).parent), ("PYTHONPATH", ROOT)):
-            environ[name] = os.pathsep.join([str(first), *filter(None, [environ.get(name)])])
-        environ = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environ}
+        command += ["--master_port", str(free_ports(1)[0]), "--module", "pst_ds", "train", *arguments]
+        environ = environment(TOKENIZERS_PARALLELISM="false")
         with log.open("wb") as stream:
             self._launcher = subprocess.Popen(
                 command, cwd=ROOT, env=environ, stdout=stream, stderr=stream, start_new_session=True
@@ -53,8 +48,7 @@ class Launch:
     def kill(self, ranks: list[int]) -> bool:
         """Kill these ranks; whether any of them was alive."""
         alive = [self._pids[rank] for rank in ranks if _is_rank(self._pids[rank])]
-        for pid in alive:
-            _kill(pid)
+        kill_all(alive)
         return bool(alive)
 
     def end(self, grace: float) -> tuple[int, int]:
@@ -68,21 +62,13 @@ class Launch:
         """Kill what is still there of launcher and ranks."""
         pids = {*self._pids.values(), *ranks_below(self._launcher.pid).values()}
         remaining = [pid for pid in pids if _is_rank(pid)]
-        for pid in remaining:
-            _kill(pid)
+        kill_all(remaining)
         try:
             code = self._launcher.wait(_LAUNCHER_SECONDS if remaining else 0.0)
         except subprocess.TimeoutExpired:
-            for pid in descendants(self._launcher.pid):
-                _kill(pid)
-            self._launcher.kill()
+            kill_all([*descendants(self._launcher.pid), self._launcher.pid])
             code = self._launcher.wait()
         return code, len(remaining)
-
-
-def _kill(pid: int) -> None:
-    with suppress(ProcessLookupError):  # it has just ended
-        os.kill(pid, signal.SIGKILL)
 
 
 def descendants(pid: int) -> list[int]:
@@ -105,13 +91,13 @@ def ranks_below(pid: int) -> dict[int, int]:
     """Process of each local rank that the launcher ``pid`` has started."""
     found = {}
     for child in descendants(pid):
-        match = re.search(rb"--local_rank=(\d+)\0", _command_line(child))
+        match = re.search(rb"--local_rank=(\d+)\0", command_line(child))
         if match:
             found[int(match[1])] = child
     return found
 
 
-def _command_line(pid: int) -> bytes:
+def command_line(pid: int) -> bytes:
     """Empty for a process that is gone, or ended and not yet waited for."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -119,10 +105,4 @@ def _command_line(pid: int) -> bytes:
 
 
 def _is_rank(pid: int) -> bool:
-    return b"--local_rank=" in _command_line(pid)
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    return b"--local_rank=" in command_line(pid)

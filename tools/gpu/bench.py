@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pst_ds.planning.machines import MACHINES, Machine
+from tools.bench.timing import medians
 
 
 @dataclass(frozen=True)
@@ -43,14 +42,13 @@ class Bench:
 
     def seconds(self, run: Callable[[], object]) -> float:
         """Return the median time of ``run`` until the device is done, after two that are not counted."""
-        found = []
-        for _ in range(self.sizes.repeats + 2):
-            self.wait()
-            start = time.perf_counter()
+
+        def until_done() -> None:
             run()
             self.wait()
-            found.append(time.perf_counter() - start)
-        return statistics.median(found[2:])
+
+        self.wait()
+        return medians({"run": until_done}, self.sizes.repeats, warmup=2)["run"]
 
     def wait(self) -> None:
         if self.device.type == "cuda":

@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from pst_ds.errors import InputError
-from tools.quality.cells import plan
+from tools.quality.cells import Lines, plan
 from tools.quality.grid import Grid, GridError, load_grid
-from tools.quality.lines import Lines
 from tools.quality.report import write_report
 from tools.quality.workers import Options, run_cells, selected
 
@@ -65,7 +64,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Options.folder, help="where cells run (default: runs/quality)")
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--list", action="store_true", help="show the cells and what is known of them; run nothing")
-    shown.add_argument("--forget", action="store_true", help="take out lines that are no cell of the grid; run nothing")
     shown.add_argument("--report-only", action="store_true", help="write the page from the lines; run nothing")
     return parser.parse_args(argv)
 
@@ -83,18 +81,18 @@ def run(args: argparse.Namespace) -> int:
         list_cells(grid, lines, args.only)
         return 0
     failed = 0
-    if args.forget:
-        forgotten = lines.keep({planned.cell.id for planned in plan(grid, lines.by_id) if planned.cell})
-        print(f"{forgotten} lines taken out of {lines.path}")
-    elif not args.report_only:
+    if not args.report_only:
         with stopped_by_signals(), alone(args.folder / f"{grid.name}.lock", grid):
             from tools.quality.texts import make
 
             make(dict.fromkeys(name for data_set in grid.data_sets.values() for name in data_set.make))
             options = Options(
-                only=args.only, workers=args.workers, minutes=args.minutes, retry_failed=args.retry_failed,
+                only=args.only,
+                workers=args.workers,
+                minutes=args.minutes,
+                retry_failed=args.retry_failed,
                 folder=args.folder,
-            )  # fmt: skip
+            )
             ended = run_cells(grid, lines, options)
         states = Counter(planned.state for planned in selected(grid, plan(grid, lines.by_id), args.only))
         failed = states["failed"] + states["over budget"]

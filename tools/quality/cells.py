@@ -7,9 +7,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from pst_ds.atomic_files import write_text_atomic
 from pst_ds.config.methods import METHODS
+from pst_ds.errors import InputError
 from tools.quality.grid import Grid, Method, Table, laid_over, sparsity_settings
 
 Line = dict[str, Any]
@@ -17,6 +20,32 @@ Kind = Literal["search", "cell"]
 State = Literal["to do", "waits", "done", "failed", "over budget"]
 FIXED_MASK = frozenset(name for name, method in METHODS.items() if method.masks == "fixed")
 """Methods of the run file whose mask is there before they train."""
+
+
+class LinesError(InputError):
+    """A damaged results file."""
+
+
+class Lines:
+    """The results of a grid, tools/quality/logs/results/NAME.jsonl: a line per finished cell. One process may write."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.by_id: dict[str, Line] = {}
+        if not path.is_file():
+            return
+        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                line = json.loads(text)
+                self.by_id[line["id"]] = line
+            except (ValueError, KeyError, TypeError):
+                raise LinesError(f"{path}, line {number}, is not a result. Remove it: {text[:80]!r}") from None
+
+    def put(self, line: Line) -> None:
+        """Add a line, or replace the one with its id. A crash leaves the old file or the new one."""
+        self.by_id[line["id"]] = line
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(self.path, "".join(json.dumps(kept, sort_keys=True) + "\n" for kept in self.by_id.values()))
 
 
 @dataclass(frozen=True, kw_only=True)

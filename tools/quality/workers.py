@@ -19,10 +19,9 @@ from typing import Any
 from pst_ds.core.kernels.host import cpu_facts, cpu_name
 from pst_ds.file_names import CHECKPOINTS, START
 from pst_ds.progress import Progress
-from tools.quality.cells import Cell, Line, Planned, State, plan
+from tools.quality.cells import Cell, Line, Lines, Planned, State, plan
 from tools.quality.files import FOLDER
 from tools.quality.grid import Grid, Method
-from tools.quality.lines import Lines
 from tools.quality.run_cell import OUTCOME
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,8 +15,9 @@ from types import TracebackType
 
 import httpx2 as httpx
 
-from tools.chaos.launch import ROOT, descendants
+from tools.chaos.launch import ROOT, command_line, descendants
 from tools.chaos.serving.clients import BODY_BYTES, KEY
+from tools.cluster.processes import kill_all
 
 _START_SECONDS, _STOP_SECONDS = 120.0, 60.0
 _SAID = re.compile(r" at (http://127\.0\.0\.1:\d+/v1) ")
@@ -67,7 +68,7 @@ class Server:
 
     def workers(self) -> list[int]:
         """Return the processes that answer, or load their model."""
-        return [pid for pid in descendants(self._process.pid) if b"spawn_main" in _command_line(pid)]
+        return [pid for pid in descendants(self._process.pid) if b"spawn_main" in command_line(pid)]
 
     def answering(self) -> list[int]:
         """Return the processes that have their model; a single one has it once the server says where it is."""
@@ -131,17 +132,8 @@ class Server:
     def _end(self) -> None:
         """Kill what is left of it."""
         if self._process.poll() is None:
-            below = descendants(self._process.pid)
-            for pid in (self._process.pid, *below):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            kill_all([self._process.pid, *descendants(self._process.pid)])
             self._process.wait()
-
-
-def _command_line(pid: int) -> bytes:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    return b""
 
 
 def _resident(pid: int) -> int:
