@@ -1,4 +1,4 @@
-"""Texts with a class or a number, read, checked and tokenised; and an order of batches that no world size changes."""
+"""Labelled examples: read, check and tokenise them, and order batches independently of the world size."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
 _LENGTH_WINDOW_BATCHES = 50
 _FEW_ROWS = 20
-"""Up to so many rows may well have a label each."""
+"""Rows up to which every row may have a different label."""
 _ROWS_AT_A_TIME = 256
-"""Tokenizers keep what they cut off until a call returns."""
+"""Rows per tokenizer call, which holds truncated text until it returns."""
 _MORE_TOKENS = 32
-"""Of a text that is cut before it is tokenised: far enough behind the last token that is wanted not to change it."""
+"""Extra tokens of a text that is cut before tokenisation, so that the kept tokens do not change."""
 
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """Tokenised texts with their labels."""
+    """Tokenised examples with their labels."""
 
     features: list[dict[str, list[int]]]
-    """input_ids, attention_mask and, from some tokenizers, token_type_ids, for each example."""
+    """input_ids, attention_mask and, for some tokenizers, token_type_ids of each example."""
     labels: list[int] | list[float]
-    """Ids of classes, or numbers."""
+    """Class ids, or numbers."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -60,21 +60,21 @@ class Examples:
 
 
 def read_labelled(data: DataConfig, split: str) -> Dataset:
-    """Read the rows of a split, with the text columns and the label column. Raises ConfigError."""
+    """Read the rows of a split, and check its text and label columns. Raises ConfigError."""
     columns = {**dict.fromkeys(data.text_columns, "text_columns"), data.label_column: "label_column"}
     return read_rows(data, split, columns)
 
 
 def label_names(data: DataConfig) -> list[str]:
-    """Return the names of the classes in the order of their ids: that of ``data.label_names``, of the dataset's own
-    names, or of the sorted labels of the training file. Raises ConfigError."""
+    """Return the class names by id: ``data.label_names``, the dataset's class names, or the sorted training labels.
+    Raises ConfigError."""
     names, wanted = _names_in_training(data), data.label_names
     if set(names) == set(wanted):
         return list(wanted)
     if not set(names).isdisjoint(wanted):
         raise ConfigError(
             f"data.label_names = {list(wanted)} are not those of {data.train}, whose column {data.label_column!r} has "
-            f"the labels {shortened(names, 12)}; name just these, or none"
+            f"the labels {shortened(names, 12)}. Name exactly these, or none"
         )
     return names
 
@@ -86,20 +86,20 @@ def _names_in_training(data: DataConfig) -> list[str]:
         return list(feature.names)
     labels = set(rows.unique(data.label_column))
     if None in labels or "" in labels:
-        raise ConfigError(f"{data.train}: column {data.label_column!r} has empty values; every example needs a label")
+        raise ConfigError(f"{data.train}: column {data.label_column!r} has empty values. Give every example a label")
     if any(isinstance(label, float) for label in labels):
         raise ConfigError(
-            f'{data.train}: column {data.label_column!r} holds fractions, which is regression; set task = "regression"'
+            f'{data.train}: column {data.label_column!r} holds fractions, which is regression. Set task = "regression"'
         )
     if len(labels) < 2:
         raise ConfigError(
-            f"{data.train}: column {data.label_column!r} has {len(labels)} class; at least 2 are needed: name "
-            "another data.label_column, or give examples of another class"
+            f"{data.train}: column {data.label_column!r} has {len(labels)} class, but at least 2 are needed. "
+            "Name another data.label_column, or add examples of another class"
         )
     if len(labels) == len(rows) > _FEW_ROWS:
         raise ConfigError(
-            f"{data.train}: column {data.label_column!r} has another value in each of its {len(rows)} rows, so it "
-            "holds no classes; name the column that does with data.label_column"
+            f"{data.train}: column {data.label_column!r} has a different value in each of its {len(rows)} rows, so "
+            "it does not hold classes. Name the column that does with data.label_column"
         )
     return [str(label) for label in sorted(labels)]
 
@@ -107,7 +107,7 @@ def _names_in_training(data: DataConfig) -> list[str]:
 def load_examples(data: DataConfig, split: str, tokenizer: Tokenizer, names: Sequence[str]) -> Examples:
     """Return the examples of one split. Raises ConfigError, also for a label not in ``names``."""
     rows = read_labelled(data, split)
-    # a split that was encoded by itself has ids of its own for the same names
+    # splits may use different ids for the same names
     own_names = dict(enumerate(getattr(rows.features[data.label_column], "names", ())))
     ids = {name: i for i, name in enumerate(names)}
     labels = []
@@ -124,16 +124,16 @@ def load_examples(data: DataConfig, split: str, tokenizer: Tokenizer, names: Seq
 
 
 def refuse_hidden(label: object, row: int, where: str) -> None:
-    """Raise ConfigError for -1, which benchmarks such as GLUE give for a label that they keep to themselves."""
+    """Raise ConfigError for -1, which represents a hidden label in benchmarks such as GLUE."""
     if label in (-1, "-1"):
         raise ConfigError(
-            f"{where}: label {label!r} in row {row} stands for a hidden label, as in the test sets of GLUE; name a "
+            f"{where}: label {label!r} in row {row} stands for a hidden label, as in the test sets of GLUE. Name a "
             'split that has labels, such as "validation"'
         )
 
 
 def tokenized_texts(rows: Dataset, data: DataConfig, split: str, tokenizer: Tokenizer) -> list[dict[str, list[int]]]:
-    """Tokenise each row's text, or pair of texts. Raises ConfigError for a row without one."""
+    """Tokenise the text, or pair of texts, of each row. Raises ConfigError for a row without text."""
     texts = [text_column(rows[column], column, getattr(data, split)) for column in data.text_columns]
     features = []
     for start in range(0, len(rows), _ROWS_AT_A_TIME):
@@ -146,11 +146,11 @@ def tokenized_texts(rows: Dataset, data: DataConfig, split: str, tokenizer: Toke
 
 
 def _as_far_as_needed(pairs: list[list[str]], max_length: int, tokenizer: Tokenizer) -> list[list[str]]:
-    """Return both columns of pairs, cut to what ``max_length`` tokens can hold and a little more, of two long texts the
-    longer one less: it may be the one to keep a token more than the other.
+    """Return both columns of pairs, with long texts cut to slightly more than ``max_length`` tokens.
 
-    Of a pair that it truncates a fast tokenizer makes, besides, every combination of a piece of one text with a piece
-    of the other: memory grows with the product of their lengths, to gigabytes for two of 10,000 tokens.
+    When a fast tokenizer truncates a pair, it also creates every combination of parts of both texts: memory grows with
+    the product of their lengths, to gigabytes for two texts of 10,000 tokens. The longer of two long texts keeps more,
+    because it may keep one token more after truncation.
     """
     limit = max_length + _MORE_TOKENS
     spans = [_token_spans(column, limit, tokenizer) for column in pairs]
@@ -168,7 +168,7 @@ def _as_far_as_needed(pairs: list[list[str]], max_length: int, tokenizer: Tokeni
 
 
 def _token_spans(texts: list[str], limit: int, tokenizer: Tokenizer) -> dict[int, list[tuple[int, int]]]:
-    """Return where the tokens of each text of more than ``limit`` characters begin and end in it, by its number."""
+    """Return the (start, end) offsets of the tokens of each text of more than ``limit`` characters, by its index."""
     long = [i for i, text in enumerate(texts) if len(text) > limit]
     if not long:
         return {}
@@ -184,9 +184,9 @@ def collate(examples: Examples, indices: Sequence[int], tokenizer: Tokenizer) ->
 
 @dataclass(frozen=True, slots=True)
 class GlobalBatches:
-    """Which examples make each optimizer step: a pure function of the step, the same for every world size.
+    """Examples of each optimizer step: a pure function of the step, equal for every world size.
 
-    An epoch is a seeded permutation cut into whole batches; the few left over sit that epoch out.
+    An epoch is a seeded permutation cut into whole batches; the remaining examples are skipped in this epoch.
     """
 
     lengths: Sequence[int] | np.ndarray
@@ -214,11 +214,11 @@ class GlobalBatches:
             batches += _cut(sorted(window, key=lambda i: self.lengths[i]), self.batch_size)
         shuffle.shuffle(batches)
         for batch in batches:
-            shuffle.shuffle(batch)  # so that every rank has short texts and long ones
+            shuffle.shuffle(batch)  # mix short and long examples over ranks
         return batches
 
     def after(self, first: int) -> Iterator[list[int]]:
-        """Yield the batches from number ``first`` on, counted from the run's first. Endless."""
+        """Yield batches from number ``first`` of the run on, without end."""
         epoch, done = divmod(first, self.batches_per_epoch)
         while True:
             yield from self.epoch(epoch)[done:]

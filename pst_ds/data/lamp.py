@@ -1,10 +1,10 @@
-"""LaMP's files (arXiv 2304.11406) as they are: what a user wrote and chose, and what is asked of that user.
+"""Read LaMP files (arXiv 2304.11406): each user's history and queries.
 
     questions   [{"id": ..., "input": the request, "profile": [{"id": ..., "text": ..., a field of the answer: ...}]}]
     answers     {"golds": [{"id": ..., "output": ...}]}
 
-One file for both, of one user an entry, is read too: {"user_id", "profile", "query": [{"id", "input", "gold"}]}. Which
-task it is shows in the fields of the profile.
+A file with both, with one entry per user, is also read: {"user_id", "profile", "query": [{"id", "input", "gold"}]}. The
+fields of the profile determine the task.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Turn:
     request: str
     answer: str
     text: str
-    """What of the request is its own: without the instruction that all share."""
+    """The request without the instruction that all requests share."""
 
 
 @dataclass(slots=True)
 class UserTurns:
-    """What one user did, the earliest first where the file has dates, and what is asked."""
+    """History of one user, by date if the file has dates, and queries."""
 
     user: str
     history: list[Turn] = field(default_factory=list)
@@ -40,14 +40,14 @@ class UserTurns:
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """A task of LaMP: where a query's own text begins, and which fields of the profile say the same of the past."""
+    """A task of LaMP: the start of a query's text, and the corresponding fields of the profile."""
 
     text: str
     answer: str
     marks: tuple[str, ...] = ()
-    """What stands before a query's own text; the rest before it is the instruction, which the history gets too."""
+    """Marks before a query's text; everything up to the mark is the instruction, also used for the history."""
     instruction: str = ""
-    """Of the history, where its requests are none of the queries' form."""
+    """Instruction of the history, if its requests differ from the queries."""
 
 
 _KINDS = (
@@ -56,15 +56,14 @@ _KINDS = (
     _Kind("text", "score", ("review: ",)),  # ratings
     _Kind("text", "title", ("article: ", "email: ")),  # headlines, subjects
     _Kind("abstract", "title", ("paper: ",)),  # titles
-    _Kind("", "text", ("before or after it: ",), "Write a tweet"),  # tweets, whose requests the profile has not
+    _Kind("", "text", ("before or after it: ",), "Write a tweet"),  # tweets; the profile has no requests
 )
 _CITATION = _Kind("title", "abstract", (), "Write the abstract of a paper of yours: ")
-"""Its queries choose between two references, which the profile has none of."""
+"""Its queries choose between two references, which the profile does not have."""
 
 
 def read_lamp(questions: Path, answers: Path | None = None) -> list[UserTurns]:
-    """Read one split, users in the order of the file. Raises InputError for a file of another form, and a question
-    without an answer."""
+    """Read one split, with users in the order of the file. Raises InputError for another format or a missing answer."""
     entries = _json(questions, list)
     golds: dict[str, str] = {}
     if answers is not None:
@@ -73,7 +72,7 @@ def read_lamp(questions: Path, answers: Path | None = None) -> list[UserTurns]:
     for number, entry in enumerate(entries):
         where = f"{questions}: entry {number}"
         if not isinstance(entry, dict) or not isinstance(entry.get("profile"), list):
-            raise InputError(f"{where} has no list called profile, as LaMP's files have; name its questions file")
+            raise InputError(f"{where} has no list named profile. Name a questions file of LaMP")
         user = str(entry.get("user_id", entry.get("id", number)))
         asked = [(_text(query, "input", where), _answer(query, golds, where)) for query in _queries(entry, where)]
         kind = _kind_of(entry["profile"], asked, where)
@@ -91,7 +90,7 @@ def read_lamp(questions: Path, answers: Path | None = None) -> list[UserTurns]:
 def _queries(entry: JsonTable, where: str) -> list[JsonTable]:
     queries = entry.get("query", [entry])
     if not isinstance(queries, list) or not all(isinstance(query, dict) for query in queries):
-        raise InputError(f"{where}: query is no list of tables with input and gold")
+        raise InputError(f"{where}: query is not a list of tables with input and gold")
     return queries
 
 
@@ -99,25 +98,25 @@ def _answer(query: JsonTable, golds: dict[str, str], where: str) -> str:
     found = golds.get(str(query.get("id")), query.get("gold"))
     if found is None:
         raise InputError(
-            f"{where}: question {query.get('id')!r} has no answer; name LaMP's outputs file of the same split"
+            f"{where}: question {query.get('id')!r} has no answer. Name LaMP's outputs file of the same split"
         )
     return str(found)
 
 
 def _kind_of(profile: list[JsonTable], asked: list[tuple[str, str]], where: str) -> _Kind:
     if not profile or not all(isinstance(item, dict) for item in profile):
-        raise InputError(f"{where}: the profile is empty, or no list of tables")
+        raise InputError(f"{where}: the profile is empty, or not a list of tables")
     fields = profile[0].keys()
     if {"title", "abstract"} <= fields and not any("paper: " in request for request, _ in asked):
         return _CITATION
     found = next((kind for kind in _KINDS if {kind.text or kind.answer, kind.answer} <= fields), None)
     if found is None:
-        raise InputError(f"{where}: the profile has the fields {', '.join(fields)}, which are of no task of LaMP")
+        raise InputError(f"{where}: the profile has the fields {', '.join(fields)}, which match no task of LaMP")
     return found
 
 
 def _split(request: str, kind: _Kind) -> tuple[str, str]:
-    """Return (instruction, a query's own text)."""
+    """Return (instruction, text) of a query."""
     for mark in kind.marks:
         place = request.find(mark)
         if place >= 0:
@@ -132,7 +131,7 @@ def _past(item: JsonTable, kind: _Kind, instruction: str, where: str) -> Turn:
 
 
 def _in_order(profile: list[JsonTable]) -> list[JsonTable]:
-    """Return the items by date where all have one."""
+    """Return the items, sorted by date if all have one."""
     if all("date" in item for item in profile):
         return sorted(profile, key=lambda item: str(item["date"]))
     return profile
@@ -141,7 +140,7 @@ def _in_order(profile: list[JsonTable]) -> list[JsonTable]:
 def _text(table: JsonTable, name: str, where: str) -> str:
     value = table.get(name)
     if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
-        raise InputError(f"{where}: {name} is {value!r}, and must be a text or a number")
+        raise InputError(f"{where}: {name} = {value!r} must be a text or a number")
     return str(value).strip()
 
 
@@ -160,5 +159,5 @@ def _json(path: Path, kind: type) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(found, kind):
-        raise InputError(f"{path} holds no JSON {'list' if kind is list else 'table'}, as LaMP's files do")
+        raise InputError(f"{path} does not hold a JSON {'list' if kind is list else 'table'}, as LaMP's files do")
     return found

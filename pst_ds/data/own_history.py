@@ -1,4 +1,4 @@
-"""What a user did before, put in front of a request: the nearest of it by BM25, and how often each answer was given."""
+"""Add a user's history to prompts: the most similar earlier turns by BM25, and the frequency of each answer."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from pst_ds.data.lamp import Turn, UserTurns
 from pst_ds.errors import InputError
 
 MOST_ANSWERS = 8
-"""That a profile counts."""
+"""Maximum answers in a profile."""
 MOST_CHARACTERS = 400
-"""Of an earlier text; the rest of a longer one is left out."""
+"""Maximum characters of an earlier text; longer ones are truncated."""
 
 
 def require_retrieval() -> None:
-    """Raise InputError when the library is not installed."""
+    """Raise InputError if bm25s is not installed."""
     if find_spec("bm25s") is None:
-        raise InputError("--retrieve needs bm25s, which is not installed: pip install 'pst-ds[retrieval]'")
+        raise InputError("--retrieve needs bm25s, which is not installed. Run pip install 'pst-ds[retrieval]'")
 
 
 def rows_of(turns: UserTurns, *, retrieve: int, profile: bool) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Return the rows of a user's history, and of the queries: {"user", "prompt", "completion"}.
 
-    Each prompt has up to ``retrieve`` turns of the history before it, the nearest last, and with ``profile`` how often
-    each answer was given. A turn of the history sees those before it alone, and queries all of them.
+    Each prompt starts with up to ``retrieve`` earlier turns, the most similar last, and with ``profile`` also the
+    frequency of each answer. Turns of the history see only earlier turns; queries see all.
     """
     nearest = Nearest([f"{turn.text} {turn.answer}" for turn in turns.history]) if retrieve else None
 
@@ -42,7 +42,7 @@ def rows_of(turns: UserTurns, *, retrieve: int, profile: bool) -> tuple[list[dic
 
 
 def profile_of(history: Sequence[Turn]) -> str:
-    """Return how often a user gave each answer, the most frequent first; "" where hardly any came twice."""
+    """Return the frequency of each answer of a user, the most frequent first; "" if most answers differ."""
     counts = Counter(turn.answer for turn in history)
     if not counts or len(counts) > len(history) / 2:
         return ""
@@ -51,7 +51,7 @@ def profile_of(history: Sequence[Turn]) -> str:
 
 
 class Nearest:
-    """The texts of one user, to be found by their words (BM25)."""
+    """BM25 index of one user's texts."""
 
     def __init__(self, texts: Sequence[str]):
         import bm25s
@@ -63,8 +63,8 @@ class Nearest:
             self._index.index(self._words, show_progress=False)
 
     def to(self, text: str, most: int, before: int) -> list[int]:
-        """Return up to ``most`` texts among the first ``before`` that share a word with ``text``, the nearest first;
-        of equal ones the later."""
+        """Return the indices of up to ``most`` of the first ``before`` texts that share a word with ``text``, the most
+        similar first; later texts win ties."""
         words = text.lower().split()
         if self._index is None or not words or not before:
             return []

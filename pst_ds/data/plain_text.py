@@ -8,16 +8,16 @@ from pathlib import Path
 from statistics import quantiles
 
 DOCUMENT_BYTES = 1 << 24
-"""Size of the largest file that is one document: tokenizing a text takes some 100 times its bytes of memory."""
+"""Maximum bytes of a file that is one document: tokenising a text needs about 100 times its size in memory."""
 _WINDOWS, _WINDOW_BYTES = 4, 1 << 16
 _FEWEST_LINES = 8
-"""Lines with text below which nothing can be said."""
+"""Minimum lines with text for a decision."""
 _WIDTHS = range(30, 141)
-"""Characters of the longer lines of a text that is wrapped, or has short lines."""
+"""Characters of the longest lines of wrapped text, or text with short lines."""
 _EMPTY_LINES, _LINES_OF_GROUP = 0.1, 1.5
-"""Least share of empty lines, and least mean number of lines between two, of a text with groups of lines."""
+"""Minimum fraction of empty lines, and minimum mean lines between them, of text in groups of lines."""
 _FULL_LINES, _RUN_ON_LINES = 0.5, 0.3
-"""Least shares of wrapped lines that are nearly as long as the longest, and that end within a sentence."""
+"""Minimum fractions of wrapped lines that are nearly as long as the longest, and that end within a sentence."""
 _SENTENCE_ENDS = tuple(".!?:;…。！？\"'”’»)*_")
 
 
@@ -34,8 +34,8 @@ def is_wrapped(path: Path) -> bool:
 
 
 def lines_belong_together(lines: Sequence[str]) -> bool:
-    """Return whether lines are parts of a longer text, and not documents by themselves: prose that is wrapped at some
-    width, or verse, dialogue and code, whose short lines form groups between empty ones."""
+    """Return whether lines are parts of a longer text, not separate documents: wrapped prose, or verse, dialogue and
+    code with groups of short lines between empty lines."""
     filled = [line.strip() for line in lines if line.strip()]
     if len(filled) < _FEWEST_LINES:
         return False
@@ -51,7 +51,7 @@ def lines_belong_together(lines: Sequence[str]) -> bool:
 
 
 def sampled_lines(path: Path) -> list[str]:
-    """Return the lines of a file, or of four windows of a large one, without those that a window cuts."""
+    """Return the lines of a file, or the whole lines in four windows of a large file."""
     size, lines = path.stat().st_size, list[str]()
     is_whole = size <= _WINDOWS * _WINDOW_BYTES
     with path.open("rb") as file:

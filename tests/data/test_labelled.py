@@ -147,7 +147,7 @@ def test_the_order_of_the_classes_can_be_named(tmp_path, tokenizer):
     assert label_names(_data(ids, label_names=data.label_names)) == ["0", "1"]  # as in GLUE's own files
     message = _refusal(label_names, _data(path, label_names=("same", "notsame")))
     assert message.startswith("data.label_names = ['same', 'notsame']")
-    assert "labels not_same, same; name just these, or none" in message
+    assert "labels not_same, same. Name exactly these, or none" in message
     with pytest.raises(ConfigError, match=r"data\.label_names = \['a', 'a'\] must be different names"):
         _data(path, label_names=("a", "a"))
 
@@ -279,10 +279,10 @@ def test_a_missing_column_names_setting_and_columns(tmp_path, tokenizer):
     ("rows", "reason"),
     [
         ([("film", 0.5), ("plot", 1.0)], "holds fractions, which is regression"),
-        ([("film", None), ("plot", "a"), ("cast", "b")], "has empty values; every example needs a label"),
-        ([("film", ""), ("plot", "a"), ("cast", "b")], "has empty values; every example needs a label"),
-        ([("film", None), ("plot", 1), ("cast", 0)], "has empty values; every example needs a label"),
-        ([("film", "a"), ("plot", "a")], "has 1 class; at least 2 are needed"),
+        ([("film", None), ("plot", "a"), ("cast", "b")], "has empty values. Give every example a label"),
+        ([("film", ""), ("plot", "a"), ("cast", "b")], "has empty values. Give every example a label"),
+        ([("film", None), ("plot", 1), ("cast", 0)], "has empty values. Give every example a label"),
+        ([("film", "a"), ("plot", "a")], "has 1 class, but at least 2 are needed"),
         ([("film", ["a", "b"]), ("plot", ["a"])], "holds List values"),
     ],
 )

@@ -72,13 +72,13 @@ def test_one_file_of_users_with_dates(tmp_path):
 @pytest.mark.parametrize(
     ("entries", "golds", "message"),
     [
-        ({}, {}, "no JSON list"),
-        ([{"id": "1", "input": "x"}], {}, "no list called profile"),
+        ({}, {}, "not hold a JSON list"),
+        ([{"id": "1", "input": "x"}], {}, "no list named profile"),
         ([{"id": "1", "input": "x", "profile": []}], {"1": "a"}, "profile is empty"),
-        ([{"id": "1", "input": "x", "profile": [{"tex": "x"}]}], {"1": "a"}, "of no task of LaMP"),
+        ([{"id": "1", "input": "x", "profile": [{"tex": "x"}]}], {"1": "a"}, "match no task of LaMP"),
         ([{"id": "1", "input": "x", "profile": _movies("x")}], {"2": "a"}, "question '1' has no answer"),
-        ([{"id": "1", "input": None, "profile": _movies("x")}], {"1": "a"}, "input is None"),
-        ([{"id": "1", "input": "x", "profile": _movies("")}], {"1": "a"}, "description is ''"),
+        ([{"id": "1", "input": None, "profile": _movies("x")}], {"1": "a"}, "input = None"),
+        ([{"id": "1", "input": "x", "profile": _movies("")}], {"1": "a"}, "description = ''"),
     ],
 )
 def test_what_is_wrong_is_one_message(tmp_path, entries, golds, message):

@@ -126,7 +126,7 @@ DATA = {
         "bad, good",
     ),
     "an order of other classes": Wrong(
-        setting("data.label_names=['good', 'poor']"), "data.label_names", "['good', 'poor']", "name just these"
+        setting("data.label_names=['good', 'poor']"), "data.label_names", "['good', 'poor']", "Name exactly these"
     ),
     "a class twice": Wrong(
         setting("data.label_names=['good', 'good']"), "data.label_names", "['good', 'good']", "different names"
@@ -135,7 +135,7 @@ DATA = {
         lambda shop: shop.train(f"data.validation={shop.rows('val.jsonl', {'text': 'film', 'label': -1})}"),
         "{tmp}/val.jsonl",
         "label -1 in row 0",
-        "name a split that has labels",
+        "Name a split that has labels",
     ),
     "words where numbers are": Wrong(setting("task=regression"), "tests/data/train.jsonl", "'good'", "number"),
     "text for less than a sequence": Wrong(
