@@ -73,7 +73,7 @@ def _lines_of_comparison(split: str, compared: Comparison, *, quantised: bool) -
     if fewer is not None:
         same = "" if fewer.same_tokens is None else f", {fewer.same_tokens} of {compared.examples} texts unchanged"
         yield f"{fewer.tokens} tokens{same}: {_before_and_after(fewer.metrics_before, compared.metrics)}"
-    as_exported = ", quantised" if quantised else "" if rounding is None else ", cast"
+    as_exported = ", quantised," if quantised else "" if rounding is None else ", cast,"
     by = "pst_ds.hf, made dense," if kept else "plain transformers"
     yield (
         f"reloaded with {by} against the masked model{as_exported} on "

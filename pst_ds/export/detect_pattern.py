@@ -1,4 +1,4 @@
-"""The pattern that the zeros of a matrix make, seen from one bit a weight."""
+"""Detect the sparsity pattern of a matrix, given one bit per weight."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from pst_ds.formats.rows import row_counts
 
 LEAST_FILLED = 0.75
-"""Share of the places of N:M that must be non-zero: any matrix with next to nothing in it would pass for one else."""
+"""Share of the kept places of N:M that must be non-zero; otherwise any very sparse matrix would match."""
 _LARGEST_BLOCK, _SAMPLE = 64, 64
-"""Outputs or inputs of the largest block that is looked for, and rows that are looked at before all are."""
+"""Largest block side that is searched for, and rows that are checked before all rows."""
 Bits = NDArray[np.uint8]
 """(O, ceil(I/8)): a set bit for each non-zero, little-endian, padding bits zero."""
 
@@ -35,7 +35,7 @@ def detect_pattern(bits: Bits, inputs: int) -> str:
 
 
 def per_row(bits: Bits) -> NDArray[np.int64]:
-    """Non-zeros of each row, (O,)."""
+    """Return the non-zeros per row, (O,)."""
     return row_counts(torch.from_numpy(bits)).numpy()
 
 
@@ -54,7 +54,7 @@ def _groups(bits: Bits, inputs: int, density: float) -> str:
 
 
 def largest_group(bits: Bits, inputs: int, m: int) -> int | None:
-    """The most non-zeros in any ``m`` (4, 8 or 16) consecutive inputs of a row; None when ``m`` does not divide I."""
+    """Return the most non-zeros in ``m`` (4, 8 or 16) consecutive inputs; None if I is not a multiple of ``m``."""
     if inputs % m or not bits.size:
         return None
     if m == 4:
@@ -63,7 +63,7 @@ def largest_group(bits: Bits, inputs: int, m: int) -> int | None:
 
 
 def _blocks(bits: Bits, inputs: int) -> str:
-    """The largest blocks of outputs x inputs (powers of two, at most 64) that are zero or not as a whole; or ''."""
+    """Return the largest blocks, outputs x inputs, that are entirely zero or non-zero; "" without any."""
     outputs = bits.shape[0]
     tall = wide = 1
     while outputs % (2 * tall) == 0 and tall < _LARGEST_BLOCK and _alike(bits, 2 * tall):
@@ -74,7 +74,7 @@ def _blocks(bits: Bits, inputs: int) -> str:
 
 
 def _alike(bits: Bits, size: int) -> bool:
-    """Return whether every ``size`` rows that follow each other are equal."""
+    """Return whether rows are equal in groups of ``size`` consecutive rows."""
     first, rest = bits[::size], (bits[i::size] for i in range(1, size))
     return all(np.array_equal(first[:_SAMPLE], rows[:_SAMPLE]) and np.array_equal(first, rows) for rows in rest)
 

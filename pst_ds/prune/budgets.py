@@ -1,4 +1,4 @@
-"""Shares of zeros by block, from how much the weights of each stand out on calibration text."""
+"""Sparsity of each block by the share of outliers among its weights (OWL), on calibration data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pst_ds.prune.rules import LayerRule
 
 
 def require_movable(rules: Sequence[LayerRule], budgets: str) -> list[LayerRule]:
-    """Return those of the ``rules`` whose shares of zeros ``budgets`` may move. Raises InputError for none."""
+    """Return the ``rules`` whose sparsity ``budgets`` may change. Raises InputError if there are none."""
     movable = [rule for rule in rules if is_movable(rule)]
     if not movable:
         raise InputError(
@@ -33,7 +33,7 @@ def require_movable(rules: Sequence[LayerRule], budgets: str) -> list[LayerRule]
 
 
 def require_room(rules: Sequence[LayerRule], spread: float) -> None:
-    """Shares of zeros must be such that they can move ``spread`` up and down. Raises InputError."""
+    """Raise InputError unless every sparsity can change by ``spread`` in both directions."""
     for rule in require_movable(rules, "owl"):
         room = min(rule.sparsity, 1.0 - rule.sparsity)
         if not 0.0 < spread <= room:
@@ -52,7 +52,7 @@ def rules_by_outliers(
     dtype: torch.dtype,
     spread: float,
 ) -> tuple[list[LayerRule], list[float]]:
-    """(the ``rules`` with shares of zeros by block, the share of outliers of each block); the model stays as it was.
+    """Return the ``rules`` with the sparsity of their blocks, and the share of outliers of each block.
 
     One pass of the ``batches`` through the dense model, block by block on ``device`` and in ``dtype``. Layers of one
     shape, pattern and share together lose as many weights as before. Layers with N:M, or a share of their own, keep it.
@@ -104,7 +104,7 @@ def _scores(replay: BlockReplay, index: int, rules: Sequence[LayerRule]) -> Call
 
 
 def _layer_scores(rule: LayerRule, sums: InputSum | None) -> Iterator[Tensor]:
-    """The scores of a layer's weights, expert by expert; 0 for those that were given no token."""
+    """Yield the scores of a layer's weights, expert by expert; 0 for experts without a token."""
     layout, weight = rule.target.layout, rule.target.weight.data.flatten(0, -2)
     height = layout.expert.shape[0]
     for expert in range(layout.num_experts):
@@ -117,12 +117,12 @@ def _layer_scores(rule: LayerRule, sums: InputSum | None) -> Iterator[Tensor]:
 
 
 def is_movable(rule: LayerRule) -> bool:
-    """Return whether a budget may give the layer another share of zeros."""
+    """Return whether a budget may change the layer's sparsity."""
     return rule.pattern.fixed_sparsity is None and not rule.has_own_sparsity
 
 
 def _with_budgets(rules: Sequence[LayerRule], outliers: Sequence[float], spread: float) -> list[LayerRule]:
-    """The rules with shares by the ``outliers`` of their blocks, those of one shape, pattern and share together."""
+    """Return the rules with sparsity by the ``outliers`` of their blocks; equal shapes and patterns share a budget."""
     alike: dict[tuple[object, ...], list[int]] = {}
     for i, rule in enumerate(rules):
         if is_movable(rule):
@@ -139,13 +139,13 @@ def _with_budgets(rules: Sequence[LayerRule], outliers: Sequence[float], spread:
 
 
 def ranked_together(rule: LayerRule) -> int:
-    """How many units of a rule's pattern are ranked against each other: those of a row, or of a matrix."""
+    """Return how many units of a rule's pattern are ranked together: those of a row, or of a matrix."""
     if rule.pattern.kind == "row":
         return rule.target.layout.in_features
     return rule.target.layout.matrix_numel // (rule.pattern.outputs * rule.pattern.inputs)
 
 
 def share_of(count: int, size: int) -> float:
-    """Return the share of which ``count`` is the whole part."""
+    """Return the sparsity that prunes ``count`` of ``size`` units."""
     share = count / size
     return share if prune_count(share, size) == count else math.nextafter(share, 1.0)

@@ -1,4 +1,4 @@
-"""One layer pruned by its rule, from what its inputs are; a stack of experts one expert after another."""
+"""Prune one layer by its rule and the statistics of its inputs; a stack of experts expert by expert."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ class PrunedLayer:
     shape: tuple[int, int]
     """(O, I); (E*O, I) of a stack of experts."""
     matrices: int
-    """Fused in it, each pruned by itself."""
+    """Number of fused matrices, each pruned separately."""
     pattern: str
     sparsity_requested: float
     pruned: int
     """Weights that the mask prunes."""
     zeros: int
-    """Counted in the weight, so with kept weights that are zero."""
+    """Zeros in the weight, including kept weights that are zero."""
     dtype: str = ""
     expert_zeros: tuple[int, ...] = ()
-    """Of each expert of a stack; empty of a linear layer."""
+    """Zeros of each expert of a stack; empty for a linear layer."""
     expert_tokens: tuple[int, ...] = ()
-    """Tokens of the calibration text that each expert of a stack was given; empty without such text."""
+    """Calibration tokens of each expert of a stack; empty without calibration data."""
     scales: Tensor | None = field(default=None, repr=False, compare=False)
     """(O, groups) bf16, on the CPU, of a weight that was rounded to a grid."""
 
@@ -91,7 +91,7 @@ class LayerPruning:
         self._weight.copy_(values)
 
     def outcome(self, expert_tokens: Sequence[int] = ()) -> PrunedLayer:
-        """Return what was done once all experts are pruned."""
+        """Return the outcome, after all experts were pruned."""
         rule, layout = self.rule, self.rule.target.layout
         pruned, experts = layout.numel - self._kept, self._weight if rule.target.is_stack else ()
         return PrunedLayer(
@@ -110,7 +110,7 @@ class LayerPruning:
 
     @contextmanager
     def naming(self, expert: int = 0) -> Iterator[None]:
-        """A FloatingPointError says of which layer, and expert, it is, and what may help."""
+        """Add the layer, the expert and advice to a FloatingPointError."""
         try:
             yield
         except FloatingPointError as error:
@@ -123,15 +123,15 @@ class LayerPruning:
 
 @dataclass(frozen=True, slots=True)
 class SwapInputs:
-    """What a method knows of a layer's inputs, and what swaps need to refine its masks."""
+    """Statistics of a layer's inputs for a method, and for swaps that refine its masks."""
 
     start: Tensor | InverseFactor | InputSpectrum | None
-    """Of the method; None for magnitude."""
+    """Statistics for the method; None for magnitude."""
     gram: UnitGram
 
 
 Inputs = Tensor | InverseFactor | InputSpectrum | SwapInputs
-"""What a method knows of a layer's inputs: their norms, (I,), for Wanda; statistics for SparseGPT, ALPS and swaps."""
+"""Statistics of a layer's inputs: norms (I,) for Wanda; others for SparseGPT, ALPS and swaps."""
 
 
 def inputs_of(method: Method, total: Tensor, *, swaps: bool = False) -> Inputs | None:
@@ -223,7 +223,7 @@ def _swapped(weight: Tensor, rule: LayerRule, given: SwapInputs) -> Compensated:
 
 
 def _compensated(weight: Tensor, rule: LayerRule, given: InverseFactor | InputSpectrum) -> Compensated:
-    """Prune and round one matrix (O, I)."""
+    """Prune and quantise one matrix (O, I)."""
     if isinstance(given, InputSpectrum):
         return alps(weight, given, rule.pattern, rule.sparsity)
     if not rule.keeps_zeros:

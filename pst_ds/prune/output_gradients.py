@@ -1,8 +1,7 @@
-"""What the layers of a dense language model are given, and how much its loss depends on what they give: one pass of the
-text forward and back, with one block on the device at a time.
+"""Norms of the inputs and output gradients of a dense language model's layers, with one block on the device at a time.
 
-A block's forward pass keeps its input alone. On the way back the block runs again, with gradients, and hands on the
-gradient at its input: what gradient checkpointing does, by a block that comes to the device for it.
+A block's forward pass stores only its input. In the backward pass the block runs again with gradients, and passes on
+the gradient of its input, as in gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ class LayerNorms:
     """Norms over all tokens, fp32 on the CPU."""
 
     inputs: Tensor
-    """(I,): of the values of each input."""
+    """(I,): norm of each input."""
     outputs: Tensor
-    """(O,): of the loss's gradients at each output."""
+    """(O,): norm of the loss gradient at each output."""
 
 
 def layer_norms(
@@ -60,7 +59,7 @@ def layer_norms(
 
 
 def _loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The summed loss of every token that follows another one of its text."""
+    """Return the summed next-token loss of a batch. Raises InputError for a model without token logits."""
     ids, logits = batch["input_ids"], getattr(model(**batch), "logits", None)
     if logits is None or logits.shape[:-1] != ids.shape:
         raise InputError(
@@ -78,7 +77,7 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
 
 @dataclass
 class _TwoWay:
-    """Blocks that come to the device for their turn, forward and back."""
+    """Blocks that are moved to the device for their forward and backward pass."""
 
     replay: BlockReplay
     blocks: nn.ModuleList
@@ -89,7 +88,7 @@ class _TwoWay:
     outputs: dict[str, Tensor] = field(default_factory=dict)
     """Sums of squares, double precision, by layer."""
     first: Tensor = field(default_factory=lambda: torch.empty(0))
-    """The input of the first block, which the gradient goes back to."""
+    """Input of the first block, where the backward pass ends."""
 
     def begin(self, batch: Batch) -> None:
         self.gatherer.begin(batch)

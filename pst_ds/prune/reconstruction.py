@@ -1,7 +1,7 @@
-"""Kept weights of a pruned block fitted to what the block gave while it was dense, on the calibration text.
+"""Fit the kept weights of a pruned block to the outputs of the dense block, on the calibration data.
 
-Layers that were pruned one by one are each as near to their own outputs as can be; together they are not. So the block
-is run again with gradients, and Adam moves what is kept towards the dense block's outputs (arXiv 2510.14444).
+Layers are pruned one by one, each for the best approximation of its own outputs; together they are not optimal. The
+block therefore runs again with gradients, and Adam minimises the error of its outputs (arXiv 2510.14444).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pst_ds.prune.replay import Batch, BlockReplay, Compute, Forward, Output
 
 RATE = 0.01
-"""Adam's first rate, as a share of the root of the mean square of a layer's kept weights; it falls to 0 in a line."""
+"""Initial learning rate of Adam, relative to the RMS of a layer's kept weights; it decreases linearly to 0."""
 
 
 class BlockFit:
@@ -30,10 +30,10 @@ class BlockFit:
         self._number = 0
         self._is_real: Tensor | None = None
         self.errors: tuple[float, float] = (0.0, 0.0)
-        """Mean squared error of a value of the block's output over all tokens, before and after."""
+        """Mean squared error of the block's outputs over all tokens, before and after."""
 
     def remember(self, forward: Forward) -> Output:
-        """Run the block while it is dense, on one batch after another, and keep what it gives."""
+        """Run the dense block on the next batch, and store its output as the target."""
         output = forward()
         self._wanted.append(_hidden(output).to("cpu"))
         return output
@@ -82,7 +82,7 @@ class BlockFit:
         self._number, self._is_real = self._number + 1, None if mask is None else mask.bool()
 
     def _difference(self, output: Output) -> Tensor:
-        """The output less the dense block's, of the batch that runs, (tokens, width) fp32; padding is left out."""
+        """Return the error of the current batch's output, (tokens, width) fp32, without padding."""
         made = _hidden(output)
         wanted = self._wanted[self._number].to(made.device)
         difference = made.to(torch.float32) - wanted.to(torch.float32)
@@ -91,7 +91,7 @@ class BlockFit:
         return difference[self._is_real.to(made.device)]
 
     def _error(self) -> float:
-        """The mean squared error of a value over all tokens."""
+        """Return the mean squared error over all tokens."""
         total, number = 0.0, 0
 
         def add(forward: Forward) -> Output:
@@ -106,7 +106,7 @@ class BlockFit:
 
 
 def _hidden(output: Output) -> Tensor:
-    """The hidden states among what a block returns: all of it, or the first of several."""
+    """Return the hidden states of a block's output."""
     return output if isinstance(output, Tensor) else output[0]
 
 

@@ -1,9 +1,9 @@
-"""A model run block by block on all batches: block i sees what the blocks before it, as they are by then, give.
+"""Run a model block by block on all batches: block i gets the outputs of the current, pruned blocks before it.
 
-Every block runs inside the model's own forward pass, with the arguments that the model gives it. In the pass for block
-i the blocks before it do not compute: they hand on the output of block i - 1 from the pass before, and the pass ends as
-block i has run. What a model does ahead of its blocks (embeddings, masks, rotations) it so repeats in each pass, and
-what comes after them never. Between passes only the output of one block is held.
+Every block runs inside the model's forward pass, with the arguments that the model passes. In the pass for block i the
+blocks before it do not compute: they return the stored output of block i - 1, and the pass ends after block i. Each
+pass repeats the computation before the blocks (embeddings, masks, rotations), and none reaches the computation after
+them. Between passes only the outputs of one block are stored.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Batch = Mapping[str, Tensor]
 """Arguments of a model's forward pass, on the CPU."""
 
 Output = Any
-"""What a block's forward returns: hidden states, or a tuple that begins with them."""
+"""Output of a block: hidden states, or a tuple that starts with them."""
 Forward = Callable[[], Output]
 """Runs a block on a batch."""
 Compute = Callable[[Forward], Output]
-"""Given what runs a block on a batch; returns the output."""
+"""Gets a function that runs a block on a batch, and returns the output."""
 
 
 def _plainly(forward: Forward) -> Output:
@@ -33,7 +33,7 @@ def _plainly(forward: Forward) -> Output:
 
 
 class _BlockDone(Exception):
-    """Ends a forward pass at the block that it was for."""
+    """Ends a forward pass after its block."""
 
 
 class BlockReplay:
@@ -72,9 +72,9 @@ class BlockReplay:
 
     @contextmanager
     def resident(self, index: int) -> Iterator[None]:
-        """Block ``index`` on the device, in the dtype of the passes; its values are as they were afterwards.
+        """Move block ``index`` to the device and dtype of the passes inside the context.
 
-        A change of ``parameter.data`` on the device is lost when it is a copy: change the held values too.
+        Changes of ``parameter.data`` on the device are lost if it is a copy: change the stored values too.
         """
         block = self._blocks[index]
         tensors = [*block.parameters(), *block.buffers()]
@@ -95,11 +95,16 @@ class BlockReplay:
         before: Callable[[Batch], None] | None = None,
         compute: Compute | None = None,
     ) -> None:
-        """Block ``index`` on every batch; with ``keep_output`` its outputs go to the block after it.
+        """Run block ``index`` on every batch. Blocks must be run in order, each with ``keep_output`` last.
 
-        ``before`` is called with every batch ahead of its pass, and ``compute`` with what runs the block, for its
-        output; a pass is without gradients unless ``compute`` turns them on. Blocks must be run in order, each with
-        ``keep_output`` last. Raises InputError when the model's pass does not come to the block.
+        Args:
+            index: the block.
+            keep_output: store the outputs as the inputs of the next block.
+            before: called with every batch before its pass.
+            compute: called with a function that runs the block, and returns the output. Gradients are off unless it
+                enables them.
+
+        Raises InputError if the model's forward pass does not reach the block.
         """
         self._block, self._keeps_output, self._compute = index, keep_output, compute or _plainly
         for number, batch in enumerate(self._batches):
@@ -130,7 +135,7 @@ class BlockReplay:
 
 
 def moved(value: Output, device: torch.device, dtype: torch.dtype) -> Output:
-    """``value`` with every tensor in it on ``device``, and those of floating-point numbers in ``dtype``."""
+    """Return ``value`` with every tensor in it on ``device``, and floating-point tensors in ``dtype``."""
     if isinstance(value, Tensor):
         return value.to(device, dtype if value.is_floating_point() else value.dtype)
     if type(value) in (tuple, list):

@@ -1,4 +1,4 @@
-"""Shares of zeros by layer, from what the loss of a language model loses with each weight."""
+"""Sparsity of each layer by how much the loss of a language model increases without its weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pst_ds.prune.replay import Batch
 from pst_ds.prune.rules import LayerRule
 
 LEAST_FACTOR = 1e-3
-"""Of an output that the loss hardly depends on, relative to the mean."""
+"""Smallest factor of an output, relative to the mean."""
 
 
 def rules_by_saliency(
@@ -77,7 +77,7 @@ def require_linear(rules: Sequence[LayerRule]) -> list[LayerRule]:
 
 
 def _factors(rule: LayerRule, norms: LayerNorms) -> Tensor | None:
-    """The norms of the gradients at the outputs, relative to their mean, where the pattern ranks rows together."""
+    """Return the norms of the output gradients, relative to their mean, if the pattern ranks rows together."""
     mean = norms.outputs.mean()
     return None if rule.pattern.kind == "row" or not mean else (norms.outputs / mean).clamp_(min=LEAST_FACTOR)
 

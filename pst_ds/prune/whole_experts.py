@@ -31,13 +31,13 @@ _PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 
 @dataclass(frozen=True, slots=True)
 class KeptExperts:
-    """What became of the experts of a module."""
+    """Outcome for the experts of a module."""
 
     name: str
     kept: tuple[int, ...]
-    """Their numbers before, rising; they are numbered anew in this order."""
+    """Previous indices of the kept experts, ascending; they are renumbered in this order."""
     scores: tuple[float, ...]
-    """Of every expert there was."""
+    """Score of every expert, including dropped ones."""
     tokens: tuple[int, ...]
 
 
@@ -93,7 +93,7 @@ def _text_config(model: nn.Module) -> Any:
 
 
 def _key_of_number(model: nn.Module, modules: dict[str, nn.Module]) -> tuple[str, int]:
-    """The setting that says how many experts there are, and how many. Raises InputError."""
+    """Return (config key, value) of the number of experts. Raises InputError."""
     if not modules:
         raise InputError("the model has no stacks of experts, of which --method reap could drop any")
     for name, module in modules.items():
@@ -125,7 +125,7 @@ def _require_left(model: nn.Module, left: int, share: float) -> None:
 def _outputs(
     model: nn.Module, modules: dict[str, nn.Module], batches: Sequence[Batch], device: torch.device, dtype: torch.dtype
 ) -> dict[str, _Outputs]:
-    """By module: what its experts' outputs weigh, in one pass through the blocks."""
+    """Measure the weighted output norms of all experts, by module, in one pass through the blocks."""
     name_of = {module: name for name, module in modules.items()}
     found = {name: _Outputs(int(module.num_experts)) for name, module in modules.items()}  # type: ignore[arg-type]
     is_real: Tensor | None = None
@@ -163,7 +163,7 @@ def _heard(outputs: _Outputs, routing: Routing, is_real: Tensor | None) -> Calla
 
 
 def _cut(model: nn.Module, name: str, module: nn.Module, routers: set[str], kept: Tensor) -> None:
-    """Keep these experts of a module, and what its router, or the module around both, has for them."""
+    """Keep these experts of a module, and their entries in its router and the parent module."""
     number, parent = int(module.num_experts), name.rpartition(".")[0]  # type: ignore[arg-type]
     beside = [model.get_submodule(router) for router in sorted(routers) if router.startswith(parent + ".")]
     persistent = {id(buffer) for buffer in persistent_buffers(model).values()}

@@ -1,4 +1,4 @@
-"""Linear layers of a transformers model become sparse ones, and dense again."""
+"""Replace linear layers and expert stacks of a transformers model by sparse ones, and make them dense again."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class LoadingProjection(SparseProjection):
 
 
 def end_loading(layer: SparseLinear) -> None:
-    """Makes it a plain, frozen layer; transformers' loader lets every float tensor have a gradient."""
+    """Make it a plain, frozen layer; transformers' loader enables gradients for every float tensor."""
     if isinstance(layer, LoadingProjection):
         layer.__class__ = SparseProjection  # type: ignore[assignment]
     vars(layer).pop("_is_hf_initialized", None)
@@ -131,14 +131,14 @@ def put_sparse_layers(model: nn.Module, groups: Groups, packing: str, tied: set[
 
 
 def _matrix_shape(module: nn.Module) -> tuple[int, int]:
-    """(O, I) of a linear layer, (rows, width) of an embedding."""
+    """Return (O, I) of a linear layer, or (rows, width) of an embedding."""
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
     return linear_shape(module)
 
 
 def clear_cast_zeros(layer: SparseLinear) -> None:
-    """Turns -0.0 into +0.0: a small negative value may become one when it is cast, and no packed weight holds one."""
+    """Turn -0.0 into +0.0: casting may underflow to -0.0, which packed weights must not have."""
     with torch.no_grad():
         getattr(layer, layer.format.values_name).add_(0.0)
 
@@ -164,7 +164,7 @@ def make_dense(model: nn.Module, taken: Mapping[str, nn.Module]) -> None:
 
 
 def expert_stacks(model: nn.Module) -> dict[str, WeightLayout]:
-    """Layouts of the stacks of experts of ``model`` that other code may compute, by the names of their Parameters."""
+    """Return the layouts of the expert stacks of ``model`` that can become sparse, by the names of their Parameters."""
     found: dict[str, WeightLayout] = {}
     for owner, module in model.named_modules():
         if is_experts(module):
@@ -200,12 +200,12 @@ def put_sparse_experts(
 
 
 def compute_sparse(holders: list[nn.Module]) -> None:
-    """Let experts modules, some or all of whose stacks are sparse, compute with these."""
+    """Let experts modules compute with their sparse stacks."""
     registered.switch_on(dict.fromkeys(holders))
 
 
 def make_experts_dense(model: nn.Module, name: str, sparse: SparseExperts) -> None:
-    """Put a Parameter with the unpacked weights in the place of ``sparse``."""
+    """Replace ``sparse`` by a Parameter with the unpacked weights."""
     owner, _, attribute = name.rpartition(".")
     experts: Any = model.get_submodule(owner)
     device = getattr(sparse, sparse.format.values_name).device
@@ -217,6 +217,6 @@ def make_experts_dense(model: nn.Module, name: str, sparse: SparseExperts) -> No
 
 
 def stack_of(sparse: SparseExperts, *, is_transposed: bool) -> Tensor:
-    """The dense stack as its model has it: (E, O, I), or (E, I, O) if it is transposed."""
+    """Return the dense stack in the model's shape: (E, O, I), or (E, I, O) if it is transposed."""
     stack = sparse.dense_weight().view(sparse.num_experts, sparse.rows_of_expert, sparse.in_features)
     return stack.transpose(1, 2) if is_transposed else stack

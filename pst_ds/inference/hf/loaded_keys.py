@@ -1,4 +1,4 @@
-"""Every tensor of the model was in the files, and every tensor of the files is in the model."""
+"""Check that the tensors of a model and of its files are the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pst_ds.inference.hf.weight_files import PackedFolderError
 
 
 class LoadedKeys:
-    """The tensors that a model expects from its files; transformers gives random values for a missing one."""
+    """Tensors that a model expects from its files; transformers initialises missing ones randomly."""
 
     def __init__(self, model: PreTrainedModel, *, has_heads: bool, is_part: bool):
         """``has_heads``: the files hold another class of the same base model, whose head is left out; ``is_part``: the

@@ -1,4 +1,4 @@
-"""Embedding tables that a folder holds as codes: read as they are, and dense as soon as they are checked."""
+"""Placeholders for quantised embedding tables while transformers loads a model; dense after they are checked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pst_ds.inference.hf.weight_files import (
 
 
 class LoadingTable(nn.Module):
-    """Stands for an embedding, or an output layer that is tied to one, until its codes are read.
+    """Placeholder for an embedding, or an output layer that is tied to one, until its codes are read.
 
     transformers' loader fills ``codes``, ``scales`` and ``shape``, and ties ``weight``, which is on the meta device and
     in no state dict, to what the model ties the table to; :func:`end_tables` puts the table into all of these places.
@@ -44,7 +44,7 @@ class LoadingTable(nn.Module):
         destination.pop(f"{prefix}weight", None)
 
     def dense(self, name: str, group: Mapping[str, StoredTensor]) -> nn.Parameter:
-        """Return the table, on the device of its codes, after a look at every rule. Raises FormatError."""
+        """Check the parts, and return the table on the device of its codes. Raises FormatError."""
         self.dtype = loaded_dtype(self)
         reread_parts(self, self.form, group)
         parts = {part: getattr(self, part) for part in self.form.part_names}
@@ -53,14 +53,14 @@ class LoadingTable(nn.Module):
 
 
 def loading_tables(model: nn.Module) -> dict[str, LoadingTable]:
-    """Return the tables that are being read, by name."""
+    """Return the placeholders of a model, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoadingTable)}
 
 
 def end_tables(model: PreTrainedModel, groups: Mapping[str, Mapping[str, StoredTensor]]) -> None:
-    """Put the modules back that tables took the place of, with the dense weight, tied as the model ties it.
+    """Replace the placeholders by the original modules, with dense weights and the model's ties.
 
-    Raises FormatError, naming the table, for parts that break a rule.
+    Raises FormatError, naming the table, for invalid parts.
     """
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     for name, table in loading_tables(model).items():
