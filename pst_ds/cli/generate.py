@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     tokenizer = folder.tokenizer()
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt.strip():
-        raise InputError("--prompt is empty: give a text to continue")
+        raise InputError("--prompt is empty. Give a text to continue")
     inputs = _encoded(prompt, tokenizer, args)
     new_tokens = _new_tokens(args, inputs["input_ids"], folder)
     start = time.perf_counter()

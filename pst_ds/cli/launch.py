@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     try:
         code = supervisor.run()
     except OSError as error:
-        raise InputError(f"--by {args.by!r} cannot be started: {error}; name a program that is on PATH") from None
+        raise InputError(f"--by {args.by!r} cannot be started: {error}. Name a program on PATH") from None
     attempts = [asdict(attempt) for attempt in supervisor.attempts]
     return {"exit_code": code, "attempts": attempts, "left_out": hosts.left_out, "output_dir": config.output_dir}
 
@@ -55,7 +55,7 @@ def _words(command: str) -> list[str]:
     except ValueError as error:
         raise InputError(f"--by {command!r} is not a command: {error}") from None
     if not words:
-        raise InputError("--by is empty; name a launcher, such as 'launch/local.sh --ranks 2'")
+        raise InputError("--by is empty. Name a launcher, such as 'launch/local.sh --ranks 2'")
     return words
 
 

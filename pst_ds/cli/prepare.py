@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     start = time.perf_counter()
     is_chat = args.kind == "chat"
     if is_chat and args.count_bytes:
-        raise InputError("--count-bytes is for texts: of a conversation a part is learnt; leave it out")
+        raise InputError("--count-bytes is for text: in conversations only a part is learnt. Omit it")
     tokenizer = _tokenizer(args.tokenizer)
     if args.chat_template:
         tokenizer.chat_template = read_template(args.chat_template, "--chat-template")

@@ -406,7 +406,7 @@ def test_what_cannot_be_is_2_and_writes_nothing(tmp_path, capsys):
     for arguments, words in (
         ((BERT, "--train", "no.jsonl"), "data.train = 'no.jsonl' does not exist"),
         (("no/such/model", "--train", TRAIN), "no/such/model"),
-        ((BERT, "--train", str(odd)), "name them with --text-columns. Columns: a, b, c, label"),
+        ((BERT, "--train", str(odd)), "Name them with --text-columns. Columns: a, b, c, label"),
         ((BERT, "--train", TRAIN, "--sparsity", "1.5"), "schedule.final_sparsity = 1.5"),
         ((BERT, "--train", TRAIN, "--pattern", "3:2"), "3:2"),
         ((BERT, "--train", TRAIN, "--pattern", "2:4", "--sparsity", "0.9"), "Fix: schedule.final_sparsity = 0.5"),

@@ -127,7 +127,7 @@ VERBS = {
     "text of a folder without a tokenizer": Wrong(
         _without_tokenizer, "{tmp}/causal-dense", "no tokenizer", "Copy tokenizer.json"
     ),
-    "an empty prompt": Wrong(_generate("--prompt", " "), "--prompt", "empty", "give a text"),
+    "an empty prompt": Wrong(_generate("--prompt", " "), "--prompt", "empty", "Give a text"),
     "a prompt longer than the model's": Wrong(
         _generate("--prompt", "film " * 60), "--prompt", "61 tokens", "Shorten it"
     ),
@@ -148,7 +148,7 @@ VERBS = {
         lambda shop: ["generate", str(shop.without("bitmask", "pst_bitmask.safetensors")), "--prompt", "the"],
         "{tmp}/bitmask",
         "pst_bitmask.safetensors",
-        "export",
+        "Export the model again",
     ),
     "bench of what is no model": Wrong(
         words("bench", "{made}/plain"), "{made}/plain", "config.json is missing", "model folder"
@@ -212,7 +212,7 @@ VERBS = {
         _init("--label-column", "class", "--task", "classification"), "'class'", _TRAIN, "columns: text, label"
     ),
     "init with a label column that is not there": Wrong(
-        _init("--label-column", "lable"), "--label-column", "'lable'", "name one of the columns: text, label"
+        _init("--label-column", "lable"), "--label-column", "'lable'", "Name one of the columns: text, label"
     ),
     "init of an encoder without a label column": Wrong(
         lambda shop: [

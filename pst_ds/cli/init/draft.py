@@ -199,7 +199,7 @@ def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> Setti
     features = {name: getattr(feature, "dtype", "") for name, feature in rows.features.items()}
     if args.label_column and args.label_column not in features:
         where = f"--label-column {args.label_column!r} is not in {args.train}"
-        raise InputError(f"{where}; name one of the columns: {', '.join(features)}")
+        raise InputError(f"{where}. Name one of the columns: {', '.join(features)}")
     label_column = args.label_column or "label"
     suggested = next(name for name, of in TASKS.items() if of.suggested_by(features.get(label_column)))
     task = args.task or ("chat" if _conversations(features) else suggested)
@@ -296,7 +296,7 @@ def _text_columns(features: dict[str, str], label_column: str, task: str, where:
     if 1 <= len(found) <= TASKS[task].max_text_columns:
         return found
     raise InputError(
-        f"--train {where}: which columns hold the text of task {task!r} is not clear; name them with --text-columns. "
+        f"--train {where}: which columns hold the text of task {task!r} is not clear. Name them with --text-columns. "
         f"Columns: {', '.join(features)}"
     )
 

@@ -52,7 +52,7 @@ class SparseLinearNode(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Reject models that read a weight without calling its layer, as Mamba's mixers do."""
-        raise NotImplementedError("other code reads the weight of a packed layer; use --format bitmask")
+        raise NotImplementedError("other code reads the weight of a packed layer. Use --format bitmask")
 
     def forward(self, x: Tensor) -> Tensor:
         return _node(

@@ -21,6 +21,6 @@ def as_asked(level: int) -> int:
     if asked and asked != LEVELS[level]:
         raise InputError(
             f"the environment sets {VARIABLE} = {asked!r}, which this processor, its system or the compiler of our "
-            f"native code does not have; unset it for {LEVELS[level]!r}, or set one of {', '.join(LEVELS[: level + 1])}"
+            f"native code does not have. Unset it for {LEVELS[level]!r}, or set one of {', '.join(LEVELS[: level + 1])}"
         )
     return level

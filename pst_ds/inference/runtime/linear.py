@@ -161,7 +161,7 @@ class SparseLinear(nn.Module):
     def _refuse_unchecked(self) -> None:
         if not self._is_checked:
             raise RuntimeError(
-                "the parts of this sparse layer have not been checked since they were made or loaded: call check(name) "
+                "the parts of this sparse layer have not been checked since they were made or loaded. Call check(name) "
                 "before its first product"
             )
 
@@ -197,7 +197,7 @@ class SparseLinear(nn.Module):
     def _accepted(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if x.dtype != dtype:
             if not torch.is_autocast_enabled(x.device.type):
-                raise TypeError(f"x is {x.dtype}, the sparse weight {dtype}; convert one of them")
+                raise TypeError(f"x is {x.dtype}, the sparse weight {dtype}. Convert one of them")
             x = x.to(dtype)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x is {tuple(x.shape)}, the layer takes {self.in_features} features")

@@ -67,7 +67,7 @@ def require_library() -> CDLL:
     """Return the compiled loop. Raises RuntimeError if it cannot be built."""
     found = library()
     if found is None:
-        raise RuntimeError("native decoding is compiled at first use: install a C++ compiler, and unset PST_DS_NATIVE")
+        raise RuntimeError("the native loop is compiled at first use. Install a C++ compiler, and unset PST_DS_NATIVE")
     return found
 
 

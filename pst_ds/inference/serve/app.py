@@ -235,7 +235,7 @@ async def _answer(service: Service, body: bytes, request: Request) -> Response:
     try:
         service.batches.submit(job)
     except BusyError:
-        raise ProtocolError(429, "too many requests are waiting; try again later", code="rate_limit_exceeded") from None
+        raise ProtocolError(429, "too many requests are waiting. Try again later", code="rate_limit_exceeded") from None
     text = TextStream(service.tokenizer, asked.stop)
     pieces = _pieces(job, arrived, text)
     if asked.stream:
@@ -276,7 +276,7 @@ async def _pieces(
             if isinstance(item, ConnectionError):
                 raise ProtocolError(499, "the client has gone")  # nobody reads this
             if isinstance(item, ClosingError):
-                raise ProtocolError(503, "the server is closing; try again later")
+                raise ProtocolError(503, "the server is closing. Try again later")
             if isinstance(item, Exception):
                 raise ProtocolError(500, "the model failed to process this request")
             if isinstance(item, str):

@@ -112,7 +112,7 @@ def test_instructions_that_are_not_there_are_refused(monkeypatch):
     monkeypatch.setenv(VARIABLE, "avx1024")
     with pytest.raises(InputError, match=r"PST_DS_INSTRUCTIONS = 'avx1024', which this processor"):
         decoder.best_level.__wrapped__()
-    with pytest.raises(InputError, match=r"unset it for '\w+'"):
+    with pytest.raises(InputError, match=r"Unset it for '\w+'"):
         onnx.register_operators(None)
 
 
