@@ -10,7 +10,7 @@ from pst_ds.atomic_files import write_text_atomic
 from pst_ds.cli.init.draft import Chosen
 from pst_ds.cli.init.proposals import Settings
 from pst_ds.config.toml import run_from_table, toml_value
-from pst_ds.errors import InputError
+from pst_ds.errors import InputError, shortened
 from pst_ds.planning.dense_start import gains_by_start
 
 _COMMENTS = {
@@ -94,7 +94,6 @@ def _comment(text: str) -> str:
 
 def _found(chosen: Chosen) -> dict[str, str]:
     """Return comments about findings in the model and its text."""
-    classes = ", ".join(chosen.labels[:8]) + (", …" if len(chosen.labels) > 8 else "")
     limit = f"; the model supports at most {chosen.positions}" if chosen.positions else ""
     what = (
         "length of every training sequence"
@@ -117,7 +116,9 @@ def _found(chosen: Chosen) -> dict[str, str]:
     elif gains_by_start(chosen.run):
         said = f"{_COMMENTS['schedule.final_sparsity']}; more accurate if initialised with ALPS: docs/how-to/methods.md"
         comments["schedule.final_sparsity"] = said
-    return comments | ({"data.label_column": f"{len(chosen.labels)} classes: {classes}"} if chosen.labels else {})
+    if chosen.labels:
+        comments["data.label_column"] = f"{len(chosen.labels)} classes: {shortened(chosen.labels, 8)}"
+    return comments
 
 
 def deepspeed_settings(*, on_cpu: bool) -> dict[str, object]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pst_ds.cli.inspect.text import Inspection, print_inspection
 from pst_ds.core.packings import ONNX_FILE
-from pst_ds.errors import InputError
+from pst_ds.errors import InputError, shortened
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +48,5 @@ def inspect(path: Path) -> Inspection:
     inside = sorted(p.name for p in path.iterdir())
     raise InputError(
         f"{str(path)!r} is not a run, checkpoint, export, model or token store: it does not contain any of "
-        f"{', '.join(readers)}. "
-        + (f"It contains {', '.join(inside[:6])}{', …' if len(inside) > 6 else ''}" if inside else "It is empty")
+        f"{', '.join(readers)}. " + (f"It contains {shortened(inside, 6)}" if inside else "It is empty")
     )
