@@ -82,14 +82,14 @@ class Chart:
 
 def charts(runs: Sequence[RunData]) -> Iterator[Chart]:
     """Yield the charts for which the runs have curves, all over the same steps."""
-    yield from _chart(runs, "Loss", "mean since the point before", "loss")
+    yield from _chart(runs, "Loss", "mean since the previous point", "loss")
     yield from _sparsity(runs)
-    yield from _chart(runs, "Flip rate", "of mask bits, at an update", "flip_rate", is_log=True)
-    yield from _chart(runs, "Correlation of S with |W|", "mean of the layers", "correlation")
+    yield from _chart(runs, "Flip rate", "fraction of mask bits per update", "flip_rate", is_log=True)
+    yield from _chart(runs, "Correlation of S with |W|", "mean over layers", "correlation")
     for name in _names(runs, EVALUATION):
         yield from _chart(runs, f"Evaluation: {name.removeprefix(EVALUATION)}", "", name)
     yield from _learning_rates(runs)
-    yield from _chart(runs, "Tokens a second", "all ranks together", "tokens_per_second")
+    yield from _chart(runs, "Tokens per second", "over all ranks", "tokens_per_second")
     yield from _pace(runs)
 
 
@@ -117,7 +117,7 @@ def _sparsity(runs: Sequence[RunData]) -> Iterator[Chart]:
             if any(value for _, value in points):
                 label = name if len(runs) == 1 else f"{run.name}, {name}"
                 series.append(Series(label, i, points, is_dashed=name == "target"))
-    yield from drawn("Sparsity", "sparsity of the pruned matrices", series, _last_step(runs), from_zero=True)
+    yield from drawn("Sparsity", "of the pruned matrices", series, _last_step(runs), from_zero=True)
 
 
 def _learning_rates(runs: Sequence[RunData]) -> Iterator[Chart]:
@@ -139,7 +139,7 @@ def _pace(runs: Sequence[RunData]) -> Iterator[Chart]:
             if points := run.curves.get(f"ranks/{name}_seconds"):
                 label = rank if len(runs) == 1 else f"{run.name}, {rank}"
                 series.append(Series(label, i, points, is_dashed=name == "median"))
-    yield from drawn("Seconds of a step", "a rank's own, without waits", series, _last_step(runs), from_zero=True)
+    yield from drawn("Seconds per step", "without waiting for others", series, _last_step(runs), from_zero=True)
 
 
 def _last_step(runs: Sequence[RunData]) -> int:

@@ -118,7 +118,7 @@ def test_a_long_curve_is_thinned_and_keeps_its_spike():
 def test_one_run_has_its_rates_in_one_chart_and_several_a_chart_a_group(a_run):
     one = list(charts(read_runs([a_run("one")])))
     titles = ["Loss", "Sparsity", "Flip rate", "Correlation of S with |W|", "Evaluation: accuracy", "Learning rates"]
-    assert [chart.title for chart in one] == [*titles, "Tokens a second"]
+    assert [chart.title for chart in one] == [*titles, "Tokens per second"]
     assert [line.label for line in one[5].series] == ["head", "scores"]
     assert {line.label: line.is_dashed for line in one[1].series} == {"target": True, "actual": False}
     two = {chart.title: chart for chart in charts(read_runs([a_run("a"), a_run("b", steps=20)]))}

@@ -66,7 +66,7 @@ def test_ranks_that_the_others_waited_for_are_listed_and_drawn(write_run):
     table = straggler_table([run])
     assert [[cell.text for cell in row] for row in table.rows] == [["node1", "3", "11", "1.5", "1", "1.00 GB", "0"]]
     assert "rank" not in run.curves
-    (chart,) = [chart for chart in charts([run]) if chart.title == "Seconds of a step"]
+    (chart,) = [chart for chart in charts([run]) if chart.title == "Seconds per step"]
     assert [series.label for series in chart.series] == ["slowest", "median"]
 
 
