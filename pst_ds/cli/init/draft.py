@@ -93,13 +93,7 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     data = run_from_table(table).data
     training = task.load(data, "train", tokenizer, labels)
     examples, remarks = len(training), [_remark_on_lines(data), held_out, task.remark(data, training)]
-    batch_size = ranks * max(1, min(_BATCH_SIZE, examples) // ranks)  # a multiple of ranks, at most all examples
-    batch_size = args.batch_size or batch_size
-    table, length_reason = laid_over(table, "train", batch_size=batch_size), "as given"
-    if not (args.steps or args.epochs is not None):
-        train, length_reason = proposed_length(first.task_facts.init_epochs, examples, batch_size)
-        del table["train"]["num_epochs"]
-        table = laid_over(table, "train", **train)
+    table, length_reason = _with_batches(table, args, first.task_facts.init_epochs, examples, ranks)
     run = run_from_table(table)
     run.micro_batch_size(ranks)
     model = meta_model(run, labels, tokenizer)
@@ -124,6 +118,20 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     names = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
     reasons = length_reason, _proposed_pattern(args, run.task)[1]
     return Chosen(table, run, labels, config.model_type, positions, has_accelerator, names, *reasons, summary)
+
+
+def _with_batches(
+    table: Settings, args: argparse.Namespace, usual_epochs: float, examples: int, ranks: int
+) -> tuple[Settings, str]:
+    """Return ``table`` with a batch size and the length of the run, and the reason for the length."""
+    batch_size = ranks * max(1, min(_BATCH_SIZE, examples) // ranks)  # a multiple of ranks, at most all examples
+    batch_size = args.batch_size or batch_size
+    table = laid_over(table, "train", batch_size=batch_size)
+    if args.steps or args.epochs is not None:
+        return table, "as given"
+    train, reason = proposed_length(usual_epochs, examples, batch_size)
+    del table["train"]["num_epochs"]
+    return laid_over(table, "train", **train), reason
 
 
 def _summary(run: RunConfig, model: nn.Module) -> dict[str, object]:

@@ -95,14 +95,9 @@ class DecoderTable:
         return replace(self, layers=bare, embeddings=nn.Identity(), head=nn.Identity())
 
 
-def table_of(model: Part, context: int) -> DecoderTable:
-    """Return the table of a transformers causal language model, with rotary angles for ``context`` positions.
-
-    Raises DecoderError for features that a table does not support.
-    """
-    config, body = model.config.get_text_config(), model.get_decoder()
-    _require_known_rope(type(model).__name__, config, context)
-    layers: Part = getattr(body, "layers", None)
+def _layers_of(model: Part, body: Part) -> Part:
+    """Return the list of layers of ``body``, the decoder of ``model``. Raises DecoderError without layers or a norm."""
+    layers = getattr(body, "layers", None)
     has_layers = isinstance(layers, nn.ModuleList) and len(layers) > 0
     if not has_layers or not hasattr(body, "norm"):
         missing = "'norm'" if has_layers else "list 'layers'"
@@ -110,6 +105,17 @@ def table_of(model: Part, context: int) -> DecoderTable:
             f"{type(model).__name__}: {type(body).__name__} has no {missing}: the native loop reads a list 'layers' "
             "and a 'norm' after it. Use transformers' own generate()"
         )
+    return layers
+
+
+def table_of(model: Part, context: int) -> DecoderTable:
+    """Return the table of a transformers causal language model, with rotary angles for ``context`` positions.
+
+    Raises DecoderError for features that a table does not support.
+    """
+    config, body = model.config.get_text_config(), model.get_decoder()
+    _require_known_rope(type(model).__name__, config, context)
+    layers = _layers_of(model, body)
     reader = _Reader(type(model).__name__, config, body, context)
     found = [reader.layer(layer, index) for index, layer in enumerate(layers)]
     first: Part = layers[0]

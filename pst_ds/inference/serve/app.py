@@ -32,7 +32,7 @@ from pst_ds.inference.serve.protocol import (
     completion,
     read_request,
 )
-from pst_ds.inference.serve.texts import TextStream
+from pst_ds.inference.serve.text_stream import TextStream
 from pst_ds.train.users.store import UserNameError, UserStoreError
 
 if TYPE_CHECKING:

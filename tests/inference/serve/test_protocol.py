@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from pst_ds.inference.decoder.sampling import Sampling
 from pst_ds.inference.serve.protocol import ProtocolError, chat_request, read_request
-from pst_ds.inference.serve.texts import TextStream
+from pst_ds.inference.serve.text_stream import TextStream
 
 WHAT_CLIENTS_SEND = {
     "user": "a", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "parallel_tool_calls": True,
