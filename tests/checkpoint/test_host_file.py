@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from pst_ds.checkpoint.file_names import TensorFiles
 from pst_ds.checkpoint.format import CheckpointError, CheckpointState, read_checkpoint, sums_text
 from pst_ds.checkpoint.restore import magnitude_scales
-from pst_ds.checkpoint.retention import keep, newest_valid, step_folders
+from pst_ds.checkpoint.retention import keep, newest_valid
 from pst_ds.checkpoint.writer import save_checkpoint
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.toml import load_run
+from pst_ds.file_names import step_folders
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel.engine import build_engine
 from pst_ds.parallel.launch import launch_environment

@@ -21,7 +21,8 @@ from pst_ds.checkpoint.format import (
     manifest_bytes,
     sums_text,
 )
-from pst_ds.checkpoint.retention import keep, newest_valid, step_folders, step_name
+from pst_ds.checkpoint.retention import keep, newest_valid, step_name
+from pst_ds.file_names import step_folders
 
 RANKS = 2048
 TRAINED = {f"layers.{i}.pst_{factor}": (9, 2) for i in range(7) for factor in "ABUV"}

@@ -17,11 +17,12 @@ from pst_ds.atomic_files import replace_link
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import CheckpointError, CheckpointState, read_checkpoint
 from pst_ds.checkpoint.restore import base_fingerprint, magnitude_scales
-from pst_ds.checkpoint.retention import clean_up, find, keep, newest_valid, settle, step_folders, step_name
+from pst_ds.checkpoint.retention import clean_up, find, keep, newest_valid, settle, step_name
 from pst_ds.checkpoint.writer import save_checkpoint
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
+from pst_ds.file_names import step_folders
 from pst_ds.nn.inject import inject_pst
 from pst_ds.parallel.engine import build_engine
 from pst_ds.parallel.ranks import barrier, is_main

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint import writer as checkpoint_writer
 from pst_ds.checkpoint.format import read_checkpoint
 from pst_ds.config.toml import load_run
 from pst_ds.errors import InputError
+from pst_ds.file_names import step_folders
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import rank, world_size
 from pst_ds.parallel.store_group import StoreGroup
@@ -40,7 +40,7 @@ def _events(folder, event):
 
 
 def _steps_saved(folder):
-    return [path.name for path in checkpoints.step_folders(Path(folder) / "checkpoints")]
+    return [path.name for path in step_folders(Path(folder) / "checkpoints")]
 
 
 def _poisoned(patch, bad):
@@ -211,7 +211,7 @@ def test_a_rank_whose_process_is_stopped_is_named(ranks, exit_code, wait_for, tm
     assert exit_code(first) == 1
     said = (tmp_path / "0.err").read_text()
     assert f"rank 1 ({socket.gethostname()}) gave no sign of life: its process is stopped, or its host is down" in said
-    assert checkpoints.step_folders(tmp_path / "run/checkpoints")
+    assert step_folders(tmp_path / "run/checkpoints")
 
 
 @pytest.mark.zero3

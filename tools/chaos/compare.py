@@ -13,7 +13,7 @@ from torch import Tensor
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import CheckpointError, read_checkpoint
 from pst_ds.errors import InputError
-from pst_ds.file_names import BEST, CHECKPOINTS, FINAL, LATEST, METRICS_FILE, RESULT_FILE
+from pst_ds.file_names import BEST, CHECKPOINTS, FINAL, LATEST, METRICS_FILE, RESULT_FILE, step_folders
 from pst_ds.parallel.optimizer_state import KINDS
 from tools.verbs import verb
 
@@ -40,7 +40,7 @@ def differences(one: Path, other: Path) -> list[str]:
 def whole_checkpoints(run: Path) -> tuple[list[int], list[str]]:
     """Steps of the checkpoints whose files are as they were written, the newest first; what is wrong with others."""
     steps, problems = [], []
-    for folder in checkpoints.step_folders(run / CHECKPOINTS):
+    for folder in step_folders(run / CHECKPOINTS):
         try:
             steps.append(read_checkpoint(folder).state.step)
         except CheckpointError as error:
