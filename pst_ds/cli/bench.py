@@ -29,12 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=count, default=128, metavar="N", help="(default: 128)")
     parser.add_argument("--new-tokens", type=count, default=32, metavar="N", help="(default: 32)")
     parser.add_argument("--threads", type=_counts, metavar="N,...", help="torch threads (default: OMP_NUM_THREADS)")
-    parser.add_argument(
-        "--repeats", type=count, default=3, metavar="N", help="interleaved repeats of each measurement (default: 3)"
-    )
-    parser.add_argument(
-        "--dtype", choices=("bf16", "fp32"), default="bf16", help="dtype of every model (default: bf16)"
-    )
+    parser.add_argument("--repeats", type=count, default=3, metavar="N", help="interleaved repeats (default: 3)")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of every model (default: bf16)")
     copies = "read weights from memory: use copies of each model, together twice the last-level cache, in turn"
     parser.add_argument("--from-memory", action="store_true", help=copies)
     add_quiet_argument(parser)

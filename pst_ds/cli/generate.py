@@ -28,17 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     chat = "the prompt is a message: use the tokenizer's chat template"
     parser.add_argument("--chat", action="store_true", help=chat)
     parser.add_argument("--max-new-tokens", type=count, default=128, metavar="N", help="(default: 128)")
-    parser.add_argument(
-        "--temperature", type=float, metavar="T", help="sampling temperature (default: greedy decoding)"
-    )
-    parser.add_argument(
-        "--top-p", type=float, metavar="P", help="sample from the most likely tokens whose probabilities add up to P"
-    )
+    parser.add_argument("--temperature", type=float, metavar="T", help="sampling temperature (default: greedy)")
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens that add up to P")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     load_as = "packed weights: keep them packed, or unpack them; auto chooses the faster"
-    parser.add_argument(
-        "--store", metavar="DIR", help="store of per-user adapters of this model (pst-ds users train --form beside)"
-    )
+    parser.add_argument("--store", metavar="DIR", help="per-user adapters (pst-ds users train --form beside)")
     parser.add_argument("--user", metavar="NAME", help="user in --store whose adapter is used")
     parser.add_argument("--load-as", choices=("auto", "sparse", "dense"), default="auto", help=load_as)
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the folder's")

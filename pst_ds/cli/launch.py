@@ -18,12 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--retries", type=_number, default=10, metavar="N", help=retries)
     wait = "seconds before a restart (default: 10)"
     parser.add_argument("--wait", type=_number, default=10, metavar="S", help=wait)
-    parser.add_argument(
-        "--hostfile",
-        default="",
-        metavar="FILE",
-        help="file with one host per line; write {hostfile} in --by where its name belongs",
-    )
+    parser.add_argument("--hostfile", default="", metavar="FILE", help="one host per line; {hostfile} in --by")
     spares = "hosts held back to replace faulty ones (default: 0)"
     parser.add_argument("--spares", type=_number, default=0, metavar="N", help=spares)
     check = "exits with 0 on a healthy host, such as 'ssh -oBatchMode=yes {host} true'; runs before every start"

@@ -21,9 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sources = "text, JSONL, CSV or Parquet, also compressed: files, folders, patterns, URLs, datasets on the hub"
     parser.add_argument("sources", nargs="+", metavar="SRC", help=sources)
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="folder or hub name of a model or tokenizer")
-    parser.add_argument(
-        "--out", required=True, metavar="DIR", help="token store to write; an interrupted call resumes there"
-    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="store to write, or to resume")
     workers = "processes (default: the cores of this machine, at most 64); the store's bytes do not depend on it"
     parser.add_argument("--workers", type=count, metavar="N", help=workers)
     kind = "content of a row: text, or a conversation, of which the assistant's turns are learnt (default: text)"

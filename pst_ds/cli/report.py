@@ -18,9 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     watch = "serve the page over HTTP instead of writing it, and update it as the runs progress"
     parser.add_argument("--watch", action="store_true", help=watch)
     parser.add_argument("--host", default="127.0.0.1", help="address on which --watch listens (default: 127.0.0.1)")
-    parser.add_argument(
-        "--port", type=int, default=8420, help="port on which --watch listens (default: 8420; 0 chooses a free one)"
-    )
+    parser.add_argument("--port", type=int, default=8420, help="its port (default: 8420; 0 chooses a free one)")
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:

@@ -35,16 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     workers = "processes, each with a model, restarted when they die (default: 1, this process)"
     parser.add_argument("--workers", type=count, default=1, metavar="N", help=workers)
     parser.add_argument("--max-batch", type=count, default=8, metavar="N", help="requests per batch (default: 8)")
-    parser.add_argument(
-        "--max-waiting", type=count, default=64, metavar="N", help="maximum waiting requests (default: 64)"
-    )
-    parser.add_argument(
-        "--max-body", type=count, default=1 << 20, metavar="B", help="maximum bytes of a request (default: 2^20)"
-    )
+    parser.add_argument("--max-waiting", type=count, default=64, metavar="N", help="waiting requests (default: 64)")
+    parser.add_argument("--max-body", type=count, default=1 << 20, metavar="B", help="request size (default: 2^20)")
     parser.add_argument("--max-prompt-tokens", type=count, metavar="N", help="(default: the model's positions)")
-    parser.add_argument(
-        "--max-new-tokens", type=count, default=512, metavar="N", help="maximum tokens of an answer (default: 512)"
-    )
+    parser.add_argument("--max-new-tokens", type=count, default=512, metavar="N", help="answer length (default: 512)")
     load_as = "packed weights: keep them packed, or unpack them; auto chooses the faster"
     parser.add_argument("--load-as", choices=("auto", "sparse", "dense"), default="auto", help=load_as)
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the folder's")

@@ -7,9 +7,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--folder", default=".", metavar="DIR", help="folder where runs will be written (default: the current one)"
-    )
+    parser.add_argument("--folder", default=".", metavar="DIR", help="folder of future runs (default: here)")
     limit = "limit for compiling, and for the ranks to connect (default: 180)"
     parser.add_argument("--time-limit", type=_seconds, default=180.0, metavar="SECONDS", help=limit)
 

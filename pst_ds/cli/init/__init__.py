@@ -37,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--epochs", type=float, metavar="N", help="default: 3, and 1 for causal-lm, within 600 to 10,000 steps"
     )
     steps.add_argument("--steps", type=count, metavar="N", help="optimizer steps")
-    parser.add_argument(
-        "--batch-size", type=count, metavar="N", help="examples per optimizer step, over all ranks (default: about 32)"
-    )
+    parser.add_argument("--batch-size", type=count, metavar="N", help="examples per step (default: about 32)")
     length = "maximum tokens per example (default: 128, or 512 for causal-lm, or the model's limit)"
     parser.add_argument("--max-length", type=count, metavar="N", help=length)
     parser.add_argument("--ranks", type=count, metavar="N", help="processes to train on (default: 1)")
