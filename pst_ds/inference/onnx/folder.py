@@ -45,9 +45,9 @@ def write_onnx(
     """Write ``out``, a folder with model.onnx, config.json and the tokenizer, from the folder ``packed``.
 
     ``packed`` is a bitmask folder, or any folder with ``plain``: dense fp32 weights and ONNX's standard operators.
-    ``facts``: those of the export that wrote ``packed``; the file's metadata keeps the small ones. ``activation_bits``:
-    8 lets products with quantised weights use int8 activations. If ONNX Runtime is installed, the file is compared with
-    the model that transformers loads from ``packed``: with 16 bits, and as exported. Returns ``facts`` with those of
+    ``facts``: facts about the export in ``packed``; the file's metadata keeps the small ones. ``activation_bits``: 8
+    lets products with quantised weights use int8 activations. If ONNX Runtime is installed, the file is compared with
+    the model that transformers loads from ``packed``: with 16 bits, and as exported. Returns ``facts`` and facts about
     the file. Raises ExportError, leaving nothing behind, if the model cannot be traced, its attention has no operator,
     or the results differ.
     """

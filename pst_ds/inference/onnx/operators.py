@@ -29,7 +29,7 @@ SOURCE = NativeSource(
 
 
 def operator_library() -> Path:
-    """Return the shared library to register, built now if the installation has none. Raises RuntimeError if it cannot
+    """Return the shared library to register, built now if it is not installed. Raises RuntimeError if it cannot
     be built.
 
     Any program that runs ONNX Runtime can load it, in any language; it needs neither Python nor this package.

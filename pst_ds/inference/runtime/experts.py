@@ -17,7 +17,7 @@ FEW_PAIRS = 64
 
 
 class SparseExperts(SparseLinear):
-    """y = x W' with the expert of each token and a packed W. The parts are those of the (E*O, I) matrix of all experts.
+    """y = x W' with the expert of each token and a packed W. The parts belong to the (E*O, I) matrix of all experts.
 
     For inference, with the same parts and checks as :class:`SparseLinear`. Experts without a token cost nothing. On a
     GPU one launch multiplies with all others. It replaces a stack (E, O, I), or (E, I, O), in a transformers experts
@@ -37,7 +37,7 @@ class SparseExperts(SparseLinear):
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
     ):
-        """``out_features``: per expert. ``nonzero``: of all experts. The other arguments are those of
+        """``out_features``: per expert. ``nonzero``: of all experts. The other arguments are as in
         :class:`SparseLinear`.
         """
         outputs = num_experts * out_features
@@ -47,7 +47,7 @@ class SparseExperts(SparseLinear):
 
     @classmethod
     def of_stack(cls, stack: Tensor, format: str | PackedFormat = "bitmask") -> SparseExperts:
-        """Pack the non-zeros of a ``stack``, (E, O, I)."""
+        """Pack the non-zero weights of a ``stack``, (E, O, I)."""
         form = FORMATS[format] if isinstance(format, str) else format
         parts = form.pack(stack.detach().flatten(0, 1))
         experts, outputs, inputs = stack.shape

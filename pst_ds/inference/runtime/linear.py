@@ -18,8 +18,8 @@ class SparseLinear(nn.Module):
     """y = x W' + bias with a packed W: (..., in_features) to (..., out_features).
 
     For inference: x may have a gradient, the weight does not. The parts of the weight (:mod:`pst_ds.formats`) are
-    tensors of this module, so state-dict keys are those of the files. The parts of a new layer are empty: load them,
-    then call :meth:`check` before the first forward pass, and again after every load_state_dict. It replaces
+    tensors of this module, so state-dict keys equal the names in the files. The parts of a new layer are empty: load
+    them, then call :meth:`check` before the first forward pass, and again after every load_state_dict. It replaces
     ``nn.Linear`` and GPT-2's ``Conv1D``.
     """
 
@@ -59,7 +59,7 @@ class SparseLinear(nn.Module):
     def from_dense(
         cls, weight: Tensor, bias: Tensor | None = None, format: str | PackedFormat = "bitmask"
     ) -> SparseLinear:
-        """Pack the non-zeros of ``weight`` (O, I)."""
+        """Pack the non-zero weights of ``weight`` (O, I)."""
         form = FORMATS[format] if isinstance(format, str) else format
         parts = form.pack(weight.detach())
         layer = cls(

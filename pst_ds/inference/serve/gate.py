@@ -27,7 +27,7 @@ class Access:
 
     Web pages may not. A browser sends requests of any page to local servers, from the page's origin (Origin) or, after
     a change of its DNS entry, under the page's host name (Host). A page does not know a key, so with keys Host and
-    Origin may be those of a proxy.
+    Origin may name a proxy.
     """
 
     keys: Sequence[str] = ()

@@ -86,8 +86,8 @@ def _require_base(folder: Path, store: UserStore) -> None:
 
 
 def _require_masks(model: nn.Module, folder: Path, store: UserStore) -> None:
-    """Compare the zeros of the layers with the masks. Quantised layers are omitted, because kept weights may be
-    zero.
+    """Compare the pruned weights of the layers with the masks. Quantised layers are omitted, because kept weights may
+    be zero.
     """
     layers = sparse_layers(model)
     if any(layer.is_quantized for layer in layers.values()):
