@@ -1,1 +1,1 @@
-"""Runs that go on without people: starts again after failures, and hosts that are left out."""
+"""Unattended runs: restart after failures, and exclude faulty hosts."""

@@ -1,4 +1,4 @@
-"""The exit codes of ranks, which some launchers lose: a rank leaves its own where ``pst-ds launch`` looks for it."""
+"""Exit codes of ranks, in files for ``pst-ds launch``, because some launchers lose them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pst_ds.file_names import EXIT_CODES_VARIABLE
 
 
 def leave_code(code: int) -> None:
-    """Write the exit code of this rank, if ``pst-ds launch`` wants it."""
+    """Write the exit code of this rank if it runs under ``pst-ds launch``."""
     if folder := os.environ.get(EXIT_CODES_VARIABLE):
         with suppress(OSError):
             (Path(folder) / f"rank-{os.environ.get('RANK', '0')}").write_text(f"{code}\n", encoding="utf-8")
 
 
 def rank_codes(folder: Path) -> list[int]:
-    """Return the exit codes that ranks left in ``folder``; one that was killed leaves none."""
+    """Return the exit codes of ranks in ``folder``; killed ranks have none."""
     codes = []
     for path in folder.iterdir():
         with suppress(OSError, ValueError):

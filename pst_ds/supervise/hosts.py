@@ -1,4 +1,4 @@
-"""The hosts that a supervised run may use: which are at fault and left out, and which take their place."""
+"""Hosts of a supervised run: check them, exclude faulty ones, and use spares instead."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from pathlib import Path
 from pst_ds.errors import InputError
 
 CHECK_SECONDS = 60.0
-"""How long a check of a host may take."""
+"""Timeout of the check of a host in seconds."""
 HOSTFILE, EXCLUDED, HOST = "{hostfile}", "{excluded}", "{host}"
-"""What a launcher's words, and a check's, may hold for the supervisor to fill in."""
+"""Placeholders in the words of launchers and checks."""
 
 
 @dataclass(slots=True)
 class Hosts:
-    """Hosts by name with their lines of a hostfile, or none if the launcher's cluster knows them; ``spares`` of them
-    are not used until others are left out."""
+    """Hosts by name with their lines of a hostfile, empty if the launcher's cluster knows them. ``spares`` of them are
+    unused until others are excluded."""
 
     lines: dict[str, str] = field(default_factory=dict)
     spares: int = 0
     check: Sequence[str] = ()
-    """A command that ends with 0 on a host that is well, with {host} in its words."""
+    """Words of a command that exits with 0 for a healthy host; {host} is its name."""
     left_out: list[str] = field(default_factory=list)
 
     @property
     def used(self) -> list[str]:
-        """Return the hosts that the next start uses; none if they are not known."""
+        """Hosts of the next start; empty if they are not known."""
         good = [name for name in self.lines if name not in self.left_out]
         return good[: len(self.lines) - self.spares]
 
     def leave_out(self, names: Iterable[str]) -> list[str]:
-        """Leave these out from now on, unless they are more than there are spares; return which are new."""
+        """Exclude hosts unless there are not enough spares, and return the newly excluded ones."""
         known = [self._known(name) for name in names]
         new = sorted({name for name in known if name and name not in self.left_out})
         if len(self.left_out) + len(new) > self.spares:
@@ -44,21 +44,21 @@ class Hosts:
         return new
 
     def unwell(self) -> list[str]:
-        """Return the hosts not yet left out on which the check fails, or does not end."""
+        """Return the hosts in use on which the check fails or times out."""
         asked = [name for name in self.lines if name not in self.left_out] if self.check else []
         with ThreadPoolExecutor(max_workers=32) as pool:
             return [name for name, is_well in zip(asked, pool.map(self._is_well, asked), strict=True) if not is_well]
 
     def filled_in(self, launcher: Sequence[str], hostfile: Path) -> list[str]:
-        """Return the launcher's words with the hosts of now, which are written to ``hostfile``; a word about hosts that
-        are left out is only there if some are."""
+        """Write the current hosts to ``hostfile`` and return the launcher's words with placeholders replaced. Words
+        with {excluded} are omitted while no host is excluded."""
         if self.lines:
             hostfile.write_text("".join(f"{self.lines[name]}\n" for name in self.used), encoding="utf-8")
         words = [word for word in launcher if EXCLUDED not in word or self.left_out]
         return [word.replace(HOSTFILE, str(hostfile)).replace(EXCLUDED, ",".join(self.left_out)) for word in words]
 
     def _known(self, name: str) -> str:
-        """Return a host's name in the hostfile, where it may be longer or shorter; "" for one that is not there."""
+        """Return a host's name in the hostfile, with or without its domain; "" for unknown hosts."""
         if not self.lines or name in self.lines:
             return name
         return next((known for known in self.lines if known.split(".")[0] == name.split(".")[0]), "")
@@ -75,8 +75,8 @@ class Hosts:
 
 
 def read_hosts(path: str, spares: int, check: str, launcher: Sequence[str]) -> Hosts:
-    """Read a hostfile with a line a host, or know none without a ``path``. Raises InputError for one that cannot be
-    read, and where the launcher has no place for what it says."""
+    """Read a hostfile with one line per host; without ``path`` no host is known. Raises InputError for an unreadable
+    file, and for a launcher without the placeholders it needs."""
     has = {place: any(place in word for word in launcher) for place in (HOSTFILE, EXCLUDED)}
     if has[HOSTFILE] != bool(path):
         raise InputError(

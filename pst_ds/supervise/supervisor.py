@@ -1,4 +1,4 @@
-"""Keeps a run going without people: starts its launcher again while that helps, without hosts that are at fault."""
+"""Supervise a run: restart its launcher after failures while that makes progress, without faulty hosts."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ class Attempt:
     exit_code: int
     from_step: int
     to_step: int
-    """Of the newest checkpoint, before and after."""
+    """Step of the newest checkpoint after this start; ``from_step`` is the one before it."""
     left_out: list[str]
-    """Hosts that it did without."""
+    """Excluded hosts."""
 
 
 @dataclass(slots=True)
 class Supervisor:
-    """Runs ``launcher`` with ``arguments`` until the run in ``folder`` is done, stopped, or beyond help."""
+    """Supervisor that starts ``launcher`` until the run in ``folder`` is finished, stopped, or makes no progress."""
 
     launcher: Sequence[str]
     arguments: Sequence[str]
     folder: Path
     hosts: Hosts
     retries: int
-    """Most starts after failures; with 0 there is none after a stop either."""
+    """Maximum restarts after failures; 0 also disables restarts after a stop."""
     wait_seconds: float
     say: Callable[[str], None]
     attempts: list[Attempt] = field(default_factory=list)
@@ -60,8 +60,8 @@ class Supervisor:
     _asked: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> int:
-        """Return the exit code of the run: 0, 1, 2, or 75 if it was stopped or is queued again. Only the main thread
-        may call it. Raises InputError when another process of this host does the same."""
+        """Supervise the run and return its exit code: 0, 1, 2, or 75 if it was stopped or requeued. Call it from the
+        main thread. Raises InputError if another process of this host supervises the run."""
         lock = self.folder / LAUNCH / f"{socket.gethostname()}{LOCK}"
         with only_writer(lock, f"pst-ds launch of {self.folder}", patience=0.0), self._signals():
             while (code := self._once()) is None:
@@ -71,7 +71,7 @@ class Supervisor:
         return code
 
     def _once(self) -> int | None:
-        """Start the launcher once; return None if it is to be started again."""
+        """Start the launcher once and return its exit code, or None to restart it."""
         if unwell := self.hosts.unwell():
             self._leave_out(unwell, "their check failed")
         attempt = self._start()
@@ -103,7 +103,7 @@ class Supervisor:
         return None
 
     def _leave_out(self, names: list[str], why: str) -> bool:
-        """Leave hosts out, and say so; return whether that changes anything."""
+        """Exclude hosts and report them. Return whether any host is newly excluded."""
         new = self.hosts.leave_out(names)
         if new:
             self.say(f"without {', '.join(new)} from now on: {why}")
@@ -112,7 +112,7 @@ class Supervisor:
         return bool(new)
 
     def _start(self) -> Attempt:
-        """Run the launcher to its end."""
+        """Run the launcher until it exits."""
         codes = (self.folder / LAUNCH / f"codes-{socket.gethostname()}").absolute()
         shutil.rmtree(codes, ignore_errors=True)
         codes.mkdir()
@@ -120,10 +120,10 @@ class Supervisor:
         words = self.hosts.filled_in(self.launcher, (self.folder / LAUNCH / "hosts.txt").absolute())
         before, began, without = newest_step(self.folder), time.monotonic(), list(self.hosts.left_out)
         environment = {**os.environ, EXIT_CODES_VARIABLE: str(codes)}
-        # a process group of its own: Ctrl-C of a terminal is to reach the ranks once, through us
+        # a separate process group: Ctrl-C in a terminal must reach the ranks once, through this process
         self._process = subprocess.Popen([*words, *self.arguments], env=environment, process_group=0)
         try:
-            if self._asked_by:  # before there was one to tell
+            if self._asked_by:  # the signal came before the process existed
                 self._process.terminate()
             returned = self._process.wait()
         finally:
@@ -136,7 +136,7 @@ class Supervisor:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Inside, a signal to end this process stops the run, which saves."""
+        """Stop the run, which saves a checkpoint, when this process receives a signal."""
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
         try:
             yield
@@ -160,7 +160,7 @@ def newest_step(folder: Path) -> int:
 
 
 def exit_code_of(launcher: int, ranks: Sequence[int]) -> int:
-    """Return how a run ended: as its ranks say, for some launchers lose their codes, or else as its launcher does."""
+    """Return the exit code of a run by its ranks, because some launchers lose their codes, else by its launcher."""
     for code in (BAD_INPUT, EXIT_STOPPED):
         if code in ranks:
             return code
@@ -170,6 +170,6 @@ def exit_code_of(launcher: int, ranks: Sequence[int]) -> int:
 
 
 def _slurm_job() -> str:
-    """Return the Slurm job that this process is in, as scontrol names it: a task of an array goes by its index."""
+    """Return the Slurm job of this process as scontrol names it: array tasks by their index."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID", "")
