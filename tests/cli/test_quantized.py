@@ -102,7 +102,7 @@ def test_a_file_in_a_narrower_dtype_is_held_against_the_model_cast_alike(folders
     said, printed = said_by(capsys, "verify", tmp_path / "bf16", "--against", folders / "run")
     assert (said["reloaded_equal"], said["differing_weights"]) == (True, 0)
     assert said["rounding"]["max_logit_difference"] > said["max_logit_difference"]
-    assert f"the masked model, {'quantised' if values else 'cast'} on " in printed
+    assert f"the masked model, {'quantised' if values else 'cast'}, on " in printed
 
 
 @pytest.mark.parametrize(
