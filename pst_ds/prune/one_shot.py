@@ -60,8 +60,7 @@ def plan_layers(
 def prune_loaded(
     model: PreTrainedModel,
     config: PruneConfig,
-    pst: PSTConfig,
-    final_sparsity: float,
+    planned: tuple[PSTConfig, float, list[LayerRule]],
     batches: Sequence[Batch],
     *,
     device: torch.device,
@@ -72,8 +71,7 @@ def prune_loaded(
     Args:
         model: the model, on the CPU.
         config: settings of the pruning.
-        pst: PST settings of the run.
-        final_sparsity: sparsity if ``config`` and the pattern have none.
+        planned: result of :func:`plan_layers`.
         batches: calibration data; empty if ``config.needs_data`` is False.
         device: where blocks compute.
         dtype: dtype of the computation.
@@ -83,7 +81,7 @@ def prune_loaded(
 
     Raises InputError, and FloatingPointError for values that are not finite.
     """
-    settings, sparsity, rules = plan_layers(model, config, pst, final_sparsity)
+    settings, sparsity, rules = planned
     budgets: dict[str, object] = {} if config.budgets == "equal" else {"budgets": config.budgets}
     if config.budgets == "owl":
         spread = _spread_of(config)

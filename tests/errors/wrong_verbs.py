@@ -35,7 +35,7 @@ VERBS = {
         _prune("--method", "magnitude", "--pattern", "global"),
         "pattern",
         '"global"',
-        "choose --pattern matrix, row or N:M",
+        "Choose --pattern matrix, row or N:M",
     ),
     "prune by an unknown pattern": Wrong(
         _prune("--method", "magnitude", "--pattern", "rows"), "--pattern rows", "'rows'", 'there are "matrix"'

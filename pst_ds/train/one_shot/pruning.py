@@ -22,7 +22,7 @@ from pst_ds.nn.base_model import DTYPES
 from pst_ds.parallel.launch import LaunchEnvironment, device_of
 from pst_ds.prune.folder import FORMAT, load_base, record_of, require_free, scales_of, write_folder
 from pst_ds.prune.layer import PrunedLayer
-from pst_ds.prune.one_shot import prune_loaded
+from pst_ds.prune.one_shot import plan_layers, prune_loaded
 from pst_ds.prune.replay import Batch
 from pst_ds.prune.whole_experts import KeptExperts, drop_experts
 from pst_ds.train.model import attention_options, load_tokenizer
@@ -75,14 +75,14 @@ def prune_model(
     model = load_base(run.model.path, **attention_options(run))
     base = BaseWeights(run.model.path, getattr(model, "base_model_prefix", ""))
     require_space(out, sum(param.nbytes for param in model.parameters()))
+    planned = None if config.method == REAP else plan_layers(model, config, run.pst, run.schedule.final_sparsity)
     batches = _calibration(run, model.config, config, examples) if config.needs_data else []
     device, dtype = torch.device(device_of(LaunchEnvironment(0, 1, 0))), DTYPES[run.train.precision]
     layers, modules, unused = list[PrunedLayer](), list[KeptExperts](), {}
-    if config.method == REAP:
+    if planned is None:
         modules, facts = _drop_experts(model, run, config, batches, device=device, dtype=dtype)
     else:
-        sparsity = run.schedule.final_sparsity
-        layers, facts = prune_loaded(model, config, run.pst, sparsity, batches, device=device, dtype=dtype)
+        layers, facts = prune_loaded(model, config, planned, batches, device=device, dtype=dtype)
         unused = {name: base.read(name) for name in base.unused_by(model)}
     facts |= {"base_model": run.model.path, "base_fingerprint": base_fingerprint(run.model.path)}
     facts |= (_facts_of_data(run, config, batches) if batches else {}) | dict(more_facts or {})
