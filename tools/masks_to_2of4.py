@@ -1,9 +1,9 @@
-"""Turn the zeros of a pruned model into the packed format 2:4, for job scripts.
+"""Convert a pruned model to the packed format 2:4, for job scripts.
 
     python tools/masks_to_2of4.py SRC OUT [--processes 4] [--json]
 
-SRC is a run folder, a run file or a model folder with zeros in it; OUT is written whole or not at all. It is
-``pst-ds export SRC --format 2:4 --out OUT``, with its exit codes: 0 done, 1 failed, 2 bad input.
+SRC is a run folder, a run file or a pruned model folder; OUT is written atomically. The same as ``pst-ds export SRC
+--format 2:4 --out OUT``, with its exit codes: 0 done, 1 failed, 2 wrong input.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A dense encoder as ONNX Runtime runs it in int8: what a user without a sparse model would take.
+"""Quantise a dense encoder to int8 with ONNX Runtime, as a baseline.
 
-Dynamic quantization of every matrix and of the embeddings, with the settings that onnxruntime has by default.
+Dynamic quantisation of all matrices and embeddings, with onnxruntime's default settings.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from tools.verbs import verb
 
 
 def write_int8(folder: Path, out: Path) -> Path:
-    """Write the dense model in ``folder`` to ``out`` / model.onnx, with int8 weights; return that file.
+    """Write the dense model in ``folder`` to ``out`` / model.onnx with int8 weights. Return that file.
 
-    ``out`` / fp32 has the graph that it is made of.
+    ``out`` / fp32 has the graph that it is made from.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     verb("export", str(folder), "--format", "onnx", "--plain", "--out", str(out / "fp32"))
     disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # of shapes that nobody inferred
+    logging.disable(logging.WARNING)  # about missing shapes
     try:
         quantize_dynamic(out / "fp32" / ONNX_FILE, out / ONNX_FILE, weight_type=QuantType.QInt8)
     finally:
@@ -33,7 +33,7 @@ def write_int8(folder: Path, out: Path) -> Path:
 
 
 def accuracy(model_file: Path, folder: Path, texts: Path, max_length: int) -> float:
-    """The share of right answers on ``texts``, with the tokenizer and the labels of the model in ``folder``."""
+    """Return the accuracy on ``texts``, with the tokenizer and the labels of the model in ``folder``."""
     session = open_session(model_file, threads=1)
     takes = [value.name for value in session.get_inputs()]
 
@@ -44,7 +44,7 @@ def accuracy(model_file: Path, folder: Path, texts: Path, max_length: int) -> fl
 
 
 def share_of_right_answers(logits_of: Any, folder: Path, texts: Path, max_length: int) -> float:
-    """The same for any runtime; ``logits_of``: called with a dict of (1, tokens) int64, returns (1, classes)."""
+    """Return the accuracy of any runtime; ``logits_of`` takes a dict of (1, tokens) int64 and returns (1, classes)."""
     from transformers import AutoConfig, AutoTokenizer
 
     tokenizer, classes = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder).label2id

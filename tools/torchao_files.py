@@ -1,8 +1,8 @@
-"""A dense encoder as torchao stores it on a CPU, weights alone in int8 or int4: what a user of torch would take.
+"""Quantise a dense encoder with torchao on a CPU, weights only in int8 or int4, as a baseline.
 
-All linear layers, and embeddings, in bf16 beside: int8 with a scale a row, int4 for every 64 inputs. Which of its
-layouts with two codes of 4 bits a byte run here is found by trying (``packings``). Where none does, its generic tensor
-keeps a code in a byte, and ``file_bytes_packed`` says what the file would have with two.
+All linear layers and embeddings are quantised, the rest is bf16: int8 with per-row scales, int4 with a scale per 64
+inputs. ``packings`` reports which of its layouts with two int4 values per byte run here. If none does, its generic
+tensor has one value per byte, and ``file_bytes_packed`` is the file's size with two.
 
     pip install 'pst-ds[peers]'
     python -m tools.torchao_files runs/demo/dense/export --test runs/demo/data/test.jsonl --out runs/torchao --json
@@ -29,16 +29,16 @@ FILE = "model.pt"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="dense model folder")
-    parser.add_argument("--test", type=Path, required=True, help="texts and labels, .jsonl")
+    parser.add_argument("--test", type=Path, required=True, help="examples and labels, .jsonl")
     parser.add_argument("--out", type=Path, required=True, help="folder for the files")
-    parser.add_argument("--max-length", type=int, default=64, help="most tokens of a text")
+    parser.add_argument("--max-length", type=int, default=64, help="maximum tokens of an example")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     args = parser.parse_args()
     rows = {
         f"int{bits}": measure(args.model, args.out / f"int{bits}", args.test, args.max_length, bits) for bits in BITS
     }
     for name, row in rows.items():
-        packed = f" ({row['file_bytes_packed'] / 1e6:.1f} with two codes a byte)" if name == "int4" else ""
+        packed = f" ({row['file_bytes_packed'] / 1e6:.1f} with two values per byte)" if name == "int4" else ""
         print(f"torchao {name}: {row['file_bytes'] / 1e6:.1f} MB{packed}, accuracy {row['accuracy']:.4f}")
     tried = packings()
     for name, problem in tried.items():
@@ -54,10 +54,10 @@ def version() -> str:
 
 
 def measure(folder: Path, out: Path, texts: Path, max_length: int, bits: int) -> dict[str, Any]:
-    """Round the dense model in ``folder``, write it to ``out`` and test it.
+    """Quantise the dense model in ``folder``, write it to ``out`` and test it.
 
-    ``file_bytes_packed``: with as many bits a code as it has. Its products unpack a weight every time; tested are the
-    weights unpacked once, which are the same numbers.
+    ``file_bytes_packed`` is the size without unused bits. Weights are dequantised once for the test, since products
+    would dequantise them every time.
     """
     model, num_codes = rounded(folder, bits)
     out.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def measure(folder: Path, out: Path, texts: Path, max_length: int, bits: int) ->
 
 
 def rounded(folder: Path, bits: int) -> tuple[nn.Module, int]:
-    """Return the classifier in ``folder`` with its weights in ``bits``, and how many they are."""
+    """Return the classifier in ``folder`` quantised to ``bits``, and its number of quantised values."""
     from torchao.quantization import IntxWeightOnlyConfig, quantize_
     from torchao.quantization.granularity import PerAxis, PerGroup
     from transformers import AutoModelForSequenceClassification
@@ -93,7 +93,7 @@ def rounded(folder: Path, bits: int) -> tuple[nn.Module, int]:
 
 
 def packings() -> dict[str, str]:
-    """Return what each layout that packs codes of 4 bits says to a layer on a CPU, in bf16; "" where it multiplies."""
+    """Return the error of each layout that packs int4 values, for a bf16 layer on a CPU; "" if it works."""
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
     from torchao.quantization.quantize_.workflows import Int4PackingFormat
 
@@ -104,7 +104,7 @@ def packings() -> dict[str, str]:
             quantize_(layer, Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format=packing))
             layer(torch.ones(1, 2 * GROUP, dtype=torch.bfloat16))
             found[packing.value] = ""
-        except Exception as error:  # each has errors of its own
+        except Exception as error:  # each has its own errors
             found[packing.value] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return found
 

@@ -1,4 +1,4 @@
-"""pst-ds verbs in the caller's process, where torch is imported once."""
+"""Run pst-ds verbs in this process, where torch is imported once."""
 
 from __future__ import annotations
 

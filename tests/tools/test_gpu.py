@@ -9,8 +9,7 @@ import torch
 
 from pst_ds.planning.machines import MACHINES
 from tools.gpu.__main__ import main, table
-from tools.gpu.bench import machine_of_card
-from tools.gpu.sections import SECTIONS
+from tools.gpu.sections import SECTIONS, machine_of_card
 
 
 def test_a_dry_run_goes_through_every_section(tmp_path, capsys):

@@ -49,5 +49,5 @@ def test_documents_are_written_as_rows_the_same_for_a_seed(tmp_path, monkeypatch
 
 
 def test_a_first_token_that_is_none_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"'<none>' is no token of .*its special tokens are .*<s>"):
+    with pytest.raises(InputError, match=r"'<none>'.*has no such token. Choose one of its special tokens: .*<s>"):
         own_text.write(TINY, tmp_path / "out.jsonl", 1, 1, "<none>", 0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tools.quality import ladder_texts, texts
-from tools.quality.brown_prose import prose
+from tools.quality.texts import prose
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_pieces_of_a_book_are_whole_sentences_from_all_over_it():
 
 
 def test_what_is_not_known_or_not_to_be_had_is_said(monkeypatch, tmp_path):
-    with pytest.raises(texts.TextsError, match="'film' is not known; choose from films"):
+    with pytest.raises(texts.TextsError, match=r"'film' is unknown\. Choose from films"):
         texts.make(["film"])
     monkeypatch.setattr(texts, "PACKAGES", tmp_path)
     monkeypatch.setattr(texts, "DATA", tmp_path / "data")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tools import torchao_files
-from tools.quality.files import PEERS
+from tools.quality.run_cell import PEERS
 
 TEXTS = Path("tests/data/validation.jsonl")
 

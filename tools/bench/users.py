@@ -1,13 +1,13 @@
-"""Users over one sparse base: films as users, against the shared state and another's; and what a switch costs.
+"""Per-user adapters over one sparse base: accuracy with films as users, and the time to switch users.
 
     python -m tools.bench.users films RUN --packages DIR --out DIR     # RUN: the demo's runs/demo/pst-90
     python -m tools.bench.users counts EXPORT --packages DIR --out DIR # EXPORT: its runs/demo/pst-90/export
     python -m tools.bench.users switch
 
-The corpus names no reviewers, so the film is the user: of films that the run did not train on, with 30 reviews or more,
-the first 20 are the user's history and the others its queries. ``counts`` is the simplest rival of a state: the shared
-logits and the log of the user's share of each class, with one review of each more than there are. ``switch`` has states
-of the shapes of a Llama of 135M parameters, rank 8 in all linear layers, in a store of its own.
+The corpus names no reviewers, so films are the users: for films outside the training data with at least 30 reviews, the
+first 20 are the user's history and the others its queries. ``counts`` is the simplest alternative to an adapter: the
+shared logits plus the log of the user's smoothed class frequencies. ``switch`` uses adapters of rank 8 in all linear
+layers of a Llama of 135M parameters.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def write_rows(packages: Path, folder: Path) -> tuple[int, int]:
 
 
 def films(args: argparse.Namespace) -> dict[str, Any]:
-    """Train and score the films; return the figures, with seconds of the processor."""
+    """Train and evaluate the films' adapters. Return the results with CPU seconds."""
     found, queries = write_rows(Path(args.packages), Path(args.out))
     settings = [word for setting in ["deepspeed_config=", *args.set] for word in ("--set", setting)]
     of_run = [args.run, *settings, "--store", str(Path(args.out) / "store"), "--by", "film", "--quiet"]
@@ -68,7 +68,7 @@ def films(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def counts(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the shares of queries that are right by the shared logits, and by those with the user's counts."""
+    """Return the accuracy of the shared logits, with and without the user's class counts."""
     write_rows(Path(args.packages), Path(args.out))
     history, queries = (_by_film(Path(args.out) / f"{name}.jsonl") for name in ("history", "queries"))
     logits = _logits(args.export, [row["text"] for rows in queries.values() for row in rows]).split(
@@ -109,8 +109,7 @@ def _logits(folder: str, texts: list[str]) -> torch.Tensor:
 
 
 def switch(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the median milliseconds of a switch to a user that is in memory, and to one that is not, by the wall clock
-    and by the processor's."""
+    """Return the median milliseconds, wall and CPU time, of a switch to a user in memory and to one on disk."""
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(
             vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,

@@ -1,16 +1,16 @@
-"""Kill the ranks of a training again and again, and see that it ends as if nobody had.
+"""Kill the ranks of a training repeatedly, and check that the result is bit-identical to an undisturbed one.
 
-A small training is done once without interruption. Then it is started anew through the deepspeed launcher, and ranks of
-it (one, several or all) are killed with SIGKILL at random moments: while they start, in a step, while a checkpoint is
-written or gets its name, in the last save. Each time it is resumed. A training that comes to its end before all kills
-are spent is compared, and another one is begun. At the end masks, every tensor of the last checkpoint, the exported
-weights and the losses must be those of the uninterrupted one, to the bit, and no checkpoint may have been lost.
+A small training runs once without interruption. Then it is started again with the deepspeed launcher, and one, several
+or all of its ranks are killed with SIGKILL at random moments: during start, a step, the writing or renaming of a
+checkpoint, or the last save. Each time it resumes. A training that finishes before all kills are used is compared, and
+another one is started. In the end masks, all tensors of the last checkpoint, exported weights and losses must be
+bit-identical to the uninterrupted run, and no checkpoint may be lost.
 
     python -m tools.chaos --kills 20 --json
     python -m tools.chaos --run my_run.toml --set train.num_steps=200 --ranks 4 --out chaos
 
-Paths in a run file are relative to the top folder. The seed fixes what is aimed at, not what the timing makes of it.
-Exit codes: 0 identical and every kill resumed, 1 not, 2 bad input.
+Paths in a run file are relative to the repository's root. The seed determines the aims, not their exact timing. Exit
+codes: 0 identical and every kill resumed, 1 not, 2 wrong input.
 """
 
 from __future__ import annotations
@@ -39,40 +39,40 @@ SETTINGS = (
     "deepspeed_config=ds_configs/zero3_cpu.json", "model.dropout=0.1", "train.num_steps=60", "eval.interval=10",
     "checkpoint.interval=3", "checkpoint.keep_last=2",
 )  # fmt: skip
-"""Of the default run: long enough to be hit, with a save in every third step and evaluations that choose a best one."""
+"""Settings of the default run: a save in every third step, and evaluations that select a best checkpoint."""
 LOOK_SECONDS = 0.001
 MOST_MISSES = 5
-"""Trainings in a row that may end before the kill that was aimed at them."""
+"""Consecutive trainings that may end before the kill that was aimed at them."""
 _WENT_ON = re.compile(r"resuming from .*, after step (\d+)$|nothing was saved in .*: starting at step (0)$", re.M)
 
 
 class ChaosError(Exception):
-    """The run did what it must not do, or could not be hit."""
+    """The run violated a guarantee, or could not be hit."""
 
 
 class RefusedError(Exception):
-    """The training refused its input."""
+    """The training rejected its input."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """One kill and what was left after it."""
+    """A kill and the state after it."""
 
     where: str
     ranks: list[int]
     step: int
-    """The last one that this start of the run had reported; 0 when it had not come to train."""
+    """Last step that this start reported; 0 before training."""
     resumes_from: int
     lost_steps: int
     left_partial: bool
-    """Whether a checkpoint was left half written, or half removed."""
+    """Whether a checkpoint was left partially written or removed."""
     forced: int
-    """Ranks that did not end by themselves within the grace."""
+    """Ranks that did not end by themselves within the grace period."""
 
 
 @dataclass(slots=True)
 class Findings:
-    """What went on in all trainings together."""
+    """Results of all trainings."""
 
     kills: list[Kill] = field(default_factory=list)
     resumed: int = 0
@@ -80,7 +80,7 @@ class Findings:
     runs: int = 0
     broken: set[str] = field(default_factory=set)
     false_failures: int = 0
-    """Checkpoints that are whole, but that a run says could not be written; counted, and no reason to fail."""
+    """Complete checkpoints that a run reports as failed. They are counted, but are no failure of the test."""
     identical: bool = True
     problems: list[str] = field(default_factory=list)
 
@@ -90,7 +90,7 @@ class Findings:
 
 
 class Soak:
-    """Trainings of one run file in ``out``, which are killed."""
+    """Trainings of one run file in ``out`` that are killed."""
 
     def __init__(self, arguments: argparse.Namespace, out: Path, findings: Findings):
         self._arguments, self._out, self._findings = arguments, out, findings
@@ -100,10 +100,10 @@ class Soak:
         settings = [*(() if own else SETTINGS), *arguments.set, "train.log_interval=1"]
         self._options = [option for setting in settings for option in ("--set", setting)]
         self._newest = 0  # step of the newest whole checkpoint of the training that is being killed
-        self._pending = 0  # kills that no start has gone on from yet
+        self._pending = 0  # kills from which no start has resumed yet
 
     def run(self) -> None:
-        """Raises ChaosError, RefusedError."""
+        """Run all trainings. Raises ChaosError, RefusedError."""
         reference = self._out / "reference"
         timing = self._uninterrupted(reference)
         print(
@@ -150,7 +150,7 @@ class Soak:
         return watch.timing(ended, num_steps)
 
     def _start(self, folder: Path, timing: Timing, where: str | None) -> Kill | None:
-        """Start the training in ``folder``, or resume it, and kill it as ``where`` says; None when it ended first."""
+        """Start or resume the training in ``folder`` and kill it as ``where`` says. Return None if it ended first."""
         self._findings.starts += 1
         watch, hit = Watch(folder), []
         launch = self._launch(folder, f"start-{self._findings.starts:03d}", ["--resume"])
@@ -163,7 +163,7 @@ class Soak:
             launch.close()
         self._check_resume(launch)
         self._findings.broken.update(set_aside(folder))
-        if not hit or code == 0:  # too late: the ranks were done
+        if not hit or code == 0:  # too late: the ranks had finished
             if code:
                 raise ChaosError(f"a start in {folder} that nobody killed ended with {_said(launch, code)}")
             return None
@@ -176,7 +176,7 @@ class Soak:
 
     @staticmethod
     def _look(launch: Launch, watch: Watch, until: Iterator[None] | None = None) -> bool:
-        """Look at a run until it ends, or ``until`` does, which begins when the ranks are there; whether it did."""
+        """Watch a run until it ends or ``until``, started once all ranks run, does. Return whether ``until`` ended."""
         while launch.is_running():
             watch.look()
             if launch.pids():
@@ -187,7 +187,7 @@ class Soak:
         return False
 
     def _check_resume(self, launch: Launch) -> None:
-        """Whether this start said that it goes on from the newest checkpoint; it may have been killed before that."""
+        """Check that this start resumed from the newest checkpoint, unless it was killed earlier."""
         match = _WENT_ON.search(launch.said())
         if match is None:
             return
@@ -198,7 +198,7 @@ class Soak:
         self._pending = 0
 
     def _killed(self, folder: Path, watch: Watch, where: str, hit: list[int], forced: int) -> Kill:
-        """What a kill has left; notes damaged and lost checkpoints."""
+        """Return the state after a kill; record damaged and lost checkpoints."""
         step = watch.last_step()
         left_partial = watch.has_partial()
         whole, problems = whole_checkpoints(folder)
@@ -237,7 +237,7 @@ def _said(launch: Launch, code: int) -> str:
 
 
 def summary(findings: Findings, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """The JSON object."""
+    """Return the JSON object."""
     kills = findings.kills
     counts = Counter(kill.where for kill in kills)
     return {
@@ -280,7 +280,7 @@ def main() -> int:
     for problem in findings.problems:
         print(f"PROBLEM: {problem}")
     if not findings.all_is_well:
-        print(f"not as it must be; everything is in {out}")
+        print(f"failed; everything is in {out}")
     elif not arguments.out:
         shutil.rmtree(out)
     if arguments.json:
@@ -289,7 +289,7 @@ def main() -> int:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments, checked."""
+    """Parse and check the arguments."""
     parser = argparse.ArgumentParser(
         "python -m tools.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -297,7 +297,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--where", choices=(*WHERE, HALF), help="what every kill is aimed at (default: each in turn)")
+    parser.add_argument("--where", choices=(*WHERE, HALF), help="aim of every kill (default: all in turn)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--grace", type=float, default=45.0, help="seconds that other ranks may take to end after a kill"

@@ -1,4 +1,4 @@
-"""Whether two runs ended alike, to the bit, and which checkpoints of a run are whole."""
+"""Compare two runs bit by bit, and find the complete checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from pst_ds.parallel.optimizer_state import KINDS
 from tools.verbs import verb
 
 _TIMES = ("seconds", "tokens_per_second", "time/", "data_wait", "peak_memory_bytes", "ranks/")
-"""What no two runs have alike begins so."""
+"""Prefixes of values that differ between any two runs."""
 _BY_CHANCE = ("checkpoint", "checkpoint_failed", "straggler")
-"""Events of metrics.jsonl that tell of a save, and are written when it ends, or of times."""
+"""Events of metrics.jsonl about saves, whose place varies, and about times."""
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What is not the same in two finished runs, in words. Exports each of them into its folder, once."""
+    """Return the differences between two finished runs. Exports each of them into its folder, once."""
     try:
         return [
             *_differing("result.json", _result(one), _result(other)),
@@ -38,7 +38,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def whole_checkpoints(run: Path) -> tuple[list[int], list[str]]:
-    """Steps of the checkpoints whose files are as they were written, the newest first; what is wrong with others."""
+    """Return the steps of the undamaged checkpoints, the newest first, and what is wrong with others."""
     steps, problems = [], []
     for folder in step_folders(run / CHECKPOINTS):
         try:
@@ -49,20 +49,20 @@ def whole_checkpoints(run: Path) -> tuple[list[int], list[str]]:
 
 
 def set_aside(run: Path) -> list[str]:
-    """The checkpoints that a resume found damaged."""
+    """Return the checkpoints that a resume found damaged."""
     return sorted(str(path) for path in (run / CHECKPOINTS).glob(f"*{checkpoints.BROKEN}"))
 
 
 def metric_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file without times, and without those that come by chance."""
+    """Return the lines of a metrics file without times, and without events whose place varies."""
     lines = [line for line in _lines(path) if line["event"] not in _BY_CHANCE]
     return [{k: v for k, v in line.items() if not k.startswith(_TIMES)} for line in lines]
 
 
 def false_failures(run: Path) -> list[int]:
-    """Steps whose checkpoint a finished run, which nothing but kills befell, says could not be written.
+    """Return the steps whose checkpoint a finished run wrongly reports as failed.
 
-    Where that is true the run goes on from an earlier one, and the line is cut.
+    After a real failure the run resumes from an earlier checkpoint, and the line is removed.
     """
     return [line["step"] for line in _lines(run / METRICS_FILE) if line["event"] == "checkpoint_failed"]
 
@@ -72,7 +72,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def same_bits(one: Any, other: Any) -> bool:
-    """Equality; of tensors in type, shape and every bit, so that NaN is itself and -0.0 is not 0.0."""
+    """Return whether two values are equal; tensors in dtype, shape and every bit, so that NaN equals itself."""
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return bool(one == other)
     if (one.dtype, one.shape) != (other.dtype, other.shape):
@@ -104,7 +104,7 @@ def _links(run: Path) -> dict[str, str]:
 
 
 def _checkpoint_values(run: Path) -> dict[str, Any]:
-    """Every tensor of the last checkpoint whole, and Adam's counts."""
+    """Return every tensor of the last checkpoint, and Adam's step counts."""
     checkpoint = read_checkpoint(checkpoints.find(run / CHECKPOINTS, FINAL))
     found: dict[str, Any] = {f"mask of {name}": bits for name, bits in checkpoint.masks.items()}
     for name, shape in checkpoint.contents.trained.items():
@@ -115,7 +115,7 @@ def _checkpoint_values(run: Path) -> dict[str, Any]:
 
 
 def _exported(run: Path) -> dict[str, Tensor]:
-    """Every tensor of what ``pst-ds export`` writes."""
+    """Return every tensor of the export."""
     from safetensors.torch import load_file
 
     folder = run / "export"

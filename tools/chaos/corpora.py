@@ -1,11 +1,11 @@
-"""A language model on a mixture of three real corpora, prepared once, killed in the middle: the same as if nobody had.
+"""Train a language model on a mixture of three corpora, kill it halfway, and check that the result is bit-identical.
 
     python -m tools.chaos.corpora --out DIR
 
-The 135M-parameter Llama of tools/fetch_smollm2.py is pruned to 50 % while it trains for two epochs on American prose
-of 1961 (Brown), the World English Bible and posts of 20 newsgroups, all from registry packages. Each corpus becomes a
-store by ``pst-ds prepare``; two ranks under ZeRO-3 draw from them by weight. Then ``tools.chaos`` trains twice, once
-without interruption and once with a kill in the middle, and compares masks, moments, weights and losses to the bit.
+The 135M-parameter Llama of tools/fetch_smollm2.py is pruned to 50 % sparsity while it trains for two epochs on American
+prose of 1961 (Brown), the World English Bible and posts of 20 newsgroups, all from registry packages. Each corpus
+becomes a store by ``pst-ds prepare``; two ranks under ZeRO-3 draw from them by weight. ``tools.chaos`` trains twice,
+once without interruption and once with a kill halfway, and compares masks, moments, weights and losses.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ weight = {weight}
 
 
 def documents(name: str) -> list[str]:
-    """Return the documents of a corpus, made if it is not there."""
+    """Return the documents of a corpus, which is made if missing."""
     texts.make([name])
     if name == "newsgroups":
         with (texts.DATA / "newsgroups" / "train.jsonl").open(encoding="utf-8") as file:
@@ -64,7 +64,7 @@ def documents(name: str) -> list[str]:
 
 
 def first_words(documents: list[str], words: int) -> list[str]:
-    """Return the first documents, which together have ``words`` words; the last one is cut."""
+    """Return the first documents, truncated to ``words`` words in total."""
     kept: list[str] = []
     for document in documents:
         left = words - sum(len(one.split()) for one in kept)
@@ -75,7 +75,7 @@ def first_words(documents: list[str], words: int) -> list[str]:
 
 
 def make(out: Path, args: argparse.Namespace) -> Path:
-    """Prepare the stores and write the run file, whose path is returned."""
+    """Prepare the stores and write the run file. Return its path."""
     out.mkdir(parents=True, exist_ok=True)
     base = dense_folder()
     table = RUN.format(out=out, base=base, length=args.length, batch=args.batch)

@@ -1,4 +1,4 @@
-"""When to kill: what a run folder shows from outside, and random moments that are aimed at it."""
+"""Random moments to kill a run at, and the observable state of its folder."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 WHERE = ("start", "step", "saving", "named", "final", "any")
-"""What a kill is aimed at: loading and resuming; a training step; a checkpoint half written; one that has just got its
-name, when links and retention follow; the end of the run; anything, after a random time."""
+"""Aims of a kill: start and resume; a training step; a partially written checkpoint; a renamed one, before links and
+retention; the end of the run; any moment.
+"""
 HALF = "half"
-"""Only where it is asked for: the step in the middle of the run."""
+"""The step halfway through the run; only on request."""
 NAMED_SECONDS = 0.02
-"""About what the links and the retention take after a checkpoint has its name."""
+"""Approximate seconds of links and retention after a checkpoint has its name."""
 _STEP_FOLDER = re.compile(r"step-(\d+)(\.partial)?")
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of the uninterrupted run."""
+    """Times of the uninterrupted run in seconds."""
 
     start: float
-    """From the first sight of the ranks to the first line of metrics."""
+    """Seconds from the first observation of the ranks to the first line of metrics."""
     step: float
     save: float
     whole: float
@@ -35,7 +36,7 @@ class Timing:
 
 
 class Watch:
-    """What a run folder shows from outside since a start of the run; :meth:`look` is cheap."""
+    """Observable state of a run folder since the last start; :meth:`look` is cheap."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -61,11 +62,11 @@ class Watch:
             self.first_line_at = now
 
     def ranks_seen(self) -> None:
-        """To be called when the ranks are there."""
+        """Note that the ranks run."""
         self._ranks_at = self._ranks_at or time.monotonic()
 
     def timing(self, ended: float, num_steps: int) -> Timing:
-        """Of a run that was not killed, and ended now."""
+        """Return the times of a run that was not killed and has just ended."""
         saves = [named - self.partial_at[step] for step, named in self.named_at.items() if step in self.partial_at]
         return Timing(
             start=self.first_line_at - self._ranks_at,
@@ -79,11 +80,11 @@ class Watch:
         return any(name.endswith(".partial") for name in self._names())
 
     def has_begun(self) -> bool:
-        """Whether this start got as far as to cut the metrics back and to train."""
+        """Return whether this start has truncated the metrics and trains."""
         return _identity(self._metrics) not in (self._old_metrics, 0)
 
     def last_step(self) -> int:
-        """The last step that this start reported; 0 for none."""
+        """Return the last step that this start reported; 0 for none."""
         return last_step(self._metrics) if self.has_begun() else 0
 
     def _names(self) -> set[str]:
@@ -105,7 +106,7 @@ def _identity(path: Path) -> int:
 
 
 def last_step(metrics: Path) -> int:
-    """The largest step of the last whole lines of a metrics file; 0 for none."""
+    """Return the largest step in the last complete lines of a metrics file; 0 for none."""
     with suppress(FileNotFoundError), metrics.open("rb") as stream:
         stream.seek(max(0, stream.seek(0, os.SEEK_END) - 8192))
         found = re.findall(rb'^\{"step": (\d+), .*"event": "step".*\}$', stream.read(), re.M)
@@ -114,7 +115,7 @@ def last_step(metrics: Path) -> int:
 
 
 def deck(kills: int, rng: random.Random) -> list[str]:
-    """What each kill is aimed at: every class comes up in every len(WHERE) of them, in random order."""
+    """Return the aim of each kill: random permutations of all aims."""
     aims: list[str] = []
     while len(aims) < kills:
         aims += rng.sample(WHERE, len(WHERE))
@@ -122,31 +123,27 @@ def deck(kills: int, rng: random.Random) -> list[str]:
 
 
 def victims(num_ranks: int, rng: random.Random) -> list[int]:
-    """The ranks to kill: one, some or all, each about as often."""
+    """Return the ranks to kill: one, some or all, with similar probability."""
     count = rng.choice([1, rng.randint(1, num_ranks), num_ranks])
     return sorted(rng.sample(range(num_ranks), count))
 
 
 def moment(where: str, watch: Watch, timing: Timing, rng: random.Random) -> Iterator[None]:
-    """Ends when it is time to kill; to be asked after every look of ``watch``."""
+    """Yield until it is time to kill; call next after every look of ``watch``."""
     if where == "start":
-        share = rng.choice([rng.random(), 1.0 - rng.random() / 5])  # imports take most of it, loading comes last
+        share = rng.choice([rng.random(), 1.0 - rng.random() / 5])  # imports take most of it, loading is last
         yield from _pause(share * timing.start)
-    elif where == "step":
+    elif where in ("step", HALF):
         target = min(watch.newest + rng.randint(1, max(1, timing.num_steps // 4)), timing.num_steps - 1)
-        while watch.last_step() < target:
+        while watch.last_step() < (timing.num_steps // 2 if where == HALF else target):
             yield
         yield from _pause(rng.uniform(0, timing.step))
-    elif where == HALF:
-        while watch.last_step() < timing.num_steps // 2:
+    elif where in ("saving", "named"):
+        seen, most = (watch.partial_at, timing.save / 2) if where == "saving" else (watch.named_at, NAMED_SECONDS)
+        count = rng.randint(1, 3)
+        while len(seen) < count:
             yield
-        yield from _pause(rng.uniform(0, timing.step))
-    elif where == "saving":
-        yield from _until_saves(watch.partial_at, rng.randint(1, 3))
-        yield from _pause(rng.uniform(0, timing.save / 2))
-    elif where == "named":
-        yield from _until_saves(watch.named_at, rng.randint(1, 3))
-        yield from _pause(rng.uniform(0, NAMED_SECONDS))
+        yield from _pause(rng.uniform(0, most))
     elif where == "final":
         seen, most = rng.choice([(watch.partial_at, timing.save), (watch.named_at, 3 * NAMED_SECONDS)])
         while timing.num_steps not in seen:
@@ -154,11 +151,6 @@ def moment(where: str, watch: Watch, timing: Timing, rng: random.Random) -> Iter
         yield from _pause(rng.uniform(0, most))
     else:
         yield from _pause(rng.uniform(0, timing.whole))
-
-
-def _until_saves(seen: dict[int, float], count: int) -> Iterator[None]:
-    while len(seen) < count:
-        yield
 
 
 def _pause(seconds: float) -> Iterator[None]:

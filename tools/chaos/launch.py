@@ -1,4 +1,4 @@
-"""A training started through the deepspeed launcher, whose ranks are known by their processes and can be killed."""
+"""Start a training with the deepspeed launcher, find the processes of its ranks, and kill them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from tools.cluster.processes import ROOT, environment, free_ports, kill_all
 
 _LAUNCHER_SECONDS = 10.0
-"""For the launcher to end once its ranks have been killed."""
+"""Seconds for the launcher to end after its ranks were killed."""
 
 
 class Launch:
-    """One start of a training through the deepspeed launcher, which makes the ranks."""
+    """One start of a training with the deepspeed launcher."""
 
     def __init__(self, arguments: list[str], num_ranks: int, log: Path):
         self._num_ranks, self.log = num_ranks, log
@@ -31,14 +31,14 @@ class Launch:
             )
 
     def said(self) -> str:
-        """What launcher and ranks wrote."""
+        """Return the output of launcher and ranks."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def is_running(self) -> bool:
         return self._launcher.poll() is None
 
     def pids(self) -> dict[int, int]:
-        """Process of each rank, once all are there; empty before."""
+        """Return the process of each rank, once all are running; empty before."""
         if not self._pids and time.monotonic() - self._looked > 0.1:
             self._looked = time.monotonic()
             found = ranks_below(self._launcher.pid)
@@ -46,20 +46,20 @@ class Launch:
         return self._pids
 
     def kill(self, ranks: list[int]) -> bool:
-        """Kill these ranks; whether any of them was alive."""
+        """Kill these ranks. Return whether any of them was alive."""
         alive = [self._pids[rank] for rank in ranks if _is_rank(self._pids[rank])]
         kill_all(alive)
         return bool(alive)
 
     def end(self, grace: float) -> tuple[int, int]:
-        """The launcher's exit code, and how many ranks had to be killed since they did not end by themselves."""
+        """Return the launcher's exit code, and the number of ranks that were killed after the grace period."""
         deadline = time.monotonic() + grace
         while time.monotonic() < deadline and (self.is_running() or any(map(_is_rank, self._pids.values()))):
             time.sleep(0.05)
         return self.close()
 
     def close(self) -> tuple[int, int]:
-        """Kill what is still there of launcher and ranks."""
+        """Kill what still runs of launcher and ranks."""
         pids = {*self._pids.values(), *ranks_below(self._launcher.pid).values()}
         remaining = [pid for pid in pids if _is_rank(pid)]
         kill_all(remaining)
@@ -72,7 +72,7 @@ class Launch:
 
 
 def descendants(pid: int) -> list[int]:
-    """All processes below ``pid``."""
+    """Return all processes below ``pid``."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -88,7 +88,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def ranks_below(pid: int) -> dict[int, int]:
-    """Process of each local rank that the launcher ``pid`` has started."""
+    """Return the process of each local rank of the launcher ``pid``."""
     found = {}
     for child in descendants(pid):
         match = re.search(rb"--local_rank=(\d+)\0", command_line(child))
@@ -98,7 +98,7 @@ def ranks_below(pid: int) -> dict[int, int]:
 
 
 def command_line(pid: int) -> bytes:
-    """Empty for a process that is gone, or ended and not yet waited for."""
+    """Return the command line; empty for a process that has ended."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     return b""

@@ -1,14 +1,14 @@
-"""Kill the ranks of a training under a real Slurm again and again, take a host away for good, and see it end by itself.
+"""Kill the ranks of a training under a real Slurm, cut off a host for good, and check that the run ends unattended.
 
-A Slurm of three hosts is brought up on this machine, each in a namespace of the network. A small training is done once
-on two of them without interruption. Then it is submitted with launch/slurm_unattended.sbatch and one spare host, and
-nobody helps it: ranks, one or both, are killed with SIGKILL at random moments after a new checkpoint, and at such a
-moment a host loses its cable and the shared folder. At the end everything must be as in the uninterrupted training, to
-the bit, and the host that is gone must be the one that was left out. Needs root and slurm-wlm.
+A Slurm of three hosts runs on this machine, each in a network namespace. A small training runs once on two of them
+without interruption. Then it is submitted with launch/slurm_unattended.sbatch and one spare host: ranks are killed with
+SIGKILL at random moments after a new checkpoint, and at one such moment a host loses its network and the shared folder.
+In the end everything must be bit-identical to the uninterrupted training, and the lost host must have been excluded.
+Needs root and slurm-wlm.
 
     python -m tools.chaos.slurm --kills 10 --seed 0 --json
 
-The seed fixes what is aimed at, not what the timing makes of it. Exit codes: 0 as it must be, 1 not.
+The seed determines the aims, not their exact timing. Exit codes: 0 passed, 1 failed.
 """
 
 from __future__ import annotations
@@ -33,16 +33,20 @@ from tools.cluster.slurm import Slurm, slurm_cluster
 INTERVAL = 2
 """Steps between checkpoints."""
 MOST_STEPS = 4
-"""That a start may do between its first checkpoint and the kill."""
+"""Maximum steps of a start between its first checkpoint and the kill."""
 STEPS_A_START = 2 * INTERVAL + MOST_STEPS
 SETTINGS = (
-    "model.dropout=0.1", "eval.interval=10", f"checkpoint.interval={INTERVAL}", "checkpoint.keep_last=2",
-    "train.log_interval=1", "train.stall_timeout_seconds=8",
-)  # fmt: skip
+    "model.dropout=0.1",
+    "eval.interval=10",
+    f"checkpoint.interval={INTERVAL}",
+    "checkpoint.keep_last=2",
+    "train.log_interval=1",
+    "train.stall_timeout_seconds=8",
+)
 RANKS = 2
 PAUSE_SECONDS = 0.2
 WAIT_SECONDS = 240.0
-"""For a start to come to its moment, and for the job to end after the last one."""
+"""Seconds for a start to reach its moment, and for the job to end after the last one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,24 +54,24 @@ class Event:
     """What was done to a start of the run."""
 
     what: str
-    """The ranks that were killed, or the host."""
+    """The killed ranks, or the host."""
     step: int
-    """The last one that this start had reported."""
+    """Last step that this start had reported."""
 
 
 @dataclass(slots=True)
 class Findings:
-    """How it went."""
+    """Results of the test."""
 
     events: list[Event] = field(default_factory=list)
     lost: str = ""
-    """The host that was taken away: that of the second rank, for on the first's is the job's own script."""
+    """The host that was cut off: that of the second rank, since the first host runs the job's script."""
     state: str = ""
-    """Of the job, at its end."""
+    """State of the job at its end."""
     attempts: list[dict[str, Any]] = field(default_factory=list)
-    """The lines of ``pst-ds launch`` about its starts."""
+    """Lines of ``pst-ds launch`` about its starts."""
     was_named: bool = False
-    """Whether the job's log names the host that was left out."""
+    """Whether the job's log names the excluded host."""
     differences: list[str] = field(default_factory=list)
 
     @property
@@ -82,7 +86,7 @@ class Findings:
 
 
 def disturbed(slurm: Slurm, out: Path, kills: int, seed: int) -> Findings:
-    """Train in ``out`` without and with so many kills and the loss of a host. Raises TimeoutError."""
+    """Train in ``out`` twice, without and with kills and the loss of a host. Raises TimeoutError."""
     rng, findings = random.Random(seed), Findings()
     aims = ["kill"] * kills
     aims.insert(rng.randint(0, kills), "cut off")
@@ -125,7 +129,7 @@ def disturbed(slurm: Slurm, out: Path, kills: int, seed: int) -> Findings:
 
 
 def _new_ranks(folder: Path, before: set[int], log: Path) -> dict[int, int]:
-    """Return the processes by rank of the next start, once all are there."""
+    """Return the processes by rank of the next start, once all are running."""
 
     def found() -> dict[int, int] | None:
         pids = [pid for pid in rank_processes(folder) if pid not in before]
@@ -138,7 +142,7 @@ def _new_ranks(folder: Path, before: set[int], log: Path) -> dict[int, int]:
 
 
 def _moment(watch: Watch, rng: random.Random) -> Iterator[None]:
-    """End at a random moment after this start's first checkpoint, in a step or a save."""
+    """Yield until a random moment after this start's first checkpoint, in a step or a save."""
     while not watch.named_at:
         watch.look()
         yield

@@ -1,4 +1,4 @@
-"""Hosts on this machine as far as the network goes: each a namespace with an address, all on one switch."""
+"""Hosts emulated on this machine: network namespaces with addresses on one switch."""
 
 from __future__ import annotations
 
@@ -12,31 +12,33 @@ from tools.cluster.processes import LackError, call, environment, kill_all
 
 INTERFACE = "eth0"
 SWITCH = "switch"
-"""A host of its own, to which all cables go."""
+"""Namespace to which all virtual cables lead."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """Namespaces by host; names of hosts resolve nowhere."""
+    """Namespaces by host. Host names are not resolved."""
 
     namespaces: Mapping[str, str]
 
     def on(self, host: str, *command: str) -> list[str]:
-        """Return the command, as it runs there."""
+        """Return the command that runs ``command`` on ``host``."""
         return ["ip", "netns", "exec", self.namespaces[host], *command]
 
     def processes(self, host: str) -> list[int]:
         return [int(pid) for pid in call("ip", "netns", "pids", self.namespaces[host]).split()]
 
     def cut_off(self, host: str) -> None:
-        """Pull the host's cable."""
+        """Disconnect a host."""
         call("ip", "-n", self.namespaces[host], "link", "set", INTERFACE, "down")
 
 
 @contextmanager
 def network(addresses: Mapping[str, str], switch_address: str = "") -> Iterator[Network]:
-    """Lay it, for hosts with these addresses of a /24, and remove it with all processes on it. With an address of its
-    own the switch is a host too. Raises LackError where that is not permitted."""
+    """Create the network for hosts with these addresses of a /24, and remove it with all processes in it.
+
+    With ``switch_address`` the switch is a host too. Raises LackError without permission.
+    """
     names = {host: f"pst-ds-{os.getpid()}-{host}" for host in (SWITCH, *addresses)}
     with ExitStack() as stack:
         for namespace in names.values():
@@ -66,7 +68,7 @@ def _kill_all_on(laid: Network, host: str) -> None:
 
 
 def _allowed(*command: str) -> None:
-    """Run what a container may not be permitted to. Raises LackError."""
+    """Run a command that a container may forbid. Raises LackError."""
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
         raise LackError(f"'{' '.join(command[:4])}' is refused here: {done.stderr.strip()}")

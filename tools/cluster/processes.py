@@ -1,4 +1,4 @@
-"""What clusters on this machine need: missing pieces, waiting, commands in the background, ranks and run folders."""
+"""Processes of emulated clusters: requirements, waiting, background commands, ranks and run folders."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ T = TypeVar("T")
 
 
 class LackError(Exception):
-    """A piece that this needs is missing here."""
+    """A requirement is missing on this machine."""
 
 
 def require(*programs: str) -> None:
-    """Root and these programs. Raises LackError."""
+    """Check for root and these programs. Raises LackError."""
     if os.geteuid() != 0:
         raise LackError(f"this needs root, for daemons and network namespaces; the user id is {os.geteuid()}")
     missing = [name for name in programs if shutil.which(name, path=search_path()) is None]
@@ -35,12 +35,12 @@ def require(*programs: str) -> None:
 
 
 def search_path() -> str:
-    """PATH with this Python's programs first, and with those for root."""
+    """Return PATH with this Python's programs first, and with those for root."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin", "/sbin"])
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """That of a user who has activated the Python environment, and is in no launcher and no job."""
+    """Return the environment of a user with an activated Python environment, outside launchers and jobs."""
     of_launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in of_launcher}
     python_path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
@@ -48,7 +48,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def call(*command: str, env: dict[str, str] | None = None, seconds: float = 60) -> str:
-    """Output of a command that must succeed. Raises RuntimeError for one that does not."""
+    """Return the output of a command. Raises RuntimeError if it fails."""
     done = subprocess.run(
         command, env=env or environment(), capture_output=True, text=True, timeout=seconds, check=False, cwd=ROOT
     )
@@ -58,7 +58,7 @@ def call(*command: str, env: dict[str, str] | None = None, seconds: float = 60) 
 
 
 def wait_until(condition: Callable[[], T], seconds: float, what: Callable[[], str]) -> T:
-    """The first true value of ``condition``. Raises TimeoutError with ``what()`` when there was none for so long."""
+    """Return the first true value of ``condition``. Raises TimeoutError with ``what()`` after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         if time.monotonic() > deadline:
@@ -76,7 +76,7 @@ def free_ports(count: int) -> list[int]:
 
 
 class Background:
-    """A command with all its output in a file."""
+    """A command whose output goes to a file."""
 
     def __init__(self, log: Path, *command: str, env: dict[str, str] | None = None):
         self._log = log
@@ -86,7 +86,7 @@ class Background:
             )
 
     def exit_code(self, seconds: float) -> int:
-        """Waits for its end."""
+        """Wait for the end of the command. Return its exit code."""
         wait_until(lambda: self.process.poll() is not None, seconds, lambda: f"an end of it:\n{self.text()}")
         return int(self.process.returncode)
 
@@ -94,7 +94,7 @@ class Background:
         return self._log.read_text(encoding="utf-8", errors="replace")
 
     def end(self) -> None:
-        """Nothing if it has ended already."""
+        """Stop the command if it still runs."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -113,7 +113,7 @@ def ended_after(command: Background) -> Iterator[Background]:
 
 
 def processes(predicate: Callable[[Path], bool]) -> list[int]:
-    """Ids of the processes, other than this one, whose folder in /proc satisfies ``predicate``."""
+    """Return the ids of other processes whose folder in /proc satisfies ``predicate``."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
@@ -125,7 +125,7 @@ def processes(predicate: Callable[[Path], bool]) -> list[int]:
 
 
 def rank_processes(folder: Path) -> list[int]:
-    """Ids of the ranks that train into ``folder``: only they have a RANK and name it among their arguments."""
+    """Return the ids of the ranks that train into ``folder``, by their environment and arguments."""
     word = f'output_dir="{folder}"'.encode()
     bare = f"output_dir={folder}".encode()
 
@@ -137,7 +137,7 @@ def rank_processes(folder: Path) -> list[int]:
 
 
 def environment_of(pid: int) -> dict[str, str]:
-    """The environment a process was started with."""
+    """Return the environment that a process was started with."""
     entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
@@ -151,7 +151,7 @@ def kill_all(pids: list[int]) -> None:
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps in a run's metrics.jsonl so far, in the order of its lines."""
+    """Return the steps in a run's metrics.jsonl, in the order of its lines."""
     path = folder / "metrics.jsonl"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

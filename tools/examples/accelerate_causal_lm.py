@@ -1,9 +1,9 @@
-"""accelerate: go on training a language model on a text file, and prune it on the way.
+"""accelerate: continue training a language model on a text file, and prune it meanwhile.
 
     accelerate launch tools/examples/accelerate_causal_lm.py HuggingFaceTB/SmolLM2-135M corpus.txt out
 
-A loop of one's own: on one process, DistributedDataParallel or DeepSpeed, as ``accelerate config`` says. ``out/pst``
-gets what was trained, ``out/state`` a checkpoint to --resume from, ``out/merged`` an ordinary model.
+A custom loop on one process, DistributedDataParallel or DeepSpeed, as configured by ``accelerate config``. ``out/pst``
+gets the trained parameters, ``out/state`` a checkpoint for --resume, ``out/merged`` an ordinary model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pst_ds import (
 
 def main(argv: Sequence[str] | None = None) -> None:
     asked = _arguments(argv)
-    # an optimizer step takes as many batches at the end of the text as elsewhere, so a resumed run can count them
+    # every optimizer step has the same number of batches, also at the end of the file, so a resumed run can count them
     accumulation = GradientAccumulationPlugin(num_steps=asked.accumulation, sync_with_dataloader=False)
     accelerator = Accelerator(gradient_accumulation_plugin=accumulation, cpu=asked.cpu)  # before from_pretrained
     tokenizer = AutoTokenizer.from_pretrained(asked.model)
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _sequences(tokenizer: Any, asked: argparse.Namespace) -> torch.Tensor:
-    """The text as sequences of equal length, (sequences, tokens)."""
+    """Return the file as sequences of equal length: (sequences, tokens)."""
     tokens = torch.tensor(tokenizer(Path(asked.data).read_text(encoding="utf-8"))["input_ids"])
     if len(tokens) < asked.max_length:
         raise SystemExit(
@@ -96,12 +96,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("model", help="folder or hub name of a pretrained decoder")
     parser.add_argument("data", help="text file")
     parser.add_argument("out", help="folder to write to")
-    parser.add_argument("--sparsity", type=float, default=0.7, help="share of zeros at the end")
+    parser.add_argument("--sparsity", type=float, default=0.7, help="final sparsity")
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--stop-at", type=int, default=0, help="save after this step, and stop there")
-    parser.add_argument("--accumulation", type=int, default=1, help="batches of an optimizer step")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences a rank takes at a time")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--stop-at", type=int, default=0, help="save and stop after this step")
+    parser.add_argument("--accumulation", type=int, default=1, help="batches per optimizer step")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences per rank and batch")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens per sequence")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--resume", help="a folder that --stop-at has saved")
     return parser.parse_args(argv)

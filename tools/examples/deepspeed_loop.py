@@ -1,9 +1,9 @@
-"""A plain DeepSpeed loop: fine-tune a text classifier and prune it on the way, under any ZeRO stage.
+"""A plain DeepSpeed loop: fine-tune a text classifier under any ZeRO stage, and prune it meanwhile.
 
     deepspeed tools/examples/deepspeed_loop.py bert-base-uncased train.jsonl out --config zero3.json
 
-train.jsonl has a "text" and a "label" a line; the JSON names no optimizer. ``out/pst`` gets what was trained,
-``out/state`` DeepSpeed's checkpoint to --resume from, ``out/merged`` an ordinary model.
+Each line of train.jsonl has a "text" and a "label"; the JSON names no optimizer. ``out/pst`` gets the trained
+parameters, ``out/state`` DeepSpeed's checkpoint for --resume, ``out/merged`` an ordinary model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = _arguments(argv)
     deepspeed.init_distributed()
     config = json.loads(Path(asked.config).read_text(encoding="utf-8"))
-    partitions = HfDeepSpeedConfig(config)  # under ZeRO-3 from_pretrained asks for it, as long as it is alive
+    partitions = HfDeepSpeedConfig(config)  # from_pretrained looks it up under ZeRO-3, while it is alive
     labels, batches = _batches(asked, config["train_micro_batch_size_per_gpu"])
     dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
     options = {"num_labels": len(labels), "dtype": dtype}
@@ -71,13 +71,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _batches(asked: argparse.Namespace, size: int) -> tuple[list[str], Iterator[dict[str, Any]]]:
-    """The names of the classes, and this rank's micro-batches without end."""
+    """Return the names of the classes, and an endless iterator over this rank's micro-batches."""
     tokenizer = AutoTokenizer.from_pretrained(asked.model)
     rows = [json.loads(line) for line in Path(asked.data).read_text(encoding="utf-8").splitlines()]
     labels = sorted({row["label"] for row in rows})
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if len(rows) < world * size:
-        raise SystemExit(f"{asked.data} has {len(rows)} rows, and {world} ranks take {world * size} at a time")
+        raise SystemExit(f"{asked.data} has {len(rows)} rows, but {world} ranks need {world * size} per batch")
 
     def endless() -> Iterator[dict[str, Any]]:
         while True:
@@ -96,9 +96,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("data", help="JSONL file")
     parser.add_argument("out", help="folder to write to")
     parser.add_argument("--config", required=True, help="DeepSpeed JSON, without an optimizer")
-    parser.add_argument("--sparsity", type=float, default=0.9, help="share of zeros at the end")
+    parser.add_argument("--sparsity", type=float, default=0.9, help="final sparsity")
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--stop-at", type=int, default=0, help="save after this step, and stop there")
+    parser.add_argument("--stop-at", type=int, default=0, help="save and stop after this step")
     parser.add_argument("--resume", help="the folder out/state that --stop-at has saved")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
     return parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""How the examples end: the trained model as an ordinary folder, and its zeros, counted in the files."""
+"""The last step of the examples: save the trained model as an ordinary folder, and count its sparsity."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pst_ds.nn.inject import pst_layers
 
 
 def save_merged(model_class: Any, base: str, small: Path, out: Path, **options: Any) -> float:
-    """Put the adapter state ``small`` onto the model ``base`` and save it merged in ``out``; the share of zeros.
+    """Load the adapter state ``small`` into the model ``base`` and save it merged in ``out``. Return its sparsity.
 
-    ``options`` are those that ``base`` was loaded with. For one process alone.
+    ``options`` are those that ``base`` was loaded with. For one process only.
     """
-    unset_hf_deepspeed_config()  # or under ZeRO-3 the base would be partitioned, and this process is alone
+    unset_hf_deepspeed_config()  # otherwise ZeRO-3 would partition the base, in only one process
     model = load_pretrained(model_class.from_pretrained(base, **options), small)
     names = list(pst_layers(model))
     merged: Any = merge_and_unload(model)

@@ -1,9 +1,10 @@
-"""HF Trainer: fine-tune a text classifier and prune it on the way. With --deepspeed under any ZeRO stage.
+"""HF Trainer: fine-tune a text classifier and prune it meanwhile. With --deepspeed under any ZeRO stage.
 
     python tools/examples/trainer_classification.py bert-base-uncased train.jsonl out
     deepspeed tools/examples/trainer_classification.py bert-base-uncased train.jsonl out --deepspeed zero3.json
 
-train.jsonl has a "text" and a "label" a line. ``out/pst`` gets what was trained, ``out/merged`` an ordinary model.
+Each line of train.jsonl has a "text" and a "label". ``out/pst`` gets the trained parameters, ``out/merged`` an ordinary
+model.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pst_ds.hf import PSTCallback, trainer_optimizer
 
 def main(argv: Sequence[str] | None = None) -> None:
     asked = _arguments(argv)
-    # not every transformers 5 knows of it
+    # not every transformers 5 has this setting
     order: dict[str, Any] = {"train_sampling_strategy": "sequential"} if asked.in_order else {}
     arguments = TrainingArguments(  # before from_pretrained, which partitions the weights under ZeRO-3
         asked.out,
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
 
     model = AutoModelForSequenceClassification.from_pretrained(asked.model, num_labels=len(labels))
-    model = inject_pst(model, PSTConfig())  # the classifier on top is trained in full
+    model = inject_pst(model, PSTConfig())  # the classification head is trained in full
     print_trainable_parameters(model)
     trainer = Trainer(
         model,
@@ -70,16 +71,16 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("model", help="folder or hub name of a pretrained encoder")
     parser.add_argument("data", help="JSONL file")
     parser.add_argument("out", help="folder to write to")
-    parser.add_argument("--sparsity", type=float, default=0.9, help="share of zeros at the end")
+    parser.add_argument("--sparsity", type=float, default=0.9, help="final sparsity")
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=32, help="texts a rank takes at a time")
-    parser.add_argument("--max-length", type=int, default=128, help="tokens of a text")
-    parser.add_argument("--in-order", action="store_true", help="take the texts in the order of the file")
+    parser.add_argument("--batch-size", type=int, default=32, help="examples per rank and batch")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens per example")
+    parser.add_argument("--in-order", action="store_true", help="keep the order of the file")
     parser.add_argument("--deepspeed", help="DeepSpeed JSON, without an optimizer")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--logging-steps", type=int, default=10)
     parser.add_argument("--save-steps", type=int, default=500)
-    parser.add_argument("--resume", help="a checkpoint-N folder to go on from")
+    parser.add_argument("--resume", help="a checkpoint-N folder to resume from")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
     return parser.parse_args(argv)
 

@@ -1,1 +1,1 @@
-"""What a GPU does with PST, measured in ten minutes, beside what ``pst-ds plan`` predicts: ``make gpu``."""
+"""Measure PST on a GPU within ten minutes, next to the predictions of ``pst-ds plan``: ``make gpu``."""

@@ -1,7 +1,7 @@
-"""``python -m tools.gpu``: measure one GPU, and write runs/gpu.json and a table beside it, with the plan's predictions.
+"""``python -m tools.gpu``: measure one GPU, and write runs/gpu.json and a table with the plan's predictions.
 
-Ten minutes at most: a section that would begin after eight is left out, and the table says so. ``--device cpu`` goes
-through every section at tiny sizes, which proves the code and measures nothing.
+Takes at most ten minutes: sections that would start after eight are skipped, which the table says. ``--device cpu``
+runs every section at tiny sizes, to test the code.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import torch
 
 from pst_ds.atomic_files import write_text_atomic
 from pst_ds.planning.machines import MACHINES
-from tools.gpu.bench import TINY, Bench, Sizes, machine_of_card
-from tools.gpu.sections import SECTIONS
+from tools.gpu.sections import SECTIONS, TINY, Bench, Sizes, machine_of_card
 
 LAST_START = 480.0
-"""Seconds after which no section begins."""
+"""Seconds after which no section starts."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.stderr.write(
-            f"tools.gpu: torch {torch.__version__} finds no GPU on this machine; run it on one, or with --device cpu "
+            f"tools.gpu: torch {torch.__version__} finds no GPU on this machine; run this on one, or with --device cpu "
             "for a dry run at tiny sizes\n"
         )
         return 2
@@ -46,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measured(device: str, names: list[str]) -> dict[str, Any]:
-    """Return what the sections ``names`` found, and under which conditions."""
+    """Return the results of the sections ``names``, with their conditions."""
     is_dry = device == "cpu"
     card = "none: a dry run on the CPU" if is_dry else torch.cuda.get_device_name()
     machine = MACHINES["cpu"] if is_dry else machine_of_card(card)

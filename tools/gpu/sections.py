@@ -1,15 +1,17 @@
-"""The sections of ``make gpu``: each returns rows of what was measured, beside what is predicted."""
+"""The sections of ``make gpu``. Each returns rows of measurements and predictions."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.quantization import Grid
@@ -19,10 +21,11 @@ from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.planning.activations import trace_micro_batch
 from pst_ds.planning.counts import COUNTS
+from pst_ds.planning.machines import MACHINES, Machine
 from pst_ds.planning.memory import ZeroSettings, memory_plan
 from pst_ds.planning.shapes import model_numbers
 from pst_ds.planning.time import Batch, TimePlan, time_plan
-from tools.gpu.bench import Bench
+from tools.bench.timing import medians
 
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,8 +33,68 @@ PATTERNS = ("matrix", "global", "row", "2:4", "16x1")
 SPARSITIES = (0.5, 0.8, 0.9)
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the measurements."""
+
+    hidden: int = 4096
+    intermediate: int = 11008
+    layers: int = 2
+    heads: int = 32
+    vocabulary: int = 32000
+    tokens: int = 4096
+    updates: tuple[int, ...] = (1024, 4096, 8192)
+    """Sides of the matrices whose masks are updated."""
+    matrix: tuple[int, int] = (11008, 4096)
+    """Shape of the matrix whose kernels and products are timed."""
+    repeats: int = 20
+
+
+TINY = Sizes(64, 96, 1, 4, 50, 16, (32, 48, 64), (96, 64), 2)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Device, sizes and predicted machine of a section."""
+
+    device: torch.device
+    sizes: Sizes
+    machine: Machine
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """Return the median seconds of ``run`` until the device is done, after two warm-up runs."""
+
+        def until_done() -> None:
+            run()
+            self.wait()
+
+        self.wait()
+        return medians({"run": until_done}, self.sizes.repeats, warmup=2)["run"]
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def llama(self) -> LlamaForCausalLM:
+        """Return a Llama with random bf16 weights, the same in every call."""
+        s = self.sizes
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            hidden_size=s.hidden, intermediate_size=s.intermediate, num_hidden_layers=s.layers, use_cache=False,
+            num_attention_heads=s.heads, num_key_value_heads=s.heads, vocab_size=s.vocabulary,
+        )  # fmt: skip
+        with self.device:
+            return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+
+
+def machine_of_card(name: str) -> Machine:
+    """Return the predicted rates of a card by its name; those of an H100 for unknown cards."""
+    low = name.lower()
+    return next((machine for key, machine in MACHINES.items() if key in low), MACHINES["h100"])
+
+
 def marked_tests(bench: Bench) -> list[Row]:
-    """Run the tests marked gpu; where there is no GPU, collect them alone."""
+    """Run the tests marked gpu; without a GPU, only collect them."""
     collect = [] if bench.device.type == "cuda" else ["--collect-only"]
     files = sorted(str(p) for p in (ROOT / "tests").rglob("test_*.py") if "mark.gpu\n" in p.read_text(encoding="utf-8"))
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", "0", *collect, *files]
@@ -42,7 +105,7 @@ def marked_tests(bench: Bench) -> list[Row]:
 
 
 def _layers(bench: Bench, side: int, pattern: str = "matrix", device: torch.device | None = None) -> nn.Module:
-    """Return three layers of (side, side) in bf16, the same on every device, whose factors are not zero."""
+    """Return three bf16 layers of (side, side) with nonzero factors, the same on every device."""
     torch.manual_seed(3)
     model = nn.Sequential(*[nn.Linear(side, side, bias=False) for _ in range(3)]).bfloat16()
     inject_pst(model, PSTConfig(pattern=pattern, modules_to_save=(), target_modules=("0", "1", "2")))
@@ -53,7 +116,7 @@ def _layers(bench: Bench, side: int, pattern: str = "matrix", device: torch.devi
 
 
 def bits(bench: Bench) -> list[Row]:
-    """Choose masks here and on the CPU, which must be the same to the bit."""
+    """Check that masks chosen here and on the CPU are bit-identical."""
     rows = []
     for pattern in PATTERNS:
         here, there = (
@@ -76,7 +139,7 @@ def _trained(bench: Bench, kind: str) -> nn.Module:
 
 
 def planned(bench: Bench) -> tuple[TimePlan, int]:
-    """Return times and peak bytes that are predicted for the training step of :func:`steps`."""
+    """Return the predicted times and peak bytes of the training step of :func:`steps`."""
     model = inject_pst(nn.Module.to(bench.llama(), "meta"), PSTConfig(modules_to_save=(), relative_magnitude=False))
     numbers, zero = (
         model_numbers(model, device=bench.machine.device),
@@ -90,7 +153,7 @@ def planned(bench: Bench) -> tuple[TimePlan, int]:
 
 
 def steps(bench: Bench) -> list[Row]:
-    """Train PST, full fine-tuning and PEFT's LoRA with AdamW on one device; PST's peak stands beside the plan's."""
+    """Time a step of PST, full fine-tuning and PEFT's LoRA with AdamW on one device, and measure PST's peak memory."""
     times, peak = planned(bench)
     predicted = {"pst": times.step, "full": times.full_step}
     found: dict[str, float] = {}
@@ -126,7 +189,7 @@ def steps(bench: Bench) -> list[Row]:
 
 
 def updates(bench: Bench) -> list[Row]:
-    """Choose masks of three matrices at three sizes."""
+    """Time mask updates of three matrices at three sizes."""
     rows = []
     for side in bench.sizes.updates:
         model = _layers(bench, side)
@@ -139,7 +202,7 @@ def updates(bench: Bench) -> list[Row]:
 
 
 def kernels(bench: Bench) -> list[Row]:
-    """Time the merge, and the backward pass less its products, against the bytes that they are counted to move."""
+    """Time the merge, and the backward pass without its products, next to the predicted memory traffic."""
     outputs, inputs = bench.sizes.matrix
     model = nn.Sequential(nn.Linear(inputs, outputs, bias=False)).bfloat16()
     inject_pst(model, PSTConfig(modules_to_save=(), target_modules=("0",)))
@@ -160,7 +223,7 @@ def kernels(bench: Bench) -> list[Row]:
 
 
 def decode(bench: Bench) -> list[Row]:
-    """Multiply a few vectors with bitmask layers of floats and of codes, against the dense product."""
+    """Time products of a few vectors with bf16 and quantised bitmask layers, relative to dense ones."""
     outputs, inputs = bench.sizes.matrix
     dense = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0)).bfloat16()
     there, rows = dense.to(bench.device), []

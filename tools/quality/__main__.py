@@ -1,15 +1,15 @@
 """Fill the results table, a grid of methods x sparsities x seeds x data sets, and write tools/quality/logs/results.md.
 
-A grid is a TOML file (tools/quality/encoders.toml, causal.toml). Each cell trains, exports, verifies and tests in a
-process with one thread and a budget of CPU seconds, and becomes a line of tools/quality/logs/results/NAME.jsonl. Cells
-that have a line are not run again, so the command can be interrupted at any time and repeated.
+A grid is a TOML file (tools/quality/encoders.toml, causal.toml). Each cell trains, exports, verifies and tests in its
+own process with one thread and a budget of CPU seconds, and becomes a line of tools/quality/logs/results/NAME.jsonl.
+Cells that have a line are not run again, so the command can be interrupted and repeated at any time.
 
     python -m tools.quality tools/quality/encoders.toml --workers 2
     python -m tools.quality tools/quality/encoders.toml --list
     python -m tools.quality tools/quality/encoders.toml --only 'films/pst/0.9' --minutes 30
     python -m tools.quality tools/quality/encoders.toml --report-only
 
-Exit codes: 0 done, 1 some cell failed, 2 bad input, 130 stopped.
+Exit codes: 0 done, 1 a cell failed, 2 wrong input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"quality: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("quality: stopped; the cells that had ended are kept", file=sys.stderr)
+        print("quality: interrupted; finished cells are kept", file=sys.stderr)
         return 130
 
 
@@ -53,9 +53,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "python -m tools.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("grid", type=Path, help="TOML file")
-    parser.add_argument("--only", default="", metavar="PATTERN", help="cells whose name begins so, such as 'films/pst'")
-    parser.add_argument("--workers", type=_count, default=1, help="cells at a time, one thread each (default: 1)")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after so many minutes")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="start of the cells' names, such as 'films/pst'")
+    parser.add_argument("--workers", type=_count, default=1, help="concurrent cells, one thread each (default: 1)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after this time")
     parser.add_argument("--retry-failed", action="store_true", help="run failed cells and those over budget again")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of every run"
@@ -63,7 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="lines (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=Options.folder, help="where cells run (default: runs/quality)")
     shown = parser.add_mutually_exclusive_group()
-    shown.add_argument("--list", action="store_true", help="show the cells and what is known of them; run nothing")
+    shown.add_argument("--list", action="store_true", help="show the cells and their states; run nothing")
     shown.add_argument("--report-only", action="store_true", help="write the page from the lines; run nothing")
     return parser.parse_args(argv)
 
@@ -78,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
     grid = load_grid(args.grid, args.set)
     lines = Lines(args.results / f"{grid.name}.jsonl")
     if args.list:
-        list_cells(grid, lines, args.only)
+        for planned in selected(grid, plan(grid, lines.by_id), args.only):
+            print(f"{planned.state:<12}{planned.name}")
         return 0
     failed = 0
     if not args.report_only:
@@ -97,26 +98,21 @@ def run(args: argparse.Namespace) -> int:
         states = Counter(planned.state for planned in selected(grid, plan(grid, lines.by_id), args.only))
         failed = states["failed"] + states["over budget"]
         print(f"{ended} cells run; " + ", ".join(f"{count} {state}" for state, count in states.items()))
-    print(f"{write_report(grids_beside(args.grid, grid), args.results)} written")
+    print(f"{write_report(grids_of_page(args.grid, grid), args.results)} written")
     return 1 if failed else 0
 
 
-def list_cells(grid: Grid, lines: Lines, only: str) -> None:
-    for planned in selected(grid, plan(grid, lines.by_id), only):
-        print(f"{planned.state:<12}{planned.name}")
-
-
-def grids_beside(path: Path, grid: Grid) -> list[Grid]:
-    """``grid``; with one of the project's own, the others too: they are on one page."""
+def grids_of_page(path: Path, grid: Grid) -> list[Grid]:
+    """Return ``grid``, together with all others of the project if it is one of them: they share a page."""
     folder = ROOT / "tools" / "quality"
-    beside = folder.glob("*.toml") if path.resolve().parent == folder else []
-    others = [load_grid(other.relative_to(ROOT)) for other in beside if other != path.resolve()]
+    paths = folder.glob("*.toml") if path.resolve().parent == folder else []
+    others = [load_grid(other.relative_to(ROOT)) for other in paths if other != path.resolve()]
     return sorted([grid, *others], key=lambda g: Path(g.path).name)
 
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM raise KeyboardInterrupt, so that children are ended."""
+    """Raise KeyboardInterrupt on SIGINT and SIGTERM within the block, so that children are ended."""
 
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -131,13 +127,13 @@ def stopped_by_signals() -> Iterator[None]:
 
 @contextmanager
 def alone(path: Path, grid: Grid) -> Iterator[None]:
-    """One process at a time runs a grid's cells."""
+    """Hold a lock that lets one process run a grid's cells."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise GridError(f"another process is running the cells of grid {grid.name!r}; wait for it") from None
+            raise GridError(f"another process is running the cells of grid {grid.name!r}. Wait for it") from None
         yield
 
 

@@ -1,4 +1,4 @@
-"""Which cells a grid has, in which order they are run, and which of them the lines already have."""
+"""Cells of a grid, the order in which they run, and their results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Line = dict[str, Any]
 Kind = Literal["search", "cell"]
 State = Literal["to do", "waits", "done", "failed", "over budget"]
 FIXED_MASK = frozenset(name for name, method in METHODS.items() if method.masks == "fixed")
-"""Methods of the run file whose mask is there before they train."""
+"""Methods of the run file whose mask exists before training."""
 
 
 class LinesError(InputError):
@@ -50,11 +50,11 @@ class Lines:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What is made before a cell: a pruned folder, or a teacher."""
+    """A pruned folder or a teacher that is made before a cell."""
 
     settings: Table
     prune: Table = field(default_factory=dict)
-    """``pst-ds prune`` with these options; without them the settings are trained, and exported dense."""
+    """Options of ``pst-ds prune``. Without them the settings are trained and exported dense."""
 
     @property
     def id(self) -> str:
@@ -63,7 +63,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run, or one evaluation."""
+    """A run or an evaluation."""
 
     kind: Kind
     data_set: str
@@ -71,15 +71,15 @@ class Cell:
     sparsity: str
     seed: int
     attempt: int | None
-    """Number of the method's try, from 0; None without any."""
+    """Number of the method's try, from 0; None without tries."""
     settings: Table
-    """Of the run file, but for the output_dir and for what the steps give."""
+    """Settings of the run file, without output_dir and what the steps set."""
     tests: dict[str, str]
     train: bool
     base: Step | None = None
     teacher: Step | None = None
     tune: float = 0.0
-    """Share of the steps that ``pst-ds tune`` takes first."""
+    """Share of the steps that ``pst-ds tune`` uses first."""
 
     @property
     def name(self) -> str:
@@ -89,7 +89,7 @@ class Cell:
 
     @property
     def id(self) -> str:
-        """A hash of all that decides the result. A try that was run for the search is thus the cell that needs it."""
+        """Hash of everything that determines the result. A try of the search can thus be the cell that needs it."""
         steps = {name: step and step.id for name, step in (("base", self.base), ("teacher", self.teacher))}
         tuned = {"tune": self.tune} if self.tune else {}
         return digest({"settings": self.settings, "tests": self.tests, "train": self.train, **steps, **tuned})
@@ -97,7 +97,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A cell of the grid and what is known of it; ``cell`` is None while it waits for a search."""
+    """A cell of the grid and its state; ``cell`` is None while it waits for a search."""
 
     name: str
     data_set: str
@@ -116,9 +116,9 @@ def digest(value: Any) -> str:
 
 
 def plan(grid: Grid, lines: Mapping[str, Line]) -> list[Planned]:
-    """Every cell, in the order to run them: all tries; then one seed of everything, then the next seed.
+    """Return every cell in the order to run them: all tries, then one seed of everything, then the next seed.
 
-    Wherever it is stopped, the table is balanced.
+    The table is balanced wherever the runner is stopped.
     """
     searched = grid.search.data_sets or tuple(grid.data_sets)
     found = []
@@ -152,7 +152,7 @@ def _planned(
 
 
 def state_of(grid: Grid, line: Line | None) -> State:
-    """Of a cell with this line. One that was over a smaller budget than the grid's is to do again."""
+    """Return the state of a cell with this line. A cell that exceeded a smaller budget than the grid's runs again."""
     if line is None or (line["outcome"] == "over budget" and line["budget_cpu_seconds"] < grid.cpu_seconds):
         return "to do"
     outcome: State = line["outcome"]
@@ -163,7 +163,7 @@ def cell_of(
     grid: Grid, lines: Mapping[str, Line], kind: Kind, data_set: str, method: str, sparsity: str, seed: int,
     attempt: int | None = None,
 ) -> Cell | None:  # fmt: skip
-    """A cell with all its settings; None while a search that it needs is not done.
+    """Return a cell with all its settings; None while a search that it needs is not done.
 
     ``attempt`` is the number of the try; None is the chosen one.
     """
@@ -186,7 +186,7 @@ def cell_of(
     tests = grid.data_sets[data_set].tests or {"test": settings.get("data", {}).get("test", "")}
     settings = laid_over(settings, {"data": {"test": next(iter(tests.values()))}})
     if shorter:
-        tests = {}  # such a try is no cell of the table: the validation file alone says which is best
+        tests = {}  # not a cell of the table: the validation file decides which try is best
     base = None
     if row.base:
         options = {key: value for key, value in row.base.items() if key != "run"}
@@ -204,22 +204,22 @@ def cell_of(
 
 
 def untrained(settings: Table) -> Table:
-    """What a model that is not trained depends on, so that others do not make another cell of it."""
+    """Return the settings that an untrained model depends on, so that others do not change the cell's id."""
     kept: Table = {key: settings[key] for key in ("task", "model", "data", "eval", "pst") if key in settings}
     parts = (("schedule", "final_sparsity"), ("train", "precision"))
     found = {table: {key: settings[table][key]} for table, key in parts if key in settings.get(table, {})}
-    return laid_over(kept, found, {"train": {"num_steps": 1}})  # a run file must have some
+    return laid_over(kept, found, {"train": {"num_steps": 1}})  # a run file needs some
 
 
 def _seeds(seed: int) -> Table:
-    """Of the batches and the head, and of the factors."""
+    """Return the seeds of batches and head, and of the factors."""
     return {"seed": seed, "pst": {"seed": seed}}
 
 
 def chosen(grid: Grid, lines: Mapping[str, Line], data_set: str, method: str) -> int | None:
-    """The try of a method that was best on the validation file; None until every try has been run.
+    """Return the try of a method that is best on the validation file; None until every try has run.
 
-    Of equals the first. A try that failed, or was over budget, is not chosen.
+    Of equal tries the first is chosen. Tries that failed or exceeded the budget are not chosen.
     """
     tries = tries_run(grid, lines, data_set, method)
     if any(line is None or state_of(grid, line) == "to do" for line in tries):
@@ -233,7 +233,7 @@ def chosen(grid: Grid, lines: Mapping[str, Line], data_set: str, method: str) ->
 
 
 def tries_run(grid: Grid, lines: Mapping[str, Line], data_set: str, method: str) -> list[Line | None]:
-    """The line of each try that counts for a data set; None for one that has not been run."""
+    """Return the line of each try that counts for a data set; None for tries that have not run."""
     row: Method = grid.methods[method]
     place = (grid.searched_data_set(data_set), method, grid.search_sparsity(row), grid.search.seed)
     cells = [cell_of(grid, lines, "search", *place, attempt) for attempt in range(len(row.tries))]

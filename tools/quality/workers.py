@@ -1,4 +1,4 @@
-"""Runs the cells of a grid, each in a process of its own, and writes a line for each that comes to an end."""
+"""Run the cells of a grid in separate processes, and write a line for each finished cell."""
 
 from __future__ import annotations
 
@@ -20,33 +20,32 @@ from pst_ds.core.kernels.host import cpu_facts, cpu_name
 from pst_ds.file_names import CHECKPOINTS, START
 from pst_ds.progress import Progress
 from tools.quality.cells import Cell, Line, Lines, Planned, State, plan
-from tools.quality.files import FOLDER
 from tools.quality.grid import Grid, Method
-from tools.quality.run_cell import OUTCOME
+from tools.quality.run_cell import FILES, OUTCOME
 
 ROOT = Path(__file__).resolve().parents[2]
 _LOOK_SECONDS, _LINE_SECONDS = 0.2, 600.0
 _WALL_FACTOR = 10.0
-"""A cell that takes so many times its budget of CPU seconds by the clock does not go on: it is ended."""
+"""Multiple of the budget of CPU seconds after which, by the clock, a cell is ended."""
 _WALL_LEAST = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to run."""
+    """Options of the runner."""
 
     only: str = ""
-    """Cells whose name, or its beginning, matches this shell pattern, and the tries that they need."""
+    """Shell pattern of the cells' names or their beginnings; the tries that they need run too."""
     workers: int = 1
     minutes: float = float("inf")
-    """After these no cell is begun."""
+    """Minutes after which no cell starts."""
     retry_failed: bool = False
     folder: Path = Path("runs/quality")
 
 
 @dataclass(slots=True)
 class Job:
-    """A cell that is running."""
+    """A running cell."""
 
     cell: Cell
     process: subprocess.Popen[bytes]
@@ -55,7 +54,7 @@ class Job:
 
 
 def selected(grid: Grid, planned: list[Planned], only: str) -> list[Planned]:
-    """The cells that ``only`` matches, and the tries that these wait for."""
+    """Return the cells that ``only`` matches, and the tries that these wait for."""
     if not only:
         return planned
     names = {p.name for p in planned if fnmatch.fnmatch(p.name, only) or fnmatch.fnmatch(p.name, f"{only}*")}
@@ -67,13 +66,13 @@ def selected(grid: Grid, planned: list[Planned], only: str) -> list[Planned]:
 
 
 def _searches(grid: Grid, data_set: str, method: Method) -> set[tuple[str, str]]:
-    """(data set, method) of the searches that come before a method's cells."""
+    """Return (data set, method) of the searches that precede a method's cells."""
     found = {(grid.searched_data_set(data_set), method.tries_of or method.name)}
     return found | (_searches(grid, data_set, grid.methods[method.teacher]) if method.teacher else set())
 
 
 def run_cells(grid: Grid, lines: Lines, options: Options) -> int:
-    """Run what is to do, in order; the number of cells that came to an end. Children are ended when this is stopped."""
+    """Run the remaining cells in order. Return the number of finished ones. Children end if this is interrupted."""
     deadline = time.monotonic() + 60 * options.minutes
     running: list[Job] = []
     begun: set[str] = set()
@@ -108,7 +107,7 @@ def run_cells(grid: Grid, lines: Lines, options: Options) -> int:
 
 
 def next_cell(grid: Grid, lines: Lines, options: Options, begun: set[str]) -> Cell | None:
-    """The first cell that is to do, and was not begun in this session."""
+    """Return the first remaining cell that was not started in this session."""
     for planned in selected(grid, plan(grid, lines.by_id), options.only):
         if planned.cell is not None and planned.state in _wanted(options) and planned.cell.id not in begun:
             return planned.cell
@@ -120,7 +119,7 @@ def _wanted(options: Options) -> set[State]:
 
 
 def start(grid: Grid, cell: Cell, folder: Path) -> Job:
-    """Begin a cell with one thread, in a folder of its own that is made anew."""
+    """Start a cell with one thread, in a new folder."""
     place = folder / "cells" / cell.id
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
@@ -142,20 +141,24 @@ def start(grid: Grid, cell: Cell, folder: Path) -> Job:
     with (place / "log.txt").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "tools.quality.run_cell", str(place / "spec.json")],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ, start_new_session=True,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environ,
+            start_new_session=True,
+        )
     return Job(cell, process, place, time.monotonic())
 
 
 def files_spec(grid: Grid, cell: Cell) -> dict[str, Any]:
-    """What the cell writes beside its dense export; empty for nothing."""
+    """Return what the cell writes in addition to its dense export; empty for nothing."""
     if not cell.train or not cell.tests or cell.data_set not in (grid.files.data_sets or grid.data_sets):
         return {}
     return {"export": grid.files.export, "peers": grid.files.peers, "has_zeros": cell.sparsity != "0"}
 
 
 def outcome_of(grid: Grid, job: Job, options: Options) -> Line | None:
-    """The line of a job that has ended; None while it runs."""
+    """Return the line of a finished job; None while it runs."""
     pid, status, usage = os.wait4(job.process.pid, os.WNOHANG)
     wall = time.monotonic() - job.started
     stalled = False
@@ -196,14 +199,14 @@ def outcome_of(grid: Grid, job: Job, options: Options) -> Line | None:
 
 
 def _told(job: Job, grid: Grid, stalled: bool) -> Line:
-    """What the process said of itself, or why it said nothing."""
+    """Return the outcome that the process wrote, or why there is none."""
     told = job.folder / OUTCOME
     if told.is_file():
         outcome: Line = json.loads(told.read_text(encoding="utf-8"))
         return outcome
     code = job.process.returncode
     if stalled:
-        return {"error": "it did not come to an end by itself and was ended"}
+        return {"error": "it stalled and was ended"}
     if code == -signal.SIGXCPU:
         return {"outcome": "over budget", "error": f"more than {grid.cpu_seconds:g} CPU seconds"}
     if code < 0:
@@ -217,22 +220,22 @@ def last_line(log: Path) -> str:
 
 
 def said_of(line: Line, grid: Grid) -> str:
-    """One line for the terminal."""
+    """Return one line for the terminal."""
     if line["outcome"] != "done":
         return f"{line['name']}: {line['outcome']} after {line['cpu_seconds']:.0f} CPU s: {line.get('error', '')}"
     tests = ",".join(f" {name} {metrics[grid.metric]:.4g}" for name, metrics in line["tests"].items())
     validation = line["validation"].get(grid.metric)
     chosen_by = "" if validation is None else f" (validation {validation:.4g})"
     return (
-        f"{line['name']}: {grid.metric}{tests}{chosen_by}, {line['sparsity_measured']:.4f} zeros, "
+        f"{line['name']}: {grid.metric}{tests}{chosen_by}, {line['sparsity_measured']:.4f} sparsity, "
         f"{line['cpu_seconds']:.0f} CPU s"
     )
 
 
 def clean_up(folder: Path) -> None:
-    """Remove what is large in a cell's folder: models, checkpoints and exports. Metrics and the run file stay."""
+    """Remove models, checkpoints and exports from a cell's folder. Metrics and the run file stay."""
     of_run = (folder / "run" / name for name in (START, CHECKPOINTS, "tensorboard"))
-    for path in (*of_run, folder / "export", folder / FOLDER):
+    for path in (*of_run, folder / "export", folder / FILES):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -242,7 +245,7 @@ def _kill(job: Job) -> None:
 
 
 def machine() -> str:
-    """The kind of processor in words, such as "Intel Xeon with AMX"."""
+    """Return the kind of processor, such as "Intel Xeon with AMX"."""
     facts, name = cpu_facts(), cpu_name()
     kinds = ("Intel Xeon", "Intel Core", "AMD EPYC", "AMD Ryzen")
     kind = next((k for k in kinds if all(word in name for word in k.split())), name)

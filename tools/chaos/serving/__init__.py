@@ -1,1 +1,1 @@
-"""A server of many users under load: wrong requests among right ones, and a worker that is killed."""
+"""Load test of a server with users: invalid requests among valid ones, and a killed worker."""

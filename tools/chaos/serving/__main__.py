@@ -1,17 +1,17 @@
-"""Ask a server with users by many clients at a time, some of them wrongly, and kill one of its workers.
+"""Test a server with users under concurrent load, with invalid requests and a killed worker.
 
-A tiny model with users is trained, and its answers are written one at a time by transformers. Then ``pst-ds serve`` is
-started with several workers, and clients ask it in threads: for texts of random users, half of them as streams, with
-wrong requests of all kinds among them, streams that are left, and connections with half a request. At a third of the
-load a worker is killed with SIGKILL; what it was writing is asked again. In the end every text must be the one written
-alone, every wrong request must have had its own status, no other worker may have died, another must have come in its
-place, and memory may not have grown. With ``--no-kill``, ``/health`` must have answered within a second throughout.
+A tiny model with users is trained, and transformers generates the expected answers one by one. ``pst-ds serve`` is
+started with several workers, and clients in threads request completions for random users, half of them as streams,
+mixed with invalid requests, abandoned streams and connections with half a request. After a third of the load a worker
+is killed with SIGKILL; interrupted requests are repeated. In the end every text must be the expected one, every invalid
+request must have its documented status, no other worker may have died, the killed one must be replaced, and memory must
+not have grown. With ``--no-kill``, ``/health`` must always have answered within a second.
 
     python -m tools.chaos.serving --seconds 120 --json
     python -m tools.chaos.serving --clients 4 --requests 20 --users 4
     python -m tools.chaos.serving --clients 64 --bad 0.1 --no-kill
 
-Needs the extra ``serve`` and the package openai. Exit codes: 0 all of that, 1 not.
+Needs the extra ``serve`` and the package openai. Exit codes: 0 passed, 1 failed.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from tools.chaos.serving.model import answers, tiny_model
 from tools.chaos.serving.server import Server
 
 MOST_GROWTH = 0.05
-"""Of a worker's memory, from the second fifth of its samples to the last."""
+"""Maximum growth of a worker's memory, from the second fifth of its samples to the last."""
 MOST_HEALTH_SECONDS = 1.0
-"""For an answer of /health, while no worker is killed."""
+"""Maximum seconds for an answer of /health while no worker is killed."""
 _LOOK_SECONDS, _LEAST_SAMPLES = 0.25, 40
 
 
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load_server(args: argparse.Namespace, top: Path) -> dict[str, Any]:
-    """Serve, ask and kill; return what was found."""
+    """Serve, send requests and kill a worker. Return the results."""
     served = tiny_model(top, args.users)
     users = [None, *(f"user {i:02}" for i in range(args.users))]
     right = answers(served, users)
@@ -112,7 +112,7 @@ def load_server(args: argparse.Namespace, top: Path) -> dict[str, Any]:
 
 
 def _growth(samples: list[int]) -> float | None:
-    """Return by what share a worker's memory grew once it was warm; None for one that lived too short to say."""
+    """Return the relative growth of a worker's memory after warm-up; None for a worker with too few samples."""
     if len(samples) < _LEAST_SAMPLES:
         return None
     fifth = len(samples) // 5

@@ -1,4 +1,4 @@
-"""Clients of a server, in threads: the official one asks rightly, and plain HTTP wrongly."""
+"""Clients of a server, in threads: the official one for valid requests, plain HTTP for invalid ones."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from tools.chaos.serving.model import LOOP, MOST_TOKENS
 KEY = "a key of this load"
 BODY_BYTES = 1 << 16
 _TRIES, _PAUSE = 200, 0.1
-"""For an answer while workers are replaced."""
+"""Attempts, and the pause between them in seconds, while workers are replaced."""
 
 
 @dataclass(slots=True)
 class Load:
-    """What was asked and what came of it, of all clients together."""
+    """Requests and their outcomes, of all clients."""
 
     answers: dict[tuple[str | None, str], str]
-    """What is right for each user and prompt."""
+    """Expected text for each user and prompt."""
     name: str
     url: str
     right: int = 0
     wrong: list[str] = field(default_factory=list)
-    """Texts that were not the right ones, and statuses of requests that were right."""
+    """Unexpected texts, and statuses of valid requests."""
     refused: Counter[str] = field(default_factory=Counter)
-    """Wrong requests that got the right status, by kind."""
+    """Invalid requests with the expected status, by kind."""
     misjudged: list[str] = field(default_factory=list)
-    """Wrong requests that got another."""
+    """Invalid requests with another status."""
     cut: int = 0
-    """Connections that ended before the answer did; each was asked again."""
+    """Connections that broke before the answer; each request was repeated."""
     left: int = 0
-    """Streams that their client left in the middle."""
+    """Streams that the client abandoned."""
     held: list[socket.socket] = field(default_factory=list)
     """Connections with half a request."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -53,7 +53,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Mistake:
-    """A wrong request, and the status that it must get."""
+    """An invalid request and its expected status."""
 
     status: int
     change: dict[str, Any] = field(default_factory=dict)
@@ -89,11 +89,11 @@ HALVES = {
     "half a head": _HEAD.encode(),
     "half a body": f"{_HEAD}Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{{".encode(),
 }
-"""Beginnings of requests that never end."""
+"""Starts of requests that are never completed."""
 
 
 def client(load: Load, seed: int, goes_on: Callable[[int], bool], bad_share: float) -> None:
-    """Ask until ``goes_on(number of this client's requests)`` is false; a share of the requests is wrong."""
+    """Send requests until ``goes_on(number of this client's requests)`` is false; ``bad_share`` of them are invalid."""
     draw = random.Random(seed)
     limits = httpx.Timeout(120.0)
     with (
@@ -142,19 +142,19 @@ def _ask(load: Load, official: openai.OpenAI, draw: random.Random) -> None:
 
 
 def _leave(load: Load, official: openai.OpenAI, draw: random.Random) -> None:
-    """Begin to read a stream, and go."""
+    """Read the first chunk of a stream, and abandon it."""
     user, prompt = draw.choice(sorted(load.answers, key=str))
     try:
         with official.chat.completions.create(**_request(load, user, prompt), stream=True) as stream:
             next(iter(stream))
     except (openai.APIError, httpx.TransportError, StopIteration):
-        pass  # of a worker that was killed; whoever goes does not mind
+        pass  # the worker was killed, which does not matter here
     with load.lock:
         load.left += 1
 
 
 def _hold(load: Load, half: bytes) -> None:
-    """Begin a request, and keep its connection until the load ends."""
+    """Send half a request, and keep its connection until the load ends."""
     address = httpx.URL(load.url)
     with suppress(OSError):
         held = socket.create_connection((address.host, address.port or 80))

@@ -1,9 +1,9 @@
-"""Ask ``/health`` again and again, from a process whose clock no client's threads delay.
+"""Poll ``/health`` from a separate process, which no client's threads delay.
 
     python -m tools.chaos.serving.health http://127.0.0.1:8000
 
-Ends with its standard input, and prints how many answers there were, the failures, and the seconds of the slowest and
-of the 99th percentile; and by how much the system was late to wake it, which on a loaded machine is part of those.
+Ends with its standard input. Prints the number of answers and failures, and the seconds of the slowest answer and of
+the 99th percentile; and the largest delay of its wake-ups, which on a loaded machine is part of those.
 """
 
 from __future__ import annotations
@@ -24,13 +24,11 @@ _PAUSE, _GIVE_UP = 0.05, 30.0
 
 
 class HealthWatch:
-    """The process, for as long as its context. ``found``: what it printed."""
+    """The polling process, for the duration of the context. ``found``: what it printed."""
 
     def __init__(self, url: str):
         command = [sys.executable, "-m", "tools.chaos.serving.health", url]
-        self._process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )  # fmt: skip
+        self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.found: dict[str, Any] = {}
 
     def __enter__(self) -> HealthWatch:

@@ -1,4 +1,4 @@
-"""What the load is served from: a tiny model with users, and what each of them has to answer."""
+"""The served model, a tiny one with users, and the expected answers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ TEMPLATE = (
     "{% for m in messages %}{{ m.content }} {% if m.content == '" + LOOP + "' %}"
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}{% endfor %}"
 )
-"""Repeats what it is given, and loops at one message."""
+"""Template that repeats its input, and loops on one message."""
 PROMPTS = ("the film", "a very clever plot and a fine cast", "vague", "the end was tired and the story")
 MOST_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """Folders that a server is started on."""
+    """Folders that a server is started with."""
 
     model: Path
     store: Path
@@ -37,13 +37,16 @@ class Served:
 
 
 def tiny_model(top: Path, users: int) -> Served:
-    """Train a tiny Llama for a few steps, and ``users`` states beside its layers; into ``top``, in seconds."""
+    """Train a tiny Llama and ``users`` adapters for a few steps, into ``top``; takes seconds."""
     run, rows = top / "run", top / "rows.jsonl"
     settings = {
-        "output_dir": str(run), "deepspeed_config": "", "train.num_steps": 4, "data.max_length": 16,
+        "output_dir": str(run),
+        "deepspeed_config": "",
+        "train.num_steps": 4,
+        "data.max_length": 16,
         "model.path": str(ROOT / "tests/data/tiny-llama"),
         **{f"data.{split}": str(ROWS) for split in ("train", "validation", "test")},
-    }  # fmt: skip
+    }
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
     verb("train", str(RUN_FILE), "--quiet", *words)
     served = Served(top / "tiny", top / "users", top / "template.jinja")
@@ -58,7 +61,7 @@ def tiny_model(top: Path, users: int) -> Served:
 
 
 def answers(served: Served, users: Sequence[str | None]) -> dict[tuple[str | None, str], str]:
-    """Return what transformers' ``generate`` writes for each user and prompt, one at a time: {(user, prompt): text}."""
+    """Return what transformers' ``generate`` writes for each user and prompt separately: {(user, prompt): text}."""
     import torch
 
     from pst_ds.inference.hf.model_folder import open_model_folder

@@ -1,4 +1,4 @@
-"""``pst-ds serve`` with workers, as a process whose workers can be seen and killed."""
+"""``pst-ds serve`` as a process whose workers can be observed and killed."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class ServerError(Exception):
 
 
 class Server:
-    """A server on a free port of 127.0.0.1, started here and stopped at the end of its context.
+    """A server on a free port of 127.0.0.1, stopped at the end of its context.
 
     Attributes:
-        url: where it answers.
-        killed: workers that :meth:`kill_one` has killed.
-        memory: resident bytes of each worker that had its model, at each look.
+        url: Address of the API.
+        killed: Workers that :meth:`kill_one` has killed.
+        memory: Resident bytes of each worker with a loaded model, at each look.
     """
 
     def __init__(self, arguments: list[str], *, workers: int, log: Path):
@@ -63,36 +63,36 @@ class Server:
 
     @property
     def died(self) -> int:
-        """Workers that were seen, and are neither there nor killed by us."""
+        """Number of observed workers that ended without being killed here."""
         return len(self.memory.keys() - self.killed - set(self._last_seen))
 
     def workers(self) -> list[int]:
-        """Return the processes that answer, or load their model."""
+        """Return the worker processes, including those that load their model."""
         return [pid for pid in descendants(self._process.pid) if b"spawn_main" in command_line(pid)]
 
     def answering(self) -> list[int]:
-        """Return the processes that have their model; a single one has it once the server says where it is."""
+        """Return the workers with a loaded model; a single one has it once the server prints its address."""
         if self._workers == 1:
             return [self._process.pid] if self._process.poll() is None else []
         started = {int(pid) for pid in _STARTED.findall(self._said())}
         return [pid for pid in self.workers() if pid in started]
 
     def look(self) -> None:
-        """Note which workers answer, and how large they are."""
+        """Record which workers answer, and their memory."""
         self._last_seen = self.answering()
         for pid in self._last_seen:
             if size := _resident(pid):
                 self.memory.setdefault(pid, []).append(size)
 
     def kill_one(self) -> None:
-        """Kill a worker that has been seen."""
+        """Kill an observed worker."""
         self.look()
         pid = self._last_seen[0]
         self.killed.add(pid)
         os.kill(pid, signal.SIGKILL)
 
     def wait_for_replacement(self) -> bool:
-        """Return whether there are as many workers as at the start, and the server answers; waits for it."""
+        """Wait until all workers run and the server answers. Return whether that happened."""
         with suppress(ServerError):
             self._wait(lambda: len(self.answering()) == self._workers and self._is_healthy(), "heal")
             self.look()
@@ -130,7 +130,7 @@ class Server:
             time.sleep(0.1)
 
     def _end(self) -> None:
-        """Kill what is left of it."""
+        """Kill all remaining processes."""
         if self._process.poll() is None:
             kill_all([self._process.pid, *descendants(self._process.pid)])
             self._process.wait()
