@@ -124,7 +124,9 @@ def export_run(
     settings = settings or ExportSettings()
     config = run if isinstance(run, RunConfig) else _load_run(Path(run))
     if settings.dequantize:
-        raise InputError("--dequantize is for model folders of other libraries, not for runs. Remove --dequantize")
+        raise InputError(
+            f"{config.output_dir} is a run, and --dequantize is for folders of other libraries. Remove --dequantize"
+        )
     if settings.format == ONNX:
         return _to_onnx(lambda at, how: export_run(config, at, how, checkpoint=checkpoint), Path(out), settings)
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(config, checkpoint)

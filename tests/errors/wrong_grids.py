@@ -70,9 +70,9 @@ GRIDS = {
     "weights that are fitted after they are rounded": Wrong(
         _prune("--bits", "4", "--reconstruct", "2"), "--reconstruct", "2", "quantise the folder with --method sparsegpt"
     ),
-    "a group without bits": Wrong(_prune("--group", "32"), "--group", "32", "add --bits 4 or 8"),
+    "a group without bits": Wrong(_prune("--group", "32"), "--group", "32", "Add --bits 4 or 8"),
     "zeros that are kept, and nothing to do": Wrong(
-        _prune("--keep-zeros"), "--keep-zeros", "prunes nothing more", "add --bits 4 or 8"
+        _prune("--keep-zeros"), "--keep-zeros", "prunes nothing more", "Add --bits 4 or 8"
     ),
     "zeros that are kept, and others": Wrong(
         _prune("--keep-zeros", "--bits", "8", "--sparsity", "0.5"), "--keep-zeros", "--sparsity 0.5", "leave out"
@@ -100,6 +100,6 @@ GRIDS = {
         "Remove --dequantize",
     ),
     "plain numbers of a run": Wrong(
-        words("export", "{made}/run", "--out", "{tmp}/out", "--dequantize"), "{made}/run", "is a run", "leave it out"
+        words("export", "{made}/run", "--out", "{tmp}/out", "--dequantize"), "{made}/run", "is a run", "--dequantize"
     ),
 }  # fmt: skip

@@ -45,7 +45,7 @@ VERBS = {
         _prune("--method", "wanda", "--sparsity", "1"), "--sparsity", "1.0", "must be in [0, 1)"
     ),
     "prune to a sparsity that the pattern does not have": Wrong(
-        _prune("--method", "wanda", "--pattern", "2:4", "--sparsity", "0.7"), "--sparsity", "0.7", "leave it out"
+        _prune("--method", "wanda", "--pattern", "2:4", "--sparsity", "0.7"), "--sparsity", "0.7", "Remove --sparsity"
     ),
     "prune with swaps of blocks": Wrong(
         _prune("--method", "wanda", "--pattern", "2x2", "--swaps", "3"), "--swaps", "3", "choose --pattern matrix, row"
@@ -57,7 +57,7 @@ VERBS = {
         _prune("--method", "wanda", "--pattern", "2:4", "--budgets", "saliency"), "--budgets", "2:4", "leave --budgets"
     ),
     "prune to a grid by saliency": Wrong(
-        _prune("--method", "sparsegpt", "--bits", "4", "--budgets", "saliency"), "--bits 4", "saliency", "prune first"
+        _prune("--method", "sparsegpt", "--bits", "4", "--budgets", "saliency"), "--bits 4", "saliency", "Prune first"
     ),
     "prune by budgets further apart than there is room": Wrong(
         _prune("--method", "wanda", "--sparsity", "0.95", "--budgets", "owl"), "--spread", "0.08", "at most 0.05"
@@ -69,10 +69,10 @@ VERBS = {
         _prune("--method", "wanda", "--spread", "0.1"), "--spread", "0.1", "--budgets owl"
     ),
     "prune by budgets of whole experts": Wrong(
-        _prune("--method", "reap", "--budgets", "owl"), "--budgets", "--method reap", "leave it out"
+        _prune("--method", "reap", "--budgets", "owl"), "--budgets", "--method reap", "Remove it"
     ),
     "prune and reconstruct whole experts": Wrong(
-        _prune("--method", "reap", "--reconstruct", "1"), "--reconstruct", "--method reap", "leave it out"
+        _prune("--method", "reap", "--reconstruct", "1"), "--reconstruct", "--method reap", "Remove it"
     ),
     "prune and reconstruct in no pass": Wrong(
         _prune("--method", "wanda", "--reconstruct", "0"), "--reconstruct", "'0'", "not a whole number of at least 1"
@@ -81,16 +81,16 @@ VERBS = {
         _prune("--method", "wanda", "--swaps", "0"), "--swaps", "'0'", "not a whole number of at least 1"
     ),
     "prune with swaps of whole experts": Wrong(
-        _prune("--method", "reap", "--swaps", "1"), "--swaps", "--method reap", "leave it out"
+        _prune("--method", "reap", "--swaps", "1"), "--swaps", "--method reap", "Remove it"
     ),
     "prune into the base": Wrong(
         _prune("--method", "magnitude", "--out", "tests/data/tiny-llama"),
         "--out",
         "tests/data/tiny-llama",
-        "name another folder",
+        "Name another folder",
     ),
     "prune into a folder that exists": Wrong(
-        _prune("--method", "magnitude", "--out", "{made}/plain"), "--out", "{made}/plain", "name another folder"
+        _prune("--method", "magnitude", "--out", "{made}/plain"), "--out", "{made}/plain", "Name another folder"
     ),
     "prune into a place below a file": Wrong(
         lambda shop: shop.prune("--method", "magnitude", "--out", shop.below_a_file("out")),
