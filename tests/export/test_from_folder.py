@@ -187,7 +187,7 @@ def test_damaged_packed_folders_are_not_converted(gpt2, tmp_path):
     assert export_folder(tmp_path / "packed", tmp_path / "out", packing="dense")["tensors"] > 0
     del tensors[f"{name}.bitmask"]
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(ExportError, match=f"lacks {name}.bitmask, which a weight packed as bitmask has"):
+    with pytest.raises(ExportError, match=f"lacks {name}.bitmask, a part of a weight packed as bitmask"):
         export_folder(tmp_path / "packed", tmp_path / "again")
 
 
