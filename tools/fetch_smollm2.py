@@ -91,19 +91,19 @@ def prune(model: Any, sparsity: float) -> None:
 
 def magnitude_pruned(weight: Tensor, sparsity: float) -> Tensor:
     """Return ``weight`` with its round(sparsity x numel) smallest entries set to +0.0; of equal ones the first."""
-    zeros = round(sparsity * weight.numel())
-    order = weight.detach().abs().flatten().sort(stable=True).indices[:zeros]
+    count = round(sparsity * weight.numel())
+    order = weight.detach().abs().flatten().sort(stable=True).indices[:count]
     return weight.detach().flatten().index_fill(0, order, 0.0).view_as(weight)
 
 
 def _save(model: Any, tokenizer: Any, out: Path) -> None:
     """Save atomically: a folder with a config.json is complete."""
-    beside = out.with_name(f"{out.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
+    partial = out.with_name(f"{out.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
     shutil.rmtree(out, ignore_errors=True)
-    beside.rename(out)
+    partial.rename(out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Encoders beside other runtimes: what is divided by what, and the object that is printed."""
+"""Encoders compared with other runtimes: ratios, and the printed object."""
 
 from __future__ import annotations
 

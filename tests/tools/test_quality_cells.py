@@ -227,7 +227,7 @@ def test_a_signal_ends_the_children_and_leaves_nothing_half_written(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130, said
-    assert "stopped" in said
+    assert "interrupted" in said
     assert not Path(f"/proc/{child}").exists()
     assert not (tmp_path / "results").exists()
 

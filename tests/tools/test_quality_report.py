@@ -36,7 +36,7 @@ def test_a_method_has_no_figure_at_a_sparsity_that_it_leaves_out():
 
 PAGE = """### Films
 
-| accuracy in %, at zeros | trained share | 0 % | 50 % | 2:4 | CPU s |
+| accuracy in %, at sparsity | trained share | 0 % | 50 % | 2:4 | CPU s |
 |---|---|---|---|---|---|
 | dense | 5.00% | 80.00 ± 0.40 (2) |  |  | 30 |
 | PST | 5.00% |  | 79.60 ± 0.40 (2) | 79.60 ± 0.40 (2) | 30 |

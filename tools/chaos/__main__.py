@@ -80,7 +80,7 @@ class Findings:
     runs: int = 0
     broken: set[str] = field(default_factory=set)
     false_failures: int = 0
-    """Complete checkpoints that a run reports as failed. They are counted, but are no failure of the test."""
+    """Complete checkpoints that a run reports as failed. They are counted, but do not fail the test."""
     identical: bool = True
     problems: list[str] = field(default_factory=list)
 

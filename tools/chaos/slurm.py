@@ -158,7 +158,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         "python -m tools.chaos.slurm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=10, help="beside the loss of a host")
+    parser.add_argument("--kills", type=int, default=10, help="kills in addition to the loss of a host")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line of stdout")
     arguments = parser.parse_args()

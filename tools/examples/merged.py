@@ -24,6 +24,6 @@ def save_merged(model_class: Any, base: str, small: Path, out: Path, **options: 
     merged.save_pretrained(out)
     saved = {name: tensor for path in out.glob("*.safetensors") for name, tensor in load_file(path).items()}
     weights = [saved[f"{name}.weight"] for name in names]
-    zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
-    print(f"{out}: {zeros:.6f} of the weights of {len(weights)} matrices are zero")
-    return zeros
+    sparsity = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    print(f"{out}: {sparsity:.6f} of the weights of {len(weights)} matrices are zero")
+    return sparsity

@@ -274,7 +274,7 @@ def _check_method(grid: Grid, method: Method) -> None:
     _require_known([n for n in (method.tries_of, method.teacher) if n], grid.methods, f"{where}.tries_of or teacher")
     _require_known(method.data_sets, grid.data_sets, f"{where}.data_sets")
     if method.tries_of and not grid.methods[method.tries_of].tries:
-        raise GridError(f"{where}.tries_of = {method.tries_of!r} names a method without tries of its own")
+        raise GridError(f"{where}.tries_of = {method.tries_of!r} names a method without its own tries")
     source = grid.methods[method.tries_of] if method.tries_of else method
     searches = method.train and not method.untuned
     for data_set in (name for name in grid.data_sets if searches and name in (method.data_sets or grid.data_sets)):

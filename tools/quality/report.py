@@ -21,8 +21,8 @@ What sparsity costs under each method: one model, one text and one budget for al
 
 * Figures are of the test files, mean ± standard error over seeds, with the number of seeds in brackets. No choice was
   made on them: of each method's tries, the same number for all, the best on the validation file was taken.
-* Every export is reloaded by plain transformers and compared with the masked model (`pst-ds verify`); the zeros are
-  counted in its file.
+* Every export is reloaded by plain transformers and compared with the masked model (`pst-ds verify`); its sparsity is
+  counted in the file.
 * The trained share is the trained parameters over all of the model's.
 """
 
@@ -79,7 +79,7 @@ def results_table(grid: Grid, lines: Mapping[str, Line], data_set: str, test: st
     """Return a table of methods x sparsities: the metric, the trained share and the CPU seconds of a cell."""
     methods = grid.methods_of(data_set)
     sparsities = list(dict.fromkeys(s for m in methods for s in grid.sparsities_of(m, data_set)))
-    head = [f"{metric_name(grid)}, at zeros", "trained share", *(of_zeros(s) for s in sparsities), "CPU s"]
+    head = [f"{metric_name(grid)}, at sparsity", "trained share", *(percent(s) for s in sparsities), "CPU s"]
     rows = []
     for method in methods:
         cells = [shown(figure(grid, lines, data_set, method.name, s, test), grid.metric) for s in sparsities]
@@ -99,8 +99,8 @@ def files_table(grid: Grid, lines: Mapping[str, Line], data_set: str) -> str:
                 files = [of_cell[name] for of_cell in cells if name in of_cell]
                 value = figure_of([file["tests"][test][grid.metric] for file in files])
                 nbytes = statistics.fmean(file["bytes"] for file in files)
-                rows.append((method.title, of_zeros(sparsity), name, f"{nbytes / 1e6:.1f}", shown(value, grid.metric)))
-    return table(("method", "zeros", "file", "MB", metric_name(grid)), rows) if rows else ""
+                rows.append((method.title, percent(sparsity), name, f"{nbytes / 1e6:.1f}", shown(value, grid.metric)))
+    return table(("method", "sparsity", "file", "MB", metric_name(grid)), rows) if rows else ""
 
 
 def metric_name(grid: Grid) -> str:
@@ -108,7 +108,7 @@ def metric_name(grid: Grid) -> str:
     return name if grid.lower_is_better else f"{name} in %"
 
 
-def of_zeros(sparsity: str) -> str:
+def percent(sparsity: str) -> str:
     return sparsity if ":" in sparsity else f"{100 * float(sparsity):g} %"
 
 
@@ -138,10 +138,10 @@ def tries_table(grid: Grid, lines: Mapping[str, Line]) -> str:
         for i, settings in enumerate(method.tries):
             values = [validation(grid, runs[name][i], bold=i == taken[name]) for name in runs]
             rows.append((method.title, settings_text(settings), *values))
-    where = f"seed {grid.search.seed} and {of_zeros(grid.search.sparsity)} zeros (methods without zeros: none)"
+    where = f"seed {grid.search.seed} and {percent(grid.search.sparsity)} sparsity (dense methods: none)"
     if grid.search.run:
         where += f", with {settings_text(grid.search.run)}"
-    said = f"Tries, a run each at {where}; in bold the one taken for all cells of its method:\n\n"
+    said = f"Tries, one run each at {where}; the one chosen for all cells of its method is bold:\n\n"
     head = ("method", "settings", *(f"{d.title}: validation {metric_name(grid)}" for d in data_sets))
     return said + table(head, rows) if rows else ""
 

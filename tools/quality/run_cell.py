@@ -258,7 +258,7 @@ def count_parameters(model: Path) -> int:
     total = 0
     for path in sorted(model.glob("*.safetensors")):
         with safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118  it is no mapping
+            for name in file.keys():  # noqa: SIM118  it is not a mapping
                 total += math.prod(file.get_slice(name).get_shape())
     return total
 

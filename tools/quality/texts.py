@@ -360,7 +360,7 @@ def _npm(package: str) -> Path:
         npm = shutil.which("npm")
         if npm is None:
             raise TextsError(
-                f"{package} comes from the npm registry, and there is no npm on the path. Install Node.js, or put the "
+                f"{package} comes from the npm registry, but npm is not on the path. Install Node.js, or put the "
                 f"package's archive at {archive}"
             )
         command = [npm, "pack", package, "--silent", "--pack-destination", str(_made(PACKAGES))]
