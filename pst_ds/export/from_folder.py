@@ -150,7 +150,7 @@ class _Planner:
         self.source = FolderSource(folder.weights, folder.pruned_scales)
         self._linear = linear_weights(folder.model)
         self._stacks = [] if folder.foreign else folder_stacks(folder.model, folder.weights)
-        self._grids = grids(folder.model, encoding)
+        self._grids = grids(folder.model, encoding.values, encoding.embeddings)
         names, scales = [stack.name for stack in self._stacks], folder.pruned_scales
         self._pruned_layers = (
             scales.names(folder.model, self._linear, names, encoding.values) if scales is not None else {}

@@ -235,7 +235,7 @@ class _Planner:
         self._tables = plain_tables(model)
         self._encoding, self._cast = encoding, None if dtype is None else DTYPES[dtype]
         # in a run that quantises, other layers stay unchanged, so that the export computes what was trained
-        self._grids = grids(model, replace(encoding, values=None) if checkpoint.state.rounds else encoding)
+        self._grids = grids(model, None if checkpoint.state.rounds else encoding.values, encoding.embeddings)
         self._layers, self._embeddings = pst_layers(model), pst_embeddings(model)
         self._linear = {name: module for name, module in model.named_modules() if is_linear(module)}
         self._buffers, self._keeps_rest = persistent_buffers(model), is_text_part(model, base.folder)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pst_ds.core.packings import DENSE
 from pst_ds.core.quantization import Grid, quantize, squared_norms
 from pst_ds.export.detect_pattern import detect_pattern
-from pst_ds.export.encoding import Encoding, ExportError
+from pst_ds.export.encoding import ExportError
 from pst_ds.export.plan import TensorValues
 from pst_ds.export.tensor_spec import TensorSpec
 from pst_ds.formats import FormatError, QuantizedFormat, row_bits
@@ -25,24 +25,22 @@ MIN_ROWS = 16
 """Smaller tables, such as token types, would save nothing, and their error would affect every token."""
 
 
-def grids(model: nn.Module, encoding: Encoding) -> dict[str, Grid]:
-    """Return the quantisation of every weight that ``encoding`` quantises, by its names in the model and in files.
+def grids(model: nn.Module, values: Grid | None, embeddings: Grid | None) -> dict[str, Grid]:
+    """Return the quantisation of every weight that an export quantises, by its names in the model and in files.
 
-    ``encoding.values`` is for linear layers inside the blocks, except the routers of experts, which are small and
-    sensitive. ``encoding.embeddings`` is for embedding tables outside the blocks with at least :data:`MIN_ROWS` rows,
+    ``values`` is for linear layers inside the blocks, except the routers of experts, which are small and
+    sensitive. ``embeddings`` is for embedding tables outside the blocks with at least :data:`MIN_ROWS` rows,
     and for the output layer. Pruned layers are not included: they are quantised wherever they are.
     """
-    if not encoding.is_quantized:
-        return {}
     chosen: dict[int, Grid] = {}
-    if encoding.embeddings:
+    if embeddings:
         tables = embedding_tables(model).values()
-        chosen = {id(table): encoding.embeddings for table in tables if table.shape[0] >= MIN_ROWS}
-    if encoding.values:
+        chosen = {id(table): embeddings for table in tables if table.shape[0] >= MIN_ROWS}
+    if values:
         routers = router_names(model)
         for name, module in untied_linear_layers(model).items():
             if is_inside_block(name, model) and name not in routers:
-                chosen[id(module.weight)] = encoding.values
+                chosen[id(module.weight)] = values
     return {name: chosen[id(param)] for name, param in _named(model, chosen).items()}
 
 

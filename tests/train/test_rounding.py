@@ -116,6 +116,9 @@ def test_what_is_exported_of_a_run_that_rounds(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rounded_to"] == "int4, a scale for every row"
     assert main([*export, str(tmp_path / "csr"), "--format", "csr"]) == 0
     assert main([*export, str(tmp_path / "same"), "--values", "int4", "--group", "row"]) == 0
+    for_vllm = [str(tmp_path / "vllm"), "--format", "compressed-tensors", "--values", "int4", "--group", "row"]
+    assert main([*export, *for_vllm]) == 0
+    assert main(["verify", str(tmp_path / "vllm")]) == 0
     capsys.readouterr()
     assert main([*export, str(tmp_path / "other"), "--values", "int8"]) == 2
     assert "trained with weights in int4, a scale for every row, and rounding them again" in capsys.readouterr().err

@@ -92,10 +92,10 @@ def quantise_model(masked: nn.Module, folder: Path, base_path: str, *, in_fp32: 
             _quantise_layer(layer, encoding.values, by_name.get(plain_name(name, layer)), in_fp32)
     base = BaseWeights(base_path, getattr(masked, "base_model_prefix", ""))
     embeddings = pst_embeddings(masked)
-    if any(layer.rounds for layer in pst_layers(masked).values()):
-        encoding = replace(encoding, values=None)  # the export leaves other linear layers unchanged
+    quantised_in_training = any(layer.rounds for layer in pst_layers(masked).values())
+    values = None if quantised_in_training else encoding.values  # the export leaves other linear layers unchanged
     quantised: dict[str, Tensor] = {}
-    for name, grid in grids(masked, encoding).items():
+    for name, grid in grids(masked, values, encoding.embeddings).items():
         owner = name.removesuffix(".weight")
         if owner in embeddings:
             weight = _quantised(embeddings[owner].updated_weight(), grid, by_name.get(name), in_fp32)
