@@ -29,7 +29,6 @@ LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in unit
 SINGLE_FILES = {path.stem for path in PACKAGE.glob("*.py")} - {"__main__"}
 MOST_PACKAGES, MOST_LAYERS = 16, 8
 CORE_MAY_IMPORT = {"torch", "numpy", "triton", *sys.stdlib_module_names}
-KNOWN_CYCLES: set[tuple[str, str]] = set()
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "misc"}
 ATTRIBUTE_FUNCTIONS = {"getattr", "hasattr", "setattr", "delattr"}
 
@@ -169,8 +168,6 @@ def imported_files(path: Path) -> set[Path]:
 
 def test_no_imports_form_a_cycle():
     graph = {path: imported_files(path) for path in SOURCES}
-    for a, b in KNOWN_CYCLES:
-        graph[PACKAGE / a] -= {PACKAGE / b}
     graphlib.TopologicalSorter(graph).prepare()
 
 

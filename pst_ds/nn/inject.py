@@ -52,6 +52,7 @@ def inject_pst(
     """Replace the target layers of ``model`` by PSTLinear, and stacks of experts by PSTExpertStack; freeze the rest.
 
     Call it before ``deepspeed.initialize``. Collective under ``zero.Init``, where it gathers one layer at a time.
+    Returns ``model``.
 
     Args:
         model: a model with its pretrained weights. On the meta device magnitude scales are 1.
@@ -64,8 +65,6 @@ def inject_pst(
         base_grid: quantisation scheme of the pretrained weights W0 of the target layers, applied now: they are kept as
             int8 or int4 values with scales, sharded under ZeRO-3. None leaves them unchanged.
         embedding_grid: the same for the frozen token embedding of a transformers model, and for its output layer.
-
-    Returns ``model``.
 
     Raises:
         InjectionError: a layer cannot be pruned, or a name matches none; see :func:`pst_ds.nn.targets.resolve_targets`.
