@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pst_ds.cli.main import add_quiet_argument, count
-from pst_ds.data.tokens.identity import open_tokenizer
 from pst_ds.errors import InputError
 
 if TYPE_CHECKING:
@@ -83,4 +82,6 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _tokenizer(where: str) -> PreTrainedTokenizerBase:
+    from pst_ds.data.tokens.identity import open_tokenizer
+
     return open_tokenizer(where, f"--tokenizer {where}", "Name the language model's folder")

@@ -164,11 +164,11 @@ def test_the_tensors_of_a_file_belong_to_their_weights(method, parts):
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
-        ("aqlm", {}, "aqlm is not read; gptq, awq, bitsandbytes, mxfp4 are"),
-        ("gptq", {"bits": 3}, "gptq is read with 2, 4 or 8 bits, not 3"),
+        ("aqlm", {}, "aqlm is not supported; gptq, awq, bitsandbytes, mxfp4 are"),
+        ("gptq", {"bits": 3}, "gptq is supported with 2, 4 or 8 bits, not 3"),
         ("gptq", {}, "not None"),
         ("gptq", {"bits": 4, "checkpoint_format": "marlin"}, "as gptq or gptq_v2, not 'marlin'"),
-        ("awq", {"bits": 4, "version": "gemv"}, "awq is read with 4 bits, version gemm, not 4 bits, gemv"),
+        ("awq", {"bits": 4, "version": "gemv"}, "awq is supported with 4 bits, version gemm, not 4 bits, gemv"),
     ],
 )
 def test_settings_that_are_not_read_are_named(method, settings, message):

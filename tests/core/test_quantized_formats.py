@@ -149,7 +149,7 @@ def test_what_an_export_of_an_encoder_weighs():
 
 
 def test_what_there_is_not():
-    with pytest.raises(ValueError, match="values on a grid are packed as bitmask, 2:4, dense, not as csr"):
+    with pytest.raises(ValueError, match="quantised values are packed as bitmask, 2:4, dense, not as csr"):
         packed_format("csr", Grid(8))
     with pytest.raises(ValueError, match="packed formats are bitmask, 2:4, csr, not dense"):
         packed_format("dense")

@@ -140,7 +140,7 @@ def test_from_local_files_to_a_verified_export(tmp_path, task, ending, columns, 
     trained = verb("train", str(path), "--quiet")
     assert trained["metrics"].keys() >= metrics[task]
     assert main(["eval", f"{tmp_path}/run", "--texts", "texts.jsonl"]) == 2
-    assert f"task '{task}' writes no texts" in capsys.readouterr().err
+    assert f"task '{task}' does not generate text" in capsys.readouterr().err
     evaluated = verb("eval", f"{tmp_path}/run")
     assert evaluated.items() >= trained["metrics"].items()
     out = str(tmp_path / "out")
@@ -216,7 +216,7 @@ def test_the_best_checkpoint_has_the_lowest_error_or_the_highest_correlation(tmp
 def test_numbers_of_few_values_are_learned_by_heart_as_classes_are(tmp_path, labels, slower):
     run = load_run(_run_file(tmp_path, "jsonl", "regression", ["one", "other"]), ["train.num_steps=600"])
     prepared = prepare(run, launch_environment())
-    train = prepared.with_rates(run, Examples([{}] * 2400, labels * 600)).train
+    train = prepared.with_rates(Examples([{}] * 2400, labels * 600)).run.train
     once = run.with_rates(width=prepared.width, num_steps=600, num_examples=10**6, num_labels=2).train
     assert (train.embedding_learning_rate < once.embedding_learning_rate) == slower
     assert train.head_learning_rate == once.head_learning_rate

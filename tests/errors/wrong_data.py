@@ -105,13 +105,13 @@ DATA = {
     ),
     "a row without text": Wrong(_rows(*GOOD, {"text": None, "label": "good"}), _FILE, "row 40", "remove the row"),
     "a row without a label": Wrong(
-        _rows(*GOOD, {"text": "film", "label": None}), _FILE, "'label'", "every example needs"
+        _rows(*GOOD, {"text": "film", "label": None}), _FILE, "'label'", "Give every example a label"
     ),
     "labels that are fractions": Wrong(
         _rows({"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}), _FILE, "'label'", 'task = "regression"'
     ),
     "one class": Wrong(
-        _rows({"text": "a", "label": "x"}), _FILE, "1 class", "data.label_column, or give examples of another class"
+        _rows({"text": "a", "label": "x"}), _FILE, "1 class", "data.label_column, or add examples of another class"
     ),
     "as many labels as rows": Wrong(
         _rows(*({"text": f"film {i}", "label": f"essay number {i}"} for i in range(1200))),

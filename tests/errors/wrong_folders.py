@@ -166,12 +166,8 @@ EXPORTS = {
         "run.toml is missing",
         "config.json is missing",
     ),
-    "an output that exists": Wrong(
-        _exported_into("{made}/plain"), "{made}/plain", "exists", "Name another folder with --out"
-    ),
-    "an output that is the run": Wrong(
-        _exported_into("{made}/run"), "{made}/run", "exists", "Name another folder with --out"
-    ),
+    "an output that exists": Wrong(_exported_into("{made}/plain"), "{made}/plain", "exists", "Name another folder"),
+    "an output that is the run": Wrong(_exported_into("{made}/run"), "{made}/run", "exists", "Name another folder"),
     "an output that is a file": Wrong(
         lambda shop: ["export", f"{shop.made}/run", "--out", shop.file("out", "")], "{tmp}/out", "exists", "--out"
     ),

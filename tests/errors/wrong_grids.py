@@ -62,7 +62,7 @@ GRIDS = {
         lambda shop: shop.prune("--method", "wanda", "--bits", "4"), "--bits", "4", "--method sparsegpt --keep-zeros"
     ),
     "zeros that are kept, and moved": Wrong(
-        _prune("--keep-zeros", "--bits", "8", "--budgets", "owl"), "--keep-zeros", "--budgets owl", "leave out"
+        _prune("--keep-zeros", "--bits", "8", "--budgets", "owl"), "--keep-zeros", "--budgets owl", "Remove"
     ),
     "swaps of masks under which weights are rounded": Wrong(
         _prune("--bits", "4", "--swaps", "2"), "--swaps", "2", "quantise the folder with --method sparsegpt"
@@ -75,7 +75,7 @@ GRIDS = {
         _prune("--keep-zeros"), "--keep-zeros", "prunes nothing more", "Add --bits 4 or 8"
     ),
     "zeros that are kept, and others": Wrong(
-        _prune("--keep-zeros", "--bits", "8", "--sparsity", "0.5"), "--keep-zeros", "--sparsity 0.5", "leave out"
+        _prune("--keep-zeros", "--bits", "8", "--sparsity", "0.5"), "--keep-zeros", "--sparsity 0.5", "Remove"
     ),
     "a base in bitsandbytes": _named("bitsandbytes"),
     "a base in GPTQ": _named("gptq"),
@@ -91,7 +91,7 @@ GRIDS = {
         _foreign("gptq", "--dequantize", bits=3), "{tmp}/model/config.json", "not 3", "2, 4 or 8 bits"
     ),
     "plain numbers of a folder without a quantised weight": Wrong(
-        _foreign("gptq", "--dequantize", bits=4), "{tmp}/model", "no weight in gptq", "config.json says it has"
+        _foreign("gptq", "--dequantize", bits=4), "{tmp}/model", "no weight in gptq", "config.json says so"
     ),
     "plain numbers of plain numbers": Wrong(
         words("export", "{made}/dense", "--out", "{tmp}/out", "--dequantize"),

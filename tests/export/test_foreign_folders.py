@@ -120,7 +120,7 @@ def _with_tensors(folder, change):
 
 UP = "model.layers.1.mlp.up_proj"
 DAMAGE = {
-    "no such library": (lambda f: _with_config(f, {"quant_method": "aqlm"}), "aqlm is not read; gptq, awq"),
+    "no such library": (lambda f: _with_config(f, {"quant_method": "aqlm"}), "aqlm is not supported; gptq, awq"),
     "not quantised": (lambda f: _with_config(f, None), "is not quantised by another library. Remove --dequantize"),
     "ours": (lambda f: _with_config(f, {"quant_method": "pst_ds"}), "is not quantised by another library"),
     "other bits": (lambda f: _with_config(f, {"quant_method": "gptq", "bits": 3}), "2, 4 or 8 bits, not 3"),

@@ -206,7 +206,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(family, setting, mess
 def test_a_package_that_is_too_old_for_a_family_is_named(tmp_path, monkeypatch):
     folder = saved(random_model("glm4_moe"), tmp_path / "model")
     monkeypatch.delitem(gguf.MODEL_ARCH_NAMES, gguf.MODEL_ARCH.GLM4_MOE)
-    with pytest.raises(ExportError, match="this version of the package gguf has no glm4moe: pip install -U gguf"):
+    with pytest.raises(ExportError, match="package gguf does not know glm4moe"):
         export_folder(folder, tmp_path / "m.gguf", packing="gguf")
 
 

@@ -92,7 +92,7 @@ def test_a_damaged_prompt_or_one_of_another_model_is_refused(encoder, tmp_path):
     for text, message in (
         ("{", "is damaged"),
         ('{"text": "a", "after": 0, "values": [[1.0, NaN]]}', "is damaged"),
-        ('{"text": "a", "after": 0, "values": [[1.0, 2.0]]}', "is of another model"),
+        ('{"text": "a", "after": 0, "values": [[1.0, 2.0]]}', "belongs to another model"),
     ):
         (tmp_path / PROMPT_FILE).write_text(text)
         with pytest.raises(InputError, match=message):

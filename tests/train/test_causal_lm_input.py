@@ -41,7 +41,7 @@ def _refusal(tmp_path, **more):
 def test_settings_that_do_not_fit_the_task_are_refused(tmp_path):
     message = _refusal(tmp_path, **{"eval.metric": "accuracy"})
     assert message == (
-        "eval.metric = 'accuracy' is not a metric of task 'causal-lm'; choose from 'perplexity', or leave it out"
+        "eval.metric = 'accuracy' is not a metric of task 'causal-lm'; choose from 'perplexity', or remove it"
     )
     message = _refusal(tmp_path, **{"eval.metric": "perplexity", "task": "classification"})
     assert "is not a metric of task 'classification'; choose from 'accuracy', 'macro_f1', 'matthews_cor" in message

@@ -169,7 +169,9 @@ def test_a_run_takes_over_from_one_that_was_killed(tmp_path, locked_elsewhere, m
         patch.setattr(Progress, "say", end_it)
         train_prepared(_prepared(tmp_path, "train.num_steps=2"), quiet=True)
     assert f"waiting for pid {pid} on" in said[0]
-    os.kill(locked_elsewhere(tmp_path / "run.lock"), signal.SIGKILL)
+    pid = locked_elsewhere(tmp_path / "run.lock")
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # its lock is held until it has ended
     train_prepared(_prepared(tmp_path, "train.num_steps=4"), quiet=True, restart=True)
 
 

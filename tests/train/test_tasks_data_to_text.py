@@ -289,4 +289,4 @@ def test_scores_need_their_libraries(tmp_path, gpt2, capsys, monkeypatch):
     assert main(["eval", f"{tmp_path}/run"]) == 2
     assert "pip install 'pst-ds[nlg]'" in capsys.readouterr().err
     assert main(["verify", f"{tmp_path}/out", "--against", f"{tmp_path}/run"]) == 0
-    assert "0 differ: not scored" in capsys.readouterr().out
+    assert "generated texts differ: not scored" in capsys.readouterr().out

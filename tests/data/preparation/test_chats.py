@@ -146,6 +146,6 @@ def test_the_verb_takes_a_template_from_a_file(tmp_path, capsys):
     assert "the tokenizer has no chat template" in capsys.readouterr().err
     words += ["--chat-template", str(tmp_path / "chat.jinja"), "--out", str(tmp_path / "store")]
     assert main([*words, "--count-bytes"]) == 2
-    assert "--count-bytes is for texts" in capsys.readouterr().err
+    assert "--count-bytes is for text" in capsys.readouterr().err
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["documents"] == len(ROWS)

@@ -156,7 +156,7 @@ def _edited(quantized, tmp_path, change, *how):
         (Q_PROJ, "scales", lambda t: t.index_fill(0, torch.tensor([3]), 0.0), "scale 0 of row 3 is 0"),
         (Q_PROJ, "scales", lambda t: t.index_fill(0, torch.tensor([3]), float("nan")), "scale 0 of row 3 is nan"),
         (Q_PROJ, "scales", lambda t: t[:-1], "needs torch.bfloat16 of shape"),
-        (Q_PROJ, "scales", lambda t: t.expand(-1, 3), "3 scales a row of 32 inputs; a scale is for 32, 64, 128 of"),
+        (Q_PROJ, "scales", lambda t: t.expand(-1, 3), "3 scales per row of 32 inputs: a scale must be for"),
         (Q_PROJ, "scales", lambda t: t.float(), "needs torch.bfloat16 of shape"),
         (Q_PROJ, "codes", lambda t: t.index_fill(0, torch.tensor([0]), 0x88), "codes has -8 in byte 0"),
         (Q_PROJ, "codes", lambda t: t[:-1], "bitmask keeps"),

@@ -280,7 +280,7 @@ def test_inputs_of_8_bits_are_near_those_of_16(tmp_path, values, capsys):
 @pytest.mark.parametrize("options", [["--format", "bitmask", "--values", "int8"], ["--format", "onnx"]])
 def test_inputs_of_8_bits_are_for_codes_in_onnx_alone(bert, tmp_path, capsys, options):
     assert main(["export", str(bert), *options, "--activation-bits", "8", "--out", str(tmp_path / "out")]) == 2
-    assert "--activation-bits 8 is for --format onnx and codes" in capsys.readouterr().err
+    assert "and for --format onnx with quantised weights" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -122,7 +122,7 @@ def test_nothing_is_computed_with_parts_that_were_not_checked(name):
     layer, _, _ = made(name)
     fresh = SparseLinear(IN, OUT, layer.state_dict()[FORMATS[name].values_name].numel(), format=name)
     for act in (lambda: fresh(numbers(1, IN)), fresh.dense_weight):
-        with pytest.raises(RuntimeError, match=r"call check\(name\)"):
+        with pytest.raises(RuntimeError, match=r"Call check\(name\)"):
             act()
     fresh.load_state_dict(layer.state_dict())
     fresh.check("w")
@@ -130,7 +130,7 @@ def test_nothing_is_computed_with_parts_that_were_not_checked(name):
     emptied = copy.deepcopy(fresh).to("meta").to_empty(device="cpu")
     nn.ModuleList([fresh]).load_state_dict({f"0.{key}": value for key, value in layer.state_dict().items()})
     for unchecked in (fresh, emptied):
-        with pytest.raises(RuntimeError, match=r"call check\(name\)"):
+        with pytest.raises(RuntimeError, match=r"Call check\(name\)"):
             unchecked(numbers(1, IN))
 
 

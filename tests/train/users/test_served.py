@@ -121,7 +121,7 @@ def test_generate_writes_as_a_user(folders, capsys):
     assert main([*words, "--store", str(folders / "beside"), "--user", "../u0"]) == 2
     assert "is a path" in capsys.readouterr().err
     assert main([*words, "--user", "u0"]) == 2
-    assert "go together" in capsys.readouterr().err
+    assert "must be given together" in capsys.readouterr().err
 
 
 def test_a_loss_that_falls_for_its_user(folders, capsys):
