@@ -20,6 +20,7 @@ from tools.chaos.compare import differences, false_failures, metric_lines, same_
 from tools.chaos.corpora import first_words
 from tools.chaos.kill_points import HALF, WHERE, Timing, Watch, deck, last_step, moment, victims
 from tools.chaos.launch import descendants, ranks_below
+from tools.cluster.processes import wait_until
 
 TIMING = Timing(start=1.0, step=1.0, save=1.0, whole=9.0, num_steps=12)
 
@@ -149,7 +150,8 @@ def test_ranks_are_found_below_the_launcher_by_their_arguments():
         [sys.executable, "-c", launcher], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         pids = list(map(int, process.stdout.readline().split()))
-        assert ranks_below(process.pid) == dict(enumerate(pids))
+        # Popen returns while exec replaces the program, when its command line may still be empty
+        wait_until(lambda: ranks_below(process.pid) == dict(enumerate(pids)), 10, lambda: str(ranks_below(process.pid)))
         assert set(descendants(os.getpid())) >= {process.pid, *pids}
         process.stdin.close()
     assert ranks_below(process.pid) == {}
