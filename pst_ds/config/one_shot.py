@@ -152,9 +152,10 @@ class PruneConfig(OneShotConfig):
         if not self.bits:
             yield f"--keep-zeros prunes nothing more, so there is nothing to do. Add --bits {_BITS}"
         options = {
-            "sparsity": self.sparsity, "pattern": self.pattern or None,
+            "sparsity": self.sparsity,
+            "pattern": self.pattern or None,
             "budgets": None if self.budgets == "equal" else self.budgets,
-        }  # fmt: skip
+        }
         given = [f"--{name} {value}" for name, value in options.items() if value is not None]
         if given:
             yield f"--keep-zeros keeps the mask that the folder has. Remove {' and '.join(given)}"

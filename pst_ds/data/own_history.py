@@ -34,8 +34,10 @@ def rows_of(turns: UserTurns, *, retrieve: int, profile: bool) -> tuple[list[dic
         lines = [profile_of(turns.history[:before])] if profile else []
         lines += [_line(turns.history[i]) for i in reversed(found)]
         return {
-            "user": turns.user, "prompt": "\n".join([*filter(None, lines), turn.request]), "completion": turn.answer,
-        }  # fmt: skip
+            "user": turns.user,
+            "prompt": "\n".join([*filter(None, lines), turn.request]),
+            "completion": turn.answer,
+        }
 
     history = [row(turn, i) for i, turn in enumerate(turns.history)]
     return history, [row(turn, len(turns.history)) for turn in turns.queries]

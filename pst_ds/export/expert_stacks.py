@@ -149,9 +149,7 @@ class FolderStack:
 
     def spec(self, dtype: torch.dtype, origin: Origin) -> TensorSpec:
         """Return the stack as one tensor of an export."""
-        return TensorSpec(
-            self.name, self.shape, dtype, origin, transposed=self.layout.transposed, is_linear=True
-        )  # fmt: skip
+        return TensorSpec(self.name, self.shape, dtype, origin, transposed=self.layout.transposed, is_linear=True)
 
     def piece_specs(self, whole: TensorSpec) -> tuple[TensorSpec, ...]:
         """Return the tensors that a dense folder has in place of the stack."""

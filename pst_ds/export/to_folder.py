@@ -322,9 +322,12 @@ def _write_folder(contents: _Contents, out: Path, encoding: Encoding, options: E
         left_alone = _unquantised(contents.linear, tensors) if encoding.packing in FOR_COMPRESSED_TENSORS else []
         architecture = _finish_config(partial_folder, tensors, encoding.quantization_config(len(files), left_alone))
         known: dict[str, object] = {
-            "kind": encoding.packing, **encoding.facts(), "architecture": architecture, **contents.facts,
+            "kind": encoding.packing,
+            **encoding.facts(),
+            "architecture": architecture,
+            **contents.facts,
             **_counted(tensors, files),
-        }  # fmt: skip
+        }
         storage = storage_facts(tensors, _sizes(tensors, files))
         facts = cast(ExportFacts, {**known, **(storage if encoding.is_quantized else {})})
         if left_alone:

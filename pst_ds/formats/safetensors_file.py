@@ -183,8 +183,10 @@ def header_and_slots(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]])
         slot = slots[name] = Slot(*tensors[name], end)
         end += slot.nbytes
         table[name] = {
-            "dtype": CODE_OF_DTYPE[slot.dtype], "shape": list(slot.shape), "data_offsets": [slot.offset, end],
-        }  # fmt: skip
+            "dtype": CODE_OF_DTYPE[slot.dtype],
+            "shape": list(slot.shape),
+            "data_offsets": [slot.offset, end],
+        }
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)

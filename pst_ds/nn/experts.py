@@ -122,7 +122,7 @@ class _DenseStack:
     def product(self, x: Tensor, routing: Routing, by_token: bool) -> Tensor:
         return products.dense_forward(
             x.detach(), self._weight(), routing, by_token=by_token, transposed=self._transposed
-        )  # fmt: skip
+        )
 
     def gradients(
         self, x: Tensor, grad_y: Tensor, routing: Routing, by_token: bool, *, need_x: bool, need_weight: bool

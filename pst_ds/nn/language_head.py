@@ -63,9 +63,7 @@ class LanguageHead:
         # Where a gradient passes from a module's output to its input, as the hooks of ZeRO-3 hand them on, they gather
         # the weight in the backward pass. One that trains needs that. Past a frozen one the gradient takes another way:
         # from the result straight to the input as it was before the hooks.
-        hooks = [
-            self.module.register_forward_pre_hook(before, prepend=True), self.module.register_forward_hook(after)
-        ]  # fmt: skip
+        hooks = [self.module.register_forward_pre_hook(before, prepend=True), self.module.register_forward_hook(after)]
         self.module.forward = forward  # type: ignore[method-assign, assignment]
         try:
             yield results

@@ -169,7 +169,7 @@ class PSTLayer(nn.Module):
             return None
         return BaseCodes(
             self._code_layout, self.pst_base_codes, self.pst_base_scales, self.pst_mask, self._loaded_dtype
-        )  # fmt: skip
+        )
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

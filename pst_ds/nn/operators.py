@@ -55,16 +55,18 @@ def _layer(number: Tensor) -> Layer:
     return _LAYERS[int(number)]
 
 
-def _masked_linear(x: Tensor, number: Tensor, outputs: int, weight: Tensor | None, bias: Tensor | None,
-                   *factors: Tensor | None) -> Tensor:  # fmt: skip
+def _masked_linear(
+    x: Tensor, number: Tensor, outputs: int, weight: Tensor | None, bias: Tensor | None, *factors: Tensor | None
+) -> Tensor:
     layer = _layer(number)
     layer.was_called = True
     with torch.autocast(x.device.type, enabled=False):
         return layer.product(x)
 
 
-def _masked_linear_backward(grad_y: Tensor, needed: list[bool], x: Tensor, number: Tensor,
-                            *others: Tensor | None) -> list[Tensor]:  # fmt: skip
+def _masked_linear_backward(
+    grad_y: Tensor, needed: list[bool], x: Tensor, number: Tensor, *others: Tensor | None
+) -> list[Tensor]:
     need_x, need_weight, need_bias = needed[:3]
     with torch.autocast(x.device.type, enabled=False):
         grads = _layer(number).gradients(x, grad_y, need_x=need_x, need_weight=need_weight, need_bias=need_bias)

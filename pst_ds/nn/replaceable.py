@@ -11,9 +11,11 @@ from pst_ds.nn.model_structure import is_conv1d, is_linear
 SAME_AS_LINEAR = ("FalconLinear",)
 """Classes whose own forward computes the same as that of nn.Linear."""
 _HOOKS = {
-    "_forward_hooks": "forward", "_forward_pre_hooks": "forward pre-", "_backward_hooks": "backward",
+    "_forward_hooks": "forward",
+    "_forward_pre_hooks": "forward pre-",
+    "_backward_hooks": "backward",
     "_backward_pre_hooks": "backward pre-",
-}  # fmt: skip
+}
 
 
 def why_not_replaceable(name: str, module: nn.Module, holders: Sequence[nn.Module], model: nn.Module) -> str:

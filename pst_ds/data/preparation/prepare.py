@@ -86,9 +86,12 @@ def plan_store(
     if not pieces:
         raise InputError(f"{', '.join(sources)}: there is nothing to read. Name files with text")
     return Preparation(
-        sources=tuple(sources), reading=reading, pieces=tuple(pieces), tokenizer=identity_of(tokenizer),
+        sources=tuple(sources),
+        reading=reading,
+        pieces=tuple(pieces),
+        tokenizer=identity_of(tokenizer),
         count_bytes=count_bytes,
-    )  # fmt: skip
+    )
 
 
 def prepare_store(

@@ -72,9 +72,7 @@ class CausalLM(CausalTask[Sequences | MixedSequences]):
     ) -> dict[str, Tensor]:
         return collate_sequences(examples, indices)
 
-    def num_targets(
-        self, examples: Sequences | MixedSequences | DrawnSequences, indices: Sequence[int]
-    ) -> int:  # fmt: skip
+    def num_targets(self, examples: Sequences | MixedSequences | DrawnSequences, indices: Sequence[int]) -> int:
         if not examples.masks_tokens:
             return sum(examples.length - 1 - len(examples.starts_in(i)) for i in indices)
         return sum(int(examples.predicted_in(i).sum()) for i in indices)

@@ -44,7 +44,7 @@ def cached_tokens(
     *,
     count: bool,
     what: str,
-) -> TokenStream:  # fmt: skip
+) -> TokenStream:
     """Return the tokens of ``texts``, from the cache or tokenised into it.
 
     One process per host tokenises and the others wait. Raises InputError.
