@@ -24,12 +24,14 @@ def test_the_settings_page_is_the_codes():
         assert path.read_text(encoding="utf-8") == code, "run python -m tools.docs.run_file"
 
 
+@pytest.mark.thorough
 def test_the_tables_of_large_models_are_what_is_planned():
     written = scaling.PAGE.read_text(encoding="utf-8")
     assert {*re.findall(r"<!-- table: (\w+) -->\n\n\|", written)} == {*scaling.TABLES}
     assert written == scaling.page(written), "run python -m tools.docs.scaling"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("model", "gpus"), [("7B", 8), ("70B", 512)])
 def test_a_row_of_large_models_is_what_the_command_says(capsys, tmp_path, model, gpus):
     run = scaling.write_run(tmp_path, model, gpus)

@@ -229,6 +229,7 @@ def test_wrong_numbers_are_refused(folders, capsys):
         assert stopped.value.code == 2
 
 
+@pytest.mark.thorough
 def test_the_number_of_threads_is_put_back(folders, capsys):
     before = torch.get_num_threads()
     _bench(capsys, folders / "half-bitmask", "--threads", f"{before + 1}")

@@ -181,6 +181,7 @@ def test_arguments_that_argparse_refuses_are_2(arguments, capsys):
     assert said.count("\n") == 1
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("precision", "bytes_each"), [("fp32", 8), ("bf16", 12)])
 @pytest.mark.parametrize("method", ["pst", "dense", "magnitude"])
 def test_plan_says_what_train_then_measures(tmp_path, capsys, method, precision, bytes_each):

@@ -147,6 +147,7 @@ def test_native_code_is_compiled_and_right():
     assert "mask updates" in finding.text
 
 
+@pytest.mark.thorough
 def test_a_compiler_that_fails_is_a_warning(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "/bin/false")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -156,6 +157,7 @@ def test_a_compiler_that_fails_is_a_warning(monkeypatch, tmp_path):
     assert "g++" in finding.fix
 
 
+@pytest.mark.thorough
 def test_native_code_that_is_switched_off_is_a_warning(monkeypatch):
     monkeypatch.setenv("PST_DS_NATIVE", "0")
     (finding,) = doctor_processes.native_code(LIMIT)

@@ -97,6 +97,7 @@ def test_a_model_that_cannot_be_pruned_block_by_block_begins_without(made, tmp_p
     assert table["schedule"]["initial_sparsity"] == 0.45
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("model", "more", "pattern", "words"),
     [
@@ -151,6 +152,7 @@ def test_a_language_model(made, capsys):
     assert table["start"] == {"method": "alps", "samples": result["examples"], "reconstruct": 2}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("more", "zeros", "pattern", "shares"),
     [
@@ -267,6 +269,7 @@ def test_a_tenth_is_held_out(made, capsys):
     assert list(table["data"])[:2] == ["train", "validation"]
 
 
+@pytest.mark.thorough
 def test_a_run_with_rows_held_out_is_tuned_trained_resumed_and_evaluated(made, capsys, tmp_path, monkeypatch):
     run = ("--method", "lora", "--steps", "120", "--output-dir", str(tmp_path / "run"))
     out, _, _ = made(BERT, "--train", TRAIN, *run)
@@ -315,6 +318,7 @@ def test_nothing_is_held_out_where_it_is_not_wanted(made):
     ]
 
 
+@pytest.mark.thorough
 def test_a_model_too_large_for_a_start_is_warned_of_with_what_to_do(made, capsys, tmp_path, monkeypatch, book):
     monkeypatch.setattr(dense_start, "MOST_WEIGHTS", 1000)
     out, table, result = made(
@@ -372,6 +376,7 @@ def test_commands_are_quoted_for_the_shell(tmp_path, capsys):
     assert in_comments == [shlex.split(plan), shlex.split(train)]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("method", init.METHODS)
 def test_every_method_is_planned(made, capsys, method):
     out, table, result = made(BERT, "--train", TRAIN, "--method", method, "--sparsity", "0.7")

@@ -25,6 +25,7 @@ def _program(*arguments, **options):
     return subprocess.run(command, timeout=60, check=False, cwd=ROOT, stderr=subprocess.PIPE, **options)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("arguments", "code", "unbuffered"),
     [
@@ -49,6 +50,7 @@ def test_a_reader_that_has_gone_ends_it_without_a_word(tmp_path, arguments, code
     assert bool(done.stderr) == (code == 2)
 
 
+@pytest.mark.thorough
 def test_an_error_that_nobody_reads_ends_it_too():
     reader, writer = os.pipe()
     os.close(reader)

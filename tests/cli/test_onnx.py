@@ -49,6 +49,7 @@ def test_inputs_of_8_bits_do_not_make_verify_lenient(folders, tmp_path, capsys):
     assert "is not the model in" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_the_file_of_a_run_with_inputs_of_8_bits_has_them_and_computes_what_was_trained(tmp_path, capsys, monkeypatch):
     """Also as it runs: a number may round to its neighbour, for what comes before it is summed in another order."""
     monkeypatch.chdir(ROOT)

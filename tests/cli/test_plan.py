@@ -66,6 +66,7 @@ def test_a_70b_model_plans_from_its_config_alone(capsys, llama_70b):
     assert len(text.splitlines()) < 40
 
 
+@pytest.mark.thorough
 def test_rounded_weights_have_scales(capsys, llama_of_4_layers):
     arguments = [*llama_of_4_layers, "--world-size", "8", "--set", "train.num_steps=1000"]
     _, plain = _plan(capsys, arguments)
@@ -99,6 +100,7 @@ def test_a_larger_world_holds_less_and_takes_the_same_weights_in(capsys, llama_o
     assert 0 < many["time"]["share_of_masks"] < 0.05
 
 
+@pytest.mark.thorough
 def test_rates_are_chosen_by_name(capsys, llama_of_4_layers):
     _, slow = _plan(capsys, [*llama_of_4_layers, "--world-size", "8", "--machine", "cpu"])
     _, fast = _plan(capsys, [*llama_of_4_layers, "--world-size", "8", "--machine", "a100"])
@@ -120,6 +122,7 @@ def test_a_plan_says_whether_it_fits_how_long_it_takes_and_what_it_costs(capsys,
     assert ", costs " not in text
 
 
+@pytest.mark.thorough
 def test_on_a_cpu_the_process_and_a_save_are_needed_too_and_what_is_close_is_not_judged(capsys, llama_of_4_layers):
     asked = [*llama_of_4_layers, "--world-size", "8", "--machine", "cpu"]
     text, plan = _plan(capsys, asked)
@@ -178,6 +181,7 @@ def test_memory_and_price_are_numbers_above_0(capsys, llama_of_4_layers, more):
     assert f"argument {more[0]}: {more[1]!r} is not a number above 0" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_ranks_that_share_sequences_hold_a_part_of_them(capsys, llama_of_4_layers):
     def planned(degree, *settings):
         arguments = [*llama_of_4_layers, "--ranks", "8", "--set", f"train.sequence_parallel={degree}", *settings]
@@ -203,6 +207,7 @@ def test_a_sequence_classifier_plans_without_its_data(capsys):
     assert plan["memory_bytes_per_rank"]["activations"] > 0
 
 
+@pytest.mark.thorough
 def test_a_teacher_costs_its_weights_on_every_rank_or_of_the_model_itself_one_more_gather(capsys, llama_of_4_layers):
     def planned(*settings):
         _, plan = _plan(capsys, [*llama_of_4_layers, "--ranks", "8", *settings])

@@ -36,6 +36,7 @@ def _set(settings):
     return [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
 
 
+@pytest.mark.thorough
 def test_the_first_is_the_fastest_that_fits_and_each_is_what_its_settings_plan(plan):
     text, found = plan("--search")
     lines = found["search"]
@@ -68,6 +69,7 @@ def test_what_fits_comes_first_and_that_none_does_is_said(plan):
     assert "none fits: take more ranks" in text
 
 
+@pytest.mark.thorough
 def test_nodes_have_a_copy_of_their_own_and_heads_that_ranks_cannot_share_are_left_out(plan):
     text, found = plan("--search", "--ranks", "16", "--set", "train.batch_size=16")
     degrees = {line["settings"]["train.sequence_parallel"] for line in found["search"]}

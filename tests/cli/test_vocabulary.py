@@ -52,6 +52,7 @@ STORED = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("stored", STORED)
 def test_a_run_is_exported_for_fewer_tokens_and_verified(run, some, tmp_path, capsys, stored):
     out = tmp_path / "out"

@@ -46,7 +46,7 @@ def _mask(layer):
 
 @pytest.mark.parametrize("method", list(METHODS))
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_every_method_trains_exports_and_verifies(tmp_path, capsys, method, precision):
     settings = [
         f"method={method}", "deepspeed_config=", f"output_dir={tmp_path / 'run'}", f"train.precision={precision}",

@@ -312,6 +312,7 @@ def refusal_of(name, parts):
     return ""
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", FORMATS)
 def test_mutations_are_refused_by_name_or_are_whole_tensors(name):
     refused, whole = [], 0

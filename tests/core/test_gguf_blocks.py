@@ -126,6 +126,7 @@ def _odd_inputs(seed):
     return weight, keep, grid, scales
 
 
+@pytest.mark.thorough
 def test_odd_weights_and_scales_are_refused_or_blocks_that_are_near():
     written = 0
     for seed in range(3000):

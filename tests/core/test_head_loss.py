@@ -107,6 +107,7 @@ def test_sixteen_bits_are_summed_in_fp32():
     _assert_near(found, _gradients(expected, exact), 2e-2)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("trains", [False, True])
 def test_memory_is_below_two_bytes_a_token_and_entry(torch_bytes, trains):
     tokens, classes, width = 1024, 49_152, 32

@@ -75,6 +75,7 @@ def plant(cached, data):
     return store_library(cached.parent, cached.name.rpartition("-")[0], data)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("damage", ["truncated", "zeroed", "empty", "another"])
 def test_a_damaged_library_is_compiled_again(source, cached, tmp_path, damage):
     whole = cached.read_bytes()

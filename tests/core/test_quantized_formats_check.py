@@ -137,6 +137,7 @@ def mutated(form, seed):
     return parts
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", BY_NAME)
 def test_mutations_are_refused_by_name_or_are_whole_tensors(name):
     form, refused, whole = BY_NAME[name], [], 0

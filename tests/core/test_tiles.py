@@ -92,6 +92,7 @@ def tile_products(x: torch.Tensor, grad_y: torch.Tensor, layout: WeightLayout, t
     yield x.new_ones(band.shape[0], RANK + 1).t(), band
 
 
+@pytest.mark.few(2)
 @each_layout
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.15, 2.0])

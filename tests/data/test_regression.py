@@ -126,6 +126,7 @@ final_sparsity = 0.5
     return path
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("task", ["regression", "classification"])
 @pytest.mark.parametrize(
     ("ending", "columns"),
@@ -234,6 +235,7 @@ def test_the_error_falls(tmp_path, capsys):
     assert errors[best] == min(errors.values())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("mean", "unit"), [(400.0, 1.0), (-3.0, 0.01), (0.0, 1e4)])
 def test_labels_on_any_scale_are_learned_as_those_of_mean_0_and_unit_1(tmp_path, mean, unit):
     losses = {}

@@ -106,6 +106,7 @@ def data_of_the_readme(at_a_copy_of_the_top_folder):
     tokenizer.save_pretrained(decoder)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("data", ["reviews.csv", "chat.jsonl"])
 def test_the_commands_of_the_readme_run_on_your_data(data_of_the_readme, data):
     (block,) = [block for block in blocks("README.md") if block.text.startswith("pst-ds init") and data in block.text]

@@ -125,6 +125,7 @@ def test_a_wrong_input_is_2_and_one_message_and_nothing_is_written(name, made, t
     assert contents(tmp_path, made) == before
 
 
+@pytest.mark.thorough
 def test_libraries_add_nothing_to_it(made, tmp_path):
     """In a process of its own, where they are imported as a verb imports them."""
     cases = {name: wrong for name, wrong in (DATA | MODELS).items() if not wrong.environment}

@@ -59,6 +59,7 @@ def _tensors(folder):
     return found
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "granitemoe"])
 def test_a_dense_export_has_the_tensors_of_the_base_and_the_values_of_the_run(family, tmp_path, verb):
     _trained(tmp_path, family)
@@ -78,6 +79,7 @@ def test_a_dense_export_has_the_tensors_of_the_base_and_the_values_of_the_run(fa
     assert verified["max_logit_difference"] == 0.0
 
 
+@pytest.mark.thorough
 def test_the_bytes_do_not_depend_on_the_number_of_processes_and_missing_zeros_are_found(
     forked_writers, tmp_path, verb, capsys
 ):
@@ -134,6 +136,7 @@ def test_a_packed_export_has_one_entry_a_stack_and_computes_with_it(family, kind
 ROUNDED_IN_TRAINING = {"quantization.values": "int8", "model.base_bits": 8, "schedule.cooldown_fraction": 0.5}
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("family", "kind", "more", "options"),
     [

@@ -79,6 +79,7 @@ def folders(make_pruned, tmp_path_factory):
     return made
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 def test_an_export_holds_at_most_three_times_the_largest_tensor(folders, tmp_path):
     jobs = [(src, str(folders[name]), str(tmp_path / "out"), *how) for src, *how in JOBS for name in ("tiny", "large")]

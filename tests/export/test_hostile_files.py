@@ -145,6 +145,7 @@ def _refused(folder: Path) -> bool:
     return bool(message)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_damage_is_refused_or_changes_nothing(folders, kind):
     folder, rng = folders[kind], random.Random(kind)
@@ -219,6 +220,7 @@ def _hostile_part(data: bytes, rng: random.Random, path: Path) -> bytes:
     return header + b"".join(tensors[n][2] for n in slots)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_hostile_files_with_agreeing_hashes_are_refused_or_unpack_to_what_they_say(folders, kind):
     folder, rng = folders[kind], random.Random(f"agreeing {kind}")
@@ -306,6 +308,7 @@ def _leaves(value, at=()):
             yield from _leaves(value[key], (*at, key))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", WITH_MANIFESTS)
 def test_a_manifest_or_index_of_strange_values_never_crashes(folders, kind):
     folder, rng = folders[kind], random.Random(f"manifest {kind}")

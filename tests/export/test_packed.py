@@ -180,6 +180,7 @@ class _Killed(RunSource):
         yield from super().make(job)
 
 
+@pytest.mark.thorough
 def test_a_killed_process_leaves_nothing(models, tmp_path, monkeypatch):
     monkeypatch.setattr("pst_ds.export.to_folder.RunSource", _Killed)
     with pytest.raises(WorkerError, match=r"was killed.*fewer --processes"):

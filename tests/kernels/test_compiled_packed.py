@@ -43,6 +43,7 @@ def walk(capability, values, unroll, stacked=False):
     )  # fmt: skip
 
 
+@pytest.mark.few(1)
 @STACKED
 @pytest.mark.parametrize("values", ["bf16", *CODES])
 @pytest.mark.parametrize("capability", CAPABILITIES)

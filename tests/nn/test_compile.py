@@ -94,6 +94,7 @@ def _assert_same_step(model, forward):
         torch.testing.assert_close(compiled_grads[name], grad)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "config",
     [
@@ -154,6 +155,7 @@ def test_after_training_the_masks_have_the_same_bits():
     assert masks[0] == masks[1]
 
 
+@pytest.mark.thorough
 def test_a_call_is_seen_and_a_layer_may_be_bypassed():
     model = _model()
     compiled = torch.compile(model, backend=Counting(), fullgraph=True)
@@ -214,6 +216,7 @@ def test_a_transformer_block_is_one_graph():
     assert all(param.grad is not None for param in model.parameters() if param.requires_grad)
 
 
+@pytest.mark.thorough
 def test_the_explanation_has_one_graph_a_block_and_no_break():
     model = _llama()
     hidden = torch.randn(1, 6, 32)
@@ -224,6 +227,7 @@ def test_the_explanation_has_one_graph_a_block_and_no_break():
         assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
 
 
+@pytest.mark.thorough
 def test_decoding_gives_the_tokens_of_eager():
     model = _llama().eval()
     tokens = torch.tensor([[3, 1, 4]])

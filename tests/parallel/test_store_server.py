@@ -29,6 +29,7 @@ def port():
         return probe.getsockname()[1]
 
 
+@pytest.mark.thorough
 def test_clients_meet_there_whatever_signal_a_job_gets_until_it_is_stopped(port):
     server = StoreServer(port)
     server.wait()

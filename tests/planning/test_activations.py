@@ -31,6 +31,7 @@ def test_checkpointed_layers_keep_their_inputs_alone(vocabulary):
     assert found == pytest.approx(128 * inputs + max(128 * layer, min(loss, 128 * 12 * vocabulary)), rel=0.15)
 
 
+@pytest.mark.thorough
 def test_the_loss_of_a_large_vocabulary_is_one_chunk_for_any_number_of_tokens():
     """Whether it is the teacher's too: beside its logits it has hidden states."""
     shape = {"batch": 8, "sequence": 512, "checkpointing": True}
@@ -45,6 +46,7 @@ def test_the_loss_of_a_large_vocabulary_is_one_chunk_for_any_number_of_tokens():
     assert on_gpu - small < 8 * 512 * 32_000 * 2
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("distilled", [False, True])
 def test_chunks_beyond_two_are_counted_as_if_they_were_run(distilled, monkeypatch):
     """Whatever their size: half as many of them, of twice the rows, read the head's weight half as often."""
@@ -68,6 +70,7 @@ def test_without_checkpointing_every_layer_keeps_what_its_matrices_multiply():
     assert twice == pytest.approx(2 * found, rel=0.05)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_rounded_inputs_are_held_for_a_layer_at_a_time(checkpointing):
     shape = {"batch": 2, "sequence": 64, "checkpointing": checkpointing}

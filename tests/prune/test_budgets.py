@@ -85,6 +85,7 @@ def test_outliers_are_those_of_the_dense_model_and_the_model_stays_as_it_was(tin
         assert int(rule.sparsity * size) == counts[same.index(rule)]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("method", "pattern"),
     [("magnitude", "matrix"), ("wanda", "row"), ("wanda", "4x2"), ("sparsegpt", "row"), ("sparsegpt", "matrix"),

@@ -60,6 +60,7 @@ def _tensors(folder):
     return load_file(path)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("family", "dtype", "bits", "group"),
     [("llama", "bf16", "4", "64"), ("llama", "fp32", "4", "32"), ("llama", "fp16", "8", "row"),

@@ -60,6 +60,7 @@ def test_the_cpu_is_used_when_deepspeed_is_told_so(capsys, tmp_path, monkeypatch
     assert used == ["cpu"]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("method", "pattern", "sparsity"),
     [("magnitude", "matrix", 0.6), ("wanda", "row", 0.5), ("wanda", "2:4", 0.5), ("sparsegpt", "row", 0.7),

@@ -114,6 +114,7 @@ def _uneven(tiny, family):
     return model
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("method", "pattern"),
     [("magnitude", "matrix"), ("wanda", "row"), ("wanda", "4x2"), ("sparsegpt", "matrix"), ("alps", "matrix")],
@@ -149,6 +150,7 @@ def test_rows_count_by_what_the_loss_makes_of_them(tiny, batches, family, method
             assert scores[kept].min() >= scores[~kept].max()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["sparsegpt", "alps"])
 def test_methods_that_change_weights_are_as_exact_with_factors(tiny, batches, method):
     text = batches("llama")

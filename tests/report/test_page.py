@@ -144,6 +144,7 @@ def test_a_run_that_has_just_begun_has_a_page(write_run, report):
     assert document.count("details") == 1
 
 
+@pytest.mark.thorough
 def test_a_long_run_of_a_large_model_makes_a_page_of_few_megabytes(a_run, report):
     folder = a_run("long", steps=8000, layers=300)  # 2,000 mask updates
     with (folder / "metrics.jsonl").open("a") as stream:

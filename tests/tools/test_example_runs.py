@@ -83,6 +83,7 @@ def test_it_says_how_to_start_it_and_where_it_writes(path):
     assert run.output_dir in words or "launch/slurm.sbatch" in words
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_on_a_tiny_model_it_ends_in_the_zeros_that_it_asks_for(path, verb, tmp_path):
     settings = {"output_dir": str(tmp_path / "run"), "train.num_steps": 4, "train.num_epochs": 0.0,

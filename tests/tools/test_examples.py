@@ -99,6 +99,7 @@ def _masks(folder):
     return {n.removesuffix(".pst_mask_bits"): t for n, t in tensors.items() if n.endswith(".pst_mask_bits")}
 
 
+@pytest.mark.thorough
 def test_the_trainer_s_model_is_packed_and_verified(example, classifier, tmp_path, capsys):
     module = example("trainer_classification")
     data = "tests/data/train.jsonl"
@@ -112,6 +113,7 @@ def test_the_trainer_s_model_is_packed_and_verified(example, classifier, tmp_pat
     assert pst_ds(["verify", packed]) == 0
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_accelerate_s_loop_ends_in_zeros_and_goes_on_to_the_same_bits(example, tmp_path, accumulation):
     text = " ".join(json.loads(line)["text"] for line in Path("tests/data/train.jsonl").read_text().splitlines())
@@ -144,6 +146,7 @@ def text(tmp_path):
     return tmp_path / "text.txt", len(AutoTokenizer.from_pretrained("tests/data/tiny-llama")(text)["input_ids"]) // 16
 
 
+@pytest.mark.thorough
 def test_an_accumulation_goes_on_over_the_end_of_the_text(example, text, tmp_path):
     """Five batches in all, two a step: some step has the last batch and the first."""
     path, sequences = text

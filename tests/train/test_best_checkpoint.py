@@ -24,6 +24,7 @@ def _prepared(folder, *overrides):
     return prepare(run, LaunchEnvironment(0, 1, 0))
 
 
+@pytest.mark.thorough
 def test_the_best_checkpoint_is_chosen_among_those_at_the_final_sparsity(tmp_path, monkeypatch):
     scores = {4: 0.99, 8: 0.98, 12: 0.97, 16: 0.5, 20: 0.4}  # the sparser, the worse
     order = iter(scores.values())
@@ -39,6 +40,7 @@ def test_the_best_checkpoint_is_chosen_among_those_at_the_final_sparsity(tmp_pat
     assert (final.step, final.sparsity, final.metrics["accuracy"]) == (20, 0.8, 0.4)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("scores", "best"),
     [((math.nan, -0.3), 20), ((-0.3, math.nan), 16), ((math.nan, math.nan), None)],
@@ -66,6 +68,7 @@ def test_a_number_is_better_than_a_value_that_is_none(tmp_path, monkeypatch):
     assert train_prepared(_prepared(tmp_path, "train.num_steps=4"), quiet=True)["best_step"] == 4
 
 
+@pytest.mark.thorough
 def test_without_an_evaluation_at_the_final_sparsity_there_is_no_best(tmp_path):
     """Also in a folder where an earlier run left one."""
     train_prepared(_prepared(tmp_path), quiet=True)

@@ -132,6 +132,7 @@ def _require_whole(folder, kind, verb, capsys):
 BUFFERS = {"e_score_correction_bias", "layer_scalar", "running_mean", "running_var", "num_batches_tracked"}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_export_has_the_buffers_of_the_base(tmp_path, name, precision, verb, capsys):

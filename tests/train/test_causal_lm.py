@@ -327,6 +327,7 @@ def test_baselines_train_every_weight_and_export(run_ranks, tmp_path, method, ca
     assert int((weight == 0).sum()) == (math.floor(SPARSITY * weight.numel()) if method == "magnitude" else 0)
 
 
+@pytest.mark.thorough
 def test_eval_and_plan_speak_of_sequences(tmp_path, capsys):
     one_process = ["--set", "deepspeed_config="]
     assert main(["train", RUN_FILE, "--quiet", *one_process, "--set", f"output_dir={tmp_path}/run"]) == 0

@@ -148,6 +148,7 @@ def _train(folder, model, capsys, **more):
     return code, said.out + said.err
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("family", "more"),
     [
@@ -165,6 +166,7 @@ def test_a_model_whose_masks_can_keep_documents_apart_trains(family, more, tmp_p
     assert "reads on" not in said
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("mask", ["", "true", "false"])
 def test_a_model_that_reads_on_trains_with_a_warning_unless_it_was_asked_not_to(mask, tmp_path, capsys):
     """Its linear attention heeds neither positions nor masks."""

@@ -82,6 +82,7 @@ def test_a_loss_that_is_not_finite_leaves_the_checkpoints_and_says_where_to_go_o
     assert {**_train(tmp_path / "run", resume=True), "seconds": 0} == {**whole, "seconds": 0}
 
 
+@pytest.mark.thorough
 def test_skipped_steps_are_remembered(tmp_path, monkeypatch):
     bad = (1, 6, 7, 12)
     with monkeypatch.context() as patch:
@@ -131,6 +132,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, c
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
 
 
+@pytest.mark.thorough
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path, monkeypatch, capsys):
     whole = _train(tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -227,6 +229,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(ranks, exit_code, wa
     assert "StoppedError" not in (tmp_path / "1.err").read_text()
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_that_is_there_is_not_said_to_have_failed(tmp_path, monkeypatch, capsys):
     """Another rank that is killed right after rank 0 gave the last checkpoint its name."""
 

@@ -116,6 +116,7 @@ def _noisy(path):
     return f"data.train={path}"
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("alone")
 def test_a_run_that_underfits_says_so_and_its_fix_helps(tmp_path, capsys):
     """With rates that are too low, 100 steps of this model learn nothing. With the rates that it names, they do, and
@@ -142,6 +143,7 @@ def test_a_run_that_overfits_says_so_and_its_fix_helps(tmp_path, capsys):
     assert after["validation_loss"] < before["validation_loss"]
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("alone")
 def test_a_healthy_run_says_nothing(tmp_path, capsys):
     settings = ["deepspeed_config=", "method=dense", "train.num_steps=100", "train.head_learning_rate=1e-3"]

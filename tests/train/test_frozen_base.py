@@ -54,6 +54,7 @@ def losses(folder):
     return {line["step"]: line["losses"] for line in lines if "losses" in line}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("precision", "settings", "parts"),
     [
@@ -148,6 +149,7 @@ def test_a_language_model_multiplies_with_a_head_of_few_bits_on_any_number_of_ra
         assert torch.equal(one[name], round_to_grid(base, None, Grid(8)))
 
 
+@pytest.mark.thorough
 def test_rounding_to_the_same_grid_ends_in_the_format(tmp_path):
     """[quantization] over a base in few bits: the file's codes are those that were trained."""
     folder, out = tmp_path / "run", tmp_path / "out"

@@ -98,6 +98,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero():
     assert [learning_rate_factor(s, 4, 0.0) for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_after_k_applied_steps_the_masks_have_the_schedule_s_sparsity(tmp_path, accumulation):
     seen = {}
@@ -120,6 +121,7 @@ def test_after_k_applied_steps_the_masks_have_the_schedule_s_sparsity(tmp_path, 
     assert state.masks.checksum == mask_stats(ready.module).checksum
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_skipped_step_moves_neither_step_nor_mask(tmp_path, accumulation):
     clean, skipping = {}, {}
@@ -306,6 +308,7 @@ def test_the_tensorboard_file_holds_the_same_scalars(tmp_path):
     assert {e.step: e.value for e in board.Scalars("loss")} == pytest.approx(logged, rel=1e-6)
 
 
+@pytest.mark.thorough
 def test_the_loss_of_a_line_is_the_mean_since_the_line_before(tmp_path):
     fine, coarse = tmp_path / "fine", tmp_path / "coarse"
     for folder, interval in ((fine, 1), (coarse, 10)):

@@ -108,7 +108,7 @@ def _arguments(family, folder):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 def test_a_family_is_begun_trained_exported_and_reloaded(tmp_path, capsys, family):
     _write_base(family, tmp_path / "base")
     run, out = str(tmp_path / "run"), str(tmp_path / "out")

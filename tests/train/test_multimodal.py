@@ -73,6 +73,7 @@ def _arguments(folder, **more):
     return ["tests/data/causal_lm.toml", *(text for option in options for text in option)]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("make", "excluded", "pruned"),
     [(_gemma3, ["vision_tower"], 14), (_llama4, ["experts"], 14), (_qwen3_5, [], 15)],

@@ -108,6 +108,7 @@ def _losses(folder):
     return [line["loss"] for line in lines if line["event"] == "step"]
 
 
+@pytest.mark.thorough
 def test_a_folder_teaches_a_classifier(tmp_path):
     from pst_ds.cli.main import main
 

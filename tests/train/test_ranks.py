@@ -45,6 +45,7 @@ def _kept(values):
     return {name: int((~is_dropped(v)).sum()) for name, v in gates.items()}
 
 
+@pytest.mark.thorough
 def test_a_budget_is_met_along_the_schedule_and_goes_on_where_it_stopped(tmp_path):
     for name in ("whole", "again"):
         _train(tmp_path / name)

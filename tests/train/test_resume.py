@@ -119,7 +119,7 @@ def _assert_same_run(folder, *outcomes, at=STOP_AT, num_steps=NUM_STEPS):
 
 @pytest.mark.parametrize("method", ["pst", "magnitude", "dense", "movement"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_stopped_run_ends_as_an_uninterrupted_one_on_one_process(tmp_path, method, precision):
     more = (f"method={method}", f"train.precision={precision}", "train.gradient_accumulation_steps=2")
     whole = _train(tmp_path / "whole", "local", *more)
@@ -148,6 +148,7 @@ ROUNDED = (
 )  # fmt: skip
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("method", "ranks", "precision", "inputs"),
     [("gmp", 1, "bf16", ""), ("pst", 1, "bf16", "int8"),
@@ -190,6 +191,7 @@ SOME_LAYERS = (
 )  # fmt: skip
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.zero3)])
 def test_a_run_that_prunes_some_layers_alone_ramps_and_goes_on(run_ranks, tmp_path, ranks):
     stage = "local" if ranks == 1 else "3"
@@ -285,6 +287,7 @@ def test_a_run_goes_on_with_other_ranks_and_stages(run_ranks, steps_of_whole, tm
         assert of_resumed[step]["sparsity/actual"] == line["sparsity/actual"]
 
 
+@pytest.mark.thorough
 def test_a_run_can_be_stopped_again_and_again(tmp_path):
     _train(tmp_path / "whole", "local")
     _stopped(tmp_path / "stopped", "local", at=3)
@@ -305,6 +308,7 @@ def test_a_finished_run_is_finished_again(tmp_path):
     assert _lines(tmp_path / "run") == before
 
 
+@pytest.mark.thorough
 def test_links_that_a_crash_left_behind_are_mended(tmp_path):
     """Killed after the last checkpoint had its name, before any link moved; and one to a checkpoint that is no more."""
     _train(tmp_path / "run", "local", "checkpoint.keep_last=1")

@@ -63,6 +63,7 @@ def _checkpoint(folder, name="final"):
     return read_checkpoint((folder / "checkpoints" / name).resolve())
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("method", "precision"), [*((method, "fp32") for method in METHODS), ("pst", "bf16"), ("int8", "bf16")]
 )
@@ -148,6 +149,7 @@ def test_the_best_checkpoint_is_a_rounded_one(tmp_path):
     assert not _checkpoint(tmp_path, "step-00000006").state.rounds
 
 
+@pytest.mark.thorough
 def test_without_quantization_a_run_is_as_before(tmp_path):
     _trained(tmp_path / "grid")
     plain = load_run(
@@ -185,6 +187,7 @@ def _logits(prepared, model, rounded):
     return found
 
 
+@pytest.mark.thorough
 def test_inputs_are_rounded_from_when_weights_are(tmp_path, capsys):
     """Before that losses are those of a run without; then training, evaluation and what is restored round them."""
     run = _trained(tmp_path / "inputs", 'quantization.activations="int8"')

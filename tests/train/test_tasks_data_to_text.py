@@ -148,6 +148,7 @@ final_sparsity = 0.5
     return path
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", SHAPES)
 def test_from_the_hub_s_files_to_a_verified_export(tmp_path, gpt2, name, verb):
     path = _run_file(tmp_path, gpt2, name, _repository(tmp_path / "hub", name))

@@ -97,6 +97,7 @@ final_sparsity = 0.5
     return path
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", COLUMNS)
 def test_from_the_hub_s_files_to_a_verified_export(tmp_path, glue, name, verb):
     path = _run_file(tmp_path, glue, name)

@@ -165,6 +165,7 @@ def test_the_store_is_one_stream_with_the_end_between_documents(tmp_path):
     assert len(stream.borders.between(0, len(stream))) == len([text for text in DOCUMENTS if text.strip()])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.saved"])
 def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path, name):
     path = _many(tmp_path / name)

@@ -115,6 +115,7 @@ def test_a_folder_is_its_files_by_name(tmp_path, name):
     assert stream.borders.between(4, 12).tolist() == [5, 9, 11]
 
 
+@pytest.mark.thorough
 def test_the_digest_notices_a_change_and_a_copy_has_the_same(tmp_path):
     many = [[i % 900 + 3, END] for i in range(90_000)]
     one, same = _write_olmo(tmp_path / "a.npy", many), _write_olmo(tmp_path / "b.npy", many)

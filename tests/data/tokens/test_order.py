@@ -51,6 +51,7 @@ def test_large_counts_need_nothing_held(count):
     assert len(set(found.tolist())) == 4
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("count", [7, 32, 100])
 def test_every_place_takes_every_thing_about_as_often(count):
     """Of 4,000 keys; the sum of squares is below what one of 10^6 random orders would exceed."""

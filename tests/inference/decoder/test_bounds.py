@@ -12,6 +12,7 @@ from tests.sanitizers import run_sanitized
 DRIVER = Path(__file__).with_name("sanitizer_driver.cpp")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("sanitizers", "cases"), [("address,undefined", "60"), ("thread", "12")])
 def test_sanitizers_find_nothing(tmp_path, sanitizers, cases):
     flags = ["-pthread", "-ffp-contract=off", "-DPST_PRETENDED_TILES=1"]

@@ -63,6 +63,7 @@ def test_the_best_model_is_one_of_the_final_sparsity_and_is_saved_afterwards(bas
     }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("first", ["pst", "early"])
 def test_early_stopping_begins_to_count_at_the_final_sparsity(base, data, tmp_path, first):
     callbacks = [PSTCallback(**SCHEDULE), EarlyStoppingCallback(1)]
@@ -76,6 +77,7 @@ def test_early_stopping_begins_to_count_at_the_final_sparsity(base, data, tmp_pa
     assert mask_stats(model).sparsity == pytest.approx(0.8, abs=1e-3)
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_forgets_the_best_of_the_ramp(base, data, tmp_path):
     _trainer(pst_model(base), data, tmp_path / "one").train()
     folder = tmp_path / "one" / "checkpoint-2"
@@ -86,6 +88,7 @@ def test_a_resumed_run_forgets_the_best_of_the_ramp(base, data, tmp_path):
     assert trainer.state.best_model_checkpoint == str(tmp_path / "two" / f"checkpoint-{RAMP_END}")
 
 
+@pytest.mark.thorough
 def test_a_training_that_ends_on_the_ramp_says_so(base, data, tmp_path):
     model = pst_model(base)
     trainer = _trainer(model, data, tmp_path, callbacks=[PSTCallback(final_sparsity=0.8, num_steps=3 * STEPS)])

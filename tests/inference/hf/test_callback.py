@@ -70,6 +70,7 @@ def test_a_callback_that_is_added_later_is_refused(base, data, tmp_path):
         trainer.train()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_resumed_run_ends_in_the_bits_of_one_that_was_not_interrupted(base, data, tmp_path, dtype):
     model, resumed = pst_model(base, dtype), pst_model(base, dtype)
@@ -84,6 +85,7 @@ def test_a_resumed_run_ends_in_the_bits_of_one_that_was_not_interrupted(base, da
     assert mask_stats(loaded).checksum == mask_stats(model).checksum  # masks are fixed from step 4 on
 
 
+@pytest.mark.thorough
 def test_callback_states_may_be_restored_by_the_trainer(base, data, tmp_path):
     model, resumed = pst_model(base), pst_model(base)
     pst_trainer(model, data, tmp_path / "one", save_strategy="steps", save_steps=3).train()
@@ -96,6 +98,7 @@ def test_callback_states_may_be_restored_by_the_trainer(base, data, tmp_path):
     assert mask_stats(resumed).checksum == mask_stats(model).checksum
 
 
+@pytest.mark.thorough
 def test_a_second_training_of_the_same_model_trains_its_scores_again(base, data, tmp_path):
     model = pst_model(base)
     trainer = pst_trainer(model, data, tmp_path)
@@ -119,6 +122,7 @@ def test_a_subclass_of_the_cubic_schedule_keeps_its_ramp(base, data, tmp_path):
     assert [entry["sparsity/target"] for entry in history] == [0.6 * step / STEPS for step in range(1, STEPS + 1)]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("way", ["pickle", "deepcopy"])
 def test_a_copy_of_the_model_saves_its_own_adapter_state(base, data, tmp_path, way):
     model = pst_model(base)
@@ -150,6 +154,7 @@ def test_a_node_s_own_main_process_saves_what_rank_0_does(base, data, tmp_path, 
     assert not (tmp_path / "rank 9").exists()
 
 
+@pytest.mark.thorough
 def test_gradient_checkpointing_changes_no_bit(base, data, tmp_path):
     losses = []
     for settings in ({}, {"gradient_checkpointing": True}):
@@ -213,6 +218,7 @@ def test_what_the_trainer_cannot_do_is_refused_before_training(base, data, tmp_p
         trainer.train()
 
 
+@pytest.mark.thorough
 def test_an_optimizer_of_another_model_is_refused(base, data, tmp_path):
     model, other = pst_model(base), pst_model(base)
     trainer = Trainer(
@@ -250,6 +256,7 @@ def test_a_model_with_pst_in_a_part_is_refused(base, data, tmp_path):
         pst_trainer(model, data, tmp_path)
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_without_the_callback_s_state_is_refused(base, data, tmp_path):
     pst_trainer(pst_model(base), data, tmp_path / "one", save_strategy="steps", save_steps=3).train()
     folder = tmp_path / "one" / "checkpoint-3"
@@ -269,6 +276,7 @@ def test_deepspeed_settings_that_masks_cannot_stand_are_refused(base, monkeypatc
         PSTCallback(final_sparsity=0.5).on_init_end(None, None, None, model=pst_model(base))
 
 
+@pytest.mark.thorough
 def test_the_optimizer_of_the_trainer_s_making_is_the_same(base, data, tmp_path):
     model, other = pst_model(base), pst_model(base)
     pst_trainer(model, data, tmp_path / "one", optimizer=pst_optimizer(model, update_learning_rate=3e-3)).train()

@@ -28,6 +28,7 @@ def copied(packed, tmp_path):
     return copy
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("form", ["bitmask", "2:4", "csr"])
 @pytest.mark.parametrize("load_as", ["dense", "sparse"])
 def test_every_single_missing_tensor_is_named(edited, packed, tmp_path, form, load_as):

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import json, sys
 
@@ -37,6 +39,7 @@ print(json.dumps(outcomes))
 """
 
 
+@pytest.mark.thorough
 def test_every_auto_class_raises_and_none_gives_random_weights(packed):
     models = [("llama", "bitmask"), ("bert", "2:4"), ("gpt2", "csr")]
     folders = [str(packed(name, form, shards=shards)[0]) for name, form in models for shards in (1, 2)]

@@ -113,6 +113,7 @@ def operators(file):
     return Counter(node.op_type for node in onnx.load(file).graph.node)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_gives_the_same_outputs(family, tmp_path):
     source, out = save(family, tmp_path / "model"), tmp_path / "onnx"
@@ -129,6 +130,7 @@ def bert(tmp_path_factory):
     return save("bert", tmp_path_factory.mktemp("bert") / "model")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("how", [["int8", "int8"], ["int4", "int4"]], ids="/".join)
 def test_codes_stay_codes_in_the_file(bert, tmp_path, how):
     values, embeddings = how
@@ -154,6 +156,7 @@ def packed_config(load_as):
     return PackedWeightsConfig(load_as=load_as)
 
 
+@pytest.mark.thorough
 def test_a_plain_file_runs_without_our_operators(bert, tmp_path):
     import onnxruntime
 
@@ -178,6 +181,7 @@ def test_the_folder_says_what_it_is(bert, tmp_path, capsys):
     assert json.loads(line)["sparsity_measured"] == pytest.approx(0.7, abs=0.02)
 
 
+@pytest.mark.thorough
 def test_a_graph_that_computes_something_else_is_not_kept(bert, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(onnx_folder, "ALLOWED", 0.0)
     out = tmp_path / "onnx"
@@ -213,6 +217,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_cannot_be_traced_is_said_in_one_line(message, tmp_path, capsys):
     torch.manual_seed(0)
@@ -249,6 +254,7 @@ def test_layers_that_share_keys_and_values_have_nodes_of_their_own():
     assert [node.op_type for node in graph].count("Transpose") == 4  # two queries, the keys and the values
 
 
+@pytest.mark.thorough
 def test_a_bug_of_ours_is_not_blamed_on_the_model(bert, tmp_path, monkeypatch, capsys):
     def fuse(graph):
         raise IndexError("tuple index out of range")
@@ -260,6 +266,7 @@ def test_a_bug_of_ours_is_not_blamed_on_the_model(bert, tmp_path, monkeypatch, c
     assert "cannot be written as a graph" not in said
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("values", ["int8", "int4"])
 def test_inputs_of_8_bits_are_near_those_of_16(tmp_path, values, capsys):
     source, logits = save("bert", tmp_path / "model", share=0.5), {}

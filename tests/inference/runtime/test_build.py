@@ -200,6 +200,7 @@ SOURCES = {
 }
 
 
+@pytest.mark.thorough
 @needs_compiler
 def test_a_wheel_holds_the_kernels_and_their_sources_and_an_installation_uses_them(tmp_path):
     pytest.importorskip("setuptools", "77")
@@ -218,6 +219,7 @@ def test_a_wheel_holds_the_kernels_and_their_sources_and_an_installation_uses_th
     assert done.stdout.strip() == str(site / loop), done.stderr[-2000:]
 
 
+@pytest.mark.thorough
 def test_without_a_compiler_the_installation_goes_on_and_torch_computes(tmp_path):
     pytest.importorskip("setuptools", "77")
     names, site = built_wheel(tmp_path, CC="false", CXX="false")

@@ -61,6 +61,7 @@ def many_cases(dtype, problem):
             assert torch.equal(y, expected), (native.LEVELS[level], shape, density)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_no_byte_outside_the_arrays_is_touched(dtype, levels, problem):
     assert in_child(lambda: many_cases(dtype, problem)) == 0
@@ -77,6 +78,7 @@ def test_a_guard_page_is_a_fault(offset):
     assert in_child(touch) == -signal.SIGSEGV
 
 
+@pytest.mark.thorough
 def test_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path):
     done = run_sanitized(DRIVER, tmp_path, "200", "1", flags=["-O1", "-march=native", "-fopenmp"])
     assert (done.returncode, done.stderr) == (0, ""), done.stdout[-2000:] + done.stderr[-5000:]

@@ -82,6 +82,7 @@ def test_one_compiled_graph_serves_every_batch(name):
     assert [len(operators) for operators in seen.operators()] == [2]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_aot_graph_equals_eager(name, dtype):
@@ -93,6 +94,7 @@ def test_the_aot_graph_equals_eager(name, dtype):
             assert torch.equal(compiled(x), model(x))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_compiled_network_has_the_gradients_of_eager(name, dtype):
@@ -117,6 +119,7 @@ def test_a_compiled_network_has_the_gradients_of_eager(name, dtype):
     assert [len(operators) for operators in seen.operators()] == [2]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["bitmask"])
 def test_inductor_compiles_it(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -47,12 +47,14 @@ def counted(number, *works):
     return [count - found["counts"][0] for count in found["counts"]], found["pools"]
 
 
+@pytest.mark.thorough
 def test_the_kernels_run_on_the_threads_that_torch_has():
     after, pools = counted(2, "torch", "kernel", "torch")
     assert after == [0, 1, 1, 1]
     assert len(pools) == 1, pools
 
 
+@pytest.mark.thorough
 def test_torch_runs_on_those_that_the_kernels_made():
     assert counted(2, "kernel", "torch", "kernel")[0] == [0, 1, 1, 1]
 

@@ -40,6 +40,7 @@ def load(served):
         stop(server, thread)
 
 
+@pytest.mark.thorough
 def test_texts_of_many_clients_are_those_written_alone(load):
     clients = [threading.Thread(target=client, args=(load, seed, lambda number: number < 6, 0.2)) for seed in range(8)]
     for thread in clients:

@@ -46,6 +46,7 @@ def _ask(url, process):
     raise AssertionError(process.stderr.read())
 
 
+@pytest.mark.thorough
 def test_a_killed_worker_is_replaced_until_the_server_is_told_to_end():
     with _started() as (process, url):
         seen = {_ask(url, process)}
@@ -59,6 +60,7 @@ def test_a_killed_worker_is_replaced_until_the_server_is_told_to_end():
         assert "died" in process.stderr.read()
 
 
+@pytest.mark.thorough
 def test_a_worker_that_cannot_start_ends_the_server_with_its_message():
     with _started("there is no such model") as (process, _):
         assert process.wait(60) == 1

@@ -160,6 +160,7 @@ def test_settings_and_final_metrics_are_in_the_run_itself(tmp_path):
     assert tags <= set(board.Tags()["scalars"])
 
 
+@pytest.mark.thorough
 def test_a_run_that_goes_on_has_every_point_once(tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     _train(whole)
@@ -199,6 +200,7 @@ def test_a_run_that_goes_on_has_every_point_once(tmp_path, monkeypatch):
         assert all(one[step].tobytes() == other[step].tobytes() for step in one)
 
 
+@pytest.mark.thorough
 def test_a_run_that_begins_anew_leaves_nothing_of_the_one_before(tmp_path):
     _train(tmp_path, "train.num_steps=8", "checkpoint.interval=0")
     (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
@@ -207,6 +209,7 @@ def test_a_run_that_begins_anew_leaves_nothing_of_the_one_before(tmp_path):
     assert max(line["step"] for line in _lines(tmp_path)[1]) == 4
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("method", ["dense", "lora", "magnitude", "gmp", "movement", "spp"])
 def test_other_methods_leave_out_what_they_lack(tmp_path, method):
     _train(tmp_path, f"method={method}", "train.num_steps=10", "schedule.final_sparsity=0.5")

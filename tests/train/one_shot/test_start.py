@@ -54,6 +54,7 @@ def _started(run_ranks, tmp_path, ranks):
     return tmp_path / str(ranks)
 
 
+@pytest.mark.thorough
 def test_it_is_the_run_from_the_folder_that_prune_writes_and_its_folder_says_so(tmp_path, alone):
     _train(tmp_path / "run", *START)
     words = ["--method", "alps", "--samples", "24", "--reconstruct", "1", "--sparsity", "0.5", "--seed", "7", "--quiet"]
@@ -73,6 +74,7 @@ def test_it_is_the_run_from_the_folder_that_prune_writes_and_its_folder_says_so(
     assert "A sparse version of tests/data/tiny-bert." in (tmp_path / "export" / "README.md").read_text()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("share", "pattern"), [(0.5, "matrix"), (0.7, "row")])
 def test_a_language_model_begins_with_shares_by_saliency(tmp_path, alone, share, pattern):
     begun = ("start.method=wanda", "start.budgets=saliency", "start.samples=12", "pst.pattern=global")
@@ -101,6 +103,7 @@ def test_a_plan_names_it(tmp_path, capsys):
     assert f"rank 0 prunes to 0.5 by alps on 24 examples: {tmp_path / 'start'}" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_a_run_that_goes_on_does_not_prune_again_and_another_start_is_refused(tmp_path, alone, capsys):
     _train(tmp_path, *START)
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "start").iterdir()}
@@ -117,6 +120,7 @@ def test_a_run_that_goes_on_does_not_prune_again_and_another_start_is_refused(tm
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "start").iterdir()} == files
 
 
+@pytest.mark.thorough
 def test_a_start_that_was_not_finished_or_is_of_other_settings_is_made_anew(tmp_path, alone):
     _train(tmp_path / "whole", *START)
     _train(tmp_path / "other", *START, "start.samples=12")

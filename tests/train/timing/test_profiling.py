@@ -20,6 +20,7 @@ def _names(folder, *more):
     return sorted(path.name for path in made.iterdir()) if made.is_dir() else []
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("window", "steps"), [("2:3", "2-3"), ("4:9", "4-4")])
 def test_steps_of_the_window_are_recorded_as_far_as_there_are_any(tmp_path, window, steps):
     assert _names(tmp_path, f'train.profile_steps="{window}"') == [f"steps-{steps}.json.gz", f"steps-{steps}.txt"]

@@ -116,6 +116,7 @@ def test_trials_are_trained_compared_and_written_down(short_file, tmp_path, verb
     assert f"{made[1]['value']:.4g}" in shown
 
 
+@pytest.mark.thorough
 def test_a_search_that_is_done_is_not_done_again(run_file, tmp_path, planned, verb, capsys):
     runs = planned(lambda train, steps: {"accuracy": train.update_learning_rate, "standard_error": 1e-9})
     first = verb("tune", run_file)
@@ -130,6 +131,7 @@ def test_a_search_that_is_done_is_not_done_again(run_file, tmp_path, planned, ve
     assert len(runs) == 6
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_killed_search_goes_on_and_runs_no_finished_trial_again(run_file, tmp_path, planned, verb, at):
     def metrics(train, steps):
@@ -156,6 +158,7 @@ def test_a_killed_search_goes_on_and_runs_no_finished_trial_again(run_file, tmp_
     assert len([line for line in lines if line["event"] == "trial"]) == whole
 
 
+@pytest.mark.thorough
 def test_a_trial_that_a_signal_stopped_goes_on_where_it_was(short_file, tmp_path, verb, capsys, monkeypatch):
     verb("tune", short_file, "--out", str(tmp_path / "a.toml"), "--set", f"output_dir={tmp_path}/a")
     loss, calls = Objective.__call__, iter(range(1, 10**6))
@@ -182,6 +185,7 @@ def test_a_trial_that_a_signal_stopped_goes_on_where_it_was(short_file, tmp_path
     assert _without_times(_lines(tmp_path / "b")[1:]) == _without_times(_lines(tmp_path / "a")[1:])
 
 
+@pytest.mark.thorough
 def test_own_rates_are_carried_into_every_rung_and_stay_within_the_error(run_file, tmp_path, planned, verb):
     # the factor 9 is best, the run's own rates are worst, though within the error
     runs = planned(lambda train, steps: {"accuracy": 0.8 + 1e-6 * train.update_learning_rate, "standard_error": 0.01})
@@ -192,6 +196,7 @@ def test_own_rates_are_carried_into_every_rung_and_stay_within_the_error(run_fil
     assert "as they were" in Path(said["out"]).read_text().partition("\n")[0]
 
 
+@pytest.mark.thorough
 def test_all_trials_begin_with_one_start_and_the_run_makes_no_other(run_file, tmp_path, planned, verb):
     runs = planned(lambda train, steps: {"accuracy": train.update_learning_rate, "standard_error": 1e-9})
     start = ("start.method=wanda", "start.samples=12", "schedule.initial_sparsity=0.5")
@@ -204,6 +209,7 @@ def test_all_trials_begin_with_one_start_and_the_run_makes_no_other(run_file, tm
     assert (tmp_path / "run" / "start" / "model.safetensors").stat().st_mtime_ns == made
 
 
+@pytest.mark.thorough
 def test_perplexity_is_minimised(tmp_path, planned, verb):
     runs = planned(lambda train, steps: {"perplexity": 1 / train.update_learning_rate, "standard_error": 1.0})
     more = ["deepspeed_config=", f"output_dir={tmp_path}/run", "train.num_steps=600", "train.update_learning_rate=1e-3"]
@@ -213,6 +219,7 @@ def test_perplexity_is_minimised(tmp_path, planned, verb):
     assert said["chosen"]["update_learning_rate"] == 3e-3
 
 
+@pytest.mark.thorough
 def test_a_trial_that_diverges_is_passed_over(run_file, planned, verb, capsys):
     def metrics(train, steps):
         if train.update_learning_rate > 4e-3:
@@ -225,6 +232,7 @@ def test_a_trial_that_diverges_is_passed_over(run_file, planned, verb, capsys):
     assert said["chosen"]["update_learning_rate"] == 0.000333
 
 
+@pytest.mark.thorough
 def test_the_run_of_a_trial_has_every_share_of_the_whole_run():
     run = load_run(
         RUN_FILE, ["train.num_steps=900", "schedule.update_interval=4", *(f"train.{n}={r}" for n, r in OWN.items())]
@@ -265,6 +273,7 @@ def test_a_share_is_above_0_and_up_to_1(run_file, capsys, share):
     assert "is not a share above 0 and up to 1" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_a_folder_of_another_search_or_of_a_trained_run_is_refused(run_file, tmp_path, planned, capsys):
     planned(lambda train, steps: {"accuracy": 0.5, "standard_error": 0.1})
     assert main(["tune", run_file]) == 0

@@ -56,6 +56,7 @@ def _logits(model, ids):
         return model(input_ids=ids).logits
 
 
+@pytest.mark.thorough
 def test_each_sample_of_a_mixed_batch_is_as_alone(served):
     model, users = served
     nobody = _logits(model, IDS)

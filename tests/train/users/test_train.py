@@ -82,6 +82,7 @@ def _same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("form", ["masked", "beside"])
 def test_a_users_bits_do_not_depend_on_who_came_before(run, tmp_path, form):
     data = str(run / "rows.jsonl")
@@ -269,6 +270,7 @@ def test_a_full_disk_is_one_message_from_all_ranks_and_what_was_trained_stays(ru
     assert store.state(store.names[0])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("packing", ["dense", "bitmask"])
 def test_an_export_has_the_users_values_and_the_zeros_of_the_base(run, store, tmp_path, packing):
     of_run = ["export", str(run / "run"), "--out", str(tmp_path / "base"), "--quiet"]
