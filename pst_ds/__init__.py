@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CubicSchedule": "core.schedule",
     "ExportSettings": "inference.export_run",
-    "Grid": "core.quantization.grid",
+    "Grid": "core.quantization",
     "MaskUpdater": "masks.schedule_driver",
     "OneShotSchedule": "core.schedule",
     "PSTConfig": "config.pst",
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pst_ds.checkpoint.adapter import save_pretrained as save_pretrained
     from pst_ds.config.one_shot import PruneConfig as PruneConfig
     from pst_ds.config.pst import PSTConfig as PSTConfig
-    from pst_ds.core.quantization.grid import Grid as Grid
+    from pst_ds.core.quantization import Grid as Grid
     from pst_ds.core.schedule import CubicSchedule as CubicSchedule
     from pst_ds.core.schedule import OneShotSchedule as OneShotSchedule
     from pst_ds.core.schedule import RoundingSchedule as RoundingSchedule

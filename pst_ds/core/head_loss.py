@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
+from pst_ds.core.coded_weight import CodedWeight, of_table_inputs, times_table
 from pst_ds.core.distillation import loss_and_gradient
-from pst_ds.core.quantization import CodedWeight, of_table_inputs, times_table
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.bits import INT_OF_SIZE, bits_of_range, expand_mask_, shard_numel
+from pst_ds.core.coded_weight import CodedWeight, weights_at
 from pst_ds.core.factors import Constants, Factors, tile_factors
 from pst_ds.core.kernels.triton.merge import MaskBytes, gradients_into, mask_bytes
 from pst_ds.core.layout import Rect, StoredMatrix, WeightLayout, row_tiles
-from pst_ds.core.quantization import CodedWeight, InputGrid, Rounding, weights_at
+from pst_ds.core.quantization import InputGrid, Rounding
 from pst_ds.core.scores import masked_weight, updated_weight
 from pst_ds.core.tiles import Tiles, plan_tiles
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.bits import apply_range_, shard_numel
+from pst_ds.core.coded_weight import CodedWeight, weights_at
 from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
 from pst_ds.core.kernels.triton.merge import MaskBytes, mask_bytes, mask_rows, merge_into
 from pst_ds.core.layout import Rect, WeightLayout, row_tiles
-from pst_ds.core.quantization import CodedWeight, Rounding, weights_at
+from pst_ds.core.quantization import Rounding
 from pst_ds.core.updates import merging
 
 MASK_BAND_ELEMENTS = {"cpu": 1 << 19}

@@ -9,8 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from pst_ds.core.coded_weight import CodeLayout
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.quantization import CodeLayout, StoredGrid
+from pst_ds.core.quantization import StoredGrid
 from pst_ds.export.manifest import ExportedTensor
 from pst_ds.export.tensor_spec import Origin, TensorSpec
 from pst_ds.formats.base_weights import BaseWeights, saved_tensors

@@ -11,18 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.checkpoint.format import Checkpoint
+from pst_ds.core.coded_weight import CodedWeight, CodeLayout
 from pst_ds.core.factors import Constants, layer_factors
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.packings import DENSE, FOR_COMPRESSED_TENSORS, GGUF
-from pst_ds.core.quantization import (
-    SCALE_DTYPE,
-    CodedWeight,
-    CodeLayout,
-    Rounding,
-    StoredGrid,
-    require_scales,
-    scales_of_bytes,
-)
+from pst_ds.core.quantization import SCALE_DTYPE, Rounding, StoredGrid, require_scales, scales_of_bytes
 from pst_ds.core.scores import masked_weight, merged_weight
 from pst_ds.core.updates.rows import updated_rows
 from pst_ds.export.detect_pattern import per_row

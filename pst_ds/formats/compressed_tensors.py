@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.packings import COMPRESSED_TENSORS, COMPRESSED_TENSORS_W8A8, DENSE
-from pst_ds.core.quantization import Grid, dequantize
-from pst_ds.core.quantization.scales import RULE_OF_SCALES, SCALE_DTYPE, first_bad_scale
+from pst_ds.core.quantization import RULE_OF_SCALES, SCALE_DTYPE, Grid, dequantize, first_bad_scale
 from pst_ds.formats.parts import FormatError, Part
 from pst_ds.formats.quantized import QuantizedFormat
 

@@ -15,8 +15,16 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.packings import DENSE, QUANTIZED_PACKINGS
-from pst_ds.core.quantization import Grid, dequantize, first_bad_scale, pack_nibbles, quantize, unpack_nibbles
-from pst_ds.core.quantization.scales import RULE_OF_SCALES, SCALE_DTYPE
+from pst_ds.core.quantization import (
+    RULE_OF_SCALES,
+    SCALE_DTYPE,
+    Grid,
+    dequantize,
+    first_bad_scale,
+    pack_nibbles,
+    quantize,
+    unpack_nibbles,
+)
 from pst_ds.formats.bitmask import BitmaskFormat
 from pst_ds.formats.parts import FormatError, PackedFormat, Part, checked_bits
 from pst_ds.formats.rows import as_bools, bytes_of_row, gather_codes, row_counts, scatter_codes

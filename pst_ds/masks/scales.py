@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.core.bits import shard_numel, unpack_shard
+from pst_ds.core.coded_weight import OwnWeights
 from pst_ds.core.factors import Factors, tile_factors
 from pst_ds.core.layout import Rect, StoredMatrix, row_tiles, shard_tiles, view_in_shard
 from pst_ds.core.quantization import (
@@ -26,7 +27,6 @@ from pst_ds.core.quantization import (
     search_scales,
     whole_weights,
 )
-from pst_ds.core.quantization.own_weights import OwnWeights
 from pst_ds.core.scores import sliced_weight
 from pst_ds.core.units import unit_tiles
 from pst_ds.errors import shortened

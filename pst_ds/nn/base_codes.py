@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.core.bits import all_ones, pack_shard, shard_bytes
+from pst_ds.core.coded_weight import CodedWeight, CodeLayout, OwnWeights, coded_run
 from pst_ds.core.layout import StoredMatrix, WeightLayout, shard_tiles
-from pst_ds.core.quantization import CodedWeight, CodeLayout, Grid, StoredGrid, coded_run
-from pst_ds.core.quantization.own_weights import OwnWeights
+from pst_ds.core.quantization import Grid, StoredGrid
 from pst_ds.core.scores import abs_sum_fixed_point, fixed_point_exponent
 from pst_ds.nn.sharded_weights import read_now
 from pst_ds.nn.targets import InjectionError, Target

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from pst_ds.config.pst import MaskRule, PSTConfig, UpdateInit
 from pst_ds.core import masked_linear
 from pst_ds.core.bits import all_ones, shard_range
+from pst_ds.core.coded_weight import CodedWeight, OwnWeights
 from pst_ds.core.factors import Constants, Factors, layer_factors, ungrouped_columns
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.quantization import (
     UNUSED_SCALE,
-    CodedWeight,
     Grid,
     InputGrid,
     Rounding,
@@ -25,7 +25,6 @@ from pst_ds.core.quantization import (
     bytes_of_scales,
     scales_of_bytes,
 )
-from pst_ds.core.quantization.own_weights import OwnWeights
 from pst_ds.core.updates.gates import gate_gradients
 from pst_ds.nn.base_codes import BASE_CODES, BASE_SCALES, BaseCodes, own_weights
 from pst_ds.parallel import zero3

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.config.prompt import Adapter
+from pst_ds.core.coded_weight import table_rows
 from pst_ds.core.prompts import adapted, with_prompt, without_prompt
-from pst_ds.core.quantization import table_rows
 from pst_ds.errors import InputError
 from pst_ds.nn.layer import seeded_normal
 from pst_ds.nn.tables.coded import CodedEmbedding

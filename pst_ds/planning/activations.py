@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pst_ds.core.coded_weight import CodedWeight
 from pst_ds.core.experts.routing import Routing
 from pst_ds.core.head_loss import ChunkSizes, Teacher, chunk_sizes, head_loss
-from pst_ds.core.quantization import CodedWeight
 from pst_ds.errors import first_line
 from pst_ds.nn.experts import PSTExpertStack, of_routing, registered
 from pst_ds.nn.inject import pst_layers

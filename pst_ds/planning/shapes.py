@@ -10,8 +10,8 @@ from typing import TypeVar
 
 from torch import nn
 
+from pst_ds.core.coded_weight import slice_numel
 from pst_ds.core.layout import row_tiles
-from pst_ds.core.quantization import slice_numel
 from pst_ds.core.tiles import plan_tiles
 from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.inject import pst_layers

@@ -7,21 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pst_ds.core import masked_linear
+from pst_ds.core import masked_linear, quantization
 from pst_ds.core.bits import pack_mask
+from pst_ds.core.coded_weight import CodedWeight, CodeLayout, OwnWeights, coded_run, weights_at
 from pst_ds.core.factors import Constants, Factors
 from pst_ds.core.layout import Rect, WeightLayout
-from pst_ds.core.quantization import (
-    CodedWeight,
-    CodeLayout,
-    Grid,
-    StoredGrid,
-    coded_run,
-    native,
-    round_to_grid,
-    weights_at,
-)
-from pst_ds.core.quantization.own_weights import OwnWeights
+from pst_ds.core.quantization import Grid, StoredGrid, round_to_grid
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -55,8 +46,8 @@ def coded(codes, weight):
 @pytest.fixture(params=["native", "torch"])
 def loops(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(native, "library", lambda: None)
-    elif native.library() is None:
+        monkeypatch.setattr(quantization, "library", lambda: None)
+    elif quantization.library() is None:
         pytest.skip("no C++ compiler")
     return request.param
 

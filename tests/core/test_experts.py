@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core.bits import pack_mask, shard_bytes, unpack_range
+from pst_ds.core.coded_weight import CodedWeight, CodeLayout
 from pst_ds.core.experts import products
 from pst_ds.core.experts.routing import Routing
 from pst_ds.core.factors import Constants, Factors
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.masked_linear import LayerState
-from pst_ds.core.quantization import CodedWeight, CodeLayout, Grid, Rounding, StoredGrid
+from pst_ds.core.quantization import Grid, Rounding, StoredGrid
 
 EXPERTS, OUTPUTS, INPUTS, RANK = 5, 6, 9, 2
 GATES = torch.rand(7, 2, generator=torch.Generator().manual_seed(9))

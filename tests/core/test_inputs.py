@@ -8,13 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pst_ds.core import quantization
 from pst_ds.core.bits import pack_mask
 from pst_ds.core.experts import products
 from pst_ds.core.experts.routing import Routing
 from pst_ds.core.factors import Constants, Factors
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.masked_linear import LayerState, backward, forward
-from pst_ds.core.quantization import Grid, InputGrid, inputs, native
+from pst_ds.core.quantization import Grid, InputGrid
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -23,9 +24,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 def loops(request, monkeypatch):
     """Both ways to compute; native code is skipped where there is no compiler."""
     if request.param == "torch":
-        monkeypatch.setattr(inputs, "native_for", lambda *_: None)
-        monkeypatch.setattr(inputs, "_AT_A_TIME", 1000)
-    elif native.library() is None:
+        monkeypatch.setattr(quantization, "native_for", lambda *_: None)
+        monkeypatch.setattr(quantization, "_INPUTS_AT_A_TIME", 1000)
+    elif quantization.library() is None:
         pytest.skip("no compiler")
 
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from pst_ds.core import quantization
 from pst_ds.core.quantization import (
     Grid,
     dequantize,
@@ -16,7 +17,6 @@ from pst_ds.core.quantization import (
     first_off_grid,
     grid_of,
     group_scales,
-    matrices,
     nearest_codes,
     pack_nibbles,
     quantize,
@@ -25,7 +25,6 @@ from pst_ds.core.quantization import (
     unit_of,
     unpack_nibbles,
 )
-from pst_ds.core.quantization import scales as choice
 
 GRIDS = [Grid(bits, group) for bits in (8, 4) for group in (None, 32, 64, 128)]
 INT4 = Grid(4, 64)
@@ -78,7 +77,7 @@ def test_scale_is_the_best_of_those_tried(grid, seed):
     held = weights(seed, (1, 64), zeros=0.3)
     largest, magnitude = grid.largest, np.float32(held.abs().max())
     row = held[0].numpy()
-    tried = [bf16_of(float(magnitude / np.float32(d))) for d in (largest, *choice._DIVISORS[grid.bits])]
+    tried = [bf16_of(float(magnitude / np.float32(d))) for d in (largest, *quantization._DIVISORS[grid.bits])]
     best = min(tried, key=lambda scale: squared_error(row, scale, largest))
     for _ in range(2):
         codes = rounded_by_numpy(row, best, largest)
@@ -192,7 +191,7 @@ def test_empty_matrices(shape):
 def test_bands_do_not_show(monkeypatch):
     weight = weights(2, (30, 128))
     codes, scales = quantize(weight, weight > 0, INT4)
-    monkeypatch.setattr(matrices, "_AT_A_TIME", {"cpu": 300})
+    monkeypatch.setattr(quantization, "_AT_A_TIME", {"cpu": 300})
     again = quantize(weight, weight > 0, INT4)
     assert torch.equal(again[0], codes)
     assert torch.equal(again[1], scales)

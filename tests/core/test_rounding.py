@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pst_ds.core import quantization
 from pst_ds.core.bits import pack_mask
 from pst_ds.core.factors import Constants, Factors, TileFactors
 from pst_ds.core.layout import Rect, WeightLayout
@@ -19,10 +20,7 @@ from pst_ds.core.quantization import (
     group_losses,
     group_moments,
     group_scales,
-    native,
     quantize,
-    scales,
-    stored,
     whole_weights,
 )
 from pst_ds.core.scores import sliced_weight
@@ -41,9 +39,8 @@ each_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
 def loops(request, monkeypatch):
     """Both ways to compute; native code is skipped where there is no compiler."""
     if request.param == "torch":
-        for module in (stored, scales):
-            monkeypatch.setattr(module, "native_for", lambda *_: None)
-    elif native.library() is None:
+        monkeypatch.setattr(quantization, "native_for", lambda *_: None)
+    elif quantization.library() is None:
         pytest.skip("no compiler")
 
 
@@ -104,7 +101,7 @@ def test_rectangles_are_rounded_as_the_whole(grid, transposed, data):
 
 
 @each_grid
-@pytest.mark.skipif(native.library() is None, reason="no compiler")
+@pytest.mark.skipif(quantization.library() is None, reason="no compiler")
 def test_both_loops_have_the_same_sums(grid, monkeypatch):
     grouped = stored_weight(WeightLayout(40, 96)).float()
     largest = grouped.abs().amax(1)
@@ -112,7 +109,7 @@ def test_both_loops_have_the_same_sums(grid, monkeypatch):
     losses = group_losses(grouped, largest / grid.largest, grid)
     tried = [largest / grid.largest * factor for factor in (0.5, 1.0, 1.7)]
     found = [group_moments(grouped, whole, scale, grid) for scale in tried]
-    monkeypatch.setattr(scales, "native_for", lambda *_: None)
+    monkeypatch.setattr(quantization, "native_for", lambda *_: None)
     assert torch.equal(whole_weights(grouped, largest), whole)
     for of_native, of_torch in zip(losses, group_losses(grouped, largest / grid.largest, grid), strict=True):
         torch.testing.assert_close(of_native, of_torch, rtol=1e-12, atol=0.0)

@@ -8,7 +8,8 @@ import transformers
 from transformers import LlamaConfig, Qwen3MoeConfig
 
 from pst_ds import PSTConfig, inject_pst
-from pst_ds.core.quantization import CodedWeight, CodeLayout, Grid
+from pst_ds.core.coded_weight import CodedWeight, CodeLayout
+from pst_ds.core.quantization import Grid
 from pst_ds.errors import InputError
 from pst_ds.nn import sharded_weights
 from pst_ds.nn.base_model import Pretrained

@@ -12,8 +12,9 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from pst_ds import PSTConfig, inject_pst, load_pretrained, merge_and_unload, print_trainable_parameters, save_pretrained
 from pst_ds.checkpoint.adapter import PretrainedError
+from pst_ds.core import coded_weight
 from pst_ds.core.head_loss import head_loss
-from pst_ds.core.quantization import Grid, round_to_grid, tables
+from pst_ds.core.quantization import Grid, round_to_grid
 from pst_ds.nn.language_head import language_head
 from pst_ds.nn.prompt import embedded
 from pst_ds.nn.tables.coded import CodedEmbedding, CodedOutput, coded_tables
@@ -69,9 +70,9 @@ def test_a_loss_in_chunks_reads_slices_of_the_vocabulary(monkeypatch, with_bias)
         if with_bias:
             model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1.0, 1.0, 90))
         inject_pst(model, PSTConfig(bias="all"), embedding_grid=GRID if model is coded else None)
-    monkeypatch.setitem(tables._EXPANDED_AT_A_TIME, "cpu", 64 * 7)
-    made, dense = [], tables.CodedWeight.dense
-    monkeypatch.setattr(tables.CodedWeight, "dense", lambda table: made.append(table.shape) or dense(table))
+    monkeypatch.setitem(coded_weight._TABLE_AT_A_TIME, "cpu", 64 * 7)
+    made, dense = [], coded_weight.CodedWeight.dense
+    monkeypatch.setattr(coded_weight.CodedWeight, "dense", lambda table: made.append(table.shape) or dense(table))
     hidden, results = torch.randn(5, 64), []
     for model in (plain, coded):
         head, states = language_head(model), hidden.clone().requires_grad_()

@@ -15,16 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.config.pst import PSTConfig
+from pst_ds.core.coded_weight import CodedWeight, CodeLayout, of_table_inputs, table_rows, times_table
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.quantization import (
-    CodedWeight,
-    CodeLayout,
-    Grid,
-    StoredGrid,
-    of_table_inputs,
-    table_rows,
-    times_table,
-)
+from pst_ds.core.quantization import Grid, StoredGrid
 from pst_ds.nn.base_codes import BASE_CODES, BASE_SCALES, require_finite
 from pst_ds.nn.targets import InjectionError, find_embeddings, modules_to_save, places_by_module, put
 from pst_ds.parallel import zero3

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from pst_ds.core import kernels, stats
+from pst_ds.core import kernels, quantization, stats
 from pst_ds.core.kernels import INT, NativeSource, library_file, load
 from pst_ds.core.one_shot import swaps
-from pst_ds.core.quantization import native as rounding
 from pst_ds.core.updates import each
 from pst_ds.formats import rows
 from pst_ds.inference.onnx import operators as onnx
@@ -127,7 +126,7 @@ def included(path):
 
 NATIVE = [
     value
-    for module in (attention, kernels, decoder, each, native, onnx, rounding, rows, stats, swaps)
+    for module in (attention, kernels, decoder, each, native, onnx, quantization, rows, stats, swaps)
     for value in vars(module).values()
     if isinstance(value, NativeSource)
 ]

@@ -97,7 +97,7 @@ void expand_rows(const Codes& codes, T* out, int64_t stride, int64_t rows, int64
     for (int64_t row = 0; row < rows; ++row) expand_row(codes, out + row * stride, row, cols, g);
 }
 
-// Quantise the inputs of a row as in core/quantization/inputs.py, word by word of `width` columns.
+// Quantise the inputs of a row as in core/quantization.py, word by word of `width` columns.
 template <class T> void round_inputs(const T* x, T* out, int64_t columns, int64_t width) {
     for (int64_t first = 0; first < columns; first += width) {
         const int64_t count = columns - first < width ? columns - first : width;

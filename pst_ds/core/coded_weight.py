@@ -1,7 +1,7 @@
 """A frozen weight as int8 or int4 codes and scales, in as many shards as ZeRO-3 splits it into.
 
 Shard i contains the codes of flat weights [i * p, (i + 1) * p) of the stored weight, p = ceil(numel / num_shards),
-packed from its first byte (int4: two per byte, see :mod:`pst_ds.core.quantization.nibbles`) and padded to whole bytes.
+packed from its first byte (int4: two per byte, see :mod:`pst_ds.core.quantization`) and padded to whole bytes.
 It also contains the scales of every group with weights in the shard: the scale of a group that crosses a boundary is in
 both shards. As with masks, ZeRO's split of the two byte tensors gives each rank the codes and scales of its weights.
 
@@ -15,13 +15,24 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding, linear
 
 from pst_ds.core.bits import shard_numel, shard_range
 from pst_ds.core.layout import Rect, row_tiles, shard_tiles, view_in_shard
-from pst_ds.core.quantization.native import NATIVE_DTYPES, native_for, threads_for
-from pst_ds.core.quantization.nibbles import pack_nibbles, unpack_nibbles
-from pst_ds.core.quantization.scales import SCALE_DTYPE, UNUSED_SCALE, group_scales, nearest_codes
-from pst_ds.core.quantization.stored import StoredGrid, bytes_of_scales, scales_of_bytes
+from pst_ds.core.quantization import (
+    NATIVE_DTYPES,
+    SCALE_DTYPE,
+    UNUSED_SCALE,
+    StoredGrid,
+    bytes_of_scales,
+    group_scales,
+    native_for,
+    nearest_codes,
+    pack_nibbles,
+    scales_of_bytes,
+    threads_for,
+    unpack_nibbles,
+)
 
 _ENCODED_AT_A_TIME = 1 << 20
 _EXPANDED_AT_A_TIME = {"cpu": 1 << 17}
@@ -310,3 +321,87 @@ def weights_at(weight: Tensor | CodedWeight, rect: Rect, out: Tensor) -> Tensor:
     if isinstance(weight, CodedWeight):
         return weight.expand_(out, rect)
     return weight[rect.r0 : rect.r1, rect.c0 : rect.c1]
+
+
+@dataclass(frozen=True, slots=True)
+class OwnWeights:
+    """The flat weights from ``start`` on of a stored weight with rows of ``row_length``."""
+
+    values: Tensor | CodedRun
+    """(n,). Slicing either type returns a tensor."""
+    start: int
+    row_length: int
+
+    @property
+    def stop(self) -> int:
+        """Flat index after the last weight."""
+        return self.start + self.values.numel()
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def rect(self, rect: Rect) -> Tensor:
+        """Return a rectangle of the stored weight that is in this part, (rows, cols). Do not modify it."""
+        if isinstance(self.values, CodedRun):
+            return self.values.rect(rect)
+        return view_in_shard(self.values, rect, self.row_length, self.start)
+
+    def at(self, index: Tensor) -> Tensor:
+        """Return individual weights by flat ``index`` in the stored weight, (n,) int64: (n,)."""
+        if isinstance(self.values, CodedRun):
+            return self.values.at(index)
+        return self.values[index - self.start if self.start else index]
+
+    def flat(self, first: int, last: int) -> Tensor:
+        """Return the flat weights [first, last) of the stored weight, limited to this part: (n,)."""
+        return self.values[max(0, first - self.start) : max(0, last - self.start)]
+
+
+_TABLE_AT_A_TIME = {"cpu": 1 << 20}
+"""Weights per slice, which stays in a CPU's caches; 2**24 on other devices."""
+
+
+def table_rows(table: CodedWeight, numbers: Tensor) -> Tensor:
+    """Return rows by their ``numbers``, (...,) int64, like an embedding: (..., width)."""
+    stored, flat = table.layout.stored, numbers.reshape(-1)
+    height, width = stored.layout.shape
+    packed = embedding(flat, table.codes.view(height, -1))
+    codes = unpack_nibbles(packed, width) if stored.grid.bits == 4 else packed.view(torch.int8)
+    scales = embedding(flat, scales_of_bytes(table.scales, stored.shape)).float()
+    out = torch.empty(len(flat), width, dtype=table.dtype, device=table.device)
+    by_group = (-1, stored.size)
+    torch.mul(codes.unflatten(1, by_group), scales.unsqueeze(2), out=out.unflatten(1, by_group))
+    return out.view(*numbers.shape, width)
+
+
+def times_table(x: Tensor, table: CodedWeight, bias: Tensor | None = None) -> Tensor:
+    """Return x T' + bias, (n, width) to (n, rows), like ``linear`` with the whole table T."""
+    out = x.new_empty(len(x), table.shape[0])
+    for rows in _slices(table):
+        out[:, rows] = linear(x, table[rows].dense(), None if bias is None else bias[rows])
+    return out
+
+
+def of_table_inputs(grad_y: Tensor, table: CodedWeight) -> Tensor:
+    """Return the gradient of x, (n, width), from the gradient of x T', (n, rows): products of slices, summed in
+    fp32.
+    """
+    slices = list(_slices(table))
+    if len(slices) == 1:
+        return grad_y @ table.dense()
+    total = torch.zeros(len(grad_y), table.shape[1], dtype=torch.float32, device=grad_y.device)
+    for rows in slices:
+        total += grad_y[:, rows] @ table[rows].dense()
+    return total.to(grad_y.dtype)
+
+
+def slice_numel(rows: int, width: int, device_type: str) -> int:
+    """Return the weights per slice of a table that are expanded in one step."""
+    return width * min(rows, max(1, _TABLE_AT_A_TIME.get(device_type, 1 << 24) // width))
+
+
+def _slices(table: CodedWeight) -> Iterator[slice]:
+    height, width = table.shape
+    step = slice_numel(height, width, table.device.type) // width
+    return (slice(first, min(first + step, height)) for first in range(0, height, step))

@@ -1,0 +1,603 @@
+"""Quantised weights: every kept weight is a small integer, its quantised value, times a scale shared by a group.
+
+    w  ~  code * scale        code: -127 .. 127 (int8) or -7 .. 7 (int4); scale: bf16, one per group of inputs
+
+The scheme is symmetric, without a zero point, so a pruned weight has code 0 and stays 0. Scales are rounded to bf16
+before any weight is quantised, and ``code * scale`` is exact in fp32 (7 bits times 8), so every program that multiplies
+the two gets the same weight. Scales are bf16 instead of fp16 because scales of small weights are far below the range of
+fp16 (6e-5 without loss), and a scale needs at most 8 bits: codes are chosen for the rounded scale.
+
+The code of a weight is ``w / scale``, divided in fp32, rounded half to even and limited to the largest code. The scale
+of a group has the least squared error of those tried (:func:`~pst_ds.core.quantization.scales.search_scales`). The
+search compares sums of integers, so the result depends only on the weights of the group, not on their order, the device
+or the sharding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from ctypes import CDLL
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pst_ds.core.kernels import INT, POINTER, NativeSource, load
+from pst_ds.core.layout import Rect, WeightLayout, row_tiles
+from pst_ds.core.packings import GROUPS, VALUE_BITS, WHOLE_ROW
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Quantisation scheme. Raises ValueError for unsupported bits or groups."""
+
+    bits: int
+    """Bits per value: 8 or 4."""
+    group: int | None = None
+    """Consecutive inputs of an output that share a scale: 32, 64 or 128; None for all of them (per-row scale)."""
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or self.bits not in VALUE_BITS.values():
+            raise ValueError(f"values have 8 or 4 bits, got {self.bits!r}")
+        if self.group is not None and (type(self.group) is not int or self.group not in GROUPS):
+            raise ValueError(f"a group has {', '.join(map(str, GROUPS))} inputs or is a whole row, got {self.group!r}")
+
+    @property
+    def values(self) -> str:
+        """Name of the values: "int8" or "int4"."""
+        return f"int{self.bits}"
+
+    @property
+    def largest(self) -> int:
+        """The largest code: 127 or 7. The smallest is its negative; -128 and -8 are not used."""
+        return (1 << self.bits - 1) - 1
+
+    def num_groups(self, columns: int) -> int:
+        """Return the number of scales of a row of ``columns`` inputs. Raises ValueError if groups do not divide it."""
+        if self.group is None:
+            return 1
+        if columns % self.group:
+            fits = [str(group) for group in GROUPS if columns % group == 0]
+            raise ValueError(
+                f"groups of {self.group} do not divide {columns} inputs; take {' or '.join([*fits, WHOLE_ROW])}"
+            )
+        return columns // self.group
+
+    def __str__(self) -> str:
+        return f"{self.values}, a scale for {'every row' if self.group is None else f'{self.group} inputs'}"
+
+
+def grid_of(values: object, group: object = None) -> Grid:
+    """Return the scheme for the names that users write: "int8" or "int4", and 32, 64, 128 or "row".
+
+    Without a group, int8 has per-row scales and int4 has groups of 64 inputs. Raises ValueError.
+    """
+    if values not in tuple(VALUE_BITS):  # any JSON value is possible here
+        raise ValueError(f"values on a grid are {' or '.join(VALUE_BITS)}, got {values!r}")
+    if group is None:
+        return Grid(VALUE_BITS[values], None if values == "int8" else 64)
+    known = {str(size): size for size in GROUPS}
+    if str(group) != WHOLE_ROW and str(group) not in known:
+        raise ValueError(f"a group is {', '.join(known)} or {WHOLE_ROW}, got {group!r}")
+    return Grid(VALUE_BITS[values], known.get(str(group)))
+
+
+NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""Dtypes of weights that the loops support, by their number in C++."""
+SOURCE = NativeSource(
+    "rounding.cpp",
+    {
+        "pst_round_to_grid": ([POINTER, INT, INT, INT, INT, POINTER, POINTER, INT, INT], None),
+        "pst_round_inputs": ([POINTER, POINTER, INT, INT, INT, INT, INT], None),
+        "pst_expand_codes": (
+            [POINTER, POINTER, POINTER, INT, POINTER, POINTER, INT, INT, INT, INT, INT],
+            None,
+        ),
+        "pst_whole_weights": ([POINTER, INT, INT, POINTER, POINTER, INT], None),
+        "pst_grid_losses": ([POINTER, INT, INT, POINTER, INT, POINTER, POINTER, INT], None),
+        "pst_grid_moments": ([POINTER, POINTER, INT, INT, POINTER, INT, POINTER, POINTER, INT], None),
+    },
+    "rounding to a grid",
+    may_flags=("-fopenmp",),
+)
+_WORTH_THREADS = 1 << 16
+
+
+@cache
+def library() -> CDLL | None:
+    """Return the functions of rounding.cpp, or None if they are not available."""
+    return load(SOURCE)
+
+
+def native_for(*tensors: Tensor) -> CDLL | None:
+    """Return the library if all ``tensors`` are on the CPU, else None."""
+    return library() if all(tensor.device.type == "cpu" for tensor in tensors) else None
+
+
+def threads_for(numel: int) -> int:
+    """Return how many threads a loop over ``numel`` weights uses."""
+    return torch.get_num_threads() if numel >= _WORTH_THREADS else 1
+
+
+SCALE_DTYPE = torch.bfloat16
+LEAST_SCALE = torch.finfo(SCALE_DTYPE).tiny
+"""The smallest scale, 2^-126. Smaller ones would be denormal, which some processors treat as 0."""
+RULE_OF_SCALES = "scales are at least 2^-126, and times the largest code still finite in bf16"
+UNUSED_SCALE = 1.0
+"""Scale of a group without weights."""
+_DIVISORS = {
+    8: (124.0, 125.0, 126.0, 128.0, 130.0, 133.0, 136.0, 140.0, 145.0, 150.0),
+    4: (4.0, 5.0, 5.5, 6.0, 6.5, 7.5, 8.0, 8.5, 9.0, 10.0, 11.0),
+}
+"""Scales that are tried: the largest magnitude of the group divided by these. Weights beyond the largest code are
+clipped.
+"""
+_REFITS = 2
+_WEIGHT_BITS = 28
+"""Bits of a group's weights as integers; sums over 2^18 of them times a code stay below 2^53."""
+
+
+def group_scales(grouped: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the scale of least squared error for every row of ``grouped``: (groups, weights per group) to (groups,).
+
+    ``grouped``: finite, fp32, 0 where pruned. ``dtype``: the dtype in which a quantised weight must be finite.
+    """
+    magnitudes, grouped = grouped.abs().amax(1), grouped.contiguous()
+    whole = whole_weights(grouped, magnitudes)
+    return search_scales(magnitudes, lambda scales: group_moments(grouped, whole, scales, grid), grid, dtype)
+
+
+def whole_weights(grouped: Tensor, magnitudes: Tensor) -> Tensor:
+    """Return weights in units of :func:`unit_of`, rounded: (groups, n) fp32, contiguous, to (groups, n) int32.
+
+    ``magnitudes``: (groups,) fp32, the largest of each whole group, which may include more weights.
+    """
+    unit, native = unit_of(magnitudes), native_for(grouped)
+    if native is None:
+        return (grouped.double() / unit.unsqueeze(1)).round_().int()
+    (groups, size), factors = grouped.shape, 1.0 / unit
+    whole = torch.empty(groups, size, dtype=torch.int32)
+    native.pst_whole_weights(
+        grouped.data_ptr(), groups, size, factors.data_ptr(), whole.data_ptr(), threads_for(grouped.numel())
+    )
+    return whole
+
+
+def group_losses(grouped: Tensor, scales: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Return the sums of (w - code * scale)^2 and of w^2 over each row: (groups,) float64.
+
+    ``grouped``: (groups, n) fp32, contiguous. ``scales``: (groups,) fp32.
+    """
+    native = native_for(grouped)
+    if native is None:
+        rounded = rounded_codes(grouped, scales.unsqueeze(1), grid).mul_(scales.unsqueeze(1))
+        weights = grouped.double()
+        return (weights - rounded).square().sum(1), weights.square().sum(1)
+    (groups, size), scales = grouped.shape, scales.contiguous()
+    errors, squares = torch.empty(2, groups, dtype=torch.float64)
+    native.pst_grid_losses(
+        grouped.data_ptr(),
+        groups,
+        size,
+        scales.data_ptr(),
+        grid.largest,
+        errors.data_ptr(),
+        squares.data_ptr(),
+        threads_for(grouped.numel()),
+    )
+    return errors, squares
+
+
+def group_moments(grouped: Tensor, whole: Tensor, scales: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Return the sums of w code and of code^2 over each row for :func:`search_scales`: (groups,) float64.
+
+    ``grouped``: (groups, n) fp32, contiguous, 0 where pruned. ``whole``: its :func:`whole_weights`. ``scales``:
+    (groups,) fp32.
+    """
+    native = native_for(grouped)
+    if native is None:
+        codes = rounded_codes(grouped, scales.unsqueeze(1), grid).double()
+        return torch.linalg.vecdot(whole.double(), codes), torch.linalg.vecdot(codes, codes)
+    (groups, size), scales = grouped.shape, scales.contiguous()
+    by_weight, by_code = torch.empty(2, groups, dtype=torch.float64)
+    native.pst_grid_moments(
+        grouped.data_ptr(),
+        whole.data_ptr(),
+        groups,
+        size,
+        scales.data_ptr(),
+        grid.largest,
+        by_weight.data_ptr(),
+        by_code.data_ptr(),
+        threads_for(grouped.numel()),
+    )
+    return by_weight, by_code
+
+
+def unit_of(magnitudes: Tensor) -> Tensor:
+    """Return the unit in which :func:`search_scales` measures weights: powers of two, float64, about 2^-28 of a group's
+    magnitude.
+
+    ``magnitudes``: the largest of each group, fp32.
+    """
+    _, exponents = torch.frexp(magnitudes.double())
+    return torch.ldexp(torch.ones_like(magnitudes, dtype=torch.float64), exponents - _WEIGHT_BITS)
+
+
+def search_scales(
+    magnitudes: Tensor,
+    moments: Callable[[Tensor], tuple[Tensor, Tensor]],
+    grid: Grid,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return the bf16 scales of least squared error among those tried: (groups,).
+
+    Tried are ``magnitude / largest code``, so the error is never above the error of plain rounding, some larger and
+    smaller scales, and the least-squares scale for the codes of the best, sum(w code) / sum(code^2), twice.
+
+    ``magnitudes``: (groups,) fp32, the largest of each group. ``moments``: function that returns, for fp32 scales
+    (groups,) which are bf16 numbers, the sums of w code and of code^2 over each group in float64, (groups,) each, where
+    w is a rounded weight in units of :func:`unit_of`. These are integers below 2^53, so sums over shards of a group may
+    be added. ``dtype``: the dtype in which a quantised weight must be finite. A group of magnitude 0 has scale 1.
+    """
+    limit = largest_scale(grid, dtype)
+    unit = unit_of(magnitudes)
+
+    def rounded(scales: Tensor) -> Tensor:
+        return scales.float().clamp(LEAST_SCALE, limit).to(SCALE_DTYPE).float()
+
+    def judged(scales: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        by_weight, by_code = moments(scales)
+        in_units = scales.double() / unit
+        return scales, in_units * (in_units * by_code - 2 * by_weight), by_weight, by_code
+
+    def better(best: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        wins = other[1] < best[1]
+        return tuple(torch.where(wins, new, old) for new, old in zip(other, best, strict=True))
+
+    best: tuple[Tensor, ...] = judged(rounded(magnitudes / grid.largest))
+    for divisor in _DIVISORS[grid.bits]:
+        best = better(best, judged(rounded(magnitudes / divisor)))
+    for _ in range(_REFITS):
+        fitted = best[2] / best[3].clamp(min=1) * unit
+        best = better(best, judged(rounded(torch.where(best[3] > 0, fitted.float(), best[0]))))
+    return torch.where(magnitudes > 0, best[0], UNUSED_SCALE).to(SCALE_DTYPE)
+
+
+def rounded_codes(weight: Tensor, scales: Tensor, grid: Grid) -> Tensor:
+    """Return the codes of fp32 weights as fp32, for fp32 scales that broadcast to them.
+
+    Division and rounding are IEEE's, the same on every device.
+    """
+    return (weight / scales).round_().clamp_(-grid.largest, grid.largest)
+
+
+def nearest_codes(weight: Tensor, scales: Tensor, grid: Grid) -> Tensor:
+    """Return the int8 codes of ``weight`` for ``scales`` that broadcast to it: w / scale in fp32, half to even."""
+    return rounded_codes(weight.float(), scales.float(), grid).to(torch.int8)
+
+
+def first_bad_scale(scales: Tensor, grid: Grid) -> int | None:
+    """Return the flat index of the first bf16 scale that is outside the valid range, or None.
+
+    Scales are at least 2^-126, and their products with the largest code are finite in bf16.
+    """
+    good = (scales >= LEAST_SCALE) & (scales <= largest_scale(grid, SCALE_DTYPE))
+    return None if bool(good.all()) else int(good.flatten().to(torch.uint8).argmin())
+
+
+def require_scales(scales: Tensor, grid: Grid) -> None:
+    """Raise ValueError with index and value for the first bf16 scale that :func:`first_bad_scale` finds."""
+    bad = first_bad_scale(scales, grid)
+    if bad is not None:
+        raise ValueError(f"scale {bad} is {float(scales.flatten()[bad]):g}; {RULE_OF_SCALES}")
+
+
+def largest_scale(grid: Grid, dtype: torch.dtype) -> float:
+    """Return the largest bf16 number whose product with the largest code is finite in ``dtype`` and in bf16."""
+    most = min(torch.finfo(dtype).max, torch.finfo(SCALE_DTYPE).max) / grid.largest
+    scale = torch.tensor(most).to(SCALE_DTYPE)
+    if float(scale) > most:
+        scale = (scale.view(torch.int16) - 1).view(SCALE_DTYPE)
+    return float(scale)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Pack int4 codes, (..., n) int8, two per byte: (..., ceil(n / 2)) uint8.
+
+    The first of two is in the lower four bits, in two's complement. For odd n, the last upper four bits are 0.
+    """
+    if codes.shape[-1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    pairs = codes.view(torch.uint8).bitwise_and(15)
+    return pairs[..., ::2] | pairs[..., 1::2] << 4
+
+
+def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
+    """Return the first ``count`` codes of each row of ``packed``: (..., ceil(count / 2)) uint8 to (..., count) int8."""
+    signed = packed.view(torch.int8)
+    pairs = torch.stack([(signed << 4) >> 4, signed >> 4], -1)
+    return pairs.flatten(-2)[..., :count]
+
+
+_AT_A_TIME = {"cpu": 1 << 17}
+"""Weights that torch quantises in one step, which stay in a CPU's cache; 2**22 on other devices."""
+
+
+def quantize(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Quantise a matrix: (codes (O, I) int8, scales (O, groups) bf16), on the device of ``weight``.
+
+    ``weight``: (O, I) of any float dtype. ``keep``: (O, I) bool, true for kept weights; None keeps all. Pruned weights
+    have code 0 and do not affect the scale. ``scales``: use these (O, groups) bf16 scales instead of searching. Raises
+    ValueError if groups do not divide the inputs, and for kept weights that are not finite.
+    """
+    rows, columns = weight.shape
+    groups = grid.num_groups(columns)
+    codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
+    found = torch.full((rows, groups), UNUSED_SCALE, dtype=SCALE_DTYPE, device=weight.device)
+    if scales is not None:
+        found.copy_(_checked(scales, (rows, groups), grid))
+    step = _rows_at_a_time(columns, weight.device)
+    for first in range(0, rows if columns else 0, step):
+        band = slice(first, min(first + step, rows))
+        part = weight[band].detach().float()
+        if keep is not None:
+            part = torch.where(keep[band], part, 0.0)
+        grouped = part.reshape(-1, columns // groups)
+        if not bool(torch.isfinite(grouped).all()):
+            raise ValueError(f"a weight of rows {band.start} to {band.stop - 1} is not finite in fp32")
+        if scales is None:
+            found[band] = group_scales(grouped, grid, weight.dtype).view(-1, groups)
+        codes[band] = nearest_codes(grouped, found[band].reshape(-1, 1), grid).view(-1, columns)
+    return codes, found
+
+
+def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return code * scale, (O, I): exact in fp32 and float64, rounded once to a narrower ``dtype``; +0.0 for code 0.
+
+    ``codes``: (O, I) int8. ``scales``: (O, groups) bf16; the number of groups divides I.
+    """
+    rows, columns = codes.shape
+    dense = torch.empty(rows, columns, dtype=dtype, device=codes.device)
+    step = _rows_at_a_time(columns, codes.device)
+    for first in range(0, rows if columns else 0, step):
+        band = slice(first, first + step)
+        grouped = codes[band].float().unflatten(1, (scales.shape[1], -1)) * scales[band].float().unsqueeze(2)
+        dense[band] = grouped.flatten(1)
+    return dense
+
+
+def round_to_grid(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tensor | None = None) -> Tensor:
+    """Return the weight as a program with codes and scales computes it: :func:`quantize`, then :func:`dequantize`."""
+    return dequantize(*quantize(weight, keep, grid, scales), weight.dtype)
+
+
+def first_off_grid(weight: Tensor, grid: Grid, scales: Tensor) -> tuple[int, int] | None:
+    """Return (row, column) of the first weight that is not bit-identical to a code * scale in its dtype, or None.
+
+    ``weight``: (O, I), finite. ``scales``: (O, groups) bf16. Raises ValueError as :func:`quantize` does.
+    """
+    codes, _ = quantize(weight, None, grid, scales)
+    differs = (dequantize(codes, scales, weight.dtype) != weight).flatten()
+    at = int(differs.to(torch.uint8).argmax()) if bool(differs.any()) else None
+    return None if at is None else divmod(at, weight.shape[1])
+
+
+def squared_norms(weight: Tensor, keep: Tensor, codes: Tensor, scales: Tensor) -> tuple[float, float]:
+    """Return the squared norms of the quantisation error and of the kept weights of a matrix on the CPU, in float64.
+
+    ``weight``: (O, I) of any float dtype. ``keep``: (O, I) bool, true for kept weights. ``codes`` and ``scales``: from
+    :func:`quantize`. numpy adds on one thread, so the sums do not depend on the number of threads.
+    """
+    changed, norm = 0.0, 0.0
+    step = _rows_at_a_time(weight.shape[1], weight.device)
+    for first in range(0, len(weight), step):
+        band = slice(first, first + step)
+        kept = torch.where(keep[band], weight[band].detach().double(), 0.0)
+        changed += float(np.square((kept - dequantize(codes[band], scales[band], torch.float64)).numpy()).sum())
+        norm += float(np.square(kept.numpy()).sum())
+    return changed, norm
+
+
+def _rows_at_a_time(columns: int, device: torch.device) -> int:
+    return max(1, _AT_A_TIME.get(device.type, 1 << 22) // max(1, columns))
+
+
+def _checked(scales: Tensor, shape: tuple[int, int], grid: Grid) -> Tensor:
+    if scales.dtype != SCALE_DTYPE or tuple(scales.shape) != shape:
+        raise ValueError(
+            f"scales are {SCALE_DTYPE} of shape {shape}, got {scales.dtype} of shape {tuple(scales.shape)}"
+        )
+    require_scales(scales, grid)
+    return scales
+
+
+@dataclass(frozen=True, slots=True)
+class StoredGrid:
+    """Quantisation scheme of a layer's weight. Raises ValueError if groups do not divide the layer's inputs."""
+
+    layout: WeightLayout
+    grid: Grid
+
+    def __post_init__(self) -> None:
+        self.grid.num_groups(self.layout.in_features)
+
+    @property
+    def size(self) -> int:
+        """Weights per group."""
+        return self.grid.group or self.layout.in_features
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """Rows and columns of a group in the stored weight."""
+        return (self.size, 1) if self.layout.transposed else (1, self.size)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the scales: (O, groups), or (groups, O) for a Conv1D."""
+        (height, width), (rows, cols) = self.layout.shape, self.unit
+        return height // rows, width // cols
+
+    @property
+    def num_scales(self) -> int:
+        return self.layout.numel // self.size
+
+    @property
+    def period(self) -> int:
+        """Length of the shortest run of flat weights that, aligned to a multiple of it, contains whole groups only."""
+        return self.size * (self.layout.shape[1] if self.layout.transposed else 1)
+
+    @property
+    def groups_per_period(self) -> int:
+        return self.period // self.size
+
+    def grouped(self, rect: Tensor) -> Tensor:
+        """Return the groups of a rectangle's weights as rows: (rows, cols) to (groups, weights per group), contiguous.
+
+        ``rect``: rows and columns of whole groups. The groups are in the order of their scales.
+        """
+        if not self.layout.transposed:
+            return rect.reshape(-1, self.size).contiguous()
+        rows, cols = rect.shape
+        return rect.reshape(rows // self.size, self.size, cols).transpose(1, 2).reshape(-1, self.size).contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """Quantisation of a layer's weight: its scheme, and the scales (bf16, of the scheme's shape)."""
+
+    stored: StoredGrid
+    scales: Tensor
+
+    def round_(self, weight: Tensor, rect: Rect | None = None) -> Tensor:
+        """Quantise ``weight``, the rectangle ``rect`` of the stored weight or all of it, in place, and return it.
+
+        Writes code * scale, exact in fp32 and rounded once to the dtype of ``weight``, with the code of
+        :func:`nearest_codes`. Zeros stay +0.0.
+        """
+        whole = Rect(0, self.stored.layout.shape[0], 0, self.stored.layout.shape[1])
+        rect = whole if rect is None else rect
+        scales = self.scales
+        native = native_for(weight, scales) if weight.dtype in NATIVE_DTYPES and weight.stride(1) == 1 else None
+        if native is None:
+            self._round_in_torch(weight, scales, rect)
+            return weight
+        scales = scales.contiguous()
+        groups = torch.tensor([scales.shape[1], *self.stored.unit, rect.r0, rect.c0])
+        rows, cols = weight.shape
+        native.pst_round_to_grid(
+            weight.data_ptr(),
+            NATIVE_DTYPES[weight.dtype],
+            weight.stride(0),
+            rows,
+            cols,
+            scales.data_ptr(),
+            groups.data_ptr(),
+            self.stored.grid.largest,
+            threads_for(weight.numel()),
+        )
+        return weight
+
+    def of_expert(self, expert: int) -> Rounding:
+        """Return the quantisation of one expert of a stack."""
+        own = StoredGrid(self.stored.layout.expert, self.stored.grid)
+        height = own.shape[0]
+        return Rounding(own, self.scales[expert * height : (expert + 1) * height])
+
+    @property
+    def scales_by_output(self) -> Tensor:
+        """Return the scales as files store them, (O, groups)."""
+        return self.scales.t() if self.stored.layout.transposed else self.scales
+
+    def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what a file stores of a whole stored weight: codes (O, I) int8 and scales (O, groups) bf16.
+
+        ``weight``: before or after quantisation, which gives the same result. :func:`dequantize` returns the quantised
+        weight.
+        """
+        matrix = weight.t() if self.stored.layout.transposed else weight
+        return quantize(matrix, None, self.stored.grid, self.scales_by_output)
+
+    def _round_in_torch(self, weight: Tensor, scales: Tensor, rect: Rect) -> None:
+        for band in row_tiles(rect, _AT_A_TIME.get(weight.device.type, 1 << 22)):
+            part, own = weight[band.r0 - rect.r0 : band.r1 - rect.r0], _scales_of(scales, band, self.stored.unit)
+            part.copy_(rounded_codes(part.float(), own, self.stored.grid).mul_(own).add_(0.0))
+
+
+def bytes_of_scales(scales: Tensor) -> Tensor:
+    """Return bf16 scales as bytes, (2 n,) uint8: a dtype that a conversion of the model's weights does not touch."""
+    return scales.to(SCALE_DTYPE).contiguous().view(torch.uint8).flatten()
+
+
+def scales_of_bytes(data: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return the scales of :func:`bytes_of_scales`; a view if the bytes start at an even address."""
+    aligned = data if data.is_meta or (data.data_ptr() % 2 == 0 and data.storage_offset() % 2 == 0) else data.clone()
+    return aligned.view(SCALE_DTYPE).view(shape)
+
+
+def _scales_of(scales: Tensor, rect: Rect, unit: tuple[int, int]) -> Tensor:
+    """Return the scales of a rectangle's weights, fp32, of a shape that broadcasts to it."""
+    for dim, (first, stop) in enumerate(((rect.r0, rect.r1), (rect.c0, rect.c1))):
+        if unit[dim] == 1:
+            scales = scales.narrow(dim, first, stop - first)
+        elif scales.shape[dim] > 1:
+            scales = scales.index_select(dim, torch.arange(first, stop, device=scales.device) // unit[dim])
+    return scales.float()
+
+
+INPUT_BITS = (8, 16)
+"""Supported bits of a layer's inputs; 16-bit inputs are not quantised in training."""
+_LARGEST = 127.0
+_LEAST = 1e-30
+"""A word without a larger magnitude is all zeros."""
+_INPUTS_AT_A_TIME = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class InputGrid:
+    """Quantisation of inputs to int8: which numbers of a token share a scale."""
+
+    word: int
+    """Consecutive columns that share a scale; the last word of a token may be shorter."""
+
+    @classmethod
+    def of(cls, grid: Grid) -> InputGrid:
+        """Return the scheme for inputs that are multiplied with weights quantised by ``grid``."""
+        return cls(32 if grid.group == 32 else 64)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Return q * scale for every number of ``x`` (..., columns): a new tensor of its shape and dtype.
+
+        Exact in fp32 up to one rounding, and rounded once more to a narrower dtype. A word with an infinity or a NaN
+        becomes NaN.
+        """
+        rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
+        native = native_for(rows) if rows.dtype in NATIVE_DTYPES else None
+        out = torch.empty_like(rows)
+        if native is not None:
+            native.pst_round_inputs(
+                rows.data_ptr(),
+                out.data_ptr(),
+                NATIVE_DTYPES[rows.dtype],
+                *rows.shape,
+                self.word,
+                threads_for(rows.numel()),
+            )
+            return out.view(x.shape)
+        step = max(1, _INPUTS_AT_A_TIME // max(1, rows.shape[1]))
+        for first in range(0, len(rows), step):
+            out[first : first + step] = self._rounded_in_torch(rows[first : first + step])
+        return out.view(x.shape)
+
+    def _rounded_in_torch(self, rows: Tensor) -> Tensor:
+        columns = rows.shape[1]
+        words = torch.nn.functional.pad(rows.float(), (0, -columns % self.word)).unflatten(1, (-1, self.word))
+        largest = words.abs().amax(2, keepdim=True)
+        is_zero = largest <= _LEAST  # false for NaN, whose scale is NaN
+        # a tensor: torch divides a Python number by multiplying with the reciprocal
+        most = torch.full_like(largest, _LARGEST)
+        scale, inverse = (ratio.masked_fill_(is_zero, 0.0) for ratio in (largest / most, most / largest))
+        rounded: Tensor = (words * inverse).round_().mul_(scale)
+        return rounded.flatten(1)[:, :columns]
