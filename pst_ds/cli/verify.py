@@ -13,7 +13,9 @@ from pst_ds.core.packings import ONNX_FILE
 
 if TYPE_CHECKING:
     from pst_ds.export.to_folder import ExportReport
-    from pst_ds.inference.verify import Comparison, OnnxComparison, VerifyReport
+    from pst_ds.inference.verify import VerifyReport
+    from pst_ds.inference.verify.against_run import Comparison
+    from pst_ds.inference.verify.onnx import OnnxComparison
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,17 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
-    from pst_ds.inference.verify import OnnxComparison, verify
+    from pst_ds.inference.verify import verify
+    from pst_ds.inference.verify.against_run import Comparison
 
     config = load_run_or_folder(args) if args.run is not None else None
     report = verify(args.export, config, checkpoint=args.checkpoint, split=args.split, limit=args.limit)
     compared = report.comparison
     is_onnx = (Path(args.export) / ONNX_FILE).is_file()
     lines = [*(_lines_of_onnx(report) if is_onnx else _lines_of_file(report))]
-    if isinstance(compared, OnnxComparison):
-        lines.append(_line_of_onnx_comparison(args.split, compared))
-    elif compared is not None:
+    if isinstance(compared, Comparison):
         lines += _lines_of_comparison(args.split, compared, quantised="rounded_tensors" in report.file)
+    elif compared is not None:
+        lines.append(_line_of_onnx_comparison(args.split, compared))
     print("\n".join(lines))
     report.require_equal()
     return report.to_json()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.config.run import RunConfig
-from pst_ds.config.toml import dump_run, load_run, load_run_folder
+from pst_ds.config.toml import dump_run, load_run_or_folder
 from pst_ds.core.packings import COMPRESSED_TENSORS, COMPRESSED_TENSORS_W8A8, DENSE, GGUF, ONNX, VALUE_BITS
 from pst_ds.core.quantization import grid_of
 from pst_ds.data.tasks import task_of
@@ -122,7 +122,7 @@ def export_run(
     Raises InputError, and WorkerError if one of several processes was killed.
     """
     settings = settings or ExportSettings()
-    config = run if isinstance(run, RunConfig) else _load_run(Path(run))
+    config = run if isinstance(run, RunConfig) else load_run_or_folder(run)
     if settings.dequantize:
         raise InputError(
             f"{config.output_dir} is a run, and --dequantize is for folders of other libraries. Remove --dequantize"
@@ -180,10 +180,6 @@ def is_model_folder(source: Path) -> bool:
             f"(looked in {source.absolute()})"
         )
     return True
-
-
-def _load_run(path: Path) -> RunConfig:
-    return load_run_folder(path) if path.is_dir() else load_run(path)
 
 
 def _to_onnx(

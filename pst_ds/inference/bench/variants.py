@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
+import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pst_ds.core.kernels.host import available_bytes, cpu_name
 from pst_ds.formats import FORMATS, FormatError
-from pst_ds.inference.bench.decode import resident_bytes
+from pst_ds.inference.decoder import Decoder, DecoderError
 from pst_ds.inference.hf.model_folder import ModelFolder, ModelFolderError
 from pst_ds.inference.hf.semi_structured import is_two_four
 from pst_ds.inference.runtime import SparseLinear, native, sparse_layers
 from pst_ds.inference.runtime.backends import CSR_FROM_SPARSITY
-from pst_ds.inference.runtime.dense import can_prepack, prepack
+from pst_ds.inference.runtime.dense import PrepackedLinear, can_prepack, prepack
 from pst_ds.inference.runtime.quicken import quicken_decoding
 from pst_ds.nn.model_structure import is_conv1d, untied_linear_layers
 
@@ -50,6 +52,45 @@ class Variant:
             "sparse_layers": len(sparse_layers(self.model)),
             "copies": len(self.models),
         }
+
+
+class NativeLoop:
+    """A folder with quantised values in the native decoder; its weights are loaded once."""
+
+    def __init__(self, decoder: Decoder, file_bytes: int):
+        self.decoder, self._file_bytes = decoder, file_bytes
+
+    @classmethod
+    def of(cls, folder: ModelFolder, positions: int, sequences: int) -> NativeLoop | None:
+        """Open ``folder``. Return None if its values are not quantised, or the decoder does not support the model."""
+        if not folder.is_causal or folder.values is None:
+            return None
+        try:
+            decoder = Decoder.from_pretrained(folder.path, positions, sequences=sequences)
+        except (DecoderError, RuntimeError) as error:
+            print(f"the native loop is not measured: {error}", file=sys.stderr)
+            return None
+        return cls(decoder, folder.weight_file_bytes)
+
+    def facts(self) -> dict[str, int | None]:
+        facts = {"file_bytes": self._file_bytes, "sparse_layers": 0, "copies": 1}
+        return {"resident_bytes": self.decoder.weight_bytes, **facts}
+
+    def timed(self, ids: Tensor, num_steps: int) -> tuple[list[float], list[float]]:
+        """Return the seconds of the prefill of ``ids`` (batch, tokens), and of each step."""
+        decoder, prompts = self.decoder, ids.tolist()
+        decoder.threads = torch.get_num_threads()
+        for sequence in range(len(prompts)):
+            decoder.reset(sequence=sequence)
+        start = time.perf_counter()
+        logits = torch.stack([decoder.forward(prompt, sequence=number) for number, prompt in enumerate(prompts)])
+        prefill, steps = time.perf_counter() - start, []
+        for _ in range(num_steps):
+            tokens = logits.argmax(-1).tolist()
+            start = time.perf_counter()
+            logits = decoder.step(tokens)
+            steps.append(time.perf_counter() - start)
+        return [prefill], steps
 
 
 def variants(folder: ModelFolder, dense: ModelFolder | None, formats: list[str], dtype: str) -> dict[str, Variant]:
@@ -114,6 +155,16 @@ def make_sparse(model: nn.Module, format_name: str) -> int:
             model.set_submodule(name, layer.train(module.training))
             made += 1
     return made
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Return the bytes of parameters and buffers, shared storage once. Prepacked weights count as the original ones."""
+    storages = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    packed = sum(module.weight_bytes for module in model.modules() if isinstance(module, PrepackedLinear))
+    return sum(storages.values()) + packed
 
 
 def copy_until(by_name: dict[str, Variant], total_bytes: int) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pst_ds.config.run import RunConfig
-from pst_ds.config.toml import load_run, load_run_folder
+from pst_ds.config.toml import load_run_or_folder
 from pst_ds.core.packings import ONNX_FILE
 from pst_ds.export.check import check_export, check_model
-from pst_ds.inference.verify.against_run import Comparison, OnnxComparison, RunToCompare, compare_with_run
+from pst_ds.inference.verify.against_run import Comparison, compare_with_run
 
-__all__ = ["Comparison", "OnnxComparison", "VerificationError", "VerifyReport", "verify"]
+if TYPE_CHECKING:
+    from pst_ds.inference.verify.onnx import OnnxComparison
 
 
 class VerificationError(RuntimeError):
@@ -75,18 +77,18 @@ def verify(
     Raises InputError for a damaged export, and for the export of another model.
     """
     folder = Path(export)
-    config = against if isinstance(against, RunConfig) or against is None else _load_run(Path(against))
-    run = None if config is None else RunToCompare(config, checkpoint, split, limit)
+    config = against if isinstance(against, RunConfig) or against is None else load_run_or_folder(Path(against))
     place = "" if config is None else f"{config.output_dir}, checkpoint {checkpoint}"
+    compared: Comparison | OnnxComparison | None = None
     if (folder / ONNX_FILE).is_file():
         from pst_ds.inference.verify.onnx import compare_onnx_with_run, facts_of_file
 
         facts = facts_of_file(folder)
-        return VerifyReport(str(export), facts, compare_onnx_with_run(folder, run) if run else None, place)
+        if config is not None:
+            compared = compare_onnx_with_run(folder, config, checkpoint, split, limit)
+        return VerifyReport(str(export), facts, compared, place)
     file = check_export(folder)
     check_model(folder)
-    return VerifyReport(str(export), file, compare_with_run(folder, run) if run else None, place)
-
-
-def _load_run(path: Path) -> RunConfig:
-    return load_run_folder(path) if path.is_dir() else load_run(path)
+    if config is not None:
+        compared = compare_with_run(folder, config, checkpoint, split, limit)
+    return VerifyReport(str(export), file, compared, place)

@@ -3,43 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
 from pst_ds.config.run import RunConfig
-from pst_ds.core.packings import COMPRESSED_TENSORS, FOR_COMPRESSED_TENSORS
-from pst_ds.data.tasks import ExampleSet
 from pst_ds.data.tasks.data_to_text import DataToText, Pairs
 from pst_ds.data.text_metrics import missing_libraries
 from pst_ds.errors import InputError
-from pst_ds.export.encoding import Encoding
 from pst_ds.export.prompt_file import attach_saved_prompt
 from pst_ds.inference.runtime import sparse_layers
 from pst_ds.inference.runtime.experts import SparseExperts
-from pst_ds.inference.verify.as_exported import (
-    cast_model,
-    count_same_tokens,
-    encoding_of_folder,
-    narrower_dtypes,
-    quantise_model,
-    tokens_of_folder,
-    trim_model,
-)
+from pst_ds.inference.verify.masked_run import FewerTokens, LargestLogit, MaskedRun
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
 from pst_ds.nn.layer import exact_inputs
 from pst_ds.nn.model_structure import is_conv1d
 from pst_ds.nn.tables.embedding import pst_embeddings
-from pst_ds.train.evaluate import compare, predict
 from pst_ds.train.model import attention_options
-from pst_ds.train.run import RunContext, masked_model, prepare_single
-from pst_ds.train.run_folder import open_checkpoint
 from pst_ds.train.sequences.documents import keep_documents_apart
 
 ROUNDINGS = 2.0
@@ -49,38 +33,12 @@ LINE_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class RunToCompare:
-    """A run, and the data to compare on."""
-
-    config: RunConfig
-    checkpoint: str
-    split: str
-    limit: int | None
-    """Number of examples; None for all."""
-
-    def examples(self, context: RunContext) -> ExampleSet:
-        """Load the examples. Raises InputError."""
-        found = context.load(self.split)
-        return found.first(self.limit) if self.limit else found
-
-
-@dataclass(frozen=True, slots=True)
 class Rounding:
     """Effect of quantising, or casting, the masked model as the export was."""
 
     differing_predictions: int
     max_logit_difference: float
     metrics_before: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class FewerTokens:
-    """Effect of the export's smaller vocabulary."""
-
-    tokens: int
-    metrics_before: dict[str, float]
-    same_tokens: int | None = None
-    """Examples whose tokens did not change; None if examples are packed into sequences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,75 +113,34 @@ class Comparison:
         return ""
 
 
-@dataclass(frozen=True, slots=True)
-class OnnxComparison:
-    """An ONNX file compared with the masked model of a run, which is quantised in the same way and computes in fp32."""
-
-    examples: int
-    unit: str
-    """What the task counts: "examples", "tokens" and so on."""
-    differing_predictions: int
-    """With int8 activations: compared with the model as trained."""
-    max_logit_difference: float
-    """Largest absolute difference of a logit, with 16-bit activations."""
-    allowed_logit_difference: float
-    metrics: dict[str, float]
-    """Metrics of the file."""
-    max_logit_difference_in_8_bits: float | None = None
-    """The same difference with int8 activations, if the file has them."""
-
-    @property
-    def problem(self) -> str:
-        """Why the file is not the model; "" if it is."""
-        if not self.max_logit_difference <= self.allowed_logit_difference:  # also true for NaN
-            return "its logits differ by more than rounding explains"
-        return ""
-
-
-def compare_with_run(folder: Path, run: RunToCompare) -> Comparison:
+def compare_with_run(folder: Path, config: RunConfig, checkpoint: str, split: str, limit: int | None) -> Comparison:
     """Rebuild the masked training model and load the export, and compare them on the same batches.
 
     The masked model is first quantised or cast as the export is; ``rounding`` has the effect. Activations are not
     quantised, also if the run was trained with int8 activations; ``inputs`` has their effect. Raises InputError.
     """
-    encoding = encoding_of_folder(folder)
-    if encoding.packing in FOR_COMPRESSED_TENSORS:
-        raise InputError(
-            f"{folder} is for {COMPRESSED_TENSORS}, which computes in its own way. Compare a --format dense export, "
-            "which has the same quantised values"
-        )
-    checkpoint = open_checkpoint(run.config, run.checkpoint)
-    context = prepare_single(run.config, checkpoint)
-    examples = run.examples(context)
-    masked = _aligned(masked_model(context, checkpoint))
-    with exact_inputs(masked) as rounds_inputs:
-        compared, context, examples, plain = _compare_exact(folder, run, context, examples, masked, encoding)
-    if not rounds_inputs:
-        return compared
-    differing, largest, metrics = _on_examples(context, examples, plain, masked)
-    return replace(compared, inputs=QuantisedInputs(differing, largest, metrics))
+    run = MaskedRun.of(folder, config, checkpoint, split, limit)
+    _align(run.model)
+    with exact_inputs(run.model) as rounds_inputs:
+        compared, plain = _compare_exact(run)
+    return replace(compared, inputs=QuantisedInputs(*run.compare(plain, run.model))) if rounds_inputs else compared
 
 
-def _compare_exact(
-    folder: Path, run: RunToCompare, context: RunContext, examples: ExampleSet, masked: nn.Module, encoding: Encoding
-) -> tuple[Comparison, RunContext, ExampleSet, nn.Module]:
-    """Compare without int8 activations; return also the final ``context`` and examples, and the dense export."""
-    fewer, rounding = None, None
-    if kept := tokens_of_folder(folder):
-        context, examples, fewer = trimmed_to_export(folder, run, context, examples, masked, kept)
-    plain = _aligned(_loaded(context, folder, "" if encoding.is_plain else "dense"))
-    dtypes = narrower_dtypes(masked, folder)
+def _compare_exact(run: MaskedRun) -> tuple[Comparison, nn.Module]:
+    """Compare without int8 activations; return also the dense export."""
+    encoding, fewer, rounding = run.encoding, run.trim(), None
+    plain = _loaded(run, "" if encoding.is_plain else "dense")
+    dtypes = run.narrower_dtypes()
     if dtypes or encoding.is_quantized:
-        rounding = Rounding(*_on_examples(context, examples, plain, masked))
-    cast_model(masked, dtypes)
-    quantised = quantise_model(masked, folder, context.run.model.path) if encoding.is_quantized else {}
-    pairs = _weights_of_both(folder, run, masked, plain, quantised)
-    largest = LargestLogit(masked)
-    differing, difference, metrics = _on_examples(context, examples, largest, plain)
+        rounding = Rounding(*run.compare(plain, run.model))
+    run.cast(dtypes)
+    pairs = _weights_of_both(run, plain, run.quantise() if encoding.is_quantized else {})
+    largest = LargestLogit(run.model)
+    differing, difference, metrics = run.compare(largest, plain)
     dtype, inputs = next(plain.parameters()).dtype, max(w.shape[-1] for w, _ in pairs if w.dim())
     compared = Comparison(
-        examples=len(examples),
-        unit=context.task.unit,
+        examples=len(run.examples),
+        unit=run.context.task.unit,
         compared_weights=len(pairs),
         differing_weights=sum(not torch.equal(ours, theirs) for ours, theirs in pairs),
         differing_predictions=differing,
@@ -232,77 +149,63 @@ def _compare_exact(
         metrics=metrics,
         rounding=rounding,
         vocabulary=fewer,
-        texts=_compare_texts(context, examples, masked, plain),
-        kept_sparse=None if encoding.is_plain else _compare_sparse(context, examples, masked, plain, folder),
+        texts=_compare_texts(run, plain),
+        kept_sparse=None if encoding.is_plain else _compare_sparse(run, plain),
     )
-    return compared, context, examples, plain
+    return compared, plain
 
 
-def _weights_of_both(
-    folder: Path, run: RunToCompare, masked: nn.Module, plain: nn.Module, quantised: dict[str, Tensor]
-) -> list[tuple[Tensor, Tensor]]:
-    """Return (weight that ``masked`` multiplies with, the export's weight) for all trained and quantised weights.
+def _weights_of_both(run: MaskedRun, plain: nn.Module, quantised: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return (weight that the masked model multiplies with, the export's) for all trained and quantised weights.
 
     Persistent buffers are included. Raises InputError if the export lacks one, or has it in another shape.
     """
     merged: dict[str, Tensor] = {
         plain_name(name, layer): layer.masked_weight().view(layer.weight_shape)
-        for name, layer in pst_layers(masked).items()
+        for name, layer in pst_layers(run.model).items()
     }
-    merged |= {f"{n}.weight": embedding.updated_weight() for n, embedding in pst_embeddings(masked).items()}
-    merged = merged or dict(masked.named_parameters())  # method "dense" changes no module
-    merged |= quantised | persistent_buffers(masked)
+    merged |= {f"{n}.weight": embedding.updated_weight() for n, embedding in pst_embeddings(run.model).items()}
+    merged = merged or dict(run.model.named_parameters())  # method "dense" changes no module
+    merged |= quantised | persistent_buffers(run.model)
     loaded = {**dict(plain.named_parameters()), **persistent_buffers(plain)}
     foreign = [n for n, weight in merged.items() if n not in loaded or loaded[n].shape != weight.shape]
     if foreign:
         raise InputError(
-            f"{folder} has no {foreign[0]} as in the model of --against {run.config.output_dir} ({len(foreign)} "
-            "weights differ in name or shape): it is the export of another model. Name the run it came from"
+            f"{run.folder} has no {foreign[0]} as in the model of --against {run.context.run.output_dir} "
+            f"({len(foreign)} weights differ in name or shape): it is the export of another model. Name the run it "
+            "came from"
         )
     return [(weight, loaded[n]) for n, weight in merged.items()]
 
 
-def trimmed_to_export(
-    folder: Path, run: RunToCompare, context: RunContext, examples: ExampleSet, masked: nn.Module, kept: list[int]
-) -> tuple[RunContext, ExampleSet, FewerTokens]:
-    """Trim ``masked`` to the tokens ``kept``; return the export's tokenizer and examples, and the effect."""
-    outcomes = predict(masked, context, examples)
-    after = trim_model(masked, context, folder, kept)
-    fewer = run.examples(after)
-    same = count_same_tokens(context, examples, after, fewer, kept)
-    return after, fewer, FewerTokens(len(kept), context.task.metrics(outcomes, examples), same)
-
-
-def _compare_texts(context: RunContext, examples: ExampleSet, masked: nn.Module, plain: nn.Module) -> Texts | None:
-    """Let both models generate the texts of ``examples``; None for tasks without generation."""
-    task = context.task
+def _compare_texts(run: MaskedRun, plain: nn.Module) -> Texts | None:
+    """Let both models generate the texts of the examples; None for tasks without generation."""
+    context, task, examples = run.context, run.context.task, run.examples
     if not isinstance(task, DataToText) or not isinstance(examples, Pairs):
         return None
     ours, theirs = (
         task.write(model, examples, context.tokenizer, context.run.eval_batch_size, context.device)
-        for model in (masked, plain)
+        for model in (run.model, plain)
     )
     differing = sum(one != other for one, other in zip(ours, theirs, strict=True))
     return Texts(len(theirs), differing, {} if missing_libraries() else task.text_metrics(theirs, examples))
 
 
-def _compare_sparse(
-    context: RunContext, examples: ExampleSet, masked: nn.Module, plain: nn.Module, folder: Path
-) -> KeptSparse:
+def _compare_sparse(run: MaskedRun, plain: nn.Module) -> KeptSparse:
     """Compare the export with its weights kept packed: weights exactly, logits up to rounding."""
-    sparse = _loaded(context, folder, "sparse")
+    sparse = _loaded(run, "sparse")
     layers, differing = sparse_layers(sparse), 0
     for name, layer in layers.items():
         if isinstance(layer, SparseExperts):
-            experts: Any = plain.get_submodule(name.rpartition(".")[0])
             stack = plain.get_parameter(name)
+            experts = plain.get_submodule(name.rpartition(".")[0])
             weight = (stack.transpose(1, 2) if experts.is_transposed else stack).flatten(0, 1)
         else:
             module = plain.get_submodule(name)
             weight = module.get_parameter("weight").t() if is_conv1d(module) else module.get_parameter("weight")
         differing += not torch.equal(layer.dense_weight().to(weight.device), weight)
-    largest = LargestLogit(masked)
-    predictions, difference, _ = _on_examples(context, examples, largest, sparse)
+    largest = LargestLogit(run.model)
+    predictions, difference, _ = run.compare(largest, sparse)
     dtype = next(plain.parameters()).dtype
     allowed, rule = allowed_difference(dtype, len(layers), max((n.in_features for n in layers.values()), default=1))
     return KeptSparse(len(layers), differing, predictions, difference, allowed * largest.value, rule)
@@ -329,44 +232,26 @@ def allowed_difference(dtype: torch.dtype, num_layers: int, inputs: int) -> tupl
     return share, f"{rule} x the largest logit"
 
 
-class LargestLogit:
-    """A model that records its largest absolute logit."""
-
-    def __init__(self, model: nn.Module):
-        self._model, self.value = model, 0.0
-
-    def __call__(self, **inputs: object) -> ModelOutput:
-        result: ModelOutput = self._model(**inputs)
-        self.value = max(self.value, float(result["logits"].abs().max()))
-        return result
-
-
-def _loaded(context: RunContext, folder: Path, load_as: Literal["", "dense", "sparse"]) -> nn.Module:
+def _loaded(run: MaskedRun, load_as: Literal["", "dense", "sparse"]) -> nn.Module:
     """Load the export with transformers; ``load_as``: "" for an ordinary folder, else how to load packed weights."""
-    options: dict[str, object] = {**attention_options(context.run)}
+    context, options = run.context, dict[str, object](attention_options(run.context.run))
     if load_as:
         from pst_ds.inference.hf.config import PackedWeightsConfig  # ordinary folders must load without it
 
         options["quantization_config"] = PackedWeightsConfig(load_as=load_as)
     dtype = DTYPES[context.run.train.precision]
-    model = context.task.model_class().from_pretrained(folder, dtype=dtype, **options)
+    model = context.task.model_class().from_pretrained(run.folder, dtype=dtype, **options)
     model.config.use_cache = False  # with a cache, transformers expects the positions of a single text
     keep_documents_apart(model)
-    attach_saved_prompt(model, folder)
-    return model.to(context.device).eval()
+    attach_saved_prompt(model, run.folder)
+    model = model.to(context.device).eval()
+    if load_as != "sparse":
+        _align(model)
+    return model
 
 
-def _aligned(model: nn.Module) -> nn.Module:
+def _align(model: nn.Module) -> None:
     """Align weights to cache lines: otherwise products are summed in another order."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.data_ptr() % LINE_BYTES:
             tensor.data = tensor.data.clone()
-    return model
-
-
-def _on_examples(
-    context: RunContext, examples: ExampleSet, one: Callable[..., object], other: Callable[..., object]
-) -> tuple[int, float, dict[str, float]]:
-    """Return (differing predictions, largest logit difference, metrics of ``other``)."""
-    found, metrics = compare(one, other, context, examples)
-    return int(found["differing_predictions"]), found["max_logit_difference"], metrics

@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from pst_ds.config.run import RunConfig
 from pst_ds.core.packings import ONNX_FILE
 from pst_ds.errors import InputError
 from pst_ds.inference.onnx.folder import ALLOWED
 from pst_ds.inference.onnx.operators import open_session
-from pst_ds.inference.verify.against_run import LargestLogit, OnnxComparison, RunToCompare, trimmed_to_export
-from pst_ds.inference.verify.as_exported import (
-    cast_model,
-    encoding_of_folder,
-    narrower_dtypes,
-    quantise_model,
-    settle,
-    tokens_of_folder,
-)
+from pst_ds.inference.verify.masked_run import LargestLogit, MaskedRun, settle
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import exact_inputs
-from pst_ds.train.evaluate import compare
-from pst_ds.train.run import masked_model, prepare_single
-from pst_ds.train.run_folder import open_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxComparison:
+    """An ONNX file compared with the masked model of a run, which is quantised in the same way and computes in fp32."""
+
+    examples: int
+    unit: str
+    """What the task counts: "examples", "tokens" and so on."""
+    differing_predictions: int
+    """With int8 activations: compared with the model as trained."""
+    max_logit_difference: float
+    """Largest absolute difference of a logit, with 16-bit activations."""
+    allowed_logit_difference: float
+    metrics: dict[str, float]
+    """Metrics of the file."""
+    max_logit_difference_in_8_bits: float | None = None
+    """The same difference with int8 activations, if the file has them."""
+
+    @property
+    def problem(self) -> str:
+        """Why the file is not the model; "" if it is."""
+        if not self.max_logit_difference <= self.allowed_logit_difference:  # also true for NaN
+            return "its logits differ by more than rounding explains"
+        return ""
 
 
 def facts_of_file(folder: Path) -> dict[str, object]:
@@ -43,39 +57,35 @@ def facts_of_file(folder: Path) -> dict[str, object]:
 
 
 @torch.no_grad()
-def compare_onnx_with_run(folder: Path, run: RunToCompare) -> OnnxComparison:
+def compare_onnx_with_run(
+    folder: Path, config: RunConfig, checkpoint: str, split: str, limit: int | None
+) -> OnnxComparison:
     """Compute the logits of a split with the file, and with the masked model in fp32, quantised as the file is.
 
     A file with int8 activations is compared with 16-bit activations, and once more unchanged with the model as it was
     trained, for predictions and metrics. Raises InputError for a file whose only output is not "logits".
     """
     model = _OnnxModel(folder / ONNX_FILE)
-    checkpoint = open_checkpoint(run.config, run.checkpoint)
-    # a graph has no position_ids
-    config = replace(run.config, data=replace(run.config.data, document_mask=False))
-    context = prepare_single(config, checkpoint)
-    examples = run.examples(context)
-    masked = masked_model(context, checkpoint)
-    if kept := tokens_of_folder(folder):
-        context, examples, _ = trimmed_to_export(folder, run, context, examples, masked, kept)
-    cast_model(masked, narrower_dtypes(masked, folder))
-    if encoding_of_folder(folder).is_quantized:
-        quantise_model(masked, folder, config.model.path, in_fp32=True)
-    for layer in pst_layers(masked).values():
+    config = replace(config, data=replace(config.data, document_mask=False))  # a graph has no position_ids
+    run = MaskedRun.of(folder, config, checkpoint, split, limit)
+    run.trim()
+    run.cast(run.narrower_dtypes())
+    if run.encoding.is_quantized:
+        run.quantise(in_fp32=True)
+    for layer in pst_layers(run.model).values():
         if not layer.rounds:
             settle(layer, layer.masked_weight())
-    largest = LargestLogit(nn.Module.float(masked))
-    with exact_inputs(masked):
-        differences, metrics = compare(largest, model, context, examples)
-    predictions, in_8_bits = int(differences["differing_predictions"]), None
+    largest = LargestLogit(nn.Module.float(run.model))
+    with exact_inputs(run.model):
+        predictions, difference, metrics = run.compare(largest, model)
+    in_8_bits = None
     if model.activation_bits == 8:
-        rounded, metrics = compare(largest, _OnnxModel(folder / ONNX_FILE, exact=False), context, examples)
-        predictions, in_8_bits = int(rounded["differing_predictions"]), rounded["max_logit_difference"]
+        predictions, in_8_bits, metrics = run.compare(largest, _OnnxModel(folder / ONNX_FILE, exact=False))
     return OnnxComparison(
-        examples=len(examples),
-        unit=context.task.unit,
+        examples=len(run.examples),
+        unit=run.context.task.unit,
         differing_predictions=predictions,
-        max_logit_difference=differences["max_logit_difference"],
+        max_logit_difference=difference,
         allowed_logit_difference=ALLOWED * largest.value,
         metrics=metrics,
         max_logit_difference_in_8_bits=in_8_bits,
@@ -94,9 +104,8 @@ class _OnnxModel:
         if outputs != ["logits"]:
             raise InputError(f"{file} has the outputs {', '.join(outputs)}, and --against compares logits only")
 
-    def __call__(self, **inputs: Any) -> ModelOutput:
-        tokens: Tensor = inputs["input_ids"]
-        left_out = {"attention_mask": torch.ones_like(tokens), "token_type_ids": torch.zeros_like(tokens)}
-        given = {name: inputs.get(name, left_out.get(name)) for name in self._inputs}
-        feed = {name: value.cpu().numpy() for name, value in given.items() if value is not None}
+    def __call__(self, **inputs: Tensor) -> ModelOutput:
+        tokens = inputs["input_ids"]
+        known = {"attention_mask": torch.ones_like(tokens), "token_type_ids": torch.zeros_like(tokens)} | inputs
+        feed = {name: known[name].cpu().numpy() for name in self._inputs if name in known}
         return ModelOutput(logits=torch.from_numpy(self._session.run(None, feed)[0]).to(tokens.device))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from pst_ds.inference.bench.decode import Decoder, LinearTime
+from pst_ds.inference.bench.measure import Decoder, LinearTime
 from pst_ds.inference.runtime import SparseLinear
 
 

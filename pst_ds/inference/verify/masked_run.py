@@ -1,0 +1,230 @@
+"""The masked model of a run, changed in place as its export was: trimmed to fewer tokens, cast, quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from pst_ds.config.run import RunConfig
+from pst_ds.core.packings import COMPRESSED_TENSORS, FOR_COMPRESSED_TENSORS
+from pst_ds.core.quantization import Grid, round_to_grid
+from pst_ds.data.tasks import ExampleSet
+from pst_ds.errors import InputError
+from pst_ds.export.encoding import Encoding, ExportError
+from pst_ds.export.manifest import ExportedTensor, ExportFacts, encoding_by, read_manifest
+from pst_ds.export.quantization import grids
+from pst_ds.export.trimmed_vocabulary import take_rows
+from pst_ds.formats.base_weights import BaseWeights, names_in_files, saved_tensors
+from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
+from pst_ds.nn.layer import PSTLayer
+from pst_ds.nn.merge import plain_tensors
+from pst_ds.nn.model_structure import is_conv1d
+from pst_ds.nn.tables.embedding import PSTEmbedding, pst_embeddings
+from pst_ds.train.evaluate import compare, predict
+from pst_ds.train.run import RunContext, masked_model, prepare_single
+from pst_ds.train.run_folder import open_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class FewerTokens:
+    """Effect of the export's smaller vocabulary."""
+
+    tokens: int
+    metrics_before: dict[str, float]
+    same_tokens: int | None = None
+    """Examples whose tokens did not change; None if examples are packed into sequences."""
+
+
+@dataclass(slots=True)
+class MaskedRun:
+    """The masked training model of a run, and the examples on which it is compared with an export."""
+
+    folder: Path
+    """The export. Only names, quantisation, dtypes and tokens are read from its manifest."""
+    split: str
+    limit: int | None
+    """Number of examples; None for all."""
+    context: RunContext
+    examples: ExampleSet
+    model: nn.Module
+    tensors: list[ExportedTensor]
+    facts: ExportFacts
+    encoding: Encoding
+
+    @classmethod
+    def of(cls, folder: Path, config: RunConfig, checkpoint: str, split: str, limit: int | None) -> MaskedRun:
+        """Rebuild the model of ``checkpoint``, and load the examples. Raises InputError."""
+        tensors, facts = read_manifest(folder)
+        encoding = encoding_by(facts)
+        if encoding.packing in FOR_COMPRESSED_TENSORS:
+            raise InputError(
+                f"{folder} is for {COMPRESSED_TENSORS}, which computes in its own way. Compare a --format dense "
+                "export, which has the same quantised values"
+            )
+        opened = open_checkpoint(config, checkpoint)
+        context = prepare_single(config, opened)
+        examples, model = _examples(context, split, limit), masked_model(context, opened)
+        return cls(folder, split, limit, context, examples, model, tensors, facts, encoding)
+
+    def compare(self, one: Callable[..., object], other: Callable[..., object]) -> tuple[int, float, dict[str, float]]:
+        """Return (differing predictions, largest logit difference, metrics of ``other``)."""
+        found, metrics = compare(one, other, self.context, self.examples)
+        return int(found["differing_predictions"]), found["max_logit_difference"], metrics
+
+    def trim(self) -> FewerTokens | None:
+        """Keep only the rows of the export's tokens, and tokenise as it does; None if it has all tokens.
+
+        Raises ExportError if its tokenizer has other tokens.
+        """
+        kept = self.facts.get("tokens_kept")
+        if not kept:
+            return None
+        before, whole = self.context, self.examples
+        metrics = before.task.metrics(predict(self.model, before, whole), whole)
+        tokenizer = type(before.tokenizer).from_pretrained(self.folder)
+        if max(tokenizer.get_vocab().values()) >= len(kept):
+            raise ExportError(f"{self.folder}: the manifest has {len(kept)} tokens, and the tokenizer has more")
+        take_rows(self.model, kept)
+        self.context = replace(before, tokenizer=tokenizer)
+        self.examples = _examples(self.context, self.split, self.limit)
+        if before.run.task_facts.packs_text or len(whole) != len(self.examples):
+            return FewerTokens(len(kept), metrics)
+        same = [
+            [kept[new] for new in _ids(self.context, self.examples, i)] == _ids(before, whole, i)
+            for i in range(len(whole))
+        ]
+        return FewerTokens(len(kept), metrics, sum(same))
+
+    def narrower_dtypes(self) -> dict[str, torch.dtype]:
+        """Return the dtypes of the export's tensors that are narrower than those of the model, by plain name.
+
+        ``pst-ds export --dtype bf16`` of a run in fp32 has such tensors.
+        """
+        tensors = plain_tensors(self.model)
+        model_names = names_in_files(self.model, tensors)
+        for name in tensors.keys() - set(model_names.values()):  # saved as several tensors, such as single experts
+            model_names |= dict.fromkeys(saved_tensors(self.model, {name: tensors[name]}), name)
+        model_names |= {name: name for name in tensors}
+        stored = {model_names[t.name]: t.dtype for t in self.tensors if t.name in model_names}
+        return {
+            name: dtype
+            for name, dtype in stored.items()
+            if tensors[name].is_floating_point() and dtype.itemsize < tensors[name].dtype.itemsize
+        }
+
+    @torch.no_grad()
+    def cast(self, dtypes: dict[str, torch.dtype]) -> None:
+        """Round tensors to the values of ``dtypes``; they keep their own dtypes.
+
+        Layers that were trained with quantisation stay unchanged.
+        """
+        layers = {plain_name(name, layer): layer for name, layer in pst_layers(self.model).items()}
+        embeddings = {f"{name}.weight": embedding for name, embedding in pst_embeddings(self.model).items()}
+        tensors = {**dict(self.model.named_parameters()), **persistent_buffers(self.model)}
+        for name, dtype in dtypes.items():
+            if name in layers:
+                if not layers[name].rounds:
+                    settle(layers[name], layers[name].masked_weight().to(dtype))
+            elif name in embeddings:
+                settle(embeddings[name], embeddings[name].updated_weight().to(dtype))
+            else:
+                tensors[name].copy_(tensors[name].to(dtype))
+
+    @torch.no_grad()
+    def quantise(self, *, in_fp32: bool = False) -> dict[str, Tensor]:
+        """Quantise the weights that the export has quantised, and merge their updates. Masks stay.
+
+        Layers that were trained with quantisation stay unchanged. Frozen weights are read from the base model.
+        ``in_fp32`` converts the quantised modules to fp32, which holds every value exactly; otherwise values are
+        rounded to the model's dtype, as they are when the export is loaded. Returns the quantised parameters of modules
+        that are not pruned layers, by name.
+        """
+        by_name, values = {tensor.name: tensor for tensor in self.tensors}, self.encoding.values
+        layers, quantised = pst_layers(self.model), dict[str, Tensor]()
+        for name, layer in layers.items():
+            if values is not None and not layer.rounds:
+                _quantise_layer(layer, values, by_name.get(plain_name(name, layer)), in_fp32)
+        if any(layer.rounds for layer in layers.values()):
+            values = None  # the export leaves other linear layers unchanged
+        base = BaseWeights(self.context.run.model.path, getattr(self.model, "base_model_prefix", ""))
+        params, embeddings = dict(self.model.named_parameters()), pst_embeddings(self.model)
+        for name, grid in grids(self.model, values, self.encoding.embeddings).items():
+            owner = name.removesuffix(".weight")
+            if owner in embeddings:
+                weight = _quantised(embeddings[owner].updated_weight(), grid, by_name.get(name), in_fp32)
+                settle(embeddings[owner], weight)
+            elif name in params:
+                weight, is_transposed = _stored(params[name], name, base), is_conv1d(self.model.get_submodule(owner))
+                weight = weight.t().contiguous() if is_transposed else weight
+                weight = _quantised(weight, grid, by_name.get(name), in_fp32)
+                if in_fp32:
+                    nn.Module.float(self.model.get_submodule(owner))
+                self.model.get_parameter(name).copy_(weight.t() if is_transposed else weight)
+            else:
+                continue  # the name in the files of a parameter that has another name in the model
+            quantised[name] = self.model.get_parameter(name)
+        return quantised
+
+
+class LargestLogit:
+    """A model that records its largest absolute logit."""
+
+    def __init__(self, model: nn.Module):
+        self._model, self.value = model, 0.0
+
+    def __call__(self, **inputs: object) -> ModelOutput:
+        result: ModelOutput = self._model(**inputs)
+        self.value = max(self.value, float(result["logits"].abs().max()))
+        return result
+
+
+def settle(module: PSTLayer | PSTEmbedding, weight: Tensor) -> None:
+    """Make ``weight`` the whole weight, apart from the mask: the update becomes zero."""
+    if weight.dtype == torch.float32:
+        nn.Module.float(module)
+    if isinstance(module, PSTLayer):
+        module.hold(weight)
+    else:
+        module.weight.copy_(weight)
+    if isinstance(module.pst_U, Tensor):
+        module.pst_U.zero_()
+
+
+def _examples(context: RunContext, split: str, limit: int | None) -> ExampleSet:
+    found = context.load(split)
+    return found.first(limit) if limit else found
+
+
+def _ids(context: RunContext, examples: ExampleSet, index: int) -> list[int]:
+    found: list[int] = context.task.collate(examples, [index], context.tokenizer)["input_ids"].flatten().tolist()
+    return found
+
+
+def _quantise_layer(layer: PSTLayer, grid: Grid, exported: ExportedTensor | None, in_fp32: bool) -> None:
+    weight, is_transposed = layer.masked_weight().view(layer.weight_shape), layer.layout.transposed
+    oriented = (weight.transpose(-1, -2) if is_transposed else weight).contiguous()
+    oriented = _quantised(oriented.flatten(0, -2), grid, exported, in_fp32).view(oriented.shape)
+    settle(layer, (oriented.transpose(-1, -2) if is_transposed else oriented).contiguous())
+
+
+def _stored(param: nn.Parameter, name: str, base: BaseWeights) -> Tensor:
+    """Return the values that an export quantises: of a frozen parameter those in the base model's files.
+
+    They may be fp32 although the run is in bf16.
+    """
+    source = None if param.requires_grad else base.find(name)
+    if source is None or base.size(source)[1] != tuple(param.shape):  # trained, or trimmed to fewer tokens
+        return param
+    return base.read(source).to(param.device)
+
+
+def _quantised(weight: Tensor, grid: Grid, exported: ExportedTensor | None, in_fp32: bool) -> Tensor:
+    """Return the quantised values of ``weight`` (O, I), in fp32 or its own dtype."""
+    before = weight if exported is None else weight.to(exported.dtype)
+    found = round_to_grid(before.detach().float().cpu(), None, grid)
+    return found.to(weight.device, torch.float32 if in_fp32 else weight.dtype)
