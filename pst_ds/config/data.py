@@ -7,24 +7,14 @@ from typing import Annotated, Literal
 
 from pydantic import Strict
 
-from pst_ds.config.settings import (
-    Finite,
-    Interval,
-    MayDiffer,
-    NotNegative,
-    Positive,
-    Rate,
-    Section,
-    Strings,
-    settings,
-)
+from pst_ds.config.settings import Finite, Interval, MayDiffer, NotNegative, Positive, Rate, Section, Strings, settings
 
 PARQUET_BRANCH = "refs/convert/parquet"
 """Branch with the hub's own Parquet conversion of a dataset; each subset is a folder there."""
 _SUM_TOLERANCE = 1e-6
 
 
-@settings()
+@settings
 class DataSource(Section):
     """One part of a mixture of training data, for task "causal-lm"."""
 
@@ -58,7 +48,7 @@ class DataSource(Section):
             )
 
 
-@settings()
+@settings
 class DataConfig(Section):
     """Training and evaluation data, and the length of the model's inputs (docs/how-to/data.md)."""
 
@@ -167,7 +157,7 @@ class DataConfig(Section):
         return f"data.sources ({paths})" if self.sources else f"data.train = {self.train!r}"
 
 
-@settings()
+@settings
 class EvalConfig(Section):
     """Evaluation on the validation file, and generation for tasks "data-to-text" and "chat"."""
 

@@ -10,7 +10,7 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.config.settings import MayDiffer, Section, Share, settings
 
 
-@settings()
+@settings
 class ModelConfig(Section):
     """The pretrained model."""
 

@@ -20,7 +20,7 @@ _BITS = " or ".join(str(bits) for bits in sorted(VALUE_BITS.values()))
 _QUANTISE_LATER = "and then quantise the folder with --method sparsegpt --keep-zeros"
 
 
-@settings()
+@settings
 class OneShotConfig(Section):
     """One-shot pruning of the pretrained model on training data, before the first step (docs/how-to/methods.md)."""
 
@@ -81,7 +81,7 @@ class OneShotConfig(Section):
             )
 
 
-@settings()
+@settings
 class PruneConfig(OneShotConfig):
     """Settings of ``pst-ds prune``, which has more options than ``[start]``: there the run decides on the rest."""
 

@@ -5,21 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from pst_ds.config.settings import (
-    ConfigError,
-    Interval,
-    MayDiffer,
-    NotNegative,
-    Positive,
-    Section,
-    Strings,
-    settings,
-)
+from pst_ds.config.settings import ConfigError, Interval, MayDiffer, NotNegative, Positive, Section, Strings, settings
 
 TRACKERS = ("wandb", "mlflow", "trackio")
 
 
-@settings()
+@settings
 class CheckpointConfig(Section):
     """Checkpoints to resume from, with ``pst-ds train RUN --resume``."""
 
@@ -29,7 +20,7 @@ class CheckpointConfig(Section):
     """Number of newest checkpoints to keep, in addition to the best and the last."""
 
 
-@settings()
+@settings
 class PicturesConfig(Section):
     """Statistics of all layers and pictures of some, for TensorBoard and layers.jsonl (docs/how-to/monitor.md)."""
 
@@ -51,7 +42,7 @@ class PicturesConfig(Section):
         return self.interval or max(1, num_steps // 20)
 
 
-@settings()
+@settings
 class TrackingConfig(Section):
     """Experiment trackers, in addition to TensorBoard and metrics.jsonl (docs/how-to/monitor.md)."""
 

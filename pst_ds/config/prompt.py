@@ -13,7 +13,7 @@ from pst_ds.config.tasks import TASKS
 Adapter = Literal["none", "linear", "low-rank"]
 
 
-@settings()
+@settings
 class PromptConfig(Section):
     """A trained prompt that is prepended to every example, initialised from words (docs/how-to/methods.md)."""
 

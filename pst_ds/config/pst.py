@@ -9,16 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Strict
 
-from pst_ds.config.settings import (
-    Finite,
-    MayDiffer,
-    NotNegative,
-    Positive,
-    Rate,
-    Section,
-    Share,
-    settings,
-)
+from pst_ds.config.settings import Finite, MayDiffer, NotNegative, Positive, Rate, Section, Share, settings
 from pst_ds.core.patterns import Pattern, parse_pattern
 
 InitScale = Literal["normal", "rank", "width"]
@@ -52,14 +43,12 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
 class _LibrarySection(Section):
     """Base of settings that are also used outside a run file: their messages name settings without a section."""
 
-    __slots__ = ()
-
     def __post_init__(self) -> None:
         if wrong := list(self.problems()):
             raise ValueError("\n".join(wrong))
 
 
-@settings()
+@settings
 class Override(_LibrarySection):
     """A different pattern, or final sparsity, for some layers."""
 
@@ -90,7 +79,7 @@ class MaskRule:
     nm_ramp: NMRamp = "share"
 
 
-@settings()
+@settings
 class PSTConfig(_LibrarySection):
     """What PST prunes and trains in a model. ``PSTConfig.paper()`` has the paper's constants.
 

@@ -16,7 +16,7 @@ _SEARCHES = 10
 """Searches for scales in a run, unless ``quantization.interval`` is set."""
 
 
-@settings()
+@settings
 class QuantizationConfig(Section):
     """Training with quantised weights, so that the exported file computes what was trained (docs/how-to/methods.md)."""
 

@@ -34,7 +34,7 @@ from pst_ds.core.schedule import (
 from pst_ds.file_names import START
 
 
-@settings(slots=False)  # injected_pst is kept in the instance
+@settings
 class RunConfig(Section):
     """The settings of a run."""
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from pst_ds.config.settings import messages, report
 from pst_ds.file_names import RUN_FILE, START
 
 PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER}
+_RUN = TypeAdapter(RunConfig)
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -95,7 +94,7 @@ def run_from_table(table: Mapping[str, Any]) -> RunConfig:
     _require_utf8(table)
     try:
         # JSON, where a strict pydantic takes lists for tuples; dates become tables, which no setting takes
-        return _adapter().validate_json(json.dumps(table, default=lambda value: {"value": str(value)}))
+        return _RUN.validate_json(json.dumps(table, default=lambda value: {"value": str(value)}))
     except ValidationError as error:
         report(messages(error, RunConfig, table))
         raise
@@ -121,11 +120,6 @@ def _without_removed(table: dict[str, Any]) -> dict[str, Any]:
     return table
 
 
-@cache
-def _adapter() -> TypeAdapter[RunConfig]:
-    return TypeAdapter(RunConfig)
-
-
 def _require_utf8(table: dict[str, Any]) -> None:
     """Reject bytes of a path that are not UTF-8, which Python holds as halves of surrogate pairs."""
     for key, value in flatten(table).items():
@@ -139,15 +133,12 @@ def _require_utf8(table: dict[str, Any]) -> None:
 
 def dump_run(run: RunConfig) -> str:
     """Return ``run`` as TOML, every setting written out; :func:`load_run` reads it back to an equal RunConfig."""
-    lines: list[str] = []
-    tables: list[str] = []
-    for field in dataclasses.fields(run):
-        value = getattr(run, field.name)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            tables += ["", f"[{field.name}]", *_toml_lines(value)]
-        else:
-            lines += _toml_line(field.name, value)
-    return "\n".join([*lines, *tables]) + "\n"
+    table = _RUN.dump_python(run, exclude_none=True)  # TOML has no null; the default is None wherever None is allowed
+    sections = {name: values for name, values in table.items() if isinstance(values, dict)}
+    lines = [f"{name} = {toml_value(value)}" for name, value in table.items() if name not in sections]
+    for section, values in sections.items():
+        lines += ["", f"[{section}]", *(f"{name} = {toml_value(value)}" for name, value in values.items())]
+    return "\n".join(lines) + "\n"
 
 
 def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -159,24 +150,14 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _toml_lines(config: Any) -> list[str]:
-    return [line for f in dataclasses.fields(config) for line in _toml_line(f.name, getattr(config, f.name))]
-
-
-def _toml_line(name: str, value: object) -> list[str]:
-    if value is None:  # TOML has no null; the default is None wherever None is allowed
-        return []
-    return [f"{name} = {toml_value(value)}"]
-
-
 def toml_value(value: object) -> str:
     """Return a setting's value as TOML spells it, in one line."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return "{" + ", ".join(_toml_lines(value)) + "}"
-    if isinstance(value, tuple):
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {toml_value(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, tuple | list):
         return "[" + ", ".join(map(toml_value, value)) + "]"
-    # JSON strings, numbers, booleans and lists of strings are TOML too; a float keeps its point or exponent
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which JSON allows as it is
+    # JSON strings, numbers and booleans are TOML too; a float keeps its point or exponent
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON allows this character
 
 
 def _apply_override(table: dict[str, Any], override: str) -> None:

@@ -8,23 +8,13 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from pst_ds.config.settings import (
-    FINITE,
-    ConfigError,
-    MayDiffer,
-    Positive,
-    Rate,
-    Reported,
-    Section,
-    Share,
-    settings,
-)
+from pst_ds.config.settings import FINITE, ConfigError, MayDiffer, Positive, Rate, Reported, Section, Share, settings
 from pst_ds.config.tasks import TASKS
 
 Precision = Literal["bf16", "fp32"]
 
 
-@settings()
+@settings
 class DistillationConfig(Section):
     """Knowledge distillation from a dense teacher, in addition to the labels (arXiv 1503.02531)."""
 
@@ -56,7 +46,7 @@ class DistillationConfig(Section):
             )
 
 
-@settings()
+@settings
 class TrainConfig(Section):
     """Steps, batches and learning rates."""
 

@@ -82,7 +82,7 @@ def _lines(table: Settings, prefix: str, comments: dict[str, str]) -> list[str]:
     for name, value in table.items():
         if prefix + name in comments:
             lines.append(_comment(comments[prefix + name]))
-        lines.append(f"{name} = {toml_value(tuple(value) if isinstance(value, list) else value)}")
+        lines.append(f"{name} = {toml_value(value)}")
     return lines
 
 
