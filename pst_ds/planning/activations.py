@@ -1,9 +1,10 @@
-"""Trace a micro-batch's activations, gathers and operators on tensors without values."""
+"""Trace the activations, gathers and operators of a micro-batch on tensors without values."""
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,7 +26,12 @@ from pst_ds.nn.language_head import LanguageHead, UnknownHeadError, language_hea
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.tables.coded import CodedEmbedding, CodedTable, coded_tables
 from pst_ds.parallel.backward_pass import in_backward_pass
-from pst_ds.planning.operators import operator_traffic
+
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+"""Operators timed by their FLOPs, like the fused attention operators."""
+_ATTENTION = "scaled_dot_product"
+_FREE = ("_local_scalar_dense", "_unsafe_view", "set_", "empty", "new_empty")
+"""Names, or their beginnings, of operators that neither launch a kernel nor move bytes."""
 
 
 class UntraceableError(RuntimeError):
@@ -33,15 +40,16 @@ class UntraceableError(RuntimeError):
 
 @dataclass(slots=True)
 class Trace:
-    """Bytes that a micro-batch takes on a rank, and the gathers it makes."""
+    """Memory, gathers and operators of a micro-batch on one rank."""
 
     activations: int = 0
+    """Peak bytes of all live tensors except parameters and buffers."""
     gathered: int = 0
-    """Bytes of the parameters that ZeRO-3 fetches for the modules' turns if it keeps none between them."""
+    """Bytes of parameters that ZeRO-3 fetches for the modules' turns if it keeps none between them."""
     gathers: int = 0
-    """Collectives that bring them: one a module and dtype."""
+    """Collectives of ``gathered``: one per module and dtype."""
     moved: int = 0
-    """Bytes that operators outside the pruned layers read and write, those of products apart."""
+    """Bytes that operators outside the pruned layers read and write, except products."""
     launches: int = 0
     """Operators outside the pruned layers."""
 
@@ -56,10 +64,26 @@ def trace_micro_batch(
     distilled: bool = False,
     device: str = "cpu",
 ) -> Trace:
-    """:func:`activation_bytes`, the gathers of all parameters larger than ``persistence_threshold``, and operators."""
+    """Trace a forward and backward pass.
+
+    Saved tensors, temporaries, logits and loss count as long as autograd keeps them.
+
+    Args:
+        model: an injected model on the meta device. It is used up: its parameters become tensors without values on an
+            emulated CPU, so that attention uses the same kernel as there.
+        batch: examples of the micro-batch.
+        sequence: tokens per example.
+        checkpointing: whether activations are checkpointed.
+        persistence_threshold: elements up to which ZeRO-3 never gathers a parameter.
+        distilled: whether the loss of a language model also needs a teacher's hidden states.
+        device: "cpu" or "cuda", for the size of the chunks in which the loss of a known head is computed.
+
+    Raises:
+        UntraceableError: the model cannot run without values.
+    """
     trace = Trace()
 
-    def start(root: nn.Module, args: Any) -> None:  # late, for checkpointing hooks the embedding to need a gradient
+    def start(root: nn.Module, args: object) -> None:  # late: checkpointing adds its hook to the embedding first
         for module in root.modules():
             _count_gathers(module, trace, persistence_threshold)
 
@@ -70,43 +94,24 @@ def trace_micro_batch(
 
 
 def _count_gathers(module: nn.Module, trace: Trace, threshold: int) -> None:
-    """Count a fetch for every forward turn that ends, and one for its backward turn. A recomputed forward turn has its
-    backward counted already, and that of a pruned layer leaves what is frozen for it. The turn that recomputing stops
-    in, since nothing behind it is needed, does not end: DeepSpeed, too, finds the parameters of that module there."""
+    """Count a fetch per completed forward turn, and one for its backward turn.
+
+    The backward turn of a recomputed forward turn is already counted, and a pruned layer keeps its frozen parameters
+    gathered for it. Recomputation stops inside the turn of the last module it needs, which therefore does not complete;
+    DeepSpeed still has the parameters of that module then.
+    """
     params = [p for p in module.parameters(recurse=False) if p.numel() > threshold]
-    not_left = [p for p in params if p.requires_grad or not isinstance(module, PSTLayer)]
+    not_kept = [p for p in params if p.requires_grad or not isinstance(module, PSTLayer)]
     if not params:
         return
 
-    def count(module: nn.Module, args: Any, output: Any) -> None:
-        recomputes = in_backward_pass()
+    def count(module: nn.Module, args: object, output: object) -> None:
         has_backward = any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(output))
-        turns, fetched = (1, not_left) if recomputes else (1 + has_backward, params)
+        turns, fetched = (1, not_kept) if in_backward_pass() else (1 + has_backward, params)
         trace.gathered += turns * sum(p.numel() * p.element_size() for p in fetched)
         trace.gathers += turns * len({p.dtype for p in fetched})
 
     module.register_forward_hook(count)
-
-
-def activation_bytes(
-    model: nn.Module,
-    *,
-    batch: int,
-    sequence: int,
-    checkpointing: bool,
-    distilled: bool = False,
-    device: str = "cpu",
-) -> int:
-    """Return the peak of all tensors alive at once in a training micro-batch, parameters and their like not counted.
-
-    ``model`` is on the meta device and is used up: its parameters become tensors without values on a pretended CPU,
-    so that attention takes the kernel it takes there. Saved tensors, temporaries, logits and loss are all counted, as
-    autograd frees them; the loss of a language model whose head is known is made in the chunks of ``device``, with
-    ``distilled`` from a teacher's hidden states too. Raises UntraceableError for a model that cannot run so.
-    """
-    return _run(
-        model, batch=batch, sequence=sequence, checkpointing=checkpointing, distilled=distilled, device=device
-    ).peak
 
 
 def _run(
@@ -114,7 +119,10 @@ def _run(
 ) -> _Operators:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    head = _head_of(model)
+    try:
+        head = language_head(model)
+    except UnknownHeadError:
+        head = None
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model.train()
     if checkpointing:
@@ -136,17 +144,10 @@ def _run(
                     model(**inputs, labels=labels).loss.backward()
         except Exception as error:
             raise UntraceableError(f"{type(model).__name__}: {first_line(error)}") from error
-    if distilled and head is None and not is_classifier:  # the teacher's logits, next to the model's own
+    if distilled and head is None and not is_classifier:  # the teacher's logits, next to the model's
         config: Any = model.config
         seen.peak += batch * sequence * config.vocab_size * next(model.parameters()).element_size()
     return seen
-
-
-def _head_of(model: nn.Module) -> LanguageHead | None:
-    try:
-        return language_head(model)
-    except UnknownHeadError:
-        return None
 
 
 def _loss_in_chunks(
@@ -157,9 +158,9 @@ def _loss_in_chunks(
     distilled: bool,
     seen: _Operators,
 ) -> Tensor:
-    """Return the loss as :class:`pst_ds.train.objective.Objective` makes it, of tokens that all predict one.
+    """Return the loss of :class:`pst_ds.train.objective.Objective` when every token predicts the next one.
 
-    Chunks are alike: one and two of them are run, and ``seen`` is told of the operators of all others.
+    All chunks are alike: one and two of them are run, and the operators of the others are added to ``seen``.
     """
     targets = inputs["input_ids"].flatten()
     width, rows = head.module.in_features, sizes.rows(head.module.out_features)
@@ -175,13 +176,15 @@ def _loss_in_chunks(
         more = len(targets) / rows - 2
         if more <= 0:
             return loss_of(len(targets))
-        start = seen.counts
-        loss_of(rows)
-        one = seen.counts
-        loss = loss_of(2 * rows)
-        for name, before, between, after in zip(seen.COUNTS, start, one, seen.counts, strict=True):
+        counts = [(seen.launches, seen.moved)]
+        for chunks in (1, 2):
+            loss = loss_of(chunks * rows)
+            counts.append((seen.launches, seen.moved))
+        totals = []
+        for before, between, after in zip(*counts, strict=True):
             of_two, of_one = after - between, between - before
-            setattr(seen, name, before + of_two + round(more * (of_two - of_one)))
+            totals.append(before + of_two + round(more * (of_two - of_one)))
+        seen.launches, seen.moved = totals
         return loss
 
     with head.reading(read) as losses:
@@ -202,8 +205,7 @@ def _pretend_on_cpu(model: nn.Module, mode: Any) -> None:
                 continue
             if id(param) not in made:
                 new = nn.Parameter(pretend(param), requires_grad=param.requires_grad)
-                # gradients have a share of their own in the plan
-                if param.requires_grad:
+                if param.requires_grad:  # the plan counts gradients separately
                     new.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
                 made[id(param)] = new
             module._parameters[name] = made[id(param)]
@@ -217,18 +219,18 @@ def _pretend_on_cpu(model: nn.Module, mode: Any) -> None:
 
 @contextmanager
 def layers_save_their_input(model: nn.Module) -> Iterator[None]:
-    """Let PST layers keep their input alone; their temporaries of the weight's size are counted elsewhere."""
-    layers = pst_layers(model).values()
-    tables = coded_tables(model).values()
+    """Make PST layers save only their input; their temporaries of the weight's size are counted elsewhere."""
+    layers, tables = pst_layers(model).values(), coded_tables(model).values()
     for table in tables:
         if isinstance(table, CodedEmbedding):
-            table.forward = partial(_looked_up, table)  # type: ignore[method-assign]
+            table.forward = partial(_embed, table)  # type: ignore[method-assign]
         else:
-            table.table = partial(_unread, table)  # type: ignore[method-assign]
+            table.table = partial(_table_without_values, table)  # type: ignore[method-assign]
     for layer in layers:
         anchor = next((param for _, param in layer.factor_parameters()), next(layer.parameters()))
-        of_kind = _products_of_experts if isinstance(layer, PSTExpertStack) else _product
-        layer.forward = partial(of_kind, anchor, layer.layout.expert.out_features, layer.inputs is not None)
+        is_stack, outputs = isinstance(layer, PSTExpertStack), layer.layout.expert.out_features
+        # a stack quantises the inputs of one expert at a time, so that its copy is small
+        layer.forward = partial(_multiply, anchor, outputs, layer.inputs is not None and not is_stack)
     try:
         with registered(_evenly_routed):
             yield
@@ -240,69 +242,60 @@ def layers_save_their_input(model: nn.Module) -> Iterator[None]:
 
 
 def _evenly_routed(experts: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Compute an experts module as if each of its experts got as many tokens: which do is not known from shapes."""
+    """Compute an experts module with equally many tokens per expert, since shapes do not tell the routing."""
     return of_routing(experts, hidden, weights, Routing.even(index, weights, experts.num_experts))  # type: ignore[arg-type]
 
 
-def _looked_up(table: CodedEmbedding, ids: Tensor) -> Tensor:
+def _embed(table: CodedEmbedding, ids: Tensor) -> Tensor:
     return torch.empty(*ids.shape, table.embedding_dim, dtype=table.dtype)
 
 
-def _unread(table: CodedTable) -> CodedWeight:
-    return _Unread(table.layout, table.codes.detach(), table.scales.detach(), table.dtype)
+def _table_without_values(table: CodedTable) -> CodedWeight:
+    return _CodedWithoutValues(table.layout, table.codes.detach(), table.scales.detach(), table.dtype)
 
 
-class _Unread(CodedWeight):
-    """A table whose codes have no values; its weights are tensors without values too."""
-
+class _CodedWithoutValues(CodedWeight):
     def dense(self) -> Tensor:
         return torch.empty(self.shape, dtype=self.dtype)
 
 
-def _product(anchor: Tensor, out_features: int, rounded: bool, input: Tensor) -> Tensor:
-    return _Product.apply(input, anchor, out_features, rounded)
-
-
-def _products_of_experts(
-    anchor: Tensor, out_features: int, rounded: bool, x: Tensor, routing: Routing, by_token: bool
+def _multiply(
+    anchor: Tensor, outputs: int, quantises: bool, x: Tensor, routing: Routing | None = None, by_token: bool = False
 ) -> Tensor:
-    return _ProductsOfExperts.apply(x, anchor, out_features, routing, by_token)  # rounds one expert's inputs at a time
+    return _Product.apply(x, anchor, outputs, quantises, routing, by_token)
 
 
 class _Product(torch.autograd.Function):
-    """``rounded``: x is rounded in both passes, into a tensor that each lets go of."""
+    """The product of a layer, or with ``routing`` of a stack of experts.
+
+    With ``quantises``, each pass makes a quantised copy of x, and frees it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, out_features: int, rounded: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor, outputs: int, quantises: bool, routing: Routing | None, by_token: bool
+    ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.rounded = rounded
-        multiplied = torch.empty_like(x) if rounded else x
-        return multiplied.new_empty(*x.shape[:-1], out_features)
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
-        (x,) = ctx.saved_tensors
-        multiplied = torch.empty_like(x) if ctx.rounded else x
-        return torch.empty_like(multiplied), None, None, None
-
-
-class _ProductsOfExperts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, out_features: int, routing: Routing, by_token: bool) -> Tensor:
-        ctx.routing, ctx.by_token = routing, by_token
-        ctx.save_for_backward(x)
-        return x.new_empty(len(routing.order), out_features)
+        ctx.quantises, ctx.routing, ctx.by_token = quantises, routing, by_token
+        if routing is not None:
+            return x.new_empty(len(routing.order), outputs)
+        multiplied = torch.empty_like(x) if quantises else x
+        return multiplied.new_empty(*x.shape[:-1], outputs)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x = grad_y.new_empty(len(grad_y), ctx.saved_tensors[0].shape[1])
-        return ctx.routing.summed(grad_x) if ctx.by_token else grad_x, None, None, None, None
+        (x,) = ctx.saved_tensors
+        if ctx.routing is None:
+            multiplied = torch.empty_like(x) if ctx.quantises else x
+            grad_x = torch.empty_like(multiplied)
+        else:
+            grad_x = grad_y.new_empty(len(grad_y), x.shape[1])
+            grad_x = ctx.routing.summed(grad_x) if ctx.by_token else grad_x
+        return grad_x, None, None, None, None, None
 
 
 class _Operators(TorchDispatchMode):
-    """What operators ask for: bytes of the storages that they made and that are still alive, and their traffic."""
-
-    COUNTS = ("launches", "moved")
+    """Count the live bytes of storages that operators make, their launches and the bytes that they move."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -310,28 +303,49 @@ class _Operators(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
         self._known = {id(t.untyped_storage()): t for t in (*model.parameters(), *model.buffers())}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> object:
         out = func(*args, **(kwargs or {}))
         launches, moved = operator_traffic(func, args, kwargs or {}, out)
         self.launches += launches
         self.moved += moved
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._see(tensor.untyped_storage())
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            key = id(storage)
+            if key not in self._sizes and key not in self._known:
+                self._sizes[key] = storage.nbytes()
+                self.now += self._sizes[key]
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, key)
         return out
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """:data:`COUNTS` as they are now."""
-        return tuple(getattr(self, name) for name in self.COUNTS)
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key = id(storage)
-        if key not in self._sizes and key not in self._known:
-            self._sizes[key] = storage.nbytes()
-            self.now += self._sizes[key]
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._freed, key)
 
     def _freed(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
+
+
+def operator_traffic(
+    operator: OpOverload, args: object, kwargs: Mapping[str, object], result: object
+) -> tuple[int, int]:
+    """Return (launches, bytes read and written) of an ATen operator; 0 for views, 0 bytes for products.
+
+    A result in one of the arguments (``out=``, or in place) is written; the argument is read unless it is ``out``.
+    """
+    space, _, name = operator._schema.name.partition("::")
+    if space == "prim" or operator.is_view or name.startswith(_FREE):
+        return 0, 0
+    if name in PRODUCTS or _ATTENTION in name:
+        return 1, 0
+    out = {id(tensor) for tensor in _tensors(kwargs.get("out"))}
+    read = [tensor for tensor in _tensors((args, kwargs)) if id(tensor) not in out]
+    if name in ("copy_", "fill_", "zero_"):  # they only write the first
+        read = read[1:]
+    return 1, sum(map(_nbytes, read)) + sum(map(_nbytes, _tensors(result)))
+
+
+def _tensors(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _nbytes(tensor: Tensor) -> int:
+    """Return the bytes that reading a tensor moves: expanded dimensions are read once."""
+    once = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride != 0)
+    return math.prod(once) * tensor.element_size()

@@ -1,77 +1,86 @@
-"""Machines to plan for, and the rates assumed for them.
+"""Machines to plan for: a table of assumed rates, and TOML files with a user's rates.
 
 Data sheets: NVIDIA A100 80 GB (312 TFLOP/s of dense bf16, 19.5 of fp32, 2.039 TB/s, NVLink 300 GB/s a direction), H100
 SXM (989, 67, 3.35 TB/s, 450 GB/s), H200 SXM (989, 67, 4.8 TB/s, 450 GB/s), HGX B200 (2,250, 80, 8 TB/s, 900 GB/s); AMD
 Instinct MI300X (1,307, 5.3 TB/s, seven Infinity Fabric links of 64 GB/s a direction). Between nodes: one ConnectX-7 of
-400 Gb/s a GPU in DGX H100, H200 and B200, 200 Gb/s in DGX A100; the former is taken for MI300X. Memory: 80, 80, 141,
+400 Gb/s per GPU in DGX H100, H200 and B200, 200 Gb/s in DGX A100; 400 Gb/s is assumed for MI300X. Memory: 80, 80, 141,
 180 (HGX B200) and 192 GB, of which a share is left to the driver, the collectives and fragmentation.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+import tomllib
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Gt
+
+from pst_ds.config.settings import FINITE, ConfigError, Positive, Rate, settings
+from pst_ds.errors import InputError, first_line
+
+_Above0 = Annotated[float, Gt(0.0), FINITE]
 
 LAUNCH_SECONDS = 5.5e-6
-"""Between two launches of an eager torch program, assumed of every GPU."""
+"""Seconds between two launches of an eager torch program, assumed for every GPU."""
 BANDWIDTH_SHARE, INSTRUCTION_SHARE = 0.8, 0.8
-"""Of the data sheet's bandwidths, and of the instructions that its fp32 rate stands for."""
+"""Shares of the data sheet's bandwidths, and of the instructions that its fp32 rate implies, that a run reaches."""
 MEMORY_SHARE = 0.92
-"""Of a device's memory, what is left for a run beside driver, collectives and fragmentation."""
+"""Share of a device's memory that driver, collectives and fragmentation leave to a run."""
 STORAGE_BYTES = 2e9
-"""Per second, from and to a shared file system, of the whole run: assumed of every cluster."""
+"""Bytes per second of the whole run, from and to a shared file system: assumed for every cluster."""
 _SHARES = "80 % of all bandwidths, 5 us a hop and 5.5 us a launch are assumed"
 
 
-@dataclass(frozen=True, slots=True)
+@settings()
 class Machine:
-    """Rates that one rank of a kind of cluster reaches."""
+    """Rates that one rank of a cluster reaches."""
 
     name: str
-    flops: float
-    """16-bit matrix products, per second."""
-    memory_bytes: float
-    """Read or written per second."""
-    node_size: int
+    flops: _Above0
+    """FLOP/s of 16-bit matrix products."""
+    memory_bytes: _Above0
+    """Bytes of memory read or written per second."""
+    node_size: Positive
     """Ranks that share the faster links."""
-    node_bytes: float
-    """Received per second and rank from ranks of the same node."""
-    network_bytes: float
-    """Received per second and rank from other nodes."""
-    latency: float
-    """Seconds a hop of a collective takes between nodes."""
+    node_bytes: _Above0
+    """Bytes received per second and rank from ranks of the same node."""
+    network_bytes: _Above0
+    """Bytes received per second and rank from other nodes."""
+    latency: Rate
+    """Seconds per hop of a collective between nodes."""
     source: str = ""
-    """Where the rates are from."""
+    """Origin of the rates."""
     code: Literal["triton", "torch", "native"] = "triton"
-    """What runs there, see :data:`pst_ds.planning.counts.COUNTS`."""
-    launch_seconds: float = LAUNCH_SECONDS
-    """Between two launches of the host."""
-    instructions: float = 0.0
-    """Per second, a lane each, for the kernel that scores weights; 0: memory decides."""
-    update_seconds: float = 0.0
-    """Scoring and selecting one weight of the shard in a mask update, if measured; 0: by its bytes and launches."""
+    """Implementation that runs there, see :data:`pst_ds.planning.time.COUNTS`."""
+    launch_seconds: Rate = LAUNCH_SECONDS
+    """Seconds between two launches of the host."""
+    instructions: Rate = 0.0
+    """Instructions per second, one lane each, of the kernel that scores weights; 0 where memory decides."""
+    update_seconds: Rate = 0.0
+    """Measured seconds to score and select one weight of the shard in a mask update; 0 to predict them."""
     overlaps: bool = True
-    """True where communication overlaps computation."""
-    capacity: float = 0.0
-    """Bytes of memory that a rank may take; 0 where that is not known."""
-    peak_flops: float = 0.0
-    """16-bit matrix products per second on the data sheet; 0 where there is none."""
-    storage_bytes: float = STORAGE_BYTES
-    """Read or written per second by the whole run, of models and checkpoints."""
+    """Whether communication overlaps computation."""
+    capacity: Rate = 0.0
+    """Bytes of memory that a rank may use; 0 if unknown."""
+    peak_flops: Rate = 0.0
+    """FLOP/s of 16-bit matrix products on the data sheet; 0 without one."""
+    storage_bytes: _Above0 = STORAGE_BYTES
+    """Bytes of models and checkpoints that the whole run reads or writes per second."""
 
     @property
     def device(self) -> str:
-        """Return the kind of device that ranks compute on."""
+        """Type of the device that ranks compute on."""
         return "cpu" if self.code == "native" else "cuda"
 
     @property
     def backend(self) -> str:
-        """Return the library of the collectives."""
+        """Backend of the collectives."""
         return "gloo" if self.code == "native" else "nccl"
 
     def transfer_seconds(self, received: float, collectives: float, world_size: int) -> float:
-        """Time rings over all ranks: the slowest link decides, and every collective passes every node once."""
+        """Time ring collectives over all ranks: the slowest link decides, and each passes every node once."""
         if world_size == 1:
             return 0.0
         nodes = math.ceil(world_size / self.node_size)
@@ -91,7 +100,7 @@ def _gpu(
     fp32: float = 0.0,
     code: Literal["triton", "torch"] = "triton",
 ) -> Machine:
-    """Return a machine of eight GPUs a node from data sheet rates, of whose products it reaches ``share``."""
+    """Return a machine with eight GPUs per node, which reaches ``share`` of the data sheet's FLOP/s."""
     return Machine(
         name=f"8 x {name} a node, {network * 8 / 1e9:.0f} Gb/s a GPU between nodes",
         flops=share * flops,
@@ -133,4 +142,35 @@ MACHINES = {
         overlaps=False,
     ),
 }
-"""By name. An A100's schedulers issue twice the instructions of its fp32 rate, to integer units too."""
+"""Machines by name. An A100's schedulers issue twice the instructions of its fp32 rate, to integer units too."""
+
+
+def machine_of(name: str) -> Machine:
+    """Return the machine that ``--machine`` names: one of :data:`MACHINES`, or a TOML file. Raises InputError."""
+    if name in MACHINES:
+        return MACHINES[name]
+    if not name.endswith(".toml"):
+        raise InputError(
+            f"--machine {name!r} is not a machine. Choose from {', '.join(MACHINES)}, or name a TOML file with rates "
+            "of your own, whose name ends in .toml (docs/how-to/large-models.md)"
+        )
+    return read_machine(Path(name))
+
+
+def read_machine(path: Path) -> Machine:
+    """Read a Machine, its fields as keys, from a TOML file. Raises InputError with the file, key, value and fix."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise InputError(f"--machine {str(path)!r} cannot be read ({reason}); name a TOML file of rates") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        hint = "see docs/how-to/large-models.md for an example"
+        raise InputError(f"--machine {path} is not TOML: {first_line(error)}; {hint}") from None
+    required = [field.name for field in fields(Machine) if field.default is MISSING]
+    if missing := [name for name in required if name not in table]:
+        raise InputError(f"{path}: {', '.join(missing)} missing; docs/how-to/large-models.md describes each rate")
+    try:
+        return Machine(**table)
+    except ConfigError as error:
+        raise InputError(f"{path}: {error}") from None

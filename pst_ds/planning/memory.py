@@ -1,14 +1,17 @@
-"""Memory of a PST run on one rank, from shapes alone: numbers in, bytes out. ZeRO-3 as DeepSpeed 0.19.8 does it: a
-parameter of n elements lies on w ranks as ceil(n / w) elements each; a module's parameters are gathered whole for its
-turn; trainables have an fp32 master and two Adam moments, a 16-bit gradient shard and a share of one reduction bucket.
-What is resident all the time is counted from shapes exactly; what comes and goes is bounded by the largest module.
-tools.bench.scale holds the sums against the resident memory of real runs."""
+"""Memory of a PST run on one rank, computed from shapes.
+
+ZeRO-3 as DeepSpeed 0.19.8 implements it: a parameter of n elements is partitioned over w ranks, ceil(n / w) elements
+each; the parameters of a module are gathered for its turn; trainable parameters have an fp32 master, two Adam moments,
+a 16-bit gradient shard and a share of one reduction bucket. Resident memory is counted exactly from shapes; temporary
+memory is bounded by the largest module. tools.bench.scale compares the sums with the resident memory of real runs.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from pst_ds.core.bits import shard_numel
 from pst_ds.core.bracket import BRACKET_DEVIATIONS, sample_size
@@ -16,48 +19,56 @@ from pst_ds.core.keys import MOST_AT_ONCE
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.scores import mask_band_elements
 from pst_ds.core.tiles import plan_tiles, tile_bytes_of
+from pst_ds.json_text import JsonObject
+from pst_ds.parallel.ds_config import REDUCE_BUCKET, zero_stage
 
 ADAM_BYTES = 12
-"""fp32 master, first and second moment of a trainable."""
+"""fp32 master, first and second moment of a trainable value."""
 GLOO = "gloo"
 RUNTIME_BYTES = {"cpu": 48 << 20, "cuda": 600 << 20}
-"""Beside all tensors: library pages, threads and scratch of a process that has trained a step, above its imports. CPU:
-measured with a model of 0.1 million parameters. CUDA: context and cuBLAS workspaces, assumed."""
+"""Memory besides tensors after a training step, above the imports: library pages, threads and scratch. CPU: measured
+with a model of 0.1 million parameters. CUDA: context and cuBLAS workspaces, assumed."""
 SCORED_TILE_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 """Scratch of the scoring pass of a mask update: keys, scores and their terms of one tile."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorGroup:
-    """``count`` parameter tensors alike."""
+    """``count`` equal parameter tensors."""
 
     numel: int
     element_size: int
     count: int = 1
     trainable: bool = False
-    is_mask: bool = False
-    is_scales: bool = False
-    """Scales that a layer's weights are rounded with."""
-    is_factor: bool = False
-    """A factor of a pruned matrix, whose fp32 master travels to every rank for a mask update."""
+    kind: Literal["weight", "factor", "mask", "scales"] = "weight"
+    """A "factor" belongs to a pruned matrix: every rank gathers its fp32 master for a mask update. "scales" quantise a
+    layer's weights during training. Everything else is a "weight"."""
     stands_for: int | None = None
-    """Parameters that these bytes stand for: the weights of codes, 0 for their scales; None for the elements."""
+    """Weights that these bytes represent: those of quantised values, 0 for their scales; None for ``numel``."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.element_size * self.count
+
+    @property
+    def parameters(self) -> int:
+        return (self.numel if self.stands_for is None else self.stands_for) * self.count
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleNumbers:
-    """Parameters that one module holds itself, which ZeRO-3 gathers for its turn, by dtype."""
+    """Parameters that a module holds directly, which ZeRO-3 gathers for its turn."""
 
     numel: int
     gathered_bytes: int
-    """Bytes of all its parameters, whole."""
+    """Bytes of all its parameters, gathered."""
     largest_gather_bytes: int
-    """Bytes of its largest collective: parameters of one dtype travel together."""
+    """Bytes of its largest collective: parameters of one dtype are gathered together."""
     work_bytes: int = 0
     """Temporaries of a pruned layer, see :func:`layer_work_bytes`; 0 for another."""
     count: int = 1
     bands: int = 0
-    """Bands of rows that a pruned layer's backward pass goes through; 0 for another."""
+    """Bands of rows in a pruned layer's backward pass; 0 for another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +78,18 @@ class MatrixGroup:
     numel: int
     count: int = 1
     share: float = 1.0
-    """Share of a micro-batch's tokens that each is multiplied with: k / E of those of experts."""
+    """Share of a micro-batch's tokens that each is multiplied with: k / E for experts."""
     per_layer: int = 1
-    """Matrices of the layer that each is in, one behind the other: those of a stack of experts."""
+    """Matrices in the stack of experts that each belongs to."""
 
     def num_cut(self, shards: int) -> int:
-        """Count the matrices that borders of shards cut, which ranks select together; of a linear layer's, all."""
+        """Count the matrices that shard borders cut, which ranks select together: all except most experts."""
         return self.count if self.per_layer == 1 else self.count // self.per_layer * min(self.per_layer, shards - 1)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelNumbers:
-    """Sizes of a model, as the formulas need them."""
+    """Sizes of a model for the cost formulas."""
 
     tensors: tuple[TensorGroup, ...]
     modules: tuple[ModuleNumbers, ...]
@@ -88,7 +99,7 @@ class ModelNumbers:
     dense_weights: int = 0
     """Weights of linear layers that are not pruned, such as a causal model's head."""
     sliced_weights: int = 0
-    """Of these, those of output layers that are codes, and become weights a slice at a time."""
+    """The part of ``dense_weights`` in quantised output layers, which are dequantised slice by slice."""
     attention_width: int = 0
     """Width of all attention heads of a layer, summed over layers."""
 
@@ -98,7 +109,7 @@ class ModelNumbers:
 
     @property
     def multiplied_weights(self) -> float:
-        """Pruned weights that a token is multiplied with: of E experts those of k."""
+        """Pruned weights that a token is multiplied with: k of E experts."""
         return sum(m.numel * m.count * m.share for m in self.matrices)
 
     @property
@@ -112,7 +123,6 @@ class ModelNumbers:
 
     @property
     def num_bands(self) -> int:
-        """Bands of the backward passes of all pruned layers."""
         return sum(m.bands * m.count for m in self.modules)
 
     @property
@@ -121,35 +131,39 @@ class ModelNumbers:
         return sum(t.count for t in self.tensors if t.trainable)
 
     def num_cut(self, shards: int) -> int:
-        """Matrices whose cut ranks find together in a mask update; others lie whole on one."""
+        """Count the matrices that ranks select together in a mask update; the others are on one rank each."""
         return sum(m.num_cut(shards) for m in self.matrices)
 
     def sampled_keys(self, shards: int) -> int:
-        """Keys of these that a mask update shows to every rank."""
+        """Count the keys of these matrices that a mask update sends to every rank."""
         return sum(sample_size(m.numel) * m.num_cut(shards) for m in self.matrices)
 
     @property
     def parameters(self) -> int:
-        plain = (t for t in self.tensors if not (t.is_mask or t.is_scales))
-        return sum((t.numel if t.stands_for is None else t.stands_for) * t.count for t in plain)
+        return sum(t.parameters for t in self.tensors if t.kind in ("weight", "factor"))
 
     @property
     def coded_weights(self) -> int:
-        """Frozen weights that are held as codes."""
+        """Frozen weights that are stored quantised."""
         return sum((t.stands_for or 0) * t.count for t in self.tensors)
 
     @property
     def trainables(self) -> int:
+        """Trainable values."""
         return sum(t.numel * t.count for t in self.tensors if t.trainable)
 
     @property
     def factor_parameters(self) -> int:
-        return sum(t.numel * t.count for t in self.tensors if t.is_factor)
+        return sum(t.numel * t.count for t in self.tensors if t.kind == "factor")
 
     @property
     def whole_bytes(self) -> int:
-        """Bytes of all parameters and masks, unsharded, which a full sweep of gathers brings."""
-        return sum(t.numel * t.count * t.element_size for t in self.tensors)
+        """Bytes of all unsharded parameters and masks, which a pass of gathers brings to a rank."""
+        return sum(t.nbytes for t in self.tensors)
+
+    def bytes_of(self, kind: str) -> int:
+        """Return the bytes of the tensors of one :attr:`TensorGroup.kind`, unsharded."""
+        return sum(t.nbytes for t in self.tensors if t.kind == kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,24 +179,50 @@ class ZeroSettings:
     max_live_parameters: int = 0
     max_reuse_distance: int = 0
     offload_optimizer: bool = False
-    """Optimizer state lies in host memory, not the device's."""
+    """Whether optimizer state is in host memory."""
     offload_param: bool = False
     secondary_partition: int = 1
     """Ranks of an hpZ group: each holds a second copy of 1 / secondary_partition of all weights; 1 is off."""
 
-    def __post_init__(self) -> None:
-        if self.world_size < 1:
-            raise ValueError(f"world size {self.world_size} must be at least 1")
-
     @property
     def shards(self) -> int:
-        """Ranks that a parameter is split over."""
+        """Ranks that a parameter is partitioned over."""
         return self.world_size if self.stage == 3 else 1
+
+
+def zero_settings(config: JsonObject | None, world_size: int, backend: str) -> ZeroSettings:
+    """Read a resolved config (None: one process without DeepSpeed) on ``world_size`` ranks over "gloo" or "nccl"."""
+    if config is None:
+        return ZeroSettings(stage=None, world_size=world_size, backend=backend)
+    section = config.get("zero_optimization")
+    zero = section if isinstance(section, dict) else {}
+
+    def number(key: str, default: float) -> int:
+        value = zero.get(key)
+        return int(value) if isinstance(value, int | float) else int(default)
+
+    def is_offloaded(key: str) -> bool:
+        target = zero.get(key)
+        return isinstance(target, dict) and str(target.get("device")).lower() == "cpu"
+
+    return ZeroSettings(  # defaults of DeepSpeed 0.19.8
+        stage=zero_stage(config),
+        world_size=world_size,
+        backend=backend,
+        reduce_bucket_size=number("reduce_bucket_size", REDUCE_BUCKET),
+        prefetch_bucket_size=number("stage3_prefetch_bucket_size", 5e7),
+        persistence_threshold=number("stage3_param_persistence_threshold", 1e5),
+        max_live_parameters=number("stage3_max_live_parameters", 1e9),
+        max_reuse_distance=number("stage3_max_reuse_distance", 1e9),
+        offload_optimizer=is_offloaded("offload_optimizer"),
+        offload_param=is_offloaded("offload_param"),
+        secondary_partition=number("zero_hpz_partition_size", 1),
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes on one rank (the fullest), of its device unless named otherwise."""
+    """Bytes on the fullest rank, in device memory except for ``host``."""
 
     weights: int
     masks: int
@@ -190,24 +230,24 @@ class MemoryPlan:
     gradients: int
     reduce_bucket: int
     gathers: int
-    """Parameters whole at the peak of a step: persistent, kept or fetched ahead, and the module's own."""
+    """Gathered parameters at the peak of a step: persistent, kept, prefetched, and the module's own."""
     communication: int
-    """Staging of one gather (gloo copies what it sends and receives); free again when the module's product begins."""
+    """Staging of one gather (gloo copies what it sends and receives), freed before the module's product."""
     layer_work: int
     """Temporaries of the layer that needs most."""
     activations: int
     optimizer_step: int
-    """fp32 gradients and Adam's temporaries of the largest group, while it steps."""
+    """fp32 gradients and Adam's temporaries of the largest group during its step."""
     mask_update: int
     runtime: int
     teacher: int = 0
-    """A teacher that is a model of its own, whole on every rank."""
+    """A separate teacher model, unsharded."""
     scales: int = 0
-    """Scales of rounded weights."""
+    """Scales of quantised weights."""
     packed: int = 0
-    """On a CPU, the largest 16-bit weight once more, as its product lays it out; in memory that staging has left."""
+    """Copy of the largest 16-bit weight in the layout of its product, on a CPU; it reuses the staging memory."""
     host: int = 0
-    """Host memory of what is offloaded, not in ``peak``."""
+    """Host memory of offloaded tensors."""
 
     @property
     def resident(self) -> int:
@@ -243,19 +283,21 @@ def memory_plan(
     trainable_groups: Sequence[int] | None = None,
     teacher: int = 0,
 ) -> MemoryPlan:
-    """Return what one rank holds of ``model``; ``activations``: bytes of one micro-batch.
+    """Return what one rank holds of ``model``.
 
-    ``element_size``: bytes of a weight, and of a gradient. ``trainable_groups``: trainables of each optimizer group,
-    whole; None is one group. ``teacher``: bytes of a teacher that is a model of its own.
+    Args:
+        model: sizes of the injected model.
+        zero: settings of DeepSpeed.
+        activations: bytes of one micro-batch.
+        element_size: bytes of a weight, and of a gradient.
+        device: "cpu" or "cuda".
+        trainable_groups: trainable values of each optimizer group over all ranks; None for one group.
+        teacher: bytes of a separate teacher model.
     """
     optimizer = optimizer_bytes(model, zero, element_size)
     weights, masks, scales = (
-        sum(
-            t.count * shard_numel(t.numel, zero.shards) * t.element_size
-            for t in model.tensors
-            if (t.is_mask, t.is_scales) == kind
-        )
-        for kind in ((False, False), (True, False), (False, True))
+        sum(t.count * shard_numel(t.numel, zero.shards) * t.element_size for t in model.tensors if t.kind in kinds)
+        for kinds in (("weight", "factor"), ("mask",), ("scales",))
     )
     if zero.secondary_partition > 1:
         weights += model.whole_bytes // zero.secondary_partition
@@ -266,7 +308,7 @@ def memory_plan(
         masks=0 if zero.offload_param else masks,
         optimizer=0 if zero.offload_optimizer else optimizer,
         gradients=element_size * _trainables_here(model, zero, shared_from_stage=2),
-        # allocated whole, but memory is touched only as far as gradients fill it
+        # the bucket is allocated whole, but gradients touch only as much memory as they fill
         reduce_bucket=element_size * min(zero.reduce_bucket_size, model.trainables) if zero.stage else 0,
         gathers=gathers,
         communication=communication,
@@ -283,44 +325,43 @@ def memory_plan(
 
 
 def _packed_bytes(model: ModelNumbers) -> int:
-    """The largest 16-bit weight, which oneDNN reorders before it multiplies; one of 32 bits is read in place."""
+    """Return the bytes of the largest 16-bit weight: oneDNN reorders it to multiply, but reads 32-bit ones in place."""
     return 2 * max([model.dense_weights - model.sliced_weights, *(matrix.numel for matrix in model.matrices)])
 
 
 def optimizer_bytes(model: ModelNumbers, zero: ZeroSettings, element_size: int = 2) -> int:
-    """Two fp32 moments a trainable, and an fp32 master where the parameter itself is not it.
+    """Return the bytes of two fp32 moments per trainable value, and of fp32 masters of 16-bit parameters.
 
-    Stage 3 splits every parameter over the ranks, stages 1 and 2 the flat whole of them; others keep all.
+    Stage 3 partitions every parameter over the ranks, stages 1 and 2 the flat concatenation; others keep everything.
     """
     bytes_each = 8 if zero.stage is None and element_size == 4 else ADAM_BYTES
     return bytes_each * _trainables_here(model, zero, shared_from_stage=1)
 
 
 def layer_work_bytes(layout: WeightLayout, itemsize: int, tile_bytes: int = 0, device: str = "cpu") -> int:
-    """Temporaries of one layer: M . W and a band of its mask in the forward pass, or one tile in the backward pass.
+    """Return the temporaries of one layer: M . W and a band of its mask, or one tile of the backward pass.
 
-    ``tile_bytes``: the budget of the backward pass, 0 for the device's default.
+    ``tile_bytes``: budget of the backward pass; 0 for the device's default.
     """
     band = min(layout.numel, mask_band_elements(device))
     tiles = plan_tiles(layout, itemsize, tile_bytes, device_type=device)
-    return max(
-        layout.numel * itemsize + band * (2 + itemsize), tile_bytes_of(tiles.max_numel, tiles.max_band_numel, itemsize)
-    )
+    backward = tile_bytes_of(tiles.max_numel, tiles.max_band_numel, itemsize)
+    return max(layout.numel * itemsize + band * (2 + itemsize), backward)
 
 
 def mask_update_bytes(model: ModelNumbers, zero: ZeroSettings, device: str = "cpu") -> int:
-    """Temporaries of a mask update, at the worst of three moments.
+    """Return the temporaries of a mask update, in the worst of its three phases.
 
-    The factors' masters arrive in one gather, (ranks, shard), and are copied out of it; the sampled keys are held here,
-    by all ranks together, and sorted; the scan holds the new masks, the keys inside every bracket with their places, 8
-    bytes each, 5 on a CPU, and the largest matrix's keys as bytes. Of stacks of experts those that lie whole on a rank
-    have a bracket on a GPU alone.
+    Gathering: the factors' masters arrive in one buffer, (ranks, shard), and are copied out of it. Sampling: the keys
+    that all ranks sampled are sorted. Scanning: the new masks, the keys inside all brackets with their places (8 bytes
+    each, 5 on a CPU), and the largest matrix's keys as bytes. Expert matrices that are on one rank have a bracket on
+    GPUs only.
     """
     if not model.pruned_weights:
         return 0
     masters = 4 * model.factor_parameters
     arrived = 0 if zero.shards == 1 else int(masters * (1 + 1 / zero.shards))
-    gathering = max(arrived + masters, 2 * arrived if zero.backend == GLOO else 0)  # gloo stages them, and lets go
+    gathering = max(arrived + masters, 2 * arrived if zero.backend == GLOO else 0)  # gloo stages them before the copy
     bracketed = [(m, m.num_cut(zero.shards) / zero.shards + _whole_here(m, zero, device)) for m in model.matrices]
     sampled = model.sampled_keys(zero.shards)
     sampled += sum(int(sample_size(m.numel) * _whole_here(m, zero, device)) for m in model.matrices)
@@ -333,35 +374,35 @@ def mask_update_bytes(model: ModelNumbers, zero: ZeroSettings, device: str = "cp
 
 
 def _whole_here(group: MatrixGroup, zero: ZeroSettings, device: str) -> float:
-    """Return how many matrices that lie whole on this rank are selected by a bracket; on a CPU they are sorted."""
+    """Return how many matrices that only this rank holds are selected by a bracket; a CPU sorts small ones instead."""
     if device == "cpu" and group.numel <= MOST_AT_ONCE:
         return 0.0
     return (group.count - group.num_cut(zero.shards)) / zero.shards
 
 
 def kept_bytes(model: ModelNumbers, zero: ZeroSettings) -> int:
-    """Parameters that ZeRO-3 leaves whole from the forward to the backward pass.
+    """Return the bytes of parameters that ZeRO-3 keeps gathered from the forward to the backward pass.
 
-    They are the last ones: those used again within the reuse distance, which passes everything behind them twice, or,
-    where DeepSpeed fetches ahead, as many as may be live: it runs ahead on every turn of a module until they are.
+    They are the last ones: within the reuse distance, which counts everything behind them twice, or, with prefetching,
+    up to the maximum of live parameters, since DeepSpeed prefetches at every turn of a module until it is reached.
     """
     elements = max(zero.max_reuse_distance / 2, zero.max_live_parameters if zero.prefetch_bucket_size else 0)
     return int(model.whole_bytes * min(1.0, elements / max(sum(t.numel * t.count for t in model.tensors), 1)))
 
 
 def persistent_bytes(model: ModelNumbers, zero: ZeroSettings) -> int:
-    """Parameters small enough to stay whole all the time."""
-    return sum(t.numel * t.count * t.element_size for t in model.tensors if t.numel <= zero.persistence_threshold)
+    """Return the bytes of parameters small enough to stay gathered all the time."""
+    return sum(t.nbytes for t in model.tensors if t.numel <= zero.persistence_threshold)
 
 
 def _bracket_share(numel: int) -> float:
-    """Share of a matrix's keys inside the bracket of its cut, at a sparsity of one half, where it is widest."""
+    """Return the share of a matrix's keys inside its bracket at 50 % sparsity, where it is widest."""
     size = sample_size(numel)
     return min(1.0, 2 * BRACKET_DEVIATIONS * math.sqrt(0.25 / size * (1 - size / numel)) + 4 / size)
 
 
 def _trainables_here(model: ModelNumbers, zero: ZeroSettings, *, shared_from_stage: int) -> int:
-    """A rank's share of what there is for every trainable."""
+    """Count the trainable values whose state this rank holds, for state partitioned from a ZeRO stage on."""
     if zero.stage == 3:
         return sum(t.count * shard_numel(t.numel, zero.shards) for t in model.tensors if t.trainable)
     return math.ceil(model.trainables / (zero.world_size if (zero.stage or 0) >= shared_from_stage else 1))
@@ -370,8 +411,10 @@ def _trainables_here(model: ModelNumbers, zero: ZeroSettings, *, shared_from_sta
 def _optimizer_step_bytes(
     model: ModelNumbers, zero: ZeroSettings, groups: Sequence[int] | None, element_size: int, device: str
 ) -> int:
-    """fp32 gradients of a group, and two temporaries of AdamW as large. Of one process on a CPU AdamW is fused, without
-    temporaries; it takes all gradients at once, and those that are fp32 already as they are."""
+    """Return the bytes of a group's fp32 gradients and of AdamW's two temporaries of that size.
+
+    A single process on a CPU uses fused AdamW without temporaries, on all gradients at once, copied only if 16-bit.
+    """
     if zero.offload_optimizer:
         return 0
     if zero.stage is None and device == "cpu":
@@ -381,10 +424,12 @@ def _optimizer_step_bytes(
 
 
 def _turn(model: ModelNumbers, zero: ZeroSettings, element_size: int) -> tuple[int, int, int]:
-    """(whole parameters, staging, temporaries) in bytes, each of the module that needs most of it: their peaks may lie
-    in different modules' turns, but an allocator keeps what one has freed until another needs it."""
+    """Return the bytes of gathered parameters, staging and temporaries, each of the module that needs most of it.
+
+    Their peaks may be in different modules' turns, but an allocator keeps what one has freed until another needs it.
+    """
     work = max((m.work_bytes for m in model.modules), default=0)
-    if zero.stage != 3 or (zero.shards == 1 and not zero.offload_param):  # the share of one rank is used as it is
+    if zero.stage != 3 or (zero.shards == 1 and not zero.offload_param):  # a single rank uses its shard in place
         return 0, 0, work
     resident = persistent_bytes(model, zero) + kept_bytes(model, zero)
     whole = min(resident + max((m.gathered_bytes for m in model.modules), default=0), model.whole_bytes)

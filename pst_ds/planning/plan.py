@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -24,14 +23,11 @@ from pst_ds.parallel.ds_config import load_deepspeed_config, zero_stage
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.planning.activations import Trace, UntraceableError, trace_micro_batch
 from pst_ds.planning.dense_start import remark_on_dense_start
-from pst_ds.planning.machine_file import machine_of
-from pst_ds.planning.machines import Machine
-from pst_ds.planning.memory import MemoryPlan, ModelNumbers, memory_plan
-from pst_ds.planning.process_memory import Need, need_of_process
+from pst_ds.planning.machines import Machine, machine_of
+from pst_ds.planning.memory import MemoryPlan, ModelNumbers, ZeroSettings, memory_plan, zero_settings
 from pst_ds.planning.shapes import model_numbers
 from pst_ds.planning.time import Batch, TimePlan, step_flops, time_plan
-from pst_ds.planning.verdict import Verdict, Work, verdict
-from pst_ds.planning.zero_settings import ZeroSettings, zero_settings
+from pst_ds.planning.verdict import Need, Verdict, Work, need_of_process, verdict
 from pst_ds.train.model import (
     base_grid_of_run,
     embedding_grid_of_run,
@@ -44,21 +40,18 @@ from pst_ds.train.monitor.dense_run import read_dense_run
 from pst_ds.train.objective import teacher_shapes
 from pst_ds.train.prepare import checked_shapes, resolved_deepspeed_config
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """What to plan a run for."""
+    """Machine and assumptions of a plan."""
 
     ranks: int | None = None
     """Number of ranks. None for the launcher's, or 1."""
     machine: str | None = None
-    """Name of a machine, or path of a TOML file with its rates. None for "cpu" where there is no GPU and a core for
-    every rank, else "h100"."""
+    """Name of a machine, or path of a TOML file with its rates. None for "cpu" on a host without GPU and with a core
+    for every rank, else "h100"."""
     no_data: bool = False
-    """Whether to read neither data nor tokenizer; the run then needs ``train.num_steps``."""
+    """Whether to skip data and tokenizer; the run then needs ``train.num_steps``."""
     memory: int = 0
     """Bytes of memory per rank; 0 for the machine's."""
     price: float | None = None
@@ -129,7 +122,7 @@ class Plan:
     num_examples: int | None
     """None without data."""
     unit: str
-    """What the examples are, in the plural."""
+    """Plural noun for the examples."""
     machine: str
     trained_in_full: list[str]
     """Names of the modules whose weights all train."""
@@ -163,13 +156,13 @@ class Plan:
 
     @property
     def base_grid(self) -> str | None:
-        """Quantisation scheme of the pruned layers' frozen weights; None for weights as they were loaded."""
+        """Quantisation scheme of the pruned layers' frozen weights; None if they stay unquantised."""
         grid = base_grid_of_run(self.run)
         return str(grid) if grid else None
 
     @property
     def embedding_grid(self) -> str | None:
-        """Quantisation scheme of the frozen embedding and output layer; None for weights as they were loaded."""
+        """Quantisation scheme of the frozen embedding and output layer; None if they stay unquantised."""
         grid = embedding_grid_of_run(self.run)
         return str(grid) if grid else None
 
@@ -198,56 +191,35 @@ class Plan:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class _Data:
-    """What a plan reads of a run's data and tokenizer."""
-
-    tokenizer: PreTrainedTokenizerBase | None
-    labels: list[str]
-    unit: str
-    num_examples: int | None
-    remark: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Teacher:
-    """Teacher of a distillation."""
-
-    nbytes: int = 0
-    """Bytes that every rank holds for it; 0 where the model is its own teacher."""
-    weights: int = 0
-    """Weights that it multiplies with."""
-    is_own: bool = False
-    """Whether the model is its own teacher."""
-
-
 def plan(run: RunConfig | str | Path, options: PlanOptions | None = None) -> Plan:
     """Plan a run, given as a config or as the path of its run file or run folder. Raises InputError."""
     run = run if isinstance(run, RunConfig) else load_run_or_folder(run)
     options = options or PlanOptions()
     ranks, raw = _ranks_and_deepspeed(run, options)
-    micro_batch_size, stage = run.micro_batch_size(ranks), None if raw is None else zero_stage(raw)
-    data = _data(run, options.no_data)
-    num_steps = run.train.num_steps if data.num_examples is None else run.num_steps(data.num_examples)
-    model = _model(run, data, ranks, stage, check_files=not options.no_data)
-    machine_name = options.machine or _default_machine(ranks)
+    stage = None if raw is None else zero_stage(raw)
+    model, num_examples, remark = _read(run, options, ranks, stage)
+    num_steps = run.train.num_steps if num_examples is None else run.num_steps(num_examples)
+    has_cores = not torch.accelerator.is_available() and ranks <= (os.cpu_count() or 1)
+    machine_name = options.machine or ("cpu" if has_cores else "h100")
     machine = machine_of(machine_name)
     zero = zero_settings(resolved_deepspeed_config(run, raw, model, ranks=ranks), ranks, machine.backend)
     numbers = model_numbers(model, device=machine.device)
     layers, embeddings, trained_in_full = _layers(model), _embeddings(model), head_names(model, run)
-    remarks = [remark for remark in (data.remark, remark_on_dense_start(run, model)) if remark]
+    remarks = [text for text in (remark, remark_on_dense_start(run, model)) if text]
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, run)]
     # the trace comes last: it uses the model up
-    trace = options.trace or _trace(model, run, micro_batch_size, zero.persistence_threshold, machine.device)
-    cost = _cost(run, numbers, zero, groups, trace, machine, num_steps, options)
+    trace = options.trace or _trace(model, run, ranks, zero.persistence_threshold, machine.device)
+    scale_bytes = numbers.bytes_of("scales")
+    checkpoint_bytes = most_bytes(numbers.trainables, numbers.pruned_weights, scale_bytes // SCALE_BYTES)
+    memory, times, judged = _cost(run, numbers, zero, groups, trace, machine, num_steps, checkpoint_bytes, options)
     return Plan(
         run=run,
         ranks=ranks,
         zero_stage=stage,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=run.micro_batch_size(ranks),
         num_steps=num_steps,
-        num_examples=data.num_examples,
-        unit=data.unit,
+        num_examples=num_examples,
+        unit=task_of(run).unit,
         machine=machine_name,
         trained_in_full=trained_in_full,
         layers=layers,
@@ -258,25 +230,14 @@ def plan(run: RunConfig | str | Path, options: PlanOptions | None = None) -> Pla
         schedule=_schedule(run, num_steps),
         rounding=_rounding(run, num_steps),
         remarks=remarks,
-        memory=cost.memory,
+        memory=memory,
         trace=trace,
-        mask_bytes=sum(t.numel * t.count for t in numbers.tensors if t.is_mask),
-        scale_bytes=cost.scale_bytes,
-        checkpoint_bytes=cost.checkpoint_bytes,
-        time=cost.time,
-        verdict=cost.verdict,
+        mask_bytes=numbers.bytes_of("mask"),
+        scale_bytes=scale_bytes,
+        checkpoint_bytes=checkpoint_bytes,
+        time=times,
+        verdict=judged,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Cost:
-    """What a run takes on a machine."""
-
-    memory: MemoryPlan
-    scale_bytes: int
-    checkpoint_bytes: int
-    time: TimePlan
-    verdict: Verdict
 
 
 def _cost(
@@ -287,10 +248,11 @@ def _cost(
     trace: Trace | None,
     machine: Machine,
     num_steps: int,
+    checkpoint_bytes: int,
     options: PlanOptions,
-) -> _Cost:
+) -> tuple[MemoryPlan, TimePlan, Verdict]:
     """Predict memory and time. ``groups``: trained parameters of each optimizer group."""
-    teacher = _teacher(run, numbers, options.no_data)
+    teacher_bytes, teacher_weights = _teacher(run, numbers, options.no_data)
     ranks, accumulation = zero.world_size, run.train.gradient_accumulation_steps
     memory = memory_plan(
         numbers,
@@ -299,11 +261,9 @@ def _cost(
         element_size=DTYPES[run.train.precision].itemsize,
         device=machine.device,
         trainable_groups=groups,
-        teacher=teacher.nbytes,
+        teacher=teacher_bytes,
     )
-    scale_bytes = sum(t.numel * t.count for t in numbers.tensors if t.is_scales)
-    checkpoint_bytes = most_bytes(numbers.trainables, numbers.pruned_weights, scale_bytes // SCALE_BYTES)
-    batch, schedule = _batch(run, run.micro_batch_size(ranks), teacher, trace), run.make_schedules(num_steps).masks
+    batch, schedule = _batch(run, ranks, teacher_weights, trace or Trace()), run.make_schedules(num_steps).masks
     times = time_plan(numbers, zero, batch, machine)
     work = Work(
         ranks=ranks,
@@ -316,13 +276,7 @@ def _cost(
         checkpoint_bytes=checkpoint_bytes,
         least_batch=run.train.groups_of_ranks(ranks) * accumulation,
     )
-    judged = verdict(work, times, machine, memory=options.memory, price=options.price)
-    return _Cost(memory, scale_bytes, checkpoint_bytes, times, judged)
-
-
-def _default_machine(ranks: int) -> str:
-    has_cores = not torch.accelerator.is_available() and ranks <= (os.cpu_count() or 1)
-    return "cpu" if has_cores else "h100"
+    return memory, times, verdict(work, times, machine, memory=options.memory, price=options.price)
 
 
 def _ranks_and_deepspeed(run: RunConfig, options: PlanOptions) -> tuple[int, JsonObject | None]:
@@ -341,29 +295,35 @@ def _ranks_and_deepspeed(run: RunConfig, options: PlanOptions) -> tuple[int, Jso
     return ranks, None
 
 
-def _data(run: RunConfig, no_data: bool) -> _Data:
-    task = task_of(run)
-    if no_data:
+def _read(run: RunConfig, options: PlanOptions, ranks: int, stage: int | None) -> tuple[nn.Module, int | None, str]:
+    """Return the run's model on the meta device, its number of examples (None without data) and a remark on them.
+
+    Raises InputError for everything that ``pst-ds train`` would reject.
+    """
+    task, tokenizer, num_examples, remark = task_of(run), None, None, ""
+    if options.no_data:
         if not run.train.num_steps:
             raise InputError(
                 f"train.num_steps = {run.train.num_steps}: --no-data cannot count the steps of an epoch. Set them with "
                 "--set train.num_steps=1000 --set train.num_epochs=0."
             )
-        return _Data(None, ["0", "1"] if task.new_head else [], task.unit, None, "")
-    tokenizer, labels = load_tokenizer(run), task.label_names(run.data)
-    examples = task.load(run.data, "train", tokenizer, labels)
-    return _Data(tokenizer, labels, task.unit, len(examples), task.remark(run.data, examples))
-
-
-def _model(run: RunConfig, data: _Data, ranks: int, stage: int | None, *, check_files: bool) -> nn.Module:
-    """Build the run's model on the meta device. Raises InputError for what ``pst-ds train`` would reject, too."""
-    shards = ranks if stage == 3 else 1
+        labels = ["0", "1"] if task.new_head else []
+    else:
+        tokenizer, labels = load_tokenizer(run), task.label_names(run.data)
+        examples = task.load(run.data, "train", tokenizer, labels)
+        num_examples, remark = len(examples), task.remark(run.data, examples)
     model = checked_shapes(
-        run, data.labels, data.tokenizer, ranks=ranks, num_shards=shards, stage=stage or 0, reads_teacher=check_files
+        run,
+        labels,
+        tokenizer,
+        ranks=ranks,
+        num_shards=ranks if stage == 3 else 1,
+        stage=stage or 0,
+        reads_teacher=not options.no_data,
     )
-    if check_files:
+    if not options.no_data:
         read_dense_run(run)
-    return model
+    return model, num_examples, remark
 
 
 def _layers(model: nn.Module) -> list[PlannedLayer]:
@@ -397,21 +357,25 @@ def _need(run: RunConfig, memory: MemoryPlan, num_steps: int, share_of_checkpoin
     return need_of_process(memory.peak, kept, copies * share_of_checkpoint)
 
 
-def _teacher(run: RunConfig, numbers: ModelNumbers, no_data: bool) -> _Teacher:
-    """Return the run's teacher. With ``no_data`` a separate one is not read and assumed to have the model's size."""
+def _teacher(run: RunConfig, numbers: ModelNumbers, no_data: bool) -> tuple[int, int]:
+    """Return the bytes that every rank holds for the run's teacher, and the weights that it multiplies with.
+
+    A model that is its own teacher needs no bytes. With ``no_data`` a separate teacher is assumed to be as large as the
+    model.
+    """
     if not run.distillation.weight:
-        return _Teacher()
+        return 0, 0
     shapes = None if no_data else teacher_shapes(run)
-    is_own, numbers = not run.distillation.teacher, numbers if shapes is None else model_numbers(shapes)
-    kept = [t for t in numbers.tensors if not (t.is_mask or t.is_scales or t.is_factor)]
+    numbers = numbers if shapes is None else model_numbers(shapes)
     itemsize = DTYPES[run.train.precision].itemsize
-    nbytes = sum(t.numel * t.element_size * t.count for t in kept if t.stands_for is None)
-    nbytes += sum(t.stands_for * itemsize * t.count for t in kept if t.stands_for is not None)
-    return _Teacher(0 if is_own else nbytes, int(numbers.multiplied_weights) + numbers.dense_weights, is_own)
+    kept = [t for t in numbers.tensors if t.kind == "weight"]
+    nbytes = sum(t.nbytes if t.stands_for is None else t.parameters * itemsize for t in kept)
+    return nbytes if run.distillation.teacher else 0, int(numbers.multiplied_weights) + numbers.dense_weights
 
 
-def _trace(model: nn.Module, run: RunConfig, micro_batch_size: int, threshold: int, device: str) -> Trace | None:
+def _trace(model: nn.Module, run: RunConfig, ranks: int, threshold: int, device: str) -> Trace | None:
     """Trace a micro-batch; return None for a model whose forward pass needs values."""
+    micro_batch_size = run.micro_batch_size(ranks)
     try:
         trace = trace_micro_batch(
             model,
@@ -431,16 +395,15 @@ def _trace(model: nn.Module, run: RunConfig, micro_batch_size: int, threshold: i
     return trace
 
 
-def _batch(run: RunConfig, micro_batch_size: int, teacher: _Teacher, trace: Trace | None) -> Batch:
-    trace = trace or Trace()
+def _batch(run: RunConfig, ranks: int, teacher_weights: int, trace: Trace) -> Batch:
     return Batch(
-        tokens=micro_batch_size * run.data.max_length // run.train.sequence_parallel,
+        tokens=run.micro_batch_size(ranks) * run.data.max_length // run.train.sequence_parallel,
         sequence=run.data.max_length,
         shared_by=run.train.sequence_parallel,
         micro_batches=run.train.gradient_accumulation_steps,
         checkpointing=run.model.gradient_checkpointing,
-        teacher_weights=teacher.weights,
-        own_teacher=teacher.is_own,
+        teacher_weights=teacher_weights,
+        own_teacher=run.distillation.weight > 0 and not run.distillation.teacher,
         gathered=trace.gathered,
         gathers=trace.gathers,
         moved=trace.moved,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pst_ds.config.run import RunConfig
 from pst_ds.errors import InputError
 from pst_ds.planning.activations import Trace
-from pst_ds.planning.machine_file import machine_of
+from pst_ds.planning.machines import machine_of
 from pst_ds.planning.plan import Plan, PlanOptions, plan
 from pst_ds.progress import Progress
 

@@ -22,33 +22,16 @@ from pst_ds.parallel import zero3
 from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup, layer_work_bytes
 
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
-"""Names that configs of transformers have for k."""
+"""Names of k in the configs of transformers."""
 Group = TypeVar("Group", TensorGroup, ModuleNumbers, MatrixGroup)
 
 
 def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
-    """Count an injected model, whole or partitioned, with or without values; to train on "cpu" or "cuda"."""
-    layers = pst_layers(model)
-    factors = {id(param) for layer in layers.values() for _, param in layer.factor_parameters()}
-    masks, scales = ({id(getattr(layer, part)) for layer in layers.values()} for part in ("pst_mask", "pst_scales"))
-    coded = [(layer.layout.numel, layer.base_codes) for layer in layers.values() if layer.base_codes is not None]
-    stands_for = {id(base.codes): numel for numel, base in coded} | {id(base.scales): 0 for _, base in coded}
-    tables = coded_tables(model).values()
-    stands_for |= {id(table.codes): math.prod(table.shape) for table in tables} | {id(t.scales): 0 for t in tables}
+    """Count an injected model, gathered or partitioned, with or without values, for training on "cpu" or "cuda"."""
+    layers, tables = pst_layers(model), coded_tables(model).values()
     sliced = sum(math.prod(table.shape) for table in tables if isinstance(table, CodedOutput))
     return ModelNumbers(
-        tensors=_counted(
-            TensorGroup(
-                zero3.full_numel(param),
-                param.element_size(),
-                trainable=param.requires_grad,
-                is_mask=id(param) in masks,
-                is_scales=id(param) in scales,
-                is_factor=id(param) in factors,
-                stands_for=stands_for.get(id(param)),
-            )
-            for param in model.parameters()
-        ),
+        tensors=_tensors(model),
         modules=_counted(_module_numbers(module, device) for module in model.modules() if module._parameters),
         matrices=_counted(
             MatrixGroup(
@@ -67,8 +50,28 @@ def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
     )
 
 
+def _tensors(model: nn.Module) -> tuple[TensorGroup, ...]:
+    layers, tables = pst_layers(model).values(), coded_tables(model).values()
+    factors = {id(param) for layer in layers for _, param in layer.factor_parameters()}
+    masks, scales = ({id(getattr(layer, part)) for layer in layers} for part in ("pst_mask", "pst_scales"))
+    coded = [(layer.layout.numel, layer.base_codes) for layer in layers if layer.base_codes is not None]
+    stands_for = {id(base.codes): numel for numel, base in coded} | {id(base.scales): 0 for _, base in coded}
+    stands_for |= {id(table.codes): math.prod(table.shape) for table in tables} | {id(t.scales): 0 for t in tables}
+    groups = []
+    for param in model.parameters():
+        key, group = id(param), TensorGroup(zero3.full_numel(param), param.element_size(), 1, param.requires_grad)
+        if key in factors:
+            group = replace(group, kind="factor")
+        elif key in masks:
+            group = replace(group, kind="mask")
+        elif key in scales:
+            group = replace(group, kind="scales")
+        groups.append(replace(group, stands_for=stands_for.get(key)))
+    return _counted(groups)
+
+
 def _share_of_tokens(model: nn.Module, name: str, layer: PSTLayer) -> float:
-    """Return the share of all tokens that an expert of a stack gets, by its model's config; 1 for other layers."""
+    """Return the share of all tokens that an expert gets according to the model's config; 1 for other layers."""
     if not isinstance(layer, PSTExpertStack):
         return 1.0
     config = model.get_submodule(name.rpartition(".")[0]).config
@@ -77,13 +80,13 @@ def _share_of_tokens(model: nn.Module, name: str, layer: PSTLayer) -> float:
 
 
 def _rank(layer: PSTLayer, factor: str) -> int:
-    """Return the rank of the pair whose matrix by input is ``factor``; 0 without it."""
+    """Return the rank of the pair that ends in ``factor``; 0 without it."""
     param = dict(layer.factor_parameters()).get(factor)
     return 0 if param is None else zero3.full_shape(param)[0] // layer.layout.num_matrices
 
 
 def _attention_width(model: nn.Module) -> int:
-    """Return heads x their width x layers by the config; 0 where it does not say."""
+    """Return heads x their width x layers according to the config; 0 if it does not tell."""
     config = getattr(model, "config", None)
     layers, hidden = (getattr(config, key, 0) or 0 for key in ("num_hidden_layers", "hidden_size"))
     heads, width = (getattr(config, key, 0) or 0 for key in ("num_attention_heads", "head_dim"))
@@ -111,10 +114,7 @@ def _module_numbers(module: nn.Module, device: str) -> ModuleNumbers:
 
 
 def _num_bands(layer: PSTLayer, device: str) -> int:
-    """Count the bands of a layer's backward pass: rows of what each tile and each fused matrix have in common.
-
-    Those of all experts of a stack, though not all may have tokens.
-    """
+    """Count the bands of a backward pass, all experts included: rows that a tile and a fused matrix have in common."""
     one = layer.layout.expert
     tiles = plan_tiles(one, layer.dtype.itemsize, layer.tile_bytes, device_type=device)
     shared = (tile.meet(matrix.rect) for tile in tiles.rects for matrix in one.matrices())

@@ -1,7 +1,9 @@
-"""Time and network traffic of a step and of a mask update, from shapes and stated rates: numbers in, numbers out. Bytes
-are those a rank receives; a ring all-gather or reduce-scatter of n bytes over w ranks receives n (w - 1) / w, an
-all-reduce twice that. Rates are what a machine is assumed to reach, not its data sheet; each names its source. A step
-takes the longest of what the device computes, the network brings (where that overlaps) and the host launches."""
+"""Time and network traffic of a training step and of a mask update, computed from shapes and stated rates.
+
+Bytes are those that a rank receives: n (w - 1) / w in a ring all-gather or reduce-scatter of n bytes over w ranks, and
+twice that in an all-reduce. Rates are what a machine is assumed to reach, below its data sheet. A step takes as long as
+the slowest of the device's computation, the network (where that overlaps) and the host's launches.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +12,61 @@ from dataclasses import dataclass, replace
 
 from pst_ds.core.bracket import MAX_COUNTS
 from pst_ds.core.select import DIGIT_BITS
-from pst_ds.planning.counts import (
-    COUNTS,
-    EXPAND_BYTES,
-    OPTIMIZER_BYTES,
-    REDUCE_BYTES,
-    REDUCE_LAUNCHES,
-)
 from pst_ds.planning.machines import Machine
 from pst_ds.planning.memory import ModelNumbers, ZeroSettings, kept_bytes, persistent_bytes
 
 HISTOGRAMS = 3
-"""Exchanges of counts in a mask update: with the scan, and to narrow what is left to a key."""
+"""Exchanges of counts in a mask update: one with the scan, two that narrow the remaining range down to a key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Bytes and launches of one implementation besides matrix products, for 16-bit weights and the pattern "matrix".
+
+    Counted from the code; tests count them again: tests/device in torch on an emulated accelerator, tests/kernels with
+    Triton kernels on it.
+    """
+
+    merge_bytes: float
+    """Per weight, to compute M . W in a forward pass."""
+    forward_launches: int
+    """Per forward pass of a layer, including its product."""
+    backward_bytes: float
+    """Per weight: M . W again, and everything computed from G."""
+    layer_launches: int
+    """Per backward pass of a layer, regardless of its size."""
+    band_launches: int
+    """Per band of rows of a layer's backward pass, including the products of its tile."""
+    update_bytes: float
+    """Per weight of a rank's shard, in a mask update."""
+    update_launches: int
+    """Per matrix, in a mask update."""
+    shared_launches: int
+    """Per mask update, for all matrices together, including the host's waits."""
+    update_instructions: float = 0.0
+    """Per scored weight, in instructions of 32 lanes (sm_90); 0 where bytes decide."""
+
+
+COUNTS = {
+    "triton": Counts(4.1, 2, 18.1, 20, 11, 3.7, 5, 37, update_instructions=73.2),
+    "torch": Counts(22.1, 9, 54.4, 20, 22, 461, 104, 103),
+    "native": Counts(10, 0, 40, 0, 0, 0, 0, 0),
+}
+"""By implementation: Triton kernels (NVIDIA from sm_80), torch's operators only, or C++ loops on a CPU, which launch
+nothing, keep a band in the cache, and whose mask update has a measured rate."""
+
+EXPAND_BYTES = 8
+"""Additional bytes per quantised weight in either pass: the value, unpacked, and the dequantised weight."""
+REDUCE_BYTES = 14
+"""Bytes per trainable value and micro-batch: its 16-bit gradient is copied into a bucket, ordered by rank, divided by
+the number of ranks, and sent (DeepSpeed 0.19.8, stage 3)."""
+REDUCE_LAUNCHES = 3
+"""Launches per trainable tensor and micro-batch: into the bucket, this rank's shard out of it, and the bucket's own."""
+STEP_BYTES = 42
+"""Bytes per trainable value of a rank's shard: the norm of its gradient, of a copy in fp64 (18); the flat gradient (4),
+in fp32 (6), clipped (8); a 16-bit copy of the updated value (6) (DeepSpeed 0.19.8, stage 3)."""
+OPTIMIZER_BYTES = STEP_BYTES + 28
+"""STEP_BYTES and those of a fused AdamW, which reads four fp32 numbers and writes three."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,37 +74,39 @@ class Batch:
     """Work of a rank for one optimizer step."""
 
     tokens: int
-    """Tokens of a micro-batch, padding included."""
+    """Tokens of a micro-batch, including padding."""
     sequence: int
-    """Tokens that attention is over; those of several ranks if these share a sequence."""
+    """Tokens that attention covers, over all ranks that share a sequence."""
     micro_batches: int = 1
     checkpointing: bool = False
     teacher_weights: int = 0
-    """Weights in the linear layers of the teacher of a distillation; 0 for none."""
+    """Weights in the linear layers of a distillation teacher; 0 without one."""
     own_teacher: bool = False
-    """The teacher is the model itself, whose weights are gathered for it once more."""
+    """Whether the model is its own teacher, so that its weights are gathered once more."""
     gathered: int = 0
-    """Bytes that ZeRO-3 gathers in a micro-batch if nothing is kept, and in how many ``gathers``, as traced; 0 where no
-    trace can be had: every parameter is taken to be fetched in every pass then."""
+    """Traced bytes that ZeRO-3 gathers in a micro-batch if it keeps nothing. Without a trace it is 0, and every pass is
+    assumed to gather every parameter."""
     gathers: int = 0
+    """Traced collectives of ``gathered``."""
     moved: int = 0
-    """Bytes that operators outside the pruned layers move in a micro-batch, and how many ``launches``, as traced."""
+    """Traced bytes that operators outside the pruned layers move in a micro-batch."""
     launches: int = 0
+    """Traced launches of these operators."""
     shared_by: int = 1
-    """Ranks that a sequence is cut over."""
+    """Ranks that share a sequence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes that one rank receives, and the collectives they come in."""
+    """Bytes that one rank receives, and the number of collectives."""
 
     gathers: int
-    """Whole weights, for forward and backward passes; of the factors' masters in a mask update."""
+    """Weights, for forward and backward passes; fp32 masters of the factors in a mask update."""
     reductions: int
     """Gradients in a step; samples and counts in a mask update."""
     collectives: int
     exchanged: int = 0
-    """Queries, keys, values and what attention makes of them, between ranks that share sequences."""
+    """Queries, keys, values and attention outputs, between ranks that share sequences."""
 
     @property
     def received(self) -> int:
@@ -68,7 +115,7 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class TimePlan:
-    """Expected seconds on one rank."""
+    """Expected seconds on one rank, and bytes that it receives."""
 
     step_compute: float
     step_network: float
@@ -76,7 +123,7 @@ class TimePlan:
     """The host's time to launch a step."""
     step: float
     full_step: float
-    """A step of full fine-tuning of the same model, counted alike."""
+    """A step of full fine-tuning of the same model, predicted the same way."""
     update_compute: float
     update_network: float
     update: float
@@ -85,20 +132,21 @@ class TimePlan:
 
     @property
     def over_full(self) -> float:
-        """Return a step with a mask update over one of full fine-tuning."""
+        """A step with a mask update, relative to a step of full fine-tuning."""
         return (self.step + self.update) / self.full_step if self.full_step else 0.0
 
     def share_of_masks(self, steps: int, updates: int) -> float:
-        """Share of a run's time that mask updates take."""
+        """Return the share of a run's time that mask updates take."""
         total = steps * self.step + updates * self.update
         return updates * self.update / total if total else 0.0
 
 
 def step_flops(model: ModelNumbers, batch: Batch) -> float:
-    """Count a micro-batch on one rank: forward 2, dX 2 and G 2 a pruned weight and token, and 2 more to recompute.
+    """Count the FLOPs of a micro-batch on one rank.
 
-    The low-rank products cost FLOPs a weight, whatever the tokens (each expert is taken to have some): U V in every
-    forward and backward, and the four factor gradients. A teacher is a forward pass without masks or low-rank products.
+    Per pruned weight and token: forward 2, dX 2 and G 2, and 2 more to recompute. The low-rank products cost FLOPs per
+    weight, regardless of the tokens (each expert is assumed to have some): U V in every forward and backward pass, and
+    the four factor gradients. A teacher adds a forward pass without masks or low-rank products.
     """
     again = 2 if batch.checkpointing else 1
     pruned = model.multiplied_weights * batch.tokens * (2 * again + 4)
@@ -111,10 +159,12 @@ def step_flops(model: ModelNumbers, batch: Batch) -> float:
 
 
 def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch, element_size: int = 2) -> Traffic:
-    """Count one optimizer step. Stage 3 gathers a module for its forward and its backward turn, and for its recomputed
-    forward in between; DeepSpeed 0.19.8 lets go of frozen parameters after that whatever the reuse distance. Those of
-    the module that ends a checkpointed block are still there from its backward turn, and what is kept from the forward
-    to the backward pass is fetched once less. The model as its own teacher takes one more pass."""
+    """Count the traffic of one optimizer step.
+
+    Stage 3 gathers a module for its forward, its recomputed forward and its backward turn; DeepSpeed 0.19.8 releases
+    frozen parameters after recomputing regardless of the reuse distance. Parameters kept from the forward to the
+    backward pass are gathered once less. A model that is its own teacher needs one more pass.
+    """
     w = zero.world_size
     if w == 1:
         return Traffic(0, 0, 0)
@@ -136,10 +186,9 @@ def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch, element_
 
 
 def _exchanged(model: ModelNumbers, batch: Batch, element_size: int) -> int:
-    """Count what attention on a part of the heads and all of a sequence brings a rank in a micro-batch.
+    """Count the bytes that a rank receives in a micro-batch for attention over whole sequences on some of the heads.
 
-    Queries, keys, values and results have the width of all heads each, at most; a pass forward, one to recompute, one
-    back, and one for a teacher.
+    Queries, keys, values and outputs have at most the width of all heads each.
     """
     passes = 2 + batch.checkpointing + (batch.teacher_weights > 0)
     width = 4 * model.attention_width * element_size * passes
@@ -149,7 +198,7 @@ def _exchanged(model: ModelNumbers, batch: Batch, element_size: int) -> int:
 def update_traffic(model: ModelNumbers, zero: ZeroSettings) -> Traffic:
     """Count one mask update: fp32 masters in one all-gather; sample, counts, ties and statistics in all-reduces.
 
-    Of matrices that lie whole on a rank there is a number each.
+    A matrix that one rank holds adds a single number.
     """
     w = zero.shards
     if w == 1:
@@ -163,7 +212,7 @@ def update_traffic(model: ModelNumbers, zero: ZeroSettings) -> Traffic:
 
 
 def time_plan(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Machine) -> TimePlan:
-    """Predict times; where ``machine`` overlaps, a step takes the longest of computing, communicating and launching."""
+    """Predict the times of a step and of a mask update on ``machine``."""
     compute, launches = _step_compute(model, zero, batch, machine), _step_launches(model, batch, machine)
     in_step, in_update = step_traffic(model, zero, batch), update_traffic(model, zero)
     network = machine.transfer_seconds(in_step.received, in_step.collectives, zero.world_size)
@@ -189,7 +238,7 @@ def _together(compute: float, network: float, launching: float, machine: Machine
 
 
 def _trained_bytes(model: ModelNumbers, zero: ZeroSettings, batch: Batch) -> float:
-    """Bytes that gradients and the optimizer move in a step."""
+    """Return the bytes that gradients and the optimizer move in a step."""
     reduced = REDUCE_BYTES * batch.micro_batches if zero.world_size > 1 else 0
     return model.trainables * (reduced + OPTIMIZER_BYTES / (zero.world_size if zero.stage else 1))
 
@@ -210,7 +259,7 @@ def _step_launches(model: ModelNumbers, batch: Batch, machine: Machine) -> int:
 
 
 def _update_seconds(model: ModelNumbers, zero: ZeroSettings, machine: Machine) -> float:
-    """Time of a mask update beside its collectives: the rate measured, or the longest of bytes, instructions and
+    """Time a mask update without its collectives: by the measured rate, or the slowest of bytes, instructions and
     launches."""
     weights = math.ceil(model.pruned_weights / zero.shards)
     if machine.update_seconds:
@@ -224,16 +273,14 @@ def _update_seconds(model: ModelNumbers, zero: ZeroSettings, machine: Machine) -
 
 
 def _full_step(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Machine) -> float:
-    """Time a step in which every parameter of the same model is trained, and none is masked.
+    """Time a step of full fine-tuning of the same model.
 
-    The gradient of a pruned weight is a product in either; that of a weight which PST leaves alone is one more.
+    PST computes the gradient of a pruned weight too; weights that PST leaves dense need one more product.
     """
     plain = tuple(
-        replace(
-            t, numel=t.numel if t.stands_for is None else t.stands_for, element_size=2, stands_for=None, trainable=True
-        )
+        replace(t, numel=t.parameters // t.count, element_size=2, stands_for=None, trainable=True)
         for t in model.tensors
-        if not (t.is_mask or t.is_scales or t.is_factor)
+        if t.kind == "weight"
     )
     full = replace(model, tensors=plain, score_rank=0, update_rank=0)
     gathered = int(batch.gathered * full.whole_bytes / model.whole_bytes)

@@ -5,8 +5,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pst_ds.planning.machines import Machine
-from pst_ds.planning.process_memory import Need
 from pst_ds.planning.time import TimePlan
+
+PROCESS_BYTES = 300 << 20
+"""Anonymous memory of a CPU rank after its imports, measured."""
+SCATTERED = 0.11
+"""Share of a run's memory that the allocator loses to fragmentation: with it, no measured run needed more than
+:attr:`Need.enough` (tools/quality/logs/scaling.md)."""
+SCATTERED_AMONG_KEPT = 0.3
+"""The same for activations that are kept until the backward pass, between which others come and go."""
+LEAST_SHARE = 0.8
+"""Share of the sufficient memory that is certainly needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes of a rank: with ``enough`` it trains, with less than ``least`` it is killed."""
+
+    enough: int
+    least: int
+
+
+def need_of_process(peak: int, kept: int, saves: float) -> Need:
+    """Return the bytes that a rank on a CPU needs.
+
+    ``peak``: bytes of its tensors; ``kept``: of these, activations that are not recomputed; ``saves``: bytes of a
+    checkpoint that is written during training.
+    """
+    enough = PROCESS_BYTES + round((1 + SCATTERED) * (peak + saves) + SCATTERED_AMONG_KEPT * kept)
+    return Need(enough, round(LEAST_SHARE * enough))
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,13 +44,13 @@ class Work:
     steps: int
     mask_updates: int
     tokens: int
-    """Of a global batch, padding included."""
+    """Tokens of a global batch, including padding."""
     flops: float
-    """Of a rank in a step, without what is recomputed."""
+    """FLOPs of a rank in a step, without recomputation."""
     need: Need
     """Memory of a rank, on the device that it computes on."""
     model_bytes: int
-    """Read at the start, in the precision of the run."""
+    """Bytes read at the start, in the precision of the run."""
     checkpoint_bytes: int
     least_batch: int
     """Examples of the smallest global batch that these ranks can share."""
@@ -31,7 +58,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Bytes, seconds and hours; None for what the machine does not tell."""
+    """Bytes, seconds and hours; None where the machine does not tell."""
 
     needed_bytes: int
     """Memory with which a rank trains."""
@@ -40,41 +67,40 @@ class Verdict:
     capacity_bytes: int | None
     """Memory that a rank has."""
     fits: bool | None
-    """True where it has what is needed."""
     margin_bytes: int | None
     """Memory beyond what is needed; negative where it is too little."""
     tokens_per_second: float
-    """Of all ranks, mask updates included."""
+    """Tokens of all ranks, including mask updates in the time."""
     tokens_per_second_per_rank: float
     mfu: float | None
-    """Share of the data sheet's products that the model's own are, in steps alone."""
+    """Share of the data sheet's FLOP/s that the model's products reach, without mask updates."""
     load_seconds: float
     checkpoint_seconds: float
-    """From a copy in memory to the disk; training goes on meanwhile."""
+    """Seconds to write a checkpoint from a copy in memory, while training continues."""
     hours: float
-    """Of the whole run, loading included."""
+    """Hours of the whole run, including loading."""
     rank_hours: float
     cost: float | None
     least_batch: int
 
 
 def verdict(work: Work, times: TimePlan, machine: Machine, *, memory: int = 0, price: float | None = None) -> Verdict:
-    """Judge a run. ``memory``: bytes that a rank has, in place of the machine's; ``price``: of a rank for an hour."""
+    """Judge a run. ``memory``: bytes per rank instead of the machine's; ``price``: cost of one rank for an hour."""
     capacity = memory or int(machine.capacity) or None
+    margin = None if capacity is None else capacity - work.need.enough
     training = work.steps * times.step + work.mask_updates * times.update
     load = work.model_bytes / machine.storage_bytes
     hours = (load + training) / 3600
     per_second = work.steps * work.tokens / training if training else 0.0
-    mfu = work.flops / (times.step * machine.peak_flops) if machine.peak_flops and times.step else None
     return Verdict(
         needed_bytes=work.need.enough,
         least_bytes=work.need.least,
         capacity_bytes=capacity,
-        fits=None if capacity is None else work.need.enough <= capacity,
-        margin_bytes=None if capacity is None else capacity - work.need.enough,
+        fits=None if margin is None else margin >= 0,
+        margin_bytes=margin,
         tokens_per_second=per_second,
         tokens_per_second_per_rank=per_second / work.ranks,
-        mfu=mfu,
+        mfu=work.flops / (times.step * machine.peak_flops) if machine.peak_flops and times.step else None,
         load_seconds=load,
         checkpoint_seconds=work.checkpoint_bytes / machine.storage_bytes,
         hours=hours,

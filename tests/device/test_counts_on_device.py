@@ -12,7 +12,7 @@ from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst
 from pst_ds.nn.language_head import language_head
 from pst_ds.planning.activations import layers_save_their_input, trace_micro_batch
-from pst_ds.planning.counts import COUNTS
+from pst_ds.planning.time import COUNTS
 
 from .pretended import module_to_device, pretended, to_device
 from .tiny import tiny_llama

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pst_ds.parallel.engine import build_engine
-from pst_ds.planning.counts import REDUCE_BYTES, STEP_BYTES
+from pst_ds.planning.time import REDUCE_BYTES, STEP_BYTES
 
 from .pretended import counts, to_device
 

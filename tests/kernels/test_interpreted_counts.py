@@ -12,7 +12,7 @@ from torch import nn
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.kernels.triton import merge
 from pst_ds.nn.inject import inject_pst
-from pst_ds.planning.counts import COUNTS
+from pst_ds.planning.time import COUNTS
 from tests.device.pretended import DEVICE, counts, module_to_device, pretended, to_device, to_host
 
 pytestmark = pytest.mark.interpreted

@@ -21,7 +21,7 @@ from pst_ds.parallel.ds_config import (
     zero_stage,
 )
 from pst_ds.parallel.launch import use_cpu_without_accelerator
-from pst_ds.planning.zero_settings import zero_settings
+from pst_ds.planning.memory import zero_settings
 
 NUMBERS = RunNumbers(
     train_batch_size=24,

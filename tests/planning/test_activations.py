@@ -10,7 +10,7 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.core.head_loss import ChunkSizes
 from pst_ds.core.quantization import Grid
 from pst_ds.nn.inject import inject_pst
-from pst_ds.planning.activations import UntraceableError, activation_bytes, trace_micro_batch
+from pst_ds.planning.activations import UntraceableError, trace_micro_batch
 
 
 def _llama(vocabulary, attention="sdpa", **grids):
@@ -23,9 +23,13 @@ def _llama(vocabulary, attention="sdpa", **grids):
         return inject_pst(model, PSTConfig(modules_to_save=(), relative_magnitude=False), **grids)
 
 
+def _bytes(model, **shape):
+    return trace_micro_batch(model, **shape).activations
+
+
 @pytest.mark.parametrize("vocabulary", [100, 4000])
 def test_checkpointed_layers_keep_their_inputs_alone(vocabulary):
-    found = activation_bytes(_llama(vocabulary), batch=2, sequence=64, checkpointing=True)
+    found = _bytes(_llama(vocabulary), batch=2, sequence=64, checkpointing=True)
     inputs, layer = 6 * 2 * 256, 2 * (10 * 256 + 6 * 640)  # of a token
     loss = 2 * vocabulary * 128 + 2 * 4 * (1 << 20)  # one chunk; softmax and what it is made from in fp32
     assert found == pytest.approx(128 * inputs + max(128 * layer, min(loss, 128 * 12 * vocabulary)), rel=0.15)
@@ -36,13 +40,13 @@ def test_the_loss_of_a_large_vocabulary_is_one_chunk_for_any_number_of_tokens():
     """Whether it is the teacher's too: beside its logits it has hidden states."""
     shape = {"batch": 8, "sequence": 512, "checkpointing": True}
     small, large, taught = (
-        activation_bytes(_llama(size), distilled=distilled, **shape)
+        _bytes(_llama(size), distilled=distilled, **shape)
         for size, distilled in [(100, False), (32_000, False), (32_000, True)]
     )
     logits, hidden = 2 * (1 << 22), 2 * 8 * 512 * 256
     assert large - small < logits + 8 * (1 << 20)
     assert 0 <= taught - large < logits + hidden + 8 * (1 << 20)
-    on_gpu = activation_bytes(_llama(32_000), device="cuda", **shape)
+    on_gpu = _bytes(_llama(32_000), device="cuda", **shape)
     assert on_gpu - small < 8 * 512 * 32_000 * 2
 
 
@@ -63,10 +67,10 @@ def test_chunks_beyond_two_are_counted_as_if_they_were_run(distilled, monkeypatc
 
 
 def test_without_checkpointing_every_layer_keeps_what_its_matrices_multiply():
-    found = activation_bytes(_llama(100), batch=2, sequence=64, checkpointing=False)
+    found = _bytes(_llama(100), batch=2, sequence=64, checkpointing=False)
     inputs = 6 * 128 * 2 * (3 * 256 + 640)  # of q k v, of o, of gate and up, of down
     assert inputs * 2 < found < inputs * 8
-    twice = activation_bytes(_llama(100), batch=4, sequence=64, checkpointing=False)
+    twice = _bytes(_llama(100), batch=4, sequence=64, checkpointing=False)
     assert twice == pytest.approx(2 * found, rel=0.05)
 
 
@@ -75,15 +79,14 @@ def test_without_checkpointing_every_layer_keeps_what_its_matrices_multiply():
 def test_rounded_inputs_are_held_for_a_layer_at_a_time(checkpointing):
     shape = {"batch": 2, "sequence": 64, "checkpointing": checkpointing}
     without, found = (
-        activation_bytes(_llama(100, grid=Grid(4), activation_bits=bits), **shape) for bits in (16, 8)
+        _bytes(_llama(100, grid=Grid(4), activation_bits=bits), **shape) for bits in (16, 8)
     )  # fmt: skip
     assert 0 <= found - without <= 128 * 2 * 640
 
 
 def test_eager_attention_keeps_a_square_for_every_head():
     sizes = [
-        activation_bytes(_llama(100, attention), batch=1, sequence=512, checkpointing=False)
-        for attention in ("eager", "sdpa")
+        _bytes(_llama(100, attention), batch=1, sequence=512, checkpointing=False) for attention in ("eager", "sdpa")
     ]
     assert sizes[0] - sizes[1] > 6 * 4 * 512 * 512 * 2
 
@@ -109,7 +112,7 @@ def test_at_least_what_autograd_saves_of_a_real_classifier():
     with torch.device("meta"):
         traced = AutoModelForSequenceClassification.from_config(config)
         inject_pst(traced, PSTConfig(relative_magnitude=False))
-    found = activation_bytes(traced, batch=3, sequence=40, checkpointing=False)
+    found = _bytes(traced, batch=3, sequence=40, checkpointing=False)
     assert total <= found <= 1.5 * total
 
 
@@ -117,7 +120,7 @@ def test_a_model_that_needs_values_says_so():
     model = _llama(100)
     model.model.register_forward_pre_hook(lambda module, args: float(module.norm.weight.sum()))
     with pytest.raises(UntraceableError, match="LlamaForCausalLM"):
-        activation_bytes(model, batch=1, sequence=8, checkpointing=False)
+        _bytes(model, batch=1, sequence=8, checkpointing=False)
 
 
 def test_an_exception_without_text_is_named():
@@ -127,4 +130,4 @@ def test_an_exception_without_text_is_named():
     model = _llama(100)
     model.model.register_forward_pre_hook(refuse)
     with pytest.raises(UntraceableError, match=r"^LlamaForCausalLM: NotImplementedError$"):
-        activation_bytes(model, batch=1, sequence=8, checkpointing=False)
+        _bytes(model, batch=1, sequence=8, checkpointing=False)

@@ -28,8 +28,8 @@ def _model(world: int, count: int = 2) -> ModelNumbers:
     return ModelNumbers(
         tensors=(
             TensorGroup(WEIGHT, 2, count),
-            TensorGroup(FACTORS, 2, count, trainable=True, is_factor=True),
-            TensorGroup(bits, 1, count, is_mask=True),
+            TensorGroup(FACTORS, 2, count, trainable=True, kind="factor"),
+            TensorGroup(bits, 1, count, kind="mask"),
             TensorGroup(NORM, 2),
         ),
         modules=(
@@ -135,7 +135,7 @@ def test_offload_moves_shares_to_the_host():
 
 def test_a_mask_update_at_scale_holds_masters_bits_and_brackets():
     numel = 1 << 26
-    model = ModelNumbers((TensorGroup(1000, 2, 1, True, is_factor=True),), (), (MatrixGroup(numel, 10),))
+    model = ModelNumbers((TensorGroup(1000, 2, 1, True, kind="factor"),), (), (MatrixGroup(numel, 10),))
     for world, device, each, tile in ((1, "cpu", 5, 2 << 20), (4, "cpu", 5, 2 << 20), (4, "cuda", 8, 256 << 20)):
         found = mask_update_bytes(model, ZeroSettings(stage=3, world_size=world), device)
         inside = each * 10 * numel / world * (2 * 5 * 0.5 / math.sqrt(sample_size(numel)))
@@ -146,7 +146,7 @@ def test_a_mask_update_at_scale_holds_masters_bits_and_brackets():
 @pytest.mark.parametrize(("backend", "times"), [("gloo", 3), ("nccl", 2.5)])
 def test_a_mask_update_of_many_factors_holds_their_masters_and_what_brings_them(backend, times):
     """Of two ranks half is sent and all arrives, which gloo has twice; or what arrived and the masters cut from it."""
-    model = ModelNumbers((TensorGroup(10**8, 2, 1, True, is_factor=True),), (), (MatrixGroup(1 << 20),))
+    model = ModelNumbers((TensorGroup(10**8, 2, 1, True, kind="factor"),), (), (MatrixGroup(1 << 20),))
     found = mask_update_bytes(model, ZeroSettings(stage=3, world_size=2, backend=backend))
     assert found == pytest.approx(times * 4e8, rel=0.01)
 
@@ -158,8 +158,3 @@ def test_a_layers_temporaries_are_its_merged_weight_or_a_tile():
     large = layer_work_bytes(layout, 2, 1 << 30)
     tiles = plan_tiles(layout, 2, 1 << 30)
     assert large == max(small, 2 * 2 * tiles.max_numel + 8 * tiles.max_band_numel) > small
-
-
-def test_a_world_of_none_is_refused():
-    with pytest.raises(ValueError, match="world size 0 must be at least 1"):
-        ZeroSettings(stage=3, world_size=0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pst_ds.planning.operators import operator_traffic
+from pst_ds.planning.activations import operator_traffic
 
 
 class _Counted(TorchDispatchMode):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pst_ds.planning.process_memory import (
+from pst_ds.planning.verdict import (
     LEAST_SHARE,
     PROCESS_BYTES,
     SCATTERED,

@@ -18,10 +18,9 @@ from pst_ds.nn.language_head import language_head
 from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import build_engine, optimizer_bytes
 from pst_ds.planning.activations import trace_micro_batch
-from pst_ds.planning.memory import ZeroSettings, memory_plan
+from pst_ds.planning.memory import ZeroSettings, memory_plan, zero_settings
 from pst_ds.planning.shapes import model_numbers
 from pst_ds.planning.time import Batch, step_traffic
-from pst_ds.planning.zero_settings import zero_settings
 
 SHAPE = {
     "hidden_size": 56, "intermediate_size": 101, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -5,16 +5,15 @@ from dataclasses import replace
 import pytest
 
 from pst_ds.core.bracket import sample_size
-from pst_ds.planning.counts import COUNTS
 from pst_ds.planning.machines import MACHINES
 from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup, ZeroSettings, kept_bytes
-from pst_ds.planning.time import Batch, step_flops, step_traffic, time_plan, update_traffic
+from pst_ds.planning.time import COUNTS, Batch, step_flops, step_traffic, time_plan, update_traffic
 
 MODEL = ModelNumbers(
     tensors=(
         TensorGroup(1_000_000, 2, 4),
-        TensorGroup(10_000, 2, 4, trainable=True, is_factor=True),
-        TensorGroup(125_000, 1, 4, is_mask=True),
+        TensorGroup(10_000, 2, 4, trainable=True, kind="factor"),
+        TensorGroup(125_000, 1, 4, kind="mask"),
         TensorGroup(500_000, 2),
     ),
     modules=(

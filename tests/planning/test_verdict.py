@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 
 from pst_ds.planning.machines import MACHINES
-from pst_ds.planning.process_memory import Need
 from pst_ds.planning.time import TimePlan
-from pst_ds.planning.verdict import Work, verdict
+from pst_ds.planning.verdict import Need, Work, verdict
 
 WORK = Work(
     ranks=8, steps=1000, mask_updates=50, tokens=64 * 4096, flops=3e14, need=Need(int(70e9), int(60e9)),

@@ -31,7 +31,7 @@ from pst_ds.planning.machines import MACHINES
 from pst_ds.planning.memory import memory_plan
 from pst_ds.planning.shapes import model_numbers
 from pst_ds.planning.time import Batch, time_plan
-from pst_ds.planning.zero_settings import zero_settings
+from pst_ds.planning.memory import zero_settings
 from tools.bench.scale_rank import model_of
 from tools.bench.timing import benchmark_parser, hardware, print_result, progress
 

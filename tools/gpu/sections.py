@@ -20,7 +20,7 @@ from pst_ds.inference.runtime import SparseLinear
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.planning.activations import trace_micro_batch
-from pst_ds.planning.counts import COUNTS
+from pst_ds.planning.time import COUNTS
 from pst_ds.planning.machines import MACHINES, Machine
 from pst_ds.planning.memory import ZeroSettings, memory_plan
 from pst_ds.planning.shapes import model_numbers
