@@ -17,8 +17,7 @@ import torch
 from pst_ds.cli.main import main
 from pst_ds.config.toml import run_from_table
 from pst_ds.nn.inject import pst_layers
-from pst_ds.planning.machines import read_machine
-from pst_ds.planning.machines import Machine
+from pst_ds.planning.machines import Machine, read_machine
 
 from .pages import PAGES, ROOT, Block, all_blocks, blocks, commands
 

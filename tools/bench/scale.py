@@ -28,10 +28,9 @@ from pst_ds.core.kernels.host import available_bytes
 from pst_ds.nn.inject import inject_pst
 from pst_ds.planning.activations import trace_micro_batch
 from pst_ds.planning.machines import MACHINES
-from pst_ds.planning.memory import memory_plan
+from pst_ds.planning.memory import memory_plan, zero_settings
 from pst_ds.planning.shapes import model_numbers
 from pst_ds.planning.time import Batch, time_plan
-from pst_ds.planning.memory import zero_settings
 from tools.bench.scale_rank import model_of
 from tools.bench.timing import benchmark_parser, hardware, print_result, progress
 

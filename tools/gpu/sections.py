@@ -20,11 +20,10 @@ from pst_ds.inference.runtime import SparseLinear
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.planning.activations import trace_micro_batch
-from pst_ds.planning.time import COUNTS
 from pst_ds.planning.machines import MACHINES, Machine
 from pst_ds.planning.memory import ZeroSettings, memory_plan
 from pst_ds.planning.shapes import model_numbers
-from pst_ds.planning.time import Batch, TimePlan, time_plan
+from pst_ds.planning.time import COUNTS, Batch, TimePlan, time_plan
 from tools.bench.timing import medians
 
 Row = dict[str, Any]
