@@ -33,7 +33,7 @@ STORAGE_BYTES = 2e9
 _SHARES = "80 % of all bandwidths, 5 us a hop and 5.5 us a launch are assumed"
 
 
-@settings()
+@settings
 class Machine:
     """Rates that one rank of a cluster reaches."""
 
