@@ -12,11 +12,7 @@ from pydantic import BeforeValidator, Strict
 from pst_ds.config.settings import Finite, MayDiffer, NotNegative, Positive, Rate, Section, Share, settings
 from pst_ds.core.patterns import Pattern, parse_pattern
 
-InitScale = Literal["normal", "rank", "width"]
 UpdateInit = Literal["normal", "rank", "width", "lora"]
-Magnitude = Literal["weight", "activation", "none"]
-InitialMask = Literal["magnitude", "zeros"]
-UpdateGates = Literal["none", "layer", "component"]
 Bias = Literal["none", "pst_only", "all"]
 NMRamp = Literal["share", "steps"]
 _BARE_NAME = re.compile(r"[\w.-]+")
@@ -124,7 +120,7 @@ class PSTConfig(_LibrarySection):
     """Weight of R and C in the scores."""
     beta: Finite = 1.0
     """Weight of U V in the merged weight."""
-    magnitude: Magnitude = "weight"
+    magnitude: Literal["weight", "activation", "none"] = "weight"
     """Untrained term of the scores: "weight" is |W|; "activation" is |W| times the norm of its input over calibration
     examples, relative to the mean norm, as in Wanda (arXiv 2306.11695); "none" omits it."""
     frozen_magnitude: bool = False
@@ -139,7 +135,7 @@ class PSTConfig(_LibrarySection):
     """Divide |W| in the scores by the mean of |W0| of the matrix, so that scores of all layers are near 1."""
     detach_magnitude: bool = False
     """Stop the gradient of the scores from reaching U V through |W|."""
-    score_init: InitScale = "normal"
+    score_init: Literal["normal", "rank", "width"] = "normal"
     """Initial standard deviation of A: 1, 1/sqrt(rank) or 1/sqrt(3 in_features), times ``score_init_scale``."""
     score_init_scale: Finite = 0.3
     """Factor on the standard deviation of ``score_init``."""
@@ -148,7 +144,7 @@ class PSTConfig(_LibrarySection):
     zero and V with 1/sqrt(3 in_features), as LoRA does."""
     update_init_scale: Finite = 0.1
     """Factor on the standard deviation of ``update_init``."""
-    update_gates: UpdateGates = "none"
+    update_gates: Literal["none", "layer", "component"] = "none"
     """Learned ranks: W = W0 + beta U diag(g) V with trained gates g = 2 sigmoid(a), one per "component", a column of U
     and its row of V (as in SoRA, arXiv 2311.11696), or one per matrix, "layer" (arXiv 2509.03057)."""
     target_rank: Rate = 0.0
@@ -165,7 +161,7 @@ class PSTConfig(_LibrarySection):
     of score first; "steps" prunes one more weight of every group at a time."""
     overrides: Annotated[tuple[Override, ...], Strict(False)] = ()
     """Patterns and final sparsities of some layers; the last match applies."""
-    initial_mask: InitialMask = "magnitude"
+    initial_mask: Literal["magnitude", "zeros"] = "magnitude"
     """Mask of methods with a fixed mask: "magnitude" ranks |W0| once, by ``pattern``; "zeros" keeps the non-zeros of
     the base model, such as a folder of ``pst-ds prune``."""
     train_weights: bool = False

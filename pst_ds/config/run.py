@@ -11,13 +11,13 @@ from pst_ds.config.data import DataConfig as DataConfig
 from pst_ds.config.data import EvalConfig as EvalConfig
 from pst_ds.config.methods import METHODS, Method, method_conflicts
 from pst_ds.config.model import ModelConfig as ModelConfig
+from pst_ds.config.model import PromptConfig as PromptConfig
+from pst_ds.config.model import QuantizationConfig as QuantizationConfig
 from pst_ds.config.one_shot import OneShotConfig
 from pst_ds.config.outputs import CheckpointConfig as CheckpointConfig
 from pst_ds.config.outputs import PicturesConfig as PicturesConfig
 from pst_ds.config.outputs import TrackingConfig as TrackingConfig
-from pst_ds.config.prompt import PromptConfig as PromptConfig
 from pst_ds.config.pst import PSTConfig
-from pst_ds.config.quantization import QuantizationConfig as QuantizationConfig
 from pst_ds.config.settings import ConfigError as ConfigError
 from pst_ds.config.settings import MayDiffer, Section, settings
 from pst_ds.config.tasks import TASKS, TaskFacts, task_conflicts

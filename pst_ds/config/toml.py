@@ -8,18 +8,17 @@ import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from pst_ds.config.data import DATA_PRESETS, PRESET_PLACES
 from pst_ds.config.methods import METHODS
-from pst_ds.config.presets import with_data_preset
 from pst_ds.config.pst import PAPER
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.settings import messages, report
 from pst_ds.file_names import RUN_FILE, START
 
-PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER}
+PRESETS: dict[str, dict[str, object]] = {"default": {}, "paper": {"pst": PAPER}}
 _RUN = TypeAdapter(RunConfig)
 
 
@@ -56,7 +55,7 @@ def load_run_folder(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return run_from_table({**table, "output_dir": str(folder)})
 
 
-def _table(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
+def _table(path: str | Path, overrides: Sequence[str]) -> dict[str, object]:
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -75,22 +74,12 @@ def _table(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     return table
 
 
-def run_from_table(table: Mapping[str, Any]) -> RunConfig:
+def run_from_table(table: Mapping[str, object]) -> RunConfig:
     """Build a RunConfig from nested tables. ``method``, ``pst.preset`` and ``data.preset`` fill in what they lack.
 
     Raises ConfigError with a message for each wrong setting.
     """
-    table = with_data_preset(_without_removed({"model": {}, "data": {}, "train": {}, **table}))
-    pst = table.get("pst", {})
-    if isinstance(pst, dict) and "preset" in pst:
-        preset = pst["preset"]
-        if not isinstance(preset, str) or preset not in PRESETS:
-            raise ConfigError(f"pst.preset = {preset!r} must be one of {', '.join(PRESETS)}")
-        pst = {**PRESETS[preset], **{k: v for k, v in pst.items() if k != "preset"}}
-    method = table.get("method")
-    if isinstance(pst, dict) and isinstance(method, str) and method in METHODS:
-        pst = {**METHODS[method].defaults, **pst}
-    table["pst"] = pst
+    table = _with_presets(_without_removed({"model": {}, "data": {}, "train": {}, "pst": {}, **table}))
     _require_utf8(table)
     try:
         # JSON, where a strict pydantic takes lists for tuples; dates become tables, which no setting takes
@@ -100,6 +89,34 @@ def run_from_table(table: Mapping[str, Any]) -> RunConfig:
         raise
 
 
+def _with_presets(table: dict[str, object]) -> dict[str, object]:
+    """Fill in the settings of ``data.preset``, ``pst.preset`` and ``method``; those of ``table`` win."""
+    for section, presets in (("data", DATA_PRESETS), ("pst", PRESETS)):
+        own = table[section]
+        if not isinstance(own, dict) or "preset" not in own:
+            continue
+        name = own["preset"]
+        if not isinstance(name, str) or name not in presets:
+            raise ConfigError(f"{section}.preset = {name!r} must be one of {', '.join(presets)}")
+        table = _filled({**table, section: {k: v for k, v in own.items() if k != "preset"}}, presets[name])
+    method = METHODS.get(str(table.get("method")))
+    return _filled(table, {"pst": method.defaults}) if method else table
+
+
+def _filled(table: dict[str, object], defaults: Mapping[str, object]) -> dict[str, object]:
+    """Return ``table`` with the ``defaults`` that it lacks, setting by setting.
+
+    With ``data.dataset = ""`` it names local files, and the defaults are for the columns only.
+    """
+    filled = {**defaults, **table}
+    for name, section in defaults.items():
+        own = table.get(name)
+        if isinstance(section, Mapping) and isinstance(own, dict):
+            omitted = PRESET_PLACES if name == "data" and own.get("dataset") == "" else ()
+            filled[name] = {**{key: value for key, value in section.items() if key not in omitted}, **own}
+    return filled
+
+
 REMOVED = {
     "checkpoint.file_per": "every rank writes its own file",
     "checkpoint.grace_seconds": "a signal stops the run after the current step; lower checkpoint.interval to lose less",
@@ -107,7 +124,7 @@ REMOVED = {
 """Settings of earlier versions that no longer do anything, and what a run does instead."""
 
 
-def _without_removed(table: dict[str, Any]) -> dict[str, Any]:
+def _without_removed(table: dict[str, object]) -> dict[str, object]:
     """Return a copy of ``table`` without the settings in :data:`REMOVED`; name those that were set on stderr."""
     table = dict(table)
     for name, instead in REMOVED.items():
@@ -120,7 +137,7 @@ def _without_removed(table: dict[str, Any]) -> dict[str, Any]:
     return table
 
 
-def _require_utf8(table: dict[str, Any]) -> None:
+def _require_utf8(table: dict[str, object]) -> None:
     """Reject bytes of a path that are not UTF-8, which Python holds as halves of surrogate pairs."""
     for key, value in flatten(table).items():
         try:
@@ -141,9 +158,9 @@ def dump_run(run: RunConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(table: dict[str, object], prefix: str = "") -> dict[str, object]:
     """Merge nested tables into one, by the dotted names that ``--set`` takes: {"schedule.final_sparsity": 0.9, ...}."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for key, value in table.items():
         name = f"{prefix}{key}"
         flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
@@ -160,15 +177,16 @@ def toml_value(value: object) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON allows this character
 
 
-def _apply_override(table: dict[str, Any], override: str) -> None:
+def _apply_override(table: dict[str, object], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f"--set {override!r} must have the form key=value, such as train.num_steps=20")
     *parents, last = key.strip().split(".")
     for parent in parents:
-        table = table.setdefault(parent, {})
-        if not isinstance(table, dict):
+        inner = table.setdefault(parent, {})
+        if not isinstance(inner, dict):
             raise ConfigError(f"--set {override!r}: {parent} is a value, not a table")
+        table = inner
     table[last] = _parse_value(text.strip())
 
 

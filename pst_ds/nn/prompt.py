@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pst_ds.config.prompt import Adapter
+from pst_ds.config.model import Adapter
 from pst_ds.core.coded_weight import table_rows
 from pst_ds.core.prompts import adapted, with_prompt, without_prompt
 from pst_ds.errors import InputError

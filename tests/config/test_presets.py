@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pst_ds.config.presets import DATA_PRESETS
+from pst_ds.config.data import DATA_PRESETS
 from pst_ds.config.run import ConfigError
 from pst_ds.config.tasks import TASKS
 from pst_ds.config.toml import dump_run, load_run, run_from_table

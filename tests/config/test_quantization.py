@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.config.methods import METHODS
-from pst_ds.config.quantization import QuantizationConfig
+from pst_ds.config.model import QuantizationConfig
 from pst_ds.config.settings import ConfigError
 from pst_ds.config.toml import dump_run, load_run, run_from_table
 from pst_ds.core.schedule import CubicSchedule, OneShotSchedule, RoundingSchedule

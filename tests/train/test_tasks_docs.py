@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pst_ds.cli.main import build_parser
-from pst_ds.config.presets import DATA_PRESETS
+from pst_ds.config.data import DATA_PRESETS
 from pst_ds.config.tasks import TASKS
 from pst_ds.config.toml import run_from_table
 

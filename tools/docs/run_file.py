@@ -12,10 +12,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from pst_ds.config.data import DataConfig, DataSource, EvalConfig
+from pst_ds.config.data import DATA_PRESETS, DataConfig, DataSource, EvalConfig
 from pst_ds.config.methods import METHODS
 from pst_ds.config.one_shot import OneShotConfig
-from pst_ds.config.presets import DATA_PRESETS
 from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.config.run import (
     CheckpointConfig,
