@@ -12,7 +12,7 @@ from pst_ds.core.packings import COMPRESSED_TENSORS, GGUF, GROUPS, ONNX, ONNX_FI
 from pst_ds.errors import InputError
 
 if TYPE_CHECKING:
-    from pst_ds.export.to_folder import ExportReport
+    from pst_ds.export.manifest import Facts
 
 _SHOWN = 4
 """Weights that stay dense to list by name."""
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> Mapping[str, object]:
     return report
 
 
-def lines_of_report(args: argparse.Namespace, report: ExportReport) -> list[str]:
+def lines_of_report(args: argparse.Namespace, report: Facts) -> list[str]:
     """Return what was written, as lines of text."""
     if args.format == ONNX:
         return [_onnx_line(args, report)]
@@ -120,7 +120,7 @@ def _onnx_line(args: argparse.Namespace, report: Mapping[str, object]) -> str:
     )
 
 
-def quantisation_text(report: ExportReport) -> str:
+def quantisation_text(report: Facts) -> str:
     """Return a sentence on what an export or a verified export has quantised."""
     grids = []
     for values, group in (("values", "group"), ("embeddings", "embedding_group")):

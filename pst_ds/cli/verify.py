@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from pst_ds.cli.export import quantisation_text
 from pst_ds.cli.main import add_quiet_argument, count, load_run_or_folder
 from pst_ds.core.packings import ONNX_FILE
 
 if TYPE_CHECKING:
-    from pst_ds.export.to_folder import ExportReport
     from pst_ds.inference.verify import VerifyReport
     from pst_ds.inference.verify.against_run import Comparison
     from pst_ds.inference.verify.onnx import OnnxComparison
@@ -53,7 +52,7 @@ def _lines_of_onnx(report: VerifyReport) -> Iterator[str]:
 
 def _lines_of_file(report: VerifyReport) -> Iterator[str]:
     """Yield what was found in the files."""
-    file = cast("ExportReport", report.file)
+    file = dict(report.file)
     packed = f"{file['packed_tensors']} packed as {file['kind']}, " if file["packed_tensors"] else ""
     requested = "unknown" if file["sparsity_requested"] is None else file["sparsity_requested"]
     yield (

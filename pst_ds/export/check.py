@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,20 +11,19 @@ from torch import Tensor
 from pst_ds.atomic_files import file_sha256
 from pst_ds.core.packings import DENSE
 from pst_ds.errors import shortened
-from pst_ds.export.encoding import Encoding, ExportError
+from pst_ds.export.encoding import Encoding, ExportError, encoding_of
 from pst_ds.export.from_folder import CONFIG_FILE, model_of
 from pst_ds.export.manifest import (
     ExportedTensor,
-    ExportFacts,
+    Facts,
     count_nonzero,
-    encoding_by,
     read_manifest,
     read_table,
     require_plain,
     tensor_sha256,
 )
 from pst_ds.export.model_card import CARD_FILE
-from pst_ds.export.to_folder import ExportReport, measured_sparsity, storage_facts, tensor_counts
+from pst_ds.export.to_folder import measured_sparsity, storage_facts, tensor_counts
 from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.formats import FormatError
 from pst_ds.formats.base_weights import saved_tensors, tensors_lacking
@@ -33,12 +31,12 @@ from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, TensorFile, TensorFil
 from pst_ds.progress import Progress
 
 
-def check_export(folder: Path) -> ExportReport:
+def check_export(folder: Path) -> Facts:
     """Read every tensor of an export and compare it with the manifest.
 
     Checks the set of files (no others, no links) and their SHA-256; headers, index and config; the set of tensors with
     their shapes, dtypes and SHA-256; all invariants of packed tensors; the numbers of non-zeros; that pruned weights
-    are +0.0, and that every matrix has at least as many zeros as its mask prunes.
+    are +0.0, and that every matrix has at least the sparsity of its mask.
 
     Returns:
         Counts, sizes and sparsity.
@@ -46,17 +44,16 @@ def check_export(folder: Path) -> ExportReport:
     Raises ExportError, naming the tensor.
     """
     tensors, facts = read_manifest(folder)
-    encoding = encoding_by(facts)
+    encoding = encoding_of(facts["kind"], facts)
     _check_files(folder, tensors, facts, encoding)
-    _check_encodings(folder, tensors, encoding)
-    files = _opened(folder, tensors)
+    files = _open_weights(folder, tensors)
     _check_index(folder, tensors, files, encoding)
     sizes = [sum(files[part.file].slots[part.name].nbytes for part in tensor.parts) for tensor in tensors]
     with Progress("check", sum(sizes), "bytes") as shown:
         for tensor, nbytes in zip(tensors, sizes, strict=True):
             _check_tensor(folder, tensor, files)
             shown.add(nbytes)
-    report: dict[str, object] = {
+    return {
         **tensor_counts(tensors),
         "kind": facts["kind"],
         **encoding.facts(),
@@ -64,7 +61,6 @@ def check_export(folder: Path) -> ExportReport:
         "sparsity_requested": facts["sparsity_requested"],
         "sparsity_measured": measured_sparsity(tensors),
     }
-    return cast(ExportReport, report)
 
 
 def check_model(folder: Path) -> None:
@@ -78,7 +74,7 @@ def check_model(folder: Path) -> None:
             raise ExportError(
                 f"{folder}: {tensor.name} has shape {list(tensor.shape)}, and {list(known.shape)} in the model"
             )
-        if known is None and tensor.form is not None:
+        if known is None and tensor.spec.form is not None:
             raise ExportError(f"{folder}: {tensor.name} is packed, and the model has no such tensor")
     lacking = tensors_lacking(model, {tensor.name for tensor in tensors})
     if lacking:
@@ -88,45 +84,32 @@ def check_model(folder: Path) -> None:
         )
 
 
-def _check_files(folder: Path, tensors: Sequence[ExportedTensor], facts: ExportFacts, encoding: Encoding) -> None:
-    """Require exactly the files of the manifest, and compare all but the weights with their SHA-256."""
-    weights = {part.file for tensor in tensors for part in tensor.parts}
-    others = facts["files"]
-    for name, digest in others.items():
+def _check_files(folder: Path, tensors: Sequence[ExportedTensor], facts: Facts, encoding: Encoding) -> None:
+    """Require exactly the files of the manifest, their SHA-256 except for weights, and its format in config.json."""
+    weights, others = {part.file for tensor in tensors for part in tensor.parts}, facts["files"]
+    for name in [*others, *sorted(weights)]:
         require_plain(folder / name, f"{folder / name} is missing")
-        if file_sha256(folder / name) != digest:
+        if name in others and file_sha256(folder / name) != others[name]:
             raise ExportError(f"{folder / name} is not what was exported: its SHA-256 differs")
-    for name in sorted(weights):
-        require_plain(folder / name, f"{folder / name} is missing")
-    known = weights | set(others) | {MANIFEST_FILE, CARD_FILE}
-    stray = {path.name for path in folder.iterdir()} - known
+    stray = {path.name for path in folder.iterdir()} - {*weights, *others, MANIFEST_FILE, CARD_FILE}
     loaded = sorted(n for n in stray if n.endswith((".safetensors", ".bin", ".index.json", ".py", ".pt")))
     if loaded:
         raise ExportError(f"{folder} has files that the manifest does not list: {shortened(loaded)}. Remove them")
-    _check_config(folder, encoding, len(weights), facts.get("left_alone", ()))
-
-
-def _check_encodings(folder: Path, tensors: Sequence[ExportedTensor], encoding: Encoding) -> None:
-    """Require every tensor to be packed and quantised in one of the ways that the manifest names for the export."""
-    known = {encoding.values, encoding.embeddings, None}
+    path = folder / CONFIG_FILE
+    found = read_table(path, f"{path} is missing").get("quantization_config")
+    wanted = encoding.quantization_config(len(weights), facts.get("left_alone", ()))
+    if found != wanted:
+        raise ExportError(f"{path}: quantization_config = {str(found)[:200]}, but {encoding} weights need {wanted}")
     for tensor in tensors:
-        if tensor.grid not in known or tensor.packing not in (DENSE, encoding.packing):
+        is_quantised_so = tensor.grid in (encoding.values, encoding.embeddings, None)
+        if not is_quantised_so or tensor.packing not in (DENSE, encoding.packing):
             raise ExportError(
                 f"{folder}: {tensor.name} is {tensor.packing}, {tensor.grid or 'not quantised'}, but by the manifest "
                 f"the export is {encoding}"
             )
 
 
-def _check_config(folder: Path, encoding: Encoding, num_files: int, unquantised: Sequence[str]) -> None:
-    """Require config.json to lead transformers to the weights of the manifest."""
-    path = folder / CONFIG_FILE
-    found = read_table(path, f"{path} is missing").get("quantization_config")
-    wanted = encoding.quantization_config(num_files, unquantised)
-    if found != wanted:
-        raise ExportError(f"{path}: quantization_config = {str(found)[:200]}, but {encoding} weights need {wanted}")
-
-
-def _opened(folder: Path, tensors: Sequence[ExportedTensor]) -> dict[str, TensorFile]:
+def _open_weights(folder: Path, tensors: Sequence[ExportedTensor]) -> dict[str, TensorFile]:
     """Open the weight files, and require exactly the tensors of the manifest in their headers."""
     wanted: dict[str, set[str]] = {}
     for tensor in tensors:
@@ -138,11 +121,12 @@ def _opened(folder: Path, tensors: Sequence[ExportedTensor]) -> dict[str, Tensor
             files[name] = TensorFile(folder / name)
         except TensorFileError as error:
             raise ExportError(str(error)) from None
-        unknown, lacking = sorted(set(files[name].slots) - parts), sorted(parts - set(files[name].slots))
-        if unknown:
-            raise ExportError(f"{folder} has tensors that the manifest does not list: {shortened(unknown)}")
-        if lacking:
-            raise ExportError(f"{folder / name} lacks {shortened(lacking)}")
+        found = set(files[name].slots)
+        if found - parts:
+            unknown = shortened(sorted(found - parts))
+            raise ExportError(f"{folder} has tensors that the manifest does not list: {unknown}")
+        if parts - found:
+            raise ExportError(f"{folder / name} lacks {shortened(sorted(parts - found))}")
     return files
 
 
@@ -165,59 +149,51 @@ def _check_index(
 
 
 def _check_tensor(folder: Path, tensor: ExportedTensor, files: dict[str, TensorFile]) -> None:
-    """Read a tensor, and compare its bytes and values with the manifest."""
-    parts: dict[str, Tensor] = {}
-    for part in tensor.parts:
-        path = folder / part.file
-        try:
-            stored = files[part.file].read(part.name)
-        except TensorFileError as error:
-            raise ExportError(str(error)) from None
-        if tensor_sha256(stored) != part.sha256:
-            raise ExportError(f"{path}: {part.name} is not what was exported: its SHA-256 differs")
-        parts[part.name] = stored
-    _check_values(tensor, _dense(tensor, parts, path), path)
-
-
-def _dense(tensor: ExportedTensor, parts: dict[str, Tensor], path: Path) -> Tensor:
-    """Check all invariants of the parts, and unpack them in the model's shape."""
-    form = tensor.form
-    if form is None:
-        return parts[tensor.name]
-    by_part = {part: parts[name] for part, name in zip(form.part_names, tensor.part_names(), strict=True)}
+    """Read a tensor; compare its bytes with the manifest, and check all invariants of its parts and values."""
+    parts: list[Tensor] = []
+    spec, place = tensor.spec, f"{folder / tensor.parts[-1].file}: {tensor.name}"
     try:
-        form.check(f"{path}: {tensor.name}", by_part, tensor.matrix)
-    except FormatError as error:
+        for part in tensor.parts:
+            parts.append(files[part.file].read(part.name))
+            if tensor_sha256(parts[-1]) != part.sha256:
+                raise ExportError(f"{folder / part.file}: {part.name} is not what was exported: its SHA-256 differs")
+        if spec.form is None:
+            _check_values(tensor, parts[0], place)
+            return
+        by_part = dict(zip(spec.form.part_names, parts, strict=True))
+        spec.form.check(place, by_part, spec.matrix)
+    except (TensorFileError, FormatError) as error:
         raise ExportError(str(error)) from None
-    return tensor.as_in_model(form.unpack(by_part))
+    _check_values(tensor, spec.as_in_model(spec.form.unpack(by_part)), place)
 
 
-def _check_values(tensor: ExportedTensor, values: Tensor, path: Path) -> None:
-    if tuple(values.shape) != tensor.shape or (tensor.grid is None and values.dtype != tensor.dtype):
+def _check_values(tensor: ExportedTensor, values: Tensor, place: str) -> None:
+    """Check the tensor in the model's shape: dtype, number of non-zeros, and for pruned weights sign and sparsity."""
+    if tuple(values.shape) != tensor.shape or (tensor.grid is None and values.dtype != tensor.spec.dtype):
         raise ExportError(
-            f"{path}: {tensor.name} is {CODE_OF_DTYPE[values.dtype]} {list(values.shape)}, the manifest says "
-            f"{CODE_OF_DTYPE[tensor.dtype]} {list(tensor.shape)}"
+            f"{place} is {CODE_OF_DTYPE[values.dtype]} {list(values.shape)}, the manifest says "
+            f"{tensor.dtype} {list(tensor.shape)}"
         )
     nonzero = count_nonzero(values)
     if nonzero != tensor.nonzero:
-        raise ExportError(f"{path}: {tensor.name} has {nonzero} non-zeros, not {tensor.nonzero}")
+        raise ExportError(f"{place} has {nonzero} non-zeros, not {tensor.nonzero}")
     if tensor.origin != "pruned":
         return
     if bool((torch.signbit(values) & (values == 0)).any()):
-        raise ExportError(f"{path}: {tensor.name} has a -0.0 where pruned weights must be +0.0")
-    matrices = _matrices(tensor, values, path)
+        raise ExportError(f"{place} has a -0.0 where pruned weights must be +0.0")
+    matrices = _matrices(tensor, values, place)
     for index, (matrix, pruned) in enumerate(zip(matrices, tensor.pruned_per_matrix, strict=True)):
         if int((matrix == 0).sum()) < pruned:
-            raise ExportError(f"{path}: {tensor.name}, matrix {index}, has fewer zeros than the {pruned} of its mask")
+            raise ExportError(f"{place}, matrix {index}, has fewer zeros than the {pruned} of its mask")
 
 
-def _matrices(tensor: ExportedTensor, values: Tensor, path: Path) -> list[Tensor]:
+def _matrices(tensor: ExportedTensor, values: Tensor, place: str) -> list[Tensor]:
     """Split a pruned tensor into its matrices; a stack of experts expert by expert."""
     count, width = len(tensor.pruned_per_matrix), tensor.shape[tensor.matrix_axis - 2]
     experts = [values] if values.dim() == 2 else list(values)
     per_expert, rest = divmod(count, len(experts)) if experts else (0, count)
     if rest or not per_expert or width % per_expert:
-        raise ExportError(f"{path}: {tensor.name} cannot be {count} matrices: {list(values.shape)} does not divide")
+        raise ExportError(f"{place} cannot be {count} matrices: {list(values.shape)} does not divide")
     if not width:
         return [values] * count
     return [matrix for expert in experts for matrix in expert.split(width // per_expert, dim=tensor.matrix_axis)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
 
 from pst_ds.core.packings import (
     COMPRESSED_TENSORS,
@@ -34,21 +33,12 @@ _STEMS = {
 }
 STEMS = tuple(_STEMS.values())
 """Stems of the weight files of exports."""
+_KEYS = ("values", "group"), ("embeddings", "embedding_group")
+"""Keys of the quantisation of linear layers and of embeddings: "int8" or "int4", and weights per scale or "row"."""
 
 
 class ExportError(InputError):
     """An export that cannot be made, or that does not match its manifest."""
-
-
-class QuantisationFacts(TypedDict, total=False):
-    """Quantisation of an export, in its manifest and its config.json; absent keys mean that nothing is quantised."""
-
-    values: str
-    """"int8" or "int4": linear layers."""
-    group: int | str
-    """Weights per scale: 32, 64, 128 or "row"."""
-    embeddings: str
-    embedding_group: int | str
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +96,12 @@ class Encoding:
         grids = (("values", self.values), ("embeddings", self.embeddings))
         return "; ".join([self.packing, *(f"{what} in {grid}" for what, grid in grids if grid)])
 
-    def facts(self) -> QuantisationFacts:
-        """Return the quantisation as a manifest and a config.json have it."""
-        facts: QuantisationFacts = {}
-        if self.values is not None:
-            facts["values"], facts["group"] = self.values.values, self.values.group or WHOLE_ROW
-        if self.embeddings is not None:
-            facts["embeddings"] = self.embeddings.values
-            facts["embedding_group"] = self.embeddings.group or WHOLE_ROW
+    def facts(self) -> dict[str, str | int]:
+        """Return the quantisation as a manifest and a config.json have it; empty if nothing is quantised."""
+        facts: dict[str, str | int] = {}
+        for grid, key, group_key in ((self.values, *_KEYS[0]), (self.embeddings, *_KEYS[1])):
+            if grid is not None:
+                facts |= {key: grid.values, group_key: grid.group or WHOLE_ROW}
         return facts
 
     @property
@@ -145,12 +133,11 @@ def _compressed_tensors_config(packing: str, grid: Grid, unquantised: Sequence[s
     """Describe quantised nn.Linear weights, and int8 activations, in the terms of compressed-tensors."""
     symmetric = {"type": "int", "symmetric": True}
     strategy = {"strategy": "channel" if grid.group is None else "group", "group_size": grid.group}
-    weights = {"num_bits": grid.bits, **symmetric, **strategy, "dynamic": False}
     inputs = {"num_bits": 8, **symmetric, "strategy": "token", "group_size": None, "dynamic": True}
     quantises_inputs = packing == COMPRESSED_TENSORS_W8A8
     scheme = {
         "targets": ["Linear"],
-        "weights": weights,
+        "weights": {"num_bits": grid.bits, **symmetric, **strategy, "dynamic": False},
         "input_activations": inputs if quantises_inputs else None,
         "output_activations": None,
     }
@@ -166,16 +153,12 @@ def _compressed_tensors_config(packing: str, grid: Grid, unquantised: Sequence[s
 
 
 def encoding_of(packing: object, facts: Mapping[str, object]) -> Encoding:
-    """Return the encoding that a manifest or config.json describes.
-
-    Args:
-        packing: the format.
-        facts: the keys of :class:`QuantisationFacts`, and others.
+    """Return the encoding for the format ``packing`` and the :meth:`Encoding.facts` in a manifest or config.json.
 
     Raises ValueError for unknown formats, values and groups.
     """
     grids = []
-    for key, group_key in (("values", "group"), ("embeddings", "embedding_group")):
+    for key, group_key in _KEYS:
         values, group = facts.get(key), facts.get(group_key)
         if (values is None) != (group is None):
             raise ValueError(f"{key} and {group_key} must be given together, got {values!r} and {group!r}")

@@ -14,7 +14,7 @@ from pst_ds.core.quantization import Grid
 from pst_ds.export.encoding import QUANT_METHOD, Encoding, ExportError, encoding_of
 from pst_ds.export.expert_stacks import FolderStack, ManifestFacts, facts_of, folder_stacks
 from pst_ds.export.folder_source import FolderRecipe, FolderSource
-from pst_ds.export.manifest import ExportedTensor, ExportFacts, read_manifest, read_table
+from pst_ds.export.manifest import ExportedTensor, Facts, read_manifest, read_table
 from pst_ds.export.plan import TensorJob
 from pst_ds.export.pruned_scales import PrunedScales, read_pruned_scales
 from pst_ds.export.quantization import embedding_tables, grids
@@ -54,8 +54,8 @@ class FolderContents:
     encoding: Encoding
     tensors: dict[str, ExportedTensor]
     """Tensors of the manifest, by name; empty without one."""
-    facts: ExportFacts | None
-    """Facts of the manifest."""
+    facts: Facts
+    """Facts of the manifest; empty without one."""
     pruned_scales: PrunedScales | None
     """Quantisation that ``pst-ds prune`` has applied."""
     foreign: ForeignFormat | None = None
@@ -71,7 +71,7 @@ def open_folder(path: Path, *, dequantize: bool = False) -> FolderContents:
     foreign = foreign_format(path, config) if dequantize else None
     encoding, index = (Encoding(), "") if foreign else _encoding_of(path, config)
     model = model_of(path)
-    tensors, facts = read_manifest(path) if (path / MANIFEST_FILE).exists() else ([], None)
+    tensors, facts = read_manifest(path) if (path / MANIFEST_FILE).exists() else ([], {})
     weights = BaseWeights(path, getattr(model, "base_model_prefix", ""), index)
     by_name = {tensor.name: tensor for tensor in tensors}
     return FolderContents(path, config, model, weights, encoding, by_name, facts, read_pruned_scales(path), foreign)
@@ -338,7 +338,7 @@ def _foreign_recipe(
 def _model_dtype(folder: FolderContents, tensor: ExportedTensor | None) -> torch.dtype:
     """Return the dtype of a quantised weight, from the manifest or else from config.json."""
     if tensor is not None:
-        return tensor.dtype
+        return tensor.spec.dtype
     named = getattr(torch, str(folder.config.get("dtype") or folder.config.get("torch_dtype")), None)
     return named if named in VALUE_DTYPES else torch.float32
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -17,12 +17,13 @@ from pst_ds.atomic_files import atomic_folder, file_sha256, require_writable
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.core.packings import DENSE, FOR_COMPRESSED_TENSORS, GGUF, QUANTIZED_PACKINGS
 from pst_ds.core.quantization import Grid
+from pst_ds.data.tokens.identity import open_tokenizer
 from pst_ds.data.vocabulary import Vocabulary
 from pst_ds.export.encoding import Encoding, ExportError
 from pst_ds.export.from_folder import CONFIG_FILE, FolderContents, copy_small_files, open_folder, plan_folder
 from pst_ds.export.from_run import RunSource, plan_run
 from pst_ds.export.gguf.model import write_gguf
-from pst_ds.export.manifest import ExportedTensor, ExportFacts, write_manifest
+from pst_ds.export.manifest import ExportedTensor, Facts, write_manifest
 from pst_ds.export.model_card import CARD_FILE, model_card
 from pst_ds.export.plan import SHARD_BYTES, PlannedFile, Source, TensorJob, plan_files, require_packed, require_space
 from pst_ds.export.prompt_file import SavedPrompt, read_prompt
@@ -47,24 +48,6 @@ _KEPT_FACTS = (
 """Facts of a manifest that an export of the folder keeps."""
 
 
-class ExportReport(ExportFacts, total=False):
-    """Result of an export; the JSON object of ``pst-ds export --json``."""
-
-    export_dir: str
-    tensors: int
-    pruned_tensors: int
-    packed_tensors: int
-    stay_dense: list[str]
-    """Sparse weights that stay dense."""
-    inexact_scales: int
-    """Scales of a GGUF file that fp16 cannot hold exactly."""
-    tokens: int
-    """Size of a trimmed vocabulary."""
-    checkpoint: str
-    activation_bits: int
-    """Bits of the activations that the run was trained with, if they were quantised."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportOptions:
     """Storage of an export."""
@@ -86,13 +69,12 @@ class ExportOptions:
 
 @dataclass(frozen=True, slots=True)
 class _Contents:
-    """The tensors and other files of a folder, and the facts for its manifest."""
+    """The model, tensors and other files of an export, and the facts for its manifest."""
 
+    model: nn.Module
     jobs: list[TensorJob]
     source: Source
-    facts: ExportFacts
-    linear: list[str]
-    """Names of the linear layers."""
+    facts: Facts
     write_small_files: Callable[[Path], None]
     """Writes config.json, the tokenizer and other small files."""
 
@@ -107,7 +89,7 @@ def export_checkpoint(
     vocabulary: Vocabulary | None = None,
     prompt: SavedPrompt | None = None,
     run: dict[str, object] | None = None,
-) -> ExportReport:
+) -> Facts:
     """Write ``out``, a model folder with the model in ``checkpoint``, atomically.
 
     Pruned tensors have the values that the masked model multiplied with, and +0.0 where pruned. Other tensors have the
@@ -134,21 +116,22 @@ def export_checkpoint(
             f"--vocabulary: {base.folder} has more than the text part, so its vocabulary must stay complete. Remove "
             "--vocabulary"
         )
-    facts = _facts_of_run(checkpoint, encoding, prompt, run)
     _require_prompt_support(prompt, options.packing, checkpoint.folder)
-    jobs = plan_run(model, checkpoint, base, encoding, options.dtype)
+    jobs, source = plan_run(model, checkpoint, base, encoding, options.dtype), RunSource(checkpoint, base, model)
+    facts = _facts_of_run(checkpoint, encoding, prompt, run)
     write_small_files = partial(_write_small_files_of_run, model, base, tokenizer, prompt)
-    contents = _Contents(jobs, RunSource(checkpoint, base, model), facts, linear_layers(model), write_small_files)
+    contents = _Contents(model, jobs, source, facts, write_small_files)
     if vocabulary:
-        contents = _trimmed(contents, model, tokenizer, vocabulary)
-    return _write(contents, model, tokenizer, out, encoding, options)
+        contents = _trimmed(contents, tokenizer, vocabulary)
+    return _write(contents, tokenizer, out, encoding, options)
 
 
 def _facts_of_run(
     checkpoint: Checkpoint, encoding: Encoding, prompt: SavedPrompt | None, run: dict[str, object] | None
-) -> ExportFacts:
+) -> Facts:
     state = checkpoint.state
-    facts: ExportFacts = {
+    pruned_from = pruning_record(state.base_path).get("base_model")
+    return {
         "kind": encoding.packing,
         "step": state.step,
         "base_model": state.base_path,
@@ -158,10 +141,8 @@ def _facts_of_run(
         "metrics": {name: value if math.isfinite(value) else None for name, value in state.metrics.items()},
         "prompt": None if prompt is None else prompt.facts,
         "run": run,
+        **({"pruned_from": str(pruned_from)} if pruned_from else {}),
     }
-    if pruned_from := pruning_record(state.base_path).get("base_model"):
-        facts["pruned_from"] = str(pruned_from)
-    return facts
 
 
 def _require_prompt_support(prompt: SavedPrompt | None, packing: str, source: Path) -> None:
@@ -202,7 +183,7 @@ def export_folder(
     tokenizer: PreTrainedTokenizerBase | None = None,
     vocabulary: Vocabulary | None = None,
     dequantize: bool = False,
-) -> ExportReport:
+) -> Facts:
     """Write ``out`` from a dense model folder with pruned weights, or from one of our packed folders, atomically.
 
     Weights are bit-identical, except for a packed -0.0, which becomes +0.0, and for weights that ``options`` quantises.
@@ -225,26 +206,22 @@ def export_folder(
     folder = open_folder(source, dequantize=dequantize)
     jobs, origin = plan_folder(folder, encoding, options.dtype)
     _require_prompt_support(read_prompt(source), options.packing, source)
-    known: dict[str, object] = dict(folder.facts or {})
-    facts = {"kind": encoding.packing, **{key: known.get(key) for key in _KEPT_FACTS}}
-    facts["metrics"] = known.get("metrics") or {}
-    facts |= {key: known[key] for key in ("pruned_from",) if key in known}
-    small_files = partial(_write_small_files_of_folder, folder)
-    contents = _Contents(jobs, origin, cast(ExportFacts, facts), linear_layers(folder.model), small_files)
+    facts = {"kind": encoding.packing, **{key: folder.facts.get(key) for key in _KEPT_FACTS}}
+    facts["metrics"] = facts["metrics"] or {}
+    if "pruned_from" in folder.facts:
+        facts["pruned_from"] = folder.facts["pruned_from"]
+    contents = _Contents(folder.model, jobs, origin, facts, partial(_write_small_files_of_folder, folder))
     if vocabulary:
         assert tokenizer is not None
-        contents = _trimmed(contents, folder.model, tokenizer, vocabulary)
-    if encoding.packing == GGUF and not vocabulary:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-    return _write(contents, folder.model, tokenizer, out, encoding, options)
+        contents = _trimmed(contents, tokenizer, vocabulary)
+    elif encoding.packing == GGUF:
+        tokenizer = open_tokenizer(source, str(source), "Name a folder with a tokenizer")
+    return _write(contents, tokenizer, out, encoding, options)
 
 
-def _trimmed(
-    contents: _Contents, model: nn.Module, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
-) -> _Contents:
+def _trimmed(contents: _Contents, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> _Contents:
     """Return ``contents`` with the rows, the tokenizer and the ids of ``vocabulary``. Raises ExportError."""
+    model = contents.model
 
     def write_small_files(folder: Path) -> None:
         contents.write_small_files(folder)
@@ -255,8 +232,7 @@ def _trimmed(
     if before and vocabulary.kept[-1] >= len(before):
         raise ExportError(f"the manifest has {len(before)} tokens, and the tokenizer has more. Export the model again")
     kept = [before[old] for old in vocabulary.kept] if before else list(vocabulary.kept)
-    facts: ExportFacts = {**contents.facts, "tokens_kept": kept}
-    return replace(contents, jobs=jobs, source=source, facts=facts, write_small_files=write_small_files)
+    return _Contents(model, jobs, source, {**contents.facts, "tokens_kept": kept}, write_small_files)
 
 
 def _trained_values(checkpoint: Checkpoint, options: ExportOptions) -> Grid | None:
@@ -298,51 +274,45 @@ def _require_free(out: Path, encoding: Encoding) -> None:
 
 def _write(
     contents: _Contents,
-    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
     out: Path,
     encoding: Encoding,
     options: ExportOptions,
-) -> ExportReport:
-    """Write ``out`` as a folder or a GGUF file."""
-    if encoding.packing != GGUF:
-        return _write_folder(contents, out, encoding, options)
-    counts = write_gguf(contents.jobs, contents.source, model.config, tokenizer, out, encoding)
-    return cast(ExportReport, {**contents.facts, **counts})
-
-
-def _write_folder(contents: _Contents, out: Path, encoding: Encoding, options: ExportOptions) -> ExportReport:
-    stay_dense = require_packed(contents.jobs, encoding)
-    files = plan_files(contents.jobs, encoding.stem, options.shard_bytes)
-    require_space(out, sum(file.nbytes for file in files) + _SPARE_BYTES)
-    with atomic_folder(out) as partial_folder:
-        tensors = write_tensors(partial_folder, files, contents.jobs, contents.source, options.processes)
-        _write_index(partial_folder, files, encoding)
-        contents.write_small_files(partial_folder)
-        left_alone = _unquantised(contents.linear, tensors) if encoding.packing in FOR_COMPRESSED_TENSORS else []
-        architecture = _finish_config(partial_folder, tensors, encoding.quantization_config(len(files), left_alone))
-        known: dict[str, object] = {
+) -> Facts:
+    """Write ``out`` as a folder or a GGUF file; return the facts, counts and sizes."""
+    jobs, source = contents.jobs, contents.source
+    if encoding.packing == GGUF:
+        return contents.facts | write_gguf(jobs, source, contents.model.config, tokenizer, out, encoding)
+    stay_dense = require_packed(jobs, encoding)
+    files = plan_files(jobs, encoding.stem, options.shard_bytes)
+    nbytes = {name: slot.nbytes for file in files for name, slot in file.slots.items()}
+    file_bytes = sum(file.nbytes for file in files)
+    require_space(out, file_bytes + _SPARE_BYTES)
+    with atomic_folder(out) as folder:
+        tensors = write_tensors(folder, files, jobs, source, options.processes)
+        _write_index(folder, files, encoding)
+        contents.write_small_files(folder)
+        left_alone = _unquantised(contents.model, tensors) if encoding.packing in FOR_COMPRESSED_TENSORS else []
+        architecture = _finish_config(folder, tensors, encoding.quantization_config(len(files), left_alone))
+        storage = storage_facts(tensors, [sum(nbytes[part.name] for part in tensor.parts) for tensor in tensors])
+        facts: Facts = {
             "kind": encoding.packing,
             **encoding.facts(),
             "architecture": architecture,
             **contents.facts,
-            **_counted(tensors, files),
+            "sparsity_measured": measured_sparsity(tensors),
+            "dense_bf16_bytes": 2 * sum(tensor.numel for tensor in tensors),
+            "weight_bytes": sum(nbytes.values()),
+            "file_bytes": file_bytes,
+            **(storage if encoding.is_quantized else {}),
+            **({"left_alone": left_alone} if left_alone else {}),
         }
-        storage = storage_facts(tensors, _sizes(tensors, files))
-        facts = cast(ExportFacts, {**known, **(storage if encoding.is_quantized else {})})
-        if left_alone:
-            facts["left_alone"] = left_alone
-        (partial_folder / CARD_FILE).write_text(model_card(out.name, tensors, facts), encoding="utf-8")
-        facts["files"] = _sums(partial_folder)
-        write_manifest(partial_folder, tensors, facts)
-    report: dict[str, object] = {
-        **{key: value for key, value in facts.items() if key not in ("files", "run")},
-        "export_dir": str(out),
-        **tensor_counts(tensors),
-        **storage,
-        "stay_dense": stay_dense,
-    }
-    return cast(ExportReport, report)
+        (folder / CARD_FILE).write_text(model_card(out.name, tensors, facts), encoding="utf-8")
+        names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors")
+        sums = {name: file_sha256(folder / name) for name in names if name != CARD_FILE}  # users may edit the card
+        write_manifest(folder, tensors, {**facts, "files": sums})
+    facts.pop("run", None)
+    return {**facts, "export_dir": str(out), **tensor_counts(tensors), **storage, "stay_dense": stay_dense}
 
 
 def tensor_counts(tensors: Sequence[ExportedTensor]) -> dict[str, int]:
@@ -369,7 +339,7 @@ def _finish_config(folder: Path, tensors: Sequence[ExportedTensor], quantization
     path = folder / CONFIG_FILE
     table = json.loads(path.read_text(encoding="utf-8"))
     names = ("bfloat16", "float16", "float32")
-    widths = {name for tensor in tensors if (name := str(tensor.dtype).removeprefix("torch.")) in names}
+    widths = {name for tensor in tensors if (name := str(tensor.spec.dtype).removeprefix("torch.")) in names}
     table.pop("torch_dtype", None)  # the older name of "dtype"
     table["dtype"] = widths.pop() if len(widths) == 1 else "float32"
     for part in table.values():  # such as text_config
@@ -381,26 +351,10 @@ def _finish_config(folder: Path, tensors: Sequence[ExportedTensor], quantization
     return (table.get("architectures") or [""])[0]
 
 
-def _unquantised(linear: Sequence[str], tensors: Sequence[ExportedTensor]) -> list[str]:
+def _unquantised(model: nn.Module, tensors: Sequence[ExportedTensor]) -> list[str]:
     """Return the linear layers that are not quantised."""
-    quantised = {tensor.name.removesuffix(".weight") for tensor in tensors if tensor.grid}
-    return [name for name in linear if name not in quantised]
-
-
-def _counted(tensors: Sequence[ExportedTensor], files: Sequence[PlannedFile]) -> dict[str, object]:
-    """Return the measured sparsity and sizes."""
-    return {
-        "sparsity_measured": measured_sparsity(tensors),
-        "dense_bf16_bytes": 2 * sum(tensor.numel for tensor in tensors),
-        "weight_bytes": sum(slot.nbytes for file in files for slot in file.slots.values()),
-        "file_bytes": sum(file.nbytes for file in files),
-    }
-
-
-def _sizes(tensors: Sequence[ExportedTensor], files: Sequence[PlannedFile]) -> list[int]:
-    """Return the stored bytes of each tensor."""
-    nbytes = {name: slot.nbytes for file in files for name, slot in file.slots.items()}
-    return [sum(nbytes[part.name] for part in tensor.parts) for tensor in tensors]
+    quantised = {tensor.name.removesuffix(".weight") for tensor in tensors if tensor.values}
+    return [name for name in linear_layers(model) if name not in quantised]
 
 
 def storage_facts(tensors: Sequence[ExportedTensor], sizes: Sequence[int]) -> dict[str, float]:
@@ -408,29 +362,23 @@ def storage_facts(tensors: Sequence[ExportedTensor], sizes: Sequence[int]) -> di
 
     ``sizes``: stored bytes of each tensor.
     """
+
+    def bits_per_weight(stored: Sequence[tuple[ExportedTensor, int]]) -> float:
+        weights, nbytes = sum(tensor.numel for tensor, _ in stored), sum(size for _, size in stored)
+        return round(8 * nbytes / max(weights, 1), 4)
+
     stored = list(zip(tensors, sizes, strict=True))
     packed = [(tensor, size) for tensor, size in stored if tensor.packing != DENSE]
-    errors = [tensor.rounding_error for tensor in tensors if tensor.grid]
-    facts: dict[str, float] = {"bits_per_weight": _bits_per_weight(stored)}
+    errors = [tensor.rounding_error for tensor in tensors if tensor.values]
+    facts = {"bits_per_weight": bits_per_weight(stored)}
     if packed:
-        facts["packed_bits_per_weight"] = _bits_per_weight(packed)
+        facts["packed_bits_per_weight"] = bits_per_weight(packed)
     return facts | ({"rounded_tensors": len(errors), "largest_rounding_error": max(errors)} if errors else {})
 
 
-def _bits_per_weight(stored: Sequence[tuple[ExportedTensor, int]]) -> float:
-    weights, nbytes = sum(tensor.numel for tensor, _ in stored), sum(size for _, size in stored)
-    return round(8 * nbytes / max(weights, 1), 4)
-
-
 def measured_sparsity(tensors: Sequence[ExportedTensor]) -> float:
-    """Return the sparsity of the pruned tensors; without any, of the linear weights that have zeros."""
+    """Return the sparsity of the pruned tensors; without any, of the linear weights with pruned values."""
     pruned = [tensor for tensor in tensors if tensor.origin == "pruned"]
     sparse = pruned or [tensor for tensor in tensors if tensor.pattern != DENSE]
     zeros = sum(tensor.numel - tensor.nonzero for tensor in sparse)
     return zeros / sum(tensor.numel for tensor in sparse) if sparse else 0.0
-
-
-def _sums(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file except the weights, which have their own, and the card, which users may edit."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    return {n: file_sha256(folder / n) for n in names if n != CARD_FILE and not n.endswith(".safetensors")}

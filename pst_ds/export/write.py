@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.bits import INT_OF_SIZE
-from pst_ds.core.packings import DENSE
+from pst_ds.core.packings import DENSE, WHOLE_ROW
 from pst_ds.export.detect_pattern import detect_pattern, per_row
 from pst_ds.export.encoding import ExportError
 from pst_ds.export.manifest import ExportedTensor, StoredPart, count_nonzero
@@ -25,7 +25,7 @@ from pst_ds.export.plan import PlannedFile, Source, TensorJob, TensorValues
 from pst_ds.export.quantization import quantised_parts
 from pst_ds.export.tensor_spec import TensorSpec
 from pst_ds.formats import FormatError, PackedFormat, QuantizedFormat, row_bits
-from pst_ds.formats.safetensors_file import Slot, tensor_bytes, write_at
+from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, Slot, tensor_bytes, write_at
 from pst_ds.progress import Progress
 
 WriterArguments = tuple[Path, Sequence[PlannedFile], Source]
@@ -76,16 +76,17 @@ class Writer:
         return ExportedTensor(
             name=output.name,
             shape=output.shape,
-            dtype=output.dtype,
+            dtype=CODE_OF_DTYPE[output.dtype],
             origin=output.origin,
-            packing=output.packing,
-            grid=output.grid,
-            transposed=output.transposed,
             nonzero=nonzero,
             pattern=pattern,
             pruned_per_matrix=rest.pruned_per_matrix,
-            matrix_axis=int(output.transposed),
+            matrix_axis=1 if output.transposed else 0,
+            packing=output.packing,
+            transposed=output.transposed,
             parts=tuple(written),
+            values=output.grid.values if output.grid else "",
+            group=(output.grid.group or WHOLE_ROW) if output.grid else "",
             rounding_error=error,
         )
 

@@ -20,9 +20,10 @@ from pst_ds.data.tokens.identity import open_tokenizer
 from pst_ds.data.vocabulary import Vocabulary, trim
 from pst_ds.errors import InputError
 from pst_ds.export.from_folder import CONFIG_FILE, model_of
+from pst_ds.export.manifest import Facts
 from pst_ds.export.plan import SHARD_BYTES
 from pst_ds.export.prompt_file import SavedPrompt
-from pst_ds.export.to_folder import ExportOptions, ExportReport, export_checkpoint, export_folder
+from pst_ds.export.to_folder import ExportOptions, export_checkpoint, export_folder
 from pst_ds.export.trimmed_vocabulary import ids_of_model
 from pst_ds.file_names import RUN_FILE
 from pst_ds.nn.base_model import DTYPES
@@ -107,7 +108,7 @@ def export_run(
     settings: ExportSettings | None = None,
     *,
     checkpoint: str | Checkpoint = "best",
-) -> ExportReport:
+) -> Facts:
     """Export a checkpoint of a run, atomically.
 
     Args:
@@ -151,7 +152,7 @@ def export_run(
     return _with_token_count(report)
 
 
-def export_model_folder(source: str | Path, out: str | Path, settings: ExportSettings | None = None) -> ExportReport:
+def export_model_folder(source: str | Path, out: str | Path, settings: ExportSettings | None = None) -> Facts:
     """Export a model folder with pruned weights, or one of our packed folders, atomically; see :func:`export_run`."""
     settings, source = settings or ExportSettings(), Path(source)
     if settings.format == ONNX:
@@ -182,9 +183,7 @@ def is_model_folder(source: Path) -> bool:
     return True
 
 
-def _to_onnx(
-    export: Callable[[Path, ExportSettings], ExportReport], out: Path, settings: ExportSettings
-) -> ExportReport:
+def _to_onnx(export: Callable[[Path, ExportSettings], Facts], out: Path, settings: ExportSettings) -> Facts:
     """Export to a temporary folder with ``export``, and write its ONNX graph to ``out``."""
     from pst_ds.inference.onnx.folder import require_free, write_onnx
 
@@ -195,10 +194,10 @@ def _to_onnx(
         facts = export(packed, how)
         trained = 16 if plain or facts.get("values") not in VALUE_BITS else facts.get("activation_bits", 16)
         bits = settings.activation_bits or trained
-        return cast(ExportReport, write_onnx(packed, out, dict(facts), plain=plain, activation_bits=bits))
+        return write_onnx(packed, out, dict(facts), plain=plain, activation_bits=bits)
 
 
-def _with_token_count(report: ExportReport) -> ExportReport:
+def _with_token_count(report: Facts) -> Facts:
     """Replace the list of kept tokens by their number."""
     kept = report.pop("tokens_kept", None)
     if kept:

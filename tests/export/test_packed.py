@@ -276,7 +276,7 @@ def test_card_and_manifest_say_what_is_in_the_folder(models, exports, tmp_path):
     expected = models["bf16"].masked_weights()[weight.name]
     assert weight.nonzero == int(torch.count_nonzero(expected))
     assert weight.pruned_per_matrix == (math.floor(0.8 * expected.numel()),)
-    assert (weight.packing, weight.origin, weight.dtype) == ("bitmask", "pruned", torch.bfloat16)
+    assert (weight.packing, weight.origin, weight.spec.dtype) == ("bitmask", "pruned", torch.bfloat16)
     assert about["file_bytes"] == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert about["dense_bf16_bytes"] == 2 * sum(t.numel() for t in _stored(exports["bf16", "dense"]).values())
     card = (folder / "README.md").read_text()

@@ -131,7 +131,7 @@ def test_what_the_folder_says(models, exports, index, case):
     rounded = [entry for entry in entries if entry.values]
     assert all(0 < entry.rounding_error < (0.02 if entry.values == "int8" else 0.2) for entry in rounded)
     assert about["largest_rounding_error"] == max(entry.rounding_error for entry in rounded)
-    assert {entry.dtype for entry in entries} == {torch.bfloat16 if CASES[index][0] == "bf16" else torch.float32}
+    assert {entry.spec.dtype for entry in entries} == {torch.bfloat16 if CASES[index][0] == "bf16" else torch.float32}
     card = (folder / "README.md").read_text()
     assert f"They are quantised to {values.values}, with a bf16 scale per" in card
     assert "bits per weight" in card

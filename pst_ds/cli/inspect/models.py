@@ -13,13 +13,13 @@ from pst_ds.cli.inspect.layers import Mask, add_experts, matrix_shape, totals, t
 from pst_ds.cli.inspect.text import Facts, Inspection, Layer, sparsity_of
 from pst_ds.cli.plan_text import name_across_blocks
 from pst_ds.core.bits import INT_OF_SIZE, count_bits
-from pst_ds.core.packings import DENSE, WHOLE_ROW
+from pst_ds.core.packings import DENSE
 from pst_ds.data.tokens import manifest as token_manifest
 from pst_ds.errors import InputError
 from pst_ds.export.detect_pattern import detect_pattern, per_row
-from pst_ds.export.encoding import QUANT_METHOD, ExportError
+from pst_ds.export.encoding import QUANT_METHOD, ExportError, encoding_of
 from pst_ds.export.from_folder import CONFIG_FILE
-from pst_ds.export.manifest import ExportedTensor, count_nonzero, encoding_by, read_manifest, read_table
+from pst_ds.export.manifest import ExportedTensor, count_nonzero, read_manifest, read_table
 from pst_ds.export.to_folder import storage_facts
 from pst_ds.formats import row_bits
 from pst_ds.formats.base_weights import BaseWeights
@@ -41,14 +41,14 @@ def export_folder(path: Path) -> Inspection:
         files[name] = TensorFile(path / name)
     layers = [_exported(entry, files, path) for entry in entries]
     known = ("architecture", "step", "sparsity_requested", "sparsity_measured", "computed_in", "metrics", "base_model")
-    encoding = encoding_by(about)
+    encoding = encoding_of(about["kind"], about)
     facts = {
         "format": about["kind"],
         **encoding.facts(),
         **{key: about.get(key) for key in known},
         "base_fingerprint": about.get("base_fingerprint"),
         "method": (about.get("run") or {}).get("method"),
-        "dtypes": sorted({CODE_OF_DTYPE[entry.dtype] for entry in entries}),
+        "dtypes": sorted({entry.dtype for entry in entries}),
         "tensors": len(entries),
         "pruned_tensors": sum(entry.origin == "pruned" for entry in entries),
         "packed_tensors": sum(entry.packing != DENSE for entry in entries),
@@ -69,7 +69,7 @@ def _exported(entry: ExportedTensor, files: dict[str, TensorFile], path: Path) -
     layer: Layer = {
         "name": entry.name,
         "shape": list(entry.shape),
-        "dtype": CODE_OF_DTYPE[entry.dtype],
+        "dtype": entry.dtype,
         "pattern": entry.pattern,
         "weights": entry.numel,
         "zeros": entry.numel - entry.nonzero,
@@ -77,8 +77,8 @@ def _exported(entry: ExportedTensor, files: dict[str, TensorFile], path: Path) -
         "packing": entry.packing,
         "origin": entry.origin,
     }
-    if entry.grid:
-        layer |= {"values": entry.values, "group": entry.grid.group or WHOLE_ROW}
+    if entry.values:
+        layer |= {"values": entry.values, "group": entry.group}
         layer["rounding_error"] = entry.rounding_error
         layer["bits_per_weight"] = round(8 * nbytes / max(entry.numel, 1), 4)
     if entry.pruned_per_matrix and len(entry.shape) == 3:

@@ -15,8 +15,8 @@ from pst_ds.core.packings import COMPRESSED_TENSORS, FOR_COMPRESSED_TENSORS
 from pst_ds.core.quantization import Grid, round_to_grid
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import InputError
-from pst_ds.export.encoding import Encoding, ExportError
-from pst_ds.export.manifest import ExportedTensor, ExportFacts, encoding_by, read_manifest
+from pst_ds.export.encoding import Encoding, ExportError, encoding_of
+from pst_ds.export.manifest import ExportedTensor, Facts, read_manifest
 from pst_ds.export.quantization import grids
 from pst_ds.export.trimmed_vocabulary import take_rows
 from pst_ds.formats.base_weights import BaseWeights, names_in_files, saved_tensors
@@ -53,14 +53,14 @@ class MaskedRun:
     examples: ExampleSet
     model: nn.Module
     tensors: list[ExportedTensor]
-    facts: ExportFacts
+    facts: Facts
     encoding: Encoding
 
     @classmethod
     def of(cls, folder: Path, config: RunConfig, checkpoint: str, split: str, limit: int | None) -> MaskedRun:
         """Rebuild the model of ``checkpoint``, and load the examples. Raises InputError."""
         tensors, facts = read_manifest(folder)
-        encoding = encoding_by(facts)
+        encoding = encoding_of(facts["kind"], facts)
         if encoding.packing in FOR_COMPRESSED_TENSORS:
             raise InputError(
                 f"{folder} is for {COMPRESSED_TENSORS}, which computes in its own way. Compare a --format dense "
@@ -110,7 +110,7 @@ class MaskedRun:
         for name in tensors.keys() - set(model_names.values()):  # saved as several tensors, such as single experts
             model_names |= dict.fromkeys(saved_tensors(self.model, {name: tensors[name]}), name)
         model_names |= {name: name for name in tensors}
-        stored = {model_names[t.name]: t.dtype for t in self.tensors if t.name in model_names}
+        stored = {model_names[t.name]: t.spec.dtype for t in self.tensors if t.name in model_names}
         return {
             name: dtype
             for name, dtype in stored.items()
@@ -225,6 +225,6 @@ def _stored(param: nn.Parameter, name: str, base: BaseWeights) -> Tensor:
 
 def _quantised(weight: Tensor, grid: Grid, exported: ExportedTensor | None, in_fp32: bool) -> Tensor:
     """Return the quantised values of ``weight`` (O, I), in fp32 or its own dtype."""
-    before = weight if exported is None else weight.to(exported.dtype)
+    before = weight if exported is None else weight.to(exported.spec.dtype)
     found = round_to_grid(before.detach().float().cpu(), None, grid)
     return found.to(weight.device, torch.float32 if in_fp32 else weight.dtype)
