@@ -140,6 +140,7 @@ def _train(folder, resume):
     return train_prepared(prepared, resume=resume, quiet=True)["mask_checksum"]
 
 
+@pytest.mark.thorough
 @pytest.mark.zero3
 def test_a_run_resumes_from_it_on_another_number_of_ranks(run_ranks, tmp_path):
     whole = run_ranks(_train, 3, tmp_path, False)

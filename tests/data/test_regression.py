@@ -295,6 +295,7 @@ def _train(path, *overrides):
     train_prepared(prepare(load_run(path, overrides), launch_environment()), quiet=True)
 
 
+@pytest.mark.thorough
 @pytest.mark.zero3
 def test_losses_do_not_depend_on_the_world_size(run_ranks, tmp_path):
     path, losses = _run_file(tmp_path, "jsonl", "regression", ["one", "other"]), []

@@ -157,6 +157,7 @@ def _states(world_size: int):
     return [_state(*case, 3, world_size, batch_scales) for case in CASES]
 
 
+@pytest.mark.few(1)
 @pytest.mark.zero3
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_scales_are_the_same_on_any_number_of_ranks(run_ranks, world_size):

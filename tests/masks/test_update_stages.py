@@ -151,6 +151,7 @@ def _trained_course(kind, world_size):
     return norms, mask_stats(engine.module).checksum
 
 
+@pytest.mark.thorough
 @pytest.mark.zero3
 def test_training_goes_on_under_the_new_masks_as_at_stage_3(run_ranks):
     (norms, checksum), *_ = run_ranks(_trained_course, 2, "3", 2)

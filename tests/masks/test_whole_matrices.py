@@ -76,6 +76,7 @@ def test_a_matrix_prunes_its_smallest_scores():
             assert torch.equal(kept, expected)
 
 
+@pytest.mark.few(1)
 @pytest.mark.zero3
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_masks_are_the_same_bits_where_borders_cut_some_of_the_matrices(run_ranks, world_size):

@@ -194,6 +194,7 @@ def _save(folder, stage, marked):
     return sorted(n for n in frozen if n.endswith(("embedding.weight", "blocks.0.weight"))), mask_stats(again.module)
 
 
+@pytest.mark.few(1)
 @pytest.mark.zero3
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_deepspeed_s_checkpoints_leave_the_base_out_and_keep_the_masks(run_ranks, tmp_path, stage):

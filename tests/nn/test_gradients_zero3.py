@@ -157,6 +157,7 @@ def _relative(ours, reference):
     return float((ours.double() - reference).norm() / reference.norm())
 
 
+@pytest.mark.few(5)
 @pytest.mark.zero3
 @pytest.mark.parametrize(
     ("kind", "world_size", "accumulation", "checkpointing"),

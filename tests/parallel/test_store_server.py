@@ -93,6 +93,7 @@ def _meet(port):
     return decided, found, AGENT_STORE in os.environ
 
 
+@pytest.mark.thorough
 @pytest.mark.zero3
 def test_rank_0_has_no_more_connections_than_the_others(run_ranks, port):
     decided, sockets, told = zip(*run_ranks(_meet, 4, port), strict=True)

@@ -194,7 +194,7 @@ def _accelerate_loop(text, out, config, *more):
 
 @pytest.mark.zero3
 @pytest.mark.parametrize("stage", [None, 2, 3], ids=["ddp", "zero2", "zero3"])
-@pytest.mark.few(1)
+@pytest.mark.thorough
 def test_accelerate_s_loop_on_two_ranks_goes_on_to_the_same_bits(run_ranks, tmp_path, stage):
     text = " ".join(json.loads(line)["text"] for line in Path("tests/data/train.jsonl").read_text().splitlines())
     (tmp_path / "text.txt").write_text(text)
@@ -252,7 +252,7 @@ def _deepspeed_loop(classifier, out, config, *more, data="tests/data/train.jsonl
 
 @pytest.mark.zero3
 @pytest.mark.parametrize(("stage", "bf16"), [(3, True), (2, False), (0, True)])
-@pytest.mark.few(1)
+@pytest.mark.thorough
 def test_the_deepspeed_loop_goes_on_to_the_same_bits(run_ranks, classifier, tmp_path, stage, bf16):
     config = tmp_path / "zero.json"
     config.write_text(json.dumps({

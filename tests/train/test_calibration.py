@@ -182,6 +182,7 @@ def test_sums_are_the_same_bits_on_any_number_of_ranks_and_are_not_gathered(run_
         assert run_ranks(_sums_of_toy, ranks, range(count)) == [alone] * ranks
 
 
+@pytest.mark.few(1)
 @pytest.mark.zero3
 @pytest.mark.parametrize("method", ["pst", "masked-lora"])
 def test_two_ranks_count_the_same_norms(run_ranks, tmp_path, method):

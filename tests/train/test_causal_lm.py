@@ -140,7 +140,7 @@ def test_the_export_keeps_tokenizer_and_generation_settings(tmp_path):
 
 @pytest.mark.zero3
 @pytest.mark.parametrize(("family", "world_sizes"), [("llama", (2, 3)), ("gpt2", (2,))])
-@pytest.mark.few(1)
+@pytest.mark.thorough
 def test_losses_and_masks_do_not_depend_on_the_world_size(run_ranks, tmp_path, family, world_sizes):
     more = {"model.path": _base(family, tmp_path / "base"), "eval.interval": 2}
     _train(_settings(tmp_path / "1", **more, **{"deepspeed_config": ""}))
@@ -184,6 +184,7 @@ def _outcomes(path, batch_size, count, overrides):
     return found, prepared.task.metrics(found, sequences), sequences
 
 
+@pytest.mark.few(1)
 @pytest.mark.zero3
 @pytest.mark.parametrize(("ranks", "batch_size", "count"), [(1, 4, None), (2, 4, None), (3, 16, None), (3, 4, 2)])
 def test_evaluation_is_that_of_each_sequence_by_itself_at_any_world_size(run_ranks, ranks, batch_size, count):
@@ -292,6 +293,7 @@ def test_a_head_asked_for_is_trained_with_the_embedding_it_is_tied_to(run_ranks,
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == (family == "gpt2")
 
 
+@pytest.mark.thorough
 @pytest.mark.zero3
 def test_an_updated_embedding_learns_the_end_token_too(run_ranks, tmp_path):
     """No token is taken for padding: the end token has a row like any other, where documents run on behind it."""
@@ -307,6 +309,7 @@ def test_an_updated_embedding_learns_the_end_token_too(run_ranks, tmp_path):
     assert int(changed.sum()) > 20
 
 
+@pytest.mark.few(1)
 @pytest.mark.zero3
 @pytest.mark.parametrize("method", ["dense", "magnitude"])
 def test_baselines_train_every_weight_and_export(run_ranks, tmp_path, method, capsys):

@@ -24,6 +24,7 @@ def _predict(count, batch_size, overrides):
     return predict(engine, prepared, examples)
 
 
+@pytest.mark.few(1)
 @pytest.mark.zero3
 @pytest.mark.parametrize(
     ("world_size", "count", "batch_size"),

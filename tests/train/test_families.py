@@ -113,7 +113,7 @@ def _train_alone(settings):
         ("mixtral", True, []),
     ],
 )
-@pytest.mark.few(5)
+@pytest.mark.few(2)
 def test_family_from_base_to_reloaded_export(run_ranks, tmp_path, family, checkpointing, updated, capsys):
     _write_base(family, tmp_path / "base")
     settings = _settings(tmp_path, **{"model.gradient_checkpointing": checkpointing, "pst.update_embeddings": updated,
@@ -213,6 +213,7 @@ def test_experts_that_are_trained_are_written_as_the_files_hold_them(tmp_path):
     assert not torch.equal(exported[f"model.{name}"], base[name])
 
 
+@pytest.mark.thorough
 @pytest.mark.zero3
 def test_recomputing_activations_in_the_reentrant_way_trains_the_same(run_ranks, tmp_path):
     _write_base("llama", tmp_path / "base")
@@ -240,7 +241,7 @@ def test_gpt2_c_attn_is_three_matrices(tmp_path):
 
 @pytest.mark.zero3
 @pytest.mark.parametrize("method", ["dense", "magnitude"])
-@pytest.mark.few(1)
+@pytest.mark.thorough
 def test_baselines_train_every_weight_and_export(run_ranks, tmp_path, method, capsys):
     _write_base("bert", tmp_path / "base")
     settings = _settings(tmp_path, method=method, **{"train.precision": "fp32"})

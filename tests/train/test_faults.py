@@ -205,6 +205,7 @@ def test_a_rank_that_hangs_is_named_with_its_stack(ranks, exit_code, tmp_path):
     assert read_checkpoint((tmp_path / "run/checkpoints/latest").resolve()).state.step == 6
 
 
+@pytest.mark.thorough
 @pytest.mark.zero3
 def test_a_rank_whose_process_is_stopped_is_named(ranks, exit_code, wait_for, tmp_path):
     first, second = ranks(tmp_path, "train.stall_timeout_seconds=4", "train.num_steps=100000")
@@ -216,6 +217,7 @@ def test_a_rank_whose_process_is_stopped_is_named(ranks, exit_code, wait_for, tm
     assert step_folders(tmp_path / "run/checkpoints")
 
 
+@pytest.mark.few(1)
 @pytest.mark.zero3
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(ranks, exit_code, wait_for, tmp_path, number):

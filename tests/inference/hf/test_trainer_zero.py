@@ -101,7 +101,7 @@ def _names_in_files(folder):
 @pytest.mark.parametrize(
     ("stage", "gather", "precision"), [(3, False, "bf16"), (3, True, "fp32"), (2, False, "bf16"), (0, False, "fp32")]
 )
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_checkpoints_are_small_and_resume_to_the_same_bits(run_ranks, tmp_path, stage, gather, precision):
     from transformers import AutoModelForSequenceClassification
 
@@ -141,7 +141,7 @@ def _train_to_the_best(folder, out, stage):
 
 
 @pytest.mark.parametrize("stage", [3, 2])
-@pytest.mark.few(1)
+@pytest.mark.thorough
 def test_the_best_model_is_one_of_the_final_sparsity(run_ranks, tmp_path, stage):
     from transformers import AutoModelForSequenceClassification
 

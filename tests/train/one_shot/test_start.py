@@ -192,6 +192,7 @@ def _stopped_after(blocks, folder, *more):
     return "", seen
 
 
+@pytest.mark.thorough
 @pytest.mark.zero3
 def test_a_signal_ends_a_start_on_all_ranks_and_leaves_nothing(run_ranks, tmp_path):
     settings = (*START, f"deepspeed_config={_zero3(tmp_path)}")
