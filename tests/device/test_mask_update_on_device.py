@@ -49,6 +49,7 @@ def test_the_masks_are_those_of_the_cpu(pattern, dtype):
     assert found == expected
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_the_host_waits_as_often_for_many_layers_as_for_few(pattern):
     waits = []

@@ -42,6 +42,7 @@ def _trained(model, place, steps=4):
     return found, [to_host(p.detach()).clone() for p in params]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("pattern", ["matrix", "2:4"])
 def test_a_run_is_that_of_the_cpu(pattern):
     expected, values = _trained(_model(pattern=pattern), lambda tensor: tensor)

@@ -99,6 +99,7 @@ def _trained(world_size, kind):
     return steps, masters, _shards(engine.module)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("kind", "world_size"), [("3", 2), ("3 persistent", 2), ("3 offload", 2), ("3 hpZ", 4), ("2", 2)]
 )
@@ -136,6 +137,7 @@ def _two_updates(engine):
     return found
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("kind", "dtype"), [("3", torch.float32), ("3", torch.bfloat16), ("3 offload", torch.bfloat16)], ids=str
 )
@@ -166,6 +168,7 @@ def _figures_of_rank(world_size, kind):
     return _all_figures(_engine(_with_ranks_and_grid(world_size), kind).module)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["3", "3 offload"])
 def test_ranks_scales_and_figures_are_those_of_one_process_on_the_cpu(run_on_device, kind):
     model = _with_ranks_and_grid(1)
@@ -187,6 +190,7 @@ def _waits(kind, pattern):
     return found
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("kind", "pattern", "most"), [("3", "matrix", 7), ("3", "row", 2), ("3", "4x4", 8), ("3 offload", "matrix", 0)]
 )
@@ -221,6 +225,7 @@ def _final(folder):
     return masks, checkpoint.state.device_type
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("train", "config", "settings"),
     [(_train, "zero3_offload.json", WITH_MUCH), (_stop_and_go_on, "zero3.json", ())],
