@@ -33,7 +33,7 @@ from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import rank, world_size
-from pst_ds.parallel.store_group import StoreGroup
+from pst_ds.parallel.store import StoreGroup
 
 
 @dataclass(frozen=True, slots=True)

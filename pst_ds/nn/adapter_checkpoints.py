@@ -11,7 +11,7 @@ from pst_ds.core.bits import relayout, shard_bytes
 from pst_ds.nn.inject import adapter_parameters, pst_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import zero3
-from pst_ds.parallel.deepspeed_checkpoint import keep_frozen, leave_out_frozen
+from pst_ds.parallel.engine import keep_frozen, omit_frozen
 
 MASK_BITS, MASK_SHARD = "pst_mask_bits", "pst_mask_shard"
 """Names of a mask in a state dict, where ``pst_mask`` itself is left out: the whole mask in the canonical one-shard
@@ -39,7 +39,7 @@ def adapter_checkpoints(model: nn.Module) -> None:
         model.register_load_state_dict_pre_hook(_load_masks),
         model.register_load_state_dict_post_hook(_forgive),
     ))  # fmt: skip
-    leave_out_frozen(model)
+    omit_frozen(model)
 
 
 def whole_checkpoints(model: nn.Module) -> None:

@@ -25,7 +25,7 @@ from pst_ds.nn.base_codes import BaseCodes
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.model_structure import stack_names
 from pst_ds.parallel import zero3
-from pst_ds.parallel.backward_pass import in_backward_pass
+from pst_ds.parallel.zero3 import in_backward_pass
 
 IMPLEMENTATION = "pst"
 """Name under which transformers knows :func:`experts_forward`."""

@@ -28,7 +28,7 @@ from pst_ds.core.quantization import (
 from pst_ds.core.updates.gates import gate_gradients
 from pst_ds.nn.base_codes import BASE_CODES, BASE_SCALES, BaseCodes, own_weights
 from pst_ds.parallel import zero3
-from pst_ds.parallel.backward_pass import in_backward_pass
+from pst_ds.parallel.zero3 import in_backward_pass
 
 FACTOR_NAMES = ("A", "B", "R", "C", "U", "V", "G")
 """The small factors; per-weight scores, S, are not one of them."""

@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON: read it, refuse what PST cannot work with, and fill in what the run file owns."""
+"""DeepSpeed's JSON: read it, reject settings that PST cannot work with, and fill in those of the run file."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pst_ds.json_text import JSON, JsonObject
 
 MIN_DEEPSPEED = "0.19.8"
 REDUCE_BUCKET = 500_000_000
-"""Elements of ``reduce_bucket_size`` that DeepSpeed takes where the JSON says nothing."""
+"""DeepSpeed's default of ``reduce_bucket_size``, in elements."""
 
 
 class DeepSpeedConfigError(InputError):
-    """A DeepSpeed setting that PST refuses, or that contradicts the run file."""
+    """A DeepSpeed setting that PST rejects, or that contradicts the run file."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunNumbers:
-    """The settings that belong to the run file; the JSON says "auto" for them, or the same."""
+    """Settings that belong to the run file; the JSON has "auto" or the same value."""
 
     train_batch_size: int
     train_micro_batch_size_per_gpu: int
@@ -31,8 +31,8 @@ class RunNumbers:
     bf16: bool
     num_trainable: int
     leaf_class: str = ""
-    """Module class that ZeRO-3 takes for a leaf where the JSON names none; "" leaves that to DeepSpeed, which gathers
-    all experts of a block, router included, at once."""
+    """Module class that ZeRO-3 treats as a leaf where the JSON names none; "" for DeepSpeed's choice, which gathers all
+    experts of a block, router included, at once."""
 
 
 def _is_on(value: JSON) -> bool:
@@ -43,85 +43,69 @@ def _is_nvme(value: JSON) -> bool:
     return str(value).lower() == "nvme"
 
 
+def _is_set(value: JSON) -> bool:
+    return value not in (None, "auto")
+
+
+def _is_above_1(value: JSON) -> bool:
+    return _is_on(value) and value != 1
+
+
+def _is_positive(value: JSON) -> bool:
+    return isinstance(value, int) and value > 0
+
+
 @dataclass(frozen=True, slots=True)
 class _Refusal:
     key: str
-    why: str
+    reason: str
     fix: str = "remove it"
     is_refused: Callable[[JSON], bool] = _is_on
 
 
+_ZERO = "zero_optimization"
+_LEARNING_RATES = "train.score_learning_rate, train.update_learning_rate and train.head_learning_rate"
 _REFUSALS = (
+    _Refusal(f"{_ZERO}.zero_quantized_weights", "it would quantise mask bits and frozen weights, which are ranked"),
+    _Refusal(f"{_ZERO}.zero_quantized_nontrainable_weights", "it would quantise the mask bits"),
+    _Refusal(f"{_ZERO}.offload_param.device", "its swap buffers hold a single dtype", 'use "cpu"', _is_nvme),
+    _Refusal(f"{_ZERO}.offload_optimizer.device", "checkpoints need Adam's moments in memory", 'use "cpu"', _is_nvme),
+    _Refusal(f"{_ZERO}.zenflow", "it transposes the shards that masks follow"),
+    _Refusal(f"{_ZERO}.mics_shard_size", "DeepSpeed removed MiCS", is_refused=_is_positive),
     _Refusal(
-        "zero_optimization.zero_quantized_weights",
-        "it would quantise the mask bits and the frozen weights that are ranked",
+        "tensor_parallel.autotp_size", "it replaces the layers that PST prunes", "remove tensor_parallel", _is_above_1
     ),
-    _Refusal("zero_optimization.zero_quantized_nontrainable_weights", "it would quantise the mask bits"),
-    _Refusal(
-        "zero_optimization.offload_param.device",
-        "its swap buffers hold one dtype, and masks are uint8 and weights are floats",
-        'use "cpu"',
-        _is_nvme,
-    ),
-    _Refusal(
-        "zero_optimization.offload_optimizer.device",
-        "checkpoints read its moments in memory, and those of the small matrices fit there",
-        'use "cpu"',
-        _is_nvme,
-    ),
-    _Refusal("zero_optimization.zenflow", "it transposes the shards that masks follow"),
-    _Refusal(
-        "tensor_parallel.autotp_size",
-        "it replaces the linear layers that PST replaces",
-        "remove tensor_parallel",
-        lambda size: _is_on(size) and size != 1,
-    ),
-    _Refusal(
-        "expert_parallel.enabled",
-        "AutoEP replaces the experts whose linear layers PST replaces",
-        "remove expert_parallel",
-    ),
-    _Refusal("compile.deepcompile", "it rewrites the gathering that the backward pass relies on"),
+    _Refusal("expert_parallel.enabled", "AutoEP replaces the experts that PST prunes", "remove expert_parallel"),
+    _Refusal("compile.deepcompile", "it rewrites the gathers that the backward pass relies on"),
     _Refusal(
         "optimizer",
-        "the run file owns the optimizer: AdamW with a learning rate for each group of factors (Muon, for one, would "
-        "orthogonalise them)",
-        "remove it and set train.score_learning_rate, train.update_learning_rate and train.head_learning_rate",
-        lambda value: value not in (None, "auto"),
+        "the run file owns the optimizer: AdamW with a learning rate for each group of factors",
+        f"remove it and set {_LEARNING_RATES}",
+        _is_set,
     ),
     _Refusal(
         "scheduler",
         "the run file owns the learning-rate schedule",
         "remove it and set train.learning_rate_warmup_fraction",
-        lambda value: value not in (None, "auto"),
+        _is_set,
     ),
     _Refusal("compression_training", "DeepSpeed removed it", "remove it; PST does the pruning"),
     _Refusal("elasticity", "DeepSpeed removed it"),
-    _Refusal(
-        "zero_optimization.mics_shard_size",
-        "DeepSpeed removed MiCS",
-        is_refused=lambda size: isinstance(size, int) and size > 0,
-    ),
 )
-
-_SECTIONS = (
-    "zero_optimization", "zero_optimization.offload_param", "zero_optimization.offload_optimizer", "bf16", "fp16",
-    "tensor_parallel", "expert_parallel", "compile",
-)  # fmt: skip
+_KEYS = [*(refusal.key for refusal in _REFUSALS), "bf16.enabled", "fp16.enabled"]
+_SECTIONS = sorted({key.rpartition(".")[0] for key in _KEYS if "." in key})
 
 
 def load_deepspeed_config(path: str | Path) -> JsonObject:
-    """The JSON object in ``path``, checked by :func:`validate_deepspeed_config`."""
+    """Read the JSON object in ``path``, checked by :func:`validate_deepspeed_config`."""
     setting = f"deepspeed_config = {str(path)!r}"
+    if not Path(path).is_file():
+        raise DeepSpeedConfigError(
+            f"{setting} is not a file (looked in {Path(path).absolute()}). Name a JSON file, such as "
+            "ds_configs/zero3.json"
+        )
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DeepSpeedConfigError(
-            f"{setting} does not exist (looked in {Path(path).absolute()}); name a JSON file, "
-            "such as ds_configs/zero3.json"
-        ) from None
-    except IsADirectoryError:
-        raise DeepSpeedConfigError(f"{setting} is a folder; name the JSON file in it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DeepSpeedConfigError(f"{setting} is not JSON: {error}") from None
     if not isinstance(config, dict):
@@ -143,7 +127,7 @@ def validate_deepspeed_config(config: JsonObject, *, source: str = "the DeepSpee
         if refusal.is_refused(value):
             shown = json.dumps(value) if not isinstance(value, dict) else "{…}"
             raise DeepSpeedConfigError(
-                f"{source}: {refusal.key} = {shown} cannot be used with PST: {refusal.why}. Fix: {refusal.fix}"
+                f"{source}: {refusal.key} = {shown} cannot be used with PST: {refusal.reason}. Fix: {refusal.fix}"
             )
     if _look_up(config, "fp16.enabled") is True and not _has_accelerator():
         raise DeepSpeedConfigError(f"{source}: fp16.enabled = true, but the CPU has no fp16 training. Fix: use bf16")
@@ -170,12 +154,12 @@ def require_deepspeed() -> None:
 
 
 def zero_stage(config: JsonObject | None) -> int:
-    """The ZeRO stage of a valid config; 0 for no config."""
+    """Return the ZeRO stage of a valid config; 0 for no config."""
     return _int_or(_look_up(config or {}, "zero_optimization.stage"), 0)
 
 
 def resolve_deepspeed_config(config: JsonObject, numbers: RunNumbers, *, source: str, run_file: str) -> JsonObject:
-    """A copy of ``config`` with every "auto" or absent setting of the run file filled in.
+    """Return a copy of ``config`` with every "auto" or absent setting of the run file filled in.
 
     Raises DeepSpeedConfigError naming both files where they disagree.
     """
@@ -207,24 +191,24 @@ def resolve_deepspeed_config(config: JsonObject, numbers: RunNumbers, *, source:
         del zero[key]  # DeepSpeed's default
     if numbers.leaf_class and zero_stage(resolved) == 3:
         zero.setdefault("leaf_module", {"classes": [numbers.leaf_class]})
-    _refuse_uneven_hpz(resolved, numbers, source)
+    _refuse_uneven_hpz(zero, numbers, source)
     for key in ("optimizer", "scheduler"):
         resolved.pop(key, None)
     resolved.setdefault("steps_per_print", 1 << 40)
-    if _look_up(resolved, "zero_optimization.offload_optimizer"):
+    if zero.get("offload_optimizer"):
         resolved["zero_force_ds_cpu_optimizer"] = False
     return resolved
 
 
 def auto_reduce_bucket(num_trainable: int) -> int:
-    """Elements of the "auto" bucket, which ZeRO-3 allocates whole: as many as are trainable, at most
-    :data:`REDUCE_BUCKET`. DeepSpeed reduces a gradient that does not fit by itself."""
+    """Return the elements of the "auto" bucket, which ZeRO-3 allocates at once: as many as are trainable, at most
+    :data:`REDUCE_BUCKET`. DeepSpeed reduces a larger gradient by itself."""
     return min(max(num_trainable, 1 << 16), REDUCE_BUCKET)
 
 
-def _refuse_uneven_hpz(config: JsonObject, numbers: RunNumbers, source: str) -> None:
-    """DeepSpeed answers groups of unequal size with a bare assertion, and after the model is loaded."""
-    size = _int_or(_look_up(config, "zero_optimization.zero_hpz_partition_size"), 1) or 1
+def _refuse_uneven_hpz(zero: JsonObject, numbers: RunNumbers, source: str) -> None:
+    """Raise DeepSpeedConfigError for hpZ groups of unequal size; DeepSpeed has a bare assertion after loading."""
+    size = _int_or(zero.get("zero_hpz_partition_size"), 1) or 1
     ranks = numbers.train_batch_size // (numbers.train_micro_batch_size_per_gpu * numbers.gradient_accumulation_steps)
     if ranks % min(size, ranks):
         raise DeepSpeedConfigError(

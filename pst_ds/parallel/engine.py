@@ -1,11 +1,13 @@
-"""The engine that the training loop drives: DeepSpeed's, or a small one for a single process without it."""
+"""The engine that the training loop drives: DeepSpeed's, or a small one for a single process without DeepSpeed."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
+from functools import wraps
 from typing import Any, Protocol, cast
 
 import torch
@@ -13,16 +15,21 @@ from torch import Tensor, nn
 
 from pst_ds.errors import InputError
 from pst_ds.json_text import JsonObject
+from pst_ds.parallel import zero3
 from pst_ds.parallel.master_adamw import MasterAdamW
+from pst_ds.third_party import Code, patch, require
+
+_OMITS_FROZEN = "pst_leaves_out_frozen"
+_UNTIMED = "pst_untimed"
 
 
 class Engine(Protocol):
-    """The parts of an engine that the training loop uses; DeepSpeed's ``DeepSpeedEngine`` has them all."""
+    """Interface of an engine for the training loop; ``deepspeed.DeepSpeedEngine`` implements it."""
 
     module: nn.Module
     optimizer: Any  # DeepSpeed's wrappers share no base class
     global_steps: int
-    """Optimizer steps tried, including those that were skipped."""
+    """Optimizer steps, including skipped ones."""
     skipped_steps: int
 
     def __call__(self, *args: object, **kwargs: object) -> Any: ...
@@ -38,7 +45,7 @@ class Engine(Protocol):
 
 
 class LocalEngine:
-    """One process, AdamW on fp32 masters, accumulation and clipping; skips a step whose gradient is not finite."""
+    """Engine of one process: AdamW on fp32 masters, accumulation, clipping; skips steps with infinite gradients."""
 
     def __init__(
         self,
@@ -55,8 +62,8 @@ class LocalEngine:
         self._grad_norm: float | None = None
         params = [param for group in param_groups for param in group["params"]]
         on_cpu = all(param.device.type == "cpu" for param in params)
-        self.optimizer = MasterAdamW(list(param_groups), fused=on_cpu)  # on a CPU four times as fast
-        self.optimizer.masters()  # there from the first mask update on
+        self.optimizer = MasterAdamW(list(param_groups), fused=on_cpu)  # fused is four times as fast on a CPU
+        self.optimizer.masters()  # the first mask update needs them
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
         return self.module(*args, **kwargs)
@@ -103,7 +110,7 @@ def build_engine(
 ) -> Engine:
     """Return DeepSpeed's engine for a resolved ``ds_config``, or a LocalEngine without one. Collective.
 
-    Raises InputError when the trainable parameters mix dtypes, which DeepSpeed answers with a bare assertion.
+    Raises InputError when the trainable parameters mix dtypes, for which DeepSpeed has a bare assertion.
     """
     dtypes = {p.dtype for group in param_groups for p in group["params"]}
     if len(dtypes) > 1:
@@ -127,15 +134,14 @@ def build_engine(
 
 
 def import_muon_without_its_compiler() -> None:
-    """Import DeepSpeed's Muon, as its check of any optimizer does, without wrapping its functions in ``torch.compile``.
+    """Import DeepSpeed's Muon, which it checks for, without wrapping its functions in ``torch.compile``.
 
-    Nothing here uses Muon, and torch's compiler costs every rank seconds at the start, and where Triton is a pool of
-    worker processes.
+    Nothing here uses Muon, and torch's compiler costs every rank seconds, and with Triton a pool of worker processes.
     """
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torch.compile then returns the function itself
     try:
-        with suppress(ImportError):  # DeepSpeed does without it too
+        with suppress(ImportError):
             import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
     finally:
         del os.environ["TORCHDYNAMO_DISABLE"]
@@ -144,20 +150,23 @@ def import_muon_without_its_compiler() -> None:
 
 
 def note_masters(optimizer: object) -> None:
-    """Let :func:`pst_ds.parallel.zero3.fp32_masters` find those of DeepSpeed's ``optimizer`` at stage 0 in 16 bits: it
-    tells no parameter of its own."""
+    """Set ``fp32_master`` of each parameter of DeepSpeed's 16-bit ``optimizer`` at stage 0, which does not set it."""
     groups = zip(getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=False)
     for params, masters in groups:
         for param, master in zip(params, masters, strict=True):
             param.fp32_master = master
 
 
+def inner_optimizer(engine: Engine) -> torch.optim.Optimizer:
+    """Return torch's optimizer inside DeepSpeed's."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
 def optimizer_bytes(engine: Engine) -> int:
-    """Bytes of optimizer state on this rank: Adam's two moments, and the fp32 masters where they are kept apart."""
-    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    """Return the bytes of optimizer state on this rank: Adam's two moments, and fp32 masters of 16-bit parameters."""
     model_storage = {p.untyped_storage().data_ptr() for p in engine.module.parameters() if p.numel()}
     total = 0
-    for master, state in inner.state.items():
+    for master, state in inner_optimizer(engine).state.items():
         total += sum(t.nbytes for key, t in state.items() if key != "step" and torch.is_tensor(t))
         if master.untyped_storage().data_ptr() not in model_storage:
             total += master.nbytes
@@ -165,10 +174,7 @@ def optimizer_bytes(engine: Engine) -> int:
 
 
 def release(engine: Engine) -> None:
-    """Free the weights and the optimizer state of an engine that is no longer used.
-
-    DeepSpeed holds on to every ZeRO-3 model of a process; what it then holds is empty.
-    """
+    """Free the weights and the optimizer state of an engine; DeepSpeed keeps every ZeRO-3 model of a process alive."""
     if isinstance(engine, LocalEngine):
         return
     params = list(engine.module.parameters())
@@ -178,7 +184,63 @@ def release(engine: Engine) -> None:
         for tensor in (param, getattr(param, "ds_tensor", None)):
             if tensor is not None:
                 tensor.data = tensor.new_empty(0)
-    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    inner = inner_optimizer(engine)
     inner.state.clear()
     inner.param_groups.clear()
     vars(engine.optimizer).clear()
+
+
+def time_waits(engine: Engine, timing: Callable[[], AbstractContextManager[None]]) -> None:
+    """Make ``engine`` enter ``timing()`` whenever it waits for other ranks, instead of an earlier call's.
+
+    On a GPU that is the time for which its stream waits. It excludes gradients that DeepSpeed reduces within a backward
+    pass, but ranks that gather weights there are never far apart. Raises ThirdPartyError.
+    """
+    if isinstance(engine, LocalEngine):
+        return
+
+    def timed(action: Code) -> Code:
+        untimed: Code = getattr(action, _UNTIMED, action)
+
+        @wraps(untimed)
+        def within(*args: object, **kwargs: object) -> object:
+            with timing():
+                return untimed(*args, **kwargs)
+
+        setattr(within, _UNTIMED, untimed)
+        return within
+
+    patch(engine, "allreduce_gradients", timed)
+    if any(map(zero3.is_partitioned, engine.module.parameters())):
+        offload = require(engine.optimizer, "parameter_offload")
+        patch(require(offload, "param_coordinator"), "fetch_sub_module", timed)
+
+
+def omit_frozen(model: nn.Module) -> None:
+    """Omit frozen parameters from ``save_checkpoint`` of every DeepSpeed engine of ``model``, unless told otherwise.
+
+    HF Trainer only does so for PEFT's models, and a callback cannot access the engine. Does nothing if DeepSpeed is not
+    imported yet. Raises ThirdPartyError.
+    """
+    setattr(model, _OMITS_FROZEN, True)
+    if "deepspeed" not in sys.modules:
+        return
+    from deepspeed import DeepSpeedEngine
+
+    def without_frozen(save_checkpoint: Code) -> Code:
+        @wraps(save_checkpoint)
+        def saves(self: Engine, *args: object, **kwargs: object) -> object:
+            if hasattr(self.module, _OMITS_FROZEN):
+                kwargs.setdefault("exclude_frozen_parameters", True)
+            return save_checkpoint(self, *args, **kwargs)
+
+        setattr(saves, _OMITS_FROZEN, True)
+        return saves
+
+    if not hasattr(DeepSpeedEngine.save_checkpoint, _OMITS_FROZEN):
+        patch(DeepSpeedEngine, "save_checkpoint", without_frozen)
+
+
+def keep_frozen(model: nn.Module) -> None:
+    """Undo :func:`omit_frozen`."""
+    vars(model).pop(_OMITS_FROZEN, None)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from pst_ds.core.bits import shard_numel, shard_range
+from pst_ds.core.coded_weight import CodedRun
 from pst_ds.parallel import zero3
 
 Range = tuple[int, int]
 Widen = Callable[[int, int], Range]
 """Maps a rank's shard [start, stop) to the flat range it needs, which contains the shard; monotonic."""
+Piece = tuple[int, int, int, int]
+"""(the other rank, index of the parameter, first and last flat index + 1)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,33 +28,19 @@ class Halo:
     after: Tensor
 
 
-class Flat(Protocol):
-    """A flat tensor, or an object that returns one for a slice."""
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def device(self) -> torch.device: ...
-    def element_size(self) -> int: ...
-    def __getitem__(self, part: slice, /) -> Tensor: ...
-
-
 def fetch_halos(
-    params: Sequence[nn.Parameter],
-    widen: Sequence[Widen],
-    shards: Sequence[Flat] | None = None,
-    sizes: Sequence[int] | None = None,
+    params: Sequence[nn.Parameter], widen: Sequence[Widen], shards: Sequence[Tensor | CodedRun], sizes: Sequence[int]
 ) -> list[Halo]:
-    """Fetch the values outside this rank's shard of ``params[i]`` in the range ``widen[i]`` of that shard.
+    """Fetch the values outside this rank's shard that it needs, with one all-to-all for all parameters. Collective.
 
-    ``shards[i]``: flat values to send instead of the shard of ``params[i]``, such as its fp32 masters; ``sizes[i]``:
-    their number over all ranks, if it differs from that of ``params[i]``.
+    Every rank works out from the sizes which rank sends what to which. Free if nothing is partitioned.
 
-    Collective over the ranks that ZeRO-3 splits them over: one all-to-all for all of them; free when nothing is split.
-    Every rank works out from the sizes alone who sends what to whom.
+    Args:
+        params: parameters that are partitioned like the values.
+        widen: maps each shard to the range that its rank needs.
+        shards: this rank's flat values.
+        sizes: number of values over all ranks.
     """
-    shards = shards if shards is not None else [zero3.shard_of(p).values for p in params]
-    sizes = sizes if sizes is not None else [zero3.full_numel(p) for p in params]
     if not params or zero3.num_shards(params[0]) == 1:
         return [Halo(values[:0], values[:0]) for values in shards]
     splits = [_Split(size, zero3.num_shards(p), zero3.shard_index(p)) for p, size in zip(params, sizes, strict=True)]
@@ -63,10 +51,6 @@ def fetch_halos(
     for (sender, i, _, _), values in zip(incoming, received, strict=True):  # by rank, so by rising flat index
         (before if sender < splits[i].own else after)[i].append(values)
     return [Halo(torch.cat(b), torch.cat(a)) for b, a in zip(before, after, strict=True)]
-
-
-Piece = tuple[int, int, int, int]
-"""(the other rank, which parameter, first and last flat index + 1)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,37 +64,33 @@ class _Split:
     def range_of(self, rank: int) -> Range:
         return shard_range(self.numel, self.shards, rank)
 
-    def ranks_of(self, wanted: Range) -> range:
-        """Return the ranks whose shards overlap the flat range ``wanted``."""
-        share = shard_numel(self.numel, self.shards)
-        return range(wanted[0] // share, -(-wanted[1] // share) if wanted[1] > wanted[0] else wanted[0] // share)
-
 
 def _incoming(i: int, split: _Split, widen: Widen) -> Iterator[Piece]:
     start, stop = split.range_of(split.own)
-    wide = widen(start, stop)
-    assert wide[0] <= start <= stop <= wide[1], f"{wide} does not hold [{start}, {stop})"
-    for other in split.ranks_of(wide):
+    first, last = widen(start, stop)
+    assert first <= start <= stop <= last, f"[{first}, {last}) does not hold [{start}, {stop})"
+    share = shard_numel(split.numel, split.shards)
+    for other in range(first // share, -(-last // share) if last > first else first // share):
         theirs = split.range_of(other)
         if other != split.own:
-            yield other, i, max(theirs[0], wide[0]), min(theirs[1], wide[1])
+            yield other, i, max(theirs[0], first), min(theirs[1], last)
 
 
 def _outgoing(i: int, split: _Split, widen: Widen) -> Iterator[Piece]:
     start, stop = split.range_of(split.own)
     for others in (range(split.own - 1, -1, -1), range(split.own + 1, split.shards)):
         for other in others:
-            wide = widen(*split.range_of(other))
-            a, b = max(start, wide[0]), min(stop, wide[1])
+            first, last = widen(*split.range_of(other))
+            a, b = max(start, first), min(stop, last)
             if a >= b:
-                break  # ranks further off need none of it either
+                break  # ranks further away need none of it either
             yield other, i, a, b
 
 
 def _exchange(
     param: nn.Parameter,
     splits: Sequence[_Split],
-    shards: Sequence[Flat],
+    shards: Sequence[Tensor | CodedRun],
     incoming: list[Piece],
     outgoing: list[Piece],
 ) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Who started this process, and the process group it belongs to."""
+"""Read the launcher's environment, and join and leave the process group."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from pst_ds.errors import InputError
-from pst_ds.parallel.store_server import AGENT_STORE, StoreServer
+from pst_ds.parallel.store import AGENT_STORE, StoreServer
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchEnvironment:
-    """Ranks as the launcher gave them."""
+    """Ranks that the launcher assigned."""
 
     rank: int
     world_size: int
@@ -23,9 +23,9 @@ class LaunchEnvironment:
 
 
 def launch_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironment:
-    """Ranks from RANK, WORLD_SIZE and LOCAL_RANK (deepspeed, torchrun); one process when none is set.
+    """Read RANK, WORLD_SIZE and LOCAL_RANK (deepspeed, torchrun); one process when none is set.
 
-    Raises InputError when only some are set, one is not a number, or they cannot be.
+    Raises InputError when only some are set, one is not a number, or they contradict each other.
     """
     environ = os.environ if environ is None else environ
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -69,19 +69,19 @@ def use_cpu_without_accelerator() -> None:
 
 
 FEW_RANKS = 16
-"""Up to so many, gloo connects every rank with every other at once: then one that dies is noticed at once too."""
+"""Ranks up to which gloo connects all pairs at the start, so that the death of one is noticed at once."""
 
 joined = False
-"""True if this process has joined a process group through :func:`init_distributed`."""
+"""Whether this process has joined a process group through :func:`init_distributed`."""
 _store_server: StoreServer | None = None
-"""On rank 0 of many."""
+"""The store on rank 0 of many ranks."""
 
 
 def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0) -> None:
     """Join the process group of all ranks: gloo on CPU, the accelerator's backend elsewhere. Collective.
 
-    With one process no launcher, address or port is needed; with more, their lack is an InputError. A collective that
-    lasts for ``timeout_seconds`` is an error; 0 leaves that to the backend.
+    ``timeout_seconds``: after which a collective fails; 0 for the backend's default. Raises InputError if several ranks
+    have no address or port to meet at; a single process needs none.
     """
     import torch.distributed as dist
 
@@ -100,8 +100,8 @@ def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0)
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() == "cpu":
-        # Compiled at the first call though nothing in training uses it, which takes minutes; naming it incompatible
-        # before DeepSpeed asks skips that, and the probing of every other op.
+        # compiling this op takes minutes although training never uses it; calling it incompatible skips that, and the
+        # probing of every other op
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     else:
         index = _device_index(launch, get_accelerator().device_count())
@@ -118,17 +118,15 @@ def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0)
 
 
 def _prepare_connections(world_size: int) -> None:
-    """Let gloo connect ranks when they first send each other something, as most never do, if there are many; and let
-    the store at which all meet have two connections to each: 1,024 open files are the usual limit."""
     if world_size > FEW_RANKS:
-        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # connects a pair of ranks at its first message
     least, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if least != most:
+    if least != most:  # the store has two connections to each rank, and 1,024 open files are the usual limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _start_store_server() -> None:
-    """Have the store at which the ranks meet in a process beside this one, rank 0, unless the launcher has it."""
+    """Start the process that holds the ranks' store, unless the launcher holds it."""
     import torch.distributed as dist
 
     global _store_server
@@ -138,8 +136,8 @@ def _start_store_server() -> None:
 
 
 def _device_index(launch: LaunchEnvironment, num_devices: int) -> int:
-    """Return which of the accelerators that this rank sees is its own: that of its local rank, or the only one that
-    Slurm lets its task see. Raises InputError for a rank without one."""
+    """Return the index of this rank's accelerator: its local rank, or 0 if Slurm shows its task a single one. Raises
+    InputError for a rank without one."""
     if launch.local_rank < num_devices:
         return launch.local_rank
     if num_devices == 1 and "SLURM_PROCID" in os.environ:
@@ -171,7 +169,7 @@ def shut_down() -> None:
 
 
 def device_of(launch: LaunchEnvironment) -> str:
-    """The device of this rank: "cpu", or the accelerator's with its number. Raises InputError."""
+    """Return the device of this rank, such as "cpu" or "cuda:0". Raises InputError."""
     import torch
 
     use_cpu_without_accelerator()

@@ -16,12 +16,11 @@ _MASTERS = "masters"
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW without weight decay. Its groups hold the model's parameters, its steps are taken on their fp32 masters.
+    """AdamW without weight decay, on fp32 masters of the parameters in its groups.
 
-    An fp32 parameter is its own master, so under DeepSpeed, which puts flat fp32 tensors into the groups, it is plain
-    AdamW. A master is made when it is first needed, and again when the parameter was given other values since, as by
-    ``load_state_dict`` of the model; :func:`pst_ds.parallel.zero3.fp32_masters` finds it. The masters are part of
-    :meth:`state_dict`.
+    An fp32 parameter is its own master, so this is plain AdamW under DeepSpeed, which puts flat fp32 tensors into the
+    groups. A master is created when it is first needed, and again after the parameter got other values, such as by the
+    model's ``load_state_dict``. :func:`pst_ds.parallel.zero3.fp32_masters` finds masters; :meth:`state_dict` has them.
     """
 
     _taken: list[nn.Parameter] | None = None
@@ -32,8 +31,7 @@ class MasterAdamW(torch.optim.AdamW):
         self._masters: dict[nn.Parameter, nn.Parameter] = {}
 
     def masters(self) -> list[nn.Parameter]:
-        """Return the master of each parameter, in the order of the groups. The host waits once, to see whether a
-        parameter was given other values."""
+        """Return the master of each parameter, in the order of the groups. The host waits once for a comparison."""
         params = self._params()
         apart = [param for param in params if param.dtype != torch.float32]
         for param, kept in zip(apart, zero3.kept_masters(apart), strict=True):
@@ -45,8 +43,10 @@ class MasterAdamW(torch.optim.AdamW):
         return [self._masters.get(param, param) if param.dtype != torch.float32 else param for param in params]
 
     def take_gradients(self) -> list[nn.Parameter]:
-        """Move the parameters' gradients to their masters, in fp32, and return the masters. Until the step, give the
-        parameters nothing but gradients."""
+        """Move the parameters' gradients to their masters, in fp32, and return the masters.
+
+        Until the step, the parameters may get gradients but no other values.
+        """
         if self._taken is None or any(param.grad is not None for param in self._masters):
             self._taken = self.masters()
         for param, master in zip(self._params(), self._taken, strict=True):
@@ -56,7 +56,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; a parameter apart from its master has no gradient afterwards."""
+        """Take one step; a parameter with a separate master has no gradient afterwards."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -76,7 +76,7 @@ class MasterAdamW(torch.optim.AdamW):
             master.grad = None
 
     def state_dict(self) -> StateDict:
-        """AdamW's, and the masters by the number of their parameter."""
+        """Return AdamW's state dict with "masters", by the number of their parameter."""
         masters = self.masters()
         with self._groups_of(masters):
             state = super().state_dict()
@@ -92,11 +92,11 @@ class MasterAdamW(torch.optim.AdamW):
             masters[number].detach().copy_(values)
 
     def __getstate__(self) -> dict[str, object]:
-        """For pickle and deepcopy. torch's own leaves out what it does not know of."""
+        """Add the masters for pickle and deepcopy, since torch drops attributes that it does not know."""
         return super().__getstate__() | {"_masters": self._masters}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """torch's ``load_state_dict`` calls it too, without the masters."""
+        """Restore a copy. torch's ``load_state_dict`` calls this too, without masters."""
         super().__setstate__(state)
         for param, master in self._masters.items():
             param.fp32_master = master  # type: ignore[attr-defined]
@@ -106,7 +106,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     @contextmanager
     def _groups_of(self, masters: list[nn.Parameter]) -> Iterator[None]:
-        """Inside, the groups hold the ``masters``, by which AdamW keeps its state."""
+        """Put the ``masters`` into the groups inside the context: AdamW keeps its state by them."""
         params, at = [group["params"] for group in self.param_groups], iter(masters)
         for group in self.param_groups:
             group["params"] = [next(at) for _ in group["params"]]

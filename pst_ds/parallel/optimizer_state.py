@@ -1,7 +1,9 @@
-"""The optimizer's fp32 masters and Adam moments as each engine keeps them, read and written where they lie. Every
-engine holds the values of a trainable parameter in flat fp32 tensors, its *owners*: ZeRO-3 in one a sub-group with this
-rank's shards, ZeRO-1 and 2 (and DeepSpeed's bf16 optimizer) in one a parameter group with an arbitrary run of it,
-others in one a parameter. Nothing here communicates."""
+"""Read and write the optimizer's fp32 masters and Adam moments in place, for every engine. No collectives.
+
+Every engine holds the values of a trainable parameter in flat fp32 tensors, its *owners*: ZeRO-3 in one per sub-group
+with this rank's shards, ZeRO-1 and 2 (and DeepSpeed's bf16 optimizer) in one per parameter group with an arbitrary
+range of it, others in one per parameter.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.parallel import zero3
-from pst_ds.parallel.engine import Engine
+from pst_ds.parallel.engine import Engine, inner_optimizer
 
 MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
 KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ)
@@ -21,7 +23,7 @@ KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ)
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """Flat values [start, stop) of a parameter, held here from index ``offset`` of ``owner`` on."""
+    """Flat values [start, stop) of a parameter, stored from index ``offset`` of ``owner``."""
 
     name: str
     start: int
@@ -30,28 +32,31 @@ class Fragment:
     offset: int
 
     def cut(self, start: int, stop: int) -> Fragment:
-        """The part of it within [start, stop), which may be empty."""
+        """Return the part within [start, stop), which may be empty."""
         start, stop = max(start, self.start), min(stop, self.stop)
         return Fragment(self.name, start, max(start, stop), self.owner, self.offset + start - self.start)
 
 
 def is_replicated(params: Iterable[nn.Parameter]) -> bool:
-    """Return whether every rank holds the optimizer state of all ``params`` whole."""
+    """Return whether every rank holds the full optimizer state of all ``params``."""
     return not any(zero3.is_partitioned(p) or hasattr(p, "_hp_mapping") for p in params)
 
 
 def is_cut_evenly(params: Iterable[nn.Parameter]) -> bool:
-    """Return whether rank r holds shard r of every parameter, as ZeRO-3 cuts it; ZeRO-1 and 2 cut elsewhere."""
+    """Return whether rank r holds shard r of every parameter as partitioned by ZeRO-3, not by ZeRO-1 or 2."""
     return not any(hasattr(p, "_hp_mapping") for p in params)
 
 
 def local_fragments(engine: Engine, named: Sequence[tuple[str, nn.Parameter]]) -> list[Fragment]:
-    """Return what this rank's optimizer holds of trainable parameters, in their order, without padding."""
-    inner = _inner(engine)
+    """Return the fragments of trainable parameters in this rank's optimizer, in their order, without padding."""
+    inner = inner_optimizer(engine)
     found = []
     for name, param in named:
         if zero3.is_partitioned(param):
-            found.append(_zero3_fragment(name, param))
+            optimizer, shard = param._z3_optimizer, zero3.shard_of(param)
+            group, offset, _ = optimizer.grad_position[optimizer.get_param_id(param)]
+            stop = shard.start + shard.values.numel()
+            found.append(Fragment(name, shard.start, stop, optimizer.fp32_partitioned_groups_flat[group], offset))
         elif hasattr(param, "_hp_mapping"):
             mapping = param._hp_mapping
             if mapping is not None:
@@ -64,8 +69,8 @@ def local_fragments(engine: Engine, named: Sequence[tuple[str, nn.Parameter]]) -
 
 
 def values(engine: Engine, fragments: Sequence[Fragment], kind: str) -> list[Tensor]:
-    """Return the values of each fragment, flat fp32: views of the engine's own, or zeros for a moment not made yet."""
-    state = _inner(engine).state
+    """Return the values of each fragment, flat fp32: views, or zeros for a moment that does not exist yet."""
+    state = inner_optimizer(engine).state
     views = []
     for fragment in fragments:
         flat = fragment.owner if kind == MASTER else state.get(fragment.owner, {}).get(kind)
@@ -75,17 +80,17 @@ def values(engine: Engine, fragments: Sequence[Fragment], kind: str) -> list[Ten
 
 
 def adam_steps(engine: Engine, fragments: Sequence[Fragment]) -> dict[str, int]:
-    """Steps that Adam has counted for each fragment's parameter: its bias correction depends on them."""
-    state = _inner(engine).state
+    """Return Adam's step count of each fragment's parameter, which its bias correction depends on."""
+    state = inner_optimizer(engine).state
     return {fragment.name: int(state.get(fragment.owner, {}).get("step", 0)) for fragment in fragments}
 
 
 def prepare_moments(engine: Engine, fragments: Sequence[Fragment], steps: dict[str, int]) -> None:
-    """Give the owners of ``fragments`` moments of zero and their count of steps, as after ``steps`` by parameter name.
+    """Set the moments of the owners of ``fragments`` to 0, and their step counts to ``steps``, by parameter name.
 
-    Parameters of one owner share a count, the largest. An owner with none is left to the optimizer.
+    Parameters of one owner share the largest count. An owner without steps is left to the optimizer.
     """
-    state = _inner(engine).state
+    state = inner_optimizer(engine).state
     counts: dict[Tensor, int] = {}  # tensors compare by identity as keys
     for fragment in fragments:
         counts[fragment.owner] = max(counts.get(fragment.owner, 0), steps.get(fragment.name, 0))
@@ -100,8 +105,8 @@ def prepare_moments(engine: Engine, fragments: Sequence[Fragment], steps: dict[s
 
 
 def forget_moments(engine: Engine, fragments: Sequence[Fragment]) -> None:
-    """Give the owners of ``fragments`` the state of an optimizer that has taken no step."""
-    state = _inner(engine).state
+    """Reset the owners of ``fragments`` to the optimizer state before the first step."""
+    state = inner_optimizer(engine).state
     for fragment in fragments:
         for kept in state.get(fragment.owner, {}).values():
             if torch.is_tensor(kept):
@@ -109,20 +114,7 @@ def forget_moments(engine: Engine, fragments: Sequence[Fragment]) -> None:
 
 
 def set_counters(engine: Engine, *, applied: int, skipped: int, accumulation: int) -> None:
-    """Let the engine count optimizer steps on from those of an earlier process."""
+    """Let the engine continue the step counts of an earlier process."""
     engine.global_steps, engine.skipped_steps = applied + skipped, skipped
     if hasattr(engine, "micro_steps"):
         engine.micro_steps = engine.global_steps * accumulation
-
-
-def _inner(engine: Engine) -> torch.optim.Optimizer:
-    """The torch optimizer inside DeepSpeed's."""
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
-
-
-def _zero3_fragment(name: str, param: nn.Parameter) -> Fragment:
-    optimizer = param._z3_optimizer
-    group, offset, _ = optimizer.grad_position[optimizer.get_param_id(param)]
-    shard = zero3.shard_of(param)
-    stop = shard.start + shard.values.numel()
-    return Fragment(name, shard.start, stop, optimizer.fp32_partitioned_groups_flat[group], offset)

@@ -41,7 +41,7 @@ def barrier() -> None:
 
 
 def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Return the ``value`` of every rank of ``group``, in order; by default of all ranks. Collective."""
+    """Return the ``value`` of every rank of ``group`` (None: all ranks), in order. Collective."""
     if not dist.is_initialized():
         return [value]
     gathered = [value] * world_size()
@@ -50,8 +50,7 @@ def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list
 
 
 def of_main(action: Callable[[], T]) -> T:
-    """Run ``action`` on rank 0 only, and return its result on every rank. Its InputError or OSError is raised on every
-    rank. Collective."""
+    """Run ``action`` on rank 0; return its result, or raise its InputError or OSError, on every rank. Collective."""
     outcome: list[object] = [None, None]
     if is_main():
         try:
@@ -66,40 +65,41 @@ def of_main(action: Callable[[], T]) -> T:
 
 
 def of_main_at_length(action: Callable[[], T]) -> T:
-    """Do the same as :func:`of_main` for work that takes longer than a collective may wait: the other ranks wait again
-    whenever it reports its :class:`~pst_ds.progress.Progress`. Collective."""
+    """Do the same as :func:`of_main` for work that takes longer than a collective may wait. Collective.
+
+    The other ranks wait again whenever the work reports its :class:`~pst_ds.progress.Progress`.
+    """
+
+    def continues(on_main: bool) -> bool:
+        outcome = [on_main]
+        if world_size() > 1:
+            dist.broadcast_object_list(outcome, 0)
+        return outcome[0]
+
     if not is_main():
-        while _goes_on(True):
+        while continues(True):
             pass
         return of_main(action)
     last = time.monotonic()
 
-    def still_there() -> None:
+    def report() -> None:
         nonlocal last
         if time.monotonic() - last >= _BEAT_SECONDS:
             last = time.monotonic()
-            _goes_on(True)
+            continues(True)
 
-    def heard() -> T:
+    def reported() -> T:
         try:
-            with heard_by(still_there):
+            with heard_by(report):
                 return action()
         finally:
-            _goes_on(False)
+            continues(False)
 
-    return of_main(heard)
-
-
-def _goes_on(said: bool) -> bool:
-    """Return the object of rank 0. Collective."""
-    outcome = [said]
-    if world_size() > 1:
-        dist.broadcast_object_list(outcome, 0)
-    return outcome[0]
+    return of_main(reported)
 
 
 def all_gather_numbers(value: Tensor) -> Tensor:
-    """Return the ``value`` of every rank, of equal shape, on its device: (world size, *shape). Collective."""
+    """Return the ``value`` of every rank, all of one shape, on its device: (world size, *shape). Collective."""
     if not dist.is_initialized():
         return value.unsqueeze(0)
     gathered = value.new_empty(world_size(), *value.shape)
@@ -108,7 +108,7 @@ def all_gather_numbers(value: Tensor) -> Tensor:
 
 
 def broadcast(value: Tensor, source: int) -> Tensor:
-    """Return the ``value`` of rank ``source``, of the same shape, dtype and device type everywhere. Collective."""
+    """Return the ``value`` of rank ``source``; all must have its shape, dtype and device type. Collective."""
     if not dist.is_initialized():
         return value
     received = value.clone() if rank() == source else torch.empty_like(value)
@@ -117,8 +117,10 @@ def broadcast(value: Tensor, source: int) -> Tensor:
 
 
 def raise_on_all_ranks(action: Callable[[], T]) -> T:
-    """Run ``action`` on every rank; if one raises InputError, all do, with the message of the lowest such rank, which
-    it names unless all ranks fail. Collective."""
+    """Run ``action`` on every rank; if one raises InputError, all do. Collective.
+
+    Unless all ranks fail, the message names the lowest rank that does, and its host.
+    """
     try:
         result, problem = action(), None
     except InputError as error:
@@ -138,7 +140,7 @@ def raise_on_all_ranks(action: Callable[[], T]) -> T:
 def _reduce(values: Tensor, param: nn.Parameter, op: dist.ReduceOp.RedOpType) -> Tensor:
     if zero3.num_shards(param) == 1:
         return values
-    from_host = values.device.type == "cpu"  # the device takes such a copy in its turn, and the host goes on
+    from_host = values.device.type == "cpu"  # the device queues such a copy, so the host need not wait
     on_device = values.to(zero3.shard_of(param).values.device, non_blocking=from_host)
     if dist.get_backend(zero3.process_group(param)) == "nccl":
         on_device = on_device.cuda(non_blocking=True)

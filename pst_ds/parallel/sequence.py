@@ -1,30 +1,29 @@
-"""Sequences that neighbouring ranks share, each with a stretch of every one: DeepSpeed's Ulysses.
+"""Sequence parallelism: neighbouring ranks share every sequence, each with a stretch of it (DeepSpeed's Ulysses).
 
-Everything but attention treats tokens one by one, so a rank computes it for its own stretch. For attention the ranks of
-a group trade: one gets a share of the heads for all tokens, and gives the result back (arXiv 2309.14509, 2506.13996).
-DeepSpeed's engine knows nothing of it: ZeRO splits and averages over all ranks, as ever.
+Only attention mixes tokens. For it, the ranks of a group exchange data: each computes some of the heads for all tokens
+and returns the result (arXiv 2309.14509, 2506.13996). DeepSpeed's engine is not involved: ZeRO partitions and averages
+over all ranks as usual.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from pst_ds.parallel.backward_pass import in_backward_pass
+from pst_ds.parallel.zero3 import in_backward_pass
 
 _CORE = "pst_ds_core"
-"""Where an attention that was replaced keeps the one it replaced."""
+"""Attribute of our attention function that holds the function it replaces."""
 
 
 class SequenceParallel:
     """A group of ``degree`` neighbouring ranks that train on the same sequences. Creating it is collective.
 
-    It takes the place of ``attention``, the name of an attention of transformers, for all models of this process, and
-    does as that does outside of :meth:`sharing` and of backward passes.
+    It replaces ``attention``, a name in the registry of transformers, for all models of this process. Outside of
+    :meth:`sharing` and of backward passes, it calls the original function.
     """
 
     def __init__(self, degree: int, attention: str):
@@ -34,30 +33,30 @@ class SequenceParallel:
         self._positions: Tensor | None = None
         self._mask: Tensor | None = None
         self._is_sharing = False
-        self._traders: dict[tuple[int, ...], Any] = {}
+        self._traders: dict[tuple[int, ...], Callable[..., object]] = {}
         groups = [list(range(first, first + degree)) for first in range(0, dist.get_world_size(), degree)]
         made = [(ranks, dist.new_group(ranks)) for ranks in groups]
         self._ranks, self._group = next(pair for pair in made if dist.get_rank() in pair[0])
         self._takes_masks = attention == "sdpa"
         core = ALL_ATTENTION_FUNCTIONS[attention]
-        self._core: Callable[..., Any] = getattr(core, _CORE, core)
+        self._core: Callable[..., object] = getattr(core, _CORE, core)
 
-        def attend(*args: Any, **kwargs: Any) -> Any:
-            return self._attend(*args, **kwargs)
+        def attend(*args: object, **kwargs: object) -> object:
+            return self._attend(*args, **kwargs)  # type: ignore[arg-type]
 
         setattr(attend, _CORE, self._core)
-        ALL_ATTENTION_FUNCTIONS[attention] = attend
+        ALL_ATTENTION_FUNCTIONS.register(attention, attend)
 
     def part(self, whole: Tensor) -> Tensor:
-        """Return this rank's stretch of ``whole``, (texts, length, ...), whose length the degree divides."""
+        """Return this rank's stretch of ``whole``, (sequences, length, ...); the degree must divide the length."""
         length = whole.shape[1] // self.degree
         return whole.narrow(1, self._ranks.index(dist.get_rank()) * length, length)
 
     @contextmanager
     def sharing(self, positions: Tensor) -> Iterator[None]:
-        """Let attention be over whole sequences while models are given parts of them, here and in the backward pass.
+        """Let models that get stretches attend to whole sequences in the context, and in its backward pass.
 
-        ``positions``: those of the whole sequences, (texts, length) int64, which begin anew with each document.
+        ``positions``: those of the whole sequences, (sequences, length) int64, which restart at 0 in each document.
         """
         self._positions, self._is_sharing = positions, True
         self._mask = _documents_apart(positions) if self._takes_masks else None
@@ -67,8 +66,15 @@ class SequenceParallel:
             self._is_sharing = False
 
     def _attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: object,
+        *args: object,
+        **kwargs: object,
+    ) -> object:
         if self._positions is None or not (self._is_sharing or in_backward_pass()):
             return self._core(module, query, key, value, mask, *args, **kwargs)
         kwargs["position_ids"] = self.part(self._positions)
@@ -76,19 +82,19 @@ class SequenceParallel:
         try:
             return self._trader(query, key)(module, query, key, value, self._mask, *args, **kwargs)
         finally:
-            if groups is not None:  # changed for ranks that outnumber the heads of keys
+            if groups is not None:  # DeepSpeed changes it if there are more ranks than key heads
                 module.num_key_value_groups = groups
 
-    def _trader(self, query: Tensor, key: Tensor) -> Any:
-        """Return DeepSpeed's module for tensors of these shapes (texts, heads, length, width of a head)."""
+    def _trader(self, query: Tensor, key: Tensor) -> Callable[..., object]:
+        """Return DeepSpeed's module for tensors of these shapes, (sequences, heads, length, width of a head)."""
         from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
         shape = (query.shape[0], query.shape[1], key.shape[1], query.shape[3])
         if shape not in self._traders:
-            texts, heads, kv_heads, width = shape
+            sequences, heads, kv_heads, width = shape
             self._traders[shape] = UlyssesSPAttentionHF(
                 attn=self._core,
-                batch_size=texts,
+                batch_size=sequences,
                 attn_head_count=heads,
                 attn_head_size=width,
                 kv_head_count=kv_heads,
@@ -100,7 +106,7 @@ class SequenceParallel:
 
 
 def _documents_apart(positions: Tensor) -> Tensor | None:
-    """Return which tokens each may see, (texts, 1, length, length) bool; None where that is all before it.
+    """Return the attention mask, (sequences, 1, length, length) bool; None for single documents.
 
     Attention without a mask is causal; a mask takes a byte for each pair of tokens.
     """

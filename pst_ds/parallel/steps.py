@@ -13,13 +13,13 @@ from pst_ds.parallel.engine import Engine, note_masters
 
 _num_steps = 0
 _LAST_STEPS: WeakKeyDictionary[Optimizer, tuple[int, Tensor | None]] = WeakKeyDictionary()
-"""For each optimizer: the number of its last step, and a flag by which a GradScaler lets a fused one skip it."""
+"""Number of each optimizer's last step, and the flag with which a GradScaler makes a fused one skip it."""
 
 _WRAPPERS = {
     "DistributedDataParallel": "module", "DataParallel": "module", "AveragedModel": "module",
     "DeepSpeedEngine": "module", "OptimizedModule": "_orig_mod",
 }  # fmt: skip
-"""Classes of torch and DeepSpeed, by name: nothing is imported for this."""
+"""Attribute of the wrapped model in classes of torch and DeepSpeed, by name, so that neither is imported for it."""
 
 
 def _note_step(optimizer: Optimizer, _args: object, _kwargs: object) -> None:
@@ -32,16 +32,19 @@ register_optimizer_step_post_hook(_note_step)
 
 
 def steps_noted() -> int:
-    """Return how many steps torch's optimizers have taken in this process, all together."""
+    """Return how many steps torch's optimizers have made in this process, all together."""
     return _num_steps
 
 
 def applied_steps(stepper: Engine | Optimizer, before: int, *, noted: int) -> int:
-    """Applied optimizer steps of ``stepper`` now; they were ``before`` when :func:`steps_noted` was ``noted``.
+    """Return the applied optimizer steps of ``stepper``, the same on every rank.
 
-    ``stepper`` is DeepSpeed's engine or a LocalEngine, which count; or an optimizer, of accelerate (which knows of
-    skipped steps and of gradient accumulation) or of torch (whose steps are noted; one at most since then). An
-    optimizer of another kind is taken to have made one step. The same on every rank.
+    Args:
+        stepper: an engine, which counts its steps; accelerate's optimizer, which knows of skipped steps and of gradient
+            accumulation; or torch's, of which at most one step is counted per call. An optimizer of another kind is
+            assumed to have made one.
+        before: applied steps at the previous call.
+        noted: :func:`steps_noted` at the previous call.
     """
     steps = getattr(stepper, "global_steps", None)
     if steps is not None:
@@ -56,7 +59,7 @@ def applied_steps(stepper: Engine | Optimizer, before: int, *, noted: int) -> in
 
 
 def torch_optimizer(stepper: Engine | Optimizer) -> Optimizer:
-    """Return the innermost optimizer of ``stepper``, whose groups are in force; note DeepSpeed's masters on the way."""
+    """Return the innermost optimizer of ``stepper``; note DeepSpeed's masters on the way."""
     inner: Any = stepper
     while hasattr(inner, "optimizer"):
         inner = inner.optimizer
@@ -65,16 +68,14 @@ def torch_optimizer(stepper: Engine | Optimizer) -> Optimizer:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DeepSpeed's engine, DistributedDataParallel and torch.compile; the names in it are its own.
+    """Return the model inside DeepSpeed's engine, DistributedDataParallel and torch.compile.
 
     Other wrappers are not recognised: a ``module`` inside any other model is a part of it.
     """
-    while "pst_config" not in vars(model) and (attribute := _wraps(model)):
+    while "pst_config" not in vars(model):
+        kinds = (kind for kind in type(model).__mro__ if kind.__module__.partition(".")[0] in ("torch", "deepspeed"))
+        attribute = next((_WRAPPERS[kind.__name__] for kind in kinds if kind.__name__ in _WRAPPERS), None)
+        if attribute is None:
+            break
         model = getattr(model, attribute)
     return model
-
-
-def _wraps(model: nn.Module) -> str:
-    """Return the attribute that holds the wrapped model; "" if ``model`` does not wrap one."""
-    kinds = (kind for kind in type(model).__mro__ if kind.__module__.partition(".")[0] in ("torch", "deepspeed"))
-    return next((_WRAPPERS[kind.__name__] for kind in kinds if kind.__name__ in _WRAPPERS), "")

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 ask a run to save and stop: the handlers note it, and the loop asks at the end of each step."""
+"""SIGTERM and SIGUSR1 ask a run to save and stop: handlers note them, and the loop checks at the end of each step."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import signal
 from types import FrameType
 
 EXIT_STOPPED = 75
-"""Exit code of a run that was stopped by a signal and saved: start it again with ``--resume``. EX_TEMPFAIL of BSD's
+"""Exit code of a run that saved and stopped after a signal; start it again with ``--resume``. EX_TEMPFAIL of BSD's
 sysexits.h, "the user is invited to retry"."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _asked_by = 0
 
 
@@ -18,8 +17,8 @@ class StoppedError(RuntimeError):
 
 
 def install() -> None:
-    """Record SIGTERM and SIGUSR1 from now on instead of ending the process. Call it in the main thread."""
-    for number in _SIGNALS:
+    """Note SIGTERM and SIGUSR1 from now on instead of ending the process. Call it in the main thread."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _note)
 
 

@@ -1,6 +1,9 @@
-"""Ends a process that no longer gets on, and says which rank, where it stands, and whom it waits for. A rank that hangs
-makes all others wait in a collective. Each has a thread that notices, puts the rank's stack into the run folder and on
-stderr, reads what the others put there, and ends the process; the first rank says who is at fault."""
+"""End a stalled run and say which rank is at fault. Importing this needs no torch.
+
+A rank that hangs makes all others wait in a collective. Each rank has a thread that notices this, writes the rank's
+stack into the run folder and to stderr, reads the reports of the others, and ends the process; the first rank says
+which rank to look at.
+"""
 
 from __future__ import annotations
 
@@ -16,27 +19,90 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
-from pst_ds.parallel.ranks import rank, world_size
-from pst_ds.parallel.stall_verdict import VERDICT_FILE, StallReport, verdict_of
-
+VERDICT_FILE = "verdict.json"
+"""Name of the verdict in the folder of the reports."""
 _GRACE_SECONDS = 5.0
 _BACKSTOP_SECONDS = 30.0
 _ARM_SECONDS = 1.0
-"""The backstop, which takes a thread each time, is put off no more often."""
+"""Shortest time between two deferrals of the backstop, each of which starts a thread."""
 _EXIT_CODE = 1
 _COLLECTIVE_FILES = (os.path.join("torch", "distributed", ""), os.path.join("deepspeed", "comm", ""))
 _DEEPSPEED_FILES = os.path.join("deepspeed", "")
 
 
+@dataclass(frozen=True, slots=True)
+class StallReport:
+    """State of a rank that has made no progress for too long."""
+
+    rank: int
+    host: str
+    pid: int
+    doing: str
+    beats: int
+    """Heartbeats so far; all ranks count the same events."""
+    waits: bool
+    """Whether it is inside a collective, which waits for other ranks."""
+    stack: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The ranks to look at, with their known hosts; empty if every rank waits for another."""
+
+    ranks: list[int]
+    hosts: list[str]
+    why: str
+
+    def write(self, folder: Path) -> None:
+        """Write the verdict into the folder of the reports."""
+        (folder / VERDICT_FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+
+    def message(self, timeout: float) -> str:
+        """Return the last line of the run's output."""
+        return (
+            f"pst-ds train: StalledError: no progress for {timeout:g} seconds (train.stall_timeout_seconds): "
+            f"{self.why}. Continue from the newest checkpoint with --resume"
+        )
+
+
+def verdict_of(reports: Sequence[StallReport], hosts: Sequence[str]) -> Verdict:
+    """Judge the ranks on ``hosts`` by the reports that arrived.
+
+    A rank without report is stopped or cut off. A rank with the fewest heartbeats that is not in a collective hangs.
+    """
+    silent = sorted(set(range(len(hosts))) - {report.rank for report in reports})
+    fewest = min(report.beats for report in reports)
+    hanging = [report for report in reports if not report.waits and report.beats == fewest]
+    if silent:
+        names = ", ".join(f"{number} ({hosts[number]})" if hosts[number] else f"{number}" for number in silent)
+        why = f"rank {names} gave no sign of life: its process is stopped, or its host is down or cut off"
+        return Verdict(silent, sorted({hosts[number] for number in silent} - {""}), why)
+    if hanging:
+        why = "; ".join(f"rank {r.rank} ({r.host}, pid {r.pid}) hangs in {r.doing}" for r in hanging)
+        why += ", and the others wait for it" if len(hosts) > len(hanging) else ""
+        return Verdict([r.rank for r in hanging], sorted({r.host for r in hanging}), why)
+    why = "every rank waits for another: the network between them is cut, or not all reached the same collective"
+    return Verdict([], [], why)
+
+
+def blamed_hosts(folder: Path) -> list[str]:
+    """Return the hosts that the verdict in ``folder`` names; none without a readable verdict."""
+    try:
+        found = json.loads((folder / VERDICT_FILE).read_text(encoding="utf-8"))["hosts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [host for host in found if isinstance(host, str)] if isinstance(found, list) else []
+
+
 class Watchdog:
-    """Watches the thread that makes it, until it is closed. ``hosts``: of every rank, where they are known."""
+    """Watch the calling thread until closed. ``hosts``: those of every rank, where they are known."""
 
     def __init__(self, folder: Path, timeout_seconds: float, hosts: Sequence[str] = ()):
+        from pst_ds.parallel.ranks import rank, world_size
+
         self._folder, self._timeout, self._hosts = folder, timeout_seconds, hosts
         self._rank, self._world = rank(), world_size()
         self._main = threading.get_ident()
@@ -46,10 +112,10 @@ class Watchdog:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def heartbeat(self, doing: str, worker: threading.Thread | None = None) -> None:
-        """Progress was made, and ``doing`` comes next, which a ``worker`` may do while the main thread waits for it."""
+        """Note progress, and that ``doing`` comes next, in this thread or in a ``worker`` that it waits for."""
         self._last, self._doing, self._beats = time.monotonic(), doing, self._beats + 1
         self._worker = worker
-        # for a main thread that never gives the interpreter to ours; this one is C and needs no interpreter
+        # a main thread that never releases the interpreter blocks our thread; this timer is C code and needs no GIL
         if sys.__stderr__ is not None and self._last - self._armed >= _ARM_SECONDS:
             self._armed = self._last
             after = self._timeout + _GRACE_SECONDS + _BACKSTOP_SECONDS
@@ -75,29 +141,26 @@ class Watchdog:
         who = f"rank {own.rank} ({own.host}, pid {own.pid})"
         where = f"{own.doing}, {'' if own.waits else 'not '}waiting for other ranks:\n{own.stack}"
         print(f"{who} made no progress for {self._timeout:g} seconds in {where}", file=sys.stderr, flush=True)
-        self._leave_collectives()
+        with contextlib.suppress(Exception):  # for torchfrtrace; nothing may keep the process alive
+            if data := recorded_collectives():
+                (self._folder / f"collectives_{self._rank}").write_bytes(data)
         others = _gather(self._folder, self._world, min(_GRACE_SECONDS, self._timeout))
         if self._rank == min([own.rank, *(report.rank for report in others)]):
             verdict = verdict_of(others, self._hosts or [""] * self._world)
             print(verdict.message(self._timeout), file=sys.stderr, flush=True)
             with contextlib.suppress(OSError):
                 verdict.write(self._folder)
-        else:
+        else:  # a rank that leaves first would cut off the one that is about to write the verdict
             _wait_for(self._folder / VERDICT_FILE, min(_GRACE_SECONDS, self._timeout))
         os._exit(_EXIT_CODE)
-
-    def _leave_collectives(self) -> None:
-        """Leave the flight recorder's trace of the last collectives, if it records them, where torchfrtrace looks."""
-        with contextlib.suppress(Exception):  # nothing may keep the process alive
-            if data := recorded_collectives():
-                (self._folder / f"collectives_{self._rank}").write_bytes(data)
 
 
 _current: Watchdog | None = None
 
 
 def recorded_collectives() -> bytes:
-    """Return what torch's flight recorder has of this rank's collectives, a pickle; nothing where it records none."""
+    """Return the pickle of torch's flight recorder with this rank's last collectives; b"" if it records none."""
+    import torch.distributed as dist
     from torch._C import _distributed_c10d
 
     dump = getattr(_distributed_c10d, "_dump_fr_trace", None)
@@ -107,8 +170,10 @@ def recorded_collectives() -> bytes:
 
 @contextlib.contextmanager
 def watching(folder: Path, timeout_seconds: float, hosts: Sequence[str] = ()) -> Iterator[None]:
-    """End the process with code 1 when :func:`heartbeat` was not called for so long inside; 0 watches nothing.
-    ``folder`` is where the ranks, each on its one of ``hosts``, leave their reports for each other."""
+    """End the process with code 1 after ``timeout_seconds`` without :func:`heartbeat` in the context; 0 is never.
+
+    The ranks, each on its one of ``hosts``, exchange their reports in ``folder``.
+    """
     global _current
     if timeout_seconds <= 0:
         yield
@@ -122,14 +187,13 @@ def watching(folder: Path, timeout_seconds: float, hosts: Sequence[str] = ()) ->
 
 
 def heartbeat(doing: str, worker: threading.Thread | None = None) -> None:
-    """Tell the watchdog of this process, if there is one, that progress was made, and what comes next; with the thread
-    that does it, if that is not the one that watched, whose stack then tells where it hangs."""
+    """Call :meth:`Watchdog.heartbeat` of the process's watchdog, if there is one."""
     if _current is not None:
         _current.heartbeat(doing, worker)
 
 
 def _waits(stack: traceback.StackSummary) -> bool:
-    """Return whether a stack is inside a collective, or in DeepSpeed's wait for one that was begun before."""
+    """Return whether a stack is inside a collective, or in DeepSpeed's wait for one that was started earlier."""
     handles = (entry for entry in stack[-3:] if entry.name == "wait" and _DEEPSPEED_FILES in entry.filename)
     return any(handles) or any(part in entry.filename for entry in stack for part in _COLLECTIVE_FILES)
 
@@ -142,14 +206,13 @@ def _write(folder: Path, report: StallReport) -> None:
 
 
 def _wait_for(path: Path, seconds: float) -> None:
-    """Until ``path`` exists. A rank that leaves before the verdict cuts off the one that is about to say it."""
     deadline = time.monotonic() + seconds
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
 def _gather(folder: Path, world: int, seconds: float) -> list[StallReport]:
-    """The reports of all ranks; of those alone that came within ``seconds``."""
+    """Return the reports of all ranks, or those that arrive within ``seconds``."""
     deadline = time.monotonic() + seconds
     while len(paths := sorted(folder.glob("rank-*.json"))) < world and time.monotonic() <= deadline:
         time.sleep(0.05)

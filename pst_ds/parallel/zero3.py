@@ -1,6 +1,8 @@
-"""The one seam to ZeRO-3: every ``ds_*`` attribute of a parameter is read and written here. DeepSpeed splits a
-parameter's flat storage into equal shards of ceil(numel / world) elements; the last may be padded with uninitialised
-memory, which nothing here ever hands out. Without ZeRO-3 a parameter is one shard, held by everyone."""
+"""The only access to ZeRO-3: every ``ds_*`` attribute of a parameter is read and written here.
+
+DeepSpeed partitions a parameter's flat storage into equal shards of ceil(numel / world) elements. The last may be
+padded with uninitialised memory, which no function here returns. Without ZeRO-3 every rank holds a single shard.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,17 @@ from pst_ds.errors import InputError
 from pst_ds.third_party import Code, patched
 
 _HOLDER = -1
-"""In the set of modules that use a parameter, by number, one that DeepSpeed does not know."""
+"""Our entry in DeepSpeed's set of the modules (by number) that use a parameter, equal to none of its modules."""
+
+
+def in_backward_pass() -> bool:
+    """Return whether this thread is inside autograd's backward pass, where a forward pass recomputes a block."""
+    return torch._C._current_graph_task_id() != -1  # torch has no public API for it
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """This rank's part of a parameter: its flat values from index ``start``, without padding."""
+    """This rank's part of a parameter: flat values from index ``start``, without padding."""
 
     values: Tensor
     start: int
@@ -33,12 +40,12 @@ def is_partitioned(param: nn.Parameter) -> bool:
 
 
 def refuse_dtensors(module: nn.Module, *, recurse: bool = True) -> None:
-    """Raise InputError if FSDP2 or tensor parallelism has split a parameter of ``module``.
+    """Raise InputError if FSDP2 or tensor parallelism has partitioned a parameter of ``module``.
 
-    Such a DTensor has the shape of the whole and the memory of a shard, so native code would read past its end.
+    A DTensor has the full shape and the memory of a shard, so native code would read past its end.
     """
     for name, param in module.named_parameters(recurse=recurse):
-        if hasattr(param, "placements"):  # a DTensor's, whose class takes two seconds to import
+        if hasattr(param, "placements"):  # importing the class DTensor takes two seconds
             raise InputError(
                 f"{name} is a DTensor: FSDP2 (fully_shard, fsdp_version) or tensor parallelism (tp_plan) has split it, "
                 "which PST layers do not support. Remove that, and split the model by DeepSpeed ZeRO: "
@@ -101,7 +108,7 @@ def let_go(params: Iterable[nn.Parameter]) -> None:
 def write_shard(param: nn.Parameter, values: Tensor) -> None:
     """Overwrite this rank's shard of a frozen ``param``. Every rank must do so before the next gather.
 
-    A gathered parameter (ZeRO-3 keeps small ones gathered) is released, since its full value is out of date.
+    A gathered parameter (ZeRO-3 keeps small ones gathered) is released, since its full value is outdated.
     """
     if not is_partitioned(param):
         param.detach().view(-1).copy_(values)
@@ -109,38 +116,34 @@ def write_shard(param: nn.Parameter, values: Tensor) -> None:
     shard_of(param).values.copy_(values)
     if not is_released(param):
         param.partition()
-    param.ds_secondary_tensor = None  # an hpZ copy, if any, is made again from the shard
+    param.ds_secondary_tensor = None  # an hpZ copy is made again from the shard
 
 
 def fill_where(param: nn.Parameter, where: Tensor, value: float) -> None:
-    """Fill a trained ``param``, and its fp32 master in the optimizer if there is one, with ``value`` where ``where``.
+    """Fill a trained ``param``, and its fp32 master if there is one, with ``value`` where ``where`` is true.
 
     ``where``: bool, of the full shape, the same on every rank. Every rank must do so before the next gather.
     """
-    flat = where.flatten()
+    flat, shard = where.flatten(), shard_of(param)
+    own = flat[shard.start : shard.start + shard.values.numel()]
+
+    def fill(master: Tensor, part: Tensor) -> None:
+        master.detach().view(-1).masked_fill_(part.to(master.device), value)
+
     if _has_zero3_master(param):
-        shard = shard_of(param)
-        own = flat[shard.start : shard.start + shard.values.numel()]
-        _fill(_zero3_master(param)[: own.numel()], own, value)
+        fill(_zero3_master(param)[: own.numel()], own)
     elif getattr(param, "_hp_mapping", None) is not None:  # ZeRO stages 1 and 2
         outside = param._hp_mapping.lp_fragment_address
-        own = flat[outside.start : outside.start + outside.numel]
-        _fill(param._hp_mapping.get_hp_fragment(), own, value)
+        fill(param._hp_mapping.get_hp_fragment(), flat[outside.start : outside.start + outside.numel])
     elif hasattr(param, "fp32_master"):
-        _fill(param.fp32_master, flat, value)
-    shard = shard_of(param)
-    own = flat[shard.start : shard.start + shard.values.numel()].to(shard.values.device)
-    write_shard(param, shard.values.masked_fill(own, value))
-
-
-def _fill(master: Tensor, where: Tensor, value: float) -> None:
-    master.detach().view(-1).masked_fill_(where.to(master.device), value)
+        fill(param.fp32_master, flat)
+    write_shard(param, shard.values.masked_fill(own.to(shard.values.device), value))
 
 
 def bytes_split_as(like: nn.Parameter, numel: int, own: Tensor) -> nn.Parameter:
-    """Return a frozen parameter of ``numel`` bytes, partitioned like ``like``; ``own`` are this rank's bytes.
+    """Return a frozen parameter of ``numel`` bytes, partitioned like ``like``. Collective under ZeRO-3.
 
-    ``own`` are all bytes if ``like`` is not partitioned. Collective under ZeRO-3; uses the full memory meanwhile.
+    ``own``: this rank's bytes, all if ``like`` is not partitioned. Needs memory for all bytes while it runs.
     """
     if not is_partitioned(like):
         return nn.Parameter(own, requires_grad=False)
@@ -158,10 +161,12 @@ def own_part(like: nn.Parameter, whole: Tensor) -> Tensor:
 
 def split_as(like: nn.Parameter, params: Iterable[nn.Parameter]) -> None:
     """Partition ``params``, with the values of rank 0, like ``like``, as ``deepspeed.initialize`` would later.
-    Collective under ZeRO-3; does nothing if ``like`` is not partitioned."""
-    whole = [param for param in params if not is_partitioned(param)]
-    if whole and is_partitioned(like):
-        like.convert_to_zero_parameters(param_list=whole)
+
+    Collective under ZeRO-3; does nothing if ``like`` is not partitioned.
+    """
+    full = [param for param in params if not is_partitioned(param)]
+    if full and is_partitioned(like):
+        like.convert_to_zero_parameters(param_list=full)
 
 
 def drop(param: nn.Parameter) -> None:
@@ -173,8 +178,10 @@ def drop(param: nn.Parameter) -> None:
 
 @contextmanager
 def unfilled(chosen: Callable[[nn.Module, str], bool]) -> Iterator[None]:
-    """Inside the context, free the memory of parameters of new modules that ``chosen(module, name)`` selects, once
-    ``zero.Init`` has partitioned them. Each needs :func:`make_shard` before it is gathered. Raises ThirdPartyError."""
+    """In the context, free the parameters of new modules that ``chosen(module, name)`` selects, once partitioned.
+
+    Each needs :func:`make_shard` before it is gathered. Raises ThirdPartyError.
+    """
     from deepspeed.runtime.zero.partition_parameters import Init
 
     def dropping(split: Code) -> Code:
@@ -219,7 +226,7 @@ def gathered(params: Iterable[nn.Parameter], *, writer_rank: int | None = None) 
 def master_shard(param: nn.Parameter) -> Shard:
     """Return this rank's shard of the fp32 master of a trained ``param``; the shard of a frozen one.
 
-    The shard is everything if ``param`` is not partitioned: then collective, as at ZeRO stages 1 and 2.
+    If ``param`` is not partitioned, return the full master; collective at ZeRO stages 1 and 2.
     """
     if not param.requires_grad:
         return shard_of(param)
@@ -230,10 +237,9 @@ def master_shard(param: nn.Parameter) -> Shard:
 
 
 def fp32_masters(params: Sequence[nn.Parameter], device: torch.device | None = None) -> list[Tensor]:
-    """Return the full fp32 masters of trainable ``params`` in their shapes, on ``device``, by default where they are.
+    """Return the full fp32 masters of trainable ``params`` in their shapes, on ``device`` (None: unchanged).
 
-    A parameter without a master is returned as an fp32 copy. Collective; under ZeRO-3 one all-gather for all shards,
-    and one copy to ``device``.
+    A parameter without a master is returned as an fp32 copy. Collective; under ZeRO-3 a single all-gather and copy.
     """
     if params and all(_has_zero3_master(p) for p in params):
         return _gather_zero3_masters(params, device)
@@ -246,7 +252,7 @@ def _has_zero3_master(param: nn.Parameter) -> bool:
 
 
 def _zero3_master(param: nn.Parameter) -> Tensor:
-    """Return this rank's shard of the master of ``param``, a flat view with padding; on the host if offloaded."""
+    """Return this rank's shard of the master of ``param``: a flat view with padding, in host memory if offloaded."""
     optimizer = param._z3_optimizer
     group, offset, count = optimizer.grad_position[optimizer.get_param_id(param)]
     return optimizer.fp32_partitioned_groups_flat[group].detach().narrow(0, offset, count)
@@ -266,9 +272,9 @@ def _gather_zero3_masters(params: Sequence[nn.Parameter], device: torch.device |
 
 
 def kept_masters(params: Sequence[nn.Parameter]) -> list[Tensor | None]:
-    """Return the fp32 masters that MasterAdamW, or DeepSpeed at stage 0, keeps of each full parameter.
+    """Return the full fp32 masters that MasterAdamW, or DeepSpeed at stage 0, keeps of ``params``.
 
-    None where there is no master, or the parameter was overwritten since; the host waits once for that comparison.
+    None for a parameter without master, or overwritten since. The host waits once for the comparison.
     """
     held = {i: param.fp32_master.detach() for i, param in enumerate(params) if hasattr(param, "fp32_master")}
     masters = {i: master for i, master in held.items() if master.shape == params[i].shape}

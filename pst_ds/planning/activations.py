@@ -25,7 +25,7 @@ from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.language_head import LanguageHead, UnknownHeadError, language_head
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.tables.coded import CodedEmbedding, CodedTable, coded_tables
-from pst_ds.parallel.backward_pass import in_backward_pass
+from pst_ds.parallel.zero3 import in_backward_pass
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 """Operators timed by their FLOPs, like the fused attention operators."""

@@ -305,5 +305,5 @@ def test_a_file_that_is_no_config_is_refused_by_name(tmp_path, content, message)
 
 
 def test_a_missing_file_says_where_it_looked(tmp_path):
-    with pytest.raises(DeepSpeedConfigError, match=r"deepspeed_config = '.*' does not exist \(looked in /"):
+    with pytest.raises(DeepSpeedConfigError, match=r"deepspeed_config = '.*' is not a file \(looked in /"):
         load_deepspeed_config(tmp_path / "nothere.json")

@@ -13,7 +13,7 @@ from pst_ds.errors import InputError
 from pst_ds.parallel import launch
 from pst_ds.parallel.launch import FEW_RANKS, LaunchEnvironment, device_of, launch_environment
 from pst_ds.parallel.ranks import all_gather_objects, barrier, of_main
-from pst_ds.parallel.store_group import StoreGroup
+from pst_ds.parallel.store import StoreGroup
 
 from ..sockets import open_sockets
 

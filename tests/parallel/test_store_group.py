@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from pst_ds.parallel.ranks import barrier, rank
-from pst_ds.parallel.store_group import StoreGroup
+from pst_ds.parallel.store import StoreGroup
 
 
 def test_one_process_decides_by_itself():

@@ -16,8 +16,7 @@ from pst_ds.errors import InputError
 from pst_ds.parallel import launch
 from pst_ds.parallel.launch import shut_down
 from pst_ds.parallel.ranks import barrier, rank, world_size
-from pst_ds.parallel.store_group import StoreGroup
-from pst_ds.parallel.store_server import AGENT_STORE, StoreServer
+from pst_ds.parallel.store import AGENT_STORE, StoreGroup, StoreServer
 
 from ..sockets import open_sockets
 
@@ -52,7 +51,7 @@ def test_a_port_that_somebody_has_is_refused(port):
 
 STARTS_AND_DIES = """
 import os, signal, sys
-from pst_ds.parallel.store_server import StoreServer
+from pst_ds.parallel.store import StoreServer
 server = StoreServer(int(sys.argv[1]))
 server.wait()
 print(server._process.pid, flush=True)

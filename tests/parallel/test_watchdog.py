@@ -9,8 +9,8 @@ import traceback
 
 import pytest
 
-from pst_ds.parallel import watchdog
-from pst_ds.parallel.stall_verdict import VERDICT_FILE, StallReport, blamed_hosts, verdict_of
+from pst_ds.parallel import ranks, watchdog
+from pst_ds.parallel.watchdog import VERDICT_FILE, StallReport, blamed_hosts, verdict_of
 
 
 def _report(rank, *, beats=9, waits=True, doing="batch 3"):
@@ -110,8 +110,8 @@ def test_a_process_without_others_has_no_collectives():
 
 def test_a_rank_stays_until_the_verdict_was_said(tmp_path, monkeypatch, capsys):
     """One that left before would cut off the rank that is about to say it."""
-    monkeypatch.setattr(watchdog, "rank", lambda: 1)
-    monkeypatch.setattr(watchdog, "world_size", lambda: 2)
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
     waited_for = []
     monkeypatch.setattr(watchdog, "_wait_for", lambda path, seconds: waited_for.append((path.name, seconds > 0)))
     watchdog._write(tmp_path, _report(0))

@@ -19,7 +19,7 @@ from pst_ds.errors import InputError
 from pst_ds.file_names import step_folders
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import rank, world_size
-from pst_ds.parallel.store_group import StoreGroup
+from pst_ds.parallel.store import StoreGroup
 from pst_ds.train import run as run_module
 from pst_ds.train.checkpointer import CheckpointWriteError
 from pst_ds.train.divergence import DivergedError

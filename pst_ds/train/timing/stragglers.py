@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pst_ds.parallel.engine import Engine
-from pst_ds.parallel.waits import time_waits
+from pst_ds.parallel.engine import Engine, time_waits
 from pst_ds.train.timing.step_clock import StepClock
 
 WINDOW, LEAST_SLOW = 10, 8
