@@ -69,15 +69,8 @@ def of_main_at_length(action: Callable[[], T]) -> T:
 
     The other ranks wait again whenever the work reports its :class:`~pst_ds.progress.Progress`.
     """
-
-    def continues(on_main: bool) -> bool:
-        outcome = [on_main]
-        if world_size() > 1:
-            dist.broadcast_object_list(outcome, 0)
-        return outcome[0]
-
     if not is_main():
-        while continues(True):
+        while _continues(True):
             pass
         return of_main(action)
     last = time.monotonic()
@@ -86,16 +79,23 @@ def of_main_at_length(action: Callable[[], T]) -> T:
         nonlocal last
         if time.monotonic() - last >= _BEAT_SECONDS:
             last = time.monotonic()
-            continues(True)
+            _continues(True)
 
     def reported() -> T:
         try:
             with heard_by(report):
                 return action()
         finally:
-            continues(False)
+            _continues(False)
 
     return of_main(reported)
+
+
+def _continues(on_main: bool) -> bool:
+    outcome = [on_main]
+    if world_size() > 1:
+        dist.broadcast_object_list(outcome, 0)
+    return outcome[0]
 
 
 def all_gather_numbers(value: Tensor) -> Tensor:

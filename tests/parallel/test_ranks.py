@@ -34,8 +34,8 @@ def test_rank_0_acts_and_all_have_what_it_found_or_its_error(run_ranks):
 
 
 def _at_length(beat_seconds):
-    ranks._BEAT_SECONDS, heard, goes_on = beat_seconds, [], ranks._goes_on
-    ranks._goes_on = lambda said: heard.append(goes_on(said)) or heard[-1]
+    ranks._BEAT_SECONDS, heard, goes_on = beat_seconds, [], ranks._continues
+    ranks._continues = lambda said: heard.append(goes_on(said)) or heard[-1]
 
     def work():
         with Progress("work", 3) as shown:
@@ -48,7 +48,7 @@ def _at_length(beat_seconds):
         with pytest.raises(CheckpointError, match="of rank 0"):
             of_main_at_length(lambda: _refuse(CheckpointError(f"of rank {rank()}")))
     finally:
-        ranks._goes_on = goes_on
+        ranks._continues = goes_on
     with Progress("other work", 1) as shown:
         shown.add(1)  # nobody listens any more
     return found, heard
@@ -56,7 +56,7 @@ def _at_length(beat_seconds):
 
 @pytest.mark.zero3
 @pytest.mark.parametrize(("seconds", "beats"), [(0.0, 3), (3600.0, 0)])
-def test_the_others_hear_of_long_work_as_it_goes_on(run_ranks, seconds, beats):
+def test_the_others_hear_of_long_work_as_it_continues(run_ranks, seconds, beats):
     expected = ("of rank 0", [*[True] * beats, False, False])
     assert run_ranks(_at_length, 2, seconds) == [expected, expected]
 
