@@ -22,23 +22,21 @@ INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def shard_numel(numel: int, num_shards: int) -> int:
-    """Return the number of weights per shard, ceil(numel / num_shards). The last shards may have fewer."""
+    """Return the weights per shard, ceil(numel / num_shards). The last shards may have fewer."""
     return -(-numel // num_shards)
 
 
 def shard_range(numel: int, num_shards: int, shard: int) -> tuple[int, int]:
-    """Return the flat range [first, last) of a shard's weights. It may be shorter or empty in the last shards."""
+    """Return the flat range [first, last) of a shard's weights; shorter or empty in the last shards."""
     share = shard_numel(numel, num_shards)
     return min(shard * share, numel), min((shard + 1) * share, numel)
 
 
 def shard_bytes(numel: int, num_shards: int) -> int:
-    """Return the bytes per shard of a mask."""
     return -(-shard_numel(numel, num_shards) // 8)
 
 
 def _unpack_bytes(data: Tensor) -> Tensor:
-    """Unpack uint8 (n,) to uint8 (8n,) of 0 and 1."""
     if data.device.type == "cpu":  # numpy unpacks ten times as fast as torch shifts
         return torch.from_numpy(np.unpackbits(data.numpy(), bitorder="little"))
     shifts = torch.arange(8, dtype=torch.uint8, device=data.device)
@@ -91,8 +89,7 @@ def unpack_range(bits: Tensor, numel: int, num_shards: int, start: int, stop: in
 
 
 def bits_of_range(bits: Tensor, numel: int, num_shards: int, start: int, stop: int) -> Tensor:
-    """Return the bits of flat weights [start, stop), from bit 0 on; a view where ``start`` is aligned to a byte of a
-    shard.
+    """Return the bits of flat weights [start, stop), from bit 0 on; a view where ``start`` is at a byte of a shard.
 
     The last byte of a view may contain bits of the weights that follow.
     """
@@ -109,8 +106,8 @@ def expand_mask_(
 ) -> Tensor:
     """Write the mask of a rectangle as integers for a bitwise AND: all ones to keep a weight, 0 to prune it.
 
-    ``out``: (rows, cols), int16, int32 or int64. ``shape``: shape of the stored weight. Needs at most 2 *
-    max(out.numel(), shape[1]) bytes in addition to ``out``.
+    ``out``: (rows, cols), int16, int32 or int64. ``shape``: of the stored weight. Needs at most 2 * max(out.numel(),
+    shape[1]) bytes in addition to ``out``.
     """
     row_length, numel = shape[1], shape[0] * shape[1]
     if row_length % 8 == 0 and cols.start % 8 == 0 and shard_numel(numel, num_shards) % 8 == 0:
@@ -129,7 +126,7 @@ def expand_mask_(
 def set_bits_(bits: Tensor, index: Tensor, chosen: Tensor) -> None:
     """Set the bits at positions ``index`` (n,) of ``bits`` in place where ``chosen`` (n,) bool is true.
 
-    The bits must be unset and the chosen positions distinct. The native loop requires an int32 index; int64 uses torch.
+    The bits must be unset and the chosen positions distinct. Native code needs an int32 index.
     """
     native = library() if bits.device.type == "cpu" and index.dtype == torch.int32 else None
     if native is not None:
@@ -142,7 +139,7 @@ def set_bits_(bits: Tensor, index: Tensor, chosen: Tensor) -> None:
 
 
 def count_bits(before: Tensor, after: Tensor) -> Tensor:
-    """Return (2,) int64 for two byte tensors of equal size: the bits that differ, and the bits set in ``after``."""
+    """Return (2,) int64 for two byte tensors of equal size: bits that differ, and bits set in ``after``."""
     counts = torch.zeros(2, dtype=torch.int64, device=after.device)
     native = library() if before.device.type == after.device.type == "cpu" else None
     if native is not None:
@@ -154,11 +151,7 @@ def count_bits(before: Tensor, after: Tensor) -> Tensor:
 
 
 def add_bit_sums(out: Tensor, before: Tensor, after: Tensor, count: int, start: int, seed: int) -> None:
-    """Add (bits that differ, bits set, :func:`checksum` modulo 2**64) of one shard to ``out``, (3,) int64.
-
-    ``before`` and ``after``: byte tensors of equal size. Other arguments as in :func:`checksum`, for
-    ``after``.
-    """
+    """Add (bits that differ, bits set, :func:`checksum` of ``after``) of one shard to ``out``, (3,) int64."""
     out[:2].add_(count_bits(before, after))
     out[2].add_(checksum(after, count, start, seed))
 
@@ -195,7 +188,7 @@ def all_ones(numel: int, num_shards: int) -> Tensor:
 def apply_mask_(weight: Tensor, mask: Tensor) -> Tensor:
     """Set the pruned entries of ``weight`` to +0.0 in place. ``mask``: uint8 0/1 of the same shape.
 
-    Uses a bitwise AND: one pass, and correct for NaN, infinity and -0.0, where multiplying would leave NaN or -0.0.
+    A bitwise AND is correct for NaN, infinity and -0.0, where multiplying would leave NaN or -0.0.
     """
     as_int = weight.view(INT_OF_SIZE[weight.element_size()])
     as_int.bitwise_and_(mask.view(torch.int8).neg().to(as_int.dtype))
@@ -218,7 +211,6 @@ def apply_range_(weight: Tensor, bits: Tensor, numel: int, num_shards: int, star
 
 
 def _cut_at_shards(start: int, stop: int, per_shard: int) -> Iterator[tuple[int, int]]:
-    """Split [start, stop) at shard boundaries."""
     while start < stop:
         last = min(stop, (start // per_shard + 1) * per_shard)
         yield start, last
@@ -228,9 +220,9 @@ def _cut_at_shards(start: int, stop: int, per_shard: int) -> Iterator[tuple[int,
 def checksum(shard: Tensor, count: int, start: int, seed: int) -> Tensor:
     """Return a checksum of the mask of flat weights [start, start + count), given as the bits of one shard.
 
-    Checksums add over shards: the sum modulo 2**64 over all shards of a weight depends on the mask and ``seed`` only,
-    not on where the weight was split. It is the sum of bit_i * 2**(i % 8) * hash(i // 8, seed), with the finaliser of
-    splitmix64 (Steele et al., 2014) as the hash. The result is a signed int64 scalar on the device of ``shard``.
+    Checksums add over shards: the sum modulo 2**64 over all shards of a weight depends on the mask and ``seed`` only.
+    It is the sum of bit_i * 2**(i % 8) * hash(i // 8, seed), with the finaliser of splitmix64 (Steele et al., 2014) as
+    the hash: a signed int64 scalar on the device of ``shard``.
     """
     native = library() if shard.device.type == "cpu" else None
     if native is not None:

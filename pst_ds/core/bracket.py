@@ -26,9 +26,7 @@ from pst_ds.core.select import DIGIT_BITS, MatrixKeys, NonFiniteScoreError, Rank
 
 _CPU = torch.device("cpu")
 SAMPLE_SHARE, MIN_SAMPLE, MAX_SAMPLE = 1 / 64, 4096, 32768
-"""Fraction of a matrix's keys that is sampled, and its bounds. A matrix with fewer keys than the minimum is read in
-full.
-"""
+"""Fraction of a matrix's keys that is sampled, and its bounds. Matrices below the minimum are read in full."""
 MAX_POOLED_SAMPLE = 1 << 21
 """Sampled keys of all pooled matrices together, at least one per matrix."""
 _SCORED_AT_ONCE = {"cpu": 1 << 15}
@@ -47,13 +45,11 @@ def select_bits(
     device: torch.device | None = None,
     pools: Sequence[int] = (),
 ) -> list[Tensor]:
-    """Return the bits of the kept keys of this rank per matrix, (ceil(num_keys / 8),) uint8; cuts exactly as
-    ``select``.
+    """Return the bits of this rank's kept keys per matrix, (ceil(num_keys / 8),) uint8; cuts exactly as ``select``.
 
     Every matrix needs ``num_keys``, ``num_in_all`` and ``sample``. Collective if ``ranks`` is: at most 6 exchanges, 7
-    with pools, while at most 1,024 rows are counted (:class:`pst_ds.core.select.Search`), plus the exchanges of
-    ``select`` if a matrix needs it. Raises NonFiniteScoreError on every rank if any score on any rank is NaN or
-    infinite.
+    with pools, while at most 1,024 rows are counted (:class:`pst_ds.core.select.Search`), plus those of ``select`` if a
+    matrix needs it. Raises NonFiniteScoreError on every rank.
     """
     ranks, device = ranks or RankSums(), device or torch.device("cpu")
     brackets = _brackets(matrices, pools, _sample(matrices, ranks, device))
@@ -81,9 +77,9 @@ def select_bits(
 
 
 def _first_counts(search: Search, scans: _Scans, shift: int, bins: int, ranks: RankSums) -> set[int]:
-    """Start ``search`` in its brackets. Return the matrices whose cut is outside, or which had too many keys inside.
+    """Start ``search`` in its brackets. Return the matrices, in whole pools, that missed or had too many keys inside.
 
-    If one matrix of a pool is returned, all are. Collective: one exchange. Raises NonFiniteScoreError.
+    Collective: one exchange. Raises NonFiniteScoreError.
     """
     both = torch.cat([scans.counts(), scans.histograms(search.thresholds_here, shift, bins)], 1).cpu()
     numbers, here = both.split([NUM_COUNTS, bins], 1)
@@ -100,14 +96,12 @@ def _first_counts(search: Search, scans: _Scans, shift: int, bins: int, ranks: R
 
 
 def _digit_bits(rows: int) -> int:
-    """Return the bits by which a pass narrows intervals: fewer if many ``rows`` of counts are exchanged."""
     return max(LEAST_DIGIT_BITS, min(DIGIT_BITS, (MAX_COUNTS // max(1, rows)).bit_length() - 1))
 
 
 @dataclass(frozen=True, slots=True)
 class _Bracket:
-    """Interval of keys, both ends included, that contains the cut of a matrix, and the most keys stored from inside
-    it."""
+    """Interval of keys, ends included, that contains a matrix's cut, and the most keys stored from inside it."""
 
     low: int
     high: int
@@ -177,9 +171,9 @@ class _Scan:
 
 
 class _RisingNumbers:
-    """Non-decreasing numbers, (n,) integers, stored on a CPU as one byte per difference below 255.
+    """Non-decreasing integers, (n,), stored on a CPU as one byte per difference below 255.
 
-    On other devices they are stored unchanged: counting the larger differences would make the host wait.
+    Not on other devices: counting the larger differences would make the host wait.
     """
 
     def __init__(self, numbers: Tensor):
@@ -228,7 +222,6 @@ def _sample(matrices: Sequence[MatrixKeys], ranks: RankSums, device: torch.devic
 
 
 def _write_keys(waiting: Sequence[tuple[Tensor, slice | Tensor, SingleWeights]]) -> None:
-    """Compute the keys and write them to their places."""
     for (out, places, _), keys in zip(waiting, keys_of([single for *_, single in waiting]), strict=True):
         out[places] = keys
 
@@ -246,8 +239,7 @@ def _sample_sizes(matrices: Sequence[MatrixKeys]) -> list[int]:
 
 @lru_cache(maxsize=32)
 def sample_positions(numel: int, size: int, device: torch.device = _CPU) -> Tensor:
-    """Return one position in each of ``size`` equal strata of [0, numel): int64, increasing. Do not modify the
-    result."""
+    """Return a position in each of ``size`` equal strata of [0, numel): int64, increasing. Do not modify it."""
     number = torch.arange(size + 1, dtype=torch.int64, device=device)
     edges = number * numel // max(1, size)
     mixed = number[:-1] * 0x9E3779B1 & 0xFFFFFFFF  # Knuth's multiplicative hash
@@ -255,7 +247,7 @@ def sample_positions(numel: int, size: int, device: torch.device = _CPU) -> Tens
 
 
 def _half_width(matrix: MatrixKeys, size: int) -> int:
-    """Return half the width of a matrix's bracket in keys of the whole matrix, of which ``size`` are sampled."""
+    """Return half the width of a matrix's bracket, in keys of the whole matrix, of which ``size`` are sampled."""
     numel = matrix.num_in_all
     if numel == 0:
         return 0
@@ -265,7 +257,6 @@ def _half_width(matrix: MatrixKeys, size: int) -> int:
 
 
 def _brackets(matrices: Sequence[MatrixKeys], pools: Sequence[int], samples: list[Tensor]) -> list[_Bracket]:
-    """Return the bracket of every matrix. Matrices of a pool share one."""
     of_pool = []
     for pool, wanted in enumerate(pools):
         members = [i for i, m in enumerate(matrices) if m.pool == pool]
@@ -304,7 +295,7 @@ def _pool_bracket(members: Sequence[MatrixKeys], samples: Sequence[Tensor], want
 
 
 def _last_key_where(holds: Callable[[int], bool]) -> int:
-    """Return the last finite key for which ``holds`` is true, or the lowest; ``holds`` is true up to some key only."""
+    """Return the last finite key for which ``holds``, which is true up to some key; or the lowest."""
     low, high = LOWEST_FINITE, HIGHEST_FINITE + 1
     while high - low > 1:
         middle = (low + high) // 2
@@ -321,8 +312,7 @@ def _decide_by_select(
     ranks: RankSums,
     device: torch.device,
 ) -> None:
-    """Decide matrices again in passes over all their keys: pools that missed, and matrices that reached their
-    maximum."""
+    """Decide again, from all keys, the pools that missed and the matrices that reached their maximum."""
     kept_pools = sorted({pool for i in missed if (pool := matrices[i].pool) is not None})
     chosen = []
     for i in again:

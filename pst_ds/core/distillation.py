@@ -31,9 +31,9 @@ def relative_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], rows
     """Return the mean over layers and tokens of |s - t|^2 / |t|^2: a scalar, fp32.
 
     ``student``, ``teacher``: hidden states of the same layers, (..., width) each. ``rows``: (...,) bool, the tokens
-    that count; None for all. SquareHead (arXiv 2310.06927) divides by the squares of all tokens together. Here each
-    token has its own divisor, because the states of a few tokens of a language model are a thousand times larger than
-    those of the others.
+    that count; None for all. SquareHead (arXiv 2310.06927) divides by the squares of all tokens together; here each
+    token has its own divisor, because a few tokens of a language model have states a thousand times larger than the
+    others.
     """
     total = student[0].new_zeros((), dtype=torch.float32)
     for own, other in zip(student, teacher, strict=True):
@@ -45,9 +45,7 @@ def relative_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], rows
 
 
 class _DistilledLoss(torch.autograd.Function):
-    """Autograd function whose gradient is known in the forward pass: (1 - w) (q - onehot) + w T (q_T - p_T) per row of
-    logits.
-    """
+    """Computes its gradient in the forward pass: (1 - w) (q - onehot) + w T (q_T - p_T) per row of logits."""
 
     @staticmethod
     def forward(
@@ -77,8 +75,7 @@ def loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Return the sum over rows of the terms of :func:`distilled_loss`, a float64 scalar, and its gradient.
 
-    The gradient is (rows, classes) fp32. ``targets``: (rows, 1). Without a ``teacher`` the loss is the cross-entropy,
-    and ``weight`` must be 0.
+    The gradient is (rows, classes) fp32. ``targets``: (rows, 1). Without a ``teacher``, ``weight`` must be 0.
     """
     log_q = torch.log_softmax(student, -1)
     hard = log_q.gather(1, targets).sum(dtype=torch.float64)

@@ -38,7 +38,7 @@ class Constants:
     alpha2: float = 1.0
     beta: float = 1.0
     detach_magnitude: bool = False
-    """True drops the gradient through |W| in S."""
+    """True if S passes no gradient through |W|."""
     magnitude: bool = True
     """True if S includes |W|."""
     frozen_magnitude: bool = False
@@ -112,7 +112,6 @@ class TileFactors:
     """(cols,), for a weight stored as (O, I)"""
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors that are not None."""
         held = (
             self.score_left,
             self.score_right,
@@ -149,7 +148,7 @@ def tile_factors(factors: Factors, layout: WeightLayout, matrix: StoredMatrix, r
 
 
 def layer_factors(values: dict[str, Tensor], count: int, constants: Constants, norms: Tensor | None = None) -> Factors:
-    """Return the matrices of the formulas from ``values``, the tensors of a layer of ``count`` matrices by name.
+    """Return the matrices of the formulas from ``values``, the stored tensors of ``count`` matrices by name.
 
     They differ from the stored ones in U of a multiplicative update, and in V of an update with gates.
     """
@@ -163,9 +162,9 @@ def layer_factors(values: dict[str, Tensor], count: int, constants: Constants, n
 
 
 def group_of_rows(num_rows: int, num_matrices: int, num_groups: int, device: torch.device | None = None) -> Tensor:
-    """Return the group of each row, (num_rows,) int64, among ``num_groups`` runs of nearly equal length per matrix.
+    """Return the group of each row, (num_rows,) int64: run g of a matrix with n rows starts at floor(g n / num_groups).
 
-    Run g of a matrix with n rows starts at floor(g n / num_groups). ``num_rows`` counts all ``num_matrices`` together.
+    ``num_rows`` counts all ``num_matrices`` together.
     """
     per_matrix = max(num_rows // num_matrices, 1)
     return ((torch.arange(num_rows, device=device) % per_matrix + 1) * num_groups - 1) // per_matrix

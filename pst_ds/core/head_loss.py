@@ -16,14 +16,14 @@ from pst_ds.core.distillation import loss_and_gradient
 
 @dataclass(frozen=True, slots=True)
 class ChunkSizes:
-    """Limits for the logits that exist at a time."""
+    """Limits for the logits held in memory."""
 
     least_rows: int
-    """Minimum rows of one product with the head: fewer rows would read its weight too often."""
+    """Minimum rows per product with the head: fewer rows would read its weight too often."""
     numbers: int
-    """Logits of one product, if that allows more rows."""
+    """Logits per product, if that allows more rows."""
     numbers_in_fp32: int
-    """Logits whose softmax and gradient are held in fp32 at a time."""
+    """Logits whose softmax and gradient are held in fp32."""
 
     def rows(self, classes: int) -> int:
         return max(self.least_rows, self.numbers // classes)
@@ -35,13 +35,10 @@ class ChunkSizes:
 _ON_CPU = ChunkSizes(least_rows=128, numbers=1 << 22, numbers_in_fp32=1 << 20)
 """An fp32 block stays in the caches."""
 _ON_ACCELERATOR = ChunkSizes(least_rows=512, numbers=1 << 26, numbers_in_fp32=1 << 23)
-"""A product with 512 rows does enough operations per byte of the weight to keep an H100 busy; a kernel over 8 million
-numbers takes longer than its launch.
-"""
+"""512 rows do enough operations per byte of the weight for an H100; 8 million numbers outlast a launch."""
 
 
 def chunk_sizes(device_type: str) -> ChunkSizes:
-    """Return the sizes for a device type, such as "cpu"."""
     return _ON_CPU if device_type == "cpu" else _ON_ACCELERATOR
 
 
@@ -84,7 +81,7 @@ class Readout:
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """Teacher whose predictions count in addition to the targets, given by its hidden states and its head."""
+    """Teacher whose predictions count in addition to the targets, as hidden states and head."""
 
     hidden: Tensor
     readout: Readout
@@ -106,9 +103,9 @@ def head_loss(
     """Return the mean cross-entropy over targets, in nats: a scalar, fp32. With a ``teacher``, :func:`distilled_loss`.
 
     ``hidden``: (tokens, width). ``targets``: (n,) int64 classes. ``rows``: (n,) int64, the token that predicts each
-    target, all different; None uses every token in order. ``count`` divides the sum instead of n. The gradients of
-    ``hidden`` and of the weight and bias of ``readout``, if they require one, are computed in the forward pass. The
-    backward pass reads no weight; it keeps a tensor like ``hidden``, and one like the weight if it trains.
+    target, all different; None uses every token in order. ``count`` divides the sum instead of n. Gradients are
+    computed in the forward pass; the backward pass keeps a tensor like ``hidden``, and one like the weight if it
+    trains.
     """
     sizes = sizes or chunk_sizes(hidden.device.type)
     weight = None if isinstance(readout.weight, CodedWeight) else readout.weight
@@ -122,9 +119,7 @@ def head_loss(
 def token_losses(
     hidden: Tensor, readout: Readout, targets: Tensor, rows: Tensor | None = None, sizes: ChunkSizes | None = None
 ) -> Tensor:
-    """Return the cross-entropy of each target in nats, (n,) fp32, without a gradient. Arguments as in
-    :func:`head_loss`.
-    """
+    """Return the cross-entropy of each target in nats, (n,) fp32, without a gradient; see :func:`head_loss`."""
     sizes = sizes or chunk_sizes(hidden.device.type)
     losses = [hidden.new_empty(0, dtype=torch.float32)]
     classes = readout.weight.shape[0]

@@ -46,7 +46,6 @@ def scores_of_keys(keys: Tensor) -> Tensor:
 
 
 def native_for(*tensors: Tensor) -> CDLL | None:
-    """Return the native library if all ``tensors`` are on the CPU, else None."""
     return library() if all(t.device.type == "cpu" for t in tensors) else None
 
 
@@ -100,9 +99,7 @@ class SingleWeights:
     weight: Tensor
     """W0, (n, 1)."""
     tile: TileFactors
-    """Factors of n rectangles of one weight each, in a column: right factors and column vectors have one entry per
-    weight.
-    """
+    """Factors of n rectangles of one weight each, in a column: right factors have one entry per weight."""
     constants: Constants
     weight_scale: float
 
@@ -186,7 +183,6 @@ def _keys_together(singles: Sequence[SingleWeights]) -> Tensor:
 
 
 def _norms_at(tile: TileFactors, rows: Tensor, cols: Tensor) -> Tensor | None:
-    """Return the norm of the input of each individual weight."""
     if tile.row_norms is not None:
         return tile.row_norms[rows]
     return None if tile.col_norms is None else tile.col_norms[cols]
@@ -259,9 +255,7 @@ class Classifier:
         ]
 
     def counts(self) -> Tensor:
-        """Return (4,) int64: keys below the interval; keys that are not finite; 1 if ``room`` was exceeded; keys
-        inside.
-        """
+        """Return (4,) int64: keys below; keys that are not finite; 1 if ``room`` was exceeded; keys inside."""
         below, inside, not_finite = self._numbers
         numbers = [below, not_finite, inside > self._room, inside]
         if isinstance(inside, int):
@@ -274,10 +268,10 @@ class Classifier:
         return self._above
 
     def inside(self) -> tuple[Tensor, Tensor]:
-        """Return the keys inside the interval and their indices among all keys, (n,) each, in increasing order.
+        """Return the keys inside and their indices among all keys, (n,) each, in increasing order.
 
-        Both are int32; indices are int64 if there are 2**31 keys or more. If ``room`` was exceeded, some or all are
-        missing. On a GPU the result contains some :data:`NO_KEY`.
+        Both are int32; indices are int64 for 2**31 keys or more. If ``room`` was exceeded, some or all are missing. On
+        a GPU the result contains some :data:`NO_KEY`.
         """
         if self._native is None:
             if len(self._pieces) == 1:
@@ -311,10 +305,7 @@ def histograms(keys: Sequence[Tensor], lows: Sequence[int], shift: int, bins: in
 
 
 def _torch_histograms(keys: Sequence[Tensor], lows: Sequence[int], shift: int, bins: int) -> Tensor:
-    """Return the counts of every run, (runs, bins) int64.
-
-    Keys outside the bins get a bin of their own, because bincount would make the host wait.
-    """
+    """Return the counts of every run, (runs, bins) int64. Keys outside have bins, so that the host does not wait."""
     digits = torch.cat(list(keys)).long()
     counts = torch.zeros(len(keys), bins + 2, dtype=torch.int64, device=digits.device)
     runs, one = digits.split([own.numel() for own in keys]), counts.new_ones(())
@@ -329,7 +320,7 @@ def _torch_histograms(keys: Sequence[Tensor], lows: Sequence[int], shift: int, b
 def kept_bits(keys: Tensor, prune_count: int) -> tuple[Tensor, int]:
     """Return the bits of all but the ``prune_count`` smallest keys, (ceil(n / 8),) uint8, and how many are not finite.
 
-    ``keys``: int32 of any shape on the CPU, all keys of a matrix in storage order. Of equal keys, the first are pruned.
+    ``keys``: int32 of any shape on the CPU, in storage order. Of equal keys, the first are pruned.
     """
     keys = keys.flatten()
     native = native_for(keys)

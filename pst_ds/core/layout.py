@@ -38,10 +38,7 @@ class Rect:
 
 @dataclass(frozen=True, slots=True)
 class StoredMatrix:
-    """A matrix of a layer: where it is stored, and its outputs and inputs.
-
-    Outputs and inputs are counted over all experts of a stack.
-    """
+    """A matrix of a layer: where it is stored, and its outputs and inputs, counted over all experts."""
 
     index: int
     rect: Rect
@@ -59,8 +56,7 @@ class StoredMatrix:
 class WeightLayout:
     """Shape of a linear layer or stack of experts, its storage order, and how many matrices it fuses.
 
-    Raises ValueError if ``out_features`` cannot be split into ``num_matrices`` equal matrices, or these into
-    ``num_experts`` equal experts.
+    Raises ValueError unless ``out_features`` splits into ``num_matrices``, and these into ``num_experts``.
     """
 
     out_features: int
@@ -118,7 +114,6 @@ class WeightLayout:
 
 @cache
 def _matrices(layout: WeightLayout) -> tuple[StoredMatrix, ...]:
-    """Return the matrices of a layout, cached because stacks have thousands."""
     inputs, fused = layout.in_features, layout.num_matrices // layout.num_experts
     width = layout.out_features // layout.num_matrices
     found = []
@@ -144,8 +139,8 @@ def row_tiles(rect: Rect, max_elements: int) -> Iterator[Rect]:
 def shard_tiles(whole: Rect, row_length: int, start: int, stop: int, max_elements: int) -> Iterator[Rect]:
     """Yield the part of ``whole`` in the flat range [start, stop) as rectangles in increasing flat order.
 
-    A flat range that starts and ends inside a row consists of a partial row, a band of whole rows and a partial row.
-    Empty parts are omitted. ``row_length`` is the storage row length of the whole weight.
+    A range that starts and ends inside a row gives a partial row, a band of whole rows and a partial row.
+    ``row_length``: of the whole stored weight.
     """
     if stop <= start:
         return

@@ -47,9 +47,7 @@ class LayerState:
     """Quantisation of x."""
 
     def expert(self, expert: int) -> LayerState:
-        """Return the state of one expert of a stack. Its tensors are views, except bits that start within a byte or
-        cross a shard.
-        """
+        """Return one expert of a stack; views, except bits that start within a byte or cross a shard."""
         layout, share = self.layout, self.layout.num_matrices // self.layout.num_experts
         start, stop = layout.expert_range(expert)
         height = layout.expert.shape[0]
@@ -70,7 +68,6 @@ class LayerState:
         )
 
     def rounded_inputs(self, x: Tensor) -> Tensor:
-        """Return ``x`` (..., I) as the layer multiplies it."""
         return x if self.inputs is None else self.inputs.rounded(x)
 
 
@@ -217,18 +214,16 @@ def _shaped(buffer: Tensor, rect: Rect) -> Tensor:
 
 
 def _inside(rect: Rect, whole: Rect) -> tuple[slice, slice]:
-    """Return ``rect`` relative to the corner of ``whole``."""
     return slice(rect.r0 - whole.r0, rect.r1 - whole.r0), slice(rect.c0 - whole.c0, rect.c1 - whole.c0)
 
 
 def _weight_gradient(x: Tensor, grad_y: Tensor, grad: Tensor, *, transposed: bool) -> None:
-    """Compute G. It and everything derived from it have the dtype of x, which is what autograd would multiply."""
+    """Compute G. It and everything derived from it have the dtype of x, as in autograd."""
     left, right = (x, grad_y) if transposed else (grad_y, x)
     torch.mm(left.t(), right, out=grad)
 
 
 def _merge(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor) -> None:
-    """Compute W of one matrix's part of a tile."""
     state = work.state
     factors = tile_factors(state.factors, state.layout, matrix, rect)
     updated_weight(weights_at(state.weight, rect, weight), factors, state.constants, out=weight)

@@ -25,7 +25,7 @@ MAX_M = 16
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """A sparsity pattern. :func:`parse_pattern` returns the pattern of a name."""
+    """A sparsity pattern; see :func:`parse_pattern`."""
 
     kind: Kind
     n: int = 0
@@ -33,7 +33,6 @@ class Pattern:
     """For N:M: n of m consecutive inputs are kept."""
     outputs: int = 1
     inputs: int = 1
-    """Inputs of a block."""
 
     def __str__(self) -> str:
         if self.kind == "n:m":

@@ -7,10 +7,7 @@ from torch import Tensor
 
 
 def adapted(states: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
-    """Return P = H + H V' U', (m, d), for the states H (m, d) of the prompt's words, with U (d, r) and V (r, d).
-
-    Without V it is H + H U' with U (d, d). Without both it is H.
-    """
+    """Return P = H + H V' U', (m, d), for H (m, d), U (d, r) and V (r, d); H + H U' without V, H without both."""
     if left is None:
         return states
     return states + (states if right is None else states @ right.t()) @ left.t()

@@ -21,8 +21,7 @@ class Schedule(Protocol):
         ...
 
     def progress_at(self, step: int) -> float:
-        """Return ``sparsity_at`` as a share of ``final_sparsity``, in [0, 1]. A layer with a final sparsity of its own
-        has this share of it."""
+        """Return ``sparsity_at`` as a share of ``final_sparsity``, in [0, 1], which layers with their own follow."""
         ...
 
     def updates_masks_at(self, step: int) -> bool:
@@ -165,15 +164,15 @@ class OneShotSchedule:
 
 @dataclass(frozen=True, slots=True)
 class RoundingSchedule:
-    """From when on weights are rounded to a grid, and when its scales are searched anew.
+    """When weights are quantised, and when their scales are searched.
 
     Args:
-        start: the first step after which they are rounded.
+        start: the first step after which weights are quantised.
         interval: optimizer steps between two searches.
-        num_steps: optimizer steps of the whole run; after the last none is made.
+        num_steps: optimizer steps of the whole run; none is searched after the last.
 
     Raises:
-        ValueError: steps that leave none to round.
+        ValueError: no steps are left to quantise.
     """
 
     start: int
@@ -185,12 +184,11 @@ class RoundingSchedule:
         _require(0 <= self.start < self.num_steps, "start", self.start, f"in [0, num_steps = {self.num_steps})")
 
     def rounds_at(self, step: int) -> bool:
-        """Return whether weights are rounded from ``step`` on."""
+        """Return whether weights are quantised from ``step`` on."""
         return step >= self.start
 
     def updates_scales_at(self, step: int) -> bool:
-        """Return whether scales are searched right after step ``step`` (0 is before the first); never after the last,
-        since what is exported is what was trained."""
+        """Return whether scales are searched after ``step``; never after the last, so exports are as trained."""
         return self.start <= step < self.num_steps and (step - self.start) % self.interval == 0
 
 
@@ -199,44 +197,35 @@ class Schedules:
     """Schedules of a run: masks, quantisation scales and update ranks; None for those that never change."""
 
     masks: Schedule | None = None
-    """Sparsity of the masks."""
     rounding: RoundingSchedule | None = None
-    """Steps from which on weights are quantised, and steps at which their scales are searched."""
     rank_budget: Schedule | None = None
     """Share of the components of U V that is dropped."""
 
     def sparsity_at(self, step: int) -> float:
-        """Return the sparsity of the masks after ``step`` applied steps; 0 without masks."""
         return 0.0 if self.masks is None else self.masks.sparsity_at(step)
 
     def progress_at(self, step: int) -> float:
-        """Return the share of the final sparsity that ``step`` has reached, in [0, 1]; 0 without masks."""
         return 0.0 if self.masks is None else self.masks.progress_at(step)
 
     def updates_masks_at(self, step: int) -> bool:
-        """Return whether new masks are selected right after ``step``."""
         return self.masks is not None and self.masks.updates_masks_at(step)
 
     def masks_final_at(self, step: int) -> bool:
-        """Return whether there are masks, and they no longer change from ``step`` on."""
         return self.masks is not None and self.masks.is_final(step)
 
     def quantises_at(self, step: int) -> bool:
-        """Return whether weights are quantised from ``step`` on."""
         return self.rounding is not None and self.rounding.rounds_at(step)
 
     def updates_scales_at(self, step: int) -> bool:
-        """Return whether quantisation scales are searched right after ``step``."""
         return self.rounding is not None and self.rounding.updates_scales_at(step)
 
     def dropped_share_at(self, step: int) -> float | None:
-        """Return the share of components to have dropped right after ``step``; None where none are dropped then."""
+        """Return the share of components to have dropped right after ``step``; None if none are dropped then."""
         budget = self.rank_budget
         return budget.sparsity_at(step) if budget is not None and budget.updates_masks_at(step) else None
 
     def is_settled(self, step: int) -> bool:
-        """Return whether from ``step`` on the model has the form that the run ends with: final masks and ranks, and
-        weights quantised if they ever are."""
+        """Return whether masks, ranks and quantisation no longer change in kind from ``step`` on."""
         ramps = (self.masks, self.rank_budget)
         ramps_final = all(ramp is None or ramp.is_final(step) for ramp in ramps)
         return ramps_final and (self.rounding is None or self.rounding.rounds_at(step))
@@ -262,18 +251,17 @@ USUAL_STEPS = 600
 STEPS_POWER = 1 / 3
 """Rates decrease with this power of the steps, as found for pretraining with AdamW (arXiv 2409.19913: 0.32)."""
 _LEAST, _MOST = 0.25, 2.0**STEPS_POWER
-"""Bounds of the factor for the number of steps. Runs below 300 steps use the rates for 300: with the factor 1.44 that
-200 would have, one seed in three of a regression learned little (tools/quality/logs/tuning-log.md).
+"""Bounds of the factor for the steps. 200 steps would have 1.44, with which one seed in three of a regression learned
+little; runs below 300 steps use the rates for 300 (tools/quality/logs/tuning-log.md).
 """
 FEW_LABELS = 3
-"""Labels with at most this many values are soon overfitted, through the rows of rare words. Measured with 2, 3, 20
-and 52 classes, and with numbers, of two values and of many (tools/quality/logs/tuning-log.md)."""
+"""Labels with at most this many values overfit soon, through the rows of rare words. Measured with 2, 3, 20 and 52
+classes, and with numbers of two and of many values (tools/quality/logs/tuning-log.md).
+"""
 _PASSES_OF_FEW, _PASSES_OF_MANY = 1.0, 2.0
 """Epochs up to which the rate of the embeddings stays unchanged."""
 _EPOCHS_POWER = 3.0
-"""Beyond those it decreases with this power of the epochs. Film reviews were not worse with 4e-3 after 1.04 epochs, but
-were after 2.15, where 4e-4 is better.
-"""
+"""Beyond those it decreases with this power of the epochs: film reviews were worse with 4e-3 after 2.15 epochs."""
 _LEAST_OF_EMBEDDINGS = 0.1
 """Lower bound of the factor: for more epochs only runs at 4e-4 were measured."""
 
@@ -283,14 +271,12 @@ class LearningRates:
     """Peak rates of Adam for each group of parameters."""
 
     scores: float = 1e-2
-    """For A, B, R and C, and for the scores of movement pruning. |W| / scale, which they compete with, is near 1 in a
-    model of any width."""
+    """For A, B, R and C, and for movement scores: |W| / scale, with which they compete, is near 1 at any width."""
     updates: float = 2e-3
-    """For U and V."""
     multiplicative: float = 3e-2
     """For U and V of a multiplicative update (SPP)."""
     gates: float = 1e-2
-    """For the gates of learned ranks, which are near 1 in a model of any width."""
+    """For the gates of learned ranks, which are near 1 at any width."""
     prompt: float = 5e-3
     """For the vectors of a prompt, or for its adapter."""
     embeddings: float = 4e-3
@@ -303,8 +289,8 @@ class LearningRates:
 
 _MEASURED = LearningRates()
 _OF_TOKENS = LearningRates(scores=1e-3, updates=5e-3)
-"""For a loss over all tokens of a model pretrained with that loss: well-chosen masks change little, and U V tolerates a
-higher rate (tools/quality/logs/tuning-log.md, "Language models").
+"""For a loss over all tokens of a model pretrained with it: good masks change little, and U V tolerates a higher rate
+(tools/quality/logs/tuning-log.md, "Language models").
 """
 
 
@@ -313,17 +299,11 @@ def default_learning_rates(
 ) -> LearningRates:
     """Return the default peak rates.
 
-    Adam moves a parameter by its rate at every step, so the possible distance grows with rate and steps: rates decrease
-    with the cube root of the steps, from 300 on. A sum over ``width`` inputs that move alike grows with the width: all
-    rates except for scores and gates decrease with it. The rate of the embeddings decreases with the epochs, down to a
-    tenth: after the first for tokens and for labels with up to :data:`FEW_LABELS` values, after the second for others.
-
-    Args:
-        width: hidden size of the model.
-        num_steps: optimizer steps of the run.
-        epochs: passes over the data.
-        num_labels: number of different label values; 0 without labels.
-        predicts_tokens: whether the loss is over all tokens, as for language models.
+    Adam moves a parameter by its rate at every step, so rates decrease with the cube root of ``num_steps``, from 300
+    on. A sum over ``width`` inputs (the hidden size) that move alike grows with it: all rates except for scores and
+    gates decrease with the width. The rate of the embeddings decreases with the ``epochs``, down to a tenth: after the
+    first for tokens and for labels with up to :data:`FEW_LABELS` values, after the second for others. ``num_labels``:
+    different label values; 0 without labels. ``predicts_tokens``: the loss is over all tokens, as for language models.
     """
     length = min(max((USUAL_STEPS / num_steps) ** STEPS_POWER, _LEAST), _MOST)
     narrower = min(1.0, _WIDTH / width)

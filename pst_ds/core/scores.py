@@ -21,15 +21,14 @@ MASK_BAND_ELEMENTS = {"cpu": 1 << 19}
 
 
 def mask_band_elements(device_type: str) -> int:
-    """Return :data:`MASK_BAND_ELEMENTS` for a device type."""
     return MASK_BAND_ELEMENTS.get(device_type, 1 << 24)
 
 
 def add_low_rank_(out: Tensor, left: Tensor | None, right: Tensor | None, scale: float, scratch: Tensor) -> None:
     """Add scale * left @ right to ``out``, one component after another, with separate rounding of product and sum.
 
-    The rounding of a BLAS product depends on the shape of the slice, and the rounding of a fused multiply-add on where
-    a vector loop ends. Neither gives the same score for the same weight at every world size. This does.
+    A BLAS product rounds by the shape of the slice, and a fused multiply-add by where a vector loop ends: neither gives
+    the same score for the same weight at every world size.
     """
     if left is None or right is None:
         return
@@ -44,8 +43,8 @@ def importance(
 ) -> Tensor:
     """Return S = |W0 + beta U V| . 1 n' / weight_scale + alpha1 A B + alpha2 (R 1' + 1 C') of one rectangle.
 
-    ``weight``: W0, (rows, cols), any float dtype. ``factors``: (rows, 1) fp32 multipliers of |W| per row, in place of 1
-    / weight_scale. The update is omitted from S if ``constants.update_in_scores`` is false. Returns fp32 (rows, cols),
+    ``weight``: W0, (rows, cols), any float dtype. ``factors``: (rows, 1) fp32 multipliers of |W|, in place of 1 /
+    weight_scale. S omits the update if ``constants.update_in_scores`` is false. Returns fp32 (rows, cols),
     bit-identical for a given weight regardless of the rectangle.
     """
     updated = constants.update_in_scores
@@ -70,7 +69,7 @@ def importance(
 def sliced_weight(weight: Tensor, tile: TileFactors, constants: Constants) -> Tensor:
     """Return W0 + beta U V, or W0 + beta W0 . (U V), of one rectangle: fp32 (rows, cols).
 
-    A weight is bit-identical regardless of the rectangle, which :func:`updated_weight` does not guarantee.
+    Bit-identical regardless of the rectangle, which :func:`updated_weight` is not.
     """
     updated = weight.to(torch.float32, copy=True)
     scratch = torch.empty_like(updated)
@@ -86,7 +85,7 @@ def sliced_weight(weight: Tensor, tile: TileFactors, constants: Constants) -> Te
 def updated_weight(weight: Tensor, tile: TileFactors, constants: Constants, out: Tensor | None = None) -> Tensor:
     """Return W = W0 + beta U V of one rectangle in the dtype of ``weight``, written to ``out`` if given.
 
-    Multiplicative updates give W0 + beta W0 . (U V), which keeps pruned weights at 0. ``out`` may be ``weight`` itself.
+    Multiplicative updates give W0 + beta W0 . (U V). ``out`` may be ``weight`` itself.
     """
     if tile.update_left is None or tile.update_right is None:
         return weight.clone() if out is None else out.copy_(weight)
@@ -104,8 +103,7 @@ def updated_weight(weight: Tensor, tile: TileFactors, constants: Constants, out:
 def merged_weight(weight: Tensor | CodedWeight, layout: WeightLayout, factors: Factors, constants: Constants) -> Tensor:
     """Return W0 + beta U V of a whole layer, in storage shape and in the dtype of ``weight``: a new, contiguous tensor.
 
-    Products are computed matrix by matrix, as in :func:`masked_weight`. Where the mask keeps a weight, both are
-    bit-identical, except if a GPU kernel with another order of summation computed that one.
+    Bit-identical to :func:`masked_weight` where the mask keeps a weight, except if a GPU kernel computed that.
     """
     merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     for matrix in layout.matrices():
@@ -128,10 +126,9 @@ def masked_weight(
 ) -> Tensor:
     """Return M . (W0 + beta U V) in storage shape and in the dtype of ``weight``. Pruned entries are +0.0.
 
-    The forward pass, evaluation and export all call this with the same values, so an export contains exactly the
-    weights that the model multiplied with. Only the result has the size of the weight: the mask is unpacked in bands of
-    rows. ``bits``: the layer's whole mask, (num_shards * ceil(shard / 8),) uint8 as in :mod:`pst_ds.core.bits`.
-    ``rounding``: quantisation of the result.
+    Forward pass, evaluation and export call this with the same values, so an export contains exactly the weights that
+    the model multiplied with. ``bits``: the whole mask, (num_shards * ceil(shard / 8),) uint8. ``rounding``:
+    quantisation of the result.
     """
     held = _masks_in_one_pass(weight, bits, num_shards, layout, factors, constants)
     height, width = layout.shape

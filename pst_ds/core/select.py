@@ -18,14 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pst_ds.core.kernels.triton.own_keys import OwnKeys
+from pst_ds.core.kernels.triton.scan import OwnKeys
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, SingleWeights, histogram, order_keys
 
 DIGIT_BITS = 11
 _KEY_BITS = 32
 _LOWEST_KEY = -(1 << (_KEY_BITS - 1))
 _JOINED_AT_ONCE = 256
-"""Matrices of one row whose counts are summed in one call."""
 
 
 class NonFiniteScoreError(FloatingPointError):
@@ -42,10 +41,7 @@ def _unchanged(counts: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class RankSums:
-    """The two collectives that selection needs, for integer tensors of equal shape on every rank.
-
-    The defaults are for scores that are all on one rank.
-    """
+    """The two collectives that selection needs, for integer tensors of equal shape; by default of one rank."""
 
     all_sum: Callable[[Tensor], Tensor] = _unchanged
     """Element-wise sum over ranks."""
@@ -67,13 +63,13 @@ class MatrixKeys:
     prune_count: int
     """Keys to prune; in a pool, the most that may be pruned."""
     tiles: Callable[[], Iterator[Tensor]]
-    """Iterator over int32 key tensors, which together are this rank's keys in increasing order. Called once per pass.
-    """
+    """Iterator over int32 key tensors: this rank's keys in increasing order. Called once per pass."""
     pool: int | None = None
     """Number of the pool. Matrices of one pool share a threshold and a number of keys to prune."""
     own: tuple[int, int] | None = None
-    """First and last + 1 of the keys that this rank counts, if ``tiles`` also has keys of its neighbours before and
-    after them. All keys in ``tiles`` are decided here.
+    """First and last + 1 of the keys that this rank counts, if ``tiles`` also has keys of its neighbours.
+
+    All keys in ``tiles`` are decided here.
     """
     is_whole: bool = False
     """True if all keys of the matrix are on one rank. Equal on every rank."""
@@ -82,8 +78,9 @@ class MatrixKeys:
     num_in_all: int = 0
     """Keys of the whole matrix, over all ranks. Required by :mod:`pst_ds.core.bracket`."""
     sample: Callable[[Tensor, Tensor], Sampled] | None = None
-    """Return this rank's part of a sample at the given positions in the whole matrix, int64, which are passed twice: on
-    the CPU and on the keys' device. Required by :mod:`pst_ds.core.bracket`.
+    """Return this rank's part of a sample at these positions in the whole matrix, int64, on CPU and keys' device.
+
+    Required by :mod:`pst_ds.core.bracket`.
     """
     own_keys: OwnKeys | None = None
     """Computes the keys of ``tiles`` and ``sample`` where GPU kernels are available, for :mod:`pst_ds.core.bracket`."""
@@ -98,9 +95,7 @@ class Cut:
     """On a GPU a tensor after the first keys, so that the host need not wait."""
 
     def keep(self, keys: Tensor) -> tuple[Tensor, Cut]:
-        """Return the mask of the kept among the next ``keys``, bool of the same shape, and the cut for the keys after
-        them.
-        """
+        """Return the bool mask of the kept among the next ``keys``, and the cut for the keys after them."""
         kept = keys > self.threshold
         equal = keys == self.threshold
         if keys.device.type != "cpu":
@@ -229,8 +224,7 @@ class Search:
         return found
 
     def missed(self, inside: Tensor, overflowed: Tensor) -> set[int]:
-        """Return the matrices, in whole pools, whose cut is not among the ``inside`` (rows,) keys or which
-        overflowed."""
+        """Return the matrices, in whole pools, that overflowed or whose cut is not among the ``inside`` (rows,)."""
         below = self.pruned_up_to(self.below)
         holds = (below <= self.wanted) & (self.pruned_up_to(self.below + inside) >= self.wanted)
         flawed = torch.zeros_like(self.wanted).index_add_(0, self.pool_of, overflowed)
@@ -238,9 +232,7 @@ class Search:
         return {i for i, pool in enumerate(self._pools) if bad[pool]}
 
     def at_most(self) -> tuple[list[int], list[int]]:
-        """Return the matrices that may not lose as many keys as their pool's cut asks: shared ones, and this rank's
-        only.
-        """
+        """Return the matrices that may not lose as many keys as their pool's cut asks: shared, and this rank's only."""
         beyond = (self.below > self.most).tolist()
         beyond_here = (self.below_here > self._most_here).tolist()
         joined = set(self._joined)
@@ -285,9 +277,7 @@ def select(
 
 
 def _from_the_first(cut: Cut, matrix: MatrixKeys) -> Cut:
-    """Return the cut counted from the first key of the tiles, not from this rank's first: equal keys before it come
-    first.
-    """
+    """Return the cut counted from the first key of the tiles, not from this rank's first."""
     equal = 0
     for keys in _between(matrix, 0, matrix.own[0]) if matrix.own else ():
         equal += int((keys == cut.threshold).sum())

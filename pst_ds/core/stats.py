@@ -35,16 +35,11 @@ SOURCE = NativeSource(
 
 @cache
 def library() -> CDLL | None:
-    """Return the functions of sums.cpp, or None if they are not available."""
     return load(SOURCE)
 
 
 def score_moments(keys: Tensor, weights: Tensor, weight_scale: float) -> Tensor:
-    """Return :func:`moment_sums` of the scores with ``keys`` (int32) and of |weights| / ``weight_scale`` (fp32, same
-    shape).
-
-    Native code reads each number once.
-    """
+    """Return :func:`moment_sums` of the scores with ``keys`` (int32) and of |weights| / ``weight_scale``."""
     native = library() if keys.device.type == "cpu" else None
     if native is None:
         sums = moment_sums(scores_of_keys(keys), weights.abs())
@@ -98,9 +93,7 @@ def product_norm(left: Tensor, right: Tensor) -> Tensor:
 
 
 def update_norm(layout: WeightLayout, factors: Factors, constants: Constants) -> Tensor:
-    """Return the Frobenius norm of beta U V of a layer, a float64 scalar; 0 without U and V. Not for multiplicative
-    updates.
-    """
+    """Return the norm of beta U V of a layer, a float64 scalar; 0 without U and V. Not for multiplicative updates."""
     norms = []
     for tile in _matrices(layout, factors):
         if tile.update_left is not None and tile.update_right is not None:
@@ -109,8 +102,7 @@ def update_norm(layout: WeightLayout, factors: Factors, constants: Constants) ->
 
 
 def learned_score_norm(layout: WeightLayout, factors: Factors, constants: Constants) -> Tensor:
-    """Return the Frobenius norm of alpha1 A B + alpha2 (R 1' + 1 C') of a layer, a float64 scalar; 0 without these
-    factors.
+    """Return the norm of alpha1 A B + alpha2 (R 1' + 1 C') of a layer, a float64 scalar; 0 without these factors.
 
     The sum is one product, of [alpha1 A | alpha2 R | alpha2 1] and [B; 1'; C].
     """
@@ -140,8 +132,8 @@ def _matrices(layout: WeightLayout, factors: Factors) -> list[TileFactors]:
 def histogram_range(total: float, total_of_squares: float, count: int) -> tuple[float, float]:
     """Return (low, high) of a histogram over ``count`` values with these sums.
 
-    The deviation is rounded to three digits and the mean to the last of them, so that sums which differ only by their
-    order give the same range. Without a deviation the range is as wide as for a deviation equal to the mean.
+    Rounded to three digits of the deviation, so that sums which differ only by their order give the same range. Without
+    a deviation, the mean takes its place.
     """
     mean, mean_square = total / count, total_of_squares / count
     variance = mean_square - mean * mean
@@ -158,7 +150,7 @@ def histogram_range(total: float, total_of_squares: float, count: int) -> tuple[
 def count_in_bins(values: Tensor, kept: Tensor, low: float, high: float) -> Tensor:
     """Return the counts of ``values`` in HISTOGRAM_BINS equal bins of [low, high]: (2, bins) int64, pruned and kept.
 
-    ``kept``: uint8 0/1 of the same shape. Values outside the range count in the first or last bin.
+    ``kept``: uint8 0/1 of the same shape. The first and last bins include values outside the range.
     """
     scaled = (values.flatten() - low) * (HISTOGRAM_BINS / (high - low))
     bins = scaled.clamp_(0, HISTOGRAM_BINS - 1).byte()
@@ -177,10 +169,9 @@ def cut_in_bins(counts: Tensor, num_below: int, low: float, high: float) -> floa
 
 
 def add_kept_by_cell_(counts: Tensor, kept: Tensor, rect: Rect, shape: tuple[int, int]) -> None:
-    """Add the kept weights of ``rect`` to the counts of their cells.
+    """Add the kept weights of ``rect`` to ``counts``, (rows, cols) int64 of the cells of a stored weight of ``shape``.
 
-    ``counts``: (rows, cols) int64, the cells of the whole stored weight of ``shape``. ``kept``: uint8 0/1, (rows, cols)
-    of the rectangle.
+    ``kept``: uint8 0/1, (rows, cols) of the rectangle.
     """
     row_of, col_of = (_cell_of(n, cells, counts.device) for n, cells in zip(shape, counts.shape, strict=True))
     by_col = counts.new_zeros(kept.shape[0], counts.shape[1])

@@ -32,9 +32,7 @@ MIN_STRIP = 32
 _WIDE_STRIP = 256
 """Least width of tiles with all outputs. Below it, tiles are cut along the outputs if that makes them twice as wide."""
 _WIDEST_STRIP = {"cpu": 1024}
-"""Widest strip: wider tiles do not gain speed on CPUs (dY' X with 5,504 inputs took 8.6 ns per weight for 1,024 of
-them, 9.6 for all).
-"""
+"""Wider tiles gain no speed on CPUs: dY' X with 5,504 inputs took 8.6 ns per weight for 1,024 of them, 9.6 for all."""
 _ALIGNMENT = 64
 """Strips are multiples of this where possible, so that the mask of a tile starts at a byte boundary."""
 
@@ -49,9 +47,7 @@ class Tiles:
 
     rects: tuple[Rect, ...]
     cut_outputs: bool
-    """True: a tile has some outputs and all inputs, and dX is a sum over tiles. False: a tile has all outputs (of every
-    fused matrix) and writes its columns of dX once.
-    """
+    """True: a tile has some outputs and all inputs, and dX is a sum over tiles. False: it has all outputs."""
 
     band_elements: int
     """Weights per band of rows, at least one row of the tile."""
@@ -66,9 +62,7 @@ class Tiles:
 
 
 def tile_bytes_of(numel: int, band: int, itemsize: int) -> int:
-    """Return the bytes needed by the backward pass of a tile of ``numel`` weights of ``itemsize`` bytes, ``band`` per
-    band.
-    """
+    """Return the bytes for the backward pass of a tile of ``numel`` weights, ``band`` per band."""
     return 2 * itemsize * numel + (3 * itemsize + 2) * band
 
 
@@ -113,7 +107,6 @@ def plan_tiles(
 
 
 def _strips(whole: int, strip: int) -> list[tuple[int, int]]:
-    """Split [0, whole) into strips of nearly equal size, each at most ``strip``."""
     if strip >= whole:
         return [(0, whole)]
     step = -(-whole // -(-whole // strip))

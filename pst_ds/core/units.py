@@ -36,9 +36,7 @@ def unit_tiles(
 
 
 def block_keys(keys: Tensor, unit: tuple[int, int]) -> Tensor:
-    """Return the keys of the blocks in a rectangle's ``keys`` (rows, cols): of the sum of their scores, (blocks,)
-    int32.
-    """
+    """Return the keys of the summed scores of the blocks in a rectangle's ``keys`` (rows, cols): (blocks,) int32."""
     return order_keys(_sum_of_units(scores_of_keys(keys), unit)).flatten()
 
 
@@ -88,10 +86,7 @@ def keep_in_rows(keys: Tensor, unit: tuple[int, int], prune: int) -> Tensor:
 
 
 def _sum_of_units(scores: Tensor, unit: tuple[int, int]) -> Tensor:
-    """Return the sums over units, (unit rows, unit cols).
-
-    Sums are computed by pairwise halving, so the sum of a unit is bit-identical in any tile.
-    """
+    """Return the sums over units, (unit rows, unit cols), by pairwise halving: bit-identical in any tile."""
     rows, cols = unit
     units = scores.view(scores.shape[0] // rows, rows, scores.shape[1] // cols, cols)
     return _fold(_fold(units, 3), 1).view(units.shape[0], units.shape[2])

@@ -13,7 +13,7 @@ from pst_ds.core.bits import shard_numel
 from pst_ds.core.coded_weight import CodedRun, OwnWeights
 from pst_ds.core.factors import Factors, tile_factors
 from pst_ds.core.kernels.triton.launch import serves
-from pst_ds.core.kernels.triton.own_keys import OwnKeys
+from pst_ds.core.kernels.triton.scan import OwnKeys
 from pst_ds.core.keys import SingleWeights, order_keys, score_keys, single_weights
 from pst_ds.core.layout import Rect, StoredMatrix, positions_before, shard_tiles, view_in_shard
 from pst_ds.core.select import Sampled

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pst_ds.core.updates.each import EachBeside
-from pst_ds.core.updates.rows import beside, with_beside_each
+from pst_ds.core.updates.rows import EachBeside, beside, with_beside_each
 
 LEFT, RIGHT = "personal_U", "personal_V"
 """Parameter names of a layer's U (O, r) and V (r, I)."""

@@ -1,13 +1,31 @@
-"""Find the list of transformer blocks that contains the layers to prune."""
+"""Run a model block by block on all batches: block i gets the outputs of the current, pruned blocks before it.
+
+Every block runs inside the model's forward pass, with the arguments that the model passes. In the pass for block i the
+blocks before it do not compute: they return the stored output of block i - 1, and the pass ends after block i. Each
+pass repeats the computation before the blocks (embeddings, masks, rotations), and none reaches the computation after
+them. Between passes only the outputs of one block are stored.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pst_ds.errors import InputError
 from pst_ds.nn.model_structure import outermost_list
+
+Batch = Mapping[str, Tensor]
+"""Arguments of a model's forward pass, on the CPU."""
+Output = Any
+"""Output of a block: hidden states, or a tuple that starts with them."""
+Forward = Callable[[], Output]
+"""Runs a block on a batch."""
+Compute = Callable[[Forward], Output]
+"""Gets a function that runs a block on a batch, and returns the output."""
 
 
 def find_blocks(model: nn.Module, names: Sequence[str]) -> tuple[str, nn.ModuleList]:
@@ -31,14 +49,12 @@ def find_blocks(model: nn.Module, names: Sequence[str]) -> tuple[str, nn.ModuleL
         )
     blocks = model.get_submodule(stacks[0])
     assert isinstance(blocks, nn.ModuleList)
-    config: object = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if shared := getattr(text, "num_kv_shared_layers", 0):
+    if shared := getattr(text_config(model), "num_kv_shared_layers", 0):
         raise InputError(
             f"num_kv_shared_layers = {shared}: the last blocks of {stacks[0]} use keys and values of earlier ones, but "
             "calibration runs each block separately. Use --method magnitude"
         )
-    layers, num_own = getattr(config, "num_hidden_layers", None), len(set(blocks))
+    layers, num_own = getattr(getattr(model, "config", None), "num_hidden_layers", None), len(set(blocks))
     if num_own < len(blocks) or (isinstance(layers, int) and layers > len(blocks)):
         raise InputError(
             f"{stacks[0]} has {num_own} distinct blocks for {max(len(blocks), layers or 0)} layers: a block that "
@@ -50,3 +66,139 @@ def find_blocks(model: nn.Module, names: Sequence[str]) -> tuple[str, nn.ModuleL
 def block_of(name: str, stack: str) -> int:
     """Return the index of the block of ``stack`` that contains the module ``name``."""
     return int(name.removeprefix(stack + ".").partition(".")[0])
+
+
+def text_config(model: nn.Module) -> Any:
+    """Return the config of the language model in ``model``, or its only config; None without one."""
+    config: object = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+@contextmanager
+def replaced_blocks(
+    model: nn.Module, blocks: nn.ModuleList, replacement: Callable[[int, Callable[..., Output]], Output]
+) -> Iterator[None]:
+    """Run ``replacement(index, forward)`` instead of each block's ``forward`` inside the context, without a cache."""
+    config, own = text_config(model), [block.__dict__.get("forward") for block in blocks]
+    caches = getattr(config, "use_cache", None)
+    if caches is not None:
+        config.use_cache = False
+    for index, block in enumerate(blocks):
+        block.forward = replacement(index, block.forward)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+        if caches is not None:
+            config.use_cache = caches
+
+
+def _plainly(forward: Forward) -> Output:
+    return forward()
+
+
+class _BlockDone(Exception):
+    """Ends a forward pass after its block."""
+
+
+class BlockReplay:
+    """Runs the ``blocks`` of ``model``, one after another, on all ``batches``, inside :meth:`in_place`.
+
+    The model stays on the CPU. :meth:`resident` moves one block to ``device`` and ``dtype``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: nn.ModuleList,
+        batches: Sequence[Batch],
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        self.model, self.blocks, self.batches = model, blocks, batches
+        self.device, self.dtype = device, dtype
+        self._outputs: list[Output] = [None] * len(batches)
+        self._block = self._batch = 0
+        self._keeps_output = False
+        self._compute: Compute = _plainly
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Replace the blocks' forward passes inside the context."""
+        with replaced_blocks(self.model, self.blocks, self._stand_in):
+            yield
+
+    @contextmanager
+    def resident(self, index: int) -> Iterator[None]:
+        """Move block ``index`` to the device and dtype of the passes inside the context.
+
+        Changes of ``parameter.data`` on the device are lost if it is a copy: change the stored values too.
+        """
+        tensors = [*self.blocks[index].parameters(), *self.blocks[index].buffers()]
+        held = [tensor.data for tensor in tensors]
+        try:
+            for tensor in tensors:
+                tensor.data = self.moved(tensor.data)
+            yield
+        finally:
+            for tensor, data in zip(tensors, held, strict=True):
+                tensor.data = data
+
+    def run(
+        self,
+        index: int,
+        *,
+        keep_output: bool,
+        before: Callable[[Batch], None] | None = None,
+        compute: Compute | None = None,
+    ) -> None:
+        """Run block ``index`` on every batch. Blocks must be run in order, each with ``keep_output`` last.
+
+        ``keep_output``: store the outputs as the inputs of the next block. ``before``: called with every batch before
+        its pass. ``compute``: called with a function that runs the block, and returns the output; gradients are off
+        unless it enables them. Raises InputError if the model's forward pass does not reach the block.
+        """
+        self._block, self._keeps_output, self._compute = index, keep_output, compute or _plainly
+        for number, batch in enumerate(self.batches):
+            self._batch = number
+            if before is not None:
+                before(batch)
+            try:
+                with torch.no_grad():
+                    self.model(**batch)
+            except _BlockDone:
+                continue
+            raise InputError(
+                f"the model's forward pass does not run its block {index} of {len(self.blocks)}, a "
+                f"{type(self.blocks[index]).__name__}. Use --method magnitude, which needs no forward pass"
+            )
+
+    def moved(self, value: Output) -> Output:
+        """Return ``value`` with every tensor in it on the device, and floating-point tensors in the dtype."""
+        return moved(value, self.device, self.dtype)
+
+    def _stand_in(self, index: int, forward: Callable[..., Output]) -> Callable[..., Output]:
+        def replay(*args: object, **kwargs: object) -> Output:
+            if index < self._block:
+                return self._outputs[self._batch]
+            args, kwargs = self.moved((args, kwargs))
+            output = self._compute(lambda: forward(*args, **kwargs))
+            if self._keeps_output:
+                self._outputs[self._batch] = moved(output, torch.device("cpu"), self.dtype)
+            raise _BlockDone
+
+        return replay
+
+
+def moved(value: Output, device: torch.device, dtype: torch.dtype) -> Output:
+    """Return ``value`` with every tensor in it on ``device``, and floating-point tensors in ``dtype``."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+    if type(value) in (tuple, list):
+        return type(value)(moved(item, device, dtype) for item in value)
+    if type(value) is dict:
+        return {key: moved(item, device, dtype) for key, item in value.items()}
+    return value

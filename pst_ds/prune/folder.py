@@ -27,7 +27,7 @@ FORMAT = 1
 
 
 def load_base(path: str, *, attn_implementation: str | None = None) -> PreTrainedModel:
-    """Load the complete model in ``path`` on the CPU, in its own dtype and in evaluation mode.
+    """Load the complete model in ``path`` on the CPU, in the dtype of its files and in evaluation mode.
 
     Raises InputError if it cannot be loaded, is quantised or lacks weights.
     """
@@ -92,16 +92,10 @@ def write_folder(
     unused: Mapping[str, Tensor],
     copy_small_files: Callable[[Path], None],
 ) -> None:
-    """Write ``out`` atomically.
+    """Write the pruned model, its ``record`` and ``scales`` to ``out`` atomically.
 
-    Args:
-        model: the pruned model.
-        record: the pruning record.
-        scales: scales of quantised layers.
-        out: the folder.
-        shard_bytes: size limit of a weight file.
-        unused: tensors of the base model's files that ``model`` does not have; written unchanged.
-        copy_small_files: copies the tokenizer and other small files of the base model into the given folder.
+    ``unused``: tensors of the base model's files that ``model`` lacks; written unchanged. ``copy_small_files``: copies
+    the tokenizer and other small files of the base model into the given folder.
     """
     with atomic_folder(out) as folder:
         state = {**model.state_dict(), **unused} if unused else None

@@ -11,21 +11,11 @@ from torch import Tensor
 
 from pst_ds.core.bits import apply_mask_
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.one_shot import (
-    Compensated,
-    InputSpectrum,
-    InverseFactor,
-    UnitGram,
-    alps,
-    input_spectrum,
-    inverse_factor,
-    keep_by_score,
-    refine_by_swaps,
-    round_under_mask,
-    sparsegpt,
-    unit_gram,
-    wanda_scores,
-)
+from pst_ds.core.one_shot.alps import InputSpectrum, alps, input_spectrum
+from pst_ds.core.one_shot.gram import UnitGram, unit_gram
+from pst_ds.core.one_shot.scored import Compensated, keep_by_score, wanda_scores
+from pst_ds.core.one_shot.sparsegpt import InverseFactor, inverse_factor, round_under_mask, sparsegpt
+from pst_ds.core.one_shot.swaps import refine_by_swaps
 from pst_ds.prune.rules import LayerRule, Method
 
 
@@ -37,7 +27,7 @@ class PrunedLayer:
     shape: tuple[int, int]
     """(O, I); (E*O, I) of a stack of experts."""
     matrices: int
-    """Number of fused matrices, each pruned separately."""
+    """Fused matrices, each pruned separately."""
     pattern: str
     sparsity_requested: float
     pruned: int
@@ -50,18 +40,19 @@ class PrunedLayer:
     expert_tokens: tuple[int, ...] = ()
     """Calibration tokens of each expert of a stack; empty without calibration data."""
     scales: Tensor | None = field(default=None, repr=False, compare=False)
-    """(O, groups) bf16, on the CPU, of a weight that was rounded to a grid."""
+    """(O, groups) bf16, on the CPU, of a quantised weight."""
 
 
 class LayerPruning:
     """A layer that is pruned, in place, expert by expert; a linear layer is one expert.
 
-    ``weight`` is the layer's own; what the layer computes with by then may be a copy of it, and is pruned too.
+    Create it while the target's weight is the stored one. If the target computes with a copy of it later, as on
+    another device, the copy is pruned too.
     """
 
-    def __init__(self, rule: LayerRule, weight: Tensor):
+    def __init__(self, rule: LayerRule):
         self.rule = rule
-        self._weight = weight
+        self.weight = rule.target.weight.data
         layout = rule.target.layout
         self._of_expert = replace(rule, target=replace(rule.target, layout=layout.expert))
         self._kept = 0
@@ -72,13 +63,10 @@ class LayerPruning:
         return self.rule.target.name
 
     def prune(self, given: Inputs | None, expert: int = 0) -> None:
-        """Prune an ``expert``, by what :func:`prune_weight` is ``given``. Experts come in their order.
-
-        Raises FloatingPointError.
-        """
+        """Prune an ``expert`` on its inputs, in order of the experts. Raises FloatingPointError."""
         height = self.rule.target.layout.expert.shape[0]
         rows = slice(expert * height, (expert + 1) * height)
-        stored, computing = (whole.flatten(0, -2)[rows] for whole in (self._weight, self.rule.target.weight.data))
+        stored, computing = (whole.flatten(0, -2)[rows] for whole in (self.weight, self.rule.target.weight.data))
         with self.naming(expert):
             made = prune_weight(stored, self._of_expert, given)
         stored.copy_(made.weight)
@@ -86,14 +74,10 @@ class LayerPruning:
         self._kept += int(made.keep.sum())
         self._scales += [] if made.scales is None else [made.scales.cpu()]
 
-    def take(self, values: Tensor) -> None:
-        """Replace the weight by fitted ``values``, of its shape, that are 0 where it is pruned."""
-        self._weight.copy_(values)
-
     def outcome(self, expert_tokens: Sequence[int] = ()) -> PrunedLayer:
         """Return the outcome, after all experts were pruned."""
         rule, layout = self.rule, self.rule.target.layout
-        pruned, experts = layout.numel - self._kept, self._weight if rule.target.is_stack else ()
+        pruned, experts = layout.numel - self._kept, self.weight if rule.target.is_stack else ()
         return PrunedLayer(
             name=self.name,
             shape=(layout.out_features, layout.in_features),
@@ -101,8 +85,8 @@ class LayerPruning:
             pattern="zeros" if rule.keeps_zeros else str(rule.pattern),
             sparsity_requested=pruned / layout.numel if rule.keeps_zeros else rule.sparsity,
             pruned=pruned,
-            zeros=layout.numel - int(torch.count_nonzero(self._weight)),
-            dtype=str(self._weight.dtype).removeprefix("torch."),
+            zeros=layout.numel - int(torch.count_nonzero(self.weight)),
+            dtype=str(self.weight.dtype).removeprefix("torch."),
             expert_zeros=tuple(one.numel() - int(torch.count_nonzero(one)) for one in experts),
             expert_tokens=tuple(expert_tokens),
             scales=torch.cat(self._scales) if self._scales else None,
@@ -116,8 +100,8 @@ class LayerPruning:
         except FloatingPointError as error:
             which = f"{self.name}, expert {expert}" if self.rule.target.is_stack else self.name
             raise FloatingPointError(
-                f"{which}: {error}. See that the model's weights are finite, and calibrate with --set "
-                "train.precision=fp32"
+                f"{which}: {error}. Check that the model's weights are finite, and calibrate with "
+                "--set train.precision=fp32"
             ) from None
 
 
@@ -135,9 +119,9 @@ Inputs = Tensor | InverseFactor | InputSpectrum | SwapInputs
 
 
 def inputs_of(method: Method, total: Tensor, *, swaps: bool = False) -> Inputs | None:
-    """Make a method's :data:`Inputs` of a sum over all tokens: of products, (I, I), or of squares, (I,).
+    """Return a method's :data:`Inputs` from a sum over all tokens: of products, (I, I), or of squares, (I,).
 
-    Squares are for Wanda and magnitude without ``swaps`` of their masks. Raises FloatingPointError.
+    Squares are for Wanda and magnitude without ``swaps``. Raises FloatingPointError.
     """
     if method == "alps":
         spectrum = input_spectrum(total)
@@ -151,19 +135,18 @@ def inputs_of(method: Method, total: Tensor, *, swaps: bool = False) -> Inputs |
 
 
 def equal_inputs(method: Method, number: int, device: torch.device) -> Inputs | None:
-    """What :func:`prune_weight` is given of inputs of which nothing is known: it ranks weights by magnitude alone."""
+    """Return statistics for a layer without inputs, which rank its weights by magnitude."""
     if method != "sparsegpt":
         return None
     return InverseFactor(torch.eye(number, device=device), torch.zeros(number, dtype=torch.bool, device=device))
 
 
 def prune_weight(weight: Tensor, rule: LayerRule, given: Inputs | None) -> Compensated:
-    """Return the pruned weight, in the dtype of ``weight``, and its mask: new tensors, as ``weight`` is stored.
+    """Return the pruned weight, in the dtype and storage order of ``weight``, and its mask: new tensors.
 
-    Scales, if the rule has a grid, are (O, groups) however the weight is stored.
-
-    ``given``: what is known of the layer's inputs; None for magnitude. The result is on its device. Rows are ranked
-    as if each were multiplied by its ``rule.output_factors``. Raises FloatingPointError for values that are not finite.
+    ``given``: statistics of the layer's inputs, on whose device the result is; None for magnitude. Rows are ranked as
+    if each were multiplied by its ``rule.output_factors``. Scales, if the rule has a grid, are (O, groups). Raises
+    FloatingPointError for values that are not finite.
     """
     if rule.output_factors is None:
         return _pruned(weight, rule, given)
@@ -188,7 +171,7 @@ def _pruned(weight: Tensor, rule: LayerRule, given: Inputs | None) -> Compensate
 
 
 def _scored(weight: Tensor, layout: WeightLayout, rule: LayerRule, norms: Tensor | None) -> Compensated:
-    """Keep the weights of largest magnitude, times the ``norms`` of their inputs where these are known."""
+    """Keep the weights of largest magnitude, times the ``norms`` of their inputs if these are known."""
     if norms is None:
         scores = weight.to(torch.float32).abs()
     else:

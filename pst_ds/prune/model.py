@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +11,10 @@ from pst_ds.errors import InputError
 from pst_ds.nn import experts
 from pst_ds.nn.input_sums import InputGatherer, InputSum, products, squares
 from pst_ds.progress import Progress
-from pst_ds.prune.blocks import block_of, find_blocks
+from pst_ds.prune.blocks import Batch, BlockReplay, Compute, find_blocks
 from pst_ds.prune.layer import Inputs, LayerPruning, PrunedLayer, equal_inputs, inputs_of
 from pst_ds.prune.reconstruction import BlockFit
-from pst_ds.prune.replay import Batch, BlockReplay, Compute
-from pst_ds.prune.rules import LayerRule, Method
+from pst_ds.prune.rules import LayerRule, Method, rules_by_block
 
 STATISTICS_BYTES = 4 * 2**30
 """Memory limit of a block's expert Gram matrices, which only a single larger expert exceeds."""
@@ -46,13 +43,13 @@ def prune_layers(
         model: the model, on the CPU.
         rules: a rule for each layer.
         method: how weights are chosen.
-        batches: arguments of the forward pass; positions with 0 in an ``attention_mask`` (batch, length) are ignored.
-            "magnitude" needs none without swaps and ``reconstruct``.
+        batches: positions with 0 in an ``attention_mask`` (batch, length) are ignored. "magnitude" needs no batches
+            without swaps and ``reconstruct``.
         device: where blocks compute.
         dtype: dtype of the computation.
         gated: weigh an expert's tokens by their router gates.
-        reconstruct: passes that fit the kept weights of each block to its dense outputs. The device then also holds
-            three fp32 numbers per weight of a block.
+        reconstruct: passes that fit the kept weights of each block to its dense outputs, with three fp32 numbers per
+            weight of a block on the device.
         statistics_bytes: memory for the Gram matrices of experts. A block whose experts need more runs once per group
             of experts.
 
@@ -63,30 +60,20 @@ def prune_layers(
     if method == "magnitude" and not swaps and not reconstruct:
         return [_by_magnitude(rule) for rule in rules]
     stack, blocks = find_blocks(model, [rule.target.name for rule in rules])
-    with without_cache(model), BlockReplay(model, blocks, batches, device, dtype) as replay:
-        pruner = _BlockPruner(
-            replay, method, gated=gated, swaps=swaps, reconstruct=reconstruct, statistics_bytes=statistics_bytes
-        )
-        done = _prune_blocks(pruner, rules, stack)
+    replay = BlockReplay(model, blocks, batches, device, dtype)
+    pruner = _BlockPruner(replay, method, gated, swaps, reconstruct, statistics_bytes)
+    by_block = rules_by_block(rules, stack)
+    done: dict[str, PrunedLayer] = {}
+    last = max(by_block)
+    with replay.in_place(), Progress("prune", last + 1, "blocks") as shown:
+        for index in range(last + 1):
+            done |= {layer.name: layer for layer in pruner.prune(index, by_block.get(index, []), is_last=index == last)}
+            shown.add(1, f"{stack}.{index}")
     return [done[rule.target.name] for rule in rules]
 
 
-def _prune_blocks(pruner: _BlockPruner, rules: Sequence[LayerRule], stack: str) -> dict[str, PrunedLayer]:
-    """Prune the blocks of ``stack`` in order, up to the last one that has a rule; return the outcomes by layer."""
-    by_block: dict[int, list[LayerRule]] = {}
-    for rule in rules:
-        by_block.setdefault(block_of(rule.target.name, stack), []).append(rule)
-    done: dict[str, PrunedLayer] = {}
-    last = max(by_block)
-    with Progress("prune", last + 1, "blocks") as shown:
-        for index in range(last + 1):
-            done |= {layer.name: layer for layer in pruner.prune(index, by_block.get(index, []), goes_on=index < last)}
-            shown.add(1, f"{stack}.{index}")
-    return done
-
-
 def _by_magnitude(rule: LayerRule) -> PrunedLayer:
-    pruning = LayerPruning(rule, rule.target.weight.data)
+    pruning = LayerPruning(rule)
     for expert in range(rule.target.layout.num_experts):
         pruning.prune(None, expert)
     return pruning.outcome()
@@ -96,29 +83,21 @@ class _BlockPruner:
     """Prunes one block after another on the inputs of its layers."""
 
     def __init__(
-        self,
-        replay: BlockReplay,
-        method: Method,
-        *,
-        gated: bool,
-        swaps: bool,
-        reconstruct: int,
-        statistics_bytes: int,
+        self, replay: BlockReplay, method: Method, gated: bool, swaps: bool, reconstruct: int, statistics_bytes: int
     ):
-        self._reconstruct = reconstruct
         self._replay, self._method, self._gated, self._bytes = replay, method, gated, statistics_bytes
-        self._swaps, self._sum_of = swaps, products if swaps or method in ("sparsegpt", "alps") else squares
-        self._inputs = _LastInputs(method, swaps=swaps)
+        self._swaps, self._reconstruct = swaps, reconstruct
+        self._sum_of = products if swaps or method in ("sparsegpt", "alps") else squares
+        self._last: tuple[Tensor, Inputs | None] | None = None
+        """(sum, statistics) of the previous layer's inputs."""
 
-    def prune(self, index: int, rules: Sequence[LayerRule], *, goes_on: bool) -> list[PrunedLayer]:
-        """Collect statistics and prune a block; if the pass ``goes_on``, run it again for the input of the next block.
+    def prune(self, index: int, rules: Sequence[LayerRule], *, is_last: bool) -> list[PrunedLayer]:
+        """Collect statistics and prune a block; unless it is the last, run it for the next block's input.
 
-        Experts are pruned group by group. Their inputs do not depend on other experts, but may depend on linear
-        layers, which are therefore pruned last.
+        Experts are pruned group by group. Their inputs do not depend on other experts, but may depend on linear layers,
+        which are therefore pruned last.
         """
-        layers = [
-            LayerPruning(rule, rule.target.weight.data) for rule in rules
-        ]  # the stored values, not the copy on the device
+        layers = [LayerPruning(rule) for rule in rules]  # before the block moves: they hold the stored values
         linear = [layer for layer in layers if not layer.rule.target.is_stack]
         stacks = [layer for layer in layers if layer.rule.target.is_stack]
         gatherer, tokens = self._gatherer(), dict[str, list[int]]()
@@ -134,12 +113,12 @@ class _BlockPruner:
                     tokens[layer.name] = sums.expert_tokens
             for layer in linear:
                 with layer.naming():
-                    given = self._inputs.of(_total(gatherer, layer.name))
+                    given = self._inputs_of(_required(gatherer, layer.name).total)
                 layer.prune(given)
             if fit is not None:
                 for layer, values in zip(layers, fit.fit([r.target.weight for r in rules]), strict=True):
-                    layer.take(values)
-            if goes_on:
+                    layer.weight.copy_(values)
+            if not is_last:
                 self._replay.run(index, keep_output=True)
         return [layer.outcome(tokens.get(layer.name, ())) for layer in layers]
 
@@ -176,6 +155,13 @@ class _BlockPruner:
         ):
             self._replay.run(index, keep_output=False, before=begin, compute=compute)
 
+    def _inputs_of(self, total: Tensor | None) -> Inputs | None:
+        """Return the statistics of inputs with this sum: once for layers with equal inputs, such as q, k and v."""
+        assert total is not None
+        if self._last is None or not torch.equal(self._last[0], total):
+            self._last = total, inputs_of(self._method, total, swaps=self._swaps)
+        return self._last[1]
+
     def _prune_experts(self, layer: LayerPruning, sums: InputSum, group: range) -> None:
         """Prune the experts of ``group``, whose statistics are ``sums``; by magnitude if they had no token."""
         layout, device = layer.rule.target.layout, layer.rule.target.weight.device
@@ -190,12 +176,6 @@ class _BlockPruner:
             layer.prune(given, expert)
 
 
-def _total(gatherer: InputGatherer, name: str) -> Tensor:
-    total = _required(gatherer, name).total
-    assert total is not None
-    return total
-
-
 def _required(gatherer: InputGatherer, name: str) -> InputSum:
     found = gatherer.sums.get(name)
     if found is None or not found.num_tokens:
@@ -204,32 +184,3 @@ def _required(gatherer: InputGatherer, name: str) -> InputSum:
             "pst.exclude_modules"
         )
     return found
-
-
-class _LastInputs:
-    """Statistics of layers' inputs; computed once for consecutive layers with equal inputs, such as q, k and v."""
-
-    def __init__(self, method: Method, *, swaps: bool) -> None:
-        self._method, self._swaps = method, swaps
-        self._last: tuple[Tensor, Inputs | None] | None = None
-
-    def of(self, total: Tensor) -> Inputs | None:
-        """Return the method's statistics of inputs with this sum. Raises FloatingPointError."""
-        if self._last is None or not torch.equal(self._last[0], total):
-            self._last = total, inputs_of(self._method, total, swaps=self._swaps)
-        return self._last[1]
-
-
-@contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """Disable the key-value cache of ``model`` inside the context."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if not hasattr(config, "use_cache"):
-        yield
-        return
-    before, config.use_cache = config.use_cache, False
-    try:
-        yield
-    finally:
-        config.use_cache = before

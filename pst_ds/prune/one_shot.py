@@ -10,17 +10,16 @@ import torch
 from pst_ds.config.methods import OneShotMethod
 from pst_ds.config.one_shot import REAP, PruneConfig
 from pst_ds.config.pst import PSTConfig
-from pst_ds.core.one_shot import SPREAD
+from pst_ds.core.one_shot.budgets import SPREAD
 from pst_ds.core.packings import WHOLE_ROW
 from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.errors import InputError
 from pst_ds.nn.targets import resolve_targets
-from pst_ds.prune.budgets import require_room, rules_by_outliers
+from pst_ds.prune.blocks import Batch
+from pst_ds.prune.budgets import require_linear, require_room, rules_by_outliers, rules_by_saliency
 from pst_ds.prune.layer import PrunedLayer
 from pst_ds.prune.model import prune_layers
-from pst_ds.prune.replay import Batch
 from pst_ds.prune.rules import LayerRule, layer_rules, requested_sparsity, settings_for
-from pst_ds.prune.saliency import require_linear, rules_by_saliency
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,13 +30,8 @@ def plan_layers(
 ) -> tuple[PSTConfig, float, list[LayerRule]]:
     """Return the effective PST settings, the requested sparsity, and the rule of each layer.
 
-    Args:
-        model: the model to prune.
-        config: settings of the pruning.
-        pst: PST settings of the run, for targets, pattern and overrides.
-        final_sparsity: sparsity if ``config`` and the pattern have none.
-
-    Raises InputError for everything that is wrong and can be known without calibration data.
+    ``pst``: PST settings of the run, for targets, pattern and overrides. ``final_sparsity`` applies if ``config`` and
+    the pattern have none. Raises InputError for everything that can be checked without calibration data.
     """
     method, wanted = _method_of(config), final_sparsity if config.sparsity is None else config.sparsity
     settings = settings_for(model, pst, method, config.pattern, budgets=config.budgets, share=wanted)
@@ -66,20 +60,10 @@ def prune_loaded(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[list[PrunedLayer], dict[str, object]]:
-    """Prune ``model`` in place.
+    """Prune ``model``, which is on the CPU, in place; return the outcomes, and facts for the pruning record.
 
-    Args:
-        model: the model, on the CPU.
-        config: settings of the pruning.
-        planned: result of :func:`plan_layers`.
-        batches: calibration data; empty if ``config.needs_data`` is False.
-        device: where blocks compute.
-        dtype: dtype of the computation.
-
-    Returns:
-        The outcome of each layer, and facts for the pruning record.
-
-    Raises InputError, and FloatingPointError for values that are not finite.
+    ``planned``: result of :func:`plan_layers`. ``batches``: calibration data; empty if ``config.needs_data`` is False.
+    ``device``, ``dtype``: of the computation. Raises InputError, and FloatingPointError for values that are not finite.
     """
     settings, sparsity, rules = planned
     budgets: dict[str, object] = {} if config.budgets == "equal" else {"budgets": config.budgets}
@@ -118,7 +102,7 @@ def _facts_of(config: PruneConfig, settings: PSTConfig, sparsity: float) -> dict
 
 def _method_of(config: PruneConfig) -> OneShotMethod:
     if config.method == REAP:
-        raise InputError("method reap drops experts, and does not prune weights. Call drop_experts")
+        raise InputError("method = reap: it drops experts, and does not prune weights. Call drop_experts")
     return config.method
 
 

@@ -7,9 +7,8 @@ the gradient of its input, as in gradient checkpointing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +17,7 @@ from torch import Tensor, nn
 from pst_ds.errors import InputError
 from pst_ds.nn.input_sums import InputGatherer, squares
 from pst_ds.progress import Progress
-from pst_ds.prune.model import without_cache
-from pst_ds.prune.replay import Batch, BlockReplay, Output, moved
+from pst_ds.prune.blocks import Batch, BlockReplay, Output, moved, replaced_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +39,17 @@ def layer_norms(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, LayerNorms]:
-    """Return the norms of the linear ``layers`` of each of the ``blocks``, by name; the model stays as it was.
+    """Return the norms of the linear ``layers`` of each of the ``blocks``, by name; the model is unchanged.
 
-    The loss is that of the next token, summed over the text. The model stays on the CPU, and so do the inputs of all
-    blocks, of one batch at a time; a block comes to ``device`` in ``dtype``. Raises InputError for a model without
-    logits of tokens, and for layers that no block's forward pass calls.
+    The loss is the sum over all next tokens. The CPU holds the model and, for one batch, the inputs of all blocks; a
+    block is moved to ``device`` in ``dtype`` when it runs. Raises InputError for a model without logits of tokens, and
+    for layers that no block's forward pass calls.
     """
-    two_way = _TwoWay(BlockReplay(model, blocks, batches, device, dtype), blocks, layers, device, dtype)
-    with without_cache(model), two_way.in_place(), Progress("budgets", len(batches), "batches") as shown:
+    two_way = _TwoWay(BlockReplay(model, blocks, batches, device, dtype), layers)
+    replaced = replaced_blocks(model, blocks, two_way.stand_in)
+    with replaced, Progress("budgets", len(batches), "batches") as shown:
         for batch in batches:
-            two_way.begin(batch)
+            two_way.gatherer.begin(batch)
             with torch.enable_grad():
                 loss = _loss(model, batch)
                 torch.autograd.grad(loss, two_way.first)
@@ -63,8 +62,8 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
     ids, logits = batch["input_ids"], getattr(model(**batch), "logits", None)
     if logits is None or logits.shape[:-1] != ids.shape:
         raise InputError(
-            "--budgets saliency needs the loss of the next token, and this model gives no logits for every token; "
-            "choose --budgets owl"
+            "--budgets saliency: the model returns no logits for every token, and the budgets need the loss of the "
+            "next token. Choose --budgets owl"
         )
     follows = torch.ones_like(ids, dtype=torch.bool)
     if "attention_mask" in batch:
@@ -75,51 +74,30 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum")
 
 
-@dataclass
 class _TwoWay:
     """Blocks that are moved to the device for their forward and backward pass."""
 
-    replay: BlockReplay
-    blocks: nn.ModuleList
-    layers: Sequence[Mapping[str, nn.Module]]
-    device: torch.device
-    dtype: torch.dtype
-    gatherer: InputGatherer = field(default_factory=lambda: InputGatherer(squares))
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    """Sums of squares, double precision, by layer."""
-    first: Tensor = field(default_factory=lambda: torch.empty(0))
-    """Input of the first block, where the backward pass ends."""
-
-    def begin(self, batch: Batch) -> None:
-        self.gatherer.begin(batch)
+    def __init__(self, replay: BlockReplay, layers: Sequence[Mapping[str, nn.Module]]):
+        self.replay, self._layers = replay, layers
+        self.gatherer = InputGatherer(squares)
+        self._outputs: dict[str, Tensor] = {}
+        """Sums of squared output gradients, double precision, by layer."""
+        self.first: Tensor
+        """Input of the first block, where the backward pass ends."""
 
     def norms(self) -> dict[str, LayerNorms]:
-        names = [name for of_block in self.layers for name in of_block]
-        idle = next((name for name in names if name not in self.outputs), None)
-        if idle is not None:
-            raise InputError(f"the model's forward pass does not call {idle}; leave it dense with pst.exclude_modules")
         found = {}
-        for name in names:
+        for name in (name for of_block in self._layers for name in of_block):
+            if name not in self._outputs:
+                raise InputError(
+                    f"the model's forward pass does not call {name}. Leave it dense with pst.exclude_modules"
+                )
             given = self.gatherer.sums[name].total
             assert given is not None
-            found[name] = LayerNorms(given.sqrt().float().cpu(), self.outputs[name].sqrt().float().cpu())
+            found[name] = LayerNorms(given.sqrt().float().cpu(), self._outputs[name].sqrt().float().cpu())
         return found
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Inside, the blocks' forward passes are those that come to the device."""
-        own = [block.__dict__.get("forward") for block in self.blocks]
-        for index, block in enumerate(self.blocks):
-            block.forward = self._stand_in(index, block.forward)
-        try:
-            yield
-        finally:
-            for block, forward in zip(self.blocks, own, strict=True):
-                del block.forward
-                if forward is not None:
-                    block.forward = forward
-
-    def _stand_in(self, index: int, forward: Callable[..., Output]) -> Callable[..., Output]:
+    def stand_in(self, index: int, forward: Callable[..., Output]) -> Callable[..., Output]:
         def run(*args: object, **kwargs: object) -> Output:
             if args:
                 hidden, args = args[0], args[1:]
@@ -130,7 +108,7 @@ class _TwoWay:
                 self.first = hidden = hidden.detach().requires_grad_()
 
             def block(states: Tensor) -> Output:
-                states, others, named = moved((states, args, kwargs), self.device, self.dtype)
+                states, others, named = self.replay.moved((states, args, kwargs))
                 return forward(states, *others, **named)
 
             return _Recomputed.apply(hidden, self, index, block)
@@ -139,24 +117,22 @@ class _TwoWay:
 
     @contextmanager
     def listening(self, index: int) -> Iterator[None]:
-        """Sums up what the layers of a block are given, and the gradients at what they give."""
-        handles = [module.register_forward_hook(self._hook(name)) for name, module in self.layers[index].items()]
-        try:
-            with self.gatherer.listening(self.layers[index]):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        """Sum the inputs of the layers of a block, and the gradients of their outputs."""
+        with ExitStack() as stack:
+            for name, module in self._layers[index].items():
+                stack.callback(module.register_forward_hook(self._hook(name)).remove)
+            stack.enter_context(self.gatherer.listening(self._layers[index]))
+            yield
 
     def _hook(self, name: str) -> Callable[..., None]:
         def add(gradient: Tensor) -> None:
             part = squares(gradient.reshape(-1, gradient.shape[-1]))
-            self.outputs[name] = part if name not in self.outputs else self.outputs[name].add_(part)
+            self._outputs[name] = part if name not in self._outputs else self._outputs[name].add_(part)
 
-        def take(_module: nn.Module, _args: object, output: Tensor) -> None:
+        def listen(_module: nn.Module, _args: object, output: Tensor) -> None:
             output.register_hook(add)
 
-        return take
+        return listen
 
 
 class _Recomputed(torch.autograd.Function):
@@ -166,14 +142,14 @@ class _Recomputed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, two_way: _TwoWay, index: int, block: Callable[[Tensor], Output]) -> Output:
+    def forward(ctx, hidden, two_way, index, block):
         ctx.save_for_backward(hidden)
         ctx.two_way, ctx.index, ctx.block = two_way, index, block
         with two_way.replay.resident(index):
             return moved(block(hidden), hidden.device, hidden.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_others: Tensor | None) -> tuple[Tensor, None, None, None]:
+    def backward(ctx, gradient, *_others):
         (hidden,), two_way = ctx.saved_tensors, ctx.two_way
         hidden = hidden.detach().requires_grad_()
         with two_way.replay.resident(ctx.index), torch.enable_grad(), two_way.listening(ctx.index):

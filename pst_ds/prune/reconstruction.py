@@ -12,16 +12,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pst_ds.prune.replay import Batch, BlockReplay, Compute, Forward, Output
+from pst_ds.prune.blocks import Batch, BlockReplay, Compute, Forward, Output
 
 RATE = 0.01
 """Initial learning rate of Adam, relative to the RMS of a layer's kept weights; it decreases linearly to 0."""
 
 
 class BlockFit:
-    """Fits one block of a ``replay``, which is resident, in so many ``passes`` of the text.
+    """Fits one resident block of a ``replay`` in ``passes`` over the batches.
 
-    Holds the dense block's outputs on the CPU, and for every weight that is fitted three fp32 numbers on its device.
+    Holds the dense block's outputs on the CPU, and three fp32 numbers per fitted weight on the block's device.
     """
 
     def __init__(self, replay: BlockReplay, index: int, passes: int):
@@ -39,9 +39,9 @@ class BlockFit:
         return output
 
     def fit(self, weights: Sequence[nn.Parameter]) -> list[Tensor]:
-        """Return the fitted values of the pruned ``weights``, fp32 on their device, which the block then has.
+        """Return the fitted values of the pruned ``weights``, fp32 on their device; the block then has them.
 
-        What is 0 stays 0. Where the error over all tokens is not lower afterwards, the values are those of before.
+        Zeros stay 0. If the error over all tokens does not decrease, the previous values are restored.
         """
         held = [weight.detach().to(torch.float32, copy=True) for weight in weights]
         masters = [values.clone() for values in held]
@@ -62,7 +62,7 @@ class BlockFit:
             return output
 
         before = self._error()
-        with _asking_for_gradients(weights):
+        with _with_gradients(weights):
             for _ in range(self._passes):
                 self._run(step)
         after = self._error()
@@ -116,7 +116,7 @@ def _write(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
 
 
 @contextmanager
-def _asking_for_gradients(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+def _with_gradients(weights: Sequence[nn.Parameter]) -> Iterator[None]:
     asked = [weight.requires_grad for weight in weights]
     try:
         for weight in weights:

@@ -13,6 +13,7 @@ from pst_ds.core.patterns import Pattern, parse_pattern
 from pst_ds.core.quantization import Grid
 from pst_ds.errors import InputError
 from pst_ds.nn.targets import Target
+from pst_ds.prune.blocks import block_of
 
 _METHOD_PATTERNS: dict[Method, str] = {"magnitude": "matrix", "wanda": "row", "sparsegpt": "row", "alps": "row"}
 """Default pattern of each method."""
@@ -31,20 +32,25 @@ class LayerRule:
     grid: Grid | None = None
     """Quantisation of the kept weights; only SparseGPT supports it."""
     keeps_zeros: bool = False
-    """Whether exactly the weights that are zero already are pruned, regardless of the pattern."""
+    """True to prune exactly the weights that are zero already, regardless of the pattern."""
     swaps: int = 0
-    """Maximum number of passes that refine the mask by swaps."""
+    """Most passes that refine the mask by swaps."""
     has_own_sparsity: bool = False
-    """Whether an override sets its sparsity."""
+    """True if an override sets its sparsity."""
     output_factors: Tensor | None = field(default=None, repr=False, compare=False)
     """(O,) fp32, positive: weight of each row where rows are ranked together; None weighs them equally."""
 
 
-def usual_pattern(method: Method, budgets: str, share: float) -> str:
-    """Return the default pattern of a ``method`` at sparsity ``share``.
+def rules_by_block(rules: Sequence[LayerRule], stack: str) -> dict[int, list[LayerRule]]:
+    """Return the rules of each block of ``stack``, by its index."""
+    found: dict[int, list[LayerRule]] = {}
+    for rule in rules:
+        found.setdefault(block_of(rule.target.name, stack), []).append(rule)
+    return found
 
-    With ``budgets`` by saliency it is "matrix" up to 60 % sparsity, and "row" above.
-    """
+
+def usual_pattern(method: Method, budgets: str, share: float) -> str:
+    """Return the default pattern of a ``method`` at sparsity ``share``; see ``_MAX_SPARSITY_OF_MATRIX``."""
     if budgets == "saliency":
         return "matrix" if share <= _MAX_SPARSITY_OF_MATRIX else "row"
     return _METHOD_PATTERNS[method]
@@ -100,33 +106,22 @@ def layer_rules(
     keeps_zeros: bool = False,
     swaps: int = 0,
 ) -> list[LayerRule]:
-    """Return the rules of all ``targets``, in their order; overrides take precedence for their layers.
+    """Return the rules of all ``targets``, in their order. Overrides take precedence over sparsity ``share``.
 
-    Args:
-        targets: the layers.
-        method: how weights are chosen.
-        share: sparsity of layers without an override.
-        grid: quantisation of the kept weights.
-        keeps_zeros: prune exactly the weights that are zero; pattern and overrides have no effect.
-        swaps: see :class:`LayerRule`.
-
-    Raises InputError, naming the layer, for a pattern or quantisation that does not fit the layer, the method or swaps.
+    ``keeps_zeros``: prune exactly the weights that are zero; pattern and overrides have no effect. Raises InputError,
+    naming the layer, for a pattern or quantisation that does not fit the layer, the method or swaps.
     """
     for target in targets:
-        if grid is not None:
-            _require_groups(target, grid)
+        try:
+            if grid is not None:
+                grid.num_groups(target.layout.in_features)
+        except ValueError as error:
+            raise InputError(
+                f"{target.name}: {error}. Choose another --group, or exclude the layer with pst.exclude_modules"
+            ) from None
     if keeps_zeros:
         return [LayerRule(target, Pattern("matrix"), 0.0, grid, keeps_zeros=True) for target in targets]
     return [replace(_rule(target, method, share, swaps), grid=grid) for target in targets]
-
-
-def _require_groups(target: Target, grid: Grid) -> None:
-    try:
-        grid.num_groups(target.layout.in_features)
-    except ValueError as error:
-        raise InputError(
-            f"{target.name}: {error}. Choose another --group, or exclude the layer with pst.exclude_modules"
-        ) from None
 
 
 def _rule(target: Target, method: Method, share: float, swaps: int) -> LayerRule:

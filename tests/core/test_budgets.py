@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pst_ds.core.one_shot import outlier_share, zeros_by_outliers
+from pst_ds.core.one_shot.budgets import outlier_share, zeros_by_outliers
 
 
 def test_outliers_are_counted_over_all_parts_together():

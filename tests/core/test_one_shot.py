@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.one_shot import keep_by_score, output_error, wanda_scores
+from pst_ds.core.one_shot.scored import keep_by_score, output_error, wanda_scores
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.select import keep_mask, prune_count
 

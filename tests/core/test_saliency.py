@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pst_ds.core.one_shot.saliency import BINS, saliency_scores, score_histogram, zeros_by_saliency
+from pst_ds.core.one_shot.budgets import BINS, saliency_scores, score_histogram, zeros_by_saliency
 
 
 def _scores(shape, seed, spread=1.0):

@@ -9,15 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.one_shot import (
-    DAMPING,
-    inverse_factor,
-    keep_by_score,
-    output_error,
-    round_under_mask,
-    sparsegpt,
-    wanda_scores,
-)
+from pst_ds.core.one_shot.gram import DAMPING
+from pst_ds.core.one_shot.scored import keep_by_score, output_error, wanda_scores
+from pst_ds.core.one_shot.sparsegpt import inverse_factor, round_under_mask, sparsegpt
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.quantization import Grid, dequantize, group_scales, quantize, round_to_grid
 from pst_ds.core.select import prune_count

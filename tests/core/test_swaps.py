@@ -12,19 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.one_shot import (
-    Compensated,
-    alps,
-    input_spectrum,
-    inverse_factor,
-    keep_by_score,
-    output_error,
-    refine_by_swaps,
-    sparsegpt,
-    swaps,
-    unit_gram,
-    wanda_scores,
-)
+from pst_ds.core.one_shot import swaps
+from pst_ds.core.one_shot.alps import alps, input_spectrum
+from pst_ds.core.one_shot.gram import unit_gram
+from pst_ds.core.one_shot.scored import Compensated, keep_by_score, output_error, wanda_scores
+from pst_ds.core.one_shot.sparsegpt import inverse_factor, sparsegpt
+from pst_ds.core.one_shot.swaps import refine_by_swaps
 from pst_ds.core.patterns import parse_pattern
 
 from .one_shot_references import correlated_inputs, normal_weight

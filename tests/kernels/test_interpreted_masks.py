@@ -15,8 +15,8 @@ from pst_ds.core import bracket
 from pst_ds.core.bits import pack_shard, unpack_shard
 from pst_ds.core.bracket import select_bits
 from pst_ds.core.factors import Constants, Factors, tile_factors
-from pst_ds.core.kernels.triton import own_keys, scan
-from pst_ds.core.kernels.triton.own_keys import OwnKeys
+from pst_ds.core.kernels.triton import scan
+from pst_ds.core.kernels.triton.scan import OwnKeys
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, Classifier, order_keys, score_keys
 from pst_ds.core.layout import WeightLayout, positions_before, shard_tiles, view_in_shard
 from pst_ds.core.select import MatrixKeys, NonFiniteScoreError, Sampled
@@ -185,13 +185,12 @@ def test_positions_before_an_index_are_counted():
 
 def selected(scores, counts, world, shape, monkeypatch, *, pools=(), pool_of=None):
     """Masks that ``world`` ranks select from flat ``scores`` by kernels, one launch at a time."""
-    lock, real = threading.Lock(), own_keys.launch
+    lock, real = threading.Lock(), scan.launch
 
     def one_at_a_time(*args, **constants):
         with lock:
             real(*args, **constants)
 
-    monkeypatch.setattr(own_keys, "launch", one_at_a_time)
     monkeypatch.setattr(scan, "launch", one_at_a_time)
     ranks = Ranks(world)
 

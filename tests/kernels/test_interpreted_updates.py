@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core import bracket
-from pst_ds.core.kernels.triton import bit_sums, own_keys, scan
+from pst_ds.core.kernels.triton import bit_sums, scan
 from pst_ds.masks import layer_scores
 from pst_ds.masks.update import mask_stats, update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
@@ -27,7 +27,7 @@ def kernels_on_device(monkeypatch):
     """Kernels serve the pretended device, on which a launch is one launch, and nothing else."""
     from tests.device.pretended import counts
 
-    real = own_keys.launch
+    real = scan.launch
     launched = []
 
     def launch(kernel, grid, *args, **constants):
@@ -37,7 +37,7 @@ def kernels_on_device(monkeypatch):
         assert all(isinstance(arg, PretendedTensor) for arg in args if isinstance(arg, torch.Tensor)), kernel
         real(kernel, grid, *(to_host(arg) if isinstance(arg, torch.Tensor) else arg for arg in args), **constants)
 
-    for module in (own_keys, scan, bit_sums):
+    for module in (scan, bit_sums):
         monkeypatch.setattr(module, "launch", launch)
     for module in (layer_scores, bit_sums):
         monkeypatch.setattr(module, "serves", lambda device: device == DEVICE)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from pst_ds.cli.main import main
 from pst_ds.config.pst import Override, PSTConfig
-from pst_ds.core.one_shot import zeros_by_outliers
+from pst_ds.core.one_shot.budgets import zeros_by_outliers
 from pst_ds.errors import InputError
 from pst_ds.nn.targets import resolve_targets
 from pst_ds.prune.budgets import require_room, rules_by_outliers
@@ -140,7 +140,7 @@ def test_layers_with_a_share_of_their_own_or_a_fixed_one_keep_it(tiny, batches):
 
 @pytest.mark.parametrize(
     ("pattern", "share", "spread", "said"),
-    [("2:4", 0.5, 0.08, "pattern 2:4 has 0.5 of them in every one"), ("row", 0.95, 0.08, "at most 0.05"),
+    [("2:4", 0.5, 0.08, "pattern 2:4 has a sparsity of 0.5 in every layer"), ("row", 0.95, 0.08, "at most 0.05"),
      ("row", 0.05, 0.08, "at most 0.05"), ("row", 0.5, 0.0, "above 0"), ("row", 0.5, float("nan"), "above 0"),
      ("row", 0.0, 0.08, "at most 0")],
 )  # fmt: skip

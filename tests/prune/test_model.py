@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from pst_ds.config.pst import Override, PSTConfig
-from pst_ds.core.one_shot import inverse_factor
+from pst_ds.core.one_shot.sparsegpt import inverse_factor
 from pst_ds.errors import InputError
+from pst_ds.nn.input_sums import InputSum
 from pst_ds.nn.targets import resolve_targets
 from pst_ds.prune import model as pruning
 from pst_ds.prune.layer import prune_weight
@@ -87,20 +88,20 @@ def _prune_both(monkeypatch, one, two, method, batches, other_batches):
 
     The second is pruned by the first's sums, since the order of a sum decides between near-ties.
     """
-    seen, total = {}, pruning._total
+    seen = {}
 
     def recording(gatherer, name):
-        seen[name] = gatherer.sums[name].num_tokens, total(gatherer, name).clone()
-        return seen[name][1]
+        seen[name] = gatherer.sums[name].num_tokens, gatherer.sums[name].total.clone()
+        return gatherer.sums[name]
 
     def comparing(gatherer, name):
         num_tokens, wanted = seen.pop(name)
         assert gatherer.sums[name].num_tokens == num_tokens
-        _assert_same_sums(total(gatherer, name), wanted.double(), name)
-        return wanted
+        _assert_same_sums(gatherer.sums[name].total, wanted.double(), name)
+        return InputSum(num_tokens, wanted)
 
     for model, given, function in ((one, batches, recording), (two, other_batches, comparing)):
-        monkeypatch.setattr(pruning, "_total", function)
+        monkeypatch.setattr(pruning, "_required", function)
         _prune(model, _rules(model, method), method, given)
     assert not seen
     for (name, left), right in zip(one.named_parameters(), two.parameters(), strict=True):
@@ -115,9 +116,9 @@ def test_a_pass_block_by_block_is_a_whole_pass_for_each(tiny, batches, monkeypat
 
     def recording(gatherer, name):
         seen[name] = gatherer.sums[name].num_tokens, gatherer.sums[name].total.clone()
-        return seen[name][1]
+        return gatherer.sums[name]
 
-    monkeypatch.setattr(pruning, "_total", recording)
+    monkeypatch.setattr(pruning, "_required", recording)
     layers = _prune(model, _rules(model, method), method, batches(family))
     sums = {name: total for name, (_, total) in seen.items()}
     expected = _pruned_by_whole_passes(other, _rules(other, method), method, batches(family), sums)

@@ -14,10 +14,10 @@ from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.errors import InputError
 from pst_ds.nn.targets import resolve_targets
 from pst_ds.prune.blocks import block_of, find_blocks
+from pst_ds.prune.budgets import rules_by_saliency
 from pst_ds.prune.model import prune_layers
 from pst_ds.prune.output_gradients import layer_norms
 from pst_ds.prune.rules import layer_rules, settings_for
-from pst_ds.prune.saliency import rules_by_saliency
 from tests.nn.expert_families import tiny_model
 
 RUN_FILE = "tests/data/causal_lm.toml"

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.one_shot.gram import DAMPING, UnitGram, scaled_gram
-from pst_ds.core.one_shot.least_squares import least_squares
+from pst_ds.core.one_shot.gram import DAMPING, UnitGram, least_squares, scaled_gram
 from pst_ds.core.one_shot.scored import Compensated, keep_by_score
 from pst_ds.core.patterns import Pattern
 

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.kernels import INT, POINTER, NativeSource, load
-from pst_ds.core.one_shot.gram import UnitGram
-from pst_ds.core.one_shot.least_squares import least_squares
+from pst_ds.core.one_shot.gram import UnitGram, least_squares
 from pst_ds.core.one_shot.scored import Compensated
 from pst_ds.core.patterns import Pattern
 

@@ -20,10 +20,10 @@ from pst_ds.export.plan import SHARD_BYTES, require_space
 from pst_ds.formats.base_weights import BaseWeights
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.parallel.launch import LaunchEnvironment, device_of
+from pst_ds.prune.blocks import Batch
 from pst_ds.prune.folder import FORMAT, load_base, record_of, require_free, scales_of, write_folder
 from pst_ds.prune.layer import PrunedLayer
 from pst_ds.prune.one_shot import plan_layers, prune_loaded
-from pst_ds.prune.replay import Batch
 from pst_ds.prune.whole_experts import KeptExperts, drop_experts
 from pst_ds.train.model import attention_options, load_tokenizer
 

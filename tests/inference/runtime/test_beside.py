@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from pst_ds.core.updates import each as each_module
-from pst_ds.core.updates.each import EachBeside
-from pst_ds.core.updates.rows import beside, with_beside_each
+from pst_ds.core.updates import rows
+from pst_ds.core.updates.rows import EachBeside, beside, with_beside_each
 from pst_ds.inference.runtime.linear import SparseLinear
 from pst_ds.nn.batched_updates import LEFT, RIGHT, BatchUpdates, add_update, features
 
@@ -91,7 +90,7 @@ def test_a_product_that_has_a_gradient_or_no_compiler_is_torchs(monkeypatch):
     y = each.added_to(given, x)
     y.sum().backward()
     torch.testing.assert_close(x.grad, BETA * torch.ones(1, OUT) @ left @ right)
-    monkeypatch.setattr(each_module, "library", lambda: None)
+    monkeypatch.setattr(rows, "library", lambda: None)
     torch.testing.assert_close(each.added_to(given, x.detach()), y.detach())
 
 

@@ -1,16 +1,17 @@
-"""The passes of :mod:`pst_ds.core.bracket` over one rank's keys with kernels: three launches per matrix, few for
-all.
-"""
+"""One rank's weights as arguments of the score kernels, and :mod:`pst_ds.core.bracket`'s passes over their keys."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pst_ds.core.factors import Constants, TileFactors
 from pst_ds.core.kernels.triton.launch import blocks, launch
-from pst_ds.core.kernels.triton.own_keys import OwnKeys
+from pst_ds.core.layout import Rect, positions_before
 
 _BLOCK_STEP = 1024
 """Blocks whose counts of equal keys are summed in one step."""
@@ -114,3 +115,113 @@ class KernelScans:
         )
         ends = zip(self._first_word, self._num_keys, strict=True)
         return [self._above[first:].view(torch.uint8)[: blocks(count, 8)] for first, count in ends]
+
+
+_DEFAULTS = Constants()
+_MOST = 1 << 30
+"""Limit for int32 indices in the kernels, including those just beyond an edge."""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnKeys:
+    """The weights of ``rect`` in ``values``, a flat run of a stored weight, with the factors that score them."""
+
+    values: Tensor
+    """(n,) W0, or scores, of at most 32 bits, from flat index ``start`` on."""
+    start: int
+    row_length: int
+    rect: Rect
+    tile: TileFactors | None
+    """Factors of the whole ``rect``, fp32; None if ``values`` are the scores."""
+    constants: Constants = _DEFAULTS
+    weight_scale: float = 1.0
+
+    @property
+    def first(self) -> int:
+        """Return the position of this rank's first weight among the matrix's weights, in storage order."""
+        return positions_before(self.rect, self.row_length, self.start)
+
+    @property
+    def count(self) -> int:
+        return positions_before(self.rect, self.row_length, self.start + self.values.numel()) - self.first
+
+    @property
+    def fits(self) -> bool:
+        """Return whether int32 indices suffice."""
+        return self.values.numel() < _MOST and self.rect.numel < 2 * _MOST
+
+    @property
+    def width(self) -> int:
+        return self.rect.c1 - self.rect.c0
+
+    def sort(self, bracket: Tensor, above: Tensor, inside: Tensor, counts: Tensor) -> None:
+        """Write the bits of the keys above and of those inside a bracket, and count them.
+
+        ``bracket``: int32 (low, high), both included. ``above``, ``inside``: uint8, at least ceil(count / 8) bytes.
+        Adds {above, whether any key is not finite, inside} to ``counts``, int64.
+        """
+        from pst_ds.core.kernels.triton import score_kernels as kernels
+
+        factors, constants = self._factors()
+        row0, lead = divmod(self.first, max(1, self.width))
+        if self.width == self.row_length and self.width % 8 == 0 and lead % 8 == 0:
+            own = self.values[self.first + self._offset :]
+            height = blocks(lead + self.count, self.width) if self.count else 0
+            grid = blocks(height, kernels.TILE_ROWS), blocks(self.width, kernels.TILE_COLS)
+            rows = self.rect.r1 - self.rect.r0
+            launch(
+                kernels.bracket_rows, grid, own, row0, lead, self.count, rows, self.width, *factors, bracket, above,
+                inside, counts, ROWS=kernels.TILE_ROWS, COLS=kernels.TILE_COLS, **constants,
+            )  # fmt: skip
+            return
+        launch(
+            kernels.bracket_flat, (blocks(self.count, kernels.FLAT),), self.values, self.first, self.count, self.width,
+            self.row_length, self._offset, *factors, bracket, above, inside, counts, SIZE=kernels.FLAT, **constants,
+        )  # fmt: skip
+
+    def keys_at(self, positions: Tensor, out: Tensor, *, base: int = 0, limit: Tensor | None = None) -> None:
+        """Write the keys of the weights at ``base`` + ``positions`` of the matrix to ``out``, 0 for those of other
+        ranks.
+
+        ``positions``: (n,) int32 or int64. ``out``: (n,) int32; nothing is written from ``limit``, an int32 scalar, on.
+        """
+        from pst_ds.core.kernels.triton import score_kernels as kernels
+
+        factors, constants = self._factors()
+        size = positions.numel()
+        launch(
+            kernels.keys_at, (blocks(size, kernels.FLAT),), positions, size, limit, base, self.values, self.first,
+            self.count, self.width, self.row_length, self._offset, *factors, out, SIZE=kernels.FLAT, **constants,
+        )  # fmt: skip
+
+    @property
+    def _offset(self) -> int:
+        """Return the index in ``values`` of the matrix's first weight, which may be outside."""
+        return self.rect.r0 * self.row_length + self.rect.c0 - self.start
+
+    def _factors(self) -> tuple[list[Any], dict[str, Any]]:
+        """Return the arguments of ``score`` in the kernels, and its constants."""
+        tile, constants = self.tile, self.constants
+        if tile is None:
+            return [*_pair(None, None), *_pair(None, None), *[None] * 4, 0.0, 1.0, 0.0, 0.0], _constants(0, 0, False)
+        update = (tile.update_left, tile.update_right) if constants.update_in_scores else (None, None)
+        scores = (tile.score_left, tile.score_right)
+        vectors = [v if v is None else v.contiguous() for v in (tile.score_rows, tile.score_cols)]
+        norms = [v if v is None else v.float().contiguous() for v in (tile.row_norms, tile.col_norms)]
+        factor = constants.magnitude_factor(self.weight_scale)
+        numbers = [constants.beta, factor, constants.alpha1, constants.alpha2]
+        update_rank, score_rank = (0 if pair[1] is None else pair[1].shape[0] for pair in (update, scores))
+        arguments = [*_pair(*update), *_pair(*scores), *vectors, *norms, *numbers]
+        return arguments, _constants(update_rank, score_rank, True)
+
+
+def _constants(update_rank: int, score_rank: int, has_magnitude: bool) -> dict[str, Any]:
+    return {"UPDATE_RANK": update_rank, "SCORE_RANK": score_rank, "HAS_MAGNITUDE": has_magnitude}
+
+
+def _pair(left: Tensor | None, right: Tensor | None) -> list[Any]:
+    """Return the factors of a product with their strides."""
+    if left is None or right is None:
+        return [None, 0, 1, None, 0]
+    right = right if right.stride(1) == 1 else right.contiguous()
+    return [left, left.stride(0), left.stride(1), right, right.stride(0)]
