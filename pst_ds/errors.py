@@ -1,6 +1,12 @@
 """Errors that the user can fix: one message with the place, the value and the fix; exit code 2."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class InputError(ValueError):
@@ -16,3 +22,10 @@ def shortened(names: Sequence[str], most: int = 4) -> str:
     """Join the first ``most`` names with commas, and count the others: "a, b, c, d and 3 more"."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first problem that pydantic found: its place, value and reason."""
+    problem = error.errors(include_url=False)[0]
+    place = ".".join(str(part)[:80] for part in problem["loc"]) or "it"
+    return f"{place} = {str(problem['input'])[:80]!r}: {problem['msg']}"

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from pst_ds.data.conversations import read_template
     from pst_ds.data.plain_text import is_wrapped
     from pst_ds.data.preparation.pieces import Reading
-    from pst_ds.data.preparation.prepare import as_result, plan_store, prepare_store
+    from pst_ds.data.preparation.prepare import plan_store, prepare_store
 
     start = time.perf_counter()
     is_chat = args.kind == "chat"
@@ -73,15 +73,16 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         print(f"note: {path}: its lines are parts of longer texts, and each becomes a document; {fix}", file=sys.stderr)
     workers = args.workers or min(64, len(os.sched_getaffinity(0)))
     manifest = prepare_store(plan, tokenizer, Path(args.out), num_workers=workers, force=args.force)
-    seconds = time.perf_counter() - start
+    seconds, counts = time.perf_counter() - start, manifest.counts
     print(
-        f"wrote {args.out}: {manifest.tokens:,} tokens of {manifest.documents:,} documents, {manifest.text_bytes:,} "
-        f"bytes of text, in {len(manifest.shards)} shards; {seconds:.1f} s"
+        f"wrote {args.out}: {counts['tokens']:,} tokens of {counts['documents']:,} documents, "
+        f"{counts['text_bytes']:,} bytes of text, in {len(manifest.shards)} shards; {seconds:.1f} s"
     )
-    return {"out": args.out, **as_result(manifest), "seconds": seconds}
+    facts = {"shards": len(manifest.shards), "dtype": manifest.tokenizer.dtype.name, "digest": manifest.digest}
+    return {"out": args.out, **counts, **facts, "seconds": seconds}
 
 
 def _tokenizer(where: str) -> PreTrainedTokenizerBase:
-    from pst_ds.data.tokens.identity import open_tokenizer
+    from pst_ds.data.tokens.tokenize import open_tokenizer
 
     return open_tokenizer(where, f"--tokenizer {where}", "Name the language model's folder")

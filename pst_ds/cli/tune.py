@@ -51,8 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from pst_ds.parallel.launch import launch_environment
     from pst_ds.train.run import prepare
     from pst_ds.train.tune.halving import RATES
-    from pst_ds.train.tune.run_file import tuned_text
-    from pst_ds.train.tune.table import budget_text, trial_table, why
+    from pst_ds.train.tune.report import budget_text, trial_table, tuned_text, why
     from pst_ds.train.tune.trials import search
 
     prepared = prepare(config, launch_environment(), run_file=args.run)

@@ -181,8 +181,7 @@ def _sentence(facts: Facts) -> str:
 
 def _rows(args: argparse.Namespace) -> Facts:
     from pst_ds.atomic_files import write_text_atomic
-    from pst_ds.data.lamp import read_lamp
-    from pst_ds.data.own_history import require_retrieval, rows_of
+    from pst_ds.data.lamp import read_lamp, require_retrieval, rows_of
     from pst_ds.json_text import json_of
 
     if args.retrieve < 0:
@@ -220,7 +219,7 @@ def _export(args: argparse.Namespace) -> Facts:
     config = load_run_or_folder(args)
     from pst_ds.inference.export_run import ExportSettings, export_run
     from pst_ds.train.run_folder import open_checkpoint
-    from pst_ds.train.users.export import user_checkpoint
+    from pst_ds.train.users.personal import user_checkpoint
     from pst_ds.train.users.store import UserStore
 
     checkpoint = open_checkpoint(config, args.checkpoint)

@@ -1,4 +1,4 @@
-"""Tokenise conversations, with a mask of the assistant's tokens.
+"""Read and tokenise conversations, with a mask of the assistant's tokens.
 
 A conversation is a list of messages ``{"role": ..., "content": ...}`` as in transformers' chat templates, with
 ``tool_calls`` and other fields that the template uses. If the template marks the assistant's messages
@@ -9,14 +9,18 @@ Templates that render earlier messages differently once others follow are reject
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+
 from pst_ds.config.run import ConfigError
+from pst_ds.data.tokens.tokenize import Documents
 from pst_ds.json_text import JsonObject
 
 if TYPE_CHECKING:
@@ -27,6 +31,8 @@ Message: TypeAlias = dict[str, Any]
 ASSISTANT = "assistant"
 TOOLS = "tools"
 """Column with the tools of a conversation."""
+PAIR = ("prompt", "completion")
+"""Columns of a conversation if there is no column with messages."""
 _ROLES_OF_OTHERS = {"human": "user", "gpt": ASSISTANT, "bot": ASSISTANT, "model": ASSISTANT}
 """Roles in ShareGPT and similar formats."""
 _MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -203,3 +209,53 @@ def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_none(of) for name, of in value.items() if of is not None}
     return [_without_none(of) for of in value] if isinstance(value, list) else value
+
+
+def template_hash(tokenizer: Tokenizer) -> str:
+    """Return the SHA-256 of the tokenizer's chat templates."""
+    return hashlib.sha256(json.dumps(tokenizer.chat_template, sort_keys=True).encode()).hexdigest()
+
+
+def columns_of_chat(names: Iterable[str], column: str) -> list[str]:
+    """Return the columns among ``names`` that hold conversations; an empty list if there are none."""
+    names = set(names)
+    found = [column] if column in names else [name for name in PAIR if set(PAIR) <= names]
+    return [*found, *({TOOLS} & names)] if found else []
+
+
+def row_of_chat(row: Mapping[str, Any], column: str, place: Callable[[], str]) -> str:
+    """Return the conversation of a row as a line of JSON. Raises ConfigError, naming the row by ``place``."""
+    found = columns_of_chat(row, column)
+    if not found:
+        raise ConfigError(
+            f"{place()} has neither a column {column!r} with messages nor {' and '.join(PAIR)}. "
+            f"Columns: {', '.join(map(str, row))}"
+        )
+    try:
+        messages = (
+            messages_of(row[column], "it") if column in row else messages_of_pair(row[PAIR[0]], row[PAIR[1]], "it")
+        )
+        about = {"messages": messages, "tools": tools_of(row.get(TOOLS), "it")}
+    except ConfigError as error:
+        raise ConfigError(f"{place()}: {error}") from None
+    return json.dumps(about, ensure_ascii=False)
+
+
+def tokenize_chats(rows: Sequence[str], tokenizer: Tokenizer, where: str) -> Documents:
+    """Return the tokens of rows from :func:`row_of_chat`, with a mask of the assistant's tokens. Each conversation ends
+    with the end-of-text token. Raises ConfigError, naming ``where``."""
+    end = tokenizer.eos_token_id
+    tokens: list[int] = []
+    learned: list[bool] = []
+    lengths: list[int] = []
+    closed = False
+    for row in rows:
+        about = json.loads(row)
+        rendered = render(Conversation(about["messages"], about["tools"]), tokenizer, f"{where}: a conversation")
+        closed = rendered.ids[-1] != end
+        tokens += [*rendered.ids, *([end] * closed)]
+        learned += [*rendered.is_answer, *([False] * closed)]
+        lengths.append(len(rendered.ids) + closed)
+    return Documents(
+        np.array(tokens, np.int64), np.array(lengths, np.int64), learned=np.array(learned, bool), closed_by_us=closed
+    )

@@ -1,4 +1,4 @@
-"""Read LaMP files (arXiv 2304.11406): each user's history and queries.
+"""Read LaMP files (arXiv 2304.11406): each user's history and queries, and prompts with parts of the history.
 
     questions   [{"id": ..., "input": the request, "profile": [{"id": ..., "text": ..., a field of the answer: ...}]}]
     answers     {"golds": [{"id": ..., "output": ...}]}
@@ -9,14 +9,50 @@ fields of the profile determine the task.
 
 from __future__ import annotations
 
-import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from pst_ds.errors import InputError
+from pydantic import BaseModel, StringConstraints, TypeAdapter, ValidationError, model_validator
 
-JsonTable = dict[str, Any]
+from pst_ds.errors import InputError, first_problem
+
+MOST_ANSWERS = 8
+"""Maximum answers in a profile."""
+MOST_CHARACTERS = 400
+"""Maximum characters of an earlier text; longer ones are truncated."""
+T = TypeVar("T")
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+
+class _Query(BaseModel, coerce_numbers_to_str=True):
+    id: str = ""
+    input: Text
+    gold: Text | None = None
+
+
+class _Entry(BaseModel, coerce_numbers_to_str=True):
+    user_id: str = ""
+    id: str = ""
+    profile: list[dict[str, Any]]
+    query: list[_Query]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_query(cls, entry: object) -> object:
+        return {"query": [entry], **entry} if isinstance(entry, dict) else entry
+
+
+class _Gold(BaseModel, coerce_numbers_to_str=True):
+    id: str
+    output: str
+
+
+class _Answers(BaseModel):
+    golds: list[_Gold]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +76,7 @@ class UserTurns:
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """A task of LaMP: the start of a query's text, and the corresponding fields of the profile."""
+    """A task of LaMP: the fields of the profile for a query's text and answer."""
 
     text: str
     answer: str
@@ -48,6 +84,14 @@ class _Kind:
     """Marks before a query's text; everything up to the mark is the instruction, also used for the history."""
     instruction: str = ""
     """Instruction of the history, if its requests differ from the queries."""
+
+    def split(self, request: str) -> tuple[str, str]:
+        """Return (instruction, text) of a query."""
+        for mark in self.marks:
+            before, found, text = request.partition(mark)
+            if found:
+                return before + found, text
+        return "", request
 
 
 _KINDS = (
@@ -64,50 +108,46 @@ _CITATION = _Kind("title", "abstract", (), "Write the abstract of a paper of you
 
 def read_lamp(questions: Path, answers: Path | None = None) -> list[UserTurns]:
     """Read one split, with users in the order of the file. Raises InputError for another format or a missing answer."""
-    entries = _json(questions, list)
-    golds: dict[str, str] = {}
-    if answers is not None:
-        golds = {str(gold["id"]): str(gold["output"]) for gold in _golds(answers)}
+    entries = _read(questions, list[_Entry])
+    golds = {} if answers is None else {gold.id: gold.output for gold in _read(answers, _Answers).golds}
     users: dict[str, UserTurns] = {}
     for number, entry in enumerate(entries):
         where = f"{questions}: entry {number}"
-        if not isinstance(entry, dict) or not isinstance(entry.get("profile"), list):
-            raise InputError(f"{where} has no list named profile. Name a questions file of LaMP")
-        user = str(entry.get("user_id", entry.get("id", number)))
-        asked = [(_text(query, "input", where), _answer(query, golds, where)) for query in _queries(entry, where)]
-        kind = _kind_of(entry["profile"], asked, where)
+        kind = _kind_of(entry, where)
+        user = entry.user_id or entry.id or str(number)
         turns = users.setdefault(user, UserTurns(user))
-        split = [_split(request, kind) for request, _ in asked]
-        turns.queries += [
-            Turn(request, answer, text) for (request, answer), (_, text) in zip(asked, split, strict=True)
-        ]
+        instruction = kind.instruction
+        for query in entry.query:
+            answer = golds.get(query.id, query.gold)
+            if answer is None:
+                raise InputError(
+                    f"{where}: question {query.id!r} has no answer. Name LaMP's outputs file of the same split"
+                )
+            before, text = kind.split(query.input)
+            instruction = instruction or before
+            turns.queries.append(Turn(query.input, answer, text))
         if not turns.history:
-            instruction = kind.instruction or next((before for before, _ in split if before), "")
-            turns.history = [_past(item, kind, instruction, where) for item in _in_order(entry["profile"])]
+            items = entry.profile
+            if all("date" in item for item in items):
+                items = sorted(items, key=lambda item: str(item["date"]))
+            turns.history = [_past(item, kind, instruction, where) for item in items]
     return list(users.values())
 
 
-def _queries(entry: JsonTable, where: str) -> list[JsonTable]:
-    queries = entry.get("query", [entry])
-    if not isinstance(queries, list) or not all(isinstance(query, dict) for query in queries):
-        raise InputError(f"{where}: query is not a list of tables with input and gold")
-    return queries
+def _read(path: Path, kind: type[T]) -> T:
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}. Name a file of LaMP") from None
+    except ValidationError as error:
+        raise InputError(f"{path} is not a file of LaMP: {first_problem(error)}. Name another") from None
 
 
-def _answer(query: JsonTable, golds: dict[str, str], where: str) -> str:
-    found = golds.get(str(query.get("id")), query.get("gold"))
-    if found is None:
-        raise InputError(
-            f"{where}: question {query.get('id')!r} has no answer. Name LaMP's outputs file of the same split"
-        )
-    return str(found)
-
-
-def _kind_of(profile: list[JsonTable], asked: list[tuple[str, str]], where: str) -> _Kind:
-    if not profile or not all(isinstance(item, dict) for item in profile):
-        raise InputError(f"{where}: the profile is empty, or not a list of tables")
-    fields = profile[0].keys()
-    if {"title", "abstract"} <= fields and not any("paper: " in request for request, _ in asked):
+def _kind_of(entry: _Entry, where: str) -> _Kind:
+    if not entry.profile:
+        raise InputError(f"{where}: the profile is empty. Remove the entry")
+    fields = entry.profile[0].keys()
+    if {"title", "abstract"} <= fields and not any("paper: " in query.input for query in entry.query):
         return _CITATION
     found = next((kind for kind in _KINDS if {kind.text or kind.answer, kind.answer} <= fields), None)
     if found is None:
@@ -115,49 +155,74 @@ def _kind_of(profile: list[JsonTable], asked: list[tuple[str, str]], where: str)
     return found
 
 
-def _split(request: str, kind: _Kind) -> tuple[str, str]:
-    """Return (instruction, text) of a query."""
-    for mark in kind.marks:
-        place = request.find(mark)
-        if place >= 0:
-            return request[: place + len(mark)], request[place + len(mark) :]
-    return "", request
-
-
-def _past(item: JsonTable, kind: _Kind, instruction: str, where: str) -> Turn:
-    text = _text(item, kind.text, where) if kind.text else ""
-    answer = _text(item, kind.answer, where)
+def _past(item: dict[str, Any], kind: _Kind, instruction: str, where: str) -> Turn:
+    text, answer = (_text(item, name, where) if name else "" for name in (kind.text, kind.answer))
     return Turn(instruction + text, answer, text or answer)
 
 
-def _in_order(profile: list[JsonTable]) -> list[JsonTable]:
-    """Return the items, sorted by date if all have one."""
-    if all("date" in item for item in profile):
-        return sorted(profile, key=lambda item: str(item["date"]))
-    return profile
-
-
-def _text(table: JsonTable, name: str, where: str) -> str:
-    value = table.get(name)
+def _text(item: dict[str, Any], name: str, where: str) -> str:
+    value = item.get(name)
     if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
-        raise InputError(f"{where}: {name} = {value!r} must be a text or a number")
+        raise InputError(f"{where}: {name} = {value!r} is not a text or a number. Repair the profile")
     return str(value).strip()
 
 
-def _golds(path: Path) -> list[JsonTable]:
-    golds = _json(path, dict).get("golds")
-    if not isinstance(golds, list) or not all(
-        isinstance(gold, dict) and {"id", "output"} <= gold.keys() for gold in golds
-    ):
-        raise InputError(f"{path} has no golds with id and output, as LaMP's outputs files have")
-    return golds
+def require_retrieval() -> None:
+    """Raise InputError if bm25s is not installed."""
+    if find_spec("bm25s") is None:
+        raise InputError("--retrieve needs bm25s, which is not installed. Run pip install 'pst-ds[retrieval]'")
 
 
-def _json(path: Path, kind: type) -> Any:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(found, kind):
-        raise InputError(f"{path} does not hold a JSON {'list' if kind is list else 'table'}, as LaMP's files do")
-    return found
+def rows_of(turns: UserTurns, *, retrieve: int, profile: bool) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Return the rows of a user's history, and of the queries: {"user", "prompt", "completion"}.
+
+    Each prompt starts with up to ``retrieve`` earlier turns, the most similar last, and with ``profile`` also the
+    frequency of each answer. Turns of the history see only earlier turns; queries see all.
+    """
+    nearest = _Nearest([f"{turn.text} {turn.answer}" for turn in turns.history]) if retrieve else None
+
+    def row(turn: Turn, before: int) -> dict[str, str]:
+        lines = [profile_of(turns.history[:before])] if profile else []
+        if nearest is not None:
+            lines += [_line(turns.history[i]) for i in reversed(nearest.to(turn.text, retrieve, before))]
+        prompt = "\n".join([*filter(None, lines), turn.request])
+        return {"user": turns.user, "prompt": prompt, "completion": turn.answer}
+
+    history = [row(turn, i) for i, turn in enumerate(turns.history)]
+    return history, [row(turn, len(turns.history)) for turn in turns.queries]
+
+
+def profile_of(history: Sequence[Turn]) -> str:
+    """Return the frequency of each answer of a user, the most frequent first; "" if most answers differ."""
+    counts = Counter(turn.answer for turn in history)
+    if not counts or len(counts) > len(history) / 2:
+        return ""
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MOST_ANSWERS]
+    return "Answers so far: " + ", ".join(f"{answer} {count}" for answer, count in ranked)
+
+
+class _Nearest:
+    """BM25 index of one user's texts."""
+
+    def __init__(self, texts: Sequence[str]):
+        import bm25s
+
+        words = [text.lower().split() for text in texts]
+        self._index = bm25s.BM25() if any(words) else None
+        if self._index is not None:
+            self._index.index(words, show_progress=False)
+
+    def to(self, text: str, most: int, before: int) -> list[int]:
+        """Return the indices of up to ``most`` of the first ``before`` texts that share a word with ``text``, the most
+        similar first; later texts win ties."""
+        words = text.lower().split()
+        if self._index is None or not words or not before:
+            return []
+        scores = self._index.get_scores(words)[:before]
+        ranked = sorted(range(before), key=lambda i: (-scores[i], -i))
+        return [i for i in ranked[:most] if scores[i] > 0.0]
+
+
+def _line(turn: Turn) -> str:
+    text, answer = turn.text[:MOST_CHARACTERS], turn.answer[:MOST_CHARACTERS]
+    return answer if turn.text == turn.answer else f"{text} => {answer}"

@@ -1,4 +1,4 @@
-"""Limits of a model that a task must keep to: its vocabulary, its positions, and which tokens it sees."""
+"""Check that a model can do a task: its vocabulary, its positions, and which tokens it attends to."""
 
 from __future__ import annotations
 
@@ -15,46 +15,47 @@ if TYPE_CHECKING:
 def check_causal_model(
     data: DataConfig, config: PreTrainedConfig, tokenizer: Tokenizer | None, task: str, *, pads: bool
 ) -> None:
-    _refuse_encoder(config, task.partition(",")[0])
-    if tokenizer is not None:
-        if tokenizer.eos_token_id is None:
+    """Raise ConfigError if a model cannot predict the next token. ``task``: its name, and why it ends texts."""
+    if _is_bidirectional(config):
+        raise ConfigError(
+            f"the model is a {config.model_type} whose config says is_decoder = false: it sees the tokens that task "
+            f"{task.partition(',')[0]} has it predict. Name a causal language model (GPT-2, Llama, Qwen, ...)"
+        )
+    if tokenizer is not None and tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"the tokenizer has no end-of-text token (eos_token) for task {task}. Name the language model's own "
+            "tokenizer with model.tokenizer"
+        )
+    check_model(data, config, tokenizer, pads=pads)
+
+
+def check_model(data: DataConfig, config: PreTrainedConfig, tokenizer: Tokenizer | None, *, pads: bool) -> None:
+    """Raise ConfigError if a model lacks tokens of ``tokenizer``, or positions for ``data.max_length`` tokens."""
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if tokenizer is not None and vocabulary is not None:
+        end = tokenizer.eos_token_id
+        if max(tokenizer.vocab_size, (end or 0) + 1) > vocabulary:
+            also = f" and the end-of-text token {end}" if end is not None else ""
             raise ConfigError(
-                f"the tokenizer has no end-of-text token (eos_token) for task {task}; name the language model's own "
-                "tokenizer with model.tokenizer"
+                f"the tokenizer has {len(tokenizer)} tokens{also}, the model only {vocabulary} (vocab_size). Name the "
+                "model's own tokenizer with model.tokenizer"
             )
-        require_vocabulary(config, tokenizer, pads=pads)
-    require_positions(data, config)
-
-
-def require_vocabulary(config: PreTrainedConfig, tokenizer: Tokenizer, *, pads: bool) -> None:
-    vocabulary, end = getattr(config.get_text_config(), "vocab_size", None), tokenizer.eos_token_id
-    if vocabulary is None:
-        return
-    if max(tokenizer.vocab_size, (end or 0) + 1) > vocabulary:
-        also = f" and the end-of-text token {end}" if end is not None else ""
-        raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens{also}, the model only {vocabulary} (vocab_size); name the "
-            "model's own tokenizer with model.tokenizer"
-        )
-    if pads and (tokenizer.pad_token_id or 0) >= vocabulary:
-        raise ConfigError(
-            f"the tokenizer's padding token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, and the model "
-            f"only {vocabulary} tokens (vocab_size); name a tokenizer whose pad_token is one of them (model.tokenizer)"
-        )
-
-
-def require_positions(data: DataConfig, config: PreTrainedConfig) -> None:
+        if pads and (tokenizer.pad_token_id or 0) >= vocabulary:
+            raise ConfigError(
+                f"the tokenizer's padding token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, but the "
+                f"model only {vocabulary} tokens (vocab_size). Name a tokenizer whose pad_token is one of them "
+                "(model.tokenizer)"
+            )
     positions = positions_of(config)
     if 0 < positions < data.max_length:
         raise ConfigError(
             f"data.max_length = {data.max_length} is more than the {positions} positions of the model "
-            f"(max_position_embeddings); set it to at most {positions}"
+            f"(max_position_embeddings). Set it to at most {positions}"
         )
 
 
 def positions_of(config: PreTrainedConfig) -> int:
-    """Return how many tokens of a text a model of transformers ``config`` has positions for; 0 where the config names
-    no limit, or positions are only relative."""
+    """Return the number of positions of a model; 0 without a limit in the config, or with only relative positions."""
     if getattr(config, "position_biased_input", True) is False:  # DeBERTa
         return 0
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
@@ -62,8 +63,10 @@ def positions_of(config: PreTrainedConfig) -> int:
 
 
 def _counts_from_padding(config: PreTrainedConfig) -> bool:
-    """Return whether the first token has the position after the padding token's id, as in RoBERTa and all that took its
-    embeddings over: their code has a function of its own for it."""
+    """Return whether positions start after the padding token's id, as in RoBERTa and models with its embeddings.
+
+    Their modules have a function for it; the config does not say.
+    """
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     model_class = MODEL_MAPPING.get(type(config), None)
@@ -74,23 +77,14 @@ def _counts_from_padding(config: PreTrainedConfig) -> bool:
 
 
 def is_causal(config: PreTrainedConfig) -> bool:
-    """Return whether transformers has a language model for ``config`` that sees no token it is to predict."""
+    """Return whether transformers has a causal language model for ``config``."""
     from transformers.models.auto import modeling_auto as known
 
-    return config.model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _sees_both_ways(config)
+    return config.model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _is_bidirectional(config)
 
 
-def _sees_both_ways(config: PreTrainedConfig) -> bool:
-    """BERT and its like have a causal class in transformers, which looks both ways unless the config says otherwise."""
+def _is_bidirectional(config: PreTrainedConfig) -> bool:
+    """Return whether tokens attend to later ones. BERT and others have a causal class, but only with is_decoder."""
     from transformers.models.auto import modeling_auto as known
 
-    both_ways = config.model_type in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return both_ways and not getattr(config, "is_decoder", True)
-
-
-def _refuse_encoder(config: PreTrainedConfig, task: str) -> None:
-    if _sees_both_ways(config):
-        raise ConfigError(
-            f"the model is a {config.model_type} whose config says is_decoder = false: it sees the tokens that task "
-            f"{task} has it predict. Name a causal language model (GPT-2, Llama, Qwen, ...)"
-        )
+    return config.model_type in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", True)

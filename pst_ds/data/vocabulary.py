@@ -1,13 +1,14 @@
-"""A tokenizer with fewer tokens, which reads the texts that it was trimmed to as the whole one does.
+"""Trim a tokenizer to the tokens that some texts use, so that those texts are still tokenised in the same way.
 
-Kept are the tokens that were seen, the special and added ones, and the smallest pieces that others fall back to: single
-characters, or bytes. A word that was not seen becomes more and smaller pieces; one that was becomes the same ones:
+Kept are the tokens that were seen, special and added tokens, and the smallest pieces that words fall back to: single
+characters, or bytes. A word that was not seen is split into more and smaller pieces. A word that was seen is tokenised
+as before:
 
-* WordPiece takes the longest piece that it has at each place. What it took before is still there, and nothing is new.
-* BPE applies its merges in their order. Those that lead to a kept token are kept, with all that they go through.
-* Unigram takes the best way through a word, which is still there, among fewer.
+* WordPiece uses the longest piece at each position. The piece it used before is still there, and no piece is new.
+* BPE applies merges in order. Those that lead to a kept token are kept, with all intermediate tokens.
+* Unigram uses the most likely split of a word, which is still there, among fewer.
 
-New ids are in the order of the old ones, so an embedding is trimmed by taking its rows in that order.
+New ids are in the order of the old ones, so an embedding is trimmed by selecting its rows in that order.
 """
 
 from __future__ import annotations
@@ -17,29 +18,27 @@ import tempfile
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pst_ds.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Table: TypeAlias = dict[str, Any]
+"""A JSON object: tokenizer.json, or a part of it."""
 _TOKENIZER, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _LISTS_OF_IDS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_decoder_ids")
-"""Settings of a model or its generation that hold ids, besides those whose name ends in _token_id or _token_ids."""
-
-
-class VocabularyError(InputError):
-    """A tokenizer that cannot be trimmed."""
+"""Settings of a model or its generation that hold ids, apart from those whose name ends in _token_id or _token_ids."""
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """A trimmed tokenizer, and the rows that an embedding for it has."""
+    """A trimmed tokenizer, and the rows of its embedding."""
 
     tokenizer: PreTrainedTokenizerBase
     kept: list[int]
-    """The old id of every new one, ascending."""
+    """Old id of each new id, ascending."""
 
     @property
     def new_ids(self) -> dict[int, int]:
@@ -47,48 +46,53 @@ class Vocabulary:
 
 
 def trim(tokenizer: PreTrainedTokenizerBase, seen: Iterable[int]) -> Vocabulary:
-    """Return ``tokenizer`` with the tokens ``seen``, and those named above.
+    """Return ``tokenizer`` with the tokens ``seen``, ids in any order, and those that the module docstring names.
 
-    ``seen``: ids, in any order, as often as they like. Raises VocabularyError for a tokenizer without a table of the
-    tokenizers library, of a kind other than WordPiece, BPE, Unigram and WordLevel, and for an id that it does not have.
+    Raises InputError for a tokenizer that is not fast or not WordPiece, BPE, Unigram or WordLevel, and for an unknown
+    id.
     """
     if not tokenizer.is_fast:
-        raise VocabularyError(f"{type(tokenizer).__name__} is no fast tokenizer, and only those can be trimmed")
+        raise InputError(f"{type(tokenizer).__name__} is not a fast tokenizer and cannot be trimmed. Name a fast one")
     table = json.loads(tokenizer.backend_tokenizer.to_str())
     kept = _kept(table, set(seen))
     new_ids = {old: new for new, old in enumerate(kept)}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         tokenizer.save_pretrained(folder)
-        for name in set(tokenizer.vocab_files_names.values()) - {_TOKENIZER}:
-            (Path(folder) / name).unlink(missing_ok=True)  # its older forms, which have all tokens
-        (Path(folder) / _TOKENIZER).write_text(json.dumps(_trimmed(table, new_ids), ensure_ascii=False), "utf-8")
-        _renumber_settings(Path(folder) / _SETTINGS, new_ids)
-        fewer = type(tokenizer).from_pretrained(folder)
+        for file in set(tokenizer.vocab_files_names.values()) - {_TOKENIZER}:
+            (folder / file).unlink(missing_ok=True)  # older formats, which have all tokens
+        (folder / _TOKENIZER).write_text(json.dumps(_trimmed(table, new_ids), ensure_ascii=False), "utf-8")
+        settings = json.loads((folder / _SETTINGS).read_text("utf-8"))
+        if decoder := settings.get("added_tokens_decoder"):
+            settings["added_tokens_decoder"] = {str(new_ids[int(old)]): token for old, token in decoder.items()}
+            (folder / _SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        trimmed = type(tokenizer).from_pretrained(folder)
     expected = {token: new_ids[old] for token, old in tokenizer.get_vocab().items() if old in new_ids}
-    if fewer.get_vocab() != expected:
-        raise VocabularyError(
-            f"{type(tokenizer).__name__} makes its table anew when it is loaded, and cannot be trimmed"
+    if trimmed.get_vocab() != expected:
+        raise InputError(
+            f"{type(tokenizer).__name__} rebuilds its vocabulary when it is loaded, so it cannot be trimmed. Name "
+            "another tokenizer"
         )
-    return Vocabulary(fewer, kept)
+    return Vocabulary(trimmed, kept)
 
 
-def renumbered(settings: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
-    """Return the settings of config.json or generation_config.json for a trimmed vocabulary: ids and sizes.
+def renumbered(settings: Mapping[str, Any], vocabulary: Vocabulary) -> Table:
+    """Return the settings of config.json or generation_config.json for a trimmed vocabulary: new ids and size.
 
-    Raises VocabularyError for an id that was not kept.
+    Raises InputError for an id that was not kept.
     """
     new_ids = vocabulary.new_ids
 
-    def new_id(name: str, value: Any) -> Any:
+    def new_id(name: str, value: object) -> object:
         if isinstance(value, list):
             return [new_id(name, item) for item in value]
-        if not isinstance(value, int) or value < 0:  # none, or a position
+        if not isinstance(value, int) or value < 0:  # unset, or a position
             return value
         if value not in new_ids:
-            raise VocabularyError(f"{name} = {value} in the model's config is a token that is not kept")
+            raise InputError(f"{name} = {value} in the model's config is a token that is not kept")
         return new_ids[value]
 
-    changed: dict[str, Any] = {}
+    changed: Table = {}
     for name, value in settings.items():
         if isinstance(value, dict):
             changed[name] = renumbered(value, vocabulary)
@@ -100,7 +104,7 @@ def renumbered(settings: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str,
 
 
 def ids_in(settings: Mapping[str, Any]) -> set[int]:
-    """Return the token ids that the settings of a model or its generation name, which must be kept."""
+    """Return the token ids in the settings of a model or its generation, which must be kept."""
     found: set[int] = set()
     for name, value in settings.items():
         if isinstance(value, dict):
@@ -114,19 +118,19 @@ def _holds_ids(name: object) -> bool:
     return isinstance(name, str) and name.endswith(("_token_id", "_token_ids", *_LISTS_OF_IDS))
 
 
-def _numbers(value: Any) -> set[int]:
+def _numbers(value: object) -> set[int]:
     if isinstance(value, list):
         return {number for item in value for number in _numbers(item)}
     return {value} if isinstance(value, int) and value >= 0 else set()
 
 
-def _kept(table: dict[str, Any], seen: set[int]) -> list[int]:
-    """Return the ids of ``table``, a tokenizer.json, that are kept, ascending."""
+def _kept(table: Table, seen: set[int]) -> list[int]:
+    """Return the ids of a tokenizer.json that are kept, ascending."""
     model, added = table["model"], {token["id"] for token in table["added_tokens"]}
     ids = _ids_of(model)
     unknown = seen - set(ids.values()) - added
     if unknown:
-        raise VocabularyError(f"token {min(unknown)} was seen, which the tokenizer does not have")
+        raise InputError(f"token {min(unknown)} was seen, but the tokenizer does not have it")
     prefix = model.get("continuing_subword_prefix") or ""
     smallest = {token for token in ids if len(token.removeprefix(prefix)) == 1 or _is_byte(token)}
     unk = model.get("unk_token")
@@ -135,35 +139,35 @@ def _kept(table: dict[str, Any], seen: set[int]) -> list[int]:
     names = {id_: token for token, id_ in ids.items()}
     wanted = smallest | {names[id_] for id_ in seen | added if id_ in names} | {unk}
     if model["type"] == "BPE":
-        wanted = _with_their_parts(wanted, model)
+        wanted = _with_parts(wanted, model)
     return sorted({ids[token] for token in wanted if token in ids} | added)
 
 
-def _ids_of(model: dict[str, Any]) -> dict[str, int]:
+def _ids_of(model: Table) -> dict[str, int]:
     if model["type"] in ("WordPiece", "BPE", "WordLevel"):
         return dict(model["vocab"])
     if model["type"] == "Unigram":
         return {token: index for index, (token, _) in enumerate(model["vocab"])}
-    raise VocabularyError(f"a vocabulary of type {model['type']} cannot be trimmed")
+    raise InputError(f"a vocabulary of type {model['type']} cannot be trimmed. Export with the full vocabulary")
 
 
 def _is_byte(token: str) -> bool:
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
-def _merges(model: dict[str, Any]) -> Iterable[tuple[Any, tuple[str, str], str]]:
-    """(merge as it is written, its two tokens, the token that it makes), in order."""
+def _merges(model: Table) -> Iterable[tuple[object, tuple[str, str, str]]]:
+    """Yield each merge in order: its entry in the file, and (left token, right token, merged token)."""
     prefix = model.get("continuing_subword_prefix") or ""
     for merge in model["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
-        yield merge, (left, right), left + right.removeprefix(prefix)
+        yield merge, (left, right, left + right.removeprefix(prefix))
 
 
-def _with_their_parts(wanted: Collection[str], model: dict[str, Any]) -> set[str]:
-    """Return the tokens ``wanted`` and all that the merges to them go through."""
+def _with_parts(wanted: Collection[str], model: Table) -> set[str]:
+    """Return the tokens ``wanted`` with all intermediate tokens of their merges."""
     made_of: dict[str, set[str]] = {}
-    for _, parts, made in _merges(model):
-        made_of.setdefault(made, set()).update(parts)
+    for _, (left, right, merged) in _merges(model):
+        made_of.setdefault(merged, set()).update((left, right))
     found, todo = set(wanted), list(wanted)
     while todo:
         new = made_of.get(todo.pop(), set()) - found
@@ -172,8 +176,8 @@ def _with_their_parts(wanted: Collection[str], model: dict[str, Any]) -> set[str
     return found
 
 
-def _trimmed(table: dict[str, Any], new_ids: dict[int, int]) -> dict[str, Any]:
-    """Return ``table`` with the tokens of ``new_ids`` alone, under their new ids."""
+def _trimmed(table: Table, new_ids: dict[int, int]) -> Table:
+    """Return a tokenizer.json with only the tokens of ``new_ids``, under their new ids."""
     model = dict(table["model"])
     kept = {token: new_ids[old] for token, old in _ids_of(model).items() if old in new_ids}
     if model["type"] == "Unigram":
@@ -182,37 +186,24 @@ def _trimmed(table: dict[str, Any], new_ids: dict[int, int]) -> dict[str, Any]:
     else:
         model["vocab"] = kept
     if model["type"] == "BPE":
-        model["merges"] = [m for m, parts, made in _merges(model) if all(t in kept for t in (*parts, made))]
+        model["merges"] = [merge for merge, tokens in _merges(model) if all(token in kept for token in tokens)]
     added = [{**token, "id": new_ids[token["id"]]} for token in table["added_tokens"]]
     padding = table.get("padding") and {**table["padding"], "pad_id": new_ids[table["padding"]["pad_id"]]}
-    processor = _renumbered_processor(table.get("post_processor"), new_ids)
+    processor = table.get("post_processor") and _renumbered_processor(table["post_processor"], new_ids)
     return {**table, "model": model, "added_tokens": added, "padding": padding, "post_processor": processor}
 
 
-def _renumbered_processor(processor: dict[str, Any] | None, new_ids: dict[int, int]) -> dict[str, Any] | None:
-    """Return what puts special tokens around a text, with their new ids."""
-    if processor is None:
-        return None
+def _renumbered_processor(processor: Table, new_ids: dict[int, int]) -> Table:
+    """Return a post-processor, which adds special tokens to a text, with new ids."""
     changed = dict(processor)
     if "processors" in processor:
         changed["processors"] = [_renumbered_processor(one, new_ids) for one in processor["processors"]]
-    for name in ("sep", "cls"):
-        if name in processor:
-            token, old = processor[name]
-            changed[name] = [token, new_ids[old]]
+    for name in {"sep", "cls"} & processor.keys():
+        token, old = processor[name]
+        changed[name] = [token, new_ids[old]]
     if isinstance(processor.get("special_tokens"), dict):
         changed["special_tokens"] = {
             name: {**token, "ids": [new_ids[old] for old in token["ids"]]}
             for name, token in processor["special_tokens"].items()
         }
     return changed
-
-
-def _renumber_settings(path: Path, new_ids: dict[int, int]) -> None:
-    """Give the added tokens of a tokenizer_config.json their new ids."""
-    if not path.is_file():
-        return
-    settings = json.loads(path.read_text("utf-8"))
-    if decoder := settings.get("added_tokens_decoder"):
-        settings["added_tokens_decoder"] = {str(new_ids[int(old)]): token for old, token in decoder.items()}
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")

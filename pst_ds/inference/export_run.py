@@ -16,7 +16,7 @@ from pst_ds.config.toml import dump_run, load_run_or_folder
 from pst_ds.core.packings import COMPRESSED_TENSORS, COMPRESSED_TENSORS_W8A8, DENSE, GGUF, ONNX, VALUE_BITS
 from pst_ds.core.quantization import grid_of
 from pst_ds.data.tasks import task_of
-from pst_ds.data.tokens.identity import open_tokenizer
+from pst_ds.data.tokens.tokenize import open_tokenizer
 from pst_ds.data.vocabulary import Vocabulary, trim
 from pst_ds.errors import InputError
 from pst_ds.export.from_folder import CONFIG_FILE, model_of

@@ -14,7 +14,7 @@ from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.data.conversations import read_template
 from pst_ds.data.tasks import Task, task_of
-from pst_ds.data.tokens.identity import open_tokenizer
+from pst_ds.data.tokens.tokenize import open_tokenizer
 from pst_ds.errors import shortened
 from pst_ds.nn.base_model import DTYPES, Pretrained
 from pst_ds.nn.inject import inject_pst, persistent_buffers, plain_name, pst_layers

@@ -16,10 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pst_ds.config.data import DataSource
 from pst_ds.config.run import ConfigError, DataConfig, EvalConfig
-from pst_ds.data.tasks.causal_lm import CausalLM
+from pst_ds.data.tasks.causal_lm import CausalLM, collate_sequences
 from pst_ds.data.tokens import loading
-from pst_ds.data.tokens.batches import collate_sequences
-from pst_ds.data.tokens.borders import Starts
+from pst_ds.data.tokens.arrays import Starts
 from pst_ds.data.tokens.loading import load_sequences
 from pst_ds.data.tokens.mixed import MixedSequences
 from pst_ds.data.tokens.sequences import Sequences
@@ -105,7 +104,7 @@ def test_a_tokenizer_that_ends_texts_by_itself_gets_no_second_end():
 @given(_streams, st.integers(2, 9))
 def test_training_sequences_are_the_stream_less_than_a_sequence_short(stream, length):
     sequences = Sequences(stream, length)
-    pieces = [sequences[i] for i in range(len(sequences))]
+    pieces = [sequences[i].tokens for i in range(len(sequences))]
     assert sequences.lengths.tolist() == [len(piece) for piece in pieces] == [length] * (len(stream) // length)
     together = np.concatenate([*pieces, stream[len(pieces) * length :]])
     assert together.tolist() == stream.tolist()
@@ -115,7 +114,7 @@ def test_training_sequences_are_the_stream_less_than_a_sequence_short(stream, le
 @given(_streams, st.integers(2, 9))
 def test_evaluation_sequences_predict_every_token_but_the_first_once(stream, length):
     sequences = Sequences(stream, length, overlap=1)
-    pieces = [sequences[i] for i in range(len(sequences))]
+    pieces = [sequences[i].tokens for i in range(len(sequences))]
     assert sequences.lengths.tolist() == [len(piece) for piece in pieces]
     assert all(2 <= len(piece) <= length for piece in pieces)
     assert [len(piece) for piece in pieces[:-1]] == [length] * (len(pieces) - 1)
@@ -129,7 +128,9 @@ def test_the_first_sequences_are_the_first(stream, length, overlap, count):
     sequences = Sequences(stream, length, overlap)
     first = sequences.first(count)
     assert len(first) == min(count, len(sequences))
-    assert [first[i].tolist() for i in range(len(first))] == [sequences[i].tolist() for i in range(len(first))]
+    assert [first[i].tokens.tolist() for i in range(len(first))] == [
+        sequences[i].tokens.tolist() for i in range(len(first))
+    ]
 
 
 def test_labels_are_the_input_and_nothing_is_padded():

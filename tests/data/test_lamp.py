@@ -7,8 +7,7 @@ import json
 import pytest
 
 from pst_ds.cli.main import main
-from pst_ds.data.lamp import Turn, UserTurns, read_lamp
-from pst_ds.data.own_history import MOST_CHARACTERS, profile_of, rows_of
+from pst_ds.data.lamp import MOST_CHARACTERS, Turn, UserTurns, profile_of, read_lamp, rows_of
 from pst_ds.errors import InputError
 
 MOVIES = "Which tag does this movie relate to? Just answer with the tag name. tags: [comedy, action] description: "
@@ -72,12 +71,12 @@ def test_one_file_of_users_with_dates(tmp_path):
 @pytest.mark.parametrize(
     ("entries", "golds", "message"),
     [
-        ({}, {}, "not hold a JSON list"),
-        ([{"id": "1", "input": "x"}], {}, "no list named profile"),
+        ({}, {}, "Input should be a valid array"),
+        ([{"id": "1", "input": "x"}], {}, "profile = .*Field required"),
         ([{"id": "1", "input": "x", "profile": []}], {"1": "a"}, "profile is empty"),
         ([{"id": "1", "input": "x", "profile": [{"tex": "x"}]}], {"1": "a"}, "match no task of LaMP"),
         ([{"id": "1", "input": "x", "profile": _movies("x")}], {"2": "a"}, "question '1' has no answer"),
-        ([{"id": "1", "input": None, "profile": _movies("x")}], {"1": "a"}, "input = None"),
+        ([{"id": "1", "input": None, "profile": _movies("x")}], {"1": "a"}, "input = .None"),
         ([{"id": "1", "input": "x", "profile": _movies("")}], {"1": "a"}, "description = ''"),
     ],
 )

@@ -174,7 +174,7 @@ def test_every_format_reads_the_same_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "reason"),
     [
-        (["0.5", "much"], "has 'much' in row 1; every example needs a finite number"),
+        (["0.5", "much"], "has 'much' in row 1. Give every example a finite number"),
         ([0.5, None], "has None in row 1"),
         ([1.0, float("nan")], "has nan in row 1"),
         ([-1.0, -1.0], "label -1 in row 0 stands for a hidden label"),
@@ -195,7 +195,7 @@ def test_classes_are_refused_and_minus_one_among_others_is_a_number(tmp_path):
         tmp_path / "a.parquet"
     )
     data = DataConfig(train=str(tmp_path / "a.parquet"), text_columns=("one",), label_column="score")
-    with pytest.raises(ConfigError, match=r'holds classes; set task = "classification"'):
+    with pytest.raises(ConfigError, match=r'holds classes. Set task = "classification"'):
         load_scored_texts(data, "train", None)
     from transformers import AutoTokenizer
 

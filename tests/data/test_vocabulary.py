@@ -9,7 +9,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pst_ds.data.vocabulary import VocabularyError, ids_in, renumbered, trim
+from pst_ds.data.vocabulary import ids_in, renumbered, trim
+from pst_ds.errors import InputError
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 LETTERS = "abcdefgh"
@@ -150,14 +151,14 @@ def test_settings_of_a_model_have_new_ids_and_sizes():
         "suppress_tokens": [-1, new[200]], "bad_words_ids": [[new[100]], [new[200], 3]],
     }  # fmt: skip
     gone = next(id_ for id_ in range(len(whole)) if id_ not in new)
-    with pytest.raises(VocabularyError, match=f"decoder_start_token_id = {gone} "):
+    with pytest.raises(InputError, match=f"decoder_start_token_id = {gone} "):
         renumbered({"decoder_start_token_id": gone}, trimmed)
 
 
 def test_what_cannot_be_trimmed_is_refused(monkeypatch):
     whole = _of_kind("wordpiece")
-    with pytest.raises(VocabularyError, match="token 260 was seen"):
+    with pytest.raises(InputError, match="token 260 was seen"):
         trim(whole, [3, 260, 261])
     monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
-    with pytest.raises(VocabularyError, match="no fast tokenizer"):
+    with pytest.raises(InputError, match="not a fast tokenizer"):
         trim(whole, [])

@@ -139,10 +139,10 @@ MODELS = {
         setting("model.tokenizer=/no/tokenizer"), "model.tokenizer", "'/no/tokenizer'", "name a model folder"
     ),
     "a tokenizer of another model": Wrong(
-        _tokenizer_of_llama, "tokenizer", "35 tokens", "name the model's own tokenizer with model.tokenizer"
+        _tokenizer_of_llama, "tokenizer", "35 tokens", "Name the model's own tokenizer with model.tokenizer"
     ),
     "a tokenizer of another classifier": Wrong(
-        _bert(None, vocab_size=20), "tokenizer", "20", "name the model's own tokenizer with model.tokenizer"
+        _bert(None, vocab_size=20), "tokenizer", "20", "Name the model's own tokenizer with model.tokenizer"
     ),
     "a head of another size": Wrong(
         _bert(_head_of_three), "{tmp}/model", "classifier.weight of shape (3, 32)", "the model without that head"

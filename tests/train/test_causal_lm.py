@@ -79,7 +79,7 @@ def _plain_perplexity(folder, sequences, dtype=torch.float32):
     """From the mean loss that transformers gives for each document of each sequence by itself."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     total = count = 0
-    pieces = (piece for i in range(len(sequences)) for piece in np.split(sequences[i], sequences.starts_in(i)))
+    pieces = (piece for i in range(len(sequences)) for piece in np.split(sequences[i].tokens, sequences[i].starts))
     for piece in pieces:
         ids = torch.tensor(piece.tolist()).unsqueeze(0)
         if len(piece) > 1:

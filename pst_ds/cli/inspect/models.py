@@ -14,7 +14,7 @@ from pst_ds.cli.inspect.text import Facts, Inspection, Layer, sparsity_of
 from pst_ds.cli.plan_text import name_across_blocks
 from pst_ds.core.bits import INT_OF_SIZE, count_bits
 from pst_ds.core.packings import DENSE
-from pst_ds.data.tokens import manifest as token_manifest
+from pst_ds.data.tokens import store
 from pst_ds.errors import InputError
 from pst_ds.export.detect_pattern import detect_pattern, per_row
 from pst_ds.export.encoding import QUANT_METHOD, ExportError, encoding_of
@@ -219,16 +219,14 @@ def _sizes(nbytes: int, dense_bf16_bytes: int | None = None) -> Facts:
 
 def token_store(path: Path) -> Inspection:
     """Describe a token store from its manifest. Raises InputError for an incomplete one."""
-    manifest = token_manifest.read_manifest(path)
+    manifest = store.read_manifest(path)
     facts = {
-        "tokens": manifest.tokens,
-        "documents": manifest.documents,
-        "text_bytes": manifest.text_bytes,
+        **manifest.counts,
         "dtype": manifest.tokenizer.dtype.name,
         "vocabulary": manifest.tokenizer.vocabulary,
         "shards": len(manifest.shards),
-        "counts_bytes": token_manifest.BYTES in manifest.has,
-        "masks_tokens": token_manifest.LEARNED in manifest.has,
+        "counts_bytes": store.BYTES in manifest.has,
+        "masks_tokens": store.LEARNED in manifest.has,
         "digest": manifest.digest,
         "tokenizer_sha256": manifest.tokenizer.sha256,
         "sources": manifest.source.get("sources"),

@@ -22,14 +22,12 @@ from pst_ds.atomic_files import (
     sync,
     write_text_atomic,
 )
-from pst_ds.data.conversations import require_template
-from pst_ds.data.preparation.chats import template_hash, tokenize_chats
+from pst_ds.data.conversations import require_template, template_hash
 from pst_ds.data.preparation.pieces import Piece, Reading, find_pieces
-from pst_ds.data.preparation.readers import texts_of
+from pst_ds.data.preparation.readers import texts_of, tokenize_texts
 from pst_ds.data.preparation.workers import run_tasks
-from pst_ds.data.tokens.identity import TokenizerIdentity, identity_of
-from pst_ds.data.tokens.manifest import BYTES, LEARNED, MANIFEST, Manifest, read_manifest
-from pst_ds.data.tokens.tokenize import tokenize
+from pst_ds.data.tokens.store import BYTES, LEARNED, MANIFEST, Manifest, read_manifest
+from pst_ds.data.tokens.tokenize import TokenizerIdentity, identity_of
 from pst_ds.data.tokens.writer import ShardWriter, clean_up, finish_store, finished_shard
 from pst_ds.errors import InputError
 from pst_ds.progress import Progress
@@ -116,7 +114,7 @@ def prepare_store(
                 raise
         manifest = read_manifest(partial)
         clean_up(partial, manifest)
-        if not manifest.tokens:
+        if not manifest.counts["tokens"]:
             shutil.rmtree(partial)
             raise InputError(f"{', '.join(plan.sources)}: there is only white space. Name files with text")
         publish(partial, out)
@@ -178,27 +176,16 @@ def _tokenize_pieces(plan: Preparation, tokenizer: Tokenizer, folder: Path, num_
 def _tokenize_piece(
     plan: Preparation, tokenizer: Tokenizer, folder: Path, number: int, report: Callable[[int], None]
 ) -> None:
-    is_chat = plan.reading.kind == "chat"
-    kinds = frozenset(({BYTES} if plan.count_bytes else set()) | ({LEARNED} if is_chat else set()))
-    with ShardWriter(folder, number, plan.tokenizer, kinds) as shard:
+    reading, count = plan.reading, plan.count_bytes
+    kinds = {BYTES} if count else {LEARNED} if reading.kind == "chat" else set[str]()
+    with ShardWriter(folder, number, plan.tokenizer, frozenset(kinds)) as shard:
         for span in plan.pieces[number]:
             left = span.num_bytes
-            for texts in texts_of(span, plan.reading):
+            for texts in texts_of(span, reading):
                 size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-                if is_chat:
-                    shard.add(tokenize_chats(texts, tokenizer, span.path), size)
-                else:
-                    shard.add(tokenize(texts, tokenizer, count=plan.count_bytes), size)
+                shard.add(tokenize_texts(texts, reading, tokenizer, span.path, count=count), size)
                 done = min(size, left)
                 left -= done
                 report(done)
             report(left)
         shard.finish()
-
-
-def as_result(manifest: Manifest) -> dict[str, int | str]:
-    """Return the counts of a store as JSON values."""
-    return {
-        "tokens": manifest.tokens, "documents": manifest.documents, "text_bytes": manifest.text_bytes,
-        "shards": len(manifest.shards), "dtype": manifest.tokenizer.dtype.name, "digest": manifest.digest,
-    }  # fmt: skip

@@ -8,11 +8,15 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-from pst_ds.data.preparation.chats import columns_of_chat, row_of_chat
+from pst_ds.data.conversations import columns_of_chat, row_of_chat, tokenize_chats
 from pst_ds.data.preparation.pieces import Reading, Span, load_hub, open_file
+from pst_ds.data.tokens.tokenize import Documents, tokenize
 from pst_ds.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 ROWS_AT_A_TIME = 1000
 BYTES_AT_A_TIME = 1 << 20
@@ -31,6 +35,15 @@ def texts_of(span: Span, reading: Reading) -> Iterator[list[str]]:
         raise InputError(f"{span.path} is not UTF-8 text: {error}. Save it in UTF-8") from None
     except Exception as error:
         raise InputError(f"{span.path} cannot be read: {first_line(error)}. Repair it, or name another") from error
+
+
+def tokenize_texts(
+    texts: list[str], reading: Reading, tokenizer: Tokenizer, where: str, *, count: bool = False
+) -> Documents:
+    """Return the tokens of a batch of :func:`texts_of`, with byte counts if ``count``. Raises InputError."""
+    if reading.kind == "chat":
+        return tokenize_chats(texts, tokenizer, where)
+    return tokenize(texts, tokenizer, count=count)
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

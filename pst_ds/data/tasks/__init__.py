@@ -1,4 +1,4 @@
-"""What a run is trained to do: a file here for each task, with its TASK, and a line in pst_ds/config/tasks.py."""
+"""Tasks: one file each, with its class as TASK, and an entry in pst_ds/config/tasks.py."""
 
 from __future__ import annotations
 
@@ -15,5 +15,4 @@ __all__ = ["ExampleSet", "Task", "task_of"]
 def task_of(run: RunConfig) -> Task[Any]:
     """Return the task of a run."""
     module = import_module(f"pst_ds.data.tasks.{run.task.replace('-', '_')}")
-    task: Task[Any] = module.TASK(replace(run.eval, metric=run.metric))
-    return task
+    return module.TASK(replace(run.eval, metric=run.metric))

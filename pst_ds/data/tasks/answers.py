@@ -1,4 +1,4 @@
-"""What tasks have in common whose model is scored on the tokens of an answer, and writes answers of its own."""
+"""Common parts of tasks that score a language model on the tokens of an answer, and on generated answers."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 
 
 class AnsweredExamples(ExampleSet, Protocol):
-    """Examples of which a part is the answer."""
+    """Examples that consist of a prompt and an answer."""
 
     @property
     def references(self) -> list[list[str]]:
-        """The answers that are right, for each prompt."""
+        """Correct answers for each prompt."""
         ...
 
     @property
     def max_length(self) -> int: ...
 
     def num_targets(self, example: int) -> int:
-        """Count the tokens of one example that are predicted."""
+        """Return the number of predicted tokens of one example."""
         ...
 
     def prompts(self, most: int) -> list[list[int]]:
-        """Return the tokens, at most ``most``, that each answer is written after."""
+        """Return the tokens of each prompt, at most ``most``."""
         ...
 
 
@@ -45,13 +45,13 @@ A = TypeVar("A", bound=AnsweredExamples)
 
 
 class AnswerTask(CausalTask[A]):
-    """Outcomes are the sum of the losses of the tokens of an answer, and how many these are: (examples, 2) float64.
+    """Outcomes are the sum of the losses of an answer's tokens, and their number: (examples, 2) float64.
 
-    ``pst-ds eval`` and ``verify`` also have answers written, and score them.
+    ``pst-ds eval`` and ``verify`` also generate answers and score them.
     """
 
     ends_with = ""
-    """The task's name, and what it needs the end-of-text token for."""
+    """Name of the task, and its use of the end-of-text token."""
 
     def check_model(self, data: DataConfig, config: PreTrainedConfig, tokenizer: Tokenizer | None) -> None:
         check_causal_model(data, config, tokenizer, self.ends_with, pads=self.pads)
@@ -59,7 +59,7 @@ class AnswerTask(CausalTask[A]):
         if 0 < positions <= self.evaluation.max_new_tokens + 1:
             raise ConfigError(
                 f"eval.max_new_tokens = {self.evaluation.max_new_tokens} leaves no room for data in the {positions} "
-                "positions of the model (max_position_embeddings); lower it"
+                "positions of the model (max_position_embeddings). Lower it"
             )
 
     def num_targets(self, examples: A, indices: Sequence[int]) -> int:
@@ -73,18 +73,18 @@ class AnswerTask(CausalTask[A]):
         return language_model_metrics(outcomes[:, 0], int(outcomes[:, 1].sum()))
 
     def write(self, model: Any, examples: A, tokenizer: Tokenizer, batch_size: int, device: str) -> list[str]:
-        """Return what a whole ``model`` of transformers writes after each prompt."""
+        """Return the text that a plain transformers ``model`` generates after each prompt."""
         positions = positions_of(model.config)
         room = positions - self.evaluation.max_new_tokens if positions else examples.max_length
         prompts, ends = examples.prompts(room), self.ends_of(examples)
         return generation.write_texts(model, prompts, tokenizer, self.evaluation, batch_size, device, ends)
 
     def ends_of(self, examples: A) -> Sequence[int]:
-        """Return tokens besides the end-of-text token that an answer ends with."""
+        """Return the tokens, apart from the end-of-text token, that end an answer."""
         return ()
 
     def text_metrics(self, written: Sequence[str], examples: A) -> dict[str, float]:
-        """Return BLEU, ROUGE-L and chrF of the texts that :meth:`write` returned."""
+        """Return BLEU, ROUGE and chrF of texts from :meth:`write`."""
         return text_metrics(written, examples.references)
 
 
@@ -92,10 +92,12 @@ def padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]], tokenizer: Token
     """Return model inputs of (tokens, labels), padded on the right to the longest: all (len(rows), length) int64."""
     length = max(len(tokens) for tokens, _ in rows)
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    batch: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for tokens, labels in rows:
-        more = length - len(tokens)
-        batch["input_ids"].append([*tokens, *[padding] * more])
-        batch["attention_mask"].append([1] * len(tokens) + [0] * more)
-        batch["labels"].append([*labels, *[IGNORED] * more])
-    return {name: torch.tensor(values) for name, values in batch.items()}
+
+    def filled(values: Sequence[int], filler: int) -> list[int]:
+        return [*values, *[filler] * (length - len(values))]
+
+    return {
+        "input_ids": torch.tensor([filled(tokens, padding) for tokens, _ in rows]),
+        "attention_mask": torch.tensor([filled([1] * len(tokens), 0) for tokens, _ in rows]),
+        "labels": torch.tensor([filled(labels, IGNORED) for _, labels in rows]),
+    }

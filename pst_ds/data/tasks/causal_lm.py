@@ -1,10 +1,12 @@
-"""The next token of text: a language model on one stream of tokens, cut into sequences of equal length."""
+"""Predict the next token of text, in sequences of equal length cut from one stream of tokens."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -16,11 +18,9 @@ from pst_ds.data.dataset import file_and_slice
 from pst_ds.data.labelled import GlobalBatches
 from pst_ds.data.model_limits import check_causal_model
 from pst_ds.data.preparation.pieces import format_of
-from pst_ds.data.tasks.task import E, ExampleSet, Task
-from pst_ds.data.tokens.batches import SequenceBatches, collate_sequences
-from pst_ds.data.tokens.drawn import DrawnSequences, MixedReader
+from pst_ds.data.tasks.task import IGNORED, E, ExampleSet, Task
 from pst_ds.data.tokens.loading import load_sequences
-from pst_ds.data.tokens.mixed import MixedSequences
+from pst_ds.data.tokens.mixed import DrawnSequences, MixedReader, MixedSequences
 from pst_ds.data.tokens.sequences import Sequences
 
 if TYPE_CHECKING:
@@ -28,9 +28,44 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-
+Indexed: TypeAlias = Sequences | MixedSequences
 _SHORT_DOCUMENT = 4
-"""A median document with less than this part of a sequence is short."""
+"""A median document is short if this many fit into a sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceBatches(GlobalBatches):
+    """Batches in a shuffled order that is computed, not held. An incomplete last batch carries over into the next
+    epoch."""
+
+    sequences: Indexed = field(kw_only=True)
+
+    def after(self, first: int) -> Iterator[list[int]]:
+        for number in itertools.count(first):
+            numbers = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
+            yield self.sequences.ordered(numbers, self.seed).tolist()
+
+
+def collate_sequences(examples: Indexed | DrawnSequences, indices: Sequence[int]) -> dict[str, Tensor]:
+    """Return model inputs of sequences of equal length: input_ids and labels, (len(indices), length) int64.
+
+    Labels equal the input, because models shift them. Without padding no attention mask is needed. With a document
+    mask, ``position_ids`` restart at each document and its first label is -100; transformers then restricts attention
+    to the document, as long as there is no attention mask. Tokens that are not trained on also have the label -100.
+    """
+    sequences = [examples[i] for i in indices]
+    ids = torch.from_numpy(np.stack([one.tokens for one in sequences]).astype(np.int64))
+    labels = ids
+    if examples.masks_tokens:
+        labels = ids.masked_fill(~torch.from_numpy(np.stack([one.predicted for one in sequences])), IGNORED)
+    if not examples.apart:
+        return {"input_ids": ids, "labels": labels}
+    places = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    begun = np.zeros(ids.shape, dtype=np.int64)
+    for row, one in enumerate(sequences):
+        begun[row, one.starts] = one.starts
+    positions = torch.from_numpy(places - np.maximum.accumulate(begun, axis=1))
+    return {"input_ids": ids, "position_ids": positions, "labels": labels.masked_fill(positions == 0, IGNORED)}
 
 
 class CausalTask(Task[E]):
@@ -53,8 +88,8 @@ class CausalTask(Task[E]):
         return sums[:, None]
 
 
-class CausalLM(CausalTask[Sequences | MixedSequences]):
-    """Sequences of one length, and nothing padded."""
+class CausalLM(CausalTask[Indexed]):
+    """Train on sequences of one length, without padding."""
 
     unit = "sequences"
     pads = False
@@ -62,44 +97,33 @@ class CausalLM(CausalTask[Sequences | MixedSequences]):
     def check_model(self, data: DataConfig, config: PreTrainedConfig, tokenizer: Tokenizer | None) -> None:
         check_causal_model(data, config, tokenizer, "'causal-lm', which puts it between documents", pads=self.pads)
 
-    def load(
-        self, data: DataConfig, split: str, tokenizer: Tokenizer, labels: Sequence[str]
-    ) -> Sequences | MixedSequences:
+    def load(self, data: DataConfig, split: str, tokenizer: Tokenizer, labels: Sequence[str]) -> Indexed:
         return load_sequences(data, split, tokenizer)
 
     def collate(
-        self, examples: Sequences | MixedSequences | DrawnSequences, indices: Sequence[int], tokenizer: Tokenizer
+        self, examples: Indexed | DrawnSequences, indices: Sequence[int], tokenizer: Tokenizer
     ) -> dict[str, Tensor]:
         return collate_sequences(examples, indices)
 
-    def num_targets(self, examples: Sequences | MixedSequences | DrawnSequences, indices: Sequence[int]) -> int:
-        if not examples.masks_tokens:
-            return sum(examples.length - 1 - len(examples.starts_in(i)) for i in indices)
-        return sum(int(examples.predicted_in(i).sum()) for i in indices)
+    def num_targets(self, examples: Indexed | DrawnSequences, indices: Sequence[int]) -> int:
+        return sum(int(examples[i].predicted.sum()) for i in indices)
 
-    def batches(
-        self, examples: Sequences | MixedSequences, batch_size: int, seed: int, *, group_by_length: bool = False
-    ) -> GlobalBatches:
+    def batches(self, examples: Indexed, batch_size: int, seed: int, *, group_by_length: bool = False) -> GlobalBatches:
         return SequenceBatches(examples.lengths, batch_size, seed, sequences=examples)
 
-    def has_streams(self, examples: Sequences | MixedSequences) -> bool:
+    def has_streams(self, examples: Indexed) -> bool:
         return isinstance(examples, MixedSequences) and examples.has_streams
 
     def reader(
-        self,
-        examples: Sequences | MixedSequences,
-        seed: int,
-        part: int,
-        parts: int,
-        places: Sequence[Sequence[int]],
+        self, examples: Indexed, seed: int, part: int, parts: int, places: Sequence[Sequence[int]]
     ) -> MixedReader | None:
         if not isinstance(examples, MixedSequences) or not examples.has_streams:
             return None
         return MixedReader(examples, seed, part, parts, places)
 
-    def sample(self, examples: Sequences | MixedSequences, count: int, seed: str | int) -> tuple[ExampleSet, list[int]]:
-        """Return ``count`` sequences, of a mixture as many of each source as its weight says: the others without
-        repetition, those of a small source with a large weight in several passes."""
+    def sample(self, examples: Indexed, count: int, seed: str | int) -> tuple[ExampleSet, list[int]]:
+        """Return ``count`` sequences. Each source of a mixture has its fraction of them; a small source with a large
+        weight may repeat."""
         if isinstance(examples, MixedSequences) and examples.has_streams:
             turns = examples.ordered(np.arange(count), 0).tolist()
             return MixedReader(examples, 0, 0, 1, window=1).take(turns), list(range(count))
@@ -107,36 +131,37 @@ class CausalLM(CausalTask[Sequences | MixedSequences]):
             return examples, examples.ordered(np.arange(count), f"sample/{seed}").tolist()
         return super().sample(examples, count, seed)
 
-    def require_enough(self, examples: Sequences | MixedSequences, count: int) -> None:
+    def require_enough(self, examples: Indexed, count: int) -> None:
         most = examples.most if isinstance(examples, MixedSequences) else None
         if most is not None and most < count:
             raise ConfigError(
-                f"data.sources have {most} sequences within their epochs, and the run takes {count} (steps x "
-                "train.batch_size); allow more epochs, or train fewer steps"
+                f"data.sources have {most} sequences within their epochs, but the run takes {count} (steps x "
+                "train.batch_size). Allow more epochs, or train fewer steps"
             )
 
-    def remark(self, data: DataConfig, examples: Sequences | MixedSequences) -> str:
+    def remark(self, data: DataConfig, examples: Indexed) -> str:
         if isinstance(examples, Sequences):
             return _remark_on_documents(data, f"data.train = {data.train!r}", data.train, examples)
-        remarks = (
-            _remark_on_documents(data, f"data.sources.path = {source.path!r}", source.path, of)
-            for source, of in zip(data.sources, examples.sources, strict=True)
-            if isinstance(of, Sequences)
-        )
-        return next(filter(None, remarks), "")
+        for source, of in zip(data.sources, examples.sources, strict=True):
+            setting = f"data.sources.path = {source.path!r}"
+            if isinstance(of, Sequences) and (found := _remark_on_documents(data, setting, source.path, of)):
+                return found
+        return ""
 
-    def metrics(self, outcomes: np.ndarray, examples: Sequences | MixedSequences) -> dict[str, float]:
-        return language_model_metrics(outcomes[:, 0], examples.num_predicted, examples.predicted_bytes)
+    def metrics(self, outcomes: np.ndarray, examples: Indexed) -> dict[str, float]:
+        num_bytes = examples.predicted_bytes if isinstance(examples, Sequences) else None
+        return language_model_metrics(outcomes[:, 0], examples.num_predicted, num_bytes)
 
 
 def language_model_metrics(loss_sums: np.ndarray, num_predicted: int, num_bytes: int | None = None) -> dict[str, float]:
-    """Return the mean loss of a predicted token (nats) and perplexity, its exponential; and the same of a byte of text.
+    """Return the mean loss per predicted token (nats) and its exponential, perplexity; and the same per byte of text.
 
-    ``loss_sums`` is (sequences,) float64; its sum is correctly rounded, so it does not depend on an order.
-    ``num_bytes``: of the text that the predicted tokens stand for, in UTF-8, as pst_ds/data/tokens/tokenize.py counts
-    them. ``byte_perplexity`` is exp(sum / bytes) and ``bits_per_byte`` its binary logarithm; unlike perplexity
-    they can be compared between tokenizers. The loss of end-of-text and other special tokens, which have no bytes, is
-    in the sum.
+    ``byte_perplexity`` is exp(sum of losses / bytes) and ``bits_per_byte`` its binary logarithm. Unlike perplexity they
+    can be compared between tokenizers. The sum includes the loss of special tokens, which have no bytes.
+
+    Args:
+        loss_sums: (sequences,) float64. Their sum is correctly rounded, so it does not depend on their order.
+        num_bytes: UTF-8 bytes that the predicted tokens represent, as pst_ds/data/tokens/tokenize.py counts them.
     """
     total = math.fsum(loss_sums.tolist())
     loss = total / num_predicted
@@ -148,7 +173,7 @@ def language_model_metrics(loss_sums: np.ndarray, num_predicted: int, num_bytes:
 
 
 def _remark_on_documents(data: DataConfig, setting: str, where: str, sequences: Sequences) -> str:
-    """Return a warning about documents that are far shorter than a sequence; conversations are, and meant to be."""
+    """Return a warning if documents are far shorter than a sequence. Conversations usually are, without harm."""
     median = None if sequences.masks_tokens else sequences.median_document
     if median is None or median * _SHORT_DOCUMENT >= sequences.length:
         return ""
@@ -165,9 +190,9 @@ def _exponential(loss: float) -> float:
 
 
 def _loss_sum(logits: Tensor, ids: Tensor) -> float:
-    """Sum the losses of all tokens of one sequence but its first, and but those with the label -100.
+    """Return the sum of the losses of one sequence, without its first token and labels of -100.
 
-    ``logits`` (length, vocabulary), ``ids`` (length,): one sequence at a time, for its fp32 logits may be large.
+    ``logits`` (length, vocabulary), ``ids`` (length,). Several sequences would need too much memory for fp32 logits.
     """
     losses = cross_entropy(logits[:-1].float(), ids[1:].to(logits.device), reduction="none")
     return float(losses.sum(dtype=torch.float64))

@@ -1,8 +1,9 @@
-"""The assistant's part of conversations: a language model scored on what the assistant says alone."""
+"""Train on the assistant's messages of conversations, and score the model on them."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,23 +35,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Conversations:
-    """Tokenised conversations, each cut to ``max_length`` tokens at its end, where it leaves an answer to learn."""
+    """Tokenised conversations, truncated to ``max_length`` tokens; those without an answer left are omitted."""
 
     tokens: np.ndarray
-    """Those of all, one after another: (tokens,) int32."""
+    """Tokens of all conversations: (tokens,) int32."""
     is_answer: np.ndarray
-    """Whether the assistant wrote a token: (tokens,) bool."""
+    """Mask of the assistant's tokens: (tokens,) bool."""
     ends: np.ndarray
-    """Where each ends: (conversations,) int64."""
+    """Index after the last token of each conversation: (conversations,) int64."""
     prompt_ids: list[list[int]]
-    """The tokens before the last answer of each."""
+    """Tokens before the last answer of each conversation."""
     references: list[list[str]]
-    """The last answer of each."""
+    """Last answer of each conversation."""
     answer_ends: list[int]
-    """Special tokens that answers end with."""
+    """Special tokens that end answers."""
     max_length: int
-    left_out: int = 0
-    """Conversations whose first ``max_length`` tokens have no answer."""
+    omitted: int = 0
+    """Number of conversations whose first ``max_length`` tokens have no answer."""
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -78,38 +79,36 @@ class Conversations:
         )  # fmt: skip
 
     def row(self, example: int) -> tuple[list[int], list[int]]:
-        """Return the tokens of one conversation, and its labels: the assistant's tokens, and -100 elsewhere."""
+        """Return the tokens of a conversation, and its labels: -100 except for the assistant's tokens."""
         tokens, is_answer = self.tokens[self._place(example)], self.is_answer[self._place(example)]
         return tokens.tolist(), np.where(is_answer, tokens, IGNORED).tolist()
 
     def num_targets(self, example: int) -> int:
-        """Count the assistant's tokens of one conversation, but for the first of all, which nothing predicts."""
+        """Return the number of the assistant's tokens, without the first token of the conversation."""
         return int(self.is_answer[self._place(example)][1:].sum())
 
     def prompts(self, most: int) -> list[list[int]]:
-        """Return what the last answers are written after; of a longer one the last ``most`` tokens."""
+        """Return the last ``most`` tokens before the last answer of each conversation."""
         return [ids[-most:] for ids in self.prompt_ids]
 
 
 def load_conversations(data: DataConfig, split: str, tokenizer: Tokenizer) -> Conversations:
-    """Return the conversations of one split: of a column of messages, or of two with prompts and completions.
+    """Return the conversations of one split, from a column of messages, or two columns with prompts and completions.
 
-    Raises ConfigError for a missing file or column, for what is no conversation, and for templates that refuse one or
-    from which answers cannot be told.
+    Raises ConfigError for a missing file or column, a value that is not a conversation, and a template that rejects one
+    or does not show where its answers are.
     """
     require_template(tokenizer, "chat")
     tokens, is_answer, ends = array("i"), bytearray(), array("q")
-    prompts, references, left_out, where = [], [], 0, getattr(data, split)
+    prompts, references, omitted, where = [], [], 0, getattr(data, split)
     special, answer_ends = set(tokenizer.all_special_ids), set()
     for row, conversation in enumerate(conversations_in(data, split)):
         place = f"{where}, row {row}"
         whole = render(conversation, tokenizer, place)
-        answer_ends |= {
-            token for token, is_answer in zip(whole.ids, whole.is_answer, strict=True) if is_answer
-        } & special
+        answer_ends |= special.intersection(itertools.compress(whole.ids, whole.is_answer))
         rendered = Rendered(whole.ids[: data.max_length], whole.is_answer[: data.max_length])
         if not any(rendered.is_answer[1:]):
-            left_out += 1
+            omitted += 1
             continue
         tokens.extend(rendered.ids)
         is_answer.extend(rendered.is_answer)
@@ -120,7 +119,7 @@ def load_conversations(data: DataConfig, split: str, tokenizer: Tokenizer) -> Co
             references.append([answer])
     if not ends:
         raise ConfigError(
-            f"{where}: no conversation has an answer within data.max_length = {data.max_length} tokens; raise it"
+            f"{where}: no conversation has an answer within data.max_length = {data.max_length} tokens. Raise it"
         )
     return Conversations(
         np.frombuffer(tokens, dtype=np.int32),
@@ -130,7 +129,7 @@ def load_conversations(data: DataConfig, split: str, tokenizer: Tokenizer) -> Co
         references,
         sorted(answer_ends),
         data.max_length,
-        left_out,
+        omitted,
     )
 
 
@@ -149,7 +148,7 @@ def conversations_in(data: DataConfig, split: str) -> Iterator[Conversation]:
 
 
 class Chat(AnswerTask[Conversations]):
-    """Of several answers in a conversation all are learnt, and the last is written."""
+    """Train on all answers of a conversation, and generate the last one."""
 
     ends_with = "'chat', which ends answers with it"
     unit = "conversations"
@@ -163,7 +162,7 @@ class Chat(AnswerTask[Conversations]):
         return load_conversations(data, split, tokenizer)
 
     def remark(self, data: DataConfig, examples: Conversations) -> str:
-        count, length = examples.left_out, examples.max_length
+        count, length = examples.omitted, examples.max_length
         return f"conversations without an answer in their first {length} tokens are left out: {count}" if count else ""
 
     def ends_of(self, examples: Conversations) -> Sequence[int]:

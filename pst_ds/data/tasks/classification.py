@@ -1,4 +1,4 @@
-"""One of several classes for a text or a pair of texts, with a new head."""
+"""Classify a text or a pair of texts, with a new head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pst_ds.config.run import ConfigError, DataConfig
 from pst_ds.data import labelled as texts
-from pst_ds.data.model_limits import require_positions, require_vocabulary
+from pst_ds.data.model_limits import check_model
 from pst_ds.data.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Classification(Task[texts.Examples]):
-    """One of several classes for a text or a pair of texts; outcomes are logits, (examples, classes) fp32."""
+    """Classify a text or a pair of texts; outcomes are logits, (examples, classes) fp32."""
 
     def model_class(self) -> type[_BaseAutoModelClass]:
         from transformers import AutoModelForSequenceClassification
@@ -28,9 +28,7 @@ class Classification(Task[texts.Examples]):
         return AutoModelForSequenceClassification
 
     def check_model(self, data: DataConfig, config: PreTrainedConfig, tokenizer: Tokenizer | None) -> None:
-        if tokenizer is not None:
-            require_vocabulary(config, tokenizer, pads=self.pads)
-        require_positions(data, config)
+        check_model(data, config, tokenizer, pads=self.pads)
 
     def label_names(self, data: DataConfig) -> list[str]:
         names = texts.label_names(data)
@@ -47,7 +45,7 @@ class Classification(Task[texts.Examples]):
             "num_labels": len(labels),
             "id2label": ids,
             "label2id": {label: i for i, label in ids.items()},
-            "problem_type": "single_label_classification",  # whatever the base was trained for
+            "problem_type": "single_label_classification",  # the base may have been trained for another
         }
 
     def load(self, data: DataConfig, split: str, tokenizer: Tokenizer, labels: Sequence[str]) -> texts.Examples:
@@ -76,8 +74,10 @@ class Classification(Task[texts.Examples]):
 
 
 def classification_metrics(logits: np.ndarray, labels: Sequence[float]) -> dict[str, float]:
-    """Return accuracy, macro-averaged F1 and Matthews' correlation, as scikit-learn computes them; for two classes also
-    the F1 of the second, as in GLUE; and the mean cross-entropy (nats)."""
+    """Return scikit-learn's accuracy, macro-averaged F1 and Matthews' correlation, and the mean cross-entropy (nats).
+
+    For two classes also "f1", of the second class, as in GLUE. ``logits``: (examples, classes).
+    """
     from scipy.special import log_softmax
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 

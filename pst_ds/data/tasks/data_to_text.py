@@ -1,4 +1,4 @@
-"""The text that tells some data, after the data in a line: a language model scored on the text alone."""
+"""Write a text about structured data, which precedes it as one line; the loss is of the text only."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _PARTS = " | "
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Tokenised pairs of data and a text. Data that several texts tell stands once, so it can be written from once."""
+    """Tokenised pairs of an input and a text. Inputs with several texts are stored, and generated from, once."""
 
     inputs: list[list[int]]
-    """Tokens of each distinct piece of data, in the order of their first examples."""
+    """Tokens of each distinct input, in the order of their first examples."""
     references: list[list[str]]
-    """All texts that tell each of them."""
+    """All texts of each input."""
     input_of: list[int]
-    """Which of the inputs each example has."""
+    """Index of the input of each example."""
     targets: list[list[int]]
     """Tokens of the text of each example, with the end-of-text token."""
     separator: list[int]
-    """Tokens between the two."""
+    """Tokens between input and text."""
     max_length: int
 
     def __len__(self) -> int:
@@ -52,7 +52,7 @@ class Pairs:
         return hashlib.sha256(json.dumps(read).encode()).hexdigest()
 
     def first(self, count: int) -> Pairs:
-        """Return the first ``count`` examples, with all references of their data."""
+        """Return the first ``count`` examples, with all references of their inputs."""
         input_of, targets = self.input_of[:count], self.targets[:count]
         inputs = max(input_of, default=-1) + 1
         return replace(
@@ -60,19 +60,21 @@ class Pairs:
         )
 
     def tokens(self, example: int) -> tuple[list[int], list[int]]:
-        """Return (prompt, target) of one example, together at most ``max_length``. The prompt is cut first, to no less
-        than half of that, and keeps the separator at its end."""
+        """Return (prompt, target) of one example, together at most ``max_length`` tokens.
+
+        The prompt is truncated first, to at least half of that, and keeps the separator at its end.
+        """
         data, target = self.inputs[self.input_of[example]], self.targets[example]
         prompt = self._prompt(data, max(self.max_length - len(target), self.max_length // 2))
         return prompt, target[: self.max_length - len(prompt)]
 
     def num_targets(self, example: int) -> int:
-        """Count the tokens of one example that are predicted: those of its text, but never the first of all."""
+        """Return the number of tokens of the text, without a first token that has no prompt."""
         prompt, target = self.tokens(example)
         return len(target) - (not prompt)
 
     def prompts(self, most: int) -> list[list[int]]:
-        """Return what a text is written after, at most ``most`` tokens, for each distinct piece of data."""
+        """Return the prompt of each distinct input, at most ``most`` tokens."""
         return [self._prompt(data, min(most, self.max_length)) for data in self.inputs]
 
     def _prompt(self, data: list[int], most: int) -> list[int]:
@@ -82,8 +84,8 @@ class Pairs:
 def load_pairs(data: DataConfig, split: str, tokenizer: Tokenizer) -> Pairs:
     """Return the pairs of one split: an example for each text of each row.
 
-    A row without a text is left out, as are those of test sets that have none. Raises ConfigError for a missing file or
-    column, and for data of no known shape.
+    Rows without a text are omitted, as in some test sets. Raises ConfigError for a missing file or column, and for data
+    of an unknown shape.
     """
     column, where = data.text_columns[0], getattr(data, split)
     rows = read_rows(data, split, {column: "text_columns", data.label_column: "label_column"}, nested=True)
@@ -93,7 +95,7 @@ def load_pairs(data: DataConfig, split: str, tokenizer: Tokenizer) -> Pairs:
         if texts:
             references.setdefault(_line_of(value, column, row, where), []).extend(texts)
     if not references:
-        raise ConfigError(f"{where}: column {data.label_column!r} has no text in any row")
+        raise ConfigError(f"{where}: column {data.label_column!r} has no text in any row. Name another column")
     separator = _separator(data, tokenizer)
     lines = list(references)
     flat = [(i, text) for i, line in enumerate(lines) for text in references[line]]
@@ -109,20 +111,17 @@ def load_pairs(data: DataConfig, split: str, tokenizer: Tokenizer) -> Pairs:
 
 
 def collate_pairs(pairs: Pairs, indices: Sequence[int], tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """Return model inputs of some pairs, padded on the right to the longest: all (len(indices), length) int64.
-
-    ``labels`` are the tokens of the texts, and -100 elsewhere.
-    """
+    """Return model inputs of some pairs, padded as in :func:`padded`; ``labels`` are -100 except for the texts."""
     rows = [pairs.tokens(i) for i in indices]
     return padded([([*prompt, *target], [IGNORED] * len(prompt) + target) for prompt, target in rows], tokenizer)
 
 
 def linearize(value: object) -> str | None:
-    """Write data as a line of text, as GPT-2 is tuned on it (LoRA, arXiv 2106.09685); None for data of no known shape.
+    """Return data as a line of text, in the form used by LoRA (arXiv 2106.09685); None for an unknown shape.
 
-    "name[The Vaults], eatType[pub]" (E2E) becomes "name : The Vaults | eatType : pub"; the triples [[s, p, o], ...]
-    (DART) "s : p : o | ...", with p in small letters; ["s | p | o", ...] (WebNLG) the same, as it is written there; of
-    several sets of such the first counts. Another text stays as it is.
+    E2E: "name[The Vaults], eatType[pub]" becomes "name : The Vaults | eatType : pub". DART: triples [[s, p, o], ...]
+    become "s : p : o | ...", with p in lower case. WebNLG: ["s | p | o", ...] becomes the same, with p unchanged; of
+    several sets the first is used. Any other text is stripped only.
     """
     if isinstance(value, str):
         return _attributes(value) or value.strip() or None
@@ -144,7 +143,7 @@ def _joined(triples: Iterable[Sequence[str]]) -> str:
 
 
 def _attributes(text: str) -> str:
-    """Write a meaning representation of E2E as a line; "" for any other text."""
+    """Return a meaning representation of E2E as a line; "" for any other text."""
     attributes, position = [], 0
     while position < len(text):
         match = _ATTRIBUTE.match(text, position)
@@ -166,7 +165,7 @@ def _line_of(value: object, column: str, row: int, where: str) -> str:
 
 
 def _flat(value: object) -> list[str]:
-    """Return the texts in a value: one, or those of a list."""
+    """Return the text or texts in a value, which may be a nested list."""
     if isinstance(value, list):
         return [text for item in value for text in _flat(item)]
     return [] if value is None else [str(value)]
@@ -176,19 +175,19 @@ def _separator(data: DataConfig, tokenizer: Tokenizer) -> list[int]:
     ids = tokenizer(data.separator, add_special_tokens=False)["input_ids"] if data.separator else []
     if data.separator and not 0 < len(ids) <= data.max_length // 4:
         raise ConfigError(
-            f"data.separator = {data.separator!r} has {len(ids)} tokens; it must have at least one, and at most a "
-            f"quarter of data.max_length = {data.max_length}"
+            f"data.separator = {data.separator!r} has {len(ids)} tokens. Choose one with at least one token, and at "
+            f"most a quarter of data.max_length = {data.max_length}"
         )
     return ids or [tokenizer.eos_token_id]
 
 
 def _without_end(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """Drop the end-of-text token that some tokenizers add by themselves."""
+    """Drop the end-of-text token that some tokenizers add."""
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 class DataToText(AnswerTask[Pairs]):
-    """Data that several texts tell is written from once."""
+    """Write a text about structured data. An input with several texts is generated from once."""
 
     ends_with = "'data-to-text', which ends texts with it"
 

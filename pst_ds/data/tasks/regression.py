@@ -1,4 +1,4 @@
-"""A number for a text or a pair of texts, by the squared error, with a new head."""
+"""Predict a number for a text or a pair of texts, by squared error, with a new head."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def load_scored_texts(data: DataConfig, split: str, tokenizer: Tokenizer) -> Exa
     """
     rows, where = read_labelled(data, split), getattr(data, split)
     if hasattr(rows.features[data.label_column], "names"):
-        raise ConfigError(f'{where}: column {data.label_column!r} holds classes; set task = "classification"')
+        raise ConfigError(f'{where}: column {data.label_column!r} holds classes. Set task = "classification"')
     labels = _numbers(rows[data.label_column], data.label_column, where)
     if set(labels) == {-1.0}:
         refuse_hidden(-1, 0, where)
@@ -40,18 +40,17 @@ def _numbers(values: Iterable[Any], column: str, where: str) -> list[float]:
             number = math.nan
         if not math.isfinite(number):
             raise ConfigError(
-                f"{where}: column {column!r} has {value!r} in row {row}; every example needs a finite number"
+                f"{where}: column {column!r} has {value!r} in row {row}. Give every example a finite number"
             )
         numbers.append(number)
     return numbers
 
 
 def regression_metrics(predicted: np.ndarray, labels: Iterable[float]) -> dict[str, float]:
-    """Return Pearson's and Spearman's correlation, as scipy computes them, the mean squared error and its root, and the
-    mean absolute error.
+    """Return scipy's Pearson and Spearman correlation, the mean squared error, its root, and the mean absolute error.
 
-    ``predicted`` is (examples,). A correlation is 0 where it is not defined: with one example, or when all predictions
-    or all labels are the same; it is NaN where a prediction is not finite.
+    An undefined correlation is 0: with one example, or equal predictions or labels. It is NaN if a prediction is not
+    finite. ``predicted``: (examples,).
     """
     from scipy.stats import pearsonr, spearmanr
 

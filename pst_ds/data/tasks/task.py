@@ -1,4 +1,4 @@
-"""The interface of a task: read examples, make batches of them, name the model's class, and score."""
+"""Interface of a task: read examples, make batches, name the model class, and compute metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 IGNORED = -100
-"""The label of a token that is not predicted, as in torch's cross-entropy."""
+"""Label of tokens that are not predicted, as in torch's cross-entropy."""
 
 
 class ExampleSet(Protocol):
@@ -29,16 +29,16 @@ class ExampleSet(Protocol):
 
     @property
     def lengths(self) -> Sequence[int] | np.ndarray:
-        """Tokens of each; an array may be a view that holds nothing."""
+        """Tokens of each example. An array may be a broadcast view."""
         ...
 
     @property
     def digest(self) -> str:
-        """A SHA-256 of all that a model reads of them."""
+        """SHA-256 of everything that the model reads."""
         ...
 
     def first(self, count: int) -> Self:
-        """Return the first ``count`` of them."""
+        """Return the first ``count`` examples."""
         ...
 
 
@@ -46,29 +46,29 @@ E = TypeVar("E", bound=ExampleSet)
 
 
 class Reader(Protocol):
-    """Draws examples that cannot be looked up, in the order in which they come."""
+    """Draws examples that have no index, in the order in which they arrive."""
 
     @property
     def places(self) -> list[list[int]]:
-        """Where another reader has to go on to give what this one would give next; JSON values."""
+        """Positions at which another reader would continue like this one, as JSON values."""
         ...
 
     def take(self, indices: Sequence[int]) -> ExampleSet:
-        """Return the examples whose turns these are. Raises InputError."""
+        """Return the examples of these turns. Raises InputError."""
         ...
 
 
 class Task(ABC, Generic[E]):
-    """Everything in which one task differs from another. Examples go back only to the task that loaded them."""
+    """Everything that differs between tasks. A task only gets examples that it loaded itself."""
 
     unit = "examples"
-    """The word for its examples in messages."""
+    """Name of the examples in messages."""
     pads = True
-    """Examples of different length go into one batch; the tokenizer and the model then have a padding token."""
+    """Whether a batch may have examples of different lengths; the tokenizer and the model then need a padding token."""
     new_head = True
-    """The model may have weights that the pretrained one lacks; they are initialised at random."""
+    """Whether the model may have weights that the pretrained one lacks; they are initialised at random."""
     lower_is_better = False
-    """The lowest value of the metric is the best checkpoint's."""
+    """Whether the best checkpoint has the lowest metric."""
 
     def __init__(self, evaluation: EvalConfig):
         """``evaluation`` names the metric that chooses the best checkpoint."""
@@ -76,19 +76,18 @@ class Task(ABC, Generic[E]):
 
     @abstractmethod
     def model_class(self) -> type[_BaseAutoModelClass]:
-        """Return the ``Auto`` class of transformers that builds its model."""
+        """Return the ``Auto`` class of transformers that builds the model."""
 
     @abstractmethod
     def check_model(self, data: DataConfig, config: PreTrainedConfig, tokenizer: Tokenizer | None) -> None:
-        """Raise ConfigError when the model of a transformers ``config`` cannot do the task; without a ``tokenizer`` its
-        vocabulary may be any."""
+        """Raise ConfigError if the model of ``config`` cannot do the task. Without a tokenizer, skip its checks."""
 
     def label_names(self, data: DataConfig) -> list[str]:
-        """Return the names of the classes in the order of their ids; none for a task without classes."""
+        """Return the class names by id; an empty list for a task without classes."""
         return []
 
     def config_options(self, labels: Sequence[str]) -> dict[str, object]:
-        """Return what overrides the pretrained model's own transformers config."""
+        """Return settings that override the pretrained model's transformers config."""
         return {}
 
     @abstractmethod
@@ -100,11 +99,11 @@ class Task(ABC, Generic[E]):
         """Return model inputs of some examples, with their ``labels``: the model's loss is the mean over them."""
 
     def num_targets(self, examples: E, indices: Sequence[int]) -> int:
-        """Return how many values that mean is over, up to a factor that all examples have in common."""
+        """Return the number of values in that mean, up to a factor that is the same for all examples."""
         return len(indices)
 
     def batches(self, examples: E, batch_size: int, seed: int, *, group_by_length: bool = False) -> GlobalBatches:
-        """Return which examples make each batch of a run."""
+        """Return the examples of each batch of a run."""
         return GlobalBatches(examples.lengths, batch_size, seed, group_by_length)
 
     def has_streams(self, examples: E) -> bool:
@@ -112,45 +111,41 @@ class Task(ABC, Generic[E]):
         return False
 
     def reader(self, examples: E, seed: int, part: int, parts: int, places: Sequence[Sequence[int]]) -> Reader | None:
-        """Return what draws the examples of one of ``parts`` readers from ``places`` on, or from the beginning without
-        any; None where they are looked up by their index."""
+        """Return reader ``part`` of ``parts``, which starts at ``places`` if given; None for examples with indices."""
         return None
 
     def sample(self, examples: E, count: int, seed: str | int) -> tuple[ExampleSet, list[int]]:
-        """Return ``count`` of ``examples``, drawn without repetition, as indices of the set that is returned. The same
-        on every rank."""
+        """Draw ``count`` of ``examples`` without repetition; return a set and indices in it, equal on every rank."""
         return examples, random.Random(seed).sample(range(len(examples)), count)
 
     def require_enough(self, examples: E, count: int) -> None:
-        """Raise ConfigError if a run may not take ``count`` examples, repeated as they are."""
+        """Raise ConfigError if a run may not use ``count`` examples, with repetitions."""
 
     def remark(self, data: DataConfig, examples: E) -> str:
-        """Return what a user should know of the ``examples`` to train on, as a sentence without a full stop; "" for
-        nothing."""
+        """Return a warning about the training examples, as a sentence without a full stop, or ""."""
         return ""
 
     def constant_loss(self, examples: E) -> float | None:
-        """Return the least loss of an answer that is the same for all ``examples``; None if it is not known."""
+        """Return the lowest loss of a prediction that is the same for all ``examples``; None if unknown."""
         return None
 
     def num_labels(self, examples: E) -> int:
-        """Return how many different labels the ``examples`` have; 0 if they have none."""
+        """Return the number of different labels; 0 without labels."""
         return 0
 
     def label_scale(self, examples: E) -> tuple[float, float] | None:
-        """Return the mean and the standard deviation of labels that are numbers, in which a new head begins and trains;
-        None for other labels."""
+        """Return the mean and standard deviation of numeric labels, by which a new head is scaled; else None."""
         return None
 
     @abstractmethod
     def outcomes(self, logits: Tensor, batch: dict[str, Tensor]) -> np.ndarray:
-        """Return what the metrics need of each example of a batch: (examples, k)."""
+        """Return the values per example that the metrics need: (examples, k)."""
 
     @abstractmethod
     def metrics(self, outcomes: np.ndarray, examples: E) -> dict[str, float]:
         """Return the metrics of all examples, from their outcomes in the order of ``examples``."""
 
     def resampled_metrics(self, outcomes: np.ndarray, examples: E, draw: np.ndarray) -> dict[str, float]:
-        """Return the metrics of as many examples, drawn with repetition: ``draw`` holds their indices. This one is for
-        tasks that need nothing of each example but its outcome."""
+        """Return the metrics of a bootstrap sample with the indices ``draw``. Tasks whose metrics need more than the
+        outcomes override it."""
         return self.metrics(outcomes[draw], examples)

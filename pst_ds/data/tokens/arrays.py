@@ -1,20 +1,29 @@
-"""One-dimensional arrays that stay in files or consist of several parts, and are read piece by piece."""
+"""One-dimensional arrays that are read slice by slice: in files, in several parts, or as bits; and document starts."""
 
 from __future__ import annotations
 
+import bisect
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import Protocol
 
 import numpy as np
 
 
-class FileArray:
-    """A file of numbers of one ``dtype`` as a one-dimensional array that holds nothing in memory.
+class Sliced(Protocol):
+    """One-dimensional array that is read slice by slice."""
 
-    Single values are read with pread: a bisection through a memory-mapped file would map most of it. ``bisect``
-    supports it, and a copy that is sent to another process opens the file there.
+    def __len__(self) -> int: ...
+    def __getitem__(self, place: slice, /) -> np.ndarray: ...
+
+
+class FileArray:
+    """A file of numbers of one ``dtype``, of which nothing is held in memory.
+
+    Slices are read with pread: a bisection through a memory-mapped file would map most of it. A copy that is sent to
+    another process opens the file there.
     """
 
     def __init__(self, path: Path, dtype: np.dtype):
@@ -25,25 +34,51 @@ class FileArray:
     def __len__(self) -> int:
         return self._length
 
-    @overload
-    def __getitem__(self, place: int) -> int: ...
-    @overload
-    def __getitem__(self, place: slice) -> np.ndarray: ...
-    def __getitem__(self, place: int | slice) -> int | np.ndarray:
-        if isinstance(place, slice):
-            start, stop, step = place.indices(self._length)
-            return self._read(start, stop)[::step]
-        if not -self._length <= place < self._length:
-            raise IndexError(f"{place} of {self._length}")
-        return int(self._read(place % self._length, place % self._length + 1)[0])
-
-    def _read(self, start: int, stop: int) -> np.ndarray:
+    def __getitem__(self, place: slice) -> np.ndarray:
+        start, stop, step = place.indices(self._length)
         size = self.dtype.itemsize
         data = os.pread(self._file.fileno(), max(0, stop - start) * size, start * size)
-        return np.frombuffer(data, self.dtype)
+        return np.frombuffer(data, self.dtype)[::step]
 
     def __reduce__(self) -> tuple[type[FileArray], tuple[Path, np.dtype]]:
         return FileArray, (self._path, self.dtype)
+
+
+class Bits:
+    """``length`` booleans, packed with the lowest bit first: (ceil(length / 8),) uint8."""
+
+    dtype = np.dtype(bool)
+
+    def __init__(self, bits: np.ndarray, length: int):
+        self._bits, self._length = bits, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, place: slice) -> np.ndarray:
+        start, stop, step = place.indices(self._length)
+        window = np.unpackbits(self._bits[start // 8 : -(-stop // 8)], bitorder="little")
+        return window[start % 8 : start % 8 + max(0, stop - start)].astype(bool)[::step]
+
+
+class JoinedArray:
+    """Concatenation of arrays of one type. Slices within one part are views; others are copies."""
+
+    def __init__(self, parts: Sequence[np.ndarray | Bits]):
+        self.parts = list(parts)
+        self._starts = np.cumsum([0, *map(len, self.parts)], dtype=np.int64)
+        self.dtype: np.dtype = self.parts[0].dtype if self.parts else np.dtype("<u2")
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, place: slice) -> np.ndarray:
+        start, stop, step = place.indices(len(self))
+        pieces = [self.parts[part][first:last] for part, _, first, last in windows(self._starts, start, stop)]
+        return (pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, self.dtype), *pieces]))[::step]
+
+
+Array = np.ndarray | Bits | JoinedArray
 
 
 def windows(starts: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
@@ -59,55 +94,60 @@ def windows(starts: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, in
         start, part = end, part + 1
 
 
-class JoinedArray:
-    """Concatenation of one-dimensional arrays of one type. Slices within one part are views; others are copies."""
-
-    def __init__(self, parts: Sequence[np.ndarray]):
-        self.parts = list(parts)
-        self._starts = np.concatenate([[0], np.cumsum([len(part) for part in parts], dtype=np.int64)])
-        self.dtype: np.dtype = self.parts[0].dtype if self.parts else np.dtype("<u2")
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    @overload
-    def __getitem__(self, place: int) -> np.generic: ...
-    @overload
-    def __getitem__(self, place: slice) -> np.ndarray: ...
-    def __getitem__(self, place: int | slice) -> np.generic | np.ndarray:
-        if isinstance(place, slice):
-            start, stop, step = place.indices(len(self))
-            return self._between(start, stop)[::step]
-        if not -len(self) <= place < len(self):
-            raise IndexError(f"{place} of {len(self)}")
-        return self._between(place % len(self), place % len(self) + 1)[0]
-
-    def _between(self, start: int, stop: int) -> np.ndarray:
-        pieces = [self.parts[part][first:last] for part, _, first, last in windows(self._starts, start, stop)]
-        return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, self.dtype), *pieces])
-
-    def first(self, count: int) -> JoinedArray:
-        """Return the first ``count`` values, as a joined array."""
-        kept = [part[: max(0, count - int(begin))] for part, begin in zip(self.parts, self._starts, strict=False)]
-        return JoinedArray([part for part in kept if len(part)] or kept[:1])
-
-    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(self._between(0, len(self)), dtype=dtype, copy=copy if copy is None else True)
-
-    def tolist(self) -> list[int]:
-        """Return all values as a list."""
-        return self[:].tolist()
-
-
-Array = np.ndarray | JoinedArray
-
-
-def parts_of(array: Array) -> list[np.ndarray]:
-    """Return the parts of a joined array, or the array itself."""
-    return [array] if isinstance(array, np.ndarray) else array.parts
-
-
-def joined(parts: Sequence[np.ndarray]) -> Array:
-    """Concatenate ``parts`` without a copy; a single non-empty part is returned unchanged."""
+def joined(arrays: Sequence[Array]) -> Array:
+    """Concatenate arrays without a copy; a single non-empty one is returned unchanged."""
+    parts = [part for array in arrays for part in (array.parts if isinstance(array, JoinedArray) else [array])]
     filled = [part for part in parts if len(part)]
     return filled[0] if len(filled) == 1 else JoinedArray(filled or parts[:1])
+
+
+class Borders:
+    """Document starts of a token stream."""
+
+    several = True
+    """Whether there may be more than one document."""
+
+    def between(self, start: int, stop: int) -> np.ndarray:
+        """Return the document starts in [start, stop): int64, ascending."""
+        raise NotImplementedError
+
+
+class Starts(Borders):
+    """Document starts from the sorted indices of first tokens: (documents,) int64. Equal ones are empty documents."""
+
+    def __init__(self, starts: Sliced):
+        self.starts, self.several = starts, len(starts) > 1
+
+    def between(self, start: int, stop: int) -> np.ndarray:
+        places = range(len(self.starts))
+        first = bisect.bisect_left(places, start, key=lambda i: self.starts[i : i + 1][0])
+        last = bisect.bisect_left(places, stop, first, key=lambda i: self.starts[i : i + 1][0])
+        return np.unique(np.array(self.starts[first:last], dtype=np.int64))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AfterEnds(Borders):
+    """Document starts of a stream in which every document ends with the end-of-text token ``end``."""
+
+    tokens: np.ndarray
+    end: int
+
+    def between(self, start: int, stop: int) -> np.ndarray:
+        first = max(start - 1, 0)
+        starts = np.flatnonzero(self.tokens[first : max(stop - 1, first)] == self.end) + first + 1
+        return np.concatenate([[0], starts]) if start == 0 < stop else starts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class JoinedBorders(Borders):
+    """Document starts of concatenated streams; ``starts`` as in :func:`windows`."""
+
+    parts: tuple[Borders, ...]
+    starts: np.ndarray
+
+    def between(self, start: int, stop: int) -> np.ndarray:
+        found = (
+            self.parts[part].between(first, last) + begin
+            for part, begin, first, last in windows(self.starts, start, stop)
+        )
+        return np.concatenate([np.empty(0, np.int64), *found])

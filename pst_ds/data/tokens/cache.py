@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING
 from pst_ds.atomic_files import LOCK, atomic_folder, file_sha256, only_writer, require_writable
 from pst_ds.config.run import ConfigError
 from pst_ds.core.kernels.library_cache import cache_folder as private_folder
-from pst_ds.data.tokens.identity import TokenizerIdentity, identity_of
-from pst_ds.data.tokens.manifest import BYTES, VERSION
-from pst_ds.data.tokens.store import TokenStream, is_store, open_store
-from pst_ds.data.tokens.tokenize import tokenize
+from pst_ds.data.tokens.store import BYTES, VERSION, TokenStream, is_store, open_store
+from pst_ds.data.tokens.tokenize import TokenizerIdentity, identity_of, tokenize
 from pst_ds.data.tokens.writer import ShardWriter, finish_store
 
 if TYPE_CHECKING:

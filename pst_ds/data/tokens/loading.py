@@ -15,12 +15,11 @@ from pst_ds.data.preparation.pieces import COMPRESSIONS, Reading
 from pst_ds.data.preparation.prepare import plan_store, write_pieces
 from pst_ds.data.tokens.cache import cached_store, cached_tokens, hash_of_file, hash_of_texts
 from pst_ds.data.tokens.foreign import is_token_source, open_tokens
-from pst_ds.data.tokens.identity import identity_of
 from pst_ds.data.tokens.mixed import MixedSequences
 from pst_ds.data.tokens.sequences import Sequences
 from pst_ds.data.tokens.store import TokenStream, stream_of_documents
 from pst_ds.data.tokens.streamed import PIECE_BYTES, StreamReader, TextStream
-from pst_ds.data.tokens.tokenize import tokenize
+from pst_ds.data.tokens.tokenize import identity_of, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

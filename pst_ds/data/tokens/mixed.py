@@ -1,16 +1,16 @@
-"""Sequences of several sources, mixed by weight."""
+"""Sequences of several sources, mixed by weight, and the reader that draws them where some are streams."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pst_ds.data.tokens.mixture import Mixture
-from pst_ds.data.tokens.order import in_passes
-from pst_ds.data.tokens.sequences import Sequences
-from pst_ds.data.tokens.streamed import TextStream
+from pst_ds.data.tokens.order import Mixture, in_passes
+from pst_ds.data.tokens.sequences import Sequences, TokenSequence
+from pst_ds.data.tokens.streamed import BEGIN, WINDOW, Place, StreamReader, TextStream
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -19,7 +19,7 @@ class MixedSequences:
 
     Without ``weights``, each sequence occurs once per epoch. With weights, each source has its fraction of any number
     of sequences, and restarts in another order when it is used up. For a stream, an index says only that it is the
-    stream's turn: :class:`~pst_ds.data.tokens.drawn.MixedReader` draws the sequence.
+    stream's turn: :class:`MixedReader` draws the sequence.
     """
 
     sources: tuple[Sequences | TextStream, ...]
@@ -39,30 +39,16 @@ class MixedSequences:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Return the tokens of one sequence."""
-        source, inside = self._place(index)
-        return source[inside]
-
-    def starts_in(self, index: int) -> np.ndarray:
-        """Return the document starts in a sequence, without the first token: int64."""
-        source, inside = self._place(index)
-        return source.starts_in(inside)
-
-    def predicted_in(self, index: int) -> np.ndarray:
-        """Return which tokens of a sequence are predicted: (length,) bool."""
-        source, inside = self._place(index)
-        return source.predicted_in(inside)
+    def __getitem__(self, index: int) -> TokenSequence:
+        """Return one sequence, not of a stream."""
+        number = self.source_of(index)
+        source = self.sources[number]
+        assert isinstance(source, Sequences), "the sequences of a stream are drawn, not looked up"
+        return source[index - int(self._starts[number])]
 
     def source_of(self, index: int) -> int:
         """Return the number of the source of a sequence."""
         return int(np.searchsorted(self._starts, index, side="right")) - 1
-
-    def _place(self, index: int) -> tuple[Sequences, int]:
-        number = self.source_of(index)
-        source = self.sources[number]
-        assert isinstance(source, Sequences), "the sequences of a stream are drawn, not looked up"
-        return source, index - int(self._starts[number])
 
     @property
     def has_streams(self) -> bool:
@@ -70,14 +56,9 @@ class MixedSequences:
         return any(isinstance(source, TextStream) for source in self.sources)
 
     @property
-    def length(self) -> int:
-        """Tokens of every sequence."""
-        return self.sources[0].length
-
-    @property
     def lengths(self) -> np.ndarray:
         """Tokens of each sequence: a broadcast view."""
-        return np.broadcast_to(np.int64(self.length), len(self))
+        return np.broadcast_to(np.int64(self.sources[0].length), len(self))
 
     @property
     def apart(self) -> bool:
@@ -106,11 +87,6 @@ class MixedSequences:
         return sum(source.num_predicted for source in self.sources if isinstance(source, Sequences))
 
     @property
-    def predicted_bytes(self) -> int | None:
-        """Not counted: a mixture is trained on."""
-        return None
-
-    @property
     def most(self) -> int | None:
         """Maximum number of sequences within the epoch limits; None for no limit."""
         return None if self._mixture is None else self._mixture.total
@@ -136,3 +112,69 @@ class MixedSequences:
             if isinstance(of, Sequences)
         ]
         return replace(self, sources=tuple(of for of in kept if len(of)), weights=(), epochs=())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DrawnSequences:
+    """Sequences of one length in memory."""
+
+    sequences: tuple[TokenSequence, ...]
+    apart: bool
+    """Whether attention is restricted to each document."""
+    masks_tokens: bool
+    """Whether some tokens are not trained on."""
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(one.tokens) for one in self.sequences]
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(b"".join(one.tokens.tobytes() for one in self.sequences)).hexdigest()
+
+    def __getitem__(self, index: int) -> TokenSequence:
+        return self.sequences[index]
+
+    def first(self, count: int) -> DrawnSequences:
+        return replace(self, sequences=self.sequences[:count])
+
+
+class MixedReader:
+    """Reader number ``part`` of ``parts`` of a mixture, which resumes its streams at ``places``.
+
+    A stream yields the next sequence of the reader's part; other sources are read by index.
+    """
+
+    def __init__(
+        self,
+        mixed: MixedSequences,
+        seed: int,
+        part: int,
+        parts: int,
+        places: Sequence[Sequence[int]] = (),
+        *,
+        window: int = WINDOW,
+    ):
+        streams = {i: source for i, source in enumerate(mixed.sources) if isinstance(source, TextStream)}
+        begins = [Place(*numbers) for numbers in places] or [BEGIN] * len(streams)
+        self._mixed = mixed
+        self._readers = {
+            i: StreamReader(stream, f"{seed}/{i}", part, parts, begin, window=window)
+            for (i, stream), begin in zip(streams.items(), begins, strict=True)
+        }
+
+    @property
+    def places(self) -> list[list[int]]:
+        """The :class:`Place` of each stream at which another reader would continue like this one."""
+        return [list(reader.place) for reader in self._readers.values()]
+
+    def take(self, indices: Sequence[int]) -> DrawnSequences:
+        """Return the sequences of ``indices``, in their order. Raises InputError for a stream that cannot be read."""
+        found = []
+        for index in indices:
+            reader = self._readers.get(self._mixed.source_of(index))
+            found.append(self._mixed[index] if reader is None else reader.next())
+        return DrawnSequences(tuple(found), self._mixed.apart, self._mixed.masks_tokens)

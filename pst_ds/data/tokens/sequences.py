@@ -5,20 +5,27 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pst_ds.data.tokens.arrays import Array
-from pst_ds.data.tokens.borders import Borders
-from pst_ds.data.tokens.learned import Learned
+from pst_ds.data.tokens.arrays import Array, Borders
 from pst_ds.data.tokens.order import in_passes
-
-if TYPE_CHECKING:
-    from pst_ds.data.tokens.store import TokenStream
+from pst_ds.data.tokens.store import TokenStream
 
 _TOKENS_AT_A_TIME = 1 << 20
 _WINDOWS, _WINDOW_TOKENS = 16, 1 << 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenSequence:
+    """One sequence of tokens."""
+
+    tokens: np.ndarray
+    """(length,), of an integer type."""
+    starts: np.ndarray
+    """Document starts without the first token: int64."""
+    predicted: np.ndarray
+    """Mask of predicted tokens: (length,) bool."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,8 +46,8 @@ class Sequences:
     borders: Borders | None = None
     """Document starts, where positions and attention restart and whose first token is not predicted. None treats all
     documents as one text."""
-    learned: Learned | None = None
-    """Mask of the tokens that are trained on, apart from first tokens. None for all."""
+    learned: Array | None = None
+    """Mask of the tokens that are trained on, apart from first tokens: (tokens of the stream,). None for all."""
     stream_digest: str = ""
     """SHA-256 of the stream. Empty computes it from all tokens."""
 
@@ -107,31 +114,29 @@ class Sequences:
         lengths[-1] = len(self.tokens) - (len(self) - 1) * self._stride
         return lengths
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Return a view of the tokens of one sequence."""
-        start = index * self._stride
-        return self.tokens[start : start + self.length]
-
-    def starts_in(self, index: int) -> np.ndarray:
-        """Return the document starts in a sequence, without the first token: int64."""
-        if self.borders is None:
-            return np.empty(0, dtype=np.int64)
+    def __getitem__(self, index: int) -> TokenSequence:
+        """Return one sequence, with a view of its tokens."""
         first = index * self._stride
-        return self.borders.between(first + 1, min(first + self.length, len(self.tokens))) - first
-
-    def predicted_in(self, index: int) -> np.ndarray:
-        """Return which tokens of a sequence are predicted: (its length,) bool."""
-        first, length = index * self._stride, len(self[index])
-        predicted = np.ones(length, bool) if self.learned is None else self.learned.between(first, first + length)
+        stop = min(first + self.length, len(self.tokens))
+        starts = np.empty(0, np.int64) if self.borders is None else self.borders.between(first + 1, stop) - first
+        predicted = self._predicted(first, stop)
         predicted[0] = False
-        predicted[self.starts_in(index)] = False
+        return TokenSequence(self.tokens[first:stop], starts, predicted)
+
+    def _predicted(self, start: int, stop: int) -> np.ndarray:
+        """Return which tokens of [start, stop) of the stream are predicted; the first of a sequence never is."""
+        predicted = np.ones(stop - start, bool)
+        if self.learned is not None:
+            predicted &= self.learned[start:stop] != 0
+        if self.borders is not None:
+            predicted[self.borders.between(start, stop) - start] = False
         return predicted
 
     @property
     def num_predicted(self) -> int:
         """Predicted tokens of all sequences."""
         if not self.overlap:
-            return sum(int(self.predicted_in(i).sum()) for i in range(len(self)))
+            return sum(int(self[i].predicted.sum()) for i in range(len(self)))
         return sum(int(predicted.sum()) for _, predicted in self._predicted_windows())
 
     @property
@@ -146,11 +151,8 @@ class Sequences:
         """Yield windows of the stream, each with a mask of the tokens that an evaluation predicts."""
         for first in range(0, len(self.tokens), _TOKENS_AT_A_TIME):
             stop = min(first + _TOKENS_AT_A_TIME, len(self.tokens))
-            predicted = np.ones(stop - first, bool) if self.learned is None else self.learned.between(first, stop)
-            if first == 0:
-                predicted[0] = False
-            if self.borders is not None:
-                predicted[self.borders.between(first, stop) - first] = False
+            predicted = self._predicted(first, stop)
+            predicted[0] &= first > 0
             yield slice(first, stop), predicted
 
     def ordered(self, numbers: np.ndarray, seed: int) -> np.ndarray:

@@ -1,21 +1,120 @@
-"""Token streams in memory-mapped files, and opening the stores of ``pst-ds prepare``."""
+"""Token stores of ``pst-ds prepare``: the manifest, and token streams in memory-mapped files."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from pst_ds.config.run import ConfigError
-from pst_ds.data.tokens.arrays import Array, FileArray, joined, parts_of
-from pst_ds.data.tokens.borders import Borders, JoinedBorders, Starts
-from pst_ds.data.tokens.identity import TokenizerIdentity
-from pst_ds.data.tokens.learned import All, Bits, JoinedLearned, Learned
-from pst_ds.data.tokens.manifest import BYTES, LEARNED, MANIFEST, STARTS_FILE, TOKENS, Manifest, read_manifest
-from pst_ds.data.tokens.tokenize import Documents
+from pst_ds.data.tokens.arrays import Array, Bits, Borders, FileArray, JoinedBorders, Starts, joined
+from pst_ds.data.tokens.tokenize import Documents, TokenizerIdentity
+from pst_ds.errors import first_problem
+from pst_ds.json_text import json_of
+
+MANIFEST = "manifest.json"
+KIND, VERSION = "pst-ds tokens", 1
+TOKENS, BYTES, LEARNED, STARTS = "tokens", "bytes", "learned", "starts"
+"""Kinds of files: tokens, bytes per token, mask of trained tokens (one bit each), and document starts."""
+STARTS_FILE = "documents.bin"
+_ITEM: dict[str, np.dtype] = {BYTES: np.dtype("<u4"), STARTS: np.dtype("<i8")}
+_AGAIN = "Prepare it again (pst-ds prepare)"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardRecord:
+    """One shard: files ``KIND-NNNNN.bin`` for each kind in ``sha256``."""
+
+    number: int
+    tokens: int
+    documents: int
+    text_bytes: int
+    closed_by_us: bool
+    """Whether we, not the tokenizer, added the last end-of-text token."""
+    sha256: dict[str, str]
+
+    def file(self, kind: str) -> str:
+        """Return the name of the file of a kind."""
+        return f"{kind}-{self.number:05d}.bin"
+
+    def num_file_bytes(self, kind: str, dtype: np.dtype) -> int:
+        """Return the bytes of the file of a kind, with tokens of ``dtype``."""
+        if kind == LEARNED:
+            return -(-self.tokens // 8)
+        count = self.documents if kind == STARTS else self.tokens
+        return count * (dtype if kind == TOKENS else _ITEM[kind]).itemsize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """Contents of a store's manifest."""
+
+    tokenizer: TokenizerIdentity
+    shards: tuple[ShardRecord, ...]
+    starts_sha256: str
+    source: dict[str, object] = field(default_factory=dict)
+    """Sources and settings of the preparation, for information only."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Tokens, documents, and UTF-8 bytes of text ("text_bytes") in all shards."""
+        return {name: sum(getattr(s, name) for s in self.shards) for name in ("tokens", "documents", "text_bytes")}
+
+    @property
+    def has(self) -> frozenset[str]:
+        """Kinds of files of each shard."""
+        return frozenset(self.shards[0].sha256) if self.shards else frozenset()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the contents, from those of the files; independent of ``source``."""
+        about = [asdict(self.tokenizer), [asdict(shard) for shard in self.shards], self.starts_sha256]
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+    def text(self) -> str:
+        """Return the manifest as JSON."""
+        about = {"kind": KIND, "version": VERSION, "dtype": self.tokenizer.dtype.name, **self.counts}
+        return json_of({**about, "digest": self.digest, **asdict(self)}, indent=1) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a store and check the sizes of its files. Raises ConfigError."""
+    path = folder / MANIFEST
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(table, dict) or table.get("kind") != KIND:
+            raise ConfigError(f"{path} is not the manifest of a token store. Name a folder of pst-ds prepare")
+        if table.get("version") != VERSION:
+            raise ConfigError(
+                f"{path} has version {table.get('version')!r} of the format, but this pst-ds reads {VERSION}. {_AGAIN}"
+            )
+        stated, manifest = table["digest"], TypeAdapter(Manifest).validate_python(table)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{str(folder)!r} has no {MANIFEST}: it is not a token store, or an unfinished one. {_AGAIN}"
+        ) from None
+    except ValidationError as error:
+        raise ConfigError(f"{path} is damaged ({first_problem(error)}). {_AGAIN}") from None
+    except (KeyError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error}). {_AGAIN}") from None
+    if manifest.digest != stated:
+        raise ConfigError(f"{path} was changed: its digest is {manifest.digest}, but it states {stated}. {_AGAIN}")
+    sizes = {STARTS_FILE: manifest.counts["documents"] * _ITEM[STARTS].itemsize}
+    for shard in manifest.shards:
+        sizes |= {shard.file(kind): shard.num_file_bytes(kind, manifest.tokenizer.dtype) for kind in shard.sha256}
+    for name, size in sizes.items():
+        try:
+            found = (folder / name).stat().st_size
+        except OSError as error:
+            raise ConfigError(f"{folder / name} cannot be read: {error.strerror}. {_AGAIN}") from None
+        if found != size:
+            raise ConfigError(f"{folder / name} has {found} bytes, but its manifest says {size}. {_AGAIN}")
+    return manifest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,8 +128,8 @@ class TokenStream:
     """SHA-256 of the contents, or of a sample of them."""
     num_bytes: Array | None = None
     """Bytes of text that each token represents: (tokens,). None if not counted."""
-    learned: Learned | None = None
-    """Mask of the tokens that are trained on. None for all."""
+    learned: Array | None = None
+    """Mask of the tokens that are trained on: (tokens,), 0 is False. None for all."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -40,19 +139,16 @@ def join_streams(streams: Sequence[TokenStream]) -> TokenStream:
     """Concatenate streams; byte counts are kept only if all streams have them."""
     if len(streams) == 1:
         return streams[0]
-    starts = np.cumsum([0, *map(len, streams)])
-    arrays = [part for stream in streams for part in parts_of(stream.tokens)]
-    counts = [stream.num_bytes for stream in streams]
+    counts = [stream.num_bytes for stream in streams if stream.num_bytes is not None]
     learned = None
     if any(stream.learned is not None for stream in streams):
-        learned = JoinedLearned([stream.learned or All() for stream in streams], starts)
+        all_of = [np.broadcast_to(np.True_, len(stream)) for stream in streams]
+        learned = joined([a if s.learned is None else s.learned for s, a in zip(streams, all_of, strict=True)])
     return TokenStream(
-        tokens=joined(arrays),
-        borders=JoinedBorders(tuple(stream.borders for stream in streams), starts),
+        tokens=joined([stream.tokens for stream in streams]),
+        borders=JoinedBorders(tuple(stream.borders for stream in streams), np.cumsum([0, *map(len, streams)])),
         digest=hashlib.sha256(" ".join(stream.digest for stream in streams).encode()).hexdigest(),
-        num_bytes=None
-        if any(c is None for c in counts)
-        else joined([p for c in counts if c is not None for p in parts_of(c)]),
+        num_bytes=joined(counts) if len(counts) == len(streams) else None,
         learned=learned,
     )
 
@@ -78,35 +174,38 @@ def open_store(folder: Path, tokenizer: TokenizerIdentity | None = None) -> Toke
     documents. Raises ConfigError for an incomplete store, or one of another tokenizer than ``tokenizer``.
     """
     manifest = read_manifest(folder)
-    if tokenizer is not None:
-        require_tokenizer(folder, manifest, tokenizer)
-    length = manifest.tokens - manifest.closed_by_us
-    parts = [mapped(folder / shard.file(TOKENS), manifest.tokenizer.dtype) for shard in manifest.shards]
-    starts = FileArray(folder / STARTS_FILE, np.dtype("<i8"))
-    counts = learned = None
+    if tokenizer is not None and manifest.tokenizer.sha256 != tokenizer.sha256:
+        raise _other_tokenizer(folder, manifest.tokenizer, tokenizer)
+
+    def column(kind: str, dtype: np.dtype) -> list[np.ndarray]:
+        return [mapped(folder / shard.file(kind), dtype) for shard in manifest.shards]
+
+    def without_separator(parts: list[np.ndarray]) -> Array:
+        if manifest.shards[-1].closed_by_us:
+            parts[-1] = parts[-1][:-1]
+        return joined(parts)
+
+    num_bytes = learned = None
     if BYTES in manifest.has:
-        counts = joined([mapped(folder / shard.file(BYTES), np.dtype("<u4")) for shard in manifest.shards])
+        num_bytes = without_separator(column(BYTES, _ITEM[BYTES]))
     if LEARNED in manifest.has:
-        bits = [Bits(mapped(folder / shard.file(LEARNED), np.dtype("u1"))) for shard in manifest.shards]
-        learned = JoinedLearned(bits, np.cumsum([0, *(shard.tokens for shard in manifest.shards)]))
+        bits = zip(column(LEARNED, np.dtype("u1")), manifest.shards, strict=True)
+        learned = joined([Bits(values, shard.tokens) for values, shard in bits])
+    dtype = manifest.tokenizer.dtype
     return TokenStream(
-        tokens=_first(joined(parts), length) if parts else np.empty(0, manifest.tokenizer.dtype),
-        borders=Starts(starts),
+        tokens=without_separator(column(TOKENS, dtype)) if manifest.shards else np.empty(0, dtype),
+        borders=Starts(FileArray(folder / STARTS_FILE, _ITEM[STARTS])),
         digest=manifest.digest,
-        num_bytes=None if counts is None else _first(counts, length),
+        num_bytes=num_bytes,
         learned=learned,
     )
 
 
-def require_tokenizer(folder: Path, manifest: Manifest, tokenizer: TokenizerIdentity) -> None:
-    """Raise ConfigError if a store has tokens of another tokenizer."""
-    ours = manifest.tokenizer
-    if ours.sha256 == tokenizer.sha256:
-        return
-    other = f"the run's has {tokenizer.vocabulary}" if ours.vocabulary != tokenizer.vocabulary else "the run's differs"
-    raise ConfigError(
-        f"{str(folder)!r} holds tokens of another tokenizer: its manifest has a vocabulary of {ours.vocabulary} and "
-        f"the hash {ours.sha256[:12]}, and {other} ({tokenizer.sha256[:12]}). Prepare the text with the run's "
+def _other_tokenizer(folder: Path, own: TokenizerIdentity, tokenizer: TokenizerIdentity) -> ConfigError:
+    other = f"the run's has {tokenizer.vocabulary}" if own.vocabulary != tokenizer.vocabulary else "the run's differs"
+    return ConfigError(
+        f"{str(folder)!r} holds tokens of another tokenizer: its manifest has a vocabulary of {own.vocabulary} and "
+        f"the hash {own.sha256[:12]}, and {other} ({tokenizer.sha256[:12]}). Prepare the text with the run's "
         "tokenizer (pst-ds prepare --tokenizer), or name the store's with model.tokenizer"
     )
 
@@ -114,9 +213,3 @@ def require_tokenizer(folder: Path, manifest: Manifest, tokenizer: TokenizerIden
 def mapped(path: Path, dtype: np.dtype) -> np.ndarray:
     """Memory-map a non-empty file."""
     return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
-
-
-def _first(array: Array, count: int) -> Array:
-    if count == len(array):
-        return array
-    return array[:count] if isinstance(array, np.ndarray) else array.first(count)

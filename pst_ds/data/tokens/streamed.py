@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pst_ds.data.preparation.chats import tokenize_chats
 from pst_ds.data.preparation.pieces import Reading, Span
-from pst_ds.data.preparation.readers import texts_of
-from pst_ds.data.tokens.identity import identity_of
+from pst_ds.data.preparation.readers import texts_of, tokenize_texts
 from pst_ds.data.tokens.order import permuted
-from pst_ds.data.tokens.tokenize import Documents, tokenize
+from pst_ds.data.tokens.sequences import TokenSequence
+from pst_ds.data.tokens.tokenize import Documents, identity_of
 from pst_ds.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,18 +46,6 @@ class Place(NamedTuple):
 
 
 BEGIN = Place()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TokenSequence:
-    """One training sequence in memory."""
-
-    tokens: np.ndarray
-    """(length,), of an integer type."""
-    starts: np.ndarray
-    """Document starts without the first token: int64."""
-    predicted: np.ndarray
-    """Mask of predicted tokens: (length,) bool."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -164,13 +151,14 @@ class StreamReader:
 
     def _batches(self, place: Place) -> Iterator[tuple[Place, Documents]]:
         """Yield tokenised batches of documents from ``place`` on, each with its position."""
-        begin, has_text = place, place != BEGIN
+        begin, has_text, reading = place, place != BEGIN, self._stream.reading
         for passes in itertools.count(place.passes):
             order = permuted(np.arange(len(self._spans)), len(self._spans), f"{self._key}/{passes}")
             for span in range(begin.span, len(order)):
-                texts = texts_of(self._spans[order[span]], self._stream.reading)
+                texts = texts_of(self._spans[order[span]], reading)
                 for batch, of_batch in itertools.islice(enumerate(texts), begin.batch, None):
-                    documents = self._tokenized(of_batch[(self._part - batch) % self._parts :: self._parts])
+                    own = of_batch[(self._part - batch) % self._parts :: self._parts]
+                    documents = tokenize_texts(own, reading, self._stream.tokenizer, self._stream.what)
                     has_text = has_text or len(documents.tokens) > 0
                     yield Place(passes, span, batch, begin.token), documents
                     begin = BEGIN
@@ -178,12 +166,6 @@ class StreamReader:
             if not has_text:
                 part = f" for reader {self._part + 1} of {self._parts}" if self._parts > 1 else ""
                 raise InputError(f"{self._stream.what} has no text{part}. Add text, or start fewer ranks")
-
-    def _tokenized(self, texts: list[str]) -> Documents:
-        tokenizer = self._stream.tokenizer
-        if self._stream.reading.kind == "chat" and texts:
-            return tokenize_chats(texts, tokenizer, self._stream.what)
-        return tokenize(texts, tokenizer)
 
 
 def _part(documents: Documents, start: int, stop: int, filled: int) -> TokenSequence:

@@ -11,18 +11,8 @@ from typing import IO
 import numpy as np
 
 from pst_ds.atomic_files import partial_name, sync, write_text_atomic
-from pst_ds.data.tokens.identity import TokenizerIdentity
-from pst_ds.data.tokens.manifest import (
-    BYTES,
-    LEARNED,
-    MANIFEST,
-    STARTS,
-    STARTS_FILE,
-    TOKENS,
-    Manifest,
-    ShardRecord,
-)
-from pst_ds.data.tokens.tokenize import Documents
+from pst_ds.data.tokens.store import BYTES, LEARNED, MANIFEST, STARTS, STARTS_FILE, TOKENS, Manifest, ShardRecord
+from pst_ds.data.tokens.tokenize import Documents, TokenizerIdentity
 
 _COPY_BYTES = 1 << 22
 
@@ -58,52 +48,43 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, number: int, tokenizer: TokenizerIdentity, kinds: frozenset[str] = frozenset()):
-        self._folder, self._number, self._dtype = folder, number, tokenizer.dtype
-        self._vocabulary = tokenizer.vocabulary
-        names = ShardRecord(number=number, tokens=0, documents=0, text_bytes=0, closed_by_us=False, sha256={})
-        self._files = {kind: _HashedFile(folder / names.file(kind)) for kind in sorted({TOKENS, STARTS, *kinds})}
-        self._tokens = self._documents = self._text_bytes = 0
-        self._closed_by_us = False
+        self._folder, self._tokenizer = folder, tokenizer
+        self._record = ShardRecord(number=number, tokens=0, documents=0, text_bytes=0, closed_by_us=False, sha256={})
+        self._files = {k: _HashedFile(folder / self._record.file(k)) for k in sorted({TOKENS, STARTS, *kinds})}
         self._bits: np.ndarray = np.empty(0, bool)
+        """Mask of the last tokens, which do not fill a byte yet."""
 
     def add(self, documents: Documents, text_bytes: int = 0) -> None:
         """Append documents, which represent ``text_bytes`` bytes of text."""
-        self._text_bytes += text_bytes
+        record = self._record = replace(self._record, text_bytes=self._record.text_bytes + text_bytes)
         if not len(documents.lengths):
             return
-        assert int(documents.tokens.max()) < self._vocabulary, "the tokenizer gave a token outside its vocabulary"
-        self._files[TOKENS].write(documents.tokens.astype(self._dtype))
-        starts = np.cumsum(documents.lengths) - documents.lengths + self._tokens
+        assert int(documents.tokens.max()) < self._tokenizer.vocabulary, "the tokenizer gave an unknown token"
+        self._files[TOKENS].write(documents.tokens.astype(self._tokenizer.dtype))
+        starts = np.cumsum(documents.lengths) - documents.lengths + record.tokens
         self._files[STARTS].write(starts.astype("<i8"))
         if BYTES in self._files:
             assert documents.num_bytes is not None, "bytes were not counted"
             self._files[BYTES].write(documents.num_bytes.astype("<u4"))
         if LEARNED in self._files:
-            self._add_bits(documents)
-        self._tokens += len(documents.tokens)
-        self._documents += len(documents.lengths)
-        self._closed_by_us = documents.closed_by_us
-
-    def _add_bits(self, documents: Documents) -> None:
-        learned = np.ones(len(documents.tokens), bool) if documents.learned is None else documents.learned
-        bits = np.concatenate([self._bits, learned])
-        whole = len(bits) // 8 * 8
-        self._files[LEARNED].write(np.packbits(bits[:whole], bitorder="little"))
-        self._bits = bits[whole:]
+            learned = np.ones(len(documents.tokens), bool) if documents.learned is None else documents.learned
+            bits = np.concatenate([self._bits, learned])
+            filled = len(bits) // 8 * 8
+            self._files[LEARNED].write(np.packbits(bits[:filled], bitorder="little"))
+            self._bits = bits[filled:]
+        self._record = replace(
+            record,
+            tokens=record.tokens + len(documents.tokens),
+            documents=record.documents + len(documents.lengths),
+            closed_by_us=documents.closed_by_us,
+        )
 
     def finish(self) -> ShardRecord:
         """Write the rest of the shard and its record, and return the record."""
         if LEARNED in self._files:
             self._files[LEARNED].write(np.packbits(self._bits, bitorder="little"))
-        record = ShardRecord(
-            number=self._number,
-            tokens=self._tokens,
-            documents=self._documents,
-            text_bytes=self._text_bytes,
-            closed_by_us=self._closed_by_us,
-            sha256={kind: file.finish() for kind, file in self._files.items()},
-        )
-        write_text_atomic(record_path(self._folder, self._number), json.dumps(asdict(record)) + "\n")
+        record = replace(self._record, sha256={kind: file.finish() for kind, file in self._files.items()})
+        write_text_atomic(record_path(self._folder, record.number), json.dumps(asdict(record)) + "\n")
         return record
 
     def __enter__(self) -> ShardWriter:
@@ -136,15 +117,15 @@ def finish_store(
 ) -> Manifest:
     """Merge the document starts of all shards into one file, remove empty shards and write the manifest."""
     documents = _HashedFile(folder / STARTS_FILE)
-    first = 0
+    first, kept = 0, []
     for record in records:
         with (folder / record.file(STARTS)).open("rb") as file:
             while data := file.read(_COPY_BYTES):
                 documents.write(np.frombuffer(data, "<i8") + first)
         first += record.tokens
-    starts_sha256 = documents.finish()
-    kept = tuple(_without_starts(record) for record in records if record.tokens)
-    manifest = Manifest(tokenizer=tokenizer, shards=kept, starts_sha256=starts_sha256, source=source)
+        if record.tokens:
+            kept.append(replace(record, sha256={kind: of for kind, of in record.sha256.items() if kind != STARTS}))
+    manifest = Manifest(tokenizer=tokenizer, shards=tuple(kept), starts_sha256=documents.finish(), source=source)
     write_text_atomic(folder / MANIFEST, manifest.text())
     clean_up(folder, manifest)
     return manifest
@@ -156,7 +137,3 @@ def clean_up(folder: Path, manifest: Manifest) -> None:
     for path in folder.iterdir():
         if path.name not in files:
             path.unlink()
-
-
-def _without_starts(record: ShardRecord) -> ShardRecord:
-    return replace(record, sha256={kind: digest for kind, digest in record.sha256.items() if kind != STARTS})

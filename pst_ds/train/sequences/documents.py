@@ -130,7 +130,7 @@ def require_documents_apart(engine: Engine, context: RunContext, examples: Examp
     if not getattr(examples, "several_documents", False):
         return ""
     drawn, (some,) = raise_on_all_ranks(lambda: context.task.sample(examples, 1, run.seed))
-    ids = drawn[some][: 2 * _TOKENS].astype("int64")  # type: ignore[index]
+    ids = drawn[some].tokens[: 2 * _TOKENS].astype("int64")  # type: ignore[index]
     leaks = reads_on(engine, torch.as_tensor(ids, device=context.device))
     kind: str = getattr(getattr(engine.module, "config", None), "model_type", "model")
     found = f"model.path = {run.model.path!r} ({kind}) lets tokens see the documents before their own"

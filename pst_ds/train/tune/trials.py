@@ -32,9 +32,8 @@ from pst_ds.train.one_shot.start import start_run
 from pst_ds.train.run import Splits, load_splits, train_prepared
 from pst_ds.train.run_context import RunContext
 from pst_ds.train.tune.halving import RATES, Candidate, Outcome, Rung, candidates, chosen, promoted, rungs
+from pst_ds.train.tune.report import Record
 
-Record = dict[str, Any]
-"""A line of tune.jsonl."""
 STANDARD_ERROR = "standard_error"
 _DRAWS = 100
 

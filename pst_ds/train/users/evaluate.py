@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from statistics import fmean
 
 from pst_ds.data.by_user import RowsByUser
+from pst_ds.data.tasks import ExampleSet
 from pst_ds.parallel.ranks import raise_on_all_ranks
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.progress import Progress
@@ -35,9 +36,9 @@ class UserScores:
     @property
     def other(self) -> float:
         """Mean over ``others``; NaN for none."""
-        return _mean(self.others) if self.others else math.nan
+        return fmean(self.others) if self.others else math.nan
 
-    def as_table(self) -> dict[str, Any]:
+    def as_table(self) -> dict[str, object]:
         """Return the scores as JSON values."""
         return {**asdict(self), "others": list(self.others), "other": self.other}
 
@@ -80,35 +81,31 @@ def metric_of(context: RunContext) -> str:
     return "loss" if context.task.lower_is_better else context.run.metric
 
 
-def summary(scores: Sequence[UserScores], *, lower_is_better: bool) -> dict[str, Any]:
+def summary(scores: Sequence[UserScores], *, lower_is_better: bool) -> dict[str, float]:
     """Return means over users, and the gain of the own state with its standard error over users."""
     sign = -1.0 if lower_is_better else 1.0
-    facts: dict[str, Any] = {"users": len(scores), "rows": sum(score.rows for score in scores)}
+    facts: dict[str, float] = {"users": len(scores), "rows": sum(score.rows for score in scores)}
     for name in ("shared", "own", "other"):
-        facts[name] = _mean([getattr(score, name) for score in scores])
+        facts[name] = fmean([getattr(score, name) for score in scores])
     for name in ("shared", "other"):
         gains = [sign * (score.own - getattr(score, name)) for score in scores]
-        facts[f"gain_over_{name}"] = _mean(gains)
+        facts[f"gain_over_{name}"] = fmean(gains)
         facts[f"gain_over_{name}_standard_error"] = _standard_error(gains)
-        facts[f"share_better_than_{name}"] = _mean([float(gain > 0.0) for gain in gains])
-        facts[f"share_worse_than_{name}"] = _mean([float(gain < 0.0) for gain in gains])
+        facts[f"share_better_than_{name}"] = fmean([float(gain > 0.0) for gain in gains])
+        facts[f"share_worse_than_{name}"] = fmean([float(gain < 0.0) for gain in gains])
     return facts
 
 
-def _score(model: PersonalModel, context: RunContext, examples: Any, metric: str) -> float:
+def _score(model: PersonalModel, context: RunContext, examples: ExampleSet, metric: str) -> float:
     model.engine.eval()
     outcomes = predict(model.engine, context, examples)
-    with warnings.catch_warnings():  # scores that need two classes, of a user whose rows have one
+    with warnings.catch_warnings():  # about metrics that need two classes, for a user with rows of one class
         warnings.simplefilter("ignore")
         return float(context.task.metrics(outcomes, examples)[metric])
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 def _standard_error(values: Sequence[float]) -> float:
     if len(values) < 2:
         return math.nan
-    mean = _mean(values)
+    mean = fmean(values)
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))

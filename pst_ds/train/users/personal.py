@@ -1,4 +1,4 @@
-"""A finished run's model with per-user parameters: U and V of the layers and the output layer; all else is shared."""
+"""A finished run's model, or its checkpoint, with per-user parameters: U and V of the layers, and the output layer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pst_ds.parallel.ds_config import zero_stage
 from pst_ds.parallel.engine import build_engine
 from pst_ds.train.model import build_model
 from pst_ds.train.run_context import RunContext
-from pst_ds.train.users.store import Common, Form, State, UserStoreError
+from pst_ds.train.users.store import Common, Form, State, UserStore, UserStoreError
 
 UPDATES = ("pst_U", "pst_V", LEFT, RIGHT)
 """Last parts of the names of a layer's personal parameters."""
@@ -53,7 +53,7 @@ class PersonalModel:
 
     Attributes:
         engine: Engine whose optimizer has the groups "updates" and "head".
-        common: What all states of this model share, for the store's index.
+        common: Facts that all states of this model share, for the store's index.
         shared: Values of the personal parameters before any user has trained: {name: fp32 tensor on the CPU}.
 
     Raises:
@@ -110,7 +110,7 @@ class PersonalModel:
 def common_of(
     checkpoint: Checkpoint, run: RunConfig, shapes: Mapping[str, list[int]], *, form: Form, dtype: str
 ) -> Common:
-    """Return what all states over ``checkpoint`` share. ``shapes``: shape of each personal value, by name."""
+    """Return the facts that all states over ``checkpoint`` share. ``shapes``: shape of each personal value, by name."""
     masks = {name: hashlib.sha256(bits.numpy().data).hexdigest() for name, bits in checkpoint.masks.items()}
     others = hashlib.sha256()
     for name in sorted(checkpoint.contents.trained):
@@ -131,14 +131,43 @@ def common_of(
     )
 
 
+class UserCheckpoint(Checkpoint):
+    """A run's checkpoint whose personal values are those of one user."""
+
+    def __init__(self, checkpoint: Checkpoint, state: State):
+        super().__init__(checkpoint.folder, checkpoint.state, checkpoint.contents)
+        self._state = state
+
+    def values(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+        if kind == optimizer_state.MASTER and name in self._state:
+            return self._state[name].flatten()[start:stop].float()
+        return super().values(name, kind, start, stop)
+
+
+def user_checkpoint(checkpoint: Checkpoint, run: RunConfig, store: UserStore, user: str) -> UserCheckpoint:
+    """Return ``checkpoint`` with the state of ``user``.
+
+    Raises UserStoreError when the store belongs to another model, or its form is "beside": merging such an update
+    would fill the pruned weights.
+    """
+    if store.common.form == "beside":
+        raise UserStoreError(
+            f"{store.folder}: its updates lie next to the layers, and merging them would fill the pruned weights. "
+            "Train the users with --form masked to export them, or serve them over the base's export."
+        )
+    own, trained = store.common, checkpoint.contents.trained
+    shapes = {name: list(trained[name]) for name in own.shapes if name in trained}
+    store.require_common(common_of(checkpoint, run, shapes, form=own.form, dtype=own.dtype))
+    return UserCheckpoint(checkpoint, store.state(user))
+
+
 def _require_finished(run: RunConfig, checkpoint: Checkpoint) -> None:
     if not run.mask_method.injects:
         raise ConfigError(
             f"method = {run.method!r} trains no low-rank updates, which are what users own. Use a run of another "
             'method, such as "lora" or "pst".'
         )
-    masks = run.mask_method.masks
-    if masks == "ramp" and not checkpoint.state.masks_frozen:
+    if run.mask_method.masks == "ramp" and not checkpoint.state.masks_frozen:
         raise ConfigError(
             f"{checkpoint.folder}: its masks still change after step {checkpoint.state.step}, and users share the "
             "final ones. Let the run end, or name another --checkpoint."

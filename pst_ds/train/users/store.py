@@ -1,10 +1,10 @@
 """A folder of per-user states over one sparse base, written atomically.
 
-    index.json               what all users share (base, masks, shapes), and the file and SHA-256 of every user
-    states/….safetensors     the personal values of one user, by the names that the model has for them
+    index.json               facts that all users share (base, masks, shapes), and the file and SHA-256 of each user
+    states/….safetensors     the personal values of one user, by their names in the model
 
-Masks and base weights are not copied: a state belongs to those that the index names. The index decides who is there, so
-a write that is cut short leaves the states that it names, and a removed user has neither entry nor file.
+Masks and base weights are not copied: the index names the base. Only the index determines the users, so an interrupted
+write leaves the states that it names, and a removed user has neither entry nor file.
 """
 
 from __future__ import annotations
@@ -12,33 +12,34 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, PositiveInt, StringConstraints, TypeAdapter, ValidationError
 from torch import Tensor
 
 from pst_ds import __version__
 from pst_ds.atomic_files import LOCK, only_writer, require_writable, write_bytes_atomic, write_text_atomic
 from pst_ds.checkpoint.restore import same_base
-from pst_ds.errors import InputError, shortened
+from pst_ds.errors import InputError, first_problem, shortened
 from pst_ds.formats.safetensors_file import TensorFile, TensorFileError
 
 INDEX, STATES = "index.json", "states"
 FORMAT = 1
 KEPT_IN_MEMORY = 64
 """Most recently used states that a store keeps in memory."""
-_STATE_FILE = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.safetensors")
 _MOST_CHARACTERS = 200
 
 Form = Literal["masked", "beside"]
+_StateFile = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}-[0-9a-f]{16}\.safetensors$")]
+_STRICT = ConfigDict(strict=True, extra="forbid")
 State = dict[str, Tensor]
 """Personal values by name, in the store's dtype, on the CPU."""
 
@@ -53,8 +54,9 @@ class UserNameError(UserStoreError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Common:
-    """What all states of a store share."""
+    """Facts that all states of a store share."""
 
+    __pydantic_config__ = _STRICT
     form: Form
     """"masked": U and V of M . (W0 + beta U V), in the layers; "beside": a separate beta U V next to each layer."""
     task: str
@@ -69,7 +71,7 @@ class Common:
     beta: float
     dtype: Literal["bf16", "fp32"]
     """Dtype of the values in the files."""
-    shapes: dict[str, list[int]]
+    shapes: dict[str, list[PositiveInt]]
     """Shapes of the personal values, by name."""
 
 
@@ -77,7 +79,8 @@ class Common:
 class UserEntry:
     """One user in the index."""
 
-    file: str
+    __pydantic_config__ = _STRICT
+    file: _StateFile
     sha256: str
     bytes: int
     rows: int
@@ -88,12 +91,13 @@ class UserEntry:
 
 
 class UserStore:
-    """The states in one folder; reads are cached, and may come from several threads; writes exclude each other among
-    processes.
+    """The states in one folder. Threads may read at the same time; processes write one after another.
 
-    Attributes:
-        folder: where it is.
-        common: what its states have in common.
+    Args:
+        folder: Folder of the store.
+        common: Facts that its states share.
+        kept: Most recently used states that stay in memory.
+        stamp: Stamp of the index file that ``entries`` were read from.
     """
 
     def __init__(
@@ -104,7 +108,6 @@ class UserStore:
         kept: int = KEPT_IN_MEMORY,
         stamp: tuple[int, ...] = (),
     ):
-        """``stamp``: of the index that ``entries`` are from."""
         self.folder, self.common = folder, common
         self._entries, self._kept = entries, kept
         self._cache: OrderedDict[str, tuple[str, State]] = OrderedDict()
@@ -113,32 +116,32 @@ class UserStore:
 
     @classmethod
     def create(cls, folder: Path, common: Common) -> UserStore:
-        """Make an empty store, or open the one that is there. Raises UserStoreError if that is of another model."""
+        """Create an empty store, or open the existing one. Raises UserStoreError if that is of another model."""
         if not (folder / INDEX).exists():
             require_writable(folder, f"the store {str(folder)!r}")
             with _failing_as_one_message(folder), only_writer(folder / LOCK, f"write {folder}"):
-                if not (folder / INDEX).exists():  # nor did another process make it meanwhile
-                    cls(folder, common, {})._make()
+                is_new = not (folder / INDEX).exists()  # another process may have created it meanwhile
+                if is_new and any(path.name != LOCK for path in folder.iterdir()):
+                    raise UserStoreError(
+                        f"{folder} is not a store of users: {INDEX} is missing, and it is not empty. Name a new folder."
+                    )
+                if is_new:
+                    cls(folder, common, {})._write_index({})
         store = cls.open(folder)
         store.require_common(common)
         return store
 
-    def _make(self) -> None:
-        if any(path.name != LOCK for path in self.folder.iterdir()):
-            raise UserStoreError(
-                f"{self.folder} is not a store of users: {INDEX} is missing, and it is not empty. Name a new folder."
-            )
-        self._write_index({})
-
     @classmethod
     def open(cls, folder: Path, kept: int = KEPT_IN_MEMORY) -> UserStore:
-        """Open a store, of which up to ``kept`` states stay in memory. Raises UserStoreError."""
-        stamp = _stamp(folder / INDEX)  # before reading: what is written meanwhile is read again
+        """Open an existing store. Raises UserStoreError."""
+        stamp = _stamp(folder / INDEX)  # before reading, so that a concurrent write is noticed
         return cls(folder, *_read_index(folder), kept, stamp)
 
     def refresh(self) -> None:
-        """Take over what other processes did to the index since it was read: users added, trained again, or removed,
-        whose states memory forgets. Raises UserStoreError for an index that is gone, damaged, or of another model."""
+        """Read the index again if another process changed it, and forget the states of removed users.
+
+        Raises UserStoreError if the index is missing, damaged, or of another model.
+        """
         with self._one_at_a_time:
             stamp = _stamp(self.folder / INDEX)
             if stamp == self._stamp and stamp:
@@ -151,7 +154,7 @@ class UserStore:
 
     @property
     def names(self) -> list[str]:
-        """The users, in the order of their names."""
+        """Names of the users, sorted."""
         return sorted(self._entries)
 
     def __contains__(self, name: object) -> bool:
@@ -161,7 +164,7 @@ class UserStore:
         return len(self._entries)
 
     def entry(self, name: str) -> UserEntry:
-        """Return the entry of a user. Raises UserNameError for one that is not there."""
+        """Return the entry of a user. Raises UserNameError if the store does not have it."""
         found = self._entries.get(name)
         if found is None:
             require_name(name)
@@ -170,9 +173,9 @@ class UserStore:
         return found
 
     def state(self, name: str) -> State:
-        """Return the state of a user, from memory where it was used lately. Do not write into it.
+        """Return the state of a user, which is cached: do not change it.
 
-        Raises UserNameError for a user that is not there, and UserStoreError for a file that is missing or damaged.
+        Raises UserNameError for an unknown user, and UserStoreError for a file that is missing or damaged.
         """
         with self._one_at_a_time:
             entry = self.entry(name)
@@ -184,7 +187,7 @@ class UserStore:
             return state
 
     def latest_state(self, name: str) -> State:
-        """Return the state of a user as any process wrote it last; raises what :meth:`state` and :meth:`refresh` do."""
+        """Refresh the store and return the state of a user, as in :meth:`state`."""
         self.refresh()
         try:
             return self.state(name)
@@ -198,8 +201,10 @@ class UserStore:
             return self.state(name)  # its file was replaced between the two readings
 
     def add(self, name: str, state: Mapping[str, Tensor], *, rows: int = 0, steps: int = 0, loss: float = 0.0) -> None:
-        """Write the state of a user, in place of an older one. Raises UserStoreError when it does not fit, or the disk
-        is full: the store is then as it was."""
+        """Write or replace the state of a user.
+
+        Raises UserStoreError, with the store unchanged, if the state does not fit or the disk is full.
+        """
         from safetensors.torch import save
 
         require_name(name)
@@ -214,7 +219,7 @@ class UserStore:
             entries[name] = entry
 
     def remove(self, name: str) -> None:
-        """Delete a user: entry, file and what memory holds. Raises UserStoreError for one that is not there."""
+        """Delete the entry, file and cached state of a user. Raises UserNameError for an unknown user."""
         self.entry(name)
         with self._writing() as entries:
             entries.pop(name, None)
@@ -223,32 +228,28 @@ class UserStore:
     def require_common(self, common: Common) -> None:
         """Raise UserStoreError unless the states belong to a model of ``common``: its base, masks and shapes."""
         own = self.common
-        self._require_same(
-            {
-                "base model": same_base(own.base_fingerprint, common.base_fingerprint),
-                "masks": own.masks_sha256 == common.masks_sha256,
-            },
-            common,
-        )
-        if own.shapes != common.shapes:
+        has_other_shapes = own.shapes != common.shapes
+        checks = {
+            "base model": same_base(own.base_fingerprint, common.base_fingerprint),
+            "masks": own.masks_sha256 == common.masks_sha256,
+            "shared training": has_other_shapes or own.shared_sha256 == common.shared_sha256,
+        }
+        for what, is_same in checks.items():
+            if not is_same:
+                raise UserStoreError(
+                    f"{self.folder} has states over another {what} than that of {common.base_path!r} now. Use the run "
+                    "that they were trained from, or another folder"
+                )
+        if has_other_shapes:
             raise UserStoreError(
-                f"{self.folder} has states of {_difference(own.shapes, common.shapes)}; take the run and the layers "
+                f"{self.folder} has states of {_difference(own.shapes, common.shapes)}. Use the run and the layers "
                 "that they were trained with, or another folder"
             )
         for name in ("form", "task", "labels", "beta", "dtype"):
             if getattr(own, name) != getattr(common, name):
                 raise UserStoreError(
-                    f"{self.folder} has states with {name} = {getattr(own, name)!r}, and {getattr(common, name)!r} is "
-                    "asked for; take the same, or another folder"
-                )
-        self._require_same({"shared training": own.shared_sha256 == common.shared_sha256}, common)
-
-    def _require_same(self, found: Mapping[str, bool], common: Common) -> None:
-        for what, same in found.items():
-            if not same:
-                raise UserStoreError(
-                    f"{self.folder} has states over another {what} than that of {common.base_path!r} now; take the run "
-                    "that they were trained from, or another folder"
+                    f"{self.folder} has states with {name} = {getattr(own, name)!r}, but {getattr(common, name)!r} is "
+                    "asked for. Use the same, or another folder"
                 )
 
     def _read(self, name: str, entry: UserEntry) -> State:
@@ -257,15 +258,15 @@ class UserStore:
             data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
             if hashlib.sha256(data.numpy().data).hexdigest() != entry.sha256:
                 raise UserStoreError(
-                    f"{path} of user {name!r} is damaged: its SHA-256 is not the one in {INDEX}; remove the user, or "
+                    f"{path} of user {name!r} is damaged: its SHA-256 is not the one in {INDEX}. Remove the user, or "
                     "train it again"
                 )
             slots = TensorFile(path).slots
         except (OSError, TensorFileError) as error:
             raise UserStoreError(
-                f"{path} of user {name!r} cannot be read: {error}; remove the user, or train it again"
+                f"{path} of user {name!r} cannot be read: {error}. Remove the user, or train it again"
             ) from None
-        # views of the file's bytes: hundreds of small tensors would leave holes of a fifth of their size in memory
+        # views of the file's bytes: allocating hundreds of small tensors would waste a fifth of their size
         state = {key: data[s.offset : s.offset + s.nbytes].view(s.dtype).view(s.shape) for key, s in slots.items()}
         self._require_shapes(state, f"{path} of user {name!r}")
         return state
@@ -277,9 +278,7 @@ class UserStore:
 
     @contextmanager
     def _writing(self) -> Iterator[dict[str, UserEntry]]:
-        """Yield the current entries under the lock; then write them to the index and delete unnamed files, also after
-        an error.
-        """
+        """Yield the entries under the lock, then write them to the index; delete unnamed files, also after an error."""
         with _failing_as_one_message(self.folder), only_writer(self.folder / LOCK, f"write {self.folder}"):
             common, entries = _read_index(self.folder)
             self.require_common(common)
@@ -309,15 +308,17 @@ class UserStore:
 
 @contextmanager
 def _failing_as_one_message(folder: Path) -> Iterator[None]:
-    """Raise UserStoreError for an OSError, such as that of a full disk."""
+    """Turn an OSError, such as for a full disk, into a UserStoreError."""
     try:
         yield
     except OSError as error:
-        raise UserStoreError(f"{folder} cannot be written: {error}; make room, or name a folder elsewhere") from error
+        raise UserStoreError(
+            f"{folder} cannot be written: {error}. Free some space, or name a folder elsewhere"
+        ) from error
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """Return what changes with every write of a file; empty where it is not there."""
+    """Return a value that changes with every write of a file; empty for a missing file."""
     try:
         found = path.stat()
     except OSError:
@@ -340,46 +341,42 @@ def require_name(name: str) -> None:
         raise UserNameError(f"the user name {name[:80]!r} {why}; give users plain names, without slashes")
 
 
+@dataclass(frozen=True, slots=True)
+class _Index:
+    __pydantic_config__ = ConfigDict(strict=True)
+    common: Common
+    users: dict[str, UserEntry]
+
+
 def _read_index(folder: Path) -> tuple[Common, dict[str, UserEntry]]:
     path = folder / INDEX
     try:
-        table = json.loads(path.read_bytes())
-        number = table.get("format") if isinstance(table, dict) else None
-    except FileNotFoundError:
-        raise UserStoreError(
-            f"{path.absolute()} does not exist; name a store that pst-ds users train has written"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserStoreError(f"{path} is damaged: {error}; take a copy, or train the users again") from None
-    if number != FORMAT:
-        raise UserStoreError(f"{path} has format {number!r}; this version reads {FORMAT}")
-    try:
+        data = path.read_bytes()
+        table = json.loads(data)
+        if (number := table.get("format")) != FORMAT:
+            raise UserStoreError(f"{path} has format {number!r}; this version reads {FORMAT}")
         if table["common"]["form"] == "gates":
             raise UserStoreError(
                 f'{path}: form = "gates" is no longer supported. Train the users again with --form masked or beside.'
             )
-        common = Common(**table["common"])
-        entries = {name: UserEntry(**entry) for name, entry in table["users"].items()}
-        _require_types(common, entries)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserStoreError(f"{path} is damaged: {error!r}; take a copy, or train the users again") from None
-    return common, entries
-
-
-def _require_types(common: Common, entries: dict[str, UserEntry]) -> None:
-    """Raise ValueError for values that no store has."""
-    if common.form not in get_args(Form) or common.dtype not in ("bf16", "fp32"):
-        raise ValueError(f"form = {common.form!r}, dtype = {common.dtype!r}")
-    for name, shape in common.shapes.items():
-        if not all(type(size) is int and size > 0 for size in shape):
-            raise ValueError(f"shape of {name}")
-    for name, entry in entries.items():
-        require_name(name)
-        numbers = [getattr(entry, field.name) for field in fields(entry) if field.name not in ("file", "sha256")]
-        if not _STATE_FILE.fullmatch(entry.file) or not all(type(number) in (int, float) for number in numbers):
-            raise ValueError(f"entry of {name!r}")
+        index = TypeAdapter(_Index).validate_json(data)
+        for name in index.users:
+            require_name(name)
+    except FileNotFoundError:
+        raise UserStoreError(
+            f"{path.absolute()} does not exist. Name a store that pst-ds users train has written"
+        ) from None
+    except ValidationError as error:
+        raise UserStoreError(
+            f"{path} is damaged: {first_problem(error)}. Use a copy, or train the users again"
+        ) from None
+    except UserStoreError:
+        raise
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise UserStoreError(f"{path} is damaged: {error!r}. Use a copy, or train the users again") from None
+    return index.common, index.users
 
 
 def _difference(found: Mapping[str, list[int]], wanted: Mapping[str, list[int]]) -> str:
     name = next(name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name))
-    return f"{name} of shape {found.get(name)}, and {wanted.get(name)} is wanted (None: it is not there)"
+    return f"{name} of shape {found.get(name)}, and {wanted.get(name)} is wanted (None: it is missing)"

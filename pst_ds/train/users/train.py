@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypedDict
 
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.config.outputs import TrackingConfig
@@ -25,7 +24,7 @@ from pst_ds.train.objective import Objective
 from pst_ds.train.run_context import RunContext
 from pst_ds.train.run_progress import LoopState
 from pst_ds.train.users.personal import PersonalModel, PersonalPart
-from pst_ds.train.users.store import State, UserStore, require_name
+from pst_ds.train.users.store import UserStore, require_name
 
 _NEVER = 1 << 40
 SHARE_BESIDE_A_HEAD = 0.2
@@ -83,33 +82,6 @@ class Choice:
         if self.limit:
             chosen = sorted(chosen, key=rows.count, reverse=True)[: self.limit]
         return chosen, few
-
-
-class TrainedUsers(TypedDict):
-    """What ``pst-ds users train`` did, as JSON values."""
-
-    store: str
-    users: int
-    """Chosen users."""
-    trained: int
-    there_already: int
-    with_few_rows: int
-    diverged: list[str]
-    state_bytes: int
-    """Bytes of one user's state."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Trained:
-    """Outcome of one user's training."""
-
-    state: State
-    rows: int
-    steps: int
-    loss: float
-    """Loss of the last batch."""
-    stopped_by: int
-    """Signal that stopped the training; 0 for none."""
 
 
 class _Losses(MetricsWriter):
@@ -173,12 +145,12 @@ def train_users(
     *,
     again: bool = False,
     say: Callable[[str], None] = print,
-) -> TrainedUsers:
+) -> dict[str, object]:
     """Train the users of a ``column`` of the training rows into the store ``folder``. Collective.
 
     ``context`` is of the run that :func:`run_of_users` returns for ``how``. Users that the store has are skipped
-    unless ``again``. Each state is stored before the next user starts, so an interrupted training resumes. Raises
-    InputError, and StoppedError after a signal.
+    unless ``again``. Each state is stored before the next user starts, so an interrupted training resumes. Returns the
+    facts for ``--json``. Raises InputError, and StoppedError after a signal.
     """
     rows = raise_on_all_ranks(lambda: read_by_user(context.run.data, "train", column))
     chosen, few = raise_on_all_ranks(lambda: choice.of(rows))
@@ -191,49 +163,46 @@ def train_users(
     if len(waiting) < len(chosen):
         say(f"{len(chosen) - len(waiting)} users are in {folder} already; --again trains them again")
     trained, diverged = _train_all(model, context, rows, store, waiting)
-    return TrainedUsers(
-        store=str(folder),
-        users=len(chosen),
-        trained=trained,
-        there_already=len(chosen) - len(waiting),
-        with_few_rows=len(few),
-        diverged=diverged,
-        state_bytes=sum(tensor.nbytes for tensor in model.state().values()),
-    )
+    return {
+        "store": str(folder),
+        "users": len(chosen),
+        "trained": trained,
+        "there_already": len(chosen) - len(waiting),
+        "with_few_rows": len(few),
+        "diverged": diverged,
+        "state_bytes": sum(tensor.nbytes for tensor in model.state().values()),
+    }
 
 
 def _train_all(
     model: PersonalModel, context: RunContext, rows: RowsByUser, store: UserStore, names: Sequence[str]
 ) -> tuple[int, list[str]]:
-    """Train users into ``store``; return (number of trained users, names of those that diverged). Collective.
-
-    Raises StoppedError after a signal.
-    """
+    """Train users into ``store``; return (number of trained users, names of diverged ones). Collective."""
     trained, diverged = 0, list[str]()
     with Progress("train users", len(names), "users") as progress:
         for name in names:
             heartbeat("the training of a user")
             try:
-                done = _train_user(model, context, rows, name)
+                stopped_by = _train_user(model, context, rows, store, name)
             except DivergedError as error:
                 diverged.append(name)
                 progress.say(f"{name}: {error}")
                 continue
-            if done.stopped_by:
-                signal = stop_signals.name_of(done.stopped_by)
+            if stopped_by:
                 raise StoppedError(
-                    f"stopped by {signal} after {trained} users, which are in {store.folder}; start it again to resume"
+                    f"stopped by {stop_signals.name_of(stopped_by)} after {trained} users, which are in "
+                    f"{store.folder}; start it again to resume"
                 )
-            of_main(partial(store.add, name, done.state, rows=done.rows, steps=done.steps, loss=done.loss))
             trained += 1
             progress.add(1, name[:40])
     return trained, diverged
 
 
-def _train_user(model: PersonalModel, context: RunContext, rows: RowsByUser, name: str) -> _Trained:
-    """Train one user from the shared state; the result does not depend on users trained before.
+def _train_user(model: PersonalModel, context: RunContext, rows: RowsByUser, store: UserStore, name: str) -> int:
+    """Train one user from the shared state and store the result, which does not depend on users trained before.
 
-    Collective. Raises ConfigError and DivergedError.
+    Collective. Returns the signal that stopped the training, without storing; 0 for none. Raises ConfigError and
+    DivergedError.
     """
     examples = raise_on_all_ranks(lambda: rows.load(context.task, name, context.tokenizer, context.labels))
     model.activate(None)
@@ -243,8 +212,9 @@ def _train_user(model: PersonalModel, context: RunContext, rows: RowsByUser, nam
     state = LoopState()  # changed in place
     for _ in Loop(context, model.engine, examples, Schedules(), metrics, Objective(context)).steps(state):
         if state.stopped_by:
-            break
-    return _Trained(model.state(), len(examples), state.step, metrics.last, state.stopped_by)
+            return state.stopped_by
+    of_main(partial(store.add, name, model.state(), rows=len(examples), steps=state.step, loss=metrics.last))
+    return 0
 
 
 def _with_batches_for(run: RunConfig, count: int, name: str) -> RunConfig:

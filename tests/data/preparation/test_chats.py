@@ -14,7 +14,7 @@ from pst_ds.config.data import DataConfig, DataSource
 from pst_ds.data.conversations import Conversation, render
 from pst_ds.data.preparation.pieces import Reading
 from pst_ds.data.preparation.prepare import plan_store, prepare_store
-from pst_ds.data.tokens.batches import collate_sequences
+from pst_ds.data.tasks.causal_lm import collate_sequences
 from pst_ds.data.tokens.loading import load_sequences
 from pst_ds.data.tokens.store import open_store
 from pst_ds.errors import InputError
@@ -71,7 +71,7 @@ def test_a_store_has_the_tokens_and_the_mask_of_every_conversation(tmp_path, tok
         ids += rendered.ids
         learned += rendered.is_answer
     assert np.asarray(stream.tokens[: len(stream)]).tolist() == ids
-    assert stream.learned.between(0, len(ids)).tolist() == learned
+    assert stream.learned[0 : len(ids)].tolist() == learned
     assert 0.2 < np.mean(learned) < 0.8
 
 
@@ -85,7 +85,7 @@ def test_formats_and_processes_give_the_same_bytes(tmp_path, tokenizer):
         _store(tmp_path / "parquet", tmp_path / "chats.parquet", tokenizer),
         _store(tmp_path / "pairs", _jsonl(tmp_path / "pairs.jsonl", pairs), tokenizer),
     ]
-    assert len({stream.learned.between(0, len(stream)).tobytes() for stream in alike}) == 1
+    assert len({stream.learned[0 : len(stream)].tobytes() for stream in alike}) == 1
     assert len({np.asarray(stream.tokens[: len(stream)]).tobytes() for stream in alike}) == 1
     assert alike[0].digest == alike[1].digest
 
@@ -120,7 +120,7 @@ def test_a_mixture_takes_conversations_and_prose(tmp_path, tokenizer):
     )
     sequences = load_sequences(DataConfig(sources=sources, max_length=16), "train", tokenizer)
     assert sequences.masks_tokens
-    shares = [float(sequences.predicted_in(i).mean()) for i in range(len(sequences))]
+    shares = [float(sequences[i].predicted.mean()) for i in range(len(sequences))]
     assert min(shares) < 0.6 < max(shares)
 
 

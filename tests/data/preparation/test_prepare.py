@@ -160,8 +160,8 @@ def test_the_store_is_one_stream_with_the_end_between_documents(tmp_path):
     _store([_write(tmp_path / "a.jsonl", DOCUMENTS)], tmp_path / "s", count_bytes=True, piece_bytes=30)
     stream = open_store(tmp_path / "s")
     whole = tokenize(DOCUMENTS, TOKENIZER, count=True)
-    assert stream.tokens.tolist() == whole.tokens.tolist()[:-1]
-    assert stream.num_bytes.tolist() == whole.num_bytes.tolist()[:-1]
+    assert stream.tokens[:].tolist() == whole.tokens.tolist()[:-1]
+    assert stream.num_bytes[:].tolist() == whole.num_bytes.tolist()[:-1]
     assert len(stream.borders.between(0, len(stream))) == len([text for text in DOCUMENTS if text.strip()])
 
 
@@ -181,7 +181,7 @@ def _killed(sources, out, workers, after, piece_bytes=700):
     pid = os.fork()
     if not pid:
         calls = iter(range(10**6))
-        tokenizes = prepare_module.tokenize
+        tokenizes = prepare_module.tokenize_texts
 
         def stopping(*arguments, **options):
             if next(calls) == after:
@@ -189,7 +189,7 @@ def _killed(sources, out, workers, after, piece_bytes=700):
             return tokenizes(*arguments, **options)
 
         parent = os.getpid()
-        prepare_module.tokenize = stopping
+        prepare_module.tokenize_texts = stopping
         try:
             _store(sources, out, workers=workers, piece_bytes=piece_bytes)
         finally:
@@ -235,21 +235,21 @@ def test_killed_while_it_publishes_it_only_publishes(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="no power"):
             _store([path], tmp_path / "s", piece_bytes=700)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "tokenize", fail)
+        patch.setattr(prepare_module, "tokenize_texts", fail)
         _store([path], tmp_path / "s", piece_bytes=700)
     _store([path], tmp_path / "whole", piece_bytes=700)
     assert _bytes_of(tmp_path / "s") == _bytes_of(tmp_path / "whole")
 
 
 def test_a_dead_worker_is_an_error_and_not_a_hang(tmp_path, monkeypatch):
-    path, tokenizes, first = _many(tmp_path / "a.jsonl"), prepare_module.tokenize, os.getpid()
+    path, tokenizes, first = _many(tmp_path / "a.jsonl"), prepare_module.tokenize_texts, os.getpid()
 
     def dying(*arguments, **options):
         if os.getpid() != first:
             os.kill(os.getpid(), signal.SIGKILL)
         return tokenizes(*arguments, **options)
 
-    monkeypatch.setattr(prepare_module, "tokenize", dying)
+    monkeypatch.setattr(prepare_module, "tokenize_texts", dying)
     with pytest.raises(RuntimeError, match="a worker was killed"):
         _store([path], tmp_path / "s", workers=2, piece_bytes=700)
     monkeypatch.undo()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pst_ds.config.run import ConfigError
 from pst_ds.data.tokens import foreign
 from pst_ds.data.tokens.foreign import is_token_source, open_tokens
-from pst_ds.data.tokens.identity import TokenizerIdentity
+from pst_ds.data.tokens.tokenize import TokenizerIdentity
 
 END = 2
 SMALL = TokenizerIdentity(sha256="0" * 64, vocabulary=1000, end=END)
@@ -69,7 +69,7 @@ def test_tokens_and_borders_are_those_written(tmp_path_factory, name, documents,
     assert is_token_source(path)
     stream = open_tokens(path, SMALL)
     flat = [token for row in documents for token in row]
-    assert stream.tokens.tolist() == flat
+    assert stream.tokens[:].tolist() == flat
     starts = [sum(map(len, documents[:i])) for i in range(len(documents))]
     start = data.draw(st.integers(0, len(flat)))
     stop = data.draw(st.integers(start, len(flat)))
@@ -81,13 +81,13 @@ def test_tokens_and_borders_are_those_written(tmp_path_factory, name, documents,
 def test_tokens_of_four_bytes(tmp_path, name, letter):
     documents = [[70_000, END], [5, 99_999, END]]
     stream = open_tokens(WRITERS[name](tmp_path / name, documents, letter), LARGE)
-    assert stream.tokens.tolist() == [token for row in documents for token in row]
+    assert stream.tokens[:].tolist() == [token for row in documents for token in row]
 
 
 def test_a_document_of_several_sequences(tmp_path):
     path = _write_megatron(tmp_path / "a.bin", None, sequences=[[[5, 6], [7, END]], [[8, END]], [[9], [10], [END]]])
     stream = open_tokens(path, SMALL)
-    assert stream.tokens.tolist() == [5, 6, 7, END, 8, END, 9, 10, END]
+    assert stream.tokens[:].tolist() == [5, 6, 7, END, 8, END, 9, 10, END]
     assert stream.borders.between(0, 9).tolist() == [0, 4, 6]
     assert stream.borders.between(1, 6).tolist() == [4]
 
@@ -98,7 +98,7 @@ def test_bytes_of_the_loss_say_what_is_learned(tmp_path):
     before = open_tokens(path, SMALL).digest
     (tmp_path / "a.ds.loss").write_bytes(bytes([0, 0, 1, 1, 1, 0, 1, 0, 1]))
     stream = open_tokens(path, SMALL)
-    assert stream.learned.between(1, 6).tolist() == [False, True, True, True, False]
+    assert stream.learned[1:6].tolist() == [False, True, True, True, False]
     assert stream.digest != before
 
 
@@ -110,7 +110,7 @@ def test_a_folder_is_its_files_by_name(tmp_path, name):
     (tmp_path / "notes.txt").write_text("")
     assert is_token_source(tmp_path)
     stream = open_tokens(tmp_path, SMALL)
-    assert stream.tokens.tolist() == [5, 6, END, 7, END, 8, 999, 10, END, 4, END, 3, 4, END, END]
+    assert stream.tokens[:].tolist() == [5, 6, END, 7, END, 8, 999, 10, END, 4, END, 3, 4, END, END]
     assert stream.borders.between(0, 15).tolist() == [0, 3, 5, 9, 11, 14]
     assert stream.borders.between(4, 12).tolist() == [5, 9, 11]
 

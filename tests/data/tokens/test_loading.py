@@ -17,14 +17,13 @@ from pst_ds.config.run import ConfigError, DataConfig
 from pst_ds.config.toml import dump_run, run_from_table
 from pst_ds.data.preparation.pieces import Reading
 from pst_ds.data.preparation.prepare import plan_store, prepare_store
+from pst_ds.data.tasks.causal_lm import SequenceBatches, collate_sequences
 from pst_ds.data.tokens import cache as cache_module
-from pst_ds.data.tokens.batches import SequenceBatches, collate_sequences
-from pst_ds.data.tokens.borders import Starts
-from pst_ds.data.tokens.identity import identity_of
-from pst_ds.data.tokens.learned import Bits
+from pst_ds.data.tokens.arrays import Bits, Starts
 from pst_ds.data.tokens.loading import load_sequences
 from pst_ds.data.tokens.mixed import MixedSequences
 from pst_ds.data.tokens.sequences import Sequences
+from pst_ds.data.tokens.tokenize import identity_of
 from pst_ds.errors import InputError
 
 TINY = Path(__file__).resolve().parents[1] / "tiny-llama"
@@ -73,8 +72,8 @@ def test_a_store_gives_the_sequences_of_its_text(tmp_path):
         text, store = (load_sequences(_data(where), split, TOKENIZER) for where in (path, out))
         assert len(text) == len(store) > 5
         for i in range(len(text)):
-            assert text[i].tolist() == store[i].tolist()
-            assert text.starts_in(i).tolist() == store.starts_in(i).tolist()
+            assert text[i].tokens.tolist() == store[i].tokens.tolist()
+            assert text[i].starts.tolist() == store[i].starts.tolist()
         assert text.predicted_bytes == store.predicted_bytes
         assert text.num_predicted == store.num_predicted
 
@@ -151,7 +150,7 @@ def test_many_files_are_read_as_prepare_reads_them(tmp_path):
     _jsonl(folder / "b.jsonl", TEXTS[9:])
     whole = load_sequences(_data(_jsonl(tmp_path / "all.jsonl")), "train", TOKENIZER)
     for where in (folder, folder / "*.jsonl*"):
-        assert load_sequences(_data(where), "train", TOKENIZER).tokens.tolist() == whole.tokens.tolist()
+        assert load_sequences(_data(where), "train", TOKENIZER).tokens[:].tolist() == whole.tokens[:].tolist()
     with pytest.raises(InputError, match=r"no column 'body', which data\.text_columns names"):
         load_sequences(_data(folder, text_columns=("body",)), "train", TOKENIZER)
 
@@ -215,17 +214,17 @@ def test_a_mixture_of_a_store_and_text(tmp_path):
     assert len(mixed) == len(parts[0]) + len(parts[1])
     for i in range(len(mixed)):
         part, inside = (parts[0], i) if i < len(parts[0]) else (parts[1], i - len(parts[0]))
-        assert mixed[i].tolist() == part[inside].tolist()
-        assert mixed.starts_in(i).tolist() == part.starts_in(inside).tolist()
+        assert mixed[i].tokens.tolist() == part[inside].tokens.tolist()
+        assert mixed[i].starts.tolist() == part[inside].starts.tolist()
     batch = collate_sequences(mixed, [0, len(parts[0])])
-    assert batch["input_ids"].tolist() == [mixed[0].tolist(), mixed[len(parts[0])].tolist()]
+    assert batch["input_ids"].tolist() == [mixed[0].tokens.tolist(), mixed[len(parts[0])].tokens.tolist()]
     other = ({**sources[0], "weight": 0.5}, {**sources[1], "weight": 0.5})
     assert load_sequences(_mix(*other), "train", TOKENIZER).digest != mixed.digest
     assert load_sequences(_mix(*sources), "train", TOKENIZER).digest == mixed.digest
 
 
 def test_tokens_that_are_not_learned_have_no_label():
-    bits = Bits(np.packbits([0, 1, 1, 0, 1, 1, 0, 0], bitorder="little"))
+    bits = Bits(np.packbits([0, 1, 1, 0, 1, 1, 0, 0], bitorder="little"), 8)
     sequences = Sequences(np.arange(10, 18), 4, borders=Starts(np.array([0, 5])), learned=bits)
     batch = collate_sequences(sequences, [0, 1])
     assert batch["labels"].tolist() == [[-100, 11, 12, -100], [-100, -100, -100, -100]]

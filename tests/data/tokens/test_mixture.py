@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pst_ds.data.tokens.mixture import MOST_PARTS, Mixture, parts_of_weights, turns
+from pst_ds.data.tokens.order import MOST_PARTS, Mixture, parts_of_weights, turns
 
 _weights = st.lists(st.integers(1, 60), min_size=1, max_size=12)
 

@@ -19,10 +19,9 @@ from pst_ds.config.run import ConfigError
 from pst_ds.data.preparation import pieces as pieces_module
 from pst_ds.data.preparation import readers
 from pst_ds.data.preparation.pieces import Reading, find_pieces
-from pst_ds.data.tasks.causal_lm import CausalLM
-from pst_ds.data.tokens.batches import collate_sequences
-from pst_ds.data.tokens.drawn import MixedReader
+from pst_ds.data.tasks.causal_lm import CausalLM, collate_sequences
 from pst_ds.data.tokens.loading import load_sequences
+from pst_ds.data.tokens.mixed import MixedReader
 from pst_ds.data.tokens.streamed import BEGIN, Place, StreamReader, TextStream
 from pst_ds.errors import InputError
 
@@ -94,9 +93,9 @@ def test_a_stream_is_the_text_of_a_store_in_its_order(tmp_path, small_batches):
     stored = load_sequences(DataConfig(train=str(path), max_length=5), "train", TOKENIZER)
     streamed = _take(StreamReader(_stream(path), "0", 0, 1, window=1), len(stored))
     for i, one in enumerate(streamed):
-        assert one.tokens.tolist() == stored[i].tolist()
-        assert one.starts.tolist() == stored.starts_in(i).tolist()
-        assert one.predicted.tolist() == stored.predicted_in(i).tolist()
+        assert one.tokens.tolist() == stored[i].tokens.tolist()
+        assert one.starts.tolist() == stored[i].starts.tolist()
+        assert one.predicted.tolist() == stored[i].predicted.tolist()
 
 
 @given(before=st.integers(0, 150), window=st.sampled_from([1, 4, 9]), parts=st.integers(1, 2))
@@ -157,7 +156,7 @@ def test_the_assistants_part_of_a_streamed_conversation_is_learned(tmp_path):
     mixed = load_sequences(streamed, "train", tokenizer)
     drawn = MixedReader(mixed, 0, 0, 1, window=1).take(range(3))
     assert drawn.masks_tokens
-    assert [drawn.predicted_in(i).tolist() for i in range(3)] == [stored.predicted_in(i).tolist() for i in range(3)]
+    assert [drawn[i].predicted.tolist() for i in range(3)] == [stored[i].predicted.tolist() for i in range(3)]
 
 
 def test_shards_of_the_hub_are_dealt_out(monkeypatch):
