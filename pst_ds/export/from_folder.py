@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,13 +13,11 @@ from torch import Tensor, nn
 from pst_ds.core.packings import DENSE, FOR_COMPRESSED_TENSORS, GGUF
 from pst_ds.core.quantization import Grid
 from pst_ds.export.encoding import QUANT_METHOD, Encoding, ExportError, encoding_of
-from pst_ds.export.expert_stacks import FolderStack, ManifestFacts, facts_of, folder_stacks
-from pst_ds.export.folder_source import FolderRecipe, FolderSource
-from pst_ds.export.manifest import ExportedTensor, Facts, read_manifest, read_table
-from pst_ds.export.plan import TensorJob
+from pst_ds.export.expert_stacks import FolderStack, folder_stacks
+from pst_ds.export.manifest import ExportedTensor, Facts, read_manifest, read_table, tensor_sha256
+from pst_ds.export.plan import Origin, TensorJob, TensorSpec, TensorValues
 from pst_ds.export.pruned_scales import PrunedScales, read_pruned_scales
 from pst_ds.export.quantization import embedding_tables, grids
-from pst_ds.export.tensor_spec import TensorSpec
 from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.formats import (
     VALUE_DTYPES,
@@ -39,6 +38,8 @@ from pst_ds.nn.model_structure import is_conv1d, linear_shape, untied_linear_lay
 CONFIG_FILE = "config.json"
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 """Endings of small files that are copied along with the weights: tokenizer, vocabulary, generation settings."""
+_STAYS_IN_PIECES = (GGUF, *FOR_COMPRESSED_TENSORS)
+"""Formats in which a dense stack of experts stays in separate tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +63,127 @@ class FolderContents:
     """Format of weights that another library has quantised."""
 
 
+@dataclass(frozen=True, slots=True)
+class ManifestFacts:
+    """What a manifest says of the tensors that a weight consists of; the defaults without a manifest."""
+
+    origin: Origin = "model"
+    sha256: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each tensor, by its name in the files."""
+    pruned_per_matrix: tuple[int, ...] = ()
+    rounding_error: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class FolderRecipe:
+    """How to read one tensor, or a whole stack of experts, from a folder."""
+
+    dtype: torch.dtype
+    """Dtype in the model."""
+    facts: ManifestFacts
+    parts: dict[str, str]
+    """Name in the files of each part; "" is the part of a tensor that is stored unchanged. Empty for a dense stack."""
+    form: PackedFormat | ForeignFormat | None = None
+    """Format of the parts; None if values are stored unchanged."""
+    matrix: tuple[int, ...] = ()
+    """(O, I) of a packed tensor, (E*O, I) of a stack; more dimensions only in other libraries' formats."""
+    transposed: bool = False
+    pruned_layer: str = ""
+    """The layer that ``pst-ds prune`` has quantised and whose weight this is."""
+    rows: tuple[int, int] | None = None
+    """Range of rows, if this is a piece of a stack of experts."""
+    stack: FolderStack | None = None
+
+    def is_on(self, grid: Grid | None) -> bool:
+        """Return whether the values are quantised to ``grid`` already."""
+        if grid is None or not self.matrix or not isinstance(self.form, QuantizedFormat):
+            return False
+        mine, inputs = self.form.grid, self.matrix[1]
+        return mine.bits == grid.bits and mine.num_groups(inputs) == grid.num_groups(inputs)
+
+
+class FolderSource:
+    """Values of a model folder: read, verified and unpacked."""
+
+    def __init__(self, weights: BaseWeights, pruned_scales: PrunedScales | None = None):
+        self._weights, self._pruned_scales = weights, pruned_scales
+
+    def make(self, job: TensorJob) -> Iterator[TensorValues]:
+        """Yield the values of the job's outputs. Raises ExportError and InputError."""
+        recipe, output = job.recipe, job.outputs[0]
+        assert isinstance(recipe, FolderRecipe)
+        tensor, facts, stack = self.read(recipe, output.name, output.dtype), recipe.facts, recipe.stack
+        scales, error, pruned = None, 0.0, facts.pruned_per_matrix
+        if recipe.is_on(output.grid):
+            scales, error = self._weights.read(recipe.parts["scales"]), facts.rounding_error
+        if stack is not None and output.name != stack.name:  # as the tensors of a dense folder
+            for piece in stack.pieces:
+                rows = slice(*piece.run.rows)
+                own_scales, own_pruned = None if scales is None else scales[rows], slice(*piece.run.share(len(pruned)))
+                yield TensorValues(tensor[rows].view(piece.shape), None, pruned[own_pruned], own_scales, error)
+            return
+        tensor = tensor if stack is None else tensor.view(stack.shape)
+        if scales is None and recipe.pruned_layer and self._pruned_scales and output.grid:
+            scales = self._pruned_scales.scales_of(recipe.pruned_layer, output.as_matrix(tensor), recipe.rows)
+        yield TensorValues(tensor, None, pruned, scales, error)
+
+    def read(self, recipe: FolderRecipe, name: str, dtype: torch.dtype, *, hashed: bool = True) -> Tensor:
+        """Return a tensor in the model's shape, a stack of experts as the matrix that it is in memory.
+
+        Args:
+            recipe: how to read it.
+            name: name for messages.
+            dtype: dtype of the result for quantised values.
+            hashed: whether to compare with the SHA-256 of the manifest, if there is one.
+
+        Raises ExportError for damaged parts.
+        """
+        sha256 = recipe.facts.sha256 if hashed else {}
+        parts = {part: self._stored(stored, sha256) for part, stored in recipe.parts.items()}
+        form, stack = recipe.form, recipe.stack
+        if form is None and stack is not None:
+            rows = [self._stored(stored, sha256).flatten(0, -2) for stored in stack.stored]
+            return rows[0] if len(rows) == 1 else torch.cat(rows)
+        if form is None:
+            return parts[""]
+        try:
+            if isinstance(form, ForeignFormat):
+                dense = form.unpack(name, parts)
+            else:
+                form.check(name, parts, (recipe.matrix[0], recipe.matrix[1]))
+                dense = form.unpack(parts, dtype if isinstance(form, QuantizedFormat) else None)
+        except FormatError as error:
+            raise ExportError(f"{self._weights.folder}: {error}") from None
+        del parts
+        if isinstance(form, ForeignFormat):
+            if tuple(dense.shape) != recipe.matrix:
+                raise ExportError(
+                    f"{self._weights.folder}: {name} is {tuple(dense.shape)} in its {form.method} parts, and "
+                    f"{recipe.matrix} in the model"
+                )
+            return (dense.t() if recipe.transposed else dense).to(recipe.dtype).contiguous()
+        if stack is not None and stack.layout.transposed:
+            return dense.view(stack.layout.num_experts, -1, dense.shape[1]).transpose(1, 2).flatten(0, 1)
+        return dense.t().contiguous() if recipe.transposed else dense
+
+    def _stored(self, name: str, sha256: dict[str, str]) -> Tensor:
+        """Read a tensor of the files, and compare it with its SHA-256 if that is known."""
+        tensor = self._weights.read(name)
+        if name in sha256 and tensor_sha256(tensor) != sha256[name]:
+            raise ExportError(
+                f"{self._weights.folder}: {name} is not what was exported: its SHA-256 differs. If the weights were "
+                f"changed on purpose, delete {MANIFEST_FILE}"
+            )
+        return tensor
+
+
 def open_folder(path: Path, *, dequantize: bool = False) -> FolderContents:
     """Open a model folder; ``dequantize``: one that another library has quantised.
 
     Raises InputError if it is not a model folder, or damaged.
     """
     config = read_table(path / CONFIG_FILE, f"{path.absolute()} is not a model folder: {CONFIG_FILE} is missing")
-    foreign = foreign_format(path, config) if dequantize else None
+    foreign = _foreign_format(path, config) if dequantize else None
     encoding, index = (Encoding(), "") if foreign else _encoding_of(path, config)
     model = model_of(path)
     tensors, facts = read_manifest(path) if (path / MANIFEST_FILE).exists() else ([], {})
@@ -92,7 +207,7 @@ def _encoding_of(path: Path, config: dict[str, object]) -> tuple[Encoding, str]:
         encoding = encoding_of(packing, quantization)
     except ValueError as error:
         raise ExportError(f"{unread}: {error}") from None
-    if encoding.is_plain or encoding.packing in (GGUF, *FOR_COMPRESSED_TENSORS) or version != encoding.format_version:
+    if encoding.is_plain or encoding.packing in _STAYS_IN_PIECES or version != encoding.format_version:
         raise ExportError(unread)
     if str(index) not in [encoding.weights_file(count) for count in (1, 2)]:
         raise ExportError(
@@ -102,7 +217,7 @@ def _encoding_of(path: Path, config: dict[str, object]) -> tuple[Encoding, str]:
     return encoding, str(index)
 
 
-def foreign_format(path: Path, config: dict[str, object]) -> ForeignFormat:
+def _foreign_format(path: Path, config: dict[str, object]) -> ForeignFormat:
     """Return the format of a folder that another library has quantised. Raises ExportError for any other folder."""
     settings = config.get("quantization_config")
     if not isinstance(settings, dict) or settings.get("quant_method") == QUANT_METHOD:
@@ -128,46 +243,45 @@ def model_of(path: Path) -> nn.Module:
     return place.shapes(kind, config)
 
 
-def linear_weights(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear layers with untied weights, by the weights' names in the model and in the files."""
-    layers = {f"{name}.weight": module for name, module in untied_linear_layers(model).items()}
-    in_files = names_in_files(model, {name: module.weight for name, module in layers.items()})
-    return layers | {saved: layers[name] for saved, name in in_files.items()}
-
-
 def plan_folder(folder: FolderContents, encoding: Encoding, dtype: str | None) -> tuple[list[TensorJob], FolderSource]:
     """Return a job for every tensor of a model folder, under the model's name for it, and the source of values.
 
     Reads the weights of linear layers once, to see whether packing them saves space. Raises ExportError and InputError.
     """
     planner = _Planner(folder, encoding, None if dtype is None else DTYPES[dtype])
-    return list(planner.jobs()), planner.source
+    return planner.jobs(), planner.source
 
 
 class _Planner:
     def __init__(self, folder: FolderContents, encoding: Encoding, cast: torch.dtype | None):
         self._folder, self._encoding, self._cast = folder, encoding, cast
         self.source = FolderSource(folder.weights, folder.pruned_scales)
-        self._linear = linear_weights(folder.model)
+        layers = {f"{name}.weight": module for name, module in untied_linear_layers(folder.model).items()}
+        in_files = names_in_files(folder.model, {name: module.weight for name, module in layers.items()})
+        self._linear = layers | {saved: layers[name] for saved, name in in_files.items()}
+        """Linear layers with untied weights, by the weights' names in the model and in the files."""
         self._stacks = [] if folder.foreign else folder_stacks(folder.model, folder.weights)
         self._grids = grids(folder.model, encoding.values, encoding.embeddings)
-        names, scales = [stack.name for stack in self._stacks], folder.pruned_scales
-        self._pruned_layers = (
-            scales.names(folder.model, self._linear, names, encoding.values) if scales is not None else {}
-        )
+        self._pruned_layers: dict[str, str] = {}
+        if folder.pruned_scales is not None:
+            stacks = [stack.name for stack in self._stacks]
+            self._pruned_layers = folder.pruned_scales.names(folder.model, self._linear, stacks, encoding.values)
 
     def jobs(self) -> list[TensorJob]:
         jobs, taken = [], set[str]()
+        pieces: dict[str, tuple[str, tuple[int, int]]] = {}
         for stack in self._stacks:
             recipe = self._stack_recipe(stack)
             outputs = self._stack_outputs(stack, recipe)
             if outputs:
                 jobs.append(TensorJob(outputs, recipe))
                 taken |= {*recipe.parts.values(), *stack.stored}
-        pieces = _dense_pieces(self._stacks) if self._encoding.packing == GGUF else {}
-        for name, parts in _tensors(self._folder, self._linear, taken).items():
+            if self._encoding.packing == GGUF:  # GGUF files have stacks again, and are filled expert by expert
+                stored = zip(stack.stored, stack.pieces, strict=False)
+                pieces |= {name: (stack.name, piece.run.rows) for name, piece in stored}
+        for name, parts in self._tensors(taken).items():
             layer, rows, grid = name, None, self._grids.get(name)
-            if name in pieces:  # GGUF files have stacks again, and are filled expert by expert
+            if name in pieces:
                 (layer, rows), grid = pieces[name], self._encoding.values
             recipe = self._recipe(name, parts)
             recipe = replace(recipe, pruned_layer=self._pruned_layers.get(layer, ""), rows=rows)
@@ -176,108 +290,113 @@ class _Planner:
 
     def _output(self, name: str, recipe: FolderRecipe, grid: Grid | None) -> TensorSpec:
         """Return the tensor as the export stores it."""
-        encoding, spec = self._encoding, self._spec(name, recipe).quantised(grid)
+        if recipe.form is None:
+            shape = self._folder.weights.size(recipe.parts[""])[1]
+        else:
+            shape = recipe.matrix[::-1] if recipe.transposed else recipe.matrix
+        is_linear = name in self._linear and len(shape) == 2
+        transposed = is_linear and is_conv1d(self._linear[name])
+        dtype, encoding = self._cast_dtype(recipe.dtype), self._encoding
+        spec = TensorSpec(name, shape, dtype, recipe.facts.origin, transposed=transposed, is_linear=is_linear)
+        spec = spec.quantised(grid)
         if encoding.packing in FOR_COMPRESSED_TENSORS:
             return spec.for_compressed_tensors(encoding.packing)
-        if spec.is_linear and encoding.packing not in (DENSE, GGUF) and spec.grid in (None, encoding.values):
-            weight = self.source.read(recipe, spec.name, spec.dtype, hashed=False)
-            return _packed_if_smaller(weight.to(spec.dtype), spec, encoding)
+        if is_linear and encoding.packing not in (DENSE, GGUF) and spec.grid in (None, encoding.values):
+            weight = self.source.read(recipe, name, dtype, hashed=False)
+            return _packed_if_smaller(weight.to(dtype), spec, encoding)
         return spec
 
     def _stack_recipe(self, stack: FolderStack) -> FolderRecipe:
-        folder, facts = self._folder, stack.facts(self._folder.tensors)
+        folder, layout = self._folder, stack.layout
+        found = [folder.tensors.get(name) for name in stack.stored or (stack.name,)]
+        facts = _facts_of([tensor for tensor in found if tensor is not None], layout.num_matrices)
         pruned = stack.name if stack.name in self._pruned_layers else ""
         stored = {} if folder.encoding.is_plain else _parts_of(stack.name, set(folder.weights.names), folder)
         if not stored:
             dtype = folder.weights.size(stack.stored[0])[0] if stack.stored else torch.float32
             return FolderRecipe(dtype, facts, {}, pruned_layer=pruned, stack=stack)
-        parts, layout = {part: name for name, part in stored.items()}, stack.layout
-        tensor = folder.tensors.get(stack.name)
-        form, dtype = _form_of_parts(folder, stack.name, parts, layout.in_features, tensor)
+        parts = {part: name for name, part in stored.items()}
+        form, dtype = _form_of_parts(folder, stack.name, parts, layout.in_features)
         matrix = layout.out_features, layout.in_features
         return FolderRecipe(dtype, facts, parts, form, matrix, pruned_layer=pruned, stack=stack)
 
     def _stack_outputs(self, stack: FolderStack, recipe: FolderRecipe) -> tuple[TensorSpec, ...]:
         """Return the outputs of a stack that is or will be packed; nothing if it stays separate dense tensors."""
         encoding, is_packed = self._encoding, recipe.form is not None
-        if not is_packed and (
-            not stack.stored or encoding.is_plain or encoding.packing in (GGUF, *FOR_COMPRESSED_TENSORS)
-        ):
+        if not is_packed and (not stack.stored or encoding.is_plain or encoding.packing in _STAYS_IN_PIECES):
             return ()
-        spec = stack.spec(self._cast_dtype(recipe.dtype), recipe.facts.origin)
+        dtype, transposed = self._cast_dtype(recipe.dtype), stack.layout.transposed
+        spec = TensorSpec(stack.name, stack.shape, dtype, recipe.facts.origin, transposed=transposed, is_linear=True)
         as_one = spec
         if encoding.packing == DENSE:
             as_one = spec.quantised(encoding.values)
-        elif encoding.packing not in (GGUF, *FOR_COMPRESSED_TENSORS):
-            rows = self.source.read(recipe, stack.name, spec.dtype, hashed=False).to(spec.dtype)
+        elif encoding.packing not in _STAYS_IN_PIECES:
+            rows = self.source.read(recipe, stack.name, dtype, hashed=False).to(dtype)
             as_one = _packed_if_smaller(rows.view(stack.shape), spec, encoding)
         if as_one.form is not None:
             return (as_one,)
         if not is_packed:
             return ()
-        return stack.piece_specs(spec.quantised(encoding.values) if encoding.packing == GGUF else spec)
+        piece_spec = spec.quantised(encoding.values) if encoding.packing == GGUF else spec
+        return tuple(replace(piece_spec, name=piece.name, shape=piece.shape) for piece in stack.pieces)
 
     def _recipe(self, name: str, parts: dict[str, str]) -> FolderRecipe:
-        folder = self._folder
-        tensor = folder.tensors.get(name)
+        folder, layer = self._folder, self._linear.get(name)
+        tensor, transposed = folder.tensors.get(name), layer is not None and is_conv1d(layer)
         if folder.tensors and tensor is None:
             raise ExportError(f"{folder.path} has {name}, which its {MANIFEST_FILE} does not list")
+        facts = ManifestFacts() if tensor is None else _facts_of([tensor])
         if "" in parts:
-            return FolderRecipe(folder.weights.size(parts[""])[0], facts_of(tensor), parts)
-        layer = self._linear.get(name)
+            return FolderRecipe(folder.weights.size(parts[""])[0], facts, parts)
         if folder.foreign:
-            return _foreign_recipe(folder, folder.foreign, name, parts, layer)
-        shape = linear_shape(layer) if layer is not None else embedding_tables(folder.model)[name].shape
-        matrix = (shape[0], shape[1])
-        form, dtype = _form_of_parts(folder, name, parts, matrix[1], tensor)
-        return FolderRecipe(dtype, facts_of(tensor), parts, form, matrix, layer is not None and is_conv1d(layer))
+            lacking = sorted(stored for stored in parts.values() if not folder.weights.has(stored))
+            if lacking:
+                raise ExportError(f"{folder.path} lacks {lacking[0]}, a part of a weight in {folder.foreign.method}")
+            shape = tuple(folder.model.get_parameter(name).shape)
+            matrix = shape[::-1] if transposed else shape
+            return FolderRecipe(_model_dtype(folder, name), facts, parts, folder.foreign, matrix, transposed)
+        matrix = linear_shape(layer) if layer is not None else tuple(embedding_tables(folder.model)[name].shape)
+        form, dtype = _form_of_parts(folder, name, parts, matrix[1])
+        return FolderRecipe(dtype, facts, parts, form, matrix, transposed)
 
-    def _spec(self, name: str, recipe: FolderRecipe) -> TensorSpec:
-        if recipe.form is None:
-            shape = self._folder.weights.size(recipe.parts[""])[1]
-        else:
-            shape = recipe.matrix[::-1] if recipe.transposed else recipe.matrix
-        is_weight = name in self._linear and len(shape) == 2
-        transposed = is_weight and is_conv1d(self._linear[name])
-        dtype = self._cast_dtype(recipe.dtype)
-        return TensorSpec(name, shape, dtype, recipe.facts.origin, transposed=transposed, is_linear=is_weight)
+    def _tensors(self, taken: set[str]) -> dict[str, dict[str, str]]:
+        """Return the name in the files of each part ("" if stored unchanged), by the model's name of each tensor.
+
+        Omits tensors of the files that are ``taken`` already. Raises ExportError.
+        """
+        folder, known = self._folder, self._folder.weights.names
+        model_names = (*dict(folder.model.named_parameters()), *dict(folder.model.named_buffers()))
+        by_model = {at: name for name in model_names if (at := folder.weights.find(name)) is not None}
+        part_of = _foreign_parts(folder, folder.foreign) if folder.foreign else {}
+        if not folder.encoding.is_plain:
+            for weight in {**self._linear, **embedding_tables(folder.model)}:
+                parts = _parts_of(weight, set(known), folder)
+                part_of |= {stored: (weight, part) for stored, part in parts.items()}
+        tensors: dict[str, dict[str, str]] = {}
+        for stored in (name for name in known if name not in taken):
+            name, part = part_of.get(stored, (by_model.get(stored, stored), ""))
+            tensors.setdefault(name, {})[part] = stored
+        mixed = next((name for name, parts in tensors.items() if "" in parts and len(parts) > 1), None)
+        if mixed:
+            raise ExportError(f"{folder.path} has {mixed} both dense and packed. Export the model again")
+        return tensors
 
     def _cast_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return self._cast if self._cast is not None and dtype.is_floating_point else dtype
 
 
-def _dense_pieces(stacks: list[FolderStack]) -> dict[str, tuple[str, tuple[int, int]]]:
-    """Return (stack, its rows) of each dense tensor that is a piece of a stack, by its name in the files."""
-    return {
-        at: (stack.name, piece.rows) for stack in stacks for at, piece in zip(stack.stored, stack.pieces, strict=False)
-    }
+def _facts_of(tensors: Sequence[ExportedTensor], num_matrices: int | None = None) -> ManifestFacts:
+    """Return the facts of the tensors that a weight consists of.
 
-
-def _tensors(folder: FolderContents, linear: dict[str, nn.Module], taken: set[str]) -> dict[str, dict[str, str]]:
-    """Return the name in the files of each part ("" if stored unchanged), by the model's name of each tensor.
-
-    Tensors of the files that are ``taken`` already are left out. Raises ExportError.
+    ``num_matrices``: of a stack of experts, which is "pruned" if all its pieces were.
     """
-    by_model = {}
-    for name in (*dict(folder.model.named_parameters()), *dict(folder.model.named_buffers())):
-        found = folder.weights.find(name)
-        if found is not None:
-            by_model[found] = name
-    part_of: dict[str, tuple[str, str]] = {}
-    if folder.foreign:
-        part_of |= _foreign_parts(folder, folder.foreign)
-    known = set(folder.weights.names)
-    if not folder.encoding.is_plain:
-        for weight in {**linear, **embedding_tables(folder.model)}:
-            part_of |= {stored: (weight, part) for stored, part in _parts_of(weight, known, folder).items()}
-    tensors: dict[str, dict[str, str]] = {}
-    for stored in (name for name in folder.weights.names if name not in taken):
-        name, part = part_of.get(stored, (by_model.get(stored, stored), ""))
-        tensors.setdefault(name, {})[part] = stored
-    mixed = next((name for name, parts in tensors.items() if "" in parts and len(parts) > 1), None)
-    if mixed:
-        raise ExportError(f"{folder.path} has {mixed} both dense and packed. Export the model again")
-    return tensors
+    pruned = tuple(count for tensor in tensors for count in tensor.pruned_per_matrix)
+    sums = {part.name: part.sha256 for tensor in tensors for part in tensor.parts}
+    error = tensors[0].rounding_error if len(tensors) == 1 else 0.0
+    if num_matrices is None:
+        return ManifestFacts(tensors[0].origin, sums, pruned, error)
+    is_pruned = len(pruned) == num_matrices
+    return ManifestFacts("pruned" if is_pruned else "model", sums, pruned if is_pruned else (), error)
 
 
 def _foreign_parts(folder: FolderContents, form: ForeignFormat) -> dict[str, tuple[str, str]]:
@@ -305,14 +424,15 @@ def _parts_of(weight: str, known: set[str], folder: FolderContents) -> dict[str,
     if f"{module}.codes" in known:
         names = packed_format(packing if f"{module}.bitmask" in known else DENSE, Grid(8)).part_names
     parts = {f"{module}.{part}": part for part in names}
-    lacking = sorted(set(parts) - known) if known & set(parts) else []
-    if lacking:
+    if not known & set(parts):
+        return {}
+    if lacking := sorted(set(parts) - known):
         raise ExportError(f"{folder.path} lacks {lacking[0]}, a part of a weight packed as {packing}")
-    return parts if known & set(parts) else {}
+    return parts
 
 
 def _form_of_parts(
-    folder: FolderContents, name: str, parts: dict[str, str], inputs: int, tensor: ExportedTensor | None
+    folder: FolderContents, name: str, parts: dict[str, str], inputs: int
 ) -> tuple[PackedFormat, torch.dtype]:
     """Return the format of a weight's parts, and the dtype of the weight. Raises ExportError."""
     sizes = {part: folder.weights.size(stored) for part, stored in parts.items()}
@@ -320,25 +440,14 @@ def _form_of_parts(
         form = form_of(folder.encoding.packing, sizes, inputs)
     except FormatError as broken:
         raise ExportError(f"{folder.path}: {name}: {broken}") from None
-    dtype = sizes[form.values_name][0] if not isinstance(form, QuantizedFormat) else _model_dtype(folder, tensor)
-    return form, dtype
+    is_quantised = isinstance(form, QuantizedFormat)
+    return form, _model_dtype(folder, name) if is_quantised else sizes[form.values_name][0]
 
 
-def _foreign_recipe(
-    folder: FolderContents, form: ForeignFormat, name: str, parts: dict[str, str], layer: nn.Module | None
-) -> FolderRecipe:
-    shape, transposed = tuple(folder.model.get_parameter(name).shape), layer is not None and is_conv1d(layer)
-    lacking = sorted(stored for stored in parts.values() if not folder.weights.has(stored))
-    if lacking:
-        raise ExportError(f"{folder.path} lacks {lacking[0]}, a part of a weight in {form.method}")
-    matrix = shape[::-1] if transposed else shape
-    return FolderRecipe(_model_dtype(folder, None), ManifestFacts(), parts, form, matrix, transposed)
-
-
-def _model_dtype(folder: FolderContents, tensor: ExportedTensor | None) -> torch.dtype:
+def _model_dtype(folder: FolderContents, name: str) -> torch.dtype:
     """Return the dtype of a quantised weight, from the manifest or else from config.json."""
-    if tensor is not None:
-        return tensor.spec.dtype
+    if name in folder.tensors:
+        return folder.tensors[name].spec.dtype
     named = getattr(torch, str(folder.config.get("dtype") or folder.config.get("torch_dtype")), None)
     return named if named in VALUE_DTYPES else torch.float32
 

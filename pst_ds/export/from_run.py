@@ -13,17 +13,14 @@ from torch import Tensor, nn
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.core.coded_weight import CodedWeight, CodeLayout
 from pst_ds.core.factors import Constants, layer_factors
-from pst_ds.core.layout import WeightLayout
 from pst_ds.core.packings import DENSE, FOR_COMPRESSED_TENSORS, GGUF
 from pst_ds.core.quantization import SCALE_DTYPE, Rounding, StoredGrid, require_scales, scales_of_bytes
 from pst_ds.core.scores import masked_weight, merged_weight
 from pst_ds.core.updates.rows import updated_rows
-from pst_ds.export.detect_pattern import per_row
 from pst_ds.export.encoding import Encoding, ExportError
-from pst_ds.export.expert_stacks import StackRun, all_experts, runs_in_files, whole
-from pst_ds.export.plan import TensorJob, TensorValues
+from pst_ds.export.expert_stacks import FilePart, StackRun, all_experts, parts_in_files
+from pst_ds.export.plan import Origin, TensorJob, TensorSpec, TensorValues
 from pst_ds.export.quantization import grids
-from pst_ds.export.tensor_spec import Origin, TensorSpec
 from pst_ds.formats import mask_row_bits, packed_format
 from pst_ds.formats.base_weights import BaseWeights, is_text_part, may_be_missing, names_in_files, saved_tensors
 from pst_ds.formats.rows import row_counts
@@ -62,18 +59,6 @@ class RunRecipe:
     """Whether transformers saves it as several tensors, or under another name."""
 
 
-@dataclass(frozen=True, slots=True)
-class FilePart:
-    """A tensor of the files that is a run of a stack."""
-
-    name: str
-    """Name that ``save_pretrained`` gives it."""
-    in_base: str
-    """Name in the base model's files."""
-    run: StackRun
-    shape: tuple[int, ...]
-
-
 class RunSource:
     """Values of the model in a checkpoint. Copies in other processes read the same files without the model."""
 
@@ -90,16 +75,14 @@ class RunSource:
         if recipe.layer is not None:
             made = self._pruned(recipe, *recipe.layer)
             yield replace(made, tensor=made.tensor.view(job.outputs[0].shape))
-            return
-        if not recipe.in_files_form:
+        elif not recipe.in_files_form:
             yield self._made(recipe)
-            return
-        assert self._model is not None
-        whole = self._made(recipe)
-        saved = saved_tensors(self._model, {recipe.name: whole.tensor})
-        for output in job.outputs:
-            tensor = saved.pop(output.name).clone(memory_format=torch.contiguous_format)
-            yield replace(whole, tensor=tensor, keep=None)
+        else:
+            assert self._model is not None
+            whole = self._made(recipe)
+            saved = saved_tensors(self._model, {recipe.name: whole.tensor})
+            for output in job.outputs:
+                yield replace(whole, tensor=saved.pop(output.name).clone(memory_format=torch.contiguous_format))
 
     def _made(self, recipe: RunRecipe) -> TensorValues:
         """Make a tensor that is not pruned."""
@@ -120,13 +103,12 @@ class RunSource:
 
     def _pruned(self, recipe: RunRecipe, run: StackRun, constants: Constants) -> TensorValues:
         """Compute M . (W0 + beta U V) as the model did: same function, same dtype, same type of device."""
+        if run.num_pieces == 1:
+            return self._piece(recipe, run, constants, run.first)
         height, width = run.piece.shape
-        tensor = torch.empty(run.num_pieces * height if run.num_pieces > 1 else 0, width, dtype=recipe.dtype)
-        made = []
+        tensor, made = torch.empty(run.num_pieces * height, width, dtype=recipe.dtype), []
         for i, piece in enumerate(range(run.first, run.last)):
             one = self._piece(recipe, run, constants, piece)
-            if run.num_pieces == 1:
-                return one
             tensor[i * height : (i + 1) * height] = one.tensor
             made.append(replace(one, tensor=torch.empty(0)))
         scales = [one.scales for one in made if one.scales is not None]
@@ -138,7 +120,7 @@ class RunSource:
         """Return W0 of a piece, or the weight that was trained in its place, in storage shape."""
         shape = height, _ = run.piece.shape
         if recipe.trained:
-            return self._checkpoint.values(recipe.name, MASTER, *run.flat_range(piece)).view(shape)
+            return self._checkpoint.values(recipe.name, MASTER, *run.share(run.stack.numel, piece)).view(shape)
         if not recipe.rows_in_base:
             return self._base.read(recipe.in_base or "")
         rows = piece * height, (piece + 1) * height
@@ -157,7 +139,7 @@ class RunSource:
             base = run.codes_of_piece(recipe.base)
             weight = CodedWeight(base, *base.encode(start, 0), compute)
         del start
-        mask = checkpoint.mask_bits(owner, *run.flat_range(piece))
+        mask = checkpoint.mask_bits(owner, *run.share(run.stack.numel, piece))
         factors = layer_factors(self._factors(owner, run, piece, device), layout.num_matrices, constants)
         rounding = None if recipe.grid is None else self._rounding(owner, run, piece, recipe.grid, device)
         if recipe.masked:
@@ -170,8 +152,9 @@ class RunSource:
         if recipe.masked:
             merged.add_(0.0)  # turns a kept -0.0 into +0.0
         keep = mask_row_bits(mask, layout)
-        scales = None if rounding is None else rounding.scales_by_output.cpu()
-        return TensorValues(merged, keep, pruned_per_matrix(keep, layout), scales)
+        kept = row_counts(keep)
+        pruned = tuple(matrix.rect.numel - int(kept[matrix.outputs].sum()) for matrix in layout.matrices())
+        return TensorValues(merged, keep, pruned, None if rounding is None else rounding.scales_by_output.cpu())
 
     def _factors(self, owner: str, run: StackRun, piece: int, device: str) -> dict[str, Tensor]:
         """Return the factors of a piece, by name, in the dtype that the model computed with."""
@@ -179,7 +162,7 @@ class RunSource:
         for factor in FACTOR_NAMES:
             shape = checkpoint.contents.trained.get(f"{owner}.pst_{factor}")
             if shape is not None:
-                own = checkpoint.values(f"{owner}.pst_{factor}", MASTER, *run.share(piece, math.prod(shape)))
+                own = checkpoint.values(f"{owner}.pst_{factor}", MASTER, *run.share(math.prod(shape), piece))
                 found[factor] = own.view(-1, *shape[1:]).to(device=device, dtype=DTYPES[checkpoint.state.precision])
         return found
 
@@ -187,18 +170,12 @@ class RunSource:
         """Return the quantisation that a piece was trained with. Raises ExportError for damaged scales."""
         grid, checkpoint = run.grid_of_piece(stored), self._checkpoint
         num_bytes = SCALE_DTYPE.itemsize * math.prod(stored.shape)
-        scales = scales_of_bytes(checkpoint.scale_bytes(owner, *run.share(piece, num_bytes)), grid.shape)
+        scales = scales_of_bytes(checkpoint.scale_bytes(owner, *run.share(num_bytes, piece)), grid.shape)
         try:
             require_scales(scales, grid.grid)
         except ValueError as error:
             raise ExportError(f"{checkpoint.folder}: {owner}: {error}. Choose another --checkpoint") from None
         return Rounding(grid, scales.to(device))
-
-
-def pruned_per_matrix(keep: Tensor, layout: WeightLayout) -> tuple[int, ...]:
-    """Count the pruned weights of each matrix of a layer, given the row bits ``keep`` of its mask."""
-    kept = per_row(keep.numpy())
-    return tuple(matrix.rect.numel - int(kept[matrix.outputs].sum()) for matrix in layout.matrices())
 
 
 def plan_run(
@@ -225,11 +202,11 @@ class _Planner:
         self, model: nn.Module, checkpoint: Checkpoint, base: BaseWeights, encoding: Encoding, dtype: str | None
     ):
         self._model, self._checkpoint, self._base = model, checkpoint, base
-        self._tables = plain_tables(model)
+        self._state, self._trained = checkpoint.state, checkpoint.contents.trained
         self._encoding, self._cast = encoding, None if dtype is None else DTYPES[dtype]
         # in a run that quantises, other layers stay unchanged, so that the export computes what was trained
         self._grids = grids(model, None if checkpoint.state.rounds else encoding.values, encoding.embeddings)
-        self._layers, self._embeddings = pst_layers(model), pst_embeddings(model)
+        self._layers, self._embeddings, self._tables = pst_layers(model), pst_embeddings(model), plain_tables(model)
         self._linear = {name: module for name, module in model.named_modules() if is_linear(module)}
         self._buffers, self._keeps_rest = persistent_buffers(model), is_text_part(model, base.folder)
 
@@ -244,18 +221,18 @@ class _Planner:
                 yield job
         for name in self._base.names if self._keeps_rest else ():
             if name not in done:
-                yield self._job(name, name, name, torch.empty(self._base.size(name)[1], device="meta"))
+                yield self._job(name, name, name, self._base.size(name)[1])
 
     def _jobs_of(self, name: str, tensor: Tensor, in_files: str | None) -> Iterator[TensorJob]:
         """Plan one tensor; ``in_files``: the name that ``save_pretrained`` gives it, None if it is split."""
         if self._base.has(name):
-            yield self._job(name, name, name, tensor)
+            yield self._job(name, name, name, tuple(tensor.shape))
         elif in_files is None:
             yield from self._in_parts(name, saved_tensors(self._model, {name: tensor}))
         else:
             in_base = self._base.find(in_files) or self._base.find(name)
             if in_base or name not in self._buffers or not may_be_missing(self._model, name):
-                yield self._job(name, in_base, in_files, tensor)
+                yield self._job(name, in_base, in_files, tuple(tensor.shape))
 
     def _of_stack(self, name: str) -> Iterator[TensorJob]:
         """Plan a stack: packed as one tensor, or as the tensors of the base's files, such as a matrix per expert.
@@ -264,57 +241,56 @@ class _Planner:
         """
         layer = self._layers[name]
         parts = self._parts_of_stack(name, layer)
-        rows = tuple((part.in_base, *part.run.rows) for part in parts)
-        recipe = self._recipe(f"{name}.weight", parts[0].in_base)
-        recipe = replace(recipe, layer=(all_experts(layer.layout), layer.constants), rows_in_base=rows)
+        recipe = self._recipe(f"{name}.weight", next(iter(parts)))
+        recipe = replace(recipe, rows_in_base=tuple((at, *part.run.rows) for at, part in parts.items()))
         as_one = self._spec(recipe, name, layer.weight_shape)
         if as_one.form is not None and self._encoding.packing != GGUF:
             yield TensorJob((as_one,), replace(recipe, masked=as_one.packing == DENSE))
             return
-        for part in parts:
-            own = replace(recipe, layer=(part.run, layer.constants))
-            out_name = part.in_base if self._keeps_rest else part.name
-            yield TensorJob((replace(as_one, name=out_name, shape=part.shape),), own)
+        for in_base, part in parts.items():
+            out = replace(as_one, name=in_base if self._keeps_rest else part.name, shape=part.shape)
+            yield TensorJob((out,), replace(recipe, layer=(part.run, layer.constants)))
 
-    def _parts_of_stack(self, name: str, layer: PSTLayer) -> list[FilePart]:
-        """Return the tensors of the base's files that a stack consists of. Raises ExportError."""
+    def _parts_of_stack(self, name: str, layer: PSTLayer) -> dict[str, FilePart]:
+        """Return the tensors that a stack consists of, by their names in the base's files. Raises ExportError."""
         if self._base.has(name):
-            return [FilePart(name, name, all_experts(layer.layout), layer.weight_shape)]
-        found = []
+            return {name: FilePart(name, all_experts(layer.layout), layer.weight_shape)}
+        found = {}
         try:
-            runs = runs_in_files(self._model, name, layer.layout)
+            parts = parts_in_files(self._model, name, layer.layout)
         except ValueError as error:
             raise ExportError(
                 f"{name} becomes {error} in the files of the model, which does not consist of whole experts. Exclude "
                 f"it with exclude_modules = [{json.dumps(name)}]"
             ) from None
-        for part, (run, shape) in runs.items():
-            in_base = self._base.find(part)
+        for part in parts:
+            in_base = self._base.find(part.name)
             if in_base is None:
-                raise ExportError(f"{part} is not in the base model {self._checkpoint.state.base_path!r}")
-            if (stored := self._base.size(in_base)[1]) != shape:
-                raise ExportError(f"{part} has shape {stored} in the base model, and {shape} in the trained model")
-            found.append(FilePart(part, in_base, run, shape))
+                raise ExportError(f"{part.name} is not in the base model {self._state.base_path!r}")
+            if (stored := self._base.size(in_base)[1]) != part.shape:
+                raise ExportError(
+                    f"{part.name} has shape {stored} in the base model, and {part.shape} in the trained model"
+                )
+            found[in_base] = part
         return found
 
-    def _job(self, name: str, in_base: str | None, out_name: str, tensor: Tensor) -> TensorJob:
+    def _job(self, name: str, in_base: str | None, out_name: str, shape: tuple[int, ...]) -> TensorJob:
         """Plan the model's tensor ``name`` as ``out_name``; an export of a whole base uses the base's names."""
         recipe = self._recipe(name, in_base)
-        spec = self._spec(recipe, in_base if in_base and self._keeps_rest else out_name, tuple(tensor.shape))
+        spec = self._spec(recipe, in_base if in_base and self._keeps_rest else out_name, shape)
         return TensorJob((spec,), replace(recipe, masked=spec.packing == DENSE))
 
     def _recipe(self, name: str, in_base: str | None, dtype_of: str | None = None) -> RunRecipe:
         """Return how to make the tensor ``name``; ``dtype_of``: a tensor of the base with the dtype, if not in_base."""
         owner, _, last = name.rpartition(".")
-        state, trained = self._checkpoint.state, name in self._checkpoint.contents.trained
+        state, trained = self._state, name in self._trained
         compute, stored = DTYPES[state.precision], in_base or dtype_of
         layer = self._layers.get(owner) if last == "weight" else None
         embedding = self._embeddings.get(owner) if last == "weight" else None
         coded = self._tables.get(name) if layer is None or layer.base_codes is None else layer.base_codes.layout
-        if in_base is None and embedding is not None:
-            raise ExportError(f"{name} is not in the base model {state.base_path!r}")
-        if in_base is None and not trained:
-            raise ExportError(f"{name} is neither trained nor in the base model {state.base_path!r}")
+        if in_base is None and (embedding is not None or not trained):
+            problem = "not" if embedding is not None else "neither trained nor"
+            raise ExportError(f"{name} is {problem} in the base model {state.base_path!r}")
         # values have the precision of the run, but are stored at least as wide as the base's, to keep files uniform
         width = compute if stored is None else self._base.size(stored)[0]
         if layer is not None or trained or embedding is not None or coded is not None:
@@ -324,7 +300,7 @@ class _Planner:
             in_base,
             width,
             trained,
-            layer=None if layer is None else (whole(layer.layout), layer.constants),
+            layer=None if layer is None else (all_experts(layer.layout), layer.constants),
             grid=None if layer is None or not state.rounds else layer.stored_grid,
             base=None if coded is None else replace(coded, num_shards=1),
             embedding_beta=None if embedding is None else embedding.beta,
@@ -359,11 +335,10 @@ class _Planner:
         return spec.packed(packing, row_counts(keep))
 
     def _require_shape(self, recipe: RunRecipe, shape: tuple[int, ...]) -> None:
-        contents = self._checkpoint.contents
-        if recipe.rows_in_base and not recipe.trained:
-            return  # checked by _parts_of_stack
-        found = contents.trained[recipe.name] if recipe.trained else self._base.size(recipe.in_base or "")[1]
-        if tuple(found) != shape and not recipe.in_files_form:
+        if (recipe.rows_in_base and not recipe.trained) or recipe.in_files_form:
+            return  # checked by _parts_of_stack, or split by transformers
+        found = self._trained[recipe.name] if recipe.trained else self._base.size(recipe.in_base or "")[1]
+        if tuple(found) != shape:
             raise ExportError(
                 f"{recipe.name} has shape {tuple(found)} in the base model or checkpoint, and {shape} in the trained "
                 "model. Use the base model that the run was trained from"
@@ -372,16 +347,15 @@ class _Planner:
     def _in_parts(self, name: str, saved: dict[str, Tensor]) -> Iterator[TensorJob]:
         """Plan the tensor ``name``, which the base's files hold as the tensors ``saved``."""
         in_base = {part: self._base.find(part) for part in saved}
-        is_pruned = name.removesuffix(".weight") in self._layers
-        if not is_pruned and name not in self._checkpoint.contents.trained:
-            for part, tensor in saved.items():
-                yield self._job(part, in_base[part], part, tensor)
-            return
-        if is_pruned:
+        if name.removesuffix(".weight") in self._layers:
             raise ExportError(
                 f"{name} is built from {', '.join(saved)} by transformers, and cannot be split again once it is "
                 f"pruned. Exclude it with exclude_modules = [{json.dumps(name.rpartition('.')[0])}]"
             )
+        if name not in self._trained:
+            for part, tensor in saved.items():
+                yield self._job(part, in_base[part], part, tuple(tensor.shape))
+            return
         recipe = replace(self._recipe(name, None, next(iter(in_base.values()))), in_files_form=True)
         outputs = tuple(self._spec(recipe, part, tuple(tensor.shape)) for part, tensor in saved.items())
         yield TensorJob(outputs, recipe, in_parent=True)

@@ -18,7 +18,7 @@ from pst_ds.core.bits import INT_OF_SIZE
 from pst_ds.core.packings import DENSE, FOR_COMPRESSED_TENSORS, PACKINGS
 from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.export.encoding import STEMS, ExportError, encoding_of
-from pst_ds.export.tensor_spec import Origin, TensorSpec
+from pst_ds.export.plan import Origin, TensorSpec
 from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.formats.safetensors_file import DTYPE_OF_CODE, tensor_bytes, unique_json
 

@@ -12,8 +12,7 @@ from pst_ds.core.packings import DENSE
 from pst_ds.core.quantization import Grid, quantize, squared_norms
 from pst_ds.export.detect_pattern import detect_pattern
 from pst_ds.export.encoding import ExportError
-from pst_ds.export.plan import TensorValues
-from pst_ds.export.tensor_spec import TensorSpec
+from pst_ds.export.plan import TensorSpec, TensorValues
 from pst_ds.formats import FormatError, QuantizedFormat, row_bits
 from pst_ds.formats.base_weights import names_in_files
 from pst_ds.formats.rows import as_bools

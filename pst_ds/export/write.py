@@ -21,9 +21,8 @@ from pst_ds.core.packings import DENSE, WHOLE_ROW
 from pst_ds.export.detect_pattern import detect_pattern, per_row
 from pst_ds.export.encoding import ExportError
 from pst_ds.export.manifest import ExportedTensor, StoredPart, count_nonzero
-from pst_ds.export.plan import PlannedFile, Source, TensorJob, TensorValues
+from pst_ds.export.plan import PlannedFile, Source, TensorJob, TensorSpec, TensorValues
 from pst_ds.export.quantization import quantised_parts
-from pst_ds.export.tensor_spec import TensorSpec
 from pst_ds.formats import FormatError, PackedFormat, QuantizedFormat, row_bits
 from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, Slot, tensor_bytes, write_at
 from pst_ds.progress import Progress

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pst_ds.core.layout import WeightLayout
-from pst_ds.export.expert_stacks import StackRun, runs_in_files, whole
+from pst_ds.export.expert_stacks import StackRun, all_experts, parts_in_files
 from pst_ds.formats.base_weights import saved_tensors
 from pst_ds.formats.safetensors_file import TensorFile
 from pst_ds.nn.model_structure import is_experts, stack_layouts
@@ -28,14 +28,14 @@ def test_runs_are_the_tensors_that_transformers_writes(family):
     seen = 0
     for name, stack, layout in _stacks(model):
         saved = saved_tensors(model, {name: stack.detach()})
-        runs = runs_in_files(model, name, layout)
-        assert runs.keys() == saved.keys()
+        runs = parts_in_files(model, name, layout)
+        assert {part.name for part in runs} == saved.keys()
         rows = stack.detach().flatten(0, 1)
-        for part, (run, shape) in runs.items():
-            first, last = run.rows
-            assert torch.equal(rows[first:last].view(shape), saved[part]), part
-            assert run.of in (layout.num_experts, layout.num_matrices)
-        covered = sorted(run.rows for run, _ in runs.values())
+        for part in runs:
+            first, last = part.run.rows
+            assert torch.equal(rows[first:last].view(part.shape), saved[part.name]), part
+            assert part.run.of in (layout.num_experts, layout.num_matrices)
+        covered = sorted(part.run.rows for part in runs)
         assert covered[0][0] == 0
         assert covered[-1][1] == layout.shape[0]
         assert all(one[1] == other[0] for one, other in pairwise(covered))
@@ -55,10 +55,10 @@ def test_pieces_share_a_stack_out(layout, pieces, piece):
     run = StackRun(layout, 1, pieces, pieces)
     assert run.piece == piece
     assert run.num_pieces == pieces - 1
-    assert [run.flat_range(i) for i in range(pieces)] == [
+    assert [run.share(layout.numel, i) for i in range(pieces)] == [
         (i * piece.numel, (i + 1) * piece.numel) for i in range(pieces)
     ]
-    assert run.flat_range(pieces - 1)[1] == layout.numel
+    assert run.share(layout.numel, pieces - 1)[1] == layout.numel
 
 
 def test_the_last_expert_is_read_from_behind_more_weights_than_32_bits_count(tmp_path):
@@ -72,15 +72,15 @@ def test_the_last_expert_is_read_from_behind_more_weights_than_32_bits_count(tmp
         file.seek(size - last.nbytes, os.SEEK_CUR)
         file.write(last.view(torch.uint8).numpy())
     run = StackRun(layout, experts - 1, experts, experts)
-    assert run.flat_range(run.first)[0] >= 1 << 31
+    assert run.share(layout.numel, run.first)[0] >= 1 << 31
     found = TensorFile(tmp_path / "large").read_rows("s", *run.rows)
     assert torch.equal(found, last.view(width, width))
 
 
 def test_a_layer_that_is_no_stack_is_one_piece():
     layout = WeightLayout(12, 5, num_matrices=3)
-    assert whole(layout).piece == layout
-    assert whole(layout).rows == (0, 12)
+    assert all_experts(layout).piece == layout
+    assert all_experts(layout).rows == (0, 12)
 
 
 def test_a_stack_that_is_written_in_another_order_is_named(monkeypatch):
@@ -88,4 +88,4 @@ def test_a_stack_that_is_written_in_another_order_is_named(monkeypatch):
         "pst_ds.export.expert_stacks.saved_tensors", lambda _, t: {"odd": next(iter(t.values())).flip(1)}
     )
     with pytest.raises(ValueError, match="odd"):
-        runs_in_files(torch.nn.Module(), "x", WeightLayout(12, 5, num_matrices=3, num_experts=3))
+        parts_in_files(torch.nn.Module(), "x", WeightLayout(12, 5, num_matrices=3, num_experts=3))

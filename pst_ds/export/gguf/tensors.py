@@ -19,8 +19,7 @@ from torch import Tensor
 
 from pst_ds.export.encoding import ExportError
 from pst_ds.export.gguf.families import Config, Family
-from pst_ds.export.plan import TensorValues
-from pst_ds.export.tensor_spec import TensorSpec
+from pst_ds.export.plan import TensorSpec, TensorValues
 from pst_ds.formats.gguf_blocks import BLOCK, gguf_blocks
 from pst_ds.formats.rows import as_bools
 
