@@ -17,21 +17,17 @@ SPARSE = ("bitmask", "csr", "2:4")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="DIR", help="sparse model folder: packed, or dense with pruned weights")
-    parser.add_argument("--dense", metavar="DIR", help="dense model to compare with; default: DIR itself, unpacked")
-    formats = (
-        f"sparse formats to measure: {', '.join(SPARSE)}; default: the folder's (bitmask for a dense one), and "
-        "csr and 2:4 where they apply"
-    )
-    parser.add_argument("--formats", nargs="+", choices=SPARSE, default=[], metavar="FORMAT", help=formats)
-    parser.add_argument("--batch", type=_counts, default=[1], metavar="N,...", help="sequences per batch (default: 1)")
-    parser.add_argument("--prompt-tokens", type=count, default=128, metavar="N", help="(default: 128)")
-    parser.add_argument("--new-tokens", type=count, default=32, metavar="N", help="(default: 32)")
-    parser.add_argument("--threads", type=_counts, metavar="N,...", help="torch threads (default: OMP_NUM_THREADS)")
-    parser.add_argument("--repeats", type=count, default=3, metavar="N", help="interleaved repeats (default: 3)")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of every model (default: bf16)")
-    copies = "read weights from memory: use copies of each model, together twice the last-level cache, in turn"
-    parser.add_argument("--from-memory", action="store_true", help=copies)
+    add = parser.add_argument
+    add("model", metavar="DIR", help="sparse model folder: packed, or dense with pruned weights")
+    add("--dense", metavar="DIR", help="dense model to compare with; default: DIR itself, unpacked")
+    add("--formats", nargs="+", choices=SPARSE, default=[], help="sparse formats (default: the folder's, or all)")
+    add("--batch", type=_counts, default=[1], metavar="N,...", help="sequences per batch (default: 1)")
+    add("--prompt-tokens", type=count, default=128, metavar="N", help="(default: 128)")
+    add("--new-tokens", type=count, default=32, metavar="N", help="(default: 32)")
+    add("--threads", type=_counts, metavar="N,...", help="torch threads (default: OMP_NUM_THREADS)")
+    add("--repeats", type=count, default=3, metavar="N", help="interleaved repeats (default: 3)")
+    add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of every model (default: bf16)")
+    add("--from-memory", action="store_true", help="read weights from memory, not the cache: use copies in turn")
     add_quiet_argument(parser)
 
 

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add_run_arguments(parser, "run folder, or its run file")
-    parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
-    parser.add_argument("--checkpoint", default="best", help='"best" (default), "final", or another in checkpoints/')
-    texts = 'for tasks "data-to-text" and "chat": write each generated text with its references to this JSONL file'
-    parser.add_argument("--texts", metavar="FILE", help=texts)
+    add("--split", choices=("train", "validation", "test"), default="test")
+    add("--checkpoint", default="best", help='"best" (default), "final", or another in checkpoints/')
+    add("--texts", metavar="FILE", help="write generated texts and their references to this JSONL file")
     add_quiet_argument(parser)
 
 

@@ -19,36 +19,29 @@ _SHOWN = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="SRC", help="run folder, run file, or model folder with pruned weights")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of a run")
-    parser.add_argument("--out", required=True, help="folder to write")
+    add = parser.add_argument
+    add("run", metavar="SRC", help="run folder, run file, or model folder with pruned weights")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of a run")
+    add("--out", required=True, help="folder to write")
     text = "dense (default): pruned weights stored as zeros; packed formats load after import pst_ds.hf"
     formats = ("dense", *PACKINGS, COMPRESSED_TENSORS, GGUF, ONNX)
-    parser.add_argument("--format", choices=formats, default="dense", help=text)
-    text = "with onnx: dense fp32 weights and standard operators, for any runtime; faster in none"
-    parser.add_argument("--plain", action="store_true", help=text)
-    text = (
-        "with onnx and --values: bits of the activations of sparse products; 8 is faster (default: as trained); with "
-        "compressed-tensors and int8: 8 quantises activations per token (default: 16)"
-    )
-    parser.add_argument("--activation-bits", type=int, choices=(8, 16), metavar="BITS", help=text)
+    add("--format", choices=formats, default="dense", help=text)
+    add("--plain", action="store_true", help="with onnx: dense fp32 weights and standard operators, for any runtime")
+    text = "with onnx and --values, or compressed-tensors: bits of activations; 8 is faster (default: as trained, 16)"
+    add("--activation-bits", type=int, choices=(8, 16), metavar="BITS", help=text)
     _add_value_arguments(parser)
-    text = 'keep only the tokens "seen" in a run\'s training and validation data, or in a text FILE'
-    parser.add_argument("--vocabulary", metavar="seen|FILE", help=text)
-    text = "read a model folder in GPTQ, AWQ, bitsandbytes or MXFP4, and convert it to floats first"
-    parser.add_argument("--dequantize", action="store_true", help=text)
-    parser.add_argument("--checkpoint", help='of a run: "best" (default), "final", or another in checkpoints/')
+    add("--vocabulary", metavar="seen|FILE", help='keep only tokens "seen" in the run\'s data, or in a text FILE')
+    add("--dequantize", action="store_true", help="convert a GPTQ, AWQ, bitsandbytes or MXFP4 folder to floats first")
+    add("--checkpoint", help='of a run: "best" (default), "final", or another in checkpoints/')
     add_writing_arguments(parser)
     add_quiet_argument(parser)
 
 
 def _add_value_arguments(parser: argparse.ArgumentParser) -> None:
-    text = "quantise linear layers inside the blocks to int8 or int4; bf16 casts every tensor"
-    parser.add_argument("--values", choices=("bf16", *VALUE_BITS), help=text)
-    text = "quantise embeddings and the output layer as well (default: unchanged)"
-    parser.add_argument("--embeddings", choices=tuple(VALUE_BITS), help=text)
-    text = "weights of a row per scale (default: row for int8, 64 for int4)"
-    parser.add_argument("--group", choices=(*map(str, GROUPS), WHOLE_ROW), help=text)
+    add = parser.add_argument
+    add("--values", choices=("bf16", *VALUE_BITS), help="quantise linear layers in the blocks; bf16 casts every tensor")
+    add("--embeddings", choices=tuple(VALUE_BITS), help="quantise embeddings and output layer too (default: unchanged)")
+    add("--group", choices=(*map(str, GROUPS), WHOLE_ROW), help="weights per scale (default: int8 row, int4 64)")
 
 
 def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
@@ -137,10 +130,11 @@ def quantisation_text(report: Facts) -> str:
 def convert(format_name: str, description: str, argv: Sequence[str] | None = None) -> int:
     """Run ``pst-ds export`` to one format, for tools/masks_to_*.py: ``SRC OUT``. Returns the exit code."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("source", metavar="SRC", help="run folder, run file, or model folder with pruned weights")
-    parser.add_argument("out", metavar="OUT", help="folder to write")
-    parser.add_argument("--processes", default="1", metavar="N", help="processes to write with (default: 1)")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line of stdout")
+    add = parser.add_argument
+    add("source", metavar="SRC", help="run folder, run file, or model folder with pruned weights")
+    add("out", metavar="OUT", help="folder to write")
+    add("--processes", default="1", metavar="N", help="processes to write with (default: 1)")
+    add("--json", action="store_true", help="end with one JSON object on the last line of stdout")
     args = parser.parse_args(argv)
     options = ["--format", format_name, "--out", args.out, "--processes", args.processes]
     return main(["export", args.source, *options, *(["--json"] if args.json else [])])

@@ -23,24 +23,23 @@ Facts = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="DIR", help="model folder: dense, or packed by pst-ds export")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help='text to continue; "-" reads stdin')
-    chat = "the prompt is a message: use the tokenizer's chat template"
-    parser.add_argument("--chat", action="store_true", help=chat)
-    parser.add_argument("--max-new-tokens", type=count, default=128, metavar="N", help="(default: 128)")
-    parser.add_argument("--temperature", type=float, metavar="T", help="sampling temperature (default: greedy)")
-    parser.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens that add up to P")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
-    load_as = "packed weights: keep them packed, or unpack them; auto chooses the faster"
-    parser.add_argument("--store", metavar="DIR", help="per-user adapters (pst-ds users train --form beside)")
-    parser.add_argument("--user", metavar="NAME", help="user in --store whose adapter is used")
-    parser.add_argument("--load-as", choices=("auto", "sparse", "dense"), default="auto", help=load_as)
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the folder's")
-    parser.add_argument("--threads", type=count, metavar="N", help="threads (default: OMP_NUM_THREADS, or all cores)")
+    add = parser.add_argument
+    add("model", metavar="DIR", help="model folder: dense, or packed by pst-ds export")
+    add("--prompt", required=True, metavar="TEXT", help='text to continue; "-" reads stdin')
+    add("--chat", action="store_true", help="the prompt is a message: use the tokenizer's chat template")
+    add("--max-new-tokens", type=count, default=128, metavar="N", help="(default: 128)")
+    add("--temperature", type=float, metavar="T", help="sampling temperature (default: greedy)")
+    add("--top-p", type=float, metavar="P", help="sample from the likeliest tokens that add up to P")
+    add("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    add("--store", metavar="DIR", help="per-user adapters (pst-ds users train --form beside)")
+    add("--user", metavar="NAME", help="user in --store whose adapter is used")
+    add("--load-as", choices=("auto", "sparse", "dense"), default="auto", help="keep weights packed, or unpack them")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the folder's")
+    add("--threads", type=count, metavar="N", help="threads (default: OMP_NUM_THREADS, or all cores)")
     engine = "the native loop, or transformers; auto: native on a CPU if the weights are quantised"
-    parser.add_argument("--engine", choices=("auto", "native", "torch"), default="auto", help=engine)
+    add("--engine", choices=("auto", "native", "torch"), default="auto", help=engine)
     bits = "bits of the native loop's activations in prompts: 8 is faster and less exact (default: 16)"
-    parser.add_argument("--prompt-bits", type=int, choices=(8, 16), metavar="BITS", help=bits)
+    add("--prompt-bits", type=int, choices=(8, 16), metavar="BITS", help=bits)
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:

@@ -6,23 +6,22 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from pst_ds.cli.main import add_run_arguments, load_run_or_folder
+from pst_ds.cli.main import add_run_arguments, load_run_or_folder, number
 from pst_ds.errors import InputError
+
+_number = number("a whole number of at least 0", int, lambda value: value >= 0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add_run_arguments(parser, "run file (TOML), or a run folder to resume")
     by = "the launcher's command before RUN, such as 'launch/local.sh --ranks 2' (default: pst-ds train)"
-    parser.add_argument("--by", default="pst-ds train", metavar="COMMAND", help=by)
-    retries = "maximum restarts after failures (default: 10); stops after a checkpoint do not count"
-    parser.add_argument("--retries", type=_number, default=10, metavar="N", help=retries)
-    wait = "seconds before a restart (default: 10)"
-    parser.add_argument("--wait", type=_number, default=10, metavar="S", help=wait)
-    parser.add_argument("--hostfile", default="", metavar="FILE", help="one host per line; {hostfile} in --by")
-    spares = "hosts held back to replace faulty ones (default: 0)"
-    parser.add_argument("--spares", type=_number, default=0, metavar="N", help=spares)
-    check = "exits with 0 on a healthy host, such as 'ssh -oBatchMode=yes {host} true'; runs before every start"
-    parser.add_argument("--check", default="", metavar="COMMAND", help=check)
+    add("--by", default="pst-ds train", metavar="COMMAND", help=by)
+    add("--retries", type=_number, default=10, metavar="N", help="maximum restarts after failures (default: 10)")
+    add("--wait", type=_number, default=10, metavar="S", help="seconds before a restart (default: 10)")
+    add("--hostfile", default="", metavar="FILE", help="one host per line; {hostfile} in --by")
+    add("--spares", type=_number, default=0, metavar="N", help="hosts held back to replace faulty ones (default: 0)")
+    add("--check", default="", metavar="COMMAND", help="exits with 0 on a healthy {host}; runs before every start")
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
@@ -52,13 +51,6 @@ def _words(command: str) -> list[str]:
     if not words:
         raise InputError("--by is empty. Name a launcher, such as 'launch/local.sh --ranks 2'")
     return words
-
-
-def _number(text: str) -> int:
-    """Parse a whole number of at least 0."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
 
 
 def _say(text: str) -> None:

@@ -15,8 +15,8 @@ import select
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn, TypeVar
 
 from pst_ds import __version__, progress
 from pst_ds.config import toml
@@ -26,6 +26,7 @@ from pst_ds.json_text import json_of
 from pst_ds.parallel.stop_signals import EXIT_STOPPED
 from pst_ds.supervise.exit_codes import leave_code
 
+N = TypeVar("N", int, float)
 EXIT_UNREAD = 141
 """The exit code that a shell reports for a program ended by SIGPIPE: 128 and its number."""
 _REPORTED = ("DivergedError", "VerificationError", "FloatingPointError", "StoppedError", "CheckpointWriteError")
@@ -209,11 +210,19 @@ def add_shard_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard-bytes", type=count, default=5 << 30, metavar="B", help=text)
 
 
-def count(text: str) -> int:
-    """Parse an argument that is a whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+def number(what: str, kind: Callable[[str], N], is_valid: Callable[[N], bool]) -> Callable[[str], N]:
+    """Return a parser of numbers for argparse, whose message says that the argument is not ``what``."""
+
+    def parse(text: str) -> N:
+        with contextlib.suppress(ValueError):
+            if is_valid(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+
+    return parse
+
+
+count = number("a whole number of at least 1", int, lambda value: value >= 1)
 
 
 def load_run_or_folder(args: argparse.Namespace) -> RunConfig:

@@ -17,31 +17,22 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    sources = "text, JSONL, CSV or Parquet, also compressed: files, folders, patterns, URLs, datasets on the hub"
-    parser.add_argument("sources", nargs="+", metavar="SRC", help=sources)
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="folder or hub name of a model or tokenizer")
-    parser.add_argument("--out", required=True, metavar="DIR", help="store to write, or to resume")
-    workers = "processes (default: the cores of this machine, at most 64); the store's bytes do not depend on it"
-    parser.add_argument("--workers", type=count, metavar="N", help=workers)
-    kind = "content of a row: text, or a conversation, of which the assistant's turns are learnt (default: text)"
-    parser.add_argument("--kind", choices=("text", "chat"), default="text", help=kind)
-    column = 'column that has the text, or a list of messages (default: "text", for conversations "messages")'
-    parser.add_argument("--text-column", metavar="C", help=column)
-    template = "Jinja file that formats conversations (default: the tokenizer's template)"
-    parser.add_argument("--chat-template", metavar="FILE", help=template)
-    sample_by = (
-        "document in a plain text file: line, paragraph (up to an empty line), or the whole document (default: line)"
-    )
-    parser.add_argument("--sample-by", choices=("line", "paragraph", "document"), default="line", help=sample_by)
-    parser.add_argument("--split", default="train", metavar="S", help="split of a dataset on the hub (default: train)")
-    parser.add_argument("--subset", default="", metavar="S", help="configuration of a dataset on the hub")
-    parser.add_argument("--revision", default="", metavar="R", help="branch, tag or commit of a dataset on the hub")
-    bytes_help = "count the bytes of text behind each token, for perplexity per byte of a validation set"
-    parser.add_argument("--count-bytes", action="store_true", help=bytes_help)
-    shard = "input bytes per shard, if the file can be split (default: 64 MiB)"
-    parser.add_argument("--shard-bytes", type=count, default=64 << 20, metavar="B", help=shard)
-    force = "replace an existing or incomplete store"
-    parser.add_argument("--force", action="store_true", help=force)
+    add = parser.add_argument
+    add("sources", nargs="+", metavar="SRC", help="text, JSONL, CSV, Parquet: files, folders, URLs, hub datasets")
+    add("--tokenizer", required=True, metavar="DIR", help="folder or hub name of a model or tokenizer")
+    add("--out", required=True, metavar="DIR", help="store to write, or to resume")
+    add("--workers", type=count, metavar="N", help="processes (default: the cores of this machine, at most 64)")
+    add("--kind", choices=("text", "chat"), default="text", help="content of a row (default: text)")
+    add("--text-column", metavar="C", help='column of the text or messages (default: "text" or "messages")')
+    add("--chat-template", metavar="FILE", help="Jinja file that formats conversations (default: the tokenizer's)")
+    units = ("line", "paragraph", "document")
+    add("--sample-by", choices=units, default="line", help="document in a plain text file (default: line)")
+    add("--split", default="train", metavar="S", help="split of a dataset on the hub (default: train)")
+    add("--subset", default="", metavar="S", help="configuration of a dataset on the hub")
+    add("--revision", default="", metavar="R", help="branch, tag or commit of a dataset on the hub")
+    add("--count-bytes", action="store_true", help="count the bytes of text of each token, for perplexity per byte")
+    add("--shard-bytes", type=count, default=64 << 20, metavar="B", help="input bytes per shard (default: 64 MiB)")
+    add("--force", action="store_true", help="replace an existing or incomplete store")
     add_quiet_argument(parser)
 
 

@@ -19,30 +19,21 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add_run_arguments(parser, "run file (TOML) that names the model, the layers and the calibration data")
-    parser.add_argument("--method", required=True, choices=(*get_args(OneShotMethod), REAP))
-    parser.add_argument("--out", required=True, metavar="DIR", help="model folder to write, dense with zeros")
-    text = "sparsity, or fraction of experts for reap (default: schedule.final_sparsity, or 1 - N/M)"
-    parser.add_argument("--sparsity", type=float, metavar="S", help=text)
-    text = "row, matrix, N:M or blocks (default: pst.pattern, but row instead of matrix with calibration data)"
-    parser.add_argument("--pattern", default="", metavar="P", help=text)
-    text = "prune exactly the weights that are zero already"
-    parser.add_argument("--keep-zeros", action="store_true", help=text)
-    text = "quantise the kept weights to this many bits in the same pass (sparsegpt)"
-    parser.add_argument("--bits", type=int, choices=sorted(VALUE_BITS.values()), help=text)
-    text = "weights of a row per scale (default: row for 8 bits, 64 for 4)"
-    parser.add_argument("--group", choices=(*map(str, GROUPS), WHOLE_ROW), help=text)
-    text = "refine the masks in up to N passes that swap kept and pruned weights where outputs then change less"
-    parser.add_argument("--swaps", type=count, default=0, metavar="N", help=text)
-    text = "sparsity of layers: equal (default), by outliers among the weights (owl), or by the increase in loss"
-    parser.add_argument("--budgets", choices=get_args(Budgets), default="equal", help=text)
-    text = "largest difference of a block's sparsity from the mean, with --budgets owl (default: 0.08)"
-    parser.add_argument("--spread", type=float, metavar="L", help=text)
-    text = "then fit the kept weights of each block to the dense block's outputs, in N passes over the data"
-    parser.add_argument("--reconstruct", type=count, default=0, metavar="N", help=text)
-    text = "calibration examples from data.train (default: 128)"
-    parser.add_argument("--samples", type=count, default=128, metavar="N", help=text)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of examples (default: 0)")
+    add("--method", required=True, choices=(*get_args(OneShotMethod), REAP))
+    add("--out", required=True, metavar="DIR", help="model folder to write, dense with zeros")
+    add("--sparsity", type=float, metavar="S", help="sparsity, or fraction of experts (default: the run file's)")
+    add("--pattern", default="", metavar="P", help="row, matrix, N:M or blocks (default: pst.pattern, or row)")
+    add("--keep-zeros", action="store_true", help="prune exactly the weights that are zero already")
+    add("--bits", type=int, choices=sorted(VALUE_BITS.values()), help="quantise the kept weights too (sparsegpt)")
+    add("--group", choices=(*map(str, GROUPS), WHOLE_ROW), help="weights per scale (default: row for 8 bits, 64 for 4)")
+    add("--swaps", type=count, default=0, metavar="N", help="passes that refine masks by swapping weights")
+    add("--budgets", choices=get_args(Budgets), default="equal", help="distribution of sparsity over layers")
+    add("--spread", type=float, metavar="L", help="largest difference from the mean, with owl (default: 0.08)")
+    add("--reconstruct", type=count, default=0, metavar="N", help="epochs that fit kept weights to dense outputs")
+    add("--samples", type=count, default=128, metavar="N", help="calibration examples from data.train (default: 128)")
+    add("--seed", type=int, default=0, help="seed of the choice of examples (default: 0)")
     add_shard_argument(parser)
     add_quiet_argument(parser)
 

@@ -10,15 +10,15 @@ from pst_ds.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; several are shown side by side")
-    parser.add_argument("--out", metavar="FILE", help="HTML file to write (default: report.html in the first run)")
-    parser.add_argument("--export", nargs="+", default=[], metavar="DIR", help="exports outside the run folders")
-    parser.add_argument("--bench", nargs="+", default=[], metavar="FILE", help="output of pst-ds bench --json")
-    parser.add_argument("--verified", nargs="+", default=[], metavar="FILE", help="output of pst-ds verify --json")
-    watch = "serve the page over HTTP instead of writing it, and update it as the runs progress"
-    parser.add_argument("--watch", action="store_true", help=watch)
-    parser.add_argument("--host", default="127.0.0.1", help="address on which --watch listens (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8420, help="its port (default: 8420; 0 chooses a free one)")
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="run folder; several are shown side by side")
+    add("--out", metavar="FILE", help="HTML file to write (default: report.html in the first run)")
+    add("--export", nargs="+", default=[], metavar="DIR", help="exports outside the run folders")
+    add("--bench", nargs="+", default=[], metavar="FILE", help="output of pst-ds bench --json")
+    add("--verified", nargs="+", default=[], metavar="FILE", help="output of pst-ds verify --json")
+    add("--watch", action="store_true", help="serve the page over HTTP, and update it as the runs progress")
+    add("--host", default="127.0.0.1", help="address on which --watch listens (default: 127.0.0.1)")
+    add("--port", type=int, default=8420, help="its port (default: 8420; 0 chooses a free one)")
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:

@@ -24,25 +24,23 @@ KEYS = "PST_DS_API_KEYS"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="DIR", help="folder of a causal model: dense, or packed by pst-ds export")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="(default: 8000; 0 chooses a free one)")
-    parser.add_argument("--name", help="the model's name in requests (default: the folder's)")
-    parser.add_argument("--store", metavar="DIR", help="store of per-user adapters, each served as NAME:USER")
-    parser.add_argument("--chat-template", metavar="FILE", help="Jinja file to use instead of the tokenizer's template")
-    memory = "adapters kept in memory, the most recently used ones (default: 64)"
-    parser.add_argument("--users-in-memory", type=count, default=64, metavar="N", help=memory)
-    workers = "processes, each with a model, restarted when they die (default: 1, this process)"
-    parser.add_argument("--workers", type=count, default=1, metavar="N", help=workers)
-    parser.add_argument("--max-batch", type=count, default=8, metavar="N", help="requests per batch (default: 8)")
-    parser.add_argument("--max-waiting", type=count, default=64, metavar="N", help="waiting requests (default: 64)")
-    parser.add_argument("--max-body", type=count, default=1 << 20, metavar="B", help="request size (default: 2^20)")
-    parser.add_argument("--max-prompt-tokens", type=count, metavar="N", help="(default: the model's positions)")
-    parser.add_argument("--max-new-tokens", type=count, default=512, metavar="N", help="answer length (default: 512)")
-    load_as = "packed weights: keep them packed, or unpack them; auto chooses the faster"
-    parser.add_argument("--load-as", choices=("auto", "sparse", "dense"), default="auto", help=load_as)
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the folder's")
-    parser.add_argument("--threads", type=count, metavar="N", help="threads (default: OMP_NUM_THREADS, or all cores)")
+    add = parser.add_argument
+    add("model", metavar="DIR", help="folder of a causal model: dense, or packed by pst-ds export")
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    add("--port", type=int, default=8000, metavar="N", help="(default: 8000; 0 chooses a free one)")
+    add("--name", help="the model's name in requests (default: the folder's)")
+    add("--store", metavar="DIR", help="store of per-user adapters, each served as NAME:USER")
+    add("--chat-template", metavar="FILE", help="Jinja file to use instead of the tokenizer's template")
+    add("--users-in-memory", type=count, default=64, metavar="N", help="adapters kept in memory (default: 64)")
+    add("--workers", type=count, default=1, metavar="N", help="processes, restarted when they die (default: 1)")
+    add("--max-batch", type=count, default=8, metavar="N", help="requests per batch (default: 8)")
+    add("--max-waiting", type=count, default=64, metavar="N", help="waiting requests (default: 64)")
+    add("--max-body", type=count, default=1 << 20, metavar="B", help="request size (default: 2^20)")
+    add("--max-prompt-tokens", type=count, metavar="N", help="(default: the model's positions)")
+    add("--max-new-tokens", type=count, default=512, metavar="N", help="answer length (default: 512)")
+    add("--load-as", choices=("auto", "sparse", "dense"), default="auto", help="keep weights packed, or unpack them")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the folder's")
+    add("--threads", type=count, metavar="N", help="threads (default: OMP_NUM_THREADS, or all cores)")
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:

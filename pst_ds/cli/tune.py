@@ -7,33 +7,26 @@ from dataclasses import replace
 from pathlib import Path
 
 from pst_ds.atomic_files import require_writable, write_text_atomic
-from pst_ds.cli.main import add_quiet_argument, add_run_arguments
+from pst_ds.cli.main import add_quiet_argument, add_run_arguments, number
 from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
 from pst_ds.errors import InputError
 from pst_ds.parallel import stop_signals
 from pst_ds.text_table import aligned
 
+_share = number("a share above 0 and up to 1", float, lambda value: 0.0 < value <= 1.0)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add_run_arguments(parser, "run file (TOML); its output_dir gets the trials")
-    share = "share of the run's optimizer steps that all trials together may take (default: 0.2)"
-    parser.add_argument("--budget", type=_share, default=0.2, metavar="SHARE", help=share)
-    out = "run file to write (default: RUN.tuned.toml, in the folder of RUN.toml)"
-    parser.add_argument("--out", metavar="FILE", help=out)
-    parser.add_argument("--force", action="store_true", help="write over an existing file")
-    parser.add_argument("--restart", action="store_true", help="begin again, and forget the trials in output_dir")
+    add(
+        "--budget", type=_share, default=0.2, metavar="S", help="share of the run's steps for the trials (default: 0.2)"
+    )
+    add("--out", metavar="FILE", help="run file to write (default: RUN.tuned.toml, in the folder of RUN.toml)")
+    add("--force", action="store_true", help="write over an existing file")
+    add("--restart", action="store_true", help="begin again, and forget the trials in output_dir")
     add_quiet_argument(parser)
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0.0 < share <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0 and up to 1")
-    return share
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:

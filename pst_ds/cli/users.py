@@ -40,45 +40,44 @@ def run(args: argparse.Namespace) -> Facts:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     _add_run(parser)
     _add_store(parser)
     _add_column(parser)
-    parser.add_argument("--data", metavar="FILE", help="the users' rows (default: the run's data.train)")
-    parser.add_argument("--min-rows", type=count, default=1, metavar="N", help="of a user that is trained (default: 1)")
-    parser.add_argument("--limit", type=count, metavar="N", help="train the N users with most rows")
-    parser.add_argument("--again", action="store_true", help="train users anew that the store has already")
+    add("--data", metavar="FILE", help="the users' rows (default: the run's data.train)")
+    add("--min-rows", type=count, default=1, metavar="N", help="of a user that is trained (default: 1)")
+    add("--limit", type=count, metavar="N", help="train the N users with most rows")
+    add("--again", action="store_true", help="train users anew that the store has already")
     form = 'U and V in the layers ("masked", default), or next to them, so that users share a batch ("beside")'
-    parser.add_argument("--form", choices=("masked", "beside"), default="masked", help=form)
-    parser.add_argument("--layers", nargs="+", default=[], metavar="NAME", help="layers, or endings (default: all)")
-    parser.add_argument("--rank", type=count, metavar="R", help="of updates beside layers (default: the run's)")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the states (default: bf16)")
-    parser.add_argument("--epochs", type=float, default=8.0, metavar="E", help="passes over a user's rows (default: 8)")
-    parser.add_argument("--batch-size", type=count, default=8, metavar="B", help="most rows of a step (default: 8)")
-    text = "of U and V (default: 0.4 of the run's, with a head 0.2)"
-    parser.add_argument("--learning-rate", type=float, metavar="LR", help=text)
-    parser.add_argument("--head-learning-rate", type=float, metavar="LR", help="of the head (default: the run's)")
+    add("--form", choices=("masked", "beside"), default="masked", help=form)
+    add("--layers", nargs="+", default=[], metavar="NAME", help="layers, or endings (default: all)")
+    add("--rank", type=count, metavar="R", help="of updates beside layers (default: the run's)")
+    add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the states (default: bf16)")
+    add("--epochs", type=float, default=8.0, metavar="E", help="passes over a user's rows (default: 8)")
+    add("--batch-size", type=count, default=8, metavar="B", help="most rows of a step (default: 8)")
+    add("--learning-rate", type=float, metavar="LR", help="of U and V (default: 0.4 of the run's, with a head 0.2)")
+    add("--head-learning-rate", type=float, metavar="LR", help="of the head (default: the run's)")
     add_quiet_argument(parser)
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     _add_run(parser)
     _add_store(parser)
     _add_column(parser)
-    parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="(default: test)")
-    parser.add_argument("--data", metavar="FILE", help="a file in place of that split of the run")
-    text = "score with the states of N others, those that follow by name, and take the mean (default: 1)"
-    parser.add_argument("--others", type=count, default=1, metavar="N", help=text)
+    add("--split", choices=("train", "validation", "test"), default="test", help="(default: test)")
+    add("--data", metavar="FILE", help="a file in place of that split of the run")
+    add("--others", type=count, default=1, metavar="N", help="mean over the states of N other users (default: 1)")
     add_quiet_argument(parser)
 
 
 def _add_rows(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("questions", metavar="QUESTIONS", help="LaMP's questions file of one split, as it is")
-    parser.add_argument("--answers", metavar="FILE", help="its outputs file; not for a file with the answers in it")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for history.jsonl and queries.jsonl")
-    text = "put the K nearest of a user's own earlier texts before each prompt, by BM25 (default: 0)"
-    parser.add_argument("--retrieve", type=int, default=0, metavar="K", help=text)
-    text = "put before it how often the user gave each answer"
-    parser.add_argument("--profile", action="store_true", help=text)
+    add = parser.add_argument
+    add("questions", metavar="QUESTIONS", help="LaMP's questions file of one split, as it is")
+    add("--answers", metavar="FILE", help="its outputs file; not for a file with the answers in it")
+    add("--out", required=True, metavar="DIR", help="folder for history.jsonl and queries.jsonl")
+    add("--retrieve", type=int, default=0, metavar="K", help="earlier texts before each prompt (default: 0)")
+    add("--profile", action="store_true", help="put before it how often the user gave each answer")
 
 
 def _add_list(parser: argparse.ArgumentParser) -> None:
@@ -86,12 +85,13 @@ def _add_list(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     _add_run(parser)
     _add_store(parser)
-    parser.add_argument("--user", required=True, metavar="NAME", help="whose model is written")
-    parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--format", choices=("dense", *PACKINGS), default="dense", help="(default: dense)")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="cast every tensor; default: as they are")
+    add("--user", required=True, metavar="NAME", help="whose model is written")
+    add("--out", required=True, help="folder to write")
+    add("--format", choices=("dense", *PACKINGS), default="dense", help="(default: dense)")
+    add("--dtype", choices=("bf16", "fp32"), help="cast every tensor; default: as they are")
 
 
 def _add_remove(parser: argparse.ArgumentParser) -> None:

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("export", help="export folder")
-    parser.add_argument("--against", dest="run", metavar="RUN", help="run folder the export came from")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of the run")
-    parser.add_argument("--checkpoint", default="best", help="checkpoint that was exported (default: best)")
-    parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
-    parser.add_argument("--limit", type=count, metavar="N", help="compare on the first N examples only")
+    add = parser.add_argument
+    add("export", help="export folder")
+    add("--against", dest="run", metavar="RUN", help="run folder the export came from")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of the run")
+    add("--checkpoint", default="best", help="checkpoint that was exported (default: best)")
+    add("--split", choices=("train", "validation", "test"), default="test")
+    add("--limit", type=count, metavar="N", help="compare on the first N examples only")
     add_quiet_argument(parser)
 
 

@@ -1,25 +1,20 @@
 """``pst-ds doctor``: check whether this machine can train; every line is ok, a warning or a failure with its fix."""
 
 import argparse
+import math
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
+
+from pst_ds.cli.main import number
+
+_seconds = number("a number of seconds above 0", float, lambda value: 0.0 < value < math.inf)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", default=".", metavar="DIR", help="folder of future runs (default: here)")
     limit = "limit for compiling, and for the ranks to connect (default: 180)"
     parser.add_argument("--time-limit", type=_seconds, default=180.0, metavar="SECONDS", help=limit)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return seconds
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:

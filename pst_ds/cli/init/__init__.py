@@ -16,34 +16,30 @@ _HELD_OUT = "the last 10 % of it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", metavar="DIR", help="model folder, or a name on the hub")
-    parser.add_argument("--train", metavar="FILE", help="JSONL, CSV, Parquet or text file to train on")
-    validation = "file for choosing the best checkpoint, or none (default: the last 10 %% of the training file)"
-    parser.add_argument("--validation", metavar="FILE", help=validation)
-    parser.add_argument("--test", metavar="FILE", help="file for pst-ds eval and verify")
-    parser.add_argument("--task", choices=tuple(TASKS), help="default: inferred from the columns of the training file")
-    parser.add_argument("--text-columns", type=_names, metavar="COLUMN,...", help="one column, or two for pairs")
-    parser.add_argument("--label-column", metavar="COLUMN", help="default: label")
-    parser.add_argument("--method", choices=tuple(METHODS), default="pst", help="default: pst")
-    parser.add_argument("--sparsity", type=float, metavar="S", help=f"final sparsity (default: {_DEFAULT_SPARSITY})")
-    pattern = 'matrix (default), global, row, N:M or blocks such as "16x1"'
-    parser.add_argument("--pattern", metavar="P", help=pattern)
-    target = "where the sparse model will run; proposes the fastest pattern of about the same quality"
-    parser.add_argument("--target", choices=("cpu",), help=target)
-    excluded = "modules and parameters to keep dense, as in pst.exclude_modules"
-    parser.add_argument("--exclude-modules", type=_names, metavar="NAME,...", help=excluded)
+    add = parser.add_argument
+    add("model", nargs="?", metavar="DIR", help="model folder, or a name on the hub")
+    add("--train", metavar="FILE", help="JSONL, CSV, Parquet or text file to train on")
+    add("--validation", metavar="FILE", help="chooses the best checkpoint, or none (default: 10 %% of --train)")
+    add("--test", metavar="FILE", help="file for pst-ds eval and verify")
+    add("--task", choices=tuple(TASKS), help="default: inferred from the columns of the training file")
+    add("--text-columns", type=_names, metavar="COLUMN,...", help="one column, or two for pairs")
+    add("--label-column", metavar="COLUMN", help="default: label")
+    add("--method", choices=tuple(METHODS), default="pst", help="default: pst")
+    add("--sparsity", type=float, metavar="S", help=f"final sparsity (default: {_DEFAULT_SPARSITY})")
+    add("--pattern", metavar="P", help='matrix (default), global, row, N:M or blocks such as "16x1"')
+    add("--target", choices=("cpu",), help="where the model will run; proposes the fastest pattern of similar quality")
+    add("--exclude-modules", type=_names, metavar="NAME,...", help="modules to keep dense (pst.exclude_modules)")
     steps = parser.add_mutually_exclusive_group()
     steps.add_argument(
         "--epochs", type=float, metavar="N", help="default: 3, and 1 for causal-lm, within 600 to 10,000 steps"
     )
     steps.add_argument("--steps", type=count, metavar="N", help="optimizer steps")
-    parser.add_argument("--batch-size", type=count, metavar="N", help="examples per step (default: about 32)")
-    length = "maximum tokens per example (default: 128, or 512 for causal-lm, or the model's limit)"
-    parser.add_argument("--max-length", type=count, metavar="N", help=length)
-    parser.add_argument("--ranks", type=count, metavar="N", help="processes to train on (default: 1)")
-    parser.add_argument("--output-dir", metavar="DIR", help="run folder (default: runs/ and the name of the run file)")
-    parser.add_argument("--out", default="run.toml", metavar="FILE", help="run file to write (default: run.toml)")
-    parser.add_argument("--force", action="store_true", help="overwrite an existing run file")
+    add("--batch-size", type=count, metavar="N", help="examples per step (default: about 32)")
+    add("--max-length", type=count, metavar="N", help="tokens per example (default: 128, for causal-lm 512)")
+    add("--ranks", type=count, metavar="N", help="processes to train on (default: 1)")
+    add("--output-dir", metavar="DIR", help="run folder (default: runs/ and the name of the run file)")
+    add("--out", default="run.toml", metavar="FILE", help="run file to write (default: run.toml)")
+    add("--force", action="store_true", help="overwrite an existing run file")
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
