@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pst_ds.cli.main import count
@@ -47,8 +48,11 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if (args.store is None) != (args.user is None):
         raise InputError("--store and --user must be given together")
     import torch
+    from transformers import TextStreamer
 
+    from pst_ds.inference.decoder import Decoder
     from pst_ds.inference.hf.model_folder import open_model_folder
+    from pst_ds.inference.runtime import sparse_layers
     from pst_ds.parallel.launch import LaunchEnvironment, device_of
 
     if args.threads:
@@ -57,34 +61,35 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     folder = open_model_folder(args.model)
     folder.require_causal()
     tokenizer = folder.tokenizer()
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    if not prompt.strip():
-        raise InputError("--prompt is empty. Give a text to continue")
-    inputs = _encoded(prompt, tokenizer, args)
+    inputs = _encoded(tokenizer, args)
     new_tokens = _new_tokens(args, inputs["input_ids"], folder)
     start = time.perf_counter()
-    decoder = _decoder(args, folder, device, inputs["input_ids"].shape[1] + new_tokens)
-    model = _loaded(args, folder, device) if decoder is None else None
+    prompt_tokens = inputs["input_ids"].shape[1]
+    model = _decoder(args, folder, device, prompt_tokens + new_tokens) or _loaded(args, folder, device)
     load_seconds = time.perf_counter() - start
     if new_tokens < args.max_new_tokens:
-        positions = inputs["input_ids"].shape[1] + new_tokens
-        print(f"stops after {new_tokens} tokens: the model has {positions} positions", file=sys.stderr)
+        print(f"stops after {new_tokens} tokens: the model has {prompt_tokens + new_tokens} positions", file=sys.stderr)
     torch.manual_seed(args.seed)
-    if model is not None:
-        how, wrote = _facts(model), _write(model, tokenizer, inputs, new_tokens, sampling)
+    stopwatch = _Stopwatch(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+    if isinstance(model, Decoder):
+        engine, dtype, layers = "native", folder.values or str(folder.config.dtype), 0
+        new = _stream(model, folder, inputs["input_ids"], new_tokens, sampling, args.seed, stopwatch)
     else:
-        assert decoder is not None
-        dtype = folder.values or str(folder.config.dtype).removeprefix("torch.")
-        how = {"engine": "native", "sparse_layers": 0, "dtype": dtype}
-        wrote = _write_natively(decoder, folder, tokenizer, inputs, new_tokens, sampling, args.seed)
+        engine, dtype, layers = "torch", str(model.dtype), len(sparse_layers(model))
+        new = _generate(model, tokenizer, inputs, new_tokens, sampling, stopwatch)
     result: Facts = {
         "model": args.model,
         "format": folder.format,
-        **how,
+        "engine": engine,
+        "sparse_layers": layers,
+        "dtype": dtype.removeprefix("torch."),
         "device": device,
         "threads": torch.get_num_threads(),
         "load_seconds": load_seconds,
-        **wrote,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": len(new),
+        "text": tokenizer.decode(new, skip_special_tokens=True),
+        **stopwatch.rates(prompt_tokens),
     }
     print(_speed(result), file=sys.stderr, flush=True)
     return result
@@ -103,9 +108,8 @@ def _speed(result: Facts) -> str:
 
 def _decoder(args: argparse.Namespace, folder: ModelFolder, device: str, context: int) -> Decoder | None:
     """Return the native loop if requested, or if it is certainly faster. Raises InputError."""
-    chosen = [
-        f"--{name.replace('_', '-')}" for name in ("load_as", "dtype") if getattr(args, name) not in ("auto", None)
-    ]
+    options = {"load-as": args.load_as != "auto", "dtype": args.dtype}
+    chosen = [f"--{name}" for name, value in options.items() if value]
     if args.engine == "native" and (chosen or device != "cpu"):
         raise InputError(f"--engine native is for a CPU. Omit {' and '.join(chosen) or device}")
     if args.engine == "native" and args.user is not None:
@@ -127,33 +131,16 @@ def _decoder(args: argparse.Namespace, folder: ModelFolder, device: str, context
 
 
 def _loaded(args: argparse.Namespace, folder: ModelFolder, device: str) -> PreTrainedModel:
-    """Return the transformers model, optimised for decoding, with the adapter of ``--user`` if given. Raises
-    InputError.
-    """
+    """Return the transformers model, optimised for decoding, with the adapter of ``--user``. Raises InputError."""
     from pst_ds.inference.runtime.quicken import quicken_decoding
+    from pst_ds.inference.serve.users import ServedUsers
+    from pst_ds.train.users.store import UserStore
 
     model = folder.load(args.load_as, args.dtype, device)
     quicken_decoding(model)
     if args.user is not None:
-        _activate(args, model)
+        ServedUsers(model, folder.path, UserStore.open(Path(args.store))).assign([args.user])
     return model
-
-
-def _activate(args: argparse.Namespace, model: PreTrainedModel) -> None:
-    """Activate a user's adapter. Raises InputError."""
-    from pathlib import Path
-
-    from pst_ds.inference.serve.users import ServedUsers
-    from pst_ds.train.users.store import UserStore
-
-    ServedUsers(model, Path(args.model), UserStore.open(Path(args.store))).assign([args.user])
-
-
-def _facts(model: PreTrainedModel) -> Facts:
-    from pst_ds.inference.runtime import sparse_layers
-
-    dtype = str(model.dtype).removeprefix("torch.")
-    return {"engine": "torch", "sparse_layers": len(sparse_layers(model)), "dtype": dtype}
 
 
 def _sampling(args: argparse.Namespace) -> Sampling:
@@ -168,8 +155,11 @@ def _sampling(args: argparse.Namespace) -> Sampling:
     return {"do_sample": True, "temperature": temperature, "top_p": args.top_p or 1.0, "top_k": 0}
 
 
-def _encoded(prompt: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> dict[str, Tensor]:
-    """Return ``input_ids`` and ``attention_mask``, both (1, tokens)."""
+def _encoded(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> dict[str, Tensor]:
+    """Return ``input_ids`` and ``attention_mask`` of the prompt, both (1, tokens). Raises InputError."""
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not prompt.strip():
+        raise InputError("--prompt is empty. Give a text to continue")
     if not args.chat:
         encoded = tokenizer(prompt, return_tensors="pt")
     elif tokenizer.chat_template is None:
@@ -217,9 +207,7 @@ class _Stopwatch:
         self._streamer.end()
 
     def rates(self, prompt_tokens: int) -> dict[str, float | None]:
-        """Return seconds to the first token, and tokens per second of the prefill and of decoding (None for one
-        token).
-        """
+        """Return seconds to the first token, and tokens per second of prefill and decoding (None for one token)."""
         prompt, first, *later = self._times
         return {
             "first_token_seconds": first - prompt,
@@ -228,14 +216,18 @@ class _Stopwatch:
         }
 
 
-def _write(
-    model: Any, tokenizer: PreTrainedTokenizerBase, inputs: dict[str, Tensor], new_tokens: int, sampling: Sampling
-) -> dict[str, object]:
-    """Stream the text to stdout; return it with its timings."""
+def _generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: dict[str, Tensor],
+    new_tokens: int,
+    sampling: Sampling,
+    stopwatch: _Stopwatch,
+) -> list[int]:
+    """Stream the text of a transformers model to stdout; return its tokens."""
     import torch
-    from transformers import GenerationConfig, TextStreamer
+    from transformers import GenerationConfig
 
-    stopwatch = _Stopwatch(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
     own = model.generation_config
     pad = own.pad_token_id
     # replaces the folder's settings: keep its special tokens, but no beam search, penalties and the like
@@ -248,36 +240,24 @@ def _write(
         pad_token_id=(tokenizer.pad_token_id or tokenizer.eos_token_id or 0) if pad is None else pad,
         **sampling,
     )
-    prompt_tokens = inputs["input_ids"].shape[1]
     with torch.inference_mode():
         ids = model.generate(**{name: t.to(model.device) for name, t in inputs.items()}, streamer=stopwatch)
-    new = ids[0, prompt_tokens:]
-    return _wrote(tokenizer, new.tolist(), prompt_tokens, stopwatch)
+    new: list[int] = ids[0, inputs["input_ids"].shape[1] :].tolist()
+    return new
 
 
-def _wrote(
-    tokenizer: PreTrainedTokenizerBase, new: list[int], prompt_tokens: int, stopwatch: _Stopwatch
-) -> dict[str, object]:
-    return {
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": len(new),
-        "text": tokenizer.decode(new, skip_special_tokens=True),
-        **stopwatch.rates(prompt_tokens),
-    }
-
-
-def _write_natively(
+def _stream(
     decoder: Decoder,
     folder: ModelFolder,
-    tokenizer: PreTrainedTokenizerBase,
-    inputs: dict[str, Tensor],
+    ids: Tensor,
     new_tokens: int,
     sampling: Sampling,
     seed: int,
-) -> dict[str, object]:
-    """Stream the native loop's text to stdout; return the same as :func:`_write`."""
+    stopwatch: _Stopwatch,
+) -> list[int]:
+    """Stream the text of the native loop to stdout; return its tokens."""
     import torch
-    from transformers import GenerationConfig, TextStreamer
+    from transformers import GenerationConfig
 
     from pst_ds.data.generation import end_tokens
     from pst_ds.inference.decoder import Sampling as NativeSampling
@@ -287,11 +267,10 @@ def _write_natively(
     except OSError:
         own = GenerationConfig.from_model_config(folder.config)
     how = NativeSampling(float(sampling.get("temperature", 0.0)), top_p=float(sampling.get("top_p", 1.0)))
-    stopwatch = _Stopwatch(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
-    stopwatch.put(inputs["input_ids"])
+    stopwatch.put(ids)
     new = []
-    for token in decoder.stream(inputs["input_ids"][0], new_tokens, sampling=how, end=end_tokens(own), seed=seed):
+    for token in decoder.stream(ids[0], new_tokens, sampling=how, end=end_tokens(own), seed=seed):
         new.append(token)
         stopwatch.put(torch.tensor([token]))
     stopwatch.end()
-    return _wrote(tokenizer, new, inputs["input_ids"].shape[1], stopwatch)
+    return new

@@ -28,89 +28,58 @@ _SHOWN = 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    for name, (summary, add, _) in ACTIONS.items():
-        sub = actions.add_parser(name, help=summary, description=summary)
-        json_text = "end with one JSON object on the last line of stdout"
-        sub.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=json_text)
-        add(sub)
+    subs = {name: actions.add_parser(name, help=text, description=text) for name, (text, _) in ACTIONS.items()}
+    text = "end with one JSON object on the last line of stdout"
+    for sub in subs.values():
+        sub.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=text)
+    for sub in (subs["train"], subs["eval"], subs["export"]):
+        add_run_arguments(sub, "folder of a finished run, or its run file")
+        sub.add_argument("--checkpoint", default="best", help='"best" (default), "final", or another in checkpoints/')
+        sub.add_argument("--store", required=True, metavar="DIR", help="folder of the users' states")
+    for sub in (subs["list"], subs["remove"]):
+        sub.add_argument("store", metavar="DIR", help="the store")
+    for sub in (subs["train"], subs["eval"]):
+        sub.add_argument("--by", required=True, metavar="COLUMN", help="the column that names the user of each row")
+        sub.add_argument("--users", nargs="+", default=[], metavar="NAME", help="only these users (default: all)")
+        sub.add_argument("--data", metavar="FILE", help="the users' rows (default: those of the run)")
+        add_quiet_argument(sub)
+    _add_training_arguments(subs["train"])
+    add = subs["eval"].add_argument
+    add("--split", choices=("train", "validation", "test"), default="test", help="(default: test)")
+    add("--others", type=count, default=1, metavar="N", help="mean over the states of N other users (default: 1)")
+    add = subs["rows"].add_argument
+    add("questions", metavar="QUESTIONS", help="LaMP's questions file of one split, unchanged")
+    add("--answers", metavar="FILE", help="its outputs file; not for a file with the answers in it")
+    add("--out", required=True, metavar="DIR", help="folder for history.jsonl and queries.jsonl")
+    add("--retrieve", type=int, default=0, metavar="K", help="earlier texts before each prompt, by BM25 (default: 0)")
+    add("--profile", action="store_true", help="put before it how often the user gave each answer")
+    add = subs["export"].add_argument
+    add("--user", required=True, metavar="NAME", help="user whose model is written")
+    add("--out", required=True, help="folder to write")
+    add("--format", choices=("dense", *PACKINGS), default="dense", help="(default: dense)")
+    add("--dtype", choices=("bf16", "fp32"), help="cast every tensor (default: unchanged)")
+    subs["remove"].add_argument("--user", required=True, nargs="+", metavar="NAME", help="users to remove")
 
 
-def run(args: argparse.Namespace) -> Facts:
-    return ACTIONS[args.action][2](args)
-
-
-def _add_train(parser: argparse.ArgumentParser) -> None:
+def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    _add_run(parser)
-    _add_store(parser)
-    _add_column(parser)
-    add("--data", metavar="FILE", help="the users' rows (default: the run's data.train)")
     add("--min-rows", type=count, default=1, metavar="N", help="of a user that is trained (default: 1)")
     add("--limit", type=count, metavar="N", help="train the N users with most rows")
-    add("--again", action="store_true", help="train users anew that the store has already")
+    add("--again", action="store_true", help="train users again that the store has already")
     form = 'U and V in the layers ("masked", default), or next to them, so that users share a batch ("beside")'
     add("--form", choices=("masked", "beside"), default="masked", help=form)
     add("--layers", nargs="+", default=[], metavar="NAME", help="layers, or endings (default: all)")
     add("--rank", type=count, metavar="R", help="of updates beside layers (default: the run's)")
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the states (default: bf16)")
-    add("--epochs", type=float, default=8.0, metavar="E", help="passes over a user's rows (default: 8)")
+    add("--epochs", type=float, default=8.0, metavar="E", help="epochs over a user's rows (default: 8)")
     add("--batch-size", type=count, default=8, metavar="B", help="most rows of a step (default: 8)")
-    add("--learning-rate", type=float, metavar="LR", help="of U and V (default: 0.4 of the run's, with a head 0.2)")
+    rate = "of U and V (default: 0.4 of the run's, with a head 0.2)"
+    add("--learning-rate", type=float, metavar="LR", help=rate)
     add("--head-learning-rate", type=float, metavar="LR", help="of the head (default: the run's)")
-    add_quiet_argument(parser)
 
 
-def _add_eval(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    _add_run(parser)
-    _add_store(parser)
-    _add_column(parser)
-    add("--split", choices=("train", "validation", "test"), default="test", help="(default: test)")
-    add("--data", metavar="FILE", help="a file in place of that split of the run")
-    add("--others", type=count, default=1, metavar="N", help="mean over the states of N other users (default: 1)")
-    add_quiet_argument(parser)
-
-
-def _add_rows(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("questions", metavar="QUESTIONS", help="LaMP's questions file of one split, as it is")
-    add("--answers", metavar="FILE", help="its outputs file; not for a file with the answers in it")
-    add("--out", required=True, metavar="DIR", help="folder for history.jsonl and queries.jsonl")
-    add("--retrieve", type=int, default=0, metavar="K", help="earlier texts before each prompt (default: 0)")
-    add("--profile", action="store_true", help="put before it how often the user gave each answer")
-
-
-def _add_list(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", metavar="DIR", help="the store")
-
-
-def _add_export(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    _add_run(parser)
-    _add_store(parser)
-    add("--user", required=True, metavar="NAME", help="whose model is written")
-    add("--out", required=True, help="folder to write")
-    add("--format", choices=("dense", *PACKINGS), default="dense", help="(default: dense)")
-    add("--dtype", choices=("bf16", "fp32"), help="cast every tensor; default: as they are")
-
-
-def _add_remove(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", metavar="DIR", help="the store")
-    parser.add_argument("--user", required=True, nargs="+", metavar="NAME", help="users whose states are deleted")
-
-
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    add_run_arguments(parser, "folder of a finished run, or its run file")
-    parser.add_argument("--checkpoint", default="best", help='"best" (default), "final", or another in checkpoints/')
-
-
-def _add_store(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--store", required=True, metavar="DIR", help="folder of the users' states")
-
-
-def _add_column(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--by", required=True, metavar="COLUMN", help="the column that names the user of each row")
-    parser.add_argument("--users", nargs="+", default=[], metavar="NAME", help="these users alone (default: all)")
+def run(args: argparse.Namespace) -> Facts:
+    return ACTIONS[args.action][1](args)
 
 
 def _train(args: argparse.Namespace) -> Facts:
@@ -163,9 +132,8 @@ def _eval(args: argparse.Namespace) -> Facts:
     if is_first_rank():
         head = ["user", "rows", "shared", "own", "another's"]
         lines = [[s.user[:40], str(s.rows), *(f"{v:.4f}" for v in (s.shared, s.own, s.other))] for s in scores]
-        print("\n".join(aligned([head, *lines[:_SHOWN]])))
-        print(f"and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else "", end="\n" if lines[_SHOWN:] else "")
-        print(_sentence(facts))
+        more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+        print("\n".join([*aligned([head, *lines[:_SHOWN]]), *more, _sentence(facts)]))
     return {**facts, "scores": [score.as_table() for score in scores]}
 
 
@@ -290,11 +258,11 @@ def _say(text: str) -> None:
         print(text)
 
 
-ACTIONS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Facts]]] = {
-    "train": ("train a state for each user of a column, over a finished run", _add_train, _train),
-    "eval": ("compare each user's own state with the shared one, and with another's", _add_eval, _eval),
-    "rows": ("make rows of LaMP's files, with users' own history in the prompts", _add_rows, _rows),
-    "list": ("list the users of a store", _add_list, _list),
-    "export": ("write a user's own model, as sparse as the base: dense or packed", _add_export, _export),
-    "remove": ("delete the states of users", _add_remove, _remove),
+ACTIONS: dict[str, tuple[str, Callable[[argparse.Namespace], Facts]]] = {
+    "train": ("train a state for each user of a column, over a finished run", _train),
+    "eval": ("compare each user's own state with the shared one, and with another's", _eval),
+    "rows": ("make rows of LaMP's files, with users' own history in the prompts", _rows),
+    "list": ("list the users of a store", _list),
+    "export": ("write a user's own model, as sparse as the base: dense or packed", _export),
+    "remove": ("delete the states of users", _remove),
 }

@@ -4,15 +4,17 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from pst_ds.atomic_files import require_writable
-from pst_ds.cli.main import count
+from pst_ds.cli.main import count, number
 from pst_ds.config.methods import METHODS
 from pst_ds.config.tasks import TASKS
 from pst_ds.errors import InputError
 
 _DEFAULT_SPARSITY = "0.9, and 0.5 for language models"
-_HELD_OUT = "the last 10 % of it"
+_share = number("a number in [0, 1)", float, lambda value: 0.0 <= value < 1.0)
+T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target", choices=("cpu",), help="where the model will run; proposes the fastest pattern of similar quality")
     add("--exclude-modules", type=_names, metavar="NAME,...", help="modules to keep dense (pst.exclude_modules)")
     steps = parser.add_mutually_exclusive_group()
-    steps.add_argument(
-        "--epochs", type=float, metavar="N", help="default: 3, and 1 for causal-lm, within 600 to 10,000 steps"
-    )
+    steps.add_argument("--epochs", type=float, metavar="N", help="default: 3 (causal-lm: 1), for 600 to 10,000 steps")
     steps.add_argument("--steps", type=count, metavar="N", help="optimizer steps")
     add("--batch-size", type=count, metavar="N", help="examples per step (default: about 32)")
     add("--max-length", type=count, metavar="N", help="tokens per example (default: 128, for causal-lm 512)")
@@ -77,59 +77,46 @@ def _complete(args: argparse.Namespace) -> None:
             raise InputError(f"{names} missing, and there is no terminal to ask on. Run pst-ds init DIR --train FILE")
         return
     if not args.model:
-        args.model = _ask("model folder, or its name on the hub")
+        args.model = _ask("model folder, or its name on the hub", str)
     if not args.train:
-        args.train = _ask("file to train on (.jsonl, .csv, .parquet, .txt)", check=_file_problem)
+        args.train = _ask("file to train on (.jsonl, .csv, .parquet, .txt)", _file)
         if not args.validation:
-            asked = _ask("file for validation, or none", _HELD_OUT, check=_file_problem)
-            args.validation = None if asked == _HELD_OUT else asked
+            args.validation = _ask("file for validation, or none", _file, "the last 10 % of it")
     if args.sparsity is None and args.pattern is None and METHODS[args.method].masks != "none":
-        asked = _ask("final sparsity", _DEFAULT_SPARSITY, check=_share_problem)
-        args.sparsity = None if asked == _DEFAULT_SPARSITY else float(asked)
+        args.sparsity = _ask("final sparsity", _share, _DEFAULT_SPARSITY)
     if args.ranks is None:
-        args.ranks = int(_ask("processes to train on", "1", check=_count_problem))
+        args.ranks = _ask("processes to train on", count, "1")
 
 
-def _ask(question: str, default: str = "", check: Callable[[str], str] = lambda answer: "") -> str:
-    """Return the answer to a question.
-
-    ``check`` returns the problem with an answer, or ""; it is not called for the default. Raises InputError after three
-    wrong answers, or at the end of input.
-    """
-    problem = ""
+def _ask(question: str, parse: Callable[[str], T], default: str = "") -> T | None:
+    """Return the answer to a question, None for its default. Raises InputError after three wrong answers, or without
+    one."""
+    problem = "no answer was given"
     for _ in range(3):
         print(f"{question}{f' [{default}]' if default else ''}: ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
-        answer = line.strip() or default
+        answer = line.strip()
         if not line:
             break
-        if answer and answer == default:
-            return default
-        problem = check(answer) if answer else "an answer is needed"
-        if not problem:
-            return answer
+        if default and answer in ("", default):
+            return None
+        try:
+            if answer:
+                return parse(answer)
+            problem = "an answer is needed"
+        except argparse.ArgumentTypeError as error:
+            problem = str(error)
         print(f"  {problem}", file=sys.stderr)
-    raise InputError(f"{question}: {problem or 'no answer was given'}")
+    raise InputError(f"{question}: {problem}")
 
 
-def _file_problem(answer: str) -> str:
+def _file(answer: str) -> str:
     from pst_ds.cli.init.draft import NO_VALIDATION
     from pst_ds.data.dataset import file_and_slice
 
-    if answer == NO_VALIDATION or Path(file_and_slice(answer)[0]).is_file():
-        return ""
-    return f"{answer!r} is not a file (looked in {Path(answer).absolute()})"
-
-
-def _share_problem(answer: str) -> str:
-    try:
-        return "" if 0.0 <= float(answer) < 1.0 else f"{answer} is not in [0, 1)"
-    except ValueError:
-        return f"{answer!r} is not a number"
-
-
-def _count_problem(answer: str) -> str:
-    return "" if answer.isdigit() and int(answer) else f"{answer!r} is not a whole number of at least 1"
+    if answer != NO_VALIDATION and not Path(file_and_slice(answer)[0]).is_file():
+        raise argparse.ArgumentTypeError(f"{answer!r} is not a file (looked in {Path(answer).absolute()})")
+    return answer
 
 
 def _names(text: str) -> list[str]:

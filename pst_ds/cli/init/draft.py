@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -19,7 +18,7 @@ from pst_ds.config.tasks import TASKS, TaskFacts
 from pst_ds.config.toml import run_from_table
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.data.dataset import file_and_slice, read_rows
-from pst_ds.data.model_limits import is_causal
+from pst_ds.data.model_limits import is_causal, positions_of
 from pst_ds.data.plain_text import proposed_sample_by
 from pst_ds.data.tasks import task_of
 from pst_ds.errors import InputError
@@ -27,9 +26,6 @@ from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.targets import find_embeddings
 from pst_ds.planning.dense_start import HIGH_SPARSITY, remark_on_dense_start
 from pst_ds.train.model import kept_in_fp32, load_model_config, load_tokenizer, meta_model, num_trainable
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 NO_VALIDATION = "none"
 """Value of ``--validation`` for a run without validation data."""
@@ -74,7 +70,7 @@ class Chosen:
 
 
 def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
-    """Return the run that ``args`` ask for, checked like ``pst-ds plan`` does. Raises InputError."""
+    """Return the run that ``args`` ask for, checked as by ``pst-ds plan``. Raises InputError."""
     ranks = args.ranks or 1
     has_accelerator = torch.accelerator.is_available()
     table = _first_table(args, deepspeed_file if ranks > 1 or has_accelerator else None)
@@ -82,8 +78,9 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     first = run_from_table(laid_over(table, "data", max_length=TASKS[table["task"]].min_length))
     task, tokenizer = task_of(first), load_tokenizer(first)
     labels = task.label_names(first.data)
-    config = load_model_config(first, labels, tokenizer)
-    positions = _positions(config, tokenizer)
+    model_config = load_model_config(first, labels, tokenizer)
+    limits = positions_of(model_config), tokenizer.model_max_length
+    positions = min((limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**9), default=None)
     room = (positions or _UNKNOWN_LIMIT) - (len(tokenizer(first.prompt.text)["input_ids"]) if first.prompt.text else 0)
     length = asked or min(first.task_facts.init_max_length, room)
     table = laid_over(table, "data", max_length=length)
@@ -99,7 +96,7 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     model = meta_model(run, labels, tokenizer)
     if kept_in_fp32(model):
         table = laid_over(table, "train", precision="fp32")
-    if task.new_head and _has_small_update(run):
+    if task.new_head:
         table = _for_a_new_task(table, model, run)
     table = with_start(table, model, examples, any_pattern=not args.pattern)
     if (proposed := run_from_table(table)) != run:
@@ -107,7 +104,11 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     layers = pst_layers(model)
     remarks += [remark_on_dense_start(run, model)]
     summary = {
-        **_summary(run, model),
+        "task": run.task,
+        "method": run.method,
+        "sparsity": run.schedule.final_sparsity if run.mask_method.masks != "none" else 0.0,
+        "num_layers": len(layers),
+        "trained_parameters": num_trainable(model),
         "classes": labels,
         "num_steps": run.num_steps(examples),
         "examples": examples,
@@ -117,32 +118,21 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     }
     names = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
     reasons = length_reason, _proposed_pattern(args, run.task)[1]
-    return Chosen(table, run, labels, config.model_type, positions, has_accelerator, names, *reasons, summary)
+    return Chosen(table, run, labels, model_config.model_type, positions, has_accelerator, names, *reasons, summary)
 
 
 def _with_batches(
     table: Settings, args: argparse.Namespace, usual_epochs: float, examples: int, ranks: int
 ) -> tuple[Settings, str]:
     """Return ``table`` with a batch size and the length of the run, and the reason for the length."""
-    batch_size = ranks * max(1, min(_BATCH_SIZE, examples) // ranks)  # a multiple of ranks, at most all examples
-    batch_size = args.batch_size or batch_size
+    # a multiple of ranks, at most all examples
+    batch_size = args.batch_size or ranks * max(1, min(_BATCH_SIZE, examples) // ranks)
     table = laid_over(table, "train", batch_size=batch_size)
     if args.steps or args.epochs is not None:
         return table, "as given"
     train, reason = proposed_length(usual_epochs, examples, batch_size)
     del table["train"]["num_epochs"]
     return laid_over(table, "train", **train), reason
-
-
-def _summary(run: RunConfig, model: nn.Module) -> dict[str, object]:
-    """Return the method, and the numbers of layers and trained parameters."""
-    return {
-        "task": run.task,
-        "method": run.method,
-        "sparsity": run.schedule.final_sparsity if run.mask_method.masks != "none" else 0.0,
-        "num_layers": len(pst_layers(model)),
-        "trained_parameters": num_trainable(model),
-    }
 
 
 def _remark_on_lines(data: DataConfig) -> str:
@@ -152,16 +142,13 @@ def _remark_on_lines(data: DataConfig) -> str:
     return f'{file}: its lines are parts of longer texts, not documents: data.sample_by = "{data.sample_by}"'
 
 
-def _has_small_update(run: RunConfig) -> bool:
-    """Return whether the method trains a low-rank update that is added to the weights."""
-    config = run.injected_pst
-    return bool(run.mask_method.injects and config.update_rank and not config.multiplicative_update)
-
-
 def _for_a_new_task(table: Settings, model: nn.Module, run: RunConfig) -> Settings:
-    """Return ``table`` for a model that learns a new task: with an update of its embeddings, and with masks that start
-    at half of the final sparsity and are fixed early. tools/quality/logs/tuning-log.md has the gains.
+    """Return ``table`` for a model that learns a new task by a low-rank update: with an update of its embeddings, and
+    with masks that start at half of the final sparsity and are fixed early (tools/quality/logs/tuning-log.md).
     """
+    config = run.injected_pst
+    if not run.mask_method.injects or not config.update_rank or config.multiplicative_update:
+        return table
     if embeddings := _updatable_embeddings(model, run):
         table = laid_over(table, "pst", update_embeddings=embeddings)
     if run.method != "pst" or run.pst.magnitude == "none":
@@ -210,13 +197,14 @@ def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> Setti
         raise InputError(f"{where}. Name one of the columns: {', '.join(features)}")
     label_column = args.label_column or "label"
     suggested = next(name for name, of in TASKS.items() if of.suggested_by(features.get(label_column)))
-    task = args.task or ("chat" if _conversations(features) else suggested)
+    conversations = _guessed(_GUESSED_CONVERSATIONS, features)
+    task = args.task or ("chat" if conversations else suggested)
     facts = TASKS[task]
     if facts.packs_text and not args.task:
         _require_labels_or_causal(args, features)
     data: Settings = {"train": args.train}
     data |= {name: of for name in ("validation", "test") if (of := getattr(args, name)) and of != NO_VALIDATION}
-    found = _conversations(features) if task == "chat" else []
+    found = conversations if task == "chat" else []
     data["text_columns"] = args.text_columns or found or _text_columns(features, label_column, task, args.train)
     if facts.has_labels:
         data["label_column"] = label_column
@@ -250,9 +238,7 @@ def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> Setti
 
 
 def _proposed_pattern(args: argparse.Namespace, task: str) -> tuple[str, str]:
-    """Return the requested pattern, or the best one for ``args.target``, and the reason
-    (docs/background/results.md).
-    """
+    """Return the requested pattern, or the best for ``args.target`` and the reason (docs/background/results.md)."""
     if args.pattern or args.target != "cpu":
         return args.pattern or "matrix", ""
     if not TASKS[task].has_labels:
@@ -272,10 +258,8 @@ def _sparsity(args: argparse.Namespace, facts: TaskFacts) -> float:
 
 
 def _require_labels_or_causal(args: argparse.Namespace, features: dict[str, str]) -> None:
-    """Raise InputError for data without labels and a model that cannot generate text, if another column may have
-    labels.
-    """
-    others = [name for name in features if name not in _usual_texts(features)]
+    """Raise InputError if another column may have the labels and the model cannot generate text."""
+    others = [name for name in features if name not in _guessed(_GUESSED_TEXTS, features)]
     if not others:
         return
     table = {"output_dir": args.out, "task": "causal-lm", "model": {"path": args.model}, "data": {"train": args.train}}
@@ -287,30 +271,18 @@ def _require_labels_or_causal(args: argparse.Namespace, features: dict[str, str]
         )
 
 
-def _usual_texts(names: Iterable[str]) -> list[str]:
-    """Return the columns with usual names for text; empty without any."""
-    return next((texts for texts in _GUESSED_TEXTS if set(texts) <= set(names)), [])
-
-
-def _conversations(names: Iterable[str]) -> list[str]:
-    """Return the columns with usual names for conversations; empty without any."""
-    return next((columns for columns in _GUESSED_CONVERSATIONS if set(columns) <= set(names)), [])
+def _guessed(guesses: Sequence[list[str]], names: Iterable[str]) -> list[str]:
+    """Return the first of ``guesses`` whose columns all exist; empty if none do."""
+    return next((columns for columns in guesses if set(columns) <= set(names)), [])
 
 
 def _text_columns(features: dict[str, str], label_column: str, task: str, where: str) -> list[str]:
     """Return the text columns. Raises InputError if they cannot be inferred."""
     texts = [name for name, kind in features.items() if kind in _TEXT_TYPES and name != label_column]
-    found = _usual_texts(texts) or texts
+    found = _guessed(_GUESSED_TEXTS, texts) or texts
     if 1 <= len(found) <= TASKS[task].max_text_columns:
         return found
     raise InputError(
         f"--train {where}: which columns hold the text of task {task!r} is not clear. Name them with --text-columns. "
         f"Columns: {', '.join(features)}"
     )
-
-
-def _positions(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the smaller limit of model and tokenizer; None if neither has one."""
-    of_model = getattr(config.get_text_config(), "max_position_embeddings", None)
-    known = [n for n in (of_model, tokenizer.model_max_length) if isinstance(n, int) and 0 < n < 10**9]
-    return min(known, default=None)
