@@ -1,5 +1,4 @@
-"""Files and folders that are whole on disk or not there at all, whatever kills the process that writes them, and locks
-that keep other processes from writing them at the same time."""
+"""Atomic writes of files and folders, which a crash cannot leave incomplete, and locks against concurrent writers."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ _held_locks: set[int] = set()
 
 
 def require_writable(path: Path, what: str) -> None:
-    """Raise InputError when ``path``, which need not be there yet, cannot be made; ``what`` names it: "--out a/b"."""
+    """Raise InputError if ``path``, which need not exist, cannot be written; ``what`` names it: "--out a/b"."""
     place = path.absolute()
     while not place.exists():
         place = place.parent
@@ -50,21 +49,20 @@ def sync(path: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_new(path: Path, data: bytes) -> str:
-    """:func:`write_pieces` of one."""
+    """Write a file, as :func:`write_pieces`."""
     return write_pieces(path, (data,))
 
 
 def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
-    """Write a file of ``pieces``, one behind the other, wait for the disk, read it back from there; its SHA-256.
+    """Write a file of consecutive ``pieces``, wait for the disk, read it back, and return its SHA-256.
 
-    Memory holds one piece at a time, as far as the caller makes them one by one. Raises OSError when the disk is full,
-    or gives back other bytes than it was given.
+    Raises OSError if the disk is full, or returns different bytes.
     """
     taken = hashlib.sha256()
     with path.open("wb") as stream:
@@ -81,12 +79,12 @@ def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """:func:`write_bytes_atomic` of a text."""
+    """Replace the content of ``path`` atomically, as :func:`write_bytes_atomic`."""
     write_bytes_atomic(path, text.encode())
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Give ``path`` a new content; a reader, also after a crash, finds the old one or the new one.
+    """Replace the content of ``path`` atomically: after a crash it has the old content or the new one.
 
     A link stays one: the file that it names is replaced. A device or a pipe is written to. Raises IsADirectoryError.
     """
@@ -95,25 +93,25 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
     if path.exists() and not path.is_file():
         path.write_bytes(data)
         return
-    path = Path(os.path.realpath(path))
-    beside = partial_name(path)
-    try:
-        write_new(beside, data)
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+    with _replacing(Path(os.path.realpath(path))) as partial:
+        write_new(partial, data)
 
 
 def replace_link(path: Path, target: str) -> None:
-    """Make ``path`` a symbolic link to ``target`` beside it, in one step."""
-    beside = partial_name(path)
+    """Make ``path`` a symbolic link to ``target`` in the same folder, atomically."""
+    with _replacing(path) as partial:
+        partial.symlink_to(target)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield a name for a new file, which then replaces ``path``; remove it after an error."""
+    partial = partial_name(path)
     try:
-        beside.symlink_to(target)
-        beside.replace(path)
+        yield partial
+        partial.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
 
@@ -124,7 +122,7 @@ def partial_name(path: Path) -> Path:
 
 
 def remove_partial(*paths: Path) -> None:
-    """Remove what killed processes left unfinished of ``paths``, all in one folder. No process may be writing them."""
+    """Remove partial files of killed processes for ``paths`` in one folder. No process may be writing them."""
     names = "|".join(re.escape(path.name) for path in paths)
     unfinished = re.compile(rf"\.({names})\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
     for path in [path for path in paths[0].parent.iterdir() if unfinished.fullmatch(path.name)]:
@@ -133,7 +131,7 @@ def remove_partial(*paths: Path) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name ``folder`` at the end; after an error nothing of it is left.
+    """Yield a folder to write into, which is renamed to ``folder`` at the end, or removed after an error.
 
     A link stays one: the folder that it names is replaced. Other processes that write the same folder wait.
     """
@@ -149,7 +147,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """:func:`atomic_folder` of a file: yield a name to write it under."""
+    """Yield a name to write a file under, as :func:`atomic_folder`."""
     path = Path(os.path.realpath(path))
     with _written_alone(path) as partial:
         yield partial
@@ -180,7 +178,7 @@ def _remove(path: Path) -> None:
 
 
 def publish(partial: Path, folder: Path) -> None:
-    """Give a finished folder, its files on disk, its name; what had the name before is gone then."""
+    """Rename a finished folder, whose files are on disk, to ``folder``, and remove its predecessor."""
     sync(partial)
     old = folder.with_name(folder.name + OLD)
     if folder.exists():
@@ -197,7 +195,7 @@ def publish(partial: Path, folder: Path) -> None:
 
 
 def restore_replaced(folder: Path) -> None:
-    """After a crash between the two renames of :func:`publish`: give the older folder its name back."""
+    """Restore the older folder after a crash between the two renames of :func:`publish`."""
     old = folder.with_name(folder.name + OLD)
     if old.is_dir():
         if folder.exists():
@@ -208,11 +206,10 @@ def restore_replaced(folder: Path) -> None:
 
 @contextmanager
 def only_writer(path: Path, what: str, patience: float = math.inf) -> Iterator[str]:
-    """Enter once no other process is inside for the lock file ``path``, which is made if need be; ``what`` names the
-    work. Yield why there may be another one all the same, on a file system without locks, or "".
+    """Hold the lock file ``path`` while doing ``what``. Yield why another process may still be writing, or "".
 
-    The kernel releases the lock when the process ends, whatever ends it. Raises InputError that names the process
-    inside after ``patience`` seconds of waiting.
+    There may be one on a file system without locks. The kernel releases the lock when the process ends. Raises
+    InputError that names the owner after ``patience`` seconds.
     """
     # flock and not a POSIX record lock: that would be lost as soon as anything in this process, such as a copy of the
     # folder, opened and closed the file. NFS shows flock to all hosts too.
@@ -243,8 +240,7 @@ def only_writer(path: Path, what: str, patience: float = math.inf) -> Iterator[s
 
 
 def _try_lock(path: Path) -> tuple[int | None, str]:
-    """Return a descriptor of the lock file, locked, and what :func:`only_writer` yields; or None, and which process has
-    locked it."""
+    """Return a descriptor of the locked file and what :func:`only_writer` yields, or None and the owner."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, doubt = os.open(path, os.O_CREAT | os.O_RDWR, 0o666), ""
@@ -259,7 +255,7 @@ def _try_lock(path: Path) -> tuple[int | None, str]:
         host = f"on {socket.gethostname()},"
         if owner and (doubt or host not in owner):  # killed, or some file systems keep locks from other hosts
             doubt = " and ".join(filter(None, (doubt, f"{path} was left by {owner}")))
-        if _is_there(path, handle):
+        if _is_current(path, handle):
             os.ftruncate(handle, 0)
             started = datetime.now().astimezone()
             os.pwrite(handle, f"pid {os.getpid()} {host} started {started:%Y-%m-%d %H:%M:%S %z}".encode(), 0)
@@ -267,7 +263,7 @@ def _try_lock(path: Path) -> tuple[int | None, str]:
         os.close(handle)  # the one before has removed the file, or the folder
 
 
-def _is_there(path: Path, handle: int) -> bool:
+def _is_current(path: Path, handle: int) -> bool:
     """Return whether ``path`` names the file that ``handle`` has open."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
@@ -275,11 +271,11 @@ def _is_there(path: Path, handle: int) -> bool:
         return False
 
 
-def _let_go() -> None:
-    """In a fork: close its copies of the locks, which would outlive the process that holds them."""
+def _close_copies() -> None:
+    """Close a fork's copies of the locks, which would outlive the process that holds them."""
     for handle in _held_locks:
         os.close(handle)
     _held_locks.clear()
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_close_copies)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from pst_ds.report.axes import BOTTOM, LEFT, RIGHT, TOP, Axis, Tick, axis_of, short
 from pst_ds.report.run_data import RunData
-from pst_ds.report.thin import thinned
 from pst_ds.train.monitor.curves import DENSE, EVALUATION, Point
 
 MOST_POINTS = 600
@@ -21,6 +21,7 @@ _LEAST_SHARE = 1e-3
 _TINY, _LEAST_SHARE_OF_TINY = 1e-4, 0.5
 """Values below the first need an exponent, which leaves room for two digits next to the plot."""
 LEARNING_RATE = "lr/"
+P = TypeVar("P", bound=tuple[float, float])
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +84,16 @@ class Chart:
 def charts(runs: Sequence[RunData]) -> Iterator[Chart]:
     """Yield the charts for which the runs have curves, all over the same steps."""
     yield from _chart(runs, "Loss", "mean since the previous point", "loss")
-    yield from _sparsity(runs)
+    sparsity = ("target", "sparsity/target", True), ("actual", "sparsity/actual", False)
+    yield from _pair(runs, "Sparsity", "of the pruned matrices", *sparsity)
     yield from _chart(runs, "Flip rate", "fraction of mask bits per update", "flip_rate", is_log=True)
     yield from _chart(runs, "Correlation of S with |W|", "mean over layers", "correlation")
     for name in _names(runs, EVALUATION):
         yield from _chart(runs, f"Evaluation: {name.removeprefix(EVALUATION)}", "", name)
     yield from _learning_rates(runs)
     yield from _chart(runs, "Tokens per second", "over all ranks", "tokens_per_second")
-    yield from _pace(runs)
+    pace = ("slowest", "ranks/most_seconds", False), ("median", "ranks/median_seconds", True)
+    yield from _pair(runs, "Seconds per step", "without waiting for others", *pace)
 
 
 def _names(runs: Sequence[RunData], prefix: str) -> list[str]:
@@ -108,16 +111,15 @@ def _chart(runs: Sequence[RunData], title: str, note: str, curve: str, *, is_log
     yield from drawn(title, note, series, _last_step(runs), is_log=is_log)
 
 
-def _sparsity(runs: Sequence[RunData]) -> Iterator[Chart]:
-    """Draw the target dashed and the actual value solid, from 0, because the two nearly agree."""
+def _pair(runs: Sequence[RunData], title: str, note: str, *curves: tuple[str, str, bool]) -> Iterator[Chart]:
+    """Draw two curves of each run from 0, given as (label, name, is dashed); one that is 0 throughout is omitted."""
     series = []
     for i, run in enumerate(runs):
-        for name in ("target", "actual"):
-            points = run.curves.get(f"sparsity/{name}", [])
+        for label, curve, is_dashed in curves:
+            points = run.curves.get(curve, [])
             if any(value for _, value in points):
-                label = name if len(runs) == 1 else f"{run.name}, {name}"
-                series.append(Series(label, i, points, is_dashed=name == "target"))
-    yield from drawn("Sparsity", "of the pruned matrices", series, _last_step(runs), from_zero=True)
+                series.append(Series(label if len(runs) == 1 else f"{run.name}, {label}", i, points, is_dashed))
+    yield from drawn(title, note, series, _last_step(runs), from_zero=True)
 
 
 def _learning_rates(runs: Sequence[RunData]) -> Iterator[Chart]:
@@ -129,17 +131,6 @@ def _learning_rates(runs: Sequence[RunData]) -> Iterator[Chart]:
         return
     series = [Series(name.removeprefix(LEARNING_RATE), i, runs[0].curves[name]) for i, name in enumerate(names)]
     yield from drawn("Learning rates", "by parameter group", series, _last_step(runs), is_log=True)
-
-
-def _pace(runs: Sequence[RunData]) -> Iterator[Chart]:
-    """Draw the time that the slowest rank needs for a step, and that of the median rank dashed."""
-    series = []
-    for i, run in enumerate(runs):
-        for name, rank in (("most", "slowest"), ("median", "median")):
-            if points := run.curves.get(f"ranks/{name}_seconds"):
-                label = rank if len(runs) == 1 else f"{run.name}, {rank}"
-                series.append(Series(label, i, points, is_dashed=name == "median"))
-    yield from drawn("Seconds per step", "without waiting for others", series, _last_step(runs), from_zero=True)
 
 
 def _last_step(runs: Sequence[RunData]) -> int:
@@ -165,3 +156,17 @@ def drawn(
     share = _LEAST_SHARE if max(map(abs, values)) >= _TINY else _LEAST_SHARE_OF_TINY
     axis = axis_of(min(values), max(values), BOTTOM, TOP, is_log=is_log, least_share=share)
     yield Chart(title, note, axis_of(0, end, LEFT, RIGHT), axis, series)
+
+
+def thinned(points: Sequence[P], most: int) -> list[P]:
+    """Pick at most ``most`` (at least 4) of ``points``: both ends, and the extremes of every interval between them."""
+    if len(points) <= most:
+        return list(points)
+    inner = range(1, len(points) - 1)
+    size = -(-len(inner) // ((most - 2) // 2))  # two of each stretch are kept
+    chosen = {0, len(points) - 1}
+    for start in range(0, len(inner), size):
+        stretch = inner[start : start + size]
+        chosen.add(min(stretch, key=lambda i: points[i][1]))
+        chosen.add(max(stretch, key=lambda i: points[i][1]))
+    return [points[i] for i in sorted(chosen)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,9 +11,8 @@ import numpy as np
 
 from pst_ds.core.experts.tokens import of_equal_numbers, shares_of_zeros
 from pst_ds.report.axes import LEFT, RIGHT, Tick, short, whole
-from pst_ds.report.layer_data import LayerData, Picture
+from pst_ds.report.layer_data import Picture, spread
 from pst_ds.report.run_data import RunData
-from pst_ds.report.thin import spread
 from pst_ds.train.monitor.images import (
     FLIP_DECADES,
     filled_bins,
@@ -64,32 +63,32 @@ def heat_maps(run: RunData) -> Iterator[HeatMap]:
     layers = run.layers
     if layers is None or not layers.update_steps:
         return
-    sparsity, flips = layers.history.sparsity(), layers.history.flips()
+    sparsity, flips, columns = layers.history.sparsity(), layers.history.flips(), layers.column_steps()
+    texts = [whole(first) if first == last else f"{first:,} to {last:,}" for first, last in columns]
+    axes = layers.names, [first for first, _ in columns], texts
     low, high = FLIP_DECADES
-    yield _heat_map(layers, "Sparsity", "fraction of pruned weights", sparsity, sparsity, ("0", "1"))
+    yield _heat_map("Sparsity", "fraction of pruned weights", sparsity, sparsity, ("0", "1"), *axes)
     scale = (f"{10**low:.3%} or less", f"{10**high:.0%} or more")
-    yield _heat_map(layers, "Flips", "of mask bits, log scale", flips, flips_on_scale(flips), scale)
+    yield _heat_map("Flips", "of mask bits, log scale", flips, flips_on_scale(flips), scale, *axes)
 
 
 def _heat_map(
-    layers: LayerData, title: str, note: str, values: np.ndarray, on_scale: np.ndarray, scale: tuple[str, str]
+    title: str,
+    note: str,
+    values: np.ndarray,
+    on_scale: np.ndarray,
+    scale: tuple[str, str],
+    layers: list[str],
+    numbers: Sequence[int],
+    columns: list[str],
+    column: str = "step",
 ) -> HeatMap:
-    columns = layers.column_steps()
-    texts = [whole(first) if first == last else f"{first:,} to {last:,}" for first, last in columns]
-    ticks = column_ticks([first for first, _ in columns])
-    return HeatMap(title, note, png_uri(shaded(on_scale)), scale, ticks, layers.names, texts, packed(values))
-
-
-def column_ticks(numbers: Sequence[int]) -> list[Tick]:
-    """Label the first, middle and last of the columns for ``numbers``."""
+    """Draw ``values``, coloured by ``on_scale``, and label the first, middle and last of the columns by ``numbers``."""
     count = len(numbers)
     shown = sorted({0, count // 2, count - 1})
-    return [Tick(round(LEFT + (i + 0.5) / count * (RIGHT - LEFT), 1), short(numbers[i])) for i in shown]
-
-
-def packed(values: np.ndarray) -> str:
-    """Encode cells as :attr:`HeatMap.values`."""
-    return base64.b64encode(values.astype("<f4").tobytes()).decode("ascii")
+    ticks = [Tick(round(LEFT + (i + 0.5) / count * (RIGHT - LEFT), 1), short(numbers[i])) for i in shown]
+    cells = base64.b64encode(values.astype("<f4").tobytes()).decode("ascii")
+    return HeatMap(title, note, png_uri(shaded(on_scale)), scale, ticks, layers, columns, cells, column)
 
 
 def png_uri(pixels: np.ndarray) -> str:
@@ -134,13 +133,14 @@ def expert_maps(run: RunData) -> Iterator[HeatMap]:
         rows = np.array(list(table.values()), dtype=float)
         relative = rows / np.maximum(rows.mean(1, keepdims=True), 1e-9)
         on_scale = np.concatenate([share_on_scale([row]) for row in rows])
-        yield _map("Tokens of experts", "over the mean of their module", table, relative, on_scale, ("0", "2 or more"))
+        scale = ("0", "2 or more")
+        yield _expert_map("Tokens of experts", "over the mean of their module", table, relative, on_scale, scale)
     weights = dict(zip(run.layers.names, run.layers.weights, strict=True)) if run.layers else {}
     for table in _tables(run, "expert_zeros"):
         known = {name: row for name, row in table.items() if weights.get(name)}
         if known:
             share = np.array([shares_of_zeros(row, weights[name]) for name, row in known.items()])
-            yield _map("Sparsity of experts", "fraction of pruned weights", known, share, share, ("0", "1"))
+            yield _expert_map("Sparsity of experts", "fraction of pruned weights", known, share, share, ("0", "1"))
 
 
 def _tables(run: RunData, key: str) -> list[dict[str, Sequence[int]]]:
@@ -148,23 +148,8 @@ def _tables(run: RunData, key: str) -> list[dict[str, Sequence[int]]]:
     return of_equal_numbers(counts) if isinstance(counts, dict) else []
 
 
-def _map(
-    title: str,
-    note: str,
-    table: Mapping[str, Sequence[int]],
-    values: np.ndarray,
-    on_scale: np.ndarray,
-    scale: tuple[str, str],
+def _expert_map(
+    title: str, note: str, table: Iterable[str], values: np.ndarray, on_scale: np.ndarray, scale: tuple[str, str]
 ) -> HeatMap:
     numbers = range(values.shape[1])
-    return HeatMap(
-        title,
-        note,
-        png_uri(shaded(on_scale)),
-        scale,
-        column_ticks(numbers),
-        list(table),
-        [str(i) for i in numbers],
-        packed(values),
-        "expert",
-    )
+    return _heat_map(title, note, values, on_scale, scale, list(table), numbers, [*map(str, numbers)], "expert")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, Generic, TypedDict, TypeVar, cast
 
-from pst_ds.report.thin import EvenlyApart
 from pst_ds.train.monitor.images import MaskHistory
 from pst_ds.train.monitor.jsonl import lines_until
 
+T = TypeVar("T")
 FIGURES = ("correlation", "score_norm", "update_norm", "weight_norm")
 _MOST_PICTURES = 64
 """Most pictures held per layer, in addition to the last one."""
@@ -32,6 +33,29 @@ class Picture(TypedDict, total=False):
 
 
 _PICTURES = {"histogram": {"low", "high", "kept", "pruned", "threshold"}, "thumbnail": {"share"}}
+
+
+class EvenlyApart(Generic[T]):
+    """Every k-th item of a stream and its last one: at most ``most`` (at least 2) and one more. k doubles as needed."""
+
+    def __init__(self, most: int):
+        self._most, self._stride, self._seen = most, 1, 0
+        self._kept: list[T] = []
+        self._last: list[T] = []
+        """The last item, unless it is among the kept."""
+
+    @property
+    def items(self) -> list[T]:
+        return self._kept + self._last
+
+    def add(self, item: T) -> None:
+        is_kept = self._seen % self._stride == 0
+        self._seen += 1
+        self._last = [] if is_kept else [item]
+        self._kept += [item] if is_kept else []
+        if len(self._kept) > self._most:
+            self._last = self._kept[-1:] if len(self._kept) % 2 == 0 else []
+            self._kept, self._stride = self._kept[::2], 2 * self._stride
 
 
 @dataclass(slots=True)
@@ -107,3 +131,10 @@ def _list_of(values: object, count: int) -> list[Any]:
     if not isinstance(values, list) or len(values) != count:
         raise ValueError(f"not a list of {count}")
     return values
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """Pick at most ``most`` (at least 2) of ``items`` at even intervals, including the first and the last."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]

@@ -12,10 +12,9 @@ from pst_ds import __version__
 from pst_ds.report import axes
 from pst_ds.report.charts import charts
 from pst_ds.report.heat_maps import expert_maps, heat_maps, layer_pictures
-from pst_ds.report.layer_table import layer_table
 from pst_ds.report.outcomes import ExportData
 from pst_ds.report.run_data import RunData
-from pst_ds.report.tables import Table, measured_once_table, result_table, setting_tables
+from pst_ds.report.tables import Table, layer_table, measured_once_table, result_table, setting_tables
 from pst_ds.train.fit_verdict import sentence
 
 T = TypeVar("T")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pst_ds.report.layer_table import common_prefix, layer_table
 from pst_ds.report.run_data import read_runs
+from pst_ds.report.tables import common_prefix, layer_table
 
 
 def test_layers_have_their_figures_or_a_dash(a_run):
