@@ -15,8 +15,8 @@ from pst_ds.third_party import ThirdPartyError, patch, patched, require, support
 PACKAGE = Path(__file__).resolve().parents[1] / "pst_ds"
 USES = {
     ("inference/hf/quantizer.py", "merge_quantization_configs"),
-    ("nn/fast_paths.py", "activation_relu_or_gelu"),
-    ("nn/fast_paths.py", "use_nested_tensor"),
+    ("nn/inject.py", "activation_relu_or_gelu"),
+    ("nn/inject.py", "use_nested_tensor"),
     ("nn/sharded_weights.py", "_load_state_dict_into_zero3_model"),
     ("nn/sharded_weights.py", "load_state_dict"),
     ("parallel/engine.py", "save_checkpoint"),

@@ -24,7 +24,7 @@ from pst_ds.nn.inject import (
     round_weights,
 )
 from pst_ds.nn.model_structure import is_inside_block
-from pst_ds.nn.replaceable import listed
+from pst_ds.nn.targets import listed
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import all_gather_objects, is_main
 from pst_ds.parallel.steps import applied_steps, steps_noted, torch_optimizer, unwrapped

@@ -16,12 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pst_ds.config.pst import MaskRule, PSTConfig
 from pst_ds.core.experts import products
 from pst_ds.core.experts.routing import Routing
-from pst_ds.core.layout import WeightLayout
-from pst_ds.core.quantization import Grid
-from pst_ds.nn.base_codes import BaseCodes
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.model_structure import stack_names
 from pst_ds.parallel import zero3
@@ -41,20 +37,9 @@ class PSTExpertStack(PSTLayer):
     :class:`pst_ds.core.layout.WeightLayout`. Factors have the ranks of ``PSTConfig.of_experts``.
     """
 
-    def __init__(
-        self,
-        name: str,
-        weight: nn.Parameter | None,
-        layout: WeightLayout,
-        rule: MaskRule,
-        config: PSTConfig,
-        num_shards: int,
-        magnitude_scales: tuple[float, ...],
-        grid: Grid | None = None,
-        base: BaseCodes | None = None,
-    ):
-        super().__init__(name, weight, None, layout, rule, config.of_experts, num_shards, magnitude_scales, grid, base)
-        self.tokens_seen = torch.zeros(layout.num_experts, dtype=torch.int64, device="cpu")
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.tokens_seen = torch.zeros(self.layout.num_experts, dtype=torch.int64, device="cpu")
         """Tokens that trained each expert in this process; tokens of recomputed forward passes count once."""
 
     @property

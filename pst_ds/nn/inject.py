@@ -14,7 +14,7 @@ from pst_ds.core.quantization import INPUT_BITS, Grid, InputGrid, StoredGrid
 from pst_ds.core.tiles import TileBudgetError, least_tile_bytes, plan_tiles
 from pst_ds.core.updates.gates import rank_budget
 from pst_ds.errors import InputError
-from pst_ds.nn import experts, fast_paths
+from pst_ds.nn import experts
 from pst_ds.nn.base_codes import BaseCodes, encode_bases, mean_magnitudes
 from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.layer import CONSTANT_PARTS, PSTLayer
@@ -35,8 +35,15 @@ from pst_ds.nn.targets import (
 )
 from pst_ds.parallel import zero3
 from pst_ds.parallel.steps import unwrapped
+from pst_ds.third_party import require
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+_OFF: tuple[tuple[type[nn.Module], str, object], ...] = (
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),  # fused for 1 and 2; the activation is another field
+    (nn.TransformerEncoder, "use_nested_tensor", False),  # only the fused layer supports nested tensors
+)
+"""Switches of torch's fused encoder layer, which reads the weights of its layers instead of calling them."""
+_BEFORE = "pst_fast_path"
 
 
 def inject_pst(
@@ -49,30 +56,29 @@ def inject_pst(
     base_grid: Grid | None = None,
     embedding_grid: Grid | None = None,
 ) -> ModelT:
-    """Replace the target layers of ``model`` by PSTLinear, and stacks of experts by PSTExpertStack; freeze the rest.
+    """Replace layers of ``model`` by PST modules, in place, and freeze the rest; return ``model``.
 
     Call it before ``deepspeed.initialize``. Collective under ``zero.Init``, where it gathers one layer at a time.
-    Returns ``model``.
 
     Args:
         model: a model with its pretrained weights. On the meta device magnitude scales are 1.
-        config: the layers to prune, the factors, and what else is trained; kept as ``model.pst_config``. Embeddings
-            that it updates become PSTEmbedding.
-        num_shards: number of ranks over which ZeRO-3 will partition the weights. None: as in a model that was built
-            under ``zero.Init``; 1 for any other.
+        config: the layers to prune, the factors, and what else is trained; kept as ``model.pst_config``.
+        num_shards: number of ranks over which ZeRO-3 will partition the weights. None: as ``zero.Init`` did, else 1.
         grid: quantisation scheme of the pruned weights once :func:`round_weights` is called; None for never.
         activation_bits: 8 quantises the inputs of these layers to int8 while their weights are quantised; 16 does not.
-        base_grid: quantisation scheme of the pretrained weights W0 of the target layers, applied now: they are kept as
-            int8 or int4 values with scales, sharded under ZeRO-3. None leaves them unchanged.
+        base_grid: quantisation scheme of W0, stored as int8 or int4 values with scales from now on; None for none.
         embedding_grid: the same for the frozen token embedding of a transformers model, and for its output layer.
 
     Raises:
         InjectionError: a layer cannot be pruned, or a name matches none; see :func:`pst_ds.nn.targets.resolve_targets`.
         InputError: FSDP2 or tensor parallelism has partitioned the model.
     """
-    _require_base_model(model)
+    if pst_layers(model):
+        raise InjectionError("the model already has PST modules; inject into the base model, once")
     targets, embeddings = resolve_targets(model, config), find_embeddings(model, config)
-    _require_fit(targets, config, grid, base_grid)
+    for target in targets:
+        _require_fit(target, config, grid, base_grid)
+    _require_settings(targets, config, base_grid)
     tables = find_tables(model, config, embedding_grid, {t.module for t in targets}) if embedding_grid else []
     inputs = _input_grid(activation_bits, grid)
     shards = {target.name: _shards_of(target, num_shards) for target in targets}
@@ -84,17 +90,12 @@ def inject_pst(
     for target in targets:
         _replace(target, config, shards[target.name], scales[target.name], grid, bases.get(target.name), inputs)
     experts.switch_on(dict.fromkeys(target.module for target in targets if target.is_stack))
-    fast_paths.switch_off(model)
+    _switch_fused_layers_off(model)
     replace_embeddings(embeddings, config)
     for param in configured_parameters(model, config):
         param.requires_grad_(True)
     model.pst_config = config  # type: ignore[assignment]
     return model
-
-
-def _require_base_model(model: nn.Module) -> None:
-    if pst_layers(model):
-        raise InjectionError("the model already has PST modules; inject into the base model, once")
 
 
 def _replace(
@@ -107,15 +108,14 @@ def _replace(
     inputs: InputGrid | None,
 ) -> None:
     """Replace a target by a PST layer. ``scales``: magnitude scales, one for each matrix."""
-    weight = None if base else target.weight
-    rest = target.layout, target.rule, config, num_shards, scales, grid, base
-    like = base.codes if base else target.weight
+    weight, like = (None, base.codes) if base else (target.weight, target.weight)
+    rest = num_shards, scales, grid, base
     layer: PSTLayer
     if target.is_stack:
         del target.module._parameters[target.parameter]  # a module takes its place
-        layer = PSTExpertStack(target.name, weight, *rest)
+        layer = PSTExpertStack(target.name, weight, None, target.layout, target.rule, config.of_experts, *rest)
     else:
-        layer = PSTLinear(target.name, weight, target.module.bias, *rest)
+        layer = PSTLinear(target.name, weight, target.module.bias, target.layout, target.rule, config, *rest)
     zero3.split_as(like, layer.parameters(recurse=False))
     layer.train(target.module.training)
     layer.inputs = inputs
@@ -125,7 +125,7 @@ def _replace(
 def _magnitude_scales(
     targets: Sequence[Target], bases: dict[str, BaseCodes], config: PSTConfig
 ) -> dict[str, tuple[float, ...]]:
-    """Return the divisors of |W| in the scores, one for each matrix of a target; 1 where |W| is the only term."""
+    """Return the divisors of |W| in the scores, one per matrix of each target; 1 where |W| is the only term."""
     pools = config.update_gates != "none" or any(target.rule.pattern.pools_matrices for target in targets)
     compared = not config.full_scores and (config.has_scores or pools)
     if config.relative_magnitude and compared and not targets[0].weight.is_meta:
@@ -168,8 +168,8 @@ def injected_config(model: nn.Module) -> PSTConfig:
         return config
     if pst_layers(model):
         raise InputError(
-            f"inject_pst was called on a part of this {type(model).__name__}, and what is saved or loaded is a whole "
-            "model with its config: inject the whole model, and name the part by target_modules and modules_to_save"
+            f"inject_pst was called on a part of this {type(model).__name__}, and only a whole model with its config "
+            "can be saved or loaded. Inject the whole model, and name the part by target_modules and modules_to_save"
         )
     raise InputError(f"this {type(model).__name__} has no PST layers; call inject_pst(model, PSTConfig(...)) first")
 
@@ -193,26 +193,6 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
-
-
-def _require_patterns_fit(targets: Sequence[Target], config: PSTConfig) -> None:
-    """Raise InjectionError for a pattern that does not divide its layer, or an override that matches no layer."""
-    for target in targets:
-        try:
-            target.rule.pattern.require_fit(target.layout)
-        except ValueError as error:
-            raise InjectionError(
-                f'{target.name}: {error}. Leave it out with exclude_modules = ["{target.name}"], or give it another '
-                f'pattern: overrides = [{{modules = ["{target.name}"], pattern = "matrix", final_sparsity = …}}]'
-            ) from None
-    for override in config.overrides:
-        if not any(name_matches(target.name, override.modules) for target in targets):
-            asked = override.modules if isinstance(override.modules, str) else list(override.modules)
-            seen = {target.name.rpartition(".")[2] for target in targets}
-            raise InjectionError(
-                f"overrides for {asked!r} match none of the pruned layers."
-                f"{suggestion(override.modules, seen)} Names seen: {', '.join(sorted(seen)[:12])}"
-            )
 
 
 def pst_layers(model: nn.Module) -> dict[str, PSTLayer]:
@@ -276,14 +256,29 @@ def freeze_scores(model: nn.Module, *, frozen: bool = True) -> None:
 
 
 def round_weights(model: nn.Module, *, rounds: bool = True) -> None:
-    """Start or stop to quantise M . W of every layer with a grid, and its inputs if they are to be quantised, in all
-    forward and backward passes."""
+    """Start or stop quantising M . W, and inputs with ``activation_bits`` = 8, of every layer with a grid."""
     for layer in pst_layers(model).values():
         layer.rounds = rounds and layer.stored_grid is not None
 
 
+def _switch_fused_layers_off(model: nn.Module) -> None:
+    """Make every nn.TransformerEncoder and its layers call the PST layers inside them, in evaluation too."""
+    for module in model.modules():
+        for kind, switch, off in _OFF:
+            if isinstance(module, kind) and any(isinstance(inner, PSTLinear) for inner in module.modules()):
+                setattr(module, _BEFORE, require(module, switch))
+                setattr(module, switch, off)
+
+
+def restore_fused_layers(model: nn.Module) -> None:
+    """Undo the switches of torch's fused encoder layers, once ``model`` has no PST layers."""
+    for module in model.modules():
+        for kind, switch, _ in _OFF:
+            if isinstance(module, kind) and _BEFORE in vars(module):
+                setattr(module, switch, vars(module).pop(_BEFORE))
+
+
 def _shards_of(target: Target, num_shards: int | None) -> int:
-    """Return the number of shards of a layer's weight, now or later. Raises InjectionError if num_shards differs."""
     weight = target.weight
     shards = zero3.num_shards(weight) if zero3.is_partitioned(weight) else num_shards or 1
     if num_shards not in (None, shards):
@@ -291,61 +286,67 @@ def _shards_of(target: Target, num_shards: int | None) -> int:
     return shards
 
 
-def _require_fit(targets: Sequence[Target], config: PSTConfig, grid: Grid | None, base_grid: Grid | None) -> None:
-    """Raise InjectionError for settings of ``config``, or a grid, that do not fit a target."""
-    _require_tiles(targets, config)
-    _require_ranks(targets, config.of_experts)
-    _require_budget(targets, config)
-    _require_patterns_fit(targets, config)
-    _require_groups(targets, grid)
-    _require_groups(targets, base_grid, "the base: ")
-    _require_frozen(config, base_grid)
-
-
-def _require_frozen(config: PSTConfig, base_grid: Grid | None) -> None:
-    if base_grid is not None and (config.train_weights or config.full_scores):
-        what = "train_weights" if config.train_weights else "full_scores"
-        raise InjectionError(
-            f"{what} = True trains a number for each weight, and base_grid ({base_grid}) keeps the weights frozen in "
-            "few bits; leave one of them out"
-        )
-
-
-def _require_groups(targets: Sequence[Target], grid: Grid | None, what: str = "") -> None:
-    """Raise InjectionError for groups of a grid that do not divide the inputs of a layer."""
-    if grid is None:
-        return
-    for target in targets:
-        try:
-            StoredGrid(target.layout, grid)
-        except ValueError as error:
-            raise InjectionError(
-                f'{target.name}: {what}{error}; or leave the layer out with exclude_modules = ["{target.name}"]'
-            ) from None
-
-
 def _input_grid(bits: int, grid: Grid | None) -> InputGrid | None:
     """Return the quantisation of ``bits``-bit inputs of weights on ``grid``; None for 16. Raises InjectionError."""
     if bits not in INPUT_BITS:
-        raise InjectionError(f"activation_bits = {bits!r}: inputs of layers have 8 bits, or 16, which are not rounded")
+        raise InjectionError(f"activation_bits = {bits!r} must be 8, or 16 for inputs that are not quantised")
     if bits == 8 and grid is None:
         raise InjectionError(
-            "activation_bits = 8 rounds the inputs of layers whose weights are rounded, and there is no grid for "
-            "these: give inject_pst one, such as grid=Grid(bits=8)"
+            "activation_bits = 8 quantises the inputs of layers with quantised weights, and these have no grid. Give "
+            "inject_pst one, such as grid=Grid(bits=8)"
         )
     return None if bits == 16 or grid is None else InputGrid.of(grid)
 
 
-def _require_ranks(targets: Sequence[Target], config: PSTConfig) -> None:
-    """Raise InjectionError for factors of experts with a higher rank than an expert's matrix."""
-    for target in (target for target in targets if target.is_stack):
-        one = target.layout.expert
-        most = min(one.out_features // one.num_matrices, one.in_features)
-        if max(config.score_rank, config.update_rank) > most:
+def _require_fit(target: Target, config: PSTConfig, grid: Grid | None, base_grid: Grid | None) -> None:
+    """Raise InjectionError for a pattern, quantisation scheme or rank that does not fit a target."""
+    leave_dense = f'exclude_modules = ["{target.name}"]'
+    try:
+        target.rule.pattern.require_fit(target.layout)
+    except ValueError as error:
+        raise InjectionError(
+            f"{target.name}: {error}. Leave it out with {leave_dense}, or give it another pattern: "
+            f'overrides = [{{modules = ["{target.name}"], pattern = "matrix", final_sparsity = …}}]'
+        ) from None
+    for scheme, what in ((grid, ""), (base_grid, "the base: ")):
+        try:
+            if scheme is not None:
+                StoredGrid(target.layout, scheme)
+        except ValueError as error:
+            message = f"{target.name}: {what}{error}; or leave the layer out with {leave_dense}"
+            raise InjectionError(message) from None
+    one, experts_config = target.layout.expert, config.of_experts
+    rows = one.out_features // one.num_matrices
+    if target.is_stack and max(experts_config.score_rank, experts_config.update_rank) > min(rows, one.in_features):
+        raise InjectionError(
+            f"{target.name} has matrices of {rows} x {one.in_features}, and the rank of their factors, expert_rank = "
+            f"{config.expert_rank}, is higher; set it to at most {min(rows, one.in_features)}"
+        )
+
+
+def _require_settings(targets: Sequence[Target], config: PSTConfig, base_grid: Grid | None) -> None:
+    """Raise InjectionError for settings that do not fit the targets together."""
+    for override in config.overrides:
+        if not any(name_matches(target.name, override.modules) for target in targets):
+            asked = override.modules if isinstance(override.modules, str) else list(override.modules)
+            seen = {target.name.rpartition(".")[2] for target in targets}
             raise InjectionError(
-                f"{target.name} has matrices of {one.out_features // one.num_matrices} x {one.in_features}, and the "
-                f"rank of their factors, expert_rank = {config.expert_rank}, is higher; set it to at most {most}"
+                f"overrides for {asked!r} match none of the pruned layers."
+                f"{suggestion(override.modules, seen)} Names seen: {', '.join(sorted(seen)[:12])}"
             )
+    if base_grid is not None and (config.train_weights or config.full_scores):
+        setting = "train_weights" if config.train_weights else "full_scores"
+        raise InjectionError(
+            f"{setting} = True trains a number for each weight, and base_grid ({base_grid}) keeps the weights frozen "
+            "in few bits; leave one of them out"
+        )
+    _require_budget(targets, config)
+    sized = [(target, target.weight.element_size()) for target in targets]
+    target, itemsize = max(sized, key=lambda pair: least_tile_bytes(pair[0].layout.expert, pair[1]))
+    try:
+        plan_tiles(target.layout.expert, itemsize, config.tile_bytes, name=target.name)
+    except TileBudgetError as error:
+        raise InjectionError(str(error)) from None
 
 
 def _require_budget(targets: Sequence[Target], config: PSTConfig) -> None:
@@ -362,13 +363,3 @@ def _require_budget(targets: Sequence[Target], config: PSTConfig) -> None:
             f"target_rank = {config.target_rank} keeps {budget} of the {components} components of {matrices} "
             f"matrices{whole}; set it to at least {math.ceil(1e4 * least * config.update_rank / components) / 1e4:g}"
         )
-
-
-def _require_tiles(targets: Sequence[Target], config: PSTConfig) -> None:
-    """Raise InjectionError for a tile budget below the need of the largest layer, before anything is changed."""
-    sized = [(target, target.weight.element_size()) for target in targets]
-    target, itemsize = max(sized, key=lambda pair: least_tile_bytes(pair[0].layout.expert, pair[1]))
-    try:
-        plan_tiles(target.layout.expert, itemsize, config.tile_bytes, name=target.name)
-    except TileBudgetError as error:
-        raise InjectionError(str(error)) from None

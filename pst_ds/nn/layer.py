@@ -39,9 +39,7 @@ CONSTANT_PARTS = ("pst_mask", "pst_scales", BASE_CODES, BASE_SCALES)
 
 
 class PSTLayer(nn.Module):
-    """Base class of pruned layers: the frozen weight, mask, score factors and low-rank update.
-
-    It adopts the ``weight`` and ``bias`` Parameters of the layer that it replaces.
+    """Base class of pruned layers. It adopts the ``weight`` and ``bias`` Parameters of the layer that it replaces.
 
     W = W0 + beta U V;  S = |W| / scale + alpha1 A B + alpha2 (R 1' + 1 C');  M keeps the largest S
 
@@ -86,20 +84,20 @@ class PSTLayer(nn.Module):
         self.constants = _constants(config)
         self.rule = rule
         self.scores_train = config.has_scores or config.full_scores
-        """True while the scores have a gradient; False once the masks are fixed."""
+        """Whether the scores have a gradient; False once the masks are fixed."""
         self.stored_grid = None if grid is None else StoredGrid(layout, grid)
         self.rounds = False
-        """True while M . W is quantised with the current scales, and x if ``inputs`` is set."""
+        """Whether M . W is quantised with the current scales, and x if ``inputs`` is set."""
         self.inputs: InputGrid | None = None
         """Quantisation of x while M . W is quantised; None for unquantised inputs."""
         self.input_norms: Tensor | None = None
-        """(I,) fp32, for ``magnitude = "activation"``; the same on every rank, on the weight's device."""
+        """(I,) fp32, for ``magnitude = "activation"``; equal on every rank, on the weight's device."""
         self.score_penalty = 0.0
         """Factor of the mean of sigmoid(S), for per-weight scores, in the loss of each backward pass."""
         self.bypassed = False
-        """True while the layer multiplies with W0, like the dense model; see :func:`pst_ds.nn.inject.bypassed`."""
+        """Whether the layer multiplies with W0, like the dense model; see :func:`pst_ds.nn.inject.bypassed`."""
         self.was_called = False
-        """True after the first call of ``forward``; see :func:`pst_ds.nn.inject.layers_never_called`."""
+        """Whether ``forward`` was called; see :func:`pst_ds.nn.inject.layers_never_called`."""
         self.tile_bytes = config.tile_bytes
         self.register_parameter("weight", weight)
         self.bias = bias
@@ -113,19 +111,15 @@ class PSTLayer(nn.Module):
             device, dtype = base.codes.device, base.dtype
             self.pst_mask = base.mask
         self._code_layout, self._loaded_dtype = None if base is None else base.layout, dtype
-        self._add_scales(device)
-        self._add_factors(name, config, device, dtype)
+        self._add_parameters(name, config, device, dtype)
 
-    def _add_scales(self, device: torch.device) -> None:
-        """Register the quantisation scales of a layer with a grid; None for another."""
+    def _add_parameters(self, name: str, config: PSTConfig, device: torch.device, dtype: torch.dtype) -> None:
+        """Register scales and factors with their initial values, and None for absent ones."""
         scales = None
         if self.stored_grid is not None:
             unused = bytes_of_scales(torch.full(self.stored_grid.shape, UNUSED_SCALE)).to(device)
             scales = nn.Parameter(unused, requires_grad=False)
         self.register_parameter("pst_scales", scales)
-
-    def _add_factors(self, name: str, config: PSTConfig, device: torch.device, dtype: torch.dtype) -> None:
-        """Register the factors of ``config`` with their initial values, and None for the others."""
 
         def add(factor: str, shape: tuple[int, ...] | None, std: float = 0.0) -> None:
             param = None
@@ -158,17 +152,16 @@ class PSTLayer(nn.Module):
         """The dtype of the layer's computation."""
         if self.weight is not None:
             return self.weight.dtype
-        # factors follow a cast of the model, which codes do not
+        # factors follow a cast of the model, quantised values do not
         return next((param.dtype for _, param in self.factor_parameters()), self._loaded_dtype)
 
     @property
     def base_codes(self) -> BaseCodes | None:
-        """W0 as codes and scales; None where the layer has a weight."""
+        """W0 as quantised values and scales; None for a layer with a weight."""
         if self._code_layout is None:
             return None
-        return BaseCodes(
-            self._code_layout, self.pst_base_codes, self.pst_base_scales, self.pst_mask, self._loaded_dtype
-        )
+        codes, scales = self.pst_base_codes, self.pst_base_scales
+        return BaseCodes(self._code_layout, codes, scales, self.pst_mask, self._loaded_dtype)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -184,8 +177,7 @@ class PSTLayer(nn.Module):
 
     @torch.no_grad()
     def hold(self, weight: Tensor) -> None:
-        """Replace the frozen W0 by ``weight``, in storage shape; quantised values, if any, are dropped. Not for
-        ZeRO-3."""
+        """Replace the frozen W0, quantised or not, by ``weight``, in storage shape. Not for ZeRO-3."""
         weight = weight.view(self.weight_shape)
         if self.weight is not None:
             self.weight.copy_(weight)
@@ -224,21 +216,18 @@ class PSTLayer(nn.Module):
         zero3.refuse_dtensors(self, recurse=False)
         weight, mask = self.base_weight(), self.pst_mask.detach()
         factors = self.factors({name: param.detach() for name, param in self.factor_parameters()})
-        return masked_linear.LayerState(
-            weight, mask, self.num_shards, self.layout, factors, self.constants, self.magnitude_scales,
-            self.scores_train,
-            self.rounding() if self.rounds else None, self.inputs if self.rounds else None,
-        )  # fmt: skip
+        rounding, inputs = (self.rounding(), self.inputs) if self.rounds else (None, None)
+        constants = factors, self.constants, self.magnitude_scales, self.scores_train
+        return masked_linear.LayerState(weight, mask, self.num_shards, self.layout, *constants, rounding, inputs)
 
     def rounding(self) -> Rounding:
-        """Return the grid and its current scales, of a layer with a grid. The parameters must be gathered."""
+        """Return the grid and its current scales. Only for layers with a grid, whose parameters must be gathered."""
         assert self.stored_grid is not None
         assert self.pst_scales is not None
         return Rounding(self.stored_grid, scales_of_bytes(self.pst_scales.detach(), self.stored_grid.shape))
 
     def masked_weight(self) -> Tensor:
-        """Return M . W in storage shape, exactly as ``forward`` multiplies with it, quantised or not. The parameters
-        must be gathered."""
+        """Return M . W in storage shape, bit-identical to that of ``forward``. The parameters must be gathered."""
         return self.state().masked_weight()
 
     def trained(self) -> tuple[Tensor | None, list[Tensor | None]]:
@@ -249,14 +238,14 @@ class PSTLayer(nn.Module):
     def keep_if_recomputed(self) -> None:
         """If a backward pass recomputes this forward pass, keep frozen parameters gathered until its turn.
 
-        While DeepSpeed recomputes a checkpointed block, all its parameters are gathered, until the module that
-        triggered the recomputation is done. Each would be gathered a third time for its gradients.
+        DeepSpeed gathers the parameters of a checkpointed block to recompute it, then releases them; each would be
+        gathered a third time for its gradients.
         """
         if in_backward_pass() and torch.is_grad_enabled():
             zero3.hold(param for param in self.parameters(recurse=False) if not param.requires_grad)
 
     def gathered_gradients(self, backward: Callable[..., masked_linear.Gradients]) -> masked_linear.Gradients:
-        """Call ``backward`` of pst_ds.core with the layer's state. Gathers the parameters that ZeRO-3 has released."""
+        """Call ``backward`` of pst_ds.core with the layer's state. Gathers released parameters."""
         params = list(self.parameters(recurse=False))
         zero3.let_go(params)
         with zero3.gathered([p for p in params if zero3.is_released(p)]):
@@ -270,7 +259,7 @@ class PSTLayer(nn.Module):
 
     @torch.no_grad()
     def _finish(self, grads: masked_linear.Gradients) -> None:
-        """Add what the formulas of one matrix omit: the storage of U and V, gates, and the penalty on scores."""
+        """Add the parts that are not in the formulas of one matrix: storage of U and V, gates, penalty on scores."""
         if self.constants.multiplicative and grads.U is not None:
             grads.U = ungrouped_columns(grads.U, self.layout.num_matrices)
         if self.pst_G is not None and self.pst_V is not None and grads.V is not None:
@@ -291,8 +280,7 @@ class PSTLayer(nn.Module):
 
 @contextmanager
 def exact_inputs(model: nn.Module) -> Iterator[bool]:
-    """Leave the inputs of all layers of ``model`` unquantised inside the context. Yield whether any is quantised
-    outside."""
+    """Leave the inputs of all layers unquantised in the context. Yield whether any are quantised outside of it."""
     layers = [module for module in model.modules() if isinstance(module, PSTLayer)]
     before = [layer.inputs for layer in layers]
     for layer in layers:

@@ -1,7 +1,14 @@
-"""PSTLinear: a linear layer that multiplies with M . (W0 + beta U V) and learns which weights to keep."""
+"""PSTLinear: a linear layer that multiplies with M . (W0 + beta U V) and learns which weights to keep.
+
+torch.compile puts it into its graphs as the operator ``torch.ops.pst_ds.masked_linear``, which finds its layer by a
+number in a tensor. So one graph serves all layers, and new masks, scales or stages of the schedule need no other: the
+operator reads them from the layer when it runs. Eager code, and layers that ZeRO-3 partitions, do not use it.
+"""
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from functools import partial
 from typing import Any
 
@@ -9,9 +16,14 @@ import torch
 from torch import Tensor
 
 from pst_ds.core import masked_linear
-from pst_ds.nn.layer import PSTLayer
-from pst_ds.nn.operators import new_number
+from pst_ds.nn.layer import FACTOR_NAMES, PSTLayer
 from pst_ds.parallel import zero3
+
+_OTHERS = ", ".join(f"Tensor? {name}" for name in ("weight", "bias", *FACTOR_NAMES, "S"))
+"""Parameters that a layer may train. The operator reads the layer's; they are arguments to get gradients."""
+LIBRARY = torch.library.Library("pst_ds", "FRAGMENT")
+LIBRARY.define(f"masked_linear(Tensor x, Tensor number, int outputs, {_OTHERS}) -> Tensor")
+LIBRARY.define(f"masked_linear_backward(Tensor grad_y, bool[] needed, Tensor x, Tensor number, {_OTHERS}) -> Tensor[]")
 
 
 class PSTLinear(PSTLayer):
@@ -20,7 +32,7 @@ class PSTLinear(PSTLayer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.in_features, self.out_features = self.layout.in_features, self.layout.out_features
-        self._number = new_number(self)
+        self._number = _new_number(self)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., I) to (..., O), in the weight's dtype, also under autocast."""
@@ -36,7 +48,7 @@ class PSTLinear(PSTLayer):
         return torch.ops.pst_ds.masked_linear(x, self._number, self.out_features, weight, self.bias, *factors)
 
     def _eager(self, x: Tensor) -> Tensor:
-        if not self.was_called:
+        if not self.was_called:  # setting an attribute of a module is slow
             self.was_called = True
         self.keep_if_recomputed()
         weight, factors = self.trained()
@@ -48,15 +60,15 @@ class PSTLinear(PSTLayer):
     def product(self, x: Tensor) -> Tensor:
         """Return x (M . W)' + bias for x (..., I): (..., O), without gradient. The parameters must be gathered."""
         bias = None if self.bias is None else self.bias.detach()
-        # Some products are views, which autograd lets no one modify once a Function has returned them; to autograd,
-        # what detach returns is not a view. Two dimensions would do too, but not bit for bit as nn.Linear multiplies.
+        # Some products are views, which autograd lets no one modify once a Function has returned them; the result of
+        # detach is not a view to it. Flattening x would do too, but is not bit-identical to nn.Linear.
         return masked_linear.forward(x.detach(), bias, self.state()).detach()
 
     def gradients(
         self, x: Tensor, grad_y: Tensor, *, need_x: bool, need_weight: bool, need_bias: bool
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of x (..., I), the weight, the bias, and of :data:`FACTOR_NAMES` and S, for
-        ``grad_y`` (..., O). Gathers what ZeRO-3 has released."""
+        ``grad_y`` (..., O). Gathers released parameters."""
         x_rows, grad_rows = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
         backward = partial(masked_linear.backward, need_x=need_x, need_weight=need_weight, need_bias=need_bias)
         grads = self.gathered_gradients(partial(backward, x_rows, grad_rows))
@@ -64,10 +76,9 @@ class PSTLinear(PSTLayer):
         grad_bias = None if grads.bias is None else grads.bias.to(self.dtype)
         return grad_x, grads.weight, grad_bias, *self.of_trained(grads)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy, which torch.compile's graphs have to tell from the original."""
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
-        self._number = new_number(self)
+        self._number = _new_number(self)  # torch.compile's graphs must tell a copy from the original
 
     def _dense(self, x: Tensor) -> Tensor:
         weight = self.weight if self.base_codes is None else self.base_codes.whole(self.dtype).dense()
@@ -96,3 +107,65 @@ class _MaskedLinear(torch.autograd.Function):
         need_x, _, need_weight, need_bias = ctx.needs_input_grad[:4]
         of_x, *others = ctx.layer.gradients(x, grad_y, need_x=need_x, need_weight=need_weight, need_bias=need_bias)
         return of_x, None, *others
+
+
+_LAYERS: weakref.WeakValueDictionary[int, PSTLinear] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+def _new_number(layer: PSTLinear) -> Tensor:
+    """Return a number by which the operators find ``layer``, () int64, on the CPU."""
+    number = next(_NUMBERS)
+    _LAYERS[number] = layer
+    return torch.tensor(number, device="cpu")
+
+
+def _forward(
+    x: Tensor, number: Tensor, outputs: int, weight: Tensor | None, bias: Tensor | None, *factors: Tensor | None
+) -> Tensor:
+    layer = _LAYERS[int(number)]
+    layer.was_called = True
+    with torch.autocast(x.device.type, enabled=False):
+        return layer.product(x)
+
+
+def _backward(
+    grad_y: Tensor, needed: list[bool], x: Tensor, number: Tensor, *others: Tensor | None
+) -> list[Tensor | None]:
+    need_x, need_weight, need_bias = needed[:3]
+    layer = _LAYERS[int(number)]
+    with torch.autocast(x.device.type, enabled=False):
+        grads = layer.gradients(x, grad_y, need_x=need_x, need_weight=need_weight, need_bias=need_bias)
+    return [grad for grad, is_needed in zip(grads, needed, strict=True) if is_needed]
+
+
+LIBRARY.impl("masked_linear", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("masked_linear_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("pst_ds::masked_linear", lib=LIBRARY)
+def _(x: Tensor, number: Tensor, outputs: int, *others: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], outputs))
+
+
+@torch.library.register_fake("pst_ds::masked_linear_backward", lib=LIBRARY)
+def _(grad_y: Tensor, needed: list[bool], x: Tensor, number: Tensor, *others: Tensor | None) -> list[Tensor]:
+    asked = (tensor for tensor, is_needed in zip((x, *others), needed, strict=True) if is_needed)
+    return [tensor.new_empty(tensor.shape) for tensor in asked if tensor is not None]
+
+
+def _save(ctx, inputs, output):
+    x, number, _, *others = inputs
+    ctx.save_for_backward(x, number, *others)
+
+
+def _differentiate(ctx, grad_y):
+    x, number, *others = ctx.saved_tensors
+    need_x, _, _, *need_others = ctx.needs_input_grad
+    needed = [need_x, *need_others]
+    found = iter(torch.ops.pst_ds.masked_linear_backward(grad_y, needed, x, number, *others))
+    of_x, *of_others = (next(found) if is_needed else None for is_needed in needed)
+    return of_x, None, None, *of_others
+
+
+torch.library.register_autograd("pst_ds::masked_linear", _differentiate, setup_context=_save, lib=LIBRARY)

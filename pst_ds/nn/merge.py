@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.errors import InputError, shortened
-from pst_ds.nn import experts, fast_paths
+from pst_ds.nn import experts
 from pst_ds.nn.adapter_checkpoints import whole_checkpoints
 from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.inject import (
@@ -18,6 +18,7 @@ from pst_ds.nn.inject import (
     persistent_buffers,
     plain_name,
     pst_layers,
+    restore_fused_layers,
 )
 from pst_ds.nn.layer import CONSTANT_PARTS, PSTLayer
 from pst_ds.nn.tables.coded import coded_tables, plain_tables
@@ -71,7 +72,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
             for parent, attribute in places:
                 setattr(parent, attribute, plain)
     experts.restore(model)
-    fast_paths.restore(model)
+    restore_fused_layers(model)
     for name in ("pst_config", "save_pretrained"):  # that of PSTCallback writes the adapter state
         vars(model).pop(name, None)
     return model

@@ -94,7 +94,7 @@ def stack_layouts(experts: Any) -> dict[str, WeightLayout]:
         param = experts._parameters.get(attribute)
         shape = () if param is None else tuple(zero3.full_shape(param))
         if len(shape) != 3 or shape[0] != experts.num_experts:
-            raise ValueError(f"{attribute} is no Parameter that stacks {experts.num_experts} matrices")
+            raise ValueError(f"{attribute} is not a Parameter that stacks {experts.num_experts} matrices")
         inputs, outputs = shape[1:] if experts.is_transposed else shape[:0:-1]
         matrices = shape[0] * (fused if attribute == first else 1)
         layouts[attribute] = WeightLayout(shape[0] * outputs, inputs, experts.is_transposed, matrices, shape[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -15,12 +15,21 @@ from pst_ds.core.layout import WeightLayout
 from pst_ds.errors import InputError
 from pst_ds.nn import model_structure
 from pst_ds.nn.model_structure import LooseMatrix, is_conv1d, is_linear
-from pst_ds.nn.replaceable import attention_names, hooks, listed, short_name, why_not_replaceable
 from pst_ds.parallel import zero3
 
 ALL_LINEAR = "all-linear"
 HEAD_NAMES = ("classifier", "score", "pre_classifier", "classification_head", "qa_outputs")
-"""Names of task heads, for models that do not say which part of them is the base model."""
+"""Names of task heads, for models that do not name their base model."""
+SAME_AS_LINEAR = ("FalconLinear",)
+"""Classes with another forward than nn.Linear that computes the same."""
+_HOOKS = {
+    "_forward_hooks": "forward",
+    "_forward_pre_hooks": "forward pre-",
+    "_backward_hooks": "backward",
+    "_backward_pre_hooks": "backward pre-",
+}
+Places = tuple[tuple[nn.Module, str], ...]
+"""Every (parent, attribute) that holds a module."""
 
 
 class InjectionError(InputError):
@@ -33,8 +42,7 @@ class Target:
 
     name: str
     module: Any
-    places: tuple[tuple[nn.Module, str], ...]
-    """Every (parent, attribute) that holds it."""
+    places: Places
     layout: WeightLayout
     rule: MaskRule
     parameter: str = "weight"
@@ -60,8 +68,7 @@ class EmbeddingTarget:
 
     name: str
     module: nn.Embedding
-    places: tuple[tuple[nn.Module, str], ...]
-    """Every (parent, attribute) that holds it."""
+    places: Places
 
 
 def resolve_targets(model: nn.Module, config: PSTConfig) -> list[Target]:
@@ -71,9 +78,9 @@ def resolve_targets(model: nn.Module, config: PSTConfig) -> list[Target]:
     code compute. It omits the routers of experts: they are tiny, and choose which experts run. To prune them, name them
     in ``target_modules``. Modules that ``exclude_modules`` names stay dense and frozen.
 
-    Raises InjectionError if nothing matches; if a match is tied, quantised, not linear, or cannot be replaced
-    (:func:`pst_ds.nn.replaceable.why_not_replaceable`); and if "all-linear" would leave matrices inside the blocks
-    dense because no linear layer holds them, such as experts in a 3-D Parameter of another form.
+    Raises InjectionError if nothing matches; if a match is tied, quantised, not linear, or cannot be replaced; and if
+    "all-linear" would leave matrices inside the blocks dense because no linear layer holds them, such as experts in a
+    3-D Parameter of another form.
     """
     return _Resolver(model, config).targets()
 
@@ -125,8 +132,7 @@ class _Resolver:
                 f"{name}.weight has shape {shape}, not the {layout.shape} of its {type(module).__name__}. Exclude it "
                 "with exclude_modules"
             )
-        if problem := why_not_replaceable(name, module, [holder for holder, _ in places], self.model):
-            raise InjectionError(problem)
+        _require_replaceable(name, module, places, self.model)
         return Target(name, module, places, layout, self.config.rule_for(name))
 
     def stacks(self, name: str, module: nn.Module) -> list[Target]:
@@ -139,7 +145,7 @@ class _Resolver:
         except ValueError as error:
             raise InjectionError(
                 f"{name} ({type(module).__name__}) has another form than the experts that PST can prune: {error}. "
-                f"Leave it dense with exclude_modules = {listed([short_name(name)])}"
+                f"Leave it dense with exclude_modules = {listed([_short_name(name)])}"
             ) from None
         if module._is_expert_parallel:
             raise InjectionError(
@@ -147,7 +153,7 @@ class _Resolver:
                 "stack. Load the model without a distributed_config"
             )
         found = []
-        for stack in (stack for stack in layouts if stack in wanted):
+        for stack in wanted:
             full_name = f"{name}.{stack}"
             _refuse_quantised(full_name, getattr(module, stack))
             rule = self.config.rule_for(full_name)
@@ -169,19 +175,21 @@ class _Resolver:
         """Raise InjectionError for a stack of matrices, or a matrix as large as a pruned one, that would stay dense."""
         least = min((t.layout.expert.numel for t in targets), default=0)
         pruned = {id(t.weight) for t in targets}
-        loose: list[LooseMatrix] = []
-        for matrix in model_structure.loose_matrices(self.model):
-            owner = matrix.owner
-            is_known = owner in self.routers or _is_in(owner, self.saved) or self.is_excluded(owner, matrix.attribute)
-            is_known = is_known or id(getattr(matrix.module, matrix.attribute)) in pruned
-            if not is_known and (matrix.is_stack or 0 < least <= matrix.numel):
-                loose.append(matrix)
+        loose = [
+            matrix
+            for matrix in model_structure.loose_matrices(self.model)
+            if (matrix.is_stack or 0 < least <= matrix.numel)
+            and matrix.owner not in self.routers
+            and not _is_in(matrix.owner, self.saved)
+            and not self.is_excluded(matrix.owner, matrix.attribute)
+            and id(getattr(matrix.module, matrix.attribute)) not in pruned
+        ]
         if not loose:
             return
         first, dense = loose[0], sum(matrix.numel for matrix in loose)
         owners = _names_to_exclude(loose, targets)
         if any(isinstance(matrix.module, nn.MultiheadAttention) for matrix in loose):
-            owners += attention_names(self.model)
+            owners += _attention_names(self.model)
         raise InjectionError(
             f"{first.owner} ({type(first.module).__name__}) has {first.attribute} of shape {first.shape}, "
             f"{'a stack of matrices' if first.is_stack else 'a matrix or a state'} outside any linear layer, which "
@@ -222,7 +230,6 @@ def _task_head(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _require_all_found(setting: str, wanted: tuple[str, ...], found: Iterable[str], usable: Iterable[str]) -> None:
-    """Raise InjectionError for a name that matches none of the modules ``found``; suggest one of ``usable``."""
     for name in wanted:
         if not any(name_matches(n, (name,)) for n in found):
             raise InjectionError(
@@ -242,8 +249,7 @@ def find_embeddings(model: nn.Module, config: PSTConfig) -> list[EmbeddingTarget
     embeddings = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
     _require_all_found("update_embeddings", wanted, found, embeddings)
     for name, module in found.items():
-        if hooks(name, module):
-            raise InjectionError(hooks(name, module))
+        _refuse_hooks(name, module)
         if type(module) is not nn.Embedding or module.max_norm is not None or module.scale_grad_by_freq:
             raise InjectionError(
                 f"update_embeddings matches {name}, a {type(module).__name__}; only a plain nn.Embedding (no max_norm, "
@@ -265,7 +271,7 @@ def _names_to_exclude(loose: list[LooseMatrix], targets: list[Target]) -> list[s
     holders = {part for target in targets for part in accumulate(target.name.split("."), "{}.{}".format)}
     names = []
     for matrix in loose:
-        names.append(matrix.attribute if matrix.owner in holders else short_name(matrix.owner))
+        names.append(matrix.attribute if matrix.owner in holders else _short_name(matrix.owner))
         if matrix.attribute == "A_log" and hasattr(matrix.module, "dt_proj"):
             names.append("dt_proj")  # Mamba's mixers multiply with its weight without calling it: a mask has no effect
     return names
@@ -275,7 +281,7 @@ def _is_in(name: str, modules: Iterable[str]) -> bool:
     return any(name == module or name.startswith(module + ".") for module in modules)
 
 
-def places_by_module(model: nn.Module) -> dict[nn.Module, tuple[tuple[nn.Module, str], ...]]:
+def places_by_module(model: nn.Module) -> dict[nn.Module, Places]:
     """Return every (parent, attribute) that holds a module, by module."""
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
@@ -285,7 +291,7 @@ def places_by_module(model: nn.Module) -> dict[nn.Module, tuple[tuple[nn.Module,
     return {module: tuple(found) for module, found in places.items()}
 
 
-def put(module: nn.Module, places: Iterable[tuple[nn.Module, str]]) -> None:
+def put(module: nn.Module, places: Places) -> None:
     """Set the attribute of each (parent, attribute) in ``places`` to ``module``."""
     for parent, attribute in places:
         setattr(parent, attribute, module)
@@ -310,6 +316,70 @@ def _refuse_tied(model: nn.Module, targets: list[Target]) -> None:
                 )
 
 
+def _require_replaceable(name: str, module: nn.Module, places: Places, model: nn.Module) -> None:
+    """Raise InjectionError, with the fix, if the linear layer ``name`` of ``model`` computes or holds something else
+    than an nn.Linear."""
+    leave_dense = f'leave it dense with exclude_modules = ["{name}"]'
+    if any(isinstance(holder, nn.MultiheadAttention) for holder, _ in places):
+        raise InjectionError(
+            f"{name} belongs to a MultiheadAttention, which reads the layer's weight and never calls it: a mask would "
+            f"prune nothing. Leave it dense with exclude_modules = {listed(_attention_names(model))}"
+        )
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise InjectionError(
+            f"{name}.weight is not a Parameter but computed from others, as by weight_norm or parametrizations. Remove "
+            f"them first (torch.nn.utils.parametrize.remove_parametrizations), or {leave_dense}"
+        )
+    kind = type(module)
+    is_patched = "forward" in vars(module) and not hasattr(module, "_hf_hook")  # accelerate's only moves tensors
+    is_plain = kind.forward is nn.Linear.forward or kind.__name__ in SAME_AS_LINEAR
+    if not is_conv1d(module) and (is_patched or not is_plain):
+        alike = dict.fromkeys(_short_name(other) for other, m in model.named_modules() if type(m) is kind)
+        raise InjectionError(
+            f"{name} is a {kind.__name__} with a forward of its own, and a pruned layer would compute what nn.Linear "
+            f"does. Leave it dense with exclude_modules = {listed(alike)}"
+        )
+    if not weight.is_contiguous():
+        raise InjectionError(
+            f"{name}.weight is not contiguous in memory; make it so (module.weight = "
+            f"nn.Parameter(module.weight.contiguous())), or {leave_dense}"
+        )
+    _refuse_hooks(name, module)
+
+
+def _refuse_hooks(name: str, module: nn.Module) -> None:
+    for attribute, kind in _HOOKS.items():
+        if getattr(module, attribute):
+            raise InjectionError(
+                f"{name} has a {kind} hook, which would be lost with the module that is replaced; register it after "
+                f'inject_pst, on the new one, or leave it dense with exclude_modules = ["{name}"]'
+            )
+
+
+def _attention_names(model: nn.Module) -> list[str]:
+    """Return the names of every nn.MultiheadAttention and its linear layers, for ``exclude_modules``."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            own = _short_name(name)
+            children = [child for child, m in module.named_children() if is_linear(m)]
+            found += [*([own] if own else []), *(f"{own}.{child}".lstrip(".") for child in children)]
+    return list(dict.fromkeys(found))
+
+
+def _short_name(name: str) -> str:
+    """Return the dotted ending of ``name`` from its last part that is not a number."""
+    parts = name.split(".")
+    first = max((i for i, part in enumerate(parts) if not part.isdigit()), default=0)
+    return ".".join(parts[first:])
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names as a list in a run file: ["one", "other"]."""
+    return f"[{', '.join(chr(34) + name + chr(34) for name in names)}]"
+
+
 def _nothing_matched(model: nn.Module, config: PSTConfig) -> str:
     layers = [n for n, m in model.named_modules() if is_linear(m) or model_structure.is_experts(m)]
     seen = list(dict.fromkeys(n.rpartition(".")[2] for n in layers))
@@ -319,7 +389,7 @@ def _nothing_matched(model: nn.Module, config: PSTConfig) -> str:
     return f"target_modules {shown!r} matched no linear layer.{suggestion(patterns, set(seen))} Names seen: {names}"
 
 
-def suggestion(wanted: str | tuple[str, ...], known: set[str]) -> str:
+def suggestion(wanted: str | Sequence[str], known: set[str]) -> str:
     """Return a sentence, after a space, with the name that was probably meant by a string or the first of a list.
 
     ``known``: last parts of names. Empty if none of them is similar.

@@ -201,7 +201,7 @@ def test_a_model_that_was_injected_in_part_is_refused_with_the_way_out(tmp_path)
     part = _base()
     inject_pst(part.bert, PSTConfig())
     for action in (save_pretrained, load_pretrained, lambda model, _: merge_and_unload(model)):
-        with pytest.raises(InputError, match=r"inject_pst was called on a part.*inject the whole model, and name the"):
+        with pytest.raises(InputError, match=r"inject_pst was called on a part.*Inject the whole model, and name the"):
             action(part, tmp_path)
     with pytest.raises(InputError, match=r"has no PST layers; call inject_pst\(model"):
         save_pretrained(_base(), tmp_path)

@@ -138,10 +138,10 @@ def test_an_adapter_state_knows_that_inputs_are_rounded(tmp_path):
 
 def test_inputs_of_other_bits_or_without_a_grid_are_refused():
     with pytest.raises(
-        InputError, match=r"activation_bits = 8 rounds .* give inject_pst one, such as grid=Grid\(bits=8\)"
+        InputError, match=r"activation_bits = 8 quantises .* Give inject_pst one, such as grid=Grid\(bits=8\)"
     ):
         _injected(None, activation_bits=8)
-    with pytest.raises(InputError, match="activation_bits = 4: inputs of layers have 8 bits, or 16"):
+    with pytest.raises(InputError, match="activation_bits = 4 must be 8, or 16"):
         _injected(activation_bits=4)
 
 

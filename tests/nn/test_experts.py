@@ -258,7 +258,7 @@ def test_experts_of_another_form_and_on_other_ranks_are_refused():
         inject_pst(model, PSTConfig())
     experts.down_proj = nn.Parameter(torch.randn(16, 12))
     with pytest.raises(
-        InjectionError, match=r"down_proj is no Parameter .* 4 matrices\. .* exclude_modules = \[\"experts"
+        InjectionError, match=r"down_proj is not a Parameter .* 4 matrices\. .* exclude_modules = \[\"experts"
     ):
         inject_pst(model, PSTConfig())
 

@@ -12,8 +12,7 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.errors import InputError
 from pst_ds.nn.inject import inject_pst, layers_never_called, pst_layers
 from pst_ds.nn.model_structure import loose_matrices, router_names
-from pst_ds.nn.replaceable import listed
-from pst_ds.nn.targets import InjectionError, resolve_targets
+from pst_ds.nn.targets import InjectionError, listed, resolve_targets
 from pst_ds.prune.blocks import find_blocks
 
 TINY = {

@@ -138,7 +138,7 @@ def test_hooks_are_not_lost(register, kind):
 def test_a_computed_weight_is_refused():
     for norm in (nn.utils.parametrizations.weight_norm, nn.utils.weight_norm):
         model = _blocks(norm(nn.Linear(8, 8)))
-        assert "blocks.0.weight is no Parameter but computed from others, as weight_norm" in _refusal(model)
+        assert "blocks.0.weight is not a Parameter but computed from others, as by weight_norm" in _refusal(model)
 
 
 def test_a_weight_that_is_not_contiguous_is_refused():

@@ -11,8 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from pst_ds.cli.main import main
 from pst_ds.config.pst import PSTConfig
-from pst_ds.nn.replaceable import listed
-from pst_ds.nn.targets import InjectionError, resolve_targets
+from pst_ds.nn.targets import InjectionError, listed, resolve_targets
 from tests.nn.expert_families import FAMILIES as OF_EXPERTS
 from tests.nn.expert_families import tiny_model
 

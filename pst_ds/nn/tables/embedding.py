@@ -1,9 +1,8 @@
-"""PSTEmbedding: a frozen embedding with a low-rank update, which no mask prunes."""
+"""PSTEmbedding: a frozen embedding with a low-rank update and no mask."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,23 +11,29 @@ from torch.nn import functional
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.updates.rows import row_gradients, updated_rows
 from pst_ds.nn.layer import init_std, seeded_normal
+from pst_ds.nn.linear import LIBRARY
 from pst_ds.nn.targets import EmbeddingTarget, put
 from pst_ds.parallel import zero3
 
+LIBRARY.define("updated_rows(Tensor ids, Tensor weight, Tensor left, Tensor right, float beta, int? padding) -> Tensor")
+LIBRARY.define(
+    "row_gradients(Tensor ids, Tensor grad_y, Tensor left, Tensor right, float beta, int? padding) -> (Tensor, Tensor)"
+)
+
 
 class PSTEmbedding(nn.Module):
-    """Takes the place of an ``nn.Embedding`` and adopts its ``weight`` Parameter: y = (W0 + beta U V)[ids].
+    """Replacement of an ``nn.Embedding`` that adopts its ``weight`` Parameter: y = (W0 + beta U V)[ids].
 
-    Parameters, for n rows of width d and update rank r: ``weight`` (n, d), frozen; ``pst_U`` (n, r), zero at the
-    start, so that rows which the data never names keep their pretrained values; ``pst_V`` (r, d), normal. This is
-    LoRA of an embedding (PEFT starts it the same way); a row of the padding index is never trained.
+    Parameters, for n rows of width d and update rank r: ``weight`` (n, d), frozen; ``pst_U`` (n, r), initially 0, so
+    that rows without training data keep their pretrained values; ``pst_V`` (r, d), normal. This is LoRA of an
+    embedding (PEFT initialises it the same way); the row of the padding index is never trained.
     """
 
     def __init__(self, name: str, base: nn.Embedding, config: PSTConfig):
         super().__init__()
         self.padding_idx, self.beta = base.padding_idx, config.beta
         self.bypassed = False
-        """True while W0 alone is looked up; see :func:`pst_ds.nn.inject.bypassed`."""
+        """Whether only W0 is looked up; see :func:`pst_ds.nn.inject.bypassed`."""
         self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
         self.weight = base.weight
         rank = config.update_rank
@@ -42,20 +47,17 @@ class PSTEmbedding(nn.Module):
         return zero3.full_numel(self.pst_U) + zero3.full_numel(self.pst_V)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(...,) row numbers to (..., d)."""
+        """Map row numbers (...,) to rows (..., d)."""
         if self.bypassed:
             return functional.embedding(ids, self.weight)
         if not torch.compiler.is_compiling():
-            return self._eager(ids)
+            return _UpdatedRows.apply(ids, self, self.pst_U, self.pst_V)
         if zero3.is_partitioned(self.pst_U):
-            return torch.compiler.disable(self._eager)(ids)
+            return torch.compiler.disable(_UpdatedRows.apply)(ids, self, self.pst_U, self.pst_V)
         return torch.ops.pst_ds.updated_rows(ids, self.weight, self.pst_U, self.pst_V, self.beta, self.padding_idx)
 
-    def _eager(self, ids: Tensor) -> Tensor:
-        return _UpdatedRows.apply(ids, self, self.pst_U, self.pst_V)
-
     def updated_weight(self) -> Tensor:
-        """W0 + beta U V, (n, d): the rows that ``forward`` returns. The parameters must be gathered."""
+        """Return W0 + beta U V, (n, d): the rows that ``forward`` returns. The parameters must be gathered."""
         return updated_rows(self.weight.detach(), self.pst_U.detach(), self.pst_V.detach(), self.beta)
 
     def extra_repr(self) -> str:
@@ -63,7 +65,7 @@ class PSTEmbedding(nn.Module):
 
 
 def replace_embeddings(targets: Sequence[EmbeddingTarget], config: PSTConfig) -> None:
-    """Put a PSTEmbedding in the places of each of ``targets``. Collective under ZeRO-3."""
+    """Replace each of ``targets`` by a PSTEmbedding. Collective under ZeRO-3."""
     for target in targets:
         embedding = PSTEmbedding(target.name, target.module, config)
         zero3.split_as(embedding.get_parameter("weight"), embedding.parameters(recurse=False))
@@ -72,31 +74,68 @@ def replace_embeddings(targets: Sequence[EmbeddingTarget], config: PSTConfig) ->
 
 
 def pst_embeddings(model: nn.Module) -> dict[str, PSTEmbedding]:
-    """The updated embeddings of ``model`` by name, in model order."""
+    """Return the updated embeddings of ``model`` by name, in model order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PSTEmbedding)}
 
 
+def _rows(ids: Tensor, weight: Tensor, left: Tensor, right: Tensor, beta: float, padding: int | None) -> Tensor:
+    # torch's lookup, not an index: a row number of -1 is an error, as in nn.Embedding
+    stored, own = (functional.embedding(ids.reshape(-1), table.detach()) for table in (weight, left))
+    # detach: see PSTLinear.product
+    return updated_rows(stored, own, right.detach(), beta).view(*ids.shape, stored.shape[1]).detach()
+
+
+def _gradients(
+    ids: Tensor, grad_y: Tensor, left: Tensor, right: Tensor, beta: float, padding: int | None
+) -> tuple[Tensor, Tensor]:
+    rows, left, right = grad_y.reshape(-1, grad_y.shape[-1]), left.detach(), right.detach()
+    of_left, of_right = row_gradients(ids.reshape(-1), rows, left, right, beta, padding_idx=padding)
+    return of_left.to(left.dtype), of_right.to(right.dtype)
+
+
 class _UpdatedRows(torch.autograd.Function):
-    """Saves the row numbers alone; the backward pass reads U and V from the module, where ZeRO-3 has them again."""
+    """Save only the row numbers; the backward pass reads U and V from the module, where ZeRO-3 gathers them again."""
 
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, module: PSTEmbedding, left: Tensor, right: Tensor) -> Tensor:
+    def forward(ctx, ids, module, left, right):
         ctx.module = module
         ctx.save_for_backward(ids)
-        flat = ids.reshape(-1)
-        # torch's own lookup, not an index: a row number of -1 is an error, as in the base embedding
-        stored, own = (functional.embedding(flat, table) for table in (module.weight.detach(), left))
-        rows = updated_rows(stored, own, right, module.beta)
-        return rows.view(*ids.shape, stored.shape[1]).detach()  # detach: see PSTLinear.product
+        return _rows(ids, module.weight, left, right, module.beta, module.padding_idx)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[None, None, Tensor, Tensor]:
+    def backward(ctx, grad_y):
         (ids,) = ctx.saved_tensors
-        module: PSTEmbedding = ctx.module
+        module = ctx.module
         left, right = module.pst_U, module.pst_V
         with zero3.gathered([p for p in (left, right) if zero3.is_released(p)]):
-            flat_ids, flat_grad = ids.reshape(-1), grad_y.reshape(-1, grad_y.shape[-1])
-            grads = row_gradients(
-                flat_ids, flat_grad, left.detach(), right.detach(), module.beta, padding_idx=module.padding_idx
-            )
-            return None, None, grads[0].to(left.dtype), grads[1].to(right.dtype)
+            return None, None, *_gradients(ids, grad_y, left, right, module.beta, module.padding_idx)
+
+
+LIBRARY.impl("updated_rows", _rows, "CompositeExplicitAutograd")
+LIBRARY.impl("row_gradients", _gradients, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("pst_ds::updated_rows", lib=LIBRARY)
+def _(ids: Tensor, weight: Tensor, left: Tensor, right: Tensor, beta: float, padding: int | None) -> Tensor:
+    return weight.new_empty((*ids.shape, weight.shape[1]))
+
+
+@torch.library.register_fake("pst_ds::row_gradients", lib=LIBRARY)
+def _(
+    ids: Tensor, grad_y: Tensor, left: Tensor, right: Tensor, beta: float, padding: int | None
+) -> tuple[Tensor, Tensor]:
+    return left.new_empty(left.shape), right.new_empty(right.shape)
+
+
+def _save(ctx, inputs, output):
+    ids, _, left, right, ctx.beta, ctx.padding = inputs
+    ctx.save_for_backward(ids, left, right)
+
+
+def _differentiate(ctx, grad_y):
+    ids, left, right = ctx.saved_tensors
+    of_left, of_right = torch.ops.pst_ds.row_gradients(ids, grad_y, left, right, ctx.beta, ctx.padding)
+    return None, None, of_left, of_right, None, None
+
+
+torch.library.register_autograd("pst_ds::updated_rows", _differentiate, setup_context=_save, lib=LIBRARY)
