@@ -1,18 +1,18 @@
-"""The portable checkpoint: what training changed, in a form that any world size and ZeRO stage can read.
+"""The portable checkpoint: what training changed, readable by any world size and ZeRO stage.
 
 A folder with
 
-    manifest.json                          the state of the run, and where every value lies
-    shard-00001-of-00002.safetensors, ...  one file for each rank that wrote it, with four flat tensors: "master",
-                                           "exp_avg" and "exp_avg_sq" (fp32) of its part of every trainable parameter,
-                                           and "mask" (uint8), the bits of its part of every pruned weight; of a run
-                                           that rounds, also "scales" (uint8), its part of the bytes of bf16 scales
-    host-00001-of-00002.safetensors, ...   only from earlier versions: one file for the ranks of each host, with those
-                                           tensors of rank 3 named "master/3" and so on
+    manifest.json                          the state of the run, and the place of every value
+    shard-00001-of-00002.safetensors, ...  one file per rank that wrote it, with four flat tensors: "master", "exp_avg"
+                                           and "exp_avg_sq" (fp32) of its part of every trainable parameter, and "mask"
+                                           (uint8), the bits of its part of every pruned weight; in a run that
+                                           quantises also "scales" (uint8), its part of the bytes of bf16 scales
+    host-00001-of-00002.safetensors, ...   only from earlier versions: one file for the ranks of each host, in which
+                                           the tensors of rank 3 are named "master/3" and so on
     SHA256SUMS                             of all the above, as ``sha256sum -c`` reads it
 
-The frozen weights are the base model's and are not copied. There is no pickle, only safetensors and JSON, and a folder
-with any other file is refused. :mod:`pst_ds.checkpoint.writer` writes it.
+The frozen weights are in the base model and are not copied. There is no pickle, only safetensors and JSON, and a folder
+with any other file is rejected. :mod:`pst_ds.checkpoint.writer` writes it.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from pst_ds.atomic_files import file_sha256
-from pst_ds.checkpoint.chunks import ChunkedTensors
-from pst_ds.checkpoint.file_names import TensorFiles, is_tensor_file
+from pst_ds.checkpoint.shards import TENSOR_FILE, ChunkedTensors, TensorFiles
 from pst_ds.core.bits import pack_shard, shard_bytes, shard_numel, shard_range, unpack_shard
 from pst_ds.core.quantization import SCALE_DTYPE, Grid, scales_of_bytes
-from pst_ds.errors import InputError
+from pst_ds.errors import InputError, first_problem
 from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, TensorFile, TensorFileError
 from pst_ds.parallel.optimizer_state import KINDS, MASTER
 
 FORMAT, HOSTS_FORMAT, READ_FORMATS = 3, 4, (2, 3, 4)
-"""2 has neither scales nor a grid; 4, of earlier versions, may have one file for the ranks of each host."""
+"""2 has no quantisation; 4, of earlier versions, may have one file for the ranks of each host."""
 MANIFEST, SUMS, MASK, SCALES = "manifest.json", "SHA256SUMS", "mask", "scales"
 SCALE_BYTES = SCALE_DTYPE.itemsize
-_KEY_OF_FIELD = {"magnitude_scales": "weight_scales"}
-"""Keys of the state in the manifest that differ from the names of its fields."""
-_FIELD_OF_KEY = {key: name for name, key in _KEY_OF_FIELD.items()}
+_STRICT = ConfigDict(strict=True, extra="forbid")
+_Count = Annotated[int, Field(ge=0, lt=1 << 48)]
+_Size = Annotated[int, Field(ge=1, lt=1 << 48)]
 
 
 class CheckpointError(InputError):
@@ -53,68 +53,75 @@ class CheckpointError(InputError):
 
 @dataclass(frozen=True, slots=True)
 class CheckpointState:
-    """The state of a run, besides its tensors."""
+    """The state of a run, without its tensors."""
 
-    step: int
+    __pydantic_config__ = _STRICT
+    step: _Count
     """Applied optimizer steps."""
     sparsity: float
-    """Fraction of zeros requested of every pruned matrix."""
+    """Requested sparsity of every pruned matrix."""
     masks_frozen: bool
-    """True once the masks are at their final sparsity and fixed."""
+    """Whether the masks have reached their final sparsity and are fixed."""
     precision: str
-    """The dtype of the model's computation: "bf16" or "fp32"."""
+    """Dtype of the model's computation: "bf16" or "fp32"."""
     device_type: str
-    """The device of the model's computation: "cpu", "cuda"."""
+    """Device of the model's computation: "cpu", "cuda"."""
     base_path: str
     base_fingerprint: str
     labels: list[str]
     """Names of the classes, in the order of their ids."""
-    magnitude_scales: dict[str, list[float]]
+    magnitude_scales: Annotated[dict[str, list[float]], Field(alias="weight_scales")]
     """Mean |W0| of the matrices of each PST layer (or ones)."""
     metrics: dict[str, float]
     """Metrics at this step, if the model was evaluated."""
     rounds: bool = False
-    """True if the model multiplies with weights rounded to the grid."""
+    """Whether the model multiplies with quantised weights."""
     progress: dict[str, Any] = field(default_factory=dict)
     """JSON values from which the run can continue; see :class:`pst_ds.train.run_progress.RunProgress`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """Which tensors a checkpoint holds, and into which chunks they are cut over its files."""
+    """Tensors of a checkpoint, and how they are divided over its files. Raises ValueError if they do not agree."""
 
-    num_shards: int
-    trained: dict[str, tuple[int, ...]]
+    __pydantic_config__ = _STRICT
+    num_shards: _Size
+    trained: dict[str, tuple[_Count, ...]]
     """Shape of every trainable parameter, in the order of the files' values."""
-    masks: dict[str, int]
+    masks: dict[str, _Size]
     """Weights under each mask, by PST layer, in the order of the files' bytes."""
-    steps: dict[str, int]
-    """Adam's count of steps of each trainable parameter."""
-    cuts: list[list[tuple[int, int, int]]] | None = None
-    """Chunks of the trainable parameters; None for even ones. See :class:`pst_ds.checkpoint.chunks.ChunkedTensors`."""
-    grid: tuple[int, int] | None = None
-    """Bits of the codes that weights are rounded to, and inputs that share a scale, or 0 for all; None without."""
-    scales: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Shape of each PST layer's scales as the weight is stored, in the order of the files' bytes; cut evenly."""
-    hosts: list[list[int]] | None = None
-    """Shards that lie in each file, where ranks of a host wrote one together; None for a file each."""
+    steps: dict[str, _Count]
+    """Adam's step count of each trainable parameter."""
+    cuts: list[list[tuple[_Count, _Count, _Count]]] | None = None
+    """Chunks of the trainable parameters; None for even ones. See :class:`pst_ds.checkpoint.shards.ChunkedTensors`."""
+    grid: tuple[int, _Count] | None = None
+    """Bits of quantised weights, and inputs per scale or 0 for a per-row scale; None without quantisation."""
+    scales: dict[str, tuple[_Size, _Size]] = field(default_factory=dict)
+    """Shape of each PST layer's scales as the weight is stored, in the order of the files' bytes; divided evenly."""
+    hosts: list[list[_Count]] | None = None
+    """Shards in each file, if the ranks of a host wrote one file; None for one file per shard."""
 
-    @property
-    def files(self) -> TensorFiles:
-        """The files that the shards lie in. Raises ValueError."""
-        return TensorFiles(self.num_shards, self.hosts)
+    def __post_init__(self) -> None:
+        if set(self.steps) != set(self.trained):
+            raise ValueError("steps are not those of the trained parameters")
+        if set(self.scales) != (set(self.masks) if self.value_grid else set()):
+            raise ValueError("scales are not those of the pruned layers")
 
     @property
     def value_grid(self) -> Grid | None:
-        """The grid itself."""
+        """Quantisation of the pruned layers. Raises ValueError for one that does not exist."""
         return None if self.grid is None else Grid(self.grid[0], self.grid[1] or None)
+
+
+_STATE, _CONTENTS = TypeAdapter(CheckpointState), TypeAdapter(Contents)
 
 
 class Checkpoint:
     """A checkpoint opened for reading; its values are read from disk on request."""
 
     def __init__(self, folder: Path, state: CheckpointState, contents: Contents):
-        self.folder, self.state, self.contents, self.files = folder, state, contents, contents.files
+        self.folder, self.state, self.contents = folder, state, contents
+        self.files = TensorFiles(contents.num_shards, contents.hosts)
         sizes = {name: torch.Size(shape).numel() for name, shape in contents.trained.items()}
         self._tensors = ChunkedTensors(sizes, contents.num_shards, contents.cuts)
         scale_bytes = {name: SCALE_BYTES * math.prod(shape) for name, shape in contents.scales.items()}
@@ -132,7 +139,7 @@ class Checkpoint:
 
     @property
     def masks(self) -> Mapping[str, Tensor]:
-        """Bits of whole masks in the canonical one-shard form, by layer; read at every access."""
+        """Bits of whole masks in one shard, by layer; read at every access."""
         return _OnDemand(self.contents.masks, lambda name: self.mask_shard(name, 1, 0))
 
     @property
@@ -150,7 +157,7 @@ class Checkpoint:
         return torch.cat([torch.empty(0, dtype=torch.uint8), *self._parts(self._scales, name, SCALES, start, stop)])
 
     def _parts(self, tensors: ChunkedTensors, name: str, key: str, start: int, stop: int) -> list[Tensor]:
-        """Values [start, stop) of one of ``tensors``, as the files' tensors ``key`` hold them."""
+        """Read values [start, stop) of one of ``tensors`` from the files' tensors ``key``."""
         fragments = tensors.fragments(name, start, stop)
         return [self._read(f.file, key, f.offset, f.offset + f.stop - f.start) for f in fragments]
 
@@ -159,19 +166,20 @@ class Checkpoint:
         return scales_of_bytes(self.scale_bytes(name, 0, SCALE_BYTES * math.prod(shape)), shape)
 
     def mask_shard(self, name: str, num_shards: int, index: int) -> Tensor:
-        """Return the bits of shard ``index`` of a mask cut into ``num_shards``, uint8; padding bits are zero."""
-        numel, own = self.contents.masks[name], self.contents.num_shards
-        if num_shards == own:
-            return self._mask_file(name, index)
+        """Return the bits of shard ``index`` of a mask in ``num_shards`` shards, uint8; padding bits are zero."""
+        numel = self.contents.masks[name]
+        if num_shards == self.contents.num_shards:
+            at = self._mask_offsets[name]
+            return self._read(index, MASK, at, at + shard_bytes(numel, num_shards))
         start, stop = shard_range(numel, num_shards, index)
         return pack_shard(self._keep(name, start, stop), shard_bytes(numel, num_shards))
 
     def mask_bits(self, name: str, start: int, stop: int) -> Tensor:
-        """Return the bits of flat weights [start, stop) of a mask, from bit 0 on; no others are read."""
+        """Read the bits of flat weights [start, stop) of a mask; the first is bit 0."""
         return pack_shard(self._keep(name, start, stop), -(-(stop - start) // 8))
 
     def _keep(self, name: str, start: int, stop: int) -> Tensor:
-        """The mask of flat weights [start, stop), uint8 zeros and ones."""
+        """Return the mask of flat weights [start, stop), uint8 with values 0 and 1."""
         per_file = shard_numel(self.contents.masks[name], self.contents.num_shards)
         found = [torch.empty(0, dtype=torch.uint8)]
         for file in range(start // per_file, -(-stop // per_file)) if start < stop else ():
@@ -182,7 +190,7 @@ class Checkpoint:
         return torch.cat(found)
 
     def check_file(self, file: int) -> None:
-        """Raise CheckpointError if the tensors of a file have not the types and sizes that the manifest says."""
+        """Raise CheckpointError unless the tensors of a file have the dtypes and sizes in the manifest."""
         path = self.folder / self.files.name(file)
         wanted: dict[str, tuple[str, list[int]]] = {}
         for shard in self.files.shards(file):
@@ -193,10 +201,6 @@ class Checkpoint:
         held = {key: (CODE_OF_DTYPE[slot.dtype], list(slot.shape)) for key, slot in _opened(path).slots.items()}
         if held != wanted:
             raise CheckpointError(f"{path} is damaged: it holds {held}, and {MANIFEST} says {wanted}")
-
-    def _mask_file(self, name: str, file: int) -> Tensor:
-        start, num_bytes = self._mask_offsets[name], shard_bytes(self.contents.masks[name], self.contents.num_shards)
-        return self._read(file, MASK, start, start + num_bytes)
 
     def _whole_master(self, name: str) -> Tensor:
         shape = torch.Size(self.contents.trained[name])
@@ -242,20 +246,20 @@ class _OnDemand(Mapping[str, Tensor]):
 
 
 def most_bytes(trained: int, masked: int, scales: int = 0) -> int:
-    """Return the bytes that a checkpoint may take: 12 a trained value, one bit a masked weight, two a scale, 1 MB for
-    the rest."""
+    """Return an upper bound for a checkpoint's bytes: 12 per trained value, 1 bit per masked weight, 2 per scale."""
     return trained * 12 + masked // 8 + scales * SCALE_BYTES + 10**6
 
 
 def sums_text(sums: Mapping[str, str]) -> str:
-    """Return the content of SHA256SUMS for file names with their sums."""
+    """Return the content of SHA256SUMS for the SHA-256 of each file, by name."""
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
 
 
 def manifest_bytes(state: CheckpointState, contents: Contents) -> bytes:
+    """Return the content of manifest.json."""
     of_contents = asdict(contents)
     del of_contents["hosts"]  # written by earlier versions only
-    of_state = {_KEY_OF_FIELD.get(name, name): value for name, value in asdict(state).items()}
+    of_state = {"weight_scales" if name == "magnitude_scales" else name: v for name, v in asdict(state).items()}
     table = {"format": FORMAT, "state": of_state, "contents": of_contents}
     return (json.dumps(table, indent=1) + "\n").encode()
 
@@ -270,7 +274,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def check_sums(folder: Path, sums: Mapping[str, str]) -> None:
-    """Raise CheckpointError, naming the file, unless SHA256SUMS says exactly ``sums``."""
+    """Raise CheckpointError, naming the file, unless SHA256SUMS contains exactly ``sums``."""
     text = (folder / SUMS).read_bytes()
     if text == sums_text(sums).encode():
         return
@@ -282,16 +286,16 @@ def check_sums(folder: Path, sums: Mapping[str, str]) -> None:
 
 
 def listed_files(folder: Path) -> list[str]:
-    """Return the names of the manifest and the files of tensors. Raises CheckpointError for one missing or foreign."""
+    """Return the names of the manifest and the tensor files. Raises CheckpointError for other files and links."""
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name) if folder.is_dir() else []
     names = [entry.name for entry in entries]
     for name in (MANIFEST, SUMS):
         if name not in names:
             raise CheckpointError(f"no whole checkpoint in {folder.absolute()}: {name} is missing")
-    for entry in entries:  # whose kinds the folder itself knows, without a call for each
+    for entry in entries:  # scandir knows their kinds without a system call for each
         if not entry.is_file(follow_symlinks=False):
             raise CheckpointError(f"{entry.path} is a link or a folder; a checkpoint holds plain files only")
-        if entry.name not in (MANIFEST, SUMS) and not is_tensor_file(entry.name):
+        if entry.name not in (MANIFEST, SUMS) and not TENSOR_FILE.fullmatch(entry.name):
             raise CheckpointError(
                 f"{entry.path} does not belong in a checkpoint, which holds {MANIFEST}, {SUMS} and "
                 "shard-*.safetensors or host-*.safetensors; it was not opened. Move it elsewhere"
@@ -300,10 +304,10 @@ def listed_files(folder: Path) -> list[str]:
 
 
 def open_checkpoint(folder: Path, names: Sequence[str] | None = None) -> Checkpoint:
-    """Open the checkpoint in ``folder`` by its manifest, checking only the names of the other files.
+    """Open the checkpoint in ``folder`` by its manifest; only the names of the other files are checked.
 
-    ``names`` are those that :func:`listed_files` returned already, if it was called.
-    Raises CheckpointError for a manifest that is missing, damaged or of another format, and for missing files.
+    ``names``: the result of :func:`listed_files`, if it is known. Raises CheckpointError for a manifest that is
+    missing, damaged or of another format, and for missing files.
     """
     names = listed_files(folder) if names is None else names
     path = folder / MANIFEST
@@ -320,13 +324,14 @@ def open_checkpoint(folder: Path, names: Sequence[str] | None = None) -> Checkpo
             f"{path} has format {number!r}; this version reads {' and '.join(map(str, READ_FORMATS))}"
         )
     try:
-        _require_keys(table, {"format", "state", "contents"}, "its parts")
-        if number == 2:
-            table["contents"] |= {"grid": None, "scales": {}}
-        if number < HOSTS_FORMAT:
-            table["contents"]["hosts"] = None
-        state, contents = _state(table["state"]), _contents(table["contents"])
-        checkpoint = Checkpoint(folder, state, contents)
+        contents = table["contents"] | ({"hosts": None} if number < HOSTS_FORMAT else {})
+        contents |= {"grid": None, "scales": {}} if number == 2 else {}
+        if set(table) != {"format", "state", "contents"} or set(contents) != {f.name for f in fields(Contents)}:
+            raise ValueError("it has other keys than a manifest")
+        state = _STATE.validate_json(json.dumps(table["state"]))
+        checkpoint = Checkpoint(folder, state, _CONTENTS.validate_json(json.dumps(contents)))
+    except ValidationError as error:
+        raise CheckpointError(f"{path} is damaged: {first_problem(error)}") from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from None
     files = range(min(checkpoint.files.count, len(names) + 1))  # enough to name one that is missing
@@ -334,58 +339,3 @@ def open_checkpoint(folder: Path, names: Sequence[str] | None = None) -> Checkpo
     for name in sorted(wanted ^ set(names)):
         raise CheckpointError(f"{folder / name} is {'missing' if name in wanted else 'not in the manifest'}")
     return checkpoint
-
-
-def _require_keys(table: dict[str, Any], wanted: set[str], what: str) -> None:
-    unknown = set(table) ^ wanted
-    if unknown:
-        raise ValueError(f"{what} differ in {', '.join(sorted(unknown))}")
-
-
-def _state(table: dict[str, Any]) -> CheckpointState:
-    """Build the state from its JSON. Raises ValueError or TypeError for values of other types."""
-    state = CheckpointState(**{_FIELD_OF_KEY.get(name, name): value for name, value in table.items()})
-    _count(state.step)
-    for name, hint in get_type_hints(CheckpointState).items():
-        value, kind = getattr(state, name), get_origin(hint) or hint
-        if type(value) is not kind and (kind is not float or type(value) is not int):
-            raise ValueError(f"{name} is {value!r}")
-    scales = [scale for of_layer in state.magnitude_scales.values() for scale in of_layer]
-    if not all(type(number) in (int, float) for number in [*scales, *state.metrics.values()]):
-        raise ValueError("weight_scales or metrics are not all numbers")
-    if not all(type(label) is str for label in state.labels):
-        raise ValueError(f"labels are {state.labels!r}")
-    return state
-
-
-def _contents(table: dict[str, Any]) -> Contents:
-    """Build the contents from their JSON. Raises ValueError or TypeError for impossible values."""
-    _require_keys(table, {f.name for f in fields(Contents)}, "contents")
-    cuts, grid, hosts = table["cuts"], table["grid"], table["hosts"]
-    contents = Contents(
-        num_shards=_count(table["num_shards"], 1),
-        trained={name: tuple(_count(n) for n in shape) for name, shape in table["trained"].items()},
-        masks={name: _count(numel, 1) for name, numel in table["masks"].items()},
-        steps={name: _count(step) for name, step in table["steps"].items()},
-        cuts=None if cuts is None else [[(_count(i), _count(a), _count(b)) for i, a, b in of_file] for of_file in cuts],
-        grid=None if grid is None else _grid(*grid),
-        scales={name: (_count(rows, 1), _count(cols, 1)) for name, (rows, cols) in table["scales"].items()},
-        hosts=None if hosts is None else [[_count(shard) for shard in of_host] for of_host in hosts],
-    )
-    if set(contents.steps) != set(contents.trained):
-        raise ValueError("steps are not those of the trained parameters")
-    if set(contents.scales) != (set(contents.masks) if contents.grid else set()):
-        raise ValueError("scales are not those of the pruned layers")
-    return contents
-
-
-def _grid(bits: object, group: object) -> tuple[int, int]:
-    """Check the grid of the manifest. Raises ValueError for one that there is not."""
-    group = _count(group)
-    return Grid(bits, group or None).bits, group  # type: ignore[arg-type]
-
-
-def _count(value: object, least: int = 0) -> int:
-    if type(value) is not int or not least <= value < 1 << 48:
-        raise ValueError(f"{value!r} is not a size")
-    return value

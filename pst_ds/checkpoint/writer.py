@@ -16,7 +16,6 @@ from typing import TypedDict
 from torch import Tensor, nn
 
 from pst_ds.atomic_files import PARTIAL, publish, sync, write_new, write_pieces
-from pst_ds.checkpoint.file_names import shard_name
 from pst_ds.checkpoint.format import (
     MANIFEST,
     SUMS,
@@ -28,6 +27,7 @@ from pst_ds.checkpoint.format import (
 )
 from pst_ds.checkpoint.own_part import OwnPart
 from pst_ds.checkpoint.restore import grid_numbers, scale_shapes, trainable
+from pst_ds.checkpoint.shards import shard_name
 from pst_ds.formats.safetensors_file import header_and_slots, tensor_bytes
 from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel import zero3

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pst_ds.checkpoint.chunks import ChunkedTensors
+from pst_ds.checkpoint.shards import ChunkedTensors
 
 SIZES = st.lists(st.integers(0, 23), min_size=1, max_size=5)
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pst_ds.checkpoint.file_names import TensorFiles
 from pst_ds.checkpoint.format import CheckpointError, CheckpointState, read_checkpoint, sums_text
 from pst_ds.checkpoint.restore import magnitude_scales
 from pst_ds.checkpoint.retention import keep, newest_valid
+from pst_ds.checkpoint.shards import TensorFiles
 from pst_ds.checkpoint.writer import save_checkpoint
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.toml import load_run

@@ -11,8 +11,6 @@ import torch
 from safetensors.torch import save
 
 from pst_ds.checkpoint import retention as checkpoints
-from pst_ds.checkpoint.chunks import ChunkedTensors
-from pst_ds.checkpoint.file_names import shard_name
 from pst_ds.checkpoint.format import (
     Checkpoint,
     CheckpointState,
@@ -22,6 +20,7 @@ from pst_ds.checkpoint.format import (
     sums_text,
 )
 from pst_ds.checkpoint.retention import keep, newest_valid, step_name
+from pst_ds.checkpoint.shards import ChunkedTensors, shard_name
 from pst_ds.file_names import step_folders
 
 RANKS = 2048

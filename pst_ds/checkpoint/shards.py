@@ -1,0 +1,148 @@
+"""Where a checkpoint's values lie: the names of its files, and which chunks of which tensors each file holds."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from pst_ds.core.bits import shard_numel, shard_range
+
+Chunk = tuple[int, int, int]
+"""(index of the tensor, first value, last value + 1): values of a tensor that lie together in one file."""
+TENSOR_FILE = re.compile(r"(shard|host)-(\d{5,})-of-(\d{5,})\.safetensors")
+"""Names of the files with tensors."""
+
+
+def shard_name(shard: int, num_shards: int) -> str:
+    """Return the name of a shard's file."""
+    return f"shard-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFiles:
+    """The files of ``num_shards`` shards: one file per shard, or in files of earlier versions one per host.
+
+    Raises ValueError unless every shard is in one file.
+    """
+
+    num_shards: int
+    hosts: Sequence[Sequence[int]] | None = None
+    """Shards in each host's file; None for one file per shard."""
+
+    def __post_init__(self) -> None:
+        listed = sorted(shard for of_host in self.hosts or () for shard in of_host)
+        if self.hosts is not None and (listed != list(range(len(listed))) or len(listed) != self.num_shards):
+            raise ValueError(f"hosts do not have each of {self.num_shards} shards once")
+
+    @property
+    def count(self) -> int:
+        return self.num_shards if self.hosts is None else len(self.hosts)
+
+    def name(self, file: int) -> str:
+        if self.hosts is None:
+            return shard_name(file, self.num_shards)
+        return f"host-{file + 1:05d}-of-{len(self.hosts):05d}.safetensors"
+
+    def shards(self, file: int) -> Sequence[int]:
+        """Return the shards in a file."""
+        return [file] if self.hosts is None else self.hosts[file]
+
+    def file_of(self, shard: int) -> int:
+        """Return the file that has a shard."""
+        if self.hosts is None:
+            return shard
+        return next(file for file, shards in enumerate(self.hosts) if shard in shards)
+
+    def key(self, key: str, shard: int) -> str:
+        """Return the name of a shard's tensor in its file."""
+        return key if self.hosts is None else f"{key}/{shard}"
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """Values [start, stop) of a tensor, stored from index ``offset`` of a file's flat values."""
+
+    file: int
+    start: int
+    stop: int
+    offset: int
+
+
+class ChunkedTensors:
+    """Tensors of ``sizes`` values each, divided over ``num_files`` files.
+
+    A file stores its chunks one after another: ``chunks[i]`` lists those of file i. Without them every tensor is
+    divided evenly, as by ZeRO-3: file i has values [i * p, (i + 1) * p) with p = ceil(size / num_files), in the order
+    of the tensors. Raises ValueError unless the chunks hold every value exactly once.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], num_files: int, chunks: Sequence[Sequence[Chunk]] | None = None):
+        self.sizes, self.num_files, self._chunks = dict(sizes), num_files, chunks
+        self._names = list(sizes)
+        self._counts = Counter(sizes.values())
+        self._tables: dict[int, dict[str, list[Fragment]]] = {}
+        self._files_of: dict[str, dict[int, None]] = {}
+        if chunks is not None:
+            self._check(chunks)
+
+    def length(self, file: int) -> int:
+        """Return the number of values in a file."""
+        if self._chunks is not None:
+            return sum(stop - start for _, start, stop in self._chunks[file])
+        shares = ((count, *shard_range(size, self.num_files, file)) for size, count in self._counts.items())
+        return sum(count * (stop - start) for count, start, stop in shares)
+
+    def fragments(self, name: str, start: int, stop: int) -> list[Fragment]:
+        """Return the fragments that make up values [start, stop) of a tensor, in order."""
+        fragments = []
+        for file in self._files(name, start, stop):
+            for fragment in self._table(file).get(name, ()):
+                first, last = max(start, fragment.start), min(stop, fragment.stop)
+                if first < last:
+                    fragments.append(Fragment(file, first, last, fragment.offset + first - fragment.start))
+        return sorted(fragments, key=lambda fragment: fragment.start)
+
+    def _files(self, name: str, start: int, stop: int) -> Sequence[int]:
+        if self._chunks is not None:
+            return list(self._files_of.get(name, ()))
+        if start >= stop:
+            return ()
+        per_file = shard_numel(self.sizes[name], self.num_files)
+        return range(start // per_file, (stop - 1) // per_file + 1)
+
+    def _table(self, file: int) -> dict[str, list[Fragment]]:
+        if file not in self._tables:
+            table: dict[str, list[Fragment]] = {}
+            offset = 0
+            for name, start, stop in self._ranges(file):
+                table.setdefault(name, []).append(Fragment(file, start, stop, offset))
+                offset += stop - start
+            self._tables[file] = table
+        return self._tables[file]
+
+    def _ranges(self, file: int) -> Iterator[tuple[str, int, int]]:
+        if self._chunks is not None:
+            yield from ((self._names[i], start, stop) for i, start, stop in self._chunks[file])
+        else:
+            yield from ((name, *shard_range(size, self.num_files, file)) for name, size in self.sizes.items())
+
+    def _check(self, chunks: Sequence[Sequence[Chunk]]) -> None:
+        if len(chunks) != self.num_files:
+            raise ValueError(f"chunks of {len(chunks)} files, not of {self.num_files}")
+        ranges: dict[int, list[tuple[int, int]]] = {i: [] for i in range(len(self._names))}
+        for file, of_file in enumerate(chunks):
+            for i, start, stop in of_file:
+                if i not in ranges or not 0 <= start <= stop:
+                    raise ValueError(f"file {file} has a chunk {i, start, stop} of no tensor")
+                ranges[i].append((start, stop))
+                self._files_of.setdefault(self._names[i], {})[file] = None
+        for i, (name, size) in enumerate(self.sizes.items()):
+            end = 0
+            for start, stop in sorted(ranges[i]):
+                if start != end:
+                    raise ValueError(f"the chunks of {name} leave or repeat values from {min(start, end)} on")
+                end = stop
+            if end != size:
+                raise ValueError(f"the chunks of {name} end at {end} of {size}")
