@@ -17,7 +17,7 @@ from pst_ds.atomic_files import atomic_folder, file_sha256, require_writable
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.core.packings import DENSE, FOR_COMPRESSED_TENSORS, GGUF, QUANTIZED_PACKINGS
 from pst_ds.core.quantization import Grid
-from pst_ds.data.tokens.identity import open_tokenizer
+from pst_ds.data.tokens.tokenize import open_tokenizer
 from pst_ds.data.vocabulary import Vocabulary
 from pst_ds.export.encoding import Encoding, ExportError
 from pst_ds.export.from_folder import CONFIG_FILE, FolderContents, copy_small_files, open_folder, plan_folder
