@@ -77,7 +77,7 @@ class CheckpointState:
     rounds: bool = False
     """Whether the model multiplies with quantised weights."""
     progress: dict[str, Any] = field(default_factory=dict)
-    """JSON values from which the run can continue; see :class:`pst_ds.train.run_progress.RunProgress`."""
+    """JSON values from which the run can continue; see :class:`pst_ds.train.resume.RunProgress`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,12 +15,28 @@ from pst_ds.data.tasks import ExampleSet
 from pst_ds.nn.inject import bypassed, injected_config, pst_layers
 from pst_ds.nn.input_sums import InputGatherer, InputSum, squares
 from pst_ds.parallel.engine import Engine
-from pst_ds.parallel.ranks import broadcast, rank, world_size
+from pst_ds.parallel.ranks import broadcast, is_main, raise_on_all_ranks, rank, world_size
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.evaluate import evaluation_batches
 from pst_ds.train.run_context import RunContext
 
 NORMS_FILE = "activation_norms.safetensors"
+
+
+def calibrate(context: RunContext, engine: Engine, examples: ExampleSet, *, resumed: bool) -> None:
+    """Set the activation norms of the scores: measured for a new run, from its folder for a resumed one. Collective."""
+    run, folder = context.run, Path(context.run.output_dir)
+    if resumed:
+        set_norms(engine.module, raise_on_all_ranks(lambda: _load_norms(folder, engine.module)))
+        return
+    count = min(run.pst.calibration_examples, len(examples))
+    drawn, chosen = raise_on_all_ranks(lambda: context.task.sample(examples, count, f"{run.seed}/calibration"))
+    norms = activation_norms(engine, context, drawn, chosen)
+    if is_main():
+        from safetensors.torch import save
+
+        write_bytes_atomic(folder / NORMS_FILE, save({name: values.contiguous() for name, values in norms.items()}))
+    set_norms(engine.module, norms)
 
 
 def activation_norms(
@@ -32,11 +48,12 @@ def activation_norms(
     of experts has (E*I,), divided by the mean of each expert. Where all inputs of an expert are zero, because it saw no
     tokens, the norms are 1, so its weights are ranked by magnitude.
     """
-    sums = summed_squares(engine, context, examples, indices)
-    layers = pst_layers(engine.module)
-    return {
-        name: _relative(of_layer.sqrt().view(layers[name].layout.num_experts, -1)) for name, of_layer in sums.items()
-    }
+    layers, found = pst_layers(engine.module), {}
+    for name, sums in summed_squares(engine, context, examples, indices).items():
+        norms = sums.sqrt().view(layers[name].layout.num_experts, -1)
+        mean = norms.mean(1, keepdim=True)
+        found[name] = torch.where(mean > 0, norms / mean, 1.0).float().flatten()
+    return found
 
 
 @torch.no_grad()
@@ -45,7 +62,7 @@ def summed_squares(
 ) -> dict[str, Tensor]:
     """Return the sum of squares of each PST layer's inputs over the real tokens of ``indices``. Collective.
 
-    The result is {name: (I,) float64}, with (E*I,) for a stack of experts. The model runs as the dense model it was.
+    The result is {name: (I,) float64}, with (E*I,) for a stack of experts. The model runs without masks and updates.
     """
     task, device, layers = context.task, context.device, pst_layers(engine.module)
     sizes = [layer.layout.num_inputs for layer in layers.values()]
@@ -75,27 +92,14 @@ def summed_squares(
     return dict(zip(layers, totals.cpu().split(sizes), strict=True))
 
 
-def _relative(norms: Tensor) -> Tensor:
-    """Divide norms (E, I) by the mean of their row; return (E*I,) fp32."""
-    mean = norms.mean(1, keepdim=True)
-    return torch.where(mean > 0, norms / mean, 1.0).float().flatten()
-
-
 def set_norms(model: nn.Module, norms: dict[str, Tensor]) -> None:
     """Set the norms by which each layer's scores weight |W|. ``norms``: as :func:`activation_norms` returns."""
     for name, layer in pst_layers(model).items():
         layer.input_norms = norms[name].to(layer.pst_mask.device)
 
 
-def save_norms(folder: Path, norms: dict[str, Tensor]) -> None:
-    """Write ``norms`` into the run's folder, atomically."""
-    from safetensors.torch import save
-
-    write_bytes_atomic(folder / NORMS_FILE, save({name: values.contiguous() for name, values in norms.items()}))
-
-
-def load_norms(folder: Path, model: nn.Module) -> dict[str, Tensor]:
-    """Load the norms that the run in ``folder`` began with. Raises ConfigError if they are missing or do not fit."""
+def _load_norms(folder: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Load the norms that the run in ``folder`` started with. Raises ConfigError if they are missing or do not fit."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

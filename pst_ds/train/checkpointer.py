@@ -19,10 +19,8 @@ from pst_ds.parallel.ds_config import zero_stage
 from pst_ds.parallel.ranks import is_main, of_main, world_size
 from pst_ds.parallel.stop_signals import name_of
 from pst_ds.parallel.watchdog import heartbeat
-from pst_ds.train.loop import Loop
-from pst_ds.train.run_context import RunContext
-from pst_ds.train.run_folder import as_table
-from pst_ds.train.run_progress import LoopState, RunProgress
+from pst_ds.train.loop import Loop, LoopState
+from pst_ds.train.resume import RunProgress, as_table
 
 _CLOSE_SECONDS = 60.0
 
@@ -35,10 +33,10 @@ class Checkpointer:
     """Decides after each step what to evaluate and save. Creating it and calling any method is collective.
 
     Args:
-        loop: The training loop, whose model is evaluated and saved.
+        loop: Training loop whose model is evaluated and saved.
         evaluate: Computes the metrics of the model; None for a run without validation data.
         watched: Further steps to evaluate, which choose no best checkpoint.
-        checkpoint: The checkpoint that the run resumes from; None for a new run.
+        checkpoint: Checkpoint that the run resumes from; None for a new run.
 
     Attributes:
         best_step: Step of the best checkpoint so far; None before the first.
@@ -46,17 +44,16 @@ class Checkpointer:
 
     def __init__(
         self,
-        context: RunContext,
         loop: Loop,
         *,
         evaluate: Callable[[], dict[str, float]] | None,
         watched: Collection[int] = (),
         checkpoint: Checkpoint | None = None,
     ):
-        self._context, self._loop = context, loop
-        self._folder = Path(context.run.output_dir) / CHECKPOINTS
-        self._evaluate_now, self._watched = evaluate, watched
-        self._base_fingerprint = of_main(lambda: base_fingerprint(context.run.model.path))
+        self._loop, self._run = loop, loop.run
+        self._folder = Path(loop.run.output_dir) / CHECKPOINTS
+        self._evaluate, self._watched = evaluate, watched
+        self._base_fingerprint = of_main(lambda: base_fingerprint(loop.run.model.path))
         self._known: checkpoints.Known = {}
         self._settling = threading.Lock()
         self._best: float | None = None
@@ -78,13 +75,15 @@ class Checkpointer:
         its state is saved without a copy.
         """
         self._report(self._writer.wait(0.0))
-        run, step = self._context.run, state.step
-        is_last = step == self._loop.num_steps
+        run, step = self._run, state.step
+        is_last, is_best = step == self._loop.num_steps, False
         chooses = is_last or (run.eval.interval > 0 and step % run.eval.interval == 0)
-        evaluates = self._evaluate_now is not None and (chooses or step in self._watched)
-        if evaluates:
-            self._evaluate(step)
-        is_best = evaluates and chooses and self._is_best(step)
+        if self._evaluate is not None and (chooses or step in self._watched):
+            values = self._evaluate()
+            self._loop.engine.train()
+            self._loop.metrics.evaluation(step, values)
+            self._last_evaluated = (step, values)
+            is_best = chooses and self._is_best(step, values[run.metric])
         is_due = run.checkpoint.interval and step % run.checkpoint.interval == 0
         if is_due or is_best or is_last or state.stopped_by:
             heartbeat("saving")
@@ -105,7 +104,7 @@ class Checkpointer:
         self._writer.wait(_CLOSE_SECONDS)
 
     def how_it_stopped(self, signal: int, step: int) -> str:
-        """Say that ``signal`` has stopped the run after ``step``, and from where it can be resumed."""
+        """Return the message that ``signal`` has stopped the run after ``step``, and from where to resume it."""
         after = f"after step {step} of {self._loop.num_steps}"
         return f"stopped by {name_of(signal)} {after}, saved in {self.newest()}; go on with --resume"
 
@@ -114,32 +113,23 @@ class Checkpointer:
         folders = step_folders(self._folder)
         return str(folders[0]) if folders else "the beginning (nothing was saved yet)"
 
-    def _evaluate(self, step: int) -> None:
-        assert self._evaluate_now is not None
-        values = self._evaluate_now()
-        self._loop.engine.train()
-        self._loop.metrics.evaluation(step, values)
-        self._last_evaluated = (step, values)
+    def _is_best(self, step: int, value: float) -> bool:
+        """Return whether the model with metric ``value`` is the best so far, and remember it if so.
 
-    def _is_best(self, step: int) -> bool:
-        """Return whether the model, just evaluated, is the best so far at the final sparsity and ranks, and quantised
-        if it will be; remember it if so."""
-        value = self._last_evaluated[1][self._context.run.metric]
-        if not self._loop.schedules.is_settled(step) or not self._is_better(value):
+        Only models in their final form count: final sparsity and ranks, quantised if it ever is. NaN is never better,
+        and any number is better than NaN.
+        """
+        if math.isnan(value) or not self._loop.schedules.is_settled(step):
+            return False
+        best = math.nan if self._best is None else self._best
+        is_better = value < best if self._loop.context.task.lower_is_better else value > best
+        if not is_better and not math.isnan(best):
             return False
         self._best, self.best_step = value, step
         return True
 
-    def _is_better(self, value: float) -> bool:
-        """Compare ``value`` with the best so far: NaN is never better, and any number is better than NaN."""
-        if math.isnan(value):
-            return False
-        if self._best is None or math.isnan(self._best):
-            return True
-        return value < self._best if self._context.task.lower_is_better else value > self._best
-
     def _settle(self, step: int, best_step: int | None, is_last: bool) -> None:
-        keep_last = self._context.run.checkpoint.keep_last
+        keep_last = self._run.checkpoint.keep_last
         with self._settling:
             self._known[step_name(step)] = best_step
             checkpoints.settle(
@@ -147,8 +137,25 @@ class Checkpointer:
             )
 
     def _state(self, state: LoopState) -> CheckpointState:
-        context, engine, schedules = self._context, self._loop.engine, self._loop.schedules
+        context, engine, schedules = self._loop.context, self._loop.engine, self._loop.schedules
         evaluated_step, metrics = self._last_evaluated
+        groups: dict[str, dict[str, object]] = {
+            group["name"]: {"lr": group["lr"], "peak_lr": group["peak_lr"], "betas": list(group["betas"])}
+            for group in engine.optimizer.param_groups
+        }
+        progress = RunProgress(
+            loop=state,
+            skipped_steps=engine.skipped_steps,
+            seconds=self._loop.metrics.seconds,
+            groups=groups,
+            best_step=self.best_step,
+            best_value=self._best,
+            evaluated_step=evaluated_step,
+            data_digest=self._loop.examples.digest,
+            run=as_table(self._run),
+            world_size=world_size(),
+            zero_stage=zero_stage(context.ds_config),
+        )
         return CheckpointState(
             step=state.step,
             sparsity=schedules.sparsity_at(state.step),
@@ -156,32 +163,12 @@ class Checkpointer:
             magnitude_scales=magnitude_scales(engine.module),
             metrics=metrics if evaluated_step == state.step else {},
             rounds=schedules.quantises_at(state.step),
-            progress=self._progress(state).as_json(),
-            precision=context.run.train.precision,
+            progress=progress.as_json(),
+            precision=self._run.train.precision,
             device_type=context.device.partition(":")[0],
-            base_path=context.run.model.path,
+            base_path=self._run.model.path,
             base_fingerprint=self._base_fingerprint,
             labels=context.labels,
-        )
-
-    def _progress(self, state: LoopState) -> RunProgress:
-        engine = self._loop.engine
-        groups = {
-            group["name"]: {"lr": group["lr"], "peak_lr": group["peak_lr"], "betas": list(group["betas"])}
-            for group in engine.optimizer.param_groups
-        }
-        return RunProgress(
-            loop=state,
-            skipped_steps=engine.skipped_steps,
-            seconds=self._loop.metrics.seconds,
-            groups=groups,
-            best_step=self.best_step,
-            best_value=self._best,
-            evaluated_step=self._last_evaluated[0],
-            data_digest=self._loop.examples.digest,
-            run=as_table(self._context.run),
-            world_size=world_size(),
-            zero_stage=zero_stage(self._context.ds_config),
         )
 
     def _report(self, saved: SaveResult | None, *, is_last: bool = False) -> None:

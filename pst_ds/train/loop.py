@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import random
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,17 +23,12 @@ from pst_ds.errors import shortened
 from pst_ds.masks.layer_stats import chosen_layers, measure
 from pst_ds.masks.schedule_driver import SPARSITY_TOLERANCE, update_if_due
 from pst_ds.masks.update import MaskStats
-from pst_ds.nn.inject import (
-    freeze_scores,
-    persistent_buffers,
-    pst_layers,
-    set_score_penalty,
-)
+from pst_ds.nn.inject import freeze_scores, persistent_buffers, pst_layers, set_score_penalty
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, world_size
 from pst_ds.parallel.watchdog import heartbeat
-from pst_ds.train.batches import OwnBatch, agreed, next_or_problem, own_batches
+from pst_ds.train.batches import OwnBatch, Places, agreed, next_or_problem, own_batches
 from pst_ds.train.divergence import DivergedError, MicroBatch, fault_of_batch, require_finite
 from pst_ds.train.expert_tokens import token_figures, tokens_by_module
 from pst_ds.train.monitor.curves import STRAGGLER
@@ -40,14 +36,47 @@ from pst_ds.train.monitor.metrics import MetricsWriter, peak_memory_bytes
 from pst_ds.train.objective import Objective
 from pst_ds.train.prefetch import Prefetched
 from pst_ds.train.run_context import RunContext
-from pst_ds.train.run_progress import LoopState
-from pst_ds.train.timing.profiling import recording
+from pst_ds.train.timing.profiling import Recorder
 from pst_ds.train.timing.step_clock import StepClock
 from pst_ds.train.timing.stragglers import OwnTime, Pace
 
 MAX_SKIPPED_IN_A_ROW = 100
 FINAL_TAGS = ("loss", "sparsity/actual", "tokens_per_second")
 """Reported values that judge a finished run, in addition to its evaluation."""
+
+
+@dataclass(slots=True)
+class LoopState:
+    """Where the training loop is; the same on every rank."""
+
+    step: int = 0
+    """Optimizer steps applied."""
+    batch: int = 0
+    """Global batches trained on, skipped steps included."""
+    masks: MaskStats | None = None
+    """Statistics of the last mask update."""
+    losses: list[float] = field(default_factory=list)
+    """Mean loss of each global batch since the last line of metrics.jsonl."""
+    tokens: int = 0
+    """Tokens of these batches."""
+    last_report_seconds: float = 0.0
+    """Seconds into the run at the last line of metrics.jsonl."""
+    skipped_in_a_row: int = 0
+    streams: list[Places] = field(default_factory=list)
+    """Position of each reader of streams; empty for a run without streams."""
+    stopped_by: int = 0
+    """Signal that asked some rank to stop; 0 for none."""
+
+    def as_json(self) -> dict[str, object]:
+        """Return a copy of what a checkpoint keeps, except the step, as JSON values."""
+        saved = {**asdict(replace(self, masks=None)), "masks": self.masks.totals() if self.masks else None}
+        return {name: value for name, value in saved.items() if name not in ("step", "stopped_by")}
+
+    @classmethod
+    def from_json(cls, step: int, values: Mapping[str, Any]) -> LoopState:
+        """Restore the state after ``step`` from what :meth:`as_json` returned. Raises TypeError for other fields."""
+        masks = values.get("masks")
+        return cls(step=step, **{**values, "masks": None if masks is None else MaskStats(**masks)})
 
 
 class Loop:
@@ -97,9 +126,9 @@ class Loop:
         if state.step >= self.num_steps:
             return
         buffers = {name: buffer.clone() for name, buffer in persistent_buffers(engine.module).items()}
-        recorded = recording(self.run.train.profiled, self.num_steps, Path(self.run.output_dir))
+        recorder = Recorder(self.run.train.profiled, self.num_steps, Path(self.run.output_dir))
         make = partial(own_batches, self.context, self.examples, state.batch, state.streams)
-        with Prefetched(make) as batches, recorded as recorder:
+        with Prefetched(make) as batches, recorder:
             while state.step < self.num_steps:
                 recorder.before(state.step + 1)
                 waited_before = batches.waited_seconds
@@ -279,12 +308,6 @@ def _picture_if_due(loop: Loop, state: LoopState) -> None:
     loop.metrics.figures(state.step, stats)
 
 
-def _gradient_norm(engine: Engine) -> dict[str, float]:
-    """Return the norm of the last step's gradient before clipping; {} if the engine does not keep it."""
-    norm = engine.get_global_grad_norm()
-    return {} if norm is None else {"grad_norm": float(norm)}
-
-
 def _report_straggler(loop: Loop, state: LoopState) -> None:
     """Report the slowest rank, once per change."""
     if found := loop.pace.newly_slow():
@@ -303,13 +326,14 @@ def _report_if_due(loop: Loop, state: LoopState) -> None:
     state.last_report_seconds = loop.metrics.seconds
     per_second = state.tokens / elapsed if elapsed > 0 else 0.0
     sparsity, flip_rate = (state.masks.sparsity, state.masks.flip_rate) if state.masks else (0.0, 0.0)
+    norm = loop.engine.get_global_grad_norm()  # before clipping
     state.losses.clear()
     state.tokens = 0
     values = {
         "event": "step",
         "loss": loss,
         "losses": losses,
-        **_gradient_norm(loop.engine),
+        **({} if norm is None else {"grad_norm": float(norm)}),
         **{f"lr/{group['name']}": group["lr"] for group in loop.engine.optimizer.param_groups},
         "sparsity/target": loop.schedules.sparsity_at(state.step),
         "sparsity/actual": sparsity,

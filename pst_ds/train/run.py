@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NotRequired, TypeAlias, TypedDict
@@ -15,33 +16,36 @@ from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.checkpoint.restore import load_into
 from pst_ds.config.run import RunConfig
 from pst_ds.config.toml import load_run_or_folder
+from pst_ds.core.kernels.host import multiplies_bf16
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.file_names import RESULT_FILE, STALLS
 from pst_ds.json_text import json_of
+from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel.ds_config import zero_stage
 from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, raise_on_all_ranks, world_size
+from pst_ds.parallel.ranks import barrier, is_main, of_main, raise_on_all_ranks, world_size
 from pst_ds.parallel.stop_signals import StoppedError as StoppedError
 from pst_ds.parallel.watchdog import watching
 from pst_ds.train import run_folder
-from pst_ds.train.calibration import activation_norms, load_norms, save_norms, set_norms
+from pst_ds.train.calibration import calibrate
 from pst_ds.train.checkpointer import Checkpointer
 from pst_ds.train.divergence import DivergedError
 from pst_ds.train.evaluate import predict
 from pst_ds.train.expert_tokens import CountsOfExperts, counts_of_experts, warning_of_unused
-from pst_ds.train.fit_verdict import Fit, fit_of, sentence, watched_steps
-from pst_ds.train.loop import FINAL_TAGS, Loop
+from pst_ds.train.fit_verdict import fit_of, sentence, watched_steps
+from pst_ds.train.loop import FINAL_TAGS, Loop, LoopState
 from pst_ds.train.model import BuiltModel, build_model, num_trainable
 from pst_ds.train.monitor.dense_run import DenseRun, read_dense_run
 from pst_ds.train.monitor.memory_snapshot import snapshot_when_memory_ends
+from pst_ds.train.monitor.metrics import MetricsWriter
+from pst_ds.train.monitor.trackers import Trackers
 from pst_ds.train.objective import Objective, load_teacher
 from pst_ds.train.one_shot.start import remark_on_shares, start_run
 from pst_ds.train.prepare import prepare as prepare
 from pst_ds.train.prepare import prepare_single as prepare_single
-from pst_ds.train.reporting import open_metrics
+from pst_ds.train.resume import RunProgress, checkpoint_to_resume, flat_table, restore
 from pst_ds.train.run_context import RunContext
-from pst_ds.train.run_progress import LoopState
 from pst_ds.train.sequences.documents import require_documents_apart
 from pst_ds.train.sequences.shared import shared_sequences
 
@@ -49,6 +53,10 @@ Splits: TypeAlias = tuple[ExampleSet, ExampleSet | None]
 """The examples to train on, and those to validate with."""
 Evaluation: TypeAlias = Callable[[Engine, ExampleSet, RunContext], dict[str, float]]
 """Computes the metrics of an engine's model. Collective."""
+_EMULATED_BF16 = (
+    "this processor has no instructions for bf16, which is several times slower here than fp32: set train.precision = "
+    '"fp32" if the run stays on CPUs like it'
+)
 
 
 class TrainResult(TypedDict):
@@ -75,7 +83,7 @@ class TrainResult(TypedDict):
     expert_zeros: NotRequired[dict[str, list[int]]]
     """Pruned weights of each expert, by stack; only for mixtures of experts."""
     fit: dict[str, object] | None
-    """Whether the run underfits or overfits, see :class:`pst_ds.train.fit_verdict.Fit`."""
+    """Whether the run underfits or overfits, see :func:`pst_ds.train.fit_verdict.fit_of`."""
     seconds: float
     """Seconds of training, over all processes of the run."""
 
@@ -149,10 +157,10 @@ def train_prepared(
     splits: Splits | None = None,
     evaluation: Evaluation | None = None,
 ) -> TrainResult:
-    """Train a context run, see :func:`train_run`. Collective.
+    """Train a prepared run, see :func:`train_run`. Collective.
 
     Args:
-        splits: What :func:`load_splits` returned; None to load them.
+        splits: Result of :func:`load_splits`; None to load them.
         evaluation: Replaces :func:`evaluate`.
     """
     examples, validation = splits or load_splits(context)
@@ -160,63 +168,19 @@ def train_prepared(
     context.task.require_enough(examples, num_steps * context.run.train.batch_size)
     run = start_run(context.run, examples, is_new=not (resume or restart), quiet=quiet)
     context = replace(context, run=run).with_rates(examples)
-    dense = raise_on_all_ranks(lambda: _dense_run(context.run, examples.digest))
-    begun = _begin(context, examples, num_steps, resume=resume, restart=restart, quiet=quiet)
-    step, seconds = run_folder.reached(begun.checkpoint)
-    metrics = open_metrics(context, begun.engine.module, num_steps, step, seconds, quiet=quiet, dense=dense)
-    for remark in (*begun.remarks, context.task.remark(context.run.data, examples), remark_on_shares(context.run)):
-        metrics.say(remark)
-    schedules = context.run.make_schedules(num_steps)
-    loop = Loop(context, begun.engine, examples, schedules, metrics, begun.objective)
-    checkpointer = Checkpointer(
-        context,
-        loop,
-        evaluate=None if validation is None else partial(evaluation or evaluate, begun.engine, validation, context),
-        watched=watched_steps(context.run, schedules.masks, num_steps, len(examples), len(validation or ())),
-        checkpoint=begun.checkpoint,
-    )
-    return _train_to_the_end(loop, checkpointer, begun.state, dense)
-
-
-@dataclass(frozen=True, slots=True)
-class _Begun:
-    """A run whose model is built and whose folder is written, at the step that it trains from."""
-
-    engine: Engine
-    objective: Objective
-    state: LoopState
-    checkpoint: Checkpoint | None
-    """Checkpoint that the run resumes from."""
-    remarks: tuple[str, ...]
-    """Sentences for the user; "" for none."""
-
-
-def _begin(
-    context: RunContext, examples: ExampleSet, num_steps: int, *, resume: bool, restart: bool, quiet: bool
-) -> _Begun:
-    """Build model and objective, from a checkpoint if there is one to resume from, and write the folder. Collective.
-
-    Raises as :func:`train_run`.
-    """
-    run, folder = context.run, Path(context.run.output_dir)
-    checkpoint = run_folder.checkpoint_to_go_on_from(run, examples.digest, quiet=quiet) if resume else None
+    run = context.run
+    dense = raise_on_all_ranks(lambda: _dense_run(run, examples.digest))
+    checkpoint = checkpoint_to_resume(run, examples.digest, quiet=quiet) if resume else None
     if checkpoint is None and not restart:
-        run_folder.require_no_checkpoints(folder)
-    teacher = raise_on_all_ranks(lambda: load_teacher(context))
-    _, engine = build(context, checkpoint, label_scale=context.task.label_scale(examples))
-    leaks = require_documents_apart(engine, context, examples)
-    objective = Objective(context, teacher, shared_sequences(engine, context))
-    state = run_folder.restore(engine, checkpoint, run) if checkpoint else LoopState()
-    if checkpoint is None:
-        run_folder.set_aside_checkpoints(folder)
-    if is_main():
-        run_folder.write_files(run, context.ds_config, is_finished=state.step == num_steps)
-    barrier()
-    if run.ranks_by_activation:
-        _calibrate(context, engine, examples, resumed=checkpoint is not None)
-    why = objective.why_all_logits(engine.module)
-    about_loss = f"the loss holds the logits of a whole micro-batch, because {why}" if why else ""
-    return _Begun(engine, objective, state, checkpoint, (leaks, about_loss))
+        run_folder.require_no_checkpoints(Path(run.output_dir))
+    loop, state = _build_loop(context, examples, checkpoint, dense, quiet=quiet)
+    checkpointer = Checkpointer(
+        loop,
+        evaluate=None if validation is None else partial(evaluation or evaluate, loop.engine, validation, context),
+        watched=watched_steps(run, loop.schedules.masks, num_steps, len(examples), len(validation or ())),
+        checkpoint=checkpoint,
+    )
+    return _train_to_the_end(loop, checkpointer, state, dense)
 
 
 def load_splits(context: RunContext) -> Splits:
@@ -239,18 +203,66 @@ def _dense_run(run: RunConfig, digest: str) -> DenseRun | None:
     return dense
 
 
-def _calibrate(context: RunContext, engine: Engine, examples: ExampleSet, *, resumed: bool) -> None:
-    """Set the activation norms of the scores: measured for a new run, from its folder for a resumed one. Collective."""
+def _build_loop(
+    context: RunContext, examples: ExampleSet, checkpoint: Checkpoint | None, dense: DenseRun | None, *, quiet: bool
+) -> tuple[Loop, LoopState]:
+    """Build model and loop, restore them from ``checkpoint`` if there is one, and write the run's folder. Collective.
+
+    Raises as :func:`train_run`.
+    """
     run, folder = context.run, Path(context.run.output_dir)
-    if resumed:
-        set_norms(engine.module, raise_on_all_ranks(lambda: load_norms(folder, engine.module)))
-        return
-    count = min(run.pst.calibration_examples, len(examples))
-    drawn, chosen = raise_on_all_ranks(partial(context.task.sample, examples, count, f"{run.seed}/calibration"))
-    norms = activation_norms(engine, context, drawn, chosen)
+    teacher = raise_on_all_ranks(lambda: load_teacher(context))
+    _, engine = build(context, checkpoint, label_scale=context.task.label_scale(examples))
+    leaks = require_documents_apart(engine, context, examples)
+    objective = Objective(context, teacher, shared_sequences(engine, context))
+    state = restore(engine, checkpoint, run) if checkpoint else LoopState()
+    if checkpoint is None:
+        run_folder.set_aside_checkpoints(folder)
     if is_main():
-        save_norms(folder, norms)
-    set_norms(engine.module, norms)
+        run_folder.write_files(run, context.ds_config, is_finished=state.step == run.num_steps(len(examples)))
+    barrier()
+    if run.ranks_by_activation:
+        calibrate(context, engine, examples, resumed=checkpoint is not None)
+    metrics = _open_metrics(context, engine, examples, checkpoint, dense, quiet=quiet)
+    why = objective.why_all_logits(engine.module)
+    about_loss = f"the loss holds the logits of a whole micro-batch, because {why}" if why else ""
+    emulates = context.device == "cpu" and run.train.precision == "bf16" and not multiplies_bf16()
+    about_data = context.task.remark(run.data, examples)
+    for remark in (_EMULATED_BF16 if emulates else "", leaks, about_loss, about_data, remark_on_shares(run)):
+        metrics.say(remark)
+    return Loop(context, engine, examples, run.make_schedules(run.num_steps(len(examples))), metrics, objective), state
+
+
+def _open_metrics(
+    context: RunContext,
+    engine: Engine,
+    examples: ExampleSet,
+    checkpoint: Checkpoint | None,
+    dense: DenseRun | None,
+    *,
+    quiet: bool,
+) -> MetricsWriter:
+    """Open metrics and trackers. Collective. Raises ConfigError on every rank for a tracker that does not start."""
+    run, folder = context.run, Path(context.run.output_dir)
+    step = checkpoint.state.step if checkpoint else 0
+
+    def trackers() -> Trackers | None:
+        if not run.tracking.to or not is_main():
+            return None
+        complain = partial(print, file=sys.stderr, flush=True)
+        return Trackers(run.tracking, folder, flat_table(run), goes_on=step > 0, complain=complain)
+
+    return MetricsWriter(
+        folder,
+        num_steps=run.num_steps(len(examples)),
+        is_main=is_main(),
+        quiet=quiet,
+        step=step,
+        seconds=RunProgress.read(checkpoint).seconds if checkpoint else 0.0,
+        layers={name: layer.layout.numel for name, layer in pst_layers(engine.module).items()},
+        dense=dense,
+        trackers=raise_on_all_ranks(trackers),
+    )
 
 
 def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState, dense: DenseRun | None) -> TrainResult:
@@ -268,7 +280,10 @@ def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState, 
                     break
             metrics, experts = checkpointer.finish(state), counts_of_experts(loop.engine.module)
         if state.step == loop.num_steps:
-            fit = _judged_fit(loop, dense)
+            context = loop.context
+            fit = of_main(lambda: fit_of(context.run, context.task, loop.examples, loop.num_steps, dense))
+            if said := sentence(fit):
+                loop.metrics.verdict(loop.num_steps, said)
             loop.metrics.say(warning_of_unused(experts.get("expert_tokens", {}), first_step))
             loop.metrics.experts(state.step, experts)
             loop.metrics.settings(_settings(loop.run), [*(f"eval/{name}" for name in metrics), *FINAL_TAGS])
@@ -289,21 +304,10 @@ def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState, 
     return result
 
 
-def _judged_fit(loop: Loop, dense: DenseRun | None) -> Fit:
-    """Judge a finished run and report what is wrong; the same on every rank. Collective."""
-    context = loop.context
-    own = fit_of(context.run, context.task, loop.examples, loop.num_steps, dense) if is_main() else None
-    fit = all_gather_objects(own)[0]
-    assert fit is not None, "rank 0 has judged"
-    if fit.verdict:
-        loop.metrics.verdict(loop.num_steps, sentence(fit.as_table()))
-    return fit
-
-
 def _settings(run: RunConfig) -> dict[str, object]:
     """Return the settings that TensorBoard compares runs by; neither data nor paths."""
     names = ("task", "method", "seed", "model.path", "model.dropout", "distillation.weight")
-    settings = run_folder.flat_table(run).items()
+    settings = flat_table(run).items()
     return {k: v for k, v in settings if k in names or k.startswith(("pst.", "schedule.", "quantization.", "train."))}
 
 
@@ -312,7 +316,7 @@ def _result(
     state: LoopState,
     metrics: dict[str, float],
     best_step: int | None,
-    fit: Fit | None,
+    fit: dict[str, object] | None,
     experts: CountsOfExperts,
 ) -> TrainResult:
     """Return what a run ended with. Collective."""
@@ -329,7 +333,7 @@ def _result(
         optimizer_bytes_per_rank=optimizer_bytes(loop.engine),
         metrics=metrics,
         best_step=best_step,
-        fit=fit.as_table() if fit else None,
+        fit=fit,
         seconds=round(loop.metrics.seconds, 1),
     )
     if experts:

@@ -19,13 +19,12 @@ from pst_ds.parallel.engine import LocalEngine
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.train import loop as loop_module
 from pst_ds.train.divergence import DivergedError
-from pst_ds.train.loop import Loop
+from pst_ds.train.loop import Loop, LoopState
 from pst_ds.train.model import parameter_groups
 from pst_ds.train.monitor.metrics import MetricsWriter
 from pst_ds.train.objective import Objective
 from pst_ds.train.run import build, prepare, train_prepared
 from pst_ds.train.run_folder import open_checkpoint
-from pst_ds.train.run_progress import LoopState
 
 SCORES, UPDATES = ("pst_A", "pst_B", "pst_R", "pst_C"), ("pst_U", "pst_V")
 

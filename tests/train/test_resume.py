@@ -20,8 +20,8 @@ from pst_ds.parallel import stop_signals
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import rank, world_size
 from pst_ds.train import loop as loop_module
+from pst_ds.train.resume import require_same_run
 from pst_ds.train.run import StoppedError, prepare, train_prepared
-from pst_ds.train.run_folder import require_same_run
 
 STOP_AT, NUM_STEPS = 9, 20
 EARLY, SHORT, OF_SHORT = 5, 14, "train.num_steps=14"
@@ -216,10 +216,10 @@ def test_a_run_that_prunes_some_layers_alone_ramps_and_goes_on(run_ranks, tmp_pa
 
 def _masks_at_load(folder, stage, more):
     """The masks in a model that a checkpoint was loaded into, and what the run then ends with."""
-    from pst_ds.train import run_folder
+    from pst_ds.train import run as run_module
 
     seen = {}
-    restore = run_folder.restore
+    restore = run_module.restore
 
     def spied(engine, checkpoint, run):
         state = restore(engine, checkpoint, run)
@@ -228,7 +228,7 @@ def _masks_at_load(folder, stage, more):
         return state
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_folder, "restore", spied)
+        patch.setattr(run_module, "restore", spied)
         result = _train(folder, stage, *more, resume=True)
     return seen, result
 

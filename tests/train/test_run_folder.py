@@ -81,7 +81,7 @@ def test_a_metric_that_is_no_number_is_null_in_the_files_of_a_run(tmp_path, monk
     ("precision", "multiplies", "said"), [("bf16", False, 1), ("bf16", True, 0), ("fp32", False, 0)]
 )
 def test_bf16_on_a_processor_without_it_is_said_once(tmp_path, monkeypatch, capsys, precision, multiplies, said):
-    monkeypatch.setattr("pst_ds.train.reporting.multiplies_bf16", lambda: multiplies)
+    monkeypatch.setattr("pst_ds.train.run.multiplies_bf16", lambda: multiplies)
     train_prepared(_prepared(tmp_path, "train.num_steps=2", f"train.precision={precision}"))
     shown = "".join(capsys.readouterr())
     assert shown.count('set train.precision = "fp32"') == said

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,17 +16,20 @@ _ROWS = 60
 """Rows printed in the profiler's table."""
 
 
-class Recorder:
-    """Records on rank 0 the steps of ``window``, its first and its last, as far as the run has them; none for 0."""
+class Recorder(AbstractContextManager["Recorder"]):
+    """Records steps on rank 0, from the first of ``window`` to its last, or to the end of the run; none for (0, 0).
+
+    A recording that is not finished when the context ends is dropped.
+    """
 
     def __init__(self, window: tuple[int, int], num_steps: int, folder: Path):
-        first, last = window if is_main() else (0, 0)  # steps begin with 1
-        self._first, self._last = first, min(last, num_steps)
+        self._first, last = window if is_main() else (0, 0)
+        self._last = min(last, num_steps)
         self._folder = folder / PROFILE
         self._profile: profile | None = None
 
     def before(self, step: int) -> None:
-        """Begin, if the first of the steps is next or some of them are past; ``step`` is the one that is next."""
+        """Start recording before ``step`` if it is in the window; a resumed run may start in its middle."""
         if self._profile is None and self._first <= step <= self._last:
             from torch.profiler import profile
 
@@ -36,35 +38,19 @@ class Recorder:
             self._profile.start()
 
     def after(self, step: int) -> None:
-        """End, if ``step`` was the last, and write what was recorded."""
+        """Write the recording if ``step`` was its last."""
         if self._profile is None or step < self._last:
             return
-        recorded = self._stopped()
+        self._profile.stop()
         self._folder.mkdir(exist_ok=True)
         name = f"steps-{self._first}-{step}"
-        recorded.export_chrome_trace(str(self._folder / f"{name}.json.gz"))
-        averages = recorded.key_averages()
+        self._profile.export_chrome_trace(str(self._folder / f"{name}.json.gz"))
+        averages = self._profile.key_averages()
         on_device = any(event.device_time_total for event in averages)
         table = averages.table(f"self_{'device' if on_device else 'cpu'}_time_total", row_limit=_ROWS)
         (self._folder / f"{name}.txt").write_text(table + "\n", encoding="utf-8")
+        self._profile = None
 
-    def drop(self) -> None:
-        """End a recording without writing it."""
+    def __exit__(self, *_: object) -> None:
         if self._profile is not None:
-            self._stopped()
-
-    def _stopped(self) -> profile:
-        assert self._profile is not None
-        recorded, self._profile = self._profile, None
-        recorded.stop()
-        return recorded
-
-
-@contextmanager
-def recording(window: tuple[int, int], num_steps: int, folder: Path) -> Iterator[Recorder]:
-    """Yield a :class:`Recorder`; a recording that is not over when the context ends is dropped."""
-    recorder = Recorder(window, num_steps, folder)
-    try:
-        yield recorder
-    finally:
-        recorder.drop()
+            self._profile.stop()

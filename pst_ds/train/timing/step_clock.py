@@ -12,35 +12,37 @@ PARTS = ("forward", "backward", "optimizer", "masks")
 
 
 class StepClock:
-    """Adds up the seconds of ``parts``, on a GPU those of its own clock, which nobody waits for before they are
-    read. A part is not timed inside itself."""
+    """Adds up the seconds of ``parts``. On a GPU it uses events, which are waited for only when they are read.
+
+    A part is not timed inside itself.
+    """
 
     def __init__(self, device: str, parts: Sequence[str] = PARTS):
         kind = _DevicePart if device.startswith("cuda") else _HostPart
         self._parts: dict[str, _HostPart | _DevicePart] = {part: kind() for part in parts}
 
     def timing(self, part: str) -> AbstractContextManager[None]:
-        """What is done inside is a ``part`` of the step."""
+        """Return a context whose time counts as ``part`` of the step."""
         return self._parts[part]
 
     def read(self) -> dict[str, float]:
-        """Return the seconds of each part since they were read before. Waits for what is under way on a GPU."""
+        """Return the seconds of each part since the last call. Waits for a GPU to reach the last event."""
         return {name: part.read() for name, part in self._parts.items()}
 
 
 class _HostPart(AbstractContextManager[None]):
-    """Entered hundreds of times a step, for every wait: no generator, and nothing is made."""
+    """Entered hundreds of times per step, for every wait, so it is not a generator and allocates nothing."""
 
-    __slots__ = ("_began", "_seconds")
+    __slots__ = ("_seconds", "_started")
 
     def __init__(self) -> None:
-        self._seconds = self._began = 0.0
+        self._seconds = self._started = 0.0
 
     def __enter__(self) -> None:
-        self._began = time.perf_counter()
+        self._started = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self._seconds += time.perf_counter() - self._began
+        self._seconds += time.perf_counter() - self._started
 
     def read(self) -> float:
         found, self._seconds = self._seconds, 0.0
@@ -48,32 +50,28 @@ class _HostPart(AbstractContextManager[None]):
 
 
 class _DevicePart(AbstractContextManager[None]):
-    """Records an event at either end; events that were read are used again."""
-
-    __slots__ = ("_began", "_free", "_recorded")
+    """Records an event on entry and on exit; events are reused once they were read."""
 
     def __init__(self) -> None:
         self._free: list[torch.cuda.Event] = []
-        self._recorded: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._began: torch.cuda.Event | None = None
+        self._recorded: list[torch.cuda.Event] = []
 
     def __enter__(self) -> None:
-        self._began = self._record()
+        self._record()
 
     def __exit__(self, *_: object) -> None:
-        assert self._began is not None
-        self._recorded.append((self._began, self._record()))
+        self._record()
 
-    def _record(self) -> torch.cuda.Event:
+    def _record(self) -> None:
         event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
         event.record()
-        return event
+        self._recorded.append(event)
 
     def read(self) -> float:
         seconds = 0.0
-        for start, end in self._recorded:
+        for start, end in zip(self._recorded[::2], self._recorded[1::2], strict=True):
             end.synchronize()
             seconds += start.elapsed_time(end) / 1e3
-            self._free += (start, end)
+        self._free += self._recorded
         self._recorded.clear()
         return seconds

@@ -27,12 +27,12 @@ class OwnTime:
         self._waits = StepClock(device, ("waits",))
         self._busy, self._since = 0.0, 0.0
         self.seconds = 0.0
-        """Of the last step that is over; 0 before there is one."""
+        """Busy seconds of the last finished step; 0 before the first."""
         time_waits(engine, self.waiting)
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """What is done inside belongs to a step; what a run does between steps does not."""
+        """Count the time inside as part of a step, unlike the time between steps."""
         self._since = time.perf_counter()
         try:
             yield
@@ -42,7 +42,7 @@ class OwnTime:
 
     @contextmanager
     def exchanging(self) -> Iterator[None]:
-        """What is done inside ends a step: the numbers that all ranks wait for."""
+        """End a step with the exchange of numbers inside, for which all ranks wait."""
         with self.waiting():
             yield
         now = time.perf_counter()
@@ -50,7 +50,7 @@ class OwnTime:
         self._busy, self._since = 0.0, now
 
     def waiting(self) -> AbstractContextManager[None]:
-        """What is done inside waits for other ranks."""
+        """Count the time inside as waiting for other ranks."""
         return self._waits.timing("waits") if self._since else _NOT_IN_A_STEP
 
 
@@ -61,12 +61,12 @@ class Straggler:
     rank: int
     host: str
     step_seconds: float
-    """Median over the window of what a step takes it."""
+    """Median busy seconds per step in the window."""
     median_step_seconds: float
-    """The same of the median rank."""
+    """Median busy seconds per step of the median rank."""
     memory_bytes: int
     others: int
-    """How many more ranks are too slow."""
+    """Number of other ranks that are too slow."""
 
     def __str__(self) -> str:
         more = f" and {self.others} more" if self.others else ""
@@ -78,7 +78,7 @@ class Straggler:
 
 @dataclass(slots=True)
 class Pace:
-    """How long the ranks, each on its one of ``hosts``, were busy with the last steps, and the most memory of each."""
+    """Busy time of each rank in the last steps, and its peak memory. ``hosts``: host of each rank."""
 
     hosts: Sequence[str]
     _steps: deque[np.ndarray] = field(default_factory=lambda: deque(maxlen=WINDOW))
@@ -87,7 +87,7 @@ class Pace:
     _named: int | None = None
 
     def add(self, seconds: Sequence[float], memory: Sequence[float]) -> None:
-        """Note a step: a number for every rank. One without a rank that was measured does not count."""
+        """Record a step by its busy seconds and peak memory of each rank. Times count only if all ranks have one."""
         if all(seconds):
             step = np.array(seconds)
             self._steps.append(step)
@@ -95,7 +95,7 @@ class Pace:
         self._memory = np.array(memory)
 
     def figures(self) -> dict[str, float]:
-        """Return what metrics.jsonl has of the ranks; nothing before a step, or of one rank."""
+        """Return figures of the ranks for metrics.jsonl; {} before the first step, and for one rank."""
         if not self._steps or len(self.hosts) == 1:
             return {}
         seconds = np.median(self._steps, axis=0)
@@ -109,7 +109,7 @@ class Pace:
         }
 
     def slow(self) -> Straggler | None:
-        """Return the straggler, if there is one now."""
+        """Return the straggler, if there is one in the window."""
         if len(self._steps) < WINDOW:
             return None
         slow = np.sum(self._is_slow, axis=0) >= LEAST_SLOW
@@ -117,16 +117,22 @@ class Pace:
             return None
         seconds = np.median(self._steps, axis=0)
         rank = int(np.where(slow, seconds, 0.0).argmax())
-        figures = float(seconds[rank]), float(_typical(seconds)), int(self._memory[rank])
-        return Straggler(rank, self.hosts[rank], *figures, others=int(slow.sum()) - 1)
+        return Straggler(
+            rank,
+            self.hosts[rank],
+            step_seconds=float(seconds[rank]),
+            median_step_seconds=float(_typical(seconds)),
+            memory_bytes=int(self._memory[rank]),
+            others=int(slow.sum()) - 1,
+        )
 
     def newly_slow(self) -> Straggler | None:
-        """Return the straggler if it is another one than before, or slow again."""
+        """Return the straggler if it differs from that of the last call."""
         found = self.slow()
         before, self._named = self._named, found.rank if found else None
         return found if found and found.rank != before else None
 
 
 def _typical(values: np.ndarray) -> float:
-    """Return the median, of two in the middle the lesser."""
+    """Return the median; the lower one of two in the middle."""
     return np.partition(values, (len(values) - 1) // 2)[(len(values) - 1) // 2]

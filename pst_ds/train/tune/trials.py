@@ -29,6 +29,7 @@ from pst_ds.train import run_folder
 from pst_ds.train.divergence import DivergedError
 from pst_ds.train.evaluate import predict
 from pst_ds.train.one_shot.start import start_run
+from pst_ds.train.resume import as_table
 from pst_ds.train.run import Splits, load_splits, train_prepared
 from pst_ds.train.run_context import RunContext
 from pst_ds.train.tune.halving import RATES, Candidate, Outcome, Rung, candidates, chosen, promoted, rungs
@@ -60,7 +61,7 @@ def search(context: RunContext, share: float, *, restart: bool = False) -> list[
         "metric": run.metric,
         "lower_is_better": context.task.lower_is_better,
         "data_digest": splits[0].digest,
-        "run": run_folder.as_table(run),
+        "run": as_table(run),
     }
     lines = raise_on_all_ranks(partial(_lines_to_go_on_from, folder, json.loads(json_of(head)), restart))
     if lines[-1]["event"] != "choice":

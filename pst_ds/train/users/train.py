@@ -18,11 +18,10 @@ from pst_ds.parallel.stop_signals import StoppedError
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.progress import Progress
 from pst_ds.train.divergence import DivergedError
-from pst_ds.train.loop import Loop
+from pst_ds.train.loop import Loop, LoopState
 from pst_ds.train.monitor.metrics import MetricsWriter
 from pst_ds.train.objective import Objective
 from pst_ds.train.run_context import RunContext
-from pst_ds.train.run_progress import LoopState
 from pst_ds.train.users.personal import PersonalModel, PersonalPart
 from pst_ds.train.users.store import UserStore, require_name
 

@@ -1,0 +1,164 @@
+"""Resume a run from a checkpoint: the progress that checkpoints keep, and whether the run may continue from it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from pst_ds.checkpoint import retention as checkpoints
+from pst_ds.checkpoint.format import Checkpoint, CheckpointError
+from pst_ds.checkpoint.restore import base_fingerprint, load_optimizer, same_base
+from pst_ds.config.one_shot import OneShotConfig
+from pst_ds.config.run import ConfigError, QuantizationConfig, RunConfig
+from pst_ds.config.settings import OnResume, resume_rules
+from pst_ds.config.toml import REMOVED, flatten
+from pst_ds.file_names import CHECKPOINTS
+from pst_ds.masks.update import mask_stats
+from pst_ds.parallel.engine import Engine
+from pst_ds.parallel.optimizer_state import set_counters
+from pst_ds.parallel.ranks import barrier, is_main, of_main, raise_on_all_ranks, world_size
+from pst_ds.train.loop import LoopState
+
+
+@dataclass(frozen=True, slots=True)
+class RunProgress:
+    """Progress of a run, for a checkpoint; the same on every rank and for any number of ranks.
+
+    The random numbers of a step and the order of batches follow from the seed and ``loop.batch``, and learning rates
+    from the step, so none of them are saved.
+    """
+
+    loop: LoopState
+    skipped_steps: int
+    seconds: float
+    """Seconds of training, over all processes of the run."""
+    groups: dict[str, dict[str, object]]
+    """Learning rate, peak rate and Adam's betas of each parameter group."""
+    best_step: int | None
+    best_value: float | None
+    """Metric after ``best_step``."""
+    evaluated_step: int
+    """Step of the last evaluation; -1 before the first."""
+    data_digest: str
+    """SHA-256 of the training examples."""
+    run: dict[str, object]
+    """Resolved run file."""
+    world_size: int
+    zero_stage: int
+
+    def as_json(self) -> dict[str, object]:
+        """Return the progress as JSON values, for ``CheckpointState.progress``."""
+        own = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "loop"}
+        return {**self.loop.as_json(), **own}
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint) -> RunProgress:
+        """Read the progress in ``checkpoint``. Raises CheckpointError if it has none, or other fields."""
+        values, step = dict(checkpoint.state.progress), checkpoint.state.step
+        saved = {name: values.pop(name) for name in LoopState().as_json() if name in values}
+        try:
+            return cls(loop=LoopState.from_json(step, saved), **values)
+        except TypeError as error:
+            raise CheckpointError(f"{checkpoint.folder} was not written to continue a run: {error}") from None
+
+
+def checkpoint_to_resume(run: RunConfig, data_digest: str, *, quiet: bool) -> Checkpoint | None:
+    """Return the newest valid checkpoint of the run, if it has one. Raises InputError. Collective."""
+    folder = Path(run.output_dir) / CHECKPOINTS
+    if is_main():
+        checkpoints.clean_up(folder)
+    barrier()
+    checkpoint, problems = checkpoints.newest_valid(folder)
+    messages = [f"WARNING: {problem}. It is set aside as {checkpoints.BROKEN}" for problem in problems]
+    if checkpoint is None and problems:
+        raise CheckpointError(f"no checkpoint in {folder} is valid: {'; '.join(problems)}. --restart starts over")
+    if checkpoint is None:
+        messages.append(f"nothing was saved in {folder} yet: starting at step 0")
+    else:
+        fingerprint = of_main(lambda: base_fingerprint(run.model.path))
+        changed = raise_on_all_ranks(lambda: require_same_run(checkpoint, run, fingerprint, data_digest))
+        messages.append(f"resuming from {checkpoint.folder}, after step {checkpoint.state.step}")
+        messages += [f"  with {change}" for change in changed]
+    if is_main() and not quiet:
+        print("\n".join(messages), file=sys.stderr, flush=True)
+    return checkpoint
+
+
+def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, data_digest: str) -> list[str]:
+    """Raise ConfigError unless ``run`` is the run of ``checkpoint``; return the permitted changes, as text."""
+    progress = RunProgress.read(checkpoint)
+    require_base(checkpoint, run.model.path, fingerprint)
+    # a checkpoint may be older than these settings
+    unset = flatten({"quantization": asdict(QuantizationConfig()), "start": asdict(OneShotConfig())})
+    before, now = unset | flatten(progress.run), flat_table(run)
+    changed = [key for key in now | before if before.get(key) != now.get(key)]  # pst.seed after the seed it may follow
+    rules = resume_rules(RunConfig)
+    for key in changed:
+        if key not in rules and key not in REMOVED:
+            raise ConfigError(
+                f"{key} = {now.get(key)!r}, but the run in {checkpoint.folder} has {before.get(key)!r}, and a run goes "
+                "on only as it began. Fix: take the old value, or start a new run in another output_dir"
+            )
+    if data_digest != progress.data_digest:
+        raise ConfigError(
+            f"{run.data.trained_on} is not the text that the run in {checkpoint.folder} began with (its "
+            "tokens or labels differ, or data.document_mask), so the batches would be others. Fix: bring the old file "
+            "or setting back, or start a new run in another output_dir"
+        )
+    if progress.loop.streams:
+        _require_same_readers(run, len(progress.loop.streams), before)
+    return [f"{key} = {now[key]!r} (was {before[key]!r})" for key in changed if rules.get(key) is OnResume.IS_REPORTED]
+
+
+def _require_same_readers(run: RunConfig, readers: int, before: Mapping[str, object]) -> None:
+    """Raise ConfigError if the streams of ``run`` would not be split as they were between ``readers``."""
+    accumulation = "train.gradient_accumulation_steps"
+    was = (readers, before[accumulation])
+    now = (world_size() // run.train.sequence_parallel, run.train.gradient_accumulation_steps)
+    if now != was:
+        raise ConfigError(
+            f"data.sources has a stream ({run.data.streams[0].path!r}), of which {was[0]} readers have read a part "
+            f"each, with {accumulation} = {was[1]}, and here are {now[0]} with {now[1]}. Fix: start so many ranks "
+            "again, times train.sequence_parallel, and with that setting; or start a new run in another output_dir"
+        )
+
+
+def require_base(checkpoint: Checkpoint, path: str, fingerprint: str) -> None:
+    """Raise ConfigError unless the model at ``path`` with ``fingerprint`` is the checkpoint's base model."""
+    if not same_base(fingerprint, checkpoint.state.base_fingerprint):
+        raise ConfigError(
+            f"model.path = {path!r} is not the base model that {checkpoint.folder} was trained from (its fingerprint "
+            "differs); point --set model.path= at the right one"
+        )
+
+
+def restore(engine: Engine, checkpoint: Checkpoint, run: RunConfig) -> LoopState:
+    """Restore the optimizer, and return the state that the loop continues from. Collective.
+
+    The model must have the checkpoint's values already. Raises CheckpointError if its masks differ from those saved.
+    """
+    progress, step = RunProgress.read(checkpoint), checkpoint.state.step
+    load_optimizer(engine, checkpoint)
+    accumulation = run.train.gradient_accumulation_steps
+    set_counters(engine, applied=step, skipped=progress.skipped_steps, accumulation=accumulation)
+    masks = progress.loop.masks
+    if masks is not None and (checksum := mask_stats(engine.module).checksum) != masks.checksum:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the masks have checksum {checksum} in the model, and had {masks.checksum} when "
+            "they were saved"
+        )
+    return progress.loop
+
+
+def as_table(run: RunConfig) -> dict[str, object]:
+    """Return ``run`` as JSON values, with the seed that its factors follow."""
+    table: dict[str, object] = json.loads(json.dumps(asdict(replace(run, pst=run.seeded_pst))))
+    return table
+
+
+def flat_table(run: RunConfig) -> dict[str, object]:
+    """Return the settings of ``run`` as JSON values, by their dotted names."""
+    return flatten(as_table(run))
