@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     context = prepare(config, launch_environment(), run_file=args.run, labels=checkpoint.state.labels)
     examples = context.load(args.split)
     if config.task_facts.writes_texts and context.launch.world_size == 1:
-        metrics = _with_texts(context, checkpoint, examples, args.texts)
+        metrics = _with_texts(context, checkpoint, examples, args.texts)  # type: ignore[arg-type]
     else:
         _, engine = build(context, checkpoint)
         metrics = evaluate(engine, examples, context)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import InputError
@@ -23,9 +22,9 @@ class OwnBatch:
     micro_batches: list[MicroBatch]
     tokens: int
     """Tokens of the whole batch."""
-    targets: int = 0
-    """Predicted tokens of this part; 0 if shares are known without them."""
-    places: Places | None = None
+    targets: int
+    """Predicted tokens of this part."""
+    places: Places | None
     """Position of this rank's reader after the batch; None without streams."""
 
 
@@ -59,10 +58,7 @@ def own_batches(
             collated = [{name: values.pin_memory() for name, values in inputs.items()} for inputs in collated]
         targets = [task.num_targets(of, indices) for of, indices in parts]
         micro_batches = list(map(MicroBatch, collated, [per_target * count for count in targets], own))
-        if reader is None:
-            yield OwnBatch(micro_batches, tokens)
-        else:
-            yield OwnBatch(micro_batches, tokens, sum(targets), reader.places)
+        yield OwnBatch(micro_batches, tokens, sum(targets), reader.places if reader else None)
 
 
 def next_or_problem(batches: Iterator[OwnBatch]) -> OwnBatch | InputError:
@@ -78,15 +74,15 @@ def agreed(taken: OwnBatch | InputError, degree: int) -> tuple[OwnBatch, list[Pl
 
     ``degree`` ranks share a reader. Collective. Raises InputError on all ranks if one of them could not read.
     """
-    batch = raise_on_all_ranks(partial(_raise_or_return, taken))
+
+    def batch_or_error() -> OwnBatch:
+        if isinstance(taken, InputError):
+            raise taken
+        return taken
+
+    batch = raise_on_all_ranks(batch_or_error)
     of_ranks = all_gather_objects((batch.targets, batch.places or []))[::degree]
     total = sum(targets for targets, _ in of_ranks)
     per_target = len(batch.micro_batches) * len(of_ranks) / max(1, total)
     shared = [replace(one, share=per_target * one.share) for one in batch.micro_batches]
     return replace(batch, micro_batches=shared), [places for _, places in of_ranks]
-
-
-def _raise_or_return(taken: OwnBatch | InputError) -> OwnBatch:
-    if isinstance(taken, InputError):
-        raise taken
-    return taken

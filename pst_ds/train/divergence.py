@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -35,18 +36,6 @@ class MicroBatch:
     """Indices of its examples in the training data."""
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """The first output that is not finite."""
-
-    layer: str
-    examples: list[int]
-
-    def __str__(self) -> str:
-        numbers = shortened([str(number) for number in self.examples])
-        return f"{self.layer}, of example{'s' if len(self.examples) > 1 else ''} {numbers} of data.train"
-
-
 def require_finite(losses: Sequence[float], batch: int, step: int, find: Callable[[], str]) -> None:
     """Raise DivergedError unless the losses of all ranks in ``batch`` are finite, after ``step`` applied steps.
 
@@ -66,43 +55,44 @@ def fault_of_batch(
 ) -> str:
     """Run each micro-batch again; describe the first layer with a non-finite output, on the lowest rank that has one.
 
-    Return "" if there is none. The inputs are written to ``folder``. Collective.
+    Return "" if there is none. Its inputs are written to ``folder``. Collective.
     """
-    own: Fault | None = None
+    own = ""
     for batch in micro_batches:
-        with _listening(model, batch.examples) as faults:
-            run(batch)
-        if own is None and faults:
-            own = faults[0]
-            _save(folder, batch)
-    found = [(rank, fault) for rank, fault in enumerate(all_gather_objects(own)) if fault is not None]
-    if not found:
-        return ""
-    rank, fault = found[0]
-    return f"the first output that is not is that of {fault} (rank {rank}; saved as {folder / BAD_BATCH_FILE}); "
+        fault = _first_fault(model, batch, run)
+        if fault and not own:
+            own = fault
+            tensors = {name: values.contiguous() for name, values in batch.inputs.items()}
+            numbers = torch.as_tensor([int(number) for number in batch.examples])
+            write_bytes_atomic(folder / BAD_BATCH_FILE, save({**tensors, "examples": numbers}))
+    for rank, fault in enumerate(all_gather_objects(own)):
+        if fault:
+            return (
+                f"the first output that is not is that of {fault} (rank {rank}; saved as {folder / BAD_BATCH_FILE}); "
+            )
+    return ""
 
 
-@contextmanager
-def _listening(model: nn.Module, examples: Sequence[int]) -> Iterator[list[Fault]]:
-    faults: list[Fault] = []
+def _first_fault(model: nn.Module, batch: MicroBatch, run: Callable[[MicroBatch], object]) -> str:
+    """Run ``batch``; name the first layer with a non-finite output, and the examples; "" for none."""
+    faults: list[str] = []
 
-    def listener(name: str) -> Callable[..., None]:
-        def look(module: nn.Module, args: object, output: object) -> None:
-            for values in tree_leaves(output):
-                if not faults and isinstance(values, Tensor) and values.is_floating_point():
-                    rows = _rows_not_finite(values, len(examples))
-                    if rows:
-                        faults.append(Fault(name, [int(examples[row]) for row in rows]))
-
-        return look
+    def look(name: str, module: nn.Module, args: object, output: object) -> None:
+        for values in tree_leaves(output):
+            if not faults and isinstance(values, Tensor) and values.is_floating_point():
+                numbers = [str(batch.examples[row]) for row in _rows_not_finite(values, len(batch.examples))]
+                if numbers:
+                    examples = f"example{'s' if len(numbers) > 1 else ''} {shortened(numbers)}"
+                    faults.append(f"{name}, of {examples} of data.train")
 
     leaves = [(name, module) for name, module in model.named_modules() if next(module.children(), None) is None]
-    hooks = [module.register_forward_hook(listener(name)) for name, module in leaves]
+    hooks = [module.register_forward_hook(partial(look, name)) for name, module in leaves]
     try:
-        yield faults
+        run(batch)
     finally:
         for hook in hooks:
             hook.remove()
+    return faults[0] if faults else ""
 
 
 def _rows_not_finite(values: Tensor, count: int) -> list[int]:
@@ -114,11 +104,3 @@ def _rows_not_finite(values: Tensor, count: int) -> list[int]:
         return list(range(count))
     rows: list[int] = (~finite.reshape(count, -1).all(1)).nonzero().flatten().tolist()
     return rows
-
-
-def _save(folder: Path, batch: MicroBatch) -> None:
-    from safetensors.torch import save
-
-    tensors = {name: values.contiguous() for name, values in batch.inputs.items() if isinstance(values, Tensor)}
-    numbers = torch.as_tensor([int(number) for number in batch.examples])
-    write_bytes_atomic(folder / BAD_BATCH_FILE, save({**tensors, "examples": numbers}))

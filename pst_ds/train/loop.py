@@ -8,7 +8,6 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +126,8 @@ class Loop:
             return
         buffers = {name: buffer.clone() for name, buffer in persistent_buffers(engine.module).items()}
         recorder = Recorder(self.run.train.profiled, self.num_steps, Path(self.run.output_dir))
-        make = partial(own_batches, self.context, self.examples, state.batch, state.streams)
-        with Prefetched(make) as batches, recorder:
+        own = own_batches(self.context, self.examples, state.batch, state.streams)
+        with Prefetched(own) as batches, recorder:
             while state.step < self.num_steps:
                 recorder.before(state.step + 1)
                 waited_before = batches.waited_seconds

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -27,6 +28,9 @@ from pst_ds.parallel.ranks import raise_on_all_ranks
 from pst_ds.train.prompts import add_prompt
 from pst_ds.train.sequences.documents import keep_documents_apart
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
 Groups: TypeAlias = list[dict[str, Any]]
 """Parameter groups, as for torch's optimizers."""
 
@@ -36,8 +40,7 @@ class BuiltModel:
     """A model ready for the engine."""
 
     module: nn.Module
-    tokenizer: Any
-    keep_alive: Any = None
+    keep_alive: object = None
     """transformers finds the ZeRO-3 config through a weak reference to this."""
     outputs: list[nn.Parameter] = field(default_factory=list)
     """Parameters of the last layer of a new head, if labels have a scale."""
@@ -45,8 +48,19 @@ class BuiltModel:
     """Standard deviation of these labels."""
 
     def parameter_groups(self, run: RunConfig) -> Groups:
-        """Return :func:`parameter_groups` of the module, whose outputs train in the labels' unit."""
-        return on_scale(parameter_groups(self.module, run), self.outputs, self.unit)
+        """Return :func:`parameter_groups` of the module, whose outputs train at their rate times ``unit``.
+
+        The length of Adam's step is its rate, independent of the loss. At this rate, the head trains as it would on
+        labels scaled to a standard deviation of 1.
+        """
+        chosen, found = set(map(id, self.outputs)), []
+        for group in parameter_groups(self.module, run):
+            own = [param for param in group["params"] if id(param) in chosen]
+            rest = [param for param in group["params"] if id(param) not in chosen]
+            rate = group["peak_lr"] * self.unit
+            found += [{**group, "params": rest}] if rest else []
+            found += [{**group, "params": own, "name": "outputs", "lr": rate, "peak_lr": rate}] if own else []
+        return found
 
 
 def base_of(run: RunConfig) -> Pretrained:
@@ -70,13 +84,13 @@ def embedding_grid_of_run(run: RunConfig) -> Grid | None:
     return None if bits == 16 else grid_of(f"int{bits}", run.model.base_group)
 
 
-def load_tokenizer(run: RunConfig) -> Any:
+def load_tokenizer(run: RunConfig) -> PreTrainedTokenizerBase:
     """Load the run's tokenizer, with a padding token if the task needs one. Raises InputError."""
     setting, where = ("tokenizer", run.model.tokenizer) if run.model.tokenizer else ("path", run.model.path)
     place = Pretrained(where, f"model.{setting}")
     place.require_place()
     if setting == "path":
-        place.config()  # without which transformers finds no tokenizer, and says so
+        place.config()  # raises if it is missing; without it transformers finds no tokenizer
     tokenizer = open_tokenizer(where, str(place), "Name the folder that has one with model.tokenizer")
     if run.data.chat_template:
         tokenizer.chat_template = read_template(run.data.chat_template, "data.chat_template")
@@ -85,10 +99,12 @@ def load_tokenizer(run: RunConfig) -> Any:
     return tokenizer
 
 
-def load_model_config(run: RunConfig, labels: list[str], tokenizer: Any, *, own_dropout: bool = False) -> Any:
-    """Load the transformers config of the run's model. Raises InputError for a model that cannot do the run's task.
+def load_model_config(
+    run: RunConfig, labels: list[str], tokenizer: PreTrainedTokenizerBase | None, *, own_dropout: bool = False
+) -> PreTrainedConfig:
+    """Load the transformers config of the run's model, with the run's dropout unless ``own_dropout``.
 
-    Without a ``tokenizer``, as for shapes, that is not checked.
+    Raises InputError for a model that cannot do the run's task; that is not checked without a ``tokenizer``.
     """
     task, base = task_of(run), base_of(run)
     config = base.config(**task.config_options(labels), **attention_options(run))
@@ -96,26 +112,19 @@ def load_model_config(run: RunConfig, labels: list[str], tokenizer: Any, *, own_
     set_padding(config, task, tokenizer)
     if tokenizer is not None:
         task.check_model(run.data, config, tokenizer)
-    if not own_dropout:
-        for key in _dropout_keys(config):
+    # hidden_dropout_prob, resid_pdrop, dropout_rate and so on; None follows another, and layerdrop skips layers
+    for key, value in config.to_dict().items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not own_dropout and is_number and ("dropout" in key or key.endswith("pdrop")):
             setattr(config, key, run.model.dropout)
     return config
 
 
-def set_padding(config: Any, task: Task, tokenizer: Any) -> None:
+def set_padding(config: PreTrainedConfig, task: Task, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Set the padding token of ``config`` to the tokenizer's, if the task pads."""
     padding = config.pad_token_id or 0 if tokenizer is None else tokenizer.pad_token_id
     if task.pads and padding is not None:  # a decoder's head reads the token before the padding
         config.pad_token_id = padding
-
-
-def _dropout_keys(config: Any) -> list[str]:
-    """Return the names of dropout probabilities: hidden_dropout_prob, resid_pdrop, dropout_rate and so on.
-
-    Not included are those that are None, which follow another, and layerdrop, which skips layers.
-    """
-    options = {k: v for k, v in config.to_dict().items() if "dropout" in k or k.endswith("pdrop")}
-    return [k for k, v in options.items() if isinstance(v, int | float) and not isinstance(v, bool)]
 
 
 def attention_options(run: RunConfig) -> dict[str, str]:
@@ -126,21 +135,23 @@ def attention_options(run: RunConfig) -> dict[str, str]:
 def build_model(
     run: RunConfig,
     labels: list[str],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
-    zero3_config: dict[str, Any] | None,
+    zero3_config: Mapping[str, object] | None,
     num_shards: int = 1,
     label_scale: tuple[float, float] | None = None,
 ) -> BuiltModel:
     """Build the pretrained model of the run's task with the PST modules of the run's method.
 
-    With ``zero3_config``, a resolved DeepSpeed config of stage 3, the weights are partitioned while they load; without
-    it they are whole, and will be split over ``num_shards`` ranks if ``deepspeed.initialize`` is still to do so.
-    The new head of a task that has one is drawn from the run's seed and its name, so it is the same for every world
-    size; with a ``label_scale``, a mean and a standard deviation, its outputs begin on that scale, but in the unit 1
-    for methods that train every weight, at one rate. Raises ConfigError when other weights are missing from the
-    pretrained model, or have another shape.
-    Collective.
+    A new head is drawn from the run's seed and its name, so it is the same for every world size. Collective.
+
+    Args:
+        zero3_config: Resolved DeepSpeed config of stage 3, to partition the weights while they load.
+        num_shards: Ranks over which ``deepspeed.initialize`` will split whole weights.
+        label_scale: Mean and standard deviation on which the outputs of a new head start; the latter is 1 for methods
+            that train every weight, at one rate.
+
+    Raises InputError if other weights are missing from the pretrained model, or have another shape.
     """
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -150,9 +161,9 @@ def build_model(
     if task.new_head:
         misfit += f", or the model without that head (the data has {config.num_labels} classes)"
     options = {"config": config, "dtype": DTYPES[run.train.precision]}
-    in_few_bits = run.mask_method.injects and base_grid_of_run(run) is not None
+    quantises_base = run.mask_method.injects and base_grid_of_run(run) is not None
     module, missing = raise_on_all_ranks(  # only rank 0 reads what is not read in shards
-        lambda: base.load(task.model_class(), misfit, linear_later=in_few_bits, **options)
+        lambda: base.load(task.model_class(), misfit, linear_later=quantises_base, **options)
     )
     if not task.new_head:
         base.require_whole(module, missing, "Name a model that was saved with its language modelling head")
@@ -170,31 +181,34 @@ def build_model(
     if run.model.gradient_checkpointing:
         reentrant = run.model.gradient_checkpointing_reentrant
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    return BuiltModel(module, tokenizer, keep_alive, outputs, unit)
+    return BuiltModel(module, keep_alive, outputs, unit)
 
 
 def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | None) -> None:
     """Inject PST modules and freeze parameters for the run's method. Works on the meta device; collective under
     ``zero.Init``."""
-    method = run.mask_method
-    if method.injects:
-        grid, base_grid = grid_of_run(run), base_grid_of_run(run)
+    if run.mask_method.injects:
         inject_pst(
             module,
             run.injected_pst,
             num_shards=num_shards,
-            grid=grid,
+            grid=grid_of_run(run),
             activation_bits=run.quantization.activation_bits,
-            base_grid=base_grid,
+            base_grid=base_grid_of_run(run),
             embedding_grid=embedding_grid_of_run(run),
         )
-    if method.trains_everything:  # that can have a gradient
+    if run.mask_method.trains_everything:  # that can have a gradient
         for param in module.parameters():
             param.requires_grad_(param.dtype.is_floating_point)
 
 
 def meta_model(
-    run: RunConfig, labels: list[str], tokenizer: Any, *, num_shards: int = 1, own_dropout: bool = False
+    run: RunConfig,
+    labels: list[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    num_shards: int = 1,
+    own_dropout: bool = False,
 ) -> nn.Module:
     """Build the run's model on the meta device, with names, shapes and trainable parameters. Raises InputError.
 
@@ -202,13 +216,8 @@ def meta_model(
     """
     config = load_model_config(run, labels, tokenizer, own_dropout=own_dropout)
     purpose = f" with model.attn_implementation = {run.model.attn_implementation!r} and task {run.task!r}"
-    module = base_of(run).shapes(
-        task_of(run).model_class(),
-        config,
-        dtype=DTYPES[run.train.precision],
-        purpose=purpose,
-        fix="Choose another of them",
-    )
+    kind, dtype = task_of(run).model_class(), DTYPES[run.train.precision]
+    module = base_of(run).shapes(kind, config, dtype=dtype, purpose=purpose, fix="Choose another of them")
     with torch.device("meta"):
         prepare_for_method(module, run, num_shards=num_shards)
         if run.prompt.text:
@@ -226,9 +235,8 @@ def kept_in_fp32(module: nn.Module) -> list[str]:
 
     In a bf16 model a forward pass that uses them fails, such as DeBERTa's with q_bias.
     """
-    declared: set[str] = set()
-    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-        declared |= set(getattr(module, attribute, None) or ())
+    lists = (getattr(module, name, None) or () for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
+    declared = {part for parts in lists for part in parts}
     return [
         name
         for name, param in module.named_parameters()
@@ -268,7 +276,7 @@ def head_names(module: nn.Module, run: RunConfig) -> list[str]:
     return ["(every weight)"] if run.mask_method.trains_everything else list(modules_to_save(module, run.pst))
 
 
-def _initialise_missing(module: nn.Module, missing: Any, run: RunConfig) -> None:
+def _initialise_missing(module: nn.Module, missing: list[str], run: RunConfig) -> None:
     """Draw the parameters that the base checkpoint lacks, by the model's own rule, from the seed and their names.
     Raises ConfigError for buffers, which nothing trains."""
     buffers = sorted(set(missing) & set(persistent_buffers(module)))
@@ -277,8 +285,7 @@ def _initialise_missing(module: nn.Module, missing: Any, run: RunConfig) -> None
             f"model.path = {run.model.path!r} lacks {shortened(buffers)}, which training does not change; name a model "
             "that was saved with its buffers"
         )
-    owners = sorted({name.rpartition(".")[0] for name in missing})
-    for owner in owners:
+    for owner in sorted({name.rpartition(".")[0] for name in missing}):
         part = module.get_submodule(owner)
         params = dict(part.named_parameters(recurse=False))
         read_now(params.values())
@@ -289,9 +296,9 @@ def _initialise_missing(module: nn.Module, missing: Any, run: RunConfig) -> None
             module._init_weights(part)  # type: ignore[operator]
 
 
-def _new_outputs(module: nn.Module, missing: Any, count: int) -> list[nn.Parameter]:
+def _new_outputs(module: nn.Module, missing: list[str], count: int | None) -> list[nn.Parameter]:
     """Return the parameters of the last layer of a new head, which has ``count`` outputs."""
-    new = {name: param for name, param in module.named_parameters() if name in set(missing)}
+    new = {name: param for name, param in module.named_parameters() if name in missing}
     owners = [name.rpartition(".")[0] for name, param in new.items() if zero3.full_shape(param)[:1] == (count,)]
     return [param for name, param in new.items() if owners and name.rpartition(".")[0] == owners[-1]]
 
@@ -306,22 +313,6 @@ def _put_on_scale(outputs: list[nn.Parameter], mean: float, unit: float) -> None
                 param.add_(mean)
 
 
-def on_scale(groups: Groups, outputs: list[nn.Parameter], unit: float) -> Groups:
-    """Return optimizer ``groups`` of which ``outputs`` train at the rate of their group times ``unit``.
-
-    The length of Adam's step is its rate, independent of the loss. At this rate, the head trains as it would on labels
-    scaled to a standard deviation of 1.
-    """
-    chosen, found = set(map(id, outputs)), []
-    for group in groups:
-        own = [param for param in group["params"] if id(param) in chosen]
-        rest = [param for param in group["params"] if id(param) not in chosen]
-        rate = group["peak_lr"] * unit
-        found += [{**group, "params": rest}] if rest else []
-        found += [{**group, "params": own, "name": "outputs", "lr": rate, "peak_lr": rate}] if own else []
-    return found
-
-
 def _keep_statistics(module: nn.Module) -> None:
     """Keep batch norms on the base's statistics: those of a batch would depend on padding, ranks and micro-batches."""
     for part in module.modules():
@@ -329,7 +320,7 @@ def _keep_statistics(module: nn.Module) -> None:
             part.eval().train = lambda mode=True, part=part: part  # type: ignore[method-assign, misc]
 
 
-def _refuse_untrained(module: nn.Module, missing: Any, run: RunConfig) -> None:
+def _refuse_untrained(module: nn.Module, missing: list[str], run: RunConfig) -> None:
     """Raise ConfigError for modules that the base model lacks and the run freezes: their values would stay random."""
     frozen = {name for name, param in module.named_parameters() if not param.requires_grad}
     frozen |= {f"{name}.weight" for name in coded_tables(module)}

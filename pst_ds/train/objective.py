@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ from pst_ds.train.sequences.documents import keep_documents_apart
 from pst_ds.train.sequences.shared import part_of_batch
 from pst_ds.train.token_heads import following, head_of, predicted, why_all_logits
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 class Objective:
     """The model's own loss; with a teacher (1 - w) CE + w (T^2 KL(teacher || student) + h distance of hidden states).
@@ -39,31 +42,29 @@ class Objective:
 
     def __init__(self, context: RunContext, teacher: nn.Module | None = None, shared: SequenceParallel | None = None):
         """``shared``: the ranks that train on the same sequences as this one, if any."""
-        run = context.run
-        self._weight, self._temperature = run.distillation.weight, run.distillation.temperature
-        self._hidden = run.distillation.hidden_states
+        settings = context.run.distillation
+        self._weight, self._temperature, self._hidden = settings.weight, settings.temperature, settings.hidden_states
+        self._settings = {"output_hidden_states": True} if settings.weight and settings.hidden_states else {}
         self._task, self._teacher, self._shared = context.task, teacher, shared
         self._known_heads: dict[nn.Module, tuple[LanguageHead, LanguageHead] | None] = {}
 
     def __call__(self, engine: Engine, batch: dict[str, Tensor]) -> Tensor:
         """Return the loss of ``batch``, with a gradient. Collective under ZeRO-3; the engine is in training mode."""
-        inputs: dict[str, Any] = {name: values for name, values in batch.items() if name != "labels"}
-        if batch["labels"].is_floating_point():  # torch before 2.13 has no gradient of mse_loss for bf16 and fp32
-            return F.mse_loss(engine(**inputs).logits.squeeze(-1).float(), batch["labels"])
+        inputs, labels = {name: values for name, values in batch.items() if name != "labels"}, batch["labels"]
+        if labels.is_floating_point():  # torch before 2.13 has no gradient of mse_loss for bf16 and fp32
+            return F.mse_loss(engine(**inputs).logits.squeeze(-1).float(), labels)
         heads = self._heads(engine.module)
-        if not self._weight and heads is None:
-            return _own_loss(engine, inputs, batch["labels"])
-        if self._hidden:
-            inputs["output_hidden_states"] = True
         if heads is not None:
-            return self._loss_in_chunks(engine, inputs, batch["labels"], *heads)
-        taught, out = self._teach(engine, inputs), engine(**inputs)
-        rows, targets = predictions(out.logits, batch["labels"])
+            return self._loss_in_chunks(engine, inputs, labels, *heads)
+        if not self._weight:
+            return _own_loss(engine, inputs, labels)
+        taught, out = self._teach(engine, inputs), engine(**inputs, **self._settings)
+        rows, targets = predictions(out.logits, labels)
         loss = distilled_loss(out.logits[rows], taught.logits[rows], targets, self._weight, self._temperature)
-        return self._with_hidden_states(loss, out, taught, inputs)
+        return loss + self._distance(out, taught, inputs)
 
     def why_all_logits(self, module: nn.Module) -> str:
-        """Return why the loss of a language model needs the logits of a whole micro-batch; "" where it does not."""
+        """Return why the loss of a language model needs the logits of a whole micro-batch; "" if it does not."""
         models = (module,) if self._teacher is None else (module, self._teacher)
         return next(filter(None, (why_all_logits(model, self._task) for model in models)), "")
 
@@ -76,7 +77,7 @@ class Objective:
         return self._known_heads[module]
 
     def _loss_in_chunks(
-        self, engine: Engine, inputs: dict[str, Any], labels: Tensor, head: LanguageHead, other: LanguageHead
+        self, engine: Engine, inputs: dict[str, Tensor], labels: Tensor, head: LanguageHead, other: LanguageHead
     ) -> Tensor:
         """Return the loss, computed by the head in chunks of tokens in place of the model's own product.
 
@@ -91,40 +92,41 @@ class Objective:
             inputs, positions, targets, count = part_of_batch(shared, inputs, labels)
             sharing = shared.sharing(positions)
         places, tokens = predicted(targets)
-        taught: Any = None
         seen: list[Tensor] = []
 
         def read(hidden: Tensor) -> Tensor:
-            teacher = [Teacher(of.flatten(0, 1), other.readout, self._weight, self._temperature) for of in seen]
-            return head_loss(
-                hidden.flatten(0, 1), head.readout, tokens, places, teacher=next(iter(teacher), None), count=count
-            )
+            teacher = None
+            if seen:
+                teacher = Teacher(seen[0].flatten(0, 1), other.readout, self._weight, self._temperature)
+            return head_loss(hidden.flatten(0, 1), head.readout, tokens, places, teacher=teacher, count=count)
 
         with sharing:
+            taught = None
             if self._weight:
                 with other.reading(lambda hidden: hidden) as seen:
                     taught = self._teach(engine, inputs)
             with head.reading(read) as losses:
-                out = engine(**inputs)
+                out = engine(**inputs, **self._settings)
         loss = losses[0] if shared is None else shared.degree * losses[0]
-        return self._with_hidden_states(loss, out, taught, inputs)
+        return loss + self._distance(out, taught, inputs)
 
-    def _with_hidden_states(self, loss: Tensor, out: Any, taught: Any, inputs: dict[str, Any]) -> Tensor:
-        if not self._hidden:
-            return loss
+    def _distance(self, out: Any, taught: Any, inputs: dict[str, Tensor]) -> Tensor | float:
+        """Return the weighted distance between the hidden states of model and teacher; 0 if it is not trained on."""
+        if not self._settings:
+            return 0.0
         real = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
         states = relative_distance(out.hidden_states[1:], taught.hidden_states[1:], real)
-        return loss + self._weight * self._hidden * states
+        return self._weight * self._hidden * states
 
     @torch.no_grad()
-    def _teach(self, engine: Engine, inputs: dict[str, Any]) -> Any:
+    def _teach(self, engine: Engine, inputs: dict[str, Tensor]) -> Any:
         """Return the teacher's output."""
         if self._teacher is not None:
-            return self._teacher(**inputs)
+            return self._teacher(**inputs, **self._settings)
         engine.eval()
         try:
             with bypassed(engine.module):
-                return engine(**inputs)
+                return engine(**inputs, **self._settings)
         finally:
             engine.train()
 
@@ -153,18 +155,17 @@ def predictions(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def require_teacher(run: RunConfig, shapes: nn.Module) -> None:
-    """Raise ConfigError when the run's teacher cannot be one; ``shapes``: the run's model, on the meta device."""
+    """Raise ConfigError if the run's teacher cannot teach the run's model, given as ``shapes`` on the meta device."""
     if not run.distillation.weight:
         return
     place = teacher_of(run)
     if place is not None:
-        if not Path(run.distillation.teacher).is_dir():
+        if not Path(place.path).is_dir():
             raise ConfigError(
-                f"distillation.teacher = {run.distillation.teacher!r} does not exist (looked in "
-                f"{Path(run.distillation.teacher).absolute()}); name a model folder, such as an exported dense run"
+                f"{place} does not exist (looked in {Path(place.path).absolute()}); name a model folder, such as an "
+                "exported dense run"
             )
-        taught: Any = shapes
-        _require_comparable(run, taught.config, place.config(**attention_options(run)))
+        _require_comparable(run, shapes.config, place.config(**attention_options(run)))  # type: ignore[arg-type]
         return
     _require_dense_base(run)
     trainable = (name for name, param in shapes.named_parameters() if param.requires_grad)
@@ -181,7 +182,7 @@ def _require_dense_base(run: RunConfig) -> None:
     """Raise ConfigError unless the run's model is dense, and so can be its own teacher."""
     record = Path(run.model.path) / PRUNING_RECORD
     if run.pst.initial_mask == "zeros":
-        why = 'with pst.initial_mask = "zeros" it has the zeros that it trains with'
+        why = 'with pst.initial_mask = "zeros" it is already pruned'
     elif record.is_file():
         why = f"{record} says that it was pruned"
     else:
@@ -192,25 +193,26 @@ def _require_dense_base(run: RunConfig) -> None:
     )
 
 
-def _require_comparable(run: RunConfig, own: Any, config: Any) -> None:
-    """Raise ConfigError when a teacher with ``config`` cannot read the inputs of a model with config ``own``, or their
+def _require_comparable(run: RunConfig, own: PreTrainedConfig, config: PreTrainedConfig) -> None:
+    """Raise ConfigError if a teacher with ``config`` cannot read the inputs of a model with config ``own``, or their
     predictions cannot be compared."""
-    path, task, hidden = run.distillation.teacher, task_of(run), run.distillation.hidden_states
+    teacher = f"distillation.teacher = {run.distillation.teacher!r}"
+    task, hidden = task_of(run), run.distillation.hidden_states
     try:
         task.check_model(run.data, config, None)
     except ConfigError as error:
-        raise ConfigError(f"distillation.teacher = {path!r}: {error}") from None
+        raise ConfigError(f"{teacher}: {error}") from None
     words, others = (getattr(c.get_text_config(), "vocab_size", None) for c in (own, config))
     if words and others and (others < words if task.new_head else others != words):
         raise ConfigError(
-            f"distillation.teacher = {path!r} has a vocabulary of {others} tokens, and model.path = {run.model.path!r} "
+            f"{teacher} has a vocabulary of {others} tokens, and model.path = {run.model.path!r} "
             f"one of {words} (vocab_size); name a teacher that reads the tokens of the same tokenizer"
         )
     for name in ("num_hidden_layers", "hidden_size") if hidden else ():
         here, there = (getattr(c.get_text_config(), name, None) for c in (own, config))
         if here != there:
             raise ConfigError(
-                f"distillation.teacher = {path!r} has {name} = {there}, and model.path = {run.model.path!r} {here}: "
+                f"{teacher} has {name} = {there}, and model.path = {run.model.path!r} {here}: "
                 f"their hidden states cannot be compared. Fix: distillation.hidden_states = 0 (it is {hidden}), or a "
                 "teacher of the same depth and width"
             )
@@ -223,17 +225,16 @@ def teacher_of(run: RunConfig) -> Pretrained | None:
 
 
 def teacher_shapes(run: RunConfig) -> nn.Module | None:
-    """Return the separate teacher without values, on the meta device; None without one. Raises InputError."""
+    """Return the separate teacher on the meta device; None without one. Raises InputError."""
     place = teacher_of(run)
     if place is None:
         return None
-    config = place.config(**attention_options(run))
-    kind, fix = task_of(run).model_class(), "Name a model of the same task"
-    return place.shapes(kind, config, dtype=DTYPES[run.train.precision], fix=fix)
+    config, kind = place.config(**attention_options(run)), task_of(run).model_class()
+    return place.shapes(kind, config, dtype=DTYPES[run.train.precision], fix="Name a model of the same task")
 
 
 def load_teacher(context: RunContext) -> nn.Module | None:
-    """Load the run's separate teacher, whole on every rank, frozen and in evaluation mode; None without one.
+    """Load the run's separate teacher, not partitioned, frozen and in evaluation mode; None without one.
 
     It pads as the run's model does and has no KV cache. Call it before a model is built under ``zero.Init``. Raises
     InputError for other classes, and for missing weights or weights of another shape.
@@ -242,11 +243,11 @@ def load_teacher(context: RunContext) -> nn.Module | None:
     place = teacher_of(run)
     if place is None:
         return None
-    config: Any = place.config(**attention_options(run))
-    classes = [config.id2label[i] for i in range(config.num_labels)] if labels else []
+    config = place.config(**attention_options(run))
+    classes = [name for _, name in sorted((config.id2label or {}).items())] if labels else []
     if classes != labels:
         raise ConfigError(
-            f"{place} has the classes {', '.join(map(str, classes))}, and the run {', '.join(labels)}, in this order; "
+            f"{place} has the classes {', '.join(classes)}, and the run {', '.join(labels)}, in this order; "
             "name a teacher that was trained on the same labels"
         )
     set_padding(config, task, context.tokenizer)
@@ -255,5 +256,5 @@ def load_teacher(context: RunContext) -> nn.Module | None:
     place.require_whole(teacher, missing, fix)
     teacher.config.use_cache = False
     keep_documents_apart(teacher)
-    whole: nn.Module = teacher
-    return whole.requires_grad_(False).to(context.device).eval()
+    whole: nn.Module = teacher.requires_grad_(False)
+    return whole.to(context.device).eval()

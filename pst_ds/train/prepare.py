@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -56,23 +55,23 @@ def prepare(
             f"{launch.world_size} ranks, but deepspeed_config is not set. Set deepspeed_config = "
             '"ds_configs/zero3_cpu.json" (or zero3.json on GPUs), or start one process.'
         )
-    checked: RunContext | InputError
+    problem: InputError | None = None
     try:
-        checked = _checked(run, launch, run_file, labels)
+        context = _checked(run, launch, run_file, labels)
     except InputError as error:
         if launch.world_size == 1 or find_spec("deepspeed") is None:
             raise
-        checked = error  # possibly on this rank only: the process group has to exist to tell the others
+        problem = error  # possibly on this rank only: the process group has to exist to tell the others
     if run.deepspeed_config:
         timeout = run.train.stall_timeout_seconds
         init_distributed(launch, timeout_seconds=timeout + _AFTER_STALL_SECONDS if timeout else 0.0)
-    return raise_on_all_ranks(partial(_raise_or_return, checked))
 
+    def outcome() -> RunContext:
+        if problem is not None:
+            raise problem
+        return context
 
-def _raise_or_return(checked: RunContext | InputError) -> RunContext:
-    if isinstance(checked, InputError):
-        raise checked
-    return checked
+    return raise_on_all_ranks(outcome)
 
 
 def _checked(run: RunConfig, launch: LaunchEnvironment, run_file: str, labels: list[str] | None) -> RunContext:
@@ -110,7 +109,7 @@ def checked_shapes(
     require_precision(run, shapes)
     if reads_teacher:
         require_teacher(run, shapes)
-    require_shareable(run, shapes.config, stage, run.micro_batch_size(ranks))
+    require_shareable(run, shapes.config, stage, run.micro_batch_size(ranks))  # type: ignore[arg-type]
     chosen_layers(list(pst_layers(shapes)), run.pictures.layers)  # rejects layers that do not exist
     return shapes
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 def add_prompt(module: nn.Module, run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Prepend the run's ``[prompt]`` to every input of its model; do nothing without one.
 
-    Also works on the meta device. Raises InputError for a text without tokens, for one that leaves too few positions,
+    Also works on the meta device. Raises InputError for a prompt without tokens, for one that leaves too few positions,
     and for a model that reads no embeddings. Collective under ``zero.Init``.
     """
     if not run.prompt.text:
         return
-    config: Any = module.config
-    causal = is_causal(config)  # a prompt of PEFT has the special tokens of a text
+    config: PreTrainedConfig = module.config  # type: ignore[assignment]
+    causal = is_causal(config)  # like PEFT, which adds special tokens to the prompts of causal models
     ids = tokenizer(run.prompt.text, add_special_tokens=causal)["input_ids"] if run.prompt.text.strip() else []
     _require_room(run, config, len(ids))
     embeddings = body_of(module).get_input_embeddings()
@@ -63,6 +63,6 @@ def _require_room(run: RunConfig, config: PreTrainedConfig, size: int) -> None:
 def _require_width(config: PreTrainedConfig, width: int) -> None:
     if config.get_text_config().hidden_size != width:
         raise ConfigError(
-            f'prompt.source = "hidden" begins at states of {config.get_text_config().hidden_size} numbers, and the '
+            f'prompt.source = "hidden" starts from states of {config.get_text_config().hidden_size} numbers, and the '
             f'model\'s embeddings have {width}; set prompt.source = "embeddings"'
         )

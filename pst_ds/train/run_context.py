@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pst_ds.config.run import RunConfig
 from pst_ds.data.tasks import ExampleSet, Task, task_of
+from pst_ds.json_text import JsonObject
 from pst_ds.parallel.launch import LaunchEnvironment
 
 if TYPE_CHECKING:
@@ -15,30 +16,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """What all parts of a run need to know, before its model is built. The same on every rank, except ``launch``."""
+    """Facts that all parts of a run use, known before its model is built; equal on all ranks, except ``launch``."""
 
     run: RunConfig
     launch: LaunchEnvironment
     labels: list[str]
     """Names of the classes, in the order of their ids."""
     tokenizer: PreTrainedTokenizerBase
-    ds_config: dict[str, Any] | None
+    ds_config: JsonObject | None
     """Resolved DeepSpeed config; None for one process without DeepSpeed."""
     device: str
     width: int = 1
     """Hidden size of the model."""
 
     @property
-    def task(self) -> Task[Any]:
+    def task(self) -> Task:
         """The run's task."""
         return task_of(self.run)
 
-    def load(self, split: str) -> Any:
+    def load(self, split: str) -> ExampleSet:
         """Load the examples of a split. Raises ConfigError."""
         return self.task.load(self.run.data, split, self.tokenizer, self.labels)
 
     def with_rates(self, examples: ExampleSet) -> RunContext:
-        """Return the context with a number for every learning rate, for training on ``examples``."""
+        """Return the context with all learning rates resolved to numbers, for training on ``examples``."""
         number, num_labels = len(examples), self.task.num_labels(examples)
         run = self.run.with_rates(
             width=self.width, num_steps=self.run.num_steps(number), num_examples=number, num_labels=num_labels

@@ -101,7 +101,7 @@ def _require_shared(folder: Path) -> None:
         probe = of_main(write_probe)
     except OSError as error:
         raise ConfigError(f"{where} cannot be written: {error}; name another folder") from None
-    everywhere = all_gather_objects((probe.exists(), socket.gethostname()))
+    everywhere = all_gather_objects(((folder / probe.name).exists(), socket.gethostname()))
     if is_main():
         probe.unlink()
     for rank, (there, host) in enumerate(everywhere):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +15,20 @@ from pst_ds.data.tasks.task import IGNORED
 from pst_ds.nn.language_head import LanguageHead, UnknownHeadError, language_head
 
 
-def head_of(model: Any, task: Task) -> LanguageHead | None:
-    """Return the head that predicts the tokens of ``task``, in ``model`` or the engine around it; None for a task of
-    another kind, and where the loss needs all logits (see :func:`why_all_logits`)."""
-    found = _found(model, task)
+def head_of(model: object, task: Task) -> LanguageHead | None:
+    """Return the head that predicts the tokens of ``task``, in ``model`` or the engine around it; None for other tasks,
+    and if the loss needs all logits (see :func:`why_all_logits`)."""
+    found = _head_or_reason(model, task)
     return found if isinstance(found, LanguageHead) else None
 
 
-def why_all_logits(model: nn.Module, task: Task) -> str:
-    """Return why a language model's loss is made from the logits of a whole micro-batch; "" where it is not."""
-    found = _found(model, task)
+def why_all_logits(model: object, task: Task) -> str:
+    """Return why the loss of a language model needs the logits of a whole micro-batch; "" if it does not."""
+    found = _head_or_reason(model, task)
     return found if isinstance(found, str) else ""
 
 
-def _found(model: Any, task: Task) -> LanguageHead | str | None:
+def _head_or_reason(model: object, task: Task) -> LanguageHead | str | None:
     module = getattr(model, "module", model)
     if not isinstance(task, CausalTask) or not isinstance(module, nn.Module):
         return None
@@ -39,21 +39,23 @@ def _found(model: Any, task: Task) -> LanguageHead | str | None:
 
 
 def following(labels: Tensor, more: int = 0) -> Tensor:
-    """Return the label after each of ``labels``, (texts, length + more): -100 after the last of a text, and behind."""
+    """Return the label after each of ``labels``: (examples, length + more), -100 after the last one and in padding."""
     return pad(labels[:, 1:], (0, 1 + more), value=IGNORED)
 
 
 def predicted(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (places in the flat batch that predict a token, the tokens), both (n,) int64, of labels that
-    :func:`following` returned."""
+    """Return (indices of the tokens of the flat batch that predict a token, the predicted tokens), both (n,) int64.
+
+    ``labels`` is the result of :func:`following`.
+    """
     flat = labels.flatten()
     places = (flat != IGNORED).nonzero().squeeze(1)
     return places, flat[places]
 
 
 @torch.no_grad()
-def loss_sums(model: Any, head: LanguageHead, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """Return the sum of the losses of each text's predicted tokens: (texts,) fp64. Collective under ZeRO-3."""
+def loss_sums(model: Callable[..., object], head: LanguageHead, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """Return the summed loss of each example's predicted tokens: (examples,) fp64. Collective under ZeRO-3."""
     places, targets = predicted(following(labels))
 
     def read(hidden: Tensor) -> Tensor:

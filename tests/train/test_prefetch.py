@@ -11,7 +11,7 @@ from pst_ds.train.prefetch import AHEAD, Prefetched
 
 
 def _threads():
-    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def test_items_come_in_their_order_and_the_thread_is_never_further_ahead():
@@ -22,7 +22,7 @@ def test_items_come_in_their_order_and_the_thread_is_never_further_ahead():
             made.append(number)
             yield number
 
-    with Prefetched(make) as items:
+    with Prefetched(make()) as items:
         for number, item in enumerate(items):
             assert item == number
             assert len(made) <= number + 1 + AHEAD + 1  # one is made and waits for room
@@ -36,13 +36,13 @@ def test_an_error_is_raised_where_its_item_would_be():
         yield 1
         raise ValueError("row 7 has no text")
 
-    with Prefetched(make) as items:
+    with Prefetched(make()) as items:
         assert next(items) == 1
         with pytest.raises(ValueError, match="row 7 has no text"):
             next(items)
 
 
 def test_an_endless_stream_ends_with_the_context():
-    with Prefetched(itertools.count) as items:
+    with Prefetched(itertools.count()) as items:
         assert next(items) == 0
     assert not _threads()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,13 +17,16 @@ from pst_ds.train.run_context import RunContext
 from pst_ds.train.sequences.documents import LEAST_LEAK
 from pst_ds.train.token_heads import following, why_all_logits
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 _ATTENTIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
 _ROUNDINGS = 8
 _TOKENS = 8
-"""A rank's, in the check."""
+"""Tokens of each rank in the check."""
 
 
-def require_shareable(run: RunConfig, config: Any, stage: int, micro_batch_size: int) -> None:
+def require_shareable(run: RunConfig, config: PreTrainedConfig, stage: int, micro_batch_size: int) -> None:
     """Raise ConfigError when ranks cannot share the sequences of a model of transformers ``config`` at a ZeRO stage."""
     degree = run.train.sequence_parallel
     if degree == 1:
@@ -61,25 +64,20 @@ def require_shareable(run: RunConfig, config: Any, stage: int, micro_batch_size:
 
 
 def part_of_batch(
-    shared: SequenceParallel, inputs: dict[str, Any], labels: Tensor
-) -> tuple[dict[str, Any], Tensor, Tensor, Tensor]:
-    """Return (this rank's inputs, whole positions, its tokens' next labels, predicted tokens of all ranks).
+    shared: SequenceParallel, inputs: dict[str, Tensor], labels: Tensor
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """Return (this rank's inputs, positions of all tokens, its tokens' next labels, number of predicted tokens).
 
-    ``inputs`` and ``labels``, (texts, length), are the same on all ranks that share them. Padding is on the right,
-    where no real token sees it, so there is no attention mask; more is added until the degree divides the length.
+    ``inputs`` and ``labels``, (examples, length), are the same on all ranks that share them. Padding is on the right,
+    where no token sees it, so there is no attention mask; more is added until the degree divides the length.
     """
     ids = inputs["input_ids"]
     more = -ids.shape[1] % shared.degree
-    positions = inputs.get("position_ids")
-    if positions is None:
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    positions = inputs.get("position_ids", torch.arange(ids.shape[1], device=ids.device).expand_as(ids))
     targets = following(labels, more)
-    ids = pad(ids, (0, more))
-    if more:
-        last = positions[:, -1:]
-        positions = torch.cat([positions, last + torch.arange(1, more + 1, device=ids.device)], dim=1)
-    own = {name: setting for name, setting in inputs.items() if not isinstance(setting, Tensor)}
-    own |= {"input_ids": shared.part(ids), "position_ids": shared.part(positions)}
+    added = positions[:, -1:] + torch.arange(1, more + 1, device=ids.device)
+    positions = torch.cat([positions, added], dim=1)
+    own = {"input_ids": shared.part(pad(ids, (0, more))), "position_ids": shared.part(positions)}
     return own, positions, shared.part(targets), (targets != IGNORED).sum().clamp_min(1)
 
 
@@ -91,10 +89,10 @@ def shared_sequences(engine: Engine, context: RunContext) -> SequenceParallel | 
     degree = context.run.train.sequence_parallel
     if degree == 1:
         return None
-    model: Any = engine.module
-    if reason := why_all_logits(model, context.task):
+    if reason := why_all_logits(engine.module, context.task):
         raise ConfigError(f"train.sequence_parallel = {degree} needs a head that is known, but {reason}; set it to 1")
-    shared = SequenceParallel(degree, model.config._attn_implementation)
+    config: PreTrainedConfig = engine.module.config  # type: ignore[assignment]
+    shared = SequenceParallel(degree, config._attn_implementation)
     require_same_when_shared(engine, context.run, shared, context.device)
     return shared
 
@@ -103,11 +101,11 @@ def shared_sequences(engine: Engine, context: RunContext) -> SequenceParallel | 
 def require_same_when_shared(engine: Engine, run: RunConfig, shared: SequenceParallel, device: str) -> None:
     """Raise ConfigError, on every rank, if the logits of a short sequence change when ranks share it. Collective.
 
-    A model is taken as it is found to be: recurrent layers, and attention that transformers does not let others
-    replace, read nothing of the other ranks.
+    This is measured because models cannot be recognised: recurrent layers, and attention that transformers does not
+    let others replace, read nothing from the other ranks.
     """
+    config: PreTrainedConfig = engine.module.config  # type: ignore[assignment]
     length = _TOKENS * shared.degree
-    config: Any = engine.module.config
     ids = (torch.arange(length, device=device) * 5 + 3).remainder(config.get_text_config().vocab_size)[None]
     positions = torch.arange(length, device=device)[None]
     if run.task_facts.packs_text and run.data.keeps_documents_apart:
