@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import torch
 from pst_ds.checkpoint.restore import base_fingerprint
 from pst_ds.config.one_shot import REAP, PruneConfig
 from pst_ds.config.run import RunConfig
-from pst_ds.config.toml import load_run, load_run_folder
+from pst_ds.config.toml import load_run_or_folder
 from pst_ds.data.tasks import ExampleSet, task_of
 from pst_ds.errors import InputError
 from pst_ds.export.from_folder import copy_small_files
@@ -37,7 +38,7 @@ class PruneReport:
 
     out: Path
     record: dict[str, object]
-    """Content of the folder's pruning record: settings, data, and counts of each layer."""
+    """Content of the folder's pruning record: settings, data, and counts per layer."""
     layers: list[PrunedLayer]
     """Outcome of each pruned layer; empty for method "reap"."""
     modules: list[KeptExperts]
@@ -61,16 +62,16 @@ def prune_model(
     """Prune a run's pretrained model in one shot, and write it to ``out``, atomically. Runs in one process.
 
     Args:
-        run: config of a run, its run file or its folder: names the model, the layers and the calibration data.
-        out: model folder to write; plain transformers loads it, with zeros where it is pruned.
-        config: method, sparsity and other settings.
-        shard_bytes: size limit of a weight file.
-        examples: examples of ``data.train``; None loads them.
-        more_facts: facts to add to the pruning record.
+        run: Config of a run, its run file or its folder: names the model, the layers and the calibration data.
+        out: Model folder to write; transformers loads it, with pruned weights stored as zero.
+        config: Method, sparsity and other settings.
+        shard_bytes: Size limit of a weight file.
+        examples: Examples of ``data.train``; None loads them.
+        more_facts: Facts to add to the pruning record.
 
     Raises InputError, and FloatingPointError for values that are not finite.
     """
-    run, out = run if isinstance(run, RunConfig) else _load_run(Path(run)), Path(out)
+    run, out = run if isinstance(run, RunConfig) else load_run_or_folder(run), Path(out)
     require_free(out, run.model.path)
     model = load_base(run.model.path, **attention_options(run))
     base = BaseWeights(run.model.path, getattr(model, "base_model_prefix", ""))
@@ -86,21 +87,14 @@ def prune_model(
         unused = {name: base.read(name) for name in base.unused_by(model)}
     facts |= {"base_model": run.model.path, "base_fingerprint": base_fingerprint(run.model.path)}
     facts |= (_facts_of_data(run, config, batches) if batches else {}) | dict(more_facts or {})
-    record = _record_of_experts(modules, facts) if config.method == REAP else record_of(layers, facts)
-    write_folder(
-        model,
-        record,
-        scales_of(layers),
-        out,
-        shard_bytes=shard_bytes,
-        unused=unused,
-        copy_small_files=lambda folder: copy_small_files(base.folder, folder),
-    )
+    if config.method == REAP:
+        kept = {m.name: {"kept": m.kept, "scores": m.scores, "expert_tokens": m.tokens} for m in modules}
+        record: dict[str, object] = {"format": FORMAT, **facts, "layers": [], "modules": kept}
+    else:
+        record = record_of(layers, facts)
+    copy = partial(copy_small_files, base.folder)
+    write_folder(model, record, scales_of(layers), out, shard_bytes=shard_bytes, unused=unused, copy_small_files=copy)
     return PruneReport(out, record, layers, modules)
-
-
-def _load_run(path: Path) -> RunConfig:
-    return load_run_folder(path) if path.is_dir() else load_run(path)
 
 
 def _drop_experts(
@@ -119,11 +113,6 @@ def _drop_experts(
     modules = drop_experts(model, share, batches, device=device, dtype=dtype)
     facts: dict[str, object] = {"method": REAP, "sparsity_requested": share}
     return modules, facts | {"experts": len(modules[0].kept), "experts_before": len(modules[0].scores)}
-
-
-def _record_of_experts(modules: Sequence[KeptExperts], facts: dict[str, object]) -> dict[str, object]:
-    of_modules = {m.name: {"kept": m.kept, "scores": m.scores, "expert_tokens": m.tokens} for m in modules}
-    return {"format": FORMAT, **facts, "layers": [], "modules": of_modules}
 
 
 def _facts_of_data(run: RunConfig, config: PruneConfig, batches: Sequence[Batch]) -> dict[str, object]:

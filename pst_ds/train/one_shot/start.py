@@ -1,4 +1,4 @@
-"""A base model that was pruned once: by the run itself before its first step, or by ``pst-ds prune``."""
+"""One-shot pruning of a run's base model before its first step, and remarks on a base pruned by ``pst-ds prune``."""
 
 from __future__ import annotations
 
@@ -28,19 +28,18 @@ from pst_ds.train.one_shot.pruning import prune_model
 from pst_ds.train.run_folder import require_no_checkpoints
 
 _OF_LAYERS = ("pattern", "target_modules", "exclude_modules", "modules_to_save", "gated_norms")
-"""Settings of ``[pst]`` that say which weights are pruned against which."""
+"""Settings of ``[pst]`` that decide which weights compete with each other."""
 _POOLED = ("stack", "global")
 _COARSE = ("matrix", "stack")
-"""Patterns that, as "global" always does, keep the zeros of a folder whose matrices all have the same share of them."""
+"""Patterns that keep the pruned weights of a folder whose matrices have equal sparsity; "global" always does."""
 
 
 def start_run(run: RunConfig, examples: ExampleSet, *, is_new: bool, quiet: bool) -> RunConfig:
-    """Prune the run's pretrained model if ``[start]`` says so and it was not done yet, and return the run that goes on
-    from there. One that ``is_new`` is refused before that where its folder has checkpoints. ``examples``: those of
-    data.train.
+    """Prune the run's pretrained model as ``[start]`` says, unless that was done before; return the run that trains it.
 
-    Collective: rank 0 prunes, and the others wait, for ``train.stall_timeout_seconds`` at most from one block to the
-    next. Raises on all ranks InputError, and StoppedError after a signal to rank 0, with nothing left of the start.
+    Collective: rank 0 prunes, and the others wait at most ``train.stall_timeout_seconds`` per transformer block. Raises
+    on all ranks InputError, also for an ``is_new`` run whose folder has checkpoints, and StoppedError after a signal to
+    rank 0. Neither leaves a start behind.
     """
     if run.start.method == "none":
         return run
@@ -56,29 +55,25 @@ def start_run(run: RunConfig, examples: ExampleSet, *, is_new: bool, quiet: bool
 
 
 def require_startable(run: RunConfig) -> None:
-    """Raise InputError unless ``[start]`` can prune the run's model, as far as it is known without text. Loads the
-    model on the CPU."""
+    """Raise InputError if ``[start]`` cannot prune the run's model, by what is known without data. Loads the model on
+    the CPU."""
     model = load_base(run.model.path, **attention_options(run))
     config = _one_shot_config(run, run.start.samples)
     _, _, rules = plan_layers(model, config, run.pst, run.schedule.final_sparsity)
     find_blocks(model, [rule.target.name for rule in rules])
 
 
-class _Stopped(Exception):
-    """A signal asked the process to stop."""
-
-
 def _stop_if_asked() -> None:
     if stop_signals.asked_by():
-        raise _Stopped
+        raise StoppedError
 
 
 def _prune_once(run: RunConfig, examples: ExampleSet, *, quiet: bool) -> int:
-    """Return the number of the signal that ended it between two blocks; 0 where the start is there."""
+    """Return 0 once the start is there, or the signal that stopped the pruning between two blocks."""
     out, asked = Path(run.output_dir) / START, _one_shot_config(run, min(run.start.samples, len(examples)))
-    expected = {"start": _decides(run, examples.digest), "base_fingerprint": base_fingerprint(run.model.path)}
+    start = _facts_of_start(run, examples.digest)
     found = pruning_record(out)
-    if all(found.get(name) == value for name, value in expected.items()):
+    if found.get("start") == start and found.get("base_fingerprint") == base_fingerprint(run.model.path):
         return 0
     if (Path(run.output_dir) / CHECKPOINTS).exists():
         raise ConfigError(
@@ -88,17 +83,16 @@ def _prune_once(run: RunConfig, examples: ExampleSet, *, quiet: bool) -> int:
     if not quiet:
         print(f"pruning {run.model.path} to {asked.sparsity} by {asked.method}: {out}", file=sys.stderr, flush=True)
     try:
-        more = {"start": expected["start"]}
         with heard_by(_stop_if_asked):
-            prune_model(run, out, asked, examples=examples, more_facts=more)
-    except _Stopped:
+            prune_model(run, out, asked, examples=examples, more_facts={"start": start})
+    except StoppedError:
         return stop_signals.asked_by()
     except InputError as error:
         raise InputError(f'start.method = "{asked.method}": {error}') from None
     return 0
 
 
-def _decides(run: RunConfig, data_digest: str) -> dict[str, object]:
+def _facts_of_start(run: RunConfig, data_digest: str) -> object:
     """Return what the start depends on besides the base model, as JSON values."""
     layers = {name: getattr(run.pst, name) for name in _OF_LAYERS}
     overrides = [asdict(one) for one in run.pst.overrides]
@@ -110,19 +104,24 @@ def _decides(run: RunConfig, data_digest: str) -> dict[str, object]:
 def _one_shot_config(run: RunConfig, samples: int) -> PruneConfig:
     start, method, pattern = run.start, run.start.method, ""
     assert method != "none"
-    if run.pst.pattern in _POOLED:  # which no method has: matrices are pruned one after another
+    if run.pst.pattern in _POOLED:  # one-shot methods prune one matrix after another
         pattern = usual_pattern(method, start.budgets, run.start_sparsity)
     return PruneConfig(
-        method=method, sparsity=run.start_sparsity, pattern=pattern, budgets=start.budgets,
-        reconstruct=start.reconstruct, samples=samples, seed=run.seed,
-    )  # fmt: skip
+        method=method,
+        sparsity=run.start_sparsity,
+        pattern=pattern,
+        budgets=start.budgets,
+        reconstruct=start.reconstruct,
+        samples=samples,
+        seed=run.seed,
+    )
 
 
 def remark_on_shares(run: RunConfig) -> str:
-    """Return what a user should know, as a sentence without a full stop, when the run's pattern shares zeros out
-    otherwise than ``pst-ds prune`` did in the run's base model; "" when it keeps them, or there is no such model.
+    """Return a remark, without a full stop, if the run's first masks restore weights that ``pst-ds prune`` has pruned
+    in its base model; "" otherwise.
 
-    Zeros score lowest, so a pattern keeps them as long as none of its groups has more of them than it prunes.
+    Pruned weights score lowest, so a pattern keeps them pruned unless one of its groups has more than it prunes.
     """
     if run.mask_method.masks != "ramp" or run.pst.pattern == "global":
         return ""

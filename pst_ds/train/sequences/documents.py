@@ -1,4 +1,4 @@
-"""Documents side by side in one sequence, kept apart by their positions and masks."""
+"""Attention within documents that share a sequence, by positions and masks, and the check of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from pst_ds.config.run import ConfigError
 from pst_ds.data.tasks import ExampleSet
@@ -19,41 +20,37 @@ if TYPE_CHECKING:
     from transformers.utils import ModelOutput
 
 _TOKENS = 8
-"""Of either document of the check."""
+"""Tokens of each document of the check."""
 _ROUNDINGS = 4
 LEAST_LEAK = 2.0**-15
-"""Share of the largest logit. The smallest leaks measured are 30 times as large, in models as transformers draws them;
-the roundings of 24 blocks of experts in fp32 are a seventh of it, where their products have other sizes."""
+"""Smallest difference that counts as a leak, as a share of the largest logit. In untrained models the smallest leaks
+measured are 30 times as large; rounding errors of 24 blocks of experts in fp32, with products of other sizes, are a
+seventh of it."""
 _PER_TOKEN = ("input_ids", "position_ids", "labels")
 _DOCUMENTS: ContextVar[Tensor | None] = ContextVar("documents", default=None)
-"""The document of each token, (texts, length), in a forward pass that keeps them apart; None elsewhere."""
+"""Document of each token, (examples, length), in a forward pass that keeps them apart; None elsewhere."""
 Inputs: TypeAlias = dict[str, Any]
-"""Of a model, by name: tensors and settings."""
+"""Inputs of a model, by name: tensors and settings."""
 
 
 def keep_documents_apart(model: nn.Module) -> None:
     """Make a transformers model keep documents apart whose ``position_ids`` restart at 0.
 
-    Most models do so without help, but some (OPT, BLOOM, MPT, gpt-oss) make their masks without the positions, so these
-    get masks that know the documents. Flash attention takes the borders of documents from positions only where the
-    batch is one row: inputs (batch, length) become one row, and logits and hidden states (batch, length, ...) again.
+    Most models do so already, but some (OPT, BLOOM, MPT, gpt-oss) make their masks without the positions, so these get
+    masks that know the documents. Flash attention finds the borders of documents by positions only if the batch is one
+    row: inputs (batch, length) become one row, and logits and hidden states (batch, length, ...) again.
     """
-    config: Any = getattr(model, "config", None)
-    implementation: str = getattr(config, "_attn_implementation", None) or ""
-    if "flash" in implementation:
-        flatten_packed_rows(model)
-    elif config is not None:
-        _mask_documents(model, getattr(config.get_text_config(), "_attn_implementation", None) or "")
-
-
-def _mask_documents(model: nn.Module, implementation: str) -> None:
-    """Add documents to the masks that transformers makes for ``model``, whose attention is an ``implementation``."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+    config = getattr(model, "config", None)
+    if "flash" in (getattr(config, "_attn_implementation", None) or ""):
+        flatten_packed_rows(model)
+        return
+    implementation = getattr(config and config.get_text_config(), "_attn_implementation", None) or ""
     make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
     if make_mask is None:
         return
-    if not hasattr(make_mask, "adds_documents"):  # else another model of this process had it replaced
+    if not hasattr(make_mask, "adds_documents"):  # else it was replaced for another model of this process
         ALL_MASK_ATTENTION_FUNCTIONS[implementation] = _adding_documents(make_mask)
     model.register_forward_pre_hook(_enter, with_kwargs=True)
     model.register_forward_hook(_leave, always_call=True)
@@ -64,7 +61,7 @@ def _enter(module: nn.Module, args: tuple[object, ...], kwargs: Inputs) -> None:
     if isinstance(positions, Tensor) and positions.dim() == 2 and kwargs.get("attention_mask") is None:
         documents = (positions == 0).cumsum(1)
         if not bool((documents != documents[:, :1]).any()):
-            documents = None  # attention to all tokens before needs no mask, which takes memory and time
+            documents = None  # plain causal attention needs no mask, which takes memory and time
     _DOCUMENTS.set(documents)
 
 
@@ -81,8 +78,8 @@ def _adding_documents(make_mask: Callable[..., object]) -> Callable[..., object]
             return make_mask(*args, **settings)
         others = cast("Callable[..., Tensor]", settings["mask_function"])
 
-        def see(text: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return others(text, head, query, key) & (documents[text, query] == documents[text, key])
+        def see(example: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return others(example, head, query, key) & (documents[example, query] == documents[example, key])
 
         return make_mask(*args, **{**settings, "mask_function": see, "allow_is_causal_skip": False})
 
@@ -106,19 +103,13 @@ def flatten_packed_rows(model: nn.Module) -> None:
         shape = shapes.pop()
         if shape is None:
             return out
-        for name in ("logits", "last_hidden_state"):
+        for name in ("logits", "last_hidden_state", "hidden_states"):
             if out.get(name) is not None:
-                out[name] = _in_rows(out[name], shape)
-        if out.get("hidden_states") is not None:
-            out["hidden_states"] = tuple(_in_rows(states, shape) for states in out["hidden_states"])
+                out[name] = tree_map(lambda values: values.reshape(*shape, *values.shape[2:]), out[name])
         return out
 
     model.register_forward_pre_hook(flatten, with_kwargs=True)
     model.register_forward_hook(restore, with_kwargs=True)
-
-
-def _in_rows(values: Tensor, shape: torch.Size) -> Tensor:
-    return values.reshape(*shape, *values.shape[2:])
 
 
 def require_documents_apart(engine: Engine, context: RunContext, examples: ExampleSet) -> str:
@@ -132,7 +123,7 @@ def require_documents_apart(engine: Engine, context: RunContext, examples: Examp
     drawn, (some,) = raise_on_all_ranks(lambda: context.task.sample(examples, 1, run.seed))
     ids = drawn[some].tokens[: 2 * _TOKENS].astype("int64")  # type: ignore[index]
     leaks = reads_on(engine, torch.as_tensor(ids, device=context.device))
-    kind: str = getattr(getattr(engine.module, "config", None), "model_type", "model")
+    kind = getattr(getattr(engine.module, "config", None), "model_type", "model")
     found = f"model.path = {run.model.path!r} ({kind}) lets tokens see the documents before their own"
 
     def refuse() -> None:
@@ -141,7 +132,7 @@ def require_documents_apart(engine: Engine, context: RunContext, examples: Examp
                 f"data.document_mask = true, but {found}. Set data.document_mask = false, which joins documents"
             )
 
-    raise_on_all_ranks(refuse)  # a rounding on a single rank must not leave the others waiting
+    raise_on_all_ranks(refuse)  # a rounding error on a single rank must not leave the others waiting
     warning = (
         f"warning: data.document_mask is not set, and {found}: at most some of its layers keep documents apart. Set "
         "data.document_mask = false to join them"
@@ -151,12 +142,12 @@ def require_documents_apart(engine: Engine, context: RunContext, examples: Examp
 
 @torch.no_grad()
 def reads_on(engine: Engine, ids: Tensor) -> bool:
-    """Return whether the model sees a document before the one that it reads. Collective under ZeRO-3.
+    """Return whether a model sees earlier documents in a sequence. Collective under ZeRO-3.
 
-    ``ids``: (n,) tokens, whose halves are the documents. Two pairs of them differ in the first alone; the logits of the
-    second must not. The pairs are rows of one batch: products, also of experts, then have the same shapes and rounding
-    for both. This is measured because transformers does not list the models that use positions for this: most attention
-    does, recurrent layers do not.
+    The halves of ``ids``, (n,) tokens, are two documents. If the first one is changed, the logits of the second must
+    not change. Both pairs are rows of one batch, so that products, also of experts, have the same shapes and rounding.
+    This is measured because transformers does not list the models that use positions for this: most attention does,
+    recurrent layers do not.
     """
     first, second = ids.tensor_split(2)
     if torch.equal(first, first.flip(0)):
