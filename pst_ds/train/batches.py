@@ -1,16 +1,25 @@
-"""This rank's part of each global batch, and what all ranks must agree on for batches of streams."""
+"""This rank's part of each global batch, made ahead in a thread; agreement of the ranks on batches of streams."""
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Self, TypeVar
 
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import InputError
 from pst_ds.parallel.ranks import all_gather_objects, raise_on_all_ranks, rank, world_size
+from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.divergence import MicroBatch
 from pst_ds.train.run_context import RunContext
 
+T = TypeVar("T")
+AHEAD = 2
+"""Batches kept ready."""
 Places = list[list[int]]
 """Position of a reader in each of the run's streams, as JSON values."""
 
@@ -86,3 +95,35 @@ def agreed(taken: OwnBatch | InputError, degree: int) -> tuple[OwnBatch, list[Pl
     per_target = len(batch.micro_batches) * len(of_ranks) / max(1, total)
     shared = [replace(one, share=per_target * one.share) for one in batch.micro_batches]
     return replace(batch, micro_batches=shared), [places for _, places in of_ranks]
+
+
+class Prefetched(Iterator[T]):
+    """Iterator over ``items``, computed by a thread at most :data:`AHEAD` items ahead. A context manager.
+
+    An exception is raised where its item is requested. ``items`` must not draw from the process-wide random generators:
+    when the thread would do so is undefined.
+    """
+
+    def __init__(self, items: Iterator[T]):
+        self._items = items
+        self._pool = ThreadPoolExecutor(1, "prefetch")
+        self._ready: deque[Future[T]] = deque()
+        self.waited_seconds = 0.0
+        """Total seconds that :meth:`__next__` has waited."""
+
+    def __enter__(self) -> Self:
+        self._thread = self._pool.submit(threading.current_thread).result()
+        self._ready.extend(self._pool.submit(self._items.__next__) for _ in range(AHEAD))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def __next__(self) -> T:
+        heartbeat("reading a batch", self._thread)
+        self._ready.append(self._pool.submit(self._items.__next__))
+        start = time.perf_counter()
+        try:
+            return self._ready.popleft().result()
+        finally:
+            self.waited_seconds += time.perf_counter() - start

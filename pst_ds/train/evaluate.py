@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pst_ds.data.tasks import ExampleSet, Task
+from pst_ds.data.tasks import ExampleSet
 from pst_ds.data.tasks.causal_lm import CausalTask
-from pst_ds.nn.language_head import LanguageHead
 from pst_ds.parallel.ranks import all_gather_objects, rank, world_size
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.progress import Progress
@@ -28,11 +27,10 @@ _ROUNDINGS = 8
 def predict(model: Model, context: RunContext, examples: ExampleSet) -> np.ndarray:
     """Return the task's outcomes, (num examples, k) in the order of ``examples``, on every rank.
 
-    Collective. ``model`` must be in evaluation mode. Where a language model's head is known, only the logits of a chunk
-    of tokens are in memory.
+    Collective. ``model`` must be in evaluation mode. If a language model's head is known, only the logits of a chunk of
+    tokens are in memory.
     """
-    task = context.task
-    head = head_of(model, task)
+    task, head = context.task, head_of(model, context.task)
     batches = evaluation_batches(examples.lengths, context.run.eval_batch_size, mixed=task.pads)
     own: list[tuple[list[int], np.ndarray]] = []
     with Progress("evaluate", len(batches), "batches") as progress:
@@ -42,11 +40,17 @@ def predict(model: Model, context: RunContext, examples: ExampleSet) -> np.ndarr
             # a rank that runs out repeats its last batch: under ZeRO-3 all ranks must run the same layers
             indices = batches[min(turn, len(batches) - 1)]
             batch = task.collate(examples, indices, context.tokenizer)
-            outcomes = _outcomes(model, task, head, batch, context.device)
+            inputs = _inputs(batch, context.device)
+            if head is None:
+                outcomes = task.outcomes(model(**inputs).logits, batch)
+            else:
+                assert isinstance(task, CausalTask)
+                sums = loss_sums(model, head, inputs, batch["labels"].to(context.device))
+                outcomes = task.outcomes_of_sums(sums.cpu().numpy(), batch)
             if turn < len(batches):
                 own.append((indices, outcomes))
             progress.at(min(first + world_size(), len(batches)))
-    return _in_order([batch for of_rank in all_gather_objects(own) for batch in of_rank], len(examples))
+    return _in_order([batch for of_rank in all_gather_objects(own) for batch in of_rank])
 
 
 @torch.no_grad()
@@ -57,7 +61,7 @@ def compare(
 
     The differences are "differing_predictions" and "max_logit_difference". A prediction is the index of the largest
     logit: an example's class, or the next token. With a single output (regression) it is the number, and numbers within
-    a few roundings are equal. Only one batch of logits of each model is in memory.
+    a few rounding errors are equal. Only one batch of logits of each model is in memory.
     """
     task, device = context.task, context.device
     differing, largest = 0, torch.zeros((), device=device)
@@ -66,20 +70,16 @@ def compare(
     with Progress("compare", len(batches), "batches") as progress:
         for indices in batches:
             batch = task.collate(examples, indices, context.tokenizer)
-            ours, theirs = (_logits(model, batch, device) for model in (one, other))
+            ours, theirs = (model(**_inputs(batch, device)).logits for model in (one, other))
             pieces.append((indices, task.outcomes(theirs.float(), batch)))
-            ours, theirs = (_without_padding(logits, batch) for logits in (ours, theirs))
+            if ours.dim() == 3 and "attention_mask" in batch:  # drop padding
+                real = batch["attention_mask"].to(device).bool()
+                ours, theirs = ours[real], theirs[real]
             differing += _differing(ours, theirs)
             largest = torch.maximum(largest, (ours.float() - theirs.float()).abs().max())  # keeps a NaN
             progress.add(1)
-    metrics = task.metrics(_in_order(pieces, len(examples)), examples)
+    metrics = task.metrics(_in_order(pieces), examples)
     return {"differing_predictions": differing, "max_logit_difference": float(largest)}, metrics
-
-
-def _without_padding(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Return logits without padding: (tokens, vocabulary) per token; logits per example unchanged."""
-    real = batch.get("attention_mask")
-    return logits if real is None or logits.dim() < 3 else logits[real.to(logits.device).bool()]
 
 
 def _differing(ours: Tensor, theirs: Tensor) -> int:
@@ -96,25 +96,11 @@ def evaluation_batches(lengths: Sequence[int] | np.ndarray, batch_size: int, *, 
     return [group[i : i + batch_size].tolist() for group in groups for i in range(0, len(group), batch_size)]
 
 
-def _outcomes(model: Model, task: Task, head: LanguageHead | None, batch: dict[str, Tensor], device: str) -> np.ndarray:
-    if head is None:
-        return task.outcomes(_logits(model, batch, device), batch)
-    assert isinstance(task, CausalTask)
-    sums = loss_sums(model, head, _inputs(batch, device), batch["labels"].to(device))
-    return task.outcomes_of_sums(sums.cpu().numpy(), batch)
-
-
-def _logits(model: Model, batch: dict[str, Tensor], device: str) -> Tensor:
-    return model(**_inputs(batch, device)).logits
-
-
 def _inputs(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
     return {k: v.to(device) for k, v in batch.items() if k != "labels"}
 
 
-def _in_order(pieces: list[tuple[list[int], np.ndarray]], count: int) -> np.ndarray:
-    first = pieces[0][1]
-    everything = np.empty((count, first.shape[1]), dtype=first.dtype)
-    for indices, outcomes in pieces:
-        everything[indices] = outcomes
-    return everything
+def _in_order(pieces: list[tuple[list[int], np.ndarray]]) -> np.ndarray:
+    """Return the outcomes of all ``pieces`` (indices, outcomes), sorted by index."""
+    order = np.argsort(np.concatenate([indices for indices, _ in pieces]))
+    return np.concatenate([outcomes for _, outcomes in pieces])[order]

@@ -40,23 +40,18 @@ def token_figures(tokens: dict[str, Tensor]) -> dict[str, float]:
     }
 
 
-def zeros_by_stack(model: nn.Module) -> dict[str, list[int]]:
-    """Return the pruned weights of each expert, over all ranks: {stack: counts}. Collective."""
-    found = {}
+def counts_of_experts(model: nn.Module) -> CountsOfExperts:
+    """Return the counts for result.json, over all ranks; {} for a model without stacks of experts. Collective."""
+    tokens = {name: counts.tolist() for name, counts in tokens_by_module(model).items()}
+    pruned = {}
     for name, stack in expert_stacks(model).items():
         bits, (start, stop) = zero3.shard_of(stack.pst_mask).values, stack.own_range()
-        zeros = torch.zeros(stack.layout.num_experts, dtype=torch.int64, device=bits.device)
-        for expert in range(len(zeros)):
+        counts = torch.zeros(stack.layout.num_experts, dtype=torch.int64, device=bits.device)
+        for expert in range(len(counts)):
             first, last = (min(max(at, start), stop) - start for at in stack.layout.expert_range(expert))
-            zeros[expert] = last - first - unpack_range(bits, stop - start, 1, first, last).sum()
-        found[name] = group_sum(zeros, stack.pst_mask).tolist()
-    return found
-
-
-def counts_of_experts(model: nn.Module) -> CountsOfExperts:
-    """Return the counts for result.json; {} for a model without stacks of experts. Collective."""
-    tokens = {name: counts.tolist() for name, counts in tokens_by_module(model).items()}
-    return {"expert_tokens": tokens, "expert_zeros": zeros_by_stack(model)} if tokens else {}
+            counts[expert] = last - first - unpack_range(bits, stop - start, 1, first, last).sum()
+        pruned[name] = group_sum(counts, stack.pst_mask).tolist()
+    return {"expert_tokens": tokens, "expert_zeros": pruned} if tokens else {}
 
 
 def warning_of_unused(tokens: Mapping[str, Sequence[int]], first_step: int) -> str:

@@ -27,17 +27,15 @@ from pst_ds.parallel import stop_signals
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, world_size
 from pst_ds.parallel.watchdog import heartbeat
-from pst_ds.train.batches import OwnBatch, Places, agreed, next_or_problem, own_batches
+from pst_ds.train.batches import OwnBatch, Places, Prefetched, agreed, next_or_problem, own_batches
 from pst_ds.train.divergence import DivergedError, MicroBatch, fault_of_batch, require_finite
 from pst_ds.train.expert_tokens import token_figures, tokens_by_module
 from pst_ds.train.monitor.curves import STRAGGLER
 from pst_ds.train.monitor.metrics import MetricsWriter, peak_memory_bytes
 from pst_ds.train.objective import Objective
-from pst_ds.train.prefetch import Prefetched
+from pst_ds.train.profiling import Recorder
 from pst_ds.train.run_context import RunContext
-from pst_ds.train.timing.profiling import Recorder
-from pst_ds.train.timing.step_clock import StepClock
-from pst_ds.train.timing.stragglers import OwnTime, Pace
+from pst_ds.train.timing import OwnTime, Pace, StepClock
 
 MAX_SKIPPED_IN_A_ROW = 100
 FINAL_TAGS = ("loss", "sparsity/actual", "tokens_per_second")

@@ -138,7 +138,6 @@ def build_model(
     tokenizer: PreTrainedTokenizerBase,
     *,
     zero3_config: Mapping[str, object] | None,
-    num_shards: int = 1,
     label_scale: tuple[float, float] | None = None,
 ) -> BuiltModel:
     """Build the pretrained model of the run's task with the PST modules of the run's method.
@@ -147,7 +146,6 @@ def build_model(
 
     Args:
         zero3_config: Resolved DeepSpeed config of stage 3, to partition the weights while they load.
-        num_shards: Ranks over which ``deepspeed.initialize`` will split whole weights.
         label_scale: Mean and standard deviation on which the outputs of a new head start; the latter is 1 for methods
             that train every weight, at one rate.
 
@@ -170,10 +168,9 @@ def build_model(
     _initialise_missing(module, missing, run)
     mean, unit = label_scale or (0.0, 1.0)
     unit = 1.0 if run.mask_method.trains_everything else unit
-    outputs = _new_outputs(module, missing, config.num_labels) if label_scale else []
-    _put_on_scale(outputs, mean, unit)
+    outputs = _scaled_outputs(module, missing, config.num_labels, mean, unit) if label_scale else []
     _keep_statistics(module)
-    prepare_for_method(module, run, num_shards=None if keep_alive else num_shards)
+    prepare_for_method(module, run, num_shards=None if keep_alive else 1)
     add_prompt(module, run, tokenizer)
     _refuse_untrained(module, missing, run)
     module.config.use_cache = False  # no run generates text; a cache would hold every layer's keys and values
@@ -254,17 +251,10 @@ def require_precision(run: RunConfig, module: nn.Module) -> None:
 
 
 def parameter_groups(module: nn.Module, run: RunConfig) -> Groups:
-    """:func:`pst_parameter_groups` with the run's rates."""
-    return pst_parameter_groups(
-        module,
-        score_learning_rate=run.train.score_learning_rate,
-        update_learning_rate=run.train.update_learning_rate,
-        gate_learning_rate=run.train.gate_learning_rate,
-        prompt_learning_rate=run.train.prompt_learning_rate,
-        embedding_learning_rate=run.train.embedding_learning_rate,
-        head_learning_rate=run.train.head_learning_rate,
-        betas=(run.train.adam_beta1, run.train.adam_beta2),
-    )
+    """Return :func:`pst_parameter_groups` with the run's rates."""
+    names = [f"{kind}_learning_rate" for kind in ("score", "update", "gate", "prompt", "embedding", "head")]
+    rates = {name: getattr(run.train, name) for name in names}
+    return pst_parameter_groups(module, **rates, betas=(run.train.adam_beta1, run.train.adam_beta2))
 
 
 def num_trainable(module: nn.Module) -> int:
@@ -296,21 +286,22 @@ def _initialise_missing(module: nn.Module, missing: list[str], run: RunConfig) -
             module._init_weights(part)  # type: ignore[operator]
 
 
-def _new_outputs(module: nn.Module, missing: list[str], count: int | None) -> list[nn.Parameter]:
-    """Return the parameters of the last layer of a new head, which has ``count`` outputs."""
+def _scaled_outputs(
+    module: nn.Module, missing: list[str], num_labels: int | None, mean: float, unit: float
+) -> list[nn.Parameter]:
+    """Scale the outputs of a new head to a mean and a standard deviation ``unit``, without a bias only the latter.
+
+    Return the parameters of the head's last layer, which has ``num_labels`` outputs. Collective.
+    """
     new = {name: param for name, param in module.named_parameters() if name in missing}
-    owners = [name.rpartition(".")[0] for name, param in new.items() if zero3.full_shape(param)[:1] == (count,)]
-    return [param for name, param in new.items() if owners and name.rpartition(".")[0] == owners[-1]]
-
-
-def _put_on_scale(outputs: list[nn.Parameter], mean: float, unit: float) -> None:
-    """Scale the outputs of a new layer to a mean and a standard deviation ``unit``; without bias only the latter.
-    Collective."""
+    owners = [name.rpartition(".")[0] for name, param in new.items() if zero3.full_shape(param)[:1] == (num_labels,)]
+    outputs = [param for name, param in new.items() if owners and name.rpartition(".")[0] == owners[-1]]
     with zero3.gathered(outputs, writer_rank=0), torch.no_grad():
         for param in outputs:
             param.mul_(unit)
             if zero3.full_shape(param).numel() == len(param):  # a bias
                 param.add_(mean)
+    return outputs
 
 
 def _keep_statistics(module: nn.Module) -> None:

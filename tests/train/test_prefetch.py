@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from pst_ds.train.prefetch import AHEAD, Prefetched
+from pst_ds.train.batches import AHEAD, Prefetched
 
 
 def _threads():

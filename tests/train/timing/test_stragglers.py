@@ -18,7 +18,7 @@ from pst_ds.parallel.ranks import rank
 from pst_ds.train import loop as loop_module
 from pst_ds.train import run as run_module
 from pst_ds.train.run import prepare, train_prepared
-from pst_ds.train.timing.stragglers import LEAST_SLOW, WINDOW, Pace
+from pst_ds.train.timing import LEAST_SLOW, WINDOW, Pace
 
 HOSTS = [f"host{i}" for i in range(5)]
 
