@@ -17,7 +17,6 @@ from pst_ds.checkpoint.writer import CheckpointWriter, SaveResult, size_limit
 from pst_ds.file_names import CHECKPOINTS, step_folders
 from pst_ds.parallel.ds_config import zero_stage
 from pst_ds.parallel.ranks import is_main, of_main, world_size
-from pst_ds.parallel.stop_signals import name_of
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.loop import Loop, LoopState
 from pst_ds.train.resume import RunProgress, as_table
@@ -102,11 +101,6 @@ class Checkpointer:
     def close(self) -> None:
         """Give a save in progress time to end, after an error."""
         self._writer.wait(_CLOSE_SECONDS)
-
-    def how_it_stopped(self, signal: int, step: int) -> str:
-        """Return the message that ``signal`` has stopped the run after ``step``, and from where to resume it."""
-        after = f"after step {step} of {self._loop.num_steps}"
-        return f"stopped by {name_of(signal)} {after}, saved in {self.newest()}; go on with --resume"
 
     def newest(self) -> str:
         """Name the newest checkpoint, for a message."""

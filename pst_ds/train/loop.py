@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pst_ds.config.run import ConfigError, RunConfig
+from pst_ds.config.run import ConfigError
 from pst_ds.core.schedule import Schedules, learning_rate_factor
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import shortened
@@ -105,6 +105,10 @@ class Loop:
         self.clock = StepClock(context.device)
         self.own_time = OwnTime(context.device, engine)
         self.pace = Pace(all_gather_objects(socket.gethostname()))
+        self._saved_tensors: AbstractContextManager[object] = nullcontext()
+        """Decides where a forward pass keeps tensors for the backward pass."""
+        if self.run.model.activation_offload:
+            self._saved_tensors = torch.autograd.graph.save_on_cpu(pin_memory=self.device.startswith("cuda"))
         self.waited_seconds = 0.0
         """Seconds that this rank has waited for data since the last report."""
 
@@ -159,12 +163,6 @@ class Loop:
             batch, state.streams = agreed(taken, self.run.train.sequence_parallel)
         return batch
 
-    def _saved_tensors(self) -> AbstractContextManager[object]:
-        """Return a context that decides where a forward pass keeps tensors for the backward pass."""
-        if not self.run.model.activation_offload:
-            return nullcontext()
-        return torch.autograd.graph.save_on_cpu(pin_memory=self.device.startswith("cuda"))
-
     def _train_on(self, micro_batches: Sequence[MicroBatch], state: LoopState) -> None:
         """Take one optimizer step, which the engine may skip; raise DivergedError if a loss is not finite."""
         set_rates(self, state.step)
@@ -172,7 +170,7 @@ class Loop:
         losses: list[Tensor] = []
         for number, batch in enumerate(micro_batches, 1):
             heartbeat(f"the forward and backward pass of batch {state.batch + 1}")
-            with self.clock.timing("forward"), self._saved_tensors():
+            with self.clock.timing("forward"), self._saved_tensors:
                 loss = batch.share * self._loss(batch)
             with self.clock.timing("backward"):
                 self.engine.backward(loss)
@@ -249,17 +247,23 @@ def set_rates(loop: Loop, step: int) -> None:
 
 
 def _update_if_due(loop: Loop, state: LoopState) -> None:
-    """Update masks, update ranks and quantisation scales where the schedules say so, and log it. Collective: schedules
-    and ``state.step`` are equal on every rank."""
+    """Update masks, update ranks and quantisation scales if they are due, and log it. Collective.
+
+    Raises ConfigError, on every rank, if masks that keep the base model's zeros have another sparsity than requested.
+    """
     done = update_if_due(loop.engine.module, loop.schedules, state.step)
     if done.ranks is not None:
         loop.metrics.write(state.step, {"event": "rank_update", "mean_rank": done.ranks.mean_rank})
         loop.metrics.ranks(state.step, done.ranks)
     if done.masks is not None:
         masks = state.masks = done.masks
-        if loop.run.pst.initial_mask == "zeros":
-            _require_sparsity(loop.run, masks)
-        target = loop.schedules.sparsity_at(state.step)
+        requested, target = loop.run.schedule.final_sparsity, loop.schedules.sparsity_at(state.step)
+        if loop.run.pst.initial_mask == "zeros" and abs(masks.sparsity - requested) > SPARSITY_TOLERANCE:
+            raise ConfigError(
+                f"schedule.final_sparsity = {requested}, but {masks.sparsity:.4f} of the pruned weights of model.path "
+                f'= {loop.run.model.path!r} are zero, and pst.initial_mask = "zeros" keeps just the others. Fix: '
+                f"schedule.final_sparsity = {masks.sparsity:.4f}, or another model folder"
+            )
         sparsity = {"sparsity/target": target, "sparsity/actual": masks.sparsity}
         change = {"flip_rate": masks.flip_rate, "mask_checksum": masks.checksum}
         loop.metrics.write(state.step, {"event": "mask_update", **sparsity, **change})
@@ -267,17 +271,6 @@ def _update_if_due(loop: Loop, state: LoopState) -> None:
     if done.scales is not None:
         loop.metrics.write(state.step, {"event": "rounding", "rounding_error": done.scales.error})
         loop.metrics.rounding(state.step, done.scales.layer_errors)
-
-
-def _require_sparsity(run: RunConfig, masks: MaskStats) -> None:
-    """Raise ConfigError on every rank if the base model's sparsity is not the requested one."""
-    requested = run.schedule.final_sparsity
-    if abs(masks.sparsity - requested) > SPARSITY_TOLERANCE:
-        raise ConfigError(
-            f"schedule.final_sparsity = {requested}, but {masks.sparsity:.4f} of the pruned weights of model.path = "
-            f'{run.model.path!r} are zero, and pst.initial_mask = "zeros" keeps just the others. Fix: '
-            f"schedule.final_sparsity = {masks.sparsity:.4f}, or another model folder"
-        )
 
 
 def _stop_if_stuck(state: LoopState) -> None:

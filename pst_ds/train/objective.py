@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,8 +55,11 @@ class Objective:
         heads = self._heads(engine.module)
         if heads is not None:
             return self._loss_in_chunks(engine, inputs, labels, *heads)
+        if not self._weight and labels.dim() == 1:
+            return engine(**inputs, labels=labels).loss
         if not self._weight:
-            return _own_loss(engine, inputs, labels)
+            predicts = (labels[:, 1:] != IGNORED).any()  # the mean loss of no tokens would be NaN
+            return predicts * engine(**inputs, labels=labels.masked_fill(~predicts, 0)).loss
         taught, out = self._teach(engine, inputs), engine(**inputs, **self._settings)
         rows, targets = predictions(out.logits, labels)
         loss = distilled_loss(out.logits[rows], taught.logits[rows], targets, self._weight, self._temperature)
@@ -131,15 +133,6 @@ class Objective:
             engine.train()
 
 
-def _own_loss(engine: Engine, inputs: Mapping[str, object], labels: Tensor) -> Tensor:
-    """Return the model's own loss; 0 for a batch without predicted tokens, whose mean would be NaN."""
-    if labels.dim() == 1:
-        return engine(**inputs, labels=labels).loss
-    predicts = (labels[:, 1:] != IGNORED).any()
-    loss: Tensor = engine(**inputs, labels=labels.masked_fill(~predicts, 0)).loss
-    return loss * predicts
-
-
 def predictions(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return (mask of the logits that predict something, (rows,) their labels).
 
@@ -167,7 +160,16 @@ def require_teacher(run: RunConfig, shapes: nn.Module) -> None:
             )
         _require_comparable(run, shapes.config, place.config(**attention_options(run)))  # type: ignore[arg-type]
         return
-    _require_dense_base(run)
+    record, why = Path(run.model.path) / PRUNING_RECORD, ""
+    if run.pst.initial_mask == "zeros":
+        why = 'with pst.initial_mask = "zeros" it is already pruned'
+    elif record.is_file():
+        why = f"{record} says that it was pruned"
+    if why:
+        raise ConfigError(
+            f"distillation.teacher is empty, so model.path = {run.model.path!r} is its own teacher, and {why}; name "
+            "the folder of the dense model in distillation.teacher"
+        )
     trainable = (name for name, param in shapes.named_parameters() if param.requires_grad)
     trained = [name for name in trainable if not name.rpartition(".")[2].startswith("pst_")]
     if trained:
@@ -176,21 +178,6 @@ def require_teacher(run: RunConfig, shapes: nn.Module) -> None:
             "would train, and the teacher with it. Name a model folder "
             "(distillation.teacher), such as an exported dense run"
         )
-
-
-def _require_dense_base(run: RunConfig) -> None:
-    """Raise ConfigError unless the run's model is dense, and so can be its own teacher."""
-    record = Path(run.model.path) / PRUNING_RECORD
-    if run.pst.initial_mask == "zeros":
-        why = 'with pst.initial_mask = "zeros" it is already pruned'
-    elif record.is_file():
-        why = f"{record} says that it was pruned"
-    else:
-        return
-    raise ConfigError(
-        f"distillation.teacher is empty, so model.path = {run.model.path!r} is its own teacher, and {why}; name the "
-        "folder of the dense model in distillation.teacher"
-    )
 
 
 def _require_comparable(run: RunConfig, own: PreTrainedConfig, config: PreTrainedConfig) -> None:

@@ -32,21 +32,22 @@ def add_prompt(module: nn.Module, run: RunConfig, tokenizer: PreTrainedTokenizer
     tokens = torch.tensor(ids, device="cpu")
     states = embedded(module, tokens)
     if run.prompt.source == "hidden":
-        _require_width(config, embeddings.embedding_dim)
+        width = config.get_text_config().hidden_size
+        if width != embeddings.embedding_dim:
+            raise ConfigError(
+                f'prompt.source = "hidden" starts from states of {width} numbers, and the model\'s embeddings have '
+                f'{embeddings.embedding_dim}; set prompt.source = "embeddings"'
+            )
         if not states.is_meta:
             with bypassed(module):
                 states = read(module, tokens)
     elif run.prompt.source == "random" and not states.is_meta:
         states = random_like(states, run.seed)
-    after = 0 if causal else _tokens_before(tokenizer)
+    # inputs of an encoder may start with a token that represents the whole input, such as [CLS]
+    has_cls = tokenizer.cls_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.cls_token_id]
+    after = int(has_cls and not causal)
     adapter = run.prompt.adapter
     attach_prompt(module, PSTPrompt(states, adapter, after=after, rank=run.prompt.rank, seed=run.seed))
-
-
-def _tokens_before(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return 1 if inputs start with a token that represents the whole input, such as [CLS]; else 0."""
-    first = tokenizer("a")["input_ids"][:1]
-    return int(tokenizer.cls_token_id is not None and first == [tokenizer.cls_token_id])
 
 
 def _require_room(run: RunConfig, config: PreTrainedConfig, size: int) -> None:
@@ -57,12 +58,4 @@ def _require_room(run: RunConfig, config: PreTrainedConfig, size: int) -> None:
         raise ConfigError(
             f"prompt.text has {size} tokens, and with data.max_length = {longest} that is more than the {positions} "
             f"positions of the model (max_position_embeddings); set data.max_length to at most {positions - size}"
-        )
-
-
-def _require_width(config: PreTrainedConfig, width: int) -> None:
-    if config.get_text_config().hidden_size != width:
-        raise ConfigError(
-            f'prompt.source = "hidden" starts from states of {config.get_text_config().hidden_size} numbers, and the '
-            f'model\'s embeddings have {width}; set prompt.source = "embeddings"'
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ from torch import nn
 from pst_ds.atomic_files import write_text_atomic
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.checkpoint.restore import load_into
-from pst_ds.config.run import RunConfig
+from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.toml import load_run_or_folder
 from pst_ds.core.kernels.host import multiplies_bf16
 from pst_ds.data.tasks import ExampleSet
@@ -24,8 +25,9 @@ from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel.ds_config import zero_stage
 from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.parallel.ranks import barrier, is_main, of_main, raise_on_all_ranks, world_size
+from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, of_main, raise_on_all_ranks, world_size
 from pst_ds.parallel.stop_signals import StoppedError as StoppedError
+from pst_ds.parallel.stop_signals import name_of
 from pst_ds.parallel.watchdog import watching
 from pst_ds.train import run_folder
 from pst_ds.train.calibration import calibrate
@@ -191,7 +193,13 @@ def load_splits(context: RunContext) -> Splits:
     run = context.run
     examples = raise_on_all_ranks(lambda: context.load("train"))
     validation = raise_on_all_ranks(lambda: context.load("validation")) if run.data.validation else None
-    run_folder.require_same_everywhere(examples.digest, run.data.trained_on)
+    ranks = all_gather_objects((examples.digest, socket.gethostname()))
+    for rank, (digest, host) in enumerate(ranks):
+        if digest != ranks[0][0]:
+            raise ConfigError(
+                f"{run.data.trained_on} differs between rank 0 ({ranks[0][1]}) and rank {rank} ({host}). Give every "
+                "host the same file."
+            )
     return examples, validation
 
 
@@ -296,7 +304,10 @@ def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState, 
         checkpointer.close()
         loop.metrics.close()
     if state.stopped_by and state.step < loop.num_steps:
-        raise StoppedError(checkpointer.how_it_stopped(state.stopped_by, state.step))
+        after = f"after step {state.step} of {loop.num_steps}"
+        raise StoppedError(
+            f"stopped by {name_of(state.stopped_by)} {after}, saved in {checkpointer.newest()}; go on with --resume"
+        )
     result = _result(loop, state, metrics, checkpointer.best_step, fit, experts)
     if is_main():
         write_text_atomic(folder / RESULT_FILE, json_of(result, indent=1) + "\n")

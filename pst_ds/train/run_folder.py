@@ -112,16 +112,6 @@ def _require_shared(folder: Path) -> None:
             )
 
 
-def require_same_everywhere(digest: str, what: str) -> None:
-    """Raise ConfigError unless all ranks have the same ``digest`` of ``what``. Collective."""
-    ranks = all_gather_objects((digest, socket.gethostname()))
-    for i, (other, host) in enumerate(ranks):
-        if other != ranks[0][0]:
-            raise ConfigError(
-                f"{what} differs between rank 0 ({ranks[0][1]}) and rank {i} ({host}). Give every host the same file."
-            )
-
-
 def require_no_checkpoints(folder: Path) -> None:
     """Raise ConfigError on every rank if a run was saved in ``folder``. Collective."""
     names = of_main(lambda: [path.name for path in step_folders(folder / CHECKPOINTS)])
