@@ -45,7 +45,7 @@ def own_batches(
     Tensors are on the CPU, pinned if a GPU copies them. A micro-batch has a share, 1 on average over all ranks, which
     weights its mean loss so that the mean over all ranks is the global batch's loss, regardless of how it is split.
     Ranks that share sequences get the same part. With streams, each reader resumes at its place in ``streams``, and
-    shares are counts of targets until :func:`agreed` has seen those of all ranks.
+    shares are counts of targets until :func:`agreed` has gathered the counts of all ranks.
     """
     run, task, lengths = context.run, context.task, examples.lengths
     degree, accumulation = run.train.sequence_parallel, run.train.gradient_accumulation_steps

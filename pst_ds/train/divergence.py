@@ -55,7 +55,7 @@ def fault_of_batch(
 ) -> str:
     """Run each micro-batch again; describe the first layer with a non-finite output, on the lowest rank that has one.
 
-    Return "" if there is none. Its inputs are written to ``folder``. Collective.
+    Return "" if all outputs are finite. Its inputs are written to ``folder``. Collective.
     """
     own = ""
     for batch in micro_batches:

@@ -37,7 +37,7 @@ UNLEARNED, NOT_LEARNED = 0.4, 0.9
 """Shares of the loss of a constant answer. A run below the first has learned most of what can be learned, even if its
 loss still falls; one above the second has learned nothing."""
 ABOVE_DENSE = 1.1
-"""A loss is far above a dense run's if it is this many times that of the dense run's first epoch."""
+"""A loss is far above a dense run if it is this many times the dense run's loss after its first epoch."""
 RISE = 0.1
 """Share by which the validation loss of a run that overfits ends above its minimum."""
 FEWEST_BATCHES, FEWEST_EVALUATIONS = 8, 3
@@ -63,7 +63,7 @@ class Losses:
     """First step with the final masks."""
     epochs: float
     is_same_loss: bool
-    """Whether training minimised the validation loss; false with a teacher or a penalty in the loss."""
+    """True if training minimised the validation loss; false with a teacher or a penalty in the loss."""
     constant: float | None = None
     """Loss of the best constant answer on the training data; None if it is not known."""
     dense_first_epoch: float | None = None
@@ -89,7 +89,7 @@ class Losses:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What is wrong with a run."""
+    """Underfitting or overfitting of a run."""
 
     kind: Literal["underfits", "overfits"]
     reason: str

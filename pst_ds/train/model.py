@@ -26,7 +26,7 @@ from pst_ds.nn.targets import modules_to_save
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import raise_on_all_ranks
 from pst_ds.train.prompts import add_prompt
-from pst_ds.train.sequences.documents import keep_documents_apart
+from pst_ds.train.sequences import keep_documents_apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -305,7 +305,7 @@ def _scaled_outputs(
 
 
 def _keep_statistics(module: nn.Module) -> None:
-    """Keep batch norms on the base's statistics: those of a batch would depend on padding, ranks and micro-batches."""
+    """Keep batch norms on the base's statistics; batch statistics would depend on padding, ranks and micro-batches."""
     for part in module.modules():
         if isinstance(part, _NormBase) and part.track_running_stats:
             part.eval().train = lambda mode=True, part=part: part  # type: ignore[method-assign, misc]

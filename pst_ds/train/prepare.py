@@ -29,7 +29,7 @@ from pst_ds.parallel.ranks import raise_on_all_ranks
 from pst_ds.train.model import load_tokenizer, meta_model, num_trainable, require_precision
 from pst_ds.train.objective import require_teacher
 from pst_ds.train.run_context import RunContext
-from pst_ds.train.sequences.shared import require_shareable
+from pst_ds.train.sequences import require_shareable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

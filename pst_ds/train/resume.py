@@ -56,7 +56,7 @@ class RunProgress:
 
     @classmethod
     def read(cls, checkpoint: Checkpoint) -> RunProgress:
-        """Read the progress in ``checkpoint``. Raises CheckpointError if it has none, or other fields."""
+        """Read the progress in ``checkpoint``. Raises CheckpointError for missing or unknown fields."""
         values, step = dict(checkpoint.state.progress), checkpoint.state.step
         saved = {name: values.pop(name) for name in LoopState().as_json() if name in values}
         try:

@@ -48,8 +48,7 @@ from pst_ds.train.prepare import prepare as prepare
 from pst_ds.train.prepare import prepare_single as prepare_single
 from pst_ds.train.resume import RunProgress, checkpoint_to_resume, flat_table, restore
 from pst_ds.train.run_context import RunContext
-from pst_ds.train.sequences.documents import require_documents_apart
-from pst_ds.train.sequences.shared import shared_sequences
+from pst_ds.train.sequences import require_documents_apart, shared_sequences
 
 Splits: TypeAlias = tuple[ExampleSet, ExampleSet | None]
 """The examples to train on, and those to validate with."""
@@ -62,7 +61,7 @@ _EMULATED_BF16 = (
 
 
 class TrainResult(TypedDict):
-    """What a run ended with, as written to result.json."""
+    """Result of a run, as written to result.json."""
 
     task: str
     method: str
@@ -85,7 +84,7 @@ class TrainResult(TypedDict):
     expert_zeros: NotRequired[dict[str, list[int]]]
     """Pruned weights of each expert, by stack; only for mixtures of experts."""
     fit: dict[str, object] | None
-    """Whether the run underfits or overfits, see :func:`pst_ds.train.fit_verdict.fit_of`."""
+    """Verdict on underfitting and overfitting, see :func:`pst_ds.train.fit_verdict.fit_of`."""
     seconds: float
     """Seconds of training, over all processes of the run."""
 
@@ -98,7 +97,7 @@ def train_run(
     quiet: bool = False,
     run_file: str = "the run config",
 ) -> TrainResult:
-    """Train a run, evaluate and save it, and return what it ended with.
+    """Train a run, evaluate and save it, and return its result.
 
     Call it on every rank that a launcher has started, or in one process. Collective.
 
@@ -129,7 +128,7 @@ def build(
     """Build the run's model and its engine. Collective.
 
     Args:
-        checkpoint: Checkpoint whose values the model gets; None for those of the base model.
+        checkpoint: Checkpoint to load into the model; None keeps the values of the base model.
         label_scale: Mean and standard deviation of the labels, on which a new head's outputs start.
     """
     run, ds_config = context.run, context.ds_config
@@ -330,7 +329,7 @@ def _result(
     fit: dict[str, object] | None,
     experts: CountsOfExperts,
 ) -> TrainResult:
-    """Return what a run ended with. Collective."""
+    """Return the result of a finished run. Collective."""
     result = TrainResult(
         task=loop.run.task,
         method=loop.run.method,

@@ -194,7 +194,7 @@ class Pace:
         )
 
     def newly_slow(self) -> Straggler | None:
-        """Return the straggler if it differs from that of the last call."""
+        """Return the straggler, unless the last call returned the same one."""
         found = self.slow()
         before, self._named = self._named, found.rank if found else None
         return found if found and found.rank != before else None

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -32,18 +31,15 @@ from pst_ds.third_party import require
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_FIGURES: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()
-"""Values to log for each model in training."""
-
 
 class _LogFigures(TrainerCallback):
     """Adds figures to the logs. It comes before the callbacks that report; a user's own callback comes after them."""
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        logs, figures = given["logs"], _FIGURES.get(given["model"], {})
-        if "loss" in logs:  # of training steps, and the history that trainer_state.json keeps
-            for entry in (logs, state.log_history[-1]):
-                entry.update(figures)
+        saver, logs = vars(given["model"]).get("save_pretrained"), given["logs"]
+        if isinstance(saver, _SavesAdapterState) and "loss" in logs:  # of training steps
+            for entry in (logs, state.log_history[-1]):  # trainer_state.json keeps the latter
+                entry.update(saver.figures)
 
 
 class PSTCallback(_LogFigures, ExportableState):
@@ -193,20 +189,21 @@ class PSTCallback(_LogFigures, ExportableState):
 
     def _note_figures(self, model: PreTrainedModel) -> None:
         assert self._masks is not None
-        masks, step = self._masks.masks, self._masks.step
-        vars(model)["save_pretrained"].step = step
-        _FIGURES[model] = {
-            "sparsity/target": self._masks.schedule.sparsity_at(step),
+        saver, masks = vars(model)["save_pretrained"], self._masks.masks
+        saver.step = self._masks.step
+        saver.figures = {
+            "sparsity/target": self._masks.schedule.sparsity_at(saver.step),
             "sparsity/actual": masks.sparsity,
             "flip_rate": masks.flip_rate,
         }
 
 
 class _SavesAdapterState:
-    """Replaces a model's ``save_pretrained``; pickled and copied with the model."""
+    """Replaces a model's ``save_pretrained``, and has the figures to log; pickled and copied with the model."""
 
     def __init__(self, model: nn.Module):
         self.model, self.step = model, 0
+        self.figures: dict[str, float] = {}
 
     def __call__(
         self,

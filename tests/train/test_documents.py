@@ -12,7 +12,7 @@ from pst_ds.cli.main import main
 from pst_ds.data.tasks.causal_lm import Sequences, collate_sequences
 from pst_ds.data.tokens.arrays import Starts
 from pst_ds.parallel.engine import LocalEngine
-from pst_ds.train.sequences.documents import flatten_packed_rows, keep_documents_apart, reads_on
+from pst_ds.train.sequences import flatten_packed_rows, keep_documents_apart, reads_on
 from tests.nn.expert_families import tiny_model
 
 _SMALL = {

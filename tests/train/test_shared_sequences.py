@@ -18,7 +18,7 @@ from pst_ds.parallel.launch import launch_environment
 from pst_ds.parallel.ranks import rank
 from pst_ds.train.objective import Objective
 from pst_ds.train.run import build, prepare, train_prepared
-from pst_ds.train.sequences.shared import part_of_batch, require_shareable, shared_sequences
+from pst_ds.train.sequences import part_of_batch, require_shareable, shared_sequences
 
 RUN_FILE = "tests/data/causal_lm.toml"
 

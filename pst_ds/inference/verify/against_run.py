@@ -24,7 +24,7 @@ from pst_ds.nn.layer import exact_inputs
 from pst_ds.nn.model_structure import is_conv1d
 from pst_ds.nn.tables.embedding import pst_embeddings
 from pst_ds.train.model import attention_options
-from pst_ds.train.sequences.documents import keep_documents_apart
+from pst_ds.train.sequences import keep_documents_apart
 
 ROUNDINGS = 2.0
 """Roundings of a logit: one for each of the two computations that are compared."""
