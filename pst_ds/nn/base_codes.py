@@ -56,20 +56,12 @@ def own_weights(param: nn.Parameter, layout: WeightLayout) -> OwnWeights:
     return OwnWeights(shard.values, shard.start, layout.shape[1])
 
 
-def encode_bases(
-    targets: Sequence[Target], grid: Grid, num_shards: Mapping[str, int], *, from_zeros: bool
-) -> dict[str, BaseCodes]:
-    """Quantise the weights of ``targets`` one by one with :func:`encode_base`; ``num_shards``: by target name."""
-    return {t.name: encode_base(t, grid, num_shards[t.name], from_zeros=from_zeros) for t in targets}
-
-
 @torch.no_grad()
 def encode_base(target: Target, grid: Grid, num_shards: int, *, from_zeros: bool) -> BaseCodes:
-    """Quantise the weight of a target layer and free it; on the meta device only shapes are made.
+    """Quantise the weight of a target layer and free it; on the meta device only create shapes.
 
-    ``from_zeros``: the mask keeps what is not zero before it is rounded, for afterwards small weights are zero too;
-    otherwise it keeps all. Collective under ZeRO-3, where one weight at a time is whole on every rank. Raises
-    InjectionError for values that are not finite.
+    ``from_zeros``: whether the mask keeps only the weights that are non-zero before quantisation. Collective under
+    ZeRO-3, where it gathers the weight on every rank. Raises InjectionError for values that are not finite.
     """
     weight = target.weight
     layout = CodeLayout(StoredGrid(target.layout, grid), num_shards)
@@ -84,34 +76,27 @@ def encode_base(target: Target, grid: Grid, num_shards: int, *, from_zeros: bool
             require_finite(f"{target.name}.weight", weight)
             coded = [layout.encode(weight, shard) for shard in own]
             parts = [torch.cat(part) for part in zip(*coded, strict=True)]
-            bits = [_non_zeros(weight, layout, shard) for shard in own] if from_zeros else None
-        if bits is None:
-            whole = all_ones(target.layout.numel, num_shards).view(num_shards, -1)
-            bits = [whole[shard].to(parts[0].device) for shard in own]
-        parts.append(torch.cat(bits))
+            bits = all_ones(target.layout.numel, num_shards).view(num_shards, -1).to(parts[0].device)
+            for shard in own if from_zeros else ():
+                start, stop = layout.weights_of(shard)
+                bits[shard] = pack_shard(weight.detach().reshape(-1)[start:stop] != 0, mask_bytes)
+        parts.append(torch.cat([bits[shard] for shard in own]))
     codes, scales, mask = (zero3.bytes_split_as(weight, size, part) for size, part in zip(sizes, parts, strict=True))
     zero3.drop(weight)
     return BaseCodes(layout, codes, scales, mask, weight.dtype)
 
 
 def require_finite(name: str, weight: Tensor) -> None:
-    """Raise InjectionError, naming the layer, if ``weight`` has NaN or infinite values."""
+    """Raise InjectionError, naming the weight, for NaN or infinite values."""
     if not torch.stack(torch.aminmax(weight)).isfinite().all():  # without a copy of the weight
         raise InjectionError(f"{name} has NaN or infinite values; the base model is damaged")
-
-
-def _non_zeros(weight: Tensor, layout: CodeLayout, shard: int) -> Tensor:
-    """Return the mask bits of a shard that keep its non-zeros."""
-    numel = layout.stored.layout.numel
-    start, stop = layout.weights_of(shard)
-    return pack_shard(weight.detach().reshape(-1)[start:stop] != 0, shard_bytes(numel, layout.num_shards))
 
 
 def mean_magnitudes(targets: Sequence[Target], bases: Mapping[str, BaseCodes]) -> dict[str, tuple[float, ...]]:
     """Return mean |W0| of every matrix, by layer name: exact integer sums, so bit-identical for any sharding.
 
-    ``bases``: of the layers whose W0 is codes. Collective under ZeRO-3. Raises InjectionError for a matrix that is all
-    zeros, or has NaN or infinite values.
+    ``bases``: quantised W0, by layer name. Collective under ZeRO-3. Raises InjectionError for a matrix whose values are
+    all 0, or not finite.
     """
     owners = [(t, matrix) for t in targets for matrix in t.layout.matrices()]
     any_base = bases.get(targets[0].name)
@@ -119,7 +104,9 @@ def mean_magnitudes(targets: Sequence[Target], bases: Mapping[str, BaseCodes]) -
     zero = torch.zeros((), device=zero3.shard_of(any_param).values.device)
 
     def own_tiles(target: Target, matrix: StoredMatrix) -> Iterator[Tensor]:
-        return _own_tiles(target, bases.get(target.name), matrix)
+        base = bases.get(target.name)
+        own = own_weights(target.weight, target.layout) if base is None else base.own(base.dtype)
+        return map(own.rect, shard_tiles(matrix.rect, own.row_length, own.start, own.stop, _TILE))
 
     own_largest = [torch.stack([zero, *(v.abs().max().float() for v in own_tiles(t, m))]).max() for t, m in owners]
     largest = group_max(torch.stack(own_largest).double().nan_to_num(nan=math.inf, posinf=math.inf), any_param).tolist()
@@ -137,10 +124,3 @@ def mean_magnitudes(targets: Sequence[Target], bases: Mapping[str, BaseCodes]) -
             raise InjectionError(f"{target.weight_name} is all zeros; leave it out with exclude_modules")
         scales[target.name] = (*scales.get(target.name, ()), mean)
     return scales
-
-
-def _own_tiles(target: Target, base: BaseCodes | None, matrix: StoredMatrix) -> Iterator[Tensor]:
-    """Yield this rank's values of one matrix, in rectangles."""
-    own = own_weights(target.weight, target.layout) if base is None else base.own(base.dtype)
-    for rect in shard_tiles(matrix.rect, own.row_length, own.start, own.stop, _TILE):
-        yield own.rect(rect)

@@ -1,33 +1,34 @@
-"""Per-user low-rank updates added to the layers of a model, dense or packed: y = layer(x) + beta (x V') U'.
+"""Per-user low-rank updates of the layers of a model, dense or packed: y = layer(x) + beta (x V') U'.
 
-The layers stay the modules that they are, and get a forward hook; an update of one user trains, and in a batch each
-sample may have the update of another user, or none.
+Layers are not replaced but get a forward hook. An update of one user can be trained; in a batch, each sample may have
+the update of another user, or none.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from pst_ds.core.updates.rows import EachBeside, beside, with_beside_each
+from pst_ds.nn.model_structure import linear_shape
 
 LEFT, RIGHT = "personal_U", "personal_V"
 """Parameter names of a layer's U (O, r) and V (r, I)."""
+State = Mapping[str, Tensor] | None
+"""U and V of every layer for one user, by name; None for no update."""
 
 
 def add_update(
     layer: nn.Module, name: str, *, outputs: int, inputs: int, rank: int, beta: float, seed: int, dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, nn.Parameter]:  # fmt: skip
-    """Add a trainable update to ``layer``; return U, zeros, and V, drawn from ``seed`` and ``name``, by name.
+    """Add a trainable update to ``layer``; return U, initially 0, and V, drawn from ``seed`` and ``name``, by name.
 
-    Call it before ``deepspeed.initialize``, which splits them like the layer's other parameters.
+    Call it before ``deepspeed.initialize``, which partitions them like the layer's other parameters.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}/{RIGHT}".encode()))
     right = torch.randn(rank, inputs, generator=generator) / inputs**0.5
@@ -36,7 +37,7 @@ def add_update(
     for part, param in params.items():
         layer.register_parameter(part, param)
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         left, right = (module.get_parameter(part) for part in (LEFT, RIGHT))
         return output + beside(args[0].to(output.dtype), left, right, beta)
 
@@ -44,93 +45,74 @@ def add_update(
     return {f"{name}.{part}": param for part, param in params.items()}
 
 
-@dataclass(slots=True)
-class _Stacked:
-    """The updates of one layer for a batch on an accelerator: U (B, O, r) and V (B, r, I)."""
-
-    left: Tensor
-    right: Tensor
-    beta: float
-
-    def added_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return y + beta (x V') U' of each sample, (B, ..., O)."""
-        return with_beside_each(y, x, self.left, self.right, self.beta)
-
-
 class BatchUpdates:
-    """The updates of the users of a batch for some layers of a model; none at first.
+    """The updates of the users of a batch for some layers of a model; initially none.
 
-    A switch of users takes their factors as they are on a CPU, and stacks those of several on an accelerator; neither
-    touches a weight.
+    Another user's update is used in place on a CPU; on an accelerator those of several users are stacked. No weight is
+    changed.
     """
 
     def __init__(self, model: nn.Module, shapes: Mapping[str, Sequence[int]], beta: float):
         """``shapes``: shapes of U and V by name in ``model``. Raises KeyError or ValueError if they do not fit."""
         self._beta = beta
-        self._now: dict[str, _Stacked | EachBeside] = {}
-        self._handles: list[RemovableHandle] = []
+        self._now: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+        """Function that adds the update to (outputs, inputs) of a layer, by its name."""
         self._layers = sorted({name.rpartition(".")[0] for name in shapes})
         modules = dict(model.named_modules())
         for name in self._layers:
             outputs, inputs = shapes[f"{name}.{LEFT}"][0], shapes[f"{name}.{RIGHT}"][1]
-            found = features(modules[name])
+            found = linear_shape(modules[name])
             if found != (outputs, inputs):
                 raise ValueError(f"{name} has {found} outputs and inputs, and the updates ({outputs}, {inputs})")
-        for name in self._layers:
-            self._handles.append(modules[name].register_forward_hook(self._hook(name)))
+        self._handles = [modules[name].register_forward_hook(partial(self._add, name)) for name in self._layers]
 
-    def assign(self, states: Sequence[Mapping[str, Tensor] | None], like: Tensor) -> None:
-        """Let sample i of every batch from now on have the update ``states[i]``, or none for None; on the device of
-        ``like``, in its dtype on an accelerator, and as they are on a CPU. Without any state nothing is added, or
-        held."""
+    def assign(self, states: Sequence[State], like: Tensor) -> None:
+        """Let sample i of every batch from now on have the update ``states[i]``.
+
+        On a CPU the tensors are used in place; on an accelerator they are copied to the device and dtype of ``like``.
+        """
         self._now = {}
         if all(state is None for state in states):
             return
         if like.device.type == "cpu":
-            self._assign_where_they_are(states)
+            for name in self._layers:
+                left, right = f"{name}.{LEFT}", f"{name}.{RIGHT}"
+                factors = [None if state is None else (state[left], state[right]) for state in states]
+                self._now[name] = EachBeside(factors, self._beta).added_to
             return
         first = states[0]
         one_user = first is not None and all(state is first for state in states)
         keys = [f"{name}.{part}" for name in self._layers for part in (LEFT, RIGHT)]
-        found = _together(states[:1] if one_user else states, keys, like.dtype, like.device)
+        found = _stacked(states[:1] if one_user else states, keys, like.dtype, like.device)
         if one_user:
             found = {key: values.expand(len(states), -1, -1) for key, values in found.items()}
         for name in self._layers:
-            self._now[name] = _Stacked(found[f"{name}.{LEFT}"], found[f"{name}.{RIGHT}"], self._beta)
-
-    def _assign_where_they_are(self, states: Sequence[Mapping[str, Tensor] | None]) -> None:
-        for name in self._layers:
-            left, right = f"{name}.{LEFT}", f"{name}.{RIGHT}"
-            factors = [None if state is None else (state[left], state[right]) for state in states]
-            self._now[name] = EachBeside(factors, self._beta)
+            factors_of_all = {"left": found[f"{name}.{LEFT}"], "right": found[f"{name}.{RIGHT}"]}
+            self._now[name] = partial(with_beside_each, **factors_of_all, beta=self._beta)
 
     def remove(self) -> None:
         """Remove the hooks from the model."""
         for handle in self._handles:
             handle.remove()
-        self._handles.clear()
         self._now = {}
 
-    def _hook(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            now = self._now.get(name)
-            if now is None:
-                return None
-            return now.added_to(output, args[0])
-
-        return hook
+    def _add(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        add = self._now.get(name)
+        return None if add is None else add(output, args[0])
 
 
-def _together(
-    states: Sequence[Mapping[str, Tensor] | None], keys: Sequence[str], dtype: torch.dtype, device: torch.device
+def _stacked(
+    states: Sequence[State], keys: Sequence[str], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    """Return {key: (states, ..., ...)}, zeros for None: views of one tensor, which leaves no holes in memory when it
-    goes; of a single state that is what is wanted already, its own tensors."""
+    """Return {key: (states, ..., ...)}, 0 for None: views of one tensor, so that freeing it does not fragment memory.
+
+    A single state with the right dtype and device is not copied.
+    """
     first = states[0]
     if (
         len(states) == 1
         and first is not None
-        and {(first[key].dtype, first[key].device) for key in keys} == {(dtype, device)}
+        and {(first[k].dtype, first[k].device) for k in keys} == {(dtype, device)}
     ):
         return {key: first[key].unsqueeze(0) for key in keys}
     some = next(state for state in states if state is not None)
@@ -143,11 +125,3 @@ def _together(
             if state is not None:
                 place.copy_(state[key])
     return found
-
-
-def features(module: nn.Module) -> tuple[int, int]:
-    """Return (outputs, inputs) of a linear layer, which may be a ``Conv1D``."""
-    if hasattr(module, "out_features"):
-        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-    weight = module.get_parameter("weight")
-    return weight.shape[1], weight.shape[0]

@@ -15,7 +15,7 @@ from pst_ds.core.tiles import TileBudgetError, least_tile_bytes, plan_tiles
 from pst_ds.core.updates.gates import rank_budget
 from pst_ds.errors import InputError
 from pst_ds.nn import experts
-from pst_ds.nn.base_codes import BaseCodes, encode_bases, mean_magnitudes
+from pst_ds.nn.base_codes import BaseCodes, encode_base, mean_magnitudes
 from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.layer import CONSTANT_PARTS, PSTLayer
 from pst_ds.nn.linear import PSTLinear
@@ -82,7 +82,10 @@ def inject_pst(
     tables = find_tables(model, config, embedding_grid, {t.module for t in targets}) if embedding_grid else []
     inputs = _input_grid(activation_bits, grid)
     shards = {target.name: _shards_of(target, num_shards) for target in targets}
-    bases = encode_bases(targets, base_grid, shards, from_zeros=config.initial_mask == "zeros") if base_grid else {}
+    bases = {}
+    if base_grid is not None:
+        from_zeros = config.initial_mask == "zeros"
+        bases = {t.name: encode_base(t, base_grid, shards[t.name], from_zeros=from_zeros) for t in targets}
     read_now(model.parameters())
     scales = _magnitude_scales(targets, bases, config)
     encode_tables(tables)

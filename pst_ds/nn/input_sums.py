@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,58 +19,52 @@ def squares(inputs: Tensor) -> Tensor:
 
 
 def products(inputs: Tensor) -> Tensor:
-    """X'X of inputs X, (tokens, I), of any float dtype: (I, I) fp32."""
+    """Return X'X of inputs X, (tokens, I), of any float dtype: (I, I) fp32."""
     inputs = inputs.to(torch.float32)
     return inputs.t() @ inputs
 
 
 @dataclass(slots=True)
 class InputSum:
-    """A sum over all that a layer was given; of a stack of experts one for each expert, below the other."""
+    """A sum over all inputs of a layer, or of each expert of a stack."""
 
     num_tokens: int = 0
     total: Tensor | None = None
-    """Of a stack (experts, ...), zeros for those without tokens."""
+    """The sum; (experts, ...) for a stack, 0 for experts without tokens."""
     expert_tokens: list[int] = field(default_factory=list)
-    """Of a stack: the tokens of each of its experts, also of those that are not summed."""
+    """Tokens of each expert of a stack, including experts that are not summed."""
 
     def add(self, part: Tensor, num_tokens: int) -> None:
-        """``part`` is the sum over ``num_tokens`` more; it may be added to other layers' sums too."""
+        """Add the sum over ``num_tokens`` more, which other layers may share."""
         self.num_tokens += num_tokens
         self.total = part.clone() if self.total is None else self.total.add_(part)
-
-    def add_expert(self, place: int, part: Tensor, num_places: int) -> None:
-        """``part`` is one more sum of the expert that comes at ``place`` of ``num_places``."""
-        if self.total is None:
-            self.total = part.new_zeros(num_places, *part.shape)
-        self.total[place] += part
 
 
 @dataclass(slots=True)
 class InputGatherer:
-    """Sums up what layers are given. Of one tensor that several are given, as q, k and v are, the sum is made once."""
+    """Sum up inputs of layers. A tensor that several layers share, such as q, k and v, is summed once."""
 
     sum_of: Callable[[Tensor], Tensor]
     """:func:`squares` or :func:`products`."""
     gated: bool = False
-    """Whether an expert's inputs are first multiplied by what the router gives the token there."""
+    """Whether an expert's inputs are first multiplied by the router's gate of the token."""
     experts: range | None = None
-    """The experts of stacks whose inputs are summed; None: all."""
+    """Experts of stacks whose inputs are summed; None for all."""
     sums: dict[str, InputSum] = field(default_factory=dict)
-    """By the name of the layer; a layer that never ran has none."""
+    """Sums by layer name; a layer that never ran has none."""
     _tokens: Tensor | None = None
     _last: tuple[Tensor, Tensor, int] | None = None
     """(inputs, their sum, tokens) of the layer that ran last."""
 
     def begin(self, batch: Mapping[str, Tensor]) -> None:
-        """``batch`` is what runs next. Its ``attention_mask`` (batch, length), if it has one, is 0 for padding."""
+        """Set the batch that runs next. Its optional ``attention_mask`` (batch, length) is 0 for padding."""
         mask = batch.get("attention_mask")
         self._tokens = None if mask is None else mask.flatten().bool()
 
     @contextmanager
     def listening(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Adds what these layers, by name, are given while the context lasts."""
-        hooks = [layer.register_forward_pre_hook(self._hook(name)) for name, layer in layers.items()]
+        """Add the inputs of these layers, by name, in the context."""
+        hooks = [layer.register_forward_pre_hook(partial(self._add, name)) for name, layer in layers.items()]
         try:
             yield
         finally:
@@ -78,24 +72,24 @@ class InputGatherer:
             for hook in hooks:
                 hook.remove()
 
-    def _hook(self, name: str) -> Callable[..., None]:
-        @torch.no_grad()  # a sum over many batches would keep the graphs of all of them
-        def take(module: object, args: tuple[Any, ...]) -> None:
-            inputs = args[0]
-            if len(args) > 1 and isinstance(args[1], Routing):
-                self.add_experts(name, *args)
-                return
-            if self._last is None or self._last[0] is not inputs:
-                rows = self._without_padding(inputs)
-                self._last = inputs, self.sum_of(rows), len(rows)
-            self.sums.setdefault(name, InputSum()).add(*self._last[1:])
-
-        return take
+    @torch.no_grad()  # a sum over many batches would keep the graphs of all of them
+    def _add(self, name: str, module: nn.Module, args: tuple[Tensor, *tuple[object, ...]]) -> None:
+        inputs = args[0]
+        if len(args) == 3 and isinstance(args[1], Routing):
+            self.add_experts(name, inputs, args[1], bool(args[2]))
+            return
+        if self._last is None or self._last[0] is not inputs:
+            rows = inputs.reshape(-1, inputs.shape[-1])
+            # another number of rows, as of experts and of relative positions' embeddings, has no padding
+            if self._tokens is not None and len(rows) == self._tokens.numel():
+                rows = rows[self._tokens.to(rows.device)]
+            self._last = inputs, self.sum_of(rows), len(rows)
+        self.sums.setdefault(name, InputSum()).add(*self._last[1:])
 
     def add_experts(self, name: str, inputs: Tensor, routing: Routing, by_token: bool) -> None:
-        """Add what each expert of the stack ``name`` is given.
+        """Add the inputs of each expert of the stack ``name``.
 
-        ``inputs``: (N, I) ``by_token``, or (N*k, I) in the order of the experts.
+        ``inputs``: (N, I) ``by_token``, or (N*k, I) sorted by expert.
         """
         number = len(routing.counts)
         chosen, sums = self.experts or range(number), self.sums.setdefault(name, InputSum())
@@ -110,15 +104,7 @@ class InputGatherer:
             if self.gated:
                 given = given * routing.gates[rows].unsqueeze(1)
             part = self.sum_of(given if is_real is None else given[is_real])
-            sums.add_expert(expert - chosen.start, part, len(chosen))
+            if sums.total is None:
+                sums.total = part.new_zeros(len(chosen), *part.shape)
+            sums.total[expert - chosen.start] += part
         sums.num_tokens = sum(sums.expert_tokens)
-
-    def _without_padding(self, inputs: Tensor) -> Tensor:
-        """(tokens, I) of inputs (batch, length, I), or of the same flattened.
-
-        Of another number of rows, as experts have them, and embeddings of relative positions, all count.
-        """
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        if self._tokens is None or len(rows) != self._tokens.numel():
-            return rows
-        return rows[self._tokens.to(rows.device)]

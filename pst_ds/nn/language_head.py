@@ -1,4 +1,4 @@
-"""The head of a causal language model: what it reads, and what its family makes of the logits, found by a probe."""
+"""Find the head of a causal language model, and how its family scales or caps the logits, by a probe."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pst_ds.nn.tables.coded import CodedOutput
 
 _TOKENS = 4
 _SMALL, _LARGE = 2.0**-10, 2.0**20
-"""A logit that a cap does not change, and one that it changes to the cap."""
+"""A logit that a cap does not change, and one that it replaces by the cap."""
 
 
 class UnknownHeadError(RuntimeError):
-    """The loss of a model is not known to be the cross-entropy of its head's output, scaled or capped."""
+    """The loss of a model may be something else than the cross-entropy of its head's output, scaled or capped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +34,15 @@ class LanguageHead:
 
     @property
     def readout(self) -> Readout:
-        """The head with the weight that it has now: whole only in a call of ``read`` in :meth:`reading`."""
+        """The head with its current weight, which is gathered only in a call of ``read`` in :meth:`reading`."""
         weight = self.module.table() if isinstance(self.module, CodedOutput) else self.module.weight
         return Readout(weight, self.module.bias, self.scale, self.cap)
 
     @contextmanager
     def reading(self, read: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
-        """Let a forward pass of the model call ``read`` with the hidden states (batch, length, width) in place of
-        multiplying them; yield what the calls return: any tensor, of one number (0-d) if the head trains. The weight is
-        whole in a call, as ZeRO-3 gathers it. The logits of the pass mean nothing.
+        """Let forward passes of the model call ``read`` with the hidden states (batch, length, width) instead of
+        multiplying them; yield the list of its results: any tensor, or a 0-d one if the head trains. ZeRO-3 gathers the
+        weight for the call. The logits of the pass are meaningless.
         """
         results: list[Tensor] = []
         given: list[Tensor] = []
@@ -60,9 +60,9 @@ class LanguageHead:
             if self._trains:
                 results.append(output[(0,) * output.dim()])
 
-        # Where a gradient passes from a module's output to its input, as the hooks of ZeRO-3 hand them on, they gather
-        # the weight in the backward pass. One that trains needs that. Past a frozen one the gradient takes another way:
-        # from the result straight to the input as it was before the hooks.
+        # ZeRO-3's hooks gather the weight in the backward pass if a gradient flows from the module's output to its
+        # input. A head that trains needs that. The gradient of a frozen one bypasses them: it flows from the result
+        # directly to the input from before the hooks.
         hooks = [self.module.register_forward_pre_hook(before, prepend=True), self.module.register_forward_hook(after)]
         self.module.forward = forward  # type: ignore[method-assign, assignment]
         try:
@@ -80,9 +80,9 @@ class LanguageHead:
 def language_head(model: nn.Module) -> LanguageHead:
     """Return the head of a causal language model of transformers. Raises UnknownHeadError, with the reason.
 
-    The model's own forward pass runs once between stand-ins for its body and its head, which need none of its values:
-    known numbers in place of the head's output show what becomes of them, and that the loss is the mean cross-entropy
-    of each next token. No collective.
+    The model's forward pass runs once with stand-ins for body and head, without using its weights. Known numbers as the
+    head's output show how the model transforms them, and that the loss is the mean cross-entropy of each next token.
+    Not collective.
     """
     find = getattr(model, "get_output_embeddings", None)
     head: Any = find() if callable(find) else None
@@ -94,27 +94,22 @@ def language_head(model: nn.Module) -> LanguageHead:
     config: Any = model.config
     if getattr(config.get_text_config(), "output_router_logits", False):
         raise UnknownHeadError(f"the loss of {type(model).__name__} has a term of its routers (output_router_logits)")
-    numbers = _probe_numbers(head.out_features)
+    numbers = torch.linspace(-40.0, 40.0, _TOKENS * head.out_features).view(1, _TOKENS, head.out_features)
+    numbers[0, 0, 0], numbers[0, 0, 1] = _SMALL, _LARGE
     labels = (torch.arange(_TOKENS).unsqueeze(0) * 7) % head.out_features
     try:
         with torch.no_grad(), _stand_ins(model, head, numbers) as calls:
             out: Any = model.forward(input_ids=torch.zeros_like(labels), labels=labels)  # without hooks of ZeRO-3
             logits, loss = out.logits.float(), out.loss.float()
-    except Exception as error:  # whatever a family's code does with stand-ins
+    except Exception as error:  # a family's code may fail in any way with stand-ins
         raise UnknownHeadError(f"{type(model).__name__} could not be probed: {first_line(error)}") from error
     scale, cap = _scale_and_cap(numbers, logits) if len(calls) == 1 and logits.shape == numbers.shape else (0.0, 0.0)
     found = LanguageHead(head, scale, cap)
-    if not scale or not _close(found.readout.final(numbers), logits):
+    if not scale or not _is_close(found.readout.final(numbers), logits):
         raise UnknownHeadError(f"{type(model).__name__} does something unknown with its logits")
-    if not _close(cross_entropy(logits[0, :-1], labels[0, 1:]), loss):
+    if not _is_close(cross_entropy(logits[0, :-1], labels[0, 1:]), loss):
         raise UnknownHeadError(f"the loss of {type(model).__name__} is not the cross-entropy of each next token")
     return found
-
-
-def _probe_numbers(classes: int) -> Tensor:
-    numbers = torch.linspace(-40.0, 40.0, _TOKENS * classes).view(1, _TOKENS, classes)
-    numbers[0, 0, 0], numbers[0, 0, 1] = _SMALL, _LARGE
-    return numbers
 
 
 def _scale_and_cap(numbers: Tensor, logits: Tensor) -> tuple[float, float]:
@@ -125,12 +120,12 @@ def _scale_and_cap(numbers: Tensor, logits: Tensor) -> tuple[float, float]:
     return scale, 0.0 if large > 0.5 * scale * _LARGE else large
 
 
-def _close(ours: Tensor, theirs: Tensor) -> bool:
+def _is_close(ours: Tensor, theirs: Tensor) -> bool:
     return torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 class _BodyOutput:
-    """The output of a body: hidden states, and None for whatever else a model asks for."""
+    """Output of a body: hidden states, and None for everything else."""
 
     def __init__(self, hidden: Tensor):
         self.last_hidden_state = hidden
@@ -143,13 +138,13 @@ class _BodyOutput:
 
 
 class _Body(nn.Module):
-    """In place of a model's body, or of the decoder in it."""
+    """Stand-in for a model's body, or for the decoder in it."""
 
     def __init__(self, width: int):
         super().__init__()
         self.width = width
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> _Body:
         return self
 
     def forward(self, *args: object, **kwargs: object) -> _BodyOutput:
@@ -170,7 +165,7 @@ class _Head(nn.Module):
 
 @contextmanager
 def _stand_ins(model: nn.Module, head: nn.Linear | CodedOutput, numbers: Tensor) -> Iterator[list[torch.Size]]:
-    """Replace the head, and every part of the model that it is not in; yield shapes that the head is called with."""
+    """Replace the head, and every part of the model that does not contain it; yield the shapes of the head's inputs."""
     owner, name = next(
         (module, name) for module in model.modules() for name, part in module._modules.items() if part is head
     )

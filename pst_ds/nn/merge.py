@@ -23,7 +23,7 @@ from pst_ds.nn.inject import (
 from pst_ds.nn.layer import CONSTANT_PARTS, PSTLayer
 from pst_ds.nn.tables.coded import coded_tables, plain_tables
 from pst_ds.nn.tables.embedding import PSTEmbedding
-from pst_ds.nn.targets import places_by_module
+from pst_ds.nn.targets import places_by_module, put
 from pst_ds.parallel import zero3
 from pst_ds.parallel.steps import unwrapped
 
@@ -32,11 +32,11 @@ from pst_ds.parallel.steps import unwrapped
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """Replace the PST modules of a model by plain ones, in place.
 
-    A PSTLinear becomes an ``nn.Linear``, or ``Conv1D``, whose weight is M . W as the masked model multiplied with it,
-    bit for bit but that a kept -0.0 is +0.0; a PSTExpertStack the Parameter that it was made from; a PSTEmbedding an
-    ``nn.Embedding``; a table in few bits the plain module that it was. The weights are frozen: without its
-    mask a layer that is trained on loses its zeros. Warns of layers that were never called where others were: what
-    they become is not what the model computed. Not collective: each rank merges its own model.
+    A PSTLinear becomes an ``nn.Linear`` or ``Conv1D`` with the weight M . W, bit-identical except that a kept -0.0
+    becomes +0.0; a PSTExpertStack becomes a Parameter, a PSTEmbedding an ``nn.Embedding``, and a quantised table a
+    plain module. The weights are frozen: training them without masks would lose the sparsity. Warns of layers that
+    were never called, unless none was: the model may have computed something else. Not collective: each rank merges its
+    model.
 
     Args:
         model: the model, or the DeepSpeed engine around it under ZeRO stages 0 to 2.
@@ -45,7 +45,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         The model, without the engine.
 
     Raises:
-        InputError: under ZeRO-3, where no rank holds a weight whole, and for a model that was injected in part.
+        InputError: the model is under ZeRO-3, where no rank holds full weights, or only a part of it was injected.
     """
     model = unwrapped(model)
     if pst_layers(model):
@@ -60,17 +60,15 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     if 0 < len(idle) < len(pst_layers(model)):
         warnings.warn(
             f"{shortened(idle)} {'was' if len(idle) == 1 else 'were'} merged, but no forward pass has called "
-            f"{'it' if len(idle) == 1 else 'them'}: if other code read the weight itself, the merged model computes "
-            "something else than the one that was trained. Compare the two",
+            f"{'it' if len(idle) == 1 else 'them'}. If other code reads the weight instead, the merged model differs "
+            "from the trained one. Compare the two",
             stacklevel=2,
         )
     whole_checkpoints(model)
     plain_tables(model)
     for module, places in places_by_module(model).items():
         if isinstance(module, PSTLayer | PSTEmbedding):
-            plain = _plain(module)
-            for parent, attribute in places:
-                setattr(parent, attribute, plain)
+            put(_plain(module), places)
     experts.restore(model)
     restore_fused_layers(model)
     for name in ("pst_config", "save_pretrained"):  # that of PSTCallback writes the adapter state
@@ -79,8 +77,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
 
 def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of the plain model, on the meta device, by name: parameters, quantised weights and persistent
-    buffers."""
+    """Return the parameters and persistent buffers of the merged model, on the meta device, by name."""
     layers = pst_layers(model)
     tensors = {name: param.to("meta") for name, param in model.named_parameters() if ".pst_" not in name}
     coded = {f"{name}.weight": layer for name, layer in layers.items() if layer.weight is None}
@@ -93,9 +90,8 @@ def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
 def print_trainable_parameters(model: nn.Module) -> None:
     """Print the number of trained parameters and of all parameters, in the format of PEFT.
 
-    Args:
-        model: the model, or the engine around it; under ZeRO-3 whole parameters are counted. Mask bits, and scales of
-            rounded weights, are not; codes of a frozen base count as the weights that they are.
+    ``model`` may be an engine; under ZeRO-3 full parameters are counted. Quantised base weights count as weights; masks
+    and scales do not count.
     """
     model = unwrapped(model)
     layers = pst_layers(model).values()
@@ -110,33 +106,23 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
 
 def _plain(module: PSTLayer | PSTEmbedding) -> nn.Module | nn.Parameter:
-    if isinstance(module, PSTExpertStack):
-        return _merged_weight(module)
-    plain = _plain_linear(module) if isinstance(module, PSTLayer) else _plain_embedding(module)
-    return plain.train(module.training)
-
-
-def _merged_weight(layer: PSTLayer) -> nn.Parameter:
-    return nn.Parameter(layer.masked_weight().add_(0.0).view(layer.weight_shape), requires_grad=False)
-
-
-def _plain_linear(layer: PSTLayer) -> nn.Module:
-    layout, has_bias = layer.layout, layer.bias is not None
     plain: nn.Module
-    with torch.device("meta"):
-        if layout.transposed:
-            from transformers.pytorch_utils import Conv1D
+    if isinstance(module, PSTEmbedding):
+        weight = nn.Parameter(module.updated_weight(), requires_grad=False)
+        rows, width = weight.shape
+        plain = nn.Embedding(rows, width, padding_idx=module.padding_idx, _weight=weight, _freeze=True)
+        return plain.train(module.training)
+    weight = nn.Parameter(module.masked_weight().add_(0.0).view(module.weight_shape), requires_grad=False)
+    if isinstance(module, PSTExpertStack):
+        return weight
+    outputs, inputs = module.layout.out_features, module.layout.in_features
+    if module.layout.transposed:
+        from transformers.pytorch_utils import Conv1D
 
-            plain = Conv1D(layout.out_features, layout.in_features)
-        else:
-            plain = nn.Linear(layout.in_features, layout.out_features, bias=has_bias)
-    plain.weight = _merged_weight(layer)
-    plain.register_parameter("bias", layer.bias)
-    return plain
-
-
-def _plain_embedding(module: PSTEmbedding) -> nn.Module:
-    weight = nn.Parameter(module.updated_weight(), requires_grad=False)
-    return nn.Embedding(
-        module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx, _weight=weight, _freeze=True
-    )
+        with torch.device("meta"):
+            plain = Conv1D(outputs, inputs)
+    else:
+        plain = nn.Linear(inputs, outputs, bias=False, device="meta")
+    plain.weight = weight
+    plain.register_parameter("bias", module.bias)
+    return plain.train(module.training)

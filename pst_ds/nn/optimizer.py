@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ def pst_parameter_groups(
     Returns:
         Groups for ``torch.optim.AdamW``, each with "name", "lr" and "peak_lr" (the rate at the end of the warm-up).
     """
+    rates = _default_rates(model, num_steps, epochs)
     given = {
         "scores": score_learning_rate,
         "updates": update_learning_rate,
@@ -62,34 +63,29 @@ def pst_parameter_groups(
         "embeddings": embedding_learning_rate,
         "head": head_learning_rate,
     }
-    default = _default_rates(model, num_steps, epochs)
-    rates = {name: default[name] if rate is None else rate for name, rate in given.items()}
-    shared = {"weight_decay": 0.0, "betas": betas}
-    return [
-        {"params": params, "name": name, "lr": rates[name], "peak_lr": rates[name], **shared}
-        for name, params in _trained_by_group(model, rates).items()
-        if params
-    ]
-
-
-def _trained_by_group(model: nn.Module, names: Iterable[str]) -> dict[str, list[nn.Parameter]]:
-    """Return the trained parameters of each group, which may be empty, in model order."""
-    groups: dict[str, list[nn.Parameter]] = {name: [] for name in names}
+    rates |= {name: rate for name, rate in given.items() if rate is not None}
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
     embeddings = pst_embeddings(model)
     for name, param in model.named_parameters():
         if param.requires_grad:
             groups[_group_of(name, embeddings)].append(param)
-    return groups
+    shared = {"weight_decay": 0.0, "betas": betas}
+    return [
+        {"params": params, "name": name, "lr": rates[name], "peak_lr": rates[name], **shared}
+        for name, params in groups.items()
+        if params
+    ]
 
 
 def _default_rates(model: nn.Module, num_steps: int, epochs: float) -> dict[str, float]:
-    """Return the default learning rate of each group, by its name."""
+    labels: int = getattr(getattr(model, "config", None), "num_labels", 0)
+    output_layer = getattr(model, "get_output_embeddings", lambda: None)
     rates = default_learning_rates(
         width=model_width(model),
         num_steps=num_steps,
         epochs=epochs,
-        num_labels=_num_labels(model),
-        predicts_tokens=_predicts_tokens(model),
+        num_labels=labels if labels > 1 else 0,  # one label is a regression, whose labels may have many values
+        predicts_tokens=output_layer() is not None,
     )
     trains_all = all(param.requires_grad for param in model.parameters() if param.dtype.is_floating_point)
     multiplies = any(layer.constants.multiplicative for layer in pst_layers(model).values())
@@ -103,19 +99,7 @@ def _default_rates(model: nn.Module, num_steps: int, epochs: float) -> dict[str,
     }
 
 
-def _predicts_tokens(model: nn.Module) -> bool:
-    output_layer = getattr(model, "get_output_embeddings", lambda: None)
-    return output_layer() is not None
-
-
-def _num_labels(model: nn.Module) -> int:
-    """Return the number of classes in a classifier's config; 0 for a regression, whose labels may have many values."""
-    labels: int = getattr(getattr(model, "config", None), "num_labels", 0)
-    return labels if labels > 1 else 0
-
-
 def _group_of(name: str, embeddings: Container[str]) -> str:
-    """Return the name of a trained parameter's group. ``embeddings``: names of the PST embeddings."""
     owner, _, last = name.rpartition(".")
     if owner in embeddings:
         return "embeddings"

@@ -291,7 +291,7 @@ def places_by_module(model: nn.Module) -> dict[nn.Module, Places]:
     return {module: tuple(found) for module, found in places.items()}
 
 
-def put(module: nn.Module, places: Places) -> None:
+def put(module: nn.Module | nn.Parameter, places: Places) -> None:
     """Set the attribute of each (parent, attribute) in ``places`` to ``module``."""
     for parent, attribute in places:
         setattr(parent, attribute, module)

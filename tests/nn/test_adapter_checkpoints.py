@@ -70,10 +70,10 @@ def test_what_training_changed_must_all_be_there():
     with pytest.raises(RuntimeError, match="unknown"):
         _ready().load_state_dict({**model.state_dict(), "unknown": torch.zeros(1)})
     state, nine = model.state_dict(), torch.zeros(9, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match=r"blocks.0.pst_mask_bits has 9 bytes, this model's mask 8: load it into"):
+    with pytest.raises(RuntimeError, match=r"blocks.0.pst_mask_bits has 9 bytes, not 8\. Load it into"):
         _ready().load_state_dict({**state, "blocks.0.pst_mask_bits": nine})
     del state["blocks.0.pst_mask_bits"]
-    with pytest.raises(RuntimeError, match=r"blocks.0.pst_mask_shard has 9 bytes, this rank's shard 8: load the"):
+    with pytest.raises(RuntimeError, match=r"blocks.0.pst_mask_shard has 9 bytes, not 8\. Load it on"):
         _ready().load_state_dict({**state, "blocks.0.pst_mask_shard": nine})
 
 

@@ -9,7 +9,8 @@ from torch import nn
 from pst_ds.core.updates import rows
 from pst_ds.core.updates.rows import EachBeside, beside, with_beside_each
 from pst_ds.inference.runtime.linear import SparseLinear
-from pst_ds.nn.batched_updates import LEFT, RIGHT, BatchUpdates, add_update, features
+from pst_ds.nn.batched_updates import LEFT, RIGHT, BatchUpdates, add_update
+from pst_ds.nn.model_structure import linear_shape
 
 OUT, IN, RANK, BETA = 6, 5, 2, 0.7
 
@@ -98,7 +99,7 @@ def test_users_of_a_batch_are_not_copied():
     model, _ = _sparse()
     updates, state = BatchUpdates(model, SHAPES, BETA), _state(1)
     updates.assign([state, None, _state(2)], like=state[f"a.{LEFT}"])
-    assert updates._now["a"]._factors[0][0].data_ptr() == state[f"a.{LEFT}"].data_ptr()
+    assert updates._now["a"].__self__._factors[0][0].data_ptr() == state[f"a.{LEFT}"].data_ptr()
 
 
 def test_updates_of_other_layers_or_sizes_are_refused():
@@ -128,4 +129,9 @@ def test_an_update_that_trains_begins_at_nothing_and_has_the_gradients_of_the_pr
 def test_features_of_layers_of_either_order():
     from transformers.pytorch_utils import Conv1D
 
-    assert features(nn.Linear(IN, OUT)) == features(Conv1D(OUT, IN)) == features(_sparse()[0]["a"]) == (OUT, IN)
+    assert (
+        linear_shape(nn.Linear(IN, OUT))
+        == linear_shape(Conv1D(OUT, IN))
+        == linear_shape(_sparse()[0]["a"])
+        == (OUT, IN)
+    )
