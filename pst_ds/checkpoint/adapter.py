@@ -1,12 +1,12 @@
-"""The adapter state of a trained model in a folder, as PEFT has it: what is to be put onto the base model.
+"""The adapter state of a trained model in a folder, as in PEFT: what training changed of the base model.
 
-    pst_config.json               the PSTConfig, the base model and its fingerprint, where in its schedule training was
-    pst_model.safetensors         fp32 values of everything trained, the bits of every mask, the scales of layers that
-                                  are rounded, and the buffers
+    pst_config.json               the PSTConfig, the base model and its fingerprint, and the progress of the schedule
+    pst_model.safetensors         fp32 values of everything trained, the bits of every mask, the scales of quantised
+                                  layers, and the buffers
     model.safetensors.index.json  names the file above, for Trainer.train(resume_from_checkpoint=...)
 
-``from_pretrained`` of such a folder is an error, not a model with random weights: it has no config.json, and the
-"metadata" of the index is a text, which the Trainer does not look at.
+``from_pretrained`` of such a folder is an error instead of a model with random weights: it has no config.json, and the
+"metadata" of the index is a string, which the Trainer does not read.
 """
 
 from __future__ import annotations
@@ -25,16 +25,7 @@ from torch import Tensor, nn
 
 from pst_ds import __version__
 from pst_ds.atomic_files import file_sha256, write_bytes_atomic, write_text_atomic
-from pst_ds.checkpoint.restore import (
-    base_fingerprint,
-    base_grid_numbers,
-    embedding_grid_numbers,
-    grid_numbers,
-    input_bits,
-    is_of_hub,
-    magnitude_scales,
-    same_base,
-)
+from pst_ds.checkpoint.restore import base_fingerprint, is_of_hub, magnitude_scales, model_grids, same_base
 from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.core.bits import count_bits, relayout
 from pst_ds.core.quantization import Grid, bytes_of_scales, scales_of_bytes
@@ -51,8 +42,10 @@ _FORMULA = (
     "alpha1", "alpha2", "beta", "magnitude", "frozen_magnitude", "relative_magnitude", "detach_magnitude",
     "multiplicative_update",
 )  # fmt: skip
-"""Settings that change the meaning of the values but no shape."""
+"""Settings that change the meaning of the values, but no shape."""
 _NOTE = "not a model, but what training changed of one: load it with pst_ds.load_pretrained"
+_Table = dict[str, Any]
+"""Content of pst_config.json."""
 
 
 class PretrainedError(InputError):
@@ -64,20 +57,18 @@ def save_pretrained(
 ) -> None:
     """Write what training changed of ``model``, a few percent of its size, into ``folder``. Collective.
 
-    Each file is written whole or not at all, and other files in the folder stay. Under ZeRO-3 one parameter is gathered
-    at a time.
+    Each file is written atomically, and other files in the folder stay. Under ZeRO-3 parameters are gathered one by
+    one.
 
     Args:
-        model: An injected model, or the DeepSpeed engine around it.
-        folder: Where to write; created if it is missing.
-        step: Number of optimizer steps applied so far, for the record.
-        writes: Whether this rank writes: by default rank 0 alone; pass True on one rank of each node without a shared
-            file system.
+        model: an injected model, or the DeepSpeed engine around it.
+        folder: where to write; created if it is missing.
+        step: optimizer steps applied so far, for the record.
+        writes: whether this rank writes; by default only rank 0. Without a shared file system, pass True on one rank
+            per node.
 
-    Raises:
-        InputError: The model was not injected as a whole.
-        OSError: A file cannot be written; on every rank.
-        RuntimeError: Another rank failed otherwise.
+    Raises InputError unless the complete model was injected, OSError on every rank if a file cannot be written, and
+    RuntimeError if another rank failed for another reason.
     """
     model = unwrapped(model)
     inject.injected_config(model)
@@ -86,7 +77,7 @@ def save_pretrained(
     if writes:
         try:
             write_adapter_state(model, folder, tensors, step=step)
-        except Exception as error:  # whatever it is, the other ranks wait
+        except Exception as error:  # the other ranks wait, whatever it is
             failure = error
     told = "" if failure is None else str(failure) if isinstance(failure, OSError) else repr(failure)
     problems = all_gather_objects((told, isinstance(failure, OSError)))
@@ -99,19 +90,18 @@ def save_pretrained(
 
 
 def load_pretrained(model: inject.ModelT, folder: str | Path) -> inject.ModelT:
-    """Put what :func:`save_pretrained` wrote onto the base ``model``, in place, and return it.
+    """Load what :func:`save_pretrained` wrote into the base ``model``, in place, and return it.
 
-    What was trained in addition to what the config trains has a gradient afterwards. Under ``zero.Init`` each rank
-    loads its shards; call it before ``deepspeed.initialize``.
+    Parameters that were trained in addition to those of the config have a gradient afterwards. Under ``zero.Init`` each
+    rank loads its shards; call it before ``deepspeed.initialize``.
 
     Args:
-        model: The base model. Without PST modules it gets those of the saved config; the modules of an injected one
+        model: the base model. Without PST modules it gets those of the saved config; the modules of an injected one
             must compute as the saved config says.
-        folder: A folder that ``save_pretrained`` or the Trainer has written.
+        folder: a folder that ``save_pretrained`` or the Trainer has written.
 
-    Raises:
-        PretrainedError: The folder is missing or damaged, or does not fit; names the file. The model is unchanged.
-        InjectionError: The saved config cannot be injected into the model.
+    Raises PretrainedError, naming the file, if the folder is missing or damaged or does not fit; the model is unchanged
+    then. Raises InjectionError if the saved config cannot be injected into the model.
     """
     folder = Path(folder)
     saved = _read_config(folder)
@@ -121,10 +111,11 @@ def load_pretrained(model: inject.ModelT, folder: str | Path) -> inject.ModelT:
         _require_formula(inject.injected_config(model), config, folder)
         _require_grid(model, saved, folder)
     else:
+        grid, base_grid, embedding_grid = (_grid(saved, folder, key) for key in ("grid", "base_grid", "embedding_grid"))
+        bits = saved.get("activation_bits", 16)
         inject.inject_pst(
-            model, config, grid=_grid(saved, folder), activation_bits=saved.get("activation_bits", 16),
-            base_grid=_grid(saved, folder, "base_grid"), embedding_grid=_grid(saved, folder, "embedding_grid"),
-        )  # fmt: skip
+            model, config, grid=grid, activation_bits=bits, base_grid=base_grid, embedding_grid=embedding_grid
+        )
     also_trained = set(saved.get("also_trained", ()))
     for name, param in model.named_parameters():
         if name in also_trained:
@@ -154,11 +145,11 @@ def load_pretrained(model: inject.ModelT, folder: str | Path) -> inject.ModelT:
 def adapter_state(
     model: nn.Module, gathered: Mapping[str, Tensor] | None = None, *, keep: bool | None = None
 ) -> dict[str, Tensor]:
-    """Return the tensors of pst_model.safetensors: fp32 :func:`adapter_parameters`, one-shard masks, scales, buffers.
+    """Return the tensors of pst_model.safetensors: trained parameters in fp32, masks in one shard, scales, buffers.
 
-    The values are the optimizer's masters where it has some, or those of ``gathered``, a state dict of the whole model.
-    Where ``keep`` is false, by default on all ranks but 0, the dict is empty. Collective under DeepSpeed, except with
-    ``gathered``.
+    The values are the optimizer's fp32 masters if it has them, or those of ``gathered``, a state dict of the complete
+    model. The dict is empty where ``keep`` is false, by default on all ranks but 0. Collective under DeepSpeed, except
+    with ``gathered``.
     """
     keep = is_main() if keep is None else keep
     tensors: dict[str, Tensor] = {}
@@ -211,10 +202,8 @@ def write_adapter_state(
         "sparsity": 1.0 - kept / sum(layer.layout.numel for layer in layers.values()),
         "masks_frozen": not any(layer.scores_train for layer in layers.values()),
         "weight_scales": magnitude_scales(model),
-        "grid": grid_numbers(model),
-        "base_grid": base_grid_numbers(model),
-        "embedding_grid": embedding_grid_numbers(model),
-        "activation_bits": input_bits(model),
+        **model_grids(model),
+        "activation_bits": _activation_bits(model),
         "rounds": any(layer.rounds for layer in layers.values()),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
@@ -226,11 +215,11 @@ def write_adapter_state(
 
 @functools.cache
 def _fingerprint(base: str) -> str:
-    """Cached, since it reads hundreds of MB."""
+    """Return the base's fingerprint; cached, because it reads hundreds of MB."""
     return base_fingerprint(base) if base else ""
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> _Table:
     path = folder / CONFIG_FILE
     try:
         table = json.loads(path.read_bytes())
@@ -249,17 +238,20 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return table
 
 
-def _pst_config(table: dict[str, Any], folder: Path) -> PSTConfig:
+def _pst_config(table: _Table, folder: Path) -> PSTConfig:
+    def with_tuples(table: _Table) -> _Table:
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+
     try:
-        values = _with_tuples(table)
-        values["overrides"] = tuple(Override(**_with_tuples(override)) for override in values.get("overrides", ()))
+        values = with_tuples(table)
+        values["overrides"] = tuple(Override(**with_tuples(override)) for override in values.get("overrides", ()))
         return PSTConfig(**values)
     except (TypeError, ValueError, AttributeError) as error:
         raise PretrainedError(f"{folder / CONFIG_FILE}: pst_config cannot be read: {error}") from None
 
 
-def _grid(saved: dict[str, Any], folder: Path, key: str = "grid") -> Grid | None:
-    """The grid that the saved model rounds to, or has its base on; a folder may be older than grids."""
+def _grid(saved: _Table, folder: Path, key: str) -> Grid | None:
+    """Return one of the saved :func:`model_grids`; older folders have none. Raises PretrainedError."""
     try:
         numbers = saved.get(key)
         return None if numbers is None else Grid(numbers[0], numbers[1] or None)
@@ -267,20 +259,25 @@ def _grid(saved: dict[str, Any], folder: Path, key: str = "grid") -> Grid | None
         raise PretrainedError(f"{folder / CONFIG_FILE}: {key} cannot be read: {error}") from None
 
 
-def _require_grid(model: nn.Module, saved: dict[str, Any], folder: Path) -> None:
-    own_grids = {"grid": grid_numbers, "base_grid": base_grid_numbers, "embedding_grid": embedding_grid_numbers}
-    for key, own in ((key, numbers_of(model)) for key, numbers_of in own_grids.items()):
+def _activation_bits(model: nn.Module) -> int:
+    """Return the bits of the activations of quantised layers: 8, or 16 if they are not quantised."""
+    return 16 if all(layer.inputs is None for layer in inject.pst_layers(model).values()) else 8
+
+
+def _require_grid(model: nn.Module, saved: _Table, folder: Path) -> None:
+    """Raise PretrainedError unless an injected model quantises as the saved one does."""
+    for key, own in model_grids(model).items():
         grid = _grid(saved, folder, key)
         if own != (None if grid is None else (grid.bits, grid.group or 0)):
             raise PretrainedError(
                 f"{folder / CONFIG_FILE} has {key} = {grid}, and the model was injected with another {key}: it would "
                 "compute something else. Load onto the base model"
             )
-    bits = saved.get("activation_bits", 16)
-    if bits != input_bits(model):
+    bits, own_bits = saved.get("activation_bits", 16), _activation_bits(model)
+    if bits != own_bits:
         raise PretrainedError(
-            f"{folder / CONFIG_FILE} has activation_bits = {bits!r}, and the model was injected with "
-            f"{input_bits(model)}: it would compute something else. Load onto the base model"
+            f"{folder / CONFIG_FILE} has activation_bits = {bits!r}, and the model was injected with {own_bits}: it "
+            "would compute something else. Load onto the base model"
         )
 
 
@@ -294,13 +291,11 @@ def _require_formula(own: PSTConfig, saved: PSTConfig, folder: Path) -> None:
             )
 
 
-def _with_tuples(table: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+def _require_base(model: nn.Module, saved: _Table, folder: Path) -> bool:
+    """Raise PretrainedError if ``model`` has the weights of another folder; return whether its hub revision differs.
 
-
-def _require_base(model: nn.Module, saved: dict[str, Any], folder: Path) -> bool:
-    """Raise PretrainedError for the weights of another folder; return whether the base is another hub revision, where
-    :func:`_require_weights` decides, since the cache knows only the newest."""
+    In that case :func:`_require_weights` decides, because the hub's cache knows only the newest revision.
+    """
     base, known = _fingerprint(getattr(model, "name_or_path", "")), saved["base_fingerprint"]
     if not base or not known or same_base(base, known):
         return False
@@ -309,10 +304,10 @@ def _require_base(model: nn.Module, saved: dict[str, Any], folder: Path) -> bool
     return True
 
 
-def _require_weights(model: nn.Module, saved: dict[str, Any], folder: Path) -> None:
-    """Raise PretrainedError if the mean |W0| of a matrix differs from the saved one; for another hub revision.
+def _require_weights(model: nn.Module, saved: _Table, folder: Path) -> None:
+    """Raise PretrainedError if the mean |W0| of a matrix differs from the saved one.
 
-    Warns where no means were saved, or only those of another dtype.
+    Warns if no means were saved, or only those of another dtype.
     """
     scales = magnitude_scales(model)
     if _dtype(model) == saved.get("dtype") and any(scale != 1.0 for of in scales.values() for scale in of):
@@ -327,7 +322,7 @@ def _require_weights(model: nn.Module, saved: dict[str, Any], folder: Path) -> N
         )
 
 
-def _other_weights(model: nn.Module, saved: dict[str, Any], folder: Path) -> str:
+def _other_weights(model: nn.Module, saved: _Table, folder: Path) -> str:
     return (
         f"{folder} was trained on {saved['base_model_name_or_path']!r}, and the model from {model.name_or_path!r} has "
         "other weights; load the base that it was trained on"
@@ -351,7 +346,7 @@ def _read_tensors(folder: Path, digest: str) -> dict[str, Tensor]:
         raise PretrainedError(f"{path} cannot be read: {error}") from None
 
 
-def _require_fit(model: nn.Module, tensors: dict[str, Tensor], saved: dict[str, Any], folder: Path) -> None:
+def _require_fit(model: nn.Module, tensors: dict[str, Tensor], saved: _Table, folder: Path) -> None:
     wanted = {name: tuple(zero3.full_shape(param)) for name, param in inject.adapter_parameters(model)}
     for name, layer in inject.pst_layers(model).items():
         wanted[f"{name}.{MASK_BITS}"] = (-(-layer.layout.numel // 8),)
@@ -366,4 +361,4 @@ def _require_fit(model: nn.Module, tensors: dict[str, Tensor], saved: dict[str, 
                 f"{wanted.get(name)} in the model (None: it is not there)"
             )
     if set(saved["weight_scales"]) != set(inject.pst_layers(model)):
-        raise PretrainedError(f"{folder / CONFIG_FILE} does not fit the model: weight_scales are those of other layers")
+        raise PretrainedError(f"{folder / CONFIG_FILE} does not fit the model: weight_scales belong to other layers")

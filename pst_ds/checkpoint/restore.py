@@ -1,9 +1,8 @@
-"""Load a checkpoint into a model and its optimizer; and fingerprint the base model that it belongs to."""
+"""Load a checkpoint into a model and its optimizer, and fingerprint the base model that it belongs to."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,21 +18,21 @@ from pst_ds.parallel import optimizer_state, zero3
 from pst_ds.parallel.engine import Engine
 
 _HUB = "hub:"
-_FIX = "; take the method and the [pst] settings that it was trained with"
+_FIX = "; use the method and the [pst] settings that it was trained with"
 _READ_WHOLE, _STRIDE, _SAMPLE = 256 << 20, 4 << 20, 64 << 10
-"""Weight files up to so many bytes are hashed whole; of larger ones, a sample in every stride."""
+"""Size up to which weight files are hashed completely; larger ones have a sample hashed in every stride. In bytes."""
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return (name, Parameter) of everything that is trained, in model order."""
+    """Return (name, Parameter) of everything that is trained, in the model's order."""
     return [(name, param) for name, param in model.named_parameters() if param.requires_grad]
 
 
 def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Load a checkpoint's values into an injected ``model`` that has no engine yet.
+    """Load a checkpoint's values into an injected ``model`` that has no engine yet. Not collective.
 
-    Each rank reads what it holds: under ZeRO-3 its shards. Raises CheckpointError when the names or shapes are not the
-    model's, before anything is changed.
+    Under ZeRO-3 each rank reads its shards only. Raises CheckpointError, before anything is changed, if names or shapes
+    differ from the model's.
     """
     _require_fit(model, checkpoint)
     with torch.no_grad():
@@ -55,7 +54,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def _scale_bytes(layer: PSTLayer, name: str, checkpoint: Checkpoint, start: int, stop: int) -> Tensor:
-    """Bytes [start, stop) of a layer's scales, none of which is 0, infinite or the like. Raises CheckpointError."""
+    """Return bytes [start, stop) of a layer's scales. Raises CheckpointError for invalid scales, such as 0."""
     assert layer.stored_grid is not None
     first, last = start // SCALE_BYTES * SCALE_BYTES, -(-stop // SCALE_BYTES) * SCALE_BYTES
     data = checkpoint.scale_bytes(name, first, last)
@@ -77,50 +76,34 @@ def load_optimizer(engine: Engine, checkpoint: Checkpoint) -> None:
 
 
 def magnitude_scales(model: nn.Module) -> dict[str, list[float]]:
-    """Return the scales of |W| that a checkpoint of ``model`` must keep."""
+    """Return the magnitude scales of each PST layer, by name."""
     return {name: list(layer.magnitude_scales) for name, layer in pst_layers(model).items()}
 
 
-def grid_numbers(model: nn.Module) -> tuple[int, int] | None:
-    """Return the grid of ``model`` as :class:`Contents` has it."""
-    for layer in pst_layers(model).values():
-        if layer.stored_grid is not None:
-            return layer.stored_grid.grid.bits, layer.stored_grid.grid.group or 0
-    return None
+def model_grids(model: nn.Module) -> dict[str, tuple[int, int] | None]:
+    """Return (bits, inputs per scale or 0 for a per-row scale) of everything that ``model`` quantises; None without.
 
-
-def input_bits(model: nn.Module) -> int:
-    """Return to how many bits ``model`` rounds inputs where it rounds weights: 8, or 16 for never."""
-    return 16 if all(layer.inputs is None for layer in pst_layers(model).values()) else 8
-
-
-def base_grid_numbers(model: nn.Module) -> tuple[int, int] | None:
-    """Return the grid of the frozen weights of ``model``, as :func:`grid_numbers` has it; None for plain weights."""
-    for layer in pst_layers(model).values():
-        if layer.base_codes is not None:
-            grid = layer.base_codes.layout.stored.grid
-            return grid.bits, grid.group or 0
-    return None
-
-
-def embedding_grid_numbers(model: nn.Module) -> tuple[int, int] | None:
-    """Return the grid of the frozen embedding of ``model``, as :func:`grid_numbers` has it; None for plain weights."""
-    for table in coded_tables(model).values():
-        grid = table.layout.stored.grid
-        return grid.bits, grid.group or 0
-    return None
+    "grid" is for pruned layers, "base_grid" for their frozen weights, "embedding_grid" for the frozen embedding.
+    """
+    layers = pst_layers(model).values()
+    stored = {
+        "grid": [layer.stored_grid for layer in layers if layer.stored_grid is not None],
+        "base_grid": [layer.base_codes.layout.stored for layer in layers if layer.base_codes is not None],
+        "embedding_grid": [table.layout.stored for table in coded_tables(model).values()],
+    }
+    return {key: (of[0].grid.bits, of[0].grid.group or 0) if of else None for key, of in stored.items()}
 
 
 def scale_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return the shapes of all layers' scales, by name; none of a model without a grid."""
+    """Return the shapes of all layers' scales, by name; empty without quantisation."""
     return {n: layer.stored_grid.shape for n, layer in pst_layers(model).items() if layer.stored_grid is not None}
 
 
 def base_fingerprint(path: str | Path) -> str:
     """Return a SHA-256 over the names, sizes and bytes of a model folder's weight files; "" if it has none.
 
-    Of files above 256 MiB it reads 64 KiB in every 4 MiB, so that a model of any size takes seconds. For a model on the
-    hub it is the revision that its config came from, as "hub:…", since the weights may not be here yet.
+    From files above 256 MiB it reads 64 KiB in every 4 MiB, so a model of any size takes seconds. For a model on the
+    hub it is the revision of its config, as "hub:…", because the weights may not be downloaded yet.
     """
     if not Path(path).is_dir():
         return _hub_revision(str(path))
@@ -138,12 +121,12 @@ def base_fingerprint(path: str | Path) -> str:
 
 
 def same_base(one: str, other: str) -> bool:
-    """Return whether two fingerprints may be of one base model; a folder cannot be compared with a hub revision."""
-    return one == other or one.startswith(_HUB) != other.startswith(_HUB)
+    """Return whether two fingerprints may belong to one base model; a folder and a hub revision always may."""
+    return one == other or is_of_hub(one) != is_of_hub(other)
 
 
 def is_of_hub(fingerprint: str) -> bool:
-    """Return whether ``fingerprint`` is a revision on the hub, which says nothing of the weights."""
+    """Return whether ``fingerprint`` is a revision on the hub, which does not depend on the weights."""
     return fingerprint.startswith(_HUB)
 
 
@@ -160,24 +143,22 @@ def _hub_revision(name: str) -> str:
 
 def _require_fit(model: nn.Module, checkpoint: Checkpoint) -> None:
     params, layers, contents = dict(trainable(model)), pst_layers(model), checkpoint.contents
-    of_trained: tuple[str, Mapping, Mapping] = ("trained parameters", params, contents.trained)
-    for kind, ours, theirs in (of_trained, ("masks", layers, contents.masks)):
-        if set(ours) != set(theirs):
-            extra = sorted(set(ours) ^ set(theirs))
-            raise CheckpointError(
-                f"{checkpoint.folder} does not fit the model: {kind} differ in {shortened(extra)}{_FIX}"
-            )
+    misfit = f"{checkpoint.folder} does not fit the model"
+    for kind, ours, theirs in (
+        ("trained parameters", set(params), contents.trained),
+        ("masks", set(layers), contents.masks),
+    ):
+        if extra := sorted(ours ^ set(theirs)):
+            raise CheckpointError(f"{misfit}: {kind} differ in {shortened(extra)}{_FIX}")
     shapes = {name: (contents.trained[name], tuple(zero3.full_shape(param))) for name, param in params.items()}
     shapes |= {f"the mask of {n}": ((contents.masks[n],), (layer.layout.numel,)) for n, layer in layers.items()}
     for name, (saved, own) in shapes.items():
         if saved != own:
             raise CheckpointError(f"{checkpoint.folder}: {name} has shape {saved}, the model's is {own}{_FIX}")
-    if (contents.grid, contents.scales) != (grid_numbers(model), scale_shapes(model)):
+    if (contents.grid, contents.scales) != (model_grids(model)["grid"], scale_shapes(model)):
         raise CheckpointError(
-            f"{checkpoint.folder} does not fit the model: its weights are rounded to another grid, or not at all; take "
-            "the [quantization] settings that it was trained with"
+            f"{misfit}: its weights are quantised differently, or not at all; use the [quantization] settings that it "
+            "was trained with"
         )
     if set(checkpoint.state.magnitude_scales) != set(layers):
-        raise CheckpointError(
-            f"{checkpoint.folder} does not fit the model: weight_scales are those of other layers{_FIX}"
-        )
+        raise CheckpointError(f"{misfit}: weight_scales belong to other layers{_FIX}")

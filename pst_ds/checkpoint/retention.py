@@ -1,22 +1,21 @@
-"""The checkpoints of a run: ``checkpoints/step-00000120`` and so on, which to keep, and which to continue from.
+"""The checkpoints of a run, ``checkpoints/step-00000120`` and so on: which to keep, and which to resume from.
 
-``latest``, ``best`` and ``final`` are links to them. A folder has its name only once it is whole, so a crash leaves at
-most a ``.partial`` one; a damaged one is set aside as ``.broken``, never used and never counted.
+``latest``, ``best`` and ``final`` are links to them. A folder has its name only once it is complete, so a crash leaves
+at most a ``.partial`` one. A damaged one is renamed to ``.broken``, and never used or counted.
 """
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TypeAlias
 
 from pst_ds.atomic_files import OLD, PARTIAL, file_sha256, replace_link, restore_replaced
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError, check_sums, listed_files, open_checkpoint
 from pst_ds.file_names import BEST, FINAL, LATEST, STEP_FOLDER, step_folders
 from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, of_main, rank, world_size
 
-Known: TypeAlias = dict[str, int | None]
-"""Names of good checkpoints, with the step of the best one that each knows."""
+Known = dict[str, int | None]
+"""Step of the best checkpoint as recorded in each good checkpoint, by the checkpoint's name."""
 
 BROKEN = ".broken"
 
@@ -26,7 +25,7 @@ def step_name(step: int) -> str:
 
 
 def clean_up(folder: Path) -> None:
-    """Remove what a killed process left half-written. No process may be writing."""
+    """Remove incomplete checkpoints that a killed process left. No process may be writing."""
     if not folder.is_dir():
         return
     for path in list(folder.glob(f"step-*{OLD}")):
@@ -39,9 +38,9 @@ def clean_up(folder: Path) -> None:
 
 
 def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest checkpoint with all files as they were written, and the problems of newer ones.
+    """Return the newest undamaged checkpoint, and the problems of newer ones; the same on every rank. Collective.
 
-    Damaged ones are set aside. Every rank verifies a share of the files. Collective; the same on every rank.
+    Damaged ones are renamed. Every rank verifies a share of the files.
     """
     problems: list[str] = []
     names = of_main(lambda: [path.name for path in step_folders(folder)])
@@ -76,13 +75,13 @@ def _verified(path: Path) -> tuple[Checkpoint | None, str]:
             check_sums(path, {name: digest for _, of_rank in gathered for name, digest in of_rank.items()})
         except (CheckpointError, OSError) as error:
             problem = str(error)
-        # before rank 0 may set the folder aside, all have read it; and all say the same
+        # all ranks have read the folder before rank 0 renames it, and all report the same problem
         problem = next(filter(None, all_gather_objects(problem)), "")
     return (None if problem else checkpoint), problem
 
 
 def keep(folder: Path, keep_last: int, known: Known | None = None) -> list[str]:
-    """Remove all but the newest ``keep_last`` good checkpoints and the best one that they name; return their names.
+    """Remove all but the newest ``keep_last`` good checkpoints and the best ones that they name; return the names.
 
     A checkpoint is good if it is in ``known``, or if its manifest is intact and its files have their full length; it is
     then added to ``known``. A bad one is removed only if it is older than ``keep_last`` good ones.
@@ -99,7 +98,7 @@ def keep(folder: Path, keep_last: int, known: Known | None = None) -> list[str]:
             best |= set() if step is None else {step_name(step)}
     removed = [path for path in removed if path.name not in best]
     for path in removed:
-        doomed = path.with_name(path.name + PARTIAL)  # so that a kill during rmtree leaves no half checkpoint
+        doomed = path.with_name(path.name + PARTIAL)  # if rmtree is interrupted, clean_up removes the rest
         path.rename(doomed)
         shutil.rmtree(doomed)
     return [path.name for path in removed]
@@ -122,8 +121,8 @@ def settle(
 ) -> None:
     """Point the links to the checkpoint of ``step``, and remove checkpoints that are no longer needed.
 
-    ``known``: the checkpoints that this process wrote or verified, which :func:`keep` does not read again. Also repairs
-    the links after a crash between writing a checkpoint and this call.
+    Also repairs links after a crash between writing a checkpoint and this call. ``known``: checkpoints that this
+    process wrote or verified, which :func:`keep` does not read again.
     """
     for link, of_step in ((LATEST, step), (BEST, best_step), (FINAL, step if is_last else None)):
         if of_step is not None and (folder / step_name(of_step)).is_dir():
@@ -134,7 +133,7 @@ def settle(
 
 
 def find(folder: Path, name: str) -> Path:
-    """Return the folder of a checkpoint by name; "best" is "final" when none was chosen. Raises CheckpointError."""
+    """Return the folder of a checkpoint by name; "best" is "final" if none was chosen. Raises CheckpointError."""
     path = folder / (FINAL if name == BEST and not (folder / BEST).exists() else name)
     if path.is_symlink():
         target = path.readlink()

@@ -1,4 +1,4 @@
-"""Writes portable checkpoints: every rank writes its part, in a thread, while training continues."""
+"""Write portable checkpoints: every rank writes its part, in a thread, while training continues."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
+import torch
 from torch import Tensor, nn
 
 from pst_ds.atomic_files import PARTIAL, publish, sync, write_new, write_pieces
 from pst_ds.checkpoint.format import (
     MANIFEST,
+    MASK,
+    SCALES,
     SUMS,
     CheckpointState,
     Contents,
@@ -25,12 +28,13 @@ from pst_ds.checkpoint.format import (
     most_bytes,
     sums_text,
 )
-from pst_ds.checkpoint.own_part import OwnPart
-from pst_ds.checkpoint.restore import grid_numbers, scale_shapes, trainable
+from pst_ds.checkpoint.restore import model_grids, scale_shapes, trainable
 from pst_ds.checkpoint.shards import shard_name
+from pst_ds.core.bits import pack_shard, shard_bytes, shard_range, unpack_range
 from pst_ds.formats.safetensors_file import header_and_slots, tensor_bytes
 from pst_ds.nn.inject import pst_layers
-from pst_ds.parallel import zero3
+from pst_ds.nn.layer import PSTLayer
+from pst_ds.parallel import optimizer_state, zero3
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import rank, world_size
 from pst_ds.parallel.store import StoreGroup
@@ -61,12 +65,56 @@ class _Report(TypedDict):
     steps: dict[str, int]
 
 
-class CheckpointWriter:
-    """Saves checkpoints of one engine into ``folder``, one at a time. Making a writer is collective.
+class OwnPart:
+    """This rank's part of a checkpoint: 12 bytes per trainable value, mask bits, and bytes of quantisation scales."""
 
-    :meth:`save` copies this rank's part (12 bytes per trainable value, and its mask bits) and returns; a thread writes
-    it, exchanges reports with the other ranks, and names the folder once everything is on disk. The memory of the copy
-    is kept for the next save.
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._named, self._layers = trainable(engine.module), pst_layers(engine.module)
+        self.tensors: dict[str, list[Tensor]] = {}
+        """Pieces of each tensor of the file, by name: flat, of one dtype, at least one each, in the file's order."""
+        self.steps: dict[str, int] = {}
+        """Adam's step count of each parameter that this rank has values of."""
+        self.cuts: list[tuple[int, int, int]] = []
+        """(index of the parameter, start, stop) of its values; empty if all parameters are divided evenly."""
+        self._copies: dict[str, Tensor] = {}
+
+    def update(self, *, copies: bool) -> None:
+        """Copy the engine's values to host memory, which is kept for the next copy, or refer to its tensors.
+
+        Not collective.
+        """
+        held = optimizer_state.local_fragments(self._engine, self._named)
+        if optimizer_state.is_replicated(param for _, param in self._named):
+            held = [fragment.cut(*_even_share(fragment.stop)) for fragment in held]
+        tensors = {kind: optimizer_state.values(self._engine, held, kind) for kind in optimizer_state.KINDS}
+        tensors[MASK] = [_mask_share(layer) for layer in self._layers.values()]
+        scales = [layer.pst_scales for layer in self._layers.values() if layer.pst_scales is not None]
+        if scales:
+            tensors[SCALES] = [_scale_share(param) for param in scales]
+        self.tensors = {name: self._kept(name, pieces, copies) for name, pieces in tensors.items()}
+        self.steps, self.cuts = optimizer_state.adam_steps(self._engine, held), []
+        if not optimizer_state.is_cut_evenly(param for _, param in self._named):
+            index = {name: i for i, (name, _) in enumerate(self._named)}
+            self.cuts = [(index[fragment.name], fragment.start, fragment.stop) for fragment in held]
+
+    def _kept(self, name: str, pieces: list[Tensor], copies: bool) -> list[Tensor]:
+        dtype = torch.uint8 if name in (MASK, SCALES) else torch.float32
+        if not copies:  # ZeRO-1 and 2 may leave a rank without values
+            return pieces or [torch.empty(0, dtype=dtype)]
+        sizes = [piece.numel() for piece in pieces]
+        if name not in self._copies or self._copies[name].numel() != sum(sizes):
+            self._copies[name] = torch.empty(sum(sizes), dtype=dtype)
+        if pieces:
+            torch._foreach_copy_(list(self._copies[name].split(sizes)), pieces)
+        return [self._copies[name]]
+
+
+class CheckpointWriter:
+    """Saves checkpoints of one engine into ``folder``, one after another. Creating a writer is collective.
+
+    :meth:`save` copies this rank's part and returns. A thread writes it, exchanges reports with the other ranks, and
+    renames the folder once everything is on disk.
     """
 
     def __init__(self, folder: Path, engine: Engine):
@@ -85,21 +133,18 @@ class CheckpointWriter:
     ) -> None:
         """Start to write ``folder/name``, after waiting for a save that is still being written. Collective.
 
-        Without ``copies`` the engine's own tensors are written, and nothing may change them until :meth:`wait` has
-        returned the result. ``when_written`` is called on rank 0, in the thread, once the checkpoint is there.
+        Without ``copies`` the engine's tensors are written, and nothing may change them until :meth:`wait` has returned
+        the result. ``when_written`` is called on rank 0, in the thread, once the checkpoint is complete.
         """
         start = time.perf_counter()
         self.wait()
-        if copies:
-            self._part.copy()
-        else:
-            self._part.refer()
+        self._part.update(copies=copies)
         self._thread = threading.Thread(target=self._run, args=(name, state, when_written), daemon=True)
         self._blocked = time.perf_counter() - start
         self._thread.start()
 
     def wait(self, timeout: float | None = None) -> SaveResult | None:
-        """Wait until nothing is being written; return the result of the last save, once."""
+        """Wait at most ``timeout`` seconds for the last save; return its result once, or None."""
         if self._thread is not None:
             self._thread.join(timeout)
             if self._thread.is_alive():
@@ -113,38 +158,38 @@ class CheckpointWriter:
         self._outcome = SaveResult(name, size, self._blocked, problem)
 
     def _write(self, name: str, state: CheckpointState, when_written: Callable[[], None]) -> tuple[str, int]:
-        """Write ``folder/name`` atomically; return the problem, with its rank, or "", and the bytes of all files.
+        """Write ``folder/name`` atomically; return the problem and its rank, or "", and the bytes of all files.
 
-        Collective over the threads of all ranks. The checkpoint may be there even if ``when_written`` has failed.
+        Collective over the threads of all ranks. The checkpoint may be complete even if ``when_written`` failed.
         """
         partial = self._folder / (name + PARTIAL)
-        is_there = False
+        is_complete = False
 
         def finish(reports: Sequence[_Report]) -> tuple[str, int]:
-            nonlocal is_there
+            nonlocal is_complete
             errors = (f"rank {i}: {error}" for i, report in enumerate(reports) if (error := report["error"]))
             problem, size = next(errors, ""), 0
             if not problem:
                 problem, size = self._finish(partial, name, state, reports, when_written)
             if problem:
                 shutil.rmtree(partial, ignore_errors=True)
-            is_there = not problem
+            is_complete = not problem
             return problem, size
 
         try:
             return self._group.decide(_write_shard(partial, self._part), finish)
-        except Exception as error:  # of the exchange: another rank is gone, and training on this one will notice
-            return ("" if is_there else _in_words(error)), 0
+        except Exception as error:  # the exchange failed: another rank is gone, which training will notice
+            return ("" if is_complete else _in_words(error)), 0
 
     def _finish(
         self, partial: Path, name: str, state: CheckpointState, reports: Sequence[_Report], done: Callable[[], None]
     ) -> tuple[str, int]:
-        """Write the manifest and the sums, and name the folder; return (problem, bytes). On rank 0."""
+        """Write the manifest and the sums, and rename the folder; return (problem, bytes). Called on rank 0."""
         try:
             sums = {report["file"]: report["digest"] for report in reports}
             manifest = manifest_bytes(state, _contents(self._model, reports))
             sums[MANIFEST] = hashlib.sha256(manifest).hexdigest()
-            for path in partial.iterdir():  # of a save by other ranks that was killed
+            for path in partial.iterdir():  # left by a save on other ranks that was killed
                 if path.name not in sums:
                     path.unlink()
             write_new(partial / MANIFEST, manifest)
@@ -158,8 +203,32 @@ class CheckpointWriter:
         return "", sum(report["bytes"] for report in reports) + len(manifest) + len(listing)
 
 
+def _mask_share(layer: PSTLayer) -> Tensor:
+    """Return the bits of this rank's shard of a mask in one shard per rank."""
+    bits, numel = layer.pst_mask, layer.layout.numel
+    if zero3.is_partitioned(bits):
+        return zero3.shard_of(bits).values
+    start, stop = _even_share(numel)
+    num_bytes = shard_bytes(numel, world_size())
+    if layer.num_shards == 1 and start % 8 == 0 and stop - start == 8 * num_bytes:
+        return bits.detach()[start // 8 : start // 8 + num_bytes]
+    return pack_shard(unpack_range(bits.detach(), numel, layer.num_shards, start, stop), num_bytes)
+
+
+def _scale_share(param: nn.Parameter) -> Tensor:
+    """Return the bytes of this rank's share of a layer's scales."""
+    if zero3.is_partitioned(param):
+        return zero3.shard_of(param).values
+    return param.detach()[slice(*_even_share(param.numel()))]
+
+
+def _even_share(numel: int) -> tuple[int, int]:
+    """Return [first, last + 1) of this rank's share of ``numel`` values, as ZeRO-3 divides them."""
+    return shard_range(numel, world_size(), rank())
+
+
 def _write_shard(partial: Path, part: OwnPart) -> _Report:
-    """Write this rank's file into ``partial``, and report on it."""
+    """Write this rank's file into ``partial``, and return a report."""
     name, digest, size, error = shard_name(rank(), world_size()), "", 0, ""
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -167,7 +236,7 @@ def _write_shard(partial: Path, part: OwnPart) -> _Report:
         header, slots, size = header_and_slots(kinds)
         data = (tensor_bytes(piece.cpu()) for name in slots for piece in part.tensors[name])
         digest = write_pieces(partial / name, itertools.chain([header], data))
-    except Exception as failure:  # MemoryError too: a rank that does not report leaves the others waiting
+    except Exception as failure:  # also MemoryError: the others wait for a report
         error = _in_words(failure)
     return {"error": error, "file": name, "digest": digest, "bytes": size, "cuts": part.cuts, "steps": part.steps}
 
@@ -184,7 +253,7 @@ def _contents(model: nn.Module, reports: Sequence[_Report]) -> Contents:
         masks={name: layer.layout.numel for name, layer in pst_layers(model).items()},
         steps=steps,
         cuts=cuts if any(cuts) else None,
-        grid=grid_numbers(model),
+        grid=model_grids(model)["grid"],
         scales=scale_shapes(model),
     )
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from pst_ds.checkpoint import own_part
 from pst_ds.checkpoint import writer as checkpoint_writer
 from pst_ds.checkpoint.format import CheckpointState, read_checkpoint
 from pst_ds.checkpoint.restore import magnitude_scales
@@ -75,9 +74,8 @@ def save_as_ranks(folder, engine, world=1, copies=True, **changes):
     reports = []
     for own in reversed(range(world)):
         with pytest.MonkeyPatch.context() as patch:
-            for module in (checkpoint_writer, own_part):
-                patch.setattr(module, "rank", lambda own=own: own)
-                patch.setattr(module, "world_size", lambda: world)
+            patch.setattr(checkpoint_writer, "rank", lambda own=own: own)
+            patch.setattr(checkpoint_writer, "world_size", lambda: world)
             patch.setattr(checkpoint_writer, "StoreGroup", lambda: _OneAfterAnother(reports, world))
             writer = CheckpointWriter(folder.parent, engine)
             writer.save(folder.name, state_of(engine.module, **changes), copies=copies)

@@ -284,7 +284,7 @@ def _without(key):
         ("pst_config.json", lambda data: b"[]", "has format None; this version reads 1"),
         ("pst_config.json", _set("format", 2), "has format 2; this version reads 1"),
         ("pst_config.json", _without("weight_scales"), "it has no 'weight_scales'"),
-        ("pst_config.json", _set("weight_scales", {}), "weight_scales are those of other layers"),
+        ("pst_config.json", _set("weight_scales", {}), "weight_scales belong to other layers"),
         ("pst_config.json", _set("pst_config", {"score_rnk": 1}), "pst_config cannot be read: .*score_rnk"),
         ("pst_config.json", _set("pst_config", {"pattern": "2:0"}), "pst_config cannot be read"),
         ("pst_config.json", _set("pst_config", []), "pst_config cannot be read"),

@@ -73,7 +73,7 @@ def test_scales_are_read_back_and_loaded(saved):
 
 @pytest.mark.parametrize("grid", [None, Grid(8, 32), Grid(4)], ids=str)
 def test_a_model_of_another_grid_is_refused(saved, grid):
-    with pytest.raises(CheckpointError, match=r"rounded to another grid, or not at all; take the \[quantization\]"):
+    with pytest.raises(CheckpointError, match=r"quantised differently, or not at all; use the \[quantization\]"):
         load_into(_model(grid), read_checkpoint(saved[1]))
 
 

@@ -120,7 +120,7 @@ def test_masks_and_scales_of_other_layers_are_refused(tmp_path, where):
     checkpoint = read_checkpoint(tmp_path / "c")
     table = checkpoint.contents.masks if where == "masks" else checkpoint.state.magnitude_scales
     table["layers.2"] = table.pop("layers.1")
-    said = {"masks": "masks differ in layers.1, layers.2", "weight_scales": "weight_scales are those of other layers"}
+    said = {"masks": "masks differ in layers.1, layers.2", "weight_scales": "weight_scales belong to other layers"}
     assert said[where] in _refusal(small_model(), checkpoint)
 
 

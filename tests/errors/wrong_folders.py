@@ -136,7 +136,7 @@ RUNS = {
         words("eval", "{made}/run", "--set", "method=dense"),
         "{made}/run",
         "trained parameters differ",
-        "take the method",
+        "use the method",
     ),
     "texts of a classifier": Wrong(
         words("eval", "{made}/run", "--texts", "{tmp}/texts.jsonl"), "--texts", "{tmp}/texts.jsonl", "Omit it"
