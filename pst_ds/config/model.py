@@ -52,11 +52,8 @@ class ModelConfig(Section):
     groups. Neither exists in 16 bits once the model is loaded."""
 
     def problems(self) -> Iterator[str]:
-        if self.base_bits == self.embedding_bits == 16 and self.base_group is not None:
-            yield (
-                f"model.base_group = {self.base_group!r} does nothing with model.base_bits = 16. Set model.base_bits "
-                "to 8 or 4"
-            )
+        if self.base_bits == self.embedding_bits == 16:
+            yield from self.unused("model", "with model.base_bits = 16. Set model.base_bits to 8 or 4", "base_group")
         if self.gradient_checkpointing_reentrant and not self.gradient_checkpointing:
             yield (
                 "model.gradient_checkpointing_reentrant = true does nothing without checkpointing. Set "
@@ -104,12 +101,9 @@ class QuantizationConfig(Section):
     Scales do not change in between."""
 
     def problems(self) -> Iterator[str]:
-        for name in ("group", "activations", "start_fraction", "interval"):
-            if not self.values and getattr(self, name):
-                yield (
-                    f"quantization.{name} = {getattr(self, name)!r} does nothing without quantization.values. Set "
-                    "quantization.values to int8 or int4"
-                )
+        if not self.values:
+            reason = "without quantization.values. Set quantization.values to int8 or int4"
+            yield from self.unused("quantization", reason, "group", "activations", "start_fraction", "interval")
 
     @property
     def activation_bits(self) -> int:
@@ -176,9 +170,8 @@ class PromptConfig(Section):
     """Rank of the "low-rank" adapter."""
 
     def problems(self) -> Iterator[str]:
-        for name, default in (("source", "embeddings"), ("adapter", "none"), ("rank", 0)):
-            if not self.text and getattr(self, name) != default:
-                yield f"prompt.{name} = {getattr(self, name)!r} does nothing without prompt.text. Set prompt.text"
+        if not self.text:
+            yield from self.unused("prompt", "without prompt.text. Set prompt.text", "source", "adapter", "rank")
         if (self.rank > 0) != (self.adapter == "low-rank"):
             yield (
                 f'prompt.rank = {self.rank} with prompt.adapter = "{self.adapter}": only "low-rank" has a rank, of at '

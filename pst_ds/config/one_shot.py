@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Final, Literal
 
 from pst_ds.config.methods import METHODS, OneShotMethod
@@ -36,12 +35,9 @@ class OneShotConfig(Section):
     loss."""
 
     def problems(self) -> Iterator[str]:
-        for field in fields(self):
-            if self.method == "none" and getattr(self, field.name) != field.default:
-                yield (
-                    f"start.{field.name} = {getattr(self, field.name)!r} does nothing with start.method = "
-                    '"none". Set start.method, such as "alps"'
-                )
+        if self.method == "none":
+            reason = 'with start.method = "none". Set start.method, such as "alps"'
+            yield from self.unused("start", reason, "samples", "reconstruct", "budgets")
 
     def initial_sparsity(self, method: str, schedule: ScheduleConfig) -> float:
         """Return the sparsity of the initial masks."""

@@ -65,6 +65,13 @@ class Section:
         """Yield a message for each broken rule, with full names of settings. Types and ranges hold already."""
         yield from ()
 
+    def unused(self, section: str, reason: str, *names: str) -> Iterator[str]:
+        """Yield a message for each setting in ``names`` that does nothing for ``reason`` and has no default value."""
+        for name in names:
+            value = getattr(self, name)
+            if value != getattr(type(self), name):
+                yield f"{section}.{name} = {value!r} does nothing {reason}"
+
 
 def report(problems: Iterable[str]) -> None:
     """Raise ConfigError with all ``problems``, if there are any."""

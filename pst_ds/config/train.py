@@ -30,12 +30,9 @@ class DistillationConfig(Section):
     which needs no memory but requires a dense base, and that only the small factors train."""
 
     def problems(self) -> Iterator[str]:
-        for name in ("teacher", "hidden_states"):
-            if getattr(self, name) and not self.weight:
-                yield (
-                    f"distillation.{name} = {getattr(self, name)!r} does nothing with distillation.weight = 0. Set "
-                    "distillation.weight"
-                )
+        if not self.weight:
+            reason = "with distillation.weight = 0. Set distillation.weight"
+            yield from self.unused("distillation", reason, "teacher", "hidden_states")
 
     def conflicts(self, task: str) -> Iterator[str]:
         """Yield a message for a task without predictions to compare."""

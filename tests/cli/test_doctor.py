@@ -202,7 +202,7 @@ def test_a_process_that_crashes_is_a_failure(monkeypatch):
 
 def test_code_that_computes_something_else_is_a_failure(monkeypatch):
     report = json.dumps({"checked": [], "missing": [], "wrong": ["packing"], "level": "avx2", "warning": ""})
-    monkeypatch.setattr(doctor_processes, "_run", lambda *arguments: (report, ""))
+    monkeypatch.setattr(doctor_processes, "_run", lambda *arguments: (report, "", "0.1 s"))
     (finding,) = doctor_processes.native_code(10)
     assert (finding.status, finding.text) == ("fail", "packing differ from torch")
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pst_ds.checkpoint.adapter import save_pretrained
-from pst_ds.cli.inspect.text import layer_table
+from pst_ds.cli.inspect.layers import layer_table
 from pst_ds.cli.main import main
 from pst_ds.config.pst import PSTConfig
 from pst_ds.inference.hf.model_folder import open_model_folder

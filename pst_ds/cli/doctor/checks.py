@@ -64,21 +64,18 @@ def accelerator() -> Iterator[Finding]:
         return
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is None:
-        capability = torch.backends.cpu.get_cpu_capability()
-        text = f"none: runs train on the CPU ({_cores()} cores, {capability})"
-        if multiplies_bf16():
-            yield Finding("accelerator", "ok", text)
-        else:
-            yield Finding("accelerator", "warn", f"{text}, which has no bf16", 'set train.precision = "fp32"')
-        return
-    text = f"{torch.accelerator.device_count()} x {device.type}"
-    if torch.cuda.is_available():
+        text = f"none: runs train on the CPU ({_cores()} cores, {torch.backends.cpu.get_cpu_capability()})"
+        has_bf16 = multiplies_bf16()
+    elif torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         text = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, {total / 2**30:.0f} GiB each"
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            yield Finding("accelerator", "warn", f"{text}, without bf16", 'set train.precision = "fp32"')
-            return
-    yield Finding("accelerator", "ok", text)
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        text, has_bf16 = f"{torch.accelerator.device_count()} x {device.type}", True
+    if has_bf16:
+        yield Finding("accelerator", "ok", text)
+    else:
+        yield Finding("accelerator", "warn", f"{text}, without bf16", 'set train.precision = "fp32"')
 
 
 def folder(path: Path) -> Iterator[Finding]:
@@ -89,9 +86,8 @@ def folder(path: Path) -> Iterator[Finding]:
             file.write(bytes(1 << 20))
             os.fsync(file.fileno())
     except OSError as error:
-        yield Finding(
-            "disk", "fail", f"{place} cannot be written: {error}", "name another --folder, or free some space"
-        )
+        text = f"{place} cannot be written: {error}"
+        yield Finding("disk", "fail", text, "name another --folder, or free some space")
         return
     yield _enough("disk", place, _FREE_GB, f"free {_FREE_GB:.0f} GB, or set output_dir to another disk")
 

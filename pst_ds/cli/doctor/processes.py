@@ -17,7 +17,6 @@ from contextlib import suppress
 
 from pst_ds.cli.doctor.checks import Finding
 
-_COMPILER_FIX = "install a C++ compiler (apt install g++), or name one in CXX"
 _GATHER_FIX = (
     "check that 127.0.0.1 and the host's name can be reached (ping $(hostname)); GLOO_SOCKET_IFNAME or "
     "NCCL_SOCKET_IFNAME=lo names the network to use"
@@ -26,25 +25,22 @@ _GATHER_FIX = (
 
 def native_code(limit_seconds: float) -> Iterator[Finding]:
     """Check that the C++ code of mask updates, packing, layers and decoding compiles and agrees with torch."""
-    start = time.monotonic()
-    last_line, problem = _run(["native"], {}, limit_seconds)
-    seconds = time.monotonic() - start
+    last_line, problem, seconds = _run(["native"], {}, limit_seconds)
     if problem:
-        yield Finding(
-            "native code", "fail", f"{problem} after {seconds:.1f} s", "set PST_DS_NATIVE=0 until it is fixed"
-        )
+        yield Finding("native code", "fail", problem, "set PST_DS_NATIVE=0 until it is fixed")
         return
     report = json.loads(last_line)
     if report["wrong"]:
         text = f"{', '.join(report['wrong'])} differ from torch"
         yield Finding("native code", "fail", text, "set PST_DS_NATIVE=0, and report this compiler")
+    elif report["missing"] and os.environ.get("PST_DS_NATIVE") == "0":
+        text = "switched off by PST_DS_NATIVE=0: torch is several times slower"
+        yield Finding("native code", "warn", text, "unset PST_DS_NATIVE")
     elif report["missing"]:
-        text, fix = f"missing for {', '.join(report['missing'])}: {report['warning']}", _COMPILER_FIX
-        if os.environ.get("PST_DS_NATIVE") == "0":
-            text, fix = "switched off by PST_DS_NATIVE=0: torch is several times slower", "unset PST_DS_NATIVE"
-        yield Finding("native code", "warn", text, fix)
+        text = f"missing for {', '.join(report['missing'])}: {report['warning']}"
+        yield Finding("native code", "warn", text, "install a C++ compiler (apt install g++), or name one in CXX")
     else:
-        text = f"compiled and equal to torch, {seconds:.1f} s; kernels for {report['level']}"
+        text = f"compiled and equal to torch, {seconds}; kernels for {report['level']}"
         yield Finding("native code", "ok", f"{', '.join(report['checked'])} {text}")
 
 
@@ -60,16 +56,16 @@ def two_ranks(limit_seconds: float) -> Iterator[Finding]:
 
 
 def _gather(backend: str, environ: Mapping[str, str], limit_seconds: float) -> Finding:
-    start = time.monotonic()
-    _, problem = _run(["gather", backend], environ, limit_seconds)
-    name, seconds = f"two ranks over {backend}", time.monotonic() - start
+    _, problem, seconds = _run(["gather", backend], environ, limit_seconds)
     if problem:
-        return Finding(name, "fail", f"{problem} after {seconds:.1f} s", _GATHER_FIX)
-    return Finding(name, "ok", f"each received what both sent, through DeepSpeed, {seconds:.1f} s")
+        return Finding(f"two ranks over {backend}", "fail", problem, _GATHER_FIX)
+    text = f"each received what both sent, through DeepSpeed, {seconds}"
+    return Finding(f"two ranks over {backend}", "ok", text)
 
 
-def _run(arguments: list[str], environ: Mapping[str, str], limit_seconds: float) -> tuple[str, str]:
-    """Run this module in a process; return its last line and its problem, or "". No child process survives."""
+def _run(arguments: list[str], environ: Mapping[str, str], limit_seconds: float) -> tuple[str, str, str]:
+    """Run this module in a process; return its last line, its problem or "", and its time. No child survives."""
+    start = time.monotonic()
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             [sys.executable, "-m", __name__, *arguments],
@@ -79,23 +75,20 @@ def _run(arguments: list[str], environ: Mapping[str, str], limit_seconds: float)
             env={**os.environ, **environ},
             start_new_session=True,
         )
-        try:
-            code: int | None = process.wait(limit_seconds)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        how = "did not finish"
+        with suppress(subprocess.TimeoutExpired):
+            code = process.wait(limit_seconds)
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         output.seek(0)
         lines = [line.strip() for line in output.read().decode(errors="replace").splitlines() if line.strip()]
-    last_line = lines[-1] if lines else ""
-    if code is None:
-        return last_line, "did not finish"
-    if code == 0:
-        return last_line, ""
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-    return last_line, f"{how} ({last_line[:200]})" if lines else how
+    last_line, seconds = lines[-1] if lines else "", f"{time.monotonic() - start:.1f} s"
+    if process.returncode == 0:
+        return last_line, "", seconds
+    shown = f" ({last_line[:200]})" if lines and how != "did not finish" else ""
+    return last_line, f"{how}{shown} after {seconds}", seconds
 
 
 def _native() -> dict[str, object]:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from pst_ds.cli.inspect.text import Inspection, print_inspection
+from pst_ds.cli.inspect.layers import Inspection, print_inspection
 from pst_ds.core.packings import ONNX_FILE
 from pst_ds.errors import InputError, shortened
 

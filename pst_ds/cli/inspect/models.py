@@ -9,8 +9,19 @@ from torch import Tensor
 
 from pst_ds.atomic_files import file_sha256
 from pst_ds.checkpoint import adapter
-from pst_ds.cli.inspect.layers import Mask, add_experts, matrix_shape, totals, trained_layers, usage
-from pst_ds.cli.inspect.text import Facts, Inspection, Layer, sparsity_of
+from pst_ds.cli.inspect.layers import (
+    Facts,
+    Inspection,
+    Layer,
+    Mask,
+    add_experts,
+    layer_of,
+    matrix_shape,
+    sparsity_of,
+    totals,
+    trained_layers,
+    usage,
+)
 from pst_ds.cli.plan_text import name_across_blocks
 from pst_ds.core.bits import INT_OF_SIZE, count_bits
 from pst_ds.core.packings import DENSE
@@ -66,17 +77,9 @@ def _exported(entry: ExportedTensor, files: dict[str, TensorFile], path: Path) -
         if part.name not in files[part.file].slots:
             raise ExportError(f"{path / part.file} does not contain {part.name}, which the manifest lists")
     nbytes = sum(files[part.file].slots[part.name].nbytes for part in entry.parts)
-    layer: Layer = {
-        "name": entry.name,
-        "shape": list(entry.shape),
-        "dtype": entry.dtype,
-        "pattern": entry.pattern,
-        "weights": entry.numel,
-        "zeros": entry.numel - entry.nonzero,
-        "bytes": nbytes,
-        "packing": entry.packing,
-        "origin": entry.origin,
-    }
+    zeros = entry.numel - entry.nonzero
+    layer = layer_of(entry.name, entry.shape, entry.dtype, entry.pattern, zeros, nbytes)
+    layer |= {"packing": entry.packing, "origin": entry.origin}
     if entry.values:
         layer |= {"values": entry.values, "group": entry.group}
         layer["rounding_error"] = entry.rounding_error
@@ -111,17 +114,9 @@ def _recorded(row: dict[str, Any], weights: BaseWeights) -> Layer:
         if stored is None:
             raise InputError(f"{weights.folder} has no {row['name']}.weight, which {RECORD_FILE} lists as pruned")
         dtype, shape = weights.size(stored)
-    numel = math.prod(shape)
-    layer: Layer = {
-        "name": row["name"],
-        "shape": row["shape"],
-        "dtype": CODE_OF_DTYPE[dtype],
-        "pattern": row["pattern"],
-        "weights": numel,
-        "zeros": int(row["zeros"]),
-        "bytes": numel * dtype.itemsize,
-        "sparsity_requested": row["sparsity_requested"],
-    }
+    nbytes = math.prod(shape) * dtype.itemsize
+    layer = layer_of(row["name"], shape, CODE_OF_DTYPE[dtype], row["pattern"], int(row["zeros"]), nbytes)
+    layer |= {"shape": row["shape"], "sparsity_requested": row["sparsity_requested"]}
     if "expert_zeros" in row:
         add_experts(layer, row["expert_zeros"], row.get("expert_tokens", ()))
     return layer
@@ -172,7 +167,11 @@ def model_folder(path: Path) -> Inspection:
     if not any(any(path.glob(pattern)) for pattern in _WEIGHT_FILES):
         return Inspection(f"{path}: a model folder without weights", facts, [])
     weights = BaseWeights(path, "")
-    layers = _counted(weights)
+    layers: list[Layer] = []
+    with Progress("count", weights.file_bytes, "bytes") as progress:
+        for name in weights.names:
+            layers.append(_counted(name, weights.read(name)))
+            progress.add(layers[-1]["bytes"], name)
     in_blocks = [x for x in layers if len(x["shape"] or ()) == 2 and name_across_blocks(x["name"]) != x["name"]]
     facts |= {
         "dtypes": sorted({layer["dtype"] for layer in layers}),
@@ -185,30 +184,14 @@ def model_folder(path: Path) -> Inspection:
     return Inspection(f"{path}: a model folder", facts, layers, note)
 
 
-def _counted(weights: BaseWeights) -> list[Layer]:
-    layers: list[Layer] = []
-    with Progress("count", weights.file_bytes, "bytes") as progress:
-        for name in weights.names:
-            layers.append(_counted_tensor(name, weights.read(name)))
-            progress.add(layers[-1]["bytes"], name)
-    return layers
-
-
-def _counted_tensor(name: str, tensor: Tensor) -> Layer:
+def _counted(name: str, tensor: Tensor) -> Layer:
     if tensor.dim() == 2 and tensor.is_floating_point() and tensor.element_size() in INT_OF_SIZE:
         bits = row_bits(tensor).numpy()
         nonzero, pattern = int(per_row(bits).sum()), detect_pattern(bits, tensor.shape[1])
     else:
         nonzero, pattern = count_nonzero(tensor), ""
-    return {
-        "name": name,
-        "shape": list(tensor.shape),
-        "dtype": CODE_OF_DTYPE[tensor.dtype],
-        "pattern": pattern,
-        "weights": tensor.numel(),
-        "zeros": tensor.numel() - nonzero,
-        "bytes": tensor.nbytes,
-    }
+    zeros = tensor.numel() - nonzero
+    return layer_of(name, tensor.shape, CODE_OF_DTYPE[tensor.dtype], pattern, zeros, tensor.nbytes)
 
 
 def _sizes(nbytes: int, dense_bf16_bytes: int | None = None) -> Facts:

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError, open_checkpoint, read_checkpoint
-from pst_ds.cli.inspect.layers import Mask, add_experts, totals, trained_layers, usage, zeros_of_experts
-from pst_ds.cli.inspect.text import Facts, Inspection, Layer
+from pst_ds.cli.inspect.layers import Facts, Inspection, Layer, Mask, add_experts, totals, trained_layers, usage
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.toml import load_run, run_from_table
-from pst_ds.core.bits import count_bits, shard_bytes
+from pst_ds.core.bits import count_bits, shard_bytes, unpack_range
 from pst_ds.export.manifest import read_table
 from pst_ds.file_names import CHECKPOINTS, LAYERS_FILE, RESULT_FILE, RUN_FILE, links_to, step_folders
 from pst_ds.report.layer_data import read_layers
@@ -159,11 +158,13 @@ def _layers(checkpoint: Checkpoint, run: RunConfig | None) -> list[Layer]:
 def _add_experts(layers: list[Layer], checkpoint: Checkpoint, tokens: Mapping[str, list[int]]) -> None:
     """Add the pruned weights of each expert to stacks for which the run counted ``tokens``, by module."""
     for layer in layers:
-        name = layer["name"]
+        name, weights = layer["name"], layer["weights"]
         of_experts = tokens.get(name.rpartition(".")[0])
         if of_experts and name in checkpoint.masks:
-            bits, shards = checkpoint.masks[name], checkpoint.contents.num_shards
-            add_experts(layer, zeros_of_experts(bits, layer["weights"], shards, len(of_experts)), of_experts)
+            bits, shards, each = checkpoint.masks[name], checkpoint.contents.num_shards, weights // len(of_experts)
+            firsts = range(0, each * len(of_experts), each)
+            zeros = [each - int(unpack_range(bits, weights, shards, i, i + each).sum()) for i in firsts]
+            add_experts(layer, zeros, of_experts)
 
 
 def _add_figures(layers: list[Layer], file: Path) -> str:
