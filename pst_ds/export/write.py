@@ -6,9 +6,9 @@ import hashlib
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +28,6 @@ from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, Slot, tensor_bytes, w
 from pst_ds.progress import Progress
 
 WriterArguments = tuple[Path, Sequence[PlannedFile], Source]
-_Result = Future[list[ExportedTensor]]
 
 
 class WorkerError(RuntimeError):
@@ -58,20 +57,21 @@ class Writer:
         one = made.pop()
         rest, parts = replace(one, tensor=torch.empty(0)), [_require_planned(output, one.tensor)]
         del one
-        nonzero, pattern, error = -1, DENSE, 0.0
-        if isinstance(output.form, QuantizedFormat):
-            parts, nonzero, pattern, error = quantised_parts(output, output.form, parts, rest)
-        elif output.form is not None:
-            packed = _packed(output, output.form, parts, rest.keep)
-            nonzero, pattern = _count_packed(output, output.form, packed, rest.keep)
-            parts = [packed[name] for name in output.form.part_names]
+        pattern, error, form = DENSE, 0.0, output.form
+        if isinstance(form, QuantizedFormat):
+            parts, nonzero, pattern, error = quantised_parts(output, form, parts, rest)
+        elif form is not None:
+            packed = _packed(output, form, parts, rest.keep)
+            nonzero, pattern = _count_packed(output, form, packed, rest.keep)
+            parts = [packed[name] for name in form.part_names]
             del packed
         elif output.is_linear:
             bits = row_bits(output.as_matrix(parts[0])).numpy()
             nonzero, pattern = int(per_row(bits).sum()), detect_pattern(bits, output.matrix[1])
         else:
             nonzero = count_nonzero(parts[0])
-        written = [self._write_part(n, part) for n, part in zip(output.part_names(), parts, strict=True)]
+        written = tuple(self._write_part(n, part) for n, part in zip(output.part_names(), parts, strict=True))
+        grid = output.grid
         return ExportedTensor(
             name=output.name,
             shape=output.shape,
@@ -83,9 +83,9 @@ class Writer:
             matrix_axis=1 if output.transposed else 0,
             packing=output.packing,
             transposed=output.transposed,
-            parts=tuple(written),
-            values=output.grid.values if output.grid else "",
-            group=(output.grid.group or WHOLE_ROW) if output.grid else "",
+            parts=written,
+            values=grid.values if grid else "",
+            group=(grid.group or WHOLE_ROW) if grid else "",
             rounding_error=error,
         )
 
@@ -126,42 +126,28 @@ def _written(
     """Yield (index of a job, its tensors) in the order of completion."""
     shared = [i for i, job in enumerate(jobs) if processes > 1 and not job.in_parent]
     with ExitStack() as stack:
-        running = stack.enter_context(_running(arguments, [jobs[i] for i in shared], processes)) if shared else {}
+        futures = {}
+        if shared:  # spawned: a fork would copy locks that torch's threads may hold
+            spawn, threads = multiprocessing.get_context("spawn"), max(1, torch.get_num_threads() // processes)
+            pool = ProcessPoolExecutor(min(processes, len(shared)), spawn, _begin, (arguments, threads))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            futures = {pool.submit(_write_in_worker, jobs[i]): i for i in shared}
         writer = Writer(*arguments)
         stack.callback(writer.close)
         for i in sorted(set(range(len(jobs))) - set(shared)):
             yield i, writer.write(jobs[i])
-        pending = set(running)
-        while pending:
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield shared[running[future]], _result(future)
-
-
-@contextmanager
-def _running(arguments: WriterArguments, jobs: list[TensorJob], processes: int) -> Iterator[dict[_Result, int]]:
-    """Run the jobs in spawned processes; a fork would copy locks that torch's threads may hold."""
-    threads = max(1, torch.get_num_threads() // processes)
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(processes, len(jobs)), spawn, _begin, (arguments, threads))
-    try:
-        yield {pool.submit(_write_in_worker, job): i for i, job in enumerate(jobs)}
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _result(future: _Result) -> list[ExportedTensor]:
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        raise WorkerError(
-            "a process of the export was killed, probably because memory ran out. Nothing was written; use fewer "
-            "--processes"
-        ) from error
+        for future in as_completed(futures):
+            try:
+                yield futures[future], future.result()
+            except BrokenProcessPool as error:
+                raise WorkerError(
+                    "a process of the export was killed, probably because memory ran out. Nothing was written; use "
+                    "fewer --processes"
+                ) from error
 
 
 _writer: Writer | None = None
-"""Writer of a process that :func:`_running` has started."""
+"""Writer of a spawned process."""
 
 
 def _begin(arguments: WriterArguments, threads: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from contextlib import closing
@@ -15,13 +14,15 @@ from numpy.typing import NDArray
 
 from pst_ds.atomic_files import atomic_file
 from pst_ds.export.encoding import Encoding, ExportError
-from pst_ds.export.gguf.families import Config, Family, family_of
-from pst_ds.export.gguf.tensors import GgufPiece, GgufPlan, GgufTensor, num_experts
+from pst_ds.export.gguf.tensors import Config, Family, GgufPiece, GgufPlan, GgufTensor, family_of, num_experts
 from pst_ds.export.gguf.tokenizer import GgufTokenizer, gguf_tokenizer
 from pst_ds.export.plan import Source, TensorJob, require_space
 from pst_ds.formats.safetensors_file import write_at
 from pst_ds.progress import Progress
 
+_Table = dict[str, Any]
+_Writer = Any
+"""``gguf.GGUFWriter``, which has no types."""
 _SPARE_BYTES = 64 << 20
 _FILE_TYPES = {None: 32, 4: 2, 8: 7}
 """llama.cpp's file types for mostly BF16, Q4_0 and Q8_0, by bits of the values."""
@@ -30,15 +31,7 @@ _FILE_TYPES = {None: 32, 4: 2, 8: 7}
 def write_gguf(
     jobs: Sequence[TensorJob], source: Source, config: Config, tokenizer: Any, out: Path, encoding: Encoding
 ) -> dict[str, object]:
-    """Write ``out`` atomically; return counts and sizes.
-
-    Args:
-        jobs: tensors from plan_run or plan_folder.
-        source: their values.
-        config: the model's config.
-        tokenizer: the model's tokenizer.
-        out: file to write.
-        encoding: quantisation of the values.
+    """Write the tensors of ``jobs``, the config and the tokenizer to ``out``, atomically; return counts and sizes.
 
     Raises ExportError for an unsupported model family or tokenizer.
     """
@@ -62,12 +55,17 @@ def write_gguf(
             if factors is not None:
                 write_at(file.fileno(), factors.data.cast("B"), offsets["rope_freqs.weight"])
             inexact = _write_pieces(file.fileno(), offsets, plan.pieces, jobs, source)
+    nbytes, numel = out.stat().st_size, sum(piece.output.numel for piece in plan.pieces)
     return {
-        "export_dir": str(out), "kind": "gguf", **encoding.facts(), "tensors": len(plan.tensors),
-        "rounded_tensors": sum(tensor.is_quantised for tensor in plan.tensors), "file_bytes": out.stat().st_size,
+        "export_dir": str(out),
+        "kind": "gguf",
+        **encoding.facts(),
+        "tensors": len(plan.tensors),
+        "rounded_tensors": sum(tensor.is_quantised for tensor in plan.tensors),
+        "file_bytes": nbytes,
         "inexact_scales": inexact,
-        "bits_per_weight": round(8 * out.stat().st_size / sum(math.prod(p.output.shape) for p in plan.pieces), 4),
-    }  # fmt: skip
+        "bits_per_weight": round(8 * nbytes / numel, 4),
+    }
 
 
 def _library() -> Any:
@@ -78,7 +76,7 @@ def _library() -> Any:
     return gguf
 
 
-def _write_head(writer: Any, tensors: Sequence[GgufTensor], path: Path) -> dict[str, int]:
+def _write_head(writer: _Writer, tensors: Sequence[GgufTensor], path: Path) -> dict[str, int]:
     """Write everything but the tensors to ``path``, and reserve their space; return the offset of each tensor."""
     for tensor in tensors:
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(tensor.numpy), tensor.nbytes, tensor.kind)
@@ -108,9 +106,9 @@ def _write_pieces(
     return inexact
 
 
-def _describe(writer: Any, config: Config, words: GgufTokenizer, name: str, encoding: Encoding) -> None:
+def _describe(writer: _Writer, config: Config, words: GgufTokenizer, name: str, encoding: Encoding) -> None:
     """Write the model's dimensions and its tokenizer."""
-    heads, width = config.num_attention_heads, config.hidden_size
+    heads, width, rotation = config.num_attention_heads, config.hidden_size, _rotation(config)
     head_width = getattr(config, "head_dim", None) or width // heads
     writer.add_name(name)
     writer.add_file_type(_FILE_TYPES[encoding.values.bits if encoding.values else None])
@@ -123,12 +121,11 @@ def _describe(writer: Any, config: Config, words: GgufTokenizer, name: str, enco
     writer.add_head_count(heads)
     writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(int(head_width * _rotation(config).get("partial_rotary_factor", 1.0)))
+    writer.add_rope_dimension_count(int(head_width * rotation.get("partial_rotary_factor", 1.0)))
     if head_width * heads != width:
         writer.add_key_length(head_width)
         writer.add_value_length(head_width)
-    writer.add_rope_freq_base(float(_rotation(config).get("rope_theta", 10000.0)))
-    _require_rotation(config)
+    writer.add_rope_freq_base(float(rotation.get("rope_theta", 10000.0)))
     writer.add_tokenizer_model(words.model)
     writer.add_tokenizer_pre(words.pre)
     writer.add_token_list(words.tokens)
@@ -145,7 +142,7 @@ def _describe(writer: Any, config: Config, words: GgufTokenizer, name: str, enco
         writer.add_chat_template(words.chat_templates)
 
 
-def _describe_experts(writer: Any, config: Config, experts: int, family: Family) -> None:
+def _describe_experts(writer: _Writer, config: Config, experts: int, family: Family) -> None:
     """Write the number and width of the experts, and the gating function of the router."""
     writer.add_expert_count(experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
@@ -163,18 +160,18 @@ def _describe_experts(writer: Any, config: Config, experts: int, family: Family)
         writer.add_expert_weights_norm(config.norm_topk_prob)
 
 
-def _rotation(config: Config) -> dict[str, Any]:
-    """Return the rotary settings of an old or new config: rope_theta, rope_type and its parameters."""
+def _rotation(config: Config) -> _Table:
+    """Return the rotary settings of an old or new config: rope_theta, rope_type and its parameters.
+
+    Raises ExportError for a type that GGUF export does not support.
+    """
     found = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
     if getattr(config, "rope_theta", None):
         found.setdefault("rope_theta", config.rope_theta)
-    return found
-
-
-def _require_rotation(config: Config) -> None:
-    kind = _rotation(config).get("rope_type", "default")
+    kind = found.get("rope_type", "default")
     if kind not in ("default", "llama3"):
         raise ExportError(f'rope_type = {kind!r}: GGUF export supports "default" and "llama3". Use another --format')
+    return found
 
 
 def _llama3_factors(config: Config) -> NDArray[np.float32] | None:

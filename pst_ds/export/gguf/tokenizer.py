@@ -65,11 +65,17 @@ def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> GgufTokenizer:
         kinds[special["unk"]] = UNKNOWN
     encoded = tokenizer("a")["input_ids"]
     return GgufTokenizer(
-        "llama" if falls_back else "gpt2", pre, tokens, kinds, [] if falls_back else merges,
-        _scores(tokens, merges) if falls_back else [], special,
-        adds_bos=bool(encoded) and encoded[0] == special.get("bos"), adds_space=_adds_space(table),
+        model="llama" if falls_back else "gpt2",
+        pre=pre,
+        tokens=tokens,
+        kinds=kinds,
+        merges=[] if falls_back else merges,
+        scores=_scores(tokens, merges) if falls_back else [],
+        special=special,
+        adds_bos=bool(encoded) and encoded[0] == special.get("bos"),
+        adds_space=_adds_space(table),
         chat_templates=_chat_templates(tokenizer),
-    )  # fmt: skip
+    )
 
 
 def _tokens(table: _Table, model: _Table, vocab_size: int, falls_back: bool) -> tuple[list[str], list[int]]:
@@ -113,14 +119,14 @@ def _pre_tokenizer(table: _Table) -> str:
             return name
     raise ExportError(
         f"the tokenizer splits text with {', '.join(map(str, kinds)) or 'nothing'}, a pre-tokeniser that GGUF export "
-        "does not know. Supported are those of GPT-2, SmolLM, Llama 3 and Qwen2, and BPE with byte fallback"
+        "does not know. Supported are GPT-2, SmolLM, Llama 3 and Qwen2, and BPE with byte fallback"
     )
 
 
 def _adds_space(table: _Table) -> bool:
     """Return whether the tokenizer prepends a space."""
-    said = json.dumps([table.get("normalizer"), table.get("pre_tokenizer")])
-    return '"Prepend"' in said or '"prepend_scheme": "first"' in said or '"prepend_scheme": "always"' in said
+    rules = json.dumps([table.get("normalizer"), table.get("pre_tokenizer")])
+    return '"Prepend"' in rules or '"prepend_scheme": "first"' in rules or '"prepend_scheme": "always"' in rules
 
 
 def _chat_templates(tokenizer: Tokenizer) -> list[dict[str, str]]:
