@@ -1,4 +1,4 @@
-"""Opening a pretrained model: its config, its shapes on the meta device, its weights; refused in one wording."""
+"""Open a pretrained model: its config, its shapes on the meta device, its weights."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""By the names that settings and arguments have for them."""
+"""Dtypes by their names in settings and arguments."""
 PRUNING_RECORD = "pruning.json"
-"""The file that ``pst-ds prune`` writes next to the weights of a folder."""
+"""Name of the record that ``pst-ds prune`` writes next to the weights."""
 _MISMATCH = re.compile(r"size mismatch for (\S+): copying a param with shape torch\.Size\(\[([\d, ]*)\]\)")
 
 
 @dataclass(frozen=True, slots=True)
 class Pretrained:
-    """Where a pretrained model is, and the setting that says so; every error begins with both."""
+    """Place of a pretrained model, and the setting that names it; every error starts with both."""
 
     path: str
     """A folder, or a name on the hub."""
     setting: str = ""
-    """Such as "model.path"; "" for a folder that is an argument of the command."""
+    """A setting such as "model.path"; "" for an argument of the command."""
 
     def __str__(self) -> str:
         return f"{self.setting} = {self.path!r}" if self.setting else self.path
@@ -42,7 +42,7 @@ class Pretrained:
         return f"(looked in {Path(self.path).absolute()})"
 
     def require_place(self) -> None:
-        """Raise InputError for what neither exists nor is spelled like a name on the hub, before the hub is asked."""
+        """Raise InputError for a path that neither exists nor is spelled like a name on the hub."""
         if not self.path:
             raise InputError(f"{self} is empty; name a model folder, or a model on the hub")
         is_path = self.path.count("/") > 1 or self.path.startswith((".", "/", "~"))
@@ -56,14 +56,14 @@ class Pretrained:
         self.require_place()
         try:
             return AutoConfig.from_pretrained(self.path, **options)
-        except Exception as error:  # whatever strange values make transformers do
+        except Exception as error:  # strange values make transformers raise anything
             raise InputError(
                 f"{self} has no config.json that transformers can read, as a folder {self._looked_in} or on the hub: "
                 f"{first_line(error)}. Name a folder with a config.json, or a model on the hub"
             ) from error
 
     def require_dense(self, config: PreTrainedConfig) -> None:
-        """Raise InputError for a model whose ``config`` says that it is packed or quantised."""
+        """Raise InputError for a packed or quantised model."""
         quantization = getattr(config, "quantization_config", None)
         if not quantization:
             return
@@ -71,45 +71,39 @@ class Pretrained:
         method = table.get("quant_method")
         if method == "pst_ds":
             raise InputError(
-                f"{self} is packed, and its weights cannot be ranked as they are. Make it dense: pst-ds export "
-                f"{self.path} --format dense --out DIR"
+                f"{self} is packed, and its weights cannot be ranked. Make it dense: pst-ds export {self.path} "
+                "--format dense --out DIR"
             )
         named = getattr(method, "value", method)
-        fix = f", or make it plain: pst-ds export {self.path} --dequantize --out DIR" if named in METHODS else ""
-        raise InputError(
-            f"{self} is quantised ({named}), and its weights cannot be ranked; name the model as it was before "
-            f"that{fix}"
-        )
+        fix = f", or dequantise it: pst-ds export {self.path} --dequantize --out DIR" if named in METHODS else ""
+        raise InputError(f"{self} is quantised ({named}), and its weights cannot be ranked. Name the original{fix}")
 
     def shapes(
         self, kind: Any, config: PreTrainedConfig, *, dtype: torch.dtype | None = None, purpose: str = "", fix: str = ""
     ) -> nn.Module:
         """Return a model of ``kind``, a class or an Auto class of transformers, on the meta device.
 
-        Raises InputError, with the ``purpose`` that it cannot be built for and the ``fix``.
+        Raises InputError with ``purpose`` and ``fix``.
         """
         make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
         options = {} if dtype is None else {"dtype": dtype}
         try:
             with torch.device("meta"):
                 return make(config, **options)
-        except Exception as error:  # whatever strange values make transformers do
+        except Exception as error:  # strange values make transformers raise anything
             raise InputError(f"{self}{purpose} cannot be built: {first_line(error)}. {fix}".rstrip()) from error
 
     def load(
         self, kind: Any, misfit: str, *, linear_later: bool = False, **options: object
     ) -> tuple[PreTrainedModel, list[str]]:
-        """Return a model of ``kind`` with its pretrained weights, and the names of the tensors that the files lack.
+        """Return a model of ``kind`` with its pretrained weights, and the names of the tensors missing in the files.
 
         Args:
             kind: a class or an Auto class of transformers.
-            misfit: the fix where a tensor in the files has another shape.
-            linear_later: under ZeRO-3 weights of linear layers stay in the files until
-                :func:`~pst_ds.nn.sharded_weights.read_now`, as :func:`~pst_ds.nn.inject.inject_pst` does.
-            options: for ``from_pretrained``.
-
-        Raises:
-            InputError: the model cannot be loaded, or a tensor in the files has another shape than in the model.
+            misfit: fix for a tensor in the files of another shape than in the model, which is an InputError.
+            linear_later: under ZeRO-3, leave weights of linear layers in the files until
+                :func:`~pst_ds.nn.sharded_weights.read_now`, which :func:`~pst_ds.nn.inject.inject_pst` calls.
+            options: arguments of ``from_pretrained``.
         """
         from safetensors import SafetensorError
 
@@ -118,7 +112,7 @@ class Pretrained:
                 model, info = kind.from_pretrained(
                     self.path,
                     output_loading_info=True,
-                    ignore_mismatched_sizes=True,  # they are refused below, by name
+                    ignore_mismatched_sizes=True,  # refused below, by name
                     **options,
                 )
             differing = [f"{name} of shape {tuple(shape)}" for name, shape, _ in sorted(info["mismatched_keys"])]
@@ -128,7 +122,7 @@ class Pretrained:
             raise InputError(
                 f"{self} cannot be loaded {self._looked_in}: {first_line(error)}. Name a folder with whole weights"
             ) from error
-        except RuntimeError as error:  # how transformers says it under ZeRO-3
+        except RuntimeError as error:  # how transformers reports other shapes under ZeRO-3
             found = _MISMATCH.findall(str(error))
             differing = [f"{name} of shape {tuple(map(int, shape.split(', ')))}" for name, shape in found]
             if not differing:
@@ -138,17 +132,14 @@ class Pretrained:
         return model, sorted(info["missing_keys"])
 
     def require_whole(self, model: nn.Module, missing: list[str], fix: str) -> None:
-        """Raise InputError, with the ``fix``, when the files lack tensors of ``model``."""
+        """Raise InputError, with the ``fix``, if tensors of ``model`` are ``missing`` in the files."""
         if missing:
-            raise InputError(
-                f"{self} lacks {shortened(missing)}, which a "
-                f"{type(model).__name__} has: there would be random values. {fix}"
-            )
+            lacking = f"{self} lacks {shortened(missing)}, which a {type(model).__name__} has"
+            raise InputError(f"{lacking}: there would be random values. {fix}")
 
 
 def pruning_record(path: str | Path) -> dict[str, object]:
-    """Return what ``pst-ds prune``, or a run, says of a folder that it pruned a model into; empty where there is no
-    such record, or it is damaged."""
+    """Return the record of ``pst-ds prune``, or of a run that pruned, in a folder; empty if missing or damaged."""
     try:
         found = json.loads((Path(path) / PRUNING_RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -157,7 +148,7 @@ def pruning_record(path: str | Path) -> dict[str, object]:
 
 
 def architecture(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """Return the class of transformers that ``config`` names first; None where transformers has no such class."""
+    """Return the class that ``config`` names first; None if transformers does not have it."""
     import transformers
 
     names = getattr(config, "architectures", None) or [""]

@@ -1,8 +1,8 @@
 """PSTExpertStack: a stack of experts that learns which weights to keep, inside transformers' experts modules.
 
-An experts module holds two stacks, such as ``gate_up_proj`` and ``down_proj``, and lets a function that is registered
-by a name compute it (``ALL_EXPERTS_FUNCTIONS``). A stack that is pruned becomes a module in the Parameter's place, so
-that ZeRO-3 gathers one stack at a time; everything else of the experts module, biases included, stays as it is.
+An experts module holds two stacks, such as ``gate_up_proj`` and ``down_proj``, and calls a function from a registry to
+compute them (``ALL_EXPERTS_FUNCTIONS``). A module replaces the Parameter of each pruned stack, so that ZeRO-3 gathers
+one stack at a time; the rest of the experts module, biases included, is unchanged.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from pst_ds.parallel import zero3
 from pst_ds.parallel.zero3 import in_backward_pass
 
 IMPLEMENTATION = "pst"
-"""Name under which transformers knows :func:`experts_forward`."""
+"""Name under which :func:`experts_forward` is registered with transformers."""
 _CONFIG_BEFORE = "pst_config_before"
 Hear = Callable[[str, Tensor, Routing, bool], None]
-"""Takes the name of a stack, its inputs, which expert gets each, and whether they are (N, I) or sorted (N*k, I)."""
+"""Called with the name of a stack, its inputs, their routing, and whether they are (N, I), not sorted (N*k, I)."""
 
 
 class PSTExpertStack(PSTLayer):
     """Replacement of a stack of experts, (E, O, I) or (E, I, O): y = x (M . W)' with the expert of each token.
 
     Masks, checkpoints and exports treat the stack as the matrix that it forms in memory, see
-    :class:`pst_ds.core.layout.WeightLayout`. Factors have the ranks of ``PSTConfig.of_experts``.
+    :class:`pst_ds.core.layout.WeightLayout`. Its config is ``PSTConfig.of_experts``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -44,7 +44,7 @@ class PSTExpertStack(PSTLayer):
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the whole parameter ``weight``."""
+        """Full shape of the parameter ``weight``."""
         return self.layout.num_experts, *self.layout.expert.shape
 
     def forward(self, x: Tensor, routing: Routing, by_token: bool) -> Tensor:
@@ -74,13 +74,12 @@ class PSTExpertStack(PSTLayer):
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of x and of the parameters in :meth:`trained`, for ``grad_y`` (N*k, O).
 
-        Gathers the parameters that ZeRO-3 has released. Gradients of experts without tokens are zero.
+        Gathers released parameters. Gradients of experts without tokens are 0.
         """
-        grads = self.gathered_gradients(
-            partial(
-                products.backward, x, grad_y, routing=routing, by_token=by_token, need_x=need_x, need_weight=need_weight
-            )
+        backward = partial(
+            products.backward, routing=routing, by_token=by_token, need_x=need_x, need_weight=need_weight
         )
+        grads = self.gathered_gradients(partial(backward, x, grad_y))
         grad_weight = None if grads.weight is None else grads.weight.view(self.weight_shape)
         return grads.x, grad_weight, *self.of_trained(grads)
 
@@ -95,7 +94,7 @@ def expert_stacks(model: nn.Module) -> dict[str, PSTExpertStack]:
 
 
 class _DenseStack:
-    """A frozen dense stack: one whose sibling stack is pruned, or a bypassed PST stack."""
+    """A frozen dense stack: the sibling of a pruned stack, or a bypassed PST stack."""
 
     def __init__(self, holder: nn.Module, weight: Callable[[], Tensor], transposed: bool):
         self._holder, self._weight, self._transposed = holder, weight, transposed
@@ -105,9 +104,8 @@ class _DenseStack:
         return self._weight().dtype
 
     def product(self, x: Tensor, routing: Routing, by_token: bool) -> Tensor:
-        return products.dense_forward(
-            x.detach(), self._weight(), routing, by_token=by_token, transposed=self._transposed
-        )
+        weight = self._weight()
+        return products.dense_forward(x.detach(), weight, routing, by_token=by_token, transposed=self._transposed)
 
     def gradients(
         self, x: Tensor, grad_y: Tensor, routing: Routing, by_token: bool, *, need_x: bool, need_weight: bool
@@ -129,7 +127,7 @@ def _product(
 
 
 class _ExpertProducts(torch.autograd.Function):
-    """Saves x alone, which is not repeated for the k experts of a token; see pst_ds.nn.linear._MaskedLinear."""
+    """Save only x, not repeated for the k experts of a token; see :class:`pst_ds.nn.linear._MaskedLinear`."""
 
     @staticmethod
     def forward(ctx, x, stack, routing, by_token, *trained):
@@ -147,11 +145,11 @@ class _ExpertProducts(torch.autograd.Function):
         return of_x, None, None, None, *others
 
 
-@torch.compiler.disable  # which experts have tokens is known when it runs
+@torch.compiler.disable  # which experts have tokens depends on values
 def experts_forward(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """What transformers' experts modules compute: sum over k of weight * down(gate(up(hidden))), (N, H).
+    """Compute an experts module of transformers: the sum over k of weight * down(gate(up(hidden))), (N, H).
 
-    ``hidden``: (N, H). ``index`` and ``weights``: (N, k), the experts of each token and what the router gives them.
+    ``hidden``: (N, H). ``index`` and ``weights``: (N, k), the experts of each token and their gates.
     """
     return of_routing(experts, hidden, weights, Routing.of(index, weights, experts.num_experts))
 
@@ -164,10 +162,10 @@ def of_routing(
     before: Callable[[str, Tensor, bool], None] | None = None,
     after: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """:func:`experts_forward` with the pairs of tokens and experts sorted.
+    """Compute :func:`experts_forward` for a ``routing``.
 
-    ``before`` is called ahead of each of the two products: with the attribute of its stack, x, and ``by_token``;
-    ``after`` with what the experts make of their tokens, (N*k, H) in the order of the experts.
+    ``before`` is called ahead of each product with the attribute of its stack, x, and ``by_token``; ``after`` with the
+    experts' outputs, (N*k, H) sorted by expert.
     """
     first, last = stack_names(experts)
 
@@ -175,7 +173,7 @@ def of_routing(
         if before is not None:
             before(attribute, x, by_token)
         stack = getattr(experts, attribute)
-        if isinstance(stack, nn.Module):  # a PST stack, or one that stays packed
+        if isinstance(stack, nn.Module):  # a PST stack or a packed one
             y = stack(x, routing, by_token)
         else:
             dense = _DenseStack(experts, lambda: getattr(experts, attribute).detach(), experts.is_transposed)
@@ -194,9 +192,9 @@ def of_routing(
 
 
 def switch_on(modules: Iterable[nn.Module]) -> None:
-    """Let these experts modules compute with their PST stacks, and leave others of the model alone.
+    """Make these experts modules, but no others, compute with their PST stacks.
 
-    Every experts module asks its config which function that is; these get a config of their own that names ours.
+    Every experts module reads the name of its function from its config; these get a copy that names ours.
     """
     _register(experts_forward)
     own: dict[int, Any] = {}
@@ -217,7 +215,7 @@ def _register(function: Callable[..., Tensor]) -> None:
 
 @contextmanager
 def registered(function: Callable[..., Tensor]) -> Iterator[None]:
-    """Inside, ``function`` computes experts modules in place of :func:`experts_forward`."""
+    """Replace :func:`experts_forward` by ``function`` in the context."""
     _register(function)
     try:
         yield
@@ -238,9 +236,9 @@ def switch_off(modules: Iterable[nn.Module]) -> None:
 
 @contextmanager
 def listening(stacks: Mapping[tuple[nn.Module, str], str], heard: Hear) -> Iterator[None]:
-    """Inside, ``heard`` is told what each of ``stacks`` is given, ahead of the product with it.
+    """Call ``heard`` with the inputs of each of ``stacks`` ahead of its product, in the context.
 
-    ``stacks``: names by experts module and attribute; plain ones, which no PST module has taken the place of.
+    ``stacks``: names of dense stacks by experts module and attribute.
     """
 
     @torch.compiler.disable
@@ -265,7 +263,7 @@ def listening(stacks: Mapping[tuple[nn.Module, str], str], heard: Hear) -> Itera
 def leaf_class(model: nn.Module) -> str:
     """Return the class to name as ZeRO-3's leaf module, so that one stack is gathered at a time; "" without stacks.
 
-    A stack has no modules inside, so it is a leaf as it is. But a class must be named that the model has: with none
-    DeepSpeed takes whole blocks of some families, and of names that match nothing it warns.
+    A stack is a leaf anyway. But without the name of a class in the model DeepSpeed treats whole blocks of some
+    families as leaves, or warns.
     """
     return f"{PSTExpertStack.__module__}.{PSTExpertStack.__name__}" if expert_stacks(model) else ""

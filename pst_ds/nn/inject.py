@@ -76,16 +76,12 @@ def inject_pst(
     if pst_layers(model):
         raise InjectionError("the model already has PST modules; inject into the base model, once")
     targets, embeddings = resolve_targets(model, config), find_embeddings(model, config)
-    for target in targets:
-        _require_fit(target, config, grid, base_grid)
-    _require_settings(targets, config, base_grid)
+    _require_settings_fit(targets, config, grid, base_grid)
     tables = find_tables(model, config, embedding_grid, {t.module for t in targets}) if embedding_grid else []
     inputs = _input_grid(activation_bits, grid)
     shards = {target.name: _shards_of(target, num_shards) for target in targets}
-    bases = {}
-    if base_grid is not None:
-        from_zeros = config.initial_mask == "zeros"
-        bases = {t.name: encode_base(t, base_grid, shards[t.name], from_zeros=from_zeros) for t in targets}
+    from_zeros = config.initial_mask == "zeros"
+    bases = {t.name: encode_base(t, base_grid, shards[t.name], from_zeros=from_zeros) for t in targets if base_grid}
     read_now(model.parameters())
     scales = _magnitude_scales(targets, bases, config)
     encode_tables(tables)
@@ -327,8 +323,11 @@ def _require_fit(target: Target, config: PSTConfig, grid: Grid | None, base_grid
         )
 
 
-def _require_settings(targets: Sequence[Target], config: PSTConfig, base_grid: Grid | None) -> None:
-    """Raise InjectionError for settings that do not fit the targets together."""
+def _require_settings_fit(
+    targets: Sequence[Target], config: PSTConfig, grid: Grid | None, base_grid: Grid | None
+) -> None:
+    for target in targets:
+        _require_fit(target, config, grid, base_grid)
     for override in config.overrides:
         if not any(name_matches(target.name, override.modules) for target in targets):
             asked = override.modules if isinstance(override.modules, str) else list(override.modules)

@@ -17,7 +17,7 @@ from pst_ds.core.layout import WeightLayout
 from pst_ds.parallel import zero3
 
 _EXPERT_FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel")
-"""Attributes that transformers' ``use_experts_implementation`` sets on an experts module, and ``num_experts``."""
+"""Attributes of experts modules that use transformers' ``use_experts_implementation``."""
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -45,28 +45,28 @@ def model_width(model: nn.Module) -> int:
 
 
 def untied_linear_layers(model: nn.Module) -> dict[str, Any]:
-    """Return nn.Linear and Conv1D layers by name, except those that share their weight, such as with the embedding."""
+    """Return the nn.Linear and Conv1D layers by name, except those with a shared weight."""
     users = Counter(id(param) for module in model.modules() for param in module.parameters(recurse=False))
     return {name: m for name, m in model.named_modules() if is_linear(m) and users[id(m.weight)] == 1}
 
 
 def is_inside_block(name: str, model: nn.Module) -> bool:
-    """Return whether the name is inside an item of a ModuleList, in which transformers stacks its blocks."""
+    """Return whether a module is inside an item of a ModuleList, in which transformers stacks its blocks."""
     return bool(outermost_list(name, model))
 
 
 def outermost_list(name: str, model: nn.Module) -> str:
-    """Return the name of the outermost stack of blocks around a module; "" if there is none.
+    """Return the name of the outermost stack of blocks around a module; "" outside of any.
 
-    A stack is a ModuleList. One of single layers next to one of blocks, such as Gemma-3n's altup_projections, is not.
+    A stack is a ModuleList, but not one of single layers next to one of blocks, such as Gemma-3n's altup_projections.
     """
     parts = name.split(".")
     for i in range(1, len(parts)):
         parent = ".".join(parts[:i])
         stack = model.get_submodule(parent) if parts[i].isdigit() else None
         if isinstance(stack, nn.ModuleList):
-            beside = model.get_submodule(parent.rpartition(".")[0]).children()
-            if _holds_blocks(stack) or not any(isinstance(m, nn.ModuleList) and _holds_blocks(m) for m in beside):
+            siblings = model.get_submodule(parent.rpartition(".")[0]).children()
+            if _holds_blocks(stack) or not any(isinstance(m, nn.ModuleList) and _holds_blocks(m) for m in siblings):
                 return parent
     return ""
 
@@ -143,10 +143,10 @@ def loose_matrices(model: nn.Module) -> list[LooseMatrix]:
 
 
 def router_names(model: nn.Module) -> set[str]:
-    """Return the names of the modules that choose among experts, or weigh a shared one.
+    """Return the names of the modules that choose among experts, or weight a shared one.
 
-    Beside experts (one Parameter that stacks them, or a ModuleList of equals) a router is what turns an expert's input
-    into one number an expert, or one number in all: a linear layer, or another module with such a Parameter.
+    A router is next to experts (a Parameter that stacks them, or a ModuleList of equal modules) and maps an expert's
+    input to one number per expert, or to a single number: a linear layer, or another module with such a Parameter.
     """
     names = set()
     for container, num_experts, widths in _experts(model):
@@ -163,7 +163,7 @@ def router_names(model: nn.Module) -> set[str]:
 
 
 def _experts(model: nn.Module) -> Iterator[tuple[str, int, set[int]]]:
-    """Yield (name, number of experts, input widths of an expert) of every container of experts inside a block."""
+    """Yield (name, number of experts, input widths of an expert) for every container of experts inside a block."""
     for matrix in loose_matrices(model):
         if matrix.is_stack:
             parent = matrix.owner.rpartition(".")[0]

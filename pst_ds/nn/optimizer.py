@@ -40,19 +40,16 @@ def pst_parameter_groups(
     Args:
         model: a model with PST modules.
         score_learning_rate: peak rate of group "scores": A, B, R and C, or per-weight scores. None, here and below,
-            selects :func:`pst_ds.core.schedule.default_learning_rates` for the model's width, for ``num_steps`` and
-            ``epochs``, and for its outputs: tokens, classes (as many as the config has labels), or numbers (one label).
+            selects :func:`pst_ds.core.schedule.default_learning_rates` for the model and the length of the run.
         update_learning_rate: peak rate of group "updates": U and V.
         gate_learning_rate: peak rate of group "gates": the gates of learned ranks.
         prompt_learning_rate: peak rate of group "prompt".
         embedding_learning_rate: peak rate of group "embeddings": U and V of embeddings.
         head_learning_rate: peak rate of group "head": the modules trained in full.
         betas: Adam's betas for all groups. The default is the run file's.
-        num_steps: optimizer steps of the run.
-        epochs: passes over the training data.
+        num_steps, epochs: length of the run, in optimizer steps and passes over the training data.
 
-    Returns:
-        Groups for ``torch.optim.AdamW``, each with "name", "lr" and "peak_lr" (the rate at the end of the warm-up).
+    Each group has "name", "lr" and "peak_lr" (the rate at the end of the warm-up).
     """
     rates = _default_rates(model, num_steps, epochs)
     given = {

@@ -1,8 +1,8 @@
 """PSTPrompt: soft prompts, vectors before every sequence, initialised from a text (arXiv 2410.08598).
 
-The prompt is part of the base model, between its embeddings and its blocks: hooks put it into what the body reads and
-take its places out of what the body returns. So whatever is on top of the body, a language model's head, a pooler or a
-classifier, sees the places of the text alone, and losses, labels and predictions are those of the text.
+The prompt is part of the base model, between its embeddings and its blocks: hooks insert it into the inputs of the
+body and remove its positions from the outputs. So a head, pooler or classifier on top of the body only sees the
+positions of the text, and losses, labels and predictions are those of the text.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _CACHES = ("cache", "past_key_values")
 class PSTPrompt(nn.Module):
     """m vectors of width d: trained directly, or states of a text with a small trained adapter.
 
-    Parameters: pst_P (m, d) without an adapter; else pst_U, zero at the start, (d, d), or (d, r) with pst_V (r, d) of a
-    low-rank one, on constant states H (m, d), a buffer that no state dict has.
+    Parameters: pst_P (m, d) without an adapter; else pst_U, initially 0, (d, d), or (d, r) with pst_V (r, d) of a
+    low-rank one, on constant states H (m, d), a non-persistent buffer.
     """
 
     pst_P: nn.Parameter | None
@@ -47,8 +47,7 @@ class PSTPrompt(nn.Module):
     states: Tensor | None
 
     def __init__(self, states: Tensor, adapter: Adapter = "none", *, after: int = 0, rank: int = 0, seed: int = 0):
-        """Initialise from ``states`` (m, d). ``after``: number of tokens before the prompt; ``rank``: rank
-        of a "low-rank" adapter; ``seed``: seed of its V."""
+        """Initialise from ``states`` (m, d), at position ``after``. ``rank``, ``seed``: of a "low-rank" adapter's V."""
         super().__init__()
         self.size, width = states.shape
         self.after, self.bypassed = after, False
@@ -93,8 +92,7 @@ def body_of(model: nn.Module) -> Any:
     embeddings = body.get_input_embeddings() if hasattr(body, "get_input_embeddings") else None
     if embeddings is None or "inputs_embeds" not in inspect.signature(body.forward).parameters:
         raise InputError(
-            f"{type(model).__name__} reads no embeddings (inputs_embeds), and a prompt is put between them and the "
-            "blocks; leave prompt.text out"
+            f"{type(model).__name__} reads no embeddings (inputs_embeds) to insert a prompt into. Remove prompt.text"
         )
     return body
 
@@ -113,8 +111,10 @@ def embedded(model: nn.Module, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def read(model: nn.Module, ids: Tensor) -> Tensor:
-    """Return the last hidden states of the body for the tokens ``ids`` (m,): (m, d). Collective under ZeRO-3, where it
-    gathers the full model on every rank."""
+    """Return the last hidden states of the body for the tokens ``ids`` (m,): (m, d).
+
+    Collective under ZeRO-3, where it gathers the full model on every rank.
+    """
     body, was_training = body_of(model), model.training
     model.eval()
     with zero3.gathered(model.parameters()):
@@ -137,14 +137,18 @@ def _put_in(body: PreTrainedModel, args: tuple[object, ...], kwargs: Arguments) 
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     mask, positions, kinds = (given.get(name) for name in ("attention_mask", "position_ids", "token_type_ids"))
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-        raise InputError("a prompt takes an attention mask of (texts, tokens), and this model was given another")
+        raise InputError("attention_mask: a model with a prompt needs shape (sequences, tokens). Pass such a mask")
     cache = next((found for name in _CACHES if (found := given.get(name)) is not None), None)
     prompt._inside = cache is None or cache.get_seq_length() == 0
     after = prompt.after if prompt._inside else 0
     if mask is not None:
         given["attention_mask"] = with_prompt(mask, mask.new_ones(prompt.size), after)
-    if positions is not None:
-        given["position_ids"] = _positions(positions, prompt) if prompt._inside else positions + prompt.size
+    if positions is not None and not prompt._inside:
+        given["position_ids"] = positions + prompt.size
+    elif positions is not None:
+        own = torch.arange(prompt.size, device=positions.device) + after
+        moved = torch.cat([positions[:, :after], positions[:, after:] + prompt.size], 1)
+        given["position_ids"] = with_prompt(moved, own, after)
     if prompt._inside:
         embeddings = given.get("inputs_embeds")
         if embeddings is None:
@@ -153,13 +157,6 @@ def _put_in(body: PreTrainedModel, args: tuple[object, ...], kwargs: Arguments) 
         if kinds is not None:
             given["token_type_ids"] = with_prompt(kinds, kinds.new_zeros(prompt.size), after)
     return (), given
-
-
-def _positions(positions: Tensor, prompt: PSTPrompt) -> Tensor:
-    """Return the positions with those of the prompt inserted, counting on: (sequences, m + tokens)."""
-    own = torch.arange(prompt.size, device=positions.device) + prompt.after
-    moved = torch.cat([positions[:, : prompt.after], positions[:, prompt.after :] + prompt.size], 1)
-    return with_prompt(moved, own, prompt.after)
 
 
 def _take_out(body: PreTrainedModel, args: object, output: ModelOutput) -> ModelOutput:

@@ -1,13 +1,14 @@
-"""Pretrained weights under ZeRO-3 that every rank reads its own part of; by itself transformers has rank 0 read them
-all and send them to the others. Weights that are to become codes can stay in their files until they do, so that never
-more than one of them is in memory."""
+"""Read pretrained weights under ZeRO-3 shard by shard on every rank; transformers alone reads on rank 0 and broadcasts.
+
+Weights to be quantised can stay in their files until then, so that at most one of them is in memory.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from math import prod
-from typing import Any, cast
+from typing import cast
 
 import torch
 from safetensors import safe_open
@@ -19,15 +20,15 @@ from pst_ds.parallel.ranks import all_gather_objects, world_size
 from pst_ds.third_party import Code, patched
 
 _UNREAD = "pst_unread"
-"""Attribute of a parameter whose values are still in a file: (file, name there)."""
+"""Attribute of a parameter that is not read yet: (file, name in it)."""
 
 
 @contextmanager
 def read_by_every_rank(*, later: bool = False) -> Iterator[None]:
-    """Inside, ``from_pretrained`` of several ranks under ZeRO-3 reads in shards what safetensors files have as the
-    model has it; the rest, such as experts that are to be stacked, comes from rank 0 as ever. Collective.
+    """Make ``from_pretrained`` under ZeRO-3 read tensors of safetensors files in shards, in the context. Collective.
 
-    ``later``: weights of linear layers take no memory before :func:`read_now`, as far as files have them so.
+    Tensors that the model stores in another form, such as experts to be stacked, come from rank 0 as usual. With
+    ``later``, weights of linear layers that can be read in shards take no memory before :func:`read_now`.
     """
     from transformers import modeling_utils
     from transformers.integrations import is_deepspeed_zero3_enabled
@@ -60,13 +61,13 @@ def read_by_every_rank(*, later: bool = False) -> Iterator[None]:
     with (
         patched(modeling_utils, "load_state_dict", noting),
         patched(modeling_utils, "_load_state_dict_into_zero3_model", sharing),
-        zero3.unfilled(_is_linear_weight) if later else nullcontext(),
+        zero3.unfilled(lambda module, name: name == "weight" and is_linear(module)) if later else nullcontext(),
     ):
         yield
 
 
 def read_now(params: Iterable[nn.Parameter]) -> None:
-    """Read this rank's part of those of ``params`` that were left in their files."""
+    """Read this rank's shards of the ``params`` that are still in their files."""
     for param in params:
         if hasattr(param, _UNREAD):
             file, key = getattr(param, _UNREAD)
@@ -76,13 +77,8 @@ def read_now(params: Iterable[nn.Parameter]) -> None:
             delattr(param, _UNREAD)
 
 
-def _is_linear_weight(module: nn.Module, name: str) -> bool:
-    return name == "weight" and is_linear(module)
-
-
 def _renaming(model: nn.Module, mapping: Sequence[object] | None) -> Callable[[str], str]:
-    """Return what tells the name in the model of a tensor in a file; "" for one that is changed, and not only renamed,
-    by the ``mapping`` of transformers."""
+    """Return a function from a tensor's name in a file to that in the model; "" if ``mapping`` changes its values."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     prefix = getattr(model, "base_model_prefix", "")
@@ -102,11 +98,11 @@ def _renaming(model: nn.Module, mapping: Sequence[object] | None) -> Callable[[s
 
 
 def _agreed(action: Callable[[], dict[str, str]]) -> dict[str, str]:
-    """Return what ``action`` returns. Raises OSError on every rank if it raises on one. Collective."""
+    """Call ``action`` on every rank. Raises OSError on all ranks if one raises. Collective."""
     names, problem = {}, None
     try:
         names = action()
-    except Exception as error:  # of files: the other ranks must not wait for this one
+    except Exception as error:  # the other ranks must not wait for this one
         problem = f"{type(error).__name__}: {error}"
     for number, other in enumerate(all_gather_objects(problem)):
         if other is not None:
@@ -118,8 +114,10 @@ def _agreed(action: Callable[[], dict[str, str]]) -> dict[str, str]:
 def _read_shards(
     model: nn.Module, state: Mapping[str, Tensor], files: Sequence[str], new_name: Callable[[str], str]
 ) -> dict[str, str]:
-    """Read this rank's part of all parameters that a file has in their shape, or note where those are that are to be
-    read later; return their names by those in the files, the same on every rank."""
+    """Read this rank's shards of all parameters with a tensor of their shape, or note its place if it is read later.
+
+    Return their names by those in the files, the same on every rank.
+    """
     params, found = dict(model.named_parameters(remove_duplicate=False)), {}
     for file in dict.fromkeys(name for name in files if name.endswith(".safetensors")):
         with safe_open(file, framework="pt") as opened:
@@ -132,24 +130,21 @@ def _read_shards(
                     setattr(param, _UNREAD, (file, key))
                 else:
                     _read_shard(param, opened, key)
-                param._is_hf_initialized = True  # type: ignore[attr-defined]  # by which transformers knows it
+                param._is_hf_initialized = True  # type: ignore[attr-defined]  # for transformers
                 found[key] = new_name(key)
     return found
 
 
 @torch.no_grad()
 def _read_shard(param: nn.Parameter, opened: safe_open, key: str) -> None:
-    """Read this rank's part of a tensor in a file."""
     own, shape = zero3.shard_of(param), zero3.full_shape(param)
     start, stop = own.start, own.start + own.values.numel()
-    if shape and start < stop:
-        zero3.write_shard(param, _flat_range(opened.get_slice(key), shape, start, stop))
-    elif start < stop:
+    if start == stop:
+        return
+    if not shape:
         zero3.write_shard(param, opened.get_tensor(key).view(-1))
-
-
-def _flat_range(stored: Any, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
-    """Return values [start, stop) of a tensor in a file, of which only the rows that have them are read."""
-    row = prod(shape[1:])
+        return
+    row = prod(shape[1:])  # only the rows around the shard are read
     first, last = start // row, -(-stop // row)
-    return stored[first:last].reshape(-1)[start - first * row : stop - first * row]
+    rows = opened.get_slice(key)[first:last].reshape(-1)
+    zero3.write_shard(param, rows[start - first * row : stop - first * row])

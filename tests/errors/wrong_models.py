@@ -191,7 +191,7 @@ MODELS = {
         _bert(None, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
         "model.path",
         "bitsandbytes",
-        "name the model as it was before",
+        "Name the original",
     ),
     "a packed export as a base": Wrong(
         causal_setting("model.path={made}/bitmask"), "model.path", "{made}/bitmask", "pst-ds export"

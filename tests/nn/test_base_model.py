@@ -32,7 +32,7 @@ def test_an_empty_place_is_refused():
 
 @pytest.mark.parametrize("quantization", [{"quant_method": "gptq"}, SimpleNamespace(quant_method="gptq")])
 def test_quantised_weights_are_refused_by_their_method(quantization):
-    with pytest.raises(InputError, match=r"^model\.path = 'a' is quantised \(gptq\).*name the model as it was before"):
+    with pytest.raises(InputError, match=r"^model\.path = 'a' is quantised \(gptq\).*Name the original"):
         MODEL.require_dense(SimpleNamespace(quantization_config=quantization))
 
 

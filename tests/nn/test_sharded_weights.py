@@ -63,7 +63,7 @@ def _all(folder):
     found = {case: _loaded(folder, case, torch.bfloat16) for case in CONFIGS}
     with pytest.MonkeyPatch.context() as patch:
         if rank() == 1:
-            patch.setattr(sharded_weights, "_flat_range", _cut_off)
+            patch.setattr(sharded_weights, "_read_shard", _cut_off)
         with pytest.raises(InputError, match=r"cannot be loaded .*rank 1: OSError: a file was cut off"):
             _loaded(folder, "tied", torch.float32)
     return found

@@ -162,7 +162,7 @@ def damaged():
         ),
         (scaled, PSTConfig(), GRID, "model.embed_tokens is a Scaled, and only a plain nn.Embedding"),
         (damaged, PSTConfig(), GRID, "lm_head.weight has NaN or infinite values"),
-        (lambda: llama().model.layers[0], PSTConfig(target_modules=("q_proj",)), GRID, "embeds its tokens"),
+        (lambda: llama().model.layers[0], PSTConfig(target_modules=("q_proj",)), GRID, "names no token embedding"),
     ],
 )
 def test_what_is_refused_is_named(make, config, grid, said):
