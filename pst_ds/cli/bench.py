@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from pst_ds.cli.main import add_quiet_argument, count
 from pst_ds.errors import InputError
-from pst_ds.report.bench_table import BenchResult, Conditions, Row, bench_text
+from pst_ds.report.outcomes import BenchResult, Conditions, Row, bench_text
 
 if TYPE_CHECKING:
     from pst_ds.inference.bench.variants import NativeLoop, Variant

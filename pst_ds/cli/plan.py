@@ -1,11 +1,42 @@
 """``pst-ds plan RUN.toml``: predict memory, time and cost of a run from names and shapes."""
 
+from __future__ import annotations
+
 import argparse
 import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from pst_ds.cli.main import add_run_arguments, count, load_run_or_folder, number
-from pst_ds.cli.plan_text import plan_lines, search_lines
 from pst_ds.planning.machines import MACHINES
+from pst_ds.text_table import aligned, bytes_text
+
+if TYPE_CHECKING:
+    from pst_ds.planning.plan import Plan, PlannedLayer
+    from pst_ds.planning.search import PlannedChoice
+    from pst_ds.planning.verdict import Verdict
+
+MEMORY_LINES = {
+    "weights": "weights (this rank's share)",
+    "masks": "mask bits",
+    "scales": "scales of quantised weights",
+    "optimizer": "optimizer state",
+    "gradients": "gradients",
+    "reduce_bucket": "reduction bucket",
+    "runtime": "libraries and threads",
+    "teacher": "the teacher, whole",
+    "gathers": "gathered parameters",
+    "communication": "staging of a gather",
+    "layer_work": "temporaries of a layer",
+    "activations": "activations of a micro-batch",
+    "packed": "a weight in the layout of its product, in place of the staging",
+    "optimizer_step": "an optimizer step, at other times",
+    "mask_update": "a mask update, at other times",
+    "host": "in host memory (offloaded)",
+}
+_SHOWN = 5
+"""Choices of a search that are printed."""
 
 _above_0 = number("a number above 0", float, lambda value: 0 < value < math.inf)
 
@@ -35,3 +66,163 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     found = search(config, options, planned)
     print("\n".join(search_lines(found)))
     return planned.as_json() | {"search": [one.as_json() for one in found]}
+
+
+def plan_lines(plan: Plan) -> Iterator[str]:
+    """Yield the lines of a plan."""
+    for part in (_layers, _memory, _steps, _time, _verdict):
+        yield from part(plan)
+    for remark in plan.remarks:
+        yield f"note: {remark}"
+
+
+def _layers(plan: Plan) -> Iterator[str]:
+    yield f"{len(plan.layers)} layers to prune, {plan.pruned_parameters:,} weights:"
+    for name, group in layer_groups(plan.layers):
+        layer = group[0]
+        each = f"{layer.experts} experts of " if layer.experts > 1 else ""
+        matrices = layer.matrices // layer.experts
+        fused = f" x {matrices} matrices" if matrices > 1 else ""
+        times = f"{len(group)} times " if len(group) > 1 else ""
+        yield (
+            f"  {name}  {times}{each}{layer.out_features // layer.experts} x {layer.in_features}{fused}, "
+            f"{layer.factor_parameters:,} factor parameters{' each' if times else ''}"
+        )
+    for e in plan.updated_embeddings:
+        yield f"updated: {e.name}  {e.rows} x {e.width}, {e.factor_parameters:,} factor parameters"
+    if plan.base_grid:
+        yield f"their frozen weights: {plan.base_grid}"
+    if plan.embedding_grid:
+        yield f"frozen embedding and output layer: {plan.embedding_grid}"
+    yield f"trained in full: {', '.join(plan.trained_in_full) or 'nothing'}"
+    share = plan.trained_parameters / plan.parameters
+    yield f"trained parameters: {plan.trained_parameters:,} of {plan.parameters:,} ({share:.2%})"
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    stage = "no DeepSpeed" if plan.zero_stage is None else f"ZeRO stage {plan.zero_stage}"
+    run, degree = plan.run, plan.run.train.sequence_parallel
+    shared = f", shared by {degree} ranks" if degree > 1 else ""
+    checkpointed = ", checkpointed" if run.model.gradient_checkpointing else ""
+    yield (
+        f"{plan.ranks} ranks, {stage}, {run.train.precision}, micro-batches of {plan.micro_batch_size} x "
+        f"{run.data.max_length} tokens{shared}{checkpointed}"
+    )
+    memory = plan.memory
+    yield f"memory of a rank: {bytes_text(memory.peak)} at the peak, {bytes_text(memory.resident)} all the time"
+    parts = memory.as_dict()
+    for key, text in MEMORY_LINES.items():
+        if key == "activations" and plan.trace is None:
+            yield f"  {text}: unknown, the model cannot be traced without values; not in the peak"
+        elif parts[key]:
+            yield f"  {text}: {bytes_text(parts[key])}"
+    yield (
+        f"a checkpoint: at most {bytes_text(plan.checkpoint_bytes)}, and a copy of a rank's share of it in host "
+        "memory while it is written"
+    )
+
+
+def _steps(plan: Plan) -> Iterator[str]:
+    examples = "" if plan.num_examples is None else f" over {plan.num_examples:,} {plan.unit}"
+    yield f"{plan.num_steps} steps{examples}"
+    start, schedule, rounding = plan.start, plan.schedule, plan.rounding
+    if start:
+        samples = "" if start["method"] == "magnitude" else f" on {start['samples']} examples"
+        yield f"before them, rank 0 prunes to {start['sparsity']} by {start['method']}{samples}: {start['folder']}"
+    if schedule:
+        yield (
+            f"{schedule.mask_updates} mask updates, steps {schedule.first_update} to {schedule.last_update}: "
+            + ", ".join(f"{step}: {value:.3f}" for step, value in schedule.sparsity_at.items())
+        )
+    if rounding:
+        inputs = " and inputs to int8" if rounding.activation_bits == 8 else ""
+        yield (
+            f"weights rounded to {rounding.grid}{inputs}, from step {rounding.start} on: {rounding.searches} searches"
+        )
+
+
+def _time(plan: Plan) -> Iterator[str]:
+    time = plan.time
+    yield (
+        f"expected on {plan.machine}: a step {_seconds(time.step)} ({bytes_text(time.step_received)} received "
+        f"by a rank), a mask update {_seconds(time.update)} ({bytes_text(time.update_received)}); masks take "
+        f"{plan.share_of_masks:.2%} of the run"
+    )
+    yield (
+        f"full fine-tuning of the same model there: a step {_seconds(time.full_step)}; PST takes "
+        f"{time.step / time.full_step:.2f} of it, {time.over_full:.2f} with a mask update in every step"
+    )
+
+
+def _verdict(plan: Plan) -> Iterator[str]:
+    found = plan.verdict
+    beside = ", with the process and its saves" if found.needed_bytes != plan.memory.peak else ""
+    needed = f"memory: {bytes_text(found.needed_bytes)}{beside}"
+    if found.capacity_bytes is None:
+        if beside:
+            yield f"{needed}, of a rank is enough; less than {bytes_text(found.least_bytes)} is too little"
+    else:
+        yield f"{needed}, of {bytes_text(found.capacity_bytes)} that a rank has: {_fit(found, found.capacity_bytes)}"
+    mfu = "" if found.mfu is None else f", {found.mfu:.0%} of the data sheet's products"
+    yield (
+        f"speed: {found.tokens_per_second:,.0f} tokens a second, {found.tokens_per_second_per_rank:,.0f} a rank"
+        f"{mfu}; loading {_seconds(found.load_seconds)}, a checkpoint {_seconds(found.checkpoint_seconds)}"
+    )
+    cost = "" if found.cost is None else f", costs {found.cost:,.2f}"
+    yield (
+        f"the run: {_seconds(3600 * found.hours)}, {found.rank_hours:,.2f} rank hours{cost}; the least batch of "
+        f"these ranks is {found.least_batch}"
+    )
+
+
+def _fit(found: Verdict, capacity: int) -> str:
+    margin = capacity - found.needed_bytes
+    if found.fits:
+        return f"fits, {margin / capacity:.0%} to spare"
+    if capacity >= found.least_bytes:
+        return f"too close to tell, and {bytes_text(found.least_bytes)} is the least"
+    return f"does NOT fit, by {bytes_text(-margin)}"
+
+
+def search_lines(found: Sequence[PlannedChoice]) -> Iterator[str]:
+    """Yield a table of the best choices, and the settings of the first."""
+    from pst_ds.planning.search import HPZ
+
+    head = ["", "micro-batch", "accumulated", "checkpointed", "ranks a sequence", "hpZ", "memory", "fits", "tokens/s"]
+    rows = [head]
+    for place, one in enumerate(found[:_SHOWN], 1):
+        choice, judged = one.choice, one.plan.verdict
+        fits = "?" if judged.fits is None else "yes" if judged.fits else "no"
+        way = place, one.plan.micro_batch_size, choice.accumulation, "yes" if choice.checkpointing else "no"
+        shared = choice.shared_by, choice.zero.get(HPZ, "-"), bytes_text(judged.needed_bytes), fits
+        rows.append([*map(str, (*way, *shared)), f"{judged.tokens_per_second:,.0f}"])
+    yield f"of {len(found)} ways to run the same batch, the best:"
+    yield from (f"  {row}" for row in aligned(rows))
+    best = found[0]
+    yield "the first: " + " ".join(f"--set {name}={value}" for name, value in best.choice.settings.items())
+    if best.choice.zero:
+        yield f'and in "zero_optimization" of the DeepSpeed JSON: {best.choice.zero}'.replace("'", '"')
+    if best.plan.verdict.fits is False:
+        yield "none fits: take more ranks, a smaller batch, shorter sequences, or offload_param in the DeepSpeed JSON"
+
+
+def name_across_blocks(name: str) -> str:
+    """Return the name that a layer shares with its counterparts in other blocks: "layers.*.mlp.up_proj"."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
+
+
+def layer_groups(layers: Sequence[PlannedLayer]) -> list[tuple[str, list[PlannedLayer]]]:
+    """Group layers of one shape whose names differ only in a number; return their common name and the layers."""
+    groups: dict[tuple[object, ...], list[PlannedLayer]] = {}
+    for layer in layers:
+        shape = layer.out_features, layer.in_features, layer.matrices, layer.factor_parameters
+        groups.setdefault((name_across_blocks(layer.name), *shape), []).append(layer)
+    return [(group[0].name if len(group) == 1 else str(key[0]), group) for key, group in groups.items()]
+
+
+def _seconds(seconds: float) -> str:
+    if seconds >= 3600:
+        return f"{seconds / 3600:,.1f} hours"
+    if seconds >= 120:
+        return f"{seconds / 60:.1f} minutes"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.2f} ms"

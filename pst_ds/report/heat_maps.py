@@ -11,8 +11,7 @@ import numpy as np
 
 from pst_ds.core.experts.tokens import of_equal_numbers, shares_of_zeros
 from pst_ds.report.axes import LEFT, RIGHT, Tick, short, whole
-from pst_ds.report.layer_data import Picture, spread
-from pst_ds.report.run_data import RunData
+from pst_ds.report.run_data import Picture, RunData, spread
 from pst_ds.train.monitor.images import (
     FLIP_DECADES,
     filled_bins,

@@ -7,18 +7,59 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TypedDict, cast
 
 from pst_ds.atomic_files import PARTIAL
 from pst_ds.errors import InputError
 from pst_ds.file_names import MANIFEST_FILE, TUNE_FILE
 from pst_ds.report.axes import whole
-from pst_ds.report.bench_table import BenchResult, bench_table
 from pst_ds.report.run_data import RunData, read_object
 from pst_ds.report.tables import Cell, Table, number
-from pst_ds.text_table import bytes_text
-from pst_ds.train.monitor.curves import is_number
+from pst_ds.text_table import aligned, bytes_text
 from pst_ds.train.tune.report import trial_table, why
+
+COLUMNS = (
+    ("variant", "variant", "{}"),
+    ("threads", "threads", "{}"),
+    ("batch", "batch", "{}"),
+    ("prefill_tokens_per_second", "prefill tok/s", "{:.1f}"),
+    ("decode_tokens_per_second", "decode tok/s", "{:.1f}"),
+    ("decode_over_dense", "/dense", "{:.2f}"),
+    ("decode_over_prepacked", "/prepacked", "{:.2f}"),
+    ("prefill_over_dense", "prefill /dense", "{:.2f}"),
+    ("prefill_over_prepacked", "prefill /prepacked", "{:.2f}"),
+    ("outside_linear_layers", "outside linears", "{:.0%}"),
+    ("output_layer_share", "output layer", "{:.0%}"),
+    ("resident_bytes", "resident MB", "{}"),
+    ("file_bytes", "file MB", "{}"),
+)
+"""Key in a row, heading and format of each column."""
+_MB = ("resident_bytes", "file_bytes")
+Row = dict[str, str | float | None]
+"""Results of a variant at a number of threads and a batch size, by the keys of :data:`COLUMNS` and others."""
+
+
+class Conditions(TypedDict):
+    """Conditions of a measurement."""
+
+    dtype: str
+    repeats: int
+    hardware: str
+    last_level_cache_bytes: int
+    sparse_kernel: str
+    versions: dict[str, str]
+
+
+class BenchResult(TypedDict):
+    """Output of ``pst-ds bench --json``."""
+
+    model: str
+    dense: str
+    causal: bool
+    prompt_tokens: int
+    new_tokens: int
+    conditions: Conditions
+    rows: list[Row]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,37 +169,36 @@ def bench_tables(files: Sequence[Path]) -> Iterator[Table]:
             head, *rows = bench_table(result["rows"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{str(path)!r} is not the output of pst-ds bench --json: {error!r}") from None
-        cells = [[Cell(row[0]), *(number(None) if c == "-" else Cell(c, 0.0) for c in row[1:])] for row in rows]
-        yield Table(f"Speed of {result['model']}", head, cells, note=note)
+        yield Table(f"Speed of {result['model']}", head, _cells(rows), note=note)
+
+
+def _cells(rows: Sequence[Sequence[str]]) -> list[list[Cell]]:
+    """Return the cells of a printed table, in which "-" is a missing value."""
+    return [[Cell(row[0]), *(number(None) if c in "-" else Cell(c, _key(c)) for c in row[1:])] for row in rows]
 
 
 def verification_table(files: Sequence[Path]) -> Table | None:
     """Tabulate results of ``pst-ds verify --json``, which exist for correct exports only. Raises InputError."""
-    rows = [_verified(path, read_object(path)) for path in files]
+    rows = []
+    for path in files:
+        result = read_object(path)
+        if not {"export_dir", "tensors", "sparsity_measured"} <= result.keys():
+            raise InputError(
+                f"{str(path)!r} is not the output of pst-ds verify --json: export_dir or the counts are missing"
+            )
+        row = [Cell(str(result["export_dir"])), number(result["tensors"], whole)]
+        row.append(number(result["sparsity_measured"], "{:.6f}".format))
+        for some, total in (("differing_weights", "compared_weights"), ("differing_predictions", "examples")):
+            row.append(_of(result.get(some), result.get(total)))
+        rows.append([*row, number(result.get("max_logit_difference"), "{:.3g}".format)])
     head = ["export", "tensors", "sparsity measured", "differing weight tensors", "differing predictions"]
-    head += ["logits differ by"]
-    return Table("Verified", head, rows) if rows else None
+    return Table("Verified", [*head, "logits differ by"], rows) if rows else None
 
 
-def _verified(path: Path, result: dict[str, object]) -> list[Cell]:
-    if not {"export_dir", "tensors", "sparsity_measured"} <= result.keys():
-        raise InputError(
-            f"{str(path)!r} is not the output of pst-ds verify --json: export_dir or the counts are missing"
-        )
-    counts = (("differing_weights", "compared_weights"), ("differing_predictions", "examples"))
-    return [
-        Cell(str(result["export_dir"])),
-        number(result["tensors"], whole),
-        number(result["sparsity_measured"], "{:.6f}".format),
-        *(_of(result.get(some), result.get(all_of)) for some, all_of in counts),
-        number(result.get("max_logit_difference"), "{:.3g}".format),
-    ]
-
-
-def _of(some: object, all_of: object) -> Cell:
-    if not is_number(all_of):
+def _of(some: object, total: object) -> Cell:
+    if not is_number(total):
         return number(None)
-    return number(some, lambda value: f"{whole(value)} of {whole(all_of)}")
+    return number(some, lambda value: f"{whole(value)} of {whole(total)}")
 
 
 def tuning_tables(runs: Sequence[RunData]) -> Iterator[Table]:
@@ -173,12 +213,38 @@ def tuning_tables(runs: Sequence[RunData]) -> Iterator[Table]:
             note = why(lines) if lines[-1]["event"] == "choice" else "not finished; the same command resumes it"
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise InputError(f"{path} is damaged: {error!r}. Remove it, or tune again with --restart") from None
-        cells = [[Cell(row[0]), *(number(None) if c in "-" else Cell(c, _key(c)) for c in row[1:])] for row in rows]
-        yield Table(f"Learning rates tried{f' for {run.name}' if len(runs) > 1 else ''}", head, cells, note=note)
+        title = f"Learning rates tried{f' for {run.name}' if len(runs) > 1 else ''}"
+        yield Table(title, head, _cells(rows), note=note)
 
 
 def _key(text: str) -> float | None:
     try:
-        return float(text)
+        return float(text.rstrip("%"))
     except ValueError:
         return None
+
+
+def bench_text(result: BenchResult) -> str:
+    """Format the conditions, and one line for each variant, thread count and batch."""
+    conditions = result["conditions"]
+    what = f"{result['prompt_tokens']} tokens in" + (f", {result['new_tokens']} out" if result["causal"] else "")
+    lines = [
+        f"{result['model']} against {result['dense']}: {what}, {conditions['dtype']}, medians of "
+        f"{conditions['repeats']} in turn",
+        f"{conditions['hardware']}; last-level cache {conditions['last_level_cache_bytes'] / 1e6:.0f} MB; "
+        f"sparse kernel: {conditions['sparse_kernel']}; torch {conditions['versions']['torch']}",
+    ]
+    return "\n".join([*lines, *aligned(bench_table(result["rows"]))])
+
+
+def bench_table(rows: list[Row]) -> list[list[str]]:
+    """Return the headings of the columns that any row has a value for, and the cells of each row."""
+    columns = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows)]
+    cells = [[_cell(row.get(key), key, form) for key, _, form in columns] for row in rows]
+    return [[heading for _, heading, _ in columns], *cells]
+
+
+def _cell(value: str | float | None, key: str, form: str) -> str:
+    if value is None:
+        return "-"
+    return f"{float(value) / 1e6:.1f}" if key in _MB else form.format(value)

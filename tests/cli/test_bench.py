@@ -16,7 +16,7 @@ from pst_ds.inference.bench.variants import Variant, copy_until, make_sparse, va
 from pst_ds.inference.decoder import Decoder, DecoderError
 from pst_ds.inference.hf.model_folder import ModelFolderError, open_model_folder
 from pst_ds.inference.runtime import sparse_layers
-from pst_ds.report.bench_table import bench_text
+from pst_ds.report.outcomes import bench_text
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SHORT = ("--prompt-tokens", "5", "--new-tokens", "4", "--repeats", "2")

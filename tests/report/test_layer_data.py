@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from pst_ds.report.heat_maps import layer_pictures
-from pst_ds.report.layer_data import read_layers
-from pst_ds.report.run_data import read_runs
+from pst_ds.report.run_data import read_layers, read_runs
 from pst_ds.train.monitor.images import MOST_COLUMNS
 
 HEAD = {"layers": ["a", "b"], "weights": [10, 20]}

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pst_ds.report.charts import thinned
-from pst_ds.report.layer_data import EvenlyApart, spread
+from pst_ds.report.run_data import EvenlyApart, spread
 
 VALUES = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=400)
 

@@ -7,8 +7,7 @@ import unicodedata
 from pathlib import Path
 
 from pst_ds.atomic_files import write_text_atomic
-from pst_ds.cli.init.draft import Chosen
-from pst_ds.cli.init.proposals import Settings
+from pst_ds.cli.init.draft import Chosen, Settings
 from pst_ds.config.toml import run_from_table, toml_value
 from pst_ds.errors import InputError, shortened
 from pst_ds.planning.dense_start import gains_by_start

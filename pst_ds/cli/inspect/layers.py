@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
-from pst_ds.cli.plan_text import name_across_blocks
+from pst_ds.cli.plan import name_across_blocks
 from pst_ds.core.experts.tokens import hardly_used
 from pst_ds.text_table import aligned, bytes_text
 

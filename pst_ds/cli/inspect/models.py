@@ -22,7 +22,7 @@ from pst_ds.cli.inspect.layers import (
     trained_layers,
     usage,
 )
-from pst_ds.cli.plan_text import name_across_blocks
+from pst_ds.cli.plan import name_across_blocks
 from pst_ds.core.bits import INT_OF_SIZE, count_bits
 from pst_ds.core.packings import DENSE
 from pst_ds.data.tokens import store

@@ -12,7 +12,7 @@ from pst_ds.config.toml import load_run, run_from_table
 from pst_ds.core.bits import count_bits, shard_bytes, unpack_range
 from pst_ds.export.manifest import read_table
 from pst_ds.file_names import CHECKPOINTS, LAYERS_FILE, RESULT_FILE, RUN_FILE, links_to, step_folders
-from pst_ds.report.layer_data import read_layers
+from pst_ds.report.run_data import read_layers
 
 _WHOLE = "with intact files: every SHA-256 matches"
 _BYTES_TRAINED = 12
