@@ -16,6 +16,7 @@ from pst_ds.report.axes import whole
 from pst_ds.report.run_data import RunData, read_object
 from pst_ds.report.tables import Cell, Table, number
 from pst_ds.text_table import aligned, bytes_text
+from pst_ds.train.monitor.curves import is_number
 from pst_ds.train.tune.report import trial_table, why
 
 COLUMNS = (
