@@ -28,4 +28,6 @@ def first_problem(error: ValidationError) -> str:
     """Return the first problem that pydantic found: its place, value and reason."""
     problem = error.errors(include_url=False)[0]
     place = ".".join(str(part)[:80] for part in problem["loc"]) or "it"
+    if problem["type"] == "missing":
+        return f"{place!r} is missing"
     return f"{place} = {str(problem['input'])[:80]!r}: {problem['msg']}"

@@ -58,8 +58,8 @@ def _with_texts(
     """Return metrics of the model and of the text it generates (also written to ``file``), in one process without
     DeepSpeed.
     """
+    from pst_ds.data.generation import require_text_metrics
     from pst_ds.data.tasks.answers import AnswerTask
-    from pst_ds.data.text_metrics import require_text_metrics
     from pst_ds.train.evaluate import predict
     from pst_ds.train.run import masked_model
 

@@ -126,9 +126,8 @@ def _eval(args: argparse.Namespace) -> Facts:
     users = raise_on_all_ranks(lambda: _users_to_score(args, store, set(rows.places)))
     model = PersonalModel(context, checkpoint, part_of(store))
     raise_on_all_ranks(lambda: store.require_common(model.common))
-    metric = metric_of(context)
-    scores = evaluate_users(model, context, store, rows, users, metric, others=args.others)
-    facts = {"metric": metric, **summary(scores, lower_is_better=context.task.lower_is_better)}
+    scores = evaluate_users(model, store, rows, users, others=args.others)
+    facts = {"metric": metric_of(context), **summary(scores, lower_is_better=context.task.lower_is_better)}
     if is_first_rank():
         head = ["user", "rows", "shared", "own", "another's"]
         lines = [[s.user[:40], str(s.rows), *(f"{v:.4f}" for v in (s.shared, s.own, s.other))] for s in scores]

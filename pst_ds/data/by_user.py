@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pst_ds.config.run import ConfigError, DataConfig
 from pst_ds.data.dataset import DataInMemory, read_rows
-from pst_ds.data.tasks.task import Task
+from pst_ds.data.tasks.task import E, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,7 +34,7 @@ class RowsByUser:
         """Return the number of rows of a user; 0 for unknown users."""
         return len(self.places.get(user, ()))
 
-    def load(self, task: Task[Any], user: str, tokenizer: Tokenizer, labels: Sequence[str]) -> Any:
+    def load(self, task: Task[E], user: str, tokenizer: Tokenizer, labels: Sequence[str]) -> E:
         """Return a user's examples, without caching them on disk. Raises ConfigError."""
         own = DataInMemory.of(self.data, self.rows.select(self.places[user]))
         return task.load(own, self.split, tokenizer, labels)

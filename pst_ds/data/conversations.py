@@ -73,7 +73,7 @@ def messages_of(value: object, where: str) -> list[Message]:
     """
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise ConfigError(f"{where} holds {str(value)[:80]!r}, but a conversation is a list of messages")
-    messages = [_without_none(_in_our_words(message)) for message in value]
+    messages = [_without_none(_standard(message)) for message in value]
     for place, message in enumerate(messages):
         if not isinstance(message.get("role"), str) or not ({"content", "tool_calls"} & message.keys()):
             raise ConfigError(
@@ -133,7 +133,7 @@ def render(conversation: Conversation, tokenizer: Tokenizer, where: str) -> Rend
     """
     template = tokenizer.get_chat_template(None, conversation.tools)
     if _MARKS_ANSWERS.search(template):
-        marked = _tokens(conversation, tokenizer, where, return_assistant_tokens_mask=True)
+        marked = _applied(conversation, tokenizer, where, return_assistant_tokens_mask=True)
         return Rendered(list(marked["input_ids"]), [bool(wrote) for wrote in marked["assistant_masks"]])
     text, spans = _answers_by_prefix(conversation, tokenizer, where)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -148,7 +148,7 @@ def render(conversation: Conversation, tokenizer: Tokenizer, where: str) -> Rend
 
 def prompt_tokens(conversation: Conversation, tokenizer: Tokenizer, where: str) -> list[int]:
     """Return the tokens of the conversation with the generation prompt."""
-    return list(_tokens(conversation, tokenizer, where, add_generation_prompt=True)["input_ids"])
+    return list(_applied(conversation, tokenizer, where, add_generation_prompt=True)["input_ids"])
 
 
 def _answers_by_prefix(
@@ -185,19 +185,17 @@ def _text(conversation: Conversation, tokenizer: Tokenizer, where: str, **option
     return str(_applied(conversation, tokenizer, where, tokenize=False, **options))
 
 
-def _tokens(conversation: Conversation, tokenizer: Tokenizer, where: str, **options: bool) -> dict[str, list[int]]:
-    encoded: dict[str, list[int]] = _applied(conversation, tokenizer, where, tokenize=True, return_dict=True, **options)
-    return encoded
-
-
 def _applied(conversation: Conversation, tokenizer: Any, where: str, **options: bool) -> Any:
     try:
-        return tokenizer.apply_chat_template(conversation.messages, tools=conversation.tools, **options)
+        return tokenizer.apply_chat_template(
+            conversation.messages, tools=conversation.tools, return_dict=options.get("tokenize", True), **options
+        )
     except Exception as error:  # templates raise various errors, such as for an unexpected order of roles
         raise ConfigError(f"{where}: the chat template rejects the conversation: {error}") from None
 
 
-def _in_our_words(message: Message) -> Message:
+def _standard(message: Message) -> Message:
+    """Return a message of ShareGPT as {"role", "content"}."""
     if "from" not in message or "role" in message:
         return message
     role = message["from"]
@@ -219,11 +217,12 @@ def template_hash(tokenizer: Tokenizer) -> str:
 def columns_of_chat(names: Iterable[str], column: str) -> list[str]:
     """Return the columns among ``names`` that hold conversations; an empty list if there are none."""
     names = set(names)
-    found = [column] if column in names else [name for name in PAIR if set(PAIR) <= names]
-    return [*found, *({TOOLS} & names)] if found else []
+    if column not in names and not names.issuperset(PAIR):
+        return []
+    return [*([column] if column in names else PAIR), *({TOOLS} & names)]
 
 
-def row_of_chat(row: Mapping[str, Any], column: str, place: Callable[[], str]) -> str:
+def row_of_chat(row: Mapping[str, object], column: str, place: Callable[[], str]) -> str:
     """Return the conversation of a row as a line of JSON. Raises ConfigError, naming the row by ``place``."""
     found = columns_of_chat(row, column)
     if not found:

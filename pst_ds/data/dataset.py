@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pst_ds.config.data import PARQUET_BRANCH
 from pst_ds.config.run import ConfigError, DataConfig
@@ -72,13 +72,20 @@ def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, neste
         elif not isinstance(rows.features[column], datasets.Value | datasets.ClassLabel):
             raise ConfigError(
                 f"{where}: column {column!r}, which data.{setting} names, holds {type(rows.features[column]).__name__} "
-                "values; only a plain text, number or label in each row can be read"
+                "values, not a plain text, number or label in each row. Name another column"
             )
     if not len(rows):
         raise ConfigError(f"data.{split} = {where!r} has no examples. Add a row for each")
     if split == "test" and data.test_rows and not isinstance(data, DataInMemory):
         column, wanted = data.test_rows
-        rows = _rows_with(rows, column, wanted, where)
+        _require_column(rows, column, "test_rows", where)
+        values = [str(value) for value in rows[column]]
+        if wanted not in values:
+            raise ConfigError(
+                f"{where}: no row has {wanted!r} in column {column!r}, as data.test_rows asks. Name one of "
+                f"{', '.join(sorted(set(values))[:6])}"
+            )
+        rows = rows.select([row for row, value in enumerate(values) if value == wanted])
     return rows
 
 
@@ -99,12 +106,10 @@ def _path_of(column: str, rows: Dataset) -> list[str]:
     return [column] if column in rows.column_names else column.split(".")
 
 
-def _value_at(value: Any, path: list[str]) -> Any:
-    if not path or value is None:
-        return value
-    if isinstance(value, list):
+def _value_at(value: object, path: list[str]) -> object:
+    if isinstance(value, list) and path:
         return [_value_at(item, path) for item in value]
-    return _value_at(value[path[0]], path[1:])
+    return _value_at(value[path[0]], path[1:]) if isinstance(value, dict) and path else value
 
 
 def _require_column(rows: Dataset, column: str, setting: str, where: str) -> None:
@@ -151,43 +156,30 @@ def _require_unquoted(rows: Dataset, columns: Iterable[str], where: str) -> None
         )
 
 
-def _require_path(feature: Any, path: list[str], column: str, setting: str, where: str) -> None:
-    while hasattr(feature, "feature"):  # a list of
-        feature = feature.feature
-    if not path:
-        return
-    if not isinstance(feature, dict) or path[0] not in feature:
-        there = ", ".join(feature) if isinstance(feature, dict) else type(feature).__name__
-        raise ConfigError(f"{where}: {path[0]!r} of data.{setting} = {column!r} is not there, but {there}")
-    _require_path(feature[path[0]], path[1:], column, setting, where)
-
-
-def _rows_with(rows: Dataset, column: str, wanted: str, where: str) -> Dataset:
-    """Return the rows whose ``column`` equals ``wanted``, compared as text."""
-    _require_column(rows, column, "test_rows", where)
-    values = [str(value) for value in rows[column]]
-    if wanted not in values:
-        raise ConfigError(
-            f"{where}: no row has {wanted!r} in column {column!r}, as data.test_rows asks; found are "
-            f"{', '.join(sorted(set(values))[:6])}"
-        )
-    return rows.select([row for row, value in enumerate(values) if value == wanted])
+def _require_path(feature: object, path: list[str], column: str, setting: str, where: str) -> None:
+    for name in ("", *path):
+        if name and not (isinstance(feature, dict) and name in feature):
+            there = ", ".join(feature) if isinstance(feature, dict) else type(feature).__name__
+            raise ConfigError(
+                f"{where}: data.{setting} = {column!r} has no part {name!r} in the data, which has {there}. Name a part"
+            )
+        feature = feature[name] if isinstance(feature, dict) and name else feature
+        while hasattr(feature, "feature"):  # a list of
+            feature = feature.feature
 
 
 def _read_local(where: str, split: str, sample_by: str) -> Dataset:
     import datasets
 
-    setting = f"data.{split}"
-    file, piece = file_and_slice(where)
+    setting, (file, piece) = f"data.{split} = {where!r}", file_and_slice(where)
     path = Path(file)
     if not path.is_file():
         raise ConfigError(
-            f"{setting} = {where!r} does not exist (looked in {path.absolute()}). Name a local file, or a split of "
-            "data.dataset"
+            f"{setting} does not exist (looked in {path.absolute()}). Name a local file, or a split of data.dataset"
         )
     kind = _FORMATS.get(path.suffix.lower())
     if kind is None:
-        raise ConfigError(f"{setting} = {where!r} ends in {path.suffix!r}. Use one of {', '.join(_FORMATS)}")
+        raise ConfigError(f"{setting} ends in {path.suffix!r}. Use one of {', '.join(_FORMATS)}")
     options: dict[str, object] = {}
     if kind == "csv":  # pandas would read "NA", "null" and "None" as empty fields
         options = {"keep_default_na": False}
@@ -200,8 +192,7 @@ def _read_local(where: str, split: str, sample_by: str) -> Dataset:
         if piece:
             rows = rows.select(_places(piece, len(rows)))
     except Exception as error:
-        problem = _why_unreadable(path, kind, error)
-        raise ConfigError(f"{setting} = {where!r} {problem}") from error
+        raise ConfigError(f"{setting} {_why_unreadable(path, kind, error)}") from error
     if len(rows) and kind == "text" and options["sample_by"] != sample_by:
         rows = datasets.Dataset.from_dict({"text": ["\n".join(rows[:]["text"]) + "\n"]})
     return rows
@@ -218,39 +209,33 @@ def _places(piece: str, count: int) -> range:
 
 def _why_unreadable(path: Path, kind: str, error: Exception) -> str:
     """Return why ``datasets`` cannot read a file, and the fix."""
-    with path.open("rb") as stream:
-        if not any(line.strip() for line in stream):
-            return "is empty. Add a row for each example"
     cause = error.__cause__ or error
-    if "corresponds to no data" in str(cause):
-        return "has no examples. Add a row for each"
-    if isinstance(cause, UnicodeDecodeError):
-        return f"is not UTF-8 text: {cause}. Save it in UTF-8"
-    if kind == "json" and path.suffix.lower() == ".jsonl":
-        with path.open("rb") as stream:
-            for number, line in enumerate(stream, 1):
-                if problem := _json_problem(line):
-                    return f"cannot be read as json: line {number} is not a JSON object ({problem}). Write one per line"
+    with path.open("rb") as lines:
+        if not any(line.strip() for line in lines):
+            return "is empty. Add a row for each example"
+        if "corresponds to no data" in str(cause):
+            return "has no examples. Add a row for each"
+        if isinstance(cause, UnicodeDecodeError):
+            return f"is not UTF-8 text: {cause}. Save it in UTF-8"
+        lines.seek(0)
+        for number, line in enumerate(lines if path.suffix.lower() == ".jsonl" else (), 1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+                problem = "" if isinstance(row, dict) else f"it is a {type(row).__name__}"
+            except ValueError as wrong:
+                problem = str(wrong)
+            if problem:
+                return f"cannot be read as json: line {number} is not a JSON object ({problem}). Write one per line"
     return f"cannot be read as {kind}: {first_line(cause)}. Repair it, or name another file"
-
-
-def _json_problem(line: bytes) -> str:
-    try:
-        parsed = json.loads(line) if line.strip() else {}
-    except ValueError as error:
-        return str(error)
-    return "" if isinstance(parsed, dict) else f"it is a {type(parsed).__name__}"
 
 
 def _read_from_hub(data: DataConfig, split: str) -> Dataset:
     import datasets
 
-    options: dict[str, object] = {"revision": data.revision or None}
-    if Path(data.dataset).is_dir():
-        options = {}
     subset = {"data_dir" if data.revision == PARQUET_BRANCH else "name": data.subset or None}
+    revision = {} if Path(data.dataset).is_dir() else {"revision": data.revision or None}
     try:
-        return datasets.load_dataset(data.dataset, split=split, **subset, **options)
+        return datasets.load_dataset(data.dataset, split=split, **subset, **revision)
     except Exception as error:
         reason = first_line(error)
         fix = "Name a dataset that can be reached or is cached, a folder, or local files without data.dataset"

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, StringConstraints, TypeAdapter, ValidationError, model_validator
 
@@ -37,7 +37,7 @@ class _Query(BaseModel, coerce_numbers_to_str=True):
 class _Entry(BaseModel, coerce_numbers_to_str=True):
     user_id: str = ""
     id: str = ""
-    profile: list[dict[str, Any]]
+    profile: list[dict[str, object]]
     query: list[_Query]
 
     @model_validator(mode="before")
@@ -155,12 +155,12 @@ def _kind_of(entry: _Entry, where: str) -> _Kind:
     return found
 
 
-def _past(item: dict[str, Any], kind: _Kind, instruction: str, where: str) -> Turn:
+def _past(item: dict[str, object], kind: _Kind, instruction: str, where: str) -> Turn:
     text, answer = (_text(item, name, where) if name else "" for name in (kind.text, kind.answer))
     return Turn(instruction + text, answer, text or answer)
 
 
-def _text(item: dict[str, Any], name: str, where: str) -> str:
+def _text(item: dict[str, object], name: str, where: str) -> str:
     value = item.get(name)
     if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
         raise InputError(f"{where}: {name} = {value!r} is not a text or a number. Repair the profile")

@@ -76,7 +76,7 @@ def trim(tokenizer: PreTrainedTokenizerBase, seen: Iterable[int]) -> Vocabulary:
     return Vocabulary(trimmed, kept)
 
 
-def renumbered(settings: Mapping[str, Any], vocabulary: Vocabulary) -> Table:
+def renumbered(settings: Mapping[str, object], vocabulary: Vocabulary) -> Table:
     """Return the settings of config.json or generation_config.json for a trimmed vocabulary: new ids and size.
 
     Raises InputError for an id that was not kept.
@@ -103,7 +103,7 @@ def renumbered(settings: Mapping[str, Any], vocabulary: Vocabulary) -> Table:
     return changed
 
 
-def ids_in(settings: Mapping[str, Any]) -> set[int]:
+def ids_in(settings: Mapping[str, object]) -> set[int]:
     """Return the token ids in the settings of a model or its generation, which must be kept."""
     found: set[int] = set()
     for name, value in settings.items():

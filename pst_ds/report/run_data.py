@@ -13,9 +13,8 @@ from typing import Any, Generic, TypedDict, TypeVar, cast
 from pst_ds.config.toml import flatten
 from pst_ds.errors import InputError
 from pst_ds.file_names import CHECKPOINTS, LAYERS_FILE, METRICS_FILE, RESULT_FILE, RUN_FILE, links_to, step_folders
-from pst_ds.train.monitor.curves import Point, named_stragglers, read_curves
+from pst_ds.train.monitor.curves import Point, lines_until, named_stragglers, read_curves
 from pst_ds.train.monitor.images import MaskHistory
-from pst_ds.train.monitor.jsonl import lines_until
 
 T = TypeVar("T")
 FIGURES = ("correlation", "score_norm", "update_norm", "weight_norm")

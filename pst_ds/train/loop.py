@@ -254,7 +254,8 @@ def _update_if_due(loop: Loop, state: LoopState) -> None:
     done = update_if_due(loop.engine.module, loop.schedules, state.step)
     if done.ranks is not None:
         loop.metrics.write(state.step, {"event": "rank_update", "mean_rank": done.ranks.mean_rank})
-        loop.metrics.ranks(state.step, done.ranks)
+        if loop.metrics.layers is not None:
+            loop.metrics.layers.ranks(state.step, done.ranks)
     if done.masks is not None:
         masks = state.masks = done.masks
         requested, target = loop.run.schedule.final_sparsity, loop.schedules.sparsity_at(state.step)
@@ -267,10 +268,12 @@ def _update_if_due(loop: Loop, state: LoopState) -> None:
         sparsity = {"sparsity/target": target, "sparsity/actual": masks.sparsity}
         change = {"flip_rate": masks.flip_rate, "mask_checksum": masks.checksum}
         loop.metrics.write(state.step, {"event": "mask_update", **sparsity, **change})
-        loop.metrics.masks(state.step, masks)
+        if loop.metrics.layers is not None:
+            loop.metrics.layers.masks(state.step, masks)
     if done.scales is not None:
         loop.metrics.write(state.step, {"event": "rounding", "rounding_error": done.scales.error})
-        loop.metrics.rounding(state.step, done.scales.layer_errors)
+        if loop.metrics.layers is not None:
+            loop.metrics.layers.rounding(state.step, done.scales.layer_errors)
 
 
 def _stop_if_stuck(state: LoopState) -> None:
@@ -295,7 +298,8 @@ def _picture_if_due(loop: Loop, state: LoopState) -> None:
     stats = measure(loop.engine.module, chosen_layers(layers, pictures.layers), with_scores=masks_change)
     if stats.mean_correlation is not None:
         loop.metrics.write(state.step, {"event": "scores", "correlation": stats.mean_correlation})
-    loop.metrics.figures(state.step, stats)
+    if loop.metrics.layers is not None:
+        loop.metrics.layers.figures(state.step, stats)
 
 
 def _report_straggler(loop: Loop, state: LoopState) -> None:

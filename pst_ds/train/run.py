@@ -292,7 +292,8 @@ def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState, 
             if said := sentence(fit):
                 loop.metrics.verdict(loop.num_steps, said)
             loop.metrics.say(warning_of_unused(experts.get("expert_tokens", {}), first_step))
-            loop.metrics.experts(state.step, experts)
+            if loop.metrics.layers is not None:
+                loop.metrics.layers.experts(state.step, experts)
             loop.metrics.settings(_settings(loop.run), [*(f"eval/{name}" for name in metrics), *FINAL_TAGS])
     except DivergedError as error:
         raise DivergedError(

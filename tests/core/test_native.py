@@ -18,7 +18,7 @@ import pytest
 from pst_ds.core import kernels as native
 from pst_ds.core.kernels import INT, NativeSource, load
 from pst_ds.core.kernels.library_cache import cache_folder, store_library
-from pst_ds.data.tokens import cache as tokens
+from pst_ds.data.tokens import loading as tokens
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")

@@ -168,9 +168,9 @@ def test_cutting_takes_tokens_and_mask_alike_and_leaves_out_what_has_no_answer(t
         found = load_conversations(_data(path, max_length=length), "train", tokenizer)
         expected = [t if is_answer else -100 for t, is_answer in zip(whole.ids, whole.is_answer, strict=True)]
         assert found.row(0) == (whole.ids[:length], expected[:length])
-        assert len(found) + found.left_out == 2
+        assert len(found) + found.omitted == 2
         said = f"conversations without an answer in their first {length} tokens are left out: 1"
-        assert Chat(EvalConfig()).remark(_data(path), found) == (said if found.left_out else "")
+        assert Chat(EvalConfig()).remark(_data(path), found) == (said if found.omitted else "")
     with pytest.raises(ConfigError, match=r"no conversation has an answer within data\.max_length = 8"):
         load_conversations(_data(path, max_length=8), "train", tokenizer)
 

@@ -72,7 +72,7 @@ def test_one_file_of_users_with_dates(tmp_path):
     ("entries", "golds", "message"),
     [
         ({}, {}, "Input should be a valid array"),
-        ([{"id": "1", "input": "x"}], {}, "profile = .*Field required"),
+        ([{"id": "1", "input": "x"}], {}, "'0.profile' is missing"),
         ([{"id": "1", "input": "x", "profile": []}], {"1": "a"}, "profile is empty"),
         ([{"id": "1", "input": "x", "profile": [{"tex": "x"}]}], {"1": "a"}, "match no task of LaMP"),
         ([{"id": "1", "input": "x", "profile": _movies("x")}], {"2": "a"}, "question '1' has no answer"),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from nltk.translate.bleu_score import corpus_bleu
 
 from pst_ds.config.run import ConfigError
-from pst_ds.data.text_metrics import require_text_metrics, text_metrics
+from pst_ds.data.generation import require_text_metrics, text_metrics
 
 TEXTS = ["the cat sat on the old mat today", "a dog ran over the green hill", "birds sing in the early morning light"]
 REFERENCES = [
@@ -66,6 +66,6 @@ def test_chrf_is_the_f2_of_character_n_grams():
 
 
 def test_what_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr("pst_ds.data.text_metrics.find_spec", lambda name: None if name == "rouge_score" else name)
+    monkeypatch.setattr("pst_ds.data.generation.find_spec", lambda name: None if name == "rouge_score" else name)
     with pytest.raises(ConfigError, match=r"scored with rouge_score, which .* pip install 'pst-ds\[nlg\]'"):
         require_text_metrics()

@@ -68,7 +68,7 @@ DATA = {
         _rows({"text": "a", "label": "b"}, {"text": {"c": 1}, "label": "b"}),
         _FILE,
         "'text'",
-        "only a plain text, number or label",
+        "not a plain text, number or label",
     ),
     "a CSV row with too many fields": Wrong(
         _train_on("train.csv", "text,label\na,b\nc,d,e\n"), "{tmp}/train.csv", "line 3", "Repair it"
@@ -101,7 +101,7 @@ DATA = {
         _train_on("train.csv", "sentence,label\na,b\nc,d\n"), "{tmp}/train.csv", "no column 'text'", "data.text_columns"
     ),
     "a column of lists": Wrong(
-        _rows({"text": ["a"], "label": "x"}, {"text": ["b"], "label": "y"}), _FILE, "column 'text'", "only a plain text"
+        _rows({"text": ["a"], "label": "x"}, {"text": ["b"], "label": "y"}), _FILE, "column 'text'", "not a plain text"
     ),
     "a row without text": Wrong(_rows(*GOOD, {"text": None, "label": "good"}), _FILE, "row 40", "remove the row"),
     "a row without a label": Wrong(

@@ -146,7 +146,7 @@ SETTINGS = {
         "Set distillation.weight",
     ),
     "a dense run that is not there": Wrong(
-        setting("dense_run=no/run"), "dense_run", "'no/run'", "name the output_dir of a dense run"
+        setting("dense_run=no/run"), "dense_run", "'no/run'", "Name the output_dir of a dense run"
     ),
     "a plan with a dense run that prunes": Wrong(
         setting("dense_run={made}/run", verb="plan"), "dense_run", "'{made}/run'", 'name a run of method "dense"'

@@ -258,12 +258,12 @@ def test_what_cannot_be_read_is_named(tmp_path, gpt2):
         return str(caught.value)
 
     repository = _repository(tmp_path / "hub", "webnlg")
-    assert "'txt' of data.label_column = 'lex.txt' is not there, but comment, lid, text" in refusal(
+    assert "data.label_column = 'lex.txt' has no part 'txt' in the data, which has comment, lid, text" in refusal(
         "data.label_column=lex.txt"
     )
     assert "has no column 'lexical', which data.label_column" in refusal("data.label_column=lexical.text")
     message = refusal('data.test_rows=["test_category", "rdf"]')
-    assert "no row has 'rdf' in column 'test_category', as data.test_rows asks; found are rdf-to-text" in message
+    assert "no row has 'rdf' in column 'test_category', as data.test_rows asks. Name one of rdf-to-text" in message
     assert "has no column 'kind', which data.test_rows" in refusal('data.test_rows=["kind", "rdf"]')
     assert "which is neither a text nor a list of triples" in refusal('data.text_columns=["lex"]', split="train")
     assert "data.separator = " in refusal(f"data.separator={'=>' * 40}")
@@ -286,7 +286,7 @@ def test_scores_need_their_libraries(tmp_path, gpt2, capsys, monkeypatch):
     path = _run_file(tmp_path, gpt2, "e2e", _repository(tmp_path / "hub", "e2e"))
     assert main(["train", str(path), "--quiet"]) == 0
     assert main(["export", f"{tmp_path}/run", "--out", f"{tmp_path}/out"]) == 0
-    monkeypatch.setattr("pst_ds.data.text_metrics.find_spec", lambda name: None)
+    monkeypatch.setattr("pst_ds.data.generation.find_spec", lambda name: None)
     assert main(["eval", f"{tmp_path}/run"]) == 2
     assert "pip install 'pst-ds[nlg]'" in capsys.readouterr().err
     assert main(["verify", f"{tmp_path}/out", "--against", f"{tmp_path}/run"]) == 0

@@ -1,1 +1,0 @@
-"""Prepare token stores: read files and datasets in pieces, and tokenise them in several processes."""

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING
 
 from pst_ds.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 FORMATS = {
     ".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".txt": "text",
@@ -17,7 +22,7 @@ FORMATS = {
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bz2"}
 LINE_FORMATS = ("jsonl", "text")
 """Formats that can be cut between lines."""
-PARAGRAPH_END = b"\n\n"
+_KNOWN = f"{', '.join(FORMATS)}, also followed by {', '.join(COMPRESSIONS)}"
 _LOOK_BYTES = 1 << 16
 
 
@@ -79,31 +84,32 @@ def _spans(source: str, reading: Reading, piece_bytes: int) -> Iterator[Span]:
     path = Path(source)
     if path.is_dir() and (path / "state.json").is_file():
         yield from _saved_spans(source, piece_bytes)
-    elif path.is_dir() and (path / "dataset_dict.json").is_file():
+        return
+    if path.is_dir() and (path / "dataset_dict.json").is_file():
         raise InputError(
             f"{source} holds several splits (save_to_disk of a DatasetDict). Name one, such as {path / reading.split}"
         )
-    elif path.is_dir():
+    if path.is_dir():
         files = sorted(str(file) for file in path.rglob("*") if file.is_file() and format_of(file.name))
         if not files:
-            raise InputError(f"{source} has no file of a known kind ({_known()}). Name another folder")
-        for file in files:
-            yield from _file_spans(file, reading, piece_bytes)
+            raise InputError(f"{source} has no file of a known kind ({_KNOWN}). Name another folder")
     elif path.is_file() or "://" in source:
-        yield from _file_spans(source, reading, piece_bytes)
+        files = [source]
     elif glob.has_magic(source):
-        found = sorted(file for file in glob.glob(source, recursive=True) if Path(file).is_file())
-        if not found:
+        files = sorted(file for file in glob.glob(source, recursive=True) if Path(file).is_file())
+        if not files:
             raise InputError(f"{source!r} matches no file (looked from {Path.cwd()}). Name files, folders or patterns")
-        for file in found:
-            yield from _file_spans(file, reading, piece_bytes)
     elif source.count("/") == 1 and not source.startswith((".", "/")) and not format_of(source):
-        yield from _hub_spans(source, reading)
+        for shard in range(load_hub(source, reading).num_shards):
+            yield Span(path=source, kind="hub", start=shard, stop=shard + 1, num_bytes=1)
+        return
     else:
         raise InputError(
             f"{source!r} does not exist (looked in {path.absolute()}). Name a file, a folder, a pattern or a dataset "
             "on the hub (owner/name)"
         )
+    for file in files:
+        yield from _file_spans(file, reading, piece_bytes)
 
 
 def format_of(name: str) -> tuple[str, str] | None:
@@ -114,14 +120,10 @@ def format_of(name: str) -> tuple[str, str] | None:
     return (kind, compression) if kind else None
 
 
-def _known() -> str:
-    return f"{', '.join(FORMATS)}, also followed by {', '.join(COMPRESSIONS)}"
-
-
 def _file_spans(file: str, reading: Reading, piece_bytes: int) -> Iterator[Span]:
     found = format_of(file)
     if found is None:
-        raise InputError(f"{file!r} is of an unknown kind. Use one of {_known()}")
+        raise InputError(f"{file!r} is of an unknown kind. Use one of {_KNOWN}")
     kind, compression = found
     size = open_size(file)
     whole = Span(path=file, kind=kind, compression=compression, num_bytes=size)
@@ -130,7 +132,7 @@ def _file_spans(file: str, reading: Reading, piece_bytes: int) -> Iterator[Span]
     elif compression or kind not in LINE_FORMATS or (kind == "text" and reading.sample_by == "document"):
         yield whole
     else:
-        ending = PARAGRAPH_END if kind == "text" and reading.sample_by == "paragraph" else b"\n"
+        ending = b"\n\n" if kind == "text" and reading.sample_by == "paragraph" else b"\n"
         yield from _line_spans(whole, ending, piece_bytes)
 
 
@@ -145,8 +147,10 @@ def _line_spans(whole: Span, ending: bytes, piece_bytes: int) -> Iterator[Span]:
 
 
 def _behind(file: IO[bytes], ending: bytes, place: int, size: int) -> int:
-    """Return the offset after the first ``ending`` from ``place`` on that does not follow a line break: the first two
-    line breaks of a run end a paragraph."""
+    """Return the offset after the first ``ending`` from ``place`` on, or ``size``.
+
+    An ending must not follow another line break: the first two line breaks in a row end a paragraph.
+    """
     file.seek(place)
     data, at = b"", place
     while at + len(data) < size:
@@ -200,19 +204,15 @@ def _saved_spans(folder: str, piece_bytes: int) -> Iterator[Span]:
         yield Span(path=folder, kind="saved", start=start, stop=stop, num_bytes=size // cuts)
 
 
-def _hub_spans(name: str, reading: Reading) -> Iterator[Span]:
-    rows = load_hub(name, reading)
-    for shard in range(rows.num_shards):
-        yield Span(path=name, kind="hub", start=shard, stop=shard + 1, num_bytes=1)
-
-
-def load_hub(name: str, reading: Reading) -> Any:
+def load_hub(name: str, reading: Reading) -> IterableDataset:
     """Open a dataset on the hub as a stream. Raises InputError."""
     import datasets
 
-    options: dict[str, Any] = {"revision": reading.revision} if reading.revision else {}
+    revision = reading.revision or None
     try:
-        return datasets.load_dataset(name, reading.subset or None, split=reading.split, streaming=True, **options)
+        return datasets.load_dataset(
+            name, reading.subset or None, split=reading.split, streaming=True, revision=revision
+        )
     except Exception as error:
         raise InputError(
             f"{name!r} is not a local file or folder, and the dataset of that name, split {reading.split!r}, cannot be "
@@ -233,13 +233,7 @@ def open_file(path: str) -> IO[bytes]:
 
 
 def open_size(path: str) -> int:
-    """Return the size of a file or URL in bytes. Raises InputError."""
-    if "://" not in path:
-        return Path(path).stat().st_size
-    import fsspec
-
-    try:
-        files, inside = fsspec.core.url_to_fs(path)
-        return int(files.size(inside) or 0)
-    except (OSError, ImportError, ValueError) as error:
-        raise InputError(f"{path!r} cannot be opened: {first_line(error)}. Name a readable file") from None
+    """Return the size of a file or URL in bytes; 0 if a server does not say. Raises InputError."""
+    with open_file(path) as file, suppress(ValueError):
+        return file.seek(0, os.SEEK_END)
+    return 0

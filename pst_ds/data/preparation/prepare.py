@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import hashlib
 import json
+import multiprocessing
 import shutil
+import signal
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from pst_ds.atomic_files import (
     LOCK,
@@ -25,10 +31,18 @@ from pst_ds.atomic_files import (
 from pst_ds.data.conversations import require_template, template_hash
 from pst_ds.data.preparation.pieces import Piece, Reading, find_pieces
 from pst_ds.data.preparation.readers import texts_of, tokenize_texts
-from pst_ds.data.preparation.workers import run_tasks
-from pst_ds.data.tokens.store import BYTES, LEARNED, MANIFEST, Manifest, read_manifest
+from pst_ds.data.tokens.store import (
+    BYTES,
+    LEARNED,
+    MANIFEST,
+    Manifest,
+    ShardWriter,
+    clean_up,
+    finish_store,
+    finished_shard,
+    read_manifest,
+)
 from pst_ds.data.tokens.tokenize import TokenizerIdentity, identity_of
-from pst_ds.data.tokens.writer import ShardWriter, clean_up, finish_store, finished_shard
 from pst_ds.errors import InputError
 from pst_ds.progress import Progress
 
@@ -38,6 +52,14 @@ if TYPE_CHECKING:
 PIECE_BYTES = 64 << 20
 """Bytes of text per shard."""
 PLAN = "plan"
+Task = Callable[[int, Callable[[int], None]], None]
+"""Does the task of a number, and reports how much of it was done since its last report."""
+_PR_SET_PDEATHSIG = 1
+_POLL_SECONDS = 0.2
+_STOPPED = -1
+"""Value of the progress counter that makes all workers stop at their next report."""
+_worker: tuple[Task, Synchronized[int]]
+"""Task and progress counter of this process, if it is a worker."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,76 +123,58 @@ def prepare_store(
     InputError.
     """
     require_writable(out, f"--out {out}")
-    partial = out.with_name(out.name + PARTIAL)
+    unfinished = out.with_name(out.name + PARTIAL)
     with only_writer(out.with_name(f".{out.name}{LOCK}"), f"prepare {out}"):
         restore_replaced(out)
-        _require_free(out, force=force)
-        _take_over(partial, plan.key, force=force)
-        if not (partial / MANIFEST).is_file():
+        if out.is_dir() and any(out.iterdir()):
+            if not (out / MANIFEST).is_file():
+                raise InputError(f"--out {out} is a folder with other files. Name a new one")
+            if not force:
+                raise InputError(f"--out {out} is a finished store. Replace it with --force, or name another folder")
+        _take_over(unfinished, plan.key, force=force)
+        if not (unfinished / MANIFEST).is_file():
             try:
-                write_pieces(plan, tokenizer, partial, num_workers)
+                write_pieces(plan, tokenizer, unfinished, num_workers)
             except InputError:
-                _leave_nothing_of_nothing(partial, len(plan.pieces), plan.tokenizer.dtype)
+                if not any(finished_shard(unfinished, i, plan.tokenizer.dtype) for i in range(len(plan.pieces))):
+                    shutil.rmtree(unfinished)
                 raise
-        manifest = read_manifest(partial)
-        clean_up(partial, manifest)
+        manifest = read_manifest(unfinished)
+        clean_up(unfinished, manifest)
         if not manifest.counts["tokens"]:
-            shutil.rmtree(partial)
+            shutil.rmtree(unfinished)
             raise InputError(f"{', '.join(plan.sources)}: there is only white space. Name files with text")
-        publish(partial, out)
+        publish(unfinished, out)
     return manifest
-
-
-def _leave_nothing_of_nothing(partial: Path, num_pieces: int, dtype: np.dtype) -> None:
-    """Remove a folder without a finished shard."""
-    if all(finished_shard(partial, i, dtype) is None for i in range(num_pieces)):
-        shutil.rmtree(partial)
 
 
 def write_pieces(plan: Preparation, tokenizer: Tokenizer, folder: Path, num_workers: int = 1) -> None:
     """Write the missing shards, then the manifest. Raises InputError."""
-    _tokenize_pieces(plan, tokenizer, folder, num_workers)
-    records = [finished_shard(folder, i, plan.tokenizer.dtype) for i in range(len(plan.pieces))]
-    source = {"sources": list(plan.sources), **asdict(plan.reading)}
-    finish_store(folder, plan.tokenizer, [record for record in records if record is not None], source)
+    numbers, dtype = range(len(plan.pieces)), plan.tokenizer.dtype
+    missing = [i for i in numbers if finished_shard(folder, i, dtype) is None]
+    left = sum(span.num_bytes for i in missing for span in plan.pieces[i])
+    with Progress("tokenize", plan.num_bytes, "bytes", done=plan.num_bytes - left) as progress:
+        run_tasks(partial(_tokenize_piece, plan, tokenizer, folder), missing, num_workers, progress.add)
+    records = [record for i in numbers if (record := finished_shard(folder, i, dtype)) is not None]
+    finish_store(folder, plan.tokenizer, records, {"sources": list(plan.sources), **asdict(plan.reading)})
 
 
-def _require_free(out: Path, *, force: bool) -> None:
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / MANIFEST).is_file():
-            raise InputError(f"--out {out} is a folder with other files. Name a new one")
-        if not force:
-            raise InputError(f"--out {out} is a finished store. Replace it with --force, or name another folder")
-
-
-def _take_over(partial: Path, key: str, *, force: bool) -> None:
+def _take_over(folder: Path, key: str, *, force: bool) -> None:
     """Create the folder of an unfinished preparation, or keep one with the same ``key``."""
-    path = partial / PLAN
-    if partial.is_dir() and not force and path.is_file():
+    path = folder / PLAN
+    if folder.is_dir() and not force and path.is_file():
         if path.read_text() != key:
             raise InputError(
-                f"{partial} is an unfinished store of other sources, settings or tokenizer. Start over with --force, "
+                f"{folder} is an unfinished store of other sources, settings or tokenizer. Start over with --force, "
                 "or name another --out"
             )
         return
-    if partial.is_dir() and (partial / MANIFEST).is_file() and not force:
+    if folder.is_dir() and (folder / MANIFEST).is_file() and not force:
         return
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     write_text_atomic(path, key)
-    sync(partial)
-
-
-def _tokenize_pieces(plan: Preparation, tokenizer: Tokenizer, folder: Path, num_workers: int) -> None:
-    dtype = plan.tokenizer.dtype
-    missing = [i for i in range(len(plan.pieces)) if finished_shard(folder, i, dtype) is None]
-    left = sum(span.num_bytes for i in missing for span in plan.pieces[i])
-
-    def task(number: int, report: Callable[[int], None]) -> None:
-        _tokenize_piece(plan, tokenizer, folder, number, report)
-
-    with Progress("tokenize", plan.num_bytes, "bytes", done=plan.num_bytes - left) as progress:
-        run_tasks(task, missing, num_workers, progress.add)
+    sync(folder)
 
 
 def _tokenize_piece(
@@ -189,3 +193,58 @@ def _tokenize_piece(
                 report(done)
             report(left)
         shard.finish()
+
+
+def run_tasks(task: Task, numbers: Sequence[int], num_workers: int, report: Callable[[int], None]) -> None:
+    """Run ``task`` for all ``numbers``, in this process, or in up to ``num_workers`` forks if more than 1.
+
+    Raises the InputError of a task, and RuntimeError if a worker fails otherwise or is killed.
+    """
+    num_workers = min(num_workers, len(numbers))
+    if num_workers <= 1:
+        for number in numbers:
+            task(number, report)
+        return
+    context = multiprocessing.get_context("fork")
+    done: Synchronized[int] = context.Value("q", 0)
+    with ProcessPoolExecutor(num_workers, context, _become_worker, (task, done)) as pool:
+        reported, waiting = 0, {pool.submit(_run, number) for number in numbers}
+        try:
+            while waiting:
+                finished, waiting = wait(waiting, _POLL_SECONDS, return_when=FIRST_EXCEPTION)
+                now = done.value
+                report(now - reported)
+                reported = now
+                for future in finished:
+                    future.result()
+        except BrokenProcessPool:
+            raise RuntimeError(
+                "a worker was killed. If memory ran out, use fewer --workers; the same command resumes where it stopped"
+            ) from None
+        except InputError:
+            raise
+        except Exception as error:
+            raise RuntimeError(f"a worker failed: {error!r}") from error
+        finally:
+            done.value = _STOPPED
+            pool.shutdown(cancel_futures=True)
+
+
+def _become_worker(task: Task, done: Synchronized[int]) -> None:
+    global _worker
+    gc.freeze()  # a garbage collection would touch, and so copy, all memory shared with the first process
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a worker would wait for tasks forever
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process receives it too, and stops the workers
+    _worker = task, done
+
+
+def _run(number: int) -> None:
+    task, done = _worker
+
+    def report(count: int) -> None:
+        with done.get_lock():
+            if done.value == _STOPPED:
+                raise InterruptedError("another worker failed")
+            done.value += count
+
+    task(number, report)

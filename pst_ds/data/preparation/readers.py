@@ -121,14 +121,8 @@ def _text(row: object, span: Span, reading: Reading, number: int) -> str:
     if reading.kind == "chat":
         return row_of_chat(row, reading.column, lambda: f"{span.path}: {_place(span, number)}")
     if reading.column not in row:
-        raise InputError(
-            f"{span.path}: {_place(span, number)} has no column {reading.column!r}, which {reading.setting} names. "
-            f"Columns: {', '.join(map(str, row))}"
-        )
-    return _as_text(row[reading.column], span, reading, number)
-
-
-def _as_text(value: object, span: Span, reading: Reading, number: int) -> str:
+        raise _without_column(f"{span.path}: {_place(span, number)}", row, reading)
+    value = row[reading.column]
     if isinstance(value, str):
         return value
     what = "no text" if value is None else f"a {type(value).__name__}"
@@ -174,10 +168,7 @@ def _table(span: Span, reading: Reading) -> Iterator[str]:
         rows = csv.reader(stream, "excel-tab", quoting=csv.QUOTE_NONE) if span.kind == "tsv" else csv.reader(stream)
         names = next(rows, [])
         if reading.column not in names:
-            raise InputError(
-                f"{span.path} has no column {reading.column!r}, which {reading.setting} names. "
-                f"Columns: {', '.join(names)}"
-            )
+            raise _without_column(span.path, names, reading)
         column = names.index(reading.column)
         for row in rows:
             if row and len(row) != len(names):
@@ -226,10 +217,13 @@ def _columns(names: list[str], span: Span, reading: Reading) -> list[str]:
     if reading.kind == "chat" and (found := columns_of_chat(names, reading.column)):
         return found
     if reading.column not in names:
-        raise InputError(
-            f"{span.path} has no column {reading.column!r}, which {reading.setting} names. Columns: {', '.join(names)}"
-        )
+        raise _without_column(span.path, names, reading)
     return [reading.column]
+
+
+def _without_column(where: str, names: Iterable[object], reading: Reading) -> InputError:
+    columns = ", ".join(map(str, names))
+    return InputError(f"{where} has no column {reading.column!r}, which {reading.setting} names. Columns: {columns}")
 
 
 _READERS = {

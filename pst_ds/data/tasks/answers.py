@@ -14,7 +14,6 @@ from pst_ds.data import generation
 from pst_ds.data.model_limits import check_causal_model, positions_of
 from pst_ds.data.tasks.causal_lm import CausalTask, language_model_metrics
 from pst_ds.data.tasks.task import IGNORED, ExampleSet
-from pst_ds.data.text_metrics import text_metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -85,7 +84,7 @@ class AnswerTask(CausalTask[A]):
 
     def text_metrics(self, written: Sequence[str], examples: A) -> dict[str, float]:
         """Return BLEU, ROUGE and chrF of texts from :meth:`write`."""
-        return text_metrics(written, examples.references)
+        return generation.text_metrics(written, examples.references)
 
 
 def padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]], tokenizer: Tokenizer) -> dict[str, Tensor]:

@@ -1,30 +1,48 @@
-"""Open the training and evaluation data of a run as token streams: stores, tokens of other programs, or cached text."""
+"""Open the data of a run as token streams: stores, tokens of other programs, or text.
+
+Text is tokenised once per host into a cached store, which all ranks and later runs map.
+"""
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable, Iterator
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pst_ds.atomic_files import LOCK, atomic_folder, file_sha256, only_writer, require_writable
 from pst_ds.config.data import DataConfig, DataSource
 from pst_ds.config.run import ConfigError
+from pst_ds.core.kernels.library_cache import cache_folder as private_folder
 from pst_ds.data.dataset import DataInMemory, file_and_slice, read_rows, text_column
 from pst_ds.data.preparation.pieces import COMPRESSIONS, Reading
 from pst_ds.data.preparation.prepare import plan_store, write_pieces
-from pst_ds.data.tokens.cache import cached_store, cached_tokens, hash_of_file, hash_of_texts
 from pst_ds.data.tokens.foreign import is_token_source, open_tokens
 from pst_ds.data.tokens.mixed import MixedSequences
 from pst_ds.data.tokens.sequences import Sequences
-from pst_ds.data.tokens.store import TokenStream, stream_of_documents
+from pst_ds.data.tokens.store import (
+    BYTES,
+    VERSION,
+    ShardWriter,
+    TokenStream,
+    finish_store,
+    is_store,
+    open_store,
+    stream_of_documents,
+)
 from pst_ds.data.tokens.streamed import PIECE_BYTES, StreamReader, TextStream
-from pst_ds.data.tokens.tokenize import identity_of, tokenize
+from pst_ds.data.tokens.tokenize import TokenizerIdentity, identity_of, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 _ROWS_AT_A_TIME = 100
+CACHE = "PST_DS_CACHE"
 
 
 def load_sequences(data: DataConfig, split: str, tokenizer: Tokenizer) -> Sequences | MixedSequences:
@@ -56,8 +74,9 @@ def _source(data: DataConfig, source: DataSource, tokenizer: Tokenizer) -> Seque
 
 def _cut(data: DataConfig, split: str, stream: TokenStream, where: str) -> Sequences:
     trains = split == "train"
-    is_given = isinstance(data, DataInMemory)  # one user's examples may be shorter than a sequence
-    length = min(data.max_length, max(2, len(stream))) if is_given else data.max_length
+    length = data.max_length
+    if isinstance(data, DataInMemory):  # one user's examples may be shorter than a sequence
+        length = min(length, max(2, len(stream)))
     sequences = Sequences.of(stream, length, trains=trains, apart=data.keeps_documents_apart)
     if not len(sequences):
         needed = f"one sequence of data.max_length = {data.max_length}" if trains else "2, one of which is predicted"
@@ -82,45 +101,40 @@ def _stream_of_source(data: DataConfig, source: DataSource, tokenizer: Tokenizer
 
 def _stream_of_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> TokenStream:
     column, where, count = data.text_columns[0], getattr(data, split), split != "train"
-    is_given = isinstance(data, DataInMemory)
-    file, piece = (where, "") if data.dataset else file_and_slice(where)
-    if not is_given and not data.dataset and where:
-        is_tokens = is_token_source(Path(file))
-        if piece and (is_tokens or _is_several(file)):
-            raise ConfigError(
-                f"data.{split} = {where!r}: only a single file of text can be sliced, uncompressed. Name two stores or "
-                "two sets of files instead"
-            )
-        if is_tokens:
-            return open_tokens(Path(file), identity_of(tokenizer))
-        if _is_several(file):
-            return _stream_of_files(data, file, tokenizer, count=count)
 
     def texts() -> Iterator[list[str]]:
         rows = read_rows(data, split, {column: "text_columns"}).select_columns([column])
         for start in range(0, len(rows), _ROWS_AT_A_TIME):
             yield text_column(rows[start : start + _ROWS_AT_A_TIME][column], column, where, first_row=start)
 
-    if is_given:
+    if isinstance(data, DataInMemory):
         found = [text for batch in texts() for text in batch]
         return stream_of_documents(tokenize(found, tokenizer, count=count))
-    is_file = not data.dataset and Path(file).is_file()
-    contents = [hash_of_file(Path(file)) if is_file else hash_of_texts(texts()), column, data.sample_by]
-    if piece:
-        contents.append(piece)
-    if split == "test":
-        contents += data.test_rows
-    return cached_tokens(contents, texts, tokenizer, count=count, what=where)
+    file, piece = (where, "") if data.dataset else file_and_slice(where)
+    path = Path(file)
+    if file and not data.dataset:
+        is_tokens, is_several = is_token_source(path), _is_several(file)
+        if piece and (is_tokens or is_several):
+            raise ConfigError(
+                f"data.{split} = {where!r}: only a single file of text can be sliced, uncompressed. Name two stores or "
+                "two sets of files instead"
+            )
+        if is_tokens:
+            return open_tokens(path, identity_of(tokenizer))
+        if is_several:
+            return _stream_of_files(data, file, tokenizer, count=count)
+    is_file = not data.dataset and path.is_file()
+    contents = [_hash_of_file(path) if is_file else _hash_of_texts(texts()), column, data.sample_by]
+    contents += [*([piece] if piece else []), *(data.test_rows if split == "test" else [])]
+    return _cached_tokens(contents, texts(), tokenizer, count=count, what=where)
 
 
 def _is_several(where: str) -> bool:
     """Return whether ``where`` is a folder, a pattern or a compressed file, not a file that all tasks read."""
     path = Path(where)
-    return (
-        path.is_dir()
-        or (path.is_file() and path.suffix in COMPRESSIONS)
-        or bool(glob.glob(where) and not path.exists())
-    )
+    if path.exists():
+        return path.is_dir() or path.suffix in COMPRESSIONS
+    return bool(glob.glob(where))
 
 
 def _stream_of_files(
@@ -128,16 +142,16 @@ def _stream_of_files(
 ) -> TokenStream:
     """Map the tokens of the files at ``where``, found and read as in ``pst-ds prepare``."""
     plan = plan_store([where], tokenizer, _reading(data, kind), count_bytes=count)
-    paths = dict.fromkeys(span.path for piece in plan.pieces for span in piece)
-    remote = next((path for path in paths if not Path(path).exists()), None)
-    if remote is not None:
-        raise ConfigError(
-            f"{remote!r} is not on this machine and would be downloaded at every start. Write a store with "
-            "pst-ds prepare, and name it"
-        )
-    files = (file for path in paths for file in _files_of(Path(path)))
-    contents = [*map(hash_of_file, files), *map(str, asdict(plan.reading).values()), f"count {count}"]
-    return cached_store(contents, plan.tokenizer, lambda folder: write_pieces(plan, tokenizer, folder), where)
+    files: list[Path] = []
+    for path in map(Path, dict.fromkeys(span.path for piece in plan.pieces for span in piece)):
+        if not path.exists():
+            raise ConfigError(
+                f"{str(path)!r} is not on this machine and would be downloaded at every start. Write a store with "
+                "pst-ds prepare, and name it"
+            )
+        files += sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    contents = [*map(_hash_of_file, files), *map(str, asdict(plan.reading).values()), f"count {count}"]
+    return _cached_store(contents, plan.tokenizer, lambda folder: write_pieces(plan, tokenizer, folder), where)
 
 
 def _reading(data: DataConfig, kind: str) -> Reading:
@@ -145,5 +159,66 @@ def _reading(data: DataConfig, kind: str) -> Reading:
     return Reading(column=column, kind=kind, sample_by=data.sample_by, setting="data.text_columns")
 
 
-def _files_of(path: Path) -> Iterable[Path]:
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+def cache_folder() -> Path:
+    """Return the folder of all cached stores: $PST_DS_CACHE/tokens, or pst-ds/tokens next to the hub's cache."""
+    from huggingface_hub.constants import HF_HOME
+
+    try:
+        return Path(os.environ.get(CACHE) or Path(HF_HOME) / "pst-ds").expanduser() / "tokens"
+    except RuntimeError:  # neither HOME nor a passwd entry
+        return private_folder() / "tokens"
+
+
+def _cached_tokens(
+    contents: list[str], texts: Iterable[list[str]], tokenizer: Tokenizer, *, count: bool, what: str
+) -> TokenStream:
+    """Return the tokens of ``texts``, which ``contents`` identify, from the cache or tokenised into it."""
+    identity = identity_of(tokenizer)
+
+    def build(folder: Path) -> None:
+        with ShardWriter(folder, 0, identity, frozenset({BYTES} if count else ())) as shard:
+            for batch in texts:
+                size = sum(len(text.encode("utf-8", "surrogatepass")) for text in batch)
+                shard.add(tokenize(batch, tokenizer, count=count), size)
+            record = shard.finish()
+        finish_store(folder, identity, [record], {"sources": [what]})
+
+    return _cached_store([*contents, f"count {count}"], identity, build, what)
+
+
+def _cached_store(
+    contents: list[str], identity: TokenizerIdentity, build: Callable[[Path], None], what: str
+) -> TokenStream:
+    """Return the cached store for ``contents`` and ``identity``; call ``build`` with an empty folder if there is none.
+
+    One process per host builds it and the others wait.
+    """
+    about = json.dumps([VERSION, asdict(identity), contents])
+    folder = cache_folder() / hashlib.sha256(about.encode()).hexdigest()[:32]
+    if (stream := _complete(folder, identity)) is not None:
+        return stream
+    require_writable(folder, f"the cache of {what} ({CACHE})")
+    with only_writer(folder.with_name(f".{folder.name}{LOCK}"), f"tokenize {what}"):
+        if _complete(folder, identity) is None:
+            with atomic_folder(folder) as partial:
+                build(partial)
+    return open_store(folder, identity)
+
+
+def _complete(folder: Path, identity: TokenizerIdentity) -> TokenStream | None:
+    """Map a cached store; None if it is missing or damaged."""
+    with suppress(ConfigError):
+        return open_store(folder, identity) if is_store(folder) else None
+    return None
+
+
+def _hash_of_file(path: Path) -> str:
+    """Return the suffix and SHA-256 of a file, which determine its texts."""
+    return f"{path.suffix.lower()} {file_sha256(path)}"
+
+
+def _hash_of_texts(batches: Iterable[list[str]]) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(json.dumps(batch).encode())
+    return digest.hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,31 +13,42 @@ from pst_ds.data.tokens.sequences import Sequences, TokenSequence
 from pst_ds.data.tokens.streamed import BEGIN, WINDOW, Place, StreamReader, TextStream
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class MixedSequences:
     """The concatenated sequences of several sources; a run uses them in the order of :meth:`ordered`.
 
     Without ``weights``, each sequence occurs once per epoch. With weights, each source has its fraction of any number
     of sequences, and restarts in another order when it is used up. For a stream, an index says only that it is the
     stream's turn: :class:`MixedReader` draws the sequence.
+
+    Args:
+        sources: Training sequences of equal length.
+        epochs: Maximum epochs over each source, 0 for no limit. Empty for no limits.
     """
 
-    sources: tuple[Sequences | TextStream, ...]
-    """Sources with sequences of equal length, for training."""
-    weights: tuple[float, ...] = ()
-    epochs: tuple[float, ...] = ()
-    """Maximum epochs over each source; 0 is no limit. Empty limits none."""
-    _mixture: Mixture | None = field(init=False)
-    _starts: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        passes = self.epochs or (0.0,) * len(self.sources)
-        limits = [int(most * len(of)) if most else None for most, of in zip(passes, self.sources, strict=True)]
-        object.__setattr__(self, "_mixture", Mixture(self.weights, limits) if self.weights else None)
-        object.__setattr__(self, "_starts", np.cumsum([0, *map(len, self.sources)], dtype=np.int64))
+    def __init__(
+        self,
+        sources: Sequence[Sequences | TextStream],
+        weights: tuple[float, ...] = (),
+        epochs: tuple[float, ...] = (),
+    ):
+        self.sources, self.weights, self.epochs = tuple(sources), weights, epochs
+        passes = epochs or (0.0,) * len(sources)
+        limits = [int(most * len(of)) if most else None for most, of in zip(passes, sources, strict=True)]
+        self._mixture = Mixture(weights, limits) if weights else None
+        self._starts = np.cumsum([0, *map(len, sources)], dtype=np.int64)
+        self.apart = any(source.apart for source in sources)
+        self.masks_tokens = any(source.masks_tokens for source in sources)
+        self.several_documents = any(source.several_documents for source in sources)
+        self.has_streams = any(isinstance(source, TextStream) for source in sources)
+        """Whether some sources are tokenised while training."""
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence: a broadcast view."""
+        return np.broadcast_to(np.int64(self.sources[0].length), len(self))
 
     def __getitem__(self, index: int) -> TokenSequence:
         """Return one sequence, not of a stream."""
@@ -51,33 +62,8 @@ class MixedSequences:
         return int(np.searchsorted(self._starts, index, side="right")) - 1
 
     @property
-    def has_streams(self) -> bool:
-        """Whether some sources are tokenised while training."""
-        return any(isinstance(source, TextStream) for source in self.sources)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each sequence: a broadcast view."""
-        return np.broadcast_to(np.int64(self.sources[0].length), len(self))
-
-    @property
-    def apart(self) -> bool:
-        """Whether attention is restricted to each document."""
-        return self.sources[0].apart
-
-    @property
-    def several_documents(self) -> bool:
-        """Whether a sequence may have several documents with separate attention."""
-        return any(source.several_documents for source in self.sources)
-
-    @property
-    def masks_tokens(self) -> bool:
-        """Whether some tokens are not trained on."""
-        return any(source.masks_tokens for source in self.sources)
-
-    @property
     def digest(self) -> str:
-        """A SHA-256 of all sources and how they are mixed."""
+        """SHA-256 of all sources and their mixture."""
         about = [*(source.digest for source in self.sources), repr(self.weights), repr(self.epochs)]
         return hashlib.sha256(" ".join(about).encode()).hexdigest()
 
@@ -111,7 +97,7 @@ class MixedSequences:
             for of, begin in zip(self.sources, self._starts, strict=False)
             if isinstance(of, Sequences)
         ]
-        return replace(self, sources=tuple(of for of in kept if len(of)), weights=(), epochs=())
+        return MixedSequences([of for of in kept if len(of)])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,9 +106,7 @@ class DrawnSequences:
 
     sequences: tuple[TokenSequence, ...]
     apart: bool
-    """Whether attention is restricted to each document."""
     masks_tokens: bool
-    """Whether some tokens are not trained on."""
 
     def __len__(self) -> int:
         return len(self.sequences)

@@ -60,19 +60,16 @@ class TextStream:
     length: int
     """Tokens of each sequence."""
     apart: bool
-    """Whether attention is restricted to each document."""
 
     def __len__(self) -> int:
         return ENDLESS
 
     @property
     def masks_tokens(self) -> bool:
-        """Whether some tokens are not trained on."""
         return self.reading.kind == "chat"
 
     @property
     def several_documents(self) -> bool:
-        """Whether a sequence may have several documents with separate attention."""
         return self.apart
 
     @property

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.config.run import RunConfig
+from pst_ds.data.generation import missing_libraries
 from pst_ds.data.tasks.data_to_text import DataToText, Pairs
-from pst_ds.data.text_metrics import missing_libraries
 from pst_ds.errors import InputError
 from pst_ds.export.prompt_file import attach_saved_prompt
 from pst_ds.inference.runtime import sparse_layers

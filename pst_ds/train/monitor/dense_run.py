@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -31,54 +31,55 @@ _SAME = (
     "data.max_length",
     "train.batch_size",
 )
-"""Settings without which a step of one run is not a step of the other, or a loss not the same loss."""
+"""Settings that must be equal for steps and losses of two runs to be comparable."""
 
 
 @dataclass(frozen=True, slots=True)
 class DenseRun:
-    """The losses of a dense run."""
+    """Losses of a dense run."""
 
     training: list[Point]
-    """Of each batch. Empty where it minimised another loss than the run."""
+    """Loss of each batch; empty if it minimised another loss than the run."""
     validation: list[Point]
     validation_name: str
-    """The curve that ``validation`` is, such as "eval/loss"."""
+    """Name of the curve ``validation``, such as "eval/loss"."""
     digest: str
-    """Of its training text, if a checkpoint is left that says so."""
+    """Digest of its training data; empty without a checkpoint."""
 
     def training_loss(self, step: int, batches: int = 1) -> float | None:
-        """Return its mean loss over as many batches up to ``step``; None if it did not go that far."""
+        """Return the mean loss of ``batches`` batches up to ``step``; None after its last step."""
         if not self.training or step > self.training[-1][0]:
             return None
         inside = [value for at, value in self.training if step - batches < at <= step]
         return float(np.mean(inside)) if inside else _between(self.training, step)
 
     def validation_loss(self, step: int) -> float | None:
-        """Return its validation loss after ``step``, on a line between two evaluations; None outside of them."""
+        """Return the validation loss after ``step``, interpolated linearly; None outside of its evaluations."""
         if not self.validation or not self.validation[0][0] <= step <= self.validation[-1][0]:
             return None
         return _between(self.validation, step)
 
     def at(self, step: int, values: Mapping[str, object]) -> dict[str, float]:
-        """Return the losses that belong next to those in a line of metrics.jsonl, by name."""
+        """Return the dense losses for a line of metrics.jsonl, by name."""
         found = {}
         if "loss" in values:
-            found[f"loss{DENSE}"] = self.training_loss(step, _count(values.get("losses")))
+            losses = values.get("losses")
+            found[f"loss{DENSE}"] = self.training_loss(step, len(losses) if isinstance(losses, list) else 1)
         if self.validation_name in values:
             found[f"{self.validation_name}{DENSE}"] = self.validation_loss(step)
         return {name: value for name, value in found.items() if value is not None}
 
     def require_text(self, run: RunConfig, digest: str) -> None:
-        """Raise ConfigError when it trained on another text than that with ``digest``."""
+        """Raise ConfigError if it trained on other data than that with ``digest``."""
         if self.digest not in ("", digest):
             raise ConfigError(
                 f"dense_run = {run.dense_run!r} trained on another text: the tokens or labels of "
-                f"{run.data.trained_on} differ. Fix: train the dense run again, or leave dense_run out"
+                f"{run.data.trained_on} differ. Train the dense run again, or remove dense_run"
             )
 
 
 def read_dense_run(run: RunConfig) -> DenseRun | None:
-    """Read the dense run that ``run`` names, if it names one. Raises ConfigError when it cannot be compared."""
+    """Read the dense run in ``run.dense_run``; None if that is empty. Raises ConfigError if it cannot be compared."""
     if not run.dense_run:
         return None
     folder = Path(run.dense_run)
@@ -86,8 +87,8 @@ def read_dense_run(run: RunConfig) -> DenseRun | None:
     missing = next((name for name in (RUN_FILE, METRICS_FILE) if not (folder / name).is_file()), None)
     if missing:
         raise ConfigError(
-            f"{where} is not a run folder: {missing} is missing (looked in {folder.absolute()}); name the output_dir "
-            "of a dense run, or leave it out"
+            f"{where} is not a run folder: {missing} is missing (looked in {folder.absolute()}). Name the output_dir "
+            "of a dense run, or remove the setting"
         )
     try:
         other = load_run_folder(folder)
@@ -95,20 +96,19 @@ def read_dense_run(run: RunConfig) -> DenseRun | None:
         raise ConfigError(f"{where}: {error}") from None
     if other.mask_method.masks != "none":
         raise ConfigError(
-            f'{where} has method = {other.method!r}, which prunes; name a run of method "dense" or "lora"'
+            f'{where} has method = {other.method!r}, which prunes. Name a run of method "dense" or "lora"'
         )
     for name in _SAME:
-        ours, theirs = _setting(run, name), _setting(other, name)
-        if not _are_same(name, ours, theirs):
+        ours, theirs = attrgetter(name)(run), attrgetter(name)(other)
+        is_same = ours == theirs or (name in _PLACES and Path(ours).resolve() == Path(theirs).resolve())
+        if not is_same and (name != "data.validation" or (ours and theirs)):
             raise ConfigError(
                 f"{where} has {name} = {theirs!r}, and this run {ours!r}: their losses cannot be compared step by "
-                "step. Fix: name a dense run that differs only in what is trained, or remove it"
+                "step. Name a dense run that differs only in what is trained, or remove it"
             )
-    name = f"{EVALUATION}{run.task_facts.loss}"
-    validation = read_curves(folder / METRICS_FILE).get(name, [])
-    is_same_loss = run.distillation == other.distillation
-    training = batch_losses(folder / METRICS_FILE) if is_same_loss else []
-    return DenseRun(training, validation, name, _digest(folder))
+    name, metrics = f"{EVALUATION}{run.task_facts.loss}", folder / METRICS_FILE
+    training = batch_losses(metrics) if run.distillation == other.distillation else []
+    return DenseRun(training, read_curves(metrics).get(name, []), name, _digest(folder))
 
 
 def _between(points: Sequence[Point], step: int) -> float:
@@ -116,25 +116,8 @@ def _between(points: Sequence[Point], step: int) -> float:
     return float(np.interp(step, steps, values))
 
 
-def _count(losses: object) -> int:
-    return len(losses) if isinstance(losses, list) else 1
-
-
-def _setting(run: RunConfig, name: str) -> Any:
-    value: Any = run
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _are_same(name: str, ours: Any, theirs: Any) -> bool:
-    if name == "data.validation" and not (ours and theirs):
-        return True
-    return bool(ours == theirs) or (name in _PLACES and Path(ours).resolve() == Path(theirs).resolve())
-
-
 def _digest(folder: Path) -> str:
-    """Return the digest of the text that a run trained on, by its newest checkpoint; empty without a readable one."""
+    """Return the digest of a run's training data from its newest readable checkpoint; empty without one."""
     for path in step_folders(folder / CHECKPOINTS):
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))

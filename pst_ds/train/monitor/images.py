@@ -1,5 +1,8 @@
-"""Pictures of a run as arrays of pixels, legible on a light and on a dark page. Pixels are numbers of colours in
-:data:`PALETTE`, (height, width) uint8: files are half as large as in full colour, and made several times faster."""
+"""Draw heat maps, mask thumbnails and histograms of a run, legible on light and dark pages.
+
+Pixels are indices into :data:`PALETTE`, (height, width) uint8. Files are half as large as in full colour, and are
+written several times faster.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +12,27 @@ from collections.abc import Sequence
 import numpy as np
 
 MOST_COLUMNS = 256
-"""Most columns of a heat map; merge more before."""
+"""Maximum columns of a heat map."""
 MAP_SIZE, THUMBNAIL_SIZE, HISTOGRAM_WIDTH = 512, 256, 480
 FLIP_DECADES = -5.0, -1.0
-"""Powers of ten between which the colour of a share of flipped weights runs."""
+"""Powers of ten of the fraction of flipped weights at both ends of the colour scale."""
 _MOST_CELL_PIXELS = 24
 _HISTOGRAM_HEIGHT = 192
 _GAP, _SCALE_WIDTH = 8, 12
 _COLOURS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], dtype=float)
-"""From low to high: even steps of the viridis map, which gets lighter all the way."""
+"""Even steps of the viridis map from low to high; lightness increases throughout."""
 _SHADES = 249
-"""Of that map, from which one value in two hundred does not differ; the middle one is its middle colour."""
+"""Colours of that map in the palette: an odd number, so that 0.5 has the middle colour."""
 _CLEAR, _PRUNED, _KEPT, _AXIS, _LIGHT, _DARK = range(_SHADES, _SHADES + 6)
 _THRESHOLD = _LIGHT, _DARK, _LIGHT
-"""A dark line between two light ones: it shows on every colour, and on both pages."""
+"""A dark line between two light ones, visible on every colour and on both pages."""
 
 
 def heat_map(values: np.ndarray, size: int = MAP_SIZE) -> np.ndarray:
-    """Cells of ``values``, (rows, columns) in [0, 1], row 0 on top; to their right the colour scale from 1 to 0. About
-    ``size`` pixels wide, and high: cells are of whole pixels, at least one wide and two high."""
+    """Draw ``values``, (rows, columns) in [0, 1], with row 0 on top and the colour scale on the right.
+
+    The picture is about ``size`` pixels wide and high. A cell is at least one pixel wide and two high.
+    """
     down = max(2, min(_MOST_CELL_PIXELS, size // values.shape[0]))
     across = max(1, min(_MOST_CELL_PIXELS, size // values.shape[1]))
     cells = shaded(values).repeat(down, 0).repeat(across, 1)
@@ -36,27 +41,31 @@ def heat_map(values: np.ndarray, size: int = MAP_SIZE) -> np.ndarray:
 
 
 def flips_on_scale(flipped: np.ndarray) -> np.ndarray:
-    """Shares of flipped weights as values in [0, 1] for :func:`heat_map`, logarithmic between FLIP_DECADES."""
+    """Map fractions of flipped weights to [0, 1], logarithmically between FLIP_DECADES."""
     low, high = FLIP_DECADES
     decades = np.log10(np.maximum(flipped, 10.0**low))
     return np.clip((decades - low) / (high - low), 0.0, 1.0)
 
 
 def thumbnail(share: Sequence[Sequence[float]]) -> np.ndarray:
-    """Cells of a mask, coloured by the share of weights they keep, from 0 to twice the mean, and the scale of colours.
-    The colour is relative to the mean: at 90 % sparsity, all cells of a large matrix keep about a tenth."""
+    """Draw the fraction of kept weights in each cell of a mask, relative to the mean.
+
+    Absolute fractions would show little: at 90 % sparsity, all cells of a large matrix keep about a tenth.
+    """
     return heat_map(share_on_scale(share), THUMBNAIL_SIZE)
 
 
 def share_on_scale(share: Sequence[Sequence[float]]) -> np.ndarray:
-    """Shares of kept weights as values in [0, 1] for :func:`heat_map`, 0.5 for their mean."""
+    """Map fractions of kept weights to [0, 1], with 0.5 for their mean and 1 for twice the mean or more."""
     values = np.asarray(share, dtype=float)
     return np.clip(values / (2.0 * values.mean() or 1.0), 0.0, 1.0)
 
 
 def histogram(kept: Sequence[int], pruned: Sequence[int], threshold: float | None) -> np.ndarray:
-    """Bars of the pruned with the kept on top of them, and a line at ``threshold``, in bins from the left; empty bins
-    at both ends are left out."""
+    """Draw stacked bars of pruned and kept weights per bin, without empty bins at both ends.
+
+    ``threshold``: position of a vertical line, in bins from the left; None for no line.
+    """
     counts = np.array([pruned, kept], dtype=float)
     first, last = filled_bins(counts)
     counts = counts[:, first:last]
@@ -76,23 +85,23 @@ def histogram(kept: Sequence[int], pruned: Sequence[int], threshold: float | Non
 
 
 def filled_bins(counts: np.ndarray) -> tuple[int, int]:
-    """The first and last + 1 of the bins of ``counts``, (rows, bins), that are not empty; all if all are."""
+    """Return the first non-empty bin of ``counts``, (rows, bins), and the end of the last; all if all are empty."""
     filled = np.flatnonzero(counts.sum(0))
     return (int(filled[0]), int(filled[-1]) + 1) if filled.size else (0, counts.shape[1])
 
 
 class MaskHistory:
-    """Sparsity and flips of every layer at the mask updates so far; neighbours are merged once there are too many."""
+    """Sparsity and flips of every layer at each mask update; neighbours are merged beyond MOST_COLUMNS columns."""
 
     def __init__(self, weights: Sequence[int]):
         self._weights = np.array(weights, dtype=float)
         self._columns: list[np.ndarray] = []
         self.merged = 1
-        """Updates that a column stands for; the last column may have fewer."""
+        """Updates per column; the last column may have fewer."""
         self._in_last = 0
 
     def add(self, kept: Sequence[int], flipped: Sequence[int]) -> None:
-        """One update more: weights kept and flipped of each layer."""
+        """Add an update, with the number of kept and of flipped weights of each layer."""
         new = np.stack([1.0 - np.array(kept) / self._weights, np.array(flipped) / self._weights])
         if self._columns and self._in_last < self.merged:
             self._in_last += 1
@@ -107,16 +116,16 @@ class MaskHistory:
         self._in_last = 1
 
     def sparsity(self) -> np.ndarray:
-        """Return the sparsity after the last update of each column, (layers, columns)."""
+        """Return the sparsity after the last update of each column: (layers, columns)."""
         return np.stack([column[0] for column in self._columns], 1)
 
     def flips(self) -> np.ndarray:
-        """Return the mean share of flipped weights per update of each column, (layers, columns)."""
+        """Return the mean fraction of flipped weights per update of each column: (layers, columns)."""
         return np.stack([column[1] for column in self._columns], 1)
 
 
 def shaded(values: np.ndarray) -> np.ndarray:
-    """Numbers of the colours in the palette of values in [0, 1]."""
+    """Return palette indices for values in [0, 1]."""
     return np.rint(np.asarray(values, dtype=float) * (_SHADES - 1)).astype(np.uint8)
 
 
@@ -131,11 +140,11 @@ def _palette() -> np.ndarray:
 
 
 PALETTE = _palette()
-"""The colours of pictures, (256, 4) uint8: red, green, blue and how solid each is."""
+"""Colours of the pictures: (256, 4) uint8, RGBA."""
 
 
 def png_of(pixels: np.ndarray, *, smallest: bool = False) -> bytes:
-    """Return a picture as a file, which ``smallest`` takes several times longer for."""
+    """Return a picture as a PNG file; ``smallest`` takes several times longer."""
     from PIL import Image
 
     image, png = Image.fromarray(pixels), io.BytesIO()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,10 +15,12 @@ from pst_ds.masks.layer_stats import LayerStats, ScoreHistogram
 from pst_ds.masks.update import MaskStats
 from pst_ds.masks.update_rank_budget import RankStats
 from pst_ds.train.monitor import images as pictures
-from pst_ds.train.monitor.jsonl import JsonLines, lines_until
-from pst_ds.train.monitor.tensorboard import TensorBoardWriter
+from pst_ds.train.monitor.curves import JsonLines, lines_until
 
-_ROWS = "One row a layer, the first on top; one column a mask update, the oldest left (of long runs a few updates)."
+if TYPE_CHECKING:
+    from pst_ds.train.monitor.tensorboard import TensorBoardWriter
+
+_ROWS = "Rows: layers, the first on top. Columns: mask updates, the oldest left; a few each in long runs."
 SPARSITY_MAP = f"Sparsity: dark violet 0, yellow 1, as on the scale to its right. {_ROWS}"
 FLIPS_MAP = (
     "Share of a layer's weights whose mask bit flips at an update, on a logarithmic scale: dark violet one in 100,000 "
@@ -26,12 +30,12 @@ THUMBNAIL = (
     "The mask, shrunk: share of kept weights in each cell, dark violet none, green as many as on average, yellow twice "
     "as many or more. Outputs from top to bottom, inputs from left to right."
 )
-_EXPERTS = "One column an expert; one row {}, the first on top."
+_EXPERTS = "Columns: experts. Rows: {}, the first on top."
 EXPERT_TOKENS = (
     "Tokens that each expert was trained on since the process began: dark violet none, green as many as the experts of "
-    f"its module on average, yellow twice as many or more. {_EXPERTS.format('a module')}"
+    f"its module on average, yellow twice as many or more. {_EXPERTS.format('modules')}"
 )
-EXPERT_ZEROS = f"Sparsity of each expert: dark violet 0, yellow 1. {_EXPERTS.format('a stack')}"
+EXPERT_ZEROS = f"Sparsity of each expert: dark violet 0, yellow 1. {_EXPERTS.format('stacks')}"
 SCORES = (
     "Importance scores S of single weights, from four standard deviations below their mean to four above it; the bars "
     "at both ends have all that is beyond."
@@ -73,23 +77,23 @@ class LayerLog:
         self._board.scalars({f"layers/{name}/update_rank": of_layer for name, of_layer in kept}, step)
 
     def rounding(self, step: int, errors: Sequence[float]) -> None:
-        """Record the relative error of each layer's rounded weights."""
+        """Record the relative error of each layer's quantised weights."""
         self._file.write({"step": step, "event": "rounding", "error": [_six_digits(error) for error in errors]})
         by_layer = zip(self._names, errors, strict=True)
         self._board.scalars({f"layers/{name}/rounding_error": error for name, error in by_layer}, step)
 
-    def experts(self, step: int, tokens: Mapping[str, Sequence[int]], zeros: Mapping[str, Sequence[int]]) -> None:
-        """Picture the tokens of each expert, by module, and its zeros, by stack."""
+    def experts(self, step: int, counts: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
+        """Picture the "expert_tokens" by module and "expert_zeros" by stack, as far as a finished run has them."""
         weights = dict(zip(self._names, self._weights, strict=True))
-        for i, table in enumerate(of_equal_numbers(tokens)):
+        for i, table in enumerate(of_equal_numbers(counts.get("expert_tokens", {}))):
             drawn = pictures.heat_map(np.concatenate([pictures.share_on_scale([row]) for row in table.values()]))
             self._board.picture(f"experts/tokens{i or ''}", drawn, step, EXPERT_TOKENS)
-        for i, table in enumerate(of_equal_numbers(zeros)):
+        for i, table in enumerate(of_equal_numbers(counts.get("expert_zeros", {}))):
             share = np.array([shares_of_zeros(row, weights[name]) for name, row in table.items()])
             self._board.picture(f"experts/zeros{i or ''}", pictures.heat_map(share), step, EXPERT_ZEROS)
 
     def figures(self, step: int, found: LayerStats) -> None:
-        """Record statistics and images of the layers as they are after ``step``."""
+        """Record statistics and images of the layers after ``step``."""
         names = ("correlation", "score_norm", "update_norm", "weight_norm")
         values = {name: [_six_digits(value) for value in getattr(found, name)] for name in names}
         self._file.write({"step": step, "event": "scores", **values})
@@ -114,7 +118,7 @@ class LayerLog:
         self._history.add(kept, flipped)
 
     def _scalars(self, found: LayerStats) -> dict[str, float]:
-        """Return what TensorBoard has of each layer, by tag."""
+        """Return the scalars of each layer, by tag."""
         points: dict[str, float] = {}
         for i, name in enumerate(self._names):
             values = {"correlation": found.correlation[i], "score_norm": found.score_norm[i]}
@@ -129,14 +133,7 @@ class LayerLog:
 
     def _histogram(self, step: int, found: ScoreHistogram) -> None:
         name, width = self._names[found.layer], (found.high - found.low) / len(found.kept)
-        line = {
-            "layer": found.layer,
-            "low": found.low,
-            "high": found.high,
-            "kept": found.kept,
-            "pruned": found.pruned,
-            "threshold": _six_digits(found.threshold),
-        }
+        line = {**asdict(found), "threshold": _six_digits(found.threshold)}
         self._file.write({"step": step, "event": "histogram", **line})
         at = None if found.threshold is None else (found.threshold - found.low) / width
         drawn = pictures.histogram(found.kept, found.pruned, at)
@@ -146,5 +143,4 @@ class LayerLog:
 
 
 def _six_digits(value: float | None) -> float | None:
-    """To six digits, which is all that lines of many layers need."""
     return None if value is None else float(f"{value:.6g}")

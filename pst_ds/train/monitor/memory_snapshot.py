@@ -15,13 +15,12 @@ from pst_ds.file_names import MEMORY
 from pst_ds.parallel.ranks import rank
 
 HISTORY_VARIABLE = "PST_DS_MEMORY_HISTORY"
-"""In the environment, how many allocations to remember with the stacks that made them."""
+"""Environment variable with the number of allocations whose stacks are recorded."""
 
 
 @contextmanager
 def snapshot_when_memory_ends(folder: Path, device: str) -> Iterator[None]:
-    """Save a memory snapshot in the run ``folder`` if a GPU runs out of memory inside; the error is raised all the
-    same."""
+    """Save a memory snapshot in the run ``folder`` if a GPU runs out of memory inside, and raise the error again."""
     if not device.startswith("cuda"):
         yield
         return
@@ -32,7 +31,7 @@ def snapshot_when_memory_ends(folder: Path, device: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
-        with suppress(OSError, RuntimeError):  # what is raised is the lack of memory
+        with suppress(OSError, RuntimeError):  # the lack of memory is raised instead
             print(_saved(folder, remembers), file=sys.stderr, flush=True)
         raise
     finally:

@@ -6,20 +6,19 @@ import resource
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from pst_ds.file_names import METRICS_FILE
-from pst_ds.masks.layer_stats import LayerStats
-from pst_ds.masks.update import MaskStats
-from pst_ds.masks.update_rank_budget import RankStats
 from pst_ds.progress import Progress
-from pst_ds.train.monitor.curves import EVALUATION, STRAGGLER
+from pst_ds.train.monitor.curves import EVALUATION, STRAGGLER, JsonLines
 from pst_ds.train.monitor.dense_run import DenseRun
-from pst_ds.train.monitor.jsonl import JsonLines
 from pst_ds.train.monitor.layer_log import LayerLog
-from pst_ds.train.monitor.tensorboard import TensorBoardWriter
 from pst_ds.train.monitor.trackers import Trackers
+
+if TYPE_CHECKING:
+    from pst_ds.train.monitor.tensorboard import TensorBoardWriter
 
 _GROUPS = ("checkpoint", STRAGGLER)
 
@@ -32,7 +31,10 @@ class MetricsWriter:
         seconds: Seconds of training up to ``step``.
         layers: Number of weights of each PST layer, by name in model order.
         dense: Dense run whose losses are written and shown next to this run's.
-        trackers: Trackers that get all numbers, too; given on rank 0 only.
+        trackers: Trackers that also get all numbers; given on rank 0 only.
+
+    Attributes:
+        layers: Log of the PST layers on rank 0; None without such layers and on other ranks.
     """
 
     def __init__(
@@ -48,81 +50,58 @@ class MetricsWriter:
         dense: DenseRun | None = None,
         trackers: Trackers | None = None,
     ):
+        self.layers: LayerLog | None = None
         self._file: JsonLines | None = None
-        self._layers: LayerLog | None = None
+        self._board: TensorBoardWriter | None = None
         self._shown = Progress("step", num_steps, done=step, line_seconds=0.0) if is_main and not quiet else None
         self._dense, self._trackers = dense, trackers
         self._started = time.monotonic() - seconds
         if is_main:
+            from pst_ds.train.monitor.tensorboard import TensorBoardWriter
+
             self._file = JsonLines(folder / METRICS_FILE, step)
             self._board = TensorBoardWriter(folder, step)
             if layers:
-                self._layers = LayerLog(folder, self._board, layers, step)
+                self.layers = LayerLog(folder, self._board, layers, step)
 
     @property
     def seconds(self) -> float:
-        """Seconds that the run has taken, over all its processes."""
+        """Training time of the run in seconds, over all its processes."""
         return time.monotonic() - self._started
 
     def write(self, step: int, values: Mapping[str, object]) -> None:
-        """One line of metrics.jsonl, and a scalar for every number; some events are a group of their own."""
-        if self._file is None:
+        """Write a line of metrics.jsonl, and its numbers as scalars; some events have their own group of scalars."""
+        if self._file is None or self._board is None:
             return
         values = {**values, **(self._dense.at(step, values) if self._dense else {})}
         self._file.write({"step": step, "seconds": round(self.seconds, 3), **values})
-        event = values.get("event")
-        group = f"{event}/" if event in _GROUPS else ""
+        group = f"{values['event']}/" if values.get("event") in _GROUPS else ""
         numbers = {group + name: value for name, value in values.items() if isinstance(value, int | float)}
         self._board.scalars(numbers, step)
         if self._trackers is not None:
             self._trackers.log(step, numbers)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of an evaluation, and show them."""
+        """Write and show the metrics of an evaluation."""
         values = {f"{EVALUATION}{name}": value for name, value in metrics.items()}
         self.write(step, {"event": "evaluation", **values})
         dense = self._dense.at(step, values) if self._dense else {}
         parts = [f"{k} {v:.4g}" for k, v in metrics.items()] + [f"dense loss {v:.4g}" for v in dense.values()]
         self.say(f"step {step}: " + ", ".join(parts))
 
-    def masks(self, step: int, masks: MaskStats) -> None:
-        """Record what a mask update did to each layer."""
-        if self._layers is not None:
-            self._layers.masks(step, masks)
-
-    def ranks(self, step: int, ranks: RankStats) -> None:
-        """Record the components that each layer's update keeps."""
-        if self._layers is not None:
-            self._layers.ranks(step, ranks)
-
-    def rounding(self, step: int, errors: Sequence[float]) -> None:
-        """Record what a search for scales leaves as the relative error of each layer."""
-        if self._layers is not None:
-            self._layers.rounding(step, errors)
-
-    def figures(self, step: int, found: LayerStats) -> None:
-        """Record statistics and images of the layers after ``step``."""
-        if self._layers is not None:
-            self._layers.figures(step, found)
-
-    def experts(self, step: int, counts: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
-        """Picture the "expert_tokens" by module and "expert_zeros" by stack of a run that has ended, if it has any."""
-        if self._layers is not None:
-            self._layers.experts(step, counts.get("expert_tokens", {}), counts.get("expert_zeros", {}))
-
     def settings(self, settings: Mapping[str, object], metric_tags: Sequence[str]) -> None:
-        """The settings of a run that has ended; its last values of ``metric_tags`` are what came of them."""
-        if self._file is not None:
+        """Write the settings of a finished run for TensorBoard, with the last values of ``metric_tags``."""
+        if self._board is not None:
             self._board.hparams(settings, metric_tags)
 
     def verdict(self, step: int, sentence: str) -> None:
-        """Say how a run went that has ended."""
+        """Write and show the verdict on a finished run."""
         self.say(sentence)
-        if self._file is not None:
+        if self._board is not None:
             self._board.text("fit", sentence, step)
 
     def progress(self, step: int, values: Mapping[str, object], batches: int = 1) -> None:
-        """Show people where the run is and when it will end; ``values`` begin with the loss of so many batches."""
+        """Show the progress of the run with ``values``, first the mean loss of ``batches`` batches."""
         if self._shown is not None:
             if self._dense and (dense := self._dense.training_loss(step, batches)) is not None:
                 values = {"loss": values["loss"], "dense": dense, **values}
@@ -130,20 +109,14 @@ class MetricsWriter:
             self._shown.at(step, " | ".join(parts))
 
     def say(self, text: str) -> None:
-        """One line for people; nothing for an empty one."""
+        """Show a line, unless it is empty."""
         if self._shown is not None and text:
             self._shown.say(text)
 
     def close(self) -> None:
-        if self._shown is not None:
-            self._shown.close()
-        if self._file is not None:
-            self._file.close()
-            self._board.close()
-        if self._trackers is not None:
-            self._trackers.close()
-        if self._layers is not None:
-            self._layers.close()
+        for part in (self._shown, self._file, self._board, self._trackers, self.layers):
+            if part is not None:
+                part.close()
 
 
 def peak_memory_bytes(device: str) -> int:

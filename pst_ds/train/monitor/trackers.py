@@ -6,7 +6,7 @@ import json
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import NamedTuple
 
 from pst_ds.atomic_files import write_text_atomic
 from pst_ds.config.outputs import TrackingConfig
@@ -16,23 +16,27 @@ from pst_ds.errors import first_line
 IDS_FILE = "trackers.json"
 """File in the run folder with each tracker's id of the run."""
 _PARAMETERS_AT_A_TIME = 100
-"""Most parameters per call of MLflow."""
+"""Maximum parameters per call of MLflow."""
 
 
-class Tracker(Protocol):
-    """A run as one tracker has it, started."""
+class Tracker(NamedTuple):
+    """A run that was started with one tracker."""
 
     id: str
-
-    def log(self, values: dict[str, float], step: int) -> None: ...
-    def finish(self) -> None: ...
+    log: Callable[[dict[str, float], int], object]
+    """Send numbers of a step."""
+    finish: Callable[[], object]
 
 
 class Trackers:
-    """The trackers of one run, all started. One that fails later is left out from then on: the run does not end for it.
+    """The trackers of one run. One that fails after its start is dropped with a warning; the run continues.
 
-    A resumed run continues the same run of each tracker, by the ids in its folder. ``settings`` belong to a new run.
-    ``complain`` says a line to people. Raises ConfigError for a tracker that does not start.
+    A resumed run continues the same run of each tracker, by the ids in its folder. Raises ConfigError for a tracker
+    that does not start.
+
+    Args:
+        settings: Settings of a new run.
+        complain: Shows a warning.
     """
 
     def __init__(
@@ -52,18 +56,18 @@ class Trackers:
         for kind in config.to:
             try:
                 tracker = _KINDS[kind](config.project, name, known.get(kind, ""), settings)
-            except Exception as error:  # each library has exceptions of its own
+            except Exception as error:  # each library raises different exceptions
                 self.close()
                 raise ConfigError(
-                    f"tracking.to names {kind}, which does not start: {first_line(error)}; log in, set its offline "
-                    "mode (docs/how-to/monitor.md), or leave it out"
+                    f"tracking.to names {kind}, which does not start: {first_line(error)}. Log in, set its offline "
+                    "mode (docs/how-to/monitor.md), or remove it"
                 ) from error
             self._started[kind] = tracker
             ids[kind] = tracker.id
         write_text_atomic(path, json.dumps(ids, indent=1) + "\n")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Give all trackers numbers of ``step``."""
+        """Send the numbers of ``step`` to all trackers."""
         for kind, tracker in list(self._started.items()):
             try:
                 tracker.log(dict(values), step)
@@ -80,52 +84,36 @@ class Trackers:
         self._started = {}
 
 
-class _WandB:
-    def __init__(self, project: str, name: str, known: str, settings: Mapping[str, object]):
-        import wandb
+def _wandb(project: str, name: str, known: str, settings: Mapping[str, object]) -> Tracker:
+    import wandb
 
-        options: Any = {} if known else {"config": dict(settings)}
-        self._run = wandb.init(project=project, name=name, id=known or None, resume="allow", **options)
-        self.id = str(self._run.id)
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self._run.log(values, step=step)
-
-    def finish(self) -> None:
-        self._run.finish()
+    config = None if known else dict(settings)
+    run = wandb.init(project=project, name=name, id=known or None, resume="allow", config=config)
+    return Tracker(str(run.id), lambda values, step: run.log(values, step=step), run.finish)
 
 
-class _Trackio(_WandB):
-    """trackio, whose runs have the interface of Weights & Biases and are identified by name."""
+def _trackio(project: str, name: str, known: str, settings: Mapping[str, object]) -> Tracker:
+    import trackio
 
-    def __init__(self, project: str, name: str, known: str, settings: Mapping[str, object]):
-        import trackio
-
-        self.id = known or f"{name}-{secrets.token_hex(3)}"
-        self._run = trackio.init(project=project, name=self.id, resume="allow", config=dict(settings))
+    name = known or f"{name}-{secrets.token_hex(3)}"  # runs are identified by name
+    run = trackio.init(project=project, name=name, resume="allow", config=dict(settings))
+    return Tracker(name, lambda values, step: run.log(values, step=step), run.finish)
 
 
-class _MLflow:
-    def __init__(self, project: str, name: str, known: str, settings: Mapping[str, object]):
-        import mlflow
+def _mlflow(project: str, name: str, known: str, settings: Mapping[str, object]) -> Tracker:
+    import mlflow
 
-        self._mlflow = mlflow
-        mlflow.set_experiment(project)
-        self.id = str(mlflow.start_run(run_id=known or None, run_name=name).info.run_id)
-        if not known:
-            pairs = list(settings.items())
-            for start in range(0, len(pairs), _PARAMETERS_AT_A_TIME):
-                mlflow.log_params(dict(pairs[start : start + _PARAMETERS_AT_A_TIME]))
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self._mlflow.log_metrics(values, step=step)
-
-    def finish(self) -> None:
-        self._mlflow.end_run()
+    mlflow.set_experiment(project)
+    run_id = str(mlflow.start_run(run_id=known or None, run_name=name).info.run_id)
+    if not known:
+        pairs = list(settings.items())
+        for start in range(0, len(pairs), _PARAMETERS_AT_A_TIME):
+            mlflow.log_params(dict(pairs[start : start + _PARAMETERS_AT_A_TIME]))
+    return Tracker(run_id, lambda values, step: mlflow.log_metrics(values, step=step), mlflow.end_run)
 
 
 _KINDS: dict[str, Callable[[str, str, str, Mapping[str, object]], Tracker]] = {
-    "wandb": _WandB,
-    "mlflow": _MLflow,
-    "trackio": _Trackio,
+    "wandb": _wandb,
+    "mlflow": _mlflow,
+    "trackio": _trackio,
 }

@@ -17,8 +17,8 @@ RATES = tuple(f"{group}_learning_rate" for group in ("score", "update", "gate", 
 LEAST_STEPS = 40
 """Optimizer steps of the shortest trial. With 20, trials learn nothing (tools/quality/logs/learning-rate-search.md)."""
 TRIAL_POWER = 1 / 6
-"""Rates of a trial rise with this power of how much shorter it is: half of what long runs have, since near 40 steps the
-edge above which runs collapse is hardly higher than at 600 (tools/quality/logs/learning-rate-search.md)."""
+"""Exponent by which rates rise in shorter trials: half of that for long runs, since runs of 40 steps collapse at hardly
+higher rates than runs of 600 (tools/quality/logs/learning-rate-search.md)."""
 DEVIATIONS = 2.0
 """Standard errors of the metric by which other rates must be better than the run's own."""
 _GROWTH = 3
@@ -124,7 +124,7 @@ def chosen(outcomes: Sequence[Outcome], *, lower_is_better: bool) -> int:
     best, own = ranked(outcomes, lower_is_better=lower_is_better)[0], next(o for o in outcomes if o.candidate == 0)
     if math.isnan(best.value):
         raise InputError(
-            "every trial of the last rung diverged, so there is nothing to choose from; lower the learning rates of "
+            "every trial of the last rung diverged, so there is nothing to choose from. Lower the learning rates of "
             "the run file, and start over with --restart"
         )
     if math.isnan(own.value):

@@ -41,7 +41,7 @@ _DRAWS = 100
 
 @run_folder.without_other_runs
 def search(context: RunContext, share: float, *, restart: bool = False) -> list[Record]:
-    """Run the trials that the folder does not have yet; return all lines of tune.jsonl, the choice last.
+    """Run the missing trials of a search; return all lines of tune.jsonl, the choice last.
 
     Collective. ``restart`` discards the trials of an earlier search. Raises InputError, and StoppedError after a
     signal.
@@ -63,13 +63,13 @@ def search(context: RunContext, share: float, *, restart: bool = False) -> list[
         "data_digest": splits[0].digest,
         "run": as_table(run),
     }
-    lines = raise_on_all_ranks(partial(_lines_to_go_on_from, folder, json.loads(json_of(head)), restart))
+    lines = raise_on_all_ranks(partial(_read_lines, folder, json.loads(json_of(head)), restart))
     if lines[-1]["event"] != "choice":
         if is_main() and (restart or not (folder / TUNE_FILE).is_file()):
             shutil.rmtree(folder / TRIALS, ignore_errors=True)
             _write_lines(folder, lines)
         _write_run_file(folder, run)
-        # one start for all trials, and for the run itself
+        # all trials, and the run itself, start from the same model
         started = replace(context, run=start_run(run, splits[0], is_new=False, quiet=False))
         with Progress("tune", sum(rung.trials * rung.steps for rung in plan), "steps") as progress:
             best = _run_trials(started, splits, plan, tried, lines, progress)
@@ -87,9 +87,9 @@ def _run_trials(
     lines: list[Record],
     progress: Progress,
 ) -> Candidate:
-    """Run the trials that ``lines`` lack and add them to it and to the file; return the chosen candidate.
+    """Run the trials that ``lines`` lacks, add them to it and to the file, and return the chosen candidate.
 
-    The next trial follows from the lines only, so an interrupted search resumes.
+    The next trial depends only on the lines, so an interrupted search resumes.
     """
     folder, lower, outcomes = Path(context.run.output_dir), context.task.lower_is_better, list[Outcome]()
     for i, rung in enumerate(plan):
@@ -108,27 +108,29 @@ def _run_trials(
     return tried[chosen(outcomes, lower_is_better=lower)]
 
 
-def _lines_to_go_on_from(folder: Path, head: Record, restart: bool) -> list[Record]:
-    """Return the lines of this search that are there already, at least ``head``. Raises ConfigError for a folder that
-    has another search, or a trained run."""
+def _read_lines(folder: Path, head: Record, restart: bool) -> list[Record]:
+    """Return the existing lines of this search, at least ``head``.
+
+    Raises ConfigError if the folder has another search, or a trained run.
+    """
     path = folder / TUNE_FILE
-    is_trained = (folder / RESULT_FILE).exists() or (folder / CHECKPOINTS).exists()
     try:
         text = path.read_text(encoding="utf-8") if path.is_file() and not restart else json_of(head)
         lines = [json.loads(line) for line in text.splitlines()]
     except ValueError as error:
-        raise ConfigError(f"{path} is damaged: {error}; --restart starts over") from None
+        raise ConfigError(f"{path} is damaged: {error}. Start over with --restart") from None
     before, now = ({key.removeprefix("run."): value for key, value in flatten(of).items()} for of in (lines[0], head))
     may_change = resume_rules(RunConfig)
     for key in now | before:
         if before.get(key) != now.get(key) and may_change.get(key) is not OnResume.MAY_DIFFER:
             raise ConfigError(
                 f"{path} has the trials of another search: {key} = {before.get(key)!r} there, and {now.get(key)!r} "
-                "now. Fix: the old value, a new search with --restart, or another output_dir"
+                "now. Use the old value, a new search with --restart, or another output_dir"
             )
+    is_trained = (folder / RESULT_FILE).exists() or (folder / CHECKPOINTS).exists()
     if lines[-1]["event"] != "choice" and is_trained:
         raise ConfigError(
-            f"output_dir = {str(folder)!r} has a trained run, and a search comes before it; name another folder, with "
+            f"output_dir = {str(folder)!r} has a trained run, but a search comes before it. Name another folder with "
             "--set output_dir="
         )
     return lines
@@ -140,7 +142,7 @@ def _write_run_file(folder: Path, run: RunConfig) -> None:
 
 
 def _add(folder: Path, lines: list[Record], line: Record) -> Record:
-    """Add a line to ``lines`` and to the file; return it. Collective: all ranks take that of rank 0."""
+    """Add a line to ``lines`` and to the file, and return it. Collective: all ranks use the line of rank 0."""
     lines.append(all_gather_objects(line)[0])
     if is_main():
         _write_lines(folder, lines)
@@ -152,8 +154,10 @@ def _write_lines(folder: Path, lines: list[Record]) -> None:
 
 
 def trial_run(run: RunConfig, candidate: Candidate, steps: int, num_steps: int, folder: Path) -> RunConfig:
-    """Return the run of ``num_steps`` in fewer ``steps``, with the rates of a candidate. Masks change as often on the
-    way as in the whole run, as far as steps are enough; it is evaluated at its end."""
+    """Return a run of ``num_steps`` shortened to ``steps``, with the rates of a candidate, and evaluated at its end.
+
+    Masks are updated as often as in the whole run, if there are enough steps.
+    """
     rates: dict[str, Any] = dict(candidate.rates(run.train, steps, num_steps))
     interval = max(1, round(run.schedule.update_interval * steps / num_steps))
     return replace(
@@ -202,7 +206,7 @@ def _run_trial(
 
 
 def evaluate_with_error(engine: Engine, examples: ExampleSet, context: RunContext) -> dict[str, float]:
-    """Compute the metrics, and the standard error of that which the run is judged by. Collective."""
+    """Compute the metrics, and the standard error of the run's metric. Collective."""
     engine.eval()
     task, run = context.task, context.run
     outcomes = predict(engine, context, examples)
@@ -211,7 +215,7 @@ def evaluate_with_error(engine: Engine, examples: ExampleSet, context: RunContex
 
 
 def standard_error(task: Task, outcomes: np.ndarray, examples: ExampleSet, metric: str) -> float:
-    """Return the bootstrap's standard error of a metric over the examples; the same for the same outcomes."""
+    """Return the bootstrap standard error of a metric over the examples. Deterministic."""
     generator = np.random.default_rng(0)
     draws = (generator.integers(len(outcomes), size=len(outcomes)) for _ in range(_DRAWS))
     return float(np.std([task.resampled_metrics(outcomes, examples, draw)[metric] for draw in draws], ddof=1))

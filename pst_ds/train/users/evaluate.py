@@ -19,8 +19,6 @@ from pst_ds.train.run_context import RunContext
 from pst_ds.train.users.personal import PersonalModel
 from pst_ds.train.users.store import UserStore
 
-SHARED, OWN, OTHER = "shared", "own", "another's"
-
 
 @dataclass(frozen=True, slots=True)
 class UserScores:
@@ -44,20 +42,13 @@ class UserScores:
 
 
 def evaluate_users(
-    model: PersonalModel,
-    context: RunContext,
-    store: UserStore,
-    rows: RowsByUser,
-    users: Sequence[str],
-    metric: str,
-    *,
-    others: int = 1,
+    model: PersonalModel, store: UserStore, rows: RowsByUser, users: Sequence[str], *, others: int = 1
 ) -> list[UserScores]:
     """Score each of ``users`` on its rows with the shared state, its own, and those of up to ``others`` other users.
 
     Collective. Raises InputError.
     """
-    scores, names = [], store.names
+    scores, names, context = [], store.names, model.context
     with Progress("evaluate users", len(users), "users") as progress:
         for user in users:
             heartbeat("the evaluation of users")
@@ -68,9 +59,8 @@ def evaluate_users(
             found = []
             for state in (None, user, *followers):
                 model.activate(None if state is None else store.state(state))
-                found.append(_score(model, context, examples, metric))
-            shared, own, *of_others = found
-            scores.append(UserScores(user, len(examples), shared, own, tuple(of_others)))
+                found.append(_score(model, examples))
+            scores.append(UserScores(user, len(examples), found[0], found[1], tuple(found[2:])))
             progress.add(1)
     model.activate(None)
     return scores
@@ -96,12 +86,12 @@ def summary(scores: Sequence[UserScores], *, lower_is_better: bool) -> dict[str,
     return facts
 
 
-def _score(model: PersonalModel, context: RunContext, examples: ExampleSet, metric: str) -> float:
+def _score(model: PersonalModel, examples: ExampleSet) -> float:
     model.engine.eval()
-    outcomes = predict(model.engine, context, examples)
+    outcomes = predict(model.engine, model.context, examples)
     with warnings.catch_warnings():  # about metrics that need two classes, for a user with rows of one class
         warnings.simplefilter("ignore")
-        return float(context.task.metrics(outcomes, examples)[metric])
+        return float(model.context.task.metrics(outcomes, examples)[metric_of(model.context)])
 
 
 def _standard_error(values: Sequence[float]) -> float:

@@ -61,6 +61,7 @@ class PersonalModel:
     """
 
     def __init__(self, context: RunContext, checkpoint: Checkpoint, part: PersonalPart):
+        self.context = context
         run, ds_config = context.run, context.ds_config
         _require_finished(run, checkpoint)
         zero3_config = ds_config if zero_stage(ds_config) == 3 else None

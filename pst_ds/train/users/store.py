@@ -13,10 +13,10 @@ import hashlib
 import json
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -109,10 +109,9 @@ class UserStore:
         stamp: tuple[int, ...] = (),
     ):
         self.folder, self.common = folder, common
-        self._entries, self._kept = entries, kept
-        self._cache: OrderedDict[str, tuple[str, State]] = OrderedDict()
+        self._entries, self._stamp = entries, stamp
+        self._cached = lru_cache(kept)(lambda name, entry: self._read(name, entry))
         self._one_at_a_time = threading.RLock()
-        self._stamp = stamp
 
     @classmethod
     def create(cls, folder: Path, common: Common) -> UserStore:
@@ -138,7 +137,7 @@ class UserStore:
         return cls(folder, *_read_index(folder), kept, stamp)
 
     def refresh(self) -> None:
-        """Read the index again if another process changed it, and forget the states of removed users.
+        """Read the index again if another process changed it; forget cached states if users were removed.
 
         Raises UserStoreError if the index is missing, damaged, or of another model.
         """
@@ -148,9 +147,9 @@ class UserStore:
                 return
             common, entries = _read_index(self.folder)
             self.require_common(common)
+            if self._entries.keys() - entries.keys():
+                self._cached.cache_clear()
             self._entries, self._stamp = entries, stamp
-            for name in [name for name in self._cache if name not in entries]:
-                del self._cache[name]
 
     @property
     def names(self) -> list[str]:
@@ -178,13 +177,7 @@ class UserStore:
         Raises UserNameError for an unknown user, and UserStoreError for a file that is missing or damaged.
         """
         with self._one_at_a_time:
-            entry = self.entry(name)
-            held = self._cache.pop(name, None)
-            state = held[1] if held is not None and held[0] == entry.sha256 else self._read(name, entry)
-            self._cache[name] = entry.sha256, state
-            while len(self._cache) > self._kept:
-                self._cache.popitem(last=False)
-            return state
+            return self._cached(name, self.entry(name))
 
     def latest_state(self, name: str) -> State:
         """Refresh the store and return the state of a user, as in :meth:`state`."""
@@ -219,11 +212,11 @@ class UserStore:
             entries[name] = entry
 
     def remove(self, name: str) -> None:
-        """Delete the entry, file and cached state of a user. Raises UserNameError for an unknown user."""
+        """Delete the entry and file of a user, and all cached states. Raises UserNameError for an unknown user."""
         self.entry(name)
         with self._writing() as entries:
             entries.pop(name, None)
-        self._cache.pop(name, None)
+        self._cached.cache_clear()
 
     def require_common(self, common: Common) -> None:
         """Raise UserStoreError unless the states belong to a model of ``common``: its base, masks and shapes."""

@@ -161,7 +161,7 @@ def train_users(
     waiting = [name for name in chosen if again or name not in store]
     if len(waiting) < len(chosen):
         say(f"{len(chosen) - len(waiting)} users are in {folder} already; --again trains them again")
-    trained, diverged = _train_all(model, context, rows, store, waiting)
+    trained, diverged = _train_all(model, rows, store, waiting)
     return {
         "store": str(folder),
         "users": len(chosen),
@@ -173,16 +173,14 @@ def train_users(
     }
 
 
-def _train_all(
-    model: PersonalModel, context: RunContext, rows: RowsByUser, store: UserStore, names: Sequence[str]
-) -> tuple[int, list[str]]:
+def _train_all(model: PersonalModel, rows: RowsByUser, store: UserStore, names: Sequence[str]) -> tuple[int, list[str]]:
     """Train users into ``store``; return (number of trained users, names of diverged ones). Collective."""
     trained, diverged = 0, list[str]()
     with Progress("train users", len(names), "users") as progress:
         for name in names:
             heartbeat("the training of a user")
             try:
-                stopped_by = _train_user(model, context, rows, store, name)
+                stopped_by = _train_user(model, rows, store, name)
             except DivergedError as error:
                 diverged.append(name)
                 progress.say(f"{name}: {error}")
@@ -197,12 +195,13 @@ def _train_all(
     return trained, diverged
 
 
-def _train_user(model: PersonalModel, context: RunContext, rows: RowsByUser, store: UserStore, name: str) -> int:
+def _train_user(model: PersonalModel, rows: RowsByUser, store: UserStore, name: str) -> int:
     """Train one user from the shared state and store the result, which does not depend on users trained before.
 
     Collective. Returns the signal that stopped the training, without storing; 0 for none. Raises ConfigError and
     DivergedError.
     """
+    context = model.context
     examples = raise_on_all_ranks(lambda: rows.load(context.task, name, context.tokenizer, context.labels))
     model.activate(None)
     run = _with_batches_for(context.run, len(examples), name)

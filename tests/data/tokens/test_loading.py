@@ -18,7 +18,7 @@ from pst_ds.config.toml import dump_run, run_from_table
 from pst_ds.data.preparation.pieces import Reading
 from pst_ds.data.preparation.prepare import plan_store, prepare_store
 from pst_ds.data.tasks.causal_lm import SequenceBatches, collate_sequences
-from pst_ds.data.tokens import cache as cache_module
+from pst_ds.data.tokens import loading as cache_module
 from pst_ds.data.tokens.arrays import Bits, Starts
 from pst_ds.data.tokens.loading import load_sequences
 from pst_ds.data.tokens.mixed import MixedSequences

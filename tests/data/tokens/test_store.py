@@ -13,9 +13,18 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from pst_ds.config.run import ConfigError
-from pst_ds.data.tokens.store import BYTES, LEARNED, MANIFEST, is_store, open_store, read_manifest
+from pst_ds.data.tokens.store import (
+    BYTES,
+    LEARNED,
+    MANIFEST,
+    ShardWriter,
+    finish_store,
+    finished_shard,
+    is_store,
+    open_store,
+    read_manifest,
+)
 from pst_ds.data.tokens.tokenize import Documents, TokenizerIdentity, identity_of, tokenize
-from pst_ds.data.tokens.writer import ShardWriter, finish_store, finished_shard
 
 TINY = Path(__file__).resolve().parents[1] / "tiny-llama"
 TOKENIZER = AutoTokenizer.from_pretrained(TINY)

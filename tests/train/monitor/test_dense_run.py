@@ -113,7 +113,7 @@ def test_metrics_and_progress_show_both(dense, tmp_path, capsys):
         ),
         (["task=regression"], "has task = 'regression', and this run 'classification'"),
         (["model.path=tests/data/tiny-llama"], "has model.path = 'tests/data/tiny-llama', and this run 'tests/data/ti"),
-        (["method=gmp"], 'has method = \'gmp\', which prunes; name a run of method "dense" or "lora"'),
+        (["method=gmp"], 'has method = \'gmp\', which prunes. Name a run of method "dense" or "lora"'),
     ],
 )
 def test_what_cannot_be_compared_is_refused(dense, settings, message):
@@ -129,7 +129,7 @@ def test_the_same_files_by_another_path_are_the_same(dense):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"is not a run folder: run.toml is missing \(looked in .*\); name the outp"):
+    with pytest.raises(ConfigError, match=r"is not a run folder: run.toml is missing \(looked in .*\)\. Name the outp"):
         read_dense_run(_run(tmp_path / "nowhere"))
 
 
@@ -142,5 +142,5 @@ def test_another_text_under_the_same_name_is_refused(dense):
     (saved / "manifest.json").write_text(json.dumps({"state": {"progress": {"data_digest": "abc"}}}))
     found = read_dense_run(run)
     found.require_text(run, "abc")
-    with pytest.raises(ConfigError, match=r"dense_run = .* trained on another text: .* Fix: train the dense run again"):
+    with pytest.raises(ConfigError, match=r"dense_run = .* trained on another text: .* Train the dense run again"):
         found.require_text(run, "abd")

@@ -262,7 +262,9 @@ def test_a_layer_that_is_not_there_is_refused_before_the_run(tmp_path):
 def test_experts_are_pictured_at_the_end_a_picture_for_each_number_of_them(tmp_path):
     writer = MetricsWriter(tmp_path, num_steps=4, is_main=True, quiet=True, layers={"a.up": 80, "a.down": 40})
     tokens = {"a": [0, 1, 1, 2], "b": [5, 5]}
-    writer.experts(4, {"expert_tokens": tokens, "expert_zeros": {"a.up": [20, 0, 10, 10], "a.down": [0, 0, 0, 10]}})
+    writer.layers.experts(
+        4, {"expert_tokens": tokens, "expert_zeros": {"a.up": [20, 0, 10, 10], "a.down": [0, 0, 0, 10]}}
+    )
     writer.close()
     board = _board(tmp_path, plugin_event_accumulator)
     drawn = {tag: _pictures(board, tag) for tag in ("experts/tokens", "experts/tokens1", "experts/zeros")}

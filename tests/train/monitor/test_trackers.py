@@ -85,7 +85,7 @@ def test_one_that_fails_is_left_out_and_said_once(made, tmp_path):
 
 def test_one_that_does_not_start_is_an_error_and_ends_the_others(made, tmp_path):
     made.fails["mlflow"] = 0
-    with pytest.raises(ConfigError, match="names mlflow, which does not start: no network; log in, set its offline"):
+    with pytest.raises(ConfigError, match=r"names mlflow, which does not start: no network\. Log in, set its offline"):
         _trackers(tmp_path, [], to=("wandb", "mlflow"))
     assert made.trackers[0].finished
     assert not (tmp_path / module.IDS_FILE).exists()

@@ -282,7 +282,7 @@ def test_a_folder_of_another_search_or_of_a_trained_run_is_refused(run_file, tmp
     assert "--restart" in message
     (tmp_path / "run" / "result.json").write_text("{}")
     before = (tmp_path / "run" / "tune.jsonl").read_bytes()
-    assert "has a trained run, and a search comes before it" in _refused(capsys, run_file, "--force", "--restart")
+    assert "has a trained run, but a search comes before it" in _refused(capsys, run_file, "--force", "--restart")
     assert (tmp_path / "run" / "tune.jsonl").read_bytes() == before
     assert main(["tune", run_file, "--force"]) == 0  # what was found is still written
     (tmp_path / "run" / "tune.jsonl").write_text("{")
