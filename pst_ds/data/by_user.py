@@ -41,10 +41,8 @@ class RowsByUser:
 
 
 def read_by_user(data: DataConfig, split: str, column: str) -> RowsByUser:
-    """Read a split and group its rows by the user in ``column``, a text or a number.
-
-    Raises ConfigError for a missing column, and for a row without a user.
-    """
+    """Read a split and group its rows by the user in ``column``, a text or a number. Raises ConfigError for a missing
+    column, and for a row without a user."""
     where = getattr(data, split)
     rows = read_rows(data, split, {})
     if column not in rows.column_names:

@@ -104,6 +104,15 @@ def tools_of(value: object, where: str) -> list[JsonObject] | None:
     return tools or None
 
 
+def conversation_of(row: Mapping[str, object], columns: Sequence[str], where: str) -> Conversation:
+    """Return the conversation of a row, from a column of messages, or from one of prompts and one of completions."""
+    if len(columns) == 1:
+        messages = messages_of(row[columns[0]], f"{where}, column {columns[0]!r}")
+    else:
+        messages = messages_of_pair(row[columns[0]], row[columns[1]], where)
+    return Conversation(messages, tools_of(row.get(TOOLS), where))
+
+
 def read_template(path: str, setting: str) -> str:
     """Read a chat template from a file. Raises ConfigError, which names ``setting``."""
     try:
@@ -127,10 +136,8 @@ def require_template(tokenizer: Tokenizer, task: str) -> None:
 
 
 def render(conversation: Conversation, tokenizer: Tokenizer, where: str) -> Rendered:
-    """Return the tokens of a conversation, with a mask of the assistant's tokens.
-
-    Raises ConfigError, naming ``where``, if the template rejects the conversation, or if the mask cannot be determined.
-    """
+    """Return the tokens of a conversation, with a mask of the assistant's tokens. Raises ConfigError, naming ``where``,
+    if the template rejects the conversation, or if the mask cannot be determined."""
     template = tokenizer.get_chat_template(None, conversation.tools)
     if _MARKS_ANSWERS.search(template):
         marked = _applied(conversation, tokenizer, where, return_assistant_tokens_mask=True)
@@ -231,13 +238,10 @@ def row_of_chat(row: Mapping[str, object], column: str, place: Callable[[], str]
             f"Columns: {', '.join(map(str, row))}"
         )
     try:
-        messages = (
-            messages_of(row[column], "it") if column in row else messages_of_pair(row[PAIR[0]], row[PAIR[1]], "it")
-        )
-        about = {"messages": messages, "tools": tools_of(row.get(TOOLS), "it")}
+        conversation = conversation_of(row, [name for name in found if name != TOOLS], "it")
     except ConfigError as error:
         raise ConfigError(f"{place()}: {error}") from None
-    return json.dumps(about, ensure_ascii=False)
+    return json.dumps({"messages": conversation.messages, "tools": conversation.tools}, ensure_ascii=False)
 
 
 def tokenize_chats(rows: Sequence[str], tokenizer: Tokenizer, where: str) -> Documents:
@@ -249,8 +253,7 @@ def tokenize_chats(rows: Sequence[str], tokenizer: Tokenizer, where: str) -> Doc
     lengths: list[int] = []
     closed = False
     for row in rows:
-        about = json.loads(row)
-        rendered = render(Conversation(about["messages"], about["tools"]), tokenizer, f"{where}: a conversation")
+        rendered = render(Conversation(**json.loads(row)), tokenizer, f"{where}: a conversation")
         closed = rendered.ids[-1] != end
         tokens += [*rendered.ids, *([end] * closed)]
         learned += [*rendered.is_answer, *([False] * closed)]

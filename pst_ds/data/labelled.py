@@ -184,10 +184,8 @@ def collate(examples: Examples, indices: Sequence[int], tokenizer: Tokenizer) ->
 
 @dataclass(frozen=True, slots=True)
 class GlobalBatches:
-    """Examples of each optimizer step: a pure function of the step, equal for every world size.
-
-    An epoch is a seeded permutation cut into whole batches; the remaining examples are skipped in this epoch.
-    """
+    """Examples of each optimizer step: a pure function of the step, equal for every world size. An epoch is a seeded
+    permutation cut into whole batches; the remaining examples are skipped in this epoch."""
 
     lengths: Sequence[int] | np.ndarray
     batch_size: int

@@ -63,10 +63,8 @@ def positions_of(config: PreTrainedConfig) -> int:
 
 
 def _counts_from_padding(config: PreTrainedConfig) -> bool:
-    """Return whether positions start after the padding token's id, as in RoBERTa and models with its embeddings.
-
-    Their modules have a function for it; the config does not say.
-    """
+    """Return whether positions start after the padding token's id, as in RoBERTa and models with its embeddings. Their
+    modules have a function for it; the config does not say."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     model_class = MODEL_MAPPING.get(type(config), None)

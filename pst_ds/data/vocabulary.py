@@ -77,10 +77,8 @@ def trim(tokenizer: PreTrainedTokenizerBase, seen: Iterable[int]) -> Vocabulary:
 
 
 def renumbered(settings: Mapping[str, object], vocabulary: Vocabulary) -> Table:
-    """Return the settings of config.json or generation_config.json for a trimmed vocabulary: new ids and size.
-
-    Raises InputError for an id that was not kept.
-    """
+    """Return the settings of config.json or generation_config.json for a trimmed vocabulary: new ids and size. Raises
+    InputError for an id that was not kept."""
     new_ids = vocabulary.new_ids
 
     def new_id(name: str, value: object) -> object:

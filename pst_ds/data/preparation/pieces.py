@@ -66,10 +66,8 @@ Piece = tuple[Span, ...]
 
 
 def find_pieces(sources: Sequence[str], reading: Reading, piece_bytes: int) -> list[Piece]:
-    """Return the pieces of all sources in order, determined by names, sizes and contents only.
-
-    A source is a file, a folder, a pattern, a URL supported by fsspec, or a dataset on the hub. Raises InputError.
-    """
+    """Return the pieces of all sources in order, determined by names, sizes and contents only. A source is a file, a
+    folder, a pattern, a URL supported by fsspec, or a dataset on the hub. Raises InputError."""
     pieces: list[Piece] = []
     gathered: list[Span] = []
     for span in (span for source in sources for span in _spans(source, reading, piece_bytes)):
@@ -147,10 +145,8 @@ def _line_spans(whole: Span, ending: bytes, piece_bytes: int) -> Iterator[Span]:
 
 
 def _behind(file: IO[bytes], ending: bytes, place: int, size: int) -> int:
-    """Return the offset after the first ``ending`` from ``place`` on, or ``size``.
-
-    An ending must not follow another line break: the first two line breaks in a row end a paragraph.
-    """
+    """Return the offset after the first ``ending`` from ``place`` on, or ``size``. An ending must not follow another
+    line break: the first two line breaks in a row end a paragraph."""
     file.seek(place)
     data, at = b"", place
     while at + len(data) < size:

@@ -117,11 +117,8 @@ def plan_store(
 def prepare_store(
     plan: Preparation, tokenizer: Tokenizer, out: Path, *, num_workers: int = 1, force: bool = False
 ) -> Manifest:
-    """Write the store of ``plan`` to the folder ``out`` atomically.
-
-    Resumes an unfinished preparation of the same plan; ``force`` starts over, and replaces an existing store. Raises
-    InputError.
-    """
+    """Write the store of ``plan`` to the folder ``out`` atomically. Resumes an unfinished preparation of the same plan;
+    ``force`` starts over, and replaces an existing store. Raises InputError."""
     require_writable(out, f"--out {out}")
     unfinished = out.with_name(out.name + PARTIAL)
     with only_writer(out.with_name(f".{out.name}{LOCK}"), f"prepare {out}"):
@@ -196,10 +193,8 @@ def _tokenize_piece(
 
 
 def run_tasks(task: Task, numbers: Sequence[int], num_workers: int, report: Callable[[int], None]) -> None:
-    """Run ``task`` for all ``numbers``, in this process, or in up to ``num_workers`` forks if more than 1.
-
-    Raises the InputError of a task, and RuntimeError if a worker fails otherwise or is killed.
-    """
+    """Run ``task`` for all ``numbers``, in this process, or in up to ``num_workers`` forks if more than 1. Raises the
+    InputError of a task, and RuntimeError if a worker fails otherwise or is killed."""
     num_workers = min(num_workers, len(numbers))
     if num_workers <= 1:
         for number in numbers:

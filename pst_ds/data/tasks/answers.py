@@ -44,10 +44,8 @@ A = TypeVar("A", bound=AnsweredExamples)
 
 
 class AnswerTask(CausalTask[A]):
-    """Outcomes are the sum of the losses of an answer's tokens, and their number: (examples, 2) float64.
-
-    ``pst-ds eval`` and ``verify`` also generate answers and score them.
-    """
+    """Outcomes are the sum of the losses of an answer's tokens, and their number: (examples, 2) float64. ``pst-ds
+    eval`` and ``verify`` also generate answers and score them."""
 
     ends_with = ""
     """Name of the task, and its use of the end-of-text token."""

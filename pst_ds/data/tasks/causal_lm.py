@@ -190,10 +190,8 @@ def _exponential(loss: float) -> float:
 
 
 def _loss_sum(logits: Tensor, ids: Tensor) -> float:
-    """Return the sum of the losses of one sequence, without its first token and labels of -100.
-
-    ``logits`` (length, vocabulary), ``ids`` (length,). Several sequences would need too much memory for fp32 logits.
-    """
+    """Return the sum of the losses of one sequence, without its first token and labels of -100. ``logits`` (length,
+    vocabulary), ``ids`` (length,). Several sequences would need too much memory for fp32 logits."""
     losses = cross_entropy(logits[:-1].float(), ids[1:].to(logits.device), reduction="none")
     return float(losses.sum(dtype=torch.float64))
 

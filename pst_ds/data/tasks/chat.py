@@ -17,12 +17,10 @@ from pst_ds.data.conversations import (
     TOOLS,
     Conversation,
     Rendered,
-    messages_of,
-    messages_of_pair,
+    conversation_of,
     prompt_tokens,
     render,
     require_template,
-    tools_of,
 )
 from pst_ds.data.dataset import read_rows
 from pst_ds.data.tasks.answers import AnswerTask, padded
@@ -139,12 +137,7 @@ def conversations_in(data: DataConfig, split: str) -> Iterator[Conversation]:
     rows = read_rows(data, split, dict.fromkeys(columns, "text_columns"), nested=True)
     wanted = [*columns, *([TOOLS] if TOOLS in rows.column_names else [])]
     for number, row in enumerate(rows.select_columns(wanted)):
-        place = f"{where}, row {number}"
-        if len(columns) == 1:
-            messages = messages_of(row[columns[0]], f"{place}, column {columns[0]!r}")
-        else:
-            messages = messages_of_pair(row[columns[0]], row[columns[1]], place)
-        yield Conversation(messages, tools_of(row.get(TOOLS), place))
+        yield conversation_of(row, columns, f"{where}, row {number}")
 
 
 class Chat(AnswerTask[Conversations]):

@@ -75,9 +75,7 @@ class Classification(Task[texts.Examples]):
 
 def classification_metrics(logits: np.ndarray, labels: Sequence[float]) -> dict[str, float]:
     """Return scikit-learn's accuracy, macro-averaged F1 and Matthews' correlation, and the mean cross-entropy (nats).
-
-    For two classes also "f1", of the second class, as in GLUE. ``logits``: (examples, classes).
-    """
+    For two classes also "f1", of the second class, as in GLUE. ``logits``: (examples, classes)."""
     from scipy.special import log_softmax
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 

@@ -60,10 +60,8 @@ class Pairs:
         )
 
     def tokens(self, example: int) -> tuple[list[int], list[int]]:
-        """Return (prompt, target) of one example, together at most ``max_length`` tokens.
-
-        The prompt is truncated first, to at least half of that, and keeps the separator at its end.
-        """
+        """Return (prompt, target) of one example, together at most ``max_length`` tokens. The prompt is truncated
+        first, to at least half of that, and keeps the separator at its end."""
         data, target = self.inputs[self.input_of[example]], self.targets[example]
         prompt = self._prompt(data, max(self.max_length - len(target), self.max_length // 2))
         return prompt, target[: self.max_length - len(prompt)]
@@ -82,11 +80,8 @@ class Pairs:
 
 
 def load_pairs(data: DataConfig, split: str, tokenizer: Tokenizer) -> Pairs:
-    """Return the pairs of one split: an example for each text of each row.
-
-    Rows without a text are omitted, as in some test sets. Raises ConfigError for a missing file or column, and for data
-    of an unknown shape.
-    """
+    """Return the pairs of one split: an example for each text of each row. Rows without a text are omitted, as in some
+    test sets. Raises ConfigError for a missing file or column, and for data of an unknown shape."""
     column, where = data.text_columns[0], getattr(data, split)
     rows = read_rows(data, split, {column: "text_columns", data.label_column: "label_column"}, nested=True)
     references: dict[str, list[str]] = {}

@@ -18,10 +18,8 @@ if TYPE_CHECKING:
 
 
 def load_scored_texts(data: DataConfig, split: str, tokenizer: Tokenizer) -> Examples:
-    """Return the examples of one split, with numbers for labels.
-
-    Raises ConfigError for a missing file or column, and for a label that is not a finite number.
-    """
+    """Return the examples of one split, with numbers for labels. Raises ConfigError for a missing file or column, and
+    for a label that is not a finite number."""
     rows, where = read_labelled(data, split), getattr(data, split)
     if hasattr(rows.features[data.label_column], "names"):
         raise ConfigError(f'{where}: column {data.label_column!r} holds classes. Set task = "classification"')

@@ -1,12 +1,10 @@
-"""One-dimensional arrays that are read slice by slice: in files, in several parts, or as bits; and document starts."""
+"""One-dimensional arrays that are read slice by slice: in several parts or as bits, and document starts."""
 
 from __future__ import annotations
 
 import bisect
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -17,31 +15,6 @@ class Sliced(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, place: slice, /) -> np.ndarray: ...
-
-
-class FileArray:
-    """A file of numbers of one ``dtype``, of which nothing is held in memory.
-
-    Slices are read with pread: a bisection through a memory-mapped file would map most of it. A copy that is sent to
-    another process opens the file there.
-    """
-
-    def __init__(self, path: Path, dtype: np.dtype):
-        self._path, self.dtype = path, dtype
-        self._file = path.open("rb", buffering=0)
-        self._length = os.fstat(self._file.fileno()).st_size // dtype.itemsize
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, place: slice) -> np.ndarray:
-        start, stop, step = place.indices(self._length)
-        size = self.dtype.itemsize
-        data = os.pread(self._file.fileno(), max(0, stop - start) * size, start * size)
-        return np.frombuffer(data, self.dtype)[::step]
-
-    def __reduce__(self) -> tuple[type[FileArray], tuple[Path, np.dtype]]:
-        return FileArray, (self._path, self.dtype)
 
 
 class Bits:

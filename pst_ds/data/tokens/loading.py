@@ -1,7 +1,5 @@
-"""Open the data of a run as token streams: stores, tokens of other programs, or text.
-
-Text is tokenised once per host into a cached store, which all ranks and later runs map.
-"""
+"""Open the data of a run as token streams: stores, tokens of other programs, or text. Text is tokenised once per host
+into a cached store, which all ranks and later runs map."""
 
 from __future__ import annotations
 
@@ -190,9 +188,7 @@ def _cached_store(
     contents: list[str], identity: TokenizerIdentity, build: Callable[[Path], None], what: str
 ) -> TokenStream:
     """Return the cached store for ``contents`` and ``identity``; call ``build`` with an empty folder if there is none.
-
-    One process per host builds it and the others wait.
-    """
+    One process per host builds it and the others wait."""
     about = json.dumps([VERSION, asdict(identity), contents])
     folder = cache_folder() / hashlib.sha256(about.encode()).hexdigest()[:32]
     if (stream := _complete(folder, identity)) is not None:

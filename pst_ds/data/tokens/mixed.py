@@ -127,10 +127,8 @@ class DrawnSequences:
 
 
 class MixedReader:
-    """Reader number ``part`` of ``parts`` of a mixture, which resumes its streams at ``places``.
-
-    A stream yields the next sequence of the reader's part; other sources are read by index.
-    """
+    """Reader number ``part`` of ``parts`` of a mixture, which resumes its streams at ``places``. A stream yields the
+    next sequence of the reader's part; other sources are read by index."""
 
     def __init__(
         self,

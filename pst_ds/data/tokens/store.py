@@ -1,7 +1,5 @@
 """Token stores of ``pst-ds prepare``: the manifest, token streams in memory-mapped files, and writing shard by shard.
-
-Each shard and its record are written atomically.
-"""
+Each shard and its record are written atomically."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pst_ds.atomic_files import partial_name, sync, write_text_atomic
 from pst_ds.config.run import ConfigError
-from pst_ds.data.tokens.arrays import Array, Bits, Borders, FileArray, JoinedBorders, Starts, joined
+from pst_ds.data.tokens.arrays import Array, Bits, Borders, JoinedBorders, Starts, joined
 from pst_ds.data.tokens.tokenize import Documents, TokenizerIdentity
 from pst_ds.errors import first_problem
 from pst_ds.json_text import json_of
@@ -180,8 +178,15 @@ def open_store(folder: Path, tokenizer: TokenizerIdentity | None = None) -> Toke
     documents. Raises ConfigError for an incomplete store, or one of another tokenizer than ``tokenizer``.
     """
     manifest = read_manifest(folder)
-    if tokenizer is not None and manifest.tokenizer.sha256 != tokenizer.sha256:
-        raise _other_tokenizer(folder, manifest.tokenizer, tokenizer)
+    own = manifest.tokenizer
+    if tokenizer is not None and own.sha256 != tokenizer.sha256:
+        is_as_large = own.vocabulary == tokenizer.vocabulary
+        other = "the run's differs" if is_as_large else f"the run's has {tokenizer.vocabulary}"
+        raise ConfigError(
+            f"{str(folder)!r} holds tokens of another tokenizer: its manifest has a vocabulary of {own.vocabulary} and "
+            f"the hash {own.sha256[:12]}, and {other} ({tokenizer.sha256[:12]}). Prepare the text with the run's "
+            "tokenizer (pst-ds prepare --tokenizer), or name the store's with model.tokenizer"
+        )
 
     def column(kind: str, dtype: np.dtype) -> list[np.ndarray]:
         return [mapped(folder / shard.file(kind), dtype) for shard in manifest.shards]
@@ -197,22 +202,13 @@ def open_store(folder: Path, tokenizer: TokenizerIdentity | None = None) -> Toke
     if LEARNED in manifest.has:
         bits = zip(column(LEARNED, np.dtype("u1")), manifest.shards, strict=True)
         learned = joined([Bits(values, shard.tokens) for values, shard in bits])
-    dtype = manifest.tokenizer.dtype
+    dtype, starts = own.dtype, np.empty(0, _ITEM[STARTS])
     return TokenStream(
         tokens=without_separator(column(TOKENS, dtype)) if manifest.shards else np.empty(0, dtype),
-        borders=Starts(FileArray(folder / STARTS_FILE, _ITEM[STARTS])),
+        borders=Starts(mapped(folder / STARTS_FILE, starts.dtype) if manifest.counts["documents"] else starts),
         digest=manifest.digest,
         num_bytes=num_bytes,
         learned=learned,
-    )
-
-
-def _other_tokenizer(folder: Path, own: TokenizerIdentity, tokenizer: TokenizerIdentity) -> ConfigError:
-    other = f"the run's has {tokenizer.vocabulary}" if own.vocabulary != tokenizer.vocabulary else "the run's differs"
-    return ConfigError(
-        f"{str(folder)!r} holds tokens of another tokenizer: its manifest has a vocabulary of {own.vocabulary} and "
-        f"the hash {own.sha256[:12]}, and {other} ({tokenizer.sha256[:12]}). Prepare the text with the run's "
-        "tokenizer (pst-ds prepare --tokenizer), or name the store's with model.tokenizer"
     )
 
 
@@ -247,9 +243,7 @@ class _HashedFile:
 
 class ShardWriter:
     """Writer of one shard of the store in ``folder``; as a context manager it removes the files after an error.
-
-    ``kinds`` names optional files: BYTES, LEARNED. Tokens and document starts are always written.
-    """
+    ``kinds`` names optional files: BYTES, LEARNED. Tokens and document starts are always written."""
 
     def __init__(self, folder: Path, number: int, tokenizer: TokenizerIdentity, kinds: frozenset[str] = frozenset()):
         self._folder, self._tokenizer = folder, tokenizer

@@ -81,10 +81,8 @@ def named_stragglers(path: Path) -> list[dict[str, object]]:
 
 
 def batch_losses(path: Path, until: int = sys.maxsize) -> list[Point]:
-    """Read the training loss of every batch up to step ``until``, skipped steps included.
-
-    Lines of older runs only have the mean of their batches, which counts as one batch.
-    """
+    """Read the training loss of every batch up to step ``until``, skipped steps included. Lines of older runs only have
+    the mean of their batches, which counts as one batch."""
     found: list[Point] = []
     for line in lines_until(path, until):
         if line.get("event") != "step":

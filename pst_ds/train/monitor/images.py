@@ -29,10 +29,8 @@ _THRESHOLD = _LIGHT, _DARK, _LIGHT
 
 
 def heat_map(values: np.ndarray, size: int = MAP_SIZE) -> np.ndarray:
-    """Draw ``values``, (rows, columns) in [0, 1], with row 0 on top and the colour scale on the right.
-
-    The picture is about ``size`` pixels wide and high. A cell is at least one pixel wide and two high.
-    """
+    """Draw ``values``, (rows, columns) in [0, 1], with row 0 on top and the colour scale on the right. The picture is
+    about ``size`` pixels wide and high. A cell is at least one pixel wide and two high."""
     down = max(2, min(_MOST_CELL_PIXELS, size // values.shape[0]))
     across = max(1, min(_MOST_CELL_PIXELS, size // values.shape[1]))
     cells = shaded(values).repeat(down, 0).repeat(across, 1)
@@ -48,10 +46,8 @@ def flips_on_scale(flipped: np.ndarray) -> np.ndarray:
 
 
 def thumbnail(share: Sequence[Sequence[float]]) -> np.ndarray:
-    """Draw the fraction of kept weights in each cell of a mask, relative to the mean.
-
-    Absolute fractions would show little: at 90 % sparsity, all cells of a large matrix keep about a tenth.
-    """
+    """Draw the fraction of kept weights in each cell of a mask, relative to the mean. Absolute fractions would show
+    little: at 90 % sparsity, all cells of a large matrix keep about a tenth."""
     return heat_map(share_on_scale(share), THUMBNAIL_SIZE)
 
 
@@ -62,10 +58,8 @@ def share_on_scale(share: Sequence[Sequence[float]]) -> np.ndarray:
 
 
 def histogram(kept: Sequence[int], pruned: Sequence[int], threshold: float | None) -> np.ndarray:
-    """Draw stacked bars of pruned and kept weights per bin, without empty bins at both ends.
-
-    ``threshold``: position of a vertical line, in bins from the left; None for no line.
-    """
+    """Draw stacked bars of pruned and kept weights per bin, without empty bins at both ends. ``threshold``: position of
+    a vertical line, in bins from the left; None for no line."""
     counts = np.array([pruned, kept], dtype=float)
     first, last = filled_bins(counts)
     counts = counts[:, first:last]

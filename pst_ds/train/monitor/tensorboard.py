@@ -25,10 +25,8 @@ _FORMAT = "brain.Event:2"
 
 
 class TensorBoardWriter:
-    """Event files of a run folder. A run that resumes after ``step`` keeps its points up to that step.
-
-    Records are written immediately. SummaryWriter has a thread with a queue of ten, which training would wait for.
-    """
+    """Event files of a run folder. A run that resumes after ``step`` keeps its points up to that step. Records are
+    written immediately. SummaryWriter has a thread with a queue of ten, which training would wait for."""
 
     def __init__(self, folder: Path, step: int):
         if not step:
@@ -63,10 +61,8 @@ class TensorBoardWriter:
         self._tensor(tag, np.stack([edges[:-1], edges[1:], np.asarray(counts, dtype=float)], 1), step, about)
 
     def hparams(self, settings: Mapping[str, object], metric_tags: Sequence[str]) -> None:
-        """Add the run's settings, with the last values of ``metric_tags`` as results.
-
-        SummaryWriter.add_hparams would create a second run.
-        """
+        """Add the run's settings, with the last values of ``metric_tags`` as results. SummaryWriter.add_hparams would
+        create a second run."""
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
         for summary in torch_summary.hparams(plain, dict.fromkeys(metric_tags, 0.0)):
             self._add(summary, None)

@@ -81,10 +81,8 @@ def candidates(*, has_head: bool) -> tuple[Candidate, ...]:
 
 
 def rungs(num_steps: int, share: float, most: int) -> list[Rung]:
-    """Return the rungs of a search in ``share`` of ``num_steps`` optimizer steps, over up to ``most`` candidates.
-
-    There are as many candidates as have :data:`LEAST_STEPS` in the first rung. Raises InputError for fewer than 3.
-    """
+    """Return the rungs of a search in ``share`` of ``num_steps`` optimizer steps, over up to ``most`` candidates. There
+    are as many candidates as have :data:`LEAST_STEPS` in the first rung. Raises InputError for fewer than 3."""
     budget = math.floor(share * num_steps)
     for count in (9, 5, 3):
         sizes = [count]

@@ -1,7 +1,5 @@
-"""Report a search for learning rates: a table, the choice, and the run file with the chosen rates.
-
-Importing this module does not import torch.
-"""
+"""Report a search for learning rates: a table, the choice, and the run file with the chosen rates. Importing this
+module does not import torch."""
 
 from __future__ import annotations
 

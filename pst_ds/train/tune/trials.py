@@ -41,11 +41,8 @@ _DRAWS = 100
 
 @run_folder.without_other_runs
 def search(context: RunContext, share: float, *, restart: bool = False) -> list[Record]:
-    """Run the missing trials of a search; return all lines of tune.jsonl, the choice last.
-
-    Collective. ``restart`` discards the trials of an earlier search. Raises InputError, and StoppedError after a
-    signal.
-    """
+    """Run the missing trials of a search; return all lines of tune.jsonl, the choice last. Collective. ``restart``
+    discards the trials of an earlier search. Raises InputError, and StoppedError after a signal."""
     splits = load_splits(context)
     num_steps = context.run.num_steps(len(splits[0]))
     context = context.with_rates(splits[0])
@@ -87,10 +84,8 @@ def _run_trials(
     lines: list[Record],
     progress: Progress,
 ) -> Candidate:
-    """Run the trials that ``lines`` lacks, add them to it and to the file, and return the chosen candidate.
-
-    The next trial depends only on the lines, so an interrupted search resumes.
-    """
+    """Run the trials that ``lines`` lacks, add them to it and to the file, and return the chosen candidate. The next
+    trial depends only on the lines, so an interrupted search resumes."""
     folder, lower, outcomes = Path(context.run.output_dir), context.task.lower_is_better, list[Outcome]()
     for i, rung in enumerate(plan):
         names = list(range(rung.trials)) if i == 0 else promoted(outcomes, rung.trials, lower_is_better=lower)
@@ -109,10 +104,8 @@ def _run_trials(
 
 
 def _read_lines(folder: Path, head: Record, restart: bool) -> list[Record]:
-    """Return the existing lines of this search, at least ``head``.
-
-    Raises ConfigError if the folder has another search, or a trained run.
-    """
+    """Return the existing lines of this search, at least ``head``. Raises ConfigError if the folder has another search,
+    or a trained run."""
     path = folder / TUNE_FILE
     try:
         text = path.read_text(encoding="utf-8") if path.is_file() and not restart else json_of(head)
@@ -155,9 +148,7 @@ def _write_lines(folder: Path, lines: list[Record]) -> None:
 
 def trial_run(run: RunConfig, candidate: Candidate, steps: int, num_steps: int, folder: Path) -> RunConfig:
     """Return a run of ``num_steps`` shortened to ``steps``, with the rates of a candidate, and evaluated at its end.
-
-    Masks are updated as often as in the whole run, if there are enough steps.
-    """
+    Masks are updated as often as in the whole run, if there are enough steps."""
     rates: dict[str, Any] = dict(candidate.rates(run.train, steps, num_steps))
     interval = max(1, round(run.schedule.update_interval * steps / num_steps))
     return replace(

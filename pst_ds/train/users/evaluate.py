@@ -45,9 +45,7 @@ def evaluate_users(
     model: PersonalModel, store: UserStore, rows: RowsByUser, users: Sequence[str], *, others: int = 1
 ) -> list[UserScores]:
     """Score each of ``users`` on its rows with the shared state, its own, and those of up to ``others`` other users.
-
-    Collective. Raises InputError.
-    """
+    Collective. Raises InputError."""
     scores, names, context = [], store.names, model.context
     with Progress("evaluate users", len(users), "users") as progress:
         for user in users:

@@ -146,11 +146,8 @@ class UserCheckpoint(Checkpoint):
 
 
 def user_checkpoint(checkpoint: Checkpoint, run: RunConfig, store: UserStore, user: str) -> UserCheckpoint:
-    """Return ``checkpoint`` with the state of ``user``.
-
-    Raises UserStoreError when the store belongs to another model, or its form is "beside": merging such an update
-    would fill the pruned weights.
-    """
+    """Return ``checkpoint`` with the state of ``user``. Raises UserStoreError when the store belongs to another model,
+    or its form is "beside": merging such an update would fill the pruned weights."""
     if store.common.form == "beside":
         raise UserStoreError(
             f"{store.folder}: its updates lie next to the layers, and merging them would fill the pruned weights. "

@@ -137,10 +137,8 @@ class UserStore:
         return cls(folder, *_read_index(folder), kept, stamp)
 
     def refresh(self) -> None:
-        """Read the index again if another process changed it; forget cached states if users were removed.
-
-        Raises UserStoreError if the index is missing, damaged, or of another model.
-        """
+        """Read the index again if another process changed it; forget cached states if users were removed. Raises
+        UserStoreError if the index is missing, damaged, or of another model."""
         with self._one_at_a_time:
             stamp = _stamp(self.folder / INDEX)
             if stamp == self._stamp and stamp:
@@ -172,10 +170,8 @@ class UserStore:
         return found
 
     def state(self, name: str) -> State:
-        """Return the state of a user, which is cached: do not change it.
-
-        Raises UserNameError for an unknown user, and UserStoreError for a file that is missing or damaged.
-        """
+        """Return the state of a user, which is cached: do not change it. Raises UserNameError for an unknown user, and
+        UserStoreError for a file that is missing or damaged."""
         with self._one_at_a_time:
             return self._cached(name, self.entry(name))
 
@@ -194,10 +190,8 @@ class UserStore:
             return self.state(name)  # its file was replaced between the two readings
 
     def add(self, name: str, state: Mapping[str, Tensor], *, rows: int = 0, steps: int = 0, loss: float = 0.0) -> None:
-        """Write or replace the state of a user.
-
-        Raises UserStoreError, with the store unchanged, if the state does not fit or the disk is full.
-        """
+        """Write or replace the state of a user. Raises UserStoreError, with the store unchanged, if the state does not
+        fit or the disk is full."""
         from safetensors.torch import save
 
         require_name(name)

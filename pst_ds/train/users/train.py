@@ -59,10 +59,8 @@ class Choice:
     """Most users, chosen by their number of rows; 0 for no limit."""
 
     def of(self, rows: RowsByUser) -> tuple[list[str], list[str]]:
-        """Return (chosen users, users with fewer than ``min_rows`` rows).
-
-        Raises ConfigError for a name without rows, and if no user is left.
-        """
+        """Return (chosen users, users with fewer than ``min_rows`` rows). Raises ConfigError for a name without rows,
+        and if no user is left."""
         for name in self.names:
             require_name(name)
             if name not in rows.places:
@@ -121,9 +119,7 @@ def run_of_users(run: RunConfig, how: UserTraining, **files: str) -> RunConfig:
 
 def with_rates_of_users(run: RunConfig, how: UserTraining, *, width: int, steps: int) -> RunConfig:
     """Return ``run`` with a number for every rate, for a model of hidden size ``width`` and users of ``steps`` steps.
-
-    The update rate is the share that :class:`UserTraining` describes, unless ``how`` sets one.
-    """
+    The update rate is the share that :class:`UserTraining` describes, unless ``how`` sets one."""
     seen = steps * run.train.batch_size  # only the rate of embeddings depends on it, and no embedding is personal
     run = run.with_rates(width=width, num_steps=steps, num_examples=seen, num_labels=0)
     rate = run.train.update_learning_rate
@@ -216,10 +212,8 @@ def _train_user(model: PersonalModel, rows: RowsByUser, store: UserStore, name: 
 
 
 def _with_batches_for(run: RunConfig, count: int, name: str) -> RunConfig:
-    """Return ``run`` with the batch size that drops fewest of ``count`` examples.
-
-    Raises ConfigError when there are fewer examples than ranks.
-    """
+    """Return ``run`` with the batch size that drops fewest of ``count`` examples. Raises ConfigError when there are
+    fewer examples than ranks."""
     ranks = world_size()
     if count < ranks:
         raise ConfigError(
