@@ -21,14 +21,12 @@ import torch
 
 from pst_ds.core.packings import COMPRESSED_TENSORS, DENSE, FOR_COMPRESSED_TENSORS, GROUPS, PACKINGS
 from pst_ds.core.quantization import Grid
-from pst_ds.formats.bitmask import BitmaskFormat
 from pst_ds.formats.compressed_tensors import IntQuantizedFormat, PackQuantizedFormat
-from pst_ds.formats.csr import CsrFormat
 from pst_ds.formats.foreign import ForeignFormat
 from pst_ds.formats.parts import VALUE_DTYPES, FormatError, PackedFormat, Part
 from pst_ds.formats.quantized import QuantizedFormat
 from pst_ds.formats.rows import mask_row_bits, row_bits
-from pst_ds.formats.two_four import TwoFourFormat
+from pst_ds.formats.sparse import BitmaskFormat, CsrFormat, TwoFourFormat
 
 _FORMATS: tuple[PackedFormat, ...] = (BitmaskFormat(), TwoFourFormat(), CsrFormat())
 FORMATS = dict(zip(PACKINGS, _FORMATS, strict=True))

@@ -63,14 +63,12 @@ class BaseWeights:
 
     def unused_by(self, model: nn.Module) -> list[str]:
         """Return the names of tensors in the files that ``model`` does not have, such as another head or a pooler."""
-        state = saved_tensors(model, model.state_dict())
-        used = {self.find(name) for name in state}
+        used = {self.find(name) for name in saved_tensors(model, model.state_dict())}
         return [name for name in self.names if name not in used]
 
     def size(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """Return dtype and shape of a tensor, by its name in the files, without reading its values."""
-        file = self._file(name)
-        slot = _tensors_of(file)[name]
+        slot = _tensors_of(self._file(name))[name]
         return slot.dtype, tuple(slot.shape)
 
     def read(self, name: str) -> Tensor:
@@ -81,9 +79,9 @@ class BaseWeights:
     def read_rows(self, name: str, first: int, last: int) -> Tensor:
         """Read rows [first, last) of a tensor (..., columns), viewed as the matrix (rows, columns)."""
         file = self._file(name)
-        return (
-            file.read_rows(name, first, last) if isinstance(file, TensorFile) else file[name].flatten(0, -2)[first:last]
-        )
+        if isinstance(file, TensorFile):
+            return file.read_rows(name, first, last)
+        return file[name].flatten(0, -2)[first:last]
 
     def _file(self, name: str) -> _WeightFile:
         file = self._file_of[name]
@@ -91,9 +89,7 @@ class BaseWeights:
             opened = _opened(self.folder / file)
             missing = {n for n, at in self._file_of.items() if at == file} - set(_tensors_of(opened))
             if missing:
-                raise InputError(
-                    f"{self.folder / file} lacks {min(missing)}, which the index lists for it. Copy it again"
-                )
+                raise InputError(f"{self.folder / file} lacks {min(missing)}, which the index lists. Copy it again")
             self._open[file] = opened
         return self._open[file]
 
@@ -106,7 +102,7 @@ class BaseWeights:
 def is_text_part(model: nn.Module, folder: Path) -> bool:
     """Return whether the config of ``model`` is the text config of the model in ``folder``.
 
-    If so, :func:`saved_tensors` returns the names in the whole model from then on, as far as transformers knows them.
+    If so, :func:`saved_tensors` then returns the names in the complete model, as far as transformers knows them.
     """
     from transformers import AutoConfig
     from transformers.conversion_mapping import get_model_conversion_mapping

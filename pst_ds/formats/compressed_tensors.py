@@ -28,11 +28,15 @@ class _OfCompressedTensors(QuantizedFormat):
             value = float(parts["weight_scale"].flatten()[bad])
             raise FormatError(f"{name}: weight_scale {bad} is {value:g}; {RULE_OF_SCALES}")
         if shape[1]:
-            self._refuse_codes(name, parts[self.values_name], shape[1])
+            least = -self.grid.largest - 1
+            for problem, wrong in self._wrong_codes(parts[self.values_name], shape[1]).items():
+                if wrong.any():
+                    row, found = int(wrong.any(1).to(torch.uint8).argmax()), problem.format(least)
+                    raise FormatError(f"{name}: {self.values_name} has {found} in row {row}")
 
     @abstractmethod
-    def _refuse_codes(self, name: str, values: Tensor, columns: int) -> None:
-        """Raise FormatError if ``values``, of non-empty rows, are not valid codes."""
+    def _wrong_codes(self, values: Tensor, columns: int) -> dict[str, Tensor]:
+        """Return a bool matrix of invalid codes for each problem; {} in its name is the smallest integer."""
 
     def _unpack(self, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
         return dequantize(self.unpack_codes(parts), parts["weight_scale"], dtype or torch.float32)
@@ -52,13 +56,9 @@ class PackQuantizedFormat(_OfCompressedTensors):
     def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
         """Return dtype and shape of every part; ``nonzero`` and ``dtype`` are not used."""
         rows, columns = shape
-        try:
-            groups = self.grid.num_groups(columns)
-        except ValueError as error:
-            raise FormatError(str(error)) from None
         return {
             "weight_packed": (torch.int32, (rows, -(-columns * self.grid.bits // 32))),
-            "weight_scale": (SCALE_DTYPE, (rows, groups)),
+            "weight_scale": (SCALE_DTYPE, (rows, self._num_groups(columns))),
             "weight_shape": (torch.int64, (2,)),
         }
 
@@ -85,13 +85,9 @@ class PackQuantizedFormat(_OfCompressedTensors):
             raw = torch.stack([raw & 15, raw >> 4], -1).flatten(1)
         return raw[:, :columns]
 
-    def _refuse_codes(self, name: str, values: Tensor, columns: int) -> None:
+    def _wrong_codes(self, values: Tensor, columns: int) -> dict[str, Tensor]:
         raw = self._raw(values, values.shape[1] * 32 // self.grid.bits)
-        least = -self.grid.largest - 1
-        for what, wrong in ((f"the code {least}", raw[:, :columns] == 0), ("a bit beyond it", raw[:, columns:] != 0)):
-            if wrong.any():
-                row = int(wrong.any(1).to(torch.uint8).argmax())
-                raise FormatError(f"{name}: weight_packed has {what} in row {row}")
+        return {"the code {}": raw[:, :columns] == 0, "a bit beyond it": raw[:, columns:] != 0}
 
 
 class IntQuantizedFormat(_OfCompressedTensors):
@@ -106,7 +102,6 @@ class IntQuantizedFormat(_OfCompressedTensors):
         super().__init__(DENSE, grid)
         self.packing = self.name = COMPRESSED_TENSORS_W8A8
         self.part_names = ("weight", "weight_scale")
-        self.value_dtypes = (torch.int8,)
 
     def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
         """Return dtype and shape of every part; ``nonzero`` and ``dtype`` are not used."""
@@ -124,8 +119,5 @@ class IntQuantizedFormat(_OfCompressedTensors):
             raise FormatError(f"{name}: weight must be a matrix, but has the shape {tuple(codes.shape)}")
         return codes.shape[0], codes.shape[1]
 
-    def _refuse_codes(self, name: str, values: Tensor, columns: int) -> None:
-        wrong = (values == -self.grid.largest - 1).any(1)
-        if wrong.any():
-            row = int(wrong.to(torch.uint8).argmax())
-            raise FormatError(f"{name}: weight has the code {-self.grid.largest - 1} in row {row}")
+    def _wrong_codes(self, values: Tensor, columns: int) -> dict[str, Tensor]:
+        return {"the code {}": values == -self.grid.largest - 1}

@@ -20,7 +20,7 @@ _LEAST_HALF = 2.0**-24
 def gguf_blocks(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tensor | None = None) -> tuple[Tensor, int]:
     """Quantise a matrix to blocks.
 
-    Scales are those of :func:`~pst_ds.core.quantization.quantize`, rounded to fp16. If that changes a scale (below
+    Scales come from :func:`~pst_ds.core.quantization.quantize` and are rounded to fp16. If that changes a scale (below
     2^-17, or above 65,504), its codes are computed again.
 
     Args:
@@ -45,30 +45,11 @@ def gguf_blocks(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tensor 
         kept = weight.float() if keep is None else torch.where(keep, weight.float(), 0.0)
         anew = nearest_codes(kept.unflatten(1, (-1, BLOCK)), half.unsqueeze(2), grid)
         codes = torch.where(changed.unsqueeze(2), anew, codes.unflatten(1, (-1, BLOCK))).flatten(1)
-    return _joined(codes, half, grid.bits), int(changed.sum())
-
-
-def weights_of_blocks(blocks: Tensor, grid: Grid) -> Tensor:
-    """Return the weight that blocks stand for, (O, I) fp32."""
-    size = 2 + BLOCK * grid.bits // 8
-    parts = blocks.unflatten(1, (-1, size))
-    half = parts[..., :2].contiguous().view(torch.float16).float()
-    codes = parts[..., 2:]
-    if grid.bits == 4:
-        codes = torch.cat([codes & 15, codes >> 4], -1).to(torch.int16) - 8
-    else:
-        codes = codes.contiguous().view(torch.int8)
-    weight: Tensor = codes.float() * half
-    return weight.flatten(1)
-
-
-def _joined(codes: Tensor, half: Tensor, bits: int) -> Tensor:
-    """Lay scales (O, I / 32) fp16 and codes (O, I) int8 out as blocks."""
     grouped = codes.unflatten(1, (-1, BLOCK))
-    if bits == 4:
+    if grid.bits == 4:
         raw = (grouped.to(torch.int16) + 8).to(torch.uint8)
-        held = raw[..., : BLOCK // 2] | raw[..., BLOCK // 2 :] << 4
+        stored = raw[..., : BLOCK // 2] | raw[..., BLOCK // 2 :] << 4
     else:
-        held = grouped.contiguous().view(torch.uint8)
-    scales = half.contiguous().view(torch.uint8).unflatten(1, (-1, 2))
-    return torch.cat([scales, held], -1).flatten(1)
+        stored = grouped.contiguous().view(torch.uint8)
+    scale_bytes = half.contiguous().view(torch.uint8).unflatten(1, (-1, 2))
+    return torch.cat([scale_bytes, stored], -1).flatten(1), int(changed.sum())

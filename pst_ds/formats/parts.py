@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.bits import INT_OF_SIZE
-from pst_ds.formats.rows import bytes_of_row, first_padded_row, row_bits
+from pst_ds.formats.rows import bytes_of_row, row_bits
 
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_BYTES = 1 << 62
@@ -54,11 +53,6 @@ class PackedFormat(ABC):
         """Return the number of stored values for :meth:`parts`; ``counts``: kept positions per row, (O,) int64."""
         return int(counts.sum())
 
-    def nbytes(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> int:
-        """Return the bytes of all parts together."""
-        sizes = self.parts(shape, nonzero, dtype).values()
-        return sum(math.prod(dims) * part_dtype.itemsize for part_dtype, dims in sizes)
-
     def accepts(self, bits: Tensor, shape: tuple[int, int]) -> bool:
         """Return whether a matrix with the kept positions ``bits``, (O, ceil(I / 8)) uint8, can be packed."""
         return bits.shape == (shape[0], bytes_of_row(shape[1]))
@@ -86,7 +80,7 @@ class PackedFormat(ABC):
         if keep.dtype != torch.uint8 or tuple(keep.shape) != expected:
             raise FormatError(f"{name}: the kept positions must be uint8 of shape {expected}, got {_described(keep)}")
         keep = keep.cpu().clone(memory_format=torch.contiguous_format)
-        _refuse_padding(name, "the kept positions", keep, weight.shape[1])
+        require_no_padding(name, "the kept positions", keep, weight.shape[1])
         return self._pack(weight, keep, name)
 
     def check(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -101,9 +95,8 @@ class PackedFormat(ABC):
         Raises FormatError.
         """
         if set(parts) != set(self.part_names):
-            raise FormatError(
-                f"{name}: {self.name} must have the parts {_listed(self.part_names)}, found {_listed(parts)}"
-            )
+            wanted, found = ", ".join(sorted(self.part_names)), ", ".join(sorted(map(str, parts))) or "none"
+            raise FormatError(f"{name}: {self.name} must have the parts {wanted}, found {found}")
         held = {part: self._plain(name, part, parts[part]) for part in self.part_names}
         rows, columns = self._claimed_shape(name, held)
         if max(rows, 1) * max(columns, 1) * held[self.values_name].dtype.itemsize > MAX_BYTES:
@@ -123,7 +116,7 @@ class PackedFormat(ABC):
                 )
         self._check_contents(name, held, (rows, columns))
         if values.is_floating_point():
-            _refuse_negative_zero(name, self.values_name, values)
+            _require_no_negative_zero(name, self.values_name, values)
         return rows, columns
 
     def unpack(self, parts: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
@@ -131,7 +124,8 @@ class PackedFormat(ABC):
 
         ``dtype``: dtype of the matrix; None is that of the values, or fp32 for quantised values, which is exact.
         """
-        return self._unpack({part: parts[part].detach().cpu().contiguous() for part in self.part_names}, dtype)
+        dense = self._unpack({part: parts[part].detach().cpu().contiguous() for part in self.part_names}, dtype)
+        return dense if dtype is None else dense.to(dtype)
 
     @abstractmethod
     def _pack(self, weight: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:
@@ -139,7 +133,7 @@ class PackedFormat(ABC):
 
     @abstractmethod
     def _unpack(self, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
-        """Implement ``unpack`` for contiguous parts on the CPU."""
+        """Implement ``unpack`` for contiguous parts on the CPU; may ignore ``dtype``."""
 
     @abstractmethod
     def _check_contents(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
@@ -176,20 +170,19 @@ class PackedFormat(ABC):
         return rows, columns
 
 
-def checked_bits(name: str, bits: Tensor, columns: int) -> None:
-    """Raise FormatError if a part "bitmask" has a bit set beyond its row."""
-    _refuse_padding(name, "bitmask", bits, columns)
-
-
-def _refuse_padding(name: str, part: str, bits: Tensor, columns: int) -> None:
-    row = first_padded_row(bits, columns)
-    if row is not None:
+def require_no_padding(name: str, part: str, bits: Tensor, columns: int) -> None:
+    """Raise FormatError if a row of ``bits`` has a bit set beyond its ``columns``."""
+    if columns % 8 == 0 or not bits.numel():
+        return
+    padded = (bits[:, -1] >> (columns % 8)) != 0
+    if padded.any():
+        row = int(padded.to(torch.uint8).argmax())
         raise FormatError(
             f"{name}: {part} has a bit set beyond the {columns} inputs of row {row}; padding bits must be 0"
         )
 
 
-def _refuse_negative_zero(name: str, part: str, values: Tensor) -> None:
+def _require_no_negative_zero(name: str, part: str, values: Tensor) -> None:
     as_int = values.view(INT_OF_SIZE[values.element_size()])
     found = as_int == torch.iinfo(as_int.dtype).min
     if found.any():
@@ -203,7 +196,3 @@ def _described(tensor: Tensor) -> str:
         return f"{tensor.dtype} of shape {shape}, {tensor.layout}"
     strides = "" if tensor.is_contiguous() else f", strides {tensor.stride()}"
     return f"{tensor.dtype} of shape {shape} on {tensor.device.type}{strides}"
-
-
-def _listed(names: Mapping[str, Tensor] | tuple[str, ...]) -> str:
-    return ", ".join(sorted(map(str, names))) or "none"

@@ -25,10 +25,9 @@ from pst_ds.core.quantization import (
     quantize,
     unpack_nibbles,
 )
-from pst_ds.formats.bitmask import BitmaskFormat
-from pst_ds.formats.parts import FormatError, PackedFormat, Part, checked_bits
+from pst_ds.formats.parts import FormatError, PackedFormat, Part, require_no_padding
 from pst_ds.formats.rows import as_bools, bytes_of_row, gather_codes, row_counts, scatter_codes
-from pst_ds.formats.two_four import TwoFourFormat, checked_groups, filled_groups
+from pst_ds.formats.sparse import BitmaskFormat, TwoFourFormat, filled_groups, require_two_of_four
 
 _HAS_MINUS_8 = np.array([byte & 15 == 8 or byte >> 4 == 8 for byte in range(256)])
 
@@ -37,7 +36,7 @@ class QuantizedFormat(PackedFormat):
     """``codes``, ``scales`` (O, groups) bf16, ``shape`` and, unless dense, ``bitmask`` (O, ceil(I / 8)) uint8.
 
     ``codes`` are int8: (nnz,) for bitmask, (O, I / 2) for 2:4, (O, I) for a dense matrix. int4 codes are uint8, with
-    half as many bytes per row, rounded up; those of bitmask are concatenated row by row.
+    half as many bytes per row, rounded up; in bitmask, the rows are concatenated.
     """
 
     values_name = "codes"
@@ -66,17 +65,19 @@ class QuantizedFormat(PackedFormat):
         *outer, codes = sizes[self.packing]
         if self._base is not None:
             self._base.parts(shape, nonzero, torch.float32)  # rejects shapes that it cannot hold
-        try:
-            groups = self.grid.num_groups(columns)
-        except ValueError as error:
-            raise FormatError(str(error)) from None
         parts: dict[str, Part] = {
             "codes": (self.value_dtypes[0], (*outer, codes if self.grid.bits == 8 else -(-codes // 2))),
             "bitmask": (torch.uint8, (rows, bytes_of_row(columns))),
-            "scales": (SCALE_DTYPE, (rows, groups)),
+            "scales": (SCALE_DTYPE, (rows, self._num_groups(columns))),
             "shape": (torch.int64, self.shape_dims),
         }
         return {part: parts[part] for part in self.part_names}
+
+    def _num_groups(self, columns: int) -> int:
+        try:
+            return self.grid.num_groups(columns)
+        except ValueError as error:
+            raise FormatError(str(error)) from None
 
     def accepts(self, bits: Tensor, shape: tuple[int, int]) -> bool:
         return self._base is None or self._base.accepts(bits, shape)
@@ -147,9 +148,9 @@ class QuantizedFormat(PackedFormat):
             value = float(parts["scales"][row, group])
             raise FormatError(f"{name}: scale {group} of row {row} is {value:g}; {RULE_OF_SCALES}")
         if self._base is not None:
-            checked_bits(name, parts["bitmask"], shape[1])
+            require_no_padding(name, "bitmask", parts["bitmask"], shape[1])
         if self.packing == "2:4":
-            checked_groups(name, parts["bitmask"], shape[1])
+            require_two_of_four(name, parts["bitmask"], shape[1])
         if shape[1]:
             self._check_codes(name, parts["codes"], self._counts(name, parts, shape))
         elif parts["codes"].numel():  # without inputs, a file of few bytes may claim any number of rows

@@ -72,7 +72,7 @@ def mask_row_bits(mask: Tensor, layout: WeightLayout) -> Tensor:
 
 def as_bools(bits: Tensor, columns: int) -> Tensor:
     """Return row bits as (O, I) bool."""
-    return torch.from_numpy(_unpacked(bits, columns))
+    return torch.from_numpy(np.unpackbits(bits.numpy(), axis=1, count=columns, bitorder="little").view(bool))
 
 
 def row_counts(bits: Tensor) -> Tensor:
@@ -85,14 +85,6 @@ def row_counts(bits: Tensor) -> Tensor:
     return counts
 
 
-def first_padded_row(bits: Tensor, columns: int) -> int | None:
-    """Return the first row with a bit set beyond ``columns``, or None."""
-    if columns % 8 == 0 or not bits.numel():
-        return None
-    padded = (bits[:, -1] >> (columns % 8)) != 0
-    return int(padded.to(torch.uint8).argmax()) if padded.any() else None
-
-
 def gather(weight: Tensor, bits: Tensor, count: int) -> Tensor:
     """Return the kept values of ``weight``, (O, I) contiguous, row by row: (count,), with -0.0 turned into +0.0.
 
@@ -103,7 +95,7 @@ def gather(weight: Tensor, bits: Tensor, count: int) -> Tensor:
     values = torch.empty(count, dtype=as_int.dtype)
     native = library()
     if native is None:
-        values.copy_(torch.from_numpy(as_int.numpy()[_unpacked(bits, columns)]))
+        values.copy_(torch.from_numpy(as_int.numpy()[as_bools(bits, columns).numpy()]))
         values[values == torch.iinfo(values.dtype).min] = 0
     else:
         size = as_int.element_size()
@@ -123,7 +115,7 @@ def scatter(values: Tensor, bits: Tensor, columns: int) -> Tensor:
         dense = torch.empty(rows, columns, dtype=as_int.dtype)
     elif native is None:
         dense = torch.zeros(rows, columns, dtype=as_int.dtype)
-        dense.numpy()[_unpacked(bits, columns)] = as_int.flatten().numpy()
+        dense.numpy()[as_bools(bits, columns).numpy()] = as_int.flatten().numpy()
     else:
         dense = torch.empty(rows, columns, dtype=as_int.dtype)
         size = as_int.element_size()
@@ -163,7 +155,7 @@ def columns_of(bits: Tensor, columns: int, count: int, dtype: torch.dtype) -> Te
     """Return the column of every set bit, row by row: (count,), uint16 or int32."""
     native = library()
     if native is None:
-        found = np.nonzero(_unpacked(bits, columns))[1]
+        found = np.nonzero(as_bools(bits, columns).numpy())[1]
         return torch.from_numpy(found.astype(np.uint16 if dtype == torch.uint16 else np.int32))
     indices = torch.empty(count, dtype=dtype)
     native.pst_columns(bits.data_ptr(), bits.shape[0], columns, dtype.itemsize, indices.data_ptr(), count)
@@ -193,8 +185,3 @@ def scatter_columns(values: Tensor, starts: Tensor, indices: Tensor, columns: in
 
 def _as_int(weight: Tensor) -> Tensor:
     return weight.view(INT_OF_SIZE[weight.element_size()])
-
-
-def _unpacked(bits: Tensor, columns: int) -> np.ndarray:
-    """Return row bits as (O, I) bool."""
-    return np.unpackbits(bits.numpy(), axis=1, count=columns, bitorder="little").view(bool)

@@ -5,9 +5,22 @@ import pytest
 import torch
 
 from pst_ds.core.quantization import Grid, dequantize, quantize, round_to_grid
-from pst_ds.formats.gguf_blocks import gguf_blocks, weights_of_blocks
+from pst_ds.formats.gguf_blocks import BLOCK, gguf_blocks
 
 GRIDS = [Grid(8, 32), Grid(4, 32)]
+
+
+def weights_of_blocks(blocks, grid):
+    """The weight that blocks represent, (O, I) fp32, as ggml's source describes it."""
+    size = 2 + BLOCK * grid.bits // 8
+    parts = blocks.unflatten(1, (-1, size))
+    half = parts[..., :2].contiguous().view(torch.float16).float()
+    codes = parts[..., 2:]
+    if grid.bits == 4:
+        codes = torch.cat([codes & 15, codes >> 4], -1).to(torch.int16) - 8
+    else:
+        codes = codes.contiguous().view(torch.int8)
+    return (codes.float() * half).flatten(1)
 
 
 def weights(shape=(5, 96), size=0.1, seed=0):

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from pst_ds.core.quantization import Grid, dequantize, quantize, round_to_grid
 from pst_ds.formats import FormatError, QuantizedFormat, packed_format, row_bits
 
+from .test_formats import nbytes
+
 PACKINGS = ["bitmask", "2:4", "dense"]
 GRIDS = [Grid(8), Grid(8, 32), Grid(4), Grid(4, 32)]
 CASES = [(packing, grid) for packing in PACKINGS for grid in GRIDS]
@@ -130,9 +132,9 @@ def test_bits_a_weight(grid, most, columns):
     for zeros, bits in most.items():
         counts = torch.full((columns,), round((1 - zeros) * columns))
         counts[::2] += 1  # of odd and even rows
-        nbytes = form.nbytes((columns, columns), form.stored(counts), torch.bfloat16)
-        assert 8 * nbytes / columns**2 <= bits
-    assert 8 * packed_format("dense", Grid(4, 128)).nbytes((4096, 4096), 0, torch.bfloat16) / 4096**2 < 4.13
+        size = nbytes(form, (columns, columns), form.stored(counts))
+        assert 8 * size / columns**2 <= bits
+    assert 8 * nbytes(packed_format("dense", Grid(4, 128)), (4096, 4096), 0) / 4096**2 < 4.13
 
 
 def test_what_an_export_of_an_encoder_weighs():
@@ -141,7 +143,7 @@ def test_what_an_export_of_an_encoder_weighs():
     def encoder(grid, table_grid):
         layers = 6 * [(384, 384)] * 4 + 6 * [(1536, 384), (384, 1536)]
         form, table = packed_format("bitmask", grid), packed_format("dense", table_grid)
-        sizes = [form.nbytes((o, i), form.stored(torch.full((o,), round(0.1 * i))), torch.bfloat16) for o, i in layers]
+        sizes = [nbytes(form, (o, i), form.stored(torch.full((o,), round(0.1 * i)))) for o, i in layers]
         return sum(sizes) + table.nbytes((30522, 384), 0, torch.bfloat16)
 
     assert encoder(Grid(8), Grid(8)) < 14.3e6

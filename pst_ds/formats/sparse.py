@@ -1,0 +1,238 @@
+"""Packed formats of a sparse matrix with values in the model's dtype: bitmask, 2:4 and csr."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pst_ds.formats.parts import FormatError, PackedFormat, Part, require_no_padding
+from pst_ds.formats.rows import bytes_of_row, columns_of, gather, row_counts, scatter, scatter_columns
+
+GROUP = 4
+"""Consecutive inputs of 2:4 of which two are kept."""
+MOST_COLUMNS = 1 << 31
+"""Limit of csr."""
+
+
+class BitmaskFormat(PackedFormat):
+    """The smallest format up to about 94 % sparsity.
+
+    ``compressed`` (nnz,), ``bitmask`` (O, ceil(I / 8)) uint8, ``row_offsets`` (O,) int64, ``shape`` (2,) int64.
+    """
+
+    name = "bitmask"
+    part_names = ("compressed", "bitmask", "row_offsets", "shape")
+    values_name = "compressed"
+
+    def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
+        rows, columns = shape
+        return {
+            "compressed": (dtype, (nonzero,)),
+            "bitmask": (torch.uint8, (rows, bytes_of_row(columns))),
+            "row_offsets": (torch.int64, (rows,)),
+            "shape": (torch.int64, self.shape_dims),
+        }
+
+    def _unpack(self, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
+        return scatter(parts["compressed"], parts["bitmask"], int(parts["shape"][1]))
+
+    def _pack(self, weight: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:
+        counts = row_counts(keep)
+        return {
+            "compressed": gather(weight, keep, int(counts.sum())),
+            "bitmask": keep,
+            "row_offsets": counts.cumsum(0) - counts,
+            "shape": self._shape_part(weight.shape),
+        }
+
+    def _check_contents(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
+        require_no_padding(name, "bitmask", parts["bitmask"], shape[1])
+        counts = row_counts(parts["bitmask"])
+        total, values = int(counts.sum()), parts["compressed"].numel()
+        if total != values:
+            raise FormatError(f"{name}: bitmask keeps {total} positions, and compressed has {values} values")
+        wrong = parts["row_offsets"] != counts.cumsum(0) - counts
+        if wrong.any():
+            row = int(wrong.to(torch.uint8).argmax())
+            found, right = int(parts["row_offsets"][row]), int(counts[:row].sum())
+            raise FormatError(f"{name}: row_offsets of row {row} is {found}, and the bitmask makes it {right}")
+
+
+class CsrFormat(PackedFormat):
+    """Compressed sparse rows as in scipy and torch, with 2-byte column indices where they fit.
+
+    ``crow_indices`` (O + 1,), ``col_indices`` (nnz,), ``values`` (nnz,), ``shape`` (2,) int64.
+
+    crow_indices are int32, or int64 from 2**31 values on; col_indices uint16, or int32 beyond 65,536 inputs.
+    """
+
+    name = "csr"
+    part_names = ("crow_indices", "col_indices", "values", "shape")
+    values_name = "values"
+
+    def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
+        rows, columns = shape
+        if columns > MOST_COLUMNS:
+            raise FormatError(f"csr holds at most {MOST_COLUMNS} inputs, got {columns}")
+        return {
+            "crow_indices": (torch.int32 if nonzero < 1 << 31 else torch.int64, (rows + 1,)),
+            "col_indices": (torch.uint16 if columns <= 1 << 16 else torch.int32, (nonzero,)),
+            "values": (dtype, (nonzero,)),
+            "shape": (torch.int64, self.shape_dims),
+        }
+
+    def _unpack(self, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
+        starts, columns = parts["crow_indices"].to(torch.int64), int(parts["shape"][1])
+        return scatter_columns(parts["values"], starts, parts["col_indices"], columns)
+
+    def _pack(self, weight: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:
+        columns = weight.shape[1]
+        counts = row_counts(keep)
+        count = int(counts.sum())
+        try:
+            expected = self.parts((weight.shape[0], columns), count, weight.dtype)
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from None
+        starts = torch.zeros(expected["crow_indices"][1], dtype=expected["crow_indices"][0])
+        starts[1:] = counts.cumsum(0)
+        return {
+            "crow_indices": starts,
+            "col_indices": columns_of(keep, columns, count, expected["col_indices"][0]),
+            "values": gather(weight, keep, count),
+            "shape": self._shape_part(weight.shape),
+        }
+
+    def _check_contents(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
+        starts, indices = parts["crow_indices"].numpy(), parts["col_indices"].numpy()
+        if starts[0] != 0 or starts[-1] != len(indices):
+            raise FormatError(
+                f"{name}: crow_indices must go from 0 to the number of values, {len(indices)}, but go from {starts[0]} "
+                f"to {starts[-1]}"
+            )
+        falls = starts[1:] < starts[:-1]
+        if falls.any():
+            row = int(falls.argmax())
+            raise FormatError(f"{name}: crow_indices decrease after row {row}, from {starts[row]} to {starts[row + 1]}")
+        if not len(indices):
+            return
+        for column in (int(indices.min()), int(indices.max())):
+            if not 0 <= column < shape[1]:
+                raise FormatError(f"{name}: col_indices has column {column}, but the matrix has {shape[1]}")
+        rises = indices[1:] > indices[:-1]
+        first_of_row = starts[1:-1]
+        rises[first_of_row[(first_of_row > 0) & (first_of_row < len(indices))] - 1] = True
+        if not rises.all():
+            at = int(np.argmin(rises))
+            row = int(np.searchsorted(starts, at, side="right")) - 1
+            raise FormatError(
+                f"{name}: col_indices must increase within a row, but row {row} has {indices[at]} before "
+                f"{indices[at + 1]}"
+            )
+
+
+class TwoFourFormat(PackedFormat):
+    """Two of every four consecutive inputs, the format of sparse tensor cores.
+
+    ``compressed`` (O, I / 2), ``bitmask`` (O, ceil(I / 8)) uint8, ``shape`` (2, 1) int64.
+
+    Groups that keep fewer than two inputs are filled with their lowest free positions, with value +0.0.
+    """
+
+    name = "2:4"
+    part_names = ("compressed", "bitmask", "shape")
+    values_name = "compressed"
+    shape_dims = (2, 1)
+
+    def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
+        rows, columns = shape
+        if columns % GROUP:
+            raise FormatError(f"2:4 needs in_features divisible by {GROUP}, got {columns}")
+        return {
+            "compressed": (dtype, (rows, columns // 2)),
+            "bitmask": (torch.uint8, (rows, bytes_of_row(columns))),
+            "shape": (torch.int64, self.shape_dims),
+        }
+
+    def accepts(self, bits: Tensor, shape: tuple[int, int]) -> bool:
+        fits = super().accepts(bits, shape) and shape[1] % GROUP == 0
+        return fits and not bool(_TOO_MANY[bits.numpy()].any())
+
+    def _unpack(self, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
+        return scatter(parts["compressed"], parts["bitmask"], int(parts["shape"][1]))
+
+    def _pack(self, weight: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:
+        rows, columns = weight.shape
+        filled = filled_groups(name, keep, columns)
+        if not torch.equal(filled, keep):  # values at filled positions are pruned, and must be stored as 0
+            weight = scatter(gather(weight, keep, int(row_counts(keep).sum())), keep, columns)
+        values = gather(weight, filled, rows * columns // 2)
+        return {
+            "compressed": values.view(rows, columns // 2),
+            "bitmask": filled,
+            "shape": self._shape_part(weight.shape),
+        }
+
+    def _check_contents(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
+        require_two_of_four(name, parts["bitmask"], shape[1])
+
+
+def filled_groups(name: str, keep: Tensor, columns: int) -> Tensor:
+    """Return bits that keep two of every four inputs: ``keep``, filled with the lowest free positions of each group.
+
+    Raises FormatError if a group keeps more, or ``columns`` is not a multiple of 4.
+    """
+    if columns % GROUP:
+        raise FormatError(f"{name}: 2:4 needs in_features divisible by {GROUP}, got {columns}")
+    _require_groups(name, keep, _TOO_MANY, "at most two")
+    filled = _FILLED[keep.numpy()]
+    if columns % 8:
+        filled[:, -1] &= 0x0F
+    return torch.from_numpy(filled)
+
+
+def require_two_of_four(name: str, bits: Tensor, columns: int) -> None:
+    """Raise FormatError unless a part "bitmask" keeps two of every four inputs and has no bit beyond its row."""
+    if not bits.numel():
+        return
+    require_no_padding(name, "bitmask", bits, columns)
+    whole = columns // 8
+    _require_groups(name, bits[:, :whole], _NOT_TWO, "two")
+    if columns % 8:  # padding in the upper half of the last byte
+        _require_groups(name, bits[:, whole:] | 0x30, _NOT_TWO, "two", whole)
+
+
+def _table(of_group: list[int], join: str) -> np.ndarray:
+    """Combine a value for each of the 16 groups into a value for each of the 256 bytes of two groups."""
+    low, high = np.array(of_group * 16, dtype=np.uint8), np.repeat(np.array(of_group, dtype=np.uint8), 16)
+    return (low | high) if join == "or" else (low | high << 4)
+
+
+def _fill(group: int) -> int:
+    """Return ``group`` with its lowest free positions set until it has two."""
+    while group.bit_count() < 2:
+        group |= ~group & (group + 1)
+    return group
+
+
+_TOO_MANY = _table([int(group.bit_count() > 2) for group in range(16)], "or").view(bool)
+_NOT_TWO = _table([int(group.bit_count() != 2) for group in range(16)], "or").view(bool)
+_FILLED = _table([_fill(group) for group in range(16)], "bytes")
+
+
+def _require_groups(name: str, bits: Tensor, table: np.ndarray, wanted: str, first_byte: int = 0) -> None:
+    """Raise FormatError at the first invalid group; ``bits`` start with byte ``first_byte`` of each row."""
+    bad = table[bits.numpy()]
+    if not bad.any():
+        return
+    row, byte = divmod(int(bad.argmax()), bits.shape[1])
+    value = int(bits[row, byte])
+    half = 0 if table[(value & 0x0F) | 0x30] else 1
+    group = value >> GROUP * half & 0x0F
+    first = 8 * (first_byte + byte) + GROUP * half
+    raise FormatError(
+        f"{name}: 2:4 keeps {wanted} of every 4 inputs, and row {row} keeps {group.bit_count()} of the inputs {first} "
+        f"to {first + GROUP - 1}"
+    )
