@@ -48,8 +48,8 @@ def add_update(
 class BatchUpdates:
     """The updates of the users of a batch for some layers of a model; initially none.
 
-    Another user's update is used in place on a CPU; on an accelerator those of several users are stacked. No weight is
-    changed.
+    Another user's update is used in place on a CPU; on an accelerator the updates of several users are stacked. No
+    weight is changed.
     """
 
     def __init__(self, model: nn.Module, shapes: Mapping[str, Sequence[int]], beta: float):

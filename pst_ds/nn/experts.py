@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from pst_ds.core.experts import products
 from pst_ds.core.experts.routing import Routing
 from pst_ds.nn.layer import PSTLayer
-from pst_ds.nn.model_structure import stack_names
+from pst_ds.nn.model_structure import ExpertsModule, stack_names
 from pst_ds.parallel import zero3
 from pst_ds.parallel.zero3 import in_backward_pass
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 IMPLEMENTATION = "pst"
 """Name under which :func:`experts_forward` is registered with transformers."""
@@ -146,7 +149,7 @@ class _ExpertProducts(torch.autograd.Function):
 
 
 @torch.compiler.disable  # which experts have tokens depends on values
-def experts_forward(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def experts_forward(experts: ExpertsModule, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Compute an experts module of transformers: the sum over k of weight * down(gate(up(hidden))), (N, H).
 
     ``hidden``: (N, H). ``index`` and ``weights``: (N, k), the experts of each token and their gates.
@@ -155,7 +158,7 @@ def experts_forward(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor
 
 
 def of_routing(
-    experts: Any,
+    experts: ExpertsModule,
     hidden: Tensor,
     weights: Tensor,
     routing: Routing,
@@ -191,19 +194,19 @@ def of_routing(
     return routing.summed(weighted).to(hidden.dtype)
 
 
-def switch_on(modules: Iterable[nn.Module]) -> None:
+def switch_on(modules: Iterable[ExpertsModule]) -> None:
     """Make these experts modules, but no others, compute with their PST stacks.
 
     Every experts module reads the name of its function from its config; these get a copy that names ours.
     """
     _register(experts_forward)
-    own: dict[int, Any] = {}
+    own: dict[int, PreTrainedConfig] = {}
     for module in modules:
-        before: Any = module.config
+        before = module.config
         if id(before) not in own:
             own[id(before)] = copy.deepcopy(before)
             own[id(before)]._experts_implementation = IMPLEMENTATION
-        vars(module)[_CONFIG_BEFORE] = before
+        setattr(module, _CONFIG_BEFORE, before)
         module.config = own[id(before)]
 
 
@@ -242,7 +245,7 @@ def listening(stacks: Mapping[tuple[nn.Module, str], str], heard: Hear) -> Itera
     """
 
     @torch.compiler.disable
-    def forward(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    def forward(experts: ExpertsModule, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         routing = Routing.of(index, weights, experts.num_experts)
 
         def before(attribute: str, x: Tensor, by_token: bool) -> None:

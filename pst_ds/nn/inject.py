@@ -90,7 +90,7 @@ def inject_pst(
         _replace(target, config, shards[target.name], scales[target.name], grid, bases.get(target.name), inputs)
     experts.switch_on(dict.fromkeys(target.module for target in targets if target.is_stack))
     _switch_fused_layers_off(model)
-    replace_embeddings(embeddings, config)
+    replace_embeddings(model, embeddings, config)
     for param in configured_parameters(model, config):
         param.requires_grad_(True)
     model.pst_config = config  # type: ignore[assignment]

@@ -47,7 +47,7 @@ class InputGatherer:
     sum_of: Callable[[Tensor], Tensor]
     """:func:`squares` or :func:`products`."""
     gated: bool = False
-    """Whether an expert's inputs are first multiplied by the router's gate of the token."""
+    """True if an expert's inputs are first multiplied by the router's gate of the token."""
     experts: range | None = None
     """Experts of stacks whose inputs are summed; None for all."""
     sums: dict[str, InputSum] = field(default_factory=dict)

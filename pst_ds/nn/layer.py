@@ -84,10 +84,10 @@ class PSTLayer(nn.Module):
         self.constants = _constants(config)
         self.rule = rule
         self.scores_train = config.has_scores or config.full_scores
-        """Whether the scores have a gradient; False once the masks are fixed."""
+        """True while the scores have a gradient; False once the masks are fixed."""
         self.stored_grid = None if grid is None else StoredGrid(layout, grid)
         self.rounds = False
-        """Whether M . W is quantised with the current scales, and x if ``inputs`` is set."""
+        """True while M . W is quantised with the current scales, and x if ``inputs`` is set."""
         self.inputs: InputGrid | None = None
         """Quantisation of x while M . W is quantised; None for unquantised inputs."""
         self.input_norms: Tensor | None = None
@@ -95,9 +95,9 @@ class PSTLayer(nn.Module):
         self.score_penalty = 0.0
         """Factor of the mean of sigmoid(S), for per-weight scores, in the loss of each backward pass."""
         self.bypassed = False
-        """Whether the layer multiplies with W0, like the dense model; see :func:`pst_ds.nn.inject.bypassed`."""
+        """True while the layer multiplies with W0, like the dense model; see :func:`pst_ds.nn.inject.bypassed`."""
         self.was_called = False
-        """Whether ``forward`` was called; see :func:`pst_ds.nn.inject.layers_never_called`."""
+        """True after a call of ``forward``; see :func:`pst_ds.nn.inject.layers_never_called`."""
         self.tile_bytes = config.tile_bytes
         self.register_parameter("weight", weight)
         self.bias = bias
@@ -227,7 +227,7 @@ class PSTLayer(nn.Module):
         return Rounding(self.stored_grid, scales_of_bytes(self.pst_scales.detach(), self.stored_grid.shape))
 
     def masked_weight(self) -> Tensor:
-        """Return M . W in storage shape, bit-identical to that of ``forward``. The parameters must be gathered."""
+        """Return M . W in storage shape, bit-identical to the one in ``forward``. The parameters must be gathered."""
         return self.state().masked_weight()
 
     def trained(self) -> tuple[Tensor | None, list[Tensor | None]]:
@@ -313,7 +313,7 @@ def init_std(kind: UpdateInit, rank: int, in_features: int) -> float:
 
 
 def seeded_normal(shape: tuple[int, ...], std: float, key: str) -> Tensor:
-    """Return N(0, std**2) values that depend only on ``key`` and the shape; zeros if std is 0."""
+    """Return N(0, std**2) values that depend only on ``key`` and the shape; 0 if std is 0."""
     if std == 0.0:
         return torch.zeros(shape)
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))

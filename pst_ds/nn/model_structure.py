@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -16,6 +16,8 @@ from torch.nn.modules.conv import _ConvNd
 from pst_ds.core.layout import WeightLayout
 from pst_ds.parallel import zero3
 
+ExpertsModule: TypeAlias = Any
+"""A module of transformers for which :func:`is_experts` is true."""
 _EXPERT_FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel")
 """Attributes of experts modules that use transformers' ``use_experts_implementation``."""
 
@@ -80,12 +82,12 @@ def is_experts(module: nn.Module) -> bool:
     return all(flag in vars(module) for flag in _EXPERT_FLAGS)
 
 
-def stack_names(experts: Any) -> tuple[str, str]:
+def stack_names(experts: ExpertsModule) -> tuple[str, str]:
     """Return the attributes of an experts module that hold its stacks, in the order of multiplication."""
     return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
 
 
-def stack_layouts(experts: Any) -> dict[str, WeightLayout]:
+def stack_layouts(experts: ExpertsModule) -> dict[str, WeightLayout]:
     """Return the layouts of the stacks of an experts module, by attribute. Raises ValueError for another form."""
     first, last = stack_names(experts)
     fused = 2 if experts.has_gate and experts.is_concatenated else 1

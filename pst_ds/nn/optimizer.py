@@ -17,6 +17,7 @@ from pst_ds.nn.model_structure import model_width
 from pst_ds.nn.prompt import NAME as PROMPT
 from pst_ds.nn.tables.embedding import pst_embeddings
 from pst_ds.parallel import zero3
+from pst_ds.parallel.engine import ParamGroup
 from pst_ds.parallel.master_adamw import MasterAdamW
 
 _DEFAULTS = TrainConfig(num_steps=1)
@@ -34,7 +35,7 @@ def pst_parameter_groups(
     betas: tuple[float, float] = (_DEFAULTS.adam_beta1, _DEFAULTS.adam_beta2),
     num_steps: int = USUAL_STEPS,
     epochs: float = 1.0,
-) -> list[dict[str, Any]]:
+) -> list[ParamGroup]:
     """Sort the trained parameters of ``model`` into groups for AdamW, without weight decay; empty groups are omitted.
 
     Args:

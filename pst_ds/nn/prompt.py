@@ -2,7 +2,7 @@
 
 The prompt is part of the base model, between its embeddings and its blocks: hooks insert it into the inputs of the
 body and remove its positions from the outputs. So a head, pooler or classifier on top of the body only sees the
-positions of the text, and losses, labels and predictions are those of the text.
+positions of the text, and losses, labels and predictions refer to the text.
 """
 
 from __future__ import annotations

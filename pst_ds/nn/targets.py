@@ -62,15 +62,6 @@ class Target:
         return self.name if self.is_stack else f"{self.name}.weight"
 
 
-@dataclass(frozen=True, slots=True)
-class EmbeddingTarget:
-    """An embedding to update."""
-
-    name: str
-    module: nn.Embedding
-    places: Places
-
-
 def resolve_targets(model: nn.Module, config: PSTConfig) -> list[Target]:
     """Return the layers that ``config`` prunes, in model order, each with its layout and mask rule.
 
@@ -238,13 +229,13 @@ def _require_all_found(setting: str, wanted: tuple[str, ...], found: Iterable[st
             )
 
 
-def find_embeddings(model: nn.Module, config: PSTConfig) -> list[EmbeddingTarget]:
-    """Return the embeddings that ``config.update_embeddings`` names, in model order.
+def find_embeddings(model: nn.Module, config: PSTConfig) -> dict[str, nn.Embedding]:
+    """Return the embeddings that ``config.update_embeddings`` names, by name, in model order.
 
     Raises InjectionError for a name that matches none, and for a module that is tied, trained in full or not a plain
     ``nn.Embedding``.
     """
-    wanted, saved, places = config.update_embeddings, modules_to_save(model, config), places_by_module(model)
+    wanted, saved = config.update_embeddings, modules_to_save(model, config)
     found = {n: m for n, m in model.named_modules() if n and name_matches(n, wanted)}
     embeddings = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
     _require_all_found("update_embeddings", wanted, found, embeddings)
@@ -263,7 +254,7 @@ def find_embeddings(model: nn.Module, config: PSTConfig) -> list[EmbeddingTarget
                     f"{name}.weight is tied to {other}.weight: an update of one would be missing in the other. Take "
                     f"{name} out of update_embeddings"
                 )
-    return [EmbeddingTarget(name, module, places[module]) for name, module in found.items()]
+    return {name: module for name, module in found.items() if isinstance(module, nn.Embedding)}
 
 
 def _names_to_exclude(loose: list[LooseMatrix], targets: list[Target]) -> list[str]:

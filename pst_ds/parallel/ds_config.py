@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON: read it, reject settings that PST cannot work with, and fill in those of the run file."""
+"""DeepSpeed's JSON: read it, reject settings that PST cannot work with, and fill in the run file's settings."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import wraps
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from pst_ds.parallel import zero3
 from pst_ds.parallel.master_adamw import MasterAdamW
 from pst_ds.third_party import Code, patch, require
 
+ParamGroup: TypeAlias = dict[str, Any]
+"""A parameter group of torch's optimizers."""
 _OMITS_FROZEN = "pst_leaves_out_frozen"
 _UNTIMED = "pst_untimed"
 
@@ -50,7 +52,7 @@ class LocalEngine:
     def __init__(
         self,
         module: nn.Module,
-        param_groups: Sequence[dict[str, Any]],
+        param_groups: Sequence[ParamGroup],
         *,
         gradient_accumulation_steps: int = 1,
         gradient_clipping: float = 0.0,
@@ -102,7 +104,7 @@ class LocalEngine:
 
 def build_engine(
     model: nn.Module,
-    param_groups: Sequence[dict[str, Any]],
+    param_groups: Sequence[ParamGroup],
     *,
     ds_config: JsonObject | None,
     gradient_accumulation_steps: int = 1,
@@ -178,7 +180,7 @@ def release(engine: Engine) -> None:
     if isinstance(engine, LocalEngine):
         return
     params = list(engine.module.parameters())
-    cast(Any, engine).destroy()
+    engine.destroy()  # type: ignore[attr-defined]
     for param in params:
         param.grad = None
         for tensor in (param, getattr(param, "ds_tensor", None)):

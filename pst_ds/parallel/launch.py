@@ -6,6 +6,7 @@ import os
 import resource
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -39,16 +40,14 @@ def launch_environment(environ: Mapping[str, str] | None = None) -> LaunchEnviro
             "or launch/local.sh, or unset them for one process"
         )
     shown = ", ".join(f"{name}={environ[name]!r}" for name in names)
-    try:
+    with suppress(ValueError):
         found = LaunchEnvironment(*(int(environ[name]) for name in names))
-    except ValueError:
-        raise InputError(
-            f"the launch environment has ranks that are not numbers: {shown}; start with a launcher, or unset them for "
-            "one process"
-        ) from None
-    if not (0 <= found.rank < found.world_size and found.local_rank >= 0):
-        raise InputError(f"the launch environment needs 0 <= RANK < WORLD_SIZE and LOCAL_RANK >= 0: {shown}")
-    return found
+        if 0 <= found.rank < found.world_size and found.local_rank >= 0:
+            return found
+    raise InputError(
+        f"{shown}: the launch environment needs whole numbers with 0 <= RANK < WORLD_SIZE and LOCAL_RANK >= 0. Start "
+        "with a launcher, or unset them for one process"
+    )
 
 
 def use_cpu_without_accelerator() -> None:
@@ -72,7 +71,7 @@ FEW_RANKS = 16
 """Ranks up to which gloo connects all pairs at the start, so that the death of one is noticed at once."""
 
 joined = False
-"""Whether this process has joined a process group through :func:`init_distributed`."""
+"""True once this process has joined a process group through :func:`init_distributed`."""
 _store_server: StoreServer | None = None
 """The store on rank 0 of many ranks."""
 
@@ -81,7 +80,7 @@ def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0)
     """Join the process group of all ranks: gloo on CPU, the accelerator's backend elsewhere. Collective.
 
     ``timeout_seconds``: after which a collective fails; 0 for the backend's default. Raises InputError if several ranks
-    have no address or port to meet at; a single process needs none.
+    lack an address or port to meet at; a single process needs neither.
     """
     import torch.distributed as dist
 

@@ -95,7 +95,7 @@ class MasterAdamW(torch.optim.AdamW):
         """Add the masters for pickle and deepcopy, since torch drops attributes that it does not know."""
         return super().__getstate__() | {"_masters": self._masters}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         """Restore a copy. torch's ``load_state_dict`` calls this too, without masters."""
         super().__setstate__(state)
         for param, master in self._masters.items():

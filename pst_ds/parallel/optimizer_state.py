@@ -69,7 +69,7 @@ def local_fragments(engine: Engine, named: Sequence[tuple[str, nn.Parameter]]) -
 
 
 def values(engine: Engine, fragments: Sequence[Fragment], kind: str) -> list[Tensor]:
-    """Return the values of each fragment, flat fp32: views, or zeros for a moment that does not exist yet."""
+    """Return the values of each fragment, flat fp32: views, or 0 for a moment that does not exist yet."""
     state = inner_optimizer(engine).state
     views = []
     for fragment in fragments:

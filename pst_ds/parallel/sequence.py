@@ -56,7 +56,7 @@ class SequenceParallel:
     def sharing(self, positions: Tensor) -> Iterator[None]:
         """Let models that get stretches attend to whole sequences in the context, and in its backward pass.
 
-        ``positions``: those of the whole sequences, (sequences, length) int64, which restart at 0 in each document.
+        ``positions``: positions in the whole sequences, (sequences, length) int64, which restart at 0 in each document.
         """
         self._positions, self._is_sharing = positions, True
         self._mask = _documents_apart(positions) if self._takes_masks else None

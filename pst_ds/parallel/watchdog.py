@@ -44,7 +44,7 @@ class StallReport:
     beats: int
     """Heartbeats so far; all ranks count the same events."""
     waits: bool
-    """Whether it is inside a collective, which waits for other ranks."""
+    """True if it is inside a collective, which waits for other ranks."""
     stack: str
 
 
@@ -98,7 +98,7 @@ def blamed_hosts(folder: Path) -> list[str]:
 
 
 class Watchdog:
-    """Watch the calling thread until closed. ``hosts``: those of every rank, where they are known."""
+    """Watch the calling thread until closed. ``hosts``: host of every rank, if known."""
 
     def __init__(self, folder: Path, timeout_seconds: float, hosts: Sequence[str] = ()):
         from pst_ds.parallel.ranks import rank, world_size

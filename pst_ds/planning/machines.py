@@ -61,7 +61,7 @@ class Machine:
     update_seconds: Rate = 0.0
     """Measured seconds to score and select one weight of the shard in a mask update; 0 to predict them."""
     overlaps: bool = True
-    """Whether communication overlaps computation."""
+    """True if communication overlaps computation."""
     capacity: Rate = 0.0
     """Bytes of memory that a rank may use; 0 if unknown."""
     peak_flops: Rate = 0.0

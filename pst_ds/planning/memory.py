@@ -44,7 +44,7 @@ class TensorGroup:
     """A "factor" belongs to a pruned matrix: every rank gathers its fp32 master for a mask update. "scales" quantise a
     layer's weights during training. Everything else is a "weight"."""
     stands_for: int | None = None
-    """Weights that these bytes represent: those of quantised values, 0 for their scales; None for ``numel``."""
+    """Weights that these bytes represent: the number of quantised values, 0 for their scales; None for ``numel``."""
 
     @property
     def nbytes(self) -> int:
@@ -179,7 +179,7 @@ class ZeroSettings:
     max_live_parameters: int = 0
     max_reuse_distance: int = 0
     offload_optimizer: bool = False
-    """Whether optimizer state is in host memory."""
+    """True if optimizer state is in host memory."""
     offload_param: bool = False
     secondary_partition: int = 1
     """Ranks of an hpZ group: each holds a second copy of 1 / secondary_partition of all weights; 1 is off."""

@@ -51,7 +51,7 @@ class PlanOptions:
     """Name of a machine, or path of a TOML file with its rates. None for "cpu" on a host without GPU and with a core
     for every rank, else "h100"."""
     no_data: bool = False
-    """Whether to skip data and tokenizer; the run then needs ``train.num_steps``."""
+    """True to skip data and tokenizer; the run then needs ``train.num_steps``."""
     memory: int = 0
     """Bytes of memory per rank; 0 for the machine's."""
     price: float | None = None
@@ -348,7 +348,7 @@ def _embeddings(model: nn.Module) -> list[PlannedEmbedding]:
 
 
 def _need(run: RunConfig, memory: MemoryPlan, num_steps: int, share_of_checkpoint: float, device: str) -> Need:
-    """Return the memory that a rank needs: on a GPU its peak; on a CPU that of the process, with copies to save."""
+    """Return the memory that a rank needs: on a GPU its peak; on a CPU the process with copies to save."""
     if device != "cpu":
         return Need(memory.peak, memory.peak)
     kept = 0 if run.model.gradient_checkpointing else memory.activations

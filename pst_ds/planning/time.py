@@ -66,7 +66,7 @@ STEP_BYTES = 42
 """Bytes per trainable value of a rank's shard: the norm of its gradient, of a copy in fp64 (18); the flat gradient (4),
 in fp32 (6), clipped (8); a 16-bit copy of the updated value (6) (DeepSpeed 0.19.8, stage 3)."""
 OPTIMIZER_BYTES = STEP_BYTES + 28
-"""STEP_BYTES and those of a fused AdamW, which reads four fp32 numbers and writes three."""
+"""STEP_BYTES and the bytes of a fused AdamW, which reads four fp32 numbers and writes three."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Batch:
     teacher_weights: int = 0
     """Weights in the linear layers of a distillation teacher; 0 without one."""
     own_teacher: bool = False
-    """Whether the model is its own teacher, so that its weights are gathered once more."""
+    """True if the model is its own teacher, so that its weights are gathered once more."""
     gathered: int = 0
     """Traced bytes that ZeRO-3 gathers in a micro-batch if it keeps nothing. Without a trace it is 0, and every pass is
     assumed to gather every parameter."""

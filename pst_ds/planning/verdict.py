@@ -1,4 +1,4 @@
-"""Whether a planned run fits its machine, its speed, duration and cost."""
+"""Judge a planned run: fit to the machine, speed, duration and cost."""
 
 from __future__ import annotations
 

@@ -304,7 +304,7 @@ def test_names_are_matched_as_a_list_of_targets_is():
         (("b.position", "a.embed"), ["a.embed", "b.position"]),
     ):
         config = PSTConfig(update_embeddings=names)
-        assert [target.name for target in find_embeddings(model, config)] == expected
+        assert list(find_embeddings(model, config)) == expected
 
 
 def test_an_unknown_name_is_refused_with_a_near_miss():

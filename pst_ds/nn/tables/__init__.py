@@ -1,1 +1,1 @@
-"""What takes the place of a model's tables of rows: of the embedding with an update, and of frozen ones in few bits."""
+"""Modules that replace a model's tables of rows: embeddings with an update, and quantised frozen tables."""

@@ -152,7 +152,7 @@ def find_tables(model: nn.Module, config: PSTConfig, grid: Grid, pruned: Collect
     if not weights:
         raise InjectionError(f"{type(model).__name__} names no token embedding; leave embeddings in 16 bits")
     places, names = places_by_module(model), {module: name for name, module in model.named_modules()}
-    trained = {**modules_to_save(model, config), **{t.name: t.module for t in find_embeddings(model, config)}}
+    trained = {**modules_to_save(model, config), **find_embeddings(model, config)}
     inside = {module: name for name, part in trained.items() for module in part.modules()}
     targets = []
     for weight in weights.values():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.core.updates.rows import row_gradients, updated_rows
 from pst_ds.nn.layer import init_std, seeded_normal
 from pst_ds.nn.linear import LIBRARY
-from pst_ds.nn.targets import EmbeddingTarget, put
+from pst_ds.nn.targets import places_by_module, put
 from pst_ds.parallel import zero3
 
 LIBRARY.define("updated_rows(Tensor ids, Tensor weight, Tensor left, Tensor right, float beta, int? padding) -> Tensor")
@@ -33,7 +33,7 @@ class PSTEmbedding(nn.Module):
         super().__init__()
         self.padding_idx, self.beta = base.padding_idx, config.beta
         self.bypassed = False
-        """Whether only W0 is looked up; see :func:`pst_ds.nn.inject.bypassed`."""
+        """True while only W0 is looked up; see :func:`pst_ds.nn.inject.bypassed`."""
         self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
         self.weight = base.weight
         rank = config.update_rank
@@ -64,13 +64,13 @@ class PSTEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, update_rank={zero3.full_shape(self.pst_V)[0]}"
 
 
-def replace_embeddings(targets: Sequence[EmbeddingTarget], config: PSTConfig) -> None:
-    """Replace each of ``targets`` by a PSTEmbedding. Collective under ZeRO-3."""
-    for target in targets:
-        embedding = PSTEmbedding(target.name, target.module, config)
+def replace_embeddings(model: nn.Module, found: Mapping[str, nn.Embedding], config: PSTConfig) -> None:
+    """Replace the embeddings ``found`` in ``model`` by PSTEmbedding. Collective under ZeRO-3."""
+    places = places_by_module(model) if found else {}
+    for name, module in found.items():
+        embedding = PSTEmbedding(name, module, config)
         zero3.split_as(embedding.get_parameter("weight"), embedding.parameters(recurse=False))
-        embedding.train(target.module.training)
-        put(embedding, target.places)
+        put(embedding.train(module.training), places[module])
 
 
 def pst_embeddings(model: nn.Module) -> dict[str, PSTEmbedding]:
