@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -108,8 +107,6 @@ class Prefetched(Iterator[T]):
         self._items = items
         self._pool = ThreadPoolExecutor(1, "prefetch")
         self._ready: deque[Future[T]] = deque()
-        self.waited_seconds = 0.0
-        """Total seconds that :meth:`__next__` has waited."""
 
     def __enter__(self) -> Self:
         self._thread = self._pool.submit(threading.current_thread).result()
@@ -122,8 +119,4 @@ class Prefetched(Iterator[T]):
     def __next__(self) -> T:
         heartbeat("reading a batch", self._thread)
         self._ready.append(self._pool.submit(self._items.__next__))
-        start = time.perf_counter()
-        try:
-            return self._ready.popleft().result()
-        finally:
-            self.waited_seconds += time.perf_counter() - start
+        return self._ready.popleft().result()

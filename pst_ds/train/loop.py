@@ -102,15 +102,13 @@ class Loop:
         self.schedules, self.metrics, self.objective = schedules, metrics, objective
         self.run, self.device = context.run, context.device
         self.num_steps = context.run.num_steps(len(examples))
-        self.clock = StepClock(context.device)
+        self.clock, self.data_clock = StepClock(context.device), StepClock("cpu", ("data_wait",))
         self.own_time = OwnTime(context.device, engine)
         self.pace = Pace(all_gather_objects(socket.gethostname()))
         self._saved_tensors: AbstractContextManager[object] = nullcontext()
         """Decides where a forward pass keeps tensors for the backward pass."""
         if self.run.model.activation_offload:
             self._saved_tensors = torch.autograd.graph.save_on_cpu(pin_memory=self.device.startswith("cuda"))
-        self.waited_seconds = 0.0
-        """Seconds that this rank has waited for data since the last report."""
 
     def steps(self, state: LoopState) -> Iterator[LoopState]:
         """Train from ``state`` to the last step; yield ``state`` after each applied step, once it is reported.
@@ -132,10 +130,8 @@ class Loop:
         with Prefetched(own) as batches, recorder:
             while state.step < self.num_steps:
                 recorder.before(state.step + 1)
-                waited_before = batches.waited_seconds
                 with self.own_time.working():
                     batch = self._next(batches, state)
-                    self.waited_seconds += batches.waited_seconds - waited_before
                     self._train_on(batch.micro_batches, state)
                 state.tokens += batch.tokens
                 if not engine.was_step_applied():
@@ -156,9 +152,10 @@ class Loop:
 
     def _next(self, batches: Iterator[OwnBatch], state: LoopState) -> OwnBatch:
         """Return this rank's part of the next batch. Collective where data is read from streams."""
-        if not self.context.task.has_streams(self.examples):
-            return next(batches)
-        taken = next_or_problem(batches)
+        with self.data_clock.timing("data_wait"):
+            if not self.context.task.has_streams(self.examples):
+                return next(batches)
+            taken = next_or_problem(batches)
         with self.own_time.waiting():
             batch, state.streams = agreed(taken, self.run.train.sequence_parallel)
         return batch
@@ -353,9 +350,8 @@ def _memory_and_seconds(loop: Loop) -> tuple[int, dict[str, float]]:
 
     Collective; waits for the device.
     """
-    parts = loop.clock.read()
-    own = [peak_memory_bytes(loop.device), *parts.values(), loop.waited_seconds]
-    loop.waited_seconds = 0.0
+    parts = {**{f"time/{part}": seconds for part, seconds in loop.clock.read().items()}, **loop.data_clock.read()}
+    own = [peak_memory_bytes(loop.device), *parts.values()]
     by_rank = all_gather_numbers(torch.tensor(own, dtype=torch.float64, device=loop.device))
     memory, *seconds = by_rank.amax(0).tolist()
-    return int(memory), dict(zip([*(f"time/{part}" for part in parts), "data_wait"], seconds, strict=True))
+    return int(memory), dict(zip(parts, seconds, strict=True))

@@ -63,11 +63,6 @@ class BuiltModel:
         return found
 
 
-def base_of(run: RunConfig) -> Pretrained:
-    """Return the run's pretrained model."""
-    return Pretrained(run.model.path, "model.path")
-
-
 def grid_of_run(run: RunConfig) -> Grid | None:
     """Return the scheme in which the run quantises its weights; None if it does not."""
     return grid_of(run.quantization.values, run.quantization.group) if run.quantization.values else None
@@ -106,7 +101,7 @@ def load_model_config(
 
     Raises InputError for a model that cannot do the run's task; that is not checked without a ``tokenizer``.
     """
-    task, base = task_of(run), base_of(run)
+    task, base = task_of(run), Pretrained(run.model.path, "model.path")
     config = base.config(**task.config_options(labels), **attention_options(run))
     base.require_dense(config)
     set_padding(config, task, tokenizer)
@@ -155,7 +150,7 @@ def build_model(
 
     config, task = load_model_config(run, labels, tokenizer), task_of(run)
     keep_alive = HfDeepSpeedConfig(zero3_config) if zero3_config is not None else None
-    base, misfit = base_of(run), "Name one that the config belongs to"
+    base, misfit = Pretrained(run.model.path, "model.path"), "Name one that the config belongs to"
     if task.new_head:
         misfit += f", or the model without that head (the data has {config.num_labels} classes)"
     options = {"config": config, "dtype": DTYPES[run.train.precision]}
@@ -213,8 +208,12 @@ def meta_model(
     """
     config = load_model_config(run, labels, tokenizer, own_dropout=own_dropout)
     purpose = f" with model.attn_implementation = {run.model.attn_implementation!r} and task {run.task!r}"
-    kind, dtype = task_of(run).model_class(), DTYPES[run.train.precision]
-    module = base_of(run).shapes(kind, config, dtype=dtype, purpose=purpose, fix="Choose another of them")
+    base, kind, dtype = (
+        Pretrained(run.model.path, "model.path"),
+        task_of(run).model_class(),
+        DTYPES[run.train.precision],
+    )
+    module = base.shapes(kind, config, dtype=dtype, purpose=purpose, fix="Choose another of them")
     with torch.device("meta"):
         prepare_for_method(module, run, num_shards=num_shards)
         if run.prompt.text:
