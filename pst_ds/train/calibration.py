@@ -109,9 +109,9 @@ def _load_norms(folder: Path, model: nn.Module) -> dict[str, Tensor]:
         norms = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ConfigError(
-            f'{path} cannot be read ({error}), and a run with pst.magnitude = "activation" goes on with the norms it '
-            "began with. Fix: bring the file back, or start a new run"
+            f'{path} cannot be read ({error}): a run with pst.magnitude = "activation" needs the norms it started with'
+            ". Restore the file, or start a new run."
         ) from None
     if {n: tuple(v.shape) for n, v in norms.items()} != {n: (x.layout.num_inputs,) for n, x in layers.items()}:
-        raise ConfigError(f"{path} holds the norms of other layers than the model's")
+        raise ConfigError(f"{path} has the norms of other layers. Restore the file, or start a new run.")
     return norms

@@ -99,14 +99,14 @@ def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, d
     for key in changed:
         if key not in rules and key not in REMOVED:
             raise ConfigError(
-                f"{key} = {now.get(key)!r}, but the run in {checkpoint.folder} has {before.get(key)!r}, and a run goes "
-                "on only as it began. Fix: take the old value, or start a new run in another output_dir"
+                f"{key} = {now.get(key)!r}: the run in {checkpoint.folder} has {before.get(key)!r}, and resuming "
+                "cannot change this setting. Use the old value, or start a new run in another output_dir."
             )
     if data_digest != progress.data_digest:
         raise ConfigError(
-            f"{run.data.trained_on} is not the text that the run in {checkpoint.folder} began with (its "
-            "tokens or labels differ, or data.document_mask), so the batches would be others. Fix: bring the old file "
-            "or setting back, or start a new run in another output_dir"
+            f"{run.data.trained_on} differs from the data of the run in {checkpoint.folder}: tokens, labels or "
+            "data.document_mask have changed. Restore the old file or setting, or start a new run in another "
+            "output_dir."
         )
     if progress.loop.streams:
         _require_same_readers(run, len(progress.loop.streams), before)
@@ -120,9 +120,9 @@ def _require_same_readers(run: RunConfig, readers: int, before: Mapping[str, obj
     now = (world_size() // run.train.sequence_parallel, run.train.gradient_accumulation_steps)
     if now != was:
         raise ConfigError(
-            f"data.sources has a stream ({run.data.streams[0].path!r}), of which {was[0]} readers have read a part "
-            f"each, with {accumulation} = {was[1]}, and here are {now[0]} with {now[1]}. Fix: start so many ranks "
-            "again, times train.sequence_parallel, and with that setting; or start a new run in another output_dir"
+            f"data.sources has a stream ({run.data.streams[0].path!r}), which was split between {was[0]} readers with "
+            f"{accumulation} = {was[1]}, and now there are {now[0]} with {now[1]}. Start as many ranks as readers, "
+            "times train.sequence_parallel, with that setting; or start a new run in another output_dir."
         )
 
 

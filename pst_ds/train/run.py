@@ -306,7 +306,7 @@ def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState, 
     if state.stopped_by and state.step < loop.num_steps:
         after = f"after step {state.step} of {loop.num_steps}"
         raise StoppedError(
-            f"stopped by {name_of(state.stopped_by)} {after}, saved in {checkpointer.newest()}; go on with --resume"
+            f"stopped by {name_of(state.stopped_by)} {after}, saved in {checkpointer.newest()}; continue with --resume"
         )
     result = _result(loop, state, metrics, checkpointer.best_step, fit, experts)
     if is_main():

@@ -201,7 +201,7 @@ def require_shareable(run: RunConfig, config: PreTrainedConfig, stage: int, micr
     if kinds or (window and window < run.data.max_length):
         seen = f"layers of kind {', '.join(sorted(kinds))}" if kinds else f"a sliding window of {window} tokens"
         raise ConfigError(
-            f"{setting} is for attention to all tokens before, and model.path = {run.model.path!r} has {seen}; set "
+            f"{setting} needs full causal attention, and model.path = {run.model.path!r} has {seen}; set "
             "train.sequence_parallel = 1" + ("" if kinds else f", or data.max_length to at most {window}")
         )
 
@@ -233,7 +233,7 @@ def shared_sequences(engine: Engine, context: RunContext) -> SequenceParallel | 
     if degree == 1:
         return None
     if reason := why_all_logits(engine.module, context.task):
-        raise ConfigError(f"train.sequence_parallel = {degree} needs a head that is known, but {reason}; set it to 1")
+        raise ConfigError(f"train.sequence_parallel = {degree} needs a known head, but {reason}; set it to 1")
     config: PreTrainedConfig = engine.module.config  # type: ignore[assignment]
     shared = SequenceParallel(degree, config._attn_implementation)
     require_same_when_shared(engine, context.run, shared, context.device)

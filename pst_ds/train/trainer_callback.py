@@ -285,8 +285,8 @@ def _require_groups(optimizer: Optimizer, model: nn.Module) -> None:
     if found != wanted:
         raise InputError(
             f"the optimizer's groups are named {sorted(map(str, found))}, not {sorted(wanted)}: scores and updates "
-            "need rates of their own. Pass Trainer(optimizer_cls_and_kwargs=trainer_optimizer(model)). Under DeepSpeed "
-            "the Trainer drops optimizers=(pst_optimizer(model), None), and an optimizer in its JSON replaces both"
+            "need separate rates. Pass Trainer(optimizer_cls_and_kwargs=trainer_optimizer(model)). Under DeepSpeed the "
+            "Trainer drops optimizers=(pst_optimizer(model), None), and an optimizer in its JSON replaces both"
         )
     if _deepspeed_config() is not None:
         return  # its groups have flat tensors

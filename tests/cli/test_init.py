@@ -283,7 +283,7 @@ def test_a_run_with_rows_held_out_is_tuned_trained_resumed_and_evaluated(made, c
     resume = ("train", str(tmp_path / "run"), "--resume")
     assert main([*resume]) == 0
     assert main([*resume, "--set", f'data.train="{TRAIN}[:80%]"']) == 2
-    assert f"data.train = '{TRAIN}[:80%]' is not the text that the run" in capsys.readouterr().err
+    assert f"data.train = '{TRAIN}[:80%]' differs from the data of the run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

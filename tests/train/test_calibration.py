@@ -116,7 +116,7 @@ def test_a_continued_run_has_the_norms_it_began_with(tmp_path):
     (folder / "checkpoints" / "latest").symlink_to("step-00000005")
     norms = (folder / NORMS_FILE).read_bytes()
     (folder / NORMS_FILE).unlink()
-    with pytest.raises(ConfigError, match="goes on with the norms it began with"):
+    with pytest.raises(ConfigError, match="needs the norms it started with"):
         _train(folder, *settings, resume=True)
     (folder / NORMS_FILE).write_bytes(norms)
     again = _train(folder, *settings, resume=True)

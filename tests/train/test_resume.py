@@ -346,11 +346,11 @@ def stopped(tmp_path_factory):
         ("seed=8", "seed = 8, but the run in"),
         ("pst.seed=0", "pst.seed = 0, but the run in"),
         ("train.num_steps=30", "train.num_steps = 30, but the run in"),
-        ("train.batch_size=12", "has 24, and a run goes on only as it began"),
+        ("train.batch_size=12", "has 24, and resuming cannot change this setting"),
         ("schedule.final_sparsity=0.7", "schedule.final_sparsity = 0.7, but"),
         ("pst.score_rank=4", "pst.score_rank = 4, but"),
         ('pst.pattern="2:4"', "schedule.final_sparsity = 0.8, but pst.pattern"),
-        ("data.train=tests/data/validation.jsonl", "is not the text that the run in"),
+        ("data.train=tests/data/validation.jsonl", "differs from the data of the run in"),
         ("data.label_names=['good', 'bad']", "tokens or labels differ"),
     ],
 )

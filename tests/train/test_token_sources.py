@@ -115,11 +115,11 @@ def test_a_store_that_changed_under_a_run_is_refused(tmp_path, sources):
     lines = Path("tests/data/train.jsonl").read_text().splitlines()
     (tmp_path / "other.jsonl").write_text("\n".join(lines[1::3] + lines[:1]) + "\n")
     _prepare(tmp_path / "other.jsonl", Path(sources[1]["path"]), force=True)
-    with pytest.raises(ConfigError, match=r"data\.sources .*store-1.* is not the text that the run in"):
+    with pytest.raises(ConfigError, match=r"data\.sources .*store-1.* differs from the data of the run in"):
         _train(tmp_path / "run", sources, resume=True)
     assert _train(tmp_path / "run", moved, resume=True)[1]
     reweighted = [{**of, "weight": weight} for of, weight in zip(moved, [0.4, 0.4, 0.2], strict=True)]
-    with pytest.raises(ConfigError, match=r"is not the text that the run in"):
+    with pytest.raises(ConfigError, match=r"differs from the data of the run in"):
         _train(tmp_path / "run", reweighted, resume=True)
 
 

@@ -48,8 +48,8 @@ def start_run(run: RunConfig, examples: ExampleSet, *, is_new: bool, quiet: bool
     signal = of_main_at_length(partial(_prune_once, run, examples, quiet=quiet))
     if signal:
         raise StoppedError(
-            f"stopped by {stop_signals.name_of(signal)} while {run.model.path} was pruned, of which nothing is kept; "
-            "start it again, and it is pruned anew"
+            f"stopped by {stop_signals.name_of(signal)} while {run.model.path} was pruned. Nothing was kept; start the "
+            "run again to prune it anew"
         )
     return run.started()
 
@@ -77,8 +77,8 @@ def _prune_once(run: RunConfig, examples: ExampleSet, *, quiet: bool) -> int:
         return 0
     if (Path(run.output_dir) / CHECKPOINTS).exists():
         raise ConfigError(
-            f"{out} is not what [start], [pst], seed, model and text now ask for, and the checkpoints in "
-            f"{run.output_dir} go on from it. Fix: the old values, or another output_dir"
+            f"{out} does not match [start], [pst], seed, model and data, and the checkpoints in {run.output_dir} "
+            "continue from it. Restore the old values, or use another output_dir."
         )
     if not quiet:
         print(f"pruning {run.model.path} to {asked.sparsity} by {asked.method}: {out}", file=sys.stderr, flush=True)
@@ -132,7 +132,7 @@ def remark_on_shares(run: RunConfig) -> str:
     if budgets == "equal" and (run.pst.pattern == pattern or run.pst.pattern in _COARSE):
         return ""
     return (
-        f'pst-ds prune shared the zeros of model.path out with pattern "{pattern}" and {budgets} budgets, which '
+        f'pst-ds prune pruned model.path with pattern "{pattern}" and {budgets} budgets, which '
         f'pst.pattern = "{run.pst.pattern}" does not keep: its first masks prune other weights. pst.pattern = "global" '
-        "begins with the zeros that are there"
+        "starts with the weights that are pruned already"
     )

@@ -182,7 +182,7 @@ def _run_trial(
     except DivergedError:
         return line | failed
     except StoppedError as error:
-        message = str(error).replace("go on with --resume", "the same command resumes it")
+        message = str(error).replace("continue with --resume", "the same command resumes it")
         raise StoppedError(f"trial {name}: {message}") from None
     finally:
         for engine in used:

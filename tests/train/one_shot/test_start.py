@@ -115,7 +115,7 @@ def test_a_run_that_goes_on_does_not_prune_again_and_another_start_is_refused(tm
     _train(tmp_path, *START, resume=True)
     with pytest.raises(ConfigError, match="has checkpoints up to"):
         _train(tmp_path, *START)
-    with pytest.raises(ConfigError, match=r"is not what .* now ask for, and the checkpoints in .* go on"):
+    with pytest.raises(ConfigError, match=r"does not match .*, and the checkpoints in .* continue from it"):
         _train(tmp_path, *START, "start.samples=23", resume=True)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "start").iterdir()} == files
 
