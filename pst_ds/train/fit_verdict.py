@@ -26,16 +26,13 @@ if TYPE_CHECKING:
 
 _MOST_WATCHED, _FEWEST_WATCHED = 4, 2
 _SHARE_WATCHED = 0.05
-"""Upper bound of the share of a run's time for evaluations that only watch it. Evaluating an example takes a third of
-the time of training on it."""
+"""Maximum share of a run's time for evaluations that only watch it; an example takes a third of its training time."""
 ERRORS = 3.0
 """Standard errors above which a change is more than noise."""
 STEEP = 0.1
-"""A run underfits if twice the steps would lower its loss by this share, at the trend of its second half. Against a
-dense run, half of it is enough."""
+"""A run underfits if twice the steps would lower its loss by this share; by half of it if a dense run is better."""
 UNLEARNED, NOT_LEARNED = 0.4, 0.9
-"""Shares of the loss of a constant answer. A run below the first has learned most of what can be learned, even if its
-loss still falls; one above the second has learned nothing."""
+"""Shares of a constant answer's loss: below the first, a run has learned enough; above the second, nothing."""
 ABOVE_DENSE = 1.1
 """A loss is far above a dense run if it is this many times the dense run's loss after its first epoch."""
 RISE = 0.1
@@ -120,8 +117,8 @@ class Trend:
 def watched_steps(
     run: RunConfig, schedule: Schedule | None, num_steps: int, training: int, validation: int
 ) -> set[int]:
-    """Return steps with the final masks at which to evaluate ``validation`` examples, to watch a run on ``training``
-    examples; none if the run file sets eval.interval, the data is read only once, or it takes too long."""
+    """Return steps with final masks at which to evaluate ``validation`` examples, to watch a run on ``training`` ones;
+    none if the run file sets eval.interval, the data is read only once, or it takes too long."""
     trained = num_steps * run.train.batch_size
     if run.eval.interval or not validation or trained <= training:
         return set()
@@ -310,17 +307,14 @@ def _underfitting(losses: Losses) -> Verdict | None:
 
 
 def _falls_to_the_end(losses: Losses) -> bool:
-    """Return whether the training loss falls in the second half of the steps, and at least half as fast in the second
-    half of the learning. A model that only recovers from its last pruning stops falling. Time is measured by the
-    remaining learning, because the rates fall to zero."""
+    """Return whether the training loss falls in the second half of the steps, and at least half as fast in its second
+    half: recovery from the last pruning ends. Time is the remaining sum of the rates, which fall to zero."""
     steps, training, late = losses.num_steps, losses.training, losses.half_learned
     if sum(step >= late for step, _ in training) < FEWEST_BATCHES:
         return False
-    both = (trend(training, since, lambda step: -((1.0 - step / steps) ** 2)) for since in (losses.second_half, late))
-    whole, half = both
-    if whole is None or half is None:
-        return False
-    return whole.falls and half.falls and half.slope < whole.slope / 2
+    starts = (losses.second_half, late)
+    whole, half = (trend(training, start, lambda step: -((1.0 - step / steps) ** 2)) for start in starts)
+    return bool(whole and half and whole.falls and half.falls and half.slope < whole.slope / 2)
 
 
 def _validation_agrees(losses: Losses) -> bool:
@@ -335,8 +329,7 @@ def _validation_agrees(losses: Losses) -> bool:
 
 
 def _underfitting_by_validation(losses: Losses) -> Verdict | None:
-    """Judge a run by its validation loss if its training loss is a different one: a distance from a teacher has no
-    scale."""
+    """Judge a run with a teacher by its validation loss, because its training loss has no scale."""
     found, constant = trend(losses.validation, losses.second_half), losses.constant
     if found is None:
         return None

@@ -102,7 +102,8 @@ class Loop:
         self.schedules, self.metrics, self.objective = schedules, metrics, objective
         self.run, self.device = context.run, context.device
         self.num_steps = context.run.num_steps(len(examples))
-        self.clock, self.data_clock = StepClock(context.device), StepClock("cpu", ("data_wait",))
+        self.clock = StepClock(context.device, ("forward", "backward", "optimizer", "masks"))
+        self.data_clock = StepClock("cpu", ("data_wait",))
         self.own_time = OwnTime(context.device, engine)
         self.pace = Pace(all_gather_objects(socket.gethostname()))
         self._saved_tensors: AbstractContextManager[object] = nullcontext()

@@ -13,7 +13,6 @@ import torch
 
 from pst_ds.parallel.engine import Engine, time_waits
 
-PARTS = ("forward", "backward", "optimizer", "masks")
 WINDOW, LEAST_SLOW = 10, 8
 """A straggler is slow in LEAST_SLOW of the last WINDOW steps."""
 SLOWER, LEAST_SECONDS = 1.2, 0.01
@@ -27,7 +26,7 @@ class StepClock:
     A part is not timed inside itself.
     """
 
-    def __init__(self, device: str, parts: Sequence[str] = PARTS):
+    def __init__(self, device: str, parts: Sequence[str]):
         self._seconds = dict.fromkeys(parts, 0.0)
         self._uses_events = device.startswith("cuda")
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
