@@ -28,11 +28,12 @@ def tokens_by_module(model: nn.Module) -> dict[str, Tensor]:
     return dict(zip(stacks, total.split([len(count) for count in counts]), strict=True))
 
 
-def token_figures(tokens: dict[str, Tensor]) -> dict[str, float]:
-    """Return the figures of ``tokens`` for metrics.jsonl: minimum, median, and number of experts without tokens."""
+def token_figures(model: nn.Module) -> dict[str, float]:
+    """Return figures of the experts' tokens for metrics.jsonl: minimum, median, and number without any. Collective."""
+    tokens = list(tokens_by_module(model).values())
     if not tokens:
         return {}
-    every = torch.cat(list(tokens.values()))
+    every = torch.cat(tokens)
     return {
         "expert_tokens/least": int(every.min()),
         "expert_tokens/median": float(every.double().quantile(0.5)),

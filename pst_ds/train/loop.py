@@ -29,7 +29,7 @@ from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, 
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.batches import OwnBatch, Places, Prefetched, agreed, next_or_problem, own_batches
 from pst_ds.train.divergence import DivergedError, MicroBatch, fault_of_batch, require_finite
-from pst_ds.train.expert_tokens import token_figures, tokens_by_module
+from pst_ds.train.expert_tokens import token_figures
 from pst_ds.train.monitor.curves import STRAGGLER
 from pst_ds.train.monitor.metrics import MetricsWriter, peak_memory_bytes
 from pst_ds.train.objective import Objective
@@ -336,7 +336,7 @@ def _report_if_due(loop: Loop, state: LoopState) -> None:
         "peak_memory_bytes": memory,
         "skipped_steps": loop.engine.skipped_steps,
         **loop.pace.figures(),
-        **token_figures(tokens_by_module(loop.engine.module)),
+        **token_figures(loop.engine.module),
     }
     loop.metrics.write(state.step, values)
     progress: dict[str, object] = {"loss": loss, "sparsity": round(sparsity, 4), "tok/s": round(per_second)}

@@ -240,15 +240,6 @@ def kept_in_fp32(module: nn.Module) -> list[str]:
     ]
 
 
-def require_precision(run: RunConfig, module: nn.Module) -> None:
-    """Raise ConfigError if a model in bf16 has parameters that only work in fp32."""
-    if run.train.precision != "fp32" and (names := kept_in_fp32(module)):
-        raise ConfigError(
-            f"train.precision = {run.train.precision!r}: {type(module).__name__} keeps {names[0]} in fp32, and torch "
-            'cannot multiply the two. Set train.precision = "fp32"'
-        )
-
-
 def parameter_groups(module: nn.Module, run: RunConfig) -> Groups:
     """Return :func:`pst_parameter_groups` with the run's rates."""
     names = [f"{kind}_learning_rate" for kind in ("score", "update", "gate", "prompt", "embedding", "head")]

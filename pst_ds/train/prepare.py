@@ -26,7 +26,7 @@ from pst_ds.parallel.ds_config import (
 )
 from pst_ds.parallel.launch import LaunchEnvironment, device_of, init_distributed
 from pst_ds.parallel.ranks import raise_on_all_ranks
-from pst_ds.train.model import load_tokenizer, meta_model, num_trainable, require_precision
+from pst_ds.train.model import kept_in_fp32, load_tokenizer, meta_model, num_trainable
 from pst_ds.train.objective import require_teacher
 from pst_ds.train.run_context import RunContext
 from pst_ds.train.sequences import require_shareable
@@ -106,7 +106,11 @@ def checked_shapes(
         reads_teacher: Whether to check a teacher, whose folder must then exist.
     """
     shapes = meta_model(run, labels, tokenizer, num_shards=num_shards)
-    require_precision(run, shapes)
+    if run.train.precision != "fp32" and (names := kept_in_fp32(shapes)):
+        raise ConfigError(
+            f"train.precision = {run.train.precision!r}: {type(shapes).__name__} keeps {names[0]} in fp32, and torch "
+            'cannot multiply the two. Set train.precision = "fp32"'
+        )
     if reads_teacher:
         require_teacher(run, shapes)
     require_shareable(run, shapes.config, stage, run.micro_batch_size(ranks))  # type: ignore[arg-type]
