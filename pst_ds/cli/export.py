@@ -9,13 +9,10 @@ from typing import TYPE_CHECKING
 
 from pst_ds.cli.main import add_quiet_argument, add_shard_argument, count, load_run_or_folder, main
 from pst_ds.core.packings import COMPRESSED_TENSORS, GGUF, GROUPS, ONNX, ONNX_FILE, PACKINGS, VALUE_BITS, WHOLE_ROW
-from pst_ds.errors import InputError
+from pst_ds.errors import InputError, shortened
 
 if TYPE_CHECKING:
     from pst_ds.export.manifest import Facts
-
-_SHOWN = 4
-"""Weights that stay dense to list by name."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,26 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--plain", action="store_true", help="with onnx: dense fp32 weights and standard operators, for any runtime")
     text = "with onnx and --values, or compressed-tensors: bits of activations; 8 is faster (default: as trained, 16)"
     add("--activation-bits", type=int, choices=(8, 16), metavar="BITS", help=text)
-    _add_value_arguments(parser)
-    add("--vocabulary", metavar="seen|FILE", help='keep only tokens "seen" in the run\'s data, or in a text FILE')
-    add("--dequantize", action="store_true", help="convert a GPTQ, AWQ, bitsandbytes or MXFP4 folder to floats first")
-    add("--checkpoint", help='of a run: "best" (default), "final", or another in checkpoints/')
-    add_writing_arguments(parser)
-    add_quiet_argument(parser)
-
-
-def _add_value_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
     add("--values", choices=("bf16", *VALUE_BITS), help="quantise linear layers in the blocks; bf16 casts every tensor")
     add("--embeddings", choices=tuple(VALUE_BITS), help="quantise embeddings and output layer too (default: unchanged)")
     add("--group", choices=(*map(str, GROUPS), WHOLE_ROW), help="weights per scale (default: int8 row, int4 64)")
-
-
-def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of everything that writes a model folder."""
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="cast every tensor (default: unchanged)")
-    parser.add_argument("--processes", type=count, default=1, metavar="N", help="processes to write with (default: 1)")
+    add("--vocabulary", metavar="seen|FILE", help='keep only tokens "seen" in the run\'s data, or in a text FILE')
+    add("--dequantize", action="store_true", help="convert a GPTQ, AWQ, bitsandbytes or MXFP4 folder to floats first")
+    add("--checkpoint", help='of a run: "best" (default), "final", or another in checkpoints/')
+    add("--dtype", choices=("bf16", "fp32"), help="cast every tensor (default: unchanged)")
+    add("--processes", type=count, default=1, metavar="N", help="processes to write with (default: 1)")
     add_shard_argument(parser)
+    add_quiet_argument(parser)
 
 
 def run(args: argparse.Namespace) -> Mapping[str, object]:
@@ -74,7 +61,7 @@ def run(args: argparse.Namespace) -> Mapping[str, object]:
 
 
 def lines_of_report(args: argparse.Namespace, report: Facts) -> list[str]:
-    """Return what was written, as lines of text."""
+    """Describe the written folder, in lines of text."""
     if args.format == ONNX:
         return [_onnx_line(args, report)]
     if args.format == GGUF:
@@ -84,12 +71,10 @@ def lines_of_report(args: argparse.Namespace, report: Facts) -> list[str]:
             f"wrote {args.out}: {report['rounded_tensors']} of {report['tensors']} tensors in blocks, "
             f"{report['file_bytes']:,} bytes, {report['bits_per_weight']:.2f} bits per weight{changed}"
         ]
-    lines = [
-        f"{name} stays dense: {args.format} cannot hold it, or would make it larger"
-        for name in report["stay_dense"][:_SHOWN]
-    ]
-    if len(report["stay_dense"]) > _SHOWN:
-        lines.append(f"and {len(report['stay_dense']) - _SHOWN} more stay dense")
+    lines = []
+    if report["stay_dense"]:
+        names = shortened(report["stay_dense"])
+        lines.append(f"dense because {args.format} cannot hold them, or would make them larger: {names}")
     requested = "unknown" if report["sparsity_requested"] is None else report["sparsity_requested"]
     share = report["file_bytes"] / max(report["dense_bf16_bytes"], 1)
     pruned = f"{report['pruned_tensors']} pruned tensors of " if report["pruned_tensors"] else "tensors: "
@@ -114,7 +99,7 @@ def _onnx_line(args: argparse.Namespace, report: Mapping[str, object]) -> str:
 
 
 def quantisation_text(report: Facts) -> str:
-    """Return a sentence on what an export or a verified export has quantised."""
+    """Describe the quantisation of an export in one sentence."""
     grids = []
     for values, group in (("values", "group"), ("embeddings", "embedding_group")):
         if report.get(values):

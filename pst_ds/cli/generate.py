@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pst_ds.cli.main import count
 from pst_ds.errors import InputError
@@ -15,12 +15,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+    from pst_ds.export.manifest import Facts
     from pst_ds.inference.decoder import Decoder
     from pst_ds.inference.hf.model_folder import ModelFolder
 
 Sampling = dict[str, bool | float]
-Facts = dict[str, Any]
-"""Output of ``--json``."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -217,7 +216,7 @@ class _Stopwatch:
 
 
 def _generate(
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     inputs: dict[str, Tensor],
     new_tokens: int,
@@ -241,7 +240,7 @@ def _generate(
         **sampling,
     )
     with torch.inference_mode():
-        ids = model.generate(**{name: t.to(model.device) for name, t in inputs.items()}, streamer=stopwatch)
+        ids = model.generate(**{name: t.to(model.device) for name, t in inputs.items()}, streamer=stopwatch)  # type: ignore[operator]
     new: list[int] = ids[0, inputs["input_ids"].shape[1] :].tolist()
     return new
 

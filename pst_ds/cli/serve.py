@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from pst_ds.inference.serve.processes import answer, answer_from_workers, bound
 
     folder, tokenizer, store = _opened(args)
-    facts: dict[str, object] = {"model": args.model, "name": _name(args, folder), "users": len(store or ())}
+    facts: dict[str, object] = {"model": args.model, "name": args.name, "users": len(store or ())}
     with bound(args.host, args.port) as at:
         facts["port"] = at.getsockname()[1]
         if args.workers > 1:
@@ -75,10 +75,6 @@ def _say(args: argparse.Namespace, facts: dict[str, object]) -> None:
     print(f"serving {facts['name']}{users} at http://{args.host}:{facts['port']}/v1 ({keys}{workers})", flush=True)
 
 
-def _name(args: argparse.Namespace, folder: ModelFolder) -> str:
-    return str(args.name or folder.path.resolve().name)
-
-
 def _app_of_worker(args: argparse.Namespace) -> FastAPI:
     """Load the application of a worker, which uses its share of the cores. Raises InputError."""
     from pst_ds.inference.serve.app import make_app
@@ -94,13 +90,14 @@ def _keys() -> tuple[str, ...]:
 
 
 def _opened(args: argparse.Namespace) -> tuple[ModelFolder, PreTrainedTokenizerBase, UserStore | None]:
-    """Return the folder, its tokenizer and the store, without loading the model. Raises InputError."""
+    """Return the folder, its tokenizer and the store, without loading the model; name the model. Raises InputError."""
     from pst_ds.data.conversations import read_template
     from pst_ds.inference.hf.model_folder import open_model_folder
     from pst_ds.train.users.store import UserStore
 
     folder = open_model_folder(args.model)
     folder.require_causal()
+    args.name = args.name or folder.path.resolve().name
     tokenizer = folder.tokenizer()
     if args.chat_template:
         tokenizer.chat_template = read_template(args.chat_template, "--chat-template")
@@ -147,7 +144,7 @@ def _service(
         new_tokens=args.max_new_tokens,
         positions=positions,
     )
-    service = Service(_name(args, folder), batches, tokenizer, limits, store, Access(_keys(), args.host))
+    service = Service(args.name, batches, tokenizer, limits, store, Access(_keys(), args.host))
     _warm_up(args, service)
     return service
 

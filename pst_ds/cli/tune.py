@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", metavar="FILE", help="run file to write (default: RUN.tuned.toml, in the folder of RUN.toml)")
     add("--force", action="store_true", help="write over an existing file")
-    add("--restart", action="store_true", help="begin again, and forget the trials in output_dir")
+    add("--restart", action="store_true", help="start over, and forget the trials in output_dir")
     add_quiet_argument(parser)
 
 
@@ -47,11 +47,11 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from pst_ds.train.tune.report import budget_text, trial_table, tuned_text, why
     from pst_ds.train.tune.trials import search
 
-    prepared = prepare(config, launch_environment(), run_file=args.run)
-    lines = search(prepared, args.budget, restart=args.restart)
+    context = prepare(config, launch_environment(), run_file=args.run)
+    lines = search(context, args.budget, restart=args.restart)
     rates = {name: lines[-1][name] for name in RATES}
     tuned = replace(config, train=replace(config.train, **rates))
-    if prepared.launch.rank == 0:
+    if context.launch.rank == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(out, tuned_text(Path(args.run).read_text(encoding="utf-8-sig"), tuned, rates, why(lines)))
         print("\n".join([*aligned(trial_table(lines)), "", why(lines), f"wrote {out}: pst-ds train {out}"]))

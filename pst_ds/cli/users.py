@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pst_ds.cli.main import add_quiet_argument, add_run_arguments, count, load_run_or_folder
 from pst_ds.core.packings import PACKINGS
@@ -17,11 +17,11 @@ from pst_ds.text_table import aligned, bytes_text
 if TYPE_CHECKING:
     from pst_ds.checkpoint.format import Checkpoint
     from pst_ds.config.run import RunConfig
+    from pst_ds.export.manifest import Facts
     from pst_ds.train.run import RunContext
     from pst_ds.train.users.personal import PersonalPart
     from pst_ds.train.users.store import UserStore
 
-Facts = dict[str, Any]
 _SHOWN = 20
 """Users that a table has; --json has all."""
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for sub in (subs["train"], subs["eval"]):
         sub.add_argument("--by", required=True, metavar="COLUMN", help="the column that names the user of each row")
         sub.add_argument("--users", nargs="+", default=[], metavar="NAME", help="only these users (default: all)")
-        sub.add_argument("--data", metavar="FILE", help="the users' rows (default: those of the run)")
+        sub.add_argument("--data", metavar="FILE", help="rows of the users (default: the run's data)")
         add_quiet_argument(sub)
     _add_training_arguments(subs["train"])
     add = subs["eval"].add_argument
@@ -224,7 +224,7 @@ def _opened(config: RunConfig, args: argparse.Namespace) -> tuple[RunContext, Ch
 
 
 def part_of(store: UserStore) -> PersonalPart:
-    """Return what of a model is personal by a store's index."""
+    """Return the personal part of a model, from the index of a store."""
     from pst_ds.train.users.personal import UPDATES, PersonalPart
 
     common = store.common

@@ -52,7 +52,7 @@ def _lines_of_onnx(report: VerifyReport) -> Iterator[str]:
 
 
 def _lines_of_file(report: VerifyReport) -> Iterator[str]:
-    """Yield what was found in the files."""
+    """Yield the counts of the files."""
     file = dict(report.file)
     packed = f"{file['packed_tensors']} packed as {file['kind']}, " if file["packed_tensors"] else ""
     requested = "unknown" if file["sparsity_requested"] is None else file["sparsity_requested"]

@@ -84,8 +84,7 @@ class PruneConfig(OneShotConfig):
     method: OneShotMethod | Literal["reap"]  # type: ignore[assignment]
     """How weights are chosen; "reap" drops whole experts."""
     sparsity: float | None = None
-    """Fraction of pruned weights, or of dropped experts. Unset, it is that of the pattern or
-    ``schedule.final_sparsity``."""
+    """Fraction of pruned weights, or of dropped experts. Unset, the pattern or ``schedule.final_sparsity`` sets it."""
     pattern: str = ""
     """"row", "matrix", N:M or blocks. Empty is the run's pattern, or the method's default where that is "matrix"."""
     keep_zeros: bool = False

@@ -75,7 +75,7 @@ class RunConfig(Section):
             yield from self._conflicts()
 
     def _conflicts(self) -> Iterator[str]:
-        """Yield a message for each setting that does not fit those of other sections."""
+        """Yield a message for each setting that does not fit another section."""
         method, task, train, pst, schedule = self.method, self.task, self.train, self.pst, self.schedule
         yield from task_conflicts(task, self.data, self.eval, train.num_steps)
         not_fitting = list(method_conflicts(method, pst, schedule, train.score_penalty, train.score_learning_rate))

@@ -31,7 +31,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_run_or_folder(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read the run of a TOML file, or that of a run folder. Raises ConfigError."""
+    """Read the run of a TOML file or of a run folder. Raises ConfigError."""
     path = Path(path)
     if not path.is_dir():
         return load_run(path, overrides)
@@ -90,7 +90,7 @@ def run_from_table(table: Mapping[str, object]) -> RunConfig:
 
 
 def _with_presets(table: dict[str, object]) -> dict[str, object]:
-    """Fill in the settings of ``data.preset``, ``pst.preset`` and ``method``; those of ``table`` win."""
+    """Fill in the settings of ``data.preset``, ``pst.preset`` and ``method`` that ``table`` lacks."""
     for section, presets in (("data", DATA_PRESETS), ("pst", PRESETS)):
         own = table[section]
         if not isinstance(own, dict) or "preset" not in own:

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from pst_ds.core.experts.tokens import of_equal_numbers, shares_of_zeros
-from pst_ds.report.axes import LEFT, RIGHT, Tick, short, whole
+from pst_ds.report.charts import LEFT, RIGHT, Tick, short, whole
 from pst_ds.report.run_data import Picture, RunData, spread
 from pst_ds.train.monitor.images import (
     FLIP_DECADES,

@@ -12,7 +12,7 @@ from typing import TypedDict, cast
 from pst_ds.atomic_files import PARTIAL
 from pst_ds.errors import InputError
 from pst_ds.file_names import MANIFEST_FILE, TUNE_FILE
-from pst_ds.report.axes import whole
+from pst_ds.report.charts import whole
 from pst_ds.report.run_data import RunData, read_object
 from pst_ds.report.tables import Cell, Table, number
 from pst_ds.text_table import aligned, bytes_text

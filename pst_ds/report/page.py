@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pst_ds import __version__
-from pst_ds.report import axes
-from pst_ds.report.charts import charts
+from pst_ds.report import charts as drawing
 from pst_ds.report.heat_maps import expert_maps, heat_maps, layer_pictures
 from pst_ds.report.outcomes import ExportData
 from pst_ds.report.run_data import RunData
@@ -45,7 +44,7 @@ def page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    all_charts = list(charts(runs))
+    all_charts = list(drawing.charts(runs))
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     return environment.get_template("report.html").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
@@ -55,7 +54,7 @@ def page(
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
         state=state,
         seconds=seconds,
-        axes=axes,
+        axes=drawing,
         runs=runs,
         results=result_table(runs),
         verdicts=[(run, text) for run in runs if (text := sentence(run.result.get("fit")))],

@@ -11,8 +11,7 @@ from itertools import takewhile
 
 from pst_ds.core.experts.tokens import hardly_used
 from pst_ds.progress import duration_text
-from pst_ds.report.axes import short, whole
-from pst_ds.report.charts import Chart
+from pst_ds.report.charts import Chart, short, whole
 from pst_ds.report.run_data import LayerData, RunData
 from pst_ds.text_table import bytes_text
 from pst_ds.train.monitor.curves import DENSE, EVALUATION, is_number

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pst_ds.report.axes import LEFT, RIGHT
+from pst_ds.report.charts import LEFT, RIGHT
 from pst_ds.report.page import page
 from pst_ds.report.run_data import read_runs
 

@@ -8,8 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pst_ds.report.axes import BOTTOM, LEFT, RIGHT, TOP, axis_of, decades, round_numbers, short
-from pst_ds.report.charts import MOST_POINTS, Series, charts, drawn
+from pst_ds.report.charts import (
+    BOTTOM,
+    LEFT,
+    MOST_POINTS,
+    RIGHT,
+    TOP,
+    Series,
+    axis_of,
+    charts,
+    decades,
+    drawn,
+    round_numbers,
+    short,
+)
 from pst_ds.report.run_data import read_runs
 
 

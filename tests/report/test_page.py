@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from pst_ds.report import axes
+from pst_ds.report import charts as axes
 from pst_ds.report.page import TEMPLATES, page
 from pst_ds.report.run_data import read_runs
 

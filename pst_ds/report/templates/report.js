@@ -1,5 +1,5 @@
 "use strict";
-// The plot of a chart or heat map within its drawing; the same numbers are in pst_ds/report/axes.py.
+// The plot of a chart or heat map within its drawing; the same numbers are in pst_ds/report/charts.py.
 const WIDTH = 360, HEIGHT = 190, LEFT = 54, RIGHT = 350, TOP = 10, BOTTOM = 166;
 
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
