@@ -56,17 +56,14 @@ class PSTExpertStack(PSTLayer):
         ``x``: (N, I) ``by_token``, or (N*k, I) sorted by expert. In the weight's dtype, also under autocast.
         """
         if self.bypassed:
-            return _product(x, _DenseStack(self, self._dense_weight, self.layout.transposed), routing, by_token)
+            dense = _DenseStack(self, lambda: self.dense_weight().view(self.weight_shape), self.layout.transposed)
+            return _product(x, dense, routing, by_token)
         self.was_called = True
         if self.training and not in_backward_pass():
             self.tokens_seen += torch.tensor(routing.counts)
         self.keep_if_recomputed()
         weight, factors = self.trained()
         return _product(x, self, routing, by_token, weight, *factors)
-
-    def _dense_weight(self) -> Tensor:
-        weight = self.base_weight()
-        return (weight if isinstance(weight, Tensor) else weight.dense()).view(self.weight_shape)
 
     def product(self, x: Tensor, routing: Routing, by_token: bool) -> Tensor:
         """Return the products of :meth:`forward`, without gradient. The parameters must be gathered."""

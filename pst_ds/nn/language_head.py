@@ -103,21 +103,17 @@ def language_head(model: nn.Module) -> LanguageHead:
             logits, loss = out.logits.float(), out.loss.float()
     except Exception as error:  # a family's code may fail in any way with stand-ins
         raise UnknownHeadError(f"{type(model).__name__} could not be probed: {first_line(error)}") from error
-    scale, cap = _scale_and_cap(numbers, logits) if len(calls) == 1 and logits.shape == numbers.shape else (0.0, 0.0)
+    scale = cap = 0.0
+    if len(calls) == 1 and logits.shape == numbers.shape:  # scale * numbers, or cap * tanh(scale * numbers / cap)
+        small, large = logits[0, 0, :2].tolist()
+        scale = 1.0 if abs(small / _SMALL - 1.0) < 1e-6 else small / _SMALL
+        cap = 0.0 if large > 0.5 * scale * _LARGE else large
     found = LanguageHead(head, scale, cap)
     if not scale or not _is_close(found.readout.final(numbers), logits):
         raise UnknownHeadError(f"{type(model).__name__} does something unknown with its logits")
     if not _is_close(cross_entropy(logits[0, :-1], labels[0, 1:]), loss):
         raise UnknownHeadError(f"the loss of {type(model).__name__} is not the cross-entropy of each next token")
     return found
-
-
-def _scale_and_cap(numbers: Tensor, logits: Tensor) -> tuple[float, float]:
-    """Fit logits = scale * numbers, or cap * tanh(scale * numbers / cap)."""
-    small, large = logits[0, 0, :2].tolist()
-    scale = small / _SMALL
-    scale = 1.0 if abs(scale - 1.0) < 1e-6 else scale
-    return scale, 0.0 if large > 0.5 * scale * _LARGE else large
 
 
 def _is_close(ours: Tensor, theirs: Tensor) -> bool:

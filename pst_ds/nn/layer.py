@@ -175,6 +175,11 @@ class PSTLayer(nn.Module):
         assert self.base_codes is not None
         return self.base_codes.whole(self.dtype)
 
+    def dense_weight(self) -> Tensor:
+        """Return :meth:`base_weight`, dequantised."""
+        weight = self.base_weight()
+        return weight if isinstance(weight, Tensor) else weight.dense()
+
     @torch.no_grad()
     def hold(self, weight: Tensor) -> None:
         """Replace the frozen W0, quantised or not, by ``weight``, in storage shape. Not for ZeRO-3."""

@@ -38,7 +38,10 @@ class PSTLinear(PSTLayer):
         """Map (..., I) to (..., O), in the weight's dtype, also under autocast."""
         x = input  # nn.Linear's name for it
         if self.bypassed:
-            return self._dense(x)
+            dense = self.dense_weight()
+            with torch.autocast(x.device.type, enabled=False):
+                by_output = dense.t() if self.layout.transposed else dense
+                return torch.nn.functional.linear(x.to(dense.dtype), by_output, self.bias)
         if not torch.compiler.is_compiling():
             return self._eager(x)
         if zero3.is_partitioned(self.pst_mask):  # ZeRO-3's hooks end graphs here anyway
@@ -79,13 +82,6 @@ class PSTLinear(PSTLayer):
     def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
         self._number = _new_number(self)  # torch.compile's graphs must tell a copy from the original
-
-    def _dense(self, x: Tensor) -> Tensor:
-        weight = self.weight if self.base_codes is None else self.base_codes.whole(self.dtype).dense()
-        assert weight is not None
-        weight_by_output = weight.t() if self.layout.transposed else weight
-        with torch.autocast(x.device.type, enabled=False):
-            return torch.nn.functional.linear(x.to(weight.dtype), weight_by_output, self.bias)
 
     def extra_repr(self) -> str:
         fused = f", parts={self.layout.num_matrices}" if self.layout.num_matrices > 1 else ""

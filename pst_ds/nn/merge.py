@@ -9,17 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.errors import InputError, shortened
-from pst_ds.nn import experts
+from pst_ds.nn import experts, inject
 from pst_ds.nn.adapter_checkpoints import whole_checkpoints
 from pst_ds.nn.experts import PSTExpertStack
-from pst_ds.nn.inject import (
-    injected_config,
-    layers_never_called,
-    persistent_buffers,
-    plain_name,
-    pst_layers,
-    restore_fused_layers,
-)
+from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import CONSTANT_PARTS, PSTLayer
 from pst_ds.nn.tables.coded import coded_tables, plain_tables
 from pst_ds.nn.tables.embedding import PSTEmbedding
@@ -49,14 +42,14 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     """
     model = unwrapped(model)
     if pst_layers(model):
-        injected_config(model)
+        inject.injected_config(model)
     if any(zero3.is_partitioned(param) for param in model.parameters()):
         raise InputError(
             "merge_and_unload needs whole weights, and ZeRO-3 has them in shards. Call save_pretrained(model, FOLDER) "
             "on every rank, then in one process merge_and_unload(load_pretrained(BASE, FOLDER)); of a run of `pst-ds "
             "train`, use `pst-ds export`"
         )
-    idle = layers_never_called(model)
+    idle = inject.layers_never_called(model)
     if 0 < len(idle) < len(pst_layers(model)):
         warnings.warn(
             f"{shortened(idle)} {'was' if len(idle) == 1 else 'were'} merged, but no forward pass has called "
@@ -70,7 +63,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         if isinstance(module, PSTLayer | PSTEmbedding):
             put(_plain(module), places)
     experts.restore(model)
-    restore_fused_layers(model)
+    inject.restore_fused_layers(model)
     for name in ("pst_config", "save_pretrained"):  # that of PSTCallback writes the adapter state
         vars(model).pop(name, None)
     return model
@@ -82,9 +75,9 @@ def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors = {name: param.to("meta") for name, param in model.named_parameters() if ".pst_" not in name}
     coded = {f"{name}.weight": layer for name, layer in layers.items() if layer.weight is None}
     tensors |= {n: torch.empty(c.weight_shape, dtype=c.dtype, device="meta") for n, c in coded.items()}
-    names = {f"{name}.weight": plain_name(name, layer) for name, layer in layers.items()}
+    names = {f"{name}.weight": inject.plain_name(name, layer) for name, layer in layers.items()}
     tensors = {names.get(name, name): tensor for name, tensor in tensors.items()}
-    return tensors | {name: buffer.to("meta") for name, buffer in persistent_buffers(model).items()}
+    return tensors | {name: buffer.to("meta") for name, buffer in inject.persistent_buffers(model).items()}
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

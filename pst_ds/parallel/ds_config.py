@@ -43,18 +43,6 @@ def _is_nvme(value: JSON) -> bool:
     return str(value).lower() == "nvme"
 
 
-def _is_set(value: JSON) -> bool:
-    return value not in (None, "auto")
-
-
-def _is_above_1(value: JSON) -> bool:
-    return _is_on(value) and value != 1
-
-
-def _is_positive(value: JSON) -> bool:
-    return isinstance(value, int) and value > 0
-
-
 @dataclass(frozen=True, slots=True)
 class _Refusal:
     key: str
@@ -71,9 +59,12 @@ _REFUSALS = (
     _Refusal(f"{_ZERO}.offload_param.device", "its swap buffers hold a single dtype", 'use "cpu"', _is_nvme),
     _Refusal(f"{_ZERO}.offload_optimizer.device", "checkpoints need Adam's moments in memory", 'use "cpu"', _is_nvme),
     _Refusal(f"{_ZERO}.zenflow", "it transposes the shards that masks follow"),
-    _Refusal(f"{_ZERO}.mics_shard_size", "DeepSpeed removed MiCS", is_refused=_is_positive),
+    _Refusal(f"{_ZERO}.mics_shard_size", "DeepSpeed removed MiCS", is_refused=lambda n: isinstance(n, int) and n > 0),
     _Refusal(
-        "tensor_parallel.autotp_size", "it replaces the layers that PST prunes", "remove tensor_parallel", _is_above_1
+        "tensor_parallel.autotp_size",
+        "it replaces the layers that PST prunes",
+        "remove tensor_parallel",
+        lambda size: _is_on(size) and size != 1,
     ),
     _Refusal("expert_parallel.enabled", "AutoEP replaces the experts that PST prunes", "remove expert_parallel"),
     _Refusal("compile.deepcompile", "it rewrites the gathers that the backward pass relies on"),
@@ -81,13 +72,13 @@ _REFUSALS = (
         "optimizer",
         "the run file owns the optimizer: AdamW with a learning rate for each group of factors",
         f"remove it and set {_LEARNING_RATES}",
-        _is_set,
+        lambda value: value not in (None, "auto"),
     ),
     _Refusal(
         "scheduler",
         "the run file owns the learning-rate schedule",
         "remove it and set train.learning_rate_warmup_fraction",
-        _is_set,
+        lambda value: value not in (None, "auto"),
     ),
     _Refusal("compression_training", "DeepSpeed removed it", "remove it; PST does the pruning"),
     _Refusal("elasticity", "DeepSpeed removed it"),

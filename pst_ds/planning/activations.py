@@ -24,7 +24,7 @@ from pst_ds.nn.experts import PSTExpertStack, of_routing, registered
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.language_head import LanguageHead, UnknownHeadError, language_head
 from pst_ds.nn.layer import PSTLayer
-from pst_ds.nn.tables.coded import CodedEmbedding, CodedTable, coded_tables
+from pst_ds.nn.tables.coded import CodedEmbedding, coded_tables
 from pst_ds.parallel.zero3 import in_backward_pass
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
@@ -225,7 +225,8 @@ def layers_save_their_input(model: nn.Module) -> Iterator[None]:
         if isinstance(table, CodedEmbedding):
             table.forward = partial(_embed, table)  # type: ignore[method-assign]
         else:
-            table.table = partial(_table_without_values, table)  # type: ignore[method-assign]
+            parts = table.layout, table.codes.detach(), table.scales.detach(), table.dtype
+            table.table = partial(_CodedWithoutValues, *parts)  # type: ignore[method-assign]
     for layer in layers:
         anchor = next((param for _, param in layer.factor_parameters()), next(layer.parameters()))
         is_stack, outputs = isinstance(layer, PSTExpertStack), layer.layout.expert.out_features
@@ -248,10 +249,6 @@ def _evenly_routed(experts: nn.Module, hidden: Tensor, index: Tensor, weights: T
 
 def _embed(table: CodedEmbedding, ids: Tensor) -> Tensor:
     return torch.empty(*ids.shape, table.embedding_dim, dtype=table.dtype)
-
-
-def _table_without_values(table: CodedTable) -> CodedWeight:
-    return _CodedWithoutValues(table.layout, table.codes.detach(), table.scales.detach(), table.dtype)
 
 
 class _CodedWithoutValues(CodedWeight):

@@ -288,8 +288,7 @@ def memory_plan(
     Args:
         model: sizes of the injected model.
         zero: settings of DeepSpeed.
-        activations: bytes of one micro-batch.
-        element_size: bytes of a weight, and of a gradient.
+        activations, element_size: bytes of one micro-batch, and of a weight or gradient.
         device: "cpu" or "cuda".
         trainable_groups: trainable values of each optimizer group over all ranks; None for one group.
         teacher: bytes of a separate teacher model.
@@ -302,13 +301,15 @@ def memory_plan(
     if zero.secondary_partition > 1:
         weights += model.whole_bytes // zero.secondary_partition
     gathers, communication, work = _turn(model, zero, element_size)
+    # to multiply, oneDNN reorders 16-bit weights, but reads 32-bit ones in place
+    packed = 2 * max([model.dense_weights - model.sliced_weights, *(matrix.numel for matrix in model.matrices)])
     host = (optimizer if zero.offload_optimizer else 0) + (weights + masks + scales if zero.offload_param else 0)
     return MemoryPlan(
         weights=0 if zero.offload_param else weights,
         masks=0 if zero.offload_param else masks,
         optimizer=0 if zero.offload_optimizer else optimizer,
         gradients=element_size * _trainables_here(model, zero, shared_from_stage=2),
-        # the bucket is allocated whole, but gradients touch only as much memory as they fill
+        # gradients touch only as much of the bucket's memory as they fill
         reduce_bucket=element_size * min(zero.reduce_bucket_size, model.trainables) if zero.stage else 0,
         gathers=gathers,
         communication=communication,
@@ -319,14 +320,9 @@ def memory_plan(
         runtime=RUNTIME_BYTES.get(device, 0),
         teacher=teacher,
         scales=0 if zero.offload_param else scales,
-        packed=_packed_bytes(model) if device == "cpu" and element_size == 2 else 0,
+        packed=packed if device == "cpu" and element_size == 2 else 0,
         host=host,
     )
-
-
-def _packed_bytes(model: ModelNumbers) -> int:
-    """Return the bytes of the largest 16-bit weight: oneDNN reorders it to multiply, but reads 32-bit ones in place."""
-    return 2 * max([model.dense_weights - model.sliced_weights, *(matrix.numel for matrix in model.matrices)])
 
 
 def optimizer_bytes(model: ModelNumbers, zero: ZeroSettings, element_size: int = 2) -> int:

@@ -179,20 +179,11 @@ def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch, element_
     gathered += batch.own_teacher * model.whole_bytes
     received = batch.micro_batches * gathered + persistent_bytes(model, zero)  # the latter after the optimizer's step
     collectives = (batch.gathers or passes * modules) + batch.own_teacher * modules + buckets
-    exchanged = batch.micro_batches * _exchanged(model, batch, element_size)
-    return Traffic(
-        int(received * others), gradients * batch.micro_batches, collectives * batch.micro_batches, exchanged
-    )
-
-
-def _exchanged(model: ModelNumbers, batch: Batch, element_size: int) -> int:
-    """Count the bytes that a rank receives in a micro-batch for attention over whole sequences on some of the heads.
-
-    Queries, keys, values and outputs have at most the width of all heads each.
-    """
-    passes = 2 + batch.checkpointing + (batch.teacher_weights > 0)
-    width = 4 * model.attention_width * element_size * passes
-    return batch.tokens * width * (batch.shared_by - 1) // batch.shared_by
+    # queries, keys, values and attention outputs have at most the width of all heads; a teacher has one more pass
+    width = 4 * model.attention_width * element_size * (passes + (batch.teacher_weights > 0))
+    exchanged = batch.micro_batches * (batch.tokens * width * (batch.shared_by - 1) // batch.shared_by)
+    reduced = gradients * batch.micro_batches
+    return Traffic(int(received * others), reduced, collectives * batch.micro_batches, exchanged)
 
 
 def update_traffic(model: ModelNumbers, zero: ZeroSettings) -> Traffic:
@@ -213,17 +204,20 @@ def update_traffic(model: ModelNumbers, zero: ZeroSettings) -> Traffic:
 
 def time_plan(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Machine) -> TimePlan:
     """Predict the times of a step and of a mask update on ``machine``."""
-    compute, launches = _step_compute(model, zero, batch, machine), _step_launches(model, batch, machine)
+    counts, again = COUNTS[machine.code], 2 if batch.checkpointing else 1
+    moved = model.pruned_weights * (counts.merge_bytes * again + counts.backward_bytes) + batch.moved
+    moved += model.coded_weights * EXPAND_BYTES * (again + 1)
+    launches = model.num_layers * (counts.forward_launches * again + counts.layer_launches)
+    launches += model.num_bands * counts.band_launches
     in_step, in_update = step_traffic(model, zero, batch), update_traffic(model, zero)
-    network = machine.transfer_seconds(in_step.received, in_step.collectives, zero.world_size)
-    launching = (launches + in_step.collectives) * machine.launch_seconds
+    step = _step_seconds(model, zero, batch, machine, in_step, step_flops(model, batch), moved, launches)
     update_compute = _update_seconds(model, zero, machine)
     update_network = machine.transfer_seconds(in_update.received, in_update.collectives, zero.shards)
     return TimePlan(
-        step_compute=compute,
-        step_network=network,
-        step_launching=launching,
-        step=_together(compute, network, launching, machine),
+        step_compute=step[0],
+        step_network=step[1],
+        step_launching=step[2],
+        step=_together(*step, machine),
         full_step=_full_step(model, zero, batch, machine),
         update_compute=update_compute,
         update_network=update_network,
@@ -233,29 +227,32 @@ def time_plan(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Ma
     )
 
 
+def _step_seconds(
+    model: ModelNumbers,
+    zero: ZeroSettings,
+    batch: Batch,
+    machine: Machine,
+    traffic: Traffic,
+    flops: float,
+    moved: float,
+    launches: int,
+) -> tuple[float, float, float]:
+    """Return seconds of computation, network and launches in a step.
+
+    ``flops``, ``moved``: FLOPs and bytes of a micro-batch without gradients and optimizer; ``launches``: launches of a
+    micro-batch that ``batch`` does not count.
+    """
+    reduced = REDUCE_BYTES * batch.micro_batches if zero.world_size > 1 else 0
+    trained = model.trainables * (reduced + OPTIMIZER_BYTES / (zero.world_size if zero.stage else 1))
+    compute = batch.micro_batches * (flops / machine.flops + moved / machine.memory_bytes)
+    network = machine.transfer_seconds(traffic.received, traffic.collectives, zero.world_size)
+    launches = batch.micro_batches * (launches + batch.launches + REDUCE_LAUNCHES * model.num_trainables)
+    launching = (launches + traffic.collectives) * machine.launch_seconds
+    return compute + trained / machine.memory_bytes, network, launching
+
+
 def _together(compute: float, network: float, launching: float, machine: Machine) -> float:
     return max(compute, network, launching) if machine.overlaps else max(compute, launching) + network
-
-
-def _trained_bytes(model: ModelNumbers, zero: ZeroSettings, batch: Batch) -> float:
-    """Return the bytes that gradients and the optimizer move in a step."""
-    reduced = REDUCE_BYTES * batch.micro_batches if zero.world_size > 1 else 0
-    return model.trainables * (reduced + OPTIMIZER_BYTES / (zero.world_size if zero.stage else 1))
-
-
-def _step_compute(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Machine) -> float:
-    counts, again = COUNTS[machine.code], 2 if batch.checkpointing else 1
-    moved = model.pruned_weights * (counts.merge_bytes * again + counts.backward_bytes) + batch.moved
-    moved += model.coded_weights * EXPAND_BYTES * (again + 1)
-    each = step_flops(model, batch) / machine.flops + moved / machine.memory_bytes
-    return batch.micro_batches * each + _trained_bytes(model, zero, batch) / machine.memory_bytes
-
-
-def _step_launches(model: ModelNumbers, batch: Batch, machine: Machine) -> int:
-    counts, again = COUNTS[machine.code], 2 if batch.checkpointing else 1
-    launches = model.num_layers * (counts.forward_launches * again + counts.layer_launches)
-    launches += model.num_bands * counts.band_launches + batch.launches + REDUCE_LAUNCHES * model.num_trainables
-    return batch.micro_batches * launches
 
 
 def _update_seconds(model: ModelNumbers, zero: ZeroSettings, machine: Machine) -> float:
@@ -286,11 +283,6 @@ def _full_step(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: M
     gathered = int(batch.gathered * full.whole_bytes / model.whole_bytes)
     batch = replace(batch, gathered=gathered, teacher_weights=0, own_teacher=False)
     flops = step_flops(full, batch) + 2 * full.dense_weights * batch.tokens
-    each = flops / machine.flops + batch.moved / machine.memory_bytes
-    compute = batch.micro_batches * each + _trained_bytes(full, zero, batch) / machine.memory_bytes
+    launches = full.num_layers * (4 if batch.checkpointing else 3)
     traffic = step_traffic(full, zero, batch)
-    network = machine.transfer_seconds(traffic.received, traffic.collectives, zero.world_size)
-    again = 2 if batch.checkpointing else 1
-    products = full.num_layers * (again + 2)
-    launches = batch.micro_batches * (products + batch.launches + REDUCE_LAUNCHES * full.num_trainables)
-    return _together(compute, network, (launches + traffic.collectives) * machine.launch_seconds, machine)
+    return _together(*_step_seconds(full, zero, batch, machine, traffic, flops, batch.moved, launches), machine)
