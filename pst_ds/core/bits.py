@@ -131,7 +131,7 @@ def set_bits_(bits: Tensor, index: Tensor, chosen: Tensor) -> None:
     native = library() if bits.device.type == "cpu" and index.dtype == torch.int32 else None
     if native is not None:
         index = index[chosen].contiguous()
-        native.pst_set_bits(bits.data_ptr(), index.data_ptr(), index.numel())
+        native.pst_set_bits(bits, index, index.numel())
         return
     ones = chosen.view(torch.uint8) << (index & 7).to(torch.uint8)
     # each bit is set at most once, so the sum is an OR; no size depends on the data
@@ -143,7 +143,7 @@ def count_bits(before: Tensor, after: Tensor) -> Tensor:
     counts = torch.zeros(2, dtype=torch.int64, device=after.device)
     native = library() if before.device.type == after.device.type == "cpu" else None
     if native is not None:
-        native.pst_count_bits(before.data_ptr(), after.data_ptr(), before.numel(), counts.data_ptr())
+        native.pst_count_bits(before, after, before.numel(), counts)
         return counts
     counts[0] = _unpack_bytes(before ^ after).sum(dtype=torch.int64)
     counts[1] = _unpack_bytes(after).sum(dtype=torch.int64)
@@ -206,7 +206,7 @@ def apply_range_(weight: Tensor, bits: Tensor, numel: int, num_shards: int, star
             apply_mask_(run, unpack_range(bits, numel, num_shards, first, last))
         else:
             at = first // per_shard * shard_bytes(numel, num_shards) + inside // 8
-            native.pst_apply_bits(run.data_ptr(), run.element_size(), bits[at:].data_ptr(), run.numel())
+            native.pst_apply_bits(run, run.element_size(), bits[at:], run.numel())
     return weight
 
 
@@ -226,7 +226,7 @@ def checksum(shard: Tensor, count: int, start: int, seed: int) -> Tensor:
     """
     native = library() if shard.device.type == "cpu" else None
     if native is not None:
-        return torch.tensor(_signed(native.pst_checksum(shard.data_ptr(), count, start, seed)))
+        return torch.tensor(_signed(native.pst_checksum(shard, count, start, seed)))
     lead = start % 8
     if lead:
         keep = unpack_shard(shard, count)

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -76,7 +75,7 @@ def select_bits(
     return bits
 
 
-def _first_counts(search: Search, scans: _Scans, shift: int, bins: int, ranks: RankSums) -> set[int]:
+def _first_counts(search: Search, scans: _TorchScans | KernelScans, shift: int, bins: int, ranks: RankSums) -> set[int]:
     """Start ``search`` in its brackets. Return the matrices, in whole pools, that missed or had too many keys inside.
 
     Collective: one exchange. Raises NonFiniteScoreError.
@@ -112,39 +111,25 @@ class _Bracket:
         return min(matrix.num_keys, self.most_inside)
 
 
-class _Scans(Protocol):
-    """One pass over this rank's keys of all matrices, classified by their brackets."""
-
-    def counts(self) -> Tensor:
-        """Return (matrices, NUM_COUNTS) int64: the number of keys BELOW, NOT_FINITE and INSIDE, and whether it
-        OVERFLOWED.
-        """
-
-    def histograms(self, lows: Sequence[int], shift: int, bins: int) -> Tensor:
-        """Return (matrices, bins) int64, counts of (key - low) >> shift of the keys inside, with ``low`` of each
-        matrix.
-        """
-
-    def decide(self, thresholds: Sequence[int], ties: Sequence[int]) -> list[Tensor]:
-        """Return the kept bits of each matrix: keys above its threshold, and equal keys except the first ``ties``."""
-
-
 class _TorchScans:
-    """Scan tiles of keys with torch on any device; on CPUs with native loops."""
+    """One pass over this rank's keys of all matrices, classified by their brackets; on CPUs with native loops."""
 
     def __init__(self, matrices: Sequence[MatrixKeys], brackets: Sequence[_Bracket], device: torch.device):
         self._found = [_Scan(m, bracket, device) for m, bracket in zip(matrices, brackets, strict=True)]
         self._none = torch.zeros(0, dtype=torch.int64, device=device)
 
     def counts(self) -> Tensor:
+        """Return (matrices, NUM_COUNTS) int64: keys BELOW, NOT_FINITE and INSIDE, and whether it OVERFLOWED."""
         counts = [scan.counts for scan in self._found]
         return torch.stack(counts) if counts else self._none.view(0, NUM_COUNTS)
 
     def histograms(self, lows: Sequence[int], shift: int, bins: int) -> Tensor:
+        """Return the counts of (key - low) >> shift of the keys inside of each matrix: (matrices, bins) int64."""
         found = [scan.keys for scan in self._found]
         return histograms(found, lows, shift, bins) if found else self._none.view(0, bins)
 
     def decide(self, thresholds: Sequence[int], ties: Sequence[int]) -> list[Tensor]:
+        """Return the kept bits of each matrix: keys above its threshold, and equal keys except the first ``ties``."""
         for scan, threshold, count in zip(self._found, thresholds, ties, strict=True):
             scan.decide(threshold, count)
         return [scan.bits for scan in self._found]
@@ -190,7 +175,9 @@ class _RisingNumbers:
         return steps.cumsum(0, dtype=steps.dtype)
 
 
-def _scans(matrices: Sequence[MatrixKeys], brackets: Sequence[_Bracket], device: torch.device) -> _Scans:
+def _scans(
+    matrices: Sequence[MatrixKeys], brackets: Sequence[_Bracket], device: torch.device
+) -> _TorchScans | KernelScans:
     own = [m.own_keys for m in matrices if m.own_keys is not None]
     if len(own) < len(matrices) or not own:
         return _TorchScans(matrices, brackets, device)

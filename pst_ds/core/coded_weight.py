@@ -195,19 +195,8 @@ class CodedRun:
         width = self.stored.layout.shape[1]
         codes = torch.tensor([self.stored.grid.bits, self.start, width])
         groups = torch.tensor([self.stored.shape[1], *self.stored.unit, rect.r0, rect.c0])
-        native.pst_expand_codes(
-            self.codes.data_ptr(),
-            codes.data_ptr(),
-            self.scales.data_ptr(),
-            self._first_scale,
-            groups.data_ptr(),
-            out.data_ptr(),
-            NATIVE_DTYPES[out.dtype],
-            out.stride(0),
-            rect.r1 - rect.r0,
-            rect.c1 - rect.c0,
-            threads_for(rect.numel),
-        )
+        to = NATIVE_DTYPES[out.dtype], out.stride(0), *out.shape, threads_for(rect.numel)
+        native.pst_expand_codes(self.codes, codes, self.scales, self._first_scale, groups, out, *to)
         return out
 
     @property

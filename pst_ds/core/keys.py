@@ -58,38 +58,24 @@ def score_keys(weight: Tensor, tile: TileFactors, constants: Constants, weight_s
     native = native_for(weight, *tile.tensors()) if is_simple else None
     if native is None:
         return order_keys(importance(weight, tile, constants, weight_scale))
-    rows, cols = weight.shape
-    out = torch.empty(rows, cols, dtype=torch.int32)
+    out = torch.empty(weight.shape, dtype=torch.int32)
     magnitude = constants.magnitude_factor(weight_scale)
     numbers = torch.tensor([constants.beta, magnitude, constants.alpha1], dtype=torch.float32)
-    by_row = None if tile.score_rows is None else (tile.score_rows * constants.alpha2).contiguous()
-    by_col = None if tile.score_cols is None else (tile.score_cols * constants.alpha2).contiguous()
-    norms = [None if n is None else n.float().contiguous() for n in (tile.row_norms, tile.col_norms)]
-    updates = (tile.update_left, tile.update_right) if constants.update_in_scores else (None, None)
-    update, kept_update = _product(*updates)
-    score, kept_score = _product(tile.score_left, tile.score_right)
-    native.pst_score_keys(
-        weight.data_ptr(), _NATIVE_DTYPES[weight.dtype], weight.stride(0), rows, cols, *update, *score,
-        _pointer(by_row), _pointer(by_col), *map(_pointer, norms), numbers.data_ptr(), out.data_ptr(),
-    )  # fmt: skip
-    del kept_update, kept_score  # keep both alive until the call has returned
+    vectors = [v if v is None else (v * constants.alpha2).contiguous() for v in (tile.score_rows, tile.score_cols)]
+    norms = [n if n is None else n.float().contiguous() for n in (tile.row_norms, tile.col_norms)]
+    update = (tile.update_left, tile.update_right) if constants.update_in_scores else (None, None)
+    products = [*_product(*update), *_product(tile.score_left, tile.score_right)]
+    stored = _NATIVE_DTYPES[weight.dtype], weight.stride(0), *weight.shape
+    native.pst_score_keys(weight, *stored, *products, *vectors, *norms, numbers, out)
     return out
 
 
-def _pointer(values: Tensor | None) -> int | None:
-    return None if values is None else values.data_ptr()
-
-
-def _product(
-    left: Tensor | None, right: Tensor | None
-) -> tuple[tuple[int | None, int | None, int, int], tuple[Tensor, ...]]:
-    """Return the arguments of a low-rank product for the native loop, and the tensors that they point into."""
+def _product(left: Tensor | None, right: Tensor | None) -> tuple[Tensor | None, Tensor | None, int, Tensor]:
+    """Return the arguments of a low-rank product for the native loop: left, right, rank, strides."""
     if left is None or right is None:
-        strides = torch.zeros(3, dtype=torch.int64)
-        return (None, None, 0, strides.data_ptr()), (strides,)
+        return None, None, 0, torch.zeros(3, dtype=torch.int64)
     right = right if right.stride(1) == 1 else right.contiguous()
-    strides = torch.tensor([left.stride(0), left.stride(1), right.stride(0)], dtype=torch.int64)
-    return (left.data_ptr(), right.data_ptr(), right.shape[0], strides.data_ptr()), (left, right, strides)
+    return left, right, right.shape[0], torch.tensor([*left.stride(), right.stride(0)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,17 +210,9 @@ class Classifier:
             self._tiles.append((stored, first))
             first = 0
         native.pst_classify(
-            keys.data_ptr(),
-            keys.numel(),
-            self.low,
-            self.high,
-            first,
-            above.data_ptr(),
-            self._keys[stored:].data_ptr(),
-            self._index[stored:].data_ptr(),
-            self._room - stored,
-            counts.data_ptr(),
-        )
+            keys, keys.numel(), self.low, self.high, first, above, self._keys[stored:], self._index[stored:],
+            self._room - stored, counts,
+        )  # fmt: skip
         self._numbers = [total + more for total, more in zip(self._numbers, counts.tolist(), strict=True)]
 
     def _sort(self, keys: Tensor, above: Tensor) -> None:
@@ -290,7 +268,7 @@ def histogram(keys: Tensor, low: int, shift: int, bins: int) -> Tensor:
     native = native_for(keys)
     if native is not None and keys.is_contiguous():
         counts = torch.zeros(bins, dtype=torch.int64)
-        native.pst_histogram(keys.data_ptr(), keys.numel(), low, shift, bins, counts.data_ptr())
+        native.pst_histogram(keys, keys.numel(), low, shift, bins, counts)
         return counts
     return _torch_histograms([keys.flatten()], [low], shift, bins)[0]
 
@@ -326,7 +304,7 @@ def kept_bits(keys: Tensor, prune_count: int) -> tuple[Tensor, int]:
     native = native_for(keys)
     if native is not None:
         bits = torch.empty(-(-keys.numel() // 8), dtype=torch.uint8)
-        return bits, native.pst_select(keys.data_ptr(), keys.numel(), prune_count, bits.data_ptr())
+        return bits, native.pst_select(keys, keys.numel(), prune_count, bits)
     keep = torch.ones(keys.numel(), dtype=torch.uint8)
     keep[keys.sort(stable=True).indices[:prune_count]] = 0
     bad = (keys < LOWEST_FINITE) | (keys > HIGHEST_FINITE)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pst_ds.core.kernels import INT, POINTER, NativeSource, load
+from pst_ds.core.kernels import INT, TENSOR, NativeSource, load
 from pst_ds.core.layout import Rect, WeightLayout, row_tiles
 from pst_ds.core.packings import GROUPS, VALUE_BITS, WHOLE_ROW
 
@@ -89,17 +89,14 @@ NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 SOURCE = NativeSource(
     "rounding.cpp",
     {
-        "pst_round_to_grid": ([POINTER, INT, INT, INT, INT, POINTER, POINTER, INT, INT], None),
-        "pst_round_inputs": ([POINTER, POINTER, INT, INT, INT, INT, INT], None),
-        "pst_expand_codes": (
-            [POINTER, POINTER, POINTER, INT, POINTER, POINTER, INT, INT, INT, INT, INT],
-            None,
-        ),
-        "pst_whole_weights": ([POINTER, INT, INT, POINTER, POINTER, INT], None),
-        "pst_grid_losses": ([POINTER, INT, INT, POINTER, INT, POINTER, POINTER, INT], None),
-        "pst_grid_moments": ([POINTER, POINTER, INT, INT, POINTER, INT, POINTER, POINTER, INT], None),
+        "pst_round_to_grid": ([TENSOR, *([INT] * 4), TENSOR, TENSOR, INT, INT], None),
+        "pst_round_inputs": ([TENSOR, TENSOR, *([INT] * 5)], None),
+        "pst_expand_codes": ([TENSOR, TENSOR, TENSOR, INT, TENSOR, TENSOR, *([INT] * 5)], None),
+        "pst_whole_weights": ([TENSOR, INT, INT, TENSOR, TENSOR, INT], None),
+        "pst_grid_losses": ([TENSOR, INT, INT, TENSOR, INT, TENSOR, TENSOR, INT], None),
+        "pst_grid_moments": ([TENSOR, TENSOR, INT, INT, TENSOR, INT, TENSOR, TENSOR, INT], None),
     },
-    "rounding to a grid",
+    "quantisation",
     may_flags=("-fopenmp",),
 )
 _WORTH_THREADS = 1 << 16
@@ -157,11 +154,8 @@ def whole_weights(grouped: Tensor, magnitudes: Tensor) -> Tensor:
     unit, native = unit_of(magnitudes), native_for(grouped)
     if native is None:
         return (grouped.double() / unit.unsqueeze(1)).round_().int()
-    (groups, size), factors = grouped.shape, 1.0 / unit
-    whole = torch.empty(groups, size, dtype=torch.int32)
-    native.pst_whole_weights(
-        grouped.data_ptr(), groups, size, factors.data_ptr(), whole.data_ptr(), threads_for(grouped.numel())
-    )
+    whole = torch.empty(grouped.shape, dtype=torch.int32)
+    native.pst_whole_weights(grouped, *grouped.shape, 1.0 / unit, whole, threads_for(grouped.numel()))
     return whole
 
 
@@ -175,18 +169,9 @@ def group_losses(grouped: Tensor, scales: Tensor, grid: Grid) -> tuple[Tensor, T
         rounded = rounded_codes(grouped, scales.unsqueeze(1), grid).mul_(scales.unsqueeze(1))
         weights = grouped.double()
         return (weights - rounded).square().sum(1), weights.square().sum(1)
-    (groups, size), scales = grouped.shape, scales.contiguous()
-    errors, squares = torch.empty(2, groups, dtype=torch.float64)
-    native.pst_grid_losses(
-        grouped.data_ptr(),
-        groups,
-        size,
-        scales.data_ptr(),
-        grid.largest,
-        errors.data_ptr(),
-        squares.data_ptr(),
-        threads_for(grouped.numel()),
-    )
+    errors, squares = torch.empty(2, len(grouped), dtype=torch.float64)
+    threads = threads_for(grouped.numel())
+    native.pst_grid_losses(grouped, *grouped.shape, scales.contiguous(), grid.largest, errors, squares, threads)
     return errors, squares
 
 
@@ -200,19 +185,9 @@ def group_moments(grouped: Tensor, whole: Tensor, scales: Tensor, grid: Grid) ->
     if native is None:
         codes = rounded_codes(grouped, scales.unsqueeze(1), grid).double()
         return torch.linalg.vecdot(whole.double(), codes), torch.linalg.vecdot(codes, codes)
-    (groups, size), scales = grouped.shape, scales.contiguous()
-    by_weight, by_code = torch.empty(2, groups, dtype=torch.float64)
-    native.pst_grid_moments(
-        grouped.data_ptr(),
-        whole.data_ptr(),
-        groups,
-        size,
-        scales.data_ptr(),
-        grid.largest,
-        by_weight.data_ptr(),
-        by_code.data_ptr(),
-        threads_for(grouped.numel()),
-    )
+    by_weight, by_code = torch.empty(2, len(grouped), dtype=torch.float64)
+    numbers = scales.contiguous(), grid.largest, by_weight, by_code, threads_for(grouped.numel())
+    native.pst_grid_moments(grouped, whole, *grouped.shape, *numbers)
     return by_weight, by_code
 
 
@@ -484,20 +459,10 @@ class Rounding:
         if native is None:
             self._round_in_torch(weight, scales, rect)
             return weight
-        scales = scales.contiguous()
         groups = torch.tensor([scales.shape[1], *self.stored.unit, rect.r0, rect.c0])
-        rows, cols = weight.shape
-        native.pst_round_to_grid(
-            weight.data_ptr(),
-            NATIVE_DTYPES[weight.dtype],
-            weight.stride(0),
-            rows,
-            cols,
-            scales.data_ptr(),
-            groups.data_ptr(),
-            self.stored.grid.largest,
-            threads_for(weight.numel()),
-        )
+        stored = NATIVE_DTYPES[weight.dtype], weight.stride(0), *weight.shape
+        threads = threads_for(weight.numel())
+        native.pst_round_to_grid(weight, *stored, scales.contiguous(), groups, self.stored.grid.largest, threads)
         return weight
 
     def of_expert(self, expert: int) -> Rounding:
@@ -577,14 +542,8 @@ class InputGrid:
         native = native_for(rows) if rows.dtype in NATIVE_DTYPES else None
         out = torch.empty_like(rows)
         if native is not None:
-            native.pst_round_inputs(
-                rows.data_ptr(),
-                out.data_ptr(),
-                NATIVE_DTYPES[rows.dtype],
-                *rows.shape,
-                self.word,
-                threads_for(rows.numel()),
-            )
+            threads = threads_for(rows.numel())
+            native.pst_round_inputs(rows, out, NATIVE_DTYPES[rows.dtype], *rows.shape, self.word, threads)
             return out.view(x.shape)
         step = max(1, _INPUTS_AT_A_TIME // max(1, rows.shape[1]))
         for first in range(0, len(rows), step):

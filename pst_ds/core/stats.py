@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
-from pst_ds.core.kernels import INT, POINTER, NativeSource, load
+from pst_ds.core.kernels import INT, TENSOR, NativeSource, load
 from pst_ds.core.keys import scores_of_keys
 from pst_ds.core.layout import Rect, WeightLayout
 
@@ -28,7 +28,7 @@ _LEAST_VARIANCE = 1e-12
 _NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 SOURCE = NativeSource(
     "sums.cpp",
-    {"pst_moments": ([POINTER, POINTER, INT, POINTER], None), "pst_squares": ([POINTER, *([INT] * 4)], c_double)},
+    {"pst_moments": ([TENSOR, TENSOR, INT, TENSOR], None), "pst_squares": ([TENSOR, *([INT] * 4)], c_double)},
     "figures of layers",
 )
 
@@ -45,7 +45,7 @@ def score_moments(keys: Tensor, weights: Tensor, weight_scale: float) -> Tensor:
         sums = moment_sums(scores_of_keys(keys), weights.abs())
     else:
         keys, weights, sums = keys.contiguous(), weights.contiguous(), torch.empty(5, dtype=torch.float64)
-        native.pst_moments(keys.data_ptr(), weights.data_ptr(), keys.numel(), sums.data_ptr())
+        native.pst_moments(keys, weights, keys.numel(), sums)
     by = 1.0 / weight_scale
     # Python numbers: a tensor made of them would make the host wait
     for place, factor in ((1, by), (3, by * by), (4, by)):
@@ -59,7 +59,7 @@ def square_sum(values: Tensor) -> Tensor:
     if native is None or values.dtype not in _NATIVE_DTYPES or values.stride(1) != 1:
         flat = values.float().flatten().double()
         return flat @ flat
-    found = native.pst_squares(values.data_ptr(), _NATIVE_DTYPES[values.dtype], values.stride(0), *values.shape)
+    found = native.pst_squares(values, _NATIVE_DTYPES[values.dtype], values.stride(0), *values.shape)
     return torch.tensor(found, dtype=torch.float64)
 
 

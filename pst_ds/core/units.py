@@ -62,7 +62,7 @@ def keep_n_of_m(keys: Tensor, unit: tuple[int, int], prune: int) -> Tensor:
     if native is not None:
         keys, keep = keys.contiguous(), torch.empty(keys.shape, dtype=torch.uint8)
         groups = keys.numel() // (size * stride)
-        native.pst_keep_n_of_m(keys.data_ptr(), groups, size, stride, prune, keep.data_ptr())
+        native.pst_keep_n_of_m(keys, groups, size, stride, prune, keep)
         return keep
     grouped = keys.reshape(-1, size, stride)
     rank = grouped.sort(dim=1, stable=True).indices.argsort(dim=1)
@@ -78,7 +78,7 @@ def keep_in_rows(keys: Tensor, unit: tuple[int, int], prune: int) -> Tensor:
     native = native_for(keys)
     if native is not None:
         keep = torch.empty(along.shape, dtype=torch.uint8)
-        native.pst_keep_in_rows(along.data_ptr(), along.shape[0], along.shape[1], prune, keep.data_ptr())
+        native.pst_keep_in_rows(along, *along.shape, prune, keep)
     else:
         pruned = along.sort(dim=1, stable=True).indices[:, :prune]
         keep = torch.ones_like(along, dtype=torch.uint8).scatter_(1, pruned, 0)

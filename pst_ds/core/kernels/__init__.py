@@ -22,12 +22,26 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pst_ds.core.kernels.host import cpu_facts
 from pst_ds.core.kernels.library_cache import cache_folder, find_libraries, store_library
 
+if TYPE_CHECKING:  # the loader works without torch
+    from torch import Tensor
+
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno")
 INT, POINTER = ctypes.c_int64, ctypes.c_void_p
+
+
+class TENSOR:
+    """Pointer for which callers pass a tensor, which lives until the call has returned, an address, or None."""
+
+    @staticmethod
+    def from_param(given: Tensor | int | None) -> ctypes.c_void_p:
+        return ctypes.c_void_p(given if given is None or isinstance(given, int) else given.data_ptr())
+
+
 _FOLDER = Path(__file__).resolve().parent
 _PACKAGE = _FOLDER.parents[1]
 Signature = tuple[list[type], type | None]
@@ -68,32 +82,27 @@ class NativeSource:
 _MASKS = NativeSource(
     "masks.cpp",
     {
-        "pst_score_keys": (
-            [POINTER, INT, INT, INT, INT, *([POINTER, POINTER, INT, POINTER] * 2), *([POINTER] * 6)],
-            None,
-        ),
+        "pst_score_keys": ([TENSOR, *([INT] * 4), *([TENSOR, TENSOR, INT, TENSOR] * 2), *([TENSOR] * 6)], None),
         "pst_classify": (
-            [POINTER, INT, ctypes.c_int32, ctypes.c_int32, INT, POINTER, POINTER, POINTER, INT, POINTER],
+            [TENSOR, INT, ctypes.c_int32, ctypes.c_int32, INT, TENSOR, TENSOR, TENSOR, INT, TENSOR],
             INT,
         ),
-        "pst_histogram": ([POINTER, INT, INT, INT, INT, POINTER], None),
-        "pst_select": ([POINTER, INT, INT, POINTER], INT),
-        "pst_keep_n_of_m": ([POINTER, INT, INT, INT, INT, POINTER], None),
-        "pst_keep_in_rows": ([POINTER, INT, INT, INT, POINTER], None),
-        "pst_set_bits": ([POINTER, POINTER, INT], None),
-        "pst_count_bits": ([POINTER, POINTER, INT, POINTER], None),
-        "pst_checksum": ([POINTER, INT, INT, INT], ctypes.c_uint64),
+        "pst_histogram": ([TENSOR, INT, INT, INT, INT, TENSOR], None),
+        "pst_select": ([TENSOR, INT, INT, TENSOR], INT),
+        "pst_keep_n_of_m": ([TENSOR, INT, INT, INT, INT, TENSOR], None),
+        "pst_keep_in_rows": ([TENSOR, INT, INT, INT, TENSOR], None),
+        "pst_set_bits": ([TENSOR, TENSOR, INT], None),
+        "pst_count_bits": ([TENSOR, TENSOR, INT, TENSOR], None),
+        "pst_checksum": ([TENSOR, INT, INT, INT], ctypes.c_uint64),
     },
     "mask updates",
 )
-
-
 _MERGES = NativeSource(
     "apply.cpp",
     {
-        "pst_apply_bits": ([POINTER, INT, POINTER, INT], None),
+        "pst_apply_bits": ([TENSOR, INT, TENSOR, INT], None),
         "pst_merge": (
-            [*([POINTER, INT] * 2), INT, INT, *([POINTER] * 4), INT, ctypes.c_float, POINTER, INT, ctypes.c_int],
+            [*([TENSOR, INT] * 2), INT, INT, *([TENSOR] * 4), INT, ctypes.c_float, TENSOR, INT, ctypes.c_int],
             None,
         ),
     },

@@ -11,8 +11,8 @@ out_features, I = in_features.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -87,7 +87,8 @@ def sparsegpt(
     if pattern.kind not in ("matrix", "row", "n:m"):
         raise ValueError(f'SparseGPT has the patterns "matrix", "row" and N:M, not {str(pattern)!r}')
     pattern.require_fit(WeightLayout(weight.shape[0], weight.shape[1]))
-    return _compensated(weight, factor, _Scored(pattern, sparsity, factor), columns_at_a_time, grid, dtype)
+    choose = _by_saliency(pattern, sparsity, factor)
+    return _compensated(weight, factor, choose, pattern.m, columns_at_a_time, grid, dtype)
 
 
 def round_under_mask(
@@ -103,51 +104,29 @@ def round_under_mask(
 
     ``keep``: (O, I), true or 1 for kept weights. Pruned weights that are not 0 are compensated for.
     """
-    return _compensated(weight, factor, _Given(keep), columns_at_a_time, grid, dtype)
+
+    def choose(_left: Tensor, start: int, stop: int) -> Tensor:
+        return (keep[:, start:stop] != 0).to(torch.uint8)
+
+    return _compensated(weight, factor, choose, 0, columns_at_a_time, grid, dtype)
 
 
-class _Choice(Protocol):
-    """The choice of the mask."""
-
-    @property
-    def unit(self) -> int:
-        """Return the inputs whose mask must be chosen together; 0 for all that are passed in one step."""
-        ...
-
-    def mask(self, left: Tensor, start: int, stop: int) -> Tensor:
-        """Return the uint8 mask (O, stop - start) of some inputs, for the current weights ``left``."""
-        ...
+Choice = Callable[[Tensor, int, int], Tensor]
+"""Returns the uint8 mask (O, stop - start) of inputs [start, stop) from the current weights (O, I)."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Scored:
-    pattern: Pattern
-    sparsity: float
-    factor: InverseFactor
-
-    @property
-    def unit(self) -> int:
-        return self.pattern.m
-
-    def mask(self, left: Tensor, start: int, stop: int) -> Tensor:
-        saliency = (left[:, start:stop] / self.factor.upper.diagonal()[start:stop]).square()
-        keys = order_keys(saliency.masked_fill_(self.factor.dead[start:stop], 0.0))
-        outputs, unit = len(left), (1, stop - start)
-        if self.pattern.kind == "n:m":
-            return keep_n_of_m(keys, (1, self.pattern.m), self.pattern.m - self.pattern.n)
-        if self.pattern.kind == "row":
-            return keep_in_rows(keys, unit, prune_count(self.sparsity, stop) - prune_count(self.sparsity, start))
-        so_far, before = (prune_count(self.sparsity, outputs * end) for end in (stop, start))
+def _by_saliency(pattern: Pattern, sparsity: float, factor: InverseFactor) -> Choice:
+    def choose(left: Tensor, start: int, stop: int) -> Tensor:
+        saliency = (left[:, start:stop] / factor.upper.diagonal()[start:stop]).square()
+        keys = order_keys(saliency.masked_fill_(factor.dead[start:stop], 0.0))
+        if pattern.kind == "n:m":
+            return keep_n_of_m(keys, (1, pattern.m), pattern.m - pattern.n)
+        if pattern.kind == "row":
+            return keep_in_rows(keys, (1, stop - start), prune_count(sparsity, stop) - prune_count(sparsity, start))
+        so_far, before = (prune_count(sparsity, len(left) * end) for end in (stop, start))
         return keep_but(keys, so_far - before)
 
-
-@dataclass(frozen=True, slots=True)
-class _Given:
-    keep: Tensor
-    unit: int = 0
-
-    def mask(self, left: Tensor, start: int, stop: int) -> Tensor:
-        return (self.keep[:, start:stop] != 0).to(torch.uint8)
+    return choose
 
 
 class _Rounder:
@@ -176,41 +155,55 @@ class _Rounder:
 
 
 def _compensated(
-    weight: Tensor, factor: InverseFactor, choice: _Choice, at_a_time: int, grid: Grid | None, dtype: torch.dtype
+    weight: Tensor,
+    factor: InverseFactor,
+    choose: Choice,
+    unit: int,
+    at_a_time: int,
+    grid: Grid | None,
+    dtype: torch.dtype,
 ) -> Compensated:
+    """Pass all inputs. ``unit``: inputs whose mask must be chosen together; 0 for all that are passed in one step."""
     left = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if not bool(torch.isfinite(left).all()):
         raise FloatingPointError("weights are not finite")
     rounder = None if grid is None else _Rounder(grid, left, dtype)
-    whole = math.lcm(choice.unit or 1, rounder.size if rounder and grid and grid.group else 1)
+    whole = math.lcm(unit or 1, rounder.size if rounder and grid and grid.group else 1)
     step = max(1, at_a_time // whole) * whole
     keep, inputs = torch.ones(weight.shape, dtype=torch.uint8, device=weight.device), weight.shape[1]
     for start in range(0, inputs, step):
         stop = min(start + step, inputs)
-        errors = _pass_columns(left, keep, factor.upper, choice, rounder, start, stop)
+        errors = _pass_columns(left, keep, factor.upper, choose, unit, rounder, start, stop)
         left[:, stop:] -= errors @ factor.upper[start:stop, stop:]
     return Compensated(left, keep, None if rounder is None else rounder.scales)
 
 
 def _pass_columns(
-    left: Tensor, keep: Tensor, upper: Tensor, choice: _Choice, rounder: _Rounder | None, start: int, stop: int
+    left: Tensor,
+    keep: Tensor,
+    upper: Tensor,
+    choose: Choice,
+    unit: int,
+    rounder: _Rounder | None,
+    start: int,
+    stop: int,
 ) -> Tensor:
     """Choose the mask of the columns from ``start`` to ``stop``, prune and quantise them, and correct those after them.
 
     Writes ``keep``, and ``left`` up to ``stop``. Returns the errors, (O, stop - start), from which later inputs are
     corrected.
     """
-    together = choice.unit or stop - start
+    together = unit or stop - start
     errors = left.new_zeros(len(left), stop - start)
     for j in range(start, stop):
         if (j - start) % together == 0:
             chosen = min(j + together, stop)
-            keep[:, j:chosen] = choice.mask(left, j, chosen)
+            keep[:, j:chosen] = choose(left, j, chosen)
         value = left[:, j]
         if rounder is not None:
             if j % rounder.size == 0:
                 end = j + rounder.size
-                kept = keep[:, j:end] if end <= chosen else choice.mask(left, j, end)
+                kept = keep[:, j:end] if end <= chosen else choose(left, j, end)
                 rounder.enter(j, left[:, j:end].masked_fill(kept == 0, 0.0))
             value = rounder.rounded(value, j)
         value = torch.where(keep[:, j] == 0, 0.0, value)

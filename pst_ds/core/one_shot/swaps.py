@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from pst_ds.core.kernels import INT, POINTER, NativeSource, load
+from pst_ds.core.kernels import INT, TENSOR, NativeSource, load
 from pst_ds.core.one_shot.gram import UnitGram, least_squares
 from pst_ds.core.one_shot.scored import Compensated
 from pst_ds.core.patterns import Pattern
@@ -26,7 +26,7 @@ LEAST_GAIN = 1e-6
 """Fraction of a row's error that a swap must save, above the rounding error of fp32."""
 SOURCE = NativeSource(
     "swaps.cpp",
-    {"pst_swap_pass": ([*([POINTER] * 6), *([INT] * 5)], INT)},
+    {"pst_swap_pass": ([*([TENSOR] * 6), *([INT] * 5)], INT)},
     "swaps of a mask",
     may_flags=("-fopenmp",),
 )
@@ -104,8 +104,7 @@ def _swap_pass(
     if native is None:
         return _swap_pass_in_torch(*tensors, span, refit=refit)
     assert all(each.is_contiguous() for each in tensors)
-    pointers = (each.data_ptr() for each in tensors)
-    return int(native.pst_swap_pass(*pointers, *wanted.shape, span, refit, torch.get_num_threads()))
+    return int(native.pst_swap_pass(*tensors, *wanted.shape, span, refit, torch.get_num_threads()))
 
 
 def _swap_pass_in_torch(

@@ -6,8 +6,6 @@ a compiler, torch's product is used, which may sum in another order.
 
 from __future__ import annotations
 
-from ctypes import c_int64
-
 import torch
 from torch import Tensor
 
@@ -40,13 +38,9 @@ def merge_into(
     assert native is not None
     assert left is not None
     assert right is not None
-    bits, row_bytes = (None, 0) if mask is None else (mask.bits[mask.first(rect) :].data_ptr(), mask.row_bytes)
+    bits, row_bytes = (None, 0) if mask is None else (mask.bits[mask.first(rect) :], mask.row_bytes)
+    strides = [torch.tensor(matrix.stride()) for matrix in (left, right)]
     native.pst_merge(
-        weight.data_ptr(), weight.stride(0), out.data_ptr(), out.stride(0), *weight.shape,
-        left.data_ptr(), _strides(left), right.data_ptr(), _strides(right), right.shape[0], constants.beta,
-        bits, row_bytes, torch.get_num_threads(),
+        weight, weight.stride(0), out, out.stride(0), *weight.shape, left, strides[0], right, strides[1],
+        right.shape[0], constants.beta, bits, row_bytes, torch.get_num_threads(),
     )  # fmt: skip
-
-
-def _strides(matrix: Tensor) -> object:
-    return (c_int64 * 2)(*matrix.stride())

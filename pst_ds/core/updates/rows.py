@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pst_ds.core.kernels import FLAGS, INT, POINTER, NativeSource, load
+from pst_ds.core.kernels import FLAGS, INT, POINTER, TENSOR, NativeSource, load
 from pst_ds.core.scores import add_low_rank_
 
 TILE_ELEMENTS = 1 << 22
@@ -76,7 +76,7 @@ def with_beside_each(y: Tensor, x: Tensor, left: Tensor, right: Tensor, beta: fl
 
 SOURCE = NativeSource(
     "each.cpp",
-    {"pst_add_beside_each": ([*([POINTER] * 2), *([INT] * 5), c_float, c_int, *([POINTER] * 3), c_int, c_int], None)},
+    {"pst_add_beside_each": ([*([POINTER] * 2), *([INT] * 5), c_float, c_int, *([TENSOR] * 3), c_int, c_int], None)},
     "updates of users in a batch",
     flags=(
         *(flag for flag in FLAGS if flag != "-ffp-contract=off"),
@@ -126,7 +126,7 @@ class EachBeside:
         out = torch.empty_like(y)
         native.pst_add_beside_each(
             self._lefts, self._rights, samples, tokens, self._outputs, self._inputs, self._rank, self._beta,
-            self._bytes, x.data_ptr(), y.data_ptr(), out.data_ptr(), y.element_size(), torch.get_num_threads(),
+            self._bytes, x, y, out, y.element_size(), torch.get_num_threads(),
         )  # fmt: skip
         return out
 

@@ -23,7 +23,7 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
 
 
 class KernelScans:
-    """The keys of all matrices on this rank, classified by their brackets; bracket.py defines the interface."""
+    """The same as ``_TorchScans`` in bracket.py, by kernels: three launches per matrix, few for all."""
 
     def __init__(self, matrices: Sequence[OwnKeys], brackets: Sequence[tuple[int, int]], rooms: Sequence[int]):
         """``brackets``: (low, high) per matrix. ``rooms``: most keys inside that are stored per matrix."""
@@ -60,18 +60,12 @@ class KernelScans:
         self._found, self._counts = found, there[4]
 
     def counts(self) -> Tensor:
-        """Return (matrices, 4) int64, as :meth:`pst_ds.core.keys.Classifier.counts`, except that "not finite" is 0
-        or 1.
-        """
         from pst_ds.core.kernels.triton.cut_kernels import ROOM
 
         above, not_finite, inside = self._found.unbind(1)
         return torch.stack([self._counts - above - inside, not_finite, inside > self._table[:, ROOM], inside], 1)
 
     def histograms(self, lows: Sequence[int], shift: int, bins: int) -> Tensor:
-        """Return (matrices, bins) int64 of the keys inside, as :func:`pst_ds.core.keys.histogram` with the low of
-        each.
-        """
         from pst_ds.core.kernels.triton import cut_kernels as kernels
 
         counts = torch.zeros(len(lows), bins, dtype=torch.int32, device=self._device)
@@ -81,38 +75,16 @@ class KernelScans:
         return counts.long()
 
     def decide(self, thresholds: Sequence[int], ties: Sequence[int]) -> list[Tensor]:
-        """Return the kept bits of each matrix: keys above its threshold, and equal keys except the first ``ties``. Call
-        once.
-        """
         from pst_ds.core.kernels.triton import cut_kernels as kernels
 
         most = torch.iinfo(torch.int32).max
         cuts = torch.tensor([thresholds, [max(0, min(n, most)) for n in ties]], dtype=torch.int32).t().contiguous()
         cuts = upload(cuts, self._device)
         equal = torch.zeros(max(1, self._of_words.numel()), dtype=torch.int32, device=self._device)
-        launch(
-            kernels.mark,
-            (self._of_keys.numel(),),
-            self._table,
-            self._of_keys,
-            self._keys,
-            self._index,
-            cuts,
-            self._above,
-            self._inside,
-            equal,
-        )
-        launch(
-            kernels.finish,
-            (self._of_words.numel(),),
-            self._table,
-            self._of_words,
-            cuts,
-            equal,
-            self._inside,
-            self._above,
-            STEP=_BLOCK_STEP,
-        )
+        keys = self._table, self._of_keys, self._keys, self._index, cuts
+        launch(kernels.mark, (self._of_keys.numel(),), *keys, self._above, self._inside, equal)
+        words = self._table, self._of_words, cuts, equal, self._inside, self._above
+        launch(kernels.finish, (self._of_words.numel(),), *words, STEP=_BLOCK_STEP)
         ends = zip(self._first_word, self._num_keys, strict=True)
         return [self._above[first:].view(torch.uint8)[: blocks(count, 8)] for first, count in ends]
 
