@@ -49,7 +49,6 @@ class CodeLayout:
 
     @property
     def bits(self) -> int:
-        """Bits per code: 8 or 4."""
         return self.stored.grid.bits
 
     @property
@@ -77,7 +76,6 @@ class CodeLayout:
         return self.num_shards * self.shard_num_scales * SCALE_DTYPE.itemsize
 
     def weights_of(self, shard: int) -> tuple[int, int]:
-        """Return the flat range of a shard's weights."""
         return shard_range(self.stored.layout.numel, self.num_shards, shard)
 
     def periods_of(self, shard: int) -> tuple[int, int]:
@@ -150,11 +148,9 @@ class CodedRun:
         return self.stop - self.start
 
     def element_size(self) -> int:
-        """Return the bytes per expanded weight."""
         return self.dtype.itemsize
 
     def __getitem__(self, part: slice) -> Tensor:
-        """Return weights, counted from ``start``: (n,)."""
         first, last, step = part.indices(self.numel())
         assert step == 1, "weights of a run are in a row"
         return self.flat(self.start + first, self.start + max(first, last))
@@ -169,7 +165,7 @@ class CodedRun:
 
     def rect(self, rect: Rect) -> Tensor:
         """Return a rectangle of weights, (rows, cols), which must be in this run."""
-        out = torch.empty(rect.r1 - rect.r0, rect.c1 - rect.c0, dtype=self.dtype, device=self.device)
+        out = torch.empty(rect.shape, dtype=self.dtype, device=self.device)
         return self.expand_(out, rect)
 
     def at(self, index: Tensor) -> Tensor:
@@ -190,7 +186,7 @@ class CodedRun:
         native = native_for(out, self.codes, self.scales) if can else None
         if native is None:
             for band in row_tiles(rect, _EXPANDED_AT_A_TIME.get(out.device.type, 1 << 22)):
-                self._expand_in_torch_(out[band.r0 - rect.r0 : band.r1 - rect.r0], band)
+                self._expand_in_torch_(out[band.inside(rect)], band)
             return out
         width = self.stored.layout.shape[1]
         codes = torch.tensor([self.stored.grid.bits, self.start, width])
@@ -201,14 +197,11 @@ class CodedRun:
 
     @property
     def _first_scale(self) -> int:
-        """Return the index of the first scale in the whole weight."""
         period = self.stored.period
         return self.start // period * self.stored.groups_per_period
 
     def _expand_in_torch_(self, out: Tensor, rect: Rect) -> None:
-        """Expand with torch: fp32 products of int8 and fp32, rounded on writing, without a tensor wider than
-        ``out``.
-        """
+        """Expand with torch: fp32 products of int8 and fp32, rounded on writing, without a wider tensor."""
         codes, wide = self._codes_of(rect), self.stored.unit[1]
         if wide > 1 and rect.c0 % wide == 0 and rect.c1 % wide == 0:  # whole groups
             by_group = (-1, wide)
@@ -231,7 +224,7 @@ class CodedRun:
             flat = unpack_nibbles(packed, local % 2 + last - first)[local % 2 :]
         else:
             flat = self.codes[local : local + last - first].view(torch.int8)
-        return flat.as_strided((rect.r1 - rect.r0, rect.c1 - rect.c0), (width, 1), flat.storage_offset())
+        return flat.as_strided(rect.shape, (width, 1), flat.storage_offset())
 
     def _scales_of(self, rect: Rect) -> Tensor:
         """Return the scales of the groups of a rectangle, fp32: (rows, groups per row)."""
@@ -246,9 +239,7 @@ class CodedRun:
 
 @dataclass(frozen=True, slots=True)
 class CodedWeight:
-    """A whole frozen weight as codes and scales, in shards. It takes the place of the tensor W0 in a layer's
-    formulas.
-    """
+    """A whole frozen weight as codes and scales, in shards, in place of the tensor W0 in a layer's formulas."""
 
     layout: CodeLayout
     codes: Tensor
@@ -260,7 +251,6 @@ class CodedWeight:
     """Rows of the stored weight; None for all of them."""
 
     def __getitem__(self, rows: slice) -> CodedWeight:
-        """Return some rows of the whole stored weight."""
         return replace(self, rows=rows)
 
     @property
@@ -278,7 +268,7 @@ class CodedWeight:
         rect = Rect(rect.r0 + first, rect.r1 + first, rect.c0, rect.c1)
         for run in self._runs(rect):
             for part in shard_tiles(rect, width, run.start, run.stop, _ALL):
-                run.expand_(out[part.r0 - rect.r0 : part.r1 - rect.r0, part.c0 - rect.c0 : part.c1 - rect.c0], part)
+                run.expand_(out[part.inside(rect)], part)
         return out
 
     def dense(self) -> Tensor:
@@ -309,7 +299,7 @@ def weights_at(weight: Tensor | CodedWeight, rect: Rect, out: Tensor) -> Tensor:
     """Return a rectangle of W0, (rows, cols): a view of a tensor, or codes expanded to ``out``."""
     if isinstance(weight, CodedWeight):
         return weight.expand_(out, rect)
-    return weight[rect.r0 : rect.r1, rect.c0 : rect.c1]
+    return weight[rect.slices]
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +313,6 @@ class OwnWeights:
 
     @property
     def stop(self) -> int:
-        """Flat index after the last weight."""
         return self.start + self.values.numel()
 
     @property
@@ -373,9 +362,7 @@ def times_table(x: Tensor, table: CodedWeight, bias: Tensor | None = None) -> Te
 
 
 def of_table_inputs(grad_y: Tensor, table: CodedWeight) -> Tensor:
-    """Return the gradient of x, (n, width), from the gradient of x T', (n, rows): products of slices, summed in
-    fp32.
-    """
+    """Return the gradient of x, (n, width), from that of x T', (n, rows): products of slices, summed in fp32."""
     slices = list(_slices(table))
     if len(slices) == 1:
         return grad_y @ table.dense()

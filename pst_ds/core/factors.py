@@ -16,7 +16,6 @@ The gates G of learned ranks (:mod:`pst_ds.core.updates.gates`) are folded into 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -76,53 +75,41 @@ class Factors:
 
     def of_expert(self, expert: int, num_experts: int) -> Factors:
         """Return views of the factors of one of ``num_experts`` experts."""
-        found = {}
-        for name, value in self._held():
-            share = value.shape[0] // num_experts
-            found[name] = value[expert * share : (expert + 1) * share]
-        return Factors(**found)
+        return Factors(**{name: value.chunk(num_experts)[expert] for name, value in self.held().items()})
 
-    def _held(self) -> Iterator[tuple[str, Tensor]]:
-        return ((field.name, value) for field in fields(self) if (value := getattr(self, field.name)) is not None)
+    def held(self) -> dict[str, Tensor]:
+        """Return the factors that are not None, by name."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
     def to(self, device: torch.device) -> Factors:
         """Return the factors on ``device``."""
-        return Factors(**{name: value.to(device) for name, value in self._held()})
+        return Factors(**{name: value.to(device) for name, value in self.held().items()})
 
 
 @dataclass(frozen=True, slots=True)
 class TileFactors:
     """Factors of one rectangle of the *stored* weight, (rows, cols): products are left @ right."""
 
-    score_left: Tensor | None
+    score_left: Tensor | None = None
     """(rows, k)"""
-    score_right: Tensor | None
+    score_right: Tensor | None = None
     """(k, cols)"""
-    score_rows: Tensor | None
+    score_rows: Tensor | None = None
     """(rows,)"""
-    score_cols: Tensor | None
+    score_cols: Tensor | None = None
     """(cols,)"""
-    update_left: Tensor | None
+    update_left: Tensor | None = None
     """(rows, r)"""
-    update_right: Tensor | None
+    update_right: Tensor | None = None
     """(r, cols)"""
     row_norms: Tensor | None = None
     """(rows,), for a weight stored as (I, O)"""
     col_norms: Tensor | None = None
     """(cols,), for a weight stored as (O, I)"""
 
-    def tensors(self) -> list[Tensor]:
-        held = (
-            self.score_left,
-            self.score_right,
-            self.score_rows,
-            self.score_cols,
-            self.update_left,
-            self.update_right,
-            self.row_norms,
-            self.col_norms,
-        )
-        return [value for value in held if value is not None]
+    def held(self) -> dict[str, Tensor]:
+        """Return the tensors that are not None, by name."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
 
 def tile_factors(factors: Factors, layout: WeightLayout, matrix: StoredMatrix, rect: Rect) -> TileFactors:

@@ -55,7 +55,7 @@ def score_keys(weight: Tensor, tile: TileFactors, constants: Constants, weight_s
     ``weight``: W0, (rows, cols). Fastest if the rows of the weight, of V and of B are contiguous.
     """
     is_simple = weight.dtype in _NATIVE_DTYPES and weight.stride(1) == 1
-    native = native_for(weight, *tile.tensors()) if is_simple else None
+    native = native_for(weight, *tile.held().values()) if is_simple else None
     if native is None:
         return order_keys(importance(weight, tile, constants, weight_scale))
     out = torch.empty(weight.shape, dtype=torch.int32)
@@ -92,41 +92,24 @@ class SingleWeights:
     @property
     def kind(self) -> object:
         """Return a value that is equal for weights which :func:`keys_of` can score in one call."""
-        ranks = [
-            None if v is None else v.dim() for v in (self.tile.score_rows, self.tile.score_cols, self.tile.row_norms)
-        ]
-        products = (self.tile.score_right, self.tile.update_right)
-        return self.constants, self.weight.dtype, *ranks, *(None if v is None else v.shape[0] for v in products)
+        held = self.tile.held()
+        ranks = [held[name].shape[0] for name in ("score_right", "update_right") if name in held]
+        return self.constants, self.weight.dtype, *held, *ranks
 
 
 def single_weights(
     weight: Tensor, rows: Tensor, cols: Tensor, tile: TileFactors, constants: Constants, weight_scale: float = 1.0
 ) -> SingleWeights:
     """Select from the factors ``tile`` of a rectangle those that score ``weight``, (n,) W0 at (rows[i], cols[i])."""
-
-    def at_rows(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[rows]
-
-    def at_cols(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[..., cols].unsqueeze(-1)
-
-    single = TileFactors(
-        at_rows(tile.score_left),
-        at_cols(tile.score_right),
-        at_rows(tile.score_rows),
-        at_cols(tile.score_cols),
-        at_rows(tile.update_left),
-        at_cols(tile.update_right),
-        _norms_at(tile, rows, cols),
-    )
-    return SingleWeights(weight.unsqueeze(1), single, constants, weight_scale)
-
-
-def keys_at(
-    weight: Tensor, rows: Tensor, cols: Tensor, tile: TileFactors, constants: Constants, weight_scale: float = 1.0
-) -> Tensor:
-    """Return the keys of individual weights, (n,) int32; see :func:`single_weights`."""
-    return keys_of([single_weights(weight, rows, cols, tile, constants, weight_scale)])[0]
+    single: dict[str, Tensor] = {}
+    for name, values in tile.held().items():
+        if name in ("score_right", "score_cols", "update_right"):
+            single[name] = values[..., cols].unsqueeze(-1)
+        elif name == "col_norms":
+            single["row_norms"] = values[cols]
+        else:
+            single[name] = values[rows]
+    return SingleWeights(weight.unsqueeze(1), TileFactors(**single), constants, weight_scale)
 
 
 def keys_of(singles: Sequence[SingleWeights]) -> list[Tensor]:
@@ -146,32 +129,14 @@ def _keys_together(singles: Sequence[SingleWeights]) -> Tensor:
     first = singles[0]
     if len(singles) == 1:
         return order_keys(importance(first.weight, first.tile, first.constants, first.weight_scale)).squeeze(1)
-
-    def joined(name: str, dim: int = 0) -> Tensor | None:
-        held = [getattr(single.tile, name) for single in singles]
-        return None if held[0] is None else torch.cat(held, dim)
-
-    tile = TileFactors(
-        joined("score_left"),
-        joined("score_right", 1),
-        joined("score_rows"),
-        joined("score_cols"),
-        joined("update_left"),
-        joined("update_right", 1),
-        joined("row_norms"),
-    )
+    parts = [single.tile.held() for single in singles]
+    tile = {name: torch.cat([part[name] for part in parts], 1 if name.endswith("_right") else 0) for name in parts[0]}
     factors = [
         one.weight.new_full(one.weight.shape, first.constants.magnitude_factor(one.weight_scale), dtype=torch.float32)
         for one in singles
     ]
     weight = torch.cat([one.weight for one in singles])
-    return order_keys(importance(weight, tile, first.constants, factors=torch.cat(factors))).squeeze(1)
-
-
-def _norms_at(tile: TileFactors, rows: Tensor, cols: Tensor) -> Tensor | None:
-    if tile.row_norms is not None:
-        return tile.row_norms[rows]
-    return None if tile.col_norms is None else tile.col_norms[cols]
+    return order_keys(importance(weight, TileFactors(**tile), first.constants, factors=torch.cat(factors))).squeeze(1)
 
 
 class Classifier:

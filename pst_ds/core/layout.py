@@ -30,6 +30,19 @@ class Rect:
     def numel(self) -> int:
         return (self.r1 - self.r0) * (self.c1 - self.c0)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.r1 - self.r0, self.c1 - self.c0
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """Rows and columns, to index the stored weight."""
+        return slice(self.r0, self.r1), slice(self.c0, self.c1)
+
+    def inside(self, whole: Rect) -> tuple[slice, slice]:
+        """Return rows and columns relative to the corner of ``whole``."""
+        return slice(self.r0 - whole.r0, self.r1 - whole.r0), slice(self.c0 - whole.c0, self.c1 - whole.c0)
+
     def meet(self, other: Rect) -> Rect | None:
         """Return the intersection with another rectangle, or None if it is empty."""
         rows, cols = (max(self.r0, other.r0), min(self.r1, other.r1)), (max(self.c0, other.c0), min(self.c1, other.c1))
@@ -47,8 +60,7 @@ class StoredMatrix:
 
     def ranges(self, rect: Rect, *, transposed: bool) -> tuple[slice, slice]:
         """Return the outputs and inputs of a rectangle inside the matrix, counted from the matrix's first."""
-        rows = slice(rect.r0 - self.rect.r0, rect.r1 - self.rect.r0)
-        cols = slice(rect.c0 - self.rect.c0, rect.c1 - self.rect.c0)
+        rows, cols = rect.inside(self.rect)
         return (cols, rows) if transposed else (rows, cols)
 
 
@@ -156,8 +168,7 @@ def shard_tiles(whole: Rect, row_length: int, start: int, stop: int, max_element
             Rect(last, last + (tail > 0), 0, tail),
         ]
     for piece in pieces:
-        cut = Rect(max(piece.r0, whole.r0), min(piece.r1, whole.r1), max(piece.c0, whole.c0), min(piece.c1, whole.c1))
-        if cut.r0 < cut.r1 and cut.c0 < cut.c1:
+        if cut := piece.meet(whole):
             yield from row_tiles(cut, max_elements)
 
 
@@ -172,7 +183,7 @@ def positions_before(rect: Rect, row_length: int, index: int) -> int:
 def view_in_shard(shard: Tensor, rect: Rect, row_length: int, start: int) -> Tensor:
     """Return a writable (rows, cols) view of ``rect`` in ``shard``, the flat storage from index ``start`` on."""
     offset = rect.r0 * row_length + rect.c0 - start
-    return shard.as_strided((rect.r1 - rect.r0, rect.c1 - rect.c0), (row_length, 1), shard.storage_offset() + offset)
+    return shard.as_strided(rect.shape, (row_length, 1), shard.storage_offset() + offset)
 
 
 def runs_of(sizes: Sequence[int], most: int) -> Iterator[range]:

@@ -189,50 +189,38 @@ class _Work:
 
 def _tile_backward(work: _Work, rect: Rect) -> None:
     layout = work.state.layout
-    rows, cols = slice(rect.r0, rect.r1), slice(rect.c0, rect.c1)
+    rows, cols = rect.slices
     outputs, inputs = (cols, rows) if layout.transposed else (rows, cols)
     x, grad_y = work.x[:, inputs], work.grad_y[:, outputs]
     weight, grad = (_shaped(buffer, rect) for buffer in (work.buffers.weight, work.buffers.grad))
     if any(wanted is not None for wanted in (work.sums.A, work.sums.U, work.grads.weight, work.grads.S)):
-        _weight_gradient(x, grad_y, grad, transposed=layout.transposed)
+        # G and everything derived from it have the dtype of x, as in autograd
+        left, right = (x, grad_y) if layout.transposed else (grad_y, x)
+        torch.mm(left.t(), right, out=grad)
     for matrix in layout.matrices():
         part = rect.meet(matrix.rect)
         if part is None:
             continue
         by_kernel = work.mask is not None and work.mask.holds(part)
         if not by_kernel:
-            _merge(work, matrix, part, weight[_inside(part, rect)])
+            state, merged = work.state, weight[part.inside(rect)]
+            factors = tile_factors(state.factors, layout, matrix, part)
+            updated_weight(weights_at(state.weight, part, merged), factors, state.constants, out=merged)
         for band in row_tiles(part, work.tiles.band_elements):
-            here = _inside(band, rect)
+            here = band.inside(rect)
             (_band_by_kernel if by_kernel else _band_backward)(work, matrix, band, weight[here], grad[here])
     if work.grads.x is not None:
         _input_gradient(work, grad_y, weight.t() if layout.transposed else weight, inputs)
 
 
 def _shaped(buffer: Tensor, rect: Rect) -> Tensor:
-    return buffer[: rect.numel].view(rect.r1 - rect.r0, rect.c1 - rect.c0)
-
-
-def _inside(rect: Rect, whole: Rect) -> tuple[slice, slice]:
-    return slice(rect.r0 - whole.r0, rect.r1 - whole.r0), slice(rect.c0 - whole.c0, rect.c1 - whole.c0)
-
-
-def _weight_gradient(x: Tensor, grad_y: Tensor, grad: Tensor, *, transposed: bool) -> None:
-    """Compute G. It and everything derived from it have the dtype of x, as in autograd."""
-    left, right = (x, grad_y) if transposed else (grad_y, x)
-    torch.mm(left.t(), right, out=grad)
-
-
-def _merge(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor) -> None:
-    state = work.state
-    factors = tile_factors(state.factors, state.layout, matrix, rect)
-    updated_weight(weights_at(state.weight, rect, weight), factors, state.constants, out=weight)
+    return buffer[: rect.numel].view(rect.shape)
 
 
 def _band_backward(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor, grad: Tensor) -> None:
     """Turn G and W of a band into gradients. W becomes M . W, quantised if the forward pass quantises it."""
     state = work.state
-    rows, cols = slice(rect.r0, rect.r1), slice(rect.c0, rect.c1)
+    rows, cols = rect.slices
     mask = _shaped(work.buffers.mask, rect)
     expand_mask_(mask, state.bits, state.layout.shape, state.num_shards, rows, cols)
     product = _shaped(work.buffers.product, rect)
@@ -274,7 +262,7 @@ def _band_by_kernel(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tenso
     has_gradient = has_scores and constants.magnitude_has_gradient
     factor = constants.magnitude_factor(state.magnitude_scales[matrix.index]) if has_gradient else 0.0
     own = tile_factors(state.factors, state.layout, matrix, rect)
-    base = state.weight[rect.r0 : rect.r1, rect.c0 : rect.c1]
+    base = state.weight[rect.slices]
     gradients_into(weight, scores, updates, base, grad, work.mask, rect, own, constants, factor)
     factors, sums = (tile_factors(f, state.layout, matrix, rect) for f in (work.factors, work.sums))
     if scores is not None:

@@ -104,17 +104,14 @@ _WORTH_THREADS = 1 << 16
 
 @cache
 def library() -> CDLL | None:
-    """Return the functions of rounding.cpp, or None if they are not available."""
     return load(SOURCE)
 
 
 def native_for(*tensors: Tensor) -> CDLL | None:
-    """Return the library if all ``tensors`` are on the CPU, else None."""
     return library() if all(tensor.device.type == "cpu" for tensor in tensors) else None
 
 
 def threads_for(numel: int) -> int:
-    """Return how many threads a loop over ``numel`` weights uses."""
     return torch.get_num_threads() if numel >= _WORTH_THREADS else 1
 
 
@@ -128,9 +125,7 @@ _DIVISORS = {
     8: (124.0, 125.0, 126.0, 128.0, 130.0, 133.0, 136.0, 140.0, 145.0, 150.0),
     4: (4.0, 5.0, 5.5, 6.0, 6.5, 7.5, 8.0, 8.5, 9.0, 10.0, 11.0),
 }
-"""Scales that are tried: the largest magnitude of the group divided by these. Weights beyond the largest code are
-clipped.
-"""
+"""Scales that are tried: the largest magnitude of the group divided by these. Weights beyond are clipped."""
 _REFITS = 2
 _WEIGHT_BITS = 28
 """Bits of a group's weights as integers; sums over 2^18 of them times a code stay below 2^53."""
@@ -149,7 +144,7 @@ def group_scales(grouped: Tensor, grid: Grid, dtype: torch.dtype = torch.float32
 def whole_weights(grouped: Tensor, magnitudes: Tensor) -> Tensor:
     """Return weights in units of :func:`unit_of`, rounded: (groups, n) fp32, contiguous, to (groups, n) int32.
 
-    ``magnitudes``: (groups,) fp32, the largest of each whole group, which may include more weights.
+    ``magnitudes``: (groups,) fp32, the largest of each whole group.
     """
     unit, native = unit_of(magnitudes), native_for(grouped)
     if native is None:
@@ -192,11 +187,7 @@ def group_moments(grouped: Tensor, whole: Tensor, scales: Tensor, grid: Grid) ->
 
 
 def unit_of(magnitudes: Tensor) -> Tensor:
-    """Return the unit in which :func:`search_scales` measures weights: powers of two, float64, about 2^-28 of a group's
-    magnitude.
-
-    ``magnitudes``: the largest of each group, fp32.
-    """
+    """Return the unit of :func:`search_scales`: a power of two, about 2^-28 of a group's magnitude, float64."""
     _, exponents = torch.frexp(magnitudes.double())
     return torch.ldexp(torch.ones_like(magnitudes, dtype=torch.float64), exponents - _WEIGHT_BITS)
 
@@ -209,13 +200,13 @@ def search_scales(
 ) -> Tensor:
     """Return the bf16 scales of least squared error among those tried: (groups,).
 
-    Tried are ``magnitude / largest code``, so the error is never above the error of plain rounding, some larger and
-    smaller scales, and the least-squares scale for the codes of the best, sum(w code) / sum(code^2), twice.
+    Tried are ``magnitude / largest code``, so the error is never above that of plain rounding, some larger and smaller
+    scales, and twice the least-squares scale for the best codes, sum(w code) / sum(code^2).
 
-    ``magnitudes``: (groups,) fp32, the largest of each group. ``moments``: function that returns, for fp32 scales
-    (groups,) which are bf16 numbers, the sums of w code and of code^2 over each group in float64, (groups,) each, where
-    w is a rounded weight in units of :func:`unit_of`. These are integers below 2^53, so sums over shards of a group may
-    be added. ``dtype``: the dtype in which a quantised weight must be finite. A group of magnitude 0 has scale 1.
+    ``magnitudes``: (groups,) fp32, the largest of each group; 0 gives scale 1. ``moments``: returns, for fp32 scales
+    that are bf16 numbers, the sums of w code and of code^2 over each group, (groups,) float64, where w is a rounded
+    weight in units of :func:`unit_of`. These are integers below 2^53, so sums over shards of a group may be added.
+    ``dtype``: the dtype in which a quantised weight must be finite.
     """
     limit = largest_scale(grid, dtype)
     unit = unit_of(magnitudes)
@@ -242,10 +233,7 @@ def search_scales(
 
 
 def rounded_codes(weight: Tensor, scales: Tensor, grid: Grid) -> Tensor:
-    """Return the codes of fp32 weights as fp32, for fp32 scales that broadcast to them.
-
-    Division and rounding are IEEE's, the same on every device.
-    """
+    """Return the codes of fp32 weights as fp32, for fp32 scales that broadcast to them."""
     return (weight / scales).round_().clamp_(-grid.largest, grid.largest)
 
 
@@ -255,10 +243,7 @@ def nearest_codes(weight: Tensor, scales: Tensor, grid: Grid) -> Tensor:
 
 
 def first_bad_scale(scales: Tensor, grid: Grid) -> int | None:
-    """Return the flat index of the first bf16 scale that is outside the valid range, or None.
-
-    Scales are at least 2^-126, and their products with the largest code are finite in bf16.
-    """
+    """Return the flat index of the first bf16 scale that breaks :data:`RULE_OF_SCALES`, or None."""
     good = (scales >= LEAST_SCALE) & (scales <= largest_scale(grid, SCALE_DTYPE))
     return None if bool(good.all()) else int(good.flatten().to(torch.uint8).argmin())
 
@@ -305,8 +290,8 @@ def quantize(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tensor | N
     """Quantise a matrix: (codes (O, I) int8, scales (O, groups) bf16), on the device of ``weight``.
 
     ``weight``: (O, I) of any float dtype. ``keep``: (O, I) bool, true for kept weights; None keeps all. Pruned weights
-    have code 0 and do not affect the scale. ``scales``: use these (O, groups) bf16 scales instead of searching. Raises
-    ValueError if groups do not divide the inputs, and for kept weights that are not finite.
+    have code 0 and do not affect the scale. ``scales``: use these instead of searching. Raises ValueError if groups do
+    not divide the inputs, and for kept weights that are not finite.
     """
     rows, columns = weight.shape
     groups = grid.num_groups(columns)
@@ -345,7 +330,7 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32
 
 
 def round_to_grid(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tensor | None = None) -> Tensor:
-    """Return the weight as a program with codes and scales computes it: :func:`quantize`, then :func:`dequantize`."""
+    """Return the weight as a program with codes and scales computes it."""
     return dequantize(*quantize(weight, keep, grid, scales), weight.dtype)
 
 
@@ -363,8 +348,7 @@ def first_off_grid(weight: Tensor, grid: Grid, scales: Tensor) -> tuple[int, int
 def squared_norms(weight: Tensor, keep: Tensor, codes: Tensor, scales: Tensor) -> tuple[float, float]:
     """Return the squared norms of the quantisation error and of the kept weights of a matrix on the CPU, in float64.
 
-    ``weight``: (O, I) of any float dtype. ``keep``: (O, I) bool, true for kept weights. ``codes`` and ``scales``: from
-    :func:`quantize`. numpy adds on one thread, so the sums do not depend on the number of threads.
+    ``keep``: (O, I) bool. numpy adds on one thread, so the sums do not depend on the number of threads.
     """
     changed, norm = 0.0, 0.0
     step = _rows_at_a_time(weight.shape[1], weight.device)
@@ -429,10 +413,7 @@ class StoredGrid:
         return self.period // self.size
 
     def grouped(self, rect: Tensor) -> Tensor:
-        """Return the groups of a rectangle's weights as rows: (rows, cols) to (groups, weights per group), contiguous.
-
-        ``rect``: rows and columns of whole groups. The groups are in the order of their scales.
-        """
+        """Return the groups of a rectangle of whole groups as rows, in the order of their scales: contiguous."""
         if not self.layout.transposed:
             return rect.reshape(-1, self.size).contiguous()
         rows, cols = rect.shape
@@ -449,8 +430,7 @@ class Rounding:
     def round_(self, weight: Tensor, rect: Rect | None = None) -> Tensor:
         """Quantise ``weight``, the rectangle ``rect`` of the stored weight or all of it, in place, and return it.
 
-        Writes code * scale, exact in fp32 and rounded once to the dtype of ``weight``, with the code of
-        :func:`nearest_codes`. Zeros stay +0.0.
+        Writes code * scale, exact in fp32 and rounded once to the dtype of ``weight``. Zeros stay +0.0.
         """
         whole = Rect(0, self.stored.layout.shape[0], 0, self.stored.layout.shape[1])
         rect = whole if rect is None else rect
@@ -466,28 +446,26 @@ class Rounding:
         return weight
 
     def of_expert(self, expert: int) -> Rounding:
-        """Return the quantisation of one expert of a stack."""
         own = StoredGrid(self.stored.layout.expert, self.stored.grid)
         height = own.shape[0]
         return Rounding(own, self.scales[expert * height : (expert + 1) * height])
 
     @property
     def scales_by_output(self) -> Tensor:
-        """Return the scales as files store them, (O, groups)."""
+        """Scales as files store them, (O, groups)."""
         return self.scales.t() if self.stored.layout.transposed else self.scales
 
     def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return what a file stores of a whole stored weight: codes (O, I) int8 and scales (O, groups) bf16.
 
-        ``weight``: before or after quantisation, which gives the same result. :func:`dequantize` returns the quantised
-        weight.
+        ``weight``: before or after quantisation, which gives the same result.
         """
         matrix = weight.t() if self.stored.layout.transposed else weight
         return quantize(matrix, None, self.stored.grid, self.scales_by_output)
 
     def _round_in_torch(self, weight: Tensor, scales: Tensor, rect: Rect) -> None:
         for band in row_tiles(rect, _AT_A_TIME.get(weight.device.type, 1 << 22)):
-            part, own = weight[band.r0 - rect.r0 : band.r1 - rect.r0], _scales_of(scales, band, self.stored.unit)
+            part, own = weight[band.inside(rect)], _scales_of(scales, band, self.stored.unit)
             part.copy_(rounded_codes(part.float(), own, self.stored.grid).mul_(own).add_(0.0))
 
 
@@ -535,8 +513,7 @@ class InputGrid:
     def rounded(self, x: Tensor) -> Tensor:
         """Return q * scale for every number of ``x`` (..., columns): a new tensor of its shape and dtype.
 
-        Exact in fp32 up to one rounding, and rounded once more to a narrower dtype. A word with an infinity or a NaN
-        becomes NaN.
+        Rounded once more to a dtype narrower than fp32. A word with an infinity or a NaN becomes NaN.
         """
         rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
         native = native_for(rows) if rows.dtype in NATIVE_DTYPES else None

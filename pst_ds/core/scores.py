@@ -109,8 +109,7 @@ def merged_weight(weight: Tensor | CodedWeight, layout: WeightLayout, factors: F
     for matrix in layout.matrices():
         whole = matrix.rect
         for rect in row_tiles(whole, mask_band_elements(weight.device.type)) if constants.multiplicative else (whole,):
-            at = slice(rect.r0, rect.r1), slice(rect.c0, rect.c1)
-            out = merged[at]
+            out = merged[rect.slices]
             updated_weight(weights_at(weight, rect, out), tile_factors(factors, layout, matrix, rect), constants, out)
     return merged
 
@@ -138,8 +137,8 @@ def masked_weight(
         merged = torch.empty_like(weight)
         for matrix in layout.matrices():
             rect = matrix.rect
-            at, tile = (slice(rect.r0, rect.r1), slice(rect.c0, rect.c1)), tile_factors(factors, layout, matrix, rect)
-            merge(merged[at], weight[at], mask, rect, tile, constants)
+            tile = tile_factors(factors, layout, matrix, rect)
+            merge(merged[rect.slices], weight[rect.slices], mask, rect, tile, constants)
         if rounding is not None:
             rounding.round_(merged, Rect(0, height, 0, width))
         return merged

@@ -29,10 +29,7 @@ UNIT_CACHE_BYTES = 256 << 20
 
 
 class LayerScores:
-    """One layer's weights on this rank with their halo, and the full fp32 masters of its factors.
-
-    ``own``: :func:`ranked_weights`.
-    """
+    """One layer's weights on this rank (:func:`ranked_weights`), their halo, and the fp32 masters of its factors."""
 
     def __init__(self, name: str, layer: PSTLayer, factors: Factors, own: OwnWeights, halo: Halo | None = None):
         self.name, self.layer, self.layout = name, layer, layer.layout
@@ -67,14 +64,13 @@ class LayerScores:
         return shard_tiles(matrix.rect, self.row_length, self.start, self.stop, self._tile_size)
 
     def keys(self, matrix: StoredMatrix, rect: Rect) -> Tensor:
-        """Return the keys of single weights, (rows, cols) int32, of a rectangle of ``matrix``."""
+        """Return the keys of single weights of a rectangle of ``matrix``, (rows, cols) int32."""
         if self.layer.pst_S is not None:
             return order_keys(self._values(rect).float())
         tile = tile_factors(self._factors, self.layout, matrix, rect)
         return score_keys(self._values(rect), tile, self.layer.constants, self.layer.magnitude_scales[matrix.index])
 
     def weight_keys(self, matrix: StoredMatrix) -> Iterator[Tensor]:
-        """Yield this rank's keys of ``matrix``, whose units are single weights."""
         return (self.keys(matrix, rect) for rect in self.rects(matrix))
 
     def unit_keys(self, matrix: StoredMatrix, prune: int) -> Iterator[Tensor]:
@@ -112,8 +108,10 @@ class LayerScores:
         return count
 
     def sample(self, matrix: StoredMatrix, positions: Tensor, on_device: Tensor) -> Sampled:
-        """Return what computes the keys of this rank's weights among ``positions`` (int64, in the matrix's storage
-        order). ``on_device``: the same positions on the weights' device."""
+        """Return what computes the keys of this rank's weights among ``positions`` (int64, in storage order).
+
+        ``on_device``: the same positions on the weights' device.
+        """
         rect = matrix.rect
         if rect.c1 - rect.c0 == self.row_length:  # in the order of the shard: look at none but this rank's
             offset = rect.r0 * self.row_length
@@ -126,7 +124,6 @@ class LayerScores:
         return Sampled(here, self._singles(matrix, on_device[here]))
 
     def _flat(self, matrix: StoredMatrix, positions: Tensor) -> Tensor:
-        """Return the flat indices in the stored weight of ``positions`` in the matrix."""
         rect, width = matrix.rect, matrix.rect.c1 - matrix.rect.c0
         offset = rect.r0 * self.row_length + rect.c0
         if width != self.row_length:
@@ -134,7 +131,6 @@ class LayerScores:
         return positions + offset if offset else positions
 
     def _singles(self, matrix: StoredMatrix, positions: Tensor) -> Tensor | SingleWeights:
-        """Return this rank's weights at ``positions`` of the matrix, or the keys of their scores."""
         values = self._own.at(self._flat(matrix, positions))
         if self.layer.pst_S is not None:
             return order_keys(values.float())
@@ -159,8 +155,7 @@ class LayerScores:
     def write_own(self, keep: Tensor, rect: Rect, kept: Tensor) -> None:
         """Copy this rank's part of ``kept`` (rows, cols of ``rect``) into ``keep``, the mask of its shard."""
         for own in shard_tiles(rect, self.row_length, self.start, self.stop, 1 << 62):
-            part = kept[own.r0 - rect.r0 : own.r1 - rect.r0, own.c0 - rect.c0 : own.c1 - rect.c0]
-            view_in_shard(keep, own, self.row_length, self.start).copy_(part)
+            view_in_shard(keep, own, self.row_length, self.start).copy_(kept[own.inside(rect)])
 
     def _values(self, rect: Rect) -> Tensor:
         """Return W0 of a rectangle, (rows, cols): a view of the shard, or a copy of shard and halo."""
@@ -177,7 +172,6 @@ class LayerScores:
         return self._region(*self.region)
 
     def _region(self, first: int, last: int) -> Tensor:
-        """Return a copy of the flat weights [first, last) of shard and halo."""
         assert self._halo is not None, f"{self.name} needs weights of other ranks"
         begin, before = self.region[0], self._halo.before
         pieces = [
@@ -194,7 +188,7 @@ def whole_factors(layers: Sequence[PSTLayer], names: Sequence[str] = FACTOR_NAME
 
 
 def factors_of(layers: Iterable[PSTLayer], masters: Iterable[dict[str, Tensor]]) -> list[Factors]:
-    """Return the factors of each layer for the formulas, on the device of its mask, given their ``masters``."""
+    """Return the factors of each layer for the formulas, on the device of its mask, from their ``masters``."""
     return [
         layer.factors(own).to(zero3.shard_of(layer.pst_mask).values.device)
         for layer, own in zip(layers, masters, strict=True)
@@ -202,7 +196,7 @@ def factors_of(layers: Iterable[PSTLayer], masters: Iterable[dict[str, Tensor]])
 
 
 def whole_masters(layers: Sequence[PSTLayer], names: Sequence[str] = FACTOR_NAMES) -> list[dict[str, Tensor]]:
-    """Return the full fp32 masters of each layer's factors in ``names``, by name, on the device of its mask's shard.
+    """Return the full fp32 masters of each layer's factors in ``names``, by name, on the device of its mask.
 
     Collective: under ZeRO-3 one all-gather for all layers.
     """
@@ -217,7 +211,7 @@ def whole_masters(layers: Sequence[PSTLayer], names: Sequence[str] = FACTOR_NAME
 
 
 def ranked_weights(layer: PSTLayer) -> OwnWeights:
-    """Return this rank's values that rank a layer's weights before any factors: per-weight scores, or the weights.
+    """Return this rank's values that rank a layer's weights: per-weight scores, or the weights without update.
 
     They are fp32 masters if trained. Collective if :func:`zero3.master_shard` is.
     """
@@ -236,7 +230,7 @@ def _masters(layer: PSTLayer, param: nn.Parameter) -> OwnWeights:
 
 
 def with_contiguous_columns(factors: Factors) -> Factors:
-    """Return the factors with contiguous transposes of A and U, which a Conv1D reads by columns in every tile."""
+    """Return the factors with contiguous transposes of A and U, which a Conv1D reads by columns."""
 
     def columns(by_output: Tensor | None) -> Tensor | None:
         return None if by_output is None else by_output.t().contiguous().t()

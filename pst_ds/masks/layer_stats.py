@@ -36,7 +36,6 @@ _WEIGHT_SQUARES, _UPDATE_SQUARES, _NUM_SUMS = 5, 6, 7
 """Places in a layer's sums: :func:`pst_ds.core.stats.score_moments` of S and |W| (S and its square among them), the
 square of W0, and that of a multiplicative update."""
 _SCORE_NORM, _UPDATE_NORM, _NUM_NORMS = 0, 1, 2
-"""Places in a layer's norms of products."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,7 @@ class ScoreHistogram:
     kept: list[int]
     pruned: list[int]
     threshold: float | None
-    """Score at which an update would cut now, to a fraction of a bin; None if the layer has no single threshold."""
+    """Score at which an update would cut now; None if the layer has no single threshold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +84,9 @@ class LayerStats:
 
 
 def chosen_layers(names: Sequence[str], asked: Sequence[str]) -> list[int]:
-    """Return the indices of the layers to draw: those that match ``asked``; by default the first, middle and last.
+    """Return the indices of the layers that match ``asked``; by default of the first, middle and last.
 
-    Raises ConfigError for an entry of ``asked`` that matches no layer, where there are any.
+    Raises ConfigError for an entry of ``asked`` that matches no layer, if there are any.
     """
     if not names:
         return []
@@ -108,7 +107,7 @@ def measure(model: nn.Module, chosen: Sequence[int], *, with_scores: bool) -> La
     """Return statistics of the PST layers of ``model``, with histograms and thumbnails of the ``chosen`` ones.
 
     Without ``with_scores``, only norms of updates and weights. Collective: one all-gather for all factors, one exchange
-    for all sums, and one for all counts; the host waits once for each.
+    for all sums, and one for all counts.
     """
     layers = pst_layers(model)
     parts = [_Part(*each) for each in zip(layers.items(), whole_factors(list(layers.values())), strict=True)]
@@ -170,7 +169,7 @@ class _Part:
         return sums
 
     def norms(self, with_scores: bool) -> Tensor:
-        """Return norms of the layer, (_NUM_NORMS,) float64: of the low-rank part of the scores, and of beta U V."""
+        """Return the norms of the low-rank part of the scores and of beta U V, (_NUM_NORMS,) float64."""
         norms = torch.zeros(_NUM_NORMS, dtype=torch.float64, device=self._weight.device)
         layout, constants = self.layer.layout, self.layer.constants
         if with_scores and self.learns_scores and self.layer.pst_S is None:
@@ -192,7 +191,6 @@ class _Part:
         return torch.cat([bins.flatten(), cells.flatten()])
 
     def correlation(self, sums: Tensor) -> float | None:
-        """Return the correlation, from the ``sums`` over all ranks."""
         return stats.correlation(sums[_MOMENTS], self.numel) if self.learns_scores else None
 
     def histogram_range(self, sums: Tensor) -> tuple[float, float]:

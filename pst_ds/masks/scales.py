@@ -37,7 +37,7 @@ from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import group_max, group_sum
 
 _TILE_ELEMENTS, _BAND_ELEMENTS = {"cpu": 1 << 20}, {"cpu": 1 << 17}
-"""Weights per search, which makes about 400 calls, and weights merged at once."""
+"""Weights per search, of about 400 calls, and weights merged at once."""
 _BATCH_WEIGHTS, _BATCH_SCALES = 1 << 24, 1 << 22
 """Limits of a batch of layers: weights of cut groups on a rank, and scales per exchange."""
 
@@ -58,7 +58,6 @@ class RoundingStats:
 
     @property
     def layer_errors(self) -> list[float]:
-        """Return |M . W - quantised| / |M . W| of each layer."""
         return [_relative(error, square) for error, square in zip(self.errors, self.squares, strict=True)]
 
 
@@ -70,8 +69,8 @@ def _relative(error: float, square: float) -> float:
 def update_scales(model: nn.Module) -> RoundingStats:
     """Choose the scales of least squared error for the current M . W, from the fp32 masters; return the error.
 
-    Collective, with about 16 exchanges per batch of layers. Raises FloatingPointError on every rank, naming the
-    layers, for weights that are not finite.
+    Collective, with about 16 exchanges per batch of layers. Raises FloatingPointError on every rank, naming the layers,
+    for weights that are not finite.
     """
     named = {name: layer for name, layer in pst_layers(model).items() if layer.stored_grid is not None}
     factors = whole_factors(list(named.values()), UPDATE_FACTORS)
@@ -83,7 +82,7 @@ def update_scales(model: nn.Module) -> RoundingStats:
         bad = [own.name for own, loss in zip(batch, losses, strict=True) if not all(map(math.isfinite, loss))]
         if bad:
             raise FloatingPointError(
-                f"weights of {shortened(bad)} are not finite; lower the learning rate of the updates, or resume from "
+                f"weights of {shortened(bad)} are not finite. Lower the learning rate of the updates, or resume from "
                 "the last checkpoint"
             )
         for own, table in zip(batch, scales, strict=True):
@@ -151,7 +150,6 @@ class _ShardWeights:
                         yield first, weight
 
     def _cut_rects(self, matrix: Rect, start: int, stop: int) -> Iterator[Rect]:
-        """Yield rectangles that cover [start, stop), each within one period."""
         period = self.stored.period
         while start < stop:
             end = min(stop, (start // period + 1) * period)
@@ -161,13 +159,13 @@ class _ShardWeights:
     def _masked(self, matrix: StoredMatrix, rect: Rect) -> Tensor:
         """Return M . W of a rectangle, fp32, bit-identical for every choice of rectangles."""
         assert self._own is not None
-        merged = torch.empty(rect.r1 - rect.r0, rect.c1 - rect.c0, device=self.device)
+        merged = torch.empty(rect.shape, device=self.device)
         for band in row_tiles(rect, _BAND_ELEMENTS.get(self.device.type, 1 << 24)):
             own = self._own.rect(band)
             keep = view_in_shard(self._keep, band, self.row_length, self.start)
             tile = tile_factors(self._factors, self.layout, matrix, band)
             updated = sliced_weight(own, tile, self.layer.constants)
-            merged[band.r0 - rect.r0 : band.r1 - rect.r0] = updated.masked_fill_(~keep, 0.0)
+            merged[band.inside(rect)] = updated.masked_fill_(~keep, 0.0)
         return merged
 
     def scale_rect(self, rect: Rect) -> tuple[slice, slice]:
@@ -176,7 +174,7 @@ class _ShardWeights:
         return slice(rect.r0 // rows, rect.r1 // rows), slice(rect.c0 // cols, rect.c1 // cols)
 
     def write(self, scales: Tensor) -> None:
-        """Store ``scales``, those of the full layer; under ZeRO-3 each rank stores its shard."""
+        """Store the layer's ``scales``; under ZeRO-3 each rank stores its shard."""
         param = self.layer.pst_scales
         assert param is not None
         own = zero3.shard_of(param)
@@ -248,7 +246,7 @@ class _CutGroups:
         self._parts: list[tuple[int, int, Tensor]] = []
 
     def add(self, layer: int, first: int, grouped: Tensor) -> None:
-        """Add this rank's part of groups of layer number ``layer``, starting at its group number ``first``."""
+        """Add this rank's part of a layer's groups, from the layer's group number ``first`` on."""
         self._parts.append((layer, sum(self._sizes) + first, grouped))
 
     def reserve(self, count: int) -> None:

@@ -15,7 +15,7 @@ from pst_ds.core.schedule import CubicSchedule, RoundingSchedule, Schedule, Sche
 from pst_ds.errors import InputError, shortened
 from pst_ds.masks.scales import RoundingStats, update_scales
 from pst_ds.masks.update import MaskStats, mask_stats, masks_of_zeros, update_masks
-from pst_ds.masks.update_rank_budget import RankStats, update_ranks
+from pst_ds.masks.update_rank_budget import ComponentStats, drop_components
 from pst_ds.nn.inject import (
     freeze_scores,
     injected_config,
@@ -39,7 +39,7 @@ class Updated:
     """What :func:`update_if_due` has updated; None for what was not due."""
 
     masks: MaskStats | None
-    ranks: RankStats | None
+    components: ComponentStats | None
     scales: RoundingStats | None
 
 
@@ -57,15 +57,15 @@ def update_if_due(model: nn.Module, schedules: Schedules, step: int) -> Updated:
     masks, dropped_share = None, schedules.dropped_share_at(step)
     if schedules.masks is not None:
         masks = _update_masks(model, schedules.masks, step, dropped_share)
-    ranks = None if masks is None else masks.ranks
-    if ranks is None and dropped_share is not None:
-        ranks = update_ranks(model, dropped_share)
+    components = None if masks is None else masks.components
+    if components is None and dropped_share is not None:
+        components = drop_components(model, dropped_share)
     scales = None
     if schedules.updates_scales_at(step):
         heartbeat("the search of scales")
         scales = update_scales(model)
         round_weights(model)
-    return Updated(masks, ranks, scales)
+    return Updated(masks, components, scales)
 
 
 def _update_masks(model: nn.Module, schedule: Schedule, step: int, dropped_share: float | None) -> MaskStats | None:
@@ -112,9 +112,8 @@ class MaskUpdater:
         ranks: former name of ``rank_budget``.
 
     Raises:
-        InputError: ``inject_pst`` was not called on ``model``; ``schedule`` lacks a method, or would not keep the zeros
-            that ``PSTConfig.initial_mask`` asks for; ``rounding`` starts while masks change, or the model has no
-            quantisation scheme; ``rank_budget`` finds no gates, or none can be derived from ``schedule``.
+        InputError: ``inject_pst`` was not called on ``model``; the schedule, ``rounding`` or ``rank_budget`` does not
+            fit the model or each other.
     """
 
     def __init__(
@@ -154,8 +153,8 @@ class MaskUpdater:
         """Counts and checksum of the current masks."""
         self.rounding_stats: RoundingStats | None = None
         """Result of this process's last search for quantisation scales."""
-        self.rank_stats: RankStats | None = None
-        """Components of U V kept by this process's last update of ranks."""
+        self.component_stats: ComponentStats | None = None
+        """Components of U V that the last update kept."""
         self._noted: int
         self.load_state_dict({"step": step})
         if step == 0:
@@ -163,7 +162,7 @@ class MaskUpdater:
 
     @property
     def is_final(self) -> bool:
-        """True if the masks have changed for the last time."""
+        """True if the masks no longer change."""
         return self.schedule.is_final(self.step)
 
     def after_step(self, stepper: Engine | Optimizer) -> MaskStats | None:
@@ -209,10 +208,9 @@ class MaskUpdater:
             round_weights(self._model, rounds=self.schedules.quantises_at(self.step))
 
     def _update(self, step: int) -> MaskStats | None:
-        """Update what is due and remember its statistics; return those of new masks. Collective."""
         done = update_if_due(self._model, self.schedules, step)
         self.masks = done.masks or self.masks
-        self.rank_stats = done.ranks or self.rank_stats
+        self.component_stats = done.components or self.component_stats
         self.rounding_stats = done.scales or self.rounding_stats
         return done.masks
 

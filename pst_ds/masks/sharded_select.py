@@ -44,7 +44,7 @@ class Matrix:
 
     @property
     def selects_units(self) -> bool:
-        """True if units of several weights are ranked: blocks, or N:M groups while only a share is constrained."""
+        """True if units of several weights are ranked: blocks, or N:M groups if only a share is constrained."""
         if self.kind == "n:m":
             return self.layer.rule.nm_ramp == "share" and self.sparsity != self.layer.pattern.fixed_sparsity
         return self.kind == "block"
@@ -86,8 +86,7 @@ def select_kept(matrices: Sequence[Matrix], any_weight: nn.Parameter) -> list[Te
 
 
 def _select_whole(matrices: Sequence[Matrix], any_weight: nn.Parameter, device: torch.device) -> dict[int, Tensor]:
-    """Return the kept bits, by id, of matrices that each lie in one rank's shard; on other ranks none of them.
-    Collective: one exchange of a number per matrix."""
+    """Return the kept bits, by id, of the matrices that lie in this rank's shard. Collective: one exchange."""
     found, not_finite = {}, torch.zeros(len(matrices), dtype=torch.int64)
     in_passes = []
     for i, m in enumerate(matrices):
@@ -136,7 +135,7 @@ def weights_kept(matrix: Matrix, bits: Tensor) -> Iterator[tuple[Rect, Tensor]]:
         own = flags[at : at + count]
         at += count
         if not matrix.selects_units:
-            yield rect, own.view(rect.r1 - rect.r0, rect.c1 - rect.c0)
+            yield rect, own.view(rect.shape)
             continue
         kept = expand_units(own, rect, layer.unit)
         if matrix.kind == "n:m":  # a constrained group keeps its best
@@ -145,8 +144,7 @@ def weights_kept(matrix: Matrix, bits: Tensor) -> Iterator[tuple[Rect, Tensor]]:
 
 
 def _single_weights(matrices: Sequence[Matrix]) -> tuple[list[MatrixKeys], list[int]]:
-    """Return the keys of single weights, and the number to prune of each pool: one pool for all "global" matrices, and
-    one for the matrices of each "stack" layer."""
+    """Return the keys of single weights, and the number to prune per pool: all "global", or a "stack" layer."""
     keys, pools = [], dict[object, int]()
     for m in matrices:
         numel, pool = m.stored.rect.numel, _pool(m)
@@ -184,7 +182,6 @@ def _prune_count(m: Matrix) -> int:
 
 
 def _all_keys(m: Matrix) -> Tensor:
-    """Return the keys of all weights, or units, of a matrix in this rank's shard, in ascending order of position."""
     if not m.selects_units:
         return m.layer.keys(m.stored, m.stored.rect)
     return torch.cat(list(m.layer.unit_keys(m.stored, m.prune_per_group if m.kind == "n:m" else 0)))
@@ -251,6 +248,6 @@ def _naming(matrices: Sequence[Matrix]) -> Iterator[None]:
     except NonFiniteScoreError as error:
         names = dict.fromkeys(matrices[i].layer.name for i in error.matrices)
         raise FloatingPointError(
-            f"importance scores of {', '.join(names)} are not finite; lower the learning rate of the scores or "
+            f"importance scores of {', '.join(names)} are not finite. Lower the learning rate of the scores or "
             "updates, or resume from the last checkpoint"
         ) from None

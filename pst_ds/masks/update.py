@@ -14,7 +14,7 @@ from pst_ds.core.bits import join_bits, pack_shard
 from pst_ds.core.kernels.triton.bit_sums import ShardBits, bit_sums
 from pst_ds.masks.layer_scores import LayerScores, factors_of, ranked_weights, whole_masters
 from pst_ds.masks.sharded_select import Matrix, select_kept, weights_kept
-from pst_ds.masks.update_rank_budget import RankStats, drop_components
+from pst_ds.masks.update_rank_budget import ComponentStats, drop_in_masters
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import zero3
@@ -31,12 +31,12 @@ class MaskStats:
     num_flipped: int
     """Bits that differ from those before the update."""
     checksum: str
-    """16 hexadecimal digits; a function of the masks and the layer names alone."""
+    """16 hexadecimal digits; depends on the masks and the layer names only."""
     kept: tuple[int, ...] = field(default=(), repr=False)
     """Weights that each layer keeps, in model order."""
     flipped: tuple[int, ...] = field(default=(), repr=False)
     """Changed bits of each layer."""
-    ranks: RankStats | None = field(default=None, repr=False)
+    components: ComponentStats | None = field(default=None, repr=False)
     """Statistics of the update ranks, if the update dropped components of U V too."""
 
     @property
@@ -58,21 +58,20 @@ def update_masks(
 ) -> MaskStats:
     """Prune the weights with the smallest scores, computed from the fp32 masters, in the pattern of each layer.
 
-    Layers with their own final sparsity have ``progress`` times that, the others ``sparsity``. Exactly
-    floor(sparsity * numel) weights are pruned of a matrix, floor(sparsity * in_features) of every row,
-    floor(share * number) of blocks or N:M groups; "global" matrices lose as many in all as they would separately. Among
-    equal scores the lowest flat index is pruned first.
+    Layers with their own final sparsity have ``progress`` times that, the others ``sparsity``. Exactly floor(sparsity *
+    numel) weights are pruned of a matrix, floor(sparsity * in_features) of every row, floor(share * number) of blocks
+    or N:M groups; "global" matrices lose as many in all as they would separately. Among equal scores the lowest flat
+    index is pruned first. With a ``dropped_share``, components of U V are dropped before
+    (:mod:`pst_ds.masks.update_rank_budget`).
 
-    With a ``dropped_share``, components of U V are dropped before, from the same masters; see
-    :mod:`pst_ds.masks.update_rank_budget`. Collective, with a number of collectives that does not depend on the number
-    of layers. Raises FloatingPointError on every rank, naming the layers, for scores that are not finite; the masks are
-    then unchanged.
+    Collective, with a number of collectives that does not depend on the number of layers. Raises FloatingPointError on
+    every rank, naming the layers, for scores that are not finite; the masks are then unchanged.
     """
     layers = pst_layers(model)
     for name, layer in layers.items():
         assert zero3.num_shards(layer.pst_mask) == layer.num_shards, f"{name}: num_shards is not how it is partitioned"
     masters = whole_masters(list(layers.values()))
-    ranks = None if dropped_share is None else drop_components(layers, masters, dropped_share)
+    components = None if dropped_share is None else drop_in_masters(layers, masters, dropped_share)
     keyed = _layer_keys(layers, masters)
     matrices = [Matrix(k, b, _target(k.layer, sparsity, progress)) for k in keyed for b in k.matrices]
     kept = dict(zip(map(id, matrices), select_kept(matrices, next(iter(layers.values())).pst_mask), strict=True))
@@ -81,7 +80,7 @@ def update_masks(
         own = [m for m in matrices if m.layer is keys]
         written[keys.layer] = _shard_bits(keys, own, [kept.pop(id(m)) for m in own])
     # The host waits here: DeepSpeed's gathers, on a stream of their own, come after the masks are written.
-    return replace(mask_stats(model, written), ranks=ranks)
+    return replace(mask_stats(model, written), components=components)
 
 
 @torch.no_grad()
@@ -101,7 +100,7 @@ def masks_of_zeros(model: nn.Module) -> MaskStats:
 def mask_stats(model: nn.Module, written: Mapping[PSTLayer, Tensor] | None = None) -> MaskStats:
     """Return counts and checksum of the masks, after writing ``written``, this rank's new mask bits by layer.
 
-    Collective: one sum over ranks for all layers, for which the host waits once.
+    Collective: one sum over ranks for all layers.
     """
     layers = pst_layers(model)
     any_mask = next(iter(layers.values())).pst_mask
@@ -138,8 +137,7 @@ def _shard_bits(layer: LayerScores, matrices: list[Matrix], kept: list[Tensor]) 
 
 
 def _layer_keys(layers: dict[str, PSTLayer], masters: list[dict[str, Tensor]]) -> list[LayerScores]:
-    """Return every layer with the factors of its full fp32 ``masters``, and the weights of other ranks in its units.
-    Collective: one all-to-all for all layers under ZeRO-3."""
+    """Return the keys of every layer, with the weights of other ranks in its units. Collective: one all-to-all."""
     factors = factors_of(layers.values(), masters)
     wide = [layer for layer in layers.values() if layer.rule.pattern.unit(layer.layout) != (1, 1)]
     own_weights = {layer: ranked_weights(layer) for layer in layers.values()}

@@ -186,7 +186,7 @@ def _by_matrix(weight: Tensor, rule: LayerRule, given: InverseFactor | InputSpec
     keep = torch.empty(layout.shape, dtype=torch.uint8, device=weight.device)
     scales = []
     for matrix in layout.matrices():
-        at = slice(matrix.rect.r0, matrix.rect.r1), slice(matrix.rect.c0, matrix.rect.c1)
+        at = matrix.rect.slices
         oriented = weight[at].t() if layout.transposed else weight[at]
         made = _swapped(oriented, rule, given) if isinstance(given, SwapInputs) else _compensated(oriented, rule, given)
         pruned[at] = made.weight.t() if layout.transposed else made.weight

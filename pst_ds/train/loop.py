@@ -250,10 +250,10 @@ def _update_if_due(loop: Loop, state: LoopState) -> None:
     Raises ConfigError, on every rank, if masks that keep the base model's zeros have another sparsity than requested.
     """
     done = update_if_due(loop.engine.module, loop.schedules, state.step)
-    if done.ranks is not None:
-        loop.metrics.write(state.step, {"event": "rank_update", "mean_rank": done.ranks.mean_rank})
+    if done.components is not None:
+        loop.metrics.write(state.step, {"event": "rank_update", "mean_rank": done.components.mean_update_rank})
         if loop.metrics.layers is not None:
-            loop.metrics.layers.ranks(state.step, done.ranks)
+            loop.metrics.layers.components(state.step, done.components)
     if done.masks is not None:
         masks = state.masks = done.masks
         requested, target = loop.run.schedule.final_sparsity, loop.schedules.sparsity_at(state.step)

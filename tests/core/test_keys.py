@@ -19,7 +19,6 @@ from pst_ds.core.keys import (
     Classifier,
     histogram,
     histograms,
-    keys_at,
     keys_of,
     order_keys,
     score_keys,
@@ -29,6 +28,11 @@ from pst_ds.core.keys import (
 from pst_ds.core.scores import importance
 
 CPU = torch.device("cpu")
+
+
+def keys_at(*single):
+    """Keys of individual weights."""
+    return keys_of([single_weights(*single)])[0]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pst_ds.core.updates.gates import is_dropped
 from pst_ds.errors import InputError
 from pst_ds.masks.schedule_driver import MaskUpdater
 from pst_ds.masks.update import update_masks
-from pst_ds.masks.update_rank_budget import ranks_kept, update_ranks
+from pst_ds.masks.update_rank_budget import drop_components
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.optimizer import pst_optimizer
 from pst_ds.parallel import zero3
@@ -49,14 +49,21 @@ def _kept(model):
     return [flag for layer in pst_layers(model).values() for flag in (~is_dropped(layer.pst_G)).tolist()]
 
 
+def components_kept(model):
+    """Open gates of each layer. Collective."""
+    gates = [layer.pst_G for layer in pst_layers(model).values()]
+    with torch.no_grad(), zero3.gathered([gate for gate in gates if zero3.is_released(gate)]):
+        return [int((~is_dropped(gate)).sum()) for gate in gates]
+
+
 def test_components_with_the_smallest_effect_go_first_and_stay_away():
     model = _model()
     order = sorted(range(15), key=_importances(model).__getitem__, reverse=True)
     for dropped, kept in ((0.5, 7), (0.75, 3)):
-        stats = update_ranks(model, dropped)
+        stats = drop_components(model, dropped)
         assert _kept(model) == [i in order[:kept] for i in range(15)]
-        assert stats.kept == tuple(ranks_kept(model))
-        assert (stats.components, sum(stats.kept), stats.mean_rank) == (15, kept, kept / 5)
+        assert stats.kept == tuple(components_kept(model))
+        assert (stats.components, sum(stats.kept), stats.mean_update_rank) == (15, kept, kept / 5)
         for layer in pst_layers(model).values():
             layer.pst_U.data.mul_(torch.where(is_dropped(layer.pst_G), 100.0, 1.0))
 
@@ -69,7 +76,7 @@ def test_a_gate_of_a_layer_drops_its_whole_update():
         change = layer.pst_U @ layer.pst_V * 2 * torch.sigmoid(layer.pst_G)
         norms[name] = float(change.square().mean().sqrt() / layer.magnitude_scales[0])
     best = sorted(norms, key=norms.__getitem__)[-2:]
-    assert update_ranks(model, 0.6).kept == tuple(3 if name in best else 0 for name in norms)
+    assert drop_components(model, 0.6).kept == tuple(3 if name in best else 0 for name in norms)
     for name, layer in pst_layers(model).items():
         assert torch.equal(layer.masked_weight(), layer.weight) == (name not in best)
 
@@ -78,12 +85,12 @@ def test_masks_are_chosen_after_the_components():
     def masks(*, dropped_before):
         model = _model()
         if dropped_before:
-            update_ranks(model, 0.5)
+            drop_components(model, 0.5)
         return update_masks(model, 0.6, dropped_share=None if dropped_before else 0.5)
 
     assert masks(dropped_before=True).checksum == masks(dropped_before=False).checksum
     assert masks(dropped_before=False).checksum != update_masks(_model(), 0.6).checksum
-    assert masks(dropped_before=False).ranks == update_ranks(_model(), 0.5)
+    assert masks(dropped_before=False).components == drop_components(_model(), 0.5)
 
 
 def test_steps_leave_dropped_components_as_they_are():
@@ -108,7 +115,7 @@ def test_steps_leave_dropped_components_as_they_are():
             assert all(bool((values < -9000).all()) for values in now)
             assert bool((layer.state().factors.V[gone] == 0).all())
             before[name] = now
-    assert kept[-1] == 6 == sum(updater.rank_stats.kept)
+    assert kept[-1] == 6 == sum(updater.component_stats.kept)
     assert kept == sorted(kept, reverse=True)
     assert kept[0] > 6
 
@@ -151,7 +158,7 @@ def _updated(stage, world_size):
     groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 0.1, "name": "all"}]
     engine = build_engine(model, groups, ds_config=config)
     masks = update_masks(engine.module, 0.4, dropped_share=0.6)
-    found = [ranks_kept(engine.module), masks.checksum]
+    found = [components_kept(engine.module), masks.checksum]
     for layer in pst_layers(engine.module).values():
         gates = zero3.fp32_masters([layer.pst_G])[0].clone()
         with zero3.gathered([layer.pst_G]):

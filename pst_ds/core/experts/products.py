@@ -6,9 +6,6 @@ trained in full have the size of the stack. Gradients are zero for experts witho
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 
@@ -16,42 +13,24 @@ from pst_ds.core import masked_linear
 from pst_ds.core.experts.routing import Routing
 from pst_ds.core.masked_linear import Gradients, LayerState
 
-T = TypeVar("T")
-
 
 def forward(x: Tensor, state: LayerState, routing: Routing, *, by_token: bool) -> Tensor:
     """Return y = x (M . W)' of the expert of each pair, (N*k, O) in the order of the experts.
 
     ``x``: (N, I) if ``by_token``, or (N*k, I) in the order of the experts. ``state``: of the whole stack.
     """
-    return _products(x, routing, state.layout.expert.out_features, by_token, state.expert, _forward_of_one)
+    y = x.new_empty(routing.order.numel(), state.layout.expert.out_features)
+    for expert, rows in routing.runs():
+        masked_linear.forward_into(y[rows], routing.rows_of(x, rows, by_token), state.expert(expert))
+    return y
 
 
 def dense_forward(x: Tensor, stack: Tensor, routing: Routing, *, by_token: bool, transposed: bool) -> Tensor:
     """Return the same with an unmasked ``stack``: (E, O, I), or (E, I, O) if ``transposed``."""
     by_input = stack if transposed else stack.transpose(1, 2)
-    return _products(x, routing, by_input.shape[2], by_token, by_input.__getitem__, _dense_of_one)
-
-
-def _forward_of_one(x: Tensor, state: LayerState, out: Tensor) -> None:
-    masked_linear.forward_into(out, x, state)
-
-
-def _dense_of_one(x: Tensor, by_input: Tensor, out: Tensor) -> None:
-    torch.mm(x, by_input, out=out)
-
-
-def _products(
-    x: Tensor,
-    routing: Routing,
-    outputs: int,
-    by_token: bool,
-    of_expert: Callable[[int], T],
-    product: Callable[[Tensor, T, Tensor], None],
-) -> Tensor:
-    y = x.new_empty(routing.order.numel(), outputs)
+    y = x.new_empty(routing.order.numel(), by_input.shape[2])
     for expert, rows in routing.runs():
-        product(routing.rows_of(x, rows, by_token), of_expert(expert), y[rows])
+        torch.mm(routing.rows_of(x, rows, by_token), by_input[expert], out=y[rows])
     return y
 
 

@@ -41,7 +41,7 @@ class Routing(NamedTuple):
 
     @classmethod
     def even(cls, index: Tensor, gates: Tensor, num_experts: int) -> Routing:
-        """Return the same with counts as equal as possible, which needs no values of ``index``."""
+        """Return the same with counts as equal as possible, without reading ``index``."""
         experts, order = torch.sort(index.reshape(-1), stable=True)
         borders = [expert * len(order) // num_experts for expert in range(num_experts + 1)]
         counts = [stop - start for start, stop in pairwise(borders)]
@@ -66,8 +66,8 @@ class Routing(NamedTuple):
     def summed(self, values: Tensor) -> Tensor:
         """Sum over the k experts of each token: (N*k, width) in the order of the experts to (N, width).
 
-        The k terms are added in the order of the router's choice, so the sum is bit-identical every time. Without a
-        gradient, ``values`` are reordered in parts.
+        The k terms are added in the order of the router's choice: bit-identical every time. Without a gradient,
+        ``values`` are reordered in parts.
         """
         places = torch.arange(self.order.numel(), device=self.order.device)
         by_pair = torch.empty_like(places).scatter_(0, self.order, places).view(-1, self.per_token)

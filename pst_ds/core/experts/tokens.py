@@ -16,7 +16,7 @@ def hardly_used(tokens: Sequence[int]) -> list[int]:
 
 
 def unused_experts(tokens: Mapping[str, Sequence[int]], since: str = "") -> str:
-    """Return "2 of 8 experts were given no token", followed by ``since`` and their names; "" if all received some.
+    """Return "2 of 8 experts were given no token", ``since`` and their names; "" if all received some.
 
     ``tokens``: per expert, by the name of the module that contains them.
     """
@@ -32,7 +32,7 @@ def unused_experts(tokens: Mapping[str, Sequence[int]], since: str = "") -> str:
 
 
 def of_equal_numbers(counts: Mapping[str, Sequence[int]]) -> list[dict[str, Sequence[int]]]:
-    """Split counts per expert, by module or stack, into tables with the same number of experts, each in their order."""
+    """Split counts per expert, by module or stack, into tables with equal numbers of experts."""
     tables: dict[int, dict[str, Sequence[int]]] = {}
     for name, row in counts.items():
         tables.setdefault(len(row), {})[name] = row

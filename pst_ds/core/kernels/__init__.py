@@ -50,10 +50,7 @@ Signature = tuple[list[type], type | None]
 
 @dataclass(frozen=True, eq=False)
 class NativeSource:
-    """A C++ file in ``cpp/``, its functions, and what is slow without it.
-
-    Every header in ``cpp/`` counts as a source: changing one recompiles the file.
-    """
+    """A C++ file in ``cpp/``, its functions, and what is slow without it. Changing a header recompiles it."""
 
     name: str
     """Path below ``cpp/``."""
@@ -119,7 +116,7 @@ def library() -> ctypes.CDLL | None:
 
 @cache
 def merges() -> ctypes.CDLL | None:
-    """Return the functions that apply masks and updates to weights, or None, as :func:`library` does."""
+    """Return the functions that apply masks and updates to weights, or None."""
     return load(_MERGES)
 
 
@@ -135,9 +132,7 @@ def load(source: NativeSource) -> ctypes.CDLL | None:
 
 
 def library_file(source: NativeSource) -> Path:
-    """Return the shared library of ``source`` for another program to load, compiled if necessary. Raises
-    RuntimeError.
-    """
+    """Return the compiled library of ``source`` for another program to load. Raises RuntimeError."""
     try:
         return Path(_library(source)._name)
     except RuntimeError as error:
@@ -172,9 +167,7 @@ def _compiler() -> tuple[str, ...]:
 
 
 def _is_current(built: Path, sources: list[Path]) -> bool:
-    """Return whether ``built`` is newer than these sources. In an installation it is, regardless of the dates that pip
-    set.
-    """
+    """Return whether ``built`` is newer than its sources, which it always is in an installation."""
     if not built.is_file():
         return False
     is_installed = any(_PACKAGE.parent.glob("pst_ds-*.dist-info"))
@@ -222,6 +215,5 @@ def _compiled(source: NativeSource, compiler: tuple[str, ...]) -> bytes:
 
 
 def _instructions() -> str:
-    """Return the processor features that -march=native depends on."""
     facts = cpu_facts()
     return facts.get("flags") or facts.get("Features", "")

@@ -20,10 +20,9 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Return the folder of compiled libraries, created if necessary.
+    """Return the folder of compiled libraries, created if necessary. Warns about one that others can change.
 
-    It is ``$XDG_CACHE_HOME/pst_ds``, ``~/.cache/pst_ds``, or a private temporary folder. Warns about a folder that
-    others can change.
+    It is ``$XDG_CACHE_HOME/pst_ds``, ``~/.cache/pst_ds``, or a private temporary folder.
     """
     for folder in _candidates():
         try:
@@ -103,7 +102,7 @@ def _trusted_users() -> set[int]:
 def _has_members(gid: int) -> bool:
     """Return whether a group may have members besides this user.
 
-    A group with the name of the user and no list of members, which many systems create with each user, has none.
+    Many systems create a group with the name of each user and no list of members.
     """
     try:
         group = grp.getgrgid(gid)

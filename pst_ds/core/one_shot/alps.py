@@ -43,10 +43,7 @@ class InputSpectrum(UnitGram):
 
 
 def input_spectrum(gram: Tensor, damping: float = DAMPING) -> InputSpectrum:
-    """Damp ``gram`` = X'X, (I, I), as :func:`~pst_ds.core.one_shot.inverse_factor` does, scale and decompose it.
-
-    The decomposition uses double precision. Raises FloatingPointError for a ``gram`` that is not finite.
-    """
+    """Damp ``gram`` = X'X, (I, I), scale and decompose it in double precision. Raises FloatingPointError."""
     norms, scaled, dead = scaled_gram(gram, damping)
     values, vectors = torch.linalg.eigh(scaled)
     norms, scaled, values, vectors = (part.to(torch.float32) for part in (norms, scaled, values, vectors))
@@ -56,9 +53,8 @@ def input_spectrum(gram: Tensor, damping: float = DAMPING) -> InputSpectrum:
 def alps(weight: Tensor, inputs: InputSpectrum, pattern: Pattern, sparsity: float, rounds: int = ROUNDS) -> Compensated:
     """Prune a matrix (O, I): return the mask and the weights whose outputs are nearest to the outputs of ``weight``.
 
-    Supports all patterns within a matrix, with the counts of :func:`~pst_ds.core.one_shot.keep_by_score`. Blocks with
-    the smallest sums of squares are pruned. Raises ValueError for patterns that pool matrices, and FloatingPointError
-    for a weight that is not finite.
+    Supports all patterns within a matrix, with the counts of :func:`keep_by_score`. Raises ValueError for patterns that
+    pool matrices, and FloatingPointError for a weight that is not finite.
     """
     wanted = weight.to(torch.float32) * inputs.norms
     if not bool(torch.isfinite(wanted).all()):

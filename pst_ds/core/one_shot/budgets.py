@@ -34,8 +34,7 @@ SPREAD = 0.08
 def outlier_share(scores: Callable[[], Iterator[Tensor]], multiple: float = STANDS_OUT) -> float:
     """Return the fraction of a block's weights whose score is more than ``multiple`` times the mean of the block.
 
-    ``scores`` is called twice and yields the block's fp32 scores, at least 0, in parts of any shape. Raises
-    FloatingPointError for scores that are not finite.
+    ``scores`` is called twice and yields the block's fp32 scores, at least 0. Raises FloatingPointError.
     """
     total, number = 0.0, 0
     for part in scores():
@@ -48,9 +47,8 @@ def outlier_share(scores: Callable[[], Iterator[Tensor]], multiple: float = STAN
 def zeros_by_outliers(outliers: Sequence[float], count: int, size: int, spread: float = SPREAD) -> list[int]:
     """Return how many of ``size`` weights each of several layers loses, ``count`` on average, from their ``outliers``.
 
-    A layer with more outliers than the mean loses proportionally fewer weights. The layer furthest from the mean loses
-    floor(``spread`` * size) fewer or more than ``count``, but never all weights. The mean is exactly ``count``: among
-    equal remainders, the first layers lose one more.
+    A layer with more outliers than the mean loses proportionally fewer weights. The furthest loses floor(``spread`` *
+    size) fewer or more than ``count``, but never all. Among equal remainders, the first layers lose one more.
     """
     reach = min(math.floor(spread * size), count, size - 1 - count)
     exact = [Fraction(one) for one in outliers]  # exact, because the mean of equal floats may be another float
@@ -102,8 +100,7 @@ def zeros_by_saliency(
     weights_each: Sequence[int],
     least_kept: float = LEAST_KEPT,
 ) -> list[int]:
-    """Return how many of its ``sizes`` units each layer loses if the ``wanted`` smallest scores of all layers are
-    pruned.
+    """Return how many of its ``sizes`` units each layer loses if the ``wanted`` smallest scores of all are pruned.
 
     ``histograms``: :func:`score_histogram` of each layer. A unit of layer l has ``weights_each[l]`` weights, for
     example one per row. Every layer keeps at least ceil(``least_kept`` * size) units, and at least one; others then

@@ -29,8 +29,8 @@ class UnitGram:
 def damped_gram(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
     """Return ``gram`` = X'X, (I, I), with ``damping`` in double precision, and the dead inputs, (I,) bool.
 
-    Dead inputs were zero on every token. ``damping`` is a fraction of the mean of the diagonal over the other inputs.
-    Raises FloatingPointError for a ``gram`` that is not finite.
+    Dead inputs were zero on every token. ``damping``: fraction of the mean of the others' diagonal. Raises
+    FloatingPointError for a ``gram`` that is not finite.
     """
     if not bool(torch.isfinite(gram).all()):
         raise FloatingPointError("inputs are not finite")
@@ -43,21 +43,14 @@ def damped_gram(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]
 
 
 def scaled_gram(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (norms (I,), Gram matrix (I, I) of inputs divided by them, dead (I,)) of a damped ``gram``, in double
-    precision.
-
-    Raises FloatingPointError for a ``gram`` that is not finite.
-    """
+    """Return (norms (I,), Gram matrix (I, I) of inputs divided by them, dead (I,)) of a damped ``gram``, in fp64."""
     damped, dead = damped_gram(gram, damping)
     norms = damped.diagonal().sqrt()
     return norms, damped / norms.unsqueeze(1) / norms, dead
 
 
 def unit_gram(gram: Tensor, damping: float = DAMPING) -> UnitGram:
-    """Damp ``gram`` = X'X, (I, I), as :func:`damped_gram` does, and divide the inputs by their norms.
-
-    Raises FloatingPointError for a ``gram`` that is not finite.
-    """
+    """Damp ``gram`` = X'X, (I, I), and divide the inputs by their norms. Raises FloatingPointError."""
     norms, scaled, dead = scaled_gram(gram, damping)
     return UnitGram(norms.to(torch.float32), scaled.to(torch.float32), dead)
 
@@ -69,7 +62,7 @@ def least_squares(start: Tensor, keep: Tensor, pulled: Tensor, gram: Tensor, ste
     """Return the weights W (O, I) under a mask with W H nearest to ``pulled``: conjugate gradients, row by row.
 
     ``start``: (O, I) fp32, 0 where pruned. ``keep``: (O, I), 0/1. ``pulled``: (O, I). ``gram``: H, (I, I), of inputs
-    with norm 1. Pruned weights stay 0.
+    with norm 1.
     """
     found, mask = start.clone(), keep.to(start.dtype)
     residual = (pulled - found @ gram) * mask
@@ -85,5 +78,4 @@ def least_squares(start: Tensor, keep: Tensor, pulled: Tensor, gram: Tensor, ste
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """Return above / below, and 0 where the denominator is 0."""
     return torch.where(below > 0, above / below, 0.0)

@@ -45,10 +45,10 @@ def wanda_scores(weight: Tensor, input_norms: Tensor, *, transposed: bool = Fals
 def keep_by_score(scores: Tensor, layout: WeightLayout, pattern: Pattern, sparsity: float) -> Tensor:
     """Return the uint8 mask, 0/1, in the stored shape of ``layout``: each of its matrices loses its smallest scores.
 
-    ``scores``: fp32. The counts are the same as in training: floor(sparsity * O * I) per matrix, floor(sparsity * I)
-    per row, M - N per group regardless of ``sparsity``, floor(sparsity * blocks). Among equal scores the lowest flat
-    index is pruned first. Raises ValueError for units that do not tile the matrices and for the patterns "stack" and
-    "global", and FloatingPointError for scores that are not finite.
+    ``scores``: fp32. The counts are those of training: floor(sparsity * O * I) per matrix, floor(sparsity * I) per row,
+    M - N per group regardless of ``sparsity``, floor(sparsity * blocks). Among equal scores the lowest flat index is
+    pruned first. Raises ValueError for units that do not tile the matrices and for the patterns "stack" and "global",
+    and FloatingPointError for scores that are not finite.
     """
     if pattern.pools_matrices:
         raise ValueError(
@@ -59,13 +59,12 @@ def keep_by_score(scores: Tensor, layout: WeightLayout, pattern: Pattern, sparsi
     if bool(((keys < LOWEST_FINITE) | (keys > HIGHEST_FINITE)).any()):
         raise FloatingPointError("scores are not finite")
     for matrix in layout.matrices():
-        at = slice(matrix.rect.r0, matrix.rect.r1), slice(matrix.rect.c0, matrix.rect.c1)
+        at = matrix.rect.slices
         keep[at] = _keep_in_matrix(keys[at].contiguous(), layout, pattern, sparsity)
     return keep
 
 
 def _keep_in_matrix(keys: Tensor, layout: WeightLayout, pattern: Pattern, sparsity: float) -> Tensor:
-    """Return the mask of one matrix, in the shape of its ``keys``."""
     unit = pattern.unit(layout)
     if pattern.kind == "row":
         return keep_in_rows(keys, unit, prune_count(sparsity, layout.in_features))

@@ -32,14 +32,10 @@ COLUMNS_AT_A_TIME = 128
 
 @dataclass(frozen=True, slots=True)
 class InverseFactor:
-    """The inverse of a layer's input statistics, computed once by :func:`inverse_factor` for all matrices of the
-    layer.
-    """
+    """The inverse of a layer's input statistics, computed once per layer by :func:`inverse_factor`."""
 
     upper: Tensor
-    """Upper triangular U with U'U = (H + damping)^-1, (I, I) fp32. The square of [U]_jj is [H^-1]_jj once the inputs
-    before j are passed; the rest of row j says how the inputs after j compensate for it.
-    """
+    """Upper triangular U with U'U = (H + damping)^-1, (I, I) fp32. [U]_jj^2 is [H^-1]_jj once inputs < j are passed."""
     dead: Tensor
     """Inputs that were zero on every token, (I,) bool: their weights are pruned first."""
 
@@ -47,8 +43,8 @@ class InverseFactor:
 def inverse_factor(gram: Tensor, damping: float = DAMPING) -> InverseFactor:
     """Return the Cholesky factor of the inverse of a damped ``gram`` = X'X, (I, I), computed in double precision.
 
-    ``damping``: see :func:`damped_gram`. Raises FloatingPointError for a ``gram`` that is not finite, or so close
-    to singular that it needs more damping.
+    ``damping``: see :func:`damped_gram`. Raises FloatingPointError for a ``gram`` that is not finite or nearly
+    singular.
     """
     damped, dead = damped_gram(gram, damping)
     lower, failed = torch.linalg.cholesky_ex(damped)
@@ -72,10 +68,10 @@ def sparsegpt(
     """Prune a matrix (O, I), and quantise it if ``grid`` is given: SparseGPT, algorithm 1 of the paper.
 
     The inputs are passed from first to last. The mask of ``columns_at_a_time`` inputs is chosen at the first of them,
-    by w^2 / U_jj^2 of the weights at that point; for N:M, the mask of a group of M. The change of the row's output from
-    pruning a weight is then compensated as far as possible by the weights of the inputs after it. "matrix" prunes the
-    block's share of the smallest over all rows, "row" in every row. The counts are exact: floor(sparsity * O * I), and
-    floor(sparsity * I) per row. Among equal scores the lowest flat index is pruned first.
+    by w^2 / U_jj^2 of the weights at that point; for N:M, the mask of a group of M. The weights of later inputs then
+    compensate for each pruned weight. "matrix" prunes the block's share of the smallest over all rows, "row" in every
+    row. The counts are exact: floor(sparsity * O * I), and floor(sparsity * I) per row. Among equal scores the lowest
+    flat index is pruned first.
 
     With ``grid``, every kept weight is quantised when it is passed, and the error is compensated too. The scale of a
     group is searched at its first input, over the weights that are kept by the scores at that point. ``dtype``: the
@@ -188,10 +184,9 @@ def _pass_columns(
     start: int,
     stop: int,
 ) -> Tensor:
-    """Choose the mask of the columns from ``start`` to ``stop``, prune and quantise them, and correct those after them.
+    """Choose the mask of columns [start, stop), prune and quantise them, and correct those after them.
 
-    Writes ``keep``, and ``left`` up to ``stop``. Returns the errors, (O, stop - start), from which later inputs are
-    corrected.
+    Writes ``keep``, and ``left`` up to ``stop``. Returns the errors, (O, stop - start), that correct later inputs.
     """
     together = unit or stop - start
     errors = left.new_zeros(len(left), stop - start)

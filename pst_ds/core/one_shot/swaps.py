@@ -34,7 +34,6 @@ SOURCE = NativeSource(
 
 @cache
 def library() -> CDLL | None:
-    """Return the function of swaps.cpp, or None if it is not available."""
     return load(SOURCE)
 
 
@@ -44,10 +43,9 @@ def refine_by_swaps(
     """Swap kept with pruned weights of ``start`` until no swap helps, in at most ``passes`` over every row.
 
     ``weight``: (O, I), before pruning. In a pass every kept weight, from first to last, is swapped with the pruned
-    weight that lowers the error of its row most, if any does. Every row keeps its number of zeros, and with N:M every
-    group. Without ``refit`` kept weights are bit-identical to ``weight``; with it they are fitted to the mask, starting
-    from ``start``. No row's error exceeds its error with ``start``. Among equal swaps the one with the lowest index is
-    made, regardless of the number of threads.
+    weight that lowers the error of its row most, if any does. Every row, and with N:M every group, keeps its sparsity.
+    With ``refit`` kept weights are then fitted to the mask, starting from ``start``. No row's error exceeds its error
+    with ``start``. Among equal swaps the lowest index wins.
 
     Raises ValueError for blocks and for patterns that pool matrices, and FloatingPointError for a weight that is not
     finite.

@@ -23,12 +23,10 @@ DROPPED = -1e4
 
 
 def gate_values(gates: Tensor) -> Tensor:
-    """Return g of each gate, in [0, 2)."""
     return 2.0 * torch.sigmoid(gates)
 
 
 def is_dropped(gates: Tensor) -> Tensor:
-    """Return which gates are dropped, bool."""
     return gates <= DROPPED / 2
 
 
@@ -38,10 +36,9 @@ def gated_rows(V: Tensor, gates: Tensor, num_matrices: int) -> Tensor:
 
 
 def gate_gradients(grad: Tensor, V: Tensor, gates: Tensor, num_matrices: int) -> tuple[Tensor, Tensor]:
-    """Return the gradients of V (P*r, I) and of the gates from ``grad``, the gradient of :func:`gated_rows`, in its
-    dtype.
+    """Return the gradients of V (P*r, I) and of the gates from ``grad`` of :func:`gated_rows`, in its dtype.
 
-        dV = g dVg    da = sum over components of rowsum(dVg . V) g (1 - g / 2)
+    dV = g dVg    da = sum over components of rowsum(dVg . V) g (1 - g / 2)
     """
     values = gate_values(gates.to(grad.dtype))
     by_row = torch.einsum("ri,ri->r", grad, V.to(grad.dtype)).view(num_matrices, -1)
@@ -57,8 +54,7 @@ def _by_row(values: Tensor, V: Tensor, num_matrices: int) -> Tensor:
 
 
 def importance(U: Tensor, V: Tensor, gates: Tensor, layout: WeightLayout, magnitude_scales: Sequence[float]) -> Tensor:
-    """Return how far the components of each gate move the weights, relative to these: float64, in the shape of the
-    gates.
+    """Return how far the components of each gate move the weights, relative to these: float64, shaped as the gates.
 
     It is |U_j g_j V_j|_F / (sqrt(o I) mean|W0|) for a matrix of o outputs: the root mean square of what a component
     adds to a weight. A shared gate has the value of the sum of its components. A dropped gate has -1.

@@ -22,8 +22,7 @@ TILE_ELEMENTS = 1 << 22
 def updated_rows(weight: Tensor, left: Tensor, right: Tensor, beta: float) -> Tensor:
     """Return ``weight`` + beta ``left`` ``right``, (N, d), (N, r), (r, d) to (N, d), in the dtype of ``weight``.
 
-    Sums are fp32 (fp64 for fp64), one component after another, so a row is bit-identical whether it is looked up or the
-    whole table is merged. A row whose ``left`` is zero keeps its values.
+    Sums are fp32 (fp64 for fp64), component by component, so a row is bit-identical alone and in the whole table.
     """
     out = torch.empty_like(weight)
     step = max(1, TILE_ELEMENTS // max(1, weight.shape[1]))
@@ -63,10 +62,9 @@ def beside(x: Tensor, left: Tensor, right: Tensor, beta: float) -> Tensor:
 
 
 def with_beside_each(y: Tensor, x: Tensor, left: Tensor, right: Tensor, beta: float) -> Tensor:
-    """Return y + beta (x V') U' with one user per sample, (B, ..., O).
+    """Return y + beta (x V') U' with one user per sample, (B, ..., O), in the dtype of y.
 
-    y (B, ..., O), x (B, ..., I), U (B, O, r) and V (B, r, I). Computed in the dtype of U and V, returned in the dtype
-    of y.
+    y (B, ..., O), x (B, ..., I), U (B, O, r) and V (B, r, I), in whose dtype it is computed.
     """
     samples = x.shape[0]
     inner = torch.bmm(x.reshape(samples, -1, x.shape[-1]).to(right.dtype), right.transpose(1, 2))
@@ -93,7 +91,6 @@ FEW_TOKENS = 4
 
 @cache
 def library() -> CDLL | None:
-    """Return the function of each.cpp, or None if it is not available."""
     return load(SOURCE)
 
 
@@ -131,7 +128,6 @@ class EachBeside:
         return out
 
     def _one(self, sample: int, y: Tensor, x: Tensor) -> Tensor:
-        """Return the same for one sample, (..., O)."""
         pair = self._factors[sample]
         if pair is None:
             return y

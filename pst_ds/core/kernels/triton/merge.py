@@ -23,7 +23,6 @@ class MaskBytes:
     row_bytes: int
 
     def holds(self, rect: Rect) -> bool:
-        """Return whether a rectangle starts at a byte boundary."""
         return rect.c0 % 8 == 0
 
     def first(self, rect: Rect) -> int:
@@ -78,8 +77,8 @@ def gradients_into(
 ) -> None:
     """Write M . W to ``merged``, G . W to ``scores`` and G . M + ``factor`` G . |W| . 1 n' to ``updates``.
 
-    All are (rows, cols) of ``rect`` with contiguous rows. For a multiplicative update, ``updates`` is multiplied by W0.
-    Without ``factor``, |W| has no gradient.
+    All are (rows, cols) of ``rect`` with contiguous rows. Multiplicative ``updates`` are multiplied by W0. Without
+    ``factor``, |W| has no gradient.
     """
     from pst_ds.core.kernels.triton import merge_kernels as kernels
 

@@ -14,7 +14,6 @@ from pst_ds.core.kernels.triton.launch import blocks, launch
 from pst_ds.core.layout import Rect, positions_before
 
 _BLOCK_STEP = 1024
-"""Blocks whose counts of equal keys are summed in one step."""
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
@@ -110,7 +109,7 @@ class OwnKeys:
 
     @property
     def first(self) -> int:
-        """Return the position of this rank's first weight among the matrix's weights, in storage order."""
+        """Position of this rank's first weight among the matrix's weights, in storage order."""
         return positions_before(self.rect, self.row_length, self.start)
 
     @property
@@ -119,7 +118,7 @@ class OwnKeys:
 
     @property
     def fits(self) -> bool:
-        """Return whether int32 indices suffice."""
+        """True if int32 indices suffice."""
         return self.values.numel() < _MOST and self.rect.numel < 2 * _MOST
 
     @property
@@ -152,8 +151,7 @@ class OwnKeys:
         )  # fmt: skip
 
     def keys_at(self, positions: Tensor, out: Tensor, *, base: int = 0, limit: Tensor | None = None) -> None:
-        """Write the keys of the weights at ``base`` + ``positions`` of the matrix to ``out``, 0 for those of other
-        ranks.
+        """Write the keys of the weights at ``base`` + ``positions`` to ``out``; 0 for other ranks' weights.
 
         ``positions``: (n,) int32 or int64. ``out``: (n,) int32; nothing is written from ``limit``, an int32 scalar, on.
         """
@@ -168,7 +166,7 @@ class OwnKeys:
 
     @property
     def _offset(self) -> int:
-        """Return the index in ``values`` of the matrix's first weight, which may be outside."""
+        """Index in ``values`` of the matrix's first weight, which may be outside."""
         return self.rect.r0 * self.row_length + self.rect.c0 - self.start
 
     def _factors(self) -> tuple[list[Any], dict[str, Any]]:
