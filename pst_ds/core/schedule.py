@@ -54,13 +54,9 @@ class ScheduleConfig:
     """Optimizer steps between mask updates; the last update is always at the end of the ramp."""
 
     def __post_init__(self) -> None:
-        _require(0.0 <= self.final_sparsity < 1.0, "final_sparsity", self.final_sparsity, "in [0, 1)")
-        _require(
-            0.0 <= self.initial_sparsity <= self.final_sparsity,
-            "initial_sparsity",
-            self.initial_sparsity,
-            f"in [0, final_sparsity = {self.final_sparsity}]",
-        )
+        first, last = self.initial_sparsity, self.final_sparsity
+        _require(0.0 <= last < 1.0, "final_sparsity", last, "in [0, 1)")
+        _require(0.0 <= first <= last, "initial_sparsity", first, f"in [0, final_sparsity = {last}]")
         _require(self.update_interval >= 1, "update_interval", self.update_interval, "at least 1")
         for name in ("warmup_fraction", "cooldown_fraction"):
             _require(0.0 <= getattr(self, name) < 1.0, name, getattr(self, name), "in [0, 1)")

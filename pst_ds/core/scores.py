@@ -11,13 +11,15 @@ from torch import Tensor
 from pst_ds.core.bits import apply_range_, shard_numel
 from pst_ds.core.coded_weight import CodedWeight, weights_at
 from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
+from pst_ds.core.kernels import merges
 from pst_ds.core.kernels.triton.merge import MaskBytes, mask_bytes, mask_rows, merge_into
 from pst_ds.core.layout import Rect, WeightLayout, row_tiles
 from pst_ds.core.quantization import Rounding
-from pst_ds.core.updates import merging
 
 MASK_BAND_ELEMENTS = {"cpu": 1 << 19}
 """Weights whose mask is unpacked in one step when a whole matrix is merged; 2**24 on other devices."""
+MOST_RANK = 16
+"""Highest rank of an update for which this is faster than torch's product followed by a pass for the mask."""
 
 
 def mask_band_elements(device_type: str) -> int:
@@ -82,6 +84,35 @@ def sliced_weight(weight: Tensor, tile: TileFactors, constants: Constants) -> Te
     return updated
 
 
+def merges_natively(weight: object, left: Tensor | None, right: Tensor | None, constants: Constants) -> bool:
+    """Return whether :func:`merge_natively` supports a layer, or a part, with this weight and these factors of its
+    update."""
+    if not isinstance(weight, Tensor) or left is None or right is None or constants.multiplicative:
+        return False
+    fits = all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in (weight, left, right))
+    return fits and left.shape[1] <= MOST_RANK and weight.stride(-1) == 1 and merges() is not None
+
+
+def merge_natively(
+    out: Tensor, weight: Tensor, mask: MaskBytes | None, rect: Rect, tile: TileFactors, constants: Constants
+) -> None:
+    """Write M . (W0 + beta U V) of ``rect`` to ``out`` from ``weight``, (rows, cols) with contiguous rows, in one pass.
+
+    Sums are fp32, in the order of the components, and rounded once: bit-identical in any rectangle, while torch may sum
+    in another order. ``out`` may be ``weight``. Without a ``mask`` every weight is kept.
+    """
+    native, left, right = merges(), tile.update_left, tile.update_right
+    assert native is not None
+    assert left is not None
+    assert right is not None
+    bits, row_bytes = (None, 0) if mask is None else (mask.bits[mask.first(rect) :], mask.row_bytes)
+    strides = [torch.tensor(matrix.stride()) for matrix in (left, right)]
+    native.pst_merge(
+        weight, weight.stride(0), out, out.stride(0), *weight.shape, left, strides[0], right, strides[1],
+        right.shape[0], constants.beta, bits, row_bytes, torch.get_num_threads(),
+    )  # fmt: skip
+
+
 def updated_weight(weight: Tensor, tile: TileFactors, constants: Constants, out: Tensor | None = None) -> Tensor:
     """Return W = W0 + beta U V of one rectangle in the dtype of ``weight``, written to ``out`` if given.
 
@@ -93,9 +124,9 @@ def updated_weight(weight: Tensor, tile: TileFactors, constants: Constants, out:
         product = torch.mm(tile.update_left, tile.update_right)
         return torch.addcmul(weight, weight, product, value=constants.beta, out=out)
     in_rows = out is None or out.stride(-1) == 1
-    if in_rows and merging.serves(weight, tile.update_left, tile.update_right, constants):
+    if in_rows and merges_natively(weight, tile.update_left, tile.update_right, constants):
         out = torch.empty_like(weight) if out is None else out
-        merging.merge_into(out, weight, None, Rect(0, weight.shape[0], 0, weight.shape[1]), tile, constants)
+        merge_natively(out, weight, None, Rect(0, weight.shape[0], 0, weight.shape[1]), tile, constants)
         return out
     return torch.addmm(weight, tile.update_left, tile.update_right, alpha=constants.beta, out=out)
 
@@ -161,8 +192,8 @@ def _masks_in_one_pass(
     """Return the mask and the function that merges under it, on a GPU or in compiled code; None if neither can."""
     per_shard = shard_numel(layout.numel, num_shards)
     mask, merge = mask_bytes(weight, bits, layout.shape, per_shard), merge_into
-    if mask is None and merging.serves(weight, factors.U, factors.V, constants):
-        mask, merge = mask_rows(bits, layout.shape, per_shard), merging.merge_into
+    if mask is None and merges_natively(weight, factors.U, factors.V, constants):
+        mask, merge = mask_rows(bits, layout.shape, per_shard), merge_natively
     whole = mask is not None and all(mask.holds(matrix.rect) for matrix in layout.matrices())
     return (mask, merge) if mask is not None and whole else None
 

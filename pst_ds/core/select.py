@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.kernels.triton.scan import OwnKeys
-from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, SingleWeights, histogram, order_keys
+from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, SingleWeights, histogram
 
 DIGIT_BITS = 11
 _KEY_BITS = 32
@@ -310,10 +310,3 @@ def _not_finite(counts: Tensor) -> Tensor:
     width = _KEY_BITS - DIGIT_BITS
     first, last = (LOWEST_FINITE - _LOWEST_KEY) >> width, (HIGHEST_FINITE - _LOWEST_KEY) >> width
     return counts[:, :first].sum(1, keepdim=True) + counts[:, last + 1 :].sum(1, keepdim=True)
-
-
-def keep_mask(scores: Tensor, count: int) -> Tensor:
-    """Return a bool mask of ``scores`` (any shape, fp32) without the ``count`` smallest: selection on one rank."""
-    keys = order_keys(scores)
-    (cut,) = select([MatrixKeys(count, lambda: iter((keys,)))], device=scores.device)
-    return cut.keep(keys)[0]

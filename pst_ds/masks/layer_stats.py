@@ -117,7 +117,10 @@ def measure(model: nn.Module, chosen: Sequence[int], *, with_scores: bool) -> La
     numbers = torch.cat([group_sum(torch.stack(here), any_weight), norms], 1).cpu()
     sums, norms = numbers.split([_NUM_SUMS, _NUM_NORMS], 1)
     found = LayerStats(
-        [part.correlation(s) if with_scores else None for part, s in zip(parts, sums, strict=True)],
+        [
+            stats.correlation(s[_MOMENTS], part.numel) if with_scores and part.learns_scores else None
+            for part, s in zip(parts, sums, strict=True)
+        ],
         [part.score_norm(s, n) if with_scores else None for part, s, n in zip(parts, sums, norms, strict=True)],
         [part.update_norm(s, n) for part, s, n in zip(parts, sums, norms, strict=True)],
         [_finite(math.sqrt(s[_WEIGHT_SQUARES])) for s in sums],
@@ -125,7 +128,8 @@ def measure(model: nn.Module, chosen: Sequence[int], *, with_scores: bool) -> La
     )
     finite = [i for i in chosen if bool(sums[i].isfinite().all())]
     if with_scores and finite:
-        ranges = [parts[i].histogram_range(sums[i]) for i in finite]
+        moments = {i: sums[i][_OF_SCORES].tolist() for i in finite}
+        ranges = [stats.histogram_range(total, squares, parts[i].numel) for i, (total, squares) in moments.items()]
         counts = [parts[i].counts(*bounds) for i, bounds in zip(finite, ranges, strict=True)]
         summed = group_sum(torch.cat(counts), any_weight).cpu().split([count.numel() for count in counts])
         for i, bounds, counted in zip(finite, ranges, summed, strict=True):
@@ -185,17 +189,11 @@ class _Part:
         bins = torch.zeros(2, stats.HISTOGRAM_BINS, dtype=torch.int64, device=kept_here.device)
         cells = torch.zeros(stats.thumbnail_cells(shape), dtype=torch.int64, device=kept_here.device)
         for matrix, rect in self._rects():
-            kept = self._view(kept_here, rect)
-            bins += stats.count_in_bins(self._scores(matrix, rect), kept, low, high)
+            kept = view_in_shard(kept_here, rect, shape[1], self._weight.start)
+            scores = scores_of_keys(self._keys.keys(matrix, rect))  # as used to select masks
+            bins += stats.count_in_bins(scores, kept, low, high)
             stats.add_kept_by_cell_(cells, kept, rect, shape)
         return torch.cat([bins.flatten(), cells.flatten()])
-
-    def correlation(self, sums: Tensor) -> float | None:
-        return stats.correlation(sums[_MOMENTS], self.numel) if self.learns_scores else None
-
-    def histogram_range(self, sums: Tensor) -> tuple[float, float]:
-        total, squares = sums[_OF_SCORES].tolist()
-        return stats.histogram_range(total, squares, self.numel)
 
     def score_norm(self, sums: Tensor, norms: Tensor) -> float | None:
         if self.layer.pst_S is not None:
@@ -210,13 +208,6 @@ class _Part:
 
     def _rects(self) -> Iterator[tuple[StoredMatrix, Rect]]:
         return ((matrix, rect) for matrix in self._keys.matrices for rect in self._keys.own_rects(matrix))
-
-    def _scores(self, matrix: StoredMatrix, rect: Rect) -> Tensor:
-        """Return S, (rows, cols) fp32, as used to select masks."""
-        return scores_of_keys(self._keys.keys(matrix, rect))
-
-    def _view(self, values: Tensor, rect: Rect) -> Tensor:
-        return view_in_shard(values, rect, self.layer.layout.shape[1], self._weight.start)
 
 
 def _finite(value: float) -> float | None:

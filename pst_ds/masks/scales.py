@@ -168,11 +168,6 @@ class _ShardWeights:
             merged[band.inside(rect)] = updated.masked_fill_(~keep, 0.0)
         return merged
 
-    def scale_rect(self, rect: Rect) -> tuple[slice, slice]:
-        """Return the slices of the layer's scales that belong to a rectangle of whole groups."""
-        rows, cols = self.stored.unit
-        return slice(rect.r0 // rows, rect.r1 // rows), slice(rect.c0 // cols, rect.c1 // cols)
-
     def write(self, scales: Tensor) -> None:
         """Store the layer's ``scales``; under ZeRO-3 each rank stores its shard."""
         param = self.layer.pst_scales
@@ -206,8 +201,9 @@ def _searched(batch: list[_ShardWeights]) -> tuple[list[Tensor], list[list[float
         table = torch.zeros(own.stored.shape, dtype=SCALE_DTYPE, device=own.device)
         for rect, grouped in own.whole_groups():
             found = group_scales(torch.nan_to_num(grouped, 0.0, 0.0, 0.0), grid, own.layer.dtype)
-            rows, cols = own.scale_rect(rect)
-            table[rows, cols] = found.view(rows.stop - rows.start, cols.stop - cols.start)
+            tall, wide = own.stored.unit
+            at = Rect(rect.r0 // tall, rect.r1 // tall, rect.c0 // wide, rect.c1 // wide)
+            table[at.slices] = found.view(at.shape)
             sums[i] += _loss(grouped, found.float(), grid)
         for first, grouped in own.cut_groups():
             cut.add(i, first, grouped)

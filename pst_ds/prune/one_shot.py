@@ -45,7 +45,7 @@ def plan_layers(
         swaps=config.swaps,
     )
     if config.budgets == "owl":
-        require_room(rules, _spread_of(config))
+        require_room(rules, SPREAD if config.spread is None else config.spread)
     if config.budgets == "saliency":
         require_linear(rules)
     return settings, sparsity, rules
@@ -68,7 +68,7 @@ def prune_loaded(
     settings, sparsity, rules = planned
     budgets: dict[str, object] = {} if config.budgets == "equal" else {"budgets": config.budgets}
     if config.budgets == "owl":
-        spread = _spread_of(config)
+        spread = SPREAD if config.spread is None else config.spread
         rules, outliers = rules_by_outliers(model, rules, batches, device=device, dtype=dtype, spread=spread)
         budgets |= {"spread": spread, "outliers": outliers}
     if config.budgets == "saliency":
@@ -111,7 +111,3 @@ def _grid_of(config: PruneConfig) -> Grid | None:
         return grid_of(f"int{config.bits}", config.group) if config.bits else None
     except ValueError as error:
         raise InputError(f"--bits {config.bits} --group {config.group}: {error}") from None
-
-
-def _spread_of(config: PruneConfig) -> float:
-    return SPREAD if config.spread is None else config.spread

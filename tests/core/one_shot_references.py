@@ -41,3 +41,9 @@ def counter(name, sparsity):
         n, m = map(int, name.split(":"))
         return lambda size: m - n
     return lambda size: math.floor(sparsity * size)
+
+
+def output_error(change, gram):
+    """||X D'||^2, the squared change of a layer's outputs for a change D of W, (O, I), with ``gram`` X'X, in double."""
+    change = change.to(torch.float64)
+    return float(((change @ gram.to(torch.float64)) * change).sum())

@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from pst_ds.core import scores
 from pst_ds.core.bits import apply_mask_, pack_mask
 from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
 from pst_ds.core.layout import Rect, WeightLayout
 from pst_ds.core.scores import masked_weight, merged_weight, updated_weight
-from pst_ds.core.updates import merging
 
 CONSTANTS = Constants(beta=1.3)
 LAYOUTS = [WeightLayout(48, 72, transposed, parts) for transposed in (False, True) for parts in (1, 3)]
 
-needs_compiler = pytest.mark.skipif(merging.merges() is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(scores.merges() is None, reason="no C++ compiler")
 each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 
 
@@ -42,7 +42,7 @@ def shuffled_mask(layout: WeightLayout) -> Tensor:
 def test_the_update_is_rounded_once(rank, shape):
     (rows, cols), beta = shape, CONSTANTS.beta
     weight, left, right = normal(rows, cols), normal(rows, rank), normal(rank, cols)
-    assert merging.serves(weight, left, right, CONSTANTS)
+    assert scores.merges_natively(weight, left, right, CONSTANTS)
     found = updated_weight(weight, tile_of(left, right), CONSTANTS)
     expected = weight.double() + beta * (left.double() @ right.double())
     bound = 2**-8 * expected.abs() + 1e-5 * (1.0 + beta * (left.double().abs() @ right.double().abs()))
@@ -90,7 +90,7 @@ def test_without_a_compiler_torch_makes_the_same_up_to_the_order_of_sums(layout,
     weight, factors, keep = normal(*layout.shape), factors_of(layout, 8), shuffled_mask(layout)
     bits = pack_mask(keep)
     native = masked_weight(weight, bits, 1, layout, factors, CONSTANTS)
-    monkeypatch.setattr(merging, "merges", lambda: None)
+    monkeypatch.setattr(scores, "merges", lambda: None)
     twin = masked_weight(weight, bits, 1, layout, factors, CONSTANTS)
     torch.testing.assert_close(native, twin, rtol=2**-7, atol=2e-2)
     assert torch.equal(native == 0, twin == 0)
@@ -98,7 +98,7 @@ def test_without_a_compiler_torch_makes_the_same_up_to_the_order_of_sums(layout,
 
 def test_only_small_updates_of_bf16_weights_are_taken():
     weight, left, right = normal(8, 8), normal(8, 2), normal(2, 8)
-    large = normal(8, merging.MOST_RANK + 1), normal(merging.MOST_RANK + 1, 8)
+    large = normal(8, scores.MOST_RANK + 1), normal(scores.MOST_RANK + 1, 8)
     refused = [
         (weight.float(), left.float(), right.float(), CONSTANTS),
         (weight.t(), left, right, CONSTANTS),
@@ -106,7 +106,7 @@ def test_only_small_updates_of_bf16_weights_are_taken():
         (weight, *large, CONSTANTS),
         (weight, left, right, Constants(multiplicative=True)),
     ]
-    assert not any(merging.serves(*arguments) for arguments in refused)
+    assert not any(scores.merges_natively(*arguments) for arguments in refused)
     expected = torch.addmm(weight, left, right, alpha=CONSTANTS.beta)
     out = torch.empty(8, 8, dtype=torch.bfloat16).t()  # rows that are not contiguous are torch's
     torch.testing.assert_close(updated_weight(weight, tile_of(left, right), CONSTANTS, out=out), expected)

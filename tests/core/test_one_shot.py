@@ -8,10 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pst_ds.core.keys import order_keys
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.one_shot.scored import keep_by_score, output_error, wanda_scores
+from pst_ds.core.one_shot.scored import keep_but, keep_by_score, wanda_scores
 from pst_ds.core.patterns import parse_pattern
-from pst_ds.core.select import keep_mask, prune_count
+from pst_ds.core.select import prune_count
+from tests.core.one_shot_references import output_error
 
 from .one_shot_references import correlated_inputs, counter, normal_weight, ranked_together, without_smallest
 
@@ -65,7 +67,7 @@ def test_a_fused_matrix_is_ranked_by_itself_as_training_ranks_it(transposed):
     keep = keep_by_score(stored.abs(), layout, parse_pattern("matrix"), 0.3)
     for block in layout.matrices():
         at = slice(block.rect.r0, block.rect.r1), slice(block.rect.c0, block.rect.c1)
-        assert torch.equal(keep[at].bool(), keep_mask(stored[at].abs().contiguous(), prune_count(0.3, 16)))
+        assert torch.equal(keep[at].bool(), keep_but(order_keys(stored[at].abs()), prune_count(0.3, 16)).bool())
 
 
 def test_what_no_mask_can_be_made_of_is_refused():

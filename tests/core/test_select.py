@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core.keys import order_keys
-from pst_ds.core.select import MatrixKeys, NonFiniteScoreError, RankSums, keep_mask, prune_count, select
+from pst_ds.core.select import MatrixKeys, NonFiniteScoreError, RankSums, prune_count, select
 
 LARGEST = torch.finfo(torch.float32).max
 SMALLEST = 2.0**-149
@@ -20,6 +20,13 @@ SMALLEST = 2.0**-149
 few_values = st.sampled_from([0.0, -0.0, 1.0, -1.0, SMALLEST, -SMALLEST, LARGEST, -LARGEST, 1.0 + 2.0**-23])
 any_finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 score_lists = st.lists(few_values | any_finite, min_size=1, max_size=60)
+
+
+def keep_mask(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The keep mask that :func:`select` makes on one rank."""
+    keys = order_keys(scores)
+    (cut,) = select([MatrixKeys(count, lambda: iter((keys,)))])
+    return cut.keep(keys)[0]
 
 
 def stable_sort_keep(scores: torch.Tensor, count: int) -> torch.Tensor:

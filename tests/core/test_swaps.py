@@ -15,10 +15,11 @@ from pst_ds.core.layout import WeightLayout
 from pst_ds.core.one_shot import swaps
 from pst_ds.core.one_shot.alps import alps, input_spectrum
 from pst_ds.core.one_shot.gram import unit_gram
-from pst_ds.core.one_shot.scored import Compensated, keep_by_score, output_error, wanda_scores
+from pst_ds.core.one_shot.scored import Compensated, keep_by_score, wanda_scores
 from pst_ds.core.one_shot.sparsegpt import inverse_factor, sparsegpt
 from pst_ds.core.one_shot.swaps import refine_by_swaps
 from pst_ds.core.patterns import parse_pattern
+from tests.core.one_shot_references import output_error
 
 from .one_shot_references import correlated_inputs, normal_weight
 from .test_formats import Guarded

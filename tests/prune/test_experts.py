@@ -14,7 +14,6 @@ from pst_ds.cli.main import main
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.one_shot.alps import alps, input_spectrum
 from pst_ds.core.one_shot.gram import DAMPING
-from pst_ds.core.one_shot.scored import output_error
 from pst_ds.core.one_shot.sparsegpt import inverse_factor, sparsegpt
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.quantization import Grid
@@ -23,7 +22,7 @@ from pst_ds.nn.targets import resolve_targets
 from pst_ds.prune.blocks import BlockReplay
 from pst_ds.prune.model import prune_layers
 from pst_ds.prune.rules import layer_rules, settings_for
-from tests.core.one_shot_references import counter, ranked_together, without_smallest
+from tests.core.one_shot_references import counter, output_error, ranked_together, without_smallest
 from tests.nn.expert_families import tiny_model
 
 RUN_FILE = "tests/data/causal_lm.toml"

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 from pst_ds.cli.main import main
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.one_shot.gram import DAMPING
-from pst_ds.core.one_shot.scored import output_error
 from pst_ds.nn.targets import resolve_targets
 from pst_ds.prune.model import prune_layers
 from pst_ds.prune.rules import layer_rules, settings_for
+from tests.core.one_shot_references import output_error
 
 RUN_FILE = "tests/data/causal_lm.toml"
 METHODS = ["magnitude", "wanda", "sparsegpt", "alps"]

@@ -81,13 +81,3 @@ def keep_but(keys: Tensor, count: int) -> Tensor:
     """Return the uint8 mask without the ``count`` smallest ``keys``, in their shape."""
     (cut,) = select([MatrixKeys(count, lambda: iter((keys,)))], device=keys.device)
     return cut.keep(keys)[0].to(torch.uint8)
-
-
-def output_error(change: Tensor, gram: Tensor) -> float:
-    """Return ||X D'||^2, the squared change of a layer's outputs over all calibration tokens for a change D of W, (O,
-    I).
-
-    ``gram``: X'X, (I, I). Computed in double precision.
-    """
-    change = change.to(torch.float64)
-    return float(((change @ gram.to(torch.float64)) * change).sum())

@@ -53,18 +53,8 @@ def _launch(shard: ShardBits, out: Tensor) -> None:
 
     lead, size = shard.start % 8, kernels.SIZE
     grid = (blocks(lead + shard.count, 8 * size),)
-    launch(
-        kernels.sum_bits,
-        grid,
-        shard.before,
-        shard.after,
-        shard.count,
-        lead,
-        shard.start // 8,
-        shard.seed,
-        out,
-        SIZE=size,
-    )
+    place = shard.count, lead, shard.start // 8, shard.seed
+    launch(kernels.sum_bits, grid, shard.before, shard.after, *place, out, SIZE=size)
 
 
 def _sum_together(shards: Sequence[ShardBits], sums: Sequence[Tensor]) -> None:

@@ -39,13 +39,14 @@ def _is_capable(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
 
-def launch(kernel: Any, grid: Grid, *args: Any, num_warps: int = 4, fuse: bool = False, **constants: Any) -> None:
+def launch(kernel: Any, grid: Grid, *args: object, num_warps: int = 4, fuse: bool = False, **constants: object) -> None:
     """Run ``kernel`` on ``grid`` on the device of its first argument, a tensor. Do nothing for an empty grid.
 
     Unless ``fuse``, products and sums are rounded separately, as in the C++ loops.
     """
     if 0 in grid:
         return
+    assert isinstance(args[0], torch.Tensor)
     device = args[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=fuse, **constants)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ def mask_rows(bits: Tensor, shape: tuple[int, int], shard_numel: int) -> MaskByt
     return MaskBytes(bits, shape[1] // 8) if shape[1] % 8 == 0 and shard_numel % 8 == 0 else None
 
 
-def mask_bytes(weight: Any, bits: Tensor, shape: tuple[int, int], shard_numel: int) -> MaskBytes | None:
+def mask_bytes(weight: object, bits: Tensor, shape: tuple[int, int], shard_numel: int) -> MaskBytes | None:
     """Return the mask as the kernels take it, or None if they do not support a layer with this weight."""
     if not isinstance(weight, Tensor) or weight.dtype not in _DTYPES or not serves(weight.device):
         return None
@@ -50,17 +49,8 @@ def merge_into(
 
     grid = blocks(out.shape[0], kernels.TILE_ROWS), blocks(out.shape[1], kernels.TILE_COLS)
     arguments, shapes = _merged(weight, mask, rect, tile, constants)
-    launch(
-        kernels.merge,
-        grid,
-        *arguments,
-        out,
-        out.stride(0),
-        fuse=True,
-        ROWS=kernels.TILE_ROWS,
-        COLS=kernels.TILE_COLS,
-        **shapes,
-    )
+    shapes |= {"ROWS": kernels.TILE_ROWS, "COLS": kernels.TILE_COLS}
+    launch(kernels.merge, grid, *arguments, out, out.stride(0), fuse=True, **shapes)
 
 
 def gradients_into(
@@ -86,20 +76,18 @@ def gradients_into(
     arguments, shapes = _merged(weight, mask, rect, tile, constants)
     norms = [n if n is None else n.float().contiguous() for n in (tile.row_norms, tile.col_norms)]
     outputs = (part for out in (merged, scores, updates) for part in (out, 0 if out is None else out.stride(0)))
-    launch(
-        kernels.gradients, grid, *arguments, grad, grad.stride(0), *norms, factor, *outputs, fuse=True,
-        HAS_MAGNITUDE=factor != 0.0, ROWS=kernels.GRADIENT_ROWS, COLS=kernels.GRADIENT_COLS, **shapes,
-    )  # fmt: skip
+    shapes |= {"ROWS": kernels.GRADIENT_ROWS, "COLS": kernels.GRADIENT_COLS, "HAS_MAGNITUDE": factor != 0.0}
+    launch(kernels.gradients, grid, *arguments, grad, grad.stride(0), *norms, factor, *outputs, fuse=True, **shapes)
 
 
 def _merged(
     weight: Tensor, mask: MaskBytes, rect: Rect, tile: TileFactors, constants: Constants
-) -> tuple[list[Any], dict[str, Any]]:
+) -> tuple[list[object], dict[str, int]]:
     """Return the kernels' arguments for the merged weight, and their constants."""
     from pst_ds.core.kernels.triton import merge_kernels as kernels
 
     left, right = tile.update_left, tile.update_right
-    arguments = [weight, weight.stride(0), *weight.shape, mask.bits, mask.row_bytes, mask.first(rect)]
+    arguments: list[object] = [weight, weight.stride(0), *weight.shape, mask.bits, mask.row_bytes, mask.first(rect)]
     if left is None or right is None:
         return [*arguments, None, 0, 0, None, 0, 0, 0.0, 0], {"RANK": 0, "MULTIPLICATIVE": False}
     rank = right.shape[0]

@@ -169,7 +169,7 @@ class OwnKeys:
         """Index in ``values`` of the matrix's first weight, which may be outside."""
         return self.rect.r0 * self.row_length + self.rect.c0 - self.start
 
-    def _factors(self) -> tuple[list[Any], dict[str, Any]]:
+    def _factors(self) -> tuple[list[object], dict[str, Any]]:
         """Return the arguments of ``score`` in the kernels, and its constants."""
         tile, constants = self.tile, self.constants
         if tile is None:
@@ -181,7 +181,7 @@ class OwnKeys:
         factor = constants.magnitude_factor(self.weight_scale)
         numbers = [constants.beta, factor, constants.alpha1, constants.alpha2]
         update_rank, score_rank = (0 if pair[1] is None else pair[1].shape[0] for pair in (update, scores))
-        arguments = [*_pair(*update), *_pair(*scores), *vectors, *norms, *numbers]
+        arguments: list[object] = [*_pair(*update), *_pair(*scores), *vectors, *norms, *numbers]
         return arguments, _constants(update_rank, score_rank, True)
 
 
@@ -189,7 +189,7 @@ def _constants(update_rank: int, score_rank: int, has_magnitude: bool) -> dict[s
     return {"UPDATE_RANK": update_rank, "SCORE_RANK": score_rank, "HAS_MAGNITUDE": has_magnitude}
 
 
-def _pair(left: Tensor | None, right: Tensor | None) -> list[Any]:
+def _pair(left: Tensor | None, right: Tensor | None) -> list[object]:
     """Return the factors of a product with their strides."""
     if left is None or right is None:
         return [None, 0, 1, None, 0]
