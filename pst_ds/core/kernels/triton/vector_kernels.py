@@ -97,6 +97,45 @@ def _code(word, two_to_23, number: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def _sum_of_floats(values, x, bits, most, UNROLL: tl.constexpr):
+    """Return the sum per lane of the kept values of its word times their x. ``values``: points to the last value."""
+    sums = tl.zeros((32,), tl.float32)
+    step = 0
+    while step < most:
+        for more in tl.static_range(UNROLL):
+            value = tl.load(values - more, mask=bits != 0, other=0.0).to(tl.float32)
+            place, bits = _take_highest(bits)
+            sums = tl.fma(value, tl.load(x + place.to(tl.int64) * 32), sums)
+        values -= UNROLL
+        step += UNROLL
+    return sums
+
+
+@triton.jit
+def _sum_of_codes(words, end, count, x, bits, most, UNROLL: tl.constexpr, BITS: tl.constexpr):
+    """Return the same for the codes before code number ``end`` of ``words``, without their scale."""
+    IN_WORD: tl.constexpr = 32 // BITS
+    word, shift = end * BITS >> 5, (end * BITS & 31).to(tl.uint64)
+    high = tl.load(words + word, mask=shift != 0, other=0)
+    # a count is at most 32, so this adds 0 and keeps the number in a register
+    two_to_23 = _TWO_TO_23 + (count >> 6)
+    sums = tl.zeros((32,), tl.float32)
+    step = 0
+    while step < most:
+        for more in tl.static_range(UNROLL):
+            if more % IN_WORD == 0:
+                word -= 1
+                low = tl.load(words + word, mask=word >= 0, other=0)
+                codes = _from_bit(low, high, shift) ^ (_SIGNS_OF_4 if BITS == 4 else _SIGNS_OF_8)
+                high = low
+            value = _code(codes, two_to_23, IN_WORD - 1 - more % IN_WORD, BITS)
+            place, bits = _take_highest(bits)
+            sums = tl.fma(value, tl.load(x + place.to(tl.int64) * 32), sums)
+        step += UNROLL
+    return sums
+
+
+@triton.jit
 def packed_vector(
     x_ptr, x_vector, experts_ptr, values_ptr, lead, bits_ptr, columns, offsets_ptr, scales_ptr, bias_ptr, y_ptr,
     y_vector, UNROLL: tl.constexpr, BITS: tl.constexpr, GROUP_WORDS: tl.constexpr, GROUPS: tl.constexpr,
@@ -114,7 +153,6 @@ def packed_vector(
     lanes = tl.arange(0, 32)
     offset = tl.load(offsets_ptr + row)
     if BITS:
-        IN_WORD: tl.constexpr = 32 // BITS
         words = (values_ptr - lead).to(tl.pointer_type(tl.int32)) + ((offset + lead) >> 2)
         before = ((offset + lead) & 3).to(tl.int32) * (8 // BITS)
     else:
@@ -126,40 +164,14 @@ def packed_vector(
     while start * 32 < columns:
         bits = mask_word(bits_ptr, row, start + lanes, columns, True)
         count = count_bits(bits)
-        end = before + tl.cumsum(count, 0)
-        if BITS:  # of the codes before ``end``
-            word, shift = end * BITS >> 5, (end * BITS & 31).to(tl.uint64)
-            high = tl.load(words + word, mask=shift != 0, other=0)
-            # a count is at most 32, so this adds 0 and keeps the number in a register
-            two_to_23 = _TWO_TO_23 + (count >> 6)
-        else:
-            own = values + end
-        x = x_ptr + lanes
-        partial = tl.zeros((32,), tl.float32)
-        most = tl.max(count, 0)
-        step = 0
-        while step < most:
-            for more in tl.static_range(UNROLL):
-                if BITS:
-                    if more % IN_WORD == 0:
-                        word -= 1
-                        low = tl.load(words + word, mask=word >= 0, other=0)
-                        codes = _from_bit(low, high, shift) ^ (_SIGNS_OF_4 if BITS == 4 else _SIGNS_OF_8)
-                        high = low
-                    value = _code(codes, two_to_23, IN_WORD - 1 - more % IN_WORD, BITS)
-                else:
-                    value = tl.load(own - more, mask=bits != 0, other=0.0).to(tl.float32)
-                place, bits = _take_highest(bits)
-                partial = tl.fma(value, tl.load(x + place.to(tl.int64) * 32), partial)
-            if not BITS:
-                own -= UNROLL
-            step += UNROLL
+        end, most = before + tl.cumsum(count, 0), tl.max(count, 0)
         if BITS:
             at = start + lanes
             group = row * GROUPS + (at // GROUP_WORDS if GROUP_WORDS else at * 0)
             scale = tl.load(scales_ptr + group, mask=at * 32 < columns, other=0.0)
-            partial *= scale.to(tl.float32)
-        sums += partial
+            sums += _sum_of_codes(words, end, count, x_ptr + lanes, bits, most, UNROLL, BITS) * scale.to(tl.float32)
+        else:
+            sums += _sum_of_floats(values + end, x_ptr + lanes, bits, most, UNROLL)
         before += tl.sum(count, 0)
         start += 32
         x_ptr += 32 * _X_ROWS
