@@ -11,7 +11,7 @@ from pst_ds.errors import InputError
 from pst_ds.report.outcomes import BenchResult, Conditions, Row, bench_text
 
 if TYPE_CHECKING:
-    from pst_ds.inference.bench.variants import NativeLoop, Variant
+    from pst_ds.inference.bench import NativeLoop, Variant
 
 SPARSE = ("bitmask", "csr", "2:4")
 
@@ -34,8 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, object]:
     import torch
 
-    from pst_ds.inference.bench.measure import measure
-    from pst_ds.inference.bench.variants import NativeLoop, conditions, copy_until, last_level_cache_bytes, variants
+    from pst_ds.inference.bench import NativeLoop, conditions, copy_until, last_level_cache_bytes, measure, variants
     from pst_ds.inference.hf.model_folder import open_model_folder
 
     folder = open_model_folder(args.model)

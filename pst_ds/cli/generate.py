@@ -131,7 +131,7 @@ def _decoder(args: argparse.Namespace, folder: ModelFolder, device: str, context
 
 def _loaded(args: argparse.Namespace, folder: ModelFolder, device: str) -> PreTrainedModel:
     """Return the transformers model, optimised for decoding, with the adapter of ``--user``. Raises InputError."""
-    from pst_ds.inference.runtime.quicken import quicken_decoding
+    from pst_ds.inference.runtime.attention import quicken_decoding
     from pst_ds.inference.serve.users import ServedUsers
     from pst_ds.train.users.store import UserStore
 

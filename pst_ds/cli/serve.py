@@ -116,7 +116,7 @@ def _service(
     from pst_ds.data.generation import end_tokens
     from pst_ds.data.model_limits import positions_of
     from pst_ds.export.prompt_file import read_prompt
-    from pst_ds.inference.runtime.quicken import quicken_decoding
+    from pst_ds.inference.runtime.attention import quicken_decoding
     from pst_ds.inference.serve.app import Limits, Service
     from pst_ds.inference.serve.batches import Batches
     from pst_ds.inference.serve.gate import Access

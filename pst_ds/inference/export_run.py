@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -17,7 +18,7 @@ from pst_ds.core.packings import COMPRESSED_TENSORS, COMPRESSED_TENSORS_W8A8, DE
 from pst_ds.core.quantization import grid_of
 from pst_ds.data.tasks import task_of
 from pst_ds.data.tokens.tokenize import open_tokenizer
-from pst_ds.data.vocabulary import Vocabulary, trim
+from pst_ds.data.vocabulary import trim
 from pst_ds.errors import InputError
 from pst_ds.export.from_folder import CONFIG_FILE, model_of
 from pst_ds.export.manifest import Facts
@@ -117,10 +118,7 @@ def export_run(
         settings: format, quantisation and so on; None writes a dense folder.
         checkpoint: "best", "final", another name in the run's ``checkpoints/``, or an opened checkpoint.
 
-    Returns:
-        Counts, sizes and sparsity.
-
-    Raises InputError, and WorkerError if one of several processes was killed.
+    Returns counts, sizes and sparsity. Raises InputError, and WorkerError if one of several processes was killed.
     """
     settings = settings or ExportSettings()
     config = run if isinstance(run, RunConfig) else load_run_or_folder(run)
@@ -135,7 +133,11 @@ def export_run(
     model = meta_model(config, opened.state.labels, tokenizer, own_dropout=True)
     vocabulary = None
     if settings.vocabulary:
-        vocabulary = _vocabulary_of_run(settings.vocabulary, config, opened.state.labels, tokenizer, model)
+        if settings.vocabulary == SEEN:
+            tokens = _tokens_of_splits(config, opened.state.labels, tokenizer)
+        else:
+            tokens = _tokens_of_file(settings.vocabulary, tokenizer)
+        vocabulary = trim(tokenizer, tokens | ids_of_model(model))
     report = export_checkpoint(
         cast("PreTrainedModel", model),
         opened,
@@ -143,7 +145,7 @@ def export_run(
         Path(out),
         settings.options(),
         vocabulary=vocabulary,
-        prompt=saved_prompt(config, opened, model),
+        prompt=_saved_prompt(config, opened, model),
         run=json.loads(json.dumps(tomllib.loads(dump_run(config)))),
     )
     if opened.state.rounds and config.quantization.activations:
@@ -158,17 +160,18 @@ def export_model_folder(source: str | Path, out: str | Path, settings: ExportSet
     if settings.format == ONNX:
         return _to_onnx(lambda at, how: export_model_folder(source, at, how), Path(out), settings)
     tokenizer, vocabulary = None, None
+    if settings.vocabulary == SEEN:
+        raise InputError(f"--vocabulary seen: {source} is a model folder, which has no training data. Name a text file")
     if settings.vocabulary:
-        tokenizer, vocabulary = _vocabulary_of_folder(settings.vocabulary, source)
-    report = export_folder(
-        source,
-        Path(out),
-        settings.options(),
-        tokenizer=tokenizer,
-        vocabulary=vocabulary,
-        dequantize=settings.dequantize,
+        tokenizer = open_tokenizer(source, str(source), "Name a folder with a tokenizer")
+        tokens = _tokens_of_file(settings.vocabulary, tokenizer)
+        vocabulary = trim(tokenizer, tokens | ids_of_model(model_of(source)))
+    options = settings.options()
+    return _with_token_count(
+        export_folder(
+            source, Path(out), options, tokenizer=tokenizer, vocabulary=vocabulary, dequantize=settings.dequantize
+        )
     )
-    return _with_token_count(report)
 
 
 def is_model_folder(source: Path) -> bool:
@@ -199,13 +202,12 @@ def _to_onnx(export: Callable[[Path, ExportSettings], Facts], out: Path, setting
 
 def _with_token_count(report: Facts) -> Facts:
     """Replace the list of kept tokens by their number."""
-    kept = report.pop("tokens_kept", None)
-    if kept:
+    if kept := report.pop("tokens_kept", None):
         report["tokens"] = len(kept)
     return report
 
 
-def saved_prompt(config: RunConfig, checkpoint: Checkpoint, shapes: nn.Module) -> SavedPrompt | None:
+def _saved_prompt(config: RunConfig, checkpoint: Checkpoint, shapes: nn.Module) -> SavedPrompt | None:
     """Return the trained prompt of a checkpoint, or None; ``shapes``: the run's model on the meta device."""
     prompt = prompt_of(shapes)
     if prompt is None:
@@ -220,22 +222,6 @@ def saved_prompt(config: RunConfig, checkpoint: Checkpoint, shapes: nn.Module) -
     return SavedPrompt(config.prompt.text, prompt.after, values.float())
 
 
-def _vocabulary_of_run(
-    requested: str, run: RunConfig, labels: list[str], tokenizer: PreTrainedTokenizerBase, model: nn.Module
-) -> Vocabulary:
-    """Return the trimmed vocabulary for a run's model. Raises InputError."""
-    seen = _tokens_of_splits(run, labels, tokenizer) if requested == SEEN else _tokens_of_file(requested, tokenizer)
-    return trim(tokenizer, seen | ids_of_model(model))
-
-
-def _vocabulary_of_folder(requested: str, folder: Path) -> tuple[PreTrainedTokenizerBase, Vocabulary]:
-    """Return the tokenizer of a model folder, and the trimmed vocabulary. Raises InputError."""
-    if requested == SEEN:
-        raise InputError(f"--vocabulary seen: {folder} is a model folder, which has no training data. Name a text file")
-    tokenizer = open_tokenizer(folder, str(folder), "Name a folder with a tokenizer")
-    return tokenizer, trim(tokenizer, _tokens_of_file(requested, tokenizer) | ids_of_model(model_of(folder)))
-
-
 def _tokens_of_splits(run: RunConfig, labels: list[str], tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the tokens of the training and validation data, truncated as in training."""
     task, found = task_of(run), set[int]()
@@ -247,20 +233,15 @@ def _tokens_of_splits(run: RunConfig, labels: list[str], tokenizer: PreTrainedTo
     return found
 
 
-def _tokens_of_file(name: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def _tokens_of_file(path: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the tokens of the lines of a text file. Raises InputError."""
     found = set[int]()
-    for lines in _batches_of_lines(Path(name)):
-        found.update(token for ids in tokenizer(lines)["input_ids"] for token in ids)
-    return found
-
-
-def _batches_of_lines(path: Path) -> Iterator[list[str]]:
-    """Yield the lines of a text file in batches. Raises InputError."""
     try:
-        with path.open(encoding="utf-8") as file:
-            while lines := [line.rstrip("\n") for _, line in zip(range(_BATCH), file, strict=False)]:
-                yield lines
+        with Path(path).open(encoding="utf-8") as file:
+            while lines := [line.rstrip("\n") for line in islice(file, _BATCH)]:
+                found.update(*tokenizer(lines)["input_ids"])
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f'--vocabulary {path} cannot be read: {error}. Name a UTF-8 file with one text per line, or "seen"'
         ) from None
+    return found

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pst_ds.cli.main import main
-from pst_ds.inference.bench import variants as benched
-from pst_ds.inference.bench.variants import Variant, copy_until, make_sparse, variants
+from pst_ds.errors import InputError
+from pst_ds.inference import bench as benched
+from pst_ds.inference.bench import Variant, copy_until, make_sparse, variants
 from pst_ds.inference.decoder import Decoder, DecoderError
-from pst_ds.inference.hf.model_folder import ModelFolderError, open_model_folder
+from pst_ds.inference.hf.model_folder import open_model_folder
 from pst_ds.inference.runtime import sparse_layers
 from pst_ds.report.outcomes import bench_text
 
@@ -87,9 +88,7 @@ def test_a_decoder_whose_values_are_codes_runs_in_the_native_loop_too(folders, c
 )
 @pytest.mark.few(1)
 def test_there_is_no_native_loop_of_floats_encoders_or_copies(folders, capsys, monkeypatch, folder, more):
-    monkeypatch.setattr(
-        "pst_ds.inference.bench.variants.last_level_cache_bytes", lambda: 2**20
-    )  # a few copies, not thousands
+    monkeypatch.setattr("pst_ds.inference.bench.last_level_cache_bytes", lambda: 2**20)  # a few copies, not thousands
     result, _ = _bench(capsys, folders / folder, *more)
     assert {row["variant"] for row in result["rows"]} >= {"dense", "bitmask"}
     assert not any(row["variant"] == "native loop" for row in result["rows"])
@@ -195,14 +194,14 @@ def test_copies_fill_what_is_asked_and_share_nothing(folders):
 def test_copies_that_do_not_fit_are_refused(monkeypatch):
     monkeypatch.setattr(benched, "available_bytes", lambda: 1000)
     found = {"dense": Variant(torch.nn.Linear(8, 8))}
-    with pytest.raises(ModelFolderError, match="Omit it"):
+    with pytest.raises(InputError, match="Omit it"):
         copy_until(found, 900)
     assert len(found["dense"].models) == 1
     copy_until(found, 700)
 
 
 def test_from_memory_steps_through_the_copies(folders, capsys, monkeypatch):
-    monkeypatch.setattr("pst_ds.inference.bench.variants.last_level_cache_bytes", lambda: 30_000)
+    monkeypatch.setattr("pst_ds.inference.bench.last_level_cache_bytes", lambda: 30_000)
     result, _ = _bench(capsys, folders / "half-bitmask", "--from-memory")
     assert {row["copies"] for row in result["rows"] if row["variant"] == "bitmask"} != {1}
     assert all(row["copies"] * row["resident_bytes"] >= 60_000 for row in result["rows"])

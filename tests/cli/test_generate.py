@@ -125,7 +125,7 @@ def test_the_native_loop_takes_dense_folders_too(folders, capsys):
 def test_transformers_goes_on_where_the_native_loop_cannot(folders, tmp_path, capsys, monkeypatch):
     options = ["--format", "bitmask", "--values", "int8"]
     assert main(["export", str(folders / "dense"), *options, "--out", str(tmp_path / "codes")]) == 0
-    monkeypatch.setattr("pst_ds.inference.decoder.decoder.LEAST_COSINE", 1.1)
+    monkeypatch.setattr("pst_ds.inference.decoder.decoder.MOST_DIFFERENCE", -1.0)
     result, _, err = _generate(capsys, tmp_path / "codes", "--max-new-tokens", "2")
     assert result["engine"] == "torch"
     assert "using transformers instead of the native loop" in err
@@ -252,7 +252,7 @@ def test_refusals(folders, copied, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized with 'gptq'"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised with 'gptq'"),
         ({"vocab_size": 4}, "do not belong together"),
         ({"architectures": None}, "no causal language model"),
         ({"model_type": "no-such-type"}, "config.json"),

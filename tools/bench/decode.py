@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-import pst_ds.inference.bench.variants as benched
-from pst_ds.inference.bench.measure import measure
+from pst_ds.inference import bench as benched
+from pst_ds.inference.bench import measure
 from pst_ds.inference.hf.model_folder import ModelFolder, open_model_folder
 from tools.bench.timing import benchmark_parser, conditions, print_result, progress
 from tools.fetch_smollm2 import FOLDER, dense_folder, pruned_folder

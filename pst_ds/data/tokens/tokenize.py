@@ -32,7 +32,7 @@ def open_tokenizer(path: str | Path, setting: str, fix: str) -> Tokenizer:
         # for a folder without tokenizer files, transformers makes a tokenizer that has only special tokens
         if len(tokenizer) > len(set(tokenizer.all_special_ids)):
             return tokenizer
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         problem = first_line(error)
     raise ConfigError(
         f"{setting} has no tokenizer, as a folder (looked in {Path(path).absolute()}) or on the hub: {problem}. {fix}"

@@ -1,5 +1,4 @@
-"""Decode a transformers causal language model on a CPU: a native loop over packed weights, several times as fast as
-torch.
+"""Decode transformers causal language models on a CPU in a native loop, several times as fast as torch.
 
     decoder = Decoder.from_pretrained("export-int8", context=2048)
     for token in decoder.stream(prompt_ids, max_new_tokens=64): ...

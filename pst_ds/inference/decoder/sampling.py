@@ -16,8 +16,7 @@ GREEDY_BELOW = 1e-5
 class Sampling:
     """The most likely token for a ``temperature`` below 1e-5; otherwise one drawn from softmax(logits / temperature).
 
-    ``top_k``: draw from that many most likely tokens, 0 for all. ``top_p``: from the most likely that together reach
-    it.
+    ``top_k``: number of most likely tokens to draw from, 0 for all. ``top_p``: their total probability.
     """
 
     temperature: float = 0.0

@@ -7,13 +7,20 @@ parts: Llama, Mistral, Ministral 3, Qwen2 and 3, SmolLM3, Phi-3, Gemma 1 to 3, G
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pst_ds.core.quantization import unpack_nibbles
 from pst_ds.errors import InputError
+from pst_ds.formats import QuantizedFormat
+from pst_ds.inference.hf.tables import StoredTable
+from pst_ds.inference.runtime import SparseLinear
+from pst_ds.inference.runtime.dense import narrowed
+from pst_ds.inference.runtime.native_loop import ACTIVATIONS, Loop, Matrix
 
 _NORMS = {
     "input_layernorm": "before_attention",
@@ -40,26 +47,21 @@ _ROPE_PARAMETERS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 """Rotary parameters by rope_type. Each only affects the angles, which the model's module computes for the table."""
-_ROPE_PARAMETERS_OF_ALL = (
-    "rope_type",
-    "type",
-    "rope_theta",
-    "partial_rotary_factor",
-    "max_position_embeddings",
-    "original_max_position_embeddings",
-    "mrope_section",
-    "mrope_interleaved",
-)
+_ROPE_PARAMETERS_OF_ALL = {
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "max_position_embeddings"),
+    *("original_max_position_embeddings", "mrope_section", "mrope_interleaved"),
+}
 """mrope is for images: the three positions of a text token are equal."""
 _CHANGES_BEYOND_ORIGINAL = {
     "long_factor": "longrope uses other angles",
     "llama_4_scaling_beta": "attention scales queries by position",
 }
 """Rotary parameters without effect up to original_max_position_embeddings, and their effect in longer sequences."""
-
-
+_USE_OTHER = "Use transformers' own generate()"
 Part = Any
 """A module of a transformers model, or its config. Its attributes depend on the model family."""
+Product = tuple[list[Matrix], Tensor | None]
+"""Matrices side by side, and their concatenated fp32 biases."""
 
 
 class DecoderError(InputError):
@@ -70,71 +72,87 @@ class DecoderError(InputError):
 class LayerTable:
     """One layer: its products by the names of ``native_loop.LINEARS``, its norms and its attention."""
 
-    linears: dict[str, list[nn.Module]]
+    products: dict[str, Product]
     norms: dict[str, Tensor]
-    window: int = 0
-    angles: int = -1
+    window: int
+    angles: int
 
 
 @dataclass(slots=True)
 class DecoderTable:
-    """A whole decoder. ``angles``: tables of rotary cosines and sines, (context, half) each."""
+    """A whole decoder with its weights in memory, from which any number of loops are created.
+
+    It does not refer to the model, which may be freed.
+    """
 
     shape: dict[str, int]
     numbers: dict[str, float]
-    embeddings: nn.Module
-    embedding_scale: float
-    head: nn.Module
+    embedding: tuple[Tensor, Tensor | None, int, int, float]
+    """Arguments of :meth:`Loop.set_embedding`."""
+    head: Product
     last_norm: Tensor
-    layers: list[LayerTable] = field(default_factory=list)
-    angles: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    layers: list[LayerTable]
+    angles: list[tuple[Tensor, Tensor]]
+    """Rotary cosines and sines, (context, half) each."""
 
-    def without_modules(self) -> DecoderTable:
-        """Return the table without references to the model's weights."""
-        bare = [replace(layer, linears={}) for layer in self.layers]
-        return replace(self, layers=bare, embeddings=nn.Identity(), head=nn.Identity())
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights read per token."""
+        products = [self.head, *(product for layer in self.layers for product in layer.products.values())]
+        return sum(matrix.nbytes for matrices, _ in products for matrix in matrices)
+
+    def loop(self, context: int, sequences: int, most: int, cache_bits: int, first: int = 0) -> Loop:
+        """Return a loop with an empty cache of 32, 16 or 8 bits. Raises MemoryError.
+
+        ``most``: most tokens per pass. ``first``: position in the model of the loop's first token.
+        """
+        more = {"context": context, "sequences": sequences, "most": most, "cache_bits": cache_bits}
+        loop = Loop(self.shape | more, self.numbers)
+        loop.set_embedding(*self.embedding)
+        for cosines, sines in self.angles:
+            loop.add_angles(cosines[first:], sines[first:])
+        for index, layer in enumerate(self.layers):
+            for name, product in layer.products.items():
+                loop.set_linear(index, name, *product)
+            for name, gain in layer.norms.items():
+                loop.set_norm(index, name, gain)
+            loop.set_attention(index, layer.window, layer.angles)
+        loop.set_linear(0, "head", *self.head)
+        loop.set_norm(0, "last", self.last_norm)
+        return loop
 
 
-def _layers_of(model: Part, body: Part) -> Part:
-    """Return the list of layers of ``body``, the decoder of ``model``. Raises DecoderError without layers or a norm."""
-    layers = getattr(body, "layers", None)
-    has_layers = isinstance(layers, nn.ModuleList) and len(layers) > 0
-    if not has_layers or not hasattr(body, "norm"):
-        missing = "'norm'" if has_layers else "list 'layers'"
-        raise DecoderError(
-            f"{type(model).__name__}: {type(body).__name__} has no {missing}: the native loop reads a list 'layers' "
-            "and a 'norm' after it. Use transformers' own generate()"
-        )
-    return layers
-
-
-def table_of(model: Part, context: int) -> DecoderTable:
+def table_of(model: Part, context: int, tables: Mapping[str, StoredTable] | None = None) -> DecoderTable:
     """Return the table of a transformers causal language model, with rotary angles for ``context`` positions.
 
-    Raises DecoderError for features that a table does not support.
+    ``tables``: quantised embeddings, by name in the model. Raises DecoderError for unsupported features.
     """
-    config, body = model.config.get_text_config(), model.get_decoder()
-    _require_known_rope(type(model).__name__, config, context)
-    layers = _layers_of(model, body)
-    reader = _Reader(type(model).__name__, config, body, context)
-    found = [reader.layer(layer, index) for index, layer in enumerate(layers)]
-    first: Part = layers[0]
-    attention, mlp = first.self_attn, first.mlp
-    heads, head = config.num_attention_heads, int(attention.head_dim)
+    config, body, kind = model.config.get_text_config(), model.get_decoder(), type(model).__name__
+    _require_known_rope(kind, config, context)
+    layers = _layers_of(kind, body)
+    reader = _Reader(kind, config, body, context)
+    attention, mlp = layers[0].self_attn, layers[0].mlp
     name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None) or ""
     if name not in _ACTIVATIONS:
-        raise DecoderError(f"{reader.name}: no native activation {name!r}; there are {', '.join(_ACTIVATIONS)}")
+        raise DecoderError(f"{kind}: no native activation {name!r}; there are {', '.join(_ACTIVATIONS)}")
+    found = [reader.layer(layer, index) for index, layer in enumerate(layers)]
+    embedding, head, heads = model.get_input_embeddings(), model.get_output_embeddings(), config.num_attention_heads
+    by_id = {id(model.get_submodule(name)): table for name, table in (tables or {}).items()}
+    table = by_id.get(id(embedding))
+    tied = table if isinstance(head, nn.Linear) and head.weight is embedding.weight else None
+    queries = found[0].norms.get("queries")
     shape = {
         "layers": len(layers),
         "hidden": config.hidden_size,
         "heads": heads,
         "key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head": head,
-        "inner": features(mlp.down_proj)[1],
-        "vocabulary": features(model.get_output_embeddings())[0],
+        "head": int(attention.head_dim),
+        "inner": int(mlp.down_proj.in_features),
+        "vocabulary": int(head.out_features),
         "context": context,
         "gated": int(hasattr(mlp, "gate_proj") or hasattr(mlp, "gate_up_proj")),
-        "norm_of_heads": int("queries" not in found[0].norms or found[0].norms["queries"].numel() == head),
+        "norm_of_heads": int(queries is None or queries.numel() == attention.head_dim),
+        "activation": ACTIVATIONS.index(_ACTIVATIONS[name]),
     }
     numbers = {
         "epsilon": reader.epsilon,
@@ -145,15 +163,60 @@ def table_of(model: Part, context: int) -> DecoderTable:
         "residual_scale": float(getattr(config, "residual_multiplier", None) or 1.0),
     }
     return DecoderTable(
-        shape | {"activation": _index(name)},
+        shape,
         numbers,
-        model.get_input_embeddings(),
-        reader.embedding_scale(model.get_input_embeddings()),
-        model.get_output_embeddings(),
+        _rows_of(embedding, table, float(getattr(config, "embedding_multiplier", 1.0))),
+        _product("the output layer", [head], tied),
         reader.gain(body.norm),
         found,
         reader.tables,
     )
+
+
+def _rows_of(
+    embedding: Part, table: StoredTable | None, factor: float
+) -> tuple[Tensor, Tensor | None, int, int, float]:
+    """Return the rows of the embedding, dense or quantised. The module or the model multiplies them by a factor."""
+    scale = float(getattr(embedding, "embed_scale", 1.0)) * factor
+    if table is not None:
+        return table.codes, table.scales, table.bits, table.group, scale
+    weight = narrowed(embedding.weight.detach())
+    return weight, None, 8 * weight.element_size(), 0, scale
+
+
+def _product(name: str, modules: Sequence[Part], table: StoredTable | None = None) -> Product:
+    """Return linear layers that share their input as one product. ``table``: stored form of an only layer."""
+    matrices = [_matrix_of(name, module, table) for module in modules]
+    if all(module.bias is None for module in modules):
+        return matrices, None
+    biases = [torch.zeros(m.out_features) if m.bias is None else m.bias.detach().float() for m in modules]
+    return matrices, torch.cat(biases)
+
+
+def _matrix_of(name: str, module: Part, table: StoredTable | None) -> Matrix:
+    """Return the matrix of a linear layer. Weights that are not quantised are dense, in bf16 if that is lossless."""
+    if table is not None:
+        codes = unpack_nibbles(table.codes, module.in_features).contiguous() if table.bits == 4 else table.codes
+        return Matrix.of_codes(codes, table.scales, table.bits, table.group)
+    if isinstance(module, SparseLinear):
+        if isinstance(module.format, QuantizedFormat):
+            parts, grid = module.parts(), module.format.grid
+            return Matrix.of_codes(module.format.unpack_codes(parts), parts["scales"], grid.bits, grid.group or 0)
+        return Matrix.of_floats(narrowed(module.dense_weight()))
+    if not isinstance(module, nn.Linear):
+        raise DecoderError(f"{name}: {type(module).__name__} is not a linear layer that the native loop supports")
+    return Matrix.of_floats(narrowed(module.weight.detach()))
+
+
+def _layers_of(kind: str, body: Part) -> Part:
+    """Return the list of layers of ``body``. Raises DecoderError without layers or a norm."""
+    layers = getattr(body, "layers", None)
+    has_layers = isinstance(layers, nn.ModuleList) and len(layers) > 0
+    if not has_layers or not hasattr(body, "norm"):
+        missing = "'norm'" if has_layers else "list 'layers'"
+        found = f"{type(body).__name__} has no {missing}"
+        raise DecoderError(f"{kind}: {found}, which the native loop reads. {_USE_OTHER}")
+    return layers
 
 
 def _require_known_rope(name: str, config: Part, context: int) -> None:
@@ -167,28 +230,15 @@ def _require_known_rope(name: str, config: Part, context: int) -> None:
         for key, value in {"rope_type": kind, **parameters}.items():
             if value is not None and key not in known:
                 raise DecoderError(
-                    f"{name}: {key} = {value!r} in rope_parameters: the native loop does not compute it. Use "
-                    "transformers' own generate()"
+                    f"{name}: {key} = {value!r} in rope_parameters: the native loop does not compute it. {_USE_OTHER}"
                 )
         original = parameters.get("original_max_position_embeddings") or 0
         for key, change in _CHANGES_BEYOND_ORIGINAL.items():
             if parameters.get(key) is not None and context > original:
                 raise DecoderError(
                     f"{name}: context = {context}: {change} in sequences beyond the original {original} positions "
-                    f"({key}), and the native loop does not. Lower context to {original}, or use transformers' own "
-                    "generate()"
+                    f"({key}), and the native loop does not. Lower context to {original}. {_USE_OTHER}"
                 )
-
-
-def features(module: Part) -> tuple[int, int]:
-    """Return (out_features, in_features) of a dense or packed linear layer."""
-    return int(module.out_features), int(module.in_features)
-
-
-def _index(activation: str) -> int:
-    from pst_ds.inference.runtime.native_loop import ACTIVATIONS
-
-    return ACTIVATIONS.index(_ACTIVATIONS[activation])
 
 
 class _Reader:
@@ -211,32 +261,25 @@ class _Reader:
             "gate_up": self._first_of(where, mlp, ["gate_up_proj"], ["gate_proj", "up_proj"], ["up_proj"]),
             "down": self._first_of(where, mlp, ["down_proj"]),
         }
-        sandwich = hasattr(layer, "post_feedforward_layernorm")
-        norms = {}
-        for name in _NORMS:
-            if hasattr(layer, name):
-                place = "after_attention" if sandwich and name == "post_attention_layernorm" else _NORMS[name]
-                norms[place] = self.gain(getattr(layer, name))
-        for name, place in (("q_norm", "queries"), ("k_norm", "keys")):
-            if getattr(attention, name, None) is not None:
-                norms[place] = self.gain(getattr(attention, name))
-        known = [module for modules in linears.values() for module in modules]
-        known += [getattr(layer, name) for name in _NORMS if hasattr(layer, name)]
-        known += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
-        self._refuse_others(where, layer, known)
-        return LayerTable(linears, norms, self._window(attention, index), self._angles(attention, index))
+        is_sandwich = hasattr(layer, "post_feedforward_layernorm")
+        places = _NORMS | ({"post_attention_layernorm": "after_attention"} if is_sandwich else {})
+        norms = {place: getattr(layer, name) for name, place in places.items() if hasattr(layer, name)}
+        norms |= {"queries": getattr(attention, "q_norm", None), "keys": getattr(attention, "k_norm", None)}
+        norms = {place: norm for place, norm in norms.items() if norm is not None}
+        known = [*norms.values(), *(module for modules in linears.values() for module in modules)]
+        held = {id(module) for top in known for module in top.modules()}
+        for name, module in layer.named_modules():
+            if id(module) not in held and next(module.parameters(recurse=False), None) is not None:
+                raise DecoderError(f"{where}: {name} ({type(module).__name__}) is not supported")
+        products = {name: _product(f"layer {index}, {name}", modules) for name, modules in linears.items()}
+        gains = {place: self.gain(norm) for place, norm in norms.items()}
+        return LayerTable(products, gains, self._window(attention, index), self._angles(attention, index))
 
     def _first_of(self, where: str, parent: Part, *choices: list[str]) -> list[nn.Module]:
         for names in choices:
             if all(hasattr(parent, name) for name in names):
                 return [getattr(parent, name) for name in names]
         raise DecoderError(f"{where}: {type(parent).__name__} has no {' or '.join(map('/'.join, choices))}")
-
-    def _refuse_others(self, where: str, layer: nn.Module, known: list[nn.Module]) -> None:
-        held = {id(module) for top in known for module in top.modules()}
-        for name, module in layer.named_modules():
-            if id(module) not in held and next(module.parameters(recurse=False), None) is not None:
-                raise DecoderError(f"{where}: {name} ({type(module).__name__}) is not supported")
 
     def gain(self, norm: Part) -> Tensor:
         """Return the factor of a root-mean-square norm, measured from its output. Raises DecoderError."""
@@ -257,10 +300,6 @@ class _Reader:
         if found is None:
             raise DecoderError(f"{self.name}: {type(norm).__name__} has no epsilon")
         return float(found)
-
-    def embedding_scale(self, embeddings: Part) -> float:
-        """Return the factor of the rows of the embedding, applied by the module or by the model."""
-        return float(getattr(embeddings, "embed_scale", 1.0)) * float(getattr(self.config, "embedding_multiplier", 1.0))
 
     def _type(self, index: int) -> str | None:
         types = getattr(self.config, "layer_types", None)

@@ -1,4 +1,4 @@
-"""Headers of packed weight files: which parts belong to which weight, checked before any tensor is read."""
+"""Headers of packed weight files: find the parts of each weight of a model, and check them before reading."""
 
 from __future__ import annotations
 
@@ -6,27 +6,23 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from pst_ds.core.layout import WeightLayout
 from pst_ds.errors import InputError
 from pst_ds.formats import FORMATS, FormatError, PackedFormat, form_of
+from pst_ds.formats.base_weights import names_in_files
 from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, TensorFile, TensorFileError
+from pst_ds.nn.model_structure import is_experts, is_linear, stack_layouts
 
 _PARTS_OF_CODES = ("codes", "bitmask", "scales", "shape")
 
 
 class PackedFolderError(InputError):
-    """A packed folder that is invalid or loaded with unsuitable options; the message names the tensor or setting."""
-
-
-class CodedModule(Protocol):
-    """A module that holds quantised values and their scales."""
-
-    scales: Tensor
-    dtype: torch.dtype
+    """A packed folder that is invalid, or loaded with unsuitable options."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +42,6 @@ class StoredTensor:
 
     @property
     def file(self) -> str:
-        """Name of the file."""
         return self.source.path.name
 
     def read(self) -> Tensor:
@@ -59,11 +54,7 @@ Groups = Mapping[str, Mapping[str, StoredTensor]]
 
 
 def read_headers(files: Iterable[str]) -> dict[str, StoredTensor]:
-    """Return every tensor of the files by name.
-
-    Raises:
-        PackedFolderError: a file is damaged or not safetensors, files are in several folders, or a name is repeated.
-    """
+    """Return every tensor of the files by name. Raises PackedFolderError, also for a name in two files."""
     paths = [Path(file) for file in files]
     if len({path.parent for path in paths}) != 1:
         raise PackedFolderError(f"the weight files of a model must be in one folder, got {', '.join(map(str, paths))}")
@@ -74,9 +65,7 @@ def read_headers(files: Iterable[str]) -> dict[str, StoredTensor]:
         try:
             source = TensorFile(path)
         except (TensorFileError, OSError) as error:
-            raise PackedFolderError(
-                f"{path}: not a readable safetensors file: {error}. Export the model again."
-            ) from None
+            raise PackedFolderError(f"{path}: not a readable safetensors file: {error}. Export again.") from None
         for name in source.slots:
             if name in found:
                 raise PackedFolderError(f"{name}: stored in {found[name].file} and in {path.name}. Export again.")
@@ -85,10 +74,7 @@ def read_headers(files: Iterable[str]) -> dict[str, StoredTensor]:
 
 
 def packed_groups(headers: Mapping[str, StoredTensor], packing: str) -> dict[str, dict[str, StoredTensor]]:
-    """Return the parts of weights that are packed as ``packing`` or quantised, by module name and part.
-
-    Unrelated tensors whose names end like a part may be among them.
-    """
+    """Return tensors that are named like parts of packed or quantised weights, by module name and part."""
     known = {*_PARTS_OF_CODES, *(FORMATS[packing].part_names if packing in FORMATS else ())}
     groups: dict[str, dict[str, StoredTensor]] = {}
     for name, stored in headers.items():
@@ -98,11 +84,47 @@ def packed_groups(headers: Mapping[str, StoredTensor], packing: str) -> dict[str
     return groups
 
 
-def form_of_group(name: str, packing: str, group: Mapping[str, StoredTensor], columns: int) -> PackedFormat:
-    """Return the format of the weight ``name`` with ``columns`` inputs, given the headers of its parts.
+def named_groups(model: nn.Module, groups: Groups) -> Groups:
+    """Return the ``groups`` of linear layers, embeddings and expert stacks, by name in ``model``.
 
-    Raises PackedFolderError if they fit no format.
+    Files of ``LlamaForCausalLM`` have "model.layers.0...", files of the base model "layers.0...": the prefix is added
+    or removed as transformers does. Raises PackedFolderError if two groups belong to one layer.
     """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}.".removeprefix(".")
+    holders = ((n, m) for n, m in model.named_modules() if is_linear(m) or isinstance(m, nn.Embedding))
+    weights: dict[str, Tensor] = {f"{n}.weight": m.get_parameter("weight") for n, m in holders}
+    layers = {name.removesuffix(".weight"): layer for name, layer in names_in_files(model, weights).items()}
+    layers |= {name.removesuffix(".weight"): name for name in weights} | {name: name for name in expert_stacks(model)}
+    named: dict[str, Mapping[str, StoredTensor]] = {}
+    for name, group in groups.items():
+        candidates = (name.removeprefix(prefix), name, prefix + name)
+        found = next((layers[candidate] for candidate in candidates if candidate in layers), None)
+        if found is None:
+            continue
+        found = found.removesuffix(".weight")
+        if found in named:
+            raise PackedFolderError(
+                f"{name}: the folder has this layer twice, with and without its prefix. Export again."
+            )
+        named[found] = group
+    return named
+
+
+def expert_stacks(model: nn.Module) -> dict[str, WeightLayout]:
+    """Return the layouts of the expert stacks of ``model`` that can become sparse, by the names of their Parameters."""
+    found: dict[str, WeightLayout] = {}
+    for owner, module in model.named_modules():
+        if is_experts(module):
+            try:
+                layouts = stack_layouts(module)
+            except ValueError:  # another form, which stays dense
+                continue
+            found |= {f"{owner}.{attribute}": layout for attribute, layout in layouts.items()}
+    return found
+
+
+def form_of_group(name: str, packing: str, group: Mapping[str, StoredTensor], columns: int) -> PackedFormat:
+    """Return the format of a weight with ``columns`` inputs, given its parts. Raises PackedFolderError."""
     sizes = {part: (stored.dtype, stored.shape) for part, stored in group.items()}
     try:
         return form_of(packing, sizes, columns)
@@ -111,10 +133,7 @@ def form_of_group(name: str, packing: str, group: Mapping[str, StoredTensor], co
 
 
 def kept_values(name: str, form: PackedFormat, group: Mapping[str, StoredTensor], shape: tuple[int, int]) -> int:
-    """Return how many values are stored for the weight ``name``, (O, I) = ``shape``, given the headers of its parts.
-
-    Raises PackedFolderError if a part is missing, or its dtype or shape does not fit the weight.
-    """
+    """Return how many values are stored for a weight (O, I). Raises PackedFolderError if the parts do not fit."""
     absent = [part for part in form.part_names if part not in group]
     if absent:
         file, part = next(iter(group.values())).file, absent[0]
@@ -135,34 +154,29 @@ def kept_values(name: str, form: PackedFormat, group: Mapping[str, StoredTensor]
         if stored.dtype != dtype or stored.shape != dims:
             raise PackedFolderError(
                 f"{name}.{part}: a {shape[0]} x {shape[1]} weight with {count} values needs {dtype} of shape {dims}, "
-                f"{stored.file} has {CODE_OF_DTYPE[stored.dtype]} of shape {stored.shape}. "
-                "Is it the folder of another model?"
+                f"{stored.file} has {stored.dtype} of shape {stored.shape}. Is it the folder of another model?"
             )
     return count
 
 
-def loaded_dtype(module: CodedModule) -> torch.dtype:
-    """Return the dtype that a module of quantised values must have after loading.
+def loaded_dtype(scales: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a quantised weight of ``dtype`` after loading. Call it before :func:`reread_parts`.
 
-    transformers casts the scales of modules that the model keeps in fp32, which is how they are recognised. Call it
-    before :func:`reread_parts`.
+    transformers casts the scales of modules that the model keeps in fp32, which is how they are recognised.
     """
-    return torch.float32 if module.scales.dtype == torch.float32 else module.dtype
+    return torch.float32 if scales.dtype == torch.float32 else dtype
 
 
 def reread_parts(module: nn.Module, form: PackedFormat, group: Mapping[str, StoredTensor]) -> None:
-    """Restore the stored dtype of parts that the loader has cast, except values in the model's dtype.
-
-    transformers casts every float tensor, including scales; some versions cast all tensors of modules kept in fp32.
-    """
+    """Restore the stored dtype of scales and other parts that transformers has cast, except float values."""
     for part in form.part_names:
         tensor, stored = getattr(module, part), group[part]
         if tensor.dtype != stored.dtype and (part != form.values_name or not stored.dtype.is_floating_point):
             setattr(module, part, stored.read().to(tensor.device))
 
 
-def outside_base_model(names: Iterable[str], base_prefix: str) -> set[str]:
+def outside_base_model(names: Iterable[str], model: PreTrainedModel) -> set[str]:
     """Return the tensors of a head: names without the base model's prefix, if other names have it."""
-    names = set(names)
-    inside = {name for name in names if base_prefix and name.startswith(f"{base_prefix}.")}
+    names, prefix = set(names), model.base_model_prefix
+    inside = {name for name in names if prefix and name.startswith(f"{prefix}.")}
     return names - inside if inside else set()

@@ -1,12 +1,14 @@
-"""Trace a model to an ONNX graph whose sparse layers stay packed."""
+"""Trace a model to an ONNX graph whose packed layers and embeddings become single nodes of the domain "pst_ds".
+
+operators.cpp implements the operators and documents their inputs.
+"""
 
 from __future__ import annotations
 
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 import torch
@@ -14,26 +16,21 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
+from pst_ds.errors import first_line
 from pst_ds.export.encoding import ExportError
-from pst_ds.inference.onnx.fuse import fuse
-from pst_ds.inference.onnx.nodes import ATTENTION, EmbeddingNode, SparseLinearNode, Table, attention
-from pst_ds.inference.runtime import SparseLinear
+from pst_ds.formats import FORMATS, QuantizedFormat
+from pst_ds.inference.onnx.fuse import DOMAIN, fuse
+from pst_ds.inference.runtime import SparseLinear, sparse_layers
+from pst_ds.inference.runtime.dense import narrowed
 
-OPSET = 20
+OPSET, VERSION = 20, 1
+"""Versions of ONNX's operators, and of ours."""
+ATTENTION = "pst_onnx"
+"""Name under which :func:`attention` is registered with transformers."""
+Table = tuple[Tensor, Tensor | None, int]
+"""Values, scales and bits of an embedding, as EmbeddingNode reads them."""
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 """Possible inputs of a graph, each (batch, tokens) int64, in this order."""
-
-
-class _ByPosition(nn.Module):
-    """A model that takes its inputs by position and returns its named outputs in order."""
-
-    def __init__(self, model: nn.Module, inputs: Sequence[str], outputs: Sequence[str]):
-        super().__init__()
-        self.model, self.inputs, self.outputs = model, inputs, outputs
-
-    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        results = self.model(**dict(zip(self.inputs, values, strict=True)), return_dict=True)
-        return tuple(results[name] for name in self.outputs)
 
 
 def input_names(model: PreTrainedModel) -> list[str]:
@@ -49,16 +46,13 @@ def sparse_graph(model: PreTrainedModel, tables: Mapping[str, Table], outputs: S
     """Trace ``model``, whose packed layers are SparseLinear, in fp32 with its sparse products as single nodes.
 
     ``tables``: embeddings that stay in their stored form, by name. ``outputs``: fields of the forward pass's result.
-    The model is consumed: its layers become nodes without values. Raises ExportError if torch's exporter cannot trace
-    it.
+    Consumes the model: its layers become nodes without values. Raises ExportError if torch cannot trace it.
     """
-    _register_attention()
-    sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
-    nodes: dict[str, nn.Module] = {name: SparseLinearNode(layer) for name, layer in sparse.items()}
-    for name, (values, scales, bits) in tables.items():
-        embedding = model.get_submodule(name)
-        assert isinstance(embedding, nn.Embedding)
-        nodes[name] = EmbeddingNode(values, scales, bits, embedding.embedding_dim)
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, eager_mask)
+    nodes: dict[str, nn.Module] = {name: SparseLinearNode(layer) for name, layer in sparse_layers(model).items()}
+    for name, table in tables.items():
+        nodes[name] = EmbeddingNode(*table, columns=model.get_submodule(name).get_parameter("weight").shape[1])
     for name in nodes:  # not cast with the rest
         model.set_submodule(name, nn.Identity())
     nn.Module.float(model).eval()  # transformers refuses to cast what it loaded as quantised
@@ -75,17 +69,14 @@ def plain_graph(model: PreTrainedModel, outputs: Sequence[str]) -> ir.Model:
     return _trace(nn.Module.float(model).eval(), outputs)
 
 
-def _register_attention() -> None:
-    """Register :func:`~pst_ds.inference.onnx.nodes.attention` with transformers, once per process."""
-    AttentionInterface.register(ATTENTION, attention)
-    AttentionMaskInterface.register(ATTENTION, eager_mask)
-
-
 def _trace(model: PreTrainedModel, outputs: Sequence[str]) -> ir.Model:
     inputs = input_names(model)
     most = getattr(model.config, "max_position_embeddings", None)
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=most or 1 << 20)}
-    with _quiet(), torch.no_grad():
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # torch's messages about axes that share a size
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
         try:
             program = torch.onnx.export(
                 _ByPosition(model, inputs, outputs),
@@ -99,30 +90,119 @@ def _trace(model: PreTrainedModel, outputs: Sequence[str]) -> ir.Model:
             )
         except torch.onnx.OnnxExporterError as error:
             raise ExportError(f"{type(model).__name__} cannot be written as a graph: {_cause(error)}") from error
+        finally:
+            logging.disable(disabled)
     assert program is not None
     if any(isinstance(size, int) for value in program.model.graph.inputs for size in value.shape or ()):
-        raise ExportError(
-            f"{type(model).__name__} cannot be written as a graph: torch's exporter fixes the number of tokens. Use "
-            "--format bitmask"
-        )
+        why = "cannot be written as a graph: torch's exporter fixes the number of tokens. Use --format bitmask"
+        raise ExportError(f"{type(model).__name__} {why}")
     return program.model
 
 
 def _cause(error: BaseException) -> str:
     """Return the first line of the original error of a chain."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return _cause(error.__cause__) if error.__cause__ is not None else first_line(error)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence torch's messages about axes that share a size."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
+class _ByPosition(nn.Module):
+    """A model that takes its inputs by position and returns its named outputs in order."""
+
+    def __init__(self, model: nn.Module, inputs: Sequence[str], outputs: Sequence[str]):
+        super().__init__()
+        self.model, self.inputs, self.outputs = model, inputs, outputs
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        results = self.model(**dict(zip(self.inputs, values, strict=True)), return_dict=True)
+        return tuple(results[name] for name in self.outputs)
+
+
+class SparseLinearNode(nn.Module):
+    """y = x W' + bias with the parts of a packed weight: (..., in_features) to (..., out_features) fp32."""
+
+    mask: Tensor
+    values: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, layer: SparseLinear):
+        """Use the parts of a checked ``layer``, converted to a bitmask if it has another format."""
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        form, parts = layer.format, layer.parts()
+        if isinstance(form, QuantizedFormat) and form.packing in ("bitmask", "2:4"):
+            self.bits = form.grid.bits
+            values, scales = parts["codes"].reshape(-1), parts["scales"]
+        else:
+            self.bits, scales = 0, None
+            if form.name not in ("bitmask", "2:4"):
+                form = FORMATS["bitmask"]
+                parts = form.pack(layer.dense_weight())
+            values = parts[form.values_name].reshape(-1)
+        self.register_buffer("mask", parts["bitmask"].contiguous())
+        self.register_buffer("values", values if self.bits else narrowed(values))
+        self.register_buffer("scales", scales)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
+
+    @property
+    def weight(self) -> Tensor:
+        """Reject models that read a weight without calling its layer, as Mamba's mixers do."""
+        raise NotImplementedError("other code reads the weight of a packed layer. Use --format bitmask")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _node(
+            "SparseLinear",
+            [x, self.mask, self.values, self.scales, self.bias],
+            {"bits": self.bits, "columns": self.in_features},
+            (*x.shape[:-1], self.out_features),
+        )
+
+
+class EmbeddingNode(nn.Module):
+    """Rows of a table of codes, or of bf16 numbers: ids (...) int64 to (..., columns) fp32."""
+
+    values: Tensor
+    scales: Tensor | None
+
+    def __init__(self, values: Tensor, scales: Tensor | None, bits: int, columns: int):
+        """``values``: (tokens, columns) int8 or bf16, or (tokens, ceil(columns / 2)) uint8 with two codes per byte."""
+        super().__init__()
+        self.bits, self.columns = bits, columns
+        self.register_buffer("values", values)
+        self.register_buffer("scales", scales)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        attributes = {"bits": self.bits, "columns": self.columns}
+        return _node("Embedding", [ids, self.values, self.scales], attributes, (*ids.shape, self.columns))
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Return softmax(scale q k' + mask) v, with the signature that transformers expects.
+
+    ``query`` (batch, heads, queries, head_size), ``key`` and ``value`` (batch, key_value_heads, keys, head_size), and
+    the mask (batch, heads or 1, queries, keys), which is added. The result is (batch, queries, heads, head_size).
+    """
+    if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
+        raise NotImplementedError("attention with soft-capped scores or sinks is not supported")
+    batch, heads, queries, size = query.shape
+    attributes = {
+        "heads": heads,
+        "key_value_heads": key.shape[1],
+        "head_size": size,
+        "scale": float(scaling if scaling is not None else size**-0.5),
+    }
+    inputs = [query, key, value, attention_mask]
+    return _node("Attention", inputs, attributes, (batch, queries, heads, size)), None
+
+
+def _node(name: str, inputs: list[Tensor | None], numbers: Mapping[str, int | float], shape: tuple[int, ...]) -> Tensor:
+    """Return a result without values: a model with such nodes can only be traced."""
+    op = f"{DOMAIN}::{name}"
+    return torch.onnx.ops.symbolic(op, inputs, {**numbers}, dtype=torch.float32, shape=shape, version=VERSION)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
 
 from pst_ds import __version__
@@ -20,15 +20,18 @@ from pst_ds.export.encoding import ExportError
 from pst_ds.export.from_folder import CONFIG_FILE, copy_small_files
 from pst_ds.export.prompt_file import PROMPT_FILE
 from pst_ds.file_names import MANIFEST_FILE
-from pst_ds.inference.hf.config import PackedWeightsConfig
-from pst_ds.inference.hf.stored_tables import stored_tables
-from pst_ds.inference.onnx.nodes import Table
+from pst_ds.inference.hf.config import LoadAs
+from pst_ds.inference.hf.model_folder import open_model_folder
+from pst_ds.inference.hf.tables import stored_tables
 from pst_ds.inference.runtime.dense import narrowed
+from pst_ds.nn.base_model import architecture
 from pst_ds.nn.model_structure import is_experts
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     from transformers import PreTrainedModel
+
+    from pst_ds.inference.onnx.export import Table
 
 _TABLE_ROWS = 100
 """Embeddings with at least this many rows stay in their stored form; smaller ones gain little."""
@@ -40,16 +43,14 @@ _NOT_LOGITS = ("loss", "past_key_values", "hidden_states", "attentions", "encode
 
 
 def write_onnx(
-    packed: Path, out: Path, facts: dict[str, Any], *, plain: bool = False, activation_bits: int = 16
-) -> dict[str, Any]:
+    packed: Path, out: Path, facts: Mapping[str, object], *, plain: bool = False, activation_bits: int = 16
+) -> dict[str, object]:
     """Write ``out``, a folder with model.onnx, config.json and the tokenizer, from the folder ``packed``.
 
     ``packed`` is a bitmask folder, or any folder with ``plain``: dense fp32 weights and ONNX's standard operators.
-    ``facts``: facts about the export in ``packed``; the file's metadata keeps the small ones. ``activation_bits``: 8
-    lets products with quantised weights use int8 activations. If ONNX Runtime is installed, the file is compared with
-    the model that transformers loads from ``packed``: with 16 bits, and as exported. Returns ``facts`` and facts about
-    the file. Raises ExportError, leaving nothing behind, if the model cannot be traced, its attention has no operator,
-    or the results differ.
+    ``activation_bits``: 8 lets products with quantised weights use int8 activations. If ONNX Runtime is installed, the
+    file is compared with the model in ``packed``: with 16 bits, and as exported. Returns ``facts`` about the packed
+    export, and facts about the file. Raises ExportError, leaving nothing behind.
     """
     import onnx_ir as ir
 
@@ -58,8 +59,7 @@ def write_onnx(
     if (packed / PROMPT_FILE).is_file():
         raise ExportError(f"{out} would ignore the model's trained prompt. Use --format dense, or bitmask")
     model, reference = _load(packed, "dense" if plain else "sparse"), _load(packed, "dense")
-    _require_graph(reference)
-    outputs = _output_names(reference)
+    outputs = _outputs_of(reference)
     graph = plain_graph(model, outputs) if plain else sparse_graph(model, _tables(packed, model), outputs)
     _annotate(graph, facts, activation_bits)
     nbytes = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value)
@@ -91,7 +91,7 @@ def write_onnx(
     }
 
 
-def _annotate(graph: ir.Model, facts: dict[str, Any], activation_bits: int) -> None:
+def _annotate(graph: ir.Model, facts: Mapping[str, object], activation_bits: int) -> None:
     """Add the small ``facts`` to the graph's metadata, and the bits of activations to its sparse products."""
     import onnx_ir as ir
 
@@ -104,58 +104,46 @@ def _annotate(graph: ir.Model, facts: dict[str, Any], activation_bits: int) -> N
     graph.metadata_props["pst_ds"] = json.dumps({"version": __version__, **kept})
 
 
-def _require_graph(model: PreTrainedModel) -> None:
-    """Raise ExportError for a model that no graph can represent."""
+def _outputs_of(model: PreTrainedModel) -> list[str]:
+    """Return the tensors that a model's forward pass returns, without states and caches.
+
+    Raises ExportError for a model that no graph can represent.
+    """
     from pst_ds.inference.onnx.export import input_names
 
-    name, config = type(model).__name__, getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False) or "input_ids" not in input_names(model):
+    inputs, name = input_names(model), type(model).__name__
+    if model.config.is_encoder_decoder or "input_ids" not in inputs:
         raise ExportError(f"{name} does not take a single sequence of tokens. Use --format bitmask")
     if any(is_experts(module) for module in model.modules()):
         raise ExportError(f"{name} has experts, and a graph cannot route tokens to them. Use --format bitmask")
+    with torch.no_grad():
+        found = model(**{name: torch.ones(1, 8, dtype=torch.long) for name in inputs}, return_dict=True)
+    return [name for name, value in found.items() if isinstance(value, Tensor) and name not in _NOT_LOGITS]
 
 
 def require_free(out: Path) -> None:
     """Raise ExportError unless ``out`` is free, an empty folder, or an older ONNX export, and ONNX can be written."""
-    _require_libraries()
+    if find_spec("onnxscript") is None:  # onnx and onnx_ir are installed with it
+        raise ExportError("ONNX files need onnx and onnxscript: pip install 'pst-ds[onnx]'")
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / ONNX_FILE).is_file())):
         raise ExportError(f"{out.absolute()} exists and is not an ONNX export. Name another folder with --out")
     require_writable(out, f"--out {out}")
 
 
-def _require_libraries() -> None:
-    if find_spec("onnxscript") is None:  # onnx and onnx_ir are installed with it
-        raise ExportError("ONNX files need onnx and onnxscript: pip install 'pst-ds[onnx]'")
-
-
-def _load(folder: Path, load_as: Literal["dense", "sparse"]) -> PreTrainedModel:
+def _load(folder: Path, load_as: LoadAs) -> PreTrainedModel:
     """Return the model in ``folder`` in fp32, of the class that its config names."""
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    names = config.get("architectures") or ["AutoModel"]
-    cls = getattr(transformers, names[0], None)
-    if cls is None:
-        raise ExportError(f"config.json names {names[0]}, which transformers {transformers.__version__} does not have")
-    how: dict[str, object] = {"dtype": torch.float32, "local_files_only": True}
-    if "quantization_config" in config:
-        how["quantization_config"] = PackedWeightsConfig(load_as=load_as)
-    model: PreTrainedModel = cls.from_pretrained(folder, **how).eval()
-    if getattr(model.config, "use_cache", False):
-        model.config.use_cache = False
+    opened = open_model_folder(folder)
+    if opened.config.architectures and architecture(opened.config) is None:
+        raise ExportError(f"config.json names {opened.config.architectures[0]}, which transformers does not have")
+    model = opened.load(load_as, "fp32")
+    model.config.use_cache = False
     return model
-
-
-def _output_names(model: PreTrainedModel) -> list[str]:
-    """Return the names of the tensors that a model's forward pass returns, without states and caches."""
-    from pst_ds.inference.onnx.export import input_names
-
-    with torch.no_grad():
-        found = model(**{name: torch.ones(1, 8, dtype=torch.long) for name in input_names(model)}, return_dict=True)
-    return [name for name, value in found.items() if isinstance(value, Tensor) and name not in _NOT_LOGITS]
 
 
 def _tables(folder: Path, model: nn.Module) -> dict[str, Table]:
     """Return the large embeddings in the folder's stored form, by name in ``model``."""
-    stored, found = stored_tables(folder, model), dict[str, Table]()
+    stored = stored_tables(folder, model)
+    found: dict[str, Table] = {}
     for name, module in model.named_modules():
         if type(module) is not nn.Embedding or module.num_embeddings < _TABLE_ROWS:
             continue
@@ -166,23 +154,23 @@ def _tables(folder: Path, model: nn.Module) -> dict[str, Table]:
     return found
 
 
-def _compare(file: Path, reference: Any, allowed: float, *, exact: bool = False) -> float | None:
-    """Run ``file`` and the model on inputs of all lengths. Return the largest difference relative to the largest
-    output.
+def _compare(file: Path, reference: PreTrainedModel, allowed: float, *, exact: bool = False) -> float | None:
+    """Run ``file`` and the model on inputs of all lengths. Return their largest difference over the largest output.
 
-    Outputs at padding, which no user reads, may differ. ``exact``: use 16-bit activations. Returns None without ONNX
-    Runtime. Raises ExportError above ``allowed``.
+    Ignores outputs at padding. ``exact``: use 16-bit activations. Returns None without ONNX Runtime. Raises ExportError
+    above ``allowed``.
     """
     if find_spec("onnxruntime") is None:
         return None
     from pst_ds.inference.onnx.operators import open_session
 
     session = open_session(file, threads=1, exact=exact)
+    num_tokens = len(reference.get_input_embeddings().get_parameter("weight"))
     most = min(getattr(reference.config, "max_position_embeddings", None) or 64, 64)
     draw, apart, largest = np.random.default_rng(0), 0.0, 1e-30
     for batch, tokens in ((1, 1), (2, 7), (3, most)):
         feed = {value.name: np.ones((batch, tokens), np.int64) for value in session.get_inputs()}
-        feed["input_ids"] = draw.integers(1, reference.get_input_embeddings().num_embeddings, (batch, tokens))
+        feed["input_ids"] = draw.integers(1, num_tokens, (batch, tokens))
         if "token_type_ids" in feed:
             feed["token_type_ids"][:] = 0
         real = np.ones((batch, tokens), bool)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from pst_ds.inference.onnx.nodes import DOMAIN
-
+DOMAIN = "pst_ds"
 ACTIVATIONS = {"Relu": 1, "Gelu": 2, "Tanh": 5}
 """Numbers of activations in SparseLinear for nodes with one input; 3 is the Gelu of a tanh, 4 SiLU."""
 _GELU_TANH, _SILU = 3, 4
@@ -17,12 +16,12 @@ _HEADS_FIRST = (0, 2, 1, 3)
 
 def fuse(graph: ir.Graph) -> None:
     """Rewrite ``graph`` in place. Its results stay the same up to the rounding of sums."""
-    for node in list(_nodes(graph, "Attention")):
+    for node in _nodes(graph, "Attention"):
         _take_rows(graph, node)
     _remove_unused(graph)
-    for node in list(_nodes(graph, "Attention")):
+    for node in _nodes(graph, "Attention"):
         _join_projections(graph, node)
-    for node in list(_nodes(graph, "SparseLinear")):
+    for node in _nodes(graph, "SparseLinear"):
         _take_activation(node)
     for node in list(graph):
         if node.domain == "" and node.op_type == "LayerNormalization":
@@ -30,8 +29,8 @@ def fuse(graph: ir.Graph) -> None:
     _remove_unused(graph)
 
 
-def _nodes(graph: ir.Graph, name: str) -> Iterator[ir.Node]:
-    return (node for node in graph if node.domain == DOMAIN and node.op_type == name)
+def _nodes(graph: ir.Graph, name: str) -> list[ir.Node]:
+    return [node for node in graph if node.domain == DOMAIN and node.op_type == name]
 
 
 def _producer(value: ir.Value | None, name: str) -> ir.Node | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pst_ds.core.kernels import NativeSource, library_file
 from pst_ds.errors import InputError
-from pst_ds.inference.runtime.instructions import as_asked
+from pst_ds.inference.runtime.native_loop import as_asked
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions
@@ -29,8 +29,7 @@ SOURCE = NativeSource(
 
 
 def operator_library() -> Path:
-    """Return the shared library to register, built now if it is not installed. Raises RuntimeError if it cannot
-    be built.
+    """Return the shared library to register, built if necessary. Raises RuntimeError.
 
     Any program that runs ONNX Runtime can load it, in any language; it needs neither Python nor this package.
     """
@@ -38,10 +37,7 @@ def operator_library() -> Path:
 
 
 def register_operators(options: SessionOptions) -> None:
-    """Let sessions with ``options``, an ``onnxruntime.SessionOptions``, run graphs with sparse weights.
-
-    Raises InputError if the environment asks for instructions that are not supported.
-    """
+    """Let sessions with ``options`` run graphs with sparse weights. Raises InputError for unsupported instructions."""
     library = str(operator_library())
     as_asked(ctypes.CDLL(library).pst_onnx_level())
     options.register_custom_ops_library(library)
@@ -61,8 +57,7 @@ def exact_inputs() -> Iterator[None]:
 def open_session(file: Path, threads: int = 0, *, exact: bool = False) -> InferenceSession:
     """Return an ``onnxruntime.InferenceSession`` of ``file`` on the CPU, with our operators. ``threads``: 0 for all.
 
-    ``exact``: use 16-bit activations in sparse products, whatever the file says. Raises InputError without ONNX
-    Runtime, and if it rejects the file.
+    ``exact``: use 16-bit activations in sparse products, whatever the file says. Raises InputError.
     """
     try:
         import onnxruntime

@@ -1,7 +1,7 @@
-"""Attention of one new token per sequence on a CPU, as decoding needs at every step, in compiled code (one_query.cpp).
+"""Faster decoding of transformers models on a CPU: attention of one new token per sequence (one_query.cpp).
 
-torch's attention takes several times as long for bf16, because it converts keys and values head by head for products
-with a single row. Here they are read once, in place, for all heads that share them.
+torch's attention takes several times as long for bf16, because it converts keys and values head by head. Here they are
+read once, in place, for all heads that share them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.core.kernels import FLAGS, POINTER, NativeSource, load
+from pst_ds.inference.runtime.dense import quicken_output_layer
 
 SOURCE = NativeSource(
     "attention/one_query.cpp",
@@ -36,29 +37,20 @@ def library() -> CDLL | None:
     return load(SOURCE)
 
 
-def one_query(query: Tensor, key: Tensor, value: Tensor, begins: list[int], scale: float) -> Tensor:
+def one_query(query: Tensor, key: Tensor, value: Tensor, starts: list[int], scale: float) -> Tensor:
     """Return softmax(scale q K') V for one query per head, (B, H, D), in its dtype.
 
-    ``query`` (B, H, 1, D), ``key`` and ``value`` (B, G, L, D), supported by :func:`takes`. ``begins``: first position
-    that each sample sees. Sums are fp32, and a sample's result is bit-identical in every batch, regardless of its first
-    position.
+    ``query`` (B, H, 1, D), ``key`` and ``value`` (B, G, L, D), supported by :func:`takes`. ``starts``: first position
+    that each sample sees. Sums are fp32, and a sample's result is bit-identical in every batch.
     """
     native = library()
     assert native is not None
     (samples, heads, _, size), (_, groups, length, _) = query.shape, key.shape
     sizes = (samples, groups, heads, size, length, *query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
+    arrays = (c_int64 * len(sizes))(*sizes), (c_int64 * samples)(*starts)
+    pointers, threads = (tensor.data_ptr() for tensor in (query, key, value)), torch.get_num_threads()
     out = query.new_empty(samples, heads, size)
-    native.pst_one_query(
-        query.data_ptr(),
-        key.data_ptr(),
-        value.data_ptr(),
-        (c_int64 * len(sizes))(*sizes),
-        (c_int64 * samples)(*begins),
-        scale,
-        query.element_size(),
-        torch.get_num_threads(),
-        out.data_ptr(),
-    )
+    native.pst_one_query(*pointers, *arrays, scale, query.element_size(), threads, out.data_ptr())
     return out
 
 
@@ -77,10 +69,9 @@ def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def first_seen(mask: Tensor | None, samples: int, length: int) -> list[int] | None:
-    """Return the first position that each sample sees under ``mask``, bool (B or 1, 1, 1, L); all are visible without
-    one.
+    """Return the first position that each sample sees under a bool ``mask`` (B or 1, 1, 1, L); 0 without a mask.
 
-    Return None for other masks: those that differ between heads or hide positions after the first visible one.
+    Return None for masks that differ between heads or hide positions after the first visible one.
     """
     if mask is None:
         return [0] * samples
@@ -91,6 +82,16 @@ def first_seen(mask: Tensor | None, samples: int, length: int) -> list[int] | No
         return None
     found: list[int] = (length - seen.sum(1)).tolist()
     return found * samples if len(found) == 1 else found
+
+
+def quicken_decoding(model: nn.Module) -> None:
+    """Let ``model`` compute a dense output layer and "sdpa" attention of single tokens in compiled code, on a CPU.
+
+    Prompts and everything with a gradient stay unchanged. Logits are equal up to the rounding of sums. Call it before
+    attaching anything to layers of the model: the output layer becomes another module.
+    """
+    quicken_output_layer(model)
+    quicken_attention(model)
 
 
 def quicken_attention(model: nn.Module) -> bool:
@@ -125,10 +126,10 @@ def _attention(
     """Compute what transformers' "sdpa" computes, (B, tokens, H, D)."""
     plain = dropout == 0.0 and all(more.get(name) is None for name in _OTHERS_HAVE)
     if plain and takes(query, key, value):
-        begins = first_seen(attention_mask, query.shape[0], key.shape[2])
-        if begins is not None:
+        starts = first_seen(attention_mask, query.shape[0], key.shape[2])
+        if starts is not None:
             scale = query.shape[3] ** -0.5 if scaling is None else scaling
-            return one_query(query, key, value, begins, scale).unsqueeze(1), None
+            return one_query(query, key, value, starts, scale).unsqueeze(1), None
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     found: tuple[Tensor, Tensor | None] = ALL_ATTENTION_FUNCTIONS["sdpa"](

@@ -42,9 +42,7 @@ class VectorLinear(nn.Linear):
 
 
 class PrepackedLinear(nn.Module):
-    """A linear layer for inference, with its weight in the layout that oneDNN prefers for ``vectors`` vectors per
-    product.
-    """
+    """A linear layer for inference, in the layout that oneDNN prefers for products of ``vectors`` vectors."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, vectors: int):
         """Pack ``weight`` (O, I), on the CPU and of a dtype that :func:`can_prepack` supports."""
@@ -70,8 +68,7 @@ def can_prepack(dtype: torch.dtype) -> bool:
 def prepack(model: nn.Module, vectors: int) -> list[str]:
     """Convert every dense linear layer of the model to oneDNN's layout, in place. Return their names.
 
-    Tied output layers, which would be copied, and layers on other devices stay unchanged. ``vectors``: usual number per
-    product.
+    Tied output layers and layers on other devices stay unchanged. ``vectors``: usual number per product.
     """
     chosen = {
         name: module

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.experts.routing import Routing
-from pst_ds.core.packings import DENSE
 from pst_ds.formats import FORMATS, PackedFormat, QuantizedFormat
 from pst_ds.inference.runtime import gpu, native, ops
-from pst_ds.inference.runtime.backends import backend_for
 from pst_ds.inference.runtime.linear import SparseLinear
 
 FEW_PAIRS = 64
@@ -19,9 +17,8 @@ FEW_PAIRS = 64
 class SparseExperts(SparseLinear):
     """y = x W' with the expert of each token and a packed W. The parts belong to the (E*O, I) matrix of all experts.
 
-    For inference, with the same parts and checks as :class:`SparseLinear`. Experts without a token cost nothing. On a
-    GPU one launch multiplies with all others. It replaces a stack (E, O, I), or (E, I, O), in a transformers experts
-    module.
+    For inference, with the same parts and checks as :class:`SparseLinear`. On a GPU one launch multiplies with all
+    experts that have tokens. It replaces a stack (E, O, I), or (E, I, O), in a transformers experts module.
     """
 
     expert_offsets: Tensor
@@ -37,9 +34,7 @@ class SparseExperts(SparseLinear):
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
     ):
-        """``out_features``: per expert. ``nonzero``: of all experts. The other arguments are as in
-        :class:`SparseLinear`.
-        """
+        """``out_features``: per expert. ``nonzero``: of all experts. The others are as in :class:`SparseLinear`."""
         outputs = num_experts * out_features
         super().__init__(in_features, outputs, nonzero, format=format, bias=False, dtype=dtype, device=device)
         self.num_experts = num_experts
@@ -52,11 +47,7 @@ class SparseExperts(SparseLinear):
         parts = form.pack(stack.detach().flatten(0, 1))
         experts, outputs, inputs = stack.shape
         count = form.stored_of(parts[form.values_name].numel())
-        made = cls(experts, inputs, outputs, count, format=form, dtype=stack.dtype, device="meta")
-        for name, part in parts.items():
-            made._set_part(name, part)
-        made._prepare()
-        return made
+        return cls(experts, inputs, outputs, count, format=form, dtype=stack.dtype, device="meta")._with_parts(parts)
 
     @property
     def rows_of_expert(self) -> int:
@@ -73,9 +64,7 @@ class SparseExperts(SparseLinear):
         self.register_buffer("expert_offsets", offsets - first.repeat_interleave(rows), persistent=False)
 
     def expert_parts(self, expert: int) -> dict[str, Tensor]:
-        """Return the parts of one expert's (O, I) matrix: views, except for offsets, which count from its first
-        value.
-        """
+        """Return views of the parts of one expert's (O, I) matrix; offsets count from its first value."""
         count = self.rows_of_expert
         rows, (start, stop) = slice(expert * count, (expert + 1) * count), self._starts[expert : expert + 2]
         found = {"shape": torch.tensor([count, self.in_features]).view(self.format.shape_dims)}
@@ -97,32 +86,28 @@ class SparseExperts(SparseLinear):
         if not self._is_checked:
             self._refuse_unchecked()
         x = self._accepted(x, self.dtype)
-        runs, weight = list(routing.runs()), self._in_one_launch(x)
-        if weight is None and routing.order.numel() <= FEW_PAIRS and self._is_native(x):
+        runs, values, num_pairs = list(routing.runs()), getattr(self, self.format.values_name), routing.order.numel()
+        needs_gradient = x.requires_grad and torch.is_grad_enabled()
+        in_one_launch = self.format.name != "csr" and not needs_gradient and gpu.multiplies(x, values)
+        if num_pairs <= FEW_PAIRS and not in_one_launch and not needs_gradient and self._is_native(x, values):
             x = x[routing.tokens] if by_token else x
-            parts = getattr(self, self.format.values_name).view(-1), self.bitmask, self.expert_offsets
+            parts = values.view(-1), self.bitmask, self.expert_offsets
             return native.bitmask_experts(x, *parts, self._starts, runs, native.best_level())
-        y = x.new_empty(routing.order.numel(), self.rows_of_expert)
-        if weight is not None:
+        y = x.new_empty(num_pairs, self.rows_of_expert)
+        if in_one_launch:
+            scales, bits = self._buffers.get("scales"), self._buffers.get("bitmask")
+            weight = gpu.PackedWeight(values, bits, self.row_offsets, scales)
             runs = gpu.packed_experts(x[routing.tokens] if by_token else x, weight, routing.experts, runs, y)
         for expert, rows in runs:
             y[rows] = self.product(expert, routing.rows_of(x, rows, by_token))
         return y
 
-    def _is_native(self, x: Tensor) -> bool:
+    def _is_native(self, x: Tensor, values: Tensor) -> bool:
         """Return whether our CPU kernel multiplies a few vectors with an expert."""
-        if (x.requires_grad and torch.is_grad_enabled()) or self.format.name not in ("bitmask", "2:4"):
+        if self.format.name not in ("bitmask", "2:4") or values.dtype != x.dtype or not self.in_features:
             return False
-        values = getattr(self, self.format.values_name)
-        backend = backend_for("bitmask", x.dtype, x.device.type, FEW_PAIRS, values.numel() / self.bitmask.numel() / 8)
-        return backend == "native" and values.dtype == x.dtype and self.in_features > 0
-
-    def _in_one_launch(self, x: Tensor) -> gpu.PackedWeight | None:
-        """Return all experts as one weight if a kernel multiplies with them in one launch, else None."""
-        values, needs_gradient = getattr(self, self.format.values_name), x.requires_grad and torch.is_grad_enabled()
-        if needs_gradient or self.format.name == "csr" or not gpu.multiplies(x, values):
-            return None
-        return gpu.PackedWeight(values, self._buffers.get("bitmask"), self.row_offsets, self._buffers.get("scales"))
+        density = values.numel() / self.bitmask.numel() / 8
+        return ops.backend_for("bitmask", x.dtype, x.device.type, FEW_PAIRS, density) == "native"
 
     def product(self, expert: int, x: Tensor) -> Tensor:
         """Return x W' of one expert: (n, I) to (n, O)."""
@@ -139,7 +124,7 @@ class SparseExperts(SparseLinear):
             dense = form.unpack(parts, self.dtype if self.is_quantized else None)
             return ops.dense_linear(x, dense.to(x.device), None)
         if isinstance(form, QuantizedFormat):
-            bits = None if form.packing == DENSE else parts["bitmask"]
+            bits = parts.get("bitmask")
             return ops.quantized_linear(x, parts["codes"], parts["scales"], bits, offsets, None, form.packing)
         start, stop = self._starts[expert : expert + 2]
         columns, values = self.csr_columns[start:stop], self.csr_values[start:stop]

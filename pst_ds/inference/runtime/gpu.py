@@ -17,9 +17,7 @@ from pst_ds.core.kernels.triton.launch import blocks, launch, serves
 MOST_WALKED = 8
 """Most vectors in a product that are processed by a walk each. After the first, the weight comes from the cache."""
 MOST_TILED = 256
-"""Most vectors in a product whose weight is expanded on the chip, once per :data:`_MOST_IN_TILE` vectors. For more,
-expanding the weight once for a dense product is faster. Estimated from bytes and instructions, not measured yet.
-"""
+"""Most vectors for which expanding the weight on the chip is faster than once for a dense product. An estimate."""
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _CODES = {torch.int8: 8, torch.uint8: 4}
 """dtypes of codes, and their bits."""
@@ -32,9 +30,7 @@ class PackedWeight:
     """Parts of a packed (O, I) weight that have passed their format's check, on one device."""
 
     values: Tensor
-    """Kept values row by row, or their codes: int8, or uint8 with two codes per byte, where each row starts at a byte
-    boundary.
-    """
+    """Kept values row by row, or codes: int8, or uint8 with two per byte, where rows start at byte boundaries."""
     bitmask: Tensor | None
     """(O, ceil(I / 8)) uint8; None if every position has a code."""
     row_offsets: Tensor
@@ -70,13 +66,11 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
 def packed_experts(
     x: Tensor, weight: PackedWeight, experts: Tensor, runs: Iterable[tuple[int, slice]], y: Tensor
 ) -> list[tuple[int, slice]]:
-    """Compute x W' with the expert of each vector, (P, I) to ``y`` (P, O), in one launch for all experts. See
-    :func:`multiplies`.
+    """Compute x W' with the expert of each vector, (P, I) to ``y`` (P, O), in one launch; see :func:`multiplies`.
 
-    ``weight``: (E*O, I), of all experts. ``experts``: (P,), the expert of each vector, increasing. ``runs``: each
-    expert that has vectors, and which. Like :func:`packed_linear`, but with one kernel for all: a walk if there are at
-    most :data:`MOST_WALKED` vectors per tile. Returns the runs of more than :data:`MOST_TILED` vectors, for which
-    nothing is written.
+    ``weight``: (E*O, I), of all experts. ``experts``: (P,), increasing. ``runs``: each expert that has vectors, and
+    which. Walks if there are at most :data:`MOST_WALKED` vectors per tile. Returns the runs of more than
+    :data:`MOST_TILED` vectors, for which nothing is written.
     """
     few: list[tuple[int, slice]] = []
     many: list[tuple[int, slice]] = []
@@ -141,9 +135,7 @@ def _bits(weight: PackedWeight, columns: int) -> Tensor | None:
 
 
 def _grid_of(weight: PackedWeight, columns: int) -> dict[str, int]:
-    """Return the bits per code (0 for floats), the words of the mask per scale (0 for per-row scales) and the scales
-    per row.
-    """
+    """Return bits per code (0 for floats), mask words per scale (0 for per-row scales) and scales per row."""
     groups = 1 if weight.scales is None else weight.scales.shape[1]
     words = 0 if groups == 1 else columns // groups // _WORD
     return {"BITS": _CODES.get(weight.values.dtype, 0), "GROUP_WORDS": words, "GROUPS": groups}

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from pst_ds.core.packings import DENSE
 from pst_ds.formats import FORMATS, FormatError, PackedFormat, QuantizedFormat
-from pst_ds.inference.runtime import gradients as gradients  # importing it registers them
 from pst_ds.inference.runtime import ops
-from pst_ds.inference.runtime.backends import backend_for
 
 
 class SparseLinear(nn.Module):
     """y = x W' + bias with a packed W: (..., in_features) to (..., out_features).
 
-    For inference: x may have a gradient, the weight does not. The parts of the weight (:mod:`pst_ds.formats`) are
-    tensors of this module, so state-dict keys equal the names in the files. The parts of a new layer are empty: load
-    them, then call :meth:`check` before the first forward pass, and again after every load_state_dict. It replaces
-    ``nn.Linear`` and GPT-2's ``Conv1D``.
+    For inference: x may have a gradient, the weight does not. It replaces ``nn.Linear`` and GPT-2's ``Conv1D``. The
+    parts of the weight (:mod:`pst_ds.formats`) are tensors of this module, named as in the files, and empty at first:
+    load them, then call :meth:`check` before the first forward pass, and again after every load_state_dict.
     """
 
     bitmask: Tensor
@@ -62,21 +60,20 @@ class SparseLinear(nn.Module):
         """Pack the non-zero weights of ``weight`` (O, I)."""
         form = FORMATS[format] if isinstance(format, str) else format
         parts = form.pack(weight.detach())
+        (outputs, inputs), count = weight.shape, form.stored_of(parts[form.values_name].numel())
         layer = cls(
-            weight.shape[1],
-            weight.shape[0],
-            form.stored_of(parts[form.values_name].numel()),
-            format=form,
-            bias=bias is not None,
-            dtype=weight.dtype,
-            device="meta",
-        )
-        for name, part in parts.items():
-            layer._set_part(name, part)
-        layer._prepare()
+            inputs, outputs, count, format=form, bias=bias is not None, dtype=weight.dtype, device="meta"
+        )._with_parts(parts)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().to(weight.dtype).contiguous(), requires_grad=False)
         return layer
+
+    def _with_parts(self, parts: dict[str, Tensor]) -> Self:
+        """Set parts that a format has packed, which need no check. Return the layer."""
+        for name, part in parts.items():
+            self._set_part(name, part)
+        self._prepare()
+        return self
 
     def _set_part(self, name: str, part: Tensor) -> None:
         if part.is_floating_point() and name == self.format.values_name:
@@ -160,10 +157,7 @@ class SparseLinear(nn.Module):
 
     def _refuse_unchecked(self) -> None:
         if not self._is_checked:
-            raise RuntimeError(
-                "the parts of this sparse layer have not been checked since they were made or loaded. Call check(name) "
-                "before its first product"
-            )
+            raise RuntimeError("the parts of this sparse layer have changed. Call check(name) before its first product")
 
     def dense_weight(self) -> Tensor:
         """Return the (O, I) weight, +0.0 where pruned. Raises RuntimeError before :meth:`check`."""
@@ -174,22 +168,21 @@ class SparseLinear(nn.Module):
         """Return (..., out_features) in the weight's dtype, also under autocast, where x may have another dtype."""
         if not self._is_checked:
             self._refuse_unchecked()
-        if self.is_quantized:
-            return self._forward_codes(x)
-        values: Tensor = self._parameters[self.format.values_name]  # type: ignore[assignment]
-        x = self._accepted(x, values.dtype)
-        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        form, is_compiling = self.format, torch.compiler.is_compiling()
+        values: Tensor = self.codes if self.is_quantized else self._parameters[form.values_name]  # type: ignore[assignment]
+        x = self._accepted(x, self._dtype if self.is_quantized else values.dtype)
+        if x.requires_grad and torch.is_grad_enabled() and not is_compiling:
             return ops.dense_linear(x, self.dense_weight().to(x.device), self.bias)
-        in_eager = type(x) is Tensor and not torch.compiler.is_compiling()
-        if in_eager and self.format.name != "csr":
+        in_eager = type(x) is Tensor and not is_compiling
+        if isinstance(form, QuantizedFormat):
+            product = ops.quantized_linear if in_eager else torch.ops.pst_ds.quantized_linear
+            bits = None if form.packing == DENSE else self.bitmask
+            return product(x, values, self.scales, bits, self.row_offsets, self.bias, form.packing)
+        if in_eager and form.name != "csr":
             # read the dictionaries directly: four look-ups of nn.Module take as long as a small product
             flat, buffers = values if values.dim() == 1 else values.view(-1), self._buffers
             return ops.bitmask_linear(x, flat, buffers["bitmask"], buffers["row_offsets"], self._parameters["bias"])  # type: ignore[arg-type]
-        if self.format.name == "csr":
-            density = values.numel() / max(1, self.in_features * self.out_features)
-            vectors = x.numel() // max(1, self.in_features)
-            if in_eager and backend_for("csr", x.dtype, x.device.type, vectors, density) == "expand":
-                return ops.dense_linear(x, self.dense_weight().to(x.device), self.bias)
+        if form.name == "csr":
             csr = ops.csr_linear if in_eager else torch.ops.pst_ds.csr_linear
             return csr(x, self.crow_indices, self.csr_columns, self.csr_values, self.bias)
         return torch.ops.pst_ds.bitmask_linear(x, values.view(-1), self.bitmask, self.row_offsets, self.bias)
@@ -202,17 +195,6 @@ class SparseLinear(nn.Module):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x is {tuple(x.shape)}, the layer takes {self.in_features} features")
         return x
-
-    def _forward_codes(self, x: Tensor) -> Tensor:
-        x = self._accepted(x, self._dtype)
-        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return ops.dense_linear(x, self.dense_weight().to(x.device), self.bias)
-        in_eager = type(x) is Tensor and not torch.compiler.is_compiling()
-        product = ops.quantized_linear if in_eager else torch.ops.pst_ds.quantized_linear
-        form = self.format
-        assert isinstance(form, QuantizedFormat)
-        bits = None if form.packing == DENSE else self.bitmask
-        return product(x, self.codes, self.scales, bits, self.row_offsets, self.bias, form.packing)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.format.name}, bias={self.bias is not None}"

@@ -32,8 +32,7 @@ SOURCE = NativeSource(
 def library() -> CDLL | None:
     """Return the compiled kernels, or None if they cannot be built; the layers then compute with torch.
 
-    torch is loaded first, so that both share its OpenMP and one thread pool, which follows ``torch.set_num_threads``
-    and ``OMP_NUM_THREADS``.
+    torch is loaded first, so that both share its OpenMP and one thread pool.
     """
     return load(SOURCE)
 
@@ -51,9 +50,8 @@ def bitmask_linear(
     """Compute x W' + bias on the CPU: (..., I) to (..., O) in the dtype of ``values`` and ``x``, one of :data:`DTYPES`.
 
     ``values``, ``bitmask`` (O, ceil(I / 8)) and ``row_offsets`` (O,) are parts that have passed their format's check.
-    Sums are fp32. The dot instructions of AVX-512 and AMX treat denormal bf16 numbers, below 2^-126, as zeros. Raises
-    ValueError if ``x`` does not match the mask or the parts belong to different matrices, and MemoryError without room
-    for a copy of ``x``.
+    Sums are fp32. The dot instructions of AVX-512 and AMX treat denormal bf16 numbers, below 2^-126, as 0. Raises
+    ValueError if ``x`` and the parts do not fit together, and MemoryError without room for a copy of ``x``.
     """
     native = library()
     assert native is not None
@@ -87,8 +85,7 @@ def bitmask_experts(
     """Compute x W' with the expert of each run of rows, (n, I) to (n, O), as :func:`bitmask_linear` does.
 
     ``values``, ``bitmask`` (E*O, ceil(I / 8)): of all experts. ``expert_offsets``: (E*O,), offset of each row from its
-    expert's first value. ``starts``: first values of the experts, and the end, E + 1. ``runs``: experts and their rows
-    of ``x``, all of them. Raises MemoryError without room for a copy of ``x``.
+    expert's first value. ``starts``: first values of the experts, and the end. ``runs``: experts and their rows.
     """
     native = library()
     assert native is not None

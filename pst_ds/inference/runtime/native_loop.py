@@ -1,14 +1,13 @@
 """ctypes interface of the native decoder loop and of the matrices that it multiplies (``decoder/loop.hpp``).
 
-When a model is opened, weights are repacked for this processor's instructions (``decoder/matrix.hpp``): AVX-512 with
-VBMI2 and VNNI, with or without AMX, AVX2 with or without AVX-VNNI, or plain C++. decoder.py fills the table from a
-transformers model.
+Weights are repacked for this processor's instructions when a model is opened (``decoder/matrix.hpp``).
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
+import os
 import weakref
 from collections.abc import Sequence
 from ctypes import CDLL, c_int
@@ -19,9 +18,11 @@ from torch import Tensor
 
 from pst_ds.core.kernels import INT, POINTER, NativeSource, load
 from pst_ds.errors import InputError
-from pst_ds.inference.runtime.instructions import LEVELS, as_asked
 
-LAYOUTS = ("floats", "pairs", "windows", "words")
+LEVELS = ("portable", "avx2", "avx_vnni", "avx512", "amx")
+"""Plain C++; AVX2 with FMA; the same with AVX-VNNI; AVX-512 with VBMI2 and VNNI; the same with int8 AMX."""
+VARIABLE = "PST_DS_INSTRUCTIONS"
+"""Environment variable with one of :data:`LEVELS`. Libraries read it once, on first use."""
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "tanh")
 LINEARS = ("qkv", "output", "gate_up", "down")
 NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "queries", "keys")
@@ -38,7 +39,6 @@ SOURCE = NativeSource(
         "pst_matrix_of_codes": ([POINTER, POINTER, INT, INT, c_int, INT, c_int], POINTER),
         "pst_matrix_of_floats": ([POINTER, INT, INT, c_int], POINTER),
         "pst_matrix_bytes": ([POINTER], INT),
-        "pst_matrix_layout": ([POINTER], c_int),
         "pst_matrix_free": ([POINTER], None),
         "pst_matrix_multiply": ([POINTER, POINTER, INT, POINTER, c_int, c_int, c_int], c_int),
         "pst_decoder_new": ([POINTER, POINTER, c_int], POINTER),
@@ -71,23 +71,24 @@ def require_library() -> CDLL:
     return found
 
 
+def as_asked(level: int) -> int:
+    """Return ``level``, which a library chose. Raises InputError if the environment asks for another one."""
+    asked = os.environ.get(VARIABLE)
+    if asked and asked != LEVELS[level]:
+        raise InputError(
+            f"the environment sets {VARIABLE} = {asked!r}, which this processor, its system or the compiler of our "
+            f"native code does not have. Unset it for {LEVELS[level]!r}, or set one of {', '.join(LEVELS[: level + 1])}"
+        )
+    return level
+
+
 @cache
 def best_level() -> int:
-    """Return the index in :data:`LEVELS` of the best instruction set of this processor, or of the one that the
-    environment sets.
+    """Return the index in :data:`LEVELS` of this processor's best instruction set, or of the environment's choice.
 
-    AMX is used only if the environment sets it, because it has not been timed yet. Raises InputError if it is not
-    supported.
+    AMX is only used if the environment sets it: it has not been timed yet. Raises InputError if it is not supported.
     """
     return as_asked(int(require_library().pst_decoder_level()))
-
-
-def supported_levels() -> list[int]:
-    """Return the indices in :data:`LEVELS` that this processor, its system and the library's compiler support.
-
-    "amx" has passed a check that products of tiles equal plain sums.
-    """
-    return [level for level in range(len(LEVELS)) if require_library().pst_decoder_supports(level)]
 
 
 class Matrix:
@@ -114,10 +115,10 @@ class Matrix:
         if group % 32:
             raise ValueError(f"groups of {group} columns; they must be a multiple of 32")
         codes, scales = codes.contiguous(), scales.contiguous()
-        found = require_library().pst_matrix_of_codes(
-            codes.data_ptr(), scales.data_ptr(), rows, columns, bits, group, level
+        pointers = codes.data_ptr(), scales.data_ptr()
+        return cls(
+            require_library().pst_matrix_of_codes(*pointers, rows, columns, bits, group, level), (rows, columns), level
         )
-        return cls(found, (rows, columns), level)
 
     @classmethod
     def of_floats(cls, weight: Tensor, level: int | None = None) -> Matrix:
@@ -133,11 +134,6 @@ class Matrix:
     def nbytes(self) -> int:
         """Bytes that a product reads."""
         return int(require_library().pst_matrix_bytes(self.handle))
-
-    @property
-    def layout(self) -> str:
-        """One of :data:`LAYOUTS`."""
-        return LAYOUTS[require_library().pst_matrix_layout(self.handle)]
 
     def multiply(self, x: Tensor, threads: int = 1, *, in_bytes: bool = False) -> Tensor:
         """Return x W', fp32 (tokens, O), for fp32 ``x`` (tokens, I).
@@ -167,8 +163,7 @@ def _require(holds: bool, message: str) -> None:
 class Loop:
     """The C++ decoder: a table of layers, and a cache of ``sequences`` times ``context`` positions.
 
-    C++ does not check its arguments, which come from a model's config and tensors. Every method therefore checks them
-    against ``shape`` and raises InputError if they do not fit.
+    C++ does not check its arguments, which come from a model's config and tensors, so every method does: InputError.
     """
 
     def __init__(self, shape: dict[str, int], numbers: dict[str, float], level: int | None = None):
@@ -190,12 +185,12 @@ class Loop:
         of_heads = bool(shape["norm_of_heads"])
         self._widths = {"queries": head if of_heads else heads * head, "keys": head if of_heads else shared * head}
         self._num_angles = 0
-        cached = math.prod(shape[key] for key in ("layers", "sequences", "context", "key_value_heads", "head"))
-        if cached > 1 << 46:  # beyond any memory, and below 2^63 bytes
-            raise MemoryError(f"not enough memory for a cache of {shape['sequences']} x {shape['context']} positions")
         sizes = (ctypes.c_int64 * len(SHAPE))(*(shape[key] for key in SHAPE))
         values = (ctypes.c_double * len(NUMBERS))(*(numbers[key] for key in NUMBERS))
-        handle = self._library.pst_decoder_new(sizes, values, best_level() if level is None else level)
+        cached = math.prod(shape[key] for key in ("layers", "sequences", "context", "key_value_heads", "head"))
+        level = best_level() if level is None else level
+        is_possible = cached <= 1 << 46  # fewer than 2^63 bytes
+        handle = self._library.pst_decoder_new(sizes, values, level) if is_possible else None
         if not handle:
             raise MemoryError(f"not enough memory for a cache of {shape['sequences']} x {shape['context']} positions")
         self.handle, self._keep = handle, list[object]()
@@ -244,8 +239,7 @@ class Loop:
     def set_embedding(self, rows: Tensor, scales: Tensor | None, bits: int, group: int, scale: float) -> None:
         """Set the embedding: fp32 or bf16 ``rows`` (vocabulary, hidden), or codes of 8 or 4 ``bits`` with scales.
 
-        ``scales``: bf16 (vocabulary, groups). ``group``: columns per group, 0 for per-row scales. ``scale``: factor of
-        all rows.
+        ``scales``: bf16 (vocabulary, groups). ``group``: columns per group, 0 for per-row scales. ``scale``: a factor.
         """
         hidden = self.shape["hidden"]
         wanted = (rows.shape[0], (hidden + 1) // 2 if bits == 4 else hidden)
@@ -270,33 +264,17 @@ class Loop:
     ) -> Tensor:
         """Run tokens through all layers. Return fp32 logits (number wanted, vocabulary).
 
-        ``sequences``, ``positions``: of every token. Earlier positions of a sequence must be in its cache or in this
-        pass. ``wanted``: tokens whose logits are returned. ``in_bytes``: use int8 activations if the instruction set
-        supports them.
+        ``sequences``, ``positions``: of every token. Earlier positions of a sequence must be in its cache or this pass.
+        ``wanted``: tokens whose logits are returned. ``in_bytes``: use int8 activations if they are supported.
         """
-        shape, count = self.shape, len(ids)
+        shape, count, logits = self.shape, len(ids), torch.empty(len(wanted), self.shape["vocabulary"])
         assert count == len(sequences) == len(positions) <= shape["most"]
-        limits = (
-            (ids, self._num_rows),
-            (sequences, shape["sequences"]),
-            (positions, shape["context"]),
-            (wanted, count),
-        )
-        assert all(0 <= value < limit for values, limit in limits for value in values)
-        numbers = ctypes.c_int64 * count
-        logits = torch.empty(len(wanted), shape["vocabulary"])
-        failed = self._library.pst_decoder_run(
-            self.handle,
-            numbers(*ids),
-            numbers(*sequences),
-            numbers(*positions),
-            count,
-            (ctypes.c_int64 * len(wanted))(*wanted),
-            len(wanted),
-            logits.data_ptr(),
-            threads,
-            in_bytes,
-        )
-        if failed:
+        given = (ids, sequences, positions, wanted)
+        limits = (self._num_rows, shape["sequences"], shape["context"], count)
+        assert all(0 <= value < limit for values, limit in zip(given, limits, strict=True) for value in values)
+        *of_tokens, rows = ((ctypes.c_int64 * len(values))(*values) for values in given)
+        if self._library.pst_decoder_run(
+            self.handle, *of_tokens, count, rows, len(wanted), logits.data_ptr(), threads, in_bytes
+        ):
             raise MemoryError(f"not enough memory for a pass of {count} tokens")
         return logits

@@ -1,13 +1,15 @@
-"""Products with packed weights as operators of ``torch.ops.pst_ds``: bitmask_linear, quantized_linear, csr_linear.
+"""Products with packed weights as operators of ``torch.ops.pst_ds``, and the choice of how each is computed.
 
-Eager code calls the Python functions below, which is faster. torch.compile and torch.export use the operators, with
-shapes from their meta kernels and gradients from gradients.py. The functions have no gradient:
+Eager code calls the Python functions below, which is faster. torch.compile and torch.export use the operators, which
+have shapes and gradients with respect to x and the bias. The functions have no gradient:
 :class:`~pst_ds.inference.runtime.linear.SparseLinear` uses a dense product in eager code that needs one.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +19,29 @@ from pst_ds.core.quantization import dequantize, unpack_nibbles
 from pst_ds.formats import FORMATS, QuantizedFormat, form_of
 from pst_ds.formats.quantized import without_padding
 from pst_ds.inference.runtime import gpu, native
-from pst_ds.inference.runtime.backends import backend_for
 
 PANEL_ROWS = 1024
 """Rows of a weight that are expanded in one step."""
+NATIVE_UP_TO = {torch.bfloat16: 1 << 62, torch.float32: 128}
+"""Most vectors in a product for which our kernel is faster than expanding the weight."""
+CSR_UP_TO, CSR_FROM_SPARSITY = 32, 0.8
+"""Up to this many vectors and from this sparsity, torch's fp32 CSR product is faster than expanding."""
+
+
+def backend_for(format_name: str, dtype: torch.dtype, device_type: str, vectors: int, density: float) -> str:
+    """Return the fastest way to multiply ``vectors`` vectors with a weight of this ``density``.
+
+    "native": our CPU kernel on bits. "csr": torch's CSR product. "expand": a dense product with the weight expanded
+    some rows at a time. The limits are measured (docs/background/results.md).
+    """
+    if device_type != "cpu":
+        return "expand"
+    if format_name == "csr":
+        few = vectors <= CSR_UP_TO and density <= 1 - CSR_FROM_SPARSITY
+        return "csr" if few and dtype != torch.float64 else "expand"
+    if dtype not in NATIVE_UP_TO or native.library() is None:
+        return "expand"
+    return "native" if vectors <= NATIVE_UP_TO[dtype] else "expand"
 
 
 def bitmask_linear(
@@ -35,9 +56,10 @@ def bitmask_linear(
         backend = backend_for("bitmask", x.dtype, x.device.type, vectors, density)
     if backend == "native" and x.shape[-1] and compressed.dtype == x.dtype:
         return native.bitmask_linear(x, compressed, bitmask, row_offsets, bias, native.best_level())
+    rows, columns = bitmask.shape[0], x.shape[-1]
     if x.device.type != "cpu":
-        return dense_linear(x, expand_on_device(compressed, bitmask, x.shape[-1]), bias)
-    return _by_panels(x, compressed, bitmask, row_offsets, bias)
+        return dense_linear(x, expand_on_device(compressed, bitmask, columns), bias)
+    return _by_panels(x, rows, bias, lambda *of: _expand_rows(compressed, bitmask, row_offsets, columns, *of))
 
 
 def csr_linear(x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
@@ -48,9 +70,7 @@ def csr_linear(x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Ten
     shape = (crow_indices.numel() - 1, x.shape[-1])
     vectors, density = x.numel() // max(1, shape[1]), values.numel() / max(1, shape[0] * shape[1])
     if backend_for("csr", x.dtype, x.device.type, vectors, density) == "expand":
-        parts = {"crow_indices": crow_indices, "col_indices": col_indices, "values": values}
-        dense = FORMATS["csr"].unpack({**parts, "shape": torch.tensor(shape)})
-        return dense_linear(x, dense.to(x), bias)
+        return dense_linear(x, expand_csr(crow_indices, col_indices, values.to(x.dtype), shape[1]).to(x.device), bias)
     weight = torch.sparse_csr_tensor(crow_indices, col_indices, values, shape, check_invariants=False)
     flat = x.reshape(math.prod(x.shape[:-1]), shape[1]).float()
     with torch.autocast(x.device.type, enabled=False):
@@ -73,25 +93,31 @@ def quantized_linear(
 
     ``codes``, ``scales`` and ``bitmask`` are parts of ``packing``, "bitmask", "2:4" or "dense", that have passed their
     format's check. ``row_offsets`` (O,) int64: first byte of every row of ``codes``. The weight is expanded for a dense
-    product, on a CPU some rows at a time. On a GPU, gpu.py multiplies up to eight vectors with codes, without rounding
-    the weight.
+    product, on a CPU some rows at a time. On a GPU, up to eight vectors are multiplied without rounding the weight.
     """
     if gpu.takes(x, codes):
         return gpu.packed_linear(x, gpu.PackedWeight(codes, bitmask, row_offsets, scales), bias)
-    rows, columns = scales.shape[0], x.shape[-1]
-    step = PANEL_ROWS if x.device.type == "cpu" else max(1, rows)
-    if rows <= step:
-        weight = expand_codes(codes, scales, bitmask, columns, packing, x.dtype)
-        return dense_linear(x, weight, bias)
-    y = x.new_empty((*x.shape[:-1], rows))
-    flat = codes.view(-1)
-    for first in range(0, rows, step):
-        last = min(first + step, rows)
+    rows, columns, flat = scales.shape[0], x.shape[-1], codes.view(-1)
+    if x.device.type != "cpu":
+        return dense_linear(x, expand_codes(codes, scales, bitmask, columns, packing, x.dtype), bias)
+
+    def expand(first: int, last: int) -> Tensor:
         stop = int(row_offsets[last]) if last < rows else flat.numel()
         held = codes[first:last] if codes.dim() == 2 else flat[int(row_offsets[first]) : stop]
         bits = None if bitmask is None else bitmask[first:last]
-        weight = expand_codes(held, scales[first:last], bits, columns, packing, x.dtype)
-        y[..., first:last] = dense_linear(x, weight, None if bias is None else bias[first:last])
+        return expand_codes(held, scales[first:last], bits, columns, packing, x.dtype)
+
+    return _by_panels(x, rows, bias, expand)
+
+
+def _by_panels(x: Tensor, rows: int, bias: Tensor | None, expand: Callable[[int, int], Tensor]) -> Tensor:
+    """Multiply with a weight panel by panel, so that only one is dense; ``expand`` returns rows [first, last)."""
+    if rows <= PANEL_ROWS:
+        return dense_linear(x, expand(0, rows), bias)
+    y = x.new_empty((*x.shape[:-1], rows))
+    for first in range(0, rows, PANEL_ROWS):
+        last = min(first + PANEL_ROWS, rows)
+        y[..., first:last] = dense_linear(x, expand(first, last), None if bias is None else bias[first:last])
     return y
 
 
@@ -111,6 +137,12 @@ def expand_codes(
     if codes.device.type == "cpu":
         return form.unpack({**parts, "shape": torch.tensor([scales.shape[0], columns])}, dtype)
     return dequantize(codes_on_device(form, codes, bitmask, columns), scales, dtype)
+
+
+def expand_csr(crow_indices: Tensor, col_indices: Tensor, values: Tensor, columns: int) -> Tensor:
+    """Expand CSR parts to the dense (O, I) weight."""
+    parts = {"crow_indices": crow_indices, "col_indices": col_indices, "values": values}
+    return FORMATS["csr"].unpack({**parts, "shape": torch.tensor([crow_indices.numel() - 1, columns])})
 
 
 def codes_on_device(form: QuantizedFormat, codes: Tensor, bitmask: Tensor | None, columns: int) -> Tensor:
@@ -136,21 +168,16 @@ def expand_on_device(compressed: Tensor, bitmask: Tensor, columns: int) -> Tenso
     return torch.zeros(keep.shape, dtype=compressed.dtype, device=compressed.device).masked_scatter_(keep, compressed)
 
 
-def _by_panels(x: Tensor, compressed: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None) -> Tensor:
-    """Expand and multiply the weight panel by panel, so that only one is dense at a time."""
-    rows, columns = bitmask.shape[0], x.shape[-1]
-    if rows <= PANEL_ROWS:
-        return dense_linear(x, _rows(compressed, bitmask, row_offsets, columns, 0, rows), bias)
-    y = x.new_empty((*x.shape[:-1], rows))
-    for first in range(0, rows, PANEL_ROWS):
-        last = min(first + PANEL_ROWS, rows)
-        panel = _rows(compressed, bitmask, row_offsets, columns, first, last)
-        y[..., first:last] = dense_linear(x, panel, None if bias is None else bias[first:last])
-    return y
+def expand_bitmask(compressed: Tensor, bitmask: Tensor, row_offsets: Tensor, columns: int) -> Tensor:
+    """Expand bitmask parts to the dense (O, I) weight, in the faster way for their device."""
+    if compressed.device.type != "cpu":
+        return expand_on_device(compressed, bitmask, columns)
+    return _expand_rows(compressed, bitmask, row_offsets, columns, 0, bitmask.shape[0])
 
 
-def _rows(compressed: Tensor, bitmask: Tensor, row_offsets: Tensor, columns: int, first: int, last: int) -> Tensor:
-    """Expand rows [first, last) of the weight."""
+def _expand_rows(
+    compressed: Tensor, bitmask: Tensor, row_offsets: Tensor, columns: int, first: int, last: int
+) -> Tensor:
     start = int(row_offsets[first]) if first < row_offsets.numel() else 0
     stop = int(row_offsets[last]) if last < row_offsets.numel() else compressed.numel()
     shape, offsets = torch.tensor([last - first, columns]), row_offsets[first:last] - start
@@ -159,30 +186,76 @@ def _rows(compressed: Tensor, bitmask: Tensor, row_offsets: Tensor, columns: int
 
 
 _LIBRARY = torch.library.Library("pst_ds", "DEF")
-_LIBRARY.define(
-    "bitmask_linear(Tensor x, Tensor compressed, Tensor bitmask, Tensor row_offsets, Tensor? bias) -> Tensor"
+
+
+def _define(function: Callable[..., Tensor], arguments: str, fake: Callable[..., Tensor]) -> None:
+    """Register ``function`` as an operator; ``fake`` returns an empty result from the same arguments."""
+    name = function.__name__
+    _LIBRARY.define(f"{name}({arguments}) -> Tensor")
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pst_ds::{name}", fake, lib=_LIBRARY)
+
+
+def _differentiate(function: Callable[..., Tensor], bias_at: int, expand: Callable[..., Tensor]) -> None:
+    """Register the gradient of an operator.
+
+    ``expand`` returns the weight (O, I) from the arguments after x, I and a dtype; as an operator, it stays in graphs.
+    """
+
+    def keep(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None:
+        x, *rest = inputs
+        assert isinstance(x, Tensor)
+        ctx.columns, ctx.dtype, ctx.num_inputs = x.shape[-1], x.dtype, len(inputs)
+        ctx.others = [None if isinstance(one, Tensor) else one for one in rest]
+        ctx.save_for_backward(*(one if isinstance(one, Tensor) else None for one in rest))
+
+    def differentiate(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        saved = zip(ctx.saved_tensors, ctx.others, strict=True)
+        rest = [other if tensor is None else tensor for tensor, other in saved]
+        found: list[Tensor | None] = [None] * ctx.num_inputs
+        if ctx.needs_input_grad[0]:
+            found[0] = dense_linear(grad_y, expand(rest, ctx.columns, ctx.dtype).t(), None)
+        if ctx.needs_input_grad[bias_at]:
+            found[bias_at] = grad_y.reshape(-1, grad_y.shape[-1]).sum(0)
+        return tuple(found)
+
+    name = f"pst_ds::{function.__name__}"
+    torch.library.register_autograd(name, differentiate, setup_context=keep, lib=_LIBRARY)
+
+
+_define(
+    bitmask_linear,
+    "Tensor x, Tensor compressed, Tensor bitmask, Tensor row_offsets, Tensor? bias",
+    lambda x, compressed, bitmask, row_offsets, bias: x.new_empty((*x.shape[:-1], bitmask.shape[0])),
 )
-_LIBRARY.define(
-    "quantized_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bitmask, Tensor row_offsets, Tensor? bias, "
-    "str packing) -> Tensor"
+_define(
+    csr_linear,
+    "Tensor x, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor? bias",
+    lambda x, crow_indices, *_: x.new_empty((*x.shape[:-1], crow_indices.shape[0] - 1)),
 )
-_LIBRARY.define("csr_linear(Tensor x, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor? bias) -> Tensor")
-for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("bitmask_linear", bitmask_linear, _device)
-    _LIBRARY.impl("csr_linear", csr_linear, _device)
-    _LIBRARY.impl("quantized_linear", quantized_linear, _device)
-
-
-@torch.library.register_fake("pst_ds::bitmask_linear")
-def _(x: Tensor, compressed: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], bitmask.shape[0]))
-
-
-@torch.library.register_fake("pst_ds::csr_linear")
-def _(x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], crow_indices.shape[0] - 1))
-
-
-@torch.library.register_fake("pst_ds::quantized_linear")
-def _(x: Tensor, codes: Tensor, scales: Tensor, *_others: object) -> Tensor:
-    return x.new_empty((*x.shape[:-1], scales.shape[0]))
+_define(
+    quantized_linear,
+    "Tensor x, Tensor codes, Tensor scales, Tensor? bitmask, Tensor row_offsets, Tensor? bias, str packing",
+    lambda x, codes, scales, *_: x.new_empty((*x.shape[:-1], scales.shape[0])),
+)
+_define(
+    expand_bitmask,
+    "Tensor compressed, Tensor bitmask, Tensor row_offsets, int columns",
+    lambda compressed, bitmask, row_offsets, columns: compressed.new_empty((bitmask.shape[0], columns)),
+)
+_define(
+    expand_csr,
+    "Tensor crow_indices, Tensor col_indices, Tensor values, int columns",
+    lambda crow_indices, col_indices, values, columns: values.new_empty((crow_indices.shape[0] - 1, columns)),
+)
+_define(
+    expand_codes,
+    "Tensor codes, Tensor scales, Tensor? bitmask, int columns, str packing, ScalarType dtype",
+    lambda codes, scales, bitmask, columns, packing, dtype: scales.new_empty((scales.shape[0], columns), dtype=dtype),
+)
+_EXPAND = torch.ops.pst_ds
+_differentiate(bitmask_linear, 4, lambda rest, columns, dtype: _EXPAND.expand_bitmask(*rest[:3], columns))
+_differentiate(csr_linear, 4, lambda rest, columns, dtype: _EXPAND.expand_csr(*rest[:3], columns).to(dtype))
+_differentiate(
+    quantized_linear, 5, lambda rest, columns, dtype: _EXPAND.expand_codes(*rest[:3], columns, rest[5], dtype)
+)

@@ -1,3 +1,1 @@
-"""HTTP server for a model folder: the chat-completions protocol, in batches, for the base model and for per-user
-adapters.
-"""
+"""HTTP server for a model folder and per-user adapters: the chat-completions protocol, in batches."""

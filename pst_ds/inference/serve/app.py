@@ -13,7 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from itertools import count
+from types import FrameType
+from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 from fastapi import FastAPI, Request
@@ -21,7 +23,6 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from pst_ds.inference.serve.batches import DONE_STOP, Batches, BusyError, ClosingError, Job
-from pst_ds.inference.serve.cpu_limit import call_within
 from pst_ds.inference.serve.gate import HEALTH, Access, Gate
 from pst_ds.inference.serve.protocol import (
     ChatMessage,
@@ -36,13 +37,19 @@ from pst_ds.inference.serve.text_stream import TextStream
 from pst_ds.train.users.store import UserNameError, UserStoreError
 
 if TYPE_CHECKING:
+    from _typeshed import TraceFunction
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
     from pst_ds.train.users.store import State, UserStore
 
+Items = asyncio.Queue[int | str | Exception]
+"""Generated tokens, and finally the finish reason or an error."""
+Result = TypeVar("Result")
 _LOG = logging.getLogger(__name__)
 _SWITCH_SECONDS = 0.0005
 """Longest time that another thread may hold the interpreter before the event loop gets it back."""
+_TRACE_EVENTS = 256
+"""Lines and calls between two readings of the clock, which is slower than they are."""
 USER_MARK = ":"
 """Separator between the name of the model and of a user."""
 
@@ -74,9 +81,7 @@ class Service:
     store: UserStore | None = None
     access: Access = field(default_factory=Access)
     reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "reader"), init=False)
-    """A single thread that reads requests: tokenizers are not thread-safe, and more threads would delay the event
-    loop.
-    """
+    """The only thread that reads requests: tokenizers are not thread-safe, and more would delay the event loop."""
 
     @property
     def models(self) -> list[str]:
@@ -106,32 +111,25 @@ class Service:
     def read(self, body: bytes) -> tuple[ChatRequest, State | None, list[int]]:
         """Return a request, the state of its user and the tokens of its messages. Raises ProtocolError."""
         asked = read_request(body)
-        return asked, self.state_of(asked.model), self.prompt_of(asked.messages)
+        return asked, self.state_of(asked.model), self.prompt_of(asked.chat)
 
     def prompt_of(self, messages: list[ChatMessage]) -> list[int]:
         """Return the tokens of the messages. Raises ProtocolError."""
+        render = partial(self.tokenizer.apply_chat_template, messages, add_generation_prompt=True, tokenize=False)
         try:
-            prompt = self._tokens(messages)
+            text = str(call_within(self.limits.template_seconds, render))
+            if len(text) > 4 * self.limits.body_bytes:  # only a template that loops expands a body this much
+                raise ValueError(f"it wrote {len(text)} characters")
+            prompt = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         except Exception as error:  # templates may raise anything
             why = f"the chat template refuses these messages: {str(error)[:1000]}"
             raise ProtocolError(400, why, param="messages") from None
         limits = [most for most in (self.limits.prompt_tokens, self.limits.positions - 1) if most > 0]
         most = min(limits, default=len(prompt))
         if not prompt or len(prompt) > most:
-            raise ProtocolError(
-                400,
-                f"the messages have {len(prompt)} tokens; 1 to {most} are supported",
-                param="messages",
-                code="context_length_exceeded",
-            )
+            why = f"the messages have {len(prompt)} tokens; 1 to {most} are supported"
+            raise ProtocolError(400, why, param="messages", code="context_length_exceeded")
         return prompt
-
-    def _tokens(self, messages: list[ChatMessage]) -> list[int]:
-        render: Any = partial(self.tokenizer.apply_chat_template, messages, add_generation_prompt=True, tokenize=False)
-        text: str = call_within(self.limits.template_seconds, render)
-        if len(text) > 4 * self.limits.body_bytes:  # only a template that loops expands a body this much
-            raise ValueError(f"it wrote {len(text)} characters")
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def new_tokens_of(self, asked: ChatRequest, prompt: Sequence[int]) -> int:
         """Return how many tokens may be generated. Raises ProtocolError."""
@@ -139,6 +137,27 @@ class Service:
             raise ProtocolError(400, f"max_tokens may be at most {self.limits.new_tokens}", param="max_tokens")
         most = asked.max_tokens or self.limits.new_tokens
         return min(most, self.limits.positions - len(prompt)) if self.limits.positions else most
+
+
+def call_within(seconds: float, function: Callable[[], Result]) -> Result:
+    """Return the result of ``function``. Raises TimeoutError after ``seconds`` of CPU time.
+
+    Python cannot stop a thread from outside, so the code checks the time at its lines and calls. A single call of C
+    code is not interrupted. Time that the thread waits does not count.
+    """
+    end, events = time.thread_time() + seconds, count(1)
+
+    def check(frame: FrameType, event: str, arg: object) -> TraceFunction:
+        if not next(events) % _TRACE_EVENTS and time.thread_time() > end:
+            raise TimeoutError(f"it ran for more than {seconds:g} seconds")
+        return check
+
+    before = sys.gettrace()
+    sys.settrace(check)
+    try:
+        return function()
+    finally:
+        sys.settrace(before)
 
 
 def make_app(service: Service) -> FastAPI:
@@ -176,7 +195,7 @@ def make_app(service: Service) -> FastAPI:
 
 
 def _lifespan(service: Service) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
-    """Return what prepares the process of a server, and closes the service at its end."""
+    """Return the context that prepares a server process, and closes the service at its end."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -220,18 +239,15 @@ def _unreadable(error: UserStoreError) -> ProtocolError:
 
 
 async def _answer(service: Service, body: bytes, request: Request) -> Response:
-    loop = asyncio.get_running_loop()
+    loop, arrived = asyncio.get_running_loop(), Items()
+
+    def put(item: int | str | Exception) -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(arrived.put_nowait, item)
+
     asked, state, prompt = await loop.run_in_executor(service.reader, service.read, body)
-    arrived: asyncio.Queue[int | str | Exception] = asyncio.Queue()
     seed = random.getrandbits(62) if asked.seed is None else asked.seed
-    job = Job(
-        prompt,
-        service.new_tokens_of(asked, prompt),
-        asked.sampling,
-        seed,
-        lambda item: _hand_over(loop, arrived, item),
-        state,
-    )
+    job = Job(prompt, service.new_tokens_of(asked, prompt), asked.sampling, seed, put, state)
     try:
         service.batches.submit(job)
     except BusyError:
@@ -239,39 +255,27 @@ async def _answer(service: Service, body: bytes, request: Request) -> Response:
     text = TextStream(service.tokenizer, asked.stop)
     pieces = _pieces(job, arrived, text)
     if asked.stream:
-        return StreamingResponse(_events(service, asked, job, pieces, text), media_type="text/event-stream")
+        return StreamingResponse(_events(asked, job, pieces, text), media_type="text/event-stream")
     watch = asyncio.create_task(_watch(request, arrived))
     try:
         parts = [item async for item in pieces]
     finally:
         watch.cancel()
-    return JSONResponse(
-        completion(asked.model, "".join(piece for piece, _ in parts), parts[-1][1], len(prompt), text.count)
-    )
+    whole, why = "".join(piece for piece, _ in parts), parts[-1][1]
+    return JSONResponse(completion(asked.model, whole, why, len(prompt), text.count))
 
 
-def _hand_over(
-    loop: asyncio.AbstractEventLoop, arrived: asyncio.Queue[int | str | Exception], item: int | str | Exception
-) -> None:
-    with suppress(RuntimeError):  # the loop is closed
-        loop.call_soon_threadsafe(arrived.put_nowait, item)
-
-
-async def _watch(request: Request, arrived: asyncio.Queue[int | str | Exception]) -> None:
+async def _watch(request: Request, arrived: Items) -> None:
     """Stop waiting for an answer when its client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
     arrived.put_nowait(ConnectionError())
 
 
-async def _pieces(
-    job: Job, arrived: asyncio.Queue[int | str | Exception], text: TextStream
-) -> AsyncIterator[tuple[str, str]]:
-    """Yield (text, "") as it is generated, and at the end (rest, finish reason). Raises ProtocolError if the model
-    failed.
-    """
+async def _pieces(job: Job, arrived: Items, text: TextStream) -> AsyncIterator[tuple[str, str]]:
+    """Yield (text, "") as it is generated, then (rest, finish reason). Raises ProtocolError if the model failed."""
     try:
-        while True:
+        while not text.stopped:
             item = await arrived.get()
             if isinstance(item, ConnectionError):
                 raise ProtocolError(499, "the client has gone")  # nobody reads this
@@ -285,15 +289,13 @@ async def _pieces(
                 return
             if piece := text.add(item):
                 yield piece, ""
-            if text.stopped:
-                yield "", DONE_STOP
-                return
+        yield "", DONE_STOP
     finally:
         job.cancelled = True  # nobody reads on
 
 
 async def _events(
-    service: Service, asked: ChatRequest, job: Job, pieces: AsyncIterator[tuple[str, str]], text: TextStream
+    asked: ChatRequest, job: Job, pieces: AsyncIterator[tuple[str, str]], text: TextStream
 ) -> AsyncIterator[str]:
     """Yield the server-sent events of a stream."""
     chunks = Chunks(asked.model)
@@ -304,7 +306,7 @@ async def _events(
                 yield _event(chunks.delta({"content": piece}))
             if why:
                 yield _event(chunks.delta({}, why))
-        if asked.with_usage:
+        if asked.stream_options.include_usage:
             yield _event(chunks.usage(len(job.prompt), text.count))
     except ProtocolError as error:  # the status has been sent already
         yield _event(error.body())

@@ -1,6 +1,4 @@
-"""Generate answers for many requests concurrently: waiting requests share a batch, and each receives its tokens at
-once.
-"""
+"""Generate answers for many requests concurrently, in batches; each request receives its tokens at once."""
 
 from __future__ import annotations
 
@@ -44,9 +42,7 @@ class Job:
     sampling: Sampling
     seed: int
     put: Callable[[int | str | Exception], None]
-    """Receives the tokens as they are generated, and finally the finish reason or an error; called in another
-    thread.
-    """
+    """Receives each token, and finally the finish reason or an error; called in another thread."""
     state: State | None = None
     """Adapter state of the user; None for the base model."""
     cancelled: bool = False
@@ -66,10 +62,7 @@ class Job:
 
 
 class Batches:
-    """A thread that decodes waiting jobs in batches. Tokens are the same as without batching, up to rounding.
-
-    A batch runs until its last sequence ends. Jobs that arrive in the meantime wait for the next.
-    """
+    """A thread that decodes waiting jobs in batches. A batch runs until its last sequence ends, and others wait."""
 
     def __init__(
         self,
@@ -144,7 +137,7 @@ class Batches:
             job.end(ClosingError())
 
     def _write(self, jobs: list[Job]) -> None:
-        """Decode a batch. When it fails, continue its jobs one by one: only those that fail alone get an error."""
+        """Decode a batch. If it fails, decode its jobs one by one: only those that fail alone get an error."""
         try:
             self._decode(jobs)
             return
@@ -195,7 +188,7 @@ class Batches:
     def _step(self, ids: Tensor, mask: Tensor, cache: object) -> tuple[Tensor, object]:
         """Return the logits of the next tokens, (jobs, vocabulary) fp32 on the CPU, and the cache."""
         more: dict[str, object] = {self._cache_name: cache}
-        if self._takes_positions:  # of a prompt that is padded on the left they do not begin at 0
+        if self._takes_positions:  # they do not start at 0 after padding
             more["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         if self._takes_last:
             more["logits_to_keep"] = 1

@@ -25,9 +25,8 @@ HEALTH = "/health"
 class Access:
     """Who may send requests: clients with one of ``keys``, or without keys every program that can reach the server.
 
-    Web pages may not. A browser sends requests of any page to local servers, from the page's origin (Origin) or, after
-    a change of its DNS entry, under the page's host name (Host). A page does not know a key, so with keys Host and
-    Origin may name a proxy.
+    Web pages may not. A browser sends requests of any page to local servers, with the page's Origin or, after a change
+    of its DNS entry, with the page's Host. With keys, which a page does not know, both may name a proxy.
     """
 
     keys: Sequence[str] = ()
@@ -49,24 +48,25 @@ class Access:
         # compare with all keys, so that the time reveals nothing
         same = [hmac.compare_digest(given.strip(), code) for code in codes]
         if scheme.lower() != b"bearer" or not any(same):
-            raise ProtocolError(
-                401, "this server requires one of its keys (Authorization: Bearer KEY)", code="invalid_api_key"
-            )
+            why = "this server requires one of its keys (Authorization: Bearer KEY)"
+            raise ProtocolError(401, why, code="invalid_api_key")
 
     def _require_program(self, headers: Headers) -> None:
         host, origin = headers.get("host", ""), headers.get("origin")
-        if _name(host) not in ("localhost", self.host.lower()) and not _is_address(_name(host)):
-            raise ProtocolError(
-                403,
-                f"Host {host[:200]!r} is not a name of this server, which has no keys. Use its IP address, or "
-                "start the server with keys",
-            )
+        if not self._is_name(host):
+            why = "is not a name of this server, which has no keys. Use its IP address, or start the server with keys"
+            raise ProtocolError(403, f"Host {host[:200]!r} {why}")
         if origin is not None and origin.lower().partition("://")[2] != host.lower():
-            raise ProtocolError(
-                403,
-                f"Origin {origin[:200]!r}: requests from web pages are refused by a server without keys. Start "
-                "the server with keys",
-            )
+            why = "requests from web pages are refused by a server without keys. Start the server with keys"
+            raise ProtocolError(403, f"Origin {origin[:200]!r}: {why}")
+
+    def _is_name(self, host: str) -> bool:
+        """Return whether a Host header, with or without a port, names this server or an IP address."""
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            return name in ("localhost", self.host.lower()) or bool(ip_address(name))
+        except ValueError:
+            return False
 
 
 class Gate:
@@ -93,8 +93,14 @@ class Gate:
         except ProtocolError as error:
             await _refuse(error, scope, send)
         else:
-            if whole is not None:
-                await self._app(scope, _after(whole, receive), send)
+            if whole is None:
+                return
+            waiting: list[Message] = [{"type": "http.request", "body": whole, "more_body": False}]
+
+            async def receive_again() -> Message:
+                return waiting.pop() if waiting else await receive()
+
+            await self._app(scope, receive_again, send)
 
     async def _body(self, receive: Receive) -> bytes | None:
         """Return the body, or None if its client has disconnected. Raises ProtocolError."""
@@ -118,35 +124,10 @@ def _on_the_wire(key: str) -> set[bytes]:
     return codes
 
 
-def _name(host: str) -> str:
-    """Return the host name or address of a Host header, without the port; "" if it is invalid."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ip_address(name)
-    except ValueError:
-        return False
-    return True
-
-
-def _after(body: bytes, receive: Receive) -> Receive:
-    """Return a ``receive`` that gives ``body`` first."""
-    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive_again() -> Message:
-        return waiting.pop() if waiting else await receive()
-
-    return receive_again
-
-
 async def _refuse(error: ProtocolError, scope: Message, send: Send) -> None:
-    async def nothing() -> Message:
-        return {"type": "http.disconnect"}
-
     closes = {"Connection": "close"}  # the rest of the body is not read
-    await JSONResponse(error.body(), error.status, headers=closes)(scope, nothing, send)
+    await JSONResponse(error.body(), error.status, headers=closes)(scope, _disconnected, send)
+
+
+async def _disconnected() -> Message:
+    return {"type": "http.disconnect"}

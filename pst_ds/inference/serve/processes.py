@@ -6,6 +6,7 @@ import asyncio
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import h11
@@ -26,9 +27,7 @@ _HANG_SECONDS = 20
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """Return a socket bound to an address, which refuses connections until a server listens on it. Raises
-    InputError.
-    """
+    """Return a bound socket, which refuses connections until a server listens on it. Raises InputError."""
     try:
         family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         made = socket.socket(family, kind, number)
@@ -47,12 +46,11 @@ def answer(app: FastAPI, at: socket.socket) -> None:
 
 
 def answer_from_workers(make: Callable[[], FastAPI], at: socket.socket, workers: int) -> bool:
-    """Serve from ``workers`` processes, each with the application that ``make`` returns. Workers that die are
-    restarted.
+    """Serve from ``workers`` processes, which are restarted when they die. ``make`` is pickled.
 
-    ``make`` is pickled. Returns whether the server was told to stop, rather than failed to start a worker.
+    Returns whether the server was told to stop, rather than failed to start a worker.
     """
-    supervisor = Multiprocess(config(_Maker(make), factory=True, workers=workers), sockets=[at])
+    supervisor = Multiprocess(config(partial(_made, make), factory=True, workers=workers), sockets=[at])
     supervisor.run()
     return all(process.exitcode != STARTUP_FAILURE for process in supervisor.processes)
 
@@ -73,23 +71,17 @@ def config(app: FastAPI | Callable[[], FastAPI], *, factory: bool = False, worke
     )
 
 
-class _Maker:
-    """Creates an application in a worker. If that fails the server stops, because it would fail again."""
-
-    def __init__(self, make: Callable[[], FastAPI]):
-        self._make = make
-
-    def __call__(self) -> FastAPI:
-        try:
-            return self._make()
-        except InputError as error:
-            print(f"pst-ds serve: {error}", file=sys.stderr, flush=True)
-            sys.exit(STARTUP_FAILURE)
+def _made(make: Callable[[], FastAPI]) -> FastAPI:
+    """Create the application in a worker. If that fails the server stops, because it would fail again."""
+    try:
+        return make()
+    except InputError as error:
+        print(f"pst-ds serve: {error}", file=sys.stderr, flush=True)
+        sys.exit(STARTUP_FAILURE)
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection with a time limit for headers; uvicorn only limits the wait for the first byte of the next
-    request.
+    """uvicorn's connection with a time limit for headers; uvicorn only limits the wait for the first byte.
 
     Beyond ``most`` connections, a new one replaces the one that has waited longest for headers.
     """

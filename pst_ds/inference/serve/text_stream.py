@@ -15,10 +15,9 @@ _MOST_PENDING = 64
 
 
 class TextStream:
-    """Generated text in pieces that are final once returned.
+    """Generated text in pieces that are final once returned, at a cost per token that does not grow with the text.
 
-    The cost per token does not grow with the text: only the tokens of the last piece are decoded again, since some
-    decoders treat the first token differently, and only text that may start a stop string is compared again.
+    Only the tokens of the last piece are decoded again, since some decoders treat the first token differently.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
@@ -30,10 +29,8 @@ class TextStream:
         """Tokens after the last piece."""
         self._held = ""
         """Text that may be the start of a stop string."""
-        self.count = 0
-        """Tokens so far."""
-        self.stopped = False
-        """True after a stop string, whose following text is not returned."""
+        self.count, self.stopped = 0, False
+        """Tokens so far, and whether a stop string was found; the text after it is not returned."""
 
     def add(self, token: int) -> str:
         """Return the text that is final now; "" while a character or a stop string may be incomplete."""
@@ -64,18 +61,7 @@ class TextStream:
         if places:
             self.stopped = True
             return text[: min(places)]
-        upto = len(text) if is_last else len(text) - self._may_begin_stop(text)
+        sizes = [size for stop in self._stops for size in range(1, len(stop)) if text.endswith(stop[:size])]
+        upto = len(text) if is_last else len(text) - max(sizes, default=0)
         self._held = text[upto:]
         return text[:upto]
-
-    def _may_begin_stop(self, text: str) -> int:
-        """Return how many of the last characters may be the start of a stop string."""
-        return max(
-            (
-                size
-                for stop in self._stops
-                for size in range(1, min(len(stop), len(text) + 1))
-                if text.endswith(stop[:size])
-            ),
-            default=0,
-        )

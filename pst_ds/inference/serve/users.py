@@ -1,6 +1,4 @@
-"""Per-user adapters for a model folder, dense or packed: each sample of a batch with another user's adapter, or
-none.
-"""
+"""Per-user adapters for a model folder, dense or packed: each sample of a batch has its user's, or none."""
 
 from __future__ import annotations
 
@@ -9,13 +7,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pst_ds.core.bits import pack_mask
 from pst_ds.errors import InputError
 from pst_ds.file_names import MANIFEST_FILE
-from pst_ds.inference.runtime import sparse_layers
+from pst_ds.inference.runtime import SparseLinear
 from pst_ds.nn.batched_updates import LEFT, RIGHT, BatchUpdates
 from pst_ds.train.users.store import State, UserStore, UserStoreError
 
@@ -26,8 +23,7 @@ class ServedUsers:
     def __init__(self, model: nn.Module, folder: Path, store: UserStore):
         """``model``: the model of ``folder``, an export of the run that the users were trained on.
 
-        Raises UserStoreError for a store with another form, base or mask, and for states with a head, which belong to
-        one user at a time.
+        Raises UserStoreError for a store with another form, base or mask, and for adapters with a head.
         """
         self.store, self._model = store, model
         _require_served(store)
@@ -39,17 +35,11 @@ class ServedUsers:
             raise UserStoreError(f"{store.folder} does not fit the model in {folder}: {error}") from None
 
     def assign(self, users: Sequence[str | None]) -> None:
-        """Let sample i of later batches use the adapter of ``users[i]``, or none for None.
-
-        Raises UserStoreError for an unknown user, without changing anything.
-        """
+        """Let sample i of later batches use the adapter of ``users[i]``, or none. Raises UserStoreError."""
         self.assign_states([None if user is None else self.store.state(user) for user in users])
 
     def assign_states(self, states: Sequence[State | None]) -> None:
-        """Let sample i of later batches use ``states[i]``, from the store; none for None.
-
-        With an empty sequence every sample uses the base model.
-        """
+        """Let sample i of later batches use ``states[i]``, or none; without states all samples use the base model."""
         self._updates.assign(states, like=next(p for p in self._model.parameters() if p.is_floating_point()))
 
     def close(self) -> None:
@@ -77,37 +67,30 @@ def _require_base(folder: Path, store: UserStore) -> None:
     except (OSError, ValueError, AttributeError):
         known = None
     if not known:
+        path = folder / MANIFEST_FILE
         raise InputError(
-            f"{folder / MANIFEST_FILE} does not name its base model. Use an export of the run that the "
-            "users were trained over"
+            f"{path} does not name its base model. Use an export of the run that the users were trained on"
         )
     if known != store.common.base_fingerprint:
         raise UserStoreError(f"{store.folder} has adapters of another base model than that of {folder}")
 
 
 def _require_masks(model: nn.Module, folder: Path, store: UserStore) -> None:
-    """Compare the pruned weights of the layers with the masks. Quantised layers are omitted, because kept weights may
-    be zero.
-    """
-    layers = sparse_layers(model)
-    if any(layer.is_quantized for layer in layers.values()):
-        return
+    """Compare pruned weights with the masks, except in quantised layers, whose kept weights may be zero."""
     modules = dict(model.named_modules())
+    if any(isinstance(module, SparseLinear) and module.is_quantized for module in modules.values()):
+        return
     for name, known in store.common.masks_sha256.items():
         if name not in modules:
             raise UserStoreError(
                 f"{store.folder} has adapters of a layer {name}, which the model in {folder} does not have"
             )
-        keep = _weight(modules[name], name in layers) != 0
+        module = modules[name]
+        weight = module.dense_weight() if isinstance(module, SparseLinear) else module.get_parameter("weight")
+        keep = weight.detach().cpu() != 0
         found = {hashlib.sha256(pack_mask(bits).numpy().data).hexdigest() for bits in (keep, keep.t().contiguous())}
         if known not in found:  # try the order of nn.Linear and of Conv1D, which a packed layer does not record
             raise UserStoreError(
                 f"{store.folder} has adapters trained with other masks than those of {folder} ({name}). Use the "
-                "export of the run and checkpoint that they were trained over"
+                "export of the run and checkpoint that they were trained on"
             )
-
-
-@torch.no_grad()
-def _weight(module: nn.Module, is_sparse: bool) -> Tensor:
-    weight: Tensor = module.dense_weight() if is_sparse else module.get_parameter("weight")  # type: ignore[operator]
-    return weight.detach().cpu()

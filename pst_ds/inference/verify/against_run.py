@@ -17,7 +17,7 @@ from pst_ds.errors import InputError
 from pst_ds.export.prompt_file import attach_saved_prompt
 from pst_ds.inference.runtime import sparse_layers
 from pst_ds.inference.runtime.experts import SparseExperts
-from pst_ds.inference.verify.masked_run import FewerTokens, LargestLogit, MaskedRun
+from pst_ds.inference.verify.masked_run import Compared, FewerTokens, LargestLogit, MaskedRun
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
 from pst_ds.nn.layer import exact_inputs
@@ -52,11 +52,7 @@ class QuantisedInputs:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Texts that both models generate.
-
-    A text depends on every logit before it, so texts may differ where the order of sums varies, as on a GPU: they need
-    not be equal.
-    """
+    """Texts that both models generate. They may differ where the order of sums varies, as on a GPU."""
 
     texts: int
     differing_texts: int
@@ -77,21 +73,12 @@ class KeptSparse:
     """Formula of the allowed difference."""
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Compared):
     """An export compared with the masked model of its run."""
 
-    examples: int
-    unit: str
-    """What the task counts: "examples", "tokens" and so on."""
     compared_weights: int
     differing_weights: int
-    differing_predictions: int
-    max_logit_difference: float
-    """Largest absolute difference of a logit."""
-    allowed_logit_difference: float
-    metrics: dict[str, float]
-    """Metrics of the export."""
     rounding: Rounding | None = None
     vocabulary: FewerTokens | None = None
     texts: Texts | None = None
@@ -107,10 +94,9 @@ class Comparison:
             return f"{self.differing_weights} weight tensors and {self.differing_predictions} predictions differ"
         if kept and kept.differing_weights:
             return f"kept sparse, {kept.differing_weights} weights differ"
-        for how, result in (("", self), ("kept sparse, ", kept)):
-            if result and not result.max_logit_difference <= result.allowed_logit_difference:  # also true for NaN
-                return f"{how}its logits differ by more than rounding explains"
-        return ""
+        if kept and not kept.max_logit_difference <= kept.allowed_logit_difference:  # also true for NaN
+            return super().problem or "kept sparse, its logits differ by more than rounding explains"
+        return super().problem
 
 
 def compare_with_run(folder: Path, config: RunConfig, checkpoint: str, split: str, limit: int | None) -> Comparison:
@@ -172,8 +158,7 @@ def _weights_of_both(run: MaskedRun, plain: nn.Module, quantised: dict[str, Tens
     if foreign:
         raise InputError(
             f"{run.folder} has no {foreign[0]} as in the model of --against {run.context.run.output_dir} "
-            f"({len(foreign)} weights differ in name or shape): it is the export of another model. Name the run it "
-            "came from"
+            f"({len(foreign)} weights differ in name or shape). Name the run that was exported"
         )
     return [(weight, loaded[n]) for n, weight in merged.items()]
 
@@ -214,15 +199,10 @@ def _compare_sparse(run: MaskedRun, plain: nn.Module) -> KeptSparse:
 def allowed_difference(dtype: torch.dtype, num_layers: int, inputs: int) -> tuple[float, str]:
     """Return how far two computations of the same logits may differ, relative to the largest logit, and the formula.
 
-    Each layer rounds its outputs by at most one unit, u = eps / 2, and independent errors add up like the square root
-    of their number; there are two computations: 2 u sqrt(layers). An fp32 product is also summed in another order,
-    which is one more rounding per input: times sqrt(inputs). Products of bf16 and fp16 are summed in fp32, whose
-    rounding errors are negligible in comparison.
-
-    Args:
-        dtype: dtype of the computation.
-        num_layers: layers between the input and the logits.
-        inputs: largest number of inputs of a layer.
+    Each of ``num_layers`` rounds its outputs by at most one unit, u = eps / 2, and independent errors add up like the
+    square root of their number; there are two computations: 2 u sqrt(layers). An fp32 product is also summed in another
+    order, which is one more rounding for each of at most ``inputs``: times sqrt(inputs). Products of bf16 and fp16 are
+    summed in fp32, whose rounding errors are negligible in comparison.
     """
     unit = torch.finfo(dtype).eps / 2
     share = ROUNDINGS * unit * math.sqrt(max(num_layers, 1))

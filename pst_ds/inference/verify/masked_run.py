@@ -40,6 +40,27 @@ class FewerTokens:
     """Examples whose tokens did not change; None if examples are packed into sequences."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """Predictions and logits of an export, compared with the masked model."""
+
+    examples: int
+    unit: str
+    """What the task counts: "examples", "tokens" and so on."""
+    differing_predictions: int
+    max_logit_difference: float
+    """Largest absolute difference of a logit."""
+    allowed_logit_difference: float
+    metrics: dict[str, float]
+    """Metrics of the export."""
+
+    @property
+    def problem(self) -> str:
+        """Why the export is not the trained model; "" if it is."""
+        is_equal = self.max_logit_difference <= self.allowed_logit_difference  # False for NaN
+        return "" if is_equal else "its logits differ by more than rounding explains"
+
+
 @dataclass(slots=True)
 class MaskedRun:
     """The masked training model of a run, and the examples on which it is compared with an export."""
@@ -77,10 +98,7 @@ class MaskedRun:
         return int(found["differing_predictions"]), found["max_logit_difference"], metrics
 
     def trim(self) -> FewerTokens | None:
-        """Keep only the rows of the export's tokens, and tokenise as it does; None if it has all tokens.
-
-        Raises ExportError if its tokenizer has other tokens.
-        """
+        """Keep only the export's tokens, and tokenise as it does; None if it has all tokens. Raises ExportError."""
         kept = self.facts.get("tokens_kept")
         if not kept:
             return None
@@ -101,7 +119,7 @@ class MaskedRun:
         return FewerTokens(len(kept), metrics, sum(same))
 
     def narrower_dtypes(self) -> dict[str, torch.dtype]:
-        """Return the dtypes of the export's tensors that are narrower than those of the model, by plain name.
+        """Return the dtypes of the export's tensors that are narrower than the model's, by plain name.
 
         ``pst-ds export --dtype bf16`` of a run in fp32 has such tensors.
         """

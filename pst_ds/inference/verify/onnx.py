@@ -15,34 +15,21 @@ from pst_ds.core.packings import ONNX_FILE
 from pst_ds.errors import InputError
 from pst_ds.inference.onnx.folder import ALLOWED
 from pst_ds.inference.onnx.operators import open_session
-from pst_ds.inference.verify.masked_run import LargestLogit, MaskedRun, settle
+from pst_ds.inference.verify.masked_run import Compared, LargestLogit, MaskedRun, settle
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import exact_inputs
 
 
-@dataclass(frozen=True, slots=True)
-class OnnxComparison:
-    """An ONNX file compared with the masked model of a run, which is quantised in the same way and computes in fp32."""
+@dataclass(frozen=True, kw_only=True)
+class OnnxComparison(Compared):
+    """An ONNX file compared with the masked model of a run, which is quantised in the same way and computes in fp32.
 
-    examples: int
-    unit: str
-    """What the task counts: "examples", "tokens" and so on."""
-    differing_predictions: int
-    """With int8 activations: compared with the model as trained."""
-    max_logit_difference: float
-    """Largest absolute difference of a logit, with 16-bit activations."""
-    allowed_logit_difference: float
-    metrics: dict[str, float]
-    """Metrics of the file."""
+    Logits are compared with 16-bit activations. If the file has int8 activations, predictions are compared with those,
+    and with the model as trained.
+    """
+
     max_logit_difference_in_8_bits: float | None = None
-    """The same difference with int8 activations, if the file has them."""
-
-    @property
-    def problem(self) -> str:
-        """Why the file is not the model; "" if it is."""
-        if not self.max_logit_difference <= self.allowed_logit_difference:  # also true for NaN
-            return "its logits differ by more than rounding explains"
-        return ""
+    """The largest difference with int8 activations, if the file has them."""
 
 
 def facts_of_file(folder: Path) -> dict[str, object]:

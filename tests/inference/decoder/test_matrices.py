@@ -6,9 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core.quantization import Grid, InputGrid, dequantize
-from pst_ds.inference.runtime.native_loop import LEVELS, Matrix, best_level, supported_levels
+from pst_ds.inference.runtime.native_loop import LEVELS, Matrix, best_level, require_library
 
 BITS_AND_GROUPS = [(8, 0), (8, 128), (4, 32), (4, 64), (4, 0)]
+
+
+def supported_levels():
+    """Indices of the instruction sets that this processor, its system and the compiler have."""
+    return [level for level in range(len(LEVELS)) if require_library().pst_decoder_supports(level)]
+
+
 AVAILABLE = supported_levels()
 
 

@@ -14,10 +14,9 @@ from pst_ds.core import kernels
 from pst_ds.errors import InputError
 from pst_ds.inference.onnx import operators as onnx
 from pst_ds.inference.runtime import native_loop as decoder
-from pst_ds.inference.runtime.instructions import VARIABLE
-from pst_ds.inference.runtime.native_loop import LEVELS, Matrix, supported_levels
+from pst_ds.inference.runtime.native_loop import LEVELS, VARIABLE, Matrix
 from tests.guard_pages import Region, in_child
-from tests.inference.decoder.test_matrices import _codes
+from tests.inference.decoder.test_matrices import _codes, supported_levels
 
 AVX512, AMX = LEVELS.index("avx512"), LEVELS.index("amx")
 TOKENS = [8, 15, 16, 17, 32, 33, 50]

@@ -207,7 +207,7 @@ def test_a_whole_table_is_missing(quantized, tmp_path):
         ({"embeddings": "int2"}, "got 'int2'"),
         ({"format": "csr"}, "csr holds values of the model's dtype only"),
         ({"format": "zip"}, "format must be one of dense, bitmask, 2:4, csr, got 'zip'"),
-        ({"format_version": 1}, "format_version 1 does not go with values 'int4'"),
+        ({"format_version": 1}, "format_version = 1 conflicts with values = 'int4'"),
         ({"format_version": 3}, "reads versions 1 and 2. Load the folder with a newer pst-ds"),
         ({"scales": "bf16"}, "unknown key 'scales'"),
     ],

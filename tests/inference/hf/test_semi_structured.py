@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from pst_ds.errors import InputError
 from pst_ds.inference.hf import semi_structured
-from pst_ds.inference.hf.semi_structured import SemiStructuredError, is_two_four, to_semi_structured
+from pst_ds.inference.hf.semi_structured import is_two_four, to_semi_structured
 from pst_ds.inference.runtime import SparseLinear
 
 
@@ -79,18 +80,18 @@ def test_outputs_are_those_of_the_layers_before(pretend_cuda):
     ("name", "message"),
     [
         ("head", "head: its weight is tied to another layer"),
-        ("dense", "dense: not 2:4: output 0 has more than two non-zeros in inputs 0 to 3"),
+        ("dense", "dense: not 2:4: output 0 has more than two weights in inputs 0 to 3"),
         ("three", "three: not 2:4: output 0"),
         ("single", "single: its weight is torch.float32, and bf16 or fp16 is needed"),
         ("odd", "odd: its shape (outputs, inputs) is (60, 64), and multiples of"),
-        ("embed", "embed: no linear layer of this model. Names seen: head, plain"),
-        ("nothing", "nothing: no linear layer of this model"),
+        ("embed", "embed is not a linear layer of this model. Its layers: head, plain"),
+        ("nothing", "nothing is not a linear layer of this model"),
     ],
 )
 def test_a_named_layer_that_does_not_qualify_leaves_the_model_alone(pretend_cuda, name, message):
     model = model_with_all()
     before = list(model.modules())
-    with pytest.raises(SemiStructuredError) as caught:
+    with pytest.raises(InputError) as caught:
         to_semi_structured(model, ["conv", name])
     assert message in str(caught.value)
     assert list(model.modules()) == before
@@ -99,23 +100,23 @@ def test_a_named_layer_that_does_not_qualify_leaves_the_model_alone(pretend_cuda
 def test_the_bad_group_is_named(pretend_cuda):
     weight = two_four(64, 64)
     weight[17, 40:44] = 1.0
-    with pytest.raises(SemiStructuredError, match=r"^0: not 2:4: output 17 .* inputs 40 to 43"):
+    with pytest.raises(InputError, match=r"^0: not 2:4: output 17 .* inputs 40 to 43"):
         to_semi_structured(nn.Sequential(linear(weight)), ["0"])
 
 
 def test_off_cuda():
     model = nn.Sequential(linear(two_four(64, 64)), SparseLinear.from_dense(two_four(64, 64), format="2:4"))
     for name in ("0", "1"):
-        with pytest.raises(SemiStructuredError, match=rf"^{name}: it is on cpu, and .* need CUDA. Move the model"):
+        with pytest.raises(InputError, match=rf"^{name}: it is on cpu, and .* need CUDA. Move the model"):
             to_semi_structured(model, [name])
-    with pytest.raises(SemiStructuredError, match="none of 2 linear layers qualifies; 0: it is on cpu"):
+    with pytest.raises(InputError, match="none of 2 linear layers qualifies; 0: it is on cpu"):
         to_semi_structured(model)
 
 
 def test_none_qualifies(pretend_cuda):
-    with pytest.raises(SemiStructuredError, match="the model has no linear layer"):
+    with pytest.raises(InputError, match="the model has no linear layer"):
         to_semi_structured(nn.Sequential(nn.ReLU()))
-    with pytest.raises(SemiStructuredError, match=r"1: its weight is torch\.float32"):
+    with pytest.raises(InputError, match=r"1: its weight is torch\.float32"):
         to_semi_structured(nn.Sequential(linear(two_four(60, 64)), linear(two_four(64, 64, torch.float32))))
 
 

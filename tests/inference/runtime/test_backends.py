@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pst_ds.inference.runtime import SparseLinear, backends, native, ops
-from pst_ds.inference.runtime.backends import backend_for
+from pst_ds.inference.runtime import SparseLinear, native, ops
+from pst_ds.inference.runtime.ops import backend_for
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -16,14 +16,14 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
         ("bitmask", BF16, "cpu", 1 << 20, 0.5, "native"),
         ("bitmask", BF16, "cpu", 0, 0.0, "native"),
         ("bitmask", FP32, "cpu", 1, 0.1, "native"),
-        ("bitmask", FP32, "cpu", backends.NATIVE_UP_TO[FP32], 0.1, "native"),
-        ("bitmask", FP32, "cpu", backends.NATIVE_UP_TO[FP32] + 1, 0.1, "expand"),
+        ("bitmask", FP32, "cpu", ops.NATIVE_UP_TO[FP32], 0.1, "native"),
+        ("bitmask", FP32, "cpu", ops.NATIVE_UP_TO[FP32] + 1, 0.1, "expand"),
         ("bitmask", FP16, "cpu", 1, 0.5, "expand"),
         ("bitmask", FP64, "cpu", 1, 0.5, "expand"),
         ("bitmask", BF16, "cuda", 1, 0.5, "expand"),
         ("csr", BF16, "cpu", 1, 0.1, "csr"),
-        ("csr", FP16, "cpu", backends.CSR_UP_TO, 0.1, "csr"),
-        ("csr", BF16, "cpu", backends.CSR_UP_TO + 1, 0.1, "expand"),
+        ("csr", FP16, "cpu", ops.CSR_UP_TO, 0.1, "csr"),
+        ("csr", BF16, "cpu", ops.CSR_UP_TO + 1, 0.1, "expand"),
         ("csr", BF16, "cpu", 1, 0.5, "expand"),
         ("csr", FP64, "cpu", 1, 0.1, "expand"),
         ("csr", BF16, "cuda", 1, 0.1, "expand"),

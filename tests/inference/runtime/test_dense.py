@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from pst_ds.inference.bench.variants import resident_bytes
+from pst_ds.inference.bench import resident_bytes
 from pst_ds.inference.runtime import SparseLinear
 from pst_ds.inference.runtime import native_loop as decoder
 from pst_ds.inference.runtime.dense import PrepackedLinear, VectorLinear, can_prepack, prepack, quicken_output_layer

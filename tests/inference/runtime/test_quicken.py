@@ -6,8 +6,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pst_ds.inference.runtime import attention
+from pst_ds.inference.runtime.attention import quicken_decoding
 from pst_ds.inference.runtime.dense import VectorLinear
-from pst_ds.inference.runtime.quicken import quicken_decoding
 from pst_ds.nn.batched_updates import LEFT, RIGHT, BatchUpdates
 
 CONFIG = {

@@ -7,7 +7,9 @@ import sys
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from pst_ds.inference.serve.cpu_limit import call_within
+pytest.importorskip("fastapi", reason="needs pip install 'pst-ds[serve]'")
+
+from pst_ds.inference.serve.app import call_within
 
 LOOPS = {
     "nested": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",

@@ -70,7 +70,7 @@ def answers(served: Served, users: Sequence[str | None]) -> dict[tuple[str | Non
 
     folder = open_model_folder(served.model)
     model: Any = folder.load()
-    tokenizer = folder.tokenizer()
+    tokenizer: Any = folder.tokenizer()
     tokenizer.chat_template = served.template.read_text(encoding="utf-8")
     states = ServedUsers(model, served.model, UserStore.open(served.store))
     found = {}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from pst_ds.inference.bench.measure import Decoder, LinearTime
+from pst_ds.inference.bench import GreedyDecoder, LinearTime
 from pst_ds.inference.runtime import SparseLinear
 
 
@@ -26,7 +26,7 @@ def _gpt2():
 def test_tokens_are_those_of_whole_forward_passes(make):
     model = make()
     ids = torch.randint(35, (3, 6), generator=torch.Generator().manual_seed(4))
-    decoder = Decoder(model)
+    decoder = GreedyDecoder(model)
     decoder.prefill(ids[:, :2])
     decoder.step()
     found = [decoder.prefill(ids), *(decoder.step() for _ in range(8))]  # what was before is forgotten

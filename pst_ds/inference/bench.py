@@ -1,49 +1,47 @@
-"""The models that ``pst-ds bench`` compares, and the machine it runs on."""
+"""``pst-ds bench``: the variants of a model that are compared, and their speeds as medians over interleaved turns."""
 
 from __future__ import annotations
 
+import argparse
 import copy
+import inspect
 import os
+import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from pst_ds.core.kernels.host import available_bytes, cpu_name
+from pst_ds.errors import InputError
 from pst_ds.formats import FORMATS, FormatError
 from pst_ds.inference.decoder import Decoder, DecoderError
-from pst_ds.inference.hf.model_folder import ModelFolder, ModelFolderError
+from pst_ds.inference.hf.model_folder import ModelFolder
 from pst_ds.inference.hf.semi_structured import is_two_four
 from pst_ds.inference.runtime import SparseLinear, native, sparse_layers
-from pst_ds.inference.runtime.backends import CSR_FROM_SPARSITY
+from pst_ds.inference.runtime.attention import quicken_decoding
 from pst_ds.inference.runtime.dense import PrepackedLinear, can_prepack, prepack
-from pst_ds.inference.runtime.quicken import quicken_decoding
-from pst_ds.nn.model_structure import is_conv1d, untied_linear_layers
+from pst_ds.inference.runtime.ops import CSR_FROM_SPARSITY
+from pst_ds.nn.model_structure import is_conv1d, is_linear, untied_linear_layers
+from pst_ds.progress import Progress
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
-@dataclass
 class Variant:
-    """One way to run the model."""
+    """One way to run the model: the model and its copies. ``file_bytes`` is None if it exists in memory only."""
 
-    model: PreTrainedModel
-    file_bytes: int | None = None
-    """Bytes of its weight files; None if it exists in memory only."""
-    models: list[PreTrainedModel] = field(default_factory=list)
-    """The model and its copies."""
-    loaded_bytes: int = 0
-    """Bytes of resident weights."""
-
-    def __post_init__(self) -> None:
-        self.models = [self.model]
-        self.loaded_bytes = resident_bytes(self.model)
+    def __init__(self, model: PreTrainedModel, file_bytes: int | None = None):
+        self.model, self.file_bytes = model, file_bytes
+        self.models, self.loaded_bytes = [model], resident_bytes(model)
 
     def facts(self) -> dict[str, int | None]:
         return {
@@ -97,7 +95,7 @@ def variants(folder: ModelFolder, dense: ModelFolder | None, formats: list[str],
     """Return the models by name: "dense" (transformers unchanged), "prepacked", and each sparse format.
 
     ``formats`` default to :func:`default_formats`. Without ``dense`` the folder is unpacked. All but "dense" have a
-    fast output layer and fast attention. Raises ModelFolderError.
+    fast output layer and fast attention. Raises InputError.
     """
     base = dense or folder
     plain = base.load("dense", dtype)
@@ -114,9 +112,7 @@ def variants(folder: ModelFolder, dense: ModelFolder | None, formats: list[str],
 
 
 def default_formats(folder: ModelFolder, plain: PreTrainedModel) -> list[str]:
-    """Return the folder's format (bitmask for a dense one), csr if it beats expansion, and 2:4 if the weights have
-    it.
-    """
+    """Return the folder's format (bitmask for a dense one), csr if it beats expansion, and 2:4 if it applies."""
     layers = untied_linear_layers(plain).values()
     own = folder.format if folder.format in FORMATS else "bitmask"
     kept = sum(int(layer.weight.count_nonzero()) for layer in layers)
@@ -135,7 +131,7 @@ def _sparse(folder: ModelFolder, plain: PreTrainedModel | None, name: str, dtype
         return Variant(folder.load("sparse", dtype), folder.weight_file_bytes)
     model = copy.deepcopy(plain) if plain is not None else folder.load("dense", dtype)
     if not make_sparse(model, name):
-        raise ModelFolderError(
+        raise InputError(
             f"{folder.path}: no linear layer can be packed as {name} and become smaller. Omit {name} from --formats"
         )
     return Variant(model)
@@ -150,7 +146,7 @@ def make_sparse(model: nn.Module, format_name: str) -> int:
         try:
             layer = SparseLinear.from_dense(weight, module.bias, format_name)
         except FormatError:
-            continue  # a group of four with three non-zeros
+            continue  # a group of four with three kept weights
         if sum(part.nbytes for part in layer.parts().values()) < weight.nbytes:
             model.set_submodule(name, layer.train(module.training))
             made += 1
@@ -168,11 +164,11 @@ def resident_bytes(model: nn.Module) -> int:
 
 
 def copy_until(by_name: dict[str, Variant], total_bytes: int) -> None:
-    """Copy each model until its weights fill ``total_bytes``. Raises ModelFolderError if memory is short."""
-    needed = sum(max(0, total_bytes - c.loaded_bytes) + c.loaded_bytes for c in by_name.values())
+    """Copy each model until its weights fill ``total_bytes``. Raises InputError if memory is short."""
+    needed = sum(max(total_bytes, variant.loaded_bytes) for variant in by_name.values())
     available = available_bytes()
     if available is not None and needed > 0.8 * available:
-        raise ModelFolderError(
+        raise InputError(
             f"--from-memory needs {needed / 1e9:.1f} GB of copies, and {available / 1e9:.1f} GB are free. Omit it"
         )
     for variant in by_name.values():
@@ -209,3 +205,145 @@ def conditions() -> dict[str, object]:
         "sparse_kernel": native.LEVELS[native.best_level()] if native.library() is not None else "torch",
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
+
+
+def measure(
+    by_name: Mapping[str, Variant | NativeLoop], folder: ModelFolder, batch: int, args: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Return rates of each variant: tokens per second of prefill and decoding, and shares of a decoding step's time.
+
+    A model that is not causal has only a forward pass, which counts as its prefill.
+    """
+    ids, num_steps = _token_ids(folder, batch, args.prompt_tokens), max(1, args.new_tokens - 1)
+    prefill: dict[str, list[float]] = {name: [] for name in by_name}
+    decode: dict[str, list[float]] = {name: [] for name in by_name}
+    with Progress("measure", (args.repeats + 1) * len(by_name), "times") as progress:
+        for turn in range(args.repeats + 1):
+            for name, variant in by_name.items():
+                if isinstance(variant, NativeLoop):
+                    timed = variant.timed(ids, num_steps)
+                else:
+                    timed = _decode(variant, ids, num_steps) if folder.is_causal else _forward(variant, ids)
+                if turn:  # the first turn warms up
+                    prefill[name] += timed[0]
+                    decode[name] += timed[1]
+                progress.add(1, name)
+    rates: dict[str, dict[str, float]] = {}
+    for name, variant in by_name.items():
+        rates[name] = {"prefill_tokens_per_second": ids.numel() / statistics.median(prefill[name])}
+        if decode[name]:
+            step = statistics.median(decode[name])
+            rates[name] |= {"decode_tokens_per_second": batch / step, "decode_step_seconds": step}
+            if isinstance(variant, Variant):
+                rates[name] |= _shares(variant, ids, num_steps)
+    return rates
+
+
+def _decode(variant: Variant, ids: Tensor, num_steps: int) -> tuple[list[float], list[float]]:
+    """Return the seconds of each prefill and of each step; the copies of the model step in turn."""
+    decoders = [GreedyDecoder(model) for model in variant.models]
+    prefill = [_seconds(decoder.prefill, ids) for decoder in decoders]
+    return prefill, [_seconds(decoders[step % len(decoders)].step) for step in range(num_steps)]
+
+
+@torch.inference_mode()
+def _forward(variant: Variant, ids: Tensor) -> tuple[list[float], list[float]]:
+    inputs = {"input_ids": ids}
+    if variant.model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids[:, :1]
+    return [_seconds(model, **inputs) for model in variant.models], []
+
+
+def _seconds(work: Callable[..., object], *args: Tensor, **kwargs: Tensor) -> float:
+    start = time.perf_counter()
+    work(*args, **kwargs)
+    return time.perf_counter() - start
+
+
+def _shares(variant: Variant, ids: Tensor, num_steps: int) -> dict[str, float]:
+    """Return the shares of a step's time outside the linear layers and in the output layer, as medians."""
+    decoders = [GreedyDecoder(model) for model in variant.models]
+    clocks = [LinearTime(model) for model in variant.models]
+    for decoder, clock in zip(decoders, clocks, strict=True):
+        decoder.prefill(ids)
+        clock.start()
+    outside, output_layer = [], []
+    for step in range(num_steps):
+        decoder, clock = decoders[step % len(decoders)], clocks[step % len(decoders)]
+        clock.blocks = clock.output_layer = 0.0
+        total = _seconds(decoder.step)
+        outside.append(1 - (clock.blocks + clock.output_layer) / total)
+        output_layer.append(clock.output_layer / total)
+    for clock in clocks:
+        clock.stop()
+    return {"outside_linear_layers": statistics.median(outside), "output_layer_share": statistics.median(output_layer)}
+
+
+def _token_ids(folder: ModelFolder, batch: int, tokens: int) -> Tensor:
+    """Draw (batch, tokens) from the whole vocabulary, with a fixed seed."""
+    size = getattr(folder.config.get_text_config(), "vocab_size", None)
+    if not isinstance(size, int):
+        raise InputError(f"{folder.path}: config.json has no vocab_size. Only text models can be measured")
+    return torch.randint(size, (batch, tokens), generator=torch.Generator().manual_seed(0))
+
+
+class GreedyDecoder:
+    """A transformers causal model with the keys and values of its previous tokens; decodes greedily."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        accepted = inspect.signature(type(model).forward).parameters
+        self._cache_name = "cache" if "cache" in accepted else "past_key_values"  # renamed in transformers 5
+        self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._cache: object = None
+        self.tokens = torch.empty(0, 0, dtype=torch.long)
+        """The last tokens, (batch, 1)."""
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Start over with ``ids`` (batch, tokens). Return the first new tokens (batch, 1)."""
+        self._cache = None
+        return self._forward(ids)
+
+    def step(self) -> Tensor:
+        """Return the next tokens (batch, 1)."""
+        return self._forward(self.tokens)
+
+    @torch.inference_mode()
+    def _forward(self, ids: Tensor) -> Tensor:
+        out = self.model(input_ids=ids, use_cache=True, **{self._cache_name: self._cache}, **self._options)
+        self._cache = out[self._cache_name]
+        self.tokens = out.logits[:, -1:].argmax(-1)
+        return self.tokens
+
+
+@dataclass
+class LinearTime:
+    """Wall-clock seconds in a model's linear layers, between :meth:`start` and :meth:`stop`."""
+
+    model: nn.Module
+    blocks: float = 0.0
+    output_layer: float = 0.0
+
+    def start(self) -> None:
+        get = getattr(self.model, "get_output_embeddings", None)
+        output_layer = get() if get is not None else None
+        self._hooks: list[RemovableHandle] = []
+        for module in self.model.modules():
+            if isinstance(module, SparseLinear | PrepackedLinear) or is_linear(module):
+                self._add_hooks(module, "output_layer" if module is output_layer else "blocks")
+
+    def stop(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _add_hooks(self, module: nn.Module, total: str) -> None:
+        started = 0.0
+
+        def begin(*_: object) -> None:
+            nonlocal started
+            started = time.perf_counter()
+
+        def end(*_: object) -> None:
+            setattr(self, total, getattr(self, total) + time.perf_counter() - started)
+
+        self._hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
