@@ -26,10 +26,10 @@ def _zero(**settings: Any) -> Any:
 _FILE = "{tmp}/ds.json"
 DEEPSPEED = {
     "a DeepSpeed file that is not there": Wrong(
-        setting("deepspeed_config=no.json"), "deepspeed_config", "'no.json'", "name a JSON file"
+        setting("deepspeed_config=no.json"), "deepspeed_config", "'no.json'", "Name a JSON file"
     ),
     "a DeepSpeed file that is a folder": Wrong(
-        setting("deepspeed_config={made}/plain"), "deepspeed_config", "{made}/plain", "name the JSON file"
+        setting("deepspeed_config={made}/plain"), "deepspeed_config", "{made}/plain", "Name a JSON file"
     ),
     "a DeepSpeed file that is not JSON": Wrong(
         lambda shop: shop.train(f"deepspeed_config={shop.file('ds.json', '{]')}"), _FILE, "line 1 column 2", "JSON"

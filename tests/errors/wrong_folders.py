@@ -72,11 +72,11 @@ RUNS = {
         _resumed("schedule.final_sparsity=0.5"),
         "schedule.final_sparsity",
         "0.5",
-        "take the old value, or start a new run",
+        "Use the old value, or start a new run",
     ),
     "resume with another method": Wrong(_resumed("method=gmp"), "method", "'gmp'", "another output_dir"),
     "resume on other text": Wrong(
-        _resumed_on_other_text, "data.train", "{tmp}/train.jsonl", "bring the old file or setting back"
+        _resumed_on_other_text, "data.train", "{tmp}/train.jsonl", "Restore the old file or setting"
     ),
     "resume from another base": Wrong(
         _another_base("train", "--resume"),

@@ -157,15 +157,15 @@ MODELS = {
         _llama(_no_head), "model.path", "lm_head.weight", "language modelling head"
     ),
     "texts longer than the model's": Wrong(
-        setting("data.max_length=512"), "data.max_length", "512", "set it to at most"
+        setting("data.max_length=512"), "data.max_length", "512", "Set it to at most"
     ),
     "sequences longer than the model's": Wrong(
-        causal_setting("data.max_length=64"), "data.max_length", "64", "set it to at most 48"
+        causal_setting("data.max_length=64"), "data.max_length", "64", "Set it to at most 48"
     ),
     "a padding token that the model lacks": Wrong(
         _padding_that_the_model_lacks, "padding token '[NEW]'", "35", "model.tokenizer"
     ),
-    "texts longer than a RoBERTa's": Wrong(_roberta, "data.max_length", "32", "set it to at most 31"),
+    "texts longer than a RoBERTa's": Wrong(_roberta, "data.max_length", "32", "Set it to at most 31"),
     "nothing to train": Wrong(
         causal_setting("method=lora", "pst.update_rank=0"), "pst.update_rank", "0", "pst.update_rank of at least 1"
     ),
@@ -265,7 +265,7 @@ MODELS = {
         _taught_by(hidden_size=16), "distillation.teacher", "hidden_size = 16", "distillation.hidden_states = 0"
     ),
     "a teacher of fewer positions": Wrong(
-        _taught_by(max_position_embeddings=24), "distillation.teacher", "24 positions", "set it to at most 24"
+        _taught_by(max_position_embeddings=24), "distillation.teacher", "24 positions", "Set it to at most 24"
     ),
     "a teacher that sees both ways": Wrong(
         causal_setting("distillation.weight=0.5", f"distillation.teacher={BERT}"),

@@ -251,8 +251,8 @@ COMMAND_LINES = {
     "a plan for a machine without its rates": Wrong(
         lambda shop: [*shop.train(verb="plan"), "--machine", shop.file("mine.toml", 'name = "mine"\n')],
         "{tmp}/mine.toml",
-        "is missing",
-        "set it to a number above 0",
+        "latency missing",
+        "docs/how-to/large-models.md describes each rate",
     ),
     "no verb": Wrong(words(), "required", "VERB", "pst-ds --help"),
     "an unknown verb": Wrong(words("trian", "run.toml"), "pst-ds: unknown verb", "'trian'", "Did you mean 'train'?"),

@@ -51,10 +51,10 @@ VERBS = {
         _prune("--method", "wanda", "--pattern", "2x2", "--swaps", "3"), "--swaps", "3", "choose --pattern matrix, row"
     ),
     "prune by budgets of a pattern that has one share": Wrong(
-        _prune("--method", "wanda", "--pattern", "2:4", "--budgets", "owl"), "--budgets", "2:4", "leave --budgets out"
+        _prune("--method", "wanda", "--pattern", "2:4", "--budgets", "owl"), "--budgets", "2:4", "Remove --budgets"
     ),
     "prune by saliency where a pattern has one share": Wrong(
-        _prune("--method", "wanda", "--pattern", "2:4", "--budgets", "saliency"), "--budgets", "2:4", "leave --budgets"
+        _prune("--method", "wanda", "--pattern", "2:4", "--budgets", "saliency"), "--budgets", "2:4", "Remove --budgets"
     ),
     "prune to a grid by saliency": Wrong(
         _prune("--method", "sparsegpt", "--bits", "4", "--budgets", "saliency"), "--bits 4", "saliency", "Prune first"

@@ -126,6 +126,6 @@ def test_a_store_that_changed_under_a_run_is_refused(tmp_path, sources):
 def test_a_run_longer_than_its_sources_is_refused(tmp_path, sources):
     limited = [{**of, "epochs": 0.1} for of in sources]
     with pytest.raises(
-        ConfigError, match=r"data\.sources have \d+ sequences within their epochs, and the run takes 48"
+        ConfigError, match=r"data\.sources have \d+ sequences within their epochs, but the run takes 48"
     ):
         _train(tmp_path / "run", limited)
