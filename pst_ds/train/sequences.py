@@ -51,10 +51,12 @@ def keep_documents_apart(model: nn.Module) -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     config = getattr(model, "config", None)
+    if config is None:
+        return
     if "flash" in (getattr(config, "_attn_implementation", None) or ""):
         flatten_packed_rows(model)
         return
-    implementation = getattr(config and config.get_text_config(), "_attn_implementation", None) or ""
+    implementation = getattr(config.get_text_config(), "_attn_implementation", None) or ""
     make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
     if make_mask is None:
         return
