@@ -138,7 +138,7 @@ def _loaded(args: argparse.Namespace, folder: ModelFolder, device: str) -> PreTr
     model = folder.load(args.load_as, args.dtype, device)
     quicken_decoding(model)
     if args.user is not None:
-        ServedUsers(model, folder.path, UserStore.open(Path(args.store))).assign([args.user])
+        ServedUsers(model, folder.path, UserStore(Path(args.store))).assign([args.user])
     return model
 
 

@@ -103,7 +103,7 @@ def _opened(args: argparse.Namespace) -> tuple[ModelFolder, PreTrainedTokenizerB
         tokenizer.chat_template = read_template(args.chat_template, "--chat-template")
     if tokenizer.chat_template is None:
         raise InputError(f"{args.model}: the tokenizer has no chat template. Give a Jinja file with --chat-template")
-    store = UserStore.open(Path(args.store), kept=args.users_in_memory) if args.store else None
+    store = UserStore(Path(args.store), kept=args.users_in_memory) if args.store else None
     return folder, tokenizer, store
 
 

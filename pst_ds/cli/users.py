@@ -121,7 +121,7 @@ def _eval(args: argparse.Namespace) -> Facts:
 
     data = {args.split: args.data} if args.data else {}
     context, checkpoint = _opened(run_of_users(config, UserTraining(), **data), args)
-    store = raise_on_all_ranks(lambda: UserStore.open(Path(args.store)))
+    store = raise_on_all_ranks(lambda: UserStore(Path(args.store)))
     rows = raise_on_all_ranks(lambda: read_by_user(context.run.data, args.split, args.by))
     users = raise_on_all_ranks(lambda: _users_to_score(args, store, set(rows.places)))
     model = PersonalModel(context, checkpoint, part_of(store))
@@ -170,7 +170,7 @@ def _rows(args: argparse.Namespace) -> Facts:
 def _list(args: argparse.Namespace) -> Facts:
     from pst_ds.train.users.store import UserStore
 
-    store = UserStore.open(Path(args.store))
+    store = UserStore(Path(args.store))
     entries = {name: store.entry(name) for name in store.names}
     if not args.json:
         lines = [[n[:40], str(e.rows), str(e.steps), f"{e.loss:.4f}", bytes_text(e.bytes)] for n, e in entries.items()]
@@ -190,7 +190,7 @@ def _export(args: argparse.Namespace) -> Facts:
     from pst_ds.train.users.store import UserStore
 
     checkpoint = open_checkpoint(config, args.checkpoint)
-    own = user_checkpoint(checkpoint, config, UserStore.open(Path(args.store)), args.user)
+    own = user_checkpoint(checkpoint, config, UserStore(Path(args.store)), args.user)
     settings = ExportSettings(format=args.format, dtype=args.dtype)
     written = export_run(config, args.out, settings, checkpoint=own)
     print(
@@ -203,7 +203,7 @@ def _export(args: argparse.Namespace) -> Facts:
 def _remove(args: argparse.Namespace) -> Facts:
     from pst_ds.train.users.store import UserStore
 
-    store = UserStore.open(Path(args.store))
+    store = UserStore(Path(args.store))
     names = list(dict.fromkeys(args.user))
     for name in names:
         store.entry(name)  # refuse all before any is gone

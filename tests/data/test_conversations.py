@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from pst_ds.config.run import ConfigError, DataConfig, EvalConfig
 from pst_ds.data.conversations import Conversation, messages_of, render, tools_of
-from pst_ds.data.tasks.chat import Chat, load_conversations
+from pst_ds.data.tasks.chat import Chat
 
 ROLES = "{% for m in messages %}"
 CHATML = ROLES + (
@@ -165,19 +165,21 @@ def test_cutting_takes_tokens_and_mask_alike_and_leaves_out_what_has_no_answer(t
     rows = [{"messages": TALK}, {"messages": [{"role": "user", "content": "x" * 99}, TALK[1]]}]
     path = write_rows(tmp_path / "chats.jsonl", rows)
     for length in range(40, len(whole.ids), 7):
-        found = load_conversations(_data(path, max_length=length), "train", tokenizer)
+        found = Chat(EvalConfig()).load(_data(path, max_length=length), "train", tokenizer, [])
         expected = [t if is_answer else -100 for t, is_answer in zip(whole.ids, whole.is_answer, strict=True)]
         assert found.row(0) == (whole.ids[:length], expected[:length])
         assert len(found) + found.omitted == 2
         said = f"conversations without an answer in their first {length} tokens are left out: 1"
         assert Chat(EvalConfig()).remark(_data(path), found) == (said if found.omitted else "")
     with pytest.raises(ConfigError, match=r"no conversation has an answer within data\.max_length = 8"):
-        load_conversations(_data(path, max_length=8), "train", tokenizer)
+        Chat(EvalConfig()).load(_data(path, max_length=8), "train", tokenizer, [])
 
 
 def test_the_last_answer_is_what_is_written_and_the_rest_its_prompt(tmp_path):
     tokenizer = tokenizer_with(CHATML)
-    found = load_conversations(_data(write_rows(tmp_path / "c.jsonl", [{"messages": TALK}])), "validation", tokenizer)
+    found = Chat(EvalConfig()).load(
+        _data(write_rows(tmp_path / "c.jsonl", [{"messages": TALK}])), "validation", tokenizer, []
+    )
     assert found.references == [[SECOND]]
     assert tokenizer.decode(found.prompts(999)[0]).endswith("and  the plot<|im_end|>\n<|im_start|>assistant\n")
     assert len(found.prompts(5)[0]) == 5
@@ -199,7 +201,10 @@ def test_the_last_answer_is_what_is_written_and_the_rest_its_prompt(tmp_path):
 def test_all_shapes_of_a_conversation_are_the_same(tmp_path, columns, row):
     tokenizer = tokenizer_with(CHATML)
     data = _data(write_rows(tmp_path / "c.jsonl", [row]), text_columns=tuple(columns))
-    found, expected = load_conversations(data, "train", tokenizer), render(Conversation(TALK[:2]), tokenizer, "")
+    found, expected = (
+        Chat(EvalConfig()).load(data, "train", tokenizer, []),
+        render(Conversation(TALK[:2]), tokenizer, ""),
+    )
     assert found.row(0)[0] == expected.ids
     assert [label != -100 for label in found.row(0)[1]] == expected.is_answer
 
@@ -234,4 +239,4 @@ def test_a_template_that_refuses_a_role_and_a_missing_one_are_said(tmp_path):
         render(Conversation([{"role": "system", "content": "x"}, *TALK]), tokenizer_with(INST), "row 0")
     path = write_rows(tmp_path / "c.jsonl", [{"messages": TALK}])
     with pytest.raises(ConfigError, match="the tokenizer has no chat template"):
-        load_conversations(_data(path), "train", tokenizer_with(None))
+        Chat(EvalConfig()).load(_data(path), "train", tokenizer_with(None), [])

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pst_ds.config.data import EvalConfig
 from pst_ds.config.run import DataConfig
-from pst_ds.data.tasks.data_to_text import IGNORED, DataToText, Pairs, collate_pairs, linearize, load_pairs
+from pst_ds.data.tasks.data_to_text import IGNORED, DataToText, Pairs, linearize
 
 TOKENIZER = AutoTokenizer.from_pretrained("tests/data/tiny-llama")
+TASK = DataToText(EvalConfig())
 START, END = 1, 2
 _tokens = st.lists(st.integers(3, 30), max_size=20)
 
@@ -71,7 +72,7 @@ def test_a_prompt_is_data_and_separator(data, max_length, most):
 def test_a_batch_is_padded_on_the_right_and_scored_on_the_text_alone(examples, draw):
     pairs = _pairs(*zip(*examples, strict=True), max_length=16)
     indices = draw.draw(st.lists(st.integers(0, len(examples) - 1), min_size=1, max_size=4))
-    batch = collate_pairs(pairs, indices, TOKENIZER)
+    batch = TASK.collate(pairs, indices, TOKENIZER)
     assert {name: tensor.dtype for name, tensor in batch.items()} == dict.fromkeys(batch, torch.int64)
     for row, i in enumerate(indices):
         prompt, text = pairs.tokens(i)
@@ -87,7 +88,7 @@ def test_the_loss_and_the_outcomes_are_those_of_the_text(tmp_path):
     model = AutoModelForCausalLM.from_pretrained("tests/data/tiny-llama").eval()
     examples = [([4, 5, 6], [7, 8]), ([9], [10, 11, 12, 13]), ([14, 15], [16])]
     pairs = _pairs(*zip(*examples, strict=True), max_length=16)
-    batch = collate_pairs(pairs, [0, 1, 2], TOKENIZER)
+    batch = TASK.collate(pairs, [0, 1, 2], TOKENIZER)
     task = DataToText(EvalConfig())
     with torch.no_grad():
         out = model(**batch)
@@ -123,7 +124,7 @@ def _data(tmp_path, rows, **settings):
 @pytest.mark.usefixtures("_own_cache")
 def test_data_that_several_texts_tell_stands_once(tmp_path):
     rows = [("plot", "the film"), ("cast", "warm"), ("plot", " dull film ")]
-    pairs = load_pairs(_data(tmp_path, rows), "train", TOKENIZER)
+    pairs = TASK.load(_data(tmp_path, rows), "train", TOKENIZER, [])
     assert pairs.references == [["the film", "dull film"], ["warm"]]
     assert pairs.input_of == [0, 0, 1]
     word = TOKENIZER.convert_tokens_to_ids
@@ -133,7 +134,7 @@ def test_data_that_several_texts_tell_stands_once(tmp_path):
     first = pairs.first(2)
     assert (len(first), first.references) == (2, [["the film", "dull film"]])
     assert pairs.first(3).digest == pairs.digest != first.digest
-    other = load_pairs(_data(tmp_path, rows, separator="and the"), "train", TOKENIZER)
+    other = TASK.load(_data(tmp_path, rows, separator="and the"), "train", TOKENIZER, [])
     assert other.separator == [word("and"), word("the")]
     assert other.digest != pairs.digest
 
@@ -141,7 +142,7 @@ def test_data_that_several_texts_tell_stands_once(tmp_path):
 @pytest.mark.usefixtures("_own_cache")
 def test_a_row_without_a_text_is_left_out(tmp_path):
     rows = [("plot", ["the film", "", None]), ("cast", []), ("plot", None)]
-    pairs = load_pairs(_data(tmp_path, rows), "train", TOKENIZER)
+    pairs = TASK.load(_data(tmp_path, rows), "train", TOKENIZER, [])
     assert pairs.references == [["the film"]]
     with pytest.raises(ValueError, match=r"rows\.jsonl: column 'ref' has no text in any row"):
-        load_pairs(_data(tmp_path, rows[1:]), "train", TOKENIZER)
+        TASK.load(_data(tmp_path, rows[1:]), "train", TOKENIZER, [])

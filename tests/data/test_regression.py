@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.cli.main import main
-from pst_ds.config.run import ConfigError, DataConfig
+from pst_ds.config.run import ConfigError, DataConfig, EvalConfig
 from pst_ds.config.toml import load_run
 from pst_ds.data.labelled import Examples
 from pst_ds.data.tasks import task_of
-from pst_ds.data.tasks.regression import load_scored_texts, regression_metrics
+from pst_ds.data.tasks.regression import Regression, regression_metrics
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.model import build_model, load_tokenizer
 from pst_ds.train.run import prepare, train_prepared
@@ -159,16 +159,16 @@ def test_every_format_reads_the_same_numbers(tmp_path):
     for ending in ("jsonl", "csv", "tsv", "parquet"):
         path = _write(tmp_path / f"rows.{ending}", rows)
         data = DataConfig(train=str(path), text_columns=("one", "other"), label_column="score")
-        examples = load_scored_texts(data, "train", tokenizer)
+        examples = Regression(EvalConfig()).load(data, "train", tokenizer, [])
         assert examples.labels == [number for _, _, number in rows]
         assert examples.features[0]["input_ids"] == tokenizer(rows[0][0], rows[0][1])["input_ids"]
     whole = _write(tmp_path / "whole.csv", [("film", "plot", n) for n in (3, 1, 2)])  # whole numbers are numbers too
     data = DataConfig(train=str(whole), text_columns=("one",), label_column="score")
-    whole_numbers = load_scored_texts(data, "train", tokenizer)
+    whole_numbers = Regression(EvalConfig()).load(data, "train", tokenizer, [])
     assert whole_numbers.labels == [3.0, 1.0, 2.0]
-    assert whole_numbers.digest != load_scored_texts(
-        DataConfig(train=str(_write(tmp_path / "other.csv", [("film", "plot", n) for n in (3, 1, 2.5)])),
-                   text_columns=("one",), label_column="score"), "train", tokenizer).digest  # fmt: skip
+    path = _write(tmp_path / "other.csv", [("film", "plot", n) for n in (3, 1, 2.5)])
+    other = DataConfig(train=str(path), text_columns=("one",), label_column="score")
+    assert whole_numbers.digest != Regression(EvalConfig()).load(other, "train", tokenizer, []).digest
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_labels_that_are_no_numbers_are_refused(tmp_path, labels, reason):
     path = _write(tmp_path / "rows.jsonl", [("film", "plot", label) for label in labels])
     data = DataConfig(train=str(path), text_columns=("one",), label_column="score")
     with pytest.raises(ConfigError) as caught:
-        load_scored_texts(data, "train", None)
+        Regression(EvalConfig()).load(data, "train", None, [])
     assert str(caught.value).startswith(f"{path}: ")
     assert reason in str(caught.value)
 
@@ -196,12 +196,13 @@ def test_classes_are_refused_and_minus_one_among_others_is_a_number(tmp_path):
     )
     data = DataConfig(train=str(tmp_path / "a.parquet"), text_columns=("one",), label_column="score")
     with pytest.raises(ConfigError, match=r'holds classes. Set task = "classification"'):
-        load_scored_texts(data, "train", None)
+        Regression(EvalConfig()).load(data, "train", None, [])
     from transformers import AutoTokenizer
 
     path = _write(tmp_path / "rows.jsonl", [("film", "plot", -1.0), ("film", "plot", 2.0)])
     data = DataConfig(train=str(path), text_columns=("one",), label_column="score")
-    assert load_scored_texts(data, "train", AutoTokenizer.from_pretrained("tests/data/tiny-bert")).labels == [-1.0, 2.0]
+    tokenizer = AutoTokenizer.from_pretrained("tests/data/tiny-bert")
+    assert Regression(EvalConfig()).load(data, "train", tokenizer, []).labels == [-1.0, 2.0]
 
 
 def test_the_best_checkpoint_has_the_lowest_error_or_the_highest_correlation(tmp_path, monkeypatch):

@@ -127,10 +127,10 @@ def switch(args: argparse.Namespace) -> dict[str, Any]:
         for user in "abc":
             store.add(user, {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()})
         updates, like = BatchUpdates(model, shapes, 1.0), torch.zeros(1, dtype=torch.bfloat16)
-        held = UserStore.open(store.folder)
+        held = UserStore(store.folder)
         times: dict[str, list[float]] = defaultdict(list)
         for i in range(REPEATS):
-            for place, of in (("disk", UserStore.open(store.folder)), ("memory", held)):
+            for place, of in (("disk", UserStore(store.folder)), ("memory", held)):
                 user = "abc"[i % 3]
                 held.state(user)
                 began, began_cpu = time.perf_counter(), time.process_time()

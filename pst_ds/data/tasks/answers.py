@@ -31,8 +31,8 @@ class AnsweredExamples(ExampleSet, Protocol):
     @property
     def max_length(self) -> int: ...
 
-    def num_targets(self, example: int) -> int:
-        """Return the number of predicted tokens of one example."""
+    def row(self, example: int) -> tuple[list[int], list[int]]:
+        """Return the tokens of one example, and its labels: -100 except for the answer."""
         ...
 
     def prompts(self, most: int) -> list[list[int]]:
@@ -60,7 +60,10 @@ class AnswerTask(CausalTask[A]):
             )
 
     def num_targets(self, examples: A, indices: Sequence[int]) -> int:
-        return sum(examples.num_targets(i) for i in indices)
+        return sum(label != IGNORED for i in indices for label in examples.row(i)[1][1:])
+
+    def collate(self, examples: A, indices: Sequence[int], tokenizer: Tokenizer) -> dict[str, Tensor]:
+        return padded([examples.row(i) for i in indices], tokenizer)
 
     def outcomes_of_sums(self, sums: np.ndarray, batch: dict[str, Tensor]) -> np.ndarray:
         predicted = (batch["labels"][:, 1:] != IGNORED).sum(1).tolist()

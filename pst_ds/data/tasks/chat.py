@@ -5,17 +5,15 @@ from __future__ import annotations
 import hashlib
 import itertools
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from pst_ds.config.run import ConfigError, DataConfig
 from pst_ds.data.conversations import (
     TOOLS,
-    Conversation,
     Rendered,
     conversation_of,
     prompt_tokens,
@@ -23,7 +21,7 @@ from pst_ds.data.conversations import (
     require_template,
 )
 from pst_ds.data.dataset import read_rows
-from pst_ds.data.tasks.answers import AnswerTask, padded
+from pst_ds.data.tasks.answers import AnswerTask
 from pst_ds.data.tasks.task import IGNORED
 
 if TYPE_CHECKING:
@@ -81,63 +79,9 @@ class Conversations:
         tokens, is_answer = self.tokens[self._place(example)], self.is_answer[self._place(example)]
         return tokens.tolist(), np.where(is_answer, tokens, IGNORED).tolist()
 
-    def num_targets(self, example: int) -> int:
-        """Return the number of the assistant's tokens, without the first token of the conversation."""
-        return int(self.is_answer[self._place(example)][1:].sum())
-
     def prompts(self, most: int) -> list[list[int]]:
         """Return the last ``most`` tokens before the last answer of each conversation."""
         return [ids[-most:] for ids in self.prompt_ids]
-
-
-def load_conversations(data: DataConfig, split: str, tokenizer: Tokenizer) -> Conversations:
-    """Return the conversations of one split, from a column of messages, or two columns with prompts and completions.
-
-    Raises ConfigError for a missing file or column, a value that is not a conversation, and a template that rejects one
-    or does not show where its answers are.
-    """
-    require_template(tokenizer, "chat")
-    tokens, is_answer, ends = array("i"), bytearray(), array("q")
-    prompts, references, omitted, where = [], [], 0, getattr(data, split)
-    special, answer_ends = set(tokenizer.all_special_ids), set()
-    for row, conversation in enumerate(conversations_in(data, split)):
-        place = f"{where}, row {row}"
-        whole = render(conversation, tokenizer, place)
-        answer_ends |= special.intersection(itertools.compress(whole.ids, whole.is_answer))
-        rendered = Rendered(whole.ids[: data.max_length], whole.is_answer[: data.max_length])
-        if not any(rendered.is_answer[1:]):
-            omitted += 1
-            continue
-        tokens.extend(rendered.ids)
-        is_answer.extend(rendered.is_answer)
-        ends.append(len(tokens))
-        if split != "train":
-            before, answer = conversation.split_at_last_answer()
-            prompts.append(prompt_tokens(before, tokenizer, place) if before.messages else rendered.ids[:1])
-            references.append([answer])
-    if not ends:
-        raise ConfigError(
-            f"{where}: no conversation has an answer within data.max_length = {data.max_length} tokens. Raise it"
-        )
-    return Conversations(
-        np.frombuffer(tokens, dtype=np.int32),
-        np.frombuffer(is_answer, dtype=bool),
-        np.frombuffer(ends, dtype=np.int64),
-        prompts,
-        references,
-        sorted(answer_ends),
-        data.max_length,
-        omitted,
-    )
-
-
-def conversations_in(data: DataConfig, split: str) -> Iterator[Conversation]:
-    """Yield the conversation of each row of a split. Raises ConfigError."""
-    where, columns = getattr(data, split), data.text_columns
-    rows = read_rows(data, split, dict.fromkeys(columns, "text_columns"), nested=True)
-    wanted = [*columns, *([TOOLS] if TOOLS in rows.column_names else [])]
-    for number, row in enumerate(rows.select_columns(wanted)):
-        yield conversation_of(row, columns, f"{where}, row {number}")
 
 
 class Chat(AnswerTask[Conversations]):
@@ -152,7 +96,44 @@ class Chat(AnswerTask[Conversations]):
             require_template(tokenizer, "chat")
 
     def load(self, data: DataConfig, split: str, tokenizer: Tokenizer, labels: Sequence[str]) -> Conversations:
-        return load_conversations(data, split, tokenizer)
+        """Return the conversations of a split. Raises ConfigError also for a template that hides the answers."""
+        require_template(tokenizer, "chat")
+        tokens, is_answer, ends = array("i"), bytearray(), array("q")
+        prompts, references, omitted, where = [], [], 0, getattr(data, split)
+        special, answer_ends = set(tokenizer.all_special_ids), set()
+        columns = data.text_columns
+        rows = read_rows(data, split, dict.fromkeys(columns, "text_columns"), nested=True)
+        wanted = [*columns, *([TOOLS] if TOOLS in rows.column_names else [])]
+        for number, row in enumerate(rows.select_columns(wanted)):
+            place = f"{where}, row {number}"
+            conversation = conversation_of(row, columns, place)
+            whole = render(conversation, tokenizer, place)
+            answer_ends |= special.intersection(itertools.compress(whole.ids, whole.is_answer))
+            rendered = Rendered(whole.ids[: data.max_length], whole.is_answer[: data.max_length])
+            if not any(rendered.is_answer[1:]):
+                omitted += 1
+                continue
+            tokens.extend(rendered.ids)
+            is_answer.extend(rendered.is_answer)
+            ends.append(len(tokens))
+            if split != "train":
+                before, answer = conversation.split_at_last_answer()
+                prompts.append(prompt_tokens(before, tokenizer, place) if before.messages else rendered.ids[:1])
+                references.append([answer])
+        if not ends:
+            raise ConfigError(
+                f"{where}: no conversation has an answer within data.max_length = {data.max_length} tokens. Raise it"
+            )
+        return Conversations(
+            np.frombuffer(tokens, dtype=np.int32),
+            np.frombuffer(is_answer, dtype=bool),
+            np.frombuffer(ends, dtype=np.int64),
+            prompts,
+            references,
+            sorted(answer_ends),
+            data.max_length,
+            omitted,
+        )
 
     def remark(self, data: DataConfig, examples: Conversations) -> str:
         count, length = examples.omitted, examples.max_length
@@ -160,9 +141,6 @@ class Chat(AnswerTask[Conversations]):
 
     def ends_of(self, examples: Conversations) -> Sequence[int]:
         return examples.answer_ends
-
-    def collate(self, examples: Conversations, indices: Sequence[int], tokenizer: Tokenizer) -> dict[str, Tensor]:
-        return padded([examples.row(i) for i in indices], tokenizer)
 
 
 TASK = Chat

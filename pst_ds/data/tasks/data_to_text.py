@@ -9,11 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from pst_ds.config.run import ConfigError, DataConfig
 from pst_ds.data.dataset import read_rows, values_of
-from pst_ds.data.tasks.answers import AnswerTask, padded
+from pst_ds.data.tasks.answers import AnswerTask
 from pst_ds.data.tasks.task import IGNORED
 
 if TYPE_CHECKING:
@@ -66,10 +64,9 @@ class Pairs:
         prompt = self._prompt(data, max(self.max_length - len(target), self.max_length // 2))
         return prompt, target[: self.max_length - len(prompt)]
 
-    def num_targets(self, example: int) -> int:
-        """Return the number of tokens of the text, without a first token that has no prompt."""
+    def row(self, example: int) -> tuple[list[int], list[int]]:
         prompt, target = self.tokens(example)
-        return len(target) - (not prompt)
+        return [*prompt, *target], [IGNORED] * len(prompt) + target
 
     def prompts(self, most: int) -> list[list[int]]:
         """Return the prompt of each distinct input, at most ``most`` tokens."""
@@ -77,38 +74,6 @@ class Pairs:
 
     def _prompt(self, data: list[int], most: int) -> list[int]:
         return data[: max(0, most - len(self.separator))] + self.separator
-
-
-def load_pairs(data: DataConfig, split: str, tokenizer: Tokenizer) -> Pairs:
-    """Return the pairs of one split: an example for each text of each row. Rows without a text are omitted, as in some
-    test sets. Raises ConfigError for a missing file or column, and for data of an unknown shape."""
-    column, where = data.text_columns[0], getattr(data, split)
-    rows = read_rows(data, split, {column: "text_columns", data.label_column: "label_column"}, nested=True)
-    references: dict[str, list[str]] = {}
-    for row, (value, label) in enumerate(zip(values_of(rows, column), values_of(rows, data.label_column), strict=True)):
-        texts = [text.strip() for text in _flat(label) if text and text.strip()]
-        if texts:
-            references.setdefault(_line_of(value, column, row, where), []).extend(texts)
-    if not references:
-        raise ConfigError(f"{where}: column {data.label_column!r} has no text in any row. Name another column")
-    separator = _separator(data, tokenizer)
-    lines = list(references)
-    flat = [(i, text) for i, line in enumerate(lines) for text in references[line]]
-    targets = tokenizer([f" {text}" for _, text in flat], add_special_tokens=False)["input_ids"]
-    return Pairs(
-        inputs=[_without_end(ids, tokenizer) for ids in tokenizer(lines)["input_ids"]],
-        references=list(references.values()),
-        input_of=[i for i, _ in flat],
-        targets=[[*target, tokenizer.eos_token_id] for target in targets],
-        separator=separator,
-        max_length=data.max_length,
-    )
-
-
-def collate_pairs(pairs: Pairs, indices: Sequence[int], tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """Return model inputs of some pairs, padded as in :func:`padded`; ``labels`` are -100 except for the texts."""
-    rows = [pairs.tokens(i) for i in indices]
-    return padded([([*prompt, *target], [IGNORED] * len(prompt) + target) for prompt, target in rows], tokenizer)
 
 
 def linearize(value: object) -> str | None:
@@ -187,10 +152,29 @@ class DataToText(AnswerTask[Pairs]):
     ends_with = "'data-to-text', which ends texts with it"
 
     def load(self, data: DataConfig, split: str, tokenizer: Tokenizer, labels: Sequence[str]) -> Pairs:
-        return load_pairs(data, split, tokenizer)
-
-    def collate(self, examples: Pairs, indices: Sequence[int], tokenizer: Tokenizer) -> dict[str, Tensor]:
-        return collate_pairs(examples, indices, tokenizer)
+        """Return an example for each text of each row. Rows without a text are omitted, as in some test sets."""
+        column, where = data.text_columns[0], getattr(data, split)
+        rows = read_rows(data, split, {column: "text_columns", data.label_column: "label_column"}, nested=True)
+        references: dict[str, list[str]] = {}
+        pairs = zip(values_of(rows, column), values_of(rows, data.label_column), strict=True)
+        for row, (value, label) in enumerate(pairs):
+            texts = [text.strip() for text in _flat(label) if text and text.strip()]
+            if texts:
+                references.setdefault(_line_of(value, column, row, where), []).extend(texts)
+        if not references:
+            raise ConfigError(f"{where}: column {data.label_column!r} has no text in any row. Name another column")
+        separator = _separator(data, tokenizer)
+        lines = list(references)
+        flat = [(i, text) for i, line in enumerate(lines) for text in references[line]]
+        targets = tokenizer([f" {text}" for _, text in flat], add_special_tokens=False)["input_ids"]
+        return Pairs(
+            inputs=[_without_end(ids, tokenizer) for ids in tokenizer(lines)["input_ids"]],
+            references=list(references.values()),
+            input_of=[i for i, _ in flat],
+            targets=[[*target, tokenizer.eos_token_id] for target in targets],
+            separator=separator,
+            max_length=data.max_length,
+        )
 
 
 TASK = DataToText

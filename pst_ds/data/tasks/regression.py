@@ -17,18 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
-def load_scored_texts(data: DataConfig, split: str, tokenizer: Tokenizer) -> Examples:
-    """Return the examples of one split, with numbers for labels. Raises ConfigError for a missing file or column, and
-    for a label that is not a finite number."""
-    rows, where = read_labelled(data, split), getattr(data, split)
-    if hasattr(rows.features[data.label_column], "names"):
-        raise ConfigError(f'{where}: column {data.label_column!r} holds classes. Set task = "classification"')
-    labels = _numbers(rows[data.label_column], data.label_column, where)
-    if set(labels) == {-1.0}:
-        refuse_hidden(-1, 0, where)
-    return Examples(tokenized_texts(rows, data, split, tokenizer), labels)
-
-
 def _numbers(values: Iterable[Any], column: str, where: str) -> list[float]:
     numbers = []
     for row, value in enumerate(values):
@@ -77,7 +65,13 @@ class Regression(Classification):
         return {"num_labels": 1, "problem_type": "regression"}
 
     def load(self, data: DataConfig, split: str, tokenizer: Tokenizer, labels: Sequence[str]) -> Examples:
-        return load_scored_texts(data, split, tokenizer)
+        rows, where = read_labelled(data, split), getattr(data, split)
+        if hasattr(rows.features[data.label_column], "names"):
+            raise ConfigError(f'{where}: column {data.label_column!r} holds classes. Set task = "classification"')
+        numbers = _numbers(rows[data.label_column], data.label_column, where)
+        if set(numbers) == {-1.0}:
+            refuse_hidden(-1, 0, where)
+        return Examples(tokenized_texts(rows, data, split, tokenizer), numbers)
 
     def constant_loss(self, examples: Examples) -> float | None:
         return float(np.var(examples.labels))

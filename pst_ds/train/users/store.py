@@ -91,25 +91,15 @@ class UserEntry:
 
 
 class UserStore:
-    """The states in one folder. Threads may read at the same time; processes write one after another.
+    """The states in ``folder``, of which the ``kept`` most recently used stay in memory. Raises UserStoreError.
 
-    Args:
-        folder: Folder of the store.
-        common: Facts that its states share.
-        kept: Most recently used states that stay in memory.
-        stamp: Stamp of the index file that ``entries`` were read from.
+    Threads may read at the same time; processes write one after another. ``common``: facts that the states share.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        common: Common,
-        entries: dict[str, UserEntry],
-        kept: int = KEPT_IN_MEMORY,
-        stamp: tuple[int, ...] = (),
-    ):
-        self.folder, self.common = folder, common
-        self._entries, self._stamp = entries, stamp
+    def __init__(self, folder: Path, kept: int = KEPT_IN_MEMORY):
+        self.folder = folder
+        self._stamp = _stamp(folder / INDEX)  # before reading, so that a concurrent write is noticed
+        self.common, self._entries = _read_index(folder)
         self._cached = lru_cache(kept)(lambda name, entry: self._read(name, entry))
         self._one_at_a_time = threading.RLock()
 
@@ -125,16 +115,10 @@ class UserStore:
                         f"{folder} is not a store of users: {INDEX} is missing, and it is not empty. Name a new folder."
                     )
                 if is_new:
-                    cls(folder, common, {})._write_index({})
-        store = cls.open(folder)
+                    _write_index(folder, common, {})
+        store = cls(folder)
         store.require_common(common)
         return store
-
-    @classmethod
-    def open(cls, folder: Path, kept: int = KEPT_IN_MEMORY) -> UserStore:
-        """Open an existing store. Raises UserStoreError."""
-        stamp = _stamp(folder / INDEX)  # before reading, so that a concurrent write is noticed
-        return cls(folder, *_read_index(folder), kept, stamp)
 
     def refresh(self) -> None:
         """Read the index again if another process changed it; forget cached states if users were removed. Raises
@@ -271,8 +255,8 @@ class UserStore:
             self.require_common(common)
             try:
                 yield entries
-                self._write_index(entries)
-                self._entries = entries
+                _write_index(self.folder, self.common, entries)
+                self._entries, self._stamp = entries, _stamp(self.folder / INDEX)
             except BaseException:
                 _, entries = _read_index(self.folder)
                 raise
@@ -281,16 +265,6 @@ class UserStore:
                 for path in (self.folder / STATES).iterdir():
                     if path.name not in named:
                         path.unlink()
-
-    def _write_index(self, entries: dict[str, UserEntry]) -> None:
-        table = {
-            "format": FORMAT,
-            "pst_ds_version": __version__,
-            "common": asdict(self.common),
-            "users": {name: asdict(entries[name]) for name in sorted(entries)},
-        }
-        write_text_atomic(self.folder / INDEX, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
-        self._stamp = _stamp(self.folder / INDEX)
 
 
 @contextmanager
@@ -326,6 +300,12 @@ def require_name(name: str) -> None:
         why = "has characters that cannot be printed"
     if why:
         raise UserNameError(f"the user name {name[:80]!r} {why}; give users plain names, without slashes")
+
+
+def _write_index(folder: Path, common: Common, entries: dict[str, UserEntry]) -> None:
+    users = {name: asdict(entries[name]) for name in sorted(entries)}
+    table = {"format": FORMAT, "pst_ds_version": __version__, "common": asdict(common), "users": users}
+    write_text_atomic(folder / INDEX, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True, slots=True)

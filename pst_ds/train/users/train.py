@@ -153,7 +153,7 @@ def train_users(
     context = replace(context, run=with_rates_of_users(context.run, how, width=context.width, steps=steps))
     model = PersonalModel(context, checkpoint, part)
     of_main(lambda: UserStore.create(folder, model.common).names)
-    store = raise_on_all_ranks(lambda: UserStore.open(folder))
+    store = raise_on_all_ranks(lambda: UserStore(folder))
     waiting = [name for name in chosen if again or name not in store]
     if len(waiting) < len(chosen):
         say(f"{len(chosen) - len(waiting)} users are in {folder} already; --again trains them again")

@@ -201,7 +201,7 @@ def test_users_that_come_and_go_while_it_serves(folders, tmp_path):
     are served."""
     shutil.copytree(folders / "users", tmp_path / "users")
     _, running, thread, url = _start(folders, store=tmp_path / "users")
-    store = UserStore.open(tmp_path / "users")
+    store = UserStore(tmp_path / "users")
     with _client(url) as client:
         bad = _asked(client, "tiny:bad").choices[0].message.content
         store.add("new", store.state("bad"))
@@ -322,7 +322,7 @@ def test_a_server_is_warm_before_it_listens(folders, monkeypatch):
     assert (rows, rest) == (2, [(2, 1)])
     assert tokens > 1
     assert users[0][0] is None
-    assert users[0][1].keys() == UserStore.open(folders / "users").common.shapes.keys()
+    assert users[0][1].keys() == UserStore(folders / "users").common.shapes.keys()
 
 
 def test_what_cannot_be_served_is_one_message(folders, tmp_path, capsys):

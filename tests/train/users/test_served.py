@@ -45,7 +45,7 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def served(folders):
     model = open_model_folder(folders / "packed").load("sparse")
-    return model, ServedUsers(model, folders / "packed", UserStore.open(folders / "beside"))
+    return model, ServedUsers(model, folders / "packed", UserStore(folders / "beside"))
 
 
 IDS = (torch.arange(40) * 7 % 20 + 3).view(4, 10)
@@ -99,7 +99,7 @@ def test_a_user_that_is_not_there_leaves_the_batch_as_it_was(served):
 def test_states_of_another_form_base_or_mask_are_refused(folders, tmp_path):
     model = open_model_folder(folders / "packed").load("sparse")
     with pytest.raises(UserStoreError, match="--form beside"):
-        ServedUsers(model, folders / "packed", UserStore.open(folders / "masked"))
+        ServedUsers(model, folders / "packed", UserStore(folders / "masked"))
     table = json.loads((folders / "beside" / "index.json").read_text())
     for key, value, message in (
         ("base_fingerprint", "0" * 64, "another base"),
@@ -109,7 +109,7 @@ def test_states_of_another_form_base_or_mask_are_refused(folders, tmp_path):
         changed = {**table, "common": {**table["common"], key: value}}
         (tmp_path / "index.json").write_text(json.dumps(changed))
         with pytest.raises(UserStoreError, match=message):
-            ServedUsers(model, folders / "packed", UserStore.open(tmp_path))
+            ServedUsers(model, folders / "packed", UserStore(tmp_path))
 
 
 def test_generate_writes_as_a_user(folders, capsys):

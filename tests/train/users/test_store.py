@@ -37,7 +37,7 @@ def _files(store):
 
 
 def test_states_come_back_as_they_went_in(store):
-    again = UserStore.open(store.folder)
+    again = UserStore(store.folder)
     assert again.names == ["Ann", "Blade Runner: 2049 ü"]
     assert (again.entry("Ann").rows, again.entry("Ann").steps, again.entry("Ann").loss) == (7, 3, 0.5)
     for name, value in (("Ann", 1.0), ("Blade Runner: 2049 ü", 2.0)):
@@ -48,7 +48,7 @@ def test_states_come_back_as_they_went_in(store):
 
 def test_a_user_that_is_written_again_has_the_new_values_and_one_file(store):
     assert float(store.state("Ann")["a.pst_U"][0, 0]) == 1.0  # in memory
-    other = UserStore.open(store.folder)  # another process
+    other = UserStore(store.folder)  # another process
     other.add("Ann", _state(5.0))
     store.add("Cid", _state())
     assert float(store.state("Ann")["a.pst_U"][0, 0]) == 5.0
@@ -56,7 +56,7 @@ def test_a_user_that_is_written_again_has_the_new_values_and_one_file(store):
 
 
 def test_what_another_process_did_is_taken_over(store):
-    served = UserStore.open(store.folder)
+    served = UserStore(store.folder)
     assert float(served.latest_state("Ann")["a.pst_U"][0, 0]) == 1.0
     store.add("Ann", _state(5.0))
     store.add("Cid", _state(6.0))
@@ -72,7 +72,7 @@ def test_what_another_process_did_is_taken_over(store):
 
 
 def test_a_state_that_is_replaced_between_index_and_file(store, monkeypatch):
-    served, read = UserStore.open(store.folder), UserStore._read
+    served, read = UserStore(store.folder), UserStore._read
 
     def late(self, name, entry):
         monkeypatch.setattr(UserStore, "_read", read)
@@ -97,7 +97,7 @@ def test_a_removed_user_is_gone_from_index_disk_and_memory(store):
 
 def test_files_of_a_write_that_was_cut_short_do_not_stay(store):
     (store.folder / STATES / f"{'0' * 32}-{'1' * 16}.safetensors").write_bytes(b"left over")
-    assert len(UserStore.open(store.folder)) == 2
+    assert len(UserStore(store.folder)) == 2
     store.add("Cid", _state())
     assert len(_files(store)) == 3
 
@@ -124,7 +124,7 @@ def test_a_full_disk_is_one_message_and_loses_nobody(store, monkeypatch, name, n
         _fails_at(patch, number)  # the state, its folder, the index, its folder
         with pytest.raises(UserStoreError, match=f"^{store.folder} cannot be written: .*No space left on device"):
             store.add(name, _state(9.0))
-    again = UserStore.open(store.folder)
+    again = UserStore(store.folder)
     assert len(_files(store)) == len(again)
     assert {name: float(again.state(name)["head.bias"][0]) for name in again.names} in (
         {"Ann": 1.0, "Blade Runner: 2049 ü": 2.0},
@@ -132,7 +132,7 @@ def test_a_full_disk_is_one_message_and_loses_nobody(store, monkeypatch, name, n
     )
     assert {path.name for path in store.folder.iterdir()} == {INDEX, STATES}
     store.add(name, _state(9.0))
-    assert float(UserStore.open(store.folder).state(name)["head.bias"][0]) == 9.0
+    assert float(UserStore(store.folder).state(name)["head.bias"][0]) == 9.0
 
 
 @pytest.mark.parametrize("number", range(2))
@@ -142,12 +142,12 @@ def test_a_store_that_could_not_be_made_can_be_made_later(tmp_path, monkeypatch,
         with pytest.raises(UserStoreError, match=r"cannot be written: .*No space left on device"):
             UserStore.create(tmp_path / "store", COMMON)
     UserStore.create(tmp_path / "store", COMMON).add("Ann", _state(1.0))
-    assert UserStore.open(tmp_path / "store").names == ["Ann"]
+    assert UserStore(tmp_path / "store").names == ["Ann"]
 
 
 def test_memory_keeps_the_last_states_used(tmp_path):
     UserStore.create(tmp_path, COMMON)
-    store = UserStore.open(tmp_path, kept=2)
+    store = UserStore(tmp_path, kept=2)
     for name in "abc":
         store.add(name, _state())
         store.state(name)
@@ -182,7 +182,7 @@ def test_a_name_that_is_a_path_or_no_name_is_refused(store, name):
 def test_states_of_another_model_are_refused(store, change, message):
     with pytest.raises(UserStoreError, match=message):
         UserStore.create(store.folder, replace(COMMON, **change))
-    assert len(UserStore.open(store.folder)) == 2
+    assert len(UserStore(store.folder)) == 2
 
 
 def test_a_state_of_other_shapes_is_refused(store):
@@ -194,7 +194,7 @@ def test_a_state_of_other_shapes_is_refused(store):
 def test_a_damaged_state_costs_its_user_alone(store):
     path = store.folder / STATES / store.entry("Ann").file
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    fresh = UserStore.open(store.folder)
+    fresh = UserStore(store.folder)
     with pytest.raises(UserStoreError, match=r"user 'Ann' is damaged.*train it again"):
         fresh.state("Ann")
     fresh.state("Blade Runner: 2049 ü")
@@ -218,13 +218,13 @@ def test_a_damaged_index_is_one_message_and_nothing_is_lost(store, damage):
     path = store.folder / INDEX
     path.write_text(damage(path.read_text()))
     with pytest.raises(UserStoreError, match=r"index\.json"):
-        UserStore.open(store.folder)
+        UserStore(store.folder)
     assert len(_files(store)) == 2
 
 
 def test_a_folder_that_is_no_store_is_refused(tmp_path):
     with pytest.raises(UserStoreError, match="does not exist"):
-        UserStore.open(tmp_path)
+        UserStore(tmp_path)
     (tmp_path / "thesis.txt").write_text("")
     with pytest.raises(UserStoreError, match="not empty"):
         UserStore.create(tmp_path, COMMON)
@@ -238,4 +238,4 @@ def test_two_processes_that_make_a_store_at_once_make_one(tmp_path, monkeypatch)
 
     monkeypatch.setattr(store_module, "only_writer", late)
     UserStore.create(tmp_path / "store", COMMON).add("Bob", _state(2.0))
-    assert UserStore.open(tmp_path / "store").names == ["Ann", "Bob"]
+    assert UserStore(tmp_path / "store").names == ["Ann", "Bob"]

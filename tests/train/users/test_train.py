@@ -75,7 +75,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def store(run):
     assert _train(run / "run", run / "store", str(run / "rows.jsonl")) == 0
-    return UserStore.open(run / "store")
+    return UserStore(run / "store")
 
 
 def _same(one, other):
@@ -89,7 +89,7 @@ def test_a_users_bits_do_not_depend_on_who_came_before(run, tmp_path, form):
     assert _train(run / "run", tmp_path / "all", data, "--form", form) == 0
     assert _train(run / "run", tmp_path / "reversed", data, "--form", form, "--users", "cid", "bob") == 0
     assert _train(run / "run", tmp_path / "alone", data, "--form", form, "--users", "bob") == 0
-    everyone, backwards, alone = (UserStore.open(tmp_path / name) for name in ("all", "reversed", "alone"))
+    everyone, backwards, alone = (UserStore(tmp_path / name) for name in ("all", "reversed", "alone"))
     assert _same(everyone.state("bob"), alone.state("bob"))
     assert _same(everyone.state("bob"), backwards.state("bob"))
     assert _same(everyone.state("cid"), backwards.state("cid"))
@@ -101,7 +101,7 @@ def test_updates_beside_a_head_train_at_less_than_the_run_s_rate(run, store, tmp
     for share in (SHARE_BESIDE_A_HEAD, 1.0):
         said = ("--learning-rate", str(share * rate.updates), "--users", "ann")
         assert _train(run / "run", tmp_path / str(share), str(run / "rows.jsonl"), *said) == 0
-    gentle, whole = (UserStore.open(tmp_path / str(share)).state("ann") for share in (SHARE_BESIDE_A_HEAD, 1.0))
+    gentle, whole = (UserStore(tmp_path / str(share)).state("ann") for share in (SHARE_BESIDE_A_HEAD, 1.0))
     assert _same(gentle, store.state("ann"))
     assert not _same(whole, store.state("ann"))
 
@@ -138,14 +138,14 @@ def test_users_that_are_there_stay_unless_asked_again(run, store, tmp_path, caps
     before = store.state("ann")
     assert _train(run / "run", run / "store", data) == 0
     assert "1 users are in" in capsys.readouterr().out
-    now = UserStore.open(run / "store")
+    now = UserStore(run / "store")
     assert now.names == ["ann", "bob", "cid", "dora"]
     assert _same(now.state("ann"), before)
     assert _train(run / "run", run / "store", data, "--again", "--users", "ann") == 0
-    assert not _same(UserStore.open(run / "store").state("ann"), before)
+    assert not _same(UserStore(run / "store").state("ann"), before)
     assert main(["users", "remove", str(run / "store"), "--user", "dora"]) == 0
     assert _train(run / "run", run / "store", str(run / "rows.jsonl"), "--again", "--users", "ann") == 0
-    assert _same(UserStore.open(run / "store").state("ann"), before)
+    assert _same(UserStore(run / "store").state("ann"), before)
 
 
 def test_own_state_is_scored_against_shared_and_anothers(run, store, capsys):
@@ -204,7 +204,7 @@ def test_what_cannot_be_is_one_message_and_nothing_is_lost(run, store, capsys, m
     said = capsys.readouterr().err
     assert message in said
     assert "Traceback" not in said
-    assert UserStore.open(run / "store").names == ["ann", "bob", "cid"]
+    assert UserStore(run / "store").names == ["ann", "bob", "cid"]
 
 
 def test_a_store_of_another_run_is_refused(run, store, tmp_path, capsys):
@@ -234,7 +234,7 @@ def test_two_ranks_train_what_one_process_trains(run, store, run_ranks, tmp_path
     words[4] = str(tmp_path / "later")
     ranks = [*words, *quiet, "--set", 'deepspeed_config="ds_configs/zero3_cpu.json"', "--users", "cid"]
     assert run_ranks(main, 2, ranks) == [0, 0]
-    one, two, later = (UserStore.open(tmp_path / name) for name in ("one", "two", "later"))
+    one, two, later = (UserStore(tmp_path / name) for name in ("one", "two", "later"))
     for name in ("ann", "bob", "cid"):
         for key, value in one.state(name).items():
             torch.testing.assert_close(two.state(name)[key], value, rtol=1e-3, atol=1e-5)
@@ -265,7 +265,7 @@ def test_a_full_disk_is_one_message_from_all_ranks_and_what_was_trained_stays(ru
     said = capfd.readouterr().err
     assert said.count(f"pst-ds users: UserStoreError: {folder} cannot be written: [Errno 28] No space left") == 1
     assert "Traceback" not in said
-    store = UserStore.open(folder)
+    store = UserStore(folder)
     assert len(store.names) == len(list((folder / "states").iterdir())) == 1
     assert store.state(store.names[0])
 
@@ -291,7 +291,7 @@ def test_a_store_of_gates_is_refused(run, store, tmp_path):
     index = tmp_path / "store" / "index.json"
     index.write_text(index.read_text().replace('"masked"', '"gates"'))
     with pytest.raises(UserStoreError, match="--form masked or beside"):
-        UserStore.open(tmp_path / "store")
+        UserStore(tmp_path / "store")
 
 
 def test_an_update_beside_layers_is_not_exported(run, tmp_path, capsys):

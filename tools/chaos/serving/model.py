@@ -72,7 +72,7 @@ def answers(served: Served, users: Sequence[str | None]) -> dict[tuple[str | Non
     model: Any = folder.load()
     tokenizer: Any = folder.tokenizer()
     tokenizer.chat_template = served.template.read_text(encoding="utf-8")
-    states = ServedUsers(model, served.model, UserStore.open(served.store))
+    states = ServedUsers(model, served.model, UserStore(served.store))
     found = {}
     for user in users:
         states.assign([user])
