@@ -84,15 +84,6 @@ def messages_of(value: object, where: str) -> list[Message]:
     return messages
 
 
-def messages_of_pair(prompt: object, completion: object, where: str) -> list[Message]:
-    """Return the messages of a prompt and a completion, each a text or a list of messages."""
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    after = [{"role": ASSISTANT, "content": completion}] if isinstance(completion, str) else completion
-    if not isinstance(before, list) or not isinstance(after, list):
-        raise ConfigError(f"{where} has a prompt or a completion that is neither a text nor a list of messages")
-    return messages_of([*before, *after], where)
-
-
 def tools_of(value: object, where: str) -> list[JsonObject] | None:
     """Return the tools of a row, which may be a JSON string. Raises ConfigError for invalid JSON."""
     if isinstance(value, str):
@@ -109,7 +100,12 @@ def conversation_of(row: Mapping[str, object], columns: Sequence[str], where: st
     if len(columns) == 1:
         messages = messages_of(row[columns[0]], f"{where}, column {columns[0]!r}")
     else:
-        messages = messages_of_pair(row[columns[0]], row[columns[1]], where)
+        prompt, completion = row[columns[0]], row[columns[1]]
+        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        after = [{"role": ASSISTANT, "content": completion}] if isinstance(completion, str) else completion
+        if not isinstance(before, list) or not isinstance(after, list):
+            raise ConfigError(f"{where} has a prompt or a completion that is neither a text nor a list of messages")
+        messages = messages_of([*before, *after], where)
     return Conversation(messages, tools_of(row.get(TOOLS), where))
 
 

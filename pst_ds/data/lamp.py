@@ -130,7 +130,9 @@ def read_lamp(questions: Path, answers: Path | None = None) -> list[UserTurns]:
             items = entry.profile
             if all("date" in item for item in items):
                 items = sorted(items, key=lambda item: str(item["date"]))
-            turns.history = [_past(item, kind, instruction, where) for item in items]
+            for item in items:
+                text, answer = (_text(item, name, where) if name else "" for name in (kind.text, kind.answer))
+                turns.history.append(Turn(instruction + text, answer, text or answer))
     return list(users.values())
 
 
@@ -153,11 +155,6 @@ def _kind_of(entry: _Entry, where: str) -> _Kind:
     if found is None:
         raise InputError(f"{where}: the profile has the fields {', '.join(fields)}, which match no task of LaMP")
     return found
-
-
-def _past(item: dict[str, object], kind: _Kind, instruction: str, where: str) -> Turn:
-    text, answer = (_text(item, name, where) if name else "" for name in (kind.text, kind.answer))
-    return Turn(instruction + text, answer, text or answer)
 
 
 def _text(item: dict[str, object], name: str, where: str) -> str:

@@ -14,6 +14,7 @@ New ids are in the order of the old ones, so an embedding is trimmed by selectin
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 Table: TypeAlias = dict[str, Any]
 """A JSON object: tokenizer.json, or a part of it."""
 _TOKENIZER, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
+_BYTE = re.compile(r"<0x..>", re.DOTALL)
 _LISTS_OF_IDS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_decoder_ids")
 """Settings of a model or its generation that hold ids, apart from those whose name ends in _token_id or _token_ids."""
 
@@ -130,7 +132,7 @@ def _kept(table: Table, seen: set[int]) -> list[int]:
     if unknown:
         raise InputError(f"token {min(unknown)} was seen, but the tokenizer does not have it")
     prefix = model.get("continuing_subword_prefix") or ""
-    smallest = {token for token in ids if len(token.removeprefix(prefix)) == 1 or _is_byte(token)}
+    smallest = {token for token in ids if len(token.removeprefix(prefix)) == 1 or _BYTE.fullmatch(token)}
     unk = model.get("unk_token")
     if model["type"] == "Unigram" and model["unk_id"] is not None:
         unk = model["vocab"][model["unk_id"]][0]
@@ -147,10 +149,6 @@ def _ids_of(model: Table) -> dict[str, int]:
     if model["type"] == "Unigram":
         return {token: index for index, (token, _) in enumerate(model["vocab"])}
     raise InputError(f"a vocabulary of type {model['type']} cannot be trimmed. Export with the full vocabulary")
-
-
-def _is_byte(token: str) -> bool:
-    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
 def _merges(model: Table) -> Iterable[tuple[object, tuple[str, str, str]]]:

@@ -114,16 +114,6 @@ def _attributes(text: str) -> str:
     return _joined(attributes)
 
 
-def _line_of(value: object, column: str, row: int, where: str) -> str:
-    line = linearize(value)
-    if line is None:
-        raise ConfigError(
-            f"{where}: column {column!r} has {str(value)[:80]!r} in row {row}, which is neither a text nor a list of "
-            'triples, as ["subject | property | object"] or [["subject", "property", "object"]]'
-        )
-    return line
-
-
 def _flat(value: object) -> list[str]:
     """Return the text or texts in a value, which may be a nested list."""
     if isinstance(value, list):
@@ -159,8 +149,14 @@ class DataToText(AnswerTask[Pairs]):
         pairs = zip(values_of(rows, column), values_of(rows, data.label_column), strict=True)
         for row, (value, label) in enumerate(pairs):
             texts = [text.strip() for text in _flat(label) if text and text.strip()]
-            if texts:
-                references.setdefault(_line_of(value, column, row, where), []).extend(texts)
+            if not texts:
+                continue
+            if (line := linearize(value)) is None:
+                raise ConfigError(
+                    f"{where}: column {column!r} has {str(value)[:80]!r} in row {row}, which is neither a text nor a "
+                    'list of triples, as ["subject | property | object"] or [["subject", "property", "object"]]'
+                )
+            references.setdefault(line, []).extend(texts)
         if not references:
             raise ConfigError(f"{where}: column {data.label_column!r} has no text in any row. Name another column")
         separator = _separator(data, tokenizer)

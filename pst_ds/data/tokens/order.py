@@ -144,10 +144,6 @@ class _Phase:
         rounds, turn = divmod(limit - int(self.taken[source]) - 1, int(self.parts[source]))
         return self.start + rounds * len(self.turns) + int(np.flatnonzero(self.turns == source)[turn]) + 1
 
-    def taken_before(self, number: int) -> np.ndarray:
-        rounds, turn = divmod(number - self.start, len(self.turns))
-        return self.taken + rounds * self.parts + np.bincount(self.turns[:turn], minlength=len(self.parts))
-
 
 class Mixture:
     """Assignment of sequences to sources by weight.
@@ -171,7 +167,8 @@ class Mixture:
             if not ends:
                 return
             start = min(ends.values())
-            taken = phase.taken_before(start)
+            rounds, turn = divmod(start - phase.start, len(phase.turns))
+            taken = phase.taken + rounds * phase.parts + np.bincount(phase.turns[:turn], minlength=len(parts))
             left = [i for i in left if i not in ends or ends[i] > start]
         self.total = start
 

@@ -149,7 +149,9 @@ def train_users(
     """
     rows = raise_on_all_ranks(lambda: read_by_user(context.run.data, "train", column))
     chosen, few = raise_on_all_ranks(lambda: choice.of(rows))
-    steps = _usual_steps(context.run, rows, chosen)
+    train, counts = context.run.train, sorted(map(rows.count, chosen))
+    usual = counts[len(counts) // 2]  # default rates are for the median number of rows
+    steps = max(1, round(train.num_epochs * -(-usual // train.batch_size)))
     context = replace(context, run=with_rates_of_users(context.run, how, width=context.width, steps=steps))
     model = PersonalModel(context, checkpoint, part)
     of_main(lambda: UserStore.create(folder, model.common).names)
@@ -223,9 +225,3 @@ def _with_batches_for(run: RunConfig, count: int, name: str) -> RunConfig:
     while batches > 1 and count // batches < ranks:
         batches -= 1
     return replace(run, train=replace(run.train, batch_size=count // batches))
-
-
-def _usual_steps(run: RunConfig, rows: RowsByUser, users: Sequence[str]) -> int:
-    """Return the steps of a user with the median number of rows, for which default rates are chosen."""
-    counts = sorted(rows.count(name) for name in users)
-    return max(1, round(run.train.num_epochs * -(-counts[len(counts) // 2] // run.train.batch_size)))
