@@ -92,11 +92,11 @@ def save_pretrained(
 def load_pretrained(model: inject.ModelT, folder: str | Path) -> inject.ModelT:
     """Load what :func:`save_pretrained` wrote into the base ``model``, in place, and return it.
 
-    Parameters that were trained in addition to those of the config have a gradient afterwards. Under ``zero.Init`` each
+    Parameters that were trained in addition to the config's have a gradient afterwards. Under ``zero.Init`` each
     rank loads its shards; call it before ``deepspeed.initialize``.
 
     Args:
-        model: the base model. Without PST modules it gets those of the saved config; the modules of an injected one
+        model: the base model. Without PST modules it gets the saved config's; the modules of an injected one
             must compute as the saved config says.
         folder: a folder that ``save_pretrained`` or the Trainer has written.
 
@@ -147,7 +147,7 @@ def adapter_state(
 ) -> dict[str, Tensor]:
     """Return the tensors of pst_model.safetensors: trained parameters in fp32, masks in one shard, scales, buffers.
 
-    The values are the optimizer's fp32 masters if it has them, or those of ``gathered``, a state dict of the complete
+    The values are the optimizer's fp32 masters if it has them, or come from ``gathered``, a state dict of the complete
     model. The dict is empty where ``keep`` is false, by default on all ranks but 0. Collective under DeepSpeed, except
     with ``gathered``.
     """
@@ -307,7 +307,7 @@ def _require_base(model: nn.Module, saved: _Table, folder: Path) -> bool:
 def _require_weights(model: nn.Module, saved: _Table, folder: Path) -> None:
     """Raise PretrainedError if the mean |W0| of a matrix differs from the saved one.
 
-    Warns if no means were saved, or only those of another dtype.
+    Warns if no means were saved, or only means of another dtype.
     """
     scales = magnitude_scales(model)
     if _dtype(model) == saved.get("dtype") and any(scale != 1.0 for of in scales.values() for scale in of):

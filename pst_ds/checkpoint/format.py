@@ -11,8 +11,8 @@ A folder with
                                            the tensors of rank 3 are named "master/3" and so on
     SHA256SUMS                             of all the above, as ``sha256sum -c`` reads it
 
-The frozen weights are in the base model and are not copied. There is no pickle, only safetensors and JSON, and a folder
-with any other file is rejected. :mod:`pst_ds.checkpoint.writer` writes it.
+The frozen weights are in the base model and are not copied. The files are safetensors and JSON, never pickle, and a
+folder with any other file is rejected. :mod:`pst_ds.checkpoint.writer` writes it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class CheckpointState:
     sparsity: float
     """Requested sparsity of every pruned matrix."""
     masks_frozen: bool
-    """Whether the masks have reached their final sparsity and are fixed."""
+    """True if the masks have reached their final sparsity and are fixed."""
     precision: str
     """Dtype of the model's computation: "bf16" or "fp32"."""
     device_type: str
@@ -75,7 +75,7 @@ class CheckpointState:
     metrics: dict[str, float]
     """Metrics at this step, if the model was evaluated."""
     rounds: bool = False
-    """Whether the model multiplies with quantised weights."""
+    """True if the model multiplies with quantised weights."""
     progress: dict[str, Any] = field(default_factory=dict)
     """JSON values from which the run can continue; see :class:`pst_ds.train.resume.RunProgress`."""
 
@@ -103,9 +103,9 @@ class Contents:
 
     def __post_init__(self) -> None:
         if set(self.steps) != set(self.trained):
-            raise ValueError("steps are not those of the trained parameters")
+            raise ValueError("steps do not belong to the trained parameters")
         if set(self.scales) != (set(self.masks) if self.value_grid else set()):
-            raise ValueError("scales are not those of the pruned layers")
+            raise ValueError("scales do not belong to the pruned layers")
 
     @property
     def value_grid(self) -> Grid | None:

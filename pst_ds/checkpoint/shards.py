@@ -73,7 +73,7 @@ class Fragment:
 class ChunkedTensors:
     """Tensors of ``sizes`` values each, divided over ``num_files`` files.
 
-    A file stores its chunks one after another: ``chunks[i]`` lists those of file i. Without them every tensor is
+    A file stores its chunks one after another: ``chunks[i]`` lists the chunks of file i. Without them every tensor is
     divided evenly, as by ZeRO-3: file i has values [i * p, (i + 1) * p) with p = ceil(size / num_files), in the order
     of the tensors. Raises ValueError unless the chunks hold every value exactly once.
     """

@@ -38,10 +38,7 @@ def check_export(folder: Path) -> Facts:
     their shapes, dtypes and SHA-256; all invariants of packed tensors; the numbers of non-zeros; that pruned weights
     are +0.0, and that every matrix has at least the sparsity of its mask.
 
-    Returns:
-        Counts, sizes and sparsity.
-
-    Raises ExportError, naming the tensor.
+    Returns counts, sizes and sparsity. Raises ExportError, naming the tensor.
     """
     tensors, facts = read_manifest(folder)
     encoding = encoding_of(facts["kind"], facts)

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from pst_ds.formats.rows import row_counts
 
-LEAST_FILLED = 0.75
-"""Share of the kept places of N:M that must be non-zero; otherwise any very sparse matrix would match."""
+_LEAST_FILLED = 0.75
+"""Share of the kept positions of N:M that must be non-zero; otherwise any very sparse matrix would match."""
 _LARGEST_BLOCK, _SAMPLE = 64, 64
 """Largest block side that is searched for, and rows that are checked before all rows."""
 Bits = NDArray[np.uint8]
@@ -17,11 +17,11 @@ Bits = NDArray[np.uint8]
 
 
 def detect_pattern(bits: Bits, inputs: int) -> str:
-    """Return the pattern of the zeros of a matrix (O, I), by the name that ``pst.pattern`` has for it.
+    """Return the sparsity pattern of a matrix (O, I), by its name in ``pst.pattern``.
 
-    "dense" without zeros; blocks of outputs x inputs, such as "16x1", that are kept or pruned whole; "2:4" or another
-    N:M for groups of 4, 8 or 16 consecutive inputs; "row" when all rows have the same number of non-zeros; else
-    "unstructured". Of several that hold it is the first of these, and of several N:M the one that keeps least.
+    "dense" without pruned weights; blocks of outputs x inputs, such as "16x1", that are kept or pruned whole; "2:4" or
+    another N:M for groups of 4, 8 or 16 consecutive inputs; "row" when all rows have the same number of non-zeros; else
+    "unstructured". If several hold, it is the first in this order; among several N:M, the one that keeps least.
     """
     counts = per_row(bits)
     nonzero, outputs = int(counts.sum()), bits.shape[0]
@@ -43,8 +43,8 @@ def _groups(bits: Bits, inputs: int, density: float) -> str:
     """N:M, or ''."""
     found = []
     for m in (4, 8, 16):
-        most, n = min(m - 1, int(density / LEAST_FILLED * m)), None
-        for rows in (bits[:_SAMPLE], bits):  # nearly every matrix that has no groups shows it soon
+        most, n = min(m - 1, int(density / _LEAST_FILLED * m)), None
+        for rows in (bits[:_SAMPLE], bits):  # a sample suffices to reject most matrices
             n = largest_group(rows, inputs, m)
             if n is None or n > most:
                 break
@@ -93,7 +93,7 @@ def _uniform(bits: Bits, inputs: int, size: int) -> bool:
 
 
 def _uniform_bytes(size: int) -> NDArray[np.bool_]:
-    """Return for each byte whether its groups of ``size`` bits are all zeros or all ones."""
+    """Return for each byte whether its groups of ``size`` bits are equal."""
     grouped = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").reshape(256, -1, size)
     return (grouped == grouped[:, :, :1]).all((1, 2))
 

@@ -1,4 +1,4 @@
-"""How an export stores its weights: packing of sparse layers, quantisation of linear layers and embeddings."""
+"""The storage of an export's weights: packing of sparse layers, quantisation of linear layers and embeddings."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Encoding:
     """The storage of all tensors of an export. Raises ExportError for an unsupported combination."""
 
     packing: str = DENSE
-    """Format of the linear layers' weights; "dense" stores pruned weights as zeros."""
+    """Format of the linear layers' weights; "dense" stores pruned weights as well."""
     values: Grid | None = None
     """Quantisation of linear layers inside the transformer blocks; None leaves them unchanged."""
     embeddings: Grid | None = None
@@ -75,12 +75,12 @@ class Encoding:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the export is an ordinary model folder."""
+        """True if the export is an ordinary model folder."""
         return self.packing == DENSE and not self.is_quantized
 
     @property
     def needs_pst_ds(self) -> bool:
-        """Whether loading the export needs ``import pst_ds.hf``."""
+        """True if loading the export needs ``import pst_ds.hf``."""
         return not self.is_plain and self.packing not in FOR_COMPRESSED_TENSORS
 
     @property
@@ -111,9 +111,7 @@ class Encoding:
     def quantization_config(self, num_files: int, unquantised: Sequence[str] = ()) -> dict[str, object] | None:
         """Return the entry "quantization_config" of config.json, or None for an ordinary folder.
 
-        Args:
-            num_files: number of weight files.
-            unquantised: names of linear layers that are not quantised; compressed-tensors needs to know them.
+        ``unquantised``: names of linear layers that are not quantised, which compressed-tensors needs to know.
         """
         if self.is_plain:
             return None

@@ -65,7 +65,7 @@ class FolderContents:
 
 @dataclass(frozen=True, slots=True)
 class ManifestFacts:
-    """What a manifest says of the tensors that a weight consists of; the defaults without a manifest."""
+    """Facts in a manifest about the tensors that a weight consists of; the defaults without a manifest."""
 
     origin: Origin = "model"
     sha256: dict[str, str] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class ManifestFacts:
 
 @dataclass(frozen=True, slots=True)
 class FolderRecipe:
-    """How to read one tensor, or a whole stack of experts, from a folder."""
+    """Recipe for one tensor of a folder, or for a whole stack of experts."""
 
     dtype: torch.dtype
     """Dtype in the model."""
@@ -89,7 +89,7 @@ class FolderRecipe:
     """(O, I) of a packed tensor, (E*O, I) of a stack; more dimensions only in other libraries' formats."""
     transposed: bool = False
     pruned_layer: str = ""
-    """The layer that ``pst-ds prune`` has quantised and whose weight this is."""
+    """Layer of this weight, if ``pst-ds prune`` has quantised it."""
     rows: tuple[int, int] | None = None
     """Range of rows, if this is a piece of a stack of experts."""
     stack: FolderStack | None = None
@@ -130,13 +130,8 @@ class FolderSource:
     def read(self, recipe: FolderRecipe, name: str, dtype: torch.dtype, *, hashed: bool = True) -> Tensor:
         """Return a tensor in the model's shape, a stack of experts as the matrix that it is in memory.
 
-        Args:
-            recipe: how to read it.
-            name: name for messages.
-            dtype: dtype of the result for quantised values.
-            hashed: whether to compare with the SHA-256 of the manifest, if there is one.
-
-        Raises ExportError for damaged parts.
+        Quantised values are returned in ``dtype``. With ``hashed``, parts are compared with the SHA-256 in the
+        manifest, if there is one. Raises ExportError, with the tensor's ``name``, for damaged parts.
         """
         sha256 = recipe.facts.sha256 if hashed else {}
         parts = {part: self._stored(stored, sha256) for part, stored in recipe.parts.items()}

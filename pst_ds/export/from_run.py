@@ -36,7 +36,7 @@ from pst_ds.parallel.optimizer_state import MASTER
 
 @dataclass(frozen=True, slots=True)
 class RunRecipe:
-    """How to make one tensor of the trained model."""
+    """Recipe for one tensor of the trained model."""
 
     name: str
     in_base: str | None
@@ -45,7 +45,7 @@ class RunRecipe:
     """Dtype of the result, before the cast to ``--dtype``."""
     trained: bool = False
     layer: tuple[StackRun, Constants] | None = None
-    """The part of a pruned layer that this is, and the layer's constants."""
+    """Part of a pruned layer, and the layer's constants."""
     rows_in_base: tuple[tuple[str, int, int], ...] = ()
     """For a stack of experts: (tensor of the base's files, first row of the stack in it, last row + 1)."""
     grid: StoredGrid | None = None
@@ -56,7 +56,7 @@ class RunRecipe:
     masked: bool = True
     """False if pruned values may be anything, because the packing does not read them."""
     in_files_form: bool = False
-    """Whether transformers saves it as several tensors, or under another name."""
+    """True if transformers saves it as several tensors, or under another name."""
 
 
 class RunSource:
@@ -183,16 +183,8 @@ def plan_run(
 ) -> list[TensorJob]:
     """Return a job for every tensor that ``save_pretrained`` of the plain model would write, under its name there.
 
-    If ``model`` is the text part of its base, all tensors of the base are included, under the base's names.
-
-    Args:
-        model: the run's model with PST modules; may be on the meta device.
-        checkpoint: the trained values.
-        base: files of the base model.
-        encoding: storage of the export.
-        dtype: dtype to cast all tensors to; None keeps their own.
-
-    Raises ExportError.
+    ``model`` has PST modules, and may be on the meta device. If it is the text part of its base, all tensors of the
+    base are included, under the base's names. ``dtype``: dtype to cast all tensors to. Raises ExportError.
     """
     return list(_Planner(model, checkpoint, base, encoding, dtype).jobs())
 

@@ -43,13 +43,13 @@ class TensorSpec:
     grid: Grid | None = None
     """Quantisation scheme; None for values in the model's dtype."""
     transposed: bool = False
-    """Whether the model stores it as (I, O) or (E, I, O)."""
+    """True if the model stores it as (I, O) or (E, I, O)."""
     is_linear: bool = False
-    """Whether it is the weight of a linear layer, whose sparsity pattern is detected."""
+    """True for the weight of a linear layer, whose sparsity pattern is detected."""
     stored_values: int = 0
     """Values that the format of a packed tensor stores."""
     stays_dense: bool = False
-    """Whether a sparse weight stays dense because the format cannot hold it, or would make it larger."""
+    """True if a sparse weight stays dense because the format cannot hold it, or would make it larger."""
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -153,11 +153,11 @@ class TensorJob:
     recipe: object
     """The source's description of how to make them; can be sent to another process."""
     in_parent: bool = False
-    """Whether making them needs the model, which other processes do not have."""
+    """True if making them needs the model, which other processes do not have."""
 
 
 class Source(Protocol):
-    """Where the values of an export come from. Copies of it are sent to every process that writes."""
+    """Source of an export's values. Copies are sent to every process that writes."""
 
     def make(self, job: TensorJob) -> Iterator[TensorValues]:
         """Yield the values of the job's outputs, in their order. Raises ExportError."""

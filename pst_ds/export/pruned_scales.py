@@ -30,15 +30,10 @@ class PrunedScales:
     def names(
         self, model: nn.Module, linear: dict[str, nn.Module], stacks: Sequence[str], requested: Grid | None
     ) -> dict[str, str]:
-        """Return the quantised layers by the names of their weights.
+        """Return the quantised layers of the plain ``model``, by the names of their weights.
 
-        Args:
-            model: the plain model.
-            linear: its linear layers, by the names of their weights.
-            stacks: names of its stacks of experts.
-            requested: the quantisation of the export.
-
-        Raises ExportError if ``requested`` is another quantisation, or ``model`` lacks a layer.
+        ``linear``: linear layers by the names of their weights. ``stacks``: names of stacks of experts. Raises
+        ExportError if the quantisation ``requested`` for the export is another one, or ``model`` lacks a layer.
         """
         if requested not in (None, self.grid):
             raise ExportError(
@@ -57,14 +52,10 @@ class PrunedScales:
         return found | {name: name for name in stacks if name in self.layers}
 
     def scales_of(self, layer: str, weight: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
-        """Return the scales of a layer, (O, groups) bf16.
+        """Return the scales of a layer, (O, groups) bf16, given its weight (O, I) in the dtype of the file.
 
-        Args:
-            layer: its name.
-            weight: its weight (O, I), in the dtype of the file.
-            rows: range of rows, if ``weight`` is a piece of a stack of experts.
-
-        Raises ExportError for damaged scales, and if a weight is not exactly an integer times its scale.
+        ``rows``: range of rows, if ``weight`` is a piece of a stack of experts. Raises ExportError for damaged scales,
+        and if a weight is not exactly an integer times its scale.
         """
         path, name = self.scales.path, scales_name(layer)
         try:
@@ -93,7 +84,8 @@ def read_pruned_scales(folder: Path) -> PrunedScales | None:
     if table.get("values") is None:
         return None
     try:
-        grid, layers = _quantisation_of(table)
+        layers = tuple(str(layer["name"]) for layer in table["layers"])
+        grid = grid_of(table["values"], table.get("group"))
     except (ValueError, KeyError, TypeError) as error:
         raise ExportError(f"{record} is damaged: {error!r}. Prune again, or see {_opt_out(folder)}") from None
     path = folder / SCALES_FILE
@@ -103,14 +95,6 @@ def read_pruned_scales(folder: Path) -> PrunedScales | None:
     if lacking is not None:
         raise ExportError(f"{path} lacks {scales_name(lacking)}. Prune again, or see {_opt_out(folder)}")
     return PrunedScales(folder, grid, layers, scales)
-
-
-def _quantisation_of(record: dict[str, object]) -> tuple[Grid, tuple[str, ...]]:
-    """Return (quantisation, names of the layers) of a pruning record. Raises ValueError, KeyError and TypeError."""
-    layers = record["layers"]
-    if not isinstance(layers, list):
-        raise TypeError("layers is not a list")
-    return grid_of(record["values"], record.get("group")), tuple(str(layer["name"]) for layer in layers)
 
 
 def _opt_out(folder: Path) -> str:

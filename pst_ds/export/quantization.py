@@ -1,4 +1,4 @@
-"""Which weights of a model an export quantises, and the quantisation of one of them."""
+"""The weights of a model that an export quantises, and the quantisation of one of them."""
 
 from __future__ import annotations
 
@@ -74,18 +74,10 @@ def _named(model: nn.Module, chosen: Container[int]) -> dict[str, nn.Parameter]:
 def quantised_parts(
     output: TensorSpec, form: QuantizedFormat, held: list[Tensor], made: TensorValues
 ) -> tuple[list[Tensor], int, str, float]:
-    """Quantise and pack a tensor.
+    """Quantise and pack the only tensor in ``held``, which is removed to free its memory early.
 
-    Args:
-        output: the tensor in the export.
-        form: its format.
-        held: a list with the tensor in the model's shape, which is removed to free its memory early.
-        made: its mask, scales and earlier error, if known.
-
-    Returns:
-        The parts, the number of non-zero quantised values, the sparsity pattern, and the relative error.
-
-    Raises ExportError.
+    ``made``: its mask, scales and earlier error, if known. Returns the parts, the number of non-zero quantised values,
+    the sparsity pattern, and the relative error. Raises ExportError.
     """
     weight = output.as_matrix(held.pop()).contiguous()
     keep = row_bits(weight) if made.keep is None else made.keep

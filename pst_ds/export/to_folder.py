@@ -90,18 +90,14 @@ def export_checkpoint(
     prompt: SavedPrompt | None = None,
     run: dict[str, object] | None = None,
 ) -> Facts:
-    """Write ``out``, a model folder with the model in ``checkpoint``, atomically.
+    """Write the trained model in ``checkpoint`` to ``out``, a model folder or GGUF file, atomically.
 
-    Pruned tensors have the values that the masked model multiplied with, and +0.0 where pruned. Other tensors have the
-    base model's bytes, or were trained.
+    Pruned tensors have the values that the masked model multiplied with, and +0.0 where pruned. Other tensors are
+    trained values, or have the base model's bytes.
 
     Args:
         model: the run's model, for names, shapes and config; may be on the meta device.
-        checkpoint: the trained values.
-        tokenizer: written next to the weights.
-        out: folder or GGUF file to write.
-        options: storage.
-        vocabulary: tokenizer with fewer tokens; only their rows are written. None keeps all tokens.
+        vocabulary: ``tokenizer`` with fewer tokens; only their rows are written. None keeps all tokens.
         prompt: trained prompt of the run.
         run: resolved run file, for the manifest.
 
@@ -184,18 +180,15 @@ def export_folder(
     vocabulary: Vocabulary | None = None,
     dequantize: bool = False,
 ) -> Facts:
-    """Write ``out`` from a dense model folder with pruned weights, or from one of our packed folders, atomically.
+    """Write a dense model folder with pruned weights, or one of our packed folders, to ``out``, atomically.
 
     Weights are bit-identical, except for a packed -0.0, which becomes +0.0, and for weights that ``options`` quantises.
     Weights that are quantised in that way already stay unchanged.
 
     Args:
-        source: the folder.
-        out: folder or GGUF file to write.
-        options: storage.
         tokenizer: the folder's tokenizer, required with ``vocabulary``.
         vocabulary: ``tokenizer`` with fewer tokens; only their rows are written. None keeps all tokens.
-        dequantize: whether the folder is in GPTQ, AWQ, bitsandbytes or MXFP4, and is converted to floats first.
+        dequantize: True if the folder is in GPTQ, AWQ, bitsandbytes or MXFP4, and is converted to floats first.
 
     Raises ExportError, and WorkerError if one of several processes was killed.
     """

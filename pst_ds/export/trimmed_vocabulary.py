@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -66,7 +66,7 @@ def take_rows(model: nn.Module, kept: Sequence[int]) -> None:
     rows = torch.tensor(kept)
     for param in {id(p): p for p in _row_per_token(model, kept).values()}.values():
         param.data = param.data[rows.to(param.device)]
-    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    table = model.get_input_embeddings()  # type: ignore[operator]
     if isinstance(table, PSTEmbedding):
         table.pst_U.data = table.pst_U.data[rows.to(table.pst_U.device)]
     if getattr(table, "padding_idx", None) is not None:
@@ -102,7 +102,7 @@ def _row_per_token(model: nn.Module, kept: Sequence[int]) -> dict[str, nn.Parame
 
 def ids_of_model(model: nn.Module) -> set[int]:
     """Return the token ids in the configs of ``model``, which must be kept."""
-    generation: Any = getattr(model, "generation_config", None)
+    generation = getattr(model, "generation_config", None)
     return ids_in(_settings(model)) | (ids_in(generation.to_dict()) if generation is not None else set())
 
 
@@ -118,8 +118,7 @@ def write_vocabulary(folder: Path, model: nn.Module, vocabulary: Vocabulary, who
 
 
 def _settings(model: nn.Module) -> _Table:
-    config: Any = model.config
-    return dict(config.to_dict())
+    return dict(model.config.to_dict())  # type: ignore[operator, union-attr]
 
 
 def _renumber_file(path: Path, full: _Table, vocabulary: Vocabulary) -> None:

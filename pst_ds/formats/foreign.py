@@ -27,6 +27,8 @@ from torch import Tensor
 
 from pst_ds.formats.parts import FormatError
 
+Settings = Mapping[str, Any]
+"""``quantization_config`` of config.json."""
 METHODS = ("gptq", "awq", "bitsandbytes", "mxfp4")
 """Values of ``quant_method`` in a model's config."""
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -47,8 +49,7 @@ class ForeignFormat:
     """Format of another library's weights. Raises FormatError for unsupported settings."""
 
     method: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """``quantization_config`` of config.json."""
+    settings: Settings = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -80,24 +81,12 @@ class ForeignFormat:
         """Return the weight ``name`` in fp32: (O, I), or (E, I, O) for experts. Raises FormatError."""
         try:
             weight = _UNPACK[self.method](parts, self.settings)
-        except (
-            KeyError,
-            RuntimeError,
-            IndexError,
-            TypeError,
-            ValueError,
-            ZeroDivisionError,
-            StopIteration,
-            RecursionError,
-        ) as error:
-            raise FormatError(f"{name}: its {self.method} parts {_sizes(parts)} do not fit together: {error}") from None
+        except _UNPACK_ERRORS as error:
+            sizes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in parts.items())
+            raise FormatError(f"{name}: its {self.method} parts {sizes} do not fit together: {error}") from None
         if not bool(torch.isfinite(weight).all()):
             raise FormatError(f"{name}: its {self.method} scales are not finite")
         return weight
-
-
-def _sizes(parts: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in parts.items())
 
 
 def _fields(words: Tensor, bits: int) -> Tensor:
@@ -112,7 +101,7 @@ def _require(holds: bool, what: str) -> None:
         raise ValueError(what)
 
 
-def _gptq(parts: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
+def _gptq(parts: Mapping[str, Tensor], settings: Settings) -> Tensor:
     bits, scales = settings["bits"], parts["scales"].float()
     codes = _fields(parts["qweight"].t(), bits)
     zeros = _fields(parts["qzeros"], bits)[:, : scales.shape[1]]
@@ -125,7 +114,7 @@ def _gptq(parts: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
     return (codes - zeros[group_of].t()) * scales[group_of].t()
 
 
-def _awq(parts: Mapping[str, Tensor], _: Mapping[str, Any]) -> Tensor:
+def _awq(parts: Mapping[str, Tensor], _: Settings) -> Tensor:
     def ordered(words: Tensor) -> Tensor:
         eights = _fields(words, 4).unflatten(1, (-1, 8))
         own = torch.empty_like(eights)
@@ -139,7 +128,7 @@ def _awq(parts: Mapping[str, Tensor], _: Mapping[str, Any]) -> Tensor:
     return weight.flatten(0, 1).t()
 
 
-def _bitsandbytes(parts: Mapping[str, Tensor], _: Mapping[str, Any]) -> Tensor:
+def _bitsandbytes(parts: Mapping[str, Tensor], _: Settings) -> Tensor:
     codes = parts["codes"]
     if "SCB" in parts:
         _require(codes.dtype == torch.int8, f"codes of {codes.dtype}")
@@ -163,7 +152,7 @@ def _bitsandbytes(parts: Mapping[str, Tensor], _: Mapping[str, Any]) -> Tensor:
     return (values * absmax.float().repeat_interleave(size)[:numel]).view(state["shape"])
 
 
-def _mxfp4(parts: Mapping[str, Tensor], _: Mapping[str, Any]) -> Tensor:
+def _mxfp4(parts: Mapping[str, Tensor], _: Settings) -> Tensor:
     blocks, scales = parts["blocks"], parts["scales"]
     _require(blocks.dtype == scales.dtype == torch.uint8 and blocks.shape[:-1] == scales.shape, "blocks and scales")
     table = torch.tensor([*_FP4, *(-value for value in _FP4)])
@@ -171,4 +160,6 @@ def _mxfp4(parts: Mapping[str, Tensor], _: Mapping[str, Any]) -> Tensor:
     return torch.ldexp(numbers, scales.int().unsqueeze(-1) - 127).flatten(-2).transpose(-1, -2).contiguous()
 
 
+_UNPACK_ERRORS = LookupError, RuntimeError, TypeError, ValueError, ZeroDivisionError, StopIteration
+"""Errors of these functions for parts that do not fit together; RecursionError is a RuntimeError."""
 _UNPACK = {"gptq": _gptq, "awq": _awq, "bitsandbytes": _bitsandbytes, "mxfp4": _mxfp4}

@@ -64,7 +64,7 @@ class PackedFormat(ABC):
 
         Args:
             weight: (O, I) float. Values that are not kept are not read, so it may be an unmasked weight.
-            keep: row bits of the kept positions, (O, ceil(I / 8)) uint8; None keeps all non-zeros.
+            keep: row bits of the kept positions, (O, ceil(I / 8)) uint8; None keeps all values but 0.
             name: name for messages.
 
         Raises FormatError.

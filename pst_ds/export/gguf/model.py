@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ def write_gguf(
     }
 
 
-def _library() -> Any:
+def _library() -> ModuleType:
     try:
         import gguf
     except ImportError:

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,7 @@ class GgufPiece:
     expert: int | None
     shape: tuple[int, ...]
     """Shape of the array that is written; in bytes for quantised blocks and 16-bit values."""
-    kind: Any
+    kind: object
     """Type in ggml."""
     numpy: type[np.generic]
     output: TensorSpec
@@ -118,7 +119,7 @@ class GgufTensor:
 
     name: str
     shape: tuple[int, ...]
-    kind: Any
+    kind: object
     numpy: type[np.generic]
     nbytes: int
     is_quantised: bool = False
@@ -127,7 +128,7 @@ class GgufTensor:
 class GgufPlan:
     """The tensors of a GGUF file. Raises ExportError if a tensor of the model has no place in it."""
 
-    def __init__(self, outputs: Sequence[TensorSpec], config: Config, family: Family, library: Any):
+    def __init__(self, outputs: Sequence[TensorSpec], config: Config, family: Family, library: ModuleType):
         self._config, self._family, self._kinds = config, family, library.GGMLQuantizationType
         architectures = {name: number for number, name in library.MODEL_ARCH_NAMES.items()}
         architecture = architectures.get(family.architecture)
@@ -156,7 +157,7 @@ class GgufPlan:
             name, int(of_expert[2]) if of_expert else None, shape, kind, numpy, output, self._heads(output)
         )
 
-    def _stored(self, output: TensorSpec, name: str) -> tuple[tuple[int, ...], Any, type[np.generic]]:
+    def _stored(self, output: TensorSpec, name: str) -> tuple[tuple[int, ...], object, type[np.generic]]:
         """Return (shape of the written array, ggml type, numpy type)."""
         *rows, columns = output.shape
         if output.grid is not None:
