@@ -10,7 +10,6 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.config.settings import NotNegative, Positive, Section, settings
 from pst_ds.core.packings import VALUE_BITS
 from pst_ds.core.patterns import parse_pattern
-from pst_ds.core.schedule import ScheduleConfig
 
 REAP: Final = "reap"
 """Drops whole experts instead of weights."""
@@ -39,16 +38,11 @@ class OneShotConfig(Section):
             reason = 'with start.method = "none". Set start.method, such as "alps"'
             yield from self.unused("start", reason, "samples", "reconstruct", "budgets")
 
-    def initial_sparsity(self, method: str, schedule: ScheduleConfig) -> float:
-        """Return the sparsity of the initial masks."""
-        return schedule.initial_sparsity if METHODS[method].masks == "ramp" else schedule.final_sparsity
-
-    def conflicts(self, method: str, schedule: ScheduleConfig, pst: PSTConfig) -> Iterator[str]:
-        """Yield a message where the run would not start from the masks of the one-shot method."""
+    def conflicts(self, method: str, sparsity: float, pst: PSTConfig) -> Iterator[str]:
+        """Yield a message where the run would not start from the masks of the one-shot method, at ``sparsity``."""
         if self.method == "none":
             return
         setting, masks = f'start.method = "{self.method}"', METHODS[method].masks
-        sparsity = self.initial_sparsity(method, schedule)
         if masks == "none":
             yield f"{setting} prunes, and method = {method!r} does not. Remove [start], or set another method"
             return
@@ -132,25 +126,17 @@ class PruneConfig(OneShotConfig):
             yield f"--spread {self.spread} is for --budgets owl. Add it, or remove --spread"
 
     def _problems_of_reap(self) -> Iterator[str]:
-        options = {
-            "pattern": self.pattern, "bits": self.bits, "group": self.group, "keep-zeros": self.keep_zeros,
-            "swaps": self.swaps, "budgets": self.budgets != "equal", "reconstruct": self.reconstruct,
-        }  # fmt: skip
-        for name, value in options.items():
-            if value:
+        for name in ("pattern", "bits", "group", "keep_zeros", "swaps", "budgets", "reconstruct"):
+            if getattr(self, name) != getattr(PruneConfig, name):
                 yield (
-                    f"--{name} is for weights, and --method reap drops whole experts. Remove it, or prune the "
-                    "resulting folder once more"
+                    f"--{name.replace('_', '-')} is for weights, and --method reap drops whole experts. Remove it, or "
+                    "prune the resulting folder once more"
                 )
 
     def _problems_of_keep_zeros(self) -> Iterator[str]:
         if not self.bits:
             yield f"--keep-zeros prunes nothing more, so there is nothing to do. Add --bits {_BITS}"
-        options = {
-            "sparsity": self.sparsity,
-            "pattern": self.pattern or None,
-            "budgets": None if self.budgets == "equal" else self.budgets,
-        }
-        given = [f"--{name} {value}" for name, value in options.items() if value is not None]
+        values = {name: getattr(self, name) for name in ("sparsity", "pattern", "budgets")}
+        given = [f"--{name} {value}" for name, value in values.items() if value != getattr(PruneConfig, name)]
         if given:
             yield f"--keep-zeros keeps the mask that the folder has. Remove {' and '.join(given)}"

@@ -80,7 +80,7 @@ class RunConfig(Section):
         yield from task_conflicts(task, self.data, self.eval, train.num_steps)
         not_fitting = list(method_conflicts(method, pst, schedule, train.score_penalty, train.score_learning_rate))
         yield from not_fitting
-        yield from self.start.conflicts(method, schedule, pst)
+        yield from self.start.conflicts(method, self.start_sparsity, pst)
         yield from self.quantization.conflicts(method, schedule)
         if not not_fitting:
             yield from self.model.conflicts(method, self.injected_pst)
@@ -111,7 +111,7 @@ class RunConfig(Section):
     @property
     def start_sparsity(self) -> float:
         """Sparsity of the initial masks that one-shot pruning chooses."""
-        return self.start.initial_sparsity(self.method, self.schedule)
+        return self.schedule.initial_sparsity if self.mask_method.masks == "ramp" else self.schedule.final_sparsity
 
     @property
     def ranks_by_activation(self) -> bool:
