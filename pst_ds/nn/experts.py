@@ -223,15 +223,11 @@ def registered(function: Callable[..., Tensor]) -> Iterator[None]:
         _register(experts_forward)
 
 
-def restore(model: nn.Module) -> None:
-    """Undo :func:`switch_on`, for a model without PST stacks."""
-    switch_off(module for module in model.modules() if _CONFIG_BEFORE in vars(module))
-
-
 def switch_off(modules: Iterable[nn.Module]) -> None:
-    """Undo :func:`switch_on` for these experts modules."""
+    """Undo :func:`switch_on` for the experts modules among ``modules``."""
     for module in modules:
-        module.config = vars(module).pop(_CONFIG_BEFORE)
+        if _CONFIG_BEFORE in vars(module):
+            module.config = vars(module).pop(_CONFIG_BEFORE)
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     for module, places in places_by_module(model).items():
         if isinstance(module, PSTLayer | PSTEmbedding):
             put(_plain(module), places)
-    experts.restore(model)
+    experts.switch_off(model.modules())
     inject.restore_fused_layers(model)
     for name in ("pst_config", "save_pretrained"):  # that of PSTCallback writes the adapter state
         vars(model).pop(name, None)

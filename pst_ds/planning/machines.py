@@ -169,7 +169,7 @@ def read_machine(path: Path) -> Machine:
         raise InputError(f"--machine {path} is not TOML: {first_line(error)}; {hint}") from None
     required = [field.name for field in fields(Machine) if field.default is MISSING]
     if missing := [name for name in required if name not in table]:
-        raise InputError(f"{path}: {', '.join(missing)} missing; docs/how-to/large-models.md describes each rate")
+        raise InputError(f"{path}: {', '.join(missing)} missing. Set them as docs/how-to/large-models.md describes")
     try:
         return Machine(**table)
     except ConfigError as error:

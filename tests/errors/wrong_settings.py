@@ -149,7 +149,7 @@ SETTINGS = {
         setting("dense_run=no/run"), "dense_run", "'no/run'", "Name the output_dir of a dense run"
     ),
     "a plan with a dense run that prunes": Wrong(
-        setting("dense_run={made}/run", verb="plan"), "dense_run", "'{made}/run'", 'Name a run of method "dense"'
+        setting("dense_run={made}/run", verb="plan"), "dense_run", "'{made}/run'", 'name a run of method "dense"'
     ),
     "distillation of a number": Wrong(
         setting("task=regression", "distillation.weight=0.5", "data.train={made}/numbers.jsonl"),
@@ -251,8 +251,8 @@ COMMAND_LINES = {
     "a plan for a machine without its rates": Wrong(
         lambda shop: [*shop.train(verb="plan"), "--machine", shop.file("mine.toml", 'name = "mine"\n')],
         "{tmp}/mine.toml",
-        "latency missing",
-        "docs/how-to/large-models.md describes each rate",
+        "flops, memory_bytes",
+        "Set them as docs/how-to/large-models.md describes",
     ),
     "no verb": Wrong(words(), "required", "VERB", "pst-ds --help"),
     "an unknown verb": Wrong(words("trian", "run.toml"), "pst-ds: unknown verb", "'trian'", "Did you mean 'train'?"),

@@ -140,4 +140,4 @@ def make_dense(model: nn.Module, replaced: Mapping[str, nn.Module]) -> None:
                 linear.bias = nn.Parameter(sparse.bias.detach())
             model.set_submodule(name, linear.train(sparse.training))
         del weight  # a second copy if it was transposed or moved
-    registered.restore(model)
+    registered.switch_off(model.modules())
