@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,17 @@ from pst_ds.nn.model_structure import outermost_list
 
 Batch = Mapping[str, Tensor]
 """Arguments of a model's forward pass, on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Calibration data, and where and in which dtype blocks compute on it."""
+
+    batches: Sequence[Batch]
+    device: torch.device
+    dtype: torch.dtype
+
+
 Output = Any
 """Output of a block: hidden states, or a tuple that starts with them."""
 Forward = Callable[[], Output]
@@ -105,22 +117,14 @@ class _BlockDone(Exception):
 
 
 class BlockReplay:
-    """Runs the ``blocks`` of ``model``, one after another, on all ``batches``, inside :meth:`in_place`.
+    """Runs the ``blocks`` of ``model``, one after another, on all batches, inside :meth:`in_place`.
 
-    The model stays on the CPU. :meth:`resident` moves one block to ``device`` and ``dtype``.
+    The model stays on the CPU. :meth:`resident` moves one block to the device and dtype of the ``data``.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        blocks: nn.ModuleList,
-        batches: Sequence[Batch],
-        device: torch.device,
-        dtype: torch.dtype,
-    ):
-        self.model, self.blocks, self.batches = model, blocks, batches
-        self.device, self.dtype = device, dtype
-        self._outputs: list[Output] = [None] * len(batches)
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, data: Calibration):
+        self.model, self.blocks, self.data = model, blocks, data
+        self._outputs: list[Output] = [None] * len(data.batches)
         self._block = self._batch = 0
         self._keeps_output = False
         self._compute: Compute = _plainly
@@ -162,7 +166,7 @@ class BlockReplay:
         unless it enables them. Raises InputError if the model's forward pass does not reach the block.
         """
         self._block, self._keeps_output, self._compute = index, keep_output, compute or _plainly
-        for number, batch in enumerate(self.batches):
+        for number, batch in enumerate(self.data.batches):
             self._batch = number
             if before is not None:
                 before(batch)
@@ -178,7 +182,7 @@ class BlockReplay:
 
     def moved(self, value: Output) -> Output:
         """Return ``value`` with every tensor in it on the device, and floating-point tensors in the dtype."""
-        return moved(value, self.device, self.dtype)
+        return moved(value, self.data.device, self.data.dtype)
 
     def _stand_in(self, index: int, forward: Callable[..., Output]) -> Callable[..., Output]:
         def replay(*args: object, **kwargs: object) -> Output:
@@ -187,7 +191,7 @@ class BlockReplay:
             args, kwargs = self.moved((args, kwargs))
             output = self._compute(lambda: forward(*args, **kwargs))
             if self._keeps_output:
-                self._outputs[self._batch] = moved(output, torch.device("cpu"), self.dtype)
+                self._outputs[self._batch] = moved(output, torch.device("cpu"), self.data.dtype)
             raise _BlockDone
 
         return replay

@@ -24,7 +24,7 @@ from pst_ds.errors import InputError
 from pst_ds.nn import experts
 from pst_ds.nn.input_sums import InputGatherer, InputSum, squares
 from pst_ds.progress import Progress
-from pst_ds.prune.blocks import Batch, BlockReplay, block_of, find_blocks
+from pst_ds.prune.blocks import BlockReplay, Calibration, block_of, find_blocks
 from pst_ds.prune.output_gradients import LayerNorms, layer_norms
 from pst_ds.prune.rules import LayerRule, rules_by_block
 
@@ -73,15 +73,13 @@ def _is_movable(rule: LayerRule) -> bool:
 def rules_by_outliers(
     model: nn.Module,
     rules: Sequence[LayerRule],
-    batches: Sequence[Batch],
+    data: Calibration,
     *,
-    device: torch.device,
-    dtype: torch.dtype,
     spread: float,
 ) -> tuple[list[LayerRule], list[float]]:
     """Return the ``rules`` with the sparsity of their blocks, and the fraction of outliers of each block.
 
-    One pass of the ``batches`` through the dense model, block by block on ``device`` and in ``dtype``. Layers of equal
+    One pass of the ``data`` through the dense model, block by block. Layers of equal
     shape, pattern and sparsity together lose as many weights as before. Layers with N:M or a sparsity of their own keep
     it. Raises InputError for layers that are not in the blocks of one stack, and FloatingPointError, naming the block,
     for values that are not finite.
@@ -90,7 +88,7 @@ def rules_by_outliers(
     stack, blocks = find_blocks(model, [rule.target.name for rule in rules])
     by_block = rules_by_block(rules, stack)
     outliers, last = dict[int, float](), max(by_block)
-    replay = BlockReplay(model, blocks, batches, device, dtype)
+    replay = BlockReplay(model, blocks, data)
     with replay.in_place(), Progress("budgets", last + 1, "blocks") as shown:
         for index in range(last + 1):
             with replay.resident(index):
@@ -158,19 +156,12 @@ def _sparsity_of(count: int, size: int) -> float:
     return share if prune_count(share, size) == count else math.nextafter(share, 1.0)
 
 
-def rules_by_saliency(
-    model: nn.Module,
-    rules: Sequence[LayerRule],
-    batches: Sequence[Batch],
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> list[LayerRule]:
+def rules_by_saliency(model: nn.Module, rules: Sequence[LayerRule], data: Calibration) -> list[LayerRule]:
     """Return the ``rules`` with a sparsity per layer; the model is unchanged.
 
     All weights of the movable layers are ranked together by |W_ij| ||x_j|| ||g_i||. Each layer loses its weights among
     the smallest: together as many as before, or fewer by less than one weight per row of the smallest layer. Where a
-    pattern ranks rows together, they are weighed by ||g_i||. The ``batches`` pass once through the dense model and
+    pattern ranks rows together, they are weighed by ||g_i||. The ``data`` pass once through the dense model and
     back, block by block (:func:`pst_ds.prune.output_gradients.layer_norms`).
 
     Raises InputError for stacks of experts, for layers that are not in the blocks of one stack, for a model without
@@ -182,7 +173,7 @@ def rules_by_saliency(
     stack, blocks = find_blocks(model, [rule.target.name for rule in movable])
     by_block = rules_by_block(movable, stack)
     modules = [{rule.target.name: rule.target.module for rule in by_block.get(i, [])} for i in range(len(blocks))]
-    norms = layer_norms(model, blocks, modules, batches, device=device, dtype=dtype)
+    norms = layer_norms(model, blocks, modules, data)
     histograms = [_histogram(rule, norms[rule.target.name]) for rule in movable]
     sizes = [_ranked_together(rule) for rule in movable]
     each = [rule.target.layout.numel // size for rule, size in zip(movable, sizes, strict=True)]

@@ -11,7 +11,7 @@ from pst_ds.errors import InputError
 from pst_ds.nn import experts
 from pst_ds.nn.input_sums import InputGatherer, InputSum, products, squares
 from pst_ds.progress import Progress
-from pst_ds.prune.blocks import Batch, BlockReplay, Compute, find_blocks
+from pst_ds.prune.blocks import Batch, BlockReplay, Calibration, Compute, find_blocks
 from pst_ds.prune.layer import Inputs, LayerPruning, PrunedLayer, equal_inputs, inputs_of
 from pst_ds.prune.reconstruction import BlockFit
 from pst_ds.prune.rules import LayerRule, Method, rules_by_block
@@ -24,10 +24,8 @@ def prune_layers(
     model: nn.Module,
     rules: Sequence[LayerRule],
     method: Method,
-    batches: Sequence[Batch],
+    data: Calibration,
     *,
-    device: torch.device,
-    dtype: torch.dtype,
     gated: bool = False,
     reconstruct: int = 0,
     statistics_bytes: int = STATISTICS_BYTES,
@@ -43,10 +41,8 @@ def prune_layers(
         model: the model, on the CPU.
         rules: a rule for each layer.
         method: how weights are chosen.
-        batches: positions with 0 in an ``attention_mask`` (batch, length) are ignored. "magnitude" needs no batches
+        data: positions with 0 in an ``attention_mask`` (batch, length) are ignored. "magnitude" needs no batches
             without swaps and ``reconstruct``.
-        device: where blocks compute.
-        dtype: dtype of the computation.
         gated: weigh an expert's tokens by their router gates.
         reconstruct: passes that fit the kept weights of each block to its dense outputs, with three fp32 numbers per
             weight of a block on the device.
@@ -60,7 +56,7 @@ def prune_layers(
     if method == "magnitude" and not swaps and not reconstruct:
         return [_by_magnitude(rule) for rule in rules]
     stack, blocks = find_blocks(model, [rule.target.name for rule in rules])
-    replay = BlockReplay(model, blocks, batches, device, dtype)
+    replay = BlockReplay(model, blocks, data)
     pruner = _BlockPruner(replay, method, gated, swaps, reconstruct, statistics_bytes)
     by_block = rules_by_block(rules, stack)
     done: dict[str, PrunedLayer] = {}

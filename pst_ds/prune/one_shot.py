@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-import torch
 
 from pst_ds.config.methods import OneShotMethod
 from pst_ds.config.one_shot import REAP, PruneConfig
@@ -15,7 +12,7 @@ from pst_ds.core.packings import WHOLE_ROW
 from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.errors import InputError
 from pst_ds.nn.targets import resolve_targets
-from pst_ds.prune.blocks import Batch
+from pst_ds.prune.blocks import Calibration
 from pst_ds.prune.budgets import require_linear, require_room, rules_by_outliers, rules_by_saliency
 from pst_ds.prune.layer import PrunedLayer
 from pst_ds.prune.model import prune_layers
@@ -52,39 +49,31 @@ def plan_layers(
 
 
 def prune_loaded(
-    model: PreTrainedModel,
-    config: PruneConfig,
-    planned: tuple[PSTConfig, float, list[LayerRule]],
-    batches: Sequence[Batch],
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
+    model: PreTrainedModel, config: PruneConfig, planned: tuple[PSTConfig, float, list[LayerRule]], data: Calibration
 ) -> tuple[list[PrunedLayer], dict[str, object]]:
     """Prune ``model``, which is on the CPU, in place; return the outcomes, and facts for the pruning record.
 
-    ``planned``: result of :func:`plan_layers`. ``batches``: calibration data; empty if ``config.needs_data`` is False.
-    ``device``, ``dtype``: of the computation. Raises InputError, and FloatingPointError for values that are not finite.
+    ``planned``: result of :func:`plan_layers`. ``data``: without batches if ``config.needs_data`` is False. Raises
+    InputError, and FloatingPointError for values that are not finite.
     """
     settings, sparsity, rules = planned
     budgets: dict[str, object] = {} if config.budgets == "equal" else {"budgets": config.budgets}
     if config.budgets == "owl":
         spread = SPREAD if config.spread is None else config.spread
-        rules, outliers = rules_by_outliers(model, rules, batches, device=device, dtype=dtype, spread=spread)
+        rules, outliers = rules_by_outliers(model, rules, data, spread=spread)
         budgets |= {"spread": spread, "outliers": outliers}
     if config.budgets == "saliency":
-        rules = rules_by_saliency(model, rules, batches, device=device, dtype=dtype)
+        rules = rules_by_saliency(model, rules, data)
     layers = prune_layers(
         model,
         rules,
         _method_of(config),
-        batches,
-        device=device,
-        dtype=dtype,
+        data,
         gated=settings.gated_norms,
         reconstruct=config.reconstruct,
     )
     facts = _facts_of(config, settings, sparsity) | budgets
-    if batches and any(rule.target.is_stack for rule in rules):
+    if data.batches and any(rule.target.is_stack for rule in rules):
         facts["gated_norms"] = settings.gated_norms
     return layers, facts
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pst_ds.errors import InputError
 from pst_ds.nn.input_sums import InputGatherer, squares
 from pst_ds.progress import Progress
-from pst_ds.prune.blocks import Batch, BlockReplay, Output, moved, replaced_blocks
+from pst_ds.prune.blocks import Batch, BlockReplay, Calibration, Output, moved, replaced_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +31,18 @@ class LayerNorms:
 
 
 def layer_norms(
-    model: nn.Module,
-    blocks: nn.ModuleList,
-    layers: Sequence[Mapping[str, nn.Module]],
-    batches: Sequence[Batch],
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
+    model: nn.Module, blocks: nn.ModuleList, layers: Sequence[Mapping[str, nn.Module]], data: Calibration
 ) -> dict[str, LayerNorms]:
     """Return the norms of the linear ``layers`` of each of the ``blocks``, by name; the model is unchanged.
 
     The loss is the sum over all next tokens. The CPU holds the model and, for one batch, the inputs of all blocks; a
-    block is moved to ``device`` in ``dtype`` when it runs. Raises InputError for a model without logits of tokens, and
+    block is moved to the device when it runs. Raises InputError for a model without logits of tokens, and
     for layers that no block's forward pass calls.
     """
-    two_way = _TwoWay(BlockReplay(model, blocks, batches, device, dtype), layers)
+    two_way = _TwoWay(BlockReplay(model, blocks, data), layers)
     replaced = replaced_blocks(model, blocks, two_way.stand_in)
-    with replaced, Progress("budgets", len(batches), "batches") as shown:
-        for batch in batches:
+    with replaced, Progress("budgets", len(data.batches), "batches") as shown:
+        for batch in data.batches:
             two_way.gatherer.begin(batch)
             with torch.enable_grad():
                 loss = _loss(model, batch)

@@ -8,7 +8,6 @@ g is the token's router gate, f(x) the expert's output. An expert without a toke
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,7 @@ from pst_ds.nn import experts as registered
 from pst_ds.nn.inject import persistent_buffers
 from pst_ds.nn.model_structure import is_experts, router_names, stack_layouts
 from pst_ds.progress import Progress
-from pst_ds.prune.blocks import Batch, BlockReplay, block_of, find_blocks, text_config
+from pst_ds.prune.blocks import Batch, BlockReplay, Calibration, block_of, find_blocks, text_config
 
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
@@ -58,15 +57,12 @@ class _Outputs:
         return self.sums / torch.tensor(self.tokens).clamp(min=1)
 
 
-def drop_experts(
-    model: nn.Module, share: float, batches: Sequence[Batch], *, device: torch.device, dtype: torch.dtype
-) -> list[KeptExperts]:
+def drop_experts(model: nn.Module, share: float, data: Calibration) -> list[KeptExperts]:
     """Drop floor(``share`` * E) experts of every module of a ``model`` on the CPU, in place, with their router's rows.
 
-    The scores come from one pass of the ``batches`` through the dense model, block by block on ``device``, in
-    ``dtype``. Among equal scores the first experts are dropped. Raises InputError for a model without stacks of
-    experts, if its config does not determine their number, and if fewer experts would be left than a token is routed
-    to.
+    The scores come from one pass of the ``data`` through the dense model, block by block. Among equal scores the first
+    experts are dropped. Raises InputError for a model without stacks of experts, if its config does not determine their
+    number, and if fewer experts would be left than a token is routed to.
     """
     modules = {name: module for name, module in model.named_modules() if is_experts(module)}
     key, number = _key_of_number(model, modules)
@@ -78,7 +74,7 @@ def drop_experts(
             "sparsity"
         )
     model.eval()
-    found = _outputs(model, modules, batches, device, dtype)
+    found = _outputs(model, modules, data)
     routers, kept = router_names(model), []
     for name, module in modules.items():
         order = found[name].scores.argsort(stable=True)
@@ -119,9 +115,7 @@ def _num_experts(module: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _outputs(
-    model: nn.Module, modules: dict[str, nn.Module], batches: Sequence[Batch], device: torch.device, dtype: torch.dtype
-) -> dict[str, _Outputs]:
+def _outputs(model: nn.Module, modules: dict[str, nn.Module], data: Calibration) -> dict[str, _Outputs]:
     """Measure the weighted output norms of all experts, by module, in one pass through the blocks."""
     found = {module: _Outputs(_num_experts(module)) for module in modules.values()}
     is_real: Tensor | None = None
@@ -138,7 +132,7 @@ def _outputs(
 
     stack, blocks = find_blocks(model, list(modules))
     last = max(block_of(name, stack) for name in modules)
-    replay = BlockReplay(model, blocks, batches, device, dtype)
+    replay = BlockReplay(model, blocks, data)
     registered.switch_on(modules.values())
     try:
         with registered.registered(forward), replay.in_place(), Progress("prune", last + 1, "blocks") as shown:

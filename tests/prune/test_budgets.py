@@ -13,6 +13,7 @@ from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.core.one_shot.budgets import zeros_by_outliers
 from pst_ds.errors import InputError
 from pst_ds.nn.targets import resolve_targets
+from pst_ds.prune.blocks import Calibration
 from pst_ds.prune.budgets import require_room, rules_by_outliers
 from pst_ds.prune.model import prune_layers
 from pst_ds.prune.rules import layer_rules, settings_for
@@ -71,7 +72,7 @@ def _outliers_of_whole_passes(model, family, batches):
 def test_outliers_are_those_of_the_dense_model_and_the_model_stays_as_it_was(tiny, batches, family):
     model = _uneven(tiny, family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    rules, outliers = rules_by_outliers(model, _rules(model), batches(family), device=CPU, dtype=FP32, spread=0.08)
+    rules, outliers = rules_by_outliers(model, _rules(model), Calibration(batches(family), CPU, FP32), spread=0.08)
     assert outliers == pytest.approx(_outliers_of_whole_passes(model, family, batches(family)), abs=2e-4)
     assert outliers[1] == max(outliers)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -95,12 +96,12 @@ def test_outliers_are_those_of_the_dense_model_and_the_model_stays_as_it_was(tin
 def test_as_many_weights_go_in_all_as_with_equal_shares(tiny, batches, family, method, pattern):
     even, uneven = _uneven(tiny, family), _uneven(tiny, family)
     layers = prune_layers(
-        even, _rules(even, method, pattern), method, batches(family), device=CPU, dtype=FP32
+        even, _rules(even, method, pattern), method, Calibration(batches(family), CPU, FP32)
     )  # fmt: skip
     rules, _ = rules_by_outliers(
-        uneven, _rules(uneven, method, pattern), batches(family), device=CPU, dtype=FP32, spread=0.1
+        uneven, _rules(uneven, method, pattern), Calibration(batches(family), CPU, FP32), spread=0.1
     )
-    moved = prune_layers(uneven, rules, method, batches(family), device=CPU, dtype=FP32)
+    moved = prune_layers(uneven, rules, method, Calibration(batches(family), CPU, FP32))
     assert sum(layer.pruned for layer in moved) == sum(layer.pruned for layer in layers)
     assert [layer.pruned for layer in moved] != [layer.pruned for layer in layers]
     for shape in {layer.shape for layer in layers}:
@@ -115,7 +116,7 @@ def test_experts_count_by_their_own_tokens():
     model = tiny_model("mixtral")
     ids = torch.randint(0, 48, (6, 9), generator=torch.Generator().manual_seed(1))
     rules = _rules(model)
-    found, outliers = rules_by_outliers(model, rules, [{"input_ids": ids}], device=CPU, dtype=FP32, spread=0.2)
+    found, outliers = rules_by_outliers(model, rules, Calibration([{"input_ids": ids}], CPU, FP32), spread=0.2)
     assert len(outliers) == 2
     names = [rule.target.name for rule in found if rule.target.is_stack]
     assert len(names) == 4
@@ -131,7 +132,7 @@ def test_layers_with_a_share_of_their_own_or_a_fixed_one_keep_it(tiny, batches):
         Override(modules=("up_proj",), pattern="2:4", final_sparsity=0.5),
     )
     rules = _rules(model, overrides=overrides)
-    found, _ = rules_by_outliers(model, rules, batches("llama"), device=CPU, dtype=FP32, spread=0.08)
+    found, _ = rules_by_outliers(model, rules, Calibration(batches("llama"), CPU, FP32), spread=0.08)
     for before, after in zip(rules, found, strict=True):
         keeps = before.target.name.endswith(("down_proj", "up_proj"))
         assert (before == after) or not keeps

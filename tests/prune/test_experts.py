@@ -19,7 +19,7 @@ from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.quantization import Grid
 from pst_ds.nn.model_structure import stack_names
 from pst_ds.nn.targets import resolve_targets
-from pst_ds.prune.blocks import BlockReplay
+from pst_ds.prune.blocks import BlockReplay, Calibration
 from pst_ds.prune.model import prune_layers
 from pst_ds.prune.rules import layer_rules, settings_for
 from tests.core.one_shot_references import counter, output_error, ranked_together, without_smallest
@@ -60,7 +60,7 @@ BATCHES = [{"input_ids": ids} for ids in IDS.split(4)]
 def _prune(model, method, pattern="", batches=BATCHES, grid=None, swaps=0, **more):
     config = settings_for(model, PSTConfig(), method, pattern)
     rules = layer_rules(resolve_targets(model, config), method, 0.5, grid=grid, swaps=swaps)
-    layers = prune_layers(model, rules, method, batches, device=torch.device("cpu"), dtype=torch.float32, **more)
+    layers = prune_layers(model, rules, method, Calibration(batches, torch.device("cpu"), torch.float32), **more)
     return {layer.name: layer for layer in layers}
 
 

@@ -15,6 +15,7 @@ from pst_ds.errors import InputError
 from pst_ds.nn.input_sums import InputSum
 from pst_ds.nn.targets import resolve_targets
 from pst_ds.prune import model as pruning
+from pst_ds.prune.blocks import Calibration
 from pst_ds.prune.layer import prune_weight
 from pst_ds.prune.model import prune_layers
 from pst_ds.prune.rules import layer_rules, settings_for
@@ -31,7 +32,7 @@ def _rules(model, method, pattern="", share=0.5, **settings):
 
 
 def _prune(model, rules, method, batches, dtype=FP32):
-    return prune_layers(model, rules, method, batches, device=CPU, dtype=dtype)
+    return prune_layers(model, rules, method, Calibration(batches, CPU, dtype))
 
 
 def _block(name):
@@ -225,7 +226,7 @@ def test_a_gpu_prunes_as_the_cpu_does(tiny, batches, method, family):
     """The model stays where it is: a block visits the GPU, and its values come back."""
     here, there = tiny(family), tiny(family)
     _prune(here, _rules(here, method), method, batches(family))
-    prune_layers(there, _rules(there, method), method, batches(family), device=torch.device("cuda"), dtype=FP32)
+    prune_layers(there, _rules(there, method), method, Calibration(batches(family), torch.device("cuda"), FP32))
     for one, two in zip(here.parameters(), there.parameters(), strict=True):
         assert two.device == CPU
         assert ((one == 0) == (two == 0)).float().mean() > 0.98

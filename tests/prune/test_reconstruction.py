@@ -12,6 +12,7 @@ from pst_ds.cli.main import main
 from pst_ds.config.pst import PSTConfig
 from pst_ds.nn.targets import resolve_targets
 from pst_ds.prune import model as pruning
+from pst_ds.prune.blocks import Calibration
 from pst_ds.prune.model import prune_layers
 from pst_ds.prune.rules import layer_rules, settings_for
 from tests.nn.expert_families import tiny_model
@@ -23,7 +24,7 @@ CPU, FP32 = torch.device("cpu"), torch.float32
 def _prune(model, method, batches, passes, dtype=FP32, pattern=""):
     config = settings_for(model, PSTConfig(), method, pattern)
     rules = layer_rules(resolve_targets(model, config), method, 0.5)
-    return prune_layers(model, rules, method, batches, device=CPU, dtype=dtype, reconstruct=passes)
+    return prune_layers(model, rules, method, Calibration(batches, CPU, dtype), reconstruct=passes)
 
 
 @torch.no_grad()

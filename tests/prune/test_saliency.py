@@ -13,7 +13,7 @@ from pst_ds.cli.main import main
 from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.errors import InputError
 from pst_ds.nn.targets import resolve_targets
-from pst_ds.prune.blocks import block_of, find_blocks
+from pst_ds.prune.blocks import Calibration, block_of, find_blocks
 from pst_ds.prune.budgets import rules_by_saliency
 from pst_ds.prune.model import prune_layers
 from pst_ds.prune.output_gradients import layer_norms
@@ -35,7 +35,7 @@ def _norms(model, batches):
     of_blocks = [
         {t.name: t.module for t in targets if block_of(t.name, stack) == index} for index in range(len(blocks))
     ]
-    return layer_norms(model, blocks, of_blocks, batches, device=CPU, dtype=FP32)
+    return layer_norms(model, blocks, of_blocks, Calibration(batches, CPU, FP32))
 
 
 def _plain_norms(model, batches):
@@ -122,9 +122,9 @@ def _uneven(tiny, family):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_zeros_go_where_the_loss_loses_least(tiny, batches, family, method, pattern):
     text, model, other = batches(family), _uneven(tiny, family), _uneven(tiny, family)
-    equal = prune_layers(other, _rules(other, method, pattern), method, text, device=CPU, dtype=FP32)
-    moved = rules_by_saliency(model, _rules(model, method, pattern), text, device=CPU, dtype=FP32)
-    layers = prune_layers(model, moved, method, text, device=CPU, dtype=FP32)
+    equal = prune_layers(other, _rules(other, method, pattern), method, Calibration(text, CPU, FP32))
+    moved = rules_by_saliency(model, _rules(model, method, pattern), Calibration(text, CPU, FP32))
+    layers = prune_layers(model, moved, method, Calibration(text, CPU, FP32))
     pruned, expected = (sum(layer.pruned for layer in each) for each in (layers, equal))
     assert expected - 128 < pruned <= expected  # less than a weight of every row of a layer, or a few of its blocks
     shares = {layer.name: layer.pruned / (layer.shape[0] * layer.shape[1]) for layer in layers}
@@ -138,8 +138,8 @@ def test_zeros_go_where_the_loss_loses_least(tiny, batches, family, method, patt
 def test_rows_count_by_what_the_loss_makes_of_them(tiny, batches, family, method):
     model, text = tiny(family), batches(family)
     before = {t.name: t.module.weight.detach().clone() for t in resolve_targets(model, PSTConfig())}
-    rules = rules_by_saliency(model, _rules(model, method, "matrix"), text, device=CPU, dtype=FP32)
-    prune_layers(model, rules, method, text, device=CPU, dtype=FP32)
+    rules = rules_by_saliency(model, _rules(model, method, "matrix"), Calibration(text, CPU, FP32))
+    prune_layers(model, rules, method, Calibration(text, CPU, FP32))
     for rule in rules:
         layout, after = rule.target.layout, rule.target.module.weight.detach()
         kept = after != 0
@@ -157,8 +157,8 @@ def test_methods_that_change_weights_are_as_exact_with_factors(tiny, batches, me
     plain, weighed = tiny("llama"), tiny("llama")
     alike = [replace(rule, output_factors=torch.full((rule.target.layout.out_features,), 4.0))
              for rule in _rules(weighed, method, "matrix")]  # fmt: skip
-    prune_layers(plain, _rules(plain, method, "matrix"), method, text, device=CPU, dtype=FP32)
-    prune_layers(weighed, alike, method, text, device=CPU, dtype=FP32)
+    prune_layers(plain, _rules(plain, method, "matrix"), method, Calibration(text, CPU, FP32))
+    prune_layers(weighed, alike, method, Calibration(text, CPU, FP32))
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, weighed.state_dict()[name]), name
 
@@ -166,7 +166,7 @@ def test_methods_that_change_weights_are_as_exact_with_factors(tiny, batches, me
 def test_layers_with_a_share_of_their_own_keep_it(tiny, batches):
     model = tiny("llama")
     rules = _rules(model, overrides=(Override(modules=("down_proj",), final_sparsity=0.3),))
-    found = rules_by_saliency(model, rules, batches("llama"), device=CPU, dtype=FP32)
+    found = rules_by_saliency(model, rules, Calibration(batches("llama"), CPU, FP32))
     for before, after in zip(rules, found, strict=True):
         assert before.target.name == after.target.name
         assert (before == after) == before.target.name.endswith("down_proj")
@@ -176,13 +176,13 @@ def test_what_cannot_be_done_is_refused(tiny, batches):
     for family in ("bert", "deberta_v2"):
         encoder = tiny(family)
         with pytest.raises(InputError, match="no logits for every token"):
-            rules_by_saliency(encoder, _rules(encoder), batches(family), device=CPU, dtype=FP32)
+            rules_by_saliency(encoder, _rules(encoder), Calibration(batches(family), CPU, FP32))
     llama = tiny("llama")
     with pytest.raises(InputError, match=r"leaves every layer 0.05 of its weights"):
-        rules_by_saliency(llama, _rules(llama, share=0.97), batches("llama"), device=CPU, dtype=FP32)
+        rules_by_saliency(llama, _rules(llama, share=0.97), Calibration(batches("llama"), CPU, FP32))
     experts = tiny_model("mixtral")
     with pytest.raises(InputError, match="is a stack of experts"):
-        rules_by_saliency(experts, _rules(experts), batches("llama"), device=CPU, dtype=FP32)
+        rules_by_saliency(experts, _rules(experts), Calibration(batches("llama"), CPU, FP32))
 
 
 @pytest.mark.parametrize(("share", "pattern", "near"), [("0.6", "matrix", 1e-3), ("0.7", "row", 1 / 32)])

@@ -12,6 +12,7 @@ from pst_ds.cli.main import main
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.one_shot.gram import DAMPING
 from pst_ds.nn.targets import resolve_targets
+from pst_ds.prune.blocks import Calibration
 from pst_ds.prune.model import prune_layers
 from pst_ds.prune.rules import layer_rules, settings_for
 from tests.core.one_shot_references import output_error
@@ -23,7 +24,7 @@ METHODS = ["magnitude", "wanda", "sparsegpt", "alps"]
 def _prune(model, method, pattern, batches, swaps):
     config = settings_for(model, PSTConfig(), method, pattern)
     rules = layer_rules(resolve_targets(model, config), method, 0.5, swaps=swaps)
-    return prune_layers(model, rules, method, batches, device=torch.device("cpu"), dtype=torch.float32)
+    return prune_layers(model, rules, method, Calibration(batches, torch.device("cpu"), torch.float32))
 
 
 def _first_block_inputs(model, batches):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pst_ds.cli.main import main
 from pst_ds.errors import InputError
 from pst_ds.nn.model_structure import stack_names
+from pst_ds.prune.blocks import Calibration
 from pst_ds.prune.whole_experts import drop_experts
 from tests.nn.expert_families import tiny_model
 
@@ -22,7 +23,7 @@ BATCHES = [{"input_ids": ids, "attention_mask": mask} for ids, mask in zip(IDS.s
 
 
 def _dropped(model, share):
-    return {m.name: m for m in drop_experts(model, share, BATCHES, device=torch.device("cpu"), dtype=torch.float32)}
+    return {m.name: m for m in drop_experts(model, share, Calibration(BATCHES, torch.device("cpu"), torch.float32))}
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from pst_ds.export.plan import SHARD_BYTES, require_space
 from pst_ds.formats.base_weights import BaseWeights
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.parallel.launch import LaunchEnvironment, device_of
-from pst_ds.prune.blocks import Batch
+from pst_ds.prune.blocks import Batch, Calibration
 from pst_ds.prune.folder import FORMAT, load_base, record_of, require_free, scales_of, write_folder
 from pst_ds.prune.layer import PrunedLayer
 from pst_ds.prune.one_shot import plan_layers, prune_loaded
@@ -78,12 +78,13 @@ def prune_model(
     require_space(out, sum(param.nbytes for param in model.parameters()))
     planned = None if config.method == REAP else plan_layers(model, config, run.pst, run.schedule.final_sparsity)
     batches = _calibration(run, model.config, config, examples) if config.needs_data else []
-    device, dtype = torch.device(device_of(LaunchEnvironment(0, 1, 0))), DTYPES[run.train.precision]
+    device = torch.device(device_of(LaunchEnvironment(0, 1, 0)))
+    data = Calibration(batches, device, DTYPES[run.train.precision])
     layers, modules, unused = list[PrunedLayer](), list[KeptExperts](), {}
     if planned is None:
-        modules, facts = _drop_experts(model, run, config, batches, device=device, dtype=dtype)
+        modules, facts = _drop_experts(model, run, config, data)
     else:
-        layers, facts = prune_loaded(model, config, planned, batches, device=device, dtype=dtype)
+        layers, facts = prune_loaded(model, config, planned, data)
         unused = {name: base.read(name) for name in base.unused_by(model)}
     facts |= {"base_model": run.model.path, "base_fingerprint": base_fingerprint(run.model.path)}
     facts |= (_facts_of_data(run, config, batches) if batches else {}) | dict(more_facts or {})
@@ -98,19 +99,13 @@ def prune_model(
 
 
 def _drop_experts(
-    model: PreTrainedModel,
-    run: RunConfig,
-    config: PruneConfig,
-    batches: Sequence[Batch],
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
+    model: PreTrainedModel, run: RunConfig, config: PruneConfig, data: Calibration
 ) -> tuple[list[KeptExperts], dict[str, object]]:
     """Drop experts of ``model`` in place; return the outcome and facts for the record. Raises InputError."""
     share = run.schedule.final_sparsity if config.sparsity is None else config.sparsity
     if not 0.0 <= share < 1.0:
         raise InputError(f"--sparsity {share} must be in [0, 1): it is the fraction of experts to drop")
-    modules = drop_experts(model, share, batches, device=device, dtype=dtype)
+    modules = drop_experts(model, share, data)
     facts: dict[str, object] = {"method": REAP, "sparsity_requested": share}
     return modules, facts | {"experts": len(modules[0].kept), "experts_before": len(modules[0].scores)}
 
