@@ -135,8 +135,8 @@ class MaskUpdater:
         _require_pst(self._model)
         if _keeps_zeros(self._model) and not schedule.is_final(0):
             raise InputError(
-                f'initial_mask = "zeros" keeps the zeros of the base model, and {type(schedule).__name__} would choose '
-                "others; give MaskUpdater OneShotSchedule(final_sparsity=…) with the sparsity of the base model"
+                f'initial_mask = "zeros": {type(schedule).__name__} would prune other weights than the base model. '
+                "Give MaskUpdater OneShotSchedule(final_sparsity=…) with the sparsity of the base model"
             )
         _require_rounding_fits(self._model, schedule, rounding)
         config = injected_config(self._model)
@@ -144,7 +144,7 @@ class MaskUpdater:
             rank_budget = _rank_budget(config, schedule)
         elif config.update_gates == "none":
             raise InputError(
-                'rank_budget drops components by their gates: call inject_pst with update_gates = "component"'
+                'rank_budget: the model has no gates to drop components by. Set update_gates = "component"'
             )
         self.schedules = Schedules(schedule, rounding, rank_budget)
         self.step = 0
@@ -221,7 +221,7 @@ class MaskUpdater:
         if new and _keeps_zeros(self._model) and abs(new.sparsity - self.schedule.final_sparsity) > SPARSITY_TOLERANCE:
             raise InputError(
                 f"final_sparsity = {self.schedule.final_sparsity}, but {new.sparsity:.4f} of the pruned weights are "
-                f'zero, and initial_mask = "zeros" keeps these; set final_sparsity = {new.sparsity:.4f}'
+                f'zero, and initial_mask = "zeros" keeps these. Set final_sparsity = {new.sparsity:.4f}'
             )
         start = new.sparsity if new else self.schedule.sparsity_at(0)
         if start + SPARSITY_TOLERANCE < found and is_main():
@@ -244,8 +244,8 @@ def _rank_budget(config: PSTConfig, schedule: Schedule) -> Schedule | None:
     if isinstance(schedule, CubicSchedule):
         return replace(schedule, final_sparsity=config.dropped_share, initial_sparsity=0.0)
     raise InputError(
-        f"target_rank = {config.target_rank} drops components along a ramp, and {type(schedule).__name__} has none; "
-        "give MaskUpdater rank_budget = CubicSchedule(num_steps=…, final_sparsity=config.dropped_share)"
+        f"target_rank = {config.target_rank}: components are dropped along a ramp, and {type(schedule).__name__} has "
+        "no ramp. Give MaskUpdater rank_budget = CubicSchedule(num_steps=…, final_sparsity=config.dropped_share)"
     )
 
 
@@ -254,8 +254,8 @@ def _require_schedule(schedule: object) -> None:
     missing = [name for name in wanted if not hasattr(schedule, name)]
     if missing:
         raise InputError(
-            f"{type(schedule).__name__} is not a schedule: it lacks {', '.join(missing)}. Take "
-            "pst_ds.CubicSchedule, or derive yours from it and give it a sparsity_at of its own"
+            f"{type(schedule).__name__} is not a schedule: it lacks {', '.join(missing)}. Use pst_ds.CubicSchedule, or "
+            "a subclass with another sparsity_at"
         )
 
 
@@ -264,12 +264,12 @@ def _require_rounding_fits(model: nn.Module, schedule: Schedule, rounding: Round
         return
     if not any(layer.stored_grid for layer in pst_layers(model).values()):
         raise InputError(
-            "rounding has no grid to round to: call inject_pst(model, config, grid=Grid(bits=4, group=64))"
+            "rounding: the model has no quantisation scheme. Call inject_pst with grid=Grid(bits=4, group=64)"
         )
     if not schedule.is_final(rounding.start):
         raise InputError(
-            f"rounding.start = {rounding.start} is before the schedule's last mask update, and scales are those of the "
-            "weights that stay; begin once schedule.is_final(start)"
+            f"rounding.start = {rounding.start} is before the schedule's last mask update. Start when the kept "
+            "weights, which determine the scales, are final: once schedule.is_final(start)"
         )
 
 
@@ -339,6 +339,6 @@ def _require_pst(model: nn.Module) -> None:
         for name, layer in pst_layers(model).items():
             if layer.input_norms is None:
                 raise InputError(
-                    f'magnitude = "activation", but {name} has no norms of its inputs; set them with '
-                    'pst_ds.train.calibration.set_norms, or take PSTConfig(magnitude="weight")'
+                    f'magnitude = "activation", but {name} has no norms of its inputs. Set them with '
+                    'pst_ds.train.calibration.set_norms, or use PSTConfig(magnitude="weight")'
                 )

@@ -309,7 +309,7 @@ def test_a_model_that_cannot_be_masked_is_refused():
         MaskUpdater(nn.Linear(2, 2), SCHEDULE)
     with pytest.raises(InputError, match=r"called on a part of this Sequential, .* name the part by target_modules"):
         MaskUpdater(nn.Sequential(_model(), nn.Linear(8, 2)), SCHEDULE)
-    with pytest.raises(InputError, match=r'magnitude = "activation", but 0\.0 has no norms of its inputs; set them'):
+    with pytest.raises(InputError, match=r'magnitude = "activation", but 0\.0 has no norms of its inputs. Set them'):
         MaskUpdater(_model(magnitude="activation"), SCHEDULE)
 
 
