@@ -53,7 +53,8 @@ def select_bits(
     ranks, device = ranks or RankSums(), device or torch.device("cpu")
     brackets = _brackets(matrices, pools, _sample(matrices, ranks, device))
     search = Search(matrices, pools, [b.low for b in brackets], ranks)
-    digit_bits = _digit_bits(len(search.low))
+    # narrower if many rows of counts are exchanged
+    digit_bits = max(LEAST_DIGIT_BITS, min(DIGIT_BITS, (MAX_COUNTS // max(1, len(search.low))).bit_length() - 1))
     shift = max(0, max((b.high - b.low).bit_length() for b in brackets) - digit_bits)
     scans = _scans([matrices[i] for i in search.present], [brackets[i] for i in search.present], device)
     missed = _first_counts(search, scans, shift, 1 << digit_bits, ranks)
@@ -92,10 +93,6 @@ def _first_counts(search: Search, scans: _TorchScans | KernelScans, shift: int, 
     missed = search.missed(inside, overflowed)
     search.narrow(here, counts[:, 4:], shift)
     return missed
-
-
-def _digit_bits(rows: int) -> int:
-    return max(LEAST_DIGIT_BITS, min(DIGIT_BITS, (MAX_COUNTS // max(1, rows)).bit_length() - 1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -203,9 +203,6 @@ class Schedules:
     def progress_at(self, step: int) -> float:
         return 0.0 if self.masks is None else self.masks.progress_at(step)
 
-    def updates_masks_at(self, step: int) -> bool:
-        return self.masks is not None and self.masks.updates_masks_at(step)
-
     def masks_final_at(self, step: int) -> bool:
         return self.masks is not None and self.masks.is_final(step)
 

@@ -19,13 +19,7 @@ from pst_ds.core.factors import Factors, tile_factors
 from pst_ds.core.keys import score_keys, scores_of_keys
 from pst_ds.core.layout import Rect, StoredMatrix, view_in_shard
 from pst_ds.core.scores import updated_weight
-from pst_ds.masks.layer_scores import (
-    LayerScores,
-    current_base,
-    ranked_weights,
-    whole_factors,
-    with_contiguous_columns,
-)
+from pst_ds.masks.layer_scores import LayerScores, current_base, ranked_weights, whole_factors, with_contiguous_columns
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import SCORE_FACTORS, PSTLayer
 from pst_ds.parallel import zero3

@@ -16,13 +16,7 @@ from pst_ds.errors import InputError, shortened
 from pst_ds.masks.scales import RoundingStats, update_scales
 from pst_ds.masks.update import MaskStats, mask_stats, masks_of_zeros, update_masks
 from pst_ds.masks.update_rank_budget import ComponentStats, drop_components
-from pst_ds.nn.inject import (
-    freeze_scores,
-    injected_config,
-    layers_never_called,
-    pst_layers,
-    round_weights,
-)
+from pst_ds.nn.inject import freeze_scores, injected_config, layers_never_called, pst_layers, round_weights
 from pst_ds.nn.model_structure import is_inside_block
 from pst_ds.nn.targets import listed
 from pst_ds.parallel.engine import Engine

@@ -65,12 +65,7 @@ def prune_loaded(
     if config.budgets == "saliency":
         rules = rules_by_saliency(model, rules, data)
     layers = prune_layers(
-        model,
-        rules,
-        _method_of(config),
-        data,
-        gated=settings.gated_norms,
-        reconstruct=config.reconstruct,
+        model, rules, _method_of(config), data, gated=settings.gated_norms, reconstruct=config.reconstruct
     )
     facts = _facts_of(config, settings, sparsity) | budgets
     if data.batches and any(rule.target.is_stack for rule in rules):

@@ -80,10 +80,7 @@ _MASKS = NativeSource(
     "masks.cpp",
     {
         "pst_score_keys": ([TENSOR, *([INT] * 4), *([TENSOR, TENSOR, INT, TENSOR] * 2), *([TENSOR] * 6)], None),
-        "pst_classify": (
-            [TENSOR, INT, ctypes.c_int32, ctypes.c_int32, INT, TENSOR, TENSOR, TENSOR, INT, TENSOR],
-            INT,
-        ),
+        "pst_classify": ([TENSOR, INT, ctypes.c_int32, ctypes.c_int32, INT, TENSOR, TENSOR, TENSOR, INT, TENSOR], INT),
         "pst_histogram": ([TENSOR, INT, INT, INT, INT, TENSOR], None),
         "pst_select": ([TENSOR, INT, INT, TENSOR], INT),
         "pst_keep_n_of_m": ([TENSOR, INT, INT, INT, INT, TENSOR], None),
@@ -186,7 +183,8 @@ def _declared(path: Path, functions: dict[str, Signature]) -> ctypes.CDLL:
 def _key(source: NativeSource, compiler: tuple[str, ...]) -> str:
     """Return a hash of the source, compiler, flags, C library and processor, which determine the library."""
     texts = [path.read_text(encoding="utf-8") for path in source.sources]
-    host = (_version(compiler), *platform.libc_ver(), _instructions())
+    facts = cpu_facts()  # -march=native depends on the processor's features
+    host = (_version(compiler), *platform.libc_ver(), facts.get("flags") or facts.get("Features", ""))
     parts = [*texts, *compiler, *source.flags, *source.may_flags, *host]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
@@ -212,8 +210,3 @@ def _compiled(source: NativeSource, compiler: tuple[str, ...]) -> bytes:
                 raise
             subprocess.run(command, check=True, capture_output=True, text=True)
         return made.read_bytes()
-
-
-def _instructions() -> str:
-    facts = cpu_facts()
-    return facts.get("flags") or facts.get("Features", "")

@@ -25,10 +25,7 @@ from pst_ds.core.patterns import Pattern
 LEAST_GAIN = 1e-6
 """Fraction of a row's error that a swap must save, above the rounding error of fp32."""
 SOURCE = NativeSource(
-    "swaps.cpp",
-    {"pst_swap_pass": ([*([TENSOR] * 6), *([INT] * 5)], INT)},
-    "swaps of a mask",
-    may_flags=("-fopenmp",),
+    "swaps.cpp", {"pst_swap_pass": ([*([TENSOR] * 6), *([INT] * 5)], INT)}, "swaps of a mask", may_flags=("-fopenmp",)
 )
 
 
