@@ -341,7 +341,10 @@ _TABLE_AT_A_TIME = {"cpu": 1 << 20}
 
 
 def table_rows(table: CodedWeight, numbers: Tensor) -> Tensor:
-    """Return rows by their ``numbers``, (...,) int64, like an embedding: (..., width)."""
+    """Return rows of a ``table`` by their ``numbers``, (...,) int64, like an embedding: (..., width).
+
+    Tables are of one shard, (rows, width), with rows that start at byte boundaries. Only the codes exist as a whole.
+    """
     stored, flat = table.layout.stored, numbers.reshape(-1)
     height, width = stored.layout.shape
     packed = embedding(flat, table.codes.view(height, -1))

@@ -8,9 +8,8 @@ the two gets the same weight. Scales are bf16 instead of fp16 because scales of 
 fp16 (6e-5 without loss), and a scale needs at most 8 bits: codes are chosen for the rounded scale.
 
 The code of a weight is ``w / scale``, divided in fp32, rounded half to even and limited to the largest code. The scale
-of a group has the least squared error of those tried (:func:`~pst_ds.core.quantization.scales.search_scales`). The
-search compares sums of integers, so the result depends only on the weights of the group, not on their order, the device
-or the sharding.
+of a group has the least squared error of those tried (:func:`search_scales`). The search compares sums of integers, so
+the result depends only on the weights of the group, not on their order, the device or the sharding.
 """
 
 from __future__ import annotations
@@ -500,7 +499,14 @@ _INPUTS_AT_A_TIME = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class InputGrid:
-    """Quantisation of inputs to int8: which numbers of a token share a scale."""
+    """Quantisation of a layer's inputs to int8, as in the kernels that use them, for training and inference.
+
+        x  ~  q * scale        scale = largest / 127;  q = x * (127 / largest), rounded half to even
+
+    ``largest`` is the largest |x| in a word of a token's columns. A weight's scale covers whole words. Everything is
+    fp32, in this order, as ``quantize_to_bytes`` in decoder/avx512.hpp computes it. Nothing is clipped, so the gradient
+    passes straight through.
+    """
 
     word: int
     """Consecutive columns that share a scale; the last word of a token may be shorter."""

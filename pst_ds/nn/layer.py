@@ -51,7 +51,7 @@ class PSTLayer(nn.Module):
         pst_mask (num_shards * ceil(ceil(O*I / num_shards) / 8),): uint8, one bit per weight; frozen.
         pst_scales: uint8, the bytes of the bf16 scales that quantise M . W, only with a ``grid``; frozen.
         pst_base_codes, pst_base_scales: uint8, W0 as quantised values and scales, only with a ``base``, see
-            :class:`pst_ds.core.quantization.CodeLayout`; ``weight`` is None then.
+            :class:`pst_ds.core.coded_weight.CodeLayout`; ``weight`` is None then.
     A multiplicative update has pst_U (O,) and pst_V (P*r, I).
 
     One module holds them all, so ZeRO-3 fetches and releases the layer at once.
