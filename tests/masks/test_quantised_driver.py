@@ -99,7 +99,7 @@ def test_with_masks_that_are_there_weights_are_rounded_before_the_first_step():
 
 
 def test_rounding_without_a_grid_or_on_the_ramp_is_refused():
-    with pytest.raises(InputError, match=r"call inject_pst\(model, config, grid=Grid\(bits=4, group=64\)\)"):
+    with pytest.raises(InputError, match=r"Call inject_pst with grid=Grid\(bits=4, group=64\)"):
         MaskUpdater(_injected(None), MASKS, rounding=ROUNDING)
     with pytest.raises(InputError, match=r"rounding.start = 1 is before the schedule's last mask update"):
         MaskUpdater(_injected(), MASKS, rounding=RoundingSchedule(1, 1, STEPS))
