@@ -75,7 +75,11 @@ class Factors:
 
     def of_expert(self, expert: int, num_experts: int) -> Factors:
         """Return views of the factors of one of ``num_experts`` experts."""
-        return Factors(**{name: value.chunk(num_experts)[expert] for name, value in self.held().items()})
+        found = {}
+        for name, value in self.held().items():
+            share = value.shape[0] // num_experts
+            found[name] = value[expert * share : (expert + 1) * share]
+        return Factors(**found)
 
     def held(self) -> dict[str, Tensor]:
         """Return the factors that are not None, by name."""
