@@ -71,8 +71,8 @@ class NativeLoop:
         return cls(decoder, folder.weight_file_bytes)
 
     def facts(self) -> dict[str, int | None]:
-        facts = {"file_bytes": self._file_bytes, "sparse_layers": 0, "copies": 1}
-        return {"resident_bytes": self.decoder.weight_bytes, **facts}
+        nbytes = {"resident_bytes": self.decoder.weight_bytes, "file_bytes": self._file_bytes}
+        return {**nbytes, "sparse_layers": 0, "copies": 1}
 
     def timed(self, ids: Tensor, num_steps: int) -> tuple[list[float], list[float]]:
         """Return the seconds of the prefill of ``ids`` (batch, tokens), and of each step."""
@@ -113,16 +113,12 @@ def variants(folder: ModelFolder, dense: ModelFolder | None, formats: list[str],
 
 def default_formats(folder: ModelFolder, plain: PreTrainedModel) -> list[str]:
     """Return the folder's format (bitmask for a dense one), csr if it beats expansion, and 2:4 if it applies."""
-    layers = untied_linear_layers(plain).values()
-    own = folder.format if folder.format in FORMATS else "bitmask"
-    kept = sum(int(layer.weight.count_nonzero()) for layer in layers)
-    all_weights = sum(layer.weight.numel() for layer in layers)
-    apply = {
-        "bitmask": True,
-        "csr": kept <= (1 - CSR_FROM_SPARSITY) * all_weights,
-        "2:4": all(is_two_four(layer.weight.t() if is_conv1d(layer) else layer.weight) for layer in layers),
-    }
-    return [own, *(name for name, does in apply.items() if does and name != own)]
+    weights = [m.weight.t() if is_conv1d(m) else m.weight for m in untied_linear_layers(plain).values()]
+    kept, all_weights = sum(int(w.count_nonzero()) for w in weights), sum(w.numel() for w in weights)
+    found = [folder.format if folder.format in FORMATS else "bitmask", "bitmask"]
+    found += ["csr"] if kept <= (1 - CSR_FROM_SPARSITY) * all_weights else []
+    found += ["2:4"] if all(map(is_two_four, weights)) else []
+    return list(dict.fromkeys(found))
 
 
 def _sparse(folder: ModelFolder, plain: PreTrainedModel | None, name: str, dtype: str) -> Variant:
@@ -178,21 +174,14 @@ def copy_until(by_name: dict[str, Variant], total_bytes: int) -> None:
 
 def _copied(model: PreTrainedModel) -> PreTrainedModel:
     """Copy a model with its weights; oneDNN's tensors support only clone()."""
-    memo: dict[int, object] = {}
-    for module in model.modules():
-        packed = getattr(module, "packed", None)
-        if packed is not None:
-            memo[id(packed)] = packed.clone()
-    return copy.deepcopy(model, memo)
+    packed = [module.packed for module in model.modules() if isinstance(module, PrepackedLinear)]
+    return copy.deepcopy(model, {id(tensor): tensor.clone() for tensor in packed})
 
 
 def last_level_cache_bytes() -> int:
     """Return the bytes of the first processor's largest cache; 32 MiB if unknown."""
-    sizes = []
-    for path in _CACHES.glob("index*/size"):
-        text = path.read_text(encoding="ascii").strip()
-        if text[:-1].isdigit():
-            sizes.append(int(text[:-1]) * _UNITS.get(text[-1], 1))
+    found = [path.read_text(encoding="ascii").strip() for path in _CACHES.glob("index*/size")]
+    sizes = [int(text[:-1]) * _UNITS.get(text[-1], 1) for text in found if text[:-1].isdigit()]
     return max(sizes, default=32 << 20)
 
 

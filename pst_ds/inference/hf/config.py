@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pst_ds.export.encoding import PLAIN_VERSION, QUANT_METHOD, QUANTIZED_VERSION, Encoding, encoding_of
+from pst_ds.export.encoding import PLAIN_VERSION, QUANT_METHOD, QUANTIZED_VERSION, encoding_of
 from pst_ds.inference.hf.weight_files import PackedFolderError
 
 LoadAs = Literal["auto", "dense", "sparse"]
@@ -63,32 +63,29 @@ class PackedWeightsConfig(QuantizationConfigMixin):
         """Whether the loaded model is dense; transformers reads it."""
         return self.load_as == "dense"
 
-    def encoding(self) -> Encoding:
-        """Return how the folder's weights are stored. Raises PackedFolderError for an unknown format."""
+    def check_folder(self) -> None:
+        """Raise PackedFolderError if this version does not read a folder with these settings."""
+        place, version = "config.json: quantization_config", self.format_version
+        if version not in (PLAIN_VERSION, QUANTIZED_VERSION):
+            raise PackedFolderError(
+                f"{place}.format_version = {version!r}: this pst-ds reads versions {PLAIN_VERSION} and "
+                f"{QUANTIZED_VERSION}. Load the folder with a newer pst-ds."
+            )
         try:
             encoding = encoding_of(self.format, {key: getattr(self, key) for key in _GRID_KEYS})
         except ValueError as error:
-            raise PackedFolderError(f"config.json: quantization_config: {error}") from None
+            raise PackedFolderError(f"{place}: {error}") from None
         if encoding.is_plain:
-            raise PackedFolderError("config.json: quantization_config: a dense format needs values or embeddings")
-        return encoding
-
-    def check_folder(self) -> None:
-        """Raise PackedFolderError if this version does not read a folder with these settings."""
-        if self.format_version not in (PLAIN_VERSION, QUANTIZED_VERSION):
+            raise PackedFolderError(f"{place}: a dense format needs values or embeddings")
+        if encoding.is_quantized != (version == QUANTIZED_VERSION):
             raise PackedFolderError(
-                f"config.json: quantization_config.format_version = {self.format_version!r}: this pst-ds reads "
-                f"versions {PLAIN_VERSION} and {QUANTIZED_VERSION}. Load the folder with a newer pst-ds."
-            )
-        if self.encoding().is_quantized != (self.format_version == QUANTIZED_VERSION):
-            raise PackedFolderError(
-                f"config.json: quantization_config.format_version = {self.format_version} conflicts with values = "
-                f"{self.values!r} and embeddings = {self.embeddings!r}. Export the folder again."
+                f"{place}.format_version = {version} conflicts with values = {self.values!r} and embeddings = "
+                f"{self.embeddings!r}. Export the folder again."
             )
         if not isinstance(self.weights_file, str) or not _WEIGHTS_FILE.fullmatch(self.weights_file):
             raise PackedFolderError(
-                "config.json: quantization_config.weights_file must be a name pst_*.safetensors or "
-                f"pst_*.safetensors.index.json in the same folder, got {self.weights_file!r}"
+                f"{place}.weights_file must be a name pst_*.safetensors or pst_*.safetensors.index.json in the same "
+                f"folder, got {self.weights_file!r}"
             )
 
     def to_dict(self) -> dict[str, object]:

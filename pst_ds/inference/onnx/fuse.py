@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx_ir as ir
 
@@ -93,8 +91,8 @@ def _join_projections(graph: ir.Graph, node: ir.Node) -> None:
     """Compute q, k and v of one input in one product. Attention reads their columns at offsets."""
     linears = []
     for value in node.inputs[:3]:
-        made = None if value is None else value.producer()
-        if value is None or made is None or made.op_type != "SparseLinear" or _only_user(value) is not node:
+        made = None if value is None or _only_user(value) is not node else value.producer()
+        if made is None or made.op_type != "SparseLinear":
             return
         linears.append(made)
     first = linears[0]
@@ -108,7 +106,9 @@ def _join_projections(graph: ir.Graph, node: ir.Node) -> None:
         return
     inputs: list[ir.Value | None] = [first.inputs[0]]
     for index, parts in enumerate(list(zip(*given, strict=True))[1:], 1):
-        inputs.append(None if parts[0] is None else _joined(graph, f"{first.outputs[0].name}_qkv_{index}", parts))
+        name = f"{first.outputs[0].name}_qkv_{index}"  # equal constants may share a name, so each gets a new one
+        whole = None if parts[0] is None else np.concatenate([_array(part) for part in parts])
+        inputs.append(None if whole is None else _new_constant(graph, name, whole))
     outputs = [_array(one.inputs[1]).shape[0] for one in linears]
     joined = ir.Node(DOMAIN, "SparseLinear", inputs, list(first.attributes.values()), num_outputs=1)
     shape = first.outputs[0].shape
@@ -130,11 +130,6 @@ def _array(value: ir.Value | None) -> np.ndarray:
     return tensor.numpy()
 
 
-def _joined(graph: ir.Graph, name: str, values: Sequence[ir.Value | None]) -> ir.Value:
-    """Create an initializer of the concatenated ``values``. Equal ones may share a name, so each gets a new one."""
-    return _new_constant(graph, name, np.concatenate([_array(value) for value in values]))
-
-
 def _new_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     tensor = ir.tensor(array, name=name)
     made = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)  # type: ignore[arg-type]
@@ -144,9 +139,8 @@ def _new_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 
 def _take_activation(node: ir.Node) -> None:
     """Apply the activation that follows a product when its result is written."""
-    y = node.outputs[0]
+    y, number = node.outputs[0], 0
     after = _only_user(y)
-    number = 0
     if after is not None and after.domain == "" and after.op_type in ACTIVATIONS:
         number = ACTIVATIONS[after.op_type]
         approximate = after.attributes.get("approximate")
@@ -156,12 +150,8 @@ def _take_activation(node: ir.Node) -> None:
         users = {use.node for use in y.uses()}
         gates = [user for user in users if user.op_type == "Sigmoid" and user.domain == ""]
         products = [user for user in users if user.op_type == "Mul" and user.domain == ""]
-        if (
-            not y.is_graph_output()
-            and len(users) == 2
-            and len(gates) == len(products) == 1
-            and gates[0].outputs[0] in products[0].inputs
-        ):
+        is_pair = len(users) == 2 and len(gates) == len(products) == 1 and not y.is_graph_output()
+        if is_pair and gates[0].outputs[0] in products[0].inputs:
             after, number = products[0], _SILU
     if not number or after is None:
         return
@@ -179,14 +169,10 @@ def _take_sum(graph: ir.Graph, node: ir.Node) -> None:
     if added is not None and _same_shape(added.inputs[0], added.inputs[1]):
         sides = list(added.inputs)
     epsilon = node.attributes.get("epsilon")
+    attributes = [ir.AttrFloat32("epsilon", 1e-5 if epsilon is None else epsilon.as_float())]
+    keeps_sum = added is not None and sides[1] is not None and _only_user(added.outputs[0]) is None
     inputs = [*sides, *node.inputs[1:]]
-    fused = ir.Node(
-        DOMAIN,
-        "SkipLayerNorm",
-        inputs,
-        [ir.AttrFloat32("epsilon", 1e-5 if epsilon is None else epsilon.as_float())],
-        num_outputs=2 if sides[1] is not None and _only_user(added.outputs[0]) is None else 1,  # type: ignore[union-attr]
-    )
+    fused = ir.Node(DOMAIN, "SkipLayerNorm", inputs, attributes, num_outputs=2 if keeps_sum else 1)
     for output, old in zip(fused.outputs, (node.outputs[0], node.inputs[0]), strict=False):
         assert old is not None
         output.shape, output.dtype, output.name = old.shape, ir.DataType.FLOAT, f"{old.name}_fused"
@@ -194,7 +180,7 @@ def _take_sum(graph: ir.Graph, node: ir.Node) -> None:
     name = node.outputs[0].name
     ir.convenience.replace_all_uses_with(node.outputs[0], fused.outputs[0], replace_graph_outputs=True)
     node.outputs[0].name, fused.outputs[0].name = f"{name}_replaced", name  # a graph's outputs keep their names
-    if len(fused.outputs) == 2:
+    if keeps_sum:
         assert added is not None
         ir.convenience.replace_all_uses_with(added.outputs[0], fused.outputs[1])
 

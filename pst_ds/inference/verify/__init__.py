@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,16 +79,13 @@ def verify(
     folder = Path(export)
     config = against if isinstance(against, RunConfig) or against is None else load_run_or_folder(Path(against))
     place = "" if config is None else f"{config.output_dir}, checkpoint {checkpoint}"
-    compared: Comparison | OnnxComparison | None = None
+    compare: Callable[..., Comparison | OnnxComparison] = compare_with_run
     if (folder / ONNX_FILE).is_file():
         from pst_ds.inference.verify.onnx import compare_onnx_with_run, facts_of_file
 
-        facts = facts_of_file(folder)
-        if config is not None:
-            compared = compare_onnx_with_run(folder, config, checkpoint, split, limit)
-        return VerifyReport(str(export), facts, compared, place)
-    file = check_export(folder)
-    check_model(folder)
-    if config is not None:
-        compared = compare_with_run(folder, config, checkpoint, split, limit)
+        file, compare = facts_of_file(folder), compare_onnx_with_run
+    else:
+        file = check_export(folder)
+        check_model(folder)
+    compared = None if config is None else compare(folder, config, checkpoint, split, limit)
     return VerifyReport(str(export), file, compared, place)
