@@ -131,11 +131,11 @@ def table_of(model: Part, context: int, tables: Mapping[str, StoredTable] | None
     _require_known_rope(kind, config, context)
     layers = _layers_of(kind, body)
     reader = _Reader(kind, config, body, context)
-    attention, mlp = layers[0].self_attn, layers[0].mlp
     name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None) or ""
     if name not in _ACTIVATIONS:
         raise DecoderError(f"{kind}: no native activation {name!r}; there are {', '.join(_ACTIVATIONS)}")
     found = [reader.layer(layer, index) for index, layer in enumerate(layers)]
+    attention, mlp = layers[0].self_attn, layers[0].mlp
     embedding, head, heads = model.get_input_embeddings(), model.get_output_embeddings(), config.num_attention_heads
     by_id = {id(model.get_submodule(name)): table for name, table in (tables or {}).items()}
     table = by_id.get(id(embedding))
@@ -212,10 +212,9 @@ def _layers_of(kind: str, body: Part) -> Part:
     """Return the list of layers of ``body``. Raises DecoderError without layers or a norm."""
     layers = getattr(body, "layers", None)
     has_layers = isinstance(layers, nn.ModuleList) and len(layers) > 0
+    missing = "'norm'" if has_layers else "list 'layers'"
     if not has_layers or not hasattr(body, "norm"):
-        missing = "'norm'" if has_layers else "list 'layers'"
-        found = f"{type(body).__name__} has no {missing}"
-        raise DecoderError(f"{kind}: {found}, which the native loop reads. {_USE_OTHER}")
+        raise DecoderError(f"{kind}: {type(body).__name__} has no {missing}, which the native loop reads. {_USE_OTHER}")
     return layers
 
 
