@@ -157,7 +157,7 @@ class SparseLinear(nn.Module):
 
     def _refuse_unchecked(self) -> None:
         if not self._is_checked:
-            raise RuntimeError("the parts of this sparse layer have changed. Call check(name) before its first product")
+            raise RuntimeError("the parts of this sparse layer have not been checked. Call check(name) first")
 
     def dense_weight(self) -> Tensor:
         """Return the (O, I) weight, +0.0 where pruned. Raises RuntimeError before :meth:`check`."""
