@@ -119,18 +119,13 @@ class Sequences:
         first = index * self._stride
         stop = min(first + self.length, len(self.tokens))
         starts = np.empty(0, np.int64) if self.borders is None else self.borders.between(first + 1, stop) - first
-        predicted = self._predicted(first, stop)
+        predicted = self._learned_between(first, stop)
         predicted[0] = False
+        predicted[starts] = False
         return TokenSequence(self.tokens[first:stop], starts, predicted)
 
-    def _predicted(self, start: int, stop: int) -> np.ndarray:
-        """Return which tokens of [start, stop) of the stream are predicted; the first of a sequence never is."""
-        predicted = np.ones(stop - start, bool)
-        if self.learned is not None:
-            predicted &= self.learned[start:stop] != 0
-        if self.borders is not None:
-            predicted[self.borders.between(start, stop) - start] = False
-        return predicted
+    def _learned_between(self, start: int, stop: int) -> np.ndarray:
+        return np.ones(stop - start, bool) if self.learned is None else self.learned[start:stop] != 0
 
     @property
     def num_predicted(self) -> int:
@@ -151,8 +146,10 @@ class Sequences:
         """Yield windows of the stream, each with a mask of the tokens that an evaluation predicts."""
         for first in range(0, len(self.tokens), _TOKENS_AT_A_TIME):
             stop = min(first + _TOKENS_AT_A_TIME, len(self.tokens))
-            predicted = self._predicted(first, stop)
+            predicted = self._learned_between(first, stop)
             predicted[0] &= first > 0
+            if self.borders is not None:
+                predicted[self.borders.between(first, stop) - first] = False
             yield slice(first, stop), predicted
 
     def ordered(self, numbers: np.ndarray, seed: int) -> np.ndarray:
