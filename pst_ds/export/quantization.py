@@ -16,8 +16,7 @@ from pst_ds.export.plan import TensorSpec, TensorValues
 from pst_ds.formats import FormatError, QuantizedFormat, row_bits
 from pst_ds.formats.base_weights import names_in_files
 from pst_ds.formats.rows import as_bools
-from pst_ds.nn.linear import PSTLinear
-from pst_ds.nn.model_structure import is_inside_block, is_linear, router_names, untied_linear_layers
+from pst_ds.nn.model_structure import is_inside_block, router_names, untied_linear_layers
 from pst_ds.nn.tables.embedding import PSTEmbedding
 
 MIN_ROWS = 16
@@ -58,11 +57,6 @@ def embedding_tables(model: nn.Module) -> dict[str, nn.Parameter]:
     if isinstance(output, nn.Linear):
         found.append(output)
     return _named(model, {id(module.get_parameter("weight")) for module in found})
-
-
-def linear_layers(model: nn.Module) -> list[str]:
-    """Return the names of all linear layers, including pruned ones."""
-    return [name for name, module in model.named_modules() if is_linear(module) or isinstance(module, PSTLinear)]
 
 
 def _named(model: nn.Module, chosen: Container[int]) -> dict[str, nn.Parameter]:

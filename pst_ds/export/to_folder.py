@@ -27,12 +27,13 @@ from pst_ds.export.manifest import ExportedTensor, Facts, write_manifest
 from pst_ds.export.model_card import CARD_FILE, model_card
 from pst_ds.export.plan import SHARD_BYTES, PlannedFile, Source, TensorJob, plan_files, require_packed, require_space
 from pst_ds.export.prompt_file import SavedPrompt, read_prompt
-from pst_ds.export.quantization import linear_layers
 from pst_ds.export.trimmed_vocabulary import with_fewer_rows, write_vocabulary
 from pst_ds.export.write import write_tensors
 from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.formats.base_weights import BaseWeights, is_text_part
 from pst_ds.nn.base_model import pruning_record
+from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.model_structure import is_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -347,7 +348,8 @@ def _finish_config(folder: Path, tensors: Sequence[ExportedTensor], quantization
 def _unquantised(model: nn.Module, tensors: Sequence[ExportedTensor]) -> list[str]:
     """Return the linear layers that are not quantised."""
     quantised = {tensor.name.removesuffix(".weight") for tensor in tensors if tensor.values}
-    return [name for name in linear_layers(model) if name not in quantised]
+    linear = [name for name, module in model.named_modules() if is_linear(module) or isinstance(module, PSTLinear)]
+    return [name for name in linear if name not in quantised]
 
 
 def storage_facts(tensors: Sequence[ExportedTensor], sizes: Sequence[int]) -> dict[str, float]:

@@ -35,13 +35,13 @@ class RowSource:
 
     def make(self, job: TensorJob) -> Iterator[TensorValues]:
         """Yield the values of the job's outputs. Raises ExportError."""
-        for output, values in zip(job.outputs, self.source.make(job), strict=True):
-            yield self._fewer(values) if output.name in self.names else values
-
-    def _fewer(self, values: TensorValues) -> TensorValues:
         rows = torch.tensor(self.kept)
-        scales = None if values.scales is None else values.scales[rows]
-        return replace(values, tensor=values.tensor[rows], scales=scales)
+        for output, values in zip(job.outputs, self.source.make(job), strict=True):
+            if output.name not in self.names:
+                yield values
+                continue
+            scales = None if values.scales is None else values.scales[rows]
+            yield replace(values, tensor=values.tensor[rows], scales=scales)
 
 
 def with_fewer_rows(
