@@ -81,7 +81,8 @@ def test_temporaries_of_a_stack_are_planned_within_a_tenth(transposed, dtype, to
     """Of few tokens, so that what is left is the merged expert, or a tile of its gradient; not the stack."""
     layout, tokens = WeightLayout(6 * 256, 256, transposed, 6, 6), 8
     weight = torch.nn.Parameter(torch.randn(6, 256, 256).to(dtype), requires_grad=False)
-    stack = PSTExpertStack("stack", weight, layout, PSTConfig().rule_for("stack"), PSTConfig(), 1, (1.0,) * 6)
+    config = PSTConfig()
+    stack = PSTExpertStack("stack", weight, None, layout, config.rule_for("stack"), config.of_experts, 1, (1.0,) * 6)
     index = torch.tensor([[0, 1], [2, 3], [0, 2], [1, 5]])
     routing = Routing.of(index, torch.ones(4, 2), 6)
     x, grad_y = (torch.randn(tokens, 256).to(dtype) for _ in range(2))

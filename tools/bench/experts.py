@@ -47,9 +47,8 @@ def _stack(experts: int, outputs: int, inputs: int, dtype: torch.dtype) -> PSTEx
     """Return a trainable stack of gate and up projections at 50 % sparsity."""
     layout = WeightLayout(experts * outputs, inputs, num_matrices=2 * experts, num_experts=experts)
     weight = torch.nn.Parameter(torch.randn(experts, outputs, inputs, dtype=dtype) * 0.02, requires_grad=False)
-    stack = PSTExpertStack(
-        "bench", weight, layout, PSTConfig().rule_for("bench"), PSTConfig(), 1, (0.016,) * layout.num_matrices
-    )
+    config, scales = PSTConfig(), (0.016,) * layout.num_matrices
+    stack = PSTExpertStack("bench", weight, None, layout, config.rule_for("bench"), config.of_experts, 1, scales)
     stack.pst_mask.data = pack_mask(torch.rand(layout.numel) > 0.5)
     return stack
 
