@@ -64,7 +64,7 @@ class ExportSettings:
     plain: bool = False
     """With format "onnx": dense fp32 weights and standard operators only."""
     dequantize: bool = False
-    """Whether the source is a model folder in GPTQ, AWQ, bitsandbytes or MXFP4."""
+    """True if the source is a model folder in GPTQ, AWQ, bitsandbytes or MXFP4."""
     processes: int = 1
     """Processes that write."""
     shard_bytes: int = SHARD_BYTES

@@ -60,7 +60,7 @@ class PackedWeightsConfig(QuantizationConfigMixin):
 
     @property
     def dequantize(self) -> bool:
-        """Whether the loaded model is dense; transformers reads it."""
+        """True if the loaded model is dense; transformers reads it."""
         return self.load_as == "dense"
 
     def check_folder(self) -> None:

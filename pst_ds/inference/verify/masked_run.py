@@ -46,7 +46,7 @@ class Compared:
 
     examples: int
     unit: str
-    """What the task counts: "examples", "tokens" and so on."""
+    """Unit of the task's predictions: "examples", "tokens" and so on."""
     differing_predictions: int
     max_logit_difference: float
     """Largest absolute difference of a logit."""
@@ -63,10 +63,9 @@ class Compared:
 
 @dataclass(slots=True)
 class MaskedRun:
-    """The masked training model of a run, and the examples on which it is compared with an export."""
+    """The masked training model of a run, and the examples on which it is compared with the export in ``folder``."""
 
     folder: Path
-    """The export. Only names, quantisation, dtypes and tokens are read from its manifest."""
     split: str
     limit: int | None
     """Number of examples; None for all."""
