@@ -72,7 +72,7 @@ def _require_base(folder: Path, store: UserStore) -> None:
             f"{path} does not name its base model. Use an export of the run that the users were trained on"
         )
     if known != store.common.base_fingerprint:
-        raise UserStoreError(f"{store.folder} has adapters of a base model that differs from {folder}")
+        raise UserStoreError(f"{store.folder} has adapters of another base model than {folder}")
 
 
 def _require_masks(model: nn.Module, folder: Path, store: UserStore) -> None:
