@@ -150,12 +150,6 @@ def count_bits(before: Tensor, after: Tensor) -> Tensor:
     return counts
 
 
-def add_bit_sums(out: Tensor, before: Tensor, after: Tensor, count: int, start: int, seed: int) -> None:
-    """Add (bits that differ, bits set, :func:`checksum` of ``after``) of one shard to ``out``, (3,) int64."""
-    out[:2].add_(count_bits(before, after))
-    out[2].add_(checksum(after, count, start, seed))
-
-
 def pack_mask(keep: Tensor, num_shards: int = 1) -> Tensor:
     """Pack a whole mask, (numel,) bool or 0/1 in storage order, into ``num_shards`` shards of bits."""
     flat = keep.flatten()

@@ -16,13 +16,9 @@ def adapted(states: Tensor, left: Tensor | None = None, right: Tensor | None = N
 def with_prompt(values: Tensor, prompt: Tensor, after: int) -> Tensor:
     """Insert ``prompt`` (m, ...) into every row of ``values`` (batch, length, ...), after ``after`` of its entries."""
     own = prompt.to(values).expand(values.shape[0], *prompt.shape)
-    return _joined(values[:, :after], own, values[:, after:])
+    return torch.cat([values[:, :after], own, values[:, after:]], 1)
 
 
 def without_prompt(values: Tensor, size: int, after: int) -> Tensor:
     """Return ``values`` (batch, m + length, ...) without the ``size`` entries that :func:`with_prompt` inserted."""
-    return values[:, size:] if after == 0 else _joined(values[:, :after], values[:, after + size :])
-
-
-def _joined(*parts: Tensor) -> Tensor:
-    return torch.cat(parts, dim=1)
+    return values[:, size:] if after == 0 else torch.cat([values[:, :after], values[:, after + size :]], 1)

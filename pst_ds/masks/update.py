@@ -73,7 +73,9 @@ def update_masks(
     masters = whole_masters(list(layers.values()))
     components = None if dropped_share is None else drop_in_masters(layers, masters, dropped_share)
     keyed = _layer_keys(layers, masters)
-    matrices = [Matrix(k, b, _target(k.layer, sparsity, progress)) for k in keyed for b in k.matrices]
+    own_targets = [k.layer.rule.final_sparsity for k in keyed]
+    targets = [sparsity if own is None else own * progress for own in own_targets]
+    matrices = [Matrix(k, b, target) for k, target in zip(keyed, targets, strict=True) for b in k.matrices]
     kept = dict(zip(map(id, matrices), select_kept(matrices, next(iter(layers.values())).pst_mask), strict=True))
     written = {}
     for keys in keyed:
@@ -116,12 +118,6 @@ def mask_stats(model: nn.Module, written: Mapping[PSTLayer, Tensor] | None = Non
     num_weights = sum(layer.layout.numel for layer in layers.values())
     digits = f"{sum(checksums) % (1 << 64):016x}"
     return MaskStats(num_weights, num_weights - sum(kept), sum(flips), digits, tuple(kept), tuple(flips))
-
-
-def _target(layer: PSTLayer, sparsity: float, progress: float) -> float:
-    """Return the layer's current target sparsity."""
-    own = layer.rule.final_sparsity
-    return sparsity if own is None else own * progress
 
 
 def _shard_bits(layer: LayerScores, matrices: list[Matrix], kept: list[Tensor]) -> Tensor:

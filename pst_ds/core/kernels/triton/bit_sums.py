@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pst_ds.core.bits import add_bit_sums, splitmix64, unpack_shard
+from pst_ds.core.bits import checksum, count_bits, splitmix64, unpack_shard
 from pst_ds.core.kernels.triton.launch import blocks, launch, serves
 from pst_ds.core.layout import runs_of
 
@@ -41,7 +41,8 @@ def bit_sums(shards: Sequence[ShardBits]) -> Tensor:
     together = [i for i, s in enumerate(shards) if device.type != "cpu" and s.start % 8 == 0]
     for i in set(range(len(shards))).difference(together):
         s = shards[i]
-        add_bit_sums(sums[i], s.before, s.after, s.count, s.start, s.seed)
+        sums[i, :2] = count_bits(s.before, s.after)
+        sums[i, 2] = checksum(s.after, s.count, s.start, s.seed)
     for run in runs_of([shards[i].after.numel() for i in together], _AT_A_TIME):
         some = [together[i] for i in run]
         _sum_together([shards[i] for i in some], [sums[i] for i in some])
