@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, cast
 
 from pst_ds.cli.main import add_quiet_argument, count
 from pst_ds.errors import InputError
-from pst_ds.report.outcomes import BenchResult, Conditions, Row, bench_text
 
 if TYPE_CHECKING:
     from pst_ds.inference.bench import NativeLoop, Variant
+    from pst_ds.report.outcomes import BenchResult, Conditions, Row
 
 SPARSE = ("bitmask", "csr", "2:4")
 
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
     from pst_ds.inference.bench import NativeLoop, conditions, copy_until, last_level_cache_bytes, measure, variants
     from pst_ds.inference.hf.model_folder import open_model_folder
+    from pst_ds.report.outcomes import bench_text
 
     folder = open_model_folder(args.model)
     dense = open_model_folder(args.dense) if args.dense else None
