@@ -343,15 +343,15 @@ def stopped(tmp_path_factory):
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("seed=8", "seed = 8, but the run in"),
-        ("pst.seed=0", "pst.seed = 0, but the run in"),
-        ("train.num_steps=30", "train.num_steps = 30, but the run in"),
+        ("seed=8", "seed = 8: the run in"),
+        ("pst.seed=0", "pst.seed = 0: the run in"),
+        ("train.num_steps=30", "train.num_steps = 30: the run in"),
         ("train.batch_size=12", "has 24, and resuming cannot change this setting"),
-        ("schedule.final_sparsity=0.7", "schedule.final_sparsity = 0.7, but"),
-        ("pst.score_rank=4", "pst.score_rank = 4, but"),
+        ("schedule.final_sparsity=0.7", "schedule.final_sparsity = 0.7: the run in"),
+        ("pst.score_rank=4", "pst.score_rank = 4: the run in"),
         ('pst.pattern="2:4"', "schedule.final_sparsity = 0.8, but pst.pattern"),
         ("data.train=tests/data/validation.jsonl", "differs from the data of the run in"),
-        ("data.label_names=['good', 'bad']", "tokens or labels differ"),
+        ("data.label_names=['good', 'bad']", "tokens, labels or data.document_mask have changed"),
     ],
 )
 def test_another_run_is_not_taken_for_this_one(stopped, tmp_path, setting, said):
@@ -374,11 +374,11 @@ def test_the_seed_that_counts_is_compared_not_where_it_stands(stopped):
 
     assert state.progress["run"]["pst"]["seed"] == 7
     assert changes() == changes("pst.seed=7") == []
-    with pytest.raises(ConfigError, match=r"^seed = 8, but"):  # not the pst.seed that follows it
+    with pytest.raises(ConfigError, match=r"^seed = 8: the run in"):  # not the pst.seed that follows it
         changes("seed=8")
     state.progress["run"]["pst"]["seed"] = 0  # as runs had it when factors did not follow the seed
     assert changes("pst.seed=0") == []
-    with pytest.raises(ConfigError, match=r"^pst\.seed = 7, but the run in .* has 0"):
+    with pytest.raises(ConfigError, match=r"^pst\.seed = 7: the run in .* has 0"):
         changes()
 
 

@@ -213,7 +213,7 @@ def test_inputs_are_rounded_from_when_weights_are(tmp_path, capsys):
     with exact_inputs(masked_model(prepare_single(run, before), before)) as rounds_inputs:
         assert not rounds_inputs
     changed = _run(tmp_path / "inputs")
-    with pytest.raises(ConfigError, match=r"quantization.activations = \'\', but the run in .* has \'int8\'"):
+    with pytest.raises(ConfigError, match=r"quantization.activations = \'\': the run in .* has \'int8\'"):
         train_prepared(prepare(changed, launch_environment()), resume=True, quiet=True)
     out, against = tmp_path / "out", ["--against", str(tmp_path / "inputs"), "--checkpoint", "final"]
     assert main(["export", str(tmp_path / "inputs"), "--checkpoint", "final", "--out", str(out)]) == 0
@@ -235,7 +235,7 @@ def test_groups_that_do_not_divide_a_layer_name_it(tmp_path):
 def test_another_grid_does_not_go_on(tmp_path):
     _trained(tmp_path)
     changed = _run(tmp_path, 'quantization.values="int8"')
-    with pytest.raises(ConfigError, match=r"quantization.values = \'int8\', but the run in .* has \'int4\'"):
+    with pytest.raises(ConfigError, match=r"quantization.values = \'int8\': the run in .* has \'int4\'"):
         train_prepared(prepare(changed, launch_environment()), resume=True, quiet=True)
 
 
