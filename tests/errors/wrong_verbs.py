@@ -148,7 +148,7 @@ VERBS = {
         lambda shop: ["generate", str(shop.without("bitmask", "pst_bitmask.safetensors")), "--prompt", "the"],
         "{tmp}/bitmask",
         "pst_bitmask.safetensors",
-        "Export the model again",
+        "Export again",
     ),
     "bench of what is no model": Wrong(
         words("bench", "{made}/plain"), "{made}/plain", "config.json is missing", "model folder"
