@@ -158,7 +158,7 @@ def _weights_of_both(run: MaskedRun, plain: nn.Module, quantised: dict[str, Tens
     if foreign:
         raise InputError(
             f"{run.folder} has no {foreign[0]} as in the model of --against {run.context.run.output_dir} "
-            f"({len(foreign)} weights differ in name or shape). Name the run that was exported"
+            f"({len(foreign)} weights differ in name or shape). Name the run it came from"
         )
     return [(weight, loaded[n]) for n, weight in merged.items()]
 
