@@ -103,7 +103,7 @@ WRONG = {
         ["train.gradient_accumulation_steps=25"],
         ("train.batch_size = 24", "25 accumulation steps", "make it 25 or more"),
     ),
-    "a missing DeepSpeed config": (["deepspeed_config=no.json"], ("deepspeed_config = 'no.json' does not exist",)),
+    "a missing DeepSpeed config": (["deepspeed_config=no.json"], ("deepspeed_config = 'no.json' is not a file",)),
 }
 
 
