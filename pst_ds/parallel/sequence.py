@@ -45,7 +45,7 @@ class SequenceParallel:
             return self._attend(*args, **kwargs)  # type: ignore[arg-type]
 
         setattr(attend, _CORE, self._core)
-        ALL_ATTENTION_FUNCTIONS.register(attention, attend)
+        ALL_ATTENTION_FUNCTIONS[attention] = attend
 
     def part(self, whole: Tensor) -> Tensor:
         """Return this rank's stretch of ``whole``, (sequences, length, ...); the degree must divide the length."""
