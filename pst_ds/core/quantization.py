@@ -199,7 +199,7 @@ def search_scales(
 ) -> Tensor:
     """Return the bf16 scales of least squared error among those tried: (groups,).
 
-    Tried are ``magnitude / largest code``, so the error is never above that of plain rounding, some larger and smaller
+    Tried are ``magnitude / largest code``, so the error never exceeds plain rounding's, some larger and smaller
     scales, and twice the least-squares scale for the best codes, sum(w code) / sum(code^2).
 
     ``magnitudes``: (groups,) fp32, the largest of each group; 0 gives scale 1. ``moments``: returns, for fp32 scales

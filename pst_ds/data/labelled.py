@@ -73,7 +73,7 @@ def label_names(data: DataConfig) -> list[str]:
         return list(wanted)
     if not set(names).isdisjoint(wanted):
         raise ConfigError(
-            f"data.label_names = {list(wanted)} are not those of {data.train}, whose column {data.label_column!r} has "
+            f"data.label_names = {list(wanted)} do not match column {data.label_column!r} of {data.train}, which has "
             f"the labels {shortened(names, 12)}. Name exactly these, or none"
         )
     return names

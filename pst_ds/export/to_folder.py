@@ -230,7 +230,7 @@ def _trimmed(contents: _Contents, tokenizer: PreTrainedTokenizerBase, vocabulary
 
 
 def _trained_values(checkpoint: Checkpoint, options: ExportOptions) -> Grid | None:
-    """Return the quantisation of the values: by default that of the run, if the format supports it.
+    """Return the quantisation of the values: by default the run's, if the format supports it.
 
     Raises ExportError for another quantisation than the run's.
     """

@@ -180,7 +180,7 @@ class MaskUpdater:
         self._noted = steps_noted()
         if step not in (self.step, self.step + 1):
             raise InputError(
-                f"the engine has applied {step} optimizer steps, and the masks are those of step {self.step}: call "
+                f"the engine has applied {step} optimizer steps, but the masks are at step {self.step}: call "
                 "after_step after every step, and make MaskUpdater(..., step=engine.global_steps - "
                 "engine.skipped_steps) after engine.load_checkpoint"
             )

@@ -128,7 +128,7 @@ class Pretrained:
             if not differing:
                 raise
         if differing:
-            raise InputError(f"{self} has {', '.join(differing[:3])}, which is not that of its config.json. {misfit}")
+            raise InputError(f"{self} has {', '.join(differing[:3])}; its config.json gives another shape. {misfit}")
         return model, sorted(info["missing_keys"])
 
     def require_whole(self, model: nn.Module, missing: list[str], fix: str) -> None:

@@ -256,7 +256,7 @@ def test_an_updater_made_before_the_checkpoint_was_loaded_says_so():
     engine.global_steps = 5
     _backward(model, 0)
     engine.step()
-    with pytest.raises(InputError, match=r"has applied 6 optimizer steps, and the masks are those of step 0"):
+    with pytest.raises(InputError, match=r"has applied 6 optimizer steps, but the masks are at step 0"):
         masks.after_step(engine)
 
 

@@ -147,5 +147,5 @@ def test_f1_is_for_two_classes(tmp_path, glue):
     path = _run_file(tmp_path, glue, "mnli")
     assert load_run(path, ["eval.metric=macro_f1"]).metric == "macro_f1"
     run = load_run(path, ["eval.metric=f1"])
-    with pytest.raises(ConfigError, match=r"eval\.metric = 'f1' is that of the second of two classes, .* has 3"):
+    with pytest.raises(ConfigError, match=r"eval\.metric = 'f1': F1 of the second class needs two classes, .* has 3"):
         task_of(run).label_names(run.data)

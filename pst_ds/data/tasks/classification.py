@@ -34,7 +34,7 @@ class Classification(Task[texts.Examples]):
         names = texts.label_names(data)
         if self.evaluation.metric == "f1" and len(names) != 2:
             raise ConfigError(
-                f"eval.metric = 'f1' is that of the second of two classes, and data.train has {len(names)}; set "
+                f"eval.metric = 'f1': F1 of the second class needs two classes, and data.train has {len(names)}. Set "
                 'eval.metric = "macro_f1"'
             )
         return names

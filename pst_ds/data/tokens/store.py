@@ -76,7 +76,7 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the contents, from those of the files; independent of ``source``."""
+        """SHA-256 over the tokenizer and the SHA-256 of every file; independent of ``source``."""
         about = [asdict(self.tokenizer), [asdict(shard) for shard in self.shards], self.starts_sha256]
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 

@@ -149,8 +149,8 @@ class PackedWeightsQuantizer(HfQuantizer):
         extra = [] if expected is None else sorted(n for n in info.unexpected_keys if n.startswith(expected))
         if extra:
             raise PackedFolderError(
-                f"{shortened(extra, 3)}: in the folder, but {kind} has no such tensor. Is config.json that of another "
-                "model?"
+                f"{shortened(extra, 3)}: in the folder, but {kind} has no such tensor. Does config.json belong to "
+                "another model?"
             )
         loaded = {name: tensor.shape for name, tensor in model.state_dict().items()}
         other = {n for n, shape in loaded.items() if shape != self._shapes.get(n)}

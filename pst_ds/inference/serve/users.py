@@ -91,6 +91,6 @@ def _require_masks(model: nn.Module, folder: Path, store: UserStore) -> None:
         found = {hashlib.sha256(pack_mask(bits).numpy().data).hexdigest() for bits in (keep, keep.t().contiguous())}
         if known not in found:  # try the order of nn.Linear and of Conv1D, which a packed layer does not record
             raise UserStoreError(
-                f"{store.folder} has adapters trained with other masks than those of {folder} ({name}). Use the "
+                f"{store.folder} has adapters whose masks differ from {folder} ({name}). Use the "
                 "export of the run and checkpoint that they were trained on"
             )

@@ -1,7 +1,7 @@
 """Successive halving over factors on a run's learning rates, as pure functions of the trials' outcomes.
 
 A trial is the whole run in fewer steps, with warm-up, ramp and decay scaled. It restarts in every rung, so the steps of
-all rungs count. The search is that of Jamieson and Talwalkar (arXiv 1502.07943).
+all rungs count. The search follows Jamieson and Talwalkar (arXiv 1502.07943).
 """
 
 from __future__ import annotations

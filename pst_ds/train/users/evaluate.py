@@ -44,7 +44,7 @@ class UserScores:
 def evaluate_users(
     model: PersonalModel, store: UserStore, rows: RowsByUser, users: Sequence[str], *, others: int = 1
 ) -> list[UserScores]:
-    """Score each of ``users`` on its rows with the shared state, its own, and those of up to ``others`` other users.
+    """Score each of ``users`` on its rows with the shared state, its own, and up to ``others`` other users' states.
     Collective. Raises InputError."""
     scores, names, context = [], store.names, model.context
     with Progress("evaluate users", len(users), "users") as progress:

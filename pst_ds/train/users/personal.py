@@ -133,7 +133,7 @@ def common_of(
 
 
 class UserCheckpoint(Checkpoint):
-    """A run's checkpoint whose personal values are those of one user."""
+    """A run's checkpoint with the personal values of one user."""
 
     def __init__(self, checkpoint: Checkpoint, state: State):
         super().__init__(checkpoint.folder, checkpoint.state, checkpoint.contents)
