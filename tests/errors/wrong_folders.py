@@ -232,7 +232,7 @@ EXPORTS = {
         words("verify", "{made}/dense", "--against", "{made}/causal"),
         "{made}/dense",
         "{made}/causal",
-        "Name the run that was exported",
+        "Name the run it came from",
     ),
     "verify against less than nothing": Wrong(
         words("verify", "{made}/dense", "--against", "{made}/run", "--limit", "-1"),
