@@ -250,11 +250,6 @@ class PSTConfig(_LibrarySection):
         return cls(**{**PAPER, **overrides})
 
     @property
-    def factor_seed(self) -> int:
-        """``seed``, or 0 if it is None."""
-        return self.seed or 0
-
-    @property
     def rules(self) -> tuple[MaskRule, ...]:
         """Rules for masks: the general one, then one for each override."""
         overridden = (self._rule(o.pattern, o.final_sparsity) for o in self.overrides)

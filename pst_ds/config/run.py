@@ -1,28 +1,23 @@
-"""The settings of a run: :class:`RunConfig`. Paths are relative to the working directory."""
+"""The settings of a run, :class:`RunConfig`, and of what it writes. Paths are relative to the working directory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, field, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 from pst_ds.config.data import DataConfig as DataConfig
-from pst_ds.config.data import EvalConfig as EvalConfig
+from pst_ds.config.data import EvalConfig
 from pst_ds.config.methods import METHODS, Method, method_conflicts
-from pst_ds.config.model import ModelConfig as ModelConfig
-from pst_ds.config.model import PromptConfig as PromptConfig
-from pst_ds.config.model import QuantizationConfig as QuantizationConfig
+from pst_ds.config.model import ModelConfig, PromptConfig, QuantizationConfig
 from pst_ds.config.one_shot import OneShotConfig
-from pst_ds.config.outputs import CheckpointConfig as CheckpointConfig
-from pst_ds.config.outputs import PicturesConfig as PicturesConfig
-from pst_ds.config.outputs import TrackingConfig as TrackingConfig
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.settings import ConfigError as ConfigError
-from pst_ds.config.settings import MayDiffer, Section, settings
+from pst_ds.config.settings import Interval, MayDiffer, NotNegative, Positive, Section, Strings, settings
 from pst_ds.config.tasks import TASKS, TaskFacts, task_conflicts
-from pst_ds.config.train import DistillationConfig as DistillationConfig
-from pst_ds.config.train import TrainConfig as TrainConfig
+from pst_ds.config.train import DistillationConfig, TrainConfig
 from pst_ds.core.schedule import (
     CubicSchedule,
     OneShotSchedule,
@@ -32,6 +27,67 @@ from pst_ds.core.schedule import (
     default_learning_rates,
 )
 from pst_ds.file_names import START
+
+TRACKERS = ("wandb", "mlflow", "trackio")
+
+
+@settings
+class CheckpointConfig(Section):
+    """Checkpoints to resume from, with ``pst-ds train RUN --resume``."""
+
+    interval: MayDiffer[NotNegative] = 100
+    """Optimizer steps between checkpoints; 0 saves only the best, the last, and on a signal."""
+    keep_last: MayDiffer[Positive] = 2
+    """Number of newest checkpoints to keep, in addition to the best and the last."""
+
+
+@settings
+class PicturesConfig(Section):
+    """Statistics of all layers and pictures of some, for TensorBoard and layers.jsonl (docs/how-to/monitor.md)."""
+
+    interval: MayDiffer[Interval] = 0
+    """Optimizer steps between pictures; 0 is about 20 times per run, -1 never. The last step always has one."""
+    layers: MayDiffer[Strings] = ()
+    """Layers with a histogram of scores and a picture of the mask, by name or dotted ending; empty is the first, the
+    middle and the last pruned layer."""
+
+    def last_before(self, step: int, num_steps: int) -> int:
+        """Return the last step before ``step`` that has pictures; -1 for none."""
+        return (step - 1) // self._interval(num_steps) * self._interval(num_steps) if step else -1
+
+    def is_due(self, step: int, num_steps: int) -> bool:
+        """Return whether a run of ``num_steps`` draws pictures after ``step`` (0 is before the first)."""
+        return self.interval >= 0 and (step % self._interval(num_steps) == 0 or step == num_steps)
+
+    def _interval(self, num_steps: int) -> int:
+        return self.interval or max(1, num_steps // 20)
+
+
+@settings
+class TrackingConfig(Section):
+    """Experiment trackers, in addition to TensorBoard and metrics.jsonl (docs/how-to/monitor.md)."""
+
+    to: MayDiffer[Strings] = ()
+    """Any of "wandb", "mlflow" and "trackio". Each reads its address and offline mode from the environment."""
+    project: MayDiffer[str] = "pst-ds"
+    """Project in W&B and trackio, experiment in MLflow."""
+    name: MayDiffer[str] = ""
+    """Name of the run in the trackers; empty is the last part of output_dir."""
+
+    def problems(self) -> Iterator[str]:
+        unknown = sorted(set(self.to) - set(TRACKERS))
+        if unknown or len(set(self.to)) != len(self.to):
+            yield f"tracking.to = {list(self.to)} must be different names among {', '.join(map(repr, TRACKERS))}"
+        if self.to and not self.project:
+            yield 'tracking.project = "" must be a name'
+
+    def require_installed(self) -> None:
+        """Raise ConfigError for a tracker whose package is not installed."""
+        missing = [name for name in self.to if find_spec(name) is None]
+        if missing:
+            raise ConfigError(
+                f"tracking.to names {' and '.join(missing)}, which is not installed. Run pip install 'pst-ds[trackers]'"
+            )
 
 
 @settings
@@ -112,11 +168,6 @@ class RunConfig(Section):
     def start_sparsity(self) -> float:
         """Sparsity of the initial masks that one-shot pruning chooses."""
         return self.schedule.initial_sparsity if self.mask_method.masks == "ramp" else self.schedule.final_sparsity
-
-    @property
-    def ranks_by_activation(self) -> bool:
-        """True if weights are ranked by |W| times the norms of the inputs."""
-        return self.mask_method.masks != "none" and self.pst.magnitude == "activation"
 
     @property
     def metric(self) -> str:

@@ -127,7 +127,7 @@ class PSTLayer(nn.Module):
                 if device.type == "meta":  # shapes need no random numbers
                     values = torch.empty(shape, device=device)
                 else:
-                    values = seeded_normal(shape, std, f"{config.factor_seed}/{name}/{factor}")
+                    values = seeded_normal(shape, std, f"{config.seed or 0}/{name}/{factor}")
                 param = nn.Parameter(values.to(device=device, dtype=dtype))
             self.register_parameter(f"pst_{factor}", param)
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError
 from pst_ds.checkpoint.restore import base_fingerprint, load_optimizer, same_base
+from pst_ds.config.model import QuantizationConfig
 from pst_ds.config.one_shot import OneShotConfig
-from pst_ds.config.run import ConfigError, QuantizationConfig, RunConfig
+from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.settings import OnResume, resume_rules
 from pst_ds.config.toml import REMOVED, flatten
 from pst_ds.file_names import CHECKPOINTS

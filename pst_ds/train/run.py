@@ -228,7 +228,7 @@ def _build_loop(
     if is_main():
         run_folder.write_files(run, context.ds_config, is_finished=state.step == run.num_steps(len(examples)))
     barrier()
-    if run.ranks_by_activation:
+    if run.mask_method.masks != "none" and run.pst.magnitude == "activation":
         calibrate(context, engine, examples, resumed=checkpoint is not None)
     metrics = _open_metrics(context, engine, examples, checkpoint, dense, quiet=quiet)
     why = objective.why_all_logits(engine.module)

@@ -11,19 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pst_ds.config.data import DataConfig, EvalConfig
+from pst_ds.config.model import ModelConfig
 from pst_ds.config.pst import PAPER, PSTConfig
-from pst_ds.config.run import (
-    ConfigError,
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    RunConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
+from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.settings import OnResume, resume_rules
 from pst_ds.config.toml import dump_run, load_run, load_run_folder, run_from_table
-from pst_ds.core.schedule import CubicSchedule, OneShotSchedule
+from pst_ds.config.train import TrainConfig
+from pst_ds.core.schedule import CubicSchedule, OneShotSchedule, ScheduleConfig
 
 MINIMAL = """
 output_dir = "runs/a"

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pst_ds.config.run import DataConfig, ModelConfig, RunConfig, TrainConfig
+from pst_ds.config.model import ModelConfig
+from pst_ds.config.run import DataConfig, RunConfig
+from pst_ds.config.train import TrainConfig
 from pst_ds.core.schedule import FEW_LABELS, USUAL_STEPS, LearningRates, default_learning_rates
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from pst_ds.config.data import DataConfig
-from pst_ds.config.run import ConfigError, EvalConfig
+from pst_ds.config.data import DataConfig, EvalConfig
+from pst_ds.config.run import ConfigError
 from pst_ds.data.by_user import read_by_user
 from pst_ds.data.tasks.causal_lm import CausalLM
 from pst_ds.data.tasks.chat import Chat

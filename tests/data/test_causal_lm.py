@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pst_ds.config.data import DataSource
-from pst_ds.config.run import ConfigError, DataConfig, EvalConfig
+from pst_ds.config.data import DataConfig, DataSource, EvalConfig
+from pst_ds.config.run import ConfigError
 from pst_ds.data.tasks.causal_lm import CausalLM, collate_sequences
 from pst_ds.data.tokens import loading
 from pst_ds.data.tokens.arrays import Starts

@@ -10,7 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from pst_ds.config.run import ConfigError, DataConfig, EvalConfig
+from pst_ds.config.data import DataConfig, EvalConfig
+from pst_ds.config.run import ConfigError
 from pst_ds.data.conversations import Conversation, messages_of, render, tools_of
 from pst_ds.data.tasks.chat import Chat
 

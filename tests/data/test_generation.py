@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pst_ds.config.run import EvalConfig
+from pst_ds.config.data import EvalConfig
 from pst_ds.data.generation import _NoRepeatAfter, write_texts
 
 END, VOCABULARY, LONGEST = 0, 5, 3

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.cli.main import main
-from pst_ds.config.run import ConfigError, DataConfig, EvalConfig
+from pst_ds.config.data import DataConfig, EvalConfig
+from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
 from pst_ds.data.labelled import Examples
 from pst_ds.data.tasks import task_of

@@ -149,7 +149,7 @@ SETTINGS = {
         setting("dense_run=no/run"), "dense_run", "'no/run'", "Name the output_dir of a dense run"
     ),
     "a plan with a dense run that prunes": Wrong(
-        setting("dense_run={made}/run", verb="plan"), "dense_run", "'{made}/run'", 'name a run of method "dense"'
+        setting("dense_run={made}/run", verb="plan"), "dense_run", "'{made}/run'", 'Name a run of method "dense"'
     ),
     "distillation of a number": Wrong(
         setting("task=regression", "distillation.weight=0.5", "data.train={made}/numbers.jsonl"),

@@ -14,21 +14,13 @@ from pydantic import TypeAdapter
 
 from pst_ds.config.data import DATA_PRESETS, DataConfig, DataSource, EvalConfig
 from pst_ds.config.methods import METHODS
+from pst_ds.config.model import ModelConfig, PromptConfig, QuantizationConfig
 from pst_ds.config.one_shot import OneShotConfig
 from pst_ds.config.pst import Override, PSTConfig
-from pst_ds.config.run import (
-    CheckpointConfig,
-    DistillationConfig,
-    ModelConfig,
-    PicturesConfig,
-    PromptConfig,
-    QuantizationConfig,
-    RunConfig,
-    TrackingConfig,
-    TrainConfig,
-)
+from pst_ds.config.run import CheckpointConfig, PicturesConfig, RunConfig, TrackingConfig
 from pst_ds.config.tasks import TASKS
 from pst_ds.config.toml import PRESETS
+from pst_ds.config.train import DistillationConfig, TrainConfig
 from pst_ds.core.schedule import ScheduleConfig
 
 ROOT = Path(__file__).resolve().parents[2]

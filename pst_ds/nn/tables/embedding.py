@@ -38,7 +38,7 @@ class PSTEmbedding(nn.Module):
         self.weight = base.weight
         rank = config.update_rank
         std = config.update_init_scale * init_std(config.update_init, rank, base.embedding_dim)
-        values = seeded_normal((rank, base.embedding_dim), std, f"{config.factor_seed}/{name}/V")
+        values = seeded_normal((rank, base.embedding_dim), std, f"{config.seed or 0}/{name}/V")
         self.pst_U = nn.Parameter(base.weight.new_zeros(base.num_embeddings, rank))
         self.pst_V = nn.Parameter(values.to(base.weight))
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pst_ds.atomic_files import write_text_atomic
-from pst_ds.config.outputs import TrackingConfig
-from pst_ds.config.run import ConfigError
+from pst_ds.config.run import ConfigError, TrackingConfig
 from pst_ds.errors import first_line
 
 IDS_FILE = "trackers.json"

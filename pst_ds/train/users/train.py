@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from pst_ds.checkpoint.format import Checkpoint
-from pst_ds.config.outputs import TrackingConfig
-from pst_ds.config.run import ConfigError, DistillationConfig, PicturesConfig, RunConfig
+from pst_ds.config.run import ConfigError, PicturesConfig, RunConfig, TrackingConfig
+from pst_ds.config.train import DistillationConfig
 from pst_ds.core.schedule import Schedules
 from pst_ds.data.by_user import RowsByUser, read_by_user
 from pst_ds.parallel import stop_signals

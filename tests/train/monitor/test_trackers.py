@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from pst_ds.cli.main import main
-from pst_ds.config.outputs import TrackingConfig
-from pst_ds.config.run import ConfigError
+from pst_ds.config.run import ConfigError, TrackingConfig
 from pst_ds.train.monitor import trackers as module
 from pst_ds.train.monitor.trackers import Trackers
 
@@ -94,7 +93,7 @@ def test_one_that_does_not_start_is_an_error_and_ends_the_others(made, tmp_path)
 def test_unknown_and_missing_ones_are_said(monkeypatch):
     with pytest.raises(ConfigError, match=r"tracking\.to = \['comet'\] must be different names among 'wandb'"):
         TrackingConfig(to=("comet",))
-    monkeypatch.setattr("pst_ds.config.outputs.find_spec", lambda name: None)
+    monkeypatch.setattr("pst_ds.config.run.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"mlflow, which is not installed. Run pip install 'pst-ds\[trackers\]'"):
         TrackingConfig(to=("mlflow",)).require_installed()
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pst_ds.config.run import TrainConfig
+from pst_ds.config.train import TrainConfig
 from pst_ds.errors import InputError
 from pst_ds.train.tune import halving
 from pst_ds.train.tune.halving import CANDIDATES, DEVIATIONS, LEAST_STEPS, RATES, TRIAL_POWER, Candidate, Outcome
