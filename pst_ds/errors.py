@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class InputError(ValueError):
-    """Bad input: a setting, a file, a model or a checkpoint that cannot be used as it is."""
+    """Bad input: a setting, a file, a model or a checkpoint that cannot be used."""
 
 
 def first_line(error: BaseException) -> str:

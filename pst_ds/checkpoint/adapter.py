@@ -77,7 +77,7 @@ def save_pretrained(
     if writes:
         try:
             write_adapter_state(model, folder, tensors, step=step)
-        except Exception as error:  # the other ranks wait, whatever it is
+        except Exception as error:  # the other ranks wait, so every error counts
             failure = error
     told = "" if failure is None else str(failure) if isinstance(failure, OSError) else repr(failure)
     problems = all_gather_objects((told, isinstance(failure, OSError)))
@@ -251,7 +251,7 @@ def _pst_config(table: _Table, folder: Path) -> PSTConfig:
 
 
 def _grid(saved: _Table, folder: Path, key: str) -> Grid | None:
-    """Return one of the saved :func:`model_grids`; older folders have none. Raises PretrainedError."""
+    """Return one of the saved :func:`model_grids`; older folders do not save them. Raises PretrainedError."""
     try:
         numbers = saved.get(key)
         return None if numbers is None else Grid(numbers[0], numbers[1] or None)

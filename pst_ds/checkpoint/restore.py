@@ -100,7 +100,7 @@ def scale_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def base_fingerprint(path: str | Path) -> str:
-    """Return a SHA-256 over the names, sizes and bytes of a model folder's weight files; "" if it has none.
+    """Return a SHA-256 over the names, sizes and bytes of a model folder's weight files; "" without any.
 
     From files above 256 MiB it reads 64 KiB in every 4 MiB, so a model of any size takes seconds. For a model on the
     hub it is the revision of its config, as "hub:…", because the weights may not be downloaded yet.

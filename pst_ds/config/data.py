@@ -25,7 +25,7 @@ class DataSource(Section):
     """Fraction of the training sequences that come from this source; the weights add up to 1. With 0 everywhere, each
     source is read once per epoch."""
     epochs: Rate = 0.0
-    """Maximum number of epochs over this source; the other sources replace it afterwards. 0 is no limit."""
+    """Maximum number of epochs over this source; the other sources replace it afterwards. 0 means unlimited."""
     kind: Literal["auto", "text", "chat", "tokens"] = "auto"
     """Contents of ``path``. "auto" detects tokens and reads everything else as text. "chat" reads conversations (a
     column "messages", or "prompt" and "completion") and trains on the assistant's messages."""

@@ -51,7 +51,7 @@ def load_run_folder(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     table = _table(folder / RUN_FILE, overrides)
     model, was = table.get("model"), table.get("output_dir")
     if isinstance(model, dict) and isinstance(was, str) and model.get("path") == str(Path(was) / START):
-        table["model"] = {**model, "path": str(folder / START)}  # the pruned model that it began with moved too
+        table["model"] = {**model, "path": str(folder / START)}  # the pruned model that it started from moved too
     return run_from_table({**table, "output_dir": str(folder)})
 
 

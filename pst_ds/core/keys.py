@@ -156,7 +156,7 @@ class Classifier:
         length = room + _MORE_ROOM if self._native else 0
         self._keys = torch.empty(length, dtype=torch.int32, device=device)
         self._index = torch.empty(length, dtype=torch.int32, device=device)
-        self._tiles: list[tuple[int, int]] = []  # (keys inside, keys) before each tile that has an index of its own
+        self._tiles: list[tuple[int, int]] = []  # (keys inside, keys) before each tile that has a separate index
         self._pieces: list[tuple[Tensor, Tensor]] = []  # of both, from each tile, without the native loop
 
     def take(self, keys: Tensor) -> None:
@@ -263,7 +263,7 @@ def _torch_histograms(keys: Sequence[Tensor], lows: Sequence[int], shift: int, b
 def kept_bits(keys: Tensor, prune_count: int) -> tuple[Tensor, int]:
     """Return the bits of all but the ``prune_count`` smallest keys, (ceil(n / 8),) uint8, and how many are not finite.
 
-    ``keys``: int32 of any shape on the CPU, in storage order. Of equal keys, the first are pruned.
+    ``keys``: int32 of any shape on the CPU, in storage order. The first of equal keys are pruned.
     """
     keys = keys.flatten()
     native = native_for(keys)

@@ -74,7 +74,7 @@ def grid_of(values: object, group: object = None) -> Grid:
     Without a group, int8 has per-row scales and int4 has groups of 64 inputs. Raises ValueError.
     """
     if values not in tuple(VALUE_BITS):  # any JSON value is possible here
-        raise ValueError(f"values on a grid are {' or '.join(VALUE_BITS)}, got {values!r}")
+        raise ValueError(f"quantised values are {' or '.join(VALUE_BITS)}, got {values!r}")
     if group is None:
         return Grid(VALUE_BITS[values], None if values == "int8" else 64)
     known = {str(size): size for size in GROUPS}

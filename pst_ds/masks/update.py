@@ -81,7 +81,7 @@ def update_masks(
     for keys in keyed:
         own = [m for m in matrices if m.layer is keys]
         written[keys.layer] = _shard_bits(keys, own, [kept.pop(id(m)) for m in own])
-    # The host waits here: DeepSpeed's gathers, on a stream of their own, come after the masks are written.
+    # The host waits here: DeepSpeed's gathers, on a separate stream, come after the masks are written.
     return replace(mask_stats(model, written), components=components)
 
 

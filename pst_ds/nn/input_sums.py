@@ -51,7 +51,7 @@ class InputGatherer:
     experts: range | None = None
     """Experts of stacks whose inputs are summed; None for all."""
     sums: dict[str, InputSum] = field(default_factory=dict)
-    """Sums by layer name; a layer that never ran has none."""
+    """Sums by layer name; a layer that never ran is missing."""
     _tokens: Tensor | None = None
     _last: tuple[Tensor, Tensor, int] | None = None
     """(inputs, their sum, tokens) of the layer that ran last."""

@@ -90,7 +90,7 @@ def language_head(model: nn.Module) -> LanguageHead:
         kind = "no head" if head is None else f"a head of class {type(head).__name__}"
         raise UnknownHeadError(f"{type(model).__name__} has {kind}, not a plain linear layer")
     if "forward" in vars(head):
-        raise UnknownHeadError(f"the head of {type(model).__name__} has a forward pass of its own")
+        raise UnknownHeadError(f"the head of {type(model).__name__} overrides the forward pass")
     config: Any = model.config
     if getattr(config.get_text_config(), "output_router_logits", False):
         raise UnknownHeadError(f"the loss of {type(model).__name__} has a term of its routers (output_router_logits)")

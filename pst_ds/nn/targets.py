@@ -328,7 +328,7 @@ def _require_replaceable(name: str, module: nn.Module, places: Places, model: nn
     if not is_conv1d(module) and (is_patched or not is_plain):
         alike = dict.fromkeys(_short_name(other) for other, m in model.named_modules() if type(m) is kind)
         raise InjectionError(
-            f"{name} is a {kind.__name__} with a forward of its own, and a pruned layer would compute what nn.Linear "
+            f"{name} is a {kind.__name__} with an overridden forward, and a pruned layer would compute what nn.Linear "
             f"does. Leave it dense with exclude_modules = {listed(alike)}"
         )
     if not weight.is_contiguous():

@@ -151,8 +151,8 @@ def machine_of(name: str) -> Machine:
         return MACHINES[name]
     if not name.endswith(".toml"):
         raise InputError(
-            f"--machine {name!r} is not a machine. Choose from {', '.join(MACHINES)}, or name a TOML file with rates "
-            "of your own, whose name ends in .toml (docs/how-to/large-models.md)"
+            f"--machine {name!r} is not a machine. Choose from {', '.join(MACHINES)}, or name a TOML file with your "
+            "rates, whose name ends in .toml (docs/how-to/large-models.md)"
         )
     return read_machine(Path(name))
 

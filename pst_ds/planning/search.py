@@ -96,7 +96,7 @@ def search(run: RunConfig, options: PlanOptions, found: Plan) -> list[PlannedCho
             if choice.shared_by not in rejected:
                 try:
                     made = plan(choice.of(run), replace(options, trace=traces.get(key), zero=choice.zero))
-                except InputError:  # such as attention heads that ranks cannot share, whatever the micro-batch
+                except InputError:  # such as attention heads that ranks cannot share, for any micro-batch
                     rejected.add(choice.shared_by)
                 else:
                     traces[key] = made.trace

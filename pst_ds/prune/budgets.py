@@ -76,8 +76,8 @@ def rules_by_outliers(
     """Return the ``rules`` with the sparsity of their blocks, and the fraction of outliers of each block.
 
     One pass of the ``data`` through the dense model, block by block. Layers of equal
-    shape, pattern and sparsity together lose as many weights as before. Layers with N:M or a sparsity of their own keep
-    it. Raises InputError for layers that are not in the blocks of one stack, and FloatingPointError, naming the block,
+    shape, pattern and sparsity together lose as many weights as before. N:M and sparsities of overrides are
+    kept. Raises InputError for layers outside the blocks of one stack, and FloatingPointError, naming the block,
     for values that are not finite.
     """
     model.eval()

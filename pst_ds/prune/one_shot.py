@@ -28,7 +28,7 @@ def plan_layers(
     """Return the effective PST settings, the requested sparsity, and the rule of each layer.
 
     ``pst``: PST settings of the run, for targets, pattern and overrides. ``final_sparsity`` applies if ``config`` and
-    the pattern have none. Raises InputError for everything that can be checked without calibration data.
+    the pattern do not set one. Raises InputError for everything that can be checked without calibration data.
     """
     method, wanted = _method_of(config), final_sparsity if config.sparsity is None else config.sparsity
     settings = settings_for(model, pst, method, config.pattern, budgets=config.budgets, share=wanted)

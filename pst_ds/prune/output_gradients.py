@@ -132,7 +132,7 @@ class _TwoWay:
 class _Recomputed(torch.autograd.Function):
     """Block that saves only its input and runs again in the backward pass.
 
-    Only hidden states have a gradient; further outputs, such as attention weights, have none.
+    Only hidden states have a gradient; further outputs, such as attention weights, do not.
     """
 
     @staticmethod

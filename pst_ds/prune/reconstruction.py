@@ -1,6 +1,6 @@
 """Fit the kept weights of a pruned block to the outputs of the dense block, on the calibration data.
 
-Layers are pruned one by one, each for the best approximation of its own outputs; together they are not optimal. The
+Layers are pruned one by one, each for the best approximation of its outputs; together they are not optimal. The
 block therefore runs again with gradients, and Adam minimises the error of its outputs (arXiv 2510.14444).
 """
 

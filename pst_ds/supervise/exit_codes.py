@@ -17,7 +17,7 @@ def leave_code(code: int) -> None:
 
 
 def rank_codes(folder: Path) -> list[int]:
-    """Return the exit codes of ranks in ``folder``; killed ranks have none."""
+    """Return the exit codes of ranks in ``folder``; killed ranks are missing."""
     codes = []
     for path in folder.iterdir():
         with suppress(OSError, ValueError):

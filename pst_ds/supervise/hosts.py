@@ -86,7 +86,7 @@ def read_hosts(path: str, spares: int, check: str, launcher: Sequence[str]) -> H
         )
     if spares and not any(has.values()):
         raise InputError(
-            f"--spares {spares}, but --by {shlex.join(launcher)!r} does not say which hosts it leaves out: give it "
+            f"--spares {spares}, but --by {shlex.join(launcher)!r} does not say which hosts it excludes: give it "
             f"{HOSTFILE} with --hostfile, or {EXCLUDED}, such as 'srun --nodes=4 --exclude={EXCLUDED} …'"
         )
     if check and not path:

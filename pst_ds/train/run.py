@@ -111,7 +111,7 @@ def train_run(
     Without ``resume`` and ``restart``, a folder with checkpoints is rejected.
 
     Raises:
-        InputError: The run cannot be trained as it is.
+        InputError: The run cannot be trained.
         StoppedError: A signal stopped the run, which was saved.
         DivergedError: The loss or the gradients are not finite.
         CheckpointWriteError: The last checkpoint could not be written.

@@ -98,7 +98,7 @@ class PSTCallback(_LogFigures, ExportableState):
         if self._schedule is not None and args.restore_callback_states_from_checkpoint:
             raise InputError(
                 f"restore_callback_states_from_checkpoint = True makes a new PSTCallback from JSON, which holds no "
-                f"{type(self._schedule).__name__}; leave it out (masks go on at their step all the same), or give "
+                f"{type(self._schedule).__name__}; leave it out (the masks continue at their step anyway), or give "
                 "PSTCallback the fields of CubicSchedule"
             )
         adapter_checkpoints(model)

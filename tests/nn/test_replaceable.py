@@ -91,14 +91,14 @@ def test_a_list_of_attentions_is_left_out_by_more_than_its_numbers():
 
 def test_a_linear_layer_with_a_forward_of_its_own_is_refused():
     message = _refusal(_blocks(nn.Linear(8, 8), twice=Doubled(8, 8)))
-    assert message.startswith("blocks.1.twice is a Doubled with a forward of its own")
+    assert message.startswith("blocks.1.twice is a Doubled with an overridden forward")
     model = inject_pst(_blocks(nn.Linear(8, 8), twice=Doubled(8, 8)), PSTConfig(
         modules_to_save=(), exclude_modules=_follow(message)
     ))  # fmt: skip
     assert list(pst_layers(model)) == ["blocks.0"]
     patched = nn.Linear(8, 8)
     patched.forward = lambda x: 3 * x
-    assert "blocks.0 is a Linear with a forward of its own" in _refusal(_blocks(patched))
+    assert "blocks.0 is a Linear with an overridden forward" in _refusal(_blocks(patched))
 
 
 def test_a_subclass_without_one_and_those_that_compute_the_same_are_pruned():

@@ -174,7 +174,7 @@ def test_a_run_without_a_checkpoint_has_no_step(tmp_path):
     [
         ("a\n", 0, "", ["deepspeed"], "has no {hostfile}, and --hostfile is given"),
         (None, 0, "", ["deepspeed", "{hostfile}"], "has a {hostfile}, and --hostfile is not given"),
-        (None, 1, "", ["srun"], "does not say which hosts it leaves out"),
+        (None, 1, "", ["srun"], "does not say which hosts it excludes"),
         (None, 0, "true", ["srun"], "--check asks the hosts of --hostfile"),
         ("# none\n\na\n", 1, "", ["{hostfile}"], "--spares 1 leaves none of the 1 hosts"),
     ],

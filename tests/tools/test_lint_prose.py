@@ -9,16 +9,11 @@ def test_a_page_is_checked_without_code_and_quotations():
     page = 'It goes on.\n```text\nhas none\n```\n`is no key`, *"… has none"*\nOf each.\n'
     found = list(offences("page", page_text(page)))
     assert [line.partition(", not: ")[0] for line in found] == [
-        "page: 1 times; write start with the subject",
-        'page: 1 times; write "continue", "resume"',
+        "page: write start with the subject",
+        'page: write "continue", "resume"',
     ]
 
 
 def test_docstrings_messages_and_comments_are_checked_and_other_strings_are_not():
     source = '"""Of each."""\nx = "has none"  # goes on\nraise ValueError(f"a {x} begins")\n'
     assert list(code_texts(source)) == ["Of each.", "a ", " begins", "# goes on"]
-
-
-def test_code_may_have_a_pattern_as_often_as_the_table_says():
-    assert list(offences("pst_ds", "as it is\n" * 3, strict=False)) == []
-    assert len(list(offences("pst_ds", "as it is\n" * 300, strict=False))) == 1

@@ -105,7 +105,7 @@ def _scores(tokens: list[str], merges: list[str]) -> list[float]:
 
 
 def _pre_tokenizer(table: _Table) -> str:
-    """Return llama.cpp's name for the pre-tokeniser. Raises ExportError if it has none."""
+    """Return llama.cpp's name for the pre-tokeniser. Raises ExportError without one."""
     found = table.get("pre_tokenizer") or {}
     parts = found.get("pretokenizers", [found] if found else [])
     kinds = [part.get("type") for part in parts]

@@ -203,7 +203,7 @@ def register() -> None:
 def _with_load_as(merge: Callable[..., object]) -> Callable[..., object]:
     """Wrap transformers' ``merge_quantization_configs`` so that it keeps ``load_as`` of the user's config.
 
-    transformers keeps the loading settings of its own config classes only, and discards the user's config otherwise.
+    transformers keeps only the loading settings of its config classes, and discards the user's config otherwise.
     """
 
     @functools.wraps(merge)

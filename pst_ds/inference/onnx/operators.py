@@ -57,7 +57,7 @@ def exact_inputs() -> Iterator[None]:
 def open_session(file: Path, threads: int = 0, *, exact: bool = False) -> InferenceSession:
     """Return an ``onnxruntime.InferenceSession`` of ``file`` on the CPU, with our operators. ``threads``: 0 for all.
 
-    ``exact``: use 16-bit activations in sparse products, whatever the file says. Raises InputError.
+    ``exact``: use 16-bit activations in sparse products, even if the file does not. Raises InputError.
     """
     try:
         import onnxruntime

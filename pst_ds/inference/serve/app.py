@@ -273,7 +273,7 @@ async def _watch(request: Request, arrived: Items) -> None:
 
 
 async def _pieces(job: Job, arrived: Items, text: TextStream) -> AsyncIterator[tuple[str, str]]:
-    """Yield (text, "") as it is generated, then (rest, finish reason). Raises ProtocolError if the model failed."""
+    """Yield (text, "") as text arrives, then (rest, finish reason). Raises ProtocolError if the model failed."""
     try:
         while not text.stopped:
             item = await arrived.get()

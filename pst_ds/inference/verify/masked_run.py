@@ -158,7 +158,7 @@ class MaskedRun:
 
         Layers that were trained with quantisation stay unchanged. Frozen weights are read from the base model.
         ``in_fp32`` converts the quantised modules to fp32, which holds every value exactly; otherwise values are
-        rounded to the model's dtype, as they are when the export is loaded. Returns the quantised parameters of modules
+        rounded to the model's dtype, which loading the export does too. Returns the quantised parameters of modules
         that are not pruned layers, by name.
         """
         by_name, values = {tensor.name: tensor for tensor in self.tensors}, self.encoding.values

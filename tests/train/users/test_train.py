@@ -290,7 +290,7 @@ def test_a_store_of_gates_is_refused(run, store, tmp_path):
     shutil.copytree(store.folder, tmp_path / "store")
     index = tmp_path / "store" / "index.json"
     index.write_text(index.read_text().replace('"masked"', '"gates"'))
-    with pytest.raises(UserStoreError, match="--form masked or beside"):
+    with pytest.raises(UserStoreError, match="--form masked or --form beside"):
         UserStore(tmp_path / "store")
 
 

@@ -56,7 +56,7 @@ def histogram(matrices_ptr, matrix_of_block_ptr, keys_ptr, lows_ptr, shift, coun
 
 @triton.jit
 def mark(matrices_ptr, matrix_of_block_ptr, keys_ptr, index_ptr, cuts_ptr, above_ptr, inside_ptr, equal_ptr):
-    """Set the bits of keys above the cut among those above. Of the bits inside, leave those that equal it.
+    """Set the bits of keys above the cut among those above. Keep the bits inside that equal it.
 
     ``equal_ptr`` counts these per block of words. ``cuts_ptr``: (matrices, 2), the cut and how many equal keys it
     prunes.

@@ -1,6 +1,6 @@
 """Kernels of a layer's turn: the merged weight, and what its backward pass makes of a gradient, each in one pass.
 
-A weight's product U V is a matrix product of its own, summed in fp32; W0 is added in fp32 and the sum rounded once.
+A weight's product U V is a separate matrix product, summed in fp32; W0 is added in fp32 and the sum rounded once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pst_ds.core.kernels.triton.launch import is_interpreted
 TILE_ROWS, TILE_COLS = 32, 128
 GRADIENT_ROWS, GRADIENT_COLS = 32, 64
 LEAST_RANK = 16
-"""Of a product on tensor cores; lower ranks are padded with zeros."""
+"""Inner size of a product on tensor cores; lower ranks are padded with zeros."""
 _INTERPRETED = tl.constexpr(is_interpreted())
 
 
@@ -85,7 +85,7 @@ def gradients(
     RANK: tl.constexpr, MULTIPLICATIVE: tl.constexpr, HAS_MAGNITUDE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):
-    """Of a tile of G = dL/d(M . W): M . W, dS = G . W, and dW = G . M + G . |W| . factor; dW . W0 if multiplicative.
+    """Per tile of G = dL/d(M . W): M . W, dS = G . W, and dW = G . M + G . |W| . factor (. W0 if multiplicative).
 
     ``scores_ptr`` (dS) and ``updates_ptr`` (dW) may be None. ``merged_ptr`` may be ``weight_ptr``.
     """
