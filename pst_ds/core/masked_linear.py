@@ -142,7 +142,7 @@ def backward(
     trains_weights = need_weight or need_scores or x.dtype != state.weight.dtype
     per_shard = shard_numel(state.layout.numel, state.num_shards)
     mask = None if trains_weights else mask_bytes(state.weight, state.bits, state.layout.shape, per_shard)
-    work = _Work(x, grad_y, state, factors, sums, grads, tiles, _Buffers.of(x, tiles), mask)
+    work = _Work(x, grad_y, state, factors, sums, grads, tiles, mask)
     for rect in tiles.rects:
         _tile_backward(work, rect)
     _finish_factors(sums, state, grads)
@@ -153,26 +153,9 @@ def _like_weight(state: LayerState) -> Tensor:
     return torch.empty(state.layout.shape, dtype=state.weight.dtype, device=state.weight.device)
 
 
-@dataclass(frozen=True, slots=True)
-class _Buffers:
-    """Flat memory for a tile and a band of its rows; see :mod:`pst_ds.core.tiles`."""
-
-    weight: Tensor
-    grad: Tensor
-    product: Tensor
-    magnitude: Tensor
-    mask: Tensor
-
-    @classmethod
-    def of(cls, like: Tensor, tiles: Tiles) -> _Buffers:
-        tile, band, integer = tiles.max_numel, tiles.max_band_numel, INT_OF_SIZE[like.element_size()]
-        weight, grad, product, magnitude = (like.new_empty(size) for size in (tile, tile, band, band))
-        return cls(weight, grad, product, magnitude, like.new_empty(band, dtype=integer))
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass
 class _Work:
-    """Tensors that every tile of a layer reads and accumulates into."""
+    """Tensors that every tile of a layer reads and accumulates into, and memory for one tile."""
 
     x: Tensor
     grad_y: Tensor
@@ -182,9 +165,13 @@ class _Work:
     sums: Factors
     grads: Gradients
     tiles: Tiles
-    buffers: _Buffers
-    mask: MaskBytes | None
+    mask_bytes: MaskBytes | None
     """Set if GPU kernels compute the layer."""
+
+    def __post_init__(self) -> None:
+        tile, band, integer = self.tiles.max_numel, self.tiles.max_band_numel, INT_OF_SIZE[self.x.element_size()]
+        self.weight, self.grad, self.product, self.magnitude = (self.x.new_empty(n) for n in (tile, tile, band, band))
+        self.mask = self.x.new_empty(band, dtype=integer)
 
 
 def _tile_backward(work: _Work, rect: Rect) -> None:
@@ -192,7 +179,7 @@ def _tile_backward(work: _Work, rect: Rect) -> None:
     rows, cols = rect.slices
     outputs, inputs = (cols, rows) if layout.transposed else (rows, cols)
     x, grad_y = work.x[:, inputs], work.grad_y[:, outputs]
-    weight, grad = (_shaped(buffer, rect) for buffer in (work.buffers.weight, work.buffers.grad))
+    weight, grad = _shaped(work.weight, rect), _shaped(work.grad, rect)
     if any(wanted is not None for wanted in (work.sums.A, work.sums.U, work.grads.weight, work.grads.S)):
         # G and everything derived from it have the dtype of x, as in autograd
         left, right = (x, grad_y) if layout.transposed else (grad_y, x)
@@ -201,7 +188,7 @@ def _tile_backward(work: _Work, rect: Rect) -> None:
         part = rect.meet(matrix.rect)
         if part is None:
             continue
-        by_kernel = work.mask is not None and work.mask.holds(part)
+        by_kernel = work.mask_bytes is not None and work.mask_bytes.holds(part)
         if not by_kernel:
             state, merged = work.state, weight[part.inside(rect)]
             factors = tile_factors(state.factors, layout, matrix, part)
@@ -209,6 +196,8 @@ def _tile_backward(work: _Work, rect: Rect) -> None:
         for band in row_tiles(part, work.tiles.band_elements):
             here = band.inside(rect)
             (_band_by_kernel if by_kernel else _band_backward)(work, matrix, band, weight[here], grad[here])
+            if work.state.rounding is not None:
+                work.state.rounding.round_(weight[here], band)
     if work.grads.x is not None:
         _input_gradient(work, grad_y, weight.t() if layout.transposed else weight, inputs)
 
@@ -218,12 +207,12 @@ def _shaped(buffer: Tensor, rect: Rect) -> Tensor:
 
 
 def _band_backward(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor, grad: Tensor) -> None:
-    """Turn G and W of a band into gradients. W becomes M . W, quantised if the forward pass quantises it."""
+    """Turn G and W of a band into gradients. W becomes M . W."""
     state = work.state
     rows, cols = rect.slices
-    mask = _shaped(work.buffers.mask, rect)
+    mask = _shaped(work.mask, rect)
     expand_mask_(mask, state.bits, state.layout.shape, state.num_shards, rows, cols)
-    product = _shaped(work.buffers.product, rect)
+    product = _shaped(work.product, rect)
     factors, sums = (tile_factors(f, state.layout, matrix, rect) for f in (work.factors, work.sums))
     if work.grads.S is not None:
         torch.mul(grad, weight, out=work.grads.S[rows, cols])
@@ -235,7 +224,7 @@ def _band_backward(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor
         if work.grads.weight is not None:
             work.grads.weight[rows, cols] = product
         if work.sums.A is not None and state.constants.magnitude_has_gradient:
-            magnitude = torch.abs(weight, out=_shaped(work.buffers.magnitude, rect))
+            magnitude = torch.abs(weight, out=_shaped(work.magnitude, rect))
             if factors.row_norms is not None:
                 magnitude.mul_(factors.row_norms.unsqueeze(1))
             if factors.col_norms is not None:
@@ -244,33 +233,29 @@ def _band_backward(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor
                 grad, magnitude, value=state.constants.magnitude_factor(state.magnitude_scales[matrix.index])
             )
         if state.constants.multiplicative:
-            product.mul_(weights_at(state.weight, rect, _shaped(work.buffers.magnitude, rect)))
+            product.mul_(weights_at(state.weight, rect, _shaped(work.magnitude, rect)))
         _add_low_rank_gradients(product, factors.update_left, factors.update_right, sums.update_left, sums.update_right)
     _and(weight, mask, out=weight)
-    if state.rounding is not None:
-        state.rounding.round_(weight, rect)
 
 
 def _band_by_kernel(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor, grad: Tensor) -> None:
     """Do the same as :func:`_band_backward`, from W0, in one launch and the products with the factors."""
     state, constants = work.state, work.state.constants
-    assert work.mask is not None
+    assert work.mask_bytes is not None
     assert isinstance(state.weight, Tensor)
     has_scores, has_updates = work.sums.A is not None, work.sums.U is not None
-    scores = _shaped(work.buffers.product, rect) if has_scores else None
-    updates = _shaped(work.buffers.magnitude, rect) if has_updates else None
+    scores = _shaped(work.product, rect) if has_scores else None
+    updates = _shaped(work.magnitude, rect) if has_updates else None
     has_gradient = has_scores and constants.magnitude_has_gradient
     factor = constants.magnitude_factor(state.magnitude_scales[matrix.index]) if has_gradient else 0.0
     own = tile_factors(state.factors, state.layout, matrix, rect)
     base = state.weight[rect.slices]
-    gradients_into(weight, scores, updates, base, grad, work.mask, rect, own, constants, factor)
+    gradients_into(weight, scores, updates, base, grad, work.mask_bytes, rect, own, constants, factor)
     factors, sums = (tile_factors(f, state.layout, matrix, rect) for f in (work.factors, work.sums))
     if scores is not None:
         _add_low_rank_gradients(scores, factors.score_left, factors.score_right, sums.score_left, sums.score_right)
     if updates is not None:
         _add_low_rank_gradients(updates, factors.update_left, factors.update_right, sums.update_left, sums.update_right)
-    if state.rounding is not None:
-        state.rounding.round_(weight, rect)
 
 
 def _input_gradient(work: _Work, grad_y: Tensor, merged: Tensor, inputs: slice) -> None:

@@ -244,7 +244,8 @@ def layers_save_their_input(model: nn.Module) -> Iterator[None]:
 
 def _evenly_routed(experts: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Compute an experts module with equally many tokens per expert, since shapes do not tell the routing."""
-    return of_routing(experts, hidden, weights, Routing.even(index, weights, experts.num_experts))  # type: ignore[arg-type]
+    routing = Routing.of(index, weights, experts.num_experts, even=True)  # type: ignore[arg-type]
+    return of_routing(experts, hidden, weights, routing)
 
 
 def _embed(table: CodedEmbedding, ids: Tensor) -> Tensor:

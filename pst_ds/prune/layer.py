@@ -62,7 +62,7 @@ class LayerPruning:
     def name(self) -> str:
         return self.rule.target.name
 
-    def prune(self, given: Inputs | None, expert: int = 0) -> None:
+    def prune(self, given: Inputs, expert: int = 0) -> None:
         """Prune an ``expert`` on its inputs, in order of the experts. Raises FloatingPointError."""
         height = self.rule.target.layout.expert.shape[0]
         rows = slice(expert * height, (expert + 1) * height)
@@ -106,46 +106,53 @@ class LayerPruning:
 
 
 @dataclass(frozen=True, slots=True)
-class SwapInputs:
-    """Statistics of a layer's inputs for a method, and for swaps that refine its masks."""
+class Inputs:
+    """Statistics of a layer's inputs; all None to prune by magnitude."""
 
-    start: Tensor | InverseFactor | InputSpectrum | None
-    """Statistics for the method; None for magnitude."""
-    gram: UnitGram
+    norms: Tensor | None = None
+    """(I,), for Wanda."""
+    factor: InverseFactor | None = None
+    """For SparseGPT."""
+    spectrum: InputSpectrum | None = None
+    """For ALPS."""
+    gram: UnitGram | None = None
+    """For swaps, after any method."""
+
+    @property
+    def changes_weights(self) -> bool:
+        """Return whether the method changes the kept weights."""
+        return self.factor is not None or self.spectrum is not None
 
 
-Inputs = Tensor | InverseFactor | InputSpectrum | SwapInputs
-"""Statistics of a layer's inputs: norms (I,) for Wanda; others for SparseGPT, ALPS and swaps."""
-
-
-def inputs_of(method: Method, total: Tensor, *, swaps: bool = False) -> Inputs | None:
-    """Return a method's :data:`Inputs` from a sum over all tokens: of products, (I, I), or of squares, (I,).
+def inputs_of(method: Method, total: Tensor, *, swaps: bool = False) -> Inputs:
+    """Return a method's statistics from a sum over all tokens: of products, (I, I), or of squares, (I,).
 
     Squares are for Wanda and magnitude without ``swaps``. Raises FloatingPointError.
     """
     if method == "alps":
         spectrum = input_spectrum(total)
-        return SwapInputs(spectrum, spectrum) if swaps else spectrum
+        return Inputs(spectrum=spectrum, gram=spectrum if swaps else None)
+    gram = unit_gram(total) if swaps else None
     if method == "sparsegpt":
-        factor = inverse_factor(total)
-        return SwapInputs(factor, unit_gram(total)) if swaps else factor
-    if not swaps:
-        return total.sqrt() if method == "wanda" else None
-    return SwapInputs(total.diagonal().sqrt() if method == "wanda" else None, unit_gram(total))
+        return Inputs(factor=inverse_factor(total), gram=gram)
+    if method == "wanda":
+        return Inputs(norms=(total.diagonal() if swaps else total).sqrt(), gram=gram)
+    return Inputs(gram=gram)
 
 
-def equal_inputs(method: Method, number: int, device: torch.device) -> Inputs | None:
+def equal_inputs(method: Method, number: int, device: torch.device) -> Inputs:
     """Return statistics for a layer without inputs, which rank its weights by magnitude."""
     if method != "sparsegpt":
-        return None
-    return InverseFactor(torch.eye(number, device=device), torch.zeros(number, dtype=torch.bool, device=device))
+        return Inputs()
+    none_dead = torch.zeros(number, dtype=torch.bool, device=device)
+    return Inputs(factor=InverseFactor(torch.eye(number, device=device), none_dead))
 
 
-def prune_weight(weight: Tensor, rule: LayerRule, given: Inputs | None) -> Compensated:
+def prune_weight(weight: Tensor, rule: LayerRule, given: Inputs) -> Compensated:
     """Return the pruned weight, in the dtype and storage order of ``weight``, and its mask: new tensors.
 
-    ``given``: statistics of the layer's inputs, on whose device the result is; None for magnitude. Rows are ranked as
-    if each were multiplied by its ``rule.output_factors``. Scales, if the rule has a grid, are (O, groups). Raises
+    ``given``: statistics of the layer's inputs, on whose device the result is. Rows are ranked as if each were
+    multiplied by its ``rule.output_factors``. Scales, if the rule has a grid, are (O, groups). Raises
     FloatingPointError for values that are not finite.
     """
     if rule.output_factors is None:
@@ -153,42 +160,23 @@ def prune_weight(weight: Tensor, rule: LayerRule, given: Inputs | None) -> Compe
     factors = rule.output_factors.to(weight.device)
     factors = factors if rule.target.layout.transposed else factors.unsqueeze(1)
     made = _pruned(weight.to(torch.float32) * factors, rule, given)
-    start = given.start if isinstance(given, SwapInputs) else given
-    if isinstance(start, InverseFactor | InputSpectrum):
+    if given.changes_weights:
         return replace(made, weight=made.weight / factors.to(made.weight.device))
     own = weight.to(made.keep.device, memory_format=torch.contiguous_format, copy=True)
     return replace(made, weight=apply_mask_(own, made.keep))
 
 
-def _pruned(weight: Tensor, rule: LayerRule, given: Inputs | None) -> Compensated:
-    layout = rule.target.layout
-    if isinstance(given, SwapInputs):
-        return _by_matrix(weight.to(given.gram.dead.device), rule, given)
-    if isinstance(given, InverseFactor | InputSpectrum):
-        return _by_matrix(weight.to(given.dead.device), rule, given)
-    weight = weight if given is None else weight.to(given.device)
-    return _scored(weight, layout, rule, given)
-
-
-def _scored(weight: Tensor, layout: WeightLayout, rule: LayerRule, norms: Tensor | None) -> Compensated:
-    """Keep the weights of largest magnitude, times the ``norms`` of their inputs if these are known."""
-    if norms is None:
-        scores = weight.to(torch.float32).abs()
-    else:
-        scores = wanda_scores(weight, norms, transposed=layout.transposed)
-    keep = keep_by_score(scores, layout, rule.pattern, rule.sparsity)
-    return Compensated(apply_mask_(weight.clone(memory_format=torch.contiguous_format), keep), keep)
-
-
-def _by_matrix(weight: Tensor, rule: LayerRule, given: InverseFactor | InputSpectrum | SwapInputs) -> Compensated:
-    layout = rule.target.layout
+def _pruned(weight: Tensor, rule: LayerRule, given: Inputs) -> Compensated:
+    layout, of_products = rule.target.layout, given.gram or given.factor or given.spectrum
+    if of_products is None:
+        return _scored(weight, layout, rule, given.norms)
+    weight = weight.to(of_products.dead.device)
     pruned = torch.empty_like(weight, memory_format=torch.contiguous_format)
     keep = torch.empty(layout.shape, dtype=torch.uint8, device=weight.device)
     scales = []
     for matrix in layout.matrices():
         at = matrix.rect.slices
-        oriented = weight[at].t() if layout.transposed else weight[at]
-        made = _swapped(oriented, rule, given) if isinstance(given, SwapInputs) else _compensated(oriented, rule, given)
+        made = _pruned_matrix(weight[at].t() if layout.transposed else weight[at], rule, given)
         pruned[at] = made.weight.t() if layout.transposed else made.weight
         keep[at] = made.keep.t() if layout.transposed else made.keep
         if made.scales is not None:
@@ -196,20 +184,28 @@ def _by_matrix(weight: Tensor, rule: LayerRule, given: InverseFactor | InputSpec
     return Compensated(pruned, keep, torch.cat(scales) if scales else None)
 
 
-def _swapped(weight: Tensor, rule: LayerRule, given: SwapInputs) -> Compensated:
-    """Prune one matrix (O, I), and refine its mask by swaps."""
-    if isinstance(given.start, InverseFactor | InputSpectrum):
-        start, refit = _compensated(weight, rule, given.start), True
+def _scored(weight: Tensor, layout: WeightLayout, rule: LayerRule, norms: Tensor | None) -> Compensated:
+    """Keep the weights of largest magnitude, times the ``norms`` of their inputs if these are known."""
+    if norms is None:
+        scores = weight.to(torch.float32).abs()
     else:
-        start, refit = _scored(weight, WeightLayout(*weight.shape), rule, given.start), False
-    return refine_by_swaps(weight, start, given.gram, rule.pattern, rule.swaps, refit=refit)
+        weight = weight.to(norms.device)
+        scores = wanda_scores(weight, norms, transposed=layout.transposed)
+    keep = keep_by_score(scores, layout, rule.pattern, rule.sparsity)
+    return Compensated(apply_mask_(weight.clone(memory_format=torch.contiguous_format), keep), keep)
 
 
-def _compensated(weight: Tensor, rule: LayerRule, given: InverseFactor | InputSpectrum) -> Compensated:
-    """Prune and quantise one matrix (O, I)."""
-    if isinstance(given, InputSpectrum):
-        return alps(weight, given, rule.pattern, rule.sparsity)
-    if not rule.keeps_zeros:
-        return sparsegpt(weight, given, rule.pattern, rule.sparsity, grid=rule.grid, dtype=weight.dtype)
-    assert rule.grid is not None, "nothing to do"
-    return round_under_mask(weight, weight != 0, given, rule.grid, dtype=weight.dtype)
+def _pruned_matrix(weight: Tensor, rule: LayerRule, given: Inputs) -> Compensated:
+    """Prune and quantise one matrix (O, I), then refine its mask by swaps."""
+    if given.spectrum is not None:
+        made = alps(weight, given.spectrum, rule.pattern, rule.sparsity)
+    elif given.factor is None:
+        made = _scored(weight, WeightLayout(*weight.shape), rule, given.norms)
+    elif rule.keeps_zeros:
+        assert rule.grid is not None, "nothing to do"
+        made = round_under_mask(weight, weight != 0, given.factor, rule.grid, dtype=weight.dtype)
+    else:
+        made = sparsegpt(weight, given.factor, rule.pattern, rule.sparsity, grid=rule.grid, dtype=weight.dtype)
+    if given.gram is None:
+        return made
+    return refine_by_swaps(weight, made, given.gram, rule.pattern, rule.swaps, refit=given.changes_weights)

@@ -71,7 +71,7 @@ def prune_layers(
 def _by_magnitude(rule: LayerRule) -> PrunedLayer:
     pruning = LayerPruning(rule)
     for expert in range(rule.target.layout.num_experts):
-        pruning.prune(None, expert)
+        pruning.prune(Inputs(), expert)
     return pruning.outcome()
 
 
@@ -84,7 +84,7 @@ class _BlockPruner:
         self._replay, self._method, self._gated, self._bytes = replay, method, gated, statistics_bytes
         self._swaps, self._reconstruct = swaps, reconstruct
         self._sum_of = products if swaps or method in ("sparsegpt", "alps") else squares
-        self._last: tuple[Tensor, Inputs | None] | None = None
+        self._last: tuple[Tensor, Inputs] | None = None
         """(sum, statistics) of the previous layer's inputs."""
 
     def prune(self, index: int, rules: Sequence[LayerRule], *, is_last: bool) -> list[PrunedLayer]:
@@ -151,7 +151,7 @@ class _BlockPruner:
         ):
             self._replay.run(index, keep_output=False, before=begin, compute=compute)
 
-    def _inputs_of(self, total: Tensor | None) -> Inputs | None:
+    def _inputs_of(self, total: Tensor | None) -> Inputs:
         """Return the statistics of inputs with this sum: once for layers with equal inputs, such as q, k and v."""
         assert total is not None
         if self._last is None or not torch.equal(self._last[0], total):

@@ -166,7 +166,7 @@ def test_routing_sorts_pairs_by_expert_and_sums_them_by_token(tokens, per_token,
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(0, experts, (tokens, per_token), generator=generator)
     gates = torch.rand(index.shape, generator=generator, requires_grad=True)
-    for routing in (Routing.of(index, gates, experts), Routing.even(index, gates, experts)):
+    for routing in (Routing.of(index, gates, experts), Routing.of(index, gates, experts, even=True)):
         assert torch.equal(routing.gates, gates.detach().flatten()[routing.order])
         assert routing.experts.tolist() == sorted(index.flatten().tolist())
         assert torch.equal(index.flatten()[routing.order], routing.experts)

@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from pst_ds.config.pst import Override, PSTConfig
-from pst_ds.core.one_shot.sparsegpt import inverse_factor
 from pst_ds.errors import InputError
 from pst_ds.nn.input_sums import InputSum
 from pst_ds.nn.targets import resolve_targets
 from pst_ds.prune import model as pruning
 from pst_ds.prune.blocks import Calibration
-from pst_ds.prune.layer import prune_weight
+from pst_ds.prune.layer import inputs_of, prune_weight
 from pst_ds.prune.model import prune_layers
 from pst_ds.prune.rules import layer_rules, settings_for
 
@@ -75,7 +74,7 @@ def _pruned_by_whole_passes(model, rules, method, batches, sums):
             expected[name] = x.double()
         for rule in block:
             total = sums[rule.target.name]
-            given = total.sqrt() if method == "wanda" else inverse_factor(total)
+            given = inputs_of(method, total)
             rule.target.module.weight.data = prune_weight(rule.target.module.weight.data, rule, given).weight
     return expected
 

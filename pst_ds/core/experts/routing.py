@@ -30,25 +30,18 @@ class Routing(NamedTuple):
     """Experts per token (k)."""
 
     @classmethod
-    def of(cls, index: Tensor, gates: Tensor, num_experts: int) -> Routing:
+    def of(cls, index: Tensor, gates: Tensor, num_experts: int, *, even: bool = False) -> Routing:
         """Sort the pairs of ``index`` (N, k), the experts of each token, and their ``gates``.
 
-        The host waits for the counts.
+        The host waits for the counts. With ``even`` they are as equal as possible instead, without reading ``index``.
         """
         experts, order = torch.sort(index.reshape(-1), stable=True)
-        counts = torch.bincount(experts, minlength=num_experts).tolist()
-        return cls._sorted(order, experts, gates, counts, index.shape[-1])
-
-    @classmethod
-    def even(cls, index: Tensor, gates: Tensor, num_experts: int) -> Routing:
-        """Return the same with counts as equal as possible, without reading ``index``."""
-        experts, order = torch.sort(index.reshape(-1), stable=True)
-        borders = [expert * len(order) // num_experts for expert in range(num_experts + 1)]
-        counts = [stop - start for start, stop in pairwise(borders)]
-        return cls._sorted(order, experts, gates, counts, index.shape[-1])
-
-    @classmethod
-    def _sorted(cls, order: Tensor, experts: Tensor, gates: Tensor, counts: list[int], per_token: int) -> Routing:
+        if even:
+            borders = [expert * len(order) // num_experts for expert in range(num_experts + 1)]
+            counts = [stop - start for start, stop in pairwise(borders)]
+        else:
+            counts = torch.bincount(experts, minlength=num_experts).tolist()
+        per_token = index.shape[-1]
         return cls(order, order // per_token, experts, gates.detach().reshape(-1)[order], counts, per_token)
 
     def runs(self) -> Iterator[tuple[int, slice]]:
