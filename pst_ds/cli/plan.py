@@ -14,7 +14,7 @@ from pst_ds.text_table import aligned, bytes_text
 
 if TYPE_CHECKING:
     from pst_ds.planning.plan import Plan, PlannedLayer
-    from pst_ds.planning.search import PlannedChoice
+    from pst_ds.planning.search import Choice
     from pst_ds.planning.verdict import Verdict
 
 MEMORY_LINES = {
@@ -184,24 +184,25 @@ def _fit(found: Verdict, capacity: int) -> str:
     return f"does NOT fit, by {bytes_text(-margin)}"
 
 
-def search_lines(found: Sequence[PlannedChoice]) -> Iterator[str]:
+def search_lines(found: Sequence[Choice]) -> Iterator[str]:
     """Yield a table of the best choices, and the settings of the first."""
     from pst_ds.planning.search import HPZ
 
     head = ["", "micro-batch", "accumulated", "checkpointed", "ranks a sequence", "hpZ", "memory", "fits", "tokens/s"]
     rows = [head]
     for place, one in enumerate(found[:_SHOWN], 1):
-        choice, judged = one.choice, one.plan.verdict
+        judged, model, train = one.plan.verdict, one.plan.run.model, one.plan.run.train
+        way = place, one.plan.micro_batch_size, train.gradient_accumulation_steps
+        stored = "yes" if model.gradient_checkpointing else "no", train.sequence_parallel, one.zero.get(HPZ, "-")
         fits = "?" if judged.fits is None else "yes" if judged.fits else "no"
-        way = place, one.plan.micro_batch_size, choice.accumulation, "yes" if choice.checkpointing else "no"
-        shared = choice.shared_by, choice.zero.get(HPZ, "-"), bytes_text(judged.needed_bytes), fits
-        rows.append([*map(str, (*way, *shared)), f"{judged.tokens_per_second:,.0f}"])
+        expected = bytes_text(judged.needed_bytes), fits, f"{judged.tokens_per_second:,.0f}"
+        rows.append([str(cell) for cell in (*way, *stored, *expected)])
     yield f"of {len(found)} ways to run the same batch, the best:"
     yield from (f"  {row}" for row in aligned(rows))
     best = found[0]
-    yield "the first: " + " ".join(f"--set {name}={value}" for name, value in best.choice.settings.items())
-    if best.choice.zero:
-        yield f'and in "zero_optimization" of the DeepSpeed JSON: {best.choice.zero}'.replace("'", '"')
+    yield "the first: " + " ".join(f"--set {name}={value}" for name, value in best.settings.items())
+    if best.zero:
+        yield f'and in "zero_optimization" of the DeepSpeed JSON: {best.zero}'.replace("'", '"')
     if best.plan.verdict.fits is False:
         yield "none fits: take more ranks, a smaller batch, shorter sequences, or offload_param in the DeepSpeed JSON"
 

@@ -128,11 +128,10 @@ def _eval(args: argparse.Namespace) -> Facts:
     raise_on_all_ranks(lambda: store.require_common(model.common))
     scores = evaluate_users(model, store, rows, users, others=args.others)
     facts = {"metric": metric_of(context), **summary(scores, lower_is_better=context.task.lower_is_better)}
-    if is_first_rank():
-        head = ["user", "rows", "shared", "own", "another's"]
-        lines = [[s.user[:40], str(s.rows), *(f"{v:.4f}" for v in (s.shared, s.own, s.other))] for s in scores]
-        more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-        print("\n".join([*aligned([head, *lines[:_SHOWN]]), *more, _sentence(facts)]))
+    head = ["user", "rows", "shared", "own", "another's"]
+    lines = [[s.user[:40], str(s.rows), *(f"{v:.4f}" for v in (s.shared, s.own, s.other))] for s in scores]
+    more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    _say("\n".join([*aligned([head, *lines[:_SHOWN]]), *more, _sentence(facts)]))
     return {**facts, "scores": [score.as_table() for score in scores]}
 
 

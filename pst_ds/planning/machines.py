@@ -163,10 +163,11 @@ def read_machine(path: Path) -> Machine:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         reason = error.strerror or first_line(error)
-        raise InputError(f"--machine {str(path)!r} cannot be read ({reason}); name a TOML file of rates") from None
+        raise InputError(f"--machine {str(path)!r} cannot be read ({reason}). Name a TOML file of rates") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        hint = "see docs/how-to/large-models.md for an example"
-        raise InputError(f"--machine {path} is not TOML: {first_line(error)}; {hint}") from None
+        raise InputError(
+            f"--machine {path} is not TOML: {first_line(error)}. See docs/how-to/large-models.md for an example"
+        ) from None
     required = [field.name for field in fields(Machine) if field.default is MISSING]
     if missing := [name for name in required if name not in table]:
         raise InputError(f"{path}: {', '.join(missing)} missing. Set them as docs/how-to/large-models.md describes")

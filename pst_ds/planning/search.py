@@ -19,48 +19,21 @@ HPZ = "zero_hpz_partition_size"
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One way to run a batch."""
+    """One way to run a batch, with the plan for it."""
 
-    accumulation: int
-    checkpointing: bool
-    shared_by: int
-    """Ranks that share a sequence."""
-    partition: int
-    """Value of :data:`HPZ`; 1 for no second copy."""
-
-    def of(self, run: RunConfig) -> RunConfig:
-        """Return ``run`` with these settings. Raises ConfigError if they cannot be combined."""
-        train = replace(run.train, gradient_accumulation_steps=self.accumulation, sequence_parallel=self.shared_by)
-        checkpoints = self.checkpointing
-        model = replace(
-            run.model,
-            gradient_checkpointing=checkpoints,
-            gradient_checkpointing_reentrant=checkpoints and run.model.gradient_checkpointing_reentrant,
-            activation_offload=checkpoints and run.model.activation_offload,
-        )
-        return replace(run, train=train, model=model)
-
-    @property
-    def zero(self) -> dict[str, int]:
-        """The additional settings of ``zero_optimization`` in the DeepSpeed JSON."""
-        return {} if self.partition == 1 else {HPZ: self.partition}
+    plan: Plan
+    zero: dict[str, int]
+    """Additional settings of ``zero_optimization`` in the DeepSpeed JSON."""
 
     @property
     def settings(self) -> dict[str, str]:
         """The settings of the run, as for ``--set``."""
+        run = self.plan.run
         return {
-            "train.gradient_accumulation_steps": str(self.accumulation),
-            "train.sequence_parallel": str(self.shared_by),
-            "model.gradient_checkpointing": str(self.checkpointing).lower(),
+            "train.gradient_accumulation_steps": str(run.train.gradient_accumulation_steps),
+            "train.sequence_parallel": str(run.train.sequence_parallel),
+            "model.gradient_checkpointing": str(run.model.gradient_checkpointing).lower(),
         }
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedChoice:
-    """A choice with the plan for it."""
-
-    choice: Choice
-    plan: Plan
 
     @property
     def order(self) -> tuple[bool, float, int]:
@@ -72,8 +45,8 @@ class PlannedChoice:
         """Return the choice as JSON values."""
         judged = self.plan.verdict
         return {
-            "settings": self.choice.settings,
-            "zero_optimization": self.choice.zero,
+            "settings": self.settings,
+            "zero_optimization": self.zero,
             "micro_batch_size": self.plan.micro_batch_size,
             "peak_bytes": self.plan.memory.peak,
             "needed_bytes": judged.needed_bytes,
@@ -84,35 +57,51 @@ class PlannedChoice:
         }
 
 
-def search(run: RunConfig, options: PlanOptions, found: Plan) -> list[PlannedChoice]:
-    """Plan all :func:`choices` for the ranks of the plan ``found``; return the possible ones, best first."""
-    planned: list[PlannedChoice] = []
-    traces: dict[tuple[int, bool, int], Trace | None] = {}
+def search(run: RunConfig, options: PlanOptions, found: Plan) -> list[Choice]:
+    """Plan all :func:`ways` for the ranks of the plan ``found``; return the possible ones, best first."""
+    planned: list[Choice] = []
+    traces: dict[tuple[int, int, bool], Trace | None] = {}
     rejected: set[int] = set()
-    wanted = list(choices(run, found))
+    wanted = list(ways(run, found))
     with Progress("search", len(wanted), "plans") as progress:
-        for number, choice in enumerate(wanted, 1):
-            key = choice.accumulation, choice.checkpointing, choice.shared_by
-            if choice.shared_by not in rejected:
+        for number, (shared_by, steps, checkpoints, zero) in enumerate(wanted, 1):
+            key = shared_by, steps, checkpoints
+            if shared_by not in rejected:
                 try:
-                    made = plan(choice.of(run), replace(options, trace=traces.get(key), zero=choice.zero))
+                    made = plan(_changed(run, *key), replace(options, trace=traces.get(key), zero=zero))
                 except InputError:  # such as attention heads that ranks cannot share, for any micro-batch
-                    rejected.add(choice.shared_by)
+                    rejected.add(shared_by)
                 else:
                     traces[key] = made.trace
-                    planned.append(PlannedChoice(choice, made))
+                    planned.append(Choice(made, zero))
             progress.at(number)
     return sorted(planned, key=lambda one: one.order)
 
 
-def choices(run: RunConfig, found: Plan) -> Iterator[Choice]:
-    """Yield the ways to split the batch of ``run`` over the ranks of ``found`` and to store it, smallest micro-batches
-    first."""
+def ways(run: RunConfig, found: Plan) -> Iterator[tuple[int, int, bool, dict[str, int]]]:
+    """Yield the ways to split the batch of ``run`` over the ranks of ``found``, smallest micro-batches first.
+
+    They are ranks that share a sequence, accumulation steps, gradient checkpointing, settings of ``zero_optimization``.
+    """
     ranks, at_stage_3, node_size = found.ranks, found.zero_stage == 3, machine_of(found.machine).node_size
     powers = [1 << i for i in range(run.train.batch_size.bit_length())]
     shared = [n for n in powers if ranks % n == 0] if at_stage_3 and run.task_facts.predicts_tokens else [1]
-    partitions = [1, node_size] if at_stage_3 and node_size < ranks and ranks % node_size == 0 else [1]
-    for degree, steps in itertools.product(shared, reversed(powers)):
-        if degree <= run.data.max_length and steps * ranks // degree <= run.train.batch_size:
-            for checkpointing, partition in itertools.product((False, True), partitions):
-                yield Choice(steps, checkpointing, degree, partition)
+    copies: list[dict[str, int]] = [{}]
+    if at_stage_3 and node_size < ranks and ranks % node_size == 0:
+        copies.append({HPZ: node_size})
+    for shared_by, steps in itertools.product(shared, reversed(powers)):
+        if shared_by <= run.data.max_length and steps * ranks // shared_by <= run.train.batch_size:
+            for checkpoints, zero in itertools.product((False, True), copies):
+                yield shared_by, steps, checkpoints, zero
+
+
+def _changed(run: RunConfig, shared_by: int, steps: int, checkpoints: bool) -> RunConfig:
+    """Return ``run`` with these settings. Raises ConfigError if they cannot be combined."""
+    train = replace(run.train, gradient_accumulation_steps=steps, sequence_parallel=shared_by)
+    model = replace(
+        run.model,
+        gradient_checkpointing=checkpoints,
+        gradient_checkpointing_reentrant=checkpoints and run.model.gradient_checkpointing_reentrant,
+        activation_offload=checkpoints and run.model.activation_offload,
+    )
+    return replace(run, train=train, model=model)

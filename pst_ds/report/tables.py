@@ -194,38 +194,31 @@ def layer_table(runs: Sequence[RunData], shapes: Shapes) -> Table | None:
     known = {run.name: run.layers for run in runs if run.layers is not None}
     if not known:
         return None
-    names = list(dict.fromkeys(name for layers in known.values() for name in layers.names))
-    sizes = [_column(layers, _size(shapes), names) for layers in known.values()]
-    size = "shape" if any("×" in cell.text for of_run in sizes for cell in of_run) else "weights"
-    same = _in_one(sizes)
-    columns = {} if same else {size: sizes}
+    weights: dict[str, list[int]] = {}
+    for layers in known.values():
+        for name, count in zip(layers.names, layers.weights, strict=True):
+            weights.setdefault(name, []).append(count)
+    names, sizes = list(weights), [_size(name, counts, shapes) for name, counts in weights.items()]
+    columns: dict[str, list[list[Cell]]] = {}
     for title, of in FIGURES.items():
         of_runs = [_column(layers, of, names) for layers in known.values()]
         if any(not cell.is_missing for of_run in of_runs for cell in of_run):
             columns[title] = of_runs
     prefix = common_prefix(names)
-    first = ["layer", *([size] if same else [])]
-    cells = [*([same] if same else []), *(of_run for of_runs in columns.values() for of_run in of_runs)]
+    cells = [sizes, *(of_run for of_runs in columns.values() for of_run in of_runs)]
     rows = [[Cell(name.removeprefix(prefix)), *(column[i] for column in cells)] for i, name in enumerate(names)]
     caption = f"Layers of {prefix.rstrip('.')}" if prefix else "Layers"
+    first = ["layer", "shape" if any("×" in cell.text for cell in sizes) else "weights"]
     if len(known) == 1:
         return Table(caption, [*first, *columns], rows)
     groups = [("", len(first)), *((title, len(known)) for title in columns)]
     return Table(caption, [*first, *(name for _ in columns for name in known)], rows, groups)
 
 
-def _size(shapes: Shapes) -> LayerFigure:
-    def size(layers: LayerData, i: int) -> Cell:
-        shape = shapes.get((layers.names[i], layers.weights[i]))
-        return number(layers.weights[i], whole if shape is None else lambda _: " × ".join(map(str, shape)))
-
-    return size
-
-
-def _in_one(columns: Sequence[Sequence[Cell]]) -> list[Cell]:
-    """Merge columns into one if the cells of every row agree; return an empty list otherwise."""
-    rows = [[cell for cell in row if not cell.is_missing] for row in zip(*columns, strict=True)]
-    return [cells[0] for cells in rows] if all(len(set(cells)) == 1 for cells in rows) else []
+def _size(name: str, weights: Sequence[int], shapes: Shapes) -> Cell:
+    """Return the shape of a layer, or its number of weights; all of them if they differ between runs."""
+    texts = [" × ".join(map(str, shapes[name, n])) if (name, n) in shapes else whole(n) for n in dict.fromkeys(weights)]
+    return Cell(" or ".join(texts), float(weights[0]))
 
 
 def common_prefix(names: Collection[str]) -> str:
