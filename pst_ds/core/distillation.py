@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,10 +21,20 @@ def distilled_loss(
     ``targets``: (rows,) int64. w = ``weight`` in [0, 1]. Only ``student`` receives a gradient, for which one tensor in
     its dtype is kept; autograd would keep several in fp32.
     """
-    loss: Tensor = _DistilledLoss.apply(  # type: ignore[no-untyped-call]
-        student, teacher, targets, weight, temperature
-    )
-    return loss
+    size = max(1, _NUMBERS_AT_A_TIME // student.shape[1])
+
+    def compute(_: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+        total = torch.zeros((), dtype=torch.float64, device=student.device)
+        grad = torch.empty_like(student)
+        for start in range(0, len(student), size):
+            part = slice(start, start + size)
+            loss, grad[part] = loss_and_gradient(
+                student[part].float(), teacher[part].float(), targets[part].unsqueeze(1), weight, temperature
+            )
+            total += loss
+        return total, [grad]
+
+    return mean_with_gradients(compute, max(len(student), 1), student)
 
 
 def relative_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
@@ -44,30 +54,28 @@ def relative_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], rows
     return total / len(student)
 
 
-class _DistilledLoss(torch.autograd.Function):
-    """Computes its gradient in the forward pass: (1 - w) (q - onehot) + w T (q_T - p_T) per row of logits."""
+_Compute: TypeAlias = Callable[[Sequence[bool]], tuple[Tensor, Sequence[Tensor | None]]]
+"""Returns a sum, a float64 scalar, and its gradients, given which of them are needed."""
+
+
+def mean_with_gradients(compute: _Compute, count: Tensor | int, *inputs: Tensor | None) -> Tensor:
+    """Return the sum of ``compute`` over ``count``, a scalar, fp32, with the gradients computed beside it."""
+    mean: Tensor = _MeanWithGradients.apply(compute, count, *inputs)  # type: ignore[no-untyped-call]
+    return mean
+
+
+class _MeanWithGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, compute: _Compute, count: Tensor | int, *inputs: Tensor | None) -> Tensor:
+        total, grads = compute(ctx.needs_input_grad[2:])
+        ctx.save_for_backward(*grads)
+        ctx.count = count
+        return (total / count).float()
 
     @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, targets: Tensor, weight: float, temperature: float
-    ) -> Tensor:
-        rows, classes = student.shape
-        total = torch.zeros((), dtype=torch.float64, device=student.device)
-        grad = torch.empty_like(student)
-        for start in range(0, rows, max(1, _NUMBERS_AT_A_TIME // classes)):
-            part = slice(start, start + max(1, _NUMBERS_AT_A_TIME // classes))
-            loss, own = loss_and_gradient(
-                student[part].float(), teacher[part].float(), targets[part].unsqueeze(1), weight, temperature
-            )
-            total += loss
-            grad[part] = own
-        ctx.save_for_backward(grad)
-        return (total / max(rows, 1)).float()
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (grad,) = ctx.saved_tensors
-        return grad * (grad_out / max(grad.shape[0], 1)).to(grad.dtype), None, None, None, None
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        scale = grad_out / ctx.count
+        return (None, None, *(None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors))
 
 
 def loss_and_gradient(
@@ -75,7 +83,8 @@ def loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Return the sum over rows of the terms of :func:`distilled_loss`, a float64 scalar, and its gradient.
 
-    The gradient is (rows, classes) fp32. ``targets``: (rows, 1). Without a ``teacher``, ``weight`` must be 0.
+    The gradient is (1 - w) (q - onehot) + w T (q_T - p_T) per row, (rows, classes) fp32.
+    ``targets``: (rows, 1). Without a ``teacher``, ``weight`` must be 0.
     """
     log_q = torch.log_softmax(student, -1)
     hard = log_q.gather(1, targets).sum(dtype=torch.float64)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from pst_ds.core.coded_weight import CodedWeight, of_table_inputs, times_table
-from pst_ds.core.distillation import loss_and_gradient
+from pst_ds.core.distillation import loss_and_gradient, mean_with_gradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +108,19 @@ def head_loss(
     """
     sizes = sizes or chunk_sizes(hidden.device.type)
     weight = None if isinstance(readout.weight, CodedWeight) else readout.weight
-    loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, readout.bias, readout, targets, rows, teacher, count, sizes
-    )
-    return loss
+
+    def compute(wants: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        grads = _Gradients(hidden, weight, readout, wants)
+        for part in _slices(len(targets), sizes.rows(readout.weight.shape[0])):
+            own = _chosen(hidden, rows, part)
+            logits = readout.output(own)
+            taught = None if teacher is None else teacher.readout.output(_chosen(teacher.hidden, rows, part))
+            total += _loss_of_chunk(logits, readout, targets[part], taught, teacher, sizes)
+            grads.add(part if rows is None else rows[part], own, logits)
+        return total, grads.tensors
+
+    return mean_with_gradients(compute, max(len(targets), 1) if count is None else count, hidden, weight, readout.bias)
 
 
 @torch.no_grad()
@@ -130,46 +138,11 @@ def token_losses(
     return torch.cat(losses)
 
 
-class _HeadLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        readout: Readout,
-        targets: Tensor,
-        rows: Tensor | None,
-        teacher: Teacher | None,
-        count: Tensor | int | None,
-        sizes: ChunkSizes,
-    ) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        grads = _Gradients(hidden, weight, bias, readout, ctx.needs_input_grad[:3])
-        for part in _slices(len(targets), sizes.rows(readout.weight.shape[0])):
-            own = _chosen(hidden, rows, part)
-            logits = readout.output(own)
-            taught = None if teacher is None else teacher.readout.output(_chosen(teacher.hidden, rows, part))
-            total += _loss_of_chunk(logits, readout, targets[part], taught, teacher, sizes)
-            grads.add(part if rows is None else rows[part], own, logits)
-        ctx.save_for_backward(*grads.tensors)
-        ctx.count = max(len(targets), 1) if count is None else count
-        mean: Tensor = total / ctx.count
-        return mean.float()
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        scale = grad_out / ctx.count
-        grads = [None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors]
-        return (*grads, None, None, None, None, None, None)
-
-
 class _Gradients:
     """The requested gradients of the sum over all tokens. The gradient of the weight is accumulated in fp32."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, readout: Readout, wants: tuple[bool, ...]
-    ):
+    def __init__(self, hidden: Tensor, weight: Tensor | None, readout: Readout, wants: Sequence[bool]):
+        bias = readout.bias
         self._readout, self._dtype = readout, readout.weight.dtype
         self._hidden = torch.zeros_like(hidden) if wants[0] else None
         self._of_weight = None if weight is None or not wants[1] else torch.zeros_like(weight, dtype=torch.float32)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -193,29 +194,30 @@ def _batches(weights: Sequence[_ShardWeights]) -> Iterator[list[_ShardWeights]]:
 
 def _searched(batch: list[_ShardWeights]) -> tuple[list[Tensor], list[list[float]]]:
     """Return the scales of each layer, and its [squared error, sum of squares]. Collective."""
-    any_weight, grid = batch[0].layer.pst_mask, batch[0].grid
-    cut = _CutGroups(any_weight, grid, batch[0].layer.dtype)
+    any_weight, grid, dtype = batch[0].layer.pst_mask, batch[0].grid, batch[0].layer.dtype
     tables, sums = [], torch.zeros(len(batch), 2, dtype=torch.float64)
+    numbers = [len(own.cut_periods) * own.stored.groups_per_period for own in batch]
+    firsts = [0, *accumulate(numbers)]
+    cut: list[tuple[int, int, Tensor]] = []  # layer, first group among all cut ones, this rank's part of groups
     for i, own in enumerate(batch):
         own.open()
         table = torch.zeros(own.stored.shape, dtype=SCALE_DTYPE, device=own.device)
         for rect, grouped in own.whole_groups():
-            found = group_scales(torch.nan_to_num(grouped, 0.0, 0.0, 0.0), grid, own.layer.dtype)
+            found = group_scales(_finite(grouped), grid, own.layer.dtype)
             tall, wide = own.stored.unit
             at = Rect(rect.r0 // tall, rect.r1 // tall, rect.c0 // wide, rect.c1 // wide)
             table[at.slices] = found.view(at.shape)
             sums[i] += _loss(grouped, found.float(), grid)
-        for first, grouped in own.cut_groups():
-            cut.add(i, first, grouped)
-        cut.reserve(len(own.cut_periods) * own.stored.groups_per_period)
+        cut += [(i, firsts[i] + first, grouped) for first, grouped in own.cut_groups()]
         own.close()
         tables.append(table)
-    found_cut = cut.search(sums)
-    for own, table, scales in zip(batch, tables, found_cut, strict=True):
+    of_cut = _cut_group_scales([part[1:] for part in cut], firsts[-1], any_weight, grid, dtype)
+    for i, first, grouped in cut:
+        sums[i] += _loss(grouped, of_cut[first : first + len(grouped)].float(), grid)
+    for own, table, scales in zip(batch, tables, of_cut.split(numbers), strict=True):
         if zero3.shard_index(any_weight) == 0 and scales.numel():  # once, since tables are added up
-            table.view(-1, own.stored.groups_per_period)[own.cut_periods] = scales.view(
-                -1, own.stored.groups_per_period
-            )
+            by_period = scales.view(-1, own.stored.groups_per_period)
+            table.view(-1, own.stored.groups_per_period)[own.cut_periods] = by_period
     return _added_up(tables, any_weight), group_sum(sums, any_weight).tolist()
 
 
@@ -233,48 +235,30 @@ def _loss(grouped: Tensor, scales: Tensor, grid: Grid) -> Tensor:
     return torch.stack([each.sum() for each in group_losses(grouped, scales, grid)]).cpu()
 
 
-class _CutGroups:
-    """The groups of a batch that shard boundaries cut, layer after layer."""
+def _cut_group_scales(
+    parts: Sequence[tuple[int, Tensor]], total: int, any_weight: nn.Parameter, grid: Grid, dtype: torch.dtype
+) -> Tensor:
+    """Return the scales of ``total`` groups, from this rank's (first group, part of groups as rows). Collective."""
+    device = zero3.shard_of(any_weight).values.device
+    if not total:
+        return torch.empty(0, dtype=SCALE_DTYPE, device=device)
+    finite = [(slice(first, first + len(grouped)), _finite(grouped)) for first, grouped in parts]
+    magnitudes = torch.zeros(total, device=device)
+    for at, grouped in finite:
+        magnitudes[at] = torch.maximum(magnitudes[at], grouped.abs().amax(1))
+    magnitudes = group_max(magnitudes, any_weight)
+    wholes = [whole_weights(grouped, magnitudes[at]) for at, grouped in finite]
 
-    def __init__(self, any_weight: nn.Parameter, grid: Grid, dtype: torch.dtype):
-        self._any_weight, self._grid, self._dtype = any_weight, grid, dtype
-        self._sizes: list[int] = []
-        self._parts: list[tuple[int, int, Tensor]] = []
+    def moments(scales: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.zeros(2, scales.numel(), dtype=torch.float64, device=scales.device)
+        for (at, grouped), whole in zip(finite, wholes, strict=True):
+            for kind, values in zip(both, group_moments(grouped, whole, scales[at], grid), strict=True):
+                kind[at] += values
+        by_weight, by_code = group_sum(both, any_weight)
+        return by_weight, by_code
 
-    def add(self, layer: int, first: int, grouped: Tensor) -> None:
-        """Add this rank's part of a layer's groups, from the layer's group number ``first`` on."""
-        self._parts.append((layer, sum(self._sizes) + first, grouped))
+    return search_scales(magnitudes, moments, grid, dtype)
 
-    def reserve(self, count: int) -> None:
-        """Finish a layer that has ``count`` cut groups."""
-        self._sizes.append(count)
 
-    def search(self, sums: Tensor) -> list[Tensor]:
-        """Return the scales of each layer's cut groups, and add their error to ``sums``. Collective."""
-        total = sum(self._sizes)
-        device = zero3.shard_of(self._any_weight).values.device
-        found = torch.empty(0, dtype=SCALE_DTYPE, device=device)
-        if total:
-            found = self._search(torch.zeros(total, device=device))
-        for layer, first, grouped in self._parts:
-            sums[layer] += _loss(grouped, found[first : first + grouped.shape[0]].float(), self._grid)
-        return list(found.split(self._sizes))
-
-    def _search(self, magnitudes: Tensor) -> Tensor:
-        finite = [(first, torch.nan_to_num(grouped, 0.0, 0.0, 0.0)) for _, first, grouped in self._parts]
-        for first, grouped in finite:
-            own = magnitudes[first : first + grouped.shape[0]]
-            own.copy_(torch.maximum(own, grouped.abs().amax(1)))
-        magnitudes = group_max(magnitudes, self._any_weight)
-        parts = [(first, g, whole_weights(g, magnitudes[first : first + g.shape[0]])) for first, g in finite]
-
-        def moments(scales: Tensor) -> tuple[Tensor, Tensor]:
-            both = torch.zeros(2, scales.numel(), dtype=torch.float64, device=scales.device)
-            for first, grouped, whole in parts:
-                at = slice(first, first + grouped.shape[0])
-                for kind, values in zip(both, group_moments(grouped, whole, scales[at], self._grid), strict=True):
-                    kind[at] += values
-            by_weight, by_code = group_sum(both, self._any_weight)
-            return by_weight, by_code
-
-        return search_scales(magnitudes, moments, self._grid, self._dtype)
+def _finite(grouped: Tensor) -> Tensor:
+    return torch.nan_to_num(grouped, 0.0, 0.0, 0.0)
