@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,6 @@ from pst_ds.formats import (
 )
 from pst_ds.formats.base_weights import BaseWeights, names_in_files
 from pst_ds.formats.foreign import METHODS as FOREIGN_METHODS
-from pst_ds.formats.rows import row_counts
 from pst_ds.nn.base_model import DTYPES, Pretrained, architecture
 from pst_ds.nn.model_structure import is_conv1d, linear_shape, untied_linear_layers
 
@@ -291,15 +291,14 @@ class _Planner:
             shape = recipe.matrix[::-1] if recipe.transposed else recipe.matrix
         is_linear = name in self._linear and len(shape) == 2
         transposed = is_linear and is_conv1d(self._linear[name])
-        dtype, encoding = self._cast_dtype(recipe.dtype), self._encoding
-        spec = TensorSpec(name, shape, dtype, recipe.facts.origin, transposed=transposed, is_linear=is_linear)
-        spec = spec.quantised(grid)
-        if encoding.packing in FOR_COMPRESSED_TENSORS:
-            return spec.for_compressed_tensors(encoding.packing)
-        if is_linear and encoding.packing not in (DENSE, GGUF) and spec.grid in (None, encoding.values):
-            weight = self.source.read(recipe, name, dtype, hashed=False)
-            return _packed_if_smaller(weight.to(dtype), spec, encoding)
-        return spec
+        dtype, origin = self._cast_dtype(recipe.dtype), recipe.facts.origin
+        spec = TensorSpec(name, shape, dtype, origin, transposed=transposed, is_linear=is_linear)
+        return spec.stored_as(self._encoding, grid, partial(self._keep, recipe) if is_linear else None)
+
+    def _keep(self, recipe: FolderRecipe, spec: TensorSpec) -> Tensor:
+        """Read a weight, and return the row bits of its non-zeros."""
+        weight = self.source.read(recipe, spec.name, spec.dtype, hashed=False).to(spec.dtype)
+        return row_bits(spec.as_matrix(weight.view(spec.shape)).contiguous())
 
     def _stack_recipe(self, stack: FolderStack) -> FolderRecipe:
         folder, layout = self._folder, stack.layout
@@ -322,14 +321,11 @@ class _Planner:
             return ()
         dtype, transposed = self._cast_dtype(recipe.dtype), stack.layout.transposed
         spec = TensorSpec(stack.name, stack.shape, dtype, recipe.facts.origin, transposed=transposed, is_linear=True)
-        as_one = spec
-        if encoding.packing == DENSE:
-            as_one = spec.quantised(encoding.values)
-        elif encoding.packing not in _STAYS_IN_PIECES:
-            rows = self.source.read(recipe, stack.name, dtype, hashed=False).to(dtype)
-            as_one = _packed_if_smaller(rows.view(stack.shape), spec, encoding)
-        if as_one.form is not None:
-            return (as_one,)
+        if encoding.packing not in _STAYS_IN_PIECES:
+            grid = encoding.values if encoding.packing == DENSE else None
+            as_one = spec.stored_as(encoding, grid, partial(self._keep, recipe))
+            if as_one.form is not None:
+                return (as_one,)
         if not is_packed:
             return ()
         piece_spec = spec.quantised(encoding.values) if encoding.packing == GGUF else spec
@@ -445,22 +441,6 @@ def _model_dtype(folder: FolderContents, name: str) -> torch.dtype:
         return folder.tensors[name].spec.dtype
     named = getattr(torch, str(folder.config.get("dtype") or folder.config.get("torch_dtype")), None)
     return named if named in VALUE_DTYPES else torch.float32
-
-
-def _packed_if_smaller(weight: Tensor, spec: TensorSpec, encoding: Encoding) -> TensorSpec:
-    """Return ``spec`` packed and quantised if ``weight`` fits the format and becomes smaller, else dense."""
-    if spec.dtype not in VALUE_DTYPES:
-        return spec
-    bits, numel = row_bits(spec.as_matrix(weight).contiguous()), weight.numel()
-    del weight
-    counts = row_counts(bits)
-    if int(counts.sum()) == numel:
-        return spec
-    candidate = spec.quantised(encoding.values)
-    if not packed_format(encoding.packing, candidate.grid).accepts(bits, spec.matrix):
-        return replace(spec, stays_dense=True)
-    candidate = candidate.packed(encoding.packing, counts)
-    return candidate if candidate.packing != DENSE else replace(spec, stays_dense=candidate.stays_dense)
 
 
 def copy_small_files(folder: Path, out: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.core.coded_weight import CodedWeight, CodeLayout
 from pst_ds.core.factors import Constants, layer_factors
-from pst_ds.core.packings import DENSE, FOR_COMPRESSED_TENSORS, GGUF
+from pst_ds.core.packings import DENSE, GGUF
 from pst_ds.core.quantization import SCALE_DTYPE, Rounding, StoredGrid, require_scales, scales_of_bytes
 from pst_ds.core.scores import masked_weight, merged_weight
 from pst_ds.core.updates.rows import updated_rows
@@ -21,7 +21,7 @@ from pst_ds.export.encoding import Encoding, ExportError
 from pst_ds.export.expert_stacks import FilePart, StackRun, all_experts, parts_in_files
 from pst_ds.export.plan import Origin, TensorJob, TensorSpec, TensorValues
 from pst_ds.export.quantization import grids
-from pst_ds.formats import mask_row_bits, packed_format
+from pst_ds.formats import mask_row_bits
 from pst_ds.formats.base_weights import BaseWeights, is_text_part, may_be_missing, names_in_files, saved_tensors
 from pst_ds.formats.rows import row_counts
 from pst_ds.nn.base_model import DTYPES
@@ -312,19 +312,10 @@ class _Planner:
         is_linear_weight = linear is not None or recipe.layer is not None
         dtype = self._cast if self._cast and recipe.dtype.is_floating_point else recipe.dtype
         spec = TensorSpec(name, shape, dtype, origin, transposed=transposed, is_linear=is_linear_weight)
-        packing = self._encoding.packing
-        if packing in FOR_COMPRESSED_TENSORS and len(shape) > 2:
-            return spec  # its readers support linear layers only
-        grid = self._grids.get(recipe.name) if recipe.layer is None else self._encoding.values
-        spec = spec.quantised(grid)
-        if packing in FOR_COMPRESSED_TENSORS:
-            return spec.for_compressed_tensors(packing)
-        if recipe.layer is None or packing in (DENSE, GGUF):
-            return spec
-        keep = mask_row_bits(self._checkpoint.masks[owner], recipe.layer[0].stack)
-        if not packed_format(packing, grid).accepts(keep, spec.matrix):
-            return replace(spec, stays_dense=True)
-        return spec.packed(packing, row_counts(keep))
+        if recipe.layer is None:
+            return spec.stored_as(self._encoding, self._grids.get(recipe.name))
+        masks, stack = self._checkpoint.masks, recipe.layer[0].stack
+        return spec.stored_as(self._encoding, self._encoding.values, lambda _: mask_row_bits(masks[owner], stack))
 
     def _require_shape(self, recipe: RunRecipe, shape: tuple[int, ...]) -> None:
         if (recipe.rows_in_base and not recipe.trained) or recipe.in_files_form:

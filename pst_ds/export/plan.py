@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -12,10 +12,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from pst_ds.core.packings import COMPRESSED_TENSORS, DENSE
+from pst_ds.core.packings import COMPRESSED_TENSORS, DENSE, FOR_COMPRESSED_TENSORS, GGUF
 from pst_ds.core.quantization import Grid
 from pst_ds.export.encoding import Encoding, ExportError
 from pst_ds.formats import VALUE_DTYPES, FormatError, PackedFormat, packed_format
+from pst_ds.formats.rows import row_counts
 from pst_ds.formats.safetensors_file import Slot, header_and_slots
 
 SHARD_BYTES = 5 << 30
@@ -109,8 +110,26 @@ class TensorSpec:
         can_be = self.dtype in VALUE_DTYPES and (len(self.shape) == 2 or self.is_linear) and self.dense_nbytes
         return replace(self, grid=grid) if can_be else self
 
-    def for_compressed_tensors(self, packing: str) -> TensorSpec:
-        """Return a quantised tensor in a layout of compressed-tensors. Raises ExportError for a Conv1D."""
+    def stored_as(
+        self, encoding: Encoding, grid: Grid | None, keep: Callable[[TensorSpec], Tensor] | None = None
+    ) -> TensorSpec:
+        """Return the tensor as an export stores it.
+
+        Args:
+            encoding: storage of the export.
+            grid: quantisation of the tensor if it is not packed.
+            keep: reads the row bits of the kept weights, (O, ceil(I/8)), of a weight that may be packed.
+
+        Raises ExportError for a Conv1D in a layout of compressed-tensors.
+        """
+        packing = encoding.packing
+        if packing in FOR_COMPRESSED_TENSORS:  # its readers support linear layers only
+            return self if len(self.shape) > 2 else self.quantised(grid)._for_compressed_tensors(packing)
+        spec = self.quantised(grid)
+        can_pack = packing not in (DENSE, GGUF) and spec.grid in (None, encoding.values) and spec.dtype in VALUE_DTYPES
+        return spec.packed(packing, encoding.values, keep(spec)) if keep is not None and can_pack else spec
+
+    def _for_compressed_tensors(self, packing: str) -> TensorSpec:
         if self.grid is None:
             return self
         if self.transposed:
@@ -120,14 +139,21 @@ class TensorSpec:
             )
         return replace(self, packing=packing)
 
-    def packed(self, packing: str, counts: Tensor) -> TensorSpec:
-        """Return the tensor packed, or dense if that is smaller; ``counts``: kept weights per row, (O,) int64."""
-        if self.dtype not in VALUE_DTYPES or not self.is_linear or not self.dense_nbytes:
+    def packed(self, packing: str, grid: Grid | None, keep: Tensor) -> TensorSpec:
+        """Return the tensor packed and quantised to ``grid``, or unchanged if it does not fit or become smaller.
+
+        ``keep``: row bits of the kept weights, (O, ceil(I/8)) uint8.
+        """
+        counts = row_counts(keep)
+        if int(counts.sum()) == self.numel:
             return self
-        packed = replace(self, packing=packing, stored_values=packed_format(packing, self.grid).stored(counts))
-        if packed.stored_nbytes > _MAX_DENSE_SHARE * self.stored_nbytes:
-            return replace(self, stays_dense=int(counts.sum()) < self.numel)
-        return packed
+        dense = self.quantised(grid)
+        form = packed_format(packing, dense.grid)
+        if form.accepts(keep, self.matrix):
+            packed = replace(dense, packing=packing, stored_values=form.stored(counts))
+            if packed.stored_nbytes <= _MAX_DENSE_SHARE * dense.stored_nbytes:
+                return packed
+        return replace(self, stays_dense=True)
 
 
 @dataclass(frozen=True, slots=True)

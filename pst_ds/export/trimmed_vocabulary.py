@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from pst_ds.core.packings import DENSE
 from pst_ds.data.vocabulary import Vocabulary, ids_in, renumbered
 from pst_ds.export.encoding import ExportError
 from pst_ds.export.plan import Source, TensorJob, TensorValues
+from pst_ds.formats import row_bits
 from pst_ds.formats.base_weights import names_in_files
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.model_structure import is_inside_block
@@ -43,22 +45,27 @@ class RowSource:
             scales = None if values.scales is None else values.scales[rows]
             yield replace(values, tensor=values.tensor[rows], scales=scales)
 
+    def job(self, job: TensorJob) -> TensorJob:
+        """Return another source's job with fewer rows. Packed tensors are read, to count their values."""
+        outputs = list(job.outputs)
+        for i, output in enumerate(outputs):
+            if output.name in self.names:
+                outputs[i] = replace(output, shape=(len(self.kept), *output.shape[1:]))
+                if output.stored_values:
+                    tensor = list(self.make(job))[i].tensor.to(output.dtype)
+                    keep = row_bits(output.as_matrix(tensor).contiguous())
+                    dense = replace(outputs[i], packing=DENSE, stored_values=0)
+                    outputs[i] = dense.packed(output.packing, output.grid, keep)
+        return replace(job, outputs=tuple(outputs))
+
 
 def with_fewer_rows(
     jobs: Sequence[TensorJob], source: Source, model: nn.Module, kept: Sequence[int]
 ) -> tuple[list[TensorJob], RowSource]:
     """Return the jobs and the source of an export of ``model`` with the tokens ``kept``. Raises ExportError."""
     found = _row_per_token(model, kept)
-    names = frozenset({*found, *names_in_files(model, found)})
-
-    def fewer(job: TensorJob) -> TensorJob:
-        outputs = tuple(
-            replace(output, shape=(len(kept), *output.shape[1:])) if output.name in names else output
-            for output in job.outputs
-        )
-        return replace(job, outputs=outputs)
-
-    return [fewer(job) for job in jobs], RowSource(source, names, kept)
+    trimmed = RowSource(source, frozenset({*found, *names_in_files(model, found)}), kept)
+    return [trimmed.job(job) for job in jobs], trimmed
 
 
 def take_rows(model: nn.Module, kept: Sequence[int]) -> None:

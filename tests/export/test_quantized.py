@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassi
 
 import pst_ds.hf  # noqa: F401 (teaches transformers the format)
 from pst_ds.core.quantization import Grid, grid_of, quantize, round_to_grid
+from pst_ds.data.vocabulary import trim
 from pst_ds.export.check import check_export, check_model
 from pst_ds.export.encoding import ExportError
 from pst_ds.export.manifest import read_manifest
@@ -228,6 +229,20 @@ def test_a_tied_table_is_stored_once_and_an_output_layer_of_its_own_by_itself(ex
     assert "model.embed_tokens.codes" in tied
     assert not [name for name in tied if name.startswith("lm_head")]
     assert {"model.embed_tokens.codes", "lm_head.codes"} <= apart.keys()
+
+
+@pytest.mark.parametrize(("grid", "part"), [(None, "compressed"), (INT8, "codes")])
+def test_a_packed_output_layer_is_packed_with_fewer_rows(models, tmp_path, grid, part):
+    tokenizer, source = models["llama"].tokenizer, tmp_path / "source"
+    models["llama"].export(source, packing="bitmask", values=INT8, embeddings=INT4)
+    settings = {"packing": "bitmask", "values": grid, "embeddings": grid}
+    export_folder(source, tmp_path / "whole", **settings)
+    vocabulary = trim(tokenizer, tokenizer("the film")["input_ids"])
+    export_folder(source, tmp_path / "fewer", tokenizer=tokenizer, vocabulary=vocabulary, **settings)
+    check_export(tmp_path / "fewer")
+    assert {"lm_head.bitmask", f"lm_head.{part}"} <= _stored(tmp_path / "fewer").keys()
+    whole, fewer = (AutoModelForCausalLM.from_pretrained(tmp_path / name).lm_head.weight for name in ("whole", "fewer"))
+    assert torch.equal(fewer, whole[list(vocabulary.kept)])
 
 
 def test_routers_of_experts_are_left_as_they_are(tmp_path):
