@@ -18,18 +18,19 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from pst_ds import __version__
 from pst_ds.atomic_files import file_sha256, write_bytes_atomic, write_text_atomic
 from pst_ds.checkpoint.restore import base_fingerprint, is_of_hub, magnitude_scales, model_grids, same_base
-from pst_ds.config.pst import Override, PSTConfig
+from pst_ds.config.pst import PSTConfig
 from pst_ds.core.bits import count_bits, relayout
 from pst_ds.core.quantization import Grid, bytes_of_scales, scales_of_bytes
-from pst_ds.errors import InputError
+from pst_ds.errors import InputError, first_problem
 from pst_ds.nn import inject
 from pst_ds.nn.adapter_checkpoints import MASK_BITS, SCALES, write_bytes, write_mask
 from pst_ds.parallel import zero3
@@ -44,12 +45,32 @@ _FORMULA = (
 )  # fmt: skip
 """Settings that change the meaning of the values, but no shape."""
 _NOTE = "not a model, but what training changed of one: load it with pst_ds.load_pretrained"
-_Table = dict[str, Any]
-"""Content of pst_config.json."""
+_StoredGrid = Annotated[Grid | None, BeforeValidator(lambda pair: pair and Grid(pair[0], pair[1] or None))]
+"""Saved as one of :func:`model_grids`."""
 
 
 class PretrainedError(InputError):
     """An adapter folder that is missing or damaged, or belongs to another model."""
+
+
+class _Saved(BaseModel):
+    """The values in pst_config.json that loading relies on. Older folders lack those with a default."""
+
+    model_config = ConfigDict(strict=True)
+
+    pst_config: PSTConfig
+    base_model_name_or_path: str
+    base_fingerprint: str
+    masks_frozen: bool
+    weight_scales: dict[str, list[float]]
+    sha256: str
+    also_trained: set[str] = set()
+    dtype: str | None = None
+    grid: _StoredGrid = None
+    base_grid: _StoredGrid = None
+    embedding_grid: _StoredGrid = None
+    activation_bits: int = 16
+    rounds: bool = False
 
 
 def save_pretrained(
@@ -106,21 +127,22 @@ def load_pretrained(model: inject.ModelT, folder: str | Path) -> inject.ModelT:
     folder = Path(folder)
     saved = _read_config(folder)
     is_other_revision = _require_base(model, saved, folder)
-    config = _pst_config(saved["pst_config"], folder)
     if inject.pst_layers(model):
-        _require_formula(inject.injected_config(model), config, folder)
+        _require_formula(inject.injected_config(model), saved.pst_config, folder)
         _require_grid(model, saved, folder)
     else:
-        grid, base_grid, embedding_grid = (_grid(saved, folder, key) for key in ("grid", "base_grid", "embedding_grid"))
-        bits = saved.get("activation_bits", 16)
         inject.inject_pst(
-            model, config, grid=grid, activation_bits=bits, base_grid=base_grid, embedding_grid=embedding_grid
+            model,
+            saved.pst_config,
+            grid=saved.grid,
+            activation_bits=saved.activation_bits,
+            base_grid=saved.base_grid,
+            embedding_grid=saved.embedding_grid,
         )
-    also_trained = set(saved.get("also_trained", ()))
     for name, param in model.named_parameters():
-        if name in also_trained:
+        if name in saved.also_trained:
             param.requires_grad_(True)
-    tensors = _read_tensors(folder, saved["sha256"])
+    tensors = _read_tensors(folder, saved.sha256)
     _require_fit(model, tensors, saved, folder)
     if is_other_revision:
         _require_weights(model, saved, folder)
@@ -132,12 +154,12 @@ def load_pretrained(model: inject.ModelT, folder: str | Path) -> inject.ModelT:
             buffer.copy_(tensors.get(name, buffer))
         for name, layer in inject.pst_layers(model).items():
             write_mask(layer, tensors[f"{name}.{MASK_BITS}"])
-            layer.magnitude_scales = tuple(saved["weight_scales"][name])
+            layer.magnitude_scales = tuple(saved.weight_scales[name])
             if layer.pst_scales is not None:
                 write_bytes(layer.pst_scales, bytes_of_scales(tensors[f"{name}.{SCALES}"]))
-    if saved["masks_frozen"]:
+    if saved.masks_frozen:
         inject.freeze_scores(model)
-    inject.round_weights(model, rounds=bool(saved.get("rounds")))
+    inject.round_weights(model, rounds=saved.rounds)
     return model
 
 
@@ -219,44 +241,23 @@ def _fingerprint(base: str) -> str:
     return base_fingerprint(base) if base else ""
 
 
-def _read_config(folder: Path) -> _Table:
+def _read_config(folder: Path) -> _Saved:
     path = folder / CONFIG_FILE
     try:
-        table = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        table = json.loads(data)
+        number = table.get("format") if isinstance(table, dict) else None
+        saved = _Saved.model_validate_json(data) if number == FORMAT else None
     except FileNotFoundError:
         raise PretrainedError(
             f"{path.absolute()} does not exist; name a folder that save_pretrained, or the Trainer, has written"
         ) from None
-    except (ValueError, RecursionError) as error:
-        raise PretrainedError(f"{path} is damaged: {error}") from None
-    number = table.get("format") if isinstance(table, dict) else None
-    if number != FORMAT:
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        problem = first_problem(error) if isinstance(error, ValidationError) else error
+        raise PretrainedError(f"{path} is damaged: {problem}") from None
+    if saved is None:
         raise PretrainedError(f"{path} has format {number!r}; this version reads {FORMAT}")
-    for key in ("pst_config", "base_model_name_or_path", "base_fingerprint", "masks_frozen", "weight_scales", "sha256"):
-        if key not in table:
-            raise PretrainedError(f"{path} is damaged: it has no {key!r}")
-    return table
-
-
-def _pst_config(table: _Table, folder: Path) -> PSTConfig:
-    def with_tuples(table: _Table) -> _Table:
-        return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
-
-    try:
-        values = with_tuples(table)
-        values["overrides"] = tuple(Override(**with_tuples(override)) for override in values.get("overrides", ()))
-        return PSTConfig(**values)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise PretrainedError(f"{folder / CONFIG_FILE}: pst_config cannot be read: {error}") from None
-
-
-def _grid(saved: _Table, folder: Path, key: str) -> Grid | None:
-    """Return one of the saved :func:`model_grids`; older folders do not save them. Raises PretrainedError."""
-    try:
-        numbers = saved.get(key)
-        return None if numbers is None else Grid(numbers[0], numbers[1] or None)
-    except (TypeError, ValueError, LookupError) as error:
-        raise PretrainedError(f"{folder / CONFIG_FILE}: {key} cannot be read: {error}") from None
+    return saved
 
 
 def _activation_bits(model: nn.Module) -> int:
@@ -264,21 +265,15 @@ def _activation_bits(model: nn.Module) -> int:
     return 16 if all(layer.inputs is None for layer in inject.pst_layers(model).values()) else 8
 
 
-def _require_grid(model: nn.Module, saved: _Table, folder: Path) -> None:
+def _require_grid(model: nn.Module, saved: _Saved, folder: Path) -> None:
     """Raise PretrainedError unless an injected model quantises as the saved one does."""
-    for key, own in model_grids(model).items():
-        grid = _grid(saved, folder, key)
-        if own != (None if grid is None else (grid.bits, grid.group or 0)):
+    grids = {key: pair and Grid(pair[0], pair[1] or None) for key, pair in model_grids(model).items()}
+    for key, own in {**grids, "activation_bits": _activation_bits(model)}.items():
+        if (found := getattr(saved, key)) != own:
             raise PretrainedError(
-                f"{folder / CONFIG_FILE} has {key} = {grid}, and the model was injected with another {key}: it would "
-                "compute something else. Load onto the base model"
+                f"{folder / CONFIG_FILE} has {key} = {found}, and the model was injected with {own}: it would compute "
+                "something else. Load onto the base model"
             )
-    bits, own_bits = saved.get("activation_bits", 16), _activation_bits(model)
-    if bits != own_bits:
-        raise PretrainedError(
-            f"{folder / CONFIG_FILE} has activation_bits = {bits!r}, and the model was injected with {own_bits}: it "
-            "would compute something else. Load onto the base model"
-        )
 
 
 def _require_formula(own: PSTConfig, saved: PSTConfig, folder: Path) -> None:
@@ -291,12 +286,12 @@ def _require_formula(own: PSTConfig, saved: PSTConfig, folder: Path) -> None:
             )
 
 
-def _require_base(model: nn.Module, saved: _Table, folder: Path) -> bool:
+def _require_base(model: nn.Module, saved: _Saved, folder: Path) -> bool:
     """Raise PretrainedError if ``model`` has the weights of another folder; return whether its hub revision differs.
 
     In that case :func:`_require_weights` decides, because the hub's cache knows only the newest revision.
     """
-    base, known = _fingerprint(getattr(model, "name_or_path", "")), saved["base_fingerprint"]
+    base, known = _fingerprint(getattr(model, "name_or_path", "")), saved.base_fingerprint
     if not base or not known or same_base(base, known):
         return False
     if not is_of_hub(base):
@@ -304,27 +299,27 @@ def _require_base(model: nn.Module, saved: _Table, folder: Path) -> bool:
     return True
 
 
-def _require_weights(model: nn.Module, saved: _Table, folder: Path) -> None:
+def _require_weights(model: nn.Module, saved: _Saved, folder: Path) -> None:
     """Raise PretrainedError if the mean |W0| of a matrix differs from the saved one.
 
     Warns if no means were saved, or only means of another dtype.
     """
     scales = magnitude_scales(model)
-    if _dtype(model) == saved.get("dtype") and any(scale != 1.0 for of in scales.values() for scale in of):
-        if scales != saved["weight_scales"]:
+    if _dtype(model) == saved.dtype and any(scale != 1.0 for of in scales.values() for scale in of):
+        if scales != saved.weight_scales:
             raise PretrainedError(f"{_other_weights(model, saved, folder)}, by from_pretrained(..., revision=)")
     else:
         warnings.warn(
-            f"{folder} was trained on {saved['base_model_name_or_path']!r} when its revision was "
-            f"{saved['base_fingerprint']}, and now it is {_fingerprint(model.name_or_path)}: whether the weights are "
+            f"{folder} was trained on {saved.base_model_name_or_path!r} when its revision was "
+            f"{saved.base_fingerprint}, and now it is {_fingerprint(model.name_or_path)}: whether the weights are "
             "the same cannot be told. If they are not, load the base with revision=",
             stacklevel=3,
         )
 
 
-def _other_weights(model: nn.Module, saved: _Table, folder: Path) -> str:
+def _other_weights(model: nn.Module, saved: _Saved, folder: Path) -> str:
     return (
-        f"{folder} was trained on {saved['base_model_name_or_path']!r}, and the model from {model.name_or_path!r} has "
+        f"{folder} was trained on {saved.base_model_name_or_path!r}, and the model from {model.name_or_path!r} has "
         "other weights; load the base that it was trained on"
     )
 
@@ -346,7 +341,7 @@ def _read_tensors(folder: Path, digest: str) -> dict[str, Tensor]:
         raise PretrainedError(f"{path} cannot be read: {error}") from None
 
 
-def _require_fit(model: nn.Module, tensors: dict[str, Tensor], saved: _Table, folder: Path) -> None:
+def _require_fit(model: nn.Module, tensors: dict[str, Tensor], saved: _Saved, folder: Path) -> None:
     wanted = {name: tuple(zero3.full_shape(param)) for name, param in inject.adapter_parameters(model)}
     for name, layer in inject.pst_layers(model).items():
         wanted[f"{name}.{MASK_BITS}"] = (-(-layer.layout.numel // 8),)
@@ -360,5 +355,5 @@ def _require_fit(model: nn.Module, tensors: dict[str, Tensor], saved: _Table, fo
                 f"{folder / WEIGHTS_FILE} does not fit the model: {name} has shape {shapes.get(name)} there, and "
                 f"{wanted.get(name)} in the model (None: it is not there)"
             )
-    if set(saved["weight_scales"]) != set(inject.pst_layers(model)):
+    if set(saved.weight_scales) != set(inject.pst_layers(model)):
         raise PretrainedError(f"{folder / CONFIG_FILE} does not fit the model: weight_scales belong to other layers")
