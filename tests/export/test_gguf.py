@@ -277,21 +277,24 @@ def test_a_run_becomes_a_file(models, tmp_path):
 def test_byte_level_tokenizers(pre, name):
     tokenizer = byte_level(pre_tokenizers.Sequence(pre) if pre else None)
     words = gguf_tokenizer(tokenizer, len(tokenizer) + 2)
-    assert (words.model, words.pre, words.scores, words.adds_bos) == ("gpt2", name, [], False)
-    assert words.tokens[: len(tokenizer)] == [tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer))]
-    assert words.kinds == [CONTROL] * 2 + [NORMAL] * (len(tokenizer) - 2) + [UNUSED] * 2
-    assert words.special == {"bos": 0, "eos": 1}
-    assert all(len(merge.split(" ")) == 2 for merge in words.merges)
+    assert (words["tokenizer_model"], words["tokenizer_pre"], words["add_bos_token"]) == ("gpt2", name, False)
+    assert "token_scores" not in words
+    assert words["token_list"][: len(tokenizer)] == [tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer))]
+    assert words["token_types"] == [CONTROL] * 2 + [NORMAL] * (len(tokenizer) - 2) + [UNUSED] * 2
+    assert [value for key, value in words.items() if key.endswith("_token_id")] == [0, 1]
+    assert (words["bos_token_id"], words["eos_token_id"]) == (0, 1)
+    assert all(len(merge.split(" ")) == 2 for merge in words["token_merges"])
 
 
 def test_tokenizers_with_byte_fallback():
     tokenizer = with_byte_fallback()
     words = gguf_tokenizer(tokenizer, len(tokenizer))
-    assert (words.model, words.merges, words.adds_space) == ("llama", [], True)
-    assert words.kinds[:3] == [UNKNOWN, CONTROL, CONTROL]
-    assert words.kinds[3:259] == [BYTE] * 256
+    assert (words["tokenizer_model"], words["add_space_prefix"]) == ("llama", True)
+    assert "token_merges" not in words
+    assert words["token_types"][:3] == [UNKNOWN, CONTROL, CONTROL]
+    assert words["token_types"][3:259] == [BYTE] * 256
     merges = [tuple(merge) for merge in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
-    ranks = [words.scores[words.tokens.index(left + right)] for left, right in merges]
+    ranks = [words["token_scores"][words["token_list"].index(left + right)] for left, right in merges]
     assert ranks == sorted(ranks, reverse=True)  # the highest score is merged first, as the first merge is
     assert len(set(ranks)) == len(ranks)
 

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from pst_ds.atomic_files import atomic_file
 from pst_ds.export.encoding import Encoding, ExportError
-from pst_ds.export.gguf.tensors import Config, Family, GgufPiece, GgufPlan, GgufTensor, family_of, num_experts
-from pst_ds.export.gguf.tokenizer import GgufTokenizer, gguf_tokenizer
-from pst_ds.export.plan import Source, TensorJob, require_space
+from pst_ds.export.gguf.tensors import Config, Family, GgufPlan, GgufTensor, family_of, num_experts
+from pst_ds.export.gguf.tokenizer import gguf_tokenizer
+from pst_ds.export.plan import Source, TensorJob, TensorSpec, require_space
 from pst_ds.formats.safetensors_file import write_at
 from pst_ds.progress import Progress
 
@@ -45,7 +45,8 @@ def write_gguf(
     tensors, factors = plan.tensors, _llama3_factors(text)
     if factors is not None:
         kind = library.GGMLQuantizationType.F32
-        tensors = [*tensors, GgufTensor("rope_freqs.weight", factors.shape, kind, np.float32, factors.nbytes)]
+        output = TensorSpec("rope_freqs.weight", factors.shape, torch.float32, "model")
+        tensors = [*tensors, GgufTensor(output.name, output.shape, kind, np.float32, output)]
     require_space(out, sum(tensor.nbytes for tensor in tensors) + _SPARE_BYTES)
     with atomic_file(out) as partial, closing(library.GGUFWriter(partial, family.architecture)) as writer:
         _describe(writer, text, words, out.stem, encoding)
@@ -62,7 +63,7 @@ def write_gguf(
         "kind": "gguf",
         **encoding.facts(),
         "tensors": len(plan.tensors),
-        "rounded_tensors": sum(tensor.is_quantised for tensor in plan.tensors),
+        "rounded_tensors": sum(tensor.output.grid is not None for tensor in plan.tensors),
         "file_bytes": nbytes,
         "inexact_scales": inexact,
         "bits_per_weight": round(8 * nbytes / numel, 4),
@@ -94,7 +95,7 @@ def _write_head(writer: _Writer, tensors: Sequence[GgufTensor], path: Path) -> d
 
 
 def _write_pieces(
-    handle: int, offsets: dict[str, int], pieces: Sequence[GgufPiece], jobs: Sequence[TensorJob], source: Source
+    handle: int, offsets: dict[str, int], pieces: Sequence[GgufTensor], jobs: Sequence[TensorJob], source: Source
 ) -> int:
     """Make and write the pieces one by one; return the number of scales that fp16 cannot hold exactly."""
     inexact = 0
@@ -107,14 +108,14 @@ def _write_pieces(
     return inexact
 
 
-def _describe(writer: _Writer, config: Config, words: GgufTokenizer, name: str, encoding: Encoding) -> None:
-    """Write the model's dimensions and its tokenizer."""
+def _describe(writer: _Writer, config: Config, words: _Table, name: str, encoding: Encoding) -> None:
+    """Write the model's dimensions, and its tokenizer as :func:`gguf_tokenizer` describes it."""
     heads, width, rotation = config.num_attention_heads, config.hidden_size, _rotation(config)
     head_width = getattr(config, "head_dim", None) or width // heads
     writer.add_name(name)
     writer.add_file_type(_FILE_TYPES[encoding.values.bits if encoding.values else None])
     writer.add_quantization_version(2)
-    writer.add_vocab_size(len(words.tokens))
+    writer.add_vocab_size(len(words["token_list"]))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(width)
     writer.add_block_count(config.num_hidden_layers)
@@ -127,20 +128,8 @@ def _describe(writer: _Writer, config: Config, words: GgufTokenizer, name: str, 
         writer.add_key_length(head_width)
         writer.add_value_length(head_width)
     writer.add_rope_freq_base(float(rotation.get("rope_theta", 10000.0)))
-    writer.add_tokenizer_model(words.model)
-    writer.add_tokenizer_pre(words.pre)
-    writer.add_token_list(words.tokens)
-    writer.add_token_types(words.kinds)
-    if words.merges:
-        writer.add_token_merges(words.merges)
-    if words.scores:
-        writer.add_token_scores(words.scores)
-    for key, number in words.special.items():
-        getattr(writer, f"add_{key}_token_id")(number)
-    writer.add_add_bos_token(words.adds_bos)
-    writer.add_add_space_prefix(words.adds_space)
-    if words.chat_templates:
-        writer.add_chat_template(words.chat_templates)
+    for key, value in words.items():
+        getattr(writer, f"add_{key}")(value)
 
 
 def _describe_experts(writer: _Writer, config: Config, experts: int, family: Family) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -80,18 +80,19 @@ _ROUTERS = (".ffn_gate_inp.weight", ".ffn_gate_inp_shexp.weight")
 
 
 @dataclass(frozen=True, slots=True)
-class GgufPiece:
-    """A tensor of the model: a tensor of the file, or one expert's part of it."""
+class GgufTensor:
+    """A tensor of the file, or one expert's part of it."""
 
     name: str
     """Name in the file."""
-    expert: int | None
     shape: tuple[int, ...]
     """Shape of the array that is written; in bytes for quantised blocks and 16-bit values."""
     kind: object
     """Type in ggml."""
     numpy: type[np.generic]
     output: TensorSpec
+    """Tensor of the model: this one, or the first expert's."""
+    expert: int | None = None
     heads: int = 0
     """Heads of a query or key projection whose rows are reordered; 0 for other tensors."""
 
@@ -113,18 +114,6 @@ class GgufPiece:
         return _for_neighbours(blocks, self.heads).contiguous().numpy(), changed
 
 
-@dataclass(frozen=True, slots=True)
-class GgufTensor:
-    """A tensor of the file."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: object
-    numpy: type[np.generic]
-    nbytes: int
-    is_quantised: bool = False
-
-
 class GgufPlan:
     """The tensors of a GGUF file. Raises ExportError if a tensor of the model has no place in it."""
 
@@ -139,12 +128,12 @@ class GgufPlan:
         self._names = library.get_tensor_name_map(architecture, config.num_hidden_layers)
         self.pieces = [self._piece(output) for output in outputs]
         """Pieces in the order of the outputs."""
-        by_name: dict[str, list[GgufPiece]] = {}
+        by_name: dict[str, list[GgufTensor]] = {}
         for piece in self.pieces:
             by_name.setdefault(piece.name, []).append(piece)
         self.tensors = [self._tensor(name, pieces) for name, pieces in by_name.items()]
 
-    def _piece(self, output: TensorSpec) -> GgufPiece:
+    def _piece(self, output: TensorSpec) -> GgufTensor:
         of_expert = _OF_EXPERT.fullmatch(output.name)
         merged = f"{of_expert[1]}.{of_expert[3]}" if of_expert else output.name.replace(*_CORRECTION)
         name = self._names.get_name(merged, try_suffixes=(".weight", ".bias"))
@@ -152,10 +141,8 @@ class GgufPlan:
             raise ExportError(
                 f"{output.name} has no name in GGUF files of {self._family.architecture}. Use another --format"
             )
-        shape, kind, numpy = self._stored(output, name)
-        return GgufPiece(
-            name, int(of_expert[2]) if of_expert else None, shape, kind, numpy, output, self._heads(output)
-        )
+        expert = int(of_expert[2]) if of_expert else None
+        return GgufTensor(name, *self._stored(output, name), output, expert, self._heads(output))
 
     def _stored(self, output: TensorSpec, name: str) -> tuple[tuple[int, ...], object, type[np.generic]]:
         """Return (shape of the written array, ggml type, numpy type)."""
@@ -181,20 +168,20 @@ class GgufPlan:
         shared = getattr(self._config, "num_key_value_heads", None)
         return shared or heads if owner.endswith(_ROTATED[1]) else heads
 
-    def _tensor(self, name: str, pieces: list[GgufPiece]) -> GgufTensor:
+    def _tensor(self, name: str, pieces: list[GgufTensor]) -> GgufTensor:
         """Return the tensor of the file that consists of these pieces. Raises ExportError."""
-        first, is_quantised = pieces[0], pieces[0].output.grid is not None
+        first = pieces[0]
         if first.expert is None:
             if len(pieces) > 1:
                 raise ExportError(f"{pieces[1].output.name} and {first.output.name} would both be {name} in the file")
-            return GgufTensor(name, first.shape, first.kind, first.numpy, first.nbytes, is_quantised)
+            return first
         count, places = num_experts(self._config), {piece.expert for piece in pieces}
         kinds = {(piece.shape, piece.kind) for piece in pieces}
         if places != set(range(count)) or len(pieces) != count or len(kinds) > 1:
             raise ExportError(
                 f"{first.output.name}: GGUF stacks experts, and these are not {count} of one shape and dtype"
             )
-        return GgufTensor(name, (count, *first.shape), first.kind, first.numpy, count * first.nbytes, is_quantised)
+        return replace(first, expert=None, shape=(count, *first.shape))
 
 
 def num_experts(config: Config) -> int:

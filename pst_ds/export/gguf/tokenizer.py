@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pst_ds.export.encoding import ExportError
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 _Table = dict[str, Any]
-"""Part of tokenizer.json."""
+"""Part of tokenizer.json, or arguments of ``GGUFWriter``."""
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Token types in llama.cpp's numbering."""
 _LLAMA3 = (
@@ -23,30 +22,11 @@ _LLAMA3 = (
 _KNOWN_SPLITS = {_LLAMA3: "llama-bpe", _LLAMA3.replace("{1,3}", ""): "qwen2"}
 
 
-@dataclass(frozen=True, slots=True)
-class GgufTokenizer:
-    """Values of ``tokenizer.ggml.*``."""
+def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> _Table:
+    """Describe a fast tokenizer of transformers for a model of ``vocab_size`` rows.
 
-    model: str
-    """ "gpt2" or "llama"."""
-    pre: str
-    """llama.cpp's name for the pre-tokeniser."""
-    tokens: list[str]
-    kinds: list[int]
-    merges: list[str]
-    """BPE merges in order, for "gpt2"."""
-    scores: list[float]
-    """Negated index of the merge that makes each token, for "llama": the highest score is merged first."""
-    special: dict[str, int]
-    """Ids of the "bos", "eos", "unk" and "pad" tokens that exist."""
-    adds_bos: bool
-    adds_space: bool
-    chat_templates: list[dict[str, str]]
-    """Chat templates as ``GGUFWriter.add_chat_template`` expects them: name and template of each."""
-
-
-def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> GgufTokenizer:
-    """Describe a fast tokenizer of transformers for a model of ``vocab_size`` rows. Raises ExportError."""
+    Returns the argument of each method ``add_<key>`` of ``GGUFWriter``, by key. Raises ExportError.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     table: _Table = json.loads(backend.to_str()) if backend is not None else {}
     model = table.get("model") or {}
@@ -64,18 +44,18 @@ def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> GgufTokenizer:
     if "unk" in special and falls_back:
         kinds[special["unk"]] = UNKNOWN
     encoded = tokenizer("a")["input_ids"]
-    return GgufTokenizer(
-        model="llama" if falls_back else "gpt2",
-        pre=pre,
-        tokens=tokens,
-        kinds=kinds,
-        merges=[] if falls_back else merges,
-        scores=_scores(tokens, merges) if falls_back else [],
-        special=special,
-        adds_bos=bool(encoded) and encoded[0] == special.get("bos"),
-        adds_space=_adds_space(table),
-        chat_templates=_chat_templates(tokenizer),
-    )
+    described: _Table = {
+        "tokenizer_model": "llama" if falls_back else "gpt2",
+        "tokenizer_pre": pre,
+        "token_list": tokens,
+        "token_types": kinds,
+        **({"token_scores": _scores(tokens, merges)} if falls_back else {"token_merges": merges}),
+        **{f"{key}_token_id": number for key, number in special.items()},
+        "add_bos_token": bool(encoded) and encoded[0] == special.get("bos"),
+        "add_space_prefix": _adds_space(table),
+        "chat_template": _chat_templates(tokenizer),
+    }
+    return {key: value for key, value in described.items() if value != []}
 
 
 def _tokens(table: _Table, model: _Table, vocab_size: int, falls_back: bool) -> tuple[list[str], list[int]]:
@@ -96,7 +76,7 @@ def _tokens(table: _Table, model: _Table, vocab_size: int, falls_back: bool) -> 
 
 
 def _scores(tokens: list[str], merges: list[str]) -> list[float]:
-    """Return the score of each token; llama.cpp merges the pair with the highest score first."""
+    """Return the negated index of the merge that makes each token; llama.cpp merges the highest score first."""
     rank: dict[str, int] = {}
     for number, merge in enumerate(merges):
         left, _, right = merge.partition(" ")
