@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if config.task_facts.writes_texts and context.launch.world_size == 1:
         metrics = _with_texts(context, checkpoint, examples, args.texts)  # type: ignore[arg-type]
     else:
-        _, engine = build(context, checkpoint)
+        engine = build(context, checkpoint)
         metrics = evaluate(engine, examples, context)
         if config.task_facts.writes_texts and context.launch.rank == 0:
             print("text is generated and scored by one process. Run pst-ds eval without a launcher for BLEU")

@@ -16,15 +16,16 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from pst_ds import __version__, progress
 from pst_ds.config import toml
 from pst_ds.config.run import RunConfig
 from pst_ds.errors import InputError
+from pst_ds.file_names import EXIT_CODES_VARIABLE
 from pst_ds.json_text import json_of
 from pst_ds.parallel.stop_signals import EXIT_STOPPED
-from pst_ds.supervise.exit_codes import leave_code
 
 N = TypeVar("N", int, float)
 EXIT_UNREAD = 141
@@ -137,7 +138,9 @@ def program() -> NoReturn:
         code = int(ended.code or 0)
     except BrokenPipeError:  # from the final message
         code = EXIT_UNREAD
-    leave_code(code)
+    if folder := os.environ.get(EXIT_CODES_VARIABLE):  # some launchers lose the codes of their ranks
+        with contextlib.suppress(OSError):
+            (Path(folder) / f"rank-{os.environ.get('RANK', '0')}").write_text(f"{code}\n", encoding="utf-8")
     joined = getattr(sys.modules.get("pst_ds.parallel.launch"), "joined", False)
     if joined:
         logging.shutdown()

@@ -160,16 +160,16 @@ def resolve_deepspeed_config(config: JsonObject, numbers: RunNumbers, *, source:
         "train_micro_batch_size_per_gpu": numbers.train_micro_batch_size_per_gpu,
         "gradient_accumulation_steps": numbers.gradient_accumulation_steps,
         "gradient_clipping": numbers.gradient_clipping,
-        "bf16.enabled": numbers.bf16,
     }
-    for key, value in owned.items():
+    for key, value in {**owned, "bf16.enabled": numbers.bf16}.items():
         stated = _look_up(resolved, key)
         if stated not in (None, "auto", value):
             raise DeepSpeedConfigError(
                 f"{source} has {key} = {json.dumps(stated)}, but {run_file} makes it {json.dumps(value)}. Fix: write "
                 f'"auto" in {source}'
             )
-        _set(resolved, key, value)
+    bf16 = resolved.get("bf16")
+    resolved |= {**owned, "bf16": {**(bf16 if isinstance(bf16, dict) else {}), "enabled": numbers.bf16}}
     if _look_up(resolved, "fp16.enabled") is True:
         raise DeepSpeedConfigError(
             f"{source} has fp16.enabled = true, but train.precision in {run_file} is bf16 or fp32. Fix: remove fp16"
@@ -219,15 +219,6 @@ def _look_up(config: JsonObject, dotted: str) -> JSON:
             return None
         value = value.get(key)
     return value
-
-
-def _set(config: JsonObject, dotted: str, value: JSON) -> None:
-    *parents, last = dotted.split(".")
-    for key in parents:
-        section = config.setdefault(key, {})
-        assert isinstance(section, dict), f"{key} is not an object"
-        config = section
-    config[last] = value
 
 
 def _has_accelerator() -> bool:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pst_ds.core.bits import shard_numel, shard_range
+from pst_ds.core.bits import shard_range
 from pst_ds.core.coded_weight import CodedRun
 from pst_ds.parallel import zero3
 
 Range = tuple[int, int]
 Widen = Callable[[int, int], Range]
-"""Maps a rank's shard [start, stop) to the flat range it needs, which contains the shard; monotonic."""
+"""Maps a rank's shard [start, stop) to the flat range that it needs and that contains it; monotonic; empty if it is."""
 Piece = tuple[int, int, int, int]
 """(the other rank, index of the parameter, first and last flat index + 1)"""
 
@@ -44,9 +45,9 @@ def fetch_halos(
     if not params or zero3.num_shards(params[0]) == 1:
         return [Halo(values[:0], values[:0]) for values in shards]
     splits = [_Split(size, zero3.num_shards(p), zero3.shard_index(p)) for p, size in zip(params, sizes, strict=True)]
-    incoming = sorted(piece for i, split in enumerate(splits) for piece in _incoming(i, split, widen[i]))
-    outgoing = sorted(piece for i, split in enumerate(splits) for piece in _outgoing(i, split, widen[i]))
-    received = iter(_exchange(params[0], splits, shards, incoming, outgoing))
+    pieces = [_pieces(i, split, widen[i]) for i, split in enumerate(splits)]
+    incoming, outgoing = (sorted(chain.from_iterable(which)) for which in zip(*pieces, strict=True))
+    received = _exchange(params[0], splits, shards, incoming, outgoing)
     before, after = ([[values[:0]] for values in shards] for _ in range(2))
     for (sender, i, _, _), values in zip(incoming, received, strict=True):  # by rank, so by rising flat index
         (before if sender < splits[i].own else after)[i].append(values)
@@ -65,26 +66,27 @@ class _Split:
         return shard_range(self.numel, self.shards, rank)
 
 
-def _incoming(i: int, split: _Split, widen: Widen) -> Iterator[Piece]:
-    start, stop = split.range_of(split.own)
-    first, last = widen(start, stop)
-    assert first <= start <= stop <= last, f"[{first}, {last}) does not hold [{start}, {stop})"
-    share = shard_numel(split.numel, split.shards)
-    for other in range(first // share, -(-last // share) if last > first else first // share):
-        theirs = split.range_of(other)
-        if other != split.own:
-            yield other, i, max(theirs[0], first), min(theirs[1], last)
-
-
-def _outgoing(i: int, split: _Split, widen: Widen) -> Iterator[Piece]:
-    start, stop = split.range_of(split.own)
+def _pieces(i: int, split: _Split, widen: Widen) -> tuple[list[Piece], list[Piece]]:
+    """Return the incoming and the outgoing pieces of a parameter."""
+    own = split.range_of(split.own)
+    needed = widen(*own)
+    assert needed[0] <= own[0] <= own[1] <= needed[1], f"[{needed[0]}, {needed[1]}) does not hold [{own[0]}, {own[1]})"
+    incoming, outgoing = list[Piece](), list[Piece]()
     for others in (range(split.own - 1, -1, -1), range(split.own + 1, split.shards)):
         for other in others:
-            first, last = widen(*split.range_of(other))
-            a, b = max(start, first), min(stop, last)
-            if a >= b:
-                break  # ranks further away need none of it either
-            yield other, i, a, b
+            theirs = split.range_of(other)
+            received, sent = _common(needed, theirs), _common(own, widen(*theirs))
+            if received:
+                incoming.append((other, i, received.start, received.stop))
+            if sent:
+                outgoing.append((other, i, sent.start, sent.stop))
+            if not received and not sent:
+                break  # ranks further away need and have nothing either
+    return incoming, outgoing
+
+
+def _common(one: Range, other: Range) -> range:
+    return range(max(one[0], other[0]), min(one[1], other[1]))
 
 
 def _exchange(

@@ -144,14 +144,16 @@ class Watchdog:
         with contextlib.suppress(Exception):  # for torchfrtrace; nothing may keep the process alive
             if data := recorded_collectives():
                 (self._folder / f"collectives_{self._rank}").write_bytes(data)
-        others = _gather(self._folder, self._world, min(_GRACE_SECONDS, self._timeout))
+        patience = min(_GRACE_SECONDS, self._timeout)
+        paths = _files(self._folder, "rank-*.json", self._world, patience)
+        others = [StallReport(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
         if self._rank == min([own.rank, *(report.rank for report in others)]):
             verdict = verdict_of(others, self._hosts or [""] * self._world)
             print(verdict.message(self._timeout), file=sys.stderr, flush=True)
             with contextlib.suppress(OSError):
                 verdict.write(self._folder)
         else:  # a rank that leaves first would cut off the one that is about to write the verdict
-            _wait_for(self._folder / VERDICT_FILE, min(_GRACE_SECONDS, self._timeout))
+            _files(self._folder, VERDICT_FILE, 1, patience)
         os._exit(_EXIT_CODE)
 
 
@@ -205,15 +207,9 @@ def _write(folder: Path, report: StallReport) -> None:
     partial.replace(folder / f"rank-{report.rank}.json")
 
 
-def _wait_for(path: Path, seconds: float) -> None:
+def _files(folder: Path, pattern: str, count: int, seconds: float) -> list[Path]:
+    """Return ``count`` matching files, or those that appear within ``seconds``."""
     deadline = time.monotonic() + seconds
-    while not path.exists() and time.monotonic() < deadline:
+    while len(paths := sorted(folder.glob(pattern))) < count and time.monotonic() <= deadline:
         time.sleep(0.05)
-
-
-def _gather(folder: Path, world: int, seconds: float) -> list[StallReport]:
-    """Return the reports of all ranks, or those that arrive within ``seconds``."""
-    deadline = time.monotonic() + seconds
-    while len(paths := sorted(folder.glob("rank-*.json"))) < world and time.monotonic() <= deadline:
-        time.sleep(0.05)
-    return [StallReport(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    return paths

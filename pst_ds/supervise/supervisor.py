@@ -20,7 +20,6 @@ from pst_ds.atomic_files import LOCK, only_writer
 from pst_ds.file_names import ATTEMPTS_FILE, CHECKPOINTS, EXIT_CODES_VARIABLE, LATEST, LAUNCH, STALLS
 from pst_ds.parallel.stop_signals import EXIT_STOPPED
 from pst_ds.parallel.watchdog import VERDICT_FILE, blamed_hosts
-from pst_ds.supervise.exit_codes import rank_codes
 from pst_ds.supervise.hosts import Hosts
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -78,29 +77,29 @@ class Supervisor:
         with (self.folder / LAUNCH / ATTEMPTS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(attempt)) + "\n")
         self.attempts.append(attempt)
+        outcome, restarts = self._outcome(attempt)
+        at = f"at step {attempt.to_step}, after {attempt.seconds:.0f} s"
+        self.say(f"attempt {attempt.number} ended with {attempt.exit_code} {at}{outcome}")
+        return None if restarts else attempt.exit_code
+
+    def _outcome(self, attempt: Attempt) -> tuple[str, bool]:
+        """Return what follows an attempt, for the message, and whether that is a restart."""
         code, moved = attempt.exit_code, attempt.to_step > attempt.from_step
-        at = f"ended with {code} at step {attempt.to_step}, after {attempt.seconds:.0f} s"
         if code in (0, BAD_INPUT) or self._asked_by:
-            self.say(f"attempt {attempt.number} {at}")
-            return code
+            return "", False
         if code == EXIT_STOPPED and (job := _slurm_job()):
             requeued = subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0
-            self.say(f"attempt {attempt.number} {at}; {'requeued' if requeued else 'could not requeue'} job {job}")
-            return code
+            return f"; {'requeued' if requeued else 'could not requeue'} job {job}", False
         if code == EXIT_STOPPED and moved and self.retries:
-            self.say(f"attempt {attempt.number} {at}; it goes on")
-            return None
+            return "; it goes on", True
         blamed = blamed_hosts(self.folder / STALLS)
         changed = bool(blamed) and self._leave_out(blamed, "a stalled run names them")
         if not moved and not changed:
-            self.say(f"attempt {attempt.number} {at}, and no checkpoint was written: another start would end like it")
-            return code
+            return ", and no checkpoint was written: another start would end like it", False
         self._failures += 1
         if self._failures > self.retries:
-            self.say(f"attempt {attempt.number} {at}, and no retry is left")
-            return code
-        self.say(f"attempt {attempt.number} {at}; retry {self._failures} of {self.retries}")
-        return None
+            return ", and no retry is left", False
+        return f"; retry {self._failures} of {self.retries}", True
 
     def _leave_out(self, names: list[str], why: str) -> bool:
         """Exclude hosts and report them. Return whether any host is newly excluded."""
@@ -130,7 +129,7 @@ class Supervisor:
             with suppress(ProcessLookupError):  # ranks that a launcher left behind would hold the ports
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process = None
-        code = exit_code_of(returned, rank_codes(codes))
+        code = exit_code_of(returned, _rank_codes(codes))
         seconds = round(time.monotonic() - began, 1)
         return Attempt(len(self.attempts) + 1, seconds, code, before, newest_step(self.folder), without)
 
@@ -157,6 +156,15 @@ def newest_step(folder: Path) -> int:
         return int((folder / CHECKPOINTS / LATEST).readlink().name.removeprefix("step-"))
     except (OSError, ValueError):
         return -1
+
+
+def _rank_codes(folder: Path) -> list[int]:
+    """Return the exit codes of ranks in ``folder``; killed ranks have none."""
+    codes = []
+    for path in folder.iterdir():
+        with suppress(OSError, ValueError):
+            codes.append(int(path.read_text(encoding="utf-8")))
+    return codes
 
 
 def exit_code_of(launcher: int, ranks: Sequence[int]) -> int:

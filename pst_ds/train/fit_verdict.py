@@ -293,14 +293,10 @@ def _underfitting(losses: Losses) -> Verdict | None:
     found = trend(losses.training, losses.second_half)
     if found is None or not _falls_to_the_end(losses):
         return None
+    is_far, steep, far = constant is None or end > UNLEARNED * constant, STEEP, ""
     if dense is not None:
-        is_far, steep, far = (
-            end > ABOVE_DENSE * dense,
-            STEEP / 2,
-            f"; a dense run had {dense:.3g} after its first epoch",
-        )
-    else:
-        is_far, steep, far = constant is None or end > UNLEARNED * constant, STEEP, ""
+        is_far, steep = end > ABOVE_DENSE * dense, STEEP / 2
+        far = f"; a dense run had {dense:.3g} after its first epoch"
     if not is_far or found.per_doubling < steep * end or not _validation_agrees(losses):
         return None
     return Verdict("underfits", _still_falling("training", end, found) + far)

@@ -37,7 +37,7 @@ from pst_ds.train.evaluate import predict
 from pst_ds.train.expert_tokens import CountsOfExperts, counts_of_experts, warning_of_unused
 from pst_ds.train.fit_verdict import fit_of, sentence, watched_steps
 from pst_ds.train.loop import FINAL_TAGS, Loop, LoopState
-from pst_ds.train.model import BuiltModel, build_model, num_trainable
+from pst_ds.train.model import build_model, num_trainable
 from pst_ds.train.monitor.dense_run import DenseRun, read_dense_run
 from pst_ds.train.monitor.memory_snapshot import snapshot_when_memory_ends
 from pst_ds.train.monitor.metrics import MetricsWriter
@@ -124,8 +124,8 @@ def train_run(
 
 def build(
     context: RunContext, checkpoint: Checkpoint | None = None, *, label_scale: tuple[float, float] | None = None
-) -> tuple[BuiltModel, Engine]:
-    """Build the run's model and its engine. Collective.
+) -> Engine:
+    """Build the run's model in its engine. Collective.
 
     Args:
         checkpoint: Checkpoint to load into the model; None keeps the values of the base model.
@@ -138,17 +138,15 @@ def build(
         load_into(built.module, checkpoint)
     if ds_config is None:
         built.module.to(context.device)
-    engine = build_engine(
+    return build_engine(
         built.module,
         built.parameter_groups(run),
         ds_config=ds_config,
         gradient_accumulation_steps=run.train.gradient_accumulation_steps,
         gradient_clipping=run.train.gradient_clipping,
     )
-    return built, engine
 
 
-@run_folder.without_other_runs
 def train_prepared(
     context: RunContext,
     *,
@@ -164,24 +162,25 @@ def train_prepared(
         splits: Result of :func:`load_splits`; None to load them.
         evaluation: Replaces :func:`evaluate`.
     """
-    examples, validation = splits or load_splits(context)
-    num_steps = context.run.num_steps(len(examples))
-    context.task.require_enough(examples, num_steps * context.run.train.batch_size)
-    run = start_run(context.run, examples, is_new=not (resume or restart), quiet=quiet)
-    context = replace(context, run=run).with_rates(examples)
-    run = context.run
-    dense = raise_on_all_ranks(lambda: _dense_run(run, examples.digest))
-    checkpoint = checkpoint_to_resume(run, examples.digest, quiet=quiet) if resume else None
-    if checkpoint is None and not restart:
-        run_folder.require_no_checkpoints(Path(run.output_dir))
-    loop, state = _build_loop(context, examples, checkpoint, dense, quiet=quiet)
-    checkpointer = Checkpointer(
-        loop,
-        evaluate=None if validation is None else partial(evaluation or evaluate, loop.engine, validation, context),
-        watched=watched_steps(run, loop.schedules.masks, num_steps, len(examples), len(validation or ())),
-        checkpoint=checkpoint,
-    )
-    return _train_to_the_end(loop, checkpointer, state, dense)
+    with run_folder.without_other_runs(Path(context.run.output_dir)):
+        examples, validation = splits or load_splits(context)
+        num_steps = context.run.num_steps(len(examples))
+        context.task.require_enough(examples, num_steps * context.run.train.batch_size)
+        run = start_run(context.run, examples, is_new=not (resume or restart), quiet=quiet)
+        context = replace(context, run=run).with_rates(examples)
+        run = context.run
+        dense = raise_on_all_ranks(lambda: read_dense_run(run, examples.digest))
+        checkpoint = checkpoint_to_resume(run, examples.digest, quiet=quiet) if resume else None
+        if checkpoint is None and not restart:
+            run_folder.require_no_checkpoints(Path(run.output_dir))
+        loop, state = _build_loop(context, examples, checkpoint, dense, quiet=quiet)
+        checkpointer = Checkpointer(
+            loop,
+            evaluate=None if validation is None else partial(evaluation or evaluate, loop.engine, validation, context),
+            watched=watched_steps(run, loop.schedules.masks, num_steps, len(examples), len(validation or ())),
+            checkpoint=checkpoint,
+        )
+        return _train_to_the_end(loop, checkpointer, state, dense)
 
 
 def load_splits(context: RunContext) -> Splits:
@@ -202,14 +201,6 @@ def load_splits(context: RunContext) -> Splits:
     return examples, validation
 
 
-def _dense_run(run: RunConfig, digest: str) -> DenseRun | None:
-    """Read the dense run that is shown next to this one. Raises ConfigError when they cannot be compared."""
-    dense = read_dense_run(run)
-    if dense:
-        dense.require_text(run, digest)
-    return dense
-
-
 def _build_loop(
     context: RunContext, examples: ExampleSet, checkpoint: Checkpoint | None, dense: DenseRun | None, *, quiet: bool
 ) -> tuple[Loop, LoopState]:
@@ -219,7 +210,7 @@ def _build_loop(
     """
     run, folder = context.run, Path(context.run.output_dir)
     teacher = raise_on_all_ranks(lambda: load_teacher(context))
-    _, engine = build(context, checkpoint, label_scale=context.task.label_scale(examples))
+    engine = build(context, checkpoint, label_scale=context.task.label_scale(examples))
     leaks = require_documents_apart(engine, context, examples)
     objective = Objective(context, teacher, shared_sequences(engine, context))
     state = restore(engine, checkpoint, run) if checkpoint else LoopState()

@@ -8,12 +8,11 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from functools import cache, partial, wraps
+from functools import cache, partial
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
 
 from pst_ds.atomic_files import only_writer, remove_partial, require_writable, write_text_atomic
 from pst_ds.checkpoint import retention as checkpoints
@@ -38,39 +37,28 @@ from pst_ds.file_names import (
 )
 from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, of_main, of_main_at_length
 from pst_ds.train.resume import require_base
-from pst_ds.train.run_context import RunContext
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 _PATIENCE_SECONDS = 120.0
 """Seconds to wait for a lock. An NFS server keeps the locks of a lost host for 90 seconds."""
 
 
-def without_other_runs(work: Callable[Concatenate[RunContext, P], T]) -> Callable[Concatenate[RunContext, P], T]:
-    """Decorate a function that writes to its context's run folder: create the folder and lock it until the function
-    returns; remove created folders after an InputError.
+@contextmanager
+def without_other_runs(folder: Path) -> Iterator[None]:
+    """Create the run folder, and lock it in the context; remove created folders after an InputError. Collective.
 
-    The decorated function is collective. It raises ConfigError when the ranks do not all see the same folder, and
-    InputError when another run writes to it.
+    Raises ConfigError when the ranks do not all see the same folder, and InputError when another run writes to it.
     """
-
-    @wraps(work)
-    def locked(context: RunContext, *more: P.args, **settings: P.kwargs) -> T:
-        folder = Path(context.run.output_dir)
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
-        try:
-            _require_shared(folder)
-            with ExitStack() as locks:
-                _warn_of_other_runs(of_main_at_length(partial(_lock, folder, locks)))
-                return work(context, *more, **settings)
-        except InputError:
-            for path in made if is_main() else ():
-                with suppress(OSError):  # never made, or no longer empty
-                    path.rmdir()
-            raise
-
-    return locked
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        _require_shared(folder)
+        with ExitStack() as locks:
+            _warn_of_other_runs(of_main_at_length(partial(_lock, folder, locks)))
+            yield
+    except InputError:
+        for path in made if is_main() else ():
+            with suppress(OSError):  # never made, or no longer empty
+                path.rmdir()
+        raise
 
 
 def _lock(folder: Path, locks: ExitStack) -> str:

@@ -36,7 +36,7 @@ def _run(folder, *overrides):
 
 def _built(folder, *overrides):
     run = load_run(RUN_FILE, ["deepspeed_config=", f"output_dir={json.dumps(str(folder))}", *overrides])
-    return build(prepare(run, LaunchEnvironment(0, 1, 0)))[1].module
+    return build(prepare(run, LaunchEnvironment(0, 1, 0))).module
 
 
 def _mask(layer):
@@ -69,7 +69,7 @@ def test_every_method_trains_exports_and_verifies(tmp_path, capsys, method, prec
 
 def _num_weights():
     run = load_run(RUN_FILE, ["deepspeed_config="])
-    module = build(prepare(run, LaunchEnvironment(0, 1, 0)))[1].module
+    module = build(prepare(run, LaunchEnvironment(0, 1, 0))).module
     return sum(layer.layout.numel for layer in pst_layers(module).values())
 
 
@@ -158,7 +158,7 @@ def test_the_penalty_does_not_depend_on_the_number_of_backward_passes(tmp_path, 
         settings = [f"train.score_penalty={penalty}", f"train.gradient_accumulation_steps={passes}"]
         run = load_run(RUN_FILE, ["deepspeed_config=", f"output_dir={tmp_path}", "method=soft-movement", *settings])
         prepared = prepare(run, LaunchEnvironment(0, 1, 0))
-        engine = build(prepared)[1]
+        engine = build(prepared)
         layers = list(pst_layers(engine.module).values())
         with torch.no_grad():
             for layer in layers:
@@ -367,7 +367,7 @@ def test_masks_of_trained_weights_and_scores_are_the_same_at_every_stage(run_ran
 
 def _zeros_on_ranks(folder):
     run = load_run(RUN_FILE, [f"output_dir={folder}", "method=spp", "pst.initial_mask=zeros"])
-    module = build(prepare(run, launch_environment()))[1].module
+    module = build(prepare(run, launch_environment())).module
     for layer in pst_layers(module).values():
         shard = zero3.shard_of(layer.weight)
         index = torch.arange(shard.start, shard.start + shard.values.numel())

@@ -79,7 +79,7 @@ def _train(folder, *overrides, base=None):
         texts = [json.loads(line)["text"] for line in Path(prepared.run.data.validation).read_text().splitlines()]
         model = meta_model(prepared.run, prepared.labels, prepared.tokenizer)
         checkpoint = open_checkpoint(prepared.run, "best")
-    module = built[0][0].module.eval()
+    module = built[0].module.eval()
     return SimpleNamespace(**locals())
 
 

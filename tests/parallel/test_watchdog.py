@@ -113,19 +113,25 @@ def test_a_rank_stays_until_the_verdict_was_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ranks, "rank", lambda: 1)
     monkeypatch.setattr(ranks, "world_size", lambda: 2)
     waited_for = []
-    monkeypatch.setattr(watchdog, "_wait_for", lambda path, seconds: waited_for.append((path.name, seconds > 0)))
+    files = watchdog._files
+
+    def noted(folder, pattern, count, seconds):
+        waited_for.append((pattern, count, seconds > 0))
+        return files(folder, pattern, count, seconds)
+
+    monkeypatch.setattr(watchdog, "_files", noted)
     watchdog._write(tmp_path, _report(0))
     assert _watch(monkeypatch, tmp_path, 0.05, beats=1) == [1]
-    assert waited_for == [(VERDICT_FILE, True)]
+    assert waited_for == [("rank-*.json", 2, True), (VERDICT_FILE, 1, True)]
     assert "StalledError" not in capsys.readouterr().err
 
 
 def test_waiting_for_the_verdict_ends_with_it_or_with_time(tmp_path):
     start = time.monotonic()
-    watchdog._wait_for(tmp_path / "said", 0.1)
+    assert watchdog._files(tmp_path, "said", 1, 0.1) == []
     assert time.monotonic() - start >= 0.1
     (tmp_path / "said").touch()
-    watchdog._wait_for(tmp_path / "said", 1e9)
+    assert watchdog._files(tmp_path, "said", 1, 1e9) == [tmp_path / "said"]
 
 
 def test_a_process_that_gets_on_is_left_alone(tmp_path, monkeypatch):

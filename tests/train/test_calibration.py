@@ -50,7 +50,7 @@ def _by_hooks(module, task, examples, tokenizer):
 def test_norms_are_those_of_real_tokens_whatever_the_batches(tmp_path, batch_size):
     settings = ["deepspeed_config=", f"output_dir={json.dumps(str(tmp_path))}", f"eval.batch_size={batch_size}"]
     prepared = prepare(load_run(RUN_FILE, settings), LaunchEnvironment(0, 1, 0))
-    _, engine = build(prepared)
+    engine = build(prepared)
     examples = prepared.load("train")
     expected = _by_hooks(engine.module.eval(), prepared.task, examples, prepared.tokenizer)
     update_masks(engine.module, 0.9)  # the norms are the dense model's all the same

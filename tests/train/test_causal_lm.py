@@ -178,7 +178,7 @@ def _outcomes(path, batch_size, count, overrides):
     prepared = prepare(run, launch_environment())
     sequences = prepared.load("validation")
     sequences = sequences if count is None else sequences.first(count)
-    _, engine = build(prepared)
+    engine = build(prepared)
     engine.eval()
     found = predict(engine, prepared, sequences)
     return found, prepared.task.metrics(found, sequences), sequences
@@ -226,7 +226,7 @@ def test_metrics_are_those_of_their_definitions():
 
 def test_every_token_of_a_batch_is_counted_and_the_loss_is_its_mean(tmp_path):
     prepared = _prepared(tmp_path, **{"train.gradient_accumulation_steps": 2})
-    _, engine = build(prepared)
+    engine = build(prepared)
     own = next(own_batches(prepared, prepared.load("train"), 0))
     micro_batches = own.micro_batches
     assert own.tokens == 2 * 6 * 32

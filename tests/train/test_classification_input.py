@@ -34,7 +34,7 @@ def test_the_loss_is_the_cross_entropy_whatever_the_base_was_trained_for(tmp_pat
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(BERT).save_pretrained(tmp_path / "base")
     prepared = _prepared(CLASSIFY, tmp_path, **{"model.path": str(tmp_path / "base")})
-    engine = build(prepared)[1].eval()
+    engine = build(prepared).eval()
     batch = prepared.task.collate(prepared.load("train"), range(6), prepared.tokenizer)
     with torch.no_grad():
         found = engine(**batch)

@@ -29,11 +29,11 @@ def _ends_in(folder, *more):
     text, seen, build = text[text != prepared.tokenizer.pad_token_id], [], run_module.build
 
     def spoiled(*arguments, **named):
-        built, engine = build(*arguments, **named)
+        engine = build(*arguments, **named)
         model = engine.module
         model.register_forward_pre_hook(lambda module, args, more: seen.append(more["input_ids"]), with_kwargs=True)
         model.get_submodule(LAYER).register_forward_hook(spoil)
-        return built, engine
+        return engine
 
     def spoil(module, args, output):
         rows = [torch.equal(ids[: len(text)], text) and not ids[len(text) :].any() for ids in seen[-1]]

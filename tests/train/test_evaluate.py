@@ -19,7 +19,7 @@ def _predict(count, batch_size, overrides):
     run = load_run("tests/data/world_size.toml", [*overrides, f"eval.batch_size={batch_size}"])
     prepared = prepare(run, launch_environment())
     examples = prepared.load("validation").first(count)
-    _, engine = build(prepared)
+    engine = build(prepared)
     engine.eval()
     return predict(engine, prepared, examples)
 

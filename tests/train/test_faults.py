@@ -49,10 +49,10 @@ def _poisoned(patch, bad):
     calls = iter(range(10**6))
 
     def poisoned(*arguments, **named):
-        built, engine = build(*arguments, **named)
+        engine = build(*arguments, **named)
         param = next(p for n, p in engine.module.named_parameters() if n.endswith("pst_V"))
         param.register_hook(lambda grad: grad * (math.inf if next(calls) in bad else 1.0))
-        return built, engine
+        return engine
 
     patch.setattr(run_module, "build", poisoned)
 
@@ -62,14 +62,14 @@ def test_a_loss_that_is_not_finite_leaves_the_checkpoints_and_says_where_to_go_o
     calls = iter(range(10**6))
 
     def spoiled(*arguments, **named):
-        built, engine = build(*arguments, **named)
+        engine = build(*arguments, **named)
 
         def forward(module, inputs, output):
             if module.training and next(calls) == 10:
                 output.loss = output.loss * math.nan
 
         engine.module.register_forward_hook(forward)
-        return built, engine
+        return engine
 
     whole = _train(tmp_path / "whole")
     with monkeypatch.context() as patch:

@@ -42,7 +42,7 @@ class _Ready:
     def __init__(self, folder, *overrides, seen=lambda module, state: None):
         prepared = _prepared(folder, *overrides)
         run = prepared.run
-        _, self.engine = build(prepared)
+        self.engine = build(prepared)
         self.module = self.engine.module
         self.schedules = run.make_schedules(run.train.num_steps)
         examples = load_examples(run.data, "train", prepared.tokenizer, prepared.labels)
@@ -250,7 +250,7 @@ def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path):
 
 def test_the_factors_start_by_the_seed_of_the_run_unless_they_have_one(tmp_path):
     def start(*overrides):
-        _, engine = build(_prepared(tmp_path, *overrides))
+        engine = build(_prepared(tmp_path, *overrides))
         return torch.cat([layer.pst_A.detach() for layer in pst_layers(engine.module).values()])
 
     first = start("seed=1")

@@ -46,7 +46,7 @@ def test_the_model_teaches_itself_as_the_dense_one_it_was(tmp_path, weight, temp
         f"distillation.hidden_states={hidden}",
     ]  # fmt: skip
     prepared = _prepared(CAUSAL, tmp_path, *settings)
-    _, engine = build(prepared)
+    engine = build(prepared)
     update_masks(engine.module, 0.7)
     with torch.no_grad():
         for layer in pst_layers(engine.module).values():
@@ -76,7 +76,7 @@ def test_the_model_teaches_itself_as_the_dense_one_it_was(tmp_path, weight, temp
 
 
 def test_an_embedding_with_an_update_is_bypassed_too(tmp_path):
-    module = build(_prepared(CLASSIFY, tmp_path, "pst.update_embeddings=['word_embeddings']"))[1].module.eval()
+    module = build(_prepared(CLASSIFY, tmp_path, "pst.update_embeddings=['word_embeddings']")).module.eval()
     ids = torch.tensor([[2, 5, 9, 3]])
     before = module(input_ids=ids).logits
     with torch.no_grad():
@@ -186,7 +186,7 @@ def test_an_encoder_teaches_no_language_model(tmp_path):
 def test_a_teacher_of_another_depth_teaches_predictions(tmp_path):
     prepared = _prepared(CAUSAL, tmp_path, *_taught(_llama(tmp_path / "teacher", num_hidden_layers=3)))
     teacher = load_teacher(prepared)
-    loss = Objective(prepared, teacher)(build(prepared)[1], _batch(prepared))
+    loss = Objective(prepared, teacher)(build(prepared), _batch(prepared))
     assert bool(loss.isfinite())
 
 
@@ -265,7 +265,7 @@ def test_the_loss_in_chunks_is_that_of_whole_logits(tmp_path, trained, monkeypat
     prepared = _prepared(CAUSAL, tmp_path, *settings)
     found = []
     for in_chunks in (True, False):
-        _, engine = build(prepared)
+        engine = build(prepared)
         objective, batch = Objective(prepared), _batch(prepared)
         assert objective.why_all_logits(engine.module) == ""
         if not in_chunks:
@@ -283,7 +283,7 @@ def test_the_loss_in_chunks_is_that_of_whole_logits(tmp_path, trained, monkeypat
 
 def test_a_pruned_head_keeps_the_own_loss_of_the_model_and_says_why(tmp_path):
     prepared = _prepared(CAUSAL, tmp_path, 'pst.target_modules=["q_proj", "lm_head"]')
-    _, engine = build(prepared)
+    engine = build(prepared)
     objective, batch = Objective(prepared), _batch(prepared)
     assert "LlamaForCausalLM has a head of class PSTLinear" in objective.why_all_logits(engine.module)
     with torch.no_grad():
@@ -293,7 +293,7 @@ def test_a_pruned_head_keeps_the_own_loss_of_the_model_and_says_why(tmp_path):
 def test_a_micro_batch_that_predicts_nothing_costs_nothing_whoever_makes_the_loss(tmp_path):
     for number, targets in enumerate(('["q_proj"]', '["q_proj", "lm_head"]')):
         prepared = _prepared(CAUSAL, tmp_path / str(number), f"pst.target_modules={targets}")
-        _, engine = build(prepared)
+        engine = build(prepared)
         batch = _batch(prepared)
         batch["labels"] = torch.full_like(batch["labels"], -100)
         loss = Objective(prepared)(engine, batch)

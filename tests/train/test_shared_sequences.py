@@ -33,7 +33,7 @@ def _one_step(folder, degree, *more):
     from deepspeed.utils import safe_get_full_grad
 
     prepared = prepare(_run(folder, degree, *more), launch_environment())
-    _, engine = build(prepared)
+    engine = build(prepared)
     examples = prepared.load("train")
     objective = Objective(prepared, None, shared_sequences(engine, prepared))
     engine.train()
@@ -95,7 +95,7 @@ def test_padded_texts_of_any_length_are_shared_too(run_ranks, tmp_path):
 def _saved_bytes(folder, degree, length):
     """Bytes that autograd keeps for the backward pass of one sequence, parameters apart."""
     prepared = prepare(_run(folder, degree), launch_environment())
-    _, engine = build(prepared)
+    engine = build(prepared)
     objective = Objective(prepared, None, shared_sequences(engine, prepared))
     engine.train()
     kept = {}
@@ -248,7 +248,7 @@ def _refusal(folder):
     from deepspeed.runtime.sequence_parallel import ulysses_sp
 
     prepared = prepare(_run(folder, 2), launch_environment())
-    _, engine = build(prepared)
+    engine = build(prepared)
     mixes = ulysses_sp.UlyssesSPAttentionHF.forward
     ulysses_sp.UlyssesSPAttentionHF.forward = lambda self, *args, **kwargs: tuple(
         part if part is None else part * (1 + 0.1 * rank()) for part in mixes(self, *args, **kwargs)

@@ -43,8 +43,6 @@ class DenseRun:
     validation: list[Point]
     validation_name: str
     """Name of the curve ``validation``, such as "eval/loss"."""
-    digest: str
-    """Digest of its training data; empty without a checkpoint."""
 
     def training_loss(self, step: int, batches: int = 1) -> float | None:
         """Return the mean loss of ``batches`` batches up to ``step``; None after its last step."""
@@ -69,17 +67,12 @@ class DenseRun:
             found[f"{self.validation_name}{DENSE}"] = self.validation_loss(step)
         return {name: value for name, value in found.items() if value is not None}
 
-    def require_text(self, run: RunConfig, digest: str) -> None:
-        """Raise ConfigError if it trained on other data than that with ``digest``."""
-        if self.digest not in ("", digest):
-            raise ConfigError(
-                f"dense_run = {run.dense_run!r} trained on another text: the tokens or labels of "
-                f"{run.data.trained_on} differ. Train the dense run again, or remove dense_run"
-            )
 
+def read_dense_run(run: RunConfig, digest: str | None = None) -> DenseRun | None:
+    """Read the dense run in ``run.dense_run``; None if that is empty. Raises ConfigError if it cannot be compared.
 
-def read_dense_run(run: RunConfig) -> DenseRun | None:
-    """Read the dense run in ``run.dense_run``; None if that is empty. Raises ConfigError if it cannot be compared."""
+    ``digest``: digest of the run's training data, to compare it with that of the dense run's newest checkpoint.
+    """
     if not run.dense_run:
         return None
     folder = Path(run.dense_run)
@@ -106,9 +99,14 @@ def read_dense_run(run: RunConfig) -> DenseRun | None:
                 f"{where} has {name} = {theirs!r}, and this run {ours!r}: their losses cannot be compared step by "
                 "step. Name a dense run that differs only in what is trained, or remove it"
             )
+    if digest is not None and _digest(folder) not in ("", digest):
+        raise ConfigError(
+            f"{where} trained on another text: the tokens or labels of {run.data.trained_on} differ. Train the dense "
+            "run again, or remove dense_run"
+        )
     name, metrics = f"{EVALUATION}{run.task_facts.loss}", folder / METRICS_FILE
     training = batch_losses(metrics) if run.distillation == other.distillation else []
-    return DenseRun(training, read_curves(metrics).get(name, []), name, _digest(folder))
+    return DenseRun(training, read_curves(metrics).get(name, []), name)
 
 
 def _between(points: Sequence[Point], step: int) -> float:

@@ -39,41 +39,41 @@ STANDARD_ERROR = "standard_error"
 _DRAWS = 100
 
 
-@run_folder.without_other_runs
 def search(context: RunContext, share: float, *, restart: bool = False) -> list[Record]:
     """Run the missing trials of a search; return all lines of tune.jsonl, the choice last. Collective. ``restart``
     discards the trials of an earlier search. Raises InputError, and StoppedError after a signal."""
-    splits = load_splits(context)
-    num_steps = context.run.num_steps(len(splits[0]))
-    context = context.with_rates(splits[0])
-    run, folder = context.run, Path(context.run.output_dir)
-    has_head = not run.mask_method.trains_everything and (context.task.new_head or bool(run.pst.modules_to_save))
-    tried = candidates(has_head=has_head)
-    plan = rungs(num_steps, share, len(tried))
-    head: Record = {
-        "event": "search",
-        "num_steps": num_steps,
-        "share": share,
-        "rungs": [asdict(rung) for rung in plan],
-        "metric": run.metric,
-        "lower_is_better": context.task.lower_is_better,
-        "data_digest": splits[0].digest,
-        "run": as_table(run),
-    }
-    lines = raise_on_all_ranks(partial(_read_lines, folder, json.loads(json_of(head)), restart))
-    if lines[-1]["event"] != "choice":
-        if is_main() and (restart or not (folder / TUNE_FILE).is_file()):
-            shutil.rmtree(folder / TRIALS, ignore_errors=True)
-            _write_lines(folder, lines)
-        _write_run_file(folder, run)
-        # all trials, and the run itself, start from the same model
-        started = replace(context, run=start_run(run, splits[0], is_new=False, quiet=False))
-        with Progress("tune", sum(rung.trials * rung.steps for rung in plan), "steps") as progress:
-            best = _run_trials(started, splits, plan, tried, lines, progress)
-        rates: dict[str, Any] = dict(best.rates(run.train))
-        _write_run_file(folder, replace(run, train=replace(run.train, **rates)))
-        _add(folder, lines, {"event": "choice", "trial": tried.index(best), **asdict(best), **rates})
-    return lines
+    with run_folder.without_other_runs(Path(context.run.output_dir)):
+        splits = load_splits(context)
+        num_steps = context.run.num_steps(len(splits[0]))
+        context = context.with_rates(splits[0])
+        run, folder = context.run, Path(context.run.output_dir)
+        has_head = not run.mask_method.trains_everything and (context.task.new_head or bool(run.pst.modules_to_save))
+        tried = candidates(has_head=has_head)
+        plan = rungs(num_steps, share, len(tried))
+        head: Record = {
+            "event": "search",
+            "num_steps": num_steps,
+            "share": share,
+            "rungs": [asdict(rung) for rung in plan],
+            "metric": run.metric,
+            "lower_is_better": context.task.lower_is_better,
+            "data_digest": splits[0].digest,
+            "run": as_table(run),
+        }
+        lines = raise_on_all_ranks(partial(_read_lines, folder, json.loads(json_of(head)), restart))
+        if lines[-1]["event"] != "choice":
+            if is_main() and (restart or not (folder / TUNE_FILE).is_file()):
+                shutil.rmtree(folder / TRIALS, ignore_errors=True)
+                _write_lines(folder, lines)
+            _write_run_file(folder, run)
+            # all trials, and the run itself, start from the same model
+            started = replace(context, run=start_run(run, splits[0], is_new=False, quiet=False))
+            with Progress("tune", sum(rung.trials * rung.steps for rung in plan), "steps") as progress:
+                best = _run_trials(started, splits, plan, tried, lines, progress)
+            rates: dict[str, Any] = dict(best.rates(run.train))
+            _write_run_file(folder, replace(run, train=replace(run.train, **rates)))
+            _add(folder, lines, {"event": "choice", "trial": tried.index(best), **asdict(best), **rates})
+        return lines
 
 
 def _run_trials(
