@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -247,8 +246,7 @@ def _open_metrics(
     def trackers() -> Trackers | None:
         if not run.tracking.to or not is_main():
             return None
-        complain = partial(print, file=sys.stderr, flush=True)
-        return Trackers(run.tracking, folder, flat_table(run), goes_on=step > 0, complain=complain)
+        return Trackers(run.tracking, folder, flat_table(run), goes_on=step > 0)
 
     return MetricsWriter(
         folder,

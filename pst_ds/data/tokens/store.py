@@ -144,16 +144,13 @@ def join_streams(streams: Sequence[TokenStream]) -> TokenStream:
     if len(streams) == 1:
         return streams[0]
     counts = [stream.num_bytes for stream in streams if stream.num_bytes is not None]
-    learned = None
-    if any(stream.learned is not None for stream in streams):
-        all_of = [np.broadcast_to(np.True_, len(stream)) for stream in streams]
-        learned = joined([a if s.learned is None else s.learned for s, a in zip(streams, all_of, strict=True)])
+    learned = [np.broadcast_to(np.True_, len(s)) if s.learned is None else s.learned for s in streams]
     return TokenStream(
         tokens=joined([stream.tokens for stream in streams]),
         borders=JoinedBorders(tuple(stream.borders for stream in streams), np.cumsum([0, *map(len, streams)])),
         digest=hashlib.sha256(" ".join(stream.digest for stream in streams).encode()).hexdigest(),
         num_bytes=joined(counts) if len(counts) == len(streams) else None,
-        learned=learned,
+        learned=joined(learned) if any(stream.learned is not None for stream in streams) else None,
     )
 
 

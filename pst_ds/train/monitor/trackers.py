@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -30,24 +31,11 @@ class Tracker(NamedTuple):
 class Trackers:
     """The trackers of one run. One that fails after its start is dropped with a warning; the run continues.
 
-    A resumed run continues the same run of each tracker, by the ids in its folder. Raises ConfigError for a tracker
-    that does not start.
-
-    Args:
-        settings: Settings of a new run.
-        complain: Shows a warning.
+    A resumed run continues the same run of each tracker, by the ids in its folder; a new one has the ``settings``.
+    Raises ConfigError for a tracker that does not start.
     """
 
-    def __init__(
-        self,
-        config: TrackingConfig,
-        folder: Path,
-        settings: Mapping[str, object],
-        *,
-        goes_on: bool,
-        complain: Callable[[str], None],
-    ):
-        self._complain = complain
+    def __init__(self, config: TrackingConfig, folder: Path, settings: Mapping[str, object], *, goes_on: bool):
         self._started: dict[str, Tracker] = {}
         path, name = folder / IDS_FILE, config.name or folder.name
         known = json.loads(path.read_text("utf-8")) if goes_on and path.is_file() else {}
@@ -72,15 +60,19 @@ class Trackers:
                 tracker.log(dict(values), step)
             except Exception as error:
                 del self._started[kind]
-                self._complain(f"WARNING: {kind} fails ({first_line(error)}) and has nothing after step {step - 1}")
+                _warn(f"{kind} fails ({first_line(error)}) and has nothing after step {step - 1}")
 
     def close(self) -> None:
         for kind, tracker in self._started.items():
             try:
                 tracker.finish()
             except Exception as error:
-                self._complain(f"WARNING: {kind} did not end well: {first_line(error)}")
+                _warn(f"{kind} did not end well: {first_line(error)}")
         self._started = {}
+
+
+def _warn(text: str) -> None:
+    print(f"WARNING: {text}", file=sys.stderr, flush=True)
 
 
 def _wandb(project: str, name: str, known: str, settings: Mapping[str, object]) -> Tracker:

@@ -52,40 +52,39 @@ def made(monkeypatch):
     return found
 
 
-def _trackers(folder, said, *, goes_on=False, to=("wandb",)):
+def _trackers(folder, *, goes_on=False, to=("wandb",)):
     config = TrackingConfig(to=to)
-    return Trackers(config, folder, {"seed": 1}, goes_on=goes_on, complain=said.append)
+    return Trackers(config, folder, {"seed": 1}, goes_on=goes_on)
 
 
 def test_a_run_that_goes_on_is_the_same_one(made, tmp_path):
-    _trackers(tmp_path, []).close()
+    _trackers(tmp_path).close()
     assert json.loads((tmp_path / module.IDS_FILE).read_text()) == {"wandb": "wandb-id"}
     (tmp_path / module.IDS_FILE).write_text('{"wandb": "as before"}')
-    _trackers(tmp_path, [], goes_on=True)
-    _trackers(tmp_path, [])
+    _trackers(tmp_path, goes_on=True)
+    _trackers(tmp_path)
     first, again, new = made.trackers
     assert (first.settings, first.finished) == ({"seed": 1}, True)
     assert (again.id, new.id) == ("as before", "wandb-id")
 
 
-def test_one_that_fails_is_left_out_and_said_once(made, tmp_path):
+def test_one_that_fails_is_left_out_and_said_once(made, tmp_path, capsys):
     made.fails["wandb"] = 3
-    said = []
-    both = _trackers(tmp_path, said, to=("wandb", "mlflow"))
+    both = _trackers(tmp_path, to=("wandb", "mlflow"))
     for step in range(1, 6):
         both.log(step, {"loss": float(step)})
     both.close()
     failing, other = made.trackers
     assert [step for step, _ in failing.points] == [1, 2]
     assert other.points == [(step, {"loss": float(step)}) for step in range(1, 6)]
-    assert said == ["WARNING: wandb fails (no network) and has nothing after step 2"]
+    assert capsys.readouterr().err == "WARNING: wandb fails (no network) and has nothing after step 2\n"
     assert (failing.finished, other.finished) == (False, True)
 
 
 def test_one_that_does_not_start_is_an_error_and_ends_the_others(made, tmp_path):
     made.fails["mlflow"] = 0
     with pytest.raises(ConfigError, match=r"names mlflow, which does not start: no network\. Log in, set its offline"):
-        _trackers(tmp_path, [], to=("wandb", "mlflow"))
+        _trackers(tmp_path, to=("wandb", "mlflow"))
     assert made.trackers[0].finished
     assert not (tmp_path / module.IDS_FILE).exists()
 
