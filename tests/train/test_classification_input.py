@@ -47,7 +47,7 @@ def test_a_padding_token_that_the_model_lacks_is_refused_where_texts_are_padded(
     tokenizer.add_special_tokens({"pad_token": "[NEW]"})
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     settings = {"model.path": LLAMA, "model.tokenizer": str(tmp_path / "tokenizer")}
-    with pytest.raises(ConfigError, match=r"padding token '\[NEW\]' has the id 35, and the model only 35 tokens"):
+    with pytest.raises(ConfigError, match=r"padding token '\[NEW\]' has the id 35, but the model only 35 tokens"):
         _prepared(CLASSIFY, tmp_path, **settings)
     assert _prepared(CAUSAL, tmp_path, **settings).tokenizer.pad_token_id == 35  # no sequence is padded
 
@@ -83,7 +83,7 @@ def test_texts_longer_than_a_roberta_s_positions_are_refused(tmp_path):
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(1)
     tokenizer.save_pretrained(tmp_path / "base")
     settings = {"model.path": str(tmp_path / "base")}
-    with pytest.raises(ConfigError, match=r"data\.max_length = 33 .* set it to at most 32"):
+    with pytest.raises(ConfigError, match=r"data\.max_length = 33 .* Set it to at most 32"):
         _prepared(CLASSIFY, tmp_path, **settings, **{"data.max_length": 33})
     _prepared(CLASSIFY, tmp_path, **settings, **{"data.max_length": 32})
 
