@@ -159,7 +159,7 @@ def newest_step(folder: Path) -> int:
 
 
 def _rank_codes(folder: Path) -> list[int]:
-    """Return the exit codes of ranks in ``folder``; killed ranks have none."""
+    """Return the exit codes of ranks in ``folder``; killed ranks are missing."""
     codes = []
     for path in folder.iterdir():
         with suppress(OSError, ValueError):
