@@ -13,7 +13,6 @@ from pst_ds.config.settings import Finite, MayDiffer, NotNegative, Positive, Rat
 from pst_ds.core.patterns import Pattern, parse_pattern
 
 UpdateInit = Literal["normal", "rank", "width", "lora"]
-Bias = Literal["none", "pst_only", "all"]
 NMRamp = Literal["share", "steps"]
 _BARE_NAME = re.compile(r"[\w.-]+")
 
@@ -32,7 +31,6 @@ def _as_names(value: object) -> object:
 
 Modules = Annotated[str | tuple[str, ...], BeforeValidator(_as_tuple)]
 """A regular expression for whole module names, or names and their dotted endings."""
-ModulesOrName = Annotated[str | tuple[str, ...], BeforeValidator(_as_names)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
 
 
@@ -89,7 +87,7 @@ class PSTConfig(_LibrarySection):
     routers; another string is a regular expression for the whole module name; a list has names or their dotted endings.
     Experts stacked in 3-D Parameters count as linear layers, by the name of the Parameter or of its module
     (docs/how-to/large-models.md). "all-linear" rejects models with weights in the blocks outside linear layers."""
-    exclude_modules: ModulesOrName = ()
+    exclude_modules: Annotated[str | tuple[str, ...], BeforeValidator(_as_names)] = ()
     """Modules that stay dense and frozen, matched like ``target_modules``; a list, or a plain name, also excludes
     everything inside its modules. Also names the weights that "all-linear" rejects."""
     prune_uncalled: MayDiffer[bool] = False
@@ -98,7 +96,7 @@ class PSTConfig(_LibrarySection):
     modules_to_save: Names | None = None
     """Modules trained in full. Unset is the task head: everything on top of the base model, and the pooler of BERT and
     similar models; nothing for language models. An empty list trains none."""
-    bias: Bias = "none"
+    bias: Literal["none", "pst_only", "all"] = "none"
     """Trained biases, as in PEFT: none, those of the pruned layers, or all of the model."""
     fused_modules: Names = ("c_attn",)
     """Layers with several square matrices side by side (q, k, v), each scored and ranked separately."""

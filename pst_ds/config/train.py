@@ -11,8 +11,6 @@ from annotated_types import Ge, Gt, Le, Lt
 from pst_ds.config.settings import FINITE, ConfigError, MayDiffer, Positive, Rate, Reported, Section, Share, settings
 from pst_ds.config.tasks import TASKS
 
-Precision = Literal["bf16", "fp32"]
-
 
 @settings
 class DistillationConfig(Section):
@@ -58,7 +56,7 @@ class TrainConfig(Section):
     sequence_parallel: MayDiffer[Positive] = 1
     """Neighbouring ranks n that share the same sequences, each with ``data.max_length`` / n tokens, for sequences that
     are too long for one rank. Must divide the number of ranks and of attention heads (docs/how-to/large-models.md)."""
-    precision: Precision = "bf16"
+    precision: Literal["bf16", "fp32"] = "bf16"
     """Type of the model's computations. Factors, Adam's moments and losses are always fp32."""
     score_learning_rate: Reported[Rate | None] = None
     """Learning rate of A, B, R and C, and of the scores of movement pruning. Unset learning rates, here and below, are
