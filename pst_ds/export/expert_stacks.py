@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import nn
 
-from pst_ds.core.coded_weight import CodeLayout
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.quantization import StoredGrid
 from pst_ds.formats.base_weights import BaseWeights, saved_tensors
 from pst_ds.nn.model_structure import is_experts, stack_layouts
 
@@ -49,14 +47,6 @@ class StackRun:
         """Return the range of the run, or of one piece, in ``count`` values that are stored expert by expert."""
         first, last = (self.first, self.last) if piece is None else (piece, piece + 1)
         return first * (count // self.of), last * (count // self.of)
-
-    def grid_of_piece(self, grid: StoredGrid) -> StoredGrid:
-        """Return the quantisation of one piece, given that of the stack."""
-        return StoredGrid(self.piece, grid.grid)
-
-    def codes_of_piece(self, codes: CodeLayout) -> CodeLayout:
-        """Return the layout of a piece's quantised values, given that of the stack."""
-        return replace(codes, stored=self.grid_of_piece(codes.stored))
 
 
 def all_experts(layout: WeightLayout) -> StackRun:

@@ -136,7 +136,7 @@ class RunSource:
         start = self._start(recipe, run, piece).to(compute).to(device)
         weight: Tensor | CodedWeight = start
         if recipe.base is not None:  # quantised in the same way when the layer was created
-            base = run.codes_of_piece(recipe.base)
+            base = replace(recipe.base, stored=StoredGrid(layout, recipe.base.stored.grid))
             weight = CodedWeight(base, *base.encode(start, 0), compute)
         del start
         mask = checkpoint.mask_bits(owner, *run.share(run.stack.numel, piece))
@@ -168,7 +168,7 @@ class RunSource:
 
     def _rounding(self, owner: str, run: StackRun, piece: int, stored: StoredGrid, device: str) -> Rounding:
         """Return the quantisation that a piece was trained with. Raises ExportError for damaged scales."""
-        grid, checkpoint = run.grid_of_piece(stored), self._checkpoint
+        grid, checkpoint = StoredGrid(run.piece, stored.grid), self._checkpoint
         num_bytes = SCALE_DTYPE.itemsize * math.prod(stored.shape)
         scales = scales_of_bytes(checkpoint.scale_bytes(owner, *run.share(num_bytes, piece)), grid.shape)
         try:

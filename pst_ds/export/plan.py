@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from pst_ds.core.packings import COMPRESSED_TENSORS, DENSE, FOR_COMPRESSED_TENSORS, GGUF
+from pst_ds.core.packings import COMPRESSED_TENSORS, DENSE, FOR_COMPRESSED_TENSORS, PACKINGS
 from pst_ds.core.quantization import Grid
 from pst_ds.export.encoding import Encoding, ExportError
 from pst_ds.formats import VALUE_DTYPES, FormatError, PackedFormat, packed_format
@@ -122,22 +122,20 @@ class TensorSpec:
 
         Raises ExportError for a Conv1D in a layout of compressed-tensors.
         """
-        packing = encoding.packing
-        if packing in FOR_COMPRESSED_TENSORS:  # its readers support linear layers only
-            return self if len(self.shape) > 2 else self.quantised(grid)._for_compressed_tensors(packing)
-        spec = self.quantised(grid)
-        can_pack = packing not in (DENSE, GGUF) and spec.grid in (None, encoding.values) and spec.dtype in VALUE_DTYPES
-        return spec.packed(packing, encoding.values, keep(spec)) if keep is not None and can_pack else spec
-
-    def _for_compressed_tensors(self, packing: str) -> TensorSpec:
-        if self.grid is None:
+        packing, spec = encoding.packing, self.quantised(grid)
+        if packing in PACKINGS and keep is not None:
+            can_pack = spec.dtype in VALUE_DTYPES and spec.grid in (None, encoding.values)
+            return spec.packed(packing, encoding.values, keep(spec)) if can_pack else spec
+        if packing not in FOR_COMPRESSED_TENSORS or spec.grid is None:
+            return spec
+        if len(self.shape) > 2:  # its readers support linear layers only
             return self
         if self.transposed:
             raise ExportError(
                 f"{self.name} is the weight of a Conv1D, and {COMPRESSED_TENSORS} supports nn.Linear only. Export "
                 "with --format dense, and load with pst_ds.hf"
             )
-        return replace(self, packing=packing)
+        return replace(spec, packing=packing)
 
     def packed(self, packing: str, grid: Grid | None, keep: Tensor) -> TensorSpec:
         """Return the tensor packed and quantised to ``grid``, or unchanged if it does not fit or become smaller.
