@@ -208,7 +208,7 @@ class UserStore:
         for what, is_same in checks.items():
             if not is_same:
                 raise UserStoreError(
-                    f"{self.folder} has states whose {what} differs from {common.base_path!r}. Use the run "
+                    f"{self.folder}: its states do not match the {what} of {common.base_path!r}. Use the run "
                     "that they were trained from, or another folder"
                 )
         if has_other_shapes:

@@ -103,7 +103,7 @@ def test_states_of_another_form_base_or_mask_are_refused(folders, tmp_path):
     table = json.loads((folders / "beside" / "index.json").read_text())
     for key, value, message in (
         ("base_fingerprint", "0" * 64, "another base"),
-        ("masks_sha256", dict.fromkeys(table["common"]["masks_sha256"], "0" * 64), "other masks"),
+        ("masks_sha256", dict.fromkeys(table["common"]["masks_sha256"], "0" * 64), "masks differ"),
         ("shapes", {n: [9 * s for s in shape] for n, shape in table["common"]["shapes"].items()}, "does not fit"),
     ):
         changed = {**table, "common": {**table["common"], key: value}}

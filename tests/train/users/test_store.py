@@ -170,9 +170,9 @@ def test_a_name_that_is_a_path_or_no_name_is_refused(store, name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"base_fingerprint": "other"}, "another base model"),
-        ({"masks_sha256": {"a": "other"}}, "another masks"),
-        ({"shared_sha256": "other"}, "another shared training"),
+        ({"base_fingerprint": "other"}, "do not match the base model"),
+        ({"masks_sha256": {"a": "other"}}, "do not match the masks"),
+        ({"shared_sha256": "other"}, "do not match the shared training"),
         ({"form": "beside"}, "form = 'masked'"),
         ({"labels": ["yes", "no"]}, "labels"),
         ({"shapes": {"a.pst_U": [3, 4], "head.bias": [2]}}, r"a.pst_U of shape \[3, 2\]"),

@@ -211,7 +211,7 @@ def test_a_store_of_another_run_is_refused(run, store, tmp_path, capsys):
     settings = SETTINGS | {"output_dir": str(tmp_path / "run"), "seed": 9, "train.num_steps": 4}
     assert main(["train", "tests/data/world_size.toml", "--quiet", *_settings(settings)]) == 0
     assert _train(tmp_path / "run", run / "store", str(run / "rows.jsonl")) == 2
-    assert "another masks" in capsys.readouterr().err
+    assert "do not match the masks" in capsys.readouterr().err
 
 
 def test_a_row_without_a_user_is_refused(run, tmp_path, capsys):
