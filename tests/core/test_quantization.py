@@ -225,7 +225,7 @@ def test_names_of_grids():
         (lambda: Grid(3), "values have 8 or 4 bits, got 3"),
         (lambda: Grid(True), "values have 8 or 4 bits, got True"),
         (lambda: Grid(4, 48), "a group has 32, 64, 128 inputs or is a whole row, got 48"),
-        (lambda: grid_of("int5"), "values on a grid are int8 or int4, got 'int5'"),
+        (lambda: grid_of("int5"), "quantised values are int8 or int4, got 'int5'"),
         (lambda: grid_of("int4", 48), "a group is 32, 64, 128 or row, got 48"),
         (lambda: Grid(4, 64).num_groups(96), "groups of 64 do not divide 96 inputs; take 32 or row"),
         (lambda: quantize(torch.ones(2, 33), None, Grid(8, 32)), "groups of 32 do not divide 33 inputs; take row"),

@@ -200,8 +200,8 @@ def test_a_whole_table_is_missing(quantized, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"values": "int5"}, "values on a grid are int8 or int4, got 'int5'"),
-        ({"values": ["int4"]}, "values on a grid are int8 or int4"),
+        ({"values": "int5"}, "quantised values are int8 or int4, got 'int5'"),
+        ({"values": ["int4"]}, "quantised values are int8 or int4"),
         ({"group": 48}, "a group is 32, 64, 128 or row, got 48"),
         ({"group": None}, "values and group must be given together"),
         ({"embeddings": "int2"}, "got 'int2'"),
