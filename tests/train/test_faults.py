@@ -117,6 +117,7 @@ def _full_disk(patch, *, after):
     patch.setattr(checkpoint_writer, "write_pieces", failing)
 
 
+@pytest.mark.thorough
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, capsys):
     whole = _train(tmp_path / "whole")
     with monkeypatch.context() as patch:

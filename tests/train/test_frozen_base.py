@@ -131,6 +131,7 @@ def language_ranks(folder):
     return language_run(folder, "deepspeed_config=ds_configs/zero3_cpu.json")
 
 
+@pytest.mark.thorough
 @pytest.mark.zero3
 def test_a_language_model_multiplies_with_a_head_of_few_bits_on_any_number_of_ranks(run_ranks, tmp_path):
     language_run(tmp_path / "1")

@@ -81,6 +81,7 @@ def test_a_method_without_masks_drops_components_along_the_same_ramp(tmp_path):
     assert not [line for line in lines if line["event"] == "mask_update"]
 
 
+@pytest.mark.thorough
 @pytest.mark.zero3
 def test_two_ranks_that_keep_gates_whole_drop_what_one_process_drops(run_ranks, tmp_path):
     """ZeRO-3 keeps small parameters whole between steps: they are let go of when their values change."""

@@ -167,6 +167,7 @@ def test_a_run_that_rounds_goes_on_with_its_scales(run_ranks, tmp_path, method, 
     assert searches == [6, 10, 14, 18]
 
 
+@pytest.mark.few(1)
 @pytest.mark.zero3
 @pytest.mark.parametrize(("ranks", "stage"), [(3, "3"), (1, "local")])
 def test_scales_are_read_on_other_ranks(run_ranks, tmp_path, ranks, stage):
@@ -266,7 +267,7 @@ def steps_of_whole(tmp_path_factory):
     [((2, "3"), (1, "local")), ((2, "2"), (2, "3")), ((2, "3"), (2, "2")), ((2, "3"), (3, "3")),
      ((1, "local"), (2, "3")), ((3, "1"), (1, "3")), ((2, "0"), (2, "1"))],
 )  # fmt: skip
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_a_run_goes_on_with_other_ranks_and_stages(run_ranks, steps_of_whole, tmp_path, before, after):
     stopped = tmp_path / "stopped"
     run_ranks(partial(_stopped, at=EARLY), before[0], stopped, before[1], *WITHOUT_DROPOUT)

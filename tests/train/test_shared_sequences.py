@@ -129,6 +129,7 @@ def _steps(folder):
     return losses, {line["step"]: line["mask_checksum"] for line in lines if line["event"] == "mask_update"}
 
 
+@pytest.mark.thorough
 @pytest.mark.zero3
 def test_a_run_is_the_same_at_any_degree_and_goes_on_at_another(run_ranks, tmp_path):
     """Four ranks in two groups, and a run that changes from one to two and back."""

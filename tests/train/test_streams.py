@@ -104,6 +104,7 @@ def test_a_killed_run_goes_on_with_the_same_batches(tmp_path, sources):
     _require_same(*_kill_and_resume(tmp_path, sources))
 
 
+@pytest.mark.thorough
 @pytest.mark.zero3
 def test_two_ranks_read_parts_of_their_own_and_go_on_with_them(run_ranks, tmp_path, sources):
     one, other = run_ranks(_kill_and_resume, 2, tmp_path, sources)
@@ -113,6 +114,7 @@ def test_two_ranks_read_parts_of_their_own_and_go_on_with_them(run_ranks, tmp_pa
     assert one[0][1] == other[0][1]
 
 
+@pytest.mark.thorough
 @pytest.mark.zero3
 def test_another_number_of_readers_is_refused(run_ranks, tmp_path, sources):
     run_ranks(_killed, 2, tmp_path / "run", sources)

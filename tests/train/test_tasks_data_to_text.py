@@ -186,6 +186,7 @@ def _train(path, *overrides):
     return train_prepared(prepare(load_run(path, overrides), launch_environment()), quiet=True)
 
 
+@pytest.mark.thorough
 @pytest.mark.zero3
 def test_what_two_ranks_trained_one_process_writes_with(run_ranks, tmp_path, gpt2, verb):
     path = _run_file(tmp_path, gpt2, "dart", _repository(tmp_path / "hub", "dart"))

@@ -98,6 +98,7 @@ def test_a_mixture_stopped_and_resumed_is_the_same_run(tmp_path, sources):
     assert taken[: STEPS - first] == whole[first:]
 
 
+@pytest.mark.thorough
 @pytest.mark.zero3
 def test_other_ranks_take_the_same_batches_of_a_mixture(run_ranks, tmp_path, sources):
     whole, _ = _train(tmp_path / "one", sources)

@@ -113,7 +113,7 @@ def operators(file):
     return Counter(node.op_type for node in onnx.load(file).graph.node)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_gives_the_same_outputs(family, tmp_path):
     source, out = save(family, tmp_path / "model"), tmp_path / "onnx"

@@ -35,6 +35,7 @@ def _trials(folder):
     return [line for line in lines if line["event"] == "trial"], lines[-1]
 
 
+@pytest.mark.thorough
 @pytest.mark.zero3
 @pytest.mark.usefixtures("alone")
 def test_two_ranks_choose_as_one_process_does(run_ranks, tmp_path):
