@@ -113,12 +113,11 @@ def save_pretrained(
 def load_pretrained(model: inject.ModelT, folder: str | Path) -> inject.ModelT:
     """Load what :func:`save_pretrained` wrote into the base ``model``, in place, and return it.
 
-    Parameters that were trained in addition to the config's have a gradient afterwards. Under ``zero.Init`` each
-    rank loads its shards; call it before ``deepspeed.initialize``.
+    Parameters trained in addition to the config's then require gradients. Under ``zero.Init`` each rank loads its
+    shards; call it before ``deepspeed.initialize``.
 
     Args:
-        model: the base model. Without PST modules it gets the saved config's; the modules of an injected one
-            must compute as the saved config says.
+        model: the base model, with PST modules that compute as the saved config says, or without PST modules.
         folder: a folder that ``save_pretrained`` or the Trainer has written.
 
     Raises PretrainedError, naming the file, if the folder is missing or damaged or does not fit; the model is unchanged

@@ -95,7 +95,7 @@ class QuantizationConfig(Section):
     token, as in int8 kernels. Empty keeps them."""
     start_fraction: Share | None = None
     """Share of all steps before quantisation starts; masks must be final by then. Unset starts as soon as masks are
-    final: after the ramp, or at the first step if there is none."""
+    final: after the ramp, or at the first step without a ramp."""
     interval: NotNegative = 0
     """Optimizer steps between searches for the scales with the least squared error; 0 is about ten searches per run.
     Scales do not change in between."""

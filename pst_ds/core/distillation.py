@@ -59,7 +59,7 @@ _Compute: TypeAlias = Callable[[Sequence[bool]], tuple[Tensor, Sequence[Tensor |
 
 
 def mean_with_gradients(compute: _Compute, count: Tensor | int, *inputs: Tensor | None) -> Tensor:
-    """Return the sum of ``compute`` over ``count``, a scalar, fp32, with the gradients computed beside it."""
+    """Return the sum of ``compute`` over ``count``, a scalar, fp32, with the gradients computed next to it."""
     mean: Tensor = _MeanWithGradients.apply(compute, count, *inputs)  # type: ignore[no-untyped-call]
     return mean
 

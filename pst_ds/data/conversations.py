@@ -32,7 +32,7 @@ ASSISTANT = "assistant"
 TOOLS = "tools"
 """Column with the tools of a conversation."""
 PAIR = ("prompt", "completion")
-"""Columns of a conversation if there is no column with messages."""
+"""Columns of a conversation without a column of messages."""
 _ROLES_OF_OTHERS = {"human": "user", "gpt": ASSISTANT, "bot": ASSISTANT, "model": ASSISTANT}
 """Roles in ShareGPT and similar formats."""
 _MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -218,7 +218,7 @@ def template_hash(tokenizer: Tokenizer) -> str:
 
 
 def columns_of_chat(names: Iterable[str], column: str) -> list[str]:
-    """Return the columns among ``names`` that hold conversations; an empty list if there are none."""
+    """Return the columns among ``names`` that hold conversations; may be empty."""
     names = set(names)
     if column not in names and not names.issuperset(PAIR):
         return []

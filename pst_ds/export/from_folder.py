@@ -409,7 +409,7 @@ def _foreign_parts(folder: FolderContents, form: ForeignFormat) -> dict[str, tup
 
 
 def _parts_of(weight: str, known: set[str], folder: FolderContents) -> dict[str, str]:
-    """Return the parts of the tensor ``weight``, by their names in the files; empty if it has no parts."""
+    """Return the parts of the tensor ``weight``, by their names in the files; may be empty."""
     module, packing = weight.removesuffix(".weight"), folder.encoding.packing
     names = packed_format(packing).part_names if packing != DENSE else ()
     if f"{module}.codes" in known:

@@ -188,7 +188,7 @@ def read_manifest(folder: Path) -> tuple[list[ExportedTensor], Facts]:
 
 
 def read_table(path: Path, missing: str) -> dict[str, Any]:
-    """Read the JSON object in a plain file. Raises ExportError, with the message ``missing`` if there is no file."""
+    """Read the JSON object in a plain file. Raises ExportError, with the message ``missing`` without a file."""
     require_plain(path, missing)
     if path.stat().st_size > MAX_BYTES:
         raise ExportError(f"{path} is damaged: it is larger than {MAX_BYTES:,} bytes")

@@ -72,7 +72,7 @@ class LayerStats:
 
     @property
     def mean_correlation(self) -> float | None:
-        """Mean over the layers with a correlation; None if there are none."""
+        """Mean over the layers with a correlation; None without any."""
         known = [value for value in self.correlation if value is not None]
         return math.fsum(known) / len(known) if known else None
 

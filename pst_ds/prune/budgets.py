@@ -33,7 +33,7 @@ LEAST_FACTOR = 1e-3
 
 
 def require_movable(rules: Sequence[LayerRule], budgets: str) -> list[LayerRule]:
-    """Return the ``rules`` whose sparsity ``budgets`` may change. Raises InputError if there are none."""
+    """Return the ``rules`` whose sparsity ``budgets`` may change, at least one. Raises InputError."""
     movable = [rule for rule in rules if _is_movable(rule)]
     if not movable:
         raise InputError(
@@ -55,7 +55,7 @@ def require_room(rules: Sequence[LayerRule], spread: float) -> None:
 
 
 def require_linear(rules: Sequence[LayerRule]) -> list[LayerRule]:
-    """Return the rules whose sparsity may change. Raises InputError if there are none, and for stacks of experts."""
+    """Return the rules whose sparsity may change, at least one. Raises InputError, also for stacks of experts."""
     movable = require_movable(rules, "saliency")
     stacked = next((rule.target.name for rule in movable if rule.target.is_stack), None)
     if stacked is not None:

@@ -35,7 +35,7 @@ def prune_layers(
     Every block runs twice on the batches: dense, to collect the inputs of its layers, and pruned, for the input of the
     next block. The device holds one block, one batch and the statistics of one block; the CPU holds the model and the
     hidden states of all batches. Kept weights are bit-identical with "magnitude" and "wanda"; pruned ones are +0.0.
-    Experts are pruned on the tokens that are routed to them, and by magnitude if there are none.
+    Experts are pruned on the tokens that are routed to them, and by magnitude without any.
 
     Args:
         model: the model, on the CPU.

@@ -109,7 +109,7 @@ class StreamReader:
         return self._start._replace(given=self._given)
 
     def next(self) -> TokenSequence:
-        """Return the next sequence. Raises InputError for unreadable text, or if there is none."""
+        """Return the next sequence. Raises InputError for unreadable or missing text."""
         if not self._order:
             self._begin_window()
         found = self._window[self._order[self._given]]
