@@ -103,6 +103,7 @@ def on_ranks(folder, resume=False):
     return trained(folder, *EMBEDDING_TOO, "deepspeed_config=ds_configs/zero3_cpu.json", resume=resume)
 
 
+@pytest.mark.thorough
 @pytest.mark.zero3
 def test_ranks_hold_shards_of_it_and_go_on_and_export(run_ranks, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"

@@ -250,6 +250,7 @@ def test_a_pruned_model_is_not_its_own_teacher(tmp_path):
     _prepared(CAUSAL, tmp_path, *base, *zeros, *_taught("tests/data/tiny-llama"))
 
 
+@pytest.mark.thorough
 @pytest.mark.zero3
 def test_self_distillation_under_zero3_is_that_of_one_process(run_ranks, tmp_path):
     settings = ["distillation.weight=0.75", "train.num_steps=8"]

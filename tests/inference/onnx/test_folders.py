@@ -166,6 +166,7 @@ def test_a_plain_file_runs_without_our_operators(bert, tmp_path):
     assert_same_outputs(out / "model.onnx", hf.BertForSequenceClassification.from_pretrained(bert).eval())
 
 
+@pytest.mark.thorough
 def test_the_folder_says_what_it_is(bert, tmp_path, capsys):
     out = tmp_path / "onnx"
     assert main(["export", str(bert), "--format", "onnx", "--out", str(out), "--json"]) == 0

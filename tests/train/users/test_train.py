@@ -222,6 +222,7 @@ def test_a_row_without_a_user_is_refused(run, tmp_path, capsys):
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.zero3
 def test_two_ranks_train_what_one_process_trains(run, store, run_ranks, tmp_path):
     data = str(run / "rows.jsonl")
