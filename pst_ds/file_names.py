@@ -18,7 +18,7 @@ EXIT_CODES_VARIABLE = "PST_DS_EXIT_CODES"
 SUBMITTED_FILE, SUBMITTED_VARIABLE = "submitted.sbatch", "PST_DS_SUBMITTED"
 """The job script that a scheduler was given, which launch/slurm.sbatch hands on in the environment."""
 TUNE_FILE, TRIALS = "tune.jsonl", "tune"
-"""What ``pst-ds tune`` writes: a line for each trial, and a folder with the trials' run folders."""
+"""Output of ``pst-ds tune``: a line for each trial, and a folder with the trials' run folders."""
 LATEST, BEST, FINAL = "latest", "best", "final"
 """Links among the checkpoints."""
 STEP_FOLDER = re.compile(r"step-(\d{8,})")

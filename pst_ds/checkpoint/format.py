@@ -326,8 +326,9 @@ def open_checkpoint(folder: Path, names: Sequence[str] | None = None) -> Checkpo
     try:
         contents = table["contents"] | ({"hosts": None} if number < HOSTS_FORMAT else {})
         contents |= {"grid": None, "scales": {}} if number == 2 else {}
-        if set(table) != {"format", "state", "contents"} or set(contents) != {f.name for f in fields(Contents)}:
-            raise ValueError("it has other keys than a manifest")
+        wrong = (set(table) ^ {"format", "state", "contents"}) | (set(contents) ^ {f.name for f in fields(Contents)})
+        if wrong:
+            raise ValueError(f"its keys differ from a manifest's in {', '.join(sorted(wrong))}")
         state = _STATE.validate_json(json.dumps(table["state"]))
         checkpoint = Checkpoint(folder, state, _CONTENTS.validate_json(json.dumps(contents)))
     except ValidationError as error:

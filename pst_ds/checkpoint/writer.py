@@ -223,7 +223,7 @@ def _scale_share(param: nn.Parameter) -> Tensor:
 
 
 def _even_share(numel: int) -> tuple[int, int]:
-    """Return [first, last + 1) of this rank's share of ``numel`` values, as ZeRO-3 divides them."""
+    """Return (start, stop) of this rank's share of ``numel`` values, as ZeRO-3 divides them."""
     return shard_range(numel, world_size(), rank())
 
 

@@ -20,7 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="DIR", help="sparse model folder: packed, or dense with pruned weights")
     add("--dense", metavar="DIR", help="dense model to compare with; default: DIR itself, unpacked")
-    add("--formats", nargs="+", choices=SPARSE, default=[], help="sparse formats (default: the folder's, or all)")
+    add(
+        "--formats",
+        nargs="+",
+        choices=SPARSE,
+        default=[],
+        help="default: the folder's, and those that suit its weights",
+    )
     add("--batch", type=_counts, default=[1], metavar="N,...", help="sequences per batch (default: 1)")
     add("--prompt-tokens", type=count, default=128, metavar="N", help="(default: 128)")
     add("--new-tokens", type=count, default=32, metavar="N", help="(default: 32)")

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--answers", metavar="FILE", help="its outputs file; not for a file with the answers in it")
     add("--out", required=True, metavar="DIR", help="folder for history.jsonl and queries.jsonl")
     add("--retrieve", type=int, default=0, metavar="K", help="earlier texts before each prompt, by BM25 (default: 0)")
-    add("--profile", action="store_true", help="put before it how often the user gave each answer")
+    add("--profile", action="store_true", help="state before each prompt how often the user gave each answer")
     add = subs["export"].add_argument
     add("--user", required=True, metavar="NAME", help="user whose model is written")
     add("--out", required=True, help="folder to write")

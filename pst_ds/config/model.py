@@ -164,7 +164,7 @@ class PromptConfig(Section):
     the dense model's last hidden states for the prompt (SK-Tuning, arXiv 2410.08598); "random" draws as many vectors
     with the mean norm of these embeddings, as a baseline."""
     adapter: Adapter = "none"
-    """What trains: "none" trains the vectors; the other values freeze them and train a linear map initialised with the
+    """Trained part: "none" trains the vectors; the other values freeze them and train a linear map initialised with the
     identity, either a full matrix ("linear") or the identity plus a matrix of rank ``rank`` ("low-rank")."""
     rank: NotNegative = 0
     """Rank of the "low-rank" adapter."""
@@ -183,7 +183,7 @@ class PromptConfig(Section):
         if METHODS[method].prompt_text and not self.text:
             yield (
                 f"prompt.text = '' with method = {method!r}, which trains a prompt. Set prompt.text to words such as "
-                "those of the task"
+                "a description of the task"
             )
         if not self.text:
             return

@@ -76,7 +76,7 @@ class PruneConfig(OneShotConfig):
     """Settings of ``pst-ds prune``, which has more options than ``[start]``: there the run decides on the rest."""
 
     method: OneShotMethod | Literal["reap"]  # type: ignore[assignment]
-    """How weights are chosen; "reap" drops whole experts."""
+    """Method that chooses the weights; "reap" drops whole experts."""
     sparsity: float | None = None
     """Fraction of pruned weights, or of dropped experts. Unset, the pattern or ``schedule.final_sparsity`` sets it."""
     pattern: str = ""
@@ -96,7 +96,7 @@ class PruneConfig(OneShotConfig):
 
     @property
     def needs_data(self) -> bool:
-        """Whether the method needs calibration data."""
+        """True if the method needs calibration data."""
         return self.method != "magnitude" or bool(self.swaps or self.reconstruct) or self.budgets != "equal"
 
     def problems(self) -> Iterator[str]:

@@ -64,7 +64,7 @@ class Override(_LibrarySection):
 
 @dataclass(frozen=True, slots=True)
 class MaskRule:
-    """How the mask of one layer is chosen."""
+    """Settings that choose the mask of one layer."""
 
     pattern: Pattern
     final_sparsity: float | None = None
@@ -75,7 +75,7 @@ class MaskRule:
 
 @settings
 class PSTConfig(_LibrarySection):
-    """What PST prunes and trains in a model. ``PSTConfig.paper()`` has the paper's constants.
+    """Settings of what PST prunes and trains in a model. ``PSTConfig.paper()`` has the paper's constants.
 
     S = |W| / scale + alpha1 A B + alpha2 (R 1' + 1 C'),  W = W0 + beta U V,  y = x (M . W)' + bias
 
@@ -111,7 +111,7 @@ class PSTConfig(_LibrarySection):
     """Embeddings with an update U V of rank ``update_rank`` and no mask, such as "word_embeddings"; matched like a list
     in ``target_modules``."""
     structured_scores: bool = True
-    """Whether scores include the row and column terms R and C."""
+    """True if scores include the row and column terms R and C."""
     alpha1: Finite = 1.0
     """Weight of A B in the scores."""
     alpha2: Finite = 1.0
@@ -127,7 +127,7 @@ class PSTConfig(_LibrarySection):
     calibration_examples: Positive = 128
     """Training examples for the norms of "activation", computed before the first masks."""
     gated_norms: bool = False
-    """Whether the norms of "activation" weight each token of an expert by its router weight, as MoE-Pruner does
+    """True if the norms of "activation" weight each token of an expert by its router weight, as MoE-Pruner does
     (arXiv 2410.12013)."""
     relative_magnitude: bool = True
     """Divide |W| in the scores by the mean of |W0| of the matrix, so that scores of all layers are near 1."""
@@ -155,7 +155,7 @@ class PSTConfig(_LibrarySection):
     min_kept_share: Share = 0.02
     """Minimum fraction of each matrix that patterns "stack" and "global" keep."""
     nm_ramp: NMRamp = "share"
-    """How N:M follows the schedule: "share" constrains a growing fraction of the groups, those with the smallest loss
+    """Ramp of N:M patterns: "share" constrains a growing fraction of the groups, those with the smallest loss
     of score first; "steps" prunes one more weight of every group at a time."""
     overrides: Annotated[tuple[Override, ...], Strict(False)] = ()
     """Patterns and final sparsities of some layers; the last match applies."""

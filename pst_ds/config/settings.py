@@ -21,7 +21,7 @@ Schema = dict[str, Any]
 
 
 class OnResume(Enum):
-    """What a resumed run may change, declared on the setting. Settings without a mark must keep their values."""
+    """Marks of settings that a resumed run may change. Settings without a mark must keep their values."""
 
     MAY_DIFFER = "paths, and how the same numbers are computed"
     IS_REPORTED = "settings that a user may change to recover from a divergence; the run reports the change"

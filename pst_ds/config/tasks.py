@@ -23,13 +23,13 @@ class TaskFacts:
     min_length: int = 1
     """Minimum ``data.max_length``."""
     has_labels: bool = True
-    """Whether rows have a label column."""
+    """True if rows have a label column."""
     packs_text: bool = False
-    """Whether examples are sequences of ``data.max_length`` tokens, cut from joined documents."""
+    """True if examples are sequences of ``data.max_length`` tokens, cut from joined documents."""
     writes_texts: bool = False
-    """Whether ``pst-ds eval`` and ``verify`` generate text."""
+    """True if ``pst-ds eval`` and ``verify`` generate text."""
     predicts_tokens: bool = False
-    """Whether there are logits for every token, not for every example."""
+    """True if there are logits for every token, not for every example."""
     no_teacher: str = ""
     """Why distillation cannot compare its predictions; empty if it can."""
     init_max_length: int = 128
@@ -40,7 +40,7 @@ class TaskFacts:
     """Sparsity that ``pst-ds init`` writes, unless the pattern fixes it. Language models lose too much accuracy at 0.9:
     docs/background/results.md."""
     suggested_by: Callable[[str | None], bool] = lambda label_type: False
-    """Whether ``pst-ds init`` suggests the task for a label column of this Arrow type, None for no label column. The
+    """Test whether ``pst-ds init`` suggests the task for this Arrow type of the labels, None for no label column. The
     first such task is suggested."""
 
 

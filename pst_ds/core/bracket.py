@@ -47,7 +47,7 @@ def select_bits(
     """Return the bits of this rank's kept keys per matrix, (ceil(num_keys / 8),) uint8; cuts exactly as ``select``.
 
     Every matrix needs ``num_keys``, ``num_in_all`` and ``sample``. Collective if ``ranks`` is: at most 6 exchanges, 7
-    with pools, while at most 1,024 rows are counted (:class:`pst_ds.core.select.Search`), plus those of ``select`` if a
+    with pools, while at most 1,024 rows are counted (:class:`pst_ds.core.select.Search`), plus ``select``'s if a
     matrix needs it. Raises NonFiniteScoreError on every rank.
     """
     ranks, device = ranks or RankSums(), device or torch.device("cpu")

@@ -19,7 +19,7 @@ from pst_ds.core.quantization import Rounding
 MASK_BAND_ELEMENTS = {"cpu": 1 << 19}
 """Weights whose mask is unpacked in one step when a whole matrix is merged; 2**24 on other devices."""
 MOST_RANK = 16
-"""Highest rank of an update for which this is faster than torch's product followed by a pass for the mask."""
+"""Highest rank of an update for which :func:`merge_natively` is faster than torch's product and a pass for the mask."""
 
 
 def mask_band_elements(device_type: str) -> int:
@@ -85,8 +85,7 @@ def sliced_weight(weight: Tensor, tile: TileFactors, constants: Constants) -> Te
 
 
 def merges_natively(weight: object, left: Tensor | None, right: Tensor | None, constants: Constants) -> bool:
-    """Return whether :func:`merge_natively` supports a layer, or a part, with this weight and these factors of its
-    update."""
+    """Return whether :func:`merge_natively` supports a weight, or a part of it, and the factors of its update."""
     if not isinstance(weight, Tensor) or left is None or right is None or constants.multiplicative:
         return False
     fits = all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in (weight, left, right))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -225,18 +225,15 @@ def columns_of_chat(names: Iterable[str], column: str) -> list[str]:
     return [*([column] if column in names else PAIR), *({TOOLS} & names)]
 
 
-def row_of_chat(row: Mapping[str, object], column: str, place: Callable[[], str]) -> str:
+def row_of_chat(row: Mapping[str, object], column: str, place: str) -> str:
     """Return the conversation of a row as a line of JSON. Raises ConfigError, naming the row by ``place``."""
     found = columns_of_chat(row, column)
     if not found:
         raise ConfigError(
-            f"{place()} has neither a column {column!r} with messages nor {' and '.join(PAIR)}. "
+            f"{place} has neither a column {column!r} with messages nor {' and '.join(PAIR)}. "
             f"Columns: {', '.join(map(str, row))}"
         )
-    try:
-        conversation = conversation_of(row, [name for name in found if name != TOOLS], "it")
-    except ConfigError as error:
-        raise ConfigError(f"{place()}: {error}") from None
+    conversation = conversation_of(row, [name for name in found if name != TOOLS], place)
     return json.dumps({"messages": conversation.messages, "tools": conversation.tools}, ensure_ascii=False)
 
 

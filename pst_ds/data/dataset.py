@@ -157,13 +157,13 @@ def _require_unquoted(rows: Dataset, columns: Iterable[str], where: str) -> None
 
 
 def _require_path(feature: object, path: list[str], column: str, setting: str, where: str) -> None:
-    for name in ("", *path):
-        if name and not (isinstance(feature, dict) and name in feature):
+    for name in (None, *path):
+        if name is not None and not (isinstance(feature, dict) and name in feature):
             there = ", ".join(feature) if isinstance(feature, dict) else type(feature).__name__
             raise ConfigError(
                 f"{where}: data.{setting} = {column!r} has no part {name!r} in the data, which has {there}. Name a part"
             )
-        feature = feature[name] if isinstance(feature, dict) and name else feature
+        feature = feature[name] if isinstance(feature, dict) and name is not None else feature
         while hasattr(feature, "feature"):  # a list of
             feature = feature.feature
 

@@ -180,8 +180,10 @@ def read_manifest(folder: Path) -> tuple[list[ExportedTensor], Facts]:
         encoding_of(manifest.kind, table)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(str(part)[:80] for part in first["loc"])
-        raise ExportError(f"{path} is damaged: {place}: {first['msg']}. Export the model again") from None
+        place = "".join(f"{str(part)[:80]}." for part in first["loc"])[:-1]
+        problem = first["msg"].removeprefix("Value error, ")
+        where = f"{place}: " if place else ""
+        raise ExportError(f"{path} is damaged: {where}{problem}. Export the model again") from None
     except ValueError as error:
         raise ExportError(f"{path} is damaged: {error!r}. Export the model again") from None
     return manifest.tensors, {key: table[key] for key in table if key not in ("format", "sha256", "tensors")}

@@ -14,7 +14,7 @@ from pst_ds.formats.rows import bytes_of_row, columns_of, gather, row_counts, sc
 GROUP = 4
 """Consecutive inputs of 2:4 of which two are kept."""
 MOST_COLUMNS = 1 << 31
-"""Limit of csr."""
+"""Most inputs of a csr matrix, whose column indices are int32."""
 
 
 class BitmaskFormat(PackedFormat):

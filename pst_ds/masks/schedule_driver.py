@@ -30,7 +30,7 @@ SPARSITY_TOLERANCE = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Updated:
-    """What :func:`update_if_due` has updated; None for what was not due."""
+    """Statistics of the updates that :func:`update_if_due` made; None for an update that was not due."""
 
     masks: MaskStats | None
     components: ComponentStats | None

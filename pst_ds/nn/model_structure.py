@@ -177,3 +177,12 @@ def _experts(model: nn.Module) -> Iterator[tuple[str, int, set[int]]]:
         if len(module) > 1 and len({type(item) for item in module}) == 1:
             widths = {linear_shape(m)[1] for m in module[0].modules() if is_linear(m)}
             yield name, len(module), widths
+
+
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+"""Names in the configs of transformers."""
+
+
+def experts_per_token(config: object) -> int:
+    """Return how many experts process a token according to a model's ``config``; 1 if it does not tell."""
+    return next((number for key in _EXPERTS_PER_TOKEN if (number := getattr(config, key, None))), 1)

@@ -13,7 +13,7 @@ _asked_by = 0
 
 
 class StoppedError(RuntimeError):
-    """A signal asked the run to stop, and it has saved a checkpoint; raised on every rank."""
+    """A signal asked the run to stop. Callers get it on every rank; training has saved a checkpoint before."""
 
 
 def install() -> None:

@@ -168,9 +168,13 @@ def read_machine(path: Path) -> Machine:
         raise InputError(
             f"--machine {path} is not TOML: {first_line(error)}. See docs/how-to/large-models.md for an example"
         ) from None
-    required = [field.name for field in fields(Machine) if field.default is MISSING]
-    if missing := [name for name in required if name not in table]:
-        raise InputError(f"{path}: {', '.join(missing)} missing. Set them as docs/how-to/large-models.md describes")
+    required = {field.name: field.default is MISSING for field in fields(Machine)}
+    if missing := [name for name in required if required[name] and name not in table]:
+        unknown = [key for key in table if key not in required]
+        also = f" ({', '.join(unknown)} unknown)" if unknown else ""
+        raise InputError(
+            f"{path}: {', '.join(missing)} missing{also}. Set them as docs/how-to/large-models.md describes"
+        )
     try:
         return Machine(**table)
     except ConfigError as error:

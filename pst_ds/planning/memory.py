@@ -199,7 +199,7 @@ def zero_settings(config: JsonObject | None, world_size: int, backend: str) -> Z
 
     def number(key: str, default: float) -> int:
         value = zero.get(key)
-        return int(value) if isinstance(value, int | float) else int(default)
+        return int(value) if isinstance(value, int | float | str) else int(default)
 
     def is_offloaded(key: str) -> bool:
         target = zero.get(key)

@@ -196,6 +196,7 @@ def plan(run: RunConfig | str | Path, options: PlanOptions | None = None) -> Pla
     run = run if isinstance(run, RunConfig) else load_run_or_folder(run)
     options = options or PlanOptions()
     ranks, raw = _ranks_and_deepspeed(run, options)
+    micro_batch_size = run.micro_batch_size(ranks)  # raises before the data is read
     stage = None if raw is None else zero_stage(raw)
     model, num_examples, remark = _read(run, options, ranks, stage)
     num_steps = run.train.num_steps if num_examples is None else run.num_steps(num_examples)
@@ -216,7 +217,7 @@ def plan(run: RunConfig | str | Path, options: PlanOptions | None = None) -> Pla
         run=run,
         ranks=ranks,
         zero_stage=stage,
-        micro_batch_size=run.micro_batch_size(ranks),
+        micro_batch_size=micro_batch_size,
         num_steps=num_steps,
         num_examples=num_examples,
         unit=task_of(run).unit,
@@ -282,6 +283,8 @@ def _cost(
 def _ranks_and_deepspeed(run: RunConfig, options: PlanOptions) -> tuple[int, JsonObject | None]:
     """Return (ranks to plan for, DeepSpeed settings as in the file or None for one process without DeepSpeed)."""
     ranks = options.ranks or launch_environment().world_size
+    if ranks < 1:
+        raise InputError(f"ranks = {ranks}: a run has at least one rank. Set ranks = 1 or more.")
     if run.deepspeed_config:
         raw = load_deepspeed_config(run.deepspeed_config)
         section = raw.get("zero_optimization") or {}

@@ -16,13 +16,11 @@ from pst_ds.core.tiles import plan_tiles
 from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import PSTLayer
-from pst_ds.nn.model_structure import is_linear, linear_shape
+from pst_ds.nn.model_structure import experts_per_token, is_linear, linear_shape
 from pst_ds.nn.tables.coded import CodedOutput, coded_tables
 from pst_ds.parallel import zero3
 from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup, layer_work_bytes
 
-_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
-"""Names of k in the configs of transformers."""
 Group = TypeVar("Group", TensorGroup, ModuleNumbers, MatrixGroup)
 
 
@@ -75,7 +73,7 @@ def _share_of_tokens(model: nn.Module, name: str, layer: PSTLayer) -> float:
     if not isinstance(layer, PSTExpertStack):
         return 1.0
     config = model.get_submodule(name.rpartition(".")[0]).config
-    chosen = next((value for key in _EXPERTS_PER_TOKEN if (value := getattr(config, key, None))), 1)
+    chosen = experts_per_token(config)
     return min(1.0, chosen / layer.layout.num_experts)
 
 

@@ -177,7 +177,8 @@ class BlockReplay:
                 continue
             raise InputError(
                 f"the model's forward pass does not run its block {index} of {len(self.blocks)}, a "
-                f"{type(self.blocks[index]).__name__}. Use --method magnitude, which needs no forward pass"
+                f"{type(self.blocks[index]).__name__}. Use --method magnitude without --swaps, "
+                "--reconstruct and --budgets"
             )
 
     def moved(self, value: Output) -> Output:

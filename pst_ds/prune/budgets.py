@@ -75,10 +75,10 @@ def rules_by_outliers(
 ) -> tuple[list[LayerRule], list[float]]:
     """Return the ``rules`` with the sparsity of their blocks, and the fraction of outliers of each block.
 
-    One pass of the ``data`` through the dense model, block by block. Layers of equal
-    shape, pattern and sparsity together lose as many weights as before. N:M and sparsities of overrides are
-    kept. Raises InputError for layers outside the blocks of one stack, and FloatingPointError, naming the block,
-    for values that are not finite.
+    One pass of the ``data`` through the dense model, block by block. Layers of equal shape, pattern and sparsity
+    together lose as many weights as before. N:M layers and layers with an override keep their sparsity. Raises
+    InputError for layers outside the blocks of one stack, and FloatingPointError, naming the block, for values that
+    are not finite.
     """
     model.eval()
     stack, blocks = find_blocks(model, [rule.target.name for rule in rules])

@@ -24,7 +24,7 @@ worse than equal sparsity per row at 0.7 (docs/background/results.md)."""
 
 @dataclass(frozen=True, slots=True)
 class LayerRule:
-    """How to prune one layer."""
+    """Settings to prune one layer."""
 
     target: Target
     pattern: Pattern

@@ -17,12 +17,11 @@ from pst_ds.core.experts.routing import Routing
 from pst_ds.errors import InputError
 from pst_ds.nn import experts as registered
 from pst_ds.nn.inject import persistent_buffers
-from pst_ds.nn.model_structure import is_experts, router_names, stack_layouts
+from pst_ds.nn.model_structure import experts_per_token, is_experts, router_names, stack_layouts
 from pst_ds.progress import Progress
 from pst_ds.prune.blocks import Batch, BlockReplay, Calibration, block_of, find_blocks, text_config
 
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,7 @@ def drop_experts(model: nn.Module, share: float, data: Calibration) -> list[Kept
     modules = {name: module for name, module in model.named_modules() if is_experts(module)}
     key, number = _key_of_number(model, modules)
     left = number - math.floor(share * number)
-    per_token = next((n for key in _PER_TOKEN if (n := getattr(text_config(model), key, None))), 1)
+    per_token = experts_per_token(text_config(model))
     if left < per_token:
         raise InputError(
             f"--sparsity {share} leaves {left} experts, and the router gives a token to {per_token}. Choose a lower "

@@ -45,7 +45,7 @@ class Table:
 
     @property
     def is_numeric(self) -> list[bool]:
-        """Whether each column has numbers, or only missing values."""
+        """For each column, whether it has numbers, or only missing values."""
         columns = [[row[i] for row in self.rows] for i in range(len(self.head))]
         return [any(c.value is not None for c in cells) or all(c.is_missing for c in cells) for cells in columns]
 

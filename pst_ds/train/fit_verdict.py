@@ -196,7 +196,8 @@ def fixes(run: RunConfig, verdict: Verdict, num_steps: int) -> list[Change]:
 
 
 def end_loss(training: Sequence[Point], num_steps: int) -> float:
-    """Return the mean loss over the last END of ``num_steps``, but of at least FEWEST_BATCHES batches; not of none."""
+    """Return the mean of the losses ``training``, at least one: over the last END of ``num_steps``, or over the last
+    FEWEST_BATCHES batches if those are more."""
     last = [value for step, value in training if (1.0 - END) * num_steps < step <= num_steps]
     return float(np.mean(last if len(last) >= FEWEST_BATCHES else [value for _, value in training[-FEWEST_BATCHES:]]))
 

@@ -41,15 +41,15 @@ class Recorder(AbstractContextManager["Recorder"]):
         """Write the recording if ``step`` was its last."""
         if self._profile is None or step < self._last:
             return
-        self._profile.stop()
+        recorded, self._profile = self._profile, None  # __exit__ must not stop it again if writing fails
+        recorded.stop()
         self._folder.mkdir(exist_ok=True)
         name = f"steps-{self._first}-{step}"
-        self._profile.export_chrome_trace(str(self._folder / f"{name}.json.gz"))
-        averages = self._profile.key_averages()
+        recorded.export_chrome_trace(str(self._folder / f"{name}.json.gz"))
+        averages = recorded.key_averages()
         on_device = any(event.device_time_total for event in averages)
         table = averages.table(f"self_{'device' if on_device else 'cpu'}_time_total", row_limit=_ROWS)
         (self._folder / f"{name}.txt").write_text(table + "\n", encoding="utf-8")
-        self._profile = None
 
     def __exit__(self, *_: object) -> None:
         if self._profile is not None:

@@ -278,8 +278,8 @@ def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState, 
         if state.step == loop.num_steps:
             context = loop.context
             fit = of_main(lambda: fit_of(context.run, context.task, loop.examples, loop.num_steps, dense))
-            if said := sentence(fit):
-                loop.metrics.verdict(loop.num_steps, said)
+            if verdict := sentence(fit):
+                loop.metrics.verdict(loop.num_steps, verdict)
             loop.metrics.say(warning_of_unused(experts.get("expert_tokens", {}), first_step))
             if loop.metrics.layers is not None:
                 loop.metrics.layers.experts(state.step, experts)

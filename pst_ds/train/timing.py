@@ -30,28 +30,32 @@ class StepClock:
         self._seconds = dict.fromkeys(parts, 0.0)
         self._uses_events = device.startswith("cuda")
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._free: list[torch.cuda.Event] = []
+        """Events to use again: ZeRO-3 waits hundreds of times per step."""
 
     @contextmanager
     def timing(self, part: str) -> Iterator[None]:
         """Count the time inside as ``part`` of the step."""
-        if self._uses_events:
-            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            first.record()
-        started = time.perf_counter()
+        first, started = self._recorded() if self._uses_events else None, time.perf_counter()
         try:
             yield
         finally:
-            if self._uses_events:
-                last.record()
-                self._events.append((part, first, last))
-            else:
+            if first is None:
                 self._seconds[part] += time.perf_counter() - started
+            else:
+                self._events.append((part, first, self._recorded()))
+
+    def _recorded(self) -> torch.cuda.Event:
+        event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def read(self) -> dict[str, float]:
         """Return the seconds of each part since the last call. Waits for a GPU to reach the last event."""
         for part, first, last in self._events:
             last.synchronize()
             self._seconds[part] += first.elapsed_time(last) / 1e3
+            self._free += (first, last)
         self._events.clear()
         found, self._seconds = self._seconds, dict.fromkeys(self._seconds, 0.0)
         return found

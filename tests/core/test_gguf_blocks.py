@@ -139,10 +139,11 @@ def _odd_inputs(seed):
     return weight, keep, grid, scales
 
 
-@pytest.mark.thorough
-def test_odd_weights_and_scales_are_refused_or_blocks_that_are_near():
+@pytest.mark.few(1)
+@pytest.mark.parametrize("first", range(0, 3000, 300))
+def test_odd_weights_and_scales_are_refused_or_blocks_that_are_near(first):
     written = 0
-    for seed in range(3000):
+    for seed in range(first, first + 300):
         weight, keep, grid, scales = _odd_inputs(seed)
         try:
             blocks, changed = gguf_blocks(weight, keep, grid, scales)
@@ -159,4 +160,4 @@ def test_odd_weights_and_scales_are_refused_or_blocks_that_are_near():
         limits, steps = (halves * n for n in (grid.largest, 0.5001))
         near = (found - kept.clamp(-limits.expand(-1, -1, 32).flatten(1), limits.expand(-1, -1, 32).flatten(1))).abs()
         assert bool((near <= steps.expand(-1, -1, 32).flatten(1) * (1 + 2**-8)).all()), seed
-    assert 1000 < written < 2500
+    assert 100 < written < 250

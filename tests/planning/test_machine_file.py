@@ -46,6 +46,7 @@ def test_names_are_those_of_the_table():
     ("text", "words"),
     [
         (LEAST.replace("flops = 180e12\n", ""), ("flops missing",)),
+        (LEAST.replace("flops =", "flop ="), ("flops missing", "flop unknown")),
         (LEAST + "flop = 1\n", ("unknown key 'flop'", "Did you mean 'flops'?")),
         (LEAST + "colour = 'red'\n", ("unknown key 'colour'", "Known keys: name, flops")),
         (LEAST.replace("180e12", "0"), ("flops = 0", "a finite number above 0")),

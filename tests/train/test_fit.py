@@ -156,7 +156,6 @@ def test_a_healthy_run_says_nothing(tmp_path, capsys):
     assert again["dense_validation_loss"] == pytest.approx(dense["validation_loss"])
 
 
-@pytest.mark.thorough
 @pytest.mark.zero3
 def test_every_rank_says_the_same_next_to_a_dense_run(run_ranks, tmp_path):
     dense = tmp_path / "dense"

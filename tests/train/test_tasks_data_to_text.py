@@ -262,6 +262,7 @@ def test_what_cannot_be_read_is_named(tmp_path, gpt2):
     assert "data.label_column = 'lex.txt' has no part 'txt' in the data, which has comment, lid, text" in refusal(
         "data.label_column=lex.txt"
     )
+    assert "data.label_column = 'lex.' has no part '' in the data" in refusal("data.label_column=lex.")
     assert "has no column 'lexical', which data.label_column" in refusal("data.label_column=lexical.text")
     message = refusal('data.test_rows=["test_category", "rdf"]')
     assert "no row has 'rdf' in column 'test_category', as data.test_rows asks. Name one of rdf-to-text" in message

@@ -76,12 +76,15 @@ def _run(arguments: list[str], environ: Mapping[str, str], limit_seconds: float)
             start_new_session=True,
         )
         how = "did not finish"
-        with suppress(subprocess.TimeoutExpired):
+        try:
             code = process.wait(limit_seconds)
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        except subprocess.TimeoutExpired:
+            pass
+        finally:  # also after Ctrl-C, which a process in another session does not get
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         output.seek(0)
         lines = [line.strip() for line in output.read().decode(errors="replace").splitlines() if line.strip()]
     last_line, seconds = lines[-1] if lines else "", f"{time.monotonic() - start:.1f} s"

@@ -45,10 +45,10 @@ def wanda_scores(weight: Tensor, input_norms: Tensor, *, transposed: bool = Fals
 def keep_by_score(scores: Tensor, layout: WeightLayout, pattern: Pattern, sparsity: float) -> Tensor:
     """Return the uint8 mask, 0/1, in the stored shape of ``layout``: each of its matrices loses its smallest scores.
 
-    ``scores``: fp32. The counts are those of training: floor(sparsity * O * I) per matrix, floor(sparsity * I) per row,
-    M - N per group regardless of ``sparsity``, floor(sparsity * blocks). Among equal scores the lowest flat index is
-    pruned first. Raises ValueError for units that do not tile the matrices and for the patterns "stack" and "global",
-    and FloatingPointError for scores that are not finite.
+    ``scores``: fp32. The counts are the same as in training: floor(sparsity * O * I) per matrix, floor(sparsity * I)
+    per row, M - N per group regardless of ``sparsity``, floor(sparsity * blocks). Among equal scores the lowest flat
+    index is pruned first. Raises ValueError for units that do not tile the matrices and for the patterns "stack" and
+    "global", and FloatingPointError for scores that are not finite.
     """
     if pattern.pools_matrices:
         raise ValueError(

@@ -28,7 +28,7 @@ _LOOK_BYTES = 1 << 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """How documents are read from files."""
+    """Settings to read documents from files."""
 
     column: str = "text"
     """Column with the text, or with the messages of conversations."""

@@ -119,7 +119,7 @@ def _text(row: object, span: Span, reading: Reading, number: int) -> str:
     if not isinstance(row, dict):
         raise InputError(f"{span.path}: {_place(span, number)} is a {type(row).__name__}, not an object with columns")
     if reading.kind == "chat":
-        return row_of_chat(row, reading.column, lambda: f"{span.path}: {_place(span, number)}")
+        return row_of_chat(row, reading.column, f"{span.path}: {_place(span, number)}")
     if reading.column not in row:
         raise _without_column(f"{span.path}: {_place(span, number)}", row, reading)
     value = row[reading.column]

@@ -51,7 +51,7 @@ def collate_sequences(examples: Indexed | DrawnSequences, indices: Sequence[int]
 
     Labels equal the input, because models shift them. Without padding no attention mask is needed. With a document
     mask, ``position_ids`` restart at each document and its first label is -100; transformers then restricts attention
-    to the document, as long as there is no attention mask. Tokens that are not trained on also have the label -100.
+    to the document, if it gets no attention mask. Tokens that are not trained on also have the label -100.
     """
     sequences = [examples[i] for i in indices]
     ids = torch.from_numpy(np.stack([one.tokens for one in sequences]).astype(np.int64))

@@ -64,11 +64,11 @@ class Task(ABC, Generic[E]):
     unit = "examples"
     """Name of the examples in messages."""
     pads = True
-    """Whether a batch may have examples of different lengths; the tokenizer and the model then need a padding token."""
+    """True if a batch may have examples of different lengths; the tokenizer and the model then need a padding token."""
     new_head = True
-    """Whether the model may have weights that the pretrained one lacks; they are initialised at random."""
+    """True if the model may have weights that the pretrained one lacks; they are initialised at random."""
     lower_is_better = False
-    """Whether the best checkpoint has the lowest metric."""
+    """True if the best checkpoint has the lowest metric."""
 
     def __init__(self, evaluation: EvalConfig):
         """``evaluation`` names the metric that chooses the best checkpoint."""

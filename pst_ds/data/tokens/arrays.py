@@ -78,7 +78,7 @@ class Borders:
     """Document starts of a token stream."""
 
     several = True
-    """Whether there may be more than one document."""
+    """True if there may be more than one document."""
 
     def between(self, start: int, stop: int) -> np.ndarray:
         """Return the document starts in [start, stop): int64, ascending."""

@@ -141,10 +141,11 @@ def _stream_of_files(
     """Map the tokens of the files at ``where``, found and read as in ``pst-ds prepare``."""
     plan = plan_store([where], tokenizer, _reading(data, kind), count_bytes=count)
     files: list[Path] = []
-    for path in map(Path, dict.fromkeys(span.path for piece in plan.pieces for span in piece)):
+    for name in dict.fromkeys(span.path for piece in plan.pieces for span in piece):
+        path = Path(name)
         if not path.exists():
             raise ConfigError(
-                f"{str(path)!r} is not on this machine and would be downloaded at every start. Write a store with "
+                f"{name!r} is not on this machine and would be downloaded at every start. Write a store with "
                 "pst-ds prepare, and name it"
             )
         files += sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]

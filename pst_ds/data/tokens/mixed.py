@@ -40,7 +40,7 @@ class MixedSequences:
         self.masks_tokens = any(source.masks_tokens for source in sources)
         self.several_documents = any(source.several_documents for source in sources)
         self.has_streams = any(isinstance(source, TextStream) for source in sources)
-        """Whether some sources are tokenised while training."""
+        """True if some sources are tokenised while training."""
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -75,17 +75,17 @@ class Sequences:
 
     @property
     def apart(self) -> bool:
-        """Whether attention is restricted to each document."""
+        """True if attention is restricted to each document."""
         return self.borders is not None
 
     @property
     def masks_tokens(self) -> bool:
-        """Whether some tokens are not trained on."""
+        """True if some tokens are not trained on."""
         return self.learned is not None
 
     @property
     def several_documents(self) -> bool:
-        """Whether a sequence may have several documents with separate attention."""
+        """True if a sequence may have several documents with separate attention."""
         return self.borders is not None and self.borders.several
 
     @property

@@ -39,7 +39,7 @@ class ShardRecord:
     documents: int
     text_bytes: int
     closed_by_us: bool
-    """Whether we, not the tokenizer, added the last end-of-text token."""
+    """True if pst-ds, not the tokenizer, added the last end-of-text token."""
     sha256: dict[str, str]
 
     def file(self, kind: str) -> str:
@@ -197,8 +197,10 @@ def open_store(folder: Path, tokenizer: TokenizerIdentity | None = None) -> Toke
     if BYTES in manifest.has:
         num_bytes = without_separator(column(BYTES, _ITEM[BYTES]))
     if LEARNED in manifest.has:
-        bits = zip(column(LEARNED, np.dtype("u1")), manifest.shards, strict=True)
-        learned = joined([Bits(values, shard.tokens) for values, shard in bits])
+        last = manifest.shards[-1] if manifest.shards else None
+        lengths = [shard.tokens - (shard is last and shard.closed_by_us) for shard in manifest.shards]
+        bits = zip(column(LEARNED, np.dtype("u1")), lengths, strict=True)
+        learned = joined([Bits(values, length) for values, length in bits])
     dtype, starts = own.dtype, np.empty(0, _ITEM[STARTS])
     return TokenStream(
         tokens=without_separator(column(TOKENS, dtype)) if manifest.shards else np.empty(0, dtype),

@@ -34,9 +34,8 @@ def open_tokenizer(path: str | Path, setting: str, fix: str) -> Tokenizer:
             return tokenizer
     except (OSError, ValueError, KeyError) as error:
         problem = first_line(error)
-    raise ConfigError(
-        f"{setting} has no tokenizer, as a folder (looked in {Path(path).absolute()}) or on the hub: {problem}. {fix}"
-    )
+    where = "" if Path(path).is_dir() else f", as a folder (looked in {Path(path).absolute()}) or on the hub"
+    raise ConfigError(f"{setting} has no tokenizer{where}: {problem}. {fix}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +88,7 @@ class Documents:
     learned: np.ndarray | None = None
     """Mask of the tokens that are trained on: (tokens,) bool. None for all."""
     closed_by_us: bool = False
-    """Whether we, not the tokenizer, added the last end-of-text token."""
+    """True if pst-ds, not the tokenizer, added the last end-of-text token."""
 
 
 def tokenize(texts: Sequence[str], tokenizer: Tokenizer, *, count: bool = False) -> Documents:

@@ -16,7 +16,8 @@ GREEDY_BELOW = 1e-5
 class Sampling:
     """The most likely token for a ``temperature`` below 1e-5; otherwise one drawn from softmax(logits / temperature).
 
-    ``top_k``: number of most likely tokens to draw from, 0 for all. ``top_p``: their total probability.
+    ``top_k``: draw from this number of most likely tokens, 0 for all. ``top_p``: draw from the fewest most likely
+    tokens whose total probability reaches it.
     """
 
     temperature: float = 0.0

@@ -236,7 +236,8 @@ def _require_known_rope(name: str, config: Part, context: int) -> None:
             if parameters.get(key) is not None and context > original:
                 raise DecoderError(
                     f"{name}: context = {context}: {change} in sequences beyond the original {original} positions "
-                    f"({key}), and the native loop does not. Lower context to {original}. {_USE_OTHER}"
+                    f"({key}), and the native loop does not. Lower context to {original}, or use "
+                    "transformers' own generate()"
                 )
 
 

@@ -163,7 +163,8 @@ def _require(holds: bool, message: str) -> None:
 class Loop:
     """The C++ decoder: a table of layers, and a cache of ``sequences`` times ``context`` positions.
 
-    C++ does not check its arguments, which come from a model's config and tensors, so every method does: InputError.
+    C++ does not check its arguments, which come from a model's config and tensors, so every method does, and
+    raises InputError.
     """
 
     def __init__(self, shape: dict[str, int], numbers: dict[str, float], level: int | None = None):

@@ -102,8 +102,9 @@ def quantized_linear(
         return dense_linear(x, expand_codes(codes, scales, bitmask, columns, packing, x.dtype), bias)
 
     def expand(first: int, last: int) -> Tensor:
+        start = int(row_offsets[first]) if first < rows else 0  # a weight without rows has no offsets
         stop = int(row_offsets[last]) if last < rows else flat.numel()
-        held = codes[first:last] if codes.dim() == 2 else flat[int(row_offsets[first]) : stop]
+        held = codes[first:last] if codes.dim() == 2 else flat[start:stop]
         bits = None if bitmask is None else bitmask[first:last]
         return expand_codes(held, scales[first:last], bits, columns, packing, x.dtype)
 

@@ -7,6 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import Collection, Mapping
+from itertools import islice
 from typing import Annotated, Literal
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -18,6 +19,8 @@ ChatMessage = dict[str, str]
 """``role`` and ``content``."""
 _NAME_CHARACTERS = 64
 """Characters of an unknown field's name that a message quotes."""
+_NAMES_COMPARED = 32
+"""Fields among which a misspelt one is looked for."""
 _WITHOUT_EFFECT = {
     *("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
     *("parallel_tool_calls", "max_tokens"),
@@ -98,7 +101,8 @@ class ChatRequest(_Object):
     """A validated request."""
 
     model: Annotated[str, Field(min_length=1)]
-    messages: Annotated[list[_Message], Field(min_length=1)]
+    messages: Annotated[list[_Message], Field(min_length=1, fail_fast=True)]
+    """Validated up to the first wrong message: pydantic keeps a kilobyte per error."""
     max_tokens: Annotated[
         int | None, Field(ge=1, lt=1 << 63, validation_alias=AliasChoices("max_completion_tokens", "max_tokens"))
     ] = None
@@ -107,7 +111,7 @@ class ChatRequest(_Object):
     seed: Annotated[int | None, Field(ge=-(1 << 63), lt=1 << 63)] = None
     stop: Annotated[
         tuple[Annotated[str, Field(min_length=1, max_length=256)], ...],
-        Field(max_length=4),
+        Field(max_length=4, fail_fast=True),
         BeforeValidator(lambda stop: tuple(stop) if isinstance(stop, list) else (stop,)),
     ] = ()
     stream: bool = False
@@ -147,6 +151,10 @@ def chat_request(table: object) -> ChatRequest:
         loc = first["loc"][:1] if first["loc"][0] == "stop" else first["loc"]
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
         what = "Input should be an object" if first["type"] == "model_type" else first["msg"]
+        if first["type"] == "missing":
+            names = [name[:_NAME_CHARACTERS] for name in islice(first["input"], _NAMES_COMPARED)]
+            if near := difflib.get_close_matches(str(loc[-1]), names, n=1):
+                what = f"{what}. Is {near[0]!r} misspelt?"
         raise ProtocolError(400, f"{place}: {what}", param=place) from None
     asked.require_known("", _WITHOUT_EFFECT, _NOT_SERVED)
     asked.stream_options.require_known("stream_options.", ("include_obfuscation",), {})

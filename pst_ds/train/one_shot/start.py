@@ -65,7 +65,7 @@ def require_startable(run: RunConfig) -> None:
 
 def _stop_if_asked() -> None:
     if stop_signals.asked_by():
-        raise StoppedError
+        raise StoppedError  # on rank 0 only: _prune_once returns the signal, and every rank raises then
 
 
 def _prune_once(run: RunConfig, examples: ExampleSet, *, quiet: bool) -> int:

@@ -337,6 +337,8 @@ def _read_index(folder: Path) -> tuple[Common, dict[str, UserEntry]]:
         raise UserStoreError(
             f"{path} is damaged: {first_problem(error)}. Use a copy, or train the users again"
         ) from None
+    except UserNameError as error:  # a name in the index, not the one that the caller asked for
+        raise UserStoreError(f"{path} is damaged: {error}. Use a copy, or train the users again") from None
     except UserStoreError:
         raise
     except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:

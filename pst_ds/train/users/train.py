@@ -35,7 +35,7 @@ SHARE_OF_TOKENS = 0.4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UserTraining:
-    """How each user's state is trained. All other settings come from the run."""
+    """Settings to train each user's state. All other settings come from the run."""
 
     epochs: float = 8.0
     batch_size: int = 8

@@ -128,10 +128,10 @@ def test_a_mixture_takes_conversations_and_prose(tmp_path, tokenizer):
     ("row", "problem"),
     [
         ({"text": "film"}, "line 2 has neither a column 'messages' with messages nor prompt and completion"),
-        ({"messages": "film"}, "line 2: it, column 'messages' holds 'film', but a conversation is a list of messages"),
+        ({"messages": "film"}, "line 2, column 'messages' holds 'film', but a conversation is a list of messages"),
         (
             {"messages": [{"role": "user", "content": "film"}]},
-            "line 2: it, column 'messages' has no message of the role",
+            "line 2, column 'messages' has no message of the role 'assistant'",
         ),
     ],
 )

@@ -70,6 +70,7 @@ def test_a_store_gives_back_what_was_written(tmp_path_factory, shards):
     assert (manifest.counts["tokens"], manifest.counts["documents"]) == (len(flat), len(ended))
     if expected:
         assert stream.num_bytes[:].tolist() == [token % 7 for token in expected]
+        assert len(stream.learned) == len(stream)
         assert stream.learned[0 : len(expected)].tolist() == [token % 3 > 0 for token in expected]
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith(("shard", "starts", "."))) == []
 

@@ -39,10 +39,10 @@ print(json.dumps(outcomes))
 """
 
 
-@pytest.mark.thorough
-def test_every_auto_class_raises_and_none_gives_random_weights(packed):
-    models = [("llama", "bitmask"), ("bert", "2:4"), ("gpt2", "csr")]
-    folders = [str(packed(name, form, shards=shards)[0]) for name, form in models for shards in (1, 2)]
+@pytest.mark.few(1)
+@pytest.mark.parametrize(("name", "form"), [("bert", "2:4"), ("llama", "bitmask"), ("gpt2", "csr")])
+def test_every_auto_class_raises_and_none_gives_random_weights(packed, name, form):
+    folders = [str(packed(name, form, shards=shards)[0]) for shards in (1, 2)]
     # our verbs, run in this process by other tests, quiet it in the environment
     loud = {**os.environ, "TRANSFORMERS_VERBOSITY": "warning"}
     done = subprocess.run(
@@ -53,7 +53,7 @@ def test_every_auto_class_raises_and_none_gives_random_weights(packed):
     classes = {key.split()[1] for key in outcomes}
     assert {"AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"} <= classes
     assert {key: outcome for key, outcome in outcomes.items() if outcome != "OSError"} == {}
-    assert len(outcomes) > 6 * 3 * 3
+    assert len(outcomes) > 2 * 3 * 3
     assert "Unknown quantization type, got pst_ds" in done.stderr
 
 

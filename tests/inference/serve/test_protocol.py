@@ -6,10 +6,11 @@ import random
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from pst_ds.inference.decoder.sampling import Sampling
-from pst_ds.inference.serve.protocol import ProtocolError, chat_request, read_request
+from pst_ds.inference.serve.protocol import ChatRequest, ProtocolError, chat_request, read_request
 from pst_ds.inference.serve.text_stream import TextStream
 
 WHAT_CLIENTS_SEND = {
@@ -22,6 +23,19 @@ WHAT_CLIENTS_SEND = {
 """Fields that change no answer."""
 DATA = Path(__file__).resolve().parents[2] / "data"
 HELLO = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+
+
+@pytest.mark.parametrize("wrong", [{"messages": [0] * 1000}, {**HELLO, "stop": [0] * 1000}])
+def test_a_long_wrong_list_costs_one_error(wrong):
+    """pydantic keeps a kilobyte per error, and a body has room for half a million."""
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate({"model": "m", **wrong})
+    assert caught.value.error_count() == 1
+
+
+def test_a_misspelt_field_is_named():
+    with pytest.raises(ProtocolError, match=r"^messages: Field required\. Is 'mesages' misspelt\?$"):
+        chat_request({"model": "m", "mesages": HELLO["messages"]})
 
 
 def test_what_a_request_leaves_out_has_the_protocols_defaults():

@@ -160,7 +160,6 @@ def test_settings_and_final_metrics_are_in_the_run_itself(tmp_path):
     assert tags <= set(board.Tags()["scalars"])
 
 
-@pytest.mark.thorough
 def test_a_run_that_goes_on_has_every_point_once(tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     _train(whole)

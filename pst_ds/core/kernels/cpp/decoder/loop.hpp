@@ -314,7 +314,6 @@ PST_API void* pst_matrix_of_floats(const void* floats, int64_t rows, int64_t col
 }
 
 PST_API int64_t pst_matrix_bytes(const void* matrix) { return static_cast<const pst::Matrix*>(matrix)->bytes(); }
-PST_API int pst_matrix_layout(const void* matrix) { return static_cast<const pst::Matrix*>(matrix)->layout; }
 PST_API void pst_matrix_free(void* matrix) { delete static_cast<pst::Matrix*>(matrix); }
 
 // y (tokens, rows) = x W'. in_bytes: quantise x to 8 bits; returns 2 if these kernels do not support it.
