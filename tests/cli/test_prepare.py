@@ -37,7 +37,8 @@ def test_it_writes_a_store_and_says_so(tmp_path, texts, verb):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--tokenizer", "tests/data"], ["--tokenizer tests/data has no tokenizer", "looked in"]),
+        (["--tokenizer", "tests/data"], ["--tokenizer tests/data has no tokenizer"]),
+        (["--tokenizer", "tests/absent"], ["--tokenizer tests/absent has no tokenizer", "looked in"]),
         (["--text-column", "test"], ["a.jsonl: line 1 has no column 'test'", "Columns: body"]),
         (["--workers", "0"], ["--workers", "'0' is not a whole number of at least 1"]),
         (["--out", "tests/data/train.jsonl/s"], ["--out", "is a file, and no folder"]),
