@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 from pst_ds.config.methods import METHODS, OneShotMethod
 from pst_ds.config.pst import PSTConfig
-from pst_ds.config.settings import NotNegative, Positive, Section, settings
+from pst_ds.config.settings import MayDiffer, NotNegative, Positive, Section, settings
 from pst_ds.core.packings import VALUE_BITS
 from pst_ds.core.patterns import parse_pattern
 
@@ -32,11 +32,14 @@ class OneShotConfig(Section):
     budgets: Budgets = "equal"
     """Distribution of the sparsity over layers: equal, by outliers among the weights (OWL), or by the increase in
     loss."""
+    own_text: MayDiffer[str] = ""
+    """File of prompts (lines of .txt, or "prompt" or "messages" of .jsonl): language models calibrate on the dense
+    model's continuations of these prompts, up to ``data.max_length`` tokens, instead of ``data.train``."""
 
     def problems(self) -> Iterator[str]:
         if self.method == "none":
             reason = 'with start.method = "none". Set start.method, such as "alps"'
-            yield from self.unused("start", reason, "samples", "reconstruct", "budgets")
+            yield from self.unused("start", reason, "samples", "reconstruct", "budgets", "own_text")
 
     def conflicts(self, method: str, sparsity: float, pst: PSTConfig) -> Iterator[str]:
         """Yield a message where the run would not start from the masks of the one-shot method, at ``sparsity``."""
@@ -122,6 +125,8 @@ class PruneConfig(OneShotConfig):
                 f"--bits {self.bits} quantises while pruning, which --budgets saliency does not support. Prune first, "
                 f"{_QUANTISE_LATER}"
             )
+        if self.own_text and not self.needs_data:
+            yield f"own_text = {self.own_text!r} is calibration data, and magnitude needs none. Remove it"
         if self.spread is not None and self.budgets != "owl":
             yield f"--spread {self.spread} is for --budgets owl. Add it, or remove --spread"
 

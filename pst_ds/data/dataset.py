@@ -60,7 +60,7 @@ def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, neste
     if isinstance(data, DataInMemory):
         rows = data.rows
     else:
-        rows = _read_from_hub(data, where) if data.dataset else _read_local(where, split, data.sample_by)
+        rows = _read_from_hub(data, where) if data.dataset else read_local(where, f"data.{split}", data.sample_by)
     if not data.dataset and Path(file_and_slice(where)[0]).suffix.lower() == _TSV:
         _require_unquoted(rows, [column for column in columns if column in rows.column_names], where)
     for column, setting in columns.items():
@@ -168,10 +168,11 @@ def _require_path(feature: object, path: list[str], column: str, setting: str, w
             feature = feature.feature
 
 
-def _read_local(where: str, split: str, sample_by: str) -> Dataset:
+def read_local(where: str, setting: str, sample_by: str) -> Dataset:
+    """Return the rows of a local file, which ``setting`` names. Raises ConfigError."""
     import datasets
 
-    setting, (file, piece) = f"data.{split} = {where!r}", file_and_slice(where)
+    setting, (file, piece) = f"{setting} = {where!r}", file_and_slice(where)
     path = Path(file)
     if not path.is_file():
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,9 @@ from pst_ds.progress import Progress
 if TYPE_CHECKING:
     from transformers import GenerationConfig
     from transformers import PreTrainedTokenizerBase as Tokenizer
+
+Rule = Callable[[Tensor, Tensor], Tensor]
+"""Returns changed scores of the next token, from the tokens so far and the scores."""
 
 
 def end_tokens(own: GenerationConfig) -> list[int]:
@@ -65,16 +68,22 @@ def write_texts(
 def _write(
     model: Any, prompts: list[Sequence[int]], tokenizer: Tokenizer, settings: EvalConfig, device: str
 ) -> list[str]:
+    length, size = max(map(len, prompts)), settings.no_repeat_ngram_size
+    rules = [_NoRepeatAfter(length, size)] if size else []
+    written = generated(model, prompts, rules, device)
+    return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+
+
+def generated(model: Any, prompts: Sequence[Sequence[int]], rules: Sequence[Rule], device: str) -> Tensor:
+    """Return the tokens that ``model`` generates after each of ``prompts`` by its generation config and the ``rules``:
+    (prompts, new tokens) int64. Prompts are padded on the left."""
     from transformers import LogitsProcessorList
 
-    length = max(map(len, prompts))
-    padding = model.generation_config.pad_token_id
+    length, padding = max(map(len, prompts)), model.generation_config.pad_token_id
     ids = torch.tensor([[padding] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     real = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    size = settings.no_repeat_ngram_size
-    rules = LogitsProcessorList([_NoRepeatAfter(length, size)] if size else [])
-    written = model.generate(input_ids=ids, attention_mask=real, logits_processor=rules)
-    return [text.strip() for text in tokenizer.batch_decode(written[:, length:], skip_special_tokens=True)]
+    written: Tensor = model.generate(input_ids=ids, attention_mask=real, logits_processor=LogitsProcessorList(rules))
+    return written[:, length:]
 
 
 def _generation_config(settings: EvalConfig, tokenizer: Tokenizer, ends: Sequence[int]) -> GenerationConfig:

@@ -27,6 +27,7 @@ from pst_ds.prune.layer import PrunedLayer
 from pst_ds.prune.one_shot import plan_layers, prune_loaded
 from pst_ds.prune.whole_experts import KeptExperts, drop_experts
 from pst_ds.train.model import attention_options, load_tokenizer
+from pst_ds.train.one_shot.own_text import own_batches
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -114,7 +115,8 @@ def _facts_of_data(run: RunConfig, config: PruneConfig, batches: Sequence[Batch]
     """Return the facts of the calibration data for the record."""
     tokens = (b["attention_mask"].sum() if "attention_mask" in b else b["input_ids"].numel() for b in batches)
     return {
-        "data": run.data.train,
+        "data": config.own_text or run.data.train,
+        "own_text": bool(config.own_text),
         "max_length": run.data.max_length,
         "samples": config.samples,
         "tokens": sum(map(int, tokens)),
@@ -126,12 +128,15 @@ def _facts_of_data(run: RunConfig, config: PruneConfig, batches: Sequence[Batch]
 def _calibration(
     run: RunConfig, model_config: PretrainedConfig, config: PruneConfig, examples: ExampleSet | None
 ) -> list[Batch]:
-    """Return batches of inputs: ``config.samples`` distinct examples of ``data.train``, sorted by length.
+    """Return batches of inputs: ``config.samples`` distinct examples of ``data.train``, or own text,
+    sorted by length.
 
     Raises InputError if there are fewer examples.
     """
     task, tokenizer = task_of(run), load_tokenizer(run)
     task.check_model(run.data, model_config, tokenizer)
+    if config.own_text:
+        return own_batches(run, config.own_text, config.samples, config.seed)
     if examples is None:
         examples = task.load(run.data, "train", tokenizer, task.label_names(run.data))
     if len(examples) < config.samples:

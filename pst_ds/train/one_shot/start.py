@@ -8,6 +8,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from pst_ds.atomic_files import file_sha256
 from pst_ds.checkpoint.restore import base_fingerprint
 from pst_ds.config.one_shot import PruneConfig
 from pst_ds.config.run import ConfigError, RunConfig
@@ -70,7 +71,7 @@ def _stop_if_asked() -> None:
 
 def _prune_once(run: RunConfig, examples: ExampleSet, *, quiet: bool) -> int:
     """Return 0 once the start is there, or the signal that stopped the pruning between two blocks."""
-    out, asked = Path(run.output_dir) / START, _one_shot_config(run, min(run.start.samples, len(examples)))
+    out, asked = Path(run.output_dir) / START, _one_shot_config(run, _samples(run, examples))
     start = _facts_of_start(run, examples.digest)
     found = pruning_record(out)
     if found.get("start") == start and found.get("base_fingerprint") == base_fingerprint(run.model.path):
@@ -92,12 +93,21 @@ def _prune_once(run: RunConfig, examples: ExampleSet, *, quiet: bool) -> int:
     return 0
 
 
+def _samples(run: RunConfig, examples: ExampleSet) -> int:
+    return run.start.samples if run.start.own_text else min(run.start.samples, len(examples))
+
+
 def _facts_of_start(run: RunConfig, data_digest: str) -> object:
     """Return what the start depends on besides the base model, as JSON values."""
     layers = {name: getattr(run.pst, name) for name in _OF_LAYERS}
     overrides = [asdict(one) for one in run.pst.overrides]
     more = {"seed": run.seed, "sparsity": run.start_sparsity, "precision": run.train.precision}
-    found = {**asdict(run.start), **more, **layers, "overrides": overrides, "data_digest": data_digest}
+    start, prompts = asdict(run.start), Path(run.start.own_text)
+    if prompts.is_file():  # its content counts, not its path
+        start["own_text"] = file_sha256(prompts)
+    elif not run.start.own_text:  # as in starts of earlier versions
+        del start["own_text"]
+    found = {**start, **more, **layers, "overrides": overrides, "data_digest": data_digest}
     return json.loads(json.dumps(found))
 
 
@@ -112,6 +122,7 @@ def _one_shot_config(run: RunConfig, samples: int) -> PruneConfig:
         pattern=pattern,
         budgets=start.budgets,
         reconstruct=start.reconstruct,
+        own_text=start.own_text,
         samples=samples,
         seed=run.seed,
     )
