@@ -26,6 +26,7 @@ MEMORY_LINES = {
     "reduce_bucket": "reduction bucket",
     "runtime": "libraries and threads",
     "teacher": "the teacher, whole",
+    "sums": "sums for schedule.solves",
     "gathers": "gathered parameters",
     "communication": "staging of a gather",
     "layer_work": "temporaries of a layer",

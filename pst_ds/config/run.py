@@ -18,6 +18,7 @@ from pst_ds.config.settings import ConfigError as ConfigError
 from pst_ds.config.settings import Interval, MayDiffer, NotNegative, Positive, Section, Strings, settings
 from pst_ds.config.tasks import TASKS, TaskFacts, task_conflicts
 from pst_ds.config.train import DistillationConfig, TrainConfig
+from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.schedule import (
     CubicSchedule,
     OneShotSchedule,
@@ -28,6 +29,8 @@ from pst_ds.core.schedule import (
 )
 from pst_ds.file_names import START
 
+LEAST_STEPS_OF_SOLVE = 4
+"""Optimizer steps from one solve to the next, at least."""
 TRACKERS = ("wandb", "mlflow", "trackio")
 
 
@@ -143,6 +146,25 @@ class RunConfig(Section):
         yield from train.conflicts(task, self.data.max_length, self.distillation, self.deepspeed_config)
         yield from self.distillation.conflicts(task)
         yield from self.prompt.conflicts(method, task, self.data, train.sequence_parallel)
+        if schedule.solves:
+            yield from self._conflicts_of_solves()
+
+    def _conflicts_of_solves(self) -> Iterator[str]:
+        """Yield a message for each setting that does not fit masks and weights that are solved for during training."""
+        solves, pst = f"schedule.solves = {self.schedule.solves}", self.pst
+        if self.method != "pst":
+            yield f'{solves} is for method = "pst", not for method = {self.method!r}. Set schedule.solves = 0'
+        if self.start.method != "none":
+            yield f'{solves} starts with all weights, and start.method = "{self.start.method}" prunes. Remove [start]'
+        if pst.magnitude != "weight":
+            yield f'{solves} ranks by ALPS, and pst.magnitude = "{pst.magnitude}" changes scores. Remove it'
+        for pattern in (pst.pattern, *(rule.pattern or "" for rule in pst.overrides)):
+            if pattern and parse_pattern(pattern).pools_matrices:
+                yield f'{solves} solves one matrix at a time, and pattern "{pattern}" pools several. Set "matrix"'
+        if self.model.base_bits != 16:
+            yield f"{solves} changes the base, which model.base_bits = {self.model.base_bits} quantises. Set 16"
+        if self.distillation.weight and not self.distillation.teacher:
+            yield f"{solves} changes the base, which cannot teach then. Name a dense model in distillation.teacher"
 
     @property
     def task_facts(self) -> TaskFacts:
@@ -161,8 +183,10 @@ class RunConfig(Section):
 
     @cached_property
     def injected_pst(self) -> PSTConfig:
-        """The config to inject: ``seeded_pst`` with the settings that the method fixes."""
-        return self.mask_method.pst_config(self.seeded_pst)
+        """The config to inject: ``seeded_pst`` with the settings that the method fixes; without scores if masks are
+        solved."""
+        config = self.mask_method.pst_config(self.seeded_pst)
+        return replace(config, score_rank=0, structured_scores=False) if self.schedule.solves else config
 
     @property
     def start_sparsity(self) -> float:
@@ -195,7 +219,14 @@ class RunConfig(Section):
             return None
         if masks == "fixed":
             return OneShotSchedule(self.schedule.final_sparsity)
-        return CubicSchedule(num_steps=num_steps, **asdict(self.schedule))
+        schedule = CubicSchedule(num_steps=num_steps, **asdict(self.schedule))
+        length = schedule.ramp_end - schedule.ramp_start
+        if length < LEAST_STEPS_OF_SOLVE * schedule.solves:
+            raise ConfigError(
+                f"schedule.solves = {schedule.solves}: the ramp has {length} steps, fewer than {LEAST_STEPS_OF_SOLVE} "
+                f"for each. Fix: schedule.solves = {length // LEAST_STEPS_OF_SOLVE}, or a longer run"
+            )
+        return schedule
 
     def _rank_budget(self, num_steps: int) -> Schedule | None:
         """Return the schedule of the fraction of update components that is dropped, along the ramp of ``[schedule]``
@@ -203,7 +234,7 @@ class RunConfig(Section):
         dropped_share = self.injected_pst.dropped_share if self.mask_method.injects else 0.0
         if not dropped_share:
             return None
-        ramp = replace(self.schedule, final_sparsity=dropped_share, initial_sparsity=0.0)
+        ramp = replace(self.schedule, final_sparsity=dropped_share, initial_sparsity=0.0, solves=0)
         return CubicSchedule(num_steps=num_steps, **asdict(ramp))
 
     def num_steps(self, num_examples: int) -> int:

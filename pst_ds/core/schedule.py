@@ -9,6 +9,9 @@ import math
 from dataclasses import dataclass, fields
 from typing import Protocol
 
+LISTENED = 16
+"""Batches before a solve whose inputs and gradients it uses."""
+
 
 class Schedule(Protocol):
     """The methods that the training loop calls. ``step`` counts applied optimizer steps."""
@@ -52,12 +55,16 @@ class ScheduleConfig:
     """Fraction of all steps at ``final_sparsity``, after the ramp, with fixed masks."""
     update_interval: int = 4
     """Optimizer steps between mask updates; the last update is always at the end of the ramp."""
+    solves: int = 0
+    """Masks that method "pst" chooses by ALPS in place of learned scores, evenly spaced along the ramp: each on inputs
+    and gradients of the last 16 batches, with new values for the kept weights (docs/how-to/methods.md)."""
 
     def __post_init__(self) -> None:
         first, last = self.initial_sparsity, self.final_sparsity
         _require(0.0 <= last < 1.0, "final_sparsity", last, "in [0, 1)")
         _require(0.0 <= first <= last, "initial_sparsity", first, f"in [0, final_sparsity = {last}]")
         _require(self.update_interval >= 1, "update_interval", self.update_interval, "at least 1")
+        _require(self.solves >= 0, "solves", self.solves, "at least 0")
         for name in ("warmup_fraction", "cooldown_fraction"):
             _require(0.0 <= getattr(self, name) < 1.0, name, getattr(self, name), "in [0, 1)")
         if self.warmup_fraction + self.cooldown_fraction >= 1.0:
@@ -78,6 +85,7 @@ class CubicSchedule(ScheduleConfig):
         warmup_fraction: fraction of all steps before the ramp.
         cooldown_fraction: fraction of all steps after the ramp, with fixed masks.
         update_interval: optimizer steps between mask updates.
+        solves: mask updates that replace those at ``update_interval``; the model is dense before the first.
 
     Raises:
         ValueError: a value is outside its range, or the fractions leave no steps for the ramp.
@@ -99,8 +107,16 @@ class CubicSchedule(ScheduleConfig):
         """Step of the last mask update, at least one after ``ramp_start``."""
         return max(self.num_steps - math.floor(self.cooldown_fraction * self.num_steps), self.ramp_start + 1)
 
+    @property
+    def solve_steps(self) -> tuple[int, ...]:
+        """Steps after which masks are solved, in order; the last is the end of the ramp."""
+        length = self.ramp_end - self.ramp_start
+        return tuple(sorted({self.ramp_start + -(-i * length // self.solves) for i in range(1, self.solves + 1)}))
+
     def sparsity_at(self, step: int) -> float:
         """Return v_f + (v_i - v_f) (1 - progress)^3 at the latest mask update up to ``step``."""
+        if self.solves and step < self.solve_steps[0]:
+            return 0.0
         left = self._left_at(step)
         if left == 1.0:
             return self.initial_sparsity  # the formula may be one rounding error below it and prune one weight fewer
@@ -112,6 +128,8 @@ class CubicSchedule(ScheduleConfig):
         return self.sparsity_at(step) / self.final_sparsity
 
     def updates_masks_at(self, step: int) -> bool:
+        if self.solves:
+            return step in self.solve_steps
         if step == 0:
             return self.initial_sparsity > 0.0
         if step == self.ramp_end:
@@ -125,6 +143,9 @@ class CubicSchedule(ScheduleConfig):
         """Return the remaining fraction of the ramp at the latest mask update up to ``step``."""
         if step >= self.ramp_end:
             return 0.0
+        if self.solves:
+            last = max((at for at in self.solve_steps if at <= step), default=self.ramp_start)
+            return (self.ramp_end - last) / (self.ramp_end - self.ramp_start)
         since_start = max(0, step - self.ramp_start) // self.update_interval * self.update_interval
         return 1.0 - since_start / (self.ramp_end - self.ramp_start)
 
@@ -205,6 +226,18 @@ class Schedules:
 
     def masks_final_at(self, step: int) -> bool:
         return self.masks is not None and self.masks.is_final(step)
+
+    def last_solve(self, step: int) -> int:
+        """Return the step of the latest solve up to ``step``; 0 before the first."""
+        return max((at for at in self._solves if at <= step), default=0)
+
+    def listens_at(self, step: int) -> bool:
+        """Return whether the batch after ``step`` is one of the last before a solve."""
+        return any(at - LISTENED <= step < at for at in self._solves)
+
+    @property
+    def _solves(self) -> tuple[int, ...]:
+        return self.masks.solve_steps if isinstance(self.masks, CubicSchedule) else ()
 
     def quantises_at(self, step: int) -> bool:
         return self.rounding is not None and self.rounding.rounds_at(step)

@@ -14,8 +14,10 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.core.schedule import CubicSchedule, RoundingSchedule, Schedule, Schedules
 from pst_ds.errors import InputError, shortened
 from pst_ds.masks.scales import RoundingStats, update_scales
+from pst_ds.masks.solve import solve_masks
 from pst_ds.masks.update import MaskStats, mask_stats, masks_of_zeros, update_masks
 from pst_ds.masks.update_rank_budget import ComponentStats, drop_components
+from pst_ds.nn.gradient_sums import GradientSums
 from pst_ds.nn.inject import freeze_scores, injected_config, layers_never_called, pst_layers, round_weights
 from pst_ds.nn.model_structure import is_inside_block
 from pst_ds.nn.targets import listed
@@ -37,11 +39,12 @@ class Updated:
     scales: RoundingStats | None
 
 
-def update_if_due(model: nn.Module, schedules: Schedules, step: int) -> Updated:
+def update_if_due(model: nn.Module, schedules: Schedules, step: int, sums: GradientSums | None = None) -> Updated:
     """Update masks, update ranks and quantisation scales if they are due after applied step ``step`` (0: before the
     first). Once the masks are final, fix the scores; from the first search of scales on, quantise the weights.
 
-    A model injected with ``initial_mask = "zeros"`` keeps the non-zeros of its weights instead of selecting masks.
+    A model injected with ``initial_mask = "zeros"`` keeps the non-zeros of its weights instead of selecting masks. With
+    ``sums`` of the last batches, masks and kept weights are solved for instead, and the sums are closed.
     Collective: schedules and step are equal on every rank, so all ranks update or none does.
 
     Raises:
@@ -50,7 +53,7 @@ def update_if_due(model: nn.Module, schedules: Schedules, step: int) -> Updated:
     """
     masks, dropped_share = None, schedules.dropped_share_at(step)
     if schedules.masks is not None:
-        masks = _update_masks(model, schedules.masks, step, dropped_share)
+        masks = _update_masks(model, schedules.masks, step, dropped_share, sums)
     components = None if masks is None else masks.components
     if components is None and dropped_share is not None:
         components = drop_components(model, dropped_share)
@@ -62,7 +65,9 @@ def update_if_due(model: nn.Module, schedules: Schedules, step: int) -> Updated:
     return Updated(masks, components, scales)
 
 
-def _update_masks(model: nn.Module, schedule: Schedule, step: int, dropped_share: float | None) -> MaskStats | None:
+def _update_masks(
+    model: nn.Module, schedule: Schedule, step: int, dropped_share: float | None, sums: GradientSums | None
+) -> MaskStats | None:
     """Select masks if ``schedule`` does so after ``step``; components are dropped first, from the same masters."""
     if step == 0:  # a forward pass before training may call layers whose weight training reads without a call
         for layer in pst_layers(model).values():
@@ -71,10 +76,13 @@ def _update_masks(model: nn.Module, schedule: Schedule, step: int, dropped_share
         _require_called(model)
     masks = None
     if schedule.updates_masks_at(step):
+        target, progress = schedule.sparsity_at(step), schedule.progress_at(step)
         if _keeps_zeros(model):
             masks = masks_of_zeros(model)
+        elif sums is not None:
+            masks = solve_masks(model, sums, target, progress)
+            sums.close()
         else:
-            target, progress = schedule.sparsity_at(step), schedule.progress_at(step)
             masks = update_masks(model, target, progress=progress, dropped_share=dropped_share)
     if schedule.is_final(step):
         freeze_scores(model)
@@ -246,6 +254,10 @@ def _rank_budget(config: PSTConfig, schedule: Schedule) -> Schedule | None:
 def _require_schedule(schedule: object) -> None:
     wanted = ("final_sparsity", "sparsity_at", "progress_at", "updates_masks_at", "is_final")
     missing = [name for name in wanted if not hasattr(schedule, name)]
+    if getattr(schedule, "solves", 0):
+        raise InputError(
+            f"{schedule}: runs of pst-ds train collect what solves need, MaskUpdater does not. Give it solves = 0"
+        )
     if missing:
         raise InputError(
             f"{type(schedule).__name__} is not a schedule: it lacks {', '.join(missing)}. Use pst_ds.CubicSchedule, or "

@@ -98,6 +98,8 @@ class PSTLayer(nn.Module):
         """True while the layer multiplies with W0, like the dense model; see :func:`pst_ds.nn.inject.bypassed`."""
         self.was_called = False
         """True after a call of ``forward``; see :func:`pst_ds.nn.inject.layers_never_called`."""
+        self.listen: Callable[[Tensor, Tensor], None] | None = None
+        """Called in each backward pass with the inputs (N, I) and the gradient of the outputs (N, O)."""
         self.tile_bytes = config.tile_bytes
         self.register_parameter("weight", weight)
         self.bias = bias

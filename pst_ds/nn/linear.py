@@ -73,6 +73,8 @@ class PSTLinear(PSTLayer):
         """Return the gradients of x (..., I), the weight, the bias, and of :data:`FACTOR_NAMES` and S, for
         ``grad_y`` (..., O). Gathers released parameters."""
         x_rows, grad_rows = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
+        if self.listen is not None:
+            self.listen(x_rows, grad_rows)
         backward = partial(masked_linear.backward, need_x=need_x, need_weight=need_weight, need_bias=need_bias)
         grads = self.gathered_gradients(partial(backward, x_rows, grad_rows))
         grad_x = None if grads.x is None else grads.x.to(x.dtype).view(x.shape)

@@ -107,6 +107,13 @@ def all_gather_numbers(value: Tensor) -> Tensor:
     return gathered
 
 
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Return the sum of ``values`` over all ranks, in place. Collective."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
 def broadcast(value: Tensor, source: int) -> Tensor:
     """Return the ``value`` of rank ``source``; all must have its shape, dtype and device type. Collective."""
     if not dist.is_initialized():

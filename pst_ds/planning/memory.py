@@ -102,6 +102,8 @@ class ModelNumbers:
     """The part of ``dense_weights`` in quantised output layers, which are dequantised slice by slice."""
     attention_width: int = 0
     """Width of all attention heads of a layer, summed over layers."""
+    products: int = 0
+    """Products of two inputs of a pruned layer, summed over layers: what ``schedule.solves`` sums in fp64."""
 
     @property
     def pruned_weights(self) -> int:
@@ -246,6 +248,8 @@ class MemoryPlan:
     """Scales of quantised weights."""
     packed: int = 0
     """Copy of the largest 16-bit weight in the layout of its product, on a CPU; it reuses the staging memory."""
+    sums: int = 0
+    """Sums for ``schedule.solves``, on every rank."""
     host: int = 0
     """Host memory of offloaded tensors."""
 
@@ -253,7 +257,7 @@ class MemoryPlan:
     def resident(self) -> int:
         """Bytes held all the time."""
         trained = self.weights + self.masks + self.scales + self.optimizer + self.gradients + self.reduce_bucket
-        return trained + self.runtime + self.teacher
+        return trained + self.runtime + self.teacher + self.sums
 
     @property
     def step_peak(self) -> int:
@@ -282,6 +286,7 @@ def memory_plan(
     device: str = "cpu",
     trainable_groups: Sequence[int] | None = None,
     teacher: int = 0,
+    solves: bool = False,
 ) -> MemoryPlan:
     """Return what one rank holds of ``model``.
 
@@ -292,6 +297,7 @@ def memory_plan(
         device: "cpu" or "cuda".
         trainable_groups: trainable values of each optimizer group over all ranks; None for one group.
         teacher: bytes of a separate teacher model.
+        solves: whether the run sums products of inputs for ``schedule.solves``.
     """
     optimizer = optimizer_bytes(model, zero, element_size)
     weights, masks, scales = (
@@ -321,6 +327,7 @@ def memory_plan(
         teacher=teacher,
         scales=0 if zero.offload_param else scales,
         packed=packed if device == "cpu" and element_size == 2 else 0,
+        sums=8 * model.products if solves else 0,
         host=host,
     )
 

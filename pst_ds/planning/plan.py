@@ -263,6 +263,7 @@ def _cost(
         device=machine.device,
         trainable_groups=groups,
         teacher=teacher_bytes,
+        solves=run.schedule.solves > 0,
     )
     batch, schedule = _batch(run, ranks, teacher_weights, trace or Trace()), run.make_schedules(num_steps).masks
     times = time_plan(numbers, zero, batch, machine)

@@ -45,6 +45,7 @@ def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
         dense_weights=sliced + sum(math.prod(linear_shape(m)) for m in model.modules() if is_linear(m)),
         sliced_weights=sliced,
         attention_width=_attention_width(model),
+        products=sum(layer.layout.in_features**2 for layer in layers.values()),
     )
 
 

@@ -14,12 +14,15 @@ from pst_ds.checkpoint.format import Checkpoint, CheckpointState
 from pst_ds.checkpoint.restore import base_fingerprint, magnitude_scales
 from pst_ds.checkpoint.retention import step_name
 from pst_ds.checkpoint.writer import CheckpointWriter, SaveResult, size_limit
+from pst_ds.errors import InputError
 from pst_ds.file_names import CHECKPOINTS, step_folders
+from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel.ds_config import zero_stage
 from pst_ds.parallel.ranks import is_main, of_main, world_size
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.loop import Loop, LoopState
 from pst_ds.train.resume import RunProgress, as_table
+from pst_ds.train.solved import planned, remove_unused, write_base
 
 _CLOSE_SECONDS = 60.0
 
@@ -52,18 +55,26 @@ class Checkpointer:
         self._loop, self._run = loop, loop.run
         self._folder = Path(loop.run.output_dir) / CHECKPOINTS
         self._evaluate, self._watched = evaluate, watched
-        self._base_fingerprint = of_main(lambda: base_fingerprint(loop.run.model.path))
+        self._base = (0, loop.run.model.path, "")
+        """The last solve before the newest checkpoint, the folder of its weights, and its fingerprint."""
+        self._is_late = False
+        """True if a checkpoint was due while the run listened for a solve."""
         self._known: checkpoints.Known = {}
         self._settling = threading.Lock()
         self._best: float | None = None
         self.best_step: int | None = None
         self._last_evaluated: tuple[int, dict[str, float]] = (-1, {})
-        if checkpoint is not None:
+        if checkpoint is None:
+            self._note_base(0, loop.run.model.path)
+        else:
+            self._note_base(loop.schedules.last_solve(checkpoint.state.step), checkpoint.state.base_path)
             progress, step = RunProgress.read(checkpoint), checkpoint.state.step
             self._best, self.best_step = progress.best_value, progress.best_step
             self._last_evaluated = (progress.evaluated_step, checkpoint.state.metrics)
             if is_main():
                 self._settle(step, self.best_step, step == loop.num_steps)
+        if self._run.schedule.solves:
+            of_main(lambda: planned(loop.context, pst_layers(loop.engine.module)))
         self._writer = CheckpointWriter(self._folder, loop.engine)
         self._size_limit = size_limit(loop.engine.module)
 
@@ -83,11 +94,14 @@ class Checkpointer:
             self._loop.metrics.evaluation(step, values)
             self._last_evaluated = (step, values)
             is_best = chooses and self._is_best(step, values[run.metric])
-        is_due = run.checkpoint.interval and step % run.checkpoint.interval == 0
-        if is_due or is_best or is_last or state.stopped_by:
+        is_due = self._is_late or (run.checkpoint.interval and step % run.checkpoint.interval == 0)
+        self._is_late = bool(is_due) and self._loop.sums is not None  # checkpoints do not have the sums of a solve
+        if self._loop.sums is None and (is_due or is_best or is_last or state.stopped_by):
             heartbeat("saving")
             settle = partial(self._settle, step, self.best_step, is_last)
             self._report(self._writer.wait())
+            if not self._has_base(state):
+                return
             training_continues = not (is_last or state.stopped_by)
             self._writer.save(step_name(step), self._state(state), copies=training_continues, when_written=settle)
 
@@ -106,6 +120,21 @@ class Checkpointer:
         """Name the newest checkpoint, for a message."""
         folders = step_folders(self._folder)
         return str(folders[0]) if folders else "the beginning (nothing was saved yet)"
+
+    def _note_base(self, solve: int, path: str) -> None:
+        self._base = solve, path, of_main(lambda: base_fingerprint(path))
+
+    def _has_base(self, state: LoopState) -> bool:
+        """Write the weights after the last solve, unless that was done. Return False if that failed. Collective."""
+        loop, solve = self._loop, self._loop.schedules.last_solve(state.step)
+        if solve != self._base[0]:
+            try:
+                self._note_base(solve, str(write_base(loop.context, loop.engine.module, solve)))
+            except (InputError, OSError) as error:
+                is_last = state.step == loop.num_steps or bool(state.stopped_by)
+                self._report(SaveResult(step_name(state.step), 0, 0.0, str(error)), is_last=is_last)
+                return False
+        return True
 
     def _is_best(self, step: int, value: float) -> bool:
         """Return whether the model with metric ``value`` is the best so far, and remember it if so.
@@ -129,6 +158,7 @@ class Checkpointer:
             checkpoints.settle(
                 self._folder, step, best_step=best_step, is_last=is_last, keep_last=keep_last, known=self._known
             )
+            remove_unused(self._run, self._loop.schedules)
 
     def _state(self, state: LoopState) -> CheckpointState:
         context, engine, schedules = self._loop.context, self._loop.engine, self._loop.schedules
@@ -160,8 +190,8 @@ class Checkpointer:
             progress=progress.as_json(),
             precision=self._run.train.precision,
             device_type=context.device.partition(":")[0],
-            base_path=self._run.model.path,
-            base_fingerprint=self._base_fingerprint,
+            base_path=self._base[1],
+            base_fingerprint=self._base[2],
             labels=context.labels,
         )
 

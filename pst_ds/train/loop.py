@@ -22,6 +22,7 @@ from pst_ds.errors import shortened
 from pst_ds.masks.layer_stats import chosen_layers, measure
 from pst_ds.masks.schedule_driver import SPARSITY_TOLERANCE, update_if_due
 from pst_ds.masks.update import MaskStats
+from pst_ds.nn.gradient_sums import GradientSums
 from pst_ds.nn.inject import freeze_scores, persistent_buffers, pst_layers, set_score_penalty
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.engine import Engine
@@ -106,6 +107,8 @@ class Loop:
         self.data_clock = StepClock("cpu", ("data_wait",))
         self.own_time = OwnTime(context.device, engine)
         self.pace = Pace(all_gather_objects(socket.gethostname()))
+        self.sums: GradientSums | None = None
+        """Sums for the next solve, while the run listens."""
         self._saved_tensors: AbstractContextManager[object] = nullcontext()
         """Decides where a forward pass keeps tensors for the backward pass."""
         if self.run.model.activation_offload:
@@ -165,6 +168,8 @@ class Loop:
         """Take one optimizer step, which the engine may skip; raise DivergedError if a loss is not finite."""
         set_rates(self, state.step)
         seed_random_numbers(self.run.seed, state.batch)
+        if self.sums is None and self.schedules.listens_at(state.step):
+            self.sums = GradientSums(self.engine.module, by_token=not self.run.task_facts.predicts_tokens)
         losses: list[Tensor] = []
         for number, batch in enumerate(micro_batches, 1):
             heartbeat(f"the forward and backward pass of batch {state.batch + 1}")
@@ -174,12 +179,16 @@ class Loop:
                 self.engine.backward(loss)
             losses.append(loss.detach())
             if number == len(micro_batches):
+                if self.sums is not None:
+                    self.sums.settle()
                 self._agree_on_batch(state, losses, micro_batches)
             with self.clock.timing("optimizer"):
                 self.engine.step()
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         inputs = {name: values.to(self.device, non_blocking=True) for name, values in batch.inputs.items()}
+        if self.sums is not None:
+            self.sums.expect(inputs)
         return self.objective(self.engine, inputs)
 
     def _agree_on_batch(self, state: LoopState, losses: list[Tensor], micro_batches: Sequence[MicroBatch]) -> None:
@@ -249,12 +258,13 @@ def _update_if_due(loop: Loop, state: LoopState) -> None:
 
     Raises ConfigError, on every rank, if masks that keep the base model's zeros have another sparsity than requested.
     """
-    done = update_if_due(loop.engine.module, loop.schedules, state.step)
+    done = update_if_due(loop.engine.module, loop.schedules, state.step, loop.sums)
     if done.components is not None:
         loop.metrics.write(state.step, {"event": "rank_update", "mean_rank": done.components.mean_update_rank})
         if loop.metrics.layers is not None:
             loop.metrics.layers.components(state.step, done.components)
     if done.masks is not None:
+        loop.sums = None
         masks = state.masks = done.masks
         requested, target = loop.run.schedule.final_sparsity, loop.schedules.sparsity_at(state.step)
         if loop.run.pst.initial_mask == "zeros" and abs(masks.sparsity - requested) > SPARSITY_TOLERANCE:

@@ -11,7 +11,7 @@ from torch import nn
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.data.tasks import task_of
-from pst_ds.errors import InputError
+from pst_ds.errors import InputError, shortened
 from pst_ds.json_text import JsonObject
 from pst_ds.masks.layer_stats import chosen_layers
 from pst_ds.nn.experts import leaf_class
@@ -114,6 +114,12 @@ def checked_shapes(
     if reads_teacher:
         require_teacher(run, shapes)
     require_shareable(run, shapes.config, stage, run.micro_batch_size(ranks))  # type: ignore[arg-type]
+    stacks = [name for name, layer in pst_layers(shapes).items() if layer.layout.num_experts > 1]
+    if run.schedule.solves and stacks:
+        raise ConfigError(
+            f"schedule.solves = {run.schedule.solves}: {shortened(stacks)} holds experts, which it does not support. "
+            "Set schedule.solves = 0"
+        )
     chosen_layers(list(pst_layers(shapes)), run.pictures.layers)  # rejects layers that do not exist
     return shapes
 

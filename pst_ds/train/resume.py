@@ -16,7 +16,7 @@ from pst_ds.config.one_shot import OneShotConfig
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.settings import OnResume, resume_rules
 from pst_ds.config.toml import REMOVED, flatten
-from pst_ds.file_names import CHECKPOINTS
+from pst_ds.file_names import CHECKPOINTS, SOLVED
 from pst_ds.masks.update import mask_stats
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.optimizer_state import set_counters
@@ -79,7 +79,8 @@ def checkpoint_to_resume(run: RunConfig, data_digest: str, *, quiet: bool) -> Ch
     if checkpoint is None:
         messages.append(f"nothing was saved in {folder} yet: starting at step 0")
     else:
-        fingerprint = of_main(lambda: base_fingerprint(run.model.path))
+        path = raise_on_all_ranks(lambda: locate_base(run, checkpoint))
+        fingerprint = of_main(lambda: base_fingerprint(path))
         changed = raise_on_all_ranks(lambda: require_same_run(checkpoint, run, fingerprint, data_digest))
         messages.append(f"resuming from {checkpoint.folder}, after step {checkpoint.state.step}")
         messages += [f"  with {change}" for change in changed]
@@ -91,9 +92,10 @@ def checkpoint_to_resume(run: RunConfig, data_digest: str, *, quiet: bool) -> Ch
 def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, data_digest: str) -> list[str]:
     """Raise ConfigError unless ``run`` is the run of ``checkpoint``; return the permitted changes, as text."""
     progress = RunProgress.read(checkpoint)
-    require_base(checkpoint, run.model.path, fingerprint)
+    require_base(checkpoint, checkpoint.state.base_path, fingerprint)
     # a checkpoint may be older than these settings
     unset = flatten({"quantization": asdict(QuantizationConfig()), "start": asdict(OneShotConfig())})
+    unset["schedule.solves"] = 0
     before, now = unset | flatten(progress.run), flat_table(run)
     changed = [key for key in now | before if before.get(key) != now.get(key)]  # pst.seed after the seed it may follow
     rules = resume_rules(RunConfig)
@@ -125,6 +127,27 @@ def _require_same_readers(run: RunConfig, readers: int, before: Mapping[str, obj
             f"{accumulation} = {was[1]}, and now there are {now[0]} with {now[1]}. Start as many ranks as readers, "
             "times train.sequence_parallel, with that setting; or start a new run in another output_dir."
         )
+
+
+def locate_base(run: RunConfig, checkpoint: Checkpoint) -> str:
+    """Set and return ``checkpoint.state.base_path``: ``model.path``, or after a solve its folder in the run's.
+
+    Raises CheckpointError if that folder is missing.
+    """
+    saved, path, before = checkpoint.state.base_path, run.model.path, checkpoint.state.progress.get("run")
+    if run.schedule.solves and isinstance(before, dict) and saved != before["model"]["path"]:
+        path = str(Path(run.output_dir) / SOLVED / Path(saved).name)
+        if not Path(path).is_dir():
+            raise CheckpointError(f"{path} is missing, and {checkpoint.folder} needs it. Copy the whole run folder")
+    checkpoint.state = replace(checkpoint.state, base_path=path)
+    return path
+
+
+def on_base_of(run: RunConfig, checkpoint: Checkpoint | None) -> RunConfig:
+    """Return ``run`` with the base model of ``checkpoint``, from which its model is built."""
+    if checkpoint is None:
+        return run
+    return replace(run, model=replace(run.model, path=checkpoint.state.base_path))
 
 
 def require_base(checkpoint: Checkpoint, path: str, fingerprint: str) -> None:

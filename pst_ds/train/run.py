@@ -45,7 +45,7 @@ from pst_ds.train.objective import Objective, load_teacher
 from pst_ds.train.one_shot.start import remark_on_shares, start_run
 from pst_ds.train.prepare import prepare as prepare
 from pst_ds.train.prepare import prepare_single as prepare_single
-from pst_ds.train.resume import RunProgress, checkpoint_to_resume, flat_table, restore
+from pst_ds.train.resume import RunProgress, checkpoint_to_resume, flat_table, on_base_of, restore
 from pst_ds.train.run_context import RunContext
 from pst_ds.train.sequences import require_documents_apart, shared_sequences
 
@@ -132,7 +132,8 @@ def build(
     """
     run, ds_config = context.run, context.ds_config
     zero3_config = ds_config if zero_stage(ds_config) == 3 else None
-    built = build_model(run, context.labels, context.tokenizer, zero3_config=zero3_config, label_scale=label_scale)
+    based = on_base_of(run, checkpoint)
+    built = build_model(based, context.labels, context.tokenizer, zero3_config=zero3_config, label_scale=label_scale)
     if checkpoint is not None:
         load_into(built.module, checkpoint)
     if ds_config is None:
@@ -272,7 +273,7 @@ def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState, 
         with snapshot_when_memory_ends(folder, loop.device), watched:
             for _ in loop.steps(state):  # changes the state in place
                 checkpointer.after_step(state)
-                if state.stopped_by:
+                if state.stopped_by and loop.sums is None:
                     break
             metrics, experts = checkpointer.finish(state), counts_of_experts(loop.engine.module)
         if state.step == loop.num_steps:
@@ -349,6 +350,7 @@ def evaluate(engine: Engine, examples: ExampleSet, context: RunContext) -> dict[
 
 def masked_model(context: RunContext, checkpoint: Checkpoint) -> nn.Module:
     """Return the model as it was trained, with its PST modules, in evaluation mode on one process."""
-    built = build_model(context.run, context.labels, context.tokenizer, zero3_config=None)
+    run = on_base_of(context.run, checkpoint)
+    built = build_model(run, context.labels, context.tokenizer, zero3_config=None)
     load_into(built.module, checkpoint)
     return built.module.to(context.device).eval()

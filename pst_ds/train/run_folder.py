@@ -10,7 +10,6 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -30,13 +29,14 @@ from pst_ds.file_names import (
     RESULT_FILE,
     RUN_FILE,
     RUN_LOCK,
+    SOLVED,
     STALLS,
     SUBMITTED_FILE,
     SUBMITTED_VARIABLE,
     step_folders,
 )
 from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, of_main, of_main_at_length
-from pst_ds.train.resume import require_base
+from pst_ds.train.resume import locate_base, require_base
 
 _PATIENCE_SECONDS = 120.0
 """Seconds to wait for a lock. An NFS server keeps the locks of a lost host for 90 seconds."""
@@ -120,9 +120,11 @@ def set_aside_checkpoints(folder: Path) -> None:
             for link in there:
                 link.unlink()
         else:
-            names = (f"{CHECKPOINTS}.previous" + (f"-{i}" if i > 1 else "") for i in itertools.count(1))
-            previous = next(folder / name for name in names if not os.path.lexists(folder / name))
-            made.rename(previous)
+            endings = (".previous" + (f"-{i}" if i > 1 else "") for i in itertools.count(1))
+            ending = next(one for one in endings if not os.path.lexists(folder / f"{CHECKPOINTS}{one}"))
+            previous = made.rename(folder / f"{CHECKPOINTS}{ending}")
+            if (folder / SOLVED).is_dir():
+                (folder / SOLVED).rename(folder / f"{SOLVED}{ending}")
             print(f"{made} of an earlier run is now {previous}")
     barrier()
 
@@ -145,7 +147,8 @@ def write_files(run: RunConfig, ds_config: Mapping[str, object] | None, *, is_fi
 def open_checkpoint(run: RunConfig, name: str) -> Checkpoint:
     """Open a checkpoint of the run by name; "best" falls back to "final" if no best one was chosen.
 
-    Its base model is the run's ``model.path``. Raises InputError, also if that is not the model that was trained.
+    Its base model is that of :func:`pst_ds.train.resume.locate_base`. Raises InputError, also if that is not the model
+    that was trained.
     """
     folder = Path(run.output_dir) / CHECKPOINTS
     path = checkpoints.find(folder, name)
@@ -154,6 +157,6 @@ def open_checkpoint(run: RunConfig, name: str) -> Checkpoint:
     except CheckpointError as error:
         there = ", ".join(checkpoints.known_names(folder))
         raise CheckpointError(f"{error}. Name another with --checkpoint; there are {there}") from None
-    require_base(checkpoint, run.model.path, base_fingerprint(run.model.path))
-    checkpoint.state = replace(checkpoint.state, base_path=run.model.path)
+    base = locate_base(run, checkpoint)
+    require_base(checkpoint, base, base_fingerprint(base))
     return checkpoint

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pst_ds.core.schedule import CubicSchedule, OneShotSchedule
+from pst_ds.core.schedule import CubicSchedule, OneShotSchedule, Schedules
 
 
 @st.composite
@@ -77,6 +77,24 @@ def test_layers_with_a_sparsity_of_their_own_ramp_where_the_others_stay_dense():
         assert dense.progress_at(step) == pytest.approx(sparse.progress_at(step), abs=1e-15)
 
 
+def test_solves_are_evenly_spaced_on_the_ramp_and_hold_its_sparsity():
+    """Dense before the first; the 16 batches before each are listened to, from the solve before on if it is nearer."""
+    ramp = {"final_sparsity": 0.9, "initial_sparsity": 0.6, "num_steps": 100, "warmup_fraction": 0.2}
+    schedule = CubicSchedule(**ramp, cooldown_fraction=0.3, solves=3)
+    assert update_steps(schedule, 101) == [37, 54, 70]
+    assert {schedule.sparsity_at(s) for s in range(37)} == {0.0}
+    assert [schedule.sparsity_at(s) for s in (37, 53, 54, 70, 99)] == pytest.approx(
+        [0.9 - 0.3 * left**3 for left in (33 / 50, 33 / 50, 16 / 50, 0, 0)], rel=1e-15
+    )
+    assert not schedule.is_final(69)
+    assert schedule.is_final(70)
+    schedules = Schedules(schedule)
+    assert [s for s in range(100) if schedules.listens_at(s)] == [*range(21, 37), *range(38, 70)]
+    assert [schedules.last_solve(s) for s in (0, 36, 37, 53, 69, 70, 100)] == [0, 0, 37, 37, 54, 70, 70]
+    assert Schedules(CubicSchedule(**ramp)).last_solve(100) == 0
+    assert not Schedules(OneShotSchedule(0.5)).listens_at(0)
+
+
 @given(schedule=cubic_schedules())
 def test_monotone_from_the_initial_to_exactly_the_final_sparsity(schedule):
     path = [schedule.sparsity_at(step) for step in range(schedule.num_steps + 2)]
@@ -136,6 +154,7 @@ def test_pure_function_of_the_step(schedule, steps):
         ({"initial_sparsity": 0.6}, r"initial_sparsity = 0\.6 must be in \[0, final_sparsity = 0\.5\]"),
         ({"initial_sparsity": -0.1}, r"initial_sparsity = -0\.1"),
         ({"num_steps": 0}, r"num_steps = 0 must be at least 1"),
+        ({"solves": -1}, r"solves = -1 must be at least 0"),
         ({"update_interval": 0}, r"update_interval = 0 must be at least 1"),
         ({"warmup_fraction": 1.0}, r"warmup_fraction = 1\.0 must be in \[0, 1\)"),
         ({"cooldown_fraction": -0.5}, r"cooldown_fraction = -0\.5 must be in \[0, 1\)"),

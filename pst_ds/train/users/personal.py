@@ -24,6 +24,7 @@ from pst_ds.parallel import optimizer_state, zero3
 from pst_ds.parallel.ds_config import zero_stage
 from pst_ds.parallel.engine import build_engine
 from pst_ds.train.model import build_model
+from pst_ds.train.resume import on_base_of
 from pst_ds.train.run_context import RunContext
 from pst_ds.train.users.store import Common, Form, State, UserStore, UserStoreError
 
@@ -65,7 +66,7 @@ class PersonalModel:
         run, ds_config = context.run, context.ds_config
         _require_finished(run, checkpoint)
         zero3_config = ds_config if zero_stage(ds_config) == 3 else None
-        built = build_model(run, context.labels, context.tokenizer, zero3_config=zero3_config)
+        built = build_model(on_base_of(run, checkpoint), context.labels, context.tokenizer, zero3_config=zero3_config)
         module, self._keep_alive = built.module, built.keep_alive
         load_into(module, checkpoint)
         freeze_scores(module)

@@ -1,0 +1,122 @@
+"""Solve for masks and for the values of kept weights by ALPS, on sums collected while a model trains.
+
+The weights that training has reached, M . (W0 + beta U V), are pruned so that the outputs of their layer change least.
+The solution minus beta U V becomes W0 where it is kept; U, V and their optimizer state stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.core.bits import pack_shard, unpack_range
+from pst_ds.core.factors import Factors, tile_factors
+from pst_ds.core.one_shot.alps import alps, input_spectrum
+from pst_ds.core.scores import sliced_weight
+from pst_ds.errors import InputError
+from pst_ds.masks.layer_scores import factors_of, whole_masters
+from pst_ds.masks.update import MaskStats, mask_stats
+from pst_ds.nn.gradient_sums import GradientSums
+from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.layer import PSTLayer
+from pst_ds.parallel import zero3
+from pst_ds.parallel.ranks import broadcast, raise_on_all_ranks, rank, world_size
+from pst_ds.parallel.watchdog import heartbeat
+
+_LEAST_ROW = 0.05
+"""Smallest factor of an output's weights when they compete with those of other outputs; the mean square is 1."""
+
+
+@dataclass(slots=True)
+class _Problem:
+    """A layer's weights, and what decides which of them to keep."""
+
+    name: str
+    layer: PSTLayer
+    weight: Tensor
+    """W0 + beta U V, fp32 in storage shape; 0 where pruned."""
+    change: Tensor
+    """beta U V."""
+    gram: Tensor
+    rows: Tensor
+    sparsity: float
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """Return (W0 in the layer's dtype, mask as uint8 0/1), both in storage shape. Raises InputError."""
+        layout, keep = self.layer.layout, torch.empty(self.weight.shape, dtype=torch.uint8, device=self.weight.device)
+        gram = self.gram if bool(self.gram.any()) else torch.eye(len(self.gram), device=self.gram.device)
+        inputs = input_spectrum(gram)
+        for matrix in layout.matrices():
+            at = matrix.rect.slices
+            weight = self.weight[at].t() if layout.transposed else self.weight[at]
+            rows = self.rows[matrix.outputs]
+            factors = (rows / rows.mean().clamp(min=1e-300)).sqrt().clamp_(_LEAST_ROW).float().unsqueeze(1)
+            try:
+                made = alps(weight * factors, inputs, self.layer.rule.pattern, self.sparsity)
+            except FloatingPointError as error:
+                raise InputError(f"{self.name}: {error}. Lower the learning rates, or beta") from None
+            values = made.weight / factors
+            self.weight[at] = values.t() if layout.transposed else values
+            keep[at] = made.keep.t() if layout.transposed else made.keep
+        return ((self.weight - self.change) * keep).to(self.layer.dtype), keep
+
+
+@torch.no_grad()
+def solve_masks(model: nn.Module, sums: GradientSums, sparsity: float, progress: float) -> MaskStats:
+    """Prune every layer to its ``sparsity`` by ``sums``, and set the values of the kept weights.
+
+    Layers with their own final sparsity have ``progress`` times that. Ranks solve one layer each at a time. Collective.
+    Raises InputError on every rank for a weight that is not finite.
+    """
+    layers, statistics = pst_layers(model), sums.statistics()
+    factors = dict(zip(layers, factors_of(layers.values(), whole_masters(list(layers.values()))), strict=True))
+    written = {}
+    for first in range(0, len(layers), world_size()):
+        names = list(layers)[first : first + world_size()]
+        problem = None
+        for turn, name in enumerate(names):
+            heartbeat(f"the masks of {name}")
+            layer, (gram, rows) = layers[name], next(statistics)
+            final = layer.rule.final_sparsity
+            target = sparsity if final is None else final * progress
+            assert layer.weight is not None
+            with zero3.gathered([layer.weight, layer.pst_mask]):
+                if turn == rank():
+                    problem = _Problem(name, layer, *_merged(layer, factors[name]), gram, rows, target)
+        own = raise_on_all_ranks(partial(_solved, problem))
+        for turn, name in enumerate(names):
+            layer = layers[name]
+            written[layer] = _write(layer, *own, source=turn)
+    return mask_stats(model, written)
+
+
+def _solved(problem: _Problem | None) -> tuple[Tensor, Tensor]:
+    return (torch.empty(0), torch.empty(0)) if problem is None else problem.solve()
+
+
+def _merged(layer: PSTLayer, factors: Factors) -> tuple[Tensor, Tensor]:
+    """Return M . (W0 + beta U V) and beta U V, fp32 in storage shape. The parameters must be gathered."""
+    layout, weight = layer.layout, layer.dense_weight()
+    merged = torch.empty(layout.shape, device=weight.device)
+    for matrix in layout.matrices():
+        at = matrix.rect.slices
+        tile = tile_factors(factors, layout, matrix, matrix.rect)
+        merged[at] = sliced_weight(weight[at], tile, layer.constants)
+    keep = unpack_range(layer.pst_mask.detach(), layout.numel, layer.num_shards, 0, layout.numel)
+    return merged * keep.view(layout.shape), merged - weight
+
+
+def _write(layer: PSTLayer, weight: Tensor, keep: Tensor, *, source: int) -> Tensor:
+    """Write this rank's shard of the new W0, which rank ``source`` has; return its bits of the mask. Collective."""
+    param = layer.weight
+    assert param is not None
+    if source != rank():
+        device = zero3.shard_of(param).values.device
+        weight = torch.empty(layer.layout.shape, dtype=layer.dtype, device=device)
+        keep = torch.empty(layer.layout.shape, dtype=torch.uint8, device=device)
+    weight, keep = broadcast(weight, source), broadcast(keep, source)
+    zero3.write_shard(param, zero3.own_part(param, weight.flatten()))
+    return pack_shard(keep.flatten()[slice(*layer.own_range())], zero3.shard_of(layer.pst_mask).values.numel())
