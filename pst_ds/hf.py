@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from pst_ds.inference.hf.config import PackedWeightsConfig
 from pst_ds.inference.hf.quantizer import PackedWeightsQuantizer
-from pst_ds.inference.hf.semi_structured import to_semi_structured
 from pst_ds.inference.hf.weight_files import PackedFolderError
 
 __all__ = [
@@ -19,7 +18,6 @@ __all__ = [
     "PackedFolderError",
     "PackedWeightsConfig",
     "PackedWeightsQuantizer",
-    "to_semi_structured",
     "trainer_optimizer",
 ]
 

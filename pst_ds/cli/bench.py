@@ -19,7 +19,6 @@ SPARSE = ("bitmask", "csr", "2:4")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="DIR", help="sparse model folder: packed, or dense with pruned weights")
-    add("--dense", metavar="DIR", help="dense model to compare with; default: DIR itself, unpacked")
     add(
         "--formats",
         nargs="+",
@@ -33,32 +32,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=_counts, metavar="N,...", help="torch threads (default: OMP_NUM_THREADS)")
     add("--repeats", type=count, default=3, metavar="N", help="interleaved repeats (default: 3)")
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of every model (default: bf16)")
-    add("--from-memory", action="store_true", help="read weights from memory, not the cache: use copies in turn")
     add_quiet_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     import torch
 
-    from pst_ds.inference.bench import NativeLoop, conditions, copy_until, last_level_cache_bytes, measure, variants
+    from pst_ds.inference.bench import NativeLoop, conditions, measure, variants
     from pst_ds.inference.hf.model_folder import open_model_folder
     from pst_ds.report.outcomes import bench_text
 
     folder = open_model_folder(args.model)
-    dense = open_model_folder(args.dense) if args.dense else None
-    if dense is not None and dense.format != "dense":
-        fix = f"Omit --dense to unpack {args.model} itself"
-        raise InputError(f"--dense {args.dense}: its weights are packed. {fix}")
     positions = getattr(folder.config.get_text_config(), "max_position_embeddings", None)
     new_tokens = args.new_tokens if folder.is_causal else 0
     if isinstance(positions, int) and args.prompt_tokens + new_tokens > positions:
         what = f"--prompt-tokens and --new-tokens come to {args.prompt_tokens + new_tokens}"
         raise InputError(f"{args.model} has {positions} positions, and {what}. Lower them")
-    models = variants(folder, dense, args.formats, args.dtype)
-    by_name: dict[str, Variant | NativeLoop] = dict(models)
-    if args.from_memory:
-        copy_until(models, 2 * last_level_cache_bytes())
-    elif loop := NativeLoop.of(folder, args.prompt_tokens + new_tokens, max(args.batch)):
+    by_name: dict[str, Variant | NativeLoop] = {**variants(folder, args.formats, args.dtype)}
+    if loop := NativeLoop.of(folder, args.prompt_tokens + new_tokens, max(args.batch)):
         by_name["native loop"] = loop
     threads_before, rows = torch.get_num_threads(), []
     try:
@@ -71,7 +62,6 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     measured = {"dtype": args.dtype, "repeats": args.repeats, "clock": "wall, medians, in turn"}
     result: BenchResult = {
         "model": args.model,
-        "dense": args.dense or f"{args.model}, unpacked",
         "causal": folder.is_causal,
         "prompt_tokens": args.prompt_tokens,
         "new_tokens": new_tokens,

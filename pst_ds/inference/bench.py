@@ -10,45 +10,36 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from pst_ds.core.kernels.host import available_bytes, cpu_name
+from pst_ds.core.kernels.host import cpu_name
 from pst_ds.errors import InputError
 from pst_ds.formats import FORMATS, FormatError
 from pst_ds.inference.decoder import Decoder, DecoderError
 from pst_ds.inference.hf.model_folder import ModelFolder
-from pst_ds.inference.hf.semi_structured import is_two_four
 from pst_ds.inference.runtime import SparseLinear, native, sparse_layers
 from pst_ds.inference.runtime.attention import quicken_decoding
 from pst_ds.inference.runtime.dense import PrepackedLinear, can_prepack, prepack
 from pst_ds.inference.runtime.ops import CSR_FROM_SPARSITY
-from pst_ds.nn.model_structure import is_conv1d, is_linear, untied_linear_layers
+from pst_ds.nn.model_structure import is_conv1d, untied_linear_layers
 from pst_ds.progress import Progress
-
-_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 class Variant:
-    """One way to run the model: the model and its copies. ``file_bytes`` is None if it exists in memory only."""
+    """One way to run the model. ``file_bytes`` is None if it exists in memory only."""
 
     def __init__(self, model: PreTrainedModel, file_bytes: int | None = None):
         self.model, self.file_bytes = model, file_bytes
-        self.models, self.loaded_bytes = [model], resident_bytes(model)
 
     def facts(self) -> dict[str, int | None]:
         return {
-            "resident_bytes": self.loaded_bytes,
+            "resident_bytes": resident_bytes(self.model),
             "file_bytes": self.file_bytes,
             "sparse_layers": len(sparse_layers(self.model)),
-            "copies": len(self.models),
         }
 
 
@@ -71,8 +62,7 @@ class NativeLoop:
         return cls(decoder, folder.weight_file_bytes)
 
     def facts(self) -> dict[str, int | None]:
-        nbytes = {"resident_bytes": self.decoder.weight_bytes, "file_bytes": self._file_bytes}
-        return {**nbytes, "sparse_layers": 0, "copies": 1}
+        return {"resident_bytes": self.decoder.weight_bytes, "file_bytes": self._file_bytes, "sparse_layers": 0}
 
     def timed(self, ids: Tensor, num_steps: int) -> tuple[list[float], list[float]]:
         """Return the seconds of the prefill of ``ids`` (batch, tokens), and of each step."""
@@ -91,22 +81,21 @@ class NativeLoop:
         return [prefill], steps
 
 
-def variants(folder: ModelFolder, dense: ModelFolder | None, formats: list[str], dtype: str) -> dict[str, Variant]:
+def variants(folder: ModelFolder, formats: list[str], dtype: str) -> dict[str, Variant]:
     """Return the models by name: "dense" (transformers unchanged), "prepacked", and each sparse format.
 
-    ``formats`` default to :func:`default_formats`. Without ``dense`` the folder is unpacked. All but "dense" have a
-    fast output layer and fast attention. Raises InputError.
+    ``formats`` default to :func:`default_formats`. All but "dense" have a fast output layer and fast attention. Raises
+    InputError.
     """
-    base = dense or folder
-    plain = base.load("dense", dtype)
-    by_name = {"dense": Variant(plain, base.weight_file_bytes if base.format == "dense" else None)}
+    plain = folder.load("dense", dtype)
+    by_name = {"dense": Variant(plain, folder.weight_file_bytes if folder.format == "dense" else None)}
     if can_prepack(plain.dtype):
         packed = copy.deepcopy(plain)
         prepack(packed, vectors=1)
         quicken_decoding(packed)
         by_name["prepacked"] = Variant(packed)
-    for name in formats or default_formats(folder, plain if dense is None else folder.load("dense", dtype)):
-        by_name[name] = _sparse(folder, plain if dense is None else None, name, dtype)
+    for name in formats or default_formats(folder, plain):
+        by_name[name] = _sparse(folder, plain, name, dtype)
         quicken_decoding(by_name[name].model)
     return by_name
 
@@ -121,11 +110,18 @@ def default_formats(folder: ModelFolder, plain: PreTrainedModel) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _sparse(folder: ModelFolder, plain: PreTrainedModel | None, name: str, dtype: str) -> Variant:
-    """Load the folder if it has the format; otherwise convert the dense model layer by layer."""
+def is_two_four(weight: Tensor) -> bool:
+    """Return whether an (O, I) matrix has at most two non-zero weights in every four consecutive inputs."""
+    if weight.dim() != 2 or weight.shape[1] % 4:
+        return False
+    return bool(((weight != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all())
+
+
+def _sparse(folder: ModelFolder, plain: PreTrainedModel, name: str, dtype: str) -> Variant:
+    """Load the folder if it has the format; otherwise convert a copy of the dense model layer by layer."""
     if folder.format == name:
         return Variant(folder.load("sparse", dtype), folder.weight_file_bytes)
-    model = copy.deepcopy(plain) if plain is not None else folder.load("dense", dtype)
+    model = copy.deepcopy(plain)
     if not make_sparse(model, name):
         raise InputError(
             f"{folder.path}: no linear layer can be packed as {name} and become smaller. Omit {name} from --formats"
@@ -159,37 +155,10 @@ def resident_bytes(model: nn.Module) -> int:
     return sum(storages.values()) + packed
 
 
-def copy_until(by_name: dict[str, Variant], total_bytes: int) -> None:
-    """Copy each model until its weights fill ``total_bytes``. Raises InputError if memory is short."""
-    needed = sum(max(total_bytes, variant.loaded_bytes) for variant in by_name.values())
-    available = available_bytes()
-    if available is not None and needed > 0.8 * available:
-        raise InputError(
-            f"--from-memory needs {needed / 1e9:.1f} GB of copies, and {available / 1e9:.1f} GB are free. Omit it"
-        )
-    for variant in by_name.values():
-        count = max(2, -(-total_bytes // max(1, variant.loaded_bytes)))
-        variant.models = [variant.model, *(_copied(variant.model) for _ in range(count - 1))]
-
-
-def _copied(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy a model with its weights; oneDNN's tensors support only clone()."""
-    packed = [module.packed for module in model.modules() if isinstance(module, PrepackedLinear)]
-    return copy.deepcopy(model, {id(tensor): tensor.clone() for tensor in packed})
-
-
-def last_level_cache_bytes() -> int:
-    """Return the bytes of the first processor's largest cache; 32 MiB if unknown."""
-    found = [path.read_text(encoding="ascii").strip() for path in _CACHES.glob("index*/size")]
-    sizes = [int(text[:-1]) * _UNITS.get(text[-1], 1) for text in found if text[:-1].isdigit()]
-    return max(sizes, default=32 << 20)
-
-
 def conditions() -> dict[str, object]:
-    """Describe the machine, its caches and instructions, and the versions."""
+    """Describe the machine, its instructions, and the versions."""
     return {
         "hardware": f"{cpu_name()}, {os.cpu_count()} cores",
-        "last_level_cache_bytes": last_level_cache_bytes(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "sparse_kernel": native.LEVELS[native.best_level()] if native.library() is not None else "torch",
         "versions": {name: version(name) for name in ("torch", "transformers")},
@@ -199,7 +168,7 @@ def conditions() -> dict[str, object]:
 def measure(
     by_name: Mapping[str, Variant | NativeLoop], folder: ModelFolder, batch: int, args: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
-    """Return rates of each variant: tokens per second of prefill and decoding, and shares of a decoding step's time.
+    """Return rates of each variant: tokens per second of prefill and decoding, and seconds of a decoding step.
 
     A model that is not causal has only a forward pass, which counts as its prefill.
     """
@@ -218,21 +187,18 @@ def measure(
                     decode[name] += timed[1]
                 progress.add(1, name)
     rates: dict[str, dict[str, float]] = {}
-    for name, variant in by_name.items():
+    for name in by_name:
         rates[name] = {"prefill_tokens_per_second": ids.numel() / statistics.median(prefill[name])}
         if decode[name]:
             step = statistics.median(decode[name])
             rates[name] |= {"decode_tokens_per_second": batch / step, "decode_step_seconds": step}
-            if isinstance(variant, Variant):
-                rates[name] |= _shares(variant, ids, num_steps)
     return rates
 
 
 def _decode(variant: Variant, ids: Tensor, num_steps: int) -> tuple[list[float], list[float]]:
-    """Return the seconds of each prefill and of each step; the copies of the model step in turn."""
-    decoders = [GreedyDecoder(model) for model in variant.models]
-    prefill = [_seconds(decoder.prefill, ids) for decoder in decoders]
-    return prefill, [_seconds(decoders[step % len(decoders)].step) for step in range(num_steps)]
+    """Return the seconds of the prefill, and of each step."""
+    decoder = GreedyDecoder(variant.model)
+    return [_seconds(decoder.prefill, ids)], [_seconds(decoder.step) for _ in range(num_steps)]
 
 
 @torch.inference_mode()
@@ -240,32 +206,13 @@ def _forward(variant: Variant, ids: Tensor) -> tuple[list[float], list[float]]:
     inputs = {"input_ids": ids}
     if variant.model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids[:, :1]
-    return [_seconds(model, **inputs) for model in variant.models], []
+    return [_seconds(variant.model, **inputs)], []
 
 
 def _seconds(work: Callable[..., object], *args: Tensor, **kwargs: Tensor) -> float:
     start = time.perf_counter()
     work(*args, **kwargs)
     return time.perf_counter() - start
-
-
-def _shares(variant: Variant, ids: Tensor, num_steps: int) -> dict[str, float]:
-    """Return the shares of a step's time outside the linear layers and in the output layer, as medians."""
-    decoders = [GreedyDecoder(model) for model in variant.models]
-    clocks = [LinearTime(model) for model in variant.models]
-    for decoder, clock in zip(decoders, clocks, strict=True):
-        decoder.prefill(ids)
-        clock.start()
-    outside, output_layer = [], []
-    for step in range(num_steps):
-        decoder, clock = decoders[step % len(decoders)], clocks[step % len(decoders)]
-        clock.blocks = clock.output_layer = 0.0
-        total = _seconds(decoder.step)
-        outside.append(1 - (clock.blocks + clock.output_layer) / total)
-        output_layer.append(clock.output_layer / total)
-    for clock in clocks:
-        clock.stop()
-    return {"outside_linear_layers": statistics.median(outside), "output_layer_share": statistics.median(output_layer)}
 
 
 def _token_ids(folder: ModelFolder, batch: int, tokens: int) -> Tensor:
@@ -303,36 +250,3 @@ class GreedyDecoder:
         self._cache = out[self._cache_name]
         self.tokens = out.logits[:, -1:].argmax(-1)
         return self.tokens
-
-
-@dataclass
-class LinearTime:
-    """Wall-clock seconds in a model's linear layers, between :meth:`start` and :meth:`stop`."""
-
-    model: nn.Module
-    blocks: float = 0.0
-    output_layer: float = 0.0
-
-    def start(self) -> None:
-        get = getattr(self.model, "get_output_embeddings", None)
-        output_layer = get() if get is not None else None
-        self._hooks: list[RemovableHandle] = []
-        for module in self.model.modules():
-            if isinstance(module, SparseLinear | PrepackedLinear) or is_linear(module):
-                self._add_hooks(module, "output_layer" if module is output_layer else "blocks")
-
-    def stop(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _add_hooks(self, module: nn.Module, total: str) -> None:
-        started = 0.0
-
-        def begin(*_: object) -> None:
-            nonlocal started
-            started = time.perf_counter()
-
-        def end(*_: object) -> None:
-            setattr(self, total, getattr(self, total) + time.perf_counter() - started)
-
-        self._hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]

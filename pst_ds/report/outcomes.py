@@ -29,8 +29,6 @@ COLUMNS = (
     ("decode_over_prepacked", "/prepacked", "{:.2f}"),
     ("prefill_over_dense", "prefill /dense", "{:.2f}"),
     ("prefill_over_prepacked", "prefill /prepacked", "{:.2f}"),
-    ("outside_linear_layers", "outside linears", "{:.0%}"),
-    ("output_layer_share", "output layer", "{:.0%}"),
     ("resident_bytes", "resident MB", "{}"),
     ("file_bytes", "file MB", "{}"),
 )
@@ -46,7 +44,6 @@ class Conditions(TypedDict):
     dtype: str
     repeats: int
     hardware: str
-    last_level_cache_bytes: int
     sparse_kernel: str
     versions: dict[str, str]
 
@@ -55,7 +52,6 @@ class BenchResult(TypedDict):
     """Output of ``pst-ds bench --json``."""
 
     model: str
-    dense: str
     causal: bool
     prompt_tokens: int
     new_tokens: int
@@ -164,8 +160,8 @@ def bench_tables(files: Sequence[Path]) -> Iterator[Table]:
             conditions = result["conditions"]
             new = f", {result['new_tokens']} new ones" if result["causal"] else ""
             note = (
-                f"Against {result['dense']}: {result['prompt_tokens']} tokens{new}, {conditions['dtype']}, medians of "
-                f"{conditions['repeats']}; {conditions['hardware']}"
+                f"{result['prompt_tokens']} tokens{new}, {conditions['dtype']}, medians of {conditions['repeats']}; "
+                f"{conditions['hardware']}"
             )
             head, *rows = bench_table(result["rows"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -230,10 +226,9 @@ def bench_text(result: BenchResult) -> str:
     conditions = result["conditions"]
     what = f"{result['prompt_tokens']} tokens in" + (f", {result['new_tokens']} out" if result["causal"] else "")
     lines = [
-        f"{result['model']} against {result['dense']}: {what}, {conditions['dtype']}, medians of "
-        f"{conditions['repeats']} in turn",
-        f"{conditions['hardware']}; last-level cache {conditions['last_level_cache_bytes'] / 1e6:.0f} MB; "
-        f"sparse kernel: {conditions['sparse_kernel']}; torch {conditions['versions']['torch']}",
+        f"{result['model']}: {what}, {conditions['dtype']}, medians of {conditions['repeats']} in turn",
+        f"{conditions['hardware']}; sparse kernel: {conditions['sparse_kernel']}; "
+        f"torch {conditions['versions']['torch']}",
     ]
     return "\n".join([*lines, *aligned(bench_table(result["rows"]))])
 

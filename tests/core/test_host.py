@@ -16,7 +16,6 @@ flags\t\t: fpu avx2 amx_tile
 processor\t: 1
 model name\t: another
 """,
-    "/proc/meminfo": "MemTotal:       24683116 kB\nMemAvailable:   20935544 kB\n",
 }
 
 
@@ -38,10 +37,6 @@ def test_facts_are_those_of_the_first_processor(of_linux):
     assert host.cpu_facts()["flags"].split() == ["fpu", "avx2", "amx_tile"]
 
 
-def test_free_memory_is_in_bytes(of_linux):
-    assert host.available_bytes() == 20935544 * 1024
-
-
 @pytest.mark.parametrize(
     ("line", "multiplies"),
     [
@@ -61,5 +56,4 @@ def test_products_in_bf16_need_an_instruction(monkeypatch, line, multiplies):
 def test_a_system_without_proc_has_a_name_and_no_facts(of_another_system):
     assert host.cpu_facts() == {}
     assert host.cpu_name()
-    assert host.available_bytes() is None
     assert host.multiplies_bf16()

@@ -159,12 +159,6 @@ VERBS = {
         "80",
         "Lower them",
     ),
-    "bench against a packed model": Wrong(
-        words("bench", "{made}/causal-dense", "--dense", "{made}/bitmask", "--prompt-tokens", "4", "--new-tokens", "2"),
-        "--dense",
-        "{made}/bitmask",
-        "Omit --dense",
-    ),
     "bench of a format that does not fit": Wrong(
         words("bench", "{made}/causal-dense", "--formats", "2:4", "--prompt-tokens", "4", "--new-tokens", "2"),
         "{made}/causal-dense",

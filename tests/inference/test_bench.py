@@ -1,14 +1,12 @@
-"""The greedy loop against whole forward passes, and the time in linear layers."""
-
-import time
+"""The greedy loop against whole forward passes, and which weights are 2:4."""
 
 import pytest
 import torch
-from torch import nn
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from pst_ds.inference.bench import GreedyDecoder, LinearTime
-from pst_ds.inference.runtime import SparseLinear
+from pst_ds.inference.bench import GreedyDecoder, is_two_four
 
 
 def _llama():
@@ -35,45 +33,9 @@ def test_tokens_are_those_of_whole_forward_passes(make):
         ids = torch.cat([ids, tokens], 1)
 
 
-class _Model(nn.Module):
-    """Two layers and a slow thing beside them; a clock that each moves."""
-
-    def __init__(self, clock):
-        super().__init__()
-        self.clock = clock
-        self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.first.register_forward_pre_hook(lambda *_: None)
-        self.sparse = SparseLinear.from_dense(torch.eye(4))
-
-    def get_output_embeddings(self):
-        return self.head
-
-    def forward(self, x):
-        self.clock.now += 100.0
-        return self.head(self.sparse(self.first(x)))
-
-
-class _Clock:
-    now = 0.0
-
-
-def test_time_in_linear_layers_and_nothing_else(monkeypatch):
-    clock = _Clock()
-    model = _Model(clock)
-    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
-    for layer, seconds in ((model.first, 1.0), (model.sparse, 2.0), (model.head, 4.0)):
-        forward = layer.forward
-
-        def slow(x, forward=forward, seconds=seconds):
-            clock.now += seconds
-            return forward(x)
-
-        monkeypatch.setattr(layer, "forward", slow)
-    counted = LinearTime(model)
-    with torch.no_grad():
-        counted.start()
-        model(torch.ones(4))
-        model(torch.ones(4))
-        counted.stop()
-        model(torch.ones(4))
-    assert (counted.blocks, counted.output_layer) == (6.0, 8.0)
+@given(
+    st.lists(st.lists(st.sampled_from([0.0, -0.0, 1.5, float("nan")]), min_size=8, max_size=8), min_size=1, max_size=3)
+)
+def test_two_four_is_what_counting_says(rows):
+    expected = all(sum(x != 0 for x in row[i : i + 4]) <= 2 for row in rows for i in (0, 4))
+    assert is_two_four(torch.tensor(rows)) == expected

@@ -86,14 +86,14 @@ def test_a_damaged_manifest_is_named(tmp_path, content):
 def test_speed_is_what_bench_printed(tmp_path):
     row = {"variant": "dense", "threads": 2, "batch": 1, "decode_tokens_per_second": 31.2, "file_bytes": None}
     result = {
-        "model": "m", "dense": "d", "causal": True, "prompt_tokens": 8, "new_tokens": 4,
+        "model": "m", "causal": True, "prompt_tokens": 8, "new_tokens": 4,
         "conditions": {"dtype": "bf16", "repeats": 3, "hardware": "a CPU"}, "rows": [row],
     }  # fmt: skip
     path = tmp_path / "bench.json"
     path.write_text("the table\n" + json.dumps(result))
     (table,) = bench_tables([path])
     assert table.caption == "Speed of m"
-    assert table.note == "Against d: 8 tokens, 4 new ones, bf16, medians of 3; a CPU"
+    assert table.note == "8 tokens, 4 new ones, bf16, medians of 3; a CPU"
     assert table.head == ["variant", "threads", "batch", "decode tok/s"]
     assert [cell.text for cell in table.rows[0]] == ["dense", "2", "1", "31.2"]
     path.write_text('{"rows": []}')

@@ -2,11 +2,11 @@
 
 Linear layers are pruned by magnitude, packed by ``pst-ds export --format bitmask`` and loaded by transformers.
 ``dense`` is bf16 as transformers runs it; ``prepacked`` has every linear layer in oneDNN's layout. The output layer is
-the embedding and dense in all variants. Variants take turns. Each has copies of its model, together twice as large as
-the last-level cache, so that weights come from memory. Prompt and new tokens are the same for all; times are medians.
+the embedding and dense in all variants. Variants take turns. Prompt and new tokens are the same for all; times are
+medians.
 
     OMP_NUM_THREADS=2 python -m tools.bench.decode --json
-    OMP_NUM_THREADS=2 python -m tools.bench.decode --sparsity 0.5 --threads 1 --warm-cache
+    OMP_NUM_THREADS=2 python -m tools.bench.decode --sparsity 0.5 --threads 1
 """
 
 from __future__ import annotations
@@ -23,28 +23,24 @@ from pst_ds.inference import bench as benched
 from pst_ds.inference.bench import measure
 from pst_ds.inference.hf.model_folder import ModelFolder, open_model_folder
 from tools.bench.timing import benchmark_parser, conditions, print_result, progress
-from tools.fetch_smollm2 import FOLDER, dense_folder, pruned_folder
+from tools.fetch_smollm2 import FOLDER, pruned_folder
 from tools.verbs import verb
 
 
 def main() -> None:
     arguments = _parser().parse_args()
     torch.manual_seed(0)
-    dense = open_model_folder(dense_folder(arguments.folder))
     packed = {sparsity: packed_folder(arguments.folder, sparsity) for sparsity in arguments.sparsity}
-    found = models(dense, packed)
-    if not arguments.warm_cache:
-        benched.copy_until(found, 2 * benched.last_level_cache_bytes())
+    found = models(packed)
     rows: list[dict[str, Any]] = []
     for threads in arguments.threads:
         progress(f"decoding with {threads} threads")
         torch.set_num_threads(threads)
-        rows += speed_rows(measure(found, dense, 1, arguments), threads)
+        rows += speed_rows(measure(found, next(iter(packed.values())), 1, arguments), threads)
     stated = conditions(
         **{k: v for k, v in benched.conditions().items() if k != "versions"},
         dtype="bfloat16",
         batch=1,
-        copies={name: len(variant.models) for name, variant in found.items()},
         prompt_tokens=arguments.prompt_tokens,
         new_tokens=arguments.new_tokens,
         repeats=arguments.repeats,
@@ -70,10 +66,10 @@ def packed_folder(top: Path, sparsity: float) -> ModelFolder:
     return open_model_folder(out)
 
 
-def models(dense: ModelFolder, packed: dict[float, ModelFolder]) -> dict[str, benched.Variant]:
+def models(packed: dict[float, ModelFolder]) -> dict[str, benched.Variant]:
     found: dict[str, benched.Variant] = {}
     for sparsity, folder in packed.items():
-        made = benched.variants(folder, dense, ["bitmask"], "bf16")
+        made = benched.variants(folder, ["bitmask"], "bf16")
         found |= {name: model for name, model in made.items() if name != "bitmask" and name not in found}
         found[f"bitmask-{100 * sparsity:g}"] = made["bitmask"]
     return dict(sorted(found.items(), key=lambda item: item[0].startswith("bitmask")))
@@ -100,7 +96,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--warm-cache", action="store_true", help="one copy per model, which a large cache may hold")
     return parser
 
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from pst_ds.config.pst import PSTConfig
-from pst_ds.core.kernels.host import available_bytes
 from pst_ds.nn.inject import inject_pst
 from pst_ds.planning.activations import trace_micro_batch
 from pst_ds.planning.machines import MACHINES
@@ -181,7 +181,7 @@ def _run_guarded(command: list[str], env: dict[str, str]) -> int:
     process = subprocess.Popen(command, env=env, stdout=sys.stderr, start_new_session=True)
     try:
         while process.poll() is None:
-            if (left := available_bytes()) is not None and left < MIN_AVAILABLE:
+            if (left := psutil.virtual_memory().available) < MIN_AVAILABLE:
                 sys.exit(f"{left >> 20} MiB of memory are left on this machine: stopped before it runs out")
             time.sleep(0.1)
     finally:

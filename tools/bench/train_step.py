@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pst_ds.core.kernels.host import available_bytes
+import psutil
+
 from tools.bench.ranks import Ranks, slowest
 from tools.bench.timing import benchmark_parser, conditions, medians_of, print_result, progress, rounded
 from tools.bench.variants import METHODS, Shape, Variant, add_shape_options, shape_of
@@ -41,7 +41,7 @@ def main() -> None:
     for baseline in BASELINES:
         if baseline in arguments.methods:
             results["not_run"].pop(baseline, None)
-            layers = fitting_layers(baseline, shape, free_gib())
+            layers = fitting_layers(baseline, shape, psutil.virtual_memory().available / 2**30)
             if layers:
                 results["pairs"][baseline] = run_pair(baseline, replace(shape, layers=layers), arguments)
             else:
@@ -65,12 +65,6 @@ def run_pair(baseline: str, shape: Shape, arguments: argparse.Namespace) -> dict
 
 def needed_gib(baseline: str, shape: Shape) -> float:
     return NEEDED_BYTES_PER_WEIGHT[baseline] * weights_of(shape) / 2**30
-
-
-def free_gib() -> float:
-    """Return the memory available without swapping; infinite if the system does not report it."""
-    free = available_bytes()
-    return math.inf if free is None else free / 2**30
 
 
 def fitting_layers(baseline: str, shape: Shape, free: float) -> int:

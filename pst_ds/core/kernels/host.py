@@ -1,4 +1,4 @@
-"""Facts about the host: processor and available memory."""
+"""Facts about the host's processor."""
 
 from __future__ import annotations
 
@@ -28,12 +28,6 @@ def multiplies_bf16() -> bool:
     facts = cpu_facts()
     flags = (facts.get("flags") or facts.get("Features") or "").split()
     return not flags or any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16", "svebf16"))
-
-
-def available_bytes() -> int | None:
-    """Return the bytes that can be allocated without swapping, or None if the system does not say."""
-    found = (line.split() for line in _lines("/proc/meminfo") if line.startswith("MemAvailable"))
-    return next((int(words[1]) << 10 for words in found), None)
 
 
 def _lines(path: str) -> list[str]:
