@@ -1,7 +1,6 @@
 """``pst-ds report RUN ...``: one HTML page about runs, with curves, heat maps and tables; needs no network."""
 
 import argparse
-import contextlib
 import sys
 from pathlib import Path
 
@@ -16,16 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--export", nargs="+", default=[], metavar="DIR", help="exports outside the run folders")
     add("--bench", nargs="+", default=[], metavar="FILE", help="output of pst-ds bench --json")
     add("--verified", nargs="+", default=[], metavar="FILE", help="output of pst-ds verify --json")
-    add("--watch", action="store_true", help="serve the page over HTTP, and update it as the runs progress")
-    add("--host", default="127.0.0.1", help="address on which --watch listens (default: 127.0.0.1)")
-    add("--port", type=int, default=8420, help="its port (default: 8420; 0 chooses a free one)")
 
 
-def run(args: argparse.Namespace) -> dict[str, object]:
-    return _watch(args) if args.watch else _write(args)
-
-
-def _made(args: argparse.Namespace, state: str = "") -> tuple[bytes, dict[str, list[str]]]:
+def _made(args: argparse.Namespace) -> tuple[bytes, dict[str, list[str]]]:
     """Return the page, and the names of its runs and exports."""
     from pst_ds.report.outcomes import bench_tables, export_table, find_exports, tuning_tables, verification_table
     from pst_ds.report.page import page
@@ -42,25 +34,11 @@ def _made(args: argparse.Namespace, state: str = "") -> tuple[bytes, dict[str, l
     slow = [table for table in (straggler_table(runs),) if table]
     outcomes = [("Tuning", list(tuning_tables(runs))), ("Checkpoints and exports", saved), ("Speed", speed)]
     outcomes.insert(0, ("Stragglers", slow))
-    data = page(runs, exports, outcomes, state=state).encode(errors="replace")  # folder names may contain any bytes
+    data = page(runs, exports, outcomes).encode(errors="replace")  # folder names may contain any bytes
     return data, {"runs": [run.name for run in runs], "exports": [export.name for export in exports]}
 
 
-def _watch(args: argparse.Namespace) -> dict[str, object]:
-    """Serve the page until the process is stopped."""
-    from pst_ds.report.live import LiveReport, server_of
-
-    _, names = _made(args)  # reports wrong arguments at once
-    report = LiveReport([Path(name) for name in args.runs], lambda state: _made(args, state)[0])
-    with server_of(report, args.host, args.port) as server:
-        url = f"http://{args.host}:{server.server_port}/"
-        print(f"serving {', '.join(names['runs'])} at {url} until Ctrl-C", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            server.serve_forever()
-    return {"url": url, **names}
-
-
-def _write(args: argparse.Namespace) -> dict[str, object]:
+def run(args: argparse.Namespace) -> dict[str, object]:
     data, names = _made(args)
     out = Path(args.out) if args.out else Path(args.runs[0]) / "report.html"
     require_writable(out, f"--out {str(out)!r}")

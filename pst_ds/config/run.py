@@ -110,9 +110,6 @@ class RunConfig(Section):
     """Random seed of the order of batches, dropout, a new head and, unless ``pst.seed`` is set, the factors."""
     deepspeed_config: MayDiffer[str] = ""
     """DeepSpeed's JSON config; empty runs one process without DeepSpeed."""
-    dense_run: MayDiffer[str] = ""
-    """Run folder of a dense run (method "dense" or "lora") with the same base model, data and batch size, as a
-    reference for the losses of this run."""
     pst: PSTConfig = field(default_factory=PSTConfig)
     start: OneShotConfig = field(default_factory=OneShotConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

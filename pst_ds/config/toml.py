@@ -119,6 +119,7 @@ def _filled(table: dict[str, object], defaults: Mapping[str, object]) -> dict[st
 
 REMOVED = {
     "checkpoint.file_per": "every rank writes its own file",
+    "dense_run": "compare the run with a dense one by pst-ds report RUN DENSE",
     "checkpoint.grace_seconds": "a signal stops the run after the current step; lower checkpoint.interval to lose less",
 }
 """Settings of earlier versions that no longer do anything, and what a run does instead."""
@@ -128,11 +129,12 @@ def _without_removed(table: dict[str, object]) -> dict[str, object]:
     """Return a copy of ``table`` without the settings in :data:`REMOVED`; name those that were set on stderr."""
     table = dict(table)
     for name, instead in REMOVED.items():
-        section, _, key = name.partition(".")
-        values = table.get(section)
+        section, _, key = name.rpartition(".")
+        values = table.get(section) if section else table
         if isinstance(values, dict) and key in values:
-            table[section] = {other: value for other, value in values.items() if other != key}
-            if os.environ.get("RANK", "0") == "0":
+            kept = {other: value for other, value in values.items() if other != key}
+            table = {**table, section: kept} if section else kept
+            if values[key] and os.environ.get("RANK", "0") == "0":
                 print(f"{name} = {values[key]!r} has no effect any more: {instead}. Remove it", file=sys.stderr)
     return table
 

@@ -36,7 +36,6 @@ from pst_ds.train.model import (
     load_tokenizer,
     parameter_groups,
 )
-from pst_ds.train.monitor.dense_run import read_dense_run
 from pst_ds.train.objective import teacher_shapes
 from pst_ds.train.prepare import checked_shapes, resolved_deepspeed_config
 
@@ -325,8 +324,6 @@ def _read(run: RunConfig, options: PlanOptions, ranks: int, stage: int | None) -
         stage=stage or 0,
         reads_teacher=not options.no_data,
     )
-    if not options.no_data:
-        read_dense_run(run)
     return model, num_examples, remark
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from pst_ds.report.run_data import RunData
-from pst_ds.train.monitor.curves import DENSE, EVALUATION, Point
+from pst_ds.train.monitor.curves import EVALUATION, Point
 
 WIDTH, HEIGHT = 360, 190
 """Size of a chart in its units: a phone's width, so that text has its nominal size."""
@@ -189,17 +189,13 @@ def charts(runs: Sequence[RunData]) -> Iterator[Chart]:
 
 
 def _names(runs: Sequence[RunData], prefix: str) -> list[str]:
-    """List the curves of any run with this prefix, in the order of their first values, without dense references."""
-    names = dict.fromkeys(name for run in runs for name in run.curves if name.startswith(prefix))
-    return [name for name in names if not name.endswith(DENSE)]
+    """List the curves of any run with this prefix, in the order of their first values."""
+    return list(dict.fromkeys(name for run in runs for name in run.curves if name.startswith(prefix)))
 
 
 def _chart(runs: Sequence[RunData], title: str, note: str, curve: str, *, is_log: bool = False) -> Iterator[Chart]:
-    """Draw a curve of each run, and its dense reference, if any, dashed."""
+    """Draw a curve of each run."""
     series = [Series(run.name, i, run.curves[curve]) for i, run in enumerate(runs) if curve in run.curves]
-    for i, run in enumerate(runs):
-        if points := run.curves.get(f"{curve}{DENSE}"):
-            series.append(Series("dense" if len(runs) == 1 else f"{run.name}, dense", i, points, is_dashed=True))
     yield from drawn(title, note, series, _last_step(runs), is_log=is_log)
 
 

@@ -20,19 +20,11 @@ T = TypeVar("T")
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def page(
-    runs: Sequence[RunData],
-    exports: Sequence[ExportData],
-    outcomes: Sequence[tuple[str, list[Table]]],
-    *,
-    state: str = "",
-    seconds: float = 2.0,
-) -> str:
+def page(runs: Sequence[RunData], exports: Sequence[ExportData], outcomes: Sequence[tuple[str, list[Table]]]) -> str:
     """Render the HTML of a report about ``runs``.
 
-    ``outcomes``: further headings, each with its tables. With a ``state`` the page asks its server for the state every
-    ``seconds``, and reloads when it differs. All text from the data is escaped, and the browser may load no other
-    resource and run no other script.
+    ``outcomes``: further headings, each with its tables. All text from the data is escaped, and the browser may load no
+    other resource and run no other script.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -52,8 +44,6 @@ def page(
         style=Markup(style),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
-        state=state,
-        seconds=seconds,
         axes=drawing,
         runs=runs,
         results=result_table(runs),

@@ -14,7 +14,7 @@ from pst_ds.progress import duration_text
 from pst_ds.report.charts import Chart, short, whole
 from pst_ds.report.run_data import LayerData, RunData
 from pst_ds.text_table import bytes_text
-from pst_ds.train.monitor.curves import DENSE, EVALUATION, is_number
+from pst_ds.train.monitor.curves import EVALUATION, is_number
 
 MISSING = "–"
 MAIN_SETTINGS = (
@@ -105,8 +105,7 @@ def _hardly_used(run: RunData) -> int | None:
 
 def _final_metrics(run: RunData) -> dict[str, float | None]:
     """Return the metrics of the result, or of the last evaluation of an unfinished run."""
-    curves = [name for name in run.curves if name.startswith(EVALUATION) and not name.endswith(DENSE)]
-    names = [name.removeprefix(EVALUATION) for name in curves]
+    names = [name.removeprefix(EVALUATION) for name in run.curves if name.startswith(EVALUATION)]
     final = run.result.get("metrics")
     return final if isinstance(final, dict) and final else {name: run.last(EVALUATION + name) for name in names}
 

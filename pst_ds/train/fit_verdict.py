@@ -22,7 +22,6 @@ from pst_ds.train.monitor.curves import EVALUATION, Point, batch_losses, read_cu
 if TYPE_CHECKING:
     from pst_ds.core.schedule import Schedule
     from pst_ds.data.tasks import ExampleSet, Task
-    from pst_ds.train.monitor.dense_run import DenseRun
 
 _MOST_WATCHED, _FEWEST_WATCHED = 4, 2
 _SHARE_WATCHED = 0.05
@@ -30,19 +29,15 @@ _SHARE_WATCHED = 0.05
 ERRORS = 3.0
 """Standard errors above which a change is more than noise."""
 STEEP = 0.1
-"""A run underfits if twice the steps would lower its loss by this share; by half of it if a dense run is better."""
+"""A run underfits if twice the steps would lower its loss by this share."""
 UNLEARNED, NOT_LEARNED = 0.4, 0.9
 """Shares of a constant answer's loss: below the first, a run has learned enough; above the second, nothing."""
-ABOVE_DENSE = 1.1
-"""A loss is far above a dense run if it is this many times the dense run's loss after its first epoch."""
 RISE = 0.1
 """Share by which the validation loss of a run that overfits ends above its minimum."""
 FEWEST_BATCHES, FEWEST_EVALUATIONS = 8, 3
 """Minimum numbers of points for a trend."""
 END = 0.1
 """Last share of the steps, over which the loss at the end is averaged."""
-_EPOCH_END = 0.25
-"""Last share of a dense run's first epoch, over which its loss at the end of that epoch is averaged."""
 
 Change = dict[str, int | float]
 """Settings to change together, with their new values."""
@@ -63,15 +58,16 @@ class Losses:
     """True if training minimised the validation loss; false with a teacher or a penalty in the loss."""
     constant: float | None = None
     """Loss of the best constant answer on the training data; None if it is not known."""
-    dense_first_epoch: float | None = None
-    """Training loss of a dense run at the end of its first epoch; None without one that minimised the same loss."""
     metric: Sequence[Point] = ()
     """Metric that chooses the best checkpoint, at the steps of ``validation``; negated if lower is better."""
 
     @property
     def end(self) -> float:
-        """Training loss at the end."""
-        return end_loss(self.training, self.num_steps)
+        """Mean training loss over the last END of the steps, at least over FEWEST_BATCHES batches."""
+        steps = self.num_steps
+        last = [value for step, value in self.training if (1.0 - END) * steps < step <= steps]
+        few = [value for _, value in self.training[-FEWEST_BATCHES:]]
+        return float(np.mean(last if len(last) >= FEWEST_BATCHES else few))
 
     @property
     def second_half(self) -> float:
@@ -134,9 +130,7 @@ def masks_final(schedule: Schedule | None, num_steps: int) -> int:
     return next((s for s in range(num_steps) if schedule.is_final(s)), num_steps) if schedule else 0
 
 
-def fit_of(
-    run: RunConfig, task: Task, examples: ExampleSet, num_steps: int, dense: DenseRun | None
-) -> dict[str, object]:
+def fit_of(run: RunConfig, task: Task, examples: ExampleSet, num_steps: int) -> dict[str, object]:
     """Judge a finished run on ``examples`` by its metrics.jsonl; return the ``fit`` of result.json.
 
     Losses are means over the last tenth of the steps (training) and of the last evaluation; None if not measured.
@@ -152,28 +146,16 @@ def fit_of(
         epochs=num_steps * run.train.batch_size / len(examples),
         is_same_loss=not run.distillation.weight,
         constant=task.constant_loss(examples),
-        dense_first_epoch=_first_epoch(dense, len(examples) // run.train.batch_size),
         metric=[(step, -value if task.lower_is_better else value) for step, value in metric],
     )
-    found, dense = judge(losses), dense if training else None
+    found = judge(losses)
     return {
         "verdict": found.kind if found else None,
         "reason": found.reason if found else "",
         "fixes": fixes(run, found, num_steps) if found else [],
         "training_loss": losses.end if training else None,
         "validation_loss": validation[-1][1] if training and validation else None,
-        "dense_training_loss": dense.training_loss(num_steps, max(1, round(END * num_steps))) if dense else None,
-        "dense_validation_loss": dense.validation_loss(num_steps) if dense else None,
     }
-
-
-def _first_epoch(dense: DenseRun | None, steps: int) -> float | None:
-    """Return the training loss of a dense run at the end of its first epoch of ``steps``, or at its end if earlier."""
-    if dense is None or not dense.training:
-        return None
-    last = min(steps, dense.training[-1][0])
-    inside = [point for point in dense.training if (1.0 - _EPOCH_END) * last < point[0] <= last]
-    return end_loss(inside, last) if inside else None
 
 
 def fixes(run: RunConfig, verdict: Verdict, num_steps: int) -> list[Change]:
@@ -193,13 +175,6 @@ def fixes(run: RunConfig, verdict: Verdict, num_steps: int) -> list[Change]:
     if rank * factor >= 1:
         found.append({"pst.update_rank": round(factor * rank)})
     return found
-
-
-def end_loss(training: Sequence[Point], num_steps: int) -> float:
-    """Return the mean of the losses ``training``, at least one: over the last END of ``num_steps``, or over the last
-    FEWEST_BATCHES batches if those are more."""
-    last = [value for step, value in training if (1.0 - END) * num_steps < step <= num_steps]
-    return float(np.mean(last if len(last) >= FEWEST_BATCHES else [value for _, value in training[-FEWEST_BATCHES:]]))
 
 
 def trend(points: Sequence[Point], since: float, scale: Callable[[float], float] = math.log) -> Trend | None:
@@ -280,7 +255,7 @@ def _metric_gained(losses: Losses, since: int) -> bool:
 
 
 def _underfitting(losses: Losses) -> Verdict | None:
-    end, constant, dense = losses.end, losses.constant, losses.dense_first_epoch
+    end, constant = losses.end, losses.constant
     if constant is not None and end > NOT_LEARNED * constant:
         count = max(FEWEST_BATCHES, round(END * len(losses.training)))
         values = [value for _, value in losses.training]
@@ -294,13 +269,10 @@ def _underfitting(losses: Losses) -> Verdict | None:
     found = trend(losses.training, losses.second_half)
     if found is None or not _falls_to_the_end(losses):
         return None
-    is_far, steep, far = constant is None or end > UNLEARNED * constant, STEEP, ""
-    if dense is not None:
-        is_far, steep = end > ABOVE_DENSE * dense, STEEP / 2
-        far = f"; a dense run had {dense:.3g} after its first epoch"
-    if not is_far or found.per_doubling < steep * end or not _validation_agrees(losses):
+    is_far = constant is None or end > UNLEARNED * constant
+    if not is_far or found.per_doubling < STEEP * end or not _validation_agrees(losses):
         return None
-    return Verdict("underfits", _still_falling("training", end, found) + far)
+    return Verdict("underfits", _still_falling("training", end, found))
 
 
 def _falls_to_the_end(losses: Losses) -> bool:

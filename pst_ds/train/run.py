@@ -37,7 +37,6 @@ from pst_ds.train.expert_tokens import CountsOfExperts, counts_of_experts, warni
 from pst_ds.train.fit_verdict import fit_of, sentence, watched_steps
 from pst_ds.train.loop import FINAL_TAGS, Loop, LoopState
 from pst_ds.train.model import build_model, num_trainable
-from pst_ds.train.monitor.dense_run import DenseRun, read_dense_run
 from pst_ds.train.monitor.memory_snapshot import snapshot_when_memory_ends
 from pst_ds.train.monitor.metrics import MetricsWriter
 from pst_ds.train.monitor.trackers import Trackers
@@ -169,18 +168,17 @@ def train_prepared(
         run = start_run(context.run, examples, is_new=not (resume or restart), quiet=quiet)
         context = replace(context, run=run).with_rates(examples)
         run = context.run
-        dense = raise_on_all_ranks(lambda: read_dense_run(run, examples.digest))
         checkpoint = checkpoint_to_resume(run, examples.digest, quiet=quiet) if resume else None
         if checkpoint is None and not restart:
             run_folder.require_no_checkpoints(Path(run.output_dir))
-        loop, state = _build_loop(context, examples, checkpoint, dense, quiet=quiet)
+        loop, state = _build_loop(context, examples, checkpoint, quiet=quiet)
         checkpointer = Checkpointer(
             loop,
             evaluate=None if validation is None else partial(evaluation or evaluate, loop.engine, validation, context),
             watched=watched_steps(run, loop.schedules.masks, num_steps, len(examples), len(validation or ())),
             checkpoint=checkpoint,
         )
-        return _train_to_the_end(loop, checkpointer, state, dense)
+        return _train_to_the_end(loop, checkpointer, state)
 
 
 def load_splits(context: RunContext) -> Splits:
@@ -202,7 +200,7 @@ def load_splits(context: RunContext) -> Splits:
 
 
 def _build_loop(
-    context: RunContext, examples: ExampleSet, checkpoint: Checkpoint | None, dense: DenseRun | None, *, quiet: bool
+    context: RunContext, examples: ExampleSet, checkpoint: Checkpoint | None, *, quiet: bool
 ) -> tuple[Loop, LoopState]:
     """Build model and loop, restore them from ``checkpoint`` if there is one, and write the run's folder. Collective.
 
@@ -221,7 +219,7 @@ def _build_loop(
     barrier()
     if run.mask_method.masks != "none" and run.pst.magnitude == "activation":
         calibrate(context, engine, examples, resumed=checkpoint is not None)
-    metrics = _open_metrics(context, engine, examples, checkpoint, dense, quiet=quiet)
+    metrics = _open_metrics(context, engine, examples, checkpoint, quiet=quiet)
     why = objective.why_all_logits(engine.module)
     about_loss = f"the loss holds the logits of a whole micro-batch, because {why}" if why else ""
     emulates = context.device == "cpu" and run.train.precision == "bf16" and not multiplies_bf16()
@@ -232,13 +230,7 @@ def _build_loop(
 
 
 def _open_metrics(
-    context: RunContext,
-    engine: Engine,
-    examples: ExampleSet,
-    checkpoint: Checkpoint | None,
-    dense: DenseRun | None,
-    *,
-    quiet: bool,
+    context: RunContext, engine: Engine, examples: ExampleSet, checkpoint: Checkpoint | None, *, quiet: bool
 ) -> MetricsWriter:
     """Open metrics and trackers. Collective. Raises ConfigError on every rank for a tracker that does not start."""
     run, folder = context.run, Path(context.run.output_dir)
@@ -257,12 +249,11 @@ def _open_metrics(
         step=step,
         seconds=RunProgress.read(checkpoint).seconds if checkpoint else 0.0,
         layers={name: layer.layout.numel for name, layer in pst_layers(engine.module).items()},
-        dense=dense,
         trackers=raise_on_all_ranks(trackers),
     )
 
 
-def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState, dense: DenseRun | None) -> TrainResult:
+def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState) -> TrainResult:
     """Train from ``state``, save and judge; return the result, which rank 0 also writes. Collective.
 
     Raises as :func:`train_run`.
@@ -278,7 +269,7 @@ def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState, 
             metrics, experts = checkpointer.finish(state), counts_of_experts(loop.engine.module)
         if state.step == loop.num_steps:
             context = loop.context
-            fit = of_main(lambda: fit_of(context.run, context.task, loop.examples, loop.num_steps, dense))
+            fit = of_main(lambda: fit_of(context.run, context.task, loop.examples, loop.num_steps))
             if verdict := sentence(fit):
                 loop.metrics.verdict(loop.num_steps, verdict)
             loop.metrics.say(warning_of_unused(experts.get("expert_tokens", {}), first_step))

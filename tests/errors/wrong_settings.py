@@ -145,12 +145,6 @@ SETTINGS = {
         "'tests/data/tiny-bert'",
         "Set distillation.weight",
     ),
-    "a dense run that is not there": Wrong(
-        setting("dense_run=no/run"), "dense_run", "'no/run'", "Name the output_dir of a dense run"
-    ),
-    "a plan with a dense run that prunes": Wrong(
-        setting("dense_run={made}/run", verb="plan"), "dense_run", "'{made}/run'", 'Name a run of method "dense"'
-    ),
     "distillation of a number": Wrong(
         setting("task=regression", "distillation.weight=0.5", "data.train={made}/numbers.jsonl"),
         "distillation.weight",

@@ -147,22 +147,6 @@ def test_a_run_without_masks_has_no_chart_of_them(write_run):
     assert [chart.title for chart in charts(read_runs([write_run(metrics=metrics)]))] == ["Loss"]
 
 
-def test_a_dense_run_is_dashed_in_the_colour_of_its_run(write_run):
-    metrics = [
-        {"step": s, "event": "step", "loss": 1.0, "loss/dense": 0.5, "eval/loss": 1.1, "eval/loss/dense": 0.6}
-        for s in (1, 2)
-    ]
-    one, other = (write_run(name, metrics=metrics) for name in ("one", "other"))
-    drawn = list(charts(read_runs([one])))
-    assert [chart.title for chart in drawn] == ["Loss", "Evaluation: loss"]
-    for chart, values in zip(drawn, ((1.0, 0.5), (1.1, 0.6)), strict=True):
-        assert [(s.label, s.is_dashed, s.points[-1][1]) for s in chart.series] == [
-            ("one", False, values[0]), ("dense", True, values[1])
-        ]  # fmt: skip
-    both = next(charts(read_runs([one, other]))).series
-    assert [(s.label, s.colour) for s in both] == [("one", 0), ("other", 1), ("one, dense", 0), ("other, dense", 1)]
-
-
 VALUES = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=400)
 
 

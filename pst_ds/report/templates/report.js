@@ -107,40 +107,10 @@ function sortBy(table, heading) {
   heading.setAttribute("aria-sort", isDescending ? "descending" : "ascending");
 }
 
-/** Everything on the page answers. */
-function readPage() {
-  document.querySelectorAll("figure.chart").forEach(readChart);
-  document.querySelectorAll("figure.heat-map").forEach(readHeatMap);
-  document.querySelectorAll("table.sortable").forEach((table) => {
-    table.querySelectorAll("th button").forEach((button) => {
-      button.addEventListener("click", () => sortBy(table, button.closest("th")));
-    });
+document.querySelectorAll("figure.chart").forEach(readChart);
+document.querySelectorAll("figure.heat-map").forEach(readHeatMap);
+document.querySelectorAll("table.sortable").forEach((table) => {
+  table.querySelectorAll("th button").forEach((button) => {
+    button.addEventListener("click", () => sortBy(table, button.closest("th")));
   });
-}
-
-/** Takes the content of a newer page; what was unfolded stays so. */
-function replaceContent(fresh) {
-  const open = [...document.querySelectorAll("details")].map((one) => one.open);
-  document.querySelector("main").replaceWith(fresh.querySelector("main"));
-  document.querySelectorAll("details").forEach((one, i) => { one.open = open[i] ?? false; });
-  document.body.dataset.state = fresh.body.dataset.state;
-  readPage();
-}
-
-/** Asks the server for the state of the runs, and for the page when it is another one. */
-async function followRuns() {
-  const said = document.querySelector("#live"), text = said.textContent;
-  try {
-    if (await (await fetch("/state")).text() !== document.body.dataset.state) {
-      const answer = await fetch("/");
-      if (answer.ok) replaceContent(new DOMParser().parseFromString(await answer.text(), "text/html"));
-    }
-    said.textContent = text.replace(/, no answer.*/, "");
-  } catch {
-    said.textContent = `${text.replace(/, no answer.*/, "")}, no answer from pst-ds report`;
-  }
-  setTimeout(followRuns, 1000 * Number(document.body.dataset.seconds));
-}
-
-readPage();
-if (document.body.dataset.state) followRuns();
+});

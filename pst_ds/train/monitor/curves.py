@@ -14,8 +14,6 @@ from pst_ds.json_text import json_of
 
 EVALUATION = "eval/"
 """Prefix of the names of evaluation metrics."""
-DENSE = "/dense"
-"""Suffix of the names of a dense run's losses at the same steps."""
 STRAGGLER = "straggler"
 """Name of the event of a slow rank: rank, host, seconds per step, seconds of the median rank."""
 Point = tuple[int, float]

@@ -13,7 +13,6 @@ import torch
 from pst_ds.file_names import METRICS_FILE
 from pst_ds.progress import Progress
 from pst_ds.train.monitor.curves import EVALUATION, STRAGGLER, JsonLines
-from pst_ds.train.monitor.dense_run import DenseRun
 from pst_ds.train.monitor.layer_log import LayerLog
 from pst_ds.train.monitor.trackers import Trackers
 
@@ -30,7 +29,6 @@ class MetricsWriter:
         step: Step after which the run resumes; lines up to it are kept. 0 for a new run.
         seconds: Seconds of training up to ``step``.
         layers: Number of weights of each PST layer, by name in model order.
-        dense: Dense run whose losses are written and shown next to this run's.
         trackers: Trackers that also get all numbers; given on rank 0 only.
 
     Attributes:
@@ -47,14 +45,13 @@ class MetricsWriter:
         step: int = 0,
         seconds: float = 0.0,
         layers: dict[str, int] | None = None,
-        dense: DenseRun | None = None,
         trackers: Trackers | None = None,
     ):
         self.layers: LayerLog | None = None
         self._file: JsonLines | None = None
         self._board: TensorBoardWriter | None = None
         self._shown = Progress("step", num_steps, done=step, line_seconds=0.0) if is_main and not quiet else None
-        self._dense, self._trackers = dense, trackers
+        self._trackers = trackers
         self._started = time.monotonic() - seconds
         if is_main:
             from pst_ds.train.monitor.tensorboard import TensorBoardWriter
@@ -73,7 +70,6 @@ class MetricsWriter:
         """Write a line of metrics.jsonl, and its numbers as scalars; some events have their own group of scalars."""
         if self._file is None or self._board is None:
             return
-        values = {**values, **(self._dense.at(step, values) if self._dense else {})}
         self._file.write({"step": step, "seconds": round(self.seconds, 3), **values})
         group = f"{values['event']}/" if values.get("event") in _GROUPS else ""
         numbers = {group + name: value for name, value in values.items() if isinstance(value, int | float)}
@@ -83,11 +79,8 @@ class MetricsWriter:
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write and show the metrics of an evaluation."""
-        values = {f"{EVALUATION}{name}": value for name, value in metrics.items()}
-        self.write(step, {"event": "evaluation", **values})
-        dense = self._dense.at(step, values) if self._dense else {}
-        parts = [f"{k} {v:.4g}" for k, v in metrics.items()] + [f"dense loss {v:.4g}" for v in dense.values()]
-        self.say(f"step {step}: " + ", ".join(parts))
+        self.write(step, {"event": "evaluation", **{f"{EVALUATION}{name}": value for name, value in metrics.items()}})
+        self.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
 
     def settings(self, settings: Mapping[str, object], metric_tags: Sequence[str]) -> None:
         """Write the settings of a finished run for TensorBoard, with the last values of ``metric_tags``."""
@@ -103,8 +96,6 @@ class MetricsWriter:
     def progress(self, step: int, values: Mapping[str, object], batches: int = 1) -> None:
         """Show the progress of the run with ``values``, first the mean loss of ``batches`` batches."""
         if self._shown is not None:
-            if self._dense and (dense := self._dense.training_loss(step, batches)) is not None:
-                values = {"loss": values["loss"], "dense": dense, **values}
             parts = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
             self._shown.at(step, " | ".join(parts))
 

@@ -110,7 +110,6 @@ def run_of_users(run: RunConfig, how: UserTraining, **files: str) -> RunConfig:
     return replace(
         run,
         train=replace(train, **{name: rate for name, rate in rates.items() if rate is not None}),
-        dense_run="",
         distillation=DistillationConfig(),
         pictures=PicturesConfig(interval=-1),
         tracking=TrackingConfig(),

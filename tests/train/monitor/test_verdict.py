@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy.stats import linregress
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pst_ds.train.fit_verdict import Losses, judge, noise, sentence, trend
+from pst_ds.train.monitor.curves import batch_losses
+from pst_ds.train.monitor.metrics import MetricsWriter
 
 STEPS, CONSTANT = 400, math.log(2)
 EVALUATIONS = range(40, STEPS + 1, 40)
@@ -136,16 +140,6 @@ def test_training_that_falls_by_heart_is_not_underfitting():
     assert _kind(replace(end_only, epochs=1.0)) == "underfits"
 
 
-def test_a_dense_run_is_the_measure_where_there_is_one():
-    slower = lambda share: 0.6 - 0.08 * share  # noqa: E731
-    losses = _losses(slower, slower, constant=2.0, spread=0.04)
-    assert judge(losses) is None
-    assert _kind(replace(losses, dense_first_epoch=0.4)) == "underfits"
-    assert "a dense run had 0.4 after its first epoch" in judge(replace(losses, dense_first_epoch=0.4)).reason
-    assert judge(replace(losses, dense_first_epoch=0.53)) is None
-    assert judge(replace(_losses(_falling, _falling), dense_first_epoch=0.45)) is None
-
-
 def test_a_distance_from_a_teacher_says_nothing_by_itself():
     """Its scale is its own: it falls, and is far from anything that the labels have."""
     distance = lambda share: 2.0 * math.exp(-2 * share)  # noqa: E731
@@ -186,3 +180,28 @@ def test_a_sentence_names_the_changes():
     fit = {"verdict": "overfits", "reason": "it does", "fixes": [{"a": 1}, {"b": 2.0, "c": 3}]}
     assert sentence(fit) == "The run overfits: it does. Fix: a = 1; or b = 2.0, c = 3. More training data helps too."
     assert sentence({"verdict": None}) == sentence({}) == ""
+
+
+def test_skipped_steps_have_a_loss_too(tmp_path):
+    """Four batches took two steps, and one loss is not finite. Lines of older runs only have means."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        {"step": 1, "event": "step", "loss": 0.9},
+        {"step": 3, "event": "step", "loss": 2.7, "losses": [1.0, None, 3.0, 4.0]},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 4, "event": "evaluation"}]))
+    assert batch_losses(path) == [(1, 0.9), (1, 1.0), (3, 3.0), (3, 4.0)]
+    assert batch_losses(path, 2) == [(1, 0.9)]
+
+
+def test_a_verdict_is_shown_and_in_tensorboard(tmp_path, capsys):
+    metrics = MetricsWriter(tmp_path, num_steps=8, is_main=True)
+    metrics.evaluation(6, {"accuracy": 0.5, "loss": 0.9})
+    metrics.verdict(6, "The run underfits: so it does.")
+    metrics.close()
+    shown = capsys.readouterr().err
+    assert "step 6: accuracy 0.5, loss 0.9\n" in shown
+    assert shown.count("The run underfits: so it does.") == 1
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    texts = [event.tensor_proto.string_val for event in board.Tensors("fit/text_summary")]
+    assert texts == [[b"The run underfits: so it does."]]
