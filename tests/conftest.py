@@ -6,7 +6,6 @@ import gc
 import importlib
 import itertools
 import json
-import multiprocessing
 import os
 import pickle
 import signal
@@ -15,7 +14,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
@@ -279,13 +277,6 @@ def locked_elsewhere() -> Iterator[Callable[[Path], int]]:
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-
-
-@pytest.fixture
-def forked_writers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes of an export are forks of this one, in place of interpreters; tests of their end have real ones."""
-    fork = multiprocessing.get_context("fork")
-    monkeypatch.setattr("pst_ds.export.write.multiprocessing", SimpleNamespace(get_context=lambda method: fork))
 
 
 @pytest.fixture

@@ -1,21 +1,26 @@
 """Convert a pruned model to the packed format 2:4, for job scripts.
 
-    python tools/masks_to_2of4.py SRC OUT [--processes 4] [--json]
+    python tools/masks_to_2of4.py SRC OUT [OPTION ...]
 
 SRC is a run folder, a run file or a pruned model folder; OUT is written atomically. The same as ``pst-ds export SRC
---format 2:4 --out OUT``, with its exit codes: 0 done, 1 failed, 2 wrong input.
+--format 2:4 --out OUT``, with its options and exit codes: 0 done, 1 failed, 2 wrong input.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
-from pst_ds.cli.export import convert
+from pst_ds.cli.main import main as pst_ds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return convert("2:4", (__doc__ or "").partition("\n")[0], argv)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("source", metavar="SRC", help="run folder, run file, or model folder with pruned weights")
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    args, options = parser.parse_known_args(argv)
+    return pst_ds(["export", args.source, "--out", args.out, "--format", "2:4", *options])
 
 
 if __name__ == "__main__":

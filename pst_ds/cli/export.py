@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pst_ds.cli.main import add_quiet_argument, add_shard_argument, count, load_run_or_folder, main
+from pst_ds.cli.main import add_quiet_argument, add_shard_argument, load_run_or_folder
 from pst_ds.core.packings import COMPRESSED_TENSORS, GGUF, GROUPS, ONNX, ONNX_FILE, PACKINGS, VALUE_BITS, WHOLE_ROW
 from pst_ds.errors import InputError, shortened
 
@@ -33,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dequantize", action="store_true", help="convert a GPTQ, AWQ, bitsandbytes or MXFP4 folder to floats first")
     add("--checkpoint", help='of a run: "best" (default), "final", or another in checkpoints/')
     add("--dtype", choices=("bf16", "fp32"), help="cast every tensor (default: unchanged)")
-    add("--processes", type=count, default=1, metavar="N", help="processes to write with (default: 1)")
     add_shard_argument(parser)
     add_quiet_argument(parser)
 
@@ -110,16 +109,3 @@ def quantisation_text(report: Facts) -> str:
         f"quantised {report['rounded_tensors']} tensors ({'; '.join(grids)}): {report['bits_per_weight']:.2f} bits per "
         f"weight{packed}; largest relative error {report['largest_rounding_error']:.2%}"
     )
-
-
-def convert(format_name: str, description: str, argv: Sequence[str] | None = None) -> int:
-    """Run ``pst-ds export`` to one format, for tools/masks_to_*.py: ``SRC OUT``. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=description)
-    add = parser.add_argument
-    add("source", metavar="SRC", help="run folder, run file, or model folder with pruned weights")
-    add("out", metavar="OUT", help="folder to write")
-    add("--processes", default="1", metavar="N", help="processes to write with (default: 1)")
-    add("--json", action="store_true", help="end with one JSON object on the last line of stdout")
-    args = parser.parse_args(argv)
-    options = ["--format", format_name, "--out", args.out, "--processes", args.processes]
-    return main(["export", args.source, *options, *(["--json"] if args.json else [])])

@@ -34,7 +34,7 @@ _REPORTED = ("DivergedError", "VerificationError", "FloatingPointError", "Stoppe
 """Failures that all ranks raise together, and whose message needs no traceback."""
 
 VERBS = {
-    "init": "write a commented run file for a model and its training data, from flags and a few questions",
+    "init": "write a commented run file for a model and its training data",
     "plan": "show what a run would do (modules, parameters, memory, schedule) without starting it",
     "prepare": "tokenise a corpus once, into a token store that runs map into memory",
     "train": "train a run in one process, or as a rank of a launcher",
@@ -51,7 +51,6 @@ VERBS = {
     "report": "write one HTML page about runs, side by side: curves, heat maps of layers, tables, exports, speed",
     "inspect": "describe a run, checkpoint, export or model folder, layer by layer",
     "doctor": "check this machine (versions, accelerator, compiler, communication, disk) and say what to fix",
-    "completion": "print a script that completes pst-ds in a shell: bash, zsh or fish",
 }
 
 

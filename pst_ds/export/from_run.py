@@ -60,13 +60,10 @@ class RunRecipe:
 
 
 class RunSource:
-    """Values of the model in a checkpoint. Copies in other processes read the same files without the model."""
+    """Values of the model in a checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, base: BaseWeights, model: nn.Module | None = None):
+    def __init__(self, checkpoint: Checkpoint, base: BaseWeights, model: nn.Module):
         self._checkpoint, self._base, self._model = checkpoint, base, model
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"_checkpoint": self._checkpoint, "_base": self._base, "_model": None}
 
     def make(self, job: TensorJob) -> Iterator[TensorValues]:
         """Yield the values of the job's outputs. Raises ExportError."""
@@ -78,7 +75,6 @@ class RunSource:
         elif not recipe.in_files_form:
             yield self._made(recipe)
         else:
-            assert self._model is not None
             whole = self._made(recipe)
             saved = saved_tensors(self._model, {recipe.name: whole.tensor})
             for output in job.outputs:
@@ -341,4 +337,4 @@ class _Planner:
             return
         recipe = replace(self._recipe(name, None, next(iter(in_base.values()))), in_files_form=True)
         outputs = tuple(self._spec(recipe, part, tuple(tensor.shape)) for part, tensor in saved.items())
-        yield TensorJob(outputs, recipe, in_parent=True)
+        yield TensorJob(outputs, recipe)

@@ -175,13 +175,11 @@ class TensorJob:
 
     outputs: tuple[TensorSpec, ...]
     recipe: object
-    """The source's description of how to make them; can be sent to another process."""
-    in_parent: bool = False
-    """True if making them needs the model, which other processes do not have."""
+    """The source's description of how to make them."""
 
 
 class Source(Protocol):
-    """Source of an export's values. Copies are sent to every process that writes."""
+    """Source of an export's values."""
 
     def make(self, job: TensorJob) -> Iterator[TensorValues]:
         """Yield the values of the job's outputs, in their order. Raises ExportError."""

@@ -64,8 +64,6 @@ class ExportOptions:
     """"bf16" or "fp32": cast all tensors; None keeps their dtypes."""
     shard_bytes: int = SHARD_BYTES
     """Size limit of a weight file."""
-    processes: int = 1
-    """Processes that write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +100,7 @@ def export_checkpoint(
         prompt: trained prompt of the run.
         run: resolved run file, for the manifest.
 
-    Raises ExportError, and WorkerError if one of several processes was killed.
+    Raises ExportError.
     """
     options = replace(options, values=_trained_values(checkpoint, options))
     encoding = Encoding(options.packing, options.values, options.embeddings)
@@ -191,7 +189,7 @@ def export_folder(
         vocabulary: ``tokenizer`` with fewer tokens; only their rows are written. None keeps all tokens.
         dequantize: True if the folder is in GPTQ, AWQ, bitsandbytes or MXFP4, and is converted to floats first.
 
-    Raises ExportError, and WorkerError if one of several processes was killed.
+    Raises ExportError.
     """
     encoding = Encoding(options.packing, options.values, options.embeddings)
     _require_free(out, encoding)
@@ -283,7 +281,7 @@ def _write(
     file_bytes = sum(file.nbytes for file in files)
     require_space(out, file_bytes + _SPARE_BYTES)
     with atomic_folder(out) as folder:
-        tensors = write_tensors(folder, files, jobs, source, options.processes)
+        tensors = write_tensors(folder, files, jobs, source)
         _write_index(folder, files, encoding)
         contents.write_small_files(folder)
         left_alone = _unquantised(contents.model, tensors) if encoding.packing in FOR_COMPRESSED_TENSORS else []

@@ -1,14 +1,11 @@
-"""Write the weight files of an export: make, pack, hash and store each tensor, in one process or several."""
+"""Write the weight files of an export: make, pack, hash and store each tensor."""
 
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,15 +24,9 @@ from pst_ds.formats import FormatError, PackedFormat, QuantizedFormat, row_bits
 from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, Slot, tensor_bytes, write_at
 from pst_ds.progress import Progress
 
-WriterArguments = tuple[Path, Sequence[PlannedFile], Source]
 
-
-class WorkerError(RuntimeError):
-    """A process of an export was killed before it had finished."""
-
-
-class Writer:
-    """Writes tensors into planned files; each process has one."""
+class _Writer:
+    """Writes tensors into planned files."""
 
     def __init__(self, folder: Path, files: Sequence[PlannedFile], source: Source):
         self._folder, self._source = folder, source
@@ -101,64 +92,22 @@ class Writer:
 
 
 def write_tensors(
-    folder: Path, files: Sequence[PlannedFile], jobs: Sequence[TensorJob], source: Source, processes: int
+    folder: Path, files: Sequence[PlannedFile], jobs: Sequence[TensorJob], source: Source
 ) -> list[ExportedTensor]:
-    """Write all files into ``folder``; return the tensors in the order of the jobs.
-
-    The bytes do not depend on ``processes``. Raises ExportError, and WorkerError if a process was killed.
-    """
+    """Write all files into ``folder``; return the tensors in the order of the jobs. Raises ExportError."""
     for file in files:
         with (folder / file.name).open("wb") as stream:
             stream.write(file.header)
             stream.truncate(file.nbytes)
-    sizes = [sum(output.dense_nbytes for output in job.outputs) for job in jobs]
-    tensors: dict[int, list[ExportedTensor]] = {}
-    with Progress("export", sum(sizes), "bytes") as progress:
-        for index, found in _written((folder, files, source), jobs, processes):
-            tensors[index] = found
-            progress.add(sizes[index])
-    return [tensor for index in range(len(jobs)) for tensor in tensors[index]]
-
-
-def _written(
-    arguments: WriterArguments, jobs: Sequence[TensorJob], processes: int
-) -> Iterator[tuple[int, list[ExportedTensor]]]:
-    """Yield (index of a job, its tensors) in the order of completion."""
-    shared = [i for i, job in enumerate(jobs) if processes > 1 and not job.in_parent]
-    with ExitStack() as stack:
-        futures = {}
-        if shared:  # spawned: a fork would copy locks that torch's threads may hold
-            spawn, threads = multiprocessing.get_context("spawn"), max(1, torch.get_num_threads() // processes)
-            pool = ProcessPoolExecutor(min(processes, len(shared)), spawn, _begin, (arguments, threads))
-            stack.callback(pool.shutdown, cancel_futures=True)
-            futures = {pool.submit(_write_in_worker, jobs[i]): i for i in shared}
-        writer = Writer(*arguments)
-        stack.callback(writer.close)
-        for i in sorted(set(range(len(jobs))) - set(shared)):
-            yield i, writer.write(jobs[i])
-        for future in as_completed(futures):
-            try:
-                yield futures[future], future.result()
-            except BrokenProcessPool as error:
-                raise WorkerError(
-                    "a process of the export was killed, probably because memory ran out. Nothing was written; use "
-                    "fewer --processes"
-                ) from error
-
-
-_writer: Writer | None = None
-"""Writer of a spawned process."""
-
-
-def _begin(arguments: WriterArguments, threads: int) -> None:
-    global _writer
-    torch.set_num_threads(threads)
-    _writer = Writer(*arguments)
-
-
-def _write_in_worker(job: TensorJob) -> list[ExportedTensor]:
-    assert _writer is not None
-    return _writer.write(job)
+    tensors: list[ExportedTensor] = []
+    with (
+        Progress("export", sum(output.dense_nbytes for job in jobs for output in job.outputs), "bytes") as progress,
+        closing(_Writer(folder, files, source)) as writer,
+    ):
+        for job in jobs:
+            tensors += writer.write(job)
+            progress.add(sum(output.dense_nbytes for output in job.outputs))
+    return tensors
 
 
 def _require_planned(output: TensorSpec, tensor: Tensor) -> Tensor:

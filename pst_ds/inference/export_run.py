@@ -65,8 +65,6 @@ class ExportSettings:
     """With format "onnx": dense fp32 weights and standard operators only."""
     dequantize: bool = False
     """True if the source is a model folder in GPTQ, AWQ, bitsandbytes or MXFP4."""
-    processes: int = 1
-    """Processes that write."""
     shard_bytes: int = SHARD_BYTES
     """Size limit of a weight file."""
 
@@ -97,7 +95,6 @@ class ExportSettings:
                 embeddings=grid_of(self.embeddings, group) if self.embeddings in VALUE_BITS else None,
                 dtype="bf16" if self.values == "bf16" else self.dtype,
                 shard_bytes=self.shard_bytes,
-                processes=self.processes,
             )
         except ValueError as error:
             raise InputError(str(error)) from None
@@ -118,7 +115,7 @@ def export_run(
         settings: format, quantisation and so on; None writes a dense folder.
         checkpoint: "best", "final", another name in the run's ``checkpoints/``, or an opened checkpoint.
 
-    Returns counts, sizes and sparsity. Raises InputError, and WorkerError if one of several processes was killed.
+    Returns counts, sizes and sparsity. Raises InputError.
     """
     settings = settings or ExportSettings()
     config = run if isinstance(run, RunConfig) else load_run_or_folder(run)

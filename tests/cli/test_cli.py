@@ -332,7 +332,7 @@ def test_a_model_folder_takes_no_settings_of_a_run(packed, tmp_path, capsys):
     _assert_refused(capsys, [*export, "--set", "model.path=x"], "is a model folder")
     _assert_refused(capsys, [*export, "--format", "2:4"], 'Train with pst.pattern = "2:4"')
     with pytest.raises(SystemExit):
-        main([*export, "--processes", "0"])
+        main([*export, "--shard-bytes", "0"])
     assert "'0' is not a whole number of at least 1" in capsys.readouterr().err
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import re
 import shlex
 import shutil
-import sys
 import textwrap
 import tomllib
 from pathlib import Path
@@ -441,65 +439,3 @@ def test_a_model_that_writes_no_text_needs_a_label_column(tmp_path, capsys, row,
     assert words in said
     assert ("is_decoder" in said) is ("--label-column" not in said)
     assert not (tmp_path / "run.toml").exists()
-
-
-def test_without_a_terminal_nothing_is_asked(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("tests/data/tiny-bert\n"))
-    out = ("--out", str(tmp_path / "run.toml"))
-    assert "the model folder and --train missing, and there is no terminal to ask on" in _refused(capsys, *out)
-    assert "--train missing" in _refused(capsys, BERT, *out)
-
-
-class _Typed(io.StringIO):
-    """A terminal at which someone has typed all answers."""
-
-    def isatty(self):
-        return True
-
-
-@pytest.fixture
-def typed(monkeypatch):
-    def answer(text):
-        monkeypatch.setattr(sys, "stdin", _Typed(text))
-        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-
-    return answer
-
-
-def test_a_terminal_is_asked_for_what_is_missing(typed, made, capsys):
-    typed(f"{BERT}\nno.jsonl\n{TRAIN}\n\n1.5\n0.8\n2\n")
-    _, table, result = made()
-    assert (table["model"]["path"], table["data"]["train"]) == (BERT, f"{TRAIN}[:90%]")
-    assert table["data"]["validation"] == f"{TRAIN}[90%:]"
-    assert (table["schedule"]["final_sparsity"], result["ranks"]) == (0.8, 2)
-
-
-def test_validation_data_can_be_declined(typed, made):
-    typed(f"{BERT}\n{TRAIN}[:80%]\nnone\n0.8\n1\n")
-    _, table, _ = made()
-    assert table["data"]["train"] == f"{TRAIN}[:80%]"
-    assert "validation" not in table["data"]
-
-
-def test_the_questions_go_to_stderr_and_say_what_is_wrong(typed, tmp_path, capsys):
-    typed(f"{TRAIN}\n\n\n1\n")
-    assert main(["init", BERT, "--out", str(tmp_path / "run.toml")]) == 0
-    said = capsys.readouterr()
-    assert "final sparsity [0.9, and 0.5 for language models]: " in said.err
-    assert tomllib.loads((tmp_path / "run.toml").read_text())["schedule"]["final_sparsity"] == 0.9
-    assert said.out.startswith("wrote ")
-    typed("no.jsonl\n" * 9)
-    assert "file to train on" in _refused(capsys, BERT, "--out", str(tmp_path / "other.toml"))
-    assert sys.stdin.read() == "no.jsonl\n" * 6  # three answers are enough
-
-
-def test_an_end_of_input_is_no_answer(typed, tmp_path, capsys):
-    typed("")
-    assert "no answer was given" in _refused(capsys, "--out", str(tmp_path / "run.toml"))
-    assert not (tmp_path / "run.toml").exists()
-
-
-def test_flags_are_not_asked_again(typed, made):
-    typed("")
-    _, table, _ = made(BERT, "--train", TRAIN, "--sparsity", "0.3", "--ranks", "1")
-    assert table["schedule"]["final_sparsity"] == 0.3

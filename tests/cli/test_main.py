@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pst_ds.cli import completion
+from pst_ds.cli import inspect
 from pst_ds.cli.main import main
 from pst_ds.config import toml as run_file
 
@@ -29,13 +29,12 @@ def _program(*arguments, **options):
 @pytest.mark.parametrize(
     ("arguments", "code", "unbuffered"),
     [
-        (["completion", "bash"], 141, ""),
-        (["completion", "bash"], 141, "1"),
-        (["completion", "bash", "--json"], 141, "1"),
         (["inspect", "tests/data/world_size.toml"], 141, ""),  # short: noticed at the end
+        (["inspect", "tests/data/world_size.toml"], 141, "1"),
+        (["inspect", "tests/data/world_size.toml", "--json"], 141, "1"),
         (["train", "--help"], 141, ""),
         (["report", "{run}", "--out", "/dev/stdout"], 141, ""),
-        (["completion", "no-shell"], 2, ""),
+        (["inspect", "no/such"], 2, ""),
     ],
     ids=str,
 )
@@ -62,7 +61,8 @@ def test_an_error_that_nobody_reads_ends_it_too():
 
 def test_without_a_stdout_nothing_is_said():
     done = subprocess.run(
-        ["sh", "-c", f"{sys.executable} -m pst_ds completion bash >&-"], timeout=60, check=False, cwd=ROOT,
+        ["sh", "-c", f"{sys.executable} -m pst_ds inspect tests/data/world_size.toml >&-"],
+        timeout=60, check=False, cwd=ROOT,
         stderr=subprocess.PIPE,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, b"")
@@ -102,8 +102,8 @@ def test_text_that_the_terminal_or_a_page_cannot_hold_is_escaped(tmp_path, encod
 
 
 def test_the_json_of_a_verb_has_null_for_what_is_not_finite(monkeypatch, capsys):
-    monkeypatch.setattr(completion, "run", lambda args: {"loss": math.nan, "rows": [math.inf, 1.5]})
-    assert main(["completion", "bash", "--json"]) == 0
+    monkeypatch.setattr(inspect, "run", lambda args: {"loss": math.nan, "rows": [math.inf, 1.5]})
+    assert main(["inspect", "folder", "--json"]) == 0
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"loss": None, "rows": [None, 1.5]}
 
 

@@ -42,7 +42,6 @@ def _arguments(verb, folders, out):
         "report": [run, "--out", str(out / "report.html")],
         "inspect": [run],
         "doctor": ["--folder", str(out.parent)],
-        "completion": ["bash"],
     }[verb]
 
 
@@ -88,7 +87,7 @@ def test_the_help_of_no_verb_imports_anything_heavy():
 import sys
 from pst_ds.cli.main import VERBS, build_parser
 build_parser(*VERBS)
-print(sorted({"torch", "transformers", "deepspeed", "datasets", "numpy", "tqdm", "shtab"} & set(sys.modules)))
+print(sorted({"torch", "transformers", "deepspeed", "datasets", "numpy", "tqdm"} & set(sys.modules)))
 """
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True, cwd=ROOT

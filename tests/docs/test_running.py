@@ -149,7 +149,7 @@ def _name_what_pages_name(top: Path) -> None:
 
 
 @pytest.fixture
-def place(places, tmp_path, monkeypatch, forked_writers) -> Callable[[str], None]:
+def place(places, tmp_path, monkeypatch) -> Callable[[str], None]:
     """``place("decoder")``: go to a copy of that model's folder."""
 
     def go(kind: str) -> None:

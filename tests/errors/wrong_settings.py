@@ -261,8 +261,8 @@ COMMAND_LINES = {
         words("export", "{made}/run", "--out", "{tmp}/out", "--format", "zip"), "--format", "'zip'", "dense"
     ),
     "a count of 0": Wrong(
-        words("export", "{made}/run", "--out", "{tmp}/out", "--processes", "0"),
-        "--processes",
+        words("export", "{made}/run", "--out", "{tmp}/out", "--shard-bytes", "0"),
+        "--shard-bytes",
         "'0'",
         "a whole number of at least 1",
     ),
@@ -281,5 +281,4 @@ COMMAND_LINES = {
     "a machine that is not known": Wrong(
         words("plan", "tests/data/world_size.toml", "--machine", "v100"), "--machine", "'v100'", "a100"
     ),
-    "a shell that is not known": Wrong(words("completion", "csh"), "shell", "'csh'", "bash"),
 }

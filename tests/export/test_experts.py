@@ -80,17 +80,9 @@ def test_a_dense_export_has_the_tensors_of_the_base_and_the_values_of_the_run(fa
 
 
 @pytest.mark.thorough
-def test_the_bytes_do_not_depend_on_the_number_of_processes_and_missing_zeros_are_found(
-    forked_writers, tmp_path, verb, capsys
-):
+def test_a_narrow_export_is_verified_and_missing_zeros_are_found(tmp_path, verb, capsys):
     _trained(tmp_path, "mixtral", **{"train.num_steps": 2})
-    for processes in ("1", "4"):
-        verb("export", str(tmp_path / "run"), "--out", str(tmp_path / processes), "--processes", processes)
-    one, four = (
-        {path.name: path.read_bytes() for path in (tmp_path / n).iterdir() if path.suffix == ".safetensors"}
-        for n in ("1", "4")
-    )
-    assert one == four
+    verb("export", str(tmp_path / "run"), "--out", str(tmp_path / "1"))
     verb("export", str(tmp_path / "run"), "--out", str(tmp_path / "narrow"), "--dtype", "bf16")
     verified = verb("verify", str(tmp_path / "narrow"), "--against", str(tmp_path / "run"))
     assert verified["differing_weights"] == 0

@@ -75,14 +75,14 @@ def test_it_becomes_plain_numbers_if_that_is_asked(tmp_path, kind):
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in plain.items())
 
 
-def test_it_can_go_straight_to_our_own_grid(forked_writers, tmp_path):
+def test_it_can_go_straight_to_our_own_grid(tmp_path):
     from pst_ds.core.quantization import Grid
 
     foreign_folder(tmp_path / "theirs", "gptq")
     for name, source, how in (("two", "plain", {}), ("one", "theirs", {"dequantize": True})):
         if name == "two":
             export_folder(tmp_path / "theirs", tmp_path / "plain", dequantize=True)
-        export_folder(tmp_path / source, tmp_path / name, values=Grid(8), embeddings=Grid(4), processes=2, **how)
+        export_folder(tmp_path / source, tmp_path / name, values=Grid(8), embeddings=Grid(4), **how)
     one, two = (load_file(tmp_path / name / "pst_dense.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], tensor) for name, tensor in two.items())

@@ -1,11 +1,9 @@
-"""Packed exports: every format from a run and from every other, on any number of processes, to the bit."""
+"""Packed exports: every format from a run and from every other, to the bit."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 from itertools import product
 from pathlib import Path
 
@@ -20,9 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from pst_ds.export import write
 from pst_ds.export.check import check_export, check_model
 from pst_ds.export.encoding import ExportError
-from pst_ds.export.from_run import RunSource
 from pst_ds.export.manifest import read_manifest
-from pst_ds.export.write import WorkerError
 from tests.exporting import export_folder
 
 FILES = {"dense": "model", "bitmask": "pst_bitmask", "2:4": "pst_2of4", "csr": "pst_csr"}
@@ -62,10 +58,6 @@ def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
         t.dtype == other[n].dtype and torch.equal(t.view(torch.uint8), other[n].view(torch.uint8))
         for n, t in one.items()
     )
-
-
-def _bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}
 
 
 @pytest.fixture(scope="module")
@@ -128,23 +120,6 @@ def test_every_format_becomes_every_other_and_dense_again_to_the_bit(exports, tm
     assert (about["step"], about["base_fingerprint"], about["metrics"]) == (3, "f00d", {"loss": 1.5})
 
 
-@pytest.mark.parametrize(
-    ("name", "packing", "runs"),
-    [("bf16", "bitmask", [(5 << 30, 2), (6000, 1), (6000, 3)]), ("gpt2", "dense", [(6000, 1), (6000, 2)])],
-)
-def test_bytes_do_not_depend_on_the_number_of_processes(forked_writers, models, exports, tmp_path, name, packing, runs):
-    made = {}
-    for shard_bytes, processes in runs:
-        out = tmp_path / f"{shard_bytes}-{processes}"
-        models[name].export(out, packing=packing, processes=processes, shard_bytes=shard_bytes)
-        made[shard_bytes, processes] = _bytes(out)
-    whole = [found for (shard_bytes, _), found in made.items() if shard_bytes != 6000]
-    assert all(found == _bytes(exports[name, packing]) for found in whole)
-    sharded = made[6000, 1]
-    assert all(found == sharded for (shard_bytes, _), found in made.items() if shard_bytes == 6000)
-    assert sum(file.endswith(".safetensors") for file in sharded) > 3
-
-
 @pytest.mark.parametrize(("name", "packing"), [("bf16", "bitmask"), ("gpt2", "dense"), ("2:4", "2:4")])
 def test_shards_hold_whole_tensors_and_the_index_names_them(models, exports, tmp_path, name, packing):
     out, stem = tmp_path / "sharded", FILES[packing]
@@ -164,28 +139,6 @@ def test_shards_hold_whole_tensors_and_the_index_names_them(models, exports, tmp
         assert weights_file == f"{stem}.safetensors.index.json"
     export_folder(out, tmp_path / "again")
     assert _same(_stored(tmp_path / "again"), _stored(exports[name, "dense"]))
-
-
-class _Killed(RunSource):
-    """Of which one process is killed at the third tensor, as by the kernel when memory runs out."""
-
-    def __setstate__(self, state):
-        self.__dict__ |= state
-        self.calls = 0
-
-    def make(self, job):
-        self.calls += 1
-        if self.calls == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield from super().make(job)
-
-
-@pytest.mark.thorough
-def test_a_killed_process_leaves_nothing(models, tmp_path, monkeypatch):
-    monkeypatch.setattr("pst_ds.export.to_folder.RunSource", _Killed)
-    with pytest.raises(WorkerError, match=r"was killed.*fewer --processes"):
-        models["llama"].export(tmp_path / "out", packing="bitmask", processes=2)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("packing", ["dense", "csr"])

@@ -261,11 +261,3 @@ def test_another_grid_would_round_twice(capsys, tmp_path, on_grid):
     folder = Path(shutil.copytree(on_grid, tmp_path / "folder"))
     _with_record(folder, values=None)  # as docs/how-to/methods.md says
     _export(tmp_path / "anew", folder, "--values", "int8")
-
-
-def test_processes_share_the_work(forked_writers, tmp_path, on_grid):
-    words = ["--format", "bitmask", "--values", "int4", "--group", "32", "--embeddings", "int8"]
-    for count in ("1", "2"):
-        _export(tmp_path / count, on_grid, *words, "--processes", count)
-    one, two = ((tmp_path / count / "pst_bitmask.safetensors").read_bytes() for count in ("1", "2"))
-    assert one == two

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from pst_ds.cli.plan import name_across_blocks
-from pst_ds.core.experts.tokens import hardly_used
 from pst_ds.text_table import aligned, bytes_text
 
 Facts = dict[str, object]
@@ -42,10 +41,6 @@ class Layer(TypedDict, total=False):
     """Pruned weights of each expert of a stack."""
     expert_tokens: list[int]
     """Tokens routed to each expert, in training or for calibration."""
-    flipped: int
-    """Mask bits that the last mask update flipped."""
-    correlation: float | None
-    """Correlation of the scores with |W| at the last measurement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,36 +121,6 @@ def add_experts(layer: Layer, zeros: Sequence[int], tokens: Sequence[int] = ()) 
         layer["expert_tokens"] = list(tokens)
 
 
-def usage(layers: Sequence[Layer]) -> Facts:
-    """Return how much of the pruning falls on rarely used experts; empty if no tokens are known.
-
-    Fractions refer to all weights, and to all pruned weights, of the stacks.
-    """
-    modules: dict[str, set[int]] = {}
-    number = weights = zeros = weights_there = zeros_there = 0
-    for layer in layers:
-        tokens, of_experts = layer.get("expert_tokens"), layer.get("expert_zeros")
-        if not tokens or not of_experts:
-            continue
-        module = layer["name"].rpartition(".")[0]
-        hardly = set(hardly_used(tokens))
-        number += 0 if module in modules else len(tokens)
-        modules[module] = hardly
-        weights, zeros = weights + layer["weights"], zeros + sum(of_experts)
-        weights_there += len(hardly) * layer["weights"] // len(tokens)
-        zeros_there += sum(of_experts[i] for i in hardly)
-    if not number:
-        return {}
-    return {
-        "hardly_used_experts": {
-            "number": sum(map(len, modules.values())),
-            "of": number,
-            "share_of_weights": weights_there / weights,
-            "share_of_zeros": zeros_there / zeros if zeros else 0.0,
-        }
-    }
-
-
 def sparsity_of(layers: Sequence[Layer]) -> float | None:
     """Return the sparsity of all ``layers`` together; None without any."""
     weights = sum(layer["weights"] for layer in layers)
@@ -213,8 +178,6 @@ def _row(name: str, group: Sequence[Layer]) -> dict[str, str]:
     first = group[0]
     is_one_shape = all(layer["shape"] == first["shape"] for layer in group)
     zeros = [layer["zeros"] / layer["weights"] for layer in group if layer["zeros"] is not None and layer["weights"]]
-    correlations = [value for layer in group if (value := layer.get("correlation")) is not None]
-    flips = [layer["flipped"] for layer in group if "flipped" in layer]
     trained = sum(layer.get("trained", 0) for layer in group)
     stacks = [(layer["weights"], layer.get("expert_zeros", [])) for layer in group]
     of_experts = [zeros * len(counts) / weights for weights, counts in stacks for zeros in counts]
@@ -228,8 +191,6 @@ def _row(name: str, group: Sequence[Layer]) -> dict[str, str]:
         "sparsity": _range(zeros, "{:.4f}"),
         "sparsity of experts": _range(of_experts, "{:.4f}"),
         "tokens of experts": _range([n for layer in group for n in layer.get("expert_tokens", ())], "{:.0f}"),
-        "flipped": _range(flips, "{:.0f}"),
-        "correlation": _range(correlations, "{:.3f}"),
         "trained": f"{trained:,}" if trained else "",
         "rounding": _range([layer["rounding_error"] for layer in group if "rounding_error" in layer], "{:.4f}"),
         "bits": _range([layer["bits_per_weight"] for layer in group if "bits_per_weight" in layer], "{:.2f}"),

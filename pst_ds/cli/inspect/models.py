@@ -20,7 +20,6 @@ from pst_ds.cli.inspect.layers import (
     sparsity_of,
     totals,
     trained_layers,
-    usage,
 )
 from pst_ds.cli.plan import name_across_blocks
 from pst_ds.core.bits import INT_OF_SIZE, count_bits
@@ -101,7 +100,7 @@ def pruned_folder(path: Path) -> Inspection:
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path / RECORD_FILE} is damaged: {error!r}") from None
     note = f"sparsity is as counted by pst-ds prune, in {RECORD_FILE}"
-    facts |= {**usage(layers), **_sizes(weights.file_bytes)}
+    facts |= _sizes(weights.file_bytes)
     return Inspection(f"{path}: a result of pst-ds prune", facts, layers, note)
 
 

@@ -6,13 +6,12 @@ from pathlib import Path
 
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError, open_checkpoint, read_checkpoint
-from pst_ds.cli.inspect.layers import Facts, Inspection, Layer, Mask, add_experts, totals, trained_layers, usage
+from pst_ds.cli.inspect.layers import Facts, Inspection, Layer, Mask, add_experts, totals, trained_layers
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.toml import load_run, run_from_table
 from pst_ds.core.bits import count_bits, shard_bytes, unpack_range
 from pst_ds.export.manifest import read_table
-from pst_ds.file_names import CHECKPOINTS, LAYERS_FILE, RESULT_FILE, RUN_FILE, links_to, step_folders
-from pst_ds.report.run_data import read_layers
+from pst_ds.file_names import CHECKPOINTS, RESULT_FILE, RUN_FILE, links_to, step_folders
 
 _WHOLE = "with intact files: every SHA-256 matches"
 _BYTES_TRAINED = 12
@@ -40,11 +39,10 @@ def run_folder(path: Path) -> Inspection:
     if checkpoint is not None:
         layers = _layers(checkpoint, run)
         _add_experts(layers, checkpoint, result.get("expert_tokens") or {})
-        held = {**_held(checkpoint, layers), **usage(layers)}
+        held = _held(checkpoint, layers)
         note = f"layers are from {checkpoint.folder} ({name}), {_WHOLE}"
     else:
         note = "none of its checkpoints is intact" if problems else "it has no checkpoint yet"
-    damaged_figures = _add_figures(layers, path / LAYERS_FILE)
     facts = {
         **_settings(run),
         **held,
@@ -54,8 +52,7 @@ def run_folder(path: Path) -> Inspection:
         "checkpoints": _checkpoints(folder, problems),
         "tensorboard": (path / "tensorboard").is_dir(),
     }
-    notes = [note, *problems.values(), *([damaged_figures] if damaged_figures else [])]
-    return Inspection(f"{path}: a run folder", facts, layers, "\n".join(notes))
+    return Inspection(f"{path}: a run folder", facts, layers, "\n".join([note, *problems.values()]))
 
 
 def _whole_checkpoint(folder: Path) -> tuple[Checkpoint | None, str, dict[str, str]]:
@@ -165,18 +162,3 @@ def _add_experts(layers: list[Layer], checkpoint: Checkpoint, tokens: Mapping[st
             firsts = range(0, each * len(of_experts), each)
             zeros = [each - int(unpack_range(bits, weights, shards, i, i + each).sum()) for i in firsts]
             add_experts(layer, zeros, of_experts)
-
-
-def _add_figures(layers: list[Layer], file: Path) -> str:
-    """Add the newest per-layer values of :data:`LAYERS_FILE`, if it exists; return its problem, or ""."""
-    data = read_layers(file)
-    if data is None:
-        return f"{file} is damaged: its first line does not name the layers" if file.is_file() else ""
-    index = {name: i for i, name in enumerate(data.names)}
-    for layer in layers:
-        i = index.get(layer["name"])
-        if i is not None and data.last_flipped:
-            layer["flipped"] = data.last_flipped[i]
-        if i is not None and "correlation" in data.figures:
-            layer["correlation"] = data.figures["correlation"][i]
-    return ""
