@@ -57,9 +57,7 @@ def largest_group(bits: Bits, inputs: int, m: int) -> int | None:
     """Return the most non-zeros in ``m`` (4, 8 or 16) consecutive inputs; None if I is not a multiple of ``m``."""
     if inputs % m or not bits.size:
         return None
-    if m == 4:
-        return int(max(_ONES[bits & 15].max(), _ONES[bits >> 4].max()))
-    return int(_ONES[bits].reshape(bits.shape[0], -1, m // 8).sum(2).max())
+    return int(_grouped(bits, inputs, m).sum(2, dtype=np.uint8).max())
 
 
 def _blocks(bits: Bits, inputs: int) -> str:
@@ -83,20 +81,10 @@ def _uniform(bits: Bits, inputs: int, size: int) -> bool:
     """Return whether every ``size`` consecutive inputs are all zero or all non-zero."""
     if len(bits) > _SAMPLE and not _uniform(bits[:_SAMPLE], inputs, size):
         return False
-    if size >= 8:
-        grouped = bits.reshape(bits.shape[0], -1, size // 8)
-        return bool((((grouped == 0) | (grouped == 255)) & (grouped == grouped[:, :, :1])).all())
-    if inputs % 8 == 0:
-        return bool(_UNIFORM[size][bits].all())
-    bytes_of_bits = np.unpackbits(bits, axis=1, count=inputs, bitorder="little").reshape(bits.shape[0], -1, size)
-    return bool((bytes_of_bits == bytes_of_bits[:, :, :1]).all())
+    grouped = _grouped(bits, inputs, size)
+    return bool((grouped == grouped[:, :, :1]).all())
 
 
-def _uniform_bytes(size: int) -> NDArray[np.bool_]:
-    """Return for each byte whether its groups of ``size`` bits are equal."""
-    grouped = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").reshape(256, -1, size)
-    return (grouped == grouped[:, :, :1]).all((1, 2))
-
-
-_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1).astype(np.uint8)
-_UNIFORM = {size: _uniform_bytes(size) for size in (2, 4)}
+def _grouped(bits: Bits, inputs: int, size: int) -> NDArray[np.uint8]:
+    """Return (O, I / size, size): 1 for each non-zero."""
+    return np.unpackbits(bits, axis=1, count=inputs, bitorder="little").reshape(bits.shape[0], -1, size)
