@@ -47,12 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = subs["eval"].add_argument
     add("--split", choices=("train", "validation", "test"), default="test", help="(default: test)")
     add("--others", type=count, default=1, metavar="N", help="mean over the states of N other users (default: 1)")
-    add = subs["rows"].add_argument
-    add("questions", metavar="QUESTIONS", help="LaMP's questions file of one split, unchanged")
-    add("--answers", metavar="FILE", help="its outputs file; not for a file with the answers in it")
-    add("--out", required=True, metavar="DIR", help="folder for history.jsonl and queries.jsonl")
-    add("--retrieve", type=int, default=0, metavar="K", help="earlier texts before each prompt, by BM25 (default: 0)")
-    add("--profile", action="store_true", help="state before each prompt how often the user gave each answer")
     add = subs["export"].add_argument
     add("--user", required=True, metavar="NAME", help="user whose model is written")
     add("--out", required=True, help="folder to write")
@@ -143,27 +137,6 @@ def _sentence(facts: Facts) -> str:
         if gain == gain:  # no NaN: there is another user
             parts.append(f"own better than {word} by {gain:+.4f} (s.e. {error:.4f}), for {share:.0%} of users")
     return "; ".join(parts)
-
-
-def _rows(args: argparse.Namespace) -> Facts:
-    from pst_ds.atomic_files import write_text_atomic
-    from pst_ds.data.lamp import read_lamp, require_retrieval, rows_of
-    from pst_ds.json_text import json_of
-
-    if args.retrieve < 0:
-        raise InputError(f"--retrieve {args.retrieve} is below 0")
-    if args.retrieve:
-        require_retrieval()
-    users = read_lamp(Path(args.questions), Path(args.answers) if args.answers else None)
-    rows = [rows_of(turns, retrieve=args.retrieve, profile=args.profile) for turns in users]
-    found: Facts = {"out": args.out, "users": len(users)}
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    for name, of_users in (("history", [h for h, _ in rows]), ("queries", [q for _, q in rows])):
-        lines = [json_of(row) + "\n" for of_user in of_users for row in of_user]
-        write_text_atomic(Path(args.out) / f"{name}.jsonl", "".join(lines))
-        found[name] = len(lines)
-    print(f"wrote {args.out}: {found['history']} rows of history and {found['queries']} queries of {len(users)} users")
-    return found
 
 
 def _list(args: argparse.Namespace) -> Facts:
@@ -259,7 +232,6 @@ def _say(text: str) -> None:
 ACTIONS: dict[str, tuple[str, Callable[[argparse.Namespace], Facts]]] = {
     "train": ("train a state for each user of a column, over a finished run", _train),
     "eval": ("compare each user's own state with the shared one, and with another's", _eval),
-    "rows": ("make rows of LaMP's files, with users' own history in the prompts", _rows),
     "list": ("list the users of a store", _list),
     "export": ("write a user's own model, as sparse as the base: dense or packed", _export),
     "remove": ("delete the states of users", _remove),

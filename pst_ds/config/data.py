@@ -19,16 +19,15 @@ class DataSource(Section):
     """One part of a mixture of training data, for task "causal-lm"."""
 
     path: str
-    """A token store of ``pst-ds prepare``; tokens of OLMo-core, datatrove or Megatron (a file or a folder); or text: a
-    file, a folder or a pattern."""
+    """A token store of ``pst-ds prepare``, or text: a file, a folder or a pattern."""
     weight: Rate = 0.0
     """Fraction of the training sequences that come from this source; the weights add up to 1. With 0 everywhere, each
     source is read once per epoch."""
     epochs: Rate = 0.0
     """Maximum number of epochs over this source; the other sources replace it afterwards. 0 means unlimited."""
-    kind: Literal["auto", "text", "chat", "tokens"] = "auto"
-    """Contents of ``path``. "auto" detects tokens and reads everything else as text. "chat" reads conversations (a
-    column "messages", or "prompt" and "completion") and trains on the assistant's messages."""
+    kind: Literal["text", "chat"] = "text"
+    """Contents of ``path``, if it is not a store. "chat" reads conversations (a column "messages", or "prompt" and
+    "completion") and trains on the assistant's messages."""
     stream: bool = False
     """Tokenise while training, without a store, for text that is too large to prepare: files, a URL, or a dataset on
     the hub. It restarts at its end, and requires ``train.num_steps``."""
@@ -36,11 +35,6 @@ class DataSource(Section):
     def problems(self) -> Iterator[str]:
         if not self.path:
             yield "data.sources.path = '' is empty. Name a store, or files of text"
-        if self.stream and self.kind == "tokens":
-            yield (
-                f'data.sources: {self.path!r} has kind = "tokens" and stream = true, but token files are '
-                "memory-mapped. Remove stream"
-            )
         if self.stream and self.epochs:
             yield (
                 f"data.sources: {self.path!r} has stream = true and epochs = {self.epochs}, but the length of a stream "

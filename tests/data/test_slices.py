@@ -105,8 +105,9 @@ def test_a_slice_of_a_plain_text(tmp_path, sample_by, documents):
 
 def test_what_is_not_one_file_cannot_be_sliced(tmp_path):
     _file(tmp_path, ".jsonl")
-    (tmp_path / "a.npy").write_bytes(b"\x05\x00\x02\x00" * 9)
-    for name in (str(tmp_path), f"{tmp_path}/*.jsonl", f"{tmp_path}/a.npy"):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "manifest.json").write_text("{}")
+    for name in (str(tmp_path), f"{tmp_path}/*.jsonl", f"{tmp_path}/store"):
         with pytest.raises(ConfigError, match="only a single file of text can be sliced") as caught:
             load_sequences(DataConfig(train=f"{name}[:80%]", max_length=3), "train", TOKENIZER)
         assert f"data.train = '{name}[:80%]'" in str(caught.value)

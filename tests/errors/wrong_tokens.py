@@ -21,15 +21,6 @@ def _sources(*sources: str):
 _TRAIN = 'path = "tests/data/train.jsonl"'
 TOKENS = {
     "a store with a foreign manifest": Wrong(_half_a_store, "{tmp}/store/manifest.json", "not the manifest", "Name a"),
-    "tokens of another vocabulary": Wrong(
-        lambda shop: shop.causal(f"data.train={shop.file('a.npy', b'12' * 99)}"),
-        "{tmp}/a.npy",
-        "holds the token 12849",
-        "model.tokenizer",
-    ),
-    "half a token": Wrong(
-        lambda shop: shop.causal(f"data.train={shop.file('a.npy', b'123')}"), "{tmp}/a.npy", "3 bytes", "cut short"
-    ),
     "weights that do not add up": Wrong(
         _sources(f"{_TRAIN}, weight = 0.5", f"{_TRAIN}, weight = 0.6"), "data.sources", "[0.5, 0.6]", "add up to 1"
     ),

@@ -1,4 +1,4 @@
-"""Open the data of a run as token streams: stores, tokens of other programs, or text. Text is tokenised once per host
+"""Open the data of a run as token streams: stores, or text. Text is tokenised once per host
 into a cached store, which all ranks and later runs map."""
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pst_ds.core.kernels.library_cache import cache_folder as private_folder
 from pst_ds.data.dataset import DataInMemory, file_and_slice, read_rows, text_column
 from pst_ds.data.preparation.pieces import COMPRESSIONS, Reading
 from pst_ds.data.preparation.prepare import plan_store, write_pieces
-from pst_ds.data.tokens.foreign import is_token_source, open_tokens
 from pst_ds.data.tokens.mixed import MixedSequences
 from pst_ds.data.tokens.sequences import Sequences
 from pst_ds.data.tokens.store import (
@@ -86,14 +85,8 @@ def _cut(data: DataConfig, split: str, stream: TokenStream, where: str) -> Seque
 
 
 def _stream_of_source(data: DataConfig, source: DataSource, tokenizer: Tokenizer) -> TokenStream:
-    path = Path(source.path)
-    if source.kind == "tokens" or (source.kind == "auto" and is_token_source(path)):
-        if not path.exists():
-            raise ConfigError(
-                f"data.sources.path = {source.path!r} does not exist (looked in {path.absolute()}). Name a store of "
-                "pst-ds prepare, or tokens of another program"
-            )
-        return open_tokens(path, identity_of(tokenizer))
+    if is_store(path := Path(source.path)):
+        return open_store(path, identity_of(tokenizer))
     return _stream_of_files(data, source.path, tokenizer, count=False, kind=source.kind)
 
 
@@ -111,14 +104,14 @@ def _stream_of_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> Toke
     file, piece = (where, "") if data.dataset else file_and_slice(where)
     path = Path(file)
     if file and not data.dataset:
-        is_tokens, is_several = is_token_source(path), _is_several(file)
+        is_tokens, is_several = is_store(path), _is_several(file)
         if piece and (is_tokens or is_several):
             raise ConfigError(
                 f"data.{split} = {where!r}: only a single file of text can be sliced, uncompressed. Name two stores or "
                 "two sets of files instead"
             )
         if is_tokens:
-            return open_tokens(path, identity_of(tokenizer))
+            return open_store(path, identity_of(tokenizer))
         if is_several:
             return _stream_of_files(data, file, tokenizer, count=count)
     is_file = not data.dataset and path.is_file()

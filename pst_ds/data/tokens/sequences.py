@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pst_ds.data.tokens.arrays import Array, Borders
+from pst_ds.data.tokens.arrays import Array, Starts
 from pst_ds.data.tokens.order import in_passes
 from pst_ds.data.tokens.store import TokenStream
 
@@ -43,7 +43,7 @@ class Sequences:
     overlap: int = 0
     num_bytes: Array | None = None
     """Bytes of text that each token represents: (tokens of the stream,). None if not counted."""
-    borders: Borders | None = None
+    borders: Starts | None = None
     """Document starts, where positions and attention restart and whose first token is not predicted. None treats all
     documents as one text."""
     learned: Array | None = None

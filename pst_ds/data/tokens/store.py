@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO
@@ -15,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pst_ds.atomic_files import partial_name, sync, write_text_atomic
 from pst_ds.config.run import ConfigError
-from pst_ds.data.tokens.arrays import Array, Bits, Borders, JoinedBorders, Starts, joined
+from pst_ds.data.tokens.arrays import Array, Bits, Starts, joined
 from pst_ds.data.tokens.tokenize import Documents, TokenizerIdentity
 from pst_ds.errors import first_problem
 from pst_ds.json_text import json_of
@@ -127,9 +126,9 @@ class TokenStream:
 
     tokens: Array
     """(tokens,) uint16, uint32 or int32."""
-    borders: Borders
+    borders: Starts
     digest: str
-    """SHA-256 of the contents, or of a sample of them."""
+    """SHA-256 of the contents."""
     num_bytes: Array | None = None
     """Bytes of text that each token represents: (tokens,). None if not counted."""
     learned: Array | None = None
@@ -137,21 +136,6 @@ class TokenStream:
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-
-def join_streams(streams: Sequence[TokenStream]) -> TokenStream:
-    """Concatenate streams; byte counts are kept only if all streams have them."""
-    if len(streams) == 1:
-        return streams[0]
-    counts = [stream.num_bytes for stream in streams if stream.num_bytes is not None]
-    learned = [np.broadcast_to(np.True_, len(s)) if s.learned is None else s.learned for s in streams]
-    return TokenStream(
-        tokens=joined([stream.tokens for stream in streams]),
-        borders=JoinedBorders(tuple(stream.borders for stream in streams), np.cumsum([0, *map(len, streams)])),
-        digest=hashlib.sha256(" ".join(stream.digest for stream in streams).encode()).hexdigest(),
-        num_bytes=joined(counts) if len(counts) == len(streams) else None,
-        learned=joined(learned) if any(stream.learned is not None for stream in streams) else None,
-    )
 
 
 def stream_of_documents(documents: Documents) -> TokenStream:

@@ -242,7 +242,7 @@ def test_tokens_that_are_not_learned_have_no_label():
         ([{"path": "a", "weight": -1.0}], ["weight = -1.0", "at least 0"]),
         ([{"path": "a", "epochs": 2}], ["'a' has epochs = 2.0 and no weight"]),
         ([{"path": ""}], ["data.sources.path", "empty"]),
-        ([{"path": "a", "kind": "pictures"}], ["kind = 'pictures'", "'tokens'"]),
+        ([{"path": "a", "kind": "pictures"}], ["kind = 'pictures'", "'chat'"]),
         ([{"pth": "a"}], ["unknown key", "Did you mean 'path'"]),
     ],
 )
@@ -273,19 +273,9 @@ def test_sources_survive_the_run_file_and_go_with_one_task():
         run_from_table({**table, "data": {**table["data"], "train": "a.jsonl"}})
 
 
-@pytest.mark.parametrize(
-    ("source", "words"),
-    [
-        ({"path": "no"}, ["'no' does not exist"]),
-        ({"path": "no", "kind": "tokens"}, ["data.sources.path = 'no' does not exist"]),
-        ({"path": "tests/data", "kind": "tokens"}, ["has no tokens", "manifest.json"]),
-    ],
-)
-def test_sources_that_are_not_there_are_named(source, words):
-    with pytest.raises(InputError) as caught:
-        load_sequences(_mix(source), "train", TOKENIZER)
-    for word in words:
-        assert word in str(caught.value)
+def test_sources_that_are_not_there_are_named():
+    with pytest.raises(InputError, match="'no' does not exist"):
+        load_sequences(_mix({"path": "no"}), "train", TOKENIZER)
 
 
 def test_a_store_of_another_tokenizer_is_refused(tmp_path):
