@@ -159,6 +159,7 @@ class SparseLinear(nn.Module):
         if not self._is_checked:
             raise RuntimeError("the parts of this sparse layer have not been checked. Call check(name) first")
 
+    @torch.compiler.disable
     def dense_weight(self) -> Tensor:
         """Return the (O, I) weight, +0.0 where pruned. Raises RuntimeError before :meth:`check`."""
         self._refuse_unchecked()
@@ -168,12 +169,12 @@ class SparseLinear(nn.Module):
         """Return (..., out_features) in the weight's dtype, also under autocast, where x may have another dtype."""
         if not self._is_checked:
             self._refuse_unchecked()
-        form, is_compiling = self.format, torch.compiler.is_compiling()
+        form = self.format
         values: Tensor = self.codes if self.is_quantized else self._parameters[form.values_name]  # type: ignore[assignment]
         x = self._accepted(x, self._dtype if self.is_quantized else values.dtype)
-        if x.requires_grad and torch.is_grad_enabled() and not is_compiling:
+        if x.requires_grad and torch.is_grad_enabled():
             return ops.dense_linear(x, self.dense_weight().to(x.device), self.bias)
-        in_eager = type(x) is Tensor and not is_compiling
+        in_eager = type(x) is Tensor and not torch.compiler.is_compiling()
         if isinstance(form, QuantizedFormat):
             product = ops.quantized_linear if in_eager else torch.ops.pst_ds.quantized_linear
             bits = None if form.packing == DENSE else self.bitmask

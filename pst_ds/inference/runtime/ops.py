@@ -1,15 +1,13 @@
 """Products with packed weights as operators of ``torch.ops.pst_ds``, and the choice of how each is computed.
 
-Eager code calls the Python functions below, which is faster. torch.compile and torch.export use the operators, which
-have shapes and gradients with respect to x and the bias. The functions have no gradient:
-:class:`~pst_ds.inference.runtime.linear.SparseLinear` uses a dense product in eager code that needs one.
+Eager code calls the Python functions below, which is faster. torch.compile and torch.export use the operators. Neither
+has a gradient: :class:`~pst_ds.inference.runtime.linear.SparseLinear` uses a dense product where one is needed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -197,33 +195,6 @@ def _define(function: Callable[..., Tensor], arguments: str, fake: Callable[...,
     torch.library.register_fake(f"pst_ds::{name}", fake, lib=_LIBRARY)
 
 
-def _differentiate(function: Callable[..., Tensor], bias_at: int, expand: Callable[..., Tensor]) -> None:
-    """Register the gradient of an operator.
-
-    ``expand`` returns the weight (O, I) from the arguments after x, I and a dtype; as an operator, it stays in graphs.
-    """
-
-    def keep(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None:
-        x, *rest = inputs
-        assert isinstance(x, Tensor)
-        ctx.columns, ctx.dtype, ctx.num_inputs = x.shape[-1], x.dtype, len(inputs)
-        ctx.others = [None if isinstance(one, Tensor) else one for one in rest]
-        ctx.save_for_backward(*(one if isinstance(one, Tensor) else None for one in rest))
-
-    def differentiate(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        saved = zip(ctx.saved_tensors, ctx.others, strict=True)
-        rest = [other if tensor is None else tensor for tensor, other in saved]
-        found: list[Tensor | None] = [None] * ctx.num_inputs
-        if ctx.needs_input_grad[0]:
-            found[0] = dense_linear(grad_y, expand(rest, ctx.columns, ctx.dtype).t(), None)
-        if ctx.needs_input_grad[bias_at]:
-            found[bias_at] = grad_y.reshape(-1, grad_y.shape[-1]).sum(0)
-        return tuple(found)
-
-    name = f"pst_ds::{function.__name__}"
-    torch.library.register_autograd(name, differentiate, setup_context=keep, lib=_LIBRARY)
-
-
 _define(
     bitmask_linear,
     "Tensor x, Tensor compressed, Tensor bitmask, Tensor row_offsets, Tensor? bias",
@@ -238,25 +209,4 @@ _define(
     quantized_linear,
     "Tensor x, Tensor codes, Tensor scales, Tensor? bitmask, Tensor row_offsets, Tensor? bias, str packing",
     lambda x, codes, scales, *_: x.new_empty((*x.shape[:-1], scales.shape[0])),
-)
-_define(
-    expand_bitmask,
-    "Tensor compressed, Tensor bitmask, Tensor row_offsets, int columns",
-    lambda compressed, bitmask, row_offsets, columns: compressed.new_empty((bitmask.shape[0], columns)),
-)
-_define(
-    expand_csr,
-    "Tensor crow_indices, Tensor col_indices, Tensor values, int columns",
-    lambda crow_indices, col_indices, values, columns: values.new_empty((crow_indices.shape[0] - 1, columns)),
-)
-_define(
-    expand_codes,
-    "Tensor codes, Tensor scales, Tensor? bitmask, int columns, str packing, ScalarType dtype",
-    lambda codes, scales, bitmask, columns, packing, dtype: scales.new_empty((scales.shape[0], columns), dtype=dtype),
-)
-_EXPAND = torch.ops.pst_ds
-_differentiate(bitmask_linear, 4, lambda rest, columns, dtype: _EXPAND.expand_bitmask(*rest[:3], columns))
-_differentiate(csr_linear, 4, lambda rest, columns, dtype: _EXPAND.expand_csr(*rest[:3], columns).to(dtype))
-_differentiate(
-    quantized_linear, 5, lambda rest, columns, dtype: _EXPAND.expand_codes(*rest[:3], columns, rest[5], dtype)
 )
