@@ -1,29 +1,17 @@
-"""Heat maps of layers and experts, and pictures of masks and scores, as the page shows them."""
+"""Heat maps of layers and experts, as the page shows them."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from pst_ds.core.experts.tokens import of_equal_numbers, shares_of_zeros
 from pst_ds.report.charts import LEFT, RIGHT, Tick, short, whole
-from pst_ds.report.run_data import Picture, RunData, spread
-from pst_ds.train.monitor.images import (
-    FLIP_DECADES,
-    filled_bins,
-    flips_on_scale,
-    histogram,
-    png_of,
-    shaded,
-    share_on_scale,
-)
-
-MOST_SNAPSHOTS = 4
-"""Most pictures of one layer's scores, or of its mask."""
+from pst_ds.report.run_data import RunData
+from pst_ds.train.monitor.images import FLIP_DECADES, flips_on_scale, png_of, shaded, share_on_scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +32,6 @@ class HeatMap:
     """All cells, row by row: little-endian float32 in base64."""
     column: str = "step"
     """Name of a column."""
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A layer's scores, or its mask, at one step."""
-
-    kind: Literal["scores", "mask"]
-    step: int
-    png: str
-    """A data URI."""
-    caption: str
 
 
 def heat_maps(run: RunData) -> Iterator[HeatMap]:
@@ -87,43 +64,8 @@ def _heat_map(
     shown = sorted({0, count // 2, count - 1})
     ticks = [Tick(round(LEFT + (i + 0.5) / count * (RIGHT - LEFT), 1), short(numbers[i])) for i in shown]
     cells = base64.b64encode(values.astype("<f4").tobytes()).decode("ascii")
-    return HeatMap(title, note, png_uri(shaded(on_scale)), scale, ticks, layers, columns, cells, column)
-
-
-def png_uri(pixels: np.ndarray) -> str:
-    """Return a picture as a data URI."""
-    return f"data:image/png;base64,{base64.b64encode(png_of(pixels, smallest=True)).decode('ascii')}"
-
-
-def layer_pictures(run: RunData) -> Iterator[tuple[str, list[Snapshot]]]:
-    """Yield (name, pictures) of every layer that has pictures, in model order."""
-    layers = run.layers
-    if layers is None:
-        return
-    for i in sorted({i for of_layers in layers.pictures.values() for i in of_layers}):
-        snapshots = [
-            draw(line)
-            for event, draw in (("histogram", _scores), ("thumbnail", _mask))
-            if i in layers.pictures[event]
-            for line in spread(layers.pictures[event][i].items, MOST_SNAPSHOTS)
-        ]
-        yield layers.names[i], snapshots
-
-
-def _scores(line: Picture) -> Snapshot:
-    low, width, cut = line["low"], (line["high"] - line["low"]) / len(line["kept"]), line["threshold"]
-    counts = np.array([line["pruned"], line["kept"]], dtype=float)
-    first, last = filled_bins(counts)
-    caption = f"{short(low + first * width)} to {short(low + last * width)}, "
-    caption += f"{counts[1].sum() / (counts.sum() or 1):.1%} kept" + ("" if cut is None else f", cut at {short(cut)}")
-    png = png_uri(histogram(line["kept"], line["pruned"], None if cut is None else (cut - low) / width))
-    return Snapshot("scores", line["step"], png, caption)
-
-
-def _mask(line: Picture) -> Snapshot:
-    share = np.array(line["share"], dtype=float)
-    caption = f"cells keep {share.min():.1%} to {share.max():.1%}"
-    return Snapshot("mask", line["step"], png_uri(shaded(share_on_scale(line["share"]))), caption)
+    png = f"data:image/png;base64,{base64.b64encode(png_of(shaded(on_scale), smallest=True)).decode('ascii')}"
+    return HeatMap(title, note, png, scale, ticks, layers, columns, cells, column)
 
 
 def expert_maps(run: RunData) -> Iterator[HeatMap]:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from pst_ds import __version__
 from pst_ds.report import charts as drawing
-from pst_ds.report.heat_maps import expert_maps, heat_maps, layer_pictures
+from pst_ds.report.heat_maps import expert_maps, heat_maps
 from pst_ds.report.outcomes import ExportData
 from pst_ds.report.run_data import RunData
 from pst_ds.report.tables import Table, layer_table, measured_once_table, result_table, setting_tables
@@ -54,7 +54,6 @@ def page(runs: Sequence[RunData], exports: Sequence[ExportData], outcomes: Seque
         heat_maps=_in_rows([[(run, heat_map) for heat_map in heat_maps(run)] for run in runs]),
         expert_maps=[row for run in runs if (row := [(run, heat_map) for heat_map in expert_maps(run)])],
         layers=layer_table(runs, {key: shape for export in exports for key, shape in export.shapes.items()}),
-        pictures=[(run, *pictures) for run in runs for pictures in layer_pictures(run)],
         outcomes=[(heading, tables) for heading, tables in outcomes if tables],
     )
 

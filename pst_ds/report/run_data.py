@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypedDict, TypeVar, cast
+from typing import Any
 
 from pst_ds.config.toml import flatten
 from pst_ds.errors import InputError
@@ -16,50 +16,7 @@ from pst_ds.file_names import CHECKPOINTS, LAYERS_FILE, METRICS_FILE, RESULT_FIL
 from pst_ds.train.monitor.curves import Point, lines_until, named_stragglers, read_curves
 from pst_ds.train.monitor.images import MaskHistory
 
-T = TypeVar("T")
 FIGURES = ("correlation", "score_norm", "update_norm", "weight_norm")
-_MOST_PICTURES = 64
-"""Most pictures held per layer, in addition to the last one."""
-
-
-class Picture(TypedDict, total=False):
-    """A line of layers.jsonl with a histogram of scores, or with a thumbnail of a mask."""
-
-    step: int
-    low: float
-    high: float
-    kept: list[int]
-    """Kept weights in each bin from ``low`` to ``high``."""
-    pruned: list[int]
-    threshold: float | None
-    share: list[list[float]]
-    """Share of kept weights in each cell of the thumbnail."""
-
-
-_PICTURES = {"histogram": {"low", "high", "kept", "pruned", "threshold"}, "thumbnail": {"share"}}
-
-
-class EvenlyApart(Generic[T]):
-    """Every k-th item of a stream and its last one: at most ``most`` (at least 2) and one more. k doubles as needed."""
-
-    def __init__(self, most: int):
-        self._most, self._stride, self._seen = most, 1, 0
-        self._kept: list[T] = []
-        self._last: list[T] = []
-        """The last item, unless it is among the kept."""
-
-    @property
-    def items(self) -> list[T]:
-        return self._kept + self._last
-
-    def add(self, item: T) -> None:
-        is_kept = self._seen % self._stride == 0
-        self._seen += 1
-        self._last = [] if is_kept else [item]
-        self._kept += [item] if is_kept else []
-        if len(self._kept) > self._most:
-            self._last = self._kept[-1:] if len(self._kept) % 2 == 0 else []
-            self._kept, self._stride = self._kept[::2], 2 * self._stride
 
 
 @dataclass(slots=True)
@@ -81,8 +38,6 @@ class LayerData:
     """Components that each layer's update keeps after the last choice; empty without learned ranks."""
     figures: dict[str, list[float | None]] = field(default_factory=dict)
     """The last known value of each of FIGURES for every layer; None if unknown."""
-    pictures: dict[str, dict[int, EvenlyApart[Picture]]] = field(default_factory=lambda: {e: {} for e in _PICTURES})
-    """Pictures by event and layer: the first, the last and some at even intervals."""
 
     def sparsity(self, layer: int) -> float | None:
         """Return the sparsity after the last mask update."""
@@ -127,21 +82,12 @@ def _add(layers: LayerData, line: dict[str, Any]) -> None:
         for name in FIGURES:
             new, old = _list_of(line[name], count), layers.figures.get(name, [None] * count)
             layers.figures[name] = [b if a is None else a for a, b in zip(new, old, strict=True)]
-    elif event in _PICTURES and _PICTURES[event] <= line.keys() and 0 <= line["layer"] < count:
-        layers.pictures[event].setdefault(line["layer"], EvenlyApart(_MOST_PICTURES)).add(cast("Picture", line))
 
 
 def _list_of(values: object, count: int) -> list[Any]:
     if not isinstance(values, list) or len(values) != count:
         raise ValueError(f"not a list of {count}")
     return values
-
-
-def spread(items: Sequence[T], most: int) -> list[T]:
-    """Pick at most ``most`` (at least 2) of ``items`` at even intervals, including the first and the last."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,15 +73,6 @@ def a_run(write_run: Callable[..., Path]) -> Callable[..., Path]:
         figures = {key: [0.1 * (i + 1) for i in range(layers)] for key in ("score_norm", "update_norm", "weight_norm")}
         correlation = [None, *(0.9 - 0.01 * i for i in range(1, layers))]
         about.append({"step": steps, "event": "scores", "correlation": correlation, **figures})
-        scores = {
-            "low": -1.0,
-            "high": 1.0,
-            "kept": [0] * 40 + [5] * 24,
-            "pruned": [7] * 40 + [0] * 24,
-            "threshold": 0.25,
-        }
-        about.append({"step": steps, "event": "histogram", "layer": 0, **scores})
-        about.append({"step": steps, "event": "thumbnail", "layer": 0, "share": [[0.1, 0.9], [0.0, 0.2]]})
         result = {"steps": steps, "metrics": {"accuracy": 0.8}, "sparsity_in_masks": 0.9, "seconds": 3723.0}
         return write_run(name, metrics=metrics, layers=about, result=result)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from itertools import pairwise
 
 import pytest
 from hypothesis import example, given
@@ -24,7 +23,7 @@ from pst_ds.report.charts import (
     short,
     thinned,
 )
-from pst_ds.report.run_data import EvenlyApart, read_runs, spread
+from pst_ds.report.run_data import read_runs
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6), st.integers(3, 6))
@@ -167,32 +166,3 @@ def test_every_stretch_keeps_its_own_spike():
     found = thinned(points, 300)
     assert len(found) <= 300
     assert sum(value == 5.0 for _, value in found) == 100
-
-
-@given(st.lists(st.integers(), min_size=1, max_size=50, unique=True), st.integers(2, 10))
-def test_what_is_spread_has_both_ends_and_is_in_order(items, most):
-    found = spread(items, most)
-    assert len(found) == min(len(items), most)
-    assert (found[0], found[-1]) == (items[0], items[-1])
-    places = [items.index(item) for item in found]
-    assert places == sorted(set(places))
-    gaps = [b - a for a, b in pairwise(places)]
-    assert not gaps or max(gaps) - min(gaps) <= 1
-
-
-@given(st.integers(1, 2000), st.integers(2, 70))
-def test_a_stream_is_kept_evenly_apart_in_little_memory(count, most):
-    kept = EvenlyApart(most)
-    for item in range(count):
-        kept.add(item)
-        assert len(kept.items) <= most + 1
-    found = kept.items
-    assert (found[0], found[-1]) == (0, count - 1)
-    assert len(found) >= min(count, most // 2)
-    gaps = {b - a for a, b in pairwise(found[:-1])}
-    assert len(gaps) <= 1
-    assert not gaps or found[-1] - found[-2] <= gaps.pop()
-
-
-def test_nothing_is_kept_of_nothing():
-    assert EvenlyApart(4).items == []

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from pst_ds.errors import InputError
-from pst_ds.report.heat_maps import layer_pictures
 from pst_ds.report.run_data import read_layers, read_object, read_runs, short_names
 from pst_ds.train.monitor.curves import read_curves
 from pst_ds.train.monitor.images import MOST_COLUMNS
@@ -139,14 +138,11 @@ def test_lines_that_are_not_as_they_should_be_are_skipped(read):
         {"step": 1, "event": "masks", "kept": [1], "flipped": [1]},
         {"step": 1, "event": "masks", "kept": 3, "flipped": [1, 2]},
         {"step": 1, "event": "scores", "correlation": [1.0, 1.0]},
-        {"step": 1, "event": "histogram", "layer": 2, "low": 0, "high": 1, "kept": [], "pruned": [], "threshold": None},
-        {"step": 1, "event": "histogram", "layer": 0},
         {"step": 1},
         [1, 2],
     ]
     found = read(HEAD, *wrong)
     assert (found.kept, found.flipped, found.update_steps) == ([], [], [])
-    assert found.pictures == {"histogram": {}, "thumbnail": {}}
     assert found.sparsity(0) is None
 
 
@@ -161,31 +157,12 @@ def test_without_a_file_there_are_no_layers(tmp_path):
     assert read_layers(tmp_path / "layers.jsonl") is None
 
 
-def test_many_updates_and_pictures_are_merged_and_thinned(read):
+def test_many_updates_are_merged(read):
     updates = 3 * MOST_COLUMNS + 1
     lines = [{"step": s, "event": "masks", "kept": [5, 5], "flipped": [1, 0]} for s in range(updates)]
-    lines += [{"step": s, "event": "thumbnail", "layer": 1, "share": [[0.5]]} for s in range(1000)]
     found = read(HEAD, *lines)
     assert found.flipped == [updates, 0]
     steps = found.column_steps()
     assert len(steps) == found.history.flips().shape[1] <= MOST_COLUMNS
     assert steps[0] == (0, 3)
     assert steps[-1] == (updates - 1, updates - 1)
-    shown = [line["step"] for line in found.pictures["thumbnail"][1].items]
-    assert len(shown) <= 65
-    assert shown == sorted(shown)
-    assert (shown[0], shown[-1]) == (0, 999)
-
-
-@pytest.mark.parametrize("count", [3, 64, 65, 200, 1000])
-def test_the_pictures_of_a_layer_are_evenly_apart(write_run, count):
-    scores = {"low": 0.0, "high": 1.0, "kept": [1, 2], "pruned": [2, 1], "threshold": 0.5}
-    lines = [{"step": s, "event": "thumbnail", "layer": 1, "share": [[0.5]]} for s in range(1, count + 1)]
-    lines += [{"step": s, "event": "histogram", "layer": 1, **scores} for s in range(1, count + 1)]
-    (run,) = read_runs([write_run(layers=[HEAD, *lines])])
-    ((_, snapshots),) = layer_pictures(run)
-    for kind in ("scores", "mask"):
-        steps = [snapshot.step for snapshot in snapshots if snapshot.kind == kind]
-        assert (len(steps), steps[0], steps[-1]) == (min(count, 4), 1, count)
-        gaps = np.diff(steps)
-        assert gaps.max() - gaps.min() <= max(1, 0.1 * count)

@@ -61,8 +61,9 @@ def histogram(kept: Sequence[int], pruned: Sequence[int], threshold: float | Non
     """Draw stacked bars of pruned and kept weights per bin, without empty bins at both ends. ``threshold``: position of
     a vertical line, in bins from the left; None for no line."""
     counts = np.array([pruned, kept], dtype=float)
-    first, last = filled_bins(counts)
-    counts = counts[:, first:last]
+    filled = np.flatnonzero(counts.sum(0))
+    first = int(filled[0]) if filled.size else 0
+    counts = counts[:, first : filled[-1] + 1] if filled.size else counts
     heights = np.rint(counts.cumsum(0) / max(1.0, counts.sum(0).max()) * (_HISTOGRAM_HEIGHT - 2)).astype(int)
     width = max(4, HISTOGRAM_WIDTH // counts.shape[1])
     picture = np.full((_HISTOGRAM_HEIGHT, counts.shape[1] * width), _CLEAR, np.uint8)
@@ -76,12 +77,6 @@ def histogram(kept: Sequence[int], pruned: Sequence[int], threshold: float | Non
         at = min(max(1, round((threshold - first) * width)), picture.shape[1] - 2)
         picture[:, at - 1 : at + 2] = _THRESHOLD
     return picture
-
-
-def filled_bins(counts: np.ndarray) -> tuple[int, int]:
-    """Return the first non-empty bin of ``counts``, (rows, bins), and the end of the last; all if all are empty."""
-    filled = np.flatnonzero(counts.sum(0))
-    return (int(filled[0]), int(filled[-1]) + 1) if filled.size else (0, counts.shape[1])
 
 
 class MaskHistory:
