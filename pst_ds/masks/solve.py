@@ -85,11 +85,12 @@ def solve_masks(model: nn.Module, sums: GradientSums, sparsity: float, progress:
             assert layer.weight is not None
             with zero3.gathered([layer.weight, layer.pst_mask]):
                 if turn == rank():
-                    problem = _Problem(name, layer, *_merged(layer, factors[name]), gram, rows, target)
+                    merged = _merged(layer, factors[name].to(sums.device), sums.device)
+                    problem = _Problem(name, layer, *merged, gram, rows, target)
         own = raise_on_all_ranks(partial(_solved, problem))
         for turn, name in enumerate(names):
             layer = layers[name]
-            written[layer] = _write(layer, *own, source=turn)
+            written[layer] = _write(layer, *own, source=turn, device=sums.device)
     return mask_stats(model, written)
 
 
@@ -97,26 +98,26 @@ def _solved(problem: _Problem | None) -> tuple[Tensor, Tensor]:
     return (torch.empty(0), torch.empty(0)) if problem is None else problem.solve()
 
 
-def _merged(layer: PSTLayer, factors: Factors) -> tuple[Tensor, Tensor]:
+def _merged(layer: PSTLayer, factors: Factors, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return M . (W0 + beta U V) and beta U V, fp32 in storage shape. The parameters must be gathered."""
-    layout, weight = layer.layout, layer.dense_weight()
-    merged = torch.empty(layout.shape, device=weight.device)
+    layout, weight, bits = layer.layout, layer.dense_weight().to(device), layer.pst_mask.detach().to(device)
+    merged = torch.empty(layout.shape, device=device)
     for matrix in layout.matrices():
         at = matrix.rect.slices
         tile = tile_factors(factors, layout, matrix, matrix.rect)
         merged[at] = sliced_weight(weight[at], tile, layer.constants)
-    keep = unpack_range(layer.pst_mask.detach(), layout.numel, layer.num_shards, 0, layout.numel)
+    keep = unpack_range(bits, layout.numel, layer.num_shards, 0, layout.numel)
     return merged * keep.view(layout.shape), merged - weight
 
 
-def _write(layer: PSTLayer, weight: Tensor, keep: Tensor, *, source: int) -> Tensor:
+def _write(layer: PSTLayer, weight: Tensor, keep: Tensor, *, source: int, device: torch.device) -> Tensor:
     """Write this rank's shard of the new W0, which rank ``source`` has; return its bits of the mask. Collective."""
     param = layer.weight
     assert param is not None
     if source != rank():
-        device = zero3.shard_of(param).values.device
         weight = torch.empty(layer.layout.shape, dtype=layer.dtype, device=device)
         keep = torch.empty(layer.layout.shape, dtype=torch.uint8, device=device)
     weight, keep = broadcast(weight, source), broadcast(keep, source)
     zero3.write_shard(param, zero3.own_part(param, weight.flatten()))
-    return pack_shard(keep.flatten()[slice(*layer.own_range())], zero3.shard_of(layer.pst_mask).values.numel())
+    own = zero3.shard_of(layer.pst_mask).values
+    return pack_shard(keep.flatten()[slice(*layer.own_range())], own.numel()).to(own.device)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from pst_ds.core.layout import WeightLayout
 from pst_ds.nn.inject import pst_layers
-from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import sum_over_ranks, world_size
 
 LEAST_WEIGHT = 0.1
@@ -105,17 +104,20 @@ def _few_bits(value: float) -> float:
 class GradientSums:
     """Listen to the pruned layers of a model, until :meth:`close`.
 
-    Call :meth:`expect` before each micro-batch and :meth:`settle` after each batch. ``by_token``: weight each token by
-    its squared gradient plus :data:`LEAST_WEIGHT`, for models that read few tokens; otherwise all weigh the same.
+    Call :meth:`expect` before each micro-batch and :meth:`settle` after each batch.
+
+    Args:
+        device: device of the computation, which offloaded parameters are not on.
+        by_token: weight each token by its squared gradient plus :data:`LEAST_WEIGHT`, for models that read few tokens;
+            otherwise all weigh the same.
     """
 
-    def __init__(self, model: nn.Module, *, by_token: bool):
-        self._layers = pst_layers(model)
+    def __init__(self, model: nn.Module, device: torch.device, *, by_token: bool):
+        self.device, self._layers = device, pst_layers(model)
         self._real: Tensor | None = None
         self._is_settled = False
         self._sums = {}
         for name, layer in self._layers.items():
-            device = zero3.shard_of(layer.pst_mask).values.device
             self._sums[name] = LayerSums(layer.layout, device, by_token=by_token)
             layer.listen = partial(self._add, name)
 

@@ -169,7 +169,8 @@ class Loop:
         set_rates(self, state.step)
         seed_random_numbers(self.run.seed, state.batch)
         if self.sums is None and self.schedules.listens_at(state.step):
-            self.sums = GradientSums(self.engine.module, by_token=not self.run.task_facts.predicts_tokens)
+            by_token = not self.run.task_facts.predicts_tokens
+            self.sums = GradientSums(self.engine.module, torch.device(self.device), by_token=by_token)
         losses: list[Tensor] = []
         for number, batch in enumerate(micro_batches, 1):
             heartbeat(f"the forward and backward pass of batch {state.batch + 1}")

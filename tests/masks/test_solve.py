@@ -62,7 +62,7 @@ def _tokens(layout, batch):
 
 def _listened(model, *, by_token=True):
     """Sums over all ranks' shares of the batches, whose gradients are those of a mean over ranks."""
-    sums = GradientSums(model, by_token=by_token)
+    sums = GradientSums(model, torch.device("cpu"), by_token=by_token)
     for batch in range(BATCHES):
         for layer in pst_layers(model).values():
             x, g = _tokens(layer.layout, batch)
@@ -165,7 +165,7 @@ def test_sums_are_exact_for_any_order_and_near_those_of_real_numbers():
 def test_values_that_are_not_finite_and_layers_without_tokens_leave_finite_weights():
     """The engine skips such a step, but its sums remain."""
     model = _model("bert", 1)
-    sums = GradientSums(model, by_token=True)
+    sums = GradientSums(model, torch.device("cpu"), by_token=True)
     for batch in range(BATCHES):
         for i, layer in enumerate(pst_layers(model).values()):
             x, g = _tokens(layer.layout, batch)
