@@ -1,4 +1,4 @@
-"""``pst-ds plan RUN.toml``: predict memory, time and cost of a run from names and shapes."""
+"""``pst-ds plan RUN.toml``: predict memory and time of a run from names and shapes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--machine", metavar="FILE", help=machine)
     add("--memory", type=_above_0, metavar="GB", help="gigabytes of memory per rank (default: the machine's)")
     add("--search", action="store_true", help="also find the fastest way to run the same batch that fits")
-    add("--price", type=_above_0, metavar="N", help="price of one rank for an hour, for the run's cost")
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
@@ -59,7 +58,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from pst_ds.planning.plan import PlanOptions, plan
     from pst_ds.planning.search import search
 
-    options = PlanOptions(args.ranks, args.machine, args.no_data, round((args.memory or 0) * 1e9), args.price)
+    options = PlanOptions(args.ranks, args.machine, args.no_data, round((args.memory or 0) * 1e9))
     planned = plan(config, options)
     print("\n".join(plan_lines(planned)))
     if not args.search:
@@ -169,9 +168,8 @@ def _verdict(plan: Plan) -> Iterator[str]:
         f"speed: {found.tokens_per_second:,.0f} tokens a second, {found.tokens_per_second_per_rank:,.0f} a rank"
         f"{mfu}; loading {_seconds(found.load_seconds)}, a checkpoint {_seconds(found.checkpoint_seconds)}"
     )
-    cost = "" if found.cost is None else f", costs {found.cost:,.2f}"
     yield (
-        f"the run: {_seconds(3600 * found.hours)}, {found.rank_hours:,.2f} rank hours{cost}; the least batch of "
+        f"the run: {_seconds(3600 * found.hours)}, {found.rank_hours:,.2f} rank hours; the least batch of "
         f"these ranks is {found.least_batch}"
     )
 
@@ -187,14 +185,12 @@ def _fit(found: Verdict, capacity: int) -> str:
 
 def search_lines(found: Sequence[Choice]) -> Iterator[str]:
     """Yield a table of the best choices, and the settings of the first."""
-    from pst_ds.planning.search import HPZ
-
-    head = ["", "micro-batch", "accumulated", "checkpointed", "ranks a sequence", "hpZ", "memory", "fits", "tokens/s"]
+    head = ["", "micro-batch", "accumulated", "checkpointed", "ranks a sequence", "memory", "fits", "tokens/s"]
     rows = [head]
     for place, one in enumerate(found[:_SHOWN], 1):
         judged, model, train = one.plan.verdict, one.plan.run.model, one.plan.run.train
         way = place, one.plan.micro_batch_size, train.gradient_accumulation_steps
-        stored = "yes" if model.gradient_checkpointing else "no", train.sequence_parallel, one.zero.get(HPZ, "-")
+        stored = "yes" if model.gradient_checkpointing else "no", train.sequence_parallel
         fits = "?" if judged.fits is None else "yes" if judged.fits else "no"
         expected = bytes_text(judged.needed_bytes), fits, f"{judged.tokens_per_second:,.0f}"
         rows.append([str(cell) for cell in (*way, *stored, *expected)])
@@ -202,8 +198,6 @@ def search_lines(found: Sequence[Choice]) -> Iterator[str]:
     yield from (f"  {row}" for row in aligned(rows))
     best = found[0]
     yield "the first: " + " ".join(f"--set {name}={value}" for name, value in best.settings.items())
-    if best.zero:
-        yield f'and in "zero_optimization" of the DeepSpeed JSON: {best.zero}'.replace("'", '"')
     if best.plan.verdict.fits is False:
         yield "none fits: take more ranks, a smaller batch, shorter sequences, or offload_param in the DeepSpeed JSON"
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from pst_ds.core.packings import DENSE, FOR_COMPRESSED_TENSORS
 from pst_ds.export.encoding import Encoding, encoding_of
-from pst_ds.export.manifest import ExportedTensor, Facts
+from pst_ds.export.manifest import Facts
 
 CARD_FILE = "README.md"
 _TASKS = ("ForCausalLM", "ForSequenceClassification", "ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering")
 
 
-def model_card(name: str, tensors: Sequence[ExportedTensor], facts: Facts) -> str:
-    """Return the text of the card for the folder ``name``, given its tensors and the facts of its manifest."""
+def model_card(name: str, facts: Facts) -> str:
+    """Return the text of the card for the folder ``name``, given the facts of its manifest."""
     encoding = encoding_of(facts["kind"], facts)
-    sections = (_summary(name, facts, encoding), _sparsity(tensors, facts), _size(facts), _metrics(facts["metrics"]))
+    sections = (_summary(name, facts, encoding), _size(facts), _metrics(facts["metrics"]))
     return "\n".join([*(line for lines in sections for line in lines), *_use(facts, encoding)])
 
 
@@ -43,34 +42,6 @@ def _summary(name: str, facts: Facts, encoding: Encoding) -> Iterator[str]:
     if facts.get("step") is not None:
         yield from ("", f"Trained by pst-ds for {facts['step']} steps, computed in {facts['computed_in']}.")
     yield ""
-
-
-def _sparsity(tensors: Sequence[ExportedTensor], facts: Facts) -> Iterator[str]:
-    """Yield a table with a row per kind of layer: "model.layers.*.mlp.up_proj"."""
-    kinds: dict[str, list[ExportedTensor]] = {}
-    for tensor in tensors:
-        if tensor.origin == "pruned" or tensor.pattern != DENSE or tensor.values:
-            kind = re.sub(r"\.\d+(?=\.)", ".*", tensor.name.removesuffix(".weight"))
-            kinds.setdefault(kind, []).append(tensor)
-    is_quantised = any(tensor.values for tensor in tensors)
-    more = [" quantisation error |", "---|", " |"] if is_quantised else ["", "", ""]
-    yield from ("## Sparsity", "", f"| layer | tensors | weights | sparsity | pattern found | stored |{more[0]}")
-    yield f"|---|---|---|---|---|---|{more[1]}"
-    for kind, found in kinds.items():
-        patterns = sorted({t.pattern for t in found})
-        packings = sorted({f"{t.packing} {t.values}".strip() for t in found})
-        error = f" {max(t.rounding_error for t in found):.2%} |" if is_quantised else ""
-        yield f"| `{kind}` | {_counts(found)} | {', '.join(patterns)} | {', '.join(packings)} |{error}"
-    yield from (f"| whole model | {_counts(tensors)} | | |{more[2]}", "")
-    if facts["sparsity_requested"] is not None:
-        yield from (f"The requested sparsity of every pruned matrix is {facts['sparsity_requested']:.2%}.", "")
-    if is_quantised:
-        yield from ("The quantisation error is relative to the norm of the weights; the largest of each kind.", "")
-
-
-def _counts(tensors: Sequence[ExportedTensor]) -> str:
-    weights, nonzero = sum(t.numel for t in tensors), sum(t.nonzero for t in tensors)
-    return f"{len(tensors)} | {weights:,} | {(weights - nonzero) / max(weights, 1):.2%}"
 
 
 def _size(facts: Facts) -> list[str]:

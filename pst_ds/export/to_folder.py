@@ -299,7 +299,7 @@ def _write(
             **(storage if encoding.is_quantized else {}),
             **({"left_alone": left_alone} if left_alone else {}),
         }
-        (folder / CARD_FILE).write_text(model_card(out.name, tensors, facts), encoding="utf-8")
+        (folder / CARD_FILE).write_text(model_card(out.name, facts), encoding="utf-8")
         names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors")
         sums = {name: file_sha256(folder / name) for name in names if name != CARD_FILE}  # users may edit the card
         write_manifest(folder, tensors, {**facts, "files": sums})

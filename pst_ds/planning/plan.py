@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -53,12 +52,8 @@ class PlanOptions:
     """True to skip data and tokenizer; the run then needs ``train.num_steps``."""
     memory: int = 0
     """Bytes of memory per rank; 0 for the machine's."""
-    price: float | None = None
-    """Price of one rank for an hour, for the cost of the run."""
     trace: Trace | None = None
     """Trace of the same micro-batch from an earlier plan, for any number of ranks. None to make one."""
-    zero: Mapping[str, int] = field(default_factory=dict)
-    """Settings that replace those in ``zero_optimization`` of the DeepSpeed JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +272,7 @@ def _cost(
         checkpoint_bytes=checkpoint_bytes,
         least_batch=run.train.groups_of_ranks(ranks) * accumulation,
     )
-    return memory, times, verdict(work, times, machine, memory=options.memory, price=options.price)
+    return memory, times, verdict(work, times, machine, memory=options.memory)
 
 
 def _ranks_and_deepspeed(run: RunConfig, options: PlanOptions) -> tuple[int, JsonObject | None]:
@@ -286,10 +281,7 @@ def _ranks_and_deepspeed(run: RunConfig, options: PlanOptions) -> tuple[int, Jso
     if ranks < 1:
         raise InputError(f"ranks = {ranks}: a run has at least one rank. Set ranks = 1 or more.")
     if run.deepspeed_config:
-        raw = load_deepspeed_config(run.deepspeed_config)
-        section = raw.get("zero_optimization") or {}
-        assert isinstance(section, dict)
-        return ranks, {**raw, "zero_optimization": {**section, **options.zero}} if options.zero else raw
+        return ranks, load_deepspeed_config(run.deepspeed_config)
     if ranks > 1:
         raise InputError(
             f"{ranks} ranks, but deepspeed_config is not set. Set deepspeed_config = "

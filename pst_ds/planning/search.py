@@ -1,4 +1,4 @@
-"""Search for the fastest way to run a batch that fits: micro-batches, checkpointing, sequence parallelism, hpZ."""
+"""Search for the fastest way to run a batch that fits: micro-batches, checkpointing, sequence parallelism."""
 
 from __future__ import annotations
 
@@ -8,13 +8,8 @@ from dataclasses import dataclass, replace
 
 from pst_ds.config.run import RunConfig
 from pst_ds.errors import InputError
-from pst_ds.planning.activations import Trace
-from pst_ds.planning.machines import machine_of
 from pst_ds.planning.plan import Plan, PlanOptions, plan
 from pst_ds.progress import Progress
-
-HPZ = "zero_hpz_partition_size"
-"""DeepSpeed's setting for a second copy of the weights per node (ZeRO++), which the backward pass gathers from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +17,6 @@ class Choice:
     """One way to run a batch, with the plan for it."""
 
     plan: Plan
-    zero: dict[str, int]
-    """Additional settings of ``zero_optimization`` in the DeepSpeed JSON."""
 
     @property
     def settings(self) -> dict[str, str]:
@@ -46,7 +39,6 @@ class Choice:
         judged = self.plan.verdict
         return {
             "settings": self.settings,
-            "zero_optimization": self.zero,
             "micro_batch_size": self.plan.micro_batch_size,
             "peak_bytes": self.plan.memory.peak,
             "needed_bytes": judged.needed_bytes,
@@ -60,39 +52,31 @@ class Choice:
 def search(run: RunConfig, options: PlanOptions, found: Plan) -> list[Choice]:
     """Plan all :func:`ways` for the ranks of the plan ``found``; return the possible ones, best first."""
     planned: list[Choice] = []
-    traces: dict[tuple[int, int, bool], Trace | None] = {}
     rejected: set[int] = set()
     wanted = list(ways(run, found))
     with Progress("search", len(wanted), "plans") as progress:
-        for number, (shared_by, steps, checkpoints, zero) in enumerate(wanted, 1):
-            key = shared_by, steps, checkpoints
+        for number, (shared_by, steps, checkpoints) in enumerate(wanted, 1):
             if shared_by not in rejected:
                 try:
-                    made = plan(_changed(run, *key), replace(options, trace=traces.get(key), zero=zero))
+                    planned.append(Choice(plan(_changed(run, shared_by, steps, checkpoints), options)))
                 except InputError:  # such as attention heads that ranks cannot share, for any micro-batch
                     rejected.add(shared_by)
-                else:
-                    traces[key] = made.trace
-                    planned.append(Choice(made, zero))
             progress.at(number)
     return sorted(planned, key=lambda one: one.order)
 
 
-def ways(run: RunConfig, found: Plan) -> Iterator[tuple[int, int, bool, dict[str, int]]]:
+def ways(run: RunConfig, found: Plan) -> Iterator[tuple[int, int, bool]]:
     """Yield the ways to split the batch of ``run`` over the ranks of ``found``, smallest micro-batches first.
 
-    They are ranks that share a sequence, accumulation steps, gradient checkpointing, settings of ``zero_optimization``.
+    They are ranks that share a sequence, accumulation steps, and gradient checkpointing.
     """
-    ranks, at_stage_3, node_size = found.ranks, found.zero_stage == 3, machine_of(found.machine).node_size
+    ranks, at_stage_3 = found.ranks, found.zero_stage == 3
     powers = [1 << i for i in range(run.train.batch_size.bit_length())]
     shared = [n for n in powers if ranks % n == 0] if at_stage_3 and run.task_facts.predicts_tokens else [1]
-    copies: list[dict[str, int]] = [{}]
-    if at_stage_3 and node_size < ranks and ranks % node_size == 0:
-        copies.append({HPZ: node_size})
     for shared_by, steps in itertools.product(shared, reversed(powers)):
         if shared_by <= run.data.max_length and steps * ranks // shared_by <= run.train.batch_size:
-            for checkpoints, zero in itertools.product((False, True), copies):
-                yield shared_by, steps, checkpoints, zero
+            yield shared_by, steps, False
+            yield shared_by, steps, True
 
 
 def _changed(run: RunConfig, shared_by: int, steps: int, checkpoints: bool) -> RunConfig:

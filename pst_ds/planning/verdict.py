@@ -1,4 +1,4 @@
-"""Judge a planned run: fit to the machine, speed, duration and cost."""
+"""Judge a planned run: fit to the machine, speed and duration."""
 
 from __future__ import annotations
 
@@ -80,12 +80,11 @@ class Verdict:
     hours: float
     """Hours of the whole run, including loading."""
     rank_hours: float
-    cost: float | None
     least_batch: int
 
 
-def verdict(work: Work, times: TimePlan, machine: Machine, *, memory: int = 0, price: float | None = None) -> Verdict:
-    """Judge a run. ``memory``: bytes per rank instead of the machine's; ``price``: cost of one rank for an hour."""
+def verdict(work: Work, times: TimePlan, machine: Machine, *, memory: int = 0) -> Verdict:
+    """Judge a run. ``memory``: bytes per rank instead of the machine's."""
     capacity = memory or int(machine.capacity) or None
     margin = None if capacity is None else capacity - work.need.enough
     training = work.steps * times.step + work.mask_updates * times.update
@@ -105,6 +104,5 @@ def verdict(work: Work, times: TimePlan, machine: Machine, *, memory: int = 0, p
         checkpoint_seconds=work.checkpoint_bytes / machine.storage_bytes,
         hours=hours,
         rank_hours=hours * work.ranks,
-        cost=None if price is None else hours * work.ranks * price,
         least_batch=work.least_batch,
     )

@@ -12,15 +12,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
-from pst_ds.checkpoint.adapter import save_pretrained
 from pst_ds.cli.inspect.layers import layer_table
 from pst_ds.cli.main import main
-from pst_ds.config.pst import PSTConfig
 from pst_ds.inference.hf.model_folder import open_model_folder
-from pst_ds.masks.update import update_masks
-from pst_ds.nn.inject import inject_pst, pst_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -146,26 +141,6 @@ def test_a_pruned_folder(folders, inspect):
     layers = _by_name(found)
     assert layers
     assert {n: layer["zeros"] for n, layer in layers.items()} == {n: in_file[n] for n in layers}
-
-
-def test_an_adapter_state(inspect, tmp_path, capsys):
-    model = AutoModelForCausalLM.from_pretrained("tests/data/tiny-llama")
-    inject_pst(model, PSTConfig(pattern="row", update_rank=4))
-    update_masks(model, 0.5)
-    save_pretrained(model, tmp_path, step=3)
-    found, _ = inspect(tmp_path)
-    assert found["kind"].endswith(": an adapter state, for its base model")
-    assert (found["step"], found["pattern"], found["sparsity_measured"]) == (3, "row", 0.5)
-    layers = _by_name(found)
-    for name, layer in pst_layers(model).items():
-        weight = layer.masked_weight()
-        assert (layers[name]["shape"], layers[name]["zeros"]) == ([*weight.shape], int((weight == 0).sum()))
-    assert found["trained_parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    held = load_file(tmp_path / "pst_model.safetensors")
-    assert sum(layer["bytes"] for layer in found["layers"]) == sum(t.nbytes for t in held.values())
-    _flip(tmp_path / "pst_model.safetensors")
-    assert main(["inspect", str(tmp_path)]) == 2
-    assert "pst_model.safetensors is damaged: its SHA-256" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["one file", "shards", "pytorch"])
@@ -336,10 +311,7 @@ def test_what_is_none_of_these_is_2(tmp_path, capsys):
     assert "It is empty" in capsys.readouterr().err
     (tmp_path / "notes.txt").write_text("hello")
     assert main(["inspect", str(tmp_path)]) == 2
-    assert (
-        "any of run.toml, SHA256SUMS, documents.bin, manifest.json, pst_config.json, pst_manifest.json"
-        in capsys.readouterr().err
-    )
+    assert "any of run.toml, SHA256SUMS, documents.bin, manifest.json, pst_manifest.json" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "notes.txt")]) == 2
     assert "is not TOML" in capsys.readouterr().err
 

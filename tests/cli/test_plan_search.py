@@ -70,12 +70,7 @@ def test_what_fits_comes_first_and_that_none_does_is_said(plan):
 
 
 @pytest.mark.thorough
-def test_nodes_have_a_copy_of_their_own_and_heads_that_ranks_cannot_share_are_left_out(plan):
-    text, found = plan("--search", "--ranks", "16", "--set", "train.batch_size=16")
+def test_heads_that_ranks_cannot_share_are_left_out(plan):
+    _, found = plan("--search", "--ranks", "16", "--set", "train.batch_size=16")
     degrees = {line["settings"]["train.sequence_parallel"] for line in found["search"]}
     assert degrees == {"1", "2"}  # of two heads
-    assert {json.dumps(line["zero_optimization"]) for line in found["search"]} == {
-        "{}", '{"zero_hpz_partition_size": 8}'
-    }  # fmt: skip
-    if found["search"][0]["zero_optimization"]:
-        assert 'of the DeepSpeed JSON: {"zero_hpz_partition_size": 8}' in text

@@ -235,7 +235,6 @@ def test_card_and_manifest_say_what_is_in_the_folder(models, exports, tmp_path):
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\ntags:\n- sparse\n")
     for words in (
-        "| `model.layers.*.mlp.down_proj` | 2 | 12,288 | 80.0",
         "import pst_ds.hf",
         "AutoModelForCausalLM.from_pretrained",
         "| loss | 1.5 |",

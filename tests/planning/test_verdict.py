@@ -20,12 +20,11 @@ TIMES = TimePlan(
 )  # fmt: skip
 
 
-def test_time_and_money_are_those_of_steps_updates_and_loading():
-    found = verdict(WORK, TIMES, MACHINES["h100"], price=2.5)
+def test_the_time_is_that_of_steps_updates_and_loading():
+    found = verdict(WORK, TIMES, MACHINES["h100"])
     seconds = 16e9 / 2e9 + 1000 * 1.2 + 50 * 0.4
     assert found.hours == pytest.approx(seconds / 3600)
     assert found.rank_hours == pytest.approx(8 * seconds / 3600)
-    assert found.cost == pytest.approx(8 * seconds / 3600 * 2.5)
     assert found.tokens_per_second == pytest.approx(1000 * 64 * 4096 / (1200 + 20))
     assert found.tokens_per_second_per_rank == pytest.approx(found.tokens_per_second / 8)
     assert found.mfu == pytest.approx(3e14 / 1.2 / 989e12)
@@ -44,4 +43,4 @@ def test_a_rank_has_what_is_left_of_its_device(enough, fits):
 def test_memory_of_one_s_own_is_taken_in_its_place_and_a_machine_without_any_judges_nothing():
     assert verdict(WORK, TIMES, MACHINES["h100"], memory=int(69e9)).margin_bytes == -int(1e9)
     unknown = verdict(WORK, TIMES, MACHINES["cpu"])
-    assert (unknown.capacity_bytes, unknown.fits, unknown.margin_bytes, unknown.mfu, unknown.cost) == (None,) * 5
+    assert (unknown.capacity_bytes, unknown.fits, unknown.margin_bytes, unknown.mfu) == (None,) * 4

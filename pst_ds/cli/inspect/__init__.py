@@ -9,7 +9,7 @@ from pst_ds.errors import InputError, shortened
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = "run file, run folder, checkpoint, adapter state, export, model folder, or token store"
+    kinds = "run file, run folder, checkpoint, export, model folder, or token store"
     parser.add_argument("path", metavar="PATH", help=kinds)
     parser.add_argument("--layers", action="store_true", help="one line per layer, instead of one for all blocks")
 
@@ -37,7 +37,6 @@ def inspect(path: Path) -> Inspection:
         "SHA256SUMS": runs.checkpoint_folder,
         "documents.bin": models.token_store,
         "manifest.json": runs.checkpoint_folder,
-        "pst_config.json": models.adapter_state,
         "pst_manifest.json": models.export_folder,
         "pruning.json": models.pruned_folder,
         "config.json": models.model_folder,

@@ -13,6 +13,8 @@ Facts = dict[str, object]
 _VECTORS = ("(vectors)",)
 _OUTPUTS, _INPUTS = "ARU", "BCV"
 """Factors with a row per output of their layer, and with a column per input."""
+_BYTES_TRAINED = 12
+"""Bytes of a trained parameter in a checkpoint: its fp32 master and two moments."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -68,10 +70,8 @@ class Mask:
     nbytes: int
 
 
-def trained_layers(
-    trained: Shapes, masks: Mapping[str, Mask], pattern_of: Callable[[str], str], bytes_each: int
-) -> list[Layer]:
-    """Describe every module with trained parameters (``bytes_each`` on disk) or a mask."""
+def trained_layers(trained: Shapes, masks: Mapping[str, Mask], pattern_of: Callable[[str], str]) -> list[Layer]:
+    """Describe every module with trained parameters or a mask."""
     counts: dict[str, int] = {}
     for name, shape in trained.items():
         owner = name.rpartition(".")[0]
@@ -81,19 +81,19 @@ def trained_layers(
         mask, count = masks.get(name), counts.get(name, 0)
         layer: Layer = {
             "name": name,
-            "shape": matrix_shape(name, trained),
+            "shape": _matrix_shape(name, trained),
             "dtype": "",
             "pattern": pattern_of(name) if mask else "",
             "weights": mask.weights if mask else count,
             "zeros": mask.zeros if mask else None,
-            "bytes": bytes_each * count + (mask.nbytes if mask else 0),
+            "bytes": _BYTES_TRAINED * count + (mask.nbytes if mask else 0),
             "trained": count,
         }
         layers.append(layer)
     return layers
 
 
-def matrix_shape(name: str, trained: Shapes) -> list[int] | None:
+def _matrix_shape(name: str, trained: Shapes) -> list[int] | None:
     """Return the shape of a trained weight, or (O, I) from the factors; None without either."""
     if f"{name}.weight" in trained:
         return list(trained[f"{name}.weight"])

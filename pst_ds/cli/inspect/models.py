@@ -1,4 +1,4 @@
-"""Model folders, adapter states and token stores for ``pst-ds inspect``."""
+"""Model folders and token stores for ``pst-ds inspect``."""
 
 import math
 from pathlib import Path
@@ -7,22 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pst_ds.atomic_files import file_sha256
-from pst_ds.checkpoint import adapter
 from pst_ds.cli.inspect.layers import (
     Facts,
     Inspection,
     Layer,
-    Mask,
     add_experts,
     layer_of,
-    matrix_shape,
     sparsity_of,
-    totals,
-    trained_layers,
 )
 from pst_ds.cli.plan import name_across_blocks
-from pst_ds.core.bits import INT_OF_SIZE, count_bits
+from pst_ds.core.bits import INT_OF_SIZE
 from pst_ds.core.packings import DENSE
 from pst_ds.data.tokens import store
 from pst_ds.errors import InputError
@@ -34,7 +28,6 @@ from pst_ds.export.to_folder import storage_facts
 from pst_ds.formats import row_bits
 from pst_ds.formats.base_weights import BaseWeights
 from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, TensorFile
-from pst_ds.nn.adapter_checkpoints import MASK_BITS, SCALES
 from pst_ds.progress import Progress
 from pst_ds.prune.folder import RECORD_FILE
 
@@ -119,35 +112,6 @@ def _recorded(row: dict[str, Any], weights: BaseWeights) -> Layer:
     if "expert_zeros" in row:
         add_experts(layer, row["expert_zeros"], row.get("expert_tokens", ()))
     return layer
-
-
-def adapter_state(path: Path) -> Inspection:
-    """Describe an adapter state from its config and masks. Raises InputError if one is damaged."""
-    table = read_table(path / adapter.CONFIG_FILE, f"{path / adapter.CONFIG_FILE} is missing")
-    if not (path / adapter.WEIGHTS_FILE).is_file():
-        raise InputError(f"{path / adapter.WEIGHTS_FILE} is missing")
-    if file_sha256(path / adapter.WEIGHTS_FILE) != table.get("sha256"):
-        raise InputError(
-            f"{path / adapter.WEIGHTS_FILE} is damaged: its SHA-256 is not the one in {adapter.CONFIG_FILE}"
-        )
-    file, ending = TensorFile(path / adapter.WEIGHTS_FILE), f".{MASK_BITS}"
-    frozen = ending, f".{SCALES}"
-    trained = {name: slot.shape for name, slot in file.slots.items() if not name.endswith(frozen)}
-    masks = {}
-    for name in file.slots:
-        if name.endswith(ending):
-            bits, shape = file.read(name), matrix_shape(name.removesuffix(ending), trained)
-            weights = math.prod(shape) if shape else 8 * bits.numel()
-            masks[name.removesuffix(ending)] = Mask(weights, weights - int(count_bits(bits, bits)[1]), bits.nbytes)
-    config = table.get("pst_config") or {}
-    pattern = "" if config.get("overrides") else str(config.get("pattern", ""))
-    layers = trained_layers(trained, masks, lambda name: pattern, 4)
-    known = ["step", "sparsity", "masks_frozen", "rounds", "dtype", "base_model_name_or_path", "base_fingerprint"]
-    known += ["pst_ds_version"]
-    facts = {**{key: table.get(key) for key in known}, **totals(layers), "pattern": config.get("pattern")}
-    facts["file_bytes"] = (path / adapter.WEIGHTS_FILE).stat().st_size
-    note = "its weight file is intact: its SHA-256 matches"
-    return Inspection(f"{path}: an adapter state, for its base model", facts, layers, note)
 
 
 def model_folder(path: Path) -> Inspection:

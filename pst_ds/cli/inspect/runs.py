@@ -14,8 +14,6 @@ from pst_ds.export.manifest import read_table
 from pst_ds.file_names import CHECKPOINTS, RESULT_FILE, RUN_FILE, links_to, step_folders
 
 _WHOLE = "with intact files: every SHA-256 matches"
-_BYTES_TRAINED = 12
-"""Bytes of a trained parameter in a checkpoint: its fp32 master and two moments."""
 
 
 def run_file(path: Path) -> Inspection:
@@ -149,7 +147,7 @@ def _layers(checkpoint: Checkpoint, run: RunConfig | None) -> list[Layer]:
     def pattern_of(name: str) -> str:
         return str(rules.rule_for(name).pattern) if rules else ""
 
-    return trained_layers(contents.trained, masks, pattern_of, _BYTES_TRAINED)
+    return trained_layers(contents.trained, masks, pattern_of)
 
 
 def _add_experts(layers: list[Layer], checkpoint: Checkpoint, tokens: Mapping[str, list[int]]) -> None:
