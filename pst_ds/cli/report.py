@@ -13,13 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("runs", nargs="+", metavar="RUN", help="run folder; several are shown side by side")
     add("--out", metavar="FILE", help="HTML file to write (default: report.html in the first run)")
     add("--export", nargs="+", default=[], metavar="DIR", help="exports outside the run folders")
-    add("--bench", nargs="+", default=[], metavar="FILE", help="output of pst-ds bench --json")
-    add("--verified", nargs="+", default=[], metavar="FILE", help="output of pst-ds verify --json")
 
 
 def _made(args: argparse.Namespace) -> tuple[bytes, dict[str, list[str]]]:
     """Return the page, and the names of its runs and exports."""
-    from pst_ds.report.outcomes import bench_tables, export_table, find_exports, tuning_tables, verification_table
+    from pst_ds.report.outcomes import export_table, find_exports, tuning_tables
     from pst_ds.report.page import page
     from pst_ds.report.run_data import read_runs
     from pst_ds.report.tables import checkpoint_table, straggler_table
@@ -28,12 +26,10 @@ def _made(args: argparse.Namespace) -> tuple[bytes, dict[str, list[str]]]:
     exports, notes = find_exports(runs, [Path(name) for name in args.export])
     for note in notes:
         print(f"pst-ds report: {note}", file=sys.stderr)
-    verified = verification_table([Path(name) for name in args.verified])
-    saved = [table for table in (checkpoint_table(runs), export_table(exports, notes), verified) if table]
-    speed = list(bench_tables([Path(name) for name in args.bench]))
+    saved = [table for table in (checkpoint_table(runs), export_table(exports, notes)) if table]
     slow = [table for table in (straggler_table(runs),) if table]
-    outcomes = [("Tuning", list(tuning_tables(runs))), ("Checkpoints and exports", saved), ("Speed", speed)]
-    outcomes.insert(0, ("Stragglers", slow))
+    tuning = list(tuning_tables(runs))
+    outcomes = [("Stragglers", slow), ("Tuning", tuning), ("Checkpoints and exports", saved)]
     data = page(runs, exports, outcomes).encode(errors="replace")  # folder names may contain any bytes
     return data, {"runs": [run.name for run in runs], "exports": [export.name for export in exports]}
 

@@ -7,16 +7,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import TypedDict
 
 from pst_ds.atomic_files import PARTIAL
 from pst_ds.errors import InputError
 from pst_ds.file_names import MANIFEST_FILE, TUNE_FILE
 from pst_ds.report.charts import whole
-from pst_ds.report.run_data import RunData, read_object
+from pst_ds.report.run_data import RunData
 from pst_ds.report.tables import Cell, Table, number
 from pst_ds.text_table import aligned, bytes_text
-from pst_ds.train.monitor.curves import is_number
 from pst_ds.train.tune.report import trial_table, why
 
 COLUMNS = (
@@ -152,50 +151,9 @@ def export_table(exports: Sequence[ExportData], notes: Sequence[str] = ()) -> Ta
     return Table("Exports", head, rows, note="; ".join(notes))
 
 
-def bench_tables(files: Sequence[Path]) -> Iterator[Table]:
-    """Yield tables of results of ``pst-ds bench --json``. Raises InputError for other files."""
-    for path in files:
-        result = cast("BenchResult", read_object(path))
-        try:
-            conditions = result["conditions"]
-            new = f", {result['new_tokens']} new ones" if result["causal"] else ""
-            note = (
-                f"{result['prompt_tokens']} tokens{new}, {conditions['dtype']}, medians of {conditions['repeats']}; "
-                f"{conditions['hardware']}"
-            )
-            head, *rows = bench_table(result["rows"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{str(path)!r} is not the output of pst-ds bench --json: {error!r}") from None
-        yield Table(f"Speed of {result['model']}", head, _cells(rows), note=note)
-
-
 def _cells(rows: Sequence[Sequence[str]]) -> list[list[Cell]]:
     """Return the cells of a printed table, in which "-" is a missing value."""
     return [[Cell(row[0]), *(number(None) if c in "-" else Cell(c, _key(c)) for c in row[1:])] for row in rows]
-
-
-def verification_table(files: Sequence[Path]) -> Table | None:
-    """Tabulate results of ``pst-ds verify --json``, which exist for correct exports only. Raises InputError."""
-    rows = []
-    for path in files:
-        result = read_object(path)
-        if not {"export_dir", "tensors", "sparsity_measured"} <= result.keys():
-            raise InputError(
-                f"{str(path)!r} is not the output of pst-ds verify --json: export_dir or the counts are missing"
-            )
-        row = [Cell(str(result["export_dir"])), number(result["tensors"], whole)]
-        row.append(number(result["sparsity_measured"], "{:.6f}".format))
-        for some, total in (("differing_weights", "compared_weights"), ("differing_predictions", "examples")):
-            row.append(_of(result.get(some), result.get(total)))
-        rows.append([*row, number(result.get("max_logit_difference"), "{:.3g}".format)])
-    head = ["export", "tensors", "sparsity measured", "differing weight tensors", "differing predictions"]
-    return Table("Verified", [*head, "logits differ by"], rows) if rows else None
-
-
-def _of(some: object, total: object) -> Cell:
-    if not is_number(total):
-        return number(None)
-    return number(some, lambda value: f"{whole(value)} of {whole(total)}")
 
 
 def tuning_tables(runs: Sequence[RunData]) -> Iterator[Table]:

@@ -160,30 +160,21 @@ def _read_run(folder: Path, name: str) -> RunData:
         settings = flatten(tomllib.loads(run_file))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{folder / RUN_FILE} is not TOML: {error}") from None
-    result = read_object(folder / RESULT_FILE) if (folder / RESULT_FILE).is_file() else {}
+    result = _read_result(folder / RESULT_FILE)
     metrics, checkpoints = folder / METRICS_FILE, list(_checkpoints(folder / CHECKPOINTS))
     curves, layers, slow = read_curves(metrics), read_layers(folder / LAYERS_FILE), named_stragglers(metrics)
     return RunData(name, folder, run_file, settings, result, curves, layers, checkpoints, slow)
 
 
-def read_object(path: Path) -> dict[str, object]:
-    """Read the JSON object in a file, or on its last line, as ``--json`` prints it. Raises InputError if there is
-    none.
-    """
+def _read_result(path: Path) -> dict[str, object]:
+    """Read result.json; {} if it is missing. Raises InputError if it is damaged."""
     try:
-        text = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+        result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
         raise InputError(f"{str(path)!r} cannot be read: {error}") from None
-    for candidate in (text, text.rpartition("\n")[2]):
-        try:
-            value = json.loads(candidate)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(value, dict):
-            return value
-    raise InputError(
-        f"{str(path)!r} does not contain a JSON object, as a whole or on its last line. Name the output of --json"
-    )
+    if not isinstance(result, dict):
+        raise InputError(f"{str(path)!r} does not contain a JSON object")
+    return result
 
 
 def _checkpoints(folder: Path) -> Iterator[CheckpointData]:

@@ -18,11 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_a_trained_run_has_its_curves_layers_and_exports(folders, tmp_path, capsys):
     out = tmp_path / "new" / "page.html"
     exports = [str(folders / name) for name in ("dense", "bitmask")]
-    verified, arguments = tmp_path / "verified.json", ["report", str(folders / "run"), "--out", str(out), "--json"]
+    arguments = ["report", str(folders / "run"), "--out", str(out), "--json"]
     capsys.readouterr()
-    assert main(["verify", exports[0], "--json"]) == 0
-    verified.write_text(capsys.readouterr().out)
-    assert main([*arguments, "--export", *exports, "--verified", str(verified)]) == 0
+    assert main([*arguments, "--export", *exports]) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said == {"out": str(out), "bytes": out.stat().st_size, "runs": ["run"], "exports": exports}
     text = out.read_text(encoding="utf-8")
@@ -35,7 +33,6 @@ def test_a_trained_run_has_its_curves_layers_and_exports(folders, tmp_path, caps
     assert table.count('<th scope="row">') == len(layers)
     nbytes = (folders / "bitmask" / "pst_bitmask.safetensors").stat().st_size
     assert f'data-value="{float(nbytes)}"' in text
-    assert "Verified" in text
 
 
 def test_half_an_export_in_the_run_is_said_and_left_out(copied, tmp_path, capsys):
@@ -61,8 +58,6 @@ def test_the_page_goes_into_the_first_run_unless_it_is_told_where(copied, folder
     [
         (["no/such"], ["'no/such' is not a run folder: run.toml is missing", "looked in", "output_dir"]),
         (["{run}", "--export", "{run}"], ["is not an export: pst_manifest.json is missing"]),
-        (["{run}", "--bench", "{run}/result.json"], ["result.json' is not the output of pst-ds bench --json"]),
-        (["{run}", "--verified", "none.json"], ["'none.json' cannot be read"]),
         (["{run}", "--out", "{run}"], ["--out", "cannot be written", "Name an HTML file"]),
     ],
 )

@@ -46,7 +46,6 @@ NOT_HERE = {
     "export theirs": "needs a model that another library has quantised; tests/export",
     "stores/web": "needs a token store; tests/cli/test_prepare.py",
     "init$": "asks questions",
-    "--bench bench.txt": "needs what bench measures; tests/cli/test_report.py",
 }
 """Commands that do not run here, by a pattern for them."""
 PYTHON = [page for page in PAGES if any(b.language == "python" for b in blocks(page)) and page != TUTORIAL]

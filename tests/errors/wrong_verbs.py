@@ -242,17 +242,4 @@ VERBS = {
         "plain-file/a.html",
         "name",
     ),
-    "report of a benchmark that is not JSON": Wrong(
-        lambda shop: [
-            "report",
-            f"{shop.made}/run",
-            "--out",
-            f"{shop.tmp}/a.html",
-            "--bench",
-            shop.file("bench.json", "{"),
-        ],
-        "{tmp}/bench.json",
-        "JSON",
-        "Name the output of --json",
-    ),
 }

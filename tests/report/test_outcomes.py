@@ -1,4 +1,4 @@
-"""Exports, speed and verification in a report."""
+"""Exports in a report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pst_ds.errors import InputError
-from pst_ds.report.outcomes import bench_tables, export_table, find_exports, read_export, verification_table
+from pst_ds.report.outcomes import export_table, find_exports, read_export
 from pst_ds.report.run_data import read_runs
 
 
@@ -81,38 +81,3 @@ def test_a_damaged_manifest_is_named(tmp_path, content):
     (tmp_path / "pst_manifest.json").write_text(content)
     with pytest.raises(InputError, match=r"pst_manifest\.json is damaged: .*\. Run pst-ds verify for details"):
         read_export(tmp_path, "x")
-
-
-def test_speed_is_what_bench_printed(tmp_path):
-    row = {"variant": "dense", "threads": 2, "batch": 1, "decode_tokens_per_second": 31.2, "file_bytes": None}
-    result = {
-        "model": "m", "causal": True, "prompt_tokens": 8, "new_tokens": 4,
-        "conditions": {"dtype": "bf16", "repeats": 3, "hardware": "a CPU"}, "rows": [row],
-    }  # fmt: skip
-    path = tmp_path / "bench.json"
-    path.write_text("the table\n" + json.dumps(result))
-    (table,) = bench_tables([path])
-    assert table.caption == "Speed of m"
-    assert table.note == "8 tokens, 4 new ones, bf16, medians of 3; a CPU"
-    assert table.head == ["variant", "threads", "batch", "decode tok/s"]
-    assert [cell.text for cell in table.rows[0]] == ["dense", "2", "1", "31.2"]
-    path.write_text('{"rows": []}')
-    with pytest.raises(InputError, match=r"bench\.json' is not the output of pst-ds bench --json"):
-        list(bench_tables([path]))
-
-
-def test_verification_is_what_verify_printed(tmp_path):
-    path = tmp_path / "verify.json"
-    alone = {"export_dir": "e", "tensors": 3, "sparsity_measured": 0.5}
-    compared = {"compared_weights": 2, "differing_weights": 0, "examples": 7, "differing_predictions": 0}
-    path.write_text(json.dumps({**alone, **compared, "max_logit_difference": 0.0}))
-    table = verification_table([path])
-    assert table.head[3:5] == ["differing weight tensors", "differing predictions"]
-    assert [cell.text for cell in table.rows[0]] == ["e", "3", "0.500000", "0 of 2", "0 of 7", "0"]
-    path.write_text(json.dumps(alone))
-    (row,) = verification_table([path]).rows
-    assert [cell.text for cell in row] == ["e", "3", "0.500000", "–", "–", "–"]
-    path.write_text("{}")
-    with pytest.raises(InputError, match=r"is not the output of pst-ds verify --json"):
-        verification_table([path])
-    assert verification_table([]) is None
