@@ -23,8 +23,6 @@ class DataSource(Section):
     weight: Rate = 0.0
     """Fraction of the training sequences that come from this source; the weights add up to 1. With 0 everywhere, each
     source is read once per epoch."""
-    epochs: Rate = 0.0
-    """Maximum number of epochs over this source; the other sources replace it afterwards. 0 means unlimited."""
     kind: Literal["text", "chat"] = "text"
     """Contents of ``path``, if it is not a store. "chat" reads conversations (a column "messages", or "prompt" and
     "completion") and trains on the assistant's messages."""
@@ -35,11 +33,6 @@ class DataSource(Section):
     def problems(self) -> Iterator[str]:
         if not self.path:
             yield "data.sources.path = '' is empty. Name a store, or files of text"
-        if self.stream and self.epochs:
-            yield (
-                f"data.sources: {self.path!r} has stream = true and epochs = {self.epochs}, but the length of a stream "
-                "is unknown. Remove epochs, or write a store (pst-ds prepare)"
-            )
 
 
 @settings
@@ -122,13 +115,7 @@ class DataConfig(Section):
                     "that add up to 1, or none"
                 )
             return
-        limited = next((source for source in self.sources if source.epochs), None)
-        if limited is not None:
-            yield (
-                f"data.sources: {limited.path!r} has epochs = {limited.epochs} and no weight, but sources without "
-                "weights are read once per epoch. Give all of them a weight, or remove epochs"
-            )
-        elif self.streams and len(self.sources) > 1:
+        if self.streams and len(self.sources) > 1:
             yield (
                 f"data.sources: {self.streams[0].path!r} has stream = true and no weight, but a stream has no end. "
                 "Give all sources a weight"

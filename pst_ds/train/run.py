@@ -164,7 +164,6 @@ def train_prepared(
     with run_folder.without_other_runs(Path(context.run.output_dir)):
         examples, validation = splits or load_splits(context)
         num_steps = context.run.num_steps(len(examples))
-        context.task.require_enough(examples, num_steps * context.run.train.batch_size)
         run = start_run(context.run, examples, is_new=not (resume or restart), quiet=quiet)
         context = replace(context, run=run).with_rates(examples)
         run = context.run

@@ -246,19 +246,6 @@ def test_a_large_book_is_read_by_paragraphs_that_run_on(made, capsys, book, monk
     assert _planned(capsys, out)["remarks"] == []
 
 
-def test_documents_far_shorter_than_a_sequence_are_warned_of(made, capsys, book):
-    """By plan and train: a run file keeps the setting that it has."""
-    out, _, _ = made(LLAMA, "--train", book, "--steps", "1", "--batch-size", "2", "--method", "lora")
-    more = ("--set", "data.sample_by=line", "--set", f"output_dir={out.with_suffix('')}")
-    (remark,) = _planned(capsys, out, *more)["remarks"]
-    assert remark.startswith(f"data.train = '{book}[:90%]': the median document has ")
-    assert remark.endswith('set data.sample_by = "document"')
-    assert main(["plan", str(out), *more]) == 0
-    assert capsys.readouterr().out.endswith(f"note: {remark}\n")
-    assert main(["train", str(out), *more]) == 0
-    assert capsys.readouterr().err.count(remark) == 1
-
-
 def test_a_tenth_is_held_out(made, capsys):
     out, table, result = made(BERT, "--train", TRAIN, "--steps", "80", "--method", "lora")
     assert (table["data"]["train"], table["data"]["validation"]) == (f"{TRAIN}[:90%]", f"{TRAIN}[90%:]")

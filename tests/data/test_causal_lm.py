@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pst_ds.config.data import DataConfig, DataSource, EvalConfig
+from pst_ds.config.data import DataConfig, EvalConfig
 from pst_ds.config.run import ConfigError
 from pst_ds.data.tasks.causal_lm import CausalLM, collate_sequences
 from pst_ds.data.tokens import loading
@@ -22,7 +22,6 @@ from pst_ds.data.tokens.arrays import Starts
 from pst_ds.data.tokens.loading import load_sequences
 from pst_ds.data.tokens.mixed import MixedSequences
 from pst_ds.data.tokens.sequences import Sequences
-from pst_ds.data.tokens.store import TokenStream
 from pst_ds.data.tokens.tokenize import tokenize
 
 TINY = Path(__file__).resolve().parents[1] / "data" / "tiny-llama"
@@ -320,49 +319,3 @@ def test_what_is_drawn_of_a_mixture_has_its_weights():
     assert drawn != task.sample(MixedSequences((large, small), (0.75, 0.25)), 40, 1)[1]
     as_they_are = task.sample(MixedSequences((large, small)), 100, 0)[1]
     assert sorted(as_they_are) == list(range(100))
-
-
-def _remark(data):
-    return CausalLM(EvalConfig()).remark(data, load_sequences(data, "train", TOKENIZER))
-
-
-@pytest.mark.parametrize(
-    ("settings", "fix"),
-    [
-        ({}, 'set data.sample_by = "document"'),
-        ({"sample_by": "paragraph"}, "set data.document_mask = false"),
-        ({"sample_by": "document"}, ""),
-        ({"document_mask": False}, ""),
-        ({"max_length": 12}, ""),
-    ],
-)
-def test_documents_far_shorter_than_a_sequence_are_warned_of(tmp_path, settings, fix):
-    path = _write(tmp_path / "a.txt", (["the warm film"] * 3 + [""]) * 30)
-    data = _data(path, **{"max_length": 64, **settings})
-    said = _remark(data)
-    assert bool(said) is bool(fix)
-    if fix:
-        tokens = 5 if data.sample_by == "line" else 11
-        assert said.startswith(
-            f"data.train = '{path}': the median document has {tokens} tokens, far fewer than data.max_length = 64"
-        )
-        assert said.endswith(fix)
-
-
-def test_short_rows_and_sources_are_warned_of_by_name(tmp_path):
-    path = _write(tmp_path / "a.jsonl", ["the warm film"] * 99)
-    assert _remark(_data(path, max_length=64)).endswith("set data.document_mask = false")
-    long = _write(tmp_path / "b.jsonl", ["the warm film " * 30] * 9)
-    sources = tuple(DataSource(path=str(of)) for of in (long, path))
-    said = _remark(DataConfig(sources=sources, max_length=64))
-    assert said.startswith(f"data.sources.path = '{path}': the median document has 5 tokens")
-
-
-@pytest.mark.parametrize(
-    ("lengths", "median"), [([5] * 9, 5), ([3, 4, 50], 3), ([40_000] * 9, 40_000), ([200_000], 200_000)]
-)
-def test_the_median_document_is_found_in_windows(lengths, median):
-    starts = np.cumsum([0, *lengths[:-1]])
-    stream = TokenStream(np.zeros(sum(lengths), np.int32), Starts(starts), "")
-    assert Sequences.of(stream, 16, trains=True, apart=True).median_document == median
-    assert Sequences.of(stream, 16, trains=True, apart=False).median_document is None

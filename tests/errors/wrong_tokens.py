@@ -43,9 +43,6 @@ TOKENS = {
     "a stream without a weight": Wrong(
         _sources(f"{_TRAIN}, stream = true", _TRAIN), "data.sources", "stream = true", "Give all sources a weight"
     ),
-    "a stream with epochs": Wrong(
-        _sources(f"{_TRAIN}, stream = true, weight = 1.0, epochs = 2"), "data.sources", "epochs = 2", "Remove epochs"
-    ),
     "a stream without the column": Wrong(
         causal_setting("data.train=", f"data.sources=[{{{_TRAIN}, stream = true}}]", 'data.text_columns=["body"]'),
         "tests/data/train.jsonl", "no column 'body'", "Columns: text",

@@ -122,11 +122,3 @@ def test_a_store_that_changed_under_a_run_is_refused(tmp_path, sources):
     reweighted = [{**of, "weight": weight} for of, weight in zip(moved, [0.4, 0.4, 0.2], strict=True)]
     with pytest.raises(ConfigError, match=r"differs from the data of the run in"):
         _train(tmp_path / "run", reweighted, resume=True)
-
-
-def test_a_run_longer_than_its_sources_is_refused(tmp_path, sources):
-    limited = [{**of, "epochs": 0.1} for of in sources]
-    with pytest.raises(
-        ConfigError, match=r"data\.sources have \d+ sequences within their epochs, but the run takes 48"
-    ):
-        _train(tmp_path / "run", limited)

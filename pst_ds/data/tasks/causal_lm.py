@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from pst_ds.config.run import ConfigError, DataConfig
-from pst_ds.data.dataset import file_and_slice
+from pst_ds.config.run import DataConfig
 from pst_ds.data.labelled import GlobalBatches
 from pst_ds.data.model_limits import check_causal_model
-from pst_ds.data.preparation.pieces import format_of
 from pst_ds.data.tasks.task import IGNORED, E, ExampleSet, Task
 from pst_ds.data.tokens.loading import load_sequences
 from pst_ds.data.tokens.mixed import DrawnSequences, MixedReader, MixedSequences
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 Indexed: TypeAlias = Sequences | MixedSequences
-_SHORT_DOCUMENT = 4
-"""A median document is short if this many fit into a sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,23 +127,6 @@ class CausalLM(CausalTask[Indexed]):
             return examples, examples.ordered(np.arange(count), f"sample/{seed}").tolist()
         return super().sample(examples, count, seed)
 
-    def require_enough(self, examples: Indexed, count: int) -> None:
-        most = examples.most if isinstance(examples, MixedSequences) else None
-        if most is not None and most < count:
-            raise ConfigError(
-                f"data.sources have {most} sequences within their epochs, but the run takes {count} (steps x "
-                "train.batch_size). Allow more epochs, or train fewer steps"
-            )
-
-    def remark(self, data: DataConfig, examples: Indexed) -> str:
-        if isinstance(examples, Sequences):
-            return _remark_on_documents(data, f"data.train = {data.train!r}", data.train, examples)
-        for source, of in zip(data.sources, examples.sources, strict=True):
-            setting = f"data.sources.path = {source.path!r}"
-            if isinstance(of, Sequences) and (found := _remark_on_documents(data, setting, source.path, of)):
-                return found
-        return ""
-
     def metrics(self, outcomes: np.ndarray, examples: Indexed) -> dict[str, float]:
         num_bytes = examples.predicted_bytes if isinstance(examples, Sequences) else None
         return language_model_metrics(outcomes[:, 0], examples.num_predicted, num_bytes)
@@ -170,19 +149,6 @@ def language_model_metrics(loss_sums: np.ndarray, num_predicted: int, num_bytes:
         metrics["byte_perplexity"] = _exponential(total / num_bytes)
         metrics["bits_per_byte"] = total / num_bytes / math.log(2)
     return metrics
-
-
-def _remark_on_documents(data: DataConfig, setting: str, where: str, sequences: Sequences) -> str:
-    """Return a warning if documents are far shorter than a sequence. Conversations usually are, without harm."""
-    median = None if sequences.masks_tokens else sequences.median_document
-    if median is None or median * _SHORT_DOCUMENT >= sequences.length:
-        return ""
-    kind, _ = format_of(file_and_slice(where)[0]) or ("", "")
-    fix = 'data.sample_by = "document"' if kind == "text" and data.sample_by == "line" else "data.document_mask = false"
-    return (
-        f"{setting}: the median document has {median} tokens, far fewer than data.max_length = {sequences.length}, and "
-        f"each is learnt without the text before it. If documents are parts of longer ones, set {fix}"
-    )
 
 
 def _exponential(loss: float) -> float:

@@ -118,9 +118,6 @@ class Task(ABC, Generic[E]):
         """Draw ``count`` of ``examples`` without repetition; return a set and indices in it, equal on every rank."""
         return examples, random.Random(seed).sample(range(len(examples)), count)
 
-    def require_enough(self, examples: E, count: int) -> None:
-        """Raise ConfigError if a run may not use ``count`` examples, with repetitions."""
-
     def remark(self, data: DataConfig, examples: E) -> str:
         """Return a warning about the training examples, as a sentence without a full stop, or ""."""
         return ""

@@ -53,7 +53,7 @@ def load_sequences(data: DataConfig, split: str, tokenizer: Tokenizer) -> Sequen
         weights = tuple(of.weight for of in data.sources) if data.sources[0].weight else ()
         if data.streams and not weights:
             weights = (1.0,)
-        return MixedSequences(sources, weights, tuple(of.epochs for of in data.sources) if weights else ())
+        return MixedSequences(sources, weights)
     return _cut(data, split, _stream_of_split(data, split, tokenizer), getattr(data, split))
 
 

@@ -22,19 +22,11 @@ class MixedSequences:
 
     Args:
         sources: Training sequences of equal length.
-        epochs: Maximum epochs over each source, 0 for no limit. Empty for no limits.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Sequences | TextStream],
-        weights: tuple[float, ...] = (),
-        epochs: tuple[float, ...] = (),
-    ):
-        self.sources, self.weights, self.epochs = tuple(sources), weights, epochs
-        passes = epochs or (0.0,) * len(sources)
-        limits = [int(most * len(of)) if most else None for most, of in zip(passes, sources, strict=True)]
-        self._mixture = Mixture(weights, limits) if weights else None
+    def __init__(self, sources: Sequence[Sequences | TextStream], weights: tuple[float, ...] = ()):
+        self.sources, self.weights = tuple(sources), weights
+        self._mixture = Mixture(weights) if weights else None
         self._starts = np.cumsum([0, *map(len, sources)], dtype=np.int64)
         self.apart = any(source.apart for source in sources)
         self.masks_tokens = any(source.masks_tokens for source in sources)
@@ -64,18 +56,13 @@ class MixedSequences:
     @property
     def digest(self) -> str:
         """SHA-256 of all sources and their mixture."""
-        about = [*(source.digest for source in self.sources), repr(self.weights), repr(self.epochs)]
+        about = [*(source.digest for source in self.sources), repr(self.weights)]
         return hashlib.sha256(" ".join(about).encode()).hexdigest()
 
     @property
     def num_predicted(self) -> int:
         """Predicted tokens of all sequences, without streams."""
         return sum(source.num_predicted for source in self.sources if isinstance(source, Sequences))
-
-    @property
-    def most(self) -> int | None:
-        """Maximum number of sequences within the epoch limits; None for no limit."""
-        return None if self._mixture is None else self._mixture.total
 
     def ordered(self, numbers: np.ndarray, seed: int | str) -> np.ndarray:
         """Return the sequences at ``numbers`` of the shuffled mixture: int64."""

@@ -115,69 +115,19 @@ def turns(parts: Sequence[int]) -> np.ndarray:
     return found
 
 
-class _Phase:
-    """A part of the order, from sequence ``start`` on, in which only the sources ``left`` have turns.
-
-    Attributes:
-        taken: Sequences of each source before this phase: (sources,) int64.
-        turns: Source of each turn of a period: (turns,) int64.
-        before: Number of earlier turns of the same source: (turns,) int64.
-        parts: Turns of each source: (sources,) int64.
-    """
-
-    def __init__(self, start: int, taken: np.ndarray, parts: Sequence[int], left: Sequence[int]):
-        common = math.gcd(*(parts[i] for i in left))
-        self.start, self.taken = start, taken
-        self.turns = np.array(left)[turns([parts[i] // common for i in left])]
-        self.before, self.parts = np.empty_like(self.turns), np.zeros(len(parts), np.int64)
-        for i in left:
-            places = np.flatnonzero(self.turns == i)
-            self.before[places], self.parts[i] = np.arange(len(places)), len(places)
-
-    def at(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rounds, turn = np.divmod(numbers - self.start, len(self.turns))
-        source = self.turns[turn]
-        return source, self.taken[source] + rounds * self.parts[source] + self.before[turn]
-
-    def end_of(self, source: int, limit: int) -> int:
-        """Return the number of the sequence after the last of ``source``, which has ``limit`` sequences."""
-        rounds, turn = divmod(limit - int(self.taken[source]) - 1, int(self.parts[source]))
-        return self.start + rounds * len(self.turns) + int(np.flatnonzero(self.turns == source)[turn]) + 1
-
-
 class Mixture:
-    """Assignment of sequences to sources by weight.
+    """Assignment of sequences to sources by ``weights`` above 0, of which only ratios matter."""
 
-    Args:
-        weights: weight of each source, above 0; only ratios matter.
-        limits: maximum sequences of each source, None for no limit. The other sources replace one that is used up.
-    """
-
-    def __init__(self, weights: Sequence[float], limits: Sequence[int | None]):
+    def __init__(self, weights: Sequence[float]):
         parts = parts_of_weights(weights)
-        self.total: int | None = None
-        """Sequences within the limits of all sources; None for no limit."""
-        self._phases: list[_Phase] = []
-        start, taken = 0, np.zeros(len(parts), np.int64)
-        left = [i for i, limit in enumerate(limits) if limit is None or limit > 0]
-        while left:
-            phase = _Phase(start, taken, parts, left)
-            self._phases.append(phase)
-            ends = {i: phase.end_of(i, limit) for i in left if (limit := limits[i]) is not None}
-            if not ends:
-                return
-            start = min(ends.values())
-            rounds, turn = divmod(start - phase.start, len(phase.turns))
-            taken = phase.taken + rounds * phase.parts + np.bincount(phase.turns[:turn], minlength=len(parts))
-            left = [i for i in left if i not in ends or ends[i] > start]
-        self.total = start
+        self._turns, self._parts = turns(parts), np.array(parts)
+        self._before = np.empty_like(self._turns)
+        """Number of earlier turns of the same source in a period: (turns,) int64."""
+        for source, count in enumerate(parts):
+            self._before[self._turns == source] = np.arange(count)
 
     def at(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the source of some sequences of the mixture, and how many of that source came before: both int64."""
-        numbers = np.asarray(numbers, np.int64)
-        phases = np.searchsorted([phase.start for phase in self._phases], numbers, side="right") - 1
-        source, before = np.empty_like(numbers), np.empty_like(numbers)
-        for i in np.unique(phases):
-            chosen = phases == i
-            source[chosen], before[chosen] = self._phases[i].at(numbers[chosen])
-        return source, before
+        rounds, turn = np.divmod(np.asarray(numbers, np.int64), len(self._turns))
+        source = self._turns[turn]
+        return source, rounds * self._parts[source] + self._before[turn]

@@ -13,7 +13,6 @@ from pst_ds.data.tokens.order import in_passes
 from pst_ds.data.tokens.store import TokenStream
 
 _TOKENS_AT_A_TIME = 1 << 20
-_WINDOWS, _WINDOW_TOKENS = 16, 1 << 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,17 +86,6 @@ class Sequences:
     def several_documents(self) -> bool:
         """True if a sequence may have several documents with separate attention."""
         return self.borders is not None and self.borders.several
-
-    @property
-    def median_document(self) -> int | None:
-        """Median tokens of the documents in a few windows of the stream; None without document starts."""
-        if self.borders is None:
-            return None
-        last, lengths = max(0, len(self.tokens) - _WINDOW_TOKENS), [np.empty(0, np.int64)]
-        for first in np.unique(np.linspace(0, last, _WINDOWS, dtype=np.int64)).tolist():
-            lengths.append(np.diff(self.borders.between(first, first + _WINDOW_TOKENS)))
-        found = np.concatenate(lengths)
-        return int(np.median(found)) if len(found) else len(self.tokens)
 
     @property
     def digest(self) -> str:

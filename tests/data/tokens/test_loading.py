@@ -208,7 +208,7 @@ def test_batches_are_the_same_wherever_a_run_goes_on_and_for_every_world_size(co
 def test_a_mixture_of_a_store_and_text(tmp_path):
     text = _jsonl(tmp_path / "a.jsonl", TEXTS[:8])
     store = _prepare(_jsonl(tmp_path / "b.jsonl", TEXTS[8:]), tmp_path / "s")
-    sources = ({"path": str(text), "weight": 0.25}, {"path": str(store), "weight": 0.75, "epochs": 2.0})
+    sources = ({"path": str(text), "weight": 0.25}, {"path": str(store), "weight": 0.75})
     mixed = load_sequences(_mix(*sources), "train", TOKENIZER)
     parts = [load_sequences(_data(path), "train", TOKENIZER) for path in (text, store)]
     assert len(mixed) == len(parts[0]) + len(parts[1])
@@ -240,7 +240,6 @@ def test_tokens_that_are_not_learned_have_no_label():
         ([{"path": "a", "weight": 0.5}, {"path": "b", "weight": 0.4}], ["[0.5, 0.4]", "sum is 0.9", "add up to 1"]),
         ([{"path": "a", "weight": 1.0}, {"path": "b"}], ["[1.0, 0.0]", "above 0"]),
         ([{"path": "a", "weight": -1.0}], ["weight = -1.0", "at least 0"]),
-        ([{"path": "a", "epochs": 2}], ["'a' has epochs = 2.0 and no weight"]),
         ([{"path": ""}], ["data.sources.path", "empty"]),
         ([{"path": "a", "kind": "pictures"}], ["kind = 'pictures'", "'chat'"]),
         ([{"pth": "a"}], ["unknown key", "Did you mean 'path'"]),
@@ -263,7 +262,7 @@ def test_sources_survive_the_run_file_and_go_with_one_task():
     table = {
         "output_dir": "r", "task": "causal-lm", "model": {"path": str(TINY)},
         "train": {"num_steps": 1, "batch_size": 1},
-        "data": {"sources": [{"path": "a", "weight": 0.5, "epochs": 2.0}, {"path": "b", "weight": 0.5}]},
+        "data": {"sources": [{"path": "a", "weight": 0.5}, {"path": "b", "weight": 0.5}]},
     }  # fmt: skip
     run = run_from_table(table)
     assert run_from_table(tomllib.loads(dump_run(run))) == run

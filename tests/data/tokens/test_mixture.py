@@ -28,7 +28,7 @@ def test_counts_are_never_a_sequence_off_the_weights(weights):
 
 @given(_weights, st.integers(0, 10**12))
 def test_any_sequence_is_found_by_its_number(weights, first):
-    mixture = Mixture([float(weight) for weight in weights], [None] * len(weights))
+    mixture = Mixture([float(weight) for weight in weights])
     numbers = np.arange(first, first + 50)
     source, before = mixture.at(numbers)
     shares = [Fraction(weight, sum(weights)) for weight in weights]
@@ -40,26 +40,6 @@ def test_any_sequence_is_found_by_its_number(weights, first):
     one_by_one = [mixture.at(np.array([number])) for number in numbers]
     assert [int(s[0]) for s, _ in one_by_one] == source.tolist()
     assert [int(b[0]) for _, b in one_by_one] == before.tolist()
-
-
-@given(st.lists(st.tuples(st.integers(1, 9), st.one_of(st.none(), st.integers(0, 30))), min_size=1, max_size=5))
-def test_a_source_that_is_used_up_leaves_its_turns_to_the_others(sources):
-    weights, limits = [float(weight) for weight, _ in sources], [limit for _, limit in sources]
-    mixture = Mixture(weights, limits)
-    count = mixture.total if mixture.total is not None else 200
-    source, before = mixture.at(np.arange(count))
-    for i, limit in enumerate(limits):
-        own = before[source == i].tolist()
-        assert own == list(range(len(own)))
-        assert limit is None or len(own) <= limit
-        assert limit is None or mixture.total is None or len(own) == limit
-    if None not in limits:
-        assert mixture.total == sum(limits)
-    # until the first is used up the weights hold
-    until = next((n for n in range(count) if any(before[n] + 1 == limits[i] for i in [source[n]])), count)
-    for i, weight in enumerate(weights):
-        if limits[i] != 0 and 0 not in limits:
-            assert abs((source[:until] == i).sum() - Fraction(weight) / Fraction(sum(weights)) * until) < 1
 
 
 @pytest.mark.parametrize(

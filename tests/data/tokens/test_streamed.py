@@ -204,11 +204,6 @@ def test_a_stream_that_cannot_be_read_is_refused_where_it_is_loaded(tmp_path):
         load_sequences(data, "train", TOKENIZER)
 
 
-def test_a_stream_with_epochs_is_refused():
-    with pytest.raises(ConfigError, match=r"'a' has stream = true and epochs = 1\.0"):
-        DataSource(path="a", stream=True, epochs=1.0, weight=1.0)
-
-
 def test_a_stream_among_others_needs_a_weight():
     with pytest.raises(ConfigError, match=r"'a' has stream = true and no weight.*Give all sources a weight"):
         DataConfig(sources=(DataSource(path="a", stream=True), DataSource(path="b")))
