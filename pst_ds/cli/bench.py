@@ -13,19 +13,10 @@ if TYPE_CHECKING:
     from pst_ds.inference.bench import NativeLoop, Variant
     from pst_ds.report.outcomes import BenchResult, Conditions, Row
 
-SPARSE = ("bitmask", "csr", "2:4")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", metavar="DIR", help="sparse model folder: packed, or dense with pruned weights")
-    add(
-        "--formats",
-        nargs="+",
-        choices=SPARSE,
-        default=[],
-        help="default: the folder's, and those that suit its weights",
-    )
+    add("model", metavar="DIR", help="folder packed by pst-ds export")
     add("--batch", type=_counts, default=[1], metavar="N,...", help="sequences per batch (default: 1)")
     add("--prompt-tokens", type=count, default=128, metavar="N", help="(default: 128)")
     add("--new-tokens", type=count, default=32, metavar="N", help="(default: 32)")
@@ -48,7 +39,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if isinstance(positions, int) and args.prompt_tokens + new_tokens > positions:
         what = f"--prompt-tokens and --new-tokens come to {args.prompt_tokens + new_tokens}"
         raise InputError(f"{args.model} has {positions} positions, and {what}. Lower them")
-    by_name: dict[str, Variant | NativeLoop] = {**variants(folder, args.formats, args.dtype)}
+    by_name: dict[str, Variant | NativeLoop] = {**variants(folder, args.dtype)}
     if loop := NativeLoop.of(folder, args.prompt_tokens + new_tokens, max(args.batch)):
         by_name["native loop"] = loop
     threads_before, rows = torch.get_num_threads(), []

@@ -91,7 +91,7 @@ def _lines_of_comparison(split: str, compared: Comparison, *, quantised: bool) -
         yield (
             f"kept sparse: {kept.differing_weights} of {kept.layers} layers differ, "
             f"{kept.differing_predictions} predictions differ, largest logit difference "
-            f"{kept.max_logit_difference:.3g}, allowed {kept.allowed_logit_difference:.3g} ({kept.rule})"
+            f"{kept.max_logit_difference:.3g}, allowed {kept.allowed_logit_difference:.3g}"
         )
     if (trained := compared.inputs) is not None:
         yield (

@@ -18,14 +18,12 @@ from transformers import PreTrainedModel
 
 from pst_ds.core.kernels.host import cpu_name
 from pst_ds.errors import InputError
-from pst_ds.formats import FORMATS, FormatError
+from pst_ds.formats import FORMATS
 from pst_ds.inference.decoder import Decoder, DecoderError
 from pst_ds.inference.hf.model_folder import ModelFolder
-from pst_ds.inference.runtime import SparseLinear, native, sparse_layers
+from pst_ds.inference.runtime import native, sparse_layers
 from pst_ds.inference.runtime.attention import quicken_decoding
 from pst_ds.inference.runtime.dense import PrepackedLinear, can_prepack, prepack
-from pst_ds.inference.runtime.ops import CSR_FROM_SPARSITY
-from pst_ds.nn.model_structure import is_conv1d, untied_linear_layers
 from pst_ds.progress import Progress
 
 
@@ -81,11 +79,10 @@ class NativeLoop:
         return [prefill], steps
 
 
-def variants(folder: ModelFolder, formats: list[str], dtype: str) -> dict[str, Variant]:
-    """Return the models by name: "dense" (transformers unchanged), "prepacked", and each sparse format.
+def variants(folder: ModelFolder, dtype: str) -> dict[str, Variant]:
+    """Return the models by name: "dense" (transformers unchanged), "prepacked", and the folder's packed format.
 
-    ``formats`` default to :func:`default_formats`. All but "dense" have a fast output layer and fast attention. Raises
-    InputError.
+    All but "dense" have a fast output layer and fast attention. Raises InputError.
     """
     plain = folder.load("dense", dtype)
     by_name = {"dense": Variant(plain, folder.weight_file_bytes if folder.format == "dense" else None)}
@@ -94,55 +91,10 @@ def variants(folder: ModelFolder, formats: list[str], dtype: str) -> dict[str, V
         prepack(packed, vectors=1)
         quicken_decoding(packed)
         by_name["prepacked"] = Variant(packed)
-    for name in formats or default_formats(folder, plain):
-        by_name[name] = _sparse(folder, plain, name, dtype)
-        quicken_decoding(by_name[name].model)
+    if folder.format in FORMATS:
+        by_name[folder.format] = Variant(folder.load("sparse", dtype), folder.weight_file_bytes)
+        quicken_decoding(by_name[folder.format].model)
     return by_name
-
-
-def default_formats(folder: ModelFolder, plain: PreTrainedModel) -> list[str]:
-    """Return the folder's format (bitmask for a dense one), csr if it beats expansion, and 2:4 if it applies."""
-    weights = [m.weight.t() if is_conv1d(m) else m.weight for m in untied_linear_layers(plain).values()]
-    kept, all_weights = sum(int(w.count_nonzero()) for w in weights), sum(w.numel() for w in weights)
-    found = [folder.format if folder.format in FORMATS else "bitmask", "bitmask"]
-    found += ["csr"] if kept <= (1 - CSR_FROM_SPARSITY) * all_weights else []
-    found += ["2:4"] if all(map(is_two_four, weights)) else []
-    return list(dict.fromkeys(found))
-
-
-def is_two_four(weight: Tensor) -> bool:
-    """Return whether an (O, I) matrix has at most two non-zero weights in every four consecutive inputs."""
-    if weight.dim() != 2 or weight.shape[1] % 4:
-        return False
-    return bool(((weight != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all())
-
-
-def _sparse(folder: ModelFolder, plain: PreTrainedModel, name: str, dtype: str) -> Variant:
-    """Load the folder if it has the format; otherwise convert a copy of the dense model layer by layer."""
-    if folder.format == name:
-        return Variant(folder.load("sparse", dtype), folder.weight_file_bytes)
-    model = copy.deepcopy(plain)
-    if not make_sparse(model, name):
-        raise InputError(
-            f"{folder.path}: no linear layer can be packed as {name} and become smaller. Omit {name} from --formats"
-        )
-    return Variant(model)
-
-
-@torch.no_grad()
-def make_sparse(model: nn.Module, format_name: str) -> int:
-    """Pack each linear layer that ``format_name`` makes smaller, in place, as an export does. Return their number."""
-    made = 0
-    for name, module in untied_linear_layers(model).items():
-        weight = module.weight.t().contiguous() if is_conv1d(module) else module.weight
-        try:
-            layer = SparseLinear.from_dense(weight, module.bias, format_name)
-        except FormatError:
-            continue  # a group of four with three kept weights
-        if sum(part.nbytes for part in layer.parts().values()) < weight.nbytes:
-            model.set_submodule(name, layer.train(module.training))
-            made += 1
-    return made
 
 
 def resident_bytes(model: nn.Module) -> int:

@@ -159,12 +159,6 @@ VERBS = {
         "80",
         "Lower them",
     ),
-    "bench of a format that does not fit": Wrong(
-        words("bench", "{made}/causal-dense", "--formats", "2:4", "--prompt-tokens", "4", "--new-tokens", "2"),
-        "{made}/causal-dense",
-        "2:4",
-        "Omit 2:4 from --formats",
-    ),
     "bench of no sequences": Wrong(
         words("bench", "{made}/causal-dense", "--batch", "0"), "--batch", "'0'", "at least 1"
     ),

@@ -1,12 +1,10 @@
-"""The greedy loop against whole forward passes, and which weights are 2:4."""
+"""The greedy loop against whole forward passes."""
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from pst_ds.inference.bench import GreedyDecoder, is_two_four
+from pst_ds.inference.bench import GreedyDecoder
 
 
 def _llama():
@@ -31,11 +29,3 @@ def test_tokens_are_those_of_whole_forward_passes(make):
     for tokens in found:
         assert torch.equal(tokens, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1))
         ids = torch.cat([ids, tokens], 1)
-
-
-@given(
-    st.lists(st.lists(st.sampled_from([0.0, -0.0, 1.5, float("nan")]), min_size=8, max_size=8), min_size=1, max_size=3)
-)
-def test_two_four_is_what_counting_says(rows):
-    expected = all(sum(x != 0 for x in row[i : i + 4]) <= 2 for row in rows for i in (0, 4))
-    assert is_two_four(torch.tensor(rows)) == expected

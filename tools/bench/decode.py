@@ -69,7 +69,7 @@ def packed_folder(top: Path, sparsity: float) -> ModelFolder:
 def models(packed: dict[float, ModelFolder]) -> dict[str, benched.Variant]:
     found: dict[str, benched.Variant] = {}
     for sparsity, folder in packed.items():
-        made = benched.variants(folder, ["bitmask"], "bf16")
+        made = benched.variants(folder, "bf16")
         found |= {name: model for name, model in made.items() if name != "bitmask" and name not in found}
         found[f"bitmask-{100 * sparsity:g}"] = made["bitmask"]
     return dict(sorted(found.items(), key=lambda item: item[0].startswith("bitmask")))

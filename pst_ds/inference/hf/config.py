@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import Literal, get_args
 
@@ -54,9 +53,7 @@ class PackedWeightsConfig(QuantizationConfigMixin):
             raise PackedFolderError(f"load_as is 'auto', 'dense' or 'sparse', got {load_as!r}")
         for key in unknown:
             known = ("load_as", *_FOLDER_KEYS)
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
-            raise PackedFolderError(f"quantization_config of pst_ds: unknown key {key!r}. {hint}")
+            raise PackedFolderError(f"quantization_config of pst_ds: unknown key {key!r}. Known: {', '.join(known)}.")
 
     @property
     def dequantize(self) -> bool:

@@ -167,13 +167,6 @@ def expand_on_device(compressed: Tensor, bitmask: Tensor, columns: int) -> Tenso
     return torch.zeros(keep.shape, dtype=compressed.dtype, device=compressed.device).masked_scatter_(keep, compressed)
 
 
-def expand_bitmask(compressed: Tensor, bitmask: Tensor, row_offsets: Tensor, columns: int) -> Tensor:
-    """Expand bitmask parts to the dense (O, I) weight, in the faster way for their device."""
-    if compressed.device.type != "cpu":
-        return expand_on_device(compressed, bitmask, columns)
-    return _expand_rows(compressed, bitmask, row_offsets, columns, 0, bitmask.shape[0])
-
-
 def _expand_rows(
     compressed: Tensor, bitmask: Tensor, row_offsets: Tensor, columns: int, first: int, last: int
 ) -> Tensor:

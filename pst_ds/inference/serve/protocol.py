@@ -7,7 +7,6 @@ import json
 import time
 import uuid
 from collections.abc import Collection, Mapping
-from itertools import islice
 from typing import Annotated, Literal
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -19,8 +18,6 @@ ChatMessage = dict[str, str]
 """``role`` and ``content``."""
 _NAME_CHARACTERS = 64
 """Characters of an unknown field's name that a message quotes."""
-_NAMES_COMPARED = 32
-"""Fields among which a misspelt one is looked for."""
 _WITHOUT_EFFECT = {
     *("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
     *("parallel_tool_calls", "max_tokens"),
@@ -151,10 +148,6 @@ def chat_request(table: object) -> ChatRequest:
         loc = first["loc"][:1] if first["loc"][0] == "stop" else first["loc"]
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
         what = "Input should be an object" if first["type"] == "model_type" else first["msg"]
-        if first["type"] == "missing":
-            names = [name[:_NAME_CHARACTERS] for name in islice(first["input"], _NAMES_COMPARED)]
-            if near := difflib.get_close_matches(str(loc[-1]), names, n=1):
-                what = f"{what}. Is {near[0]!r} misspelt?"
         raise ProtocolError(400, f"{place}: {what}", param=place) from None
     asked.require_known("", _WITHOUT_EFFECT, _NOT_SERVED)
     asked.stream_options.require_known("stream_options.", ("include_obfuscation",), {})

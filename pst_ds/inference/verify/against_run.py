@@ -69,8 +69,6 @@ class KeptSparse:
     differing_predictions: int
     max_logit_difference: float
     allowed_logit_difference: float
-    rule: str
-    """Formula of the allowed difference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +129,7 @@ def _compare_exact(run: MaskedRun) -> tuple[Comparison, nn.Module]:
         differing_weights=sum(not torch.equal(ours, theirs) for ours, theirs in pairs),
         differing_predictions=differing,
         max_logit_difference=difference,
-        allowed_logit_difference=allowed_difference(dtype, len(pairs), inputs)[0] * largest.value,
+        allowed_logit_difference=allowed_difference(dtype, len(pairs), inputs) * largest.value,
         metrics=metrics,
         rounding=rounding,
         vocabulary=fewer,
@@ -192,12 +190,12 @@ def _compare_sparse(run: MaskedRun, plain: nn.Module) -> KeptSparse:
     largest = LargestLogit(run.model)
     predictions, difference, _ = run.compare(largest, sparse)
     dtype = next(plain.parameters()).dtype
-    allowed, rule = allowed_difference(dtype, len(layers), max((n.in_features for n in layers.values()), default=1))
-    return KeptSparse(len(layers), differing, predictions, difference, allowed * largest.value, rule)
+    allowed = allowed_difference(dtype, len(layers), max((n.in_features for n in layers.values()), default=1))
+    return KeptSparse(len(layers), differing, predictions, difference, allowed * largest.value)
 
 
-def allowed_difference(dtype: torch.dtype, num_layers: int, inputs: int) -> tuple[float, str]:
-    """Return how far two computations of the same logits may differ, relative to the largest logit, and the formula.
+def allowed_difference(dtype: torch.dtype, num_layers: int, inputs: int) -> float:
+    """Return how far two computations of the same logits may differ, relative to the largest logit.
 
     Each of ``num_layers`` rounds its outputs by at most one unit, u = eps / 2, and independent errors add up like the
     square root of their number; there are two computations: 2 u sqrt(layers). An fp32 product is also summed in another
@@ -206,10 +204,7 @@ def allowed_difference(dtype: torch.dtype, num_layers: int, inputs: int) -> tupl
     """
     unit = torch.finfo(dtype).eps / 2
     share = ROUNDINGS * unit * math.sqrt(max(num_layers, 1))
-    rule = f"{ROUNDINGS:g} x {unit:.3g} x sqrt({num_layers} layers)"
-    if dtype in (torch.float32, torch.float64):
-        share, rule = share * math.sqrt(inputs), f"{rule} x sqrt({inputs} inputs)"
-    return share, f"{rule} x the largest logit"
+    return share * math.sqrt(inputs) if dtype in (torch.float32, torch.float64) else share
 
 
 def _loaded(run: MaskedRun, load_as: Literal["", "dense", "sparse"]) -> nn.Module:

@@ -33,11 +33,6 @@ def test_a_long_wrong_list_costs_one_error(wrong):
     assert caught.value.error_count() == 1
 
 
-def test_a_misspelt_field_is_named():
-    with pytest.raises(ProtocolError, match=r"^messages: Field required\. Is 'mesages' misspelt\?$"):
-        chat_request({"model": "m", "mesages": HELLO["messages"]})
-
-
 def test_what_a_request_leaves_out_has_the_protocols_defaults():
     asked = chat_request(HELLO)
     assert (asked.model, asked.max_tokens, asked.seed, asked.stop, asked.stream) == ("m", None, None, (), False)
