@@ -11,7 +11,7 @@ belong to a block or to a group of N:M instead of a single weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -99,6 +99,14 @@ class Cut:
             stay = equal.flatten().nonzero().flatten()[self.ties :]
             kept.view(-1)[stay] = True
         return kept, Cut(self.threshold, max(0, self.ties - num_equal))
+
+    def keep_all(self, keys: Iterable[Tensor]) -> list[Tensor]:
+        """Return the uint8 masks of consecutive ``keys``."""
+        cut, found = self, []
+        for some in keys:
+            kept, cut = cut.keep(some)
+            found.append(kept.to(torch.uint8))
+        return found
 
 
 def prune_count(sparsity: float, numel: int) -> int:

@@ -10,14 +10,14 @@ over all calibration tokens; O = out_features, I = in_features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from pst_ds.core.layout import WeightLayout
-from pst_ds.core.one_shot.gram import DAMPING, UnitGram, least_squares, scaled_gram
-from pst_ds.core.one_shot.scored import Compensated, keep_by_score
+from pst_ds.core.one_shot.gram import UnitGram, least_squares, regularised_inverse
+from pst_ds.core.one_shot.scored import Compensated, joined
+from pst_ds.core.one_shot.shares import ALONE, Ranks, Share, keep_in_panel, keep_together
 from pst_ds.core.patterns import Pattern
 
 FIRST_PENALTY = 0.1
@@ -25,51 +25,93 @@ PENALTY_GROWTH = 1.3
 ROUNDS_PER_PENALTY = 3
 """Penalties are fractions of H's diagonal; the authors increase theirs every three rounds too."""
 ROUNDS = 30
-"""Doubling it changes the errors of the layers of a 135M Llama by less than 0.1 %."""
+"""Doubling it changes the errors of the layers of a 135M Llama by less than 0.5 %."""
+GRADIENT_STEPS = 6
+"""Steps from the last round's weights to the best under the mask: 15 change the errors by less than 0.05 %."""
 
 
-@dataclass(frozen=True, slots=True)
-class InputSpectrum(UnitGram):
-    """A layer's input statistics with their eigenvalues, computed once per layer by :func:`input_spectrum`."""
+def alps(
+    weight: Tensor,
+    inputs: UnitGram,
+    pattern: Pattern,
+    sparsity: float,
+    *,
+    rounds: int = ROUNDS,
+    rounds_per_penalty: int = ROUNDS_PER_PENALTY,
+    dtype: torch.dtype = torch.float32,
+) -> Compensated:
+    """Prune one matrix (O, I): return its mask and the weights whose outputs are nearest to those of ``weight``.
 
-    values: Tensor
-    """(I,) fp32: eigenvalues of ``gram``."""
-    vectors: Tensor
-    """(I, I) fp32: eigenvectors, one per column."""
-
-    def inverse(self, penalty: float) -> Tensor:
-        """Return (gram + penalty * identity)^-1, (I, I)."""
-        return (self.vectors / (self.values + penalty)) @ self.vectors.t()
-
-
-def input_spectrum(gram: Tensor, damping: float = DAMPING) -> InputSpectrum:
-    """Damp ``gram`` = X'X, (I, I), scale and decompose it in double precision. Raises FloatingPointError."""
-    norms, scaled, dead = scaled_gram(gram, damping)
-    values, vectors = torch.linalg.eigh(scaled)
-    norms, scaled, values, vectors = (part.to(torch.float32) for part in (norms, scaled, values, vectors))
-    return InputSpectrum(norms, scaled, dead, values.clamp_(min=0.0), vectors)
-
-
-def alps(weight: Tensor, inputs: InputSpectrum, pattern: Pattern, sparsity: float, rounds: int = ROUNDS) -> Compensated:
-    """Prune a matrix (O, I): return the mask and the weights whose outputs are nearest to the outputs of ``weight``.
-
-    Supports all patterns within a matrix, with the counts of :func:`keep_by_score`. Raises ValueError for patterns that
-    pool matrices, and FloatingPointError for a weight that is not finite.
+    ``dtype``: that of the products in the rounds. bf16 raises the errors by 0.2 %. Raises ValueError for patterns that pool matrices, and FloatingPointError for a weight that is not finite.
     """
-    wanted = weight.to(torch.float32) * inputs.norms
-    if not bool(torch.isfinite(wanted).all()):
-        raise FloatingPointError("weights are not finite")
-    layout = WeightLayout(*weight.shape)
-    pulled, sparse, multiplier, penalty = wanted @ inputs.gram, wanted, torch.zeros_like(wanted), FIRST_PENALTY
-    keep = torch.ones(weight.shape, dtype=torch.uint8, device=weight.device)
-    for turn in range(rounds):
-        if turn % ROUNDS_PER_PENALTY == 0:
-            penalty *= PENALTY_GROWTH if turn else 1.0
-            inverse = inputs.inverse(penalty)
-        dense = (pulled - multiplier + penalty * sparse) @ inverse
-        shifted = dense + multiplier / penalty
-        keep = keep_by_score(shifted.square().masked_fill_(inputs.dead, 0.0), layout, pattern, sparsity)
-        sparse = shifted * keep
-        multiplier += penalty * (dense - sparse)
-    found = least_squares(sparse, keep, pulled, inputs.gram) / inputs.norms
-    return Compensated(found.masked_fill_(keep == 0, 0.0), keep)
+    share = Share.of(weight, pattern, sparsity)
+    options = {"rounds": rounds, "rounds_per_penalty": rounds_per_penalty}
+    return alps_of_shares([share], inputs, dtype=dtype, **options)[0]
+
+
+def alps_of_shares(
+    shares: Sequence[Share],
+    inputs: UnitGram,
+    ranks: Ranks = ALONE,
+    *,
+    rounds: int = ROUNDS,
+    rounds_per_penalty: int = ROUNDS_PER_PENALTY,
+    dtype: torch.dtype = torch.float32,
+) -> list[Compensated]:
+    """Prune matrices with the same ``inputs``; return mask and weights of this rank's rows. Collective over ``ranks``.
+
+    Raises FloatingPointError, on all ranks, for a weight that is not finite.
+    """
+    for share in shares:
+        share.require_finite()
+    states = [[_Panel(share.weight[rows], inputs) for rows in share.panels] for share in shares]
+    alone = [(s, share) for s, share in zip(states, shares, strict=True) if not share.ranks_rows_together]
+    pooled = [(s, share) for s, share in zip(states, shares, strict=True) if share.ranks_rows_together]
+    penalties = [FIRST_PENALTY * PENALTY_GROWTH**i for i in range(-(-rounds // rounds_per_penalty))]
+    for number, (penalty, exact) in enumerate(_inverses(inputs.gram, penalties, ranks)):
+        inverse = exact.to(dtype)
+        turns = range(min(rounds_per_penalty, rounds - number * rounds_per_penalty))
+        for panel, share in ((panel, share) for own, share in alone for panel in own):
+            for _ in turns:  # all rounds of a panel while it is in the cache
+                panel.keep = keep_in_panel(panel.scores(penalty, inverse), share)
+        for _ in turns if pooled else ():
+            scores = [[panel.scores(penalty, inverse) for panel in own] for own, _ in pooled]
+            for (own, _), masks in zip(pooled, keep_together(scores, [s for _, s in pooled], ranks), strict=True):
+                for panel, keep in zip(own, masks, strict=True):
+                    panel.keep = keep
+    return [joined([panel.solution() for panel in own], share) for own, share in zip(states, shares, strict=True)]
+
+
+class _Panel:
+    """Rows of W and D. With penalty p, the multiplier of W = D is p (W - D): p W where pruned, 0 where kept."""
+
+    def __init__(self, weight: Tensor, inputs: UnitGram):
+        self._inputs = inputs
+        self._shifted = (weight.to(torch.float32) * inputs.norms).contiguous()
+        self._pulled = self._shifted @ inputs.gram
+        self._penalty = 0.0
+        self.keep = torch.ones(weight.shape, dtype=torch.uint8, device=weight.device)
+
+    def scores(self, penalty: float, inverse: Tensor) -> Tensor:
+        """Move W to the outputs and to D; return the scores of its weights."""
+        kept = self._shifted * self.keep
+        pruned = self._shifted.sub_(kept)
+        pull = torch.add(self._pulled, kept, alpha=penalty).sub_(pruned, alpha=self._penalty)
+        self._shifted = pruned.mul_(self._penalty / penalty).add_(pull.to(inverse.dtype) @ inverse)
+        self._penalty = penalty
+        return (self._shifted * self._inputs.alive).square_()
+
+    def solution(self) -> Compensated:
+        """Return the mask and the best weights under it."""
+        start = self._shifted.masked_fill_(self.keep == 0, 0.0)
+        found = least_squares(start, self.keep, self._pulled, self._inputs.gram, GRADIENT_STEPS) / self._inputs.norms
+        return Compensated(found.masked_fill_(self.keep == 0, 0.0), self.keep)
+
+
+def _inverses(gram: Tensor, penalties: Sequence[float], ranks: Ranks) -> Iterator[tuple[float, Tensor]]:
+    """Yield each penalty and (gram + penalty * identity)^-1. Collective: each rank inverts the next of its turn."""
+    for first in range(0, len(penalties), ranks.number):
+        together = penalties[first : first + ranks.number]
+        own = regularised_inverse(gram, together[min(ranks.own, len(together) - 1)])
+        for source, penalty in enumerate(together):
+            yield penalty, ranks.broadcast(own, source)

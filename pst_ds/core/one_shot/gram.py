@@ -24,6 +24,8 @@ class UnitGram:
     """(I, I) fp32 with ones on the diagonal."""
     dead: Tensor
     """(I,) bool: inputs that were zero on every token, whose weights are pruned first."""
+    alive: Tensor
+    """(I,) fp32: 0 for dead inputs, else 1."""
 
 
 def damped_gram(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
@@ -42,17 +44,20 @@ def damped_gram(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]
     return damped, dead
 
 
-def scaled_gram(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (norms (I,), Gram matrix (I, I) of inputs divided by them, dead (I,)) of a damped ``gram``, in fp64."""
-    damped, dead = damped_gram(gram, damping)
-    norms = damped.diagonal().sqrt()
-    return norms, damped / norms.unsqueeze(1) / norms, dead
-
-
 def unit_gram(gram: Tensor, damping: float = DAMPING) -> UnitGram:
     """Damp ``gram`` = X'X, (I, I), and divide the inputs by their norms. Raises FloatingPointError."""
-    norms, scaled, dead = scaled_gram(gram, damping)
-    return UnitGram(norms.to(torch.float32), scaled.to(torch.float32), dead)
+    damped, dead = damped_gram(gram, damping)
+    norms = damped.diagonal().sqrt()
+    damped /= norms
+    damped /= norms.unsqueeze(1)
+    return UnitGram(norms.to(torch.float32), damped.to(torch.float32), dead, 1.0 - dead.to(torch.float32))
+
+
+def regularised_inverse(gram: Tensor, penalty: float) -> Tensor:
+    """Return (gram + penalty * identity)^-1, (I, I) fp32, of a ``gram`` with ones on its diagonal."""
+    raised = gram.clone()
+    raised.diagonal().add_(penalty)
+    return torch.cholesky_inverse(torch.linalg.cholesky_ex(raised).L)
 
 
 GRADIENT_STEPS = 15
@@ -65,15 +70,15 @@ def least_squares(start: Tensor, keep: Tensor, pulled: Tensor, gram: Tensor, ste
     with norm 1.
     """
     found, mask = start.clone(), keep.to(start.dtype)
-    residual = (pulled - found @ gram) * mask
+    residual = (pulled - found @ gram).mul_(mask)
     direction, size = residual.clone(), residual.square().sum(1, keepdim=True)
     for _ in range(steps):
-        moved = (direction @ gram) * mask
+        moved = (direction @ gram).mul_(mask)
         step = _ratio(size, (direction * moved).sum(1, keepdim=True))
-        found += step * direction
-        residual -= step * moved
+        found.addcmul_(step, direction)
+        residual.addcmul_(-step, moved)
         size, before = residual.square().sum(1, keepdim=True), size
-        direction = residual + _ratio(size, before) * direction
+        direction.mul_(_ratio(size, before)).add_(residual)
     return found
 
 

@@ -9,6 +9,7 @@ x_j are the values of input j over all calibration tokens. O = out_features, I =
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, order_keys
 from pst_ds.core.layout import Rect, WeightLayout
+from pst_ds.core.one_shot.shares import Share
 from pst_ds.core.patterns import Pattern
 from pst_ds.core.select import MatrixKeys, prune_count, select
 from pst_ds.core.units import block_keys, expand_units, keep_in_rows, keep_n_of_m
@@ -31,6 +33,17 @@ class Compensated:
     """(O, I) uint8, 0/1."""
     scales: Tensor | None = None
     """(O, groups) bf16, if quantised."""
+
+
+def joined(panels: Sequence[Compensated], share: Share) -> Compensated:
+    """Join the panels of this rank's ``share``; without any, return no rows."""
+    none = share.weight.new_empty(0, share.weight.shape[1], dtype=torch.float32)
+    scales = [panel.scales for panel in panels if panel.scales is not None]
+    return Compensated(
+        torch.cat([none, *(panel.weight for panel in panels)]),
+        torch.cat([none.to(torch.uint8), *(panel.keep for panel in panels)]),
+        torch.cat(scales) if scales else None,
+    )
 
 
 def wanda_scores(weight: Tensor, input_norms: Tensor, *, transposed: bool = False) -> Tensor:

@@ -11,20 +11,19 @@ out_features, I = in_features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pst_ds.core.keys import order_keys
-from pst_ds.core.layout import WeightLayout
 from pst_ds.core.one_shot.gram import DAMPING, damped_gram
-from pst_ds.core.one_shot.scored import Compensated, keep_but
+from pst_ds.core.one_shot.scored import Compensated, joined
+from pst_ds.core.one_shot.shares import ALONE, Ranks, Share, keep_in_panel
 from pst_ds.core.patterns import Pattern
 from pst_ds.core.quantization import LEAST_SCALE, SCALE_DTYPE, UNUSED_SCALE, Grid, group_scales, rounded_codes
-from pst_ds.core.select import prune_count
-from pst_ds.core.units import keep_in_rows, keep_n_of_m
+from pst_ds.core.select import MatrixKeys, prune_count, select
+from pst_ds.core.units import keep_in_rows
 
 COLUMNS_AT_A_TIME = 128
 """Inputs whose mask SparseGPT chooses together (the paper's)."""
@@ -65,7 +64,21 @@ def sparsegpt(
     grid: Grid | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Compensated:
-    """Prune a matrix (O, I), and quantise it if ``grid`` is given: SparseGPT, algorithm 1 of the paper.
+    """Prune one matrix (O, I), see :func:`sparsegpt_of_share`."""
+    share = Share.of(weight, pattern, sparsity)
+    return sparsegpt_of_share(share, factor, columns_at_a_time=columns_at_a_time, grid=grid, dtype=dtype)
+
+
+def sparsegpt_of_share(
+    share: Share,
+    factor: InverseFactor,
+    ranks: Ranks = ALONE,
+    *,
+    columns_at_a_time: int = COLUMNS_AT_A_TIME,
+    grid: Grid | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Compensated:
+    """Prune this rank's rows, and quantise them if ``grid`` is given: SparseGPT, algorithm 1 of the paper. Collective.
 
     The inputs are passed from first to last. The mask of ``columns_at_a_time`` inputs is chosen at the first of them,
     by w^2 / U_jj^2 of the weights at that point; for N:M, the mask of a group of M. The weights of later inputs then
@@ -77,50 +90,68 @@ def sparsegpt(
     group is searched at its first input, over the weights that are kept by the scores at that point. ``dtype``: the
     dtype that the weight will be stored in; its codes can be recovered from it.
 
-    Raises ValueError for other patterns and for groups that do not divide I, and FloatingPointError for a weight that
-    is not finite.
+    Raises ValueError for other patterns and for groups that do not divide I, and FloatingPointError, on all ranks, for
+    a weight that is not finite.
     """
-    if pattern.kind not in ("matrix", "row", "n:m"):
-        raise ValueError(f'SparseGPT has the patterns "matrix", "row" and N:M, not {str(pattern)!r}')
-    pattern.require_fit(WeightLayout(weight.shape[0], weight.shape[1]))
-    choose = _by_saliency(pattern, sparsity, factor)
-    return _compensated(weight, factor, choose, pattern.m, columns_at_a_time, grid, dtype)
+    if share.pattern.kind not in ("matrix", "row", "n:m"):
+        raise ValueError(f'SparseGPT has the patterns "matrix", "row" and N:M, not {str(share.pattern)!r}')
+    share.require_finite()
+    rows = [_Rows(share.weight[panel], grid, dtype) for panel in share.panels]
+    _pass_all(rows, factor, _by_saliency(share, factor, ranks), share.pattern.m, columns_at_a_time, grid)
+    return joined([one.made for one in rows], share)
 
 
 def round_under_mask(
-    weight: Tensor,
-    keep: Tensor,
-    factor: InverseFactor,
-    grid: Grid,
-    columns_at_a_time: int = COLUMNS_AT_A_TIME,
-    *,
-    dtype: torch.dtype = torch.float32,
+    share: Share, keep: Tensor, factor: InverseFactor, grid: Grid, *, dtype: torch.dtype
 ) -> Compensated:
-    """Quantise the kept weights of a matrix (O, I) under a mask as :func:`sparsegpt` does with ``grid``: GPTQ.
+    """Quantise the kept weights of this rank's rows under a mask as :func:`sparsegpt_of_share` does: GPTQ.
 
     ``keep``: (O, I), true or 1 for kept weights. Pruned weights that are not 0 are compensated for.
     """
+    share.require_finite()
+    rows = [_Rows(share.weight[panel], grid, dtype) for panel in share.panels]
+    masks = [keep[panel].to(torch.uint8) for panel in share.panels]
 
-    def choose(_left: Tensor, start: int, stop: int) -> Tensor:
-        return (keep[:, start:stop] != 0).to(torch.uint8)
+    def choose(_rows: Sequence[_Rows], start: int, stop: int) -> list[Tensor]:
+        return [mask[:, start:stop] for mask in masks]
 
-    return _compensated(weight, factor, choose, 0, columns_at_a_time, grid, dtype)
-
-
-Choice = Callable[[Tensor, int, int], Tensor]
-"""Returns the uint8 mask (O, stop - start) of inputs [start, stop) from the current weights (O, I)."""
+    _pass_all(rows, factor, choose, 0, COLUMNS_AT_A_TIME, grid)
+    return joined([one.made for one in rows], share)
 
 
-def _by_saliency(pattern: Pattern, sparsity: float, factor: InverseFactor) -> Choice:
-    def choose(left: Tensor, start: int, stop: int) -> Tensor:
-        saliency = (left[:, start:stop] / factor.upper.diagonal()[start:stop]).square()
-        keys = order_keys(saliency.masked_fill_(factor.dead[start:stop], 0.0))
-        if pattern.kind == "n:m":
-            return keep_n_of_m(keys, (1, pattern.m), pattern.m - pattern.n)
-        if pattern.kind == "row":
-            return keep_in_rows(keys, (1, stop - start), prune_count(sparsity, stop) - prune_count(sparsity, start))
-        so_far, before = (prune_count(sparsity, len(left) * end) for end in (stop, start))
-        return keep_but(keys, so_far - before)
+class _Rows:
+    """The rows of a panel: weights that are not passed yet are still to be corrected."""
+
+    def __init__(self, weight: Tensor, grid: Grid | None, dtype: torch.dtype):
+        self.left = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        self.keep = torch.ones(weight.shape, dtype=torch.uint8, device=weight.device)
+        self.rounder = None if grid is None else _Rounder(grid, self.left, dtype)
+
+    @property
+    def made(self) -> Compensated:
+        return Compensated(self.left, self.keep, None if self.rounder is None else self.rounder.scales)
+
+
+Choice = Callable[[Sequence[_Rows], int, int], list[Tensor]]
+"""Returns the uint8 masks (rows, stop - start) of inputs [start, stop) from the current weights."""
+
+
+def _by_saliency(share: Share, factor: InverseFactor, ranks: Ranks) -> Choice:
+    sparsity = share.sparsity
+
+    def choose(rows: Sequence[_Rows], start: int, stop: int) -> list[Tensor]:
+        by = factor.upper.diagonal()[start:stop]
+        dead = factor.dead[start:stop]
+        scores = [(one.left[:, start:stop] / by).square().masked_fill_(dead, 0.0) for one in rows]
+        if share.pattern.kind == "n:m":
+            return [keep_in_panel(one, share) for one in scores]
+        if share.pattern.kind == "row":
+            count = prune_count(sparsity, stop) - prune_count(sparsity, start)
+            return [keep_in_rows(one.view(torch.int32), (1, stop - start), count) for one in scores]
+        so_far, before = (prune_count(sparsity, len(share.weight) * end) for end in (stop, start))
+        keys = [one.view(torch.int32) for one in scores]
+        (cut,) = select([MatrixKeys(so_far - before, keys.__iter__)], ranks.sums, share.weight.device)
+        return cut.keep_all(keys)
 
     return choose
 
@@ -150,55 +181,40 @@ class _Rounder:
         return rounded_codes(column, scales, self._grid).mul_(scales).add_(0.0)
 
 
-def _compensated(
-    weight: Tensor,
-    factor: InverseFactor,
-    choose: Choice,
-    unit: int,
-    at_a_time: int,
-    grid: Grid | None,
-    dtype: torch.dtype,
-) -> Compensated:
+def _pass_all(
+    rows: Sequence[_Rows], factor: InverseFactor, choose: Choice, unit: int, at_a_time: int, grid: Grid | None
+) -> None:
     """Pass all inputs. ``unit``: inputs whose mask must be chosen together; 0 for all that are passed in one step."""
-    left = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    if not bool(torch.isfinite(left).all()):
-        raise FloatingPointError("weights are not finite")
-    rounder = None if grid is None else _Rounder(grid, left, dtype)
-    whole = math.lcm(unit or 1, rounder.size if rounder and grid and grid.group else 1)
+    inputs = len(factor.dead)
+    group = inputs // grid.num_groups(inputs) if grid is not None and grid.group else 1
+    whole = math.lcm(unit or 1, group)
     step = max(1, at_a_time // whole) * whole
-    keep, inputs = torch.ones(weight.shape, dtype=torch.uint8, device=weight.device), weight.shape[1]
     for start in range(0, inputs, step):
         stop = min(start + step, inputs)
-        errors = _pass_columns(left, keep, factor.upper, choose, unit, rounder, start, stop)
-        left[:, stop:] -= errors @ factor.upper[start:stop, stop:]
-    return Compensated(left, keep, None if rounder is None else rounder.scales)
+        if not unit:
+            for one, mask in zip(rows, choose(rows, start, stop), strict=True):
+                one.keep[:, start:stop] = mask
+        for one in rows:
+            errors = _pass_columns(one, factor.upper, choose, unit, start, stop)
+            one.left[:, stop:] -= errors @ factor.upper[start:stop, stop:]
 
 
-def _pass_columns(
-    left: Tensor,
-    keep: Tensor,
-    upper: Tensor,
-    choose: Choice,
-    unit: int,
-    rounder: _Rounder | None,
-    start: int,
-    stop: int,
-) -> Tensor:
-    """Choose the mask of columns [start, stop), prune and quantise them, and correct those after them.
+def _pass_columns(rows: _Rows, upper: Tensor, choose: Choice, unit: int, start: int, stop: int) -> Tensor:
+    """Prune and quantise columns [start, stop), and correct those after them; with a ``unit``, choose their mask.
 
-    Writes ``keep``, and ``left`` up to ``stop``. Returns the errors, (O, stop - start), that correct later inputs.
+    Returns the errors, (rows, stop - start), that correct later inputs.
     """
-    together = unit or stop - start
-    errors = left.new_zeros(len(left), stop - start)
+    left, keep, rounder = rows.left, rows.keep, rows.rounder
+    errors, chosen = left.new_zeros(len(left), stop - start), start if unit else stop
     for j in range(start, stop):
-        if (j - start) % together == 0:
-            chosen = min(j + together, stop)
-            keep[:, j:chosen] = choose(left, j, chosen)
+        if j == chosen:
+            chosen = min(j + unit, stop)
+            keep[:, j:chosen] = choose([rows], j, chosen)[0]
         value = left[:, j]
         if rounder is not None:
             if j % rounder.size == 0:
                 end = j + rounder.size
-                kept = keep[:, j:end] if end <= chosen else choose(left, j, end)
+                kept = keep[:, j:end] if end <= chosen else choose([rows], j, end)[0]
                 rounder.enter(j, left[:, j:end].masked_fill(kept == 0, 0.0))
             value = rounder.rounded(value, j)
         value = torch.where(keep[:, j] == 0, 0.0, value)

@@ -1,0 +1,123 @@
+"""The rows of a matrix as shares of ranks, cut into panels whose heights do not depend on the number of ranks.
+
+Given the statistics of a layer's inputs, each row of its matrix (O, I) can be pruned separately. A matrix product may
+round differently for another number of rows, so every product has the rows of one panel, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.layout import Rect, WeightLayout
+from pst_ds.core.patterns import Pattern
+from pst_ds.core.select import MatrixKeys, RankSums, prune_count, select
+from pst_ds.core.units import block_keys, expand_units, keep_in_rows, keep_n_of_m
+
+MOST_ROWS = 128
+"""Most rows of a panel: 128 x 2,048 fp32 numbers fill a core's cache."""
+SHARES = 12
+"""Panels that a matrix has at least, if each has :data:`LEAST_ROWS`: 1, 2, 3, 4, 6 and 12 ranks get equal shares."""
+LEAST_ROWS = 16
+
+
+def _of_this_rank(value: Tensor, _source: int) -> Tensor:
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The ranks that share rows, and their collectives; by default a single rank."""
+
+    own: int = 0
+    number: int = 1
+    sums: RankSums = field(default_factory=RankSums)
+    broadcast: Callable[[Tensor, int], Tensor] = _of_this_rank
+    """Return the tensor of rank ``source``; all have its shape and dtype."""
+
+
+ALONE = Ranks()
+
+
+def panels(outputs: int, unit: int = 1) -> list[slice]:
+    """Cut rows 0 to ``outputs`` into panels of equal height, a multiple of ``unit``; the last may be lower."""
+    height = min(MOST_ROWS, max(LEAST_ROWS, -(-outputs // SHARES)))
+    height = -(-height // unit) * unit
+    return [slice(first, min(first + height, outputs)) for first in range(0, outputs, height)]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A matrix (O, I) to prune, of which this rank prunes the rows in ``panels``."""
+
+    weight: Tensor
+    """(O, I), all rows, in any float dtype."""
+    pattern: Pattern
+    sparsity: float
+    panels: Sequence[slice]
+
+    @classmethod
+    def of(cls, weight: Tensor, pattern: Pattern, sparsity: float, ranks: Ranks = ALONE) -> Share:
+        """Return the share of ``ranks.own``: consecutive panels. Raises ValueError for a pattern that does not fit."""
+        if pattern.pools_matrices:
+            raise ValueError(
+                f'pattern "{pattern}" ranks the weights of several matrices together; choose "matrix" or "row"'
+            )
+        pattern.require_fit(WeightLayout(*weight.shape))
+        every = panels(len(weight), pattern.outputs)
+        first, last = (len(every) * rank // ranks.number for rank in (ranks.own, ranks.own + 1))
+        return cls(weight, pattern, sparsity, every[first:last])
+
+    @property
+    def rows(self) -> slice:
+        """The rows of this rank."""
+        return slice(self.panels[0].start, self.panels[-1].stop) if self.panels else slice(0, 0)
+
+    @property
+    def ranks_rows_together(self) -> bool:
+        """True if weights of different rows compete, so that ranks have to exchange counts."""
+        return self.pattern.kind in ("matrix", "block")
+
+    def require_finite(self) -> None:
+        """Raise FloatingPointError if a weight of any row is not finite, so on all ranks or none."""
+        if not bool(torch.isfinite(self.weight).all()):
+            raise FloatingPointError("weights are not finite")
+
+
+def keep_in_panel(scores: Tensor, share: Share) -> Tensor:
+    """Return the uint8 mask of a panel by its ``scores``, for a pattern that prunes each row separately.
+
+    ``scores``: (rows, I) fp32, at least 0, so that their bits have their order.
+    """
+    keys = scores.view(torch.int32)
+    if share.pattern.kind == "n:m":
+        return keep_n_of_m(keys, (1, share.pattern.m), share.pattern.m - share.pattern.n)
+    return keep_in_rows(keys, (1, keys.shape[1]), prune_count(share.sparsity, keys.shape[1]))
+
+
+def keep_together(scores: Sequence[Sequence[Tensor]], shares: Sequence[Share], ranks: Ranks) -> list[list[Tensor]]:
+    """Return the uint8 masks of all panels by their ``scores``, as in :func:`keep_in_panel`, for patterns that rank rows together. Collective.
+
+    Each matrix loses floor(sparsity * units) of its weights or blocks, over all ranks.
+    """
+    keys = [[_unit_keys(panel, share) for panel in own] for own, share in zip(scores, shares, strict=True)]
+    counts = [prune_count(s.sparsity, s.weight.numel() // (s.pattern.outputs * s.pattern.inputs)) for s in shares]
+    matrices = [MatrixKeys(count, own.__iter__) for count, own in zip(counts, keys, strict=True)]
+    found = []
+    device = shares[0].weight.device if shares else torch.device("cpu")
+    for cut, own, share in zip(select(matrices, ranks.sums, device), keys, shares, strict=True):
+        masks = cut.keep_all(own)
+        if share.pattern.kind == "block":
+            unit, of_panel = (share.pattern.outputs, share.pattern.inputs), share.panels
+            rects = [Rect(0, p.stop - p.start, 0, share.weight.shape[1]) for p in of_panel]
+            masks = [expand_units(kept, rect, unit) for kept, rect in zip(masks, rects, strict=True)]
+        found.append(masks)
+    return found
+
+
+def _unit_keys(scores: Tensor, share: Share) -> Tensor:
+    keys = scores.view(torch.int32)
+    return block_keys(keys, (share.pattern.outputs, share.pattern.inputs)) if share.pattern.kind == "block" else keys
