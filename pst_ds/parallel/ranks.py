@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pst_ds.core.one_shot.shares import ALONE, Ranks
 from pst_ds.core.select import RankSums
 from pst_ds.errors import InputError
 from pst_ds.parallel import zero3
@@ -123,25 +124,48 @@ def broadcast(value: Tensor, source: int) -> Tensor:
     return received
 
 
-def raise_on_all_ranks(action: Callable[[], T]) -> T:
-    """Run ``action`` on every rank; if one raises InputError, all do. Collective.
+def raise_on_all_ranks(action: Callable[[], T], kinds: tuple[type[Exception], ...] = (InputError,)) -> T:
+    """Run ``action`` on every rank; if one raises an error of these ``kinds``, all do. Collective.
 
     Unless all ranks fail, the message names the lowest rank that does, and its host.
     """
     try:
         result, problem = action(), None
-    except InputError as error:
+    except kinds as error:
         result, problem = None, error
     if world_size() > 1:
-        own = None if problem is None else (f"{type(problem).__name__}: {problem}", socket.gethostname())
+        own = None if problem is None else (type(problem), str(problem), socket.gethostname())
         problems = all_gather_objects(own)
         found = [(i, *entry) for i, entry in enumerate(problems) if entry is not None]
         if 0 < len(found) < len(problems):
-            first, text, host = found[0]
-            raise InputError(f"rank {first} on {host}: {text}") from problem
+            first, kind, text, host = found[0]
+            if not issubclass(kind, InputError):
+                raise kind(f"rank {first} on {host}: {text}") from problem
+            raise InputError(f"rank {first} on {host}: {kind.__name__}: {text}") from problem
     if problem is not None:
         raise problem
     return result  # type: ignore[return-value]
+
+
+def all_ranks() -> Ranks:
+    """Return this process and all others as ranks that share the rows of matrices."""
+    if world_size() == 1:
+        return ALONE
+
+    def all_sum(values: Tensor) -> Tensor:
+        on_device = values.cuda(non_blocking=True) if dist.get_backend() == "nccl" else values.clone()
+        dist.all_reduce(on_device)
+        return on_device.to(values.device)
+
+    def sum_of_lower_ranks(counts: Tensor) -> Tensor:
+        table = counts.new_zeros((world_size(), *counts.shape))
+        table[rank()] = counts
+        return all_sum(table)[: rank()].sum(0)
+
+    def send(value: Tensor, source: int) -> Tensor:
+        return broadcast(value.contiguous(), source)
+
+    return Ranks(rank(), world_size(), RankSums(all_sum, sum_of_lower_ranks), send)
 
 
 def _reduce(values: Tensor, param: nn.Parameter, op: dist.ReduceOp.RedOpType) -> Tensor:

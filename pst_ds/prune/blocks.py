@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pst_ds.core.one_shot.shares import ALONE, Ranks
 from pst_ds.errors import InputError
 from pst_ds.nn.model_structure import outermost_list
 
@@ -23,13 +24,31 @@ Batch = Mapping[str, Tensor]
 """Arguments of a model's forward pass, on the CPU."""
 
 
+PIECE_TOKENS = 512
+"""Tokens, with padding, of the pieces of a batch that ranks share; a piece has at least one example."""
+
+
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Calibration data, and where and in which dtype blocks compute on it."""
+    """Calibration data, where and in which dtype blocks compute on it, and the ranks that share the work."""
 
     batches: Sequence[Batch]
+    """The same on every rank."""
     device: torch.device
     dtype: torch.dtype
+    ranks: Ranks = ALONE
+
+    def pieces(self) -> list[list[Batch]]:
+        """Return the pieces of each batch: consecutive examples, the same for every number of ranks."""
+        return [_pieces(batch) for batch in self.batches]
+
+
+def _pieces(batch: Batch) -> list[Batch]:
+    number, length = (*batch.get("input_ids", next(iter(batch.values()))).shape, 1)[:2]
+    if any(value.shape[:1] != (number,) for value in batch.values()):
+        return [batch]
+    size = max(1, PIECE_TOKENS // length)
+    return [{key: value[at : at + size] for key, value in batch.items()} for at in range(0, number, size)]
 
 
 Output = Any
@@ -112,22 +131,59 @@ def _plainly(forward: Forward) -> Output:
     return forward()
 
 
+class BlockSource:
+    """Where the values of a model's blocks are; here, in the model."""
+
+    device = torch.device("cpu")
+    """Where the model is, except for blocks."""
+
+    def __init__(self, blocks: nn.ModuleList):
+        self.blocks = blocks
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[None]:
+        """Have the stored values of block ``index`` in its parameters, on the CPU, inside the context."""
+        yield
+
+    def finish(self, index: int) -> None:
+        """Keep the values of a block that was pruned, inside :meth:`loaded`."""
+
+
+SourceOf = Callable[[str, nn.ModuleList], BlockSource]
+"""Returns the source of the blocks of a list, by its name."""
+
+
+def in_memory(_stack: str, blocks: nn.ModuleList) -> BlockSource:
+    return BlockSource(blocks)
+
+
 class _BlockDone(Exception):
     """Ends a forward pass after its block."""
 
 
 class BlockReplay:
-    """Runs the ``blocks`` of ``model``, one after another, on all batches, inside :meth:`in_place`.
+    """Runs the ``blocks`` of ``model``, one after another, on this rank's pieces, inside :meth:`in_place`.
 
-    The model stays on the CPU. :meth:`resident` moves one block to the device and dtype of the ``data``.
+    Between passes, only hidden states are stored, on the CPU. :meth:`resident` moves one block to the device and dtype
+    of the ``data``.
     """
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, data: Calibration):
-        self.model, self.blocks, self.data = model, blocks, data
-        self._outputs: list[Output] = [None] * len(data.batches)
-        self._block = self._batch = 0
+    def __init__(self, model: nn.Module, blocks: BlockSource, data: Calibration):
+        self.model, self.blocks, self.data = model, blocks.blocks, data
+        self._source = blocks
+        every = [(number, piece) for number, pieces in enumerate(data.pieces()) for piece in pieces]
+        self.take(every[data.ranks.own :: data.ranks.number])
+        self._block = self._place = 0
+        self._dtype = data.dtype
+        self._needs_leaf = False
         self._keeps_output = False
         self._compute: Compute = _plainly
+
+    def take(self, pieces: Sequence[tuple[int, Batch]]) -> None:
+        """Start over with these (batch, piece) of this rank."""
+        self.pieces = list(pieces)
+        self.outputs: list[Output] = [None] * len(self.pieces)
+        """Output of the previous block for each piece."""
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -137,19 +193,20 @@ class BlockReplay:
 
     @contextmanager
     def resident(self, index: int) -> Iterator[None]:
-        """Move block ``index`` to the device and dtype of the passes inside the context.
+        """Have block ``index`` on the device and in the dtype of the passes inside the context.
 
         Changes of ``parameter.data`` on the device are lost if it is a copy: change the stored values too.
         """
-        tensors = [*self.blocks[index].parameters(), *self.blocks[index].buffers()]
-        held = [tensor.data for tensor in tensors]
-        try:
-            for tensor in tensors:
-                tensor.data = self.moved(tensor.data)
-            yield
-        finally:
-            for tensor, data in zip(tensors, held, strict=True):
-                tensor.data = data
+        with self._source.loaded(index):
+            tensors = [*self.blocks[index].parameters(), *self.blocks[index].buffers()]
+            held = [tensor.data for tensor in tensors]
+            try:
+                for tensor in tensors:
+                    tensor.data = self.moved(tensor.data)
+                yield
+            finally:
+                for tensor, data in zip(tensors, held, strict=True):
+                    tensor.data = data
 
     def run(
         self,
@@ -158,44 +215,78 @@ class BlockReplay:
         keep_output: bool,
         before: Callable[[Batch], None] | None = None,
         compute: Compute | None = None,
+        only: int | None = None,
+        after_first: Callable[[], None] | None = None,
+        gradients: bool = False,
     ) -> None:
-        """Run block ``index`` on every batch. Blocks must be run in order, each with ``keep_output`` last.
+        """Run block ``index`` on every piece. Blocks must be run in order, each with ``keep_output`` last.
 
-        ``keep_output``: store the outputs as the inputs of the next block. ``before``: called with every batch before
+        ``keep_output``: store the outputs as the inputs of the next block. ``before``: called with every piece before
         its pass. ``compute``: called with a function that runs the block, and returns the output; gradients are off
-        unless it enables them. Raises InputError if the model's forward pass does not reach the block.
+        unless it enables them. ``only``: a batch, whose pieces are run. ``after_first``: called once, after the first
+        piece, also by a rank without any. ``gradients``: :attr:`leaf` then is the block's input, which has a gradient.
+        Raises InputError if the model's forward pass does not reach the block.
         """
+        self._needs_leaf = gradients
         self._block, self._keeps_output, self._compute = index, keep_output, compute or _plainly
-        for number, batch in enumerate(self.data.batches):
-            self._batch = number
+        for place, (batch, piece) in enumerate(self.pieces):
+            self._place = place
+            if only not in (None, batch):
+                continue
             if before is not None:
-                before(batch)
+                before(piece)
             try:
                 with torch.no_grad():
-                    self.model(**batch)
+                    self.model(**moved(dict(piece), self._source.device, self.data.dtype))
             except _BlockDone:
+                if after_first is not None and not place:
+                    after_first()
                 continue
             raise InputError(
                 f"the model's forward pass does not run its block {index} of {len(self.blocks)}, a "
                 f"{type(self.blocks[index]).__name__}. Use --method magnitude without --swaps, "
                 "--reconstruct and --budgets"
             )
+        if after_first is not None and not self.pieces:
+            after_first()
 
     def moved(self, value: Output) -> Output:
         """Return ``value`` with every tensor in it on the device, and floating-point tensors in the dtype."""
         return moved(value, self.data.device, self.data.dtype)
 
+    def after_blocks(self, place: int) -> tuple[Tensor, Output]:
+        """Return the last block's stored hidden states of a piece, with a gradient, and the model's output of them."""
+        self._block, self._place = len(self.blocks), place
+        last = hidden_of(self.outputs[place]).detach().to(self._source.device, self._dtype).requires_grad_()
+        output = self.outputs[place]
+        self.outputs[place] = last if isinstance(output, Tensor) else (last, *output[1:])
+        return last, self.model(**moved(dict(self.pieces[place][1]), self._source.device, self.data.dtype))
+
     def _stand_in(self, index: int, forward: Callable[..., Output]) -> Callable[..., Output]:
         def replay(*args: object, **kwargs: object) -> Output:
             if index < self._block:
-                return self._outputs[self._batch]
+                return self.outputs[self._place]
+            states = args[0] if args else kwargs["hidden_states"]
+            assert isinstance(states, Tensor), "a block without hidden states"
+            if not index:
+                self._dtype = states.dtype
+            if self._needs_leaf:
+                self.leaf = self.moved(states).detach().requires_grad_()
+                args, kwargs = (
+                    ((self.leaf, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": self.leaf})
+                )
             args, kwargs = self.moved((args, kwargs))
             output = self._compute(lambda: forward(*args, **kwargs))
             if self._keeps_output:
-                self._outputs[self._batch] = moved(output, torch.device("cpu"), self.data.dtype)
+                self.outputs[self._place] = moved(output, torch.device("cpu"), self.data.dtype)
             raise _BlockDone
 
         return replay
+
+
+def hidden_of(output: Output) -> Tensor:
+    """Return the hidden states of a block's output."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def moved(value: Output, device: torch.device, dtype: torch.dtype) -> Output:

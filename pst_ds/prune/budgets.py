@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from pst_ds.errors import InputError
 from pst_ds.nn import experts
 from pst_ds.nn.input_sums import InputGatherer, InputSum, squares
 from pst_ds.progress import Progress
-from pst_ds.prune.blocks import BlockReplay, Calibration, block_of, find_blocks
+from pst_ds.prune.blocks import BlockReplay, Calibration, SourceOf, block_of, find_blocks, in_memory
 from pst_ds.prune.output_gradients import LayerNorms, layer_norms
 from pst_ds.prune.rules import LayerRule, rules_by_block
 
@@ -71,20 +72,25 @@ def _is_movable(rule: LayerRule) -> bool:
 
 
 def rules_by_outliers(
-    model: nn.Module, rules: Sequence[LayerRule], data: Calibration, *, spread: float
+    model: nn.Module,
+    rules: Sequence[LayerRule],
+    data: Calibration,
+    *,
+    spread: float,
+    source_of: SourceOf = in_memory,
 ) -> tuple[list[LayerRule], list[float]]:
     """Return the ``rules`` with the sparsity of their blocks, and the fraction of outliers of each block.
 
     One pass of the ``data`` through the dense model, block by block. Layers of equal shape, pattern and sparsity
     together lose as many weights as before. N:M layers and layers with an override keep their sparsity. Raises
     InputError for layers outside the blocks of one stack, and FloatingPointError, naming the block, for values that
-    are not finite.
+    are not finite. Collective.
     """
     model.eval()
     stack, blocks = find_blocks(model, [rule.target.name for rule in rules])
     by_block = rules_by_block(rules, stack)
     outliers, last = dict[int, float](), max(by_block)
-    replay = BlockReplay(model, blocks, data)
+    replay = BlockReplay(model, source_of(stack, blocks), data)
     with replay.in_place(), Progress("budgets", last + 1, "blocks") as shown:
         for index in range(last + 1):
             with replay.resident(index):
@@ -102,8 +108,11 @@ def _scores(replay: BlockReplay, index: int, rules: Sequence[LayerRule]) -> Call
     gatherer = InputGatherer(squares)
     linear = {rule.target.name: rule.target.module for rule in rules if not rule.target.is_stack}
     stacks = {(r.target.module, r.target.parameter): r.target.name for r in rules if r.target.is_stack}
+    sizes = {rule.target.name: rule.target.layout.in_features for rule in rules}
     with gatherer.listening(linear), experts.listening(stacks, gatherer.add_experts):
-        replay.run(index, keep_output=True, before=gatherer.begin)
+        settle = partial(gatherer.settle, list(sizes), replay.data.ranks)
+        replay.run(index, keep_output=True, before=gatherer.begin, after_first=settle)
+    gatherer.add_ranks(sizes, replay.data.device, replay.data.ranks)
 
     def scores() -> Iterator[Tensor]:
         for rule in rules:
@@ -116,11 +125,11 @@ def _layer_scores(rule: LayerRule, sums: InputSum | None) -> Iterator[Tensor]:
     """Yield the scores of a layer's weights, expert by expert; 0 for experts without a token."""
     layout, weight = rule.target.layout, rule.target.weight.data.flatten(0, -2)
     for expert, own in enumerate(weight.split(layout.expert.shape[0])):
-        if sums is None or sums.total is None:
+        total = None if sums is None else sums.of.get(expert)
+        if total is None:
             yield torch.zeros_like(own, dtype=torch.float32)
-            continue
-        total = sums.total[expert] if rule.target.is_stack else sums.total
-        yield wanda_scores(own, total.sqrt(), transposed=layout.transposed)
+        else:
+            yield wanda_scores(own, total.whole().sqrt(), transposed=layout.transposed)
 
 
 def _with_budgets(rules: Sequence[LayerRule], outliers: Sequence[float], spread: float) -> list[LayerRule]:
@@ -152,7 +161,9 @@ def _sparsity_of(count: int, size: int) -> float:
     return share if prune_count(share, size) == count else math.nextafter(share, 1.0)
 
 
-def rules_by_saliency(model: nn.Module, rules: Sequence[LayerRule], data: Calibration) -> list[LayerRule]:
+def rules_by_saliency(
+    model: nn.Module, rules: Sequence[LayerRule], data: Calibration, *, source_of: SourceOf = in_memory
+) -> list[LayerRule]:
     """Return the ``rules`` with a sparsity per layer; the model is unchanged.
 
     All weights of the movable layers are ranked together by |W_ij| ||x_j|| ||g_i||. Each layer loses its weights among
@@ -168,9 +179,14 @@ def rules_by_saliency(model: nn.Module, rules: Sequence[LayerRule], data: Calibr
     movable = require_linear(rules)
     stack, blocks = find_blocks(model, [rule.target.name for rule in movable])
     by_block = rules_by_block(movable, stack)
-    modules = [{rule.target.name: rule.target.module for rule in by_block.get(i, [])} for i in range(len(blocks))]
-    norms = layer_norms(model, blocks, modules, data)
-    histograms = [_histogram(rule, norms[rule.target.name]) for rule in movable]
+    source = source_of(stack, blocks)
+    targets = [{rule.target.name: rule.target for rule in by_block.get(i, [])} for i in range(len(blocks))]
+    norms = layer_norms(model, source, targets, data)
+    found = dict[str, Tensor]()
+    for index, of_block in by_block.items():
+        with source.loaded(index):
+            found |= {rule.target.name: _histogram(rule, norms[rule.target.name]) for rule in of_block}
+    histograms = [found[rule.target.name] for rule in movable]
     sizes = [_ranked_together(rule) for rule in movable]
     each = [rule.target.layout.numel // size for rule, size in zip(movable, sizes, strict=True)]
     wanted = sum(prune_count(r.sparsity, size) * n for r, size, n in zip(movable, sizes, each, strict=True))

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from pst_ds.core.bits import apply_mask_
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.one_shot.alps import InputSpectrum, alps, input_spectrum
+from pst_ds.core.one_shot.alps import alps_of_shares
 from pst_ds.core.one_shot.gram import UnitGram, unit_gram
-from pst_ds.core.one_shot.scored import Compensated, keep_by_score, wanda_scores
-from pst_ds.core.one_shot.sparsegpt import InverseFactor, inverse_factor, round_under_mask, sparsegpt
+from pst_ds.core.one_shot.scored import Compensated, joined, keep_by_score, wanda_scores
+from pst_ds.core.one_shot.shares import ALONE, Ranks, Share
+from pst_ds.core.one_shot.sparsegpt import InverseFactor, inverse_factor, round_under_mask, sparsegpt_of_share
 from pst_ds.core.one_shot.swaps import refine_by_swaps
+from pst_ds.core.quantization import SCALE_DTYPE
 from pst_ds.prune.rules import LayerRule, Method
 
 
@@ -44,38 +46,97 @@ class PrunedLayer:
 
 
 class LayerPruning:
-    """A layer that is pruned, in place, expert by expert; a linear layer is one expert.
+    """A layer that is pruned, in place, matrix by matrix; a linear layer is one expert.
 
-    Create it while the target's weight is the stored one. If the target computes with a copy of it later, as on
-    another device, the copy is pruned too.
+    Create it while the target's weight is the stored one. If the target computes with a copy of it, as on another
+    device, :meth:`exchange` updates the copy.
     """
 
-    def __init__(self, rule: LayerRule):
-        self.rule = rule
+    def __init__(self, rule: LayerRule, ranks: Ranks):
+        """``ranks``: share the rows of a linear layer, and the experts of a stack."""
+        self.rule, self._ranks = rule, ranks
         self.weight = rule.target.weight.data
-        layout = rule.target.layout
-        self._of_expert = replace(rule, target=replace(rule.target, layout=layout.expert))
         self._kept = 0
-        self._scales: list[Tensor] = []
+        self._scales: dict[tuple[int, int], Tensor] = {}
+        self.num_experts = rule.target.layout.num_experts
 
     @property
     def name(self) -> str:
         return self.rule.target.name
 
-    def prune(self, given: Inputs, expert: int = 0) -> None:
-        """Prune an ``expert`` on its inputs, in order of the experts. Raises FloatingPointError."""
-        height = self.rule.target.layout.expert.shape[0]
-        rows = slice(expert * height, (expert + 1) * height)
-        stored, computing = (whole.flatten(0, -2)[rows] for whole in (self.weight, self.rule.target.weight.data))
-        with self.naming(expert):
-            made = prune_weight(stored, self._of_expert, given)
-        stored.copy_(made.weight)
-        computing.copy_(made.weight)
+    def matrix(self, expert: int, number: int) -> Tensor:
+        """Return a matrix of the stored weight as a view, (O, I)."""
+        layout = self.rule.target.layout.expert
+        height = layout.shape[0]
+        rows = self.weight.flatten(0, -2)[expert * height : (expert + 1) * height]
+        part = rows[list(layout.matrices())[number].rect.slices]
+        return part.t() if layout.transposed else part
+
+    @property
+    def num_matrices(self) -> int:
+        """Fused matrices of an expert."""
+        return self.rule.target.layout.expert.num_matrices
+
+    def require_finite(self) -> None:
+        """Raise FloatingPointError, on all ranks, for weights that are not finite."""
+        with self.naming():
+            if not bool(torch.isfinite(self.weight).all()):
+                raise FloatingPointError("weights are not finite")
+
+    def ranks_of(self, expert: int) -> Ranks | None:
+        """Return the ranks that share an expert's rows; None if another rank prunes this expert of a stack."""
+        if not self.rule.target.is_stack:
+            return self._ranks
+        return ALONE if expert % self._ranks.number == self._ranks.own else None
+
+    def take(self, expert: int, number: int, rows: slice, made: Compensated) -> None:
+        """Write the outcome for ``rows`` of a matrix into the stored weight."""
+        self.matrix(expert, number)[rows] = made.weight.to(self.weight.device, self.weight.dtype)
         self._kept += int(made.keep.sum())
-        self._scales += [] if made.scales is None else [made.scales.cpu()]
+        if made.scales is not None:
+            height = len(self.matrix(expert, number))
+            scales = made.scales.new_zeros(height, made.scales.shape[1])
+            scales[rows] = made.scales
+            self._scales[expert, number] = scales.cpu()
+
+    def exchange(self) -> None:
+        """Give every rank the rows of all others. Collective. Raises FloatingPointError, on all."""
+        weight, target = self.weight, self.rule.target.weight.data
+        if self._ranks.number > 1:
+            self._exchange_rows()
+        if not bool(torch.isfinite(weight).all()):
+            with self.naming():
+                raise FloatingPointError("the pruned weights are not finite")
+        if target.data_ptr() != weight.data_ptr():
+            target.copy_(weight)
+
+    def _exchange_rows(self) -> None:
+        ranks, every = self._ranks, [(e, n) for e in range(self.num_experts) for n in range(self.num_matrices)]
+        device = self.rule.target.weight.device
+        self._kept = int(ranks.sums.all_sum(torch.tensor(self._kept)))
+        grid, inputs = self.rule.grid, self.rule.target.layout.in_features
+        groups = grid.num_groups(inputs) if grid is not None else 0
+        for expert, number in every:
+            matrix = self.matrix(expert, number)
+            scales = self._scales.setdefault((expert, number), torch.zeros(len(matrix), groups, dtype=SCALE_DTYPE))
+            for source in range(ranks.number):
+                rows = self._rows_of(source, expert, matrix)
+                if rows.start == rows.stop:
+                    continue
+                matrix[rows] = ranks.broadcast(matrix[rows].contiguous().to(device), source).to(matrix.device)
+                if grid is not None:
+                    scales[rows] = ranks.broadcast(scales[rows].to(device), source).cpu()
+        if grid is None:
+            self._scales.clear()
+
+    def _rows_of(self, rank: int, expert: int, matrix: Tensor) -> slice:
+        """Return the rows of a matrix that ``rank`` prunes."""
+        if self.rule.target.is_stack:
+            return slice(0, len(matrix) if expert % self._ranks.number == rank else 0)
+        return Share.of(matrix, self.rule.pattern, 0.0, replace(self._ranks, own=rank)).rows
 
     def outcome(self, expert_tokens: Sequence[int] = ()) -> PrunedLayer:
-        """Return the outcome, after all experts were pruned."""
+        """Return the outcome, after :meth:`exchange`."""
         rule, layout = self.rule, self.rule.target.layout
         pruned, experts = layout.numel - self._kept, self.weight if rule.target.is_stack else ()
         return PrunedLayer(
@@ -89,7 +150,7 @@ class LayerPruning:
             dtype=str(self.weight.dtype).removeprefix("torch."),
             expert_zeros=tuple(one.numel() - int(torch.count_nonzero(one)) for one in experts),
             expert_tokens=tuple(expert_tokens),
-            scales=torch.cat(self._scales) if self._scales else None,
+            scales=torch.cat([self._scales[key] for key in sorted(self._scales)]) if self._scales else None,
         )
 
     @contextmanager
@@ -107,21 +168,20 @@ class LayerPruning:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Statistics of a layer's inputs; all None to prune by magnitude."""
+    """Statistics of layers' inputs for a method; all None to prune by magnitude."""
 
     norms: Tensor | None = None
     """(I,), for Wanda."""
     factor: InverseFactor | None = None
     """For SparseGPT."""
-    spectrum: InputSpectrum | None = None
-    """For ALPS."""
     gram: UnitGram | None = None
-    """For swaps, after any method."""
+    """For ALPS, and for swaps after any method."""
+    is_alps: bool = False
 
     @property
     def changes_weights(self) -> bool:
-        """Return whether the method changes the kept weights."""
-        return self.factor is not None or self.spectrum is not None
+        """True if the method changes the kept weights."""
+        return self.factor is not None or self.is_alps
 
 
 def inputs_of(method: Method, total: Tensor, *, swaps: bool = False) -> Inputs:
@@ -129,15 +189,12 @@ def inputs_of(method: Method, total: Tensor, *, swaps: bool = False) -> Inputs:
 
     Squares are for Wanda and magnitude without ``swaps``. Raises FloatingPointError.
     """
-    if method == "alps":
-        spectrum = input_spectrum(total)
-        return Inputs(spectrum=spectrum, gram=spectrum if swaps else None)
-    gram = unit_gram(total) if swaps else None
+    gram = unit_gram(total) if swaps or method == "alps" else None
     if method == "sparsegpt":
         return Inputs(factor=inverse_factor(total), gram=gram)
     if method == "wanda":
         return Inputs(norms=(total.diagonal() if swaps else total).sqrt(), gram=gram)
-    return Inputs(gram=gram)
+    return Inputs(gram=gram, is_alps=method == "alps")
 
 
 def equal_inputs(method: Method, number: int, device: torch.device) -> Inputs:
@@ -148,64 +205,82 @@ def equal_inputs(method: Method, number: int, device: torch.device) -> Inputs:
     return Inputs(factor=InverseFactor(torch.eye(number, device=device), none_dead))
 
 
-def prune_weight(weight: Tensor, rule: LayerRule, given: Inputs) -> Compensated:
-    """Return the pruned weight, in the dtype and storage order of ``weight``, and its mask: new tensors.
+def prune_together(layers: Sequence[LayerPruning], given: Inputs, dtype: torch.dtype, expert: int = 0) -> None:
+    """Prune the matrices of linear ``layers`` with equal inputs, or of one ``expert`` of a stack.
 
-    ``given``: statistics of the layer's inputs, on whose device the result is. Rows are ranked as if each were
-    multiplied by its ``rule.output_factors``. Scales, if the rule has a grid, are (O, groups). Raises
-    FloatingPointError for values that are not finite.
+    This rank prunes its share; :meth:`LayerPruning.exchange` follows. ``dtype``: of ALPS's products in rounds. Rows are
+    ranked as if each were multiplied by its ``rule.output_factors``. Collective over the ranks that share the rows.
     """
-    if rule.output_factors is None:
-        return _pruned(weight, rule, given)
-    factors = rule.output_factors.to(weight.device)
-    factors = factors if rule.target.layout.transposed else factors.unsqueeze(1)
-    made = _pruned(weight.to(torch.float32) * factors, rule, given)
-    if given.changes_weights:
-        return replace(made, weight=made.weight / factors.to(made.weight.device))
-    own = weight.to(made.keep.device, memory_format=torch.contiguous_format, copy=True)
-    return replace(made, weight=apply_mask_(own, made.keep))
-
-
-def _pruned(weight: Tensor, rule: LayerRule, given: Inputs) -> Compensated:
-    layout, of_products = rule.target.layout, given.gram or given.factor or given.spectrum
-    if of_products is None:
-        return _scored(weight, layout, rule, given.norms)
-    weight = weight.to(of_products.dead.device)
-    pruned = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    keep = torch.empty(layout.shape, dtype=torch.uint8, device=weight.device)
-    scales = []
-    for matrix in layout.matrices():
-        at = matrix.rect.slices
-        made = _pruned_matrix(weight[at].t() if layout.transposed else weight[at], rule, given)
-        pruned[at] = made.weight.t() if layout.transposed else made.weight
-        keep[at] = made.keep.t() if layout.transposed else made.keep
-        if made.scales is not None:
-            scales.append(made.scales)
-    return Compensated(pruned, keep, torch.cat(scales) if scales else None)
-
-
-def _scored(weight: Tensor, layout: WeightLayout, rule: LayerRule, norms: Tensor | None) -> Compensated:
-    """Keep the weights of largest magnitude, times the ``norms`` of their inputs if these are known."""
-    if norms is None:
-        scores = weight.to(torch.float32).abs()
+    parts = [_Part.of(layer, expert, number, given) for layer in layers for number in range(layer.num_matrices)]
+    ranks = layers[0].ranks_of(expert)
+    assert ranks is not None, "another rank prunes this expert"
+    if given.is_alps and given.gram is not None:
+        made = alps_of_shares([part.share for part in parts], given.gram, ranks, dtype=dtype)
     else:
-        weight = weight.to(norms.device)
-        scores = wanda_scores(weight, norms, transposed=layout.transposed)
-    keep = keep_by_score(scores, layout, rule.pattern, rule.sparsity)
-    return Compensated(apply_mask_(weight.clone(memory_format=torch.contiguous_format), keep), keep)
+        made = [part.pruned(given, ranks) for part in parts]
+    for part, found in zip(parts, made, strict=True):
+        part.finish(found, given)
 
 
-def _pruned_matrix(weight: Tensor, rule: LayerRule, given: Inputs) -> Compensated:
-    """Prune and quantise one matrix (O, I), then refine its mask by swaps."""
-    if given.spectrum is not None:
-        made = alps(weight, given.spectrum, rule.pattern, rule.sparsity)
-    elif given.factor is None:
-        made = _scored(weight, WeightLayout(*weight.shape), rule, given.norms)
-    elif rule.keeps_zeros:
-        assert rule.grid is not None, "nothing to do"
-        made = round_under_mask(weight, weight != 0, given.factor, rule.grid, dtype=weight.dtype)
-    else:
-        made = sparsegpt(weight, given.factor, rule.pattern, rule.sparsity, grid=rule.grid, dtype=weight.dtype)
-    if given.gram is None:
-        return made
-    return refine_by_swaps(weight, made, given.gram, rule.pattern, rule.swaps, refit=given.changes_weights)
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A matrix of a layer on its way through a method."""
+
+    layer: LayerPruning
+    place: tuple[int, int]
+    """(expert, number of the fused matrix)."""
+    share: Share
+    """With rows multiplied by their factors."""
+    factors: Tensor | None
+    """(O, 1)."""
+
+    @classmethod
+    def of(cls, layer: LayerPruning, expert: int, number: int, given: Inputs) -> _Part:
+        rule, weight = layer.rule, layer.matrix(expert, number)
+        statistics = given.gram or given.factor
+        device = weight.device if statistics is None else statistics.dead.device
+        weight, factors = weight.to(device), None
+        if rule.output_factors is not None:
+            first = number * len(weight)
+            factors = rule.output_factors[first : first + len(weight)].to(device).unsqueeze(1)
+            weight = weight.to(torch.float32) * factors
+        share = Share.of(weight, rule.pattern, rule.sparsity, layer.ranks_of(expert) or ALONE)
+        return cls(layer, (expert, number), share, factors)
+
+    def pruned(self, given: Inputs, ranks: Ranks) -> Compensated:
+        """Prune this rank's rows by SparseGPT, Wanda or magnitude. Collective."""
+        rule, share, dtype = self.layer.rule, self.share, self.layer.weight.dtype
+        if given.factor is None:
+            return self._scored(given.norms)
+        if rule.keeps_zeros:
+            assert rule.grid is not None, "nothing to do"
+            return round_under_mask(share, share.weight != 0, given.factor, rule.grid, dtype=dtype)
+        return sparsegpt_of_share(share, given.factor, ranks, grid=rule.grid, dtype=dtype)
+
+    def _scored(self, norms: Tensor | None) -> Compensated:
+        """Keep the weights of largest magnitude, times the ``norms`` of their inputs if these are known."""
+        weight, rows = self.share.weight, self.share.rows
+        scores = weight.to(torch.float32).abs() if norms is None else wanda_scores(weight, norms.to(weight.device))
+        keep = keep_by_score(scores, WeightLayout(*weight.shape), self.share.pattern, self.share.sparsity)[rows]
+        return Compensated(weight[rows].masked_fill(keep == 0, 0.0), keep)
+
+    def finish(self, made: Compensated, given: Inputs) -> None:
+        """Refine this rank's mask by swaps, and write the outcome."""
+        rows = self.share.rows
+        if given.gram is not None and self.layer.rule.swaps:
+            made = joined(list(self._swapped(made, given)), self.share)
+        if not given.changes_weights:
+            own = self.layer.matrix(*self.place)[rows].to(made.keep.device, copy=True)
+            made = replace(made, weight=apply_mask_(own.contiguous(), made.keep))
+        elif self.factors is not None:
+            made = replace(made, weight=made.weight / self.factors[rows])
+        self.layer.take(*self.place, rows, made)
+
+    def _swapped(self, made: Compensated, given: Inputs) -> Iterator[Compensated]:
+        assert given.gram is not None
+        rule, first = self.layer.rule, self.share.rows.start
+        for panel in self.share.panels:
+            own = slice(panel.start - first, panel.stop - first)
+            start = Compensated(made.weight[own], made.keep[own])
+            passes, refit = rule.swaps, given.changes_weights
+            yield refine_by_swaps(self.share.weight[panel], start, given.gram, rule.pattern, passes, refit=refit)

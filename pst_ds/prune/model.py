@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from pst_ds.core.one_shot.shares import ALONE
 from pst_ds.errors import InputError
 from pst_ds.nn import experts
 from pst_ds.nn.input_sums import InputGatherer, InputSum, products, squares
+from pst_ds.parallel.ranks import raise_on_all_ranks
 from pst_ds.progress import Progress
-from pst_ds.prune.blocks import Batch, BlockReplay, Calibration, Compute, find_blocks
-from pst_ds.prune.layer import Inputs, LayerPruning, PrunedLayer, equal_inputs, inputs_of
+from pst_ds.prune.blocks import Batch, BlockReplay, Calibration, Compute, SourceOf, find_blocks, in_memory
+from pst_ds.prune.layer import Inputs, LayerPruning, PrunedLayer, equal_inputs, inputs_of, prune_together
 from pst_ds.prune.reconstruction import BlockFit
 from pst_ds.prune.rules import LayerRule, Method, rules_by_block
 
@@ -29,6 +32,7 @@ def prune_layers(
     gated: bool = False,
     reconstruct: int = 0,
     statistics_bytes: int = STATISTICS_BYTES,
+    source_of: SourceOf = in_memory,
 ) -> list[PrunedLayer]:
     """Prune a whole model in place; return the outcome of each layer, in the order of ``rules``.
 
@@ -56,7 +60,7 @@ def prune_layers(
     if method == "magnitude" and not swaps and not reconstruct:
         return [_by_magnitude(rule) for rule in rules]
     stack, blocks = find_blocks(model, [rule.target.name for rule in rules])
-    replay = BlockReplay(model, blocks, data)
+    replay = BlockReplay(model, source_of(stack, blocks), data)
     pruner = _BlockPruner(replay, method, gated, swaps, reconstruct, statistics_bytes)
     by_block = rules_by_block(rules, stack)
     done: dict[str, PrunedLayer] = {}
@@ -69,9 +73,10 @@ def prune_layers(
 
 
 def _by_magnitude(rule: LayerRule) -> PrunedLayer:
-    pruning = LayerPruning(rule)
-    for expert in range(rule.target.layout.num_experts):
-        pruning.prune(Inputs(), expert)
+    pruning = LayerPruning(rule, ALONE)
+    pruning.require_finite()
+    for expert in range(pruning.num_experts):
+        prune_together([pruning], Inputs(), torch.float32, expert)
     return pruning.outcome()
 
 
@@ -84,48 +89,47 @@ class _BlockPruner:
         self._replay, self._method, self._gated, self._bytes = replay, method, gated, statistics_bytes
         self._swaps, self._reconstruct = swaps, reconstruct
         self._sum_of = products if swaps or method in ("sparsegpt", "alps") else squares
-        self._last: tuple[Tensor, Inputs] | None = None
-        """(sum, statistics) of the previous layer's inputs."""
+        self._ranks = replay.data.ranks
 
     def prune(self, index: int, rules: Sequence[LayerRule], *, is_last: bool) -> list[PrunedLayer]:
-        """Collect statistics and prune a block; unless it is the last, run it for the next block's input.
+        """Collect statistics and prune a block; unless it is the last, run it for the next block's input. Collective.
 
         Experts are pruned group by group. Their inputs do not depend on other experts, but may depend on linear layers,
         which are therefore pruned last.
         """
-        layers = [LayerPruning(rule) for rule in rules]  # before the block moves: they hold the stored values
+        layers = [LayerPruning(rule, self._ranks) for rule in rules]  # before the block moves: they hold stored values
         linear = [layer for layer in layers if not layer.rule.target.is_stack]
         stacks = [layer for layer in layers if layer.rule.target.is_stack]
-        gatherer, tokens = self._gatherer(), dict[str, list[int]]()
+        tokens = dict[str, list[int]]()
         fit = BlockFit(self._replay, index, self._reconstruct) if self._reconstruct and rules else None
+        for layer in layers:
+            layer.require_finite()
         with self._replay.resident(index):
+            gatherer = InputGatherer(self._sum_of, self._gated)
             for number, group in enumerate(self._groups(stacks) if rules else []):
-                of_experts = self._gatherer(group)
+                of_experts = InputGatherer(self._sum_of, self._gated, group)
                 remember = fit.remember if fit is not None and not number else None
                 self._gather(index, gatherer, [] if number else linear, of_experts, stacks, remember)
                 for layer in stacks:
-                    sums = _required(of_experts, layer.name)
-                    self._prune_experts(layer, sums, group)
-                    tokens[layer.name] = sums.expert_tokens
-            for layer in linear:
-                with layer.naming():
-                    given = self._inputs_of(_required(gatherer, layer.name).total)
-                layer.prune(given)
+                    self._prune_experts(layer, _required(of_experts, layer.name), group)
+                    tokens[layer.name] = of_experts.sums[layer.name].expert_tokens
+            self._prune_linear(linear, gatherer)
+            for layer in layers:
+                layer.exchange()
             if fit is not None:
-                for layer, values in zip(layers, fit.fit([r.target.weight for r in rules]), strict=True):
+                weights, dtypes = [r.target.weight for r in rules], [layer.weight.dtype for layer in layers]
+                fitted = fit.fit(weights, dtypes, keep_output=not is_last)
+                for layer, values in zip(layers, fitted, strict=True):
                     layer.weight.copy_(values)
-            if not is_last:
+            elif not is_last:
                 self._replay.run(index, keep_output=True)
         return [layer.outcome(tokens.get(layer.name, ())) for layer in layers]
-
-    def _gatherer(self, group: range | None = None) -> InputGatherer:
-        return InputGatherer(self._sum_of, self._gated, group)
 
     def _groups(self, stacks: Sequence[LayerPruning]) -> list[range]:
         """Return groups of consecutive experts whose statistics fit into memory; one group without stacks."""
         layouts = [layer.rule.target.layout for layer in stacks]
         number = max((layout.num_experts for layout in layouts), default=1)
-        of_expert = sum(4 * layout.in_features**2 for layout in layouts)
+        of_expert = sum(8 * layout.in_features**2 for layout in layouts)
         size = number if self._sum_of is squares or not of_expert else max(1, self._bytes // of_expert)
         return [range(first, min(first + size, number)) for first in range(0, number, size)]
 
@@ -138,38 +142,55 @@ class _BlockPruner:
         stacks: Sequence[LayerPruning],
         compute: Compute | None,
     ) -> None:
-        """Run the block, and collect the inputs of ``linear`` layers and of a group of experts of ``stacks``."""
+        """Run the block, and sum the inputs of ``linear`` layers, and of a group of experts. Collective."""
 
         def begin(batch: Batch) -> None:
             gatherer.begin(batch)
             of_experts.begin(batch)
 
+        both = [(gatherer, linear), (of_experts, stacks)]
         places = {(layer.rule.target.module, layer.rule.target.parameter): layer.name for layer in stacks}
+
+        def settle() -> None:
+            for one, layers in both:
+                one.settle([layer.name for layer in layers], self._ranks)
+
         with (
             gatherer.listening({layer.name: layer.rule.target.module for layer in linear}),
             experts.listening(places, of_experts.add_experts),
         ):
-            self._replay.run(index, keep_output=False, before=begin, compute=compute)
+            self._replay.run(index, keep_output=False, before=begin, compute=compute, after_first=settle)
+        for one, layers in both:
+            sizes = {layer.name: layer.rule.target.layout.in_features for layer in layers}
+            with layers[0].naming() if layers else nullcontext():
+                one.add_ranks(sizes, self._replay.data.device, self._ranks)
 
-    def _inputs_of(self, total: Tensor | None) -> Inputs:
-        """Return the statistics of inputs with this sum: once for layers with equal inputs, such as q, k and v."""
-        assert total is not None
-        if self._last is None or not torch.equal(self._last[0], total):
-            self._last = total, inputs_of(self._method, total, swaps=self._swaps)
-        return self._last[1]
+    def _prune_linear(self, layers: Sequence[LayerPruning], gatherer: InputGatherer) -> None:
+        """Prune linear layers; those with the same inputs, such as q, k and v, together."""
+        alike: dict[int, tuple[InputSum, list[LayerPruning]]] = {}
+        for layer in layers:
+            sums = _required(gatherer, layer.name)
+            alike.setdefault(id(sums), (sums, []))[1].append(layer)
+        for sums, together in alike.values():
+            with together[0].naming():
+                assert sums.total is not None
+                given = inputs_of(self._method, sums.total, swaps=self._swaps)
+                prune_together(together, given, self._replay.data.dtype)
 
     def _prune_experts(self, layer: LayerPruning, sums: InputSum, group: range) -> None:
-        """Prune the experts of ``group``, whose statistics are ``sums``; by magnitude if they had no token."""
-        layout, device = layer.rule.target.layout, layer.rule.target.weight.device
-        for place, expert in enumerate(group):
-            if expert >= layout.num_experts:
-                break
-            if sums.total is None or not sums.expert_tokens[expert]:
-                given = equal_inputs(self._method, layout.in_features, device)
-            else:
+        """Prune this rank's experts of ``group``, whose statistics are ``sums``; by magnitude if they had no token."""
+        layout, device = layer.rule.target.layout, self._replay.data.device
+
+        def prune() -> None:
+            for expert in (e for e in group if e < layout.num_experts and layer.ranks_of(e) is not None):
                 with layer.naming(expert):
-                    given = inputs_of(self._method, sums.total[place], swaps=self._swaps)
-            layer.prune(given, expert)
+                    if sums.expert_tokens[expert]:
+                        given = inputs_of(self._method, sums.of[expert].whole(), swaps=self._swaps)
+                    else:
+                        given = equal_inputs(self._method, layout.in_features, device)
+                    prune_together([layer], given, self._replay.data.dtype, expert)
+
+        raise_on_all_ranks(prune, (InputError, FloatingPointError))
 
 
 def _required(gatherer: InputGatherer, name: str) -> InputSum:

@@ -1,6 +1,6 @@
 """Norms of the inputs and output gradients of a dense language model's layers, with one block on the device at a time.
 
-A block's forward pass stores only its input. In the backward pass the block runs again with gradients, and passes on
+A forward pass stores the inputs of all blocks. In the backward pass each block runs again with gradients, and passes on
 the gradient of its input, as in gradient checkpointing.
 """
 
@@ -14,10 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pst_ds.core.one_shot.shares import Ranks
 from pst_ds.errors import InputError
-from pst_ds.nn.input_sums import InputGatherer, squares
+from pst_ds.nn.input_sums import InputGatherer, InputSum, squares
+from pst_ds.nn.model_structure import model_width
+from pst_ds.nn.targets import Target
 from pst_ds.progress import Progress
-from pst_ds.prune.blocks import Batch, BlockReplay, Calibration, Output, moved, replaced_blocks
+from pst_ds.prune.blocks import Batch, BlockReplay, BlockSource, Calibration, Forward, Output, hidden_of
+
+STORED_BYTES = 2 * 2**30
+"""Memory for the inputs of all blocks; more pieces than fit go through the model one group after another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,29 +37,73 @@ class LayerNorms:
 
 
 def layer_norms(
-    model: nn.Module, blocks: nn.ModuleList, layers: Sequence[Mapping[str, nn.Module]], data: Calibration
+    model: nn.Module, blocks: BlockSource, targets: Sequence[Mapping[str, Target]], data: Calibration
 ) -> dict[str, LayerNorms]:
-    """Return the norms of the linear ``layers`` of each of the ``blocks``, by name; the model is unchanged.
+    """Return the norms of the linear ``targets`` of each block, by name; the model is unchanged. Collective.
 
-    The loss is the sum over all next tokens. The CPU holds the model and, for one batch, the inputs of all blocks; a
-    block is moved to the device when it runs. Raises InputError for a model without logits of tokens, and
-    for layers that no block's forward pass calls.
+    The loss is the sum over all next tokens. Raises InputError for a model without logits of tokens, and for layers
+    that no block's forward pass calls.
     """
-    two_way = _TwoWay(BlockReplay(model, blocks, data), layers)
-    replaced = replaced_blocks(model, blocks, two_way.stand_in)
-    with replaced, Progress("budgets", len(data.batches), "batches") as shown:
-        for batch in data.batches:
-            two_way.gatherer.begin(batch)
-            with torch.enable_grad():
-                loss = _loss(model, batch)
-                torch.autograd.grad(loss, two_way.first)
-            shown.add(1, "")
-    return two_way.norms()
+    replay, sums = BlockReplay(model, blocks, data), _Sums(data.ranks)
+    every, number = replay.pieces, len(blocks.blocks)
+    most = max((piece["input_ids"].numel() for _, piece in every), default=1)
+    together = max(1, STORED_BYTES // (number * most * model_width(model) * data.dtype.itemsize))
+    with replay.in_place(), Progress("budgets", max(1, len(every)), "pieces") as shown:
+        for first in range(0, max(1, len(every)), together):
+            replay.take(every[first : first + together])
+            inputs, gradients = _forward(replay, number)
+            for index in reversed(range(number)):
+                replay.outputs = inputs[index]
+                _back(replay, index, targets[index], gradients, sums, is_first=not first)
+            shown.add(len(replay.pieces), "")
+    return sums.norms({name: target for of_block in targets for name, target in of_block.items()}, data.device)
 
 
-def _loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the summed next-token loss of a batch. Raises InputError for a model without token logits."""
-    ids, logits = batch["input_ids"], getattr(model(**batch), "logits", None)
+def _forward(replay: BlockReplay, number: int) -> tuple[list[list[Output]], list[Tensor]]:
+    """Return the inputs of each block, and the gradients of the last one's output, by piece."""
+    inputs: list[list[Output]] = []
+    for index in range(number):
+        inputs.append(list(replay.outputs))
+        with replay.resident(index):
+            replay.run(index, keep_output=True)
+    gradients = []
+    for place, (_, piece) in enumerate(replay.pieces):
+        with torch.enable_grad():
+            last, output = replay.after_blocks(place)
+            gradients.append(torch.autograd.grad(_loss(output, piece), last)[0])
+    return inputs, gradients
+
+
+def _back(
+    replay: BlockReplay,
+    index: int,
+    targets: Mapping[str, Target],
+    gradients: list[Tensor],
+    sums: _Sums,
+    *,
+    is_first: bool,
+) -> None:
+    """Run block ``index`` forward and backward; replace ``gradients`` by those of its input."""
+    places = iter(range(len(gradients)))
+
+    def compute(forward: Forward) -> Output:
+        place = next(places)
+        with torch.enable_grad():
+            output = forward()
+            states = hidden_of(output)
+            gradient = gradients[place].to(states.device, states.dtype)
+            (gradients[place],) = torch.autograd.grad(states, replay.leaf, gradient)
+        return output
+
+    settle = (lambda: sums.settle(list(targets))) if is_first else None
+    with replay.resident(index), sums.listening({name: target.module for name, target in targets.items()}):
+        begin = sums.inputs.begin
+        replay.run(index, keep_output=False, before=begin, compute=compute, after_first=settle, gradients=True)
+
+
+def _loss(output: object, batch: Batch) -> Tensor:
+    """Return the summed next-token loss of a model's ``output``. Raises InputError for one without token logits."""
+    ids, logits = batch["input_ids"], getattr(output, "logits", None)
     if logits is None or logits.shape[:-1] != ids.shape:
         raise InputError(
             "--budgets saliency: the model returns no logits for every token, and the budgets need the loss of the "
@@ -64,90 +114,51 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
         follows &= batch["attention_mask"].bool()
     if "position_ids" in batch:
         follows &= batch["position_ids"] != 0
-    targets = ids.masked_fill(~follows, -100)[:, 1:].flatten()
+    targets = ids.masked_fill(~follows, -100)[:, 1:].flatten().to(logits.device)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum")
 
 
-class _TwoWay:
-    """Blocks that are moved to the device for their forward and backward pass."""
+class _Sums:
+    """Sums of the squares of layers' inputs, and of the gradients of their outputs."""
 
-    def __init__(self, replay: BlockReplay, layers: Sequence[Mapping[str, nn.Module]]):
-        self.replay, self._layers = replay, layers
-        self.gatherer = InputGatherer(squares)
-        self._outputs: dict[str, Tensor] = {}
-        """Sums of squared output gradients, double precision, by layer."""
-        self.first: Tensor
-        """Input of the first block, where the backward pass ends."""
-
-    def norms(self) -> dict[str, LayerNorms]:
-        found = {}
-        for name in (name for of_block in self._layers for name in of_block):
-            if name not in self._outputs:
-                raise InputError(
-                    f"the model's forward pass does not call {name}. Leave it dense with pst.exclude_modules"
-                )
-            given = self.gatherer.sums[name].total
-            assert given is not None
-            found[name] = LayerNorms(given.sqrt().float().cpu(), self._outputs[name].sqrt().float().cpu())
-        return found
-
-    def stand_in(self, index: int, forward: Callable[..., Output]) -> Callable[..., Output]:
-        def run(*args: object, **kwargs: object) -> Output:
-            if args:
-                hidden, args = args[0], args[1:]
-            else:
-                hidden = kwargs.pop("hidden_states")
-            assert isinstance(hidden, Tensor), "a block without hidden states"
-            if index == 0:
-                self.first = hidden = hidden.detach().requires_grad_()
-
-            def block(states: Tensor) -> Output:
-                states, others, named = self.replay.moved((states, args, kwargs))
-                return forward(states, *others, **named)
-
-            return _Recomputed.apply(hidden, self, index, block)
-
-        return run
+    def __init__(self, ranks: Ranks):
+        self.inputs, self.outputs, self._ranks = InputGatherer(squares), InputGatherer(squares), ranks
 
     @contextmanager
-    def listening(self, index: int) -> Iterator[None]:
-        """Sum the inputs of the layers of a block, and the gradients of their outputs."""
+    def listening(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Add the inputs of the layers, and the gradients of their outputs, in the context."""
         with ExitStack() as stack:
-            for name, module in self._layers[index].items():
+            for name, module in layers.items():
                 stack.callback(module.register_forward_hook(self._hook(name)).remove)
-            stack.enter_context(self.gatherer.listening(self._layers[index]))
+            stack.enter_context(self.inputs.listening(layers))
             yield
 
     def _hook(self, name: str) -> Callable[..., None]:
         def add(gradient: Tensor) -> None:
-            part = squares(gradient.reshape(-1, gradient.shape[-1]))
-            self._outputs[name] = part if name not in self._outputs else self._outputs[name].add_(part)
+            found = self.outputs.sums.setdefault(name, InputSum())
+            found.add(squares(gradient.reshape(-1, gradient.shape[-1])))
 
         def listen(_module: nn.Module, _args: object, output: Tensor) -> None:
             output.register_hook(add)
 
         return listen
 
+    def settle(self, names: Sequence[str]) -> None:
+        for one in (self.inputs, self.outputs):
+            one.settle(names, self._ranks)
 
-class _Recomputed(torch.autograd.Function):
-    """Block that saves only its input and runs again in the backward pass.
-
-    Only hidden states have a gradient; further outputs, such as attention weights, do not.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, two_way, index, block):
-        ctx.save_for_backward(hidden)
-        ctx.two_way, ctx.index, ctx.block = two_way, index, block
-        with two_way.replay.resident(index):
-            return moved(block(hidden), hidden.device, hidden.dtype)
-
-    @staticmethod
-    def backward(ctx, gradient, *_others):
-        (hidden,), two_way = ctx.saved_tensors, ctx.two_way
-        hidden = hidden.detach().requires_grad_()
-        with two_way.replay.resident(ctx.index), torch.enable_grad(), two_way.listening(ctx.index):
-            output = ctx.block(hidden)
-            states = output if isinstance(output, Tensor) else output[0]
-            (back,) = torch.autograd.grad(states, hidden, gradient.to(states.device, states.dtype))
-        return back, None, None, None
+    def norms(self, targets: Mapping[str, Target], device: torch.device) -> dict[str, LayerNorms]:
+        """Return the norms over all ranks. Collective. Raises InputError for a layer that did not run."""
+        self.inputs.add_ranks({n: t.layout.in_features for n, t in targets.items()}, device, self._ranks)
+        self.outputs.add_ranks({n: t.layout.out_features for n, t in targets.items()}, device, self._ranks)
+        found = {}
+        for name in targets:
+            if name not in self.outputs.sums:
+                raise InputError(
+                    f"the model's forward pass does not call {name}. Leave it dense with pst.exclude_modules"
+                )
+            given, back = self.inputs.sums[name].total, self.outputs.sums[name].total
+            assert given is not None
+            assert back is not None
+            found[name] = LayerNorms(given.sqrt().float().cpu(), back.sqrt().float().cpu())
+        return found

@@ -6,26 +6,30 @@ block therefore runs again with gradients, and Adam minimises the error of its o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from pst_ds.prune.blocks import Batch, BlockReplay, Compute, Forward, Output
+from pst_ds.core.one_shot.shares import Ranks
+from pst_ds.prune.blocks import Batch, BlockReplay, Compute, Forward, Output, hidden_of
 
 RATE = 0.01
 """Initial learning rate of Adam, relative to the RMS of a layer's kept weights; it decreases linearly to 0."""
 
 
 class BlockFit:
-    """Fits one resident block of a ``replay`` in ``passes`` over the batches.
+    """Fits one resident block of a ``replay`` in ``passes`` over the batches; a step is a batch.
 
-    Holds the dense block's outputs on the CPU, and three fp32 numbers per fitted weight on the block's device.
+    Holds the dense block's outputs on the CPU, and four fp32 numbers per fitted weight on the block's device. Ranks
+    compute the gradients of their pieces. The sums are exact, so all ranks make the same steps.
     """
 
     def __init__(self, replay: BlockReplay, index: int, passes: int):
         self._replay, self._index, self._passes = replay, index, passes
+        self._ranks = replay.data.ranks
         self._wanted: list[Tensor] = []
         self._number = 0
         self._is_real: Tensor | None = None
@@ -33,49 +37,64 @@ class BlockFit:
         """Mean squared error of the block's outputs over all tokens, before and after."""
 
     def remember(self, forward: Forward) -> Output:
-        """Run the dense block on the next batch, and store its output as the target."""
+        """Run the dense block on the next piece, and store its output as the target."""
         output = forward()
-        self._wanted.append(_hidden(output).to("cpu"))
+        self._wanted.append(hidden_of(output).to("cpu"))
         return output
 
-    def fit(self, weights: Sequence[nn.Parameter]) -> list[Tensor]:
-        """Return the fitted values of the pruned ``weights``, fp32 on their device; the block then has them.
+    def fit(self, weights: Sequence[nn.Parameter], dtypes: Sequence[torch.dtype], *, keep_output: bool) -> list[Tensor]:
+        """Return fitted values of the pruned ``weights``, on their device; the block then has them. Collective.
 
         Zeros stay 0. If the error over all tokens does not decrease, the previous values are restored.
+
+        Args:
+            dtypes: those that the values will be stored in.
+            keep_output: store the outputs as the inputs of the next block.
         """
         held = [weight.detach().to(torch.float32, copy=True) for weight in weights]
         masters = [values.clone() for values in held]
         sizes = [float(m.square().sum() / m.count_nonzero().clamp(min=1)) ** 0.5 for m in masters]
         groups = [{"params": [m], "lr": RATE * size} for m, size in zip(masters, sizes, strict=True)]
-        optimizer, steps = torch.optim.Adam(groups), self._passes * len(self._wanted)
+        batches = range(len(self._replay.data.batches))
+        optimizer, steps = torch.optim.Adam(groups), self._passes * len(batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / steps)
+        before = self._error(keep_output=False)
+        with _with_gradients(weights):
+            for batch in [*batches] * self._passes:
+                gradients = exact_sums(self._gradients(batch, weights), masters, self._ranks)
+                for master, gradient, values in zip(masters, gradients, held, strict=True):
+                    master.grad = gradient.to(master.device).mul_(values != 0)
+                optimizer.step()
+                schedule.step()
+                _write(weights, masters)
+        masters = [master.to(dtype) for master, dtype in zip(masters, dtypes, strict=True)]
+        _write(weights, masters)  # a resumed run continues with what was stored
+        after = self._error(keep_output=keep_output)
+        self.errors = before, min(before, after)
+        if after < before:
+            return masters
+        _write(weights, held)
+        if keep_output:
+            self._error(keep_output=True)
+        return held
 
-        def step(forward: Forward) -> Output:
+    def _gradients(self, batch: int, weights: Sequence[nn.Parameter]) -> list[list[Tensor]]:
+        """Return the gradients of the squared error of each of this rank's pieces of a batch."""
+        found: list[list[Tensor]] = []
+
+        def compute(forward: Forward) -> Output:
             with torch.enable_grad():
                 output = forward()
-                gradients = torch.autograd.grad(self._difference(output).square().mean(), list(weights))
-            for master, gradient, before in zip(masters, gradients, held, strict=True):
-                master.grad = gradient.to(torch.float32) * (before != 0)
-            optimizer.step()
-            schedule.step()
-            _write(weights, masters)
+                error = self._difference(output).square().sum()
+                found.append(list(torch.autograd.grad(error, list(weights))))
             return output
 
-        before = self._error()
-        with _with_gradients(weights):
-            for _ in range(self._passes):
-                self._run(step)
-        after = self._error()
-        if not after < before:
-            _write(weights, held)
-            self.errors = before, before
-            return held
-        self.errors = before, after
-        return masters
+        self._run(compute, only=batch)
+        return found
 
-    def _run(self, compute: Compute) -> None:
-        self._number = -1
-        self._replay.run(self._index, keep_output=False, before=self._begin, compute=compute)
+    def _run(self, compute: Compute, *, keep_output: bool = False, only: int | None = None) -> None:
+        self._number = sum(batch < only for batch, _ in self._replay.pieces) - 1 if only is not None else -1
+        self._replay.run(self._index, keep_output=keep_output, before=self._begin, compute=compute, only=only)
 
     def _begin(self, batch: Batch) -> None:
         mask = batch.get("attention_mask")
@@ -83,31 +102,49 @@ class BlockFit:
 
     def _difference(self, output: Output) -> Tensor:
         """Return the error of the current batch's output, (tokens, width) fp32, without padding."""
-        made = _hidden(output)
+        made = hidden_of(output)
         wanted = self._wanted[self._number].to(made.device)
         difference = made.to(torch.float32) - wanted.to(torch.float32)
         if self._is_real is None or self._is_real.shape != difference.shape[:-1]:
             return difference.flatten(0, -2)
         return difference[self._is_real.to(made.device)]
 
-    def _error(self) -> float:
-        """Return the mean squared error over all tokens."""
-        total, number = 0.0, 0
+    def _error(self, *, keep_output: bool) -> float:
+        """Return the mean squared error over all tokens. Collective."""
+        terms, number = [], 0
 
         def add(forward: Forward) -> Output:
-            nonlocal total, number
+            nonlocal number
             output = forward()
             difference = self._difference(output)
-            total, number = total + float(difference.square().sum(dtype=torch.float64)), number + difference.numel()
+            terms.append([difference.square().sum(dtype=torch.float64).view(1)])
+            number += difference.numel()
             return output
 
-        self._run(add)
-        return total / number
+        self._run(add, keep_output=keep_output)
+        (total,) = exact_sums(terms, [torch.empty(1)], self._ranks)
+        return float(total) / int(self._ranks.sums.all_sum(torch.tensor(number)))
 
 
-def _hidden(output: Output) -> Tensor:
-    """Return the hidden states of a block's output."""
-    return output if isinstance(output, Tensor) else output[0]
+def exact_sums(terms: Sequence[Sequence[Tensor]], like: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
+    """Return the sums of several tensors over the ``terms`` of all ranks, fp32, the same in every order. Collective.
+
+    Values are rounded to multiples of the largest of their tensor times 2**-29 times the number of terms. ``like``:
+    tensors of the same shapes and devices.
+    """
+    largest = [max((float(term[i].abs().amax()) for term in terms), default=0.0) for i in range(len(like))]
+    table = torch.zeros(ranks.number, len(like) + 1, dtype=torch.float64)
+    table[ranks.own] = torch.tensor([*largest, len(terms)], dtype=torch.float64)
+    table = ranks.sums.all_sum(table)
+    number = max(1, int(table[:, -1].sum()))
+    found = []
+    for i, (shape, most) in enumerate(zip(like, table[:, :-1].amax(0).tolist(), strict=True)):
+        step = 2.0 ** (math.frexp(most)[1] + math.frexp(number)[1] - 30) if math.isfinite(most) else 1.0
+        total = torch.zeros_like(shape, dtype=torch.int32)
+        for term in terms:
+            total += (term[i].to(torch.float32) / step).round_().to(torch.int32)
+        found.append(ranks.sums.all_sum(total).to(torch.float32).mul_(step))
+    return found
 
 
 def _write(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:

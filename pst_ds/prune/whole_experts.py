@@ -8,18 +8,31 @@ g is the token's router gate, f(x) the expert's output. An expert without a toke
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from pst_ds.core.experts.routing import Routing
+from pst_ds.core.one_shot.shares import Ranks
 from pst_ds.errors import InputError
 from pst_ds.nn import experts as registered
 from pst_ds.nn.inject import persistent_buffers
+from pst_ds.nn.input_sums import OrderFreeSum
 from pst_ds.nn.model_structure import experts_per_token, is_experts, router_names, stack_layouts
 from pst_ds.progress import Progress
-from pst_ds.prune.blocks import Batch, BlockReplay, Calibration, block_of, find_blocks, text_config
+from pst_ds.prune.blocks import (
+    Batch,
+    BlockReplay,
+    Calibration,
+    SourceOf,
+    block_of,
+    find_blocks,
+    in_memory,
+    text_config,
+)
 
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -40,23 +53,36 @@ class _Outputs:
     """Sums of g ||f(x)|| over the tokens of each expert."""
 
     def __init__(self, num_experts: int):
-        self.sums = torch.zeros(num_experts, dtype=torch.float64)
-        self.tokens = [0] * num_experts
+        self.sums, self.tokens = OrderFreeSum(), [0] * num_experts
 
     def add(self, outputs: Tensor, routing: Routing, is_real: Tensor | None) -> None:
         """Add ``outputs``, (N*k, H) in the order of the experts. ``is_real``: (N,), false for padding."""
         weighed = torch.linalg.vector_norm(outputs.float(), dim=1).cpu().double() * routing.gates.abs().cpu().double()
         real = torch.ones(len(weighed), dtype=torch.bool) if is_real is None else is_real.cpu()[routing.tokens.cpu()]
+        sums = torch.zeros(len(self.tokens))
         for expert, rows in routing.runs():
-            self.sums[expert] += weighed[rows][real[rows]].sum()
+            sums[expert] = weighed[rows][real[rows]].sum()
             self.tokens[expert] += int(real[rows].sum())
+        self.sums.add([sums])
+
+    def settle(self, ranks: Ranks) -> None:
+        """Fix the step of the sums by the first piece of rank 0. Collective."""
+        self.sums.settle(float(ranks.broadcast_numbers(torch.tensor(self.sums.largest, dtype=torch.float64))))
+
+    def add_ranks(self, ranks: Ranks) -> None:
+        """Add the sums of all ranks. Collective."""
+        self.sums.add([torch.zeros(len(self.tokens))])
+        self.sums.add_ranks(ranks)
+        self.tokens = ranks.sums.all_sum(torch.tensor(self.tokens)).tolist()
 
     @property
     def scores(self) -> Tensor:
-        return self.sums / torch.tensor(self.tokens).clamp(min=1)
+        return self.sums.whole() / torch.tensor(self.tokens).clamp(min=1)
 
 
-def drop_experts(model: nn.Module, share: float, data: Calibration) -> list[KeptExperts]:
+def drop_experts(
+    model: nn.Module, share: float, data: Calibration, *, source_of: SourceOf = in_memory
+) -> list[KeptExperts]:
     """Drop floor(``share`` * E) experts of every module of a ``model`` on the CPU, in place, with their router's rows.
 
     The scores come from one pass of the ``data`` through the dense model, block by block. Among equal scores the first
@@ -73,7 +99,7 @@ def drop_experts(model: nn.Module, share: float, data: Calibration) -> list[Kept
             "sparsity"
         )
     model.eval()
-    found = _outputs(model, modules, data)
+    found = _outputs(model, modules, data, source_of)
     routers, kept = router_names(model), []
     for name, module in modules.items():
         order = found[name].scores.argsort(stable=True)
@@ -114,7 +140,9 @@ def _num_experts(module: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, modules: dict[str, nn.Module], data: Calibration) -> dict[str, _Outputs]:
+def _outputs(
+    model: nn.Module, modules: dict[str, nn.Module], data: Calibration, source_of: SourceOf
+) -> dict[str, _Outputs]:
     """Measure the weighted output norms of all experts, by module, in one pass through the blocks."""
     found = {module: _Outputs(_num_experts(module)) for module in modules.values()}
     is_real: Tensor | None = None
@@ -131,17 +159,25 @@ def _outputs(model: nn.Module, modules: dict[str, nn.Module], data: Calibration)
 
     stack, blocks = find_blocks(model, list(modules))
     last = max(block_of(name, stack) for name in modules)
-    replay = BlockReplay(model, blocks, data)
+    replay = BlockReplay(model, source_of(stack, blocks), data)
     registered.switch_on(modules.values())
     try:
         with registered.registered(forward), replay.in_place(), Progress("prune", last + 1, "blocks") as shown:
             for index in range(last + 1):
+                own = [found[module] for name, module in modules.items() if block_of(name, stack) == index]
                 with replay.resident(index):
-                    replay.run(index, keep_output=True, before=begin)
+                    replay.run(index, keep_output=True, before=begin, after_first=partial(_settle, own, data.ranks))
+                for one in own:
+                    one.add_ranks(data.ranks)
                 shown.add(1, f"{stack}.{index}")
     finally:
         registered.switch_off(modules.values())
     return {name: found[module] for name, module in modules.items()}
+
+
+def _settle(sums: Sequence[_Outputs], ranks: Ranks) -> None:
+    for one in sums:
+        one.settle(ranks)
 
 
 def _cut(model: nn.Module, name: str, module: nn.Module, routers: set[str], kept: Tensor) -> None:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.one_shot.alps import alps, input_spectrum
-from pst_ds.core.one_shot.gram import DAMPING
+from pst_ds.core.one_shot.alps import alps
+from pst_ds.core.one_shot.gram import DAMPING, regularised_inverse, unit_gram
 from pst_ds.core.one_shot.scored import keep_by_score
 from pst_ds.core.one_shot.sparsegpt import inverse_factor, sparsegpt
 from pst_ds.core.patterns import parse_pattern
@@ -37,7 +37,7 @@ def _best_under(row, columns, gram):
        sparsity=st.floats(0.0, 0.99), seed=st.integers(0, 99))  # fmt: skip
 def test_it_prunes_exactly_so_many(name, outputs, groups, sparsity, seed):
     weight, x = normal_weight(4 * outputs, 8 * groups, seed), torch.tensor(correlated_inputs(40, 8 * groups, seed))
-    made, pattern = alps(weight, input_spectrum(x.T @ x), parse_pattern(name), sparsity), parse_pattern(name)
+    made, pattern = alps(weight, unit_gram(x.T @ x), parse_pattern(name), sparsity), parse_pattern(name)
     by_size = keep_by_score(weight.abs(), WeightLayout(*weight.shape), pattern, sparsity)
     assert int(made.keep.sum()) == int(by_size.sum())
     if name == "row":
@@ -57,7 +57,7 @@ def test_outputs_change_less_than_with_sparsegpt(name, sparsity):
     weight, x = normal_weight(64, 96, 1), torch.tensor(correlated_inputs(1000, 96, 11))
     gram, pattern = x.T @ x, parse_pattern(name)
     before = sparsegpt(weight, inverse_factor(gram), pattern, sparsity).weight
-    after = alps(weight, input_spectrum(gram), pattern, sparsity).weight
+    after = alps(weight, unit_gram(gram), pattern, sparsity).weight
     assert output_error(after - weight, gram) < 0.9 * output_error(before - weight, gram)
 
 
@@ -70,7 +70,7 @@ def test_the_masks_are_nearly_the_best_of_all(seed):
         choices = itertools.combinations(range(10), 5)
         changes = (torch.tensor(_best_under(row, list(kept), gram.numpy()) - row) for kept in choices)
         best += min(output_error(change[None], gram) for change in changes)
-    made = alps(weight, input_spectrum(x.T @ x), parse_pattern("row"), 0.5)
+    made = alps(weight, unit_gram(x.T @ x), parse_pattern("row"), 0.5)
     one_pass = sparsegpt(weight, inverse_factor(x.T @ x), parse_pattern("row"), 0.5)
     found, before = (output_error(each.weight - weight, gram) for each in (made, one_pass))
     assert best <= found * (1 + 1e-6)
@@ -81,21 +81,21 @@ def test_the_masks_are_nearly_the_best_of_all(seed):
 @pytest.mark.parametrize("name", [*PATTERNS, "8x4"])
 def test_kept_weights_are_the_least_squares_under_the_mask(name):
     weight, x = normal_weight(16, 32, 4), torch.tensor(correlated_inputs(300, 32, 5))
-    made, gram = alps(weight, input_spectrum(x.T @ x), parse_pattern(name), 0.5), _damped(x.T @ x)
+    made, gram = alps(weight, unit_gram(x.T @ x), parse_pattern(name), 0.5), _damped(x.T @ x)
     for row, found, keep in zip(weight.double().numpy(), made.weight, made.keep, strict=True):
         best = torch.tensor(_best_under(row, np.flatnonzero(keep), gram.numpy()))
         least = output_error(best[None] - row, gram)
         assert output_error(found.double()[None] - row, gram) <= least * 1.001 + 1e-9
 
 
-def test_the_spectrum_is_that_of_the_damped_statistics_at_any_scale():
+def test_statistics_are_damped_at_any_scale():
     x = torch.tensor(correlated_inputs(100, 20, 8))
     gram = x.T @ x
-    made, larger = input_spectrum(gram), input_spectrum(gram * 4.0**10)
+    made, larger = unit_gram(gram), unit_gram(gram * 4.0**10)
     whole = made.norms[:, None].double() * made.gram.double() * made.norms.double()
     torch.testing.assert_close(whole, _damped(gram), rtol=1e-5, atol=1e-7 * float(gram.abs().max()))
     expected = torch.linalg.inv(made.gram.double() + 0.3 * torch.eye(20))
-    torch.testing.assert_close(made.inverse(0.3).double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(regularised_inverse(made.gram, 0.3).double(), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(larger.gram, made.gram, rtol=1e-6, atol=1e-7)
 
 
@@ -103,24 +103,24 @@ def test_inputs_that_were_never_there_go_first():
     weight, x = normal_weight(6, 16, 4), torch.tensor(correlated_inputs(60, 16, 4))
     weight[:, 6] = 100.0
     x[:, [1, 6, 11]] = 0.0
-    made = alps(weight, input_spectrum(x.T @ x), parse_pattern("row"), 3 / 16)
+    made = alps(weight, unit_gram(x.T @ x), parse_pattern("row"), 3 / 16)
     assert [row.tolist() for row in (made.keep == 0).nonzero()[:, 1].view(6, 3)] == [[1, 6, 11]] * 6
 
 
 def test_nothing_pruned_changes_nothing():
     weight, x = normal_weight(6, 16, 4), torch.tensor(correlated_inputs(60, 16, 4))
-    made = alps(weight, input_spectrum(x.T @ x), parse_pattern("row"), 0.0)
+    made = alps(weight, unit_gram(x.T @ x), parse_pattern("row"), 0.0)
     assert bool(made.keep.all())
     torch.testing.assert_close(made.weight, weight, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_not_finite_is_refused():
     weight, x = normal_weight(4, 8, 0), torch.tensor(correlated_inputs(30, 8, 0))
-    spectrum = input_spectrum(x.T @ x)
+    spectrum = unit_gram(x.T @ x)
     weight[1, 2] = math.nan
     with pytest.raises(FloatingPointError, match="weights are not finite"):
         alps(weight, spectrum, parse_pattern("row"), 0.5)
     with pytest.raises(FloatingPointError, match="inputs are not finite"):
-        input_spectrum(torch.full((3, 3), math.inf))
+        unit_gram(torch.full((3, 3), math.inf))
     with pytest.raises(ValueError, match="ranks the weights of several matrices"):
         alps(torch.ones(4, 8), spectrum, parse_pattern("stack"), 0.5)

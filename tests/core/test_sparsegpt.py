@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.one_shot.gram import DAMPING
 from pst_ds.core.one_shot.scored import keep_by_score, wanda_scores
+from pst_ds.core.one_shot.shares import Share
 from pst_ds.core.one_shot.sparsegpt import inverse_factor, round_under_mask, sparsegpt
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.quantization import Grid, dequantize, group_scales, quantize, round_to_grid
@@ -18,6 +19,12 @@ from pst_ds.core.select import prune_count
 from tests.core.one_shot_references import output_error
 
 from .one_shot_references import correlated_inputs, counter, normal_weight, ranked_together, without_smallest
+
+
+def _rounded(weight, keep, factor, grid, columns_at_a_time=128, dtype=torch.float32):
+    share = Share.of(weight, parse_pattern("matrix"), 0.0)
+    return round_under_mask(share, keep, factor, grid, columns_at_a_time, dtype=dtype)
+
 
 PATTERNS = ["matrix", "row", "2:4", "4:8"]
 GRIDS = [Grid(bits, group) for bits in (8, 4) for group in (None, 32, 64)]
@@ -170,7 +177,7 @@ def test_inputs_that_have_nothing_in_common_make_it_plain_rounding(grid, name):
     weight, factor = normal_weight(24, 192, 3), inverse_factor(torch.eye(192))
     if name == "given":
         keep = keep_by_score(weight.abs(), WeightLayout(24, 192), parse_pattern("row"), 0.6)
-        made = round_under_mask(weight, keep, factor, grid)
+        made = _rounded(weight, keep, factor, grid)
     else:
         keep = sparsegpt(weight, factor, parse_pattern(name), 0.6).keep
         made = sparsegpt(weight, factor, parse_pattern(name), 0.6, grid=grid)
@@ -207,7 +214,7 @@ def test_rounding_under_a_mask_is_the_plain_surgeons(grid):
     weight, gram = normal_weight(32, 128, 5), _gram(128, 6)
     keep = keep_by_score(weight.abs(), WeightLayout(32, 128), parse_pattern("2:4"), 0.5)
     expected, scales = _rounding_surgeon(weight, gram, keep.numpy(), grid)
-    made = round_under_mask(weight, keep, inverse_factor(gram), grid, columns_at_a_time=32)
+    made = _rounded(weight, keep, inverse_factor(gram), grid, columns_at_a_time=32)
     rows = ((made.weight.double() - expected).abs() < 1e-9).all(1)
     assert rows.float().mean() > 0.8
     assert torch.equal(made.scales.float()[rows], scales[rows])
@@ -226,7 +233,7 @@ def test_every_weight_is_on_its_grid_in_the_dtype_that_stores_it(
     factor = inverse_factor(gram)
     if name == "given":
         keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) >= sparsity
-        made = round_under_mask(weight, keep, factor, grid, columns, dtype=dtype)
+        made = _rounded(weight, keep, factor, grid, columns, dtype=dtype)
         assert torch.equal(made.keep.bool(), keep)
     else:
         made = sparsegpt(weight, factor, parse_pattern(name), sparsity, columns, grid=grid, dtype=dtype)
@@ -252,7 +259,7 @@ def test_what_rounding_takes_is_given_back(grid, name):
     together = sparsegpt(weight, factor, parse_pattern(name), 0.5, grid=grid)
     errors = [output_error(w - weight, gram) for w in (pruned.weight, together.weight, afterwards)]
     assert grid.bits == 8 or errors[1] - errors[0] < 0.8 * (errors[2] - errors[0])  # int8 takes next to nothing
-    given = round_under_mask(pruned.weight, pruned.keep, factor, grid)
+    given = _rounded(pruned.weight, pruned.keep, factor, grid)
     errors = [output_error(w - pruned.weight, gram) for w in (given.weight, afterwards)]
     assert errors[0] < 0.9 * errors[1]
 
@@ -260,7 +267,7 @@ def test_what_rounding_takes_is_given_back(grid, name):
 def test_a_dense_weight_is_one_whose_mask_keeps_all():
     weight, factor, grid = normal_weight(8, 128, 1), inverse_factor(_gram(128, 2)), Grid(4, 64)
     dense = sparsegpt(weight, factor, parse_pattern("row"), 0.0, grid=grid)
-    masked = round_under_mask(weight, torch.ones(8, 128), factor, grid)
+    masked = _rounded(weight, torch.ones(8, 128), factor, grid)
     assert torch.equal(dense.weight, masked.weight)
     assert torch.equal(dense.scales, masked.scales)
 
@@ -271,7 +278,7 @@ def test_a_weight_on_its_grid_already_stays_as_it_is():
     codes = torch.randint(-7, 8, (8, 128), generator=torch.Generator().manual_seed(3)) * keep
     codes[:, ::32] = 7  # so that the largest magnitude divided by 7 is the scale
     weight = dequantize(codes.to(torch.int8), torch.full((8, 2), 0.01171875).bfloat16())
-    made = round_under_mask(weight, weight != 0, factor, grid)
+    made = _rounded(weight, weight != 0, factor, grid)
     assert torch.equal(made.weight, weight)
 
 
@@ -280,6 +287,6 @@ def test_what_cannot_be_rounded_is_refused():
     with pytest.raises(ValueError, match="groups of 32 do not divide 48 inputs; take row"):
         sparsegpt(weight, factor, parse_pattern("row"), 0.5, grid=Grid(4, 32))
     with pytest.raises(ValueError, match="groups of 64 do not divide 48 inputs"):
-        round_under_mask(weight, torch.ones(2, 48), factor, Grid(8, 64))
+        _rounded(weight, torch.ones(2, 48), factor, Grid(8, 64))
     with pytest.raises(FloatingPointError, match="weights are not finite"):
-        round_under_mask(weight / 0, torch.ones(2, 48), factor, Grid(8))
+        _rounded(weight / 0, torch.ones(2, 48), factor, Grid(8))

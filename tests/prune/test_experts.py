@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pst_ds.cli.main import main
 from pst_ds.config.pst import PSTConfig
-from pst_ds.core.one_shot.alps import alps, input_spectrum
-from pst_ds.core.one_shot.gram import DAMPING
+from pst_ds.core.one_shot.alps import alps
+from pst_ds.core.one_shot.gram import DAMPING, unit_gram
 from pst_ds.core.one_shot.sparsegpt import inverse_factor, sparsegpt
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.quantization import Grid
@@ -90,7 +90,7 @@ def _alone(weight, x, method, pattern, transposed):
     """One expert's matrix as a linear layer of its own, (O, I), pruned on its inputs; by its size without any."""
     weight = weight.t() if transposed else weight
     if method == "alps" and len(x):
-        return alps(weight, input_spectrum(x.T @ x), parse_pattern(pattern), 0.5).weight
+        return alps(weight, unit_gram(x.T @ x), parse_pattern(pattern), 0.5).weight
     if method == "sparsegpt" and len(x):
         return sparsegpt(weight, inverse_factor(x.T @ x), parse_pattern(pattern), 0.5).weight
     scores = (weight.double().abs() * (x.square().sum(0).sqrt() if len(x) else 1.0)).numpy()
@@ -156,12 +156,12 @@ def test_swaps_lower_the_error_of_every_expert_by_its_own_tokens(family, method)
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_groups_of_experts_change_no_bit(family, monkeypatch):
-    """One expert's Gram matrices at a time: 4 bytes of 16 x 16 and 12 x 12, so as many passes as experts."""
+    """One expert's Gram matrices at a time: 8 bytes of 16 x 16 and 12 x 12, so as many passes as experts."""
     together, apart, runs = tiny_model(family), tiny_model(family), []
     _prune(together, "sparsegpt")
     run = BlockReplay.run
     monkeypatch.setattr(BlockReplay, "run", lambda self, index, **more: (runs.append(index), run(self, index, **more)))
-    layers = _prune(apart, "sparsegpt", statistics_bytes=2 * 4 * (16**2 + 12**2) - 1)
+    layers = _prune(apart, "sparsegpt", statistics_bytes=2 * 8 * (16**2 + 12**2) - 1)
     assert runs == [0] * (4 + 1) + [1] * 4
     assert all(torch.equal(one, two) for one, two in zip(together.parameters(), apart.parameters(), strict=True))
     of_experts = [layer.expert_tokens for layer in layers.values() if layer.expert_tokens]

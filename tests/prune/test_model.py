@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from pst_ds.config.pst import Override, PSTConfig
+from pst_ds.core.one_shot.shares import ALONE
 from pst_ds.errors import InputError
-from pst_ds.nn.input_sums import InputSum
 from pst_ds.nn.targets import resolve_targets
 from pst_ds.prune import model as pruning
 from pst_ds.prune.blocks import Calibration
-from pst_ds.prune.layer import inputs_of, prune_weight
+from pst_ds.prune.layer import LayerPruning, inputs_of, prune_together
 from pst_ds.prune.model import prune_layers
 from pst_ds.prune.rules import layer_rules, settings_for
 
@@ -74,8 +74,7 @@ def _pruned_by_whole_passes(model, rules, method, batches, sums):
             expected[name] = x.double()
         for rule in block:
             total = sums[rule.target.name]
-            given = inputs_of(method, total)
-            rule.target.module.weight.data = prune_weight(rule.target.module.weight.data, rule, given).weight
+            prune_together([LayerPruning(rule, ALONE)], inputs_of(method, total), FP32)
     return expected
 
 
@@ -91,14 +90,14 @@ def _prune_both(monkeypatch, one, two, method, batches, other_batches):
     seen = {}
 
     def recording(gatherer, name):
-        seen[name] = gatherer.sums[name].num_tokens, gatherer.sums[name].total.clone()
+        seen[name] = gatherer.sums[name]
         return gatherer.sums[name]
 
     def comparing(gatherer, name):
-        num_tokens, wanted = seen.pop(name)
-        assert gatherer.sums[name].num_tokens == num_tokens
-        _assert_same_sums(gatherer.sums[name].total, wanted.double(), name)
-        return InputSum(num_tokens, wanted)
+        wanted = seen.pop(name)
+        assert gatherer.sums[name].num_tokens == wanted.num_tokens
+        _assert_same_sums(gatherer.sums[name].total, wanted.total, name)
+        return wanted
 
     for model, given, function in ((one, batches, recording), (two, other_batches, comparing)):
         monkeypatch.setattr(pruning, "_required", function)

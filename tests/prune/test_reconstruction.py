@@ -69,9 +69,9 @@ def test_no_blocks_error_rises_and_none_is_changed_where_it_would(tiny, batches,
     fits = []
 
     class Watched(pruning.BlockFit):
-        def fit(self, weights):
+        def fit(self, weights, *more, **options):
             held = [weight.detach().clone() for weight in weights]
-            found = super().fit(weights)
+            found = super().fit(weights, *more, **options)
             fits.append((self.errors, all(torch.equal(a, b) for a, b in zip(held, found, strict=True))))
             assert all(torch.equal(weight, values) for weight, values in zip(weights, found, strict=True))
             return found

@@ -13,7 +13,7 @@ from pst_ds.cli.main import main
 from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.errors import InputError
 from pst_ds.nn.targets import resolve_targets
-from pst_ds.prune.blocks import Calibration, block_of, find_blocks
+from pst_ds.prune.blocks import BlockSource, Calibration, block_of, find_blocks
 from pst_ds.prune.budgets import rules_by_saliency
 from pst_ds.prune.model import prune_layers
 from pst_ds.prune.output_gradients import layer_norms
@@ -32,10 +32,8 @@ def _rules(model, method="wanda", pattern="row", share=0.6, **settings):
 def _norms(model, batches):
     targets = resolve_targets(model, PSTConfig())
     stack, blocks = find_blocks(model, [target.name for target in targets])
-    of_blocks = [
-        {t.name: t.module for t in targets if block_of(t.name, stack) == index} for index in range(len(blocks))
-    ]
-    return layer_norms(model, blocks, of_blocks, Calibration(batches, CPU, FP32))
+    of_blocks = [{t.name: t for t in targets if block_of(t.name, stack) == index} for index in range(len(blocks))]
+    return layer_norms(model, BlockSource(blocks), of_blocks, Calibration(batches, CPU, FP32))
 
 
 def _plain_norms(model, batches):

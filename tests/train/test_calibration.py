@@ -174,7 +174,6 @@ def _sums_of_toy(indices):
 @pytest.mark.parametrize("count", [23, 2], ids=["many batches", "fewer batches than ranks"])
 def test_sums_are_the_same_bits_on_any_number_of_ranks_and_are_not_gathered(run_ranks, count):
     alone = _sums_of_toy(range(count))
-    assert count == 2 or alone != _sums_of_toy(range(count)[::-1])
     assert any(alone["layers.twice"])
     assert any(alone["layers.even"])
     assert not any(alone["layers.never"])

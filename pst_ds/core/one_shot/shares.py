@@ -38,6 +38,10 @@ class Ranks:
     broadcast: Callable[[Tensor, int], Tensor] = _of_this_rank
     """Return the tensor of rank ``source``; all have its shape and dtype."""
 
+    def broadcast_numbers(self, numbers: Tensor, source: int = 0) -> Tensor:
+        """Return the ``numbers`` of rank ``source``, on the CPU. Collective."""
+        return self.sums.all_sum(numbers if self.own == source else torch.zeros_like(numbers))
+
 
 ALONE = Ranks()
 
@@ -99,9 +103,10 @@ def keep_in_panel(scores: Tensor, share: Share) -> Tensor:
 
 
 def keep_together(scores: Sequence[Sequence[Tensor]], shares: Sequence[Share], ranks: Ranks) -> list[list[Tensor]]:
-    """Return the uint8 masks of all panels by their ``scores``, as in :func:`keep_in_panel`, for patterns that rank rows together. Collective.
+    """Return the uint8 masks of all panels, for patterns that rank rows together. Collective.
 
-    Each matrix loses floor(sparsity * units) of its weights or blocks, over all ranks.
+    ``scores``: of each share's panels, as in :func:`keep_in_panel`. Each matrix loses floor(sparsity * units) of its
+    weights or blocks, over all ranks.
     """
     keys = [[_unit_keys(panel, share) for panel in own] for own, share in zip(scores, shares, strict=True)]
     counts = [prune_count(s.sparsity, s.weight.numel() // (s.pattern.outputs * s.pattern.inputs)) for s in shares]

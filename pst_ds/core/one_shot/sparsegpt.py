@@ -64,7 +64,9 @@ def sparsegpt(
     grid: Grid | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Compensated:
-    """Prune one matrix (O, I), see :func:`sparsegpt_of_share`."""
+    """Prune one matrix (O, I), see :func:`sparsegpt_of_share`. Raises ValueError for other patterns."""
+    if pattern.kind not in ("matrix", "row", "n:m"):
+        raise ValueError(f'SparseGPT has the patterns "matrix", "row" and N:M, not {str(pattern)!r}')
     share = Share.of(weight, pattern, sparsity)
     return sparsegpt_of_share(share, factor, columns_at_a_time=columns_at_a_time, grid=grid, dtype=dtype)
 
@@ -90,11 +92,9 @@ def sparsegpt_of_share(
     group is searched at its first input, over the weights that are kept by the scores at that point. ``dtype``: the
     dtype that the weight will be stored in; its codes can be recovered from it.
 
-    Raises ValueError for other patterns and for groups that do not divide I, and FloatingPointError, on all ranks, for
-    a weight that is not finite.
+    Raises ValueError for groups that do not divide I, and FloatingPointError, on all ranks, for a weight that is not
+    finite.
     """
-    if share.pattern.kind not in ("matrix", "row", "n:m"):
-        raise ValueError(f'SparseGPT has the patterns "matrix", "row" and N:M, not {str(share.pattern)!r}')
     share.require_finite()
     rows = [_Rows(share.weight[panel], grid, dtype) for panel in share.panels]
     _pass_all(rows, factor, _by_saliency(share, factor, ranks), share.pattern.m, columns_at_a_time, grid)
@@ -102,7 +102,13 @@ def sparsegpt_of_share(
 
 
 def round_under_mask(
-    share: Share, keep: Tensor, factor: InverseFactor, grid: Grid, *, dtype: torch.dtype
+    share: Share,
+    keep: Tensor,
+    factor: InverseFactor,
+    grid: Grid,
+    columns_at_a_time: int = COLUMNS_AT_A_TIME,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> Compensated:
     """Quantise the kept weights of this rank's rows under a mask as :func:`sparsegpt_of_share` does: GPTQ.
 
@@ -115,7 +121,7 @@ def round_under_mask(
     def choose(_rows: Sequence[_Rows], start: int, stop: int) -> list[Tensor]:
         return [mask[:, start:stop] for mask in masks]
 
-    _pass_all(rows, factor, choose, 0, COLUMNS_AT_A_TIME, grid)
+    _pass_all(rows, factor, choose, 0, columns_at_a_time, grid)
     return joined([one.made for one in rows], share)
 
 
@@ -126,6 +132,12 @@ class _Rows:
         self.left = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         self.keep = torch.ones(weight.shape, dtype=torch.uint8, device=weight.device)
         self.rounder = None if grid is None else _Rounder(grid, self.left, dtype)
+
+    def enter(self, first: int, mask: Tensor) -> None:
+        """Search the scales of the group that starts at column ``first``, by the ``mask`` of its weights."""
+        assert self.rounder is not None
+        kept = self.left[:, first : first + mask.shape[1]].masked_fill(mask == 0, 0.0)
+        self.rounder.enter(first, kept)
 
     @property
     def made(self) -> Compensated:
@@ -189,6 +201,9 @@ def _pass_all(
     group = inputs // grid.num_groups(inputs) if grid is not None and grid.group else 1
     whole = math.lcm(unit or 1, group)
     step = max(1, at_a_time // whole) * whole
+    if rows and grid is not None and grid.num_groups(inputs) == 1:  # a scale for each whole row
+        for one, mask in zip(rows, choose(rows, 0, inputs), strict=True):
+            one.enter(0, mask)
     for start in range(0, inputs, step):
         stop = min(start + step, inputs)
         if not unit:
@@ -212,10 +227,9 @@ def _pass_columns(rows: _Rows, upper: Tensor, choose: Choice, unit: int, start: 
             keep[:, j:chosen] = choose([rows], j, chosen)[0]
         value = left[:, j]
         if rounder is not None:
-            if j % rounder.size == 0:
+            if j % rounder.size == 0 and rounder.size < left.shape[1]:
                 end = j + rounder.size
-                kept = keep[:, j:end] if end <= chosen else choose([rows], j, end)[0]
-                rounder.enter(j, left[:, j:end].masked_fill(kept == 0, 0.0))
+                rows.enter(j, keep[:, j:end] if end <= chosen else choose([rows], j, end)[0])
             value = rounder.rounded(value, j)
         value = torch.where(keep[:, j] == 0, 0.0, value)
         errors[:, j - start] = (left[:, j] - value) / upper[j, j]
