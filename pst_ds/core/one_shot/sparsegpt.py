@@ -201,7 +201,7 @@ def _pass_all(
     group = inputs // grid.num_groups(inputs) if grid is not None and grid.group else 1
     whole = math.lcm(unit or 1, group)
     step = max(1, at_a_time // whole) * whole
-    if rows and grid is not None and grid.num_groups(inputs) == 1:  # a scale for each whole row
+    if grid is not None and grid.num_groups(inputs) == 1:  # a scale for each whole row
         for one, mask in zip(rows, choose(rows, 0, inputs), strict=True):
             one.enter(0, mask)
     for start in range(0, inputs, step):

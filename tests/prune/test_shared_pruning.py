@@ -1,0 +1,89 @@
+"""Pruning on several ranks: each has its pieces of the calibration data and its rows, and all have the same result."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from pst_ds.config.pst import PSTConfig
+from pst_ds.core.quantization import Grid
+from pst_ds.nn.targets import resolve_targets
+from pst_ds.parallel.ranks import all_ranks
+from pst_ds.prune.blocks import Calibration
+from pst_ds.prune.budgets import rules_by_outliers, rules_by_saliency
+from pst_ds.prune.model import prune_layers
+from pst_ds.prune.rules import layer_rules, settings_for
+from pst_ds.prune.whole_experts import drop_experts
+from tests.nn.expert_families import tiny_model
+
+from .conftest import FAMILIES
+
+IDS = torch.randint(0, 48, (10, 9), generator=torch.Generator().manual_seed(1))
+BATCHES = [{"input_ids": ids} for ids in IDS.split(4)]
+LARGER = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 2}
+"""With several panels in each matrix."""
+
+
+def _model(family, dtype):
+    if family not in FAMILIES:
+        return tiny_model(family).to(dtype)
+    class_name, config = FAMILIES[family]
+    kind = getattr(transformers, class_name)
+    torch.manual_seed(1)
+    return kind(kind.config_class(**{**config, **(LARGER if family == "llama" else {})})).eval().to(dtype)
+
+
+def _pruned(family, method, pattern, options):
+    """(outcome of every layer, the weights' bits) on every rank."""
+    model = _model(family, options.get("stored", torch.float32))
+    data = Calibration(BATCHES, torch.device("cpu"), options.get("dtype", torch.float32), all_ranks())
+    budgets = options.get("budgets", "")
+    if method == "reap":
+        found = drop_experts(model, 0.5, data)
+        return [(one.kept, one.scores) for one in found], _bits(model)
+    config = settings_for(model, PSTConfig(), method, pattern)
+    grid, swaps = options.get("grid"), options.get("swaps", 0)
+    rules = layer_rules(resolve_targets(model, config), method, 0.5, grid=grid, swaps=swaps)
+    if budgets == "saliency":
+        rules = rules_by_saliency(model, rules, data)
+    if budgets == "owl":
+        rules, _ = rules_by_outliers(model, rules, data, spread=0.08)
+    layers = prune_layers(model, rules, method, data, reconstruct=options.get("reconstruct", 0))
+    return layers, _bits(model), [layer.scales if layer.scales is None else layer.scales.tolist() for layer in layers]
+
+
+def _bits(model):
+    return {name: tensor.detach().clone().float() for name, tensor in model.named_parameters()}
+
+
+BF16 = torch.bfloat16
+CASES = {
+    "alps by row": ("llama", "alps", "row", {}),
+    "alps in bf16, matrices by saliency, fitted": (
+        "llama", "alps", "matrix", {"dtype": BF16, "stored": BF16, "budgets": "saliency", "reconstruct": 2},
+    ),
+    "alps in blocks": ("llama", "alps", "4x2", {}),
+    "sparsegpt over the matrix, by outliers": ("llama", "sparsegpt", "matrix", {"budgets": "owl"}),
+    "sparsegpt to int4": ("llama", "sparsegpt", "row", {"grid": Grid(4, 32)}),
+    "sparsegpt over the matrix to int8": ("llama", "sparsegpt", "matrix", {"grid": Grid(8)}),
+    "wanda with swaps": ("llama", "wanda", "2:4", {"swaps": 2}),
+    "transposed and fused": ("gpt2", "alps", "matrix", {"swaps": 1}),
+    "shared projections": ("deberta_v2", "sparsegpt", "row", {}),
+    "experts": ("mixtral", "alps", "row", {"reconstruct": 1}),
+    "experts to int8": ("gpt_oss", "sparsegpt", "row", {"grid": Grid(8)}),
+    "whole experts": ("mixtral", "reap", "", {}),
+}  # fmt: skip
+
+
+@pytest.mark.zero3
+@pytest.mark.parametrize("case", CASES)
+def test_every_number_of_ranks_has_the_same_bits(run_ranks, case, monkeypatch):
+    monkeypatch.setattr("pst_ds.prune.blocks.PIECE_TOKENS", 18)  # two texts
+    arguments = CASES[case]
+    alone = _pruned(*arguments)
+    for ranks in (2, 3, 4):
+        for found in run_ranks(_pruned, ranks, *arguments):
+            assert str(found[0]) == str(alone[0])
+            assert found[2:] == alone[2:]
+            assert {n for n, bits in found[1].items() if not torch.equal(bits, alone[1][n])} == set()
