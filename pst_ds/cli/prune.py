@@ -44,13 +44,20 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     group = args.group if args.group in (None, WHOLE_ROW) else int(args.group)
     config = PruneConfig(**{**given, "group": group})
     start, run = time.perf_counter(), load_run_or_folder(args)
+    from pst_ds.parallel.launch import init_distributed, launch_environment
+    from pst_ds.parallel.ranks import is_main
     from pst_ds.train.one_shot.pruning import prune_model
 
+    launch = launch_environment()
+    if launch.world_size > 1:
+        init_distributed(launch)
     report = prune_model(run, args.out, config, shard_bytes=args.shard_bytes)
     result = {**report.facts, "out": args.out}
     if config.method != REAP:
         result["num_layers"] = len(report.layers)
     result["seconds"] = time.perf_counter() - start
+    if not is_main():
+        return result
     print(_line_of_experts(report, result) if config.method == REAP else _line_of_weights(config, report, result))
     tokens = {layer.name.rpartition(".")[0]: layer.expert_tokens for layer in report.layers if layer.expert_tokens}
     if unused := unused_experts(tokens):  # both stacks of a module saw the same tokens

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from pst_ds.core.one_shot.shares import ALONE, Ranks
 from pst_ds.errors import InputError
 from pst_ds.nn.model_structure import outermost_list
+
+if TYPE_CHECKING:
+    from pst_ds.prune.layer import PrunedLayer
 
 Batch = Mapping[str, Tensor]
 """Arguments of a model's forward pass, on the CPU."""
@@ -145,8 +148,12 @@ class BlockSource:
         """Have the stored values of block ``index`` in its parameters, on the CPU, inside the context."""
         yield
 
-    def finish(self, index: int) -> None:
-        """Keep the values of a block that was pruned, inside :meth:`loaded`."""
+    def outcome(self, index: int) -> list[PrunedLayer] | None:
+        """Return the outcome of the layers of a block that an earlier, killed run has finished; None for others."""
+        return None
+
+    def finish(self, index: int, layers: Sequence[PrunedLayer]) -> None:
+        """Keep the values of a pruned block and the outcome of its layers, inside :meth:`loaded`. Collective."""
 
 
 SourceOf = Callable[[str, nn.ModuleList], BlockSource]
@@ -170,7 +177,7 @@ class BlockReplay:
 
     def __init__(self, model: nn.Module, blocks: BlockSource, data: Calibration):
         self.model, self.blocks, self.data = model, blocks.blocks, data
-        self._source = blocks
+        self.source = blocks
         every = [(number, piece) for number, pieces in enumerate(data.pieces()) for piece in pieces]
         self.take(every[data.ranks.own :: data.ranks.number])
         self._block = self._place = 0
@@ -197,7 +204,7 @@ class BlockReplay:
 
         Changes of ``parameter.data`` on the device are lost if it is a copy: change the stored values too.
         """
-        with self._source.loaded(index):
+        with self.source.loaded(index):
             tensors = [*self.blocks[index].parameters(), *self.blocks[index].buffers()]
             held = [tensor.data for tensor in tensors]
             try:
@@ -237,7 +244,7 @@ class BlockReplay:
                 before(piece)
             try:
                 with torch.no_grad():
-                    self.model(**moved(dict(piece), self._source.device, self.data.dtype))
+                    self.model(**moved(dict(piece), self.source.device, self.data.dtype))
             except _BlockDone:
                 if after_first is not None and not place:
                     after_first()
@@ -257,10 +264,10 @@ class BlockReplay:
     def after_blocks(self, place: int) -> tuple[Tensor, Output]:
         """Return the last block's stored hidden states of a piece, with a gradient, and the model's output of them."""
         self._block, self._place = len(self.blocks), place
-        last = hidden_of(self.outputs[place]).detach().to(self._source.device, self._dtype).requires_grad_()
+        last = hidden_of(self.outputs[place]).detach().to(self.source.device, self._dtype).requires_grad_()
         output = self.outputs[place]
         self.outputs[place] = last if isinstance(output, Tensor) else (last, *output[1:])
-        return last, self.model(**moved(dict(self.pieces[place][1]), self._source.device, self.data.dtype))
+        return last, self.model(**moved(dict(self.pieces[place][1]), self.source.device, self.data.dtype))
 
     def _stand_in(self, index: int, forward: Callable[..., Output]) -> Callable[..., Output]:
         def replay(*args: object, **kwargs: object) -> Output:

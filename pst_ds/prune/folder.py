@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from pst_ds.atomic_files import atomic_folder, require_writable
+from pst_ds.atomic_files import require_writable
 from pst_ds.errors import InputError
 from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.nn.base_model import PRUNING_RECORD, Pretrained, architecture
@@ -80,27 +78,3 @@ def scales_of(layers: Sequence[PrunedLayer]) -> dict[str, Tensor]:
 def scales_name(layer: str) -> str:
     """Return the name of a layer's scales in :data:`SCALES_FILE`."""
     return f"{layer}.scales"
-
-
-def write_folder(
-    model: PreTrainedModel,
-    record: dict[str, object],
-    scales: dict[str, Tensor],
-    out: Path,
-    *,
-    shard_bytes: int,
-    unused: Mapping[str, Tensor],
-    copy_small_files: Callable[[Path], None],
-) -> None:
-    """Write the pruned model, its ``record`` and ``scales`` to ``out`` atomically.
-
-    ``unused``: tensors of the base model's files that ``model`` lacks; written unchanged. ``copy_small_files``: copies
-    the tokenizer and other small files of the base model into the given folder.
-    """
-    with atomic_folder(out) as folder:
-        state = {**model.state_dict(), **unused} if unused else None
-        model.save_pretrained(folder, max_shard_size=shard_bytes, state_dict=state)
-        copy_small_files(folder)
-        if scales:
-            save_file(scales, folder / SCALES_FILE)
-        (folder / RECORD_FILE).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -67,7 +67,8 @@ def prune_layers(
     last = max(by_block)
     with replay.in_place(), Progress("prune", last + 1, "blocks") as shown:
         for index in range(last + 1):
-            done |= {layer.name: layer for layer in pruner.prune(index, by_block.get(index, []), is_last=index == last)}
+            outcome = pruner.prune(index, by_block.get(index, []), is_last=index == last)
+            done |= {layer.name: layer for layer in outcome}
             shown.add(1, f"{stack}.{index}")
     return [done[rule.target.name] for rule in rules]
 
@@ -97,6 +98,18 @@ class _BlockPruner:
         Experts are pruned group by group. Their inputs do not depend on other experts, but may depend on linear layers,
         which are therefore pruned last.
         """
+        source = self._replay.source
+        with source.loaded(index):
+            found = source.outcome(index)
+            if found is None:
+                found = self._prune(index, rules, is_last=is_last)
+                source.finish(index, found)
+            elif not is_last:
+                with self._replay.resident(index):
+                    self._replay.run(index, keep_output=True)
+        return found
+
+    def _prune(self, index: int, rules: Sequence[LayerRule], *, is_last: bool) -> list[PrunedLayer]:
         layers = [LayerPruning(rule, self._ranks) for rule in rules]  # before the block moves: they hold stored values
         linear = [layer for layer in layers if not layer.rule.target.is_stack]
         stacks = [layer for layer in layers if layer.rule.target.is_stack]

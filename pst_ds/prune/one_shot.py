@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from pst_ds.config.methods import OneShotMethod
 from pst_ds.config.one_shot import REAP, PruneConfig
@@ -16,6 +21,7 @@ from pst_ds.prune.blocks import Calibration
 from pst_ds.prune.budgets import require_linear, require_room, rules_by_outliers, rules_by_saliency
 from pst_ds.prune.layer import PrunedLayer
 from pst_ds.prune.model import prune_layers
+from pst_ds.prune.model_files import ModelFiles
 from pst_ds.prune.rules import LayerRule, layer_rules, requested_sparsity, settings_for
 
 if TYPE_CHECKING:
@@ -48,29 +54,73 @@ def plan_layers(
     return settings, sparsity, rules
 
 
-def prune_loaded(
-    model: PreTrainedModel, config: PruneConfig, planned: tuple[PSTConfig, float, list[LayerRule]], data: Calibration
+def prune_files(
+    files: ModelFiles, config: PruneConfig, planned: tuple[PSTConfig, float, list[LayerRule]], data: Calibration
 ) -> tuple[list[PrunedLayer], dict[str, object]]:
-    """Prune ``model``, which is on the CPU, in place; return the outcomes, and facts for the pruning record.
+    """Prune the model in ``files``; return the outcomes, and facts for the pruning record. Collective.
 
     ``planned``: result of :func:`plan_layers`. ``data``: without batches if ``config.needs_data`` is False. Raises
     InputError, and FloatingPointError for values that are not finite.
     """
     settings, sparsity, rules = planned
     budgets: dict[str, object] = {} if config.budgets == "equal" else {"budgets": config.budgets}
-    if config.budgets == "owl":
-        spread = SPREAD if config.spread is None else config.spread
-        rules, outliers = rules_by_outliers(model, rules, data, spread=spread)
-        budgets |= {"spread": spread, "outliers": outliers}
-    if config.budgets == "saliency":
-        rules = rules_by_saliency(model, rules, data)
-    layers = prune_layers(
-        model, rules, _method_of(config), data, gated=settings.gated_norms, reconstruct=config.reconstruct
-    )
+    if config.budgets != "equal":
+        rules, outliers = _with_budgets(files, config, rules, data)
+        if config.budgets == "owl":
+            budgets |= {"spread": SPREAD if config.spread is None else config.spread, "outliers": outliers}
+    if config.needs_data:
+        layers = prune_layers(
+            files.model,
+            rules,
+            _method_of(config),
+            data,
+            gated=settings.gated_norms,
+            reconstruct=config.reconstruct,
+            source_of=files.source,
+        )
+    else:
+        layers = _by_magnitude(files, rules, data)
     facts = _facts_of(config, settings, sparsity) | budgets
     if data.batches and any(rule.target.is_stack for rule in rules):
         facts["gated_norms"] = settings.gated_norms
     return layers, facts
+
+
+def _by_magnitude(files: ModelFiles, rules: Sequence[LayerRule], data: Calibration) -> list[PrunedLayer]:
+    by_part: dict[str, list[LayerRule]] = {}
+    for rule in rules:
+        by_part.setdefault(files.part_of(rule.target.name), []).append(rule)
+    found: dict[str, PrunedLayer] = {}
+    for part, own in by_part.items():
+        with files.loaded(part):
+            layers = files.outcome(part)
+            if layers is None:
+                layers = prune_layers(files.model, own, "magnitude", data)
+                files.finish(part, layers)
+        found |= {layer.name: layer for layer in layers}
+    return [found[rule.target.name] for rule in rules]
+
+
+def _with_budgets(
+    files: ModelFiles, config: PruneConfig, rules: Sequence[LayerRule], data: Calibration
+) -> tuple[list[LayerRule], list[float]]:
+    """Return the rules with their budgets, computed once also for a run that was killed. Collective."""
+
+    def compute() -> dict[str, Tensor]:
+        if config.budgets == "owl":
+            spread = SPREAD if config.spread is None else config.spread
+            made, outliers = rules_by_outliers(files.model, rules, data, spread=spread, source_of=files.source)
+        else:
+            made, outliers = rules_by_saliency(files.model, rules, data, source_of=files.source), []
+        found = {"outliers": outliers, "sparsities": [rule.sparsity for rule in made]}
+        tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
+        return tensors | {r.target.name: r.output_factors for r in made if r.output_factors is not None}
+
+    held = files.remember("budgets", compute)
+    sparsities = held["sparsities"].tolist()
+    pairs = zip(rules, sparsities, strict=True)
+    found = [replace(r, sparsity=share, output_factors=held.get(r.target.name)) for r, share in pairs]
+    return found, held["outliers"].tolist()
 
 
 def _facts_of(config: PruneConfig, settings: PSTConfig, sparsity: float) -> dict[str, object]:

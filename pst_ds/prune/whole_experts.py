@@ -100,11 +100,15 @@ def drop_experts(
         )
     model.eval()
     found = _outputs(model, modules, data, source_of)
-    routers, kept = router_names(model), []
+    stack, blocks = find_blocks(model, list(modules))
+    source, routers, kept = source_of(stack, blocks), router_names(model), []
     for name, module in modules.items():
         order = found[name].scores.argsort(stable=True)
         chosen = order[number - left :].sort().values
-        _cut(model, name, module, routers, chosen)
+        index = block_of(name, stack)
+        with source.loaded(index):
+            _cut(model, name, module, routers, chosen)
+            source.finish(index, [])
         scores = tuple(found[name].scores.tolist())
         kept.append(KeptExperts(name, tuple(chosen.tolist()), scores, tuple(found[name].tokens)))
     setattr(text_config(model), key, left)

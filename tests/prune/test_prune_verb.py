@@ -46,13 +46,13 @@ def _refused(capsys, tmp_path, *arguments, run_file=CAUSAL, method="wanda"):
 
 
 def test_the_cpu_is_used_when_deepspeed_is_told_so(capsys, tmp_path, monkeypatch):
-    used, prune_loaded = [], pruning.prune_loaded
+    used, prune_files = [], pruning.prune_files
 
     def seen(*arguments):
         used.append(arguments[-1].device.type)
-        return prune_loaded(*arguments)
+        return prune_files(*arguments)
 
-    monkeypatch.setattr(pruning, "prune_loaded", seen)
+    monkeypatch.setattr(pruning, "prune_files", seen)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     for accelerator in (torch.accelerator, torch.cuda):
         monkeypatch.setattr(accelerator, "is_available", lambda: True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import secrets
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,19 +21,21 @@ from pst_ds.data.tasks import ExampleSet, task_of
 from pst_ds.errors import InputError
 from pst_ds.export.from_folder import copy_small_files
 from pst_ds.export.plan import SHARD_BYTES, require_space
-from pst_ds.formats.base_weights import BaseWeights
+from pst_ds.formats.safetensors_file import tensor_bytes
 from pst_ds.nn.base_model import DTYPES
-from pst_ds.parallel.launch import LaunchEnvironment, device_of
+from pst_ds.parallel.launch import device_of, launch_environment
+from pst_ds.parallel.ranks import all_gather_objects, all_ranks, raise_on_all_ranks
 from pst_ds.prune.blocks import Batch, Calibration
-from pst_ds.prune.folder import FORMAT, load_base, record_of, require_free, scales_of, write_folder
+from pst_ds.prune.folder import FORMAT, record_of, require_free
 from pst_ds.prune.layer import PrunedLayer
-from pst_ds.prune.one_shot import plan_layers, prune_loaded
+from pst_ds.prune.model_files import ModelFiles
+from pst_ds.prune.one_shot import plan_layers, prune_files
 from pst_ds.prune.whole_experts import KeptExperts, drop_experts
 from pst_ds.train.model import attention_options, load_tokenizer
 from pst_ds.train.one_shot.own_text import own_batches
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +64,12 @@ def prune_model(
     shard_bytes: int = SHARD_BYTES,
     examples: ExampleSet | None = None,
     more_facts: Mapping[str, object] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> PruneReport:
-    """Prune a run's pretrained model in one shot, and write it to ``out``, atomically. Runs in one process.
+    """Prune a run's pretrained model in one shot, and write it to ``out``, atomically. Collective.
+
+    All ranks of the process group share the work, and the result does not depend on their number. Blocks that are
+    finished are kept next to ``out`` until all are, also if this run is killed or fails: the same call continues.
 
     Args:
         run: Config of a run, its run file or its folder: names the model, the layers and the calibration data.
@@ -69,44 +78,70 @@ def prune_model(
         shard_bytes: Size limit of a weight file.
         examples: Examples of ``data.train``; None loads them.
         more_facts: Facts to add to the pruning record.
+        check: Called on every rank after each block; may raise StoppedError.
 
-    Raises InputError, and FloatingPointError for values that are not finite.
+    Raises, on all ranks, InputError, and FloatingPointError for values that are not finite.
     """
     run, out = run if isinstance(run, RunConfig) else load_run_or_folder(run), Path(out)
-    require_free(out, run.model.path)
-    model = load_base(run.model.path, **attention_options(run))
-    base = BaseWeights(run.model.path, getattr(model, "base_model_prefix", ""))
-    require_space(out, sum(param.nbytes for param in model.parameters()))
-    planned = None if config.method == REAP else plan_layers(model, config, run.pst, run.schedule.final_sparsity)
-    batches = _calibration(run, model.config, config, examples) if config.needs_data else []
-    device = torch.device(device_of(LaunchEnvironment(0, 1, 0)))
-    data = Calibration(batches, device, DTYPES[run.train.precision])
-    layers, modules, unused = list[PrunedLayer](), list[KeptExperts](), {}
-    if planned is None:
-        modules, facts = _drop_experts(model, run, config, data)
-    else:
-        layers, facts = prune_loaded(model, config, planned, data)
-        unused = {name: base.read(name) for name in base.unused_by(model)}
-    facts |= {"base_model": run.model.path, "base_fingerprint": base_fingerprint(run.model.path)}
-    facts |= (_facts_of_data(run, config, batches) if batches else {}) | dict(more_facts or {})
-    if config.method == REAP:
-        kept = {m.name: {"kept": m.kept, "scores": m.scores, "expert_tokens": m.tokens} for m in modules}
-        record: dict[str, object] = {"format": FORMAT, **facts, "layers": [], "modules": kept}
-    else:
-        record = record_of(layers, facts)
-    copy = partial(copy_small_files, base.folder)
-    write_folder(model, record, scales_of(layers), out, shard_bytes=shard_bytes, unused=unused, copy_small_files=copy)
+    files = raise_on_all_ranks(lambda: _opened(run, out, shard_bytes))
+    files.check = check or files.check
+    is_reap = config.method == REAP
+    planned = None if is_reap else plan_layers(files.model, config, run.pst, run.schedule.final_sparsity)
+    batches = (
+        raise_on_all_ranks(lambda: _calibration(run, files.model.config, config, examples)) if config.needs_data else []
+    )
+    digest = digest_of_ranks(batches, run.data.train)
+    device = torch.device(device_of(launch_environment()))
+    data = Calibration(batches, device, DTYPES[run.train.precision], all_ranks())
+    about = {"base_model": run.model.path, "base_fingerprint": base_fingerprint(run.model.path)}
+    settings = "" if planned is None else f"{planned[0]} {planned[1]}"
+    plan = {**about, "config": repr(config), "pst": settings, "data": digest, "precision": run.train.precision}
+    with files.working({**plan, "attempt": secrets.token_hex(4)} if is_reap else plan):
+        if planned is None:
+            layers, (modules, facts) = list[PrunedLayer](), _drop_experts(files, run, config, data)
+        else:
+            modules, (layers, facts) = list[KeptExperts](), prune_files(files, config, planned, data)
+        facts |= about | (_facts_of_data(run, config, batches) if batches else {}) | dict(more_facts or {})
+        if is_reap:
+            kept = {m.name: {"kept": m.kept, "scores": m.scores, "expert_tokens": m.tokens} for m in modules}
+            record: dict[str, object] = {"format": FORMAT, **facts, "layers": [], "modules": kept}
+        else:
+            record = record_of(layers, facts)
+        files.publish(partial(copy_small_files, files.base.folder), record)
     return PruneReport(out, record, layers, modules)
 
 
+def _opened(run: RunConfig, out: Path, shard_bytes: int) -> ModelFiles:
+    require_free(out, run.model.path)
+    files = ModelFiles(run.model.path, out, shard_bytes, **attention_options(run))
+    require_space(out, files.base.file_bytes)
+    return files
+
+
+def digest_of_ranks(batches: Sequence[Batch], what: str) -> str:
+    """Return a SHA-256 of calibration batches. Collective. Raises InputError on all ranks unless they have the same."""
+    digest = hashlib.sha256()
+    for name, value in (item for batch in batches for item in sorted(batch.items())):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(tensor_bytes(value.contiguous()))
+    every = all_gather_objects((digest.hexdigest(), socket.gethostname()))
+    for number, (other, host) in enumerate(every):
+        if other != every[0][0]:
+            raise InputError(
+                f"{what} differs between rank 0 ({every[0][1]}) and rank {number} ({host}). Give every host the same "
+                "file"
+            )
+    return digest.hexdigest()
+
+
 def _drop_experts(
-    model: PreTrainedModel, run: RunConfig, config: PruneConfig, data: Calibration
+    files: ModelFiles, run: RunConfig, config: PruneConfig, data: Calibration
 ) -> tuple[list[KeptExperts], dict[str, object]]:
-    """Drop experts of ``model`` in place; return the outcome and facts for the record. Raises InputError."""
+    """Drop experts of the model; return the outcome and facts for the record. Collective. Raises InputError."""
     share = run.schedule.final_sparsity if config.sparsity is None else config.sparsity
     if not 0.0 <= share < 1.0:
         raise InputError(f"--sparsity {share} must be in [0, 1): it is the fraction of experts to drop")
-    modules = drop_experts(model, share, data)
+    modules = drop_experts(files.model, share, data, source_of=files.source)
     facts: dict[str, object] = {"method": REAP, "sparsity_requested": share}
     return modules, facts | {"experts": len(modules[0].kept), "experts_before": len(modules[0].scores)}
 
@@ -133,6 +168,8 @@ def _calibration(
 
     Raises InputError if there are fewer examples.
     """
+    if not config.needs_data:
+        return []
     task, tokenizer = task_of(run), load_tokenizer(run)
     task.check_model(run.data, model_config, tokenizer)
     if config.own_text:

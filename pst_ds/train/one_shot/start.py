@@ -17,11 +17,10 @@ from pst_ds.errors import InputError
 from pst_ds.file_names import CHECKPOINTS, START
 from pst_ds.nn.base_model import pruning_record
 from pst_ds.parallel import stop_signals
-from pst_ds.parallel.ranks import of_main_at_length
+from pst_ds.parallel.ranks import is_main, of_main
 from pst_ds.parallel.stop_signals import StoppedError
-from pst_ds.progress import heard_by
 from pst_ds.prune.blocks import find_blocks
-from pst_ds.prune.folder import load_base
+from pst_ds.prune.model_files import ModelFiles
 from pst_ds.prune.one_shot import plan_layers
 from pst_ds.prune.rules import usual_pattern
 from pst_ds.train.model import attention_options
@@ -38,63 +37,53 @@ _COARSE = ("matrix", "stack")
 def start_run(run: RunConfig, examples: ExampleSet, *, is_new: bool, quiet: bool) -> RunConfig:
     """Prune the run's pretrained model as ``[start]`` says, unless that was done before; return the run that trains it.
 
-    Collective: rank 0 prunes, and the others wait at most ``train.stall_timeout_seconds`` per transformer block. Raises
-    on all ranks InputError, also for an ``is_new`` run whose folder has checkpoints, and StoppedError after a signal to
-    rank 0. Neither leaves a start behind.
+    Collective: all ranks share the work. Raises on all ranks InputError, also for an ``is_new`` run whose folder has
+    checkpoints, and StoppedError after a signal to any. Blocks that are finished are kept: the next start continues.
     """
     if run.start.method == "none":
         return run
     if is_new:
         require_no_checkpoints(Path(run.output_dir))
-    signal = of_main_at_length(partial(_prune_once, run, examples, quiet=quiet))
-    if signal:
-        raise StoppedError(
-            f"stopped by {stop_signals.name_of(signal)} while {run.model.path} was pruned. Nothing was kept; start the "
-            "run again to prune it anew"
-        )
+    start = _facts_of_start(run, examples.digest)
+    if of_main(partial(_is_done, run, start)):
+        return run.started()
+    out, asked = Path(run.output_dir) / START, _one_shot_config(run, min(run.start.samples, len(examples)))
+    if is_main() and not quiet:
+        print(f"pruning {run.model.path} to {asked.sparsity} by {asked.method}: {out}", file=sys.stderr, flush=True)
+    try:
+        prune_model(run, out, asked, examples=examples, more_facts={"start": start}, check=_stop_if_asked)
+    except StoppedError as error:
+        raise StoppedError(f"{error}. Finished blocks were kept; start the run again to prune the others") from None
+    except InputError as error:
+        raise InputError(f'start.method = "{asked.method}": {error}') from None
     return run.started()
 
 
 def require_startable(run: RunConfig) -> None:
-    """Raise InputError if ``[start]`` cannot prune the run's model, by what is known without data. Loads the model on
-    the CPU."""
-    model = load_base(run.model.path, **attention_options(run))
+    """Raise InputError if ``[start]`` cannot prune the run's model, by what is known without data."""
+    model = ModelFiles(run.model.path, Path(run.output_dir) / START, 0, **attention_options(run)).model
     config = _one_shot_config(run, run.start.samples)
     _, _, rules = plan_layers(model, config, run.pst, run.schedule.final_sparsity)
     find_blocks(model, [rule.target.name for rule in rules])
 
 
 def _stop_if_asked() -> None:
-    if stop_signals.asked_by():
-        raise StoppedError  # on rank 0 only: _prune_once returns the signal, and every rank raises then
+    if signal := stop_signals.asked_by():
+        raise StoppedError(f"stopped by {stop_signals.name_of(signal)} while the pretrained model was pruned")
 
 
-def _prune_once(run: RunConfig, examples: ExampleSet, *, quiet: bool) -> int:
-    """Return 0 once the start is there, or the signal that stopped the pruning between two blocks."""
-    out, asked = Path(run.output_dir) / START, _one_shot_config(run, _samples(run, examples))
-    start = _facts_of_start(run, examples.digest)
+def _is_done(run: RunConfig, start: object) -> bool:
+    """Return whether the folder has the run's start. Raises ConfigError if checkpoints continue from another one."""
+    out = Path(run.output_dir) / START
     found = pruning_record(out)
     if found.get("start") == start and found.get("base_fingerprint") == base_fingerprint(run.model.path):
-        return 0
+        return True
     if (Path(run.output_dir) / CHECKPOINTS).exists():
         raise ConfigError(
             f"{out} does not match [start], [pst], seed, model and data, and the checkpoints in {run.output_dir} "
             "continue from it. Restore the old values, or use another output_dir."
         )
-    if not quiet:
-        print(f"pruning {run.model.path} to {asked.sparsity} by {asked.method}: {out}", file=sys.stderr, flush=True)
-    try:
-        with heard_by(_stop_if_asked):
-            prune_model(run, out, asked, examples=examples, more_facts={"start": start})
-    except StoppedError:
-        return stop_signals.asked_by()
-    except InputError as error:
-        raise InputError(f'start.method = "{asked.method}": {error}') from None
-    return 0
-
-
-def _samples(run: RunConfig, examples: ExampleSet) -> int:
-    return run.start.samples if run.start.own_text else min(run.start.samples, len(examples))
+    return False
 
 
 def _facts_of_start(run: RunConfig, data_digest: str) -> object:
