@@ -291,6 +291,7 @@ def _skeleton(
         raise InputError(f"{place} cannot be built: {first_line(error)}. {_FIX}") from error
     finally:
         torch.set_default_dtype(before)
+    model.tie_weights()  # parameters on the meta device are new ones
     model._weight_conversions = get_model_conversion_mapping(model)
     return model.requires_grad_(False).eval()
 

@@ -18,6 +18,7 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.core.one_shot.scored import keep_by_score
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.nn.targets import resolve_targets
+from pst_ds.prune.model_files import ModelFiles
 from pst_ds.train.one_shot import pruning
 
 CAUSAL, CLASSES = "tests/data/causal_lm.toml", "tests/data/world_size.toml"
@@ -250,10 +251,45 @@ def test_a_packed_folder_is_refused(capsys, tmp_path):
     assert f"pst-ds export {tmp_path / 'packed'} --format dense" in line
 
 
-def test_an_interrupted_prune_leaves_nothing(capsys, tmp_path, monkeypatch):
-    def fails(*args, **kwargs):
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--method", "magnitude"),
+        ("--method", "alps", "--budgets", "saliency", "--reconstruct", "1", "--samples", "12"),
+        ("--method", "sparsegpt", "--bits", "4", "--group", "row", "--samples", "12"),
+    ],
+)
+def test_a_prune_that_is_killed_at_any_block_ends_with_the_same_files(tmp_path, monkeypatch, options):
+    command = ["prune", CAUSAL, *options, "--set", "train.precision=bf16", "--out"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    finish, finished = ModelFiles.finish, []
+
+    def killed(files, part, layers):
+        finish(files, part, layers)
+        finished.append(part)
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("pst_ds.train.one_shot.pruning.copy_small_files", fails)
-    assert main(["prune", CAUSAL, "--method", "magnitude", "--out", str(tmp_path / "out")]) == 1
-    assert not list(tmp_path.iterdir())
+    for _ in range(2):  # the model has two blocks
+        monkeypatch.setattr(ModelFiles, "finish", killed)
+        assert main([*command, str(tmp_path / "out")]) == 1
+        assert not (tmp_path / "out").exists()
+        monkeypatch.setattr(ModelFiles, "finish", finish)
+    monkeypatch.setattr("pst_ds.train.one_shot.pruning.copy_small_files", lambda *_: 1 / 0)
+    assert main([*command, str(tmp_path / "out")]) == 1  # while the finished folder is written
+    monkeypatch.undo()
+    assert main([*command, str(tmp_path / "out")]) == 0
+    assert finished == ["model.layers.0", "model.layers.1"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    files = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == files
+    assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in files)
+
+
+def test_blocks_of_other_settings_are_not_kept(tmp_path, monkeypatch):
+    command = ["prune", CAUSAL, "--out", str(tmp_path / "out"), "--method", "magnitude", "--sparsity"]
+    with monkeypatch.context() as patch:
+        patch.setattr("pst_ds.train.one_shot.pruning.copy_small_files", lambda *_: 1 / 0)
+        assert main([*command, "0.5"]) == 1
+    assert main([*command, "0.25"]) == 0
+    record = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    assert {layer["sparsity_requested"] for layer in record["layers"]} == {0.25}

@@ -194,13 +194,13 @@ def _stopped_after(blocks, folder, *more):
 
 @pytest.mark.thorough
 @pytest.mark.zero3
-def test_a_signal_ends_a_start_on_all_ranks_and_leaves_nothing(run_ranks, tmp_path):
+def test_a_signal_ends_a_start_on_all_ranks_and_the_next_continues(run_ranks, tmp_path):
     settings = (*START, f"deepspeed_config={_zero3(tmp_path)}")
     (first, blocks), (other, _) = run_ranks(_stopped_after, 2, 1, str(tmp_path / "run"), *settings)
     assert first == other
     assert first.startswith("stopped by SIGTERM while")
     assert blocks == 1
-    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"run.lock"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"run.lock", ".start.unfinished"}
     _train(tmp_path / "run", *START)
     _train(tmp_path / "undisturbed", *START)
     assert _differing(_trained(tmp_path / "run"), _trained(tmp_path / "undisturbed")) == []
