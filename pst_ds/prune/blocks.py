@@ -41,9 +41,10 @@ class Calibration:
     dtype: torch.dtype
     ranks: Ranks = ALONE
 
-    def pieces(self) -> list[list[Batch]]:
-        """Return the pieces of each batch: consecutive examples, the same for every number of ranks."""
-        return [_pieces(batch) for batch in self.batches]
+    def own_pieces(self, share: int = 1) -> list[tuple[int, Batch]]:
+        """Return this rank's (batch, piece): every ``ranks.number``-th of all, or of every ``share``-th of all."""
+        every = [(number, piece) for number, batch in enumerate(self.batches) for piece in _pieces(batch)]
+        return every[::share][self.ranks.own :: self.ranks.number]
 
 
 def _pieces(batch: Batch) -> list[Batch]:
@@ -178,8 +179,7 @@ class BlockReplay:
     def __init__(self, model: nn.Module, blocks: BlockSource, data: Calibration):
         self.model, self.blocks, self.data = model, blocks.blocks, data
         self.source = blocks
-        every = [(number, piece) for number, pieces in enumerate(data.pieces()) for piece in pieces]
-        self.take(every[data.ranks.own :: data.ranks.number])
+        self.take(data.own_pieces())
         self._block = self._place = 0
         self._dtype = data.dtype
         self._needs_leaf = False

@@ -34,7 +34,7 @@ class BlockFit:
         self._number = 0
         self._is_real: Tensor | None = None
         self.errors: tuple[float, float] = (0.0, 0.0)
-        """Mean squared error of the block's outputs over all tokens, before and after."""
+        """Sum of squared errors of the block's outputs on the first batch, before and after."""
 
     def remember(self, forward: Forward) -> Output:
         """Run the dense block on the next piece, and store its output as the target."""
@@ -45,7 +45,8 @@ class BlockFit:
     def fit(self, weights: Sequence[nn.Parameter], dtypes: Sequence[torch.dtype], *, keep_output: bool) -> list[Tensor]:
         """Return fitted values of the pruned ``weights``, on their device; the block then has them. Collective.
 
-        Zeros stay 0. If the error over all tokens does not decrease, the previous values are restored.
+        Zeros stay 0. If the error on the first batch does not decrease, the previous values are restored: it is known
+        without passes of its own, before the first step and from the pass after the last.
 
         Args:
             dtypes: those that the values will be stored in.
@@ -58,10 +59,12 @@ class BlockFit:
         batches = range(len(self._replay.data.batches))
         optimizer, steps = torch.optim.Adam(groups), self._passes * len(batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / steps)
-        before = self._error(keep_output=False)
+        before = math.nan
         with _with_gradients(weights):
             for batch in [*batches] * self._passes:
-                gradients = exact_sums(self._gradients(batch, weights), masters, self._ranks)
+                terms = self._gradients(batch, weights)
+                *gradients, error = exact_sums(terms, [*masters, torch.empty(1)], self._ranks)
+                before = float(error) if math.isnan(before) else before
                 for master, gradient, values in zip(masters, gradients, held, strict=True):
                     master.grad = gradient.to(master.device).mul_(values != 0)
                 optimizer.step()
@@ -70,23 +73,23 @@ class BlockFit:
         masters = [master.to(dtype) for master, dtype in zip(masters, dtypes, strict=True)]
         _write(weights, masters)  # a resumed run continues with what was stored
         after = self._error(keep_output=keep_output)
-        self.errors = before, min(before, after)
-        if after < before:
-            return masters
-        _write(weights, held)
-        if keep_output:
-            self._error(keep_output=True)
-        return held
+        if not after < before:
+            masters, after = held, before
+            _write(weights, held)
+            if keep_output:
+                self._error(keep_output=True)
+        self.errors = before, after
+        return masters
 
     def _gradients(self, batch: int, weights: Sequence[nn.Parameter]) -> list[list[Tensor]]:
-        """Return the gradients of the squared error of each of this rank's pieces of a batch."""
+        """Return the gradients of the squared error of each of this rank's pieces of a batch, and that error, (1,)."""
         found: list[list[Tensor]] = []
 
         def compute(forward: Forward) -> Output:
             with torch.enable_grad():
                 output = forward()
                 error = self._difference(output).square().sum()
-                found.append(list(torch.autograd.grad(error, list(weights))))
+                found.append([*torch.autograd.grad(error, list(weights)), error.detach().view(1)])
             return output
 
         self._run(compute, only=batch)
@@ -110,20 +113,18 @@ class BlockFit:
         return difference[self._is_real.to(made.device)]
 
     def _error(self, *, keep_output: bool) -> float:
-        """Return the mean squared error over all tokens. Collective."""
-        terms, number = [], 0
+        """Run all pieces; return the sum of squared errors on the first batch. Collective."""
+        terms: list[list[Tensor]] = []
 
         def add(forward: Forward) -> Output:
-            nonlocal number
             output = forward()
-            difference = self._difference(output)
-            terms.append([difference.square().sum(dtype=torch.float64).view(1)])
-            number += difference.numel()
+            if not self._replay.pieces[self._number][0]:
+                terms.append([self._difference(output).square().sum().view(1)])
             return output
 
-        self._run(add, keep_output=keep_output)
+        self._run(add, keep_output=keep_output, only=None if keep_output else 0)
         (total,) = exact_sums(terms, [torch.empty(1)], self._ranks)
-        return float(total) / int(self._ranks.sums.all_sum(torch.tensor(number)))
+        return float(total)
 
 
 def exact_sums(terms: Sequence[Sequence[Tensor]], like: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:

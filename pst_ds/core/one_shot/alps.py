@@ -20,14 +20,13 @@ from pst_ds.core.one_shot.scored import Compensated, joined
 from pst_ds.core.one_shot.shares import ALONE, Ranks, Share, keep_in_panel, keep_together
 from pst_ds.core.patterns import Pattern
 
-FIRST_PENALTY = 0.1
-PENALTY_GROWTH = 1.3
-ROUNDS_PER_PENALTY = 3
-"""Penalties are fractions of H's diagonal; the authors increase theirs every three rounds too."""
-ROUNDS = 30
-"""Doubling it changes the errors of the layers of a 135M Llama by less than 0.5 %."""
-GRADIENT_STEPS = 10
-"""Steps from the last round's weights to the best under the mask: 5 more change the errors by less than 0.05 %."""
+FIRST_PENALTY, LAST_PENALTY = 0.1, 1.0
+"""Fractions of H's diagonal. The penalty grows by equal factors, every few rounds as in the authors' schedule."""
+ROUNDS_PER_PENALTY = 4
+ROUNDS = 24
+"""With 60 rounds and 10 penalties the errors of the layers of a 135M Llama are 1 to 2 % lower."""
+GRADIENT_STEPS = 8
+"""Steps from the last round's weights to the best under the mask: 7 more change the errors by less than 0.05 %."""
 
 
 def alps(
@@ -68,7 +67,9 @@ def alps_of_shares(
     states = [[_Panel(share.weight[rows], inputs) for rows in share.panels] for share in shares]
     alone = [(s, share) for s, share in zip(states, shares, strict=True) if not share.ranks_rows_together]
     pooled = [(s, share) for s, share in zip(states, shares, strict=True) if share.ranks_rows_together]
-    penalties = [FIRST_PENALTY * PENALTY_GROWTH**i for i in range(-(-rounds // rounds_per_penalty))]
+    number_of = -(-rounds // rounds_per_penalty)
+    growth = (LAST_PENALTY / FIRST_PENALTY) ** (1 / max(1, number_of - 1))
+    penalties = [FIRST_PENALTY * growth**i for i in range(number_of)]
     for number, (penalty, exact) in enumerate(_inverses(inputs.gram, penalties, ranks)):
         inverse = exact.to(dtype)
         turns = range(min(rounds_per_penalty, rounds - number * rounds_per_penalty))
