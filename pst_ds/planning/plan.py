@@ -21,7 +21,6 @@ from pst_ds.nn.tables.embedding import pst_embeddings
 from pst_ds.parallel.ds_config import load_deepspeed_config, zero_stage
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.planning.activations import Trace, UntraceableError, trace_micro_batch
-from pst_ds.planning.dense_start import remark_on_dense_start
 from pst_ds.planning.machines import Machine, machine_of
 from pst_ds.planning.memory import MemoryPlan, ModelNumbers, ZeroSettings, memory_plan, zero_settings
 from pst_ds.planning.shapes import model_numbers
@@ -200,7 +199,7 @@ def plan(run: RunConfig | str | Path, options: PlanOptions | None = None) -> Pla
     zero = zero_settings(resolved_deepspeed_config(run, raw, model, ranks=ranks), ranks, machine.backend)
     numbers = model_numbers(model, device=machine.device)
     layers, embeddings, trained_in_full = _layers(model), _embeddings(model), head_names(model, run)
-    remarks = [text for text in (remark, remark_on_dense_start(run, model)) if text]
+    remarks = [remark] if remark else []
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, run)]
     # the trace comes last: it uses the model up
     trace = options.trace or _trace(model, run, ranks, zero.persistence_threshold, machine.device)

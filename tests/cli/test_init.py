@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import shlex
 import shutil
 import textwrap
@@ -19,7 +18,6 @@ from pst_ds.cli.init.text import deepspeed_settings
 from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
 from pst_ds.data import plain_text
-from pst_ds.planning import dense_start
 from pst_ds.train.tune import trials
 from tests.nn.expert_families import tiny_model
 
@@ -180,10 +178,6 @@ def test_a_mixture_of_experts_begins_by_alps_with_equal_shares(made, tmp_path, m
     _, table, _ = made(*flags)
     assert (table["start"]["method"], table["start"].get("budgets")) == ("alps", None)
     assert table["pst"]["pattern"] == "matrix"
-    monkeypatch.setattr(dense_start, "MOST_WEIGHTS", 1000)
-    _, _, result = made(*flags)
-    (said,) = [remark for remark in result["remarks"] if "--method alps" in remark]
-    assert "--budgets" not in said
 
 
 @pytest.mark.parametrize("more", [("--pattern", "4x4"), ("--method", "gmp"), ("--pattern", "stack")])
@@ -301,40 +295,6 @@ def test_nothing_is_held_out_where_it_is_not_wanted(made):
     assert result["remarks"] == [
         f"no validation data: {TRAIN}[:50%] is a slice, and --validation may name the rest of {TRAIN}"
     ]
-
-
-@pytest.mark.thorough
-def test_a_model_too_large_for_a_start_is_warned_of_with_what_to_do(made, capsys, tmp_path, monkeypatch, book):
-    monkeypatch.setattr(dense_start, "MOST_WEIGHTS", 1000)
-    out, table, result = made(
-        LLAMA, "--train", book, "--steps", "2", "--batch-size", "2", "--output-dir", str(tmp_path / "run")
-    )
-    assert "start" not in table
-    remark = result["remarks"][-1]
-    assert "starts dense and prunes by magnitude" in remark
-    assert _planned(capsys, out)["remarks"] == [remark]
-    command, then = re.fullmatch(r".*?: pst-ds (prune .*), and then train with (.*)", remark).groups()
-    words = (
-        command.replace("RUN.toml", str(out))
-        .replace("DIR", str(tmp_path / "pruned"))
-        .replace("--samples 64", "--samples 4")
-    )
-    assert main(words.split()) == 0
-    settings = [
-        text.replace(" = ", "=").replace("DIR", str(tmp_path / "pruned")) for text in re.split(", | and ", then)
-    ]
-    more = [word for setting in settings for word in ("--set", setting)]
-    assert _planned(capsys, out, *more)["remarks"] == []
-    assert main(["train", str(out), *more]) == 0
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["sparsity_in_masks"] == pytest.approx(
-        0.5, abs=0.01
-    )
-
-
-@pytest.mark.parametrize("more", [("--method", "lora"), ("--pattern", "4x4"), ("--method", "gmp")])
-def test_other_large_runs_are_not_warned_of(made, monkeypatch, book, more):
-    monkeypatch.setattr(dense_start, "MOST_WEIGHTS", 1000)
-    assert "ALPS" not in str(made(LLAMA, "--train", book, *more)[2]["remarks"])
 
 
 @pytest.mark.parametrize("odd", ["bad\nmethod = 3", "bad\x00\x1b[2J", "bad\r\x7f", "bad\u2028x"])

@@ -29,6 +29,11 @@ def _rules(model, method="wanda", pattern="row", share=0.6, **settings):
     return layer_rules(resolve_targets(model, config), method, share)
 
 
+@pytest.fixture(autouse=True)
+def every_piece(monkeypatch):
+    monkeypatch.setattr("pst_ds.prune.output_gradients.SHARE", 1)
+
+
 def _norms(model, batches):
     targets = resolve_targets(model, PSTConfig())
     stack, blocks = find_blocks(model, [target.name for target in targets])

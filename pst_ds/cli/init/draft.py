@@ -29,8 +29,6 @@ from pst_ds.planning.dense_start import (
     MOST_SPARSITY_OF_BUDGETS,
     SAMPLES_OF_TOKENS,
     gains_by_start,
-    is_large,
-    remark_on_dense_start,
 )
 from pst_ds.train.model import kept_in_fp32, load_model_config, load_tokenizer, meta_model, num_trainable
 from pst_ds.train.one_shot.start import require_startable
@@ -112,11 +110,10 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
         table = laid_over(table, "train", precision="fp32")
     if task.new_head:
         table = _for_a_new_task(table, model, run)
-    table = with_start(table, model, examples, any_pattern=not args.pattern)
+    table = with_start(table, examples, any_pattern=not args.pattern)
     if (proposed := run_from_table(table)) != run:
         run, model = proposed, meta_model(proposed, labels, tokenizer)
     layers = pst_layers(model)
-    remarks += [remark_on_dense_start(run, model)]
     summary = {
         "task": run.task,
         "method": run.method,
@@ -307,14 +304,14 @@ def laid_over(table: Settings, section: str, **settings: object) -> Settings:
     return {**table, section: {**table.get(section, {}), **settings}}
 
 
-def with_start(table: Settings, model: nn.Module, examples: int, *, any_pattern: bool) -> Settings:
+def with_start(table: Settings, examples: int, *, any_pattern: bool) -> Settings:
     """Return ``table`` with a one-shot start by ALPS if that improves this kind of run, or unchanged.
 
-    It stays unchanged for large models and for models that ALPS cannot prune. With ``any_pattern`` the start chooses
+    It stays unchanged for models that ALPS cannot prune. With ``any_pattern`` the start chooses
     the sparsity pattern.
     """
     run = run_from_table(table)
-    if not gains_by_start(run) or is_large(model):
+    if not gains_by_start(run):
         return table
     if run.task_facts.predicts_tokens:
         shares = (True, False) if any_pattern and run.schedule.final_sparsity <= MOST_SPARSITY_OF_BUDGETS else (False,)
