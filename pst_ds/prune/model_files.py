@@ -1,7 +1,7 @@
 """A pretrained model that is pruned block by block, from its files into new ones.
 
 Memory holds what is outside the blocks, and one block at a time. A pruned block is written, with a JSON file of its
-outcome, before the next begins, so a killed run continues with the first block that lacks one.
+outcome, before the next is read, so a killed run continues with the first block that lacks one.
 """
 
 from __future__ import annotations
@@ -313,7 +313,7 @@ def _set(model: PreTrainedModel, tensors: Mapping[str, Tensor], mapping: Any) ->
 
 
 def _groups(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
-    """Yield names of tensors of together at most ``most`` bytes; a larger tensor is alone."""
+    """Yield names of tensors of together at most ``most`` bytes, or of one larger tensor."""
     group: list[str] = []
     held = 0
     for name, size in sizes.items():

@@ -23,7 +23,7 @@ from pst_ds.progress import Progress
 from pst_ds.prune.blocks import Batch, BlockReplay, BlockSource, Calibration, Forward, Output, hidden_of
 
 SHARE = 4
-"""Of so many pieces one is used: norms need fewer tokens than Gram matrices."""
+"""Every fourth piece is used: norms need fewer tokens than Gram matrices."""
 STORED_BYTES = 2 * 2**30
 """Memory for the inputs of all blocks; more pieces than fit go through the model one group after another."""
 

@@ -45,8 +45,8 @@ class BlockFit:
     def fit(self, weights: Sequence[nn.Parameter], dtypes: Sequence[torch.dtype], *, keep_output: bool) -> list[Tensor]:
         """Return fitted values of the pruned ``weights``, on their device; the block then has them. Collective.
 
-        Zeros stay 0. If the error on the first batch does not decrease, the previous values are restored: it is known
-        without passes of its own, before the first step and from the pass after the last.
+        Zeros stay 0. If the error on the first batch does not decrease, the previous values are restored. That error
+        takes no more passes: the first step and the last pass compute it.
 
         Args:
             dtypes: those that the values will be stored in.

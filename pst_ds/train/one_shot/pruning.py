@@ -90,7 +90,7 @@ def prune_model(
     batches = (
         raise_on_all_ranks(lambda: _calibration(run, files.model.config, config, examples)) if config.needs_data else []
     )
-    digest = digest_of_ranks(batches, run.data.train)
+    digest = digest_of_ranks(batches, config.own_text or run.data.train)
     device = torch.device(device_of(launch_environment()))
     data = Calibration(batches, device, DTYPES[run.train.precision], all_ranks())
     about = {"base_model": run.model.path, "base_fingerprint": base_fingerprint(run.model.path)}
