@@ -205,17 +205,17 @@ def equal_inputs(method: Method, number: int, device: torch.device) -> Inputs:
     return Inputs(factor=InverseFactor(torch.eye(number, device=device), none_dead))
 
 
-def prune_together(layers: Sequence[LayerPruning], given: Inputs, dtype: torch.dtype, expert: int = 0) -> None:
+def prune_together(layers: Sequence[LayerPruning], given: Inputs, expert: int = 0) -> None:
     """Prune the matrices of linear ``layers`` with equal inputs, or of one ``expert`` of a stack.
 
-    This rank prunes its share; :meth:`LayerPruning.exchange` follows. ``dtype``: of ALPS's products in rounds. Rows are
-    ranked as if each were multiplied by its ``rule.output_factors``. Collective over the ranks that share the rows.
+    This rank prunes its share; :meth:`LayerPruning.exchange` follows. Rows are ranked as if each were multiplied by its
+    ``rule.output_factors``. Collective over the ranks that share the rows.
     """
     parts = [_Part.of(layer, expert, number, given) for layer in layers for number in range(layer.num_matrices)]
     ranks = layers[0].ranks_of(expert)
     assert ranks is not None, "another rank prunes this expert"
     if given.is_alps and given.gram is not None:
-        made = alps_of_shares([part.share for part in parts], given.gram, ranks, dtype=dtype)
+        made = alps_of_shares([part.share for part in parts], given.gram, ranks)
     else:
         made = [part.pruned(given, ranks) for part in parts]
     for part, found in zip(parts, made, strict=True):

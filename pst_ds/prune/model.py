@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-import torch
 from torch import nn
 
 from pst_ds.core.one_shot.shares import ALONE
@@ -77,7 +76,7 @@ def _by_magnitude(rule: LayerRule) -> PrunedLayer:
     pruning = LayerPruning(rule, ALONE)
     pruning.require_finite()
     for expert in range(pruning.num_experts):
-        prune_together([pruning], Inputs(), torch.float32, expert)
+        prune_together([pruning], Inputs(), expert)
     return pruning.outcome()
 
 
@@ -188,7 +187,7 @@ class _BlockPruner:
             with together[0].naming():
                 assert sums.total is not None
                 given = inputs_of(self._method, sums.total, swaps=self._swaps)
-                prune_together(together, given, self._replay.data.dtype)
+                prune_together(together, given)
 
     def _prune_experts(self, layer: LayerPruning, sums: InputSum, group: range) -> None:
         """Prune this rank's experts of ``group``, whose statistics are ``sums``; by magnitude if they had no token."""
@@ -201,7 +200,7 @@ class _BlockPruner:
                         given = inputs_of(self._method, sums.of[expert].whole(), swaps=self._swaps)
                     else:
                         given = equal_inputs(self._method, layout.in_features, device)
-                    prune_together([layer], given, self._replay.data.dtype, expert)
+                    prune_together([layer], given, expert)
 
         raise_on_all_ranks(prune, (InputError, FloatingPointError))
 

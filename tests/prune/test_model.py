@@ -74,7 +74,7 @@ def _pruned_by_whole_passes(model, rules, method, batches, sums):
             expected[name] = x.double()
         for rule in block:
             total = sums[rule.target.name]
-            prune_together([LayerPruning(rule, ALONE)], inputs_of(method, total), FP32)
+            prune_together([LayerPruning(rule, ALONE)], inputs_of(method, total))
     return expected
 
 
