@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from pst_ds.core.bits import pack_shard, unpack_range
 from pst_ds.core.factors import Factors, tile_factors
-from pst_ds.core.one_shot.alps import alps, input_spectrum
+from pst_ds.core.one_shot.alps import alps
+from pst_ds.core.one_shot.gram import unit_gram
 from pst_ds.core.scores import sliced_weight
 from pst_ds.errors import InputError
 from pst_ds.masks.layer_scores import factors_of, whole_masters
@@ -48,7 +49,7 @@ class _Problem:
         """Return (W0 in the layer's dtype, mask as uint8 0/1), both in storage shape. Raises InputError."""
         layout, keep = self.layer.layout, torch.empty(self.weight.shape, dtype=torch.uint8, device=self.weight.device)
         gram = self.gram if bool(self.gram.any()) else torch.eye(len(self.gram), device=self.gram.device)
-        inputs = input_spectrum(gram)
+        inputs = unit_gram(gram)
         for matrix in layout.matrices():
             at = matrix.rect.slices
             weight = self.weight[at].t() if layout.transposed else self.weight[at]
