@@ -21,7 +21,7 @@ from pst_ds.errors import InputError
 from pst_ds.nn.model_structure import outermost_list
 
 if TYPE_CHECKING:
-    from pst_ds.prune.layer import PrunedLayer
+    from pst_ds.prune.outcome import PrunedLayer
 
 Batch = Mapping[str, Tensor]
 """Arguments of a model's forward pass, on the CPU."""

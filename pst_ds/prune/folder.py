@@ -13,7 +13,7 @@ from pst_ds.atomic_files import require_writable
 from pst_ds.errors import InputError
 from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.nn.base_model import PRUNING_RECORD, Pretrained, architecture
-from pst_ds.prune.layer import PrunedLayer
+from pst_ds.prune.outcome import PrunedLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

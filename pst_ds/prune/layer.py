@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,31 +18,8 @@ from pst_ds.core.one_shot.shares import ALONE, Ranks, Share
 from pst_ds.core.one_shot.sparsegpt import InverseFactor, inverse_factor, round_under_mask, sparsegpt_of_share
 from pst_ds.core.one_shot.swaps import refine_by_swaps
 from pst_ds.core.quantization import SCALE_DTYPE
+from pst_ds.prune.outcome import PrunedLayer
 from pst_ds.prune.rules import LayerRule, Method
-
-
-@dataclass(frozen=True, slots=True)
-class PrunedLayer:
-    """The outcome for one layer."""
-
-    name: str
-    shape: tuple[int, int]
-    """(O, I); (E*O, I) of a stack of experts."""
-    matrices: int
-    """Fused matrices, each pruned separately."""
-    pattern: str
-    sparsity_requested: float
-    pruned: int
-    """Weights that the mask prunes."""
-    zeros: int
-    """Zeros in the weight, including kept weights that are zero."""
-    dtype: str = ""
-    expert_zeros: tuple[int, ...] = ()
-    """Zeros of each expert of a stack; empty for a linear layer."""
-    expert_tokens: tuple[int, ...] = ()
-    """Calibration tokens of each expert of a stack; empty without calibration data."""
-    scales: Tensor | None = field(default=None, repr=False, compare=False)
-    """(O, groups) bf16, on the CPU, of a quantised weight."""
 
 
 class LayerPruning:

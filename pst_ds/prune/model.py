@@ -14,7 +14,8 @@ from pst_ds.nn.input_sums import InputGatherer, InputSum, products, squares
 from pst_ds.parallel.ranks import raise_on_all_ranks
 from pst_ds.progress import Progress
 from pst_ds.prune.blocks import Batch, BlockReplay, Calibration, Compute, SourceOf, find_blocks, in_memory
-from pst_ds.prune.layer import Inputs, LayerPruning, PrunedLayer, equal_inputs, inputs_of, prune_together
+from pst_ds.prune.layer import Inputs, LayerPruning, equal_inputs, inputs_of, prune_together
+from pst_ds.prune.outcome import PrunedLayer
 from pst_ds.prune.reconstruction import BlockFit
 from pst_ds.prune.rules import LayerRule, Method, rules_by_block
 

@@ -30,7 +30,7 @@ from pst_ds.parallel.ranks import barrier, is_main, of_main, raise_on_all_ranks,
 from pst_ds.parallel.stop_signals import StoppedError
 from pst_ds.prune.blocks import BlockSource
 from pst_ds.prune.folder import SCALES_FILE, scales_name
-from pst_ds.prune.layer import PrunedLayer
+from pst_ds.prune.outcome import PrunedLayer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -19,9 +19,9 @@ from pst_ds.errors import InputError
 from pst_ds.nn.targets import resolve_targets
 from pst_ds.prune.blocks import Calibration
 from pst_ds.prune.budgets import require_linear, require_room, rules_by_outliers, rules_by_saliency
-from pst_ds.prune.layer import PrunedLayer
 from pst_ds.prune.model import prune_layers
 from pst_ds.prune.model_files import ModelFiles
+from pst_ds.prune.outcome import PrunedLayer
 from pst_ds.prune.rules import LayerRule, layer_rules, requested_sparsity, settings_for
 
 if TYPE_CHECKING:

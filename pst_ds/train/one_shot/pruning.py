@@ -27,9 +27,9 @@ from pst_ds.parallel.launch import device_of, launch_environment
 from pst_ds.parallel.ranks import all_gather_objects, all_ranks, raise_on_all_ranks
 from pst_ds.prune.blocks import Batch, Calibration
 from pst_ds.prune.folder import FORMAT, record_of, require_free
-from pst_ds.prune.layer import PrunedLayer
 from pst_ds.prune.model_files import ModelFiles
 from pst_ds.prune.one_shot import plan_layers, prune_files
+from pst_ds.prune.outcome import PrunedLayer
 from pst_ds.prune.whole_experts import KeptExperts, drop_experts
 from pst_ds.train.model import attention_options, load_tokenizer
 from pst_ds.train.one_shot.own_text import own_batches
