@@ -51,8 +51,8 @@ class PicturesConfig(Section):
     interval: MayDiffer[Interval] = 0
     """Optimizer steps between pictures; 0 is about 20 times per run, -1 never. The last step always has one."""
     layers: MayDiffer[Strings] = ()
-    """Layers with a histogram of scores and a picture of the mask, by name or dotted ending; empty is the first, the
-    middle and the last pruned layer."""
+    """Layers with a histogram of scores, by name or dotted ending; empty is the first, the middle and the last pruned
+    layer."""
 
     def last_before(self, step: int, num_steps: int) -> int:
         """Return the last step before ``step`` that has pictures; -1 for none."""

@@ -1,4 +1,4 @@
-"""Statistics of a layer: correlation of scores with |W|, norms, a histogram of scores, a thumbnail of its mask.
+"""Statistics of a layer: correlation of scores with |W|, norms, a histogram of scores.
 
 Counts and sums over weights add up over parts of a matrix, so every rank computes its own part. Norms of products are
 computed from the small matrices only.
@@ -16,13 +16,11 @@ from torch import Tensor
 from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
 from pst_ds.core.kernels import INT, TENSOR, NativeSource, load
 from pst_ds.core.keys import scores_of_keys
-from pst_ds.core.layout import Rect, WeightLayout
+from pst_ds.core.layout import WeightLayout
 
 HISTOGRAM_BINS = 64
 HISTOGRAM_DEVIATIONS = 4.0
 """Half width of a histogram in standard deviations around the mean."""
-THUMBNAIL_CELLS = 32
-"""Maximum rows and columns of a thumbnail."""
 _LEAST_VARIANCE = 1e-12
 """Relative to the mean square. A smaller variance is rounding error of the sums."""
 _NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -166,30 +164,3 @@ def cut_in_bins(counts: Tensor, num_below: int, low: float, high: float) -> floa
     at = min(int((up_to < num_below).sum()), counts.numel() - 1)
     share = (num_below - int(up_to[at]) + int(counts[at])) / max(1, int(counts[at]))
     return low + (at + share) * (high - low) / counts.numel()
-
-
-def add_kept_by_cell_(counts: Tensor, kept: Tensor, rect: Rect, shape: tuple[int, int]) -> None:
-    """Add the kept weights of ``rect`` to ``counts``, (rows, cols) int64 of the cells of a stored weight of ``shape``.
-
-    ``kept``: uint8 0/1, (rows, cols) of the rectangle.
-    """
-    row_of, col_of = (_cell_of(n, cells, counts.device) for n, cells in zip(shape, counts.shape, strict=True))
-    by_col = counts.new_zeros(kept.shape[0], counts.shape[1])
-    by_col.index_add_(1, col_of[rect.c0 : rect.c1], kept.long())
-    counts.index_add_(0, row_of[rect.r0 : rect.r1], by_col)
-
-
-def thumbnail_cells(shape: tuple[int, int]) -> tuple[int, int]:
-    """Return the rows and columns of cells for a stored weight of ``shape``."""
-    return min(shape[0], THUMBNAIL_CELLS), min(shape[1], THUMBNAIL_CELLS)
-
-
-def weights_by_cell(shape: tuple[int, int]) -> Tensor:
-    """Return how many weights lie in each cell of :func:`thumbnail_cells`: (rows, cols) int64."""
-    rows, cols = (torch.bincount(_cell_of(n, k)) for n, k in zip(shape, thumbnail_cells(shape), strict=True))
-    return rows.unsqueeze(1) * cols
-
-
-def _cell_of(count: int, cells: int, device: torch.device | None = None) -> Tensor:
-    """Return the cell of each of ``count`` rows or columns, among ``cells`` nearly equal ones: (count,) int64."""
-    return torch.arange(count, device=device) * cells // count

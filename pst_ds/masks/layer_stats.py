@@ -1,4 +1,4 @@
-"""Statistics of each layer: norms, correlation of scores with |W|, histograms and mask thumbnails. Every rank reads its
+"""Statistics of each layer: norms, correlation of scores with |W|, and histograms. Every rank reads its
 shards in tiles; no weight is gathered."""
 
 from __future__ import annotations
@@ -46,14 +46,6 @@ class ScoreHistogram:
 
 
 @dataclass(frozen=True, slots=True)
-class MaskThumbnail:
-    """Share of kept weights in each cell of one layer: rows of outputs, columns of inputs."""
-
-    layer: int
-    share: list[list[float]]
-
-
-@dataclass(frozen=True, slots=True)
 class LayerStats:
     """Statistics of every PST layer, in model order; None where not applicable. The same on every rank."""
 
@@ -68,7 +60,6 @@ class LayerStats:
     with_scores: bool
     """True if scores and masks were measured."""
     histograms: list[ScoreHistogram] = field(default_factory=list)
-    thumbnails: list[MaskThumbnail] = field(default_factory=list)
 
     @property
     def mean_correlation(self) -> float | None:
@@ -98,7 +89,7 @@ def chosen_layers(names: Sequence[str], asked: Sequence[str]) -> list[int]:
 
 @torch.no_grad()
 def measure(model: nn.Module, chosen: Sequence[int], *, with_scores: bool) -> LayerStats:
-    """Return statistics of the PST layers of ``model``, with histograms and thumbnails of the ``chosen`` ones.
+    """Return statistics of the PST layers of ``model``, with histograms of the ``chosen`` ones.
 
     Without ``with_scores``, only norms of updates and weights. Collective: one all-gather for all factors, one exchange
     for all sums, and one for all counts.
@@ -125,11 +116,9 @@ def measure(model: nn.Module, chosen: Sequence[int], *, with_scores: bool) -> La
         moments = {i: sums[i][_OF_SCORES].tolist() for i in finite}
         ranges = [stats.histogram_range(total, squares, parts[i].numel) for i, (total, squares) in moments.items()]
         counts = [parts[i].counts(*bounds) for i, bounds in zip(finite, ranges, strict=True)]
-        summed = group_sum(torch.cat(counts), any_weight).cpu().split([count.numel() for count in counts])
-        for i, bounds, counted in zip(finite, ranges, summed, strict=True):
-            bins, cells = counted[: 2 * stats.HISTOGRAM_BINS], counted[2 * stats.HISTOGRAM_BINS :]
+        summed = group_sum(torch.stack(counts), any_weight).cpu()
+        for i, bounds, bins in zip(finite, ranges, summed, strict=True):
             found.histograms.append(_histogram(i, parts[i].layer, bounds, bins))
-            found.thumbnails.append(_thumbnail(i, parts[i].layer, cells))
     return found
 
 
@@ -177,17 +166,14 @@ class _Part:
         return norms
 
     def counts(self, low: float, high: float) -> Tensor:
-        """Return this rank's counts: scores per bin, pruned then kept, and kept weights per cell of the thumbnail."""
-        shape = self.layer.layout.shape
+        """Return this rank's counts of scores per bin, (2, bins) int64: pruned, then kept."""
         kept_here = unpack_shard(zero3.shard_of(self.layer.pst_mask).values, self._weight.stop - self._weight.start)
         bins = torch.zeros(2, stats.HISTOGRAM_BINS, dtype=torch.int64, device=kept_here.device)
-        cells = torch.zeros(stats.thumbnail_cells(shape), dtype=torch.int64, device=kept_here.device)
         for matrix, rect in self._rects():
-            kept = view_in_shard(kept_here, rect, shape[1], self._weight.start)
+            kept = view_in_shard(kept_here, rect, self._weight.row_length, self._weight.start)
             scores = scores_of_keys(self._keys.keys(matrix, rect))  # as used to select masks
             bins += stats.count_in_bins(scores, kept, low, high)
-            stats.add_kept_by_cell_(cells, kept, rect, shape)
-        return torch.cat([bins.flatten(), cells.flatten()])
+        return bins
 
     def score_norm(self, sums: Tensor, norms: Tensor) -> float | None:
         if self.layer.pst_S is not None:
@@ -210,14 +196,8 @@ def _finite(value: float) -> float | None:
 
 
 def _histogram(index: int, layer: PSTLayer, bounds: tuple[float, float], counts: Tensor) -> ScoreHistogram:
-    pruned, kept = counts.view(2, -1)
+    pruned, kept = counts
     kind = layer.rule.pattern.kind
     one_threshold = layer.rule.pattern.pools_matrices or (kind == "matrix" and layer.layout.num_matrices == 1)
     threshold = stats.cut_in_bins(pruned + kept, int(pruned.sum()), *bounds) if one_threshold else None
     return ScoreHistogram(index, *bounds, kept.tolist(), pruned.tolist(), threshold)
-
-
-def _thumbnail(index: int, layer: PSTLayer, counts: Tensor) -> MaskThumbnail:
-    shape = layer.layout.shape
-    share = counts.view(stats.thumbnail_cells(shape)) / stats.weights_by_cell(shape)
-    return MaskThumbnail(index, (share.t() if layer.layout.transposed else share).tolist())

@@ -11,7 +11,6 @@ from pathlib import Path
 from pst_ds.errors import InputError
 from pst_ds.json_text import JSON, JsonObject
 
-MIN_DEEPSPEED = "0.19.8"
 REDUCE_BUCKET = 500_000_000
 """DeepSpeed's default of ``reduce_bucket_size``, in elements."""
 
@@ -125,23 +124,6 @@ def validate_deepspeed_config(config: JsonObject, *, source: str = "the DeepSpee
     stage = _look_up(config, "zero_optimization.stage") or 0
     if stage not in (0, 1, 2, 3):
         raise DeepSpeedConfigError(f"{source}: zero_optimization.stage = {stage!r} must be 0, 1, 2 or 3")
-
-
-def require_deepspeed() -> None:
-    """Raise DeepSpeedConfigError when DeepSpeed is missing or older than :data:`MIN_DEEPSPEED`."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    from packaging.version import Version
-
-    try:
-        found = version("deepspeed")
-    except PackageNotFoundError:
-        raise DeepSpeedConfigError(f"deepspeed is not installed; pip install 'deepspeed>={MIN_DEEPSPEED}'") from None
-    if Version(found) < Version(MIN_DEEPSPEED):
-        raise DeepSpeedConfigError(
-            f"deepspeed {found} is too old: below {MIN_DEEPSPEED} ZeRO-3 on gloo reads uninitialised memory. "
-            f"pip install 'deepspeed>={MIN_DEEPSPEED}'"
-        )
 
 
 def zero_stage(config: JsonObject | None) -> int:

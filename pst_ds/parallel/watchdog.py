@@ -12,7 +12,6 @@ import faulthandler
 import json
 import math
 import os
-import pickle
 import socket
 import sys
 import threading
@@ -141,9 +140,6 @@ class Watchdog:
         who = f"rank {own.rank} ({own.host}, pid {own.pid})"
         where = f"{own.doing}, {'' if own.waits else 'not '}waiting for other ranks:\n{own.stack}"
         print(f"{who} made no progress for {self._timeout:g} seconds in {where}", file=sys.stderr, flush=True)
-        with contextlib.suppress(Exception):  # for torchfrtrace; nothing may keep the process alive
-            if data := recorded_collectives():
-                (self._folder / f"collectives_{self._rank}").write_bytes(data)
         patience = min(_GRACE_SECONDS, self._timeout)
         paths = _files(self._folder, "rank-*.json", self._world, patience)
         others = [StallReport(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
@@ -158,16 +154,6 @@ class Watchdog:
 
 
 _current: Watchdog | None = None
-
-
-def recorded_collectives() -> bytes:
-    """Return the pickle of torch's flight recorder with this rank's last collectives; b"" if it records none."""
-    import torch.distributed as dist
-    from torch._C import _distributed_c10d
-
-    dump = getattr(_distributed_c10d, "_dump_fr_trace", None)
-    data = dump() if dump is not None and dist.is_initialized() else b""
-    return data if data and pickle.loads(data).get("entries") else b""
 
 
 @contextlib.contextmanager

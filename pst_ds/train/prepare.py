@@ -20,7 +20,6 @@ from pst_ds.nn.model_structure import model_width
 from pst_ds.parallel.ds_config import (
     RunNumbers,
     load_deepspeed_config,
-    require_deepspeed,
     resolve_deepspeed_config,
     zero_stage,
 )
@@ -75,8 +74,6 @@ def prepare(
 
 
 def _checked(run: RunConfig, launch: LaunchEnvironment, run_file: str, labels: list[str] | None) -> RunContext:
-    if run.deepspeed_config:
-        require_deepspeed()
     run.tracking.require_installed()
     raw = load_deepspeed_config(run.deepspeed_config) if run.deepspeed_config else None
     labels = labels or task_of(run).label_names(run.data)

@@ -22,7 +22,7 @@ from pst_ds.masks.schedule_driver import MaskUpdater
 from pst_ds.nn.adapter_checkpoints import adapter_checkpoints
 from pst_ds.nn.inject import injected_config
 from pst_ds.nn.optimizer import pst_optimizer, pst_parameter_groups
-from pst_ds.parallel.ds_config import require_deepspeed, validate_deepspeed_config
+from pst_ds.parallel.ds_config import validate_deepspeed_config
 from pst_ds.parallel.master_adamw import MasterAdamW
 from pst_ds.parallel.ranks import all_gather_objects, is_main
 from pst_ds.parallel.steps import torch_optimizer, unwrapped
@@ -91,7 +91,6 @@ class PSTCallback(_LogFigures, ExportableState):
         """Reject what masks cannot train with, and let the model read and write adapter checkpoints."""
         config, model = _deepspeed_config(), given["model"]
         if config is not None:
-            require_deepspeed()
             ours = {key: value for key, value in config.items() if key not in ("optimizer", "scheduler")}
             validate_deepspeed_config(ours, source="the Trainer's DeepSpeed config")
         injected_config(model)  # rejects a model without PST, or with PST in a part

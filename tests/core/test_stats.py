@@ -10,7 +10,7 @@ import torch
 from pst_ds.core import stats
 from pst_ds.core.factors import Constants, Factors
 from pst_ds.core.keys import order_keys
-from pst_ds.core.layout import Rect, WeightLayout, shard_tiles
+from pst_ds.core.layout import WeightLayout
 
 CONSTANTS = Constants(alpha1=0.7, alpha2=1.9, beta=-1.3)
 LAYOUTS = [WeightLayout(36, 61, transposed, parts) for transposed in (False, True) for parts in (1, 3)]
@@ -134,28 +134,6 @@ def test_the_cut_is_within_a_bin_of_the_order_statistic():
         assert cut == pytest.approx(float(ordered[below - 1]), abs=width)
     assert stats.cut_in_bins(counts, 5000, low, high) <= high
     assert stats.cut_in_bins(counts, 0, low, high) is None
-
-
-@pytest.mark.parametrize("shape", [(5, 7), (32, 33), (100, 31), (64, 96)])
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_cells_count_every_weight_once_whatever_the_shards(shape, world_size):
-    kept = (_normal(*shape) > 0.5).byte()
-    cells = stats.thumbnail_cells(shape)
-    expected, size = torch.zeros(cells, dtype=torch.int64), torch.zeros(cells, dtype=torch.int64)
-    for i in range(shape[0]):
-        for j in range(shape[1]):
-            at = i * cells[0] // shape[0], j * cells[1] // shape[1]
-            size[at] += 1
-            expected[at] += int(kept[i, j])
-    counts = torch.zeros(cells, dtype=torch.int64)
-    numel = shape[0] * shape[1]
-    share = -(-numel // world_size)
-    for start in range(0, numel, share):
-        for rect in shard_tiles(Rect(0, shape[0], 0, shape[1]), shape[1], start, min(start + share, numel), 40):
-            stats.add_kept_by_cell_(counts, kept[rect.r0 : rect.r1, rect.c0 : rect.c1], rect, shape)
-    assert torch.equal(counts, expected)
-    assert torch.equal(stats.weights_by_cell(shape), size)
-    assert max(cells) <= stats.THUMBNAIL_CELLS
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -86,12 +86,6 @@ def test_figures_are_those_of_the_whole_matrices(pattern):
         _assert_histogram(
             found.histograms[i], scores, kept, exact_cut=layer.layout.num_matrices == 1 and pattern == "matrix"
         )
-        share = torch.tensor(found.thumbnails[i].share)
-        assert share.shape == (min(32, kept.shape[0]), min(32, kept.shape[1]))
-        if share.shape == kept.shape:
-            assert torch.equal(share, kept.float())
-        assert float(share.min()) >= 0.0
-        assert float(share.max()) <= 1.0
     assert found.mean_correlation == pytest.approx(np.mean(found.correlation))
 
 
@@ -116,13 +110,12 @@ def test_figures_are_the_same_on_one_two_and_three_ranks(run_ranks, pattern):
     config = PSTConfig(pattern=pattern, target_modules=target)
     chosen = [0, 1] if pattern == "2:4" else [0, 3, 7]
     alone, stats = _measured(config, None, chosen)
-    assert len(alone.histograms) == len(alone.thumbnails) == len(chosen)
+    assert len(alone.histograms) == len(chosen)
     for count, stage in ((2, 3), (3, 3), (2, 2)):
         for found, of_masks in run_ranks(_measured, count, config, stage, chosen):
             assert of_masks == stats  # kept and flipped of each layer among it
             for name in NORMS:
                 assert getattr(found, name) == pytest.approx(getattr(alone, name), rel=1e-8)
-            assert found.thumbnails == alone.thumbnails
             for one, other in zip(found.histograms, alone.histograms, strict=True):
                 assert asdict(one) == asdict(other)
 
@@ -177,7 +170,7 @@ def test_without_scores_only_norms_of_updates_and_weights_are_left():
     whole, short = (measure(model, [0], with_scores=flag) for flag in (True, False))
     assert (short.update_norm, short.weight_norm) == (whole.update_norm, whole.weight_norm)
     assert set(short.correlation) == set(short.score_norm) == {None}
-    assert short.histograms == short.thumbnails == []
+    assert short.histograms == []
     assert short.mean_correlation is None
 
 
@@ -189,7 +182,6 @@ def test_scores_that_are_not_finite_have_no_figures():
     assert [value is None for value in found.correlation] == [i == 2 for i in range(8)]
     assert [value is None for value in found.score_norm] == [i == 2 for i in range(8)]
     assert [histogram.layer for histogram in found.histograms] == [1]
-    assert [thumbnail.layer for thumbnail in found.thumbnails] == [1]
 
 
 def test_the_layers_drawn_are_the_first_the_middle_and_the_last_or_those_asked_for():

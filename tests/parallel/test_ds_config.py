@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.metadata
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from pst_ds.parallel.ds_config import (
     DeepSpeedConfigError,
     RunNumbers,
     load_deepspeed_config,
-    require_deepspeed,
     resolve_deepspeed_config,
     validate_deepspeed_config,
     zero_stage,
@@ -216,38 +214,6 @@ def test_our_optimizer_is_passed_in_and_not_left_to_the_json():
 )
 def test_zero_stage(config, stage):
     assert zero_stage(config) == stage
-
-
-@pytest.mark.parametrize(
-    ("found", "accepted"),
-    [("0.19.8", True), ("0.19.10", True), ("0.20.0", True), ("1.0", True), ("0.19.7", False), ("0.9.5", False)],
-)
-def test_deepspeed_versions_are_compared_as_numbers(monkeypatch, found, accepted):
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"deepspeed": found}[name])
-    if accepted:
-        require_deepspeed()
-        return
-    with pytest.raises(DeepSpeedConfigError) as caught:
-        require_deepspeed()
-    assert f"deepspeed {found} is too old" in str(caught.value)
-    assert "pip install 'deepspeed>=0.19.8'" in str(caught.value)
-
-
-def test_a_missing_deepspeed_says_how_to_install_it(monkeypatch):
-    def missing(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", missing)
-    with pytest.raises(DeepSpeedConfigError, match="deepspeed is not installed; pip install 'deepspeed>="):
-        require_deepspeed()
-
-
-def test_the_least_version_is_the_one_that_is_required_of_pip():
-    import tomllib
-
-    with open("pyproject.toml", "rb") as file:
-        dependencies = tomllib.load(file)["project"]["dependencies"]
-    assert any(d.startswith(f"deepspeed>={ds_config.MIN_DEEPSPEED}") for d in dependencies)
 
 
 def test_the_shipped_configs_are_those_below():

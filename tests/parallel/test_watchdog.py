@@ -98,16 +98,6 @@ def test_a_process_that_no_longer_gets_on_is_ended(tmp_path, monkeypatch, capsys
     assert sorted(path.name for path in (tmp_path / "stalls").iterdir()) == ["rank-0.json", VERDICT_FILE]
 
 
-def test_the_last_collectives_are_left_where_they_are_recorded(tmp_path, monkeypatch):
-    monkeypatch.setattr(watchdog, "recorded_collectives", lambda: b"trace")
-    assert _watch(monkeypatch, tmp_path, 0.05, beats=1) == [1]
-    assert (tmp_path / "collectives_0").read_bytes() == b"trace"
-
-
-def test_a_process_without_others_has_no_collectives():
-    assert watchdog.recorded_collectives() == b""
-
-
 def test_a_rank_stays_until_the_verdict_was_said(tmp_path, monkeypatch, capsys):
     """One that left before would cut off the rank that is about to say it."""
     monkeypatch.setattr(ranks, "rank", lambda: 1)

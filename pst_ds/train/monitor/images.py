@@ -1,4 +1,4 @@
-"""Draw heat maps, mask thumbnails and histograms of a run, legible on light and dark pages.
+"""Draw heat maps and histograms of a run, legible on light and dark pages.
 
 Pixels are indices into :data:`PALETTE`, (height, width) uint8. Files are half as large as in full colour, and are
 written several times faster.
@@ -13,7 +13,7 @@ import numpy as np
 
 MOST_COLUMNS = 256
 """Maximum columns of a heat map."""
-MAP_SIZE, THUMBNAIL_SIZE, HISTOGRAM_WIDTH = 512, 256, 480
+MAP_SIZE, HISTOGRAM_WIDTH = 512, 480
 FLIP_DECADES = -5.0, -1.0
 """Powers of ten of the fraction of flipped weights at both ends of the colour scale."""
 _MOST_CELL_PIXELS = 24
@@ -28,11 +28,11 @@ _THRESHOLD = _LIGHT, _DARK, _LIGHT
 """A dark line between two light ones, visible on every colour and on both pages."""
 
 
-def heat_map(values: np.ndarray, size: int = MAP_SIZE) -> np.ndarray:
+def heat_map(values: np.ndarray) -> np.ndarray:
     """Draw ``values``, (rows, columns) in [0, 1], with row 0 on top and the colour scale on the right. The picture is
-    about ``size`` pixels wide and high. A cell is at least one pixel wide and two high."""
-    down = max(2, min(_MOST_CELL_PIXELS, size // values.shape[0]))
-    across = max(1, min(_MOST_CELL_PIXELS, size // values.shape[1]))
+    about MAP_SIZE pixels wide and high. A cell is at least one pixel wide and two high."""
+    down = max(2, min(_MOST_CELL_PIXELS, MAP_SIZE // values.shape[0]))
+    across = max(1, min(_MOST_CELL_PIXELS, MAP_SIZE // values.shape[1]))
     cells = shaded(values).repeat(down, 0).repeat(across, 1)
     scale = shaded(np.linspace(1.0, 0.0, len(cells))[:, None].repeat(_SCALE_WIDTH, 1))
     return np.hstack([cells, np.full((len(cells), _GAP), _CLEAR, np.uint8), scale])
@@ -43,12 +43,6 @@ def flips_on_scale(flipped: np.ndarray) -> np.ndarray:
     low, high = FLIP_DECADES
     decades = np.log10(np.maximum(flipped, 10.0**low))
     return np.clip((decades - low) / (high - low), 0.0, 1.0)
-
-
-def thumbnail(share: Sequence[Sequence[float]]) -> np.ndarray:
-    """Draw the fraction of kept weights in each cell of a mask, relative to the mean. Absolute fractions would show
-    little: at 90 % sparsity, all cells of a large matrix keep about a tenth."""
-    return heat_map(share_on_scale(share), THUMBNAIL_SIZE)
 
 
 def share_on_scale(share: Sequence[Sequence[float]]) -> np.ndarray:

@@ -26,10 +26,6 @@ FLIPS_MAP = (
     "Share of a layer's weights whose mask bit flips at an update, on a logarithmic scale: dark violet one in 100,000 "
     f"or fewer, yellow one in ten or more. {_ROWS}"
 )
-THUMBNAIL = (
-    "The mask, shrunk: share of kept weights in each cell, dark violet none, green as many as on average, yellow twice "
-    "as many or more. Outputs from top to bottom, inputs from left to right."
-)
 _EXPERTS = "Columns: experts. Rows: {}, the first on top."
 EXPERT_TOKENS = (
     "Tokens that each expert was trained on since the process began: dark violet none, green as many as the experts of "
@@ -104,11 +100,6 @@ class LayerLog:
             self._board.picture("heatmap/flips", pictures.heat_map(flips), step, FLIPS_MAP)
         for histogram in found.histograms:
             self._histogram(step, histogram)
-        for thumbnail in found.thumbnails:
-            share = [[_six_digits(cell) for cell in row] for row in thumbnail.share]
-            self._file.write({"step": step, "event": "thumbnail", "layer": thumbnail.layer, "share": share})
-            drawn = pictures.thumbnail(thumbnail.share)
-            self._board.picture(f"mask/{self._names[thumbnail.layer]}", drawn, step, THUMBNAIL)
 
     def close(self) -> None:
         self._file.close()

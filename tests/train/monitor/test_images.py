@@ -46,13 +46,13 @@ def test_flips_are_on_a_logarithmic_scale():
     assert pictures.flips_on_scale(shares).tolist() == pytest.approx([0.0, 0.0, 0.0, 0.5, 1.0, 1.0])
 
 
-def test_a_thumbnail_shows_shares_relative_to_their_mean():
-    found = pictures.PALETTE[pictures.thumbnail([[0.0, 0.1], [0.1, 0.2]])]
+def test_shares_are_shown_relative_to_their_mean():
+    found = pictures.PALETTE[pictures.heat_map(pictures.share_on_scale([[0.0, 0.1], [0.1, 0.2]]))]
     across = (found.shape[1] - 20) // 2
     assert found[0, 0].tolist() == VIOLET
     assert found[-1, 2 * across - 1].tolist() == YELLOW
     assert found[0, across].tolist() == found[-1, 0].tolist() == [33, 145, 140, 255]
-    assert (pictures.PALETTE[pictures.thumbnail([[0.0, 0.0]])][:, :across] == VIOLET).all()
+    assert pictures.share_on_scale([[0.0, 0.0]]).tolist() == [[0.0, 0.0]]
 
 
 def test_a_histogram_has_kept_on_pruned_and_the_threshold_between():

@@ -121,7 +121,7 @@ def test_pictures_are_of_the_chosen_layers_with_what_they_mean(tmp_path):
     board = _board(tmp_path)
     tensors = set(board.Tags()["tensors"]) - {VERDICT}
     names = [head["layers"][i] for i in chosen]
-    kinds = ("histogram", "scores", "mask")
+    kinds = ("histogram", "scores")
     assert tensors == {"heatmap/sparsity", "heatmap/flips", *(f"{kind}/{name}" for kind in kinds for name in names)}
     for tag in tensors:
         metadata = board.SummaryMetadata(tag)
@@ -130,9 +130,8 @@ def test_pictures_are_of_the_chosen_layers_with_what_they_mean(tmp_path):
     assert list(_pictures(board, "heatmap/flips")) == [6, 12, 18]  # the ramp is steps 4 to 16
     widths = [picture.size[0] for picture in _pictures(board, "heatmap/sparsity").values()]
     assert widths == [24 + 20, 4 * 24 + 20, 6 * 24 + 20]  # mask updates so far
-    histograms, thumbnails = _of(lines, "histogram"), _of(lines, "thumbnail")
+    histograms = _of(lines, "histogram")
     assert {(line["step"], line["layer"]) for line in histograms} == {(s, i) for s in (0, 6, 12, 18) for i in chosen}
-    assert {(line["step"], line["layer"]) for line in thumbnails} == {(s, i) for s in (0, 6, 12, 18) for i in chosen}
     for line in histograms:
         assert len(line["kept"]) == len(line["pruned"]) == 64
         assert sum(line["kept"]) + sum(line["pruned"]) == head["weights"][line["layer"]]
@@ -142,7 +141,7 @@ def test_pictures_are_of_the_chosen_layers_with_what_they_mean(tmp_path):
         assert bins[:, 2].tolist() == [a + b for a, b in zip(line["kept"], line["pruned"], strict=True)]
         assert (bins[0, 0], bins[-1, 1]) == pytest.approx((line["low"], line["high"]))
     for name in names:
-        assert list(_pictures(board, f"histogram/{name}")) == list(_pictures(board, f"mask/{name}")) == [0, 6, 12, 18]
+        assert list(_pictures(board, f"histogram/{name}")) == [0, 6, 12, 18]
 
 
 def test_settings_and_final_metrics_are_in_the_run_itself(tmp_path):
@@ -224,7 +223,7 @@ def test_other_methods_leave_out_what_they_lack(tmp_path, method):
     }
     assert scalars == expected[method]
     pictures = {tag.partition("/")[0] for tag in tags["tensors"] if tag != VERDICT} - {"_hparams_"}
-    assert pictures == (set() if method in ("dense", "lora") else {"heatmap", "histogram", "scores", "mask"})
+    assert pictures == (set() if method in ("dense", "lora") else {"heatmap", "histogram", "scores"})
     assert (tmp_path / "layers.jsonl").is_file() == (method != "dense")
     if method == "magnitude":  # fixed before the first step: looked at once
         _, lines = _lines(tmp_path)
