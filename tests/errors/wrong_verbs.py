@@ -180,7 +180,7 @@ VERBS = {
         "--force",
     ),
     "init without a model": Wrong(
-        words("init", "--train", _TRAIN, "--out", "{tmp}/run.toml"), "the model folder", "missing", "pst-ds init DIR"
+        words("init", "--train", _TRAIN, "--out", "{tmp}/run.toml"), "required", "DIR", "pst-ds init --help"
     ),
     "init of a model that is not there": Wrong(
         words("init", "./no/model", "--train", _TRAIN, "--out", "{tmp}/run.toml"),
