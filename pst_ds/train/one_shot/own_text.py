@@ -17,7 +17,8 @@ from pst_ds.data.generation import end_tokens, generated
 from pst_ds.data.model_limits import positions_of
 from pst_ds.data.tasks.answers import padded
 from pst_ds.nn.base_model import DTYPES
-from pst_ds.parallel.launch import LaunchEnvironment, device_of
+from pst_ds.parallel.launch import device_of, launch_environment
+from pst_ds.parallel.ranks import all_gather_objects, rank, world_size
 from pst_ds.progress import Progress
 from pst_ds.prune.blocks import Batch
 from pst_ds.prune.folder import load_base
@@ -36,7 +37,7 @@ def own_batches(run: RunConfig, path: str, samples: int, seed: int) -> list[Batc
 
     Continuations are sampled at temperature 1, up to the end of text or ``data.max_length`` tokens. The batches that
     are generated together and the random numbers of each continuation only depend on the prompts, ``samples`` and
-    ``seed``, so the result does not depend on which process generates which batch.
+    ``seed``, so the result does not depend on the number of ranks, which share the batches. Collective.
 
     Args:
         path: file of prompts; see :func:`read_prompts`. Prompts are repeated if there are fewer than ``samples``.
@@ -52,15 +53,16 @@ def own_batches(run: RunConfig, path: str, samples: int, seed: int) -> list[Batc
             "continue prompts. Remove own_text"
         )
     ends = sorted({tokenizer.eos_token_id, *end_tokens(model.generation_config)})
-    model.to(torch.device(device_of(LaunchEnvironment(0, 1, 0))), DTYPES[run.train.precision])  # type: ignore[arg-type]
+    model.to(torch.device(device_of(launch_environment())), DTYPES[run.train.precision])  # type: ignore[arg-type]
     random.Random(seed).shuffle(prompts)
     jobs = [(prompts[i % len(prompts)], i) for i in range(samples)]
     jobs.sort(key=lambda job: len(job[0]))
-    rows: list[list[int]] = []
+    own: list[list[int]] = []
     with Progress("continue prompts", samples, "samples") as shown:
-        for at in range(0, samples, size):
-            rows += _continued(model, jobs[at : at + size], run.data.max_length, seed, ends)
-            shown.add(len(jobs[at : at + size]))
+        for at in range(0, samples, size)[rank() :: world_size()]:
+            own += _continued(model, jobs[at : at + size], run.data.max_length, seed, ends)
+            shown.add(min(samples, size * world_size()))
+    rows = sorted(row for of_rank in all_gather_objects(own) for row in of_rank)
     rows.sort(key=len)
     batches = [padded([(row, row) for row in rows[at : at + size]], tokenizer) for at in range(0, samples, size)]
     return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
