@@ -128,7 +128,7 @@ def _steps(plan: Plan) -> Iterator[str]:
     start, schedule, rounding = plan.start, plan.schedule, plan.rounding
     if start:
         samples = "" if start["method"] == "magnitude" else f" on {start['samples']} examples"
-        yield f"before them, rank 0 prunes to {start['sparsity']} by {start['method']}{samples}: {start['folder']}"
+        yield f"before them, all ranks prune to {start['sparsity']} by {start['method']}{samples}: {start['folder']}"
     if schedule:
         yield (
             f"{schedule.mask_updates} mask updates, steps {schedule.first_update} to {schedule.last_update}: "

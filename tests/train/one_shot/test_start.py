@@ -100,7 +100,7 @@ def test_a_plan_names_it(tmp_path, capsys):
         for word in ("--set", setting)
     ]
     assert main(["plan", RUN_FILE, *words]) == 0
-    assert f"rank 0 prunes to 0.5 by alps on 24 examples: {tmp_path / 'start'}" in capsys.readouterr().out
+    assert f"all ranks prune to 0.5 by alps on 24 examples: {tmp_path / 'start'}" in capsys.readouterr().out
 
 
 @pytest.mark.thorough
