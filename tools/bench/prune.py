@@ -1,8 +1,8 @@
 """Wall and CPU seconds of ``pst-ds prune`` on several numbers of ranks, and whether all write the same weights.
 
-    python -m tools.bench.prune run.toml --ranks 1 2 -- --method alps --budgets saliency --reconstruct 2 --samples 64
+    python -m tools.bench.prune run.toml --ranks 1 2 --method alps --budgets saliency --reconstruct 2 --samples 64
 
-Ranks are processes with one thread each. Everything after -- goes to ``pst-ds prune``.
+Ranks are processes with one thread each. Other options go to ``pst-ds prune``.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_file")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("options", nargs="*")
-    arguments = parser.parse_args()
+    arguments, options = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         first: tuple[float, str] | None = None
         for ranks in arguments.ranks:
-            wall, cpu, digest = pruned(arguments.run_file, ranks, Path(folder) / str(ranks), arguments.options)
+            wall, cpu, digest = pruned(arguments.run_file, ranks, Path(folder) / str(ranks), options)
             first = first or (wall, digest)
             same = "same" if digest == first[1] else "OTHER"
             print(f"{ranks} ranks: {wall:.1f} s, {cpu:.1f} CPU s, {first[0] / wall:.2f} times as fast, {same} weights")
@@ -44,7 +43,8 @@ def pruned(run_file: str, ranks: int, out: Path, options: list[str]) -> tuple[fl
     places = [{**shared, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(ranks)} for r in range(ranks)]
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     processes = [subprocess.Popen(command, env=place, stdout=subprocess.DEVNULL) for place in places]
-    if any([process.wait() for process in processes]):
+    codes = [process.wait() for process in processes]
+    if any(codes):
         raise SystemExit(f"{' '.join(command)} failed on {ranks} ranks")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
