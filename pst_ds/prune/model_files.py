@@ -26,7 +26,7 @@ from pst_ds.formats.base_weights import BaseWeights, saved_tensors, tensors_lack
 from pst_ds.formats.safetensors_file import TensorFile
 from pst_ds.nn.base_model import PRUNING_RECORD, Pretrained, architecture
 from pst_ds.nn.model_structure import outermost_list
-from pst_ds.parallel.ranks import barrier, is_main, of_main, raise_on_all_ranks, rank, world_size
+from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, of_main, raise_on_all_ranks, rank, world_size
 from pst_ds.parallel.stop_signals import StoppedError
 from pst_ds.prune.blocks import BlockSource
 from pst_ds.prune.folder import SCALES_FILE, scales_name
@@ -105,6 +105,9 @@ class ModelFiles:
         lock = self._out.with_name(f".{self._out.name}{LOCK}")
         with only_writer(lock, f"write {self._out}") if is_main() else nullcontext():
             of_main(clean)
+            finished = sorted(path.name for path in self._work.glob("*.json"))
+            if any(finished != others for others in all_gather_objects(finished)):
+                raise InputError(f"{self._out} is not the same folder on every host. Name one on a shared file system")
             yield
             barrier()
 

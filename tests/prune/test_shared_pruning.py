@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
 
+from pst_ds.config.one_shot import PruneConfig
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.quantization import Grid
 from pst_ds.nn.targets import resolve_targets
@@ -13,8 +16,10 @@ from pst_ds.parallel.ranks import all_ranks
 from pst_ds.prune.blocks import Calibration
 from pst_ds.prune.budgets import rules_by_outliers, rules_by_saliency
 from pst_ds.prune.model import prune_layers
+from pst_ds.prune.model_files import ModelFiles
 from pst_ds.prune.rules import layer_rules, settings_for
 from pst_ds.prune.whole_experts import drop_experts
+from pst_ds.train.one_shot.pruning import prune_model
 from tests.nn.expert_families import tiny_model
 
 from .conftest import FAMILIES
@@ -87,3 +92,32 @@ def test_every_number_of_ranks_has_the_same_bits(run_ranks, case, monkeypatch):
             assert str(found[0]) == str(alone[0])
             assert found[2:] == alone[2:]
             assert {n for n, bits in found[1].items() if not torch.equal(bits, alone[1][n])} == set()
+
+
+def _prune_folder(out, blocks):
+    """Prune a model folder; stop after so many blocks as if a disk were full."""
+    config = PruneConfig(method="alps", budgets="saliency", reconstruct=1, samples=12, sparsity=0.5)
+    finish = ModelFiles.finish
+
+    def counted(files, part, layers):
+        finish(files, part, layers)
+        if int(part[-1]) + 1 == blocks:
+            raise OSError("no space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelFiles, "finish", counted)
+        try:
+            prune_model("tests/data/causal_lm.toml", out, config)
+        except OSError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.zero3
+def test_a_killed_prune_continues_on_another_number_of_ranks(run_ranks, tmp_path):
+    assert _prune_folder(tmp_path / "alone", 0) == ""
+    assert run_ranks(_prune_folder, 2, tmp_path / "shared", 1) == ["no space left on device"] * 2
+    assert not (tmp_path / "shared").exists()
+    assert run_ranks(_prune_folder, 3, tmp_path / "shared", 0) == [""] * 3
+    for file in sorted((tmp_path / "alone").iterdir()):
+        assert Path(tmp_path / "shared" / file.name).read_bytes() == file.read_bytes(), file.name
