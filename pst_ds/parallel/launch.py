@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from pst_ds.errors import InputError
+from pst_ds.parallel.store import AGENT_STORE, StoreServer
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,8 @@ FEW_RANKS = 16
 
 joined = False
 """True once this process has joined a process group through :func:`init_distributed`."""
+_store_server: StoreServer | None = None
+"""The store on rank 0 of many ranks."""
 
 
 def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0) -> None:
@@ -89,6 +92,8 @@ def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0)
         )
     use_cpu_without_accelerator()
     _prepare_connections(launch.world_size)
+    if launch.world_size > FEW_RANKS and launch.rank == 0:
+        _start_store_server()  # it takes as long as the imports below
     os.environ["LOCAL_RANK"] = str(launch.local_rank)  # zero.Init reads it from there
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -104,6 +109,8 @@ def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0)
     timeout = {"timeout": timedelta(seconds=timeout_seconds)} if timeout_seconds else {}
     if launch.world_size == 1 and not dist.is_initialized():
         dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
+    if _store_server is not None:
+        _store_server.wait()
     global joined
     joined = True
     deepspeed.init_distributed(dist_backend=_backend(), auto_mpi_discovery=False, verbose=False, **timeout)
@@ -115,6 +122,16 @@ def _prepare_connections(world_size: int) -> None:
     least, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if least != most:  # the store has two connections to each rank, and 1,024 open files are the usual limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _start_store_server() -> None:
+    """Start the process that holds the ranks' store, unless the launcher holds it."""
+    import torch.distributed as dist
+
+    global _store_server
+    if os.environ.get(AGENT_STORE) != "True" and not dist.is_initialized():
+        _store_server = StoreServer(int(os.environ["MASTER_PORT"]))
+        os.environ[AGENT_STORE] = "True"
 
 
 def _device_index(launch: LaunchEnvironment, num_devices: int) -> int:
@@ -143,6 +160,11 @@ def shut_down() -> None:
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+    global _store_server
+    if _store_server is not None:
+        _store_server.stop()
+        _store_server = None
+        del os.environ[AGENT_STORE]
 
 
 def device_of(launch: LaunchEnvironment) -> str:

@@ -1,15 +1,34 @@
-"""Exchanges over the store at which ranks meet, next to the process group. Importing this needs no torch."""
+"""The store at which ranks meet: a process that holds it, and exchanges over it. Importing this needs no torch.
+
+A store has a connection to every rank, and one more to each :class:`StoreGroup`. c10d puts it into rank 0, whose
+connections then grow with the ranks; torchrun keeps it in its agent, and :class:`StoreServer` does the same for other
+launchers. The server is a separate program, since forking a process that has threads can hang.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
+
+from pst_ds.errors import InputError
 
 T = TypeVar("T")
 R = TypeVar("R")
+AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+"""Environment variable that tells c10d, with "True", that the store exists and rank 0 must not create it."""
+_READY = "ready"
+_PR_SET_PDEATHSIG = 1
+_SIGNALS_OF_JOBS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that launchers send to every process of a job: ranks still need the store to save then."""
 _group_numbers = itertools.count()
 
 
@@ -62,3 +81,59 @@ class StoreGroup:
         for key in ("answer", *(f"{kind}-{other}" for kind in ("of", "read") for other in others)):
             self._store.delete_key(f"{name}/{key}")
         return json.loads(answer)
+
+
+class StoreServer:
+    """A process that holds the store at ``port`` of this host, until :meth:`stop` or the end of the calling thread."""
+
+    def __init__(self, port: int):
+        self._port = port
+        root = str(Path(__file__).resolve().parents[2])
+        paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "pst_ds.parallel.store", str(port), str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": paths},
+        )
+
+    def wait(self) -> None:
+        """Return once ranks can meet there. Raises InputError if the port cannot be used."""
+        assert self._process.stdout is not None
+        with self._process.stdout as output:
+            answer = output.readline().strip()
+        if answer != _READY:
+            self.stop()
+            raise InputError(
+                f"the store at which ranks meet cannot use MASTER_PORT = {self._port} "
+                f"({answer or 'it ended at once'}); set another port, one for each run on this host"
+            )
+
+    def stop(self) -> None:
+        """End the process, and with it the store."""
+        self._process.kill()
+        self._process.wait()
+
+
+def serve(port: int, parent: int) -> None:
+    """Hold a store at ``port`` until the process ``parent``, which started this one, ends; does not return."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return
+    for number in _SIGNALS_OF_JOBS:
+        signal.signal(number, signal.SIG_IGN)
+    from torch.distributed import TCPStore
+
+    try:
+        store = TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+    except RuntimeError as error:
+        print(" ".join(str(error).split()), flush=True)
+        return
+    print(_READY, flush=True)
+    while store is not None:
+        signal.pause()
+
+
+if __name__ == "__main__":
+    serve(*map(int, sys.argv[1:]))
