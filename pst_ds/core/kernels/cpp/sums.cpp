@@ -11,6 +11,7 @@ namespace {
 constexpr int LANES = 8;
 typedef float floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t ints __attribute__((vector_size(LANES * 4)));
+typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
 typedef double doubles __attribute__((vector_size(LANES * 8)));
 
 using pst::load;
@@ -23,6 +24,7 @@ template <class V, class T> inline V load_rest(const T* from, int64_t count) {
 }
 
 inline doubles wide(floats values) { return __builtin_convertvector(values, doubles); }
+inline doubles wide(halves bf16) { return wide(floats(__builtin_convertvector(bf16, ints) << 16)); }
 
 inline double total(doubles sum) {
     double all = 0;
@@ -42,6 +44,24 @@ struct Moments {
     }
 };
 
+template <class V, class T> double squares(const T* values, int64_t stride, int64_t rows, int64_t cols) {
+    doubles even{}, odd{};  // two sums: each addition to one sum would wait for the previous
+    for (int64_t row = 0; row < rows; ++row) {
+        const T* from = values + row * stride;
+        int64_t col = 0;
+        for (; col + 2 * LANES <= cols; col += 2 * LANES) {
+            doubles first = wide(load<V>(from + col)), second = wide(load<V>(from + col + LANES));
+            even += first * first;
+            odd += second * second;
+        }
+        for (; col < cols; col += LANES) {
+            doubles value = wide(load_rest<V>(from + col, cols - col < LANES ? cols - col : LANES));
+            even += value * value;
+        }
+    }
+    return total(even + odd);
+}
+
 }  // namespace
 
 extern "C" {
@@ -54,5 +74,11 @@ void pst_moments(const int32_t* keys, const float* weights, int64_t n, double* s
     if (i < n) found.add(load_rest<ints>(keys + i, n - i), load_rest<ints>(weights + i, n - i));
     const doubles each[] = {found.x, found.y, found.xx, found.yy, found.xy};
     for (int k = 0; k < 5; ++k) sums[k] = total(each[k]);
+}
+
+// The sum of squares of a rectangle whose rows are `stride` apart: fp32 (0) or bf16 (1).
+double pst_squares(const void* values, int64_t dtype, int64_t stride, int64_t rows, int64_t cols) {
+    if (dtype) return squares<halves>(static_cast<const uint16_t*>(values), stride, rows, cols);
+    return squares<floats>(static_cast<const float*>(values), stride, rows, cols);
 }
 }
