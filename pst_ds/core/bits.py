@@ -124,13 +124,18 @@ def expand_mask_(
 
 
 def set_bits_(bits: Tensor, index: Tensor, chosen: Tensor) -> None:
-    """Set the bits at positions ``index`` (n,) int32 of ``bits`` in place where ``chosen`` (n,) bool is true.
+    """Set the bits at positions ``index`` (n,) of ``bits`` in place where ``chosen`` (n,) bool is true.
 
-    Needs native code.
+    The bits must be unset and the chosen positions distinct. Native code needs an int32 index.
     """
-    native, index = library(), index[chosen].contiguous()
-    assert native is not None
-    native.pst_set_bits(bits, index, index.numel())
+    native = library() if bits.device.type == "cpu" and index.dtype == torch.int32 else None
+    if native is not None:
+        index = index[chosen].contiguous()
+        native.pst_set_bits(bits, index, index.numel())
+        return
+    ones = chosen.view(torch.uint8) << (index & 7).to(torch.uint8)
+    # each bit is set at most once, so the sum is an OR; no size depends on the data
+    bits.scatter_add_(0, (index >> 3).long(), ones)
 
 
 def count_bits(before: Tensor, after: Tensor) -> Tensor:

@@ -4,8 +4,7 @@ Each rank contributes the keys at fixed positions, one per stratum of a matrix. 
 the cut, so widely that it is missed about once in a million times. One pass over the keys then counts the keys below
 the bracket, marks those above as kept, and stores those inside, among which the exact cut is narrowed down. A matrix
 whose bracket missed, or which had too many keys inside (many equal scores), is passed to
-:func:`pst_ds.core.select.select`: the result never depends on the sample. So are all where a rank has neither native
-code nor kernels.
+:func:`pst_ds.core.select.select`: the result never depends on the sample.
 """
 
 from __future__ import annotations
@@ -20,9 +19,8 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.bits import pack_shard, set_bits_
-from pst_ds.core.kernels import library
 from pst_ds.core.kernels.triton.scan import KernelScans
-from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, Classifier, histogram
+from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, Classifier, SingleWeights, histograms, keys_of
 from pst_ds.core.select import DIGIT_BITS, MatrixKeys, NonFiniteScoreError, RankSums, Search, select
 
 _CPU = torch.device("cpu")
@@ -30,6 +28,8 @@ SAMPLE_SHARE, MIN_SAMPLE, MAX_SAMPLE = 1 / 64, 4096, 32768
 """Fraction of a matrix's keys that is sampled, and its bounds. Matrices below the minimum are read in full."""
 MAX_POOLED_SAMPLE = 1 << 21
 """Sampled keys of all pooled matrices together, at least one per matrix."""
+_SCORED_AT_ONCE = {"cpu": 1 << 15}
+"""Sampled weights, of one or several matrices, that are scored in one call; 2**20 on other devices."""
 MAX_COUNTS, LEAST_DIGIT_BITS = 1 << 21, 4
 """Counts per exchange, and the minimum number of bits by which each exchange narrows the intervals."""
 BELOW, NOT_FINITE, OVERFLOWED, INSIDE, NUM_COUNTS = 0, 1, 2, 3, 4
@@ -51,18 +51,12 @@ def select_bits(
     matrix needs it. Raises NonFiniteScoreError on every rank.
     """
     ranks, device = ranks or RankSums(), device or torch.device("cpu")
-    sample = _sample(matrices, ranks, device)
-    bits = [torch.empty(0, dtype=torch.uint8, device=device)] * len(matrices)
-    if sample is None:
-        everything = range(len(matrices))
-        _decide_by_select(everything, everything, matrices, pools, bits, ranks, device)
-        return bits
-    brackets = _brackets(matrices, pools, sample)
+    brackets = _brackets(matrices, pools, _sample(matrices, ranks, device))
     search = Search(matrices, pools, [b.low for b in brackets], ranks)
     # narrower if many rows of counts are exchanged
     digit_bits = max(LEAST_DIGIT_BITS, min(DIGIT_BITS, (MAX_COUNTS // max(1, len(search.low))).bit_length() - 1))
     shift = max(0, max((b.high - b.low).bit_length() for b in brackets) - digit_bits)
-    scans = _scans([matrices[i] for i in search.present], [brackets[i] for i in search.present])
+    scans = _scans([matrices[i] for i in search.present], [brackets[i] for i in search.present], device)
     missed = _first_counts(search, scans, shift, 1 << digit_bits, ranks)
     while shift:
         width, shift = shift, max(0, shift - digit_bits)
@@ -71,6 +65,7 @@ def select_bits(
     cuts = search.cuts()
     present = [cuts[i] for i in search.present]
     decided = scans.decide([cut.threshold for cut in present], [int(cut.ties) for cut in present])
+    bits = [torch.empty(0, dtype=torch.uint8, device=device)] * len(matrices)
     for i, of_matrix in zip(search.present, decided, strict=True):
         bits[i] = of_matrix
     at_most, at_most_here = search.at_most()
@@ -81,9 +76,7 @@ def select_bits(
     return bits
 
 
-def _first_counts(
-    search: Search, scans: _NativeScans | KernelScans, shift: int, bins: int, ranks: RankSums
-) -> set[int]:
+def _first_counts(search: Search, scans: _TorchScans | KernelScans, shift: int, bins: int, ranks: RankSums) -> set[int]:
     """Start ``search`` in its brackets. Return the matrices, in whole pools, that missed or had too many keys inside.
 
     Collective: one exchange. Raises NonFiniteScoreError.
@@ -115,12 +108,12 @@ class _Bracket:
         return min(matrix.num_keys, self.most_inside)
 
 
-class _NativeScans:
-    """One pass over this rank's keys of all matrices, classified by their brackets, with native loops."""
+class _TorchScans:
+    """One pass over this rank's keys of all matrices, classified by their brackets; on CPUs with native loops."""
 
-    def __init__(self, matrices: Sequence[MatrixKeys], brackets: Sequence[_Bracket]):
-        self._found = [_Scan(m, bracket) for m, bracket in zip(matrices, brackets, strict=True)]
-        self._none = torch.zeros(0, dtype=torch.int64)
+    def __init__(self, matrices: Sequence[MatrixKeys], brackets: Sequence[_Bracket], device: torch.device):
+        self._found = [_Scan(m, bracket, device) for m, bracket in zip(matrices, brackets, strict=True)]
+        self._none = torch.zeros(0, dtype=torch.int64, device=device)
 
     def counts(self) -> Tensor:
         """Return (matrices, NUM_COUNTS) int64: keys BELOW, NOT_FINITE and INSIDE, and whether it OVERFLOWED."""
@@ -129,8 +122,8 @@ class _NativeScans:
 
     def histograms(self, lows: Sequence[int], shift: int, bins: int) -> Tensor:
         """Return the counts of (key - low) >> shift of the keys inside of each matrix: (matrices, bins) int64."""
-        counts = [histogram(scan.keys, low, shift, bins) for scan, low in zip(self._found, lows, strict=True)]
-        return torch.stack(counts) if counts else self._none.view(0, bins)
+        found = [scan.keys for scan in self._found]
+        return histograms(found, lows, shift, bins) if found else self._none.view(0, bins)
 
     def decide(self, thresholds: Sequence[int], ties: Sequence[int]) -> list[Tensor]:
         """Return the kept bits of each matrix: keys above its threshold, and equal keys except the first ``ties``."""
@@ -140,52 +133,81 @@ class _NativeScans:
 
 
 class _Scan:
-    """Pass over one matrix, for :class:`_NativeScans`."""
+    """Pass over one matrix, for :class:`_TorchScans`."""
 
-    def __init__(self, matrix: MatrixKeys, bracket: _Bracket):
-        found = Classifier(matrix.num_keys, bracket.low, bracket.high, room=bracket.room_for(matrix))
+    def __init__(self, matrix: MatrixKeys, bracket: _Bracket, device: torch.device):
+        room = bracket.room_for(matrix)
+        found = Classifier(matrix.num_keys, bracket.low, bracket.high, room=room, device=device)
         for keys in matrix.tiles():
             found.take(keys.flatten())
-        self.keys, self._index = found.inside()
+        self.keys, index = found.inside()
+        self._index = _RisingNumbers(index)
         self.bits = pack_shard(found.above(), -(-matrix.num_keys // 8))
         self.counts = found.counts()
 
     def decide(self, threshold: int, ties: int) -> None:
-        """Set the bits of the keys inside above ``threshold``, and of equal ones except the first ``ties``."""
+        """Set the kept bits among the keys inside: keys above ``threshold``, and equal keys except the first
+        ``ties``."""
         equal = self.keys == threshold
-        set_bits_(self.bits, self._index, (self.keys > threshold) | (equal & (equal.cumsum(0) > ties)))
+        set_bits_(self.bits, self._index.all(), (self.keys > threshold) | (equal & (equal.cumsum(0) > ties)))
 
 
-def _scans(matrices: Sequence[MatrixKeys], brackets: Sequence[_Bracket]) -> _NativeScans | KernelScans:
+class _RisingNumbers:
+    """Non-decreasing integers, (n,), stored on a CPU as one byte per difference below 255.
+
+    Not on other devices: counting the larger differences would make the host wait.
+    """
+
+    def __init__(self, numbers: Tensor):
+        self._numbers = numbers if numbers.device.type != "cpu" else None
+        if self._numbers is None:
+            steps = numbers.diff(prepend=numbers.new_zeros(1))
+            self._steps, self._large = steps.clamp(max=255).to(torch.uint8), steps[steps >= 255]
+
+    def all(self) -> Tensor:
+        if self._numbers is not None:
+            return self._numbers
+        steps = self._steps.to(self._large.dtype)
+        steps[self._steps == 255] = self._large
+        return steps.cumsum(0, dtype=steps.dtype)
+
+
+def _scans(
+    matrices: Sequence[MatrixKeys], brackets: Sequence[_Bracket], device: torch.device
+) -> _TorchScans | KernelScans:
     own = [m.own_keys for m in matrices if m.own_keys is not None]
     if len(own) < len(matrices) or not own:
-        return _NativeScans(matrices, brackets)
+        return _TorchScans(matrices, brackets, device)
     rooms = [bracket.room_for(m) for m, bracket in zip(matrices, brackets, strict=True)]
     return KernelScans(own, [(b.low, b.high) for b in brackets], rooms)
 
 
-def _can_scan(matrices: Sequence[MatrixKeys], device: torch.device) -> bool:
-    """Return whether this rank has kernels, or native code with int32 indices, for the keys of all ``matrices``."""
-    if all(m.own_keys is not None for m in matrices):
-        return True
-    return device.type == "cpu" and library() is not None and all(m.num_keys < 1 << 31 for m in matrices)
-
-
-def _sample(matrices: Sequence[MatrixKeys], ranks: RankSums, device: torch.device) -> list[Tensor] | None:
-    """Return the sampled keys of every matrix, on the CPU; None if a rank cannot scan. Collective: one exchange."""
+def _sample(matrices: Sequence[MatrixKeys], ranks: RankSums, device: torch.device) -> list[Tensor]:
+    """Return the sampled keys of every matrix, on the CPU. Collective: one exchange."""
     sizes = _sample_sizes(matrices)
-    own = torch.zeros(sum(sizes) + 1, dtype=torch.int32, device=device)  # zero where another rank has the key
-    can_scan = _can_scan(matrices, device)
-    own[-1] = not can_scan
-    for matrix, size, out in zip(matrices, sizes, own[:-1].split(sizes), strict=True):
+    own = torch.zeros(sum(sizes), dtype=torch.int32, device=device)  # zero where another rank has the key
+    waiting: list[tuple[Tensor, slice | Tensor, SingleWeights]] = []
+    for matrix, size, out in zip(matrices, sizes, own.split(sizes), strict=True):
+        there = sample_positions(matrix.num_in_all, size, device)
         if matrix.own_keys is not None:
-            matrix.own_keys.keys_at(sample_positions(matrix.num_in_all, size, device), out)
-        elif can_scan:
-            assert matrix.sample is not None, "a matrix without a sample"
-            places, keys = matrix.sample(sample_positions(matrix.num_in_all, size))
+            matrix.own_keys.keys_at(there, out)
+            continue
+        assert matrix.sample is not None, "a matrix without a sample"
+        places, keys = matrix.sample(sample_positions(matrix.num_in_all, size), there)
+        if isinstance(keys, Tensor):
             out[places] = keys
-    *samples, cannot = ranks.all_sum(own).cpu().split([*sizes, 1])
-    return None if bool(cannot) else samples
+            continue
+        waiting.append((out, places, keys))
+        if sum(single.weight.numel() for *_, single in waiting) >= _SCORED_AT_ONCE.get(device.type, 1 << 20):
+            _write_keys(waiting)
+            waiting = []
+    _write_keys(waiting)
+    return list(ranks.all_sum(own).cpu().split(sizes))
+
+
+def _write_keys(waiting: Sequence[tuple[Tensor, slice | Tensor, SingleWeights]]) -> None:
+    for (out, places, _), keys in zip(waiting, keys_of([single for *_, single in waiting]), strict=True):
+        out[places] = keys
 
 
 def sample_size(numel: int) -> int:

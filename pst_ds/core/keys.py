@@ -6,7 +6,11 @@ A key is an int32 that orders like an fp32 score, with -0 equal to +0. On CPUs t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import CDLL
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +18,19 @@ from torch import Tensor
 from pst_ds.core.bits import pack_shard
 from pst_ds.core.factors import Constants, TileFactors
 from pst_ds.core.kernels import library
+from pst_ds.core.layout import runs_of
 from pst_ds.core.scores import importance
 
 LOWEST_FINITE, HIGHEST_FINITE = -0x7F800000, 0x7F7FFFFF
 """Keys of the smallest and the largest finite score."""
 _MORE_ROOM = 16
 """Spare elements at the end of a buffer: the native loop writes whole vectors."""
+_COUNTED_AT_ONCE = 1 << 22
+"""Keys that torch counts in one call, on devices other than CPUs."""
 MOST_AT_ONCE = 1 << 22
 """Most keys of one matrix held at once on a CPU. Larger matrices are read in tiles (:mod:`pst_ds.core.bracket`)."""
+NO_KEY = -(1 << 31)
+"""Placeholder for a missing key, below the key of every finite score."""
 _NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -69,10 +78,29 @@ def _product(left: Tensor | None, right: Tensor | None) -> tuple[Tensor | None, 
     return left, right, right.shape[0], torch.tensor([*left.stride(), right.stride(0)])
 
 
-def single_keys(
+@dataclass(frozen=True, slots=True)
+class SingleWeights:
+    """Individual weights of one matrix, with the factors that score them."""
+
+    weight: Tensor
+    """W0, (n, 1)."""
+    tile: TileFactors
+    """Factors of n rectangles of one weight each, in a column: right factors have one entry per weight."""
+    constants: Constants
+    weight_scale: float
+
+    @property
+    def kind(self) -> object:
+        """Return a value that is equal for weights which :func:`keys_of` can score in one call."""
+        held = self.tile.held()
+        ranks = [held[name].shape[0] for name in ("score_right", "update_right") if name in held]
+        return self.constants, self.weight.dtype, *held, *ranks
+
+
+def single_weights(
     weight: Tensor, rows: Tensor, cols: Tensor, tile: TileFactors, constants: Constants, weight_scale: float = 1.0
-) -> Tensor:
-    """Return the keys of ``weight``, (n,) W0 at (rows[i], cols[i]) of a rectangle with factors ``tile``: (n,) int32."""
+) -> SingleWeights:
+    """Select from the factors ``tile`` of a rectangle those that score ``weight``, (n,) W0 at (rows[i], cols[i])."""
     single: dict[str, Tensor] = {}
     for name, values in tile.held().items():
         if name in ("score_right", "score_cols", "update_right"):
@@ -81,38 +109,101 @@ def single_keys(
             single["row_norms"] = values[cols]
         else:
             single[name] = values[rows]
-    column = TileFactors(**single)  # n rectangles of one weight each
-    return order_keys(importance(weight.unsqueeze(1), column, constants, weight_scale)).squeeze(1)
+    return SingleWeights(weight.unsqueeze(1), TileFactors(**single), constants, weight_scale)
+
+
+def keys_of(singles: Sequence[SingleWeights]) -> list[Tensor]:
+    """Return the keys of individual weights per matrix, (n,) int32. On a GPU, weights of one kind share launches."""
+    kinds: dict[object, list[int]] = {}
+    for i, single in enumerate(singles):
+        kinds.setdefault(single.kind, []).append(i)
+    found: dict[int, Tensor] = {}
+    for members in kinds.values():
+        some = [singles[i] for i in members]
+        found.update(zip(members, _keys_together(some).split([one.weight.shape[0] for one in some]), strict=True))
+    return [found[i] for i in range(len(singles))]
+
+
+def _keys_together(singles: Sequence[SingleWeights]) -> Tensor:
+    """Return the keys of individual weights of one kind, matrix after matrix: (n,) int32."""
+    first = singles[0]
+    if len(singles) == 1:
+        return order_keys(importance(first.weight, first.tile, first.constants, first.weight_scale)).squeeze(1)
+    parts = [single.tile.held() for single in singles]
+    tile = {name: torch.cat([part[name] for part in parts], 1 if name.endswith("_right") else 0) for name in parts[0]}
+    factors = [
+        one.weight.new_full(one.weight.shape, first.constants.magnitude_factor(one.weight_scale), dtype=torch.float32)
+        for one in singles
+    ]
+    weight = torch.cat([one.weight for one in singles])
+    return order_keys(importance(weight, TileFactors(**tile), first.constants, factors=torch.cat(factors))).squeeze(1)
 
 
 class Classifier:
     """Classifies the keys of one matrix as above, below or inside an interval, and stores the few that are inside.
 
-    :meth:`take` receives all ``num_keys`` keys, fewer than 2**31, in increasing order of their weights. At most
-    ``room`` keys inside are stored. For CPUs with native code.
+    :meth:`take` receives all ``num_keys`` keys, in increasing order of their weights. At most ``room`` keys inside are
+    stored. On a GPU no size depends on the keys, so the host never waits.
     """
 
-    def __init__(self, num_keys: int, low: int, high: int, *, room: int):
-        self._interval, self._room, self._taken = (low, high), room, 0
-        self._above = torch.empty(num_keys, dtype=torch.uint8)
-        self._numbers = torch.zeros(3, dtype=torch.int64)  # below, inside, not finite
-        self._keys, self._index = torch.empty(2, room + _MORE_ROOM, dtype=torch.int32)
+    def __init__(self, num_keys: int, low: int, high: int, *, room: int, device: torch.device):
+        self.low, self.high = low, high
+        self._room, self._taken = room, 0
+        self._above = torch.empty(num_keys, dtype=torch.uint8, device=device)
+        self._native = library() if device.type == "cpu" else None
+        self._index_dtype = torch.int32 if num_keys < 1 << 31 else torch.int64
+        self._numbers: list[Any] = [0, 0, 0]  # below, inside, not finite; tensors off the CPU
+        length = room + _MORE_ROOM if self._native else 0
+        self._keys = torch.empty(length, dtype=torch.int32, device=device)
+        self._index = torch.empty(length, dtype=torch.int32, device=device)
+        self._tiles: list[tuple[int, int]] = []  # (keys inside, keys) before each tile that has a separate index
+        self._pieces: list[tuple[Tensor, Tensor]] = []  # of both, from each tile, without the native loop
 
     def take(self, keys: Tensor) -> None:
         """Classify the next ``keys``, (n,) int32."""
-        native, keys = library(), keys.contiguous()
-        assert native is not None
-        above, stored = self._above[self._taken :], min(int(self._numbers[1]), self._room)
-        native.pst_classify(
-            keys, keys.numel(), *self._interval, self._taken, above, self._keys[stored:], self._index[stored:],
-            self._room - stored, self._numbers,
-        )  # fmt: skip
+        above = self._above[self._taken : self._taken + keys.numel()]
+        if self._native is None:
+            self._sort(keys, above)
+        else:
+            self._sort_natively(self._native, keys.contiguous(), above)
         self._taken += keys.numel()
+
+    def _sort_natively(self, native: CDLL, keys: Tensor, above: Tensor) -> None:
+        counts, stored = torch.zeros(3, dtype=torch.int64), min(self._numbers[1], self._room)
+        first = self._taken
+        if self._index_dtype == torch.int64:  # the loop writes 32 bits: let it count from the tile's first key
+            self._tiles.append((stored, first))
+            first = 0
+        native.pst_classify(
+            keys, keys.numel(), self.low, self.high, first, above, self._keys[stored:], self._index[stored:],
+            self._room - stored, counts,
+        )  # fmt: skip
+        self._numbers = [total + more for total, more in zip(self._numbers, counts.tolist(), strict=True)]
+
+    def _sort(self, keys: Tensor, above: Tensor) -> None:
+        torch.gt(keys, self.high, out=above)
+        dtype = self._index_dtype
+        running = ((keys >= self.low) & (keys <= self.high)).cumsum(0, dtype=dtype)
+        places = torch.arange(1, min(self._room, keys.numel()) + 1, dtype=dtype, device=keys.device)
+        # of the first key inside, the second, ...
+        index = torch.searchsorted(running, places, out_int32=dtype == torch.int32)
+        is_none = index >= keys.numel()
+        index.clamp_(max=max(0, keys.numel() - 1))
+        found = keys.index_select(0, index).masked_fill_(is_none, NO_KEY)
+        self._pieces.append((found, index + self._taken if self._taken else index))
+        bad = ((keys < LOWEST_FINITE) | (keys > HIGHEST_FINITE)).sum()
+        counts = ((keys < self.low).sum(), running[-1:].sum(), bad)
+        self._numbers = [
+            total + more if self._taken else more for total, more in zip(self._numbers, counts, strict=True)
+        ]
 
     def counts(self) -> Tensor:
         """Return (4,) int64: keys below; keys that are not finite; 1 if ``room`` was exceeded; keys inside."""
         below, inside, not_finite = self._numbers
-        return torch.stack([below, not_finite, inside > self._room, inside])
+        numbers = [below, not_finite, inside > self._room, inside]
+        if isinstance(inside, int):
+            return torch.tensor([int(number) for number in numbers], device=self._above.device)
+        return torch.stack(numbers)
 
     def above(self) -> Tensor:
         """Return which keys are above the interval, (num_keys,) uint8 0/1."""
@@ -120,12 +211,21 @@ class Classifier:
         return self._above
 
     def inside(self) -> tuple[Tensor, Tensor]:
-        """Return the keys inside and their indices among all keys, (n,) int32 each, in increasing order.
+        """Return the keys inside and their indices among all keys, (n,) each, in increasing order.
 
-        None if ``room`` was exceeded.
+        Both are int32; indices are int64 for 2**31 keys or more. If ``room`` was exceeded, some or all are missing. On
+        a GPU the result contains some :data:`NO_KEY`.
         """
-        stored = int(self._numbers[1]) if self._numbers[1] <= self._room else 0
-        return self._keys[:stored].clone(), self._index[:stored].clone()
+        if self._native is None:
+            if len(self._pieces) == 1:
+                return self._pieces[0]
+            found, places = zip(*[(self._keys, self._index), *self._pieces], strict=True)
+            return torch.cat(found), torch.cat(places)
+        stored = self._numbers[1] if self._numbers[1] <= self._room else 0
+        index = self._index[:stored].to(self._index_dtype, copy=True)
+        for (first, before), (last, _) in pairwise([*self._tiles, (stored, 0)]):
+            index[first:last] += before
+        return self._keys[:stored].clone(), index
 
 
 def histogram(keys: Tensor, low: int, shift: int, bins: int) -> Tensor:
@@ -135,9 +235,29 @@ def histogram(keys: Tensor, low: int, shift: int, bins: int) -> Tensor:
         counts = torch.zeros(bins, dtype=torch.int64)
         native.pst_histogram(keys, keys.numel(), low, shift, bins, counts)
         return counts
-    digits = keys.flatten().long().sub_(low).bitwise_right_shift_(shift).clamp_(-1, bins).add_(1)
-    counts = torch.zeros(bins + 2, dtype=torch.int64, device=keys.device)
-    return counts.scatter_add_(0, digits, counts.new_ones(()).expand(digits.shape))[1:-1]
+    return _torch_histograms([keys.flatten()], [low], shift, bins)[0]
+
+
+def histograms(keys: Sequence[Tensor], lows: Sequence[int], shift: int, bins: int) -> Tensor:
+    """Return :func:`histogram` of every run of ``keys``, (n,) int32 each, with its low: (runs, bins) int64."""
+    if native_for(*keys) is not None:
+        return torch.stack([histogram(own, low, shift, bins) for own, low in zip(keys, lows, strict=True)])
+    parts = [slice(run.start, run.stop) for run in runs_of([own.numel() for own in keys], _COUNTED_AT_ONCE)]
+    counts = [_torch_histograms(keys[part], lows[part], shift, bins) for part in parts]
+    return counts[0] if len(counts) == 1 else torch.cat(counts)
+
+
+def _torch_histograms(keys: Sequence[Tensor], lows: Sequence[int], shift: int, bins: int) -> Tensor:
+    """Return the counts of every run, (runs, bins) int64. Keys outside have bins, so that the host does not wait."""
+    digits = torch.cat(list(keys)).long()
+    counts = torch.zeros(len(keys), bins + 2, dtype=torch.int64, device=digits.device)
+    runs, one = digits.split([own.numel() for own in keys]), counts.new_ones(())
+    for run, low in zip(runs, lows, strict=True):
+        run.sub_(low)
+    digits.bitwise_right_shift_(shift).clamp_(-1, bins).add_(1)
+    for run, out in zip(runs, counts, strict=True):
+        out.scatter_add_(0, run, one.expand(run.shape))
+    return counts[:, 1:-1]
 
 
 def kept_bits(keys: Tensor, prune_count: int) -> tuple[Tensor, int]:

@@ -40,18 +40,21 @@ def add_low_rank_(out: Tensor, left: Tensor | None, right: Tensor | None, scale:
         out.add_(scratch)
 
 
-def importance(weight: Tensor, tile: TileFactors, constants: Constants, weight_scale: float = 1.0) -> Tensor:
+def importance(
+    weight: Tensor, tile: TileFactors, constants: Constants, weight_scale: float = 1.0, factors: Tensor | None = None
+) -> Tensor:
     """Return S = |W0 + beta U V| . 1 n' / weight_scale + alpha1 A B + alpha2 (R 1' + 1 C') of one rectangle.
 
-    ``weight``: W0, (rows, cols), any float dtype. S omits the update if ``constants.update_in_scores`` is false.
-    Returns fp32 (rows, cols), bit-identical for a given weight regardless of the rectangle.
+    ``weight``: W0, (rows, cols), any float dtype. ``factors``: (rows, 1) fp32 multipliers of |W|, in place of 1 /
+    weight_scale. S omits the update if ``constants.update_in_scores`` is false. Returns fp32 (rows, cols),
+    bit-identical for a given weight regardless of the rectangle.
     """
     updated = constants.update_in_scores
     scores = sliced_weight(weight, tile, constants) if updated else weight.to(torch.float32, copy=True)
     scratch = torch.empty_like(scores)
     scores.abs_()
-    factor = constants.magnitude_factor(weight_scale)
-    if factor != 1.0:
+    factor = constants.magnitude_factor(weight_scale) if factors is None else factors
+    if isinstance(factor, Tensor) or factor != 1.0:
         scores.mul_(factor)  # multiply: torch divides by a number differently on CPUs and on CUDA
     if tile.row_norms is not None:
         scores.mul_(tile.row_norms.unsqueeze(1))

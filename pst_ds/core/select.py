@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pst_ds.core.kernels.triton.scan import OwnKeys
-from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, histogram
+from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, SingleWeights, histogram
 
 DIGIT_BITS = 11
 _KEY_BITS = 32
@@ -48,6 +49,13 @@ class RankSums:
     """Element-wise sum over the ranks below this one, whose keys come first."""
 
 
+class Sampled(NamedTuple):
+    """This rank's keys in a sample, (n,) int32, or the weights to compute them from, and their places in the sample."""
+
+    places: slice | Tensor
+    keys: Tensor | SingleWeights
+
+
 @dataclass(frozen=True, slots=True)
 class MatrixKeys:
     """The keys of one matrix on this rank, and how many keys of the whole matrix to prune."""
@@ -69,10 +77,10 @@ class MatrixKeys:
     """Keys in ``tiles``. Required by :mod:`pst_ds.core.bracket` and if ``is_whole``."""
     num_in_all: int = 0
     """Keys of the whole matrix, over all ranks. Required by :mod:`pst_ds.core.bracket`."""
-    sample: Callable[[Tensor], tuple[slice | Tensor, Tensor]] | None = None
-    """Return the places of this rank's keys among these positions in the whole matrix, int64, and the keys.
+    sample: Callable[[Tensor, Tensor], Sampled] | None = None
+    """Return this rank's part of a sample at these positions in the whole matrix, int64, on CPU and keys' device.
 
-    Required by :mod:`pst_ds.core.bracket` on CPUs.
+    Required by :mod:`pst_ds.core.bracket`.
     """
     own_keys: OwnKeys | None = None
     """Computes the keys of ``tiles`` and ``sample`` where GPU kernels are available, for :mod:`pst_ds.core.bracket`."""

@@ -14,8 +14,9 @@ from pst_ds.core.coded_weight import CodedRun, OwnWeights
 from pst_ds.core.factors import Factors, tile_factors
 from pst_ds.core.kernels.triton.launch import serves
 from pst_ds.core.kernels.triton.scan import OwnKeys
-from pst_ds.core.keys import order_keys, score_keys, single_keys
+from pst_ds.core.keys import SingleWeights, order_keys, score_keys, single_weights
 from pst_ds.core.layout import Rect, StoredMatrix, positions_before, shard_tiles, view_in_shard
+from pst_ds.core.select import Sampled
 from pst_ds.core.units import block_keys, loss_keys, unit_tiles
 from pst_ds.nn.layer import FACTOR_NAMES, PSTLayer
 from pst_ds.parallel import zero3
@@ -106,17 +107,21 @@ class LayerScores:
                 count += min(max(0, -(-(index - first) // cols)), across)
         return count
 
-    def sample(self, matrix: StoredMatrix, positions: Tensor) -> tuple[slice | Tensor, Tensor]:
-        """Return which of ``positions`` (int64, in storage order) this rank has, and the keys of its weights there."""
+    def sample(self, matrix: StoredMatrix, positions: Tensor, on_device: Tensor) -> Sampled:
+        """Return what computes the keys of this rank's weights among ``positions`` (int64, in storage order).
+
+        ``on_device``: the same positions on the weights' device.
+        """
         rect = matrix.rect
         if rect.c1 - rect.c0 == self.row_length:  # in the order of the shard: look at none but this rank's
             offset = rect.r0 * self.row_length
             own = torch.tensor([self.start - offset, self.stop - offset])
             first, last = torch.searchsorted(positions, own).tolist()
-            return slice(first, last), self._single_keys(matrix, positions[first:last])
+            places = slice(first, last)
+            return Sampled(places, self._singles(matrix, on_device[places]))
         flat = self._flat(matrix, positions)
-        here = ((flat >= self.start) & (flat < self.stop)).nonzero().flatten()
-        return here, self._single_keys(matrix, positions[here])
+        here = ((flat >= self.start) & (flat < self.stop)).nonzero().flatten().to(self.device)
+        return Sampled(here, self._singles(matrix, on_device[here]))
 
     def _flat(self, matrix: StoredMatrix, positions: Tensor) -> Tensor:
         rect, width = matrix.rect, matrix.rect.c1 - matrix.rect.c0
@@ -125,14 +130,14 @@ class LayerScores:
             positions = positions // width * self.row_length + positions % width
         return positions + offset if offset else positions
 
-    def _single_keys(self, matrix: StoredMatrix, positions: Tensor) -> Tensor:
+    def _singles(self, matrix: StoredMatrix, positions: Tensor) -> Tensor | SingleWeights:
         values = self._own.at(self._flat(matrix, positions))
         if self.layer.pst_S is not None:
             return order_keys(values.float())
         width = matrix.rect.c1 - matrix.rect.c0
         tile = tile_factors(self._factors, self.layout, matrix, matrix.rect)
         scale = self.layer.magnitude_scales[matrix.index]
-        return single_keys(values, positions // width, positions % width, tile, self.layer.constants, scale)
+        return single_weights(values, positions // width, positions % width, tile, self.layer.constants, scale)
 
     def own_keys(self, matrix: StoredMatrix) -> OwnKeys | None:
         """Return this rank's weights of ``matrix`` as input of the kernels; None if the kernels cannot be used."""

@@ -357,7 +357,7 @@ def mask_update_bytes(model: ModelNumbers, zero: ZeroSettings, device: str = "cp
 
     Gathering: the factors' masters arrive in one buffer, (ranks, shard), and are copied out of it. Sampling: the keys
     that all ranks sampled are sorted. Scanning: the new masks, the keys inside all brackets with their places (8 bytes
-    each), and the largest matrix's keys as bytes. Expert matrices that are on one rank have a bracket on
+    each, 5 on a CPU), and the largest matrix's keys as bytes. Expert matrices that are on one rank have a bracket on
     GPUs only.
     """
     if not model.pruned_weights:
@@ -371,7 +371,8 @@ def mask_update_bytes(model: ModelNumbers, zero: ZeroSettings, device: str = "cp
     sampling = masters + 4 * 4 * sampled
     inside = sum(here * m.numel * _bracket_share(m.numel) for m, here in bracketed)
     largest = max(m.numel for m in model.matrices) / zero.shards
-    scanning = masters + int(model.pruned_weights / zero.shards / 8 + 8 * inside + largest)
+    place = 1 if device == "cpu" else 4
+    scanning = masters + int(model.pruned_weights / zero.shards / 8 + (4 + place) * inside + largest)
     return max(gathering, sampling, scanning) + SCORED_TILE_BYTES.get(device, 0)
 
 

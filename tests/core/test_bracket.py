@@ -15,7 +15,7 @@ from pst_ds.core import bracket
 from pst_ds.core.bits import unpack_shard
 from pst_ds.core.bracket import sample_positions, sample_size, select_bits
 from pst_ds.core.keys import order_keys
-from pst_ds.core.select import MatrixKeys, NonFiniteScoreError, RankSums
+from pst_ds.core.select import MatrixKeys, NonFiniteScoreError, RankSums, Sampled
 
 
 class Ranks:
@@ -72,11 +72,11 @@ def selected(matrices, counts, world, *, pools=(), pool_of=None, tile=50, home=N
                 start, stop = 0, scores.numel() if rank == lies_on else 0
             keys = order_keys(scores[start:stop])
 
-            def sample(at, keys=keys, start=start, stop=stop):
+            def sample(at, _, keys=keys, start=start, stop=stop):
                 found = torch.zeros(at.numel(), dtype=torch.int32)
                 here = (at >= start) & (at < stop)
                 found[here] = keys[at[here] - start]
-                return slice(None), found
+                return Sampled(slice(None), found)
 
             pool = None if pool_of is None else pool_of[i]
             tiles = partial(tiles_of, keys, tile)
@@ -150,16 +150,6 @@ def test_a_bracket_that_misses_changes_nothing(monkeypatch, low, high, most_insi
     masks, _ = selected(matrices, counts, 2)
     for scores, count, mask in zip(matrices, counts, masks, strict=True):
         assert torch.equal(mask, stable(scores, count))
-
-
-def test_ranks_without_native_code_make_all_select_in_passes(monkeypatch):
-    answers = iter([True, False])
-    monkeypatch.setattr(bracket, "_can_scan", lambda *_: next(answers))
-    matrices = [random_scores(900, 1), random_scores(700, 2, 5), random_scores(500, 3)]
-    masks, _ = selected(matrices, [450, 200, 480], 2, pools=[600], pool_of=[0, None, 0])
-    alone = greedy([matrices[0], matrices[2]], [450, 480], 600)
-    for mask, expected in zip(masks, [alone[0], stable(matrices[1], 200), alone[1]], strict=True):
-        assert torch.equal(mask, expected)
 
 
 def test_scores_in_rising_order_over_the_ranks(small_samples):
@@ -260,3 +250,11 @@ def test_one_sample_of_every_stratum(numel):
         assert int(at[-1]) < numel
         assert bool(((stratum - torch.arange(at.numel())) > -1).all())
         assert bool(((stratum - torch.arange(at.numel())) < 1 + at.numel() / numel).all())
+
+
+@pytest.mark.parametrize("numbers", [[], [0], [255], [0, 254, 509, 764, 764, 70_000, 2**31 - 1]], ids=len)
+def test_places_of_keys_inside_are_kept_as_steps(numbers):
+    index = torch.tensor(numbers, dtype=torch.int32)
+    found = bracket._RisingNumbers(index).all()
+    assert found.dtype == torch.int32
+    assert torch.equal(found, index)

@@ -9,20 +9,30 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pst_ds.core import bits, keys
+from pst_ds.core import bits, bracket, keys
 from pst_ds.core import kernels as native
 from pst_ds.core.factors import Constants, TileFactors
 from pst_ds.core.keys import (
     HIGHEST_FINITE,
     LOWEST_FINITE,
+    NO_KEY,
     Classifier,
     histogram,
+    histograms,
+    keys_of,
     order_keys,
     score_keys,
     scores_of_keys,
-    single_keys,
+    single_weights,
 )
 from pst_ds.core.scores import importance
+
+CPU = torch.device("cpu")
+
+
+def keys_at(*single):
+    """Keys of individual weights."""
+    return keys_of([single_weights(*single)])[0]
 
 
 @pytest.fixture
@@ -93,7 +103,7 @@ def test_norms_and_kinds_of_scores_give_the_same_bits_natively(dtype, shape, of_
     assert torch.equal(found, without_native(lambda: score_keys(weight, terms, constants, 0.0123)))
     rows, cols = torch.meshgrid(torch.arange(shape[0]), torch.arange(shape[1]), indexing="ij")
     rows, cols = rows.flatten(), cols.flatten()
-    assert torch.equal(single_keys(weight.flatten(), rows, cols, terms, constants, 0.0123), found.flatten())
+    assert torch.equal(keys_at(weight.flatten(), rows, cols, terms, constants, 0.0123), found.flatten())
 
 
 def test_scores_of_every_kind_are_the_written_out_formula():
@@ -114,9 +124,20 @@ def test_keys_at_are_the_rectangles_keys():
     weight, terms = torch.randn(7, 33), tile(7, 33, seed=3)
     whole = score_keys(weight, terms, Constants(0.5, 2.0, 0.1), 0.2)
     rows, cols = torch.tensor([0, 6, 3, 3]), torch.tensor([32, 0, 5, 5])
-    assert torch.equal(
-        single_keys(weight[rows, cols], rows, cols, terms, Constants(0.5, 2.0, 0.1), 0.2), whole[rows, cols]
-    )
+    assert torch.equal(keys_at(weight[rows, cols], rows, cols, terms, Constants(0.5, 2.0, 0.1), 0.2), whole[rows, cols])
+
+
+def test_single_weights_of_many_matrices_have_the_keys_of_each():
+    made = []
+    for i, (norms, constants) in enumerate(
+        [(True, Constants(0.5, 2.0, 0.1)), (False, Constants()), (True, Constants(0.5, 2.0, 0.1)), (False, Constants())]
+    ):
+        weight, terms = torch.randn(4 + i, 9), tile(4 + i, 9, seed=i)
+        terms = replace(terms, col_norms=torch.rand(9)) if norms else terms
+        rows, cols = torch.tensor([0, 3, 1, 3][: i + 1]), torch.tensor([8, 0, 5, 5][: i + 1])
+        made.append((weight[rows, cols], rows, cols, terms, constants, 0.1 + i))
+    found = keys_of([single_weights(*one) for one in made])
+    assert [own.tolist() for own in found] == [keys_at(*one).tolist() for one in made]
 
 
 def test_zeros_have_one_key_and_not_finite_ones_lie_outside():
@@ -137,18 +158,51 @@ def test_classifier_sorts_keys_about_the_interval(values, bounds, room, tile_siz
     low, high = min(bounds), max(bounds)
     array = np.array(values, dtype=np.int64)
     inside = (array >= low) & (array <= high)
-    sorter = Classifier(len(values), low, high, room=room)
-    for part in torch.from_numpy(array.astype(np.int32)).split(tile_size) if values else ():
+    for use_native in (True, False):
+        held = keys.library
+        keys.library = held if use_native else lambda: None
+        try:
+            sorter = Classifier(len(values), low, high, room=room, device=CPU)
+            for part in torch.from_numpy(array.astype(np.int32)).split(tile_size) if values else ():
+                sorter.take(part)
+        finally:
+            keys.library = held
+        assert sorter.above().bool().tolist() == (array > high).tolist()
+        below, not_finite, overflowed, num_inside = sorter.counts().tolist()
+        assert below == int((array < low).sum())
+        assert not_finite == int(((array < LOWEST_FINITE) | (array > HIGHEST_FINITE)).sum())
+        assert (num_inside, overflowed) == (int(inside.sum()), int(inside.sum()) > room)
+        if not overflowed:
+            found, index = sorter.inside()
+            if not use_native:  # of a length that depends on no key
+                found, index = found[found != NO_KEY], index[found != NO_KEY]
+            assert index.tolist() == inside.nonzero()[0].tolist()
+            assert found.tolist() == array[inside].tolist()
+
+
+@pytest.mark.parametrize("use_native", [True, False])
+def test_a_matrix_may_have_more_than_two_to_31_keys(use_native, monkeypatch):
+    """As if all but the last 100 keys had come: of tensors as large as the matrix no more than the ends are touched."""
+    if not use_native:
+        monkeypatch.setattr(keys, "library", lambda: None)
+        monkeypatch.setattr(bits, "library", lambda: None)
+    before, size = 2**31 - 40, 100
+    sorter = Classifier(before + size, 0, 9, room=size, device=CPU)
+    sorter._taken = before
+    values = torch.arange(size, dtype=torch.int32) % 20 - 5
+    for part in values.split(30):
         sorter.take(part)
-    assert sorter.above().bool().tolist() == (array > high).tolist()
-    below, not_finite, overflowed, num_inside = sorter.counts().tolist()
-    assert below == int((array < low).sum())
-    assert not_finite == int(((array < LOWEST_FINITE) | (array > HIGHEST_FINITE)).sum())
-    assert (num_inside, overflowed) == (int(inside.sum()), int(inside.sum()) > room)
-    if not overflowed:
-        found, index = sorter.inside()
-        assert index.tolist() == inside.nonzero()[0].tolist()
-        assert found.tolist() == array[inside].tolist()
+    found, index = sorter.inside()
+    is_key = found != NO_KEY
+    expected = ((values >= 0) & (values <= 9)).nonzero().flatten() + before
+    assert index[is_key].tolist() == expected.tolist()
+    held = bracket._RisingNumbers(index).all()
+    assert torch.equal(held, index)
+    first_byte = before // 8
+    mask = torch.empty(first_byte + 13, dtype=torch.uint8)
+    mask[first_byte:] = 0
+    bits.set_bits_(mask, held, is_key)
+    assert torch.equal(bits.unpack_shard(mask[first_byte:], size).nonzero().flatten() + before, expected)
 
 
 @given(values=st.lists(int32s, max_size=300), low=int32s, shift=st.integers(0, 21))
@@ -159,9 +213,16 @@ def test_histogram_counts_digits(values, low, shift):
             expected[digit] += 1
     sample = torch.tensor(values, dtype=torch.int32)
     assert histogram(sample, low, shift, 64).tolist() == expected.tolist()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keys, "library", lambda: None)
-        assert histogram(sample, low, shift, 64).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("most", [1, 50, 1 << 22])
+def test_histograms_of_many_runs_are_those_of_each(most, without_native, monkeypatch):
+    monkeypatch.setattr(keys, "_COUNTED_AT_ONCE", most)
+    runs = [torch.randint(-(1 << 31), (1 << 31) - 1, (size,)).int() for size in (40, 0, 7, 30)]
+    lows = [-(1 << 31), 0, 5, (1 << 31) - 1 - (64 << 20)]
+    expected = torch.stack([histogram(own, low, 20, 64) for own, low in zip(runs, lows, strict=True)])
+    assert torch.equal(histograms(runs, lows, 20, 64), expected)
+    assert torch.equal(without_native(lambda: histograms(runs, lows, 20, 64)), expected)
 
 
 def test_torch_twins_of_the_bit_loops(without_native):
@@ -173,8 +234,10 @@ def test_torch_twins_of_the_bit_loops(without_native):
     index = torch.tensor([0, 9, 11, 200, 295], dtype=torch.int32)
     chosen = torch.tensor([True, True, False, True, True])
     before[index.long() // 8] = 0
-    ours = before.clone()
+    ours, twins = before.clone(), before.clone()
     bits.set_bits_(ours, index, chosen)
+    without_native(lambda: bits.set_bits_(twins, index, chosen))
+    assert torch.equal(ours, twins)
     expected = bits.unpack_shard(before, 296)
     expected[index[chosen].long()] = 1
     assert torch.equal(bits.unpack_shard(ours, 296), expected)

@@ -19,7 +19,7 @@ from pst_ds.core.kernels.triton import scan
 from pst_ds.core.kernels.triton.scan import OwnKeys
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, Classifier, order_keys, score_keys
 from pst_ds.core.layout import WeightLayout, positions_before, shard_tiles, view_in_shard
-from pst_ds.core.select import MatrixKeys, NonFiniteScoreError
+from pst_ds.core.select import MatrixKeys, NonFiniteScoreError, Sampled
 from tests.core.test_bracket import Ranks, stable
 
 pytestmark = pytest.mark.interpreted
@@ -69,7 +69,7 @@ def assert_sorted_alike(own, keys, low, high):
     above, inside = torch.zeros(2, size + 1, dtype=torch.uint8)
     counts = torch.zeros(3, dtype=torch.int64)
     own.sort(torch.tensor([low, high], dtype=torch.int32), above, inside, counts)
-    expected = Classifier(keys.numel(), low, high, room=keys.numel())
+    expected = Classifier(keys.numel(), low, high, room=keys.numel(), device=keys.device)
     expected.take(keys)
     below, bad, _, num_inside = expected.counts().tolist()
     is_inside = torch.zeros(keys.numel(), dtype=torch.uint8)
@@ -242,8 +242,8 @@ def test_pools_are_cut_as_by_the_loops(world, monkeypatch):
     for i, flat in enumerate(scores):
         keys = order_keys(flat)
 
-        def sample(at, keys=keys):
-            return slice(None), keys[at]
+        def sample(at, _, keys=keys):
+            return Sampled(slice(None), keys[at])
 
         sizes = {"num_keys": 930, "num_in_all": 930, "sample": sample}
         expected.append(MatrixKeys([800, 930, 500][i], lambda k=keys: iter((k,)), [0, 0, None][i], **sizes))

@@ -259,3 +259,7 @@ def test_the_operators_are_what_their_schemas_say():
     for x in (torch.randn(8), torch.randn(2, 3, 8)):
         arguments = (x.requires_grad_(), layer._number, 8, None, layer.bias, *factors)
         torch.library.opcheck(torch.ops.pst_ds.masked_linear, arguments)
+    embedding = model.embedding
+    ids = torch.tensor([[0, 3], [10, 0]])
+    arguments = (ids, embedding.weight, embedding.pst_U, embedding.pst_V, embedding.beta, embedding.padding_idx)
+    torch.library.opcheck(torch.ops.pst_ds.updated_rows, arguments)

@@ -184,13 +184,19 @@ def test_any_shape_of_row_numbers(shape, dtype):
     assert embedding.pst_U.grad.any() == (ids != PADDING).any()
 
 
+def _by_operator(embedding, ids):
+    own = embedding.weight, embedding.pst_U, embedding.pst_V
+    return torch.ops.pst_ds.updated_rows(ids, *own, embedding.beta, embedding.padding_idx)
+
+
+@pytest.mark.parametrize("look_up", [lambda embedding, ids: embedding(ids), _by_operator], ids=["plain", "operator"])
 @pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 4)], ids=str)
-def test_the_output_can_be_changed_in_place(shape):
+def test_the_output_can_be_changed_in_place(look_up, shape):
     """Models add positions to the embeddings of tokens in place."""
     model, ids = randomised(injected()), torch.arange(math.prod(shape)).remainder(ROWS).view(shape)
     found = []
     for in_place in (True, False):
-        rows = model.embed(ids)
+        rows = look_up(model.embed, ids)
         if in_place:
             rows += 1
         else:

@@ -136,9 +136,9 @@ def test_offload_moves_shares_to_the_host():
 def test_a_mask_update_at_scale_holds_masters_bits_and_brackets():
     numel = 1 << 26
     model = ModelNumbers((TensorGroup(1000, 2, 1, True, kind="factor"),), (), (MatrixGroup(numel, 10),))
-    for world, device, tile in ((1, "cpu", 2 << 20), (4, "cpu", 2 << 20), (4, "cuda", 256 << 20)):
+    for world, device, each, tile in ((1, "cpu", 5, 2 << 20), (4, "cpu", 5, 2 << 20), (4, "cuda", 8, 256 << 20)):
         found = mask_update_bytes(model, ZeroSettings(stage=3, world_size=world), device)
-        inside = 8 * 10 * numel / world * (2 * 5 * 0.5 / math.sqrt(sample_size(numel)))
+        inside = each * 10 * numel / world * (2 * 5 * 0.5 / math.sqrt(sample_size(numel)))
         assert found == pytest.approx(4000 + 10 * numel / world / 8 + inside + numel / world + tile, rel=0.01)
     assert mask_update_bytes(ModelNumbers((), (), ()), ZeroSettings(stage=3)) == 0
 

@@ -11,8 +11,14 @@ from torch.nn import functional
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.updates.rows import row_gradients, updated_rows
 from pst_ds.nn.layer import init_std, seeded_normal
+from pst_ds.nn.linear import LIBRARY
 from pst_ds.nn.targets import places_by_module, put
 from pst_ds.parallel import zero3
+
+LIBRARY.define("updated_rows(Tensor ids, Tensor weight, Tensor left, Tensor right, float beta, int? padding) -> Tensor")
+LIBRARY.define(
+    "row_gradients(Tensor ids, Tensor grad_y, Tensor left, Tensor right, float beta, int? padding) -> (Tensor, Tensor)"
+)
 
 
 class PSTEmbedding(nn.Module):
@@ -48,11 +54,7 @@ class PSTEmbedding(nn.Module):
             return _UpdatedRows.apply(ids, self, self.pst_U, self.pst_V)
         if zero3.is_partitioned(self.pst_U):
             return torch.compiler.disable(_UpdatedRows.apply)(ids, self, self.pst_U, self.pst_V)
-        # operators that torch.compile can trace
-        change = self.beta * (functional.embedding(ids, self.pst_U).float() @ self.pst_V.float())
-        if self.padding_idx is not None:  # its row is not trained
-            change = torch.where((ids == self.padding_idx).unsqueeze(-1), change.detach(), change)
-        return (functional.embedding(ids, self.weight) + change).to(self.weight.dtype)
+        return torch.ops.pst_ds.updated_rows(ids, self.weight, self.pst_U, self.pst_V, self.beta, self.padding_idx)
 
     def updated_weight(self) -> Tensor:
         """Return W0 + beta U V, (n, d): the rows that ``forward`` returns. The parameters must be gathered."""
@@ -76,6 +78,21 @@ def pst_embeddings(model: nn.Module) -> dict[str, PSTEmbedding]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PSTEmbedding)}
 
 
+def _rows(ids: Tensor, weight: Tensor, left: Tensor, right: Tensor, beta: float, padding: int | None) -> Tensor:
+    # torch's lookup, not an index: a row number of -1 is an error, as in nn.Embedding
+    stored, own = (functional.embedding(ids.reshape(-1), table.detach()) for table in (weight, left))
+    # detach: see PSTLinear.product
+    return updated_rows(stored, own, right.detach(), beta).view(*ids.shape, stored.shape[1]).detach()
+
+
+def _gradients(
+    ids: Tensor, grad_y: Tensor, left: Tensor, right: Tensor, beta: float, padding: int | None
+) -> tuple[Tensor, Tensor]:
+    rows, left, right = grad_y.reshape(-1, grad_y.shape[-1]), left.detach(), right.detach()
+    of_left, of_right = row_gradients(ids.reshape(-1), rows, left, right, beta, padding_idx=padding)
+    return of_left.to(left.dtype), of_right.to(right.dtype)
+
+
 class _UpdatedRows(torch.autograd.Function):
     """Save only the row numbers; the backward pass reads U and V from the module, where ZeRO-3 gathers them again."""
 
@@ -83,18 +100,42 @@ class _UpdatedRows(torch.autograd.Function):
     def forward(ctx, ids, module, left, right):
         ctx.module = module
         ctx.save_for_backward(ids)
-        # torch's lookup, not an index: a row number of -1 is an error, as in nn.Embedding
-        stored, own = (functional.embedding(ids.reshape(-1), table.detach()) for table in (module.weight, left))
-        # detach: see PSTLinear.product
-        return updated_rows(stored, own, right.detach(), module.beta).view(*ids.shape, stored.shape[1]).detach()
+        return _rows(ids, module.weight, left, right, module.beta, module.padding_idx)
 
     @staticmethod
     def backward(ctx, grad_y):
         (ids,) = ctx.saved_tensors
         module = ctx.module
         left, right = module.pst_U, module.pst_V
-        rows = grad_y.reshape(-1, grad_y.shape[-1])
         with zero3.gathered([p for p in (left, right) if zero3.is_released(p)]):
-            factors = left.detach(), right.detach(), module.beta
-            of_left, of_right = row_gradients(ids.reshape(-1), rows, *factors, padding_idx=module.padding_idx)
-        return None, None, of_left.to(left.dtype), of_right.to(right.dtype)
+            return None, None, *_gradients(ids, grad_y, left, right, module.beta, module.padding_idx)
+
+
+LIBRARY.impl("updated_rows", _rows, "CompositeExplicitAutograd")
+LIBRARY.impl("row_gradients", _gradients, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("pst_ds::updated_rows", lib=LIBRARY)
+def _(ids: Tensor, weight: Tensor, left: Tensor, right: Tensor, beta: float, padding: int | None) -> Tensor:
+    return weight.new_empty((*ids.shape, weight.shape[1]))
+
+
+@torch.library.register_fake("pst_ds::row_gradients", lib=LIBRARY)
+def _(
+    ids: Tensor, grad_y: Tensor, left: Tensor, right: Tensor, beta: float, padding: int | None
+) -> tuple[Tensor, Tensor]:
+    return left.new_empty(left.shape), right.new_empty(right.shape)
+
+
+def _save(ctx, inputs, output):
+    ids, _, left, right, ctx.beta, ctx.padding = inputs
+    ctx.save_for_backward(ids, left, right)
+
+
+def _differentiate(ctx, grad_y):
+    ids, left, right = ctx.saved_tensors
+    of_left, of_right = torch.ops.pst_ds.row_gradients(ids, grad_y, left, right, ctx.beta, ctx.padding)
+    return None, None, of_left, of_right, None, None
+
+
+torch.library.register_autograd("pst_ds::updated_rows", _differentiate, setup_context=_save, lib=LIBRARY)

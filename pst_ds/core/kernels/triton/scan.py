@@ -22,7 +22,7 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
 
 
 class KernelScans:
-    """The same as ``_NativeScans`` in bracket.py, by kernels: three launches per matrix, few for all."""
+    """The same as ``_TorchScans`` in bracket.py, by kernels: three launches per matrix, few for all."""
 
     def __init__(self, matrices: Sequence[OwnKeys], brackets: Sequence[tuple[int, int]], rooms: Sequence[int]):
         """``brackets``: (low, high) per matrix. ``rooms``: most keys inside that are stored per matrix."""
