@@ -34,7 +34,7 @@ class BlockFit:
         self._number = 0
         self._is_real: Tensor | None = None
         self.errors: tuple[float, float] = (0.0, 0.0)
-        """Sum of squared errors of the block's outputs on the first batch, before and after."""
+        """Sum of squared errors of the block's outputs over all tokens, before and after."""
 
     def remember(self, forward: Forward) -> Output:
         """Run the dense block on the next piece, and store its output as the target."""
@@ -45,8 +45,8 @@ class BlockFit:
     def fit(self, weights: Sequence[nn.Parameter], dtypes: Sequence[torch.dtype], *, keep_output: bool) -> list[Tensor]:
         """Return fitted values of the pruned ``weights``, on their device; the block then has them. Collective.
 
-        Zeros stay 0. If the error on the first batch does not decrease, the previous values are restored. That error
-        takes no more passes: the first step and the last pass compute it.
+        Zeros stay 0. If the error over all tokens does not decrease, the previous values are restored. The error of one
+        batch would not do, because a few tokens with large activations dominate it.
 
         Args:
             dtypes: those that the values will be stored in.
@@ -59,14 +59,14 @@ class BlockFit:
         batches = range(len(self._replay.data.batches))
         optimizer, steps = torch.optim.Adam(groups), self._passes * len(batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / steps)
-        before = math.nan
+        before = self._error(keep_output=False)
         with _with_gradients(weights):
             for batch in [*batches] * self._passes:
                 terms = self._gradients(batch, weights)
-                *gradients, error = exact_sums(terms, [*masters, torch.empty(1)], self._ranks)
-                before = float(error) if math.isnan(before) else before
+                *gradients, number = exact_sums(terms, [*masters, torch.empty(1)], self._ranks)
                 for master, gradient, values in zip(masters, gradients, held, strict=True):
-                    master.grad = gradient.to(master.device).mul_(values != 0)
+                    # of the mean, not the sum: Adam's epsilon then damps the steps of weights that hardly matter
+                    master.grad = gradient.to(master.device).mul_(values != 0).div_(float(number))
                 optimizer.step()
                 schedule.step()
                 _write(weights, masters)
@@ -82,14 +82,17 @@ class BlockFit:
         return masters
 
     def _gradients(self, batch: int, weights: Sequence[nn.Parameter]) -> list[list[Tensor]]:
-        """Return the gradients of the squared error of each of this rank's pieces of a batch, and that error, (1,)."""
+        """Return the gradients of the squared error of each of this rank's pieces of a batch, and the number of
+        its values, (1,)."""
         found: list[list[Tensor]] = []
 
         def compute(forward: Forward) -> Output:
             with torch.enable_grad():
                 output = forward()
-                error = self._difference(output).square().sum()
-                found.append([*torch.autograd.grad(error, list(weights)), error.detach().view(1)])
+                difference = self._difference(output)
+                error = difference.square().sum()
+                number = torch.tensor([difference.numel()])
+                found.append([*torch.autograd.grad(error, list(weights)), number])
             return output
 
         self._run(compute, only=batch)
@@ -113,16 +116,15 @@ class BlockFit:
         return difference[self._is_real.to(made.device)]
 
     def _error(self, *, keep_output: bool) -> float:
-        """Run all pieces; return the sum of squared errors on the first batch. Collective."""
+        """Run all pieces; return the sum of squared errors over all tokens. Collective."""
         terms: list[list[Tensor]] = []
 
         def add(forward: Forward) -> Output:
             output = forward()
-            if not self._replay.pieces[self._number][0]:
-                terms.append([self._difference(output).square().sum().view(1)])
+            terms.append([self._difference(output).square().sum().view(1)])
             return output
 
-        self._run(add, keep_output=keep_output, only=None if keep_output else 0)
+        self._run(add, keep_output=keep_output)
         (total,) = exact_sums(terms, [torch.empty(1)], self._ranks)
         return float(total)
 
