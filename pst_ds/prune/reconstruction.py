@@ -72,10 +72,12 @@ class BlockFit:
                 _write(weights, masters)
         masters = [master.to(dtype) for master, dtype in zip(masters, dtypes, strict=True)]
         _write(weights, masters)  # a resumed run continues with what was stored
+        inputs = list(self._replay.outputs)
         after = self._error(keep_output=keep_output)
         if not after < before:
             masters, after = held, before
             _write(weights, held)
+            self._replay.outputs = inputs
             if keep_output:
                 self._error(keep_output=True)
         self.errors = before, after

@@ -86,6 +86,14 @@ def test_no_blocks_error_rises_and_none_is_changed_where_it_would(tiny, batches,
     assert all(after == before and same for (before, after), same in fits)
 
 
+def test_blocks_after_a_fit_that_was_taken_back_get_the_same_inputs(tiny, batches, monkeypatch):
+    monkeypatch.setattr("pst_ds.prune.reconstruction.RATE", 0.0)
+    plain, fitted = tiny("llama"), tiny("llama")
+    _prune(plain, "sparsegpt", batches("llama"), 0)
+    _prune(fitted, "sparsegpt", batches("llama"), 2)
+    assert all(torch.equal(one, two) for one, two in zip(plain.parameters(), fitted.parameters(), strict=True))
+
+
 def test_passes_in_half_precision_move_weights_too(tiny, batches):
     dense, plain, fitted = (tiny("llama") for _ in range(3))
     _prune(plain, "wanda", batches("llama"), 0, torch.bfloat16)
