@@ -113,7 +113,7 @@ class InputSum:
     """Sums by expert, of those with tokens; by 0 for a linear layer."""
     expert_tokens: list[int] = field(default_factory=list)
     """Tokens of each expert of a stack, including experts that are not summed."""
-    largest: float | None = None
+    settled_by: float | None = None
     """Largest value of the first batch, once known."""
     bound: float = 0.0
     """Largest sum of squares of an input of a stack over all its experts, which does not depend on those summed."""
@@ -123,12 +123,12 @@ class InputSum:
         total = self.of.get(expert)
         if total is None:
             total = self.of[expert] = OrderFreeSum()
-            if self.largest is not None:
-                total.settle(self.largest)
+            if self.settled_by is not None:
+                total.settle(self.settled_by)
         total.add(parts)
 
     def settle(self, largest: float) -> None:
-        self.largest = largest
+        self.settled_by = largest
         for total in self.of.values():
             total.settle(largest)
 
@@ -186,7 +186,7 @@ class InputGatherer:
                 largest = own.bound or max((one.largest for one in own.of.values()), default=0.0)
                 leader = next(j for j, other in enumerate(names) if j == i or self._alike(name, other))
                 facts[i] = torch.tensor([largest, leader], dtype=torch.float64)
-        for i, (largest, leader) in enumerate(ranks.broadcast_numbers(facts).tolist()):
+        for i, (largest, leader) in enumerate(ranks.of_first(facts).tolist()):
             if leader == i:
                 self.sums.setdefault(names[i], InputSum()).settle(largest)
             elif leader >= 0:
@@ -199,10 +199,11 @@ class InputGatherer:
         return one is not None and two is not None and one.same_terms(two)
 
     def add_ranks(self, features: Mapping[str, int], device: torch.device, ranks: Ranks) -> None:
-        """Add the sums of all ranks. Collective; does nothing for a single rank.
+        """Add the sums of all ranks. Collective.
 
         ``features``: I of each layer, in the same order on all ranks.
         """
+        self._settle_late(list(features), ranks)
         done = set[int]()
         for name, number in features.items():
             sums = self.sums.get(name)
@@ -218,6 +219,18 @@ class InputGatherer:
                 if expert not in sums.of:
                     sums.add(self.sum_of(torch.zeros(1, number, device=device)), expert)
                 sums.of[expert].add_ranks(ranks)
+
+    def _settle_late(self, names: Sequence[str], ranks: Ranks) -> None:
+        """Fix the steps of layers that the first batch did not run, by the terms of all ranks. Collective."""
+        table = torch.full((len(names),), -1.0, dtype=torch.float64)
+        for i, name in enumerate(names):
+            if name in self.sums:
+                table[i] = max((one.largest for one in self.sums[name].of.values()), default=0.0)
+        every = torch.zeros(ranks.number, len(names), dtype=torch.float64)
+        every[ranks.own] = table
+        for name, largest in zip(names, ranks.sums.all_sum(every).amax(0).tolist(), strict=True):
+            if largest >= 0 and self.sums.setdefault(name, InputSum()).settled_by is None:
+                self.sums[name].settle(largest)
 
     def _tokens_of_experts(self, sums: InputSum, ranks: Ranks) -> list[int]:
         """Return this rank's counts; zeros if it had no batch and others did. Collective."""
@@ -239,7 +252,7 @@ class InputGatherer:
             rows = rows[self._tokens.to(rows.device)]
         sums = self.sums.setdefault(name, InputSum())
         sums.num_tokens += len(rows)
-        if sums.largest is not None:
+        if sums.settled_by is not None:
             sums.add(self.sum_of(rows))
             return
         if self._last is None or self._last[0] is not inputs:
@@ -254,7 +267,7 @@ class InputGatherer:
         number = len(routing.counts)
         chosen, sums = self.experts or range(number), self.sums.setdefault(name, InputSum())
         sums.expert_tokens = sums.expert_tokens or [0] * number
-        if sums.largest is None:
+        if sums.settled_by is None:
             sums.bound = max(sums.bound, float(next(squares(inputs)).amax()))
         for expert, rows in routing.runs():
             is_real = None if self._tokens is None else self._tokens.to(inputs.device)[routing.tokens[rows]]

@@ -109,10 +109,12 @@ def all_gather_numbers(value: Tensor) -> Tensor:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Return the sum of ``values`` over all ranks, in place. Collective."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
+    """Return the sum of ``values`` over all ranks, on their device; ``values`` may be overwritten. Collective."""
+    if not dist.is_initialized():
+        return values
+    on_device = values.cuda(non_blocking=True) if dist.get_backend() == "nccl" else values
+    dist.all_reduce(on_device)
+    return on_device.to(values.device)
 
 
 def broadcast(value: Tensor, source: int) -> Tensor:
@@ -153,9 +155,7 @@ def all_ranks() -> Ranks:
         return ALONE
 
     def all_sum(values: Tensor) -> Tensor:
-        on_device = values.cuda(non_blocking=True) if dist.get_backend() == "nccl" else values.clone()
-        dist.all_reduce(on_device)
-        return on_device.to(values.device)
+        return sum_over_ranks(values.clone())
 
     def sum_of_lower_ranks(counts: Tensor) -> Tensor:
         table = counts.new_zeros((world_size(), *counts.shape))

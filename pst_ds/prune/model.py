@@ -37,9 +37,10 @@ def prune_layers(
     """Prune a whole model in place; return the outcome of each layer, in the order of ``rules``.
 
     Every block runs twice on the batches: dense, to collect the inputs of its layers, and pruned, for the input of the
-    next block. The device holds one block, one batch and the statistics of one block; the CPU holds the model and the
-    hidden states of all batches. Kept weights are bit-identical with "magnitude" and "wanda"; pruned ones are +0.0.
-    Experts are pruned on the tokens that are routed to them, and by magnitude without any.
+    next block. The device holds one block, one piece of a batch and the statistics of one block; the CPU holds this
+    rank's hidden states, and the model or the part that ``source_of`` loads. Kept weights are bit-identical with
+    "magnitude" and "wanda"; pruned ones are +0.0. Experts are pruned on the tokens that are routed to them, and by
+    magnitude without any. Collective over ``data.ranks``.
 
     Args:
         model: the model, on the CPU.
@@ -48,10 +49,10 @@ def prune_layers(
         data: positions with 0 in an ``attention_mask`` (batch, length) are ignored. "magnitude" needs no batches
             without swaps and ``reconstruct``.
         gated: weigh an expert's tokens by their router gates.
-        reconstruct: passes that fit the kept weights of each block to its dense outputs, with three fp32 numbers per
-            weight of a block on the device.
+        reconstruct: passes that fit the kept weights of each block to its dense outputs (:class:`BlockFit`).
         statistics_bytes: memory for the Gram matrices of experts. A block whose experts need more runs once per group
             of experts.
+        source_of: where blocks are read from and written to.
 
     Raises InputError, and FloatingPointError, naming the layer, for values that are not finite.
     """

@@ -23,8 +23,8 @@ RATE = 0.01
 class BlockFit:
     """Fits one resident block of a ``replay`` in ``passes`` over the batches; a step is a batch.
 
-    Holds the dense block's outputs on the CPU, and four fp32 numbers per fitted weight on the block's device. Ranks
-    compute the gradients of their pieces. The sums are exact, so all ranks make the same steps.
+    Holds the dense block's outputs on the CPU, and on the block's device five fp32 numbers and a 64-bit sum per fitted
+    weight. Ranks compute the gradients of their pieces. The sums are exact, so all ranks make the same steps.
     """
 
     def __init__(self, replay: BlockReplay, index: int, passes: int):

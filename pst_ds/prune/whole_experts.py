@@ -67,7 +67,7 @@ class _Outputs:
 
     def settle(self, ranks: Ranks) -> None:
         """Fix the step of the sums by the first piece of rank 0. Collective."""
-        self.sums.settle(float(ranks.broadcast_numbers(torch.tensor(self.sums.largest, dtype=torch.float64))))
+        self.sums.settle(float(ranks.of_first(torch.tensor(self.sums.largest, dtype=torch.float64))))
 
     def add_ranks(self, ranks: Ranks) -> None:
         """Add the sums of all ranks. Collective."""

@@ -354,7 +354,7 @@ def _report_if_due(loop: Loop, state: LoopState) -> None:
     progress["GiB"] = round(memory / 2**30, 2)
     if slow := loop.pace.slow():
         progress["slow rank"] = f"{slow.rank} ({slow.host})"
-    loop.metrics.progress(state.step, progress, batches=len(losses))
+    loop.metrics.progress(state.step, progress)
 
 
 def _memory_and_seconds(loop: Loop) -> tuple[int, dict[str, float]]:

@@ -22,38 +22,22 @@ from pst_ds.core.patterns import Pattern
 
 FIRST_PENALTY, LAST_PENALTY = 0.1, 1.06
 """Fractions of H's diagonal. The penalty grows by equal factors, every few rounds as in the authors' schedule."""
-ROUNDS_PER_PENALTY = 3
-ROUNDS = 30
+PENALTIES, ROUNDS_PER_PENALTY = 10, 3
 """With 60 rounds the errors of the layers of a 135M Llama are 0.5 % lower."""
 GRADIENT_STEPS = 15
 """Steps from the last round's weights to the best under the mask."""
 
 
-def alps(
-    weight: Tensor,
-    inputs: UnitGram,
-    pattern: Pattern,
-    sparsity: float,
-    *,
-    rounds: int = ROUNDS,
-    rounds_per_penalty: int = ROUNDS_PER_PENALTY,
-) -> Compensated:
+def alps(weight: Tensor, inputs: UnitGram, pattern: Pattern, sparsity: float) -> Compensated:
     """Prune one matrix (O, I): return its mask and the weights whose outputs are nearest to those of ``weight``.
 
     Raises ValueError for patterns that pool matrices, and FloatingPointError for a weight that is not finite.
     """
     share = Share.of(weight, pattern, sparsity)
-    return alps_of_shares([share], inputs, rounds=rounds, rounds_per_penalty=rounds_per_penalty)[0]
+    return alps_of_shares([share], inputs)[0]
 
 
-def alps_of_shares(
-    shares: Sequence[Share],
-    inputs: UnitGram,
-    ranks: Ranks = ALONE,
-    *,
-    rounds: int = ROUNDS,
-    rounds_per_penalty: int = ROUNDS_PER_PENALTY,
-) -> list[Compensated]:
+def alps_of_shares(shares: Sequence[Share], inputs: UnitGram, ranks: Ranks = ALONE) -> list[Compensated]:
     """Prune matrices with the same ``inputs``; return mask and weights of this rank's rows. Collective over ``ranks``.
 
     Raises FloatingPointError, on all ranks, for a weight that is not finite.
@@ -63,11 +47,10 @@ def alps_of_shares(
     states = [[_Panel(share.weight[rows], inputs) for rows in share.panels] for share in shares]
     alone = [(s, share) for s, share in zip(states, shares, strict=True) if not share.ranks_rows_together]
     pooled = [(s, share) for s, share in zip(states, shares, strict=True) if share.ranks_rows_together]
-    number_of = -(-rounds // rounds_per_penalty)
-    growth = (LAST_PENALTY / FIRST_PENALTY) ** (1 / max(1, number_of - 1))
-    penalties = [FIRST_PENALTY * growth**i for i in range(number_of)]
-    for number, (penalty, inverse) in enumerate(_inverses(inputs.gram, penalties, ranks)):
-        turns = range(min(rounds_per_penalty, rounds - number * rounds_per_penalty))
+    growth = (LAST_PENALTY / FIRST_PENALTY) ** (1 / (PENALTIES - 1))
+    penalties = [FIRST_PENALTY * growth**i for i in range(PENALTIES)]
+    for penalty, inverse in _inverses(inputs.gram, penalties, ranks):
+        turns = range(ROUNDS_PER_PENALTY)
         for panel, share in ((panel, share) for own, share in alone for panel in own):
             for _ in turns:  # all rounds of a panel while it is in the cache
                 panel.keep = keep_in_panel(panel.scores(penalty, inverse), share)

@@ -38,9 +38,9 @@ class Ranks:
     broadcast: Callable[[Tensor, int], Tensor] = _of_this_rank
     """Return the tensor of rank ``source``; all have its shape and dtype."""
 
-    def broadcast_numbers(self, numbers: Tensor, source: int = 0) -> Tensor:
-        """Return the ``numbers`` of rank ``source``, on the CPU. Collective."""
-        return self.sums.all_sum(numbers if self.own == source else torch.zeros_like(numbers))
+    def of_first(self, numbers: Tensor) -> Tensor:
+        """Return the ``numbers`` of the first rank, on the CPU. Collective."""
+        return self.sums.all_sum(torch.zeros_like(numbers) if self.own else numbers)
 
 
 ALONE = Ranks()

@@ -93,8 +93,8 @@ class MetricsWriter:
         if self._board is not None:
             self._board.text("fit", sentence, step)
 
-    def progress(self, step: int, values: Mapping[str, object], batches: int = 1) -> None:
-        """Show the progress of the run with ``values``, first the mean loss of ``batches`` batches."""
+    def progress(self, step: int, values: Mapping[str, object]) -> None:
+        """Show the progress of the run with ``values``, first the mean loss."""
         if self._shown is not None:
             parts = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
             self._shown.at(step, " | ".join(parts))

@@ -18,7 +18,7 @@ from pst_ds.data.model_limits import positions_of
 from pst_ds.data.tasks.answers import padded
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.parallel.launch import device_of, launch_environment
-from pst_ds.parallel.ranks import all_gather_objects, rank, world_size
+from pst_ds.parallel.ranks import all_gather_objects, raise_on_all_ranks, rank, world_size
 from pst_ds.progress import Progress
 from pst_ds.prune.blocks import Batch
 from pst_ds.prune.folder import load_base
@@ -45,13 +45,18 @@ def own_batches(run: RunConfig, path: str, samples: int, seed: int) -> list[Batc
     Raises InputError, also for a model that is not a causal language model.
     """
     tokenizer, size = load_tokenizer(run), run.eval_batch_size
-    prompts = read_prompts(path, tokenizer, run.data.max_length, as_messages=run.task == "chat")
-    model = load_base(run.model.path, **attention_options(run))
-    if not run.task_facts.predicts_tokens or not model.can_generate():
-        raise ConfigError(
-            f"own_text = {path!r}: {run.model.path} is not a causal language model for task {run.task!r}, so it cannot "
-            "continue prompts. Remove own_text"
-        )
+
+    def prepare() -> tuple[list[list[int]], PreTrainedModel]:
+        prompts = read_prompts(path, tokenizer, run.data.max_length, as_messages=run.task == "chat")
+        model = load_base(run.model.path, **attention_options(run))
+        if not run.task_facts.predicts_tokens or not model.can_generate():
+            raise ConfigError(
+                f"own_text = {path!r}: {run.model.path} is not a causal language model for task {run.task!r}, so it "
+                "cannot continue prompts. Remove own_text"
+            )
+        return prompts, model
+
+    prompts, model = raise_on_all_ranks(prepare)
     ends = sorted({tokenizer.eos_token_id, *end_tokens(model.generation_config)})
     model.to(torch.device(device_of(launch_environment())), DTYPES[run.train.precision])  # type: ignore[arg-type]
     random.Random(seed).shuffle(prompts)
