@@ -142,6 +142,7 @@ def _name_what_pages_name(top: Path) -> None:
     (top / "corpus.txt").write_text("\n\n".join(4 * texts))
     for name in ("pruned_model", "packed"):
         (top / name).symlink_to(f"runs/mine/{'export' if name == 'pruned_model' else name}")
+    (top / "elsewhere").symlink_to("runs/mine")
     for name in ("path/to/llama", "path/to/model", "path/to/bert-base-uncased", "HuggingFaceTB/SmolLM2-135M-Instruct"):
         (top / name).parent.mkdir(parents=True, exist_ok=True)
         (top / name).symlink_to(ROOT / "tests/data/tiny-bert" if "bert" in name else top / "model")
