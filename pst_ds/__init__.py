@@ -23,6 +23,7 @@ _HOMES = {
     "plan": "planning.plan",
     "print_trainable_parameters": "nn.merge",
     "prune_model": "train.one_shot.pruning",
+    "prune_pretrained": "train.one_shot.scripts",
     "pst_optimizer": "nn.optimizer",
     "pst_parameter_groups": "nn.optimizer",
     "save_pretrained": "checkpoint.adapter",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from pst_ds.nn.optimizer import pst_parameter_groups as pst_parameter_groups
     from pst_ds.planning.plan import plan as plan
     from pst_ds.train.one_shot.pruning import prune_model as prune_model
+    from pst_ds.train.one_shot.scripts import prune_pretrained as prune_pretrained
     from pst_ds.train.run import train_run as train_run
 else:
 

@@ -64,7 +64,7 @@ def _llama() -> torch.nn.Module:
 
 
 def _pruned() -> torch.nn.Module:
-    return LlamaForCausalLM.from_pretrained("runs/pruned")
+    return LlamaForCausalLM.from_pretrained("out/start")
 
 
 def _args() -> object:

@@ -6,7 +6,7 @@ import hashlib
 import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ import torch
 
 from pst_ds.checkpoint.restore import base_fingerprint
 from pst_ds.config.one_shot import REAP, PruneConfig
+from pst_ds.config.pst import PSTConfig
 from pst_ds.config.run import RunConfig
 from pst_ds.config.toml import load_run_or_folder
 from pst_ds.data.tasks import ExampleSet, task_of
@@ -56,6 +57,28 @@ class PruneReport:
         return {key: value for key, value in self.record.items() if key not in ("format", "layers", "modules")}
 
 
+@dataclass(frozen=True, slots=True)
+class PruneInput:
+    """A pretrained model, and what a run or a script says about it and its calibration data."""
+
+    path: str
+    """Model folder, or name of a cached model of the hub."""
+    pst: PSTConfig
+    """For targets, pattern and overrides."""
+    sparsity: float
+    """Applies if neither the settings of the method nor the pattern set one."""
+    precision: str
+    """Dtype of the blocks' computation: "bf16", "fp16" or "fp32"."""
+    batches: Callable[[PretrainedConfig], Sequence[Batch]]
+    """Called with the model's config if the method needs data; must return the same on every rank."""
+    data: str
+    """Name of the data."""
+    facts: Mapping[str, object]
+    """Facts for the pruning record."""
+    attention: Mapping[str, str] = field(default_factory=dict)
+    """Options of ``from_pretrained`` for the attention implementation."""
+
+
 def prune_model(
     run: RunConfig | str | Path,
     out: str | Path,
@@ -66,10 +89,7 @@ def prune_model(
     more_facts: Mapping[str, object] | None = None,
     check: Callable[[], None] | None = None,
 ) -> PruneReport:
-    """Prune a run's pretrained model in one shot, and write it to ``out``, atomically. Collective.
-
-    All ranks of the process group share the work, and the result does not depend on their number. Blocks that are
-    finished are kept next to ``out`` until all are, also if this run is killed or fails: the same call continues.
+    """Prune a run's pretrained model in one shot, and write it to ``out``, as :func:`prune_files_of`. Collective.
 
     Args:
         run: Config of a run, its run file or its folder: names the model, the layers and the calibration data.
@@ -82,26 +102,53 @@ def prune_model(
 
     Raises, on all ranks, InputError, and FloatingPointError for values that are not finite.
     """
-    run, out = run if isinstance(run, RunConfig) else load_run_or_folder(run), Path(out)
-    files = raise_on_all_ranks(lambda: _opened(run, out, shard_bytes))
+    run = run if isinstance(run, RunConfig) else load_run_or_folder(run)
+    given = PruneInput(
+        run.model.path,
+        run.pst,
+        run.schedule.final_sparsity,
+        run.train.precision,
+        partial(_calibration, run, config, examples),
+        config.own_text or run.data.train,
+        {**({"max_length": run.data.max_length} if config.needs_data else {}), **(more_facts or {})},
+        attention_options(run),
+    )
+    return prune_files_of(given, Path(out), config, shard_bytes=shard_bytes, check=check)
+
+
+def prune_files_of(
+    given: PruneInput,
+    out: Path,
+    config: PruneConfig,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    check: Callable[[], None] | None = None,
+) -> PruneReport:
+    """Prune a pretrained model in one shot, and write it to ``out``, atomically. Collective.
+
+    All ranks of the process group share the work, and the result does not depend on their number. Blocks that are
+    finished are kept next to ``out`` until all are, also if this process is killed or fails: the same call continues.
+
+    Raises, on all ranks, InputError, and FloatingPointError for values that are not finite.
+    """
+    files = raise_on_all_ranks(lambda: _opened(given, out, shard_bytes))
     files.check = check or files.check
     is_reap = config.method == REAP
-    planned = None if is_reap else plan_layers(files.model, config, run.pst, run.schedule.final_sparsity)
-    batches = (
-        raise_on_all_ranks(lambda: _calibration(run, files.model.config, config, examples)) if config.needs_data else []
-    )
-    digest = digest_of_ranks(batches, config.own_text or run.data.train)
+    planned = None if is_reap else plan_layers(files.model, config, given.pst, given.sparsity)
+    batches = raise_on_all_ranks(lambda: given.batches(files.model.config)) if config.needs_data else []
+    digest = digest_of_ranks(batches, given.data)
     device = torch.device(device_of(launch_environment()))
-    data = Calibration(batches, device, DTYPES[run.train.precision], all_ranks())
-    about = {"base_model": run.model.path, "base_fingerprint": base_fingerprint(run.model.path)}
+    data = Calibration(batches, device, DTYPES[given.precision], all_ranks())
+    about = {"base_model": given.path, "base_fingerprint": base_fingerprint(given.path)}
     settings = "" if planned is None else f"{planned[0]} {planned[1]}"
-    plan = {**about, "config": repr(config), "pst": settings, "data": digest, "precision": run.train.precision}
+    plan = {**about, "config": repr(config), "pst": settings, "data": digest, "precision": given.precision}
     with files.working({**plan, "attempt": secrets.token_hex(4)} if is_reap else plan):
         if planned is None:
-            layers, (modules, facts) = list[PrunedLayer](), _drop_experts(files, run, config, data)
+            share = given.sparsity if config.sparsity is None else config.sparsity
+            layers, (modules, facts) = list[PrunedLayer](), _drop_experts(files, share, data)
         else:
             modules, (layers, facts) = list[KeptExperts](), prune_files(files, config, planned, data)
-        facts |= about | (_facts_of_data(run, config, batches) if batches else {}) | dict(more_facts or {})
+        facts |= about | (_facts_of_data(given, config, batches) if batches else {}) | dict(given.facts)
         if is_reap:
             kept = {m.name: {"kept": m.kept, "scores": m.scores, "expert_tokens": m.tokens} for m in modules}
             record: dict[str, object] = {"format": FORMAT, **facts, "layers": [], "modules": kept}
@@ -111,9 +158,9 @@ def prune_model(
     return PruneReport(out, record, layers, modules)
 
 
-def _opened(run: RunConfig, out: Path, shard_bytes: int) -> ModelFiles:
-    require_free(out, run.model.path)
-    files = ModelFiles(run.model.path, out, shard_bytes, **attention_options(run))
+def _opened(given: PruneInput, out: Path, shard_bytes: int) -> ModelFiles:
+    require_free(out, given.path)
+    files = ModelFiles(given.path, out, shard_bytes, **given.attention)
     require_space(out, files.base.file_bytes)
     return files
 
@@ -134,11 +181,8 @@ def digest_of_ranks(batches: Sequence[Batch], what: str) -> str:
     return digest.hexdigest()
 
 
-def _drop_experts(
-    files: ModelFiles, run: RunConfig, config: PruneConfig, data: Calibration
-) -> tuple[list[KeptExperts], dict[str, object]]:
-    """Drop experts of the model; return the outcome and facts for the record. Collective. Raises InputError."""
-    share = run.schedule.final_sparsity if config.sparsity is None else config.sparsity
+def _drop_experts(files: ModelFiles, share: float, data: Calibration) -> tuple[list[KeptExperts], dict[str, object]]:
+    """Drop a share of the experts; return the outcome and facts for the record. Collective. Raises InputError."""
     if not 0.0 <= share < 1.0:
         raise InputError(f"--sparsity {share} must be in [0, 1): it is the fraction of experts to drop")
     modules = drop_experts(files.model, share, data, source_of=files.source)
@@ -146,30 +190,27 @@ def _drop_experts(
     return modules, facts | {"experts": len(modules[0].kept), "experts_before": len(modules[0].scores)}
 
 
-def _facts_of_data(run: RunConfig, config: PruneConfig, batches: Sequence[Batch]) -> dict[str, object]:
+def _facts_of_data(given: PruneInput, config: PruneConfig, batches: Sequence[Batch]) -> dict[str, object]:
     """Return the facts of the calibration data for the record."""
     tokens = (b["attention_mask"].sum() if "attention_mask" in b else b["input_ids"].numel() for b in batches)
     return {
-        "data": config.own_text or run.data.train,
+        "data": given.data,
         "own_text": bool(config.own_text),
-        "max_length": run.data.max_length,
         "samples": config.samples,
         "tokens": sum(map(int, tokens)),
         "seed": config.seed,
-        "precision": run.train.precision,
+        "precision": given.precision,
     }
 
 
 def _calibration(
-    run: RunConfig, model_config: PretrainedConfig, config: PruneConfig, examples: ExampleSet | None
+    run: RunConfig, config: PruneConfig, examples: ExampleSet | None, model_config: PretrainedConfig
 ) -> list[Batch]:
     """Return batches of inputs: ``config.samples`` distinct examples of ``data.train``, or own text,
     sorted by length.
 
     Raises InputError if there are fewer examples.
     """
-    if not config.needs_data:
-        return []
     task, tokenizer = task_of(run), load_tokenizer(run)
     task.check_model(run.data, model_config, tokenizer)
     if config.own_text:

@@ -9,7 +9,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pst_ds.config.one_shot import PruneConfig
 from pst_ds.config.pst import PSTConfig
+from pst_ds.core.schedule import OneShotSchedule
 from pst_ds.hf import PSTCallback
 from pst_ds.nn.inject import bypassed, inject_pst, pst_layers
 from pst_ds.nn.optimizer import pst_optimizer
@@ -115,3 +117,24 @@ def test_rewards_of_what_the_sparse_model_writes(parts, tmp_path):
     )  # fmt: skip
     trainer.train()
     _check(model, trainer)
+
+
+def test_supervised_fine_tuning_of_a_model_that_is_pruned_before_its_first_step(tmp_path):
+    torch.manual_seed(0)
+    config = PSTConfig(initial_mask="zeros", score_rank=0, structured_scores=False)
+    model = inject_pst(AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32), config)
+    tokenizer = AutoTokenizer.from_pretrained(LLAMA)
+    tokenizer.pad_token = tokenizer.eos_token
+    start = PruneConfig(method="alps", samples=16, reconstruct=1)
+    trainer = trl.SFTTrainer(
+        model, _arguments(trl.SFTConfig, tmp_path), processing_class=tokenizer,
+        train_dataset=Dataset.from_list([{"text": _text(number)} for number in range(32)]),
+        optimizers=(pst_optimizer(model), None), callbacks=[PSTCallback(OneShotSchedule(0.6), start=start)],
+    )  # fmt: skip
+    trainer.train()
+    assert model.name_or_path == str(tmp_path / "start")
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "start")
+    for name, layer in pst_layers(model).items():
+        weight = pruned.get_parameter(f"{name}.weight")
+        assert torch.equal(layer.weight, weight)
+        assert torch.equal(layer.masked_weight() == 0, weight == 0)
