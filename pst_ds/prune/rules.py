@@ -67,10 +67,11 @@ def settings_for(
 ) -> PSTConfig:
     """Return ``config`` with the pattern to prune with, for a ``model`` without the head of the run's task.
 
-    ``pattern``: "" uses the config's, or :func:`usual_pattern` if that is "matrix". Raises InputError for an unknown
-    pattern, or one that conflicts with the config.
+    ``pattern``: "" uses the config's, or :func:`usual_pattern` if that ranks the weights of a matrix or of several.
+    Raises InputError for an unknown pattern, or one that conflicts with the config.
     """
-    chosen = pattern or (usual_pattern(method, budgets, share) if config.pattern == "matrix" else config.pattern)
+    is_coarse = config.pattern in ("matrix", "stack", "global")  # one-shot methods prune one matrix after another
+    chosen = pattern or (usual_pattern(method, budgets, share) if is_coarse else config.pattern)
     saved = config.modules_to_save
     if saved is not None:
         names = [name for name, _ in model.named_modules()]

@@ -22,14 +22,12 @@ from pst_ds.parallel.stop_signals import StoppedError
 from pst_ds.prune.blocks import find_blocks
 from pst_ds.prune.model_files import ModelFiles
 from pst_ds.prune.one_shot import plan_layers
-from pst_ds.prune.rules import usual_pattern
 from pst_ds.train.model import attention_options
 from pst_ds.train.one_shot.pruning import prune_model
 from pst_ds.train.run_folder import require_no_checkpoints
 
 _OF_LAYERS = ("pattern", "target_modules", "exclude_modules", "modules_to_save", "gated_norms")
 """Settings of ``[pst]`` that decide which weights compete with each other."""
-_POOLED = ("stack", "global")
 _COARSE = ("matrix", "stack")
 """Patterns that keep the pruned weights of a folder whose matrices have equal sparsity; "global" always does."""
 
@@ -101,14 +99,11 @@ def _facts_of_start(run: RunConfig, data_digest: str) -> object:
 
 
 def _one_shot_config(run: RunConfig, samples: int) -> PruneConfig:
-    start, method, pattern = run.start, run.start.method, ""
+    start, method = run.start, run.start.method
     assert method != "none"
-    if run.pst.pattern in _POOLED:  # one-shot methods prune one matrix after another
-        pattern = usual_pattern(method, start.budgets, run.start_sparsity)
     return PruneConfig(
         method=method,
         sparsity=run.start_sparsity,
-        pattern=pattern,
         budgets=start.budgets,
         reconstruct=start.reconstruct,
         own_text=start.own_text,

@@ -71,8 +71,9 @@ def test_the_trainer_trains_the_model_that_it_pruned_and_resumes(base, data, tmp
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_ramp_continues_from_the_pruned_weights(base, data, tmp_path):
-    model = _model(base, PSTConfig(pattern="row"))
+@pytest.mark.parametrize("pattern", ["row", "global"])
+def test_a_ramp_continues_from_the_pruned_weights(base, data, tmp_path, pattern):
+    model = _model(base, PSTConfig(pattern=pattern))
     schedule = {"initial_sparsity": 0.5, "final_sparsity": 0.75, "cooldown_fraction": 0.2}
     pst_trainer(model, data, tmp_path, callbacks=[PSTCallback(start=ALPS, **schedule)]).train()
     fresh = inject_pst(AutoModelForSequenceClassification.from_pretrained(tmp_path / "start"), PSTConfig(pattern="row"))
