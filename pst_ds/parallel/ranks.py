@@ -165,7 +165,13 @@ def all_ranks() -> Ranks:
     def send(value: Tensor, source: int) -> Tensor:
         return broadcast(value.contiguous(), source)
 
-    return Ranks(rank(), world_size(), RankSums(all_sum, sum_of_lower_ranks), send)
+    def scatter(values: Tensor) -> Tensor:
+        own = values.new_empty(values.shape[1:])
+        dist.reduce_scatter(own, list(values))
+        return own
+
+    sums = RankSums(all_sum, sum_of_lower_ranks)
+    return Ranks(rank(), world_size(), sums, send, scatter, all_gather_numbers)
 
 
 def _reduce(values: Tensor, param: nn.Parameter, op: dist.ReduceOp.RedOpType) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.core.one_shot.budgets import (
+    BINS,
     LEAST_KEPT,
     outlier_share,
     saliency_scores,
@@ -20,12 +21,14 @@ from pst_ds.core.one_shot.budgets import (
     zeros_by_saliency,
 )
 from pst_ds.core.one_shot.scored import wanda_scores
+from pst_ds.core.one_shot.shares import Ranks
 from pst_ds.core.select import prune_count
 from pst_ds.errors import InputError
 from pst_ds.nn import experts
 from pst_ds.nn.input_sums import InputGatherer, InputSum, squares
+from pst_ds.parallel.ranks import raise_on_all_ranks
 from pst_ds.progress import Progress
-from pst_ds.prune.blocks import BlockReplay, Calibration, SourceOf, block_of, find_blocks, in_memory
+from pst_ds.prune.blocks import BlockReplay, BlockSource, Calibration, SourceOf, block_of, find_blocks, in_memory
 from pst_ds.prune.output_gradients import LayerNorms, layer_norms
 from pst_ds.prune.rules import LayerRule, rules_by_block
 
@@ -182,10 +185,9 @@ def rules_by_saliency(
     source = source_of(stack, blocks)
     targets = [{rule.target.name: rule.target for rule in by_block.get(i, [])} for i in range(len(blocks))]
     norms = layer_norms(model, source, targets, data)
-    found = dict[str, Tensor]()
-    for index, of_block in by_block.items():
-        with source.loaded(index):
-            found |= {rule.target.name: _histogram(rule, norms[rule.target.name]) for rule in of_block}
+    own = raise_on_all_ranks(lambda: _histograms(by_block, source, norms, data.ranks), (FloatingPointError,))
+    counted = data.ranks.sums.all_sum(own)
+    found = dict(zip((r.target.name for of_block in by_block.values() for r in of_block), counted, strict=True))
     histograms = [found[rule.target.name] for rule in movable]
     sizes = [_ranked_together(rule) for rule in movable]
     each = [rule.target.layout.numel // size for rule, size in zip(movable, sizes, strict=True)]
@@ -209,6 +211,21 @@ def _factors(rule: LayerRule, norms: LayerNorms) -> Tensor | None:
     """Return the norms of the output gradients, relative to their mean, if the pattern ranks rows together."""
     mean = norms.outputs.mean()
     return None if rule.pattern.kind == "row" or not mean else (norms.outputs / mean).clamp_(min=LEAST_FACTOR)
+
+
+def _histograms(
+    by_block: Mapping[int, Sequence[LayerRule]], source: BlockSource, norms: Mapping[str, LayerNorms], ranks: Ranks
+) -> Tensor:
+    """Return the histograms of the layers in the blocks of this rank, (layers, BINS); 0 for the others."""
+    found = torch.zeros(sum(map(len, by_block.values())), BINS, dtype=torch.int64)
+    rows = iter(found)
+    for index, rules in by_block.items():
+        own = [(rule, next(rows)) for rule in rules]
+        if index % ranks.number == ranks.own:
+            with source.loaded(index):
+                for rule, row in own:
+                    row.copy_(_histogram(rule, norms[rule.target.name]))
+    return found
 
 
 def _histogram(rule: LayerRule, norms: LayerNorms) -> Tensor:

@@ -180,15 +180,18 @@ class _BlockPruner:
                 one.add_ranks(sizes, self._replay.data.device, self._ranks)
 
     def _prune_linear(self, layers: Sequence[LayerPruning], gatherer: InputGatherer) -> None:
-        """Prune linear layers; those with the same inputs, such as q, k and v, together."""
+        """Prune linear layers; those with the same inputs, such as q, k and v, together. Frees their statistics."""
         alike: dict[int, tuple[InputSum, list[LayerPruning]]] = {}
         for layer in layers:
             sums = _required(gatherer, layer.name)
             alike.setdefault(id(sums), (sums, []))[1].append(layer)
-        for sums, together in alike.values():
+        gatherer.sums.clear()
+        for key in list(alike):
+            sums, together = alike.pop(key)
             with together[0].naming():
                 assert sums.total is not None
                 given = inputs_of(self._method, sums.total, swaps=self._swaps)
+                del sums
                 prune_together(together, given)
 
     def _prune_experts(self, layer: LayerPruning, sums: InputSum, group: range) -> None:

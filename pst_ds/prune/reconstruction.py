@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pst_ds.core.one_shot.shares import Ranks
@@ -18,13 +20,16 @@ from pst_ds.prune.blocks import Batch, BlockReplay, Compute, Forward, Output, hi
 
 RATE = 0.01
 """Initial learning rate of Adam, relative to the RMS of a layer's kept weights; it decreases linearly to 0."""
+_AT_ONCE = 128
 
 
 class BlockFit:
     """Fits one resident block of a ``replay`` in ``passes`` over the batches; a step is a batch.
 
-    Holds the dense block's outputs on the CPU, and on the block's device five fp32 numbers and a 64-bit sum per fitted
-    weight. Ranks compute the gradients of their pieces. The sums are exact, so all ranks make the same steps.
+    Holds the dense block's outputs on the CPU, and on the block's device its previous values and its masks, the
+    gradients of its pieces of a batch, 64-bit sums of a layer, and a share of four fp32 numbers per kept weight. Ranks
+    compute the gradients of their pieces, and each moves its share of the weights. The sums are exact, so all numbers
+    of ranks have the same bits.
     """
 
     def __init__(self, replay: BlockReplay, index: int, passes: int):
@@ -52,53 +57,56 @@ class BlockFit:
             dtypes: those that the values will be stored in.
             keep_output: store the outputs as the inputs of the next block.
         """
-        held = [weight.detach().to(torch.float32, copy=True) for weight in weights]
-        masters = [values.clone() for values in held]
-        sizes = [float(m.square().sum() / m.count_nonzero().clamp(min=1)) ** 0.5 for m in masters]
-        groups = [{"params": [m], "lr": RATE * size} for m, size in zip(masters, sizes, strict=True)]
+        held = [weight.detach().clone() for weight in weights]
+        kept = [_Kept.of(values, self._ranks) for values in held]
+        groups = [{"params": [k.own], "lr": RATE * _rms_of_kept(v)} for k, v in zip(kept, held, strict=True)]
         batches = range(len(self._replay.data.batches))
         optimizer, steps = torch.optim.Adam(groups), self._passes * len(batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / steps)
         before = self._error(keep_output=False)
         with _with_gradients(weights):
             for batch in [*batches] * self._passes:
-                terms = self._gradients(batch, weights)
-                *gradients, number = exact_sums(terms, [*masters, torch.empty(1)], self._ranks)
-                for master, gradient, values in zip(masters, gradients, held, strict=True):
-                    # of the mean, not the sum: Adam's epsilon then damps the steps of weights that hardly matter
-                    master.grad = gradient.to(master.device).mul_(values != 0).div_(float(number))
+                self._set_gradients(batch, weights, kept)
                 optimizer.step()
+                optimizer.zero_grad()
                 schedule.step()
-                _write(weights, masters)
-        masters = [master.to(dtype) for master, dtype in zip(masters, dtypes, strict=True)]
-        _write(weights, masters)  # a resumed run continues with what was stored
+                for weight, one in zip(weights, kept, strict=True):
+                    one.write(weight.data)
+        made = [one.write(v.to(dtype, copy=True)) for one, v, dtype in zip(kept, held, dtypes, strict=True)]
+        _write(weights, made)  # a resumed run continues with what was stored
         inputs = list(self._replay.outputs)
         after = self._error(keep_output=keep_output)
         if not after < before:
-            masters, after = held, before
+            made, after = held, before
             _write(weights, held)
             self._replay.outputs = inputs
             if keep_output:
                 self._error(keep_output=True)
         self.errors = before, after
-        return masters
+        return made
 
-    def _gradients(self, batch: int, weights: Sequence[nn.Parameter]) -> list[list[Tensor]]:
-        """Return the gradients of the squared error of each of this rank's pieces of a batch, and the number of
-        its values, (1,)."""
-        found: list[list[Tensor]] = []
+    def _set_gradients(self, batch: int, weights: Sequence[nn.Parameter], kept: Sequence[_Kept]) -> None:
+        """Give this rank's share of the ``kept`` values the gradient of a batch. Collective."""
+        terms: list[list[Tensor]] = []
+        number = 0
 
         def compute(forward: Forward) -> Output:
+            nonlocal number
             with torch.enable_grad():
                 output = forward()
                 difference = self._difference(output)
-                error = difference.square().sum()
-                number = torch.tensor([difference.numel()])
-                found.append([*torch.autograd.grad(error, list(weights)), number])
+                gradients = torch.autograd.grad(difference.square().sum(), list(weights))
+            terms.append([g.masked_select(one.mask) for g, one in zip(gradients, kept, strict=True)])
+            number += difference.numel()
             return output
 
         self._run(compute, only=batch)
-        return found
+        # of the mean, not the sum: Adam's epsilon then damps the steps of weights that hardly matter
+        number_of_all = float(self._ranks.sums.all_sum(torch.tensor(number)))
+        device = self._replay.data.device
+        sums = exact_sums(terms, [one.number for one in kept], device, self._ranks, scattered=True)
+        for one, gradient in zip(kept, sums, strict=True):
+            one.own.grad = gradient.div_(number_of_all)
 
     def _run(self, compute: Compute, *, keep_output: bool = False, only: int | None = None) -> None:
         self._number = sum(batch < only for batch, _ in self._replay.pieces) - 1 if only is not None else -1
@@ -127,30 +135,77 @@ class BlockFit:
             return output
 
         self._run(add, keep_output=keep_output)
-        (total,) = exact_sums(terms, [torch.empty(1)], self._ranks)
+        (total,) = exact_sums(terms, [1], self._replay.data.device, self._ranks)
         return float(total)
 
 
-def exact_sums(terms: Sequence[Sequence[Tensor]], like: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
-    """Return the sums of several tensors over the ``terms`` of all ranks, fp32, the same in every order. Collective.
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """The values of a weight that are not 0, of which every rank moves a share."""
+
+    mask: Tensor
+    number: int
+    own: Tensor
+    """This rank's row of their :func:`_rows`, fp32."""
+    ranks: Ranks
+
+    @classmethod
+    def of(cls, weight: Tensor, ranks: Ranks) -> _Kept:
+        mask = weight != 0
+        values = weight.masked_select(mask)
+        return cls(mask, values.numel(), _rows(values, ranks)[ranks.own].to(torch.float32, copy=True), ranks)
+
+    def write(self, weight: Tensor) -> Tensor:
+        """Write the values of all ranks into ``weight``, rounded to its dtype, and return it. Collective."""
+        every = self.ranks.gather(self.own.to(weight.dtype)).flatten()[: self.number]
+        return weight.masked_scatter_(self.mask, every)
+
+
+def exact_sums(
+    terms: Sequence[Sequence[Tensor]],
+    sizes: Sequence[int],
+    device: torch.device,
+    ranks: Ranks,
+    *,
+    scattered: bool = False,
+) -> list[Tensor]:
+    """Return the sums of several tensors, (size,), over the ``terms`` of all ranks, fp32, the same in every order; if
+    ``scattered``, only this rank's row of their :func:`_rows`. Collective.
 
     Values are rounded to multiples of the largest of their tensor times 2**-60 times the number of terms: gradients of
-    inputs with large activations are many orders of magnitude above the others. ``like``: tensors of the same shapes
-    and devices.
+    inputs with large activations are many orders of magnitude above the others.
     """
-    largest = [max((float(term[i].abs().amax()) for term in terms), default=0.0) for i in range(len(like))]
-    table = torch.zeros(ranks.number, len(like) + 1, dtype=torch.float64)
+    largest = [
+        max((float(term[i].abs().amax()) for term in terms if size), default=0.0) for i, size in enumerate(sizes)
+    ]
+    table = torch.zeros(ranks.number, len(sizes) + 1, dtype=torch.float64)
     table[ranks.own] = torch.tensor([*largest, len(terms)], dtype=torch.float64)
     table = ranks.sums.all_sum(table)
     number = max(1, int(table[:, -1].sum()))
     found = []
-    for i, (shape, most) in enumerate(zip(like, table[:, :-1].amax(0).tolist(), strict=True)):
+    for i, (size, most) in enumerate(zip(sizes, table[:, :-1].amax(0).tolist(), strict=True)):
         step = 2.0 ** (math.frexp(most)[1] + math.frexp(number)[1] - 61) if math.isfinite(most) else 1.0
-        total = torch.zeros_like(shape, dtype=torch.int64)
+        total = torch.zeros(size, dtype=torch.int64, device=device)
         for term in terms:
             total += (term[i].to(torch.float32) / step).round_().to(torch.int64)
-        found.append((ranks.sums.all_sum(total).to(torch.float64) * step).to(torch.float32))
+        total = ranks.scatter(_rows(total, ranks)) if scattered else ranks.sums.all_sum(total)
+        found.append(total.to(torch.float64).mul_(step).to(torch.float32))
     return found
+
+
+def _rows(values: Tensor, ranks: Ranks) -> Tensor:
+    """Return the ``values``, (number,), as a row for each rank, filled up with zeros.
+
+    The length of a row is a multiple of what a vector loop computes at once, so that no value is in the rest of a loop,
+    which may round differently.
+    """
+    length = -(-len(values) // (ranks.number * _AT_ONCE)) * _AT_ONCE
+    return F.pad(values, (0, ranks.number * length - len(values))).view(ranks.number, length)
+
+
+def _rms_of_kept(values: Tensor) -> float:
+    values = values.to(torch.float32)
+    return float(values.square().sum() / values.count_nonzero().clamp(min=1)) ** 0.5
 
 
 def _write(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:

@@ -28,6 +28,14 @@ def _of_this_rank(value: Tensor, _source: int) -> Tensor:
     return value
 
 
+def _only_row(values: Tensor) -> Tensor:
+    return values[0]
+
+
+def _as_only_row(values: Tensor) -> Tensor:
+    return values.unsqueeze(0)
+
+
 @dataclass(frozen=True, slots=True)
 class Ranks:
     """The ranks that share rows, and their collectives; by default a single rank."""
@@ -37,6 +45,10 @@ class Ranks:
     sums: RankSums = field(default_factory=RankSums)
     broadcast: Callable[[Tensor, int], Tensor] = _of_this_rank
     """Return the tensor of rank ``source``; all have its shape and dtype."""
+    scatter: Callable[[Tensor], Tensor] = _only_row
+    """Return this rank's row of the sum over ranks of a tensor, (ranks, n)."""
+    gather: Callable[[Tensor], Tensor] = _as_only_row
+    """Return the tensors of all ranks, (ranks, *shape)."""
 
     def of_first(self, numbers: Tensor) -> Tensor:
         """Return the ``numbers`` of the first rank, on the CPU. Collective."""
