@@ -20,11 +20,11 @@ from pst_ds.core.one_shot.scored import Compensated, joined
 from pst_ds.core.one_shot.shares import ALONE, Ranks, Share, keep_in_panel, keep_together
 from pst_ds.core.patterns import Pattern
 
-FIRST_PENALTY, LAST_PENALTY = 0.1, 1.06
+FIRST_PENALTY, LAST_PENALTY = 0.1, 1.0
 """Fractions of H's diagonal. The penalty grows by equal factors, every few rounds as in the authors' schedule."""
-PENALTIES, ROUNDS_PER_PENALTY = 10, 3
-"""With 60 rounds the errors of the layers of a 135M Llama are 0.5 % lower."""
-GRADIENT_STEPS = 15
+PENALTIES, ROUNDS_PER_PENALTY = 6, 4
+"""With 10 penalties of 3 rounds the errors of the layers of a 135M Llama are 0.5 % lower, and its loss by 0.003."""
+GRADIENT_STEPS = 8
 """Steps from the last round's weights to the best under the mask."""
 
 
