@@ -41,10 +41,11 @@ class Calibration:
     dtype: torch.dtype
     ranks: Ranks = ALONE
 
-    def own_pieces(self, share: int = 1) -> list[tuple[int, Batch]]:
-        """Return this rank's (batch, piece): every ``ranks.number``-th of all, or of every ``share``-th of all."""
+    def own_pieces(self, most: int | None = None) -> list[tuple[int, Batch]]:
+        """Return this rank's (batch, piece): every ``ranks.number``-th of all, or of at most ``most`` of them."""
         every = [(number, piece) for number, batch in enumerate(self.batches) for piece in _pieces(batch)]
-        return every[::share][self.ranks.own :: self.ranks.number]
+        step = 1 if most is None else max(1, -(-len(every) // most))
+        return every[::step][self.ranks.own :: self.ranks.number]
 
 
 def _pieces(batch: Batch) -> list[Batch]:

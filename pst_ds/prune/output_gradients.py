@@ -22,8 +22,9 @@ from pst_ds.nn.targets import Target
 from pst_ds.progress import Progress
 from pst_ds.prune.blocks import Batch, BlockReplay, BlockSource, Calibration, Forward, Output, hidden_of
 
-SHARE = 4
-"""Every fourth piece is used: norms need fewer tokens than Gram matrices."""
+PIECES = 32
+"""Most pieces that are used: norms need fewer tokens than Gram matrices. With 8 instead of 32 pieces of 512 tokens, a
+135M Llama pruned to 50 % loses 0.013 nats on text like the calibration's, and 0.04 on other text."""
 STORED_BYTES = 2 * 2**30
 """Memory for the inputs of all blocks; more pieces than fit go through the model one group after another."""
 
@@ -47,7 +48,7 @@ def layer_norms(
     that no block's forward pass calls.
     """
     replay, sums = BlockReplay(model, blocks, data), _Sums(data.ranks)
-    every, number = data.own_pieces(SHARE), len(blocks.blocks)
+    every, number = data.own_pieces(PIECES), len(blocks.blocks)
     most = max((piece["input_ids"].numel() for _, piece in every), default=1)
     together = max(1, STORED_BYTES // (number * most * model_width(model) * data.dtype.itemsize))
     with replay.in_place(), Progress("budgets", max(1, len(every)), "pieces") as shown:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from pst_ds.cli.main import main
 from pst_ds.config.pst import Override, PSTConfig
+from pst_ds.core.one_shot.shares import ALONE
 from pst_ds.errors import InputError
 from pst_ds.nn.targets import resolve_targets
 from pst_ds.prune.blocks import BlockSource, Calibration, block_of, find_blocks
@@ -29,16 +30,23 @@ def _rules(model, method="wanda", pattern="row", share=0.6, **settings):
     return layer_rules(resolve_targets(model, config), method, share)
 
 
-@pytest.fixture(autouse=True)
-def every_piece(monkeypatch):
-    monkeypatch.setattr("pst_ds.prune.output_gradients.SHARE", 1)
-
-
 def _norms(model, batches):
     targets = resolve_targets(model, PSTConfig())
     stack, blocks = find_blocks(model, [target.name for target in targets])
     of_blocks = [{t.name: t for t in targets if block_of(t.name, stack) == index} for index in range(len(blocks))]
     return layer_norms(model, BlockSource(blocks), of_blocks, Calibration(batches, CPU, FP32))
+
+
+@pytest.mark.parametrize("number", [1, 7, 8, 9, 30])
+def test_ranks_share_a_limited_number_of_pieces_from_all_parts(number):
+    batches = [{"input_ids": torch.full((1, 512), i)} for i in range(number)]
+    found = []
+    for ranks in (1, 2, 3):
+        shares = [Calibration(batches, CPU, FP32, replace(ALONE, own=own, number=ranks)) for own in range(ranks)]
+        found.append(sorted(batch for share in shares for batch, _ in share.own_pieces(8)))
+    assert found[0] == found[1] == found[2]
+    assert min(number, 4) <= len(found[0]) <= 8
+    assert found[0][-1] >= number - number // 4 - 1
 
 
 def _plain_norms(model, batches):
