@@ -129,6 +129,13 @@ def _steps(plan: Plan) -> Iterator[str]:
     if start:
         samples = "" if start["method"] == "magnitude" else f" on {start['samples']} examples"
         yield f"before them, all ranks prune to {start['sparsity']} by {start['method']}{samples}: {start['folder']}"
+    if cost := plan.start_cost:
+        parts, times, traffic = (
+            ", ".join(f"{name.replace('_', ' ')} {text(value)}" for name, value in cost[key].items() if value)
+            for key, text in (("memory", bytes_text), ("time", _seconds), ("traffic", bytes_text))
+        )
+        yield f"  memory of a rank, parts at different times: {parts}"
+        yield f"  expected on {plan.machine}: {times}; {traffic}"
     if schedule:
         yield (
             f"{schedule.mask_updates} mask updates, steps {schedule.first_update} to {schedule.last_update}: "

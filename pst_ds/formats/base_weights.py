@@ -61,11 +61,6 @@ class BaseWeights:
         """Return the name in the files of the model's tensor ``name``, with or without the prefix; None if absent."""
         return _spelled(name, self._prefix, self._file_of)
 
-    def unused_by(self, model: nn.Module) -> list[str]:
-        """Return the names of tensors in the files that ``model`` does not have, such as another head or a pooler."""
-        used = {self.find(name) for name in saved_tensors(model, model.state_dict())}
-        return [name for name in self.names if name not in used]
-
     def size(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """Return dtype and shape of a tensor, by its name in the files, without reading its values."""
         slot = _tensors_of(self._file(name))[name]

@@ -15,7 +15,7 @@ from pst_ds.config.toml import load_run_or_folder
 from pst_ds.data.tasks import task_of
 from pst_ds.errors import InputError
 from pst_ds.json_text import JsonObject
-from pst_ds.nn.base_model import DTYPES
+from pst_ds.nn.base_model import DTYPES, Pretrained
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.tables.embedding import pst_embeddings
 from pst_ds.parallel.ds_config import load_deepspeed_config, zero_stage
@@ -23,7 +23,8 @@ from pst_ds.parallel.launch import launch_environment
 from pst_ds.planning.activations import Trace, UntraceableError, trace_micro_batch
 from pst_ds.planning.machines import Machine, machine_of
 from pst_ds.planning.memory import MemoryPlan, ModelNumbers, ZeroSettings, memory_plan, zero_settings
-from pst_ds.planning.shapes import model_numbers
+from pst_ds.planning.shapes import block_sizes, model_numbers
+from pst_ds.planning.start import Cost, StartData, start_plan
 from pst_ds.planning.time import Batch, TimePlan, step_flops, time_plan
 from pst_ds.planning.verdict import Need, Verdict, Work, need_of_process, verdict
 from pst_ds.train.model import (
@@ -35,6 +36,7 @@ from pst_ds.train.model import (
     parameter_groups,
 )
 from pst_ds.train.objective import teacher_shapes
+from pst_ds.train.one_shot.start import one_shot_config
 from pst_ds.train.prepare import checked_shapes, resolved_deepspeed_config
 
 
@@ -137,6 +139,8 @@ class Plan:
     checkpoint_bytes: int
     """Most bytes of a checkpoint, over all ranks."""
     time: TimePlan
+    start_cost: Cost | None
+    """Cost of the one-shot pruning before the first step; None without any, or if it needs no data."""
     verdict: Verdict
 
     @property
@@ -201,11 +205,13 @@ def plan(run: RunConfig | str | Path, options: PlanOptions | None = None) -> Pla
     layers, embeddings, trained_in_full = _layers(model), _embeddings(model), head_names(model, run)
     remarks = [remark] if remark else []
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, run)]
+    start = _start(run, model, numbers, ranks, machine)
     # the trace comes last: it uses the model up
     trace = options.trace or _trace(model, run, ranks, zero.persistence_threshold, machine.device)
     scale_bytes = numbers.bytes_of("scales")
     checkpoint_bytes = most_bytes(numbers.trainables, numbers.pruned_weights, scale_bytes // SCALE_BYTES)
-    memory, times, judged = _cost(run, numbers, zero, groups, trace, machine, num_steps, checkpoint_bytes, options)
+    given = trace, machine, num_steps, checkpoint_bytes, options
+    memory, times, judged = _cost(run, numbers, zero, groups, start, *given)
     return Plan(
         run=run,
         ranks=ranks,
@@ -230,6 +236,7 @@ def plan(run: RunConfig | str | Path, options: PlanOptions | None = None) -> Pla
         scale_bytes=scale_bytes,
         checkpoint_bytes=checkpoint_bytes,
         time=times,
+        start_cost=start,
         verdict=judged,
     )
 
@@ -239,6 +246,7 @@ def _cost(
     numbers: ModelNumbers,
     zero: ZeroSettings,
     groups: list[int],
+    start: Cost | None,
     trace: Trace | None,
     machine: Machine,
     num_steps: int,
@@ -260,13 +268,15 @@ def _cost(
     )
     batch, schedule = _batch(run, ranks, teacher_weights, trace or Trace()), run.make_schedules(num_steps).masks
     times = time_plan(numbers, zero, batch, machine)
+    peak = max(memory.peak, int(start["memory"]["peak"]) if start else 0)
     work = Work(
         ranks=ranks,
         steps=num_steps,
         mask_updates=sum(schedule.updates_masks_at(step) for step in range(num_steps + 1)) if schedule else 0,
         tokens=run.train.batch_size * run.data.max_length,
         flops=accumulation * step_flops(numbers, replace(batch, checkpointing=False)),
-        need=_need(run, memory, num_steps, checkpoint_bytes / ranks, machine.device),
+        start_seconds=start["time"]["all"] if start else 0.0,
+        need=_need(run, peak, memory.activations, num_steps, checkpoint_bytes / ranks, machine.device),
         model_bytes=numbers.whole_bytes,
         checkpoint_bytes=checkpoint_bytes,
         least_batch=run.train.groups_of_ranks(ranks) * accumulation,
@@ -339,14 +349,25 @@ def _embeddings(model: nn.Module) -> list[PlannedEmbedding]:
     ]
 
 
-def _need(run: RunConfig, memory: MemoryPlan, num_steps: int, share_of_checkpoint: float, device: str) -> Need:
+def _need(run: RunConfig, peak: int, kept: int, num_steps: int, share_of_checkpoint: float, device: str) -> Need:
     """Return the memory that a rank needs: on a GPU its peak; on a CPU the process with copies to save."""
     if device != "cpu":
-        return Need(memory.peak, memory.peak)
-    kept = 0 if run.model.gradient_checkpointing else memory.activations
+        return Need(peak, peak)
+    kept = 0 if run.model.gradient_checkpointing else kept
     # a save before the last step is written from a copy; the last one is written from the engine's own memory
     copies = 0 < run.checkpoint.interval < num_steps or run.eval.interval > 0
-    return need_of_process(memory.peak, kept, copies * share_of_checkpoint)
+    return need_of_process(peak, kept, copies * share_of_checkpoint)
+
+
+def _start(run: RunConfig, model: nn.Module, numbers: ModelNumbers, ranks: int, machine: Machine) -> Cost | None:
+    """Predict the one-shot pruning before the run; None without any, or if it needs no data."""
+    if run.start.method == "none" or not (config := one_shot_config(run, run.start.samples)).needs_data:
+        return None
+    size, place = DTYPES[run.train.precision].itemsize, Pretrained(run.model.path, "model.path")
+    dtype = getattr(place.config(), "dtype", None)
+    itemsizes = dtype.itemsize if isinstance(dtype, torch.dtype) else size, size
+    data = StartData(config, ranks, run.data.max_length, run.eval_batch_size, itemsizes)
+    return start_plan(block_sizes(model, numbers), data, machine)
 
 
 def _teacher(run: RunConfig, numbers: ModelNumbers, no_data: bool) -> tuple[int, int]:

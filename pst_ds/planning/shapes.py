@@ -16,10 +16,12 @@ from pst_ds.core.tiles import plan_tiles
 from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import PSTLayer
-from pst_ds.nn.model_structure import experts_per_token, is_linear, linear_shape
+from pst_ds.nn.model_structure import experts_per_token, is_linear, linear_shape, model_width
 from pst_ds.nn.tables.coded import CodedOutput, coded_tables
 from pst_ds.parallel import zero3
 from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup, layer_work_bytes
+from pst_ds.planning.start import BlockSizes, InputGroup
+from pst_ds.prune.blocks import block_of, find_blocks, text_config
 
 Group = TypeVar("Group", TensorGroup, ModuleNumbers, MatrixGroup)
 
@@ -46,6 +48,32 @@ def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
         sliced_weights=sliced,
         attention_width=_attention_width(model),
         products=sum(layer.layout.in_features**2 for layer in layers.values()),
+    )
+
+
+def block_sizes(model: nn.Module, numbers: ModelNumbers) -> BlockSizes:
+    """Count the largest block of an injected model with ``numbers``. Raises InputError for layers outside of blocks."""
+    layers, outputs = pst_layers(model), Counter[tuple[str, int, int]]()
+    stack, blocks = find_blocks(model, list(layers))
+    sizes: Counter[int] = Counter()
+    for name, layer in layers.items():
+        sizes[block_of(name, stack)] += layer.layout.numel
+    index, numel = sizes.most_common(1)[0]
+    own = {name: layer for name, layer in layers.items() if block_of(name, stack) == index}
+    for name, layer in own.items():  # the inputs of q, k and v are the same, and those of gate and up
+        one, number = layer.layout.expert, layer.layout.num_experts
+        outputs[name if number > 1 else name.rpartition(".")[0], one.in_features, number] += one.out_features
+    others = (module for module in blocks[index].modules() if not isinstance(module, PSTLayer))
+    numel += sum(zero3.full_numel(param) for module in others for param in module.parameters(recurse=False))
+    return BlockSizes(
+        blocks=len(blocks),
+        numel=numel,
+        active_share=numbers.multiplied_weights / numbers.pruned_weights,
+        groups=tuple(InputGroup(number, inputs, experts) for (_, inputs, experts), number in outputs.items()),
+        largest_layer=max(layer.layout.numel for layer in own.values()),
+        outside=max(0, numbers.parameters - numbers.factor_parameters - len(blocks) * numel),
+        width=model_width(model),
+        vocabulary=getattr(text_config(model), "vocab_size", 0),
     )
 
 

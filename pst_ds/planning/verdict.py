@@ -47,6 +47,8 @@ class Work:
     """Tokens of a global batch, including padding."""
     flops: float
     """FLOPs of a rank in a step, without recomputation."""
+    start_seconds: float
+    """Seconds of the one-shot pruning before the first step."""
     need: Need
     """Memory of a rank, on the device that it computes on."""
     model_bytes: int
@@ -78,7 +80,7 @@ class Verdict:
     checkpoint_seconds: float
     """Seconds to write a checkpoint from a copy in memory, while training continues."""
     hours: float
-    """Hours of the whole run, including loading."""
+    """Hours of the whole run, including loading and one-shot pruning."""
     rank_hours: float
     least_batch: int
 
@@ -89,7 +91,7 @@ def verdict(work: Work, times: TimePlan, machine: Machine, *, memory: int = 0) -
     margin = None if capacity is None else capacity - work.need.enough
     training = work.steps * times.step + work.mask_updates * times.update
     load = work.model_bytes / machine.storage_bytes
-    hours = (load + training) / 3600
+    hours = (load + work.start_seconds + training) / 3600
     per_second = work.steps * work.tokens / training if training else 0.0
     return Verdict(
         needed_bytes=work.need.enough,

@@ -26,10 +26,9 @@ _AT_ONCE = 128
 class BlockFit:
     """Fits one resident block of a ``replay`` in ``passes`` over the batches; a step is a batch.
 
-    Holds the dense block's outputs on the CPU, and on the block's device its previous values and its masks, the
-    gradients of its pieces of a batch, 64-bit sums of a layer, and a share of four fp32 numbers per kept weight. Ranks
-    compute the gradients of their pieces, and each moves its share of the weights. The sums are exact, so all numbers
-    of ranks have the same bits.
+    Holds the dense block's outputs on the CPU, and on the block's device its previous values and masks, gradients of
+    the rank's pieces of a batch, 64-bit sums of a layer, and its share of four fp32 numbers per kept weight. Ranks
+    compute gradients of their pieces and move their share of the weights. Sums are exact: all have the same bits.
     """
 
     def __init__(self, replay: BlockReplay, index: int, passes: int):
@@ -196,8 +195,7 @@ def exact_sums(
 def _rows(values: Tensor, ranks: Ranks) -> Tensor:
     """Return the ``values``, (number,), as a row for each rank, filled up with zeros.
 
-    The length of a row is a multiple of what a vector loop computes at once, so that no value is in the rest of a loop,
-    which may round differently.
+    Their length is a multiple of what a vector loop computes at once: its remainder may round differently.
     """
     length = -(-len(values) // (ranks.number * _AT_ONCE)) * _AT_ONCE
     return F.pad(values, (0, ranks.number * length - len(values))).view(ranks.number, length)

@@ -139,6 +139,20 @@ def test_on_a_cpu_the_process_and_a_save_are_needed_too_and_what_is_close_is_not
     assert "fits, 50% to spare" in text
 
 
+def test_the_start_is_planned_and_counts_in_the_verdict(capsys, llama_of_4_layers):
+    asked = [*llama_of_4_layers, "--world-size", "64", "--machine", "h100", "--set", "data.max_length=2048"]
+    _, without = _plan(capsys, asked)
+    start = ["start.method=alps", "start.budgets=saliency", "start.reconstruct=2", "schedule.initial_sparsity=0.5"]
+    text, plan = _plan(capsys, [*asked, *(word for one in start for word in ("--set", one))])
+    cost = plan["start_cost"]
+    assert without["start_cost"] is None
+    assert cost["memory"]["block"] == 2 * (2 * 8192**2 + 2 * 1024 * 8192 + 3 * 8192 * 28672 + 2 * 8192)
+    hours = plan["verdict"]["hours"] - without["verdict"]["hours"]
+    assert hours * 3600 == pytest.approx(cost["time"]["all"], rel=0.01)
+    assert f"outside of blocks {bytes_text(cost['memory']['outside_of_blocks'])}, block 1.71 GB" in text
+    assert f"peak {bytes_text(cost['memory']['peak'])}" in text
+
+
 def test_rates_may_be_a_file(capsys, llama_of_4_layers, tmp_path):
     rates = {"name": "mine", "flops": 1e9, "memory_bytes": 1e12, "node_size": 8, "node_bytes": 1e12,
              "network_bytes": 1e12, "latency": 0}  # fmt: skip

@@ -11,8 +11,8 @@ from pst_ds.planning.time import TimePlan
 from pst_ds.planning.verdict import Need, Work, verdict
 
 WORK = Work(
-    ranks=8, steps=1000, mask_updates=50, tokens=64 * 4096, flops=3e14, need=Need(int(70e9), int(60e9)),
-    model_bytes=int(16e9), checkpoint_bytes=int(1e9), least_batch=16,
+    ranks=8, steps=1000, mask_updates=50, tokens=64 * 4096, flops=3e14, start_seconds=30.0,
+    need=Need(int(70e9), int(60e9)), model_bytes=int(16e9), checkpoint_bytes=int(1e9), least_batch=16,
 )  # fmt: skip
 TIMES = TimePlan(
     step_compute=1.0, step_network=0.2, step_launching=0.1, step=1.2, full_step=1.1, update_compute=0.3,
@@ -22,7 +22,7 @@ TIMES = TimePlan(
 
 def test_the_time_is_that_of_steps_updates_and_loading():
     found = verdict(WORK, TIMES, MACHINES["h100"])
-    seconds = 16e9 / 2e9 + 1000 * 1.2 + 50 * 0.4
+    seconds = 16e9 / 2e9 + 30 + 1000 * 1.2 + 50 * 0.4
     assert found.hours == pytest.approx(seconds / 3600)
     assert found.rank_hours == pytest.approx(8 * seconds / 3600)
     assert found.tokens_per_second == pytest.approx(1000 * 64 * 4096 / (1200 + 20))

@@ -1,4 +1,4 @@
-"""Wall and CPU seconds of ``pst-ds prune`` on several numbers of ranks, and whether all write the same weights.
+"""Wall and CPU seconds and memory of ``pst-ds prune`` on several numbers of ranks, and whether all write the same.
 
     python -m tools.bench.prune run.toml --ranks 1 2 --method alps --budgets saliency --reconstruct 2 --samples 64
 
@@ -27,14 +27,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         first: tuple[float, str] | None = None
         for ranks in arguments.ranks:
-            wall, cpu, digest = pruned(arguments.run_file, ranks, Path(folder) / str(ranks), options)
+            wall, cpu, peak, digest = pruned(arguments.run_file, ranks, Path(folder) / str(ranks), options)
             first = first or (wall, digest)
             same = "same" if digest == first[1] else "OTHER"
-            print(f"{ranks} ranks: {wall:.1f} s, {cpu:.1f} CPU s, {first[0] / wall:.2f} times as fast, {same} weights")
+            speed = f"{wall:.1f} s, {cpu:.1f} CPU s, {first[0] / wall:.2f} times as fast"
+            print(f"{ranks} ranks: {speed}, {same} weights; peak of a rank so far {peak / 1e9:.2f} GB with its imports")
 
 
-def pruned(run_file: str, ranks: int, out: Path, options: list[str]) -> tuple[float, float, str]:
-    """Return (wall seconds, CPU seconds of all ranks, SHA-256 of the weight files) of one prune."""
+def pruned(run_file: str, ranks: int, out: Path, options: list[str]) -> tuple[float, float, int, str]:
+    """Return (wall seconds, CPU seconds of all ranks, largest resident bytes of a rank of any prune so far, SHA-256 of
+    the weight files) of one prune."""
     command = [sys.executable, "-m", "pst_ds", "prune", run_file, "--out", str(out), "--quiet", *options]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -51,7 +53,7 @@ def pruned(run_file: str, ranks: int, out: Path, options: list[str]) -> tuple[fl
     digest = hashlib.sha256()
     for file in sorted(out.glob("*.safetensors")):
         digest.update(file.read_bytes())
-    return time.perf_counter() - start, cpu, digest.hexdigest()
+    return time.perf_counter() - start, cpu, 1024 * after.ru_maxrss, digest.hexdigest()
 
 
 if __name__ == "__main__":

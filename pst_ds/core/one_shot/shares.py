@@ -24,18 +24,6 @@ SHARES = 12
 LEAST_ROWS = 16
 
 
-def _of_this_rank(value: Tensor, _source: int) -> Tensor:
-    return value
-
-
-def _only_row(values: Tensor) -> Tensor:
-    return values[0]
-
-
-def _as_only_row(values: Tensor) -> Tensor:
-    return values.unsqueeze(0)
-
-
 @dataclass(frozen=True, slots=True)
 class Ranks:
     """The ranks that share rows, and their collectives; by default a single rank."""
@@ -43,11 +31,11 @@ class Ranks:
     own: int = 0
     number: int = 1
     sums: RankSums = field(default_factory=RankSums)
-    broadcast: Callable[[Tensor, int], Tensor] = _of_this_rank
+    broadcast: Callable[[Tensor, int], Tensor] = lambda value, _source: value
     """Return the tensor of rank ``source``; all have its shape and dtype."""
-    scatter: Callable[[Tensor], Tensor] = _only_row
+    scatter: Callable[[Tensor], Tensor] = lambda rows: rows[0]
     """Return this rank's row of the sum over ranks of a tensor, (ranks, n)."""
-    gather: Callable[[Tensor], Tensor] = _as_only_row
+    gather: Callable[[Tensor], Tensor] = lambda value: value.unsqueeze(0)
     """Return the tensors of all ranks, (ranks, *shape)."""
 
     def of_first(self, numbers: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def start_run(run: RunConfig, examples: ExampleSet, *, is_new: bool, quiet: bool
     start = _facts_of_start(run, examples.digest)
     if of_main(partial(_is_done, run, start)):
         return run.started()
-    out, asked = Path(run.output_dir) / START, _one_shot_config(run, min(run.start.samples, len(examples)))
+    out, asked = Path(run.output_dir) / START, one_shot_config(run, min(run.start.samples, len(examples)))
     if is_main() and not quiet:
         print(f"pruning {run.model.path} to {asked.sparsity} by {asked.method}: {out}", file=sys.stderr, flush=True)
     try:
@@ -60,7 +60,7 @@ def start_run(run: RunConfig, examples: ExampleSet, *, is_new: bool, quiet: bool
 def require_startable(run: RunConfig) -> None:
     """Raise InputError if ``[start]`` cannot prune the run's model, by what is known without data."""
     model = ModelFiles(run.model.path, Path(run.output_dir) / START, 0, **attention_options(run)).model
-    config = _one_shot_config(run, run.start.samples)
+    config = one_shot_config(run, run.start.samples)
     _, _, rules = plan_layers(model, config, run.pst, run.schedule.final_sparsity)
     find_blocks(model, [rule.target.name for rule in rules])
 
@@ -98,7 +98,8 @@ def _facts_of_start(run: RunConfig, data_digest: str) -> object:
     return json.loads(json.dumps(found))
 
 
-def _one_shot_config(run: RunConfig, samples: int) -> PruneConfig:
+def one_shot_config(run: RunConfig, samples: int) -> PruneConfig:
+    """Return the settings of the run's ``[start]``, on ``samples`` examples."""
     start, method = run.start, run.start.method
     assert method != "none"
     return PruneConfig(

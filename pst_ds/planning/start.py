@@ -1,0 +1,168 @@
+"""Memory, time and traffic of the one-shot pruning before a run, computed from shapes; without writing own text."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pst_ds.config.one_shot import PruneConfig
+from pst_ds.core.one_shot.alps import GRADIENT_STEPS, PENALTIES, ROUNDS_PER_PENALTY
+from pst_ds.export.plan import SHARD_BYTES
+from pst_ds.planning.machines import MACHINES, Machine
+from pst_ds.prune.blocks import PIECE_TOKENS
+from pst_ds.prune.model import STATISTICS_BYTES
+from pst_ds.prune.output_gradients import PIECES, STORED_BYTES
+
+RUNTIME_BYTES, ELEMENTWISE = {"cpu": 160 << 20, "cuda": 600 << 20}, {"cpu": 0.17, "cuda": 1.0}
+FP32 = {"cpu": 0.37, "cuda": 1 / 16}
+FACTORISATION, READ_BYTES, SCORE_SECONDS, ROUND_BYTES, GRADIENT_BYTES = 0.7, 2e9, 20e-9, 155, 60
+"""Measured on a CPU, assumed on CUDA: memory besides tensors above the imports; share of the bandwidth that unfused
+operators with new results reach; rates of fp32 products relative to 16-bit ones, and of Cholesky factors relative to
+these; bytes per second from the page cache; seconds to score a weight for budgets; bytes per weight of a round of ALPS,
+and of a gradient step, besides products."""
+
+Cost = dict[str, dict[str, float]]
+
+
+class InputGroup(NamedTuple):
+    """Matrices with the same inputs, which are pruned together: of linear layers, or of each of several experts."""
+
+    outputs: int
+    inputs: int
+    experts: int = 1
+
+    @property
+    def sums(self) -> int:
+        """Bytes of X'X in fp64: panels of 256 rows, without what mirrors them."""
+        return 4 * self.inputs * (self.inputs + 256) * self.experts
+
+
+class BlockSizes(NamedTuple):
+    """Parameters of the largest of several blocks, and outside of them all."""
+
+    blocks: int
+    numel: int
+    active_share: float
+    groups: tuple[InputGroup, ...]
+    largest_layer: int
+    outside: int
+    width: int
+    vocabulary: int
+
+    @property
+    def weights(self) -> int:
+        return sum(g.outputs * g.inputs * g.experts for g in self.groups)
+
+
+class StartData(NamedTuple):
+    """Settings and examples of a start, and bytes of a value in the files and where blocks compute."""
+
+    config: PruneConfig
+    ranks: int
+    length: int
+    batch: int
+    itemsizes: tuple[int, int]
+
+    @property
+    def piece_tokens(self) -> int:
+        return min(self.batch, max(1, PIECE_TOKENS // self.length)) * self.length
+
+    @property
+    def steps(self) -> int:
+        return self.config.reconstruct * -(-self.config.samples // self.batch)
+
+    @property
+    def uses_products(self) -> bool:
+        return self.config.method in ("alps", "sparsegpt") or self.config.swaps > 0
+
+    def pieces(self, examples: int, most: int = 1 << 60) -> int:
+        """Return this rank's pieces of so many examples, or of at most ``most`` of all pieces."""
+        every = -(-examples * self.length // self.piece_tokens)
+        return -(-every // (-(-every // most) * self.ranks))
+
+
+def start_plan(block: BlockSizes, data: StartData, machine: Machine) -> Cost:
+    """Predict "memory", "time" and "traffic" of a start, on the fullest rank of ``machine``.
+
+    Memory: bytes of parts, some at different times; "host", what stays there with a GPU; "peak" of the GPU or process.
+    Time: seconds by phase, and in "all". Traffic: bytes read from files, received, and written by all ranks.
+    """
+    config, ranks, groups, (stored, size) = data.config, data.ranks, block.groups, data.itemsizes
+    model, steps = stored * (block.outside + block.blocks * block.numel), data.steps
+    kept, is_alps = block.weights * (1 - (config.sparsity or 0.0)), config.method == "alps"
+    received = size * block.weights + steps * kept * (8 + size) + 2 * data.uses_products * sum(g.sums for g in groups)
+    received += 4 * PENALTIES * is_alps * sum(g.inputs**2 for g in groups if g.experts == 1)
+    received *= block.blocks * (ranks - 1) / ranks
+    read = model * (1 + {"equal": 0.0, "owl": 1.0, "saliency": 2 + 1 / ranks}[config.budgets])
+    collectives = block.blocks * len(groups) * (2 * ranks + 3 * steps + 150)
+    seconds = {phase: block.blocks * value for phase, value in _seconds(block, data, machine, kept).items()} | {
+        "files": read / READ_BYTES + 2 * model / machine.storage_bytes,
+        "network": machine.transfer_seconds(received, collectives, ranks),
+    }
+    memory: dict[str, float] = {**_memory(block, data, machine.device, model, kept)}
+    traffic = {"read": read, "received": received, "written": model}
+    return {"memory": memory, "time": seconds | {"all": sum(seconds.values())}, "traffic": traffic}
+
+
+def _memory(block: BlockSizes, data: StartData, device: str, model: int, kept: float) -> dict[str, int]:
+    config, (stored, size), on_gpu = data.config, data.itemsizes, device != "cpu"
+    own, states, is_saliency = (
+        stored * block.numel,
+        data.piece_tokens * block.width * size,
+        config.budgets == "saliency",
+    )
+    activations = 2 * size * data.piece_tokens * sum(g.outputs + g.inputs for g in block.groups)
+    # inputs of all blocks; logits, their logarithms and two gradients in fp32
+    held = max(1, min(data.pieces(config.samples, PIECES), STORED_BYTES // (block.blocks * states)))
+    budgets = held * (block.blocks + 2) * states + max(
+        data.piece_tokens * block.vocabulary * (size + 12), own + activations
+    )
+    # values and masks; gradients of pieces, a share of four fp32 numbers, and five 64-bit numbers of one layer
+    each = size * data.pieces(data.batch) + 16 / data.ranks + 40 * block.largest_layer / block.weights
+    fit = round(block.weights * (size + 1) + kept * each + activations) if config.reconstruct else 0
+    pruning = sums = 0
+    for g in reversed(block.groups):
+        rows, square = g.outputs * g.inputs / (data.ranks if g.experts == 1 else 1), g.inputs**2 * data.uses_products
+        # H in fp64, damped; then in fp32, its factor and inverses of two penalties; W, W H, scores and masks of a share
+        most = max(20 * square, 24 * square + 13 * rows, 4 * square + 18 * rows)
+        pruning = max(pruning, round(most) + 4 * g.outputs * g.inputs * is_saliency + sums)
+        sums += min(g.sums, STATISTICS_BYTES if g.experts > 1 else g.sums) * data.uses_products
+    parts = {
+        "outside_of_blocks": stored * block.outside, "block": own, "libraries": RUNTIME_BYTES[device],
+        "hidden_states": data.pieces(config.samples) * states * (2 if config.reconstruct else 1),
+        "copy_of_block": size * block.numel if on_gpu or size != stored else 0,
+        "budgets": budgets * is_saliency, "statistics": sums * 3 // 2 + activations // 2, "pruning": pruning,
+        "fit": fit, "last_file": model if model <= SHARD_BYTES else own,
+    }  # fmt: skip
+    working = parts["copy_of_block"] + max(parts["statistics"], pruning, fit)
+    pruned = own + parts["hidden_states"] + working * (not on_gpu)
+    host = parts["outside_of_blocks"] + max(pruned, parts["budgets"], parts["last_file"])
+    return parts | {"host": host * on_gpu, "peak": parts["libraries"] + (working if on_gpu else host)}
+
+
+def _seconds(block: BlockSizes, data: StartData, machine: Machine, kept: float) -> dict[str, float]:
+    """Return the seconds of computation per block."""
+    config, ranks, groups, rows = data.config, data.ranks, block.groups, block.weights / data.ranks
+    moved, fp32 = machine.memory_bytes * ELEMENTWISE[machine.device], machine.flops * FP32[machine.device]
+    token, pieces = 2 * block.numel * block.active_share / machine.flops, data.pieces(config.samples)
+    forward, budgets, fit = pieces * data.piece_tokens * token, 0.0, 0.0
+    statistics, pruning = forward * (1 if config.reconstruct else 2), rows * ROUND_BYTES / moved
+    if data.uses_products:
+        products = pieces * data.piece_tokens / 4 / fp32
+        statistics += sum(g.sums * (products / g.experts + (6 * pieces + 30) / moved) for g in groups)
+        is_alps, rounds = config.method == "alps", PENALTIES * ROUNDS_PER_PENALTY
+        number, inverses = (rounds + GRADIENT_STEPS + 2, PENALTIES) if is_alps else (1, 3)
+        flops = 2 * number / ranks * sum(g.outputs * g.inputs**2 * g.experts for g in groups)
+        own = [-(-inverses // ranks) if g.experts == 1 else inverses * -(-g.experts // ranks) for g in groups]
+        flops += sum(g.inputs**3 * n for g, n in zip(groups, own, strict=True)) / FACTORISATION
+        pruning = flops / fp32 + pruning * (rounds + GRADIENT_STEPS * GRADIENT_BYTES / ROUND_BYTES if is_alps else 1)
+    if config.budgets == "saliency":  # the head stays on the host
+        host = MACHINES["cpu"] if machine.device != "cpu" else machine
+        head = 6 * block.vocabulary * block.width / host.flops / block.blocks
+        budgets = data.pieces(config.samples, PIECES) * data.piece_tokens * (3 * token + head) + SCORE_SECONDS * rows
+    if config.reconstruct:
+        pieces = data.pieces(data.batch)
+        rounded = kept * (64 * pieces + 46 + 134 / ranks) + block.weights * 20 * (pieces + 1)
+        fit = data.steps * (3 * pieces * data.piece_tokens * token + rounded / moved)
+        fit += 2 * forward + 60 * block.weights / moved
+    budgets += forward * (config.budgets == "owl")
+    return {"budgets": budgets, "statistics": statistics, "pruning": pruning, "fit": fit}
