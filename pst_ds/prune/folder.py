@@ -5,40 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 from pst_ds.atomic_files import require_writable
 from pst_ds.errors import InputError
 from pst_ds.file_names import MANIFEST_FILE
-from pst_ds.nn.base_model import PRUNING_RECORD, Pretrained, architecture
+from pst_ds.nn.base_model import PRUNING_RECORD
 from pst_ds.prune.outcome import PrunedLayer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 RECORD_FILE = PRUNING_RECORD
 SCALES_FILE = "scales.safetensors"
 """Scales of a quantised folder: (O, groups) bf16 of each layer. The record names the quantisation."""
 FORMAT = 1
-
-
-def load_base(path: str, *, attn_implementation: str | None = None) -> PreTrainedModel:
-    """Load the complete model in ``path`` on the CPU, in the dtype of its files and in evaluation mode.
-
-    Raises InputError if it cannot be loaded, is quantised or lacks weights.
-    """
-    import transformers
-
-    place = Pretrained(path, "model.path")
-    config = place.config()
-    place.require_dense(config)
-    fix = 'Set "architectures" in its config.json to the class that it was saved from'
-    kind = architecture(config) or transformers.AutoModel
-    model, missing = place.load(kind, fix, dtype="auto", attn_implementation=attn_implementation)
-    place.require_whole(model, missing, fix)
-    return model.eval()
 
 
 def require_free(out: Path, base: str) -> None:
@@ -68,11 +45,6 @@ def _facts(layer: PrunedLayer) -> dict[str, object]:
     """Return the facts of a layer for the record: all but its scales, and none of experts for other layers."""
     facts = {field.name: getattr(layer, field.name) for field in fields(layer) if field.name != "scales"}
     return {name: value for name, value in facts.items() if not name.startswith("expert_") or value}
-
-
-def scales_of(layers: Sequence[PrunedLayer]) -> dict[str, Tensor]:
-    """Return the content of :data:`SCALES_FILE`; empty if no layer was quantised."""
-    return {scales_name(layer.name): layer.scales for layer in layers if layer.scales is not None}
 
 
 def scales_name(layer: str) -> str:

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pst_ds.atomic_files import LOCK, atomic_folder, only_writer, sync, write_text_atomic
+from pst_ds.atomic_files import LOCK, atomic_folder, only_writer, sync, write_pieces, write_text_atomic
 from pst_ds.errors import InputError, first_line
 from pst_ds.formats.base_weights import BaseWeights, saved_tensors, tensors_lacking
-from pst_ds.formats.safetensors_file import TensorFile
+from pst_ds.formats.safetensors_file import TensorFile, header_and_slots, tensor_bytes
 from pst_ds.nn.base_model import PRUNING_RECORD, Pretrained, architecture
 from pst_ds.nn.model_structure import outermost_list
 from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, of_main, raise_on_all_ranks, rank, world_size
@@ -44,8 +45,11 @@ _FIX = 'Set "architectures" in its config.json to the class that it was saved fr
 class ModelFiles:
     """The model in a folder, and the folder that gets its pruned parts: blocks, and what is outside of them."""
 
-    def __init__(self, path: str, out: Path, shard_bytes: int, *, attn_implementation: str | None = None):
-        """Build the model without values, except for buffers that no file has. Raises InputError."""
+    def __init__(self, path: str, out: Path | None, shard_bytes: int = 0, *, attn_implementation: str | None = None):
+        """Build the model without values, except for buffers that no file has. Raises InputError.
+
+        ``out``: folder to write; None to read the model, without parts that a killed run has finished.
+        """
         place = Pretrained(path, "model.path")
         config = place.config()
         place.require_dense(config)
@@ -53,7 +57,8 @@ class ModelFiles:
         self.base = BaseWeights(path, getattr(kind, "base_model_prefix", ""))
         self.model = _skeleton(place, config, self.base, attn_implementation)
         self._mapping: list[Any] = self.model._weight_conversions  # type: ignore[assignment]
-        self._work, self._out = out.with_name(f".{out.name}.unfinished"), out
+        self._out = out or Path(os.devnull)
+        self._work = self._out.with_name(f".{self._out.name}.unfinished")
         self._shard_bytes, self._plan = shard_bytes, ""
         self._part_of = self._parts(place)
         self._present = set[str]()
@@ -72,6 +77,11 @@ class ModelFiles:
         own = {f"{stack}.{index}" for index in range(len(blocks))}
         self._load(part for part in dict.fromkeys(self._part_of.values()) if part not in own)
         return _Blocks(self, stack, blocks)
+
+    def whole(self) -> PreTrainedModel:
+        """Return the model with all its values."""
+        self._load(dict.fromkeys(self._part_of.values()))
+        return self.model
 
     @contextmanager
     def loaded(self, part: str) -> Iterator[None]:
@@ -166,9 +176,12 @@ class ModelFiles:
         pruned = [file for part in parts for file in self._files(part)]
         rest = {key: self._nbytes(key) for key, part in self._part_of.items() if not self._is_done(part)}
         total = sum(file.stat().st_size for file in pruned) + sum(rest.values())
-        if total <= self._shard_bytes:
-            tensors = {name: tensor for file in pruned for name, tensor in load_file(file).items()}
-            _save(tensors | {key: self.base.read(key) for key in rest}, folder / _WHOLE)
+        if total <= self._shard_bytes:  # tensor by tensor: memory need not hold the model
+            opened = {name: file for file in map(TensorFile, pruned) for name in file.slots}
+            sizes = {name: (file.slots[name].dtype, file.slots[name].shape) for name, file in opened.items()}
+            header, order, _ = header_and_slots(sizes | {key: self.base.size(key) for key in rest})
+            read = (opened[name].read(name) if name in opened else self.base.read(name) for name in order)
+            write_pieces(folder / _WHOLE, chain([header], (tensor_bytes(tensor.contiguous()) for tensor in read)))
             return
         file_of: dict[str, str] = {}
         for file in pruned:

@@ -21,7 +21,7 @@ from pst_ds.parallel.launch import device_of, launch_environment
 from pst_ds.parallel.ranks import all_gather_objects, raise_on_all_ranks, rank, world_size
 from pst_ds.progress import Progress
 from pst_ds.prune.blocks import Batch
-from pst_ds.prune.folder import load_base
+from pst_ds.prune.model_files import ModelFiles
 from pst_ds.train.model import attention_options, load_tokenizer
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def own_batches(run: RunConfig, path: str, samples: int, seed: int) -> list[Batc
 
     def prepare() -> tuple[list[list[int]], PreTrainedModel]:
         prompts = read_prompts(path, tokenizer, run.data.max_length, as_messages=run.task == "chat")
-        model = load_base(run.model.path, **attention_options(run))
+        model = ModelFiles(run.model.path, None, 0, **attention_options(run)).whole()
         if not run.task_facts.predicts_tokens or not model.can_generate():
             raise ConfigError(
                 f"own_text = {path!r}: {run.model.path} is not a causal language model for task {run.task!r}, so it "

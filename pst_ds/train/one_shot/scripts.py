@@ -16,7 +16,6 @@ from pst_ds.config.one_shot import PruneConfig
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.errors import InputError
-from pst_ds.export.plan import SHARD_BYTES
 from pst_ds.nn.base_model import DTYPES, pruning_record
 from pst_ds.nn.inject import injected_config, plain_name, pst_layers, renew_magnitude_scales
 from pst_ds.parallel import zero3
@@ -134,7 +133,7 @@ def load_base(model: PreTrainedModel, folder: Path) -> None:
 
     From then on ``folder`` is the model's base, which adapters name. Raises InputError for a folder without a weight.
     """
-    files, prefix = ModelFiles(str(folder), folder, SHARD_BYTES), model.base_model_prefix + "."
+    files, prefix = ModelFiles(str(folder), None), model.base_model_prefix + "."
     known = dict(files.model.named_parameters())
     of_part: dict[str, list[tuple[str, nn.Parameter]]] = {}
     for name, layer in pst_layers(model).items():

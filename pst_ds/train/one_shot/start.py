@@ -59,7 +59,7 @@ def start_run(run: RunConfig, examples: ExampleSet, *, is_new: bool, quiet: bool
 
 def require_startable(run: RunConfig) -> None:
     """Raise InputError if ``[start]`` cannot prune the run's model, by what is known without data."""
-    model = ModelFiles(run.model.path, Path(run.output_dir) / START, 0, **attention_options(run)).model
+    model = ModelFiles(run.model.path, None, 0, **attention_options(run)).model
     config = one_shot_config(run, run.start.samples)
     _, _, rules = plan_layers(model, config, run.pst, run.schedule.final_sparsity)
     find_blocks(model, [rule.target.name for rule in rules])
