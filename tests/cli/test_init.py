@@ -82,6 +82,25 @@ def test_a_start_by_alps_is_for_classifiers_with_many_zeros_anywhere(made, more)
     assert table["schedule"].get("initial_sparsity") in (None, 0.4, 0.45)
 
 
+@pytest.mark.parametrize(
+    ("more", "solves"),
+    [
+        (("--steps", "100"), 5),
+        (("--steps", "30"), 0),  # a ramp of 18 steps
+        (("--steps", "100", "--pattern", "row"), 0),
+        (("--steps", "100", "--task", "regression", "--label-column", "length"), 0),
+    ],
+)
+def test_masks_are_solved_for_where_that_was_measured(made, capsys, tmp_path, more, solves):
+    rows = [{**json.loads(line), "length": 1.0 * len(line)} for line in Path(TRAIN).read_text().splitlines()]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out, table, _ = made(BERT, "--train", str(tmp_path / "rows.jsonl"), "--sparsity", "0.95", *more)
+    assert table["schedule"].get("solves", 0) == solves
+    assert ("start" in table, "magnitude" in table["pst"]) == (not solves, not solves)
+    assert ("the model is dense before the first solve" in out.read_text()) is bool(solves)
+    assert _planned(capsys, out)["num_steps"] > 0
+
+
 def test_a_model_that_cannot_be_pruned_block_by_block_begins_without(made, tmp_path):
     """As a folder whose class has weights that it lacks."""
     base = Path(shutil.copytree(BERT, tmp_path / "base"))

@@ -28,6 +28,7 @@ from pst_ds.planning.dense_start import (
     HIGH_SPARSITY,
     MOST_SPARSITY_OF_BUDGETS,
     SAMPLES_OF_TOKENS,
+    SOLVED_SPARSITY,
     gains_by_start,
 )
 from pst_ds.train.model import kept_in_fp32, load_model_config, load_tokenizer, meta_model, num_trainable
@@ -305,7 +306,7 @@ def laid_over(table: Settings, section: str, **settings: object) -> Settings:
 
 
 def with_start(table: Settings, examples: int, *, any_pattern: bool) -> Settings:
-    """Return ``table`` with a one-shot start by ALPS if that improves this kind of run, or unchanged.
+    """Return ``table`` with a start by ALPS, or solves during training, if that improves the run, or unchanged.
 
     It stays unchanged for models that ALPS cannot prune. With ``any_pattern`` the start chooses
     the sparsity pattern.
@@ -317,16 +318,26 @@ def with_start(table: Settings, examples: int, *, any_pattern: bool) -> Settings
         shares = (True, False) if any_pattern and run.schedule.final_sparsity <= MOST_SPARSITY_OF_BUDGETS else (False,)
         proposed = [_language_model(table, run, examples, by_saliency) for by_saliency in shares]
     else:
-        proposed = [_classifier(table, examples)]
-    return next(filter(_is_startable, proposed), table)
+        gains = run.task == "classification" and run.schedule.final_sparsity >= SOLVED_SPARSITY
+        solved = [_solved(table)] if gains and run.pst.pattern == "matrix" else []
+        proposed = [*solved, _classifier(table, examples)]
+    return next((proposal for proposal in proposed if _can_run(proposal, examples)), table)
 
 
-def _is_startable(table: Settings) -> bool:
+def _can_run(table: Settings, examples: int) -> bool:
     try:
-        require_startable(run_from_table(table))
+        run = run_from_table(table)
+        run.make_schedules(run.num_steps(examples))
+        if run.start.method != "none":
+            require_startable(run)
     except InputError:
         return False
     return True
+
+
+def _solved(table: Settings) -> Settings:
+    """Solve for masks and weights with ALPS along the ramp, the first time at about 80 % sparsity."""
+    return laid_over(table, "schedule", solves=5, initial_sparsity=_START_SPARSITY)
 
 
 def _classifier(table: Settings, examples: int) -> Settings:

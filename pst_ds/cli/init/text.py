@@ -37,6 +37,7 @@ _COMMENTS = {
     "pst.update_embeddings": "these get a low-rank update too, and are not pruned",
     "schedule.final_sparsity": "final sparsity of every pruned matrix",
     "schedule.initial_sparsity": "sparsity from the first step on; pruning the smallest weights costs next to nothing",
+    "schedule.solves": "ALPS chooses masks and weights this often along the ramp: docs/how-to/methods.md",
     "schedule.warmup_fraction": "fraction of steps at this sparsity, before it grows",
     "schedule.cooldown_fraction": "fraction of steps at the end, with fixed masks",
     "schedule.update_interval": "optimizer steps between mask updates",
@@ -112,6 +113,8 @@ def _found(chosen: Chosen) -> dict[str, str]:
         comments["schedule.final_sparsity"] = "final sparsity of all pruned matrices together"
     if chosen.run.start.method != "none":
         comments["schedule.initial_sparsity"] = "sparsity from the first step on, reached by [start]"
+    elif chosen.run.schedule.solves:
+        comments["schedule.initial_sparsity"] = "where the ramp begins; the model is dense before the first solve"
     elif gains_by_start(chosen.run):
         said = f"{_COMMENTS['schedule.final_sparsity']}; more accurate if initialised with ALPS: docs/how-to/methods.md"
         comments["schedule.final_sparsity"] = said
