@@ -12,13 +12,21 @@ from pst_ds.prune.blocks import PIECE_TOKENS
 from pst_ds.prune.model import STATISTICS_BYTES
 from pst_ds.prune.output_gradients import PIECES, STORED_BYTES
 
-RUNTIME_BYTES, ELEMENTWISE = {"cpu": 160 << 20, "cuda": 600 << 20}, {"cpu": 0.17, "cuda": 1.0}
+# measured on a CPU, assumed on CUDA
+RUNTIME_BYTES = {"cpu": 160 << 20, "cuda": 600 << 20}
+"""Memory besides tensors, above the imports."""
+ELEMENTWISE = {"cpu": 0.17, "cuda": 1.0}
+"""Share of the bandwidth that unfused operators with new results reach."""
 FP32 = {"cpu": 0.37, "cuda": 1 / 16}
-FACTORISATION, READ_BYTES, SCORE_SECONDS, ROUND_BYTES, GRADIENT_BYTES = 0.7, 2e9, 20e-9, 155, 60
-"""Measured on a CPU, assumed on CUDA: memory besides tensors above the imports; share of the bandwidth that unfused
-operators with new results reach; rates of fp32 products relative to 16-bit ones, and of Cholesky factors relative to
-these; bytes per second from the page cache; seconds to score a weight for budgets; bytes per weight of a round of ALPS,
-and of a gradient step, besides products."""
+"""Rate of fp32 products, relative to 16-bit ones."""
+FACTORISATION = 0.7
+"""Rate of Cholesky factors, relative to fp32 products."""
+READ_BYTES = 2e9
+"""Bytes per second from the page cache."""
+SCORE_SECONDS = 20e-9
+"""Seconds to score a weight for budgets."""
+ROUND_BYTES, GRADIENT_BYTES = 155, 60
+"""Bytes that a round of ALPS and a gradient step move per weight, besides products."""
 
 Cost = dict[str, dict[str, float]]
 
@@ -105,17 +113,13 @@ def start_plan(block: BlockSizes, data: StartData, machine: Machine) -> Cost:
 
 def _memory(block: BlockSizes, data: StartData, device: str, model: int, kept: float) -> dict[str, int]:
     config, (stored, size), on_gpu = data.config, data.itemsizes, device != "cpu"
-    own, states, is_saliency = (
-        stored * block.numel,
-        data.piece_tokens * block.width * size,
-        config.budgets == "saliency",
-    )
+    own, states = stored * block.numel, data.piece_tokens * block.width * size
+    is_saliency = config.budgets == "saliency"
     activations = 2 * size * data.piece_tokens * sum(g.outputs + g.inputs for g in block.groups)
     # inputs of all blocks; logits, their logarithms and two gradients in fp32
     held = max(1, min(data.pieces(config.samples, PIECES), STORED_BYTES // (block.blocks * states)))
-    budgets = held * (block.blocks + 2) * states + max(
-        data.piece_tokens * block.vocabulary * (size + 12), own + activations
-    )
+    logits = data.piece_tokens * block.vocabulary * (size + 12)
+    budgets = held * (block.blocks + 2) * states + max(logits, own + activations)
     # values and masks; gradients of pieces, a share of four fp32 numbers, and five 64-bit numbers of one layer
     each = size * data.pieces(data.batch) + 16 / data.ranks + 40 * block.largest_layer / block.weights
     fit = round(block.weights * (size + 1) + kept * each + activations) if config.reconstruct else 0

@@ -11,8 +11,8 @@ from pst_ds.core.experts.routing import Routing
 from pst_ds.core.quantization import Grid
 from pst_ds.formats import QuantizedFormat
 from pst_ds.inference.runtime import gpu
-from pst_ds.inference.runtime.experts import SparseExperts
 from pst_ds.inference.runtime.linear import SparseLinear
+from tests.inference.runtime.packed_experts import of_stack
 
 pytestmark = pytest.mark.interpreted
 WALKED, TILED = gpu.MOST_WALKED, gpu.MOST_WALKED + 1
@@ -132,7 +132,7 @@ def stack_of(experts, rows, columns):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_experts_begin_with_any_byte_and_share_a_launch(bits, launched):
-    experts = SparseExperts.of_stack(stack_of(4, 3, 64), QuantizedFormat("bitmask", Grid(bits, 32)))
+    experts = of_stack(stack_of(4, 3, 64), QuantizedFormat("bitmask", Grid(bits, 32)))
     require_experts(experts, [1, 1, 1, 1], ["packed_vector"], launched)
     require_experts(experts, [2, 0, 3, 0], ["packed_vector"], launched, by_token=True)
     require_experts(experts, [1, 0, 9, 1], ["packed_vector"], launched)  # 11 vectors: fewer than 8 for each of 3 tiles
@@ -145,26 +145,26 @@ def test_experts_of_every_format(packing, bits, launched):
     if packing == "2:4":
         stack *= torch.tensor([1.0, 0.0, 0.0, 1.0]).repeat(16)
     form = QuantizedFormat(packing, Grid(bits, 32)) if bits else packing
-    experts = SparseExperts.of_stack(stack, form)
+    experts = of_stack(stack, form)
     require_experts(experts, [2, 0, 1], ["packed_vector"], launched, dtype=torch.bfloat16)
     require_experts(experts, [9, 0, 10], ["packed_tiles"], launched, dtype=torch.bfloat16)
 
 
 def test_rows_of_an_expert_end_within_a_tile(launched):
     """66 rows are a tile and two rows of the next, which is no other expert's."""
-    experts = SparseExperts.of_stack(stack_of(3, 66, 32))
+    experts = of_stack(stack_of(3, 66, 32))
     require_experts(experts, [9, 70, 0], ["packed_tiles"], launched)
 
 
 def test_an_expert_with_many_vectors_is_multiplied_by_itself(launched, monkeypatch):
     monkeypatch.setattr(gpu, "MOST_TILED", 10)
-    experts = SparseExperts.of_stack(stack_of(3, 2, 32))
+    experts = of_stack(stack_of(3, 2, 32))
     require_experts(experts, [9, 11, 1], ["packed_tiles"], launched)
     require_experts(experts, [0, 11, 0], [], launched)
 
 
 def test_experts_whose_inputs_have_a_gradient_are_multiplied_as_dense_ones(launched):
-    experts = SparseExperts.of_stack(stack_of(2, 3, 32))
+    experts = of_stack(stack_of(2, 3, 32))
     x = inputs(2, 32)[0].requires_grad_()
     routing = Routing.of(torch.tensor([[0], [1]]), torch.ones(2, 1), 2)
     experts(x, routing, by_token=True).sum().backward()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.experts.routing import Routing
-from pst_ds.formats import FORMATS, PackedFormat, QuantizedFormat
+from pst_ds.formats import PackedFormat, QuantizedFormat
 from pst_ds.inference.runtime import gpu, native, ops
 from pst_ds.inference.runtime.linear import SparseLinear
 
@@ -39,15 +39,6 @@ class SparseExperts(SparseLinear):
         super().__init__(in_features, outputs, nonzero, format=format, bias=False, dtype=dtype, device=device)
         self.num_experts = num_experts
         self._starts: list[int] = []
-
-    @classmethod
-    def of_stack(cls, stack: Tensor, format: str | PackedFormat = "bitmask") -> SparseExperts:
-        """Pack the non-zero weights of a ``stack``, (E, O, I)."""
-        form = FORMATS[format] if isinstance(format, str) else format
-        parts = form.pack(stack.detach().flatten(0, 1))
-        experts, outputs, inputs = stack.shape
-        count = form.stored_of(parts[form.values_name].numel())
-        return cls(experts, inputs, outputs, count, format=form, dtype=stack.dtype, device="meta")._with_parts(parts)
 
     @property
     def rows_of_expert(self) -> int:
