@@ -120,9 +120,9 @@ def _memory(block: BlockSizes, data: StartData, device: str, model: int, kept: f
     held = max(1, min(data.pieces(config.samples, PIECES), STORED_BYTES // (block.blocks * states)))
     logits = data.piece_tokens * block.vocabulary * (size + 12)
     budgets = held * (block.blocks + 2) * states + max(logits, own + activations)
-    # values and masks; gradients of pieces, a share of four fp32 numbers, and five 64-bit numbers of one layer
-    each = size * data.pieces(data.batch) + 16 / data.ranks + 40 * block.largest_layer / block.weights
-    fit = round(block.weights * (size + 1) + kept * each + activations) if config.reconstruct else 0
+    # values; places, gradients of pieces, a share of four fp32 numbers, and five 64-bit numbers of one layer
+    each = 4 + size * data.pieces(data.batch) + 16 / data.ranks + 40 * block.largest_layer / block.weights
+    fit = round(block.weights * size + kept * each + activations) if config.reconstruct else 0
     pruning = sums = 0
     for g in reversed(block.groups):
         rows, square = g.outputs * g.inputs / (data.ranks if g.experts == 1 else 1), g.inputs**2 * data.uses_products
