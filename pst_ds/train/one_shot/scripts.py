@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,7 +159,7 @@ def _draw(model: nn.Module, loader: DataLoader[Any], config: PruneConfig) -> lis
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
         examples = [dataset[i] for i in order[: config.samples].tolist()]
     else:
-        examples = [example for example, _ in zip(dataset, range(config.samples), strict=False)]
+        examples = list(islice(dataset, config.samples))
     size, named = loader.batch_size or 1, inspect.signature(model.forward).parameters
     with torch.random.fork_rng(devices=[]):  # some collate functions draw random numbers
         torch.manual_seed(config.seed)
@@ -170,7 +171,7 @@ def _draw(model: nn.Module, loader: DataLoader[Any], config: PruneConfig) -> lis
             f"the Trainer's batches have no {model.main_input_name}, but {', '.join(wanting) or 'nothing known'}. "
             "Prune before the model is loaded, with pst_ds.prune_pretrained"
         )
-    return batches
+    return _first_examples(batches, config.samples)
 
 
 def _first_examples(batches: Iterable[Mapping[str, object]], samples: int) -> list[Batch]:
