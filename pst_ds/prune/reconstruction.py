@@ -20,13 +20,13 @@ from pst_ds.prune.blocks import Batch, BlockReplay, Compute, Forward, Output, hi
 
 RATE = 0.01
 """Initial learning rate of Adam, relative to the RMS of a layer's kept weights; it decreases linearly to 0."""
-_AT_ONCE = 128
+_AT_ONCE = 128  # see _rows
 
 
 class BlockFit:
     """Fits one resident block of a ``replay`` in ``passes`` over the batches; a step is a batch.
 
-    Holds the dense block's outputs on the CPU, and on the block's device its previous values and masks, gradients of
+    Holds the dense block's outputs on the CPU, and on the block's device its previous values and places, gradients of
     the rank's pieces of a batch, 64-bit sums of a layer, and its share of four fp32 numbers per kept weight. Ranks
     compute gradients of their pieces and move their share of the weights. Sums are exact: all have the same bits.
     """
