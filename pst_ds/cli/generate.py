@@ -171,10 +171,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> di
 
 def _new_tokens(args: argparse.Namespace, ids: Tensor, folder: ModelFolder) -> int:
     """Return the number of requested tokens, or fewer if the model's positions end. Raises InputError."""
-    from pst_ds.export.prompt_file import read_prompt
-
-    config, trained = folder.config.get_text_config(), read_prompt(folder.path)
-    tokens = ids.shape[1]
+    config, tokens = folder.config.get_text_config(), ids.shape[1]
     if tokens == 0:
         raise InputError("--prompt: the tokenizer returns no tokens for it")
     largest = int(ids.max())
@@ -186,7 +183,6 @@ def _new_tokens(args: argparse.Namespace, ids: Tensor, folder: ModelFolder) -> i
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int):
         return int(args.max_new_tokens)
-    positions -= 0 if trained is None else len(trained.values)
     if tokens >= positions:
         raise InputError(f"--prompt has {tokens} tokens, and the model has {positions} positions. Shorten it")
     return min(args.max_new_tokens, positions - tokens)

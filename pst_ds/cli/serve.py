@@ -115,7 +115,6 @@ def _service(
 
     from pst_ds.data.generation import end_tokens
     from pst_ds.data.model_limits import positions_of
-    from pst_ds.export.prompt_file import read_prompt
     from pst_ds.inference.runtime.attention import quicken_decoding
     from pst_ds.inference.serve.app import Limits, Service
     from pst_ds.inference.serve.batches import Batches
@@ -135,14 +134,11 @@ def _service(
     batches = Batches(
         model, pad=pad, ends=ends, users=users, most_in_batch=args.max_batch, most_waiting=args.max_waiting
     )
-    positions, prompt = positions_of(folder.config), read_prompt(folder.path)
-    if positions and prompt is not None:
-        positions -= len(prompt.values)
     limits = Limits(
         body_bytes=args.max_body,
         prompt_tokens=args.max_prompt_tokens or 0,
         new_tokens=args.max_new_tokens,
-        positions=positions,
+        positions=positions_of(folder.config),
     )
     service = Service(args.name, batches, tokenizer, limits, store, Access(_keys(), args.host))
     _warm_up(args, service)

@@ -34,8 +34,6 @@ class Method:
     """Replace the target layers by PST layers."""
     score_penalty: float = 0.0
     """``train.score_penalty`` in files of ``pst-ds init``. Methods with 0 reject a penalty; the others require one."""
-    prompt_text: str = ""
-    """``prompt.text`` in files of ``pst-ds init``. Methods with a text require a prompt; it is optional for others."""
 
     def pst_config(self, config: PSTConfig) -> PSTConfig:
         """Return the config to inject, given the ``[pst]`` section of the run file."""
@@ -87,12 +85,6 @@ METHODS: dict[str, Method] = {
         defaults={"update_rank": 16, "beta": 2.0},  # the number of groups and the factor of its authors
     ),
     "masked-lora": Method("Train an update U V under a fixed mask.", "fixed", settings=_LORA),
-    "sk-tuning": Method(
-        "Train a prompt initialised from a text, under a fixed mask, and no weights (arXiv 2410.08598).",
-        "fixed",
-        settings={**_LORA, "update_rank": 0, "update_embeddings": ()},
-        prompt_text="read the following text carefully:",
-    ),
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from pst_ds.config.data import DataConfig as DataConfig
 from pst_ds.config.data import EvalConfig
 from pst_ds.config.methods import METHODS, Method, method_conflicts
-from pst_ds.config.model import ModelConfig, PromptConfig, QuantizationConfig
+from pst_ds.config.model import ModelConfig, QuantizationConfig
 from pst_ds.config.one_shot import OneShotConfig
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.settings import ConfigError as ConfigError
@@ -114,7 +114,6 @@ class RunConfig(Section):
     start: OneShotConfig = field(default_factory=OneShotConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
-    prompt: PromptConfig = field(default_factory=PromptConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -142,7 +141,6 @@ class RunConfig(Section):
             yield from self.model.conflicts(method, self.injected_pst)
         yield from train.conflicts(task, self.data.max_length, self.distillation, self.deepspeed_config)
         yield from self.distillation.conflicts(task)
-        yield from self.prompt.conflicts(method, task, self.data, train.sequence_parallel)
         if schedule.solves:
             yield from self._conflicts_of_solves()
 
@@ -267,7 +265,6 @@ class RunConfig(Section):
             "score_learning_rate": default.scores,
             "update_learning_rate": default.multiplicative if multiplies else default.updates,
             "gate_learning_rate": default.gates,
-            "prompt_learning_rate": default.prompt,
             "embedding_learning_rate": default.embeddings,
             "head_learning_rate": default.everything if self.mask_method.trains_everything else default.head,
         }

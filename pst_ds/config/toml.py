@@ -121,20 +121,34 @@ REMOVED = {
     "checkpoint.file_per": "every rank writes its own file",
     "dense_run": "compare the run with a dense one by pst-ds report RUN DENSE",
     "checkpoint.grace_seconds": "a signal stops the run after the current step; lower checkpoint.interval to lose less",
+    "prompt": "",
+    "train.prompt_learning_rate": "",
 }
-"""Settings of earlier versions that no longer do anything, and what a run does instead."""
+"""Settings and sections of earlier versions that no longer do anything, and what a run does instead; "" for no hint,
+because old run folders have them without asking for anything."""
+
+
+def is_removed(key: str) -> bool:
+    """Return whether the setting with this dotted name is one of :data:`REMOVED`."""
+    return key in REMOVED or key.partition(".")[0] in REMOVED
 
 
 def _without_removed(table: dict[str, object]) -> dict[str, object]:
-    """Return a copy of ``table`` without the settings in :data:`REMOVED`; name those that were set on stderr."""
+    """Return a copy of ``table`` without the settings in :data:`REMOVED`; name those that were set on stderr.
+
+    Raises ConfigError for a trained prompt.
+    """
     table = dict(table)
+    prompt = table.get("prompt", {"text": ""})
+    if not isinstance(prompt, dict) or prompt.get("text") != "":
+        raise ConfigError(f"prompt = {prompt!r}: prompts are no longer trained. Remove [prompt] and start a new run")
     for name, instead in REMOVED.items():
         section, _, key = name.rpartition(".")
         values = table.get(section) if section else table
         if isinstance(values, dict) and key in values:
             kept = {other: value for other, value in values.items() if other != key}
             table = {**table, section: kept} if section else kept
-            if values[key] and os.environ.get("RANK", "0") == "0":
+            if instead and values[key] and os.environ.get("RANK", "0") == "0":
                 print(f"{name} = {values[key]!r} has no effect any more: {instead}. Remove it", file=sys.stderr)
     return table
 

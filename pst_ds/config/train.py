@@ -11,6 +11,9 @@ from annotated_types import Ge, Gt, Le, Lt
 from pst_ds.config.settings import FINITE, ConfigError, MayDiffer, Positive, Rate, Reported, Section, Share, settings
 from pst_ds.config.tasks import TASKS
 
+RATES = tuple(f"{group}_learning_rate" for group in ("score", "update", "gate", "embedding", "head"))
+"""Learning rates in ``[train]``."""
+
 
 @settings
 class DistillationConfig(Section):
@@ -65,8 +68,6 @@ class TrainConfig(Section):
     """Learning rate of U and V."""
     gate_learning_rate: Reported[Rate | None] = None
     """Learning rate of the gates of ``pst.update_gates``."""
-    prompt_learning_rate: Reported[Rate | None] = None
-    """Learning rate of the prompt of ``[prompt]``."""
     embedding_learning_rate: Reported[Rate | None] = None
     """Learning rate of U and V of ``pst.update_embeddings``."""
     head_learning_rate: Reported[Rate | None] = None

@@ -303,8 +303,6 @@ class LearningRates:
     """For U and V of a multiplicative update (SPP)."""
     gates: float = 1e-2
     """For the gates of learned ranks, which are near 1 at any width."""
-    prompt: float = 5e-3
-    """For the vectors of a prompt, or for its adapter."""
     embeddings: float = 4e-3
     """For U and V of embeddings, in one epoch."""
     head: float = 2e-3

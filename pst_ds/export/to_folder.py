@@ -26,7 +26,6 @@ from pst_ds.export.gguf.model import write_gguf
 from pst_ds.export.manifest import ExportedTensor, Facts, write_manifest
 from pst_ds.export.model_card import CARD_FILE, model_card
 from pst_ds.export.plan import SHARD_BYTES, PlannedFile, Source, TensorJob, plan_files, require_packed, require_space
-from pst_ds.export.prompt_file import SavedPrompt, read_prompt
 from pst_ds.export.trimmed_vocabulary import with_fewer_rows, write_vocabulary
 from pst_ds.export.write import write_tensors
 from pst_ds.file_names import MANIFEST_FILE
@@ -44,7 +43,6 @@ _SPARE_BYTES = 64 << 20
 """Free disk space to require in addition to the weights, for tokenizer, manifest and card."""
 _KEPT_FACTS = (
     "step", "base_model", "base_fingerprint", "computed_in", "sparsity_requested", "metrics", "run", "tokens_kept",
-    "prompt",
 )  # fmt: skip
 """Facts of a manifest that an export of the folder keeps."""
 
@@ -86,7 +84,6 @@ def export_checkpoint(
     options: ExportOptions,
     *,
     vocabulary: Vocabulary | None = None,
-    prompt: SavedPrompt | None = None,
     run: dict[str, object] | None = None,
 ) -> Facts:
     """Write the trained model in ``checkpoint`` to ``out``, a model folder or GGUF file, atomically.
@@ -97,7 +94,6 @@ def export_checkpoint(
     Args:
         model: the run's model, for names, shapes and config; may be on the meta device.
         vocabulary: ``tokenizer`` with fewer tokens; only their rows are written. None keeps all tokens.
-        prompt: trained prompt of the run.
         run: resolved run file, for the manifest.
 
     Raises ExportError.
@@ -111,19 +107,16 @@ def export_checkpoint(
             f"--vocabulary: {base.folder} has more than the text part, so its vocabulary must stay complete. Remove "
             "--vocabulary"
         )
-    _require_prompt_support(prompt, options.packing, checkpoint.folder)
     jobs, source = plan_run(model, checkpoint, base, encoding, options.dtype), RunSource(checkpoint, base, model)
-    facts = _facts_of_run(checkpoint, encoding, prompt, run)
-    write_small_files = partial(_write_small_files_of_run, model, base, tokenizer, prompt)
+    facts = _facts_of_run(checkpoint, encoding, run)
+    write_small_files = partial(_write_small_files_of_run, model, base, tokenizer)
     contents = _Contents(model, jobs, source, facts, write_small_files)
     if vocabulary:
         contents = _trimmed(contents, tokenizer, vocabulary)
     return _write(contents, tokenizer, out, encoding, options)
 
 
-def _facts_of_run(
-    checkpoint: Checkpoint, encoding: Encoding, prompt: SavedPrompt | None, run: dict[str, object] | None
-) -> Facts:
+def _facts_of_run(checkpoint: Checkpoint, encoding: Encoding, run: dict[str, object] | None) -> Facts:
     state = checkpoint.state
     pruned_from = pruning_record(state.base_path).get("base_model")
     return {
@@ -134,31 +127,15 @@ def _facts_of_run(
         "computed_in": state.precision,
         "sparsity_requested": state.sparsity,
         "metrics": {name: value if math.isfinite(value) else None for name, value in state.metrics.items()},
-        "prompt": None if prompt is None else prompt.facts,
         "run": run,
         **({"pruned_from": str(pruned_from)} if pruned_from else {}),
     }
 
 
-def _require_prompt_support(prompt: SavedPrompt | None, packing: str, source: Path) -> None:
-    """Raise ExportError for a format whose readers would silently ignore the prompt."""
-    if prompt is not None and packing in (*FOR_COMPRESSED_TENSORS, GGUF):
-        raise ExportError(
-            f"{source} has a trained prompt, which programs that read {packing} would silently ignore. Use --format "
-            "dense or bitmask"
-        )
-
-
 def _write_small_files_of_run(
-    model: PreTrainedModel,
-    base: BaseWeights,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: SavedPrompt | None,
-    folder: Path,
+    model: PreTrainedModel, base: BaseWeights, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """Write the config, the base's small files, the tokenizer and the prompt to ``folder``."""
-    if prompt is not None:
-        prompt.write(folder)
+    """Write the config, the base's small files and the tokenizer to ``folder``."""
     if is_text_part(model, base.folder):
         base.copy_if_there(CONFIG_FILE, folder)
     else:
@@ -197,7 +174,6 @@ def export_folder(
         raise ExportError(f"--out {out} is the folder to read. Name another folder")
     folder = open_folder(source, dequantize=dequantize)
     jobs, origin = plan_folder(folder, encoding, options.dtype)
-    _require_prompt_support(read_prompt(source), options.packing, source)
     facts = {"kind": encoding.packing, **{key: folder.facts.get(key) for key in _KEPT_FACTS}}
     facts["metrics"] = facts["metrics"] or {}
     if "pruned_from" in folder.facts:

@@ -23,18 +23,13 @@ from pst_ds.errors import InputError
 from pst_ds.export.from_folder import CONFIG_FILE, model_of
 from pst_ds.export.manifest import Facts
 from pst_ds.export.plan import SHARD_BYTES
-from pst_ds.export.prompt_file import SavedPrompt
 from pst_ds.export.to_folder import ExportOptions, export_checkpoint, export_folder
 from pst_ds.export.trimmed_vocabulary import ids_of_model
 from pst_ds.file_names import RUN_FILE
-from pst_ds.nn.base_model import DTYPES
-from pst_ds.nn.prompt import NAME, prompt_of
 from pst_ds.train.model import load_tokenizer, meta_model
-from pst_ds.train.run import masked_model, prepare_single
 from pst_ds.train.run_folder import open_checkpoint
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SEEN = "seen"
@@ -142,7 +137,6 @@ def export_run(
         Path(out),
         settings.options(),
         vocabulary=vocabulary,
-        prompt=_saved_prompt(config, opened, model),
         run=json.loads(json.dumps(tomllib.loads(dump_run(config)))),
     )
     if opened.state.rounds and config.quantization.activations:
@@ -202,21 +196,6 @@ def _with_token_count(report: Facts) -> Facts:
     if kept := report.pop("tokens_kept", None):
         report["tokens"] = len(kept)
     return report
-
-
-def _saved_prompt(config: RunConfig, checkpoint: Checkpoint, shapes: nn.Module) -> SavedPrompt | None:
-    """Return the trained prompt of a checkpoint, or None; ``shapes``: the run's model on the meta device."""
-    prompt = prompt_of(shapes)
-    if prompt is None:
-        return None
-    name = next((name for name in checkpoint.contents.trained if name.endswith(f"{NAME}.pst_P")), None)
-    if name is not None:
-        values = checkpoint.trained[name].to(DTYPES[checkpoint.state.precision])
-    else:  # an adapter computes it from hidden states of the text, which checkpoints do not have
-        whole = prompt_of(masked_model(prepare_single(config, checkpoint), checkpoint))
-        assert whole is not None
-        values = whole().detach().cpu()
-    return SavedPrompt(config.prompt.text, prompt.after, values.float())
 
 
 def _tokens_of_splits(run: RunConfig, labels: list[str], tokenizer: PreTrainedTokenizerBase) -> set[int]:

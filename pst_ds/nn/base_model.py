@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pst_ds.errors import InputError, first_line, shortened
+from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.formats.foreign import METHODS
 from pst_ds.nn.sharded_weights import read_by_every_rank
 
@@ -50,10 +51,12 @@ class Pretrained:
             raise InputError(f"{self} does not exist {self._looked_in}; name a model folder, or a model on the hub")
 
     def config(self, **options: object) -> PreTrainedConfig:
-        """Return the config as transformers reads it. Raises InputError."""
+        """Return the config as transformers reads it. Raises InputError, also for an old export with a prompt."""
         from transformers import AutoConfig
 
         self.require_place()
+        if all((Path(self.path) / name).is_file() for name in (MANIFEST_FILE, "prompt.json")):
+            raise InputError(f"{self} has a trained prompt, prompt.json, which is no longer read. Name another export")
         try:
             return AutoConfig.from_pretrained(self.path, **options)
         except Exception as error:  # strange values make transformers raise anything

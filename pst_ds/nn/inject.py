@@ -20,7 +20,6 @@ from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.layer import CONSTANT_PARTS, PSTLayer
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.model_structure import is_experts, stack_names
-from pst_ds.nn.prompt import PSTPrompt, prompt_of
 from pst_ds.nn.sharded_weights import read_now
 from pst_ds.nn.tables.coded import encode_tables, find_tables
 from pst_ds.nn.tables.embedding import PSTEmbedding, pst_embeddings, replace_embeddings
@@ -228,10 +227,8 @@ def layers_never_called(model: nn.Module) -> list[str]:
 
 @contextmanager
 def bypassed(model: nn.Module) -> Iterator[None]:
-    """Make ``model`` compute like its dense base inside the context: without masks, updates and prompt."""
-    prompt = prompt_of(model)
-    layers: list[PSTLayer | PSTEmbedding | PSTPrompt] = [*pst_layers(model).values(), *pst_embeddings(model).values()]
-    layers += [] if prompt is None else [prompt]
+    """Make ``model`` compute like its dense base inside the context: without masks and updates."""
+    layers: list[PSTLayer | PSTEmbedding] = [*pst_layers(model).values(), *pst_embeddings(model).values()]
     for layer in layers:
         layer.bypassed = True
     try:

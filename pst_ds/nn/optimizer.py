@@ -14,7 +14,6 @@ from pst_ds.errors import InputError
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import SCORE_FACTORS
 from pst_ds.nn.model_structure import model_width
-from pst_ds.nn.prompt import NAME as PROMPT
 from pst_ds.nn.tables.embedding import pst_embeddings
 from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import ParamGroup
@@ -29,7 +28,6 @@ def pst_parameter_groups(
     score_learning_rate: float | None = None,
     update_learning_rate: float | None = None,
     gate_learning_rate: float | None = None,
-    prompt_learning_rate: float | None = None,
     embedding_learning_rate: float | None = None,
     head_learning_rate: float | None = None,
     betas: tuple[float, float] = (_DEFAULTS.adam_beta1, _DEFAULTS.adam_beta2),
@@ -44,7 +42,6 @@ def pst_parameter_groups(
             selects :func:`pst_ds.core.schedule.default_learning_rates` for the model and the length of the run.
         update_learning_rate: peak rate of group "updates": U and V.
         gate_learning_rate: peak rate of group "gates": the gates of learned ranks.
-        prompt_learning_rate: peak rate of group "prompt".
         embedding_learning_rate: peak rate of group "embeddings": U and V of embeddings.
         head_learning_rate: peak rate of group "head": the modules trained in full.
         betas: Adam's betas for all groups. The default is the run file's.
@@ -57,7 +54,6 @@ def pst_parameter_groups(
         "scores": score_learning_rate,
         "updates": update_learning_rate,
         "gates": gate_learning_rate,
-        "prompt": prompt_learning_rate,
         "embeddings": embedding_learning_rate,
         "head": head_learning_rate,
     }
@@ -91,7 +87,6 @@ def _default_rates(model: nn.Module, num_steps: int, epochs: float) -> dict[str,
         "scores": rates.scores,
         "updates": rates.multiplicative if multiplies else rates.updates,
         "gates": rates.gates,
-        "prompt": rates.prompt,
         "embeddings": rates.embeddings,
         "head": rates.everything if trains_all else rates.head,
     }
@@ -101,8 +96,6 @@ def _group_of(name: str, embeddings: Container[str]) -> str:
     owner, _, last = name.rpartition(".")
     if owner in embeddings:
         return "embeddings"
-    if owner.rpartition(".")[2] == PROMPT:
-        return "prompt"
     if last == "pst_G":
         return "gates"
     if last.startswith("pst_"):

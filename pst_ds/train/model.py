@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from pst_ds.config.run import ConfigError, RunConfig
+from pst_ds.config.train import RATES
 from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.data.conversations import read_template
 from pst_ds.data.tasks import Task, task_of
@@ -25,7 +26,6 @@ from pst_ds.nn.tables.coded import coded_tables
 from pst_ds.nn.targets import modules_to_save
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import raise_on_all_ranks
-from pst_ds.train.prompts import add_prompt
 from pst_ds.train.sequences import keep_documents_apart
 
 if TYPE_CHECKING:
@@ -166,7 +166,6 @@ def build_model(
     outputs = _scaled_outputs(module, missing, config.num_labels, mean, unit) if label_scale else []
     _keep_statistics(module)
     prepare_for_method(module, run, num_shards=None if keep_alive else 1)
-    add_prompt(module, run, tokenizer)
     _refuse_untrained(module, missing, run)
     module.config.use_cache = False  # no run generates text; a cache would hold every layer's keys and values
     keep_documents_apart(module)
@@ -216,8 +215,6 @@ def meta_model(
     module = base.shapes(kind, config, dtype=dtype, purpose=purpose, fix="Choose another of them")
     with torch.device("meta"):
         prepare_for_method(module, run, num_shards=num_shards)
-        if run.prompt.text:
-            add_prompt(module, run, tokenizer or load_tokenizer(run))
     if not num_trainable(module):
         raise ConfigError(
             f"method = {run.method!r} with pst.update_rank = {run.pst.update_rank} would train nothing of model.path = "
@@ -242,8 +239,7 @@ def kept_in_fp32(module: nn.Module) -> list[str]:
 
 def parameter_groups(module: nn.Module, run: RunConfig) -> Groups:
     """Return :func:`pst_parameter_groups` with the run's rates."""
-    names = [f"{kind}_learning_rate" for kind in ("score", "update", "gate", "prompt", "embedding", "head")]
-    rates = {name: getattr(run.train, name) for name in names}
+    rates = {name: getattr(run.train, name) for name in RATES}
     return pst_parameter_groups(module, **rates, betas=(run.train.adam_beta1, run.train.adam_beta2))
 
 

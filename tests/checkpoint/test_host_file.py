@@ -153,12 +153,13 @@ def test_a_run_resumes_from_it_on_another_number_of_ranks(run_ranks, tmp_path):
 
 
 def test_an_old_run_file_that_asks_for_it_loads_with_a_hint(capsys):
-    settings = ["checkpoint.file_per=host", "checkpoint.grace_seconds=20", "dense_run="]
+    defaults = ["dense_run=", "prompt.text=", "prompt.source=embeddings", "train.prompt_learning_rate=0.005"]
+    settings = ["checkpoint.file_per=host", "checkpoint.grace_seconds=20", *defaults]
     run = load_run("tests/data/world_size.toml", settings)
     assert run == load_run("tests/data/world_size.toml")
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "checkpoint.file_per = 'host' has no effect any more: every rank writes its own file. Remove it"
     assert said[1].startswith("checkpoint.grace_seconds = 20 has no effect any more: a signal stops the run after")
-    assert len(said) == 2  # the default of dense_run, which every old run file has, needs no hint
+    assert len(said) == 2  # defaults, which every old run file has, need no hint
     load_run("tests/data/world_size.toml", ["dense_run=runs/dense"])
     assert capsys.readouterr().err.startswith("dense_run = 'runs/dense' has no effect any more: compare the run with")

@@ -25,7 +25,7 @@ from pst_ds.train.run import build, prepare, train_prepared
 
 RUN_FILE = "tests/data/world_size.toml"
 FULL = ("dense", "magnitude", "gmp", "movement", "soft-movement")
-NEEDED = {"soft-movement": ["train.score_penalty=10.0"], "sk-tuning": ["prompt.text=a good film"]}
+NEEDED = {"soft-movement": ["train.score_penalty=10.0"]}
 SPARSE = [name for name, method in METHODS.items() if method.masks != "none"]
 
 
@@ -226,7 +226,7 @@ def test_a_fixed_mask_of_zeros_is_the_base_models(tmp_path):
     [
         (
             ["pst.initial_mask=zeros"],
-            "with a fixed mask ('magnitude', 'spp', 'masked-lora', 'sk-tuning')",
+            "with a fixed mask ('magnitude', 'spp', 'masked-lora')",
         ),
         (["method=soft-movement"], "needs one above 0"),
         (["train.score_penalty=1.0"], "no other method has one"),

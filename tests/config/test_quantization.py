@@ -96,8 +96,6 @@ def test_rounding_while_masks_change_is_refused(tmp_path):
         settings = [*early, f"method={name}"]
         if method.score_penalty:
             settings.append(f"train.score_penalty={method.score_penalty}")
-        if method.prompt_text:
-            settings.append(f"prompt.text={method.prompt_text}")
         if method.masks == "ramp" or not method.injects:
             with pytest.raises(ConfigError, match=r"quantization\."):
                 _load(tmp_path, *settings)

@@ -15,6 +15,9 @@ SETTINGS = {
         setting("eval.zzz=1"), "unknown key 'eval.zzz'", "zzz", "Known keys: interval, batch_size, metric"
     ),
     "an unknown table": Wrong(setting("scheduel.final_sparsity=0.5"), "'scheduel'", "scheduel", "'schedule'"),
+    "a trained prompt of an older version": Wrong(
+        setting("prompt.text=a good film", "method=sk-tuning"), "prompt", "a good film", "Remove [prompt]"
+    ),
     "--set without =": Wrong(setting("train.num_steps"), "--set", "'train.num_steps'", "the form key=value, such as"),
     "--set into a value": Wrong(setting("seed.of=3"), "--set 'seed.of=3'", "seed is a value", "not a table"),
     "a value of another type": Wrong(

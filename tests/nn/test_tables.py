@@ -16,7 +16,6 @@ from pst_ds.core import coded_weight
 from pst_ds.core.head_loss import head_loss
 from pst_ds.core.quantization import Grid, round_to_grid
 from pst_ds.nn.language_head import language_head
-from pst_ds.nn.prompt import embedded
 from pst_ds.nn.tables.coded import CodedEmbedding, CodedOutput, coded_tables
 from pst_ds.nn.targets import InjectionError
 from pst_ds.parallel import zero3
@@ -52,7 +51,7 @@ def test_codes_compute_as_the_weights_that_they_are_would(grid, tied, capsys):
         out = model(input_ids=IDS, labels=IDS)
         out.loss.backward()
         grads = [param.grad for param in model.parameters() if param.requires_grad]
-        vectors = embedded(model, IDS[0])
+        vectors = model.get_input_embeddings()(IDS[0]).detach()
         print_trainable_parameters(model)
         merged = merge_and_unload(model)
         assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied

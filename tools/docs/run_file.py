@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from pst_ds.config.data import DATA_PRESETS, DataConfig, DataSource, EvalConfig
 from pst_ds.config.methods import METHODS
-from pst_ds.config.model import ModelConfig, PromptConfig, QuantizationConfig
+from pst_ds.config.model import ModelConfig, QuantizationConfig
 from pst_ds.config.one_shot import OneShotConfig
 from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.config.run import CheckpointConfig, PicturesConfig, RunConfig, TrackingConfig
@@ -29,7 +29,6 @@ TABLES = {
     "": RunConfig, "model": ModelConfig, "data": DataConfig, "[data.sources]": DataSource, "train": TrainConfig,
     "start": OneShotConfig, "schedule": ScheduleConfig, "pst": PSTConfig, "[pst.overrides]": Override,
     "quantization": QuantizationConfig,
-    "prompt": PromptConfig,
     "distillation": DistillationConfig, "eval": EvalConfig, "checkpoint": CheckpointConfig, "pictures": PicturesConfig,
     "tracking": TrackingConfig,
 }  # fmt: skip
@@ -37,7 +36,7 @@ KINDS = {"string": "a string", "integer": "a whole number", "number": "a number"
 GROUPS = {
     "The run and its model": ("", "model"),
     "Data": ("data", "[data.sources]"),
-    "Training": ("train", "distillation", "prompt", "quantization"),
+    "Training": ("train", "distillation", "quantization"),
     "Pruning": ("schedule", "start", "pst", "[pst.overrides]"),
     "Evaluation, checkpoints and monitoring": ("eval", "checkpoint", "pictures", "tracking"),
 }

@@ -94,8 +94,7 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     model_config = load_model_config(first, labels, tokenizer)
     limits = positions_of(model_config), tokenizer.model_max_length
     positions = min((limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**9), default=None)
-    room = (positions or _UNKNOWN_LIMIT) - (len(tokenizer(first.prompt.text)["input_ids"]) if first.prompt.text else 0)
-    length = asked or min(first.task_facts.init_max_length, room)
+    length = asked or min(first.task_facts.init_max_length, positions or _UNKNOWN_LIMIT)
     table = laid_over(table, "data", max_length=length)
     held_out = ""
     if not args.validation:
@@ -239,9 +238,6 @@ def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> Setti
     method = METHODS[args.method]
     if method.score_penalty:
         table["train"]["score_penalty"] = method.score_penalty
-    if method.prompt_text:
-        table["prompt"] = {"text": method.prompt_text}
-        data |= {"document_mask": False} if facts.packs_text else {}
     if method.masks != "none":
         table["pst"] = {"target_modules": "all-linear", "pattern": _proposed_pattern(args, task)[0]}
         table["pst"] |= {"exclude_modules": args.exclude_modules} if args.exclude_modules else {}

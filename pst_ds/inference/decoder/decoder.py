@@ -15,7 +15,6 @@ from pst_ds.inference.decoder.table import DecoderError, DecoderTable, Part, tab
 from pst_ds.inference.hf.model_folder import open_model_folder
 from pst_ds.inference.hf.tables import StoredTable, stored_tables
 from pst_ds.inference.runtime.native_loop import require_library
-from pst_ds.nn.prompt import prompt_of
 
 MOST_DIFFERENCE = 0.03
 """Largest mean difference of the loop's logits from the model's, relative to their norm, with a cache in fp32.
@@ -94,8 +93,6 @@ class Decoder:
         ``context``: positions of a sequence, at most as many as the model has. ``tables``: embeddings that its folder
         stores quantised. With ``verify``, compares the logits of some tokens with the model's. Raises DecoderError.
         """
-        if prompt_of(model) is not None:
-            raise DecoderError(f"{type(model).__name__} reads a trained prompt, which the native loop does not")
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         context = min(context, limit) if isinstance(limit, int) else context
         decoder = cls(table_of(model, context, tables), **options)

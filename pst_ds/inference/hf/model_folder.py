@@ -13,7 +13,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from pst_ds.core.packings import DENSE
 from pst_ds.data.tokens.tokenize import open_tokenizer
 from pst_ds.errors import InputError
-from pst_ds.export.prompt_file import attach_saved_prompt
 from pst_ds.formats.base_weights import BaseWeights
 from pst_ds.inference.hf.config import LoadAs, PackedWeightsConfig
 from pst_ds.nn.base_model import DTYPES, Pretrained, architecture
@@ -70,7 +69,6 @@ class ModelFolder:
             quantization_config=None if self.format == DENSE else PackedWeightsConfig(load_as=load_as),
             device_map=None if device == "cpu" else {"": device},
         )
-        attach_saved_prompt(model, self.path)
         return model.eval()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -18,7 +18,6 @@ from pst_ds.atomic_files import atomic_folder, require_writable
 from pst_ds.core.packings import ONNX_FILE
 from pst_ds.export.encoding import ExportError
 from pst_ds.export.from_folder import CONFIG_FILE, copy_small_files
-from pst_ds.export.prompt_file import PROMPT_FILE
 from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.inference.hf.config import LoadAs
 from pst_ds.inference.hf.model_folder import open_model_folder
@@ -56,8 +55,6 @@ def write_onnx(
 
     from pst_ds.inference.onnx.export import plain_graph, sparse_graph
 
-    if (packed / PROMPT_FILE).is_file():
-        raise ExportError(f"{out} would ignore the model's trained prompt. Use --format dense, or bitmask")
     model, reference = _load(packed, "dense" if plain else "sparse"), _load(packed, "dense")
     outputs = _outputs_of(reference)
     graph = plain_graph(model, outputs) if plain else sparse_graph(model, _tables(packed, model), outputs)

@@ -14,7 +14,6 @@ from pst_ds.config.run import RunConfig
 from pst_ds.data.generation import missing_libraries
 from pst_ds.data.tasks.data_to_text import DataToText, Pairs
 from pst_ds.errors import InputError
-from pst_ds.export.prompt_file import attach_saved_prompt
 from pst_ds.inference.runtime import sparse_layers
 from pst_ds.inference.runtime.experts import SparseExperts
 from pst_ds.inference.verify.masked_run import Compared, FewerTokens, LargestLogit, MaskedRun
@@ -218,7 +217,6 @@ def _loaded(run: MaskedRun, load_as: Literal["", "dense", "sparse"]) -> nn.Modul
     model = context.task.model_class().from_pretrained(run.folder, dtype=dtype, **options)
     model.config.use_cache = False  # with a cache, transformers expects the positions of a single text
     keep_documents_apart(model)
-    attach_saved_prompt(model, run.folder)
     model = model.to(context.device).eval()
     if load_as != "sparse":
         _align(model)

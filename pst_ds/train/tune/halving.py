@@ -10,10 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pst_ds.config.train import TrainConfig
+from pst_ds.config.train import RATES, TrainConfig
 from pst_ds.errors import InputError
 
-RATES = tuple(f"{group}_learning_rate" for group in ("score", "update", "gate", "prompt", "embedding", "head"))
 LEAST_STEPS = 40
 """Optimizer steps of the shortest trial. With 20, trials learn nothing (tools/quality/logs/learning-rate-search.md)."""
 TRIAL_POWER = 1 / 6

@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 
 from pst_ds.config.run import RunConfig
 from pst_ds.config.toml import dump_run, run_from_table, toml_value
-from pst_ds.config.train import TrainConfig
+from pst_ds.config.train import RATES, TrainConfig
 from pst_ds.errors import InputError
-from pst_ds.train.tune.halving import RATES, Candidate
+from pst_ds.train.tune.halving import Candidate
 
 Record: TypeAlias = dict[str, Any]
 """A line of tune.jsonl."""
@@ -23,7 +23,8 @@ def _candidate(line: Record) -> Candidate:
 
 def trial_table(lines: Sequence[Record]) -> list[list[str]]:
     """Return a header and a row for each trial, with the rates of the whole run that the trial represents."""
-    head, train = lines[0], TrainConfig(**lines[0]["run"]["train"])
+    head, own = lines[0], lines[0]["run"]["train"]
+    train = TrainConfig(num_steps=1, **{name: own[name] for name in RATES})
     names = [name.removesuffix("_learning_rate") for name in RATES]
     rows = [["rates", *names, "steps", head["metric"], "standard error"]]
     for line in lines:

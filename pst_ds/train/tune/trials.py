@@ -17,7 +17,8 @@ import torch
 from pst_ds.atomic_files import write_text_atomic
 from pst_ds.config.run import ConfigError, PicturesConfig, RunConfig
 from pst_ds.config.settings import OnResume, resume_rules
-from pst_ds.config.toml import dump_run, flatten
+from pst_ds.config.toml import dump_run, flatten, is_removed
+from pst_ds.config.train import RATES
 from pst_ds.data.tasks import ExampleSet, Task
 from pst_ds.file_names import CHECKPOINTS, RESULT_FILE, RUN_FILE, TRIALS, TUNE_FILE
 from pst_ds.json_text import json_of
@@ -32,7 +33,7 @@ from pst_ds.train.one_shot.start import start_run
 from pst_ds.train.resume import as_table
 from pst_ds.train.run import Splits, load_splits, train_prepared
 from pst_ds.train.run_context import RunContext
-from pst_ds.train.tune.halving import RATES, Candidate, Outcome, Rung, candidates, chosen, promoted, rungs
+from pst_ds.train.tune.halving import Candidate, Outcome, Rung, candidates, chosen, promoted, rungs
 from pst_ds.train.tune.report import Record
 
 STANDARD_ERROR = "standard_error"
@@ -115,7 +116,8 @@ def _read_lines(folder: Path, head: Record, restart: bool) -> list[Record]:
     before, now = ({key.removeprefix("run."): value for key, value in flatten(of).items()} for of in (lines[0], head))
     may_change = resume_rules(RunConfig)
     for key in now | before:
-        if before.get(key) != now.get(key) and may_change.get(key) is not OnResume.MAY_DIFFER:
+        may_differ = may_change.get(key) is OnResume.MAY_DIFFER or is_removed(key)
+        if before.get(key) != now.get(key) and not may_differ:
             raise ConfigError(
                 f"{path} has the trials of another search: {key} = {before.get(key)!r} there, and {now.get(key)!r} "
                 "now. Use the old value, a new search with --restart, or another output_dir"

@@ -249,13 +249,17 @@ def test_keys_and_a_full_queue(folders, monkeypatch):
     stop(running, thread)
 
 
-def test_a_folder_with_a_prompt_and_its_users(tmp_path, capsys):
-    """Texts of one batch, of other lengths and users, are those of ``generate``; the prompt takes its positions."""
+def test_a_folder_of_a_run_and_its_users(tmp_path, capsys):
+    """Texts of one batch, of other lengths and users, are those of ``generate``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(Path(__file__).resolve().parents[3])
-        small = {"output_dir": str(tmp_path / "run"), "deepspeed_config": "", "train.num_steps": 4}
-        prompt = {"data.max_length": 16, "data.document_mask": False, "prompt.text": "the plot was"}
-        assert main(["train", "tests/data/causal_lm.toml", "--quiet", *_settings(small | prompt)]) == 0
+        small = {
+            "output_dir": str(tmp_path / "run"),
+            "deepspeed_config": "",
+            "train.num_steps": 4,
+            "data.max_length": 16,
+        }
+        assert main(["train", "tests/data/causal_lm.toml", "--quiet", *_settings(small)]) == 0
         words = [str(tmp_path / "run"), "--quiet"]
         assert main(["export", *words, "--format", "bitmask", "--out", str(tmp_path / "tiny")]) == 0
         more = ["--form", "beside", "--epochs", "3", "--learning-rate", "0.05"]
@@ -271,8 +275,7 @@ def test_a_folder_with_a_prompt_and_its_users(tmp_path, capsys):
     (tmp_path / "template.jinja").write_text("{{ bos_token }}" + TEMPLATE)  # a tokenizer adds it to a plain text itself
     service, running, thread, url = _start(tmp_path)
     positions = json.loads((tmp_path / "tiny" / "config.json").read_text())["max_position_embeddings"]
-    tokens = len(json.loads((tmp_path / "tiny" / "prompt.json").read_text())["values"])
-    assert service.limits.positions == positions - tokens
+    assert service.limits.positions == positions
 
     def ask(one):
         messages = [{"role": "user", "content": one[0]}]

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pst_ds.config.train import TrainConfig
+from pst_ds.config.train import RATES, TrainConfig
 from pst_ds.errors import InputError
 from pst_ds.train.tune import halving
-from pst_ds.train.tune.halving import CANDIDATES, DEVIATIONS, LEAST_STEPS, RATES, TRIAL_POWER, Candidate, Outcome
+from pst_ds.train.tune.halving import CANDIDATES, DEVIATIONS, LEAST_STEPS, TRIAL_POWER, Candidate, Outcome
 
 OUTCOMES = st.lists(
     st.tuples(st.one_of(st.floats(-10, 10), st.just(math.nan)), st.floats(0, 1)), min_size=3, max_size=9
@@ -101,7 +101,7 @@ def test_a_difference_within_the_error_keeps_the_own_rates():
 
 
 def _train(**rates):
-    own = dict(zip(RATES, (1e-2, 1e-3, 2e-2, 5e-3, 2e-4, 5e-4), strict=True))
+    own = dict(zip(RATES, (1e-2, 1e-3, 2e-2, 2e-4, 5e-4), strict=True))
     return TrainConfig(num_steps=10, **{**own, **rates})
 
 
@@ -117,7 +117,7 @@ def test_factors_reach_all_rates_and_fewer_steps_raise_them():
     rates = Candidate(3.0, 1 / 3).rates(train)
     assert rates == {
         "score_learning_rate": 0.03, "update_learning_rate": 0.003, "gate_learning_rate": 0.06,
-        "prompt_learning_rate": 0.015, "embedding_learning_rate": 0.0, "head_learning_rate": 0.0005,
+        "embedding_learning_rate": 0.0, "head_learning_rate": 0.0005,
     }  # fmt: skip
     longer = Candidate().rates(train, 100, 1600)
     assert longer["update_learning_rate"] == pytest.approx(1e-3 * 16**TRIAL_POWER, rel=1e-2)

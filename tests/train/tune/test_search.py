@@ -11,13 +11,14 @@ import pytest
 
 from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
+from pst_ds.config.train import RATES
 from pst_ds.data.labelled import Examples
 from pst_ds.data.tasks import task_of
 from pst_ds.parallel import stop_signals
 from pst_ds.train.divergence import DivergedError
 from pst_ds.train.objective import Objective
 from pst_ds.train.tune import halving, trials
-from pst_ds.train.tune.halving import RATES, Candidate
+from pst_ds.train.tune.halving import Candidate
 from pst_ds.train.tune.trials import standard_error, trial_run
 
 RUN_FILE = "tests/data/world_size.toml"
@@ -28,7 +29,6 @@ OWN = {
     "score_learning_rate": 1e-2,
     "update_learning_rate": 1e-3,
     "gate_learning_rate": 2e-2,
-    "prompt_learning_rate": 3e-3,
     "embedding_learning_rate": 2e-4,
     "head_learning_rate": 5e-4,
 }
