@@ -126,6 +126,13 @@ def _steps(plan: Plan) -> Iterator[str]:
     examples = "" if plan.num_examples is None else f" over {plan.num_examples:,} {plan.unit}"
     yield f"{plan.num_steps} steps{examples}"
     start, schedule, rounding = plan.start, plan.schedule, plan.rounding
+    if tuned := plan.finetuning:
+        trained, seconds = (
+            f"{tuned.trained_parameters:,} of {tuned.parameters:,} parameters",
+            tuned.verdict.hours * 3600,
+        )
+        yield f"first, {tuned.num_steps} steps by {tuned.run.method} train {trained}: {tuned.run.output_dir}"
+        yield f"  memory of a rank: {bytes_text(tuned.memory.peak)} at the peak; expected: {_seconds(seconds)}"
     if start:
         samples = "" if start["method"] == "magnitude" else f" on {start['samples']} examples"
         yield f"before them, all ranks prune to {start['sparsity']} by {start['method']}{samples}: {start['folder']}"

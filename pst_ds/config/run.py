@@ -17,7 +17,7 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.config.settings import ConfigError as ConfigError
 from pst_ds.config.settings import Interval, MayDiffer, NotNegative, Positive, Section, Strings, settings
 from pst_ds.config.tasks import TASKS, TaskFacts, task_conflicts
-from pst_ds.config.train import DistillationConfig, TrainConfig
+from pst_ds.config.train import DistillationConfig, FinetuneConfig, TrainConfig
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.schedule import (
     CubicSchedule,
@@ -27,11 +27,18 @@ from pst_ds.core.schedule import (
     Schedules,
     default_learning_rates,
 )
-from pst_ds.file_names import START
+from pst_ds.file_names import FINETUNED, MODEL, START
 
 LEAST_STEPS_OF_SOLVE = 4
 """Optimizer steps from one solve to the next, at least."""
 TRACKERS = ("wandb", "mlflow", "trackio")
+_OF_UPDATES = (
+    "target_modules", "exclude_modules", "prune_uncalled", "modules_to_save", "bias", "fused_modules", "update_rank",
+    "expert_rank", "update_embeddings", "beta", "update_init", "update_init_scale", "tile_bytes", "seed",
+)  # fmt: skip
+"""Settings of ``[pst]`` that the methods of ``[finetune]`` have too."""
+_OTHER_RATES = "score_learning_rate", "gate_learning_rate", "prompt_learning_rate"
+"""Learning rates of what ``[finetune]`` does not train."""
 
 
 @settings
@@ -111,6 +118,7 @@ class RunConfig(Section):
     deepspeed_config: MayDiffer[str] = ""
     """DeepSpeed's JSON config; empty runs one process without DeepSpeed."""
     pst: PSTConfig = field(default_factory=PSTConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     start: OneShotConfig = field(default_factory=OneShotConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
@@ -143,6 +151,10 @@ class RunConfig(Section):
         yield from self.distillation.conflicts(task)
         if schedule.solves:
             yield from self._conflicts_of_solves()
+        try:
+            self.finetuning()
+        except ConfigError as error:
+            yield from (f"[finetune] with these settings: {problem}" for problem in error.args)
 
     def _conflicts_of_solves(self) -> Iterator[str]:
         """Yield a message for each setting that does not fit masks and weights that are solved for during training."""
@@ -271,6 +283,42 @@ class RunConfig(Section):
         unset = {name: rate for name, rate in rates.items() if getattr(self.train, name) is None}
         return replace(self, train=replace(self.train, **unset))  # type: ignore[arg-type]
 
+    def finetuning(self) -> RunConfig | None:
+        """Return the run of ``[finetune]``, in a folder inside the run's; None without one. Raises ConfigError."""
+        if self.finetune.method == "none":
+            return None
+        stage = {**asdict(self.finetune), **dict.fromkeys(_OTHER_RATES), "score_penalty": 0.0, "profile_steps": ""}
+        method = stage.pop("method")
+        return RunConfig(
+            output_dir=str(Path(self.output_dir) / FINETUNED),
+            model=self.model,
+            data=self.data,
+            train=replace(self.train, **stage),
+            task=self.task,
+            method=method,
+            seed=self.seed,
+            deepspeed_config=self.deepspeed_config,
+            pst=PSTConfig(**{name: getattr(self.pst, name) for name in _OF_UPDATES}),
+            eval=self.eval,
+            checkpoint=self.checkpoint,
+        )
+
+    @property
+    def finetuned_path(self) -> str:
+        """Folder of the fine-tuned model of ``[finetune]``."""
+        return str(Path(self.output_dir) / FINETUNED / MODEL)
+
+    def finetuned(self) -> RunConfig:
+        """Return the run after its fine-tuning, with the fine-tuned model as its base."""
+        return replace(self, model=replace(self.model, path=self.finetuned_path), finetune=FinetuneConfig())
+
+    @property
+    def teacher(self) -> str:
+        """Model folder of the separate teacher; "" without one. The base stands in for a ``[finetune]`` that was not
+        done yet."""
+        named, is_planned = self.distillation.teacher, self.finetune.method != "none"
+        return named if named != FINETUNED else self.model.path if is_planned else self.finetuned_path
+
     def started(self) -> RunConfig:
         """Return the run after its one-shot pruning, with the pruned model in the run folder as its base.
 
@@ -280,7 +328,8 @@ class RunConfig(Section):
             return self
         distillation = self.distillation
         if distillation.weight and not distillation.teacher:
-            distillation = replace(distillation, teacher=self.model.path)
+            base = self.model.path
+            distillation = replace(distillation, teacher=FINETUNED if base == self.finetuned_path else base)
         model = replace(self.model, path=str(Path(self.output_dir) / START))
         return replace(self, model=model, distillation=distillation, start=OneShotConfig())
 

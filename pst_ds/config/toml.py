@@ -16,7 +16,7 @@ from pst_ds.config.methods import METHODS
 from pst_ds.config.pst import PAPER
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.settings import messages, report
-from pst_ds.file_names import RUN_FILE, START
+from pst_ds.file_names import FINETUNED, MODEL, RUN_FILE, START
 
 PRESETS: dict[str, dict[str, object]] = {"default": {}, "paper": {"pst": PAPER}}
 _RUN = TypeAdapter(RunConfig)
@@ -50,8 +50,9 @@ def load_run_folder(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
         )
     table = _table(folder / RUN_FILE, overrides)
     model, was = table.get("model"), table.get("output_dir")
-    if isinstance(model, dict) and isinstance(was, str) and model.get("path") == str(Path(was) / START):
-        table["model"] = {**model, "path": str(folder / START)}  # the pruned model that it started from moved too
+    for inside in (Path(FINETUNED, MODEL), START):  # the model that it started from moved too
+        if isinstance(model, dict) and isinstance(was, str) and model.get("path") == str(Path(was) / inside):
+            table["model"] = {**model, "path": str(folder / inside)}
     return run_from_table({**table, "output_dir": str(folder)})
 
 

@@ -1,4 +1,4 @@
-"""Settings of training and its loss: ``[train]`` and ``[distillation]``."""
+"""Settings of training and its loss: ``[train]``, ``[finetune]`` and ``[distillation]``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,19 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from pst_ds.config.settings import FINITE, ConfigError, MayDiffer, Positive, Rate, Reported, Section, Share, settings
+from pst_ds.config.methods import METHODS
+from pst_ds.config.settings import (
+    FINITE,
+    ConfigError,
+    MayDiffer,
+    NotNegative,
+    Positive,
+    Rate,
+    Reported,
+    Section,
+    Share,
+    settings,
+)
 from pst_ds.config.tasks import TASKS
 
 RATES = tuple(f"{group}_learning_rate" for group in ("score", "update", "gate", "embedding", "head"))
@@ -28,7 +40,8 @@ class DistillationConfig(Section):
     """Divisor of both logits; the divergence is multiplied by its square."""
     teacher: str = ""
     """Model folder with the same task, classes and vocabulary. Empty uses the base model without masks and updates,
-    which needs no memory but requires a dense base, and that only the small factors train."""
+    which needs no memory but requires a dense base, and that only the small factors train. "finetuned" is the result of
+    ``[finetune]``."""
 
     def problems(self) -> Iterator[str]:
         if not self.weight:
@@ -143,3 +156,35 @@ class TrainConfig(Section):
         """First and last step to record; (0, 0) for none."""
         found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", self.profile_steps)
         return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+@settings
+class FinetuneConfig(Section):
+    """Training of the whole model before it is pruned, on the run's data (docs/how-to/methods.md)."""
+
+    method: str = "none"
+    """Method without masks, such as "lora" or "dense". Its run folder is ``finetuned/`` in that of the run, and
+    ``finetuned/model`` becomes the base model. "none" omits this stage."""
+    num_steps: NotNegative = 0
+    """Optimizer steps. Set either this or ``num_epochs``."""
+    num_epochs: Rate = 0.0
+    """Epochs over the training data. Set either this or ``num_steps``."""
+    update_learning_rate: Rate | None = None
+    """Learning rate of U and V. Unset rates, here and below, are those that ``[train]`` would have."""
+    embedding_learning_rate: Rate | None = None
+    """Learning rate of U and V of ``pst.update_embeddings``."""
+    head_learning_rate: Rate | None = None
+    """Learning rate of modules trained in full, and of every weight with method "dense"."""
+
+    def problems(self) -> Iterator[str]:
+        names = [name for name, method in METHODS.items() if method.masks == "none"]
+        if self.method == "none":
+            reason = 'with finetune.method = "none". Set finetune.method, such as "lora"'
+            yield from self.unused("finetune", reason, *(name for name in vars(self) if name != "method"))
+        elif self.method not in names:
+            yield f"finetune.method = {self.method!r} must be one of {', '.join(map(repr, ['none', *names]))}"
+        elif (self.num_steps > 0) == (self.num_epochs > 0):
+            yield (
+                f"finetune.num_steps = {self.num_steps} and finetune.num_epochs = {self.num_epochs}: set one of them "
+                "above 0, and the other to 0"
+            )

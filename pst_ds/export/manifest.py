@@ -33,7 +33,7 @@ Facts = dict[str, Any]
 
     kind, values, group, embeddings, embedding_group    format and quantisation, see :class:`Encoding`
     architecture, base_model, base_fingerprint, run     model class, base model, resolved run file
-    pruned_from                                         model that ``pst-ds prune`` started from
+    pruned_from                                         model from which the base was fine-tuned or pruned
     step, computed_in, metrics, sparsity_requested      of the run; computed_in: its precision
     tokens_kept                                         old id of each token, if tokens were removed
     left_alone                                          linear layers that are not quantised, for compressed-tensors

@@ -30,7 +30,7 @@ from pst_ds.export.trimmed_vocabulary import with_fewer_rows, write_vocabulary
 from pst_ds.export.write import write_tensors
 from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.formats.base_weights import BaseWeights, is_text_part
-from pst_ds.nn.base_model import pruning_record
+from pst_ds.nn.base_model import origin_of
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.model_structure import is_linear
 
@@ -118,7 +118,7 @@ def export_checkpoint(
 
 def _facts_of_run(checkpoint: Checkpoint, encoding: Encoding, run: dict[str, object] | None) -> Facts:
     state = checkpoint.state
-    pruned_from = pruning_record(state.base_path).get("base_model")
+    origin = origin_of(state.base_path)
     return {
         "kind": encoding.packing,
         "step": state.step,
@@ -128,7 +128,7 @@ def _facts_of_run(checkpoint: Checkpoint, encoding: Encoding, run: dict[str, obj
         "sparsity_requested": state.sparsity,
         "metrics": {name: value if math.isfinite(value) else None for name, value in state.metrics.items()},
         "run": run,
-        **({"pruned_from": str(pruned_from)} if pruned_from else {}),
+        **({"pruned_from": origin} if origin != state.base_path else {}),
     }
 
 

@@ -141,13 +141,20 @@ class Pretrained:
             raise InputError(f"{lacking}: there would be random values. {fix}")
 
 
-def pruning_record(path: str | Path) -> dict[str, object]:
+def pruning_record(path: str | Path, name: str = PRUNING_RECORD) -> dict[str, object]:
     """Return the record of ``pst-ds prune``, or of a run that pruned, in a folder; empty if missing or damaged."""
     try:
-        found = json.loads((Path(path) / PRUNING_RECORD).read_text(encoding="utf-8"))
+        found = json.loads((Path(path) / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def origin_of(path: str) -> str:
+    """Return the model from which the folder ``path`` was pruned or fine-tuned; ``path`` for another folder."""
+    for name in (PRUNING_RECORD, MANIFEST_FILE):
+        path = str(pruning_record(path, name).get("base_model") or path)
+    return path
 
 
 def architecture(config: PreTrainedConfig) -> type[PreTrainedModel] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import sys
@@ -190,6 +191,13 @@ def release(engine: Engine) -> None:
     inner.state.clear()
     inner.param_groups.clear()
     vars(engine.optimizer).clear()
+
+
+def free_released() -> None:
+    """Free what engines of finished runs leave in this process."""
+    gc.collect()  # an engine and its model hold each other
+    if torch.accelerator.is_available():
+        torch.accelerator.memory.empty_cache()
 
 
 def time_waits(engine: Engine, timing: Callable[[], AbstractContextManager[None]]) -> None:

@@ -139,6 +139,8 @@ class Plan:
     checkpoint_bytes: int
     """Most bytes of a checkpoint, over all ranks."""
     time: TimePlan
+    finetuning: Plan | None
+    """The fine-tuning before the run; None without one."""
     start_cost: Cost | None
     """Cost of the one-shot pruning before the first step; None without any, or if it needs no data."""
     verdict: Verdict
@@ -172,6 +174,7 @@ class Plan:
         """Return the plan as JSON values."""
         fields = asdict(self)
         del fields["memory"], fields["run"]
+        fields["finetuning"] = self.finetuning.as_json() if self.finetuning else None
         run, memory = self.run, self.memory
         return fields | {
             "precision": run.train.precision,
@@ -205,13 +208,14 @@ def plan(run: RunConfig | str | Path, options: PlanOptions | None = None) -> Pla
     layers, embeddings, trained_in_full = _layers(model), _embeddings(model), head_names(model, run)
     remarks = [remark] if remark else []
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, run)]
-    start = _start(run, model, numbers, ranks, machine)
+    start, finetuning = _start(run, model, numbers, ranks, machine), run.finetuning()
+    before = None if finetuning is None else plan(finetuning, replace(options, trace=None))
     # the trace comes last: it uses the model up
     trace = options.trace or _trace(model, run, ranks, zero.persistence_threshold, machine.device)
     scale_bytes = numbers.bytes_of("scales")
     checkpoint_bytes = most_bytes(numbers.trainables, numbers.pruned_weights, scale_bytes // SCALE_BYTES)
     given = trace, machine, num_steps, checkpoint_bytes, options
-    memory, times, judged = _cost(run, numbers, zero, groups, start, *given)
+    memory, times, judged = _cost(run, numbers, zero, groups, start, before, *given)
     return Plan(
         run=run,
         ranks=ranks,
@@ -236,6 +240,7 @@ def plan(run: RunConfig | str | Path, options: PlanOptions | None = None) -> Pla
         scale_bytes=scale_bytes,
         checkpoint_bytes=checkpoint_bytes,
         time=times,
+        finetuning=before,
         start_cost=start,
         verdict=judged,
     )
@@ -247,13 +252,14 @@ def _cost(
     zero: ZeroSettings,
     groups: list[int],
     start: Cost | None,
+    before: Plan | None,
     trace: Trace | None,
     machine: Machine,
     num_steps: int,
     checkpoint_bytes: int,
     options: PlanOptions,
 ) -> tuple[MemoryPlan, TimePlan, Verdict]:
-    """Predict memory and time. ``groups``: trained parameters of each optimizer group."""
+    """Predict memory and time. ``groups``: trained parameters of each optimizer group; ``before``: the fine-tuning."""
     teacher_bytes, teacher_weights = _teacher(run, numbers, options.no_data)
     ranks, accumulation = zero.world_size, run.train.gradient_accumulation_steps
     memory = memory_plan(
@@ -269,14 +275,18 @@ def _cost(
     batch, schedule = _batch(run, ranks, teacher_weights, trace or Trace()), run.make_schedules(num_steps).masks
     times = time_plan(numbers, zero, batch, machine)
     peak = max(memory.peak, int(start["memory"]["peak"]) if start else 0)
+    need = _need(run, peak, memory.activations, num_steps, checkpoint_bytes / ranks, machine.device)
+    if before is not None:
+        judged = before.verdict
+        need = Need(max(need.enough, judged.needed_bytes), max(need.least, judged.least_bytes))
     work = Work(
         ranks=ranks,
         steps=num_steps,
         mask_updates=sum(schedule.updates_masks_at(step) for step in range(num_steps + 1)) if schedule else 0,
         tokens=run.train.batch_size * run.data.max_length,
         flops=accumulation * step_flops(numbers, replace(batch, checkpointing=False)),
-        start_seconds=start["time"]["all"] if start else 0.0,
-        need=_need(run, peak, memory.activations, num_steps, checkpoint_bytes / ranks, machine.device),
+        start_seconds=(start["time"]["all"] if start else 0.0) + (3600 * before.verdict.hours if before else 0.0),
+        need=need,
         model_bytes=numbers.whole_bytes,
         checkpoint_bytes=checkpoint_bytes,
         least_batch=run.train.groups_of_ranks(ranks) * accumulation,

@@ -48,7 +48,7 @@ class Work:
     flops: float
     """FLOPs of a rank in a step, without recomputation."""
     start_seconds: float
-    """Seconds of the one-shot pruning before the first step."""
+    """Seconds of fine-tuning and one-shot pruning before the first step."""
     need: Need
     """Memory of a rank, on the device that it computes on."""
     model_bytes: int
@@ -80,7 +80,7 @@ class Verdict:
     checkpoint_seconds: float
     """Seconds to write a checkpoint from a copy in memory, while training continues."""
     hours: float
-    """Hours of the whole run, including loading and one-shot pruning."""
+    """Hours of the whole run, including loading, fine-tuning and one-shot pruning."""
     rank_hours: float
     least_batch: int
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from pst_ds.atomic_files import LOCK, only_writer
-from pst_ds.file_names import ATTEMPTS_FILE, CHECKPOINTS, EXIT_CODES_VARIABLE, LATEST, LAUNCH, STALLS
+from pst_ds.file_names import ATTEMPTS_FILE, CHECKPOINTS, EXIT_CODES_VARIABLE, FINETUNED, LATEST, LAUNCH, STALLS
 from pst_ds.parallel.stop_signals import EXIT_STOPPED
 from pst_ds.parallel.watchdog import VERDICT_FILE, blamed_hosts
 from pst_ds.supervise.hosts import Hosts
@@ -82,6 +82,11 @@ class Supervisor:
         self.say(f"attempt {attempt.number} ended with {attempt.exit_code} {at}{outcome}")
         return None if restarts else attempt.exit_code
 
+    @property
+    def _stalls(self) -> tuple[Path, Path]:
+        """Folders of reports on stalls, of the run and of its fine-tuning."""
+        return self.folder / STALLS, self.folder / FINETUNED / STALLS
+
     def _outcome(self, attempt: Attempt) -> tuple[str, bool]:
         """Return what follows an attempt, for the message, and whether that is a restart."""
         code, moved = attempt.exit_code, attempt.to_step > attempt.from_step
@@ -92,7 +97,7 @@ class Supervisor:
             return f"; {'requeued' if requeued else 'could not requeue'} job {job}", False
         if code == EXIT_STOPPED and moved and self.retries:
             return "; it goes on", True
-        blamed = blamed_hosts(self.folder / STALLS)
+        blamed = [host for stalls in self._stalls for host in blamed_hosts(stalls)]
         changed = bool(blamed) and self._leave_out(blamed, "a stalled run names them")
         if not moved and not changed:
             return ", and no checkpoint was written: another start would end like it", False
@@ -115,7 +120,8 @@ class Supervisor:
         codes = (self.folder / LAUNCH / f"codes-{socket.gethostname()}").absolute()
         shutil.rmtree(codes, ignore_errors=True)
         codes.mkdir()
-        (self.folder / STALLS / VERDICT_FILE).unlink(missing_ok=True)
+        for stalls in self._stalls:
+            (stalls / VERDICT_FILE).unlink(missing_ok=True)
         words = self.hosts.filled_in(self.launcher, (self.folder / LAUNCH / "hosts.txt").absolute())
         before, began, without = newest_step(self.folder), time.monotonic(), list(self.hosts.left_out)
         environment = {**os.environ, EXIT_CODES_VARIABLE: str(codes)}
@@ -151,11 +157,12 @@ class Supervisor:
 
 
 def newest_step(folder: Path) -> int:
-    """Return the step of the newest checkpoint of the run in ``folder``; -1 for none."""
-    try:
-        return int((folder / CHECKPOINTS / LATEST).readlink().name.removeprefix("step-"))
-    except (OSError, ValueError):
-        return -1
+    """Return the step of the newest checkpoint of the run in ``folder``, counted with its fine-tuning; -1 for none."""
+    steps = []
+    for path in (folder, folder / FINETUNED):
+        with suppress(OSError, ValueError):
+            steps.append(int((path / CHECKPOINTS / LATEST).readlink().name.removeprefix("step-")))
+    return sum(steps) if steps else -1
 
 
 def _rank_codes(folder: Path) -> list[int]:

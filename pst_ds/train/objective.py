@@ -148,7 +148,7 @@ def predictions(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def require_teacher(run: RunConfig, shapes: nn.Module) -> None:
     """Raise ConfigError if the run's teacher cannot teach the run's model, given as ``shapes`` on the meta device."""
-    if not run.distillation.weight:
+    if not run.distillation.weight or run.teacher == run.model.path:
         return
     place = teacher_of(run)
     if place is not None:
@@ -206,7 +206,7 @@ def _require_comparable(run: RunConfig, own: PreTrainedConfig, config: PreTraine
 
 def teacher_of(run: RunConfig) -> Pretrained | None:
     """Return the run's separate teacher; None without one."""
-    path = run.distillation.teacher
+    path = run.teacher
     return Pretrained(path, "distillation.teacher") if run.distillation.weight and path else None
 
 

@@ -16,6 +16,7 @@ from pst_ds.config.one_shot import OneShotConfig
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.settings import OnResume, resume_rules
 from pst_ds.config.toml import flatten, is_removed
+from pst_ds.config.train import FinetuneConfig
 from pst_ds.file_names import CHECKPOINTS, SOLVED
 from pst_ds.masks.update import mask_stats
 from pst_ds.parallel.engine import Engine
@@ -95,6 +96,7 @@ def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, d
     require_base(checkpoint, checkpoint.state.base_path, fingerprint)
     # a checkpoint may be older than these settings
     unset = flatten({"quantization": asdict(QuantizationConfig()), "start": asdict(OneShotConfig())})
+    unset |= flatten({"finetune": asdict(FinetuneConfig())})
     unset["schedule.solves"] = 0
     before, now = unset | flatten(progress.run), flat_table(run)
     changed = [key for key in now | before if before.get(key) != now.get(key)]  # pst.seed after the seed it may follow

@@ -22,7 +22,7 @@ from pst_ds.file_names import RESULT_FILE, STALLS
 from pst_ds.json_text import json_of
 from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel.ds_config import zero_stage
-from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes
+from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes, release
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, of_main, raise_on_all_ranks, world_size
 from pst_ds.parallel.stop_signals import StoppedError as StoppedError
@@ -34,6 +34,7 @@ from pst_ds.train.checkpointer import Checkpointer
 from pst_ds.train.divergence import DivergedError
 from pst_ds.train.evaluate import predict
 from pst_ds.train.expert_tokens import CountsOfExperts, counts_of_experts, warning_of_unused
+from pst_ds.train.finetune import finetune
 from pst_ds.train.fit_verdict import fit_of, sentence, watched_steps
 from pst_ds.train.loop import FINAL_TAGS, Loop, LoopState
 from pst_ds.train.model import build_model, num_trainable
@@ -162,22 +163,38 @@ def train_prepared(
         evaluation: Replaces :func:`evaluate`.
     """
     with run_folder.without_other_runs(Path(context.run.output_dir)):
-        examples, validation = splits or load_splits(context)
+        examples, validation = splits = splits or load_splits(context)
         num_steps = context.run.num_steps(len(examples))
-        run = start_run(context.run, examples, is_new=not (resume or restart), quiet=quiet)
-        context = replace(context, run=run).with_rates(examples)
+        context = run_stages(context, splits, resume=resume, restart=restart, quiet=quiet).with_rates(examples)
         run = context.run
         checkpoint = checkpoint_to_resume(run, examples.digest, quiet=quiet) if resume else None
         if checkpoint is None and not restart:
             run_folder.require_no_checkpoints(Path(run.output_dir))
         loop, state = _build_loop(context, examples, checkpoint, quiet=quiet)
-        checkpointer = Checkpointer(
-            loop,
-            evaluate=None if validation is None else partial(evaluation or evaluate, loop.engine, validation, context),
-            watched=watched_steps(run, loop.schedules.masks, num_steps, len(examples), len(validation or ())),
-            checkpoint=checkpoint,
-        )
-        return _train_to_the_end(loop, checkpointer, state)
+        try:
+            checkpointer = Checkpointer(
+                loop,
+                evaluate=None
+                if validation is None
+                else partial(evaluation or evaluate, loop.engine, validation, context),
+                watched=watched_steps(run, loop.schedules.masks, num_steps, len(examples), len(validation or ())),
+                checkpoint=checkpoint,
+            )
+            return _train_to_the_end(loop, checkpointer, state)
+        finally:
+            release(loop.engine)  # another run may follow in this process
+
+
+def run_stages(context: RunContext, splits: Splits, *, resume: bool, restart: bool, quiet: bool) -> RunContext:
+    """Fine-tune and prune the run's model by ``[finetune]`` and ``[start]``, unless that was done before.
+
+    Return the context of the rest of the run. Collective. Raises as :func:`train_run`.
+    """
+    if not (resume or restart) and (context.run.finetune.method != "none" or context.run.start.method != "none"):
+        run_folder.require_no_checkpoints(Path(context.run.output_dir))
+    train = partial(train_prepared, resume=resume, restart=restart, quiet=quiet, splits=splits)
+    context = finetune(context, splits[0], train, quiet=quiet)
+    return replace(context, run=start_run(context.run, splits[0], quiet=quiet))
 
 
 def load_splits(context: RunContext) -> Splits:

@@ -15,7 +15,7 @@ from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import InputError
 from pst_ds.file_names import CHECKPOINTS, START
-from pst_ds.nn.base_model import pruning_record
+from pst_ds.nn.base_model import origin_of, pruning_record
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.ranks import is_main, of_main
 from pst_ds.parallel.stop_signals import StoppedError
@@ -24,7 +24,6 @@ from pst_ds.prune.model_files import ModelFiles
 from pst_ds.prune.one_shot import plan_layers
 from pst_ds.train.model import attention_options
 from pst_ds.train.one_shot.pruning import prune_model
-from pst_ds.train.run_folder import require_no_checkpoints
 
 _OF_LAYERS = ("pattern", "target_modules", "exclude_modules", "modules_to_save", "gated_norms")
 """Settings of ``[pst]`` that decide which weights compete with each other."""
@@ -32,16 +31,14 @@ _COARSE = ("matrix", "stack")
 """Patterns that keep the pruned weights of a folder whose matrices have equal sparsity; "global" always does."""
 
 
-def start_run(run: RunConfig, examples: ExampleSet, *, is_new: bool, quiet: bool) -> RunConfig:
+def start_run(run: RunConfig, examples: ExampleSet, *, quiet: bool) -> RunConfig:
     """Prune the run's pretrained model as ``[start]`` says, unless that was done before; return the run that trains it.
 
-    Collective: all ranks share the work. Raises on all ranks InputError, also for an ``is_new`` run whose folder has
-    checkpoints, and StoppedError after a signal to any. Blocks that are finished are kept: the next start continues.
+    Collective: all ranks share the work. Raises on all ranks InputError, and StoppedError after a signal to any. Blocks
+    that are finished are kept: the next start continues.
     """
     if run.start.method == "none":
         return run
-    if is_new:
-        require_no_checkpoints(Path(run.output_dir))
     start = _facts_of_start(run, examples.digest)
     if of_main(partial(_is_done, run, start)):
         return run.started()
@@ -49,7 +46,8 @@ def start_run(run: RunConfig, examples: ExampleSet, *, is_new: bool, quiet: bool
     if is_main() and not quiet:
         print(f"pruning {run.model.path} to {asked.sparsity} by {asked.method}: {out}", file=sys.stderr, flush=True)
     try:
-        prune_model(run, out, asked, examples=examples, more_facts={"start": start}, check=_stop_if_asked)
+        facts = {"start": start, "base_model": origin_of(run.model.path)}
+        prune_model(run, out, asked, examples=examples, more_facts=facts, check=_stop_if_asked)
     except StoppedError as error:
         raise StoppedError(f"{error}. Finished blocks were kept; start the run again to prune the others") from None
     except InputError as error:

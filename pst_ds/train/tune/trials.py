@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import shutil
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from pst_ds.atomic_files import write_text_atomic
 from pst_ds.config.run import ConfigError, PicturesConfig, RunConfig
@@ -22,16 +20,15 @@ from pst_ds.config.train import RATES
 from pst_ds.data.tasks import ExampleSet, Task
 from pst_ds.file_names import CHECKPOINTS, RESULT_FILE, RUN_FILE, TRIALS, TUNE_FILE
 from pst_ds.json_text import json_of
-from pst_ds.parallel.engine import Engine, release
+from pst_ds.parallel.engine import Engine, free_released
 from pst_ds.parallel.ranks import all_gather_objects, is_main, raise_on_all_ranks
 from pst_ds.parallel.stop_signals import StoppedError
 from pst_ds.progress import Progress
 from pst_ds.train import run_folder
 from pst_ds.train.divergence import DivergedError
 from pst_ds.train.evaluate import predict
-from pst_ds.train.one_shot.start import start_run
 from pst_ds.train.resume import as_table
-from pst_ds.train.run import Splits, load_splits, train_prepared
+from pst_ds.train.run import Splits, load_splits, run_stages, train_prepared
 from pst_ds.train.run_context import RunContext
 from pst_ds.train.tune.halving import Candidate, Outcome, Rung, candidates, chosen, promoted, rungs
 from pst_ds.train.tune.report import Record
@@ -68,7 +65,7 @@ def search(context: RunContext, share: float, *, restart: bool = False) -> list[
                 _write_lines(folder, lines)
             _write_run_file(folder, run)
             # all trials, and the run itself, start from the same model
-            started = replace(context, run=start_run(run, splits[0], is_new=False, quiet=False))
+            started = run_stages(context, splits, resume=True, restart=False, quiet=False)
             with Progress("tune", sum(rung.trials * rung.steps for rung in plan), "steps") as progress:
                 best = _run_trials(started, splits, plan, tried, lines, progress)
             rates: dict[str, Any] = dict(best.rates(run.train))
@@ -156,6 +153,7 @@ def trial_run(run: RunConfig, candidate: Candidate, steps: int, num_steps: int, 
     return replace(
         run,
         output_dir=str(folder),
+        distillation=replace(run.distillation, teacher=run.teacher),
         train=replace(run.train, num_steps=steps, num_epochs=0.0, **rates),
         schedule=replace(run.schedule, update_interval=interval),
         eval=replace(run.eval, interval=-1),
@@ -171,15 +169,9 @@ def _run_trial(
     run = trial_run(context.run, candidate, steps, num_steps, Path(context.run.output_dir) / TRIALS / name)
     line: Record = {"steps": steps, **{rate: getattr(run.train, rate) for rate in RATES}}
     failed: Record = {"value": None, STANDARD_ERROR: 0.0}
-    used: list[Engine] = []
-
-    def evaluation(engine: Engine, examples: ExampleSet, context: RunContext) -> dict[str, float]:
-        used[:] = [engine]
-        return evaluate_with_error(engine, examples, context)
-
     try:
         result = train_prepared(
-            replace(context, run=run), resume=True, quiet=True, splits=splits, evaluation=evaluation
+            replace(context, run=run), resume=True, quiet=True, splits=splits, evaluation=evaluate_with_error
         )
     except DivergedError:
         return line | failed
@@ -187,12 +179,7 @@ def _run_trial(
         message = str(error).replace("continue with --resume", "the same command resumes it")
         raise StoppedError(f"trial {name}: {message}") from None
     finally:
-        for engine in used:
-            release(engine)
-        used.clear()
-        gc.collect()  # an engine and its model hold each other
-        if torch.accelerator.is_available():
-            torch.accelerator.memory.empty_cache()
+        free_released()
     value, spread = result["metrics"][run.metric], result["metrics"][STANDARD_ERROR]
     measured = {"value": value, STANDARD_ERROR: spread} if math.isfinite(value) and math.isfinite(spread) else failed
     return line | measured | {"seconds": result["seconds"]}
