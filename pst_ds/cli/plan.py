@@ -127,15 +127,14 @@ def _steps(plan: Plan) -> Iterator[str]:
     yield f"{plan.num_steps} steps{examples}"
     start, schedule, rounding = plan.start, plan.schedule, plan.rounding
     if tuned := plan.finetuning:
-        trained, seconds = (
-            f"{tuned.trained_parameters:,} of {tuned.parameters:,} parameters",
-            tuned.verdict.hours * 3600,
-        )
-        yield f"first, {tuned.num_steps} steps by {tuned.run.method} train {trained}: {tuned.run.output_dir}"
-        yield f"  memory of a rank: {bytes_text(tuned.memory.peak)} at the peak; expected: {_seconds(seconds)}"
+        trained = f"{tuned.trained_parameters:,} of {tuned.parameters:,} parameters"
+        yield f"before them, {tuned.num_steps} steps by {tuned.run.method} train {trained}: {tuned.run.output_dir}"
+        expected = _seconds(3600 * tuned.verdict.hours)
+        yield f"  memory of a rank: {bytes_text(tuned.memory.peak)} at the peak; expected on {plan.machine}: {expected}"
     if start:
         samples = "" if start["method"] == "magnitude" else f" on {start['samples']} examples"
-        yield f"before them, all ranks prune to {start['sparsity']} by {start['method']}{samples}: {start['folder']}"
+        lead = "then" if tuned else "before them,"
+        yield f"{lead} all ranks prune to {start['sparsity']} by {start['method']}{samples}: {start['folder']}"
     if cost := plan.start_cost:
         parts, times, traffic = (
             ", ".join(f"{name.replace('_', ' ')} {text(value)}" for name, value in cost[key].items() if value)

@@ -34,11 +34,9 @@ LEAST_STEPS_OF_SOLVE = 4
 TRACKERS = ("wandb", "mlflow", "trackio")
 _OF_UPDATES = (
     "target_modules", "exclude_modules", "prune_uncalled", "modules_to_save", "bias", "fused_modules", "update_rank",
-    "expert_rank", "update_embeddings", "beta", "update_init", "update_init_scale", "tile_bytes", "seed",
+    "expert_rank", "update_embeddings", "beta", "tile_bytes", "seed",
 )  # fmt: skip
 """Settings of ``[pst]`` that the methods of ``[finetune]`` have too."""
-_OTHER_RATES = "score_learning_rate", "gate_learning_rate", "prompt_learning_rate"
-"""Learning rates of what ``[finetune]`` does not train."""
 
 
 @settings
@@ -287,13 +285,14 @@ class RunConfig(Section):
         """Return the run of ``[finetune]``, in a folder inside the run's; None without one. Raises ConfigError."""
         if self.finetune.method == "none":
             return None
-        stage = {**asdict(self.finetune), **dict.fromkeys(_OTHER_RATES), "score_penalty": 0.0, "profile_steps": ""}
-        method = stage.pop("method")
+        others = dict.fromkeys(("score_learning_rate", "gate_learning_rate"))
+        train = {**asdict(self.finetune), **others, "score_penalty": 0.0, "profile_steps": ""}
+        method = train.pop("method")
         return RunConfig(
             output_dir=str(Path(self.output_dir) / FINETUNED),
             model=self.model,
             data=self.data,
-            train=replace(self.train, **stage),
+            train=replace(self.train, **train),
             task=self.task,
             method=method,
             seed=self.seed,

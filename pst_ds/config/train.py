@@ -9,18 +9,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from pst_ds.config.methods import METHODS
-from pst_ds.config.settings import (
-    FINITE,
-    ConfigError,
-    MayDiffer,
-    NotNegative,
-    Positive,
-    Rate,
-    Reported,
-    Section,
-    Share,
-    settings,
-)
+from pst_ds.config.settings import FINITE, ConfigError, MayDiffer, Positive, Rate, Reported, Section, Share, settings
 from pst_ds.config.tasks import TASKS
 
 RATES = tuple(f"{group}_learning_rate" for group in ("score", "update", "gate", "embedding", "head"))
@@ -165,7 +154,7 @@ class FinetuneConfig(Section):
     method: str = "none"
     """Method without masks, such as "lora" or "dense". Its run folder is ``finetuned/`` in that of the run, and
     ``finetuned/model`` becomes the base model. "none" omits this stage."""
-    num_steps: NotNegative = 0
+    num_steps: Annotated[int, Ge(0)] = 0
     """Optimizer steps. Set either this or ``num_epochs``."""
     num_epochs: Rate = 0.0
     """Epochs over the training data. Set either this or ``num_steps``."""

@@ -171,12 +171,11 @@ def train_prepared(
         if checkpoint is None and not restart:
             run_folder.require_no_checkpoints(Path(run.output_dir))
         loop, state = _build_loop(context, examples, checkpoint, quiet=quiet)
+        measure = None if validation is None else partial(evaluation or evaluate, loop.engine, validation, context)
         try:
             checkpointer = Checkpointer(
                 loop,
-                evaluate=None
-                if validation is None
-                else partial(evaluation or evaluate, loop.engine, validation, context),
+                evaluate=measure,
                 watched=watched_steps(run, loop.schedules.masks, num_steps, len(examples), len(validation or ())),
                 checkpoint=checkpoint,
             )

@@ -20,15 +20,15 @@ from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.config.run import CheckpointConfig, PicturesConfig, RunConfig, TrackingConfig
 from pst_ds.config.tasks import TASKS
 from pst_ds.config.toml import PRESETS
-from pst_ds.config.train import DistillationConfig, TrainConfig
+from pst_ds.config.train import DistillationConfig, FinetuneConfig, TrainConfig
 from pst_ds.core.schedule import ScheduleConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, SCHEMA = ROOT / "docs/reference/run-file.md", ROOT / "docs/reference/run-file.schema.json"
 TABLES = {
     "": RunConfig, "model": ModelConfig, "data": DataConfig, "[data.sources]": DataSource, "train": TrainConfig,
-    "start": OneShotConfig, "schedule": ScheduleConfig, "pst": PSTConfig, "[pst.overrides]": Override,
-    "quantization": QuantizationConfig,
+    "finetune": FinetuneConfig, "start": OneShotConfig, "schedule": ScheduleConfig, "pst": PSTConfig,
+    "[pst.overrides]": Override, "quantization": QuantizationConfig,
     "distillation": DistillationConfig, "eval": EvalConfig, "checkpoint": CheckpointConfig, "pictures": PicturesConfig,
     "tracking": TrackingConfig,
 }  # fmt: skip
@@ -36,7 +36,7 @@ KINDS = {"string": "a string", "integer": "a whole number", "number": "a number"
 GROUPS = {
     "The run and its model": ("", "model"),
     "Data": ("data", "[data.sources]"),
-    "Training": ("train", "distillation", "quantization"),
+    "Training": ("train", "finetune", "distillation", "quantization"),
     "Pruning": ("schedule", "start", "pst", "[pst.overrides]"),
     "Evaluation, checkpoints and monitoring": ("eval", "checkpoint", "pictures", "tracking"),
 }
