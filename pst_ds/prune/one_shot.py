@@ -45,7 +45,6 @@ def plan_layers(
         sparsity,
         grid=_grid_of(config),
         keeps_zeros=config.keep_zeros,
-        swaps=config.swaps,
     )
     if config.budgets == "owl":
         require_room(rules, SPREAD if config.spread is None else config.spread)
@@ -68,7 +67,9 @@ def prune_files(
         rules, outliers = _with_budgets(files, config, rules, data)
         if config.budgets == "owl":
             budgets |= {"spread": SPREAD if config.spread is None else config.spread, "outliers": outliers}
-    if config.needs_data:
+    if config.method == "magnitude" and not config.reconstruct:
+        layers = _by_magnitude(files, rules, data)
+    else:
         layers = prune_layers(
             files.model,
             rules,
@@ -78,8 +79,6 @@ def prune_files(
             reconstruct=config.reconstruct,
             source_of=files.source,
         )
-    else:
-        layers = _by_magnitude(files, rules, data)
     facts = _facts_of(config, settings, sparsity) | budgets
     if data.batches and any(rule.target.is_stack for rule in rules):
         facts["gated_norms"] = settings.gated_norms
@@ -131,7 +130,7 @@ def _facts_of(config: PruneConfig, settings: PSTConfig, sparsity: float) -> dict
     }
     if (grid := _grid_of(config)) is not None:
         facts |= {"values": grid.values, "group": grid.group or WHOLE_ROW}
-    return facts | {name: passes for name in ("swaps", "reconstruct") if (passes := getattr(config, name))}
+    return facts | ({"reconstruct": config.reconstruct} if config.reconstruct else {})
 
 
 def _method_of(config: PruneConfig) -> OneShotMethod:

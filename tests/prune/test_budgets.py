@@ -152,7 +152,7 @@ def test_shares_that_cannot_move_are_refused(tiny, pattern, share, spread, said)
 
 def test_what_is_done_is_in_the_record(tmp_path, capsys):
     out = tmp_path / "out"
-    words = ["--method", "magnitude", "--budgets", "owl", "--spread", "0.1", "--swaps", "1", "--samples", "12"]
+    words = ["--method", "magnitude", "--budgets", "owl", "--spread", "0.1", "--samples", "12"]
     assert main(["prune", RUN_FILE, *words, "--sparsity", "0.6", "--out", str(out), "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     record = json.loads((out / "pruning.json").read_text())
