@@ -28,6 +28,8 @@ from pst_ds import __version__
 from pst_ds.atomic_files import file_sha256, write_bytes_atomic, write_text_atomic
 from pst_ds.checkpoint.restore import base_fingerprint, is_of_hub, magnitude_scales, model_grids, same_base
 from pst_ds.config.pst import PSTConfig
+from pst_ds.config.settings import ConfigError
+from pst_ds.config.toml import without_removed
 from pst_ds.core.bits import count_bits, relayout
 from pst_ds.core.quantization import Grid, bytes_of_scales, scales_of_bytes
 from pst_ds.errors import InputError, first_problem
@@ -243,14 +245,18 @@ def _fingerprint(base: str) -> str:
 def _read_config(folder: Path) -> _Saved:
     path = folder / CONFIG_FILE
     try:
-        data = path.read_bytes()
-        table = json.loads(data)
+        table = json.loads(path.read_bytes())
         number = table.get("format") if isinstance(table, dict) else None
-        saved = _Saved.model_validate_json(data) if number == FORMAT else None
+        saved = None
+        if number == FORMAT:
+            config = without_removed({"pst": table["pst_config"]})["pst"]
+            saved = _Saved.model_validate_json(json.dumps({**table, "pst_config": config}))
     except FileNotFoundError:
         raise PretrainedError(
             f"{path.absolute()} does not exist; name a folder that save_pretrained, or the Trainer, has written"
         ) from None
+    except ConfigError as error:
+        raise PretrainedError(f"{path}: {error}") from None
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         problem = first_problem(error) if isinstance(error, ValidationError) else error
         raise PretrainedError(f"{path} is damaged: {problem}") from None

@@ -9,11 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Strict
 
-from pst_ds.config.settings import Finite, MayDiffer, NotNegative, Positive, Rate, Section, Share, settings
+from pst_ds.config.settings import Finite, MayDiffer, NotNegative, Positive, Section, Share, settings
 from pst_ds.core.patterns import Pattern, parse_pattern
 
 UpdateInit = Literal["normal", "rank", "width", "lora"]
-NMRamp = Literal["share", "steps"]
 _BARE_NAME = re.compile(r"[\w.-]+")
 
 
@@ -70,7 +69,6 @@ class MaskRule:
     final_sparsity: float | None = None
     """Final sparsity of this layer; None is the schedule's."""
     min_kept_share: float = 0.0
-    nm_ramp: NMRamp = "share"
 
 
 @settings
@@ -133,30 +131,20 @@ class PSTConfig(_LibrarySection):
     """Divide |W| in the scores by the mean of |W0| of the matrix, so that scores of all layers are near 1."""
     detach_magnitude: bool = False
     """Stop the gradient of the scores from reaching U V through |W|."""
-    score_init: Literal["normal", "rank", "width"] = "normal"
-    """Initial standard deviation of A: 1, 1/sqrt(rank) or 1/sqrt(3 in_features), times ``score_init_scale``."""
     score_init_scale: Finite = 0.3
-    """Factor on the standard deviation of ``score_init``."""
+    """Initial standard deviation of A."""
     update_init: UpdateInit = "normal"
     """Initial standard deviation of U (of V for embeddings, whose U is initialised to zero). "lora" initialises U to
     zero and V with 1/sqrt(3 in_features), as LoRA does."""
     update_init_scale: Finite = 0.1
     """Factor on the standard deviation of ``update_init``."""
-    update_gates: Literal["none", "layer", "component"] = "none"
-    """Learned ranks: W = W0 + beta U diag(g) V with trained gates g = 2 sigmoid(a), one per "component", a column of U
-    and its row of V (as in SoRA, arXiv 2311.11696), or one per matrix, "layer" (arXiv 2509.03057)."""
-    target_rank: Rate = 0.0
-    """Mean rank of the updates at the end of the schedule, as in AdaLoRA (arXiv 2303.10512): the most important
-    ``target_rank`` / ``update_rank`` of the components of all matrices are kept. 0 keeps all."""
     pattern: str = "matrix"
     """Weights that are ranked together: "matrix", each matrix separately; "stack", the matrices of a layer (fused, or
     experts), whose sparsity may then differ; "global", all matrices; "row", the weights of each output; N:M such as
-    "2:4", which keeps N of M consecutive inputs; "16x1", blocks of outputs x inputs that are kept or pruned as one."""
+    "2:4", which keeps N of M consecutive inputs, on a ramp of a growing
+    share of the groups; "16x1", blocks of outputs x inputs that are kept or pruned as one."""
     min_kept_share: Share = 0.02
     """Minimum fraction of each matrix that patterns "stack" and "global" keep."""
-    nm_ramp: NMRamp = "share"
-    """Ramp of N:M patterns: "share" constrains a growing fraction of the groups, those with the smallest loss
-    of score first; "steps" prunes one more weight of every group at a time."""
     overrides: Annotated[tuple[Override, ...], Strict(False)] = ()
     """Patterns and final sparsities of some layers; the last match applies."""
     initial_mask: Literal["magnitude", "zeros"] = "magnitude"
@@ -203,26 +191,7 @@ class PSTConfig(_LibrarySection):
                 f"update_embeddings = {list(self.update_embeddings)} with update_rank = 0 updates nothing. Set "
                 "update_rank to at least 1, or update_embeddings to []"
             )
-        yield from self._gate_problems()
         yield from self._pattern_problems()
-
-    def _gate_problems(self) -> Iterator[str]:
-        if self.update_gates != "none" and (self.update_rank == 0 or self.multiplicative_update):
-            also = " with multiplicative_update = true" if self.multiplicative_update else ""
-            yield (
-                f'update_gates = "{self.update_gates}" learns the rank of U V, which update_rank = {self.update_rank}'
-                f'{also} does not have. Set update_gates = "none"'
-            )
-        if self.target_rank and self.update_gates == "none":
-            yield (
-                f"target_rank = {self.target_rank} drops components by their gates, but there are no gates. Set "
-                'update_gates = "component" or "layer"'
-            )
-        if self.target_rank > self.update_rank:
-            yield (
-                f"target_rank = {self.target_rank} is more than update_rank = {self.update_rank}, the initial rank. "
-                f"Set it to at most {self.update_rank}"
-            )
 
     def _pattern_problems(self) -> Iterator[str]:
         try:
@@ -236,11 +205,6 @@ class PSTConfig(_LibrarySection):
                 f'pattern = "{pooled}" with relative_magnitude = false would compare weights of different magnitude '
                 "scales. Set relative_magnitude = true"
             )
-
-    @property
-    def dropped_share(self) -> float:
-        """Fraction of the components of all updates that learned ranks drop by the end of the schedule."""
-        return 1.0 - self.target_rank / self.update_rank if self.target_rank else 0.0
 
     @classmethod
     def paper(cls, **overrides: Any) -> PSTConfig:
@@ -274,7 +238,7 @@ class PSTConfig(_LibrarySection):
                 f'overrides.final_sparsity = {sparsity} with pattern "global", whose matrices share one sparsity. '
                 'Remove it, or set pattern = "matrix"'
             )
-        return MaskRule(pattern, fixed if fixed is not None else sparsity, self.min_kept_share, self.nm_ramp)
+        return MaskRule(pattern, fixed if fixed is not None else sparsity, self.min_kept_share)
 
     @property
     def has_scores(self) -> bool:
@@ -328,7 +292,6 @@ def _regex_problems(name: str, pattern: str | tuple[str, ...]) -> Iterator[str]:
 
 PAPER: dict[str, Any] = {
     "relative_magnitude": False,
-    "score_init": "normal",
     "score_init_scale": 1.0,
     "update_init": "normal",
     "update_init_scale": 1.0,

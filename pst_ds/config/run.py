@@ -209,13 +209,12 @@ class RunConfig(Section):
         return self.eval.batch_size or self.task_facts.eval_batch_size
 
     def make_schedules(self, num_steps: int) -> Schedules:
-        """Return when a run of ``num_steps`` changes its masks, quantisation scales and update ranks.
+        """Return when a run of ``num_steps`` changes its masks and quantisation scales.
 
         Raises ConfigError for weights that would be quantised too late.
         """
         masks = self._mask_schedule(num_steps)
-        rounding = self.quantization.make_schedule(masks, num_steps)
-        return Schedules(masks, rounding, self._rank_budget(num_steps))
+        return Schedules(masks, self.quantization.make_schedule(masks, num_steps))
 
     def _mask_schedule(self, num_steps: int) -> Schedule | None:
         """Return the sparsity schedule; None for methods that prune nothing."""
@@ -232,15 +231,6 @@ class RunConfig(Section):
                 f"for each. Fix: schedule.solves = {length // LEAST_STEPS_OF_SOLVE}, or a longer run"
             )
         return schedule
-
-    def _rank_budget(self, num_steps: int) -> Schedule | None:
-        """Return the schedule of the fraction of update components that is dropped, along the ramp of ``[schedule]``
-        with any method; None for a run that keeps them all."""
-        dropped_share = self.injected_pst.dropped_share if self.mask_method.injects else 0.0
-        if not dropped_share:
-            return None
-        ramp = replace(self.schedule, final_sparsity=dropped_share, initial_sparsity=0.0, solves=0)
-        return CubicSchedule(num_steps=num_steps, **asdict(ramp))
 
     def num_steps(self, num_examples: int) -> int:
         """Return the optimizer steps of a run with ``num_examples``. Raises ConfigError for less than one batch."""
@@ -274,7 +264,6 @@ class RunConfig(Section):
         rates = {
             "score_learning_rate": default.scores,
             "update_learning_rate": default.multiplicative if multiplies else default.updates,
-            "gate_learning_rate": default.gates,
             "embedding_learning_rate": default.embeddings,
             "head_learning_rate": default.everything if self.mask_method.trains_everything else default.head,
         }

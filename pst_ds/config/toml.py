@@ -80,7 +80,7 @@ def run_from_table(table: Mapping[str, object]) -> RunConfig:
 
     Raises ConfigError with a message for each wrong setting.
     """
-    table = _with_presets(_without_removed({"model": {}, "data": {}, "train": {}, "pst": {}, **table}))
+    table = _with_presets(without_removed({"model": {}, "data": {}, "train": {}, "pst": {}, **table}))
     _require_utf8(table)
     try:
         # JSON, where a strict pydantic takes lists for tuples; dates become tables, which no setting takes
@@ -122,11 +122,18 @@ REMOVED = {
     "checkpoint.file_per": "every rank writes its own file",
     "dense_run": "compare the run with a dense one by pst-ds report RUN DENSE",
     "checkpoint.grace_seconds": "a signal stops the run after the current step; lower checkpoint.interval to lose less",
+    "pst.update_gates": "set pst.update_rank, such as 2, and remove pst.update_gates and pst.target_rank",
+    "pst.target_rank": "all updates have rank pst.update_rank",
+    "pst.nm_ramp": "N:M patterns constrain a growing share of the groups",
+    "pst.score_init": "pst.score_init_scale is the standard deviation",
+    "train.gate_learning_rate": "",
     "prompt": "",
     "train.prompt_learning_rate": "",
 }
 """Settings and sections of earlier versions that no longer do anything, and what a run does instead; "" for no hint,
 because old run folders have them without asking for anything."""
+_FORMER_DEFAULTS = {"pst.update_gates": "none", "pst.nm_ramp": "share", "pst.score_init": "normal"}
+"""Values of removed settings that old files spell out, besides empty ones."""
 
 
 def is_removed(key: str) -> bool:
@@ -134,10 +141,10 @@ def is_removed(key: str) -> bool:
     return key in REMOVED or key.partition(".")[0] in REMOVED
 
 
-def _without_removed(table: dict[str, object]) -> dict[str, object]:
+def without_removed(table: dict[str, object]) -> dict[str, object]:
     """Return a copy of ``table`` without the settings in :data:`REMOVED`; name those that were set on stderr.
 
-    Raises ConfigError for a trained prompt.
+    Raises ConfigError for a trained prompt, or gates: without them, what was trained would compute something else.
     """
     table = dict(table)
     prompt = table.get("prompt", {"text": ""})
@@ -149,7 +156,11 @@ def _without_removed(table: dict[str, object]) -> dict[str, object]:
         if isinstance(values, dict) and key in values:
             kept = {other: value for other, value in values.items() if other != key}
             table = {**table, section: kept} if section else kept
-            if instead and values[key] and os.environ.get("RANK", "0") == "0":
+            if not values[key] or values[key] == _FORMER_DEFAULTS.get(name):
+                continue
+            if name == "pst.update_gates":
+                raise ConfigError(f"{name} = {values[key]!r} is no longer supported: {instead}")
+            if instead and os.environ.get("RANK", "0") == "0":
                 print(f"{name} = {values[key]!r} has no effect any more: {instead}. Remove it", file=sys.stderr)
     return table
 

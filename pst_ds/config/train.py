@@ -12,7 +12,7 @@ from pst_ds.config.methods import METHODS
 from pst_ds.config.settings import FINITE, ConfigError, MayDiffer, Positive, Rate, Reported, Section, Share, settings
 from pst_ds.config.tasks import TASKS
 
-RATES = tuple(f"{group}_learning_rate" for group in ("score", "update", "gate", "embedding", "head"))
+RATES = tuple(f"{group}_learning_rate" for group in ("score", "update", "embedding", "head"))
 """Learning rates in ``[train]``."""
 
 
@@ -68,8 +68,6 @@ class TrainConfig(Section):
     chosen by the model's width and the run's steps (:func:`pst_ds.core.schedule.default_learning_rates`)."""
     update_learning_rate: Reported[Rate | None] = None
     """Learning rate of U and V."""
-    gate_learning_rate: Reported[Rate | None] = None
-    """Learning rate of the gates of ``pst.update_gates``."""
     embedding_learning_rate: Reported[Rate | None] = None
     """Learning rate of U and V of ``pst.update_embeddings``."""
     head_learning_rate: Reported[Rate | None] = None

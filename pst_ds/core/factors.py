@@ -2,7 +2,7 @@
 
 Shapes, for O outputs, I inputs, P fused matrices, score rank k and update rank r:
 
-    A (O, k)    B (P*k, I)    R (O,)    C (P, I)    U (O, r)    V (P*r, I)    G (P*r,) or (P,)
+    A (O, k)    B (P*k, I)    R (O,)    C (P, I)    U (O, r)    V (P*r, I)
 
 Each output row belongs to exactly one part, so A, R and U stack the parts, while B, C and V have one set per part. For
 an ordinary layer P = 1, and these are the matrices of the paper (arXiv 2205.11005, section 3). In a stack of experts, O
@@ -10,8 +10,6 @@ and P count all experts, so every factor is in expert order.
 
 A multiplicative update (SPP, arXiv 2405.16057) has r groups of consecutive outputs per part: its U is (O,), one factor
 per output, and a row of V belongs to one group. :func:`grouped_columns` expands it to an (O, r) matrix.
-
-The gates G of learned ranks (:mod:`pst_ds.core.updates.gates`) are folded into V, so they occur in no other formula.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.layout import Rect, StoredMatrix, WeightLayout
-from pst_ds.core.updates.gates import gated_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +138,8 @@ def tile_factors(factors: Factors, layout: WeightLayout, matrix: StoredMatrix, r
 def layer_factors(values: dict[str, Tensor], count: int, constants: Constants, norms: Tensor | None = None) -> Factors:
     """Return the matrices of the formulas from ``values``, the stored tensors of ``count`` matrices by name.
 
-    They differ from the stored ones in U of a multiplicative update, and in V of an update with gates.
+    They differ from the stored ones in U of a multiplicative update.
     """
-    if "G" in values:
-        gates = values["G"]
-        values = {name: value for name, value in values.items() if name != "G"}
-        values["V"] = gated_rows(values["V"], gates, count)
     if constants.multiplicative and "U" in values:
         values = {**values, "U": grouped_columns(values["U"], count, values["V"].shape[0] // count)}
     return Factors(**values, norms=norms)

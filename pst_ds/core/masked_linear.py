@@ -84,7 +84,6 @@ class Gradients:
     C: Tensor | None = None
     U: Tensor | None = None
     V: Tensor | None = None
-    G: Tensor | None = None
     S: Tensor | None = None
     """Gradient of the score of each weight (movement pruning): G . W, in storage shape and the dtype of x."""
 

@@ -1,4 +1,4 @@
-"""Schedules of sparsity, quantisation, update ranks and learning rates, and the default learning rates.
+"""Schedules of sparsity, quantisation and learning rates, and the default learning rates.
 
 Every schedule is a pure function of the applied optimizer steps, so there is no state to save or resume.
 """
@@ -211,12 +211,10 @@ class RoundingSchedule:
 
 @dataclass(frozen=True, slots=True)
 class Schedules:
-    """Schedules of a run: masks, quantisation scales and update ranks; None for those that never change."""
+    """Schedules of a run: masks and quantisation scales; None for those that never change."""
 
     masks: Schedule | None = None
     rounding: RoundingSchedule | None = None
-    rank_budget: Schedule | None = None
-    """Share of the components of U V that is dropped."""
 
     def sparsity_at(self, step: int) -> float:
         return 0.0 if self.masks is None else self.masks.sparsity_at(step)
@@ -245,16 +243,10 @@ class Schedules:
     def updates_scales_at(self, step: int) -> bool:
         return self.rounding is not None and self.rounding.updates_scales_at(step)
 
-    def dropped_share_at(self, step: int) -> float | None:
-        """Return the share of components to have dropped right after ``step``; None if none are dropped then."""
-        budget = self.rank_budget
-        return budget.sparsity_at(step) if budget is not None and budget.updates_masks_at(step) else None
-
     def is_settled(self, step: int) -> bool:
-        """Return whether masks, ranks and quantisation no longer change in kind from ``step`` on."""
-        ramps = (self.masks, self.rank_budget)
-        ramps_final = all(ramp is None or ramp.is_final(step) for ramp in ramps)
-        return ramps_final and (self.rounding is None or self.rounding.rounds_at(step))
+        """Return whether masks and quantisation no longer change in kind from ``step`` on."""
+        masks_final = self.masks is None or self.masks.is_final(step)
+        return masks_final and (self.rounding is None or self.rounding.rounds_at(step))
 
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:
@@ -301,8 +293,6 @@ class LearningRates:
     updates: float = 2e-3
     multiplicative: float = 3e-2
     """For U and V of a multiplicative update (SPP)."""
-    gates: float = 1e-2
-    """For the gates of learned ranks, which are near 1 at any width."""
     embeddings: float = 4e-3
     """For U and V of embeddings, in one epoch."""
     head: float = 2e-3
@@ -324,15 +314,15 @@ def default_learning_rates(
     """Return the default peak rates.
 
     Adam moves a parameter by its rate at every step, so rates decrease with the cube root of ``num_steps``, from 300
-    on. A sum over ``width`` inputs (the hidden size) that move alike grows with it: all rates except for scores and
-    gates decrease with the width. The rate of the embeddings decreases with the ``epochs``, down to a tenth: after the
+    on. A sum over ``width`` inputs (the hidden size) that move alike grows with it: all rates except that of scores
+    decrease with the width. The rate of the embeddings decreases with the ``epochs``, down to a tenth: after the
     first for tokens and for labels with up to :data:`FEW_LABELS` values, after the second for others. ``num_labels``:
     different label values; 0 without labels. ``predicts_tokens``: the loss is over all tokens, as for language models.
     """
     length = min(max((USUAL_STEPS / num_steps) ** STEPS_POWER, _LEAST), _MOST)
     narrower = min(1.0, _WIDTH / width)
     names = [field.name for field in fields(LearningRates)]
-    factors = {name: length * (1.0 if name in ("scores", "gates") else narrower) for name in names}
+    factors = {name: length * (1.0 if name == "scores" else narrower) for name in names}
     few = predicts_tokens or 0 < num_labels <= FEW_LABELS
     passes = max(1.0, epochs / (_PASSES_OF_FEW if few else _PASSES_OF_MANY))
     factors["embeddings"] *= max(passes**-_EPOCHS_POWER, _LEAST_OF_EMBEDDINGS)

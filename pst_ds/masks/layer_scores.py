@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -183,20 +183,7 @@ class LayerScores:
 
 
 def whole_factors(layers: Sequence[PSTLayer], names: Sequence[str] = FACTOR_NAMES) -> list[Factors]:
-    """Return the factors of each layer for the formulas, from :func:`whole_masters`. Collective."""
-    return factors_of(layers, whole_masters(layers, names))
-
-
-def factors_of(layers: Iterable[PSTLayer], masters: Iterable[dict[str, Tensor]]) -> list[Factors]:
-    """Return the factors of each layer for the formulas, on the device of its mask, from their ``masters``."""
-    return [
-        layer.factors(own).to(zero3.shard_of(layer.pst_mask).values.device)
-        for layer, own in zip(layers, masters, strict=True)
-    ]
-
-
-def whole_masters(layers: Sequence[PSTLayer], names: Sequence[str] = FACTOR_NAMES) -> list[dict[str, Tensor]]:
-    """Return the full fp32 masters of each layer's factors in ``names``, by name, on the device of its mask.
+    """Return the factors in ``names`` of each layer for the formulas, from their fp32 masters, on its mask's device.
 
     Collective: under ZeRO-3 one all-gather for all layers.
     """
@@ -207,7 +194,7 @@ def whole_masters(layers: Sequence[PSTLayer], names: Sequence[str] = FACTOR_NAME
     values: list[dict[str, Tensor]] = [{} for _ in layers]
     for (i, name, _), master in zip(owned, masters, strict=True):
         values[i][name] = master.to(homes[i])
-    return values
+    return [layer.factors(own).to(home) for layer, own, home in zip(layers, values, homes, strict=True)]
 
 
 def ranked_weights(layer: PSTLayer) -> OwnWeights:

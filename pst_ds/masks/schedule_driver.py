@@ -1,22 +1,21 @@
-"""Update masks, update ranks and quantisation scales when their schedules say so."""
+"""Update masks and quantisation scales when their schedules say so."""
 
 from __future__ import annotations
 
 import json
 import re
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 from torch.optim import Optimizer
 
 from pst_ds.config.pst import PSTConfig
-from pst_ds.core.schedule import CubicSchedule, RoundingSchedule, Schedule, Schedules
+from pst_ds.core.schedule import RoundingSchedule, Schedule, Schedules
 from pst_ds.errors import InputError, shortened
 from pst_ds.masks.scales import RoundingStats, update_scales
 from pst_ds.masks.solve import solve_masks
 from pst_ds.masks.update import MaskStats, mask_stats, masks_of_zeros, update_masks
-from pst_ds.masks.update_rank_budget import ComponentStats, drop_components
 from pst_ds.nn.gradient_sums import GradientSums
 from pst_ds.nn.inject import freeze_scores, injected_config, layers_never_called, pst_layers, round_weights
 from pst_ds.nn.model_structure import is_inside_block
@@ -35,13 +34,12 @@ class Updated:
     """Statistics of the updates that :func:`update_if_due` made; None for an update that was not due."""
 
     masks: MaskStats | None
-    components: ComponentStats | None
     scales: RoundingStats | None
 
 
 def update_if_due(model: nn.Module, schedules: Schedules, step: int, sums: GradientSums | None = None) -> Updated:
-    """Update masks, update ranks and quantisation scales if they are due after applied step ``step`` (0: before the
-    first). Once the masks are final, fix the scores; from the first search of scales on, quantise the weights.
+    """Update masks and quantisation scales if they are due after applied step ``step`` (0: before the first). Once the
+    masks are final, fix the scores; from the first search of scales on, quantise the weights.
 
     A model injected with ``initial_mask = "zeros"`` keeps the non-zeros of its weights instead of selecting masks. With
     ``sums`` of the last batches, masks and kept weights are solved for instead, and the sums are closed.
@@ -51,24 +49,17 @@ def update_if_due(model: nn.Module, schedules: Schedules, step: int, sums: Gradi
         InputError: after the first step, for layers that no forward pass has called (``PSTConfig.prune_uncalled``).
         FloatingPointError: scores, updates or weights are not finite; raised on every rank.
     """
-    masks, dropped_share = None, schedules.dropped_share_at(step)
-    if schedules.masks is not None:
-        masks = _update_masks(model, schedules.masks, step, dropped_share, sums)
-    components = None if masks is None else masks.components
-    if components is None and dropped_share is not None:
-        components = drop_components(model, dropped_share)
+    masks = None if schedules.masks is None else _update_masks(model, schedules.masks, step, sums)
     scales = None
     if schedules.updates_scales_at(step):
         heartbeat("the search of scales")
         scales = update_scales(model)
         round_weights(model)
-    return Updated(masks, components, scales)
+    return Updated(masks, scales)
 
 
-def _update_masks(
-    model: nn.Module, schedule: Schedule, step: int, dropped_share: float | None, sums: GradientSums | None
-) -> MaskStats | None:
-    """Select masks if ``schedule`` does so after ``step``; components are dropped first, from the same masters."""
+def _update_masks(model: nn.Module, schedule: Schedule, step: int, sums: GradientSums | None) -> MaskStats | None:
+    """Select masks if ``schedule`` does so after ``step``."""
     if step == 0:  # a forward pass before training may call layers whose weight training reads without a call
         for layer in pst_layers(model).values():
             layer.was_called = False
@@ -83,7 +74,7 @@ def _update_masks(
             masks = solve_masks(model, sums, target, progress)
             sums.close()
         else:
-            masks = update_masks(model, target, progress=progress, dropped_share=dropped_share)
+            masks = update_masks(model, target, progress=progress)
     if schedule.is_final(step):
         freeze_scores(model)
     return masks
@@ -109,13 +100,10 @@ class MaskUpdater:
             (``register_for_checkpointing``).
         rounding: steps from which on weights are quantised with the ``grid`` of ``inject_pst``, and at which their
             scales are searched; None for never.
-        rank_budget: share of the components of U V to drop, for a model with gates (``PSTConfig.update_gates``). None
-            follows ``PSTConfig.target_rank`` along the ramp of ``schedule``.
-        ranks: former name of ``rank_budget``.
 
     Raises:
-        InputError: ``inject_pst`` was not called on ``model``; the schedule, ``rounding`` or ``rank_budget`` does not
-            fit the model or each other.
+        InputError: ``inject_pst`` was not called on ``model``; the schedule or ``rounding`` does not fit the
+            model or each other.
     """
 
     def __init__(
@@ -125,12 +113,7 @@ class MaskUpdater:
         *,
         step: int = 0,
         rounding: RoundingSchedule | None = None,
-        rank_budget: Schedule | None = None,
-        ranks: Schedule | None = None,
     ):
-        if ranks is not None:
-            warnings.warn("MaskUpdater: ranks is now called rank_budget", FutureWarning, stacklevel=2)
-            rank_budget = ranks
         _require_schedule(schedule)
         self.schedule = schedule
         self._model = unwrapped(model)
@@ -141,22 +124,13 @@ class MaskUpdater:
                 "Give MaskUpdater OneShotSchedule(final_sparsity=…) with the sparsity of the base model"
             )
         _require_rounding_fits(self._model, schedule, rounding)
-        config = injected_config(self._model)
-        if rank_budget is None:
-            rank_budget = _rank_budget(config, schedule)
-        elif config.update_gates == "none":
-            raise InputError(
-                'rank_budget: the model has no gates to drop components by. Set update_gates = "component"'
-            )
-        self.schedules = Schedules(schedule, rounding, rank_budget)
+        self.schedules = Schedules(schedule, rounding)
         self.step = 0
         """Applied optimizer steps."""
         self.masks: MaskStats
         """Counts and checksum of the current masks."""
         self.rounding_stats: RoundingStats | None = None
         """Result of this process's last search for quantisation scales."""
-        self.component_stats: ComponentStats | None = None
-        """Components of U V that the last update kept."""
         self._noted: int
         self.load_state_dict({"step": step})
         if step == 0:
@@ -212,7 +186,6 @@ class MaskUpdater:
     def _update(self, step: int) -> MaskStats | None:
         done = update_if_due(self._model, self.schedules, step)
         self.masks = done.masks or self.masks
-        self.component_stats = done.components or self.component_stats
         self.rounding_stats = done.scales or self.rounding_stats
         return done.masks
 
@@ -237,18 +210,6 @@ class MaskUpdater:
 
 def _keeps_zeros(model: nn.Module) -> bool:
     return injected_config(model).initial_mask == "zeros"
-
-
-def _rank_budget(config: PSTConfig, schedule: Schedule) -> Schedule | None:
-    """Return the schedule of the share of components that ``config`` drops; None if it keeps all."""
-    if not config.dropped_share:
-        return None
-    if isinstance(schedule, CubicSchedule):
-        return replace(schedule, final_sparsity=config.dropped_share, initial_sparsity=0.0)
-    raise InputError(
-        f"target_rank = {config.target_rank}: components are dropped along a ramp, and {type(schedule).__name__} has "
-        "no ramp. Give MaskUpdater rank_budget = CubicSchedule(num_steps=…, final_sparsity=config.dropped_share)"
-    )
 
 
 def _require_schedule(schedule: object) -> None:

@@ -36,17 +36,14 @@ class Matrix:
 
     @property
     def prune_per_group(self) -> int:
-        """Weights pruned of each constrained group of N:M."""
-        pattern = self.layer.pattern
-        if self.sparsity == pattern.fixed_sparsity or self.layer.rule.nm_ramp == "share":
-            return pattern.m - pattern.n
-        return math.floor(self.sparsity * pattern.m + 1e-9)  # 0.3333 * 6 is 2
+        """Weights pruned of each constrained group of N:M; 0 for other patterns."""
+        return self.layer.pattern.m - self.layer.pattern.n
 
     @property
     def selects_units(self) -> bool:
         """True if units of several weights are ranked: blocks, or N:M groups if only a share is constrained."""
         if self.kind == "n:m":
-            return self.layer.rule.nm_ramp == "share" and self.sparsity != self.layer.pattern.fixed_sparsity
+            return self.sparsity != self.layer.pattern.fixed_sparsity
         return self.kind == "block"
 
     @property
@@ -184,13 +181,13 @@ def _prune_count(m: Matrix) -> int:
 def _all_keys(m: Matrix) -> Tensor:
     if not m.selects_units:
         return m.layer.keys(m.stored, m.stored.rect)
-    return torch.cat(list(m.layer.unit_keys(m.stored, m.prune_per_group if m.kind == "n:m" else 0)))
+    return torch.cat(list(m.layer.unit_keys(m.stored, m.prune_per_group)))
 
 
 def _units(m: Matrix) -> MatrixKeys:
     return MatrixKeys(
         prune_count=_prune_count(m),
-        tiles=partial(m.layer.unit_keys, m.stored, m.prune_per_group if m.kind == "n:m" else 0),
+        tiles=partial(m.layer.unit_keys, m.stored, m.prune_per_group),
         own=m.layer.own_units(m.stored),
         num_keys=m.layer.num_units(m.stored),
     )

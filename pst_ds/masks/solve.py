@@ -18,7 +18,7 @@ from pst_ds.core.one_shot.alps import alps
 from pst_ds.core.one_shot.gram import unit_gram
 from pst_ds.core.scores import sliced_weight
 from pst_ds.errors import InputError
-from pst_ds.masks.layer_scores import factors_of, whole_masters
+from pst_ds.masks.layer_scores import whole_factors
 from pst_ds.masks.update import MaskStats, mask_stats
 from pst_ds.nn.gradient_sums import GradientSums
 from pst_ds.nn.inject import pst_layers
@@ -73,7 +73,7 @@ def solve_masks(model: nn.Module, sums: GradientSums, sparsity: float, progress:
     Raises InputError on every rank for a weight that is not finite.
     """
     layers, statistics = pst_layers(model), sums.statistics()
-    factors = dict(zip(layers, factors_of(layers.values(), whole_masters(list(layers.values()))), strict=True))
+    factors = dict(zip(layers, whole_factors(list(layers.values())), strict=True))
     written = {}
     for first in range(0, len(layers), world_size()):
         names = list(layers)[first : first + world_size()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from pst_ds.core.bits import join_bits, pack_shard
 from pst_ds.core.kernels.triton.bit_sums import ShardBits, bit_sums
-from pst_ds.masks.layer_scores import LayerScores, factors_of, ranked_weights, whole_masters
+from pst_ds.masks.layer_scores import LayerScores, ranked_weights, whole_factors
 from pst_ds.masks.sharded_select import Matrix, select_kept, weights_kept
-from pst_ds.masks.update_rank_budget import ComponentStats, drop_in_masters
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import zero3
@@ -36,8 +35,6 @@ class MaskStats:
     """Weights that each layer keeps, in model order."""
     flipped: tuple[int, ...] = field(default=(), repr=False)
     """Changed bits of each layer."""
-    components: ComponentStats | None = field(default=None, repr=False)
-    """Statistics of the update ranks, if the update dropped components of U V too."""
 
     @property
     def sparsity(self) -> float:
@@ -53,16 +50,13 @@ class MaskStats:
 
 
 @torch.no_grad()
-def update_masks(
-    model: nn.Module, sparsity: float, *, progress: float = 1.0, dropped_share: float | None = None
-) -> MaskStats:
+def update_masks(model: nn.Module, sparsity: float, *, progress: float = 1.0) -> MaskStats:
     """Prune the weights with the smallest scores, computed from the fp32 masters, in the pattern of each layer.
 
     Layers with their own final sparsity have ``progress`` times that, the others ``sparsity``. Exactly floor(sparsity *
     numel) weights are pruned of a matrix, floor(sparsity * in_features) of every row, floor(share * number) of blocks
     or N:M groups; "global" matrices lose as many in all as they would separately. Among equal scores the lowest flat
-    index is pruned first. With a ``dropped_share``, components of U V are dropped before
-    (:mod:`pst_ds.masks.update_rank_budget`).
+    index is pruned first.
 
     Collective, with a number of collectives that does not depend on the number of layers. Raises FloatingPointError on
     every rank, naming the layers, for scores that are not finite; the masks are then unchanged.
@@ -70,9 +64,7 @@ def update_masks(
     layers = pst_layers(model)
     for name, layer in layers.items():
         assert zero3.num_shards(layer.pst_mask) == layer.num_shards, f"{name}: num_shards is not how it is partitioned"
-    masters = whole_masters(list(layers.values()))
-    components = None if dropped_share is None else drop_in_masters(layers, masters, dropped_share)
-    keyed = _layer_keys(layers, masters)
+    keyed = _layer_keys(layers)
     own_targets = [k.layer.rule.final_sparsity for k in keyed]
     targets = [sparsity if own is None else own * progress for own in own_targets]
     matrices = [Matrix(k, b, target) for k, target in zip(keyed, targets, strict=True) for b in k.matrices]
@@ -82,7 +74,7 @@ def update_masks(
         own = [m for m in matrices if m.layer is keys]
         written[keys.layer] = _shard_bits(keys, own, [kept.pop(id(m)) for m in own])
     # The host waits here: DeepSpeed's gathers, on a separate stream, come after the masks are written.
-    return replace(mask_stats(model, written), components=components)
+    return mask_stats(model, written)
 
 
 @torch.no_grad()
@@ -132,9 +124,9 @@ def _shard_bits(layer: LayerScores, matrices: list[Matrix], kept: list[Tensor]) 
     return pack_shard(keep, num_bytes)
 
 
-def _layer_keys(layers: dict[str, PSTLayer], masters: list[dict[str, Tensor]]) -> list[LayerScores]:
+def _layer_keys(layers: dict[str, PSTLayer]) -> list[LayerScores]:
     """Return the keys of every layer, with the weights of other ranks in its units. Collective: one all-to-all."""
-    factors = factors_of(layers.values(), masters)
+    factors = whole_factors(list(layers.values()))
     wide = [layer for layer in layers.values() if layer.rule.pattern.unit(layer.layout) != (1, 1)]
     own_weights = {layer: ranked_weights(layer) for layer in layers.values()}
     halos = fetch_halos(

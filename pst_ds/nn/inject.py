@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from pst_ds.config.pst import PSTConfig, name_matches
 from pst_ds.core.quantization import INPUT_BITS, Grid, InputGrid, StoredGrid
 from pst_ds.core.tiles import TileBudgetError, least_tile_bytes, plan_tiles
-from pst_ds.core.updates.gates import rank_budget
 from pst_ds.errors import InputError
 from pst_ds.nn import experts
 from pst_ds.nn.base_codes import BaseCodes, encode_base, mean_magnitudes
@@ -124,7 +122,7 @@ def _magnitude_scales(
     targets: Sequence[Target], bases: dict[str, BaseCodes], config: PSTConfig
 ) -> dict[str, tuple[float, ...]]:
     """Return the divisors of |W| in the scores, one per matrix of each target; 1 where |W| is the only term."""
-    pools = config.update_gates != "none" or any(target.rule.pattern.pools_matrices for target in targets)
+    pools = any(target.rule.pattern.pools_matrices for target in targets)
     compared = not config.full_scores and (config.has_scores or pools)
     if config.relative_magnitude and compared and not targets[0].weight.is_meta:
         return mean_magnitudes(targets, bases)
@@ -347,26 +345,9 @@ def _require_settings_fit(
             f"{setting} = True trains a number for each weight, and base_grid ({base_grid}) keeps the weights frozen "
             "in few bits; leave one of them out"
         )
-    _require_budget(targets, config)
     sized = [(target, target.weight.element_size()) for target in targets]
     target, itemsize = max(sized, key=lambda pair: least_tile_bytes(pair[0].layout.expert, pair[1]))
     try:
         plan_tiles(target.layout.expert, itemsize, config.tile_bytes, name=target.name)
     except TileBudgetError as error:
         raise InjectionError(str(error)) from None
-
-
-def _require_budget(targets: Sequence[Target], config: PSTConfig) -> None:
-    """Raise InjectionError for a budget of components that is smaller than one gate."""
-    if not config.target_rank:
-        return
-    ranks = [(t.layout.num_matrices, (config.of_experts if t.is_stack else config).update_rank) for t in targets]
-    components, matrices = sum(count * rank for count, rank in ranks), sum(count for count, _ in ranks)
-    least = 1 if config.update_gates == "component" else min(rank for _, rank in ranks)
-    budget = rank_budget(components, config.dropped_share)
-    if budget < least:
-        whole = "" if least == 1 else f", and a gate of a whole matrix is over {least}"
-        raise InjectionError(
-            f"target_rank = {config.target_rank} keeps {budget} of the {components} components of {matrices} "
-            f"matrices{whole}; set it to at least {math.ceil(1e4 * least * config.update_rank / components) / 1e4:g}"
-        )

@@ -25,15 +25,14 @@ from pst_ds.core.quantization import (
     bytes_of_scales,
     scales_of_bytes,
 )
-from pst_ds.core.updates.gates import gate_gradients
 from pst_ds.nn.base_codes import BASE_CODES, BASE_SCALES, BaseCodes, own_weights
 from pst_ds.parallel import zero3
 from pst_ds.parallel.zero3 import in_backward_pass
 
-FACTOR_NAMES = ("A", "B", "R", "C", "U", "V", "G")
+FACTOR_NAMES = ("A", "B", "R", "C", "U", "V")
 """The small factors; per-weight scores, S, are not one of them."""
 SCORE_FACTORS = ("A", "B", "R", "C", "S")
-UPDATE_FACTORS = ("U", "V", "G")
+UPDATE_FACTORS = ("U", "V")
 CONSTANT_PARTS = ("pst_mask", "pst_scales", BASE_CODES, BASE_SCALES)
 """Parameters of a layer that hold bytes and are not trained."""
 
@@ -46,7 +45,6 @@ class PSTLayer(nn.Module):
     Parameters, besides ``weight`` (frozen unless ``config.train_weights``) and ``bias``:
         pst_A (O, k), pst_B (P*k, I), pst_R (O,), pst_C (P, I), pst_U (O, r), pst_V (P*r, I): trainable, see
             :mod:`pst_ds.core.factors` for P; None for those that the config omits.
-        pst_G (P*r,) or (P,): gates of learned ranks, only with ``config.update_gates``; trainable.
         pst_S, shaped like the weight: per-weight scores, only with ``config.full_scores``; trainable.
         pst_mask (num_shards * ceil(ceil(O*I / num_shards) / 8),): uint8, one bit per weight; frozen.
         pst_scales: uint8, the bytes of the bf16 scales that quantise M . W, only with a ``grid``; frozen.
@@ -58,8 +56,6 @@ class PSTLayer(nn.Module):
     """
 
     weight: nn.Parameter | None
-    pst_V: nn.Parameter | None
-    pst_G: nn.Parameter | None
     pst_S: nn.Parameter | None
     pst_scales: nn.Parameter | None
     pst_base_codes: nn.Parameter
@@ -135,18 +131,15 @@ class PSTLayer(nn.Module):
 
         layout, outputs, inputs = self.layout, self.layout.out_features, self.layout.in_features
         k, r = config.score_rank, config.update_rank
-        score_std = config.score_init_scale * init_std(config.score_init, k, inputs)
         update_std = config.update_init_scale * init_std(config.update_init, r, inputs)
         starts_at_v = config.update_init == "lora" or config.multiplicative_update  # one of U and V is zero
-        add("A", (outputs, k) if k else None, score_std)
+        add("A", (outputs, k) if k else None, config.score_init_scale)
         add("B", (layout.num_matrices * k, inputs) if k else None)
         add("R", (outputs,) if config.structured_scores else None)
         add("C", (layout.num_matrices, inputs) if config.structured_scores else None)
         of_output = (outputs,) if config.multiplicative_update else (outputs, r)
         add("U", of_output if r else None, 0.0 if starts_at_v else update_std)
         add("V", (layout.num_matrices * r, inputs) if r else None, update_std if starts_at_v else 0.0)
-        of_gates = {"none": None, "layer": (layout.num_matrices,), "component": (layout.num_matrices * r,)}
-        add("G", of_gates[config.update_gates])
         add("S", tuple(layout.shape) if config.full_scores else None)
 
     @property
@@ -266,11 +259,9 @@ class PSTLayer(nn.Module):
 
     @torch.no_grad()
     def _finish(self, grads: masked_linear.Gradients) -> None:
-        """Add the parts that are not in the formulas of one matrix: storage of U and V, gates, penalty on scores."""
+        """Add the parts that are not in the formulas of one matrix: storage of U, penalty on scores."""
         if self.constants.multiplicative and grads.U is not None:
             grads.U = ungrouped_columns(grads.U, self.layout.num_matrices)
-        if self.pst_G is not None and self.pst_V is not None and grads.V is not None:
-            grads.V, grads.G = gate_gradients(grads.V, self.pst_V, self.pst_G, self.layout.num_matrices)
         if self.pst_S is None:
             return
         if grads.S is None:  # the masks are fixed

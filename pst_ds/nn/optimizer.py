@@ -27,7 +27,6 @@ def pst_parameter_groups(
     *,
     score_learning_rate: float | None = None,
     update_learning_rate: float | None = None,
-    gate_learning_rate: float | None = None,
     embedding_learning_rate: float | None = None,
     head_learning_rate: float | None = None,
     betas: tuple[float, float] = (_DEFAULTS.adam_beta1, _DEFAULTS.adam_beta2),
@@ -41,7 +40,6 @@ def pst_parameter_groups(
         score_learning_rate: peak rate of group "scores": A, B, R and C, or per-weight scores. None, here and below,
             selects :func:`pst_ds.core.schedule.default_learning_rates` for the model and the length of the run.
         update_learning_rate: peak rate of group "updates": U and V.
-        gate_learning_rate: peak rate of group "gates": the gates of learned ranks.
         embedding_learning_rate: peak rate of group "embeddings": U and V of embeddings.
         head_learning_rate: peak rate of group "head": the modules trained in full.
         betas: Adam's betas for all groups. The default is the run file's.
@@ -53,7 +51,6 @@ def pst_parameter_groups(
     given = {
         "scores": score_learning_rate,
         "updates": update_learning_rate,
-        "gates": gate_learning_rate,
         "embeddings": embedding_learning_rate,
         "head": head_learning_rate,
     }
@@ -86,7 +83,6 @@ def _default_rates(model: nn.Module, num_steps: int, epochs: float) -> dict[str,
     return {
         "scores": rates.scores,
         "updates": rates.multiplicative if multiplies else rates.updates,
-        "gates": rates.gates,
         "embeddings": rates.embeddings,
         "head": rates.everything if trains_all else rates.head,
     }
@@ -96,8 +92,6 @@ def _group_of(name: str, embeddings: Container[str]) -> str:
     owner, _, last = name.rpartition(".")
     if owner in embeddings:
         return "embeddings"
-    if last == "pst_G":
-        return "gates"
     if last.startswith("pst_"):
         return "scores" if last.removeprefix("pst_") in SCORE_FACTORS else "updates"
     return "head"

@@ -119,27 +119,6 @@ def write_shard(param: nn.Parameter, values: Tensor) -> None:
     param.ds_secondary_tensor = None  # an hpZ copy is made again from the shard
 
 
-def fill_where(param: nn.Parameter, where: Tensor, value: float) -> None:
-    """Fill a trained ``param``, and its fp32 master if there is one, with ``value`` where ``where`` is true.
-
-    ``where``: bool, of the full shape, the same on every rank. Every rank must do so before the next gather.
-    """
-    flat, shard = where.flatten(), shard_of(param)
-    own = flat[shard.start : shard.start + shard.values.numel()]
-
-    def fill(master: Tensor, part: Tensor) -> None:
-        master.detach().view(-1).masked_fill_(part.to(master.device), value)
-
-    if _has_zero3_master(param):
-        fill(_zero3_master(param)[: own.numel()], own)
-    elif getattr(param, "_hp_mapping", None) is not None:  # ZeRO stages 1 and 2
-        outside = param._hp_mapping.lp_fragment_address
-        fill(param._hp_mapping.get_hp_fragment(), flat[outside.start : outside.start + outside.numel])
-    elif hasattr(param, "fp32_master"):
-        fill(param.fp32_master, flat)
-    write_shard(param, shard.values.masked_fill(own.to(shard.values.device), value))
-
-
 def bytes_split_as(like: nn.Parameter, numel: int, own: Tensor) -> nn.Parameter:
     """Return a frozen parameter of ``numel`` bytes, partitioned like ``like``. Collective under ZeRO-3.
 

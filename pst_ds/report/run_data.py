@@ -34,8 +34,6 @@ class LayerData:
     """Mask bits of each layer that flipped, over all mask updates."""
     last_flipped: list[int] = field(default_factory=list)
     """Mask bits of each layer that flipped in the last mask update."""
-    ranks: list[int] = field(default_factory=list)
-    """Components that each layer's update keeps after the last choice; empty without learned ranks."""
     figures: dict[str, list[float | None]] = field(default_factory=dict)
     """The last known value of each of FIGURES for every layer; None if unknown."""
 
@@ -76,8 +74,6 @@ def _add(layers: LayerData, line: dict[str, Any]) -> None:
         layers.update_steps.append(line["step"])
         layers.kept, layers.last_flipped = kept, flipped
         layers.flipped = [a + b for a, b in zip(layers.flipped or [0] * count, flipped, strict=True)]
-    elif event == "ranks":
-        layers.ranks = _list_of(line["kept"], count)
     elif event == "scores":
         for name in FIGURES:
             new, old = _list_of(line[name], count), layers.figures.get(name, [None] * count)

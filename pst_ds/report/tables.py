@@ -248,7 +248,6 @@ def _value(layers: LayerData, name: str, i: int) -> float | None:
 
 FIGURES: dict[str, LayerFigure] = {
     "sparsity": lambda layers, i: number(layers.sparsity(i), "{:.4f}".format),
-    "update rank": lambda layers, i: number(layers.ranks[i] if layers.ranks else None, whole),
     "flips in total": lambda layers, i: number(layers.flipped[i] if layers.flipped else None, whole),
     "correlation of S, |W|": _figure("correlation"),
     "score norm": _figure("score_norm"),

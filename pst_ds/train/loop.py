@@ -85,7 +85,7 @@ class Loop:
     Args:
         engine: Engine of the run's model.
         examples: Examples to train on.
-        schedules: When masks, update ranks and quantisation scales change.
+        schedules: When masks and quantisation scales change.
         metrics: Where progress is reported.
         objective: Loss of a micro-batch.
     """
@@ -255,15 +255,11 @@ def set_rates(loop: Loop, step: int) -> None:
 
 
 def _update_if_due(loop: Loop, state: LoopState) -> None:
-    """Update masks, update ranks and quantisation scales if they are due, and log it. Collective.
+    """Update masks and quantisation scales if they are due, and log it. Collective.
 
     Raises ConfigError, on every rank, if masks that keep the base model's zeros have another sparsity than requested.
     """
     done = update_if_due(loop.engine.module, loop.schedules, state.step, loop.sums)
-    if done.components is not None:
-        loop.metrics.write(state.step, {"event": "rank_update", "mean_rank": done.components.mean_update_rank})
-        if loop.metrics.layers is not None:
-            loop.metrics.layers.components(state.step, done.components)
     if done.masks is not None:
         loop.sums = None
         masks = state.masks = done.masks

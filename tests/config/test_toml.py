@@ -400,11 +400,12 @@ def test_all_wrong_settings_are_reported_at_once(tmp_path):
             "eval.interval = -2 must be at least -1",
         ]
     )
-    message = _refusal(tmp_path, "pst.target_rank=9", "quantization.interval=5", "data.test_rows=['a']")
+    two_of_pst = "pst.expert_rank=0", "pst.multiplicative_update=true"
+    message = _refusal(tmp_path, *two_of_pst, "quantization.interval=5", "data.test_rows=['a']")
     assert message.count("\n") == 4
     for name in (
-        "pst.target_rank = 9.0 drops",
-        "pst.target_rank = 9.0 is more",
+        "pst.multiplicative_update = true needs",
+        "pst.expert_rank = 0 leaves",
         "quantization.interval",
         "data.test_rows",
     ):

@@ -27,7 +27,6 @@ def test_overrides_are_tables_and_survive_the_resolved_file(tmp_path):
         (['pst.pattern="2:4"', "schedule.final_sparsity=0.9"], "Fix: schedule.final_sparsity = 0.5"),
         (['pst.pattern="global"', "pst.min_kept_share=0.2", "schedule.final_sparsity=0.9"], "min_kept_share below 0.1"),
         (['pst.pattern="global"', "pst.relative_magnitude=false"], "Set relative_magnitude = true"),
-        (['pst.nm_ramp="slow"'], "pst.nm_ramp = 'slow' must be one of 'share', 'steps'"),
         (["pst.min_kept_share=1.0"], "min_kept_share = 1.0 must be in [0, 1)"),
         (['pst.overrides=[{modules = ["q"]}]'], "set neither pattern nor final_sparsity"),
         (['pst.overrides=[{modules = ["q"], patern = "row"}]'], "Did you mean 'pattern'?"),

@@ -38,12 +38,12 @@ ZERO = {
 PATTERNS = {"q_proj": "row", "k_proj": "2:4", "v_proj": "4x4", "o_proj": "stack", "gate_proj": "matrix"}
 
 WITH_MUCH = (
-    'pst.magnitude="activation"', 'pst.update_gates="component"', "pst.target_rank=4",
+    'pst.magnitude="activation"',
     'pst.update_embeddings=["word_embeddings"]', "model.gradient_checkpointing=true",
     "model.gradient_checkpointing_reentrant=true", "model.activation_offload=true", "schedule.cooldown_fraction=0.4",
     'quantization.values="int8"',
 )  # fmt: skip
-"""Settings by which a run has calibration, learned ranks, an updated embedding, offloaded activations and rounding."""
+"""Settings by which a run has calibration, an updated embedding, offloaded activations and rounding."""
 
 
 def _model(num_shards, num_layers=2, grid=None, **settings):
@@ -151,26 +151,22 @@ def test_masks_of_every_pattern_are_those_of_one_process_on_the_cpu(run_on_devic
             torch.testing.assert_close(own_logits, logits)
 
 
-def _with_ranks_and_grid(num_shards):
-    return _model(num_shards, grid=Grid(8, 32), update_gates="component")
-
-
 def _all_figures(model):
-    """Masks and ranks of the updates; numbers: errors of the scales of rounded weights, and figures of the layers."""
-    masks, scales = update_masks(model, 0.5, dropped_share=0.4), update_scales(model)
+    """Masks; numbers: errors of the scales of rounded weights, and figures of the layers."""
+    masks, scales = update_masks(model, 0.5), update_scales(model)
     figures = measure(model, [0, 1], with_scores=True)
     numbers = [*scales.errors, *figures.correlation, *figures.score_norm, *figures.update_norm, *figures.weight_norm]
     return masks, numbers
 
 
 def _figures_of_rank(world_size, kind):
-    return _all_figures(_engine(_with_ranks_and_grid(world_size), kind).module)
+    return _all_figures(_engine(_model(world_size, grid=Grid(8, 32)), kind).module)
 
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["3", "3 offload"])
-def test_ranks_scales_and_figures_are_those_of_one_process_on_the_cpu(run_on_device, kind):
-    model = _with_ranks_and_grid(1)
+def test_masks_scales_and_figures_are_those_of_one_process_on_the_cpu(run_on_device, kind):
+    model = _model(1, grid=Grid(8, 32))
     masks, numbers = _all_figures(build_engine(model, _groups(model), ds_config=None).module)
     for own_masks, own_numbers in run_on_device(_figures_of_rank, 2, 2, kind):
         assert own_masks == masks

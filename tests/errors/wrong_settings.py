@@ -103,17 +103,8 @@ SETTINGS = {
     "scores without anything in them": Wrong(
         setting("method=masked-lora", "pst.magnitude=none"), "pst.magnitude", "'none'", 'Set pst.magnitude = "weight"'
     ),
-    "a rank that updates do not have": Wrong(
-        setting("pst.update_gates=component", "pst.target_rank=9"),
-        "pst.target_rank",
-        "9",
-        "Set it to at most 8",
-    ),
-    "a budget of components without gates": Wrong(
-        setting("pst.target_rank=2"), "pst.target_rank", "2", "Set update_gates"
-    ),
-    "a budget of components that no gate fits into": Wrong(
-        setting("pst.update_gates=layer", "pst.target_rank=0.5"), "target_rank", "0.5", "set it to at least"
+    "gates, which updates no longer have": Wrong(
+        setting("pst.update_gates=component", "pst.target_rank=2"), "pst.update_gates", "component", "pst.update_rank"
     ),
     "zeros before there are scores": Wrong(
         setting("method=movement", "schedule.initial_sparsity=0.5"),

@@ -46,7 +46,7 @@ CASES = {
     "stack": ({"pattern": "stack"}, 0.55, 0.55 / 0.6),
     "2:4": ({"pattern": "2:4"}, 0.5, 1.0),
     "2:4 in part": ({"pattern": "2:4"}, 0.3, 0.3 / 0.5),
-    "1:4 by steps": ({"pattern": "1:4", "nm_ramp": "steps"}, 0.6, 0.6 / 0.75),
+    "1:4 in part": ({"pattern": "1:4"}, 0.6, 0.6 / 0.75),
     "blocks": ({"pattern": "2x4"}, 0.61, 1.0),
     "blocks taller than a shard": ({"pattern": "10x4"}, 0.5, 1.0),
     "overrides": (
@@ -172,8 +172,6 @@ def _expected_of(score, layer, sparsity, progress):
     if pattern.kind == "block":
         sums = _unit_sums(score, unit)
         kept = _prune_first(sums, math.floor(v * sums.size))
-    elif layer.rule.nm_ramp == "steps":
-        return _n_of_m(score, transposed, math.floor(v * pattern.m + 1e-9), pattern.m)
     else:
         best = _n_of_m(score, transposed, pattern.m - pattern.n, pattern.m)
         loss = _unit_sums(np.where(best, np.float32(0), score), unit)
@@ -275,9 +273,8 @@ def test_a_global_cut_holds_the_least_share_of_a_matrix():
     assert kept == math.ceil(0.35 * small.layout.numel)
 
 
-@pytest.mark.parametrize("ramp", ["share", "steps"])
-def test_n_of_m_ends_exact_and_starts_dense(ramp):
-    model = _mid_ramp("bert", 1, {"pattern": "2:4", "nm_ramp": ramp})
+def test_n_of_m_ends_exact_and_starts_dense():
+    model = _mid_ramp("bert", 1, {"pattern": "2:4"})
     assert update_masks(model, 0.0, progress=0.0).num_pruned == 0
     end = update_masks(model, 0.5)
     assert end.num_pruned * 2 == end.num_weights

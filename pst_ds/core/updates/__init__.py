@@ -1,1 +1,1 @@
-"""Low-rank updates beyond a single product: rows of an embedding, gates of components, per-sample updates."""
+"""Low-rank updates beyond a single product: rows of an embedding, per-sample updates."""

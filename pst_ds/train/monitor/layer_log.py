@@ -13,7 +13,6 @@ from pst_ds.core.experts.tokens import of_equal_numbers, shares_of_zeros
 from pst_ds.file_names import LAYERS_FILE
 from pst_ds.masks.layer_stats import LayerStats, ScoreHistogram
 from pst_ds.masks.update import MaskStats
-from pst_ds.masks.update_rank_budget import ComponentStats
 from pst_ds.train.monitor import images as pictures
 from pst_ds.train.monitor.curves import JsonLines, lines_until
 
@@ -65,12 +64,6 @@ class LayerLog:
         """Record a mask update."""
         self._remember(masks.kept, masks.flipped)
         self._file.write({"step": step, "event": "masks", "kept": masks.kept, "flipped": masks.flipped})
-
-    def components(self, step: int, stats: ComponentStats) -> None:
-        """Record the components that each layer's update keeps."""
-        self._file.write({"step": step, "event": "ranks", "kept": stats.kept})
-        kept = zip(self._names, stats.kept, strict=True)
-        self._board.scalars({f"layers/{name}/update_rank": of_layer for name, of_layer in kept}, step)
 
     def rounding(self, step: int, errors: Sequence[float]) -> None:
         """Record the relative error of each layer's quantised weights."""

@@ -101,7 +101,7 @@ def test_a_difference_within_the_error_keeps_the_own_rates():
 
 
 def _train(**rates):
-    own = dict(zip(RATES, (1e-2, 1e-3, 2e-2, 2e-4, 5e-4), strict=True))
+    own = dict(zip(RATES, (1e-2, 1e-3, 2e-4, 5e-4), strict=True))
     return TrainConfig(num_steps=10, **{**own, **rates})
 
 
@@ -116,7 +116,7 @@ def test_factors_reach_all_rates_and_fewer_steps_raise_them():
     train = _train(embedding_learning_rate=0.0)
     rates = Candidate(3.0, 1 / 3).rates(train)
     assert rates == {
-        "score_learning_rate": 0.03, "update_learning_rate": 0.003, "gate_learning_rate": 0.06,
+        "score_learning_rate": 0.03, "update_learning_rate": 0.003,
         "embedding_learning_rate": 0.0, "head_learning_rate": 0.0005,
     }  # fmt: skip
     longer = Candidate().rates(train, 100, 1600)

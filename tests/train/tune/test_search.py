@@ -28,7 +28,6 @@ pytestmark = pytest.mark.usefixtures("alone")
 OWN = {
     "score_learning_rate": 1e-2,
     "update_learning_rate": 1e-3,
-    "gate_learning_rate": 2e-2,
     "embedding_learning_rate": 2e-4,
     "head_learning_rate": 5e-4,
 }
