@@ -9,12 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from pst_ds.atomic_files import write_text_atomic
 from pst_ds.config.run import ConfigError, RunConfig
+from pst_ds.config.toml import dump_run
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import InputError
 from pst_ds.export.check import check_export
 from pst_ds.export.to_folder import ExportOptions, export_checkpoint
-from pst_ds.file_names import BEST, CHECKPOINTS, FINAL, MANIFEST_FILE
+from pst_ds.file_names import BEST, CHECKPOINTS, FINAL, MANIFEST_FILE, RUN_FILE
 from pst_ds.parallel.engine import free_released
 from pst_ds.parallel.ranks import is_main, of_main, of_main_at_length
 from pst_ds.train.divergence import DivergedError
@@ -42,6 +44,8 @@ def finetune(
         inner = prepare(stage, context.launch, labels=context.labels).with_rates(examples)
         out = Path(context.run.finetuned_path)
         if not of_main(partial(_is_done, context.run, inner.run, examples.digest)):
+            if is_main():  # so that the folder is enough to resume
+                write_text_atomic(Path(context.run.output_dir) / RUN_FILE, dump_run(context.run))
             if is_main() and not quiet:
                 print(f"fine-tuning {stage.model.path} by {stage.method}: {out}", file=sys.stderr, flush=True)
             train(inner)

@@ -164,10 +164,11 @@ def test_a_signal_while_it_fine_tunes_ends_the_run_which_resumes(tmp_path, alone
     assert newest_step(tmp_path / "run") in (1, 2, 3)
     with pytest.raises(InputError, match=r"finetune.method = \"lora\": output_dir = .* has checkpoints up to"):
         _train(*run)
-    _train(*run, resume=True)
-    assert newest_step(tmp_path / "run") == 4 + 4
+    moved = Path(shutil.move(tmp_path / "run", tmp_path / "moved"))
+    assert main(["train", str(moved), "--resume"]) == 0
+    assert newest_step(moved) == 4 + 4
     _train(CLASSIFIER, tmp_path / "undisturbed", *FINETUNE)
-    assert _differing(_trained(tmp_path / "run"), _trained(tmp_path / "undisturbed")) == []
+    assert _differing(_trained(moved), _trained(tmp_path / "undisturbed")) == []
 
 
 def test_other_settings_are_refused_once_the_run_has_checkpoints_and_else_need_a_restart(tmp_path, alone):
