@@ -43,7 +43,6 @@ CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "pst_config.json", "pst_model.safetensor
 FORMAT = 1
 _FORMULA = (
     "alpha1", "alpha2", "beta", "magnitude", "frozen_magnitude", "relative_magnitude", "detach_magnitude",
-    "multiplicative_update",
 )  # fmt: skip
 """Settings that change the meaning of the values, but no shape."""
 _NOTE = "not a model, but what training changed of one: load it with pst_ds.load_pretrained"

@@ -28,19 +28,12 @@ class Method:
     """Train every weight of the model instead of the small factors and the head."""
     settings: Settings = field(default_factory=dict)
     """Fields of :class:`PSTConfig` that the method fixes."""
-    defaults: Settings = field(default_factory=dict)
-    """Fields of :class:`PSTConfig` for settings that the run file does not have."""
     injects: bool = True
     """Replace the target layers by PST layers."""
-    score_penalty: float = 0.0
-    """``train.score_penalty`` in files of ``pst-ds init``. Methods with 0 reject a penalty; the others require one."""
 
     def pst_config(self, config: PSTConfig) -> PSTConfig:
         """Return the config to inject, given the ``[pst]`` section of the run file."""
-        settings = dict(self.settings)
-        if settings.get("pattern") == "global" and config.pattern != "matrix":
-            del settings["pattern"]  # N:M and similar patterns have no global threshold
-        return replace(config, **settings)  # type: ignore[arg-type]
+        return replace(config, **self.settings)  # type: ignore[arg-type]
 
 
 _NO_SCORES: Settings = {"score_rank": 0, "structured_scores": False}
@@ -71,25 +64,12 @@ METHODS: dict[str, Method] = {
         trains_everything=True,
         settings={**_WEIGHTS, "full_scores": True},
     ),
-    "soft-movement": Method(
-        'Like "movement", with one threshold for all matrices and a penalty on the scores (arXiv 2005.07683).',
-        "ramp",
-        trains_everything=True,
-        settings={**_WEIGHTS, "full_scores": True, "pattern": "global"},
-        score_penalty=1.0,
-    ),
-    "spp": Method(
-        "Train a multiplicative update under a fixed mask (arXiv 2405.16057).",
-        "fixed",
-        settings={**_LORA, "multiplicative_update": True, "update_embeddings": ()},
-        defaults={"update_rank": 16, "beta": 2.0},  # the number of groups and the factor of its authors
-    ),
     "masked-lora": Method("Train an update U V under a fixed mask.", "fixed", settings=_LORA),
 }
 
 
 def method_conflicts(
-    method: str, pst: PSTConfig, schedule: ScheduleConfig, score_penalty: float, score_learning_rate: float | None
+    method: str, pst: PSTConfig, schedule: ScheduleConfig, score_learning_rate: float | None
 ) -> Iterator[str]:
     """Yield a message for each setting that does not fit the method; ``pst`` is the section of the run file."""
     facts = METHODS[method]
@@ -99,14 +79,6 @@ def method_conflicts(
             f'pst.initial_mask = "zeros" is for methods with a fixed mask ({fixed}), not for method = {method!r}. '
             "Remove it"
         )
-    if bool(facts.score_penalty) != (score_penalty > 0.0):
-        penalised = " and ".join(f'"{name}"' for name, other in METHODS.items() if other.score_penalty)
-        yield (
-            f"train.score_penalty = {score_penalty} with method = {method!r}: method {penalised} needs one above 0, "
-            "and no other method has one"
-        )
-    if pst.multiplicative_update and facts.masks != "fixed":
-        yield f'pst.multiplicative_update = true is for fixed masks, not for method = {method!r}. Set method = "spp"'
     try:
         injected = facts.pst_config(pst)
     except ValueError as error:

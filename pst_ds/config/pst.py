@@ -155,10 +155,6 @@ class PSTConfig(_LibrarySection):
     full_scores: bool = False
     """Use one trained score per weight instead of the small factors and |W| (movement pruning, arXiv 2005.07683); every
     score has optimizer state."""
-    multiplicative_update: bool = False
-    """W = W0 + beta W0 . (U V) with U (out_features,), where the outputs of each of ``update_rank`` groups share a row
-    of V: SPP (arXiv 2405.16057), which preserves the zeros of W0. Requires a fixed mask. Method "spp" has the defaults
-    ``update_rank`` = 16 and ``beta`` = 2 of its authors."""
     tile_bytes: MayDiffer[NotNegative] = 0
     """Maximum bytes per rank of gradient tiles in the backward pass of a layer; 0 is 32 MiB on CPUs and 512 MiB on
     GPUs. Smaller tiles are slower."""
@@ -179,13 +175,6 @@ class PSTConfig(_LibrarySection):
                 "full_scores = true replaces the small factors of the scores. Set score_rank = 0 and "
                 "structured_scores = false"
             )
-        if self.multiplicative_update and (self.has_scores or self.update_rank == 0):
-            yield (
-                "multiplicative_update = true needs a fixed mask and factors. Set score_rank = 0, structured_scores = "
-                "false, full_scores = false and update_rank of at least 1"
-            )
-        if self.multiplicative_update and self.expert_rank == 0:
-            yield "expert_rank = 0 leaves a multiplicative update without groups. Set it to at least 1"
         if self.update_embeddings and self.update_rank == 0:
             yield (
                 f"update_embeddings = {list(self.update_embeddings)} with update_rank = 0 updates nothing. Set "

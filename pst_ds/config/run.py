@@ -139,7 +139,7 @@ class RunConfig(Section):
         """Yield a message for each setting that does not fit another section."""
         method, task, train, pst, schedule = self.method, self.task, self.train, self.pst, self.schedule
         yield from task_conflicts(task, self.data, self.eval, train.num_steps)
-        not_fitting = list(method_conflicts(method, pst, schedule, train.score_penalty, train.score_learning_rate))
+        not_fitting = list(method_conflicts(method, pst, schedule, train.score_learning_rate))
         yield from not_fitting
         yield from self.start.conflicts(method, self.start_sparsity, pst)
         yield from self.quantization.conflicts(method, schedule)
@@ -260,10 +260,9 @@ class RunConfig(Section):
             num_labels=num_labels,
             predicts_tokens=self.task_facts.predicts_tokens,
         )
-        multiplies = self.injected_pst.multiplicative_update
         rates = {
             "score_learning_rate": default.scores,
-            "update_learning_rate": default.multiplicative if multiplies else default.updates,
+            "update_learning_rate": default.updates,
             "embedding_learning_rate": default.embeddings,
             "head_learning_rate": default.everything if self.mask_method.trains_everything else default.head,
         }
@@ -274,8 +273,7 @@ class RunConfig(Section):
         """Return the run of ``[finetune]``, in a folder inside the run's; None without one. Raises ConfigError."""
         if self.finetune.method == "none":
             return None
-        others = dict.fromkeys(("score_learning_rate", "gate_learning_rate"))
-        train = {**asdict(self.finetune), **others, "score_penalty": 0.0, "profile_steps": ""}
+        train = {**asdict(self.finetune), "score_learning_rate": None, "profile_steps": ""}
         method = train.pop("method")
         return RunConfig(
             output_dir=str(Path(self.output_dir) / FINETUNED),

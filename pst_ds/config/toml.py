@@ -12,7 +12,6 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from pst_ds.config.data import DATA_PRESETS, PRESET_PLACES
-from pst_ds.config.methods import METHODS
 from pst_ds.config.pst import PAPER
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.settings import messages, report
@@ -76,7 +75,7 @@ def _table(path: str | Path, overrides: Sequence[str]) -> dict[str, object]:
 
 
 def run_from_table(table: Mapping[str, object]) -> RunConfig:
-    """Build a RunConfig from nested tables. ``method``, ``pst.preset`` and ``data.preset`` fill in what they lack.
+    """Build a RunConfig from nested tables. ``pst.preset`` and ``data.preset`` fill in what they lack.
 
     Raises ConfigError with a message for each wrong setting.
     """
@@ -91,7 +90,7 @@ def run_from_table(table: Mapping[str, object]) -> RunConfig:
 
 
 def _with_presets(table: dict[str, object]) -> dict[str, object]:
-    """Fill in the settings of ``data.preset``, ``pst.preset`` and ``method`` that ``table`` lacks."""
+    """Fill in the settings of ``data.preset`` and ``pst.preset`` that ``table`` lacks."""
     for section, presets in (("data", DATA_PRESETS), ("pst", PRESETS)):
         own = table[section]
         if not isinstance(own, dict) or "preset" not in own:
@@ -100,8 +99,7 @@ def _with_presets(table: dict[str, object]) -> dict[str, object]:
         if not isinstance(name, str) or name not in presets:
             raise ConfigError(f"{section}.preset = {name!r} must be one of {', '.join(presets)}")
         table = _filled({**table, section: {k: v for k, v in own.items() if k != "preset"}}, presets[name])
-    method = METHODS.get(str(table.get("method")))
-    return _filled(table, {"pst": method.defaults}) if method else table
+    return table
 
 
 def _filled(table: dict[str, object], defaults: Mapping[str, object]) -> dict[str, object]:
@@ -125,8 +123,10 @@ REMOVED = {
     "pst.update_gates": "set pst.update_rank, such as 2, and remove pst.update_gates and pst.target_rank",
     "pst.target_rank": "all updates have rank pst.update_rank",
     "pst.nm_ramp": "N:M patterns constrain a growing share of the groups",
+    "pst.multiplicative_update": 'set method = "masked-lora"',
     "pst.score_init": "pst.score_init_scale is the standard deviation",
     "train.gate_learning_rate": "",
+    "train.score_penalty": "no method has a penalty on scores",
     "prompt": "",
     "train.prompt_learning_rate": "",
 }
@@ -144,7 +144,8 @@ def is_removed(key: str) -> bool:
 def without_removed(table: dict[str, object]) -> dict[str, object]:
     """Return a copy of ``table`` without the settings in :data:`REMOVED`; name those that were set on stderr.
 
-    Raises ConfigError for a trained prompt, or gates: without them, what was trained would compute something else.
+    Raises ConfigError for a trained prompt, gates or factors of W0: without them, what was trained would compute
+    something else.
     """
     table = dict(table)
     prompt = table.get("prompt", {"text": ""})
@@ -158,7 +159,7 @@ def without_removed(table: dict[str, object]) -> dict[str, object]:
             table = {**table, section: kept} if section else kept
             if not values[key] or values[key] == _FORMER_DEFAULTS.get(name):
                 continue
-            if name == "pst.update_gates":
+            if name in ("pst.update_gates", "pst.multiplicative_update"):
                 raise ConfigError(f"{name} = {values[key]!r} is no longer supported: {instead}")
             if instead and os.environ.get("RANK", "0") == "0":
                 print(f"{name} = {values[key]!r} has no effect any more: {instead}. Remove it", file=sys.stderr)

@@ -72,9 +72,6 @@ class TrainConfig(Section):
     """Learning rate of U and V of ``pst.update_embeddings``."""
     head_learning_rate: Reported[Rate | None] = None
     """Learning rate of modules trained in full, and of every weight for methods that train all of them."""
-    score_penalty: Rate = 0.0
-    """Weight of the mean of sigmoid(S) in the loss of method "soft-movement" at the final sparsity; it increases along
-    the schedule."""
     adam_beta1: Share = 0.9
     """Decay of Adam's first moment."""
     adam_beta2: Share = 0.98

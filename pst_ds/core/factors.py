@@ -8,8 +8,6 @@ Each output row belongs to exactly one part, so A, R and U stack the parts, whil
 an ordinary layer P = 1, and these are the matrices of the paper (arXiv 2205.11005, section 3). In a stack of experts, O
 and P count all experts, so every factor is in expert order.
 
-A multiplicative update (SPP, arXiv 2405.16057) has r groups of consecutive outputs per part: its U is (O,), one factor
-per output, and a row of V belongs to one group. :func:`grouped_columns` expands it to an (O, r) matrix.
 """
 
 from __future__ import annotations
@@ -39,13 +37,11 @@ class Constants:
     """True if S includes |W|."""
     frozen_magnitude: bool = False
     """True if S uses |W0|, which the update does not change, instead of |W|."""
-    multiplicative: bool = False
-    """True if W = W0 + beta W0 . (U V), which keeps every zero of W0."""
 
     @property
     def update_in_scores(self) -> bool:
-        """True if S is computed from the updated weight. A multiplicative update is not part of it."""
-        return not self.multiplicative and not self.frozen_magnitude
+        """True if S is computed from the updated weight."""
+        return not self.frozen_magnitude
 
     @property
     def magnitude_has_gradient(self) -> bool:
@@ -133,35 +129,3 @@ def tile_factors(factors: Factors, layout: WeightLayout, matrix: StoredMatrix, r
     score_rows, score_cols = (by_input, by_output) if layout.transposed else (by_output, by_input)
     row_norms, col_norms = (norms, None) if layout.transposed else (None, norms)
     return TileFactors(score_left, score_right, score_rows, score_cols, update_left, update_right, row_norms, col_norms)
-
-
-def layer_factors(values: dict[str, Tensor], count: int, constants: Constants, norms: Tensor | None = None) -> Factors:
-    """Return the matrices of the formulas from ``values``, the stored tensors of ``count`` matrices by name.
-
-    They differ from the stored ones in U of a multiplicative update.
-    """
-    if constants.multiplicative and "U" in values:
-        values = {**values, "U": grouped_columns(values["U"], count, values["V"].shape[0] // count)}
-    return Factors(**values, norms=norms)
-
-
-def group_of_rows(num_rows: int, num_matrices: int, num_groups: int, device: torch.device | None = None) -> Tensor:
-    """Return the group of each row, (num_rows,) int64: run g of a matrix with n rows starts at floor(g n / num_groups).
-
-    ``num_rows`` counts all ``num_matrices`` together.
-    """
-    per_matrix = max(num_rows // num_matrices, 1)
-    return ((torch.arange(num_rows, device=device) % per_matrix + 1) * num_groups - 1) // per_matrix
-
-
-def grouped_columns(column: Tensor, num_matrices: int, num_groups: int) -> Tensor:
-    """Expand (O,) to (O, num_groups): each value in the column of its row's group, 0 elsewhere."""
-    wide = column.new_zeros(column.numel(), num_groups)
-    groups = group_of_rows(column.numel(), num_matrices, num_groups, column.device)
-    return wide.scatter_(1, groups.unsqueeze(1), column.unsqueeze(1))
-
-
-def ungrouped_columns(wide: Tensor, num_matrices: int) -> Tensor:
-    """Apply the adjoint of :func:`grouped_columns`: (O, num_groups) to (O,)."""
-    groups = group_of_rows(wide.shape[0], num_matrices, wide.shape[1], wide.device)
-    return wide.gather(1, groups.unsqueeze(1)).squeeze(1)

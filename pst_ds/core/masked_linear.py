@@ -118,7 +118,7 @@ def backward(
 
         dS = G . W     dA = alpha1 dS B'   dB = alpha1 A' dS   dR = alpha2 rowsum(dS)   dC = alpha2 colsum(dS)
         dW = G . M + G . |W| / weight_scale (not if |W| is detached, or the masks are fixed)
-        dU = beta dW V'   dV = beta U' dW (for a multiplicative update, with dW . W0 for dW)
+        dU = beta dW V'   dV = beta U' dW
 
     ``need_weight``: return the gradient of the weight, G . M. ``need_scores``: return the gradient of the score of each
     weight, G . W (arXiv 2005.07683). ``tile_bytes``: budget of :mod:`pst_ds.core.tiles`; 0 is the device's default.
@@ -231,8 +231,6 @@ def _band_backward(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor
             product.addcmul_(
                 grad, magnitude, value=state.constants.magnitude_factor(state.magnitude_scales[matrix.index])
             )
-        if state.constants.multiplicative:
-            product.mul_(weights_at(state.weight, rect, _shaped(work.magnitude, rect)))
         _add_low_rank_gradients(product, factors.update_left, factors.update_right, sums.update_left, sums.update_right)
     _and(weight, mask, out=weight)
 

@@ -47,7 +47,7 @@ class ScheduleConfig:
     """Sparsity at the end, in [0, 1). 0 prunes only the layers with a sparsity in ``pst.overrides``."""
     initial_sparsity: float = 0.0
     """Sparsity until the ramp starts, at most ``final_sparsity``. Must be 0 if all scores are equal at the start:
-    methods "movement" and "soft-movement", and "pst" with ``pst.magnitude = "none"``.
+    method "movement", and "pst" with ``pst.magnitude = "none"``.
     """
     warmup_fraction: float = 0.1
     """Fraction of all steps at ``initial_sparsity``, before the ramp."""
@@ -219,9 +219,6 @@ class Schedules:
     def sparsity_at(self, step: int) -> float:
         return 0.0 if self.masks is None else self.masks.sparsity_at(step)
 
-    def progress_at(self, step: int) -> float:
-        return 0.0 if self.masks is None else self.masks.progress_at(step)
-
     def masks_final_at(self, step: int) -> bool:
         return self.masks is not None and self.masks.is_final(step)
 
@@ -291,8 +288,6 @@ class LearningRates:
     scores: float = 1e-2
     """For A, B, R and C, and for movement scores: |W| / scale, with which they compete, is near 1 at any width."""
     updates: float = 2e-3
-    multiplicative: float = 3e-2
-    """For U and V of a multiplicative update (SPP)."""
     embeddings: float = 4e-3
     """For U and V of embeddings, in one epoch."""
     head: float = 2e-3

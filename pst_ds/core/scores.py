@@ -69,24 +69,18 @@ def importance(
 
 
 def sliced_weight(weight: Tensor, tile: TileFactors, constants: Constants) -> Tensor:
-    """Return W0 + beta U V, or W0 + beta W0 . (U V), of one rectangle: fp32 (rows, cols).
+    """Return W0 + beta U V of one rectangle: fp32 (rows, cols).
 
     Bit-identical regardless of the rectangle, which :func:`updated_weight` is not.
     """
     updated = weight.to(torch.float32, copy=True)
-    scratch = torch.empty_like(updated)
-    if not constants.multiplicative:
-        add_low_rank_(updated, tile.update_left, tile.update_right, constants.beta, scratch)
-    elif tile.update_left is not None:
-        product = torch.zeros_like(updated)
-        add_low_rank_(product, tile.update_left, tile.update_right, constants.beta, scratch)
-        updated.add_(product.mul_(updated))
+    add_low_rank_(updated, tile.update_left, tile.update_right, constants.beta, torch.empty_like(updated))
     return updated
 
 
-def merges_natively(weight: object, left: Tensor | None, right: Tensor | None, constants: Constants) -> bool:
+def merges_natively(weight: object, left: Tensor | None, right: Tensor | None) -> bool:
     """Return whether :func:`merge_natively` supports a weight, or a part of it, and the factors of its update."""
-    if not isinstance(weight, Tensor) or left is None or right is None or constants.multiplicative:
+    if not isinstance(weight, Tensor) or left is None or right is None:
         return False
     fits = all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in (weight, left, right))
     return fits and left.shape[1] <= MOST_RANK and weight.stride(-1) == 1 and merges() is not None
@@ -115,15 +109,12 @@ def merge_natively(
 def updated_weight(weight: Tensor, tile: TileFactors, constants: Constants, out: Tensor | None = None) -> Tensor:
     """Return W = W0 + beta U V of one rectangle in the dtype of ``weight``, written to ``out`` if given.
 
-    Multiplicative updates give W0 + beta W0 . (U V). ``out`` may be ``weight`` itself.
+    ``out`` may be ``weight`` itself.
     """
     if tile.update_left is None or tile.update_right is None:
         return weight.clone() if out is None else out.copy_(weight)
-    if constants.multiplicative:
-        product = torch.mm(tile.update_left, tile.update_right)
-        return torch.addcmul(weight, weight, product, value=constants.beta, out=out)
     in_rows = out is None or out.stride(-1) == 1
-    if in_rows and merges_natively(weight, tile.update_left, tile.update_right, constants):
+    if in_rows and merges_natively(weight, tile.update_left, tile.update_right):
         out = torch.empty_like(weight) if out is None else out
         merge_natively(out, weight, None, Rect(0, weight.shape[0], 0, weight.shape[1]), tile, constants)
         return out
@@ -137,10 +128,8 @@ def merged_weight(weight: Tensor | CodedWeight, layout: WeightLayout, factors: F
     """
     merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     for matrix in layout.matrices():
-        whole = matrix.rect
-        for rect in row_tiles(whole, mask_band_elements(weight.device.type)) if constants.multiplicative else (whole,):
-            out = merged[rect.slices]
-            updated_weight(weights_at(weight, rect, out), tile_factors(factors, layout, matrix, rect), constants, out)
+        rect, out = matrix.rect, merged[matrix.rect.slices]
+        updated_weight(weights_at(weight, rect, out), tile_factors(factors, layout, matrix, rect), constants, out)
     return merged
 
 
@@ -159,7 +148,7 @@ def masked_weight(
     the model multiplied with. ``bits``: the whole mask, (num_shards * ceil(shard / 8),) uint8. ``rounding``:
     quantisation of the result.
     """
-    held = _masks_in_one_pass(weight, bits, num_shards, layout, factors, constants)
+    held = _masks_in_one_pass(weight, bits, num_shards, layout, factors)
     height, width = layout.shape
     if held is not None:
         assert isinstance(weight, Tensor)
@@ -181,17 +170,12 @@ def masked_weight(
 
 
 def _masks_in_one_pass(
-    weight: Tensor | CodedWeight,
-    bits: Tensor,
-    num_shards: int,
-    layout: WeightLayout,
-    factors: Factors,
-    constants: Constants,
+    weight: Tensor | CodedWeight, bits: Tensor, num_shards: int, layout: WeightLayout, factors: Factors
 ) -> tuple[MaskBytes, Callable[[Tensor, Tensor, MaskBytes, Rect, TileFactors, Constants], None]] | None:
     """Return the mask and the function that merges under it, on a GPU or in compiled code; None if neither can."""
     per_shard = shard_numel(layout.numel, num_shards)
     mask, merge = mask_bytes(weight, bits, layout.shape, per_shard), merge_into
-    if mask is None and merges_natively(weight, factors.U, factors.V, constants):
+    if mask is None and merges_natively(weight, factors.U, factors.V):
         mask, merge = mask_rows(bits, layout.shape, per_shard), merge_natively
     whole = mask is not None and all(mask.holds(matrix.rect) for matrix in layout.matrices())
     return (mask, merge) if mask is not None and whole else None

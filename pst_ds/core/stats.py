@@ -91,7 +91,7 @@ def product_norm(left: Tensor, right: Tensor) -> Tensor:
 
 
 def update_norm(layout: WeightLayout, factors: Factors, constants: Constants) -> Tensor:
-    """Return the norm of beta U V of a layer, a float64 scalar; 0 without U and V. Not for multiplicative updates."""
+    """Return the norm of beta U V of a layer, a float64 scalar; 0 without U and V."""
     norms = []
     for tile in _matrices(layout, factors):
         if tile.update_left is not None and tile.update_right is not None:

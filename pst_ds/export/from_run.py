@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.core.coded_weight import CodedWeight, CodeLayout
-from pst_ds.core.factors import Constants, layer_factors
+from pst_ds.core.factors import Constants, Factors
 from pst_ds.core.packings import DENSE, GGUF
 from pst_ds.core.quantization import SCALE_DTYPE, Rounding, StoredGrid, require_scales, scales_of_bytes
 from pst_ds.core.scores import masked_weight, merged_weight
@@ -136,7 +136,7 @@ class RunSource:
             weight = CodedWeight(base, *base.encode(start, 0), compute)
         del start
         mask = checkpoint.mask_bits(owner, *run.share(run.stack.numel, piece))
-        factors = layer_factors(self._factors(owner, run, piece, device), layout.num_matrices, constants)
+        factors = Factors(**self._factors(owner, run, piece, device))
         rounding = None if recipe.grid is None else self._rounding(owner, run, piece, recipe.grid, device)
         if recipe.masked:
             merged = masked_weight(weight, mask.to(device), 1, layout, factors, constants, rounding)

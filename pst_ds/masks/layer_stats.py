@@ -26,9 +26,9 @@ from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import group_sum
 
 _MOMENTS, _OF_SCORES = slice(0, 5), slice(0, 3, 2)
-_WEIGHT_SQUARES, _UPDATE_SQUARES, _NUM_SUMS = 5, 6, 7
-"""Places in a layer's sums: :func:`pst_ds.core.stats.score_moments` of S and |W| (S and its square among them), the
-square of W0, and that of a multiplicative update."""
+_WEIGHT_SQUARES, _NUM_SUMS = 5, 6
+"""Places in a layer's sums: :func:`pst_ds.core.stats.score_moments` of S and |W| (S and its square among them), and the
+square of W0."""
 _SCORE_NORM, _UPDATE_NORM, _NUM_NORMS = 0, 1, 2
 
 
@@ -54,7 +54,7 @@ class LayerStats:
     score_norm: list[float | None]
     """Frobenius norm of the learned part of S: alpha1 A B + alpha2 (R 1' + 1 C'), or the per-weight scores."""
     update_norm: list[float | None]
-    """Frobenius norm of beta U V, or of beta W0 . (U V)."""
+    """Frobenius norm of beta U V."""
     weight_norm: list[float | None]
     """Frobenius norm of W0, or of the trained weight that replaces it."""
     with_scores: bool
@@ -107,7 +107,7 @@ def measure(model: nn.Module, chosen: Sequence[int], *, with_scores: bool) -> La
             for part, s in zip(parts, sums, strict=True)
         ],
         [part.score_norm(s, n) if with_scores else None for part, s, n in zip(parts, sums, norms, strict=True)],
-        [part.update_norm(s, n) for part, s, n in zip(parts, sums, norms, strict=True)],
+        [part.update_norm(n) for part, n in zip(parts, norms, strict=True)],
         [_finite(math.sqrt(s[_WEIGHT_SQUARES])) for s in sums],
         with_scores,
     )
@@ -136,23 +136,19 @@ class _Part:
 
     def sums(self, with_scores: bool) -> Tensor:
         """Return sums over this rank's weights, (_NUM_SUMS,) float64; sums of scores only ``with_scores``."""
-        sums = torch.zeros(_NUM_SUMS, dtype=torch.float64, device=self._weight.device)
+        sums, constants = torch.zeros(_NUM_SUMS, dtype=torch.float64, device=self._weight.device), self.layer.constants
         for matrix, rect in self._rects():
             weight = self._weight.rect(rect)
             sums[_WEIGHT_SQUARES] += stats.square_sum(weight)
-            if not with_scores and not self.layer.constants.multiplicative:
+            if not with_scores:
                 continue
             tile = tile_factors(self._factors, self.layer.layout, matrix, rect)
-            updated = updated_weight(weight.float(), tile, self.layer.constants)
-            if self.layer.constants.multiplicative:
-                sums[_UPDATE_SQUARES] += stats.square_sum(updated - weight)
-            if with_scores:
-                scale = self.layer.magnitude_scales[matrix.index]
-                if self.layer.pst_S is None:
-                    keys = score_keys(weight, tile, self.layer.constants, scale)
-                else:
-                    keys = self._keys.keys(matrix, rect)
-                sums[_MOMENTS] += stats.score_moments(keys, updated, scale)
+            updated, scale = updated_weight(weight.float(), tile, constants), self.layer.magnitude_scales[matrix.index]
+            if self.layer.pst_S is None:
+                keys = score_keys(weight, tile, constants, scale)
+            else:
+                keys = self._keys.keys(matrix, rect)
+            sums[_MOMENTS] += stats.score_moments(keys, updated, scale)
         return sums
 
     def norms(self, with_scores: bool) -> Tensor:
@@ -161,7 +157,7 @@ class _Part:
         layout, constants = self.layer.layout, self.layer.constants
         if with_scores and self.learns_scores and self.layer.pst_S is None:
             norms[_SCORE_NORM] = stats.learned_score_norm(layout, self._factors, constants)
-        if self.layer.pst_U is not None and not constants.multiplicative:
+        if self.layer.pst_U is not None:
             norms[_UPDATE_NORM] = stats.update_norm(layout, self._factors, constants)
         return norms
 
@@ -180,11 +176,8 @@ class _Part:
             return _finite(math.sqrt(sums[_OF_SCORES][1]))
         return _finite(float(norms[_SCORE_NORM])) if self.learns_scores else None
 
-    def update_norm(self, sums: Tensor, norms: Tensor) -> float | None:
-        if self.layer.pst_U is None:
-            return None
-        multiplicative = self.layer.constants.multiplicative
-        return _finite(math.sqrt(sums[_UPDATE_SQUARES]) if multiplicative else float(norms[_UPDATE_NORM]))
+    def update_norm(self, norms: Tensor) -> float | None:
+        return None if self.layer.pst_U is None else _finite(float(norms[_UPDATE_NORM]))
 
     def _rects(self) -> Iterator[tuple[StoredMatrix, Rect]]:
         return ((matrix, rect) for matrix in self._keys.matrices for rect in self._keys.own_rects(matrix))

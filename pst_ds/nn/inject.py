@@ -236,16 +236,6 @@ def bypassed(model: nn.Module) -> Iterator[None]:
             layer.bypassed = False
 
 
-def set_score_penalty(model: nn.Module, penalty: float) -> None:
-    """Add ``penalty`` times the mean of sigmoid(S) over per-weight scores to the loss (soft movement pruning).
-
-    It is the mean over layers of the mean over each layer's weights, as in arXiv 2005.07683.
-    """
-    layers = pst_layers(model).values()
-    for layer in layers:
-        layer.score_penalty = penalty / len(layers)
-
-
 def freeze_scores(model: nn.Module, *, frozen: bool = True) -> None:
     """Stop the gradient of the scores, and of |W| through them, once the masks are fixed.
 

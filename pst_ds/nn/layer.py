@@ -14,7 +14,7 @@ from pst_ds.config.pst import MaskRule, PSTConfig, UpdateInit
 from pst_ds.core import masked_linear
 from pst_ds.core.bits import all_ones, shard_range
 from pst_ds.core.coded_weight import CodedWeight, OwnWeights
-from pst_ds.core.factors import Constants, Factors, layer_factors, ungrouped_columns
+from pst_ds.core.factors import Constants, Factors
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.quantization import (
     UNUSED_SCALE,
@@ -50,7 +50,6 @@ class PSTLayer(nn.Module):
         pst_scales: uint8, the bytes of the bf16 scales that quantise M . W, only with a ``grid``; frozen.
         pst_base_codes, pst_base_scales: uint8, W0 as quantised values and scales, only with a ``base``, see
             :class:`pst_ds.core.coded_weight.CodeLayout`; ``weight`` is None then.
-    A multiplicative update has pst_U (O,) and pst_V (P*r, I).
 
     One module holds them all, so ZeRO-3 fetches and releases the layer at once.
     """
@@ -88,8 +87,6 @@ class PSTLayer(nn.Module):
         """Quantisation of x while M . W is quantised; None for unquantised inputs."""
         self.input_norms: Tensor | None = None
         """(I,) fp32, for ``magnitude = "activation"``; equal on every rank, on the weight's device."""
-        self.score_penalty = 0.0
-        """Factor of the mean of sigmoid(S), for per-weight scores, in the loss of each backward pass."""
         self.bypassed = False
         """True while the layer multiplies with W0, like the dense model; see :func:`pst_ds.nn.inject.bypassed`."""
         self.was_called = False
@@ -132,13 +129,12 @@ class PSTLayer(nn.Module):
         layout, outputs, inputs = self.layout, self.layout.out_features, self.layout.in_features
         k, r = config.score_rank, config.update_rank
         update_std = config.update_init_scale * init_std(config.update_init, r, inputs)
-        starts_at_v = config.update_init == "lora" or config.multiplicative_update  # one of U and V is zero
+        starts_at_v = config.update_init == "lora"  # one of U and V is zero
         add("A", (outputs, k) if k else None, config.score_init_scale)
         add("B", (layout.num_matrices * k, inputs) if k else None)
         add("R", (outputs,) if config.structured_scores else None)
         add("C", (layout.num_matrices, inputs) if config.structured_scores else None)
-        of_output = (outputs,) if config.multiplicative_update else (outputs, r)
-        add("U", of_output if r else None, 0.0 if starts_at_v else update_std)
+        add("U", (outputs, r) if r else None, 0.0 if starts_at_v else update_std)
         add("V", (layout.num_matrices * r, inputs) if r else None, update_std if starts_at_v else 0.0)
         add("S", tuple(layout.shape) if config.full_scores else None)
 
@@ -209,7 +205,7 @@ class PSTLayer(nn.Module):
 
     def factors(self, values: dict[str, Tensor]) -> Factors:
         """Return the matrices of the formulas, from the ``values`` of :meth:`factor_parameters`."""
-        return layer_factors(values, self.layout.num_matrices, self.constants, self.input_norms)
+        return Factors(**values, norms=self.input_norms)
 
     def state(self) -> masked_linear.LayerState:
         """Return the state that computes the layer's current weight. The parameters must be gathered."""
@@ -254,21 +250,9 @@ class PSTLayer(nn.Module):
                 need_scores=self.pst_S is not None and self.scores_train,
                 tile_bytes=self.tile_bytes,
             )
-            self._finish(grads)
+            if self.pst_S is not None and grads.S is None:  # the masks are fixed
+                grads.S = torch.zeros_like(self.pst_S)
         return grads
-
-    @torch.no_grad()
-    def _finish(self, grads: masked_linear.Gradients) -> None:
-        """Add the parts that are not in the formulas of one matrix: storage of U, penalty on scores."""
-        if self.constants.multiplicative and grads.U is not None:
-            grads.U = ungrouped_columns(grads.U, self.layout.num_matrices)
-        if self.pst_S is None:
-            return
-        if grads.S is None:  # the masks are fixed
-            grads.S = torch.zeros_like(self.pst_S)
-        elif self.score_penalty:
-            probability = torch.sigmoid(self.pst_S)
-            grads.S.addcmul_(probability, 1.0 - probability, value=self.score_penalty / self.layout.numel)
 
     def of_trained(self, grads: masked_linear.Gradients) -> tuple[Tensor | None, ...]:
         """Return the gradients of the factors in :meth:`trained`, in the layer's dtype."""
@@ -298,7 +282,6 @@ def _constants(config: PSTConfig) -> Constants:
         config.detach_magnitude,
         magnitude=config.magnitude != "none",
         frozen_magnitude=config.frozen_magnitude,
-        multiplicative=config.multiplicative_update,
     )
 
 

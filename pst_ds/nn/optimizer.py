@@ -11,7 +11,6 @@ from torch import nn
 from pst_ds.config.train import TrainConfig
 from pst_ds.core.schedule import USUAL_STEPS, default_learning_rates
 from pst_ds.errors import InputError
-from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import SCORE_FACTORS
 from pst_ds.nn.model_structure import model_width
 from pst_ds.nn.tables.embedding import pst_embeddings
@@ -79,10 +78,9 @@ def _default_rates(model: nn.Module, num_steps: int, epochs: float) -> dict[str,
         predicts_tokens=output_layer() is not None,
     )
     trains_all = all(param.requires_grad for param in model.parameters() if param.dtype.is_floating_point)
-    multiplies = any(layer.constants.multiplicative for layer in pst_layers(model).values())
     return {
         "scores": rates.scores,
-        "updates": rates.multiplicative if multiplies else rates.updates,
+        "updates": rates.updates,
         "embeddings": rates.embeddings,
         "head": rates.everything if trains_all else rates.head,
     }

@@ -23,7 +23,7 @@ from pst_ds.masks.layer_stats import chosen_layers, measure
 from pst_ds.masks.schedule_driver import SPARSITY_TOLERANCE, update_if_due
 from pst_ds.masks.update import MaskStats
 from pst_ds.nn.gradient_sums import GradientSums
-from pst_ds.nn.inject import freeze_scores, persistent_buffers, pst_layers, set_score_penalty
+from pst_ds.nn.inject import freeze_scores, persistent_buffers, pst_layers
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, world_size
@@ -244,10 +244,6 @@ def set_rates(loop: Loop, step: int) -> None:
 
     Scores have rate 0 once the masks are final.
     """
-    if loop.run.train.score_penalty:
-        penalty = loop.run.train.score_penalty * loop.schedules.progress_at(step)
-        backward_passes = loop.run.train.gradient_accumulation_steps  # each adds its share
-        set_score_penalty(loop.engine.module, penalty / backward_passes)
     factor = learning_rate_factor(step, loop.num_steps, loop.run.train.learning_rate_warmup_fraction)
     masks_final = loop.schedules.masks_final_at(step)
     for group in loop.engine.optimizer.param_groups:

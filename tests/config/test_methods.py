@@ -15,17 +15,14 @@ from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
 from pst_ds.core.bits import unpack_range
 from pst_ds.masks.update import masks_of_zeros, update_masks
-from pst_ds.nn.inject import inject_pst, pst_layers, set_score_penalty
+from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import build_engine
 from pst_ds.parallel.launch import LaunchEnvironment, launch_environment
-from pst_ds.train.loop import Loop, set_rates
-from pst_ds.train.objective import Objective
 from pst_ds.train.run import build, prepare, train_prepared
 
 RUN_FILE = "tests/data/world_size.toml"
-FULL = ("dense", "magnitude", "gmp", "movement", "soft-movement")
-NEEDED = {"soft-movement": ["train.score_penalty=10.0"]}
+FULL = ("dense", "magnitude", "gmp", "movement")
 SPARSE = [name for name, method in METHODS.items() if method.masks != "none"]
 
 
@@ -51,7 +48,6 @@ def test_every_method_trains_exports_and_verifies(tmp_path, capsys, method, prec
     settings = [
         f"method={method}", "deepspeed_config=", f"output_dir={tmp_path / 'run'}", f"train.precision={precision}",
         "train.num_steps=8", "train.update_learning_rate=0.01", 'pst.modules_to_save=["classifier"]',
-        *NEEDED.get(method, []),
     ]  # fmt: skip
     options = [word for setting in settings for word in ("--set", setting)]
     assert main(["train", RUN_FILE, *options]) == 0
@@ -110,16 +106,16 @@ def _plain(module):
 
 
 def test_movement_keeps_the_largest_scores(tmp_path):
-    """Of each matrix by itself; soft movement of all together, where the layers' shares of zeros differ."""
-    for method in ("movement", "soft-movement"):
-        module = _built(tmp_path, f"method={method}", *NEEDED.get(method, []))
+    """Of each matrix by itself, or of all together, where the layers' shares of zeros differ."""
+    for pattern in ("matrix", "global"):
+        module = _built(tmp_path, "method=movement", f"pst.pattern={pattern}")
         generator = torch.Generator().manual_seed(0)
         layers = list(pst_layers(module).values())
         with torch.no_grad():
             for i, layer in enumerate(layers):
                 layer.pst_S.copy_(torch.randn(layer.layout.shape, generator=generator) * (1.0 + i) - 0.5)
         update_masks(module, 0.6)
-        if method == "movement":
+        if pattern == "matrix":
             for layer in layers:
                 order = layer.pst_S.detach().flatten().argsort(stable=True)
                 expected = torch.ones(layer.layout.numel)
@@ -130,52 +126,6 @@ def test_movement_keeps_the_largest_scores(tmp_path):
         gone = torch.cat([layer.pst_S.detach().flatten()[~_mask(layer).flatten().bool()] for layer in layers])
         assert float(kept.min()) >= float(gone.max())
         assert len({round(float(_mask(layer).float().mean()), 2) for layer in layers}) > 1
-
-
-def test_the_penalty_adds_the_gradient_of_the_mean_sigmoid(tmp_path):
-    module = _built(tmp_path, "method=soft-movement", "train.score_penalty=10.0").eval()
-    layers = list(pst_layers(module).values())
-    with torch.no_grad():
-        for layer in layers:
-            layer.pst_S.normal_()
-    grads = []
-    for penalty in (0.0, 3.0):
-        set_score_penalty(module, penalty)
-        module.zero_grad()
-        module(input_ids=torch.tensor([[2, 5, 9, 3]]), labels=torch.tensor([1])).loss.backward()
-        grads.append([layer.pst_S.grad.clone() for layer in layers])
-    scores = [layer.pst_S.detach().double().requires_grad_() for layer in layers]
-    (3.0 * sum(torch.sigmoid(s).mean() for s in scores) / len(scores)).backward()
-    for without, with_penalty, score in zip(*grads, scores, strict=True):
-        assert torch.allclose(with_penalty - without, score.grad.float(), atol=1e-6)
-
-
-@pytest.mark.parametrize("passes", [1, 4])
-def test_the_penalty_does_not_depend_on_the_number_of_backward_passes(tmp_path, passes):
-    """The step's gradient on the same examples, with the penalty and without."""
-    grads = []
-    for penalty in (1e-9, 30.0):
-        settings = [f"train.score_penalty={penalty}", f"train.gradient_accumulation_steps={passes}"]
-        run = load_run(RUN_FILE, ["deepspeed_config=", f"output_dir={tmp_path}", "method=soft-movement", *settings])
-        prepared = prepare(run, LaunchEnvironment(0, 1, 0))
-        engine = build(prepared)
-        layers = list(pst_layers(engine.module).values())
-        with torch.no_grad():
-            for layer in layers:
-                layer.pst_S.copy_(torch.linspace(-2.0, 2.0, layer.layout.numel).view_as(layer.pst_S))
-        examples, num_steps = prepared.load("train"), run.train.num_steps
-        loop = Loop(
-            prepared, engine, examples, run.make_schedules(num_steps), None, Objective(prepared)
-        )  # fmt: skip
-        set_rates(loop, num_steps)
-        for first in range(0, 24, 24 // passes):
-            batch = prepared.task.collate(examples, range(first, first + 24 // passes), prepared.tokenizer)
-            engine.backward(loop.objective(engine, batch))
-        grads.append([layer.pst_S.grad.clone() for layer in layers])
-    scores = [layer.pst_S.detach().double().requires_grad_() for layer in layers]
-    (30.0 * sum(torch.sigmoid(s).mean() for s in scores) / len(scores)).backward()
-    for without, with_penalty, score in zip(*grads, scores, strict=True):
-        assert torch.allclose(with_penalty - without, score.grad.float(), rtol=1e-3, atol=1e-6)
 
 
 def test_gmp_ranks_the_fp32_masters(tmp_path):
@@ -211,33 +161,32 @@ def test_a_fixed_mask_of_zeros_is_the_base_models(tmp_path):
         f'model.path="{tmp_path / "base"}"', 'pst.initial_mask="zeros"', "deepspeed_config=", "train.num_steps=4",
         "schedule.initial_sparsity=0.0",
     ]  # fmt: skip
-    for method in ("masked-lora", "spp", "magnitude"):
+    for method in ("masked-lora", "magnitude"):
         found = _run(tmp_path / method, f"method={method}", f"schedule.final_sparsity={zeros:.4f}", *common)
         assert found["sparsity_in_masks"] == pytest.approx(zeros, abs=1e-9)
         saved = read_checkpoint(tmp_path / method / "checkpoints" / "final").masks
         for name, keep in masks.items():
             assert torch.equal(unpack_range(saved[name], keep.numel(), 1, 0, keep.numel()).bool(), keep.flatten()), name
     with pytest.raises(ConfigError, match=rf"final_sparsity = 0.9, but {zeros:.4f} of the pruned weights"):
-        _run(tmp_path / "other", "method=spp", "schedule.final_sparsity=0.9", *common)
+        _run(tmp_path / "other", "method=masked-lora", "schedule.final_sparsity=0.9", *common)
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (
-            ["pst.initial_mask=zeros"],
-            "with a fixed mask ('magnitude', 'spp', 'masked-lora')",
-        ),
-        (["method=soft-movement"], "needs one above 0"),
-        (["train.score_penalty=1.0"], "no other method has one"),
-        (["method=spp", "pst.update_rank=0"], "update_rank of at least 1"),
+        (["pst.initial_mask=zeros"], "with a fixed mask ('magnitude', 'masked-lora')"),
+        (["method=soft-movement", "train.score_penalty=1.0"], "method = 'soft-movement' must be one of 'pst'"),
+        (["method=spp"], "method = 'spp' must be one of 'pst'"),
         (["pst.full_scores=true"], "Set score_rank = 0"),
-        (["pst.multiplicative_update=true", "pst.score_rank=0", "pst.structured_scores=false"], 'Set method = "spp"'),
+        (["pst.multiplicative_update=true"], 'no longer supported: set method = "masked-lora"'),
         (["method=gpm"], "method = 'gpm' must be one of 'pst', 'dense', 'lora'"),
         (["pst.magnitude=wanda"], "pst.magnitude = 'wanda' must be one of"),
         (["method=gmp", "pst.frozen_magnitude=true"], "frozen_magnitude = true ranks by the pretrained weights"),
         (["pst.calibration_examples=0"], "calibration_examples = 0 must be at least 1"),
-        *((["pst.magnitude=none", f"method={method}"], "nothing to rank") for method in ("magnitude", "gmp", "spp")),
+        *(
+            (["pst.magnitude=none", f"method={method}"], "nothing to rank")
+            for method in ("magnitude", "gmp", "masked-lora")
+        ),
         (["pst.magnitude=none", "pst.score_rank=0", "pst.structured_scores=false"], "nothing to rank weights by"),
         (["pst.magnitude=none", "pst.alpha1=0", "pst.alpha2=0"], "nothing to rank weights by"),
         (["method=movement", "schedule.initial_sparsity=0.5"], "schedule.initial_sparsity = 0.5, but all scores"),
@@ -245,12 +194,12 @@ def test_a_fixed_mask_of_zeros_is_the_base_models(tmp_path):
         (["method=movement", "train.score_learning_rate=0"], "train.score_learning_rate = 0.0, but all scores"),
         (["method=movement", "pst.magnitude=activation"], "which method = 'movement' does not use"),
         (
-            ["method=spp", "pst.initial_mask=zeros", "pst.magnitude=activation"],
+            ["method=masked-lora", "pst.initial_mask=zeros", "pst.magnitude=activation"],
             'which pst.initial_mask = "zeros" does not use',
         ),
         (
-            ["method=soft-movement", "train.score_penalty=1", "schedule.final_sparsity=0.99"],
-            "(method = 'soft-movement') is more than schedule.final_sparsity = 0.99 keeps",
+            ["method=movement", "pst.pattern=global", "schedule.final_sparsity=0.99"],
+            "(method = 'movement') is more than schedule.final_sparsity = 0.99 keeps",
         ),
         (
             ['pst.overrides=[{modules=["query"], pattern="global"}]', "schedule.final_sparsity=0.99"],
@@ -271,7 +220,7 @@ def test_settings_that_a_method_cannot_have_are_refused(settings, said):
         ["pst.magnitude=none", "method=masked-lora", "pst.initial_mask=zeros"],
         ["pst.magnitude=none", "pst.score_rank=0"],
         ["method=gmp", "schedule.initial_sparsity=0.5"],
-        ["method=soft-movement", "train.score_penalty=1", "schedule.final_sparsity=0.99", "pst.min_kept_share=0.005"],
+        ["method=movement", "pst.pattern=global", "schedule.final_sparsity=0.99", "pst.min_kept_share=0.005"],
     ],
 )
 def test_settings_that_a_method_can_have_are_not_refused(settings):
@@ -285,13 +234,11 @@ def test_a_global_pattern_can_be_trained(tmp_path):
     assert result["sparsity_in_masks"] == pytest.approx(0.5, abs=1e-3)
 
 
-RIVALS = ("gmp", "movement", "soft-movement", "spp", "masked-lora")
+RIVALS = ("gmp", "movement", "masked-lora")
 
 
 def _all_rivals(folder):
-    return [
-        _run(folder / method, f"method={method}", "train.num_steps=6", *NEEDED.get(method, [])) for method in RIVALS
-    ]
+    return [_run(folder / method, f"method={method}", "train.num_steps=6") for method in RIVALS]
 
 
 def _lines(folder, event):
@@ -366,7 +313,7 @@ def test_masks_of_trained_weights_and_scores_are_the_same_at_every_stage(run_ran
 
 
 def _zeros_on_ranks(folder):
-    run = load_run(RUN_FILE, [f"output_dir={folder}", "method=spp", "pst.initial_mask=zeros"])
+    run = load_run(RUN_FILE, [f"output_dir={folder}", "method=masked-lora", "pst.initial_mask=zeros"])
     module = build(prepare(run, launch_environment())).module
     for layer in pst_layers(module).values():
         shard = zero3.shard_of(layer.weight)

@@ -29,7 +29,6 @@ def _load(tmp_path, *settings):
         (("quantization.start_fraction=0.9",), 900, 10),
         (("quantization.interval=7",), 800, 7),
         (('quantization.activations="int8"',), 800, 20),
-        (("method=spp",), 0, 100),
         (("method=lora",), 0, 100),
         (("method=masked-lora", "quantization.start_fraction=0.5"), 500, 50),
         (("train.num_steps=1000", "schedule.cooldown_fraction=0.001"), 999, 1),
@@ -94,8 +93,6 @@ def test_rounding_while_masks_change_is_refused(tmp_path):
         _load(tmp_path, early[0], "schedule.cooldown_fraction=0")
     for name, method in METHODS.items():
         settings = [*early, f"method={name}"]
-        if method.score_penalty:
-            settings.append(f"train.score_penalty={method.score_penalty}")
         if method.masks == "ramp" or not method.injects:
             with pytest.raises(ConfigError, match=r"quantization\."):
                 _load(tmp_path, *settings)

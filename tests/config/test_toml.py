@@ -280,17 +280,6 @@ def test_the_paper_preset_and_what_stands_beside_it(tmp_path):
     assert all(getattr(PSTConfig(), k) != v for k, v in PAPER.items() if not k.endswith("_init"))
 
 
-def test_spp_has_its_authors_groups_and_factor_where_the_run_file_has_none(tmp_path):
-    spp = _load(tmp_path, MINIMAL, "method=spp")
-    assert (spp.pst.update_rank, spp.pst.beta) == (16, 2.0)
-    assert run_from_table(tomllib.loads(dump_run(spp))) == spp
-    asked = _load(tmp_path, MINIMAL, "method=spp", "pst.update_rank=8", "pst.beta=1", "pst.preset=paper")
-    assert (asked.pst.update_rank, asked.pst.beta) == (8, 1.0)
-    assert run_from_table(tomllib.loads(dump_run(asked))) == asked
-    other = _load(tmp_path, MINIMAL, "method=masked-lora")
-    assert (other.pst.update_rank, other.pst.beta) == (8, 1.0)
-
-
 def test_run_from_table_leaves_the_table_alone():
     table = {**tomllib.loads(MINIMAL), "pst": {"preset": "paper"}}
     run_from_table(table)
@@ -400,12 +389,12 @@ def test_all_wrong_settings_are_reported_at_once(tmp_path):
             "eval.interval = -2 must be at least -1",
         ]
     )
-    two_of_pst = "pst.expert_rank=0", "pst.multiplicative_update=true"
+    two_of_pst = "pst.full_scores=true", "pst.update_rank=0", "pst.update_embeddings=['wte']"
     message = _refusal(tmp_path, *two_of_pst, "quantization.interval=5", "data.test_rows=['a']")
     assert message.count("\n") == 4
     for name in (
-        "pst.multiplicative_update = true needs",
-        "pst.expert_rank = 0 leaves",
+        "pst.full_scores = true replaces",
+        "pst.update_embeddings = ['wte'] with",
         "quantization.interval",
         "data.test_rows",
     ):
@@ -420,6 +409,6 @@ def test_settings_declare_what_a_resumed_run_may_change():
 
 
 def test_the_injected_config_is_computed_once(tmp_path):
-    run = _load(tmp_path, MINIMAL, "method=spp", "seed=4")
+    run = _load(tmp_path, MINIMAL, "method=movement", "seed=4")
     assert run.injected_pst is run.injected_pst
-    assert (run.injected_pst.seed, run.injected_pst.multiplicative_update) == (4, True)
+    assert (run.injected_pst.seed, run.injected_pst.full_scores) == (4, True)

@@ -110,8 +110,8 @@ def test_a_weight_that_is_not_finite_gets_codes_of_its_group_all_the_same():
     assert torch.equal(whole.dense(), torch.tensor([[127.0, 0.0, -127.0, 0.0]]))
 
 
-@given(case=cases(), multiplicative=st.booleans())
-def test_a_layer_over_codes_computes_as_over_the_rounded_weight(case, multiplicative):
+@given(case=cases())
+def test_a_layer_over_codes_computes_as_over_the_rounded_weight(case):
     """M . (W0 + beta U V), its output and all gradients, bit for bit."""
     codes, weight = case
     layout, (whole, _) = codes.stored.layout, coded(codes, weight)
@@ -129,9 +129,7 @@ def test_a_layer_over_codes_computes_as_over_the_rounded_weight(case, multiplica
     x, grad_y = normal(3, inputs), normal(3, outputs)
     found = []
     for base in (whole, expected(codes, weight)):
-        state = masked_linear.LayerState(
-            base, bits, 1, layout, factors, Constants(multiplicative=multiplicative), (1.0,) * count, True
-        )
+        state = masked_linear.LayerState(base, bits, 1, layout, factors, Constants(), (1.0,) * count, True)
         grads = masked_linear.backward(x, grad_y, state, need_x=True, need_weight=False, need_bias=False)
         values = [state.masked_weight(), masked_linear.forward(x, None, state), grads.x]
         found.append([*values, grads.A, grads.B, grads.R, grads.C, grads.U, grads.V])

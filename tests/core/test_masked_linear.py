@@ -94,8 +94,7 @@ def reference(case: Case) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
     width = OUTPUTS // parts
     dense = leaves["weight"].t() if state.layout.transposed else leaves["weight"]
-    update = by_part("U", "V") * (dense if state.constants.multiplicative else 1.0)
-    merged = dense + state.constants.beta * update
+    merged = dense + state.constants.beta * by_part("U", "V")
     ranked = dense.detach() if state.constants.frozen_magnitude else merged
     magnitude = ranked.detach().abs() if state.constants.detach_magnitude else ranked.abs()
     scale = torch.tensor(state.magnitude_scales, dtype=torch.float64).repeat_interleave(width).unsqueeze(1)
@@ -190,23 +189,6 @@ def test_scores_without_magnitude_have_no_path_to_the_update(layout):
     found, expected = case.gradients(BY_INPUTS), detached.gradients(BY_INPUTS)
     assert_gradients(found, reference(case)[1], ["x", *SCORE_NAMES, *UPDATE_NAMES])
     assert all(torch.equal(getattr(found, n), getattr(expected, n)) for n in UPDATE_NAMES)
-
-
-@each_layout
-@pytest.mark.parametrize("budget", BUDGETS)
-def test_a_multiplicative_update_has_the_gradient_of_its_formula(layout, budget):
-    """W = W0 + beta W0 . (U V) under a fixed mask."""
-    own = make_case(layout).state.factors
-    constants = dataclasses.replace(CONSTANTS, multiplicative=True)
-    case = make_case(layout, constants=constants, factors=Factors(U=own.U, V=own.V), scores_train=False)
-    y, expected = reference(case)
-    assert relative_error(forward(case.x, case.bias, case.state), y) <= 1e-6
-    assert_gradients(case.gradients(budget), expected, ["x", "bias", *UPDATE_NAMES])
-    zero = case.state.weight.clone()
-    zero[3] = 0.0
-    merged = dataclasses.replace(case.state, weight=zero).masked_weight()
-    assert not merged[3].any()
-    assert merged.count_nonzero() > 0
 
 
 @each_layout

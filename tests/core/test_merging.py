@@ -42,7 +42,7 @@ def shuffled_mask(layout: WeightLayout) -> Tensor:
 def test_the_update_is_rounded_once(rank, shape):
     (rows, cols), beta = shape, CONSTANTS.beta
     weight, left, right = normal(rows, cols), normal(rows, rank), normal(rank, cols)
-    assert scores.merges_natively(weight, left, right, CONSTANTS)
+    assert scores.merges_natively(weight, left, right)
     found = updated_weight(weight, tile_of(left, right), CONSTANTS)
     expected = weight.double() + beta * (left.double() @ right.double())
     bound = 2**-8 * expected.abs() + 1e-5 * (1.0 + beta * (left.double().abs() @ right.double().abs()))
@@ -100,11 +100,10 @@ def test_only_small_updates_of_bf16_weights_are_taken():
     weight, left, right = normal(8, 8), normal(8, 2), normal(2, 8)
     large = normal(8, scores.MOST_RANK + 1), normal(scores.MOST_RANK + 1, 8)
     refused = [
-        (weight.float(), left.float(), right.float(), CONSTANTS),
-        (weight.t(), left, right, CONSTANTS),
-        (weight, None, None, CONSTANTS),
-        (weight, *large, CONSTANTS),
-        (weight, left, right, Constants(multiplicative=True)),
+        (weight.float(), left.float(), right.float()),
+        (weight.t(), left, right),
+        (weight, None, None),
+        (weight, *large),
     ]
     assert not any(scores.merges_natively(*arguments) for arguments in refused)
     expected = torch.addmm(weight, left, right, alpha=CONSTANTS.beta)

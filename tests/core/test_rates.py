@@ -103,13 +103,8 @@ def test_a_run_keeps_the_rates_that_it_names():
     assert (chosen.head_learning_rate, chosen.update_learning_rate) == (0.0, LearningRates().updates)
 
 
-@pytest.mark.parametrize(("method", "setting", "rate"), [
-    ("magnitude", "head_learning_rate", LearningRates().everything),
-    ("spp", "update_learning_rate", LearningRates().multiplicative),
-])  # fmt: skip
-def test_a_method_may_have_rates_of_its_own(method, setting, rate):
-    train = TrainConfig(num_steps=600)
-    run = RunConfig(output_dir="o", method=method, model=ModelConfig(path="m"), data=DataConfig(train="t"), train=train)
-    assert getattr(
-        run.with_rates(width=384, num_steps=600, num_examples=10**6, num_labels=2).train, setting
-    ) == pytest.approx(rate)
+def test_a_method_that_trains_every_weight_has_a_rate_of_its_own():
+    of_run = {"model": ModelConfig(path="m"), "data": DataConfig(train="t"), "train": TrainConfig(num_steps=600)}
+    run = RunConfig(output_dir="o", method="magnitude", **of_run)
+    chosen = run.with_rates(width=384, num_steps=600, num_examples=10**6, num_labels=2).train
+    assert chosen.head_learning_rate == pytest.approx(LearningRates().everything)

@@ -160,11 +160,10 @@ def layer_state(layout: WeightLayout, grid: Grid, constants: Constants, num_shar
 
 @each_layout
 @each_grid
-@pytest.mark.parametrize("multiplicative", [False, True])
 @pytest.mark.parametrize("budget", [1.0, 1.5, 0.0])
 @pytest.mark.usefixtures("loops")
-def test_gradient_is_that_of_the_layer_at_the_rounded_weight(layout, grid, multiplicative, budget):
-    state = layer_state(layout, grid, Constants(beta=1.3, multiplicative=multiplicative), num_shards=3)
+def test_gradient_is_that_of_the_layer_at_the_rounded_weight(layout, grid, budget):
+    state = layer_state(layout, grid, Constants(beta=1.3), num_shards=3)
     unrounded = dataclasses.replace(state, rounding=None)
     generator = torch.Generator().manual_seed(3)
     x, grad_y = (torch.randn(17, n, generator=generator) for n in (layout.in_features, layout.out_features))
@@ -181,19 +180,17 @@ def test_gradient_is_that_of_the_layer_at_the_rounded_weight(layout, grid, multi
         assert torch.equal(getattr(found, name), getattr(without, name)), name
 
 
-@pytest.mark.parametrize("multiplicative", [False, True])
-def test_a_sliced_weight_has_the_same_bits_in_any_rectangle(multiplicative):
+def test_a_sliced_weight_has_the_same_bits_in_any_rectangle():
     generator = torch.Generator().manual_seed(4)
     weight, left, right = (torch.randn(*shape, generator=generator) for shape in ((23, 71), (23, 5), (5, 71)))
-    constants = Constants(beta=0.7, multiplicative=multiplicative)
+    constants = Constants(beta=0.7)
 
     def of(rows: slice, cols: slice) -> torch.Tensor:
         tile = TileFactors(None, None, None, None, left[rows], right[:, cols])
         return sliced_weight(weight[rows, cols], tile, constants)
 
     whole = of(slice(0, 23), slice(0, 71))
-    product = 0.7 * left.double() @ right.double()
-    expected = weight.double() + (weight.double() * product if multiplicative else product)
+    expected = weight.double() + 0.7 * left.double() @ right.double()
     torch.testing.assert_close(whole.double(), expected, rtol=1e-5, atol=1e-6)
     for rows, cols in ((slice(3, 4), slice(0, 71)), (slice(0, 23), slice(5, 6)), (slice(7, 19), slice(13, 66))):
         assert torch.equal(of(rows, cols), whole[rows, cols])

@@ -97,8 +97,8 @@ SETTINGS = {
     "zeros of the base as a mask that moves": Wrong(
         setting("pst.initial_mask=zeros"), "pst.initial_mask", '"zeros"', "Remove it"
     ),
-    "a penalty that the method does not have": Wrong(
-        setting("train.score_penalty=0.1"), "train.score_penalty", "0.1", '"soft-movement" needs one'
+    "factors of W0, which no method trains any more": Wrong(
+        setting("pst.multiplicative_update=true"), "pst.multiplicative_update", "True", 'set method = "masked-lora"'
     ),
     "scores without anything in them": Wrong(
         setting("method=masked-lora", "pst.magnitude=none"), "pst.magnitude", "'none'", 'Set pst.magnitude = "weight"'
@@ -119,13 +119,13 @@ SETTINGS = {
         setting("method=movement", "pst.magnitude=activation"), "pst.magnitude", '"activation"', "Remove it"
     ),
     "activations beside zeros that are kept": Wrong(
-        setting("method=spp", "pst.initial_mask=zeros", "pst.magnitude=activation"),
+        setting("method=masked-lora", "pst.initial_mask=zeros", "pst.magnitude=activation"),
         "pst.magnitude",
         'pst.initial_mask = "zeros"',
         "Remove it",
     ),
-    "a sparsity that soft movement cannot reach": Wrong(
-        setting("method=soft-movement", "train.score_penalty=1", "schedule.final_sparsity=0.99"),
+    "a sparsity that one ranking of all matrices cannot reach": Wrong(
+        setting("method=movement", "pst.pattern=global", "schedule.final_sparsity=0.99"),
         "pst.min_kept_share",
         "0.02",
         "Fix: pst.min_kept_share below 0.01",

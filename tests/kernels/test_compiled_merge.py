@@ -13,7 +13,7 @@ from .compiled import CAPABILITIES, compiled
 SIZES = ("weight_row", "rows", "cols", "bit_row", "bit_first", "left_row", "right_rank", "rank")
 MERGED = {"bits": "*u8", "beta": "fp32", **dict.fromkeys(("weight_ptr", "left", "right"), "*bf16")}
 MERGED |= dict.fromkeys(SIZES, "i32")
-CONSTANTS = {"left_rank": 1, "right_col": 1, "MULTIPLICATIVE": False, "RANK": kernels.LEAST_RANK}
+CONSTANTS = {"left_rank": 1, "right_col": 1, "RANK": kernels.LEAST_RANK}
 LOOSE = ("rank", "left_row")
 
 

@@ -121,7 +121,6 @@ def test_bits_and_counts_are_those_of_the_loops_wherever_a_shard_is_cut(layout, 
         *((rank, CONSTANTS, False) for rank in (1, 11, 64)),
         (4, CONSTANTS, True),
         (4, Constants(magnitude=False), False),
-        (4, Constants(multiplicative=True), False),
         (4, Constants(frozen_magnitude=True), True),
     ],
 )

@@ -79,11 +79,6 @@ def test_a_layer_without_update_keeps_its_bits(both_ways):
     assert torch.equal(found, expected)
 
 
-def test_a_multiplicative_update(both_ways):
-    state = state_of(LAYOUTS["fused"], constants=Constants(beta=0.7, multiplicative=True))
-    torch.testing.assert_close(*both_ways(state.masked_weight))
-
-
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_are_those_of_the_other_path(layout, dtype, both_ways):
@@ -93,12 +88,8 @@ def test_gradients_are_those_of_the_other_path(layout, dtype, both_ways):
 
 @pytest.mark.parametrize(
     "changed",
-    [
-        {"scores_train": False},
-        {"constants": Constants(detach_magnitude=True)},
-        {"constants": Constants(beta=0.7, multiplicative=True)},
-    ],
-    ids=["fixed masks", "detached", "multiplicative"],
+    [{"scores_train": False}, {"constants": Constants(detach_magnitude=True)}],
+    ids=["fixed masks", "detached"],
 )
 def test_gradients_of_other_kinds(changed, both_ways):
     assert_same_gradients(state_of(LAYOUTS["fused"], **changed), torch.float32, both_ways)

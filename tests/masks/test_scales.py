@@ -23,9 +23,7 @@ SPARSITY = 0.6
 GRIDS = {"int4-32": grid_of("int4", 32), "int8-row": grid_of("int8"), "int4-row": grid_of("int4", "row")}
 CONFIGS = {
     "pst": PSTConfig(modules_to_save=(), update_rank=3),
-    "spp": PSTConfig(
-        modules_to_save=(), update_rank=3, score_rank=0, structured_scores=False, multiplicative_update=True
-    ),
+    "lora": PSTConfig(modules_to_save=(), update_rank=3, score_rank=0, structured_scores=False),
     "weights": PSTConfig(
         modules_to_save=(), update_rank=0, score_rank=0, structured_scores=False, train_weights=True
     ),
@@ -147,8 +145,8 @@ def _state(kind, method, grid, stage, world_size, batch_scales=1 << 22, persiste
 
 
 CASES = [
-    ("bert", "pst", "int4-32"), ("bert", "spp", "int8-row"), ("bert", "weights", "int4-32"), ("gpt2", "pst", "int4-32"),
-    ("gpt2", "spp", "int8-row"), ("gpt2", "weights", "int4-row"),
+    ("bert", "pst", "int4-32"), ("bert", "lora", "int8-row"), ("bert", "weights", "int4-32"),
+    ("gpt2", "pst", "int4-32"), ("gpt2", "lora", "int8-row"), ("gpt2", "weights", "int4-row"),
 ]  # fmt: skip
 
 

@@ -103,7 +103,6 @@ def _assert_same_step(model, forward):
         {"train_weights": True, "update_rank": 0, "update_embeddings": ()},
         {"full_scores": True, "score_rank": 0, "structured_scores": False},
         {"score_rank": 0, "structured_scores": False},
-        {"multiplicative_update": True, "score_rank": 0, "structured_scores": False, "update_rank": 2},
     ],
     ids=str,
 )

@@ -137,7 +137,7 @@ def test_a_cell_is_its_settings():
 def test_what_comes_before_a_cell_belongs_to_it():
     more = {
         "wanda": {"train": False, "base": {"prune": "wanda", "samples": 8}, "seeds": [0]},
-        "masked": {"run": {"method": "spp"}, "base": {"prune": "wanda", "samples": 8}, "tries_of": "pst"},
+        "masked": {"run": {"method": "masked-lora"}, "base": {"prune": "wanda", "samples": 8}, "tries_of": "pst"},
         "taught": {"run": {"method": "pst"}, "teacher": "dense", "tries_of": "pst"},
     }
     more["half"] = {**more["wanda"], "base": {"prune": "alps", "reconstruct": 2, "sparsity": "0.5"}}

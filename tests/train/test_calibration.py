@@ -63,7 +63,7 @@ def test_norms_are_those_of_real_tokens_whatever_the_batches(tmp_path, batch_siz
     assert engine.module.training
 
 
-@pytest.mark.parametrize("method", ["masked-lora", "spp", "magnitude"])
+@pytest.mark.parametrize("method", ["masked-lora", "magnitude"])
 def test_a_fixed_mask_ranks_weights_times_the_norms_of_a_plain_model(tmp_path, method):
     lines = Path("tests/data/train.jsonl").read_text().splitlines(keepends=True)[:12]
     (tmp_path / "train.jsonl").write_text("".join(lines))

@@ -155,8 +155,8 @@ def test_losses_and_masks_do_not_depend_on_the_world_size(run_ranks, tmp_path, f
                 assert line[key] == pytest.approx(expected[event][step][key], abs=1e-5), (ranks, event, step)
 
 
-def test_a_multiplicative_update_of_fused_layers_is_exported_and_verified(tmp_path, capsys):
-    more = {"model.path": _base("gpt2", tmp_path / "base"), "deepspeed_config": "", "method": "spp"}
+def test_an_update_of_fused_layers_is_exported_and_verified(tmp_path, capsys):
+    more = {"model.path": _base("gpt2", tmp_path / "base"), "deepspeed_config": "", "method": "masked-lora"}
     rates = {"train.update_learning_rate": 0.05, "train.precision": "fp32"}
     _train(_settings(tmp_path, **more, **rates))
     for kind in ("dense", "bitmask"):

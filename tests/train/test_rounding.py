@@ -28,7 +28,6 @@ STEPS, START, INTERVAL = 12, 6, 4
 INT4 = ('quantization.values="int4"', 'quantization.group="row"')
 METHODS = {
     "pst": (),
-    "spp": ("method=spp", "schedule.cooldown_fraction=0.0", "train.update_learning_rate=0.1"),
     "gmp": ("method=gmp",),
     "lora": ("method=lora", "schedule.cooldown_fraction=0.0", "train.update_learning_rate=0.1"),
     "int8": ('quantization.values="int8"',),

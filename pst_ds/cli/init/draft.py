@@ -158,7 +158,7 @@ def _for_a_new_task(table: Settings, model: nn.Module, run: RunConfig) -> Settin
     with masks that start at half of the final sparsity and are fixed early (tools/quality/logs/tuning-log.md).
     """
     config = run.injected_pst
-    if not run.mask_method.injects or not config.update_rank or config.multiplicative_update:
+    if not run.mask_method.injects or not config.update_rank:
         return table
     if embeddings := _updatable_embeddings(model, run):
         table = laid_over(table, "pst", update_embeddings=embeddings)
@@ -236,8 +236,6 @@ def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> Setti
         "train": {**({"num_steps": args.steps} if args.steps else epochs), "precision": "bf16"},
     }
     method = METHODS[args.method]
-    if method.score_penalty:
-        table["train"]["score_penalty"] = method.score_penalty
     if method.masks != "none":
         table["pst"] = {"target_modules": "all-linear", "pattern": _proposed_pattern(args, task)[0]}
         table["pst"] |= {"exclude_modules": args.exclude_modules} if args.exclude_modules else {}

@@ -22,7 +22,6 @@ _COMMENTS = {
     "data.test": "used only by pst-ds eval and verify",
     "train.batch_size": "examples of an optimizer step, over all ranks",
     "train.precision": '"bf16" or "fp32"; optimizer and masters are fp32 in both',
-    "train.score_penalty": "weight of the mean of sigmoid(S) in the loss, at the final sparsity",
     "pst.exclude_modules": "these stay dense and frozen",
     "pst.pattern": '"matrix", "stack", "global", "row", N:M such as "2:4", or blocks such as "16x1"',
     "pst.magnitude": "scores compare |W| times the input norms, as the one-shot start does",

@@ -67,8 +67,7 @@ def gradients_into(
 ) -> None:
     """Write M . W to ``merged``, G . W to ``scores`` and G . M + ``factor`` G . |W| . 1 n' to ``updates``.
 
-    All are (rows, cols) of ``rect`` with contiguous rows. Multiplicative ``updates`` are multiplied by W0. Without
-    ``factor``, |W| has no gradient.
+    All are (rows, cols) of ``rect`` with contiguous rows. Without ``factor``, |W| has no gradient.
     """
     from pst_ds.core.kernels.triton import merge_kernels as kernels
 
@@ -89,8 +88,8 @@ def _merged(
     left, right = tile.update_left, tile.update_right
     arguments: list[object] = [weight, weight.stride(0), *weight.shape, mask.bits, mask.row_bytes, mask.first(rect)]
     if left is None or right is None:
-        return [*arguments, None, 0, 0, None, 0, 0, 0.0, 0], {"RANK": 0, "MULTIPLICATIVE": False}
+        return [*arguments, None, 0, 0, None, 0, 0, 0.0, 0], {"RANK": 0}
     rank = right.shape[0]
     padded = max(kernels.LEAST_RANK, 1 << (rank - 1).bit_length())
     arguments += [left, *left.stride(), right, *right.stride(), constants.beta, rank]
-    return arguments, {"RANK": padded, "MULTIPLICATIVE": constants.multiplicative}
+    return arguments, {"RANK": padded}

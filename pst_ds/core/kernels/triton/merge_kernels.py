@@ -29,7 +29,7 @@ def _product(left, right):
 @triton.jit
 def _updated(
     weight, row, col, rows, cols, left, left_row, left_rank, right, right_rank, right_col, beta, rank,
-    RANK: tl.constexpr, MULTIPLICATIVE: tl.constexpr,
+    RANK: tl.constexpr,
 ):
     """W0 + beta U V in fp32 from W0 of a tile."""
     wide = weight.to(tl.float32)
@@ -39,10 +39,7 @@ def _updated(
         u = tl.load(left + at, mask=(row < rows) & (k[None, :] < rank), other=0.0).to(weight.dtype)
         at = k[:, None] * right_rank + col * right_col
         v = tl.load(right + at, mask=(k[:, None] < rank) & (col < cols), other=0.0).to(weight.dtype)
-        update = _product(u, v) * beta
-        if MULTIPLICATIVE:
-            update = update * wide
-        wide = wide + update
+        wide = wide + _product(u, v) * beta
     return wide
 
 
@@ -60,7 +57,7 @@ def _kept(bits, row, first_col, rows, cols, bit_row, bit_first, ROWS: tl.constex
 def merge(
     weight_ptr, weight_row, rows, cols, bits, bit_row, bit_first, left, left_row, left_rank,
     right, right_rank, right_col, beta, rank, out_ptr, out_row,
-    RANK: tl.constexpr, MULTIPLICATIVE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):
     """out = M . (W0 + beta U V); +0.0 where the mask prunes."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -70,7 +67,6 @@ def merge(
     weight = tl.load(weight_ptr + row.to(tl.int64) * weight_row + col, mask=is_in, other=0.0)
     merged = _updated(
         weight, row, col, rows, cols, left, left_row, left_rank, right, right_rank, right_col, beta, rank, RANK,
-        MULTIPLICATIVE,
     )
     keep = _kept(bits, row, first_col, rows, cols, bit_row, bit_first, ROWS, COLS)
     kept = tl.where(keep, merged, 0.0).to(weight.dtype)
@@ -82,10 +78,10 @@ def gradients(
     weight_ptr, weight_row, rows, cols, bits, bit_row, bit_first, left, left_row, left_rank,
     right, right_rank, right_col, beta, rank, grad_ptr, grad_row, row_norms, col_norms, factor,
     merged_ptr, merged_row, scores_ptr, scores_row, updates_ptr, updates_row,
-    RANK: tl.constexpr, MULTIPLICATIVE: tl.constexpr, HAS_MAGNITUDE: tl.constexpr,
+    RANK: tl.constexpr, HAS_MAGNITUDE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):
-    """Per tile of G = dL/d(M . W): M . W, dS = G . W, and dW = G . M + G . |W| . factor (. W0 if multiplicative).
+    """Per tile of G = dL/d(M . W): M . W, dS = G . W, and dW = G . M + G . |W| . factor.
 
     ``scores_ptr`` (dS) and ``updates_ptr`` (dW) may be None. ``merged_ptr`` may be ``weight_ptr``.
     """
@@ -96,7 +92,6 @@ def gradients(
     held = tl.load(weight_ptr + row.to(tl.int64) * weight_row + col, mask=is_in, other=0.0)
     merged = _updated(
         held, row, col, rows, cols, left, left_row, left_rank, right, right_rank, right_col, beta, rank, RANK,
-        MULTIPLICATIVE,
     ).to(held.dtype)
     keep = _kept(bits, row, first_col, rows, cols, bit_row, bit_first, ROWS, COLS)
     zero = tl.zeros((ROWS, COLS), held.dtype)
@@ -114,6 +109,4 @@ def gradients(
             if col_norms is not None:
                 magnitude = magnitude * tl.load(col_norms + col, mask=col < cols, other=0.0)
             update = update + slope * magnitude
-        if MULTIPLICATIVE:
-            update = update * held.to(tl.float32)
         tl.store(updates_ptr + row.to(tl.int64) * updates_row + col, update.to(grad.dtype), mask=is_in)
