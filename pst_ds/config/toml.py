@@ -126,6 +126,7 @@ REMOVED = {
     "pst.multiplicative_update": 'set method = "masked-lora"',
     "pst.score_init": "pst.score_init_scale is the standard deviation",
     "train.gate_learning_rate": "",
+    "distillation.hidden_states": "only predictions are compared",
     "train.score_penalty": "no method has a penalty on scores",
     "prompt": "",
     "train.prompt_learning_rate": "",

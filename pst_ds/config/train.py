@@ -23,8 +23,6 @@ class DistillationConfig(Section):
     weight: Annotated[float, Ge(0.0), Le(1.0)] = 0.0
     """Weight of the KL divergence between teacher and student predictions in the loss; the task's loss has the rest. 0
     switches distillation off."""
-    hidden_states: Rate = 0.0
-    """Weight of the relative squared distance between hidden states after each block (arXiv 2310.06927)."""
     temperature: Annotated[float, Gt(0.0), FINITE] = 1.0
     """Divisor of both logits; the divergence is multiplied by its square."""
     teacher: str = ""
@@ -35,7 +33,7 @@ class DistillationConfig(Section):
     def problems(self) -> Iterator[str]:
         if not self.weight:
             reason = "with distillation.weight = 0. Set distillation.weight"
-            yield from self.unused("distillation", reason, "teacher", "hidden_states")
+            yield from self.unused("distillation", reason, "teacher")
 
     def conflicts(self, task: str) -> Iterator[str]:
         """Yield a message for a task without predictions to compare."""
@@ -119,11 +117,6 @@ class TrainConfig(Section):
             yield (
                 f"{lead} does not support distillation.teacher = {distillation.teacher!r}. Remove it to distil from "
                 "the base model"
-            )
-        elif not facts.packs_text and distillation.hidden_states:
-            yield (
-                f"{lead} cannot compare hidden states of padded examples (task = {task!r}). Set "
-                "distillation.hidden_states = 0"
             )
 
     def groups_of_ranks(self, world_size: int) -> int:

@@ -1,4 +1,4 @@
-"""Distances between a student's and a teacher's predictions and hidden states."""
+"""The distance between a student's and a teacher's predictions."""
 
 from __future__ import annotations
 
@@ -35,23 +35,6 @@ def distilled_loss(
         return total, [grad]
 
     return mean_with_gradients(compute, max(len(student), 1), student)
-
-
-def relative_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
-    """Return the mean over layers and tokens of |s - t|^2 / |t|^2: a scalar, fp32.
-
-    ``student``, ``teacher``: hidden states of the same layers, (..., width) each. ``rows``: (...,) bool, the tokens
-    that count; None for all. SquareHead (arXiv 2310.06927) divides by the squares of all tokens together; here each
-    token has its own divisor, because a few tokens of a language model have states a thousand times larger than the
-    others.
-    """
-    total = student[0].new_zeros((), dtype=torch.float32)
-    for own, other in zip(student, teacher, strict=True):
-        if rows is not None:
-            own, other = own[rows], other[rows]
-        size = other.float().square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-        total = total + ((own.float() - other.float()).square().sum(-1) / size).mean()
-    return total / len(student)
 
 
 _Compute: TypeAlias = Callable[[Sequence[bool]], tuple[Tensor, Sequence[Tensor | None]]]

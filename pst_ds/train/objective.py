@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pst_ds.config.run import ConfigError, RunConfig
-from pst_ds.core.distillation import distilled_loss, relative_distance
+from pst_ds.core.distillation import distilled_loss
 from pst_ds.core.head_loss import Teacher, head_loss
 from pst_ds.data.tasks import task_of
 from pst_ds.data.tasks.task import IGNORED
@@ -31,18 +31,17 @@ if TYPE_CHECKING:
 
 
 class Objective:
-    """The model's own loss; with a teacher (1 - w) CE + w (T^2 KL(teacher || student) + h distance of hidden states).
+    """The model's own loss; with a teacher (1 - w) CE + w T^2 KL(teacher || student).
 
-    CE is the cross-entropy of the labels. w, T and h are weight, temperature and hidden_states of the run's
-    ``[distillation]``. The teacher is a separate frozen model, or the trained model with masks and updates bypassed.
-    Where a language model's head is known, only the logits of a chunk of tokens are in memory.
+    CE is the cross-entropy of the labels. w and T are weight and temperature of ``[distillation]``. The teacher is a
+    separate frozen model, or the trained model with masks and updates bypassed. Where a language model's head
+    is known, only the logits of a chunk of tokens are in memory.
     """
 
     def __init__(self, context: RunContext, teacher: nn.Module | None = None, shared: SequenceParallel | None = None):
         """``shared``: the ranks that train on the same sequences as this one, if any."""
         settings = context.run.distillation
-        self._weight, self._temperature, self._hidden = settings.weight, settings.temperature, settings.hidden_states
-        self._settings = {"output_hidden_states": True} if settings.weight and settings.hidden_states else {}
+        self._weight, self._temperature = settings.weight, settings.temperature
         self._task, self._teacher, self._shared = context.task, teacher, shared
         self._known_heads: dict[nn.Module, tuple[LanguageHead, LanguageHead] | None] = {}
 
@@ -59,10 +58,9 @@ class Objective:
         if not self._weight:
             predicts = (labels[:, 1:] != IGNORED).any()  # the mean loss of no tokens would be NaN
             return predicts * engine(**inputs, labels=labels.masked_fill(~predicts, 0)).loss
-        taught, out = self._teach(engine, inputs), engine(**inputs, **self._settings)
-        rows, targets = predictions(out.logits, labels)
-        loss = distilled_loss(out.logits[rows], taught.logits[rows], targets, self._weight, self._temperature)
-        return loss + self._distance(out, taught, inputs)
+        taught, logits = self._teach(engine, inputs), engine(**inputs).logits
+        rows, targets = predictions(logits, labels)
+        return distilled_loss(logits[rows], taught.logits[rows], targets, self._weight, self._temperature)
 
     def why_all_logits(self, module: nn.Module) -> str:
         """Return why the loss of a language model needs the logits of a whole micro-batch; "" if it does not."""
@@ -102,32 +100,22 @@ class Objective:
             return head_loss(hidden.flatten(0, 1), head.readout, tokens, places, teacher=teacher, count=count)
 
         with sharing:
-            taught = None
             if self._weight:
                 with other.reading(lambda hidden: hidden) as seen:
-                    taught = self._teach(engine, inputs)
+                    self._teach(engine, inputs)
             with head.reading(read) as losses:
-                out = engine(**inputs, **self._settings)
-        loss = losses[0] if shared is None else shared.degree * losses[0]
-        return loss + self._distance(out, taught, inputs)
-
-    def _distance(self, out: Any, taught: Any, inputs: dict[str, Tensor]) -> Tensor | float:
-        """Return the weighted distance between the hidden states of model and teacher; 0 if it is not trained on."""
-        if not self._settings:
-            return 0.0
-        real = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
-        states = relative_distance(out.hidden_states[1:], taught.hidden_states[1:], real)
-        return self._weight * self._hidden * states
+                engine(**inputs)
+        return losses[0] if shared is None else shared.degree * losses[0]
 
     @torch.no_grad()
     def _teach(self, engine: Engine, inputs: dict[str, Tensor]) -> Any:
         """Return the teacher's output."""
         if self._teacher is not None:
-            return self._teacher(**inputs, **self._settings)
+            return self._teacher(**inputs)
         engine.eval()
         try:
             with bypassed(engine.module):
-                return engine(**inputs, **self._settings)
+                return engine(**inputs)
         finally:
             engine.train()
 
@@ -183,7 +171,7 @@ def _require_comparable(run: RunConfig, own: PreTrainedConfig, config: PreTraine
     """Raise ConfigError if a teacher with ``config`` cannot read the inputs of a model with config ``own``, or their
     predictions cannot be compared."""
     teacher = f"distillation.teacher = {run.distillation.teacher!r}"
-    task, hidden = task_of(run), run.distillation.hidden_states
+    task = task_of(run)
     try:
         task.check_model(run.data, config, None)
     except ConfigError as error:
@@ -194,14 +182,6 @@ def _require_comparable(run: RunConfig, own: PreTrainedConfig, config: PreTraine
             f"{teacher} has a vocabulary of {others} tokens, and model.path = {run.model.path!r} "
             f"one of {words} (vocab_size); name a teacher that reads the tokens of the same tokenizer"
         )
-    for name in ("num_hidden_layers", "hidden_size") if hidden else ():
-        here, there = (getattr(c.get_text_config(), name, None) for c in (own, config))
-        if here != there:
-            raise ConfigError(
-                f"{teacher} has {name} = {there}, and model.path = {run.model.path!r} {here}: "
-                f"their hidden states cannot be compared. Fix: distillation.hidden_states = 0 (it is {hidden}), or a "
-                "teacher of the same depth and width"
-            )
 
 
 def teacher_of(run: RunConfig) -> Pretrained | None:

@@ -38,7 +38,6 @@ from pst_ds.train.finetune import finetune
 from pst_ds.train.fit_verdict import fit_of, sentence, watched_steps
 from pst_ds.train.loop import FINAL_TAGS, Loop, LoopState
 from pst_ds.train.model import build_model, num_trainable
-from pst_ds.train.monitor.memory_snapshot import snapshot_when_memory_ends
 from pst_ds.train.monitor.metrics import MetricsWriter
 from pst_ds.train.monitor.trackers import Trackers
 from pst_ds.train.objective import Objective, load_teacher
@@ -276,7 +275,7 @@ def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState) 
     first_step, folder, fit = state.step, Path(loop.run.output_dir), None
     try:
         watched = watching(folder / STALLS, loop.run.train.stall_timeout_seconds, loop.pace.hosts)
-        with snapshot_when_memory_ends(folder, loop.device), watched:
+        with watched:
             for _ in loop.steps(state):  # changes the state in place
                 checkpointer.after_step(state)
                 if state.stopped_by and loop.sums is None:
@@ -288,8 +287,6 @@ def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState) 
             if verdict := sentence(fit):
                 loop.metrics.verdict(loop.num_steps, verdict)
             loop.metrics.say(warning_of_unused(experts.get("expert_tokens", {}), first_step))
-            if loop.metrics.layers is not None:
-                loop.metrics.layers.experts(state.step, experts)
             loop.metrics.settings(_settings(loop.run), [*(f"eval/{name}" for name in metrics), *FINAL_TAGS])
     except DivergedError as error:
         raise DivergedError(

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton", minversion="3.6", reason="needs triton 3.6, the extra of that name")
 
-from pst_ds.core.kernels.triton import tile_kernels, vector_kernels
+from pst_ds.core.kernels.triton import vector_kernels
 
 from .compiled import CAPABILITIES, compiled
 
@@ -54,16 +54,3 @@ def test_a_kept_weight_takes_few_instructions(capability, values, stacked):
     step = 32 // CODES.get(values, 8)  # codes of a word
     short, long = (walk(capability, values, unroll, stacked).num_instructions for unroll in (step, 2 * step))
     assert (long - short) / step <= 10
-
-
-@STACKED
-@pytest.mark.parametrize("values", ["bf16", *CODES])
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_tiles_are_expanded_in_registers(capability, values, stacked):
-    types, constants = of_values(values, {"x_ptr": "*bf16", **dict.fromkeys(("vectors", "rows", "columns"), "i32")})
-    constants |= {"ROWS": tile_kernels.TILE_ROWS, "VECTORS": 64}
-    types, constants = of_experts(types, constants, "tiles_ptr", "*i32", stacked)
-    found = compiled(tile_kernels.packed_tiles, types, constants, capability, fuse=True)
-    assert found.spilled_bytes == 0
-    assert found.registers <= 168
-    assert found.count("HMMA", "HGMMA", "UTCHMMA") > 0

@@ -15,7 +15,6 @@ from pst_ds.inference.runtime.linear import SparseLinear
 from tests.inference.runtime.packed_experts import of_stack
 
 pytestmark = pytest.mark.interpreted
-WALKED, TILED = gpu.MOST_WALKED, gpu.MOST_WALKED + 1
 
 
 @pytest.fixture
@@ -59,12 +58,12 @@ def require_dense(layer, bias, x, found):
         (2, 96, 1.0, torch.bfloat16), (5, 37, 0.4, torch.float32),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("vectors", [1, TILED])
+@pytest.mark.parametrize("vectors", [1, gpu.MOST_WALKED])
 def test_products_of_kept_values(rows, columns, kept, dtype, vectors, launched):
     weight, bias = weight_of(rows, columns, kept, dtype)
     layer, x = SparseLinear.from_dense(weight, bias), inputs(vectors, columns, dtype)
     require_dense(layer, bias, x, layer(x))
-    assert launched == ["packed_vector" if vectors <= WALKED else "packed_tiles"]
+    assert launched == ["packed_vector"]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +74,7 @@ def test_products_of_kept_values(rows, columns, kept, dtype, vectors, launched):
         ("dense", 8, None, 37), ("dense", 4, 32, 64),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("vectors", [1, TILED])
+@pytest.mark.parametrize("vectors", [1, gpu.MOST_WALKED])
 def test_products_of_codes(packing, bits, group, columns, vectors, launched):
     weight, bias = weight_of(3, columns, 0.6)
     if packing == "2:4":
@@ -83,13 +82,11 @@ def test_products_of_codes(packing, bits, group, columns, vectors, launched):
     layer = SparseLinear.from_dense(weight, bias, QuantizedFormat(packing, Grid(bits, group)))
     x = inputs(vectors, columns)
     require_dense(layer, bias, x, layer(x))
-    assert launched == ["packed_vector" if vectors <= WALKED else "packed_tiles"]
+    assert launched == ["packed_vector"]
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize(
-    ("rows", "vectors", "dtype"), [(2, 3, torch.bfloat16), (66, 131, torch.bfloat16), (2, 2, torch.float16)]
-)
+@pytest.mark.parametrize(("rows", "vectors", "dtype"), [(2, 3, torch.bfloat16), (2, 2, torch.float16)])
 def test_products_of_codes_in_16_bits(bits, rows, vectors, dtype, launched):
     weight, _ = weight_of(rows, 64, 0.5)
     layer = SparseLinear.from_dense(weight, None, QuantizedFormat("bitmask", Grid(bits, 32))).to(dtype)
@@ -135,8 +132,8 @@ def test_experts_begin_with_any_byte_and_share_a_launch(bits, launched):
     experts = of_stack(stack_of(4, 3, 64), QuantizedFormat("bitmask", Grid(bits, 32)))
     require_experts(experts, [1, 1, 1, 1], ["packed_vector"], launched)
     require_experts(experts, [2, 0, 3, 0], ["packed_vector"], launched, by_token=True)
-    require_experts(experts, [1, 0, 9, 1], ["packed_vector"], launched)  # 11 vectors: fewer than 8 for each of 3 tiles
-    require_experts(experts, [9, 0, 17, 1], ["packed_tiles"], launched)
+    require_experts(experts, [1, 0, 9, 1], ["packed_vector"], launched)  # 11: fewer than 8 for each of 3 experts
+    require_experts(experts, [9, 0, 17, 1], ["packed_vector"], launched)  # the last; the others are expanded
 
 
 @pytest.mark.parametrize(("packing", "bits"), [("bitmask", 0), ("2:4", 0), ("dense", 8), ("2:4", 4)])
@@ -147,20 +144,7 @@ def test_experts_of_every_format(packing, bits, launched):
     form = QuantizedFormat(packing, Grid(bits, 32)) if bits else packing
     experts = of_stack(stack, form)
     require_experts(experts, [2, 0, 1], ["packed_vector"], launched, dtype=torch.bfloat16)
-    require_experts(experts, [9, 0, 10], ["packed_tiles"], launched, dtype=torch.bfloat16)
-
-
-def test_rows_of_an_expert_end_within_a_tile(launched):
-    """66 rows are a tile and two rows of the next, which is no other expert's."""
-    experts = of_stack(stack_of(3, 66, 32))
-    require_experts(experts, [9, 70, 0], ["packed_tiles"], launched)
-
-
-def test_an_expert_with_many_vectors_is_multiplied_by_itself(launched, monkeypatch):
-    monkeypatch.setattr(gpu, "MOST_TILED", 10)
-    experts = of_stack(stack_of(3, 2, 32))
-    require_experts(experts, [9, 11, 1], ["packed_tiles"], launched)
-    require_experts(experts, [0, 11, 0], [], launched)
+    require_experts(experts, [9, 0, 10], [], launched, dtype=torch.bfloat16)
 
 
 def test_experts_whose_inputs_have_a_gradient_are_multiplied_as_dense_ones(launched):
@@ -180,9 +164,9 @@ def test_what_is_pruned_meets_no_infinity_of_few_vectors():
 
 def test_more_vectors_and_other_dtypes_are_left_to_other_ways():
     values = torch.ones(4)
-    assert not gpu.takes(torch.ones(gpu.MOST_TILED + 1, 32), values)
+    assert not gpu.takes(torch.ones(gpu.MOST_WALKED + 1, 32), values)
     assert not gpu.takes(torch.ones(1, 32), values.double())
     assert not gpu.takes(torch.ones(1, 32).double(), values.char())
     assert not gpu.takes(torch.ones(0, 32), values)
-    assert gpu.takes(torch.ones(gpu.MOST_TILED, 40), values)
+    assert gpu.takes(torch.ones(gpu.MOST_WALKED, 40), values)
     assert gpu.takes(torch.ones(1, 32), values.char())

@@ -49,7 +49,7 @@ def _one_step(folder, degree, *more):
 CASES = {
     "documents apart": ["model.gradient_checkpointing=true"],
     "documents run on": ["data.document_mask=false"],
-    "own teacher": ["distillation.weight=0.5", "distillation.hidden_states=1.0"],
+    "own teacher": ["distillation.weight=0.5"],
     "trained head": ['pst.modules_to_save=["lm_head"]', "model.gradient_checkpointing=true"],
     "reentrant": ["model.gradient_checkpointing=true", "model.gradient_checkpointing_reentrant=true"],
 }

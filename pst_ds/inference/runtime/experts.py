@@ -85,10 +85,11 @@ class SparseExperts(SparseLinear):
             parts = values.view(-1), self.bitmask, self.expert_offsets
             return native.bitmask_experts(x, *parts, self._starts, runs, native.best_level())
         y = x.new_empty(num_pairs, self.rows_of_expert)
-        if in_one_launch:
+        if in_one_launch and num_pairs <= gpu.MOST_WALKED * len(runs):
             scales, bits = self._buffers.get("scales"), self._buffers.get("bitmask")
             weight = gpu.PackedWeight(values, bits, self.row_offsets, scales)
-            runs = gpu.packed_experts(x[routing.tokens] if by_token else x, weight, routing.experts, runs, y)
+            gpu.packed_experts(x[routing.tokens] if by_token else x, weight, routing.experts, y)
+            return y
         for expert, rows in runs:
             y[rows] = self.product(expert, routing.rows_of(x, rows, by_token))
         return y

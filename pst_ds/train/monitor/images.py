@@ -13,12 +13,10 @@ import numpy as np
 
 MOST_COLUMNS = 256
 """Maximum columns of a heat map."""
-MAP_SIZE, HISTOGRAM_WIDTH = 512, 480
+HISTOGRAM_WIDTH = 480
 FLIP_DECADES = -5.0, -1.0
 """Powers of ten of the fraction of flipped weights at both ends of the colour scale."""
-_MOST_CELL_PIXELS = 24
 _HISTOGRAM_HEIGHT = 192
-_GAP, _SCALE_WIDTH = 8, 12
 _COLOURS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], dtype=float)
 """Even steps of the viridis map from low to high; lightness increases throughout."""
 _SHADES = 249
@@ -26,16 +24,6 @@ _SHADES = 249
 _CLEAR, _PRUNED, _KEPT, _AXIS, _LIGHT, _DARK = range(_SHADES, _SHADES + 6)
 _THRESHOLD = _LIGHT, _DARK, _LIGHT
 """A dark line between two light ones, visible on every colour and on both pages."""
-
-
-def heat_map(values: np.ndarray) -> np.ndarray:
-    """Draw ``values``, (rows, columns) in [0, 1], with row 0 on top and the colour scale on the right. The picture is
-    about MAP_SIZE pixels wide and high. A cell is at least one pixel wide and two high."""
-    down = max(2, min(_MOST_CELL_PIXELS, MAP_SIZE // values.shape[0]))
-    across = max(1, min(_MOST_CELL_PIXELS, MAP_SIZE // values.shape[1]))
-    cells = shaded(values).repeat(down, 0).repeat(across, 1)
-    scale = shaded(np.linspace(1.0, 0.0, len(cells))[:, None].repeat(_SCALE_WIDTH, 1))
-    return np.hstack([cells, np.full((len(cells), _GAP), _CLEAR, np.uint8), scale])
 
 
 def flips_on_scale(flipped: np.ndarray) -> np.ndarray:

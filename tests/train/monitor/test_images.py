@@ -8,37 +8,8 @@ from PIL import Image
 
 from pst_ds.train.monitor import images as pictures
 
-VIOLET, YELLOW = [68, 1, 84, 255], [253, 231, 37, 255]
+VIOLET, GREEN, YELLOW = [68, 1, 84, 255], [33, 145, 140, 255], [253, 231, 37, 255]
 ORANGE, BLUE = [224, 130, 40, 255], [60, 130, 220, 255]
-
-
-@pytest.mark.parametrize(("layers", "columns"), [(1, 1), (12, 40), (224, 256), (700, 3)])
-def test_a_heat_map_has_every_cell_and_is_no_wider_than_a_card(layers, columns):
-    values = np.random.default_rng(0).random((layers, columns))
-    values[0, 0], values[-1, -1] = 0.0, 1.0
-    found = pictures.PALETTE[pictures.heat_map(values)]
-    assert found.dtype == np.uint8
-    assert found.shape[1] <= 540
-    assert found.shape[0] >= 2 * layers
-    assert found.shape[0] % layers == 0
-    corner = found[:, : found.shape[1] - 20]  # without the gap and the scale
-    assert corner.shape[1] % columns == 0
-    across = corner.shape[1] // columns
-    if layers * columns > 1:
-        assert found[0, 0].tolist() == VIOLET
-    assert found[-1, columns * across - 1].tolist() == YELLOW
-    assert (corner[:, :, 3] == 255).all()
-
-
-def test_the_scale_beside_it_gets_lighter_from_the_bottom_to_the_top():
-    found = pictures.PALETTE[pictures.heat_map(np.zeros((12, 5)))]
-    scale, gap = found[:, -1].astype(int), found[:, -20:-12]
-    assert scale[0].tolist() == YELLOW
-    assert scale[-1].tolist() == VIOLET
-    luminance = scale[:, :3] @ [0.2126, 0.7152, 0.0722]
-    assert (np.diff(luminance) <= 0).mean() > 0.95
-    assert len(set(luminance)) > 200
-    assert (gap == 0).all()
 
 
 def test_flips_are_on_a_logarithmic_scale():
@@ -47,11 +18,9 @@ def test_flips_are_on_a_logarithmic_scale():
 
 
 def test_shares_are_shown_relative_to_their_mean():
-    found = pictures.PALETTE[pictures.heat_map(pictures.share_on_scale([[0.0, 0.1], [0.1, 0.2]]))]
-    across = (found.shape[1] - 20) // 2
-    assert found[0, 0].tolist() == VIOLET
-    assert found[-1, 2 * across - 1].tolist() == YELLOW
-    assert found[0, across].tolist() == found[-1, 0].tolist() == [33, 145, 140, 255]
+    shares = [[0.0, 0.1], [0.1, 0.2]]
+    found = pictures.PALETTE[pictures.shaded(pictures.share_on_scale(shares))]
+    assert found.tolist() == [[VIOLET, GREEN], [GREEN, YELLOW]]
     assert pictures.share_on_scale([[0.0, 0.0]]).tolist() == [[0.0, 0.0]]
 
 

@@ -16,7 +16,6 @@ from pst_ds.config.run import ConfigError, PicturesConfig
 from pst_ds.config.toml import load_run
 from pst_ds.data import labelled as data
 from pst_ds.parallel.launch import LaunchEnvironment
-from pst_ds.train.monitor.metrics import MetricsWriter
 from pst_ds.train.run import prepare, train_prepared
 
 LAYER_SCALARS = {"sparsity", "flip_rate", "correlation", "score_norm", "relative_update_norm"}
@@ -122,14 +121,11 @@ def test_pictures_are_of_the_chosen_layers_with_what_they_mean(tmp_path):
     tensors = set(board.Tags()["tensors"]) - {VERDICT}
     names = [head["layers"][i] for i in chosen]
     kinds = ("histogram", "scores")
-    assert tensors == {"heatmap/sparsity", "heatmap/flips", *(f"{kind}/{name}" for kind in kinds for name in names)}
+    assert tensors == {f"{kind}/{name}" for kind in kinds for name in names}
     for tag in tensors:
         metadata = board.SummaryMetadata(tag)
         assert len(metadata.summary_description) > 50, tag
         assert metadata.plugin_data.plugin_name == ("histograms" if tag.startswith("scores/") else "images")
-    assert list(_pictures(board, "heatmap/flips")) == [6, 12, 18]  # the ramp is steps 4 to 16
-    widths = [picture.size[0] for picture in _pictures(board, "heatmap/sparsity").values()]
-    assert widths == [24 + 20, 4 * 24 + 20, 6 * 24 + 20]  # mask updates so far
     histograms = _of(lines, "histogram")
     assert {(line["step"], line["layer"]) for line in histograms} == {(s, i) for s in (0, 6, 12, 18) for i in chosen}
     for line in histograms:
@@ -192,7 +188,7 @@ def test_a_run_that_goes_on_has_every_point_once(tmp_path, monkeypatch):
             one, other = list(one), list(other)  # the steps
         assert one == other, tag
     served = [_board(folder, plugin_event_accumulator) for folder in (whole, stopped)]  # the other keeps old pictures
-    for tag in ("heatmap/flips", "heatmap/sparsity"):
+    for tag in (tag for tag in served[0].Tags()["tensors"] if tag.startswith("histogram/")):
         one, other = (_pictures(board, tag) for board in served)
         assert list(one) == list(other)
         assert all(one[step].tobytes() == other[step].tobytes() for step in one)
@@ -223,7 +219,7 @@ def test_other_methods_leave_out_what_they_lack(tmp_path, method):
     }
     assert scalars == expected[method]
     pictures = {tag.partition("/")[0] for tag in tags["tensors"] if tag != VERDICT} - {"_hparams_"}
-    assert pictures == (set() if method in ("dense", "lora") else {"heatmap", "histogram", "scores"})
+    assert pictures == (set() if method in ("dense", "lora") else {"histogram", "scores"})
     assert (tmp_path / "layers.jsonl").is_file() == (method != "dense")
     if method == "magnitude":  # fixed before the first step: looked at once
         _, lines = _lines(tmp_path)
@@ -255,21 +251,3 @@ def test_a_layer_that_is_not_there_is_refused_before_the_run(tmp_path):
     with pytest.raises(ConfigError, match=r"pictures\.layers: 'self\.querry' is not a pruned layer.*query"):
         _train(tmp_path, 'pictures.layers=["self.querry"]')
     assert not (tmp_path / "layers.jsonl").exists()
-
-
-def test_experts_are_pictured_at_the_end_a_picture_for_each_number_of_them(tmp_path):
-    writer = MetricsWriter(tmp_path, num_steps=4, is_main=True, quiet=True, layers={"a.up": 80, "a.down": 40})
-    tokens = {"a": [0, 1, 1, 2], "b": [5, 5]}
-    writer.layers.experts(
-        4, {"expert_tokens": tokens, "expert_zeros": {"a.up": [20, 0, 10, 10], "a.down": [0, 0, 0, 10]}}
-    )
-    writer.close()
-    board = _board(tmp_path, plugin_event_accumulator)
-    drawn = {tag: _pictures(board, tag) for tag in ("experts/tokens", "experts/tokens1", "experts/zeros")}
-    assert [list(found) for found in drawn.values()] == [[4]] * 3
-    violet, green, yellow = (68, 1, 84, 255), (33, 145, 140, 255), (253, 231, 37, 255)
-    row = drawn["experts/tokens"][4]
-    assert [row.getpixel((12 + 24 * i, 12)) for i in range(4)] == [violet, green, green, yellow]
-    zeros = drawn["experts/zeros"][4]
-    assert [zeros.getpixel((12 + 24 * i, 12)) for i in range(4)] == [yellow, violet, green, green]
-    assert [zeros.getpixel((12 + 24 * i, 36)) for i in range(4)] == [violet, violet, violet, yellow]
