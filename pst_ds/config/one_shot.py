@@ -90,6 +90,8 @@ class PruneConfig(OneShotConfig):
     """Quantise the kept weights in the same pass, with SparseGPT."""
     group: Literal[32, 64, 128, "row"] | None = None
     """Weights of a row per scale. Unset, it is "row" for 8 bits, and 64 for 4."""
+    swaps: NotNegative = 0
+    """Maximum number of passes that refine each mask by swapping kept and pruned weights."""
     spread: float | None = None
     """Largest difference of a block's sparsity from the mean, for budgets "owl". Unset, it is 0.08."""
     seed: int = 0
@@ -98,7 +100,7 @@ class PruneConfig(OneShotConfig):
     @property
     def needs_data(self) -> bool:
         """True if the method needs calibration data."""
-        return self.method != "magnitude" or self.reconstruct > 0 or self.budgets != "equal"
+        return self.method != "magnitude" or bool(self.swaps or self.reconstruct) or self.budgets != "equal"
 
     def problems(self) -> Iterator[str]:
         if self.method == REAP:
@@ -112,11 +114,12 @@ class PruneConfig(OneShotConfig):
             yield f"--group {self.group} is for quantised weights. Add --bits {_BITS}"
         if self.keep_zeros:
             yield from self._problems_of_keep_zeros()
-        if self.bits and self.reconstruct:
-            yield (
-                f"--reconstruct {self.reconstruct} would change weights that --bits {self.bits} has quantised. Prune "
-                f"with --reconstruct first, {_QUANTISE_LATER}"
-            )
+        for name, passes in (("swaps", self.swaps), ("reconstruct", self.reconstruct)):
+            if self.bits and passes:
+                yield (
+                    f"--{name} {passes} would change weights that --bits {self.bits} has quantised. Prune with "
+                    f"--{name} first, {_QUANTISE_LATER}"
+                )
         if self.bits and self.budgets == "saliency":
             yield (
                 f"--bits {self.bits} quantises while pruning, which --budgets saliency does not support. Prune first, "
@@ -128,7 +131,7 @@ class PruneConfig(OneShotConfig):
             yield f"--spread {self.spread} is for --budgets owl. Add it, or remove --spread"
 
     def _problems_of_reap(self) -> Iterator[str]:
-        for name in ("pattern", "bits", "group", "keep_zeros", "budgets", "reconstruct"):
+        for name in ("pattern", "bits", "group", "keep_zeros", "swaps", "budgets", "reconstruct"):
             if getattr(self, name) != getattr(PruneConfig, name):
                 yield (
                     f"--{name.replace('_', '-')} is for weights, and --method reap drops whole experts. Remove it, or "

@@ -45,6 +45,7 @@ def plan_layers(
         sparsity,
         grid=_grid_of(config),
         keeps_zeros=config.keep_zeros,
+        swaps=config.swaps,
     )
     if config.budgets == "owl":
         require_room(rules, SPREAD if config.spread is None else config.spread)
@@ -67,7 +68,7 @@ def prune_files(
         rules, outliers = _with_budgets(files, config, rules, data)
         if config.budgets == "owl":
             budgets |= {"spread": SPREAD if config.spread is None else config.spread, "outliers": outliers}
-    if config.method == "magnitude" and not config.reconstruct:
+    if config.method == "magnitude" and not config.swaps and not config.reconstruct:
         layers = _by_magnitude(files, rules, data)
     else:
         layers = prune_layers(
@@ -130,7 +131,7 @@ def _facts_of(config: PruneConfig, settings: PSTConfig, sparsity: float) -> dict
     }
     if (grid := _grid_of(config)) is not None:
         facts |= {"values": grid.values, "group": grid.group or WHOLE_ROW}
-    return facts | ({"reconstruct": config.reconstruct} if config.reconstruct else {})
+    return facts | {name: passes for name in ("swaps", "reconstruct") if (passes := getattr(config, name))}
 
 
 def _method_of(config: PruneConfig) -> OneShotMethod:

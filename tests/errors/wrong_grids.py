@@ -30,6 +30,15 @@ GRIDS = {
         "0.3",
         "Fix: quantization.start_fraction = 0.8",
     ),
+    "rounding that begins before masks in steps of N:M are final": Wrong(
+        causal_setting(
+            "pst.pattern='2:4'", "schedule.final_sparsity=0.5", "pst.nm_ramp='steps'", _INT8,
+            "quantization.start_fraction=0.79",
+        ),
+        "quantization.start_fraction",
+        "0.79",
+        "Fix: quantization.start_fraction = 0.8",
+    ),
     "rounding without a step for it": Wrong(
         setting(_INT8, "schedule.cooldown_fraction=0"), "quantization.values", "int8", "Set schedule.cooldown_fraction"
     ),
@@ -54,6 +63,9 @@ GRIDS = {
     ),
     "zeros that are kept, and moved": Wrong(
         _prune("--keep-zeros", "--bits", "8", "--budgets", "owl"), "--keep-zeros", "--budgets owl", "Remove"
+    ),
+    "swaps of masks under which weights are rounded": Wrong(
+        _prune("--bits", "4", "--swaps", "2"), "--swaps", "2", "quantise the folder with --method sparsegpt"
     ),
     "weights that are fitted after they are rounded": Wrong(
         _prune("--bits", "4", "--reconstruct", "2"), "--reconstruct", "2", "quantise the folder with --method sparsegpt"

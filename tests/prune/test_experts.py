@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pst_ds.cli.main import main
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.one_shot.alps import alps
-from pst_ds.core.one_shot.gram import unit_gram
+from pst_ds.core.one_shot.gram import DAMPING, unit_gram
 from pst_ds.core.one_shot.sparsegpt import inverse_factor, sparsegpt
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.quantization import Grid
@@ -22,7 +22,7 @@ from pst_ds.nn.targets import resolve_targets
 from pst_ds.prune.blocks import BlockReplay, Calibration
 from pst_ds.prune.model import prune_layers
 from pst_ds.prune.rules import layer_rules, settings_for
-from tests.core.one_shot_references import counter, ranked_together, without_smallest
+from tests.core.one_shot_references import counter, output_error, ranked_together, without_smallest
 from tests.nn.expert_families import tiny_model
 
 RUN_FILE = "tests/data/causal_lm.toml"
@@ -57,9 +57,9 @@ IDS = torch.randint(0, 48, (6, 9), generator=torch.Generator().manual_seed(1))
 BATCHES = [{"input_ids": ids} for ids in IDS.split(4)]
 
 
-def _prune(model, method, pattern="", batches=BATCHES, grid=None, **more):
+def _prune(model, method, pattern="", batches=BATCHES, grid=None, swaps=0, **more):
     config = settings_for(model, PSTConfig(), method, pattern)
-    rules = layer_rules(resolve_targets(model, config), method, 0.5, grid=grid)
+    rules = layer_rules(resolve_targets(model, config), method, 0.5, grid=grid, swaps=swaps)
     layers = prune_layers(model, rules, method, Calibration(batches, torch.device("cpu"), torch.float32), **more)
     return {layer.name: layer for layer in layers}
 
@@ -133,6 +133,25 @@ def _inputs_before(model, block, index, gated):
     found = _inputs_of_experts(model, index, BATCHES, gated)
     block.self_attn.load_state_dict(pruned)
     return found
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])  # which stores (I, O)
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "alps"])
+def test_swaps_lower_the_error_of_every_expert_by_its_own_tokens(family, method):
+    plain, swapped, base = (tiny_model(family) for _ in range(3))
+    before, after = _prune(plain, method, "row"), _prune(swapped, method, "row", swaps=3)
+    assert [layer.pruned for layer in before.values()] == [layer.pruned for layer in after.values()]
+    lower = 0
+    for name, of_experts in _inputs_of_experts(base, 0, BATCHES, gated=False).items():
+        transposed = base.get_submodule(name.rpartition(".")[0]).is_transposed
+        for expert, x in enumerate(of_experts):
+            weights = (model.get_parameter(name).detach()[expert] for model in (base, plain, swapped))
+            weight, one, two = (w.t() if transposed else w for w in weights)
+            gram = x.T @ x + DAMPING * x.square().sum(0).mean() * torch.eye(x.shape[1])
+            errors = output_error(one - weight, gram), output_error(two - weight, gram)
+            assert errors[1] <= errors[0] * (1 + 1e-4)
+            lower += errors[1] < errors[0]
+    assert lower
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
