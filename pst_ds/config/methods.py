@@ -8,7 +8,6 @@ from typing import Literal
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.patterns import parse_pattern
-from pst_ds.core.schedule import ScheduleConfig
 
 Masks = Literal["none", "fixed", "ramp"]
 OneShotMethod = Literal["magnitude", "wanda", "sparsegpt", "alps"]
@@ -58,19 +57,11 @@ METHODS: dict[str, Method] = {
         trains_everything=True,
         settings=_WEIGHTS,
     ),
-    "movement": Method(
-        "Train every weight, and prune along the schedule by one score per weight (arXiv 2005.07683).",
-        "ramp",
-        trains_everything=True,
-        settings={**_WEIGHTS, "full_scores": True},
-    ),
     "masked-lora": Method("Train an update U V under a fixed mask.", "fixed", settings=_LORA),
 }
 
 
-def method_conflicts(
-    method: str, pst: PSTConfig, schedule: ScheduleConfig, score_learning_rate: float | None
-) -> Iterator[str]:
+def method_conflicts(method: str, pst: PSTConfig, final_sparsity: float) -> Iterator[str]:
     """Yield a message for each setting that does not fit the method; ``pst`` is the section of the run file."""
     facts = METHODS[method]
     if pst.initial_mask == "zeros" and facts.masks != "fixed":
@@ -84,36 +75,12 @@ def method_conflicts(
     except ValueError as error:
         yield f"method = {method!r}: pst.{error}"
         return
-    if facts.masks != "none":
-        yield from _ranking_conflicts(method, pst, injected, schedule.initial_sparsity, score_learning_rate)
-    yield from _sparsity_conflicts(method, pst, injected, schedule.final_sparsity)
-
-
-def _ranking_conflicts(
-    method: str, pst: PSTConfig, injected: PSTConfig, initial_sparsity: float, score_learning_rate: float | None
-) -> Iterator[str]:
-    """Yield a message where equal scores would leave the masks to the order of the weights in memory."""
-    keeps_zeros, masks = pst.initial_mask == "zeros", METHODS[method].masks
-    if pst.magnitude == "activation" and (keeps_zeros or injected.full_scores):
-        cause = 'pst.initial_mask = "zeros"' if keeps_zeros else f"method = {method!r}"
-        yield f'pst.magnitude = "activation" modifies the ranking by |W|, which {cause} does not use. Remove it'
-    if injected.scores_stay_equal and not keeps_zeros:
+    if pst.magnitude == "activation" and pst.initial_mask == "zeros" and facts.masks != "none":
         yield (
-            f"pst.magnitude = {pst.magnitude!r} leaves method = {method!r} nothing to rank weights by. "
-            'Set pst.magnitude = "weight" or "activation", or train scores'
+            'pst.magnitude = "activation" modifies the ranking by |W|, which pst.initial_mask = "zeros" does not use. '
+            "Remove it"
         )
-        return
-    if masks != "ramp" or not injected.scores_start_equal:
-        return
-    cause = "" if injected.full_scores else f" with pst.magnitude = {pst.magnitude!r}"
-    equal = f"all scores of method = {method!r}{cause} are equal at first"
-    if initial_sparsity > 0.0:
-        yield (
-            f"schedule.initial_sparsity = {initial_sparsity}, but {equal}, and nothing says which weights to prune "
-            "before the first step. Fix: schedule.initial_sparsity = 0"
-        )
-    if score_learning_rate == 0.0:
-        yield f"train.score_learning_rate = {score_learning_rate}, but {equal}, and would stay equal. Set it above 0"
+    yield from _sparsity_conflicts(method, pst, injected, final_sparsity)
 
 
 def _sparsity_conflicts(method: str, pst: PSTConfig, injected: PSTConfig, final_sparsity: float) -> Iterator[str]:

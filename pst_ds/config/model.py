@@ -66,7 +66,7 @@ class ModelConfig(Section):
         """Yield a message for each kind of quantised base weights that would train."""
         everything = METHODS[method].trains_everything
         trained = {
-            "base_bits": everything or injected.train_weights or injected.full_scores,
+            "base_bits": everything or injected.train_weights,
             "embedding_bits": everything,
         }
         for key in (key for key, trains in trained.items() if trains and getattr(self, key) != 16):

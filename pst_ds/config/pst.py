@@ -116,9 +116,9 @@ class PSTConfig(_LibrarySection):
     """Weight of R and C in the scores."""
     beta: Finite = 1.0
     """Weight of U V in the merged weight."""
-    magnitude: Literal["weight", "activation", "none"] = "weight"
+    magnitude: Literal["weight", "activation"] = "weight"
     """Untrained term of the scores: "weight" is |W|; "activation" is |W| times the norm of its input over calibration
-    examples, relative to the mean norm, as in Wanda (arXiv 2306.11695); "none" omits it."""
+    examples, relative to the mean norm, as in Wanda (arXiv 2306.11695)."""
     frozen_magnitude: bool = False
     """Use |W0| instead of |W| in the scores: masks then change by the learned scores only, not as U V changes. For
     models that are pruned at once and then recover."""
@@ -152,9 +152,6 @@ class PSTConfig(_LibrarySection):
     the base model, such as a folder of ``pst-ds prune``."""
     train_weights: bool = False
     """Train the pruned weights themselves, under the mask (for baselines: every weight then has optimizer state)."""
-    full_scores: bool = False
-    """Use one trained score per weight instead of the small factors and |W| (movement pruning, arXiv 2005.07683); every
-    score has optimizer state."""
     tile_bytes: MayDiffer[NotNegative] = 0
     """Maximum bytes per rank of gradient tiles in the backward pass of a layer; 0 is 32 MiB on CPUs and 512 MiB on
     GPUs. Smaller tiles are slower."""
@@ -170,11 +167,6 @@ class PSTConfig(_LibrarySection):
                 "frozen_magnitude = true ranks by the pretrained weights, and train_weights = true does not keep them. "
                 "Set one of them to false"
             )
-        if self.full_scores and self.has_scores:
-            yield (
-                "full_scores = true replaces the small factors of the scores. Set score_rank = 0 and "
-                "structured_scores = false"
-            )
         if self.update_embeddings and self.update_rank == 0:
             yield (
                 f"update_embeddings = {list(self.update_embeddings)} with update_rank = 0 updates nothing. Set "
@@ -189,7 +181,7 @@ class PSTConfig(_LibrarySection):
             yield str(error)
             return
         pooled = next((rule.pattern for rule in rules if rule.pattern.pools_matrices), None)
-        if pooled is not None and not self.relative_magnitude and not self.full_scores:
+        if pooled is not None and not self.relative_magnitude:
             yield (
                 f'pattern = "{pooled}" with relative_magnitude = false would compare weights of different magnitude '
                 "scales. Set relative_magnitude = true"
@@ -243,17 +235,6 @@ class PSTConfig(_LibrarySection):
             update_rank=min(self.update_rank, self.expert_rank),
             update_embeddings=(),
         )
-
-    @property
-    def scores_start_equal(self) -> bool:
-        """True if all scores are equal before the first step: S, B, R and C start at zero."""
-        return self.full_scores or self.magnitude == "none"
-
-    @property
-    def scores_stay_equal(self) -> bool:
-        """True if scores start equal and training cannot change that."""
-        learned = (self.score_rank > 0 and self.alpha1 != 0.0) or (self.structured_scores and self.alpha2 != 0.0)
-        return self.scores_start_equal and not (self.full_scores or learned)
 
 
 def name_matches(name: str, patterns: str | Iterable[str]) -> bool:

@@ -139,7 +139,7 @@ class RunConfig(Section):
         """Yield a message for each setting that does not fit another section."""
         method, task, train, pst, schedule = self.method, self.task, self.train, self.pst, self.schedule
         yield from task_conflicts(task, self.data, self.eval, train.num_steps)
-        not_fitting = list(method_conflicts(method, pst, schedule, train.score_learning_rate))
+        not_fitting = list(method_conflicts(method, pst, schedule.final_sparsity))
         yield from not_fitting
         yield from self.start.conflicts(method, self.start_sparsity, pst)
         yield from self.quantization.conflicts(method, schedule)

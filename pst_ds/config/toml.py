@@ -123,6 +123,7 @@ REMOVED = {
     "pst.update_gates": "set pst.update_rank, such as 2, and remove pst.update_gates and pst.target_rank",
     "pst.target_rank": "all updates have rank pst.update_rank",
     "pst.nm_ramp": "N:M patterns constrain a growing share of the groups",
+    "pst.full_scores": 'set method = "pst", whose scores have low rank',
     "pst.multiplicative_update": 'set method = "masked-lora"',
     "pst.score_init": "pst.score_init_scale is the standard deviation",
     "train.gate_learning_rate": "",
@@ -145,8 +146,8 @@ def is_removed(key: str) -> bool:
 def without_removed(table: dict[str, object]) -> dict[str, object]:
     """Return a copy of ``table`` without the settings in :data:`REMOVED`; name those that were set on stderr.
 
-    Raises ConfigError for a trained prompt, gates or factors of W0: without them, what was trained would compute
-    something else.
+    Raises ConfigError for a trained prompt, gates, factors of W0 or scores of each weight: without them, what was
+    trained would compute something else.
     """
     table = dict(table)
     prompt = table.get("prompt", {"text": ""})
@@ -160,7 +161,7 @@ def without_removed(table: dict[str, object]) -> dict[str, object]:
             table = {**table, section: kept} if section else kept
             if not values[key] or values[key] == _FORMER_DEFAULTS.get(name):
                 continue
-            if name in ("pst.update_gates", "pst.multiplicative_update"):
+            if name in ("pst.update_gates", "pst.full_scores", "pst.multiplicative_update"):
                 raise ConfigError(f"{name} = {values[key]!r} is no longer supported: {instead}")
             if instead and os.environ.get("RANK", "0") == "0":
                 print(f"{name} = {values[key]!r} has no effect any more: {instead}. Remove it", file=sys.stderr)

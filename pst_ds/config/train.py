@@ -62,8 +62,8 @@ class TrainConfig(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of the model's computations. Factors, Adam's moments and losses are always fp32."""
     score_learning_rate: Reported[Rate | None] = None
-    """Learning rate of A, B, R and C, and of the scores of movement pruning. Unset learning rates, here and below, are
-    chosen by the model's width and the run's steps (:func:`pst_ds.core.schedule.default_learning_rates`)."""
+    """Learning rate of A, B, R and C. Unset learning rates, here and below, are chosen by the model's width and the
+    run's steps (:func:`pst_ds.core.schedule.default_learning_rates`)."""
     update_learning_rate: Reported[Rate | None] = None
     """Learning rate of U and V."""
     embedding_learning_rate: Reported[Rate | None] = None

@@ -33,8 +33,6 @@ class Constants:
     beta: float = 1.0
     detach_magnitude: bool = False
     """True if S passes no gradient through |W|."""
-    magnitude: bool = True
-    """True if S includes |W|."""
     frozen_magnitude: bool = False
     """True if S uses |W0|, which the update does not change, instead of |W|."""
 
@@ -46,11 +44,7 @@ class Constants:
     @property
     def magnitude_has_gradient(self) -> bool:
         """True if the gradient of S reaches U and V through |W|."""
-        return self.magnitude and not self.detach_magnitude and not self.frozen_magnitude
-
-    def magnitude_factor(self, weight_scale: float) -> float:
-        """Return the factor of |W| in S."""
-        return 1.0 / weight_scale if self.magnitude else 0.0
+        return not self.detach_magnitude and not self.frozen_magnitude
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,8 +59,7 @@ def score_keys(weight: Tensor, tile: TileFactors, constants: Constants, weight_s
     if native is None:
         return order_keys(importance(weight, tile, constants, weight_scale))
     out = torch.empty(weight.shape, dtype=torch.int32)
-    magnitude = constants.magnitude_factor(weight_scale)
-    numbers = torch.tensor([constants.beta, magnitude, constants.alpha1], dtype=torch.float32)
+    numbers = torch.tensor([constants.beta, 1.0 / weight_scale, constants.alpha1], dtype=torch.float32)
     vectors = [v if v is None else (v * constants.alpha2).contiguous() for v in (tile.score_rows, tile.score_cols)]
     norms = [n if n is None else n.float().contiguous() for n in (tile.row_norms, tile.col_norms)]
     update = (tile.update_left, tile.update_right) if constants.update_in_scores else (None, None)
@@ -131,10 +130,7 @@ def _keys_together(singles: Sequence[SingleWeights]) -> Tensor:
         return order_keys(importance(first.weight, first.tile, first.constants, first.weight_scale)).squeeze(1)
     parts = [single.tile.held() for single in singles]
     tile = {name: torch.cat([part[name] for part in parts], 1 if name.endswith("_right") else 0) for name in parts[0]}
-    factors = [
-        one.weight.new_full(one.weight.shape, first.constants.magnitude_factor(one.weight_scale), dtype=torch.float32)
-        for one in singles
-    ]
+    factors = [one.weight.new_full(one.weight.shape, 1.0 / one.weight_scale, dtype=torch.float32) for one in singles]
     weight = torch.cat([one.weight for one in singles])
     return order_keys(importance(weight, TileFactors(**tile), first.constants, factors=torch.cat(factors))).squeeze(1)
 

@@ -84,8 +84,6 @@ class Gradients:
     C: Tensor | None = None
     U: Tensor | None = None
     V: Tensor | None = None
-    S: Tensor | None = None
-    """Gradient of the score of each weight (movement pruning): G . W, in storage shape and the dtype of x."""
 
     def factors(self) -> Factors:
         return Factors(self.A, self.B, self.R, self.C, self.U, self.V)
@@ -111,7 +109,6 @@ def backward(
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
-    need_scores: bool = False,
     tile_bytes: int = 0,
 ) -> Gradients:
     """Return the gradients for ``x`` (N, I) and ``grad_y`` (N, O), and for every factor of the layer.
@@ -120,9 +117,8 @@ def backward(
         dW = G . M + G . |W| / weight_scale (not if |W| is detached, or the masks are fixed)
         dU = beta dW V'   dV = beta U' dW
 
-    ``need_weight``: return the gradient of the weight, G . M. ``need_scores``: return the gradient of the score of each
-    weight, G . W (arXiv 2005.07683). ``tile_bytes``: budget of :mod:`pst_ds.core.tiles`; 0 is the device's default.
-    Raises TileBudgetError.
+    ``need_weight``: return the gradient of the weight, G . M. ``tile_bytes``: budget of :mod:`pst_ds.core.tiles`; 0 is
+    the device's default. Raises TileBudgetError.
     """
     tiles = plan_tiles(state.layout, x.element_size(), tile_bytes, device_type=x.device.type)
     x, grad_y = state.rounded_inputs(x).contiguous(), grad_y.contiguous()
@@ -133,23 +129,18 @@ def backward(
     if need_bias:
         grads.bias = grad_y.sum(0, dtype=high)
     if need_weight:
-        grads.weight = _like_weight(state)
-    if need_scores:
-        grads.S = _like_weight(state)
+        grads.weight = torch.empty(state.layout.shape, dtype=state.weight.dtype, device=state.weight.device)
     if need_x:  # accumulate the sum over tiles in a wider dtype
         grads.x = torch.zeros_like(x, dtype=high) if tiles.cut_outputs else torch.empty_like(x)
-    trains_weights = need_weight or need_scores or x.dtype != state.weight.dtype
-    per_shard = shard_numel(state.layout.numel, state.num_shards)
-    mask = None if trains_weights else mask_bytes(state.weight, state.bits, state.layout.shape, per_shard)
+    mask = None
+    if not need_weight and x.dtype == state.weight.dtype:
+        per_shard = shard_numel(state.layout.numel, state.num_shards)
+        mask = mask_bytes(state.weight, state.bits, state.layout.shape, per_shard)
     work = _Work(x, grad_y, state, factors, sums, grads, tiles, mask)
     for rect in tiles.rects:
         _tile_backward(work, rect)
     _finish_factors(sums, state, grads)
     return grads
-
-
-def _like_weight(state: LayerState) -> Tensor:
-    return torch.empty(state.layout.shape, dtype=state.weight.dtype, device=state.weight.device)
 
 
 @dataclass
@@ -179,7 +170,7 @@ def _tile_backward(work: _Work, rect: Rect) -> None:
     outputs, inputs = (cols, rows) if layout.transposed else (rows, cols)
     x, grad_y = work.x[:, inputs], work.grad_y[:, outputs]
     weight, grad = _shaped(work.weight, rect), _shaped(work.grad, rect)
-    if any(wanted is not None for wanted in (work.sums.A, work.sums.U, work.grads.weight, work.grads.S)):
+    if any(wanted is not None for wanted in (work.sums.A, work.sums.U, work.grads.weight)):
         # G and everything derived from it have the dtype of x, as in autograd
         left, right = (x, grad_y) if layout.transposed else (grad_y, x)
         torch.mm(left.t(), right, out=grad)
@@ -213,8 +204,6 @@ def _band_backward(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor
     expand_mask_(mask, state.bits, state.layout.shape, state.num_shards, rows, cols)
     product = _shaped(work.product, rect)
     factors, sums = (tile_factors(f, state.layout, matrix, rect) for f in (work.factors, work.sums))
-    if work.grads.S is not None:
-        torch.mul(grad, weight, out=work.grads.S[rows, cols])
     if work.sums.A is not None:
         torch.mul(grad, weight, out=product)  # dS
         _add_low_rank_gradients(product, factors.score_left, factors.score_right, sums.score_left, sums.score_right)
@@ -228,9 +217,7 @@ def _band_backward(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor
                 magnitude.mul_(factors.row_norms.unsqueeze(1))
             if factors.col_norms is not None:
                 magnitude.mul_(factors.col_norms)
-            product.addcmul_(
-                grad, magnitude, value=state.constants.magnitude_factor(state.magnitude_scales[matrix.index])
-            )
+            product.addcmul_(grad, magnitude, value=1.0 / state.magnitude_scales[matrix.index])
         _add_low_rank_gradients(product, factors.update_left, factors.update_right, sums.update_left, sums.update_right)
     _and(weight, mask, out=weight)
 
@@ -244,7 +231,7 @@ def _band_by_kernel(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tenso
     scores = _shaped(work.product, rect) if has_scores else None
     updates = _shaped(work.magnitude, rect) if has_updates else None
     has_gradient = has_scores and constants.magnitude_has_gradient
-    factor = constants.magnitude_factor(state.magnitude_scales[matrix.index]) if has_gradient else 0.0
+    factor = 1.0 / state.magnitude_scales[matrix.index] if has_gradient else 0.0
     own = tile_factors(state.factors, state.layout, matrix, rect)
     base = state.weight[rect.slices]
     gradients_into(weight, scores, updates, base, grad, work.mask_bytes, rect, own, constants, factor)

@@ -46,9 +46,7 @@ class ScheduleConfig:
     final_sparsity: float = 0.9
     """Sparsity at the end, in [0, 1). 0 prunes only the layers with a sparsity in ``pst.overrides``."""
     initial_sparsity: float = 0.0
-    """Sparsity until the ramp starts, at most ``final_sparsity``. Must be 0 if all scores are equal at the start:
-    method "movement", and "pst" with ``pst.magnitude = "none"``.
-    """
+    """Sparsity until the ramp starts, at most ``final_sparsity``."""
     warmup_fraction: float = 0.1
     """Fraction of all steps at ``initial_sparsity``, before the ramp."""
     cooldown_fraction: float = 0.3
@@ -286,7 +284,7 @@ class LearningRates:
     """Peak rates of Adam for each group of parameters."""
 
     scores: float = 1e-2
-    """For A, B, R and C, and for movement scores: |W| / scale, with which they compete, is near 1 at any width."""
+    """For A, B, R and C: |W| / scale, with which they compete, is near 1 at any width."""
     updates: float = 2e-3
     embeddings: float = 4e-3
     """For U and V of embeddings, in one epoch."""

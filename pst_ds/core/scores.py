@@ -53,7 +53,7 @@ def importance(
     scores = sliced_weight(weight, tile, constants) if updated else weight.to(torch.float32, copy=True)
     scratch = torch.empty_like(scores)
     scores.abs_()
-    factor = constants.magnitude_factor(weight_scale) if factors is None else factors
+    factor = 1.0 / weight_scale if factors is None else factors
     if isinstance(factor, Tensor) or factor != 1.0:
         scores.mul_(factor)  # multiply: torch divides by a number differently on CPUs and on CUDA
     if tile.row_norms is not None:

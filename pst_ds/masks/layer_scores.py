@@ -7,14 +7,14 @@ from dataclasses import replace
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pst_ds.core.bits import shard_numel
 from pst_ds.core.coded_weight import CodedRun, OwnWeights
 from pst_ds.core.factors import Factors, tile_factors
 from pst_ds.core.kernels.triton.launch import serves
 from pst_ds.core.kernels.triton.scan import OwnKeys
-from pst_ds.core.keys import SingleWeights, order_keys, score_keys, single_weights
+from pst_ds.core.keys import SingleWeights, score_keys, single_weights
 from pst_ds.core.layout import Rect, StoredMatrix, positions_before, shard_tiles, view_in_shard
 from pst_ds.core.select import Sampled
 from pst_ds.core.units import block_keys, loss_keys, unit_tiles
@@ -29,7 +29,7 @@ UNIT_CACHE_BYTES = 256 << 20
 
 
 class LayerScores:
-    """One layer's weights on this rank (:func:`ranked_weights`), their halo, and the fp32 masters of its factors."""
+    """One layer's weights on this rank (:func:`current_base`), their halo, and the fp32 masters of its factors."""
 
     def __init__(self, name: str, layer: PSTLayer, factors: Factors, own: OwnWeights, halo: Halo | None = None):
         self.name, self.layer, self.layout = name, layer, layer.layout
@@ -65,8 +65,6 @@ class LayerScores:
 
     def keys(self, matrix: StoredMatrix, rect: Rect) -> Tensor:
         """Return the keys of single weights of a rectangle of ``matrix``, (rows, cols) int32."""
-        if self.layer.pst_S is not None:
-            return order_keys(self._values(rect).float())
         tile = tile_factors(self._factors, self.layout, matrix, rect)
         return score_keys(self._values(rect), tile, self.layer.constants, self.layer.magnitude_scales[matrix.index])
 
@@ -132,8 +130,6 @@ class LayerScores:
 
     def _singles(self, matrix: StoredMatrix, positions: Tensor) -> Tensor | SingleWeights:
         values = self._own.at(self._flat(matrix, positions))
-        if self.layer.pst_S is not None:
-            return order_keys(values.float())
         width = matrix.rect.c1 - matrix.rect.c0
         tile = tile_factors(self._factors, self.layout, matrix, matrix.rect)
         scale = self.layer.magnitude_scales[matrix.index]
@@ -144,12 +140,9 @@ class LayerScores:
         values = self._own.values
         if not serves(self.device) or isinstance(values, CodedRun) or values.element_size() > 4:
             return None
-        if self.layer.pst_S is not None:
-            found = OwnKeys(values, self.start, self.row_length, matrix.rect, None)
-        else:
-            tile = tile_factors(self._factors, self.layout, matrix, matrix.rect)
-            scale = self.layer.magnitude_scales[matrix.index]
-            found = OwnKeys(values, self.start, self.row_length, matrix.rect, tile, self.layer.constants, scale)
+        tile = tile_factors(self._factors, self.layout, matrix, matrix.rect)
+        scale = self.layer.magnitude_scales[matrix.index]
+        found = OwnKeys(values, self.start, self.row_length, matrix.rect, tile, self.layer.constants, scale)
         return found if found.fits else None
 
     def write_own(self, keep: Tensor, rect: Rect, kept: Tensor) -> None:
@@ -197,21 +190,14 @@ def whole_factors(layers: Sequence[PSTLayer], names: Sequence[str] = FACTOR_NAME
     return [layer.factors(own).to(home) for layer, own, home in zip(layers, values, homes, strict=True)]
 
 
-def ranked_weights(layer: PSTLayer) -> OwnWeights:
-    """Return this rank's values that rank a layer's weights: per-weight scores, or the weights without update.
-
-    They are fp32 masters if trained. Collective if :func:`zero3.master_shard` is.
-    """
-    return current_base(layer) if layer.pst_S is None else _masters(layer, layer.pst_S)
-
-
 def current_base(layer: PSTLayer) -> OwnWeights:
-    """Return this rank's weights of a layer without its update; fp32 masters if trained."""
-    return layer.own_base() if layer.weight is None else _masters(layer, layer.weight)
+    """Return this rank's weights of a layer without its update; fp32 masters if trained.
 
-
-def _masters(layer: PSTLayer, param: nn.Parameter) -> OwnWeights:
-    shard = zero3.master_shard(param)
+    Collective if :func:`zero3.master_shard` is.
+    """
+    if layer.weight is None:
+        return layer.own_base()
+    shard = zero3.master_shard(layer.weight)
     values = shard.values.to(zero3.shard_of(layer.pst_mask).values.device)
     return OwnWeights(values, shard.start, layer.layout.shape[1])
 

@@ -19,7 +19,7 @@ from pst_ds.core.factors import Factors, tile_factors
 from pst_ds.core.keys import score_keys, scores_of_keys
 from pst_ds.core.layout import Rect, StoredMatrix, view_in_shard
 from pst_ds.core.scores import updated_weight
-from pst_ds.masks.layer_scores import LayerScores, current_base, ranked_weights, whole_factors, with_contiguous_columns
+from pst_ds.masks.layer_scores import LayerScores, current_base, whole_factors, with_contiguous_columns
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import SCORE_FACTORS, PSTLayer
 from pst_ds.parallel import zero3
@@ -52,7 +52,7 @@ class LayerStats:
     correlation: list[float | None]
     """Pearson correlation of S with |W| / mean |W0|, for learned scores."""
     score_norm: list[float | None]
-    """Frobenius norm of the learned part of S: alpha1 A B + alpha2 (R 1' + 1 C'), or the per-weight scores."""
+    """Frobenius norm of the learned part of S: alpha1 A B + alpha2 (R 1' + 1 C')."""
     update_norm: list[float | None]
     """Frobenius norm of beta U V."""
     weight_norm: list[float | None]
@@ -106,7 +106,7 @@ def measure(model: nn.Module, chosen: Sequence[int], *, with_scores: bool) -> La
             stats.correlation(s[_MOMENTS], part.numel) if with_scores and part.learns_scores else None
             for part, s in zip(parts, sums, strict=True)
         ],
-        [part.score_norm(s, n) if with_scores else None for part, s, n in zip(parts, sums, norms, strict=True)],
+        [part.score_norm(n) if with_scores else None for part, n in zip(parts, norms, strict=True)],
         [part.update_norm(n) for part, n in zip(parts, norms, strict=True)],
         [_finite(math.sqrt(s[_WEIGHT_SQUARES])) for s in sums],
         with_scores,
@@ -128,9 +128,8 @@ class _Part:
     def __init__(self, named: tuple[str, PSTLayer], factors: Factors):
         name, self.layer = named
         self._factors = with_contiguous_columns(factors) if self.layer.layout.transposed else factors
-        ranked = ranked_weights(self.layer)
-        self._weight = ranked if self.layer.pst_S is None else current_base(self.layer)
-        self._keys = LayerScores(name, self.layer, factors, ranked)
+        self._weight = current_base(self.layer)
+        self._keys = LayerScores(name, self.layer, factors, self._weight)
         self.numel = self.layer.layout.numel  # of the whole layer
         self.learns_scores = any(getattr(self.layer, f"pst_{name}") is not None for name in SCORE_FACTORS)
 
@@ -144,18 +143,14 @@ class _Part:
                 continue
             tile = tile_factors(self._factors, self.layer.layout, matrix, rect)
             updated, scale = updated_weight(weight.float(), tile, constants), self.layer.magnitude_scales[matrix.index]
-            if self.layer.pst_S is None:
-                keys = score_keys(weight, tile, constants, scale)
-            else:
-                keys = self._keys.keys(matrix, rect)
-            sums[_MOMENTS] += stats.score_moments(keys, updated, scale)
+            sums[_MOMENTS] += stats.score_moments(score_keys(weight, tile, constants, scale), updated, scale)
         return sums
 
     def norms(self, with_scores: bool) -> Tensor:
         """Return the norms of the low-rank part of the scores and of beta U V, (_NUM_NORMS,) float64."""
         norms = torch.zeros(_NUM_NORMS, dtype=torch.float64, device=self._weight.device)
         layout, constants = self.layer.layout, self.layer.constants
-        if with_scores and self.learns_scores and self.layer.pst_S is None:
+        if with_scores and self.learns_scores:
             norms[_SCORE_NORM] = stats.learned_score_norm(layout, self._factors, constants)
         if self.layer.pst_U is not None:
             norms[_UPDATE_NORM] = stats.update_norm(layout, self._factors, constants)
@@ -171,9 +166,7 @@ class _Part:
             bins += stats.count_in_bins(scores, kept, low, high)
         return bins
 
-    def score_norm(self, sums: Tensor, norms: Tensor) -> float | None:
-        if self.layer.pst_S is not None:
-            return _finite(math.sqrt(sums[_OF_SCORES][1]))
+    def score_norm(self, norms: Tensor) -> float | None:
         return _finite(float(norms[_SCORE_NORM])) if self.learns_scores else None
 
     def update_norm(self, norms: Tensor) -> float | None:

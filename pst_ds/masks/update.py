@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pst_ds.core.bits import join_bits, pack_shard
 from pst_ds.core.kernels.triton.bit_sums import ShardBits, bit_sums
-from pst_ds.masks.layer_scores import LayerScores, ranked_weights, whole_factors
+from pst_ds.masks.layer_scores import LayerScores, current_base, whole_factors
 from pst_ds.masks.sharded_select import Matrix, select_kept, weights_kept
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import PSTLayer
@@ -128,7 +128,7 @@ def _layer_keys(layers: dict[str, PSTLayer]) -> list[LayerScores]:
     """Return the keys of every layer, with the weights of other ranks in its units. Collective: one all-to-all."""
     factors = whole_factors(list(layers.values()))
     wide = [layer for layer in layers.values() if layer.rule.pattern.unit(layer.layout) != (1, 1)]
-    own_weights = {layer: ranked_weights(layer) for layer in layers.values()}
+    own_weights = {layer: current_base(layer) for layer in layers.values()}
     halos = fetch_halos(
         [w.pst_mask for w in wide],
         [partial(w.rule.pattern.aligned, w.layout) for w in wide],

@@ -123,8 +123,7 @@ def _magnitude_scales(
 ) -> dict[str, tuple[float, ...]]:
     """Return the divisors of |W| in the scores, one per matrix of each target; 1 where |W| is the only term."""
     pools = any(target.rule.pattern.pools_matrices for target in targets)
-    compared = not config.full_scores and (config.has_scores or pools)
-    if config.relative_magnitude and compared and not targets[0].weight.is_meta:
+    if config.relative_magnitude and (config.has_scores or pools) and not targets[0].weight.is_meta:
         return mean_magnitudes(targets, bases)
     return {target.name: (1.0,) * target.layout.num_matrices for target in targets}
 
@@ -242,7 +241,7 @@ def freeze_scores(model: nn.Module, *, frozen: bool = True) -> None:
     ``frozen=False`` undoes this for models that were injected with trained scores.
     """
     config: PSTConfig | None = getattr(model, "pst_config", None)
-    can_train = config is not None and (config.has_scores or config.full_scores)
+    can_train = config is not None and config.has_scores
     for layer in pst_layers(model).values():
         layer.scores_train = can_train and not frozen
 
@@ -329,11 +328,10 @@ def _require_settings_fit(
                 f"overrides for {asked!r} match none of the pruned layers."
                 f"{suggestion(override.modules, seen)} Names seen: {', '.join(sorted(seen)[:12])}"
             )
-    if base_grid is not None and (config.train_weights or config.full_scores):
-        setting = "train_weights" if config.train_weights else "full_scores"
+    if base_grid is not None and config.train_weights:
         raise InjectionError(
-            f"{setting} = True trains a number for each weight, and base_grid ({base_grid}) keeps the weights frozen "
-            "in few bits; leave one of them out"
+            f"train_weights = True trains the weights, and base_grid ({base_grid}) keeps them frozen in few bits; "
+            "leave one of them out"
         )
     sized = [(target, target.weight.element_size()) for target in targets]
     target, itemsize = max(sized, key=lambda pair: least_tile_bytes(pair[0].layout.expert, pair[1]))

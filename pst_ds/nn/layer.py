@@ -30,8 +30,7 @@ from pst_ds.parallel import zero3
 from pst_ds.parallel.zero3 import in_backward_pass
 
 FACTOR_NAMES = ("A", "B", "R", "C", "U", "V")
-"""The small factors; per-weight scores, S, are not one of them."""
-SCORE_FACTORS = ("A", "B", "R", "C", "S")
+SCORE_FACTORS = ("A", "B", "R", "C")
 UPDATE_FACTORS = ("U", "V")
 CONSTANT_PARTS = ("pst_mask", "pst_scales", BASE_CODES, BASE_SCALES)
 """Parameters of a layer that hold bytes and are not trained."""
@@ -45,7 +44,6 @@ class PSTLayer(nn.Module):
     Parameters, besides ``weight`` (frozen unless ``config.train_weights``) and ``bias``:
         pst_A (O, k), pst_B (P*k, I), pst_R (O,), pst_C (P, I), pst_U (O, r), pst_V (P*r, I): trainable, see
             :mod:`pst_ds.core.factors` for P; None for those that the config omits.
-        pst_S, shaped like the weight: per-weight scores, only with ``config.full_scores``; trainable.
         pst_mask (num_shards * ceil(ceil(O*I / num_shards) / 8),): uint8, one bit per weight; frozen.
         pst_scales: uint8, the bytes of the bf16 scales that quantise M . W, only with a ``grid``; frozen.
         pst_base_codes, pst_base_scales: uint8, W0 as quantised values and scales, only with a ``base``, see
@@ -55,7 +53,6 @@ class PSTLayer(nn.Module):
     """
 
     weight: nn.Parameter | None
-    pst_S: nn.Parameter | None
     pst_scales: nn.Parameter | None
     pst_base_codes: nn.Parameter
     pst_base_scales: nn.Parameter
@@ -78,7 +75,7 @@ class PSTLayer(nn.Module):
         self.layout, self.num_shards, self.magnitude_scales = layout, num_shards, magnitude_scales
         self.constants = _constants(config)
         self.rule = rule
-        self.scores_train = config.has_scores or config.full_scores
+        self.scores_train = config.has_scores
         """True while the scores have a gradient; False once the masks are fixed."""
         self.stored_grid = None if grid is None else StoredGrid(layout, grid)
         self.rounds = False
@@ -136,7 +133,6 @@ class PSTLayer(nn.Module):
         add("C", (layout.num_matrices, inputs) if config.structured_scores else None)
         add("U", (outputs, r) if r else None, 0.0 if starts_at_v else update_std)
         add("V", (layout.num_matrices * r, inputs) if r else None, update_std if starts_at_v else 0.0)
-        add("S", tuple(layout.shape) if config.full_scores else None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -227,9 +223,9 @@ class PSTLayer(nn.Module):
         return self.state().masked_weight()
 
     def trained(self) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Return the weight if it is trained, and the factors of :data:`FACTOR_NAMES` and S; None for absent ones."""
+        """Return the weight if it is trained, and the factors of :data:`FACTOR_NAMES`; None for absent ones."""
         weight = self.weight if self.weight is not None and self.weight.requires_grad else None
-        return weight, [getattr(self, f"pst_{name}") for name in (*FACTOR_NAMES, "S")]
+        return weight, [getattr(self, f"pst_{name}") for name in FACTOR_NAMES]
 
     def keep_if_recomputed(self) -> None:
         """If a backward pass recomputes this forward pass, keep frozen parameters gathered until its turn.
@@ -245,18 +241,11 @@ class PSTLayer(nn.Module):
         params = list(self.parameters(recurse=False))
         zero3.let_go(params)
         with zero3.gathered([p for p in params if zero3.is_released(p)]):
-            grads = backward(
-                state=self.state(),
-                need_scores=self.pst_S is not None and self.scores_train,
-                tile_bytes=self.tile_bytes,
-            )
-            if self.pst_S is not None and grads.S is None:  # the masks are fixed
-                grads.S = torch.zeros_like(self.pst_S)
-        return grads
+            return backward(state=self.state(), tile_bytes=self.tile_bytes)
 
     def of_trained(self, grads: masked_linear.Gradients) -> tuple[Tensor | None, ...]:
         """Return the gradients of the factors in :meth:`trained`, in the layer's dtype."""
-        of_factors = (getattr(grads, name) for name in (*FACTOR_NAMES, "S"))
+        of_factors = (getattr(grads, name) for name in FACTOR_NAMES)
         return tuple(None if g is None else g.to(self.dtype) for g in of_factors)
 
 
@@ -275,14 +264,7 @@ def exact_inputs(model: nn.Module) -> Iterator[bool]:
 
 
 def _constants(config: PSTConfig) -> Constants:
-    return Constants(
-        config.alpha1,
-        config.alpha2,
-        config.beta,
-        config.detach_magnitude,
-        magnitude=config.magnitude != "none",
-        frozen_magnitude=config.frozen_magnitude,
-    )
+    return Constants(config.alpha1, config.alpha2, config.beta, config.detach_magnitude, config.frozen_magnitude)
 
 
 def init_std(kind: UpdateInit, rank: int, in_features: int) -> float:

@@ -19,7 +19,7 @@ from pst_ds.core import masked_linear
 from pst_ds.nn.layer import FACTOR_NAMES, PSTLayer
 from pst_ds.parallel import zero3
 
-_OTHERS = ", ".join(f"Tensor? {name}" for name in ("weight", "bias", *FACTOR_NAMES, "S"))
+_OTHERS = ", ".join(f"Tensor? {name}" for name in ("weight", "bias", *FACTOR_NAMES))
 """Parameters that a layer may train. The operator reads the layer's; they are arguments to get gradients."""
 LIBRARY = torch.library.Library("pst_ds", "FRAGMENT")
 LIBRARY.define(f"masked_linear(Tensor x, Tensor number, int outputs, {_OTHERS}) -> Tensor")
@@ -70,8 +70,8 @@ class PSTLinear(PSTLayer):
     def gradients(
         self, x: Tensor, grad_y: Tensor, *, need_x: bool, need_weight: bool, need_bias: bool
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x (..., I), the weight, the bias, and of :data:`FACTOR_NAMES` and S, for
-        ``grad_y`` (..., O). Gathers released parameters."""
+        """Return the gradients of x (..., I), the weight, the bias, and of :data:`FACTOR_NAMES`, for ``grad_y``
+        (..., O). Gathers released parameters."""
         x_rows, grad_rows = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
         if self.listen is not None:
             self.listen(x_rows, grad_rows)

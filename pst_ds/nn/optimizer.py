@@ -36,8 +36,8 @@ def pst_parameter_groups(
 
     Args:
         model: a model with PST modules.
-        score_learning_rate: peak rate of group "scores": A, B, R and C, or per-weight scores. None, here and below,
-            selects :func:`pst_ds.core.schedule.default_learning_rates` for the model and the length of the run.
+        score_learning_rate: peak rate of group "scores": A, B, R and C. None, here and below, selects
+            :func:`pst_ds.core.schedule.default_learning_rates` for the model and the length of the run.
         update_learning_rate: peak rate of group "updates": U and V.
         embedding_learning_rate: peak rate of group "embeddings": U and V of embeddings.
         head_learning_rate: peak rate of group "head": the modules trained in full.

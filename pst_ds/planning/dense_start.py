@@ -22,7 +22,7 @@ PATTERNS = ("matrix", "row")
 
 def gains_by_start(run: RunConfig) -> bool:
     """Return whether a start with ALPS improves ``run``, as far as this was measured."""
-    if run.method != "pst" or run.pst.magnitude == "none" or run.schedule.solves:
+    if run.method != "pst" or run.schedule.solves:
         return False
     if run.task_facts.predicts_tokens:
         return run.pst.pattern in PATTERNS or parse_pattern(run.pst.pattern).fixed_sparsity is not None

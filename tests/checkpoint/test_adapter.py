@@ -197,7 +197,7 @@ def test_a_folder_from_before_there_was_a_list_of_the_others_loads(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"beta": 3.0}, {"alpha1": 0.5}, {"magnitude": "none"}, {"frozen_magnitude": True}], ids=str
+    "setting", [{"beta": 3.0}, {"alpha1": 0.5}, {"magnitude": "activation"}, {"frozen_magnitude": True}], ids=str
 )
 def test_a_model_injected_with_another_formula_is_refused_by_the_setting(tmp_path, setting):
     save_pretrained(_trained(), tmp_path)

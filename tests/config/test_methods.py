@@ -22,7 +22,7 @@ from pst_ds.parallel.launch import LaunchEnvironment, launch_environment
 from pst_ds.train.run import build, prepare, train_prepared
 
 RUN_FILE = "tests/data/world_size.toml"
-FULL = ("dense", "magnitude", "gmp", "movement")
+FULL = ("dense", "magnitude", "gmp")
 SPARSE = [name for name, method in METHODS.items() if method.masks != "none"]
 
 
@@ -105,29 +105,6 @@ def _plain(module):
     return {n: v for n, v in module.state_dict().items() if ".pst_" not in n}
 
 
-def test_movement_keeps_the_largest_scores(tmp_path):
-    """Of each matrix by itself, or of all together, where the layers' shares of zeros differ."""
-    for pattern in ("matrix", "global"):
-        module = _built(tmp_path, "method=movement", f"pst.pattern={pattern}")
-        generator = torch.Generator().manual_seed(0)
-        layers = list(pst_layers(module).values())
-        with torch.no_grad():
-            for i, layer in enumerate(layers):
-                layer.pst_S.copy_(torch.randn(layer.layout.shape, generator=generator) * (1.0 + i) - 0.5)
-        update_masks(module, 0.6)
-        if pattern == "matrix":
-            for layer in layers:
-                order = layer.pst_S.detach().flatten().argsort(stable=True)
-                expected = torch.ones(layer.layout.numel)
-                expected[order[: int(0.6 * layer.layout.numel)]] = 0
-                assert torch.equal(_mask(layer).flatten().float(), expected)
-            continue
-        kept = torch.cat([layer.pst_S.detach().flatten()[_mask(layer).flatten().bool()] for layer in layers])
-        gone = torch.cat([layer.pst_S.detach().flatten()[~_mask(layer).flatten().bool()] for layer in layers])
-        assert float(kept.min()) >= float(gone.max())
-        assert len({round(float(_mask(layer).float().mean()), 2) for layer in layers}) > 1
-
-
 def test_gmp_ranks_the_fp32_masters(tmp_path):
     """In bf16 a step of Adam is often lost in the weight; the masters have it, and the masks follow them."""
     module = _built(tmp_path, "method=gmp", "train.precision=bf16")
@@ -175,31 +152,21 @@ def test_a_fixed_mask_of_zeros_is_the_base_models(tmp_path):
     ("settings", "said"),
     [
         (["pst.initial_mask=zeros"], "with a fixed mask ('magnitude', 'masked-lora')"),
-        (["method=soft-movement", "train.score_penalty=1.0"], "method = 'soft-movement' must be one of 'pst'"),
-        (["method=spp"], "method = 'spp' must be one of 'pst'"),
-        (["pst.full_scores=true"], "Set score_rank = 0"),
+        *(([f"method={gone}"], f"method = '{gone}' must be one of 'pst'") for gone in ("movement", "spp")),
+        (["pst.full_scores=true"], 'no longer supported: set method = "pst"'),
         (["pst.multiplicative_update=true"], 'no longer supported: set method = "masked-lora"'),
         (["method=gpm"], "method = 'gpm' must be one of 'pst', 'dense', 'lora'"),
         (["pst.magnitude=wanda"], "pst.magnitude = 'wanda' must be one of"),
         (["method=gmp", "pst.frozen_magnitude=true"], "frozen_magnitude = true ranks by the pretrained weights"),
         (["pst.calibration_examples=0"], "calibration_examples = 0 must be at least 1"),
-        *(
-            (["pst.magnitude=none", f"method={method}"], "nothing to rank")
-            for method in ("magnitude", "gmp", "masked-lora")
-        ),
-        (["pst.magnitude=none", "pst.score_rank=0", "pst.structured_scores=false"], "nothing to rank weights by"),
-        (["pst.magnitude=none", "pst.alpha1=0", "pst.alpha2=0"], "nothing to rank weights by"),
-        (["method=movement", "schedule.initial_sparsity=0.5"], "schedule.initial_sparsity = 0.5, but all scores"),
-        (["pst.magnitude=none", "schedule.initial_sparsity=0.5"], "schedule.initial_sparsity = 0.5, but all scores"),
-        (["method=movement", "train.score_learning_rate=0"], "train.score_learning_rate = 0.0, but all scores"),
-        (["method=movement", "pst.magnitude=activation"], "which method = 'movement' does not use"),
+        (["pst.magnitude=none"], "pst.magnitude = 'none' must be one of"),
         (
             ["method=masked-lora", "pst.initial_mask=zeros", "pst.magnitude=activation"],
             'which pst.initial_mask = "zeros" does not use',
         ),
         (
-            ["method=movement", "pst.pattern=global", "schedule.final_sparsity=0.99"],
-            "(method = 'movement') is more than schedule.final_sparsity = 0.99 keeps",
+            ["method=gmp", "pst.pattern=global", "schedule.final_sparsity=0.99"],
+            "(method = 'gmp') is more than schedule.final_sparsity = 0.99 keeps",
         ),
         (
             ['pst.overrides=[{modules=["query"], pattern="global"}]', "schedule.final_sparsity=0.99"],
@@ -216,11 +183,9 @@ def test_settings_that_a_method_cannot_have_are_refused(settings, said):
 @pytest.mark.parametrize(
     "settings",
     [
-        ["pst.magnitude=none", "method=dense"],
-        ["pst.magnitude=none", "method=masked-lora", "pst.initial_mask=zeros"],
-        ["pst.magnitude=none", "pst.score_rank=0"],
+        ["method=masked-lora", "pst.initial_mask=zeros"],
         ["method=gmp", "schedule.initial_sparsity=0.5"],
-        ["method=movement", "pst.pattern=global", "schedule.final_sparsity=0.99", "pst.min_kept_share=0.005"],
+        ["method=gmp", "pst.pattern=global", "schedule.final_sparsity=0.99", "pst.min_kept_share=0.005"],
     ],
 )
 def test_settings_that_a_method_can_have_are_not_refused(settings):
@@ -234,7 +199,7 @@ def test_a_global_pattern_can_be_trained(tmp_path):
     assert result["sparsity_in_masks"] == pytest.approx(0.5, abs=1e-3)
 
 
-RIVALS = ("gmp", "movement", "masked-lora")
+RIVALS = ("gmp", "masked-lora")
 
 
 def _all_rivals(folder):
@@ -273,29 +238,23 @@ class _Stack(nn.Module):
 
 
 def _ranked(stage, world_size):
-    """{(method, pattern): (checksum, zeros)} of bf16 models after two steps that few of their weights show."""
-    return {
-        (m, p): _after_two_steps(stage, world_size, m, p) for m in ("gmp", "movement") for p in ("matrix", "2:4", "3x3")
-    }
+    """{pattern: (checksum, zeros)} of bf16 models after two steps that few of their weights show."""
+    return {pattern: _after_two_steps(stage, world_size, pattern) for pattern in ("matrix", "2:4", "3x3")}
 
 
-def _after_two_steps(stage, world_size, method, pattern):
+def _after_two_steps(stage, world_size, pattern):
     torch.manual_seed(0)
-    settings = [f"method={method}", f"pst.pattern={pattern}", "pst.modules_to_save=[]", "schedule.final_sparsity=0.5"]
+    settings = ["method=gmp", f"pst.pattern={pattern}", "pst.modules_to_save=[]", "schedule.final_sparsity=0.5"]
     run = load_run(RUN_FILE, settings)
     model = inject_pst(
         _Stack().to(torch.bfloat16), run.mask_method.pst_config(run.pst), num_shards=world_size if stage == 3 else 1
     )
-    for layer in pst_layers(model).values():
-        if layer.pst_S is not None:  # no two alike, and further apart than a step: Adam's first is the rate for all
-            order = torch.randperm(layer.layout.numel, generator=torch.Generator().manual_seed(0))
-            layer.pst_S.data.copy_((order + 0x3F00).to(torch.int16).view(torch.bfloat16).view_as(layer.pst_S))
     trained = [param.requires_grad_() for param in model.parameters() if param.dtype.is_floating_point]
     config = {
         "train_micro_batch_size_per_gpu": 1, "zero_force_ds_cpu_optimizer": False, "bf16": {"enabled": True},
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 1 << 16},
     }  # fmt: skip
-    engine = build_engine(model, [{"params": trained, "lr": 1e-4 if method == "gmp" else 1e-6}], ds_config=config)
+    engine = build_engine(model, [{"params": trained, "lr": 1e-4}], ds_config=config)
     for seed in range(2):  # every rank has the same input, so that the gradient's mean is exact
         x = torch.randn(4, 48, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
         engine.backward(engine(x).float().square().mean())
@@ -305,7 +264,7 @@ def _after_two_steps(stage, world_size, method, pattern):
 
 
 @pytest.mark.zero3
-def test_masks_of_trained_weights_and_scores_are_the_same_at_every_stage(run_ranks):
+def test_masks_of_trained_weights_are_the_same_at_every_stage(run_ranks):
     """Shards of the fp32 masters, with their neighbours' values for groups and blocks that straddle a shard."""
     alone = run_ranks(_ranked, 1, 0, 1)[0]
     for world_size, stage in ((2, 1), (2, 3)):

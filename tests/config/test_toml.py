@@ -389,11 +389,11 @@ def test_all_wrong_settings_are_reported_at_once(tmp_path):
             "eval.interval = -2 must be at least -1",
         ]
     )
-    two_of_pst = "pst.full_scores=true", "pst.update_rank=0", "pst.update_embeddings=['wte']"
+    two_of_pst = "pst.target_modules='('", "pst.update_rank=0", "pst.update_embeddings=['wte']"
     message = _refusal(tmp_path, *two_of_pst, "quantization.interval=5", "data.test_rows=['a']")
     assert message.count("\n") == 4
     for name in (
-        "pst.full_scores = true replaces",
+        "pst.target_modules = '(' is not",
         "pst.update_embeddings = ['wte'] with",
         "quantization.interval",
         "data.test_rows",
@@ -409,6 +409,6 @@ def test_settings_declare_what_a_resumed_run_may_change():
 
 
 def test_the_injected_config_is_computed_once(tmp_path):
-    run = _load(tmp_path, MINIMAL, "method=movement", "seed=4")
+    run = _load(tmp_path, MINIMAL, "method=gmp", "seed=4")
     assert run.injected_pst is run.injected_pst
-    assert (run.injected_pst.seed, run.injected_pst.full_scores) == (4, True)
+    assert (run.injected_pst.seed, run.injected_pst.train_weights) == (4, True)

@@ -85,9 +85,7 @@ def test_native_score_keys_are_those_of_importance_to_the_bit(dtype, shape, opti
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 65), (5, 200)])
 @pytest.mark.parametrize("of_rows", [True, False])
-@pytest.mark.parametrize(
-    "constants", [Constants(beta=0.3), Constants(magnitude=False), Constants(frozen_magnitude=True)]
-)
+@pytest.mark.parametrize("constants", [Constants(beta=0.3), Constants(frozen_magnitude=True)])
 def test_norms_and_kinds_of_scores_give_the_same_bits_natively(dtype, shape, of_rows, constants, without_native):
     require_native()
     generator = torch.Generator().manual_seed(5)
@@ -109,7 +107,6 @@ def test_scores_of_every_kind_are_the_written_out_formula():
     update = terms.update_left @ terms.update_right
     for constants, tiles, expected in (
         (Constants(), replace(terms, col_norms=norms), (weight + update).abs() * norms / 0.5 + rest),
-        (Constants(magnitude=False), terms, rest),
         (Constants(frozen_magnitude=True), replace(terms, col_norms=norms), weight.abs() * norms / 0.5 + rest),
     ):
         assert torch.allclose(importance(weight, tiles, constants, 0.5), expected, atol=1e-5)

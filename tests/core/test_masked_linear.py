@@ -98,7 +98,7 @@ def reference(case: Case) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     ranked = dense.detach() if state.constants.frozen_magnitude else merged
     magnitude = ranked.detach().abs() if state.constants.detach_magnitude else ranked.abs()
     scale = torch.tensor(state.magnitude_scales, dtype=torch.float64).repeat_interleave(width).unsqueeze(1)
-    scores = magnitude * norms / scale * state.constants.magnitude + state.constants.alpha1 * by_part("A", "B")
+    scores = magnitude * norms / scale + state.constants.alpha1 * by_part("A", "B")
     if "R" in leaves:
         by_column = leaves["C"].repeat_interleave(width, 0)
         scores = scores + state.constants.alpha2 * (leaves["R"].unsqueeze(1) + by_column)
@@ -180,39 +180,6 @@ def test_input_norms_weigh_the_magnitude(layout, budget):
     case = make_case(layout)
     case = make_case(layout, factors=dataclasses.replace(case.state.factors, norms=norms))
     assert_gradients(case.gradients(budget), reference(case)[1], ["x", "bias", *SCORE_NAMES, *UPDATE_NAMES])
-
-
-@each_layout
-def test_scores_without_magnitude_have_no_path_to_the_update(layout):
-    case = make_case(layout, constants=dataclasses.replace(CONSTANTS, magnitude=False))
-    detached = make_case(layout, constants=dataclasses.replace(CONSTANTS, detach_magnitude=True))
-    found, expected = case.gradients(BY_INPUTS), detached.gradients(BY_INPUTS)
-    assert_gradients(found, reference(case)[1], ["x", *SCORE_NAMES, *UPDATE_NAMES])
-    assert all(torch.equal(getattr(found, n), getattr(expected, n)) for n in UPDATE_NAMES)
-
-
-@each_layout
-@pytest.mark.parametrize("budget", BUDGETS)
-def test_a_score_of_each_weight_has_the_gradient_g_times_w(layout, budget):
-    """With U and V, and without factors; whatever the mask keeps."""
-    for names in ("ABRC", "ABRCUV"):
-        whole = make_case(layout)
-        case = make_case(layout, factors=without(whole.state.factors, names), scores_train=True)
-        tile_bytes = int(budget * least_tile_bytes(layout, 4))
-        found = backward(
-            case.x, case.grad_y, case.state, need_x=False, need_weight=True, need_bias=False, need_scores=True,
-            tile_bytes=tile_bytes,
-        )  # fmt: skip
-        parts = zip(
-            whole.state.factors.U.chunk(layout.num_matrices),
-            whole.state.factors.V.chunk(layout.num_matrices),
-            strict=True,
-        )
-        weight = case.state.weight.t() if layout.transposed else case.state.weight
-        if names == "ABRC":
-            weight = weight + CONSTANTS.beta * torch.cat([u @ v for u, v in parts])
-        grad = (case.grad_y.double().t() @ case.x.double()) * weight.double()
-        assert relative_error(found.S, grad.t() if layout.transposed else grad) <= 1e-6
 
 
 def without(factors: Factors, names: str) -> Factors:

@@ -100,23 +100,11 @@ SETTINGS = {
     "factors of W0, which no method trains any more": Wrong(
         setting("pst.multiplicative_update=true"), "pst.multiplicative_update", "True", 'set method = "masked-lora"'
     ),
-    "scores without anything in them": Wrong(
-        setting("method=masked-lora", "pst.magnitude=none"), "pst.magnitude", "'none'", 'Set pst.magnitude = "weight"'
+    "a score for each weight, which no method trains any more": Wrong(
+        setting("pst.full_scores=true"), "pst.full_scores", "True", 'set method = "pst"'
     ),
     "gates, which updates no longer have": Wrong(
         setting("pst.update_gates=component", "pst.target_rank=2"), "pst.update_gates", "component", "pst.update_rank"
-    ),
-    "zeros before there are scores": Wrong(
-        setting("method=movement", "schedule.initial_sparsity=0.5"),
-        "schedule.initial_sparsity",
-        "0.5",
-        "Fix: schedule.initial_sparsity = 0",
-    ),
-    "scores that begin equal and do not train": Wrong(
-        setting("method=movement", "train.score_learning_rate=0"), "train.score_learning_rate", "0.0", "Set it above 0"
-    ),
-    "activations in scores that have none": Wrong(
-        setting("method=movement", "pst.magnitude=activation"), "pst.magnitude", '"activation"', "Remove it"
     ),
     "activations beside zeros that are kept": Wrong(
         setting("method=masked-lora", "pst.initial_mask=zeros", "pst.magnitude=activation"),
@@ -125,7 +113,7 @@ SETTINGS = {
         "Remove it",
     ),
     "a sparsity that one ranking of all matrices cannot reach": Wrong(
-        setting("method=movement", "pst.pattern=global", "schedule.final_sparsity=0.99"),
+        setting("method=gmp", "pst.pattern=global", "schedule.final_sparsity=0.99"),
         "pst.min_kept_share",
         "0.02",
         "Fix: pst.min_kept_share below 0.01",

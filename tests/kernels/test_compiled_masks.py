@@ -14,7 +14,7 @@ NAMES = ("update_left", "update_right", "score_left", "score_right", "score_rows
 FACTORS = dict.fromkeys(NAMES, "*fp32")
 STRIDES = dict.fromkeys(("update_left_row", "update_right_rank", "score_left_row", "score_right_rank"), "i32")
 NUMBERS = dict.fromkeys(("beta", "factor", "alpha1", "alpha2"), "fp32")
-OF_A_LINEAR = {"update_left_rank": 1, "score_left_rank": 1, "row_norms": None, "col_norms": None, "HAS_MAGNITUDE": True}
+OF_A_LINEAR = {"update_left_rank": 1, "score_left_rank": 1, "row_norms": None, "col_norms": None}
 OUTPUTS = {"bracket": "*i32", "above_ptr": "*u8", "inside_ptr": "*u8", "counts_ptr": "*i64"}
 LOOSE = ("update_left_row", "score_left_row", "row0", "base", "first")
 

@@ -101,7 +101,6 @@ def _assert_same_step(model, forward):
         {},
         {"bias": "pst_only"},
         {"train_weights": True, "update_rank": 0, "update_embeddings": ()},
-        {"full_scores": True, "score_rank": 0, "structured_scores": False},
         {"score_rank": 0, "structured_scores": False},
     ],
     ids=str,
@@ -254,7 +253,7 @@ def test_a_copy_is_a_layer_of_its_own():
 def test_the_operators_are_what_their_schemas_say():
     model = _model()
     layer: PSTLinear = model.blocks[0].linear
-    factors = [getattr(layer, f"pst_{name}") for name in "ABRCUVS"]
+    factors = [getattr(layer, f"pst_{name}") for name in "ABRCUV"]
     for x in (torch.randn(8), torch.randn(2, 3, 8)):
         arguments = (x.requires_grad_(), layer._number, 8, None, layer.bias, *factors)
         torch.library.opcheck(torch.ops.pst_ds.masked_linear, arguments)

@@ -162,7 +162,7 @@ def _for_a_new_task(table: Settings, model: nn.Module, run: RunConfig) -> Settin
         return table
     if embeddings := _updatable_embeddings(model, run):
         table = laid_over(table, "pst", update_embeddings=embeddings)
-    if run.method != "pst" or run.pst.magnitude == "none":
+    if run.method != "pst":
         return table
     initial = round(run.schedule.final_sparsity / 2, 4)
     return laid_over(table, "schedule", initial_sparsity=initial, warmup_fraction=0.0, cooldown_fraction=0.4)

@@ -43,7 +43,6 @@ def backward(
     by_token: bool,
     need_x: bool,
     need_weight: bool = False,
-    need_scores: bool = False,
     tile_bytes: int = 0,
 ) -> Gradients:
     """Return the gradients of :func:`forward`, as :func:`pst_ds.core.masked_linear.backward` does for one matrix.
@@ -53,7 +52,7 @@ def backward(
     layout, grads = state.layout, Gradients()
     if need_x:
         grads.x = grad_y.new_empty(grad_y.shape[0], layout.in_features)
-    whole = _zeros(state, need_weight=need_weight, need_scores=need_scores)
+    whole = _zeros(state, need_weight=need_weight)
     for expert, rows in routing.runs():
         one = state.expert(expert)
         own = masked_linear.backward(
@@ -63,7 +62,6 @@ def backward(
             need_x=need_x,
             need_weight=need_weight,
             need_bias=False,
-            need_scores=need_scores,
             tile_bytes=tile_bytes,
         )
         if grads.x is not None:
@@ -85,15 +83,13 @@ def dense_backward(grad_y: Tensor, stack: Tensor, routing: Routing, *, by_token:
     return routing.summed(grad_x) if by_token else grad_x
 
 
-def _zeros(state: LayerState, *, need_weight: bool, need_scores: bool) -> dict[str, Tensor]:
-    """Return zero gradients of a stack by name: of its factors, and of its weights and their scores if these train."""
-    weight = state.weight
+def _zeros(state: LayerState, *, need_weight: bool) -> dict[str, Tensor]:
+    """Return zero gradients of a stack by name: of its factors, and of its weights if these train."""
     found = {
         name: torch.zeros_like(factor, dtype=torch.promote_types(factor.dtype, torch.float32))
         for name in "ABRCUV"
         if (factor := getattr(state.factors, name)) is not None
     }
-    for name, is_needed in (("weight", need_weight), ("S", need_scores)):
-        if is_needed:
-            found[name] = torch.zeros(state.layout.shape, dtype=weight.dtype, device=weight.device)
+    if need_weight:
+        found["weight"] = torch.zeros(state.layout.shape, dtype=state.weight.dtype, device=state.weight.device)
     return found

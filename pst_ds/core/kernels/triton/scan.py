@@ -98,12 +98,12 @@ class OwnKeys:
     """The weights of ``rect`` in ``values``, a flat run of a stored weight, with the factors that score them."""
 
     values: Tensor
-    """(n,) W0, or scores, of at most 32 bits, from flat index ``start`` on."""
+    """(n,) W0, of at most 32 bits, from flat index ``start`` on."""
     start: int
     row_length: int
     rect: Rect
-    tile: TileFactors | None
-    """Factors of the whole ``rect``, fp32; None if ``values`` are the scores."""
+    tile: TileFactors
+    """Factors of the whole ``rect``, fp32."""
     constants: Constants = _DEFAULTS
     weight_scale: float = 1.0
 
@@ -172,21 +172,14 @@ class OwnKeys:
     def _factors(self) -> tuple[list[object], dict[str, Any]]:
         """Return the arguments of ``score`` in the kernels, and its constants."""
         tile, constants = self.tile, self.constants
-        if tile is None:
-            return [*_pair(None, None), *_pair(None, None), *[None] * 4, 0.0, 1.0, 0.0, 0.0], _constants(0, 0, False)
         update = (tile.update_left, tile.update_right) if constants.update_in_scores else (None, None)
         scores = (tile.score_left, tile.score_right)
         vectors = [v if v is None else v.contiguous() for v in (tile.score_rows, tile.score_cols)]
         norms = [v if v is None else v.float().contiguous() for v in (tile.row_norms, tile.col_norms)]
-        factor = constants.magnitude_factor(self.weight_scale)
-        numbers = [constants.beta, factor, constants.alpha1, constants.alpha2]
+        numbers = [constants.beta, 1.0 / self.weight_scale, constants.alpha1, constants.alpha2]
         update_rank, score_rank = (0 if pair[1] is None else pair[1].shape[0] for pair in (update, scores))
         arguments: list[object] = [*_pair(*update), *_pair(*scores), *vectors, *norms, *numbers]
-        return arguments, _constants(update_rank, score_rank, True)
-
-
-def _constants(update_rank: int, score_rank: int, has_magnitude: bool) -> dict[str, Any]:
-    return {"UPDATE_RANK": update_rank, "SCORE_RANK": score_rank, "HAS_MAGNITUDE": has_magnitude}
+        return arguments, {"UPDATE_RANK": update_rank, "SCORE_RANK": score_rank}
 
 
 def _pair(left: Tensor | None, right: Tensor | None) -> list[object]:

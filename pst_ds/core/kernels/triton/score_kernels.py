@@ -59,7 +59,6 @@ def score(
     weight, row, col, update_left, update_left_row, update_left_rank, update_right, update_right_rank,
     score_left, score_left_row, score_left_rank, score_right, score_right_rank, score_rows, score_cols,
     row_norms, col_norms, beta, factor, alpha1, alpha2, UPDATE_RANK: tl.constexpr, SCORE_RANK: tl.constexpr,
-    HAS_MAGNITUDE: tl.constexpr,
 ):
     """Return S of weights (fp32) at (row, col), which broadcast to their shape, as pst_ds.core.scores.importance."""
     sums = weight
@@ -68,8 +67,7 @@ def score(
             sums, row, col, update_left, update_left_row, update_left_rank, update_right, update_right_rank, beta,
             UPDATE_RANK,
         )
-    if HAS_MAGNITUDE:
-        sums = _product(tl.abs(sums), factor)
+    sums = _product(tl.abs(sums), factor)
     if row_norms is not None:
         sums = _product(sums, tl.load(row_norms + row))
     if col_norms is not None:
@@ -135,7 +133,7 @@ def bracket_rows(
     update_left, update_left_row, update_left_rank, update_right, update_right_rank,
     score_left, score_left_row, score_left_rank, score_right, score_right_rank, score_rows, score_cols,
     row_norms, col_norms, beta, factor, alpha1, alpha2, bracket, above_ptr, inside_ptr, counts_ptr,
-    UPDATE_RANK: tl.constexpr, SCORE_RANK: tl.constexpr, HAS_MAGNITUDE: tl.constexpr,
+    UPDATE_RANK: tl.constexpr, SCORE_RANK: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):
     """Classify ``count`` weights, from column ``lead`` of row ``row0`` on, of a matrix (rows, cols) by a bracket.
@@ -153,7 +151,7 @@ def bracket_rows(
     scores = score(
         weight, row, col, update_left, update_left_row, update_left_rank, update_right, update_right_rank,
         score_left, score_left_row, score_left_rank, score_right, score_right_rank, score_rows, score_cols,
-        row_norms, col_norms, beta, factor, alpha1, alpha2, UPDATE_RANK, SCORE_RANK, HAS_MAGNITUDE,
+        row_norms, col_norms, beta, factor, alpha1, alpha2, UPDATE_RANK, SCORE_RANK,
     )
     first = tl.program_id(1) * COLS + 8 * tl.arange(0, COLS // 8)[None, :]
     byte_at = tl.where(first < cols, below * cols + first - lead, -1)
@@ -166,7 +164,7 @@ def bracket_flat(
     update_left, update_left_row, update_left_rank, update_right, update_right_rank,
     score_left, score_left_row, score_left_rank, score_right, score_right_rank, score_rows, score_cols,
     row_norms, col_norms, beta, factor, alpha1, alpha2, bracket, above_ptr, inside_ptr, counts_ptr,
-    UPDATE_RANK: tl.constexpr, SCORE_RANK: tl.constexpr, HAS_MAGNITUDE: tl.constexpr, SIZE: tl.constexpr,
+    UPDATE_RANK: tl.constexpr, SCORE_RANK: tl.constexpr, SIZE: tl.constexpr,
 ):
     """Do the same as :func:`bracket_rows` for any shape: the keys from position ``first`` of a matrix of width
     ``width`` on.
@@ -180,7 +178,7 @@ def bracket_flat(
     scores = score(
         weight, row, col, update_left, update_left_row, update_left_rank, update_right, update_right_rank,
         score_left, score_left_row, score_left_rank, score_right, score_right_rank, score_rows, score_cols,
-        row_norms, col_norms, beta, factor, alpha1, alpha2, UPDATE_RANK, SCORE_RANK, HAS_MAGNITUDE,
+        row_norms, col_norms, beta, factor, alpha1, alpha2, UPDATE_RANK, SCORE_RANK,
     )
     byte_at = tl.program_id(0) * SIZE + 8 * tl.arange(0, SIZE // 8)[None, :]
     _store_bits(scores, byte_at, count, bracket, above_ptr, inside_ptr, counts_ptr, 1, SIZE)
@@ -192,7 +190,7 @@ def keys_at(
     update_left, update_left_row, update_left_rank, update_right, update_right_rank,
     score_left, score_left_row, score_left_rank, score_right, score_right_rank, score_rows, score_cols,
     row_norms, col_norms, beta, factor, alpha1, alpha2, keys_ptr,
-    UPDATE_RANK: tl.constexpr, SCORE_RANK: tl.constexpr, HAS_MAGNITUDE: tl.constexpr, SIZE: tl.constexpr,
+    UPDATE_RANK: tl.constexpr, SCORE_RANK: tl.constexpr, SIZE: tl.constexpr,
 ):
     """Write the keys of the weights at ``base`` + positions of a matrix, as in :func:`bracket_flat`; 0 for those of
     other ranks.
@@ -211,6 +209,6 @@ def keys_at(
     scores = score(
         weight, row, col, update_left, update_left_row, update_left_rank, update_right, update_right_rank,
         score_left, score_left_row, score_left_rank, score_right, score_right_rank, score_rows, score_cols,
-        row_norms, col_norms, beta, factor, alpha1, alpha2, UPDATE_RANK, SCORE_RANK, HAS_MAGNITUDE,
+        row_norms, col_norms, beta, factor, alpha1, alpha2, UPDATE_RANK, SCORE_RANK,
     )
     tl.store(keys_ptr + at, tl.where(is_own, order_key(scores), 0), mask=asked)
