@@ -41,9 +41,7 @@ from pst_ds.parallel.steps import unwrapped
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "pst_config.json", "pst_model.safetensors", "model.safetensors.index.json"
 FORMAT = 1
-_FORMULA = (
-    "alpha1", "alpha2", "beta", "magnitude", "frozen_magnitude", "relative_magnitude", "detach_magnitude",
-)  # fmt: skip
+_FORMULA = ("alpha1", "alpha2", "beta", "magnitude", "frozen_magnitude", "relative_magnitude")
 """Settings that change the meaning of the values, but no shape."""
 _NOTE = "not a model, but what training changed of one: load it with pst_ds.load_pretrained"
 _StoredGrid = Annotated[Grid | None, BeforeValidator(lambda pair: pair and Grid(pair[0], pair[1] or None))]

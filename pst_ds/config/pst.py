@@ -12,7 +12,6 @@ from pydantic import BeforeValidator, Strict
 from pst_ds.config.settings import Finite, MayDiffer, NotNegative, Positive, Section, Share, settings
 from pst_ds.core.patterns import Pattern, parse_pattern
 
-UpdateInit = Literal["normal", "rank", "width", "lora"]
 _BARE_NAME = re.compile(r"[\w.-]+")
 
 
@@ -94,8 +93,6 @@ class PSTConfig(_LibrarySection):
     modules_to_save: Names | None = None
     """Modules trained in full. Unset is the task head: everything on top of the base model, and the pooler of BERT and
     similar models; nothing for language models. An empty list trains none."""
-    bias: Literal["none", "pst_only", "all"] = "none"
-    """Trained biases, as in PEFT: none, those of the pruned layers, or all of the model."""
     fused_modules: Names = ("c_attn",)
     """Layers with several square matrices side by side (q, k, v), each scored and ranked separately."""
     score_rank: NotNegative = 8
@@ -129,11 +126,9 @@ class PSTConfig(_LibrarySection):
     (arXiv 2410.12013)."""
     relative_magnitude: bool = True
     """Divide |W| in the scores by the mean of |W0| of the matrix, so that scores of all layers are near 1."""
-    detach_magnitude: bool = False
-    """Stop the gradient of the scores from reaching U V through |W|."""
     score_init_scale: Finite = 0.3
     """Initial standard deviation of A."""
-    update_init: UpdateInit = "normal"
+    update_init: Literal["normal", "lora"] = "normal"
     """Initial standard deviation of U (of V for embeddings, whose U is initialised to zero). "lora" initialises U to
     zero and V with 1/sqrt(3 in_features), as LoRA does."""
     update_init_scale: Finite = 0.1

@@ -33,7 +33,7 @@ LEAST_STEPS_OF_SOLVE = 4
 """Optimizer steps from one solve to the next, at least."""
 TRACKERS = ("wandb", "mlflow", "trackio")
 _OF_UPDATES = (
-    "target_modules", "exclude_modules", "prune_uncalled", "modules_to_save", "bias", "fused_modules", "update_rank",
+    "target_modules", "exclude_modules", "prune_uncalled", "modules_to_save", "fused_modules", "update_rank",
     "expert_rank", "update_embeddings", "beta", "tile_bytes", "seed",
 )  # fmt: skip
 """Settings of ``[pst]`` that the methods of ``[finetune]`` have too."""

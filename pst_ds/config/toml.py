@@ -123,6 +123,8 @@ REMOVED = {
     "pst.update_gates": "set pst.update_rank, such as 2, and remove pst.update_gates and pst.target_rank",
     "pst.target_rank": "all updates have rank pst.update_rank",
     "pst.nm_ramp": "N:M patterns constrain a growing share of the groups",
+    "pst.bias": "name the modules that train in full in pst.modules_to_save",
+    "pst.detach_magnitude": "the gradient of the scores reaches U V through |W|",
     "pst.full_scores": 'set method = "pst", whose scores have low rank',
     "pst.multiplicative_update": 'set method = "masked-lora"',
     "pst.score_init": "pst.score_init_scale is the standard deviation",
@@ -134,7 +136,11 @@ REMOVED = {
 }
 """Settings and sections of earlier versions that no longer do anything, and what a run does instead; "" for no hint,
 because old run folders have them without asking for anything."""
-_FORMER_DEFAULTS = {"pst.update_gates": "none", "pst.nm_ramp": "share", "pst.score_init": "normal"}
+_CHANGE_RESULTS = ("pst.bias", "pst.full_scores", "pst.multiplicative_update", "pst.update_gates")
+"""Removed settings without which what was trained would compute something else."""
+_FORMER_DEFAULTS = {
+    "pst.bias": "none", "pst.nm_ramp": "share", "pst.score_init": "normal", "pst.update_gates": "none",
+}  # fmt: skip
 """Values of removed settings that old files spell out, besides empty ones."""
 
 
@@ -146,8 +152,7 @@ def is_removed(key: str) -> bool:
 def without_removed(table: dict[str, object]) -> dict[str, object]:
     """Return a copy of ``table`` without the settings in :data:`REMOVED`; name those that were set on stderr.
 
-    Raises ConfigError for a trained prompt, gates, factors of W0 or scores of each weight: without them, what was
-    trained would compute something else.
+    Raises ConfigError for a trained prompt and :data:`_CHANGE_RESULTS`.
     """
     table = dict(table)
     prompt = table.get("prompt", {"text": ""})
@@ -161,7 +166,7 @@ def without_removed(table: dict[str, object]) -> dict[str, object]:
             table = {**table, section: kept} if section else kept
             if not values[key] or values[key] == _FORMER_DEFAULTS.get(name):
                 continue
-            if name in ("pst.update_gates", "pst.full_scores", "pst.multiplicative_update"):
+            if name in _CHANGE_RESULTS:
                 raise ConfigError(f"{name} = {values[key]!r} is no longer supported: {instead}")
             if instead and os.environ.get("RANK", "0") == "0":
                 print(f"{name} = {values[key]!r} has no effect any more: {instead}. Remove it", file=sys.stderr)

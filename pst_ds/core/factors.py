@@ -31,20 +31,8 @@ class Constants:
     alpha1: float = 1.0
     alpha2: float = 1.0
     beta: float = 1.0
-    detach_magnitude: bool = False
-    """True if S passes no gradient through |W|."""
     frozen_magnitude: bool = False
-    """True if S uses |W0|, which the update does not change, instead of |W|."""
-
-    @property
-    def update_in_scores(self) -> bool:
-        """True if S is computed from the updated weight."""
-        return not self.frozen_magnitude
-
-    @property
-    def magnitude_has_gradient(self) -> bool:
-        """True if the gradient of S reaches U and V through |W|."""
-        return not self.detach_magnitude and not self.frozen_magnitude
+    """True if S uses |W0|, which the update does not change and which passes no gradient, instead of |W|."""
 
 
 @dataclass(frozen=True, slots=True)

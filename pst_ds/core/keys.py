@@ -62,7 +62,7 @@ def score_keys(weight: Tensor, tile: TileFactors, constants: Constants, weight_s
     numbers = torch.tensor([constants.beta, 1.0 / weight_scale, constants.alpha1], dtype=torch.float32)
     vectors = [v if v is None else (v * constants.alpha2).contiguous() for v in (tile.score_rows, tile.score_cols)]
     norms = [n if n is None else n.float().contiguous() for n in (tile.row_norms, tile.col_norms)]
-    update = (tile.update_left, tile.update_right) if constants.update_in_scores else (None, None)
+    update = (None, None) if constants.frozen_magnitude else (tile.update_left, tile.update_right)
     products = [*_product(*update), *_product(tile.score_left, tile.score_right)]
     stored = _NATIVE_DTYPES[weight.dtype], weight.stride(0), *weight.shape
     native.pst_score_keys(weight, *stored, *products, *vectors, *norms, numbers, out)

@@ -114,7 +114,7 @@ def backward(
     """Return the gradients for ``x`` (N, I) and ``grad_y`` (N, O), and for every factor of the layer.
 
         dS = G . W     dA = alpha1 dS B'   dB = alpha1 A' dS   dR = alpha2 rowsum(dS)   dC = alpha2 colsum(dS)
-        dW = G . M + G . |W| / weight_scale (not if |W| is detached, or the masks are fixed)
+        dW = G . M + G . |W| / weight_scale (not if |W0| is in the scores, or the masks are fixed)
         dU = beta dW V'   dV = beta U' dW
 
     ``need_weight``: return the gradient of the weight, G . M. ``tile_bytes``: budget of :mod:`pst_ds.core.tiles`; 0 is
@@ -211,7 +211,7 @@ def _band_backward(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor
         _and(grad, mask, out=product)  # dW
         if work.grads.weight is not None:
             work.grads.weight[rows, cols] = product
-        if work.sums.A is not None and state.constants.magnitude_has_gradient:
+        if work.sums.A is not None and not state.constants.frozen_magnitude:
             magnitude = torch.abs(weight, out=_shaped(work.magnitude, rect))
             if factors.row_norms is not None:
                 magnitude.mul_(factors.row_norms.unsqueeze(1))
@@ -230,7 +230,7 @@ def _band_by_kernel(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tenso
     has_scores, has_updates = work.sums.A is not None, work.sums.U is not None
     scores = _shaped(work.product, rect) if has_scores else None
     updates = _shaped(work.magnitude, rect) if has_updates else None
-    has_gradient = has_scores and constants.magnitude_has_gradient
+    has_gradient = has_scores and not constants.frozen_magnitude
     factor = 1.0 / state.magnitude_scales[matrix.index] if has_gradient else 0.0
     own = tile_factors(state.factors, state.layout, matrix, rect)
     base = state.weight[rect.slices]

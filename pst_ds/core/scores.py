@@ -46,11 +46,11 @@ def importance(
     """Return S = |W0 + beta U V| . 1 n' / weight_scale + alpha1 A B + alpha2 (R 1' + 1 C') of one rectangle.
 
     ``weight``: W0, (rows, cols), any float dtype. ``factors``: (rows, 1) fp32 multipliers of |W|, in place of 1 /
-    weight_scale. S omits the update if ``constants.update_in_scores`` is false. Returns fp32 (rows, cols),
+    weight_scale. S omits the update if ``constants.frozen_magnitude``. Returns fp32 (rows, cols),
     bit-identical for a given weight regardless of the rectangle.
     """
-    updated = constants.update_in_scores
-    scores = sliced_weight(weight, tile, constants) if updated else weight.to(torch.float32, copy=True)
+    frozen = constants.frozen_magnitude
+    scores = weight.to(torch.float32, copy=True) if frozen else sliced_weight(weight, tile, constants)
     scratch = torch.empty_like(scores)
     scores.abs_()
     factor = 1.0 / weight_scale if factors is None else factors

@@ -17,7 +17,6 @@ from pst_ds.nn.base_codes import BaseCodes, encode_base, mean_magnitudes
 from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.layer import CONSTANT_PARTS, PSTLayer
 from pst_ds.nn.linear import PSTLinear
-from pst_ds.nn.model_structure import is_experts, stack_names
 from pst_ds.nn.sharded_weights import read_now
 from pst_ds.nn.tables.coded import encode_tables, find_tables
 from pst_ds.nn.tables.embedding import PSTEmbedding, pst_embeddings, replace_embeddings
@@ -139,29 +138,15 @@ def renew_magnitude_scales(model: nn.Module) -> None:
 def configured_parameters(model: nn.Module, config: PSTConfig) -> set[nn.Parameter]:
     """Return the parameters of an injected ``model`` that ``config`` trains, whether or not they have a gradient now.
 
-    They are the factors, modules trained in full, biases and trained pruned weights.
+    They are the factors, modules trained in full and trained pruned weights.
     """
     own = {p: name.rpartition(".")[2] for name, p in model.named_parameters()}
     params = {p for p, part in own.items() if part.startswith("pst_") and part not in CONSTANT_PARTS}
     for module in modules_named_to_save(model, config).values():
         params.update(module.parameters())
-    for module in model.modules():
-        wanted = {"none": (), "pst_only": (True,), "all": (True, False)}[config.bias]
-        params.update(bias for is_pruned, bias in _biases(module) if is_pruned in wanted)
-        if isinstance(module, PSTLayer) and config.train_weights and module.weight is not None:
-            params.add(module.weight)
+    if config.train_weights:
+        params.update(layer.weight for layer in pst_layers(model).values() if layer.weight is not None)
     return params
-
-
-def _biases(module: nn.Module) -> Iterator[tuple[bool, nn.Parameter]]:
-    """Yield (whether a pruned layer has it, Parameter) for each bias that a module holds directly."""
-    layers: dict[str, object] = {"bias": module}
-    if is_experts(module):
-        layers |= {f"{stack}_bias": getattr(module, stack) for stack in stack_names(module)}
-    for name, layer in layers.items():
-        bias = module._parameters.get(name)
-        if bias is not None:
-            yield isinstance(layer, PSTLayer), bias
 
 
 def injected_config(model: nn.Module) -> PSTConfig:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pst_ds.config.pst import MaskRule, PSTConfig, UpdateInit
+from pst_ds.config.pst import MaskRule, PSTConfig
 from pst_ds.core import masked_linear
 from pst_ds.core.bits import all_ones, shard_range
 from pst_ds.core.coded_weight import CodedWeight, OwnWeights
@@ -73,7 +73,7 @@ class PSTLayer(nn.Module):
         assert (weight is None) == (base is not None), "a layer has a weight or its codes"
         super().__init__()
         self.layout, self.num_shards, self.magnitude_scales = layout, num_shards, magnitude_scales
-        self.constants = _constants(config)
+        self.constants = Constants(config.alpha1, config.alpha2, config.beta, config.frozen_magnitude)
         self.rule = rule
         self.scores_train = config.has_scores
         """True while the scores have a gradient; False once the masks are fixed."""
@@ -125,7 +125,7 @@ class PSTLayer(nn.Module):
 
         layout, outputs, inputs = self.layout, self.layout.out_features, self.layout.in_features
         k, r = config.score_rank, config.update_rank
-        update_std = config.update_init_scale * init_std(config.update_init, r, inputs)
+        update_std = update_init_std(config, inputs)
         starts_at_v = config.update_init == "lora"  # one of U and V is zero
         add("A", (outputs, k) if k else None, config.score_init_scale)
         add("B", (layout.num_matrices * k, inputs) if k else None)
@@ -263,16 +263,10 @@ def exact_inputs(model: nn.Module) -> Iterator[bool]:
             layer.inputs = inputs
 
 
-def _constants(config: PSTConfig) -> Constants:
-    return Constants(config.alpha1, config.alpha2, config.beta, config.detach_magnitude, config.frozen_magnitude)
-
-
-def init_std(kind: UpdateInit, rank: int, in_features: int) -> float:
-    if kind == "rank":
-        return 1.0 / math.sqrt(max(rank, 1))
-    if kind in ("width", "lora"):  # LoRA's, whose A is Kaiming-uniform with a = sqrt(5)
-        return 1.0 / math.sqrt(3.0 * in_features)
-    return 1.0
+def update_init_std(config: PSTConfig, in_features: int) -> float:
+    """Return the initial standard deviation of U or V, whichever does not start at zero."""
+    # LoRA's A is Kaiming-uniform with a = sqrt(5)
+    return config.update_init_scale * (1.0 / math.sqrt(3.0 * in_features) if config.update_init == "lora" else 1.0)
 
 
 def seeded_normal(shape: tuple[int, ...], std: float, key: str) -> Tensor:

@@ -153,13 +153,12 @@ def test_a_model_that_was_frozen_is_saved_whole(tmp_path):
     assert torch.equal(_logits(load_pretrained(frozen, tmp_path)), _logits(model))
 
 
-def test_biases_and_pruned_weights_of_the_config_are_saved_when_frozen_too(tmp_path):
-    config = PSTConfig(bias="pst_only", train_weights=True, score_rank=0, structured_scores=False, update_rank=0)
+def test_pruned_weights_of_the_config_are_saved_when_frozen_too(tmp_path):
+    config = PSTConfig(train_weights=True, score_rank=0, structured_scores=False, update_rank=0)
     model = inject_pst(_base(), config)
     with torch.no_grad():
         for layer in pst_layers(model).values():
             layer.weight.mul_(1.5)
-            layer.bias.add_(1.0)
     save_pretrained(model.requires_grad_(False), tmp_path)
     assert torch.equal(_logits(load_pretrained(_base(), tmp_path)), _logits(model))
 

@@ -154,6 +154,7 @@ def test_a_fixed_mask_of_zeros_is_the_base_models(tmp_path):
         (["pst.initial_mask=zeros"], "with a fixed mask ('magnitude', 'masked-lora')"),
         *(([f"method={gone}"], f"method = '{gone}' must be one of 'pst'") for gone in ("movement", "spp")),
         (["pst.full_scores=true"], 'no longer supported: set method = "pst"'),
+        (["pst.bias=all"], "no longer supported: name the modules"),
         (["pst.multiplicative_update=true"], 'no longer supported: set method = "masked-lora"'),
         (["method=gpm"], "method = 'gpm' must be one of 'pst', 'dense', 'lora'"),
         (["pst.magnitude=wanda"], "pst.magnitude = 'wanda' must be one of"),

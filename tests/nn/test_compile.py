@@ -99,7 +99,6 @@ def _assert_same_step(model, forward):
     "config",
     [
         {},
-        {"bias": "pst_only"},
         {"train_weights": True, "update_rank": 0, "update_embeddings": ()},
         {"score_rank": 0, "structured_scores": False},
     ],

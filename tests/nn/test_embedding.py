@@ -113,7 +113,7 @@ def test_step_0_is_the_base_embedding(dtype):
     assert torch.equal(embedding.updated_weight(), base.weight)
 
 
-@pytest.mark.parametrize(("kind", "std"), [("normal", 0.5), ("rank", 0.125), ("width", 0.5 / (3 * WIDTH) ** 0.5)])
+@pytest.mark.parametrize(("kind", "std"), [("normal", 0.5), ("lora", 0.5 / (3 * WIDTH) ** 0.5)])
 def test_shapes_and_start_of_the_factors(kind, std):
     embedding = injected(update_rank=16, update_init=kind, update_init_scale=0.5).embed
     assert embedding.pst_U.shape == (ROWS, 16)

@@ -68,7 +68,9 @@ def test_a_loss_in_chunks_reads_slices_of_the_vocabulary(monkeypatch, with_bias)
     for model in (plain, coded):
         if with_bias:
             model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1.0, 1.0, 90))
-        inject_pst(model, PSTConfig(bias="all"), embedding_grid=GRID if model is coded else None)
+        inject_pst(model, PSTConfig(), embedding_grid=GRID if model is coded else None)
+        if with_bias:
+            model.lm_head.bias.requires_grad_()
     monkeypatch.setitem(coded_weight._TABLE_AT_A_TIME, "cpu", 64 * 7)
     made, dense = [], coded_weight.CodedWeight.dense
     monkeypatch.setattr(coded_weight.CodedWeight, "dense", lambda table: made.append(table.shape) or dense(table))

@@ -323,15 +323,6 @@ def test_a_base_weight_that_is_not_finite_is_refused_by_name(bad):
         inject_pst(model, PSTConfig())
 
 
-@pytest.mark.parametrize(("bias", "trained"), [("none", set()), ("pst_only", {"fc"}), ("all", {"fc", "norm", "embed"})])
-def test_biases_train_as_in_peft(bias, trained):
-    block = nn.ModuleDict({"fc": nn.Linear(8, 8), "norm": nn.LayerNorm(8)})
-    model = nn.ModuleDict({"embed": nn.Linear(8, 8), "layers": nn.ModuleList([block])})
-    inject_pst(model, PSTConfig(bias=bias, modules_to_save=()))
-    found = {n.split(".")[-2] for n, p in model.named_parameters() if n.endswith("bias") and p.requires_grad}
-    assert found == trained
-
-
 def _linear_model(inputs, outputs):
     model = nn.Module()
     model.layers = nn.ModuleList([nn.Linear(inputs, outputs)])

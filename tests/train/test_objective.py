@@ -117,7 +117,7 @@ def test_a_folder_teaches_a_classifier(tmp_path):
     ("run_file", "settings", "said"),
     [
         (CLASSIFY, ["distillation.weight=0.5"], "bert.pooler.dense.weight, bert.pooler.dense.bias"),
-        (CAUSAL, ["distillation.weight=0.5", "pst.bias=all", "method=dense"], "would train, and the teacher with it"),
+        (CAUSAL, ["distillation.weight=0.5", "method=dense"], "would train, and the teacher with it"),
         (CAUSAL, ["distillation.weight=0.5", "distillation.teacher=/nowhere"], "'/nowhere' does not exist"),
         (CAUSAL, ["distillation.teacher=/nowhere"], "does nothing with distillation.weight = 0"),
         (CAUSAL, ["distillation.weight=1.5"], "distillation.weight = 1.5 must be in [0, 1]"),

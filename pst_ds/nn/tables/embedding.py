@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.updates.rows import row_gradients, updated_rows
-from pst_ds.nn.layer import init_std, seeded_normal
+from pst_ds.nn.layer import seeded_normal, update_init_std
 from pst_ds.nn.linear import LIBRARY
 from pst_ds.nn.targets import places_by_module, put
 from pst_ds.parallel import zero3
@@ -37,7 +37,7 @@ class PSTEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
         self.weight = base.weight
         rank = config.update_rank
-        std = config.update_init_scale * init_std(config.update_init, rank, base.embedding_dim)
+        std = update_init_std(config, base.embedding_dim)
         values = seeded_normal((rank, base.embedding_dim), std, f"{config.seed or 0}/{name}/V")
         self.pst_U = nn.Parameter(base.weight.new_zeros(base.num_embeddings, rank))
         self.pst_V = nn.Parameter(values.to(base.weight))

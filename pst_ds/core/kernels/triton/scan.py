@@ -172,7 +172,7 @@ class OwnKeys:
     def _factors(self) -> tuple[list[object], dict[str, Any]]:
         """Return the arguments of ``score`` in the kernels, and its constants."""
         tile, constants = self.tile, self.constants
-        update = (tile.update_left, tile.update_right) if constants.update_in_scores else (None, None)
+        update = (None, None) if constants.frozen_magnitude else (tile.update_left, tile.update_right)
         scores = (tile.score_left, tile.score_right)
         vectors = [v if v is None else v.contiguous() for v in (tile.score_rows, tile.score_cols)]
         norms = [v if v is None else v.float().contiguous() for v in (tile.row_norms, tile.col_norms)]
