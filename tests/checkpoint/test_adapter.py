@@ -180,7 +180,8 @@ def test_settings_that_are_gone_load_unless_gates_were_trained(tmp_path, capsys)
     save_pretrained(_trained(), tmp_path)
     path = tmp_path / "pst_config.json"
     table = json.loads(path.read_text())
-    former = {"update_gates": "none", "target_rank": 0.0, "nm_ramp": "share", "score_init": "normal"}
+    former = {"update_gates": "none", "target_rank": 0.0, "nm_ramp": "share", "score_init": "normal", "bias": "none"}
+    former |= {"detach_magnitude": False, "full_scores": False, "multiplicative_update": False}
     path.write_text(json.dumps({**table, "pst_config": {**table["pst_config"], **former}}))
     load_pretrained(_base(), tmp_path)
     assert "no effect" not in capsys.readouterr().err

@@ -30,9 +30,9 @@ GRIDS = {
         "0.3",
         "Fix: quantization.start_fraction = 0.8",
     ),
-    "rounding that begins before masks in steps of N:M are final": Wrong(
+    "rounding that begins before masks of N:M are final": Wrong(
         causal_setting(
-            "pst.pattern='2:4'", "schedule.final_sparsity=0.5", "pst.nm_ramp='steps'", _INT8,
+            "pst.pattern='2:4'", "schedule.final_sparsity=0.5", _INT8,
             "quantization.start_fraction=0.79",
         ),
         "quantization.start_fraction",
