@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, get_args
 
 from pst_ds.cli.main import add_quiet_argument, add_run_arguments, add_shard_argument, count, load_run_or_folder
 from pst_ds.config.methods import OneShotMethod
-from pst_ds.config.one_shot import REAP, Budgets, PruneConfig
+from pst_ds.config.one_shot import CHANNELS, REAP, Budgets, PruneConfig
 from pst_ds.core.experts.tokens import unused_experts
 from pst_ds.core.packings import GROUPS, VALUE_BITS, WHOLE_ROW
 
@@ -21,9 +21,14 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_run_arguments(parser, "run file (TOML) that names the model, the layers and the calibration data")
-    add("--method", required=True, choices=(*get_args(OneShotMethod), REAP))
+    add("--method", required=True, choices=(*get_args(OneShotMethod), REAP, CHANNELS))
     add("--out", required=True, metavar="DIR", help="model folder to write, dense with zeros")
     add("--sparsity", type=float, metavar="S", help="sparsity, or fraction of experts (default: the run file's)")
+    add("--ffn", type=float, metavar="S", help="channels: share of feed-forward channels that stay, such as 0.25")
+    add("--heads", type=count, metavar="N", help="channels: attention heads of a layer that stay")
+    add("--kv-groups", type=count, metavar="N", help="channels: groups of heads with the same keys that stay")
+    add("--layers", type=count, metavar="N", help="channels: transformer blocks that stay")
+    add("--rank-by", choices=("second-order", "wanda"), default="second-order", help="channels: how they are chosen")
     add("--pattern", default="", metavar="P", help="row, matrix, N:M or blocks (default: pst.pattern, or row)")
     add("--keep-zeros", action="store_true", help="prune exactly the weights that are zero already")
     add("--bits", type=int, choices=sorted(VALUE_BITS.values()), help="quantise the kept weights too (sparsegpt)")
@@ -53,12 +58,15 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         init_distributed(launch)
     report = prune_model(run, args.out, config, shard_bytes=args.shard_bytes)
     result = {**report.facts, "out": args.out}
-    if config.method != REAP:
+    if report.layers:
         result["num_layers"] = len(report.layers)
     result["seconds"] = time.perf_counter() - start
     if not is_main():
         return result
-    print(_line_of_experts(report, result) if config.method == REAP else _line_of_weights(config, report, result))
+    if config.method == CHANNELS:
+        print(_line_of_channels(report, result))
+    else:
+        print(_line_of_experts(report, result) if config.method == REAP else _line_of_weights(config, report, result))
     tokens = {layer.name.rpartition(".")[0]: layer.expert_tokens for layer in report.layers if layer.expert_tokens}
     if unused := unused_experts(tokens):  # both stacks of a module saw the same tokens
         print(f"{unused}, and were pruned by magnitude. Add --samples", file=sys.stderr)
@@ -80,4 +88,13 @@ def _line_of_experts(report: PruneReport, result: dict[str, object]) -> str:
         f"wrote {report.out}: reap, {result['experts']} of {result['experts_before']} experts in each of "
         f"{len(report.modules)} modules, on {result['samples']} examples of {result['tokens']:,} tokens; "
         f"{result['seconds']:.1f} s in total"
+    )
+
+
+def _line_of_channels(report: PruneReport, result: dict[str, object]) -> str:
+    settings = ", ".join(f"{name} = {value}" for name, value in dict(result["config"]).items())  # type: ignore[call-overload]
+    return (
+        f"wrote {report.out}: channels, {settings}; {result['parameters']:,} of {result['parameters_before']:,} "
+        f"parameters, on {result['samples']} examples of {result['tokens']:,} tokens; {result['seconds']:.1f} s in "
+        "total"
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
+
+from annotated_types import Gt, Lt
 
 from pst_ds.config.methods import METHODS, OneShotMethod
 from pst_ds.config.pst import PSTConfig
@@ -13,6 +15,9 @@ from pst_ds.core.patterns import parse_pattern
 
 REAP: Final = "reap"
 """Drops whole experts instead of weights."""
+CHANNELS: Final = "channels"
+"""Removes channels, heads or blocks, so that the model is smaller and dense."""
+SHAPES = ("ffn", "heads", "kv_groups", "layers")
 Budgets = Literal["equal", "owl", "saliency"]
 _BITS = " or ".join(str(bits) for bits in sorted(VALUE_BITS.values()))
 _QUANTISE_LATER = "and then quantise the folder with --method sparsegpt --keep-zeros"
@@ -22,9 +27,20 @@ _QUANTISE_LATER = "and then quantise the folder with --method sparsegpt --keep-z
 class OneShotConfig(Section):
     """One-shot pruning of the pretrained model on training data, before the first step (docs/how-to/methods.md)."""
 
-    method: Literal["none", "magnitude", "wanda", "sparsegpt", "alps"] = "none"
+    method: Literal["none", "magnitude", "wanda", "sparsegpt", "alps", "channels"] = "none"
     """One-shot method that chooses the initial masks, at ``schedule.initial_sparsity``, or at the final sparsity for
-    methods with fixed masks. The run folder keeps the pruned model, which becomes the run's base."""
+    methods with fixed masks; "channels" makes the model smaller instead (docs/how-to/shapes.md). The run folder keeps
+    the pruned model, which becomes the run's base."""
+    ffn: Annotated[float, Gt(0.0), Lt(1.0)] | None = None
+    """Method "channels": share of the channels of every feed-forward layer, or expert, that stay."""
+    heads: Positive | None = None
+    """Method "channels": attention heads that stay, of those in each layer."""
+    kv_groups: Positive | None = None
+    """Method "channels": groups of heads with the same keys and values that stay, instead of ``heads``."""
+    layers: Positive | None = None
+    """Method "channels": transformer blocks that stay; not together with the other three."""
+    rank_by: Literal["second-order", "wanda"] = "second-order"
+    """Method "channels": how channels and heads are chosen. Both fit what stays by least squares."""
     samples: Positive = 128
     """Calibration examples from ``data.train``; all of them if there are fewer."""
     reconstruct: NotNegative = 0
@@ -40,12 +56,38 @@ class OneShotConfig(Section):
         if self.method == "none":
             reason = 'with start.method = "none". Set start.method, such as "alps"'
             yield from self.unused("start", reason, "samples", "reconstruct", "budgets", "own_text")
+        if self.method != CHANNELS:
+            reason = f'with start.method = "{self.method}". Set start.method = "channels"'
+            yield from self.unused("start", reason, *SHAPES, "rank_by")
+        else:
+            yield from self._problems_of_shapes("start.")
+
+    def _problems_of_shapes(self, prefix: str) -> Iterator[str]:
+        given = {
+            f"{prefix}{name}" if prefix != "--" else f"--{name.replace('_', '-')}": value
+            for name in SHAPES
+            if (value := getattr(self, name)) is not None
+        }
+        options = " and ".join(f"{name} {value}" for name, value in given.items())
+        if not given:
+            yield f'method "channels" needs what stays: {prefix}ffn, {prefix}heads or {prefix}layers'
+        if self.layers is not None and len(given) > 1:
+            yield f"{options}: layers are removed alone. Prune the resulting folder once more"
+        if self.heads is not None and self.kv_groups is not None:
+            yield f"{options} say the same. Remove one"
+
+    @property
+    def removes(self) -> bool:
+        """True if some channels or heads are asked to be removed."""
+        return any(getattr(self, name) is not None for name in SHAPES)
 
     def conflicts(self, method: str, sparsity: float, pst: PSTConfig) -> Iterator[str]:
         """Yield a message where the run would not start from the masks of the one-shot method, at ``sparsity``."""
         if self.method == "none":
             return
         setting, masks = f'start.method = "{self.method}"', METHODS[method].masks
+        if self.method == CHANNELS:
+            return
         if masks == "none":
             yield f"{setting} prunes, and method = {method!r} does not. Remove [start], or set another method"
             return
@@ -78,8 +120,8 @@ class OneShotConfig(Section):
 class PruneConfig(OneShotConfig):
     """Settings of ``pst-ds prune``, which has more options than ``[start]``: there the run decides on the rest."""
 
-    method: OneShotMethod | Literal["reap"]  # type: ignore[assignment]
-    """Method that chooses the weights; "reap" drops whole experts."""
+    method: OneShotMethod | Literal["reap", "channels"]  # type: ignore[assignment]
+    """Method that chooses the weights; "reap" drops whole experts, "channels" removes channels and heads."""
     sparsity: float | None = None
     """Fraction of pruned weights, or of dropped experts. Unset, the pattern or ``schedule.final_sparsity`` sets it."""
     pattern: str = ""
@@ -103,8 +145,16 @@ class PruneConfig(OneShotConfig):
         return self.method != "magnitude" or bool(self.swaps or self.reconstruct) or self.budgets != "equal"
 
     def problems(self) -> Iterator[str]:
-        if self.method == REAP:
-            yield from self._problems_of_reap()
+        if self.method in (REAP, CHANNELS):
+            yield from self._problems_of_removal()
+        if self.method == CHANNELS:
+            yield from self._problems_of_shapes("--")
+            if self.sparsity is not None:
+                yield f"--sparsity {self.sparsity} is for weights. Say what stays: --ffn {1.0 - self.sparsity:.6g}"
+        for name in (*SHAPES, "rank_by") if self.method != CHANNELS else ():
+            if getattr(self, name) != getattr(PruneConfig, name):
+                option = f"--{name.replace('_', '-')} {getattr(self, name)}"
+                yield f"{option} is for --method channels. Remove it, or prune the folder of --method channels"
         if self.bits and self.method != "sparsegpt":
             yield (
                 f"--bits {self.bits} needs --method sparsegpt, whose kept weights compensate for the quantisation "
@@ -130,12 +180,13 @@ class PruneConfig(OneShotConfig):
         if self.spread is not None and self.budgets != "owl":
             yield f"--spread {self.spread} is for --budgets owl. Add it, or remove --spread"
 
-    def _problems_of_reap(self) -> Iterator[str]:
+    def _problems_of_removal(self) -> Iterator[str]:
+        removed = "whole experts" if self.method == REAP else "channels and heads"
         for name in ("pattern", "bits", "group", "keep_zeros", "swaps", "budgets", "reconstruct"):
             if getattr(self, name) != getattr(PruneConfig, name):
                 yield (
-                    f"--{name.replace('_', '-')} is for weights, and --method reap drops whole experts. Remove it, or "
-                    "prune the resulting folder once more"
+                    f"--{name.replace('_', '-')} is for weights, and --method {self.method} removes {removed}. Remove "
+                    "it, or prune the resulting folder once more"
                 )
 
     def _problems_of_keep_zeros(self) -> Iterator[str]:

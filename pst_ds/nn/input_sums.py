@@ -25,7 +25,7 @@ _COLUMNS = 256
 """Columns of X that are multiplied at once."""
 
 SumOf = Callable[[Tensor], Iterator[Tensor]]
-""":func:`squares` or :func:`products`."""
+""":func:`squares`, :func:`products` or :func:`totals`."""
 
 
 def squares(inputs: Tensor) -> Iterator[Tensor]:
@@ -38,6 +38,11 @@ def products(inputs: Tensor) -> Iterator[Tensor]:
     inputs = inputs.to(torch.float32)
     for first in range(0, inputs.shape[1], _COLUMNS):
         yield inputs[:, first : first + _COLUMNS].t() @ inputs[:, first:]
+
+
+def totals(inputs: Tensor) -> Iterator[Tensor]:
+    """Yield the sum of inputs (tokens, I) over the tokens: (I,) fp32."""
+    yield inputs.to(torch.float32).sum(0)
 
 
 class OrderFreeSum:
@@ -217,7 +222,7 @@ class InputGatherer:
                 if sums.expert_tokens and not sums.expert_tokens[expert]:
                     continue
                 if expert not in sums.of:
-                    sums.add(self.sum_of(torch.zeros(1, number, device=device)), expert)
+                    sums.add(self.sum_of(torch.zeros(0, number, device=device)), expert)
                 sums.of[expert].add_ranks(ranks)
 
     def _settle_late(self, names: Sequence[str], ranks: Ranks) -> None:

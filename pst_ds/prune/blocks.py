@@ -21,7 +21,7 @@ from pst_ds.errors import InputError
 from pst_ds.nn.model_structure import outermost_list
 
 if TYPE_CHECKING:
-    from pst_ds.prune.outcome import PrunedLayer
+    from pst_ds.prune.outcome import Outcome, OutcomeT
 
 Batch = Mapping[str, Tensor]
 """Arguments of a model's forward pass, on the CPU."""
@@ -150,11 +150,11 @@ class BlockSource:
         """Have the stored values of block ``index`` in its parameters, on the CPU, inside the context."""
         yield
 
-    def outcome(self, index: int) -> list[PrunedLayer] | None:
+    def outcome(self, index: int, kind: type[OutcomeT]) -> list[OutcomeT] | None:
         """Return the outcome of the layers of a block that an earlier, killed run has finished; None for others."""
         return None
 
-    def finish(self, index: int, layers: Sequence[PrunedLayer]) -> None:
+    def finish(self, index: int, layers: Sequence[Outcome]) -> None:
         """Keep the values of a pruned block and the outcome of its layers, inside :meth:`loaded`. Collective."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,7 @@ from pst_ds.core.one_shot.swaps import refine_by_swaps
 from pst_ds.core.quantization import SCALE_DTYPE
 from pst_ds.prune.outcome import PrunedLayer
 from pst_ds.prune.rules import LayerRule, Method
+from pst_ds.prune.statistics import naming
 
 
 class LayerPruning:
@@ -130,17 +131,9 @@ class LayerPruning:
             scales=torch.cat([self._scales[key] for key in sorted(self._scales)]) if self._scales else None,
         )
 
-    @contextmanager
-    def naming(self, expert: int = 0) -> Iterator[None]:
+    def naming(self, expert: int = 0) -> AbstractContextManager[None]:
         """Add the layer, the expert and advice to a FloatingPointError."""
-        try:
-            yield
-        except FloatingPointError as error:
-            which = f"{self.name}, expert {expert}" if self.rule.target.is_stack else self.name
-            raise FloatingPointError(
-                f"{which}: {error}. Check that the model's weights are finite, and calibrate with "
-                "--set train.precision=fp32"
-            ) from None
+        return naming(f"{self.name}, expert {expert}" if self.rule.target.is_stack else self.name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 from torch import nn
 
 from pst_ds.core.one_shot.shares import ALONE
 from pst_ds.errors import InputError
-from pst_ds.nn import experts
 from pst_ds.nn.input_sums import InputGatherer, InputSum, products, squares
 from pst_ds.parallel.ranks import raise_on_all_ranks
 from pst_ds.progress import Progress
-from pst_ds.prune.blocks import Batch, BlockReplay, Calibration, Compute, SourceOf, find_blocks, in_memory
+from pst_ds.prune.blocks import BlockReplay, Calibration, SourceOf, find_blocks, in_memory
 from pst_ds.prune.layer import Inputs, LayerPruning, equal_inputs, inputs_of, prune_together
 from pst_ds.prune.outcome import PrunedLayer
 from pst_ds.prune.reconstruction import BlockFit
 from pst_ds.prune.rules import LayerRule, Method, rules_by_block
-
-STATISTICS_BYTES = 4 * 2**30
-"""Memory limit of a block's expert Gram matrices, which only a single larger expert exceeds."""
+from pst_ds.prune.statistics import STATISTICS_BYTES, expert_groups, gather, required
 
 
 def prune_layers(
@@ -101,7 +97,7 @@ class _BlockPruner:
         """
         source = self._replay.source
         with source.loaded(index):
-            found = source.outcome(index)
+            found = source.outcome(index, PrunedLayer)
             if found is None:
                 found = self._prune(index, rules, is_last=is_last)
                 source.finish(index, found)
@@ -120,12 +116,15 @@ class _BlockPruner:
             layer.require_finite()
         with self._replay.resident(index):
             gatherer = InputGatherer(self._sum_of, self._gated)
-            for number, group in enumerate(self._groups(stacks) if rules else []):
+            layouts = [layer.rule.target.layout for layer in stacks]
+            for number, group in enumerate(expert_groups(gatherer, layouts, self._bytes) if rules else []):
                 of_experts = InputGatherer(self._sum_of, self._gated, group)
                 remember = fit.remember if fit is not None and not number else None
-                self._gather(index, gatherer, [] if number else linear, of_experts, stacks, remember)
+                own = [] if number else [layer.rule.target for layer in linear]
+                targets = [layer.rule.target for layer in stacks]
+                gather(self._replay, index, [(gatherer, own)], [(of_experts, targets)], remember)
                 for layer in stacks:
-                    self._prune_experts(layer, _required(of_experts, layer.name), group)
+                    self._prune_experts(layer, required(of_experts, layer.name), group)
                     tokens[layer.name] = of_experts.sums[layer.name].expert_tokens
             self._prune_linear(linear, gatherer)
             for layer in layers:
@@ -139,51 +138,11 @@ class _BlockPruner:
                 self._replay.run(index, keep_output=True)
         return [layer.outcome(tokens.get(layer.name, ())) for layer in layers]
 
-    def _groups(self, stacks: Sequence[LayerPruning]) -> list[range]:
-        """Return groups of consecutive experts whose statistics fit into memory; one group without stacks."""
-        layouts = [layer.rule.target.layout for layer in stacks]
-        number = max((layout.num_experts for layout in layouts), default=1)
-        of_expert = sum(8 * layout.in_features**2 for layout in layouts)
-        size = number if self._sum_of is squares or not of_expert else max(1, self._bytes // of_expert)
-        return [range(first, min(first + size, number)) for first in range(0, number, size)]
-
-    def _gather(
-        self,
-        index: int,
-        gatherer: InputGatherer,
-        linear: Sequence[LayerPruning],
-        of_experts: InputGatherer,
-        stacks: Sequence[LayerPruning],
-        compute: Compute | None,
-    ) -> None:
-        """Run the block, and sum the inputs of ``linear`` layers, and of a group of experts. Collective."""
-
-        def begin(batch: Batch) -> None:
-            gatherer.begin(batch)
-            of_experts.begin(batch)
-
-        both = [(gatherer, linear), (of_experts, stacks)]
-        places = {(layer.rule.target.module, layer.rule.target.parameter): layer.name for layer in stacks}
-
-        def settle() -> None:
-            for one, layers in both:
-                one.settle([layer.name for layer in layers], self._ranks)
-
-        with (
-            gatherer.listening({layer.name: layer.rule.target.module for layer in linear}),
-            experts.listening(places, of_experts.add_experts),
-        ):
-            self._replay.run(index, keep_output=False, before=begin, compute=compute, after_first=settle)
-        for one, layers in both:
-            sizes = {layer.name: layer.rule.target.layout.in_features for layer in layers}
-            with layers[0].naming() if layers else nullcontext():
-                one.add_ranks(sizes, self._replay.data.device, self._ranks)
-
     def _prune_linear(self, layers: Sequence[LayerPruning], gatherer: InputGatherer) -> None:
         """Prune linear layers; those with the same inputs, such as q, k and v, together. Frees their statistics."""
         alike: dict[int, tuple[InputSum, list[LayerPruning]]] = {}
         for layer in layers:
-            sums = _required(gatherer, layer.name)
+            sums = required(gatherer, layer.name)
             alike.setdefault(id(sums), (sums, []))[1].append(layer)
         gatherer.sums.clear()
         for key in list(alike):
@@ -208,13 +167,3 @@ class _BlockPruner:
                     prune_together([layer], given, expert)
 
         raise_on_all_ranks(prune, (InputError, FloatingPointError))
-
-
-def _required(gatherer: InputGatherer, name: str) -> InputSum:
-    found = gatherer.sums.get(name)
-    if found is None or not found.num_tokens:
-        raise InputError(
-            f"{name} had no input from the calibration data. Use more --samples, or leave it dense with "
-            "pst.exclude_modules"
-        )
-    return found

@@ -31,7 +31,7 @@ from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, of_main,
 from pst_ds.parallel.stop_signals import StoppedError
 from pst_ds.prune.blocks import BlockSource
 from pst_ds.prune.folder import SCALES_FILE, scales_name
-from pst_ds.prune.outcome import PrunedLayer
+from pst_ds.prune.outcome import Outcome, OutcomeT, PrunedLayer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -55,17 +55,27 @@ class ModelFiles:
         place.require_dense(config)
         kind = architecture(config)
         self.base = BaseWeights(path, getattr(kind, "base_model_prefix", ""))
-        self.model = _skeleton(place, config, self.base, attn_implementation)
+        self._place, self._attention = place, attn_implementation
+        self.model = self.skeleton(config)
         self._mapping: list[Any] = self.model._weight_conversions  # type: ignore[assignment]
         self._out = out or Path(os.devnull)
         self._work = self._out.with_name(f".{self._out.name}.unfinished")
         self._shard_bytes, self._plan = shard_bytes, ""
         self._part_of = self._parts(place)
         self._present = set[str]()
+        self._renumbered: dict[str, int | None] = {}
         self.check: Callable[[], None] = lambda: None
         """Called on every rank after each block; may raise StoppedError."""
         lacking = tensors_lacking(self.model, set(self.base.names))
         place.require_whole(self.model, lacking, _FIX)
+
+    def skeleton(self, config: PretrainedConfig) -> PreTrainedModel:
+        """Return a model of this ``config`` without values, except for buffers. Raises InputError."""
+        return _skeleton(self._place, config, self.base, self._attention)
+
+    def unpruned(self) -> ModelFiles:
+        """Return the model as it was, also where a killed run has finished parts."""
+        return ModelFiles(self._place.path, None, attn_implementation=self._attention)
 
     def part_of(self, module: str) -> str:
         """Return the part of a module: its block, such as "model.layers.3", or :data:`OUTSIDE`."""
@@ -121,7 +131,7 @@ class ModelFiles:
             yield
             barrier()
 
-    def outcome(self, part: str) -> list[PrunedLayer] | None:
+    def outcome(self, part: str, kind: type[OutcomeT]) -> list[OutcomeT] | None:
         """Return the outcome of a finished part; None for others."""
         path = self._work / f"{part}.json"
         if not path.is_file():
@@ -131,10 +141,11 @@ class ModelFiles:
         found = []
         for entry in json.loads(path.read_text(encoding="utf-8")):
             facts: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()}
-            found.append(PrunedLayer(**facts, scales=scales.get(facts["name"])))
+            facts |= {"scales": scales[entry["name"]]} if entry["name"] in scales else {}
+            found.append(kind(**facts))
         return found
 
-    def finish(self, part: str, layers: Sequence[PrunedLayer]) -> None:
+    def finish(self, part: str, layers: Sequence[Outcome]) -> None:
         """Write a part with the values it has, and the outcome of its ``layers``. Collective.
 
         Raises OSError or StoppedError on all ranks if one does.
@@ -159,6 +170,13 @@ class ModelFiles:
         of_main(lambda: _save(made, path))
         return made
 
+    def keep_blocks(self, stack: str, kept: Sequence[int]) -> None:
+        """Publish only these blocks of ``stack``, which get the numbers 0, 1, ..."""
+        for part in set(self._part_of.values()):
+            if part.rpartition(".")[0] == stack:
+                index = int(part.rpartition(".")[2])
+                self._renumbered[part] = kept.index(index) if index in kept else None
+
     def publish(self, copy_small_files: Callable[[Path], None], record: Mapping[str, object]) -> None:
         """Write the folder, with its pruning ``record`` and small files, atomically. Collective."""
 
@@ -174,13 +192,16 @@ class ModelFiles:
         """Write one file if it is not too large; else one or more for each pruned part, and others for the rest."""
         parts = dict.fromkeys(self._part_of.values())
         pruned = [file for part in parts for file in self._files(part)]
-        rest = {key: self._nbytes(key) for key, part in self._part_of.items() if not self._is_done(part)}
+        names = {
+            key: name for key, part in self._part_of.items() if not self._is_done(part) and (name := self._kept(key))
+        }
+        rest, key_of = {key: self._nbytes(key) for key in names}, {name: key for key, name in names.items()}
         total = sum(file.stat().st_size for file in pruned) + sum(rest.values())
         if total <= self._shard_bytes:  # tensor by tensor: memory need not hold the model
             opened = {name: file for file in map(TensorFile, pruned) for name in file.slots}
             sizes = {name: (file.slots[name].dtype, file.slots[name].shape) for name, file in opened.items()}
-            header, order, _ = header_and_slots(sizes | {key: self.base.size(key) for key in rest})
-            read = (opened[name].read(name) if name in opened else self.base.read(name) for name in order)
+            header, order, _ = header_and_slots(sizes | {name: self.base.size(key) for key, name in names.items()})
+            read = (opened[name].read(name) if name in opened else self.base.read(key_of[name]) for name in order)
             write_pieces(folder / _WHOLE, chain([header], (tensor_bytes(tensor.contiguous()) for tensor in read)))
             return
         file_of: dict[str, str] = {}
@@ -189,10 +210,19 @@ class ModelFiles:
             file_of |= dict.fromkeys(TensorFile(file).slots, file.name)
         for number, keys in enumerate(_groups(rest, self._shard_bytes)):
             file = folder / f"model-rest-{number}.safetensors"
-            _save({key: self.base.read(key) for key in keys}, file)
-            file_of |= dict.fromkeys(keys, file.name)
+            _save({names[key]: self.base.read(key) for key in keys}, file)
+            file_of |= dict.fromkeys((names[key] for key in keys), file.name)
         index = {"metadata": {"total_size": total}, "weight_map": file_of}
         write_text_atomic(folder / _INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n")
+
+    def _kept(self, key: str) -> str | None:
+        """Return the name under which a tensor of the files is published; None if its block was removed."""
+        part = self._part_of[key]
+        if part not in self._renumbered:
+            return key
+        new, (stack, _, old) = self._renumbered[part], part.rpartition(".")
+        tail = stack.rpartition(".")[2]
+        return None if new is None else key.replace(f"{tail}.{old}.", f"{tail}.{new}.", 1)
 
     def _write_rest(self, folder: Path, copy_small_files: Callable[[Path], None], record: Mapping[str, object]) -> None:
         self.model.config.save_pretrained(folder)
@@ -220,7 +250,7 @@ class ModelFiles:
     def _is_done(self, part: str) -> bool:
         return (self._work / f"{part}.json").is_file()
 
-    def _write(self, part: str, layers: Sequence[PrunedLayer]) -> None:
+    def _write(self, part: str, layers: Sequence[Outcome]) -> None:
         own = {self._names[key] for key, other in self._part_of.items() if other == part}
         prefix = "" if part == OUTSIDE else part + "."
         state = self.model.state_dict()
@@ -229,7 +259,7 @@ class ModelFiles:
         sizes = {name: tensor.nbytes for name, tensor in saved.items()}
         for number, names in enumerate(_groups(sizes, self._shard_bytes)):
             _save({name: saved[name] for name in names}, self._work / f"model-{part}-{number}.safetensors")
-        scales = {layer.name: layer.scales for layer in layers if layer.scales is not None}
+        scales = {one.name: one.scales for one in layers if isinstance(one, PrunedLayer) and one.scales is not None}
         if scales:
             _save(scales, self._work / f"{part}.scales")
         facts = [{f.name: getattr(layer, f.name) for f in fields(layer) if f.name != "scales"} for layer in layers]
@@ -279,10 +309,10 @@ class _Blocks(BlockSource):
         with self._files.loaded(f"{self._stack}.{index}"):
             yield
 
-    def outcome(self, index: int) -> list[PrunedLayer] | None:
-        return self._files.outcome(f"{self._stack}.{index}")
+    def outcome(self, index: int, kind: type[OutcomeT]) -> list[OutcomeT] | None:
+        return self._files.outcome(f"{self._stack}.{index}", kind)
 
-    def finish(self, index: int, layers: Sequence[PrunedLayer]) -> None:
+    def finish(self, index: int, layers: Sequence[Outcome]) -> None:
         self._files.finish(f"{self._stack}.{index}", layers)
 
 

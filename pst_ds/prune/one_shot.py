@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.config.methods import OneShotMethod
-from pst_ds.config.one_shot import REAP, PruneConfig
+from pst_ds.config.one_shot import CHANNELS, REAP, PruneConfig
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.one_shot.budgets import SPREAD
 from pst_ds.core.packings import WHOLE_ROW
@@ -93,7 +93,7 @@ def _by_magnitude(files: ModelFiles, rules: Sequence[LayerRule], data: Calibrati
     found: dict[str, PrunedLayer] = {}
     for part, own in by_part.items():
         with files.loaded(part):
-            layers = files.outcome(part)
+            layers = files.outcome(part, PrunedLayer)
             if layers is None:
                 layers = prune_layers(files.model, own, "magnitude", data)
                 files.finish(part, layers)
@@ -135,8 +135,8 @@ def _facts_of(config: PruneConfig, settings: PSTConfig, sparsity: float) -> dict
 
 
 def _method_of(config: PruneConfig) -> OneShotMethod:
-    if config.method == REAP:
-        raise InputError("method = reap: it drops experts, and does not prune weights. Call drop_experts")
+    assert config.method != REAP
+    assert config.method != CHANNELS
     return config.method
 
 

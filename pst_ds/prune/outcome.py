@@ -1,8 +1,9 @@
-"""The outcome of pruning a layer, which the record of a pruned folder keeps."""
+"""Outcomes of pruning layers, which the record of a pruned folder keeps."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -29,3 +30,30 @@ class PrunedLayer:
     """Calibration tokens of each expert of a stack; empty without calibration data."""
     scales: Tensor | None = field(default=None, repr=False, compare=False)
     """(O, groups) bf16, on the CPU, of a quantised weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class CutLayer:
+    """The outcome for a layer that lost groups of inputs, or for a module of experts."""
+
+    name: str
+    groups: int
+    """Groups of inputs before: channels, or heads that share keys and values."""
+    kept: int
+    error: float
+    """Squared change of the layer's outputs on the calibration data, relative to their squares, or to their variance
+    with a bias; the mean over experts."""
+    removed: tuple[int, ...] = ()
+    """Groups, the least important first; empty for experts, each of which has others."""
+    scores: tuple[float, ...] = ()
+    """Error of each removal, or Wanda's score."""
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """For the pruning record."""
+        found = {"groups": self.groups, "kept": self.kept, "error": self.error}
+        return found | ({"removed": self.removed, "scores": self.scores} if self.removed else {})
+
+
+Outcome: TypeAlias = PrunedLayer | CutLayer
+OutcomeT = TypeVar("OutcomeT", PrunedLayer, CutLayer)

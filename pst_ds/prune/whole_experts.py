@@ -48,6 +48,11 @@ class KeptExperts:
     """Score of every expert, including dropped ones."""
     tokens: tuple[int, ...]
 
+    @property
+    def facts(self) -> dict[str, object]:
+        """For the pruning record."""
+        return {"kept": self.kept, "scores": self.scores, "expert_tokens": self.tokens}
+
 
 class _Outputs:
     """Sums of g ||f(x)|| over the tokens of each expert."""

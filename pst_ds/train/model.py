@@ -19,6 +19,7 @@ from pst_ds.data.tasks import Task, task_of
 from pst_ds.data.tokens.tokenize import open_tokenizer
 from pst_ds.errors import shortened
 from pst_ds.nn.base_model import DTYPES, Pretrained
+from pst_ds.nn.cut_config import cut_config
 from pst_ds.nn.inject import inject_pst, persistent_buffers, plain_name, pst_layers
 from pst_ds.nn.optimizer import pst_parameter_groups
 from pst_ds.nn.sharded_weights import read_now
@@ -206,6 +207,8 @@ def meta_model(
     With ``own_dropout`` it has the dropout of its config, not the run's.
     """
     config = load_model_config(run, labels, tokenizer, own_dropout=own_dropout)
+    if run.start.removes:
+        cut_config(config, run.start)
     purpose = f" with model.attn_implementation = {run.model.attn_implementation!r} and task {run.task!r}"
     base, kind, dtype = (
         Pretrained(run.model.path, "model.path"),

@@ -100,7 +100,7 @@ def _prune_both(monkeypatch, one, two, method, batches, other_batches):
         return wanted
 
     for model, given, function in ((one, batches, recording), (two, other_batches, comparing)):
-        monkeypatch.setattr(pruning, "_required", function)
+        monkeypatch.setattr(pruning, "required", function)
         _prune(model, _rules(model, method), method, given)
     assert not seen
     for (name, left), right in zip(one.named_parameters(), two.parameters(), strict=True):
@@ -117,7 +117,7 @@ def test_a_pass_block_by_block_is_a_whole_pass_for_each(tiny, batches, monkeypat
         seen[name] = gatherer.sums[name].num_tokens, gatherer.sums[name].total.clone()
         return gatherer.sums[name]
 
-    monkeypatch.setattr(pruning, "_required", recording)
+    monkeypatch.setattr(pruning, "required", recording)
     layers = _prune(model, _rules(model, method), method, batches(family))
     sums = {name: total for name, (_, total) in seen.items()}
     expected = _pruned_by_whole_passes(other, _rules(other, method), method, batches(family), sums)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pst_ds.checkpoint.restore import base_fingerprint
-from pst_ds.config.one_shot import REAP, PruneConfig
+from pst_ds.config.one_shot import CHANNELS, REAP, PruneConfig
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.run import RunConfig
 from pst_ds.config.toml import load_run_or_folder
@@ -27,10 +27,12 @@ from pst_ds.nn.base_model import DTYPES
 from pst_ds.parallel.launch import device_of, launch_environment
 from pst_ds.parallel.ranks import all_gather_objects, all_ranks, raise_on_all_ranks
 from pst_ds.prune.blocks import Batch, Calibration
+from pst_ds.prune.channels import cut_channels
+from pst_ds.prune.depth import remove_blocks
 from pst_ds.prune.folder import FORMAT, record_of, require_free
 from pst_ds.prune.model_files import ModelFiles
 from pst_ds.prune.one_shot import plan_layers, prune_files
-from pst_ds.prune.outcome import PrunedLayer
+from pst_ds.prune.outcome import CutLayer, PrunedLayer
 from pst_ds.prune.whole_experts import KeptExperts, drop_experts
 from pst_ds.train.model import attention_options, load_tokenizer
 from pst_ds.train.one_shot.own_text import own_batches
@@ -47,9 +49,9 @@ class PruneReport:
     record: dict[str, object]
     """Content of the folder's pruning record: settings, data, and counts per layer."""
     layers: list[PrunedLayer]
-    """Outcome of each pruned layer; empty for method "reap"."""
-    modules: list[KeptExperts]
-    """Outcome of each module of experts, for method "reap"."""
+    """Outcome of each pruned layer; empty for methods "reap" and "channels"."""
+    modules: Sequence[KeptExperts | CutLayer]
+    """Outcome of each module that lost experts, channels or heads, for these methods."""
 
     @property
     def facts(self) -> dict[str, object]:
@@ -134,7 +136,7 @@ def prune_files_of(
     files = raise_on_all_ranks(lambda: _opened(given, out, shard_bytes))
     files.check = check or files.check
     is_reap = config.method == REAP
-    planned = None if is_reap else plan_layers(files.model, config, given.pst, given.sparsity)
+    planned = None if config.method in (REAP, CHANNELS) else plan_layers(files.model, config, given.pst, given.sparsity)
     batches = raise_on_all_ranks(lambda: given.batches(files.model.config)) if config.needs_data else []
     digest = digest_of_ranks(batches, given.data)
     device = torch.device(device_of(launch_environment()))
@@ -143,15 +145,19 @@ def prune_files_of(
     settings = "" if planned is None else f"{planned[0]} {planned[1]}"
     plan = {**about, "config": repr(config), "pst": settings, "data": digest, "precision": given.precision}
     with files.working({**plan, "attempt": secrets.token_hex(4)} if is_reap else plan):
-        if planned is None:
-            share = given.sparsity if config.sparsity is None else config.sparsity
-            layers, (modules, facts) = list[PrunedLayer](), _drop_experts(files, share, data)
+        layers, modules = list[PrunedLayer](), list[KeptExperts | CutLayer]()
+        if planned is not None:
+            layers, facts = prune_files(files, config, planned, data)
+        elif is_reap:
+            modules[:], facts = _drop_experts(
+                files, given.sparsity if config.sparsity is None else config.sparsity, data
+            )
         else:
-            modules, (layers, facts) = list[KeptExperts](), prune_files(files, config, planned, data)
+            modules[:], facts = _cut_channels(files, config, given.pst.exclude_modules, data)
         facts |= about | (_facts_of_data(given, config, batches) if batches else {}) | dict(given.facts)
-        if is_reap:
-            kept = {m.name: {"kept": m.kept, "scores": m.scores, "expert_tokens": m.tokens} for m in modules}
-            record: dict[str, object] = {"format": FORMAT, **facts, "layers": [], "modules": kept}
+        if planned is None:
+            of_modules = {module.name: module.facts for module in modules}
+            record: dict[str, object] = {"format": FORMAT, **facts, "layers": [], "modules": of_modules}
         else:
             record = record_of(layers, facts)
         files.publish(partial(copy_small_files, files.base.folder), record)
@@ -188,6 +194,22 @@ def _drop_experts(files: ModelFiles, share: float, data: Calibration) -> tuple[l
     modules = drop_experts(files.model, share, data, source_of=files.source)
     facts: dict[str, object] = {"method": REAP, "sparsity_requested": share}
     return modules, facts | {"experts": len(modules[0].kept), "experts_before": len(modules[0].scores)}
+
+
+def _cut_channels(
+    files: ModelFiles, config: PruneConfig, excluded: str | tuple[str, ...], data: Calibration
+) -> tuple[list[CutLayer], dict[str, object]]:
+    """Remove channels and heads; return the outcome and facts for the record. Collective. Raises InputError."""
+    before = files.model.num_parameters()
+    facts: dict[str, object] = {"method": CHANNELS, "parameters_before": before}
+    if config.layers is not None:
+        removed, after = remove_blocks(files, config, excluded, data)
+        facts |= {"layers_left": config.layers, "layers_removed": removed, "parameters": after}
+        return [], facts | {"config": {"num_hidden_layers": config.layers}}
+    modules, settings = cut_channels(files, config, excluded, data)
+    asked = {name: value for name in ("ffn", "heads", "kv_groups") if (value := getattr(config, name)) is not None}
+    facts |= {**asked, "rank_by": config.rank_by, "config": settings}
+    return modules, facts | {"parameters": files.model.num_parameters()}
 
 
 def _facts_of_data(given: PruneInput, config: PruneConfig, batches: Sequence[Batch]) -> dict[str, object]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.checkpoint.restore import base_fingerprint
-from pst_ds.config.one_shot import PruneConfig
+from pst_ds.config.one_shot import CHANNELS, REAP, PruneConfig
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.errors import InputError
@@ -58,7 +58,11 @@ def prune_pretrained(
     Raises, on all ranks, InputError, and FloatingPointError for values that are not finite.
     """
     pst, path, out = pst or PSTConfig(), str(path), Path(out)
-    if config.sparsity is None and parse_pattern(config.pattern or pst.pattern).fixed_sparsity is None:
+    if (
+        config.method != CHANNELS
+        and config.sparsity is None
+        and parse_pattern(config.pattern or pst.pattern).fixed_sparsity is None
+    ):
         raise InputError("prune_pretrained: PruneConfig has no sparsity. Set one, such as sparsity=0.5")
     if config.own_text:
         raise InputError(f"own_text = {config.own_text!r} is for run files. Give the model's own text as batches")
@@ -95,6 +99,11 @@ def prune_in_trainer(
         raise InputError(
             "PSTCallback(start=...) replaces the frozen weights, and train_weights = True trains them, or base_grid "
             "has quantised them. Call pst_ds.prune_pretrained, and load the folder that it returns"
+        )
+    if config.method in (CHANNELS, REAP):
+        raise InputError(
+            f'PSTCallback(start=...) keeps the shapes of the live model, and method "{config.method}" changes them. '
+            "Call pst_ds.prune_pretrained, and load the folder that it returns"
         )
     if config.sparsity is None:
         config = replace(config, sparsity=sparsity)

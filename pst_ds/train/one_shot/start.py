@@ -10,12 +10,13 @@ from pathlib import Path
 
 from pst_ds.atomic_files import file_sha256
 from pst_ds.checkpoint.restore import base_fingerprint
-from pst_ds.config.one_shot import PruneConfig
+from pst_ds.config.one_shot import CHANNELS, SHAPES, PruneConfig
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import InputError
 from pst_ds.file_names import CHECKPOINTS, START
 from pst_ds.nn.base_model import origin_of, pruning_record
+from pst_ds.nn.cut_config import cut_config
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.ranks import is_main, of_main
 from pst_ds.parallel.stop_signals import StoppedError
@@ -44,7 +45,8 @@ def start_run(run: RunConfig, examples: ExampleSet, *, quiet: bool) -> RunConfig
         return run.started()
     out, asked = Path(run.output_dir) / START, one_shot_config(run, min(run.start.samples, len(examples)))
     if is_main() and not quiet:
-        print(f"pruning {run.model.path} to {asked.sparsity} by {asked.method}: {out}", file=sys.stderr, flush=True)
+        what = "" if asked.sparsity is None else f" to {asked.sparsity}"
+        print(f"pruning {run.model.path}{what} by {asked.method}: {out}", file=sys.stderr, flush=True)
     try:
         facts = {"start": start, "base_model": origin_of(run.model.path)}
         prune_model(run, out, asked, examples=examples, more_facts=facts, check=_stop_if_asked)
@@ -59,6 +61,9 @@ def require_startable(run: RunConfig) -> None:
     """Raise InputError if ``[start]`` cannot prune the run's model, by what is known without data."""
     model = ModelFiles(run.model.path, None, 0, **attention_options(run)).model
     config = one_shot_config(run, run.start.samples)
+    if config.method == CHANNELS:
+        cut_config(model.config, config)
+        return
     _, _, rules = plan_layers(model, config, run.pst, run.schedule.final_sparsity)
     find_blocks(model, [rule.target.name for rule in rules])
 
@@ -92,6 +97,9 @@ def _facts_of_start(run: RunConfig, data_digest: str) -> object:
         start["own_text"] = file_sha256(prompts)
     elif not run.start.own_text:  # as in starts of earlier versions
         del start["own_text"]
+    if not run.start.removes:
+        for name in (*SHAPES, "rank_by"):
+            del start[name]
     found = {**start, **more, **layers, "overrides": overrides, "data_digest": data_digest}
     return json.loads(json.dumps(found))
 
@@ -100,6 +108,9 @@ def one_shot_config(run: RunConfig, samples: int) -> PruneConfig:
     """Return the settings of the run's ``[start]``, on ``samples`` examples."""
     start, method = run.start, run.start.method
     assert method != "none"
+    shapes = {name: getattr(start, name) for name in (*SHAPES, "rank_by")}
+    if method == CHANNELS:
+        return PruneConfig(method=method, samples=samples, seed=run.seed, own_text=start.own_text, **shapes)
     return PruneConfig(
         method=method,
         sparsity=run.start_sparsity,

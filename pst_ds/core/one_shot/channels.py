@@ -1,0 +1,120 @@
+"""Remove inputs of a matrix in groups, such as the channels of a feed-forward layer or the columns of a head.
+
+A matrix W (O, I) has inputs X on the calibration data. The error of removing inputs is the squared change of its
+outputs after the remaining columns have been fitted by least squares. Groups are removed one after another, each time
+those of least error (optimal brain surgery with blocks; ZipLM, arXiv 2302.04089).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.one_shot.gram import damped_gram
+
+COLUMNS_AT_ONCE = 16
+"""Columns that a round removes, at least one group: errors are computed anew after each round."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputMoments:
+    """Moments of a layer's inputs X, (tokens, I), in double precision, for a layer with or without a bias."""
+
+    gram: Tensor
+    """(I, I): X'X; with a bias, of the inputs minus their mean, which the bias can replace."""
+    mean: Tensor
+    """(I,): 0 without a bias."""
+
+    @classmethod
+    def of(cls, gram: Tensor, total: Tensor | None, number: int) -> InputMoments:
+        """Return the moments, given X'X, the sum of X over the tokens, and the ``number`` of tokens.
+
+        ``total``: None for a layer without a bias. Raises FloatingPointError for values that are not finite.
+        """
+        if not bool(torch.isfinite(gram).all()):
+            raise FloatingPointError("inputs are not finite")
+        if total is None:
+            return cls(gram, torch.zeros_like(gram[0]))
+        mean = total / number
+        return cls(gram - number * torch.outer(mean, mean), mean)
+
+
+@dataclass(frozen=True, slots=True)
+class Refitted:
+    """A matrix without its removed inputs."""
+
+    weight: Tensor
+    """(O, kept) in double precision."""
+    shift: Tensor
+    """(O,): to add to the bias; 0 without one."""
+    error: float
+    """Squared change of the outputs, relative to their squares; with a bias, to their variance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The groups of a matrix's inputs that stay, and those that do not."""
+
+    kept: Tensor
+    """(kept,) int64, ascending."""
+    removed: Tensor
+    """(removed,) int64, the least important first."""
+    scores: Tensor
+    """(removed,) double precision: of each, the error of its removal, or Wanda's score."""
+
+
+def by_second_order(weight: Tensor, gram: Tensor, groups: Tensor, number: int) -> Chosen:
+    """Choose the ``number`` groups that stay.
+
+    ``weight``: (O, I). ``gram``: (I, I), of :class:`InputMoments`. ``groups``: (groups, size) int64, disjoint columns.
+    """
+    damped, _ = damped_gram(gram)
+    inverse, weight = torch.cholesky_inverse(torch.linalg.cholesky(damped)), weight.to(torch.float64, copy=True)
+    left, gone, scores = torch.arange(len(groups), device=groups.device), [groups[:0, 0]], [weight[0, :0]]
+    while len(left) > number:
+        most = min(len(left) - number, max(1, COLUMNS_AT_ONCE // groups.shape[1]))
+        errors = _errors(weight, inverse, groups[left])
+        order = errors.argsort(stable=True)
+        gone.append(left[order[:most]])
+        scores.append(errors[order[:most]])
+        left = left[order[most:].sort().values]
+        columns = groups[gone[-1]].flatten()
+        step = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
+        weight -= weight[:, columns] @ step
+        inverse -= inverse[:, columns] @ step
+    return Chosen(left, torch.cat(gone), torch.cat(scores))
+
+
+def _errors(weight: Tensor, inverse: Tensor, groups: Tensor) -> Tensor:
+    """Return the error of removing each group next, (groups,)."""
+    if groups.shape[1] == 1:
+        columns = groups.squeeze(1)
+        errors: Tensor = weight[:, columns].square().sum(0) / inverse.diagonal()[columns]
+    else:
+        own = weight[:, groups].permute(1, 2, 0)
+        blocks = inverse[groups.unsqueeze(2), groups.unsqueeze(1)]
+        errors = (torch.linalg.solve(blocks, own) * own).sum((1, 2))
+    return errors
+
+
+def by_wanda(weight: Tensor, gram: Tensor, groups: Tensor, number: int) -> Chosen:
+    """Choose the ``number`` groups of the largest sums of |W_ij| ||x_j||; arguments as :func:`by_second_order`."""
+    scores = weight.to(torch.float64).abs().sum(0) * gram.diagonal().clamp(min=0.0).sqrt()
+    sums = scores[groups].sum(1)
+    order = sums.argsort(stable=True)
+    gone = order[: len(groups) - number]
+    return Chosen(order[len(gone) :].sort().values, gone, sums[gone])
+
+
+def refitted(weight: Tensor, moments: InputMoments, columns: Tensor) -> Refitted:
+    """Fit the ``columns`` of ``weight`` (O, I) that stay, (kept,) int64, to the outputs of all, by least squares."""
+    damped, _ = damped_gram(moments.gram)
+    weight = weight.to(torch.float64)
+    found = torch.linalg.solve(damped[columns][:, columns], damped[columns] @ weight.t()).t()
+    change = weight.clone()
+    change[:, columns] -= found
+    outputs = ((weight @ moments.gram) * weight).sum()
+    error = ((change @ moments.gram) * change).sum() / outputs if outputs > 0 else outputs
+    return Refitted(found, change @ moments.mean, float(error.clamp(min=0.0)))

@@ -1,0 +1,88 @@
+"""Statistics of the inputs of a block's layers: a pass of the block over the calibration data, summed over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor
+
+from pst_ds.core.experts.routing import Routing
+from pst_ds.core.layout import WeightLayout
+from pst_ds.errors import InputError
+from pst_ds.nn import experts
+from pst_ds.nn.input_sums import InputGatherer, InputSum, squares
+from pst_ds.nn.targets import Target
+from pst_ds.prune.blocks import Batch, BlockReplay, Compute
+
+STATISTICS_BYTES = 4 * 2**30
+"""Memory limit of a block's expert Gram matrices, which only a single larger expert exceeds."""
+
+
+def expert_groups(gatherer: InputGatherer, layouts: Sequence[WeightLayout], most_bytes: int) -> list[range]:
+    """Return groups of consecutive experts whose statistics fit into memory; one group without stacks."""
+    number = max((layout.num_experts for layout in layouts), default=1)
+    of_expert = sum(8 * layout.in_features**2 for layout in layouts)
+    size = number if gatherer.sum_of is squares or not of_expert else max(1, most_bytes // of_expert)
+    return [range(first, min(first + size, number)) for first in range(0, number, size)]
+
+
+Listeners = Sequence[tuple[InputGatherer, Sequence[Target]]]
+"""Gatherers, each with the layers whose inputs it sums."""
+
+
+def gather(
+    replay: BlockReplay, index: int, linear: Listeners, stacks: Listeners, compute: Compute | None = None
+) -> None:
+    """Run the resident block ``index``, and sum the inputs of linear layers and of stacks of experts. Collective.
+
+    Raises FloatingPointError on all ranks.
+    """
+    every, ranks = [*linear, *stacks], replay.data.ranks
+
+    def begin(batch: Batch) -> None:
+        for gatherer, _ in every:
+            gatherer.begin(batch)
+
+    def settle() -> None:
+        for gatherer, targets in every:
+            gatherer.settle([target.name for target in targets], ranks)
+
+    def heard(name: str, inputs: Tensor, routing: Routing, by_token: bool) -> None:
+        for gatherer, targets in stacks:
+            if any(target.name == name for target in targets):
+                gatherer.add_experts(name, inputs, routing, by_token)
+
+    places = {(target.module, target.parameter): target.name for _, targets in stacks for target in targets}
+    with ExitStack() as stack:
+        for gatherer, targets in linear:
+            stack.enter_context(gatherer.listening({target.name: target.module for target in targets}))
+        stack.enter_context(experts.listening(places, heard))
+        replay.run(index, keep_output=False, before=begin, compute=compute, after_first=settle)
+    for gatherer, targets in every:
+        sizes = {target.name: target.layout.in_features for target in targets}
+        with naming(targets[0].name if targets else ""):
+            gatherer.add_ranks(sizes, replay.data.device, ranks)
+
+
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Add the layer and advice to a FloatingPointError."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(
+            f"{layer}: {error}. Check that the model's weights are finite, and calibrate with "
+            "--set train.precision=fp32"
+        ) from None
+
+
+def required(gatherer: InputGatherer, name: str) -> InputSum:
+    """Return the sum of a layer. Raises InputError if it had no input."""
+    found = gatherer.sums.get(name)
+    if found is None or not found.num_tokens:
+        raise InputError(
+            f"{name} had no input from the calibration data. Use more --samples, or leave it dense with "
+            "pst.exclude_modules"
+        )
+    return found
