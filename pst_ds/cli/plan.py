@@ -134,7 +134,8 @@ def _steps(plan: Plan) -> Iterator[str]:
     if start:
         samples = "" if start["method"] == "magnitude" else f" on {start['samples']} examples"
         lead = "then" if tuned else "before them,"
-        yield f"{lead} all ranks prune to {start['sparsity']} by {start['method']}{samples}: {start['folder']}"
+        what = "prune by" if start["method"] == CHANNELS else f"prune to {start['sparsity']} by"
+        yield f"{lead} all ranks {what} {start['method']}{samples}: {start['folder']}"
     if cost := plan.start_cost:
         parts, times, traffic = (
             ", ".join(f"{name.replace('_', ' ')} {text(value)}" for name, value in cost[key].items() if value)

@@ -232,3 +232,25 @@ def test_a_model_that_was_its_own_teacher_is_taught_by_what_was_not_pruned(tmp_p
     assert run.distillation.teacher == "tests/data/tiny-bert"
     assert run.model.path == str(tmp_path / "start")
     assert run.started() == run
+
+
+@pytest.mark.zero3
+def test_a_run_that_begins_with_a_smaller_model_resumes_and_exports_it(run_ranks, tmp_path, alone, capsys):
+    cut = ("start.method=channels", "start.ffn=0.5", "start.samples=24", "schedule.initial_sparsity=0.0")
+    words = [word for setting in (*SETTINGS, *cut) for word in ("--set", setting)]
+    assert main(["plan", RUN_FILE, *words, "--json", "--set", f"output_dir={tmp_path / 'planned'}"]) == 0
+    planned = json.loads(capsys.readouterr().out.splitlines()[-1])
+    _train(tmp_path / "1", *cut)
+    record = json.loads((tmp_path / "1" / "start" / "pruning.json").read_text())
+    assert planned["parameters"] - planned["trained_parameters"] < record["parameters"] < record["parameters_before"]
+    run_ranks(_train, 2, str(tmp_path / "2"), *cut, f"deepspeed_config={_zero3(tmp_path)}")
+    one, two = (load_file(tmp_path / name / "start" / "model.safetensors") for name in "12")
+    assert _differing(one, two) == []
+    masks = [{k: v for k, v in _trained(tmp_path / name).items() if k.startswith("mask")} for name in "12"]
+    assert _differing(*masks) == []
+    _train(tmp_path / "1", *cut, "train.num_steps=4", resume=True)
+    assert main(["export", str(tmp_path / "1"), "--out", str(tmp_path / "export")]) == 0
+    assert main(["verify", str(tmp_path / "export"), "--against", str(tmp_path / "1")]) == 0
+    exported = load_file(tmp_path / "export" / "model.safetensors")
+    name = next(name for name in exported if name.endswith("intermediate.dense.weight"))
+    assert exported[name].shape == one[name.removeprefix("bert.")].shape
