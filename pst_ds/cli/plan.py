@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pst_ds.cli.main import add_run_arguments, count, load_run_or_folder, number
+from pst_ds.config.one_shot import CHANNELS
 from pst_ds.planning.machines import MACHINES
 from pst_ds.text_table import aligned, bytes_text
 
