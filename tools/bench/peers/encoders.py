@@ -116,7 +116,7 @@ def contestants(folder: Path, sparse: Sequence[str]) -> Iterator[Contestant]:
     openvino = onnx / "openvino" / "int8.xml"
     if not openvino.is_file():
         progress("quantising the dense run with NNCF")
-        quantize(fp32, openvino, folder)
+        quantize(fp32, openvino, folder / "data" / "train.jsonl", dense)
     yield Contestant("dense, OpenVINO fp32", fp32.stat().st_size, partial(run_openvino, fp32))
     nbytes = openvino.stat().st_size + openvino.with_suffix(".bin").stat().st_size
     yield Contestant("dense, OpenVINO int8", nbytes, partial(run_openvino, openvino))
@@ -150,14 +150,14 @@ def run_openvino(file: Path, threads: int) -> Run:
     return lambda feed: request.infer(feed)[0]
 
 
-def quantize(fp32: Path, out: Path, folder: Path) -> None:
-    """Write ``out`` with NNCF's settings for transformers, calibrated on training examples."""
+def quantize(fp32: Path, out: Path, texts: Path, model: Path) -> None:
+    """Write ``out`` with NNCF's settings for transformers, calibrated on ``texts`` with the tokenizer of ``model``."""
     import nncf
     import openvino
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder / "dense" / "export")
-    lines = (folder / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:CALIBRATION_TEXTS]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    lines = texts.read_text(encoding="utf-8").splitlines()[:CALIBRATION_TEXTS]
     feeds = [dict(tokenizer(json.loads(line)["text"], truncation=True, return_tensors="np")) for line in lines]
     quantized = nncf.quantize(
         openvino.Core().read_model(fp32),
