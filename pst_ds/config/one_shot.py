@@ -31,16 +31,6 @@ class OneShotConfig(Section):
     """One-shot method that chooses the initial masks, at ``schedule.initial_sparsity``, or at the final sparsity for
     methods with fixed masks; "channels" makes the model smaller instead (docs/how-to/shapes.md). The run folder keeps
     the pruned model, which becomes the run's base."""
-    ffn: Annotated[float, Gt(0.0), Lt(1.0)] | None = None
-    """Method "channels": share of the channels of every feed-forward layer, or expert, that stay."""
-    heads: Positive | None = None
-    """Method "channels": attention heads that stay, of those in each layer."""
-    kv_groups: Positive | None = None
-    """Method "channels": groups of heads with the same keys and values that stay, instead of ``heads``."""
-    layers: Positive | None = None
-    """Method "channels": transformer blocks that stay; not together with the other three."""
-    rank_by: Literal["second-order", "wanda"] = "second-order"
-    """Method "channels": how channels and heads are chosen. Both fit what stays by least squares."""
     samples: Positive = 128
     """Calibration examples from ``data.train``; all of them if there are fewer."""
     reconstruct: NotNegative = 0
@@ -51,6 +41,16 @@ class OneShotConfig(Section):
     own_text: MayDiffer[str] = ""
     """File of prompts (lines of .txt, or "prompt" or "messages" of .jsonl): language models calibrate on the dense
     model's continuations of these prompts, up to ``data.max_length`` tokens, instead of ``data.train``."""
+    ffn: Annotated[float, Gt(0.0), Lt(1.0)] | None = None
+    """Method "channels": share of the channels of every feed-forward layer, or expert, that stay."""
+    heads: Positive | None = None
+    """Method "channels": attention heads that stay, of those in each layer."""
+    kv_groups: Positive | None = None
+    """Method "channels": groups of heads with the same keys and values that stay, instead of ``heads``."""
+    layers: Positive | None = None
+    """Method "channels": transformer blocks that stay; not together with the other three."""
+    rank_by: Literal["second-order", "wanda"] = "second-order"
+    """Method "channels": how channels and heads are chosen. Both fit what stays by least squares."""
 
     def problems(self) -> Iterator[str]:
         if self.method == "none":

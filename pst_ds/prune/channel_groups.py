@@ -65,7 +65,7 @@ def find_groups(forward: Forward, layers: Mapping[str, nn.Module]) -> dict[str, 
 def _reached_from(source: str, rows: int, forward: Forward, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Return which inputs of the other layers depend on each output of ``source``, (rows, I) bool.
 
-    Layers of which an output changes every input, or none does any, are left out.
+    Omits layers that no output reaches, or of which one output reaches every input.
     """
     found: dict[str, Tensor] = {}
     for first in range(0, rows, ROWS_AT_ONCE):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from pst_ds.config.one_shot import PruneConfig
 from pst_ds.config.pst import PSTConfig
 from pst_ds.errors import InputError
 from pst_ds.nn.cut_config import cut_config
-from pst_ds.nn.model_structure import is_conv1d, is_experts, linear_shape, stack_layouts, stack_names
+from pst_ds.nn.model_structure import ExpertsModule, is_conv1d, is_experts, linear_shape, stack_layouts, stack_names
 from pst_ds.nn.targets import Target, resolve_targets
 from pst_ds.prune.blocks import Batch, BlockReplay, Calibration, Forward, Output, find_blocks
 from pst_ds.prune.channel_groups import ChannelGroups, find_groups, probe_batch
@@ -57,7 +57,7 @@ class Cut:
                 found[f"{name}.bias"] = 0, chosen
         return found
 
-    def _of_stacks(self, experts: Any, kept: Tensor) -> dict[str, tuple[int, Tensor]]:
+    def _of_stacks(self, experts: ExpertsModule, kept: Tensor) -> dict[str, tuple[int, Tensor]]:
         first, last = stack_names(experts)
         rows = torch.stack([_merged(self.groups.rows[first], own) for own in kept])
         found = {first: (int(experts.is_transposed), rows), last: (int(not experts.is_transposed), kept)}
@@ -77,11 +77,11 @@ def _merged(indices: Tensor, kept: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class CutPlan:
-    """What to cut from a model."""
+    """What a model loses."""
 
     stack: str
     cuts: Sequence[Sequence[Cut]]
-    """Of each block."""
+    """The cuts of each block."""
     targets: Mapping[str, Target]
     """The linear layers and stacks of the model, by name."""
     smaller: PreTrainedModel
@@ -103,7 +103,7 @@ class CutPlan:
 def plan_cut(files: ModelFiles, config: PruneConfig, excluded: str | tuple[str, ...], batch: Batch) -> CutPlan:
     """Plan what ``config`` asks to cut from the model in ``files``.
 
-    ``excluded``: modules that stay as they are, as in ``pst.exclude_modules``. ``batch``: any calibration data.
+    ``excluded``: modules that are not cut, as in ``pst.exclude_modules``. ``batch``: any calibration data.
 
     Raises InputError for widths that do not divide, and for what the model or its config cannot express.
     """
@@ -150,7 +150,7 @@ def _groups_of_blocks(
     return found
 
 
-def _probe(layers: Mapping[str, Any], found: dict[str, ChannelGroups], forward: Forward) -> Output:
+def _probe(layers: Mapping[str, nn.Module], found: dict[str, ChannelGroups], forward: Forward) -> Output:
     found |= find_groups(forward, layers)
     return forward()
 
@@ -158,16 +158,16 @@ def _probe(layers: Mapping[str, Any], found: dict[str, ChannelGroups], forward: 
 @contextmanager
 def _eager_attention(model: nn.Module) -> Iterator[None]:
     """Compute attention in single steps inside the context: fused kernels hide values that are not finite."""
-    every: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in every if hasattr(config, "_attn_implementation")}
-    before = {key: config._attn_implementation for key, config in configs.items()}
+    name = "_attn_implementation"
+    every = [getattr(module, "config", None) for module in model.modules()]
+    before = {id(config): (config, getattr(config, name)) for config in every if hasattr(config, name)}
     try:
-        for config in configs.values():
-            config._attn_implementation = "eager"
+        for config, _ in before.values():
+            setattr(config, name, "eager")
         yield
     finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
+        for config, value in before.values():
+            setattr(config, name, value)
 
 
 def _groups_of_experts(block: nn.Module) -> dict[str, ChannelGroups]:
@@ -226,7 +226,7 @@ def _require_explained(
 
 
 def _first(block: nn.Module, cut: Cut) -> Tensor:
-    module: Any = block.get_submodule(cut.layer)
+    module: ExpertsModule = block.get_submodule(cut.layer)
     first = torch.arange(cut.kept)
     return first.expand(module.num_experts, -1) if cut.of_experts else first
 

@@ -7,7 +7,7 @@ former outputs; the layers before it lose the outputs. A block sees the outputs 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pst_ds.config.one_shot import PruneConfig
 from pst_ds.core.one_shot.channels import InputMoments, by_second_order, by_wanda, refitted
 from pst_ds.nn.input_sums import InputGatherer, products, totals
-from pst_ds.nn.model_structure import is_conv1d, stack_names
+from pst_ds.nn.model_structure import ExpertsModule, is_conv1d, stack_names
 from pst_ds.parallel.ranks import raise_on_all_ranks
 from pst_ds.progress import Progress
 from pst_ds.prune.blocks import BlockReplay, Calibration, text_config
@@ -30,7 +30,7 @@ def cut_channels(
 ) -> tuple[list[CutLayer], dict[str, object]]:
     """Cut the model in ``files`` and its config; return the outcome of each layer, and the settings that changed.
 
-    ``excluded``: modules that stay as they are. Collective; the result does not depend on the number of ranks. Blocks
+    ``excluded``: modules that are not cut. Collective; the result does not depend on the number of ranks. Blocks
     that a killed run has finished are not computed again. Raises InputError, and FloatingPointError, naming the layer,
     for values that are not finite.
     """
@@ -52,7 +52,7 @@ def cut_channels(
 
 
 _Known = tuple[Tensor, Tensor, int]
-"""Of a layer's inputs: their :func:`products`, their :func:`totals`, and the number of tokens."""
+"""The :func:`products` and :func:`totals` of a layer's inputs, and the number of tokens."""
 
 
 class _Made(NamedTuple):
@@ -175,7 +175,7 @@ def _unknown(weight: Tensor, cut: Cut) -> _Made:
 
 def _matrix(block: nn.Module, cut: Cut, expert: int) -> tuple[Tensor, bool]:
     """Return the stored matrix (O, I) that loses inputs, and whether its layer has a bias."""
-    module: Any = block.get_submodule(cut.layer)
+    module: ExpertsModule = block.get_submodule(cut.layer)
     if cut.of_experts:
         stack = getattr(module, stack_names(module)[1]).data[expert]
         return stack.t() if module.is_transposed else stack, module.has_bias
@@ -196,7 +196,7 @@ def _tensors(
         else:
             found[name] = torch.stack([one.index_select(dim, i) for one, i in zip(old, index, strict=True)])
     for cut, _ in chosen:
-        module: Any = block.get_submodule(cut.layer)
+        module: ExpertsModule = block.get_submodule(cut.layer)
         if cut.of_experts:
             last = stack_names(module)[1]
             fitted = torch.stack([one.weight.t() if module.is_transposed else one.weight for one in made[cut.layer]])
