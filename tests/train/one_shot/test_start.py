@@ -235,22 +235,22 @@ def test_a_model_that_was_its_own_teacher_is_taught_by_what_was_not_pruned(tmp_p
 
 
 @pytest.mark.zero3
-def test_a_run_that_begins_with_a_smaller_model_resumes_and_exports_it(run_ranks, tmp_path, alone, capsys):
-    cut = ("start.method=channels", "start.ffn=0.5", "start.samples=24", "schedule.initial_sparsity=0.0")
+def test_a_run_fine_tunes_cuts_recovers_with_the_whole_model_as_teacher_and_exports(run_ranks, tmp_path, alone, capsys):
+    tuned = ("finetune.method=lora", "finetune.num_steps=2", "distillation.weight=0.5")
+    tuned += ("distillation.teacher=finetuned",)
+    cut = (*tuned, "start.method=channels", "start.ffn=0.5", "start.samples=24", "schedule.initial_sparsity=0.0")
     words = [word for setting in (*SETTINGS, *cut) for word in ("--set", setting)]
-    assert main(["plan", RUN_FILE, *words, "--json", "--set", f"output_dir={tmp_path / 'planned'}"]) == 0
+    run = tmp_path / "run"
+    assert main(["plan", RUN_FILE, *words, "--json", "--set", f"output_dir={run}"]) == 0
     planned = json.loads(capsys.readouterr().out.splitlines()[-1])
-    _train(tmp_path / "1", *cut)
-    record = json.loads((tmp_path / "1" / "start" / "pruning.json").read_text())
+    run_ranks(_train, 2, str(run), *cut, f"deepspeed_config={_zero3(tmp_path)}")
+    record = json.loads((run / "start" / "pruning.json").read_text())
     assert planned["parameters"] - planned["trained_parameters"] < record["parameters"] < record["parameters_before"]
-    run_ranks(_train, 2, str(tmp_path / "2"), *cut, f"deepspeed_config={_zero3(tmp_path)}")
-    one, two = (load_file(tmp_path / name / "start" / "model.safetensors") for name in "12")
-    assert _differing(one, two) == []
-    masks = [{k: v for k, v in _trained(tmp_path / name).items() if k.startswith("mask")} for name in "12"]
-    assert _differing(*masks) == []
-    _train(tmp_path / "1", *cut, "train.num_steps=4", resume=True)
-    assert main(["export", str(tmp_path / "1"), "--out", str(tmp_path / "export")]) == 0
-    assert main(["verify", str(tmp_path / "export"), "--against", str(tmp_path / "1")]) == 0
-    exported = load_file(tmp_path / "export" / "model.safetensors")
-    name = next(name for name in exported if name.endswith("intermediate.dense.weight"))
-    assert exported[name].shape == one[name.removeprefix("bert.")].shape
+    before, after = (load_file(run / name / "model.safetensors") for name in ("finetuned/model", "start"))
+    name = next(name for name in after if name.endswith("intermediate.dense.weight"))
+    assert len(before[name]) == 2 * len(after[name]) == 2 * record["config"]["intermediate_size"]
+    rows = {tuple(row) for row in before[name].float().tolist()}
+    assert all(tuple(row) in rows for row in after[name].float().tolist())
+    assert main(["export", str(run), "--out", str(tmp_path / "export")]) == 0
+    assert main(["verify", str(tmp_path / "export"), "--against", str(run)]) == 0
+    assert load_file(tmp_path / "export" / "model.safetensors")[name].shape == after[name].shape
