@@ -60,17 +60,13 @@ class OneShotConfig(Section):
             reason = f'with start.method = "{self.method}". Set start.method = "channels"'
             yield from self.unused("start", reason, *SHAPES, "rank_by")
         else:
-            yield from self._problems_of_shapes("start.")
+            yield from self._problems_of_shapes()
 
-    def _problems_of_shapes(self, prefix: str) -> Iterator[str]:
-        given = {
-            f"{prefix}{name}" if prefix != "--" else f"--{name.replace('_', '-')}": value
-            for name in SHAPES
-            if (value := getattr(self, name)) is not None
-        }
-        options = " and ".join(f"{name} {value}" for name, value in given.items())
+    def _problems_of_shapes(self) -> Iterator[str]:
+        given = {name: getattr(self, name) for name in SHAPES if getattr(self, name) is not None}
+        options = " and ".join(f"{name} = {value}" for name, value in given.items())
         if not given:
-            yield f'method "channels" needs what stays: {prefix}ffn, {prefix}heads or {prefix}layers'
+            yield 'method "channels" needs what stays: ffn, heads, kv_groups or layers'
         if self.layers is not None and len(given) > 1:
             yield f"{options}: layers are removed alone. Prune the resulting folder once more"
         if self.heads is not None and self.kv_groups is not None:
@@ -83,11 +79,9 @@ class OneShotConfig(Section):
 
     def conflicts(self, method: str, sparsity: float, pst: PSTConfig) -> Iterator[str]:
         """Yield a message where the run would not start from the masks of the one-shot method, at ``sparsity``."""
-        if self.method == "none":
+        if self.method in ("none", CHANNELS):
             return
         setting, masks = f'start.method = "{self.method}"', METHODS[method].masks
-        if self.method == CHANNELS:
-            return
         if masks == "none":
             yield f"{setting} prunes, and method = {method!r} does not. Remove [start], or set another method"
             return
@@ -148,7 +142,7 @@ class PruneConfig(OneShotConfig):
         if self.method in (REAP, CHANNELS):
             yield from self._problems_of_removal()
         if self.method == CHANNELS:
-            yield from self._problems_of_shapes("--")
+            yield from self._problems_of_shapes()
             if self.sparsity is not None:
                 yield f"--sparsity {self.sparsity} is for weights. Say what stays: --ffn {1.0 - self.sparsity:.6g}"
         for name in (*SHAPES, "rank_by") if self.method != CHANNELS else ():

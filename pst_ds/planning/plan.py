@@ -372,9 +372,7 @@ def _need(run: RunConfig, peak: int, kept: int, num_steps: int, share_of_checkpo
 
 def _start(run: RunConfig, model: nn.Module, numbers: ModelNumbers, ranks: int, machine: Machine) -> Cost | None:
     """Predict the one-shot pruning before the run; None without any, or if it needs no data."""
-    if run.start.method == "none" or not (config := one_shot_config(run, run.start.samples)).needs_data:
-        return None
-    if config.method == CHANNELS:  # two passes of the data, and a factorisation per layer
+    if run.start.method in ("none", CHANNELS) or not (config := one_shot_config(run, run.start.samples)).needs_data:
         return None
     size, place = DTYPES[run.train.precision].itemsize, Pretrained(run.model.path, "model.path")
     dtype = getattr(place.config(), "dtype", None)

@@ -65,11 +65,6 @@ class Cut:
             found[f"{first}_bias"] = 0, rows
         return {f"{self.layer}.{name}": value for name, value in found.items()}
 
-    def of_other(self, old: int, kept: Tensor) -> Tensor | None:
-        """Return the indices that stay of a vector with ``old`` values, as many for each group; None for others."""
-        number = self.groups.number
-        return None if old % number else _merged(torch.arange(old).view(number, -1), kept)
-
 
 def _merged(indices: Tensor, kept: Tensor) -> Tensor:
     return indices[kept].flatten().sort().values
@@ -210,13 +205,10 @@ def _require_explained(
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
     for index, of_block in enumerate(cuts):
         block, small = (m.get_submodule(f"{stack}.{index}") for m in (model, smaller))
-        for name, (dim, index_of) in block_selections(
-            block, small, [(cut, _first(block, cut)) for cut in of_block]
-        ).items():
-            key = f"{stack}.{index}.{name}"
-            shape = list(shapes[key])
-            shape[dim + index_of.dim() - 1] = index_of.shape[-1]
-            shapes[key] = tuple(shape)
+        firsts = [(cut, _first(block, cut)) for cut in of_block]
+        for name, (dim, stay) in block_selections(block, small, firsts).items():
+            key, dim = f"{stack}.{index}.{name}", dim + stay.dim() - 1
+            shapes[key] = (*shapes[key][:dim], stay.shape[-1], *shapes[key][dim + 1 :])
     wrong = next((name for name, shape in wanted.items() if shapes.get(name) != shape), None)
     if wrong is not None:
         raise InputError(
@@ -242,13 +234,12 @@ def block_selections(
     for cut, kept in chosen:
         for name, value in cut.selections(block, kept).items():
             if name in found:
-                raise InputError(
-                    f"{cut.layer}: {name} has outputs for other layers too, and cannot be cut. Choose --layers"
-                )
+                raise InputError(f"{cut.layer}: {name} makes inputs of other layers too. Cut layers instead")
             found[name] = value
     for name, param in smaller.named_parameters():
         old = block.get_parameter(name).shape
         if name not in found and param.dim() == 1 and param.shape != old:
-            indices = [cut.of_other(old[0], kept) for cut, kept in chosen if cut.groups.are_heads]
-            found |= dict.fromkeys([name], (0, indices[0])) if indices and indices[0] is not None else {}
+            for cut, kept in chosen:
+                if cut.groups.are_heads and old[0] % cut.groups.number == 0:
+                    found[name] = 0, _merged(torch.arange(old[0]).view(cut.groups.number, -1), kept)
     return found

@@ -6,7 +6,7 @@ former outputs; the layers before it lose the outputs. A block sees the outputs 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -101,9 +101,8 @@ class _Cutter:
         """Return what the matrices of a block become, by layer; one for each expert. Collective."""
         block, cuts = self._replay.blocks[index], self._plan.cuts[index]
         target_of = {cut.layer: self._plan.target(index, cut) for cut in cuts}
-        stacks = [cut for cut in cuts if cut.of_experts]
+        linear, stacks = ([cut for cut in cuts if cut.of_experts is kind] for kind in (False, True))
         made: dict[str, list[_Made]] = {cut.layer: [] for cut in cuts}
-        linear = [cut for cut in cuts if not cut.of_experts]
         grams, sums = InputGatherer(products), InputGatherer(totals)
         layouts = [target_of[cut.layer].layout for cut in stacks]
         for number, group in enumerate(expert_groups(grams, layouts, STATISTICS_BYTES)):
@@ -117,9 +116,8 @@ class _Cutter:
                 name = target_of[cut.layer].name
                 gram, total = (required(one, name) for one in of_experts)
                 for expert in (e for e in group if e < len(gram.expert_tokens)):
-                    tokens, known = gram.expert_tokens[expert], None
-                    if tokens:
-                        known = gram.of[expert].whole(), total.of[expert].whole(), tokens
+                    tokens = gram.expert_tokens[expert]
+                    known = (gram.of[expert].whole(), total.of[expert].whole(), tokens) if tokens else None
                     made[cut.layer].append(self._shared(block, cut, known, f"{name}, expert {expert}", expert))
         for number, cut in enumerate(linear):
             gram, total = (required(one, name := target_of[cut.layer].name) for one in (grams, sums))
@@ -140,9 +138,7 @@ class _Cutter:
             if source != ranks.own:
                 return None
             with naming(name):
-                if known is None:
-                    return self._made(weight, cut, _equal(weight))
-                gram, total, tokens = known
+                gram, total, tokens = known or (torch.eye(weight.shape[1], dtype=torch.float64), None, 0)
                 return self._made(weight, cut, InputMoments.of(gram, total if has_bias else None, tokens))
 
         found = raise_on_all_ranks(compute, (FloatingPointError,)) or _unknown(weight, cut)
@@ -157,12 +153,6 @@ class _Cutter:
         error = torch.tensor([fitted.error], dtype=torch.float64)
         parts = (chosen.kept, fitted.weight.to(weight.dtype), fitted.shift, chosen.removed, chosen.scores, error)
         return _Made(*(part.cpu() for part in parts))
-
-
-def _equal(weight: Tensor) -> InputMoments:
-    """Return the moments of an expert without tokens."""
-    number = weight.shape[1]
-    return InputMoments(torch.eye(number, dtype=torch.float64), torch.zeros(number, dtype=torch.float64))
 
 
 def _unknown(weight: Tensor, cut: Cut) -> _Made:
@@ -184,17 +174,15 @@ def _matrix(block: nn.Module, cut: Cut, expert: int) -> tuple[Tensor, bool]:
 
 
 def _tensors(
-    block: nn.Module, smaller: nn.Module, chosen: Sequence[tuple[Cut, Tensor]], made: dict[str, list[_Made]]
+    block: nn.Module, smaller: nn.Module, chosen: Sequence[tuple[Cut, Tensor]], made: Mapping[str, list[_Made]]
 ) -> dict[str, Tensor]:
-    """Return the tensors of a block that change, by name."""
-    state = dict(block.named_parameters())
-    found = {}
+    """Return the tensors of the smaller block, by name."""
+    found = block.state_dict()
     for name, (dim, index) in block_selections(block, smaller, chosen).items():
-        old = state[name].data
         if index.dim() == 1:
-            found[name] = old.index_select(dim, index)
+            found[name] = found[name].index_select(dim, index)
         else:
-            found[name] = torch.stack([one.index_select(dim, i) for one, i in zip(old, index, strict=True)])
+            found[name] = torch.stack([one.index_select(dim, i) for one, i in zip(found[name], index, strict=True)])
     for cut, _ in chosen:
         module: ExpertsModule = block.get_submodule(cut.layer)
         if cut.of_experts:
@@ -206,26 +194,16 @@ def _tensors(
             (one,) = made[cut.layer]
             found[f"{cut.layer}.weight"] = (one.weight.t() if is_conv1d(module) else one.weight).contiguous()
             bias, shift = f"{cut.layer}.bias", one.shift
-        if bias in state:
-            old = state[bias].data
-            found[bias] = (old.double() + shift).to(old.dtype)
+        if bias in found:
+            found[bias] = (found[bias].double() + shift).to(found[bias].dtype)
     return found
 
 
 def _adopt(block: nn.Module, smaller: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Turn ``block`` into the ``smaller`` one, with these ``tensors`` by name and its own others."""
-    for name, param in block.named_parameters():
-        if tensors:
-            owner, _, attribute = name.rpartition(".")
-            smaller.get_submodule(owner)._parameters[attribute] = nn.Parameter(tensors.get(name, param.data), False)
-    for name, buffer in block.named_buffers():
-        owner, _, attribute = name.rpartition(".")
-        if smaller.get_buffer(name).shape == buffer.shape:
-            smaller.get_submodule(owner)._buffers[attribute] = buffer
-    forward = vars(block).get("forward")
-    vars(block).update(vars(smaller))
-    if forward is not None:
-        vars(block)["forward"] = forward
+    """Turn ``block`` into the ``smaller`` one, with these ``tensors`` by name if there are any."""
+    if tensors:
+        smaller.load_state_dict(tensors, assign=True)
+    vars(block).update({"forward": block.forward, **vars(smaller)})
 
 
 def _outcome(name: str, cut: Cut, made: Sequence[_Made]) -> CutLayer:

@@ -121,17 +121,13 @@ def _with_config(files: ModelFiles, asked: PruneConfig, stack: str, kept: Sequen
     for config in (changed, files.model.config):
         cut_config(config, asked, kept)
     smaller = files.skeleton(changed)
-    outside = {name: tuple(p.shape) for name, p in files.model.named_parameters() if not name.startswith(f"{stack}.")}
-    wrong = next((name for name, shape in outside.items() if smaller.get_parameter(name).shape != shape), None)
-    if wrong is not None:
-        raise InputError(
-            f"layers = {len(kept)}: {wrong} has values for every layer, and cannot be cut. Cut ffn instead"
-        )
-    for new, old in enumerate(kept):
-        one, other = (m.get_submodule(f"{stack}.{i}") for m, i in ((smaller, new), (files.model, old)))
-        shapes = [{name: tuple(p.shape) for name, p in block.named_parameters()} for block in (one, other)]
-        if type(one) is not type(other) or shapes[0] != shapes[1]:
+    numbers = {f"{stack}.{old}.": f"{stack}.{new}." for new, old in enumerate(kept)}
+    shapes = {name: tuple(param.shape) for name, param in smaller.named_parameters()}
+    for name, param in files.model.named_parameters():
+        start = next((old for old in numbers if name.startswith(old)), "")
+        new = numbers[start] + name.removeprefix(start) if start else name
+        if (start or not name.startswith(f"{stack}.")) and shapes.get(new) != tuple(param.shape):
             raise InputError(
-                f"layers = {len(kept)}: layer {old} would become layer {new}, which has another form by the config"
+                f"layers = {len(kept)}: {name} would become {new}, which has another shape. Cut ffn instead"
             )
     return smaller

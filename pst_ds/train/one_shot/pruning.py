@@ -142,18 +142,14 @@ def prune_files_of(
     device = torch.device(device_of(launch_environment()))
     data = Calibration(batches, device, DTYPES[given.precision], all_ranks())
     about = {"base_model": given.path, "base_fingerprint": base_fingerprint(given.path)}
-    settings = "" if planned is None else f"{planned[0]} {planned[1]}"
+    settings = str(given.pst.exclude_modules) if planned is None else f"{planned[0]} {planned[1]}"
     plan = {**about, "config": repr(config), "pst": settings, "data": digest, "precision": given.precision}
     with files.working({**plan, "attempt": secrets.token_hex(4)} if is_reap else plan):
         layers, modules = list[PrunedLayer](), list[KeptExperts | CutLayer]()
         if planned is not None:
             layers, facts = prune_files(files, config, planned, data)
-        elif is_reap:
-            modules[:], facts = _drop_experts(
-                files, given.sparsity if config.sparsity is None else config.sparsity, data
-            )
         else:
-            modules[:], facts = _cut_channels(files, config, given.pst.exclude_modules, data)
+            modules[:], facts = (_drop_experts if is_reap else _cut_channels)(files, given, config, data)
         facts |= about | (_facts_of_data(given, config, batches) if batches else {}) | dict(given.facts)
         if planned is None:
             of_modules = {module.name: module.facts for module in modules}
@@ -187,8 +183,11 @@ def digest_of_ranks(batches: Sequence[Batch], what: str) -> str:
     return digest.hexdigest()
 
 
-def _drop_experts(files: ModelFiles, share: float, data: Calibration) -> tuple[list[KeptExperts], dict[str, object]]:
+def _drop_experts(
+    files: ModelFiles, given: PruneInput, config: PruneConfig, data: Calibration
+) -> tuple[Sequence[KeptExperts | CutLayer], dict[str, object]]:
     """Drop a share of the experts; return the outcome and facts for the record. Collective. Raises InputError."""
+    share = given.sparsity if config.sparsity is None else config.sparsity
     if not 0.0 <= share < 1.0:
         raise InputError(f"--sparsity {share} must be in [0, 1): it is the fraction of experts to drop")
     modules = drop_experts(files.model, share, data, source_of=files.source)
@@ -197,16 +196,16 @@ def _drop_experts(files: ModelFiles, share: float, data: Calibration) -> tuple[l
 
 
 def _cut_channels(
-    files: ModelFiles, config: PruneConfig, excluded: str | tuple[str, ...], data: Calibration
-) -> tuple[list[CutLayer], dict[str, object]]:
-    """Remove channels and heads; return the outcome and facts for the record. Collective. Raises InputError."""
+    files: ModelFiles, given: PruneInput, config: PruneConfig, data: Calibration
+) -> tuple[Sequence[KeptExperts | CutLayer], dict[str, object]]:
+    """Remove channels, heads or blocks; return the outcome and facts for the record. Collective. Raises InputError."""
     before = files.model.num_parameters()
     facts: dict[str, object] = {"method": CHANNELS, "parameters_before": before}
     if config.layers is not None:
-        removed, after = remove_blocks(files, config, excluded, data)
+        removed, after = remove_blocks(files, config, given.pst.exclude_modules, data)
         facts |= {"layers_left": config.layers, "layers_removed": removed, "parameters": after}
         return [], facts | {"config": {"num_hidden_layers": config.layers}}
-    modules, settings = cut_channels(files, config, excluded, data)
+    modules, settings = cut_channels(files, config, given.pst.exclude_modules, data)
     asked = {name: value for name in ("ffn", "heads", "kv_groups") if (value := getattr(config, name)) is not None}
     facts |= {**asked, "rank_by": config.rank_by, "config": settings}
     return modules, facts | {"parameters": files.model.num_parameters()}
