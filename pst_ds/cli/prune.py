@@ -95,6 +95,5 @@ def _line_of_channels(report: PruneReport, result: dict[str, object]) -> str:
     settings = ", ".join(f"{name} = {value}" for name, value in dict(result["config"]).items())  # type: ignore[call-overload]
     return (
         f"wrote {report.out}: channels, {settings}; {result['parameters']:,} of {result['parameters_before']:,} "
-        f"parameters, on {result['samples']} examples of {result['tokens']:,} tokens; {result['seconds']:.1f} s in "
-        "total"
+        f"parameters, on {result['samples']} examples; {result['seconds']:.1f} s in total"
     )

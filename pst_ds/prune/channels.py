@@ -208,7 +208,5 @@ def _adopt(block: nn.Module, smaller: nn.Module, tensors: dict[str, Tensor]) -> 
 
 def _outcome(name: str, cut: Cut, made: Sequence[_Made]) -> CutLayer:
     error = sum(float(one.error) for one in made) / len(made)
-    if cut.of_experts:
-        return CutLayer(name, cut.groups.number, cut.kept, error)
-    removed, scores = tuple(made[0].removed.tolist()), tuple(made[0].scores.tolist())
-    return CutLayer(name, cut.groups.number, cut.kept, error, removed, scores)
+    order = () if cut.of_experts else (tuple(made[0].removed.tolist()), tuple(made[0].scores.tolist()))
+    return CutLayer(name, cut.groups.number, cut.kept, error, *order)

@@ -186,6 +186,7 @@ class ModelFiles:
                 self._write_rest(folder, copy_small_files, record)
             shutil.rmtree(self._work, ignore_errors=True)
 
+        barrier()  # a rank may still read a finished part
         of_main(write)
 
     def _write_weights(self, folder: Path) -> None:
