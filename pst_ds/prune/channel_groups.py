@@ -71,8 +71,9 @@ def _reached_from(source: str, rows: int, forward: Forward, layers: Mapping[str,
     for first in range(0, rows, ROWS_AT_ONCE):
         marked = torch.arange(first, min(first + ROWS_AT_ONCE, rows))
         for other, seen in _inputs_seen(source, marked, forward, layers).items():
-            found.setdefault(other, seen.new_zeros(rows, seen.shape[1]))[marked] = seen
-    return {other: seen for other, seen in found.items() if bool(seen.any()) and not bool(seen.all(1).any())}
+            if bool(seen.any()):
+                found.setdefault(other, seen.new_zeros(rows, seen.shape[1]))[marked] = seen
+    return {other: seen for other, seen in found.items() if not bool(seen.all(1).any())}
 
 
 def _inputs_seen(source: str, marked: Tensor, forward: Forward, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -130,7 +131,7 @@ def _groups(reached: Mapping[str, Tensor]) -> ChannelGroups | None:
     rows = {}
     for name, seen in reached.items():
         used = seen.any(1).nonzero().flatten()
-        of_row = label[seen[used].int().argmax(1)]
+        of_row = label[seen[used].to(torch.uint8).argmax(1)]
         order = of_row.argsort(stable=True)
         counts = of_row.unique(return_counts=True)[1]
         if len(counts) != len(firsts) or len(set(counts.tolist())) > 1:
