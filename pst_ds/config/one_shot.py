@@ -68,7 +68,7 @@ class OneShotConfig(Section):
         if not given:
             yield 'method "channels" needs what stays: ffn, heads, kv_groups or layers'
         if self.layers is not None and len(given) > 1:
-            yield f"{options}: layers are removed alone. Prune the resulting folder once more"
+            yield f"{options}: layers cannot be removed together with other parts. Prune the resulting folder once more"
         if self.heads is not None and self.kv_groups is not None:
             yield f"{options} say the same. Remove one"
 

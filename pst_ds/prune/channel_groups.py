@@ -1,9 +1,9 @@
 """Find which outputs of a block's layers become which inputs of the next ones, by running it on marked values.
 
-An output row of a layer is set to NaN. The inputs of other layers that become NaN depend on it: one channel of a
-feed-forward layer, the columns of a head, those of all heads that share keys and values. Where all inputs become NaN, a
-norm or a residual stream mixes them, and nothing can be removed. No name of a module counts, so fused layers and new
-families work unchanged.
+An output of a layer is set to NaN, and the inputs of other layers that become NaN depend on it: one channel of a
+feed-forward layer, the inputs from a head, or from all heads that share keys and values. If all inputs become NaN, a
+norm or a residual connection mixes them, and none can be removed. Names of modules do not matter, so fused layers and
+new families need no changes.
 """
 
 from __future__ import annotations

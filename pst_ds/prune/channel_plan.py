@@ -72,7 +72,7 @@ def _merged(indices: Tensor, kept: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class CutPlan:
-    """What a model loses."""
+    """A planned cut of a model."""
 
     stack: str
     cuts: Sequence[Sequence[Cut]]

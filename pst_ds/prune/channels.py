@@ -1,7 +1,7 @@
 """Remove channels and heads of a pretrained model, block by block, so that a smaller dense model remains.
 
-In each block, those of least error are removed from the inputs of a layer, whose remaining weights are fitted to its
-former outputs; the layers before it lose the outputs. A block sees the outputs of the smaller blocks before it.
+A layer loses the inputs whose removal changes its outputs least, and its remaining weights are fitted to the former
+outputs; the layers before it lose what made these inputs. A block sees the outputs of the smaller blocks before it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _Known = tuple[Tensor, Tensor, int]
 
 
 class _Made(NamedTuple):
-    """What a matrix becomes, on the CPU."""
+    """The outcome for a matrix, on the CPU."""
 
     kept: Tensor
     weight: Tensor

@@ -213,7 +213,7 @@ def test_the_block_whose_absence_harms_least_is_removed(tmp_path, family):
     (["--heads", "3"], "heads = 3: 2 heads share keys and values. Choose a multiple of 2"),
     (["--kv-groups", "3"], "kv_groups = 3: the model has 6 heads in 3 groups"),
     (["--layers", "3"], "layers = 3: the model has 3. Choose fewer"),
-    (["--layers", "2", "--ffn", "0.5"], "layers are removed alone"),
+    (["--layers", "2", "--ffn", "0.5"], "layers cannot be removed together with other parts"),
     (["--heads", "2", "--kv-groups", "1"], "say the same"),
     (["--ffn", "0.5", "--sparsity", "0.5"], "--sparsity 0.5 is for weights"),
     (["--ffn", "0.5", "--pattern", "2:4"], "--pattern is for weights"),

@@ -1,8 +1,8 @@
 """Remove inputs of a matrix in groups, such as the channels of a feed-forward layer or the columns of a head.
 
 A matrix W (O, I) has inputs X on the calibration data. The error of removing inputs is the squared change of its
-outputs after the remaining columns have been fitted by least squares. Groups are removed one after another, each time
-those of least error (optimal brain surgery with blocks; ZipLM, arXiv 2302.04089).
+outputs after the remaining columns have been fitted by least squares. Each round removes
+the groups of least error (optimal brain surgeon with blocks; ZipLM, arXiv 2302.04089).
 """
 
 from __future__ import annotations
