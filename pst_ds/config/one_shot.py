@@ -60,6 +60,7 @@ class OneShotConfig(Section):
             reason = f'with start.method = "{self.method}". Set start.method = "channels"'
             yield from self.unused("start", reason, *SHAPES, "rank_by")
         else:
+            yield from self.unused("start", 'with start.method = "channels". Remove it', "reconstruct", "budgets")
             yield from self._problems_of_shapes()
 
     def _problems_of_shapes(self) -> Iterator[str]:

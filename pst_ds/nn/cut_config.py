@@ -39,9 +39,7 @@ def cut_config(config: PretrainedConfig, asked: OneShotConfig, layers: Sequence[
         try:
             setattr(text, key, value)
         except AttributeError:  # a property of other settings
-            raise InputError(
-                f"the config of {text.model_type} cannot express {key} = {value}. Cut ffn instead"
-            ) from None
+            raise InputError(f"{text.model_type}: its config cannot have {key} = {value}. Cut ffn instead") from None
     return changes
 
 
