@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers
 
+from pst_ds.prune.model_files import ModelFiles
+
 _SIZES = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
     "max_position_embeddings": 48, "initializer_range": 0.2,
@@ -69,3 +71,21 @@ def batches() -> Callable[..., list[dict[str, torch.Tensor]]]:
         return found
 
     return make
+
+
+def stopped_after(blocks, action):
+    """Run ``action``, and fail after so many finished blocks as if a disk were full; return the message, or ""."""
+    finish = ModelFiles.finish
+
+    def counted(files, part, layers):
+        finish(files, part, layers)
+        if int(part[-1]) + 1 == blocks:
+            raise OSError("no space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelFiles, "finish", counted)
+        try:
+            action()
+        except OSError as error:
+            return str(error)
+    return ""

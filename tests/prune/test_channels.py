@@ -19,6 +19,8 @@ from pst_ds.prune.depth import remove_blocks
 from pst_ds.prune.model_files import ModelFiles
 from tests.nn.expert_families import tiny_model
 
+from .conftest import stopped_after
+
 _TEXT = {
     "vocab_size": 48, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 6,
     "num_key_value_heads": 3, "max_position_embeddings": 32, "initializer_range": 0.3, "pad_token_id": 0,
@@ -134,21 +136,9 @@ def test_removing_silent_heads_changes_nothing(tmp_path, family):
 
 def _shared(base, out, asked, blocks=0):
     """Cut a folder; stop after so many blocks as if a disk were full."""
-    finish = ModelFiles.finish
-
-    def counted(files, part, layers):
-        finish(files, part, layers)
-        if int(part[-1]) + 1 == blocks:
-            raise OSError("no space left on device")
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pst_ds.prune.blocks.PIECE_TOKENS", 18)
-        patch.setattr(ModelFiles, "finish", counted)
-        try:
-            _cut(base, out, **asked)
-        except OSError as error:
-            return str(error)
-    return ""
+        return stopped_after(blocks, lambda: _cut(base, out, **asked))
 
 
 @pytest.mark.zero3

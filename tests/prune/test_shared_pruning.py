@@ -16,13 +16,12 @@ from pst_ds.parallel.ranks import all_ranks
 from pst_ds.prune.blocks import Calibration
 from pst_ds.prune.budgets import rules_by_outliers, rules_by_saliency
 from pst_ds.prune.model import prune_layers
-from pst_ds.prune.model_files import ModelFiles
 from pst_ds.prune.rules import layer_rules, settings_for
 from pst_ds.prune.whole_experts import drop_experts
 from pst_ds.train.one_shot.pruning import prune_model
 from tests.nn.expert_families import tiny_model
 
-from .conftest import FAMILIES
+from .conftest import FAMILIES, stopped_after
 
 IDS = torch.randint(0, 48, (10, 9), generator=torch.Generator().manual_seed(1))
 BATCHES = [{"input_ids": ids} for ids in IDS.split(4)]
@@ -97,20 +96,7 @@ def test_every_number_of_ranks_has_the_same_bits(run_ranks, case, monkeypatch):
 def _prune_folder(out, blocks):
     """Prune a model folder; stop after so many blocks as if a disk were full."""
     config = PruneConfig(method="alps", budgets="saliency", reconstruct=1, samples=12, sparsity=0.5)
-    finish = ModelFiles.finish
-
-    def counted(files, part, layers):
-        finish(files, part, layers)
-        if int(part[-1]) + 1 == blocks:
-            raise OSError("no space left on device")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ModelFiles, "finish", counted)
-        try:
-            prune_model("tests/data/causal_lm.toml", out, config)
-        except OSError as error:
-            return str(error)
-    return ""
+    return stopped_after(blocks, lambda: prune_model("tests/data/causal_lm.toml", out, config))
 
 
 @pytest.mark.zero3

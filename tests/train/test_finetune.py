@@ -67,7 +67,7 @@ def _differing(one, other):
         (DECODER, "dense", ("method=gmp", *TAUGHT)),
     ],
 )
-def test_it_equals_a_run_an_export_and_a_run_from_the_folder(tmp_path, alone, run_file, method, more, capsys):
+def test_the_stages_equal_separate_commands(tmp_path, alone, run_file, method, more, capsys):
     whole, first, model, rest = (tmp_path / name for name in ("whole", "first", "model", "rest"))
     _train(run_file, whole, f"finetune.method={method}", "finetune.num_steps=3", *more)
     ranks = [setting for setting in more if setting.startswith("pst.")]

@@ -235,7 +235,7 @@ def test_a_model_that_was_its_own_teacher_is_taught_by_what_was_not_pruned(tmp_p
 
 
 @pytest.mark.zero3
-def test_a_run_fine_tunes_cuts_recovers_with_the_whole_model_as_teacher_and_exports(run_ranks, tmp_path, alone, capsys):
+def test_one_run_file_fine_tunes_cuts_and_recovers(run_ranks, tmp_path, alone, capsys):
     tuned = ("finetune.method=lora", "finetune.num_steps=2", "distillation.weight=0.5")
     tuned += ("distillation.teacher=finetuned",)
     cut = (*tuned, "start.method=channels", "start.ffn=0.5", "start.samples=24", "schedule.initial_sparsity=0.0")
