@@ -68,7 +68,6 @@ class _Saved(BaseModel):
     grid: _StoredGrid = None
     base_grid: _StoredGrid = None
     embedding_grid: _StoredGrid = None
-    activation_bits: int = 16
     rounds: bool = False
 
 
@@ -133,7 +132,6 @@ def load_pretrained(model: inject.ModelT, folder: str | Path) -> inject.ModelT:
             model,
             saved.pst_config,
             grid=saved.grid,
-            activation_bits=saved.activation_bits,
             base_grid=saved.base_grid,
             embedding_grid=saved.embedding_grid,
         )
@@ -223,7 +221,6 @@ def write_adapter_state(
         "masks_frozen": not any(layer.scores_train for layer in layers.values()),
         "weight_scales": magnitude_scales(model),
         **model_grids(model),
-        "activation_bits": _activation_bits(model),
         "rounds": any(layer.rounds for layer in layers.values()),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
@@ -262,15 +259,10 @@ def _read_config(folder: Path) -> _Saved:
     return saved
 
 
-def _activation_bits(model: nn.Module) -> int:
-    """Return the bits of the activations of quantised layers: 8, or 16 if they are not quantised."""
-    return 16 if all(layer.inputs is None for layer in inject.pst_layers(model).values()) else 8
-
-
 def _require_grid(model: nn.Module, saved: _Saved, folder: Path) -> None:
     """Raise PretrainedError unless an injected model quantises as the saved one does."""
     grids = {key: pair and Grid(pair[0], pair[1] or None) for key, pair in model_grids(model).items()}
-    for key, own in {**grids, "activation_bits": _activation_bits(model)}.items():
+    for key, own in grids.items():
         if (found := getattr(saved, key)) != own:
             raise PretrainedError(
                 f"{folder / CONFIG_FILE} has {key} = {found}, and the model was injected with {own}: it would compute "

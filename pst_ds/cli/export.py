@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     formats = ("dense", *PACKINGS, COMPRESSED_TENSORS, GGUF, ONNX)
     add("--format", choices=formats, default="dense", help=text)
     add("--plain", action="store_true", help="with onnx: dense fp32 weights and standard operators, for any runtime")
-    text = "with onnx and --values, or compressed-tensors: bits of activations; 8 is faster (default: as trained, 16)"
-    add("--activation-bits", type=int, choices=(8, 16), metavar="BITS", help=text)
+    text = "with onnx and --values, or compressed-tensors: bits of activations; 8 is faster (default: 16)"
+    add("--activation-bits", type=int, choices=(8, 16), default=16, metavar="BITS", help=text)
     add("--values", choices=("bf16", *VALUE_BITS), help="quantise linear layers in the blocks; bf16 casts every tensor")
     add("--embeddings", choices=tuple(VALUE_BITS), help="quantise embeddings and output layer too (default: unchanged)")
     add("--group", choices=(*map(str, GROUPS), WHOLE_ROW), help="weights per scale (default: int8 row, int4 64)")

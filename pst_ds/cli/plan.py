@@ -150,10 +150,7 @@ def _steps(plan: Plan) -> Iterator[str]:
             + ", ".join(f"{step}: {value:.3f}" for step, value in schedule.sparsity_at.items())
         )
     if rounding:
-        inputs = " and inputs to int8" if rounding.activation_bits == 8 else ""
-        yield (
-            f"weights rounded to {rounding.grid}{inputs}, from step {rounding.start} on: {rounding.searches} searches"
-        )
+        yield f"weights rounded to {rounding.grid}, from step {rounding.start} on: {rounding.searches} searches"
 
 
 def _time(plan: Plan) -> Iterator[str]:

@@ -93,12 +93,6 @@ def _lines_of_comparison(split: str, compared: Comparison, *, quantised: bool) -
             f"{kept.differing_predictions} predictions differ, largest logit difference "
             f"{kept.max_logit_difference:.3g}, allowed {kept.allowed_logit_difference:.3g}"
         )
-    if (trained := compared.inputs) is not None:
-        yield (
-            f"int8 activations, as trained, change {trained.differing_predictions} predictions, and a logit by at most "
-            f"{trained.max_logit_difference:.3g}: {_metrics_text(trained.metrics_as_trained)} with them, "
-            f"{_metrics_text(compared.metrics)} without"
-        )
 
 
 def _line_of_onnx_comparison(split: str, compared: OnnxComparison) -> str:

@@ -87,9 +87,6 @@ class QuantizationConfig(Section):
     group: Literal[32, 64, 128, "row"] | None = None
     """Consecutive inputs of an output that share a scale; must divide the inputs of every layer. "row" is all of them.
     Unset is "row" for int8 and 64 for int4."""
-    activations: Literal["", "int8"] = ""
-    """Type to which the inputs of these layers are quantised along with the weights, with a scale per 64 columns of a
-    token, as in int8 kernels. Empty keeps them."""
     start_fraction: Share | None = None
     """Share of all steps before quantisation starts; masks must be final by then. Unset starts as soon as masks are
     final: after the ramp, or at the first step without a ramp."""
@@ -100,12 +97,7 @@ class QuantizationConfig(Section):
     def problems(self) -> Iterator[str]:
         if not self.values:
             reason = "without quantization.values. Set quantization.values to int8 or int4"
-            yield from self.unused("quantization", reason, "group", "activations", "start_fraction", "interval")
-
-    @property
-    def activation_bits(self) -> int:
-        """Bits of the inputs of quantised layers: 8, or 16 if they are not quantised."""
-        return 8 if self.activations else 16
+            yield from self.unused("quantization", reason, "group", "start_fraction", "interval")
 
     def conflicts(self, method: str, schedule: ScheduleConfig) -> Iterator[str]:
         """Yield a message where no layer can be quantised, or where masks still change."""

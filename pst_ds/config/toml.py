@@ -128,6 +128,7 @@ REMOVED = {
     "pst.full_scores": 'set method = "pst", whose scores have low rank',
     "pst.multiplicative_update": 'set method = "masked-lora"',
     "pst.score_init": "pst.score_init_scale is the standard deviation",
+    "quantization.activations": "training does not quantise inputs; pst-ds export --activation-bits 8 quantises them",
     "train.gate_learning_rate": "",
     "distillation.hidden_states": "only predictions are compared",
     "train.score_penalty": "no method has a penalty on scores",

@@ -1,8 +1,7 @@
 """y = x (M . W)' + b and its straight-through gradient, tile by tile (arXiv 2205.11005, section 3; G = dL/d(M . W)).
 
 M . W may be quantised. G is then the gradient at the quantised weight and passes straight through the quantisation, so
-the formulas below hold unchanged. x may be quantised too, in both passes: G is then computed from the quantised inputs,
-and dX passes straight through.
+the formulas below hold unchanged.
 
 Names: N tokens, O outputs, I inputs. The gradient G, as large as the weight, exists one tile at a time (see
 :mod:`pst_ds.core.tiles`). Nothing here keeps a tensor of the size of the weight between the passes.
@@ -20,7 +19,7 @@ from pst_ds.core.coded_weight import CodedWeight, weights_at
 from pst_ds.core.factors import Constants, Factors, tile_factors
 from pst_ds.core.kernels.triton.merge import MaskBytes, gradients_into, mask_bytes
 from pst_ds.core.layout import Rect, StoredMatrix, WeightLayout, row_tiles
-from pst_ds.core.quantization import InputGrid, Rounding
+from pst_ds.core.quantization import Rounding
 from pst_ds.core.scores import masked_weight, updated_weight
 from pst_ds.core.tiles import Tiles, plan_tiles
 
@@ -43,8 +42,6 @@ class LayerState:
     """False once the masks are fixed: scores, and |W| through them, then get no gradient."""
     rounding: Rounding | None = None
     """Quantisation of M . W."""
-    inputs: InputGrid | None = None
-    """Quantisation of x."""
 
     def expert(self, expert: int) -> LayerState:
         """Return one expert of a stack; views, except bits that start within a byte or cross a shard."""
@@ -66,9 +63,6 @@ class LayerState:
         return masked_weight(
             self.weight, self.bits, self.num_shards, self.layout, self.factors, self.constants, self.rounding
         )
-
-    def rounded_inputs(self, x: Tensor) -> Tensor:
-        return x if self.inputs is None else self.inputs.rounded(x)
 
 
 @dataclass(slots=True)
@@ -92,13 +86,13 @@ class Gradients:
 def forward(x: Tensor, bias: Tensor | None, state: LayerState) -> Tensor:
     """Return y = x (M . W)' + bias, (..., O), for ``x`` (..., I)."""
     merged = state.masked_weight()
-    return torch.nn.functional.linear(state.rounded_inputs(x), merged.t() if state.layout.transposed else merged, bias)
+    return torch.nn.functional.linear(x, merged.t() if state.layout.transposed else merged, bias)
 
 
 def forward_into(out: Tensor, x: Tensor, state: LayerState) -> None:
     """Write x (M . W)' to ``out`` (N, O), for ``x`` (N, I)."""
     merged = state.masked_weight()
-    torch.mm(state.rounded_inputs(x), merged if state.layout.transposed else merged.t(), out=out)
+    torch.mm(x, merged if state.layout.transposed else merged.t(), out=out)
 
 
 def backward(
@@ -121,7 +115,7 @@ def backward(
     the device's default. Raises TileBudgetError.
     """
     tiles = plan_tiles(state.layout, x.element_size(), tile_bytes, device_type=x.device.type)
-    x, grad_y = state.rounded_inputs(x).contiguous(), grad_y.contiguous()
+    x, grad_y = x.contiguous(), grad_y.contiguous()
     high = torch.promote_types(x.dtype, torch.float32)
     factors = _with_ones(state) if state.scores_train else Factors(U=state.factors.U, V=state.factors.V)
     sums = Factors(**{n: torch.zeros_like(f, dtype=high) for n in "ABUV" if (f := getattr(factors, n)) is not None})

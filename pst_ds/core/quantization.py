@@ -89,7 +89,6 @@ SOURCE = NativeSource(
     "rounding.cpp",
     {
         "pst_round_to_grid": ([TENSOR, *([INT] * 4), TENSOR, TENSOR, INT, INT], None),
-        "pst_round_inputs": ([TENSOR, TENSOR, *([INT] * 5)], None),
         "pst_expand_codes": ([TENSOR, TENSOR, TENSOR, INT, TENSOR, TENSOR, *([INT] * 5)], None),
         "pst_whole_weights": ([TENSOR, INT, INT, TENSOR, TENSOR, INT], None),
         "pst_grid_losses": ([TENSOR, INT, INT, TENSOR, INT, TENSOR, TENSOR, INT], None),
@@ -487,59 +486,3 @@ def _scales_of(scales: Tensor, rect: Rect, unit: tuple[int, int]) -> Tensor:
         elif scales.shape[dim] > 1:
             scales = scales.index_select(dim, torch.arange(first, stop, device=scales.device) // unit[dim])
     return scales.float()
-
-
-INPUT_BITS = (8, 16)
-"""Supported bits of a layer's inputs; 16-bit inputs are not quantised in training."""
-_LARGEST = 127.0
-_LEAST = 1e-30
-"""A word without a larger magnitude is all zeros."""
-_INPUTS_AT_A_TIME = 1 << 22
-
-
-@dataclass(frozen=True, slots=True)
-class InputGrid:
-    """Quantisation of a layer's inputs to int8, as in the kernels that use them, for training and inference.
-
-        x  ~  q * scale        scale = largest / 127;  q = x * (127 / largest), rounded half to even
-
-    ``largest`` is the largest |x| in a word of a token's columns. A weight's scale covers whole words. Everything is
-    fp32, in this order, as ``quantize_to_bytes`` in decoder/avx512.hpp computes it. Nothing is clipped, so the gradient
-    passes straight through.
-    """
-
-    word: int
-    """Consecutive columns that share a scale; the last word of a token may be shorter."""
-
-    @classmethod
-    def of(cls, grid: Grid) -> InputGrid:
-        """Return the scheme for inputs that are multiplied with weights quantised by ``grid``."""
-        return cls(32 if grid.group == 32 else 64)
-
-    def rounded(self, x: Tensor) -> Tensor:
-        """Return q * scale for every number of ``x`` (..., columns): a new tensor of its shape and dtype.
-
-        Rounded once more to a dtype narrower than fp32. A word with an infinity or a NaN becomes NaN.
-        """
-        rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
-        native = native_for(rows) if rows.dtype in NATIVE_DTYPES else None
-        out = torch.empty_like(rows)
-        if native is not None:
-            threads = threads_for(rows.numel())
-            native.pst_round_inputs(rows, out, NATIVE_DTYPES[rows.dtype], *rows.shape, self.word, threads)
-            return out.view(x.shape)
-        step = max(1, _INPUTS_AT_A_TIME // max(1, rows.shape[1]))
-        for first in range(0, len(rows), step):
-            out[first : first + step] = self._rounded_in_torch(rows[first : first + step])
-        return out.view(x.shape)
-
-    def _rounded_in_torch(self, rows: Tensor) -> Tensor:
-        columns = rows.shape[1]
-        words = torch.nn.functional.pad(rows.float(), (0, -columns % self.word)).unflatten(1, (-1, self.word))
-        largest = words.abs().amax(2, keepdim=True)
-        is_zero = largest <= _LEAST  # false for NaN, whose scale is NaN
-        # a tensor: torch divides a Python number by multiplying with the reciprocal
-        most = torch.full_like(largest, _LARGEST)
-        scale, inverse = (ratio.masked_fill_(is_zero, 0.0) for ratio in (largest / most, most / largest))
-        rounded: Tensor = (words * inverse).round_().mul_(scale)
-        return rounded.flatten(1)[:, :columns]

@@ -54,7 +54,7 @@ class ExportSettings:
     """"bf16" or "fp32": cast every tensor."""
     vocabulary: str | None = None
     """Keep only the tokens in this text file, or with "seen" those in a run's training and validation data."""
-    activation_bits: int | None = None
+    activation_bits: int = 16
     """8 or 16: activations of quantised products in ONNX, or of int8 layers in compressed-tensors."""
     plain: bool = False
     """With format "onnx": dense fp32 weights and standard operators only."""
@@ -139,8 +139,6 @@ def export_run(
         vocabulary=vocabulary,
         run=json.loads(json.dumps(tomllib.loads(dump_run(config)))),
     )
-    if opened.state.rounds and config.quantization.activations:
-        report["activation_bits"] = config.quantization.activation_bits
     report["checkpoint"] = str(opened.folder)
     return _with_token_count(report)
 
@@ -184,11 +182,9 @@ def _to_onnx(export: Callable[[Path, ExportSettings], Facts], out: Path, setting
     require_free(out)
     with tempfile.TemporaryDirectory(prefix="pst-ds-") as scratch:
         packed, plain = Path(scratch) / out.name, settings.plain
-        how = replace(settings, format=DENSE if plain else "bitmask", plain=False, activation_bits=None)
+        how = replace(settings, format=DENSE if plain else "bitmask", plain=False, activation_bits=16)
         facts = export(packed, how)
-        trained = 16 if plain or facts.get("values") not in VALUE_BITS else facts.get("activation_bits", 16)
-        bits = settings.activation_bits or trained
-        return write_onnx(packed, out, dict(facts), plain=plain, activation_bits=bits)
+        return write_onnx(packed, out, dict(facts), plain=plain, activation_bits=settings.activation_bits)
 
 
 def _with_token_count(report: Facts) -> Facts:

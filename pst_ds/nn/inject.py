@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from pst_ds.config.pst import PSTConfig, name_matches
-from pst_ds.core.quantization import INPUT_BITS, Grid, InputGrid, StoredGrid
+from pst_ds.core.quantization import Grid, StoredGrid
 from pst_ds.core.tiles import TileBudgetError, least_tile_bytes, plan_tiles
 from pst_ds.errors import InputError
 from pst_ds.nn import experts
@@ -48,7 +48,6 @@ def inject_pst(
     *,
     num_shards: int | None = None,
     grid: Grid | None = None,
-    activation_bits: int = 16,
     base_grid: Grid | None = None,
     embedding_grid: Grid | None = None,
 ) -> ModelT:
@@ -61,7 +60,6 @@ def inject_pst(
         config: the layers to prune, the factors, and what else is trained; kept as ``model.pst_config``.
         num_shards: number of ranks over which ZeRO-3 will partition the weights. None: as ``zero.Init`` did, else 1.
         grid: quantisation scheme of the pruned weights once :func:`round_weights` is called; None for never.
-        activation_bits: 8 quantises the inputs of these layers to int8 while their weights are quantised; 16 does not.
         base_grid: quantisation scheme of W0, stored as int8 or int4 values with scales from now on; None for none.
         embedding_grid: the same for the frozen token embedding of a transformers model, and for its output layer.
 
@@ -74,7 +72,6 @@ def inject_pst(
     targets, embeddings = resolve_targets(model, config), find_embeddings(model, config)
     _require_settings_fit(targets, config, grid, base_grid)
     tables = find_tables(model, config, embedding_grid, {t.module for t in targets}) if embedding_grid else []
-    inputs = _input_grid(activation_bits, grid)
     shards = {target.name: _shards_of(target, num_shards) for target in targets}
     from_zeros = config.initial_mask == "zeros"
     bases = {t.name: encode_base(t, base_grid, shards[t.name], from_zeros=from_zeros) for t in targets if base_grid}
@@ -83,7 +80,7 @@ def inject_pst(
     encode_tables(tables)
     model.requires_grad_(False)
     for target in targets:
-        _replace(target, config, shards[target.name], scales[target.name], grid, bases.get(target.name), inputs)
+        _replace(target, config, shards[target.name], scales[target.name], grid, bases.get(target.name))
     experts.switch_on(dict.fromkeys(target.module for target in targets if target.is_stack))
     _switch_fused_layers_off(model)
     replace_embeddings(model, embeddings, config)
@@ -100,7 +97,6 @@ def _replace(
     scales: tuple[float, ...],
     grid: Grid | None,
     base: BaseCodes | None,
-    inputs: InputGrid | None,
 ) -> None:
     """Replace a target by a PST layer. ``scales``: magnitude scales, one for each matrix."""
     weight, like = (None, base.codes) if base else (target.weight, target.weight)
@@ -113,7 +109,6 @@ def _replace(
         layer = PSTLinear(target.name, weight, target.module.bias, target.layout, target.rule, config, *rest)
     zero3.split_as(like, layer.parameters(recurse=False))
     layer.train(target.module.training)
-    layer.inputs = inputs
     put(layer, target.places)
 
 
@@ -232,7 +227,7 @@ def freeze_scores(model: nn.Module, *, frozen: bool = True) -> None:
 
 
 def round_weights(model: nn.Module, *, rounds: bool = True) -> None:
-    """Start or stop quantising M . W, and inputs with ``activation_bits`` = 8, of every layer with a grid."""
+    """Start or stop quantising M . W, of every layer with a grid."""
     for layer in pst_layers(model).values():
         layer.rounds = rounds and layer.stored_grid is not None
 
@@ -260,18 +255,6 @@ def _shards_of(target: Target, num_shards: int | None) -> int:
     if num_shards not in (None, shards):
         raise InjectionError(f"{target.weight_name} is split over {shards} ranks, not num_shards = {num_shards}")
     return shards
-
-
-def _input_grid(bits: int, grid: Grid | None) -> InputGrid | None:
-    """Return the quantisation of ``bits``-bit inputs of weights on ``grid``; None for 16. Raises InjectionError."""
-    if bits not in INPUT_BITS:
-        raise InjectionError(f"activation_bits = {bits!r} must be 8, or 16 for inputs that are not quantised")
-    if bits == 8 and grid is None:
-        raise InjectionError(
-            "activation_bits = 8 quantises the inputs of layers with quantised weights, and these have no grid. Give "
-            "inject_pst one, such as grid=Grid(bits=8)"
-        )
-    return None if bits == 16 or grid is None else InputGrid.of(grid)
 
 
 def _require_fit(target: Target, config: PSTConfig, grid: Grid | None, base_grid: Grid | None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,6 @@ from pst_ds.core.layout import WeightLayout
 from pst_ds.core.quantization import (
     UNUSED_SCALE,
     Grid,
-    InputGrid,
     Rounding,
     StoredGrid,
     bytes_of_scales,
@@ -79,9 +77,7 @@ class PSTLayer(nn.Module):
         """True while the scores have a gradient; False once the masks are fixed."""
         self.stored_grid = None if grid is None else StoredGrid(layout, grid)
         self.rounds = False
-        """True while M . W is quantised with the current scales, and x if ``inputs`` is set."""
-        self.inputs: InputGrid | None = None
-        """Quantisation of x while M . W is quantised; None for unquantised inputs."""
+        """True while M . W is quantised with the current scales."""
         self.input_norms: Tensor | None = None
         """(I,) fp32, for ``magnitude = "activation"``; equal on every rank, on the weight's device."""
         self.bypassed = False
@@ -208,9 +204,9 @@ class PSTLayer(nn.Module):
         zero3.refuse_dtensors(self, recurse=False)
         weight, mask = self.base_weight(), self.pst_mask.detach()
         factors = self.factors({name: param.detach() for name, param in self.factor_parameters()})
-        rounding, inputs = (self.rounding(), self.inputs) if self.rounds else (None, None)
+        rounding = self.rounding() if self.rounds else None
         constants = factors, self.constants, self.magnitude_scales, self.scores_train
-        return masked_linear.LayerState(weight, mask, self.num_shards, self.layout, *constants, rounding, inputs)
+        return masked_linear.LayerState(weight, mask, self.num_shards, self.layout, *constants, rounding)
 
     def rounding(self) -> Rounding:
         """Return the grid and its current scales. Only for layers with a grid, whose parameters must be gathered."""
@@ -247,20 +243,6 @@ class PSTLayer(nn.Module):
         """Return the gradients of the factors in :meth:`trained`, in the layer's dtype."""
         of_factors = (getattr(grads, name) for name in FACTOR_NAMES)
         return tuple(None if g is None else g.to(self.dtype) for g in of_factors)
-
-
-@contextmanager
-def exact_inputs(model: nn.Module) -> Iterator[bool]:
-    """Leave the inputs of all layers unquantised in the context. Yield whether any are quantised outside of it."""
-    layers = [module for module in model.modules() if isinstance(module, PSTLayer)]
-    before = [layer.inputs for layer in layers]
-    for layer in layers:
-        layer.inputs = None
-    try:
-        yield any(layer.rounds and inputs is not None for layer, inputs in zip(layers, before, strict=True))
-    finally:
-        for layer, inputs in zip(layers, before, strict=True):
-            layer.inputs = inputs
 
 
 def update_init_std(config: PSTConfig, in_features: int) -> float:

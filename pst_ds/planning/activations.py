@@ -20,7 +20,7 @@ from pst_ds.core.coded_weight import CodedWeight
 from pst_ds.core.experts.routing import Routing
 from pst_ds.core.head_loss import ChunkSizes, Teacher, chunk_sizes, head_loss
 from pst_ds.errors import first_line
-from pst_ds.nn.experts import PSTExpertStack, of_routing, registered
+from pst_ds.nn.experts import of_routing, registered
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.language_head import LanguageHead, UnknownHeadError, language_head
 from pst_ds.nn.layer import PSTLayer
@@ -229,9 +229,7 @@ def layers_save_their_input(model: nn.Module) -> Iterator[None]:
             table.table = partial(_CodedWithoutValues, *parts)  # type: ignore[method-assign]
     for layer in layers:
         anchor = next((param for _, param in layer.factor_parameters()), next(layer.parameters()))
-        is_stack, outputs = isinstance(layer, PSTExpertStack), layer.layout.expert.out_features
-        # a stack quantises the inputs of one expert at a time, so that its copy is small
-        layer.forward = partial(_multiply, anchor, outputs, layer.inputs is not None and not is_stack)
+        layer.forward = partial(_multiply, anchor, layer.layout.expert.out_features)
     try:
         with registered(_evenly_routed):
             yield
@@ -258,38 +256,31 @@ class _CodedWithoutValues(CodedWeight):
 
 
 def _multiply(
-    anchor: Tensor, outputs: int, quantises: bool, x: Tensor, routing: Routing | None = None, by_token: bool = False
+    anchor: Tensor, outputs: int, x: Tensor, routing: Routing | None = None, by_token: bool = False
 ) -> Tensor:
-    return _Product.apply(x, anchor, outputs, quantises, routing, by_token)
+    return _Product.apply(x, anchor, outputs, routing, by_token)
 
 
 class _Product(torch.autograd.Function):
-    """The product of a layer, or with ``routing`` of a stack of experts.
-
-    With ``quantises``, each pass makes a quantised copy of x, and frees it.
-    """
+    """The product of a layer, or with ``routing`` of a stack of experts."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, outputs: int, quantises: bool, routing: Routing | None, by_token: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, outputs: int, routing: Routing | None, by_token: bool) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.quantises, ctx.routing, ctx.by_token = quantises, routing, by_token
+        ctx.routing, ctx.by_token = routing, by_token
         if routing is not None:
             return x.new_empty(len(routing.order), outputs)
-        multiplied = torch.empty_like(x) if quantises else x
-        return multiplied.new_empty(*x.shape[:-1], outputs)
+        return x.new_empty(*x.shape[:-1], outputs)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         if ctx.routing is None:
-            multiplied = torch.empty_like(x) if ctx.quantises else x
-            grad_x = torch.empty_like(multiplied)
+            grad_x = torch.empty_like(x)
         else:
             grad_x = grad_y.new_empty(len(grad_y), x.shape[1])
             grad_x = ctx.routing.summed(grad_x) if ctx.by_token else grad_x
-        return grad_x, None, None, None, None, None
+        return grad_x, None, None, None, None
 
 
 class _Operators(TorchDispatchMode):

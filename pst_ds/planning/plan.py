@@ -98,7 +98,6 @@ class PlannedRounding:
     """The quantisation of weights during training."""
 
     grid: str
-    activation_bits: int
     start: int
     """First step with quantised weights."""
     searches: int
@@ -455,4 +454,4 @@ def _rounding(run: RunConfig, num_steps: int) -> PlannedRounding | None:
     if schedule is None:
         return None
     searches = sum(schedule.updates_scales_at(step) for step in range(num_steps + 1))
-    return PlannedRounding(str(grid_of_run(run)), run.quantization.activation_bits, schedule.start, searches)
+    return PlannedRounding(str(grid_of_run(run)), schedule.start, searches)

@@ -185,7 +185,6 @@ def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | N
             run.injected_pst,
             num_shards=num_shards,
             grid=grid_of_run(run),
-            activation_bits=run.quantization.activation_bits,
             base_grid=base_grid_of_run(run),
             embedding_grid=embedding_grid_of_run(run),
         )

@@ -155,6 +155,7 @@ def test_a_run_resumes_from_it_on_another_number_of_ranks(run_ranks, tmp_path):
 def test_an_old_run_file_that_asks_for_it_loads_with_a_hint(capsys):
     defaults = ["dense_run=", "prompt.text=", "prompt.source=embeddings", "train.prompt_learning_rate=0.005"]
     defaults += ["pst.update_gates=none", "pst.target_rank=0.0", "pst.nm_ramp=share", "train.gate_learning_rate=0.01"]
+    defaults += ["quantization.activations="]
     settings = ["checkpoint.file_per=host", "checkpoint.grace_seconds=20", *defaults]
     run = load_run("tests/data/world_size.toml", settings)
     assert run == load_run("tests/data/world_size.toml")
@@ -164,3 +165,8 @@ def test_an_old_run_file_that_asks_for_it_loads_with_a_hint(capsys):
     assert len(said) == 2  # defaults, which every old run file has, need no hint
     load_run("tests/data/world_size.toml", ["dense_run=runs/dense"])
     assert capsys.readouterr().err.startswith("dense_run = 'runs/dense' has no effect any more: compare the run with")
+    load_run("tests/data/world_size.toml", ["quantization.values=int8", "quantization.activations=int8"])
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "quantization.activations = 'int8' has no effect any more: training does not quantise inputs"
+    )

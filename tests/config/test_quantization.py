@@ -28,7 +28,6 @@ def _load(tmp_path, *settings):
         (("quantization.start_fraction=0.8",), 800, 20),
         (("quantization.start_fraction=0.9",), 900, 10),
         (("quantization.interval=7",), 800, 7),
-        (('quantization.activations="int8"',), 800, 20),
         (("method=lora",), 0, 100),
         (("method=masked-lora", "quantization.start_fraction=0.5"), 500, 50),
         (("train.num_steps=1000", "schedule.cooldown_fraction=0.001"), 999, 1),
@@ -62,7 +61,6 @@ def test_scales_are_never_searched_while_masks_change_nor_after_the_last_step(nu
 def test_without_values_nothing_is_rounded(tmp_path):
     assert _load(tmp_path).make_schedules(100).rounding is None
     assert INT4.make_schedule(OneShotSchedule(0.5), 5).start == 0
-    assert [QuantizationConfig(values="int4", activations=each).activation_bits for each in ("", "int8")] == [16, 8]
 
 
 WRONG = {
@@ -70,8 +68,6 @@ WRONG = {
     "quantization.group=48": r"quantization.group = 48 must be one of 32, 64, 128, 'row'",
     "quantization.group=32": r"quantization.group = 32 does nothing without quantization.values. Set",
     "quantization.interval=5": r"quantization.interval = 5 does nothing without quantization.values",
-    'quantization.activations="int8"': r"activations = 'int8' does nothing without quantization.values. Set",
-    'quantization.activations="int4"': r"quantization.activations = 'int4' must be one of '', 'int8'",
     "quantization.interval=-5": r"quantization.interval = -5 must not be negative",
     "quantization.start_fraction=1.5": r"quantization.start_fraction = 1.5 must be in \[0, 1\)",
 }

@@ -49,9 +49,6 @@ GRIDS = {
     "groups that there are not": Wrong(
         setting(_INT8, "quantization.group=48"), "quantization.group", "48", "must be one of 32, 64, 128, 'row'"
     ),
-    "inputs of 8 bits beside weights that are not rounded": Wrong(
-        setting('quantization.activations="int8"'), "activations", "int8", "Set quantization.values to"
-    ),
     "groups of an export that do not divide": Wrong(
         words("export", "{made}/causal", "--out", "{tmp}/out", "--values", "int4"), "weight", "groups of 64", "take"
     ),

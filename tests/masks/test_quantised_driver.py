@@ -24,7 +24,6 @@ from pst_ds.checkpoint.adapter import PretrainedError
 from pst_ds.core.quantization import Rounding
 from pst_ds.errors import InputError
 from pst_ds.nn.inject import pst_layers
-from pst_ds.nn.layer import exact_inputs
 from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import build_engine
 
@@ -43,13 +42,13 @@ class _Model(nn.Module):
         return self.blocks[1](torch.tanh(self.blocks[0](x)))
 
 
-def _injected(grid: Grid | None = Grid(4, 32), num_shards: int = 1, activation_bits: int = 16):  # noqa: B008  immutable
+def _injected(grid: Grid | None = Grid(4, 32), num_shards: int = 1):  # noqa: B008  immutable
     config = PSTConfig(score_rank=2, update_rank=2, modules_to_save=())
-    return inject_pst(_Model(), config, grid=grid, num_shards=num_shards, activation_bits=activation_bits)
+    return inject_pst(_Model(), config, grid=grid, num_shards=num_shards)
 
 
-def _trained(steps: int = STEPS, activation_bits: int = 16):
-    model = _injected(activation_bits=activation_bits)
+def _trained(steps: int = STEPS):
+    model = _injected()
     optimizer, rounds = pst_optimizer(model, update_learning_rate=0.05), []
     masks = MaskUpdater(model, MASKS, rounding=ROUNDING)
     searched = []
@@ -121,28 +120,6 @@ def test_what_is_saved_and_merged_computes_with_rounded_weights(tmp_path):
     expected = _weights(model)
     merged = merge_and_unload(model)
     assert all(torch.equal(merged.get_submodule(name).weight, weight) for name, weight in expected.items())
-
-
-def test_an_adapter_state_knows_that_inputs_are_rounded(tmp_path):
-    model, _, _ = _trained(activation_bits=8)
-    save_pretrained(model, tmp_path)
-    x = torch.randn(5, 32)
-    for other in (load_pretrained(_Model(), tmp_path), load_pretrained(_injected(activation_bits=8), tmp_path)):
-        assert torch.equal(other(x), model(x))
-        with exact_inputs(other) as rounds_inputs:
-            assert rounds_inputs
-            assert not torch.equal(other(x), model(x))
-    with pytest.raises(PretrainedError, match="has activation_bits = 8, and the model was injected with 16"):
-        load_pretrained(_injected(), tmp_path)
-
-
-def test_inputs_of_other_bits_or_without_a_grid_are_refused():
-    with pytest.raises(
-        InputError, match=r"activation_bits = 8 quantises .* Give inject_pst one, such as grid=Grid\(bits=8\)"
-    ):
-        _injected(None, activation_bits=8)
-    with pytest.raises(InputError, match="activation_bits = 4 must be 8, or 16"):
-        _injected(activation_bits=4)
 
 
 def test_state_dicts_have_the_scales():

@@ -19,9 +19,7 @@ from pst_ds.core.quantization import Rounding, dequantize, grid_of, quantize
 from pst_ds.errors import InputError
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.inject import pst_layers, round_weights
-from pst_ds.nn.layer import exact_inputs
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.train.evaluate import predict
 from pst_ds.train.run import masked_model, prepare, prepare_single, train_prepared
 
 STEPS, START, INTERVAL = 12, 6, 4
@@ -162,66 +160,6 @@ def test_without_quantization_a_run_is_as_before(tmp_path):
     assert losses[0][START:] != losses[1][START:]
     checkpoint = _checkpoint(tmp_path / "plain")
     assert (checkpoint.contents.grid, dict(checkpoint.scales), checkpoint.state.rounds) == (None, {}, False)
-
-
-def _logits(prepared, model, rounded):
-    """Of the test file, with the inputs of PST layers as hooks of torch's round them, or as they are."""
-    handles = []
-
-    def round_input(layer, args):
-        (x,) = args
-        rows = [part.double().reshape(-1, part.shape[-1]) for part in x.split(64, -1)]
-        steps = [torch.where(most > 0, most / 127, 1.0) for most in (part.abs().amax(1, keepdim=True) for part in rows)]
-        values = [(part / step).round() * step for part, step in zip(rows, steps, strict=True)]
-        return torch.cat(values, 1).view(x.shape).to(x.dtype)
-
-    if rounded:
-        handles = [layer.register_forward_pre_hook(round_input) for layer in pst_layers(model).values()]
-    examples, task = prepared.load("test"), prepared.task
-    batch = task.collate(examples, list(range(8)), prepared.tokenizer)
-    with torch.no_grad():
-        found = model(**{name: values for name, values in batch.items() if name != "labels"}).logits
-    for handle in handles:
-        handle.remove()
-    return found
-
-
-@pytest.mark.thorough
-def test_inputs_are_rounded_from_when_weights_are(tmp_path, capsys):
-    """Before that losses are those of a run without; then training, evaluation and what is restored round them."""
-    run = _trained(tmp_path / "inputs", 'quantization.activations="int8"')
-    _trained(tmp_path / "weights")
-    ours, theirs = (
-        [line["loss"] for line in _lines(tmp_path / name) if line["event"] == "step"] for name in ("inputs", "weights")
-    )
-    assert ours[:START] == theirs[:START]
-    assert ours[START:] != theirs[START:]
-    final = _checkpoint(tmp_path / "inputs")
-    assert set(final.contents.trained) == set(_checkpoint(tmp_path / "weights").contents.trained)
-    prepared = prepare_single(run, final)
-    model = masked_model(prepared, final)
-    as_trained = _logits(prepared, model, rounded=False)
-    with exact_inputs(model) as rounds_inputs:
-        assert rounds_inputs
-        torch.testing.assert_close(_logits(prepared, model, rounded=True), as_trained, rtol=1e-4, atol=1e-4)
-        assert not torch.allclose(_logits(prepared, model, rounded=False), as_trained, rtol=1e-4, atol=1e-4)
-    outcomes = predict(model, prepared, prepared.load("validation"))
-    metrics = prepared.task.metrics(outcomes, prepared.load("validation"))
-    assert metrics == pytest.approx({name: final.state.metrics[name] for name in metrics}, rel=1e-5)
-    before = _checkpoint(tmp_path / "inputs", "step-00000003")
-    with exact_inputs(masked_model(prepare_single(run, before), before)) as rounds_inputs:
-        assert not rounds_inputs
-    changed = _run(tmp_path / "inputs")
-    with pytest.raises(ConfigError, match=r"quantization.activations = \'\': the run in .* has \'int8\'"):
-        train_prepared(prepare(changed, launch_environment()), resume=True, quiet=True)
-    out, against = tmp_path / "out", ["--against", str(tmp_path / "inputs"), "--checkpoint", "final"]
-    assert main(["export", str(tmp_path / "inputs"), "--checkpoint", "final", "--out", str(out)]) == 0
-    capsys.readouterr()
-    assert main(["verify", str(out), *against, "--json"]) == 0
-    *text, last = capsys.readouterr().out.splitlines()
-    said = json.loads(last)
-    assert said["inputs"]["max_logit_difference"] > 100 * said["max_logit_difference"]
-    assert any(line.startswith("int8 activations, as trained, change") for line in text)
 
 
 def test_groups_that_do_not_divide_a_layer_name_it(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,6 @@ from pst_ds.inference.runtime.experts import SparseExperts
 from pst_ds.inference.verify.masked_run import Compared, FewerTokens, LargestLogit, MaskedRun
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
-from pst_ds.nn.layer import exact_inputs
 from pst_ds.nn.model_structure import is_conv1d
 from pst_ds.nn.tables.embedding import pst_embeddings
 from pst_ds.train.model import attention_options
@@ -38,15 +37,6 @@ class Rounding:
     differing_predictions: int
     max_logit_difference: float
     metrics_before: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class QuantisedInputs:
-    """Effect of the int8 activations that the run was trained with."""
-
-    differing_predictions: int
-    max_logit_difference: float
-    metrics_as_trained: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +71,6 @@ class Comparison(Compared):
     texts: Texts | None = None
     kept_sparse: KeptSparse | None = None
     """None for an ordinary dense folder."""
-    inputs: QuantisedInputs | None = None
 
     @property
     def problem(self) -> str:
@@ -99,18 +88,10 @@ class Comparison(Compared):
 def compare_with_run(folder: Path, config: RunConfig, checkpoint: str, split: str, limit: int | None) -> Comparison:
     """Rebuild the masked training model and load the export, and compare them on the same batches.
 
-    The masked model is first quantised or cast as the export is; ``rounding`` has the effect. Activations are not
-    quantised, also if the run was trained with int8 activations; ``inputs`` has their effect. Raises InputError.
+    The masked model is first quantised or cast as the export is; ``rounding`` has the effect. Raises InputError.
     """
     run = MaskedRun.of(folder, config, checkpoint, split, limit)
     _align(run.model)
-    with exact_inputs(run.model) as rounds_inputs:
-        compared, plain = _compare_exact(run)
-    return replace(compared, inputs=QuantisedInputs(*run.compare(plain, run.model))) if rounds_inputs else compared
-
-
-def _compare_exact(run: MaskedRun) -> tuple[Comparison, nn.Module]:
-    """Compare without int8 activations; return also the dense export."""
     encoding, fewer, rounding = run.encoding, run.trim(), None
     plain = _loaded(run, "" if encoding.is_plain else "dense")
     dtypes = run.narrower_dtypes()
@@ -121,7 +102,7 @@ def _compare_exact(run: MaskedRun) -> tuple[Comparison, nn.Module]:
     largest = LargestLogit(run.model)
     differing, difference, metrics = run.compare(largest, plain)
     dtype, inputs = next(plain.parameters()).dtype, max(w.shape[-1] for w, _ in pairs if w.dim())
-    compared = Comparison(
+    return Comparison(
         examples=len(run.examples),
         unit=run.context.task.unit,
         compared_weights=len(pairs),
@@ -135,7 +116,6 @@ def _compare_exact(run: MaskedRun) -> tuple[Comparison, nn.Module]:
         texts=_compare_texts(run, plain),
         kept_sparse=None if encoding.is_plain else _compare_sparse(run, plain),
     )
-    return compared, plain
 
 
 def _weights_of_both(run: MaskedRun, plain: nn.Module, quantised: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:

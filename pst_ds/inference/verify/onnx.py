@@ -17,15 +17,13 @@ from pst_ds.inference.onnx.folder import ALLOWED
 from pst_ds.inference.onnx.operators import open_session
 from pst_ds.inference.verify.masked_run import Compared, LargestLogit, MaskedRun, settle
 from pst_ds.nn.inject import pst_layers
-from pst_ds.nn.layer import exact_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxComparison(Compared):
     """An ONNX file compared with the masked model of a run, which is quantised in the same way and computes in fp32.
 
-    Logits are compared with 16-bit activations. If the file has int8 activations, predictions are compared with those,
-    and with the model as trained.
+    Logits are compared with 16-bit activations. Predictions are compared with int8 activations if the file has them.
     """
 
     max_logit_difference_in_8_bits: float | None = None
@@ -49,8 +47,8 @@ def compare_onnx_with_run(
 ) -> OnnxComparison:
     """Compute the logits of a split with the file, and with the masked model in fp32, quantised as the file is.
 
-    A file with int8 activations is compared with 16-bit activations, and once more unchanged with the model as it was
-    trained, for predictions and metrics. Raises InputError for a file whose only output is not "logits".
+    A file with int8 activations is compared with 16-bit activations, and once more unchanged for predictions and
+    metrics. Raises InputError for a file whose only output is not "logits".
     """
     model = _OnnxModel(folder / ONNX_FILE)
     config = replace(config, data=replace(config.data, document_mask=False))  # a graph has no position_ids
@@ -63,8 +61,7 @@ def compare_onnx_with_run(
         if not layer.rounds:
             settle(layer, layer.masked_weight())
     largest = LargestLogit(nn.Module.float(run.model))
-    with exact_inputs(run.model):
-        predictions, difference, metrics = run.compare(largest, model)
+    predictions, difference, metrics = run.compare(largest, model)
     in_8_bits = None
     if model.activation_bits == 8:
         predictions, in_8_bits, metrics = run.compare(largest, _OnnxModel(folder / ONNX_FILE, exact=False))

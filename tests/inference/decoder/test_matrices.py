@@ -5,7 +5,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pst_ds.core.quantization import Grid, InputGrid, dequantize
 from pst_ds.inference.runtime.native_loop import LEVELS, Matrix, best_level, require_library
 
 BITS_AND_GROUPS = [(8, 0), (8, 128), (4, 32), (4, 64), (4, 0)]
@@ -141,18 +140,6 @@ def test_vectors_of_8_bits(bits, group, sparsity, shape):
     torch.testing.assert_close(got.double(), torch.cat(whole, 1) @ weight.T, rtol=1e-5, atol=1e-5)
     assert torch.equal(got, matrix.multiply(x, threads=3, in_bytes=True))
     assert torch.equal(got[5:6], matrix.multiply(x[5:6], in_bytes=True))
-
-
-@needs_bytes
-@pytest.mark.parametrize(("bits", "group"), [(8, 0), (8, 32), (4, 64), (4, 128)])
-def test_training_rounds_inputs_as_products_do(bits, group):
-    codes, scales = _codes(24, 640, bits, group, 0.5)
-    x = torch.randn(9, 640, generator=torch.Generator().manual_seed(1))
-    x[4, :64] *= 1e3
-    rounded = InputGrid.of(Grid(bits, group or None)).rounded(x).double()
-    weight = dequantize(codes, scales, torch.float64)
-    got = Matrix.of_codes(codes, scales, bits, group).multiply(x, in_bytes=True)
-    torch.testing.assert_close(got.double(), rounded @ weight.T, rtol=1e-5, atol=1e-5)
 
 
 @needs_bytes

@@ -97,32 +97,6 @@ void expand_rows(const Codes& codes, T* out, int64_t stride, int64_t rows, int64
     for (int64_t row = 0; row < rows; ++row) expand_row(codes, out + row * stride, row, cols, g);
 }
 
-// Quantise the inputs of a row as in core/quantization.py, word by word of `width` columns.
-template <class T> void round_inputs(const T* x, T* out, int64_t columns, int64_t width) {
-    for (int64_t first = 0; first < columns; first += width) {
-        const int64_t count = columns - first < width ? columns - first : width;
-        const T* from = x + first;
-        int32_t bits = 0;  // of the largest |x|; the bits of infinities and NaN are larger than all others
-        for (int64_t i = 0; i < count; ++i) {
-            const float value = widen(from[i]);
-            int32_t word;
-            std::memcpy(&word, &value, 4);
-            word &= 0x7fffffff;
-            bits = word > bits ? word : bits;
-        }
-        float largest;
-        std::memcpy(&largest, &bits, 4);
-        const bool is_zero = largest <= 1e-30f;
-        const float scale = is_zero ? 0.0f : largest / 127.0f, inverse = is_zero ? 0.0f : 127.0f / largest;
-        for (int64_t i = 0; i < count; ++i) narrow(std::rint(widen(from[i]) * inverse) * scale, out + first + i);
-    }
-}
-
-template <class T> void round_all_inputs(const T* x, T* out, int64_t rows, int64_t columns, int64_t width, int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t row = 0; row < rows; ++row) round_inputs(x + row * columns, out + row * columns, columns, width);
-}
-
 }  // namespace
 
 extern "C" {
@@ -146,13 +120,6 @@ void pst_round_to_grid(void* weight, int64_t is_bf16, int64_t stride, int64_t ro
     const Groups g{scales, groups[0], groups[1], groups[2], groups[3], groups[4], float(largest)};
     if (is_bf16) round_rows(static_cast<uint16_t*>(weight), stride, rows, cols, g, threads);
     else round_rows(static_cast<float*>(weight), stride, rows, cols, g, threads);
-}
-
-// out = x (rows, columns), each number quantised to 8 bits times the scale of its word of `width` columns.
-void pst_round_inputs(const void* x, void* out, int64_t is_bf16, int64_t rows, int64_t columns, int64_t width,
-                      int64_t threads) {
-    if (is_bf16) round_all_inputs(static_cast<const uint16_t*>(x), static_cast<uint16_t*>(out), rows, columns, width, threads);
-    else round_all_inputs(static_cast<const float*>(x), static_cast<float*>(out), rows, columns, width, threads);
 }
 
 // Weights as integers: w times its group's factor, a power of two, rounded half to even.
