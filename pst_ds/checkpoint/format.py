@@ -7,8 +7,6 @@ A folder with
                                            and "exp_avg_sq" (fp32) of its part of every trainable parameter, and "mask"
                                            (uint8), the bits of its part of every pruned weight; in a run that
                                            quantises also "scales" (uint8), its part of the bytes of bf16 scales
-    host-00001-of-00002.safetensors, ...   only from earlier versions: one file for the ranks of each host, in which
-                                           the tensors of rank 3 are named "master/3" and so on
     SHA256SUMS                             of all the above, as ``sha256sum -c`` reads it
 
 The frozen weights are in the base model and are not copied. The files are safetensors and JSON, never pickle, and a
@@ -31,15 +29,15 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from pst_ds.atomic_files import file_sha256
-from pst_ds.checkpoint.shards import TENSOR_FILE, ChunkedTensors, TensorFiles
+from pst_ds.checkpoint.shards import TENSOR_FILE, ChunkedTensors, shard_name
 from pst_ds.core.bits import pack_shard, shard_bytes, shard_numel, shard_range, unpack_shard
 from pst_ds.core.quantization import SCALE_DTYPE, Grid, scales_of_bytes
 from pst_ds.errors import InputError, first_problem
 from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, TensorFile, TensorFileError
 from pst_ds.parallel.optimizer_state import KINDS, MASTER
 
-FORMAT, HOSTS_FORMAT, READ_FORMATS = 3, 4, (2, 3, 4)
-"""2 has no quantisation; 4, of earlier versions, may have one file for the ranks of each host."""
+FORMAT, READ_FORMATS = 3, (2, 3)
+"""2 has no quantisation."""
 MANIFEST, SUMS, MASK, SCALES = "manifest.json", "SHA256SUMS", "mask", "scales"
 SCALE_BYTES = SCALE_DTYPE.itemsize
 _STRICT = ConfigDict(strict=True, extra="forbid")
@@ -98,8 +96,6 @@ class Contents:
     """Bits of quantised weights, and inputs per scale or 0 for a per-row scale; None without quantisation."""
     scales: dict[str, tuple[_Size, _Size]] = field(default_factory=dict)
     """Shape of each PST layer's scales as the weight is stored, in the order of the files' bytes; divided evenly."""
-    hosts: list[list[_Count]] | None = None
-    """Shards in each file, if the ranks of a host wrote one file; None for one file per shard."""
 
     def __post_init__(self) -> None:
         if set(self.steps) != set(self.trained):
@@ -121,7 +117,6 @@ class Checkpoint:
 
     def __init__(self, folder: Path, state: CheckpointState, contents: Contents):
         self.folder, self.state, self.contents = folder, state, contents
-        self.files = TensorFiles(contents.num_shards, contents.hosts)
         sizes = {name: torch.Size(shape).numel() for name, shape in contents.trained.items()}
         self._tensors = ChunkedTensors(sizes, contents.num_shards, contents.cuts)
         scale_bytes = {name: SCALE_BYTES * math.prod(shape) for name, shape in contents.scales.items()}
@@ -191,13 +186,10 @@ class Checkpoint:
 
     def check_file(self, file: int) -> None:
         """Raise CheckpointError unless the tensors of a file have the dtypes and sizes in the manifest."""
-        path = self.folder / self.files.name(file)
-        wanted: dict[str, tuple[str, list[int]]] = {}
-        for shard in self.files.shards(file):
-            found = dict.fromkeys(KINDS, ("F32", [self._tensors.length(shard)])) | {MASK: ("U8", [self._mask_bytes])}
-            if self.contents.scales:
-                found[SCALES] = ("U8", [self._scales.length(shard)])
-            wanted |= {self.files.key(key, shard): about for key, about in found.items()}
+        path = self.folder / shard_name(file, self.contents.num_shards)
+        wanted = dict.fromkeys(KINDS, ("F32", [self._tensors.length(file)])) | {MASK: ("U8", [self._mask_bytes])}
+        if self.contents.scales:
+            wanted[SCALES] = ("U8", [self._scales.length(file)])
         held = {key: (CODE_OF_DTYPE[slot.dtype], list(slot.shape)) for key, slot in _opened(path).slots.items()}
         if held != wanted:
             raise CheckpointError(f"{path} is damaged: it holds {held}, and {MANIFEST} says {wanted}")
@@ -206,12 +198,11 @@ class Checkpoint:
         shape = torch.Size(self.contents.trained[name])
         return self.values(name, MASTER, 0, shape.numel()).view(shape)
 
-    def _read(self, shard: int, key: str, start: int, stop: int) -> Tensor:
-        """Return values [start, stop) of the tensor ``key`` of a shard."""
-        file = self.files.file_of(shard)
+    def _read(self, file: int, key: str, start: int, stop: int) -> Tensor:
+        """Return values [start, stop) of the tensor ``key`` of a file."""
         if file not in self._open:
-            self._open[file] = _opened(self.folder / self.files.name(file))
-        return self._open[file].read_flat(self.files.key(key, shard), start, stop)
+            self._open[file] = _opened(self.folder / shard_name(file, self.contents.num_shards))
+        return self._open[file].read_flat(key, start, stop)
 
 
 def _opened(path: Path) -> TensorFile:
@@ -257,10 +248,8 @@ def sums_text(sums: Mapping[str, str]) -> str:
 
 def manifest_bytes(state: CheckpointState, contents: Contents) -> bytes:
     """Return the content of manifest.json."""
-    of_contents = asdict(contents)
-    del of_contents["hosts"]  # written by earlier versions only
     of_state = {"weight_scales" if name == "magnitude_scales" else name: v for name, v in asdict(state).items()}
-    table = {"format": FORMAT, "state": of_state, "contents": of_contents}
+    table = {"format": FORMAT, "state": of_state, "contents": asdict(contents)}
     return (json.dumps(table, indent=1) + "\n").encode()
 
 
@@ -268,7 +257,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Open the checkpoint in ``folder`` and verify all its files. Raises CheckpointError, naming the file."""
     checkpoint = open_checkpoint(folder)
     check_sums(folder, {name: file_sha256(folder / name) for name in listed_files(folder)})
-    for file in range(checkpoint.files.count):
+    for file in range(checkpoint.contents.num_shards):
         checkpoint.check_file(file)
     return checkpoint
 
@@ -298,7 +287,7 @@ def listed_files(folder: Path) -> list[str]:
         if entry.name not in (MANIFEST, SUMS) and not TENSOR_FILE.fullmatch(entry.name):
             raise CheckpointError(
                 f"{entry.path} does not belong in a checkpoint, which holds {MANIFEST}, {SUMS} and "
-                "shard-*.safetensors or host-*.safetensors; it was not opened. Move it elsewhere"
+                "shard-*.safetensors; it was not opened. Move it elsewhere"
             )
     return [name for name in names if name != SUMS]
 
@@ -324,8 +313,7 @@ def open_checkpoint(folder: Path, names: Sequence[str] | None = None) -> Checkpo
             f"{path} has format {number!r}; this version reads {' and '.join(map(str, READ_FORMATS))}"
         )
     try:
-        contents = table["contents"] | ({"hosts": None} if number < HOSTS_FORMAT else {})
-        contents |= {"grid": None, "scales": {}} if number == 2 else {}
+        contents = table["contents"] | ({"grid": None, "scales": {}} if number == 2 else {})
         wrong = (set(table) ^ {"format", "state", "contents"}) | (set(contents) ^ {f.name for f in fields(Contents)})
         if wrong:
             raise ValueError(f"its keys differ from a manifest's in {', '.join(sorted(wrong))}")
@@ -335,8 +323,9 @@ def open_checkpoint(folder: Path, names: Sequence[str] | None = None) -> Checkpo
         raise CheckpointError(f"{path} is damaged: {first_problem(error)}") from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from None
-    files = range(min(checkpoint.files.count, len(names) + 1))  # enough to name one that is missing
-    wanted = {MANIFEST, *map(checkpoint.files.name, files)}
+    num_files = checkpoint.contents.num_shards
+    files = range(min(num_files, len(names) + 1))  # enough to name one that is missing
+    wanted = {MANIFEST, *(shard_name(file, num_files) for file in files)}
     for name in sorted(wanted ^ set(names)):
         raise CheckpointError(f"{folder / name} is {'missing' if name in wanted else 'not in the manifest'}")
     return checkpoint

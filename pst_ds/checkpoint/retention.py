@@ -64,7 +64,7 @@ def _verified(path: Path) -> tuple[Checkpoint | None, str]:
         names = of_main(lambda: listed_files(path))
         checkpoint = open_checkpoint(path, names)
         sums = {name: file_sha256(path / name) for name in names[rank() :: world_size()]}
-        for file in range(rank(), checkpoint.files.count, world_size()):
+        for file in range(rank(), checkpoint.contents.num_shards, world_size()):
             checkpoint.check_file(file)
     except (CheckpointError, OSError) as error:
         problem = str(error)
@@ -108,7 +108,7 @@ def _learn(path: Path, known: Known) -> bool:
     """Return whether a checkpoint is good, and add it to ``known`` if so."""
     try:
         checkpoint = open_checkpoint(path)
-        for file in range(checkpoint.files.count):
+        for file in range(checkpoint.contents.num_shards):
             checkpoint.check_file(file)
     except (CheckpointError, OSError):
         return False

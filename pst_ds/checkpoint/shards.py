@@ -11,53 +11,13 @@ from pst_ds.core.bits import shard_numel, shard_range
 
 Chunk = tuple[int, int, int]
 """(index of the tensor, first value, last value + 1): values of a tensor that lie together in one file."""
-TENSOR_FILE = re.compile(r"(shard|host)-(\d{5,})-of-(\d{5,})\.safetensors")
+TENSOR_FILE = re.compile(r"shard-(\d{5,})-of-(\d{5,})\.safetensors")
 """Names of the files with tensors."""
 
 
 def shard_name(shard: int, num_shards: int) -> str:
     """Return the name of a shard's file."""
     return f"shard-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
-
-
-@dataclass(frozen=True, slots=True)
-class TensorFiles:
-    """The files of ``num_shards`` shards: one file per shard, or in files of earlier versions one per host.
-
-    Raises ValueError unless every shard is in one file.
-    """
-
-    num_shards: int
-    hosts: Sequence[Sequence[int]] | None = None
-    """Shards in each host's file; None for one file per shard."""
-
-    def __post_init__(self) -> None:
-        listed = sorted(shard for of_host in self.hosts or () for shard in of_host)
-        if self.hosts is not None and (listed != list(range(len(listed))) or len(listed) != self.num_shards):
-            raise ValueError(f"hosts do not have each of {self.num_shards} shards once")
-
-    @property
-    def count(self) -> int:
-        return self.num_shards if self.hosts is None else len(self.hosts)
-
-    def name(self, file: int) -> str:
-        if self.hosts is None:
-            return shard_name(file, self.num_shards)
-        return f"host-{file + 1:05d}-of-{len(self.hosts):05d}.safetensors"
-
-    def shards(self, file: int) -> Sequence[int]:
-        """Return the shards in a file."""
-        return [file] if self.hosts is None else self.hosts[file]
-
-    def file_of(self, shard: int) -> int:
-        """Return the file that has a shard."""
-        if self.hosts is None:
-            return shard
-        return next(file for file, shards in enumerate(self.hosts) if shard in shards)
-
-    def key(self, key: str, shard: int) -> str:
-        """Return the name of a shard's tensor in its file."""
-        return key if self.hosts is None else f"{key}/{shard}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,7 @@ def checkpoint_folder(path: Path) -> Inspection:
         "base_model": state.base_path,
         "world_size": state.progress.get("world_size"),
         "zero_stage": state.progress.get("zero_stage"),
-        "files": checkpoint.files.count,
+        "files": checkpoint.contents.num_shards,
     }
     return Inspection(f"{path}: a checkpoint", facts, layers, f"it is a checkpoint {_WHOLE}")
 
