@@ -41,12 +41,12 @@ def barrier() -> None:
         dist.barrier()
 
 
-def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Return the ``value`` of every rank of ``group`` (None: all ranks), in order. Collective."""
+def all_gather_objects(value: T) -> list[T]:
+    """Return the ``value`` of every rank, in order. Collective."""
     if not dist.is_initialized():
         return [value]
     gathered = [value] * world_size()
-    dist.all_gather_object(gathered, value, group)
+    dist.all_gather_object(gathered, value)
     return gathered
 
 
@@ -135,6 +135,12 @@ def raise_on_all_ranks(action: Callable[[], T], kinds: tuple[type[Exception], ..
         result, problem = action(), None
     except kinds as error:
         result, problem = None, error
+    raise_together(problem)
+    return result  # type: ignore[return-value]
+
+
+def raise_together(problem: Exception | None) -> None:
+    """Raise ``problem``, if any rank has one, on all ranks, as :func:`raise_on_all_ranks` does. Collective."""
     if world_size() > 1:
         own = None if problem is None else (type(problem), str(problem), socket.gethostname())
         problems = all_gather_objects(own)
@@ -146,21 +152,12 @@ def raise_on_all_ranks(action: Callable[[], T], kinds: tuple[type[Exception], ..
             raise InputError(f"rank {first} on {host}: {kind.__name__}: {text}") from problem
     if problem is not None:
         raise problem
-    return result  # type: ignore[return-value]
 
 
 def all_ranks() -> Ranks:
     """Return this process and all others as ranks that share the rows of matrices."""
     if world_size() == 1:
         return ALONE
-
-    def all_sum(values: Tensor) -> Tensor:
-        return sum_over_ranks(values.clone())
-
-    def sum_of_lower_ranks(counts: Tensor) -> Tensor:
-        table = counts.new_zeros((world_size(), *counts.shape))
-        table[rank()] = counts
-        return all_sum(table)[: rank()].sum(0)
 
     def send(value: Tensor, source: int) -> Tensor:
         return broadcast(value.contiguous(), source)
@@ -170,8 +167,19 @@ def all_ranks() -> Ranks:
         dist.reduce_scatter(own, list(values))
         return own
 
-    sums = RankSums(all_sum, sum_of_lower_ranks)
+    sums = _rank_sums(lambda values: sum_over_ranks(values.clone()), rank(), world_size())
     return Ranks(rank(), world_size(), sums, send, scatter, all_gather_numbers)
+
+
+def _rank_sums(all_sum: Callable[[Tensor], Tensor], own: int, number: int) -> RankSums:
+    """Return the sums over ``number`` ranks, and over those below rank ``own``, by ``all_sum``."""
+
+    def sum_of_lower_ranks(counts: Tensor) -> Tensor:
+        table = counts.new_zeros((number, *counts.shape))
+        table[own] = counts
+        return all_sum(table)[:own].sum(0)
+
+    return RankSums(all_sum, sum_of_lower_ranks)
 
 
 def _reduce(values: Tensor, param: nn.Parameter, op: dist.ReduceOp.RedOpType) -> Tensor:
@@ -200,11 +208,4 @@ def rank_sums(param: nn.Parameter) -> RankSums:
     shards = zero3.num_shards(param)
     if shards == 1:
         return RankSums()
-    own = dist.get_rank(zero3.process_group(param))
-
-    def sum_of_lower_ranks(counts: Tensor) -> Tensor:
-        table = counts.new_zeros((shards, *counts.shape))
-        table[own] = counts
-        return group_sum(table, param)[:own].sum(0)
-
-    return RankSums(lambda counts: group_sum(counts, param), sum_of_lower_ranks)
+    return _rank_sums(lambda counts: group_sum(counts, param), dist.get_rank(zero3.process_group(param)), shards)

@@ -11,7 +11,7 @@ from typing import Self, TypeVar
 
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import InputError
-from pst_ds.parallel.ranks import all_gather_objects, raise_on_all_ranks, rank, world_size
+from pst_ds.parallel.ranks import all_gather_objects, raise_together, rank, world_size
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.divergence import MicroBatch
 from pst_ds.train.run_context import RunContext
@@ -82,13 +82,9 @@ def agreed(taken: OwnBatch | InputError, degree: int) -> tuple[OwnBatch, list[Pl
 
     ``degree`` ranks share a reader. Collective. Raises InputError on all ranks if one of them could not read.
     """
-
-    def batch_or_error() -> OwnBatch:
-        if isinstance(taken, InputError):
-            raise taken
-        return taken
-
-    batch = raise_on_all_ranks(batch_or_error)
+    batch, problem = (None, taken) if isinstance(taken, InputError) else (taken, None)
+    raise_together(problem)
+    assert batch is not None
     of_ranks = all_gather_objects((batch.targets, batch.places or []))[::degree]
     total = sum(targets for targets, _ in of_ranks)
     per_target = len(batch.micro_batches) * len(of_ranks) / max(1, total)

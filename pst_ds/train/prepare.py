@@ -17,14 +17,9 @@ from pst_ds.masks.layer_stats import chosen_layers
 from pst_ds.nn.experts import leaf_class
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.model_structure import model_width
-from pst_ds.parallel.ds_config import (
-    RunNumbers,
-    load_deepspeed_config,
-    resolve_deepspeed_config,
-    zero_stage,
-)
+from pst_ds.parallel.ds_config import RunNumbers, load_deepspeed_config, resolve_deepspeed_config, zero_stage
 from pst_ds.parallel.launch import LaunchEnvironment, device_of, init_distributed
-from pst_ds.parallel.ranks import raise_on_all_ranks
+from pst_ds.parallel.ranks import raise_together
 from pst_ds.train.model import kept_in_fp32, load_tokenizer, meta_model, num_trainable
 from pst_ds.train.objective import require_teacher
 from pst_ds.train.run_context import RunContext
@@ -64,13 +59,8 @@ def prepare(
     if run.deepspeed_config:
         timeout = run.train.stall_timeout_seconds
         init_distributed(launch, timeout_seconds=timeout + _AFTER_STALL_SECONDS if timeout else 0.0)
-
-    def outcome() -> RunContext:
-        if problem is not None:
-            raise problem
-        return context
-
-    return raise_on_all_ranks(outcome)
+    raise_together(problem)
+    return context
 
 
 def _checked(run: RunConfig, launch: LaunchEnvironment, run_file: str, labels: list[str] | None) -> RunContext:

@@ -15,7 +15,7 @@ from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.data.tasks.task import IGNORED
 from pst_ds.parallel.engine import Engine
-from pst_ds.parallel.ranks import raise_on_all_ranks
+from pst_ds.parallel.ranks import raise_on_all_ranks, raise_together
 from pst_ds.parallel.sequence import SequenceParallel
 from pst_ds.train.run_context import RunContext
 from pst_ds.train.token_heads import following, why_all_logits
@@ -135,14 +135,12 @@ def require_documents_apart(engine: Engine, context: RunContext, examples: Examp
     leaks = reads_on(engine, torch.as_tensor(ids, device=context.device))
     kind = getattr(getattr(engine.module, "config", None), "model_type", "model")
     found = f"model.path = {run.model.path!r} ({kind}) lets tokens see the documents before their own"
-
-    def refuse() -> None:
-        if leaks and run.data.document_mask:
-            raise ConfigError(
-                f"data.document_mask = true, but {found}. Set data.document_mask = false, which joins documents"
-            )
-
-    raise_on_all_ranks(refuse)  # a rounding error on a single rank must not leave the others waiting
+    problem = None
+    if leaks and run.data.document_mask:
+        problem = ConfigError(
+            f"data.document_mask = true, but {found}. Set data.document_mask = false, which joins documents"
+        )
+    raise_together(problem)  # a rounding error on a single rank must not leave the others waiting
     warning = (
         f"warning: data.document_mask is not set, and {found}: at most some of its layers keep documents apart. Set "
         "data.document_mask = false to join them"
@@ -263,14 +261,11 @@ def require_same_when_shared(engine: Engine, run: RunConfig, shared: SequencePar
     eps = torch.finfo(torch.bfloat16 if run.train.precision == "bf16" else torch.float32).eps
     # products of experts have other sizes on each rank: in fp32 their roundings were up to 40 eps in 24 blocks
     allowed = max(_SHARING_ROUNDINGS * eps, _LEAST_LEAK)
-    differs = bool((found - expected).abs().max() > allowed * expected.abs().max())
-
-    def refuse() -> None:
-        if differs:
-            raise ConfigError(
-                f"train.sequence_parallel = {shared.degree}, but model.path = {run.model.path!r} "
-                f"({config.model_type}) gives other logits where ranks share a sequence: not all of it that reads "
-                "several tokens is attention that can be cut. Set train.sequence_parallel = 1"
-            )
-
-    raise_on_all_ranks(refuse)
+    problem = None
+    if bool((found - expected).abs().max() > allowed * expected.abs().max()):
+        problem = ConfigError(
+            f"train.sequence_parallel = {shared.degree}, but model.path = {run.model.path!r} "
+            f"({config.model_type}) gives other logits where ranks share a sequence: not all of it that reads "
+            "several tokens is attention that can be cut. Set train.sequence_parallel = 1"
+        )
+    raise_together(problem)
