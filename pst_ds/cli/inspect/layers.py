@@ -1,7 +1,7 @@
 """Layers for ``pst-ds inspect``: descriptions from tensors, masks and experts, and the printed facts and table."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -11,11 +11,6 @@ from pst_ds.text_table import aligned, bytes_text
 Facts = dict[str, object]
 """JSON values; None if unknown."""
 _VECTORS = ("(vectors)",)
-_OUTPUTS, _INPUTS = "ARU", "BCV"
-"""Factors with a row per output of their layer, and with a column per input."""
-_BYTES_TRAINED = 12
-"""Bytes of a trained parameter in a checkpoint: its fp32 master and two moments."""
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Layer(TypedDict, total=False):
@@ -59,59 +54,6 @@ def layer_of(name: str, shape: Sequence[int], dtype: str, pattern: str, zeros: i
     """Describe a tensor with ``zeros`` pruned weights that takes ``nbytes`` on disk."""
     layer: Layer = {"name": name, "shape": list(shape), "dtype": dtype, "pattern": pattern}
     return layer | {"weights": math.prod(shape), "zeros": zeros, "bytes": nbytes}
-
-
-@dataclass(frozen=True, slots=True)
-class Mask:
-    """The mask of a layer."""
-
-    weights: int
-    zeros: int
-    nbytes: int
-
-
-def trained_layers(trained: Shapes, masks: Mapping[str, Mask], pattern_of: Callable[[str], str]) -> list[Layer]:
-    """Describe every module with trained parameters or a mask."""
-    counts: dict[str, int] = {}
-    for name, shape in trained.items():
-        owner = name.rpartition(".")[0]
-        counts[owner] = counts.get(owner, 0) + math.prod(shape)
-    layers: list[Layer] = []
-    for name in {**counts, **masks}:
-        mask, count = masks.get(name), counts.get(name, 0)
-        layer: Layer = {
-            "name": name,
-            "shape": _matrix_shape(name, trained),
-            "dtype": "",
-            "pattern": pattern_of(name) if mask else "",
-            "weights": mask.weights if mask else count,
-            "zeros": mask.zeros if mask else None,
-            "bytes": _BYTES_TRAINED * count + (mask.nbytes if mask else 0),
-            "trained": count,
-        }
-        layers.append(layer)
-    return layers
-
-
-def _matrix_shape(name: str, trained: Shapes) -> list[int] | None:
-    """Return the shape of a trained weight, or (O, I) from the factors; None without either."""
-    if f"{name}.weight" in trained:
-        return list(trained[f"{name}.weight"])
-    outputs, inputs = (
-        [trained[f"{name}.pst_{factor}"] for factor in factors if f"{name}.pst_{factor}" in trained]
-        for factors in (_OUTPUTS, _INPUTS)
-    )
-    return [outputs[0][0], inputs[0][-1]] if outputs and inputs else None
-
-
-def totals(layers: list[Layer]) -> Facts:
-    """Return facts about all layers together."""
-    pruned = [layer for layer in layers if layer["zeros"] is not None]
-    return {
-        "sparsity_measured": sparsity_of(pruned),
-        "pruned_weights": sum(layer["weights"] for layer in pruned),
-        "trained_parameters": sum(layer["trained"] for layer in layers),
-    }
 
 
 def add_experts(layer: Layer, zeros: Sequence[int], tokens: Sequence[int] = ()) -> None:

@@ -7,14 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pst_ds.cli.inspect.layers import (
-    Facts,
-    Inspection,
-    Layer,
-    add_experts,
-    layer_of,
-    sparsity_of,
-)
+from pst_ds.cli.inspect.layers import Facts, Inspection, Layer, add_experts, layer_of, sparsity_of
 from pst_ds.cli.plan import name_across_blocks
 from pst_ds.core.bits import INT_OF_SIZE
 from pst_ds.core.packings import DENSE

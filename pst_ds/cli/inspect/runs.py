@@ -1,18 +1,23 @@
 """Run files, run folders and checkpoints for ``pst-ds inspect``."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError, open_checkpoint, read_checkpoint
-from pst_ds.cli.inspect.layers import Facts, Inspection, Layer, Mask, add_experts, totals, trained_layers
+from pst_ds.cli.inspect.layers import Facts, Inspection, Layer, add_experts, sparsity_of
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.toml import load_run, run_from_table
 from pst_ds.core.bits import count_bits, shard_bytes, unpack_range
 from pst_ds.export.manifest import read_table
 from pst_ds.file_names import CHECKPOINTS, RESULT_FILE, RUN_FILE, links_to, step_folders
 
+_OUTPUTS, _INPUTS = "ARU", "BCV"
+"""Factors with a row per output of their layer, and with a column per input."""
+_BYTES_TRAINED = 12
+"""Bytes of a trained parameter in a checkpoint: its fp32 master and two moments."""
 _WHOLE = "with intact files: every SHA-256 matches"
 
 
@@ -131,23 +136,55 @@ def _checkpoints(folder: Path, problems: Mapping[str, str]) -> list[Facts]:
 
 
 def _held(checkpoint: Checkpoint, layers: list[Layer]) -> Facts:
-    nbytes = sum(file.stat().st_size for file in checkpoint.folder.iterdir())
-    return {**totals(layers), "base_fingerprint": checkpoint.state.base_fingerprint, "checkpoint_bytes": nbytes}
+    """Return facts about a checkpoint's files, and about its layers together."""
+    pruned = [layer for layer in layers if layer["zeros"] is not None]
+    return {
+        "sparsity_measured": sparsity_of(pruned),
+        "pruned_weights": sum(layer["weights"] for layer in pruned),
+        "trained_parameters": sum(layer["trained"] for layer in layers),
+        "base_fingerprint": checkpoint.state.base_fingerprint,
+        "checkpoint_bytes": sum(file.stat().st_size for file in checkpoint.folder.iterdir()),
+    }
 
 
 def _layers(checkpoint: Checkpoint, run: RunConfig | None) -> list[Layer]:
     """Describe every module that has a mask or trained parameters."""
     contents, rules = checkpoint.contents, run.injected_pst if run else None
-    masks = {}
-    for name, weights in contents.masks.items():
-        bits = checkpoint.masks[name]
-        nbytes = contents.num_shards * shard_bytes(weights, contents.num_shards)
-        masks[name] = Mask(weights, weights - int(count_bits(bits, bits)[1]), nbytes)
+    trained: dict[str, int] = {}
+    for name, shape in contents.trained.items():
+        owner = name.rpartition(".")[0]
+        trained[owner] = trained.get(owner, 0) + math.prod(shape)
+    layers: list[Layer] = []
+    for name in {**trained, **contents.masks}:
+        count = trained.get(name, 0)
+        layer: Layer = {
+            "name": name,
+            "shape": _matrix_shape(name, contents.trained),
+            "dtype": "",
+            "pattern": "",
+            "weights": count,
+            "zeros": None,
+            "bytes": _BYTES_TRAINED * count,
+            "trained": count,
+        }
+        if (weights := contents.masks.get(name)) is not None:
+            bits = checkpoint.masks[name]
+            layer["pattern"] = str(rules.rule_for(name).pattern) if rules else ""
+            layer["weights"], layer["zeros"] = weights, weights - int(count_bits(bits, bits)[1])
+            layer["bytes"] += contents.num_shards * shard_bytes(weights, contents.num_shards)
+        layers.append(layer)
+    return layers
 
-    def pattern_of(name: str) -> str:
-        return str(rules.rule_for(name).pattern) if rules else ""
 
-    return trained_layers(contents.trained, masks, pattern_of)
+def _matrix_shape(name: str, trained: Mapping[str, tuple[int, ...]]) -> list[int] | None:
+    """Return the shape of a trained weight, or (O, I) from the factors; None without either."""
+    if f"{name}.weight" in trained:
+        return list(trained[f"{name}.weight"])
+    outputs, inputs = (
+        [trained[f"{name}.pst_{factor}"] for factor in factors if f"{name}.pst_{factor}" in trained]
+        for factors in (_OUTPUTS, _INPUTS)
+    )
+    return [outputs[0][0], inputs[0][-1]] if outputs and inputs else None
 
 
 def _add_experts(layers: list[Layer], checkpoint: Checkpoint, tokens: Mapping[str, list[int]]) -> None:
