@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from dataclasses import dataclass
 
 from torch import nn
 from torch.optim import Optimizer
@@ -29,17 +28,12 @@ SPARSITY_TOLERANCE = 0.01
 """Largest difference between requested and measured sparsity, which rounds down in every row or group."""
 
 
-@dataclass(frozen=True, slots=True)
-class Updated:
-    """Statistics of the updates that :func:`update_if_due` made; None for an update that was not due."""
-
-    masks: MaskStats | None
-    scales: RoundingStats | None
-
-
-def update_if_due(model: nn.Module, schedules: Schedules, step: int, sums: GradientSums | None = None) -> Updated:
+def update_if_due(
+    model: nn.Module, schedules: Schedules, step: int, sums: GradientSums | None = None
+) -> tuple[MaskStats | None, RoundingStats | None]:
     """Update masks and quantisation scales if they are due after applied step ``step`` (0: before the first). Once the
-    masks are final, fix the scores; from the first search of scales on, quantise the weights.
+    masks are final, fix the scores; from the first search of scales on, quantise the weights. Return the statistics of
+    both updates; None for one that was not due.
 
     A model injected with ``initial_mask = "zeros"`` keeps the non-zeros of its weights instead of selecting masks. With
     ``sums`` of the last batches, masks and kept weights are solved for instead, and the sums are closed.
@@ -55,7 +49,7 @@ def update_if_due(model: nn.Module, schedules: Schedules, step: int, sums: Gradi
         heartbeat("the search of scales")
         scales = update_scales(model)
         round_weights(model)
-    return Updated(masks, scales)
+    return masks, scales
 
 
 def _update_masks(model: nn.Module, schedule: Schedule, step: int, sums: GradientSums | None) -> MaskStats | None:
@@ -184,10 +178,9 @@ class MaskUpdater:
             round_weights(self._model, rounds=self.schedules.quantises_at(self.step))
 
     def _update(self, step: int) -> MaskStats | None:
-        done = update_if_due(self._model, self.schedules, step)
-        self.masks = done.masks or self.masks
-        self.rounding_stats = done.scales or self.rounding_stats
-        return done.masks
+        masks, scales = update_if_due(self._model, self.schedules, step)
+        self.masks, self.rounding_stats = masks or self.masks, scales or self.rounding_stats
+        return masks
 
     def _begin(self) -> None:
         """Select the masks before the first step, and check that they fit those that the model came with."""

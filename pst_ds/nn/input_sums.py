@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -174,13 +174,11 @@ class InputGatherer:
     @contextmanager
     def listening(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
         """Add the inputs of these layers, by name, in the context."""
-        hooks = [layer.register_forward_pre_hook(partial(self._add, name)) for name, layer in layers.items()]
-        try:
+        with ExitStack() as hooks:
+            for name, layer in layers.items():
+                hooks.enter_context(layer.register_forward_pre_hook(partial(self._add, name)))
             yield
-        finally:
-            self._last = None
-            for hook in hooks:
-                hook.remove()
+        self._last = None
 
     def settle(self, names: Sequence[str], ranks: Ranks = ALONE) -> None:
         """Fix the steps of the sums, and which layers share one, after the first batch of rank 0. Collective."""

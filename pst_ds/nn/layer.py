@@ -15,14 +15,7 @@ from pst_ds.core.bits import all_ones, shard_range
 from pst_ds.core.coded_weight import CodedWeight, OwnWeights
 from pst_ds.core.factors import Constants, Factors
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.quantization import (
-    UNUSED_SCALE,
-    Grid,
-    Rounding,
-    StoredGrid,
-    bytes_of_scales,
-    scales_of_bytes,
-)
+from pst_ds.core.quantization import UNUSED_SCALE, Grid, Rounding, StoredGrid, bytes_of_scales, scales_of_bytes
 from pst_ds.nn.base_codes import BASE_CODES, BASE_SCALES, BaseCodes, own_weights
 from pst_ds.parallel import zero3
 from pst_ds.parallel.zero3 import in_backward_pass

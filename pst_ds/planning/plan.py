@@ -29,8 +29,7 @@ from pst_ds.planning.start import Cost, StartData, start_plan
 from pst_ds.planning.time import Batch, TimePlan, step_flops, time_plan
 from pst_ds.planning.verdict import Need, Verdict, Work, need_of_process, verdict
 from pst_ds.train.model import (
-    base_grid_of_run,
-    embedding_grid_of_run,
+    frozen_grid,
     grid_of_run,
     head_names,
     load_tokenizer,
@@ -156,13 +155,13 @@ class Plan:
     @property
     def base_grid(self) -> str | None:
         """Quantisation scheme of the pruned layers' frozen weights; None if they stay unquantised."""
-        grid = base_grid_of_run(self.run)
+        grid = frozen_grid(self.run, self.run.model.base_bits)
         return str(grid) if grid else None
 
     @property
     def embedding_grid(self) -> str | None:
         """Quantisation scheme of the frozen embedding and output layer; None if they stay unquantised."""
-        grid = embedding_grid_of_run(self.run)
+        grid = frozen_grid(self.run, self.run.model.embedding_bits)
         return str(grid) if grid else None
 
     @property

@@ -145,14 +145,6 @@ class Chart:
         """True if a series has two points or more."""
         return any(len(one.points) > 1 for one in self.series)
 
-    @property
-    def step_ticks(self) -> list[Tick]:
-        return self.steps.ticks(5)
-
-    @property
-    def value_ticks(self) -> list[Tick]:
-        return self.values.ticks(5)
-
     def path(self, series: Series) -> str:
         return "M" + "L".join(f"{x:g} {y:g}" for x, y in self._places(series))
 

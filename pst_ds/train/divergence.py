@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -86,12 +87,10 @@ def _first_fault(model: nn.Module, batch: MicroBatch, run: Callable[[MicroBatch]
                     faults.append(f"{name}, of {examples} of data.train")
 
     leaves = [(name, module) for name, module in model.named_modules() if next(module.children(), None) is None]
-    hooks = [module.register_forward_hook(partial(look, name)) for name, module in leaves]
-    try:
+    with ExitStack() as hooks:
+        for name, module in leaves:
+            hooks.enter_context(module.register_forward_hook(partial(look, name)))
         run(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return faults[0] if faults else ""
 
 

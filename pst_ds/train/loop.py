@@ -240,10 +240,7 @@ def seed_random_numbers(seed: int, batch: int) -> None:
 
 
 def set_rates(loop: Loop, step: int) -> None:
-    """Set the learning rates, and the penalty on scores, for the step after ``step``.
-
-    Scores have rate 0 once the masks are final.
-    """
+    """Set the learning rates for the step after ``step``. Scores have rate 0 once the masks are final."""
     factor = learning_rate_factor(step, loop.num_steps, loop.run.train.learning_rate_warmup_fraction)
     masks_final = loop.schedules.masks_final_at(step)
     for group in loop.engine.optimizer.param_groups:
@@ -255,10 +252,9 @@ def _update_if_due(loop: Loop, state: LoopState) -> None:
 
     Raises ConfigError, on every rank, if masks that keep the base model's zeros have another sparsity than requested.
     """
-    done = update_if_due(loop.engine.module, loop.schedules, state.step, loop.sums)
-    if done.masks is not None:
-        loop.sums = None
-        masks = state.masks = done.masks
+    masks, scales = update_if_due(loop.engine.module, loop.schedules, state.step, loop.sums)
+    if masks is not None:
+        loop.sums, state.masks = None, masks
         requested, target = loop.run.schedule.final_sparsity, loop.schedules.sparsity_at(state.step)
         if loop.run.pst.initial_mask == "zeros" and abs(masks.sparsity - requested) > SPARSITY_TOLERANCE:
             raise ConfigError(
@@ -271,10 +267,10 @@ def _update_if_due(loop: Loop, state: LoopState) -> None:
         loop.metrics.write(state.step, {"event": "mask_update", **sparsity, **change})
         if loop.metrics.layers is not None:
             loop.metrics.layers.masks(state.step, masks)
-    if done.scales is not None:
-        loop.metrics.write(state.step, {"event": "rounding", "rounding_error": done.scales.error})
+    if scales is not None:
+        loop.metrics.write(state.step, {"event": "rounding", "rounding_error": scales.error})
         if loop.metrics.layers is not None:
-            loop.metrics.layers.rounding(state.step, done.scales.layer_errors)
+            loop.metrics.layers.rounding(state.step, scales.layer_errors)
 
 
 def _stop_if_stuck(state: LoopState) -> None:

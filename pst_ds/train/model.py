@@ -69,14 +69,8 @@ def grid_of_run(run: RunConfig) -> Grid | None:
     return grid_of(run.quantization.values, run.quantization.group) if run.quantization.values else None
 
 
-def base_grid_of_run(run: RunConfig) -> Grid | None:
-    """Return the quantisation scheme of the run's frozen weights; None for weights as they were loaded."""
-    return None if run.model.base_bits == 16 else grid_of(f"int{run.model.base_bits}", run.model.base_group)
-
-
-def embedding_grid_of_run(run: RunConfig) -> Grid | None:
-    """Return the quantisation scheme of the frozen embedding and output layer; None for weights as they were loaded."""
-    bits = run.model.embedding_bits
+def frozen_grid(run: RunConfig, bits: int) -> Grid | None:
+    """Return the quantisation scheme of frozen weights stored in ``bits``; None for 16, weights as they were loaded."""
     return None if bits == 16 else grid_of(f"int{bits}", run.model.base_group)
 
 
@@ -155,7 +149,7 @@ def build_model(
     if task.new_head:
         misfit += f", or the model without that head (the data has {config.num_labels} classes)"
     options = {"config": config, "dtype": DTYPES[run.train.precision]}
-    quantises_base = run.mask_method.injects and base_grid_of_run(run) is not None
+    quantises_base = run.mask_method.injects and run.model.base_bits != 16
     module, missing = raise_on_all_ranks(  # only rank 0 reads what is not read in shards
         lambda: base.load(task.model_class(), misfit, linear_later=quantises_base, **options)
     )
@@ -185,8 +179,8 @@ def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | N
             run.injected_pst,
             num_shards=num_shards,
             grid=grid_of_run(run),
-            base_grid=base_grid_of_run(run),
-            embedding_grid=embedding_grid_of_run(run),
+            base_grid=frozen_grid(run, run.model.base_bits),
+            embedding_grid=frozen_grid(run, run.model.embedding_bits),
         )
     if run.mask_method.trains_everything:  # that can have a gradient
         for param in module.parameters():

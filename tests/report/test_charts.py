@@ -82,7 +82,7 @@ def test_lines_that_lie_close_together_are_drawn_so(value):
     )
     (one, two) = [float(re.match(r"M\S+ ([\d.]+)", chart.path(line))[1]) for line in chart.series]
     assert abs(one - two) <= 0.2
-    texts = [tick.text for tick in chart.value_ticks]
+    texts = [tick.text for tick in chart.values.ticks(5)]
     assert len(set(texts)) == len(texts) >= 3
     assert max(map(len, texts)) <= 7  # which is what there is room for beside the plot
     assert TOP < one < BOTTOM
@@ -95,7 +95,7 @@ def test_sparsity_begins_at_zero(write_run):
     ]
     chart = {chart.title: chart for chart in charts(read_runs([write_run(metrics=metrics)]))}["Sparsity"]
     assert (chart.values.low, chart.values.high) == (0.0, 0.9)
-    assert [tick.text for tick in chart.value_ticks] == ["0", "0.2", "0.4", "0.6", "0.8"]
+    assert [tick.text for tick in chart.values.ticks(5)] == ["0", "0.2", "0.4", "0.6", "0.8"]
 
 
 def _only(found):

@@ -12,14 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pst_ds.config.run import ConfigError, DataConfig
-from pst_ds.data.conversations import (
-    TOOLS,
-    Rendered,
-    conversation_of,
-    prompt_tokens,
-    render,
-    require_template,
-)
+from pst_ds.data.conversations import TOOLS, Rendered, conversation_of, prompt_tokens, render, require_template
 from pst_ds.data.dataset import read_rows
 from pst_ds.data.tasks.answers import AnswerTask
 from pst_ds.data.tasks.task import IGNORED

@@ -42,10 +42,8 @@ class Candidate:
         fewer = (of_steps / steps) ** TRIAL_POWER
         factors = dict.fromkeys(RATES, self.factor * fewer)
         factors["head_learning_rate"] *= self.head_factor
-        rates = {name: (getattr(train, name), factor) for name, factor in factors.items()}
-        return {
-            name: rate if factor == 1.0 else float(f"{rate * factor:.3g}") for name, (rate, factor) in rates.items()
-        }
+        rates = {name: getattr(train, name) for name in RATES}
+        return {name: rate if (f := factors[name]) == 1.0 else float(f"{rate * f:.3g}") for name, rate in rates.items()}
 
 
 CANDIDATES = tuple(

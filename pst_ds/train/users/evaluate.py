@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import fmean
 
+import numpy as np
+
 from pst_ds.data.by_user import RowsByUser
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.parallel.ranks import raise_on_all_ranks
@@ -93,7 +95,4 @@ def _score(model: PersonalModel, examples: ExampleSet) -> float:
 
 
 def _standard_error(values: Sequence[float]) -> float:
-    if len(values) < 2:
-        return math.nan
-    mean = fmean(values)
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
