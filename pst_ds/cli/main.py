@@ -10,6 +10,7 @@ import errno
 import importlib
 import io
 import logging
+import math
 import os
 import select
 import sys
@@ -225,6 +226,10 @@ def number(what: str, kind: Callable[[str], N], is_valid: Callable[[N], bool]) -
 
 
 count = number("a whole number of at least 1", int, lambda value: value >= 1)
+
+
+def above(limit: int) -> Callable[[str], float]:
+    return number(f"a number above {limit}", float, lambda value: limit < value < math.inf)
 
 
 def load_run_or_folder(args: argparse.Namespace) -> RunConfig:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from pst_ds.cli.main import add_run_arguments, count, load_run_or_folder, number
+from pst_ds.cli.main import above, add_run_arguments, count, load_run_or_folder
 from pst_ds.config.one_shot import CHANNELS
 from pst_ds.planning.machines import MACHINES
 from pst_ds.text_table import aligned, bytes_text
@@ -40,8 +39,6 @@ MEMORY_LINES = {
 _SHOWN = 5
 """Choices of a search that are printed."""
 
-_above_0 = number("a number above 0", float, lambda value: 0 < value < math.inf)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -50,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-data", action="store_true", help="needs only config.json and train.num_steps: no data, no tokenizer")
     machine = f"rates for the expected times: {', '.join(MACHINES)}, or a TOML file (default: by this machine)"
     add("--machine", metavar="FILE", help=machine)
-    add("--memory", type=_above_0, metavar="GB", help="gigabytes of memory per rank (default: the machine's)")
+    add("--memory", type=above(0), metavar="GB", help="gigabytes of memory per rank (default: the machine's)")
     add("--search", action="store_true", help="also find the fastest way to run the same batch that fits")
 
 

@@ -8,13 +8,15 @@ import time
 from dataclasses import fields
 from typing import TYPE_CHECKING, get_args
 
-from pst_ds.cli.main import add_quiet_argument, add_run_arguments, add_shard_argument, count, load_run_or_folder
+from pst_ds.cli.main import above, add_quiet_argument, add_run_arguments, add_shard_argument, count, load_run_or_folder
 from pst_ds.config.methods import OneShotMethod
-from pst_ds.config.one_shot import CHANNELS, REAP, Budgets, PruneConfig
+from pst_ds.config.one_shot import CHANNELS, ENGINES, REAP, SHAPES, Budgets, PruneConfig
 from pst_ds.core.experts.tokens import unused_experts
 from pst_ds.core.packings import GROUPS, VALUE_BITS, WHOLE_ROW
+from pst_ds.errors import InputError
 
 if TYPE_CHECKING:
+    from pst_ds.config.run import RunConfig
     from pst_ds.train.one_shot.pruning import PruneReport
 
 
@@ -28,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--heads", type=count, metavar="N", help="channels: attention heads of a layer that stay")
     add("--kv-groups", type=count, metavar="N", help="channels: groups of heads with the same keys that stay")
     add("--layers", type=count, metavar="N", help="channels: transformer blocks that stay")
+    add("--speedup", type=above(1), metavar="X", help="channels: find --ffn for a model X times as fast in --target")
+    add("--target", choices=ENGINES, help="channels: where --speedup counts")
     add("--rank-by", choices=("second-order", "wanda"), default="second-order", help="channels: how they are chosen")
     add("--pattern", default="", metavar="P", help="row, matrix, N:M or blocks (default: pst.pattern, or row)")
     add("--keep-zeros", action="store_true", help="prune exactly the weights that are zero already")
@@ -45,10 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
+    start, run = time.perf_counter(), load_run_or_folder(args)
+    speedup = _with_share(run, args)
     given = {field.name: getattr(args, field.name) for field in fields(PruneConfig)}
     group = args.group if args.group in (None, WHOLE_ROW) else int(args.group)
     config = PruneConfig(**{**given, "group": group})
-    start, run = time.perf_counter(), load_run_or_folder(args)
     from pst_ds.parallel.launch import init_distributed, launch_environment
     from pst_ds.parallel.ranks import is_main
     from pst_ds.train.one_shot.pruning import prune_model
@@ -60,7 +65,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     result = {**report.facts, "out": args.out}
     if report.layers:
         result["num_layers"] = len(report.layers)
-    result["seconds"] = time.perf_counter() - start
+    result |= speedup | {"seconds": time.perf_counter() - start}
     if not is_main():
         return result
     if config.method == CHANNELS:
@@ -71,6 +76,20 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if unused := unused_experts(tokens):  # both stacks of a module saw the same tokens
         print(f"{unused}, and were pruned by magnitude. Add --samples", file=sys.stderr)
     return result
+
+
+def _with_share(run: RunConfig, args: argparse.Namespace) -> dict[str, object]:
+    """Set ``args.ffn`` to what ``args.speedup`` asks for; return facts for the result. Raises InputError."""
+    if args.speedup is None and args.target is None:
+        return {}
+    if args.speedup is None or args.target is None or args.method != CHANNELS:
+        raise InputError(f"--speedup and --target need each other and --method {CHANNELS}. Add what is missing")
+    if given := [f"--{name.replace('_', '-')}" for name in SHAPES if getattr(args, name) is not None]:
+        raise InputError(f"--speedup {args.speedup} chooses --ffn itself. Remove {' and '.join(given)}")
+    from pst_ds.planning.speedup import share_for
+
+    args.ffn, expected = share_for(run, args.speedup, args.target)
+    return {"target": args.target, "speedup_expected": round(expected, 2)}
 
 
 def _line_of_weights(config: PruneConfig, report: PruneReport, result: dict[str, object]) -> str:
@@ -93,7 +112,8 @@ def _line_of_experts(report: PruneReport, result: dict[str, object]) -> str:
 
 def _line_of_channels(report: PruneReport, result: dict[str, object]) -> str:
     settings = ", ".join(f"{name} = {value}" for name, value in dict(result["config"]).items())  # type: ignore[call-overload]
+    expected = f", {result['speedup_expected']} times as fast in {result['target']}" if "target" in result else ""
     return (
         f"wrote {report.out}: channels, {settings}; {result['parameters']:,} of {result['parameters_before']:,} "
-        f"parameters, on {result['samples']} examples; {result['seconds']:.1f} s in total"
+        f"parameters, on {result['samples']} examples{expected}; {result['seconds']:.1f} s in total"
     )

@@ -18,6 +18,8 @@ REAP: Final = "reap"
 CHANNELS: Final = "channels"
 """Removes channels, heads or blocks, so that the model is smaller and dense."""
 SHAPES = ("ffn", "heads", "kv_groups", "layers")
+ENGINES = ("openvino", "llama.cpp", "vllm", "gpu")
+"""Where the speed of a cut is predicted: pst_ds/planning/speedup.py."""
 Budgets = Literal["equal", "owl", "saliency"]
 _BITS = " or ".join(str(bits) for bits in sorted(VALUE_BITS.values()))
 _QUANTISE_LATER = "and then quantise the folder with --method sparsegpt --keep-zeros"

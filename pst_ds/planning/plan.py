@@ -22,6 +22,7 @@ from pst_ds.nn.tables.embedding import pst_embeddings
 from pst_ds.parallel.ds_config import load_deepspeed_config, zero_stage
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.planning.activations import Trace, UntraceableError, trace_micro_batch
+from pst_ds.planning.cut import cut_plan
 from pst_ds.planning.machines import Machine, machine_of
 from pst_ds.planning.memory import MemoryPlan, ModelNumbers, ZeroSettings, memory_plan, zero_settings
 from pst_ds.planning.shapes import block_sizes, model_numbers
@@ -370,12 +371,14 @@ def _need(run: RunConfig, peak: int, kept: int, num_steps: int, share_of_checkpo
 
 def _start(run: RunConfig, model: nn.Module, numbers: ModelNumbers, ranks: int, machine: Machine) -> Cost | None:
     """Predict the one-shot pruning before the run; None without any, or if it needs no data."""
-    if run.start.method in ("none", CHANNELS) or not (config := one_shot_config(run, run.start.samples)).needs_data:
+    if run.start.method == "none" or not (config := one_shot_config(run, run.start.samples)).needs_data:
         return None
     size, place = DTYPES[run.train.precision].itemsize, Pretrained(run.model.path, "model.path")
     dtype = getattr(place.config(), "dtype", None)
     itemsizes = dtype.itemsize if isinstance(dtype, torch.dtype) else size, size
     data = StartData(config, ranks, run.data.max_length, run.eval_batch_size, itemsizes)
+    if config.method == CHANNELS:
+        return cut_plan(run, data, machine)
     return start_plan(block_sizes(model, numbers), data, machine)
 
 

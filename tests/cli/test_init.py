@@ -132,6 +132,27 @@ def test_where_a_model_will_run_proposes_a_pattern(made, capsys, model, more, pa
     assert _planned(capsys, out)["num_steps"] > 0
 
 
+@pytest.mark.few(2)
+@pytest.mark.parametrize(
+    ("model", "more", "method", "share"),
+    [
+        (BERT, ("--target", "openvino"), "lora", 0.25),
+        (BERT, ("--target", "gpu", "--speedup", "1.3"), "lora", 0.5),
+        (BERT, ("--target", "openvino", "--sparsity", "0.8"), "pst", 0.25),
+        (LLAMA, ("--target", "llama.cpp", "--task", "causal-lm"), "lora", 0.75),
+    ],
+)
+def test_an_engine_gets_a_smaller_model_that_recovers_from_the_cut(made, capsys, model, more, method, share):
+    out, table, result = made(model, "--train", TRAIN, "--steps", "300", *more)
+    assert (table["method"], table["start"]["method"], table["start"]["ffn"]) == (method, "channels", share)
+    learns_first = model == BERT
+    assert table["distillation"] == {"weight": 0.5, "teacher": "finetuned" if learns_first else model}
+    assert table.get("finetune") == ({"method": "dense", "num_steps": 300} if learns_first else None)
+    assert result["num_steps"] == (100 if learns_first and method == "lora" else 300)
+    assert ("final_sparsity" in table.get("schedule", {})) is (method == "pst")
+    assert _planned(capsys, out)["start"]["ffn"] == share
+
+
 def test_every_setting_that_has_a_choice_has_a_comment(made):
     out, table, result = made(BERT, "--train", TRAIN, "--ranks", "2", "--exclude-modules", "query,key")
     assert (table["pst"]["exclude_modules"], result["num_layers"]) == (["query", "key"], 8)

@@ -158,6 +158,35 @@ def test_killed_after_every_block_and_on_other_ranks_the_bits_are_the_same(run_r
             assert (out / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+def _shallower(base, out, stops):
+    """Remove two blocks; with ``stops``, fail when the choice is made, as if a disk were full."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pst_ds.prune.blocks.PIECE_TOKENS", 18)
+        files = ModelFiles(str(base), out, 1 << 30)
+        with files.working({}):
+            if stops:
+                patch.setattr("pst_ds.prune.depth._with_config", lambda *_: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    remove_blocks(files, PruneConfig(method="channels", layers=1), (), _data())
+                return
+            remove_blocks(files, PruneConfig(method="channels", layers=1), (), _data())
+            files.publish(lambda folder: None, {})
+
+
+@pytest.mark.zero3
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_on_other_ranks_and_after_a_stop_the_same_blocks_stay(run_ranks, tmp_path, family):
+    _model(family).save_pretrained(tmp_path / "base")
+    _shallower(tmp_path / "base", tmp_path / "alone", stops=False)
+    for ranks in (2, 3):
+        out = tmp_path / str(ranks)
+        run_ranks(_shallower, ranks, tmp_path / "base", out, True)
+        assert not out.exists()
+        run_ranks(_shallower, ranks, tmp_path / "base", out, False)
+        for file in sorted((tmp_path / "alone").iterdir()):
+            assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+
+
 @torch.no_grad()
 def _harm(model, kept, text):
     """The next-token loss of the blocks ``kept``, or the change of the hidden states, on all texts."""
@@ -207,6 +236,9 @@ def test_the_block_whose_absence_harms_least_is_removed(tmp_path, family):
     (["--heads", "2", "--kv-groups", "1"], "say the same"),
     (["--ffn", "0.5", "--sparsity", "0.5"], "--sparsity 0.5 is for weights"),
     (["--ffn", "0.5", "--pattern", "2:4"], "--pattern is for weights"),
+    (["--speedup", "1.1"], "--speedup and --target need each other"),
+    (["--speedup", "1.1", "--target", "gpu", "--ffn", "0.5"], "--speedup 1.1 chooses --ffn itself. Remove --ffn"),
+    (["--speedup", "9", "--target", "gpu"], "fewer feed-forward channels make"),
 ])  # fmt: skip
 def test_what_cannot_be_cut_is_refused_with_one_message(tmp_path, capsys, options, message):
     _model("llama").save_pretrained(tmp_path / "base")

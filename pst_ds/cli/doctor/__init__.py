@@ -1,20 +1,17 @@
 """``pst-ds doctor``: check whether this machine can train; every line is ok, a warning or a failure with its fix."""
 
 import argparse
-import math
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
-from pst_ds.cli.main import number
-
-_seconds = number("a number of seconds above 0", float, lambda value: 0.0 < value < math.inf)
+from pst_ds.cli.main import above
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", default=".", metavar="DIR", help="folder of future runs (default: here)")
     limit = "limit for compiling, and for the ranks to connect (default: 180)"
-    parser.add_argument("--time-limit", type=_seconds, default=180.0, metavar="SECONDS", help=limit)
+    parser.add_argument("--time-limit", type=above(0), default=180.0, metavar="SECONDS", help=limit)
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:

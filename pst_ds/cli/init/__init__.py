@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 
 from pst_ds.atomic_files import require_writable
-from pst_ds.cli.main import count
+from pst_ds.cli.main import above, count
 from pst_ds.config.methods import METHODS
+from pst_ds.config.one_shot import ENGINES
 from pst_ds.config.tasks import TASKS
 from pst_ds.errors import InputError
 
@@ -19,10 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--task", choices=tuple(TASKS), help="default: inferred from the columns of the training file")
     add("--text-columns", type=_names, metavar="COLUMN,...", help="one column, or two for pairs")
     add("--label-column", metavar="COLUMN", help="default: label")
-    add("--method", choices=tuple(METHODS), default="pst", help="default: pst")
+    add("--method", choices=tuple(METHODS), help="default: pst; lora where --target proposes a smaller dense model")
     add("--sparsity", type=float, metavar="S", help="final sparsity (default: 0.9, and 0.5 for language models)")
     add("--pattern", metavar="P", help='matrix (default), global, row, N:M or blocks such as "16x1"')
-    add("--target", choices=("cpu",), help="where the model will run; proposes the fastest pattern of similar quality")
+    add("--target", choices=("cpu", *ENGINES), help="where the model will run; proposes the fastest of similar quality")
+    add("--speedup", type=above(1), metavar="X", help="cut as far as --target needs to be X times as fast")
     add("--exclude-modules", type=_names, metavar="NAME,...", help="modules to keep dense (pst.exclude_modules)")
     steps = parser.add_mutually_exclusive_group()
     steps.add_argument("--epochs", type=float, metavar="N", help="default: 3 (causal-lm: 1), for 600 to 10,000 steps")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pst_ds.config.methods import METHODS
+from pst_ds.config.one_shot import CHANNELS, ENGINES
 from pst_ds.config.run import DataConfig, RunConfig
 from pst_ds.config.tasks import TASKS, TaskFacts
 from pst_ds.config.toml import run_from_table
@@ -22,6 +23,7 @@ from pst_ds.data.model_limits import is_causal, positions_of
 from pst_ds.data.plain_text import proposed_sample_by
 from pst_ds.data.tasks import task_of
 from pst_ds.errors import InputError
+from pst_ds.file_names import FINETUNED
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.targets import find_embeddings
 from pst_ds.planning.dense_start import (
@@ -31,13 +33,14 @@ from pst_ds.planning.dense_start import (
     SOLVED_SPARSITY,
     gains_by_start,
 )
+from pst_ds.planning.speedup import share_for
 from pst_ds.train.model import kept_in_fp32, load_model_config, load_tokenizer, meta_model, num_trainable
 from pst_ds.train.one_shot.start import require_startable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-_START_SPARSITY, _EXAMPLES = 0.8, 1024
+_START_SPARSITY, _EXAMPLES, _RECOVERY_STEPS = 0.8, 1024, 100
 Settings: TypeAlias = dict[str, Any]
 """Settings, or tables of settings, by name."""
 NO_VALIDATION = "none"
@@ -84,6 +87,8 @@ class Chosen:
 
 def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     """Return the run that ``args`` ask for, checked as by ``pst-ds plan``. Raises InputError."""
+    if args.speedup and args.target not in ENGINES:
+        raise InputError(f"--speedup {args.speedup} needs an engine to count for. Add --target {' or '.join(ENGINES)}")
     ranks = args.ranks or 1
     has_accelerator = torch.accelerator.is_available()
     table = _first_table(args, deepspeed_file if ranks > 1 or has_accelerator else None)
@@ -108,9 +113,12 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     model = meta_model(run, labels, tokenizer)
     if kept_in_fp32(model):
         table = laid_over(table, "train", precision="fp32")
-    if task.new_head:
-        table = _for_a_new_task(table, model, run)
-    table = with_start(table, examples, any_pattern=not args.pattern)
+    if args.target in ENGINES:
+        table = _with_cut(table, run, args, examples)
+    else:
+        if task.new_head:
+            table = _for_a_new_task(table, model, run)
+        table = with_start(table, examples, any_pattern=not args.pattern)
     if (proposed := run_from_table(table)) != run:
         run, model = proposed, meta_model(proposed, labels, tokenizer)
     layers = pst_layers(model)
@@ -179,6 +187,29 @@ def _updatable_embeddings(model: nn.Module, run: RunConfig) -> list[str]:
     return list(names)
 
 
+def _with_cut(table: Settings, run: RunConfig, args: argparse.Namespace, examples: int) -> Settings:
+    """Return ``table`` with a cut of the feed-forward layers, and the uncut model as teacher (docs/how-to/shapes.md).
+
+    A new task is learned before the cut; a language model is cut as it is.
+    """
+    is_new = not run.task_facts.predicts_tokens
+    share, samples = (0.25, _EXAMPLES) if is_new else (0.75, 2 * SAMPLES_OF_TOKENS)
+    if args.speedup:
+        share, _ = share_for(run, args.speedup, args.target)
+    train = dict(table["train"])
+    first = {name: table[name] for name in table if name != "train"}
+    if is_new:
+        length = {name: train[name] for name in ("num_steps", "num_epochs") if name in train}
+        first["finetune"] = {"method": "dense", **length}
+        if run.mask_method.masks == "none":
+            train = {"num_steps": _RECOVERY_STEPS, **{name: train[name] for name in train if name not in length}}
+    first["start"] = {"method": CHANNELS, "ffn": share, "samples": min(samples, examples)}
+    first["distillation"] = {"weight": 0.5, "teacher": FINETUNED if is_new else run.model.path}
+    if not is_new:
+        first = laid_over(first, "pst", update_rank=16, update_init="lora", update_init_scale=1.0)
+    return {**first, "train": train}
+
+
 def proposed_length(usual_epochs: float, examples: int, batch_size: int) -> tuple[Settings, str]:
     """Return ``num_epochs`` or ``num_steps`` for a run over ``examples``, and the reason.
 
@@ -229,18 +260,23 @@ def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> Setti
     table: Settings = {
         "output_dir": args.output_dir or f"runs/{Path(args.out).stem}",
         "task": task,
-        "method": args.method,
+        "method": method_of(args),
         **({"deepspeed_config": str(deepspeed_file)} if deepspeed_file else {}),
         "model": {"path": args.model},
         "data": data,
         "train": {**({"num_steps": args.steps} if args.steps else epochs), "precision": "bf16"},
     }
-    method = METHODS[args.method]
+    method = METHODS[method_of(args)]
     if method.masks != "none":
         table["pst"] = {"target_modules": "all-linear", "pattern": _proposed_pattern(args, task)[0]}
         table["pst"] |= {"exclude_modules": args.exclude_modules} if args.exclude_modules else {}
         table["schedule"] = {"final_sparsity": _sparsity(args, facts)}
     return table
+
+
+def method_of(args: argparse.Namespace) -> str:
+    is_dense = args.target in ENGINES and args.sparsity is None and not args.pattern
+    return args.method or ("lora" if is_dense else "pst")
 
 
 def _proposed_pattern(args: argparse.Namespace, task: str) -> tuple[str, str]:
@@ -249,7 +285,7 @@ def _proposed_pattern(args: argparse.Namespace, task: str) -> tuple[str, str]:
         return args.pattern or "matrix", ""
     if not TASKS[task].has_labels:
         return "matrix", "decoders on CPUs are as fast with unstructured sparsity as with blocks"
-    if args.method == "pst" and _sparsity(args, TASKS[task]) >= HIGH_SPARSITY:
+    if method_of(args) == "pst" and _sparsity(args, TASKS[task]) >= HIGH_SPARSITY:
         return "matrix", '"1x4" is 1.3 times as fast on CPUs, but at this sparsity blocks lose 2 to 3 points more'
     return "1x4", "blocks of 4 inputs: encoders on CPUs are 1.3 times as fast as with unstructured sparsity"
 

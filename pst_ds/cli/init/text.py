@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pst_ds.atomic_files import write_text_atomic
 from pst_ds.cli.init.draft import Chosen, Settings
+from pst_ds.config.one_shot import CHANNELS
 from pst_ds.config.toml import run_from_table, toml_value
 from pst_ds.errors import InputError, shortened
 from pst_ds.planning.dense_start import gains_by_start
@@ -25,6 +26,9 @@ _COMMENTS = {
     "pst.exclude_modules": "these stay dense and frozen",
     "pst.pattern": '"matrix", "stack", "global", "row", N:M such as "2:4", or blocks such as "16x1"',
     "pst.magnitude": "scores compare |W| times the input norms, as the one-shot start does",
+    "finetune.method": "learns the task before the cut; the last checkpoint is its base and the teacher afterwards",
+    "start.ffn": "share of the feed-forward channels that stay in every layer",
+    "distillation.weight": "share of the loss that compares with the uncut model",
     "start.method": "prunes the model before the first step; the gain: docs/how-to/methods.md",
     "start.samples": "training examples for calibration",
     "start.reconstruct": "passes over them that fit the kept weights to the dense model",
@@ -104,13 +108,17 @@ def _found(chosen: Chosen) -> dict[str, str]:
         "data.train": f"{chosen.summary['examples']} {chosen.summary['unit']}",
         "data.max_length": f"{what}{limit}",
         "train.num_epochs": f"{chosen.length_reason}; optimizer steps: {chosen.summary['num_steps']}",
-        "train.num_steps": chosen.length_reason,
+        "train.num_steps": chosen.length_reason if chosen.run.finetune.method == "none" else "recovers from the cut",
+        "finetune.num_epochs": chosen.length_reason,
+        "finetune.num_steps": chosen.length_reason,
         "pst.target_modules": f"{chosen.summary['num_layers']} layers: {', '.join(chosen.layers)}",
     }
     comments |= {"pst.pattern": chosen.pattern_reason} if chosen.pattern_reason else {}
     if chosen.run.pst.pattern == "global":
         comments["schedule.final_sparsity"] = "final sparsity of all pruned matrices together"
-    if chosen.run.start.method != "none":
+    if chosen.run.start.method == CHANNELS:
+        comments["start.method"] = "makes the model smaller before the first step: docs/how-to/shapes.md"
+    elif chosen.run.start.method != "none":
         comments["schedule.initial_sparsity"] = "sparsity from the first step on, reached by [start]"
     elif chosen.run.schedule.solves:
         comments["schedule.initial_sparsity"] = "where the ramp begins; the model is dense before the first solve"
