@@ -190,7 +190,7 @@ def _updatable_embeddings(model: nn.Module, run: RunConfig) -> list[str]:
 def _with_cut(table: Settings, run: RunConfig, args: argparse.Namespace, examples: int) -> Settings:
     """Return ``table`` with a cut of the feed-forward layers, and the uncut model as teacher (docs/how-to/shapes.md).
 
-    A new task is learned before the cut; a language model is cut as it is.
+    A new task is learned before the cut.
     """
     is_new = not run.task_facts.predicts_tokens
     share, samples = (0.25, _EXAMPLES) if is_new else (0.75, 2 * SAMPLES_OF_TOKENS)
