@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear
 
-from pst_ds.core.bits import shard_numel, shard_range
+from pst_ds.core.bits import NATIVE_DTYPES, shard_numel, shard_range
 from pst_ds.core.layout import Rect, row_tiles, shard_tiles, view_in_shard
 from pst_ds.core.quantization import (
-    NATIVE_DTYPES,
     SCALE_DTYPE,
     UNUSED_SCALE,
     StoredGrid,

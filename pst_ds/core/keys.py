@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pst_ds.core.bits import pack_shard
+from pst_ds.core.bits import NATIVE_DTYPES, pack_shard
 from pst_ds.core.factors import Constants, TileFactors
 from pst_ds.core.kernels import library
 from pst_ds.core.layout import runs_of
@@ -31,7 +31,6 @@ MOST_AT_ONCE = 1 << 22
 """Most keys of one matrix held at once on a CPU. Larger matrices are read in tiles (:mod:`pst_ds.core.bracket`)."""
 NO_KEY = -(1 << 31)
 """Placeholder for a missing key, below the key of every finite score."""
-_NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def order_keys(scores: Tensor) -> Tensor:
@@ -54,7 +53,7 @@ def score_keys(weight: Tensor, tile: TileFactors, constants: Constants, weight_s
 
     ``weight``: W0, (rows, cols). Fastest if the rows of the weight, of V and of B are contiguous.
     """
-    is_simple = weight.dtype in _NATIVE_DTYPES and weight.stride(1) == 1
+    is_simple = weight.dtype in NATIVE_DTYPES and weight.stride(1) == 1
     native = native_for(weight, *tile.held().values()) if is_simple else None
     if native is None:
         return order_keys(importance(weight, tile, constants, weight_scale))
@@ -64,7 +63,7 @@ def score_keys(weight: Tensor, tile: TileFactors, constants: Constants, weight_s
     norms = [n if n is None else n.float().contiguous() for n in (tile.row_norms, tile.col_norms)]
     update = (None, None) if constants.frozen_magnitude else (tile.update_left, tile.update_right)
     products = [*_product(*update), *_product(tile.score_left, tile.score_right)]
-    stored = _NATIVE_DTYPES[weight.dtype], weight.stride(0), *weight.shape
+    stored = NATIVE_DTYPES[weight.dtype], weight.stride(0), *weight.shape
     native.pst_score_keys(weight, *stored, *products, *vectors, *norms, numbers, out)
     return out
 

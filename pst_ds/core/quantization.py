@@ -17,12 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from ctypes import CDLL
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pst_ds.core.bits import NATIVE_DTYPES
 from pst_ds.core.kernels import INT, TENSOR, NativeSource, load
 from pst_ds.core.layout import Rect, WeightLayout, row_tiles
 from pst_ds.core.packings import GROUPS, VALUE_BITS, WHOLE_ROW
@@ -83,8 +84,6 @@ def grid_of(values: object, group: object = None) -> Grid:
     return Grid(VALUE_BITS[values], known.get(str(group)))
 
 
-NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""Dtypes of weights that the loops support, by their number in C++."""
 SOURCE = NativeSource(
     "rounding.cpp",
     {
@@ -98,11 +97,7 @@ SOURCE = NativeSource(
     may_flags=("-fopenmp",),
 )
 _WORTH_THREADS = 1 << 16
-
-
-@cache
-def library() -> CDLL | None:
-    return load(SOURCE)
+library = cache(partial(load, SOURCE))
 
 
 def native_for(*tensors: Tensor) -> CDLL | None:

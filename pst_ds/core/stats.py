@@ -7,12 +7,13 @@ computed from the small matrices only.
 from __future__ import annotations
 
 import math
-from ctypes import CDLL, c_double
-from functools import cache
+from ctypes import c_double
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
+from pst_ds.core.bits import NATIVE_DTYPES
 from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
 from pst_ds.core.kernels import INT, TENSOR, NativeSource, load
 from pst_ds.core.keys import scores_of_keys
@@ -23,17 +24,12 @@ HISTOGRAM_DEVIATIONS = 4.0
 """Half width of a histogram in standard deviations around the mean."""
 _LEAST_VARIANCE = 1e-12
 """Relative to the mean square. A smaller variance is rounding error of the sums."""
-_NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 SOURCE = NativeSource(
     "sums.cpp",
     {"pst_moments": ([TENSOR, TENSOR, INT, TENSOR], None), "pst_squares": ([TENSOR, *([INT] * 4)], c_double)},
     "figures of layers",
 )
-
-
-@cache
-def library() -> CDLL | None:
-    return load(SOURCE)
+library = cache(partial(load, SOURCE))
 
 
 def score_moments(keys: Tensor, weights: Tensor, weight_scale: float) -> Tensor:
@@ -54,10 +50,10 @@ def score_moments(keys: Tensor, weights: Tensor, weight_scale: float) -> Tensor:
 def square_sum(values: Tensor) -> Tensor:
     """Return the sum of the squares of (rows, cols) ``values``, a float64 scalar on their device."""
     native = library() if values.device.type == "cpu" else None
-    if native is None or values.dtype not in _NATIVE_DTYPES or values.stride(1) != 1:
+    if native is None or values.dtype not in NATIVE_DTYPES or values.stride(1) != 1:
         flat = values.float().flatten().double()
         return flat @ flat
-    found = native.pst_squares(values, _NATIVE_DTYPES[values.dtype], values.stride(0), *values.shape)
+    found = native.pst_squares(values, NATIVE_DTYPES[values.dtype], values.stride(0), *values.shape)
     return torch.tensor(found, dtype=torch.float64)
 
 

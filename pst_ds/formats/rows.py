@@ -7,8 +7,7 @@ zero. Weights are copied as integers of the same width, so that NaNs stay bit-id
 from __future__ import annotations
 
 from collections.abc import Iterator
-from ctypes import CDLL
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -32,12 +31,8 @@ SOURCE = NativeSource(
 )
 _BAND_CODES = 1 << 20
 POPCOUNT = np.array([value.bit_count() for value in range(256)], dtype=np.uint8)
-
-
-@cache
-def library() -> CDLL | None:
-    """Return the functions of pack.cpp, or None if they cannot be compiled."""
-    return load(SOURCE)
+library = cache(partial(load, SOURCE))
+"""The functions of pack.cpp, or None if they cannot be compiled."""
 
 
 def bytes_of_row(columns: int) -> int:

@@ -20,7 +20,7 @@ import tempfile
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,18 +105,6 @@ _MERGES = NativeSource(
 )
 
 
-@cache
-def library() -> ctypes.CDLL | None:
-    """Return the functions of mask updates, or None if they are not available; a failed compilation warns once."""
-    return load(_MASKS)
-
-
-@cache
-def merges() -> ctypes.CDLL | None:
-    """Return the functions that apply masks and updates to weights, or None."""
-    return load(_MERGES)
-
-
 def load(source: NativeSource) -> ctypes.CDLL | None:
     """Return the compiled functions of ``source``, or None with a warning. The caller keeps the result."""
     if os.environ.get("PST_DS_NATIVE") == "0":
@@ -126,6 +114,12 @@ def load(source: NativeSource) -> ctypes.CDLL | None:
     except RuntimeError as error:
         warnings.warn(f"{error}: {source.purpose} run in torch, several times slower", stacklevel=2)
         return None
+
+
+library = cache(partial(load, _MASKS))
+"""Functions of mask updates, or None if they are not available; a failed compilation warns once."""
+merges = cache(partial(load, _MERGES))
+"""Functions that apply masks and updates to weights, or None."""
 
 
 def library_file(source: NativeSource) -> Path:

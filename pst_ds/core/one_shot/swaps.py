@@ -11,8 +11,7 @@ calibration tokens; O = out_features, I = in_features.
 
 from __future__ import annotations
 
-from ctypes import CDLL
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -27,11 +26,7 @@ LEAST_GAIN = 1e-6
 SOURCE = NativeSource(
     "swaps.cpp", {"pst_swap_pass": ([*([TENSOR] * 6), *([INT] * 5)], INT)}, "swaps of a mask", may_flags=("-fopenmp",)
 )
-
-
-@cache
-def library() -> CDLL | None:
-    return load(SOURCE)
+library = cache(partial(load, SOURCE))
 
 
 def refine_by_swaps(

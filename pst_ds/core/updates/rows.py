@@ -6,8 +6,8 @@ Names: n rows in the table, d its width, r the rank, N rows looked up; of a laye
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import CDLL, c_float, c_int, c_void_p
-from functools import cache
+from ctypes import c_float, c_int, c_void_p
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -87,11 +87,7 @@ SOURCE = NativeSource(
 DTYPES = (torch.bfloat16, torch.float32)
 FEW_TOKENS = 4
 """Most tokens per sample for which the native product is used; for more, torch's matrix product is faster."""
-
-
-@cache
-def library() -> CDLL | None:
-    return load(SOURCE)
+library = cache(partial(load, SOURCE))
 
 
 class EachBeside:

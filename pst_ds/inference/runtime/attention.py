@@ -6,8 +6,8 @@ read once, in place, for all heads that share them.
 
 from __future__ import annotations
 
-from ctypes import CDLL, c_float, c_int, c_int64
-from functools import cache
+from ctypes import c_float, c_int, c_int64
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,8 @@ NAME = "pst_ds_one_query"
 """Name under which our attention is registered with transformers."""
 _OTHERS_HAVE = ("softcap", "position_bias", "s_aux")
 """Arguments by which some models change the scores in addition to a mask."""
-
-
-@cache
-def library() -> CDLL | None:
-    """Return the function of one_query.cpp, or None if it is not available."""
-    return load(SOURCE)
+library = cache(partial(load, SOURCE))
+"""The function of one_query.cpp, or None if it is not available."""
 
 
 def one_query(query: Tensor, key: Tensor, value: Tensor, starts: list[int], scale: float) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import CDLL, c_int, c_int64
-from functools import cache
+from ctypes import c_int, c_int64
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -26,15 +26,11 @@ SOURCE = NativeSource(
     may_flags=("-fopenmp",),
     announce=True,
 )
+library = cache(partial(load, SOURCE))
+"""Compiled kernels, or None if they cannot be built; the layers then compute with torch.
 
-
-@cache
-def library() -> CDLL | None:
-    """Return the compiled kernels, or None if they cannot be built; the layers then compute with torch.
-
-    torch is loaded first, so that both share its OpenMP and one thread pool.
-    """
-    return load(SOURCE)
+torch is loaded first, so that both share its OpenMP and one thread pool.
+"""
 
 
 @cache

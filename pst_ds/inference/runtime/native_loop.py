@@ -11,7 +11,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from ctypes import CDLL, c_int
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -55,12 +55,8 @@ SOURCE = NativeSource(
     may_flags=("-pthread",),
     announce=True,
 )
-
-
-@cache
-def library() -> CDLL | None:
-    """Return the compiled loop, or None if it cannot be built."""
-    return load(SOURCE)
+library = cache(partial(load, SOURCE))
+"""Compiled loop, or None if it cannot be built."""
 
 
 def require_library() -> CDLL:
