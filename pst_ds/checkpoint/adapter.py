@@ -34,7 +34,7 @@ from pst_ds.core.bits import count_bits, relayout
 from pst_ds.core.quantization import Grid, bytes_of_scales, scales_of_bytes
 from pst_ds.errors import InputError, first_problem
 from pst_ds.nn import inject
-from pst_ds.nn.adapter_checkpoints import MASK_BITS, SCALES, write_bytes, write_mask
+from pst_ds.nn.adapter_checkpoints import MASK_BITS, SCALES, write_mask
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import all_gather_objects, is_main
 from pst_ds.parallel.steps import unwrapped
@@ -144,15 +144,14 @@ def load_pretrained(model: inject.ModelT, folder: str | Path) -> inject.ModelT:
         _require_weights(model, saved, folder)
     with torch.no_grad():
         for name, param in inject.adapter_parameters(model):
-            shard = zero3.shard_of(param)
-            zero3.write_shard(param, tensors[name].flatten()[shard.start : shard.start + shard.values.numel()])
+            zero3.write_whole(param, tensors[name])
         for name, buffer in inject.persistent_buffers(model).items():
             buffer.copy_(tensors.get(name, buffer))
         for name, layer in inject.pst_layers(model).items():
             write_mask(layer, tensors[f"{name}.{MASK_BITS}"])
             layer.magnitude_scales = tuple(saved.weight_scales[name])
             if layer.pst_scales is not None:
-                write_bytes(layer.pst_scales, bytes_of_scales(tensors[f"{name}.{SCALES}"]))
+                zero3.write_whole(layer.pst_scales, bytes_of_scales(tensors[f"{name}.{SCALES}"]))
     if saved.masks_frozen:
         inject.freeze_scores(model)
     inject.round_weights(model, rounds=saved.rounds)

@@ -87,7 +87,8 @@ def update_scales(model: nn.Module) -> RoundingStats:
                 "the last checkpoint"
             )
         for own, table in zip(batch, scales, strict=True):
-            own.write(table)
+            assert own.layer.pst_scales is not None
+            zero3.write_whole(own.layer.pst_scales, bytes_of_scales(table))
         errors += [error for error, _ in losses]
         squares += [square for _, square in losses]
     return RoundingStats(tuple(errors), tuple(squares))
@@ -168,14 +169,6 @@ class _ShardWeights:
             updated = sliced_weight(own, tile, self.layer.constants)
             merged[band.inside(rect)] = updated.masked_fill_(~keep, 0.0)
         return merged
-
-    def write(self, scales: Tensor) -> None:
-        """Store the layer's ``scales``; under ZeRO-3 each rank stores its shard."""
-        param = self.layer.pst_scales
-        assert param is not None
-        own = zero3.shard_of(param)
-        data = bytes_of_scales(scales)[own.start : own.start + own.values.numel()]
-        zero3.write_shard(param, data.to(own.values.device))
 
 
 def _batches(weights: Sequence[_ShardWeights]) -> Iterator[list[_ShardWeights]]:

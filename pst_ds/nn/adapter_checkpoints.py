@@ -70,16 +70,7 @@ def _leave_out(model: nn.Module, state: State, prefix: str, _metadata: object) -
 
 def write_mask(layer: PSTLayer, bits: Tensor) -> None:
     """Write a full mask in the canonical form, or under ZeRO-3 this rank's shard of it."""
-    bits = relayout(bits, layer.layout.numel, 1, layer.num_shards)
-    if zero3.is_partitioned(layer.pst_mask):
-        bits = bits.view(layer.num_shards, -1)[zero3.shard_index(layer.pst_mask)]
-    zero3.write_shard(layer.pst_mask, bits.to(layer.pst_mask.device))
-
-
-def write_bytes(param: nn.Parameter, data: Tensor) -> None:
-    """Write all bytes of a frozen parameter, or under ZeRO-3 this rank's shard of them."""
-    own = zero3.shard_of(param)
-    zero3.write_shard(param, data[own.start : own.start + own.values.numel()].to(own.values.device))
+    zero3.write_whole(layer.pst_mask, relayout(bits, layer.layout.numel, 1, layer.num_shards))
 
 
 @no_grad()
@@ -99,11 +90,11 @@ def _load(
             if full is not None and full.numel() != numel:
                 errors.append(f"{key} has {full.numel()} bytes, not {numel}. Load it into the model that saved it")
             elif full is not None and part == SCALES:
-                write_bytes(param, full)
+                zero3.write_whole(param, full)
             elif full is not None:
                 write_mask(layer, full)
             elif shard is not None and shard.shape == own.shape:
-                zero3.write_shard(param, shard.to(own.device))
+                zero3.write_shard(param, shard)
             elif shard is not None:
                 errors.append(
                     f"{key} has {shard.numel()} bytes, not {own.numel()}. Load it on as many ranks as saved it"

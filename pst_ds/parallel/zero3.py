@@ -119,6 +119,11 @@ def write_shard(param: nn.Parameter, values: Tensor) -> None:
     param.ds_secondary_tensor = None  # an hpZ copy is made again from the shard
 
 
+def write_whole(param: nn.Parameter, values: Tensor) -> None:
+    """Overwrite a frozen ``param`` with ``values`` of its full shape, or under ZeRO-3 this rank's shard of it."""
+    write_shard(param, own_part(param, values.flatten()))
+
+
 def bytes_split_as(like: nn.Parameter, numel: int, own: Tensor) -> nn.Parameter:
     """Return a frozen parameter of ``numel`` bytes, partitioned like ``like``. Collective under ZeRO-3.
 

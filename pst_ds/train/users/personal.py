@@ -94,9 +94,7 @@ class PersonalModel:
                 flat = values[fragment.name].flatten()
                 master.copy_(flat[fragment.start : fragment.stop])
             for name, param in self._named:
-                own = zero3.shard_of(param)
-                stop = own.start + own.values.numel()
-                zero3.write_shard(param, values[name].flatten()[own.start : stop].to(own.values))
+                zero3.write_whole(param, values[name])
         optimizer_state.forget_moments(self.engine, self._fragments)
 
     def state(self) -> State:
