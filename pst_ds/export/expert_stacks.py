@@ -10,7 +10,7 @@ from torch import nn
 
 from pst_ds.core.layout import WeightLayout
 from pst_ds.formats.base_weights import BaseWeights, saved_tensors
-from pst_ds.nn.model_structure import is_experts, stack_layouts
+from pst_ds.nn.model_structure import known_stacks
 
 
 @dataclass(frozen=True)
@@ -102,15 +102,8 @@ class FolderStack:
 
 def folder_stacks(model: nn.Module, weights: BaseWeights) -> list[FolderStack]:
     """Return the stacks of ``model`` that a folder holds completely, packed or in tensors of one dtype."""
-    found = []
-    for owner, module in model.named_modules():
-        try:
-            layouts = stack_layouts(module) if is_experts(module) else {}
-        except ValueError:  # an unknown form of experts is exported unchanged
-            continue
-        stacks = [_stack(model, f"{owner}.{attribute}", layout, weights) for attribute, layout in layouts.items()]
-        found += [stack for stack in stacks if stack is not None]
-    return found
+    found = (_stack(model, name, layout, weights) for name, layout in known_stacks(model).items())
+    return [stack for stack in found if stack is not None]
 
 
 def _stack(model: nn.Module, name: str, layout: WeightLayout, weights: BaseWeights) -> FolderStack | None:

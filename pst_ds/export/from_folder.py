@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -444,7 +445,10 @@ def _model_dtype(folder: FolderContents, name: str) -> torch.dtype:
 
 
 def copy_small_files(folder: Path, out: Path) -> None:
-    """Copy the small files that go along with the weights: tokenizer, generation settings."""
+    """Copy the config, without its quantisation, and what else goes along with the weights, such as the tokenizer."""
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    (out / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for path in sorted(folder.iterdir()):
         is_ours = path.name in (CONFIG_FILE, MANIFEST_FILE) or path.name.endswith(".index.json")
         if path.is_file() and path.suffix in _COPIED and not is_ours:

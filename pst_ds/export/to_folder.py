@@ -20,7 +20,7 @@ from pst_ds.core.quantization import Grid
 from pst_ds.data.tokens.tokenize import open_tokenizer
 from pst_ds.data.vocabulary import Vocabulary
 from pst_ds.export.encoding import Encoding, ExportError
-from pst_ds.export.from_folder import CONFIG_FILE, FolderContents, copy_small_files, open_folder, plan_folder
+from pst_ds.export.from_folder import CONFIG_FILE, copy_small_files, open_folder, plan_folder
 from pst_ds.export.from_run import RunSource, plan_run
 from pst_ds.export.gguf.model import write_gguf
 from pst_ds.export.manifest import ExportedTensor, Facts, write_manifest
@@ -178,7 +178,7 @@ def export_folder(
     facts["metrics"] = facts["metrics"] or {}
     if "pruned_from" in folder.facts:
         facts["pruned_from"] = folder.facts["pruned_from"]
-    contents = _Contents(folder.model, jobs, origin, facts, partial(_write_small_files_of_folder, folder))
+    contents = _Contents(folder.model, jobs, origin, facts, partial(copy_small_files, folder.path))
     if vocabulary:
         assert tokenizer is not None
         contents = _trimmed(contents, tokenizer, vocabulary)
@@ -220,12 +220,6 @@ def _trained_values(checkpoint: Checkpoint, options: ExportOptions) -> Grid | No
             "loses accuracy. Remove --values and --group, or write floats with --dtype"
         )
     return requested
-
-
-def _write_small_files_of_folder(folder: FolderContents, out: Path) -> None:
-    copy_small_files(folder.path, out)
-    config = {key: value for key, value in folder.config.items() if key != "quantization_config"}
-    (out / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _require_free(out: Path, encoding: Encoding) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -104,6 +105,16 @@ def stack_layouts(experts: ExpertsModule) -> dict[str, WeightLayout]:
     if gated != given * (2 if experts.has_gate else 1):
         raise ValueError(f"{first} makes {gated} outputs, and {last} takes {given}")
     return layouts
+
+
+def known_stacks(model: nn.Module) -> dict[str, WeightLayout]:
+    """Return the layouts of the expert stacks of ``model``, by the names of their Parameters; omit other forms."""
+    found: dict[str, WeightLayout] = {}
+    for owner, module in model.named_modules():
+        with suppress(ValueError):
+            layouts = stack_layouts(module) if is_experts(module) else {}
+            found |= {f"{owner}.{attribute}": layout for attribute, layout in layouts.items()}
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pst_ds.nn.model_structure import is_linear
 from pst_ds.parallel import zero3
-from pst_ds.parallel.ranks import all_gather_objects, world_size
+from pst_ds.parallel.ranks import raise_on_all_ranks, world_size
 from pst_ds.third_party import Code, patched
 
 _UNREAD = "pst_unread"
@@ -48,7 +48,7 @@ def read_by_every_rank(*, later: bool = False) -> Iterator[None]:
     def sharing(load: Code) -> Code:
         def loaded(model: nn.Module, state: dict[str, Tensor], load_config: object = None) -> object:
             new_name = _renaming(model, getattr(load_config, "weight_mapping", None))
-            names = _agreed(lambda: _read_shards(model, state, files, new_name))
+            names = raise_on_all_ranks(lambda: _read_shards(model, state, files, new_name), (Exception,))
             for param in model.parameters():
                 if zero3.is_unfilled(param) and not hasattr(param, _UNREAD):
                     zero3.make_shard(param)
@@ -95,19 +95,6 @@ def _renaming(model: nn.Module, mapping: Sequence[object] | None) -> Callable[[s
         return f"{prefix}.{name}" if f"{prefix}.{name}" in own else name
 
     return new_name
-
-
-def _agreed(action: Callable[[], dict[str, str]]) -> dict[str, str]:
-    """Call ``action`` on every rank. Raises OSError on all ranks if one raises. Collective."""
-    names, problem = {}, None
-    try:
-        names = action()
-    except Exception as error:  # the other ranks must not wait for this one
-        problem = f"{type(error).__name__}: {error}"
-    for number, other in enumerate(all_gather_objects(problem)):
-        if other is not None:
-            raise OSError(f"rank {number}: {other}")
-    return names
 
 
 @torch.no_grad()

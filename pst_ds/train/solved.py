@@ -24,7 +24,7 @@ from pst_ds.nn.inject import plain_name, pst_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.merge import plain_tensors
 from pst_ds.parallel import zero3
-from pst_ds.parallel.ranks import is_main, of_main
+from pst_ds.parallel.ranks import is_main, of_main, raise_together
 from pst_ds.train.model import meta_model
 from pst_ds.train.run_context import RunContext
 
@@ -51,11 +51,7 @@ def write_base(context: RunContext, model: nn.Module, solve: int) -> Path:
     for _ in weights:  # ranks that do not write, and rank 0 after an error
         pass
 
-    def outcome() -> None:
-        if problem is not None:
-            raise problem
-
-    of_main(outcome)
+    raise_together(problem)
     return out
 
 
@@ -118,5 +114,4 @@ def _write(base: BaseWeights, slots: _Planned, weights: Iterator[Tensor], out: P
     out.parent.mkdir(exist_ok=True)
     with atomic_folder(out) as folder:
         write_pieces(folder / "model.safetensors", chain([header], map(tensor_bytes, tensors)))
-        base.copy_if_there("config.json", folder)
         copy_small_files(base.folder, folder)

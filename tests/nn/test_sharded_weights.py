@@ -64,7 +64,7 @@ def _all(folder):
     with pytest.MonkeyPatch.context() as patch:
         if rank() == 1:
             patch.setattr(sharded_weights, "_read_shard", _cut_off)
-        with pytest.raises(InputError, match=r"cannot be loaded .*rank 1: OSError: a file was cut off"):
+        with pytest.raises(InputError, match=r"cannot be loaded .*rank 1 on .*: a file was cut off"):
             _loaded(folder, "tied", torch.float32)
     return found
 

@@ -15,7 +15,6 @@ from pst_ds.inference.hf.weight_files import (
     Groups,
     PackedFolderError,
     StoredTensor,
-    expert_stacks,
     form_of_group,
     kept_values,
     loaded_dtype,
@@ -24,7 +23,7 @@ from pst_ds.inference.hf.weight_files import (
 from pst_ds.inference.runtime import SparseLinear, sparse_layers
 from pst_ds.inference.runtime.experts import SparseExperts
 from pst_ds.nn import experts as registered
-from pst_ds.nn.model_structure import is_conv1d, linear_shape
+from pst_ds.nn.model_structure import is_conv1d, known_stacks, linear_shape
 
 
 class SparseProjection(SparseLinear):
@@ -58,7 +57,7 @@ def put_sparse_layers(model: nn.Module, groups: Groups, packing: str, tied: set[
     ``tied``: names of tied parameters. Returns the replaced linear layers by name, and the modules that hold stacks.
     Raises PackedFolderError for parts that do not fit the layer, and for a packed weight that the model ties.
     """
-    stacks = {name: layout for name, layout in expert_stacks(model).items() if name in groups}
+    stacks = {name: layout for name, layout in known_stacks(model).items() if name in groups}
     replaced = {name: _put_experts(model, name, layout, groups[name], packing) for name, layout in stacks.items()}
     registered.switch_on(dict.fromkeys(replaced.values()))
     for name, group in groups.items():

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pst_ds.core.layout import WeightLayout
 from pst_ds.errors import InputError
 from pst_ds.formats import FORMATS, FormatError, PackedFormat, form_of
 from pst_ds.formats.base_weights import names_in_files
 from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, TensorFile, TensorFileError
-from pst_ds.nn.model_structure import is_experts, is_linear, stack_layouts
+from pst_ds.nn.model_structure import is_linear, known_stacks
 
 _PARTS_OF_CODES = ("codes", "bitmask", "scales", "shape")
 
@@ -94,7 +93,7 @@ def named_groups(model: nn.Module, groups: Groups) -> Groups:
     holders = ((n, m) for n, m in model.named_modules() if is_linear(m) or isinstance(m, nn.Embedding))
     weights: dict[str, Tensor] = {f"{n}.weight": m.get_parameter("weight") for n, m in holders}
     layers = {name.removesuffix(".weight"): layer for name, layer in names_in_files(model, weights).items()}
-    layers |= {name.removesuffix(".weight"): name for name in weights} | {name: name for name in expert_stacks(model)}
+    layers |= {name.removesuffix(".weight"): name for name in weights} | {name: name for name in known_stacks(model)}
     named: dict[str, Mapping[str, StoredTensor]] = {}
     for name, group in groups.items():
         candidates = (name.removeprefix(prefix), name, prefix + name)
@@ -108,19 +107,6 @@ def named_groups(model: nn.Module, groups: Groups) -> Groups:
             )
         named[found] = group
     return named
-
-
-def expert_stacks(model: nn.Module) -> dict[str, WeightLayout]:
-    """Return the layouts of the expert stacks of ``model`` that can become sparse, by the names of their Parameters."""
-    found: dict[str, WeightLayout] = {}
-    for owner, module in model.named_modules():
-        if is_experts(module):
-            try:
-                layouts = stack_layouts(module)
-            except ValueError:  # another form, which stays dense
-                continue
-            found |= {f"{owner}.{attribute}": layout for attribute, layout in layouts.items()}
-    return found
 
 
 def form_of_group(name: str, packing: str, group: Mapping[str, StoredTensor], columns: int) -> PackedFormat:

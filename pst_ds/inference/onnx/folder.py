@@ -17,7 +17,7 @@ from pst_ds import __version__
 from pst_ds.atomic_files import atomic_folder, require_writable
 from pst_ds.core.packings import ONNX_FILE
 from pst_ds.export.encoding import ExportError
-from pst_ds.export.from_folder import CONFIG_FILE, copy_small_files
+from pst_ds.export.from_folder import copy_small_files
 from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.inference.hf.config import LoadAs
 from pst_ds.inference.hf.model_folder import open_model_folder
@@ -66,9 +66,6 @@ def write_onnx(
         ir.save(graph, file, external_data=external)
         copy_small_files(packed, partial)
         shutil.copy2(packed / MANIFEST_FILE, partial / MANIFEST_FILE)  # verify quantises the model as it says
-        config = json.loads((packed / CONFIG_FILE).read_text(encoding="utf-8"))
-        config.pop("quantization_config", None)
-        (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         difference = _compare(file, reference, ALLOWED, exact=True)
         if activation_bits == 8:
             difference = _compare(file, reference, ALLOWED_IN_8_BITS)
