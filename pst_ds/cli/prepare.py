@@ -7,13 +7,9 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pst_ds.cli.main import add_quiet_argument, count
 from pst_ds.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,12 +37,13 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from pst_ds.data.plain_text import is_wrapped
     from pst_ds.data.preparation.pieces import Reading
     from pst_ds.data.preparation.prepare import plan_store, prepare_store
+    from pst_ds.data.tokens.tokenize import open_tokenizer
 
     start = time.perf_counter()
     is_chat = args.kind == "chat"
     if is_chat and args.count_bytes:
         raise InputError("--count-bytes is for text: in conversations only a part is learnt. Omit it")
-    tokenizer = _tokenizer(args.tokenizer)
+    tokenizer = open_tokenizer(args.tokenizer, f"--tokenizer {args.tokenizer}", "Name the language model's folder")
     if args.chat_template:
         tokenizer.chat_template = read_template(args.chat_template, "--chat-template")
     column = args.text_column or ("messages" if is_chat else "text")
@@ -71,9 +68,3 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     )
     facts = {"shards": len(manifest.shards), "dtype": manifest.tokenizer.dtype.name, "digest": manifest.digest}
     return {"out": args.out, **counts, **facts, "seconds": seconds}
-
-
-def _tokenizer(where: str) -> PreTrainedTokenizerBase:
-    from pst_ds.data.tokens.tokenize import open_tokenizer
-
-    return open_tokenizer(where, f"--tokenizer {where}", "Name the language model's folder")

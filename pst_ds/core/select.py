@@ -35,15 +35,11 @@ class NonFiniteScoreError(FloatingPointError):
         self.matrices = matrices
 
 
-def _unchanged(counts: Tensor) -> Tensor:
-    return counts
-
-
 @dataclass(frozen=True, slots=True)
 class RankSums:
     """The two collectives that selection needs, for integer tensors of equal shape; by default of one rank."""
 
-    all_sum: Callable[[Tensor], Tensor] = _unchanged
+    all_sum: Callable[[Tensor], Tensor] = lambda counts: counts
     """Element-wise sum over ranks."""
     sum_of_lower_ranks: Callable[[Tensor], Tensor] = torch.zeros_like
     """Element-wise sum over the ranks below this one, whose keys come first."""

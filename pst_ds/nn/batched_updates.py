@@ -81,11 +81,11 @@ class BatchUpdates:
                 self._now[name] = EachBeside(factors, self._beta).added_to
             return
         first = states[0]
-        one_user = first is not None and all(state is first for state in states)
         keys = [f"{name}.{part}" for name in self._layers for part in (LEFT, RIGHT)]
-        found = _stacked(states[:1] if one_user else states, keys, like.dtype, like.device)
-        if one_user:
-            found = {key: values.expand(len(states), -1, -1) for key, values in found.items()}
+        if first is not None and all(state is first for state in states):  # of one user
+            found = {key: first[key].to(like.device, like.dtype).expand(len(states), -1, -1) for key in keys}
+        else:
+            found = _stacked(states, keys, like.dtype, like.device)
         for name in self._layers:
             factors_of_all = {"left": found[f"{name}.{LEFT}"], "right": found[f"{name}.{RIGHT}"]}
             self._now[name] = partial(with_beside_each, **factors_of_all, beta=self._beta)
@@ -104,17 +104,7 @@ class BatchUpdates:
 def _stacked(
     states: Sequence[State], keys: Sequence[str], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    """Return {key: (states, ..., ...)}, 0 for None: views of one tensor, so that freeing it does not fragment memory.
-
-    A single state with the right dtype and device is not copied.
-    """
-    first = states[0]
-    if (
-        len(states) == 1
-        and first is not None
-        and {(first[k].dtype, first[k].device) for k in keys} == {(dtype, device)}
-    ):
-        return {key: first[key].unsqueeze(0) for key in keys}
+    """Return {key: (states, ..., ...)}, 0 for None: views of one tensor, whose release does not fragment memory."""
     some = next(state for state in states if state is not None)
     sizes = [len(states) * some[key].numel() for key in keys]
     pool = torch.zeros(sum(sizes), dtype=dtype, device=device)

@@ -63,14 +63,12 @@ class LanguageHead:
         # ZeRO-3's hooks gather the weight in the backward pass if a gradient flows from the module's output to its
         # input. A head that trains needs that. The gradient of a frozen one bypasses them: it flows from the result
         # directly to the input from before the hooks.
-        hooks = [self.module.register_forward_pre_hook(before, prepend=True), self.module.register_forward_hook(after)]
-        self.module.forward = forward  # type: ignore[method-assign, assignment]
-        try:
-            yield results
-        finally:
-            del self.module.forward
-            for hook in hooks:
-                hook.remove()
+        with self.module.register_forward_pre_hook(before, prepend=True), self.module.register_forward_hook(after):
+            self.module.forward = forward  # type: ignore[method-assign, assignment]
+            try:
+                yield results
+            finally:
+                del self.module.forward
 
     @property
     def _trains(self) -> bool:

@@ -32,8 +32,6 @@ class LayerData:
     """Weights of each layer after the last mask update; empty before the first."""
     flipped: list[int] = field(default_factory=list)
     """Mask bits of each layer that flipped, over all mask updates."""
-    last_flipped: list[int] = field(default_factory=list)
-    """Mask bits of each layer that flipped in the last mask update."""
     figures: dict[str, list[float | None]] = field(default_factory=dict)
     """The last known value of each of FIGURES for every layer; None if unknown."""
 
@@ -72,7 +70,7 @@ def _add(layers: LayerData, line: dict[str, Any]) -> None:
         kept, flipped = (_list_of(line[key], count) for key in ("kept", "flipped"))
         layers.history.add(kept, flipped)
         layers.update_steps.append(line["step"])
-        layers.kept, layers.last_flipped = kept, flipped
+        layers.kept = kept
         layers.flipped = [a + b for a, b in zip(layers.flipped or [0] * count, flipped, strict=True)]
     elif event == "scores":
         for name in FIGURES:
