@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pst_ds.cli.engine import add_engine_arguments, native_decoder
 from pst_ds.cli.main import count
 from pst_ds.errors import InputError
 
@@ -33,11 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     add("--store", metavar="DIR", help="per-user adapters (pst-ds users train --form beside)")
     add("--user", metavar="NAME", help="user in --store whose adapter is used")
-    add("--load-as", choices=("auto", "sparse", "dense"), default="auto", help="keep weights packed, or unpack them")
-    add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the folder's")
-    add("--threads", type=count, metavar="N", help="threads (default: OMP_NUM_THREADS, or all cores)")
-    engine = "the native loop, or transformers; auto: native on a CPU if the weights are quantised"
-    add("--engine", choices=("auto", "native", "torch"), default="auto", help=engine)
+    add_engine_arguments(parser)
     bits = "bits of the native loop's activations in prompts: 8 is faster and less exact (default: 16)"
     add("--prompt-bits", type=int, choices=(8, 16), metavar="BITS", help=bits)
 
@@ -72,7 +69,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     stopwatch = _Stopwatch(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
     if isinstance(model, Decoder):
         engine, dtype, layers = "native", folder.values or str(folder.config.dtype), 0
-        new = _stream(model, folder, inputs["input_ids"], new_tokens, sampling, args.seed, stopwatch)
+        new = _stream(
+            model, folder.end_tokens(tokenizer), inputs["input_ids"], new_tokens, sampling, args.seed, stopwatch
+        )
     else:
         engine, dtype, layers = "torch", str(model.dtype), len(sparse_layers(model))
         new = _generate(model, tokenizer, inputs, new_tokens, sampling, stopwatch)
@@ -107,26 +106,11 @@ def _speed(result: Facts) -> str:
 
 def _decoder(args: argparse.Namespace, folder: ModelFolder, device: str, context: int) -> Decoder | None:
     """Return the native loop if requested, or if it is certainly faster. Raises InputError."""
-    options = {"load-as": args.load_as != "auto", "dtype": args.dtype}
-    chosen = [f"--{name}" for name, value in options.items() if value]
-    if args.engine == "native" and (chosen or device != "cpu"):
-        raise InputError(f"--engine native is for a CPU. Omit {' and '.join(chosen) or device}")
-    if args.engine == "native" and args.user is not None:
-        raise InputError("--engine native does not support users. Omit it to use transformers")
-    is_plain = args.engine == "auto" and folder.values is None
-    if args.engine == "torch" or args.user is not None or chosen or device != "cpu" or is_plain:
-        if args.prompt_bits:
-            raise InputError("--prompt-bits is for the native loop, which is not used here. Add --engine native")
-        return None
-    from pst_ds.inference.decoder import Decoder, DecoderError
-
-    try:
-        return Decoder.from_pretrained(folder.path, context, prompt_bits=args.prompt_bits or 16)
-    except (DecoderError, RuntimeError) as error:
-        if args.engine == "native":
-            raise InputError(str(error)) from None
-        print(f"using transformers instead of the native loop: {error}", file=sys.stderr)
-        return None
+    bits = args.prompt_bits or 16
+    decoder = native_decoder(args, folder, device, context, args.user is not None, prompt_bits=bits)
+    if decoder is None and args.prompt_bits:
+        raise InputError("--prompt-bits is for the native loop, which is not used here. Add --engine native")
+    return decoder
 
 
 def _loaded(args: argparse.Namespace, folder: ModelFolder, device: str) -> PreTrainedModel:
@@ -243,7 +227,7 @@ def _generate(
 
 def _stream(
     decoder: Decoder,
-    folder: ModelFolder,
+    ends: list[int],
     ids: Tensor,
     new_tokens: int,
     sampling: Sampling,
@@ -252,19 +236,13 @@ def _stream(
 ) -> list[int]:
     """Stream the text of the native loop to stdout; return its tokens."""
     import torch
-    from transformers import GenerationConfig
 
-    from pst_ds.data.generation import end_tokens
     from pst_ds.inference.decoder import Sampling as NativeSampling
 
-    try:
-        own = GenerationConfig.from_pretrained(folder.path, local_files_only=True)
-    except OSError:
-        own = GenerationConfig.from_model_config(folder.config)
     how = NativeSampling(float(sampling.get("temperature", 0.0)), top_p=float(sampling.get("top_p", 1.0)))
     stopwatch.put(ids)
     new = []
-    for token in decoder.stream(ids[0], new_tokens, sampling=how, end=end_tokens(own), seed=seed):
+    for token in decoder.stream(ids[0], new_tokens, sampling=how, end=ends, seed=seed):
         new.append(token)
         stopwatch.put(torch.tensor([token]))
     stopwatch.end()

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pst_ds.cli.main import count, quiet_libraries
+from pst_ds.cli.engine import add_engine_arguments, native_decoder
+from pst_ds.cli.main import above, count, quiet_libraries
 from pst_ds.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,10 +18,14 @@ if TYPE_CHECKING:
 
     from pst_ds.inference.hf.model_folder import ModelFolder
     from pst_ds.inference.serve.app import Service
+    from pst_ds.inference.serve.batches import Batches
+    from pst_ds.inference.serve.jobs import Answering
     from pst_ds.train.users.store import State, UserStore
 
 KEYS = "PST_DS_API_KEYS"
 """Environment variable with the keys of clients, separated by commas."""
+_UNLIMITED = 1 << 17
+"""Positions of a model whose config has no limit."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,14 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--chat-template", metavar="FILE", help="Jinja file to use instead of the tokenizer's template")
     add("--users-in-memory", type=count, default=64, metavar="N", help="adapters kept in memory (default: 64)")
     add("--workers", type=count, default=1, metavar="N", help="processes, restarted when they die (default: 1)")
-    add("--max-batch", type=count, default=8, metavar="N", help="requests per batch (default: 8)")
+    add("--max-batch", type=count, default=8, metavar="N", help="requests answered together (default: 8)")
+    add("--memory", type=above(0), metavar="GB", help="for keys and values, which limits the context of a request")
     add("--max-waiting", type=count, default=64, metavar="N", help="waiting requests (default: 64)")
     add("--max-body", type=count, default=1 << 20, metavar="B", help="request size (default: 2^20)")
     add("--max-prompt-tokens", type=count, metavar="N", help="(default: the model's positions)")
     add("--max-new-tokens", type=count, default=512, metavar="N", help="answer length (default: 512)")
-    add("--load-as", choices=("auto", "sparse", "dense"), default="auto", help="keep weights packed, or unpack them")
-    add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the folder's")
-    add("--threads", type=count, metavar="N", help="threads (default: OMP_NUM_THREADS, or all cores)")
+    add_engine_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
@@ -113,36 +117,60 @@ def _service(
     """Load the model and return the service. Raises InputError."""
     import torch
 
-    from pst_ds.data.generation import end_tokens
     from pst_ds.data.model_limits import positions_of
-    from pst_ds.inference.runtime.attention import quicken_decoding
     from pst_ds.inference.serve.app import Limits, Service
-    from pst_ds.inference.serve.batches import Batches
     from pst_ds.inference.serve.gate import Access
-    from pst_ds.inference.serve.users import ServedUsers
+    from pst_ds.inference.serve.slots import Slots
     from pst_ds.parallel.launch import LaunchEnvironment, device_of
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = folder.load(args.load_as, args.dtype, device_of(LaunchEnvironment(0, 1, 0)))
-    quicken_decoding(model)
-    users = None if store is None else ServedUsers(model, folder.path, store)
-    ends = end_tokens(model.generation_config)
-    if not ends and tokenizer.eos_token_id is not None:
-        ends = [tokenizer.eos_token_id]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
-    batches = Batches(
-        model, pad=pad, ends=ends, users=users, most_in_batch=args.max_batch, most_waiting=args.max_waiting
-    )
+    device, positions = device_of(LaunchEnvironment(0, 1, 0)), positions_of(folder.config)
+    ends = folder.end_tokens(tokenizer)
+    options = {"sequences": args.max_batch, "cache_bytes": round(1e9 * (args.memory or _memory_of_cache()))}
+    decoder = native_decoder(args, folder, device, positions or _UNLIMITED, store is not None, **options)
+    if decoder is not None:
+        positions = decoder.context
+        answering: Answering = Slots(decoder, ends=ends, most_waiting=args.max_waiting)
+    else:
+        answering = _batches(args, folder, tokenizer, store, device, ends)
     limits = Limits(
         body_bytes=args.max_body,
         prompt_tokens=args.max_prompt_tokens or 0,
         new_tokens=args.max_new_tokens,
-        positions=positions_of(folder.config),
+        positions=positions,
     )
-    service = Service(args.name, batches, tokenizer, limits, store, Access(_keys(), args.host))
+    service = Service(args.name, answering, tokenizer, limits, store, Access(_keys(), args.host))
     _warm_up(args, service)
+    answering.start()
     return service
+
+
+def _batches(
+    args: argparse.Namespace,
+    folder: ModelFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    store: UserStore | None,
+    device: str,
+    ends: list[int],
+) -> Batches:
+    """Load the transformers model, with the adapters of the store. Raises InputError."""
+    from pst_ds.inference.runtime.attention import quicken_decoding
+    from pst_ds.inference.serve.batches import Batches
+    from pst_ds.inference.serve.users import ServedUsers
+
+    if args.memory:
+        raise InputError("--memory is for the native loop, which is not used here. Add --engine native")
+    model = folder.load(args.load_as, args.dtype, device)
+    quicken_decoding(model)
+    users = None if store is None else ServedUsers(model, folder.path, store)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
+    return Batches(model, pad=pad, ends=ends, users=users, most_in_batch=args.max_batch, most_waiting=args.max_waiting)
+
+
+def _memory_of_cache() -> float:
+    """Return a quarter of the memory of this machine, in GB."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4e9
 
 
 def _warm_up(args: argparse.Namespace, service: Service) -> None:
@@ -157,7 +185,7 @@ def _warm_up(args: argparse.Namespace, service: Service) -> None:
         dtype = torch.bfloat16 if common.dtype == "bf16" else torch.float32
         states.append({name: torch.zeros(shape, dtype=dtype) for name, shape in common.shapes.items()})
     try:
-        service.batches.warm_up(service.prompt_of([{"role": "user", "content": "What is the time?"}]), states)
+        service.answering.warm_up(service.prompt_of([{"role": "user", "content": "What is the time?"}]), states)
     except ProtocolError as error:
         raise InputError(f"{args.chat_template or args.model}: {error.message}") from None
     except Exception as error:

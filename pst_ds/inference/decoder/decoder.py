@@ -37,6 +37,7 @@ class Options(TypedDict, total=False):
     sequences: int
     threads: int | None
     cache: str
+    cache_bytes: int | None
     prompt_bits: int
 
 
@@ -53,9 +54,12 @@ class Decoder:
         sequences: int = 1,
         threads: int | None = None,
         cache: str = "bf16",
+        cache_bytes: int | None = None,
         prompt_bits: int = 16,
     ):
         """Create a decoder from a table; the class methods are the usual way.
+
+        ``cache_bytes``: memory for all caches, which shortens the context; taken as positions fill up.
 
         ``prompt_bits``: bits of activations if 16 or more tokens of a sequence are processed together and weights are
         quantised. 16: about 14, as for single tokens. 8: int8 with a scale per 64 columns, which AVX-512 multiplies in
@@ -68,6 +72,11 @@ class Decoder:
         require_library()
         self.threads = threads or torch.get_num_threads()
         self.context, self.sequences = table.shape["context"], sequences
+        if cache_bytes is not None:
+            fitting = cache_bytes // (sequences * table.position_bytes(CACHES[cache]))
+            if fitting < PROBE_TOKENS:
+                raise DecoderError(f"{cache_bytes} bytes hold {fitting} positions of each of {sequences} sequences")
+            self.context = min(self.context, fitting)
         self._lengths, self._prompts_in_bytes = [0] * sequences, prompt_bits == 8
         self._most = max(TOKENS_IN_A_PASS, sequences)
         self._table = table
@@ -154,6 +163,30 @@ class Decoder:
             in_bytes = self._prompts_in_bytes and len(part) >= PROMPT_TOKENS
             found.append(self._pass(part, [sequence] * len(part), range(len(part)) if all_logits else last, in_bytes))
         return torch.cat(found) if all_logits else found[-1][0]
+
+    @property
+    def most(self) -> int:
+        """Most tokens of a pass."""
+        return self._most
+
+    def extend(self, added: Mapping[int, Sequence[int]], wanted: Collection[int]) -> Tensor:
+        """Append tokens to several sequences, by their numbers, in one pass of at most :attr:`most` tokens.
+
+        Returns fp32 logits of the last token of each of the ``wanted`` sequences, (wanted, vocabulary), in their order.
+        """
+        ids, of, last = list[int](), list[int](), dict[int, int]()
+        for sequence, tokens in added.items():
+            ids += tokens
+            of += [sequence] * len(tokens)
+            last[sequence] = len(ids) - 1
+        return self._pass(ids, of, [last[sequence] for sequence in wanted])
+
+    def copy(self, source: int, to: int, length: int) -> None:
+        """Let the sequence ``to`` have the first ``length`` tokens of ``source``, in place of its own."""
+        if not 0 <= length <= self._lengths[source]:
+            raise ValueError(f"sequence {source} has {self._lengths[source]} tokens, not {length}")
+        self._loop.copy(source, to, length)
+        self._lengths[to] = length
 
     def step(self, ids: Sequence[int] | Tensor, sequences: Sequence[int] | None = None) -> Tensor:
         """Append one token to each of ``sequences`` (default: the first ones). Return logits (tokens, vocabulary)."""

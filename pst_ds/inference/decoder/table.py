@@ -101,6 +101,11 @@ class DecoderTable:
         products = [self.head, *(product for layer in self.layers for product in layer.products.values())]
         return sum(matrix.nbytes for matrices, _ in products for matrix in matrices)
 
+    def position_bytes(self, cache_bits: int) -> int:
+        """Return the bytes of the keys and values of one position, whose heads are padded to 16 numbers."""
+        of_head = -(-self.shape["head"] // 16) * 16 * cache_bits // 8 + 4 * (cache_bits == 8)
+        return 2 * self.shape["layers"] * self.shape["key_value_heads"] * of_head
+
     def loop(self, context: int, sequences: int, most: int, cache_bits: int, first: int = 0) -> Loop:
         """Return a loop with an empty cache of 32, 16 or 8 bits. Raises MemoryError.
 

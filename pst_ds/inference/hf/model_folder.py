@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pst_ds.core.packings import DENSE
+from pst_ds.data.generation import end_tokens
 from pst_ds.data.tokens.tokenize import open_tokenizer
 from pst_ds.errors import InputError
 from pst_ds.formats.base_weights import BaseWeights
@@ -70,6 +71,14 @@ class ModelFolder:
             device_map=None if device == "cpu" else {"": device},
         )
         return model.eval()
+
+    def end_tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Return the tokens that end a text: the folder's generation config has them, or its tokenizer."""
+        try:
+            own = transformers.GenerationConfig.from_pretrained(self.path)
+        except OSError:
+            own = transformers.GenerationConfig.from_model_config(self.config)
+        return end_tokens(own) or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer. Raises InputError."""

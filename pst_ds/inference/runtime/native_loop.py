@@ -48,6 +48,7 @@ SOURCE = NativeSource(
         "pst_decoder_norm": ([POINTER, INT, c_int, POINTER], None),
         "pst_decoder_attention": ([POINTER, INT, INT, INT], None),
         "pst_decoder_embedding": ([POINTER, POINTER, POINTER, c_int, INT, ctypes.c_float], None),
+        "pst_decoder_copy": ([POINTER, INT, INT, INT], None),
         "pst_decoder_run": ([POINTER, POINTER, POINTER, POINTER, INT, POINTER, INT, POINTER, c_int, c_int], c_int),
     },
     "native decoding",
@@ -249,6 +250,13 @@ class Loop:
         self._keep += held
         pointers = [0 if tensor is None else tensor.data_ptr() for tensor in held]
         self._library.pst_decoder_embedding(self.handle, *pointers, bits, group, scale)
+
+    def copy(self, source: int, to: int, length: int) -> None:
+        """Make the first ``length`` cached positions of the sequence ``to`` those of ``source``."""
+        sequences, context = self.shape["sequences"], self.shape["context"]
+        assert 0 <= min(source, to) <= max(source, to) < sequences
+        assert 0 <= length <= context
+        self._library.pst_decoder_copy(self.handle, source, to, length)
 
     def run(
         self,

@@ -22,8 +22,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from pst_ds.inference.serve.batches import DONE_STOP, Batches, BusyError, ClosingError, Job
 from pst_ds.inference.serve.gate import HEALTH, Access, Gate
+from pst_ds.inference.serve.jobs import DONE_STOP, Answering, BusyError, ClosingError, Job
 from pst_ds.inference.serve.protocol import (
     ChatMessage,
     ChatRequest,
@@ -75,7 +75,7 @@ class Service:
     """Everything that the routes need to answer."""
 
     name: str
-    batches: Batches
+    answering: Answering
     tokenizer: Tokenizer
     limits: Limits
     store: UserStore | None = None
@@ -168,7 +168,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get(HEALTH)
     async def health() -> JSONResponse:
-        is_alive = service.batches.is_alive
+        is_alive = service.answering.is_alive
         return JSONResponse({"status": "ok" if is_alive else "failed"}, 200 if is_alive else 503)
 
     def described(name: str) -> JsonTable:
@@ -205,7 +205,7 @@ def _lifespan(service: Service) -> Callable[[FastAPI], AbstractAsyncContextManag
             pass  # imports what the first stream would wait for
         yield
         service.reader.shutdown()
-        await asyncio.to_thread(service.batches.close)
+        await asyncio.to_thread(service.answering.close)
         sys.setswitchinterval(before)
 
     return lifespan
@@ -249,7 +249,7 @@ async def _answer(service: Service, body: bytes, request: Request) -> Response:
     seed = random.getrandbits(62) if asked.seed is None else asked.seed
     job = Job(prompt, service.new_tokens_of(asked, prompt), asked.sampling, seed, put, state)
     try:
-        service.batches.submit(job)
+        service.answering.submit(job)
     except BusyError:
         raise ProtocolError(429, "too many requests are waiting. Try again later", code="rate_limit_exceeded") from None
     text = TextStream(service.tokenizer, asked.stop)

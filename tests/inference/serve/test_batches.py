@@ -11,7 +11,8 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pst_ds.inference.decoder.sampling import Sampling
-from pst_ds.inference.serve.batches import DONE_LENGTH, DONE_STOP, Batches, BusyError, ClosingError, Job
+from pst_ds.inference.serve.batches import Batches
+from pst_ds.inference.serve.jobs import DONE_LENGTH, DONE_STOP, BusyError, ClosingError, Job
 
 VOCABULARY, END, PAD = 40, 39, 0
 NAN, INFINITE, NOTHING, LARGE = 33, 34, 35, 36
@@ -52,6 +53,7 @@ def _job(*prompt, temperature=0.0, max_tokens=4, state=None):
 def _held(**more):
     """Batches whose first batch, of another job, ends when the context does."""
     batches = Batches(Counting(), pad=PAD, ends=[END], users=Users(), **more)
+    batches.start()
     begun, ends = threading.Event(), threading.Event()
     first = _job(1, max_tokens=1)
     batches.submit(Job(**first, seed=0, put=lambda item: begun.set() if item == 2 else ends.wait(30)))

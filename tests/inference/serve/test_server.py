@@ -183,8 +183,8 @@ def test_a_body_that_does_not_end(folders):
 
 def test_a_client_that_goes_takes_its_request_along(folders, monkeypatch):
     service, running, thread, url = _start(folders)
-    held, decode, jobs = threading.Event(), service.batches._decode, []
-    monkeypatch.setattr(service.batches, "_decode", lambda now: (jobs.extend(now), held.wait(30), decode(now)))
+    held, decode, jobs = threading.Event(), service.answering._decode, []
+    monkeypatch.setattr(service.answering, "_decode", lambda now: (jobs.extend(now), held.wait(30), decode(now)))
     with pytest.raises(openai.APITimeoutError), _client(url, timeout=0.3) as impatient:
         _asked(impatient)
     while not jobs[0].cancelled:
@@ -230,8 +230,8 @@ def test_a_user_is_looked_up_once_for_a_request(folders, monkeypatch):
 def test_keys_and_a_full_queue(folders, monkeypatch):
     monkeypatch.setenv(serve.KEYS, "one, two")
     service, running, thread, url = _start(folders, "--max-waiting", "1", "--max-batch", "1")
-    begun, held, decode = threading.Event(), threading.Event(), service.batches._decode
-    monkeypatch.setattr(service.batches, "_decode", lambda jobs: (begun.set(), held.wait(30), decode(jobs)))
+    begun, held, decode = threading.Event(), threading.Event(), service.answering._decode
+    monkeypatch.setattr(service.answering, "_decode", lambda jobs: (begun.set(), held.wait(30), decode(jobs)))
     with _client(url, api_key="three") as stranger:
         for ask in (lambda: _asked(stranger), stranger.models.list):
             with pytest.raises(openai.AuthenticationError):

@@ -1,6 +1,7 @@
 // The decoder: a table of layers, a cache per sequence, and one pass over all layers for any number of tokens.
 #pragma once
 
+#include <cstdlib>
 #include <memory>
 
 #include "activations.hpp"
@@ -84,7 +85,8 @@ class Decoder {
         : shape(shape), numbers(numbers), kernels(kernels), layers(size_t(shape.layers)) {
         padded = round_up(shape.head, 16);
         const int64_t rows = 2 * shape.layers * shape.sequences * shape.key_value_heads * shape.context;
-        cache.resize(size_t(rows * padded * shape.cache_bits / 8));
+        cache.reset(static_cast<uint8_t*>(std::calloc(size_t(rows), size_t(padded * shape.cache_bits / 8))));
+        if (!cache) throw std::bad_alloc();
         if (shape.cache_bits == 8) cache_scales.resize(size_t(rows));
         const int64_t most = shape.most, queries = shape.heads * shape.head;
         qkv_width = queries + 2 * shape.key_value_heads * shape.head;
@@ -108,6 +110,16 @@ class Decoder {
         pool.rest();
     }
 
+    // Make the first `length` positions of a sequence those of another.
+    void copy(int64_t from, int64_t to, int64_t length) {
+        for (int64_t i = 0; i < 2 * shape.layers; ++i)
+            for (int64_t h = 0; h < shape.key_value_heads; ++h) {
+                const Cached source = cached(int(i % 2), i / 2, from, h), target = cached(int(i % 2), i / 2, to, h);
+                std::memcpy(target.rows, source.rows, size_t(length * padded * shape.cache_bits / 8));
+                if (source.scales) std::memcpy(target.scales, source.scales, size_t(length) * sizeof(float));
+            }
+    }
+
     Shape shape;
     Numbers numbers;
     const Functions& kernels;
@@ -126,7 +138,7 @@ class Decoder {
     Cached cached(int which, int64_t layer, int64_t sequence, int64_t head) {
         const int64_t list = ((2 * layer + which) * shape.sequences + sequence) * shape.key_value_heads + head;
         float* scales = cache_scales.empty() ? nullptr : cache_scales.data() + list * shape.context;
-        return {cache.data() + list * shape.context * padded * shape.cache_bits / 8, scales};
+        return {cache.get() + list * shape.context * padded * shape.cache_bits / 8, scales};
     }
     void put(const float* from, const Cached& to, int64_t position) const {
         uint8_t* row = to.rows + position * padded * shape.cache_bits / 8;
@@ -282,7 +294,10 @@ class Decoder {
 
     static constexpr int PIECES = 2;  // of a product, per thread
     int64_t padded, qkv_width, widest;
-    std::vector<uint8_t> cache;
+    struct Free {
+        void operator()(uint8_t* memory) const { std::free(memory); }
+    };
+    std::unique_ptr<uint8_t[], Free> cache;  // pages that no sequence has reached take no memory
     std::vector<float> cache_scales;  // for an 8-bit cache: per row
     std::vector<float> x, normed, added, qkv, attended, inner, gated;
     Activations integers;
@@ -386,6 +401,10 @@ PST_API void pst_decoder_embedding(void* decoder, const void* rows, const uint16
     auto& d = *static_cast<pst::Decoder*>(decoder);
     const int64_t width = d.shape.hidden;
     d.embedding = {static_cast<const uint8_t*>(rows), scales, bits, width, group ? group : std::max<int64_t>(1, width), scale};
+}
+
+PST_API void pst_decoder_copy(void* decoder, int64_t from, int64_t to, int64_t length) {
+    static_cast<pst::Decoder*>(decoder)->copy(from, to, length);
 }
 
 PST_API int pst_decoder_run(void* decoder, const int64_t* ids, const int64_t* sequences, const int64_t* positions,

@@ -1,0 +1,53 @@
+"""The choice between the native decoder and transformers, for the verbs that write text."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Unpack
+
+from pst_ds.cli.main import count
+from pst_ds.errors import InputError
+
+if TYPE_CHECKING:
+    from pst_ds.inference.decoder import Decoder
+    from pst_ds.inference.decoder.decoder import Options
+    from pst_ds.inference.hf.model_folder import ModelFolder
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--load-as", choices=("auto", "sparse", "dense"), default="auto", help="keep weights packed, or unpack them")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the folder's")
+    add("--threads", type=count, metavar="N", help="threads (default: OMP_NUM_THREADS, or all cores)")
+    engine = "the native loop, or transformers; auto: native on a CPU if the weights are quantised"
+    add("--engine", choices=("auto", "native", "torch"), default="auto", help=engine)
+
+
+def native_decoder(
+    args: argparse.Namespace,
+    folder: ModelFolder,
+    device: str,
+    context: int,
+    has_users: bool,
+    **options: Unpack[Options],
+) -> Decoder | None:
+    """Return the native decoder if ``args`` ask for it, or if it is certainly faster. Raises InputError."""
+    asked = {"load-as": args.load_as != "auto", "dtype": args.dtype}
+    chosen = [f"--{name}" for name, value in asked.items() if value]
+    if args.engine == "native" and (chosen or device != "cpu"):
+        raise InputError(f"--engine native is for a CPU. Omit {' and '.join(chosen) or device}")
+    if args.engine == "native" and has_users:
+        raise InputError("--engine native does not support users. Omit it to use transformers")
+    is_plain = args.engine == "auto" and folder.values is None
+    if args.engine == "torch" or has_users or chosen or device != "cpu" or is_plain:
+        return None
+    from pst_ds.inference.decoder import Decoder, DecoderError
+
+    try:
+        return Decoder.from_pretrained(folder.path, context, **options)
+    except (DecoderError, RuntimeError) as error:
+        if args.engine == "native":
+            raise InputError(str(error)) from None
+        print(f"using transformers instead of the native loop: {error}", file=sys.stderr)
+        return None

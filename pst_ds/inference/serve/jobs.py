@@ -1,0 +1,128 @@
+"""Requests for generated tokens, and the thread that answers them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pst_ds.inference.decoder.sampling import Sampling
+
+if TYPE_CHECKING:
+    from pst_ds.train.users.store import State
+
+DONE_LENGTH, DONE_STOP = "length", "stop"
+_JOIN_SECONDS = 60.0
+_LOG = logging.getLogger(__name__)
+
+
+class BusyError(RuntimeError):
+    """The queue of waiting requests is full."""
+
+
+class ClosingError(RuntimeError):
+    """The server stops before the request was processed."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A request for generated tokens."""
+
+    prompt: list[int]
+    max_tokens: int
+    sampling: Sampling
+    seed: int
+    put: Callable[[int | str | Exception], None]
+    """Receives each token, and finally the finish reason or an error; called in another thread."""
+    state: State | None = None
+    """Adapter state of the user; None for the base model."""
+    cancelled: bool = False
+    """True once nobody reads the answer."""
+    is_finished: bool = field(default=False, init=False)
+    written: list[int] = field(default_factory=list, init=False)
+    """Tokens that were delivered."""
+    generator: torch.Generator = field(default_factory=torch.Generator, init=False)
+
+    def __post_init__(self) -> None:
+        self.generator.manual_seed(self.seed)
+
+    def end(self, outcome: str | Exception) -> None:
+        """Deliver the finish reason or an error."""
+        self.is_finished = True
+        self.put(outcome)
+
+    def take(self, logits: Tensor, ends: Collection[int]) -> int | None:
+        """Choose and deliver the next token from its logits (1, vocabulary); None if the job is finished.
+
+        ``ends``: tokens that end an answer. An error ends the job.
+        """
+        if self.is_finished:
+            return None
+        try:
+            if not logits.max().isfinite():  # a NaN anywhere makes the maximum NaN
+                raise ValueError("the model's logits are not finite")
+            token = int(self.sampling.choose(logits, self.generator)[0])
+        except Exception as error:
+            _LOG.exception("a request failed")
+            self.end(error)
+            return None
+        if token in ends:
+            self.end(DONE_STOP)
+            return None
+        self.written.append(token)
+        self.put(token)
+        if len(self.written) >= self.max_tokens or self.cancelled:
+            self.end(DONE_LENGTH)
+            return None
+        return token
+
+
+class Answering(ABC):
+    """A thread that answers waiting jobs."""
+
+    def __init__(self, ends: Collection[int], most_waiting: int):
+        """``ends``: tokens that end an answer. The thread starts with :meth:`start`."""
+        self._ends, self._most_waiting = frozenset(ends), most_waiting
+        self._waiting: list[Job] = []
+        self._closing = False
+        self._changed = threading.Condition()
+        """Guards the two attributes above; notified when they change."""
+        self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
+
+    @abstractmethod
+    def _run(self) -> None:
+        """Answer jobs until the server closes."""
+
+    @abstractmethod
+    def warm_up(self, prompt: Sequence[int], states: Sequence[State | None]) -> None:
+        """Compute what a job with each of ``states`` computes before any job, so that everything is compiled."""
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """True while jobs are answered."""
+        return self._thread.is_alive()
+
+    def submit(self, job: Job) -> None:
+        """Queue a job. Raises BusyError if too many wait."""
+        with self._changed:
+            self._waiting = [other for other in self._waiting if not other.cancelled]
+            if len(self._waiting) >= self._most_waiting:
+                raise BusyError
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """End the thread after the jobs that are being answered; those that wait get an error."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(_JOIN_SECONDS)

@@ -1,0 +1,147 @@
+"""Generate answers with the native decoder. Requests join and leave between any two passes of the model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from pst_ds.inference.decoder import Decoder
+from pst_ds.inference.serve.jobs import DONE_LENGTH, Answering, ClosingError, Job
+
+if TYPE_CHECKING:
+    from pst_ds.train.users.store import State
+
+_LOG = logging.getLogger(__name__)
+LEAST_PROMPT = 16
+"""Tokens of prompts in a pass with running answers, or twice as many as those have: a pass then takes about three
+times as long as without a prompt."""
+SHORTEST_COPY = 16
+"""Tokens of a shared beginning from which on its keys and values are copied between slots."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A sequence of the decoder, which keeps the tokens of its last job for later prompts that begin alike."""
+
+    number: int
+    job: Job | None = None
+    tokens: list[int] = field(default_factory=list)
+    """In the decoder's cache."""
+    left: list[int] = field(default_factory=list)
+    """Tokens to append: the rest of the prompt, or the last token of the answer."""
+    began: int = 0
+    """Number of its job, in the order of their arrival."""
+
+    def shared(self, prompt: Sequence[int]) -> int:
+        """Return how many tokens in the cache ``prompt`` begins with, short of its last one."""
+        most = min(len(self.tokens), len(prompt) - 1)
+        return next((at for at in range(most) if self.tokens[at] != prompt[at]), most)
+
+
+class Slots(Answering):
+    """Answers each job in a slot of its own.
+
+    Every pass takes the next token of each running answer and a piece of the oldest prompt. An answer does not depend
+    on other jobs: the decoder computes each token alike in any pass, and each job draws from its own seed.
+    """
+
+    def __init__(self, decoder: Decoder, *, ends: Collection[int], most_waiting: int = 64):
+        super().__init__(ends, most_waiting)
+        self._decoder, self._slots = decoder, [_Slot(number) for number in range(decoder.sequences)]
+        self._began = 0
+
+    def warm_up(self, prompt: Sequence[int], states: Sequence[State | None]) -> None:
+        self._decoder.forward(prompt)
+        self._decoder.reset()
+
+    def _run(self) -> None:
+        while self._admit():
+            active = sorted((slot for slot in self._slots if slot.job is not None), key=lambda slot: slot.began)
+            try:
+                self._advance(active)
+            except Exception as error:  # such as too little memory; the caches are unknown then
+                _LOG.exception("a pass of %d requests failed", len(active))
+                for slot in active:
+                    self._decoder.reset(0, slot.number)
+                    slot.tokens.clear()
+                    self._finish(slot, error)
+
+    def _admit(self) -> bool:
+        """Give waiting jobs to free slots; wait for a job if there is none. Return False at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closing or self._is_busy)
+            if self._closing:
+                for job in self._waiting:
+                    job.end(ClosingError())
+                self._waiting.clear()
+            while self._waiting and any(slot.job is None for slot in self._slots):
+                job = self._waiting.pop(0)
+                if not job.cancelled:
+                    self._place(job)
+            return self._is_busy or not self._closing
+
+    @property
+    def _is_busy(self) -> bool:
+        return any(slot.job is not None for slot in self._slots)
+
+    def _place(self, job: Job) -> None:
+        """Begin a job in a free slot, with the cached beginning of its prompt from any slot."""
+        nearest = max(self._slots, key=lambda slot: slot.shared(job.prompt))
+        length, slot = nearest.shared(job.prompt), nearest
+        if slot.job is not None or length < SHORTEST_COPY:
+            slot = min((slot for slot in self._slots if slot.job is None), key=lambda slot: slot.began)
+            if slot is not nearest and length >= SHORTEST_COPY:
+                self._decoder.copy(nearest.number, slot.number, length)
+            else:
+                length = slot.shared(job.prompt)
+        self._decoder.reset(length, slot.number)
+        self._began += 1
+        slot.job, slot.began, slot.tokens, slot.left = job, self._began, job.prompt[:length], job.prompt[length:]
+
+    def _advance(self, active: Sequence[_Slot]) -> None:
+        """Compute one pass for the ``active`` slots, oldest first, and deliver its tokens."""
+        for slot in active:
+            assert slot.job is not None
+            if slot.job.cancelled:
+                self._finish(slot, DONE_LENGTH)
+        active = [slot for slot in active if slot.job is not None]
+        running = [slot for slot in active if len(slot.left) == 1]
+        room = self._decoder.most - len(running)
+        if running:
+            room = min(room, max(LEAST_PROMPT, 2 * len(running)))
+        taken = {slot.number: slot.left for slot in running}
+        for slot in active:
+            if len(slot.left) > 1 and room > 0:
+                taken[slot.number] = slot.left[:room]
+                room -= len(taken[slot.number])
+        done = [slot for slot in active if len(taken.get(slot.number, ())) == len(slot.left)]
+        if not taken:
+            return
+        logits = self._decoder.extend(taken, [slot.number for slot in done])
+        for slot in active:
+            added = taken.get(slot.number, [])
+            slot.tokens += added
+            slot.left = slot.left[len(added) :]
+        for slot, row in zip(done, logits.split(1), strict=True):
+            self._deliver(slot, row)
+
+    def _deliver(self, slot: _Slot, logits: Tensor) -> None:
+        assert slot.job is not None
+        token = slot.job.take(logits, self._ends)
+        if token is None:
+            self._finish(slot)
+        elif len(slot.tokens) == self._decoder.context:
+            self._finish(slot, DONE_LENGTH)
+        else:
+            slot.left = [token]
+
+    def _finish(self, slot: _Slot, outcome: str | Exception | None = None) -> None:
+        """Free a slot; end its job with ``outcome`` unless it has ended."""
+        assert slot.job is not None
+        if outcome is not None and not slot.job.is_finished:
+            slot.job.end(outcome)
+        slot.job, slot.left = None, []

@@ -1,0 +1,210 @@
+"""Answers of the native decoder in slots: those that each request gets alone, in passes that nobody waits for long."""
+
+from __future__ import annotations
+
+import queue
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pst_ds.inference.decoder import Decoder, Sampling
+from pst_ds.inference.serve.jobs import DONE_LENGTH, DONE_STOP, ClosingError, Job
+from pst_ds.inference.serve.slots import LEAST_PROMPT, SHORTEST_COPY, Slots
+
+SLOTS, CONTEXT = 3, 96
+SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3}  # fmt: skip
+
+
+class Passes(Decoder):
+    """A decoder that notes the tokens of each pass, by sequence."""
+
+    made: list
+    fails_at = -1
+
+    def extend(self, added, wanted):
+        self.made.append({sequence: len(tokens) for sequence, tokens in added.items()})
+        if len(self.made) == self.fails_at:
+            raise MemoryError("not enough memory for a pass")
+        return super().extend(added, wanted)
+
+
+def _model():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return Passes.from_model(_model(), CONTEXT, sequences=SLOTS, threads=1, verify=False)
+
+
+@pytest.fixture
+def decoder(shared):
+    shared.made, shared.fails_at = [], -1
+    for number in range(SLOTS):
+        shared.reset(0, number)
+    return shared
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """``alone(...)``: the tokens of a job that has the decoder to itself."""
+    decoder = Decoder.from_model(_model(), CONTEXT, threads=1, verify=False)
+
+    def written(prompt, most, temperature=0.0, seed=0, ends=()):
+        sampling = Sampling(temperature, top_k=20 if temperature else 0)
+        return [t for t in decoder.stream(prompt, most, sampling=sampling, end=ends, seed=seed) if t not in ends]
+
+    return written
+
+
+def _prompt(length, seed=0):
+    return torch.randint(3, 60, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def _job(prompt, most, temperature=0.0, seed=0, put=None):
+    arrived = queue.Queue()
+    job = Job(prompt, most, Sampling(temperature, top_k=20 if temperature else 0), seed, put or arrived.put)
+    return job, arrived
+
+
+def _answered(decoder, jobs, *, ends=(), fails_at=-1):
+    """Submit jobs before the thread starts; return what each got, and the passes."""
+    decoder.made, decoder.fails_at = [], fails_at
+    for number in range(SLOTS):
+        decoder.reset(0, number)
+    slots = Slots(decoder, ends=ends, most_waiting=100)
+    for job, _ in jobs:
+        slots.submit(job)
+    slots.start()
+    found = []
+    for _, arrived in jobs:
+        items = [arrived.get(timeout=60)]
+        while isinstance(items[-1], int):
+            items.append(arrived.get(timeout=60))
+        found.append((items[:-1], items[-1]))
+    slots.close()
+    assert not slots.is_alive
+    return found, decoder.made
+
+
+REQUEST = st.tuples(
+    st.integers(1, 20), st.integers(1, 20), st.sampled_from([0.0, 0.9]), st.integers(0, 3), st.booleans()
+)
+
+
+@given(st.lists(REQUEST, min_size=1, max_size=9), st.sets(st.integers(3, 59), max_size=8))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_answers_are_those_written_alone_and_no_answer_waits(decoder, alone, requests, ends):
+    system = _prompt(40, seed=9)
+    asked = []
+    for length, most, temperature, seed, begins_alike in requests:
+        prompt = (system[:length] if begins_alike else []) + _prompt(length, seed)
+        asked.append((prompt, min(most, CONTEXT - len(prompt)), temperature, seed))
+    found, passes = _answered(decoder, [_job(*one) for one in asked], ends=ends)
+    for (prompt, most, temperature, seed), (tokens, why) in zip(asked, found, strict=True):
+        assert tokens == alone(prompt, most, temperature, seed, ends)
+        assert why == (DONE_LENGTH if len(tokens) == most else DONE_STOP)
+    for one in passes:
+        if any(number == 1 for number in one.values()):
+            assert sum(number for number in one.values() if number > 1) <= max(LEAST_PROMPT, 2 * SLOTS)
+        assert sum(one.values()) <= decoder.most
+
+
+def test_a_free_slot_is_taken_at_once(decoder):
+    jobs = [_job(_prompt(5, n), 4 + n % 7) for n in range(30)]
+    _, passes = _answered(decoder, jobs)
+    busy = [len(one) for one in passes]
+    assert min(busy[: -max(4 + n % 7 for n in range(30))]) == SLOTS
+
+
+def test_a_long_prompt_lets_running_answers_go_on(decoder):
+    slots, long = Slots(decoder, ends=()), _job(_prompt(90, 3), 2)
+    running = [_job(_prompt(4, n), 40) for n in (1, 2)]
+    put = running[0][0].put
+
+    def submit_the_long_one(item):
+        if len(running[0][0].written) == 2:
+            slots.submit(long[0])
+        put(item)
+
+    running[0][0].put = submit_the_long_one
+    for job, _ in running:
+        slots.submit(job)
+    slots.start()
+    assert isinstance(long[1].get(timeout=60), int)
+    pieces = [one for one in decoder.made if len(one) == SLOTS]
+    slots.close()
+    assert len(pieces) >= 90 // LEAST_PROMPT
+    assert all(sorted(one.values())[:2] == [1, 1] for one in pieces)
+
+
+def test_a_shared_beginning_is_computed_once(decoder, alone):
+    system = _prompt(60, 5)
+    prompts = [system + _prompt(4, 10 + n) for n in range(6)]
+    first, _ = _answered(decoder, [_job(prompts[0], 12)])
+    jobs = [_job(prompt, 12) for prompt in prompts]
+    slots = Slots(decoder, ends=())
+    decoder.made = []
+    slots.submit(jobs[0][0])
+    slots.start()
+    while not isinstance(jobs[0][1].get(timeout=60), str):
+        pass
+    computed = sum(sum(one.values()) for one in decoder.made)
+    for job, _ in jobs[1:]:
+        slots.submit(job)
+    for (job, arrived), prompt in zip(jobs[1:], prompts[1:], strict=True):
+        items = list(iter(lambda arrived=arrived: arrived.get(timeout=60), DONE_LENGTH))
+        assert items == job.written == alone(prompt, 12)
+    slots.close()
+    assert len(system) >= SHORTEST_COPY
+    later = sum(sum(one.values()) for one in decoder.made) - computed
+    assert later <= 5 * (4 + 12)
+    assert first[0][0] == jobs[0][0].written
+
+
+def test_a_cancelled_job_frees_its_slot_at_the_next_token(decoder):
+    jobs = []
+
+    def leave(item):
+        jobs[0][0].cancelled = True
+
+    jobs.append(_job(_prompt(4), 80, put=leave))
+    jobs[0][1].put(DONE_LENGTH)
+    jobs += [_job(_prompt(4, n), 80) for n in range(1, SLOTS)] + [_job(_prompt(4, 9), 3)]
+    _, passes = _answered(decoder, jobs)
+    assert len(passes) < 90
+    assert len(jobs[0][0].written) == 1
+
+
+def test_a_pass_that_fails_ends_its_jobs_and_no_others(decoder, alone):
+    jobs = [_job(_prompt(4, n), 6) for n in range(2 * SLOTS)]
+    found, _ = _answered(decoder, jobs, fails_at=3)
+    assert [type(why) for _, why in found[:SLOTS]] == [MemoryError] * SLOTS
+    assert [tokens for tokens, _ in found[SLOTS:]] == [alone(_prompt(4, n), 6) for n in range(SLOTS, 2 * SLOTS)]
+
+
+def test_jobs_that_wait_at_the_end_are_told_and_others_are_answered(decoder):
+    ready = queue.Queue()
+    running, _ = _job(_prompt(4), 30)
+    put = running.put
+    running.put = lambda item: (ready.put(item), put(item))
+    waiting = [_job(_prompt(4, n), 30) for n in range(1, 2 * SLOTS)]
+    slots = Slots(decoder, ends=())
+    for job, _ in [(running, None), *waiting]:
+        slots.submit(job)
+    slots.start()
+    assert isinstance(ready.get(timeout=60), int)
+    slots.close()
+    last = []
+    for _, found in waiting:
+        while isinstance(item := found.get(timeout=60), int):
+            pass
+        last.append(item)
+    assert [item for item in last if item == DONE_LENGTH] == [DONE_LENGTH] * (SLOTS - 1)
+    assert all(isinstance(item, ClosingError) for item in last[SLOTS - 1 :])
+    assert len(running.written) == 30
