@@ -182,7 +182,7 @@ class Decoder:
         return self._pass(ids, of, [last[sequence] for sequence in wanted])
 
     def copy(self, source: int, to: int, length: int) -> None:
-        """Let the sequence ``to`` have the first ``length`` tokens of ``source``, in place of its own."""
+        """Replace the tokens of the sequence ``to`` with the first ``length`` tokens of ``source``."""
         if not 0 <= length <= self._lengths[source]:
             raise ValueError(f"sequence {source} has {self._lengths[source]} tokens, not {length}")
         self._loop.copy(source, to, length)

@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from pst_ds.train.users.store import State
 
 _LOG = logging.getLogger(__name__)
-LEAST_PROMPT = 16
-"""Tokens of prompts in a pass with running answers, or twice as many as those have: a pass then takes about three
-times as long as without a prompt."""
+LEAST_PROMPT, PROMPT_PER_ANSWER = 16, 4
+"""Tokens of prompts in a pass with running answers, and for each of those: a pass then takes two to three times as long
+as without a prompt."""
 SHORTEST_COPY = 16
-"""Tokens of a shared beginning from which on its keys and values are copied between slots."""
+"""Equal tokens from which on their keys and values are copied between slots."""
 
 
 @dataclass(slots=True)
 class _Slot:
-    """A sequence of the decoder, which keeps the tokens of its last job for later prompts that begin alike."""
+    """A sequence of the decoder, which keeps the tokens of its last job for later prompts that start with them."""
 
     number: int
     job: Job | None = None
@@ -37,13 +37,13 @@ class _Slot:
     """Number of its job, in the order of their arrival."""
 
     def shared(self, prompt: Sequence[int]) -> int:
-        """Return how many tokens in the cache ``prompt`` begins with, short of its last one."""
+        """Return how many tokens of the cache and of ``prompt``, without its last one, are equal."""
         most = min(len(self.tokens), len(prompt) - 1)
         return next((at for at in range(most) if self.tokens[at] != prompt[at]), most)
 
 
 class Slots(Answering):
-    """Answers each job in a slot of its own.
+    """Answers each job in a separate slot.
 
     Every pass takes the next token of each running answer and a piece of the oldest prompt. An answer does not depend
     on other jobs: the decoder computes each token alike in any pass, and each job draws from its own seed.
@@ -89,7 +89,7 @@ class Slots(Answering):
         return any(slot.job is not None for slot in self._slots)
 
     def _place(self, job: Job) -> None:
-        """Begin a job in a free slot, with the cached beginning of its prompt from any slot."""
+        """Start a job in a free slot, with the tokens of its prompt that any slot has cached."""
         nearest = max(self._slots, key=lambda slot: slot.shared(job.prompt))
         length, slot = nearest.shared(job.prompt), nearest
         if slot.job is not None or length < SHORTEST_COPY:
@@ -112,7 +112,7 @@ class Slots(Answering):
         running = [slot for slot in active if len(slot.left) == 1]
         room = self._decoder.most - len(running)
         if running:
-            room = min(room, max(LEAST_PROMPT, 2 * len(running)))
+            room = min(room, max(LEAST_PROMPT, PROMPT_PER_ANSWER * len(running)))
         taken = {slot.number: slot.left for slot in running}
         for slot in active:
             if len(slot.left) > 1 and room > 0:
@@ -126,8 +126,8 @@ class Slots(Answering):
             added = taken.get(slot.number, [])
             slot.tokens += added
             slot.left = slot.left[len(added) :]
-        for slot, row in zip(done, logits.split(1), strict=True):
-            self._deliver(slot, row)
+        for slot, row in zip(done, logits, strict=True):
+            self._deliver(slot, row[None])
 
     def _deliver(self, slot: _Slot, logits: Tensor) -> None:
         assert slot.job is not None

@@ -21,8 +21,10 @@ import httpx2 as httpx  # noqa: E402
 import openai  # noqa: E402
 
 from pst_ds.cli import serve  # noqa: E402
+from pst_ds.inference.decoder import Decoder  # noqa: E402
 from pst_ds.inference.serve.app import make_app  # noqa: E402
 from pst_ds.inference.serve.batches import Batches  # noqa: E402
+from pst_ds.inference.serve.slots import Slots  # noqa: E402
 from pst_ds.inference.serve.users import ServedUsers  # noqa: E402
 from pst_ds.train.users.store import UserStore  # noqa: E402
 from tests.inference.serve.servers import start, stop  # noqa: E402
@@ -196,6 +198,34 @@ def test_a_client_that_goes_takes_its_request_along(folders, monkeypatch):
     stop(running, thread)
 
 
+def test_quantised_weights_are_served_by_the_native_decoder(folders, tmp_path, capsys):
+    """Its answers are those of ``Decoder.stream``, whatever else is asked for at the same time."""
+    words = ["export", str(folders / "run"), "--format", "bitmask", "--values", "int8", "--out", str(tmp_path / "int8")]
+    assert main([*words, "--quiet"]) == 0
+    template = ["--chat-template", str(folders / "template.jinja")]
+    args = build_parser("serve").parse_args(["serve", str(tmp_path / "int8"), *template, "--memory", "0.001"])
+    service = serve._service(args, *serve._opened(args))
+    assert isinstance(service.answering, Slots)
+    server, thread, url = start(make_app(service))
+    with _client(f"{url}/v1") as client, ThreadPoolExecutor(6) as threads:
+        asked = [{"seed": n, "temperature": n % 2, "max_tokens": 5 + n} for n in range(12)]
+        answers = list(threads.map(lambda more: _asked(client, "int8", **more), asked))
+        texts = [answer.choices[0].message.content for answer in answers]
+        assert texts == [_asked(client, "int8", **more).choices[0].message.content for more in asked]
+    stop(server, thread)
+    decoder = Decoder.from_pretrained(tmp_path / "int8", threads=1)
+    prompt = service.prompt_of(ASK)
+    written = list(decoder.stream(prompt, asked[4]["max_tokens"], end=service.answering._ends))
+    text = service.tokenizer.decode(written, skip_special_tokens=True)
+    assert answers[4].usage.prompt_tokens == len(prompt)
+    assert texts[4].strip() == text.strip()
+    words = ["serve", str(tmp_path / "int8"), *template, "--memory", "0.000001"]
+    assert main([*words, "--engine", "native"]) == 2
+    assert "bytes hold 0 positions of each of 8 sequences" in capsys.readouterr().err
+    assert main([*words, "--engine", "torch"]) == 2
+    assert "--memory is for the native loop" in capsys.readouterr().err
+
+
 def test_users_that_come_and_go_while_it_serves(folders, tmp_path):
     """Another process adds a user, removes one, and spoils the file of a third: each is told what is so, and others
     are served."""
@@ -320,7 +350,7 @@ def test_a_server_is_warm_before_it_listens(folders, monkeypatch):
     )
     monkeypatch.setattr(ServedUsers, "assign_states", lambda to, states: (users.append(states), assign(to, states))[1])
     args = build_parser("serve").parse_args(_words(folders))
-    serve._service(args, *serve._opened(args)).batches.close()
+    serve._service(args, *serve._opened(args)).answering.close()
     (rows, tokens), *rest = steps
     assert (rows, rest) == (2, [(2, 1)])
     assert tokens > 1

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pst_ds.inference.decoder import Decoder, Sampling
 from pst_ds.inference.serve.jobs import DONE_LENGTH, DONE_STOP, ClosingError, Job
-from pst_ds.inference.serve.slots import LEAST_PROMPT, SHORTEST_COPY, Slots
+from pst_ds.inference.serve.slots import LEAST_PROMPT, PROMPT_PER_ANSWER, SHORTEST_COPY, Slots
 
 SLOTS, CONTEXT = 3, 96
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -97,6 +97,14 @@ REQUEST = st.tuples(
 )
 
 
+def test_prompts_longer_than_a_pass(decoder, alone, monkeypatch):
+    monkeypatch.setattr(decoder, "_most", 7)
+    jobs = [_job(_prompt(30, n), 5) for n in range(4)]
+    found, passes = _answered(decoder, jobs)
+    assert [tokens for tokens, _ in found] == [alone(_prompt(30, n), 5) for n in range(4)]
+    assert max(sum(one.values()) for one in passes) == 7
+
+
 @given(st.lists(REQUEST, min_size=1, max_size=9), st.sets(st.integers(3, 59), max_size=8))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_answers_are_those_written_alone_and_no_answer_waits(decoder, alone, requests, ends):
@@ -111,7 +119,7 @@ def test_answers_are_those_written_alone_and_no_answer_waits(decoder, alone, req
         assert why == (DONE_LENGTH if len(tokens) == most else DONE_STOP)
     for one in passes:
         if any(number == 1 for number in one.values()):
-            assert sum(number for number in one.values() if number > 1) <= max(LEAST_PROMPT, 2 * SLOTS)
+            assert sum(number for number in one.values() if number > 1) <= max(LEAST_PROMPT, PROMPT_PER_ANSWER * SLOTS)
         assert sum(one.values()) <= decoder.most
 
 
@@ -140,6 +148,7 @@ def test_a_long_prompt_lets_running_answers_go_on(decoder):
     pieces = [one for one in decoder.made if len(one) == SLOTS]
     slots.close()
     assert len(pieces) >= 90 // LEAST_PROMPT
+    assert all(not isinstance(item, Exception) for item in long[1].queue)
     assert all(sorted(one.values())[:2] == [1, 1] for one in pieces)
 
 
