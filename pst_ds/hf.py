@@ -13,13 +13,7 @@ from pst_ds.inference.hf.config import PackedWeightsConfig
 from pst_ds.inference.hf.quantizer import PackedWeightsQuantizer
 from pst_ds.inference.hf.weight_files import PackedFolderError
 
-__all__ = [
-    "PSTCallback",
-    "PackedFolderError",
-    "PackedWeightsConfig",
-    "PackedWeightsQuantizer",
-    "trainer_optimizer",
-]
+__all__ = ["PSTCallback", "PackedFolderError", "PackedWeightsConfig", "PackedWeightsQuantizer", "trainer_optimizer"]
 
 if TYPE_CHECKING:
     from pst_ds.train.trainer_callback import PSTCallback, trainer_optimizer

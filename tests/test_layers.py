@@ -183,11 +183,7 @@ def test_no_imports_form_a_cycle():
         ("nn/x.py", "def f():\n    from pst_ds.train import loop", "line 2: nn (layer 2) imports pst_ds.train.loop"),
         ("nn/x.py", "from pst_ds import cli", "nn (layer 2) imports pst_ds.cli (layer 7)"),
         ("nn/x.py", "import importlib\nimportlib.import_module('pst_ds.train')", "nn (layer 2) imports pst_ds.train"),
-        (
-            "masks/x.py",
-            "from pst_ds.checkpoint import format",
-            "masks imports pst_ds.checkpoint.format of",
-        ),
+        ("masks/x.py", "from pst_ds.checkpoint import format", "masks imports pst_ds.checkpoint.format of"),
         ("export/x.py", "from ..train import loop", "export (layer 4) imports pst_ds.train.loop (layer 5)"),
         ("errors.py", "from pst_ds.cli import main", "errors (layer 0) imports pst_ds.cli.main (layer 7)"),
         ("nn/x.py", "from pst_ds import inject_pst", "nn (layer 2) imports pst_ds.inject_pst (layer 7)"),

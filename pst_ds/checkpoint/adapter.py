@@ -129,11 +129,7 @@ def load_pretrained(model: inject.ModelT, folder: str | Path) -> inject.ModelT:
         _require_grid(model, saved, folder)
     else:
         inject.inject_pst(
-            model,
-            saved.pst_config,
-            grid=saved.grid,
-            base_grid=saved.base_grid,
-            embedding_grid=saved.embedding_grid,
+            model, saved.pst_config, grid=saved.grid, base_grid=saved.base_grid, embedding_grid=saved.embedding_grid
         )
     for name, param in model.named_parameters():
         if name in saved.also_trained:

@@ -124,12 +124,7 @@ class CheckpointWriter:
         self._outcome: SaveResult | None = None
 
     def save(
-        self,
-        name: str,
-        state: CheckpointState,
-        *,
-        copies: bool = True,
-        when_written: Callable[[], None] = lambda: None,
+        self, name: str, state: CheckpointState, *, copies: bool = True, when_written: Callable[[], None] = lambda: None
     ) -> None:
         """Start to write ``folder/name``, after waiting for a save that is still being written. Collective.
 

@@ -65,10 +65,7 @@ class ModelConfig(Section):
     def conflicts(self, method: str, injected: PSTConfig) -> Iterator[str]:
         """Yield a message for each kind of quantised base weights that would train."""
         everything = METHODS[method].trains_everything
-        trained = {
-            "base_bits": everything or injected.train_weights,
-            "embedding_bits": everything,
-        }
+        trained = {"base_bits": everything or injected.train_weights, "embedding_bits": everything}
         for key in (key for key, trains in trained.items() if trains and getattr(self, key) != 16):
             frozen = ", ".join(repr(name) for name, other in METHODS.items() if not other.trains_everything)
             yield (

@@ -101,12 +101,7 @@ class MaskUpdater:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        schedule: Schedule,
-        *,
-        step: int = 0,
-        rounding: RoundingSchedule | None = None,
+        self, model: nn.Module, schedule: Schedule, *, step: int = 0, rounding: RoundingSchedule | None = None
     ):
         _require_schedule(schedule)
         self.schedule = schedule

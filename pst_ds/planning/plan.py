@@ -29,13 +29,7 @@ from pst_ds.planning.shapes import block_sizes, model_numbers
 from pst_ds.planning.start import Cost, StartData, start_plan
 from pst_ds.planning.time import Batch, TimePlan, step_flops, time_plan
 from pst_ds.planning.verdict import Need, Verdict, Work, need_of_process, verdict
-from pst_ds.train.model import (
-    frozen_grid,
-    grid_of_run,
-    head_names,
-    load_tokenizer,
-    parameter_groups,
-)
+from pst_ds.train.model import frozen_grid, grid_of_run, head_names, load_tokenizer, parameter_groups
 from pst_ds.train.objective import teacher_shapes
 from pst_ds.train.one_shot.start import one_shot_config
 from pst_ds.train.prepare import checked_shapes, resolved_deepspeed_config

@@ -75,12 +75,7 @@ def _is_movable(rule: LayerRule) -> bool:
 
 
 def rules_by_outliers(
-    model: nn.Module,
-    rules: Sequence[LayerRule],
-    data: Calibration,
-    *,
-    spread: float,
-    source_of: SourceOf = in_memory,
+    model: nn.Module, rules: Sequence[LayerRule], data: Calibration, *, spread: float, source_of: SourceOf = in_memory
 ) -> tuple[list[LayerRule], list[float]]:
     """Return the ``rules`` with the sparsity of their blocks, and the fraction of outliers of each block.
 

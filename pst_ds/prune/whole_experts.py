@@ -23,16 +23,7 @@ from pst_ds.nn.inject import persistent_buffers
 from pst_ds.nn.input_sums import OrderFreeSum
 from pst_ds.nn.model_structure import experts_per_token, is_experts, router_names, stack_layouts
 from pst_ds.progress import Progress
-from pst_ds.prune.blocks import (
-    Batch,
-    BlockReplay,
-    Calibration,
-    SourceOf,
-    block_of,
-    find_blocks,
-    in_memory,
-    text_config,
-)
+from pst_ds.prune.blocks import Batch, BlockReplay, Calibration, SourceOf, block_of, find_blocks, in_memory, text_config
 
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 

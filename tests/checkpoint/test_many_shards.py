@@ -11,14 +11,7 @@ import torch
 from safetensors.torch import save
 
 from pst_ds.checkpoint import retention as checkpoints
-from pst_ds.checkpoint.format import (
-    Checkpoint,
-    CheckpointState,
-    Contents,
-    listed_files,
-    manifest_bytes,
-    sums_text,
-)
+from pst_ds.checkpoint.format import Checkpoint, CheckpointState, Contents, listed_files, manifest_bytes, sums_text
 from pst_ds.checkpoint.retention import keep, newest_valid, step_name
 from pst_ds.checkpoint.shards import ChunkedTensors, shard_name
 from pst_ds.file_names import step_folders

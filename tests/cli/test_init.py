@@ -70,10 +70,7 @@ def test_a_classifier(made, capsys):
     assert max(map(len, text.splitlines())) <= 120
 
 
-@pytest.mark.parametrize(
-    "more",
-    [("--sparsity", "0.8"), ("--method", "gmp"), ("--pattern", "4x4")],
-)
+@pytest.mark.parametrize("more", [("--sparsity", "0.8"), ("--method", "gmp"), ("--pattern", "4x4")])
 def test_a_start_by_alps_is_for_classifiers_with_many_zeros_anywhere(made, more):
     out, table, _ = made(BERT, "--train", TRAIN, *more)
     assert "start" not in table

@@ -38,8 +38,7 @@ def test_the_launcher_is_given_the_run_and_its_settings(tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    ("by", "said"),
-    [("'", "is not a command"), (" ", "--by is empty"), ("no-such-launcher", "cannot be started")],
+    ("by", "said"), [("'", "is not a command"), (" ", "--by is empty"), ("no-such-launcher", "cannot be started")]
 )
 def test_a_launcher_that_is_none_is_refused(tmp_path, capsys, by, said):
     assert main(["launch", RUN_FILE, "--by", by, "--set", f"output_dir={tmp_path}"]) == 2

@@ -15,7 +15,7 @@ flags\t\t: fpu avx2 amx_tile
 
 processor\t: 1
 model name\t: another
-""",
+"""
 }
 
 

@@ -52,11 +52,7 @@ def _tokenizer(template=False):
 
 @pytest.mark.parametrize(
     ("task", "more"),
-    [
-        (Classification, {}),
-        (CausalLM, {"max_length": 16}),
-        (Chat, {"text_columns": ("messages",), "max_length": 64}),
-    ],
+    [(Classification, {}), (CausalLM, {"max_length": 16}), (Chat, {"text_columns": ("messages",), "max_length": 64})],
     ids=["labels", "text", "messages"],
 )
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -191,10 +191,7 @@ def test_the_last_answer_is_what_is_written_and_the_rest_its_prompt(tmp_path):
     ("columns", "row"),
     [
         (["messages"], {"messages": TALK[:2]}),
-        (
-            ["conversations"],
-            {"conversations": SHAREGPT},
-        ),
+        (["conversations"], {"conversations": SHAREGPT}),
         (["prompt", "completion"], {"prompt": TALK[0]["content"], "completion": FIRST}),
         (["prompt", "completion"], {"prompt": TALK[:1], "completion": TALK[1:2]}),
     ],

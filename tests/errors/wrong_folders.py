@@ -85,16 +85,10 @@ RUNS = {
         _resumed_on_other_text, "data.train", "{tmp}/train.jsonl", "Restore the old file or setting"
     ),
     "resume from another base": Wrong(
-        _another_base("train", "--resume"),
-        "model.path",
-        "{tmp}/model",
-        "point --set model.path= at the right one",
+        _another_base("train", "--resume"), "model.path", "{tmp}/model", "point --set model.path= at the right one"
     ),
     "restart from a base with a NaN": Wrong(
-        _restarted_on_nan,
-        "bert.encoder.layer.0.output.dense.weight",
-        "NaN",
-        "the base model is damaged",
+        _restarted_on_nan, "bert.encoder.layer.0.output.dense.weight", "NaN", "the base model is damaged"
     ),
     "another place of a run folder": Wrong(
         lambda shop: ["train", str(shop.copied("run")), "--restart", "--set", "output_dir=runs/b"],

@@ -148,10 +148,7 @@ MODELS = {
         _bert(_head_of_three), "{tmp}/model", "classifier.weight of shape (3, 32)", "the model without that head"
     ),
     "a vocabulary of another size": Wrong(
-        _llama(None, vocab_size=64),
-        "{tmp}/model",
-        "of shape (35, 32)",
-        "Name one that the config belongs to",
+        _llama(None, vocab_size=64), "{tmp}/model", "of shape (35, 32)", "Name one that the config belongs to"
     ),
     "a model without the head of its task": Wrong(
         _llama(_no_head), "model.path", "lm_head.weight", "language modelling head"

@@ -327,10 +327,7 @@ def test_what_gguf_cannot_say_is_refused_and_nothing_is_written(request, folder,
         runs["gpt2"].export(tmp_path / "out.gguf", packing="gguf")
     split = pre_tokenizers.Split(Regex(r"\d"), "isolated")
     strange, plain = byte_level(pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel()])), byte_level()
-    with pytest.raises(
-        ExportError,
-        match="text with Split, ByteLevel, a pre-tokeniser that GGUF",
-    ):
+    with pytest.raises(ExportError, match="text with Split, ByteLevel, a pre-tokeniser that GGUF"):
         gguf_tokenizer(strange, 400)
     with pytest.raises(ExportError, match=r"the tokenizer has token \d+, but the model embeds only 30 tokens"):
         gguf_tokenizer(plain, 30)

@@ -184,11 +184,7 @@ def test_a_packed_folder_has_its_own_codes_in_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("family", "setting", "message"),
     [
-        (
-            "qwen2_moe",
-            {"norm_topk_prob": True},
-            "norm_topk_prob = true in the config of this qwen2_moe, but llama.cpp",
-        ),
+        ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob = true in the config of this qwen2_moe, but llama.cpp"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob = false in the config of this qwen3_moe"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0 in the config of this olmoe"),
         ("mixtral", {"sliding_window": 16}, "sliding_window = 16 in the config of this mixtral"),

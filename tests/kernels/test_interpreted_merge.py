@@ -87,9 +87,7 @@ def test_gradients_are_those_of_the_other_path(layout, dtype, both_ways):
 
 
 @pytest.mark.parametrize(
-    "changed",
-    [{"scores_train": False}, {"constants": Constants(frozen_magnitude=True)}],
-    ids=["fixed masks", "frozen"],
+    "changed", [{"scores_train": False}, {"constants": Constants(frozen_magnitude=True)}], ids=["fixed masks", "frozen"]
 )
 def test_gradients_of_other_kinds(changed, both_ways):
     assert_same_gradients(state_of(LAYOUTS["fused"], **changed), torch.float32, both_ways)

@@ -10,15 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.forks import train_as_rank
-from tools.cluster.processes import (
-    RUN_FILE,
-    Background,
-    ended_after,
-    free_ports,
-    rank_processes,
-    steps,
-    wait_until,
-)
+from tools.cluster.processes import RUN_FILE, Background, ended_after, free_ports, rank_processes, steps, wait_until
 
 pytestmark = pytest.mark.launcher
 RUN_SECONDS = 240

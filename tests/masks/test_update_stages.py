@@ -91,8 +91,7 @@ def _distributed_course(kind, world_size):
 
 @pytest.mark.zero3
 @pytest.mark.parametrize(
-    ("kind", "world_size"),
-    [("1", 2), ("2", 2), ("3 offload", 3), ("3 hpZ", 4), ("3 hpZ persistent", 4)],
+    ("kind", "world_size"), [("1", 2), ("2", 2), ("3 offload", 3), ("3 hpZ", 4), ("3 hpZ persistent", 4)]
 )
 def test_masks_and_the_forwards_after_them_are_those_of_one_process(run_ranks, kind, world_size):
     model = _model(1)

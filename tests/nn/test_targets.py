@@ -36,10 +36,7 @@ ENCODER_LINEARS = (
     "output.dense",
 )
 GPT2_LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-LLAMA_LINEARS = (
-    *(f"self_attn.{n}_proj" for n in "qkvo"),
-    *(f"mlp.{n}_proj" for n in ("gate", "up", "down")),
-)
+LLAMA_LINEARS = (*(f"self_attn.{n}_proj" for n in "qkvo"), *(f"mlp.{n}_proj" for n in ("gate", "up", "down")))
 TINY = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
 

@@ -209,8 +209,7 @@ def test_our_optimizer_is_passed_in_and_not_left_to_the_json():
 
 
 @pytest.mark.parametrize(
-    ("config", "stage"),
-    [(None, 0), ({}, 0), ({"zero_optimization": {}}, 0), ({"zero_optimization": {"stage": 2}}, 2)],
+    ("config", "stage"), [(None, 0), ({}, 0), ({"zero_optimization": {}}, 0), ({"zero_optimization": {"stage": 2}}, 2)]
 )
 def test_zero_stage(config, stage):
     assert zero_stage(config) == stage

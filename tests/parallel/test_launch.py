@@ -91,8 +91,7 @@ LAZY = "TORCH_GLOO_LAZY_INIT"
 
 
 @pytest.mark.parametrize(
-    ("world_size", "before", "after"),
-    [(FEW_RANKS, None, None), (FEW_RANKS + 1, None, "1"), (FEW_RANKS + 1, "0", "0")],
+    ("world_size", "before", "after"), [(FEW_RANKS, None, None), (FEW_RANKS + 1, None, "1"), (FEW_RANKS + 1, "0", "0")]
 )
 def test_many_ranks_are_connected_when_they_need_to_be_unless_told_otherwise(monkeypatch, world_size, before, after):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)

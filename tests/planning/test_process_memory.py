@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pst_ds.planning.verdict import (
-    LEAST_SHARE,
-    PROCESS_BYTES,
-    SCATTERED,
-    SCATTERED_AMONG_KEPT,
-    need_of_process,
-)
+from pst_ds.planning.verdict import LEAST_SHARE, PROCESS_BYTES, SCATTERED, SCATTERED_AMONG_KEPT, need_of_process
 
 
 def test_a_process_needs_its_imports_copies_to_save_and_a_share_that_is_scattered():

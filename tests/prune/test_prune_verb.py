@@ -141,14 +141,7 @@ def test_other_families_and_files_of_any_number(capsys, tmp_path, tiny, family, 
     model.save_pretrained(tmp_path / "base", max_shard_size=20_000)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DATA / "tiny-bert" / name, tmp_path / "base" / name)
-    options = [
-        "--pattern",
-        "2:4",
-        "--shard-bytes",
-        "30000",
-        "--set",
-        _model_path(tmp_path / "base"),
-    ]
+    options = ["--pattern", "2:4", "--shard-bytes", "30000", "--set", _model_path(tmp_path / "base")]
     if family != "roberta":
         options += ["--set", "model.tokenizer=tests/data/tiny-llama"]
     before = {path: file_sha256(path) for path in (tmp_path / "base").iterdir()}

@@ -176,12 +176,7 @@ def test_texts_and_lines_stand_out_from_the_page(scheme):
     block = re.findall(r":root \{(.*?)\}", style, flags=re.S)[scheme]
     colours = dict(re.findall(r"--([\w]+): (#[0-9a-f]{3,6});", block))
     page_luminance = _luminance(colours["page"])
-    for name in (
-        "ink",
-        "faint",
-        "link",
-        *(f"c{i}" for i in range(6)),
-    ):
+    for name in ("ink", "faint", "link", *(f"c{i}" for i in range(6))):
         low, high = sorted((page_luminance, _luminance(colours[name])))
         wanted = 4.5 if name in ("ink", "faint", "link") else 3.0  # of WCAG AA: texts, and what must be seen
         assert (high + 0.05) / (low + 0.05) >= wanted, (name, (high + 0.05) / (low + 0.05))

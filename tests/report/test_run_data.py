@@ -23,11 +23,7 @@ def test_curves_are_finite_numbers_by_name_with_the_last_of_each_step(tmp_path):
         {"step": 2, "seconds": 0.3, "event": "step", "sparsity/actual": 0.5, "is_odd": True},
     ]
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '[1]\n\n{"step": 3, "los')
-    assert read_curves(path) == {
-        "loss": [(1, 2.0)],
-        "sparsity/actual": [(1, 0.0), (2, 0.5)],
-        "flip_rate": [(2, 0.2)],
-    }
+    assert read_curves(path) == {"loss": [(1, 2.0)], "sparsity/actual": [(1, 0.0), (2, 0.5)], "flip_rate": [(2, 0.2)]}
 
 
 def test_a_run_that_has_just_begun_is_one(write_run):

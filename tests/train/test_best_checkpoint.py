@@ -29,9 +29,7 @@ def test_the_best_checkpoint_is_chosen_among_those_at_the_final_sparsity(tmp_pat
     scores = {4: 0.99, 8: 0.98, 12: 0.97, 16: 0.5, 20: 0.4}  # the sparser, the worse
     order = iter(scores.values())
     monkeypatch.setattr(
-        Classification,
-        "metrics",
-        lambda self, outcomes, examples: dict.fromkeys(("accuracy", "macro_f1"), next(order)),
+        Classification, "metrics", lambda self, outcomes, examples: dict.fromkeys(("accuracy", "macro_f1"), next(order))
     )
     result = train_prepared(_prepared(tmp_path, "eval.interval=4"), quiet=True)
     assert result["best_step"] == 16

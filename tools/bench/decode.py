@@ -48,11 +48,7 @@ def main() -> None:
     )
     stated["threads_per_rank"] = arguments.threads
     del found
-    report = {
-        "benchmark": "decode",
-        "conditions": stated,
-        "rows": rows,
-    }
+    report = {"benchmark": "decode", "conditions": stated, "rows": rows}
     print_result(report, as_json=arguments.json)
 
 

@@ -87,11 +87,7 @@ def working(
 
 
 def medians_in_turn(
-    workers: Mapping[str, Worker],
-    work: Callable[..., float],
-    *arguments: Any,
-    repeats: int,
-    rest: float = REST_SECONDS,
+    workers: Mapping[str, Worker], work: Callable[..., float], *arguments: Any, repeats: int, rest: float = REST_SECONDS
 ) -> dict[str, float]:
     """Return the median of ``work`` for each worker over ``repeats`` rounds, after a warm-up round."""
     found: dict[str, list[float]] = {name: [] for name in workers}
