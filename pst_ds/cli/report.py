@@ -1,4 +1,4 @@
-"""``pst-ds report RUN ...``: one HTML page about runs, with curves, heat maps and tables; needs no network."""
+"""``pst-ds report RUN ...``: one HTML page about runs, with curves and tables; needs no network."""
 
 import argparse
 import sys

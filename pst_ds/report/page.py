@@ -6,17 +6,14 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from pst_ds import __version__
 from pst_ds.report import charts as drawing
-from pst_ds.report.heat_maps import expert_maps, heat_maps
 from pst_ds.report.outcomes import ExportData
 from pst_ds.report.run_data import RunData
 from pst_ds.report.tables import Table, layer_table, measured_once_table, result_table, setting_tables
 from pst_ds.train.fit_verdict import sentence
 
-T = TypeVar("T")
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -51,14 +48,6 @@ def page(runs: Sequence[RunData], exports: Sequence[ExportData], outcomes: Seque
         settings=list(setting_tables(runs)),
         charts=[chart for chart in all_charts if chart.has_curve],
         measured_once=measured_once_table([chart for chart in all_charts if not chart.has_curve]),
-        heat_maps=_in_rows([[(run, heat_map) for heat_map in heat_maps(run)] for run in runs]),
-        expert_maps=[row for run in runs if (row := [(run, heat_map) for heat_map in expert_maps(run)])],
         layers=layer_table(runs, {key: shape for export in exports for key, shape in export.shapes.items()}),
         outcomes=[(heading, tables) for heading, tables in outcomes if tables],
     )
-
-
-def _in_rows(of_runs: list[list[T]]) -> list[list[T]]:
-    """Put the items of one run in a row; with several runs one row per kind, so that runs are side by side."""
-    of_runs = [items for items in of_runs if items]
-    return of_runs if len(of_runs) < 2 else [list(of_kind) for of_kind in zip(*of_runs, strict=True)]

@@ -14,7 +14,6 @@ from pst_ds.config.toml import flatten
 from pst_ds.errors import InputError
 from pst_ds.file_names import CHECKPOINTS, LAYERS_FILE, METRICS_FILE, RESULT_FILE, RUN_FILE, links_to, step_folders
 from pst_ds.train.monitor.curves import Point, lines_until, named_stragglers, read_curves
-from pst_ds.train.monitor.images import MaskHistory
 
 FIGURES = ("correlation", "score_norm", "update_norm", "weight_norm")
 
@@ -25,9 +24,6 @@ class LayerData:
 
     names: list[str]
     weights: list[int]
-    history: MaskHistory
-    update_steps: list[int] = field(default_factory=list)
-    """Steps of the mask updates."""
     kept: list[int] = field(default_factory=list)
     """Weights of each layer after the last mask update; empty before the first."""
     flipped: list[int] = field(default_factory=list)
@@ -38,11 +34,6 @@ class LayerData:
     def sparsity(self, layer: int) -> float | None:
         """Return the sparsity after the last mask update."""
         return 1.0 - self.kept[layer] / self.weights[layer] if self.kept and self.weights[layer] else None
-
-    def column_steps(self) -> list[tuple[int, int]]:
-        """Return the steps of the first and the last mask update of each column of the history."""
-        size, steps = self.history.merged, self.update_steps
-        return [(steps[i], steps[min(i + size, len(steps)) - 1]) for i in range(0, len(steps), size)]
 
 
 def read_layers(path: Path) -> LayerData | None:
@@ -55,7 +46,7 @@ def read_layers(path: Path) -> LayerData | None:
         return None
     if not names or len(names) != len(weights):
         return None
-    layers = LayerData(names, weights, MaskHistory(weights))
+    layers = LayerData(names, weights)
     for line in lines_until(path, sys.maxsize):
         try:
             _add(layers, line)
@@ -67,10 +58,7 @@ def read_layers(path: Path) -> LayerData | None:
 def _add(layers: LayerData, line: dict[str, Any]) -> None:
     count, event = len(layers.names), line["event"]
     if event == "masks":
-        kept, flipped = (_list_of(line[key], count) for key in ("kept", "flipped"))
-        layers.history.add(kept, flipped)
-        layers.update_steps.append(line["step"])
-        layers.kept = kept
+        layers.kept, flipped = (list(map(int, _list_of(line[key], count))) for key in ("kept", "flipped"))
         layers.flipped = [a + b for a, b in zip(layers.flipped or [0] * count, flipped, strict=True)]
     elif event == "scores":
         for name in FIGURES:

@@ -81,25 +81,6 @@ def test_a_chart_says_the_values_at_the_pointer_and_by_arrow_keys(tab, written):
     assert tab.value(LEGEND.format("chart")) == at_rest
 
 
-def test_a_heat_map_says_the_value_of_the_cell_at_the_pointer(tab, written):
-    tab.open(written[1], width=390)
-    first = ((LEFT + 2) / 360, 12 / 190)
-    tab.point(*tab.value(CENTRE.format("heat-map", *first)))
-    assert tab.value(LEGEND.format("heat-map")) == "0 1 model.layers.0.proj, step 4: 0.09"
-    tab.value("document.querySelector('figure.heat-map .plot').focus()")
-    tab.press("ArrowRight")
-    assert tab.value(LEGEND.format("heat-map")) == "0 1 model.layers.0.proj, step 8: 0.18"
-
-
-def test_a_map_of_experts_says_the_expert_at_the_pointer(tab, write_run, tmp_path):
-    path = tmp_path / "experts.html"
-    result = {"expert_tokens": {"model.layers.0.mlp.experts": [0, 10, 30, 0]}}
-    path.write_text(page(read_runs([write_run(result=result)]), [], []), encoding="utf-8")
-    tab.open(path, width=1280)
-    tab.point(*tab.value(CENTRE.format("heat-map", (LEFT + 0.625 * (RIGHT - LEFT)) / 360, 0.5)))
-    assert tab.value(LEGEND.format("heat-map")) == "0 2 or more model.layers.0.mlp.experts, expert 2: 3"
-
-
 def test_nine_runs_have_a_line_each_that_looks_like_no_other(tab, a_run, tmp_path):
     path = tmp_path / "nine.html"
     folders = [a_run(f"run-{i}", layers=1) for i in range(9)]

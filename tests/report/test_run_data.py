@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from pst_ds.errors import InputError
 from pst_ds.report.run_data import read_layers, read_runs, short_names
 from pst_ds.train.monitor.curves import read_curves
-from pst_ds.train.monitor.images import MOST_COLUMNS
 
 
 def test_curves_are_finite_numbers_by_name_with_the_last_of_each_step(tmp_path):
@@ -110,8 +108,6 @@ def test_flips_add_up_and_kept_is_the_last(read):
     )
     assert found.flipped == [5, 12]
     assert [found.sparsity(i) for i in (0, 1)] == [0.5, 0.5]
-    assert found.column_steps() == [(2, 2), (4, 4)]
-    assert found.history.sparsity() == pytest.approx(np.array([[0.2, 0.5], [0.0, 0.5]]))
 
 
 def test_a_figure_that_is_no_longer_taken_keeps_its_last_value(read):
@@ -124,12 +120,13 @@ def test_lines_that_are_not_as_they_should_be_are_skipped(read):
     wrong = [
         {"step": 1, "event": "masks", "kept": [1], "flipped": [1]},
         {"step": 1, "event": "masks", "kept": 3, "flipped": [1, 2]},
+        {"step": 1, "event": "masks", "kept": [1, None], "flipped": [1, 2]},
         {"step": 1, "event": "scores", "correlation": [1.0, 1.0]},
         {"step": 1},
         [1, 2],
     ]
     found = read(HEAD, *wrong)
-    assert (found.kept, found.flipped, found.update_steps) == ([], [], [])
+    assert (found.kept, found.flipped) == ([], [])
     assert found.sparsity(0) is None
 
 
@@ -142,14 +139,3 @@ def test_without_a_whole_first_line_there_are_no_layers(read, head):
 
 def test_without_a_file_there_are_no_layers(tmp_path):
     assert read_layers(tmp_path / "layers.jsonl") is None
-
-
-def test_many_updates_are_merged(read):
-    updates = 3 * MOST_COLUMNS + 1
-    lines = [{"step": s, "event": "masks", "kept": [5, 5], "flipped": [1, 0]} for s in range(updates)]
-    found = read(HEAD, *lines)
-    assert found.flipped == [updates, 0]
-    steps = found.column_steps()
-    assert len(steps) == found.history.flips().shape[1] <= MOST_COLUMNS
-    assert steps[0] == (0, 3)
-    assert steps[-1] == (updates - 1, updates - 1)

@@ -1,4 +1,4 @@
-"""Tokens per expert: which experts received few or none, and the sparsity of each. Imports no torch, for reports."""
+"""Tokens per expert: which experts received few or none. Imports no torch, for reports."""
 
 from __future__ import annotations
 
@@ -29,16 +29,3 @@ def unused_experts(tokens: Mapping[str, Sequence[int]], since: str = "") -> str:
         named.append(f"and in {len(unused) - MOST_NAMED} more modules")
     without, number = (sum(map(len, values.values())) for values in (unused, tokens))
     return f"{without} of {number} experts were given no token{since} ({'; '.join(named)})"
-
-
-def of_equal_numbers(counts: Mapping[str, Sequence[int]]) -> list[dict[str, Sequence[int]]]:
-    """Split counts per expert, by module or stack, into tables with equal numbers of experts."""
-    tables: dict[int, dict[str, Sequence[int]]] = {}
-    for name, row in counts.items():
-        tables.setdefault(len(row), {})[name] = row
-    return list(tables.values())
-
-
-def shares_of_zeros(zeros: Sequence[int], weights: int) -> list[float]:
-    """Return the sparsity of each expert of a stack with ``weights`` weights, from its pruned weights ``zeros``."""
-    return [count * len(zeros) / weights for count in zeros]

@@ -1,26 +1,26 @@
 "use strict";
-// The plot of a chart or heat map within its drawing; the same numbers are in pst_ds/report/charts.py.
-const WIDTH = 360, HEIGHT = 190, LEFT = 54, RIGHT = 350, TOP = 10, BOTTOM = 166;
+// The plot of a chart within its drawing; the same numbers are in pst_ds/report/charts.py.
+const WIDTH = 360, LEFT = 54, RIGHT = 350;
 
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 const digits = (value) => String(Number(value.toPrecision(4)));
 const dataOf = (figure) => JSON.parse(figure.querySelector("script").textContent);
 
-/** Calls place(x, y) in units of the drawing while the pointer is on it, move(dx, dy) for arrow keys, and leave(). */
+/** Calls place(x) in units of the drawing while the pointer is on it, move(dx) for arrow keys, and leave(). */
 function follow(plot, place, move, leave) {
   const at = (event) => {
     const box = plot.getBoundingClientRect();
-    place((event.clientX - box.left) / box.width * WIDTH, (event.clientY - box.top) / box.height * HEIGHT);
+    place((event.clientX - box.left) / box.width * WIDTH);
   };
   plot.addEventListener("pointermove", at);
   plot.addEventListener("pointerdown", at);
   plot.addEventListener("pointerleave", leave);
   plot.addEventListener("blur", leave);
   plot.addEventListener("keydown", (event) => {
-    const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (!step) return;
     event.preventDefault();
-    move(...step);
+    move(step);
   });
 }
 
@@ -62,30 +62,6 @@ function readChart(figure) {
   follow(figure.querySelector(".plot"), place, (dx) => show(current + dx), leave);
 }
 
-/** Below a heat map stands the value of the cell at the pointer. */
-function readHeatMap(figure) {
-  const { layers, column: word, columns, values } = dataOf(figure);
-  const bytes = Uint8Array.from(atob(values), (letter) => letter.charCodeAt(0)), cells = new DataView(bytes.buffer);
-  const output = figure.querySelector("output"), before = output.textContent, frame = figure.querySelector(".pointer");
-  const width = (RIGHT - LEFT) / columns.length, height = (BOTTOM - TOP) / layers.length;
-  let row = 0, column = columns.length - 1;
-  const show = (newRow, newColumn) => {
-    row = clamp(newRow, 0, layers.length - 1);
-    column = clamp(newColumn, 0, columns.length - 1);
-    const value = cells.getFloat32(4 * (row * columns.length + column), true);
-    const box = { x: LEFT + column * width, y: TOP + row * height, width, height };
-    Object.entries(box).forEach(([name, number]) => frame.setAttribute(name, number));
-    output.textContent = `${layers[row]}, ${word} ${columns[column]}: ${digits(value)}`;
-  };
-  const leave = () => {
-    output.textContent = before;
-    frame.setAttribute("width", 0);
-    frame.setAttribute("height", 0);
-  };
-  const place = (x, y) => show(Math.floor((y - TOP) / height), Math.floor((x - LEFT) / width));
-  follow(figure.querySelector(".plot"), place, (dx, dy) => show(row + dy, column + dx), leave);
-}
-
 /** Sorts a table by the column of a button; missing values are last either way. */
 function sortBy(table, heading) {
   const column = [...heading.parentNode.children].indexOf(heading), body = table.tBodies[0];
@@ -108,7 +84,6 @@ function sortBy(table, heading) {
 }
 
 document.querySelectorAll("figure.chart").forEach(readChart);
-document.querySelectorAll("figure.heat-map").forEach(readHeatMap);
 document.querySelectorAll("table.sortable").forEach((table) => {
   table.querySelectorAll("th button").forEach((button) => {
     button.addEventListener("click", () => sortBy(table, button.closest("th")));
