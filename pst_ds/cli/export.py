@@ -8,11 +8,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pst_ds.cli.main import add_quiet_argument, add_shard_argument, load_run_or_folder
-from pst_ds.core.packings import COMPRESSED_TENSORS, GGUF, GROUPS, ONNX, ONNX_FILE, PACKINGS, VALUE_BITS, WHOLE_ROW
+from pst_ds.core.packings import (
+    COMPRESSED_TENSORS,
+    DENSE,
+    GGUF,
+    GROUPS,
+    ONNX,
+    ONNX_FILE,
+    PACKINGS,
+    VALUE_BITS,
+    WHOLE_ROW,
+)
 from pst_ds.errors import InputError, shortened
 
 if TYPE_CHECKING:
     from pst_ds.export.manifest import Facts
+
+TARGETS = ("cpu", "onnxruntime", "llama.cpp", "vllm", "transformers")
+FEWEST_ZEROS = 0.1
+"""Sparsity from which a bitmask makes a model smaller (1 bit per weight of 16)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, help="folder to write")
     text = "dense (default): pruned weights stored as zeros; packed formats load after import pst_ds.hf"
     formats = ("dense", *PACKINGS, COMPRESSED_TENSORS, GGUF, ONNX)
-    add("--format", choices=formats, default="dense", help=text)
+    add("--format", choices=formats, help=text)
+    add("--for", choices=TARGETS, dest="target", help="choose format and types for where the model will run")
     add("--plain", action="store_true", help="with onnx: dense fp32 weights and standard operators, for any runtime")
     text = "with onnx and --values, or compressed-tensors: bits of activations; 8 is faster (default: 16)"
     add("--activation-bits", type=int, choices=(8, 16), default=16, metavar="BITS", help=text)
@@ -40,10 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Mapping[str, object]:
     from pst_ds.inference.export_run import ExportSettings, export_model_folder, export_run, is_model_folder
 
+    source = Path(args.run)
+    if args.target is None:
+        args.format = args.format or DENSE
+    else:
+        _choose(args, is_folder=is_model_folder(source))
     settings = ExportSettings(
         **{name: getattr(args, name) for name in ExportSettings.__dataclass_fields__ if hasattr(args, name)}
     )
-    source = Path(args.run)
     if is_model_folder(source):
         if args.set or args.checkpoint:
             raise InputError(
@@ -57,6 +76,48 @@ def run(args: argparse.Namespace) -> Mapping[str, object]:
     for line in lines_of_report(args, report):
         print(line)
     return report
+
+
+def _choose(args: argparse.Namespace, *, is_folder: bool) -> None:
+    """Set the options that ``--for`` chooses, except those given; print each with its reason. Raises InputError."""
+    if args.format is not None:
+        raise InputError(f"--for {args.target} chooses the format. Remove --format {args.format}, or --for")
+    if is_folder:
+        from pst_ds.inference.hf.model_folder import open_model_folder
+
+        folder = open_model_folder(args.run)
+        is_causal, is_sparse = folder.is_causal, folder.sparsity >= FEWEST_ZEROS
+    else:
+        run = load_run_or_folder(args)
+        is_causal = run.task_facts.predicts_tokens
+        is_sparse = run.mask_method.masks != "none" and run.schedule.final_sparsity >= FEWEST_ZEROS
+    for name, (value, reason) in chosen_options(args.target, is_causal=is_causal, is_sparse=is_sparse).items():
+        if getattr(args, name) in (None, False, 16):
+            setattr(args, name, value)
+            print(f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}: {reason}")
+
+
+def chosen_options(target: str, *, is_causal: bool, is_sparse: bool) -> dict[str, tuple[object, str]]:
+    """Return the options of an export for ``target``, each with its reason."""
+    small: dict[str, tuple[object, str]] = {
+        "values": ("int8", "half the bytes of bf16; compare it with pst-ds verify OUT --against RUN"),
+        "embeddings": ("int8", "the same for the embeddings, often half of a small model"),
+    }
+    if target == "cpu" and is_causal:
+        packed = "bitmask", "the native decoder of pst-ds skips pruned weights"
+        return {"format": packed if is_sparse else (DENSE, "the native decoder of pst-ds; nothing is pruned"), **small}
+    if target == "cpu":
+        ours = ONNX, "for ONNX Runtime with the operators of pst-ds, which skip pruned weights"
+        return {"format": ours, "dtype": ("bf16", "what is not quantised"), **small}
+    if target == "llama.cpp":
+        return {"format": (GGUF, "the file format of llama.cpp"), **small}
+    if target == "vllm":
+        eight = 8, "vLLM has fast products of int8 weights with int8 inputs"
+        layout = COMPRESSED_TENSORS, "the layout that vLLM reads"
+        return {"format": layout, "values": small["values"], "activation_bits": eight}
+    if target == "onnxruntime":
+        return {"format": (ONNX, "for any runtime of ONNX"), "plain": (True, "standard operators, without pst-ds")}
+    return {"format": (DENSE, "transformers reads it without pst-ds")}
 
 
 def lines_of_report(args: argparse.Namespace, report: Facts) -> list[str]:

@@ -1,6 +1,7 @@
 """``pst-ds train RUN.toml``: train a run."""
 
 import argparse
+import shlex
 
 from pst_ds.cli.main import add_quiet_argument, add_run_arguments, load_run_or_folder
 from pst_ds.parallel import stop_signals
@@ -25,4 +26,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     result = train_run(config, resume=args.resume, restart=args.restart, quiet=args.quiet, run_file=args.run)
     if is_first_rank():
         print(f"run folder: {config.output_dir} (checkpoints/, metrics.jsonl, result.json, tensorboard/)")
+        run, out = shlex.quote(config.output_dir), shlex.quote(f"{config.output_dir}/cpu")
+        then = f"pst-ds {'serve' if config.task_facts.predicts_tokens else 'verify'} {out}"
+        print(f"next: pst-ds export {run} --for cpu --out {out}; then {then}")
     return {**result, "output_dir": config.output_dir}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,9 +16,10 @@ from pst_ds.core.packings import DENSE
 from pst_ds.data.generation import end_tokens
 from pst_ds.data.tokens.tokenize import open_tokenizer
 from pst_ds.errors import InputError
+from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.formats.base_weights import BaseWeights
 from pst_ds.inference.hf.config import LoadAs, PackedWeightsConfig
-from pst_ds.nn.base_model import DTYPES, Pretrained, architecture
+from pst_ds.nn.base_model import DTYPES, PRUNING_RECORD, Pretrained, architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +44,15 @@ class ModelFolder:
         """Dtype of quantised values, "int8" or "int4"; None for floats."""
         found = _quantization(self.config).get("values")
         return None if found is None else str(found)
+
+    @property
+    def sparsity(self) -> float:
+        """Sparsity of the pruned layers, as the folder's own record says; 0 without one."""
+        for name in (MANIFEST_FILE, PRUNING_RECORD):
+            with suppress(OSError, ValueError, AttributeError):
+                if found := json.loads((self.path / name).read_bytes()).get("sparsity_measured"):
+                    return float(found)
+        return 0.0
 
     @property
     def weight_file_bytes(self) -> int:

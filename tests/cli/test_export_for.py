@@ -1,0 +1,62 @@
+"""``pst-ds export --for TARGET``: the options that it chooses give files that the target reads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pst_ds.cli.export import TARGETS, chosen_options
+from pst_ds.cli.main import main
+from pst_ds.inference.decoder import Decoder
+from pst_ds.inference.export_run import ExportSettings
+
+_LOADS = """
+import sys
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+assert "pst_ds" not in sys.modules
+assert any((p == 0).float().mean() > 0.5 for p in model.parameters())
+"""
+CHOSEN = {
+    "cpu": ["--format bitmask", "--values int8", "--embeddings int8"],
+    "vllm": ["--format compressed-tensors", "--values int8", "--activation-bits 8"],
+    "transformers": ["--format dense"],
+}
+
+
+@pytest.mark.parametrize("is_sparse", [True, False])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_is_chosen_does_not_conflict(target, is_causal, is_sparse):
+    options = chosen_options(target, is_causal=is_causal, is_sparse=is_sparse)
+    assert ExportSettings(**{name: value for name, (value, _) in options.items()}).options() is not None
+    assert all(reason for _, reason in options.values())
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("source", ["run", "dense"])
+@pytest.mark.parametrize("target", CHOSEN)
+def test_a_sparse_decoder_gets_what_its_target_reads(folders, tmp_path, capsys, source, target):
+    out = tmp_path / "out"
+    assert main(["export", str(folders / source), "--for", target, "--out", str(out), "--quiet"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[0] for line in said if line.startswith("--")] == CHOSEN[target]
+    if target == "cpu":
+        assert Decoder.from_pretrained(out, 16, threads=1).forward([3, 4]).isfinite().all()
+    if target == "transformers":
+        subprocess.run([sys.executable, "-c", _LOADS, str(out)], check=True)
+
+
+def test_a_dense_decoder_is_not_packed_and_given_options_stay(tmp_path, capsys):
+    words = ["export", "tests/data/tiny-llama", "--for", "cpu", "--values", "int4", "--group", "row"]
+    assert main([*words, "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    said = capsys.readouterr().out
+    assert "--format dense: " in said
+    assert "--values" not in said
+    assert Decoder.from_pretrained(tmp_path / "out", 16, threads=1).forward([3]).isfinite().all()
+    assert main([*words, "--format", "csr", "--out", str(tmp_path / "other")]) == 2
+    assert "--for cpu chooses the format. Remove --format csr" in capsys.readouterr().err
+    assert not Path(tmp_path / "other").exists()
