@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-waiting", type=count, default=64, metavar="N", help="waiting requests (default: 64)")
     add("--max-body", type=count, default=1 << 20, metavar="B", help="request size (default: 2^20)")
     add("--max-prompt-tokens", type=count, metavar="N", help="(default: the model's positions)")
-    add("--max-new-tokens", type=count, default=512, metavar="N", help="answer length (default: 512)")
+    add("--max-new-tokens", type=count, metavar="N", help="answer length (default: what the context allows)")
     add_engine_arguments(parser)
 
 
@@ -127,7 +127,10 @@ def _service(
         torch.set_num_threads(args.threads)
     device, positions = device_of(LaunchEnvironment(0, 1, 0)), positions_of(folder.config)
     ends = folder.end_tokens(tokenizer)
-    options = {"sequences": args.max_batch, "cache_bytes": round(1e9 * (args.memory or _memory_of_cache()))}
+    options = {
+        "sequences": args.max_batch,
+        "cache_bytes": round(1e9 * (args.memory or _memory_of_cache() / args.workers)),
+    }
     decoder = native_decoder(args, folder, device, positions or _UNLIMITED, store is not None, **options)
     if decoder is not None:
         positions = decoder.context
@@ -137,7 +140,7 @@ def _service(
     limits = Limits(
         body_bytes=args.max_body,
         prompt_tokens=args.max_prompt_tokens or 0,
-        new_tokens=args.max_new_tokens,
+        new_tokens=args.max_new_tokens or positions or _UNLIMITED,
         positions=positions,
     )
     service = Service(args.name, answering, tokenizer, limits, store, Access(_keys(), args.host))
