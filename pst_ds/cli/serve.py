@@ -127,10 +127,8 @@ def _service(
         torch.set_num_threads(args.threads)
     device, positions = device_of(LaunchEnvironment(0, 1, 0)), positions_of(folder.config)
     ends = folder.end_tokens(tokenizer)
-    options = {
-        "sequences": args.max_batch,
-        "cache_bytes": round(1e9 * (args.memory or _memory_of_cache() / args.workers)),
-    }
+    cache_bytes = round(1e9 * (args.memory or _memory_of_cache()) / args.workers)
+    options = {"sequences": args.max_batch, "cache_bytes": cache_bytes}
     decoder = native_decoder(args, folder, device, positions or _UNLIMITED, store is not None, **options)
     if decoder is not None:
         positions = decoder.context

@@ -219,7 +219,15 @@ def test_quantised_weights_are_served_by_the_native_decoder(folders, tmp_path, c
     text = service.tokenizer.decode(written, skip_special_tokens=True)
     assert answers[4].usage.prompt_tokens == len(prompt)
     assert texts[4].strip() == text.strip()
-    words = ["serve", str(tmp_path / "int8"), *template, "--memory", "0.000001"]
+    words, found = ["serve", str(tmp_path / "int8"), *template], []
+    for more in (["--memory", "0.00008"], ["--memory", "0.00016", "--workers", "2"]):
+        args = build_parser("serve").parse_args([*words, *more])
+        small = serve._service(args, *serve._opened(args))
+        small.answering.close()
+        found.append((small.limits.positions, small.limits.new_tokens))
+    assert found[0] == found[1]
+    assert 24 <= found[0][0] < 48
+    words += ["--memory", "0.000001"]
     assert main([*words, "--engine", "native"]) == 2
     assert "bytes hold 0 positions of each of 8 sequences" in capsys.readouterr().err
     assert main([*words, "--engine", "torch"]) == 2
