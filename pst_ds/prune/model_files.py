@@ -226,10 +226,10 @@ class ModelFiles:
         return None if new is None else key.replace(f"{tail}.{old}.", f"{tail}.{new}.", 1)
 
     def _write_rest(self, folder: Path, copy_small_files: Callable[[Path], None], record: Mapping[str, object]) -> None:
-        self.model.config.save_pretrained(folder)
         if self.model.can_generate():
             self.model.generation_config.save_pretrained(folder)
         copy_small_files(folder)
+        self.model.config.save_pretrained(folder)  # which may say that the model is smaller
         scales = {name: t for file in sorted(self._work.glob("*.scales")) for name, t in load_file(file).items()}
         if scales:
             _save({scales_name(name): tensor for name, tensor in scales.items()}, folder / SCALES_FILE)

@@ -221,10 +221,10 @@ VERBS = {
         _init("--ranks", "3", "--batch-size", "2"), "train.batch_size", "2", "make it 3 or more"
     ),
     "doctor with a time that is none": Wrong(
-        words("doctor", "--time-limit", "soon"), "--time-limit", "'soon'", "a number of seconds above 0"
+        words("doctor", "--time-limit", "soon"), "--time-limit", "'soon'", "a number above 0"
     ),
     "doctor with no time": Wrong(
-        words("doctor", "--time-limit", "0"), "--time-limit", "'0'", "a number of seconds above 0"
+        words("doctor", "--time-limit", "0"), "--time-limit", "'0'", "a number above 0"
     ),
     "report of what is no run": Wrong(words("report", "{made}/plain"), "{made}/plain", "run", "looked in"),
     "report of what is not there": Wrong(
