@@ -223,9 +223,7 @@ VERBS = {
     "doctor with a time that is none": Wrong(
         words("doctor", "--time-limit", "soon"), "--time-limit", "'soon'", "a number above 0"
     ),
-    "doctor with no time": Wrong(
-        words("doctor", "--time-limit", "0"), "--time-limit", "'0'", "a number above 0"
-    ),
+    "doctor with no time": Wrong(words("doctor", "--time-limit", "0"), "--time-limit", "'0'", "a number above 0"),
     "report of what is no run": Wrong(words("report", "{made}/plain"), "{made}/plain", "run", "looked in"),
     "report of what is not there": Wrong(
         words("report", "no/run", "--out", "{tmp}/a.html"), "no/run", "run", "looked in"
