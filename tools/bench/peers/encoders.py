@@ -146,8 +146,9 @@ def run_openvino(file: Path, threads: int) -> Run:
     import openvino
 
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
-    request = openvino.Core().compile_model(file, "CPU", settings).create_infer_request()
-    return lambda feed: request.infer(feed)[0]
+    model = openvino.Core().compile_model(file, "CPU", settings)
+    request, takes = model.create_infer_request(), [value.any_name for value in model.inputs]
+    return lambda feed: request.infer({name: feed[name] for name in takes})[0]
 
 
 def quantize(fp32: Path, out: Path, texts: Path, model: Path) -> None:
