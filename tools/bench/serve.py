@@ -63,7 +63,7 @@ def _prompt(tokens: int, seed: int) -> str:
 
 
 def _alone(folder: Path, threads: int) -> float:
-    """Return the tokens per second of the decoder in a process of its own, prompt included."""
+    """Return the tokens per second of the decoder in a separate process, prompt included."""
     code = (
         "import sys, time; from pst_ds.inference.decoder import Decoder; from transformers import AutoTokenizer\n"
         "folder, threads, text, new = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])\n"

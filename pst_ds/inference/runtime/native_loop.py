@@ -252,7 +252,7 @@ class Loop:
         self._library.pst_decoder_embedding(self.handle, *pointers, bits, group, scale)
 
     def copy(self, source: int, to: int, length: int) -> None:
-        """Make the first ``length`` cached positions of the sequence ``to`` those of ``source``."""
+        """Copy the first ``length`` cached positions of the sequence ``source`` to ``to``."""
         sequences, context = self.shape["sequences"], self.shape["context"]
         assert 0 <= min(source, to) <= max(source, to) < sequences
         assert 0 <= length <= context

@@ -199,7 +199,7 @@ def test_a_client_that_goes_takes_its_request_along(folders, monkeypatch):
 
 
 def test_quantised_weights_are_served_by_the_native_decoder(folders, tmp_path, capsys):
-    """Its answers are those of ``Decoder.stream``, whatever else is asked for at the same time."""
+    """Its answers equal those of ``Decoder.stream`` under load."""
     words = ["export", str(folders / "run"), "--format", "bitmask", "--values", "int8", "--out", str(tmp_path / "int8")]
     assert main([*words, "--quiet"]) == 0
     template = ["--chat-template", str(folders / "template.jinja")]

@@ -1,4 +1,4 @@
-"""Answers of the native decoder in slots: those that each request gets alone, in passes that nobody waits for long."""
+"""Slots of the native decoder: each answer equals the one that its request gets alone, and no request waits long."""
 
 from __future__ import annotations
 
