@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--for", choices=TARGETS, dest="target", help="choose format and types for where the model will run")
     add("--plain", action="store_true", help="with onnx: dense fp32 weights and standard operators, for any runtime")
     text = "with onnx and --values, or compressed-tensors: bits of activations; 8 is faster (default: 16)"
-    add("--activation-bits", type=int, choices=(8, 16), default=16, metavar="BITS", help=text)
+    add("--activation-bits", type=int, choices=(8, 16), metavar="BITS", help=text)
     add("--values", choices=("bf16", *VALUE_BITS), help="quantise linear layers in the blocks; bf16 casts every tensor")
     add("--embeddings", choices=tuple(VALUE_BITS), help="quantise embeddings and output layer too (default: unchanged)")
     add("--group", choices=(*map(str, GROUPS), WHOLE_ROW), help="weights per scale (default: int8 row, int4 64)")
@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> Mapping[str, object]:
         args.format = args.format or DENSE
     else:
         _choose(args, is_folder=is_model_folder(source))
+    args.activation_bits = args.activation_bits or 16
     settings = ExportSettings(
         **{name: getattr(args, name) for name in ExportSettings.__dataclass_fields__ if hasattr(args, name)}
     )
@@ -92,7 +93,7 @@ def _choose(args: argparse.Namespace, *, is_folder: bool) -> None:
         is_causal = run.task_facts.predicts_tokens
         is_sparse = run.mask_method.masks != "none" and run.schedule.final_sparsity >= FEWEST_ZEROS
     for name, (value, reason) in chosen_options(args.target, is_causal=is_causal, is_sparse=is_sparse).items():
-        if getattr(args, name) in (None, False, 16):
+        if getattr(args, name) in (None, False):
             setattr(args, name, value)
             print(f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}: {reason}")
 

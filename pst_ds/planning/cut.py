@@ -40,10 +40,8 @@ class _Fitted(NamedTuple):
 
     def seconds(self, machine: Machine, by_second_order: bool) -> float:
         """Time one matrix on one rank: an inverse that every round of removals updates, and the fit."""
-        bandwidth, fp64 = (
-            machine.memory_bytes * ELEMENTWISE[machine.device],
-            machine.flops * FP32[machine.device] * FP64,
-        )
+        bandwidth = machine.memory_bytes * ELEMENTWISE[machine.device]
+        fp64 = machine.flops * FP32[machine.device] * FP64
         rounds = (self.inputs - self.kept) / COLUMNS_AT_ONCE
         updates = rounds * 24 * self.inputs * (self.inputs + self.outputs) / bandwidth
         chosen = self.inputs**3 / FACTORISATION / fp64 + updates if by_second_order else 0.0

@@ -140,8 +140,7 @@ class Slots(Answering):
             slot.left = [token]
 
     def _finish(self, slot: _Slot, outcome: str | Exception | None = None) -> None:
-        """Free a slot; end its job with ``outcome`` unless it has ended."""
-        assert slot.job is not None
-        if outcome is not None and not slot.job.is_finished:
+        """Free a slot; end its job, if it has one, with ``outcome`` unless it has ended."""
+        if slot.job is not None and outcome is not None and not slot.job.is_finished:
             slot.job.end(outcome)
         slot.job, slot.left = None, []

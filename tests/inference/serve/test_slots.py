@@ -197,6 +197,23 @@ def test_a_pass_that_fails_ends_its_jobs_and_no_others(decoder, alone):
     assert [tokens for tokens, _ in found[SLOTS:]] == [alone(_prompt(4, n), 6) for n in range(SLOTS, 2 * SLOTS)]
 
 
+def test_a_pass_that_fails_after_a_job_was_cancelled(decoder, alone):
+    """The thread goes on: a slot that was freed in the same pass has no job to end."""
+    jobs = [_job(_prompt(4, n), 6) for n in range(SLOTS + 1)]
+    put = jobs[1][0].put
+
+    def cancel_the_first(item):
+        if not jobs[0][0].cancelled:
+            jobs[0][0].cancelled, decoder.fails_at = True, len(decoder.made) + 1
+        put(item)
+
+    jobs[1][0].put = cancel_the_first
+    found, _ = _answered(decoder, jobs)
+    assert found[0][1] == DONE_LENGTH
+    assert isinstance(found[1][1], MemoryError)
+    assert found[SLOTS] == (alone(_prompt(4, SLOTS), 6), DONE_LENGTH)
+
+
 def test_jobs_that_wait_at_the_end_are_told_and_others_are_answered(decoder):
     ready = queue.Queue()
     running, _ = _job(_prompt(4), 30)
