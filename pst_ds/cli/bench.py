@@ -11,7 +11,7 @@ from pst_ds.errors import InputError
 
 if TYPE_CHECKING:
     from pst_ds.inference.bench import NativeLoop, Variant
-    from pst_ds.report.outcomes import BenchResult, Conditions, Row
+    from pst_ds.inference.bench_table import BenchResult, Conditions, Row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     import torch
 
     from pst_ds.inference.bench import NativeLoop, conditions, measure, variants
+    from pst_ds.inference.bench_table import bench_text
     from pst_ds.inference.hf.model_folder import open_model_folder
-    from pst_ds.report.outcomes import bench_text
 
     folder = open_model_folder(args.model)
     positions = getattr(folder.config.get_text_config(), "max_position_embeddings", None)

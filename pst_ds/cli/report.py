@@ -17,21 +17,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _made(args: argparse.Namespace) -> tuple[bytes, dict[str, list[str]]]:
     """Return the page, and the names of its runs and exports."""
-    from pst_ds.report.outcomes import export_table, find_exports, tuning_tables
+    from pst_ds.report.exports import find_exports
     from pst_ds.report.page import page
     from pst_ds.report.run_data import read_runs
-    from pst_ds.report.tables import checkpoint_table, straggler_table
 
     runs = read_runs([Path(name) for name in args.runs])
     exports, notes = find_exports(runs, [Path(name) for name in args.export])
     for note in notes:
         print(f"pst-ds report: {note}", file=sys.stderr)
-    saved = [table for table in (checkpoint_table(runs), export_table(exports, notes)) if table]
-    slow = [table for table in (straggler_table(runs),) if table]
-    tuning = list(tuning_tables(runs))
-    outcomes = [("Stragglers", slow), ("Tuning", tuning), ("Checkpoints and exports", saved)]
-    data = page(runs, exports, outcomes).encode(errors="replace")  # folder names may contain any bytes
-    return data, {"runs": [run.name for run in runs], "exports": [export.name for export in exports]}
+    data = page(runs, exports, notes).encode(errors="replace")  # folder names may contain any bytes
+    return data, {"runs": [run.name for run in runs], "exports": list(exports)}
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pst_ds.config.toml import flatten
 from pst_ds.errors import InputError
@@ -16,72 +19,40 @@ from pst_ds.file_names import CHECKPOINTS, LAYERS_FILE, METRICS_FILE, RESULT_FIL
 from pst_ds.train.monitor.curves import Point, lines_until, named_stragglers, read_curves
 
 FIGURES = ("correlation", "score_norm", "update_norm", "weight_norm")
+Layers = dict[str, dict[str, float]]
+"""Figures by heading, for every layer by name in model order; NaN if unknown."""
 
 
-@dataclass(slots=True)
-class LayerData:
-    """The layers of a run, in model order."""
-
-    names: list[str]
-    weights: list[int]
-    kept: list[int] = field(default_factory=list)
-    """Weights of each layer after the last mask update; empty before the first."""
-    flipped: list[int] = field(default_factory=list)
-    """Mask bits of each layer that flipped, over all mask updates."""
-    figures: dict[str, list[float | None]] = field(default_factory=dict)
-    """The last known value of each of FIGURES for every layer; None if unknown."""
-
-    def sparsity(self, layer: int) -> float | None:
-        """Return the sparsity after the last mask update."""
-        return 1.0 - self.kept[layer] / self.weights[layer] if self.kept and self.weights[layer] else None
-
-
-def read_layers(path: Path) -> LayerData | None:
-    """Read the file, skipping malformed lines. Returns None without a file or a valid first line."""
+def read_layers(path: Path) -> Layers:
+    """Return the figures after the last lines, with flips summed over all mask updates. Skip malformed lines; without
+    a valid first line the result is empty."""
     try:
         with path.open(encoding="utf-8") as stream:
             head = json.loads(stream.readline())
-        names, weights = list(map(str, head["layers"])), list(map(int, head["weights"]))
+        names, weights = list(map(str, head["layers"])), np.array(head["weights"], dtype=float)
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if not names or len(names) != len(weights):
-        return None
-    layers = LayerData(names, weights)
+        return {}
+    if weights.shape != (len(names),):
+        return {}
+    columns = {"weights": weights}
     for line in lines_until(path, sys.maxsize):
-        try:
-            _add(layers, line)
-        except (KeyError, TypeError, ValueError):
-            continue
-    return layers
+        with suppress(KeyError, TypeError, ValueError):
+            if line["event"] == "masks":
+                kept, flipped = (_values(line[key], weights) for key in ("kept", "flipped"))
+                columns["sparsity"] = 1.0 - kept / weights
+                columns["flips in total"] = columns.get("flips in total", 0.0) + flipped
+            elif line["event"] == "scores":
+                new = {name: _values(line[name], weights) for name in FIGURES}
+                columns |= {name: np.where(np.isnan(v), columns.get(name, v), v) for name, v in new.items()}
+    return {name: {key: float(column[i]) for key, column in columns.items()} for i, name in enumerate(names)}
 
 
-def _add(layers: LayerData, line: dict[str, Any]) -> None:
-    count, event = len(layers.names), line["event"]
-    if event == "masks":
-        layers.kept, flipped = (list(map(int, _list_of(line[key], count))) for key in ("kept", "flipped"))
-        layers.flipped = [a + b for a, b in zip(layers.flipped or [0] * count, flipped, strict=True)]
-    elif event == "scores":
-        for name in FIGURES:
-            new, old = _list_of(line[name], count), layers.figures.get(name, [None] * count)
-            layers.figures[name] = [b if a is None else a for a, b in zip(new, old, strict=True)]
-
-
-def _list_of(values: object, count: int) -> list[Any]:
-    if not isinstance(values, list) or len(values) != count:
-        raise ValueError(f"not a list of {count}")
-    return values
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointData:
-    """A finished checkpoint, from its manifest."""
-
-    name: str
-    links: list[str]
-    step: int
-    sparsity: float | None
-    metrics: dict[str, float]
-    nbytes: int
+def _values(values: object, like: np.ndarray) -> np.ndarray:
+    """Return a list as numbers, NaN for None. Raises ValueError for a list of another length."""
+    found = np.array(values, dtype=float)
+    if found.shape != like.shape:
+        raise ValueError(f"not a list of {len(like)}")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +63,15 @@ class RunData:
     """A short name, unique in the report."""
     folder: Path
     run_file: str
-    settings: dict[str, object]
+    settings: Mapping[str, object]
     """Settings by dotted name."""
-    result: dict[str, object]
+    result: dict[str, Any]
     """The result; empty for an unfinished run."""
     curves: dict[str, list[Point]]
     """Curves by their names in metrics.jsonl, in order of steps."""
-    layers: LayerData | None
-    checkpoints: list[CheckpointData]
+    layers: Layers
+    checkpoints: dict[str, dict[str, object]]
+    """Facts about every finished checkpoint, by heading."""
     stragglers: list[dict[str, object]]
     """Events about the slowest rank, as in metrics.jsonl."""
 
@@ -142,13 +114,12 @@ def _read_run(folder: Path, name: str) -> RunData:
         settings = flatten(tomllib.loads(run_file))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{folder / RUN_FILE} is not TOML: {error}") from None
-    result = _read_result(folder / RESULT_FILE)
-    metrics, checkpoints = folder / METRICS_FILE, list(_checkpoints(folder / CHECKPOINTS))
+    result, metrics = _read_result(folder / RESULT_FILE), folder / METRICS_FILE
     curves, layers, slow = read_curves(metrics), read_layers(folder / LAYERS_FILE), named_stragglers(metrics)
-    return RunData(name, folder, run_file, settings, result, curves, layers, checkpoints, slow)
+    return RunData(name, folder, run_file, settings, result, curves, layers, dict(_checkpoints(folder)), slow)
 
 
-def _read_result(path: Path) -> dict[str, object]:
+def _read_result(path: Path) -> dict[str, Any]:
     """Read result.json; {} if it is missing. Raises InputError if it is damaged."""
     try:
         result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -159,13 +130,11 @@ def _read_result(path: Path) -> dict[str, object]:
     return result
 
 
-def _checkpoints(folder: Path) -> Iterator[CheckpointData]:
+def _checkpoints(run: Path) -> Iterator[tuple[str, dict[str, object]]]:
     """Yield the checkpoints, oldest first, without unreadable ones, which ``inspect`` and ``--resume`` report."""
-    for path in reversed(step_folders(folder)):
-        try:
+    for path in reversed(step_folders(run / CHECKPOINTS)):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             state = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["state"]
-            sparsity, metrics = state.get("sparsity"), state.get("metrics") or {}
-            nbytes = sum(file.stat().st_size for file in path.iterdir())
-            yield CheckpointData(path.name, links_to(path), state["step"], sparsity, metrics, nbytes)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
+            facts = {"links": ", ".join(links_to(path)), "step": state["step"], "sparsity": state.get("sparsity")}
+            size = sum(file.stat().st_size for file in path.iterdir())
+            yield path.name, facts | (state.get("metrics") or {}) | {"size in bytes": size}

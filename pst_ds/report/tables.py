@@ -1,257 +1,147 @@
-"""Tables of a report about runs: results, settings, checkpoints, slow ranks, layers."""
+"""Tables of a report about runs: results, settings, layers, checkpoints, slow ranks, trials of ``pst-ds tune``."""
 
 from __future__ import annotations
 
 import json
-import math
 import statistics
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import takewhile
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
+from typing import NamedTuple
+
+import pandas as pd
 
 from pst_ds.core.experts.tokens import hardly_used
+from pst_ds.errors import InputError
+from pst_ds.file_names import TUNE_FILE
 from pst_ds.progress import duration_text
-from pst_ds.report.charts import Chart, short, whole
-from pst_ds.report.run_data import LayerData, RunData
+from pst_ds.report.run_data import RunData
 from pst_ds.text_table import bytes_text
 from pst_ds.train.monitor.curves import EVALUATION, is_number
+from pst_ds.train.tune.report import trial_table, why
 
-MISSING = "–"
 MAIN_SETTINGS = (
     "task", "method", "model.path", "data.train", "data.dataset", "schedule.final_sparsity", "pst.pattern",
     "pst.score_rank", "pst.update_rank", "train.num_steps", "train.num_epochs", "train.batch_size", "train.precision",
     "deepspeed_config", "seed",
 )  # fmt: skip
 """Settings shown for every run, unless they are empty or zero."""
+Cells = Mapping[str, object]
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    text: str
-    value: float | None = None
-    """The sort key; None for text and missing values."""
-    is_missing: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A table. ``groups``: headings above several columns, with the number of columns."""
-
+class Table(NamedTuple):
     caption: str
-    head: list[str]
-    rows: list[list[Cell]]
-    groups: list[tuple[str, int]] = field(default_factory=list)
+    html: str
     note: str = ""
 
-    @property
-    def is_numeric(self) -> list[bool]:
-        """For each column, whether it has numbers, or only missing values."""
-        columns = [[row[i] for row in self.rows] for i in range(len(self.head))]
-        return [any(c.value is not None for c in cells) or all(c.is_missing for c in cells) for cells in columns]
+
+def table(caption: str, columns: Mapping[str, Cells] | pd.DataFrame, note: str = "") -> Iterator[Table]:
+    """Yield the table of ``columns``, which are cells by row; none without a value. Texts are escaped."""
+    frame = columns
+    if not isinstance(frame, pd.DataFrame):
+        rows = dict.fromkeys(row for cells in columns.values() for row in cells)
+        frame = pd.DataFrame({name: [cells.get(row) for row in rows] for name, cells in columns.items()}, list(rows))
+    frame = frame.astype(object).map(_text)
+    frame = frame.loc[(frame != "–").any(axis=1), (frame != "–").any(axis=0)]
+    if frame.size:
+        with pd.option_context("display.max_colwidth", None):
+            yield Table(caption, frame.to_html(border=0), note)
 
 
-def number(value: object, text: Callable[[float], str] = short) -> Cell:
-    """Return a cell for a number, or a missing one for any other value."""
-    if not is_number(value):
-        return Cell(MISSING, is_missing=True)
-    return Cell(text(value) if math.isfinite(value) else str(value), float(value))
+def rows_table(caption: str, rows: Mapping[str, Cells], note: str = "") -> Iterator[Table]:
+    """Yield the table of ``rows``, which are cells by column; none without a value."""
+    columns = dict.fromkeys(column for cells in rows.values() for column in cells)
+    return table(caption, {name: {row: cells.get(name) for row, cells in rows.items()} for name in columns}, note)
 
 
-def result_table(runs: Sequence[RunData]) -> Table:
-    """Tabulate the results of the runs, starting with the final metrics."""
-    rows = [[Cell(label), *cells] for label, cells in _results(runs) if not all(cell.is_missing for cell in cells)]
-    return Table("Results", ["", *(run.name for run in runs)], rows)
+def _text(value: object) -> str:
+    """Format a cell: numbers with six digits, or all digits of a whole one; a dash for a missing value."""
+    if value is None or value != value or value in ("", []):
+        return "–"
+    if isinstance(value, Real) and not isinstance(value, bool):
+        number = float(value)
+        return f"{number:,.0f}" if number.is_integer() and abs(number) < 1e15 else f"{number:.6g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _results(runs: Sequence[RunData]) -> Iterator[tuple[str, list[Cell]]]:
-    yield "state", [_state(run) for run in runs]
-    metrics = [_final_metrics(run) for run in runs]
-    for name in dict.fromkeys(name for of_run in metrics for name in of_run):
-        yield name, [number(of_run.get(name)) for of_run in metrics]
-    requested = [run.result.get("sparsity_requested", run.last("sparsity/target")) for run in runs]
-    yield "sparsity requested", [number(value) for value in requested]
-    in_masks = [run.result.get("sparsity_in_masks", run.last("sparsity/actual")) for run in runs]
-    yield "sparsity in the masks", [number(value, "{:.6f}".format) for value in in_masks]
-    for key, label, text in (
-        ("best_step", "best step", whole),
-        ("skipped_steps", "skipped steps", whole),
-        ("trained_parameters", "trained parameters", whole),
-        ("optimizer_bytes_per_rank", "optimizer state per rank", bytes_text),
-    ):
-        yield label, [number(run.result.get(key), text) for run in runs]
-    peaks = [max((int(value) for _, value in run.curves.get("peak_memory_bytes", [])), default=None) for run in runs]
-    yield "peak memory per rank", [number(peak, bytes_text) for peak in peaks]
-    yield "checkpoint", [number(run.checkpoints[-1].nbytes if run.checkpoints else None, bytes_text) for run in runs]
-    speeds = [[value for _, value in run.curves.get("tokens_per_second", [])] for run in runs]
-    yield (
-        "tokens per second, median",
-        [number(statistics.median(of_run) if of_run else None, whole) for of_run in speeds],
-    )
-    yield "experts hardly used", [number(_hardly_used(run), whole) for run in runs]
-    yield "ranks", [number(run.result.get("world_size"), whole) for run in runs]
-    yield "time", [number(run.result.get("seconds"), duration_text) for run in runs]
+def result_table(runs: Sequence[RunData]) -> Iterator[Table]:
+    """Yield the results of the runs, starting with the final metrics."""
+    return table("Results", {run.name: dict(_results(run)) for run in runs})
 
 
-def _state(run: RunData) -> Cell:
-    step = number(run.result.get("steps", run.last_step), whole).text
-    return Cell(f"finished, {step} steps" if run.result else f"not finished, at step {step}")
+def _results(run: RunData) -> Iterator[tuple[str, object]]:
+    result, curves = run.result, run.curves
+    yield "state", f"finished, {result.get('steps')} steps" if result else f"not finished, at step {run.last_step}"
+    last = {name.removeprefix(EVALUATION): run.last(name) for name in curves if name.startswith(EVALUATION)}
+    metrics = result.get("metrics")
+    yield from (metrics if isinstance(metrics, dict) and metrics else last).items()
+    yield "sparsity requested", result.get("sparsity_requested", run.last("sparsity/target"))
+    yield "sparsity in the masks", result.get("sparsity_in_masks", run.last("sparsity/actual"))
+    for key in ("best_step", "skipped_steps", "trained_parameters"):
+        yield key.replace("_", " "), result.get(key)
+    yield "optimizer state per rank", _size(result.get("optimizer_bytes_per_rank"))
+    yield "peak memory per rank", _size(max((v for _, v in curves.get("peak_memory_bytes", [])), default=None))
+    yield "checkpoint", _size(next((one["size in bytes"] for one in reversed(run.checkpoints.values())), None))
+    speeds = [value for _, value in curves.get("tokens_per_second", [])]
+    yield "tokens per second, median", round(statistics.median(speeds)) if speeds else None
+    tokens, seconds = result.get("expert_tokens"), result.get("seconds")
+    yield "experts hardly used", sum(map(len, map(hardly_used, tokens.values()))) if isinstance(tokens, dict) else None
+    yield "ranks", result.get("world_size")
+    yield "time", duration_text(seconds) if is_number(seconds) else None
 
 
-def _hardly_used(run: RunData) -> int | None:
-    """Count the rarely used experts of a run that has counted its experts' tokens."""
-    tokens = run.result.get("expert_tokens")
-    return sum(len(hardly_used(counts)) for counts in tokens.values()) if isinstance(tokens, dict) else None
-
-
-def _final_metrics(run: RunData) -> dict[str, float | None]:
-    """Return the metrics of the result, or of the last evaluation of an unfinished run."""
-    names = [name.removeprefix(EVALUATION) for name in run.curves if name.startswith(EVALUATION)]
-    final = run.result.get("metrics")
-    return final if isinstance(final, dict) and final else {name: run.last(EVALUATION + name) for name in names}
-
-
-def measured_once_table(charts: Sequence[Chart]) -> Table | None:
-    """Tabulate charts that have single points only; None without any."""
-    rows = [
-        [Cell(chart.title), Cell(one.label), number(step, whole), number(value)]
-        for chart in charts
-        for one in chart.series
-        for step, value in one.points
-    ]
-    return Table("Measured once", ["", "of", "step", "value"], rows) if rows else None
+def _size(count: object) -> str | None:
+    return bytes_text(count) if is_number(count) else None
 
 
 def setting_tables(runs: Sequence[RunData]) -> Iterator[Table]:
     """Yield the settings that differ between the runs, and the main ones that they have in common."""
-    names = list(dict.fromkeys(name for run in runs for name in run.settings if name != "output_dir"))
-    differ = [name for name in names if any(_setting(run, name) != _setting(runs[0], name) for run in runs)]
-    if differ:
-        rows = [[Cell(name), *(_setting(run, name) for run in runs)] for name in differ]
-        yield Table("Settings that differ", ["", *(run.name for run in runs)], rows)
-    main = [name for name in MAIN_SETTINGS if name not in differ and runs[0].settings.get(name)]
-    if main:
-        caption = "Main settings" if len(runs) == 1 else "Main settings in common"
-        yield Table(caption, ["", "value"], [[Cell(name), _setting(runs[0], name)] for name in main])
+    columns = {run.name: {name: _text(value) for name, value in run.settings.items()} for run in runs}
+    first = columns[runs[0].name]
+    names = dict.fromkeys(name for cells in columns.values() for name in cells if name != "output_dir")
+    differ = [n for n in names if len({cells.get(n, "–") for cells in columns.values()}) > 1]
+    kept = {run: {name: cells.get(name) for name in differ} for run, cells in columns.items()}
+    yield from table("Settings that differ", kept)
+    main = {name: first[name] for name in MAIN_SETTINGS if name not in differ and runs[0].settings.get(name)}
+    yield from table("Main settings" if len(runs) == 1 else "Main settings in common", {"value": main})
 
 
-def _setting(run: RunData, name: str) -> Cell:
-    """Return the cell of a setting; an empty one counts as missing."""
-    value = run.settings.get(name)
-    if value is None or value in ("", []):
-        return Cell(MISSING, is_missing=True)
-    return Cell(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+def layer_table(runs: Sequence[RunData]) -> Iterator[Table]:
+    """Yield the figures of all layers, next to each other for several runs."""
+    frames = {run.name: pd.DataFrame(run.layers.values(), run.layers) for run in runs if run.layers}
+    if len(frames) < 2:
+        frame = next(iter(frames.values()), pd.DataFrame())
+    else:
+        frame = pd.concat(frames, axis=1).swaplevel(axis=1)
+        frame = frame[list(dict.fromkeys(frame.columns.get_level_values(0)))]  # figure by figure
+    return table("Layers", frame)
 
 
-def checkpoint_table(runs: Sequence[RunData]) -> Table | None:
-    """Tabulate the finished checkpoints of all runs; None without any."""
-    checkpoints = [(run, checkpoint) for run in runs for checkpoint in run.checkpoints]
-    if not checkpoints:
-        return None
-    metrics = list(dict.fromkeys(name for _, checkpoint in checkpoints for name in checkpoint.metrics))
-    rows = [
-        [
-            Cell(checkpoint.name if len(runs) == 1 else f"{run.name}/{checkpoint.name}"),
-            Cell(", ".join(checkpoint.links)),
-            number(checkpoint.step, whole),
-            number(checkpoint.sparsity),
-            *(number(checkpoint.metrics.get(name)) for name in metrics),
-            number(checkpoint.nbytes, bytes_text),
-        ]
-        for run, checkpoint in checkpoints
-    ]
-    return Table("Checkpoints", ["checkpoint", "links", "step", "sparsity", *metrics, "size"], rows)
+def checkpoint_table(runs: Sequence[RunData]) -> Iterator[Table]:
+    return rows_table(
+        "Checkpoints", {f"{run.name}/{name}": facts for run in runs for name, facts in run.checkpoints.items()}
+    )
 
 
-def straggler_table(runs: Sequence[RunData]) -> Table | None:
-    """Tabulate the ranks that slowed down others; None without any."""
-    found = [(run, event) for run in runs for event in run.stragglers]
-    if not found:
-        return None
-    rows = [
-        [
-            Cell(str(event.get("host", MISSING)) if len(runs) == 1 else f"{run.name}: {event.get('host', MISSING)}"),
-            *(number(event.get(name), whole) for name in ("rank", "step")),
-            *(number(event.get(name)) for name in ("step_seconds", "median_step_seconds")),
-            number(event.get("memory_bytes"), bytes_text),
-            number(event.get("others"), whole),
-        ]
-        for run, event in found
-    ]
-    head = ["host", "rank", "from step", "its seconds per step", "the median rank's", "its memory", "more slow ranks"]
-    return Table("Ranks that the others waited for", head, rows)
+def straggler_table(runs: Sequence[RunData]) -> Iterator[Table]:
+    """Yield the ranks that slowed down others."""
+    hidden = {"event", "seconds"}
+    found = {
+        f"{run.name} {i}": {key.replace("_", " "): value for key, value in event.items() if key not in hidden}
+        for run in runs
+        for i, event in enumerate(run.stragglers, start=1)
+    }
+    return rows_table("Ranks that the others waited for", found)
 
 
-LayerFigure = Callable[[LayerData, int], Cell]
-Shapes = Mapping[tuple[str, int], list[int]]
-"""Shapes by layer and number of weights."""
-
-
-def layer_table(runs: Sequence[RunData], shapes: Shapes) -> Table | None:
-    """Tabulate the layers of all runs, with shapes where known; None without layers. Figures that no run has are
-    omitted.
-    """
-    known = {run.name: run.layers for run in runs if run.layers is not None}
-    if not known:
-        return None
-    weights: dict[str, list[int]] = {}
-    for layers in known.values():
-        for name, count in zip(layers.names, layers.weights, strict=True):
-            weights.setdefault(name, []).append(count)
-    names, sizes = list(weights), [_size(name, counts, shapes) for name, counts in weights.items()]
-    columns: dict[str, list[list[Cell]]] = {}
-    for title, of in FIGURES.items():
-        of_runs = [_column(layers, of, names) for layers in known.values()]
-        if any(not cell.is_missing for of_run in of_runs for cell in of_run):
-            columns[title] = of_runs
-    prefix = common_prefix(names)
-    cells = [sizes, *(of_run for of_runs in columns.values() for of_run in of_runs)]
-    rows = [[Cell(name.removeprefix(prefix)), *(column[i] for column in cells)] for i, name in enumerate(names)]
-    caption = f"Layers of {prefix.rstrip('.')}" if prefix else "Layers"
-    first = ["layer", "shape" if any("×" in cell.text for cell in sizes) else "weights"]
-    if len(known) == 1:
-        return Table(caption, [*first, *columns], rows)
-    groups = [("", len(first)), *((title, len(known)) for title in columns)]
-    return Table(caption, [*first, *(name for _ in columns for name in known)], rows, groups)
-
-
-def _size(name: str, weights: Sequence[int], shapes: Shapes) -> Cell:
-    """Return the shape of a layer, or its number of weights; all of them if they differ between runs."""
-    texts = [" × ".join(map(str, shapes[name, n])) if (name, n) in shapes else whole(n) for n in dict.fromkeys(weights)]
-    return Cell(" or ".join(texts), float(weights[0]))
-
-
-def common_prefix(names: Collection[str]) -> str:
-    """Return the dotted parts, including the last dot, that several names have in common, or ""."""
-    first, *others = [name.split(".")[:-1] for name in names] if len(names) > 1 else [[]]
-    same = takewhile(lambda column: len(set(column)) == 1, zip(first, *others, strict=False))
-    return "".join(f"{parts[0]}." for parts in same)
-
-
-def _column(layers: LayerData, figure: LayerFigure, names: Collection[str]) -> list[Cell]:
-    """Return one cell per name; a missing one for layers that the run does not have."""
-    places = {name: i for i, name in enumerate(layers.names)}
-    return [figure(layers, places[name]) if name in places else number(None) for name in names]
-
-
-def _figure(name: str) -> LayerFigure:
-    return lambda layers, i: number(_value(layers, name, i), "{:.4g}".format)
-
-
-def _relative_update(layers: LayerData, i: int) -> Cell:
-    update, weight = (_value(layers, name, i) for name in ("update_norm", "weight_norm"))
-    return number(update / weight if update is not None and weight else None, "{:.4g}".format)
-
-
-def _value(layers: LayerData, name: str, i: int) -> float | None:
-    return layers.figures[name][i] if name in layers.figures else None
-
-
-FIGURES: dict[str, LayerFigure] = {
-    "sparsity": lambda layers, i: number(layers.sparsity(i), "{:.4f}".format),
-    "flips in total": lambda layers, i: number(layers.flipped[i] if layers.flipped else None, whole),
-    "correlation of S, |W|": _figure("correlation"),
-    "score norm": _figure("score_norm"),
-    "update norm": _figure("update_norm"),
-    "update / W0 norm": _relative_update,
-}
-"""Figures of the table, by heading."""
+def tuning_tables(runs: Sequence[RunData]) -> Iterator[Table]:
+    """Yield a table of each search for learning rates. Raises InputError for a damaged file."""
+    for path in (run.folder / TUNE_FILE for run in runs):
+        if not path.is_file():
+            continue
+        try:
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            head, *rows = trial_table(lines)
+            note = why(lines) if lines[-1]["event"] == "choice" else "not finished; the same command resumes it"
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise InputError(f"{path} is damaged: {error!r}. Remove it, or tune again with --restart") from None
+        yield from table(f"Learning rates tried in {path.parent}", pd.DataFrame(rows, columns=head), note)

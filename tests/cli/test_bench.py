@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pst_ds.cli.main import main
+from pst_ds.inference.bench_table import bench_text
 from pst_ds.inference.decoder import Decoder, DecoderError
-from pst_ds.report.outcomes import bench_text
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SHORT = ("--prompt-tokens", "5", "--new-tokens", "4", "--repeats", "2")

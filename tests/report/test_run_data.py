@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_a_run_that_has_just_begun_is_one(write_run):
     (run,) = read_runs([write_run()])
     assert run.name == "mine"
     assert run.settings == {"method": "pst", "schedule.final_sparsity": 0.9}
-    assert (run.result, run.curves, run.layers, run.checkpoints, run.last_step) == ({}, {}, None, [], 0)
+    assert (run.result, run.curves, run.layers, run.checkpoints, run.last_step) == ({}, {}, {}, {}, 0)
 
 
 def test_a_run_file_may_begin_with_a_byte_order_mark(write_run):
@@ -54,12 +55,13 @@ def test_checkpoints_are_listed_with_their_links_and_those_without_a_manifest_ar
     (run / "checkpoints" / "step-00000040.partial").mkdir()
     (run / "checkpoints" / "best").symlink_to("step-00000010")
     (read,) = read_runs([run])
-    assert [(c.name, c.step, c.links) for c in read.checkpoints] == [
-        ("step-00000010", 10, ["best"]),
-        ("step-00000020", 20, []),
-    ]
     first = run / "checkpoints" / "step-00000010" / "manifest.json"
-    assert read.checkpoints[0].nbytes == 100 + first.stat().st_size
+    size = 100 + first.stat().st_size
+    facts = {"sparsity": 0.5, "accuracy": 0.7, "size in bytes": size}
+    assert read.checkpoints == {
+        "step-00000010": {"links": "best", "step": 10, **facts},
+        "step-00000020": {"links": "", "step": 20, **facts},
+    }
 
 
 def test_what_is_no_run_is_said_with_the_fix(tmp_path, write_run):
@@ -106,36 +108,35 @@ def test_flips_add_up_and_kept_is_the_last(read):
         {"step": 2, "event": "masks", "kept": [8, 20], "flipped": [2, 0]},
         {"step": 4, "event": "masks", "kept": [5, 10], "flipped": [3, 12]},
     )
-    assert found.flipped == [5, 12]
-    assert [found.sparsity(i) for i in (0, 1)] == [0.5, 0.5]
+    assert found == {
+        "a": {"weights": 10, "sparsity": 0.5, "flips in total": 5},
+        "b": {"weights": 20, "sparsity": 0.5, "flips in total": 12},
+    }
 
 
 def test_a_figure_that_is_no_longer_taken_keeps_its_last_value(read):
     found = read(HEAD, _scores(1, correlation=[0.9, None]), _scores(2, correlation=[0.8, 0.7]), _scores(3))
-    assert found.figures["correlation"] == [0.8, 0.7]
-    assert found.figures["score_norm"] == [None, None]
+    assert [layer["correlation"] for layer in found.values()] == [0.8, 0.7]
+    assert all(math.isnan(layer["score_norm"]) for layer in found.values())
 
 
 def test_lines_that_are_not_as_they_should_be_are_skipped(read):
     wrong = [
         {"step": 1, "event": "masks", "kept": [1], "flipped": [1]},
         {"step": 1, "event": "masks", "kept": 3, "flipped": [1, 2]},
-        {"step": 1, "event": "masks", "kept": [1, None], "flipped": [1, 2]},
         {"step": 1, "event": "scores", "correlation": [1.0, 1.0]},
         {"step": 1},
         [1, 2],
     ]
-    found = read(HEAD, *wrong)
-    assert (found.kept, found.flipped) == ([], [])
-    assert found.sparsity(0) is None
+    assert read(HEAD, *wrong) == {"a": {"weights": 10}, "b": {"weights": 20}}
 
 
 @pytest.mark.parametrize(
     "head", [{"layers": ["a"]}, {"layers": [], "weights": []}, {"layers": ["a"], "weights": [1, 2]}, 3]
 )
 def test_without_a_whole_first_line_there_are_no_layers(read, head):
-    assert read(head) is None
+    assert read(head) == {}
 
 
 def test_without_a_file_there_are_no_layers(tmp_path):
-    assert read_layers(tmp_path / "layers.jsonl") is None
+    assert read_layers(tmp_path / "layers.jsonl") == {}

@@ -74,7 +74,7 @@ def test_a_metric_that_is_no_number_is_null_in_the_files_of_a_run(tmp_path, monk
     (run,) = read_runs([tmp_path])
     assert run.result["metrics"] == {"accuracy": None}
     assert "eval/accuracy" not in run.curves
-    assert "finished, 2 steps" in page([run], [], [])
+    assert "finished, 2 steps" in page([run])
 
 
 @pytest.mark.parametrize(
