@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import sys
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from pst_ds.cli.engine import add_engine_arguments, native_decoder
@@ -17,9 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pst_ds.inference.hf.model_folder import ModelFolder
-    from pst_ds.inference.serve.app import Service
     from pst_ds.inference.serve.batches import Batches
     from pst_ds.inference.serve.jobs import Answering
+    from pst_ds.inference.serve.text import TextService
     from pst_ds.train.users.store import State, UserStore
 
 KEYS = "PST_DS_API_KEYS"
@@ -50,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, object]:
     try:
         import fastapi  # noqa: F401
+        import llguidance  # noqa: F401
+        import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError(f"pst-ds serve needs {error.name}: pip install 'pst-ds[serve]'") from None
@@ -58,18 +63,30 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from pst_ds.inference.serve.app import make_app
     from pst_ds.inference.serve.processes import answer, answer_from_workers, bound
 
+    _log_requests()
     folder, tokenizer, store = _opened(args)
     facts: dict[str, object] = {"model": args.model, "name": args.name, "users": len(store or ())}
     with bound(args.host, args.port) as at:
         facts["port"] = at.getsockname()[1]
         if args.workers > 1:
             _say(args, facts)
-            ended = answer_from_workers(partial(_app_of_worker, args), at, args.workers)
+            with TemporaryDirectory(prefix="pst-ds-counters-") as folder:
+                os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # in which workers share their counters
+                ended = answer_from_workers(partial(_app_of_worker, args), at, args.workers)
             return facts if ended else {**facts, "exit_code": 1}
         app = make_app(_service(args, folder, tokenizer, store))
         _say(args, facts)
         answer(app, at)
     return facts
+
+
+def _log_requests() -> None:
+    """Write a line of JSON per request to stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("pst_ds.inference.serve.metrics")
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)
 
 
 def _say(args: argparse.Namespace, facts: dict[str, object]) -> None:
@@ -84,6 +101,7 @@ def _app_of_worker(args: argparse.Namespace) -> FastAPI:
     from pst_ds.inference.serve.app import make_app
 
     quiet_libraries()
+    _log_requests()
     if not args.threads and "OMP_NUM_THREADS" not in os.environ:
         args.threads = max(1, (os.cpu_count() or 1) // args.workers)
     return make_app(_service(args, *_opened(args)))
@@ -106,21 +124,24 @@ def _opened(args: argparse.Namespace) -> tuple[ModelFolder, PreTrainedTokenizerB
     if args.chat_template:
         tokenizer.chat_template = read_template(args.chat_template, "--chat-template")
     if tokenizer.chat_template is None:
-        raise InputError(f"{args.model}: the tokenizer has no chat template. Give a Jinja file with --chat-template")
+        why = "the tokenizer has no chat template: only /v1/completions is answered. Add one with --chat-template FILE"
+        print(f"{args.model}: {why}", file=sys.stderr)
     store = UserStore(Path(args.store), kept=args.users_in_memory) if args.store else None
     return folder, tokenizer, store
 
 
 def _service(
     args: argparse.Namespace, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, store: UserStore | None
-) -> Service:
+) -> TextService:
     """Load the model and return the service. Raises InputError."""
     import torch
 
     from pst_ds.data.model_limits import positions_of
-    from pst_ds.inference.serve.app import Limits, Service
+    from pst_ds.inference.serve.app import Limits
     from pst_ds.inference.serve.gate import Access
+    from pst_ds.inference.serve.grammar import Grammars
     from pst_ds.inference.serve.slots import Slots
+    from pst_ds.inference.serve.text import TextService
     from pst_ds.parallel.launch import LaunchEnvironment, device_of
 
     if args.threads:
@@ -140,8 +161,17 @@ def _service(
         prompt_tokens=args.max_prompt_tokens or 0,
         new_tokens=args.max_new_tokens or positions or _UNLIMITED,
         positions=positions,
+        vocabulary=folder.config.get_text_config().vocab_size,
     )
-    service = Service(args.name, answering, tokenizer, limits, store, Access(_keys(), args.host))
+    service = TextService(
+        name=args.name,
+        limits=limits,
+        access=Access(_keys(), args.host),
+        answering=answering,
+        tokenizer=tokenizer,
+        grammars=Grammars(tokenizer, ends),
+        store=store,
+    )
     _warm_up(args, service)
     answering.start()
     return service
@@ -174,7 +204,7 @@ def _memory_of_cache() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4e9
 
 
-def _warm_up(args: argparse.Namespace, service: Service) -> None:
+def _warm_up(args: argparse.Namespace, service: TextService) -> None:
     """Run what requests run, for a user too, so that no request waits for a compiler. Raises InputError."""
     import torch
 
@@ -185,8 +215,10 @@ def _warm_up(args: argparse.Namespace, service: Service) -> None:
         common = service.store.common
         dtype = torch.bfloat16 if common.dtype == "bf16" else torch.float32
         states.append({name: torch.zeros(shape, dtype=dtype) for name, shape in common.shapes.items()})
+    has_template, text = service.tokenizer.chat_template is not None, "What is the time?"
     try:
-        service.answering.warm_up(service.prompt_of([{"role": "user", "content": "What is the time?"}]), states)
+        prompt = service.prompt_of([{"role": "user", "content": text}]) if has_template else service.continued(text)
+        service.answering.warm_up(prompt, states)
     except ProtocolError as error:
         raise InputError(f"{args.chat_template or args.model}: {error.message}") from None
     except Exception as error:

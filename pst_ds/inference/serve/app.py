@@ -1,57 +1,31 @@
-"""The HTTP application: routes of the chat-completions protocol, keys and limits."""
+"""The HTTP application of any model: routes that all have, keys, limits, errors and counters."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
-import random
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import count
-from types import FrameType
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
 
 import anyio
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from pst_ds.inference.serve.gate import HEALTH, Access, Gate
-from pst_ds.inference.serve.jobs import DONE_STOP, Answering, BusyError, ClosingError, Job
-from pst_ds.inference.serve.protocol import (
-    ChatMessage,
-    ChatRequest,
-    Chunks,
-    JsonTable,
-    ProtocolError,
-    completion,
-    read_request,
-)
-from pst_ds.inference.serve.text_stream import TextStream
-from pst_ds.train.users.store import UserNameError, UserStoreError
+from pst_ds.inference.serve.gate import HEALTH, PAGE, Access, Gate
+from pst_ds.inference.serve.metrics import Metrics, Record
+from pst_ds.inference.serve.protocol import JsonTable, ProtocolError
 
-if TYPE_CHECKING:
-    from _typeshed import TraceFunction
-    from transformers import PreTrainedTokenizerBase as Tokenizer
-
-    from pst_ds.train.users.store import State, UserStore
-
-Items = asyncio.Queue[int | str | Exception]
-"""Generated tokens, and finally the finish reason or an error."""
-Result = TypeVar("Result")
-_LOG = logging.getLogger(__name__)
 _SWITCH_SECONDS = 0.0005
 """Longest time that another thread may hold the interpreter before the event loop gets it back."""
-_TRACE_EVENTS = 256
-"""Lines and calls between two readings of the clock, which is slower than they are."""
-USER_MARK = ":"
-"""Separator between the name of the model and of a user."""
+_CHAT_PAGE = Path(__file__).with_name("chat.html")
+_PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,96 +42,45 @@ class Limits:
     new_tokens: int = 512
     positions: int = 0
     """Positions of the model; 0 for no limit."""
+    vocabulary: int = 0
+    """Tokens of the model."""
+    answers: int = 32
+    """Answers to one request."""
 
 
-@dataclass(frozen=True, slots=True)
-class Service:
-    """Everything that the routes need to answer."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service(ABC):
+    """A model and how it answers requests."""
 
     name: str
-    answering: Answering
-    tokenizer: Tokenizer
-    limits: Limits
-    store: UserStore | None = None
+    limits: Limits = field(default_factory=Limits)
     access: Access = field(default_factory=Access)
+    metrics: Metrics = field(default_factory=Metrics, init=False)
     reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "reader"), init=False)
     """The only thread that reads requests: tokenizers are not thread-safe, and more would delay the event loop."""
 
     @property
     def models(self) -> list[str]:
-        """Return the model names that a request may use. Raises ProtocolError."""
-        if self.store is None:
-            return [self.name]
-        try:
-            self.store.refresh()
-        except UserStoreError as error:
-            raise _unreadable(error) from None
-        return [self.name, *(f"{self.name}{USER_MARK}{user}" for user in self.store.names)]
+        """The model names that a request may use. Raises ProtocolError."""
+        return [self.name]
 
-    def state_of(self, model: str) -> State | None:
-        """Return the adapter state of the user in a model's name, None for the base model. Raises ProtocolError."""
-        if model == self.name:
-            return None
-        user = model.removeprefix(self.name + USER_MARK)
-        if user != model and self.store is not None:
-            try:
-                return self.store.latest_state(user)
-            except UserNameError:
-                pass
-            except UserStoreError as error:
-                raise _unreadable(error) from None
-        raise _no_model(model)
+    @property
+    @abstractmethod
+    def is_alive(self) -> bool:
+        """True while requests are answered."""
 
-    def read(self, body: bytes) -> tuple[ChatRequest, State | None, list[int]]:
-        """Return a request, the state of its user and the tokens of its messages. Raises ProtocolError."""
-        asked = read_request(body)
-        return asked, self.state_of(asked.model), self.prompt_of(asked.chat)
+    @property
+    @abstractmethod
+    def load(self) -> dict[str, int]:
+        """Numbers of ``running`` and ``waiting`` answers."""
 
-    def prompt_of(self, messages: list[ChatMessage]) -> list[int]:
-        """Return the tokens of the messages. Raises ProtocolError."""
-        render = partial(self.tokenizer.apply_chat_template, messages, add_generation_prompt=True, tokenize=False)
-        try:
-            text = str(call_within(self.limits.template_seconds, render))
-            if len(text) > 4 * self.limits.body_bytes:  # only a template that loops expands a body this much
-                raise ValueError(f"it wrote {len(text)} characters")
-            prompt = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        except Exception as error:  # templates may raise anything
-            why = f"the chat template refuses these messages: {str(error)[:1000]}"
-            raise ProtocolError(400, why, param="messages") from None
-        limits = [most for most in (self.limits.prompt_tokens, self.limits.positions - 1) if most > 0]
-        most = min(limits, default=len(prompt))
-        if not prompt or len(prompt) > most:
-            why = f"the messages have {len(prompt)} tokens; 1 to {most} are supported"
-            raise ProtocolError(400, why, param="messages", code="context_length_exceeded")
-        return prompt
+    @abstractmethod
+    def add_routes(self, app: FastAPI) -> None:
+        """Add the routes of this kind of model."""
 
-    def new_tokens_of(self, asked: ChatRequest, prompt: Sequence[int]) -> int:
-        """Return how many tokens may be generated. Raises ProtocolError."""
-        if asked.max_tokens is not None and asked.max_tokens > self.limits.new_tokens:
-            raise ProtocolError(400, f"max_tokens may be at most {self.limits.new_tokens}", param="max_tokens")
-        most = asked.max_tokens or self.limits.new_tokens
-        return min(most, self.limits.positions - len(prompt)) if self.limits.positions else most
-
-
-def call_within(seconds: float, function: Callable[[], Result]) -> Result:
-    """Return the result of ``function``. Raises TimeoutError after ``seconds`` of CPU time.
-
-    Python cannot stop a thread from outside, so the code checks the time at its lines and calls. A single call of C
-    code is not interrupted. Time that the thread waits does not count.
-    """
-    end, events = time.thread_time() + seconds, count(1)
-
-    def check(frame: FrameType, event: str, arg: object) -> TraceFunction:
-        if not next(events) % _TRACE_EVENTS and time.thread_time() > end:
-            raise TimeoutError(f"it ran for more than {seconds:g} seconds")
-        return check
-
-    before = sys.gettrace()
-    sys.settrace(check)
-    try:
-        return function()
-    finally:
-        sys.settrace(before)
+    @abstractmethod
+    def close(self) -> None:
+        """Finish what is being answered, and refuse the rest."""
 
 
 def make_app(service: Service) -> FastAPI:
@@ -168,8 +91,12 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get(HEALTH)
     async def health() -> JSONResponse:
-        is_alive = service.answering.is_alive
-        return JSONResponse({"status": "ok" if is_alive else "failed"}, 200 if is_alive else 503)
+        return JSONResponse({"status": "ok" if service.is_alive else "failed"}, 200 if service.is_alive else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        service.metrics.note_load(service.load)
+        return Response(service.metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
     def described(name: str) -> JsonTable:
         return {"id": name, "object": "model", "created": began, "owned_by": "pst-ds"}
@@ -182,16 +109,27 @@ def make_app(service: Service) -> FastAPI:
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> JsonTable:
         if name not in await asyncio.to_thread(lambda: service.models):
-            raise _no_model(name)
+            raise no_model(name)
         return described(name)
 
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        return await _answer(service, await request.body(), request)
-
+    service.add_routes(app)
     limits = service.limits
     app.add_middleware(Gate, access=service.access, most=limits.body_bytes, seconds=limits.body_seconds)
+    quiet = (HEALTH, PAGE, "/metrics")
+    app.add_middleware(Record, metrics=service.metrics, load=lambda: service.load, quiet=quiet)
     return app
+
+
+def add_chat_page(app: FastAPI) -> None:
+    """Serve the page on which a person talks to the model."""
+
+    @app.get(PAGE)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(_CHAT_PAGE.read_text(), headers={"Content-Security-Policy": _PAGE_POLICY})
+
+
+def no_model(name: str) -> ProtocolError:
+    return ProtocolError(404, f"the model {name[:200]!r} does not exist", param="model", code="model_not_found")
 
 
 def _lifespan(service: Service) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
@@ -205,7 +143,7 @@ def _lifespan(service: Service) -> Callable[[FastAPI], AbstractAsyncContextManag
             pass  # imports what the first stream would wait for
         yield
         service.reader.shutdown()
-        await asyncio.to_thread(service.answering.close)
+        await asyncio.to_thread(service.close)
         sys.setswitchinterval(before)
 
     return lifespan
@@ -227,93 +165,3 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:  # its trace is logged
         return JSONResponse(ProtocolError(500, "the server failed to process this request").body(), 500)
-
-
-def _no_model(name: str) -> ProtocolError:
-    return ProtocolError(404, f"the model {name[:200]!r} does not exist", param="model", code="model_not_found")
-
-
-def _unreadable(error: UserStoreError) -> ProtocolError:
-    _LOG.error("%s", error)
-    return ProtocolError(500, "the adapter of this user, or the store, cannot be read", param="model")
-
-
-async def _answer(service: Service, body: bytes, request: Request) -> Response:
-    loop, arrived = asyncio.get_running_loop(), Items()
-
-    def put(item: int | str | Exception) -> None:
-        with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(arrived.put_nowait, item)
-
-    asked, state, prompt = await loop.run_in_executor(service.reader, service.read, body)
-    seed = random.getrandbits(62) if asked.seed is None else asked.seed
-    job = Job(prompt, service.new_tokens_of(asked, prompt), asked.sampling, seed, put, state)
-    try:
-        service.answering.submit(job)
-    except BusyError:
-        raise ProtocolError(429, "too many requests are waiting. Try again later", code="rate_limit_exceeded") from None
-    text = TextStream(service.tokenizer, asked.stop)
-    pieces = _pieces(job, arrived, text)
-    if asked.stream:
-        return StreamingResponse(_events(asked, job, pieces, text), media_type="text/event-stream")
-    watch = asyncio.create_task(_watch(request, arrived))
-    try:
-        parts = [item async for item in pieces]
-    finally:
-        watch.cancel()
-    whole, why = "".join(piece for piece, _ in parts), parts[-1][1]
-    return JSONResponse(completion(asked.model, whole, why, len(prompt), text.count))
-
-
-async def _watch(request: Request, arrived: Items) -> None:
-    """Stop waiting for an answer when its client has disconnected."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    arrived.put_nowait(ConnectionError())
-
-
-async def _pieces(job: Job, arrived: Items, text: TextStream) -> AsyncIterator[tuple[str, str]]:
-    """Yield (text, "") as text arrives, then (rest, finish reason). Raises ProtocolError if the model failed."""
-    try:
-        while not text.stopped:
-            item = await arrived.get()
-            if isinstance(item, ConnectionError):
-                raise ProtocolError(499, "the client has gone")  # nobody reads this
-            if isinstance(item, ClosingError):
-                raise ProtocolError(503, "the server is closing. Try again later")
-            if isinstance(item, Exception):
-                raise ProtocolError(500, "the model failed to process this request")
-            if isinstance(item, str):
-                rest = text.end()
-                yield rest, DONE_STOP if text.stopped else item
-                return
-            if piece := text.add(item):
-                yield piece, ""
-        yield "", DONE_STOP
-    finally:
-        job.cancelled = True  # nobody reads on
-
-
-async def _events(
-    asked: ChatRequest, job: Job, pieces: AsyncIterator[tuple[str, str]], text: TextStream
-) -> AsyncIterator[str]:
-    """Yield the server-sent events of a stream."""
-    chunks = Chunks(asked.model)
-    yield _event(chunks.delta({"role": "assistant", "content": ""}))
-    try:
-        async for piece, why in pieces:
-            if piece:
-                yield _event(chunks.delta({"content": piece}))
-            if why:
-                yield _event(chunks.delta({}, why))
-        if asked.stream_options.include_usage:
-            yield _event(chunks.usage(len(job.prompt), text.count))
-    except ProtocolError as error:  # the status has been sent already
-        yield _event(error.body())
-    finally:
-        job.cancelled = True
-    yield "data: [DONE]\n\n"
-
-
-def _event(table: JsonTable) -> str:
-    return f"data: {json.dumps(table, ensure_ascii=False)}\n\n"

@@ -40,6 +40,7 @@ class Batches(Answering):
         known = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in known
         self._takes_last = "logits_to_keep" in known
+        self._batch: list[Job] = []
         self._cache_name = "cache" if "cache" in known else "past_key_values"  # renamed in transformers 5
 
     @torch.inference_mode()
@@ -54,6 +55,10 @@ class Batches(Answering):
         if self._users is not None:
             self._users.assign_states(())
 
+    @property
+    def running(self) -> int:
+        return sum(not job.is_finished for job in self._batch)
+
     def _run(self) -> None:
         while True:
             with self._changed:
@@ -62,6 +67,7 @@ class Batches(Answering):
                     break
                 waiting = [job for job in self._waiting if not job.cancelled]
                 jobs, self._waiting = waiting[: self._most], waiting[self._most :]
+            self._batch = jobs
             if jobs:
                 self._write(jobs)
             if self._users is not None:

@@ -17,8 +17,8 @@ from starlette.types import Message, Receive, Send
 
 from pst_ds.inference.serve.protocol import ProtocolError
 
-HEALTH = "/health"
-"""Route that everyone may use."""
+HEALTH, PAGE = "/health", "/"
+"""Routes that need no key: the state of the server, and the chat page, which asks for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         try:
-            if scope["path"] != HEALTH:
+            if scope["path"] not in (HEALTH, PAGE):
                 self._access.require(scope["method"], Headers(scope=scope))
             async with asyncio.timeout(self._seconds):
                 whole = await self._body(receive)

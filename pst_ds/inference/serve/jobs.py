@@ -15,6 +15,7 @@ from torch import Tensor
 from pst_ds.inference.decoder.sampling import Sampling
 
 if TYPE_CHECKING:
+    from pst_ds.inference.serve.grammar import Grammar
     from pst_ds.train.users.store import State
 
 DONE_LENGTH, DONE_STOP = "length", "stop"
@@ -30,6 +31,16 @@ class ClosingError(RuntimeError):
     """The server stops before the request was processed."""
 
 
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A generated token. With :attr:`Job.likeliest`: its log-probability before penalties and temperature."""
+
+    number: int
+    logprob: float = 0.0
+    likeliest: tuple[tuple[int, float], ...] = ()
+    """The most likely tokens and their log-probabilities."""
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """A request for generated tokens."""
@@ -38,10 +49,15 @@ class Job:
     max_tokens: int
     sampling: Sampling
     seed: int
-    put: Callable[[int | str | Exception], None]
+    put: Callable[[Token | str | Exception], None]
     """Receives each token, and finally the finish reason or an error; called in another thread."""
     state: State | None = None
     """Adapter state of the user; None for the base model."""
+    grammar: Grammar | None = None
+    likeliest: int | None = None
+    """Number of most likely tokens to deliver with each token; None to deliver no log-probabilities."""
+    reused: int = field(default=0, init=False)
+    """Tokens of the prompt whose keys and values were cached."""
     cancelled: bool = False
     """True once nobody reads the answer."""
     is_finished: bool = field(default=False, init=False)
@@ -67,20 +83,34 @@ class Job:
         try:
             if not logits.max().isfinite():  # a NaN anywhere makes the maximum NaN
                 raise ValueError("the model's logits are not finite")
-            token = int(self.sampling.choose(logits, self.generator)[0])
+            token = self._choose(logits[0])
         except Exception as error:
             _LOG.exception("a request failed")
             self.end(error)
             return None
-        if token in ends:
+        if token.number in ends:
             self.end(DONE_STOP)
             return None
-        self.written.append(token)
+        self.written.append(token.number)
         self.put(token)
-        if len(self.written) >= self.max_tokens or self.cancelled:
+        if self.grammar is not None and self.grammar.is_complete:
+            self.end(DONE_STOP)
+        elif len(self.written) >= self.max_tokens or self.cancelled:
             self.end(DONE_LENGTH)
-            return None
-        return token
+        return None if self.is_finished else token.number
+
+    def _choose(self, logits: Tensor) -> Token:
+        wanted = self.sampling.penalised(logits, self.prompt, self.written)
+        if self.grammar is not None:
+            wanted = self.grammar.allowed(wanted)
+        number = int(self.sampling.choose(wanted[None], self.generator)[0])
+        if self.grammar is not None:
+            self.grammar.accept(number)
+        if self.likeliest is None:
+            return Token(number)
+        logprobs = logits.log_softmax(-1)
+        values, tokens = logprobs.topk(self.likeliest)
+        return Token(number, float(logprobs[number]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
 
 
 class Answering(ABC):
@@ -111,13 +141,23 @@ class Answering(ABC):
         """True while jobs are answered."""
         return self._thread.is_alive()
 
-    def submit(self, job: Job) -> None:
-        """Queue a job. Raises BusyError if too many wait."""
+    @property
+    def waiting(self) -> int:
+        """Number of jobs that wait."""
+        return len(self._waiting)
+
+    @property
+    @abstractmethod
+    def running(self) -> int:
+        """Number of jobs that are being answered."""
+
+    def submit(self, *jobs: Job) -> None:
+        """Queue jobs. Raises BusyError if too many wait."""
         with self._changed:
             self._waiting = [other for other in self._waiting if not other.cancelled]
-            if len(self._waiting) >= self._most_waiting:
+            if len(self._waiting) + len(jobs) > self._most_waiting:
                 raise BusyError
-            self._waiting.append(job)
+            self._waiting += jobs
             self._changed.notify()
 
     def close(self) -> None:

@@ -1,21 +1,17 @@
-"""The chat-completions protocol: valid requests, and the answers as JSON values."""
+"""Valid requests of the chat-completions and completions protocols."""
 
 from __future__ import annotations
 
 import difflib
 import json
-import time
-import uuid
-from collections.abc import Collection, Mapping
-from typing import Annotated, Literal
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pst_ds.inference.decoder.sampling import Sampling
 
 JsonTable = dict[str, object]
-ChatMessage = dict[str, str]
-"""``role`` and ``content``."""
 _NAME_CHARACTERS = 64
 """Characters of an unknown field's name that a message quotes."""
 _WITHOUT_EFFECT = {
@@ -23,19 +19,10 @@ _WITHOUT_EFFECT = {
     *("parallel_tool_calls", "max_tokens"),
 }
 """Fields of the protocol that never change an answer, and max_tokens next to max_completion_tokens."""
-_NOT_SERVED: dict[str, tuple[object, ...]] = {
-    "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    **dict.fromkeys(("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "presence_penalty"), ()),
-    **dict.fromkeys(("frequency_penalty", "audio", "prediction", "store", "reasoning_effort", "verbosity"), ()),
-    "web_search_options": (),
-}
-"""Fields of the protocol that are not supported, with the values that are accepted besides null and empty ones."""
-_NOT_SERVED_IN_MESSAGES: dict[str, tuple[object, ...]] = dict.fromkeys(
-    ("refusal", "annotations", "audio", "tool_calls", "function_call"), ()
-)
+
+
+_WHOLE = ("stop", "prompt", "tool_choice", "logit_bias")
+"""Fields with several types, of which a message does not name parts."""
 
 
 class ProtocolError(Exception):
@@ -61,17 +48,20 @@ class _Object(BaseModel):
     def _without_nulls(cls, table: object) -> object:
         return {name: value for name, value in table.items() if value is not None} if isinstance(table, dict) else table
 
-    def require_known(
-        self, place: str, without_effect: Collection[str], not_served: Mapping[str, tuple[object, ...]]
-    ) -> None:
+    without_effect: ClassVar[Collection[str]] = ()
+    """Other fields that are ignored."""
+    not_served: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+    """Fields that are not supported, with the values that are accepted besides null and empty ones."""
+
+    def require_known(self, place: str = "") -> None:
         """Raise ProtocolError for the first other field that is unknown or has an unsupported value."""
         for name, value in (self.model_extra or {}).items():
             shown = place + name[:_NAME_CHARACTERS]
-            if name not in without_effect and name not in not_served:
+            if name not in self.without_effect and name not in self.not_served:
                 near = difflib.get_close_matches(name[:_NAME_CHARACTERS], type(self).model_fields, n=1)
                 hint = f"Did you mean {near[0]!r}?" if near else "Omit it."
                 raise ProtocolError(400, f"unknown field '{shown}'. {hint}", param=shown)
-            if name in not_served and value not in (False, [], {}, *not_served[name]):
+            if name in self.not_served and value not in (False, [], {}, *self.not_served[name]):
                 raise ProtocolError(400, f"{shown} is not supported. Omit it.", param=shown)
 
 
@@ -84,27 +74,75 @@ def _joined_parts(content: object) -> object:
     return "".join(map(str, texts))
 
 
+class _Called(_Object):
+    name: str
+    arguments: str = "{}"
+    """JSON."""
+
+
+class _Call(_Object):
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: _Called
+
+
 class _Message(_Object):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, BeforeValidator(_joined_parts)]
-    """A string, or a list of text parts."""
+    content: Annotated[str | None, BeforeValidator(_joined_parts)] = None
+    """A string, or a list of text parts; may be absent next to tool calls."""
+    tool_calls: Annotated[list[_Call], Field(max_length=128, fail_fast=True)] = []
+    tool_call_id: str | None = None
+    name: str | None = None
+    not_served = dict.fromkeys(("refusal", "annotations", "audio", "function_call"), ())
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing")
+        return self
+
+    @property
+    def in_template(self) -> JsonTable:
+        """The message as chat templates read it. Raises ProtocolError for arguments that are not JSON."""
+        table: JsonTable = {"role": self.role.replace("developer", "system"), "content": self.content or ""}
+        if self.tool_calls:
+            table["tool_calls"] = [_call_in_template(call) for call in self.tool_calls]
+        if self.role == "tool":
+            table |= {"tool_call_id": self.tool_call_id or "", "name": self.name or ""}
+        return table
+
+
+def _call_in_template(call: _Call) -> JsonTable:
+    try:
+        arguments = json.loads(call.function.arguments)
+    except (ValueError, RecursionError):
+        raise ProtocolError(400, "the arguments of a tool call are not JSON", param="messages") from None
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 
 
 class _StreamOptions(_Object):
     include_usage: bool = False
+    without_effect = ("include_obfuscation",)
 
 
-class ChatRequest(_Object):
-    """A validated request."""
+class _Request(_Object):
+    """What requests for chat and for plain completions share."""
 
     model: Annotated[str, Field(min_length=1)]
-    messages: Annotated[list[_Message], Field(min_length=1, fail_fast=True)]
-    """Validated up to the first wrong message: pydantic keeps a kilobyte per error."""
     max_tokens: Annotated[
         int | None, Field(ge=1, lt=1 << 63, validation_alias=AliasChoices("max_completion_tokens", "max_tokens"))
     ] = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(ge=1e-6, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    logit_bias: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+        Field(max_length=1024),
+    ] = {}
     seed: Annotated[int | None, Field(ge=-(1 << 63), lt=1 << 63)] = None
     stop: Annotated[
         tuple[Annotated[str, Field(min_length=1, max_length=256)], ...],
@@ -113,73 +151,194 @@ class ChatRequest(_Object):
     ] = ()
     stream: bool = False
     stream_options: _StreamOptions = _StreamOptions()
-    n: Literal[1] = 1
-
-    @property
-    def chat(self) -> list[ChatMessage]:
-        """Messages as chat templates read them."""
-        roles = {"developer": "system"}
-        return [{"role": roles.get(one.role, one.role), "content": one.content} for one in self.messages]
+    n: Annotated[int, Field(ge=1, le=128)] = 1
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(float(self.temperature), top_p=float(self.top_p))
+        return Sampling(
+            float(self.temperature),
+            top_k=max(self.top_k, 0),
+            top_p=float(self.top_p),
+            min_p=float(self.min_p),
+            repetition_penalty=float(self.repetition_penalty),
+            presence_penalty=float(self.presence_penalty),
+            frequency_penalty=float(self.frequency_penalty),
+            logit_bias={int(token): float(bias) for token, bias in self.logit_bias.items()},
+        )
 
 
-def read_request(body: bytes) -> ChatRequest:
-    """Parse the body of a request. Raises ProtocolError for an invalid request, and for an unsupported field."""
+class _Function(_Object):
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    description: str = ""
+    parameters: JsonTable = {"type": "object", "properties": {}}
+    without_effect = ("strict",)
+
+
+class _Tool(_Object):
+    type: Literal["function"]
+    function: _Function
+
+
+class _Named(_Object):
+    name: str
+
+
+class _ToolChoice(_Object):
+    type: Literal["function"]
+    function: _Named
+
+
+class _Schema(_Object):
+    content: Annotated[JsonTable, Field(validation_alias="schema")]
+    without_effect = ("name", "description", "strict")
+
+
+class _ResponseFormat(_Object):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _Schema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to the type 'json_schema'")
+        return self
+
+
+class ChatRequest(_Request):
+    """A validated request for chat."""
+
+    messages: Annotated[list[_Message], Field(min_length=1, fail_fast=True)]
+    """Validated up to the first wrong message: pydantic keeps a kilobyte per error."""
+    tools: Annotated[list[_Tool], Field(max_length=128, fail_fast=True)] = []
+    tool_choice: Literal["none", "auto", "required"] | _ToolChoice = "auto"
+    response_format: _ResponseFormat = _ResponseFormat(type="text")
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    without_effect = _WITHOUT_EFFECT
+    not_served = {
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+        **dict.fromkeys(("functions", "audio", "prediction", "store", "reasoning_effort", "verbosity"), ()),
+        "web_search_options": (),
+    }
+
+    @property
+    def chat(self) -> list[JsonTable]:
+        """Messages as chat templates read them."""
+        return [message.in_template for message in self.messages]
+
+    @property
+    def callable_tools(self) -> list[_Tool]:
+        """Tools that the answer may call. Raises ProtocolError for a choice of none of them."""
+        if self.tool_choice == "none":
+            return []
+        if isinstance(self.tool_choice, str):
+            if self.tool_choice == "required" and not self.tools:
+                raise ProtocolError(400, "tool_choice requires a call, and there are no tools", param="tool_choice")
+            return self.tools
+        found = [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
+        if not found:
+            raise ProtocolError(400, "tool_choice names none of the tools", param="tool_choice")
+        return found
+
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice not in ("none", "auto")
+
+    @property
+    def schema_of_answer(self) -> JsonTable | None:
+        """JSON schema that the answer must match; None for any text. Raises ProtocolError."""
+        if self.must_call:
+            return {"anyOf": [_schema_of_call(tool.function) for tool in self.callable_tools]}
+        if self.response_format.type == "text":
+            return None
+        if self.callable_tools:
+            why = "response_format with tools is not supported. Omit one, or set tool_choice"
+            raise ProtocolError(400, why, param="response_format")
+        given = self.response_format.json_schema
+        return {"type": "object"} if given is None else given.content
+
+    @property
+    def likeliest(self) -> int | None:
+        """Number of likely tokens whose log-probabilities are returned per token; None for none at all."""
+        return self.top_logprobs if self.logprobs else None
+
+
+def _schema_of_call(function: _Function) -> JsonTable:
+    return {
+        "type": "object",
+        "properties": {"name": {"const": function.name}, "arguments": function.parameters},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+
+
+Kind = TypeVar("Kind", bound=_Object)
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+
+
+class CompletionRequest(_Request):
+    """A validated request for the continuation of texts, or of lists of tokens."""
+
+    prompt: str | Tokens | Annotated[list[str | Tokens], Field(min_length=1, fail_fast=True)]
+    max_tokens: Annotated[int | None, Field(ge=1, lt=1 << 63)] = 16
+    logprobs: Annotated[int | None, Field(ge=0, le=5)] = None
+    without_effect = ("user",)
+    not_served = {"echo": (), "suffix": ("",), "best_of": (1,)}
+
+    @property
+    def prompts(self) -> Sequence[str | list[int]]:
+        """Each a text, or tokens."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+    @property
+    def likeliest(self) -> int | None:
+        return self.logprobs
+
+
+def read_json(body: bytes) -> JsonTable:
+    """Parse the body of a request. Raises ProtocolError unless it is a JSON object."""
     try:
         table = json.loads(body)
         if rb"\ud" in body.lower():
             json.dumps(table, ensure_ascii=False).encode()  # an unpaired surrogate cannot be encoded
     except (ValueError, RecursionError):
         raise ProtocolError(400, "the body is not JSON") from None
-    return chat_request(table)
-
-
-def chat_request(table: object) -> ChatRequest:
-    """Validate a request. Raises ProtocolError as :func:`read_request` does."""
     if not isinstance(table, dict):
         raise ProtocolError(400, "the body must be a JSON object")
-    try:
-        asked = ChatRequest.model_validate(table)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        loc = first["loc"][:1] if first["loc"][0] == "stop" else first["loc"]
-        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
-        what = "Input should be an object" if first["type"] == "model_type" else first["msg"]
-        raise ProtocolError(400, f"{place}: {what}", param=place) from None
-    asked.require_known("", _WITHOUT_EFFECT, _NOT_SERVED)
-    asked.stream_options.require_known("stream_options.", ("include_obfuscation",), {})
+    return table
+
+
+def chat_request(table: JsonTable) -> ChatRequest:
+    """Validate a request for chat. Raises ProtocolError for an invalid request, and for an unsupported field."""
+    asked = validated(ChatRequest, table)
     for number, message in enumerate(asked.messages):
-        message.require_known(f"messages[{number}].", ("name", "tool_call_id"), _NOT_SERVED_IN_MESSAGES)
+        message.require_known(f"messages[{number}].")
+    for number, tool in enumerate(asked.tools):
+        tool.function.require_known(f"tools[{number}].function.")
+    if asked.top_logprobs and not asked.logprobs:
+        raise ProtocolError(400, "top_logprobs needs logprobs = true", param="top_logprobs")
     return asked
 
 
-def completion(model: str, text: str, why: str, prompt_tokens: int, new_tokens: int) -> JsonTable:
-    """Return the answer to a request without ``stream``."""
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "logprobs": None, "finish_reason": why}
-    return _head(model, "chat.completion") | {"choices": [choice], "usage": usage(prompt_tokens, new_tokens)}
+def completion_request(table: JsonTable) -> CompletionRequest:
+    """Validate a request for completions, as :func:`chat_request` does."""
+    return validated(CompletionRequest, table)
 
 
-class Chunks:
-    """The chunks of the answer to a request with ``stream``; all have one id."""
-
-    def __init__(self, model: str):
-        self._head = _head(model, "chat.completion.chunk")
-
-    def delta(self, delta: Mapping[str, str], why: str | None = None) -> JsonTable:
-        choice = {"index": 0, "delta": dict(delta), "logprobs": None, "finish_reason": why}
-        return self._head | {"choices": [choice]}
-
-    def usage(self, prompt_tokens: int, new_tokens: int) -> JsonTable:
-        return self._head | {"choices": [], "usage": usage(prompt_tokens, new_tokens)}
-
-
-def usage(prompt_tokens: int, new_tokens: int) -> JsonTable:
-    total = prompt_tokens + new_tokens
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": new_tokens, "total_tokens": total}
-
-
-def _head(model: str, kind: str) -> JsonTable:
-    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+def validated(kind: type[Kind], table: JsonTable) -> Kind:
+    """Return a request of ``kind``. Raises ProtocolError for its first error, and for unknown fields."""
+    try:
+        asked = kind.model_validate(table)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        loc = first["loc"][:1] if first["loc"][0] in _WHOLE else first["loc"]
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
+        what = "Input should be an object" if first["type"] == "model_type" else first["msg"]
+        raise ProtocolError(400, f"{place}: {what}", param=place) from None
+    asked.require_known()
+    if isinstance(asked, _Request):
+        asked.stream_options.require_known("stream_options.")
+    return asked

@@ -58,6 +58,10 @@ class Slots(Answering):
         self._decoder.forward(prompt)
         self._decoder.reset()
 
+    @property
+    def running(self) -> int:
+        return sum(slot.job is not None for slot in self._slots)
+
     def _run(self) -> None:
         while self._admit():
             active = sorted((slot for slot in self._slots if slot.job is not None), key=lambda slot: slot.began)

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pst_ds.inference.decoder.sampling import Sampling
 from pst_ds.inference.serve.batches import Batches
-from pst_ds.inference.serve.jobs import DONE_LENGTH, DONE_STOP, BusyError, ClosingError, Job
+from pst_ds.inference.serve.jobs import DONE_LENGTH, DONE_STOP, BusyError, ClosingError, Job, Token
 
 VOCABULARY, END, PAD = 40, 39, 0
 NAN, INFINITE, NOTHING, LARGE = 33, 34, 35, 36
@@ -45,6 +45,13 @@ class Users:
             raise ValueError("the adapter does not fit")
 
 
+class Arrived(queue.Queue):
+    """What a job delivers, tokens as their numbers."""
+
+    def put(self, item, *more):
+        super().put(item.number if isinstance(item, Token) else item, *more)
+
+
 def _job(*prompt, temperature=0.0, max_tokens=4, state=None):
     return {"prompt": list(prompt), "max_tokens": max_tokens, "sampling": Sampling(temperature), "state": state}
 
@@ -56,7 +63,7 @@ def _held(**more):
     batches.start()
     begun, ends = threading.Event(), threading.Event()
     first = _job(1, max_tokens=1)
-    batches.submit(Job(**first, seed=0, put=lambda item: begun.set() if item == 2 else ends.wait(30)))
+    batches.submit(Job(**first, seed=0, put=lambda item: begun.set() if isinstance(item, Token) else ends.wait(30)))
     assert begun.wait(30)
     yield batches
     ends.set()
@@ -71,7 +78,7 @@ def _outcome(arrived):
 
 def _written(*jobs):
     """Decode jobs in one batch; return for each its tokens and its outcome."""
-    arrived = [queue.Queue() for _ in jobs]
+    arrived = [Arrived() for _ in jobs]
     with _held() as batches:
         for job, to in zip(jobs, arrived, strict=True):
             batches.submit(Job(**job, seed=0, put=to.put))
@@ -114,7 +121,7 @@ def test_the_smallest_temperatures_write_the_likeliest_tokens(temperature):
 
 
 def test_a_waiting_job_whose_client_has_gone_gives_up_its_place():
-    jobs, arrived = [], queue.Queue()
+    jobs, arrived = [], Arrived()
     with _held(most_waiting=2) as batches:
         for _ in range(5):
             jobs.append(Job(**_job(1), seed=0, put=arrived.put))
@@ -129,7 +136,7 @@ def test_a_waiting_job_whose_client_has_gone_gives_up_its_place():
 
 
 def test_jobs_that_wait_at_the_end_are_told():
-    arrived = queue.Queue()
+    arrived = Arrived()
     with _held() as batches:
         batches.submit(Job(**_job(1), seed=0, put=arrived.put))
         closing = threading.Thread(target=batches.close)

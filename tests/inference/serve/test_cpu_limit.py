@@ -9,7 +9,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 pytest.importorskip("fastapi", reason="needs pip install 'pst-ds[serve]'")
 
-from pst_ds.inference.serve.app import call_within
+from pst_ds.inference.serve.cpu_limit import call_within
 
 LOOPS = {
     "nested": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",

@@ -30,7 +30,7 @@ def _served(access, seconds=30.0, wait=None):
     app.get("/health")(lambda: "ok")
     if wait is not None:
         app.get("/wait")(wait)
-    app.post("/")(lambda: "answered")
+    app.post("/v1/x")(lambda: "answered")
     app.add_middleware(Gate, access=access, most=100, seconds=seconds)
     server, thread, url = start(app)
     try:
@@ -52,7 +52,7 @@ def keyless():
         yield client
 
 
-def _status(client, headers, path="/"):
+def _status(client, headers, path="/v1/x"):
     return client.post(path, content=b"{}", headers=headers).status_code
 
 
@@ -107,7 +107,7 @@ def test_web_pages_do_not_reach_a_server_without_keys(keyless, headers, status):
 
 
 def test_a_request_that_is_refused_is_not_read():
-    head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 90\r\nContent-Type: application/json\r\n\r\n"
+    head = b"POST /v1/x HTTP/1.1\r\nHost: x\r\nContent-Length: 90\r\nContent-Type: application/json\r\n\r\n"
     with _served(Access(KEYS), seconds=0.01) as client, _link(client, head) as link:
         assert link.recv(1000).startswith(b"HTTP/1.1 401")
 

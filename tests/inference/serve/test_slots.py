@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pst_ds.inference.decoder import Decoder, Sampling
-from pst_ds.inference.serve.jobs import DONE_LENGTH, DONE_STOP, ClosingError, Job
+from pst_ds.inference.serve.jobs import DONE_LENGTH, DONE_STOP, ClosingError, Job, Token
 from pst_ds.inference.serve.slots import LEAST_PROMPT, PROMPT_PER_ANSWER, SHORTEST_COPY, Slots
 
 SLOTS, CONTEXT = 3, 96
@@ -68,7 +68,8 @@ def _prompt(length, seed=0):
 
 def _job(prompt, most, temperature=0.0, seed=0, put=None):
     arrived = queue.Queue()
-    job = Job(prompt, most, Sampling(temperature, top_k=20 if temperature else 0), seed, put or arrived.put)
+    put = put or (lambda item: arrived.put(item.number if isinstance(item, Token) else item))
+    job = Job(prompt, most, Sampling(temperature, top_k=20 if temperature else 0), seed, put)
     return job, arrived
 
 
@@ -224,7 +225,7 @@ def test_jobs_that_wait_at_the_end_are_told_and_others_are_answered(decoder):
     for job, _ in [(running, None), *waiting]:
         slots.submit(job)
     slots.start()
-    assert isinstance(ready.get(timeout=60), int)
+    assert isinstance(ready.get(timeout=60), Token)
     slots.close()
     last = []
     for _, found in waiting:

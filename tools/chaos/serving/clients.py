@@ -74,7 +74,11 @@ MISTAKES = {
     "a template that loops": Mistake(400, {"messages": [{"role": "user", "content": LOOP}]}),
     "temperature of 9": Mistake(400, {"temperature": 9}),
     "too many new tokens": Mistake(400, {"max_tokens": 1 << 20}),
-    "tools": Mistake(400, {"tools": [{"type": "function"}]}),
+    "a tool without a name": Mistake(400, {"tools": [{"type": "function"}]}),
+    "no such JSON schema": Mistake(
+        400, {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "film"}}}}
+    ),
+    "more answers than one may have": Mistake(400, {"n": 128}),
     "no messages": Mistake(400, {"messages": []}),
     "longer than positions": Mistake(400, {"messages": [{"role": "user", "content": "film " * 4000}]}),
     "no JSON": Mistake(400, content=b'{"model": '),

@@ -1,0 +1,369 @@
+"""Routes of causal models: chat and plain completions, whole or streamed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from pst_ds.inference.serve.app import Service, add_chat_page, no_model
+from pst_ds.inference.serve.cpu_limit import call_within
+from pst_ds.inference.serve.grammar import GrammarError, Grammars
+from pst_ds.inference.serve.jobs import DONE_STOP, Answering, BusyError, ClosingError, Job, Token
+from pst_ds.inference.serve.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    JsonTable,
+    ProtocolError,
+    chat_request,
+    completion_request,
+    read_json,
+)
+from pst_ds.inference.serve.replies import ChatReply, CompletionReply, Piece, Reply, TokenText, usage
+from pst_ds.inference.serve.text_stream import TextStream
+from pst_ds.inference.serve.tools import ToolCalls
+from pst_ds.train.users.store import UserNameError, UserStoreError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+    from pst_ds.train.users.store import State, UserStore
+
+Item = Token | str | Exception
+"""A generated token, and finally the finish reason or an error."""
+_LOG = logging.getLogger(__name__)
+USER_MARK = ":"
+"""Separator between the name of the model and of a user."""
+_DONE_CALLS = "tool_calls"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextService(Service):
+    """A causal model, and the users of a store."""
+
+    answering: Answering
+    tokenizer: Tokenizer
+    grammars: Grammars
+    store: UserStore | None = None
+
+    @property
+    def models(self) -> list[str]:
+        if self.store is None:
+            return [self.name]
+        try:
+            self.store.refresh()
+        except UserStoreError as error:
+            raise _unreadable(error) from None
+        return [self.name, *(f"{self.name}{USER_MARK}{user}" for user in self.store.names)]
+
+    @property
+    def is_alive(self) -> bool:
+        return self.answering.is_alive
+
+    @property
+    def load(self) -> dict[str, int]:
+        return {"running": self.answering.running, "waiting": self.answering.waiting}
+
+    def add_routes(self, app: FastAPI) -> None:
+        add_chat_page(app)
+
+        @app.post("/v1/chat/completions")
+        async def chat(request: Request) -> Response:
+            return await _answer(self, request, is_chat=True)
+
+        @app.post("/v1/completions")
+        async def completions(request: Request) -> Response:
+            return await _answer(self, request, is_chat=False)
+
+    def close(self) -> None:
+        self.answering.close()
+
+    def state_of(self, model: str) -> State | None:
+        """Return the adapter state of the user in a model's name, None for the base model. Raises ProtocolError."""
+        if model == self.name:
+            return None
+        user = model.removeprefix(self.name + USER_MARK)
+        if user != model and self.store is not None:
+            try:
+                return self.store.latest_state(user)
+            except UserNameError:
+                pass
+            except UserStoreError as error:
+                raise _unreadable(error) from None
+        raise no_model(model)
+
+    def read(self, body: bytes, is_chat: bool) -> Question:
+        """Return what a request asks. Raises ProtocolError."""
+        table = read_json(body)
+        if not is_chat:
+            plain = completion_request(table)
+            state, prompts = self.state_of(plain.model), [self.continued(prompt) for prompt in plain.prompts]
+            return self._question(plain, state, prompts, CompletionReply(plain.model, plain.likeliest is not None))
+        asked = chat_request(table)
+        tools = [tool.model_dump() for tool in asked.callable_tools]
+        state, prompts = self.state_of(asked.model), [self.prompt_of(asked.chat, tools)]
+        schema = asked.schema_of_answer
+        names = [tool.function.name for tool in asked.callable_tools]
+        question = self._question(asked, state, prompts, ChatReply(asked.model, asked.logprobs))
+        return replace(question, names=names, schema=schema)
+
+    def _question(
+        self, asked: ChatRequest | CompletionRequest, state: State | None, prompts: list[list[int]], reply: Reply
+    ) -> Question:
+        count = len(prompts) * asked.n
+        if count > self.limits.answers:
+            why = f"{len(prompts)} prompts with {asked.n} answers each; at most {self.limits.answers} answers are given"
+            raise ProtocolError(400, why, param="n")
+        if self.limits.vocabulary and any(token >= self.limits.vocabulary for token in asked.sampling.logit_bias):
+            raise ProtocolError(400, f"tokens are below {self.limits.vocabulary}", param="logit_bias")
+        return Question(asked, state, [prompt for prompt in prompts for _ in range(asked.n)], reply)
+
+    def prompt_of(self, messages: Sequence[JsonTable], tools: Sequence[JsonTable] = ()) -> list[int]:
+        """Return the tokens of messages and of the tools that the answer may call. Raises ProtocolError."""
+        template = self.tokenizer.chat_template
+        if template is None:
+            why = "this model has no chat template. Use /v1/completions, or start the server with --chat-template"
+            raise ProtocolError(400, why, param="messages")
+        if tools and "tools" not in str(template):
+            raise ProtocolError(400, "the model's chat template does not support tools. Omit it.", param="tools")
+        apply = partial(self.tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=False)
+        render = partial(apply, list(messages), tools=list(tools) or None)
+        try:
+            text = str(call_within(self.limits.template_seconds, render))
+            if len(text) > 4 * self.limits.body_bytes:  # only a template that loops expands a body this much
+                raise ValueError(f"it wrote {len(text)} characters")
+            prompt = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        except Exception as error:  # templates may raise anything
+            why = f"the chat template refuses these messages: {str(error)[:1000]}"
+            raise ProtocolError(400, why, param="messages") from None
+        return self._of_right_length(prompt, "messages")
+
+    def continued(self, prompt: str | list[int]) -> list[int]:
+        """Return the tokens of a plain prompt. Raises ProtocolError."""
+        if isinstance(prompt, str):
+            return self._of_right_length(list(self.tokenizer(prompt)["input_ids"]), "prompt")
+        if self.limits.vocabulary and max(prompt) >= self.limits.vocabulary:
+            raise ProtocolError(400, f"tokens are below {self.limits.vocabulary}", param="prompt")
+        return self._of_right_length(prompt, "prompt")
+
+    def _of_right_length(self, prompt: list[int], param: str) -> list[int]:
+        limits = [most for most in (self.limits.prompt_tokens, self.limits.positions - 1) if most > 0]
+        most = min(limits, default=len(prompt))
+        if not prompt or len(prompt) > most:
+            why = f"the {param} have {len(prompt)} tokens; 1 to {most} are supported".replace(
+                "prompt have", "prompt has"
+            )
+            raise ProtocolError(400, why, param=param, code="context_length_exceeded")
+        return prompt
+
+    def new_tokens_of(self, asked: ChatRequest | CompletionRequest, prompt: Sequence[int]) -> int:
+        """Return how many tokens may be generated. Raises ProtocolError."""
+        if asked.max_tokens is not None and asked.max_tokens > self.limits.new_tokens:
+            raise ProtocolError(400, f"max_tokens may be at most {self.limits.new_tokens}", param="max_tokens")
+        most = asked.max_tokens or self.limits.new_tokens
+        return min(most, self.limits.positions - len(prompt)) if self.limits.positions else most
+
+    def answers(self, question: Question, arrived: asyncio.Queue[tuple[int, Item]]) -> list[Answer]:
+        """Return the answers to be generated, whose tokens go to ``arrived`` with their index. Raises ProtocolError."""
+        loop, asked = asyncio.get_running_loop(), question.asked
+
+        def put(index: int, item: Item) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(arrived.put_nowait, (index, item))
+
+        seed = random.getrandbits(62) if asked.seed is None else asked.seed
+        made = []
+        for index, prompt in enumerate(question.prompts):
+            most = self.new_tokens_of(asked, prompt)
+            job = Job(prompt, most, asked.sampling, seed ^ index, partial(put, index), question.state)
+            job.likeliest = asked.likeliest
+            try:
+                job.grammar = None if question.schema is None else self.grammars.of_schema(question.schema)
+                made.append(Answer(index, job, self, asked.stop, question.names))
+            except GrammarError as error:
+                place = "tools" if question.names else "response_format"
+                raise ProtocolError(400, f"the JSON schema is not supported: {error}", param=place) from None
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a request asks: one answer for each of ``prompts``, which repeat for several answers."""
+
+    asked: ChatRequest | CompletionRequest
+    state: State | None
+    prompts: list[list[int]]
+    reply: Reply
+    names: Sequence[str] = ()
+    """Tools that an answer may call."""
+    schema: JsonTable | None = None
+
+
+class Answer:
+    """One answer to a request, as its tokens arrive."""
+
+    def __init__(self, index: int, job: Job, service: TextService, stops: Sequence[str], names: Sequence[str]):
+        self.index, self.job, self._service = index, job, service
+        self.text = TextStream(service.tokenizer, stops)
+        self._calls = ToolCalls(names) if names else None
+        self._tokens: list[TokenText] = []
+        self._last = 0.0
+        """Time of the last token."""
+
+    def take(self, item: Item) -> Piece | None:
+        """Return the piece that is final now, the last one with a finish reason. Raises ProtocolError."""
+        if isinstance(item, ClosingError):
+            raise ProtocolError(503, "the server is closing. Try again later")
+        if isinstance(item, Exception):
+            raise ProtocolError(500, "the model failed to process this request")
+        if isinstance(item, str):
+            text = self.text.end()
+            return self._end(text, DONE_STOP if self.text.stopped else item)
+        if self.job.likeliest is not None:
+            self._tokens.append(self._token(item))
+        now = time.monotonic()
+        if self._last:
+            self._service.metrics.between.observe(now - self._last)
+        self._last = now
+        text = self.text.add(item.number)
+        if self.text.stopped:
+            self.job.cancelled = True
+            return self._end(text, DONE_STOP)
+        return self._piece(text if self._calls is None else self._calls.add(text))
+
+    def _piece(self, text: str) -> Piece | None:
+        if not text:
+            return None
+        tokens, self._tokens = self._tokens, []
+        return Piece(self.index, text, tokens)
+
+    def _end(self, text: str, why: str) -> Piece:
+        calls: list[JsonTable] = []
+        if self._calls is not None:
+            text = self._calls.add(text)
+            rest, calls = self._calls.end()
+            text += rest
+        return Piece(self.index, text, self._tokens, calls, _DONE_CALLS if calls else why)
+
+    def _token(self, token: Token) -> TokenText:
+        def data(number: int) -> bytes:
+            return self._service.grammars.tokens.decode_bytes([number])
+
+        likeliest = [TokenText(data(number), logprob) for number, logprob in token.likeliest]
+        return TokenText(data(token.number), token.logprob, likeliest)
+
+
+async def _answer(service: TextService, request: Request, *, is_chat: bool) -> Response:
+    loop, began, body = asyncio.get_running_loop(), time.monotonic(), await request.body()
+    question = await loop.run_in_executor(service.reader, service.read, body, is_chat)
+    arrived: asyncio.Queue[tuple[int, Item]] = asyncio.Queue()
+    answers = service.answers(question, arrived)
+    try:
+        service.answering.submit(*(answer.job for answer in answers))
+    except BusyError:
+        raise ProtocolError(429, "too many requests are waiting. Try again later", code="rate_limit_exceeded") from None
+    pieces = _pieces(service, answers, arrived, began, request.scope["pst_ds_facts"])
+    if question.asked.stream:
+        return StreamingResponse(_events(question, answers, pieces), media_type="text/event-stream")
+    watch = asyncio.create_task(_watch(request, arrived))
+    whole = [Piece(answer.index) for answer in answers]
+    try:
+        async for piece in pieces:
+            whole[piece.index].append(piece)
+    finally:
+        watch.cancel()
+    return JSONResponse(question.reply.whole(whole, _used(question, answers)))
+
+
+async def _watch(request: Request, arrived: asyncio.Queue[tuple[int, Item]]) -> None:
+    """Stop waiting for an answer when its client has disconnected."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    arrived.put_nowait((-1, ConnectionError()))
+
+
+async def _pieces(
+    service: TextService,
+    answers: Sequence[Answer],
+    arrived: asyncio.Queue[tuple[int, Item]],
+    began: float,
+    facts: dict[str, object],
+) -> AsyncIterator[Piece]:
+    """Yield pieces of all answers as they arrive. Raises ProtocolError if the model failed. Notes counters."""
+    missing = {answer.index for answer in answers}
+    first = 0.0
+    try:
+        while missing:
+            index, item = await arrived.get()
+            if index < 0:
+                raise ProtocolError(499, "the client has gone")  # nobody reads this
+            if not first and isinstance(item, Token):
+                first = time.monotonic() - began
+                service.metrics.first.observe(first)
+            if index in missing and (piece := answers[index].take(item)):
+                if piece.why:
+                    missing.remove(index)
+                yield piece
+    finally:
+        for answer in answers:
+            answer.job.cancelled = True  # nobody reads on
+        used = _counts(answers)
+        for kind, number in used.items():
+            service.metrics.tokens.labels(kind).inc(number)
+        facts |= {"first_token_seconds": round(first, 4), **{f"{kind}_tokens": count for kind, count in used.items()}}
+
+
+def _counts(answers: Sequence[Answer]) -> dict[str, int]:
+    return {
+        "prompt": sum(len(answer.job.prompt) for answer in answers),
+        "cached": sum(answer.job.reused for answer in answers),
+        "new": sum(answer.text.count for answer in answers),
+    }
+
+
+def _used(question: Question, answers: Sequence[Answer]) -> JsonTable:
+    """Return the usage; the protocol counts a prompt once for several answers to it."""
+    counts, once = _counts(answers), answers[:: question.asked.n]
+    prompts, cached = sum(len(one.job.prompt) for one in once), sum(one.job.reused for one in once)
+    return usage(prompts, counts["new"], cached)
+
+
+async def _events(question: Question, answers: Sequence[Answer], pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
+    """Yield the server-sent events of a stream."""
+    reply = question.reply
+    for answer in answers:
+        if (opening := reply.opening(answer.index)) is not None:
+            yield _event(opening)
+    try:
+        async for piece in pieces:
+            if piece.text or piece.calls or piece.tokens:
+                yield _event(reply.chunk(replace(piece, why=None)))
+            if piece.why:
+                yield _event(reply.chunk(Piece(piece.index, why=piece.why)))
+        if question.asked.stream_options.include_usage:
+            yield _event(reply.usage(_used(question, answers)))
+    except ProtocolError as error:  # the status has been sent already
+        yield _event(error.body())
+    finally:
+        for answer in answers:
+            answer.job.cancelled = True
+    yield "data: [DONE]\n\n"
+
+
+def _event(table: JsonTable) -> str:
+    return f"data: {json.dumps(table, ensure_ascii=False)}\n\n"
+
+
+def _unreadable(error: UserStoreError) -> ProtocolError:
+    _LOG.error("%s", error)
+    return ProtocolError(500, "the adapter of this user, or the store, cannot be read", param="model")

@@ -1,0 +1,60 @@
+"""Tool calls in an answer: ``<tool_call>`` blocks with JSON, or nothing but JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Collection
+
+from pst_ds.inference.serve.protocol import JsonTable
+
+_MARK = "<tool_call>"
+_BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
+
+
+class ToolCalls:
+    """Separates the text of an answer from its calls, as its pieces arrive."""
+
+    def __init__(self, names: Collection[str]):
+        """``names``: tools that may be called."""
+        self._names = frozenset(names)
+        self._held = ""
+        """Text that may be a call, or the start of one."""
+        self._is_text = False
+        """True if the answer does not start with JSON."""
+
+    def add(self, piece: str) -> str:
+        """Return the text that is certainly not a call."""
+        self._held += piece
+        start = self._held.lstrip()
+        if not self._is_text and (not start or start[0] in "{["):
+            return ""
+        self._is_text = True
+        upto = self._held.find(_MARK)
+        if upto < 0:
+            sizes = (size for size in range(len(_MARK) - 1, 0, -1) if self._held.endswith(_MARK[:size]))
+            upto = len(self._held) - next(sizes, 0)
+        text, self._held = self._held[:upto], self._held[upto:]
+        return text
+
+    def end(self) -> tuple[str, list[JsonTable]]:
+        """Return the rest of the text and the calls; what looked like calls but is not valid is text."""
+        blocks = _BLOCK.findall(self._held) or [self._held]
+        try:
+            found = [call for block in blocks for call in self._read(block)]
+        except (ValueError, RecursionError):
+            return self._held, []
+        return "", found
+
+    def _read(self, block: str) -> list[JsonTable]:
+        """Return the calls in a block. Raises ValueError if it is something else."""
+        table = json.loads(block)
+        calls: list[JsonTable] = []
+        for call in table if isinstance(table, list) else [table]:
+            arguments = call.get("arguments", call.get("parameters")) if isinstance(call, dict) else None
+            if not isinstance(arguments, dict) or call.get("name") not in self._names:
+                raise ValueError("not a call of a tool")
+            function = {"name": call["name"], "arguments": json.dumps(arguments, ensure_ascii=False)}
+            calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
+        return calls

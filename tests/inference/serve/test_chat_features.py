@@ -1,0 +1,240 @@
+"""What chat clients expect of a server: log-probabilities, several answers, JSON schemas, tools, plain completions."""
+
+from __future__ import annotations
+
+import json
+import queue
+import re
+
+import pytest
+
+for _name in ("fastapi", "uvicorn", "openai", "llguidance", "prometheus_client"):
+    pytest.importorskip(_name)
+
+import httpx2 as httpx  # noqa: E402
+import jsonschema  # noqa: E402
+import openai  # noqa: E402
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+from pst_ds.cli import serve  # noqa: E402
+from pst_ds.cli.main import build_parser  # noqa: E402
+from pst_ds.inference.serve import metrics  # noqa: E402
+from pst_ds.inference.serve.app import make_app  # noqa: E402
+from tests.inference.serve.byte_model import byte_model  # noqa: E402
+from tests.inference.serve.servers import start, stop  # noqa: E402
+
+ASK = [{"role": "user", "content": "the film"}]
+SCHEMA = {
+    "type": "object",
+    "properties": {"good": {"type": "boolean"}, "stars": {"type": "integer", "minimum": 1, "maximum": 5}},
+    "required": ["good", "stars"],
+    "additionalProperties": False,
+}
+WEATHER = {"type": "object", "properties": {"city": {"enum": ["Bern", "Rome"]}}, "required": ["city"]}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": WEATHER}}]
+
+
+def _served(folder, *more):
+    args = build_parser("serve").parse_args(["serve", str(folder), "--threads", "1", "--engine", "native", *more])
+    service = serve._service(args, *serve._opened(args))
+    return service, *start(make_app(service))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return byte_model(tmp_path_factory.mktemp("bytes") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def url(folder):
+    _, server, thread, url = _served(folder)
+    yield url
+    stop(server, thread)
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def _chat(client, **more):
+    return client.chat.completions.create(model="tiny", **{"messages": ASK, "max_tokens": 12, "temperature": 0} | more)
+
+
+def test_log_probabilities_are_the_models(client, folder):
+    """In a whole answer, in a stream and in a plain completion; transformers computes them again."""
+    options = {"logprobs": True, "top_logprobs": 3, "presence_penalty": 1.0, "seed": 1, "temperature": 1.0}
+    content = _chat(client, **options).choices[0].logprobs.content
+    data = bytes(byte for token in content for byte in token.bytes)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    prompt = tokenizer.apply_chat_template(ASK, add_generation_prompt=True)["input_ids"]
+    of_byte = {bytes([byte]): ids for byte, ids in ((byte, _token_of(tokenizer, byte)) for byte in range(256))}
+    written = [of_byte[bytes([byte])] for byte in data]
+    with torch.inference_mode():
+        logprobs = model(torch.tensor([prompt + written])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    expected = logprobs[torch.arange(len(written)), torch.tensor(written)]
+    torch.testing.assert_close(torch.tensor([one.logprob for one in content]), expected, atol=0.02, rtol=0.02)
+    best = torch.tensor([[other.logprob for other in one.top_logprobs] for one in content])
+    torch.testing.assert_close(best, logprobs.topk(3).values, atol=0.02, rtol=0.02)
+    chunks = [chunk.choices[0] for chunk in _chat(client, stream=True, **options)]
+    streamed = [token for choice in chunks if choice.logprobs for token in choice.logprobs.content]
+    assert streamed == content
+    del options["top_logprobs"]
+    plain = client.completions.create(model="tiny", prompt=[prompt], max_tokens=12, **options | {"logprobs": 3})
+    assert plain.choices[0].logprobs.token_logprobs == [one.logprob for one in content]
+
+
+def _token_of(tokenizer, byte):
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return tokenizer.convert_tokens_to_ids(bytes_to_unicode()[byte])
+
+
+def test_several_answers_are_those_of_their_seeds(client):
+    three = [choice.message.content for choice in _chat(client, n=3, seed=4, temperature=1.0).choices]
+    alone = [_chat(client, seed=4 ^ n, temperature=1.0).choices[0].message.content for n in range(3)]
+    assert three == alone
+    assert len(set(three)) > 1
+    streamed = ["", "", ""]
+    for chunk in _chat(client, n=3, seed=4, temperature=1.0, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == three
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_answer_matches_its_schema(client, seed):
+    kind = {"type": "json_schema", "json_schema": {"name": "review", "schema": SCHEMA, "strict": True}}
+    choice = _chat(client, response_format=kind, temperature=1.0, seed=seed, max_tokens=60).choices[0]
+    jsonschema.validate(json.loads(choice.message.content), SCHEMA)
+    assert choice.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_required_tool_is_called_and_its_answer_is_read(client, stream):
+    choice = {"type": "function", "function": {"name": "weather"}}
+    given = {"tools": TOOLS, "tool_choice": choice, "temperature": 1.0, "seed": 3, "max_tokens": 80}
+    if stream:
+        chunks = [chunk.choices[0] for chunk in _chat(client, stream=True, **given)]
+        (call,) = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
+        assert chunks[-1].finish_reason == "tool_calls"
+        assert not any(chunk.delta.content for chunk in chunks)
+    else:
+        answer = _chat(client, **given).choices[0]
+        (call,) = answer.message.tool_calls
+        assert (answer.finish_reason, answer.message.content) == ("tool_calls", None)
+    assert call.function.name == "weather"
+    jsonschema.validate(json.loads(call.function.arguments), WEATHER)
+    said = [
+        *ASK,
+        {"role": "assistant", "tool_calls": [{"id": call.id, "type": "function", "function": call.function}]},
+        {"role": "tool", "tool_call_id": call.id, "content": "sunny"},
+    ]
+    assert _chat(client, messages=said, tools=TOOLS).usage.prompt_tokens > len("weatheru:the film\nt:sunny\n")
+
+
+def test_penalties_change_what_is_repeated(client):
+    """With the largest penalty for each earlier token, a greedy answer writes none twice."""
+    answer = _chat(client, max_tokens=40, frequency_penalty=2.0, logit_bias={"5": -100}, logprobs=True).choices[0]
+    often = [bytes(token.bytes) for token in answer.logprobs.content]
+    plain = [bytes(token.bytes) for token in _chat(client, max_tokens=40, logprobs=True).choices[0].logprobs.content]
+    assert len(set(often)) > len(set(plain))
+
+
+def test_completions_continue_texts_and_tokens(client, folder):
+    prompts = ["the film", "a plot"]
+    both = client.completions.create(model="tiny", prompt=prompts, temperature=0, max_tokens=9, n=2)
+    assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
+    texts = [choice.text for choice in both.choices]
+    assert texts[0] == texts[1] != texts[2] == texts[3]
+    ids = AutoTokenizer.from_pretrained(folder)(prompts[1])["input_ids"]
+    one = client.completions.create(model="tiny", prompt=ids, temperature=0, max_tokens=9)
+    assert one.choices[0].text == texts[2]
+    chunks = client.completions.create(model="tiny", prompt=prompts[0], temperature=0, max_tokens=9, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == texts[0]
+    assert both.usage.prompt_tokens == len("the film") + len("a plot")
+
+
+def _nested(depth):
+    return {"type": "array", "items": _nested(depth - 1)} if depth else {"type": "null"}
+
+
+@pytest.mark.parametrize(
+    ("route", "change", "message"),
+    [
+        ("chat/completions", {"tools": TOOLS, "response_format": {"type": "json_object"}}, "with tools"),
+        ("chat/completions", {"tool_choice": "required"}, "there are no tools"),
+        ("chat/completions", {"logit_bias": {"9999": 1}}, "tokens are below 257"),
+        ("chat/completions", {"n": 100}, "at most 32 answers"),
+        (
+            "chat/completions",
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "film"}}}},
+            "JSON schema is not supported",
+        ),
+        ("completions", {"prompt": []}, "prompt: "),
+        ("completions", {"prompt": [9999]}, "tokens are below 257"),
+        ("completions", {"prompt": "x" * 2000}, "1 to 1023 are supported"),
+        ("completions", {"prompt": "x", "echo": True}, "echo is not supported"),
+    ],
+)
+def test_what_is_refused_is_named(url, route, change, message):
+    given = {"model": "tiny", "max_tokens": 2} | ({"messages": ASK} if route != "completions" else {}) | change
+    answer = httpx.post(f"{url}/v1/{route}", json=given)
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]["message"]
+
+
+WIDE = {"type": "object", "properties": {f"a{n}": {"pattern": "(a|b)*" * 9, "type": "string"} for n in range(200)}}
+
+
+@pytest.mark.parametrize("schema", [_nested(300), WIDE, {"type": "string", "pattern": "((a{1,99}){1,99}){1,99}"}])
+def test_a_hostile_schema_is_refused_or_followed(url, client, schema):
+    kind = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    given = {"model": "tiny", "messages": ASK, "max_tokens": 2, "response_format": kind}
+    assert httpx.post(f"{url}/v1/chat/completions", json=given).status_code in (200, 400)
+    assert _chat(client).choices
+
+
+def test_counters_and_the_log_hold_no_text(url, client, monkeypatch):
+    def counted(line):
+        return float(re.search(rf"^{re.escape(line)} ([0-9.e+]+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)[1])
+
+    lines, before = queue.Queue(), counted('pst_ds_tokens_total{kind="new"}')
+    monkeypatch.setattr(metrics._LOG, "info", lambda form, line: lines.put(line))
+    answer = _chat(client, user="Ann", temperature=1.0, seed=9)
+    line = lines.get(timeout=30)
+    assert counted('pst_ds_tokens_total{kind="new"}') == before + answer.usage.completion_tokens
+    facts = json.loads(line)
+    assert (facts["route"], facts["status"], facts["new_tokens"]) == ("/v1/chat/completions", 200, 12)
+    assert not any(text in line for text in ("film", "Ann", answer.choices[0].message.content))
+    assert counted('pst_ds_load{state="running"}') == 0
+
+
+def test_the_page_and_a_model_without_template(tmp_path, monkeypatch):
+    monkeypatch.setenv(serve.KEYS, "secret")
+    _, server, thread, url = _served(byte_model(tmp_path / "plain", None), "--name", "tiny")
+    page = httpx.get(url)
+    assert "v1/chat/completions" in page.text
+    assert "script-src" in page.headers["content-security-policy"]
+    assert httpx.get(f"{url}/metrics").status_code == 401
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0) as client:
+        with pytest.raises(openai.BadRequestError, match="no chat template"):
+            _chat(client)
+        assert client.completions.create(model="tiny", prompt="a", max_tokens=2).choices
+    stop(server, thread)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_litellm_reads_the_answers(url):
+    litellm = pytest.importorskip("litellm")
+    given = {"model": "openai/tiny", "api_base": f"{url}/v1", "api_key": "none", "messages": ASK, "temperature": 0}
+    whole = litellm.completion(**given, max_tokens=12)
+    chunks = litellm.completion(**given, max_tokens=12, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
+    assert len(litellm.completion(**given, max_tokens=4, logprobs=True).choices[0].logprobs.content) == 4
+    kind = {"type": "json_schema", "json_schema": {"name": "review", "schema": SCHEMA}}
+    review = litellm.completion(**given, max_tokens=60, response_format=kind).choices[0].message.content
+    jsonschema.validate(json.loads(review), SCHEMA)
+    called = litellm.completion(**given, max_tokens=80, tools=TOOLS, tool_choice="required").choices[0]
+    assert called.message.tool_calls[0].function.name == "weather"
