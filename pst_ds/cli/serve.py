@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         facts["port"] = at.getsockname()[1]
         if args.workers > 1:
             _say(args, facts)
-            with TemporaryDirectory(prefix="pst-ds-counters-") as folder:
-                os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # in which workers share their counters
+            with TemporaryDirectory(prefix="pst-ds-counters-") as shared:
+                os.environ["PROMETHEUS_MULTIPROC_DIR"] = shared  # in which workers share their counters
                 ended = answer_from_workers(partial(_app_of_worker, args), at, args.workers)
             return facts if ended else {**facts, "exit_code": 1}
         app = make_app(_service(args, folder, tokenizer, store))
