@@ -1,15 +1,18 @@
 """Test a server with users under concurrent load, with invalid requests and a killed worker.
 
-A tiny model with users is trained, and transformers generates the expected answers one by one. ``pst-ds serve`` is
-started with several workers, and clients in threads request completions for random users, half of them as streams,
-mixed with invalid requests, abandoned streams and connections with half a request. After a third of the load a worker
-is killed with SIGKILL; interrupted requests are repeated. In the end every text must be the expected one, every invalid
-request must have its documented status, no other worker may have died, the killed one must be replaced, and memory must
-not have grown. With ``--no-kill``, ``/health`` must always have answered within a second.
+A tiny model with users is trained. The expected answers are written one by one: by transformers, or with ``--engine
+native``, for int8 weights, by the server before the load, greedily and for two seeds. ``pst-ds serve`` is started with
+several workers, and clients in threads request completions for random users, half of them as streams, mixed with
+invalid requests, abandoned streams and connections with half a request. After a third of the load a worker is killed
+with SIGKILL; interrupted requests are repeated. In the end every text must be the expected one, every invalid request
+must have its documented status, no other worker may have died, the killed one must be replaced, memory must not have
+grown, and no worker may have more open files than before the load. With ``--no-kill``, ``/health`` must always have
+answered within a second.
 
     python -m tools.chaos.serving --seconds 120 --json
     python -m tools.chaos.serving --clients 4 --requests 20 --users 4
     python -m tools.chaos.serving --clients 64 --bad 0.1 --no-kill
+    python -m tools.chaos.serving --engine native --workers 1 --no-kill --bad 0.1 --requests 320 --seconds 1800
 
 Needs the extra ``serve`` and the package openai. Exit codes: 0 passed, 1 failed.
 """
@@ -23,11 +26,12 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tools.chaos.serving.clients import Load, client
+from tools.chaos.serving.clients import Load, ask_alone, client
 from tools.chaos.serving.health import HealthWatch
 from tools.chaos.serving.model import answers, tiny_model
 from tools.chaos.serving.server import Server
@@ -37,6 +41,8 @@ MOST_GROWTH = 0.05
 MOST_HEALTH_SECONDS = 1.0
 """Maximum seconds for an answer of /health while no worker is killed."""
 _LOOK_SECONDS, _LEAST_SAMPLES = 0.25, 40
+_SPARE_FILES, _CLOSE_SECONDS = 8, 30.0
+"""Open files that a worker may have more than before the load, some seconds after it."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kill", action=argparse.BooleanOptionalAction, default=True, help=kill)
     parser.add_argument("--seconds", type=float, default=120.0, help="of load at most (default: 120)")
     parser.add_argument("--requests", type=int, default=0, metavar="N", help="of each client at most; 0 is no limit")
+    parser.add_argument("--engine", choices=("torch", "native"), default="torch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
@@ -62,10 +69,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def load_server(args: argparse.Namespace, top: Path) -> dict[str, Any]:
     """Serve, send requests and kill a worker. Return the results."""
-    served = tiny_model(top, args.users)
+    is_native = args.engine == "native"
+    served = tiny_model(top, args.users, "int8" if is_native else "bf16")
     users = [None, *(f"user {i:02}" for i in range(args.users))]
-    right = answers(served, users)
-    with Server(served.arguments, workers=args.workers, log=top / "server.log") as server:
+    arguments = [*served.arguments, "--engine", args.engine]
+    with Server(arguments, workers=args.workers, log=top / "server.log") as server:
+        alone = partial(ask_alone, server.url, served.model.name, users, (None, 1, 2))
+        right = alone() if is_native else answers(served, users)
+        server.look()
         load = Load(right, name=served.model.name, url=server.url)
         end = time.monotonic() + args.seconds
 
@@ -89,6 +100,11 @@ def load_server(args: argparse.Namespace, top: Path) -> dict[str, Any]:
         for held in load.held:
             held.close()
         seconds = time.monotonic() - began
+        while any(files[-1] > files[0] + _SPARE_FILES for files in server.files.values()):
+            time.sleep(_LOOK_SECONDS)  # connections close some seconds after the load
+            if time.monotonic() - began > seconds + _CLOSE_SECONDS:
+                break
+            server.look()
         workers_at_end = len(server.answering())
         replaced = server.wait_for_replacement()
         code = server.stop()
@@ -101,12 +117,14 @@ def load_server(args: argparse.Namespace, top: Path) -> dict[str, Any]:
         "killed": len(server.killed), "died": server.died, "replaced": replaced,
         "answering_at_end_of_load": workers_at_end, "exit_code": code,
         "mb_of_workers": [round(samples[-1] / 1e6) for samples in server.memory.values()],
+        "open_files": [[files[0], max(files), files[-1]] for files in server.files.values()],
         "memory_growth": round(max(growth), 4) if growth else None,
         "examples": [*load.wrong[:5], *load.misjudged[:5]],
     }  # fmt: skip
     ended = code == (0 if args.workers > 1 else -signal.SIGTERM)  # as uvicorn ends
     good = ended and not load.wrong and not load.misjudged and not server.died and replaced and load.right > 0
     is_healthy = args.kill or (health.found["slowest_seconds"] < MOST_HEALTH_SECONDS and not health.found["failed"])
+    good = good and all(files[-1] <= files[0] + _SPARE_FILES for files in server.files.values())
     facts["passed"] = bool(good and is_healthy and max(growth, default=0.0) <= MOST_GROWTH)
     return facts
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import httpx2 as httpx
 import openai
 
-from tools.chaos.serving.model import LOOP, MOST_TOKENS
+from tools.chaos.serving.model import LOOP, MOST_TOKENS, PROMPTS, Answers
 
 KEY = "a key of this load"
 BODY_BYTES = 1 << 16
@@ -27,8 +28,8 @@ _TRIES, _PAUSE = 200, 0.1
 class Load:
     """Requests and their outcomes, of all clients."""
 
-    answers: dict[tuple[str | None, str], str]
-    """Expected text for each user and prompt."""
+    answers: Answers
+    """Expected texts."""
     name: str
     url: str
     right: int = 0
@@ -120,9 +121,11 @@ def client(load: Load, seed: int, goes_on: Callable[[int], bool], bad_share: flo
 
 
 def _ask(load: Load, official: openai.OpenAI, draw: random.Random) -> None:
-    user, prompt = draw.choice(sorted(load.answers, key=str))
+    asked = draw.choice(sorted(load.answers, key=str))
     streams = draw.random() < 0.5
-    request = _request(load, user, prompt) | {"temperature": draw.choice((0, 1e-45))}
+    request = _request(load, *asked)
+    if asked[2] is None:
+        request["temperature"] = draw.choice((0, 1e-45))
     for _ in range(_TRIES):
         try:
             text = _text(official, request, streams)
@@ -136,20 +139,20 @@ def _ask(load: Load, official: openai.OpenAI, draw: random.Random) -> None:
         except openai.APIError as error:  # in the middle of a stream
             text = f"{type(error).__name__}: {error}"
         with load.lock:
-            if text == load.answers[user, prompt]:
+            if text == load.answers[asked]:
                 load.right += 1
             else:
-                load.wrong.append(f"{user}, {prompt!r}: {text!r} instead of {load.answers[user, prompt]!r}")
+                load.wrong.append(f"{asked}: {text!r} instead of {load.answers[asked]!r}")
         return
     with load.lock:
-        load.wrong.append(f"{user}, {prompt!r}: no answer after {_TRIES} tries")
+        load.wrong.append(f"{asked}: no answer after {_TRIES} tries")
 
 
 def _leave(load: Load, official: openai.OpenAI, draw: random.Random) -> None:
     """Read the first chunk of a stream, and abandon it."""
-    user, prompt = draw.choice(sorted(load.answers, key=str))
+    request = _request(load, *draw.choice(sorted(load.answers, key=str)))
     try:
-        with official.chat.completions.create(**_request(load, user, prompt), stream=True) as stream:
+        with official.chat.completions.create(**request, stream=True) as stream:
             next(iter(stream))
     except (openai.APIError, httpx.TransportError, StopIteration):
         pass  # the worker was killed, which does not matter here
@@ -170,7 +173,7 @@ def _hold(load: Load, half: bytes) -> None:
 def _ask_wrongly(load: Load, plain: httpx.Client, kind: str) -> None:
     mistake = MISTAKES[kind]
     url = load.url + mistake.path
-    body = _request(load, None, "the film") | mistake.change
+    body = _request(load, None, "the film", None) | mistake.change
     body["model"] = body["model"].format(name=load.name)
     how: dict[str, Any] = {"json": body} if mistake.content is None else {"content": mistake.content}
     for _ in range(_TRIES):
@@ -190,10 +193,21 @@ def _ask_wrongly(load: Load, plain: httpx.Client, kind: str) -> None:
         return
 
 
-def _request(load: Load, user: str | None, prompt: str) -> dict[str, Any]:
+def ask_alone(url: str, name: str, users: Sequence[str | None], seeds: Sequence[int | None]) -> Answers:
+    """Return what a server without other requests answers."""
+    found: Answers = {}
+    load = Load(found, name, url)
+    with openai.OpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=120.0) as official:
+        for asked in itertools.product(users, PROMPTS, seeds):
+            found[asked] = _text(official, _request(load, *asked), streams=False)
+    return found
+
+
+def _request(load: Load, user: str | None, prompt: str, seed: int | None) -> dict[str, Any]:
     model = load.name if user is None else f"{load.name}:{user}"
     messages = [{"role": "user", "content": prompt}]
-    return {"model": model, "messages": messages, "temperature": 0, "max_tokens": MOST_TOKENS}
+    drawn = {"temperature": 0} if seed is None else {"temperature": 1.0, "top_p": 0.9, "seed": seed}
+    return {"model": model, "messages": messages, "max_tokens": MOST_TOKENS, **drawn}
 
 
 def _text(official: openai.OpenAI, request: dict[str, Any], streams: bool) -> str:

@@ -21,6 +21,8 @@ TEMPLATE = (
 """Template that repeats its input, and loops on one message."""
 PROMPTS = ("the film", "a very clever plot and a fine cast", "vague", "the end was tired and the story")
 MOST_TOKENS = 16
+Answers = dict[tuple[str | None, str, int | None], str]
+"""Texts by user, prompt and seed; greedy ones without a seed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Served:
         return [str(self.model), "--store", str(self.store), "--chat-template", str(self.template)]
 
 
-def tiny_model(top: Path, users: int) -> Served:
+def tiny_model(top: Path, users: int, values: str = "bf16") -> Served:
     """Train a tiny Llama and ``users`` adapters for a few steps, into ``top``; takes seconds."""
     run, rows = top / "run", top / "rows.jsonl"
     settings = {
@@ -50,7 +52,7 @@ def tiny_model(top: Path, users: int) -> Served:
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
     verb("train", str(RUN_FILE), "--quiet", *words)
     served = Served(top / "tiny", top / "users", top / "template.jinja")
-    verb("export", str(run), "--format", "bitmask", "--out", str(served.model), "--quiet")
+    verb("export", str(run), "--format", "bitmask", "--values", values, "--out", str(served.model), "--quiet")
     lines = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()[: 4 * users]]
     named = [json.dumps(line | {"who": f"user {i % users:02}"}) + "\n" for i, line in enumerate(lines)]
     rows.write_text("".join(named), encoding="utf-8")
@@ -60,8 +62,8 @@ def tiny_model(top: Path, users: int) -> Served:
     return served
 
 
-def answers(served: Served, users: Sequence[str | None]) -> dict[tuple[str | None, str], str]:
-    """Return what transformers' ``generate`` writes for each user and prompt separately: {(user, prompt): text}."""
+def answers(served: Served, users: Sequence[str | None]) -> Answers:
+    """Return what transformers' ``generate`` writes for each user and prompt separately, greedily."""
     import torch
 
     from pst_ds.inference.hf.model_folder import open_model_folder
@@ -73,7 +75,7 @@ def answers(served: Served, users: Sequence[str | None]) -> dict[tuple[str | Non
     tokenizer: Any = folder.tokenizer()
     tokenizer.chat_template = served.template.read_text(encoding="utf-8")
     states = ServedUsers(model, served.model, UserStore(served.store))
-    found = {}
+    found: Answers = {}
     for user in users:
         states.assign([user])
         for prompt in PROMPTS:
@@ -84,5 +86,5 @@ def answers(served: Served, users: Sequence[str | None]) -> dict[tuple[str | Non
             with torch.inference_mode():
                 written = model.generate(**ids, do_sample=False, max_new_tokens=MOST_TOKENS)
             new = written[0, ids["input_ids"].shape[1] :]
-            found[user, prompt] = tokenizer.decode(new, skip_special_tokens=True)
+            found[user, prompt, None] = tokenizer.decode(new, skip_special_tokens=True)
     return found

@@ -34,7 +34,7 @@ class Server:
     Attributes:
         url: Address of the API.
         killed: Workers that :meth:`kill_one` has killed.
-        memory: Resident bytes of each worker with a loaded model, at each look.
+        memory, files: Resident bytes and open files of each worker with a loaded model, at each look.
     """
 
     def __init__(self, arguments: list[str], *, workers: int, log: Path):
@@ -42,6 +42,7 @@ class Server:
         self.killed: set[int] = set()
         self._last_seen: list[int] = []
         self.memory: dict[int, list[int]] = {}
+        self.files: dict[int, list[int]] = {}
         command = [sys.executable, "-m", "pst_ds", "serve", *arguments, "--port", "0", "--workers", str(workers)]
         command += ["--max-body", str(BODY_BYTES)]
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -78,11 +79,12 @@ class Server:
         return [pid for pid in self.workers() if pid in started]
 
     def look(self) -> None:
-        """Record which workers answer, and their memory."""
+        """Record which workers answer, their memory and their open files."""
         self._last_seen = self.answering()
         for pid in self._last_seen:
             if size := _resident(pid):
                 self.memory.setdefault(pid, []).append(size)
+                self.files.setdefault(pid, []).append(_open_files(pid))
 
     def kill_one(self) -> None:
         """Kill an observed worker."""
@@ -134,6 +136,13 @@ class Server:
         if self._process.poll() is None:
             kill_all([self._process.pid, *descendants(self._process.pid)])
             self._process.wait()
+
+
+def _open_files(pid: int) -> int:
+    """Return the number of open files of a process, sockets included; 0 for one that is gone."""
+    with suppress(OSError):
+        return len(os.listdir(f"/proc/{pid}/fd"))
+    return 0
 
 
 def _resident(pid: int) -> int:
