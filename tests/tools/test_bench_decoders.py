@@ -40,6 +40,9 @@ class Cache:
         self.calls.append(("forward", len(ids)))
         return lambda: np.zeros(VOCABULARY, np.float32)
 
+    def step(self, token, position, sequences):
+        self.calls.append((token, position, sequences))
+
     def all_logits(self, ids):
         logits = np.zeros((len(ids), VOCABULARY), np.float32)
         logits[:, 3] = 1.0
@@ -52,6 +55,12 @@ def test_decoding_feeds_one_token_at_a_time_after_the_prompt():
     assert cache.ids == [1, 2, 3, 4, 5]
     assert cache.threads == 1
     assert cache.calls[-3:] == [("reset", 3), ("forward", 1), ("forward", 1)]
+
+
+def test_eight_sequences_get_each_token():
+    cache = Cache()
+    assert engines.batch_rate(cache, 1, [1, 2], [3, 4]) > 0
+    assert cache.calls == [(1, 0, 8), (2, 1, 8), (3, 2, 8), (3, 2, 8), (4, 3, 8)]
 
 
 def test_prefill_begins_with_an_empty_cache():
@@ -81,7 +90,7 @@ class StandIn:
     opened: tuple = ()
 
     @classmethod
-    def from_pretrained(cls, folder, *, context, threads, verify, prompt_bits):
+    def from_pretrained(cls, folder, *, context, threads, verify, prompt_bits, sequences):
         cls.opened = (folder, context, prompt_bits)
         return cls()
 
@@ -271,14 +280,17 @@ def test_it_prints_its_object(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out.splitlines()
     found = json.loads(printed[-1])
     assert [(r["task"], r["contestant"]) for r in found["rows"]] == [
-        (t, n) for t in ("decode", "prefill") for n in names
+        (t, n) for t in ("decode", "decode8", "prefill") for n in names
     ]
     assert {r["file_bytes"] for r in found["rows"]} == {4}
     expected = exp(np.log(VOCABULARY - 1 + np.e) - 1)
     assert found["rows"][0]["quality"]["perplexity"] == pytest.approx(expected, rel=1e-3)
     assert set(found["ratios"]["decode_over_llamacpp"]) == {"50/Q8_0/1"}
     assert found["llama_cpp"] == {"built_for": "tests"}
-    assert printed[0] == "| tokens per second | MB | perplexity | decode 2, 1 thr. | prefill 2, 1 thr. |"
+    assert (
+        printed[0]
+        == "| tokens per second | MB | perplexity | decode 2, 1 thr. | decode8 2, 1 thr. | prefill 2, 1 thr. |"
+    )
 
 
 def test_llama_cpp_decodes_the_files_that_are_made(tiny_llama, tmp_path):

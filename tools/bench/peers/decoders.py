@@ -1,9 +1,10 @@
-"""The sparse decoder compared with llama.cpp: tokens per second for one sequence, file size and perplexity.
+"""The sparse decoder compared with llama.cpp: tokens per second, file size and perplexity.
 
 llama.cpp runs its quantisations of the dense model, pst-ds the same model packed by `pst-ds export`, dense and sparse,
 in int8 and int4; two of them also with int8 activations for prompts. Every contestant has its own process, and they
 take turns. All read the same tokens of the same text: 128 are in the cache when decoding starts, and the following
-tokens are given, so that times exclude sampling.
+tokens are given, so that times exclude sampling. Task decode8 appends a token to each of eight sequences per pass, with
+32 tokens in each cache when it starts.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ PRELOAD = ("pst_ds.inference.decoder", "tools.bench.peers.engines")
 TEXT = Path("runs/quality/data/brown-test.txt")
 CHUNKS, CHUNK_TOKENS = 8, 512
 RATIOS = {
-    "decode_over_llamacpp": ("50/Q8_0/1", "80/Q4_0/1", "80/Q4_0/2", "90/Q4_0/2"),
+    "decode_over_llamacpp": ("0/Q8_0/1", "50/Q8_0/1", "80/Q4_0/1", "80/Q4_0/2", "90/Q4_0/2"),
+    "decode8_over_llamacpp": ("50/Q8_0/1", "50/Q4_0/1", "50/Q8_0/2", "50/Q4_0/2"),
     "prefill_over_llamacpp": ("80/Q4_0/1",),
     "prefill_8_bits_over_llamacpp": ("80/Q4_0/1",),
 }
@@ -83,6 +85,7 @@ def measure(
             progress(f"decoders on {count} threads")
             for task, work, inputs in (
                 ("decode", engines.decode_rate, (material.prompt, material.following)),
+                ("decode8", engines.batch_rate, (material.prompt[:32], material.following)),
                 ("prefill", engines.prefill_rate, (material.prompt,)),
             ):
                 size = {"task": task, "threads": count, "tokens": len(inputs[-1])}

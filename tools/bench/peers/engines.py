@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import importlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,8 +21,11 @@ PEER = (
 )
 
 
+SEQUENCES = 8
+
+
 class Engine(Protocol):
-    """A decoder with one sequence and its cache."""
+    """A decoder with :data:`SEQUENCES` sequences and their caches; methods without a number use the first one."""
 
     def use(self, threads: int) -> None:
         """Set the number of threads."""
@@ -31,6 +35,12 @@ class Engine(Protocol):
 
     def forward(self, ids: Sequence[int]) -> Callable[[], NDArray[np.float32]]:
         """Append ``ids`` and compute the logits of the last one. Return a function that copies them: (vocabulary,)."""
+
+    def step(self, token: int, position: int, sequences: int) -> None:
+        """Append ``token`` at ``position`` to each of the first ``sequences`` in one pass, and compute logits for all.
+
+        Later positions of these sequences are dropped.
+        """
 
     def all_logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Empty the cache, append ``ids`` and return the logits of each: (len(ids), vocabulary)."""
@@ -46,7 +56,7 @@ class PstDs:
 
         torch.set_num_threads(1)  # for what is outside the native loop: rows of the embedding
         self._decoder = Decoder.from_pretrained(
-            folder, context=context, threads=1, verify=False, prompt_bits=prompt_bits
+            folder, context=context, threads=1, verify=False, prompt_bits=prompt_bits, sequences=SEQUENCES
         )
 
     def use(self, threads: int) -> None:
@@ -58,6 +68,11 @@ class PstDs:
     def forward(self, ids: Sequence[int]) -> Callable[[], NDArray[np.float32]]:
         logits = self._decoder.forward(list(ids))
         return lambda: logits.numpy().copy()
+
+    def step(self, token: int, position: int, sequences: int) -> None:
+        for number in range(sequences):
+            self._decoder.reset(position, number)
+        self._decoder.step([token] * sequences)
 
     def all_logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         self._decoder.reset(0)
@@ -73,7 +88,8 @@ class LlamaCpp:
         model_settings.n_gpu_layers = 0
         self._model = library.llama_model_load_from_file(str(file).encode(), model_settings)
         settings = library.llama_context_default_params()
-        settings.n_ctx = settings.n_batch = settings.n_ubatch = context
+        settings.n_batch = settings.n_ubatch = context
+        settings.n_ctx, settings.n_seq_max = SEQUENCES * context, SEQUENCES
         settings.n_threads = settings.n_threads_batch = 1
         self._context = library.llama_init_from_model(self._model, settings) if self._model else None
         if not self._context:
@@ -92,16 +108,28 @@ class LlamaCpp:
         self._decode(self._library.llama_batch_get_one(tokens, len(ids)))
         return lambda: self._logits(-1)
 
+    def step(self, token: int, position: int, sequences: int) -> None:
+        for number in range(sequences):
+            self._library.llama_memory_seq_rm(self._memory, number, position, -1)
+        with self._batch([(token, position, number) for number in range(sequences)]) as batch:
+            self._decode(batch)
+
     def all_logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         self.reset(0)
-        batch = self._library.llama_batch_init(len(ids), 0, 1)
-        batch.n_tokens = len(ids)
-        for at, token in enumerate(ids):
-            batch.token[at], batch.pos[at], batch.n_seq_id[at], batch.logits[at] = token, at, 1, 1
-            batch.seq_id[at][0] = 0
-        try:
+        with self._batch([(token, at, 0) for at, token in enumerate(ids)]) as batch:
             self._decode(batch)
             return np.stack([self._logits(at) for at in range(len(ids))])
+
+    @contextmanager
+    def _batch(self, tokens: Sequence[tuple[int, int, int]]) -> Iterator[Any]:
+        """Yield a batch of (token, position, sequence) whose logits are all computed."""
+        batch = self._library.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for at, (token, position, sequence) in enumerate(tokens):
+            batch.token[at], batch.pos[at], batch.n_seq_id[at], batch.logits[at] = token, position, 1, 1
+            batch.seq_id[at][0] = sequence
+        try:
+            yield batch
         finally:
             self._library.llama_batch_free(batch)
 
@@ -154,6 +182,17 @@ def decode_rate(engine: Engine, threads: int, prompt: Sequence[int], following: 
     for token in following:
         engine.forward([token])
     return len(following) / (time.perf_counter() - start)
+
+
+def batch_rate(engine: Engine, threads: int, prompt: Sequence[int], following: Sequence[int]) -> float:
+    """Return tokens per second of all :data:`SEQUENCES` sequences together, as in :func:`decode_rate`."""
+    engine.use(threads)
+    for position, token in enumerate([*prompt, following[0]]):
+        engine.step(token, position, SEQUENCES)
+    start = time.perf_counter()
+    for position, token in enumerate(following, len(prompt)):
+        engine.step(token, position, SEQUENCES)
+    return SEQUENCES * len(following) / (time.perf_counter() - start)
 
 
 def prefill_rate(engine: Engine, threads: int, prompt: Sequence[int]) -> float:
