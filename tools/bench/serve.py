@@ -4,6 +4,8 @@
 
 Each client sends a request as soon as its last one is answered. A stream's first token is timed with all clients but
 one running long answers, for each length of prompt. The decoder runs before and after the server; both take turns.
+--shared: tokens of a system prompt that two requests have in common. --crowd: clients with random requests of 8 to 512
+tokens; how many slots are busy while requests wait, and how many answers differ from those written alone.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -18,9 +21,10 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from tools.bench.timing import conditions
@@ -34,6 +38,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompts", type=int, nargs="+", default=[128, 1024], help="tokens, roughly")
+    parser.add_argument("--shared", type=int, nargs="*", default=[], help="tokens of a common system prompt")
+    parser.add_argument("--crowd", type=int, default=0, metavar="CLIENTS")
     parser.add_argument("--requests", type=int, default=4, help="per client")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--engine", choices=("native", "torch"), default="native")
@@ -46,6 +52,12 @@ def main() -> None:
         idle, busy = (
             {n: _first_token(url, n, load) for n in arguments.prompts} for load in (0, max(arguments.clients))
         )
+        for tokens in arguments.shared:
+            first, second = _shared(url, tokens)
+            print(f"system prompt of {tokens}: {first:.3f} s, then {second:.3f} s ({first / second:.1f} times as soon)")
+        if arguments.crowd:
+            share, wrong, asked = _crowd(url, arguments.crowd, arguments.requests, max(arguments.clients) + 1)
+            print(f"crowd: {share:.3f} of the slots are busy while requests wait; {wrong} of {asked} answers differ")
     alone = statistics.median([before, _alone(arguments.folder, arguments.threads)])
     print(f"the decoder alone: {alone:.1f} tokens per second")
     for clients, rate in rates.items():
@@ -102,12 +114,67 @@ def _listens(url: str) -> bool:
         return False
 
 
-def _ask(url: str, text: str, new_tokens: int) -> tuple[float, int]:
-    """Return seconds to the first token of a stream, and the number of its tokens."""
-    table = {"model": "", "messages": [{"role": "user", "content": text}], "max_tokens": new_tokens, "stream": True,
-             "temperature": 0, "stream_options": {"include_usage": True}}  # fmt: skip
+def _shared(url: str, tokens: int) -> tuple[float, float]:
+    """Return median seconds to the first token for a new system prompt, and for a second request with the same one."""
+    pairs = []
+    for number in range(5):
+        system = {"role": "system", "content": _prompt(tokens, 7000 + number)}
+        pairs.append([_ask(url, _prompt(40, 10 * number + n), 4, [system])[0] for n in range(2)])
+    return statistics.median(first for first, _ in pairs), statistics.median(second for _, second in pairs)
+
+
+def _crowd(url: str, clients: int, requests: int, slots: int) -> tuple[float, int, int]:
+    """Return the share of busy slots while requests wait, and how many of the answers differ from those alone."""
+    draw = random.Random(5)
+    asked = [(_prompt(46, n), draw.randint(8, 512), n % 2) for n in range(clients * requests)]
+    found, ended, shares = [""] * len(asked), threading.Event(), list[float]()
+
+    def one(number: int) -> None:
+        found[number] = _text(url, *asked[number], number)
+
+    def watch() -> None:
+        while not ended.wait(0.05):
+            load = _load(url)
+            if load["waiting"]:
+                shares.append(load["running"] / slots)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with ThreadPoolExecutor(clients) as threads:
+        list(threads.map(one, range(len(asked))))
+    ended.set()
+    watcher.join()
+    sample = range(0, len(asked), 8)
+    wrong = sum(_text(url, *asked[number], number) != found[number] for number in sample)
+    return statistics.mean(shares), wrong, len(sample)
+
+
+def _load(url: str) -> dict[str, float]:
+    with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics") as answer:
+        lines = re.findall(r'^pst_ds_load{state="(\w+)"} (\S+)$', answer.read().decode(), re.MULTILINE)
+    return {state: float(number) for state, number in lines}
+
+
+def _text(url: str, text: str, new_tokens: int, temperature: float, seed: int) -> str:
+    table = {"model": _model(url), "messages": [{"role": "user", "content": text}], "max_tokens": new_tokens,
+             "temperature": temperature, "seed": seed}  # fmt: skip
+    request = urllib.request.Request(
+        f"{url}/chat/completions", json.dumps(table).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as answer:
+        return str(json.load(answer)["choices"][0]["message"]["content"])
+
+
+@cache
+def _model(url: str) -> str:
     with urllib.request.urlopen(f"{url}/models") as answer:
-        table["model"] = json.load(answer)["data"][0]["id"]
+        return str(json.load(answer)["data"][0]["id"])
+
+
+def _ask(url: str, text: str, new_tokens: int, before: Sequence[dict[str, str]] = ()) -> tuple[float, int]:
+    """Return seconds to the first token of a stream, and the number of its tokens."""
+    table = {"model": _model(url), "messages": [*before, {"role": "user", "content": text}], "stream": True,
+             "max_tokens": new_tokens, "temperature": 0, "stream_options": {"include_usage": True}}  # fmt: skip
     request = urllib.request.Request(
         f"{url}/chat/completions", json.dumps(table).encode(), {"Content-Type": "application/json"}
     )
