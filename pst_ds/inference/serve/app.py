@@ -22,8 +22,8 @@ from pst_ds.inference.serve.gate import HEALTH, PAGE, Access, Gate
 from pst_ds.inference.serve.metrics import Metrics, Record
 from pst_ds.inference.serve.protocol import JsonTable, ProtocolError
 
-_SWITCH_SECONDS = 0.0005
-"""Longest time that another thread may hold the interpreter before the event loop gets it back."""
+_SWITCH_SECONDS = 0.00005
+"""Longest time that a thread holds the interpreter while another waits: a pass must not wait for the event loop."""
 _CHAT_PAGE = Path(__file__).with_name("chat.html")
 _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
