@@ -88,12 +88,12 @@ struct Functions {
     void (*attend)(const AttentionJob&, int64_t bits);  // of keys and values: 8, 16, 32
 };
 
-// Store eight rows of a block, or as many as the matrix still has.
-inline void store_rows(const float* rows, const Matrix& m, int64_t block, float* y) {
-    const int64_t left = m.rows - block * ROWS;
+// Store the rows of a block, or as many as the matrix still has.
+template <size_t N> inline void store_rows(const float (&rows)[N], const Matrix& m, int64_t block, float* y) {
+    const int64_t first = block * int64_t(N), left = m.rows - first;
     // a constant size compiles without a call
-    if (left >= ROWS) std::memcpy(y + block * ROWS, rows, ROWS * sizeof(float));
-    else std::memcpy(y + block * ROWS, rows, size_t(left) * sizeof(float));
+    if (left >= int64_t(N)) std::memcpy(y + first, rows, sizeof rows);
+    else std::memcpy(y + first, rows, size_t(left) * sizeof(float));
 }
 
 }  // namespace pst

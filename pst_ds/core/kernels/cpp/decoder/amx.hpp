@@ -94,7 +94,7 @@ struct TileJob {
     int64_t token, vectors;
 
     void store(const __m512* total, int panel) const {
-        for (int64_t t = 0; t < vectors; ++t) store_panel<1>(of, block + 2 * panel, token + t, total + t);
+        for (int64_t t = 0; t < vectors; ++t) store_block<1>(of, block + panel, token + t, total + t);
     }
 };
 
@@ -107,8 +107,8 @@ inline void planes_in_tiles(Tiles& tiles, const TileJob& job) {
     for (int64_t c = 0; c < chunks; ++c) {
         sums.add_up(c * words_in_chunk, c + 1 == chunks ? words : (c + 1) * words_in_chunk);
         for (int p = 0; p < job.panels; ++p) {
-            const __m512i offset = offsets_of(m, job.block + 2 * p, c);
-            const __m512 scales = scales_of(m, job.block + 2 * p, c);
+            const __m512i offset = offsets_of(m, job.block + p, c);
+            const __m512 scales = scales_of(m, job.block + p, c);
             for (int64_t t = 0; t < job.vectors; ++t) {
                 const float x_scale = job.of.q.scales_of(job.token + t)[c];
                 total[p][t] = with_planes(total[p][t], sums.at(p, 1, t), sums.at(p, 0, t), offset, scales, x_scale);
@@ -136,7 +136,7 @@ inline void bytes_in_tiles(Tiles& tiles, const TileJob& job) {
                 }
         }
         for (int p = 0; p < job.panels; ++p) {
-            const __m512 scales = scales_of(m, job.block + 2 * p, c);
+            const __m512 scales = scales_of(m, job.block + p, c);
             for (int64_t t = 0; t < job.vectors; ++t) total[p][t] = _mm512_fmadd_ps(of_chunk[p][t], scales, total[p][t]);
         }
     }
@@ -154,9 +154,9 @@ inline void vectors_in_tiles(const ProductJob& job, int64_t block, int panels, i
 
 template <int BITS, bool MASKED> inline void tile_product_of(const ProductJob& job) {
     const int64_t most = job.q.are_bytes ? 2 * TILE_ROWS : TILE_ROWS, whole = job.tokens / most * most;
-    for (int64_t block = job.first; block < job.last; block += 4) {
-        const int panels = block + 2 < job.last ? 2 : 1;
-        for (int p = 0; p < panels; ++p) expand_16<BITS, MASKED, false>(job.m, block + 2 * p, job.room + p * job.panel);
+    for (int64_t block = job.first; block < job.last; block += 2) {
+        const int panels = block + 1 < job.last ? 2 : 1;
+        for (int p = 0; p < panels; ++p) expand_16<BITS, MASKED, false>(job.m, block + p, job.room + p * job.panel);
         vectors_in_tiles(job, block, panels, 0, whole, most);
         vectors_in_tiles(job, block, panels, whole, job.tokens, job.tokens - whole);
     }

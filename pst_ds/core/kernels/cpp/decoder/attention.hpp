@@ -4,9 +4,15 @@
 inline Floats widen(const float* from) { return load(from); }  // in addition to bf16 and int8
 
 // scores (HEADS, places) = query (HEADS, padded) keys', four keys per step; scores after the last key are undefined.
+// Caches of several sequences come from memory: later keys and the values, which are needed next, are prefetched.
 template <class T, int HEADS>
-inline void scores_of(const float* query, const T* keys, int64_t count, int64_t padded, float* scores, int64_t places) {
+inline void scores_of(const float* query, const T* keys, const T* values, int64_t count, int64_t padded, float* scores, int64_t places) {
+    constexpr int64_t AHEAD = 2048 / sizeof(T), LINE = 64 / sizeof(T);
     for (int64_t t = 0; t < count; t += 4) {
+        for (int64_t i = t * padded; i < (t + 4) * padded; i += LINE) {
+            __builtin_prefetch(keys + i + AHEAD);
+            __builtin_prefetch(values + i);
+        }
         const T* key[4];
         for (int k = 0; k < 4; ++k) key[k] = keys + std::min(t + k, count - 1) * padded;
         Floats sum[HEADS][4] = {};
@@ -76,7 +82,7 @@ template <class T, int HEADS> inline void attend_together(const AttentionJob& jo
     for (int64_t h = 0; h < HEADS; ++h)
         for (int64_t i = 0; i < padded; ++i)
             query[h * padded + i] = i < job.head ? job.q[(first + h) * job.head + i] * job.scale : 0.0f;
-    scores_of<T, HEADS>(query, keys, count, padded, scores, places);
+    scores_of<T, HEADS>(query, keys, values, count, padded, scores, places);
     for (int64_t h = 0; h < HEADS; ++h) {
         float* of_head = scores + h * places;
         if (job.k_scales)

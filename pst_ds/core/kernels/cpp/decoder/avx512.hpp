@@ -1,4 +1,4 @@
-// Products with codes for AVX-512 with VBMI2 and VNNI: a word of mask bits expands 64 columns of a row. q is read as q
+// Products with codes for AVX-512 with VBMI2 and VNNI: a word of mask bits expands 4 columns of 16 rows. q is read as q
 // + 2^15, in two unsigned planes of bytes; Matrix::offsets contains what this adds to a sum, modulo 2^32.
 
 constexpr int64_t AHEAD = 4096;  // bytes to prefetch
@@ -14,129 +14,51 @@ inline __m512i dot(__m512i sum, __m512i x, __m512i codes) {
     return sum;
 }
 
-// Expand the codes of 8 rows in a word of columns, 0 where pruned, and advance `data` and `masks`.
-template <int BITS, bool MASKED> inline void expand(const uint8_t*& data, const uint64_t*& masks, __m512i (&codes)[8]) {
-#pragma GCC unroll 4
-    for (int line = 0; line < (MASKED ? 4 : BITS); ++line)  // half of the codes have as many
-        _mm_prefetch(reinterpret_cast<const char*>(data) + AHEAD + 64 * line, _MM_HINT_T0);
-    if (BITS == 8) {
-#pragma GCC unroll 8
-        for (int r = 0; r < 8; ++r) {
-            codes[r] = MASKED ? _mm512_maskz_expand_epi8(masks[r], bytes_at(data)) : bytes_at(data);
-            data += MASKED ? __builtin_popcountll(masks[r]) : 64;
-        }
-    } else {
-        const __m512i table = _mm512_set4_epi32(int(0xfffefdfc), int(0xfbfaf9f8), 0x07060504, 0x03020100);  // signed
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) {
-            const __m512i both = bytes_at(data), fifteen = _mm512_set1_epi8(15);
-            const __m512i low = _mm512_shuffle_epi8(table, _mm512_and_si512(both, fifteen));
-            const __m512i high = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(both, 4), fifteen));
-            codes[r] = MASKED ? _mm512_maskz_expand_epi8(masks[r], low) : low;
-            codes[r + 4] = MASKED ? _mm512_maskz_expand_epi8(masks[r + 4], high) : high;
-            const int a = MASKED ? __builtin_popcountll(masks[r]) : 64, b = MASKED ? __builtin_popcountll(masks[r + 4]) : 64;
-            data += a > b ? a : b;
-        }
-    }
-    if (MASKED) masks += 8;
-}
+// The codes of a block in the order of their columns.
+template <int BITS, bool MASKED> struct Codes16 {
+    const uint8_t* data;
+    const uint64_t* masks;
+    Codes16(const Matrix& m, int64_t block)
+        : data(m.data.data() + m.first_byte[size_t(block)]), masks(m.masks.data() + (MASKED ? block * m.words() * m.word / 4 : 0)) {}
 
-// The sums of 8 vectors of 16 integers.
-inline __m256i sums_of(const __m512i (&a)[8]) {
-    __m512i t[4];
+    // The next 16 columns, each vector [row][column], 0 where pruned.
+    void next(__m512i (&codes)[4]) {
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i)
-        t[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]));
-    const __m512i u = _mm512_add_epi32(_mm512_unpacklo_epi64(t[0], t[1]), _mm512_unpackhi_epi64(t[0], t[1]));
-    const __m512i v = _mm512_add_epi32(_mm512_unpacklo_epi64(t[2], t[3]), _mm512_unpackhi_epi64(t[2], t[3]));
-    // two halves of 4 rows
-    const __m256i us = _mm256_add_epi32(_mm512_castsi512_si256(u), _mm512_extracti64x4_epi64(u, 1));
-    const __m256i vs = _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
-    const __m128i first = _mm_add_epi32(_mm256_castsi256_si128(us), _mm256_extracti128_si256(us, 1));
-    const __m128i second = _mm_add_epi32(_mm256_castsi256_si128(vs), _mm256_extracti128_si256(vs, 1));
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1);
-}
-
-inline __m256 scales_at(const uint16_t* scales) {
-    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-}
-
-// One vector: two sums per row of a block stay in registers.
-template <int BITS, bool MASKED> inline void one_vector(const ProductJob& job, int64_t token) {
-    const Matrix& m = job.m;
-    const int64_t chunks = m.chunks(), words = m.words(), words_in_chunk = std::max<int64_t>(1, m.chunk / m.word);
-    const uint8_t *low = job.q.low_of(token), *high = job.q.high_of(token), *data = m.data.data() + m.first_byte[size_t(job.first)];
-    const uint64_t* masks = m.masks.data() + (MASKED ? job.first * words * ROWS : 0);
-    for (int64_t block = job.first; block < job.last; ++block) {
-        __m256 total = _mm256_setzero_ps();
-        int64_t word = 0;
-        for (int64_t c = 0; c < chunks; ++c) {
-            __m512i h[8], l[8];
-#pragma GCC unroll 8
-            for (int r = 0; r < 8; ++r) h[r] = l[r] = _mm512_setzero_si512();
-            const int64_t end = c + 1 == chunks ? words : std::min(words, word + words_in_chunk);
-            for (; word < end; ++word) {
-                __m512i codes[8];
-                const __m512i x_low = _mm512_loadu_si512(low + word * m.word), x_high = _mm512_loadu_si512(high + word * m.word);
-                expand<BITS, MASKED>(data, masks, codes);
-#pragma GCC unroll 8
-                for (int r = 0; r < 8; ++r) {
-                    h[r] = dot(h[r], x_high, codes[r]);
-                    l[r] = dot(l[r], x_low, codes[r]);
-                }
+        for (int line = 0; line < (MASKED ? BITS / 4 : BITS / 2); ++line)  // half of the codes have as many
+            _mm_prefetch(reinterpret_cast<const char*>(data) + AHEAD + 64 * line, _MM_HINT_T0);
+        if (BITS == 8) {
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                codes[i] = expanded(bytes_at(data), i);
+                data += count(i);
             }
-#pragma GCC unroll 8
-            for (int r = 0; r < 8; ++r) l[r] = _mm512_add_epi32(_mm512_slli_epi32(h[r], 8), l[r]);
-            const int64_t at = (block * chunks + c) * ROWS;
-            const __m256i offset = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(m.offsets.data() + at));
-            const __m256 scale = _mm256_mul_ps(scales_at(m.scales.data() + at), _mm256_set1_ps(job.q.scales_of(token)[c]));
-            total = _mm256_add_ps(total, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(sums_of(l), offset)), scale));
+        } else {
+            const __m512i table = _mm512_set4_epi32(int(0xfffefdfc), int(0xfbfaf9f8), 0x07060504, 0x03020100);  // signed
+#pragma GCC unroll 2
+            for (int i = 0; i < 4; i += 2) {
+                const __m512i both = bytes_at(data), fifteen = _mm512_set1_epi8(15);
+                codes[i] = expanded(_mm512_shuffle_epi8(table, _mm512_and_si512(both, fifteen)), i);
+                codes[i + 1] = expanded(_mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(both, 4), fifteen)), i + 1);
+                data += std::max(count(i), count(i + 1));
+            }
         }
-        float rows[ROWS];
-        _mm256_storeu_ps(rows, total);
-        store_rows(rows, m, block, job.y + token * job.y_width);
+        if (MASKED) masks += 4;
     }
-}
 
-// Transpose 16 x 16 words of 32 bits: 16 rows as bytes [4 columns][row][4].
-inline void transpose_codes(__m512i (&a)[16], uint8_t* to) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 4) {
-        t[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-        t[i + 2] = _mm512_unpacklo_epi32(a[i + 2], a[i + 3]), t[i + 3] = _mm512_unpackhi_epi32(a[i + 2], a[i + 3]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        a[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), a[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), a[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int j = 0; j < 4; ++j) {
-        const __m512i u = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), v = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
-        const __m512i p = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd), q = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
-        _mm512_storeu_si512(to + 64 * j, _mm512_shuffle_i32x4(u, v, 0x88));
-        _mm512_storeu_si512(to + 64 * (j + 4), _mm512_shuffle_i32x4(p, q, 0x88));
-        _mm512_storeu_si512(to + 64 * (j + 8), _mm512_shuffle_i32x4(u, v, 0xdd));
-        _mm512_storeu_si512(to + 64 * (j + 12), _mm512_shuffle_i32x4(p, q, 0xdd));
-    }
-}
+   private:
+    __m512i expanded(__m512i kept, int i) const { return MASKED ? _mm512_maskz_expand_epi8(masks[i], kept) : kept; }
+    int count(int i) const { return MASKED ? __builtin_popcountll(masks[i]) : 64; }
+};
 
-// Expand two blocks from `block` on; at the end, the last block twice. UNSIGNED: codes + 128.
-template <int BITS, bool MASKED, bool UNSIGNED> inline void expand_16(const Matrix& m, int64_t block, uint8_t* panel) {
-    const uint8_t* data[2];
-    const uint64_t* masks[2];
-    for (int i = 0; i < 2; ++i) {
-        const int64_t b = std::min(block + i, m.blocks() - 1);
-        data[i] = m.data.data() + m.first_byte[size_t(b)], masks[i] = m.masks.data() + (MASKED ? b * m.words() * ROWS : 0);
-    }
-    for (int64_t word = 0; word < m.words(); ++word) {
-        __m512i rows[16], eight[8];
-        for (int i = 0; i < 2; ++i) {
-            expand<BITS, MASKED>(data[i], masks[i], eight);
-            for (int r = 0; r < 8; ++r)
-                rows[8 * i + r] = UNSIGNED ? _mm512_xor_si512(eight[r], _mm512_set1_epi8(char(0x80))) : eight[r];
-        }
-        transpose_codes(rows, panel + word * m.word * 16);  // the second half of a 32-column word is overwritten
-    }
+inline __m512 scales_at(const uint16_t* scales) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+inline __m512 scales_of(const Matrix& m, int64_t block, int64_t chunk) {
+    return scales_at(m.scales.data() + (block * m.chunks() + chunk) * WORD_ROWS);
+}
+inline __m512i offsets_of(const Matrix& m, int64_t block, int64_t chunk) {
+    return _mm512_loadu_si512(m.offsets.data() + (block * m.chunks() + chunk) * WORD_ROWS);
 }
 
 inline __m512i four_columns(const uint8_t* x) {
@@ -145,44 +67,94 @@ inline __m512i four_columns(const uint8_t* x) {
     return _mm512_set1_epi32(four);
 }
 
-// The values of two blocks in a chunk, from `from` [block][chunk][8].
-template <class T> struct Both {
-    const T *first, *second;
-    Both(const std::vector<T>& from, const Matrix& m, int64_t block, int64_t chunk) {
-        first = from.data() + (block * m.chunks() + chunk) * ROWS;
-        second = block + 1 < m.blocks() ? first + m.chunks() * ROWS : first;
-    }
-};
-inline __m512i offsets_of(const Matrix& m, int64_t block, int64_t chunk) {
-    const Both<int32_t> at(m.offsets, m, block, chunk);
-    const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at.first));
-    return _mm512_inserti64x4(_mm512_castsi256_si512(first), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at.second)), 1);
-}
-inline __m512 scales_of(const Matrix& m, int64_t block, int64_t chunk) {
-    const Both<uint16_t> at(m.scales, m, block, chunk);
-    return _mm512_insertf32x8(_mm512_castps256_ps512(scales_at(at.first)), scales_at(at.second), 1);
-}
-
 // total + the contribution of a chunk of 16 rows to a vector: its sums with the high and the low plane.
 inline __m512 with_planes(__m512 total, __m512i high, __m512i low, __m512i offset, __m512 scales, float x_scale) {
     const __m512i sum = _mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low), offset);
     return _mm512_add_ps(total, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scales, _mm512_set1_ps(x_scale))));
 }
 
-// Store two blocks of rows for TOKENS vectors; the second may belong to another thread.
-template <int TOKENS> inline void store_panel(const ProductJob& job, int64_t block, int64_t token, const __m512* total) {
+// Store a block of rows for TOKENS vectors.
+template <int TOKENS> inline void store_block(const ProductJob& job, int64_t block, int64_t token, const __m512* total) {
     for (int t = 0; t < TOKENS; ++t) {
-        float rows[2 * ROWS], *y = job.y + (token + t) * job.y_width;
+        float rows[WORD_ROWS];
         _mm512_storeu_ps(rows, total[t]);
-        store_rows(rows, job.m, block, y);
-        if (block + 1 < job.last) store_rows(rows + ROWS, job.m, block + 1, y);
+        store_rows(rows, job.m, block, job.y + (token + t) * job.y_width);
     }
+}
+
+// A few vectors with blocks, whose codes are expanded in registers: those of the next columns while these are multiplied.
+template <int BITS, bool MASKED, int TOKENS> inline void few_vectors(const ProductJob& job) {
+    constexpr int CHAINS = TOKENS == 1 ? 4 : TOKENS <= 3 ? 2 : 1;  // independent sums hide the latency of products
+    const Matrix& m = job.m;
+    const int64_t chunks = m.chunks(), columns = m.words() * m.word, high = job.q.high_of(0) - job.q.low_of(0);
+    const uint8_t* x[TOKENS];
+    for (int t = 0; t < TOKENS; ++t) x[t] = job.q.low_of(t);
+    Codes16<BITS, MASKED> stream(m, job.first);
+    __m512i next[4];
+    stream.next(next);
+    for (int64_t block = job.first; block < job.last; ++block) {
+        __m512 total[TOKENS];
+        for (__m512& sum : total) sum = _mm512_setzero_ps();
+        for (int64_t c = 0; c < chunks; ++c) {
+            __m512i h[TOKENS][CHAINS], l[TOKENS][CHAINS];
+#pragma GCC unroll 8
+            for (int t = 0; t < TOKENS; ++t)
+#pragma GCC unroll 4
+                for (int i = 0; i < CHAINS; ++i) h[t][i] = l[t][i] = _mm512_setzero_si512();
+            const int64_t end = c + 1 == chunks ? columns : (c + 1) * m.chunk;
+            for (int64_t column = c * m.chunk; column < end; column += 16) {
+                const __m512i codes[4] = {next[0], next[1], next[2], next[3]};
+                stream.next(next);
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 8
+                    for (int t = 0; t < TOKENS; ++t) {
+                        const uint8_t* at = x[t] + column + 4 * i;
+                        h[t][i % CHAINS] = dot(h[t][i % CHAINS], four_columns(at + high), codes[i]);
+                        l[t][i % CHAINS] = dot(l[t][i % CHAINS], four_columns(at), codes[i]);
+                    }
+            }
+            const __m512i offset = offsets_of(m, block, c);
+            const __m512 scales = scales_of(m, block, c);
+#pragma GCC unroll 8
+            for (int t = 0; t < TOKENS; ++t) {
+#pragma GCC unroll 4
+                for (int i = 1; i < CHAINS; ++i)
+                    h[t][0] = _mm512_add_epi32(h[t][0], h[t][i]), l[t][0] = _mm512_add_epi32(l[t][0], l[t][i]);
+                total[t] = with_planes(total[t], h[t][0], l[t][0], offset, scales, job.q.scales_of(t)[c]);
+            }
+        }
+        store_block<TOKENS>(job, block, 0, total);
+    }
+}
+
+// Expand a block to panel[column / 4][row][column % 4]. UNSIGNED: codes + 128.
+template <int BITS, bool MASKED, bool UNSIGNED> inline void expand_16(const Matrix& m, int64_t block, uint8_t* panel) {
+    Codes16<BITS, MASKED> stream(m, block);
+    for (uint8_t* const end = panel + m.words() * m.word * 16; panel < end; panel += 256) {
+        __m512i codes[4];
+        stream.next(codes);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i)
+            _mm512_storeu_si512(panel + 64 * i, UNSIGNED ? _mm512_xor_si512(codes[i], _mm512_set1_epi8(char(0x80))) : codes[i]);
+    }
+}
+
+// What the first tile of vectors prefetches while it computes: the codes of the next panels. Other tiles: what is near.
+template <int PANELS> inline const uint8_t* after(const ProductJob& job, int64_t block, int64_t token) {
+    return token ? job.room : job.m.data.data() + job.m.first_byte[size_t(block + PANELS)];
+}
+inline void fetch_next(const uint8_t* ahead, int64_t column) {
+    _mm_prefetch(reinterpret_cast<const char*>(ahead) + 32 * column, _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(ahead) + 32 * column + 64, _MM_HINT_T1);
 }
 
 // Vectors with PANELS times 16 expanded rows, from `block` on.
 template <int TOKENS, int PANELS> inline void panel_rows(const ProductJob& job, int64_t block, int64_t token) {
     const Matrix& m = job.m;
-    const int64_t chunks = m.chunks(), columns = m.words() * m.word;
+    const int64_t chunks = m.chunks(), columns = m.words() * m.word, high = job.q.high_of(0) - job.q.low_of(0);
+    const uint8_t *ahead = after<PANELS>(job, block, token), *x[TOKENS];
+    for (int t = 0; t < TOKENS; ++t) x[t] = job.q.low_of(token + t);
     __m512 total[PANELS][TOKENS];
     for (auto& of_panel : total)
         for (__m512& sum : of_panel) sum = _mm512_setzero_ps();
@@ -195,33 +167,34 @@ template <int TOKENS, int PANELS> inline void panel_rows(const ProductJob& job, 
         const int64_t end = c + 1 == chunks ? columns : (c + 1) * m.chunk;
         for (int64_t i = c * m.chunk; i < end; i += 4) {
             __m512i codes[PANELS];
+            fetch_next(ahead, i);
 #pragma GCC unroll 2
             for (int p = 0; p < PANELS; ++p) codes[p] = _mm512_loadu_si512(job.room + p * job.panel + i * 16);
 #pragma GCC unroll 8
             for (int t = 0; t < TOKENS; ++t) {
-                const __m512i high = four_columns(job.q.high_of(token + t) + i), low = four_columns(job.q.low_of(token + t) + i);
+                const __m512i of_high = four_columns(x[t] + i + high), of_low = four_columns(x[t] + i);
 #pragma GCC unroll 2
-                for (int p = 0; p < PANELS; ++p) h[p][t] = dot(h[p][t], high, codes[p]), l[p][t] = dot(l[p][t], low, codes[p]);
+                for (int p = 0; p < PANELS; ++p) h[p][t] = dot(h[p][t], of_high, codes[p]), l[p][t] = dot(l[p][t], of_low, codes[p]);
             }
         }
 #pragma GCC unroll 2
         for (int p = 0; p < PANELS; ++p) {
-            const __m512i offset = offsets_of(m, block + 2 * p, c);
-            const __m512 scales = scales_of(m, block + 2 * p, c);
+            const __m512i offset = offsets_of(m, block + p, c);
+            const __m512 scales = scales_of(m, block + p, c);
 #pragma GCC unroll 8
             for (int t = 0; t < TOKENS; ++t) {
                 total[p][t] = with_planes(total[p][t], h[p][t], l[p][t], offset, scales, job.q.scales_of(token + t)[c]);
             }
         }
     }
-    for (int p = 0; p < PANELS; ++p) store_panel<TOKENS>(job, block + 2 * p, token, total[p]);
+    for (int p = 0; p < PANELS; ++p) store_block<TOKENS>(job, block + p, token, total[p]);
 }
 
 // The same for vectors of bytes: codes are unsigned, and each sum starts with the correction for it.
 template <int TOKENS, int PANELS> inline void byte_rows(const ProductJob& job, int64_t block, int64_t token) {
     const Matrix& m = job.m;
     const int64_t chunks = m.chunks(), words = m.words(), words_in_chunk = std::max<int64_t>(1, m.chunk / m.word);
-    const uint8_t* x = job.q.low_of(token);
+    const uint8_t *x = job.q.low_of(token), *ahead = after<PANELS>(job, block, token);
     const float* x_scales = job.q.scales_of(token);
     const int32_t* sums = job.q.sums_of(token);
     __m512 total[PANELS][TOKENS];
@@ -241,6 +214,7 @@ template <int TOKENS, int PANELS> inline void byte_rows(const ProductJob& job, i
                 for (int p = 0; p < PANELS; ++p) sum[p][t] = _mm512_set1_epi32(sums[t * words + word]);
             for (int64_t i = word * m.word; i < (word + 1) * m.word; i += 4) {
                 __m512i codes[PANELS];
+                fetch_next(ahead, i);
 #pragma GCC unroll 2
                 for (int p = 0; p < PANELS; ++p) codes[p] = _mm512_loadu_si512(job.room + p * job.panel + i * 16);
 #pragma GCC unroll 8
@@ -259,39 +233,42 @@ template <int TOKENS, int PANELS> inline void byte_rows(const ProductJob& job, i
             }
         }
         for (int p = 0; p < PANELS; ++p) {
-            const __m512 scales = scales_of(m, block + 2 * p, c);
+            const __m512 scales = scales_of(m, block + p, c);
             for (int t = 0; t < TOKENS; ++t) total[p][t] = _mm512_fmadd_ps(of_chunk[p][t], scales, total[p][t]);
         }
     }
-    for (int p = 0; p < PANELS; ++p) store_panel<TOKENS>(job, block + 2 * p, token, total[p]);
+    for (int p = 0; p < PANELS; ++p) store_block<TOKENS>(job, block + p, token, total[p]);
 }
 
-template <int PANELS, int TOKENS> inline void vectors_with_panels(const ProductJob& job, int64_t block, int64_t& token) {
-    for (; token + TOKENS <= job.tokens; token += TOKENS)
-        if (job.q.are_bytes) byte_rows<TOKENS, PANELS>(job, block, token);
-        else panel_rows<TOKENS, PANELS>(job, block, token);
+// Vectors in tiles of equal sizes or nearly, of at most MOST: kernels[n - 1](job, block, token) for n vectors.
+template <size_t MOST> inline void in_tiles(const ProductJob& job, int64_t block, void (*const (&kernels)[MOST])(const ProductJob&, int64_t, int64_t)) {
+    for (int64_t tiles = (job.tokens + int64_t(MOST) - 1) / int64_t(MOST), i = 0; i < tiles; ++i) {
+        const int64_t token = job.tokens * i / tiles, end = job.tokens * (i + 1) / tiles;
+        kernels[end - token - 1](job, block, token);
+    }
 }
 
 template <int BITS, bool MASKED, int PANELS> inline void panels(const ProductJob& job, int64_t block) {
+    static constexpr void (*PLANES[])(const ProductJob&, int64_t, int64_t) = {
+        panel_rows<1, PANELS>, panel_rows<2, PANELS>, panel_rows<3, PANELS>, panel_rows<4, PANELS>, panel_rows<5, PANELS>, panel_rows<6, PANELS>};
+    static constexpr void (*BYTES[])(const ProductJob&, int64_t, int64_t) = {
+        byte_rows<1, PANELS>, byte_rows<2, PANELS>, byte_rows<3, PANELS>, byte_rows<4, PANELS>, byte_rows<5, PANELS>, byte_rows<6, PANELS>};
     for (int p = 0; p < PANELS; ++p) {
         uint8_t* panel = job.room + p * job.panel;
-        if (job.q.are_bytes) expand_16<BITS, MASKED, true>(job.m, block + 2 * p, panel);
-        else expand_16<BITS, MASKED, false>(job.m, block + 2 * p, panel);
+        if (job.q.are_bytes) expand_16<BITS, MASKED, true>(job.m, block + p, panel);
+        else expand_16<BITS, MASKED, false>(job.m, block + p, panel);
     }
-    int64_t token = 0;
-    vectors_with_panels<PANELS, 6>(job, block, token);
-    vectors_with_panels<PANELS, 2>(job, block, token);
-    vectors_with_panels<PANELS, 1>(job, block, token);
+    in_tiles(job, block, job.q.are_bytes ? BYTES : PLANES);
 }
 
 template <int BITS, bool MASKED> inline void code_product_of(const ProductJob& job) {
-    if (job.tokens <= 2 && !job.q.are_bytes) {
-        for (int64_t token = 0; token < job.tokens; ++token) one_vector<BITS, MASKED>(job, token);
-        return;
-    }
+    static constexpr void (*FEW[])(const ProductJob&) = {
+        few_vectors<BITS, MASKED, 1>, few_vectors<BITS, MASKED, 2>, few_vectors<BITS, MASKED, 3>, few_vectors<BITS, MASKED, 4>,
+        few_vectors<BITS, MASKED, 5>, few_vectors<BITS, MASKED, 6>, few_vectors<BITS, MASKED, 7>, few_vectors<BITS, MASKED, 8>};
+    if (job.tokens <= int64_t(std::size(FEW)) && !job.q.are_bytes) return FEW[job.tokens - 1](job);
     int64_t block = job.first;
-    for (; block + 4 <= job.last; block += 4) panels<BITS, MASKED, 2>(job, block);
-    for (; block < job.last; block += 2) panels<BITS, MASKED, 1>(job, block);
+    for (; block + 2 <= job.last; block += 2) panels<BITS, MASKED, 2>(job, block);
+    if (block < job.last) panels<BITS, MASKED, 1>(job, block);
 }
 
 inline void code_product(const ProductJob& job) {

@@ -6,7 +6,7 @@ inline int32_t largest_bits(const float* x, int64_t count) {
     Ints largest{};
     for (int64_t i = 0; i < whole; i += LANES) {
         const Ints bits = (Ints)load(x + i) & 0x7fffffff;
-        largest = (bits & (bits > largest)) | (largest & ~(bits > largest));
+        largest = bits > largest ? bits : largest;
     }
     int32_t most = 0, word;
     for (int i = 0; i < LANES; ++i) most = std::max(most, largest[i]);

@@ -215,7 +215,7 @@ class Decoder {
                 kernels.product({m, from, integers, tokens, first, last, y, linear.width, rooms[size_t(thread)]->rows.data()});
                 if (!linear.bias) return;
                 for (int64_t t = 0; t < tokens; ++t)
-                    for (int64_t row = first * ROWS; row < std::min(m.rows, last * ROWS); ++row)
+                    for (int64_t row = first * m.height; row < std::min(m.rows, last * m.height); ++row)
                         y[t * linear.width + row] += linear.bias[part.offset + row];
             });
         }

@@ -4,27 +4,29 @@
 //
 // q are the activations as integers of -levels .. levels, rounded chunk by chunk (quantize in glue.hpp). Levels are as
 // many as keep a chunk's sum inside 32 bits, so it is exact: in any order, for any number of vectors and threads, and
-// with any instructions. Rows are taken in blocks of 8.
+// with any instructions. Rows are taken in blocks of 8, or of 16 for WORDS.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <vector>
 
 #include "../bitmask/common.hpp"
+#include "huge_pages.hpp"
 
 namespace pst {
 
-constexpr int64_t ROWS = 8, WINDOW = 16, WORD = 64, MOST_COLUMNS = 2048;
-constexpr int64_t PADDING = 64;  // bytes that a load may read past the end
+constexpr int64_t ROWS = 8, WORD_ROWS = 16, WINDOW = 16, WORD = 64, MOST_COLUMNS = 2048;
+constexpr int64_t PADDING = 64, CODE_PADDING = 320;  // bytes that a load may read past the end, of activations and codes
 
 enum Layout {
     FLOATS,  // unchanged in memory: rows of fp32 or bf16
     PAIRS,  // all codes; 2 columns of 8 rows are adjacent
     WINDOWS,  // kept codes; 2 per row from each of two windows of 16 columns, for 8 rows, followed by their places
-    WORDS,  // kept codes of 64 columns, row by row of a block, and a word of bits per row; or all codes without bits
+    WORDS,  // kept codes of 4 columns of 16 rows, [row][column], and a word of their bits; or all codes without bits
 };
 
 struct Matrix {
@@ -32,20 +34,21 @@ struct Matrix {
     int64_t rows = 0, columns = 0;
     int bits = 0;  // per code: 4, 8; per float: 16, 32
     int64_t chunk = 0;       // columns that share a scale
-    int64_t word = WORD;  // columns of a word: 64, or 32 if a chunk is not a multiple of 64
+    int64_t height = ROWS;  // rows of a block
+    int64_t word = WORD;  // columns that share a scale of bytes, see Activations: 64, or 32 if a chunk is not a multiple of 64
     int32_t levels = 0;
     bool has_bits = false;  // for WORDS
     const void* floats = nullptr;        // not owned
-    std::vector<uint16_t> scales;        // [block][chunk][8], bf16
-    std::vector<uint8_t> data;  // codes, for WINDOWS with their places
+    std::vector<uint16_t> scales;        // [block][chunk][row], bf16
+    InHugePages<uint8_t> data;  // codes, for WINDOWS with their places
     std::vector<int64_t> first_byte;     // of every block in data, and the end
     std::vector<uint8_t> moves;          // WINDOWS: columns from one window to the next
     std::vector<int64_t> first_move;     // of every block in moves, and the end
     std::vector<uint16_t> steps;         // WINDOWS: [block][chunk], pairs of windows in a chunk
-    std::vector<uint64_t> masks;         // WORDS: [block][word][8]
-    std::vector<int32_t> offsets;        // WORDS: [block][chunk][8], 2^15 times the sum of a row's codes, modulo 2^32
+    InHugePages<uint64_t> masks;         // WORDS: [block][4 columns]
+    std::vector<int32_t> offsets;        // WORDS: [block][chunk][row], 2^15 times the sum of a row's codes, modulo 2^32
 
-    int64_t blocks() const { return (rows + ROWS - 1) / ROWS; }
+    int64_t blocks() const { return (rows + height - 1) / height; }
     int64_t chunks() const { return (columns + chunk - 1) / chunk; }
     int64_t chunk_end(int64_t c) const { return std::min(columns, (c + 1) * chunk); }
     int64_t words() const { return (columns + word - 1) / word; }
@@ -69,21 +72,22 @@ inline uint8_t nibbles(int low, int high) { return uint8_t((low & 15) | (high & 
 
 // 8 bits: codes[row][2] of 2 columns, 16 bytes, always for 4 columns. 4 bits: words of 16 bits, [row][2], each with the
 // codes + 8 of 4 pairs of columns, from its lowest bits on: 32 bytes for 8 columns.
-inline void pack_pairs(Matrix& m, const Codes& from) {
+inline std::vector<uint8_t> pack_pairs(Matrix& m, const Codes& from) {
     const int64_t step = m.bits == 4 ? 8 : 2;
+    std::vector<uint8_t> data;
     m.first_byte.resize(size_t(m.blocks() + 1));
     for (int64_t block = 0; block < m.blocks(); ++block) {
-        m.first_byte[size_t(block)] = int64_t(m.data.size());
+        m.first_byte[size_t(block)] = int64_t(data.size());
         for (int64_t column = 0; column < round_up(m.columns, m.bits == 4 ? 8 : 4); column += step)
             for (int64_t row = block * ROWS; row < (block + 1) * ROWS; ++row)
                 for (int64_t i = column; i < column + 2; ++i) {
                     const auto code = [&](int64_t pair) { return from.at(row, i + 2 * pair) + 8; };
-                    m.data.push_back(m.bits == 4 ? nibbles(code(0), code(1)) : uint8_t(from.at(row, i)));
-                    if (m.bits == 4) m.data.push_back(nibbles(code(2), code(3)));
+                    data.push_back(m.bits == 4 ? nibbles(code(0), code(1)) : uint8_t(from.at(row, i)));
+                    if (m.bits == 4) data.push_back(nibbles(code(2), code(3)));
                 }
     }
-    m.first_byte.back() = int64_t(m.data.size());
-    m.data.resize(m.data.size() + PADDING);
+    m.first_byte.back() = int64_t(data.size());
+    return data;
 }
 
 // The kept columns of the rows of a block, within a chunk.
@@ -116,17 +120,18 @@ struct Window {
 };
 
 // Two windows: their places in the halves of 16 bytes; then the codes of the first 4 rows of both, and of the others.
-inline void pack_two_windows(Matrix& m, const Window& a, const Window& b) {
-    for (int i = 0; i < 16; ++i) m.data.push_back(nibbles(a.place[i], b.place[i]));
-    for (int rows = 0; rows < (m.bits == 4 ? 8 : 16); rows += 8)
+inline void pack_two_windows(int bits, const Window& a, const Window& b, std::vector<uint8_t>& data) {
+    for (int i = 0; i < 16; ++i) data.push_back(nibbles(a.place[i], b.place[i]));
+    for (int rows = 0; rows < (bits == 4 ? 8 : 16); rows += 8)
         for (const Window* window : {&a, &b})
             for (int i = rows; i < rows + 8; ++i)
-                m.data.push_back(m.bits == 4 ? nibbles(window->code[i], window->code[i + 8]) : uint8_t(window->code[i]));
+                data.push_back(bits == 4 ? nibbles(window->code[i], window->code[i + 8]) : uint8_t(window->code[i]));
 }
 
-inline void pack_windows(Matrix& m, const Codes& from) {
+inline std::vector<uint8_t> pack_windows(Matrix& m, const Codes& from) {
+    std::vector<uint8_t> data;
     for (int64_t block = 0; block < m.blocks(); ++block) {
-        m.first_byte.push_back(int64_t(m.data.size()));
+        m.first_byte.push_back(int64_t(data.size()));
         m.first_move.push_back(int64_t(m.moves.size()));
         for (int64_t c = 0; c < m.chunks(); ++c) {
             Kept kept;
@@ -141,47 +146,47 @@ inline void pack_windows(Matrix& m, const Codes& from) {
                 windows.emplace_back(from, block, at, kept);
             }
             if (windows.size() % 2) windows.emplace_back(), m.moves.push_back(0);
-            for (size_t i = 0; i < windows.size(); i += 2) pack_two_windows(m, windows[i], windows[i + 1]);
+            for (size_t i = 0; i < windows.size(); i += 2) pack_two_windows(m.bits, windows[i], windows[i + 1], data);
             m.steps.push_back(uint16_t(windows.size() / 2));
         }
     }
-    m.first_byte.push_back(int64_t(m.data.size()));
+    m.first_byte.push_back(int64_t(data.size()));
     m.first_move.push_back(int64_t(m.moves.size()));
-    m.data.resize(m.data.size() + PADDING);
+    return data;
 }
 
-// 64 columns of the rows of a block. 4-bit codes: row in the lower halves, row + 4 in the upper.
-inline void pack_words(Matrix& m, const Codes& from) {
+// A word is 4 columns of 16 rows. 4-bit codes: a word in the lower halves of bytes, the next in the upper.
+inline std::vector<uint8_t> pack_words(Matrix& m, const Codes& from) {
+    std::vector<uint8_t> data;
+    std::vector<uint64_t> masks;
     for (int64_t block = 0; block < m.blocks(); ++block) {
-        m.first_byte.push_back(int64_t(m.data.size()));
+        m.first_byte.push_back(int64_t(data.size()));
         for (int64_t c = 0; c < m.chunks(); ++c)
-            for (int64_t row = block * ROWS; row < (block + 1) * ROWS; ++row) {
+            for (int64_t row = block * WORD_ROWS; row < (block + 1) * WORD_ROWS; ++row) {
                 uint32_t sum = 0;
                 for (int64_t column = c * m.chunk; column < m.chunk_end(c); ++column) sum += uint32_t(from.at(row, column));
                 m.offsets.push_back(int32_t(sum << 15));
             }
-        for (int64_t w = 0; w < m.words(); ++w) {
-            std::vector<int> held[ROWS];
-            for (int64_t row = 0; row < ROWS; ++row) {
-                uint64_t mask = 0;
-                for (int64_t j = 0; j < m.word; ++j) {
-                    const int code = from.at(block * ROWS + row, w * m.word + j);
-                    if (code) mask |= uint64_t(1) << j;
-                    if (code || !m.has_bits) held[row].push_back(code);
-                }
-                if (!m.has_bits) held[row].resize(WORD);
-                if (m.has_bits) m.masks.push_back(mask);
-                if (m.bits == 8) m.data.insert(m.data.end(), held[row].begin(), held[row].end());
+        std::vector<int> held[2];
+        for (int64_t column = 0; column < m.words() * m.word; column += 4) {
+            const bool is_second = m.bits == 4 && column % 8;
+            uint64_t mask = 0;
+            for (int64_t i = 0; i < 64; ++i) {
+                const int code = from.at(block * WORD_ROWS + i / 4, column + i % 4);
+                if (code) mask |= uint64_t(1) << i;
+                if (code || !m.has_bits) held[is_second].push_back(code);
             }
-            for (int64_t row = 0; m.bits == 4 && row < ROWS / 2; ++row) {
-                const std::vector<int>&low = held[row], &high = held[row + ROWS / 2];
-                for (size_t i = 0; i < std::max(low.size(), high.size()); ++i)
-                    m.data.push_back(nibbles(i < low.size() ? low[i] : 0, i < high.size() ? high[i] : 0));
-            }
+            if (m.has_bits) masks.push_back(mask);
+            if (m.bits == 4 && !is_second) continue;
+            for (auto& codes : held) codes.resize(std::max(held[0].size(), held[1].size()));
+            for (size_t i = 0; i < held[0].size(); ++i)
+                data.push_back(m.bits == 4 ? nibbles(held[0][i], held[1][i]) : uint8_t(held[0][i]));
+            for (auto& codes : held) codes.clear();
         }
     }
-    m.first_byte.push_back(int64_t(m.data.size()));
-    m.data.resize(m.data.size() + PADDING);
+    m.first_byte.push_back(int64_t(data.size()));
+    m.masks = InHugePages<uint64_t>(masks, CODE_PADDING);
+    return data;
 }
 
 // Pack codes (rows, columns) with bf16 scales (rows, groups), groups of `group` columns; 0: one group. `words`: for
@@ -196,22 +201,24 @@ inline Matrix* pack(const int8_t* codes, const uint16_t* scales, int64_t rows, i
     m->word = m->chunk % WORD && m->chunks() > 1 ? 32 : WORD;
     const int64_t groups = group ? (columns + group - 1) / group : 1, largest = bits == 4 ? 7 : 127;
     m->levels = int32_t(std::min<int64_t>(32767, 2147483647 / (largest * std::min(m->chunk, std::max<int64_t>(columns, 1)))));
+    m->height = words ? WORD_ROWS : ROWS;
     for (int64_t block = 0; block < m->blocks(); ++block)
         for (int64_t c = 0; c < m->chunks(); ++c)
-            for (int64_t row = block * ROWS; row < (block + 1) * ROWS; ++row)
+            for (int64_t row = block * m->height; row < (block + 1) * m->height; ++row)
                 m->scales.push_back(row < rows ? scales[row * groups + (group ? c : 0)] : 0);
     const int64_t kept = rows * columns - std::count(codes, codes + rows * columns, int8_t(0));
     m->has_bits = words && kept * 8 < rows * columns * 7;
     m->layout = words ? WORDS : kept * 8 < rows * columns * 5 ? WINDOWS : PAIRS;
-    if (m->layout == WORDS) pack_words(*m, from);
-    if (m->layout == WINDOWS) pack_windows(*m, from);
-    if (m->layout == WINDOWS && int64_t(m->data.size() + m->moves.size()) * 4 > rows * columns * bits / 8 * 3) {
-        m->data.clear(), m->moves.clear(), m->steps.clear(), m->first_byte.clear(), m->first_move.clear();
+    std::vector<uint8_t> data;
+    if (m->layout == WORDS) data = pack_words(*m, from);
+    if (m->layout == WINDOWS) data = pack_windows(*m, from);
+    if (m->layout == WINDOWS && int64_t(data.size() + m->moves.size()) * 4 > rows * columns * bits / 8 * 3) {
+        m->moves.clear(), m->steps.clear(), m->first_byte.clear(), m->first_move.clear();
         m->layout = PAIRS;
     }
-    if (m->layout == PAIRS) pack_pairs(*m, from);
-    m->data.shrink_to_fit(), m->moves.shrink_to_fit(), m->scales.shrink_to_fit();
-    m->masks.shrink_to_fit(), m->offsets.shrink_to_fit(), m->steps.shrink_to_fit();
+    if (m->layout == PAIRS) data = pack_pairs(*m, from);
+    m->data = InHugePages<uint8_t>(data, CODE_PADDING);
+    m->moves.shrink_to_fit(), m->scales.shrink_to_fit(), m->offsets.shrink_to_fit(), m->steps.shrink_to_fit();
     return m.release();
 }
 

@@ -62,7 +62,7 @@ class CodeProduct {
                 const int64_t begin = STEP * (steps * piece / pieces), end = std::min(m.blocks(), STEP * (steps * (piece + 1) / pieces));
                 float* to = y + first * m.rows;
                 kernels().product({m, from, q, count, begin, end, to, m.rows, room.data()});
-                finish(begin * ROWS, std::min(m.rows, end * ROWS), count, bias, activation, to);
+                finish(begin * m.height, std::min(m.rows, end * m.height), count, bias, activation, to);
             });
         }
     }
@@ -70,7 +70,7 @@ class CodeProduct {
    private:
     static constexpr double LEAST_KEPT = 0.3, LEAST_KEPT_FOR_BYTES = 0.15;
     static constexpr int64_t MOST_TOKENS = 256, PIECES = 8;
-    static constexpr int64_t STEP = 4;  // blocks that kernels prefer together
+    static constexpr int64_t STEP = 2;  // blocks that kernels prefer together
     static const Functions& kernels() { return functions(best_level()); }
 
     void finish(int64_t first, int64_t last, int64_t tokens, const float* bias, int64_t activation, float* y) const {
