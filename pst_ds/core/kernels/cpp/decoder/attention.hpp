@@ -7,11 +7,11 @@ inline Floats widen(const float* from) { return load(from); }  // in addition to
 // Caches of several sequences come from memory: later keys and the values, which are needed next, are prefetched.
 template <class T, int HEADS>
 inline void scores_of(const float* query, const T* keys, const T* values, int64_t count, int64_t padded, float* scores, int64_t places) {
-    constexpr int64_t AHEAD = 2048 / sizeof(T), LINE = 64 / sizeof(T);
+    constexpr int64_t AHEAD = 64, LINE = 64 / sizeof(T);  // keys, numbers
     for (int64_t t = 0; t < count; t += 4) {
         for (int64_t i = t * padded; i < (t + 4) * padded; i += LINE) {
-            __builtin_prefetch(keys + i + AHEAD);
-            __builtin_prefetch(values + i);
+            __builtin_prefetch(keys + AHEAD * padded + i, 0, 2);
+            __builtin_prefetch(values + i, 0, 2);
         }
         const T* key[4];
         for (int k = 0; k < 4; ++k) key[k] = keys + std::min(t + k, count - 1) * padded;
