@@ -62,6 +62,8 @@ def test_threads_and_the_number_of_vectors_change_no_bit(level, bits, group, spa
     x = torch.randn(17, 320, generator=torch.Generator().manual_seed(2))
     together = matrix.multiply(x)
     assert torch.equal(together, torch.cat([matrix.multiply(row[None]) for row in x]))
+    for count in range(2, len(x)):
+        assert torch.equal(together[:count], matrix.multiply(x[:count])), count
     assert torch.equal(together, matrix.multiply(x, threads=3))
 
 
