@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -208,6 +209,7 @@ def _warm_up(args: argparse.Namespace, service: TextService) -> None:
     """Run what requests run, for a user too, so that no request waits for a compiler. Raises InputError."""
     import torch
 
+    from pst_ds.inference.serve.grammar import GrammarError
     from pst_ds.inference.serve.protocol import ProtocolError
 
     states: list[State | None] = [None]
@@ -219,6 +221,8 @@ def _warm_up(args: argparse.Namespace, service: TextService) -> None:
     try:
         prompt = service.prompt_of([{"role": "user", "content": text}]) if has_template else service.continued(text)
         service.answering.warm_up(prompt, states)
+        with suppress(GrammarError):  # JSON schemas are then refused
+            service.grammars.of_schema({"type": "object"})
     except ProtocolError as error:
         raise InputError(f"{args.chat_template or args.model}: {error.message}") from None
     except Exception as error:

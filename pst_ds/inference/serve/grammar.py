@@ -28,6 +28,9 @@ class Grammar:
     def __init__(self, matcher: LLMatcher):
         self._matcher = matcher
 
+    def copy(self) -> Grammar:
+        return Grammar(self._matcher.deep_copy())
+
     def allowed(self, logits: Tensor) -> Tensor:
         """Return ``logits`` (vocabulary,) with -inf for tokens that must not come next."""
         marks = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)

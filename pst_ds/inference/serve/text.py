@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from pst_ds.inference.serve.app import Service, add_chat_page, no_model
 from pst_ds.inference.serve.cpu_limit import call_within
-from pst_ds.inference.serve.grammar import GrammarError, Grammars
+from pst_ds.inference.serve.grammar import Grammar, GrammarError, Grammars
 from pst_ds.inference.serve.jobs import DONE_STOP, Answering, BusyError, ClosingError, Job, Token
 from pst_ds.inference.serve.protocol import (
     ChatRequest,
@@ -112,10 +112,17 @@ class TextService(Service):
         asked = chat_request(table)
         tools = [tool.model_dump() for tool in asked.callable_tools]
         state, prompts = self.state_of(asked.model), [self.prompt_of(asked.chat, tools)]
-        schema = asked.schema_of_answer
         names = [tool.function.name for tool in asked.callable_tools]
         question = self._question(asked, state, prompts, ChatReply(asked.model, asked.logprobs))
-        return replace(question, names=names, schema=schema)
+        return replace(question, names=names, grammar=self._grammar_of(asked))
+
+    def _grammar_of(self, asked: ChatRequest) -> Grammar | None:
+        schema = asked.schema_of_answer
+        try:
+            return None if schema is None else self.grammars.of_schema(schema)
+        except GrammarError as error:
+            place = "tools" if asked.must_call else "response_format"
+            raise ProtocolError(400, f"the JSON schema is not supported: {error}", param=place) from None
 
     def _question(
         self, asked: ChatRequest | CompletionRequest, state: State | None, prompts: list[list[int]], reply: Reply
@@ -126,6 +133,11 @@ class TextService(Service):
             raise ProtocolError(400, why, param="n")
         if self.limits.vocabulary and any(token >= self.limits.vocabulary for token in asked.sampling.logit_bias):
             raise ProtocolError(400, f"tokens are below {self.limits.vocabulary}", param="logit_bias")
+        if asked.likeliest is not None:
+            try:
+                _ = self.grammars.tokens
+            except GrammarError as error:
+                raise ProtocolError(400, f"logprobs are not supported: {error}", param="logprobs") from None
         return Question(asked, state, [prompt for prompt in prompts for _ in range(asked.n)], reply)
 
     def prompt_of(self, messages: Sequence[JsonTable], tools: Sequence[JsonTable] = ()) -> list[int]:
@@ -187,12 +199,8 @@ class TextService(Service):
             most = self.new_tokens_of(asked, prompt)
             job = Job(prompt, most, asked.sampling, seed ^ index, partial(put, index), question.state)
             job.likeliest = asked.likeliest
-            try:
-                job.grammar = None if question.schema is None else self.grammars.of_schema(question.schema)
-                made.append(Answer(index, job, self, asked.stop, question.names))
-            except GrammarError as error:
-                place = "tools" if question.names else "response_format"
-                raise ProtocolError(400, f"the JSON schema is not supported: {error}", param=place) from None
+            job.grammar = None if question.grammar is None else question.grammar.copy()
+            made.append(Answer(index, job, self, asked.stop, question.names))
         return made
 
 
@@ -206,7 +214,7 @@ class Question:
     reply: Reply
     names: Sequence[str] = ()
     """Tools that an answer may call."""
-    schema: JsonTable | None = None
+    grammar: Grammar | None = None
 
 
 class Answer:
