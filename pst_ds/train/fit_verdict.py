@@ -1,17 +1,12 @@
-"""Decide whether a run overfits or underfits, from its losses, and propose settings to change.
-
-The noise of a loss is estimated from its own curve. Training losses are independent between batches, so their residuals
-from a trend are noise. Validation losses are few, so their noise is the distance of each from the line through its
-neighbours. Only losses under the final masks are compared. Importing this module does not import torch.
-"""
+"""Decide whether a run overfits or underfits, from its losses under the final masks, and propose settings to change.
+Importing this module does not import torch."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -26,18 +21,13 @@ if TYPE_CHECKING:
 _MOST_WATCHED, _FEWEST_WATCHED = 4, 2
 _SHARE_WATCHED = 0.05
 """Maximum share of a run's time for evaluations that only watch it; an example takes a third of its training time."""
-ERRORS = 3.0
-"""Standard errors above which a change is more than noise."""
-STEEP = 0.1
-"""A run underfits if twice the steps would lower its loss by this share."""
+CHANCE = 0.001
+"""Probability below which a fall is more than noise."""
+CHANGE = 0.1
+"""Least share by which a loss falls or rises for a verdict."""
 UNLEARNED, NOT_LEARNED = 0.4, 0.9
 """Shares of a constant answer's loss: below the first, a run has learned enough; above the second, nothing."""
-RISE = 0.1
-"""Share by which the validation loss of a run that overfits ends above its minimum."""
 FEWEST_BATCHES, FEWEST_EVALUATIONS = 8, 3
-"""Minimum numbers of points for a trend."""
-END = 0.1
-"""Last share of the steps, over which the loss at the end is averaged."""
 
 Change = dict[str, int | float]
 """Settings to change together, with their new values."""
@@ -61,29 +51,13 @@ class Losses:
     metric: Sequence[Point] = ()
     """Metric that chooses the best checkpoint, at the steps of ``validation``; negated if lower is better."""
 
-    @property
-    def end(self) -> float:
-        """Mean training loss over the last END of the steps, at least over FEWEST_BATCHES batches."""
-        steps = self.num_steps
-        last = [value for step, value in self.training if (1.0 - END) * steps < step <= steps]
-        few = [value for _, value in self.training[-FEWEST_BATCHES:]]
-        return float(np.mean(last if len(last) >= FEWEST_BATCHES else few))
-
-    @property
-    def second_half(self) -> float:
-        """First step of the second half, or with the final masks if that is later."""
-        return max(self.masks_final, self.num_steps / 2)
-
-    @property
-    def half_learned(self) -> float:
-        """Step before and after which the learning rates, summed over :attr:`second_half`, are equal."""
-        return self.num_steps - (self.num_steps - self.second_half) / math.sqrt(2.0)
+    def recent(self) -> list[float]:
+        """Return moving means of the training loss, over a tenth of the batches and at least FEWEST_BATCHES."""
+        count = max(FEWEST_BATCHES, len(self.training) // 10)
+        return list(np.convolve([v for _, v in self.training], np.full(count, 1.0 / count), mode="valid"))
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Underfitting or overfitting of a run."""
-
+class Verdict(NamedTuple):
     kind: Literal["underfits", "overfits"]
     reason: str
     """Clause with the numbers."""
@@ -91,23 +65,6 @@ class Verdict:
     """Step of the lowest validation loss of a run that overfits, if it was measured."""
     is_slow: bool = False
     """True if a run that underfits has learned nothing, so its rates are too low."""
-
-
-@dataclass(frozen=True, slots=True)
-class Trend:
-    """The slope of a loss and its standard error."""
-
-    slope: float
-    error: float
-
-    @property
-    def falls(self) -> bool:
-        return self.slope < -ERRORS * self.error
-
-    @property
-    def per_doubling(self) -> float:
-        """Decrease for twice the steps, for a slope in ln(step)."""
-        return -self.slope * math.log(2.0)
 
 
 def watched_steps(
@@ -133,7 +90,7 @@ def masks_final(schedule: Schedule | None, num_steps: int) -> int:
 def fit_of(run: RunConfig, task: Task, examples: ExampleSet, num_steps: int) -> dict[str, object]:
     """Judge a finished run on ``examples`` by its metrics.jsonl; return the ``fit`` of result.json.
 
-    Losses are means over the last tenth of the steps (training) and of the last evaluation; None if not measured.
+    Losses are means over the last tenth of the batches (training) and of the last evaluation; None if not measured.
     """
     path = Path(run.output_dir) / METRICS_FILE
     training, curves = batch_losses(path, num_steps), read_curves(path)
@@ -153,7 +110,7 @@ def fit_of(run: RunConfig, task: Task, examples: ExampleSet, num_steps: int) -> 
         "verdict": found.kind if found else None,
         "reason": found.reason if found else "",
         "fixes": fixes(run, found, num_steps) if found else [],
-        "training_loss": losses.end if training else None,
+        "training_loss": losses.recent()[-1] if training else None,
         "validation_loss": validation[-1][1] if training and validation else None,
     }
 
@@ -177,142 +134,56 @@ def fixes(run: RunConfig, verdict: Verdict, num_steps: int) -> list[Change]:
     return found
 
 
-def trend(points: Sequence[Point], since: float, scale: Callable[[float], float] = math.log) -> Trend | None:
-    """Fit a + b scale(step) to the points from step ``since`` on; return b with its standard error.
-
-    None for fewer than FEWEST_EVALUATIONS points, or points of one step.
-    """
-    chosen = [(scale(step), value) for step, value in points if step >= max(since, 1)]
-    if len(chosen) < FEWEST_EVALUATIONS:
-        return None
-    x, y = np.array(chosen).T
-    x -= x.mean()
-    spread = float(x @ x)
-    if spread == 0.0:
-        return None
-    slope = float(x @ y) / spread
-    residuals = y - y.mean() - slope * x
-    return Trend(slope, math.sqrt(float(residuals @ residuals) / (len(x) - 2) / spread))
-
-
-def noise(points: Sequence[Point]) -> float:
-    """Return the standard deviation of a curve of few points from a smooth one, robust to a single turn; 0 for fewer
-    than three."""
-    distances = []
-    for (x0, y0), (x1, y1), (x2, y2) in zip(points, points[1:], points[2:], strict=False):
-        right = (x1 - x0) / (x2 - x0)
-        distances.append(abs(y1 - right * y2 - (1 - right) * y0) / math.sqrt(1 + right**2 + (1 - right) ** 2))
-    return 1.4826 * sorted(distances)[(len(distances) - 1) // 2] if distances else 0.0  # 1 / the quartile of a normal
-
-
 def judge(losses: Losses) -> Verdict | None:
     """Return what is wrong with a run; None if nothing is, or too little was measured to tell."""
     if len(losses.training) < FEWEST_BATCHES:
         return None
-    found = _overfitting(losses)
-    if found is None and losses.is_same_loss:
-        return _underfitting(losses)
-    return found or _underfitting_by_validation(losses)
+    return _overfitting(losses) or (_underfitting(losses) if losses.is_same_loss else None)
 
 
 def _overfitting(losses: Losses) -> Verdict | None:
-    if not losses.validation:
-        return None
-    last, constant = losses.validation[-1][1], losses.constant
     points = [point for point in losses.validation if point[0] >= losses.masks_final]
-    best_step, lowest = min(points, key=lambda point: point[1], default=(None, last))
-    if best_step is not None and len(points) >= FEWEST_EVALUATIONS:
-        rises = last - lowest > max(RISE * lowest, ERRORS * noise(points))
-        if rises and _fits_closer(losses, best_step, last) and not _metric_gained(losses, best_step):
-            return Verdict(
-                "overfits",
-                f"the validation loss rose from {lowest:.3g} after step {best_step} to {last:.3g}, with a training "
-                f"loss of {losses.end:.3g} at the end",
-                best_step,
-            )
-    if constant is None or not losses.is_same_loss:
+    if len(points) < FEWEST_EVALUATIONS:
         return None
-    if last > (1.0 + RISE) * constant and losses.end < 0.5 * constant:
-        return Verdict(
-            "overfits",
-            f"the validation loss is {last:.3g}, above the {constant:.3g} of always giving the same answer, with "
-            f"a training loss of {losses.end:.3g}",
-            best_step if (best_step, lowest) != losses.validation[-1] else None,
-        )
-    return None
-
-
-def _fits_closer(losses: Losses, since: int, validation: float) -> bool:
-    """Return whether the training loss fell after step ``since``, or is far below the validation loss already."""
-    found = trend(losses.training, since)
-    return (found is not None and found.falls) or (losses.is_same_loss and losses.end < 0.5 * validation)
-
-
-def _metric_gained(losses: Losses, since: int) -> bool:
-    """Return whether the metric ended better than at any step up to ``since``. Then a higher loss does no harm."""
-    before = [value for step, value in losses.metric if losses.masks_final <= step <= since]
-    return bool(before) and losses.metric[-1][1] > max(before)
+    (best_step, lowest), end = min(points, key=lambda point: point[1]), losses.recent()[-1]
+    last = min(value for _, value in points[-2:])  # one high value may be noise
+    halves = np.array_split([value for step, value in losses.training if step >= best_step], 2)
+    fits_closer = _falls(*halves) or (losses.is_same_loss and end < 0.5 * last)
+    before = [value for step, value in losses.metric if losses.masks_final <= step <= best_step]
+    gained = bool(before) and losses.metric[-1][1] > max(before)
+    # with a better metric a higher loss does no harm, unless always giving the same answer has a lower one
+    is_harmless = gained and (losses.constant is None or last < (1.0 + CHANGE) * losses.constant)
+    if last < (1.0 + CHANGE) * lowest or not fits_closer or is_harmless:
+        return None
+    reason = f"the validation loss rose from {lowest:.3g} after step {best_step} to {points[-1][1]:.3g}"
+    return Verdict("overfits", f"{reason}, with a training loss of {end:.3g} at the end", best_step)
 
 
 def _underfitting(losses: Losses) -> Verdict | None:
-    end, constant = losses.end, losses.constant
+    constant, recent, start = losses.constant, losses.recent(), max(losses.masks_final, losses.num_steps / 2)
+    end, reason = recent[-1], f"the training loss is {recent[-1]:.3g} at the end"
     if constant is not None and end > NOT_LEARNED * constant:
-        count = max(FEWEST_BATCHES, round(END * len(losses.training)))
-        values = [value for _, value in losses.training]
-        if np.convolve(values, np.full(count, 1.0 / count), mode="valid").min() < NOT_LEARNED * constant:
+        if min(recent) < NOT_LEARNED * constant:
             return None  # it had learned, and lost it to the pruning or to high rates: more of either would not help
-        return Verdict(
-            "underfits",
-            f"the training loss is {end:.3g} at the end, and always giving the same answer has {constant:.3g}",
-            is_slow=True,
-        )
-    found = trend(losses.training, losses.second_half)
-    if found is None or not _falls_to_the_end(losses):
+        return Verdict("underfits", f"{reason}, and always giving the same answer has {constant:.3g}", is_slow=True)
+    validation = [value for step, value in losses.validation if step >= start]
+    if validation and losses.epochs > 1.0 and max(validation) < (1.0 + CHANGE / 2) * validation[-1]:
+        return None  # more training would not help on other examples
+    thirds = np.array_split([value for step, value in losses.training if step >= start], 3)
+    if not _falls(thirds[0], thirds[2]) or (constant is not None and end < UNLEARNED * constant):
         return None
-    is_far = constant is None or end > UNLEARNED * constant
-    if not is_far or found.per_doubling < STEEP * end or not _validation_agrees(losses):
+    first, middle, last = (float(third.mean()) for third in thirds)
+    # a loss that only recovers from the last pruning has mostly done so after a third
+    if first - last < CHANGE * last or middle - last < 0.2 * (first - last):
         return None
-    return Verdict("underfits", _still_falling("training", end, found))
+    return Verdict("underfits", f"{reason} and still falls, by {(first - last) / last:.0%} since step {round(start)}")
 
 
-def _falls_to_the_end(losses: Losses) -> bool:
-    """Return whether the training loss falls in the second half of the steps, and at least half as fast in its second
-    half: recovery from the last pruning ends. Time is the remaining sum of the rates, which fall to zero."""
-    steps, training, late = losses.num_steps, losses.training, losses.half_learned
-    if sum(step >= late for step, _ in training) < FEWEST_BATCHES:
-        return False
-    starts = (losses.second_half, late)
-    whole, half = (trend(training, start, lambda step: -((1.0 - step / steps) ** 2)) for start in starts)
-    return bool(whole and half and whole.falls and half.falls and half.slope < whole.slope / 2)
+def _falls(before: np.ndarray, after: np.ndarray) -> bool:
+    """Return whether the mean falls by more than noise."""
+    from scipy.stats import ttest_ind
 
-
-def _validation_agrees(losses: Losses) -> bool:
-    """Return whether validation, if measured, does not contradict that more training would help."""
-    if not losses.validation:
-        return True
-    last = losses.validation[-1][1]
-    found = trend(losses.validation, losses.half_learned) or trend(losses.validation, losses.second_half)
-    if found is not None:
-        return found.per_doubling > STEEP / 2 * last
-    return losses.epochs <= 1.0 or last < (1.0 + 2 * RISE) * losses.end
-
-
-def _underfitting_by_validation(losses: Losses) -> Verdict | None:
-    """Judge a run with a teacher by its validation loss, because its training loss has no scale."""
-    found, constant = trend(losses.validation, losses.second_half), losses.constant
-    if found is None:
-        return None
-    last = losses.validation[-1][1]
-    late = trend(losses.validation, losses.half_learned) or found
-    learned = constant is not None and last < UNLEARNED * constant
-    if learned or not found.falls or min(found.per_doubling, late.per_doubling) < STEEP * last:
-        return None
-    return Verdict("underfits", _still_falling("validation", last, found))
-
-
-def _still_falling(which: str, end: float, found: Trend) -> str:
-    share = found.per_doubling / end
-    return f"the {which} loss is {end:.3g} at the end and still falls, by {share:.0%} for twice the steps"
+    return min(len(before), len(after)) > 1 and bool(ttest_ind(before, after, alternative="greater").pvalue < CHANCE)
 
 
 def sentence(fit: object) -> str:
