@@ -1,4 +1,4 @@
-"""Record a run's layers from rank 0: layers.jsonl, and scalars of each layer and images for TensorBoard."""
+"""Record a run's layers from rank 0: layers.jsonl, and scalars and histograms of each layer for TensorBoard."""
 
 from __future__ import annotations
 
@@ -10,24 +10,20 @@ from typing import TYPE_CHECKING
 from pst_ds.file_names import LAYERS_FILE
 from pst_ds.masks.layer_stats import LayerStats, ScoreHistogram
 from pst_ds.masks.update import MaskStats
-from pst_ds.train.monitor import images as pictures
 from pst_ds.train.monitor.curves import JsonLines, lines_until
 
 if TYPE_CHECKING:
     from pst_ds.train.monitor.tensorboard import TensorBoardWriter
 
 SCORES = (
-    "Importance scores S of single weights, from four standard deviations below their mean to four above it; the bars "
-    "at both ends have all that is beyond."
-)
-SPLIT_SCORES = (
-    f"{SCORES} Orange: pruned by the mask; blue: kept. The line: where a mask update would cut now. Orange on its "
-    "right and blue on its left have crossed it since the last update."
+    "Importance scores S of single weights that the mask keeps, or prunes, within four standard deviations of the mean "
+    "of all; the bars at both ends have all that is beyond. A mask update would cut at the threshold: "
+    "pruned scores above it and kept ones below have crossed it since the last update."
 )
 
 
 class LayerLog:
-    """Writes layers.jsonl and TensorBoard images.
+    """Writes layers.jsonl and the layers' part of TensorBoard.
 
     Args:
         layers: Number of weights of each layer, by name in model order.
@@ -56,7 +52,7 @@ class LayerLog:
         self._board.scalars({f"layers/{name}/rounding_error": error for name, error in by_layer}, step)
 
     def figures(self, step: int, found: LayerStats) -> None:
-        """Record statistics and images of the layers after ``step``."""
+        """Record statistics and histograms of the layers after ``step``."""
         names = ("correlation", "score_norm", "update_norm", "weight_norm")
         values = {name: [_six_digits(value) for value in getattr(found, name)] for name in names}
         self._file.write({"step": step, "event": "scores", **values})
@@ -82,14 +78,13 @@ class LayerLog:
         return points
 
     def _histogram(self, step: int, found: ScoreHistogram) -> None:
-        name, width = self._names[found.layer], (found.high - found.low) / len(found.kept)
+        name = self._names[found.layer]
         line = {**asdict(found), "threshold": _six_digits(found.threshold)}
         self._file.write({"step": step, "event": "histogram", **line})
-        at = None if found.threshold is None else (found.threshold - found.low) / width
-        drawn = pictures.histogram(found.kept, found.pruned, at)
-        self._board.picture(f"histogram/{name}", drawn, step, SPLIT_SCORES)
-        counts = [kept + pruned for kept, pruned in zip(found.kept, found.pruned, strict=True)]
-        self._board.histogram(f"scores/{name}", counts, found.low, found.high, step, SCORES)
+        for part, counts in (("kept", found.kept), ("pruned", found.pruned)):
+            self._board.histogram(f"scores/{name}/{part}", counts, found.low, found.high, step, SCORES)
+        if found.threshold is not None:
+            self._board.scalars({f"scores/{name}/threshold": found.threshold}, step)
 
 
 def _six_digits(value: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""Write a run for TensorBoard: scalars, images, histograms, and the settings with the final metrics."""
+"""Write a run for TensorBoard: scalars, histograms, and the settings with the final metrics."""
 
 from __future__ import annotations
 
@@ -13,12 +13,9 @@ import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.histogram import metadata as histogram_metadata
-from tensorboard.plugins.image import metadata as image_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 from torch.utils.tensorboard import summary as torch_summary
-
-from pst_ds.train.monitor.images import png_of
 
 FOLDER = "tensorboard"
 _FORMAT = "brain.Event:2"
@@ -48,17 +45,12 @@ class TensorBoardWriter:
             self._newest.update(dict.fromkeys(new, step))
             self._add(Summary(value=[Summary.Value(tag=tag, simple_value=new[tag]) for tag in new]), step)
 
-    def picture(self, tag: str, pixels: np.ndarray, step: int, description: str) -> None:
-        """Add a picture from images.py, with a ``description`` in Markdown."""
-        height, width = pixels.shape
-        about = image_metadata.create_summary_metadata(display_name="", description=description)
-        self._tensor(tag, [str(width).encode(), str(height).encode(), png_of(pixels)], step, about)
-
     def histogram(self, tag: str, counts: Sequence[int], low: float, high: float, step: int, description: str) -> None:
-        """Add a histogram: ``counts`` in equal bins of [low, high]."""
+        """Add a histogram: ``counts`` in equal bins of [low, high], with a ``description`` in Markdown."""
         edges = np.linspace(low, high, len(counts) + 1)
         about = histogram_metadata.create_summary_metadata(display_name="", description=description)
-        self._tensor(tag, np.stack([edges[:-1], edges[1:], np.asarray(counts, dtype=float)], 1), step, about)
+        bins = make_tensor_proto(np.stack([edges[:-1], edges[1:], np.asarray(counts, dtype=float)], 1))
+        self._add(Summary(value=[Summary.Value(tag=tag, metadata=about, tensor=bins)]), step)
 
     def hparams(self, settings: Mapping[str, object], metric_tags: Sequence[str]) -> None:
         """Add the run's settings, with the last values of ``metric_tags`` as results. SummaryWriter.add_hparams would
@@ -73,10 +65,6 @@ class TensorBoardWriter:
 
     def close(self) -> None:
         self._records.close()
-
-    def _tensor(self, tag: str, data: list[bytes] | np.ndarray, step: int, about: object) -> None:
-        """Add a tensor for the plugin in ``about``. TensorBoard drops the description of SummaryWriter's pictures."""
-        self._add(Summary(value=[Summary.Value(tag=tag, metadata=about, tensor=make_tensor_proto(data))]), step)
 
     def _add(self, summary: Summary, step: int | None) -> None:
         self._write(Event(summary=summary), step)

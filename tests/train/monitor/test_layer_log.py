@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 
 import pytest
@@ -43,21 +42,6 @@ def _of(lines, event):
 
 def _board(folder, reader=event_accumulator):
     return reader.EventAccumulator(str(folder / "tensorboard"), size_guidance={reader.TENSORS: 0}).Reload()
-
-
-def _pictures(board, tag):
-    """{step: RGBA pixels}"""
-    from PIL import Image
-
-    found = {}
-    for event in board.Tensors(tag):
-        width, height, png = make_ndarray(event.tensor_proto)
-        assert event.step not in found
-        picture = Image.open(io.BytesIO(png))
-        assert picture.size == (int(width), int(height))
-        assert picture.mode == "P"
-        found[event.step] = picture.convert("RGBA")
-    return found
 
 
 def test_a_run_holds_every_figure_of_its_layers_in_both_places(tmp_path):
@@ -120,24 +104,25 @@ def test_pictures_are_of_the_chosen_layers_with_what_they_mean(tmp_path):
     board = _board(tmp_path)
     tensors = set(board.Tags()["tensors"]) - {VERDICT}
     names = [head["layers"][i] for i in chosen]
-    kinds = ("histogram", "scores")
-    assert tensors == {f"{kind}/{name}" for kind in kinds for name in names}
+    assert tensors == {f"scores/{name}/{part}" for name in names for part in ("kept", "pruned")}
     for tag in tensors:
         metadata = board.SummaryMetadata(tag)
         assert len(metadata.summary_description) > 50, tag
-        assert metadata.plugin_data.plugin_name == ("histograms" if tag.startswith("scores/") else "images")
+        assert metadata.plugin_data.plugin_name == "histograms"
     histograms = _of(lines, "histogram")
     assert {(line["step"], line["layer"]) for line in histograms} == {(s, i) for s in (0, 6, 12, 18) for i in chosen}
     for line in histograms:
         assert len(line["kept"]) == len(line["pruned"]) == 64
         assert sum(line["kept"]) + sum(line["pruned"]) == head["weights"][line["layer"]]
         assert (line["threshold"] is None) == (line["step"] == 0)  # nothing is pruned before the first step
-        (event,) = [e for e in board.Tensors(f"scores/{head['layers'][line['layer']]}") if e.step == line["step"]]
-        bins = make_ndarray(event.tensor_proto)
-        assert bins[:, 2].tolist() == [a + b for a, b in zip(line["kept"], line["pruned"], strict=True)]
-        assert (bins[0, 0], bins[-1, 1]) == pytest.approx((line["low"], line["high"]))
+        for part in ("kept", "pruned"):
+            tag = f"scores/{head['layers'][line['layer']]}/{part}"
+            (event,) = [e for e in board.Tensors(tag) if e.step == line["step"]]
+            bins = make_ndarray(event.tensor_proto)
+            assert bins[:, 2].tolist() == line[part]
+            assert (bins[0, 0], bins[-1, 1]) == pytest.approx((line["low"], line["high"]))
     for name in names:
-        assert list(_pictures(board, f"histogram/{name}")) == [0, 6, 12, 18]
+        assert list(_scalar(board, f"scores/{name}/threshold")) == [6, 12, 18]
 
 
 def test_settings_and_final_metrics_are_in_the_run_itself(tmp_path):
@@ -188,10 +173,9 @@ def test_a_run_that_goes_on_has_every_point_once(tmp_path, monkeypatch):
             one, other = list(one), list(other)  # the steps
         assert one == other, tag
     served = [_board(folder, plugin_event_accumulator) for folder in (whole, stopped)]  # the other keeps old pictures
-    for tag in (tag for tag in served[0].Tags()["tensors"] if tag.startswith("histogram/")):
-        one, other = (_pictures(board, tag) for board in served)
-        assert list(one) == list(other)
-        assert all(one[step].tobytes() == other[step].tobytes() for step in one)
+    for tag in (tag for tag in served[0].Tags()["tensors"] if tag.startswith("scores/")):
+        one, other = ([(e.step, make_ndarray(e.tensor_proto).tolist()) for e in b.Tensors(tag)] for b in served)
+        assert one == other
 
 
 @pytest.mark.thorough
@@ -218,7 +202,7 @@ def test_other_methods_leave_out_what_they_lack(tmp_path, method):
     }
     assert scalars == expected[method]
     pictures = {tag.partition("/")[0] for tag in tags["tensors"] if tag != VERDICT} - {"_hparams_"}
-    assert pictures == (set() if method in ("dense", "lora") else {"histogram", "scores"})
+    assert pictures == (set() if method in ("dense", "lora") else {"scores"})
     assert (tmp_path / "layers.jsonl").is_file() == (method != "dense")
     if method == "magnitude":  # fixed before the first step: looked at once
         _, lines = _lines(tmp_path)
