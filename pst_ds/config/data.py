@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Strict
@@ -163,51 +165,7 @@ class EvalConfig(Section):
 
 PRESET_PLACES = ("dataset", "subset", "revision", "train", "validation", "test", "test_rows")
 """Settings of a preset that say where the data is; the others say how to read it."""
-
-
-def _glue(subset: str, *text_columns: str, metric: str, labels: str = "", splits: str = "") -> dict[str, object]:
-    """Return the settings of a GLUE task (arXiv 1804.07461) as its authors score it; without ``labels``, a regression.
-
-    The labels of the test splits are hidden, so the validation split is tested. MNLI has two: the matched one chooses
-    the best checkpoint and the mismatched one is tested.
-    """
-    validation, test = splits.split() if splits else ("validation", "validation")
-    places = {"dataset": "nyu-mll/glue", "subset": subset, "train": "train", "validation": validation, "test": test}
-    columns = {"text_columns": list(text_columns), "label_column": "label", "label_names": labels.split()}
-    task = "classification" if labels else "regression"
-    return {"task": task, "data": {**places, **columns}, "eval": {"metric": metric}}
-
-
-def _data_to_text(
-    dataset: str, subset: str, text_column: str, label_column: str, penalty: float, **more: object
-) -> dict[str, object]:
-    """Return the settings of a data-to-text set, with the beam search of the LoRA paper (arXiv 2106.09685) for GPT-2.
-
-    The data is the hub's conversion to files, because ``datasets`` no longer runs the scripts of these sets.
-    """
-    splits = {"train": "train", "validation": "validation", "test": "test"}
-    places = {"dataset": dataset, "subset": subset, "revision": PARQUET_BRANCH, **splits}
-    columns = {"text_columns": [text_column], "label_column": label_column}
-    beams = {"num_beams": 10, "length_penalty": penalty, "no_repeat_ngram_size": 4}
-    return {"task": "data-to-text", "data": {**places, **columns, "max_length": 512, **more}, "eval": beams}
-
-
-DATA_PRESETS: dict[str, dict[str, object]] = {
-    "glue/cola": _glue("cola", "sentence", metric="matthews_correlation", labels="unacceptable acceptable"),
-    "glue/sst2": _glue("sst2", "sentence", metric="accuracy", labels="negative positive"),
-    "glue/mrpc": _glue("mrpc", "sentence1", "sentence2", metric="f1", labels="not_equivalent equivalent"),
-    "glue/stsb": _glue("stsb", "sentence1", "sentence2", metric="pearson"),
-    "glue/qqp": _glue("qqp", "question1", "question2", metric="f1", labels="not_duplicate duplicate"),
-    "glue/mnli": _glue(
-        "mnli", "premise", "hypothesis", metric="accuracy", labels="entailment neutral contradiction",
-        splits="validation_matched validation_mismatched",
-    ),
-    "glue/qnli": _glue("qnli", "question", "sentence", metric="accuracy", labels="entailment not_entailment"),
-    "glue/rte": _glue("rte", "sentence1", "sentence2", metric="accuracy", labels="entailment not_entailment"),
-    "e2e": _data_to_text("tuetschek/e2e_nlg", "default", "meaning_representation", "human_reference", 0.9),
-    "dart": _data_to_text("Yale-LILY/dart", "default", "tripleset", "annotations.text", 0.8),
-    "webnlg": _data_to_text(
-        "webnlg-challenge/web_nlg", "release_v3.0_en", "modified_triple_sets.mtriple_set", "lex.text", 0.8,
-        test_rows=["test_category", "rdf-to-text-generation-test-data-with-refs-en"],
-    ),
-}  # fmt: skip
+DATA_PRESETS: dict[str, dict[str, object]] = tomllib.loads(
+    Path(__file__).with_name("presets.toml").read_text(encoding="utf-8")
+)
+"""Settings that each value of ``data.preset`` stands for."""

@@ -194,7 +194,7 @@ def used_library(site, folder, **environment):
 
 SOURCES = {
     str(path.relative_to(ROOT))
-    for pattern in ("*.cpp", "*.hpp", "py.typed")
+    for pattern in ("*.cpp", "*.hpp", "py.typed", "*.toml", "*.md", "*.html", "*.css")
     for path in (ROOT / "pst_ds").rglob(pattern)
 }
 
