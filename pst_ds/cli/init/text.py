@@ -1,50 +1,21 @@
 """Files that ``pst-ds init`` writes: the run file with a comment at every setting, and DeepSpeed's JSON."""
 
 import json
+import re
 import shlex
 import tomllib
 import unicodedata
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from pst_ds.atomic_files import write_text_atomic
 from pst_ds.cli.init.draft import Chosen, Settings
 from pst_ds.config.one_shot import CHANNELS
+from pst_ds.config.run import RunConfig
 from pst_ds.config.toml import run_from_table, toml_value
 from pst_ds.errors import InputError, shortened
 from pst_ds.planning.dense_start import gains_by_start
-
-_COMMENTS = {
-    "output_dir": "the run folder: the resolved run file, metrics, checkpoints",
-    "method": '"pst", or a rival with the same data, schedule and export: docs/how-to/methods.md',
-    "deepspeed_config": "memory, precision and communication; batch and optimizer are this file's",
-    "data.validation": "chooses the best checkpoint, among those at the final sparsity",
-    "data.sample_by": "what counts as a document; the lines of this file are parts of longer texts",
-    "data.document_mask": "documents are joined as if they were one text",
-    "data.test": "used only by pst-ds eval and verify",
-    "train.batch_size": "examples of an optimizer step, over all ranks",
-    "train.precision": '"bf16" or "fp32"; optimizer and masters are fp32 in both',
-    "pst.exclude_modules": "these stay dense and frozen",
-    "pst.pattern": '"matrix", "stack", "global", "row", N:M such as "2:4", or blocks such as "16x1"',
-    "pst.magnitude": "scores compare |W| times the input norms, as the one-shot start does",
-    "finetune.method": "learns the task before the cut; the last checkpoint is its base and the teacher afterwards",
-    "start.ffn": "share of the feed-forward channels that stay in every layer",
-    "distillation.weight": "share of the loss that compares with the uncut model",
-    "start.method": "prunes the model before the first step; the gain: docs/how-to/methods.md",
-    "start.samples": "training examples for calibration",
-    "start.reconstruct": "passes over them that fit the kept weights to the dense model",
-    "start.budgets": "each layer's sparsity follows its effect on the loss; pst.pattern keeps it",
-    "pst.frozen_magnitude": "scores compare the weights as they are after the start",
-    "pst.update_rank": "rank of U V, which compensate for pruned weights",
-    "pst.update_init": "U starts at zero, so the first loss is the pruned model's,",
-    "pst.update_init_scale": "and V as LoRA's",
-    "pst.update_embeddings": "these get a low-rank update too, and are not pruned",
-    "schedule.final_sparsity": "final sparsity of every pruned matrix",
-    "schedule.initial_sparsity": "sparsity from the first step on; pruning the smallest weights costs next to nothing",
-    "schedule.solves": "ALPS chooses masks and weights this often along the ramp: docs/how-to/methods.md",
-    "schedule.warmup_fraction": "fraction of steps at this sparsity, before it grows",
-    "schedule.cooldown_fraction": "fraction of steps at the end, with fixed masks",
-    "schedule.update_interval": "optimizer steps between mask updates",
-}
 
 _ESCAPED = ("Cc", "Cs", "Zl", "Zp")
 """Categories of Unicode: control characters, halves of surrogate pairs, ends of lines and of paragraphs."""
@@ -66,7 +37,7 @@ def write_files(chosen: Chosen, out: Path, deepspeed_file: Path) -> None:
 
 def run_file_text(chosen: Chosen, out: Path) -> str:
     """Return TOML with a comment above every setting."""
-    comments = _COMMENTS | _found(chosen)
+    comments = _descriptions() | _found(chosen)
     lines = [
         _comment(f"What the run would do: {chosen.plan_command(out)}"),
         _comment(f"Start it: {chosen.train_command(out)}"),
@@ -95,6 +66,18 @@ def _comment(text: str) -> str:
     return "# " + "".join(escaped)
 
 
+def _descriptions() -> dict[str, str]:
+    """Return the first sentence about each setting, by its dotted name."""
+    schema = TypeAdapter(RunConfig).json_schema()
+    sections = {
+        name: entry["$ref"].rpartition("/")[2] for name, entry in schema["properties"].items() if "$ref" in entry
+    }
+    tables = {"": schema, **{f"{name}.": schema["$defs"][kind] for name, kind in sections.items()}}
+    entries = {f"{at}{name}": entry for at, table in tables.items() for name, entry in table["properties"].items()}
+    texts = {name: " ".join(entry.get("description", "").replace("``", "").split()) for name, entry in entries.items()}
+    return {name: re.split(r"(?<=[.)]) (?=[A-Z\"])", text)[0].rstrip(".") for name, text in texts.items() if text}
+
+
 def _found(chosen: Chosen) -> dict[str, str]:
     """Return comments about findings in the model and its text."""
     limit = f"; the model supports at most {chosen.positions}" if chosen.positions else ""
@@ -111,9 +94,10 @@ def _found(chosen: Chosen) -> dict[str, str]:
         "train.num_steps": chosen.length_reason if chosen.run.finetune.method == "none" else "recovers from the cut",
         "finetune.num_epochs": chosen.length_reason,
         "finetune.num_steps": chosen.length_reason,
+        "pst.pattern": chosen.pattern_reason
+        or '"matrix", "stack", "global", "row", N:M such as "2:4", or blocks such as "16x1"',
         "pst.target_modules": f"{chosen.summary['num_layers']} layers: {', '.join(chosen.layers)}",
     }
-    comments |= {"pst.pattern": chosen.pattern_reason} if chosen.pattern_reason else {}
     if chosen.run.pst.pattern == "global":
         comments["schedule.final_sparsity"] = "final sparsity of all pruned matrices together"
     if chosen.run.start.method == CHANNELS:
@@ -123,7 +107,7 @@ def _found(chosen: Chosen) -> dict[str, str]:
     elif chosen.run.schedule.solves:
         comments["schedule.initial_sparsity"] = "where the ramp begins; the model is dense before the first solve"
     elif gains_by_start(chosen.run):
-        said = f"{_COMMENTS['schedule.final_sparsity']}; more accurate if initialised with ALPS: docs/how-to/methods.md"
+        said = "final sparsity of every pruned matrix; more accurate if initialised with ALPS: docs/how-to/methods.md"
         comments["schedule.final_sparsity"] = said
     if chosen.labels:
         comments["data.label_column"] = f"{len(chosen.labels)} classes: {shortened(chosen.labels, 8)}"
