@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 from pst_ds.cli.main import add_quiet_argument, count
 from pst_ds.errors import InputError
+from pst_ds.text_table import aligned
 
 if TYPE_CHECKING:
     from pst_ds.inference.bench import NativeLoop, Variant
-    from pst_ds.inference.bench_table import BenchResult, Conditions, Row
+
+COLUMNS = (
+    ("variant", "variant", "{}"),
+    ("threads", "threads", "{}"),
+    ("batch", "batch", "{}"),
+    ("prefill_tokens_per_second", "prefill tok/s", "{:.1f}"),
+    ("decode_tokens_per_second", "decode tok/s", "{:.1f}"),
+    ("decode_over_dense", "/dense", "{:.2f}"),
+    ("decode_over_prepacked", "/prepacked", "{:.2f}"),
+    ("prefill_over_dense", "prefill /dense", "{:.2f}"),
+    ("prefill_over_prepacked", "prefill /prepacked", "{:.2f}"),
+    ("resident_bytes", "resident MB", "{}"),
+    ("file_bytes", "file MB", "{}"),
+)
+"""Key in a row, heading and format of each column."""
+Row = dict[str, str | float | None]
+"""Results of a variant at a number of threads and a batch size, by the keys of :data:`COLUMNS` and others."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +47,6 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     import torch
 
     from pst_ds.inference.bench import NativeLoop, conditions, measure, variants
-    from pst_ds.inference.bench_table import bench_text
     from pst_ds.inference.hf.model_folder import open_model_folder
 
     folder = open_model_folder(args.model)
@@ -51,16 +67,16 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     finally:
         torch.set_num_threads(threads_before)
     measured = {"dtype": args.dtype, "repeats": args.repeats, "clock": "wall, medians, in turn"}
-    result: BenchResult = {
+    result = {
         "model": args.model,
         "causal": folder.is_causal,
         "prompt_tokens": args.prompt_tokens,
         "new_tokens": new_tokens,
-        "conditions": cast("Conditions", conditions() | measured),
+        "conditions": conditions() | measured,
         "rows": rows,
     }
     print(bench_text(result))
-    return dict(result)
+    return result
 
 
 def _rows(
@@ -77,6 +93,26 @@ def _rows(
                     row[f"{stage}_over_{base}"] = measured[name][rate] / measured[base][rate]
         rows.append(row)
     return rows
+
+
+def bench_text(result: dict[str, Any]) -> str:
+    """Format the conditions, and one line for each row, in the columns that any row has a value for."""
+    conditions, rows = result["conditions"], result["rows"]
+    what = f"{result['prompt_tokens']} tokens in" + (f", {result['new_tokens']} out" if result["causal"] else "")
+    columns = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows)]
+    cells = [[_cell(row.get(key), key, form) for key, _, form in columns] for row in rows]
+    lines = [
+        f"{result['model']}: {what}, {conditions['dtype']}, medians of {conditions['repeats']} in turn",
+        f"{conditions['hardware']}; sparse kernel: {conditions['sparse_kernel']}; "
+        f"torch {conditions['versions']['torch']}",
+    ]
+    return "\n".join([*lines, *aligned([[heading for _, heading, _ in columns], *cells])])
+
+
+def _cell(value: str | float | None, key: str, form: str) -> str:
+    if value is None:
+        return "-"
+    return f"{float(value) / 1e6:.1f}" if key.endswith("_bytes") else form.format(value)
 
 
 def _counts(text: str) -> list[int]:

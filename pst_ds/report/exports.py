@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,30 +36,24 @@ def find_exports(runs: Sequence[RunData], others: Sequence[Path]) -> tuple[Expor
 
 
 def read_export(folder: Path) -> dict[str, object]:
-    """Read an export's manifest and the sizes of its files. Raises InputError if it is missing or damaged."""
+    """Read the facts in an export's manifest. Raises InputError if it is missing or damaged."""
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise InputError(
             f"{str(folder)!r} is not an export: {MANIFEST_FILE} is missing. Name a folder written by pst-ds export"
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        tensors = manifest["tensors"]
-        files = {part["file"] for tensor in tensors for part in tensor["parts"]}
-        # if another tool pruned the model, the linear weights that have pruned entries
-        sparse = [t for t in tensors if t["origin"] == "pruned"] or [t for t in tensors if t["pattern"] != "dense"]
-        pruned = sum(math.prod(t["shape"]) for t in sparse)
-        weights = sum(math.prod(t["shape"]) for t in tensors)
-        nbytes = sum((folder / Path(file).name).stat().st_size for file in files)
-        error = manifest.get("largest_rounding_error")
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        size, dense = facts["file_bytes"], facts["dense_bf16_bytes"]
+        error = facts.get("largest_rounding_error")
         return {
-            "format": " ".join(str(manifest[key]) for key in ("kind", "values", "embeddings") if key in manifest),
-            "step": manifest.get("step"),
-            "sparsity requested": manifest.get("sparsity_requested"),
-            "measured": 1.0 - sum(t["nonzero"] for t in sparse) / pruned if pruned else None,
-            "weight files": bytes_text(nbytes),
-            "of dense bf16": f"{nbytes / (2 * weights):.3f}" if weights else None,
-            "bits per weight": f"{8 * nbytes / weights:.2f}" if weights else None,
+            "format": " ".join(str(facts[key]) for key in ("kind", "values", "embeddings") if key in facts),
+            "step": facts.get("step"),
+            "sparsity requested": facts.get("sparsity_requested"),
+            "measured": facts["sparsity_measured"],
+            "weight files": bytes_text(size),
+            "of dense bf16": f"{size / dense:.3f}" if dense else None,
+            "bits per weight": f"{16 * size / dense:.2f}" if dense else None,
             "largest quantisation error": None if error is None else f"{error:.2%}",
         }
     except (KeyError, TypeError, ValueError, OSError, RecursionError) as error:

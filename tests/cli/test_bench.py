@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pst_ds.cli.bench import bench_text
 from pst_ds.cli.main import main
-from pst_ds.inference.bench_table import bench_text
 from pst_ds.inference.decoder import Decoder, DecoderError
 
 DATA = Path(__file__).resolve().parents[1] / "data"

@@ -11,21 +11,14 @@ from pst_ds.report.exports import find_exports, read_export
 from pst_ds.report.run_data import read_runs
 
 
-def _tensor(name, shape, nonzero, origin):
-    parts = [{"name": name, "file": "model.safetensors", "sha256": ""}]
-    return {"name": name, "shape": shape, "nonzero": nonzero, "origin": origin, "pattern": "dense", "parts": parts}
-
-
 @pytest.fixture
 def export():
-    """Writes an export of two tensors, one of them pruned to a quarter, whose file has 40 bytes."""
+    """Writes the manifest of an export whose file has 40 bytes."""
 
     def write(folder, **more):
         folder.mkdir()
-        tensors = [_tensor("l.weight", [4, 4], 4, "pruned"), _tensor("e.weight", [2, 2], 4, "base")]
-        about = {"kind": "dense", "step": 9, "sparsity_requested": 0.75, "tensors": tensors, **more}
-        (folder / "pst_manifest.json").write_text(json.dumps(about))
-        (folder / "model.safetensors").write_bytes(bytes(40))
+        about = {"kind": "dense", "step": 9, "sparsity_requested": 0.75, "sparsity_measured": 0.74, "file_bytes": 40}
+        (folder / "pst_manifest.json").write_text(json.dumps({**about, "dense_bf16_bytes": 40, **more}))
         return folder
 
     return write
@@ -33,10 +26,9 @@ def export():
 
 def test_exports_in_the_run_and_elsewhere_have_their_sizes(write_run, export, tmp_path):
     run = write_run()
-    inside, outside = (
-        export(run / "export"),
-        export(tmp_path / "other", kind="bitmask", values="int4", embeddings="int8"),
-    )
+    inside = export(run / "export")
+    quantised = {"kind": "bitmask", "values": "int4", "embeddings": "int8", "largest_rounding_error": 0.0912}
+    outside = export(tmp_path / "other", **quantised)
     found, notes = find_exports(read_runs([run]), [outside, inside])
     assert notes == []
     assert list(found) == ["mine/export", str(outside)]
@@ -44,13 +36,14 @@ def test_exports_in_the_run_and_elsewhere_have_their_sizes(write_run, export, tm
         "format": "dense",
         "step": 9,
         "sparsity requested": 0.75,
-        "measured": 0.75,
+        "measured": 0.74,
         "weight files": "40 bytes",
         "of dense bf16": "1.000",
         "bits per weight": "16.00",
         "largest quantisation error": None,
     }
     assert found[str(outside)]["format"] == "bitmask int4 int8"
+    assert found[str(outside)]["largest quantisation error"] == "9.12%"
 
 
 @pytest.mark.parametrize("content", ['{"kind": "dense", "tens', "", "[]", "\\u00ff"])
@@ -68,7 +61,7 @@ def test_what_is_no_whole_export_in_a_run_is_left_out_with_a_note(write_run, exp
 
 
 @pytest.mark.parametrize(
-    "content", ["{}", '{"kind"', '{"kind": "dense", "tensors": [{"parts": [3]}]}', '{"tensors": 3}']
+    "content", ["{}", '{"kind"', '{"file_bytes": "many", "dense_bf16_bytes": 3}', '{"tensors": 3}']
 )
 def test_a_damaged_manifest_is_named(tmp_path, content):
     with pytest.raises(InputError, match=r"is not an export: pst_manifest\.json is missing"):
