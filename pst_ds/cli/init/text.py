@@ -6,6 +6,7 @@ import shlex
 import tomllib
 import unicodedata
 from pathlib import Path
+from textwrap import shorten
 
 from pydantic import TypeAdapter
 
@@ -67,15 +68,17 @@ def _comment(text: str) -> str:
 
 
 def _descriptions() -> dict[str, str]:
-    """Return the first sentence about each setting, by its dotted name."""
+    """Return the first sentence of each setting's description, by its dotted name."""
     schema = TypeAdapter(RunConfig).json_schema()
     sections = {
         name: entry["$ref"].rpartition("/")[2] for name, entry in schema["properties"].items() if "$ref" in entry
     }
     tables = {"": schema, **{f"{name}.": schema["$defs"][kind] for name, kind in sections.items()}}
     entries = {f"{at}{name}": entry for at, table in tables.items() for name, entry in table["properties"].items()}
-    texts = {name: " ".join(entry.get("description", "").replace("``", "").split()) for name, entry in entries.items()}
-    return {name: re.split(r"(?<=[.)]) (?=[A-Z\"])", text)[0].rstrip(".") for name, text in texts.items() if text}
+    firsts = {
+        at: re.split(r"(?<=[.)])\s+(?=[A-Z\"])", entry.get("description", ""))[0] for at, entry in entries.items()
+    }
+    return {at: shorten(first.replace("``", "").rstrip("."), 116, placeholder=" ...") for at, first in firsts.items()}
 
 
 def _found(chosen: Chosen) -> dict[str, str]:
