@@ -28,6 +28,7 @@ SOURCE = NativeSource(
         "pst_scatter_columns": ([POINTER, POINTER, POINTER, INT, INT, INT, INT, POINTER], None),
     },
     "packed formats",
+    flags=("-std=c++17", "-O3"),
 )
 _BAND_CODES = 1 << 20
 POPCOUNT = np.array([value.bit_count() for value in range(256)], dtype=np.uint8)

@@ -15,7 +15,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import warnings
 from contextlib import suppress
@@ -69,7 +68,7 @@ class NativeSource:
     @property
     def prebuilt(self) -> Path:
         """Library built at installation. A checkout uses it unless a source is newer."""
-        return _FOLDER / f"_{self.path.stem}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        return _FOLDER / f"_{self.path.stem}.so"
 
     @property
     def sources(self) -> list[Path]:
