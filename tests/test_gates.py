@@ -61,7 +61,7 @@ def test_ci_runs_the_checks_in_their_order():
 def test_a_workflow_makes_what_there_is(workflow):
     targets = {name for line in re.findall(r"\bmake ([a-z- ]+)", read(str(workflow))) for name in line.split()}
     known = set(re.findall(r"^([a-z-]+):", read("Makefile"), flags=re.M))
-    assert targets
+    assert targets or workflow.name == "wheels.yml"
     assert targets <= known
 
 

@@ -1,6 +1,7 @@
 """Loader of all compiled C++ code for CPUs. Every caller has a torch version for machines without it.
 
-A source is compiled once per machine and version with ``$CXX`` or the system's C++ compiler, and cached in
+A wheel has the sources of inference, which choose their instructions at run time. Any other source is compiled once per
+machine and version with ``$CXX`` or the system's C++ compiler, and cached in
 ``$XDG_CACHE_HOME/pst_ds`` (``~/.cache/pst_ds``, see library_cache). Without a compiler, or with ``PST_DS_NATIVE=0`` in
 the environment, the torch versions run: same results, several times slower. Triton kernels are in ``triton/``.
 """
@@ -29,6 +30,7 @@ from pst_ds.core.kernels.library_cache import cache_folder, find_libraries, stor
 if TYPE_CHECKING:  # the loader works without torch
     from torch import Tensor
 
+# of sources that choose their instructions when they are compiled, which wheels lack: training and torch's decoding
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno")
 INT, POINTER = ctypes.c_int64, ctypes.c_void_p
 

@@ -242,3 +242,19 @@ def test_without_a_compiler_the_installation_goes_on_and_torch_computes(tmp_path
     assert names >= SOURCES
     assert not [name for name in names if name.endswith(".so")]
     assert used_library(site, tmp_path, CXX="false") == "None"
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("driver", "arguments"), [("decoder/sanitizer", "20 1"), ("onnx/sanitizer", "60 1 300"), ("runtime/asan", "50 1")]
+)
+def test_the_kernels_are_right_on_arm64(driver, arguments, tmp_path):
+    """Each driver compares the portable kernels with loops written out."""
+    compiler, emulator = map(shutil.which, ("aarch64-linux-gnu-g++", "qemu-aarch64"))
+    if not compiler or not emulator:
+        pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
+    source = ROOT / "tests" / "inference" / f"{driver}_driver.cpp"
+    flags = ["-std=c++17", "-O2", "-Wno-psabi", "-fno-math-errno", "-static", "-pthread"]
+    subprocess.run([compiler, *flags, source, "-o", tmp_path / "driver"], check=True)
+    done = subprocess.run([emulator, tmp_path / "driver", *arguments.split()], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()[-2:]) == (0, ["0", "wrong"]), done.stdout[-2000:] + done.stderr[-2000:]
