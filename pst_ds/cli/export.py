@@ -23,6 +23,7 @@ from pst_ds.errors import InputError, shortened
 
 if TYPE_CHECKING:
     from pst_ds.export.manifest import Facts
+    from pst_ds.inference.export_run import ExportSettings
 
 TARGETS = ("cpu", "onnxruntime", "llama.cpp", "vllm", "transformers")
 FEWEST_ZEROS = 0.1
@@ -37,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "dense (default): pruned weights stored as zeros; packed formats load after import pst_ds.hf"
     formats = ("dense", *PACKINGS, COMPRESSED_TENSORS, GGUF, ONNX)
     add("--format", choices=formats, help=text)
-    add("--for", choices=TARGETS, dest="target", help="choose format and types for where the model will run")
+    text = "choose format and types for where the model will run; print the accuracy lost"
+    add("--for", choices=TARGETS, dest="target", help=text)
     add("--plain", action="store_true", help="with onnx: dense fp32 weights and standard operators, for any runtime")
     text = "with onnx and --values, or compressed-tensors: bits of activations; 8 is faster (default: 16)"
     add("--activation-bits", type=int, choices=(8, 16), metavar="BITS", help=text)
@@ -55,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Mapping[str, object]:
     from pst_ds.inference.export_run import ExportSettings, export_model_folder, export_run, is_model_folder
 
-    source = Path(args.run)
+    source, measured = Path(args.run), list[str]()
     if args.target is None:
         args.format = args.format or DENSE
     else:
@@ -72,11 +74,30 @@ def run(args: argparse.Namespace) -> Mapping[str, object]:
         report = export_model_folder(source, args.out, settings)
     else:
         report = export_run(load_run_or_folder(args), args.out, settings, checkpoint=args.checkpoint or "best")
+        if args.target and (settings.values in VALUE_BITS or settings.embeddings):
+            report["quantisation_loss"], measured = _measured(args, settings)
     if args.vocabulary:
         print(f"embeds {report['tokens']} tokens")
-    for line in lines_of_report(args, report):
+    for line in lines_of_report(args, report) + measured:
         print(line)
     return report
+
+
+def _measured(args: argparse.Namespace, settings: ExportSettings) -> tuple[Facts | None, list[str]]:
+    """Return the accuracy lost to quantisation, and a line about it; None if it cannot be measured."""
+    from pst_ds.inference.verify.against_run import quantisation_loss
+
+    run, checkpoint = load_run_or_folder(args), args.checkpoint or "best"
+    try:
+        found = quantisation_loss(Path(args.out), run, checkpoint, settings.options())
+    except (InputError, ImportError, OSError) as error:
+        return None, [f"accuracy lost to quantisation is unknown: {error}"]
+    changes = [
+        f"{name} {old:.4f} trained, {new:.4f} exported ({new - old:+.4f})"
+        for (name, old), new in zip(found["trained"].items(), found["exported"].values(), strict=True)
+    ]
+    place = f"the first {found['examples']} {found['unit']} of validation, by {found['by']}"
+    return found, [f"accuracy lost to quantisation on {place}: {'; '.join(changes)}"]
 
 
 def _choose(args: argparse.Namespace, *, is_folder: bool) -> None:
@@ -101,7 +122,7 @@ def _choose(args: argparse.Namespace, *, is_folder: bool) -> None:
 def chosen_options(target: str, *, is_causal: bool, is_sparse: bool) -> dict[str, tuple[object, str]]:
     """Return the options of an export for ``target``, each with its reason."""
     small: dict[str, tuple[object, str]] = {
-        "values": ("int8", "half the bytes of bf16; compare it with pst-ds verify OUT --against RUN"),
+        "values": ("int8", "half the bytes of bf16"),
         "embeddings": ("int8", "the same for the embeddings, often half of a small model"),
     }
     if target == "cpu" and is_causal:

@@ -26,6 +26,7 @@ from pst_ds.export.plan import SHARD_BYTES
 from pst_ds.export.to_folder import ExportOptions, export_checkpoint, export_folder
 from pst_ds.export.trimmed_vocabulary import ids_of_model
 from pst_ds.file_names import RUN_FILE
+from pst_ds.train.evaluate import evaluation_batches
 from pst_ds.train.model import load_tokenizer, meta_model
 from pst_ds.train.run_folder import open_checkpoint
 
@@ -199,8 +200,7 @@ def _tokens_of_splits(run: RunConfig, labels: list[str], tokenizer: PreTrainedTo
     task, found = task_of(run), set[int]()
     for split in ("train", "validation") if run.data.validation else ("train",):
         examples = task.load(run.data, split, tokenizer, labels)
-        for first in range(0, len(examples), _BATCH):
-            indices = range(first, min(first + _BATCH, len(examples)))
+        for indices in evaluation_batches(examples.lengths, _BATCH, mixed=task.pads):
             found.update(task.collate(examples, indices, tokenizer)["input_ids"].unique().tolist())
     return found
 

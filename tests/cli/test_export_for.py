@@ -12,6 +12,7 @@ from pst_ds.cli.export import TARGETS, chosen_options
 from pst_ds.cli.main import main
 from pst_ds.inference.decoder import Decoder
 from pst_ds.inference.export_run import ExportSettings
+from tests.cli.test_quantized import said_by
 
 _LOADS = """
 import sys
@@ -60,3 +61,35 @@ def test_a_dense_decoder_is_not_packed_and_given_options_stay(tmp_path, capsys):
     assert main([*words, "--format", "csr", "--out", str(tmp_path / "other")]) == 2
     assert "--for cpu chooses the format. Remove --format csr" in capsys.readouterr().err
     assert not Path(tmp_path / "other").exists()
+
+
+def test_the_accuracy_lost_is_the_difference_of_eval_and_verify(folders, tmp_path, capsys):
+    out, run = tmp_path / "out", folders / "run"
+    said, printed = said_by(capsys, "export", run, "--for", "cpu", "--values", "int4", "--group", "row", "--out", out)
+    lost = said["quantisation_loss"]
+    evaluated, _ = said_by(capsys, "eval", run, "--split", "validation")
+    verified, _ = said_by(capsys, "verify", out, "--against", run, "--split", "validation")
+    assert lost["examples"] == evaluated["examples"] == verified["examples"]
+    assert lost["trained"] == pytest.approx({name: evaluated[name] for name in lost["trained"]}, rel=1e-5)
+    assert lost["exported"] == pytest.approx(verified["metrics"], rel=1e-5)
+    change = lost["exported"]["loss"] - lost["trained"]["loss"]
+    assert abs(change) > 1e-4
+    assert f"({change:+.4f})" in printed
+
+
+def test_weights_for_other_engines_are_quantised_as_in_a_file(folders, tmp_path, capsys):
+    words = ["export", folders / "run", "--values", "int8", "--for"]
+    in_file, simulated = (
+        said_by(capsys, *words, name, "--out", tmp_path / name)[0]["quantisation_loss"]
+        for name in ("transformers", "vllm")
+    )
+    assert in_file["by"] == "transformers" != simulated["by"]
+    assert simulated["exported"] == pytest.approx(in_file["exported"], rel=1e-5)
+
+
+def test_an_export_without_its_data_says_so(folders, tmp_path, capsys):
+    words = ["export", folders / "run", "--for", "cpu", "--out", tmp_path / "out"]
+    said, printed = said_by(capsys, *words, "--set", 'data.validation="moved.jsonl"')
+    assert said["quantisation_loss"] is None
+    assert "accuracy lost to quantisation is unknown: " in printed
+    assert "moved.jsonl" in printed

@@ -126,3 +126,8 @@ def test_a_language_model_predicts_fewer_tokens(folders, some, tmp_path, capsys)
     config = json.loads((out / "generation_config.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.convert_ids_to_tokens(config["eos_token_id"]) == tokenizer.eos_token
+
+
+def test_seen_tokens_of_sequences_of_several_lengths(folders, tmp_path, capsys):
+    said, _ = said_by(capsys, "export", folders / "run", "--out", tmp_path / "out", "--vocabulary", "seen")
+    assert 0 < said["tokens"] <= 35

@@ -1,19 +1,24 @@
-"""Compare an export with the masked model of the run it came from: weights, logits, predictions, generated texts."""
+"""Compare an export with the masked model of its run: weights, logits, predictions, texts, accuracy lost."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pst_ds.config.run import RunConfig
+from pst_ds.core.packings import FOR_COMPRESSED_TENSORS, GGUF, ONNX_FILE
 from pst_ds.data.generation import missing_libraries
 from pst_ds.data.tasks.data_to_text import DataToText, Pairs
 from pst_ds.errors import InputError
+from pst_ds.export.encoding import Encoding
+from pst_ds.export.manifest import Facts
+from pst_ds.export.to_folder import ExportOptions
 from pst_ds.inference.runtime import sparse_layers
 from pst_ds.inference.runtime.experts import SparseExperts
 from pst_ds.inference.verify.masked_run import Compared, FewerTokens, LargestLogit, MaskedRun
@@ -28,6 +33,9 @@ ROUNDINGS = 2.0
 """Roundings of a logit: one for each of the two computations that are compared."""
 LINE_BYTES = 64
 """Alignment of memory that torch allocates; weights in a mapped file may start anywhere."""
+
+MEASURED_TOKENS = 1 << 14
+"""Tokens of the first validation examples on which the accuracy lost is measured; at least one example."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +98,7 @@ def compare_with_run(folder: Path, config: RunConfig, checkpoint: str, split: st
 
     The masked model is first quantised or cast as the export is; ``rounding`` has the effect. Raises InputError.
     """
-    run = MaskedRun.of(folder, config, checkpoint, split, limit)
+    run = MaskedRun.of(folder, config, checkpoint, split, limit, None)
     _align(run.model)
     encoding, fewer, rounding = run.encoding, run.trim(), None
     plain = _loaded(run, "" if encoding.is_plain else "dense")
@@ -116,6 +124,36 @@ def compare_with_run(folder: Path, config: RunConfig, checkpoint: str, split: st
         texts=_compare_texts(run, plain),
         kept_sparse=None if encoding.is_plain else _compare_sparse(run, plain),
     )
+
+
+@torch.no_grad()
+def quantisation_loss(out: Path, config: RunConfig, checkpoint: str, storage: ExportOptions) -> Facts:
+    """Return metrics of the run ("trained") and of its export ``out`` ("exported"), and how they were computed ("by").
+
+    transformers or ONNX Runtime loads the file. GGUF and compressed-tensors need other engines: in place of such a
+    file, the trained model gets the same quantised weights. Raises InputError, also for unreadable data.
+    """
+    is_onnx, foreign = (out / ONNX_FILE).is_file(), None
+    if is_onnx:
+        config = replace(config, data=replace(config.data, document_mask=False))  # a graph has no position_ids
+    elif storage.packing in (GGUF, *FOR_COMPRESSED_TENSORS):
+        foreign = Encoding(storage.packing, storage.values, storage.embeddings)
+    run = MaskedRun.of(out, config, checkpoint, "validation", None, foreign)
+    run.limit = max(1, int(np.searchsorted(np.cumsum(run.examples.lengths), MEASURED_TOKENS, "right")))
+    run.examples = run.examples.first(run.limit)
+    trained = run.metrics_of(run.model)
+    run.trim()
+    if is_onnx:
+        from pst_ds.inference.verify.onnx import OnnxModel  # ONNX Runtime is optional
+
+        by, exported = "ONNX Runtime", run.metrics_of(OnnxModel(out / ONNX_FILE, exact=False))
+    elif foreign:
+        run.quantise()
+        by, exported = "its weights in the trained model", run.metrics_of(run.model)
+    else:
+        by, exported = "transformers", run.metrics_of(_loaded(run, "" if run.encoding.is_plain else "dense"))
+    measured = {"trained": trained, "exported": exported, "by": by}
+    return {"examples": len(run.examples), "unit": run.context.task.unit, **measured}
 
 
 def _weights_of_both(run: MaskedRun, plain: nn.Module, quantised: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:

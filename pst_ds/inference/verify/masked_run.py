@@ -77,11 +77,13 @@ class MaskedRun:
     encoding: Encoding
 
     @classmethod
-    def of(cls, folder: Path, config: RunConfig, checkpoint: str, split: str, limit: int | None) -> MaskedRun:
-        """Rebuild the model of ``checkpoint``, and load the examples. Raises InputError."""
-        tensors, facts = read_manifest(folder)
-        encoding = encoding_of(facts["kind"], facts)
-        if encoding.packing in FOR_COMPRESSED_TENSORS:
+    def of(
+        cls, folder: Path, config: RunConfig, checkpoint: str, split: str, limit: int | None, encoding: Encoding | None
+    ) -> MaskedRun:
+        """Rebuild the model, and load the examples; ``encoding``: of a file that is not read. Raises InputError."""
+        tensors, facts = read_manifest(folder) if encoding is None else ([], {})
+        encoding = encoding or encoding_of(facts["kind"], facts)
+        if facts and encoding.packing in FOR_COMPRESSED_TENSORS:
             raise InputError(
                 f"{folder} is for {COMPRESSED_TENSORS}, which computes in its own way. Compare a --format dense "
                 "export, which has the same quantised values"
@@ -90,6 +92,9 @@ class MaskedRun:
         context = prepare_single(config, opened)
         examples, model = _examples(context, split, limit), masked_model(context, opened)
         return cls(folder, split, limit, context, examples, model, tensors, facts, encoding)
+
+    def metrics_of(self, model: Callable[..., object]) -> dict[str, float]:
+        return self.context.task.metrics(predict(model, self.context, self.examples), self.examples)
 
     def compare(self, one: Callable[..., object], other: Callable[..., object]) -> tuple[int, float, dict[str, float]]:
         """Return (differing predictions, largest logit difference, metrics of ``other``)."""
@@ -102,7 +107,7 @@ class MaskedRun:
         if not kept:
             return None
         before, whole = self.context, self.examples
-        metrics = before.task.metrics(predict(self.model, before, whole), whole)
+        metrics = self.metrics_of(self.model)
         tokenizer = type(before.tokenizer).from_pretrained(self.folder)
         if max(tokenizer.get_vocab().values()) >= len(kept):
             raise ExportError(f"{self.folder}: the manifest has {len(kept)} tokens, and the tokenizer has more")

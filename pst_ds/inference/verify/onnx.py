@@ -50,9 +50,9 @@ def compare_onnx_with_run(
     A file with int8 activations is compared with 16-bit activations, and once more unchanged for predictions and
     metrics. Raises InputError for a file whose only output is not "logits".
     """
-    model = _OnnxModel(folder / ONNX_FILE)
+    model = OnnxModel(folder / ONNX_FILE)
     config = replace(config, data=replace(config.data, document_mask=False))  # a graph has no position_ids
-    run = MaskedRun.of(folder, config, checkpoint, split, limit)
+    run = MaskedRun.of(folder, config, checkpoint, split, limit, None)
     run.trim()
     run.cast(run.narrower_dtypes())
     if run.encoding.is_quantized:
@@ -64,7 +64,7 @@ def compare_onnx_with_run(
     predictions, difference, metrics = run.compare(largest, model)
     in_8_bits = None
     if model.activation_bits == 8:
-        predictions, in_8_bits, metrics = run.compare(largest, _OnnxModel(folder / ONNX_FILE, exact=False))
+        predictions, in_8_bits, metrics = run.compare(largest, OnnxModel(folder / ONNX_FILE, exact=False))
     return OnnxComparison(
         examples=len(run.examples),
         unit=run.context.task.unit,
@@ -76,7 +76,7 @@ def compare_onnx_with_run(
     )
 
 
-class _OnnxModel:
+class OnnxModel:
     """A session with the call signature of the model."""
 
     def __init__(self, file: Path, *, exact: bool = True):
