@@ -18,6 +18,7 @@ _HOMES = {
     "RoundingSchedule": "core.schedule",
     "export_run": "inference.export_run",
     "inject_pst": "nn.inject",
+    "load": "inference.loading",
     "load_pretrained": "checkpoint.adapter",
     "merge_and_unload": "nn.merge",
     "plan": "planning.plan",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from pst_ds.core.schedule import RoundingSchedule as RoundingSchedule
     from pst_ds.inference.export_run import ExportSettings as ExportSettings
     from pst_ds.inference.export_run import export_run as export_run
+    from pst_ds.inference.loading import load as load
     from pst_ds.inference.verify import verify as verify
     from pst_ds.masks.schedule_driver import MaskUpdater as MaskUpdater
     from pst_ds.nn.adapter_checkpoints import adapter_checkpoints as adapter_checkpoints

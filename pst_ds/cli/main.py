@@ -46,6 +46,7 @@ VERBS = {
     "eval": "evaluate a checkpoint of a run",
     "export": "export a run or a sparse model folder as a model folder: dense, bitmask, 2:4 or csr",
     "verify": "check an export, by itself or against its run: files, tensors, weights, logits",
+    "predict": "write the label, number or embedding of each row of a file",
     "generate": "generate text with a causal model, dense or packed",
     "serve": "serve a model folder over HTTP with the chat-completions protocol, with or without per-user adapters",
     "bench": "measure the speed and size of a model, dense and sparse",

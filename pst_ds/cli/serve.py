@@ -1,4 +1,4 @@
-"""``pst-ds serve DIR``: serve a model folder with the chat-completions protocol, with or without per-user adapters."""
+"""``pst-ds serve DIR``: serve a model folder over HTTP: text with or without per-user adapters, labels, embeddings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pst_ds.inference.hf.model_folder import ModelFolder
+    from pst_ds.inference.serve.app import Service
     from pst_ds.inference.serve.batches import Batches
+    from pst_ds.inference.serve.encoders import EncoderService
     from pst_ds.inference.serve.jobs import Answering
     from pst_ds.inference.serve.text import TextService
     from pst_ds.train.users.store import State, UserStore
@@ -34,7 +36,7 @@ _UNLIMITED = 1 << 17
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", metavar="DIR", help="folder of a causal model: dense, or packed by pst-ds export")
+    add("model", metavar="DIR", help="folder of a causal model, a classifier or an embedding model")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     add("--port", type=int, default=8000, metavar="N", help="(default: 8000; 0 chooses a free one)")
     add("--name", help="the model's name in requests (default: the folder's)")
@@ -119,9 +121,11 @@ def _opened(args: argparse.Namespace) -> tuple[ModelFolder, PreTrainedTokenizerB
     from pst_ds.train.users.store import UserStore
 
     folder = open_model_folder(args.model)
-    folder.require_causal()
     args.name = args.name or folder.path.resolve().name
     tokenizer = folder.tokenizer()
+    if not folder.is_causal:
+        _require_no_text_options(args, folder)
+        return folder, tokenizer, None
     if args.chat_template:
         tokenizer.chat_template = read_template(args.chat_template, "--chat-template")
     if tokenizer.chat_template is None:
@@ -131,10 +135,34 @@ def _opened(args: argparse.Namespace) -> tuple[ModelFolder, PreTrainedTokenizerB
     return folder, tokenizer, store
 
 
+def _require_no_text_options(args: argparse.Namespace, folder: ModelFolder) -> None:
+    from pst_ds.inference.encoder.encoder import kind_of
+
+    kind, defaults = kind_of(folder), {"load_as": "auto", "engine": "auto"}
+    for name in ("store", "chat_template", "memory", "max_new_tokens", "load_as", "dtype", "engine"):
+        if getattr(args, name) != defaults.get(name):
+            raise InputError(f"--{name.replace('_', '-')} is for causal models, and {args.model} is a {kind}. Omit it")
+
+
+def _encoder_service(args: argparse.Namespace) -> EncoderService:
+    from pst_ds.inference.encoder.encoder import Encoder
+    from pst_ds.inference.serve.app import Limits
+    from pst_ds.inference.serve.encoders import Batcher, EncoderService
+    from pst_ds.inference.serve.gate import Access
+
+    encoder = Encoder(args.model, threads=args.threads, max_length=args.max_prompt_tokens, batch=args.max_batch)
+    encoder.outputs(["What is the time?"])  # compiles what a request would wait for
+    batcher, limits = Batcher(encoder, args.max_waiting), Limits(body_bytes=args.max_body)
+    access = Access(_keys(), args.host)
+    return EncoderService(name=args.name, limits=limits, access=access, encoder=encoder, batcher=batcher)
+
+
 def _service(
     args: argparse.Namespace, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, store: UserStore | None
-) -> TextService:
+) -> Service:
     """Load the model and return the service. Raises InputError."""
+    if not folder.is_causal:
+        return _encoder_service(args)
     import torch
 
     from pst_ds.data.model_limits import positions_of

@@ -61,7 +61,33 @@ def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, neste
         rows = data.rows
     else:
         rows = _read_from_hub(data, where) if data.dataset else read_local(where, f"data.{split}", data.sample_by)
-    if not data.dataset and Path(file_and_slice(where)[0]).suffix.lower() == _TSV:
+    settings = {column: f"data.{setting}" for column, setting in columns.items()}
+    require_columns(rows, settings, where, nested=nested, is_local=not data.dataset)
+    if not len(rows):
+        raise ConfigError(f"data.{split} = {where!r} has no examples. Add a row for each")
+    if split == "test" and data.test_rows and not isinstance(data, DataInMemory):
+        column, wanted = data.test_rows
+        _require_column(rows, column, "data.test_rows", where)
+        values = [str(value) for value in rows[column]]
+        if wanted not in values:
+            raise ConfigError(
+                f"{where}: no row has {wanted!r} in column {column!r}, as data.test_rows asks. Name one of "
+                f"{', '.join(sorted(set(values))[:6])}"
+            )
+        rows = rows.select([row for row, value in enumerate(values) if value == wanted])
+    return rows
+
+
+def require_columns(
+    rows: Dataset, columns: Mapping[str, str], where: str, *, nested: bool = False, is_local: bool = True
+) -> None:
+    """Raise ConfigError unless ``rows`` of ``where`` have ``columns`` of UTF-8 text or plain values.
+
+    ``columns``: each with the setting that names it. ``nested``: as in :func:`read_rows`. ``is_local``: for a file.
+    """
+    import datasets
+
+    if is_local and Path(file_and_slice(where)[0]).suffix.lower() == _TSV:
         _require_unquoted(rows, [column for column in columns if column in rows.column_names], where)
     for column, setting in columns.items():
         top, *path = _path_of(column, rows) if nested else [column]
@@ -71,22 +97,9 @@ def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, neste
             _require_path(rows.features[top], path, column, setting, where)
         elif not isinstance(rows.features[column], datasets.Value | datasets.ClassLabel):
             raise ConfigError(
-                f"{where}: column {column!r}, which data.{setting} names, holds {type(rows.features[column]).__name__} "
+                f"{where}: column {column!r}, which {setting} names, holds {type(rows.features[column]).__name__} "
                 "values, not a plain text, number or label in each row. Name another column"
             )
-    if not len(rows):
-        raise ConfigError(f"data.{split} = {where!r} has no examples. Add a row for each")
-    if split == "test" and data.test_rows and not isinstance(data, DataInMemory):
-        column, wanted = data.test_rows
-        _require_column(rows, column, "test_rows", where)
-        values = [str(value) for value in rows[column]]
-        if wanted not in values:
-            raise ConfigError(
-                f"{where}: no row has {wanted!r} in column {column!r}, as data.test_rows asks. Name one of "
-                f"{', '.join(sorted(set(values))[:6])}"
-            )
-        rows = rows.select([row for row, value in enumerate(values) if value == wanted])
-    return rows
 
 
 def file_and_slice(where: str) -> tuple[str, str]:
@@ -115,7 +128,7 @@ def _value_at(value: object, path: list[str]) -> object:
 def _require_column(rows: Dataset, column: str, setting: str, where: str) -> None:
     if column not in rows.column_names:
         raise ConfigError(
-            f"{where} has no column {column!r}, which data.{setting} names. Columns: {', '.join(rows.column_names)}"
+            f"{where} has no column {column!r}, which {setting} names. Columns: {', '.join(rows.column_names)}"
         )
 
 
@@ -161,7 +174,7 @@ def _require_path(feature: object, path: list[str], column: str, setting: str, w
         if name is not None and not (isinstance(feature, dict) and name in feature):
             there = ", ".join(feature) if isinstance(feature, dict) else type(feature).__name__
             raise ConfigError(
-                f"{where}: data.{setting} = {column!r} has no part {name!r} in the data, which has {there}. Name a part"
+                f"{where}: {setting} = {column!r} has no part {name!r} in the data, which has {there}. Name a part"
             )
         feature = feature[name] if isinstance(feature, dict) and name is not None else feature
         while hasattr(feature, "feature"):  # a list of
@@ -172,6 +185,7 @@ def read_local(where: str, setting: str, sample_by: str) -> Dataset:
     """Return the rows of a local file, which ``setting`` names. Raises ConfigError."""
     import datasets
 
+    datasets.disable_progress_bars()
     setting, (file, piece) = f"{setting} = {where!r}", file_and_slice(where)
     path = Path(file)
     if not path.is_file():

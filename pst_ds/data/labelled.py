@@ -135,12 +135,19 @@ def refuse_hidden(label: object, row: int, where: str) -> None:
 def tokenized_texts(rows: Dataset, data: DataConfig, split: str, tokenizer: Tokenizer) -> list[dict[str, list[int]]]:
     """Tokenise the text, or pair of texts, of each row. Raises ConfigError for a row without text."""
     texts = [text_column(rows[column], column, getattr(data, split)) for column in data.text_columns]
+    return tokenized_columns(texts, data.max_length, tokenizer)
+
+
+def tokenized_columns(
+    columns: Sequence[Sequence[str]], max_length: int | None, tokenizer: Tokenizer
+) -> list[dict[str, list[int]]]:
+    """Tokenise texts (one column) or pairs of texts (two), truncated to ``max_length`` tokens unless that is None."""
     features = []
-    for start in range(0, len(rows), _ROWS_AT_A_TIME):
-        part = [column[start : start + _ROWS_AT_A_TIME] for column in texts]
-        if len(part) > 1 and tokenizer.is_fast:
-            part = _as_far_as_needed(part, data.max_length, tokenizer)
-        encoded = tokenizer(*part, truncation=True, max_length=data.max_length)
+    for start in range(0, len(columns[0]), _ROWS_AT_A_TIME):
+        part = [list(column[start : start + _ROWS_AT_A_TIME]) for column in columns]
+        if len(part) > 1 and tokenizer.is_fast and max_length:
+            part = _as_far_as_needed(part, max_length, tokenizer)
+        encoded = tokenizer(*part, truncation=max_length is not None, max_length=max_length)
         features += [{key: values[i] for key, values in encoded.items()} for i in range(len(part[0]))]
     return features
 

@@ -453,3 +453,6 @@ def copy_small_files(folder: Path, out: Path) -> None:
         is_ours = path.name in (CONFIG_FILE, MANIFEST_FILE) or path.name.endswith(".index.json")
         if path.is_file() and path.suffix in _COPIED and not is_ours:
             shutil.copyfile(path, out / path.name)
+    for path in folder.glob("[0-9]_*/config.json"):  # modules of sentence-transformers, such as 1_Pooling
+        (out / path.parent.name).mkdir()
+        shutil.copyfile(path, out / path.parent.name / path.name)

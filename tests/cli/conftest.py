@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import transformers
 
 from pst_ds.cli.main import main
 
@@ -22,7 +23,7 @@ def _no_launcher(monkeypatch):
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """A Llama's run of 6 steps and its exports, dense and bitmask; its base model, pruned once by magnitude."""
+    """A Llama's run of 6 steps, its exports (dense and bitmask), its base model pruned by magnitude; a regressor."""
     top = tmp_path_factory.mktemp("folders")
     settings = {
         "output_dir": str(top / "run"), "deepspeed_config": "", "train.num_steps": 6, "schedule.update_interval": 1,
@@ -39,6 +40,9 @@ def folders(tmp_path_factory):
         assert main(["export", str(top / "run"), "--format", "bitmask", "--out", str(top / "bitmask")]) == 0
         prune = ["prune", run_file, "--method", "magnitude", "--sparsity", "0.5", "--out", str(top / "pruned")]
         assert main(prune) == 0
+        model = transformers.AutoModelForSequenceClassification.from_pretrained("tests/data/tiny-bert", num_labels=1)
+        model.save_pretrained(top / "regressor")
+        transformers.AutoTokenizer.from_pretrained("tests/data/tiny-bert").save_pretrained(top / "regressor")
     return top
 
 

@@ -18,7 +18,7 @@ from pst_ds.cli.main import VERBS, build_parser, main
 ROOT = Path(__file__).resolve().parents[2]
 RUN_FILE = "tests/data/causal_lm.toml"
 RUN_VERBS = ("plan", "train", "launch", "tune", "prune", "eval", "export", "verify")
-QUIET = ("prepare", "train", "tune", "prune", "eval", "export", "verify", "bench")
+QUIET = ("prepare", "train", "tune", "prune", "eval", "export", "verify", "predict", "bench")
 
 
 def _arguments(verb, folders, out):
@@ -37,6 +37,13 @@ def _arguments(verb, folders, out):
         "eval": [run],
         "export": [run, "--out", str(out)],
         "verify": [dense, "--against", run, "--limit", "2"],
+        "predict": [
+            str(folders / "regressor"),
+            "--data",
+            "tests/data/train.jsonl",
+            "--out",
+            str(out.with_suffix(".jsonl")),
+        ],
         "generate": [dense, "--prompt", "the film", "--max-new-tokens", "2"],
         "bench": [dense, "--prompt-tokens", "4", "--new-tokens", "2", "--repeats", "1", "--dtype", "fp32"],
         "report": [run, "--out", str(out / "report.html")],

@@ -10,6 +10,7 @@ from torch import nn
 
 import pst_ds
 import pst_ds.hf
+from pst_ds.inference.encoder.encoder import Encoder
 from pst_ds.masks.update import MaskStats
 from pst_ds.parallel.master_adamw import MasterAdamW
 
@@ -45,6 +46,14 @@ def with_trainer(model: nn.Module) -> pst_ds.hf.PSTCallback:
     packed = pst_ds.hf.PackedWeightsConfig(load_as="dense")
     assert_type(packed.dequantize, bool)
     return pst_ds.hf.PSTCallback(schedule)
+
+
+def predicted(texts: list[str]) -> None:
+    model = pst_ds.load("folder", threads=1)
+    if isinstance(model, Encoder):
+        assert_type(model.predict(texts)[0]["probabilities"], dict[str, float])
+    else:
+        assert_type(model.generate([{"role": "user", "content": texts[0]}], 16, temperature=0.7), str)
 
 
 _ = pst_ds.no_such_name  # type: ignore[attr-defined]

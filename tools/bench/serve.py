@@ -46,7 +46,9 @@ def main() -> None:
     arguments = parser.parse_args()
     print(json.dumps(conditions() | {"threads": arguments.threads, "engine": arguments.engine}))
     before = _alone(arguments.folder, arguments.threads)
-    with _server(arguments) as url:
+    batch = str(max(arguments.clients) + 1)
+    options = ("--threads", str(arguments.threads), "--max-batch", batch, "--engine", arguments.engine)
+    with running_server(arguments.folder, *options) as url:
         _ask(url, _prompt(16, 0), 4)
         rates = {clients: _rate(url, clients, arguments.requests) for clients in arguments.clients}
         idle, busy = (
@@ -92,10 +94,10 @@ def _alone(folder: Path, threads: int) -> float:
 
 
 @contextmanager
-def _server(arguments: argparse.Namespace) -> Iterator[str]:
-    words = [sys.executable, "-m", "pst_ds", "serve", str(arguments.folder), "--port", "0", "--threads"]
-    words += [str(arguments.threads), "--max-batch", str(max(arguments.clients) + 1), "--engine", arguments.engine]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+def running_server(folder: Path, *options: str) -> Iterator[str]:
+    """Start ``pst-ds serve``; yield its address, and end it."""
+    words = [sys.executable, "-m", "pst_ds", "serve", str(folder), "--port", "0", *options]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             assert process.stdout is not None
             said = next(line for line in process.stdout if line.startswith("serving"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ from pst_ds.nn.base_model import DTYPES, PRUNING_RECORD, Pretrained, architectur
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+"""Inputs of an encoder, each (batch, tokens) int64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +121,15 @@ def open_model_folder(path: str | Path) -> ModelFolder:
         )
     packing = str(quantization.get("format", DENSE))
     return ModelFolder(path, config, "codes" if quantization and packing == DENSE else packing)
+
+
+def input_names(model: PreTrainedModel) -> list[str]:
+    """Return those :data:`INPUTS`, in this order, that a model's forward accepts and has a table for."""
+    takes = inspect.signature(model.forward).parameters
+    names = [name for name in INPUTS if name in takes]
+    if getattr(model.config, "type_vocab_size", 0) < 2:  # with one type, as in RoBERTa, 0 is the only valid value
+        names = [name for name in names if name != "token_type_ids"]
+    return names
 
 
 def _quantization(config: PreTrainedConfig) -> dict[str, object]:

@@ -5,7 +5,6 @@ operators.cpp implements the operators and documents their inputs.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from transformers.masking_utils import eager_mask
 from pst_ds.errors import first_line
 from pst_ds.export.encoding import ExportError
 from pst_ds.formats import FORMATS, QuantizedFormat
+from pst_ds.inference.hf.model_folder import input_names
 from pst_ds.inference.onnx.fuse import DOMAIN, fuse
 from pst_ds.inference.runtime import SparseLinear, sparse_layers
 from pst_ds.inference.runtime.dense import narrowed
@@ -29,17 +29,6 @@ ATTENTION = "pst_onnx"
 """Name under which :func:`attention` is registered with transformers."""
 Table = tuple[Tensor, Tensor | None, int]
 """Values, scales and bits of an embedding, as EmbeddingNode reads them."""
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-"""Possible inputs of a graph, each (batch, tokens) int64, in this order."""
-
-
-def input_names(model: PreTrainedModel) -> list[str]:
-    """Return the inputs of a model's graph: the :data:`INPUTS` that its forward accepts and has a table for."""
-    takes = inspect.signature(model.forward).parameters
-    names = [name for name in INPUTS if name in takes]
-    if getattr(model.config, "type_vocab_size", 0) < 2:  # with one type, as in RoBERTa, 0 is the only valid value
-        names = [name for name in names if name != "token_type_ids"]
-    return names
 
 
 def sparse_graph(model: PreTrainedModel, tables: Mapping[str, Table], outputs: Sequence[str]) -> ir.Model:

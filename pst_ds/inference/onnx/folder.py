@@ -20,7 +20,7 @@ from pst_ds.export.encoding import ExportError
 from pst_ds.export.from_folder import copy_small_files
 from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.inference.hf.config import LoadAs
-from pst_ds.inference.hf.model_folder import open_model_folder
+from pst_ds.inference.hf.model_folder import input_names, open_model_folder
 from pst_ds.inference.hf.tables import stored_tables
 from pst_ds.inference.runtime.dense import narrowed
 from pst_ds.nn.base_model import architecture
@@ -103,8 +103,6 @@ def _outputs_of(model: PreTrainedModel) -> list[str]:
 
     Raises ExportError for a model that no graph can represent.
     """
-    from pst_ds.inference.onnx.export import input_names
-
     inputs, name = input_names(model), type(model).__name__
     if model.config.is_encoder_decoder or "input_ids" not in inputs:
         raise ExportError(f"{name} does not take a single sequence of tokens. Use --format bitmask")

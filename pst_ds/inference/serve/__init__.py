@@ -1,1 +1,1 @@
-"""HTTP server for a model folder and per-user adapters: the chat-completions protocol, in batches."""
+"""HTTP server for a model folder: text with or without per-user adapters, labels, embeddings."""

@@ -17,6 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from pst_ds.inference.serve.gate import HEALTH, PAGE, Access, Gate
 from pst_ds.inference.serve.metrics import Metrics, Record
@@ -159,7 +160,10 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> JSONResponse:
-        why = ProtocolError(error.status_code, f"{request.method} {request.scope['path'][:200]}: {error.detail}")
+        answered = [one.path for one in app.routes if isinstance(one, Route) and "POST" in (one.methods or ())]
+        hint = f". This model answers POST {' and '.join(answered)}" if error.status_code == 404 else ""
+        place = f"{request.method} {request.scope['path'][:200]}"
+        why = ProtocolError(error.status_code, f"{place}: {error.detail}{hint}")
         return JSONResponse(why.body(), error.status_code, headers=error.headers)
 
     @app.exception_handler(Exception)

@@ -1,4 +1,4 @@
-"""Valid requests of the chat-completions and completions protocols."""
+"""Valid requests for chat, completions, labels and embeddings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WITHOUT_EFFECT = {
 """Fields of the protocol that never change an answer, and max_tokens next to max_completion_tokens."""
 
 
-_WHOLE = ("stop", "prompt", "tool_choice", "logit_bias")
+_WHOLE = ("stop", "prompt", "input", "tool_choice", "logit_bias")
 """Fields with several types, of which a message does not name parts."""
 
 
@@ -296,6 +296,26 @@ class CompletionRequest(_Request):
     @property
     def likeliest(self) -> int | None:
         return self.logprobs
+
+
+class PredictionRequest(_Object):
+    """A validated request for the labels or the embeddings of texts, or pairs of texts."""
+
+    model: Annotated[str, Field(min_length=1)]
+    input: Annotated[
+        list[str | Annotated[list[str], Field(min_length=2, max_length=2)]],
+        Field(min_length=1, max_length=2048, fail_fast=True),
+        BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
+    ]
+    truncate_prompt_tokens: Annotated[int | None, Field(ge=-1)] = None
+    """Tokens to which a text is truncated, -1 for what the model allows; None rejects longer ones."""
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int | None, Field(ge=1)] = None
+    without_effect = ("user",)
+
+    @property
+    def texts(self) -> list[str | tuple[str, str]]:
+        return [text if isinstance(text, str) else (text[0], text[1]) for text in self.input]
 
 
 def read_json(body: bytes) -> JsonTable:

@@ -1,0 +1,204 @@
+"""Classify, score or embed texts with a model folder: dense or packed for transformers, or a graph for ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import torch
+from transformers.models.auto import modeling_auto as known
+
+from pst_ds.core.packings import ONNX_FILE
+from pst_ds.data.labelled import tokenized_columns
+from pst_ds.data.model_limits import positions_of
+from pst_ds.errors import InputError
+from pst_ds.file_names import MANIFEST_FILE
+from pst_ds.inference.encoder.pooling import pooling_of
+from pst_ds.inference.hf.model_folder import INPUTS, ModelFolder, input_names, open_model_folder
+
+Text = str | tuple[str, str]
+"""A text, or a pair of texts."""
+Features = Mapping[str, Sequence[int]]
+"""Tokens of a text as the tokenizer returns them: ``input_ids`` and, for some models, ``token_type_ids``."""
+Arrays = dict[str, np.ndarray]
+CLASSIFIER, REGRESSOR, EMBEDDER = "classifier", "regressor", "embedder"
+MOST_TEXTS, MOST_TOKENS = 16, 2048
+"""Default number of texts of a batch, and the number of tokens with padding from which a batch has fewer."""
+
+
+class Prediction(TypedDict, total=False):
+    """The prediction for a text: of a classifier, a regressor, or an embedding model."""
+
+    label: str
+    probabilities: dict[str, float]
+    """By label, which add up to 1 unless the model was trained for several labels per text."""
+    number: float
+    embedding: list[float]
+
+
+class Encoder:
+    """A model in memory that predicts a label, a number or an embedding for each text. Runs on the CPU."""
+
+    def __init__(
+        self, path: str | Path, *, threads: int | None = None, max_length: int | None = None, batch: int | None = None
+    ):
+        """Open a model folder; :func:`pst_ds.load` has the arguments. Raises InputError."""
+        folder = open_model_folder(path)
+        self.kind, config = kind_of(folder), folder.config
+        self.path, self.tokenizer = folder.path, folder.tokenizer()
+        names = sorted((config.id2label or {}).items()) if self.kind == CLASSIFIER else []  # "10" precedes "2" in files
+        self.labels = [str(name) for _, name in names]
+        self.max_length = _length_limit(folder, self.tokenizer.model_max_length, max_length)
+        self.batch = batch or MOST_TEXTS
+        self._is_exclusive = config.problem_type != "multi_label_classification"
+        self._pool = pooling_of(folder.path) if self.kind == EMBEDDER else None
+        output = "last_hidden_state" if self.kind == EMBEDDER else "logits"
+        opened = _onnx_model if (folder.path / ONNX_FILE).is_file() else _torch_model
+        self._model = opened(folder, output, threads)
+
+    def predict(self, texts: Sequence[Text]) -> list[Prediction]:
+        """Return the prediction for each text, or pair of texts; see :meth:`outputs`."""
+        return self.described(self.outputs(texts))
+
+    def outputs(self, texts: Sequence[Text]) -> np.ndarray:
+        """Return probabilities (texts, labels), numbers (texts, 1) or embeddings (texts, width), in fp32.
+
+        Longer texts are truncated to ``max_length`` tokens. A batch has texts of similar length. Raises InputError.
+        """
+        features = self.tokenized(texts, self.max_length)
+        rows: list[np.ndarray] = [np.empty(0)] * len(features)
+        for batch in batches([len(one["input_ids"]) for one in features], self.batch):
+            for index, row in zip(batch, self.compute([features[index] for index in batch]), strict=True):
+                rows[index] = row
+        return np.array(rows, np.float32)
+
+    def tokenized(self, texts: Sequence[Text], max_length: int | None) -> Sequence[Features]:
+        """Return the tokens of each text, truncated unless ``max_length`` is None. Raises InputError."""
+        is_single = all(isinstance(text, str) for text in texts)
+        are_pairs = all(isinstance(pair, tuple | list) and [type(one) for one in pair] == [str, str] for pair in texts)
+        if isinstance(texts, str) or not (is_single or are_pairs):
+            raise InputError("texts: expected a list of strings, or of pairs of strings. Put a single text into a list")
+        columns: list[Sequence[str]] = [list(map(str, texts))] if is_single else list(zip(*texts, strict=True))
+        features = tokenized_columns(columns, max_length, self.tokenizer)
+        for index, one in enumerate(features):
+            if not one["input_ids"]:
+                raise InputError(f"texts[{index}]: the tokenizer returns no tokens for it. Give a text")
+        return features
+
+    def compute(self, features: Sequence[Features]) -> np.ndarray:
+        """Return what :meth:`outputs` does, for one batch of tokenised texts."""
+        shape = len(features), max(len(one["input_ids"]) for one in features)
+        feed = {name: np.zeros(shape, np.int64) for name in INPUTS}
+        feed["input_ids"] += self.tokenizer.pad_token_id or 0
+        for row, one in enumerate(features):
+            for name, values in one.items():
+                feed[name][row, : len(values)] = values
+            feed["attention_mask"][row, : len(one["input_ids"])] = 1
+        found = self._model(feed)
+        if self._pool is not None:
+            found = self._pool(found, feed["attention_mask"])
+        elif self.kind == CLASSIFIER:
+            logits = torch.from_numpy(found)
+            found = (logits.softmax(-1) if self._is_exclusive else logits.sigmoid()).numpy()
+        if not np.isfinite(found).all():
+            raise FloatingPointError(
+                f"{self.path}: the outputs of the model are not finite. Export it with --dtype fp32"
+            )
+        return found
+
+    def plain(self, outputs: np.ndarray) -> list[list[float]]:
+        """Return :meth:`outputs` as JSON values. Except numbers, they are rounded: fp32 has more digits in decimal."""
+        rows: list[list[float]] = (outputs if self.kind == REGRESSOR else outputs.astype(np.float64).round(7)).tolist()
+        return rows
+
+    def described(self, outputs: np.ndarray) -> list[Prediction]:
+        """Return the predictions for :meth:`outputs`, as JSON values."""
+        rows = self.plain(outputs)
+        if self.kind == REGRESSOR:
+            return [{"number": number} for (number,) in rows]
+        if self.kind == EMBEDDER:
+            return [{"embedding": row} for row in rows]
+        best = outputs.argmax(-1) if len(outputs) else ()
+        probabilities = [dict(zip(self.labels, row, strict=True)) for row in rows]
+        return [{"label": self.labels[i], "probabilities": of} for i, of in zip(best, probabilities, strict=True)]
+
+
+def batches(lengths: Sequence[int], most_texts: int) -> Iterator[list[int]]:
+    """Yield the indices of texts that are computed together, the longest first; none is half padding."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        longest = lengths[batch[0]] if batch else 0
+        is_full = len(batch) == most_texts or (len(batch) + 1) * longest > MOST_TOKENS
+        if batch and (is_full or 2 * lengths[index] < longest):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def kind_of(folder: ModelFolder) -> str:
+    """Return what a model predicts. Raises InputError for a model that is none of the three."""
+    config, name = folder.config, (folder.config.architectures or ["nothing"])[0]
+    if name in known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+        if config.num_labels == 1:
+            return REGRESSOR
+        if config.problem_type != "regression":
+            return CLASSIFIER
+    elif name in known.MODEL_MAPPING_NAMES.values():
+        return EMBEDDER
+    raise InputError(
+        f"{folder.path}: config.json names {name}, which predicts neither a label, a number nor an embedding per text. "
+        "Name the folder of a classifier, a regressor, or an encoder without a head"
+    )
+
+
+def data_of_run(path: Path) -> dict[str, object]:
+    """Return the data settings of the run that a folder was exported from; empty for other folders."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return dict(json.loads((path / MANIFEST_FILE).read_bytes())["run"]["data"])
+    return {}
+
+
+def _length_limit(folder: ModelFolder, of_tokenizer: int, asked: int | None) -> int:
+    """Return the maximum tokens of a text. Raises InputError if ``asked`` is more than the positions."""
+    positions = positions_of(folder.config) or 1 << 20
+    if asked:
+        if asked > positions:
+            raise InputError(f"max_length = {asked}: {folder.path} has {positions} positions. Set at most as many")
+        return asked
+    limits = [positions, of_tokenizer, data_of_run(folder.path).get("max_length")]
+    with suppress(OSError, ValueError, AttributeError):
+        limits.append(json.loads((folder.path / "sentence_bert_config.json").read_bytes()).get("max_seq_length"))
+    return min(limit for limit in limits if isinstance(limit, int) and limit > 0)
+
+
+def _onnx_model(folder: ModelFolder, output: str, threads: int | None) -> Callable[[Arrays], np.ndarray]:
+    from pst_ds.inference.onnx.operators import open_session
+
+    session = open_session(folder.path / ONNX_FILE, threads or torch.get_num_threads())
+    names = [value.name for value in session.get_inputs()]
+
+    def model(feed: Arrays) -> np.ndarray:
+        (found,) = session.run([output], {name: feed[name] for name in names})
+        return np.asarray(found)
+
+    return model
+
+
+def _torch_model(folder: ModelFolder, output: str, threads: int | None) -> Callable[[Arrays], np.ndarray]:
+    module = folder.load()
+    names = input_names(module)
+    if threads:
+        torch.set_num_threads(threads)
+
+    @torch.inference_mode()
+    def model(feed: Arrays) -> np.ndarray:
+        found = module(**{name: torch.from_numpy(feed[name]) for name in names}, return_dict=True)
+        return found[output].float().numpy()
+
+    return model

@@ -1,0 +1,109 @@
+"""``pst_ds.load``: a model folder as an object that generates text, or predicts labels, numbers or embeddings."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from pst_ds.core.packings import ONNX_FILE
+from pst_ds.errors import InputError
+from pst_ds.inference.decoder import Decoder, DecoderError, Sampling
+from pst_ds.inference.decoder.sampling import GREEDY_BELOW
+from pst_ds.inference.encoder.encoder import Encoder
+from pst_ds.inference.hf.model_folder import ModelFolder, open_model_folder
+from pst_ds.inference.runtime.attention import quicken_decoding
+
+
+class Generator:
+    """A causal language model in memory. Runs on the CPU, in the native decoder or else in transformers."""
+
+    def __init__(self, folder: ModelFolder, *, threads: int | None = None, context: int = 2048):
+        """Open a model; say on stderr if the native decoder does not support it. Raises InputError."""
+        if (folder.path / ONNX_FILE).is_file():
+            raise InputError(
+                f"{folder.path} has a graph without a cache. Name an export with --format bitmask or dense"
+            )
+        self.path, self.tokenizer = folder.path, folder.tokenizer()
+        self._ends = folder.end_tokens(self.tokenizer)
+        if threads:
+            torch.set_num_threads(threads)
+        try:
+            self._model: Decoder | PreTrainedModel = Decoder.from_pretrained(folder.path, context, threads=threads)
+        except (DecoderError, RuntimeError) as error:
+            print(f"using transformers instead of the native decoder: {error}", file=sys.stderr)
+            self._model = folder.load()
+            quicken_decoding(self._model)
+
+    def generate(
+        self,
+        prompt: str | list[dict[str, str]],
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> str:
+        """Return the text that follows ``prompt``, a text to continue or chat messages with ``role`` and ``content``.
+
+        ``temperature``: 0 chooses the most likely tokens. Raises ValueError, such as InputError without chat template.
+        """
+        ids, sampling = self._tokens(prompt), Sampling(temperature, top_p=top_p)
+        if isinstance(self._model, Decoder):
+            new = list(self._model.stream(ids, max_new_tokens, sampling=sampling, end=self._ends, seed=seed))
+        else:
+            new = self._with_transformers(self._model, ids, max_new_tokens, sampling, seed)
+        return str(self.tokenizer.decode(new, skip_special_tokens=True))
+
+    def _tokens(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])
+        if self.tokenizer.chat_template is None:
+            raise InputError(f"{self.path}: the tokenizer has no chat template. Pass a text instead of messages")
+        text = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _with_transformers(
+        self, model: PreTrainedModel, ids: list[int], new_tokens: int, sampling: Sampling, seed: int | None
+    ) -> list[int]:
+        is_drawn = sampling.temperature >= GREEDY_BELOW
+        drawing = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if is_drawn else {}
+        ends = {"eos_token_id": self._ends or None, "pad_token_id": next(iter(self._ends), 0)}
+        # replaces the folder's settings, such as penalties
+        model.generation_config = GenerationConfig(max_new_tokens=new_tokens, do_sample=is_drawn, **drawing, **ends)
+        if seed is not None:
+            torch.manual_seed(seed)
+        with torch.inference_mode():
+            found = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long))  # type: ignore[operator]
+        new: list[int] = found[0, len(ids) :].tolist()
+        return new
+
+
+def load(
+    folder: str | Path,
+    *,
+    threads: int | None = None,
+    context: int = 2048,
+    max_length: int | None = None,
+    batch: int | None = None,
+) -> Generator | Encoder:
+    """Open a model folder, dense or packed, on the CPU.
+
+    Returns an object with ``generate(prompt)`` for a causal language model, and with ``predict(texts)`` for a
+    classifier, a regressor or an embedding model.
+
+    Args:
+        threads: OMP_NUM_THREADS by default, or all cores.
+        context: positions of a prompt and its answer, at most those of the model.
+        max_length: tokens to which a text for ``predict`` is truncated. By default as in the run that was exported, or
+            what the folder's sentence-transformers files, tokenizer and positions allow.
+        batch: texts that ``predict`` computes together; 16 by default.
+
+    Raises InputError.
+    """
+    opened = open_model_folder(folder)
+    if opened.is_causal:
+        return Generator(opened, threads=threads, context=context)
+    return Encoder(folder, threads=threads, max_length=max_length, batch=batch)
