@@ -20,27 +20,20 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     add("--load-as", choices=("auto", "sparse", "dense"), default="auto", help="keep weights packed, or unpack them")
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the folder's")
     add("--threads", type=count, metavar="N", help="threads (default: OMP_NUM_THREADS, or all cores)")
-    engine = "the native loop, or transformers; auto: native on a CPU if the weights are quantised"
+    engine = "the native loop, or transformers; auto: native on a CPU for quantised weights and --store"
     add("--engine", choices=("auto", "native", "torch"), default="auto", help=engine)
 
 
 def native_decoder(
-    args: argparse.Namespace,
-    folder: ModelFolder,
-    device: str,
-    context: int,
-    has_users: bool,
-    **options: Unpack[Options],
+    args: argparse.Namespace, folder: ModelFolder, device: str, context: int, **options: Unpack[Options]
 ) -> Decoder | None:
-    """Return the native decoder if ``args`` ask for it, or if it is certainly faster. Raises InputError."""
+    """Return the native decoder if ``args`` ask for it, if it is certainly faster, or for users. Raises InputError."""
     asked = {"load-as": args.load_as != "auto", "dtype": args.dtype}
     chosen = [f"--{name}" for name, value in asked.items() if value]
     if args.engine == "native" and (chosen or device != "cpu"):
         raise InputError(f"--engine native is for a CPU. Omit {' and '.join(chosen) or device}")
-    if args.engine == "native" and has_users:
-        raise InputError("--engine native does not support users. Omit it to use transformers")
-    is_plain = args.engine == "auto" and folder.values is None
-    if args.engine == "torch" or has_users or chosen or device != "cpu" or is_plain:
+    is_plain = args.engine == "auto" and folder.values is None and options.get("users") is None
+    if args.engine == "torch" or chosen or device != "cpu" or is_plain:
         return None
     from pst_ds.inference.decoder import Decoder, DecoderError
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pst_ds.export.manifest import Facts
     from pst_ds.inference.decoder import Decoder
     from pst_ds.inference.hf.model_folder import ModelFolder
+    from pst_ds.train.users.store import UserStore
 
 Sampling = dict[str, bool | float]
 
@@ -50,18 +51,21 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from pst_ds.inference.hf.model_folder import open_model_folder
     from pst_ds.inference.runtime import sparse_layers
     from pst_ds.parallel.launch import LaunchEnvironment, device_of
+    from pst_ds.train.users.store import UserStore
 
     if args.threads:
         torch.set_num_threads(args.threads)
     device = device_of(LaunchEnvironment(0, 1, 0))
     folder = open_model_folder(args.model)
     folder.require_causal()
+    store = UserStore(Path(args.store)) if args.store is not None else None
     tokenizer = folder.tokenizer()
     inputs = _encoded(tokenizer, args)
     new_tokens = _new_tokens(args, inputs["input_ids"], folder)
     start = time.perf_counter()
     prompt_tokens = inputs["input_ids"].shape[1]
-    model = _decoder(args, folder, device, prompt_tokens + new_tokens) or _loaded(args, folder, device)
+    context = prompt_tokens + new_tokens
+    model = _decoder(args, folder, device, context, store) or _loaded(args, folder, device, store)
     load_seconds = time.perf_counter() - start
     if new_tokens < args.max_new_tokens:
         print(f"stops after {new_tokens} tokens: the model has {prompt_tokens + new_tokens} positions", file=sys.stderr)
@@ -104,25 +108,27 @@ def _speed(result: Facts) -> str:
     )
 
 
-def _decoder(args: argparse.Namespace, folder: ModelFolder, device: str, context: int) -> Decoder | None:
-    """Return the native loop if requested, or if it is certainly faster. Raises InputError."""
-    bits = args.prompt_bits or 16
-    decoder = native_decoder(args, folder, device, context, args.user is not None, prompt_bits=bits)
+def _decoder(
+    args: argparse.Namespace, folder: ModelFolder, device: str, context: int, store: UserStore | None
+) -> Decoder | None:
+    """Return the native loop if requested, or if it is certainly faster, for ``--user``. Raises InputError."""
+    decoder = native_decoder(args, folder, device, context, users=store, prompt_bits=args.prompt_bits or 16)
     if decoder is None and args.prompt_bits:
         raise InputError("--prompt-bits is for the native loop, which is not used here. Add --engine native")
+    if decoder is not None and store is not None:
+        decoder.assign(store.state(args.user))
     return decoder
 
 
-def _loaded(args: argparse.Namespace, folder: ModelFolder, device: str) -> PreTrainedModel:
+def _loaded(args: argparse.Namespace, folder: ModelFolder, device: str, store: UserStore | None) -> PreTrainedModel:
     """Return the transformers model, optimised for decoding, with the adapter of ``--user``. Raises InputError."""
     from pst_ds.inference.runtime.attention import quicken_decoding
     from pst_ds.inference.serve.users import ServedUsers
-    from pst_ds.train.users.store import UserStore
 
     model = folder.load(args.load_as, args.dtype, device)
     quicken_decoding(model)
-    if args.user is not None:
-        ServedUsers(model, folder.path, UserStore(Path(args.store))).assign([args.user])
+    if store is not None:
+        ServedUsers(model, folder.path, store).assign([args.user])
     return model
 
 

@@ -178,8 +178,9 @@ def _service(
     device, positions = device_of(LaunchEnvironment(0, 1, 0)), positions_of(folder.config)
     ends = folder.end_tokens(tokenizer)
     cache_bytes = round(1e9 * (args.memory or _memory_of_cache()) / args.workers)
-    options = {"sequences": args.max_batch, "cache_bytes": cache_bytes}
-    decoder = native_decoder(args, folder, device, positions or _UNLIMITED, store is not None, **options)
+    decoder = native_decoder(
+        args, folder, device, positions or _UNLIMITED, sequences=args.max_batch, cache_bytes=cache_bytes, users=store
+    )
     if decoder is not None:
         positions = decoder.context
         answering: Answering = Slots(decoder, ends=ends, most_waiting=args.max_waiting)

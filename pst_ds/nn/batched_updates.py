@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pst_ds.core.updates.rows import EachBeside, beside, with_beside_each
+from pst_ds.core.updates.rows import beside, with_beside_each
 from pst_ds.nn.model_structure import linear_shape
 
 LEFT, RIGHT = "personal_U", "personal_V"
@@ -48,8 +48,7 @@ def add_update(
 class BatchUpdates:
     """The updates of the users of a batch for some layers of a model; initially none.
 
-    Another user's update is used in place on a CPU; on an accelerator the updates of several users are stacked. No
-    weight is changed.
+    The updates of several users are stacked. No weight is changed.
     """
 
     def __init__(self, model: nn.Module, shapes: Mapping[str, Sequence[int]], beta: float):
@@ -67,18 +66,9 @@ class BatchUpdates:
         self._handles = [modules[name].register_forward_hook(partial(self._add, name)) for name in self._layers]
 
     def assign(self, states: Sequence[State], like: Tensor) -> None:
-        """Let sample i of every batch from now on have the update ``states[i]``.
-
-        On a CPU the tensors are used in place; on an accelerator they are copied to the device and dtype of ``like``.
-        """
+        """Let sample i of every later batch have the update ``states[i]``, in the dtype and device of ``like``."""
         self._now = {}
         if all(state is None for state in states):
-            return
-        if like.device.type == "cpu":
-            for name in self._layers:
-                left, right = f"{name}.{LEFT}", f"{name}.{RIGHT}"
-                factors = [None if state is None else (state[left], state[right]) for state in states]
-                self._now[name] = EachBeside(factors, self._beta).added_to
             return
         first = states[0]
         keys = [f"{name}.{part}" for name in self._layers for part in (LEFT, RIGHT)]

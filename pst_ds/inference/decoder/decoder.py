@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -14,7 +14,10 @@ from pst_ds.inference.decoder.sampling import Sampling
 from pst_ds.inference.decoder.table import DecoderError, DecoderTable, Part, table_of
 from pst_ds.inference.hf.model_folder import open_model_folder
 from pst_ds.inference.hf.tables import StoredTable, stored_tables
-from pst_ds.inference.runtime.native_loop import require_library
+from pst_ds.inference.runtime.native_loop import Adapter, require_library
+
+if TYPE_CHECKING:
+    from pst_ds.train.users.store import State, UserStore
 
 MOST_DIFFERENCE = 0.03
 """Largest mean difference of the loop's logits from the model's, relative to their norm, with a cache in fp32.
@@ -32,13 +35,14 @@ CACHES = {"fp32": 32, "bf16": 16, "int8": 8}
 
 
 class Options(TypedDict, total=False):
-    """Options of a decoder: concurrent sequences, threads (torch's number by default), cache and prompts."""
+    """Options of a decoder: concurrent sequences, threads (torch's number by default), cache, prompts and users."""
 
     sequences: int
     threads: int | None
     cache: str
     cache_bytes: int | None
     prompt_bits: int
+    users: UserStore | None
 
 
 class Decoder:
@@ -56,6 +60,7 @@ class Decoder:
         cache: str = "bf16",
         cache_bytes: int | None = None,
         prompt_bits: int = 16,
+        users: UserStore | None = None,
     ):
         """Create a decoder from a table; the class methods are the usual way.
 
@@ -64,6 +69,8 @@ class Decoder:
         ``prompt_bits``: bits of activations if 16 or more tokens of a sequence are processed together and weights are
         quantised. 16: about 14, as for single tokens. 8: int8 with a scale per 64 columns, which AVX-512 multiplies in
         half the time; no effect on other processors.
+
+        ``users``: store of the states that :meth:`assign` gets. Raises DecoderError if the loop does not support them.
         """
         if cache not in CACHES:
             raise DecoderError(f"cache={cache!r}: keys and values are kept in {', '.join(CACHES)}")
@@ -78,6 +85,9 @@ class Decoder:
                 raise DecoderError(f"{cache_bytes} bytes hold {fitting} positions of each of {sequences} sequences")
             self.context = min(self.context, fitting)
         self._lengths, self._prompts_in_bytes = [0] * sequences, prompt_bits == 8
+        self._adapters: list[Adapter | None] = [None] * sequences
+        table.updated({} if users is None else users.common.shapes)
+        self._beta = 1.0 if users is None else users.common.beta
         self._most = max(TOKENS_IN_A_PASS, sequences)
         self._table = table
         self._loop = table.loop(self.context, sequences, self._most, cache_bits=CACHES[cache])
@@ -113,12 +123,19 @@ class Decoder:
     def from_pretrained(
         cls, folder: str | Path, context: int = 2048, *, verify: bool = True, **options: Unpack[Options]
     ) -> Decoder:
-        """Create a decoder for a model folder, dense or packed, as :meth:`from_model` does."""
+        """Create a decoder for a model folder, dense or packed, as :meth:`from_model` does.
+
+        Raises UserStoreError if the states of ``users`` belong to another model.
+        """
         opened = open_model_folder(folder)
         opened.require_causal()
         packed = opened.format != "dense"
         model = opened.load("sparse" if packed else "auto", "fp32")
         tables = stored_tables(opened.path, model) if packed else None
+        if (users := options.get("users")) is not None:
+            from pst_ds.inference.serve.users import ServedUsers
+
+            ServedUsers(model, opened.path, users).close()  # for its checks
         return cls.from_model(model, context, verify=verify, tables=tables, **options)
 
     def with_fp32_cache(self, context: int, first: int = 0) -> Decoder:
@@ -127,7 +144,7 @@ class Decoder:
         ``first``: position in the model of the sequence's first token.
         """
         other = copy.copy(self)
-        other.context, other.sequences, other._lengths = context, 1, [0]
+        other.context, other.sequences, other._lengths, other._adapters = context, 1, [0], [None]
         other._loop = self._table.loop(context, 1, self._most, cache_bits=32, first=first)
         return other
 
@@ -146,6 +163,20 @@ class Decoder:
         if not 0 <= length <= self._lengths[sequence]:
             raise ValueError(f"sequence {sequence} has {self._lengths[sequence]} tokens, and cannot have {length}")
         self._lengths[sequence] = length
+
+    def assign(self, state: State | None, sequence: int = 0) -> None:
+        """Let a sequence use a user's state (None: the base model). Empties its cache, unless it uses that already.
+
+        Do not change the tensors of a state afterwards. Raises DecoderError if it does not fit the model.
+        """
+        if state is not self._state(sequence):
+            others = (adapter for adapter in self._adapters if adapter is not None and adapter.state is state)
+            adapter = None if state is None else next(others, None) or self._table.adapter(state, self._beta)
+            self._adapters[sequence], self._lengths[sequence] = adapter, 0
+
+    def _state(self, sequence: int) -> object:
+        adapter = self._adapters[sequence]
+        return adapter and adapter.state
 
     def forward(self, ids: Sequence[int] | Tensor, *, sequence: int = 0, all_logits: bool = False) -> Tensor:
         """Append ``ids`` to a sequence. Return fp32 logits, (vocabulary,) of the last token or (tokens, vocabulary).
@@ -182,7 +213,9 @@ class Decoder:
         return self._pass(ids, of, [last[sequence] for sequence in wanted])
 
     def copy(self, source: int, to: int, length: int) -> None:
-        """Replace the tokens of the sequence ``to`` with the first ``length`` tokens of ``source``."""
+        """Replace the tokens of sequence ``to`` with the first ``length`` ones of ``source``, of the same user."""
+        if self._state(source) is not self._state(to):
+            raise ValueError(f"sequences {source} and {to} have different users")
         if not 0 <= length <= self._lengths[source]:
             raise ValueError(f"sequence {source} has {self._lengths[source]} tokens, not {length}")
         self._loop.copy(source, to, length)
@@ -204,7 +237,8 @@ class Decoder:
             positions.append(lengths[sequence])
             lengths[sequence] += 1
         self._require_room(max(lengths))
-        logits = self._loop.run(ids, sequences, positions, wanted, self.threads, in_bytes)
+        adapters = [self._adapters[sequence] for sequence in sequences]
+        logits = self._loop.run(ids, sequences, positions, adapters, wanted, self.threads, in_bytes)
         self._lengths = lengths
         return logits
 

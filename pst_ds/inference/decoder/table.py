@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from pst_ds.formats import QuantizedFormat
 from pst_ds.inference.hf.tables import StoredTable
 from pst_ds.inference.runtime import SparseLinear
 from pst_ds.inference.runtime.dense import narrowed
-from pst_ds.inference.runtime.native_loop import ACTIVATIONS, Loop, Matrix
+from pst_ds.inference.runtime.native_loop import ACTIVATIONS, Adapter, Loop, Matrix, Place
+from pst_ds.nn.batched_updates import LEFT, RIGHT
 
 _NORMS = {
     "input_layernorm": "before_attention",
@@ -94,6 +96,8 @@ class DecoderTable:
     layers: list[LayerTable]
     angles: list[tuple[Tensor, Tensor]]
     """Rotary cosines and sines, (context, half) each."""
+    places: dict[str, Place]
+    """Place of each linear layer in the products, by its name in the model."""
 
     @property
     def weight_bytes(self) -> int:
@@ -105,6 +109,23 @@ class DecoderTable:
         """Return the bytes of the keys and values of one position, whose heads are padded to 16 numbers."""
         of_head = -(-self.shape["head"] // 16) * 16 * cache_bits // 8 + 4 * (cache_bits == 8)
         return 2 * self.shape["layers"] * self.shape["key_value_heads"] * of_head
+
+    def updated(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Place]:
+        """Return the places of the layers that have updates, from the shapes of U and V. Raises DecoderError."""
+        found = {}
+        for name in sorted({name.rpartition(".")[0] for name in shapes}):
+            place, (left, right) = self.places.get(name), (shapes[f"{name}.{part}"] for part in (LEFT, RIGHT))
+            if place is None or [*left, *right] != [place.rows, right[0], right[0], place.columns]:
+                fact = "has no place for" if place is None else "has another shape than"
+                raise DecoderError(f"the native loop {fact} the users' updates of {name}. {_USE_OTHER}")
+            found[name] = place
+        return found
+
+    def adapter(self, state: Mapping[str, Tensor], beta: float) -> Adapter:
+        """Return a user's state for loops of this table. Raises DecoderError if it does not fit."""
+        places = self.updated({name: values.shape for name, values in state.items()})
+        updates = {place: (state[f"{name}.{LEFT}"], state[f"{name}.{RIGHT}"]) for name, place in places.items()}
+        return Adapter(len(self.layers), beta, updates, state)
 
     def loop(self, context: int, sequences: int, most: int, cache_bits: int, first: int = 0) -> Loop:
         """Return a loop with an empty cache of 32, 16 or 8 bits. Raises MemoryError.
@@ -135,7 +156,7 @@ def table_of(model: Part, context: int, tables: Mapping[str, StoredTable] | None
     config, body, kind = model.config.get_text_config(), model.get_decoder(), type(model).__name__
     _require_known_rope(kind, config, context)
     layers = _layers_of(kind, body)
-    reader = _Reader(kind, config, body, context)
+    reader = _Reader(kind, config, body, context, {module: name for name, module in model.named_modules()})
     name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None) or ""
     if name not in _ACTIVATIONS:
         raise DecoderError(f"{kind}: no native activation {name!r}; there are {', '.join(_ACTIVATIONS)}")
@@ -175,6 +196,7 @@ def table_of(model: Part, context: int, tables: Mapping[str, StoredTable] | None
         reader.gain(body.norm),
         found,
         reader.tables,
+        reader.places,
     )
 
 
@@ -249,8 +271,9 @@ def _require_known_rope(name: str, config: Part, context: int) -> None:
 class _Reader:
     """Reads the layers of one model. Rotary tables that several layers share are stored once."""
 
-    def __init__(self, name: str, config: Part, body: Part, context: int):
-        self.name, self.config, self.body, self.context = name, config, body, context
+    def __init__(self, name: str, config: Part, body: Part, context: int, names: Mapping[nn.Module, str]):
+        self.name, self.config, self.body, self.context, self._names = name, config, body, context, names
+        self.places: dict[str, Place] = {}
         self.tables: list[tuple[Tensor, Tensor]] = []
         self._table_of_type: dict[str | None, int] = {}
         self.epsilon = self._epsilon(body.norm)
@@ -277,6 +300,10 @@ class _Reader:
             if id(module) not in held and next(module.parameters(recurse=False), None) is not None:
                 raise DecoderError(f"{where}: {name} ({type(module).__name__}) is not supported")
         products = {name: _product(f"layer {index}, {name}", modules) for name, modules in linears.items()}
+        for name, (matrices, _) in products.items():
+            firsts = accumulate((matrix.shape[0] for matrix in matrices), initial=0)
+            for module, matrix, first in zip(linears[name], matrices, firsts, strict=False):
+                self.places[self._names[module]] = Place(index, name, first, *matrix.shape)
         gains = {place: self.gain(norm) for place, norm in norms.items()}
         return LayerTable(products, gains, self._window(attention, index), self._angles(attention, index))
 

@@ -9,9 +9,10 @@ import ctypes
 import math
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import CDLL, c_int
 from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +50,9 @@ SOURCE = NativeSource(
         "pst_decoder_attention": ([POINTER, INT, INT, INT], None),
         "pst_decoder_embedding": ([POINTER, POINTER, POINTER, c_int, INT, ctypes.c_float], None),
         "pst_decoder_copy": ([POINTER, INT, INT, INT], None),
-        "pst_decoder_run": ([POINTER, POINTER, POINTER, POINTER, INT, POINTER, INT, POINTER, c_int, c_int], c_int),
+        "pst_adapter_new": ([INT, POINTER, INT, c_int, ctypes.c_float], POINTER),
+        "pst_adapter_free": ([POINTER], None),
+        "pst_decoder_run": ([*([POINTER] * 5), INT, POINTER, INT, POINTER, c_int, c_int], c_int),
     },
     "native decoding",
     flags=("-std=c++17", "-O3", "-Wno-psabi", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"),
@@ -150,6 +153,42 @@ class Matrix:
         if failed:
             raise MemoryError(f"not enough memory to multiply {tuple(x.shape)} with a weight of {self.shape}")
         return y
+
+
+class Place(NamedTuple):
+    """Rows of a layer's product, one of :data:`LINEARS`, that are a linear layer of the model."""
+
+    layer: int
+    product: str
+    first: int
+    rows: int
+    columns: int
+
+
+class Adapter:
+    """A user's low-rank updates y += beta U (V x) of the products of a loop with ``layers`` layers."""
+
+    def __init__(self, layers: int, beta: float, updates: Mapping[Place, tuple[Tensor, Tensor]], state: object):
+        """``updates``: U (rows, rank) and V (rank, columns), used in bf16 if all are. ``state``: kept in memory."""
+        self.state, self._keep, parts = state, list[Tensor](), list[int]()
+        is_bf16 = all(factor.dtype == torch.bfloat16 for pair in updates.values() for factor in pair)
+        for place, (left, right) in updates.items():
+            assert (*left.shape, right.shape[1]) == (place.rows, right.shape[0], place.columns)
+            held = [_in_sixteens(factor if is_bf16 else factor.float()) for factor in (right, left.t())]
+            self._keep += held
+            parts += place.layer, LINEARS.index(place.product), *(factor.data_ptr() for factor in held)
+            parts += len(right), place.columns, place.rows, place.first
+        numbers = (ctypes.c_int64 * len(parts))(*parts)
+        self.handle = require_library().pst_adapter_new(layers, numbers, len(updates), 16 if is_bf16 else 32, beta)
+        if not self.handle:
+            raise MemoryError(f"not enough memory for {len(updates)} updates")
+        weakref.finalize(self, require_library().pst_adapter_free, self.handle)
+
+
+def _in_sixteens(rows: Tensor) -> Tensor:
+    """Return a contiguous matrix whose rows end with zeros up to a multiple of 16 numbers."""
+    missing = -rows.shape[1] % 16
+    return (torch.nn.functional.pad(rows, (0, missing)) if missing else rows).contiguous()
 
 
 def _require(holds: bool, message: str) -> None:
@@ -263,23 +302,25 @@ class Loop:
         ids: Sequence[int],
         sequences: Sequence[int],
         positions: Sequence[int],
+        adapters: Sequence[Adapter | None],
         wanted: Sequence[int],
         threads: int,
         in_bytes: bool = False,
     ) -> Tensor:
         """Run tokens through all layers. Return fp32 logits (number wanted, vocabulary).
 
-        ``sequences``, ``positions``: of every token. Earlier positions of a sequence must be in its cache or this pass.
+        ``sequences``, ``positions``, ``adapters``: of every token. Earlier positions must be in the cache or this pass.
         ``wanted``: tokens whose logits are returned. ``in_bytes``: use int8 activations if they are supported.
         """
         shape, count, logits = self.shape, len(ids), torch.empty(len(wanted), self.shape["vocabulary"])
-        assert count == len(sequences) == len(positions) <= shape["most"]
+        assert count == len(sequences) == len(positions) == len(adapters) <= shape["most"]
         given = (ids, sequences, positions, wanted)
         limits = (self._num_rows, shape["sequences"], shape["context"], count)
         assert all(0 <= value < limit for values, limit in zip(given, limits, strict=True) for value in values)
         *of_tokens, rows = ((ctypes.c_int64 * len(values))(*values) for values in given)
+        handles = (ctypes.c_void_p * count)(*(None if adapter is None else adapter.handle for adapter in adapters))
         if self._library.pst_decoder_run(
-            self.handle, *of_tokens, count, rows, len(wanted), logits.data_ptr(), threads, in_bytes
+            self.handle, *of_tokens, handles, count, rows, len(wanted), logits.data_ptr(), threads, in_bytes
         ):
             raise MemoryError(f"not enough memory for a pass of {count} tokens")
         return logits

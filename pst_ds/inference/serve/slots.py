@@ -29,24 +29,33 @@ class _Slot:
 
     number: int
     job: Job | None = None
+    state: State | None = None
+    """Adapter state of the user whose tokens are in the decoder's cache."""
     tokens: list[int] = field(default_factory=list)
     """In the decoder's cache."""
     left: list[int] = field(default_factory=list)
-    """Tokens to append: the rest of the prompt, or the last token of the answer."""
+    """Tokens to append: the rest of the prompt, or the last token of the answer. None before a job's first pass."""
     began: int = 0
     """Number of its job, in the order of their arrival."""
 
-    def shared(self, prompt: Sequence[int]) -> int:
-        """Return how many tokens of the cache and of ``prompt``, without its last one, are equal."""
-        most = min(len(self.tokens), len(prompt) - 1)
-        return next((at for at in range(most) if self.tokens[at] != prompt[at]), most)
+    def shared(self, job: Job, *, later: bool = False) -> int:
+        """Return how many tokens of the job's prompt, without its last one, are cached for its user.
+
+        ``later``: once the tokens of ``left`` are, too.
+        """
+        if job.state is not self.state:
+            return 0
+        tokens = self.tokens + self.left if later else self.tokens
+        most = min(len(tokens), len(job.prompt) - 1)
+        return next((at for at in range(most) if tokens[at] != job.prompt[at]), most)
 
 
 class Slots(Answering):
     """Answers each job in a separate slot.
 
-    Every pass takes the next token of each running answer and a piece of the oldest prompt. An answer does not depend
-    on other jobs: the decoder computes each token alike in any pass, and each job draws from its own seed.
+    Every pass takes the next token of each running answer and a piece of the oldest prompt. A prompt starts with the
+    tokens that are cached for its user, and waits for those that another prompt is about to compute. An answer does not
+    depend on other jobs: the decoder computes each token alike in any pass, and each job draws from its own seed.
     """
 
     def __init__(self, decoder: Decoder, *, ends: Collection[int], most_waiting: int = 64):
@@ -55,8 +64,11 @@ class Slots(Answering):
         self._began = 0
 
     def warm_up(self, prompt: Sequence[int], states: Sequence[State | None]) -> None:
-        self._decoder.forward(prompt)
-        self._decoder.reset()
+        for state in states:
+            self._decoder.assign(state)
+            self._decoder.forward(prompt)
+            self._decoder.reset()
+        self._decoder.assign(None)
 
     @property
     def running(self) -> int:
@@ -93,18 +105,30 @@ class Slots(Answering):
         return any(slot.job is not None for slot in self._slots)
 
     def _place(self, job: Job) -> None:
-        """Start a job in a free slot, with the tokens of its prompt that any slot has cached."""
-        nearest = max(self._slots, key=lambda slot: slot.shared(job.prompt))
-        length, slot = nearest.shared(job.prompt), nearest
-        if slot.job is not None or length < SHORTEST_COPY:
-            slot = min((slot for slot in self._slots if slot.job is None), key=lambda slot: slot.began)
-            if slot is not nearest and length >= SHORTEST_COPY:
-                self._decoder.copy(nearest.number, slot.number, length)
-            else:
-                length = slot.shared(job.prompt)
-        self._decoder.reset(length, slot.number)
+        """Give a job the free slot that has most of its prompt cached, or the one that has been free for longest."""
+        free = [slot for slot in self._slots if slot.job is None]
+        nearest = max(free, key=lambda slot: slot.shared(job))
+        slot = nearest if nearest.shared(job) >= SHORTEST_COPY else min(free, key=lambda slot: slot.began)
         self._began += 1
-        slot.job, slot.began, slot.tokens, slot.left = job, self._began, job.prompt[:length], job.prompt[length:]
+        slot.job, slot.began = job, self._began
+
+    def _begin(self, slot: _Slot, job: Job) -> bool:
+        """Start a job with the tokens of its prompt that any slot has cached.
+
+        Return False if another slot will have considerably more of them after its next passes.
+        """
+        nearest = max([slot, *self._slots], key=lambda other: other.shared(job))
+        if nearest.shared(job) < SHORTEST_COPY:
+            nearest = slot
+        length = nearest.shared(job)
+        if any(other.shared(job, later=True) >= length + SHORTEST_COPY for other in self._slots):
+            return False
+        self._decoder.assign(job.state, slot.number)
+        if nearest is not slot:
+            self._decoder.copy(nearest.number, slot.number, length)
+        self._decoder.reset(length, slot.number)
+        slot.state, slot.tokens, slot.left, job.reused = job.state, job.prompt[:length], job.prompt[length:], length
+        return True
 
     def _advance(self, active: Sequence[_Slot]) -> None:
         """Compute one pass for the ``active`` slots, oldest first, and deliver its tokens."""
@@ -119,10 +143,11 @@ class Slots(Answering):
             room = min(room, max(LEAST_PROMPT, PROMPT_PER_ANSWER * len(running)))
         taken = {slot.number: slot.left for slot in running}
         for slot in active:
-            if len(slot.left) > 1 and room > 0:
+            assert slot.job is not None
+            if room > 0 and slot.number not in taken and (slot.left or self._begin(slot, slot.job)):
                 taken[slot.number] = slot.left[:room]
                 room -= len(taken[slot.number])
-        done = [slot for slot in active if len(taken.get(slot.number, ())) == len(slot.left)]
+        done = [slot for slot in active if taken.get(slot.number) == slot.left]
         if not taken:
             return
         logits = self._decoder.extend(taken, [slot.number for slot in done])

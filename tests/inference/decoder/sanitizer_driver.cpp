@@ -99,14 +99,27 @@ bool decoder_is_wrong(int level) {
     for (size_t i = 0; i < table.size(); ++i) table[i] = uint8_t(bits < 16 || i % size_t(bits / 8) ? between(0, 63) : 0);
     const std::vector<uint16_t> scales(static_cast<size_t>(rows * groups), 0x3c00);
     pst_decoder_embedding(decoder, table.data(), bits > 8 ? nullptr : scales.data(), bits, bits > 8 ? 0 : group, 2.0f);
+    std::vector<int64_t> places;  // an adapter with updates of some rows of some products
+    const auto factor = [&](int64_t rows, int64_t columns) { return reinterpret_cast<int64_t>(vector(rows * pst::round_up(columns, 16))); };
+    for (int64_t layer = 0; layer < shape.layers; ++layer)
+        for (int which = 0; which < pst::LINEARS; ++which)
+            for (int64_t i = between(0, pst::MOST_PARTS), offset = 0, rows; i > 0 && offset < sizes[which][0]; --i, offset += rows) {
+                const int64_t rank = between(1, 20), columns = sizes[which][1];
+                rows = between(1, sizes[which][0] - offset);
+                for (int64_t of : {layer, int64_t(which), factor(rank, columns), factor(rank, rows), rank, columns, rows, offset})
+                    places.push_back(of);
+            }
+    void* adapter = pst_adapter_new(shape.layers, places.data(), int64_t(places.size() / 8), 32, 0.1f);
     std::vector<int64_t> ids;
     for (int64_t i = 0; i < context; ++i) ids.push_back(between(0, rows - 1));
     const std::vector<int64_t> sequence(static_cast<size_t>(context), shape.sequences - 1);
     std::vector<int64_t> positions;
     for (int64_t i = 0; i < context; ++i) positions.push_back(i);
+    std::vector<const void*> adapters(static_cast<size_t>(context));
+    for (auto& of_token : adapters) of_token = between(0, 2) ? adapter : nullptr;
     std::vector<float> together(static_cast<size_t>(context * shape.vocabulary)), alone = together;
     const auto run_together = [&](int in_bytes) {
-        pst_decoder_run(decoder, ids.data(), sequence.data(), positions.data(), context, positions.data(), context,
+        pst_decoder_run(decoder, ids.data(), sequence.data(), positions.data(), adapters.data(), context, positions.data(), context,
                         together.data(), 2, in_bytes);
     };
     run_together(1);
@@ -114,9 +127,10 @@ bool decoder_is_wrong(int level) {
     run_together(0);
     const int64_t first = 0;
     for (int64_t i = 0; i < context; ++i)
-        pst_decoder_run(decoder, ids.data() + i, sequence.data(), positions.data() + i, 1, &first, 1,
+        pst_decoder_run(decoder, ids.data() + i, sequence.data(), positions.data() + i, adapters.data() + i, 1, &first, 1,
                         alone.data() + i * shape.vocabulary, 1, 0);
     pst_decoder_free(decoder);
+    pst_adapter_free(adapter);
     return !is_number || std::memcmp(together.data(), alone.data(), together.size() * sizeof(float)) != 0;
 }
 

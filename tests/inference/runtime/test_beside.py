@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pst_ds.core.updates import rows
-from pst_ds.core.updates.rows import EachBeside, beside, with_beside_each
+from pst_ds.core.updates.rows import beside, with_beside_each
 from pst_ds.inference.runtime.linear import SparseLinear
 from pst_ds.nn.batched_updates import LEFT, RIGHT, BatchUpdates, add_update
 from pst_ds.nn.model_structure import linear_shape
@@ -62,44 +61,6 @@ def test_a_batch_over_a_packed_layer_is_that_of_merged_weights():
     torch.testing.assert_close(model["a"](x)[0], y[0], rtol=1e-5, atol=1e-5)
     updates.remove()
     torch.testing.assert_close(model["a"](x)[0], x[0] @ weight.t())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("rank", [1, 8, 16])
-@pytest.mark.parametrize("between", [(), (1,), (7,)])
-def test_factors_where_they_are_give_what_stacked_ones_give(dtype, factors, rank, between):
-    inputs, outputs = 37, 21
-    left, right = _random(3, outputs, rank).to(factors), _random(3, rank, inputs).to(factors)
-    x, given = _random(3, *between, inputs).to(dtype), _random(3, *between, outputs).to(dtype)
-    wanted = with_beside_each(given, x, left.float(), right.float(), BETA)
-    wanted[1] = given[1]
-    each = EachBeside([(left[0], right[0]), None, (left[2], right[2])], BETA)
-    found = each.added_to(given, x)
-    assert found.dtype == dtype
-    close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(found, wanted, **close)
-    assert torch.equal(found[1], given[1])
-    alone = EachBeside([(left[2], right[2])], BETA).added_to(given[2:], x[2:])
-    assert torch.equal(alone[0], found[2])
-
-
-def test_a_product_that_has_a_gradient_or_no_compiler_is_torchs(monkeypatch):
-    left, right, given = _random(OUT, RANK).float(), _random(RANK, IN).float(), torch.zeros(1, OUT)
-    x = _random(1, IN).float().requires_grad_()
-    each = EachBeside([(left, right)], BETA)
-    y = each.added_to(given, x)
-    y.sum().backward()
-    torch.testing.assert_close(x.grad, BETA * torch.ones(1, OUT) @ left @ right)
-    monkeypatch.setattr(rows, "library", lambda: None)
-    torch.testing.assert_close(each.added_to(given, x.detach()), y.detach())
-
-
-def test_users_of_a_batch_are_not_copied():
-    model, _ = _sparse()
-    updates, state = BatchUpdates(model, SHAPES, BETA), _state(1)
-    updates.assign([state, None, _state(2)], like=state[f"a.{LEFT}"])
-    assert updates._now["a"].__self__._factors[0][0].data_ptr() == state[f"a.{LEFT}"].data_ptr()
 
 
 def test_updates_of_other_layers_or_sizes_are_refused():

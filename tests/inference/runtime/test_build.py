@@ -16,7 +16,6 @@ import pytest
 from pst_ds.core import kernels, quantization, stats
 from pst_ds.core.kernels import INT, NativeSource, library_file, load
 from pst_ds.core.one_shot import swaps
-from pst_ds.core.updates import rows as updates
 from pst_ds.formats import rows
 from pst_ds.inference.onnx import operators as onnx
 from pst_ds.inference.runtime import attention, native
@@ -127,7 +126,7 @@ def included(path):
 
 NATIVE = [
     value
-    for module in (attention, kernels, decoder, native, onnx, quantization, rows, stats, swaps, updates)
+    for module in (attention, kernels, decoder, native, onnx, quantization, rows, stats, swaps)
     for value in vars(module).values()
     if isinstance(value, NativeSource)
 ]

@@ -122,13 +122,19 @@ def test_a_stop_text_ends_an_answer(client):
     assert answer.choices[0].finish_reason == "stop"
 
 
-def test_users_of_one_batch_get_what_each_gets_alone(client):
-    models = [model.id for model in client.models.list().data]
-    assert models == ["tiny", "tiny:bad", "tiny:good"]
-    alone = {model: _asked(client, model).choices[0].message.content for model in models}
-    with ThreadPoolExecutor(9) as pool:
-        together = list(pool.map(lambda model: _asked(client, model).choices[0].message.content, models * 3))
+@pytest.mark.parametrize(("engine", "kind"), [("torch", Batches), ("native", Slots)])
+def test_users_of_one_batch_get_what_each_gets_alone(folders, engine, kind):
+    service, running, thread, url = _start(folders, "--engine", engine)
+    assert isinstance(service.answering, kind)
+    with _client(url) as client:
+        models = [model.id for model in client.models.list().data]
+        assert models == ["tiny", "tiny:bad", "tiny:good"]
+        alone = {model: _asked(client, model).choices[0].message.content for model in models}
+        with ThreadPoolExecutor(9) as pool:
+            together = list(pool.map(lambda model: _asked(client, model).choices[0].message.content, models * 3))
     assert together == [alone[model] for model in models * 3]
+    assert len(set(together)) > 1
+    stop(running, thread)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +190,7 @@ def test_a_body_that_does_not_end(folders):
 
 
 def test_a_client_that_goes_takes_its_request_along(folders, monkeypatch):
-    service, running, thread, url = _start(folders)
+    service, running, thread, url = _start(folders, "--engine", "torch")
     held, decode, jobs = threading.Event(), service.answering._decode, []
     monkeypatch.setattr(service.answering, "_decode", lambda now: (jobs.extend(now), held.wait(30), decode(now)))
     with pytest.raises(openai.APITimeoutError), _client(url, timeout=0.3) as impatient:
@@ -267,7 +273,7 @@ def test_a_user_is_looked_up_once_for_a_request(folders, monkeypatch):
 
 def test_keys_and_a_full_queue(folders, monkeypatch):
     monkeypatch.setenv(serve.KEYS, "one, two")
-    service, running, thread, url = _start(folders, "--max-waiting", "1", "--max-batch", "1")
+    service, running, thread, url = _start(folders, "--max-waiting", "1", "--max-batch", "1", "--engine", "torch")
     begun, held, decode = threading.Event(), threading.Event(), service.answering._decode
     monkeypatch.setattr(service.answering, "_decode", lambda jobs: (begun.set(), held.wait(30), decode(jobs)))
     with _client(url, api_key="three") as stranger:
@@ -357,7 +363,7 @@ def test_a_server_is_warm_before_it_listens(folders, monkeypatch):
         Batches, "_step", lambda batches, ids, *of: (steps.append(ids.shape), step(batches, ids, *of))[1]
     )
     monkeypatch.setattr(ServedUsers, "assign_states", lambda to, states: (users.append(states), assign(to, states))[1])
-    args = build_parser("serve").parse_args(_words(folders))
+    args = build_parser("serve").parse_args([*_words(folders), "--engine", "torch"])
     serve._service(args, *serve._opened(args)).answering.close()
     (rows, tokens), *rest = steps
     assert (rows, rest) == (2, [(2, 1)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pst_ds.inference.decoder import Decoder, Sampling
 from pst_ds.inference.serve.jobs import DONE_LENGTH, DONE_STOP, ClosingError, Job, Token
-from pst_ds.inference.serve.slots import LEAST_PROMPT, PROMPT_PER_ANSWER, SHORTEST_COPY, Slots
+from pst_ds.inference.serve.slots import LEAST_PROMPT, PROMPT_PER_ANSWER, Slots
+from pst_ds.nn.batched_updates import LEFT, RIGHT
 
 SLOTS, CONTEXT = 3, 96
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -55,7 +57,8 @@ def alone():
     """``alone(...)``: the tokens of a job that has the decoder to itself."""
     decoder = Decoder.from_model(_model(), CONTEXT, threads=1, verify=False)
 
-    def written(prompt, most, temperature=0.0, seed=0, ends=()):
+    def written(prompt, most, temperature=0.0, seed=0, user=0, ends=()):
+        decoder.assign(STATES[user])
         sampling = Sampling(temperature, top_k=20 if temperature else 0)
         return [t for t in decoder.stream(prompt, most, sampling=sampling, end=ends, seed=seed) if t not in ends]
 
@@ -66,11 +69,20 @@ def _prompt(length, seed=0):
     return torch.randint(3, 60, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def _job(prompt, most, temperature=0.0, seed=0, put=None):
+def _state(seed):
+    rng = torch.Generator().manual_seed(seed)
+    layers = {name: m for name, m in _model().named_modules() if name.endswith("_proj")}
+    state = {f"{name}.{LEFT}": torch.randn(m.out_features, 3, generator=rng) for name, m in layers.items()}
+    return state | {f"{name}.{RIGHT}": torch.randn(3, m.in_features, generator=rng) / 9 for name, m in layers.items()}
+
+
+STATES = [None, _state(1), _state(2)]
+
+
+def _job(prompt, most, temperature=0.0, seed=0, user=0, put=None):
     arrived = queue.Queue()
     put = put or (lambda item: arrived.put(item.number if isinstance(item, Token) else item))
-    job = Job(prompt, most, Sampling(temperature, top_k=20 if temperature else 0), seed, put)
-    return job, arrived
+    return Job(prompt, most, Sampling(temperature, top_k=20 if temperature else 0), seed, put, STATES[user]), arrived
 
 
 def _answered(decoder, jobs, *, ends=(), fails_at=-1):
@@ -94,7 +106,12 @@ def _answered(decoder, jobs, *, ends=(), fails_at=-1):
 
 
 REQUEST = st.tuples(
-    st.integers(1, 20), st.integers(1, 20), st.sampled_from([0.0, 0.9]), st.integers(0, 3), st.booleans()
+    st.integers(1, 20),
+    st.integers(1, 20),
+    st.sampled_from([0.0, 0.9]),
+    st.integers(0, 3),
+    st.integers(0, 2),
+    st.booleans(),
 )
 
 
@@ -111,13 +128,13 @@ def test_prompts_longer_than_a_pass(decoder, alone, monkeypatch):
 def test_answers_are_those_written_alone_and_no_answer_waits(decoder, alone, requests, ends):
     system = _prompt(40, seed=9)
     asked = []
-    for length, most, temperature, seed, begins_alike in requests:
-        prompt = (system[:length] if begins_alike else []) + _prompt(length, seed)
-        asked.append((prompt, min(most, CONTEXT - len(prompt)), temperature, seed))
+    for length, most, temperature, seed, user, begins_alike in requests:
+        prompt = (system[: 2 * length] if begins_alike else []) + _prompt(length, seed)
+        asked.append((prompt, min(most, CONTEXT - len(prompt)), temperature, seed, user))
     found, passes = _answered(decoder, [_job(*one) for one in asked], ends=ends)
-    for (prompt, most, temperature, seed), (tokens, why) in zip(asked, found, strict=True):
-        assert tokens == alone(prompt, most, temperature, seed, ends)
-        assert why == (DONE_LENGTH if len(tokens) == most else DONE_STOP)
+    for one, (tokens, why) in zip(asked, found, strict=True):
+        assert tokens == alone(*one, ends)
+        assert why == (DONE_LENGTH if len(tokens) == one[1] else DONE_STOP)
     for one in passes:
         if any(number == 1 for number in one.values()):
             assert sum(number for number in one.values() if number > 1) <= max(LEAST_PROMPT, PROMPT_PER_ANSWER * SLOTS)
@@ -153,28 +170,18 @@ def test_a_long_prompt_lets_running_answers_go_on(decoder):
     assert all(sorted(one.values())[:2] == [1, 1] for one in pieces)
 
 
-def test_a_shared_beginning_is_computed_once(decoder, alone):
-    system = _prompt(60, 5)
-    prompts = [system + _prompt(4, 10 + n) for n in range(6)]
-    first, _ = _answered(decoder, [_job(prompts[0], 12)])
-    jobs = [_job(prompt, 12) for prompt in prompts]
-    slots = Slots(decoder, ends=())
-    decoder.made = []
-    slots.submit(jobs[0][0])
-    slots.start()
-    while not isinstance(jobs[0][1].get(timeout=60), str):
-        pass
-    computed = sum(sum(one.values()) for one in decoder.made)
-    for job, _ in jobs[1:]:
-        slots.submit(job)
-    for (job, arrived), prompt in zip(jobs[1:], prompts[1:], strict=True):
-        items = list(iter(lambda arrived=arrived: arrived.get(timeout=60), DONE_LENGTH))
-        assert items == job.written == alone(prompt, 12)
-    slots.close()
-    assert len(system) >= SHORTEST_COPY
-    later = sum(sum(one.values()) for one in decoder.made) - computed
-    assert later <= 5 * (4 + 12)
-    assert first[0][0] == jobs[0][0].written
+def test_a_shared_beginning_is_computed_once_for_each_user(decoder, alone):
+    """Also by requests that arrive together, such as several answers to one prompt."""
+    system, most = _prompt(60, 5), 6
+    asked = [(system + _prompt(4, 10 + n // 2), most, 0.9, n, user) for n in range(6) for user in range(3)]
+    found, passes = _answered(decoder, [_job(*one) for one in asked])
+    assert [tokens for tokens, _ in found] == [alone(*one) for one in asked]
+    computed = sum(sum(one.values()) for one in passes) - len(asked) * (most - 1)
+    assert computed <= 3 * 64 + (len(asked) - 3) * 4
+    together = [_job(_prompt(40, 7), most, 0.9, n) for n in range(SLOTS)]
+    found, passes = _answered(decoder, together)
+    assert [tokens for tokens, _ in found] == [alone(_prompt(40, 7), most, 0.9, n) for n in range(SLOTS)]
+    assert [sum(one.values()) for one in passes[:2]] == [40, 1 + SLOTS - 1]
 
 
 def test_a_cancelled_job_frees_its_slot_at_the_next_token(decoder):
@@ -216,16 +223,18 @@ def test_a_pass_that_fails_after_a_job_was_cancelled(decoder, alone):
 
 
 def test_jobs_that_wait_at_the_end_are_told_and_others_are_answered(decoder):
-    ready = queue.Queue()
+    ready, held = threading.Event(), threading.Event()
     running, _ = _job(_prompt(4), 30)
-    put = running.put
-    running.put = lambda item: (ready.put(item), put(item))
+    running.put = lambda item: (ready.set(), held.wait(60))
     waiting = [_job(_prompt(4, n), 30) for n in range(1, 2 * SLOTS)]
     slots = Slots(decoder, ends=())
     for job, _ in [(running, None), *waiting]:
         slots.submit(job)
     slots.start()
-    assert isinstance(ready.get(timeout=60), Token)
+    assert ready.wait(60)
+    with slots._changed:
+        slots._closing = True
+    held.set()
     slots.close()
     last = []
     for _, found in waiting:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pst_ds.cli.main import main
+from pst_ds.inference.decoder import Decoder
 from pst_ds.inference.hf.model_folder import open_model_folder
 from pst_ds.inference.serve.users import ServedUsers
 from pst_ds.train.users.store import UserStore, UserStoreError
@@ -110,15 +111,18 @@ def test_states_of_another_form_base_or_mask_are_refused(folders, tmp_path):
         (tmp_path / "index.json").write_text(json.dumps(changed))
         with pytest.raises(UserStoreError, match=message):
             ServedUsers(model, folders / "packed", UserStore(tmp_path))
+        with pytest.raises(UserStoreError, match=message):
+            Decoder.from_pretrained(folders / "packed", users=UserStore(tmp_path))
 
 
 def test_generate_writes_as_a_user(folders, capsys):
     words = ["generate", str(folders / "packed"), "--prompt", "the film", "--max-new-tokens", "6", "--json"]
-    texts = []
-    for more in ([], ["--store", str(folders / "beside"), "--user", "u0"]):
-        assert main([*words, *more]) == 0
-        texts.append(json.loads(capsys.readouterr().out.splitlines()[-1])["text"])
-    assert texts[0] != texts[1]
+    texts = {}
+    for engine in ("torch", "native"):
+        for user in ([], ["--store", str(folders / "beside"), "--user", "u0"]):
+            assert main([*words, "--engine", engine, *user]) == 0
+            texts[engine, bool(user)] = json.loads(capsys.readouterr().out.splitlines()[-1])["text"]
+    assert texts["torch", True] == texts["native", True] != texts["torch", False] == texts["native", False]
     assert main([*words, "--store", str(folders / "beside"), "--user", "../u0"]) == 2
     assert "is a path" in capsys.readouterr().err
     assert main([*words, "--user", "u0"]) == 2

@@ -77,6 +77,22 @@ struct AttentionJob {
 constexpr int HEADS_TOGETHER = 4;
 inline int64_t attention_room(int64_t positions, int64_t padded) { return HEADS_TOGETHER * (round_up(positions, 16) + 2 * padded); }
 
+// y (tokens, y_width) += beta U (V x), the low-rank update of a user. V (rank, columns) and the transpose of U (rank,
+// rows) are fp32 or bf16, in rows of a multiple of 16 numbers, zeros at the end.
+struct UpdateJob {
+    const void *v, *u;
+    int64_t rank, columns, rows, tokens;
+    float beta;
+    const float* x;  // (tokens, columns)
+    float* y;
+    int64_t y_width;
+    float* room;  // update_room(rank, columns, rows) floats
+};
+
+inline int64_t update_room(int64_t rank, int64_t columns, int64_t rows) {
+    return HEADS_TOGETHER * (round_up(rank, 16) + round_up(columns, 16) + round_up(rows, 16));
+}
+
 struct Functions {
     bool words;  // layout that it needs from pack()
     void (*quantize)(const Matrix&, const float* x, int64_t token, Activations&);
@@ -86,6 +102,7 @@ struct Functions {
     void (*rotate)(float* x, const float* cosines, const float* sines, int64_t half);
     void (*gate)(int64_t activation, const float* gates, const float* up, int64_t width, float* y);
     void (*attend)(const AttentionJob&, int64_t bits);  // of keys and values: 8, 16, 32
+    void (*update)(const UpdateJob&, int64_t bits);  // of the factors: 16, 32
 };
 
 // Store the rows of a block, or as many as the matrix still has.

@@ -53,7 +53,7 @@ inline float exponentials(float* scores, int64_t count, int64_t places, float ca
     return sum_of(total);
 }
 
-// y (HEADS, padded) = weights (HEADS, places) values, scaled; VECTORS * LANES of the columns.
+// VECTORS * LANES columns of weighted_sums.
 template <class T, int HEADS, int VECTORS>
 inline void weighted(const float* weights, int64_t places, const float* scales, const T* values, int64_t count, int64_t padded, float* y) {
     Floats sum[HEADS][VECTORS] = {};
@@ -74,6 +74,15 @@ inline void weighted(const float* weights, int64_t places, const float* scales, 
         for (int i = 0; i < VECTORS; ++i) store(y + h * padded + i * LANES, sum[h][i] * scales[h]);
 }
 
+// y (HEADS, padded) = weights (HEADS, places) values (count, padded), times a scale per head.
+template <class T, int HEADS>
+inline void weighted_sums(const float* weights, int64_t places, const float* scales, const T* values, int64_t count, int64_t padded, float* y) {
+    int64_t i = 0;
+    for (; i + 4 * LANES <= padded; i += 4 * LANES)
+        weighted<T, HEADS, 4>(weights, places, scales, values + i, count, padded, y + i);
+    for (; i < padded; i += LANES) weighted<T, HEADS, 1>(weights, places, scales, values + i, count, padded, y + i);
+}
+
 // softmax(scale q k', soft-capped) v of HEADS heads from `first` on.
 template <class T, int HEADS> inline void attend_together(const AttentionJob& job, int64_t first) {
     const int64_t count = job.end - job.begin, places = round_up(count, 16), padded = job.padded;
@@ -91,10 +100,7 @@ template <class T, int HEADS> inline void attend_together(const AttentionJob& jo
         if (job.v_scales)
             for (int64_t j = 0; j < count; ++j) of_head[j] *= job.v_scales[job.begin + j];
     }
-    int64_t i = 0;
-    for (; i + 4 * LANES <= padded; i += 4 * LANES)
-        weighted<T, HEADS, 4>(scores, places, inverse, values + i, count, padded, sums + i);
-    for (; i < padded; i += LANES) weighted<T, HEADS, 1>(scores, places, inverse, values + i, count, padded, sums + i);
+    weighted_sums<T, HEADS>(scores, places, inverse, values, count, padded, sums);
     for (int64_t h = 0; h < HEADS; ++h)
         std::memcpy(job.y + (first + h) * job.head, sums + h * padded, size_t(job.head) * sizeof(float));
 }

@@ -122,5 +122,5 @@ inline void product(const ProductJob& job) {
 }
 
 inline Functions table() {
-    return {WORDS_FIRST, quantize, quantize_to_bytes, product, rms_norm, rotate, gate, attend};
+    return {WORDS_FIRST, quantize, quantize_to_bytes, product, rms_norm, rotate, gate, attend, update};
 }

@@ -1,4 +1,4 @@
-// The kernels (products, attention and the operations between them) of each instruction set; functions(level) returns
+// The kernels (products, attention, updates and the operations between them) of each instruction set; functions(level) returns
 // one set.
 #pragma once
 
@@ -15,6 +15,7 @@ constexpr bool WORDS_FIRST = false;
 #include "../lanes/portable.hpp"
 #include "portable.hpp"
 #include "attention.hpp"
+#include "update.hpp"
 #include "glue.hpp"
 }  // namespace pst::decoder_portable
 
@@ -26,6 +27,7 @@ constexpr bool WORDS_FIRST = false;
 #include "../lanes/avx2.hpp"
 #include "avx2.hpp"
 #include "attention.hpp"
+#include "update.hpp"
 #include "glue.hpp"
 }  // namespace pst::decoder_avx2
 #pragma GCC pop_options
@@ -39,6 +41,7 @@ constexpr bool WORDS_FIRST = false;
 #include "../lanes/avx2.hpp"
 #include "avx2.hpp"
 #include "attention.hpp"
+#include "update.hpp"
 #include "glue.hpp"
 }  // namespace pst::decoder_avx_vnni
 #pragma GCC pop_options
@@ -52,6 +55,7 @@ constexpr bool WORDS_FIRST = true;
 #include "../lanes/avx512.hpp"
 #include "avx512.hpp"
 #include "attention.hpp"
+#include "update.hpp"
 #include "glue.hpp"
 }  // namespace pst::decoder_avx512
 

@@ -23,6 +23,20 @@ struct Linear {
 enum LinearName { QKV, OUTPUT, GATE_UP, DOWN, LINEARS };
 enum NormName { BEFORE_ATTENTION, AFTER_ATTENTION, BEFORE_MLP, AFTER_MLP, OF_QUERIES, OF_KEYS, NORMS };
 
+// Low-rank updates of a user. The factors are not owned: see UpdateJob.
+struct Adapter {
+    struct Part {
+        int64_t layer, name;  // name: one of LinearName
+        const void *v, *u;
+        int64_t rank, columns, rows, offset;  // offset: of the rows in the product's result
+    };
+    int bits;
+    float beta;
+    int64_t room;  // for the largest update
+    std::vector<std::vector<Part>> parts;  // [layer * LINEARS + name], at most MOST_PARTS each, of different rows
+};
+constexpr int64_t MOST_PARTS = 3;
+
 struct Layer {
     Linear linear[LINEARS];
     const float* norm[NORMS] = {};  // gains; null without the norm
@@ -70,10 +84,11 @@ struct Embedding {
     }
 };
 
-// The request of a pass: tokens, each with sequence and position; which logits. in_bytes: use 8-bit activations if the
+// The request of a pass: tokens, each with sequence, position and the adapter of its user, if any; which logits. in_bytes: use 8-bit activations if the
 // kernels support them.
 struct Pass {
     const int64_t *ids, *sequences, *positions, *wanted;
+    const Adapter* const* adapters;  // null for tokens of the base model
     int64_t tokens, num_wanted;
     float* logits;
     bool in_bytes;
@@ -104,6 +119,7 @@ class Decoder {
             rooms.back()->rows.resize(size_t(room_for(widest)));
             rooms.back()->scores.resize(size_t(attention_room(shape.context, padded)));
         }
+        find_groups(pass);
         pool.grow(threads);
         pool.wake(threads);
         work(pass);
@@ -162,8 +178,29 @@ class Decoder {
     // Working memory of a thread.
     struct Room {
         std::vector<uint8_t> rows;
-        std::vector<float> scores;
+        std::vector<float> scores, update;
     };
+
+    // Consecutive tokens with one adapter.
+    struct Group {
+        const Adapter* adapter;
+        int64_t first, tokens;
+    };
+    void find_groups(const Pass& pass) {
+        groups.clear();
+        int64_t room = 0;
+        for (int64_t t = 0; t < pass.tokens; ++t) {
+            const Adapter* adapter = pass.adapters[t];
+            if (!adapter) continue;
+            const bool joins = !groups.empty() && groups.back().adapter == adapter &&
+                               groups.back().first + groups.back().tokens == t && groups.back().tokens < HEADS_TOGETHER;
+            if (joins) ++groups.back().tokens;
+            else groups.push_back({adapter, t, 1});
+            room = std::max(room, adapter->room);
+        }
+        for (auto& of_thread : rooms)
+            if (of_thread->update.size() < size_t(room)) of_thread->update.resize(size_t(room));
+    }
 
     // Work on each token; a single token uses one thread.
     template <class Work> void each(int64_t tokens, const Work& work) {
@@ -221,21 +258,37 @@ class Decoder {
         }
     }
 
+    // A product of a layer for all tokens, with the updates of their users.
+    void layer_product(const Pass& pass, int64_t index, LinearName name, const float* from, float* to) {
+        const Linear& linear = layers[size_t(index)].linear[name];
+        product(linear, from, pass.tokens, to, pass.in_bytes);
+        if (groups.empty()) return;
+        pool.run(int64_t(groups.size()) * MOST_PARTS, [&](int64_t i, int thread) {
+            const Group& group = groups[size_t(i / MOST_PARTS)];
+            const auto& parts = group.adapter->parts[size_t(index * LINEARS + name)];
+            if (i % MOST_PARTS >= int64_t(parts.size())) return;
+            const Adapter::Part& p = parts[size_t(i % MOST_PARTS)];
+            kernels.update({p.v, p.u, p.rank, p.columns, p.rows, group.tokens, group.adapter->beta, from + group.first * p.columns,
+                            to + group.first * linear.width + p.offset, linear.width, rooms[size_t(thread)]->update.data()},
+                           group.adapter->bits);
+        });
+    }
+
     void run_layer(const Pass& pass, const Layer& layer, int64_t index) {
         each(pass.tokens, [&](int64_t t) {
             normalize(layer.norm[BEFORE_ATTENTION], x.data() + t * shape.hidden, shape.hidden, normed.data() + t * shape.hidden);
         });
-        product(layer.linear[QKV], normed.data(), pass.tokens, qkv.data(), pass.in_bytes);
+        layer_product(pass, index, QKV, normed.data(), qkv.data());
         attention(pass, layer, index);
-        product(layer.linear[OUTPUT], attended.data(), pass.tokens, added.data(), pass.in_bytes);
+        layer_product(pass, index, OUTPUT, attended.data(), added.data());
         add(pass, layer.norm[AFTER_ATTENTION], layer.norm[BEFORE_MLP]);
-        product(layer.linear[GATE_UP], normed.data(), pass.tokens, inner.data(), pass.in_bytes);
+        layer_product(pass, index, GATE_UP, normed.data(), inner.data());
         const int64_t width = layer.linear[GATE_UP].width;
         each(pass.tokens, [&](int64_t t) {
             const float* gates = inner.data() + t * width;
             kernels.gate(shape.activation, gates, shape.gated ? gates + shape.inner : nullptr, shape.inner, gated.data() + t * shape.inner);
         });
-        product(layer.linear[DOWN], gated.data(), pass.tokens, added.data(), pass.in_bytes);
+        layer_product(pass, index, DOWN, gated.data(), added.data());
         add(pass, layer.norm[AFTER_MLP], nullptr);
     }
 
@@ -302,6 +355,7 @@ class Decoder {
     std::vector<float> x, normed, added, qkv, attended, inner, gated;
     Activations integers;
     std::vector<std::unique_ptr<Room>> rooms;
+    std::vector<Group> groups;  // of the current pass
     Pool pool;
 };
 
@@ -407,10 +461,30 @@ PST_API void pst_decoder_copy(void* decoder, int64_t from, int64_t to, int64_t l
     static_cast<pst::Decoder*>(decoder)->copy(from, to, length);
 }
 
+// parts: `count` times the numbers and addresses of an Adapter::Part. bits: 16 or 32, of the factors.
+PST_API void* pst_adapter_new(int64_t layers, const int64_t* parts, int64_t count, int bits, float beta) try {
+    std::unique_ptr<pst::Adapter> adapter(new pst::Adapter{bits, beta, 0, {}});
+    adapter->parts.resize(size_t(layers * pst::LINEARS));
+    for (int64_t i = 0; i < count; ++i) {
+        pst::Adapter::Part p;
+        std::memcpy(&p, parts + i * int64_t(sizeof p / sizeof *parts), sizeof p);
+        adapter->parts[size_t(p.layer * pst::LINEARS + p.name)].push_back(p);
+        adapter->room = std::max(adapter->room, pst::update_room(p.rank, p.columns, p.rows));
+    }
+    return adapter.release();
+} catch (const std::bad_alloc&) {
+    return nullptr;
+}
+
+PST_API void pst_adapter_free(void* adapter) { delete static_cast<pst::Adapter*>(adapter); }
+
+// adapters: of each token, null for the base model.
 PST_API int pst_decoder_run(void* decoder, const int64_t* ids, const int64_t* sequences, const int64_t* positions,
-                            int64_t tokens, const int64_t* wanted, int64_t num_wanted, float* logits, int threads,
-                            int in_bytes) try {
-    static_cast<pst::Decoder*>(decoder)->run({ids, sequences, positions, wanted, tokens, num_wanted, logits, in_bytes != 0}, threads);
+                            const void* const* adapters, int64_t tokens, const int64_t* wanted, int64_t num_wanted,
+                            float* logits, int threads, int in_bytes) try {
+    const auto of_tokens = reinterpret_cast<const pst::Adapter* const*>(adapters);
+    static_cast<pst::Decoder*>(decoder)->run(
+        {ids, sequences, positions, wanted, of_tokens, tokens, num_wanted, logits, in_bytes != 0}, threads);
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;
