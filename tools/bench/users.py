@@ -2,12 +2,12 @@
 
     python -m tools.bench.users films RUN --packages DIR --out DIR     # RUN: the demo's runs/demo/pst-90
     python -m tools.bench.users counts EXPORT --packages DIR --out DIR # EXPORT: its runs/demo/pst-90/export
-    python -m tools.bench.users switch
+    python -m tools.bench.users native runs/smollm2/int8-50 --threads 1
 
 The corpus names no reviewers, so films are the users: for films outside the training data with at least 30 reviews, the
 first 20 are the user's history and the others its queries. ``counts`` is the simplest alternative to an adapter: the
-shared logits plus the log of the user's smoothed class frequencies. ``switch`` uses adapters of rank 8 in all linear
-layers of a Llama of 135M parameters.
+shared logits plus the log of the user's smoothed class frequencies. ``native`` decodes eight sequences with and
+without adapters of rank 8 in all linear layers, in turns.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from pst_ds.nn.batched_updates import LEFT, RIGHT, BatchUpdates
-from pst_ds.train.users.store import Common, UserStore
+from pst_ds.inference.decoder import Decoder
+from pst_ds.nn.batched_updates import LEFT, RIGHT
+from tools.bench.timing import medians
 from tools.demo.films import reviews, split_of_film
 from tools.verbs import verb
 
@@ -102,37 +103,25 @@ def _logits(folder: str, texts: list[str]) -> torch.Tensor:
         return torch.cat([model.eval()(**batch).logits.float() for batch in batches])
 
 
-def switch(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the median milliseconds, wall and CPU time, of a switch to a user in memory and to one on disk."""
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-            num_key_value_heads=3, tie_word_embeddings=True,
-        ))  # fmt: skip
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
-    shapes = {f"{n}.{LEFT}": [m.out_features, 8] for n, m in layers.items()}
-    shapes |= {f"{n}.{RIGHT}": [8, m.in_features] for n, m in layers.items()}
-    common = Common(
-        form="beside", task="causal-lm", labels=[], base_path="", base_fingerprint="", masks_sha256={},
-        shared_sha256="", beta=1.0, dtype="bf16", shapes=shapes,
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        store = UserStore.create(Path(folder) / "store", common)
-        for user in "abc":
-            store.add(user, {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()})
-        updates, like = BatchUpdates(model, shapes, 1.0), torch.zeros(1, dtype=torch.bfloat16)
-        held = UserStore(store.folder)
-        times: dict[str, list[float]] = defaultdict(list)
-        for i in range(REPEATS):
-            for place, of in (("disk", UserStore(store.folder)), ("memory", held)):
-                user = "abc"[i % 3]
-                held.state(user)
-                began, began_cpu = time.perf_counter(), time.process_time()
-                updates.assign([of.state(user)], like)
-                times[f"{place}_ms"].append(1e3 * (time.perf_counter() - began))
-                times[f"{place}_cpu_ms"].append(1e3 * (time.process_time() - began_cpu))
-        state_bytes = store.entry("a").bytes
-    return {"state_bytes": state_bytes, **{name: round(statistics.median(of), 1) for name, of in times.items()}}
+def native(args: argparse.Namespace) -> dict[str, Any]:
+    """Return tokens per second of the native decoder for eight sequences, without and with users, and for one user."""
+    decoder = Decoder.from_pretrained(args.folder, 512, sequences=16, threads=args.threads, verify=False)
+    places, assign_ms = decoder._table.places.items(), []
+    for sequence in range(8, 16):
+        state = {f"{n}.{LEFT}": (torch.randn(place.rows, 8) / 100).bfloat16() for n, place in places}
+        state |= {f"{n}.{RIGHT}": (torch.randn(8, place.columns) / 100).bfloat16() for n, place in places}
+        began = time.perf_counter()
+        decoder.assign(state, sequence)
+        assign_ms.append(1e3 * (time.perf_counter() - began))
+    for sequence in range(16):
+        decoder.forward(range(100, 164), sequence=sequence)
+    candidates = {"base": range(8), "users": range(8, 16), "one_user": range(8, 9)}
+    seconds = medians({name: partial(decoder.step, range(len(of)), of) for name, of in candidates.items()}, args.steps)
+    return {
+        **{f"{name}_tokens_per_second": round(len(candidates[name]) / of, 1) for name, of in seconds.items()},
+        "users_to_base": round(seconds["base"] / seconds["users"], 3),
+        "assign_ms": round(statistics.median(assign_ms), 1),
+    }
 
 
 def main() -> None:
@@ -151,7 +140,11 @@ def main() -> None:
     of_counts.add_argument("--packages", required=True, help="where the demo unpacked its packages")
     of_counts.add_argument("--out", required=True, help="folder for rows")
     of_counts.set_defaults(run_it=counts)
-    what.add_parser("switch").set_defaults(run_it=switch)
+    of_native = what.add_parser("native")
+    of_native.add_argument("folder")
+    of_native.add_argument("--threads", type=int, default=1)
+    of_native.add_argument("--steps", type=int, default=100)
+    of_native.set_defaults(run_it=native)
     args = parser.parse_args()
     print(json.dumps(args.run_it(args), indent=1))
 
