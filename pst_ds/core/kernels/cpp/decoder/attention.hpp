@@ -10,7 +10,7 @@ inline void scores_of(const float* query, const T* keys, const T* values, int64_
     constexpr int64_t AHEAD = 64, LINE = 64 / sizeof(T);  // keys, numbers
     for (int64_t t = 0; t < count; t += 4) {
         for (int64_t i = t * padded; i < (t + 4) * padded; i += LINE) {
-            __builtin_prefetch(keys + AHEAD * padded + i, 0, 2);
+            if (t + AHEAD < count) __builtin_prefetch(keys + AHEAD * padded + i, 0, 2);
             __builtin_prefetch(values + i, 0, 2);
         }
         const T* key[4];

@@ -9,8 +9,9 @@ template <class T, int TOKENS> inline void update_together(const UpdateJob& job,
     for (int64_t t = 0; columns > job.columns && t < TOKENS; ++t)
         std::fill(std::copy_n(x + t * job.columns, job.columns, padded + t * columns), padded + (t + 1) * columns, 0.0f);
     if (columns > job.columns) x = padded;
-    scores_of<T, TOKENS>(x, static_cast<const T*>(job.v), job.rank, columns, inner, places);
-    weighted_sums<T, TOKENS>(inner, places, betas, static_cast<const T*>(job.u), job.rank, rows, sums);
+    const T *v = static_cast<const T*>(job.v), *u = static_cast<const T*>(job.u);
+    scores_of<T, TOKENS>(x, v, u, job.rank, columns, inner, places);
+    weighted_sums<T, TOKENS>(inner, places, betas, u, job.rank, rows, sums);
     for (int64_t t = 0; t < TOKENS; ++t)
         for (int64_t i = 0; i < job.rows; ++i) job.y[(first + t) * job.y_width + i] += sums[t * rows + i];
 }
