@@ -15,8 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--export", nargs="+", default=[], metavar="DIR", help="exports outside the run folders")
 
 
-def _made(args: argparse.Namespace) -> tuple[bytes, dict[str, list[str]]]:
-    """Return the page, and the names of its runs and exports."""
+def run(args: argparse.Namespace) -> dict[str, object]:
     from pst_ds.report.exports import find_exports
     from pst_ds.report.page import page
     from pst_ds.report.run_data import read_runs
@@ -26,12 +25,7 @@ def _made(args: argparse.Namespace) -> tuple[bytes, dict[str, list[str]]]:
     for note in notes:
         print(f"pst-ds report: {note}", file=sys.stderr)
     data = page(runs, exports, notes).encode(errors="replace")  # folder names may contain any bytes
-    return data, {"runs": [run.name for run in runs], "exports": list(exports)}
-
-
-def run(args: argparse.Namespace) -> dict[str, object]:
-    data, names = _made(args)
-    out = Path(args.out) if args.out else Path(args.runs[0]) / "report.html"
+    names, out = [run.name for run in runs], Path(args.out) if args.out else Path(args.runs[0]) / "report.html"
     require_writable(out, f"--out {str(out)!r}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -40,5 +34,5 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         raise
     except OSError as error:
         raise InputError(f"--out {str(out)!r} cannot be written: {error}. Name an HTML file") from None
-    print(f"wrote {out}: {', '.join(names['runs'])}; {len(data):,} bytes")
-    return {"out": str(out), "bytes": len(data), **names}
+    print(f"wrote {out}: {', '.join(names)}; {len(data):,} bytes")
+    return {"out": str(out), "bytes": len(data), "runs": names, "exports": list(exports)}

@@ -15,11 +15,6 @@ from pst_ds.errors import InputError, first_line
 
 _Above0 = Annotated[float, Gt(0.0), FINITE]
 
-LAUNCH_SECONDS = 5.5e-6
-"""Seconds between two launches of an eager torch program, assumed for every GPU."""
-STORAGE_BYTES = 2e9
-"""Bytes per second of the whole run, from and to a shared file system: assumed for every cluster."""
-
 
 @settings
 class Machine:
@@ -42,8 +37,8 @@ class Machine:
     """Origin of the rates."""
     code: Literal["triton", "torch", "native"] = "triton"
     """Implementation that runs there, see :data:`pst_ds.planning.time.COUNTS`."""
-    launch_seconds: Rate = LAUNCH_SECONDS
-    """Seconds between two launches of the host."""
+    launch_seconds: Rate = 5.5e-6
+    """Seconds between two launches of the host; the default is that of eager torch programs on GPUs."""
     instructions: Rate = 0.0
     """Instructions per second, one lane each, of the kernel that scores weights; 0 where memory decides."""
     update_seconds: Rate = 0.0
@@ -54,7 +49,7 @@ class Machine:
     """Bytes of memory that a rank may use; 0 if unknown."""
     peak_flops: Rate = 0.0
     """FLOP/s of 16-bit matrix products on the data sheet; 0 without one."""
-    storage_bytes: _Above0 = STORAGE_BYTES
+    storage_bytes: _Above0 = 2e9
     """Bytes of models and checkpoints that the whole run reads or writes per second."""
 
     @property
@@ -97,20 +92,13 @@ def read_machine(path: Path) -> Machine:
     """Read a Machine, its fields as keys, from a TOML file. Raises InputError with the file, key, value and fix."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        reason = error.strerror or first_line(error)
-        raise InputError(f"--machine {str(path)!r} cannot be read ({reason}). Name a TOML file of rates") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(
-            f"--machine {path} is not TOML: {first_line(error)}. See docs/how-to/large-models.md for an example"
+            f"--machine {str(path)!r} cannot be read as TOML: {first_line(error)}. Name a TOML file of rates"
         ) from None
-    required = {field.name: field.default is MISSING for field in fields(Machine)}
-    if missing := [name for name in required if required[name] and name not in table]:
-        unknown = [key for key in table if key not in required]
-        also = f" ({', '.join(unknown)} unknown)" if unknown else ""
-        raise InputError(
-            f"{path}: {', '.join(missing)} missing{also}. Set them as docs/how-to/large-models.md describes"
-        )
+    missing = [field.name for field in fields(Machine) if field.default is MISSING and field.name not in table]
+    if missing:
+        raise InputError(f"{path}: {', '.join(missing)} missing. Set them as docs/how-to/large-models.md describes")
     try:
         return Machine(**table)
     except ConfigError as error:

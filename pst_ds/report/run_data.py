@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 from pst_ds.config.toml import flatten
 from pst_ds.errors import InputError
 from pst_ds.file_names import CHECKPOINTS, LAYERS_FILE, METRICS_FILE, RESULT_FILE, RUN_FILE, links_to, step_folders
-from pst_ds.train.monitor.curves import Point, lines_until, named_stragglers, read_curves
+from pst_ds.train.monitor.curves import Point, lines_until, read_curves
 
 FIGURES = ("correlation", "score_norm", "update_norm", "weight_norm")
 Layers = dict[str, dict[str, float]]
@@ -72,8 +73,6 @@ class RunData:
     layers: Layers
     checkpoints: dict[str, dict[str, object]]
     """Facts about every finished checkpoint, by heading."""
-    stragglers: list[dict[str, object]]
-    """Events about the slowest rank, as in metrics.jsonl."""
 
     @property
     def last_step(self) -> int:
@@ -95,12 +94,9 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """Return the shortest path endings that distinguish the folders."""
-    for depth in range(1, max(len(folder.parts) for folder in folders)):
-        names = [str(Path(*folder.parts[-depth:])) for folder in folders]
-        if len(set(names)) == len(names):
-            return names
-    return [str(folder) for folder in folders]
+    """Return the paths of the folders below the last folder that contains them all."""
+    above = os.path.commonpath([folder.parent for folder in folders])
+    return [os.path.relpath(folder, above) for folder in folders]
 
 
 def _read_run(folder: Path, name: str) -> RunData:
@@ -114,9 +110,9 @@ def _read_run(folder: Path, name: str) -> RunData:
         settings = flatten(tomllib.loads(run_file))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{folder / RUN_FILE} is not TOML: {error}") from None
-    result, metrics = _read_result(folder / RESULT_FILE), folder / METRICS_FILE
-    curves, layers, slow = read_curves(metrics), read_layers(folder / LAYERS_FILE), named_stragglers(metrics)
-    return RunData(name, folder, run_file, settings, result, curves, layers, dict(_checkpoints(folder)), slow)
+    result, curves = _read_result(folder / RESULT_FILE), read_curves(folder / METRICS_FILE)
+    layers, checkpoints = read_layers(folder / LAYERS_FILE), dict(_checkpoints(folder))
+    return RunData(name, folder, run_file, settings, result, curves, layers, checkpoints)
 
 
 def _read_result(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Tables of a report about runs: results, settings, layers, checkpoints, slow ranks, trials of ``pst-ds tune``."""
+"""Tables of a report about runs: results, settings, layers, checkpoints, trials of ``pst-ds tune``."""
 
 from __future__ import annotations
 
@@ -120,17 +120,6 @@ def checkpoint_table(runs: Sequence[RunData]) -> Iterator[Table]:
     return rows_table(
         "Checkpoints", {f"{run.name}/{name}": facts for run in runs for name, facts in run.checkpoints.items()}
     )
-
-
-def straggler_table(runs: Sequence[RunData]) -> Iterator[Table]:
-    """Yield the ranks that slowed down others."""
-    hidden = {"event", "seconds"}
-    found = {
-        f"{run.name} {i}": {key.replace("_", " "): value for key, value in event.items() if key not in hidden}
-        for run in runs
-        for i, event in enumerate(run.stragglers, start=1)
-    }
-    return rows_table("Ranks that the others waited for", found)
 
 
 def tuning_tables(runs: Sequence[RunData]) -> Iterator[Table]:

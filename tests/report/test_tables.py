@@ -7,7 +7,7 @@ import json
 import re
 
 from pst_ds.report.run_data import read_runs
-from pst_ds.report.tables import layer_table, result_table, rows_table, setting_tables, straggler_table, table
+from pst_ds.report.tables import layer_table, result_table, rows_table, setting_tables, table
 
 
 def _texts(found):
@@ -60,14 +60,6 @@ def test_settings_that_differ_come_first_and_empty_is_as_good_as_not_there(write
     assert _texts(common) == {"method": ["pst"], "data.train": ["t.jsonl"]}
     (alone,) = setting_tables(read_runs([one]))
     assert _texts(alone)["schedule.final_sparsity"] == ["0.9"]
-
-
-def test_ranks_that_the_others_waited_for_are_listed(write_run):
-    named = {"rank": 3, "host": "node1", "step_seconds": 1.5, "median_step_seconds": 1.0, "memory_bytes": 10**9}
-    metrics = [{"step": 11, "event": "straggler", **named}, {"step": 20, "event": "step", "loss": 1.0}]
-    (found,) = straggler_table(read_runs([write_run("slow", metrics=metrics)]))
-    assert _texts(found) == {"slow 1": ["11", "3", "node1", "1.5", "1", "1,000,000,000"]}
-    assert list(straggler_table(read_runs([write_run("even", metrics=metrics[1:])]))) == []
 
 
 def test_layers_of_several_runs_stand_beside_one_another(a_run, write_run):

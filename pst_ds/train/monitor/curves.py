@@ -73,11 +73,6 @@ def read_curves(path: Path) -> dict[str, list[Point]]:
     return curves
 
 
-def named_stragglers(path: Path) -> list[dict[str, object]]:
-    """Read the events of slow ranks."""
-    return [line for line in lines_until(path, sys.maxsize) if line.get("event") == STRAGGLER]
-
-
 def batch_losses(path: Path, until: int = sys.maxsize) -> list[Point]:
     """Read the training loss of every batch up to step ``until``, skipped steps included. Lines of older runs only have
     the mean of their batches, which counts as one batch."""
