@@ -48,7 +48,7 @@ struct Activations {
 
 // Bytes of 16 expanded rows; and the bytes that a thread needs for a product.
 inline int64_t panel_bytes(int64_t columns) { return 16 * (round_up(columns, WORD) + WORD) + PADDING; }
-inline int64_t room_for(int64_t columns) { return 2 * panel_bytes(columns); }
+inline int64_t room_for(int64_t columns) { return 2 * panel_bytes(columns) + columns; }
 
 // Write products with rows of the blocks from `first` to `last` to y (tokens, y_width). `room`: room_for(m) bytes of
 // this thread.

@@ -49,7 +49,7 @@ constexpr bool WORDS_FIRST = false;
 #endif
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi2,popcnt,fma")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2,popcnt,fma")
 namespace pst::decoder_avx512 {
 constexpr bool WORDS_FIRST = true;
 #include "../lanes/avx512.hpp"
@@ -87,7 +87,8 @@ inline bool supports(int level) {
 #endif
     if (level == AVX512)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi2");
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+               __builtin_cpu_supports("avx512vbmi2");
 #if PST_COMPILES_TILES
     if (level == AMX) {
         using namespace decoder_avx512;

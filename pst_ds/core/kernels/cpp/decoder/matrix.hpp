@@ -46,6 +46,7 @@ struct Matrix {
     std::vector<int64_t> first_move;     // of every block in moves, and the end
     std::vector<uint16_t> steps;         // WINDOWS: [block][chunk], pairs of windows in a chunk
     InHugePages<uint64_t> masks;         // WORDS: [block][4 columns]
+    std::vector<int32_t> list_vectors;   // WORDS: per block, 64 kept codes each if every 64 columns of a row are padded alike
     std::vector<int32_t> offsets;        // WORDS: [block][chunk][row], 2^15 times the sum of a row's codes, modulo 2^32
 
     int64_t blocks() const { return (rows + height - 1) / height; }
@@ -167,6 +168,16 @@ inline std::vector<uint8_t> pack_words(Matrix& m, const Codes& from) {
                 for (int64_t column = c * m.chunk; column < m.chunk_end(c); ++column) sum += uint32_t(from.at(row, column));
                 m.offsets.push_back(int32_t(sum << 15));
             }
+        m.list_vectors.push_back(0);
+        for (int64_t column = 0; m.has_bits && column < m.columns; column += WORD) {
+            int most = 0;
+            for (int64_t row = block * WORD_ROWS; row < (block + 1) * WORD_ROWS; ++row) {
+                int kept = 0;
+                for (int64_t i = column; i < column + WORD; ++i) kept += from.at(row, i) != 0;
+                most = std::max(most, kept);
+            }
+            m.list_vectors.back() += (most + 3) / 4;
+        }
         std::vector<int> held[2];
         for (int64_t column = 0; column < m.words() * m.word; column += 4) {
             const bool is_second = m.bits == 4 && column % 8;
