@@ -36,7 +36,7 @@ from pst_ds.errors import InputError, first_problem
 from pst_ds.nn import inject
 from pst_ds.nn.adapter_checkpoints import MASK_BITS, SCALES, write_mask
 from pst_ds.parallel import zero3
-from pst_ds.parallel.ranks import all_gather_objects, is_main
+from pst_ds.parallel.ranks import is_main, raise_on_all_ranks
 from pst_ds.parallel.steps import unwrapped
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "pst_config.json", "pst_model.safetensors", "model.safetensors.index.json"
@@ -86,26 +86,20 @@ def save_pretrained(
         writes: whether this rank writes; by default only rank 0. Without a shared file system, pass True on one rank
             per node.
 
-    Raises InputError unless the complete model was injected, OSError on every rank if a file cannot be written, and
-    RuntimeError if another rank failed for another reason.
+    Raises InputError unless the complete model was injected, and on every rank what a rank raises, such as OSError.
     """
     model = unwrapped(model)
     inject.injected_config(model)
     writes = is_main() if writes is None else writes
-    tensors, failure = adapter_state(model, keep=writes), None
-    if writes:
+    tensors = adapter_state(model, keep=writes)
+
+    def write() -> None:
         try:
             write_adapter_state(model, folder, tensors, step=step)
-        except Exception as error:  # the other ranks wait, so every error counts
-            failure = error
-    told = "" if failure is None else str(failure) if isinstance(failure, OSError) else repr(failure)
-    problems = all_gather_objects((told, isinstance(failure, OSError)))
-    problem, is_os_error = next((entry for entry in problems if entry[0]), ("", False))
-    if failure is not None and not is_os_error:
-        raise failure
-    if problem:
-        kind = OSError if is_os_error else RuntimeError
-        raise kind(f"{folder} could not be written: {problem}") from failure
+        except OSError as error:
+            raise OSError(f"{folder} could not be written: {error}") from error
+
+    raise_on_all_ranks(write if writes else lambda: None, (Exception,))
 
 
 def load_pretrained(model: inject.ModelT, folder: str | Path) -> inject.ModelT:
@@ -125,8 +119,7 @@ def load_pretrained(model: inject.ModelT, folder: str | Path) -> inject.ModelT:
     saved = _read_config(folder)
     is_other_revision = _require_base(model, saved, folder)
     if inject.pst_layers(model):
-        _require_formula(inject.injected_config(model), saved.pst_config, folder)
-        _require_grid(model, saved, folder)
+        _require_same_computation(model, saved, folder)
     else:
         inject.inject_pst(
             model, saved.pst_config, grid=saved.grid, base_grid=saved.base_grid, embedding_grid=saved.embedding_grid
@@ -254,24 +247,16 @@ def _read_config(folder: Path) -> _Saved:
     return saved
 
 
-def _require_grid(model: nn.Module, saved: _Saved, folder: Path) -> None:
-    """Raise PretrainedError unless an injected model quantises as the saved one does."""
-    grids = {key: pair and Grid(pair[0], pair[1] or None) for key, pair in model_grids(model).items()}
-    for key, own in grids.items():
-        if (found := getattr(saved, key)) != own:
+def _require_same_computation(model: nn.Module, saved: _Saved, folder: Path) -> None:
+    """Raise PretrainedError unless an injected model has the saved formula and quantisation."""
+    config, grids = inject.injected_config(model), model_grids(model)
+    pairs = {name: (getattr(config, name), getattr(saved.pst_config, name)) for name in _FORMULA}
+    pairs |= {key: (pair and Grid(pair[0], pair[1] or None), getattr(saved, key)) for key, pair in grids.items()}
+    for name, (own, found) in pairs.items():
+        if own != found:
             raise PretrainedError(
-                f"{folder / CONFIG_FILE} has {key} = {found}, and the model was injected with {own}: it would compute "
-                "something else. Load onto the base model"
-            )
-
-
-def _require_formula(own: PSTConfig, saved: PSTConfig, folder: Path) -> None:
-    for name in _FORMULA:
-        if getattr(own, name) != getattr(saved, name):
-            raise PretrainedError(
-                f"{folder / CONFIG_FILE} has {name} = {getattr(saved, name)!r}, and the model was injected with {name} "
-                f"= {getattr(own, name)!r}: it would compute something else. Load onto the base model, or inject "
-                f"PSTConfig({name}={getattr(saved, name)!r})"
+                f"{folder / CONFIG_FILE} has {name} = {found}, and the model was injected with {name} = {own}: it "
+                "would compute something else. Load onto the base model, or inject the saved config"
             )
 
 

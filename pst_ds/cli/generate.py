@@ -17,11 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
     from pst_ds.export.manifest import Facts
-    from pst_ds.inference.decoder import Decoder
+    from pst_ds.inference.decoder import Decoder, Sampling
     from pst_ds.inference.hf.model_folder import ModelFolder
     from pst_ds.train.users.store import UserStore
-
-Sampling = dict[str, bool | float]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
     from pst_ds.inference.decoder import Decoder
     from pst_ds.inference.hf.model_folder import open_model_folder
+    from pst_ds.inference.loading import generated
     from pst_ds.inference.runtime import sparse_layers
     from pst_ds.parallel.launch import LaunchEnvironment, device_of
     from pst_ds.train.users.store import UserStore
@@ -60,25 +59,21 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     folder.require_causal()
     store = UserStore(Path(args.store)) if args.store is not None else None
     tokenizer = folder.tokenizer()
-    inputs = _encoded(tokenizer, args)
-    new_tokens = _new_tokens(args, inputs["input_ids"], folder)
+    ids = _encoded(tokenizer, args)
+    new_tokens, prompt_tokens = _new_tokens(args, ids, folder), len(ids)
     start = time.perf_counter()
-    prompt_tokens = inputs["input_ids"].shape[1]
     context = prompt_tokens + new_tokens
     model = _decoder(args, folder, device, context, store) or _loaded(args, folder, device, store)
     load_seconds = time.perf_counter() - start
     if new_tokens < args.max_new_tokens:
         print(f"stops after {new_tokens} tokens: the model has {prompt_tokens + new_tokens} positions", file=sys.stderr)
-    torch.manual_seed(args.seed)
     stopwatch = _Stopwatch(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
     if isinstance(model, Decoder):
         engine, dtype, layers = "native", folder.values or str(folder.config.dtype), 0
-        new = _stream(
-            model, folder.end_tokens(tokenizer), inputs["input_ids"], new_tokens, sampling, args.seed, stopwatch
-        )
+        new = _stream(model, ids, new_tokens, sampling, folder.end_tokens(tokenizer), args.seed, stopwatch)
     else:
         engine, dtype, layers = "torch", str(model.dtype), len(sparse_layers(model))
-        new = _generate(model, tokenizer, inputs, new_tokens, sampling, stopwatch)
+        new = generated(model, ids, new_tokens, sampling, folder.end_tokens(tokenizer), args.seed, stopwatch)
     result: Facts = {
         "model": args.model,
         "format": folder.format,
@@ -133,49 +128,44 @@ def _loaded(args: argparse.Namespace, folder: ModelFolder, device: str, store: U
 
 
 def _sampling(args: argparse.Namespace) -> Sampling:
-    """Return the sampling settings in transformers' terms. Raises InputError."""
-    if args.temperature is not None and not 0 <= args.temperature < float("inf"):
-        raise InputError(f"--temperature = {args.temperature}: not a number of at least 0")
-    if args.top_p is not None and not 0 < args.top_p <= 1:
-        raise InputError(f"--top-p = {args.top_p}: not above 0 and at most 1")
-    if args.temperature == 0 or (args.temperature is None and args.top_p is None):
-        return {"do_sample": False}
-    temperature = 1.0 if args.temperature is None else args.temperature
-    return {"do_sample": True, "temperature": temperature, "top_p": args.top_p or 1.0, "top_k": 0}
+    """Return the sampling settings, which are greedy without options. Raises InputError."""
+    from pst_ds.inference.decoder import Sampling
+
+    default = 0.0 if args.top_p is None else 1.0
+    try:
+        temperature = default if args.temperature is None else args.temperature
+        return Sampling(temperature, top_p=1.0 if args.top_p is None else args.top_p)
+    except ValueError as error:
+        raise InputError(f"--{str(error).replace('_', '-', 1)}") from None
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> dict[str, Tensor]:
-    """Return ``input_ids`` and ``attention_mask`` of the prompt, both (1, tokens). Raises InputError."""
+def _encoded(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[int]:
+    """Return the tokens of the prompt, at least one. Raises InputError."""
+    from pst_ds.inference.loading import prompt_tokens
+
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt.strip():
         raise InputError("--prompt is empty. Give a text to continue")
-    if not args.chat:
-        encoded = tokenizer(prompt, return_tensors="pt")
-    elif tokenizer.chat_template is None:
-        raise InputError(f"{args.model}: the tokenizer has no chat template. Omit --chat")
-    else:
-        chat = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
-
-
-def _new_tokens(args: argparse.Namespace, ids: Tensor, folder: ModelFolder) -> int:
-    """Return the number of requested tokens, or fewer if the model's positions end. Raises InputError."""
-    config, tokens = folder.config.get_text_config(), ids.shape[1]
-    if tokens == 0:
+    ids = prompt_tokens(tokenizer, [{"role": "user", "content": prompt}] if args.chat else prompt, args.model)
+    if not ids:
         raise InputError("--prompt: the tokenizer returns no tokens for it")
-    largest = int(ids.max())
-    if largest >= config.vocab_size:
+    return ids
+
+
+def _new_tokens(args: argparse.Namespace, ids: list[int], folder: ModelFolder) -> int:
+    """Return the number of requested tokens, or fewer if the model's positions end. Raises InputError."""
+    config = folder.config.get_text_config()
+    if max(ids) >= config.vocab_size:
         raise InputError(
-            f"{args.model}: the tokenizer gives token {largest}, and the model has {config.vocab_size}: "
+            f"{args.model}: the tokenizer gives token {max(ids)}, and the model has {config.vocab_size}: "
             "model and tokenizer do not belong together"
         )
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int):
         return int(args.max_new_tokens)
-    if tokens >= positions:
-        raise InputError(f"--prompt has {tokens} tokens, and the model has {positions} positions. Shorten it")
-    return min(args.max_new_tokens, positions - tokens)
+    if len(ids) >= positions:
+        raise InputError(f"--prompt has {len(ids)} tokens, and the model has {positions} positions. Shorten it")
+    return min(args.max_new_tokens, positions - len(ids))
 
 
 class _Stopwatch:
@@ -201,54 +191,21 @@ class _Stopwatch:
         }
 
 
-def _generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    inputs: dict[str, Tensor],
-    new_tokens: int,
-    sampling: Sampling,
-    stopwatch: _Stopwatch,
-) -> list[int]:
-    """Stream the text of a transformers model to stdout; return its tokens."""
-    import torch
-    from transformers import GenerationConfig
-
-    own = model.generation_config
-    pad = own.pad_token_id
-    # replaces the folder's settings: keep its special tokens, but no beam search, penalties and the like
-    model.generation_config = GenerationConfig(
-        max_new_tokens=new_tokens,
-        num_beams=1,
-        use_cache=True,
-        bos_token_id=own.bos_token_id,
-        eos_token_id=own.eos_token_id,
-        pad_token_id=(tokenizer.pad_token_id or tokenizer.eos_token_id or 0) if pad is None else pad,
-        **sampling,
-    )
-    with torch.inference_mode():
-        ids = model.generate(**{name: t.to(model.device) for name, t in inputs.items()}, streamer=stopwatch)  # type: ignore[operator]
-    new: list[int] = ids[0, inputs["input_ids"].shape[1] :].tolist()
-    return new
-
-
 def _stream(
     decoder: Decoder,
-    ends: list[int],
-    ids: Tensor,
+    ids: list[int],
     new_tokens: int,
     sampling: Sampling,
+    ends: list[int],
     seed: int,
     stopwatch: _Stopwatch,
 ) -> list[int]:
     """Stream the text of the native loop to stdout; return its tokens."""
     import torch
 
-    from pst_ds.inference.decoder import Sampling as NativeSampling
-
-    how = NativeSampling(float(sampling.get("temperature", 0.0)), top_p=float(sampling.get("top_p", 1.0)))
-    stopwatch.put(ids)
+    stopwatch.put(torch.tensor([ids]))
     new = []
-    for token in decoder.stream(ids[0], new_tokens, sampling=how, end=ends, seed=seed):
+    for token in decoder.stream(ids, new_tokens, sampling=sampling, end=ends, seed=seed):
         new.append(token)
         stopwatch.put(torch.tensor([token]))
     stopwatch.end()

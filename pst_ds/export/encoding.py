@@ -162,3 +162,23 @@ def encoding_of(packing: object, facts: Mapping[str, object]) -> Encoding:
             raise ValueError(f"{key} and {group_key} must be given together, got {values!r} and {group!r}")
         grids.append(None if values is None else grid_of(values, group))
     return Encoding(str(packing), *grids)
+
+
+def encoding_of_config(settings: Mapping[str, object]) -> tuple[Encoding, str]:
+    """Return the encoding and the weight file, or index of several, that our "quantization_config" names.
+
+    Raises ExportError for folders that this version does not read, and for a file of another name or folder.
+    """
+    packing, version, index = (settings.get(key) for key in ("format", "format_version", "weights_file"))
+    unread = f"packed as {packing!r}, version {version!r}, which this version of pst-ds does not read"
+    try:
+        encoding = encoding_of(packing, settings)
+    except ValueError as error:
+        raise ExportError(f"{unread}: {error}") from None
+    if encoding.is_plain or encoding.packing in (GGUF, *FOR_COMPRESSED_TENSORS) or version != encoding.format_version:
+        raise ExportError(f"{unread}. Use a newer pst-ds, or export the model again")
+    if str(index) not in [encoding.weights_file(count) for count in (1, 2)]:
+        raise ExportError(
+            f"weights_file = {str(index)[:80]!r} is not a weight file of a folder packed as {packing}. Export again"
+        )
+    return encoding, str(index)

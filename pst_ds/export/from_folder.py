@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pst_ds.core.packings import DENSE, FOR_COMPRESSED_TENSORS, GGUF
 from pst_ds.core.quantization import Grid
-from pst_ds.export.encoding import QUANT_METHOD, Encoding, ExportError, encoding_of
+from pst_ds.export.encoding import QUANT_METHOD, Encoding, ExportError, encoding_of_config
 from pst_ds.export.expert_stacks import FolderStack, folder_stacks
 from pst_ds.export.manifest import ExportedTensor, Facts, read_manifest, read_table, tensor_sha256
 from pst_ds.export.plan import Origin, TensorJob, TensorSpec, TensorValues
@@ -197,20 +197,10 @@ def _encoding_of(path: Path, config: dict[str, object]) -> tuple[Encoding, str]:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         fix = "Add --dequantize, or export" if method in FOREIGN_METHODS else "Export"
         raise ExportError(f"{path} is quantised ({str(method)[:40]}). {fix} the model before it was quantised")
-    packing, version, index = (quantization.get(key) for key in ("format", "format_version", "weights_file"))
-    unread = f"{path} is packed as {packing!r}, version {version!r}, which this version does not read"
     try:
-        encoding = encoding_of(packing, quantization)
-    except ValueError as error:
-        raise ExportError(f"{unread}: {error}") from None
-    if encoding.is_plain or encoding.packing in _STAYS_IN_PIECES or version != encoding.format_version:
-        raise ExportError(unread)
-    if str(index) not in [encoding.weights_file(count) for count in (1, 2)]:
-        raise ExportError(
-            f"{path / CONFIG_FILE}: weights_file = {str(index)[:80]!r} is not a weight file of a folder packed as "
-            f"{packing}. Export the model again"
-        )
-    return encoding, str(index)
+        return encoding_of_config(quantization)
+    except ExportError as error:
+        raise ExportError(f"{path / CONFIG_FILE}: {error}") from None
 
 
 def _foreign_format(path: Path, config: dict[str, object]) -> ForeignFormat:

@@ -20,7 +20,7 @@ from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.export.encoding import STEMS, ExportError, encoding_of
 from pst_ds.export.plan import Origin, TensorSpec
 from pst_ds.file_names import MANIFEST_FILE
-from pst_ds.formats.safetensors_file import DTYPE_OF_CODE, tensor_bytes, unique_json
+from pst_ds.formats.safetensors_file import DTYPE_OF_CODE, tensor_bytes
 
 FORMAT, QUANTIZED_FORMAT = 2, 3
 """Versions of the manifest: only the second has ``values``, ``group`` and ``rounding_error`` of tensors."""
@@ -195,9 +195,9 @@ def read_table(path: Path, missing: str) -> dict[str, Any]:
     if path.stat().st_size > MAX_BYTES:
         raise ExportError(f"{path} is damaged: it is larger than {MAX_BYTES:,} bytes")
     try:
-        table = unique_json(path.read_bytes())
+        table = json.loads(path.read_bytes())
         json.dumps(table, allow_nan=False).encode()  # rejects lone surrogates and NaN
-    except ValueError as error:  # not JSON, not UTF-8, a repeated key, or a number with thousands of digits
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or a number with thousands of digits
         raise ExportError(f"{path} is damaged: {error}. Write it again") from None
     if not isinstance(table, dict):
         raise ExportError(f"{path} is damaged: expected a JSON object. Write it again")

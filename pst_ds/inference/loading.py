@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pst_ds.core.packings import ONNX_FILE
 from pst_ds.errors import InputError
@@ -50,35 +50,48 @@ class Generator:
 
         ``temperature``: 0 chooses the most likely tokens. Raises ValueError, such as InputError without chat template.
         """
-        ids, sampling = self._tokens(prompt), Sampling(temperature, top_p=top_p)
+        ids, sampling = prompt_tokens(self.tokenizer, prompt, self.path), Sampling(temperature, top_p=top_p)
         if isinstance(self._model, Decoder):
             new = list(self._model.stream(ids, max_new_tokens, sampling=sampling, end=self._ends, seed=seed))
         else:
-            new = self._with_transformers(self._model, ids, max_new_tokens, sampling, seed)
+            new = generated(self._model, ids, max_new_tokens, sampling, self._ends, seed)
         return str(self.tokenizer.decode(new, skip_special_tokens=True))
 
-    def _tokens(self, prompt: str | list[dict[str, str]]) -> list[int]:
-        if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
-        if self.tokenizer.chat_template is None:
-            raise InputError(f"{self.path}: the tokenizer has no chat template. Pass a text instead of messages")
-        text = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _with_transformers(
-        self, model: PreTrainedModel, ids: list[int], new_tokens: int, sampling: Sampling, seed: int | None
-    ) -> list[int]:
-        is_drawn = sampling.temperature >= GREEDY_BELOW
-        drawing = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if is_drawn else {}
-        ends = {"eos_token_id": self._ends or None, "pad_token_id": next(iter(self._ends), 0)}
-        # replaces the folder's settings, such as penalties
-        model.generation_config = GenerationConfig(max_new_tokens=new_tokens, do_sample=is_drawn, **drawing, **ends)
-        if seed is not None:
-            torch.manual_seed(seed)
-        with torch.inference_mode():
-            found = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long))  # type: ignore[operator]
-        new: list[int] = found[0, len(ids) :].tolist()
-        return new
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]], place: str | Path
+) -> list[int]:
+    """Return the tokens of a text, or of chat messages. Raises InputError, naming ``place``, without chat template."""
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    if tokenizer.chat_template is None:
+        raise InputError(f"{place}: the tokenizer has no chat template. Use a text instead of messages")
+    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def generated(
+    model: PreTrainedModel,
+    ids: list[int],
+    new_tokens: int,
+    sampling: Sampling,
+    ends: list[int],
+    seed: int | None,
+    streamer: object = None,
+) -> list[int]:
+    """Return the tokens that a transformers model writes after ``ids``; only temperature and top_p are used."""
+    is_drawn = sampling.temperature >= GREEDY_BELOW
+    drawing = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if is_drawn else {}
+    special = {"eos_token_id": ends or None, "pad_token_id": next(iter(ends), 0)}
+    # replaces the folder's settings, such as penalties
+    model.generation_config = GenerationConfig(max_new_tokens=new_tokens, do_sample=is_drawn, **drawing, **special)
+    if seed is not None:
+        torch.manual_seed(seed)
+    prompt = torch.tensor([ids], device=model.device)
+    with torch.inference_mode():
+        found = model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=streamer)  # type: ignore[operator]
+    new: list[int] = found[0, len(ids) :].tolist()
+    return new
 
 
 def load(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -31,6 +30,7 @@ from pst_ds.progress import Progress
 from pst_ds.prune.blocks import BlockReplay, BlockSource, Calibration, SourceOf, block_of, find_blocks, in_memory
 from pst_ds.prune.output_gradients import LayerNorms, layer_norms
 from pst_ds.prune.rules import LayerRule, rules_by_block
+from pst_ds.prune.statistics import naming
 
 LEAST_FACTOR = 1e-3
 """Smallest factor of an output, relative to the mean."""
@@ -94,7 +94,7 @@ def rules_by_outliers(
             with replay.resident(index):
                 scores = _scores(replay, index, by_block.get(index, []))
                 if index in by_block:
-                    with _naming(f"{stack}.{index}"):
+                    with naming(f"{stack}.{index}"):
                         outliers[index] = outlier_share(scores)
             shown.add(1, f"{stack}.{index}")
     of_rules = [outliers[block_of(rule.target.name, stack)] for rule in rules]
@@ -225,14 +225,5 @@ def _histograms(
 
 def _histogram(rule: LayerRule, norms: LayerNorms) -> Tensor:
     weight, layout = rule.target.weight.data, rule.target.layout
-    with _naming(rule.target.name):
+    with naming(rule.target.name):
         return score_histogram(saliency_scores(weight, norms.inputs, norms.outputs, transposed=layout.transposed))
-
-
-@contextmanager
-def _naming(place: str) -> Iterator[None]:
-    """Add the layer or block and advice to a FloatingPointError."""
-    try:
-        yield
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{place}: {error}. Check that the model's weights are finite") from None

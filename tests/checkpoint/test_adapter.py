@@ -223,7 +223,7 @@ def test_a_model_that_was_injected_in_part_is_refused_with_the_way_out(tmp_path)
 def _unwritable(folder):
     model = inject_pst(_base(), CONFIG)
     model.name_or_path = {1, 2}  # JSON has no sets
-    with pytest.raises((TypeError, RuntimeError)) as caught:
+    with pytest.raises(TypeError) as caught:
         save_pretrained(model, folder)
     torch.distributed.barrier()  # none leaves before all have heard
     return f"{type(caught.value).__name__}: {caught.value}"
@@ -233,7 +233,7 @@ def _unwritable(folder):
 def test_ranks_do_not_wait_for_one_that_cannot_write(run_ranks, tmp_path):
     first, second = run_ranks(_unwritable, 2, tmp_path)
     assert first.startswith("TypeError: ")
-    assert second.startswith(f"RuntimeError: {tmp_path} could not be written: TypeError(")
+    assert second == first
 
 
 def _commit(hub, revision, *, seed):

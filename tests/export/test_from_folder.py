@@ -152,7 +152,7 @@ def _with_config(folder, out, **changes):
     ("changes", "reason"),
     [
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, r"is quantised \(bitsandbytes\)"),
-        ({"quantization_config": {"quant_method": "pst_ds", "format": "zip"}}, "is packed as 'zip'"),
+        ({"quantization_config": {"quant_method": "pst_ds", "format": "zip"}}, "packed as 'zip'"),
         ({"quantization_config": {"quant_method": "pst_ds", "format": "csr", "format_version": 1,
                                   "weights_file": "../pst_csr.safetensors"}}, "weights_file = '../pst_csr"),
         ({"quantization_config": {"quant_method": "pst_ds", "format": "csr", "format_version": 1,

@@ -88,14 +88,12 @@ class Decoder:
         self._adapters: list[Adapter | None] = [None] * sequences
         table.updated({} if users is None else users.common.shapes)
         self._beta = 1.0 if users is None else users.common.beta
-        self._most = max(TOKENS_IN_A_PASS, sequences)
+        self.most = max(TOKENS_IN_A_PASS, sequences)
+        """Most tokens of a pass."""
+        self.vocabulary, self.weight_bytes = table.embedding[0].shape[0], table.weight_bytes
+        """Number of tokens, and the bytes of weights read for each that is generated."""
         self._table = table
-        self._loop = table.loop(self.context, sequences, self._most, cache_bits=CACHES[cache])
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of weights read per token."""
-        return self._table.weight_bytes
+        self._loop = table.loop(self.context, sequences, self.most, cache_bits=CACHES[cache])
 
     @classmethod
     def from_model(
@@ -145,13 +143,8 @@ class Decoder:
         """
         other = copy.copy(self)
         other.context, other.sequences, other._lengths, other._adapters = context, 1, [0], [None]
-        other._loop = self._table.loop(context, 1, self._most, cache_bits=32, first=first)
+        other._loop = self._table.loop(context, 1, self.most, cache_bits=32, first=first)
         return other
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of tokens in the vocabulary."""
-        return self._table.embedding[0].shape[0]
 
     @property
     def length(self) -> int:
@@ -188,17 +181,12 @@ class Decoder:
             raise ValueError("forward takes at least one token")
         self._require_room(self._lengths[sequence] + len(tokens))
         found: list[Tensor] = []
-        for first in range(0, len(tokens), self._most):
-            part = tokens[first : first + self._most]
+        for first in range(0, len(tokens), self.most):
+            part = tokens[first : first + self.most]
             last = [len(part) - 1] if first + len(part) == len(tokens) else []
             in_bytes = self._prompts_in_bytes and len(part) >= PROMPT_TOKENS
             found.append(self._pass(part, [sequence] * len(part), range(len(part)) if all_logits else last, in_bytes))
         return torch.cat(found) if all_logits else found[-1][0]
-
-    @property
-    def most(self) -> int:
-        """Most tokens of a pass."""
-        return self._most
 
     def extend(self, added: Mapping[int, Sequence[int]], wanted: Collection[int]) -> Tensor:
         """Append tokens to several sequences, by their numbers, in one pass of at most :attr:`most` tokens.

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from typing import Literal, get_args
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pst_ds.export.encoding import PLAIN_VERSION, QUANT_METHOD, QUANTIZED_VERSION, encoding_of
+from pst_ds.export.encoding import PLAIN_VERSION, QUANT_METHOD, ExportError, encoding_of_config
 from pst_ds.inference.hf.weight_files import PackedFolderError
 
 LoadAs = Literal["auto", "dense", "sparse"]
 _GRID_KEYS = ("values", "group", "embeddings", "embedding_group")
 _FOLDER_KEYS = ("format", "format_version", *_GRID_KEYS, "weights_file")
-# the name is joined to the folder, so it must not lead out of it
-_WEIGHTS_FILE = re.compile(r"pst_[A-Za-z0-9_-]+\.safetensors(\.index\.json)?")
 
 
 class PackedWeightsConfig(QuantizationConfigMixin):
@@ -62,28 +59,10 @@ class PackedWeightsConfig(QuantizationConfigMixin):
 
     def check_folder(self) -> None:
         """Raise PackedFolderError if this version does not read a folder with these settings."""
-        place, version = "config.json: quantization_config", self.format_version
-        if version not in (PLAIN_VERSION, QUANTIZED_VERSION):
-            raise PackedFolderError(
-                f"{place}.format_version = {version!r}: this pst-ds reads versions {PLAIN_VERSION} and "
-                f"{QUANTIZED_VERSION}. Load the folder with a newer pst-ds."
-            )
         try:
-            encoding = encoding_of(self.format, {key: getattr(self, key) for key in _GRID_KEYS})
-        except ValueError as error:
-            raise PackedFolderError(f"{place}: {error}") from None
-        if encoding.is_plain:
-            raise PackedFolderError(f"{place}: a dense format needs values or embeddings")
-        if encoding.is_quantized != (version == QUANTIZED_VERSION):
-            raise PackedFolderError(
-                f"{place}.format_version = {version} conflicts with values = {self.values!r} and embeddings = "
-                f"{self.embeddings!r}. Export the folder again."
-            )
-        if not isinstance(self.weights_file, str) or not _WEIGHTS_FILE.fullmatch(self.weights_file):
-            raise PackedFolderError(
-                f"{place}.weights_file must be a name pst_*.safetensors or pst_*.safetensors.index.json in the same "
-                f"folder, got {self.weights_file!r}"
-            )
+            encoding_of_config(self.to_dict())
+        except ExportError as error:
+            raise PackedFolderError(f"config.json: quantization_config: {error}") from None
 
     def to_dict(self) -> dict[str, object]:
         """Return the keys of config.json, which has no ``load_as``."""

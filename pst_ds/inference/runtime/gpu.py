@@ -54,19 +54,17 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
     rows, columns = weight.row_offsets.shape[0], x.shape[-1]
     flat = x.reshape(-1, columns)
     y = x.new_empty(len(flat), rows)
-    _walk(flat, weight, bias, y)
+    packed_experts(flat, weight, None, y, bias)
     return y.view(*x.shape[:-1], rows)
 
 
-def packed_experts(x: Tensor, weight: PackedWeight, experts: Tensor, y: Tensor) -> None:
+def packed_experts(
+    x: Tensor, weight: PackedWeight, experts: Tensor | None, y: Tensor, bias: Tensor | None = None
+) -> None:
     """Compute x W' with the expert of each vector, (P, I) to ``y`` (P, O), in one launch; see :func:`multiplies`.
 
-    ``weight``: (E*O, I), of all experts. ``experts``: (P,), increasing.
+    ``weight``: (E*O, I), of all experts. ``experts``: (P,), increasing; None for an ordinary weight, with its ``bias``.
     """
-    _walk(x, weight, None, y, experts)
-
-
-def _walk(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, experts: Tensor | None = None) -> None:
     from pst_ds.core.kernels.triton import vector_kernels as kernels
 
     (vectors, rows), columns = y.shape, x.shape[1]

@@ -207,8 +207,8 @@ def test_a_whole_table_is_missing(quantized, tmp_path):
         ({"embeddings": "int2"}, "got 'int2'"),
         ({"format": "csr"}, "csr holds values of the model's dtype only"),
         ({"format": "zip"}, "format must be one of dense, bitmask, 2:4, csr, got 'zip'"),
-        ({"format_version": 1}, "format_version = 1 conflicts with values = 'int4'"),
-        ({"format_version": 3}, "reads versions 1 and 2. Load the folder with a newer pst-ds"),
+        ({"format_version": 1}, "version 1, which this version of pst-ds does not read"),
+        ({"format_version": 3}, "version 3, which this version of pst-ds does not read. Use a newer pst-ds"),
         ({"scales": "bf16"}, "unknown key 'scales'"),
     ],
 )

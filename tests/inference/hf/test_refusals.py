@@ -190,11 +190,11 @@ def test_a_missing_shard_and_a_missing_file(copied):
     [
         ({"format": "rle"}, "format must be one of dense, bitmask, 2:4, csr, got 'rle'"),
         ({"format": None}, "format must be one of"),
-        ({"format_version": 3}, "reads versions 1 and 2. Load the folder with a newer pst-ds"),
-        ({"weights_file": "../pst_bitmask.safetensors"}, "in the same folder, got '../pst_bitmask"),
-        ({"weights_file": "/tmp/pst_bitmask.safetensors"}, "in the same folder"),
-        ({"weights_file": "pytorch_model.bin"}, "in the same folder"),
-        ({"weights_file": None}, "in the same folder, got None"),
+        ({"format_version": 3}, "version 3, which this version of pst-ds does not read. Use a newer pst-ds"),
+        ({"weights_file": "../pst_bitmask.safetensors"}, "weights_file = '../pst_bitmask.safetensors' is not a weight file"),
+        ({"weights_file": "/tmp/pst_bitmask.safetensors"}, "is not a weight file of a folder packed as bitmask"),
+        ({"weights_file": "pytorch_model.bin"}, "is not a weight file of a folder packed as bitmask"),
+        ({"weights_file": None}, "weights_file = 'None' is not"),
         ({"wieghts_file": "x"}, "unknown key 'wieghts_file'. Known: load_as, format, "),
         ({"load_as": "fast"}, "load_as is 'auto', 'dense' or 'sparse', got 'fast'"),
     ],
@@ -210,7 +210,7 @@ def test_settings_in_config_json(copied, changes, message):
 def test_another_format_than_the_files_have(copied):
     folder = copied("llama", "bitmask")
     _edit_config(folder, lambda config: config["quantization_config"].update(format="csr"))
-    with pytest.raises(PackedFolderError, match="crow_indices: not in the folder"):
+    with pytest.raises(PackedFolderError, match="is not a weight file of a folder packed as csr"):
         load(folder)
 
 
