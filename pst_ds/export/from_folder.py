@@ -331,7 +331,7 @@ class _Planner:
         if "" in parts:
             return FolderRecipe(folder.weights.size(parts[""])[0], facts, parts)
         if folder.foreign:
-            lacking = sorted(stored for stored in parts.values() if not folder.weights.has(stored))
+            lacking = sorted(stored for stored in parts.values() if stored not in folder.weights.names)
             if lacking:
                 raise ExportError(f"{folder.path} lacks {lacking[0]}, a part of a weight in {folder.foreign.method}")
             shape = tuple(folder.model.get_parameter(name).shape)

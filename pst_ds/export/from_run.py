@@ -213,7 +213,7 @@ class _Planner:
 
     def _jobs_of(self, name: str, tensor: Tensor, in_files: str | None) -> Iterator[TensorJob]:
         """Plan one tensor; ``in_files``: the name that ``save_pretrained`` gives it, None if it is split."""
-        if self._base.has(name):
+        if name in self._base.names:
             yield self._job(name, name, name, tuple(tensor.shape))
         elif in_files is None:
             yield from self._in_parts(name, saved_tensors(self._model, {name: tensor}))
@@ -241,7 +241,7 @@ class _Planner:
 
     def _parts_of_stack(self, name: str, layer: PSTLayer) -> dict[str, FilePart]:
         """Return the tensors that a stack consists of, by their names in the base's files. Raises ExportError."""
-        if self._base.has(name):
+        if name in self._base.names:
             return {name: FilePart(name, all_experts(layer.layout), layer.weight_shape)}
         found = {}
         try:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -24,90 +24,74 @@ from pst_ds.formats import FormatError, PackedFormat, QuantizedFormat, row_bits
 from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, Slot, tensor_bytes, write_at
 from pst_ds.progress import Progress
 
-
-class _Writer:
-    """Writes tensors into planned files."""
-
-    def __init__(self, folder: Path, files: Sequence[PlannedFile], source: Source):
-        self._folder, self._source = folder, source
-        self._place: dict[str, tuple[str, Slot]] = {n: (f.name, slot) for f in files for n, slot in f.slots.items()}
-        self._handles: dict[str, int] = {}
-
-    def write(self, job: TensorJob) -> list[ExportedTensor]:
-        """Make and write all outputs of ``job``. Raises ExportError."""
-        made = self._source.make(job)
-        return [self._write_one(output, [next(made)]) for output in job.outputs]
-
-    def close(self) -> None:
-        for handle in self._handles.values():
-            os.close(handle)
-        self._handles.clear()
-
-    def _write_one(self, output: TensorSpec, made: list[TensorValues]) -> ExportedTensor:
-        """Write a tensor. ``made`` holds the only reference to its values, so they are freed once they are packed."""
-        one = made.pop()
-        rest, parts = replace(one, tensor=torch.empty(0)), [one.tensor.to(output.dtype)]
-        del one
-        pattern, error, form = DENSE, 0.0, output.form
-        if isinstance(form, QuantizedFormat):
-            parts, nonzero, pattern, error = quantised_parts(output, form, parts, rest)
-        elif form is not None:
-            packed = _packed(output, form, parts, rest.keep)
-            nonzero, pattern = _count_packed(output, form, packed, rest.keep)
-            parts = [packed[name] for name in form.part_names]
-            del packed
-        elif output.is_linear:
-            bits = row_bits(output.as_matrix(parts[0])).numpy()
-            nonzero, pattern = int(per_row(bits).sum()), detect_pattern(bits, output.matrix[1])
-        else:
-            nonzero = count_nonzero(parts[0])
-        written = tuple(self._write_part(n, part) for n, part in zip(output.part_names(), parts, strict=True))
-        grid = output.grid
-        return ExportedTensor(
-            name=output.name,
-            shape=output.shape,
-            dtype=CODE_OF_DTYPE[output.dtype],
-            origin=output.origin,
-            nonzero=nonzero,
-            pattern=pattern,
-            pruned_per_matrix=rest.pruned_per_matrix,
-            matrix_axis=1 if output.transposed else 0,
-            packing=output.packing,
-            transposed=output.transposed,
-            parts=written,
-            values=grid.values if grid else "",
-            group=(grid.group or WHOLE_ROW) if grid else "",
-            rounding_error=error,
-        )
-
-    def _write_part(self, name: str, tensor: Tensor) -> StoredPart:
-        file, slot = self._place[name]
-        if (tensor.dtype, tuple(tensor.shape)) != (slot.dtype, slot.shape):
-            raise RuntimeError(f"{name} was planned as {slot} and made as {tensor.dtype} {tuple(tensor.shape)}")
-        if file not in self._handles:
-            self._handles[file] = os.open(self._folder / file, os.O_WRONLY)
-        data = tensor_bytes(tensor)
-        write_at(self._handles[file], data, slot.offset)
-        return StoredPart(name=name, file=file, sha256=hashlib.sha256(data).hexdigest())
+Places = dict[str, tuple[BinaryIO, Slot]]
+"""The open file and the slot of every part, by its name."""
 
 
 def write_tensors(
     folder: Path, files: Sequence[PlannedFile], jobs: Sequence[TensorJob], source: Source
 ) -> list[ExportedTensor]:
     """Write all files into ``folder``; return the tensors in the order of the jobs. Raises ExportError."""
-    for file in files:
-        with (folder / file.name).open("wb") as stream:
+    tensors, place = list[ExportedTensor](), Places()
+    nbytes = [sum(output.dense_nbytes for output in job.outputs) for job in jobs]
+    with ExitStack() as stack:
+        for file in files:
+            stream = stack.enter_context((folder / file.name).open("wb", buffering=0))
             stream.write(file.header)
             stream.truncate(file.nbytes)
-    tensors: list[ExportedTensor] = []
-    with (
-        Progress("export", sum(output.dense_nbytes for job in jobs for output in job.outputs), "bytes") as progress,
-        closing(_Writer(folder, files, source)) as writer,
-    ):
-        for job in jobs:
-            tensors += writer.write(job)
-            progress.add(sum(output.dense_nbytes for output in job.outputs))
+            place |= {name: (stream, slot) for name, slot in file.slots.items()}
+        progress = stack.enter_context(Progress("export", sum(nbytes), "bytes"))
+        for job, size in zip(jobs, nbytes, strict=True):
+            made = source.make(job)
+            tensors += [_written(output, [next(made)], place) for output in job.outputs]
+            progress.add(size)
     return tensors
+
+
+def _written(output: TensorSpec, made: list[TensorValues], place: Places) -> ExportedTensor:
+    """Write a tensor. ``made`` holds the only reference to its values, so they are freed once they are packed."""
+    one = made.pop()
+    rest, parts = replace(one, tensor=torch.empty(0)), [one.tensor.to(output.dtype)]
+    del one
+    pattern, error, form = DENSE, 0.0, output.form
+    if isinstance(form, QuantizedFormat):
+        parts, nonzero, pattern, error = quantised_parts(output, form, parts, rest)
+    elif form is not None:
+        packed = _packed(output, form, parts, rest.keep)
+        nonzero, pattern = _count_packed(output, form, packed, rest.keep)
+        parts = [packed[name] for name in form.part_names]
+        del packed
+    elif output.is_linear:
+        bits = row_bits(output.as_matrix(parts[0])).numpy()
+        nonzero, pattern = int(per_row(bits).sum()), detect_pattern(bits, output.matrix[1])
+    else:
+        nonzero = count_nonzero(parts[0])
+    written = tuple(_written_part(n, part, *place[n]) for n, part in zip(output.part_names(), parts, strict=True))
+    grid = output.grid
+    return ExportedTensor(
+        name=output.name,
+        shape=output.shape,
+        dtype=CODE_OF_DTYPE[output.dtype],
+        origin=output.origin,
+        nonzero=nonzero,
+        pattern=pattern,
+        pruned_per_matrix=rest.pruned_per_matrix,
+        matrix_axis=1 if output.transposed else 0,
+        packing=output.packing,
+        transposed=output.transposed,
+        parts=written,
+        values=grid.values if grid else "",
+        group=(grid.group or WHOLE_ROW) if grid else "",
+        rounding_error=error,
+    )
+
+
+def _written_part(name: str, tensor: Tensor, stream: BinaryIO, slot: Slot) -> StoredPart:
+    if (tensor.dtype, tuple(tensor.shape)) != (slot.dtype, slot.shape):
+        raise RuntimeError(f"{name} was planned as {slot} and made as {tensor.dtype} {tuple(tensor.shape)}")
+    data = tensor_bytes(tensor)
+    write_at(stream.fileno(), data, slot.offset)
+    return StoredPart(name=name, file=Path(stream.name).name, sha256=hashlib.sha256(data).hexdigest())
 
 
 def _packed(output: TensorSpec, form: PackedFormat, held: list[Tensor], keep: Tensor | None) -> dict[str, Tensor]:

@@ -37,16 +37,9 @@ class BaseWeights:
         self.folder = _local_folder(path)
         self._prefix = base_model_prefix + "." if base_model_prefix else ""
         self._file_of = _index(self.folder, index)
-        self._open: dict[str, _WeightFile] = {}
-
-    @property
-    def names(self) -> list[str]:
+        self.names = self._file_of.keys()
         """Names in the files, in the order of the files."""
-        return list(self._file_of)
-
-    def has(self, name: str) -> bool:
-        """Return whether the files have a tensor with exactly this name."""
-        return name in self._file_of
+        self._open: dict[str, _WeightFile] = {}
 
     @property
     def file_bytes(self) -> int:

@@ -7,7 +7,6 @@ values.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -28,15 +27,13 @@ class _OfCompressedTensors(QuantizedFormat):
             value = float(parts["weight_scale"].flatten()[bad])
             raise FormatError(f"{name}: weight_scale {bad} is {value:g}; {RULE_OF_SCALES}")
         if shape[1]:
-            least = -self.grid.largest - 1
-            for problem, wrong in self._wrong_codes(parts[self.values_name], shape[1]).items():
+            codes, least = self.unpack_codes(parts), -self.grid.largest - 1
+            held, again = parts[self.values_name], self.pack_codes(codes, parts["weight_scale"], codes)
+            beyond = again[self.values_name] != held
+            for problem, wrong in ((f"the code {least}", codes == least), ("a bit beyond it", beyond)):
                 if wrong.any():
-                    row, found = int(wrong.any(1).to(torch.uint8).argmax()), problem.format(least)
-                    raise FormatError(f"{name}: {self.values_name} has {found} in row {row}")
-
-    @abstractmethod
-    def _wrong_codes(self, values: Tensor, columns: int) -> dict[str, Tensor]:
-        """Return a bool matrix of invalid codes for each problem; {} in its name is the smallest integer."""
+                    row = int(wrong.any(1).to(torch.uint8).argmax())
+                    raise FormatError(f"{name}: {self.values_name} has {problem} in row {row}")
 
     def _unpack(self, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
         return dequantize(self.unpack_codes(parts), parts["weight_scale"], dtype or torch.float32)
@@ -75,19 +72,10 @@ class PackQuantizedFormat(_OfCompressedTensors):
         }
 
     def unpack_codes(self, parts: Mapping[str, Tensor]) -> Tensor:
-        raw = self._raw(parts["weight_packed"].detach().cpu(), int(parts["weight_shape"][1]))
-        return (raw.to(torch.int16) - (self.grid.largest + 1)).to(torch.int8)
-
-    def _raw(self, words: Tensor, columns: int) -> Tensor:
-        """Return the unsigned codes, (O, I) uint8."""
-        raw = words.contiguous().view(torch.uint8)
+        raw = parts["weight_packed"].detach().cpu().contiguous().view(torch.uint8)
         if self.grid.bits == 4:
             raw = torch.stack([raw & 15, raw >> 4], -1).flatten(1)
-        return raw[:, :columns]
-
-    def _wrong_codes(self, values: Tensor, columns: int) -> dict[str, Tensor]:
-        raw = self._raw(values, values.shape[1] * 32 // self.grid.bits)
-        return {"the code {}": raw[:, :columns] == 0, "a bit beyond it": raw[:, columns:] != 0}
+        return (raw[:, : int(parts["weight_shape"][1])].to(torch.int16) - (self.grid.largest + 1)).to(torch.int8)
 
 
 class IntQuantizedFormat(_OfCompressedTensors):
@@ -118,6 +106,3 @@ class IntQuantizedFormat(_OfCompressedTensors):
         if codes.ndim != 2:
             raise FormatError(f"{name}: weight must be a matrix, but has the shape {tuple(codes.shape)}")
         return codes.shape[0], codes.shape[1]
-
-    def _wrong_codes(self, values: Tensor, columns: int) -> dict[str, Tensor]:
-        return {"the code {}": values == -self.grid.largest - 1}

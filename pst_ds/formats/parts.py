@@ -69,16 +69,11 @@ class PackedFormat(ABC):
 
         Raises FormatError.
         """
-        if weight.dim() != 2 or weight.dtype not in VALUE_DTYPES:
-            raise FormatError(
-                f"{name}: a weight to pack must be a matrix of bf16, fp16, fp32 or fp64, got {_described(weight)}"
-            )
         weight = weight.detach().cpu().contiguous()
         if keep is None:
             return self._pack(weight, row_bits(weight), name)
-        expected = (weight.shape[0], bytes_of_row(weight.shape[1]))
-        if keep.dtype != torch.uint8 or tuple(keep.shape) != expected:
-            raise FormatError(f"{name}: the kept positions must be uint8 of shape {expected}, got {_described(keep)}")
+        assert keep.dtype == torch.uint8
+        assert keep.shape == (weight.shape[0], bytes_of_row(weight.shape[1]))
         keep = keep.cpu().clone(memory_format=torch.contiguous_format)
         require_no_padding(name, "the kept positions", keep, weight.shape[1])
         return self._pack(weight, keep, name)
@@ -191,8 +186,5 @@ def _require_no_negative_zero(name: str, part: str, values: Tensor) -> None:
 
 
 def _described(tensor: Tensor) -> str:
-    shape = tuple(tensor.shape)
-    if tensor.layout != torch.strided:
-        return f"{tensor.dtype} of shape {shape}, {tensor.layout}"
-    strides = "" if tensor.is_contiguous() else f", strides {tensor.stride()}"
-    return f"{tensor.dtype} of shape {shape} on {tensor.device.type}{strides}"
+    strides = f", strides {tensor.stride()}" if tensor.layout == torch.strided else f", {tensor.layout}"
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device.type}{strides}"

@@ -28,17 +28,25 @@ from pst_ds.progress import Progress
 
 
 class Variant:
-    """One way to run the model. ``file_bytes`` is None if it exists in memory only."""
+    """One way to run the model with transformers. ``file_bytes`` is None if it exists in memory only."""
 
-    def __init__(self, model: PreTrainedModel, file_bytes: int | None = None):
-        self.model, self.file_bytes = model, file_bytes
+    def __init__(self, model: PreTrainedModel, is_causal: bool, file_bytes: int | None = None):
+        self.model, self._is_causal, self.file_bytes = model, is_causal, file_bytes
 
     def facts(self) -> dict[str, int | None]:
-        return {
-            "resident_bytes": resident_bytes(self.model),
-            "file_bytes": self.file_bytes,
-            "sparse_layers": len(sparse_layers(self.model)),
-        }
+        sparse = len(sparse_layers(self.model))
+        return {"resident_bytes": resident_bytes(self.model), "file_bytes": self.file_bytes, "sparse_layers": sparse}
+
+    def timed(self, ids: Tensor, num_steps: int) -> tuple[list[float], list[float]]:
+        """Return the seconds of the prefill of ``ids`` (batch, tokens), and of each step of a causal model."""
+        if self._is_causal:
+            decoder = GreedyDecoder(self.model)
+            return [_seconds(decoder.prefill, ids)], [_seconds(decoder.step) for _ in range(num_steps)]
+        inputs = {"input_ids": ids} | (
+            {"decoder_input_ids": ids[:, :1]} if self.model.config.is_encoder_decoder else {}
+        )
+        with torch.inference_mode():
+            return [_seconds(self.model, **inputs)], []
 
 
 class NativeLoop:
@@ -85,15 +93,18 @@ def variants(folder: ModelFolder, dtype: str) -> dict[str, Variant]:
     All but "dense" have a fast output layer and fast attention. Raises InputError.
     """
     plain = folder.load("dense", dtype)
-    by_name = {"dense": Variant(plain, folder.weight_file_bytes if folder.format == "dense" else None)}
+    by_name = {
+        "dense": Variant(plain, folder.is_causal, folder.weight_file_bytes if folder.format == "dense" else None)
+    }
     if can_prepack(plain.dtype):
         packed = copy.deepcopy(plain)
         prepack(packed, vectors=1)
         quicken_decoding(packed)
-        by_name["prepacked"] = Variant(packed)
+        by_name["prepacked"] = Variant(packed, folder.is_causal)
     if folder.format in FORMATS:
-        by_name[folder.format] = Variant(folder.load("sparse", dtype), folder.weight_file_bytes)
-        quicken_decoding(by_name[folder.format].model)
+        sparse = folder.load("sparse", dtype)
+        quicken_decoding(sparse)
+        by_name[folder.format] = Variant(sparse, folder.is_causal, folder.weight_file_bytes)
     return by_name
 
 
@@ -130,10 +141,7 @@ def measure(
     with Progress("measure", (args.repeats + 1) * len(by_name), "times") as progress:
         for turn in range(args.repeats + 1):
             for name, variant in by_name.items():
-                if isinstance(variant, NativeLoop):
-                    timed = variant.timed(ids, num_steps)
-                else:
-                    timed = _decode(variant, ids, num_steps) if folder.is_causal else _forward(variant, ids)
+                timed = variant.timed(ids, num_steps)
                 if turn:  # the first turn warms up
                     prefill[name] += timed[0]
                     decode[name] += timed[1]
@@ -145,20 +153,6 @@ def measure(
             step = statistics.median(decode[name])
             rates[name] |= {"decode_tokens_per_second": batch / step, "decode_step_seconds": step}
     return rates
-
-
-def _decode(variant: Variant, ids: Tensor, num_steps: int) -> tuple[list[float], list[float]]:
-    """Return the seconds of the prefill, and of each step."""
-    decoder = GreedyDecoder(variant.model)
-    return [_seconds(decoder.prefill, ids)], [_seconds(decoder.step) for _ in range(num_steps)]
-
-
-@torch.inference_mode()
-def _forward(variant: Variant, ids: Tensor) -> tuple[list[float], list[float]]:
-    inputs = {"input_ids": ids}
-    if variant.model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids[:, :1]
-    return [_seconds(variant.model, **inputs)], []
 
 
 def _seconds(work: Callable[..., object], *args: Tensor, **kwargs: Tensor) -> float:

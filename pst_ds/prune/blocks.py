@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -132,10 +133,6 @@ def replaced_blocks(
             config.use_cache = caches
 
 
-def _plainly(forward: Forward) -> Output:
-    return forward()
-
-
 class BlockSource:
     """Where the values of a model's blocks are; here, in the model."""
 
@@ -185,7 +182,7 @@ class BlockReplay:
         self._dtype = data.dtype
         self._needs_leaf = False
         self._keeps_output = False
-        self._compute: Compute = _plainly
+        self._compute: Compute | None = None
 
     def take(self, pieces: Sequence[tuple[int, Batch]]) -> None:
         """Start over with these (batch, piece) of this rank."""
@@ -236,7 +233,7 @@ class BlockReplay:
         Raises InputError if the model's forward pass does not reach the block.
         """
         self._needs_leaf = gradients
-        self._block, self._keeps_output, self._compute = index, keep_output, compute or _plainly
+        self._block, self._keeps_output, self._compute = index, keep_output, compute
         for place, (batch, piece) in enumerate(self.pieces):
             self._place = place
             if only not in (None, batch):
@@ -284,7 +281,8 @@ class BlockReplay:
                     ((self.leaf, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": self.leaf})
                 )
             args, kwargs = self.moved((args, kwargs))
-            output = self._compute(lambda: forward(*args, **kwargs))
+            run = partial(forward, *args, **kwargs)
+            output = run() if self._compute is None else self._compute(run)
             if self._keeps_output:
                 self.outputs[self._place] = moved(output, torch.device("cpu"), self.data.dtype)
             raise _BlockDone

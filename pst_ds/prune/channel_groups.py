@@ -8,8 +8,8 @@ new families need no changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -96,20 +96,12 @@ def _inputs_seen(source: str, marked: Tensor, forward: Forward, layers: Mapping[
 
         return replaced
 
-    with _replaced_forwards(layers, replacement):
-        forward()
-    return seen
-
-
-@contextmanager
-def _replaced_forwards(
-    layers: Mapping[str, nn.Module], replacement: Callable[[str, nn.Module], Callable[[Tensor], Tensor]]
-) -> Iterator[None]:
     with ExitStack() as stack:
         for name, layer in layers.items():
             layer.forward = replacement(name, layer)
             stack.callback(vars(layer).pop, "forward")
-        yield
+        forward()
+    return seen
 
 
 def _groups(reached: Mapping[str, Tensor]) -> ChannelGroups | None:

@@ -31,20 +31,16 @@ def require_free(out: Path, base: str) -> None:
 def record_of(layers: Sequence[PrunedLayer], about: Mapping[str, object]) -> dict[str, object]:
     """Return the content of :data:`RECORD_FILE`: the facts ``about`` the run, totals, and facts of each layer."""
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    names = [field.name for field in fields(PrunedLayer) if field.name != "scales"]
+    facts = [{name: getattr(layer, name) for name in names} for layer in layers]
     return {
         "format": FORMAT,
         **about,
         "sparsity_measured": sum(layer.zeros for layer in layers) / weights,
         "pruned_weights": sum(layer.pruned for layer in layers),
         "weights": weights,
-        "layers": [_facts(layer) for layer in layers],
+        "layers": [{n: v for n, v in one.items() if v or not n.startswith("expert_")} for one in facts],
     }
-
-
-def _facts(layer: PrunedLayer) -> dict[str, object]:
-    """Return the facts of a layer for the record: all but its scales, and none of experts for other layers."""
-    facts = {field.name: getattr(layer, field.name) for field in fields(layer) if field.name != "scales"}
-    return {name: value for name, value in facts.items() if not name.startswith("expert_") or value}
 
 
 def scales_name(layer: str) -> str:

@@ -36,11 +36,9 @@ class LayerPruning:
         self.weight = rule.target.weight.data
         self._kept = 0
         self._scales: dict[tuple[int, int], Tensor] = {}
-        self.num_experts = rule.target.layout.num_experts
-
-    @property
-    def name(self) -> str:
-        return self.rule.target.name
+        self.name, self.num_experts = rule.target.name, rule.target.layout.num_experts
+        self.num_matrices = rule.target.layout.expert.num_matrices
+        """Fused matrices of an expert."""
 
     def matrix(self, expert: int, number: int) -> Tensor:
         """Return a matrix of the stored weight as a view, (O, I)."""
@@ -49,11 +47,6 @@ class LayerPruning:
         rows = self.weight.flatten(0, -2)[expert * height : (expert + 1) * height]
         part = rows[list(layout.matrices())[number].rect.slices]
         return part.t() if layout.transposed else part
-
-    @property
-    def num_matrices(self) -> int:
-        """Fused matrices of an expert."""
-        return self.rule.target.layout.expert.num_matrices
 
     def require_finite(self) -> None:
         """Raise FloatingPointError, on all ranks, for weights that are not finite."""

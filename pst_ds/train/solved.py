@@ -79,7 +79,7 @@ def planned(context: RunContext, layers: Mapping[str, PSTLayer]) -> _Planned:
     owners = {}
     for name, layer in layers.items():
         own = plain_name(name, layer)
-        in_base = own if base.has(own) else base.find(saved.get(own, "")) or base.find(own)
+        in_base = own if own in base.names else base.find(saved.get(own, "")) or base.find(own)
         if in_base is None:
             raise ConfigError(
                 f"schedule.solves = {run.schedule.solves}: {own} is stored under other names in {base.folder}. Set "
