@@ -262,14 +262,21 @@ class Decoder {
     void layer_product(const Pass& pass, int64_t index, LinearName name, const float* from, float* to) {
         const Linear& linear = layers[size_t(index)].linear[name];
         product(linear, from, pass.tokens, to, pass.in_bytes);
-        if (groups.empty()) return;
-        pool.run(int64_t(groups.size()) * MOST_PARTS, [&](int64_t i, int thread) {
+        const int64_t items = int64_t(groups.size()) * MOST_PARTS;
+        const auto part_of = [&](int64_t i) -> const Adapter::Part* {
+            if (i >= items) return nullptr;
+            const auto& parts = groups[size_t(i / MOST_PARTS)].adapter->parts[size_t(index * LINEARS + name)];
+            return i % MOST_PARTS < int64_t(parts.size()) ? &parts[size_t(i % MOST_PARTS)] : nullptr;
+        };
+        if (items) pool.run(items, [&](int64_t i, int thread) {
+            const Adapter::Part *p = part_of(i), *next = part_of(i + MOST_PARTS);
+            if (!p) return;
             const Group& group = groups[size_t(i / MOST_PARTS)];
-            const auto& parts = group.adapter->parts[size_t(index * LINEARS + name)];
-            if (i % MOST_PARTS >= int64_t(parts.size())) return;
-            const Adapter::Part& p = parts[size_t(i % MOST_PARTS)];
-            kernels.update({p.v, p.u, p.rank, p.columns, p.rows, group.tokens, group.adapter->beta, from + group.first * p.columns,
-                            to + group.first * linear.width + p.offset, linear.width, rooms[size_t(thread)]->update.data()},
+            // factors of several users come from memory
+            for (int64_t at = 0; next && at < next->rank * next->columns * group.adapter->bits / 8; at += 64)
+                __builtin_prefetch(static_cast<const char*>(next->v) + at, 0, 2);
+            kernels.update({p->v, p->u, p->rank, p->columns, p->rows, group.tokens, group.adapter->beta, from + group.first * p->columns,
+                            to + group.first * linear.width + p->offset, linear.width, rooms[size_t(thread)]->update.data()},
                            group.adapter->bits);
         });
     }
