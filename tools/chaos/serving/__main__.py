@@ -1,7 +1,7 @@
 """Test a server with users under concurrent load, with invalid requests and a killed worker.
 
-A tiny model with users is trained. The expected answers are written one by one: by transformers, or with ``--engine
-native``, for int8 weights, by the server before the load, greedily and for two seeds. ``pst-ds serve`` is started with
+A tiny model with users is trained. The expected answers are written one by one, by the server before the load, greedily
+and for two seeds; with ``--engine torch`` by transformers, greedily and without users. ``pst-ds serve`` is started with
 several workers, and clients in threads request completions for random users, half of them as streams, mixed with
 invalid requests, abandoned streams and connections with half a request. After a third of the load a worker is killed
 with SIGKILL; interrupted requests are repeated. In the end every text must be the expected one, every invalid request
@@ -12,7 +12,7 @@ answered within a second.
     python -m tools.chaos.serving --seconds 120 --json
     python -m tools.chaos.serving --clients 4 --requests 20 --users 4
     python -m tools.chaos.serving --clients 64 --bad 0.1 --no-kill
-    python -m tools.chaos.serving --engine native --workers 1 --no-kill --bad 0.1 --requests 320 --seconds 1800
+    python -m tools.chaos.serving --workers 1 --no-kill --bad 0.1 --requests 320 --seconds 1800
 
 Needs the extra ``serve`` and the package openai. Exit codes: 0 passed, 1 failed.
 """
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kill", action=argparse.BooleanOptionalAction, default=True, help=kill)
     parser.add_argument("--seconds", type=float, default=120.0, help="of load at most (default: 120)")
     parser.add_argument("--requests", type=int, default=0, metavar="N", help="of each client at most; 0 is no limit")
-    parser.add_argument("--engine", choices=("torch", "native"), default="torch")
+    parser.add_argument("--engine", choices=("native", "torch"), default="native")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
@@ -71,7 +71,7 @@ def load_server(args: argparse.Namespace, top: Path) -> dict[str, Any]:
     """Serve, send requests and kill a worker. Return the results."""
     is_native = args.engine == "native"
     served = tiny_model(top, args.users, "int8" if is_native else "bf16")
-    users = [None, *(f"user {i:02}" for i in range(args.users))]
+    users = [None, *(f"user {i:02}" for i in range(args.users if is_native else 0))]
     arguments = [*served.arguments, "--engine", args.engine]
     with Server(arguments, workers=args.workers, log=top / "server.log") as server:
         alone = partial(ask_alone, server.url, served.model.name, users, (None, 1, 2))
