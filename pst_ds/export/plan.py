@@ -243,12 +243,8 @@ def require_packed(jobs: Sequence[TensorJob], encoding: Encoding) -> list[str]:
         )
     if packing == DENSE or any(output.packing != DENSE for output in outputs):
         return [output.name for output in outputs if output.stays_dense]
-    if packing == "2:4":
-        raise ExportError(
-            "no weight is 2:4 (at most two non-zeros in every four consecutive inputs), so nothing can be packed. "
-            'Train with pst.pattern = "2:4" (final sparsity 0.5), or export with --format bitmask'
-        )
     raise ExportError(
-        f"no weight would be smaller as {packing} than it is dense, so nothing can be packed: bitmask needs more than "
-        "7 % sparsity and csr more than 50 %. Export with --format dense"
+        f"no weight would be smaller as {packing}, so nothing can be packed: 2:4 needs at most two non-zeros in every "
+        'four consecutive inputs, as pst.pattern = "2:4" trains them; bitmask needs more than 7 % sparsity, and csr '
+        "more than 50 %. Choose one that fits, or export with --format dense"
     )

@@ -69,6 +69,7 @@ class PackedFormat(ABC):
 
         Raises FormatError.
         """
+        assert weight.dtype in VALUE_DTYPES
         weight = weight.detach().cpu().contiguous()
         if keep is None:
             return self._pack(weight, row_bits(weight), name)

@@ -25,7 +25,6 @@ SOURCE = NativeSource(
         "pst_gather": ([POINTER, POINTER, INT, INT, INT, POINTER, INT], None),
         "pst_scatter": ([POINTER, POINTER, INT, INT, INT, POINTER, INT], None),
         "pst_columns": ([POINTER, INT, INT, INT, POINTER, INT], None),
-        "pst_scatter_columns": ([POINTER, POINTER, POINTER, INT, INT, INT, INT, POINTER], None),
     },
     "packed formats",
     flags=("-std=c++17", "-O3"),
@@ -163,19 +162,9 @@ def scatter_columns(values: Tensor, starts: Tensor, indices: Tensor, columns: in
 
     ``starts`` (O + 1,) int64: index of the first value of each row.
     """
-    as_int = _as_int(values)
-    rows = starts.numel() - 1
-    native = library()
-    if native is None:
-        dense = torch.zeros(rows, columns, dtype=as_int.dtype)
-        row_of = np.repeat(np.arange(rows), np.diff(starts.numpy()))
-        dense.numpy()[row_of, indices.numpy()] = as_int.numpy()
-    else:
-        dense = torch.empty(rows, columns, dtype=as_int.dtype)
-        sizes = (as_int.element_size(), indices.element_size())
-        native.pst_scatter_columns(
-            as_int.data_ptr(), starts.data_ptr(), indices.data_ptr(), *sizes, rows, columns, dense.data_ptr()
-        )
+    as_int, rows = _as_int(values), starts.numel() - 1
+    dense = torch.zeros(rows, columns, dtype=as_int.dtype)
+    dense.numpy()[np.repeat(np.arange(rows), np.diff(starts.numpy())), indices.numpy()] = as_int.numpy()
     return dense.view(values.dtype)
 
 

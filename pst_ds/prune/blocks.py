@@ -139,8 +139,9 @@ class BlockSource:
     device = torch.device("cpu")
     """Where the model is, except for blocks."""
 
-    def __init__(self, blocks: nn.ModuleList):
-        self.blocks = blocks
+    def __init__(self, stack: str, blocks: nn.ModuleList):
+        """``stack``: name of the list ``blocks`` in the model."""
+        self.stack, self.blocks = stack, blocks
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[None]:
@@ -157,10 +158,6 @@ class BlockSource:
 
 SourceOf = Callable[[str, nn.ModuleList], BlockSource]
 """Returns the source of the blocks of a list, by its name."""
-
-
-def in_memory(_stack: str, blocks: nn.ModuleList) -> BlockSource:
-    return BlockSource(blocks)
 
 
 class _BlockDone(Exception):

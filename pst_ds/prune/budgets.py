@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,13 @@ from pst_ds.core.one_shot.scored import wanda_scores
 from pst_ds.core.one_shot.shares import Ranks
 from pst_ds.core.select import prune_count
 from pst_ds.errors import InputError
-from pst_ds.nn import experts
 from pst_ds.nn.input_sums import InputGatherer, InputSum, squares
 from pst_ds.parallel.ranks import raise_on_all_ranks
 from pst_ds.progress import Progress
-from pst_ds.prune.blocks import BlockReplay, BlockSource, Calibration, SourceOf, block_of, find_blocks, in_memory
+from pst_ds.prune.blocks import BlockReplay, BlockSource, Calibration, SourceOf, block_of, find_blocks
 from pst_ds.prune.output_gradients import LayerNorms, layer_norms
 from pst_ds.prune.rules import LayerRule, rules_by_block
-from pst_ds.prune.statistics import naming
+from pst_ds.prune.statistics import gather, naming
 
 LEAST_FACTOR = 1e-3
 """Smallest factor of an output, relative to the mean."""
@@ -75,7 +74,7 @@ def _is_movable(rule: LayerRule) -> bool:
 
 
 def rules_by_outliers(
-    model: nn.Module, rules: Sequence[LayerRule], data: Calibration, *, spread: float, source_of: SourceOf = in_memory
+    model: nn.Module, rules: Sequence[LayerRule], data: Calibration, *, spread: float, source_of: SourceOf = BlockSource
 ) -> tuple[list[LayerRule], list[float]]:
     """Return the ``rules`` with the sparsity of their blocks, and the fraction of outliers of each block.
 
@@ -103,20 +102,11 @@ def rules_by_outliers(
 
 def _scores(replay: BlockReplay, index: int, rules: Sequence[LayerRule]) -> Callable[[], Iterator[Tensor]]:
     """Run block ``index``; return what yields the scores of its layers' weights, each expert's by its own tokens."""
-    gatherer = InputGatherer(squares)
-    linear = {rule.target.name: rule.target.module for rule in rules if not rule.target.is_stack}
-    stacks = {(r.target.module, r.target.parameter): r.target.name for r in rules if r.target.is_stack}
-    sizes = {rule.target.name: rule.target.layout.in_features for rule in rules}
-    with gatherer.listening(linear), experts.listening(stacks, gatherer.add_experts):
-        settle = partial(gatherer.settle, list(sizes), replay.data.ranks)
-        replay.run(index, keep_output=True, before=gatherer.begin, after_first=settle)
-    gatherer.add_ranks(sizes, replay.data.device, replay.data.ranks)
-
-    def scores() -> Iterator[Tensor]:
-        for rule in rules:
-            yield from _layer_scores(rule, gatherer.sums.get(rule.target.name))
-
-    return scores
+    linear, stacks = ([r.target for r in rules if r.target.is_stack is kind] for kind in (False, True))
+    of_linear, of_stacks = InputGatherer(squares), InputGatherer(squares)
+    gather(replay, index, [(of_linear, linear)], [(of_stacks, stacks)], keep_output=True)
+    sums = of_linear.sums | of_stacks.sums
+    return lambda: chain.from_iterable(_layer_scores(rule, sums.get(rule.target.name)) for rule in rules)
 
 
 def _layer_scores(rule: LayerRule, sums: InputSum | None) -> Iterator[Tensor]:
@@ -160,7 +150,7 @@ def _sparsity_of(count: int, size: int) -> float:
 
 
 def rules_by_saliency(
-    model: nn.Module, rules: Sequence[LayerRule], data: Calibration, *, source_of: SourceOf = in_memory
+    model: nn.Module, rules: Sequence[LayerRule], data: Calibration, *, source_of: SourceOf = BlockSource
 ) -> list[LayerRule]:
     """Return the ``rules`` with a sparsity per layer; the model is unchanged.
 

@@ -11,7 +11,7 @@ from pst_ds.errors import InputError
 from pst_ds.nn.input_sums import InputGatherer, InputSum, products, squares
 from pst_ds.parallel.ranks import raise_on_all_ranks
 from pst_ds.progress import Progress
-from pst_ds.prune.blocks import BlockReplay, Calibration, SourceOf, find_blocks, in_memory
+from pst_ds.prune.blocks import BlockReplay, BlockSource, Calibration, SourceOf, find_blocks
 from pst_ds.prune.layer import Inputs, LayerPruning, equal_inputs, inputs_of, prune_together
 from pst_ds.prune.outcome import PrunedLayer
 from pst_ds.prune.reconstruction import BlockFit
@@ -28,7 +28,7 @@ def prune_layers(
     gated: bool = False,
     reconstruct: int = 0,
     statistics_bytes: int = STATISTICS_BYTES,
-    source_of: SourceOf = in_memory,
+    source_of: SourceOf = BlockSource,
 ) -> list[PrunedLayer]:
     """Prune a whole model in place; return the outcome of each layer, in the order of ``rules``.
 

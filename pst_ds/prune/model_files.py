@@ -302,19 +302,19 @@ class ModelFiles:
 
 class _Blocks(BlockSource):
     def __init__(self, files: ModelFiles, stack: str, blocks: nn.ModuleList):
-        super().__init__(blocks)
-        self._files, self._stack = files, stack
+        super().__init__(stack, blocks)
+        self._files = files
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[None]:
-        with self._files.loaded(f"{self._stack}.{index}"):
+        with self._files.loaded(f"{self.stack}.{index}"):
             yield
 
     def outcome(self, index: int, kind: type[OutcomeT]) -> list[OutcomeT] | None:
-        return self._files.outcome(f"{self._stack}.{index}", kind)
+        return self._files.outcome(f"{self.stack}.{index}", kind)
 
     def finish(self, index: int, layers: Sequence[Outcome]) -> None:
-        self._files.finish(f"{self._stack}.{index}", layers)
+        self._files.finish(f"{self.stack}.{index}", layers)
 
 
 def _skeleton(

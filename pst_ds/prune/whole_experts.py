@@ -23,7 +23,16 @@ from pst_ds.nn.inject import persistent_buffers
 from pst_ds.nn.input_sums import OrderFreeSum
 from pst_ds.nn.model_structure import experts_per_token, is_experts, router_names, stack_layouts
 from pst_ds.progress import Progress
-from pst_ds.prune.blocks import Batch, BlockReplay, Calibration, SourceOf, block_of, find_blocks, in_memory, text_config
+from pst_ds.prune.blocks import (
+    Batch,
+    BlockReplay,
+    BlockSource,
+    Calibration,
+    SourceOf,
+    block_of,
+    find_blocks,
+    text_config,
+)
 
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -77,7 +86,7 @@ class _Outputs:
 
 
 def drop_experts(
-    model: nn.Module, share: float, data: Calibration, *, source_of: SourceOf = in_memory
+    model: nn.Module, share: float, data: Calibration, *, source_of: SourceOf = BlockSource
 ) -> list[KeptExperts]:
     """Drop floor(``share`` * E) experts of every module of a ``model`` on the CPU, in place, with their router's rows.
 

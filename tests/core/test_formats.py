@@ -265,10 +265,6 @@ def test_a_transposed_parameter_is_packed_as_it_reads():
 @pytest.mark.parametrize(
     ("name", "weight", "keep", "said"),
     [
-        ("bitmask", torch.ones(4), None, "must be a matrix of bf16"),
-        ("csr", torch.ones(2, 4, dtype=torch.int32), None, "must be a matrix of bf16"),
-        ("bitmask", torch.ones(2, 9), torch.zeros(2, 1, dtype=torch.uint8), r"uint8 of shape \(2, 2\)"),
-        ("bitmask", torch.ones(2, 8), torch.zeros(2, 1, dtype=torch.int8), r"uint8 of shape \(2, 1\)"),
         ("csr", torch.ones(2, 7), torch.tensor([[127], [128]], dtype=torch.uint8), "beyond the 7 inputs of row 1"),
         ("2:4", torch.ones(2, 6), None, "divisible by 4, got 6"),
         ("2:4", torch.ones(2, 8), torch.tensor([[0x33], [0x73]], dtype=torch.uint8), "row 1 keeps 3 .* 4 to 7"),
@@ -347,7 +343,7 @@ def move_between_guards(native, size, height, width, density):
     generator = np.random.default_rng(width)
     weight = generator.integers(1, 100, (height, width)).astype(f"i{size}")
     keep = generator.random((height, width)) < density
-    count, starts = int(keep.sum()), np.concatenate([[0], keep.sum(axis=1).cumsum()]).astype(np.int64)
+    count = int(keep.sum())
     bits, full = Guarded(np.packbits(keep, axis=1, bitorder="little")), Guarded(weight)
     values, indices = Guarded(np.zeros(count, weight.dtype)), Guarded(np.zeros(count, np.uint16))
     native.pst_gather(full.address, bits.address, size, height, width, values.address, count)
@@ -357,17 +353,12 @@ def move_between_guards(native, size, height, width, density):
     dense = Guarded(np.full_like(weight, -1))
     native.pst_scatter(values.address, bits.address, size, height, width, dense.address, count)
     assert np.array_equal(dense.array(), np.where(keep, weight, 0).flatten())
-    again, found = Guarded(np.full_like(weight, -1)), Guarded(np.zeros_like(np.packbits(keep, axis=1)))
-    row_starts = Guarded(starts)
-    native.pst_scatter_columns(
-        values.address, row_starts.address, indices.address, size, 2, height, width, again.address
-    )
-    assert np.array_equal(again.array(), dense.array())
+    found = Guarded(np.zeros_like(np.packbits(keep, axis=1)))
     native.pst_row_bits(dense.address, size, height, width, found.address)
     assert np.array_equal(found.array(), bits.array())
     counts = Guarded(np.zeros(height, np.int64))
     native.pst_row_counts(bits.address, height, -(-width // 8), counts.address)
-    assert np.array_equal(counts.array(), np.diff(starts))
+    assert np.array_equal(counts.array(), keep.sum(axis=1))
 
 
 @pytest.mark.parametrize("backend", ["native", "portable"])

@@ -34,7 +34,7 @@ def _norms(model, batches):
     targets = resolve_targets(model, PSTConfig())
     stack, blocks = find_blocks(model, [target.name for target in targets])
     of_blocks = [{t.name: t for t in targets if block_of(t.name, stack) == index} for index in range(len(blocks))]
-    return layer_norms(model, BlockSource(blocks), of_blocks, Calibration(batches, CPU, FP32))
+    return layer_norms(model, BlockSource("", blocks), of_blocks, Calibration(batches, CPU, FP32))
 
 
 @pytest.mark.parametrize("number", [1, 7, 8, 9, 30])

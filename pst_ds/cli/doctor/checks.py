@@ -64,7 +64,8 @@ def accelerator() -> Iterator[Finding]:
         return
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is None:
-        text = f"none: runs train on the CPU ({_cores()} cores, {torch.backends.cpu.get_cpu_capability()})"
+        cores = len(os.sched_getaffinity(0))
+        text = f"none: runs train on the CPU ({cores} cores, {torch.backends.cpu.get_cpu_capability()})"
         has_bf16 = multiplies_bf16()
     elif torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
@@ -107,8 +108,8 @@ def _enough(name: str, place: Path, least_gb: float, fix: str) -> Finding:
 
 
 def threads() -> Iterator[Finding]:
-    """Compare OMP_NUM_THREADS with the number of cores."""
-    name, cores = "OMP_NUM_THREADS", _cores()
+    """Compare OMP_NUM_THREADS with the number of cores that containers and jobs leave to this process."""
+    name, cores = "OMP_NUM_THREADS", len(os.sched_getaffinity(0))
     value = os.environ.get(name)
     if value is None:
         text = f"not set: a process uses all {cores} cores; the scripts in launch/ set it for ranks"
@@ -119,8 +120,3 @@ def threads() -> Iterator[Finding]:
         yield Finding(name, "warn", f"{value} threads compete for {cores} cores", f"export {name}={cores}")
     else:
         yield Finding(name, "ok", f"{value} of {cores} cores")
-
-
-def _cores() -> int:
-    """Return the number of cores available to this process, which containers and jobs may restrict."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

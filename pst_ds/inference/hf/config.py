@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pst_ds.export.encoding import PLAIN_VERSION, QUANT_METHOD, ExportError, encoding_of_config
+from pst_ds.export.encoding import PLAIN_VERSION, QUANT_METHOD
 from pst_ds.inference.hf.weight_files import PackedFolderError
 
 LoadAs = Literal["auto", "dense", "sparse"]
@@ -56,13 +56,6 @@ class PackedWeightsConfig(QuantizationConfigMixin):
     def dequantize(self) -> bool:
         """True if the loaded model is dense; transformers reads it."""
         return self.load_as == "dense"
-
-    def check_folder(self) -> None:
-        """Raise PackedFolderError if this version does not read a folder with these settings."""
-        try:
-            encoding_of_config(self.to_dict())
-        except ExportError as error:
-            raise PackedFolderError(f"config.json: quantization_config: {error}") from None
 
     def to_dict(self) -> dict[str, object]:
         """Return the keys of config.json, which has no ``load_as``."""

@@ -17,6 +17,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from pst_ds.errors import shortened
+from pst_ds.export.encoding import ExportError, encoding_of_config
 from pst_ds.formats.base_weights import is_text_part
 from pst_ds.inference.hf.config import QUANT_METHOD, PackedWeightsConfig
 from pst_ds.inference.hf.layers import finish_layer, make_dense, put_sparse_layers
@@ -67,7 +68,10 @@ class PackedWeightsQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: object, device_map: DeviceMap = None, **kwargs: object) -> None:
         """Raise PackedFolderError for unsupported settings in config.json, and for offloading to disk."""
-        self.quantization_config.check_folder()
+        try:
+            encoding_of_config(self.quantization_config.to_dict())
+        except ExportError as error:
+            raise PackedFolderError(f"config.json: quantization_config: {error}") from None
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise PackedFolderError(_NO_DISK)
 

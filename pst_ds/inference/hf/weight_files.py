@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,28 +25,14 @@ class PackedFolderError(InputError):
     """A packed folder that is invalid, or loaded with unsuitable options."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A tensor in a weight file."""
 
-    name: str
-    source: TensorFile
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.source.slots[self.name].dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.slots[self.name].shape
-
-    @property
-    def file(self) -> str:
-        return self.source.path.name
-
-    def read(self) -> Tensor:
-        """Return the tensor as stored, on the CPU."""
-        return self.source.read(self.name)
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: str
+    read: Callable[[], Tensor]
+    """Returns the tensor as stored, on the CPU."""
 
 
 Groups = Mapping[str, Mapping[str, StoredTensor]]
@@ -65,10 +52,10 @@ def read_headers(files: Iterable[str]) -> dict[str, StoredTensor]:
             source = TensorFile(path)
         except (TensorFileError, OSError) as error:
             raise PackedFolderError(f"{path}: not a readable safetensors file: {error}. Export again.") from None
-        for name in source.slots:
+        for name, slot in source.slots.items():
             if name in found:
                 raise PackedFolderError(f"{name}: stored in {found[name].file} and in {path.name}. Export again.")
-            found[name] = StoredTensor(name, source)
+            found[name] = StoredTensor(slot.dtype, slot.shape, path.name, partial(source.read, name))
     return found
 
 

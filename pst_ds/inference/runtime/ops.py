@@ -68,7 +68,9 @@ def csr_linear(x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Ten
     shape = (crow_indices.numel() - 1, x.shape[-1])
     vectors, density = x.numel() // max(1, shape[1]), values.numel() / max(1, shape[0] * shape[1])
     if backend_for("csr", x.dtype, x.device.type, vectors, density) == "expand":
-        return dense_linear(x, expand_csr(crow_indices, col_indices, values.to(x.dtype), shape[1]).to(x.device), bias)
+        parts = {"crow_indices": crow_indices, "col_indices": col_indices, "values": values.to(x.dtype)}
+        dense = FORMATS["csr"].unpack({**parts, "shape": torch.tensor(shape)})
+        return dense_linear(x, dense.to(x.device), bias)
     weight = torch.sparse_csr_tensor(crow_indices, col_indices, values, shape, check_invariants=False)
     flat = x.reshape(math.prod(x.shape[:-1]), shape[1]).float()
     with torch.autocast(x.device.type, enabled=False):
@@ -136,12 +138,6 @@ def expand_codes(
     if codes.device.type == "cpu":
         return form.unpack({**parts, "shape": torch.tensor([scales.shape[0], columns])}, dtype)
     return dequantize(codes_on_device(form, codes, bitmask, columns), scales, dtype)
-
-
-def expand_csr(crow_indices: Tensor, col_indices: Tensor, values: Tensor, columns: int) -> Tensor:
-    """Expand CSR parts to the dense (O, I) weight."""
-    parts = {"crow_indices": crow_indices, "col_indices": col_indices, "values": values}
-    return FORMATS["csr"].unpack({**parts, "shape": torch.tensor([crow_indices.numel() - 1, columns])})
 
 
 def codes_on_device(form: QuantizedFormat, codes: Tensor, bitmask: Tensor | None, columns: int) -> Tensor:

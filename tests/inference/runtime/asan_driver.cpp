@@ -121,7 +121,8 @@ template <class T, class Index> int moves(Random& random) {
     pst_row_counts(bits.get(), shape.rows, c.row_bytes, counts.get());
     pst_columns(bits.get(), shape.rows, shape.cols, sizeof(Index), columns.get(), c.count);
     for (int64_t row = 0; row < shape.rows; ++row) starts[row + 1] = starts[row] + counts[row];
-    pst_scatter_columns(gathered.get(), starts.get(), columns.get(), size, sizeof(Index), shape.rows, shape.cols, again.get());
+    for (int64_t row = 0; row < shape.rows; ++row)
+        for (int64_t at = starts[row]; at < starts[row + 1]; ++at) again[row * shape.cols + columns[at]] = gathered[at];
     bool good = starts[shape.rows] == c.count;
     for (int64_t i = 0; i < all; ++i) good = good && dense[i] == as(c.dense[i], T()) && again[i] == dense[i];
     for (int64_t i = 0; i < shape.rows * c.row_bytes; ++i) good = good && bits[i] == c.mask[i];

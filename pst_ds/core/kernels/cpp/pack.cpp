@@ -44,14 +44,6 @@ inline bool is_wide() {
 #define PST_BEST(CALL) pst::pack::plain::CALL
 #endif
 
-template <class T, class C>
-void scatter_columns(const T* values, const int64_t* starts, const C* indices, int64_t rows, int64_t columns, T* out) {
-    for (int64_t row = 0; row < rows; ++row, out += columns) {
-        if (columns) std::memset(out, 0, columns * sizeof(T));
-        for (int64_t at = starts[row]; at < starts[row + 1]; ++at) out[indices[at]] = values[at];
-    }
-}
-
 }  // namespace pst::pack
 
 extern "C" {
@@ -76,17 +68,5 @@ void pst_scatter(const void* values, const uint8_t* bits, int64_t size, int64_t 
 
 void pst_columns(const uint8_t* bits, int64_t rows, int64_t columns, int64_t size, void* out, int64_t total) {
     PST_BEST(columns_of(bits, rows, columns, size, out, total));
-}
-
-void pst_scatter_columns(const void* values, const int64_t* starts, const void* indices, int64_t size,
-                         int64_t index_size, int64_t rows, int64_t columns, void* out) {
-    using namespace pst::pack;
-    for_size(size, [&](auto zero) {
-        typedef decltype(zero) T;
-        for_size(index_size, [&](auto index) {
-            scatter_columns(static_cast<const T*>(values), starts, static_cast<const decltype(index)*>(indices), rows,
-                            columns, static_cast<T*>(out));
-        });
-    });
 }
 }
