@@ -37,7 +37,7 @@ def write_tensors(
     with ExitStack() as stack:
         for file in files:
             stream = stack.enter_context((folder / file.name).open("wb", buffering=0))
-            stream.write(file.header)
+            write_at(stream.fileno(), memoryview(file.header), 0)
             stream.truncate(file.nbytes)
             place |= {name: (stream, slot) for name, slot in file.slots.items()}
         progress = stack.enter_context(Progress("export", sum(nbytes), "bytes"))

@@ -29,7 +29,7 @@ SOURCE = NativeSource(
     "packed formats",
     flags=("-std=c++17", "-O3"),
 )
-_BAND_CODES = 1 << 20
+_BAND_CODES = 1 << 18
 POPCOUNT = np.array([value.bit_count() for value in range(256)], dtype=np.uint8)
 library = cache(partial(load, SOURCE))
 """The functions of pack.cpp, or None if they cannot be compiled."""
@@ -140,7 +140,7 @@ def scatter_codes(kept: Tensor, bits: Tensor, columns: int) -> Tensor:
 
 
 def _bands(shape: torch.Size) -> Iterator[slice]:
-    """Yield slices of rows; codes are widened band by band to int16, the narrowest type of the C++ loops."""
+    """Yield slices of rows. Codes are widened band by band to int16, the narrowest type of the C++ loops."""
     rows, columns = shape
     step = max(1, _BAND_CODES // max(1, columns))
     yield from (slice(first, first + step) for first in range(0, rows if columns else 0, step))
@@ -164,7 +164,10 @@ def scatter_columns(values: Tensor, starts: Tensor, indices: Tensor, columns: in
     """
     as_int, rows = _as_int(values), starts.numel() - 1
     dense = torch.zeros(rows, columns, dtype=as_int.dtype)
-    dense.numpy()[np.repeat(np.arange(rows), np.diff(starts.numpy())), indices.numpy()] = as_int.numpy()
+    for band in _bands(dense.shape):  # numpy's indices take several times the memory of the values
+        own = starts.numpy()[band.start : band.stop + 1]
+        row_of, kept = np.repeat(np.arange(len(own) - 1), np.diff(own)), slice(own[0], own[-1])
+        dense.numpy()[band][row_of, indices.numpy()[kept]] = as_int.numpy()[kept]
     return dense.view(values.dtype)
 
 
