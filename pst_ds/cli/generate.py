@@ -146,6 +146,8 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> li
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt.strip():
         raise InputError("--prompt is empty. Give a text to continue")
+    if args.chat and tokenizer.chat_template is None:
+        raise InputError(f"{args.model}: the tokenizer has no chat template. Omit --chat")
     ids = prompt_tokens(tokenizer, [{"role": "user", "content": prompt}] if args.chat else prompt, args.model)
     if not ids:
         raise InputError("--prompt: the tokenizer returns no tokens for it")
