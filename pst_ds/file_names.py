@@ -18,8 +18,6 @@ EXIT_CODES_VARIABLE = "PST_DS_EXIT_CODES"
 """Names the folder in which every rank leaves its exit code, which some launchers lose."""
 SUBMITTED_FILE, SUBMITTED_VARIABLE = "submitted.sbatch", "PST_DS_SUBMITTED"
 """The job script that a scheduler was given, which launch/slurm.sbatch hands on in the environment."""
-TUNE_FILE, TRIALS = "tune.jsonl", "tune"
-"""Output of ``pst-ds tune``: a line for each trial, and a folder with the trials' run folders."""
 LATEST, BEST, FINAL = "latest", "best", "final"
 """Links among the checkpoints."""
 STEP_FOLDER = re.compile(r"step-(\d{8,})")

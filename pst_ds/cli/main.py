@@ -40,7 +40,6 @@ VERBS = {
     "prepare": "tokenise a corpus once, into a token store that runs map into memory",
     "train": "train a run in one process, or as a rank of a launcher",
     "launch": "train a run through a launcher, restart it after failures, and exclude faulty hosts",
-    "tune": "search a run's learning rates with short trials, and write a run file with the best ones",
     "users": "train, evaluate, list, export and remove per-user adapters of one sparse model",
     "prune": "prune a pretrained model in one shot, with calibration data: magnitude, Wanda, SparseGPT or ALPS",
     "eval": "evaluate a checkpoint of a run",

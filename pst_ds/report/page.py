@@ -30,5 +30,5 @@ def page(runs: Sequence[RunData], exports: Exports | None = None, notes: Sequenc
         verdicts=[(run, text) for run in runs if (text := sentence(run.result.get("fit")))],
         results=[*tables.result_table(runs), *tables.setting_tables(runs)],
         charts=list(charts(runs)),
-        details=[*tables.layer_table(runs), *tables.tuning_tables(runs), *saved],
+        details=[*tables.layer_table(runs), *saved],
     )

@@ -1,4 +1,4 @@
-"""Tables of a report about runs: results, settings, layers, checkpoints, trials of ``pst-ds tune``."""
+"""Tables of a report about runs: results, settings, layers, checkpoints."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from typing import NamedTuple
 import pandas as pd
 
 from pst_ds.core.experts.tokens import hardly_used
-from pst_ds.errors import InputError
-from pst_ds.file_names import TUNE_FILE
 from pst_ds.progress import duration_text
 from pst_ds.report.run_data import RunData
 from pst_ds.text_table import bytes_text
 from pst_ds.train.monitor.curves import EVALUATION, is_number
-from pst_ds.train.tune.report import trial_table, why
 
 MAIN_SETTINGS = (
     "task", "method", "model.path", "data.train", "data.dataset", "schedule.final_sparsity", "pst.pattern",
@@ -120,17 +117,3 @@ def checkpoint_table(runs: Sequence[RunData]) -> Iterator[Table]:
     return rows_table(
         "Checkpoints", {f"{run.name}/{name}": facts for run in runs for name, facts in run.checkpoints.items()}
     )
-
-
-def tuning_tables(runs: Sequence[RunData]) -> Iterator[Table]:
-    """Yield a table of each search for learning rates. Raises InputError for a damaged file."""
-    for path in (run.folder / TUNE_FILE for run in runs):
-        if not path.is_file():
-            continue
-        try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            head, *rows = trial_table(lines)
-            note = why(lines) if lines[-1]["event"] == "choice" else "not finished; the same command resumes it"
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise InputError(f"{path} is damaged: {error!r}. Remove it, or tune again with --restart") from None
-        yield from table(f"Learning rates tried in {path.parent}", pd.DataFrame(rows, columns=head), note)

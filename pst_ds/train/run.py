@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -50,8 +49,6 @@ from pst_ds.train.sequences import require_documents_apart, shared_sequences
 
 Splits: TypeAlias = tuple[ExampleSet, ExampleSet | None]
 """The examples to train on, and those to validate with."""
-Evaluation: TypeAlias = Callable[[Engine, ExampleSet, RunContext], dict[str, float]]
-"""Computes the metrics of an engine's model. Collective."""
 _EMULATED_BF16 = (
     "this processor has no instructions for bf16, which is several times slower here than fp32: set train.precision = "
     '"fp32" if the run stays on CPUs like it'
@@ -153,13 +150,11 @@ def train_prepared(
     restart: bool = False,
     quiet: bool = False,
     splits: Splits | None = None,
-    evaluation: Evaluation | None = None,
 ) -> TrainResult:
     """Train a prepared run, see :func:`train_run`. Collective.
 
     Args:
         splits: Result of :func:`load_splits`; None to load them.
-        evaluation: Replaces :func:`evaluate`.
     """
     with run_folder.without_other_runs(Path(context.run.output_dir)):
         examples, validation = splits = splits or load_splits(context)
@@ -170,7 +165,7 @@ def train_prepared(
         if checkpoint is None and not restart:
             run_folder.require_no_checkpoints(Path(run.output_dir))
         loop, state = _build_loop(context, examples, checkpoint, quiet=quiet)
-        measure = None if validation is None else partial(evaluation or evaluate, loop.engine, validation, context)
+        measure = None if validation is None else partial(evaluate, loop.engine, validation, context)
         try:
             checkpointer = Checkpointer(
                 loop,

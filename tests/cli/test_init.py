@@ -18,7 +18,6 @@ from pst_ds.cli.init.text import deepspeed_settings
 from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
 from pst_ds.data import plain_text
-from pst_ds.train.tune import trials
 from tests.nn.expert_families import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -286,14 +285,10 @@ def test_a_tenth_is_held_out(made, capsys):
 
 
 @pytest.mark.thorough
-def test_a_run_with_rows_held_out_is_tuned_trained_resumed_and_evaluated(made, capsys, tmp_path, monkeypatch):
+def test_a_run_with_rows_held_out_is_trained_resumed_and_evaluated(made, capsys, tmp_path):
     run = ("--method", "lora", "--steps", "120", "--output-dir", str(tmp_path / "run"))
     out, _, _ = made(BERT, "--train", TRAIN, *run)
-    measured = {"metrics": {"accuracy": 0.5, trials.STANDARD_ERROR: 0.1}, "seconds": 1.0}
-    monkeypatch.setattr(trials, "train_prepared", lambda *_, **__: measured)
-    assert main(["tune", str(out), "--budget", "1"]) == 0
-    steps = ("--set", "train.num_steps=2")
-    assert main(["train", str(out.with_suffix(".tuned.toml")), *steps]) == 0
+    assert main(["train", str(out), "--set", "train.num_steps=2"]) == 0
     assert main(["eval", str(tmp_path / "run"), "--split", "validation", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["examples"] == 24
     resume = ("train", str(tmp_path / "run"), "--resume")

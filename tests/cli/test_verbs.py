@@ -17,8 +17,8 @@ from pst_ds.cli.main import VERBS, build_parser, main
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_FILE = "tests/data/causal_lm.toml"
-RUN_VERBS = ("plan", "train", "launch", "tune", "prune", "eval", "export", "verify")
-QUIET = ("prepare", "train", "tune", "prune", "eval", "export", "verify", "predict", "bench")
+RUN_VERBS = ("plan", "train", "launch", "prune", "eval", "export", "verify")
+QUIET = ("prepare", "train", "prune", "eval", "export", "verify", "predict", "bench")
 
 
 def _arguments(verb, folders, out):
@@ -31,7 +31,6 @@ def _arguments(verb, folders, out):
         "plan": [RUN_FILE, "--ranks", "2"],
         "train": [RUN_FILE, *tiny],
         "launch": [RUN_FILE, *tiny, "--by", "true"],
-        "tune": [RUN_FILE, *tiny[:-1], "train.num_steps=120", "--budget", "1", "--out", str(out / "tuned.toml")],
         "users": ["train", run, "--store", str(out / "users"), "--by", "label", "--epochs", "1", "--layers", "q_proj"],
         "prune": [RUN_FILE, "--method", "wanda", "--samples", "4", "--out", str(out)],
         "eval": [run],

@@ -103,15 +103,6 @@ def test_an_untuned_method_waits_for_no_search():
         grid_from_table(table(methods={"pst": {"untuned": True}}))
 
 
-def test_a_search_for_rates_before_a_cell_makes_it_another():
-    methods = {"as-it-is": {"untuned": True}, "tuned": {"untuned": True, "tune": 0.2}}
-    grid = grid_from_table(table(methods=methods))
-    as_it_is, tuned = (cell_of(grid, {}, "cell", "films", name, "0.5", 0) for name in methods)
-    assert (as_it_is.tune, tuned.tune) == (0.0, 0.2)
-    assert as_it_is.settings == tuned.settings
-    assert as_it_is.id != tuned.id
-
-
 def test_a_cell_is_its_settings():
     def of(**changes):
         return cell_of(grid_from_table(table(**changes)), {}, "search", "films", "pst", "0.5", 0, 0)
@@ -200,8 +191,6 @@ def test_sessions_go_on_where_the_lines_end(tmp_path):
         ({"methods": {"pst": {"at": {"0.9": {}}}}}, "methods.pst.at: '0.9'"),
         ({"search": {"data_sets": ["film"]}}, "search.data_sets: 'film'"),
         ({"methods": {"pst": {"data_sets": ["films"]}}}, "methods.pst-plain needs the tries of 'pst' on 'tweets'"),
-        ({"methods": {"pst": {"tune": 0.2}}}, "methods.pst.tune = 0.2 must be a share of the steps, of a method that"),
-        ({"methods": {"as-it-is": {"untuned": True, "tune": 2.0}}}, "methods.as-it-is.tune = 2.0 must be a share"),
         ({"cpu_seconds": 0}, "must be above 0"),
         ({"cpu_seconds": "60"}, "cpu_seconds = '60': Input should be a valid number"),
     ],

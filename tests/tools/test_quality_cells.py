@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,18 +110,6 @@ def test_cells_become_lines_and_a_page_and_are_not_run_again(forked, tmp_path, c
     assert main([*arguments, "--workers", "2"]) == 1
     assert "0 cells run" in capsys.readouterr().out
     assert (tmp_path / "results" / "tiny.jsonl").read_bytes() == before
-
-
-def test_a_cell_may_look_for_its_rates_first(forked, tmp_path):
-    methods = "[methods.tune]\nuntuned = true\ntune = 1.0\nrun.train.score_learning_rate = 0.02\n"
-    assert main(write_grid(tmp_path, methods, num_steps=120)) == 0
-    (line,) = lines_in(tmp_path).values()
-    assert (line["outcome"], line["steps"], line["verified"]) == ("done", 120, True)
-    assert [trial["steps"] for trial in line["trials"]] == [40, 40, 40]
-    found = line["tuned"]["score_learning_rate"]
-    assert any(found == pytest.approx(0.02 * factor, rel=1e-2) for factor in (1.0, 3.0, 1 / 3))
-    trained = tmp_path / "work" / "cells" / line["id"] / "run" / "run.toml"
-    assert tomllib.loads(trained.read_text())["train"]["score_learning_rate"] == pytest.approx(found)
 
 
 def test_a_cell_may_begin_with_a_model_that_it_prunes(forked, tmp_path):

@@ -18,14 +18,14 @@ from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run, load_run_folder
 from pst_ds.errors import InputError
 from pst_ds.file_names import STEP_FOLDER
-from pst_ds.parallel import stop_signals
+from pst_ds.parallel import stop_signals, zero3
+from pst_ds.parallel.engine import release
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import rank, world_size
 from pst_ds.progress import heard_by
 from pst_ds.supervise.supervisor import newest_step
+from pst_ds.train import run as train_module
 from pst_ds.train.run import StoppedError, prepare, train_prepared
-from pst_ds.train.tune import trials
-from pst_ds.train.tune.halving import Rung
 
 CLASSIFIER, DECODER = "tests/data/world_size.toml", "tests/data/causal_lm.toml"
 SETTINGS = ("train.num_steps=4", "deepspeed_config=", "checkpoint.interval=2", "checkpoint.keep_last=9")
@@ -147,6 +147,36 @@ def _resumed(*arguments):
     return _train(*arguments, resume=True)
 
 
+def _held(engine_parts):
+    """Numbers in the weights and shards of an engine, and parameters with optimizer state."""
+    params, inner = engine_parts
+    return sum(p.numel() + zero3.shard_of(p).values.numel() for p in params), len(inner.state)
+
+
+def _held_before_and_after_release(*arguments):
+    found = []
+
+    def released(engine):
+        parts = (list(engine.module.parameters()), engine.optimizer.optimizer)
+        before = _held(parts)
+        release(engine)
+        found.append((before, _held(parts)))
+
+    with mock.patch.object(train_module, "release", released):
+        _train(*arguments)
+    return found
+
+
+@pytest.mark.zero3
+@pytest.mark.thorough
+def test_weights_and_moments_of_a_finished_stage_are_freed(run_ranks, tmp_path):
+    settings = (*FINETUNE, f"deepspeed_config={_zero3(tmp_path)}")
+    for stages in run_ranks(_held_before_and_after_release, 2, CLASSIFIER, str(tmp_path / "run"), *settings):
+        assert len(stages) == 2
+        assert all(numbers > 10_000 and moments > 0 for (numbers, moments), _ in stages)
+        assert [after for _, after in stages] == [(0, 0)] * 2
+
+
 def test_a_signal_while_it_fine_tunes_ends_the_run_which_resumes(tmp_path, alone):
     run = (CLASSIFIER, tmp_path / "run", *FINETUNE)
     stop_signals.install()
@@ -190,18 +220,6 @@ def test_other_settings_are_refused_once_the_run_has_checkpoints_and_else_need_a
         _train(*run, "finetune.num_steps=3", resume=True)
     _train(*run, "finetune.num_steps=3", restart=True)
     assert json.loads((tmp_path / "finetuned" / "model" / "pst_manifest.json").read_text())["step"] == 3
-
-
-@pytest.mark.thorough
-def test_trials_share_the_fine_tuned_model_and_its_teaching(tmp_path, alone):
-    run = _run(CLASSIFIER, tmp_path, *FINETUNE, *TAUGHT)
-    with mock.patch.object(trials, "rungs", return_value=[Rung(3, 2)]):
-        lines = trials.search(prepare(run, LaunchEnvironment(0, 1, 0)), 1.0)
-    assert [line["event"] for line in lines] == ["search", *["trial"] * 3, "choice"]
-    for folder in (tmp_path / "tune").iterdir():
-        trial = load_run_folder(folder)
-        assert trial.model.path == trial.distillation.teacher == str(tmp_path / "finetuned" / "model")
-    _train(CLASSIFIER, tmp_path, *FINETUNE, *TAUGHT)
 
 
 def test_a_plan_adds_its_time_and_memory(tmp_path, verb):

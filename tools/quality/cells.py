@@ -78,8 +78,6 @@ class Cell:
     train: bool
     base: Step | None = None
     teacher: Step | None = None
-    tune: float = 0.0
-    """Share of the steps that ``pst-ds tune`` uses first."""
 
     @property
     def name(self) -> str:
@@ -91,8 +89,7 @@ class Cell:
     def id(self) -> str:
         """Hash of everything that determines the result. A try of the search can thus be the cell that needs it."""
         steps = {name: step and step.id for name, step in (("base", self.base), ("teacher", self.teacher))}
-        tuned = {"tune": self.tune} if self.tune else {}
-        return digest({"settings": self.settings, "tests": self.tests, "train": self.train, **steps, **tuned})
+        return digest({"settings": self.settings, "tests": self.tests, "train": self.train, **steps})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +196,7 @@ def cell_of(
     settings = settings if row.train else untrained(settings)
     return Cell(
         kind=kind, data_set=data_set, method=method, sparsity=sparsity, seed=seed, attempt=attempt, settings=settings,
-        tests=tests, train=row.train, base=base, teacher=teacher, tune=row.tune,
+        tests=tests, train=row.train, base=base, teacher=teacher,
     )  # fmt: skip
 
 

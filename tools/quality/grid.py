@@ -63,8 +63,6 @@ class Method:
     """Settings that the search chooses from; the same number for each method with tries."""
     untuned: bool = False
     """Whether the method runs with default settings, without tries."""
-    tune: float = 0.0
-    """With ``untuned``: share of its steps in which ``pst-ds tune`` first searches for rates on the validation file."""
     tries_of: str = ""
     """Method whose chosen try is used, for variants of it."""
     sparsities: tuple[str, ...] = ()
@@ -263,8 +261,6 @@ def _check_method(grid: Grid, method: Method) -> None:
     where = f"methods.{method.name}"
     if method.untuned and (method.tries or method.tries_of):
         raise GridError(f"{where} is untuned, so it can have no tries or tries_of")
-    if not 0.0 <= method.tune <= 1.0 or (method.tune and not (method.train and method.untuned)):
-        raise GridError(f"{where}.tune = {method.tune} must be a share of the steps, of a method that is untuned")
     if method.train and not method.untuned and not method.tries and not method.tries_of:
         raise GridError(f"{where} has no tries; give it as many as the others have, or tries_of another method")
     if method.tries and method.tries_of:

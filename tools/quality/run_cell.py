@@ -72,12 +72,8 @@ def run_cell(spec: Table, folder: Path) -> Table:
 
 
 def trained(spec: Table, settings: Table, folder: Path) -> Table:
-    """Train, export, verify and test; with ``tune`` at the rates that are found first."""
+    """Train, export, verify and test."""
     run_file, run_folder, export = write_run(settings, folder, "run"), folder / "run", folder / "export"
-    tuned: Table = {}
-    if spec["tune"]:
-        tuned = verb("tune", str(run_file), "--budget", str(spec["tune"]), "--quiet")
-        run_file = Path(tuned["out"])
     result = verb("train", str(run_file), "--quiet")
     exported = verb("export", str(run_folder), "--out", str(export))
     limit = spec["verify_examples"]
@@ -101,7 +97,6 @@ def trained(spec: Table, settings: Table, folder: Path) -> Table:
         "optimizer_bytes": result["optimizer_bytes_per_rank"],
         "verified": bool(verified["reloaded_equal"]),
         "files": files,
-        **({"tuned": tuned["chosen"], "trials": tuned["trials"]} if tuned else {}),
     }
 
 

@@ -129,7 +129,6 @@ def start(grid: Grid, cell: Cell, folder: Path) -> Job:
         "settings": cell.settings,
         "tests": cell.tests,
         "train": cell.train,
-        "tune": cell.tune,
         "steps": {n: {"id": s.id, "settings": s.settings, "prune": s.prune} for n, s in steps.items()},
         "cpu_seconds": grid.cpu_seconds,
         "verify_examples": grid.verify_examples,

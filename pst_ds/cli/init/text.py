@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import tomllib
 import unicodedata
 from pathlib import Path
@@ -42,7 +41,6 @@ def run_file_text(chosen: Chosen, out: Path) -> str:
     lines = [
         _comment(f"What the run would do: {chosen.plan_command(out)}"),
         _comment(f"Start it: {chosen.train_command(out)}"),
-        _comment(f"Try other learning rates: pst-ds tune {shlex.quote(str(out))}"),
         _comment("Every other setting: docs/reference/run-file.md"),
     ]
     tables = {name: value for name, value in chosen.table.items() if isinstance(value, dict)}

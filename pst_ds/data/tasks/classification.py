@@ -68,10 +68,6 @@ class Classification(Task[texts.Examples]):
     def metrics(self, outcomes: np.ndarray, examples: texts.Examples) -> dict[str, float]:
         return classification_metrics(outcomes, examples.labels)
 
-    def resampled_metrics(self, outcomes: np.ndarray, examples: texts.Examples, draw: np.ndarray) -> dict[str, float]:
-        labels = np.array(examples.labels)[draw].tolist()
-        return self.metrics(outcomes[draw], texts.Examples([], labels))
-
 
 def classification_metrics(logits: np.ndarray, labels: Sequence[float]) -> dict[str, float]:
     """Return scikit-learn's accuracy, macro-averaged F1 and Matthews' correlation, and the mean cross-entropy (nats).

@@ -141,8 +141,3 @@ class Task(ABC, Generic[E]):
     @abstractmethod
     def metrics(self, outcomes: np.ndarray, examples: E) -> dict[str, float]:
         """Return the metrics of all examples, from their outcomes in the order of ``examples``."""
-
-    def resampled_metrics(self, outcomes: np.ndarray, examples: E, draw: np.ndarray) -> dict[str, float]:
-        """Return the metrics of a bootstrap sample with the indices ``draw``. Tasks whose metrics need more than the
-        outcomes override it."""
-        return self.metrics(outcomes[draw], examples)
