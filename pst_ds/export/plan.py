@@ -245,6 +245,6 @@ def require_packed(jobs: Sequence[TensorJob], encoding: Encoding) -> list[str]:
         return [output.name for output in outputs if output.stays_dense]
     raise ExportError(
         f"no weight would be smaller as {packing}, so nothing can be packed: 2:4 needs at most two non-zeros in every "
-        'four consecutive inputs, as pst.pattern = "2:4" trains them; bitmask needs more than 7 % sparsity, and csr '
-        "more than 50 %. Choose one that fits, or export with --format dense"
+        "four consecutive inputs, bitmask more than 7 % sparsity, and csr more than 50 %. Train with "
+        'pst.pattern = "2:4" or more sparsity, or export with --format dense'
     )

@@ -169,7 +169,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(models, 
 
 
 def test_two_four_of_another_model_is_refused_and_of_a_mixed_one_packs_what_fits(models, tmp_path, exports):
-    with pytest.raises(ExportError, match=r'no weight would be smaller as 2:4.*as pst.pattern = "2:4" trains'):
+    with pytest.raises(ExportError, match=r'no weight would be smaller as 2:4.*Train with pst.pattern = "2:4"'):
         models["llama"].export(tmp_path / "out", packing="2:4")
     with pytest.raises(ExportError, match="no weight would be smaller as 2:4"):
         export_folder(exports["llama", "bitmask"], tmp_path / "out", packing="2:4")
