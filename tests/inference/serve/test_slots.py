@@ -116,7 +116,7 @@ REQUEST = st.tuples(
 
 
 def test_prompts_longer_than_a_pass(decoder, alone, monkeypatch):
-    monkeypatch.setattr(decoder, "_most", 7)
+    monkeypatch.setattr(decoder, "most", 7)
     jobs = [_job(_prompt(30, n), 5) for n in range(4)]
     found, passes = _answered(decoder, jobs)
     assert [tokens for tokens, _ in found] == [alone(_prompt(30, n), 5) for n in range(4)]
