@@ -37,7 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--keep-zeros", action="store_true", help="prune exactly the weights that are zero already")
     add("--bits", type=int, choices=sorted(VALUE_BITS.values()), help="quantise the kept weights too (sparsegpt)")
     add("--group", choices=(*map(str, GROUPS), WHOLE_ROW), help="weights per scale (default: row for 8 bits, 64 for 4)")
-    add("--swaps", type=count, default=0, metavar="N", help="passes that refine masks by swapping weights")
     add("--budgets", choices=get_args(Budgets), default="equal", help="distribution of sparsity over layers")
     add("--spread", type=float, metavar="L", help="largest difference from the mean, with owl (default: 0.08)")
     add("--reconstruct", type=count, default=0, metavar="N", help="epochs that fit kept weights to dense outputs")

@@ -129,8 +129,6 @@ class PruneConfig(OneShotConfig):
     """Quantise the kept weights in the same pass, with SparseGPT."""
     group: Literal[32, 64, 128, "row"] | None = None
     """Weights of a row per scale. Unset, it is "row" for 8 bits, and 64 for 4."""
-    swaps: NotNegative = 0
-    """Maximum number of passes that refine each mask by swapping kept and pruned weights."""
     spread: float | None = None
     """Largest difference of a block's sparsity from the mean, for budgets "owl". Unset, it is 0.08."""
     seed: int = 0
@@ -139,7 +137,7 @@ class PruneConfig(OneShotConfig):
     @property
     def needs_data(self) -> bool:
         """True if the method needs calibration data."""
-        return self.method != "magnitude" or bool(self.swaps or self.reconstruct) or self.budgets != "equal"
+        return self.method != "magnitude" or bool(self.reconstruct) or self.budgets != "equal"
 
     def problems(self) -> Iterator[str]:
         if self.method in (REAP, CHANNELS):
@@ -161,12 +159,11 @@ class PruneConfig(OneShotConfig):
             yield f"--group {self.group} is for quantised weights. Add --bits {_BITS}"
         if self.keep_zeros:
             yield from self._problems_of_keep_zeros()
-        for name, passes in (("swaps", self.swaps), ("reconstruct", self.reconstruct)):
-            if self.bits and passes:
-                yield (
-                    f"--{name} {passes} would change weights that --bits {self.bits} has quantised. Prune with "
-                    f"--{name} first, {_QUANTISE_LATER}"
-                )
+        if self.bits and self.reconstruct:
+            yield (
+                f"--reconstruct {self.reconstruct} would change weights that --bits {self.bits} has quantised. Prune "
+                f"with --reconstruct first, {_QUANTISE_LATER}"
+            )
         if self.bits and self.budgets == "saliency":
             yield (
                 f"--bits {self.bits} quantises while pruning, which --budgets saliency does not support. Prune first, "
@@ -179,7 +176,7 @@ class PruneConfig(OneShotConfig):
 
     def _problems_of_removal(self) -> Iterator[str]:
         removed = "whole experts" if self.method == REAP else "channels and heads"
-        for name in ("pattern", "bits", "group", "keep_zeros", "swaps", "budgets", "reconstruct"):
+        for name in ("pattern", "bits", "group", "keep_zeros", "budgets", "reconstruct"):
             if getattr(self, name) != getattr(PruneConfig, name):
                 yield (
                     f"--{name.replace('_', '-')} is for weights, and --method {self.method} removes {removed}. Remove "

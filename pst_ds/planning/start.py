@@ -80,7 +80,7 @@ class StartData(NamedTuple):
 
     @property
     def uses_products(self) -> bool:
-        return self.config.method in ("alps", "sparsegpt") or self.config.swaps > 0
+        return self.config.method in ("alps", "sparsegpt")
 
     def pieces(self, examples: int, most: int = 1 << 60) -> int:
         """Return this rank's pieces of so many examples, or of at most ``most`` of all pieces."""

@@ -246,7 +246,7 @@ class BlockReplay:
                 continue
             raise InputError(
                 f"the model's forward pass does not run its block {index} of {len(self.blocks)}, a "
-                f"{type(self.blocks[index]).__name__}. Use --method magnitude without --swaps, "
+                f"{type(self.blocks[index]).__name__}. Use --method magnitude without "
                 "--reconstruct and --budgets"
             )
         if after_first is not None and not self.pieces:

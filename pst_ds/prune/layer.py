@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -13,10 +13,9 @@ from pst_ds.core.bits import apply_mask_
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.one_shot.alps import alps_of_shares
 from pst_ds.core.one_shot.gram import UnitGram, unit_gram
-from pst_ds.core.one_shot.scored import Compensated, joined, keep_by_score, wanda_scores
+from pst_ds.core.one_shot.scored import Compensated, keep_by_score, wanda_scores
 from pst_ds.core.one_shot.shares import ALONE, Ranks, Share
 from pst_ds.core.one_shot.sparsegpt import InverseFactor, inverse_factor, round_under_mask, sparsegpt_of_share
-from pst_ds.core.one_shot.swaps import refine_by_swaps
 from pst_ds.core.quantization import SCALE_DTYPE
 from pst_ds.prune.outcome import PrunedLayer
 from pst_ds.prune.rules import LayerRule, Method
@@ -138,26 +137,24 @@ class Inputs:
     factor: InverseFactor | None = None
     """For SparseGPT."""
     gram: UnitGram | None = None
-    """For ALPS, and for swaps after any method."""
-    is_alps: bool = False
+    """For ALPS."""
 
     @property
     def changes_weights(self) -> bool:
         """True if the method changes the kept weights."""
-        return self.factor is not None or self.is_alps
+        return self.factor is not None or self.gram is not None
 
 
-def inputs_of(method: Method, total: Tensor, *, swaps: bool = False) -> Inputs:
+def inputs_of(method: Method, total: Tensor) -> Inputs:
     """Return a method's statistics from a sum over all tokens: of products, (I, I), or of squares, (I,).
 
-    Squares are for Wanda and magnitude without ``swaps``. Raises FloatingPointError.
+    Squares are for Wanda and magnitude. Raises FloatingPointError.
     """
-    gram = unit_gram(total) if swaps or method == "alps" else None
     if method == "sparsegpt":
-        return Inputs(factor=inverse_factor(total), gram=gram)
+        return Inputs(factor=inverse_factor(total))
     if method == "wanda":
-        return Inputs(norms=(total.diagonal() if swaps else total).sqrt(), gram=gram)
-    return Inputs(gram=gram, is_alps=method == "alps")
+        return Inputs(norms=total.sqrt())
+    return Inputs(gram=unit_gram(total) if method == "alps" else None)
 
 
 def equal_inputs(method: Method, number: int, device: torch.device) -> Inputs:
@@ -177,7 +174,7 @@ def prune_together(layers: Sequence[LayerPruning], given: Inputs, expert: int = 
     parts = [_Part.of(layer, expert, number, given) for layer in layers for number in range(layer.num_matrices)]
     ranks = layers[0].ranks_of(expert)
     assert ranks is not None, "another rank prunes this expert"
-    if given.is_alps and given.gram is not None:
+    if given.gram is not None:
         made = alps_of_shares([part.share for part in parts], given.gram, ranks)
     else:
         made = [part.pruned(given, ranks) for part in parts]
@@ -228,22 +225,11 @@ class _Part:
         return Compensated(weight[rows].masked_fill(keep == 0, 0.0), keep)
 
     def finish(self, made: Compensated, given: Inputs) -> None:
-        """Refine this rank's mask by swaps, and write the outcome."""
+        """Write the outcome of this rank's rows."""
         rows = self.share.rows
-        if given.gram is not None and self.layer.rule.swaps:
-            made = joined(list(self._swapped(made, given)), self.share)
         if not given.changes_weights:
             own = self.layer.matrix(*self.place)[rows].to(made.keep.device, copy=True)
             made = replace(made, weight=apply_mask_(own.contiguous(), made.keep))
         elif self.factors is not None:
             made = replace(made, weight=made.weight / self.factors[rows])
         self.layer.take(*self.place, rows, made)
-
-    def _swapped(self, made: Compensated, given: Inputs) -> Iterator[Compensated]:
-        assert given.gram is not None
-        rule, first = self.layer.rule, self.share.rows.start
-        for panel in self.share.panels:
-            own = slice(panel.start - first, panel.stop - first)
-            start = Compensated(made.weight[own], made.keep[own])
-            passes, refit = rule.swaps, given.changes_weights
-            yield refine_by_swaps(self.share.weight[panel], start, given.gram, rule.pattern, passes, refit=refit)

@@ -43,7 +43,7 @@ def prune_layers(
         rules: a rule for each layer.
         method: how weights are chosen.
         data: positions with 0 in an ``attention_mask`` (batch, length) are ignored. "magnitude" needs no batches
-            without swaps and ``reconstruct``.
+            without ``reconstruct``.
         gated: weigh an expert's tokens by their router gates.
         reconstruct: passes that fit the kept weights of each block to its dense outputs (:class:`BlockFit`).
         statistics_bytes: memory for the Gram matrices of experts. A block whose experts need more runs once per group
@@ -53,12 +53,11 @@ def prune_layers(
     Raises InputError, and FloatingPointError, naming the layer, for values that are not finite.
     """
     model.eval()
-    swaps = any(rule.swaps for rule in rules)
-    if method == "magnitude" and not swaps and not reconstruct:
+    if method == "magnitude" and not reconstruct:
         return [_by_magnitude(rule) for rule in rules]
     stack, blocks = find_blocks(model, [rule.target.name for rule in rules])
     replay = BlockReplay(model, source_of(stack, blocks), data)
-    pruner = _BlockPruner(replay, method, gated, swaps, reconstruct, statistics_bytes)
+    pruner = _BlockPruner(replay, method, gated, reconstruct, statistics_bytes)
     by_block = rules_by_block(rules, stack)
     done: dict[str, PrunedLayer] = {}
     last = max(by_block)
@@ -81,12 +80,10 @@ def _by_magnitude(rule: LayerRule) -> PrunedLayer:
 class _BlockPruner:
     """Prunes one block after another on the inputs of its layers."""
 
-    def __init__(
-        self, replay: BlockReplay, method: Method, gated: bool, swaps: bool, reconstruct: int, statistics_bytes: int
-    ):
+    def __init__(self, replay: BlockReplay, method: Method, gated: bool, reconstruct: int, statistics_bytes: int):
         self._replay, self._method, self._gated, self._bytes = replay, method, gated, statistics_bytes
-        self._swaps, self._reconstruct = swaps, reconstruct
-        self._sum_of = products if swaps or method in ("sparsegpt", "alps") else squares
+        self._reconstruct = reconstruct
+        self._sum_of = products if method in ("sparsegpt", "alps") else squares
         self._ranks = replay.data.ranks
 
     def prune(self, index: int, rules: Sequence[LayerRule], *, is_last: bool) -> list[PrunedLayer]:
@@ -149,7 +146,7 @@ class _BlockPruner:
             sums, together = alike.pop(key)
             with together[0].naming():
                 assert sums.total is not None
-                given = inputs_of(self._method, sums.total, swaps=self._swaps)
+                given = inputs_of(self._method, sums.total)
                 del sums
                 prune_together(together, given)
 
@@ -161,7 +158,7 @@ class _BlockPruner:
             for expert in (e for e in group if e < layout.num_experts and layer.ranks_of(e) is not None):
                 with layer.naming(expert):
                     if sums.expert_tokens[expert]:
-                        given = inputs_of(self._method, sums.of[expert].whole(), swaps=self._swaps)
+                        given = inputs_of(self._method, sums.of[expert].whole())
                     else:
                         given = equal_inputs(self._method, layout.in_features, device)
                     prune_together([layer], given, expert)

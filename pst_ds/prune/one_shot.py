@@ -40,12 +40,7 @@ def plan_layers(
     settings = settings_for(model, pst, method, config.pattern, budgets=config.budgets, share=wanted)
     sparsity = 0.0 if config.keep_zeros else requested_sparsity(settings, config.sparsity, final_sparsity)
     rules = layer_rules(
-        resolve_targets(model, settings),
-        method,
-        sparsity,
-        grid=_grid_of(config),
-        keeps_zeros=config.keep_zeros,
-        swaps=config.swaps,
+        resolve_targets(model, settings), method, sparsity, grid=_grid_of(config), keeps_zeros=config.keep_zeros
     )
     if config.budgets == "owl":
         require_room(rules, SPREAD if config.spread is None else config.spread)
@@ -68,7 +63,7 @@ def prune_files(
         rules, outliers = _with_budgets(files, config, rules, data)
         if config.budgets == "owl":
             budgets |= {"spread": SPREAD if config.spread is None else config.spread, "outliers": outliers}
-    if config.method == "magnitude" and not config.swaps and not config.reconstruct:
+    if config.method == "magnitude" and not config.reconstruct:
         layers = _by_magnitude(files, rules, data)
     else:
         layers = prune_layers(
@@ -131,7 +126,7 @@ def _facts_of(config: PruneConfig, settings: PSTConfig, sparsity: float) -> dict
     }
     if (grid := _grid_of(config)) is not None:
         facts |= {"values": grid.values, "group": grid.group or WHOLE_ROW}
-    return facts | {name: passes for name in ("swaps", "reconstruct") if (passes := getattr(config, name))}
+    return facts | ({"reconstruct": config.reconstruct} if config.reconstruct else {})
 
 
 def _method_of(config: PruneConfig) -> OneShotMethod:

@@ -33,8 +33,6 @@ class LayerRule:
     """Quantisation of the kept weights; only SparseGPT supports it."""
     keeps_zeros: bool = False
     """True to prune exactly the weights that are zero already, regardless of the pattern."""
-    swaps: int = 0
-    """Most passes that refine the mask by swaps."""
     has_own_sparsity: bool = False
     """True if an override sets its sparsity."""
     output_factors: Tensor | None = field(default=None, repr=False, compare=False)
@@ -99,18 +97,12 @@ def requested_sparsity(settings: PSTConfig, asked: float | None, default: float)
 
 
 def layer_rules(
-    targets: Sequence[Target],
-    method: Method,
-    share: float,
-    *,
-    grid: Grid | None = None,
-    keeps_zeros: bool = False,
-    swaps: int = 0,
+    targets: Sequence[Target], method: Method, share: float, *, grid: Grid | None = None, keeps_zeros: bool = False
 ) -> list[LayerRule]:
     """Return the rules of all ``targets``, in their order. Overrides take precedence over sparsity ``share``.
 
     ``keeps_zeros``: prune exactly the weights that are zero; pattern and overrides have no effect. Raises InputError,
-    naming the layer, for a pattern or quantisation that does not fit the layer, the method or swaps.
+    naming the layer, for a pattern or quantisation that does not fit the layer or the method.
     """
     for target in targets:
         try:
@@ -122,10 +114,10 @@ def layer_rules(
             ) from None
     if keeps_zeros:
         return [LayerRule(target, Pattern("matrix"), 0.0, grid, keeps_zeros=True) for target in targets]
-    return [replace(_rule(target, method, share, swaps), grid=grid) for target in targets]
+    return [replace(_rule(target, method, share), grid=grid) for target in targets]
 
 
-def _rule(target: Target, method: Method, share: float, swaps: int) -> LayerRule:
+def _rule(target: Target, method: Method, share: float) -> LayerRule:
     rule = target.rule
     if rule.pattern.pools_matrices:
         raise InputError(
@@ -137,11 +129,6 @@ def _rule(target: Target, method: Method, share: float, swaps: int) -> LayerRule
             f"{target.name}: SparseGPT prunes by matrix, row or N:M, not in blocks of {rule.pattern}. Choose another "
             "--pattern, or --method alps"
         )
-    if rule.pattern.kind == "block" and swaps:
-        raise InputError(
-            f"{target.name}: --swaps {swaps} swaps single weights, and pattern {rule.pattern} prunes whole blocks. "
-            "Remove --swaps, or choose --pattern matrix, row or N:M"
-        )
     try:
         rule.pattern.require_fit(target.layout)
     except ValueError as error:
@@ -150,4 +137,4 @@ def _rule(target: Target, method: Method, share: float, swaps: int) -> LayerRule
             "pst.overrides"
         ) from None
     own = rule.final_sparsity
-    return LayerRule(target, rule.pattern, share if own is None else own, swaps=swaps, has_own_sparsity=own is not None)
+    return LayerRule(target, rule.pattern, share if own is None else own, has_own_sparsity=own is not None)

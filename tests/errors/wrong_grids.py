@@ -61,9 +61,6 @@ GRIDS = {
     "zeros that are kept, and moved": Wrong(
         _prune("--keep-zeros", "--bits", "8", "--budgets", "owl"), "--keep-zeros", "--budgets owl", "Remove"
     ),
-    "swaps of masks under which weights are rounded": Wrong(
-        _prune("--bits", "4", "--swaps", "2"), "--swaps", "2", "quantise the folder with --method sparsegpt"
-    ),
     "weights that are fitted after they are rounded": Wrong(
         _prune("--bits", "4", "--reconstruct", "2"), "--reconstruct", "2", "quantise the folder with --method sparsegpt"
     ),

@@ -47,9 +47,6 @@ VERBS = {
     "prune to a sparsity that the pattern does not have": Wrong(
         _prune("--method", "wanda", "--pattern", "2:4", "--sparsity", "0.7"), "--sparsity", "0.7", "Remove --sparsity"
     ),
-    "prune with swaps of blocks": Wrong(
-        _prune("--method", "wanda", "--pattern", "2x2", "--swaps", "3"), "--swaps", "3", "choose --pattern matrix, row"
-    ),
     "prune by budgets of a pattern that has one share": Wrong(
         _prune("--method", "wanda", "--pattern", "2:4", "--budgets", "owl"), "--budgets", "2:4", "Remove --budgets"
     ),
@@ -76,12 +73,6 @@ VERBS = {
     ),
     "prune and reconstruct in no pass": Wrong(
         _prune("--method", "wanda", "--reconstruct", "0"), "--reconstruct", "'0'", "not a whole number of at least 1"
-    ),
-    "prune with no swap": Wrong(
-        _prune("--method", "wanda", "--swaps", "0"), "--swaps", "'0'", "not a whole number of at least 1"
-    ),
-    "prune with swaps of whole experts": Wrong(
-        _prune("--method", "reap", "--swaps", "1"), "--swaps", "--method reap", "Remove it"
     ),
     "prune into the base": Wrong(
         _prune("--method", "magnitude", "--out", "tests/data/tiny-llama"),

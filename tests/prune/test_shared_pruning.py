@@ -47,8 +47,8 @@ def _pruned(family, method, pattern, options):
         found = drop_experts(model, 0.5, data)
         return [(one.kept, one.scores) for one in found], _bits(model)
     config = settings_for(model, PSTConfig(), method, pattern)
-    grid, swaps = options.get("grid"), options.get("swaps", 0)
-    rules = layer_rules(resolve_targets(model, config), method, 0.5, grid=grid, swaps=swaps)
+    grid = options.get("grid")
+    rules = layer_rules(resolve_targets(model, config), method, 0.5, grid=grid)
     if budgets == "saliency":
         rules = rules_by_saliency(model, rules, data)
     if budgets == "owl":
@@ -71,8 +71,8 @@ CASES = {
     "sparsegpt over the matrix, by outliers": ("llama", "sparsegpt", "matrix", {"budgets": "owl"}),
     "sparsegpt to int4": ("llama", "sparsegpt", "row", {"grid": Grid(4, 32)}),
     "sparsegpt over the matrix to int8": ("llama", "sparsegpt", "matrix", {"grid": Grid(8)}),
-    "wanda with swaps": ("llama", "wanda", "2:4", {"swaps": 2}),
-    "transposed and fused": ("gpt2", "alps", "matrix", {"swaps": 1}),
+    "wanda": ("llama", "wanda", "2:4", {}),
+    "transposed and fused": ("gpt2", "alps", "matrix", {}),
     "shared projections": ("deberta_v2", "sparsegpt", "row", {}),
     "experts": ("mixtral", "alps", "row", {"reconstruct": 1}),
     "experts to int8": ("gpt_oss", "sparsegpt", "row", {"grid": Grid(8)}),

@@ -15,7 +15,6 @@ import pytest
 
 from pst_ds.core import kernels, quantization, stats
 from pst_ds.core.kernels import INT, NativeSource, library_file, load
-from pst_ds.core.one_shot import swaps
 from pst_ds.formats import rows
 from pst_ds.inference.onnx import operators as onnx
 from pst_ds.inference.runtime import attention, native
@@ -126,7 +125,7 @@ def included(path):
 
 NATIVE = [
     value
-    for module in (attention, kernels, decoder, native, onnx, quantization, rows, stats, swaps)
+    for module in (attention, kernels, decoder, native, onnx, quantization, rows, stats)
     for value in vars(module).values()
     if isinstance(value, NativeSource)
 ]
