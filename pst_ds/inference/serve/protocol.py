@@ -179,13 +179,9 @@ class _Tool(_Object):
     function: _Function
 
 
-class _Named(_Object):
-    name: str
-
-
 class _ToolChoice(_Object):
     type: Literal["function"]
-    function: _Named
+    function: dict[Literal["name"], str]
 
 
 class _Schema(_Object):
@@ -236,7 +232,7 @@ class ChatRequest(_Request):
             if self.tool_choice == "required" and not self.tools:
                 raise ProtocolError(400, "tool_choice requires a call, and there are no tools", param="tool_choice")
             return self.tools
-        found = [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
+        found = [tool for tool in self.tools if tool.function.name == self.tool_choice.function.get("name")]
         if not found:
             raise ProtocolError(400, "tool_choice names none of the tools", param="tool_choice")
         return found

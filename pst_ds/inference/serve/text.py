@@ -7,7 +7,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -131,8 +131,7 @@ class TextService(Service):
         if count > self.limits.answers:
             why = f"{len(prompts)} prompts with {asked.n} answers each; at most {self.limits.answers} answers are given"
             raise ProtocolError(400, why, param="n")
-        if self.limits.vocabulary and any(token >= self.limits.vocabulary for token in asked.sampling.logit_bias):
-            raise ProtocolError(400, f"tokens are below {self.limits.vocabulary}", param="logit_bias")
+        self._require_tokens(asked.sampling.logit_bias, "logit_bias")
         if asked.likeliest is not None:
             try:
                 _ = self.grammars.tokens
@@ -164,9 +163,12 @@ class TextService(Service):
         """Return the tokens of a plain prompt. Raises ProtocolError."""
         if isinstance(prompt, str):
             return self._of_right_length(list(self.tokenizer(prompt)["input_ids"]), "prompt")
-        if self.limits.vocabulary and max(prompt) >= self.limits.vocabulary:
-            raise ProtocolError(400, f"tokens are below {self.limits.vocabulary}", param="prompt")
+        self._require_tokens(prompt, "prompt")
         return self._of_right_length(prompt, "prompt")
+
+    def _require_tokens(self, tokens: Collection[int], param: str) -> None:
+        if self.limits.vocabulary and max(tokens, default=0) >= self.limits.vocabulary:
+            raise ProtocolError(400, f"tokens are below {self.limits.vocabulary}", param=param)
 
     def _of_right_length(self, prompt: list[int], param: str) -> list[int]:
         limits = [most for most in (self.limits.prompt_tokens, self.limits.positions - 1) if most > 0]
