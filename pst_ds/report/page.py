@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from pst_ds import __version__
 from pst_ds.report import tables
 from pst_ds.report.charts import charts
@@ -22,13 +24,14 @@ def page(runs: Sequence[RunData], exports: Exports | None = None, notes: Sequenc
 
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    saved = [*tables.checkpoint_table(runs), *tables.rows_table("Exports", exports or {}, "; ".join(notes))]
-    return environment.get_template("report.html").render(
-        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
-        version=__version__,
-        runs=runs,
-        verdicts=[(run, text) for run in runs if (text := sentence(run.result.get("fit")))],
-        results=[*tables.result_table(runs), *tables.setting_tables(runs)],
-        charts=list(charts(runs)),
-        details=[*tables.layer_table(runs), *saved],
-    )
+    with pd.option_context("future.infer_string", False):  # Arrow refuses bytes of folder names that are not UTF-8
+        saved = [*tables.checkpoint_table(runs), *tables.rows_table("Exports", exports or {}, "; ".join(notes))]
+        return environment.get_template("report.html").render(
+            title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+            version=__version__,
+            runs=runs,
+            verdicts=[(run, text) for run in runs if (text := sentence(run.result.get("fit")))],
+            results=[*tables.result_table(runs), *tables.setting_tables(runs)],
+            charts=list(charts(runs)),
+            details=[*tables.layer_table(runs), *saved],
+        )

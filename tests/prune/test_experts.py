@@ -146,7 +146,7 @@ def test_alps_lowers_the_error_of_every_expert_by_its_own_tokens(family):
             weights = (model.get_parameter(name).detach()[expert] for model in (base, plain, better))
             weight, one, two = (w.t() if transposed else w for w in weights)
             gram = x.T @ x + DAMPING * x.square().sum(0).mean() * torch.eye(x.shape[1])
-            assert output_error(two - weight, gram) < output_error(one - weight, gram)
+            assert output_error(two - weight, gram) < output_error(one - weight, gram) or not x.any()
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])

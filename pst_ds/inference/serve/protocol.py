@@ -339,11 +339,6 @@ def chat_request(table: JsonTable) -> ChatRequest:
     return asked
 
 
-def completion_request(table: JsonTable) -> CompletionRequest:
-    """Validate a request for completions, as :func:`chat_request` does."""
-    return validated(CompletionRequest, table)
-
-
 def validated(kind: type[Kind], table: JsonTable) -> Kind:
     """Return a request of ``kind``. Raises ProtocolError for its first error, and for unknown fields."""
     try:

@@ -26,8 +26,8 @@ from pst_ds.inference.serve.protocol import (
     JsonTable,
     ProtocolError,
     chat_request,
-    completion_request,
     read_json,
+    validated,
 )
 from pst_ds.inference.serve.replies import ChatReply, CompletionReply, Piece, Reply, TokenText, usage
 from pst_ds.inference.serve.text_stream import TextStream
@@ -106,7 +106,7 @@ class TextService(Service):
         """Return what a request asks. Raises ProtocolError."""
         table = read_json(body)
         if not is_chat:
-            plain = completion_request(table)
+            plain = validated(CompletionRequest, table)
             state, prompts = self.state_of(plain.model), [self.continued(prompt) for prompt in plain.prompts]
             return self._question(plain, state, prompts, CompletionReply(plain.model, plain.likeliest is not None))
         asked = chat_request(table)
@@ -249,9 +249,8 @@ class Answer:
         if self.text.stopped:
             self.job.cancelled = True
             return self._end(text, DONE_STOP)
-        return self._piece(text if self._calls is None else self._calls.add(text))
-
-    def _piece(self, text: str) -> Piece | None:
+        if self._calls is not None:
+            text = self._calls.add(text)
         if not text:
             return None
         tokens, self._tokens = self._tokens, []
