@@ -80,9 +80,9 @@ bench: venv
 	$(BIN)/python -m tools.bench.runtime --json
 	$(BIN)/python -m tools.bench.decode --json
 
-# ten minutes on a machine with a GPU; writes runs/gpu.json and runs/gpu.md
+# ten minutes on a machine with a GPU; writes runs/gpu.json and runs/gpu.md. Some sections again: make gpu ONLY="bits train"
 gpu: venv
-	$(BIN)/python -m tools.gpu
+	$(BIN)/python -m tools.gpu $(if $(ONLY),--only $(ONLY))
 
 docs: venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'

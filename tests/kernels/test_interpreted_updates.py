@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from pst_ds.masks import layer_scores
 from pst_ds.masks.update import mask_stats, update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from tests.device.pretended import DEVICE, PretendedTensor, module_to_device, pretended, to_host
+from tools.gpu import checks
+from tools.gpu.bench import TINY, Bench
 
 pytestmark = pytest.mark.interpreted
 
@@ -75,6 +78,18 @@ def test_masks_and_their_sums_are_those_of_the_cpu(pattern, kernels_on_device, m
     assert {"bracket_rows", "bracket_flat", "keys_at", "collect", "histogram", "mark", "finish", "sum_bits"} == set(
         kernels_on_device
     )
+
+
+def test_make_gpu_compares_masks_and_scores_of_shards(kernels_on_device, monkeypatch):
+    monkeypatch.setattr(checks, "serves", lambda device: device == DEVICE)
+    monkeypatch.setattr(checks, "PATTERNS", ("matrix",))
+    with pretended():
+        rows = list(checks.bits(Bench(DEVICE, TINY)))
+    assert [row["measured"] for row in rows] == [True, True]
+    real = scan.OwnKeys.sort
+    monkeypatch.setattr(scan.OwnKeys, "sort", lambda own, *args: real(replace(own, weight_scale=9.0), *args))
+    with pretended():
+        assert [row["measured"] for row in checks.bits(Bench(DEVICE, TINY))][-1] is False
 
 
 def test_five_launches_a_matrix_and_some_for_all(kernels_on_device, monkeypatch):

@@ -1,1 +1,1 @@
-"""Measure PST on a GPU within ten minutes, next to the predictions of ``pst-ds plan``: ``make gpu``."""
+"""Check PST on a GPU against the CPU, and measure it next to the predictions of ``pst-ds plan``: ``make gpu``."""
