@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -61,6 +63,35 @@ def test_what_is_known_is_written_before_the_next_section_starts(programs, tmp_p
     programs["train"] = f"import shutil; shutil.copy(*{places}); {ROW % 7}"
     _measured(tmp_path / "gpu.json")
     assert list(json.loads((tmp_path / "copy.json").read_text())["sections"]) == ["driver", "smoke", "bits", "merge"]
+
+
+ORPHAN = """
+import fcntl, subprocess, sys
+file = open({0!r}, "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+later = "import time; time.sleep(10); open({0!r}, 'a').write('alive')"
+subprocess.Popen([sys.executable, "-S", "-c", later], pass_fds=[file.fileno()])
+"""
+
+
+def test_what_a_section_started_ends_with_it(programs, tmp_path):
+    path = tmp_path / "held"
+    programs["tests"] = ORPHAN.format(str(path)) + ROW % 7
+    assert rows_of("tests", "cpu", 60.0, tmp_path / "tests.log") == [{"what": "speed", "measured": 7}]
+    with path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # waits for its holder's end
+        assert file.read() == ""
+
+
+def test_a_terminated_job_leaves_no_section_behind_and_keeps_its_rows(programs, tmp_path):
+    pid = tmp_path / "pid"
+    hang = "os.kill(os.getppid(), 15); time.sleep(600)"
+    programs["merge"] = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); {hang}"
+    with pytest.raises(SystemExit, match="143"):
+        _measured(tmp_path / "gpu.json")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert list(json.loads((tmp_path / "gpu.json").read_text())["sections"]) == ["driver", "smoke", "bits"]
 
 
 def test_one_section_again_keeps_the_others_unless_the_card_is_another(programs, tmp_path):
