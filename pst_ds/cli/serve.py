@@ -64,9 +64,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if not 0 <= args.port < 1 << 16:
         raise InputError(f"--port {args.port} is not a port. Use 0 to 65535")
     from pst_ds.inference.serve.app import make_app
+    from pst_ds.inference.serve.metrics import FOLDER
     from pst_ds.inference.serve.processes import answer, answer_from_workers, bound
 
-    _log_requests()
     folder, tokenizer, store = _opened(args)
     facts: dict[str, object] = {"model": args.model, "name": args.name, "users": len(store or ())}
     with bound(args.host, args.port) as at:
@@ -74,11 +74,12 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         if args.workers > 1:
             _say(args, facts)
             with TemporaryDirectory(prefix="pst-ds-counters-") as shared:
-                os.environ["PROMETHEUS_MULTIPROC_DIR"] = shared  # in which workers share their counters
+                os.environ[FOLDER] = shared
                 ended = answer_from_workers(partial(_app_of_worker, args), at, args.workers)
             return facts if ended else {**facts, "exit_code": 1}
         app = make_app(_service(args, folder, tokenizer, store))
         _say(args, facts)
+        _log_requests()
         answer(app, at)
     return facts
 

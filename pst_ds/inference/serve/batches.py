@@ -70,6 +70,7 @@ class Batches(Answering):
             self._batch = jobs
             if jobs:
                 self._write(jobs)
+            self._batch = []
             if self._users is not None:
                 self._users.assign_states(())  # which frees what the batch had of its users
         for job in self._waiting:

@@ -1,4 +1,4 @@
-"""What a server measures: counters for Prometheus, and a log line per request without anything that users wrote."""
+"""What a server measures: counters for Prometheus, and a log line per request, without text of users."""
 
 from __future__ import annotations
 

@@ -19,8 +19,6 @@ _WITHOUT_EFFECT = {
     *("parallel_tool_calls", "max_tokens"),
 }
 """Fields of the protocol that never change an answer, and max_tokens next to max_completion_tokens."""
-
-
 _WHOLE = ("stop", "prompt", "input", "tool_choice", "logit_bias")
 """Fields with several types, of which a message does not name parts."""
 
@@ -54,7 +52,7 @@ class _Object(BaseModel):
     """Fields that are not supported, with the values that are accepted besides null and empty ones."""
 
     def require_known(self, place: str = "") -> None:
-        """Raise ProtocolError for the first other field that is unknown or has an unsupported value."""
+        """Raise ProtocolError for the first field, here or in a part, that is unknown or has an unsupported value."""
         for name, value in (self.model_extra or {}).items():
             shown = place + name[:_NAME_CHARACTERS]
             if name not in self.without_effect and name not in self.not_served:
@@ -63,6 +61,11 @@ class _Object(BaseModel):
                 raise ProtocolError(400, f"unknown field '{shown}'. {hint}", param=shown)
             if name in self.not_served and value not in (False, [], {}, *self.not_served[name]):
                 raise ProtocolError(400, f"{shown} is not supported. Omit it.", param=shown)
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for at, part in enumerate(value if isinstance(value, list) else [value]):
+                if isinstance(part, _Object):
+                    part.require_known(f"{place}{name}[{at}]." if isinstance(value, list) else f"{place}{name}.")
 
 
 def _joined_parts(content: object) -> object:
@@ -84,6 +87,7 @@ class _Call(_Object):
     id: str = ""
     type: Literal["function"] = "function"
     function: _Called
+    without_effect = ("index",)
 
 
 class _Message(_Object):
@@ -126,7 +130,7 @@ class _StreamOptions(_Object):
 
 
 class _Request(_Object):
-    """What requests for chat and for plain completions share."""
+    """Fields of requests for chat and for plain completions."""
 
     model: Annotated[str, Field(min_length=1)]
     max_tokens: Annotated[
@@ -330,10 +334,6 @@ def read_json(body: bytes) -> JsonTable:
 def chat_request(table: JsonTable) -> ChatRequest:
     """Validate a request for chat. Raises ProtocolError for an invalid request, and for an unsupported field."""
     asked = validated(ChatRequest, table)
-    for number, message in enumerate(asked.messages):
-        message.require_known(f"messages[{number}].")
-    for number, tool in enumerate(asked.tools):
-        tool.function.require_known(f"tools[{number}].function.")
     if asked.top_logprobs and not asked.logprobs:
         raise ProtocolError(400, "top_logprobs needs logprobs = true", param="top_logprobs")
     return asked
@@ -350,6 +350,4 @@ def validated(kind: type[Kind], table: JsonTable) -> Kind:
         what = "Input should be an object" if first["type"] == "model_type" else first["msg"]
         raise ProtocolError(400, f"{place}: {what}", param=place) from None
     asked.require_known()
-    if isinstance(asked, _Request):
-        asked.stream_options.require_known("stream_options.")
     return asked

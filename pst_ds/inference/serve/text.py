@@ -174,9 +174,7 @@ class TextService(Service):
         limits = [most for most in (self.limits.prompt_tokens, self.limits.positions - 1) if most > 0]
         most = min(limits, default=len(prompt))
         if not prompt or len(prompt) > most:
-            why = f"the {param} have {len(prompt)} tokens; 1 to {most} are supported".replace(
-                "prompt have", "prompt has"
-            )
+            why = f"{param}: {len(prompt)} tokens; 1 to {most} are supported"
             raise ProtocolError(400, why, param=param, code="context_length_exceeded")
         return prompt
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -209,6 +212,19 @@ def test_counters_and_the_log_hold_no_text(url, client, monkeypatch):
     assert (facts["route"], facts["status"], facts["new_tokens"]) == ("/v1/chat/completions", 200, 12)
     assert not any(text in line for text in ("film", "Ann", answer.choices[0].message.content))
     assert counted('pst_ds_load{state="running"}') == 0
+
+
+def test_counters_of_workers_are_added_and_the_load_of_dead_ones_is_not(tmp_path):
+    code = (
+        "from pst_ds.inference.serve.metrics import Metrics\n"
+        "metrics = Metrics(); metrics.tokens.labels('new').inc(3); metrics.note_load({'running': 2})\n"
+        "print(metrics.page().decode())"
+    )
+    environ = os.environ | {metrics.FOLDER: str(tmp_path)}
+    for times in (1, 2):
+        done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+        assert f'pst_ds_tokens_total{{kind="new"}} {3 * times}.0' in done.stdout
+        assert 'pst_ds_load{state="running"} 2.0' in done.stdout
 
 
 def test_the_page_and_a_model_without_template(tmp_path, monkeypatch):

@@ -120,6 +120,8 @@ def test_parts_of_text_are_one_text():
         ({"messages": [{"role": "user", "content": "x", "contents": "y"}]}, "messages[0].contents"),
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].function"),
         ({"messages": [{"role": "assistant"}]}, "messages[0]"),
+        ({"response_format": {"type": "text", "schema": {}, "shape": 1}}, "response_format.schema"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}, "mode": "any"}}, "tool_choice.mode"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages[0].content"),
         ({"messages": [{"role": [], "content": "x"}]}, "messages[0].role"),
     ],
