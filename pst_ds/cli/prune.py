@@ -38,7 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bits", type=int, choices=sorted(VALUE_BITS.values()), help="quantise the kept weights too (sparsegpt)")
     add("--group", choices=(*map(str, GROUPS), WHOLE_ROW), help="weights per scale (default: row for 8 bits, 64 for 4)")
     add("--budgets", choices=get_args(Budgets), default="equal", help="distribution of sparsity over layers")
-    add("--spread", type=float, metavar="L", help="largest difference from the mean, with owl (default: 0.08)")
     add("--reconstruct", type=count, default=0, metavar="N", help="epochs that fit kept weights to dense outputs")
     add("--samples", type=count, default=128, metavar="N", help="calibration examples from data.train (default: 128)")
     add("--own-text", default="", metavar="PROMPTS", help="calibrate on the model's continuations of these prompts")

@@ -20,7 +20,7 @@ CHANNELS: Final = "channels"
 SHAPES = ("ffn", "heads", "kv_groups", "layers")
 ENGINES = ("openvino", "llama.cpp", "vllm", "gpu")
 """Where the speed of a cut is predicted: pst_ds/planning/speedup.py."""
-Budgets = Literal["equal", "owl", "saliency"]
+Budgets = Literal["equal", "saliency"]
 _BITS = " or ".join(str(bits) for bits in sorted(VALUE_BITS.values()))
 _QUANTISE_LATER = "and then quantise the folder with --method sparsegpt --keep-zeros"
 
@@ -38,8 +38,7 @@ class OneShotConfig(Section):
     reconstruct: NotNegative = 0
     """Epochs over the calibration examples that fit the kept weights of each block to the output of the dense block."""
     budgets: Budgets = "equal"
-    """Distribution of the sparsity over layers: equal, by outliers among the weights (OWL), or by the increase in
-    loss."""
+    """Distribution of the sparsity over layers: equal, or by the increase in loss."""
     own_text: MayDiffer[str] = ""
     """File of prompts (lines of .txt, or "prompt" or "messages" of .jsonl): language models calibrate on the dense
     model's continuations of these prompts, up to ``data.max_length`` tokens, instead of ``data.train``."""
@@ -129,8 +128,6 @@ class PruneConfig(OneShotConfig):
     """Quantise the kept weights in the same pass, with SparseGPT."""
     group: Literal[32, 64, 128, "row"] | None = None
     """Weights of a row per scale. Unset, it is "row" for 8 bits, and 64 for 4."""
-    spread: float | None = None
-    """Largest difference of a block's sparsity from the mean, for budgets "owl". Unset, it is 0.08."""
     seed: int = 0
     """Seed of the choice of calibration examples."""
 
@@ -171,8 +168,6 @@ class PruneConfig(OneShotConfig):
             )
         if self.own_text and not self.needs_data:
             yield f"own_text = {self.own_text!r} is calibration data, and magnitude needs none. Remove it"
-        if self.spread is not None and self.budgets != "owl":
-            yield f"--spread {self.spread} is for --budgets owl. Add it, or remove --spread"
 
     def _problems_of_removal(self) -> Iterator[str]:
         removed = "whole experts" if self.method == REAP else "channels and heads"

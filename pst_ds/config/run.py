@@ -273,7 +273,7 @@ class RunConfig(Section):
         """Return the run of ``[finetune]``, in a folder inside the run's; None without one. Raises ConfigError."""
         if self.finetune.method == "none":
             return None
-        train = {**asdict(self.finetune), "score_learning_rate": None, "profile_steps": ""}
+        train = {**asdict(self.finetune), "score_learning_rate": None}
         method = train.pop("method")
         return RunConfig(
             output_dir=str(Path(self.output_dir) / FINETUNED),

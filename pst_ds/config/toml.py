@@ -131,6 +131,7 @@ REMOVED = {
     "pst.score_init": "pst.score_init_scale is the standard deviation",
     "quantization.activations": "training does not quantise inputs; pst-ds export --activation-bits 8 quantises them",
     "train.gate_learning_rate": "",
+    "train.profile_steps": "call pst_ds.train_run inside torch.profiler.profile()",
     "distillation.hidden_states": "only predictions are compared",
     "train.score_penalty": "no method has a penalty on scores",
     "prompt": "",

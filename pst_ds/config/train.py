@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -80,9 +79,6 @@ class TrainConfig(Section):
     """Maximum global gradient norm; 0 switches clipping off."""
     log_interval: MayDiffer[Positive] = 10
     """Optimizer steps between lines of metrics.jsonl; every mask update also writes one."""
-    profile_steps: MayDiffer[str] = ""
-    """First and last optimizer step, such as "20:22", that rank 0 records with torch.profiler into profile/ of the run
-    folder (docs/how-to/monitor.md). Empty records none."""
     stall_timeout_seconds: MayDiffer[Annotated[float, Ge(0.0), Lt(1e7)]] = 1800.0
     """Seconds without progress on a rank after which the run ends with that rank's number and stack. Set it above the
     longest micro-batch, mask update and evaluation batch. 0 never ends a run."""
@@ -94,9 +90,6 @@ class TrainConfig(Section):
                 f"train.num_steps = {self.num_steps} and train.num_epochs = {self.num_epochs}: set one of them to a "
                 "number above 0, and the other to 0"
             )
-        first, last = self.profiled
-        if self.profile_steps and not 1 <= first <= last:
-            yield f'train.profile_steps = {self.profile_steps!r} must be the first and the last step, such as "20:22"'
 
     def conflicts(
         self, task: str, max_length: int, distillation: DistillationConfig, deepspeed_config: str
@@ -127,12 +120,6 @@ class TrainConfig(Section):
                 f"multiple of {self.sequence_parallel}, or set a divisor"
             )
         return world_size // self.sequence_parallel
-
-    @property
-    def profiled(self) -> tuple[int, int]:
-        """First and last step to record; (0, 0) for none."""
-        found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", self.profile_steps)
-        return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 @settings

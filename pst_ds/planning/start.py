@@ -100,7 +100,7 @@ def start_plan(block: BlockSizes, data: StartData, machine: Machine) -> Cost:
     received = size * block.weights + steps * kept * (8 + size) + 2 * data.uses_products * sum(g.sums for g in groups)
     received += 4 * PENALTIES * is_alps * sum(g.inputs**2 for g in groups if g.experts == 1)
     received *= block.blocks * (ranks - 1) / ranks
-    read = model * (1 + {"equal": 0.0, "owl": 1.0, "saliency": 2 + 1 / ranks}[config.budgets])
+    read = model * (1 + (2 + 1 / ranks) * (config.budgets == "saliency"))
     collectives = block.blocks * len(groups) * (2 * ranks + 3 * steps + 150)
     seconds = {phase: block.blocks * value for phase, value in _seconds(block, data, machine, kept).items()} | {
         "files": read / READ_BYTES + 2 * model / machine.storage_bytes,
@@ -168,5 +168,4 @@ def _seconds(block: BlockSizes, data: StartData, machine: Machine, kept: float) 
         rounded = kept * (64 * pieces + 46 + 134 / ranks) + block.weights * 20 * (pieces + 1)
         fit = data.steps * (3 * pieces * data.piece_tokens * token + rounded / moved)
         fit += 2 * forward + 60 * block.weights / moved
-    budgets += forward * (config.budgets == "owl")
     return {"budgets": budgets, "statistics": statistics, "pruning": pruning, "fit": fit}

@@ -12,13 +12,12 @@ from torch import Tensor
 from pst_ds.config.methods import OneShotMethod
 from pst_ds.config.one_shot import CHANNELS, REAP, PruneConfig
 from pst_ds.config.pst import PSTConfig
-from pst_ds.core.one_shot.budgets import SPREAD
 from pst_ds.core.packings import WHOLE_ROW
 from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.errors import InputError
 from pst_ds.nn.targets import resolve_targets
 from pst_ds.prune.blocks import Calibration
-from pst_ds.prune.budgets import require_linear, require_room, rules_by_outliers, rules_by_saliency
+from pst_ds.prune.budgets import require_linear, rules_by_saliency
 from pst_ds.prune.model import prune_layers
 from pst_ds.prune.model_files import ModelFiles
 from pst_ds.prune.outcome import PrunedLayer
@@ -42,8 +41,6 @@ def plan_layers(
     rules = layer_rules(
         resolve_targets(model, settings), method, sparsity, grid=_grid_of(config), keeps_zeros=config.keep_zeros
     )
-    if config.budgets == "owl":
-        require_room(rules, SPREAD if config.spread is None else config.spread)
     if config.budgets == "saliency":
         require_linear(rules)
     return settings, sparsity, rules
@@ -58,11 +55,8 @@ def prune_files(
     InputError, and FloatingPointError for values that are not finite.
     """
     settings, sparsity, rules = planned
-    budgets: dict[str, object] = {} if config.budgets == "equal" else {"budgets": config.budgets}
-    if config.budgets != "equal":
-        rules, outliers = _with_budgets(files, config, rules, data)
-        if config.budgets == "owl":
-            budgets |= {"spread": SPREAD if config.spread is None else config.spread, "outliers": outliers}
+    if config.budgets == "saliency":
+        rules = _with_budgets(files, rules, data)
     if config.method == "magnitude" and not config.reconstruct:
         layers = _by_magnitude(files, rules, data)
     else:
@@ -75,7 +69,7 @@ def prune_files(
             reconstruct=config.reconstruct,
             source_of=files.source,
         )
-    facts = _facts_of(config, settings, sparsity) | budgets
+    facts = _facts_of(config, settings, sparsity)
     if data.batches and any(rule.target.is_stack for rule in rules):
         facts["gated_norms"] = settings.gated_norms
     return layers, facts
@@ -96,26 +90,18 @@ def _by_magnitude(files: ModelFiles, rules: Sequence[LayerRule], data: Calibrati
     return [found[rule.target.name] for rule in rules]
 
 
-def _with_budgets(
-    files: ModelFiles, config: PruneConfig, rules: Sequence[LayerRule], data: Calibration
-) -> tuple[list[LayerRule], list[float]]:
+def _with_budgets(files: ModelFiles, rules: Sequence[LayerRule], data: Calibration) -> list[LayerRule]:
     """Return the rules with their budgets, computed once also for a run that was killed. Collective."""
 
     def compute() -> dict[str, Tensor]:
-        if config.budgets == "owl":
-            spread = SPREAD if config.spread is None else config.spread
-            made, outliers = rules_by_outliers(files.model, rules, data, spread=spread, source_of=files.source)
-        else:
-            made, outliers = rules_by_saliency(files.model, rules, data, source_of=files.source), []
-        found = {"outliers": outliers, "sparsities": [rule.sparsity for rule in made]}
-        tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
-        return tensors | {r.target.name: r.output_factors for r in made if r.output_factors is not None}
+        made = rules_by_saliency(files.model, rules, data, source_of=files.source)
+        sparsities = torch.tensor([rule.sparsity for rule in made], dtype=torch.float64)
+        factors = {r.target.name: r.output_factors for r in made if r.output_factors is not None}
+        return {"sparsities": sparsities, **factors}
 
     held = files.remember("budgets", compute)
-    sparsities = held["sparsities"].tolist()
-    pairs = zip(rules, sparsities, strict=True)
-    found = [replace(r, sparsity=share, output_factors=held.get(r.target.name)) for r, share in pairs]
-    return found, held["outliers"].tolist()
+    pairs = zip(rules, held["sparsities"].tolist(), strict=True)
+    return [replace(r, sparsity=share, output_factors=held.get(r.target.name)) for r, share in pairs]
 
 
 def _facts_of(config: PruneConfig, settings: PSTConfig, sparsity: float) -> dict[str, object]:
@@ -126,7 +112,9 @@ def _facts_of(config: PruneConfig, settings: PSTConfig, sparsity: float) -> dict
     }
     if (grid := _grid_of(config)) is not None:
         facts |= {"values": grid.values, "group": grid.group or WHOLE_ROW}
-    return facts | ({"reconstruct": config.reconstruct} if config.reconstruct else {})
+    if config.reconstruct:
+        facts["reconstruct"] = config.reconstruct
+    return facts if config.budgets == "equal" else facts | {"budgets": config.budgets}
 
 
 def _method_of(config: PruneConfig) -> OneShotMethod:

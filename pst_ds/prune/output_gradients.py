@@ -109,7 +109,7 @@ def _loss(output: object, batch: Batch) -> Tensor:
     if loss is None:
         raise InputError(
             "--budgets saliency: the model returns no logits for every token, and the budgets need the loss of the "
-            "next token. Choose --budgets owl"
+            "next token. Remove --budgets"
         )
     return loss
 

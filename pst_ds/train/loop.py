@@ -34,7 +34,6 @@ from pst_ds.train.expert_tokens import token_figures
 from pst_ds.train.monitor.curves import STRAGGLER
 from pst_ds.train.monitor.metrics import MetricsWriter, peak_memory_bytes
 from pst_ds.train.objective import Objective
-from pst_ds.train.profiling import Recorder
 from pst_ds.train.run_context import RunContext
 from pst_ds.train.timing import OwnTime, Pace, StepClock
 
@@ -129,11 +128,9 @@ class Loop:
         if state.step >= self.num_steps:
             return
         buffers = {name: buffer.clone() for name, buffer in persistent_buffers(engine.module).items()}
-        recorder = Recorder(self.run.train.profiled, self.num_steps, Path(self.run.output_dir))
         own = own_batches(self.context, self.examples, state.batch, state.streams)
-        with Prefetched(own) as batches, recorder:
+        with Prefetched(own) as batches:
             while state.step < self.num_steps:
-                recorder.before(state.step + 1)
                 with self.own_time.working():
                     batch = self._next(batches, state)
                     self._train_on(batch.micro_batches, state)
@@ -148,7 +145,6 @@ class Loop:
                     buffers = {}
                 with self.clock.timing("masks"):
                     _update_if_due(self, state)
-                recorder.after(state.step)
                 _report_straggler(self, state)
                 _picture_if_due(self, state)
                 _report_if_due(self, state)

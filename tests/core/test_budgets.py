@@ -1,4 +1,4 @@
-"""Shares of zeros by how much the weights of blocks stand out: counts that are exact, bounded and in order."""
+"""Shares of zeros by one ranking of all weights: what is counted, bounded, and whole."""
 
 import math
 
@@ -7,49 +7,69 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pst_ds.core.one_shot.budgets import outlier_share, zeros_by_outliers
+from pst_ds.core.one_shot.budgets import BINS, saliency_scores, score_histogram, zeros_by_saliency
 
 
-def test_outliers_are_counted_over_all_parts_together():
-    parts = [torch.rand(7, 5, generator=torch.Generator().manual_seed(seed)) ** 8 for seed in range(3)]
-    values = [float(v) for part in parts for v in part.flatten()]
-    mean = sum(values) / len(values)
-    expected = sum(v > 5 * mean for v in values) / len(values)
-    assert 0 < expected < 1
-    assert outlier_share(lambda: iter(parts)) == expected
-    assert outlier_share(lambda: iter(parts), multiple=2.0) > expected
-    assert outlier_share(lambda: iter([torch.ones(3, 3)])) == 0.0
-    assert outlier_share(lambda: iter([torch.zeros(3, 3)])) == 0.0
+def _scores(shape, seed, spread=1.0):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)).pow(3).mul(spread)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_score_is_the_weight_times_both_norms(transposed):
+    weight, inputs, outputs = torch.randn(5, 7), torch.rand(7), torch.rand(5)
+    expected = weight.abs() * inputs * outputs.unsqueeze(1)
+    stored = weight.t() if transposed else weight
+    found = saliency_scores(stored, inputs, outputs, transposed=transposed)
+    torch.testing.assert_close(found.t() if transposed else found, expected)
+
+
+def test_bins_are_in_order_and_hold_every_score():
+    scores = torch.tensor([0.0, -0.0, 1e-30, 1.0, 1.0, 3.0, 3e38])
+    histogram = score_histogram(scores)
+    assert histogram.shape == (BINS,)
+    assert histogram[histogram > 0].tolist() == [2, 1, 2, 1, 1]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -math.nan])
 def test_scores_that_are_not_finite_are_refused(bad):
     with pytest.raises(FloatingPointError, match="not finite"):
-        outlier_share(lambda: iter([torch.tensor([1.0, bad])]))
+        score_histogram(torch.tensor([1.0, bad]))
+
+
+def test_layers_lose_what_they_have_of_the_smallest():
+    layers = [_scores((40, 50), 0), _scores((20, 50), 1, spread=30.0), _scores((40, 50), 2, spread=0.1)]
+    wanted = 2500
+    found = zeros_by_saliency([score_histogram(s) for s in layers], wanted, [2000, 1000, 2000], [1, 1, 1], 0.0)
+    together = torch.cat([s.flatten() for s in layers]).sort().values
+    exact = [int((s < together[wanted]).sum()) for s in layers]
+    assert sum(found) == wanted
+    assert found == pytest.approx(exact, abs=25)  # a bin is 1 % wide
+    assert found[1] < found[0] < found[2]
 
 
 @given(
-    outliers=st.lists(st.integers(0, 1000).map(lambda i: i / 1000), min_size=1, max_size=40),
-    size=st.integers(1, 2000),
-    share=st.floats(0.0, 0.999),
-    spread=st.floats(0.001, 0.5),
+    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(2, 60), st.floats(1e-3, 1e3)), min_size=1, max_size=6),
+    share=st.floats(0.0, 1.0),
+    least=st.floats(0.0, 0.3),
 )
-def test_counts_add_up_stay_near_the_mean_and_fall_with_outliers(outliers, size, share, spread):
-    count = math.floor(share * size)
-    found = zeros_by_outliers(outliers, count, size, spread)
-    assert sum(found) == count * len(outliers)
-    reach = min(math.floor(spread * size), count, size - 1 - count)
-    assert all(abs(one - count) <= reach for one in found)
-    assert all(0 <= one < size for one in found)
-    if max(outliers) > min(outliers):
-        assert max(abs(one - count) for one in found) == reach
-    for few, many in zip(sorted(outliers), sorted(outliers)[1:], strict=False):
-        assert found[outliers.index(few)] >= found[outliers.index(many)]
+def test_counts_stay_within_bounds_and_reach_what_is_wanted(shapes, share, least):
+    rows, sizes = [s[0] for s in shapes], [s[1] for s in shapes]
+    most = [size - max(1, math.ceil(least * size)) for size in sizes]
+    wanted = math.floor(share * sum(n * each for n, each in zip(most, rows, strict=True)))
+    histograms = [score_histogram(_scores((o, i), i, spread)) for o, i, spread in shapes]
+    found = zeros_by_saliency(histograms, wanted, sizes, rows, least)
+    assert all(0 <= one <= n for one, n in zip(found, most, strict=True))
+    left = wanted - sum(n * each for n, each in zip(found, rows, strict=True))
+    room = [each for n, each, limit in zip(found, rows, most, strict=True) if n < limit]
+    assert left >= 0
+    assert left < min(room, default=1)
 
 
-def test_the_numbers_of_an_example():
-    assert zeros_by_outliers([0.01, 0.02, 0.06], 70, 100, 0.08) == [75, 73, 62]
-    assert zeros_by_outliers([0.02, 0.02, 0.02], 70, 100) == [70, 70, 70]
-    assert zeros_by_outliers([0.003, 0.003, 0.003], 1, 3, 0.5) == [1, 1, 1]  # their sum by three is another float
-    assert zeros_by_outliers([0.0, 0.0, 0.0, 0.3], 70, 100, 0.08) == [73, 73, 72, 62]  # of equals the first lose more
-    assert zeros_by_outliers([0.5, 0.1], 95, 100, 0.08) == [91, 99]  # one is left
+def test_equal_scores_are_shared_out_by_what_layers_have_of_them():
+    histograms = [score_histogram(torch.ones(30)), score_histogram(torch.ones(60))]
+    assert zeros_by_saliency(histograms, 45, [30, 60], [1, 1]) == [15, 30]
+
+
+def test_more_than_layers_can_lose_is_refused():
+    with pytest.raises(ValueError, match="99 weights are to go, and 95 can"):
+        zeros_by_saliency([score_histogram(torch.ones(100))], 99, [100], [1])

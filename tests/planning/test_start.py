@@ -135,8 +135,6 @@ def test_methods_that_compute_less_take_less():
     assert alps["time"]["all"] > sparsegpt["time"]["all"] > wanda["time"]["all"]
     assert alps["traffic"]["received"] > sparsegpt["traffic"]["received"] > wanda["traffic"]["received"]
     assert alps["memory"]["fit"] == alps["memory"]["budgets"] == alps["time"]["fit"] == 0
-    owl = _cost(MACHINES["cpu"], PruneConfig(method="wanda", sparsity=0.5, samples=16, budgets="owl"))
-    assert owl["traffic"]["read"] == 2 * wanda["traffic"]["read"]
 
 
 def test_70b_on_64_gpus_starts_in_20_minutes():

@@ -14,7 +14,7 @@ from pst_ds.core.quantization import Grid
 from pst_ds.nn.targets import resolve_targets
 from pst_ds.parallel.ranks import all_ranks
 from pst_ds.prune.blocks import Calibration
-from pst_ds.prune.budgets import rules_by_outliers, rules_by_saliency
+from pst_ds.prune.budgets import rules_by_saliency
 from pst_ds.prune.model import prune_layers
 from pst_ds.prune.rules import layer_rules, settings_for
 from pst_ds.prune.whole_experts import drop_experts
@@ -51,8 +51,6 @@ def _pruned(family, method, pattern, options):
     rules = layer_rules(resolve_targets(model, config), method, 0.5, grid=grid)
     if budgets == "saliency":
         rules = rules_by_saliency(model, rules, data)
-    if budgets == "owl":
-        rules, _ = rules_by_outliers(model, rules, data, spread=0.08)
     layers = prune_layers(model, rules, method, data, reconstruct=options.get("reconstruct", 0))
     return layers, _bits(model), [layer.scales if layer.scales is None else layer.scales.tolist() for layer in layers]
 
@@ -68,7 +66,7 @@ CASES = {
         "llama", "alps", "matrix", {"dtype": BF16, "stored": BF16, "budgets": "saliency", "reconstruct": 2},
     ),
     "alps in blocks": ("llama", "alps", "4x2", {}),
-    "sparsegpt over the matrix, by outliers": ("llama", "sparsegpt", "matrix", {"budgets": "owl"}),
+    "sparsegpt over the matrix": ("llama", "sparsegpt", "matrix", {}),
     "sparsegpt to int4": ("llama", "sparsegpt", "row", {"grid": Grid(4, 32)}),
     "sparsegpt over the matrix to int8": ("llama", "sparsegpt", "matrix", {"grid": Grid(8)}),
     "wanda": ("llama", "wanda", "2:4", {}),

@@ -89,7 +89,7 @@ def _budgets(family):
     if family in _ENCODERS:
         return "equal"
     has_stacks = family in OF_EXPERTS or family in ("granitemoehybrid", "jamba")
-    return "owl" if has_stacks else "saliency"
+    return "equal" if has_stacks else "saliency"
 
 
 def _arguments(family, folder):

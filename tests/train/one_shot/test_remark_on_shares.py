@@ -30,7 +30,7 @@ def _run(folder, pattern, method="pst", **more):
         ("2:4", None, "matrix", True),
         ("matrix", None, "row", False),
         ("matrix", "saliency", "matrix", False),
-        ("row", "owl", "row", False),
+        ("row", "saliency", "row", False),
         ("matrix", "saliency", "global", True),
     ],
 )
