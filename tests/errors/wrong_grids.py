@@ -59,7 +59,7 @@ GRIDS = {
         lambda shop: shop.prune("--method", "wanda", "--bits", "4"), "--bits", "4", "--method sparsegpt --keep-zeros"
     ),
     "zeros that are kept, and moved": Wrong(
-        _prune("--keep-zeros", "--bits", "8", "--budgets", "saliency"), "--keep-zeros", "--budgets saliency", "Remove"
+        _prune("--keep-zeros", "--bits", "8", "--pattern", "row"), "--keep-zeros", "--pattern row", "Remove"
     ),
     "weights that are fitted after they are rounded": Wrong(
         _prune("--bits", "4", "--reconstruct", "2"), "--reconstruct", "2", "quantise the folder with --method sparsegpt"
