@@ -1,4 +1,4 @@
-"""``pst-ds bench DIR``: measure the speed and size of a model: dense, prepacked and sparse."""
+"""``pst-ds bench DIR``: measure the speed and size of a model, dense and sparse."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ COLUMNS = (
     ("prefill_tokens_per_second", "prefill tok/s", "{:.1f}"),
     ("decode_tokens_per_second", "decode tok/s", "{:.1f}"),
     ("decode_over_dense", "/dense", "{:.2f}"),
-    ("decode_over_prepacked", "/prepacked", "{:.2f}"),
     ("prefill_over_dense", "prefill /dense", "{:.2f}"),
-    ("prefill_over_prepacked", "prefill /prepacked", "{:.2f}"),
     ("resident_bytes", "resident MB", "{}"),
     ("file_bytes", "file MB", "{}"),
 )
@@ -82,15 +80,14 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 def _rows(
     measured: dict[str, dict[str, float]], by_name: Mapping[str, Variant | NativeLoop], at: dict[str, int]
 ) -> list[Row]:
-    """Return one row per variant, with its rates relative to both dense ones."""
+    """Return one row per variant, with its rates relative to the dense one."""
     rows: list[Row] = []
     for name, variant in by_name.items():
         row: Row = {"variant": name, **at, **measured[name], **variant.facts()}
         for stage in ("prefill", "decode"):
             rate = f"{stage}_tokens_per_second"
-            for base in ("dense", "prepacked"):
-                if rate in measured[name] and base in measured:
-                    row[f"{stage}_over_{base}"] = measured[name][rate] / measured[base][rate]
+            if rate in measured[name]:
+                row[f"{stage}_over_dense"] = measured[name][rate] / measured["dense"][rate]
         rows.append(row)
     return rows
 

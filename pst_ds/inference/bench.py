@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import inspect
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 
 import torch
@@ -23,7 +22,6 @@ from pst_ds.inference.decoder import Decoder, DecoderError
 from pst_ds.inference.hf.model_folder import ModelFolder
 from pst_ds.inference.runtime import native, sparse_layers
 from pst_ds.inference.runtime.attention import quicken_decoding
-from pst_ds.inference.runtime.dense import PrepackedLinear, can_prepack, prepack
 from pst_ds.progress import Progress
 
 
@@ -40,8 +38,8 @@ class Variant:
     def timed(self, ids: Tensor, num_steps: int) -> tuple[list[float], list[float]]:
         """Return the seconds of the prefill of ``ids`` (batch, tokens), and of each step of a causal model."""
         if self._is_causal:
-            decoder = GreedyDecoder(self.model)
-            return [_seconds(decoder.prefill, ids)], [_seconds(decoder.step) for _ in range(num_steps)]
+            tokens = greedy(self.model, ids)
+            return [_seconds(next, tokens)], [_seconds(next, tokens) for _ in range(num_steps)]
         inputs = {"input_ids": ids} | (
             {"decoder_input_ids": ids[:, :1]} if self.model.config.is_encoder_decoder else {}
         )
@@ -88,19 +86,12 @@ class NativeLoop:
 
 
 def variants(folder: ModelFolder, dtype: str) -> dict[str, Variant]:
-    """Return the models by name: "dense" (transformers unchanged), "prepacked", and the folder's packed format.
+    """Return the models by name: "dense" (transformers unchanged), and the folder's packed format.
 
-    All but "dense" have a fast output layer and fast attention. Raises InputError.
+    The latter has a fast output layer and fast attention. Raises InputError.
     """
-    plain = folder.load("dense", dtype)
-    by_name = {
-        "dense": Variant(plain, folder.is_causal, folder.weight_file_bytes if folder.format == "dense" else None)
-    }
-    if can_prepack(plain.dtype):
-        packed = copy.deepcopy(plain)
-        prepack(packed, vectors=1)
-        quicken_decoding(packed)
-        by_name["prepacked"] = Variant(packed, folder.is_causal)
+    file_bytes = folder.weight_file_bytes if folder.format == "dense" else None
+    by_name = {"dense": Variant(folder.load("dense", dtype), folder.is_causal, file_bytes)}
     if folder.format in FORMATS:
         sparse = folder.load("sparse", dtype)
         quicken_decoding(sparse)
@@ -109,13 +100,12 @@ def variants(folder: ModelFolder, dtype: str) -> dict[str, Variant]:
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Return the bytes of parameters and buffers, shared storage once. Prepacked weights count as the original ones."""
+    """Return the bytes of parameters and buffers, shared storage once."""
     storages = {}
     for tensor in (*model.parameters(), *model.buffers()):
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
-    packed = sum(module.weight_bytes for module in model.modules() if isinstance(module, PrepackedLinear))
-    return sum(storages.values()) + packed
+    return sum(storages.values())
 
 
 def conditions() -> dict[str, object]:
@@ -155,7 +145,7 @@ def measure(
     return rates
 
 
-def _seconds(work: Callable[..., object], *args: Tensor, **kwargs: Tensor) -> float:
+def _seconds(work: Callable[..., object], *args: object, **kwargs: Tensor) -> float:
     start = time.perf_counter()
     work(*args, **kwargs)
     return time.perf_counter() - start
@@ -169,30 +159,13 @@ def _token_ids(folder: ModelFolder, batch: int, tokens: int) -> Tensor:
     return torch.randint(size, (batch, tokens), generator=torch.Generator().manual_seed(0))
 
 
-class GreedyDecoder:
-    """A transformers causal model with the keys and values of its previous tokens; decodes greedily."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        accepted = inspect.signature(type(model).forward).parameters
-        self._cache_name = "cache" if "cache" in accepted else "past_key_values"  # renamed in transformers 5
-        self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        self._cache: object = None
-        self.tokens = torch.empty(0, 0, dtype=torch.long)
-        """The last tokens, (batch, 1)."""
-
-    def prefill(self, ids: Tensor) -> Tensor:
-        """Start over with ``ids`` (batch, tokens). Return the first new tokens (batch, 1)."""
-        self._cache = None
-        return self._forward(ids)
-
-    def step(self) -> Tensor:
-        """Return the next tokens (batch, 1)."""
-        return self._forward(self.tokens)
-
-    @torch.inference_mode()
-    def _forward(self, ids: Tensor) -> Tensor:
-        out = self.model(input_ids=ids, use_cache=True, **{self._cache_name: self._cache}, **self._options)
-        self._cache = out[self._cache_name]
-        self.tokens = out.logits[:, -1:].argmax(-1)
-        return self.tokens
+def greedy(model: nn.Module, ids: Tensor) -> Iterator[Tensor]:
+    """Yield the most likely next tokens (batch, 1) of a transformers causal model after ``ids`` (batch, tokens)."""
+    accepted, cache = inspect.signature(type(model).forward).parameters, None
+    cache_name = "cache" if "cache" in accepted else "past_key_values"  # renamed in transformers 5
+    options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+    while True:
+        with torch.inference_mode():
+            out = model(input_ids=ids, use_cache=True, **{cache_name: cache}, **options)
+            cache, ids = out[cache_name], out.logits[:, -1:].argmax(-1)
+        yield ids

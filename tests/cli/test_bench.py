@@ -101,14 +101,12 @@ def test_a_model_that_the_loop_cannot_run_is_measured_without_it(folders, capsys
 def test_every_contestant_has_its_rates_and_ratios(folders, capsys):
     result, table = _bench(capsys, folders / "half-bitmask", "--batch", "1,3", "--threads", "1")
     rows = {(row["variant"], row["batch"]): row for row in result["rows"]}
-    names = ["dense", "bitmask"]
-    if ("prepacked", 1) in rows:
-        names.insert(1, "prepacked")
-        row = rows["bitmask", 3]
-        for stage in ("prefill", "decode"):
-            rate = f"{stage}_tokens_per_second"
-            assert row[f"{stage}_over_prepacked"] == pytest.approx(row[rate] / rows["prepacked", 3][rate])
-    assert set(rows) == {(name, batch) for name in names for batch in (1, 3)}
+    assert set(rows) == {(name, batch) for name in ("dense", "bitmask") for batch in (1, 3)}
+    for stage in ("prefill", "decode"):
+        rate = f"{stage}_tokens_per_second"
+        assert rows["bitmask", 3][f"{stage}_over_dense"] == pytest.approx(
+            rows["bitmask", 3][rate] / rows["dense", 3][rate]
+        )
     for (_, batch), row in rows.items():
         assert row["threads"] == 1
         assert row["decode_tokens_per_second"] == pytest.approx(batch / row["decode_step_seconds"])
@@ -127,14 +125,12 @@ def test_bytes_are_those_of_files_and_tensors(folders, capsys):
     dense = 2 * sum(tensor.numel() for tensor in load_file(folders / "half" / "model.safetensors").values())
     assert 0 <= rows["dense"]["resident_bytes"] - dense < 200
     assert rows["dense"]["file_bytes"] is None
-    if "prepacked" in rows:
-        assert rows["prepacked"]["resident_bytes"] == rows["dense"]["resident_bytes"]
 
 
 def test_a_model_that_writes_nothing_has_its_forward_pass_measured(folders, capsys):
     result, table = _bench(capsys, folders / "bert")
     assert result["causal"] is False
-    assert {row["variant"] for row in result["rows"]} - {"prepacked"} == {"dense"}
+    assert {row["variant"] for row in result["rows"]} == {"dense"}
     for row in result["rows"]:
         assert "decode_tokens_per_second" not in row
         assert row["prefill_tokens_per_second"] > 0
@@ -161,7 +157,7 @@ def test_the_number_of_threads_is_put_back(folders, capsys):
 
 def test_the_table_shows_what_there_is():
     row = {"variant": "bitmask", "threads": 1, "batch": 1, "decode_tokens_per_second": 12.34, "file_bytes": None}
-    row |= {"decode_over_prepacked": 1.5, "resident_bytes": 2_500_000}
+    row |= {"decode_over_dense": 1.5, "resident_bytes": 2_500_000}
     conditions = {"dtype": "bf16", "repeats": 3, "hardware": "a CPU"}
     conditions |= {"sparse_kernel": "amx", "versions": {"torch": "2"}}
     result = {"model": "m", "prompt_tokens": 1, "new_tokens": 2, "causal": True, "conditions": conditions}

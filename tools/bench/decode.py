@@ -18,10 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from pst_ds.inference import bench as benched
 from pst_ds.inference.bench import measure
 from pst_ds.inference.hf.model_folder import ModelFolder, open_model_folder
+from pst_ds.inference.runtime.attention import quicken_decoding
+from pst_ds.nn.model_structure import untied_linear_layers
 from tools.bench.timing import benchmark_parser, conditions, print_result, progress
 from tools.fetch_smollm2 import FOLDER, pruned_folder
 from tools.verbs import verb
@@ -66,9 +70,31 @@ def models(packed: dict[float, ModelFolder]) -> dict[str, benched.Variant]:
     found: dict[str, benched.Variant] = {}
     for sparsity, folder in packed.items():
         made = benched.variants(folder, "bf16")
+        if "prepacked" not in found and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            found["prepacked"] = benched.Variant(prepacked(folder.load("dense", "bf16")), is_causal=True)
         found |= {name: model for name, model in made.items() if name != "bitmask" and name not in found}
         found[f"bitmask-{100 * sparsity:g}"] = made["bitmask"]
     return dict(sorted(found.items(), key=lambda item: item[0].startswith("bitmask")))
+
+
+class PrepackedLinear(nn.Module):
+    """A linear layer in the layout that oneDNN prefers for products of one vector."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().contiguous(), 1)
+        self.bias = layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+def prepacked(model: PreTrainedModel) -> PreTrainedModel:
+    """Convert the linear layers of a bf16 model to oneDNN's layout, and quicken the rest as in sparse models."""
+    for name, layer in untied_linear_layers(model).items():
+        model.set_submodule(name, PrepackedLinear(layer))
+    quicken_decoding(model)
+    return model
 
 
 def speed_rows(measured: dict[str, dict[str, float]], threads: int) -> list[dict[str, Any]]:

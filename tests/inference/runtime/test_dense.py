@@ -1,16 +1,14 @@
-"""The quick dense layers compute what nn.Linear does, and leave alone what they must."""
-
-import copy
+"""The quick output layer computes what nn.Linear does, and leaves alone what it must."""
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pst_ds.inference.bench import resident_bytes
 from pst_ds.inference.runtime import SparseLinear
 from pst_ds.inference.runtime import native_loop as decoder
-from pst_ds.inference.runtime.dense import PrepackedLinear, VectorLinear, can_prepack, prepack, quicken_output_layer
+from pst_ds.inference.runtime.dense import VectorLinear, quicken_output_layer
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
 """Share of the largest output: sums in another order in fp32, one rounding in bf16."""
@@ -75,36 +73,6 @@ def test_output_layer_is_quickened_and_stays_tied(tied):
     assert torch.allclose(model(input_ids=ids[:, :1]).logits, before, atol=1e-5)
     assert not quicken_output_layer(model)
     assert not quicken_output_layer(nn.Linear(2, 2))
-
-
-@pytest.mark.skipif(not can_prepack(torch.float32), reason="oneDNN is not in this torch")
-@pytest.mark.parametrize("tied", [False, True])
-@torch.inference_mode()
-def test_prepacked_model_has_the_same_logits(tied):
-    model = _llama(tied)
-    packed = copy.deepcopy(model)
-    names = prepack(packed, vectors=1)
-    assert ("lm_head" in names) is not tied
-    assert len(names) == 14 + (not tied)
-    assert all(isinstance(packed.get_submodule(name), PrepackedLinear) for name in names)
-    assert resident_bytes(packed) == resident_bytes(model)
-    for tokens in (1, 7):
-        ids = torch.arange(3, 3 + tokens)[None]
-        assert torch.allclose(packed(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4)
-
-
-@pytest.mark.skipif(not can_prepack(torch.float32), reason="oneDNN is not in this torch")
-@torch.inference_mode()
-def test_prepacked_conv1d_keeps_its_orientation_and_bias():
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=35, n_positions=16)).eval()
-    for name, param in model.named_parameters():
-        if name.endswith("bias"):
-            param.normal_()
-    packed = copy.deepcopy(model)
-    assert len(prepack(packed, vectors=1)) == 4
-    ids = torch.arange(5)[None]
-    assert torch.allclose(packed(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4)
 
 
 def test_resident_bytes_count_shared_storage_once():
