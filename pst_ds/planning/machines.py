@@ -12,6 +12,7 @@ from annotated_types import Gt
 
 from pst_ds.config.settings import FINITE, ConfigError, Positive, Rate, settings
 from pst_ds.errors import InputError, first_line
+from pst_ds.parallel.links import Received, gathered
 
 _Above0 = Annotated[float, Gt(0.0), FINITE]
 
@@ -30,7 +31,7 @@ class Machine:
     node_bytes: _Above0
     """Bytes received per second and rank from ranks of the same node."""
     network_bytes: _Above0
-    """Bytes received per second and rank from other nodes."""
+    """Bytes received per second and rank from other nodes, while all ranks of the node receive some."""
     latency: Rate
     """Seconds per hop of a collective between nodes."""
     source: str = ""
@@ -62,13 +63,25 @@ class Machine:
         """Backend of the collectives."""
         return "gloo" if self.code == "native" else "nccl"
 
-    def transfer_seconds(self, received: float, collectives: float, world_size: int) -> float:
-        """Time ring collectives over all ranks: the slowest link decides, and each passes every node once."""
-        if world_size == 1:
+    def nodes_of(self, ranks: int) -> int:
+        """Return how many nodes so many neighbouring ranks are on."""
+        return math.ceil(ranks / self.node_size)
+
+    def link_seconds(self, received: Received) -> float:
+        """Time collectives that use both kinds of links at once, each at its own rate."""
+        return max(received.within / self.node_bytes, received.between / self.network_bytes)
+
+    def latency_seconds(self, collectives: float, ranks: int) -> float:
+        """Time the hops of ring collectives, which pass every node once, or within a node every other rank."""
+        nodes = self.nodes_of(ranks)
+        return collectives * (nodes if nodes > 1 else ranks - 1) * self.latency
+
+    def transfer_seconds(self, received: float, collectives: float, ranks: int) -> float:
+        """Time ring collectives over all ranks that bring ``received`` bytes to each."""
+        if ranks == 1:
             return 0.0
-        nodes = math.ceil(world_size / self.node_size)
-        hops = nodes if nodes > 1 else world_size - 1
-        return received / (self.network_bytes if nodes > 1 else self.node_bytes) + collectives * hops * self.latency
+        by_link = gathered(received * ranks / (ranks - 1), ranks, self.nodes_of(ranks))
+        return self.link_seconds(by_link) + self.latency_seconds(collectives, ranks)
 
 
 _TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))

@@ -155,8 +155,11 @@ def test_without_kernels_a_step_and_an_update_take_longer():
     assert without.full_step == with_kernels.full_step
 
 
-def test_beyond_a_node_the_network_between_nodes_decides():
+def test_beyond_a_node_the_slower_of_both_links_decides():
+    """A ring enters a node of 8 once, so an eighth of the bytes come from the network."""
     h100 = MACHINES["h100"]
     assert h100.transfer_seconds(1e9, 0, 8) == pytest.approx(1e9 / h100.node_bytes)
-    assert h100.transfer_seconds(1e9, 3, 16) == pytest.approx(1e9 / h100.network_bytes + 3 * 2 * h100.latency)
+    assert h100.transfer_seconds(1e9, 3, 16) == pytest.approx(1e9 / 8 / h100.network_bytes + 3 * 2 * h100.latency)
+    fast = replace(h100, network_bytes=1e12)
+    assert fast.transfer_seconds(1e9, 0, 16) == pytest.approx(1e9 * 7 / 8 / h100.node_bytes)
     assert h100.transfer_seconds(1e9, 3, 1) == 0.0

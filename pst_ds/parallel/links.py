@@ -1,0 +1,45 @@
+"""Count the bytes that collectives bring to a rank over the links of its node and from other nodes.
+
+Ranks of a group are neighbours in their rings, and every node has as many network cards as ranks, which share the
+places where rings enter it (as NCCL's channels do). Bytes are therefore the mean over the ranks of a node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """Bytes that a rank receives."""
+
+    within: float = 0.0
+    """From ranks of the same node."""
+    between: float = 0.0
+    """From other nodes."""
+
+    def __add__(self, other: Received) -> Received:
+        return Received(self.within + other.within, self.between + other.between)
+
+    def __mul__(self, times: float) -> Received:
+        return Received(self.within * times, self.between * times)
+
+    @property
+    def total(self) -> float:
+        return self.within + self.between
+
+
+def gathered(nbytes: float, ranks: int, nodes: int) -> Received:
+    """Return what a ring all-gather of ``nbytes`` in total, or a reduce-scatter, brings to one of ``ranks``.
+
+    All bytes but a rank's own pass every hop of the ring, of which one per node enters it. An all-reduce is twice that.
+    """
+    received = nbytes * (ranks - 1) / ranks
+    between = received * nodes / ranks if nodes > 1 else 0.0
+    return Received(received - between, between)
+
+
+def exchanged(nbytes: float, ranks: int, nodes: int) -> Received:
+    """Return what an all-to-all brings to one of ``ranks`` that holds ``nbytes`` afterwards: directly from each."""
+    received, between = nbytes * (ranks - 1) / ranks, nbytes * (nodes - 1) / nodes
+    return Received(received - between, between)
