@@ -98,8 +98,7 @@ class SparseExperts(SparseLinear):
         """Return whether our CPU kernel multiplies a few vectors with an expert."""
         if self.format.name not in ("bitmask", "2:4") or values.dtype != x.dtype or not self.in_features:
             return False
-        density = values.numel() / self.bitmask.numel() / 8
-        return ops.backend_for("bitmask", x.dtype, x.device.type, FEW_PAIRS, density) == "native"
+        return ops.backend_for(x.dtype, x.device.type, FEW_PAIRS) == "native"
 
     def product(self, expert: int, x: Tensor) -> Tensor:
         """Return x W' of one expert: (n, I) to (n, O)."""
@@ -112,15 +111,11 @@ class SparseExperts(SparseLinear):
             values = getattr(self, form.values_name).view(-1)[start:stop]
             return ops.bitmask_linear(x, values, self.bitmask[expert * rows : (expert + 1) * rows], offsets, None)
         parts = self.expert_parts(expert)
-        if needs_gradient:
-            dense = form.unpack(parts, self.dtype if self.is_quantized else None)
-            return ops.dense_linear(x, dense.to(x.device), None)
-        if isinstance(form, QuantizedFormat):
+        if isinstance(form, QuantizedFormat) and not needs_gradient:
             bits = parts.get("bitmask")
             return ops.quantized_linear(x, parts["codes"], parts["scales"], bits, offsets, None, form.packing)
-        start, stop = self._starts[expert : expert + 2]
-        columns, values = self.csr_columns[start:stop], self.csr_values[start:stop]
-        return ops.csr_linear(x, parts["crow_indices"].to(columns.dtype), columns, values, None)
+        dense = form.unpack(parts, self.dtype if self.is_quantized else None)
+        return ops.dense_linear(x, dense.to(x.device), None)
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, {self.in_features}, {self.rows_of_expert}, {self.format.name}"

@@ -25,8 +25,6 @@ class SparseLinear(nn.Module):
     row_offsets: Tensor
     crow_indices: Tensor
     col_indices: Tensor
-    csr_columns: Tensor
-    csr_values: Tensor
     values: Tensor
     codes: Tensor
     scales: Tensor
@@ -113,25 +111,20 @@ class SparseLinear(nn.Module):
         self._prepare()
 
     def _prepare(self) -> None:
-        """Compute what the product needs: offsets of rows, and the fp32 values of torch's CSR product."""
+        """Compute the offsets of rows that the product needs."""
         self._is_checked = True
         if self.format.name == "2:4":
             offsets = torch.arange(self.out_features, device=self.bitmask.device) * (self.in_features // 2)
             self.register_buffer("row_offsets", offsets, persistent=False)
         elif isinstance(self.format, QuantizedFormat):
             self.register_buffer("row_offsets", self.format.row_offsets(self.parts()), persistent=False)
-        elif self.format.name == "csr":
-            index = torch.int64 if self.crow_indices.dtype == torch.int64 else torch.int32
-            self.register_buffer("csr_columns", self.col_indices.to(index), persistent=False)
-            wide = self.values.detach() if self.values.dtype == torch.float64 else self.values.detach().float()
-            self.register_buffer("csr_values", wide, persistent=False)
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         self._is_checked = False
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        """Convert as ``.to`` does, but undo casts of small negative values to -0.0, of ``csr_values`` and of scales."""
+        """Convert as ``.to`` does, but undo casts of small negative values to -0.0, and of scales."""
         if self.is_quantized:
             return self._apply_to_codes(fn, recurse)
         before = getattr(self, self.format.values_name)
@@ -139,10 +132,9 @@ class SparseLinear(nn.Module):
         super()._apply(fn, recurse)
         values = getattr(self, self.format.values_name)
         self._is_checked = self._is_checked and had_values
-        if self._is_checked and (values.dtype != dtype or self.format.name == "csr"):
+        if self._is_checked and values.dtype != dtype:
             with torch.no_grad():
                 values.add_(0.0)
-            self._prepare()
         return self
 
     def _apply_to_codes(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> SparseLinear:
@@ -172,20 +164,17 @@ class SparseLinear(nn.Module):
         form = self.format
         values: Tensor = self.codes if self.is_quantized else self._parameters[form.values_name]  # type: ignore[assignment]
         x = self._accepted(x, self._dtype if self.is_quantized else values.dtype)
-        if x.requires_grad and torch.is_grad_enabled():
+        if form.name == "csr" or (x.requires_grad and torch.is_grad_enabled()):
             return ops.dense_linear(x, self.dense_weight().to(x.device), self.bias)
         in_eager = type(x) is Tensor and not torch.compiler.is_compiling()
         if isinstance(form, QuantizedFormat):
             product = ops.quantized_linear if in_eager else torch.ops.pst_ds.quantized_linear
             bits = None if form.packing == DENSE else self.bitmask
             return product(x, values, self.scales, bits, self.row_offsets, self.bias, form.packing)
-        if in_eager and form.name != "csr":
+        if in_eager:
             # read the dictionaries directly: four look-ups of nn.Module take as long as a small product
             flat, buffers = values if values.dim() == 1 else values.view(-1), self._buffers
             return ops.bitmask_linear(x, flat, buffers["bitmask"], buffers["row_offsets"], self._parameters["bias"])  # type: ignore[arg-type]
-        if form.name == "csr":
-            csr = ops.csr_linear if in_eager else torch.ops.pst_ds.csr_linear
-            return csr(x, self.crow_indices, self.csr_columns, self.csr_values, self.bias)
         return torch.ops.pst_ds.bitmask_linear(x, values.view(-1), self.bitmask, self.row_offsets, self.bias)
 
     def _accepted(self, x: Tensor, dtype: torch.dtype) -> Tensor:

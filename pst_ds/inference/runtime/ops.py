@@ -6,7 +6,6 @@ has a gradient: :class:`~pst_ds.inference.runtime.linear.SparseLinear` uses a de
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -22,24 +21,16 @@ PANEL_ROWS = 1024
 """Rows of a weight that are expanded in one step."""
 NATIVE_UP_TO = {torch.bfloat16: 1 << 62, torch.float32: 128}
 """Most vectors in a product for which our kernel is faster than expanding the weight."""
-CSR_UP_TO, CSR_FROM_SPARSITY = 32, 0.8
-"""Up to this many vectors and from this sparsity, torch's fp32 CSR product is faster than expanding."""
 
 
-def backend_for(format_name: str, dtype: torch.dtype, device_type: str, vectors: int, density: float) -> str:
-    """Return the fastest way to multiply ``vectors`` vectors with a weight of this ``density``.
+def backend_for(dtype: torch.dtype, device_type: str, vectors: int) -> str:
+    """Return the fastest way to multiply ``vectors`` vectors with a weight of floats and a bitmask.
 
-    "native": our CPU kernel on bits. "csr": torch's CSR product. "expand": a dense product with the weight expanded
-    some rows at a time. The limits are measured (docs/background/results.md).
+    "native": our CPU kernel on bits. "expand": a dense product with the weight expanded some rows at a time. The limits
+    are measured (docs/background/results.md).
     """
-    if device_type != "cpu":
-        return "expand"
-    if format_name == "csr":
-        few = vectors <= CSR_UP_TO and density <= 1 - CSR_FROM_SPARSITY
-        return "csr" if few and dtype != torch.float64 else "expand"
-    if dtype not in NATIVE_UP_TO or native.library() is None:
-        return "expand"
-    return "native" if vectors <= NATIVE_UP_TO[dtype] else "expand"
+    is_fast = device_type == "cpu" and vectors <= NATIVE_UP_TO.get(dtype, -1) and native.library() is not None
+    return "native" if is_fast else "expand"
 
 
 def bitmask_linear(
@@ -48,36 +39,13 @@ def bitmask_linear(
     """Compute x W' + bias, (..., I) to (..., O), with parts of the bitmask format that have passed its check."""
     if not backend and gpu.takes(x, compressed):
         return gpu.packed_linear(x, gpu.PackedWeight(compressed, bitmask, row_offsets), bias)
-    vectors = x.numel() // max(1, x.shape[-1])
-    if not backend:
-        density = compressed.numel() / max(1, bitmask.shape[0] * x.shape[-1])
-        backend = backend_for("bitmask", x.dtype, x.device.type, vectors, density)
+    backend = backend or backend_for(x.dtype, x.device.type, x.numel() // max(1, x.shape[-1]))
     if backend == "native" and x.shape[-1] and compressed.dtype == x.dtype:
         return native.bitmask_linear(x, compressed, bitmask, row_offsets, bias, native.best_level())
     rows, columns = bitmask.shape[0], x.shape[-1]
     if x.device.type != "cpu":
         return dense_linear(x, expand_on_device(compressed, bitmask, columns), bias)
     return _by_panels(x, rows, bias, lambda *of: _expand_rows(compressed, bitmask, row_offsets, columns, *of))
-
-
-def csr_linear(x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute x W' + bias with torch's fp32 CSR product: (..., I) to (..., O) in the dtype of ``x``.
-
-    ``values`` are fp32, or fp64 if ``x`` is. With too many vectors or values the weight is expanded instead.
-    """
-    shape = (crow_indices.numel() - 1, x.shape[-1])
-    vectors, density = x.numel() // max(1, shape[1]), values.numel() / max(1, shape[0] * shape[1])
-    if backend_for("csr", x.dtype, x.device.type, vectors, density) == "expand":
-        parts = {"crow_indices": crow_indices, "col_indices": col_indices, "values": values.to(x.dtype)}
-        dense = FORMATS["csr"].unpack({**parts, "shape": torch.tensor(shape)})
-        return dense_linear(x, dense.to(x.device), bias)
-    weight = torch.sparse_csr_tensor(crow_indices, col_indices, values, shape, check_invariants=False)
-    flat = x.reshape(math.prod(x.shape[:-1]), shape[1]).float()
-    with torch.autocast(x.device.type, enabled=False):
-        y = torch.mm(weight, flat.t()).t()
-    if bias is not None:
-        y = y + bias
-    return y.to(x.dtype).contiguous().view(*x.shape[:-1], shape[0])
 
 
 def quantized_linear(
@@ -188,11 +156,6 @@ _define(
     bitmask_linear,
     "Tensor x, Tensor compressed, Tensor bitmask, Tensor row_offsets, Tensor? bias",
     lambda x, compressed, bitmask, row_offsets, bias: x.new_empty((*x.shape[:-1], bitmask.shape[0])),
-)
-_define(
-    csr_linear,
-    "Tensor x, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor? bias",
-    lambda x, crow_indices, *_: x.new_empty((*x.shape[:-1], crow_indices.shape[0] - 1)),
 )
 _define(
     quantized_linear,
