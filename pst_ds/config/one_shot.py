@@ -13,8 +13,6 @@ from pst_ds.config.settings import MayDiffer, NotNegative, Positive, Section, se
 from pst_ds.core.packings import VALUE_BITS
 from pst_ds.core.patterns import parse_pattern
 
-REAP: Final = "reap"
-"""Drops whole experts instead of weights."""
 CHANNELS: Final = "channels"
 """Removes channels, heads or blocks, so that the model is smaller and dense."""
 SHAPES = ("ffn", "heads", "kv_groups", "layers")
@@ -116,10 +114,10 @@ class OneShotConfig(Section):
 class PruneConfig(OneShotConfig):
     """Settings of ``pst-ds prune``, which has more options than ``[start]``: there the run decides on the rest."""
 
-    method: OneShotMethod | Literal["reap", "channels"]  # type: ignore[assignment]
-    """Method that chooses the weights; "reap" drops whole experts, "channels" removes channels and heads."""
+    method: OneShotMethod | Literal["channels"]  # type: ignore[assignment]
+    """Method that chooses the weights; "channels" removes channels and heads."""
     sparsity: float | None = None
-    """Fraction of pruned weights, or of dropped experts. Unset, the pattern or ``schedule.final_sparsity`` sets it."""
+    """Fraction of pruned weights. Unset, the pattern or ``schedule.final_sparsity`` sets it."""
     pattern: str = ""
     """"row", "matrix", N:M or blocks. Empty is the run's pattern, or the method's default where that is "matrix"."""
     keep_zeros: bool = False
@@ -137,9 +135,8 @@ class PruneConfig(OneShotConfig):
         return self.method != "magnitude" or bool(self.reconstruct) or self.budgets != "equal"
 
     def problems(self) -> Iterator[str]:
-        if self.method in (REAP, CHANNELS):
-            yield from self._problems_of_removal()
         if self.method == CHANNELS:
+            yield from self._problems_of_removal()
             yield from self._problems_of_shapes()
             if self.sparsity is not None:
                 yield f"--sparsity {self.sparsity} is for weights. Say what stays: --ffn {1.0 - self.sparsity:.6g}"
@@ -170,11 +167,10 @@ class PruneConfig(OneShotConfig):
             yield f"own_text = {self.own_text!r} is calibration data, and magnitude needs none. Remove it"
 
     def _problems_of_removal(self) -> Iterator[str]:
-        removed = "whole experts" if self.method == REAP else "channels and heads"
         for name in ("pattern", "bits", "group", "keep_zeros", "budgets", "reconstruct"):
             if getattr(self, name) != getattr(PruneConfig, name):
                 yield (
-                    f"--{name.replace('_', '-')} is for weights, and --method {self.method} removes {removed}. Remove "
+                    f"--{name.replace('_', '-')} is for weights, and --method channels removes channels and heads. Remove "
                     "it, or prune the resulting folder once more"
                 )
 

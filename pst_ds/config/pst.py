@@ -121,9 +121,6 @@ class PSTConfig(_LibrarySection):
     models that are pruned at once and then recover."""
     calibration_examples: Positive = 128
     """Training examples for the norms of "activation", computed before the first masks."""
-    gated_norms: bool = False
-    """True if the norms of "activation" weight each token of an expert by its router weight, as MoE-Pruner does
-    (arXiv 2410.12013)."""
     relative_magnitude: bool = True
     """Divide |W| in the scores by the mean of |W0| of the matrix, so that scores of all layers are near 1."""
     score_init_scale: Finite = 0.3

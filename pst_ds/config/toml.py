@@ -126,6 +126,7 @@ REMOVED = {
     "pst.nm_ramp": "N:M patterns constrain a growing share of the groups",
     "pst.bias": "name the modules that train in full in pst.modules_to_save",
     "pst.detach_magnitude": "the gradient of the scores reaches U V through |W|",
+    "pst.gated_norms": "every token of an expert counts equally",
     "pst.full_scores": 'set method = "pst", whose scores have low rank',
     "pst.multiplicative_update": 'set method = "masked-lora"',
     "pst.score_init": "pst.score_init_scale is the standard deviation",

@@ -154,8 +154,6 @@ class InputGatherer:
     """Sum up inputs of layers. Layers that get the same tensors, such as q, k and v, share one :class:`InputSum`."""
 
     sum_of: SumOf
-    gated: bool = False
-    """True if an expert's inputs are first multiplied by the router's gate of the token."""
     experts: range | None = None
     """Experts of stacks whose inputs are summed; None for all."""
     sums: dict[str, InputSum] = field(default_factory=dict)
@@ -279,7 +277,5 @@ class InputGatherer:
             if not count or expert not in chosen:
                 continue
             given = routing.rows_of(inputs, rows, by_token)
-            if self.gated:
-                given = given * routing.gates[rows].unsqueeze(1)
             sums.add(self.sum_of(given if is_real is None else given[is_real]), expert)
         sums.num_tokens = sum(sums.expert_tokens)

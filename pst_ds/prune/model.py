@@ -25,7 +25,6 @@ def prune_layers(
     method: Method,
     data: Calibration,
     *,
-    gated: bool = False,
     reconstruct: int = 0,
     statistics_bytes: int = STATISTICS_BYTES,
     source_of: SourceOf = BlockSource,
@@ -44,7 +43,6 @@ def prune_layers(
         method: how weights are chosen.
         data: positions with 0 in an ``attention_mask`` (batch, length) are ignored. "magnitude" needs no batches
             without ``reconstruct``.
-        gated: weigh an expert's tokens by their router gates.
         reconstruct: passes that fit the kept weights of each block to its dense outputs (:class:`BlockFit`).
         statistics_bytes: memory for the Gram matrices of experts. A block whose experts need more runs once per group
             of experts.
@@ -57,7 +55,7 @@ def prune_layers(
         return [_by_magnitude(rule) for rule in rules]
     stack, blocks = find_blocks(model, [rule.target.name for rule in rules])
     replay = BlockReplay(model, source_of(stack, blocks), data)
-    pruner = _BlockPruner(replay, method, gated, reconstruct, statistics_bytes)
+    pruner = _BlockPruner(replay, method, reconstruct, statistics_bytes)
     by_block = rules_by_block(rules, stack)
     done: dict[str, PrunedLayer] = {}
     last = max(by_block)
@@ -80,8 +78,8 @@ def _by_magnitude(rule: LayerRule) -> PrunedLayer:
 class _BlockPruner:
     """Prunes one block after another on the inputs of its layers."""
 
-    def __init__(self, replay: BlockReplay, method: Method, gated: bool, reconstruct: int, statistics_bytes: int):
-        self._replay, self._method, self._gated, self._bytes = replay, method, gated, statistics_bytes
+    def __init__(self, replay: BlockReplay, method: Method, reconstruct: int, statistics_bytes: int):
+        self._replay, self._method, self._bytes = replay, method, statistics_bytes
         self._reconstruct = reconstruct
         self._sum_of = products if method in ("sparsegpt", "alps") else squares
         self._ranks = replay.data.ranks
@@ -112,10 +110,10 @@ class _BlockPruner:
         for layer in layers:
             layer.require_finite()
         with self._replay.resident(index):
-            gatherer = InputGatherer(self._sum_of, self._gated)
+            gatherer = InputGatherer(self._sum_of)
             layouts = [layer.rule.target.layout for layer in stacks]
             for number, group in enumerate(expert_groups(gatherer, layouts, self._bytes) if rules else []):
-                of_experts = InputGatherer(self._sum_of, self._gated, group)
+                of_experts = InputGatherer(self._sum_of, group)
                 remember = fit.remember if fit is not None and not number else None
                 own = [] if number else [layer.rule.target for layer in linear]
                 targets = [layer.rule.target for layer in stacks]

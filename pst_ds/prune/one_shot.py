@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.config.methods import OneShotMethod
-from pst_ds.config.one_shot import CHANNELS, REAP, PruneConfig
+from pst_ds.config.one_shot import CHANNELS, PruneConfig
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.packings import WHOLE_ROW
 from pst_ds.core.quantization import Grid, grid_of
@@ -65,14 +65,10 @@ def prune_files(
             rules,
             _method_of(config),
             data,
-            gated=settings.gated_norms,
             reconstruct=config.reconstruct,
             source_of=files.source,
         )
-    facts = _facts_of(config, settings, sparsity)
-    if data.batches and any(rule.target.is_stack for rule in rules):
-        facts["gated_norms"] = settings.gated_norms
-    return layers, facts
+    return layers, _facts_of(config, settings, sparsity)
 
 
 def _by_magnitude(files: ModelFiles, rules: Sequence[LayerRule], data: Calibration) -> list[PrunedLayer]:
@@ -118,7 +114,6 @@ def _facts_of(config: PruneConfig, settings: PSTConfig, sparsity: float) -> dict
 
 
 def _method_of(config: PruneConfig) -> OneShotMethod:
-    assert config.method != REAP
     assert config.method != CHANNELS
     return config.method
 

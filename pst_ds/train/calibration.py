@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pst_ds.atomic_files import write_bytes_atomic
 from pst_ds.config.run import ConfigError
 from pst_ds.data.tasks import ExampleSet
-from pst_ds.nn.inject import bypassed, injected_config, pst_layers
+from pst_ds.nn.inject import bypassed, pst_layers
 from pst_ds.nn.input_sums import InputGatherer, InputSum, squares
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import broadcast, is_main, raise_on_all_ranks, rank, world_size
@@ -76,7 +76,7 @@ def summed_squares(
             turn = first + rank()
             own = [indices[i] for i in batches[min(turn, len(batches) - 1)]]
             batch = {k: v.to(device) for k, v in task.collate(examples, own, context.tokenizer).items()}
-            gatherer = InputGatherer(squares, gated=injected_config(engine.module).gated_norms)
+            gatherer = InputGatherer(squares)
             gatherer.begin(batch)
             with gatherer.listening(layers) if turn < len(batches) else nullcontext():
                 engine(**{k: v for k, v in batch.items() if k != "labels"})

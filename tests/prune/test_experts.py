@@ -65,7 +65,7 @@ def _prune(model, method, pattern="", batches=BATCHES, grid=None, **more):
 
 
 @torch.no_grad()
-def _inputs_of_experts(model, index, batches, gated):
+def _inputs_of_experts(model, index, batches):
     """By stack, then expert: its inputs in whole passes, (tokens, I) double, as the family's own code makes them."""
     experts = model.model.layers[index].mlp.experts
     first, last = stack_names(experts)
@@ -73,16 +73,15 @@ def _inputs_of_experts(model, index, batches, gated):
     for batch in batches:
         model(**batch)
     hook.remove()
-    hidden, chosen, gates = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    hidden, chosen, _ = (torch.cat(parts) for parts in zip(*seen, strict=True))
     name, found = f"model.layers.{index}.mlp.experts", {}
     for expert in range(experts.num_experts):
-        token, slot = (chosen == expert).nonzero(as_tuple=True)
+        token, _ = (chosen == expert).nonzero(as_tuple=True)
         x, weight = hidden[token], getattr(experts, first)[expert]
         y = x @ (weight if experts.is_transposed else weight.t())
         inner = experts._apply_gate(y + getattr(experts, f"{first}_bias")[expert] if experts.has_bias else y)
-        factor = gates[token, slot].unsqueeze(1) if gated else 1.0
-        found.setdefault(f"{name}.{first}", []).append((factor * x).double())
-        found.setdefault(f"{name}.{last}", []).append((factor * inner).double())
+        found.setdefault(f"{name}.{first}", []).append(x.double())
+        found.setdefault(f"{name}.{last}", []).append(inner.double())
     return found
 
 
@@ -99,18 +98,17 @@ def _alone(weight, x, method, pattern, transposed):
 
 
 @pytest.mark.parametrize(
-    ("family", "method", "pattern", "gated"),
-    [("qwen3_moe", "wanda", "row", False), ("mixtral", "wanda", "2:4", True), ("gpt_oss", "wanda", "row", True),
-     ("gpt_oss", "sparsegpt", "2:4", False), ("qwen3_moe", "sparsegpt", "row", True),
-     ("gpt_oss", "alps", "2:4", False)],
+    ("family", "method", "pattern"),
+    [("qwen3_moe", "wanda", "row"), ("mixtral", "wanda", "2:4"), ("gpt_oss", "wanda", "row"),
+     ("gpt_oss", "sparsegpt", "2:4"), ("qwen3_moe", "sparsegpt", "row"), ("gpt_oss", "alps", "2:4")],
 )  # fmt: skip
-def test_every_expert_is_pruned_as_a_linear_layer_of_its_own_on_its_tokens(family, method, pattern, gated):
+def test_every_expert_is_pruned_as_a_linear_layer_of_its_own_on_its_tokens(family, method, pattern):
     model = tiny_model(family)
     other = copy.deepcopy(model)
-    layers = _prune(model, method, pattern, gated=gated)
+    layers = _prune(model, method, pattern)
     for index, (block, twin) in enumerate(zip(model.model.layers, other.model.layers, strict=True)):
         twin.self_attn.load_state_dict(block.self_attn.state_dict())  # linear layers have tests of their own
-        inputs = _inputs_before(other, twin, index, gated)
+        inputs = _inputs_before(other, twin, index)
         for name, of_experts in inputs.items():
             experts, attribute = other.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
             found = model.get_parameter(name).detach()
@@ -126,11 +124,11 @@ def test_every_expert_is_pruned_as_a_linear_layer_of_its_own_on_its_tokens(famil
     assert model.config._experts_implementation == "eager"
 
 
-def _inputs_before(model, block, index, gated):
+def _inputs_before(model, block, index):
     """What the experts of a block are given while its attention is as it was."""
     pruned = copy.deepcopy(block.self_attn.state_dict())
     block.self_attn.load_state_dict(tiny_model(model.config.model_type).model.layers[index].self_attn.state_dict())
-    found = _inputs_of_experts(model, index, BATCHES, gated)
+    found = _inputs_of_experts(model, index, BATCHES)
     block.self_attn.load_state_dict(pruned)
     return found
 
@@ -140,7 +138,7 @@ def test_alps_lowers_the_error_of_every_expert_by_its_own_tokens(family):
     plain, better, base = (tiny_model(family) for _ in range(3))
     before, after = _prune(plain, "magnitude", "row"), _prune(better, "alps", "row")
     assert [layer.pruned for layer in before.values()] == [layer.pruned for layer in after.values()]
-    for name, of_experts in _inputs_of_experts(base, 0, BATCHES, gated=False).items():
+    for name, of_experts in _inputs_of_experts(base, 0, BATCHES).items():
         transposed = base.get_submodule(name.rpartition(".")[0]).is_transposed
         for expert, x in enumerate(of_experts):
             weights = (model.get_parameter(name).detach()[expert] for model in (base, plain, better))
@@ -190,7 +188,7 @@ def test_padding_is_no_token_of_an_expert():
 
 def test_unused_experts_are_named_in_one_line_and_the_record_has_the_tokens(tmp_path, capsys):
     _base(tmp_path / "base", "mixtral")
-    sets = [f"model.path={json.dumps(str(tmp_path / 'base'))}", "data.max_length=2", "pst.gated_norms=true"]
+    sets = [f"model.path={json.dumps(str(tmp_path / 'base'))}", "data.max_length=2"]
     command = ["prune", RUN_FILE, "--method", "wanda", "--samples", "1", "--out", str(tmp_path / "out"), "--json"]
     capsys.readouterr()  # a bar of transformers, until the first verb of the process turns bars off
     assert main([*command, *(word for each in sets for word in ("--set", each))]) == 0
@@ -198,7 +196,6 @@ def test_unused_experts_are_named_in_one_line_and_the_record_has_the_tokens(tmp_
     (line,) = said.err.splitlines()
     assert "of 8 experts were given no token (model.layers." in line
     record = json.loads((tmp_path / "out" / "pruning.json").read_text())
-    assert record["gated_norms"] is True
     stacks = {layer["name"]: layer for layer in record["layers"] if "expert_tokens" in layer}
     assert len(stacks) == 4
     assert all(sum(layer["expert_tokens"]) == 2 * 2 for layer in stacks.values())  # two tokens, two experts each

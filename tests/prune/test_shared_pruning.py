@@ -17,7 +17,6 @@ from pst_ds.prune.blocks import Calibration
 from pst_ds.prune.budgets import rules_by_saliency
 from pst_ds.prune.model import prune_layers
 from pst_ds.prune.rules import layer_rules, settings_for
-from pst_ds.prune.whole_experts import drop_experts
 from pst_ds.train.one_shot.pruning import prune_model
 from tests.nn.expert_families import tiny_model
 
@@ -43,9 +42,6 @@ def _pruned(family, method, pattern, options):
     model = _model(family, options.get("stored", torch.float32))
     data = Calibration(BATCHES, torch.device("cpu"), options.get("dtype", torch.float32), all_ranks())
     budgets = options.get("budgets", "")
-    if method == "reap":
-        found = drop_experts(model, 0.5, data)
-        return [(one.kept, one.scores) for one in found], _bits(model)
     config = settings_for(model, PSTConfig(), method, pattern)
     grid = options.get("grid")
     rules = layer_rules(resolve_targets(model, config), method, 0.5, grid=grid)
@@ -74,7 +70,6 @@ CASES = {
     "shared projections": ("deberta_v2", "sparsegpt", "row", {}),
     "experts": ("mixtral", "alps", "row", {"reconstruct": 1}),
     "experts to int8": ("gpt_oss", "sparsegpt", "row", {"grid": Grid(8)}),
-    "whole experts": ("mixtral", "reap", "", {}),
 }  # fmt: skip
 
 

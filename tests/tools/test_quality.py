@@ -132,14 +132,14 @@ def test_what_comes_before_a_cell_belongs_to_it():
         "taught": {"run": {"method": "pst"}, "teacher": "dense", "tries_of": "pst"},
     }
     more["half"] = {**more["wanda"], "base": {"prune": "alps", "reconstruct": 2, "sparsity": "0.5"}}
-    more["gated"] = {**more["wanda"], "base": {**more["wanda"]["base"], "run": {"pst": {"gated_norms": True}}}}
+    more["tied"] = {**more["wanda"], "base": {**more["wanda"]["base"], "run": {"pst": {"min_kept_share": 0.1}}}}
     grid = grid_from_table(table(methods=more))
     wanda = cell_of(grid, {}, "cell", "films", "wanda", "2:4", 0)
     assert wanda.base.prune == {"prune": "wanda", "samples": 8, "seed": 0, "sparsity": "2:4"}
     assert cell_of(grid, {}, "cell", "films", "half", "2:4", 0).base.prune == {**more["half"]["base"], "seed": 0}
-    gated = cell_of(grid, {}, "cell", "films", "gated", "2:4", 0)
-    assert (gated.base.prune, gated.settings) == (wanda.base.prune, wanda.settings)
-    assert gated.base.settings["pst"] == {**wanda.base.settings.get("pst", {}), "gated_norms": True}
+    tied = cell_of(grid, {}, "cell", "films", "tied", "2:4", 0)
+    assert (tied.base.prune, tied.settings) == (wanda.base.prune, wanda.settings)
+    assert tied.base.settings["pst"] == {**wanda.base.settings.get("pst", {}), "min_kept_share": 0.1}
     longer = grid_from_table(table(methods=more), ["train.num_steps=9"])
     assert cell_of(longer, {}, "cell", "films", "wanda", "2:4", 0).id == wanda.id  # no training is in it
     assert cell_of(grid, {}, "cell", "films", "taught", "0.5", 0) is None  # waits for two searches

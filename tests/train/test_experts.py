@@ -125,7 +125,7 @@ def test_norms_and_tokens_of_experts_are_counted_and_those_without_are_named(tmp
     router.weight.data[0] = -router.weight.data[1]  # one of the two has a positive logit
     router.weight.data[2] = -router.weight.data[3]
     model.save_pretrained(tmp_path / "base")
-    more = ("deepspeed_config=", "pst.magnitude=activation", "pst.gated_norms=true", "train.num_steps=2")
+    more = ("deepspeed_config=", "pst.magnitude=activation", "train.num_steps=2")
     idle = _train(tmp_path / "run", tmp_path / "base", *more, quiet=False)
     assert idle >= 0.5
     said = capsys.readouterr()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pst_ds.checkpoint.restore import base_fingerprint
-from pst_ds.config.one_shot import CHANNELS, REAP, PruneConfig
+from pst_ds.config.one_shot import CHANNELS, PruneConfig
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.run import RunConfig
 from pst_ds.config.toml import load_run_or_folder
@@ -33,7 +32,6 @@ from pst_ds.prune.folder import FORMAT, record_of, require_free
 from pst_ds.prune.model_files import ModelFiles
 from pst_ds.prune.one_shot import plan_layers, prune_files
 from pst_ds.prune.outcome import CutLayer, PrunedLayer
-from pst_ds.prune.whole_experts import KeptExperts, drop_experts
 from pst_ds.train.model import attention_options, load_tokenizer
 from pst_ds.train.one_shot.own_text import own_batches
 
@@ -49,9 +47,9 @@ class PruneReport:
     record: dict[str, object]
     """Content of the folder's pruning record: settings, data, and counts per layer."""
     layers: list[PrunedLayer]
-    """Outcome of each pruned layer; empty for methods "reap" and "channels"."""
-    modules: Sequence[KeptExperts | CutLayer]
-    """Outcome of each module that lost experts, channels or heads, for these methods."""
+    """Outcome of each pruned layer; empty for method "channels"."""
+    modules: Sequence[CutLayer]
+    """Outcome of each module that lost channels or heads, for this method."""
 
     @property
     def facts(self) -> dict[str, object]:
@@ -135,8 +133,7 @@ def prune_files_of(
     """
     files = raise_on_all_ranks(lambda: _opened(given, out, shard_bytes))
     files.check = check or files.check
-    is_reap = config.method == REAP
-    planned = None if config.method in (REAP, CHANNELS) else plan_layers(files.model, config, given.pst, given.sparsity)
+    planned = None if config.method == CHANNELS else plan_layers(files.model, config, given.pst, given.sparsity)
     batches = raise_on_all_ranks(lambda: given.batches(files.model.config)) if config.needs_data else []
     digest = digest_of_ranks(batches, given.data)
     device = torch.device(device_of(launch_environment()))
@@ -144,12 +141,12 @@ def prune_files_of(
     about = {"base_model": given.path, "base_fingerprint": base_fingerprint(given.path)}
     settings = str(given.pst.exclude_modules) if planned is None else f"{planned[0]} {planned[1]}"
     plan = {**about, "config": repr(config), "pst": settings, "data": digest, "precision": given.precision}
-    with files.working({**plan, "attempt": secrets.token_hex(4)} if is_reap else plan):
-        layers, modules = list[PrunedLayer](), list[KeptExperts | CutLayer]()
+    with files.working(plan):
+        layers, modules = list[PrunedLayer](), list[CutLayer]()
         if planned is not None:
             layers, facts = prune_files(files, config, planned, data)
         else:
-            modules[:], facts = (_drop_experts if is_reap else _cut_channels)(files, given, config, data)
+            modules, facts = _cut_channels(files, given, config, data)
         facts |= about | (_facts_of_data(given, config, batches) if batches else {}) | dict(given.facts)
         if planned is None:
             of_modules = {module.name: module.facts for module in modules}
@@ -183,21 +180,9 @@ def digest_of_ranks(batches: Sequence[Batch], what: str) -> str:
     return digest.hexdigest()
 
 
-def _drop_experts(
-    files: ModelFiles, given: PruneInput, config: PruneConfig, data: Calibration
-) -> tuple[Sequence[KeptExperts | CutLayer], dict[str, object]]:
-    """Drop a share of the experts; return the outcome and facts for the record. Collective. Raises InputError."""
-    share = given.sparsity if config.sparsity is None else config.sparsity
-    if not 0.0 <= share < 1.0:
-        raise InputError(f"--sparsity {share} must be in [0, 1): it is the fraction of experts to drop")
-    modules = drop_experts(files.model, share, data, source_of=files.source)
-    facts: dict[str, object] = {"method": REAP, "sparsity_requested": share}
-    return modules, facts | {"experts": len(modules[0].kept), "experts_before": len(modules[0].scores)}
-
-
 def _cut_channels(
     files: ModelFiles, given: PruneInput, config: PruneConfig, data: Calibration
-) -> tuple[Sequence[KeptExperts | CutLayer], dict[str, object]]:
+) -> tuple[list[CutLayer], dict[str, object]]:
     """Remove channels, heads or blocks; return the outcome and facts for the record. Collective. Raises InputError."""
     before = files.model.num_parameters()
     facts: dict[str, object] = {"method": CHANNELS, "parameters_before": before}

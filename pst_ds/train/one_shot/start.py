@@ -26,7 +26,7 @@ from pst_ds.prune.one_shot import plan_layers
 from pst_ds.train.model import attention_options
 from pst_ds.train.one_shot.pruning import prune_model
 
-_OF_LAYERS = ("pattern", "target_modules", "exclude_modules", "modules_to_save", "gated_norms")
+_OF_LAYERS = ("pattern", "target_modules", "exclude_modules", "modules_to_save")
 """Settings of ``[pst]`` that decide which weights compete with each other."""
 _COARSE = ("matrix", "stack")
 """Patterns that keep the pruned weights of a folder whose matrices have equal sparsity; "global" always does."""
