@@ -40,7 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budgets", choices=get_args(Budgets), default="equal", help="distribution of sparsity over layers")
     add("--reconstruct", type=count, default=0, metavar="N", help="epochs that fit kept weights to dense outputs")
     add("--samples", type=count, default=128, metavar="N", help="calibration examples from data.train (default: 128)")
-    add("--own-text", default="", metavar="PROMPTS", help="calibrate on the model's continuations of these prompts")
     add("--seed", type=int, default=0, help="seed of the choice of examples (default: 0)")
     add_shard_argument(parser)
     add_quiet_argument(parser)

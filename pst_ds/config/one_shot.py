@@ -9,7 +9,7 @@ from annotated_types import Gt, Lt
 
 from pst_ds.config.methods import METHODS, OneShotMethod
 from pst_ds.config.pst import PSTConfig
-from pst_ds.config.settings import MayDiffer, NotNegative, Positive, Section, settings
+from pst_ds.config.settings import NotNegative, Positive, Section, settings
 from pst_ds.core.packings import VALUE_BITS
 from pst_ds.core.patterns import parse_pattern
 
@@ -37,9 +37,6 @@ class OneShotConfig(Section):
     """Epochs over the calibration examples that fit the kept weights of each block to the output of the dense block."""
     budgets: Budgets = "equal"
     """Distribution of the sparsity over layers: equal, or by the increase in loss."""
-    own_text: MayDiffer[str] = ""
-    """File of prompts (lines of .txt, or "prompt" or "messages" of .jsonl): language models calibrate on the dense
-    model's continuations of these prompts, up to ``data.max_length`` tokens, instead of ``data.train``."""
     ffn: Annotated[float, Gt(0.0), Lt(1.0)] | None = None
     """Method "channels": share of the channels of every feed-forward layer, or expert, that stay."""
     heads: Positive | None = None
@@ -54,7 +51,7 @@ class OneShotConfig(Section):
     def problems(self) -> Iterator[str]:
         if self.method == "none":
             reason = 'with start.method = "none". Set start.method, such as "alps"'
-            yield from self.unused("start", reason, "samples", "reconstruct", "budgets", "own_text")
+            yield from self.unused("start", reason, "samples", "reconstruct", "budgets")
         if self.method != CHANNELS:
             reason = f'with start.method = "{self.method}". Set start.method = "channels"'
             yield from self.unused("start", reason, *SHAPES, "rank_by")
@@ -163,15 +160,13 @@ class PruneConfig(OneShotConfig):
                 f"--bits {self.bits} quantises while pruning, which --budgets saliency does not support. Prune first, "
                 f"{_QUANTISE_LATER}"
             )
-        if self.own_text and not self.needs_data:
-            yield f"own_text = {self.own_text!r} is calibration data, and magnitude needs none. Remove it"
 
     def _problems_of_removal(self) -> Iterator[str]:
         for name in ("pattern", "bits", "group", "keep_zeros", "budgets", "reconstruct"):
             if getattr(self, name) != getattr(PruneConfig, name):
                 yield (
-                    f"--{name.replace('_', '-')} is for weights, and --method channels removes channels and heads. Remove "
-                    "it, or prune the resulting folder once more"
+                    f"--{name.replace('_', '-')} is for weights, and --method channels removes channels and heads. "
+                    "Remove it, or prune the resulting folder once more"
                 )
 
     def _problems_of_keep_zeros(self) -> Iterator[str]:

@@ -120,6 +120,7 @@ REMOVED = {
     "checkpoint.file_per": "every rank writes its own file",
     "dense_run": "compare the run with a dense one by pst-ds report RUN DENSE",
     "checkpoint.grace_seconds": "a signal stops the run after the current step; lower checkpoint.interval to lose less",
+    "start.own_text": "write texts with pst-ds generate, and name them in data.sources",
     "start.swaps": 'choose method = "alps", or add passes in start.reconstruct',
     "pst.update_gates": "set pst.update_rank, such as 2, and remove pst.update_gates and pst.target_rank",
     "pst.target_rank": "all updates have rank pst.update_rank",

@@ -65,11 +65,11 @@ class Rendered:
     """Mask of the assistant's tokens, including the end of a turn."""
 
 
-def messages_of(value: object, where: str, *, answered: bool = True) -> list[Message]:
+def messages_of(value: object, where: str) -> list[Message]:
     """Return the messages of a row: a list of {"role", "content"}, or of ShareGPT's {"from", "value"}.
 
     Fields with the value None are omitted: in a table, all messages have the same fields. Raises ConfigError, naming
-    ``where``, for another structure, and for a conversation without an answer if it must be ``answered``.
+    ``where``, for another structure, and for a conversation without an answer.
     """
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise ConfigError(f"{where} holds {str(value)[:80]!r}, but a conversation is a list of messages")
@@ -79,7 +79,7 @@ def messages_of(value: object, where: str, *, answered: bool = True) -> list[Mes
             raise ConfigError(
                 f'{where}: message {place} has the fields {", ".join(value[place])}, but needs a "role" and a "content"'
             )
-    if answered and not any(message["role"] == ASSISTANT for message in messages):
+    if not any(message["role"] == ASSISTANT for message in messages):
         raise ConfigError(f"{where} has no message of the role {ASSISTANT!r}, but only those are trained on")
     return messages
 

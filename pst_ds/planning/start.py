@@ -1,4 +1,4 @@
-"""Memory, time and traffic of the one-shot pruning before a run, computed from shapes; without writing own text."""
+"""Memory, time and traffic of the one-shot pruning before a run, computed from shapes."""
 
 from __future__ import annotations
 

@@ -88,11 +88,6 @@ class ModelFiles:
         self._load(part for part in dict.fromkeys(self._part_of.values()) if part not in own)
         return _Blocks(self, stack, blocks)
 
-    def whole(self) -> PreTrainedModel:
-        """Return the model with all its values."""
-        self._load(dict.fromkeys(self._part_of.values()))
-        return self.model
-
     @contextmanager
     def loaded(self, part: str) -> Iterator[None]:
         """Have the values of a part inside the context."""

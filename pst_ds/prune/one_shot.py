@@ -61,12 +61,7 @@ def prune_files(
         layers = _by_magnitude(files, rules, data)
     else:
         layers = prune_layers(
-            files.model,
-            rules,
-            _method_of(config),
-            data,
-            reconstruct=config.reconstruct,
-            source_of=files.source,
+            files.model, rules, _method_of(config), data, reconstruct=config.reconstruct, source_of=files.source
         )
     return layers, _facts_of(config, settings, sparsity)
 

@@ -33,7 +33,6 @@ from pst_ds.prune.model_files import ModelFiles
 from pst_ds.prune.one_shot import plan_layers, prune_files
 from pst_ds.prune.outcome import CutLayer, PrunedLayer
 from pst_ds.train.model import attention_options, load_tokenizer
-from pst_ds.train.one_shot.own_text import own_batches
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -109,7 +108,7 @@ def prune_model(
         run.schedule.final_sparsity,
         run.train.precision,
         partial(_calibration, run, config, examples),
-        config.own_text or run.data.train,
+        run.data.train,
         {**({"max_length": run.data.max_length} if config.needs_data else {}), **(more_facts or {})},
         attention_options(run),
     )
@@ -201,7 +200,6 @@ def _facts_of_data(given: PruneInput, config: PruneConfig, batches: Sequence[Bat
     tokens = (b["attention_mask"].sum() if "attention_mask" in b else b["input_ids"].numel() for b in batches)
     return {
         "data": given.data,
-        "own_text": bool(config.own_text),
         "samples": config.samples,
         "tokens": sum(map(int, tokens)),
         "seed": config.seed,
@@ -212,15 +210,12 @@ def _facts_of_data(given: PruneInput, config: PruneConfig, batches: Sequence[Bat
 def _calibration(
     run: RunConfig, config: PruneConfig, examples: ExampleSet | None, model_config: PretrainedConfig
 ) -> list[Batch]:
-    """Return batches of inputs: ``config.samples`` distinct examples of ``data.train``, or own text,
-    sorted by length.
+    """Return batches of inputs: ``config.samples`` distinct examples of ``data.train``, sorted by length.
 
     Raises InputError if there are fewer examples.
     """
     task, tokenizer = task_of(run), load_tokenizer(run)
     task.check_model(run.data, model_config, tokenizer)
-    if config.own_text:
-        return own_batches(run, config.own_text, config.samples, config.seed)
     if examples is None:
         examples = task.load(run.data, "train", tokenizer, task.label_names(run.data))
     if len(examples) < config.samples:

@@ -64,8 +64,6 @@ def prune_pretrained(
         and parse_pattern(config.pattern or pst.pattern).fixed_sparsity is None
     ):
         raise InputError("prune_pretrained: PruneConfig has no sparsity. Set one, such as sparsity=0.5")
-    if config.own_text:
-        raise InputError(f"own_text = {config.own_text!r} is for run files. Give the model's own text as batches")
     if precision not in DTYPES:
         raise InputError(f"precision = {precision!r} must be one of {', '.join(DTYPES)}")
     drawn = of_main(lambda: _first_examples(batches, config.samples)) if config.needs_data else []

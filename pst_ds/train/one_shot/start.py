@@ -8,7 +8,6 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from pst_ds.atomic_files import file_sha256
 from pst_ds.checkpoint.restore import base_fingerprint
 from pst_ds.config.one_shot import CHANNELS, SHAPES, PruneConfig
 from pst_ds.config.run import ConfigError, RunConfig
@@ -92,11 +91,7 @@ def _facts_of_start(run: RunConfig, data_digest: str) -> object:
     layers = {name: getattr(run.pst, name) for name in _OF_LAYERS}
     overrides = [asdict(one) for one in run.pst.overrides]
     more = {"seed": run.seed, "sparsity": run.start_sparsity, "precision": run.train.precision}
-    start, prompts = asdict(run.start), Path(run.start.own_text)
-    if prompts.is_file():  # its content counts, not its path
-        start["own_text"] = file_sha256(prompts)
-    elif not run.start.own_text:  # as in starts of earlier versions
-        del start["own_text"]
+    start = asdict(run.start)
     if not run.start.removes:
         for name in (*SHAPES, "rank_by"):
             del start[name]
@@ -110,13 +105,12 @@ def one_shot_config(run: RunConfig, samples: int) -> PruneConfig:
     assert method != "none"
     shapes = {name: getattr(start, name) for name in (*SHAPES, "rank_by")}
     if method == CHANNELS:
-        return PruneConfig(method=method, samples=samples, seed=run.seed, own_text=start.own_text, **shapes)
+        return PruneConfig(method=method, samples=samples, seed=run.seed, **shapes)
     return PruneConfig(
         method=method,
         sparsity=run.start_sparsity,
         budgets=start.budgets,
         reconstruct=start.reconstruct,
-        own_text=start.own_text,
         samples=samples,
         seed=run.seed,
     )

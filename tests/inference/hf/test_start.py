@@ -149,7 +149,6 @@ def test_a_start_that_the_trainer_cannot_make_is_refused(base, data, tmp_path, c
         ([], {"sparsity": 0.5}, "batches is empty"),
         ([{"labels": torch.zeros(2)}], {"sparsity": 0.5}, "no tensors besides labels, but labels"),
         ([], {}, "PruneConfig has no sparsity"),
-        ([], {"sparsity": 0.5, "own_text": "prompts.txt"}, "own_text = 'prompts.txt' is for run files"),
     ],
 )
 def test_calls_without_what_they_need_are_refused(base, tmp_path, batches, settings, message):
