@@ -111,7 +111,7 @@ class OneShotConfig(Section):
 class PruneConfig(OneShotConfig):
     """Settings of ``pst-ds prune``, which has more options than ``[start]``: there the run decides on the rest."""
 
-    method: OneShotMethod | Literal["channels"]  # type: ignore[assignment]
+    method: OneShotMethod | Literal["channels"]
     """Method that chooses the weights; "channels" removes channels and heads."""
     sparsity: float | None = None
     """Fraction of pruned weights. Unset, the pattern or ``schedule.final_sparsity`` sets it."""
