@@ -5,7 +5,7 @@ from pathlib import Path
 from pst_ds.export import to_folder
 from pst_ds.export.to_folder import ExportOptions
 
-_NOT_STORAGE = ("tokenizer", "vocabulary", "dequantize", "run")
+_NOT_STORAGE = ("tokenizer", "vocabulary", "run")
 
 
 def _split(keywords):

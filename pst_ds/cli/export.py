@@ -47,7 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--embeddings", choices=tuple(VALUE_BITS), help="quantise embeddings and output layer too (default: unchanged)")
     add("--group", choices=(*map(str, GROUPS), WHOLE_ROW), help="weights per scale (default: int8 row, int4 64)")
     add("--vocabulary", metavar="seen|FILE", help='keep only tokens "seen" in the run\'s data, or in a text FILE')
-    add("--dequantize", action="store_true", help="convert a GPTQ, AWQ, bitsandbytes or MXFP4 folder to floats first")
     add("--checkpoint", help='of a run: "best" (default), "final", or another in checkpoints/')
     add("--dtype", choices=("bf16", "fp32"), help="cast every tensor (default: unchanged)")
     add_shard_argument(parser)

@@ -21,18 +21,8 @@ from pst_ds.export.plan import Origin, TensorJob, TensorSpec, TensorValues
 from pst_ds.export.pruned_scales import PrunedScales, read_pruned_scales
 from pst_ds.export.quantization import embedding_tables, grids
 from pst_ds.file_names import MANIFEST_FILE
-from pst_ds.formats import (
-    VALUE_DTYPES,
-    ForeignFormat,
-    FormatError,
-    PackedFormat,
-    QuantizedFormat,
-    form_of,
-    packed_format,
-    row_bits,
-)
+from pst_ds.formats import VALUE_DTYPES, FormatError, PackedFormat, QuantizedFormat, form_of, packed_format, row_bits
 from pst_ds.formats.base_weights import BaseWeights, names_in_files
-from pst_ds.formats.foreign import METHODS as FOREIGN_METHODS
 from pst_ds.nn.base_model import DTYPES, Pretrained, architecture
 from pst_ds.nn.model_structure import is_conv1d, linear_shape, untied_linear_layers
 
@@ -60,8 +50,6 @@ class FolderContents:
     """Facts of the manifest; empty without one."""
     pruned_scales: PrunedScales | None
     """Quantisation that ``pst-ds prune`` has applied."""
-    foreign: ForeignFormat | None = None
-    """Format of weights that another library has quantised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +72,10 @@ class FolderRecipe:
     facts: ManifestFacts
     parts: dict[str, str]
     """Name in the files of each part; "" is the part of a tensor that is stored unchanged. Empty for a dense stack."""
-    form: PackedFormat | ForeignFormat | None = None
+    form: PackedFormat | None = None
     """Format of the parts; None if values are stored unchanged."""
     matrix: tuple[int, ...] = ()
-    """(O, I) of a packed tensor, (E*O, I) of a stack; more dimensions only in other libraries' formats."""
+    """(O, I) of a packed tensor, (E*O, I) of a stack."""
     transposed: bool = False
     pruned_layer: str = ""
     """Layer of this weight, if ``pst-ds prune`` has quantised it."""
@@ -143,21 +131,11 @@ class FolderSource:
         if form is None:
             return parts[""]
         try:
-            if isinstance(form, ForeignFormat):
-                dense = form.unpack(name, parts)
-            else:
-                form.check(name, parts, (recipe.matrix[0], recipe.matrix[1]))
-                dense = form.unpack(parts, dtype if isinstance(form, QuantizedFormat) else None)
+            form.check(name, parts, (recipe.matrix[0], recipe.matrix[1]))
+            dense = form.unpack(parts, dtype if isinstance(form, QuantizedFormat) else None)
         except FormatError as error:
             raise ExportError(f"{self._weights.folder}: {error}") from None
         del parts
-        if isinstance(form, ForeignFormat):
-            if tuple(dense.shape) != recipe.matrix:
-                raise ExportError(
-                    f"{self._weights.folder}: {name} is {tuple(dense.shape)} in its {form.method} parts, and "
-                    f"{recipe.matrix} in the model"
-                )
-            return (dense.t() if recipe.transposed else dense).to(recipe.dtype).contiguous()
         if stack is not None and stack.layout.transposed:
             return dense.view(stack.layout.num_experts, -1, dense.shape[1]).transpose(1, 2).flatten(0, 1)
         return dense.t().contiguous() if recipe.transposed else dense
@@ -173,19 +151,15 @@ class FolderSource:
         return tensor
 
 
-def open_folder(path: Path, *, dequantize: bool = False) -> FolderContents:
-    """Open a model folder; ``dequantize``: one that another library has quantised.
-
-    Raises InputError if it is not a model folder, or damaged.
-    """
+def open_folder(path: Path) -> FolderContents:
+    """Open a model folder. Raises InputError if it is not one, or damaged."""
     config = read_table(path / CONFIG_FILE, f"{path.absolute()} is not a model folder: {CONFIG_FILE} is missing")
-    foreign = _foreign_format(path, config) if dequantize else None
-    encoding, index = (Encoding(), "") if foreign else _encoding_of(path, config)
+    encoding, index = _encoding_of(path, config)
     model = model_of(path)
     tensors, facts = read_manifest(path) if (path / MANIFEST_FILE).exists() else ([], {})
     weights = BaseWeights(path, getattr(model, "base_model_prefix", ""), index)
     by_name = {tensor.name: tensor for tensor in tensors}
-    return FolderContents(path, config, model, weights, encoding, by_name, facts, read_pruned_scales(path), foreign)
+    return FolderContents(path, config, model, weights, encoding, by_name, facts, read_pruned_scales(path))
 
 
 def _encoding_of(path: Path, config: dict[str, object]) -> tuple[Encoding, str]:
@@ -195,23 +169,11 @@ def _encoding_of(path: Path, config: dict[str, object]) -> tuple[Encoding, str]:
         return Encoding(), ""
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        fix = "Add --dequantize, or export" if method in FOREIGN_METHODS else "Export"
-        raise ExportError(f"{path} is quantised ({str(method)[:40]}). {fix} the model before it was quantised")
+        raise ExportError(f"{path} is quantised ({str(method)[:40]}). Export the model before it was quantised")
     try:
         return encoding_of_config(quantization)
     except ExportError as error:
         raise ExportError(f"{path / CONFIG_FILE}: {error}") from None
-
-
-def _foreign_format(path: Path, config: dict[str, object]) -> ForeignFormat:
-    """Return the format of a folder that another library has quantised. Raises ExportError for any other folder."""
-    settings = config.get("quantization_config")
-    if not isinstance(settings, dict) or settings.get("quant_method") == QUANT_METHOD:
-        raise ExportError(f"{path} is not quantised by another library. Remove --dequantize")
-    try:
-        return ForeignFormat(str(settings.get("quant_method"))[:40], settings)
-    except FormatError as error:
-        raise ExportError(f"{path / CONFIG_FILE}: {error}. Export the model before it was quantised") from None
 
 
 def model_of(path: Path) -> nn.Module:
@@ -246,7 +208,7 @@ class _Planner:
         in_files = names_in_files(folder.model, {name: module.weight for name, module in layers.items()})
         self._linear = layers | {saved: layers[name] for saved, name in in_files.items()}
         """Linear layers with untied weights, by the weights' names in the model and in the files."""
-        self._stacks = [] if folder.foreign else folder_stacks(folder.model, folder.weights)
+        self._stacks = folder_stacks(folder.model, folder.weights)
         self._grids = grids(folder.model, encoding.values, encoding.embeddings)
         self._pruned_layers: dict[str, str] = {}
         if folder.pruned_scales is not None:
@@ -330,13 +292,6 @@ class _Planner:
         facts = ManifestFacts() if tensor is None else _facts_of([tensor])
         if "" in parts:
             return FolderRecipe(folder.weights.size(parts[""])[0], facts, parts)
-        if folder.foreign:
-            lacking = sorted(stored for stored in parts.values() if stored not in folder.weights.names)
-            if lacking:
-                raise ExportError(f"{folder.path} lacks {lacking[0]}, a part of a weight in {folder.foreign.method}")
-            shape = tuple(folder.model.get_parameter(name).shape)
-            matrix = shape[::-1] if transposed else shape
-            return FolderRecipe(_model_dtype(folder, name), facts, parts, folder.foreign, matrix, transposed)
         matrix = linear_shape(layer) if layer is not None else tuple(embedding_tables(folder.model)[name].shape)
         form, dtype = _form_of_parts(folder, name, parts, matrix[1])
         return FolderRecipe(dtype, facts, parts, form, matrix, transposed)
@@ -349,7 +304,7 @@ class _Planner:
         folder, known = self._folder, self._folder.weights.names
         model_names = (*dict(folder.model.named_parameters()), *dict(folder.model.named_buffers()))
         by_model = {at: name for name in model_names if (at := folder.weights.find(name)) is not None}
-        part_of = _foreign_parts(folder, folder.foreign) if folder.foreign else {}
+        part_of: dict[str, tuple[str, str]] = {}
         if not folder.encoding.is_plain:
             for weight in {**self._linear, **embedding_tables(folder.model)}:
                 parts = _parts_of(weight, set(known), folder)
@@ -379,24 +334,6 @@ def _facts_of(tensors: Sequence[ExportedTensor], num_matrices: int | None = None
         return ManifestFacts(tensors[0].origin, sums, pruned, error)
     is_pruned = len(pruned) == num_matrices
     return ManifestFacts("pruned" if is_pruned else "model", sums, pruned if is_pruned else (), error)
-
-
-def _foreign_parts(folder: FolderContents, form: ForeignFormat) -> dict[str, tuple[str, str]]:
-    """Return (model's name, part) of the parts of another library's weights, by their names in the files.
-
-    Raises ExportError.
-    """
-    prefix = f"{getattr(folder.model, 'base_model_prefix', '')}.".removeprefix(".")
-    known = dict(folder.model.named_parameters())
-    part_of: dict[str, tuple[str, str]] = {}
-    for stored, parts in form.weights(set(folder.weights.names)).items():
-        name = next((n for n in (stored, stored.removeprefix(prefix), prefix + stored) if n in known), None)
-        if name is None:
-            raise ExportError(f"{folder.path} has {stored} in {form.method}, and the model has no such weight")
-        part_of |= {file: (name, part) for part, file in parts.items()}
-    if not part_of:
-        raise ExportError(f"{folder.path} has no weight in {form.method}, although its {CONFIG_FILE} says so")
-    return part_of
 
 
 def _parts_of(weight: str, known: set[str], folder: FolderContents) -> dict[str, str]:

@@ -154,7 +154,6 @@ def export_folder(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     vocabulary: Vocabulary | None = None,
-    dequantize: bool = False,
 ) -> Facts:
     """Write a dense model folder with pruned weights, or one of our packed folders, to ``out``, atomically.
 
@@ -164,7 +163,6 @@ def export_folder(
     Args:
         tokenizer: the folder's tokenizer, required with ``vocabulary``.
         vocabulary: ``tokenizer`` with fewer tokens; only their rows are written. None keeps all tokens.
-        dequantize: True if the folder is in GPTQ, AWQ, bitsandbytes or MXFP4, and is converted to floats first.
 
     Raises ExportError.
     """
@@ -172,7 +170,7 @@ def export_folder(
     _require_free(out, encoding)
     if out.resolve() == source.resolve():
         raise ExportError(f"--out {out} is the folder to read. Name another folder")
-    folder = open_folder(source, dequantize=dequantize)
+    folder = open_folder(source)
     jobs, origin = plan_folder(folder, encoding, options.dtype)
     facts = {"kind": encoding.packing, **{key: folder.facts.get(key) for key in _KEPT_FACTS}}
     facts["metrics"] = facts["metrics"] or {}

@@ -22,7 +22,6 @@ import torch
 from pst_ds.core.packings import COMPRESSED_TENSORS, DENSE, FOR_COMPRESSED_TENSORS, GROUPS, PACKINGS
 from pst_ds.core.quantization import Grid
 from pst_ds.formats.compressed_tensors import IntQuantizedFormat, PackQuantizedFormat
-from pst_ds.formats.foreign import ForeignFormat
 from pst_ds.formats.parts import VALUE_DTYPES, FormatError, PackedFormat, Part
 from pst_ds.formats.quantized import QuantizedFormat
 from pst_ds.formats.rows import mask_row_bits, row_bits
@@ -74,7 +73,6 @@ def form_of(packing: str, parts: Mapping[str, Part], columns: int) -> PackedForm
 __all__ = [
     "FORMATS",
     "VALUE_DTYPES",
-    "ForeignFormat",
     "FormatError",
     "PackedFormat",
     "Part",

@@ -59,8 +59,6 @@ class ExportSettings:
     """8 or 16: activations of quantised products in ONNX, or of int8 layers in compressed-tensors."""
     plain: bool = False
     """With format "onnx": dense fp32 weights and standard operators only."""
-    dequantize: bool = False
-    """True if the source is a model folder in GPTQ, AWQ, bitsandbytes or MXFP4."""
     shard_bytes: int = SHARD_BYTES
     """Size limit of a weight file."""
 
@@ -115,10 +113,6 @@ def export_run(
     """
     settings = settings or ExportSettings()
     config = run if isinstance(run, RunConfig) else load_run_or_folder(run)
-    if settings.dequantize:
-        raise InputError(
-            f"{config.output_dir} is a run, and --dequantize is for folders of other libraries. Remove --dequantize"
-        )
     if settings.format == ONNX:
         return _to_onnx(lambda at, how: export_run(config, at, how, checkpoint=checkpoint), Path(out), settings)
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(config, checkpoint)
@@ -156,11 +150,8 @@ def export_model_folder(source: str | Path, out: str | Path, settings: ExportSet
         tokenizer = open_tokenizer(source, str(source), "Name a folder with a tokenizer")
         tokens = _tokens_of_file(settings.vocabulary, tokenizer)
         vocabulary = trim(tokenizer, tokens | ids_of_model(model_of(source)))
-    options = settings.options()
     return _with_token_count(
-        export_folder(
-            source, Path(out), options, tokenizer=tokenizer, vocabulary=vocabulary, dequantize=settings.dequantize
-        )
+        export_folder(source, Path(out), settings.options(), tokenizer=tokenizer, vocabulary=vocabulary)
     )
 
 

@@ -13,7 +13,6 @@ from torch import nn
 
 from pst_ds.errors import InputError, first_line, shortened
 from pst_ds.file_names import MANIFEST_FILE
-from pst_ds.formats.foreign import METHODS
 from pst_ds.nn.sharded_weights import read_by_every_rank
 
 if TYPE_CHECKING:
@@ -78,8 +77,7 @@ class Pretrained:
                 "--format dense --out DIR"
             )
         named = getattr(method, "value", method)
-        fix = f", or dequantise it: pst-ds export {self.path} --dequantize --out DIR" if named in METHODS else ""
-        raise InputError(f"{self} is quantised ({named}), and its weights cannot be ranked. Name the original{fix}")
+        raise InputError(f"{self} is quantised ({named}), and its weights cannot be ranked. Name the original")
 
     def shapes(
         self, kind: Any, config: PreTrainedConfig, *, dtype: torch.dtype | None = None, purpose: str = "", fix: str = ""

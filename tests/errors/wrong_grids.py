@@ -11,16 +11,9 @@ def _prune(*arguments: str):
     return lambda shop: shop.prune("--method", "sparsegpt", "--samples", "4", *arguments)
 
 
-def _foreign(method: str, *arguments: str, **settings: object):
-    def made(shop: Workshop) -> list[str]:
-        folder = shop.model(quantization_config={"quant_method": method, **settings})
-        return ["export", str(folder), "--out", f"{shop.tmp}/out", *arguments]
-
-    return made
-
-
-def _named(method: str) -> Wrong:
-    return Wrong(_foreign(method), "{tmp}/model", f"is quantised ({method})", "Add --dequantize")
+def _quantised_folder(shop: Workshop) -> list[str]:
+    folder = shop.model(quantization_config={"quant_method": "gptq", "bits": 4})
+    return ["export", str(folder), "--out", f"{shop.tmp}/out"]
 
 
 GRIDS = {
@@ -71,29 +64,7 @@ GRIDS = {
     "zeros that are kept, and others": Wrong(
         _prune("--keep-zeros", "--bits", "8", "--sparsity", "0.5"), "--keep-zeros", "--sparsity 0.5", "Remove"
     ),
-    "a base in bitsandbytes": _named("bitsandbytes"),
-    "a base in GPTQ": _named("gptq"),
-    "a base in AWQ": _named("awq"),
-    "a base in MXFP4": _named("mxfp4"),
-    "a base in a format that is not read": Wrong(
-        _foreign("aqlm"), "{tmp}/model", "is quantised (aqlm)", "Export the model before it was quantised"
-    ),
-    "plain numbers of what is not read": Wrong(
-        _foreign("aqlm", "--dequantize"), "{tmp}/model/config.json", "aqlm", "gptq, awq, bitsandbytes, mxfp4 are"
-    ),
-    "plain numbers of bits that are not read": Wrong(
-        _foreign("gptq", "--dequantize", bits=3), "{tmp}/model/config.json", "not 3", "2, 4 or 8 bits"
-    ),
-    "plain numbers of a folder without a quantised weight": Wrong(
-        _foreign("gptq", "--dequantize", bits=4), "{tmp}/model", "no weight in gptq", "config.json says so"
-    ),
-    "plain numbers of plain numbers": Wrong(
-        words("export", "{made}/dense", "--out", "{tmp}/out", "--dequantize"),
-        "{made}/dense",
-        "is not quantised by another library",
-        "Remove --dequantize",
-    ),
-    "plain numbers of a run": Wrong(
-        words("export", "{made}/run", "--out", "{tmp}/out", "--dequantize"), "{made}/run", "is a run", "--dequantize"
+    "a base that another library has quantised": Wrong(
+        _quantised_folder, "{tmp}/model", "is quantised (gptq)", "Export the model before it was quantised"
     ),
 }  # fmt: skip
