@@ -40,6 +40,8 @@ class Machine:
     """Implementation that runs there, see :data:`pst_ds.planning.time.COUNTS`."""
     launch_seconds: Rate = 5.5e-6
     """Seconds between two launches of the host; the default is that of eager torch programs on GPUs."""
+    triton_launch_seconds: Rate = 2e-5
+    """The same for a Triton kernel; its launcher took 17 us (merge) to 31 us (scores) on a loaded AMD EPYC."""
     instructions: Rate = 0.0
     """Instructions per second, one lane each, of the kernel that scores weights; 0 where memory decides."""
     update_seconds: Rate = 0.0

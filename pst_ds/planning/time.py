@@ -20,6 +20,28 @@ HISTOGRAMS = 3
 
 
 @dataclass(frozen=True, slots=True)
+class Launches:
+    """Launches of the host, which takes longer in Triton's launcher than in torch's."""
+
+    torch: float = 0
+    """Operators of torch, and waits."""
+    triton: float = 0
+
+    def __add__(self, other: Launches) -> Launches:
+        return Launches(self.torch + other.torch, self.triton + other.triton)
+
+    def __mul__(self, times: float) -> Launches:
+        return Launches(self.torch * times, self.triton * times)
+
+    @property
+    def total(self) -> float:
+        return self.torch + self.triton
+
+    def seconds(self, machine: Machine) -> float:
+        return self.torch * machine.launch_seconds + self.triton * machine.triton_launch_seconds
+
+
+@dataclass(frozen=True, slots=True)
 class Counts:
     """Bytes and launches of one implementation besides matrix products, for 16-bit weights and the pattern "matrix".
 
@@ -29,28 +51,30 @@ class Counts:
 
     merge_bytes: float
     """Per weight, to compute M . W in a forward pass."""
-    forward_launches: int
+    forward_launches: Launches
     """Per forward pass of a layer, including its product."""
     backward_bytes: float
     """Per weight: M . W again, and everything computed from G."""
-    layer_launches: int
+    layer_launches: Launches
     """Per backward pass of a layer, regardless of its size."""
-    band_launches: int
+    band_launches: Launches
     """Per band of rows of a layer's backward pass, including the products of its tile."""
     update_bytes: float
     """Per weight of a rank's shard, in a mask update."""
-    update_launches: int
+    update_launches: Launches
     """Per matrix, in a mask update."""
-    shared_launches: int
+    shared_launches: Launches
     """Per mask update, for all matrices together, including the host's waits."""
     update_instructions: float = 0.0
     """Per scored weight, in instructions of 32 lanes (sm_90); 0 where bytes decide."""
 
 
 COUNTS = {
-    "triton": Counts(4.1, 2, 18.1, 20, 11, 3.7, 5, 37, update_instructions=73.2),
-    "torch": Counts(22.1, 9, 54.4, 20, 22, 461, 104, 103),
-    "native": Counts(10, 0, 40, 0, 0, 0, 0, 0),
+    "triton": Counts(
+        4.1, Launches(1, 1), 18.1, Launches(20), Launches(10, 1), 3.7, Launches(1, 4), Launches(32, 5), 73.2
+    ),
+    "torch": Counts(22.1, Launches(9), 54.4, Launches(20), Launches(22), 461, Launches(104), Launches(103)),
+    "native": Counts(10, Launches(), 40, Launches(), Launches(), 0, Launches(), Launches()),
 }
 """By implementation: Triton kernels (NVIDIA from sm_80), torch's operators only, or C++ loops on a CPU, which launch
 nothing, keep a band in the cache, and whose mask update has a measured rate."""
@@ -207,8 +231,8 @@ def time_plan(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Ma
     counts, again = COUNTS[machine.code], 2 if batch.checkpointing else 1
     moved = model.pruned_weights * (counts.merge_bytes * again + counts.backward_bytes) + batch.moved
     moved += model.coded_weights * EXPAND_BYTES * (again + 1)
-    launches = model.num_layers * (counts.forward_launches * again + counts.layer_launches)
-    launches += model.num_bands * counts.band_launches
+    launches = (counts.forward_launches * again + counts.layer_launches) * model.num_layers
+    launches += counts.band_launches * model.num_bands
     in_step, in_update = step_traffic(model, zero, batch), update_traffic(model, zero)
     step = _step_seconds(model, zero, batch, machine, in_step, step_flops(model, batch), moved, launches)
     update_compute = _update_seconds(model, zero, machine)
@@ -235,7 +259,7 @@ def _step_seconds(
     traffic: Traffic,
     flops: float,
     moved: float,
-    launches: int,
+    launches: Launches,
 ) -> tuple[float, float, float]:
     """Return seconds of computation, network and launches in a step.
 
@@ -246,8 +270,8 @@ def _step_seconds(
     trained = model.trainables * (reduced + OPTIMIZER_BYTES / (zero.world_size if zero.stage else 1))
     compute = batch.micro_batches * (flops / machine.flops + moved / machine.memory_bytes)
     network = machine.transfer_seconds(traffic.received, traffic.collectives, zero.world_size)
-    launches = batch.micro_batches * (launches + batch.launches + REDUCE_LAUNCHES * model.num_trainables)
-    launching = (launches + traffic.collectives) * machine.launch_seconds
+    launches += Launches(batch.launches + REDUCE_LAUNCHES * model.num_trainables)
+    launching = (launches * batch.micro_batches + Launches(traffic.collectives)).seconds(machine)
     return compute + trained / machine.memory_bytes, network, launching
 
 
@@ -265,8 +289,8 @@ def _update_seconds(model: ModelNumbers, zero: ZeroSettings, machine: Machine) -
     bound = counts.update_bytes / machine.memory_bytes
     if machine.instructions:
         bound = max(bound, counts.update_instructions / machine.instructions)
-    launches = model.num_matrices * counts.update_launches + counts.shared_launches
-    return max(weights * bound, launches * machine.launch_seconds)
+    launches = counts.update_launches * model.num_matrices + counts.shared_launches
+    return max(weights * bound, launches.seconds(machine))
 
 
 def _full_step(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Machine) -> float:
@@ -283,6 +307,6 @@ def _full_step(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: M
     gathered = int(batch.gathered * full.whole_bytes / model.whole_bytes)
     batch = replace(batch, gathered=gathered, teacher_weights=0, own_teacher=False)
     flops = step_flops(full, batch) + 2 * full.dense_weights * batch.tokens
-    launches = full.num_layers * (4 if batch.checkpointing else 3)
+    launches = Launches(full.num_layers * (4 if batch.checkpointing else 3))
     traffic = step_traffic(full, zero, batch)
     return _together(*_step_seconds(full, zero, batch, machine, traffic, flops, batch.moved, launches), machine)

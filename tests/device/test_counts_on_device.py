@@ -55,8 +55,8 @@ def passes(outputs):
 def test_a_layer_moves_and_launches_what_is_planned():
     small, large = passes(OUT), passes(2 * OUT)
     assert [launches for launches, _ in small] == [launches for launches, _ in large]
-    assert small[0][0] == PLANNED.forward_launches
-    assert small[1][0] == PLANNED.layer_launches + PLANNED.band_launches
+    assert small[0][0] == PLANNED.forward_launches.total
+    assert small[1][0] == (PLANNED.layer_launches + PLANNED.band_launches).total
     for one, two, planned in zip(small, large, (PLANNED.merge_bytes, PLANNED.backward_bytes), strict=True):
         sums = (2 * OUT + IN) / (OUT + IN)  # what factors take grows with outputs + inputs
         assert (two[1] - sums * one[1]) / ((2 - sums) * OUT * IN) == pytest.approx(planned, rel=0.01)
@@ -73,8 +73,8 @@ def test_a_mask_update_moves_and_launches_what_is_planned():
             launches, waits = counts.launches - before[0], counts.num_waits - before[2]
             found.append((launches + waits, (counts.bytes_moved - before[1]) / (number * OUT * IN)))
     each = (found[1][0] - found[0][0]) / 2
-    assert each == PLANNED.update_launches
-    assert found[0][0] - 2 * each == PLANNED.shared_launches
+    assert each == PLANNED.update_launches.total
+    assert found[0][0] - 2 * each == PLANNED.shared_launches.total
     assert each <= 120
     assert [nbytes for _, nbytes in found] == pytest.approx([PLANNED.update_bytes] * 2, rel=0.05)
 

@@ -28,11 +28,14 @@ def kernels_on_device(monkeypatch):
     def launch(kernel, grid, *args, **constants):
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         counts.launches += 1
+        launched.append(kernel)
         counts.bytes_moved += sum(t.numel() * t.element_size() for t in tensors)
         real(kernel, grid, *(to_host(arg) if isinstance(arg, torch.Tensor) else arg for arg in args), **constants)
 
+    launched = []
     monkeypatch.setattr(merge, "launch", launch)
     monkeypatch.setattr(merge, "serves", lambda device: device == DEVICE)
+    return launched
 
 
 def passes(outputs):
@@ -58,8 +61,9 @@ def passes(outputs):
 def test_a_layer_moves_and_launches_what_is_planned(kernels_on_device):
     small, large = passes(OUT), passes(2 * OUT)
     assert [launches for launches, _ in small] == [launches for launches, _ in large]
-    assert small[0][0] == PLANNED.forward_launches
-    assert small[1][0] == PLANNED.layer_launches + PLANNED.band_launches
+    backward = PLANNED.layer_launches + PLANNED.band_launches
+    assert (small[0][0], small[1][0]) == (PLANNED.forward_launches.total, backward.total)
+    assert len(kernels_on_device) == 2 * (PLANNED.forward_launches + backward).triton
     for one, two, planned in zip(small, large, (PLANNED.merge_bytes, PLANNED.backward_bytes), strict=True):
         sums = (2 * OUT + IN) / (OUT + IN)  # what factors take grows with outputs + inputs
         assert (two[1] - sums * one[1]) / ((2 - sums) * OUT * IN) == pytest.approx(planned, rel=0.01)
