@@ -17,9 +17,12 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pst_ds.errors import InputError
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -32,6 +35,15 @@ _SIGNALS_OF_JOBS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
 _group_numbers = itertools.count()
 
 
+def store_connection() -> dist.Store | None:
+    """Return this thread's connection to the store, since a waiting one blocks others; None for a single rank."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+
+
 class StoreGroup:
     """Exchange small JSON values between all ranks, from threads that run while training uses the process group.
 
@@ -40,15 +52,10 @@ class StoreGroup:
     """
 
     def __init__(self) -> None:
-        import torch.distributed as dist
-
         from pst_ds.parallel.ranks import rank, world_size
 
         self._rank, self._world = rank(), world_size()
-        self._store: dist.Store | None = None
-        if dist.is_initialized() and self._world > 1:
-            # a separate connection: a waiting one blocks every other thread that uses it
-            self._store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+        self._store = store_connection()
         self._name, self._round = f"pst_ds/{next(_group_numbers)}", 0
 
     def decide(self, value: T, decision: Callable[[Sequence[T]], R]) -> R:

@@ -18,8 +18,8 @@ from types import FrameType
 
 from pst_ds.atomic_files import LOCK, only_writer
 from pst_ds.file_names import ATTEMPTS_FILE, CHECKPOINTS, EXIT_CODES_VARIABLE, FINETUNED, LATEST, LAUNCH, STALLS
+from pst_ds.parallel.stall_verdict import VERDICT_FILE, blamed_hosts
 from pst_ds.parallel.stop_signals import EXIT_STOPPED
-from pst_ds.parallel.watchdog import VERDICT_FILE, blamed_hosts
 from pst_ds.supervise.hosts import Hosts
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)

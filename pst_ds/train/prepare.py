@@ -20,6 +20,7 @@ from pst_ds.nn.model_structure import model_width
 from pst_ds.parallel.ds_config import RunNumbers, load_deepspeed_config, resolve_deepspeed_config, zero_stage
 from pst_ds.parallel.launch import LaunchEnvironment, device_of, init_distributed
 from pst_ds.parallel.ranks import raise_together
+from pst_ds.parallel.watchdog import longest_wait
 from pst_ds.train.model import kept_in_fp32, load_tokenizer, meta_model, num_trainable
 from pst_ds.train.objective import require_teacher
 from pst_ds.train.run_context import RunContext
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _AFTER_STALL_SECONDS = 60.0
-"""By how much collectives outlast the watchdog's patience, so that the watchdog reports which rank hangs."""
+"""By how much collectives outlast the watchdog's verdict."""
 
 
 def prepare(
@@ -58,7 +59,8 @@ def prepare(
         problem = error  # possibly on this rank only: the process group has to exist to tell the others
     if run.deepspeed_config:
         timeout = run.train.stall_timeout_seconds
-        init_distributed(launch, timeout_seconds=timeout + _AFTER_STALL_SECONDS if timeout else 0.0)
+        until = timeout + longest_wait(timeout) + _AFTER_STALL_SECONDS
+        init_distributed(launch, timeout_seconds=until if timeout else 0.0)
     raise_together(problem)
     return context
 
