@@ -6,6 +6,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 # Keep freed memory in the process: glibc would otherwise fault every large temporary in anew.
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1073741824}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-1073741824}
+# Compile Triton kernels into a folder on each host's disk: hundreds of ranks would compile them in a shared home at once.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-$(id -u)}
 
 # --help: the comment at the top of the script, without the lines for the shell and for Slurm.
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then

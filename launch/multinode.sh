@@ -7,7 +7,7 @@
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "$0")/common.sh"
-forwarded='CUDA|DS|GLOO|HF|MALLOC|NCCL|OMP|PST_DS|TOKENIZERS|TORCH|TRANSFORMERS'
+forwarded='CUDA|DS|GLOO|HF|MALLOC|NCCL|OMP|PST_DS|TOKENIZERS|TORCH|TRANSFORMERS|TRITON'
 
 [[ ${1:-} == --hostfile && -f ${2:-} ]] || refuse "--hostfile FILE, an existing file, comes first, not '${*:1:2}'"
 [[ $# -gt 2 ]] || refuse "the run file is missing"

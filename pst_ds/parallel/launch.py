@@ -106,6 +106,7 @@ def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0)
         index = _device_index(launch, get_accelerator().device_count())
         os.environ["LOCAL_RANK"] = str(index)
         get_accelerator().set_device(index)
+        require_own_triton_cache()
     timeout = {"timeout": timedelta(seconds=timeout_seconds)} if timeout_seconds else {}
     if launch.world_size == 1 and not dist.is_initialized():
         dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
@@ -116,11 +117,24 @@ def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0)
     deepspeed.init_distributed(dist_backend=_backend(), auto_mpi_discovery=False, verbose=False, **timeout)
 
 
+def require_own_triton_cache() -> None:
+    """Create the folder TRITON_CACHE_DIR if it is set. Raises InputError if it belongs to another user of the host,
+    whose code Triton would run."""
+    if not (folder := os.environ.get("TRITON_CACHE_DIR")):
+        return
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    if os.stat(folder).st_uid != os.getuid():
+        raise InputError(
+            f"TRITON_CACHE_DIR = {folder!r} belongs to another user of {socket.gethostname()}. Set it to a folder of "
+            "yours on a local disk"
+        )
+
+
 def _prepare_connections(world_size: int) -> None:
     if world_size > FEW_RANKS:
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # connects a pair of ranks at its first message
     least, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if least != most:  # the store has two connections to each rank, and 1,024 open files are the usual limit
+    if least != most:  # the store has three connections to each rank, and 1,024 open files are the usual limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 

@@ -53,6 +53,13 @@ def _job(tmp_path: Path, script: str, *arguments: str, **variables: str) -> tupl
     return done.returncode, {path.name: path.read_text(encoding="utf-8") for path in record.iterdir()}
 
 
+def test_triton_compiles_into_a_local_folder_of_the_user():
+    script = f'source {FOLDER}/common.sh; echo "$TRITON_CACHE_DIR"'
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_CACHE_DIR"}
+    assert _run("bash", "-c", script, env=env).stdout == f"/tmp/triton-{os.getuid()}\n"
+    assert _run("bash", "-c", script, env=env | {"TRITON_CACHE_DIR": "/scratch"}).stdout == "/scratch\n"
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_help_says_how_to_start_it_and_no_arguments_are_refused(script):
     helped = _run("bash", str(script), "--help")

@@ -38,6 +38,16 @@ def test_the_process_s_own_environment_is_the_default(monkeypatch):
     assert launch_environment() == LaunchEnvironment(3, 8, 1)
 
 
+def test_a_triton_cache_of_another_user_is_refused(monkeypatch, tmp_path):
+    folder = tmp_path / "triton"
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+    launch.require_own_triton_cache()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
+    with pytest.raises(InputError, match=r"TRITON_CACHE_DIR = .* belongs to another user"):
+        launch.require_own_triton_cache()
+
+
 @pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
 def test_half_a_launch_is_refused(missing):
     environ = {name: value for name, value in TORCHRUN.items() if name != missing}
