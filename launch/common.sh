@@ -1,14 +1,13 @@
 # Sourced by the other scripts: what every rank's environment holds, and a launcher that can be asked to stop.
 # shellcheck shell=bash
 
-# One thread a rank, or what Slurm gives each: spinning threads of many ranks on few cores cost a factor of ten.
+# One thread per rank, or what Slurm gives each: spinning threads of many ranks on few cores cost a factor of ten.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+# Compile Triton kernels on each host's disk, since hundreds of ranks would compile in a shared home at once.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-$(id -u)}
 # Keep freed memory in the process: glibc would otherwise fault every large temporary in anew.
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1073741824}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-1073741824}
-# Compile Triton kernels into a folder on each host's disk: hundreds of ranks would compile them in a shared home at once.
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-$(id -u)}
-
 # --help: the comment at the top of the script, without the lines for the shell and for Slurm.
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
   sed -n '/^#!\|^#SBATCH/d; /^#/!q; s/^# \{0,3\}//p' "$0"

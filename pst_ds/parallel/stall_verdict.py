@@ -108,7 +108,7 @@ def collect(
 def verdict_of(
     reports: Collection[StallReport], hosts: Sequence[str], timeout: float, late: Collection[int] = ()
 ) -> Verdict:
-    """Judge the ranks on ``hosts`` by the reports that arrived. ``late`` ranks have none, and may be healthy.
+    """Judge the ranks on ``hosts`` by the reports that arrived. ``late`` ranks sent no report, and may be healthy.
 
     A rank with the fewest heartbeats that waits for no other hangs. Without one, a rank without report is at fault.
     """
