@@ -20,7 +20,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     add("--load-as", choices=("auto", "sparse", "dense"), default="auto", help="keep weights packed, or unpack them")
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the folder's")
     add("--threads", type=count, metavar="N", help="threads (default: OMP_NUM_THREADS, or all cores)")
-    engine = "the native loop, or transformers; auto: native on a CPU for quantised weights and --store"
+    engine = "the native loop, or transformers; auto: native on a CPU for quantised weights; always with --store"
     add("--engine", choices=("auto", "native", "torch"), default="auto", help=engine)
 
 
@@ -28,19 +28,19 @@ def native_decoder(
     args: argparse.Namespace, folder: ModelFolder, device: str, context: int, **options: Unpack[Options]
 ) -> Decoder | None:
     """Return the native decoder if ``args`` ask for it, if it is certainly faster, or for users. Raises InputError."""
-    asked = {"load-as": args.load_as != "auto", "dtype": args.dtype}
-    chosen = [f"--{name}" for name, value in asked.items() if value]
-    if args.engine == "native" and (chosen or device != "cpu"):
-        raise InputError(f"--engine native is for a CPU. Omit {' and '.join(chosen) or device}")
-    is_plain = args.engine == "auto" and folder.values is None and options.get("users") is None
-    if args.engine == "torch" or chosen or device != "cpu" or is_plain:
+    asked = {"--load-as": args.load_as != "auto", "--dtype": args.dtype, "--engine torch": args.engine == "torch"}
+    against = [*(name for name, value in asked.items() if value), *([device] if device != "cpu" else [])]
+    wanted = "--store" if options.get("users") is not None else "--engine native" if args.engine == "native" else ""
+    if wanted and against:
+        raise InputError(f"{wanted} is for the native decoder on a CPU. Omit {' and '.join(against)}")
+    if against or not (wanted or folder.values):
         return None
     from pst_ds.inference.decoder import Decoder, DecoderError
 
     try:
         return Decoder.from_pretrained(folder.path, context, **options)
     except (DecoderError, RuntimeError) as error:
-        if args.engine == "native":
+        if wanted:
             raise InputError(str(error)) from None
         print(f"using transformers instead of the native loop: {error}", file=sys.stderr)
         return None

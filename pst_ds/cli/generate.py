@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = device_of(LaunchEnvironment(0, 1, 0))
+    device = device_of(LaunchEnvironment(0, 1, 0)) if args.store is None else "cpu"
     folder = open_model_folder(args.model)
     folder.require_causal()
     store = UserStore(Path(args.store)) if args.store is not None else None
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     new_tokens, prompt_tokens = _new_tokens(args, ids, folder), len(ids)
     start = time.perf_counter()
     context = prompt_tokens + new_tokens
-    model = _decoder(args, folder, device, context, store) or _loaded(args, folder, device, store)
+    model = _decoder(args, folder, device, context, store) or _loaded(args, folder, device)
     load_seconds = time.perf_counter() - start
     if new_tokens < args.max_new_tokens:
         print(f"stops after {new_tokens} tokens: the model has {prompt_tokens + new_tokens} positions", file=sys.stderr)
@@ -115,15 +115,12 @@ def _decoder(
     return decoder
 
 
-def _loaded(args: argparse.Namespace, folder: ModelFolder, device: str, store: UserStore | None) -> PreTrainedModel:
-    """Return the transformers model, optimised for decoding, with the adapter of ``--user``. Raises InputError."""
+def _loaded(args: argparse.Namespace, folder: ModelFolder, device: str) -> PreTrainedModel:
+    """Return the transformers model, optimised for decoding. Raises InputError."""
     from pst_ds.inference.runtime.attention import quicken_decoding
-    from pst_ds.inference.serve.users import ServedUsers
 
     model = folder.load(args.load_as, args.dtype, device)
     quicken_decoding(model)
-    if store is not None:
-        ServedUsers(model, folder.path, store).assign([args.user])
     return model
 
 

@@ -176,7 +176,8 @@ def _service(
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    device, positions = device_of(LaunchEnvironment(0, 1, 0)), positions_of(folder.config)
+    device = device_of(LaunchEnvironment(0, 1, 0)) if store is None else "cpu"
+    positions = positions_of(folder.config)
     ends = folder.end_tokens(tokenizer)
     cache_bytes = round(1e9 * (args.memory or _memory_of_cache()) / args.workers)
     decoder = native_decoder(
@@ -186,7 +187,7 @@ def _service(
         positions = decoder.context
         answering: Answering = Slots(decoder, ends=ends, most_waiting=args.max_waiting)
     else:
-        answering = _batches(args, folder, tokenizer, store, device, ends)
+        answering = _batches(args, folder, tokenizer, device, ends)
     limits = Limits(
         body_bytes=args.max_body,
         prompt_tokens=args.max_prompt_tokens or 0,
@@ -209,25 +210,18 @@ def _service(
 
 
 def _batches(
-    args: argparse.Namespace,
-    folder: ModelFolder,
-    tokenizer: PreTrainedTokenizerBase,
-    store: UserStore | None,
-    device: str,
-    ends: list[int],
+    args: argparse.Namespace, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, device: str, ends: list[int]
 ) -> Batches:
-    """Load the transformers model, with the adapters of the store. Raises InputError."""
+    """Load the transformers model. Raises InputError."""
     from pst_ds.inference.runtime.attention import quicken_decoding
     from pst_ds.inference.serve.batches import Batches
-    from pst_ds.inference.serve.users import ServedUsers
 
     if args.memory:
         raise InputError("--memory is for the native loop, which is not used here. Add --engine native")
     model = folder.load(args.load_as, args.dtype, device)
     quicken_decoding(model)
-    users = None if store is None else ServedUsers(model, folder.path, store)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
-    return Batches(model, pad=pad, ends=ends, users=users, most_in_batch=args.max_batch, most_waiting=args.max_waiting)
+    return Batches(model, pad=pad, ends=ends, most_in_batch=args.max_batch, most_waiting=args.max_waiting)
 
 
 def _memory_of_cache() -> float:

@@ -25,7 +25,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from pst_ds.inference.decoder import Decoder
-from pst_ds.nn.batched_updates import LEFT, RIGHT
+from pst_ds.nn.personal_updates import LEFT, RIGHT
 from tools.bench.timing import medians
 from tools.demo.films import reviews, split_of_film
 from tools.verbs import verb

@@ -1,6 +1,6 @@
 """Low-rank updates of looked-up rows of W0 (an embedding), and beta (x V') U' of inputs x as a separate product.
 
-Names: n rows in the table, d its width, r the rank, N rows looked up; of a layer O outputs, I inputs, B samples.
+Names: n rows in the table, d its width, r the rank, N rows looked up; of a layer O outputs, I inputs.
 """
 
 from __future__ import annotations
@@ -54,14 +54,3 @@ def row_gradients(
 def beside(x: Tensor, left: Tensor, right: Tensor, beta: float) -> Tensor:
     """Return beta (x V') U' of one user, (..., O), for x (..., I), U ``left`` (O, r) and V ``right`` (r, I)."""
     return beta * linear(linear(x, right), left)
-
-
-def with_beside_each(y: Tensor, x: Tensor, left: Tensor, right: Tensor, beta: float) -> Tensor:
-    """Return y + beta (x V') U' with one user per sample, (B, ..., O), in the dtype of y.
-
-    y (B, ..., O), x (B, ..., I), U (B, O, r) and V (B, r, I), in whose dtype it is computed.
-    """
-    samples = x.shape[0]
-    inner = torch.bmm(x.reshape(samples, -1, x.shape[-1]).to(right.dtype), right.transpose(1, 2))
-    rows = y.reshape(samples, -1, y.shape[-1]).to(left.dtype)
-    return torch.baddbmm(rows, inner, left.transpose(1, 2), alpha=beta).to(y.dtype).view(y.shape)

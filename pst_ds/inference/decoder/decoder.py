@@ -131,9 +131,9 @@ class Decoder:
         model = opened.load("sparse" if packed else "auto", "fp32")
         tables = stored_tables(opened.path, model) if packed else None
         if (users := options.get("users")) is not None:
-            from pst_ds.inference.serve.users import ServedUsers
+            from pst_ds.inference.decoder.users import require_fitting
 
-            ServedUsers(model, opened.path, users).close()  # for its checks
+            require_fitting(model, opened.path, users)
         return cls.from_model(model, context, verify=verify, tables=tables, **options)
 
     def with_fp32_cache(self, context: int, first: int = 0) -> Decoder:

@@ -15,28 +15,20 @@ from pst_ds.inference.serve.jobs import Answering, ClosingError, Job
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from pst_ds.inference.serve.users import ServedUsers
     from pst_ds.train.users.store import State
 
 _LOG = logging.getLogger(__name__)
 
 
 class Batches(Answering):
-    """Decodes waiting jobs in batches. A batch runs until its last sequence ends, and others wait."""
+    """Decodes waiting jobs of the base model in batches. A batch runs until its last sequence ends, and others wait."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        pad: int,
-        ends: Collection[int],
-        users: ServedUsers | None = None,
-        most_in_batch: int = 8,
-        most_waiting: int = 64,
+        self, model: PreTrainedModel, *, pad: int, ends: Collection[int], most_in_batch: int = 8, most_waiting: int = 64
     ):
         """``model``: a transformers causal model in eval mode. ``ends``: tokens that end a sequence."""
         super().__init__(ends, most_waiting)
-        self._model, self._pad, self._users, self._most = model, pad, users, most_in_batch
+        self._model, self._pad, self._most = model, pad, most_in_batch
         known = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in known
         self._takes_last = "logits_to_keep" in known
@@ -45,15 +37,10 @@ class Batches(Answering):
 
     @torch.inference_mode()
     def warm_up(self, prompt: Sequence[int], states: Sequence[State | None]) -> None:
-        """Compute two steps of a batch with ``states`` before any job, so that everything is compiled."""
-        if self._users is not None:
-            self._users.assign_states(states)
-        ids = torch.tensor([list(prompt)] * len(states), device=self._model.device)
+        ids = torch.tensor([list(prompt)], device=self._model.device)
         mask = torch.ones_like(ids)
         _, cache = self._step(ids, mask, None)
         self._step(ids[:, -1:], torch.cat([mask, mask[:, :1]], 1), cache)
-        if self._users is not None:
-            self._users.assign_states(())
 
     @property
     def running(self) -> int:
@@ -71,8 +58,6 @@ class Batches(Answering):
             if jobs:
                 self._write(jobs)
             self._batch = []
-            if self._users is not None:
-                self._users.assign_states(())  # which frees what the batch had of its users
         for job in self._waiting:
             job.end(ClosingError())
 
@@ -81,7 +66,7 @@ class Batches(Answering):
         try:
             self._decode(jobs)
             return
-        except Exception as error:  # of the model or a user's state; the next batch may succeed
+        except Exception as error:  # of the model; the next batch may succeed
             _LOG.exception("a batch of %d requests failed", len(jobs))
             if len(jobs) == 1:
                 jobs[0].end(error)
@@ -91,8 +76,6 @@ class Batches(Answering):
 
     @torch.inference_mode()
     def _decode(self, jobs: list[Job]) -> None:
-        if self._users is not None:
-            self._users.assign_states([job.state for job in jobs])
         device, prompts = self._model.device, [job.prompt + job.written for job in jobs]
         length = max(map(len, prompts))
         ids = torch.tensor([[self._pad] * (length - len(prompt)) + prompt for prompt in prompts], device=device)

@@ -131,7 +131,10 @@ class Answering(ABC):
 
     @abstractmethod
     def warm_up(self, prompt: Sequence[int], states: Sequence[State | None]) -> None:
-        """Compute what a job with each of ``states`` computes before any job, so that everything is compiled."""
+        """Compute what a job with each of ``states`` computes before any job, so that everything is compiled.
+
+        Only the native decoder has states of users.
+        """
 
     def start(self) -> None:
         self._thread.start()

@@ -15,10 +15,10 @@ from pst_ds.config.pst import PSTConfig, name_matches
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.errors import shortened
 from pst_ds.nn.base_model import DTYPES
-from pst_ds.nn.batched_updates import LEFT, RIGHT, add_update
 from pst_ds.nn.inject import configured_parameters, freeze_scores, pst_layers
 from pst_ds.nn.layer import SCORE_FACTORS
 from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.personal_updates import LEFT, RIGHT, add_update
 from pst_ds.nn.targets import modules_named_to_save
 from pst_ds.parallel import optimizer_state, zero3
 from pst_ds.parallel.ds_config import zero_stage

@@ -1,5 +1,6 @@
 """Users of the native decoder: each token of a mixed batch is as if its user were alone, and as in transformers."""
 
+import copy
 import weakref
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from pst_ds.inference.decoder import Decoder, DecoderError
 from pst_ds.inference.runtime import native_loop
 from pst_ds.inference.runtime.native_loop import LEVELS
-from pst_ds.nn.batched_updates import LEFT, RIGHT, BatchUpdates
+from pst_ds.nn.personal_updates import LEFT, RIGHT
 from tests.inference.decoder.test_families import _model
 from tests.inference.decoder.test_matrices import AVAILABLE
 
@@ -24,6 +25,15 @@ def _state(model, seed, dtype, rank=5):
             state[f"{name}.{LEFT}"] = (0.2 * torch.randn(module.out_features, rank, generator=rng)).to(dtype)
             state[f"{name}.{RIGHT}"] = (0.2 * torch.randn(rank, module.in_features, generator=rng)).to(dtype)
     return state
+
+
+def _merged(model, state):
+    """A copy of the model with W + beta U V in the place of each W."""
+    merged = copy.deepcopy(model)
+    for name in {name.rpartition(".")[0] for name in state or ()}:
+        weight = merged.get_submodule(name).weight.data
+        weight += BETA * state[f"{name}.{LEFT}"].float() @ state[f"{name}.{RIGHT}"].float()
+    return merged
 
 
 def _decoder(model, sequences=1, **options):
@@ -52,11 +62,13 @@ def test_each_token_of_a_mixed_batch_is_as_alone_and_as_in_transformers(level, f
         alone.assign(state)
         assert torch.equal(got, alone.forward(row, all_logits=True))
     assert torch.equal(mixed[1], _decoder(model).forward(ids[1], all_logits=True))
-    updates = BatchUpdates(model, {name: values.shape for name, values in fp32.items()}, BETA)
-    updates.assign(states, torch.zeros(1))
     with torch.no_grad():
-        expected = model(input_ids=ids, use_cache=False).logits
-    torch.testing.assert_close(torch.stack(mixed), expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
+        expected = [
+            _merged(model, state)(input_ids=row[None], use_cache=False).logits[0]
+            for row, state in zip(ids, states, strict=True)
+        ]
+    for got, wanted in zip(mixed, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * float(wanted.std()))
 
 
 def test_users_do_not_share_what_is_cached():

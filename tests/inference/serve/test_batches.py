@@ -37,14 +37,6 @@ class Counting:
     __call__ = forward
 
 
-class Users:
-    """Assigns the states of a batch, and fails at a broken one."""
-
-    def assign_states(self, states):
-        if "broken" in states:
-            raise ValueError("the adapter does not fit")
-
-
 class Arrived(queue.Queue):
     """What a job delivers, tokens as their numbers."""
 
@@ -52,14 +44,14 @@ class Arrived(queue.Queue):
         super().put(item.number if isinstance(item, Token) else item, *more)
 
 
-def _job(*prompt, temperature=0.0, max_tokens=4, state=None):
-    return {"prompt": list(prompt), "max_tokens": max_tokens, "sampling": Sampling(temperature), "state": state}
+def _job(*prompt, temperature=0.0, max_tokens=4):
+    return {"prompt": list(prompt), "max_tokens": max_tokens, "sampling": Sampling(temperature)}
 
 
 @contextmanager
 def _held(**more):
     """Batches whose first batch, of another job, ends when the context does."""
-    batches = Batches(Counting(), pad=PAD, ends=[END], users=Users(), **more)
+    batches = Batches(Counting(), pad=PAD, ends=[END], **more)
     batches.start()
     begun, ends = threading.Event(), threading.Event()
     first = _job(1, max_tokens=1)
@@ -99,12 +91,6 @@ def test_logits_that_are_not_finite_fail_only_their_request(token, temperature):
     assert right == WRITTEN
     assert wrong[0] == []
     assert "not finite" in str(wrong[1])
-
-
-def test_a_state_that_does_not_fit_fails_only_its_request():
-    *right, wrong = _written(*RIGHT, _job(1, state="broken"))
-    assert right == WRITTEN
-    assert isinstance(wrong[1], ValueError)
 
 
 def test_a_batch_that_fails_midway_continues_one_by_one():

@@ -28,18 +28,18 @@ def served(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def load(served, request):
-    """A load of a server in a thread. Right answers are those of transformers, or of the native decoder, one at a
-    time; in transformers, those of users depend on the batch by rounding."""
+    """A load of a server in a thread. Right answers are those of transformers, which serves no users, or of the native
+    decoder, one at a time."""
     is_native = request.param == "native"
     users = [None, *(f"user {i:02}" for i in range(USERS if is_native else 0))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(serve.KEYS, KEY)
-        words = ["serve", *served.arguments, "--max-body", str(BODY_BYTES), "--engine", request.param]
+        words = ["serve", *served.arguments(request.param), "--max-body", str(BODY_BYTES)]
         args = build_parser("serve").parse_args(words)
         service = serve._service(args, *serve._opened(args))
         quick = replace(service.limits, template_seconds=0.05)  # for the template that loops
         server, thread, url = start(make_app(replace(service, limits=quick)))
-        found = ask_alone(f"{url}/v1", "tiny", users, (None, 1)) if is_native else answers(served, users)
+        found = ask_alone(f"{url}/v1", "tiny", users, (None, 1)) if is_native else answers(served)
         yield Load(found, name="tiny", url=f"{url}/v1")
         stop(server, thread)
 

@@ -25,7 +25,6 @@ from pst_ds.inference.decoder import Decoder  # noqa: E402
 from pst_ds.inference.serve.app import make_app  # noqa: E402
 from pst_ds.inference.serve.batches import Batches  # noqa: E402
 from pst_ds.inference.serve.slots import Slots  # noqa: E402
-from pst_ds.inference.serve.users import ServedUsers  # noqa: E402
 from pst_ds.train.users.store import UserStore  # noqa: E402
 from tests.inference.serve.servers import start, stop  # noqa: E402
 
@@ -53,7 +52,9 @@ def folders(tmp_path_factory):
 
 
 def _words(folders, store=None):
-    words = ["serve", str(folders / "tiny"), "--store", str(store or folders / "users"), "--max-new-tokens", "12"]
+    """``store``: of the users, None for theirs, False for no users."""
+    words = ["serve", str(folders / "tiny"), "--max-new-tokens", "12"]
+    words += [] if store is False else ["--store", str(store or folders / "users")]
     return [*words, "--chat-template", str(folders / "template.jinja"), "--max-body", "4000"]
 
 
@@ -122,10 +123,9 @@ def test_a_stop_text_ends_an_answer(client):
     assert answer.choices[0].finish_reason == "stop"
 
 
-@pytest.mark.parametrize(("engine", "kind"), [("torch", Batches), ("native", Slots)])
-def test_users_of_one_batch_get_what_each_gets_alone(folders, engine, kind):
-    service, running, thread, url = _start(folders, "--engine", engine)
-    assert isinstance(service.answering, kind)
+def test_users_of_one_batch_get_what_each_gets_alone(folders):
+    service, running, thread, url = _start(folders)
+    assert isinstance(service.answering, Slots)
     with _client(url) as client:
         models = [model.id for model in client.models.list().data]
         assert models == ["tiny", "tiny:bad", "tiny:good"]
@@ -190,7 +190,7 @@ def test_a_body_that_does_not_end(folders):
 
 
 def test_a_client_that_goes_takes_its_request_along(folders, monkeypatch):
-    service, running, thread, url = _start(folders, "--engine", "torch")
+    service, running, thread, url = _start(folders, "--engine", "torch", store=False)
     held, decode, jobs = threading.Event(), service.answering._decode, []
     monkeypatch.setattr(service.answering, "_decode", lambda now: (jobs.extend(now), held.wait(30), decode(now)))
     with pytest.raises(openai.APITimeoutError), _client(url, timeout=0.3) as impatient:
@@ -273,7 +273,9 @@ def test_a_user_is_looked_up_once_for_a_request(folders, monkeypatch):
 
 def test_keys_and_a_full_queue(folders, monkeypatch):
     monkeypatch.setenv(serve.KEYS, "one, two")
-    service, running, thread, url = _start(folders, "--max-waiting", "1", "--max-batch", "1", "--engine", "torch")
+    service, running, thread, url = _start(
+        folders, "--max-waiting", "1", "--max-batch", "1", "--engine", "torch", store=False
+    )
     begun, held, decode = threading.Event(), threading.Event(), service.answering._decode
     monkeypatch.setattr(service.answering, "_decode", lambda jobs: (begun.set(), held.wait(30), decode(jobs)))
     with _client(url, api_key="three") as stranger:
@@ -356,20 +358,21 @@ def test_a_template_may_not_write_far_more_than_a_body(folders, tmp_path):
 
 
 def test_a_server_is_warm_before_it_listens(folders, monkeypatch):
-    """Of a prompt and of a next token, for the base model and for a user: what they need is compiled before /health."""
+    """Of a prompt and of a next token, or of a user: what they need is compiled before /health."""
     steps, step = [], Batches._step
-    users, assign = [], ServedUsers.assign_states
+    users, assign = [], Decoder.assign
     monkeypatch.setattr(
         Batches, "_step", lambda batches, ids, *of: (steps.append(ids.shape), step(batches, ids, *of))[1]
     )
-    monkeypatch.setattr(ServedUsers, "assign_states", lambda to, states: (users.append(states), assign(to, states))[1])
-    args = build_parser("serve").parse_args([*_words(folders), "--engine", "torch"])
-    serve._service(args, *serve._opened(args)).answering.close()
+    monkeypatch.setattr(Decoder, "assign", lambda to, state: (users.append(state), assign(to, state))[1])
+    for words in ([*_words(folders, store=False), "--engine", "torch"], _words(folders)):
+        args = build_parser("serve").parse_args(words)
+        serve._service(args, *serve._opened(args)).answering.close()
     (rows, tokens), *rest = steps
-    assert (rows, rest) == (2, [(2, 1)])
+    assert (rows, rest) == (1, [(1, 1)])
     assert tokens > 1
-    assert users[0][0] is None
-    assert users[0][1].keys() == UserStore(folders / "users").common.shapes.keys()
+    assert users[0] is users[-1] is None
+    assert users[1].keys() == UserStore(folders / "users").common.shapes.keys()
 
 
 def test_what_cannot_be_served_is_one_message(folders, tmp_path, capsys):

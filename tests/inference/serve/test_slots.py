@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pst_ds.inference.decoder import Decoder, Sampling
 from pst_ds.inference.serve.jobs import DONE_LENGTH, DONE_STOP, ClosingError, Job, Token
 from pst_ds.inference.serve.slots import LEAST_PROMPT, PROMPT_PER_ANSWER, Slots
-from pst_ds.nn.batched_updates import LEFT, RIGHT
+from pst_ds.nn.personal_updates import LEFT, RIGHT
 
 SLOTS, CONTEXT = 3, 96
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -72,10 +72,10 @@ def load_server(args: argparse.Namespace, top: Path) -> dict[str, Any]:
     is_native = args.engine == "native"
     served = tiny_model(top, args.users, "int8" if is_native else "bf16")
     users = [None, *(f"user {i:02}" for i in range(args.users if is_native else 0))]
-    arguments = [*served.arguments, "--engine", args.engine]
+    arguments = served.arguments(args.engine)
     with Server(arguments, workers=args.workers, log=top / "server.log") as server:
         alone = partial(ask_alone, server.url, served.model.name, users, (None, 1, 2))
-        right = alone() if is_native else answers(served, users)
+        right = alone() if is_native else answers(served)
         server.look()
         load = Load(right, name=served.model.name, url=server.url)
         end = time.monotonic() + args.seconds

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,10 @@ class Served:
     store: Path
     template: Path
 
-    @property
-    def arguments(self) -> list[str]:
-        return [str(self.model), "--store", str(self.store), "--chat-template", str(self.template)]
+    def arguments(self, engine: str) -> list[str]:
+        """Return the arguments of ``pst-ds serve``; transformers serves no users."""
+        users = ["--store", str(self.store)] if engine == "native" else []
+        return [str(self.model), *users, "--chat-template", str(self.template), "--engine", engine]
 
 
 def tiny_model(top: Path, users: int, values: str = "bf16") -> Served:
@@ -62,29 +62,22 @@ def tiny_model(top: Path, users: int, values: str = "bf16") -> Served:
     return served
 
 
-def answers(served: Served, users: Sequence[str | None]) -> Answers:
-    """Return what transformers' ``generate`` writes for each user and prompt separately, greedily."""
+def answers(served: Served) -> Answers:
+    """Return what transformers' ``generate`` writes for each prompt separately, greedily."""
     import torch
 
     from pst_ds.inference.hf.model_folder import open_model_folder
-    from pst_ds.inference.serve.users import ServedUsers
-    from pst_ds.train.users.store import UserStore
 
     folder = open_model_folder(served.model)
     model: Any = folder.load()
     tokenizer: Any = folder.tokenizer()
     tokenizer.chat_template = served.template.read_text(encoding="utf-8")
-    states = ServedUsers(model, served.model, UserStore(served.store))
     found: Answers = {}
-    for user in users:
-        states.assign([user])
-        for prompt in PROMPTS:
-            message = [{"role": "user", "content": prompt}]
-            ids = tokenizer.apply_chat_template(
-                message, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-            )
-            with torch.inference_mode():
-                written = model.generate(**ids, do_sample=False, max_new_tokens=MOST_TOKENS)
-            new = written[0, ids["input_ids"].shape[1] :]
-            found[user, prompt, None] = tokenizer.decode(new, skip_special_tokens=True)
+    for prompt in PROMPTS:
+        message = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        with torch.inference_mode():
+            written = model.generate(**ids, do_sample=False, max_new_tokens=MOST_TOKENS)
+        new = written[0, ids["input_ids"].shape[1] :]
+        found[None, prompt, None] = tokenizer.decode(new, skip_special_tokens=True)
     return found

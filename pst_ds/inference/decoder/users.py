@@ -1,10 +1,9 @@
-"""Per-user adapters for a model folder, dense or packed: each sample of a batch has its user's, or none."""
+"""Check that per-user adapters belong to a model folder, dense or packed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -13,38 +12,19 @@ from pst_ds.core.bits import pack_mask
 from pst_ds.errors import InputError
 from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.inference.runtime import SparseLinear
-from pst_ds.nn.batched_updates import LEFT, RIGHT, BatchUpdates
-from pst_ds.train.users.store import State, UserStore, UserStoreError
+from pst_ds.nn.personal_updates import LEFT, RIGHT
+from pst_ds.train.users.store import UserStore, UserStoreError
 
 
-class ServedUsers:
-    """A store of adapters for a model in memory. Switching users looks up their states; no weight changes."""
+def require_fitting(model: nn.Module, folder: Path, store: UserStore) -> None:
+    """Raise UserStoreError unless the adapters of ``store`` belong to ``model``, the model of ``folder``.
 
-    def __init__(self, model: nn.Module, folder: Path, store: UserStore):
-        """``model``: the model of ``folder``, an export of the run that the users were trained on.
-
-        Raises UserStoreError for a store with another form, base or mask, and for adapters with a head.
-        """
-        self.store, self._model = store, model
-        _require_served(store)
-        _require_base(folder, store)
-        _require_masks(model, folder, store)
-        try:
-            self._updates = BatchUpdates(model, store.common.shapes, store.common.beta)
-        except (KeyError, ValueError, AttributeError) as error:
-            raise UserStoreError(f"{store.folder} does not fit the model in {folder}: {error}") from None
-
-    def assign(self, users: Sequence[str | None]) -> None:
-        """Let sample i of later batches use the adapter of ``users[i]``, or none. Raises UserStoreError."""
-        self.assign_states([None if user is None else self.store.state(user) for user in users])
-
-    def assign_states(self, states: Sequence[State | None]) -> None:
-        """Let sample i of later batches use ``states[i]``, or none; without states all samples use the base model."""
-        self._updates.assign(states, like=next(p for p in self._model.parameters() if p.is_floating_point()))
-
-    def close(self) -> None:
-        """Remove the updates from the model."""
-        self._updates.remove()
+    The folder must be an export of the run that the users were trained on. Rejects stores with another form, base or
+    mask, and adapters with a head.
+    """
+    _require_served(store)
+    _require_base(folder, store)
+    _require_masks(model, folder, store)
 
 
 def _require_served(store: UserStore) -> None:
