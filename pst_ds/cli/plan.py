@@ -153,10 +153,15 @@ def _steps(plan: Plan) -> Iterator[str]:
 def _time(plan: Plan) -> Iterator[str]:
     time = plan.time
     yield (
-        f"expected on {plan.machine}: a step {_seconds(time.step)} ({bytes_text(time.step_received)} received "
-        f"by a rank), a mask update {_seconds(time.update)} ({bytes_text(time.update_received)}); masks take "
+        f"expected on {plan.machine}: a step {_seconds(time.step)}, a mask update {_seconds(time.update)}; masks take "
         f"{plan.share_of_masks:.2%} of the run"
     )
+    if time.step_received:
+        yield (
+            f"received by a rank, and of it from other nodes: in a step {bytes_text(time.step_received)}, "
+            f"{bytes_text(time.step_between_nodes)}; in a mask update {bytes_text(time.update_received)}, "
+            f"{bytes_text(time.update_between_nodes)}"
+        )
     yield (
         f"full fine-tuning of the same model there: a step {_seconds(time.full_step)}; PST takes "
         f"{time.step / time.full_step:.2f} of it, {time.over_full:.2f} with a mask update in every step"

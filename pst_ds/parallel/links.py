@@ -29,17 +29,32 @@ class Received:
         return self.within + self.between
 
 
-def gathered(nbytes: float, ranks: int, nodes: int) -> Received:
-    """Return what a ring all-gather of ``nbytes`` in total, or a reduce-scatter, brings to one of ``ranks``.
-
-    All bytes but a rank's own pass every hop of the ring, of which one per node enters it. An all-reduce is twice that.
-    """
-    received = nbytes * (ranks - 1) / ranks
-    between = received * nodes / ranks if nodes > 1 else 0.0
-    return Received(received - between, between)
+NOTHING = Received()
 
 
-def exchanged(nbytes: float, ranks: int, nodes: int) -> Received:
-    """Return what an all-to-all brings to one of ``ranks`` that holds ``nbytes`` afterwards: directly from each."""
-    received, between = nbytes * (ranks - 1) / ranks, nbytes * (nodes - 1) / nodes
-    return Received(received - between, between)
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Ranks of a process group, equally many on each of its nodes."""
+
+    ranks: int
+    nodes: int = 1
+
+    @property
+    def hops(self) -> int:
+        """Hops of a ring that take time: between its nodes, or else between its ranks."""
+        return self.nodes if self.nodes > 1 else self.ranks - 1
+
+    def gathered(self, nbytes: float) -> Received:
+        """Return what a ring all-gather of ``nbytes`` in total, or a reduce-scatter, brings to each rank.
+
+        All bytes but a rank's own pass every hop of the ring, of which one per node enters it. An all-reduce brings
+        twice that.
+        """
+        received = nbytes * (self.ranks - 1) / self.ranks
+        between = received * self.nodes / self.ranks if self.nodes > 1 else 0.0
+        return Received(received - between, between)
+
+    def exchanged(self, nbytes: float) -> Received:
+        """Return what an all-to-all brings to a rank that holds ``nbytes`` afterwards: directly from every other."""
+        between = nbytes * (self.nodes - 1) / self.nodes
+        return Received(nbytes * (self.ranks - 1) / self.ranks - between, between)

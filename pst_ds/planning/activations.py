@@ -48,6 +48,10 @@ class Trace:
     """Bytes of parameters that ZeRO-3 fetches for the modules' turns if it keeps none between them."""
     gathers: int = 0
     """Collectives of ``gathered``: one per module and dtype."""
+    trained: int = 0
+    """Trained parameters among ``gathered``."""
+    trained_gathers: int = 0
+    """Collectives of ``trained``, if frozen parameters are gathered by others."""
     moved: int = 0
     """Bytes that operators outside the pruned layers read and write, except products."""
     launches: int = 0
@@ -110,6 +114,9 @@ def _count_gathers(module: nn.Module, trace: Trace, threshold: int) -> None:
         turns, fetched = (1, not_kept) if in_backward_pass() else (1 + has_backward, params)
         trace.gathered += turns * sum(p.numel() * p.element_size() for p in fetched)
         trace.gathers += turns * len({p.dtype for p in fetched})
+        trained = [p for p in fetched if p.requires_grad]
+        trace.trained += turns * sum(p.numel() * p.element_size() for p in trained)
+        trace.trained_gathers += turns * len({p.dtype for p in trained})
 
     module.register_forward_hook(count)
 

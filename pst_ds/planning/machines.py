@@ -12,7 +12,7 @@ from annotated_types import Gt
 
 from pst_ds.config.settings import FINITE, ConfigError, Positive, Rate, settings
 from pst_ds.errors import InputError, first_line
-from pst_ds.parallel.links import Received, gathered
+from pst_ds.parallel.links import Group, Received
 
 _Above0 = Annotated[float, Gt(0.0), FINITE]
 
@@ -65,25 +65,17 @@ class Machine:
         """Backend of the collectives."""
         return "gloo" if self.code == "native" else "nccl"
 
-    def nodes_of(self, ranks: int) -> int:
-        """Return how many nodes so many neighbouring ranks are on."""
-        return math.ceil(ranks / self.node_size)
-
     def link_seconds(self, received: Received) -> float:
         """Time collectives that use both kinds of links at once, each at its own rate."""
         return max(received.within / self.node_bytes, received.between / self.network_bytes)
-
-    def latency_seconds(self, collectives: float, ranks: int) -> float:
-        """Time the hops of ring collectives, which pass every node once, or within a node every other rank."""
-        nodes = self.nodes_of(ranks)
-        return collectives * (nodes if nodes > 1 else ranks - 1) * self.latency
 
     def transfer_seconds(self, received: float, collectives: float, ranks: int) -> float:
         """Time ring collectives over all ranks that bring ``received`` bytes to each."""
         if ranks == 1:
             return 0.0
-        by_link = gathered(received * ranks / (ranks - 1), ranks, self.nodes_of(ranks))
-        return self.link_seconds(by_link) + self.latency_seconds(collectives, ranks)
+        group = Group(ranks, math.ceil(ranks / self.node_size))
+        by_link = group.gathered(received * ranks / (ranks - 1))
+        return self.link_seconds(by_link) + collectives * group.hops * self.latency
 
 
 _TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))

@@ -9,6 +9,7 @@ memory is bounded by the largest module. tools.bench.scale compares the sums wit
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +22,7 @@ from pst_ds.core.scores import mask_band_elements
 from pst_ds.core.tiles import plan_tiles, tile_bytes_of
 from pst_ds.json_text import JsonObject
 from pst_ds.parallel.ds_config import REDUCE_BUCKET, zero_stage
+from pst_ds.parallel.links import Group
 
 ADAM_BYTES = 12
 """fp32 master, first and second moment of a trainable value."""
@@ -163,6 +165,11 @@ class ModelNumbers:
         """Bytes of all unsharded parameters and masks, which a pass of gathers brings to a rank."""
         return sum(t.nbytes for t in self.tensors)
 
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes of frozen weights and masks, unsharded."""
+        return sum(t.nbytes for t in self.tensors if not t.trainable)
+
     def bytes_of(self, kind: str) -> int:
         """Return the bytes of the tensors of one :attr:`TensorGroup.kind`, unsharded."""
         return sum(t.nbytes for t in self.tensors if t.kind == kind)
@@ -183,13 +190,20 @@ class ZeroSettings:
     offload_optimizer: bool = False
     """True if optimizer state is in host memory."""
     offload_param: bool = False
-    secondary_partition: int = 1
-    """Ranks of an hpZ group: each holds a second copy of 1 / secondary_partition of all weights; 1 is off."""
+    copy_ranks: int = 0
+    """Neighbouring ranks that share a second copy of the frozen weights and masks, see
+    :func:`pst_ds.parallel.placement.copy_ranks`."""
+    node_size: int = sys.maxsize
+    """Ranks of a node."""
 
     @property
     def shards(self) -> int:
         """Ranks that a parameter is partitioned over."""
         return self.world_size if self.stage == 3 else 1
+
+    def group(self, ranks: int) -> Group:
+        """Return the group of so many neighbouring ranks."""
+        return Group(ranks, math.ceil(ranks / self.node_size))
 
 
 def zero_settings(config: JsonObject | None, world_size: int, backend: str) -> ZeroSettings:
@@ -218,7 +232,7 @@ def zero_settings(config: JsonObject | None, world_size: int, backend: str) -> Z
         max_reuse_distance=number("stage3_max_reuse_distance", 1e9),
         offload_optimizer=is_offloaded("offload_optimizer"),
         offload_param=is_offloaded("offload_param"),
-        secondary_partition=number("zero_hpz_partition_size", 1),
+        copy_ranks=hpz if (hpz := number("zero_hpz_partition_size", 1)) > 1 else 0,
     )
 
 
@@ -304,8 +318,8 @@ def memory_plan(
         sum(t.count * shard_numel(t.numel, zero.shards) * t.element_size for t in model.tensors if t.kind in kinds)
         for kinds in (("weight", "factor"), ("mask",), ("scales",))
     )
-    if zero.secondary_partition > 1:
-        weights += model.whole_bytes // zero.secondary_partition
+    if zero.copy_ranks:
+        weights += model.frozen_bytes // zero.copy_ranks
     gathers, communication, work = _turn(model, zero, element_size)
     # to multiply, oneDNN reorders 16-bit weights, but reads 32-bit ones in place
     packed = 2 * max([model.dense_weights - model.sliced_weights, *(matrix.numel for matrix in model.matrices)])
@@ -435,6 +449,8 @@ def _turn(model: ModelNumbers, zero: ZeroSettings, element_size: int) -> tuple[i
     if zero.stage != 3 or (zero.shards == 1 and not zero.offload_param):  # a single rank uses its shard in place
         return 0, 0, work
     resident = persistent_bytes(model, zero) + kept_bytes(model, zero)
+    if zero.copy_ranks == 1:  # frozen parameters are used where their copies are
+        return model.trainables * element_size, 0, work
     whole = min(resident + max((m.gathered_bytes for m in model.modules), default=0), model.whole_bytes)
     staging = 0
     if zero.backend == GLOO and zero.world_size > 1:  # gloo flattens what it sends and receives into its buffers

@@ -198,6 +198,7 @@ def plan(run: RunConfig | str | Path, options: PlanOptions | None = None) -> Pla
     machine_name = options.machine or ("cpu" if has_cores else "h100")
     machine = machine_of(machine_name)
     zero = zero_settings(resolved_deepspeed_config(run, raw, model, ranks=ranks), ranks, machine.backend)
+    zero = replace(zero, node_size=machine.node_size)
     numbers = model_numbers(model, device=machine.device)
     layers, embeddings, trained_in_full = _layers(model), _embeddings(model), head_names(model, run)
     remarks = [remark] if remark else []
@@ -425,6 +426,8 @@ def _batch(run: RunConfig, ranks: int, teacher_weights: int, trace: Trace) -> Ba
         own_teacher=run.distillation.weight > 0 and not run.distillation.teacher,
         gathered=trace.gathered,
         gathers=trace.gathers,
+        trained=trace.trained,
+        trained_gathers=trace.trained_gathers,
         moved=trace.moved,
         launches=trace.launches,
     )

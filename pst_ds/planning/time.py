@@ -1,8 +1,8 @@
 """Time and network traffic of a training step and of a mask update, computed from shapes and stated rates.
 
-Bytes are those that a rank receives: n (w - 1) / w in a ring all-gather or reduce-scatter of n bytes over w ranks, and
-twice that in an all-reduce. Rates are what a machine is assumed to reach, below its data sheet. A step takes as long as
-the slowest of the device's computation, the network (where that overlaps) and the host's launches.
+Bytes are those that a rank receives over either kind of link (:mod:`pst_ds.parallel.links`). Rates are what a machine
+is assumed to reach, below its data sheet. A step takes as long as the slowest of the device's computation, the network
+(where that overlaps) and the host's launches.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from pst_ds.core.bracket import MAX_COUNTS
 from pst_ds.core.select import DIGIT_BITS
+from pst_ds.parallel.links import NOTHING, Received
 from pst_ds.planning.machines import Machine
 from pst_ds.planning.memory import ModelNumbers, ZeroSettings, kept_bytes, persistent_bytes
 
@@ -112,6 +113,10 @@ class Batch:
     assumed to gather every parameter."""
     gathers: int = 0
     """Traced collectives of ``gathered``."""
+    trained: int = 0
+    """Trained parameters among ``gathered``."""
+    trained_gathers: int = 0
+    """Traced collectives of ``trained``, if frozen parameters are gathered by others."""
     moved: int = 0
     """Traced bytes that operators outside the pruned layers move in a micro-batch."""
     launches: int = 0
@@ -124,17 +129,24 @@ class Batch:
 class Traffic:
     """Bytes that one rank receives, and the number of collectives."""
 
-    gathers: int
-    """Weights, for forward and backward passes; fp32 masters of the factors in a mask update."""
-    reductions: int
+    gathers: Received = NOTHING
+    """Weights, for forward and backward passes; fp32 masters of the factors and then new masks in a mask update."""
+    reductions: Received = NOTHING
     """Gradients in a step; samples and counts in a mask update."""
-    collectives: int
-    exchanged: int = 0
+    exchanged: Received = NOTHING
     """Queries, keys, values and attention outputs, between ranks that share sequences."""
+    collectives: int = 0
+    hops: int = 0
+    """Hops of all collectives between nodes, or between the ranks of one."""
 
     @property
-    def received(self) -> int:
+    def received(self) -> Received:
         return self.gathers + self.reductions + self.exchanged
+
+    def seconds(self, machine: Machine) -> float:
+        """Return the time of the collectives, each kind at the rate of its slower link."""
+        kinds = self.gathers, self.reductions, self.exchanged
+        return sum(map(machine.link_seconds, kinds)) + self.hops * machine.latency
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +165,9 @@ class TimePlan:
     update: float
     step_received: int
     update_received: int
+    step_between_nodes: int = 0
+    """The part of ``step_received`` that comes from other nodes."""
+    update_between_nodes: int = 0
 
     @property
     def over_full(self) -> float:
@@ -187,43 +202,59 @@ def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch, element_
 
     Stage 3 gathers a module for its forward, its recomputed forward and its backward turn; DeepSpeed 0.19.8 releases
     frozen parameters after recomputing regardless of the reuse distance. Parameters kept from the forward to the
-    backward pass are gathered once less. A model that is its own teacher needs one more pass.
+    backward pass are gathered once less. A model that is its own teacher needs one more pass. Frozen parameters come
+    from the ranks that share a copy of them, if there is one.
     """
-    w = zero.world_size
-    if w == 1:
-        return Traffic(0, 0, 0)
-    others = (w - 1) / w
-    gradients = int(model.trainables * element_size * others)
+    if zero.world_size == 1:
+        return Traffic()
+    everyone, gradients = zero.group(zero.world_size), model.trainables * element_size
     buckets = math.ceil(model.trainables / max(zero.reduce_bucket_size, 1))
     if zero.stage != 3:
         # 0 all-reduces gradients; 1 and 2 reduce them to their owners, who send the parameters back
-        return Traffic(0, 2 * gradients, 2 * buckets)
+        return Traffic(Received(), everyone.gathered(2 * gradients), NOTHING, 2 * buckets, 2 * buckets * everyone.hops)
     passes, modules = 2 + batch.checkpointing, sum(m.count for m in model.modules)
-    gathered = max((batch.gathered or passes * model.whole_bytes) - kept_bytes(model, zero), model.whole_bytes)
-    gathered += batch.own_teacher * model.whole_bytes
-    received = batch.micro_batches * gathered + persistent_bytes(model, zero)  # the latter after the optimizer's step
-    collectives = (batch.gathers or passes * modules) + batch.own_teacher * modules + buckets
+    traced = batch.gathered or passes * model.whole_bytes
+    gathered = max(traced - kept_bytes(model, zero), model.whole_bytes) + batch.own_teacher * model.whole_bytes
+    gathered *= batch.micro_batches
+    trained = gathered * (batch.trained or passes * gradients) // traced if zero.copy_ranks else gathered
+    copies = zero.group(zero.copy_ranks or 1)
+    received = everyone.gathered(trained + persistent_bytes(model, zero))  # the latter after the step
+    received += copies.gathered(gathered - trained)
+    collectives = (batch.gathers or passes * modules) + batch.own_teacher * modules
+    among_all = (batch.trained_gathers or passes * model.num_layers) if zero.copy_ranks else collectives
+    among_copies = collectives if zero.copy_ranks > 1 else 0
     # queries, keys, values and attention outputs have at most the width of all heads; a teacher has one more pass
     width = 4 * model.attention_width * element_size * (passes + (batch.teacher_weights > 0))
-    exchanged = batch.micro_batches * (batch.tokens * width * (batch.shared_by - 1) // batch.shared_by)
-    reduced = gradients * batch.micro_batches
-    return Traffic(int(received * others), reduced, collectives * batch.micro_batches, exchanged)
+    sharing = zero.group(batch.shared_by)
+    return Traffic(
+        received,
+        everyone.gathered(gradients * batch.micro_batches),
+        sharing.exchanged(batch.micro_batches * batch.tokens * width),
+        collectives=batch.micro_batches * (among_all + among_copies + buckets),
+        hops=batch.micro_batches * ((among_all + buckets) * everyone.hops + among_copies * copies.hops),
+    )
 
 
 def update_traffic(model: ModelNumbers, zero: ZeroSettings) -> Traffic:
     """Count one mask update: fp32 masters in one all-gather; sample, counts, ties and statistics in all-reduces.
 
-    A matrix that one rank holds adds a single number.
+    A matrix that one rank holds adds a single number. Copies of the masks are then made anew.
     """
     w = zero.shards
     if w == 1:
-        return Traffic(0, 0, 0)
-    others = (w - 1) / w
-    cut = model.num_cut(w)
+        return Traffic()
+    everyone, cut = zero.group(w), model.num_cut(w)
     counts = HISTOGRAMS * cut * (4 + min(1 << DIGIT_BITS, MAX_COUNTS // max(1, cut))) * 8
     numbers = (w * cut + model.num_matrices - cut) * 8
     reduced = 4 * model.sampled_keys(w) + counts + numbers + 3 * 8
-    return Traffic(int(4 * model.factor_parameters * others), int(2 * reduced * others), HISTOGRAMS + 4)
+    gathered = 4 * model.factor_parameters + (model.bytes_of("mask") if zero.copy_ranks else 0)
+    collectives = HISTOGRAMS + 4 + (model.num_layers if zero.copy_ranks else 0)
+    return Traffic(
+        everyone.gathered(gathered),
+        everyone.gathered(2 * reduced),
+        collectives=collectives,
+        hops=collectives * everyone.hops,
+    )
 
 
 def time_plan(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Machine) -> TimePlan:
@@ -236,7 +267,7 @@ def time_plan(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Ma
     in_step, in_update = step_traffic(model, zero, batch), update_traffic(model, zero)
     step = _step_seconds(model, zero, batch, machine, in_step, step_flops(model, batch), moved, launches)
     update_compute = _update_seconds(model, zero, machine)
-    update_network = machine.transfer_seconds(in_update.received, in_update.collectives, zero.shards)
+    update_network = in_update.seconds(machine)
     return TimePlan(
         step_compute=step[0],
         step_network=step[1],
@@ -246,8 +277,10 @@ def time_plan(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Ma
         update_compute=update_compute,
         update_network=update_network,
         update=update_compute + update_network,
-        step_received=in_step.received,
-        update_received=in_update.received,
+        step_received=round(in_step.received.total),
+        update_received=round(in_update.received.total),
+        step_between_nodes=round(in_step.received.between),
+        update_between_nodes=round(in_update.received.between),
     )
 
 
@@ -269,10 +302,9 @@ def _step_seconds(
     reduced = REDUCE_BYTES * batch.micro_batches if zero.world_size > 1 else 0
     trained = model.trainables * (reduced + OPTIMIZER_BYTES / (zero.world_size if zero.stage else 1))
     compute = batch.micro_batches * (flops / machine.flops + moved / machine.memory_bytes)
-    network = machine.transfer_seconds(traffic.received, traffic.collectives, zero.world_size)
     launches += Launches(batch.launches + REDUCE_LAUNCHES * model.num_trainables)
     launching = (launches * batch.micro_batches + Launches(traffic.collectives)).seconds(machine)
-    return compute + trained / machine.memory_bytes, network, launching
+    return compute + trained / machine.memory_bytes, traffic.seconds(machine), launching
 
 
 def _together(compute: float, network: float, launching: float, machine: Machine) -> float:
@@ -306,6 +338,7 @@ def _full_step(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: M
     full = replace(model, tensors=plain, score_rank=0, update_rank=0)
     gathered = int(batch.gathered * full.whole_bytes / model.whole_bytes)
     batch = replace(batch, gathered=gathered, teacher_weights=0, own_teacher=False)
+    zero = replace(zero, copy_ranks=0)  # which would be made anew in every step
     flops = step_flops(full, batch) + 2 * full.dense_weights * batch.tokens
     launches = Launches(full.num_layers * (4 if batch.checkpointing else 3))
     traffic = step_traffic(full, zero, batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pst_ds.parallel.links import Received, exchanged, gathered
+from pst_ds.parallel.links import Group, Received
 
 
 def _mean(messages, ranks, node_size):
@@ -19,6 +19,7 @@ def test_bytes_are_those_of_all_messages(ranks, node_size, nodes):
     # in every turn but the last, each rank passes on the shard that it got before
     ring = [(rank, (rank + 1) % ranks, shard) for rank in range(ranks) for _ in range(ranks - 1)]
     direct = [(a, b, shard) for a in range(ranks) for b in range(ranks) if a != b]
-    for found, messages in ((gathered, ring), (exchanged, direct)):
-        expected, counted = _mean(messages, ranks, node_size), found(shard * ranks, ranks, nodes)
+    group = Group(ranks, nodes)
+    for found, messages in ((group.gathered, ring), (group.exchanged, direct)):
+        expected, counted = _mean(messages, ranks, node_size), found(shard * ranks)
         assert (counted.within, counted.between) == pytest.approx((expected.within, expected.between))

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from pst_ds.core.bracket import sample_size
+from pst_ds.parallel.links import Received
 from pst_ds.planning.machines import MACHINES
 from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup, ZeroSettings, kept_bytes
 from pst_ds.planning.time import COUNTS, Batch, step_flops, step_traffic, time_plan, update_traffic
@@ -29,6 +30,10 @@ WHOLE = 4 * (2_000_000 + 20_000 + 125_000) + 1_000_000
 BATCH = Batch(tokens=10, sequence=10)
 
 
+def _gathers(zero, batch):
+    return step_traffic(MODEL, zero, batch).gathers.total
+
+
 def test_a_pruned_weight_costs_six_flops_a_token_and_eight_when_recomputed():
     low_rank = 4_000_000 * (2 * 2 * 2 + 4 * 6)
     assert step_flops(MODEL, BATCH) == 4_000_000 * 10 * 6 + low_rank + 500_000 * 10 * 4
@@ -41,16 +46,17 @@ def test_a_teacher_is_one_more_forward_pass_and_of_the_model_itself_one_more_gat
     assert step_flops(MODEL, taught) - step_flops(MODEL, BATCH) == 7_000_000 * 10 * 2
     zero = ZeroSettings(stage=3, world_size=4)
     assert step_traffic(MODEL, zero, taught) == step_traffic(MODEL, zero, BATCH)  # it is whole on every rank
-    assert step_traffic(MODEL, zero, replace(taught, own_teacher=True)).gathers == WHOLE * 3 * 3 // 4
+    assert _gathers(zero, replace(taught, own_teacher=True)) == WHOLE * 3 * 3 / 4
 
 
 def test_ranks_that_share_sequences_exchange_queries_keys_values_and_results():
     zero, model = ZeroSettings(stage=3, world_size=4), replace(MODEL, attention_width=64)
     shared = replace(BATCH, tokens=10, sequence=20, shared_by=2, checkpointing=True, micro_batches=3)
     found = step_traffic(model, zero, shared)
-    assert found.exchanged == 3 * 3 * 4 * 64 * 10 * 2 // 2
+    assert found.exchanged == Received(3 * 3 * 4 * 64 * 10 * 2 / 2)
     assert found.received == found.gathers + found.reductions + found.exchanged
-    assert step_traffic(model, zero, replace(shared, shared_by=1)).exchanged == 0
+    assert step_traffic(model, replace(zero, node_size=1), shared).exchanged == Received(0, 3 * 3 * 4 * 64 * 10 * 2 / 2)
+    assert step_traffic(model, zero, replace(shared, shared_by=1)).exchanged.total == 0
     attention = step_flops(model, shared) - step_flops(MODEL, shared)
     assert attention == 64 * 10 * 20 * 2 * 8 / 2
 
@@ -58,43 +64,63 @@ def test_ranks_that_share_sequences_exchange_queries_keys_values_and_results():
 def test_without_a_trace_zero3_receives_all_weights_of_others_in_every_pass():
     zero = ZeroSettings(stage=3, world_size=4, reduce_bucket_size=30_000)
     found = step_traffic(MODEL, zero, BATCH)
-    assert found.gathers == WHOLE * 2 * 3 // 4
-    assert found.reductions == 40_000 * 2 * 3 // 4
-    assert found.collectives == 2 * 5 + 2
-    assert step_traffic(MODEL, zero, replace(BATCH, checkpointing=True)).gathers == WHOLE * 3 * 3 // 4
+    assert found.gathers == Received(WHOLE * 2 * 3 / 4)
+    assert found.reductions == Received(40_000 * 2 * 3 / 4)
+    assert (found.collectives, found.hops) == (2 * 5 + 2, 3 * (2 * 5 + 2))
+    assert _gathers(zero, replace(BATCH, checkpointing=True)) == WHOLE * 3 * 3 / 4
     twice = step_traffic(MODEL, zero, replace(BATCH, micro_batches=2))
-    assert (twice.gathers, twice.reductions) == (2 * found.gathers, 2 * found.reductions)
+    assert (twice.gathers, twice.reductions) == (found.gathers * 2, found.reductions * 2)
 
 
 def test_zero3_receives_what_was_traced_less_what_is_kept_and_small_parameters_once_a_step():
     zero = ZeroSettings(stage=3, world_size=4, reduce_bucket_size=40_000)
     traced = replace(BATCH, checkpointing=True, gathered=WHOLE * 2 + 500_000, gathers=13)
     found = step_traffic(MODEL, zero, traced)
-    assert (found.gathers, found.collectives) == ((WHOLE * 2 + 500_000) * 3 // 4, 14)
+    assert (found.gathers, found.collectives) == (Received((WHOLE * 2 + 500_000) * 3 / 4), 14)
     kept = kept_bytes(MODEL, zero_kept := replace(zero, max_reuse_distance=1_000_000))
     assert kept == WHOLE * 500_000 // 5_040_000
-    assert step_traffic(MODEL, zero_kept, traced).gathers == (WHOLE * 2 + 500_000 - kept) * 3 // 4
+    assert _gathers(zero_kept, traced) == (WHOLE * 2 + 500_000 - kept) * 3 / 4
     everything = replace(zero, prefetch_bucket_size=1, max_live_parameters=1 << 30)
-    assert step_traffic(MODEL, everything, traced).gathers == (WHOLE + 500_000) * 3 // 4
+    assert _gathers(everything, traced) == (WHOLE + 500_000) * 3 / 4
     small = replace(zero, persistence_threshold=10_000)
     twice = replace(traced, micro_batches=2)
-    assert step_traffic(MODEL, small, twice).gathers == (2 * (WHOLE * 2 + 500_000) + 4 * 20_000) * 3 // 4
+    assert _gathers(small, twice) == (2 * (WHOLE * 2 + 500_000) + 4 * 20_000) * 3 / 4
+
+
+def test_frozen_weights_come_from_the_ranks_that_share_a_copy_and_factors_from_all():
+    """Two nodes of 4: of what is gathered over both, a ring brings 3/4 from neighbours in the node."""
+    frozen, factors = 4 * 2_125_000 + 1_000_000, 4 * 20_000
+    zero = ZeroSettings(stage=3, world_size=8, node_size=4, reduce_bucket_size=1 << 20)
+    sharded, in_node, on_rank = (
+        step_traffic(MODEL, replace(zero, copy_ranks=ranks), replace(BATCH, micro_batches=2)) for ranks in (0, 4, 1)
+    )
+    all_of_factors = 4 * factors * 7 / 8
+    assert sharded.gathers == Received(4 * WHOLE * 7 / 8 * 3 / 4, 4 * WHOLE * 7 / 8 / 4)
+    assert on_rank.gathers == Received(all_of_factors * 3 / 4, all_of_factors / 4)
+    assert in_node.gathers == on_rank.gathers + Received(4 * frozen * 3 / 4)
+    assert (
+        sharded.reductions == in_node.reductions == on_rank.reductions == Received(2 * 70_000 * 3 / 4, 2 * 70_000 / 4)
+    )
+    assert [t.collectives for t in (sharded, in_node, on_rank)] == [2 * 11, 2 * (4 * 2 + 11), 2 * (4 * 2 + 1)]
+    assert [t.hops for t in (sharded, in_node, on_rank)] == [2 * 22, 2 * (9 * 2 + 10 * 3), 2 * 9 * 2]
+    update, again = (update_traffic(MODEL, replace(zero, copy_ranks=ranks)) for ranks in (0, 4))
+    assert again.received.total - update.received.total == 4 * 125_000 * 7 / 8  # the new masks
 
 
 def test_one_rank_receives_nothing_and_lower_stages_no_weights():
-    assert step_traffic(MODEL, ZeroSettings(stage=3), BATCH).received == 0
-    assert update_traffic(MODEL, ZeroSettings(stage=3)).received == 0
+    assert step_traffic(MODEL, ZeroSettings(stage=3), BATCH).received.total == 0
+    assert update_traffic(MODEL, ZeroSettings(stage=3)).received.total == 0
     zero2 = ZeroSettings(stage=2, world_size=4, reduce_bucket_size=1 << 30)
-    assert step_traffic(MODEL, zero2, BATCH).received == 2 * 40_000 * 2 * 3 // 4
-    assert update_traffic(MODEL, zero2).received == 0  # every rank scores all weights, alike
+    assert step_traffic(MODEL, zero2, BATCH).received == Received(2 * 40_000 * 2 * 3 / 4)
+    assert update_traffic(MODEL, zero2).received.total == 0  # every rank scores all weights, alike
 
 
 def test_a_mask_update_moves_masters_samples_and_counts_but_no_weight():
     found = update_traffic(MODEL, ZeroSettings(stage=3, world_size=4))
-    assert found.gathers == 4 * 40_000 * 3 // 4
+    assert found.gathers == Received(4 * 40_000 * 3 / 4)
     counts = 3 * 4 * (4 + 2048) * 8
     reduced = 4 * 4 * sample_size(1_000_000) + counts + 4 * 4 * 8 + 24
-    assert found.reductions == int(2 * reduced * 3 / 4)
+    assert found.reductions == Received(2 * reduced * 3 / 4)
     assert found.collectives == 7
 
 
