@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pst_ds.core.bits import INT_OF_SIZE, bits_of_range, expand_mask_, shard_numel
+from pst_ds.core.bits import INT_OF_SIZE, bits_of_range, expand_mask_
 from pst_ds.core.coded_weight import CodedWeight, weights_at
 from pst_ds.core.factors import Constants, Factors, tile_factors
-from pst_ds.core.kernels.triton.merge import MaskBytes, gradients_into, mask_bytes
+from pst_ds.core.kernels.triton.merge import MaskBits, Matrices, gradients_into, kernel_mask
 from pst_ds.core.layout import Rect, StoredMatrix, WeightLayout, row_tiles
 from pst_ds.core.quantization import Rounding
 from pst_ds.core.scores import masked_weight, updated_weight
@@ -128,8 +128,7 @@ def backward(
         grads.x = torch.zeros_like(x, dtype=high) if tiles.cut_outputs else torch.empty_like(x)
     mask = None
     if not need_weight and x.dtype == state.weight.dtype:
-        per_shard = shard_numel(state.layout.numel, state.num_shards)
-        mask = mask_bytes(state.weight, state.bits, state.layout.shape, per_shard)
+        mask = kernel_mask(state.weight, state.bits, state.layout.shape, state.num_shards)
     work = _Work(x, grad_y, state, factors, sums, grads, tiles, mask)
     for rect in tiles.rects:
         _tile_backward(work, rect)
@@ -149,7 +148,7 @@ class _Work:
     sums: Factors
     grads: Gradients
     tiles: Tiles
-    mask_bytes: MaskBytes | None
+    mask_bits: MaskBits | None
     """Set if GPU kernels compute the layer."""
 
     def __post_init__(self) -> None:
@@ -172,7 +171,7 @@ def _tile_backward(work: _Work, rect: Rect) -> None:
         part = rect.meet(matrix.rect)
         if part is None:
             continue
-        by_kernel = work.mask_bytes is not None and work.mask_bytes.holds(part)
+        by_kernel = work.mask_bits is not None
         if not by_kernel:
             state, merged = work.state, weight[part.inside(rect)]
             factors = tile_factors(state.factors, layout, matrix, part)
@@ -219,7 +218,7 @@ def _band_backward(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor
 def _band_by_kernel(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor, grad: Tensor) -> None:
     """Do the same as :func:`_band_backward`, from W0, in one launch and the products with the factors."""
     state, constants = work.state, work.state.constants
-    assert work.mask_bytes is not None
+    assert work.mask_bits is not None
     assert isinstance(state.weight, Tensor)
     has_scores, has_updates = work.sums.A is not None, work.sums.U is not None
     scores = _shaped(work.product, rect) if has_scores else None
@@ -227,8 +226,8 @@ def _band_by_kernel(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tenso
     has_gradient = has_scores and not constants.frozen_magnitude
     factor = 1.0 / state.magnitude_scales[matrix.index] if has_gradient else 0.0
     own = tile_factors(state.factors, state.layout, matrix, rect)
-    base = state.weight[rect.slices]
-    gradients_into(weight, scores, updates, base, grad, work.mask_bytes, rect, own, constants, factor)
+    base, place = state.weight[rect.slices], Matrices.of_rect(rect, state.layout.shape[1])
+    gradients_into(weight, scores, updates, base, grad, work.mask_bits, place, own, constants, factor)
     factors, sums = (tile_factors(f, state.layout, matrix, rect) for f in (work.factors, work.sums))
     if scores is not None:
         _add_low_rank_gradients(scores, factors.score_left, factors.score_right, sums.score_left, sums.score_right)
@@ -256,15 +255,19 @@ def _and(values: Tensor, mask: Tensor, out: Tensor) -> None:
 def _with_ones(state: LayerState) -> Factors:
     """Return the factors with A and B of rank k + 1: the gradients of [A | 1] and [B; 1] contain dR and dC.
 
-    dS is thus read twice instead of four times. Without R and C, A and B stay unchanged.
+    dS is thus read twice instead of four times. Without R and C, A and B stay unchanged. On a GPU, zeros follow up to a
+    multiple of eight: cuBLAS is several times slower with rows that are not aligned to 16 bytes.
     """
     own, num_matrices = state.factors, state.layout.num_matrices
     A, B = own.A, own.B
     if own.R is not None and own.C is not None:
-        ones_left, ones_right = torch.ones_like(own.R).unsqueeze(1), torch.ones_like(own.C).unsqueeze(1)
-        A = ones_left if A is None else torch.cat([A, ones_left], 1)
-        B = ones_right if B is None else torch.cat([B.view(num_matrices, -1, B.shape[1]), ones_right], 1)
-        B = B.flatten(0, 1)
+        rank = 0 if A is None else A.shape[1]
+        extra = own.R.new_zeros(1 if own.R.device.type == "cpu" else 1 + -(rank + 1) % 8)
+        extra[:1].fill_(1)
+        left = extra.expand(own.R.shape[0], -1)
+        right = extra.unsqueeze(1).expand(num_matrices, -1, own.C.shape[1])
+        A = torch.cat([left] if A is None else [A, left], 1)
+        B = torch.cat([right] if B is None else [B.view(num_matrices, rank, -1), right], 1).flatten(0, 1)
     return Factors(A=A, B=B, U=own.U, V=own.V, norms=own.norms)
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from pst_ds.core.bits import apply_range_, shard_numel
+from pst_ds.core.bits import apply_range_
 from pst_ds.core.coded_weight import CodedWeight, weights_at
 from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
 from pst_ds.core.kernels import merges
-from pst_ds.core.kernels.triton.merge import MaskBytes, mask_bytes, mask_rows, merge_into
+from pst_ds.core.kernels.triton.merge import MaskBits, kernel_mask, mask_bits, merge_layer
 from pst_ds.core.layout import Rect, WeightLayout, row_tiles
 from pst_ds.core.quantization import Rounding
 
@@ -87,7 +86,7 @@ def merges_natively(weight: object, left: Tensor | None, right: Tensor | None) -
 
 
 def merge_natively(
-    out: Tensor, weight: Tensor, mask: MaskBytes | None, rect: Rect, tile: TileFactors, constants: Constants
+    out: Tensor, weight: Tensor, mask: MaskBits | None, rect: Rect, tile: TileFactors, constants: Constants
 ) -> None:
     """Write M . (W0 + beta U V) of ``rect`` to ``out`` from ``weight``, (rows, cols) with contiguous rows, in one pass.
 
@@ -98,11 +97,12 @@ def merge_natively(
     assert native is not None
     assert left is not None
     assert right is not None
-    bits, row_bytes = (None, 0) if mask is None else (mask.bits[mask.first(rect) :], mask.row_bytes)
+    width = 0 if mask is None else mask.width
+    bits = None if mask is None else mask.bits[(rect.r0 * width + rect.c0) // 8 :]
     strides = [torch.tensor(matrix.stride()) for matrix in (left, right)]
     native.pst_merge(
         weight, weight.stride(0), out, out.stride(0), *weight.shape, left, strides[0], right, strides[1],
-        right.shape[0], constants.beta, bits, row_bytes, torch.get_num_threads(),
+        right.shape[0], constants.beta, bits, width // 8, torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -148,37 +148,36 @@ def masked_weight(
     the model multiplied with. ``bits``: the whole mask, (num_shards * ceil(shard / 8),) uint8. ``rounding``:
     quantisation of the result.
     """
-    held = _masks_in_one_pass(weight, bits, num_shards, layout, factors)
     height, width = layout.shape
-    if held is not None:
+    whole, mask = Rect(0, height, 0, width), kernel_mask(weight, bits, layout.shape, num_shards)
+    if mask is not None:
         assert isinstance(weight, Tensor)
-        mask, merge = held
+        merged = merge_layer(weight, mask, layout, factors, constants)
+    elif mask := _native_mask(weight, bits, num_shards, layout, factors):
+        assert isinstance(weight, Tensor)
         merged = torch.empty_like(weight)
         for matrix in layout.matrices():
-            rect = matrix.rect
-            tile = tile_factors(factors, layout, matrix, rect)
-            merge(merged[rect.slices], weight[rect.slices], mask, rect, tile, constants)
-        if rounding is not None:
-            rounding.round_(merged, Rect(0, height, 0, width))
+            rect, tile = matrix.rect, tile_factors(factors, layout, matrix, matrix.rect)
+            merge_natively(merged[rect.slices], weight[rect.slices], mask, rect, tile, constants)
+    else:
+        merged = merged_weight(weight, layout, factors, constants)
+        for band in row_tiles(whole, mask_band_elements(weight.device.type)):
+            apply_range_(merged[band.r0 : band.r1], bits, layout.numel, num_shards, band.r0 * width)
+            if rounding is not None:
+                rounding.round_(merged[band.r0 : band.r1], band)
         return merged
-    merged = merged_weight(weight, layout, factors, constants)
-    for band in row_tiles(Rect(0, height, 0, width), mask_band_elements(weight.device.type)):
-        apply_range_(merged[band.r0 : band.r1], bits, layout.numel, num_shards, band.r0 * width)
-        if rounding is not None:
-            rounding.round_(merged[band.r0 : band.r1], band)
+    if rounding is not None:
+        rounding.round_(merged, whole)
     return merged
 
 
-def _masks_in_one_pass(
+def _native_mask(
     weight: Tensor | CodedWeight, bits: Tensor, num_shards: int, layout: WeightLayout, factors: Factors
-) -> tuple[MaskBytes, Callable[[Tensor, Tensor, MaskBytes, Rect, TileFactors, Constants], None]] | None:
-    """Return the mask and the function that merges under it, on a GPU or in compiled code; None if neither can."""
-    per_shard = shard_numel(layout.numel, num_shards)
-    mask, merge = mask_bytes(weight, bits, layout.shape, per_shard), merge_into
-    if mask is None and merges_natively(weight, factors.U, factors.V):
-        mask, merge = mask_rows(bits, layout.shape, per_shard), merge_natively
-    whole = mask is not None and all(mask.holds(matrix.rect) for matrix in layout.matrices())
-    return (mask, merge) if mask is not None and whole else None
+) -> MaskBits | None:
+    """Return the mask for :func:`merge_natively`, or None if that does not support the layer."""
+    mask = mask_bits(bits, layout.shape, num_shards)
+    whole = all(mask.holds(matrix.rect) for matrix in layout.matrices())
+    return mask if whole and merges_natively(weight, factors.U, factors.V) else None
 
 
 def abs_sum_fixed_point(weight: Tensor, exponent: int) -> Tensor:

@@ -8,6 +8,7 @@ from torch import nn
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.head_loss import head_loss
+from pst_ds.core.masked_linear import _with_ones
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst
 from pst_ds.nn.language_head import language_head
@@ -96,3 +97,11 @@ def test_the_operators_of_a_traced_model_are_those_that_run():
         found = counts.launches - before[0], counts.bytes_moved - before[1]
     assert traced.launches == pytest.approx(found[0] - 2 * 6, rel=0.02)  # silu's gradient, in parts there
     assert 0.75 * found[1] < traced.moved < found[1]  # which has the bytes of products too, in a model so small
+
+
+def test_products_with_factors_have_rows_of_whole_16_bytes():
+    with pretended():
+        (layer,) = layers(1)
+        factors = _with_ones(layer.state())
+    assert factors.A.shape == (OUT, 16)  # rank 8, the ones and zeros
+    assert factors.B.shape == (16, IN)

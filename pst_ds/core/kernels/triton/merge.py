@@ -1,4 +1,4 @@
-"""Launch the kernels for a layer's merged weight and for the backward pass of a band of G."""
+"""Launch the kernels for a layer's merged weight and for the backward pass of bands of G, or of experts."""
 
 from __future__ import annotations
 
@@ -7,50 +7,99 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pst_ds.core.factors import Constants, TileFactors
+from pst_ds.core.bits import shard_numel
+from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
 from pst_ds.core.kernels.triton.launch import blocks, launch, serves
-from pst_ds.core.layout import Rect
+from pst_ds.core.layout import Rect, WeightLayout
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MOST_PER_SHARD, _MOST_SHARDS = 1 << 30, 1 << 21
+"""Limits of the kernels' 32-bit positions in a shard and of their estimate of a shard's number."""
 
 
 @dataclass(frozen=True, slots=True)
-class MaskBytes:
-    """A mask in which every row of the stored weight, and every shard, starts at a byte boundary."""
+class MaskBits:
+    """The mask of a stored weight with rows of ``width``, in shards of ``per_shard``; see :mod:`pst_ds.core.bits`."""
 
     bits: Tensor
-    row_bytes: int
+    width: int
+    per_shard: int
+    pad: int
+    """Unused bits between two shards."""
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether every row of the stored weight, and every shard, starts at a byte boundary."""
+        return self.width % 8 == 0 and self.pad == 0
 
     def holds(self, rect: Rect) -> bool:
-        return rect.c0 % 8 == 0
-
-    def first(self, rect: Rect) -> int:
-        """Return the first byte of a rectangle."""
-        return rect.r0 * self.row_bytes + rect.c0 // 8
+        """Return whether every row of ``rect`` starts at a byte boundary."""
+        return self.is_aligned and rect.c0 % 8 == 0
 
 
-def mask_rows(bits: Tensor, shape: tuple[int, int], shard_numel: int) -> MaskBytes | None:
-    """Return the mask of a stored weight of ``shape``, or None if its rows or shards start within a byte."""
-    return MaskBytes(bits, shape[1] // 8) if shape[1] % 8 == 0 and shard_numel % 8 == 0 else None
+def mask_bits(bits: Tensor, shape: tuple[int, int], num_shards: int) -> MaskBits:
+    """Return the mask of a stored weight of ``shape``."""
+    per_shard = shard_numel(shape[0] * shape[1], num_shards)
+    return MaskBits(bits, shape[1], per_shard, -per_shard % 8 if num_shards > 1 else 0)
 
 
-def mask_bytes(weight: object, bits: Tensor, shape: tuple[int, int], shard_numel: int) -> MaskBytes | None:
+def supports(dtype: torch.dtype | None, numel: int, num_shards: int) -> bool:
+    """Return whether the kernels merge a layer of ``numel`` weights, and compute its gradients.
+
+    ``dtype``: None for quantised weights. Shards may start at any bit. Requires a device that
+    :func:`pst_ds.core.kernels.triton.launch.serves` names.
+    """
+    per_shard = shard_numel(numel, num_shards)
+    fits = 8 <= per_shard < _MOST_PER_SHARD and num_shards < _MOST_SHARDS  # eight weights lie in at most two shards
+    return dtype in _DTYPES and (num_shards == 1 or per_shard % 8 == 0 or fits)
+
+
+def kernel_mask(weight: object, bits: Tensor, shape: tuple[int, int], num_shards: int) -> MaskBits | None:
     """Return the mask as the kernels take it, or None if they do not support a layer with this weight."""
-    if not isinstance(weight, Tensor) or weight.dtype not in _DTYPES or not serves(weight.device):
+    dtype = weight.dtype if isinstance(weight, Tensor) else None
+    if not supports(dtype, shape[0] * shape[1], num_shards) or not serves(bits.device):
         return None
-    return mask_rows(bits, shape, shard_numel)
+    return mask_bits(bits, shape, num_shards)
 
 
-def merge_into(
-    out: Tensor, weight: Tensor, mask: MaskBytes, rect: Rect, tile: TileFactors, constants: Constants
-) -> None:
-    """Write M . (W0 + beta U V) of ``rect`` to ``out`` from ``weight``, (rows, cols) with contiguous rows."""
+@dataclass(frozen=True, slots=True)
+class Matrices:
+    """Equal matrices of a stored weight that a launch computes."""
+
+    shape: tuple[int, int]
+    """Rows and columns of each."""
+    first: int
+    """Flat index in the stored weight of the first weight."""
+    count: int = 1
+    parts: int = 1
+    """Matrices per expert."""
+    expert_step: int = 0
+    """Weights from an expert to the next, and from a part to the next."""
+    part_step: int = 0
+
+    @classmethod
+    def of_rect(cls, rect: Rect, width: int) -> Matrices:
+        """Return a rectangle of a stored weight with rows of ``width``."""
+        return cls(rect.shape, rect.r0 * width + rect.c0)
+
+    @classmethod
+    def of_experts(cls, layout: WeightLayout, experts: range) -> Matrices:
+        """Return all matrices of some experts of a stack; a layer that is not a stack is one expert."""
+        rect, parts = layout.matrices()[0].rect, layout.num_matrices // layout.num_experts
+        numel, part_step = layout.expert.numel, rect.shape[1] if layout.transposed else rect.numel
+        return cls(rect.shape, experts.start * numel, len(experts) * parts, parts, numel, part_step)
+
+
+def merge_layer(weight: Tensor, mask: MaskBits, layout: WeightLayout, factors: Factors, constants: Constants) -> Tensor:
+    """Return M . (W0 + beta U V) of a whole layer, or stack of experts, in storage shape, in one launch."""
     from pst_ds.core.kernels.triton import merge_kernels as kernels
 
-    grid = blocks(out.shape[0], kernels.TILE_ROWS), blocks(out.shape[1], kernels.TILE_COLS)
-    arguments, shapes = _merged(weight, mask, rect, tile, constants)
-    shapes |= {"ROWS": kernels.TILE_ROWS, "COLS": kernels.TILE_COLS}
-    launch(kernels.merge, grid, *arguments, out, out.stride(0), fuse=True, **shapes)
+    weight = weight.contiguous()
+    matrices, matrix = Matrices.of_experts(layout, range(layout.num_experts)), layout.matrices()[0]
+    tile, merged = tile_factors(factors, layout, matrix, matrix.rect), torch.empty_like(weight)
+    grid, arguments, shapes = _merged(weight, mask, matrices, tile, constants, (kernels.TILE_ROWS, kernels.TILE_COLS))
+    launch(kernels.merge, grid, *arguments, merged, merged.stride(0), fuse=True, **shapes)
+    return merged
 
 
 def gradients_into(
@@ -59,37 +108,52 @@ def gradients_into(
     updates: Tensor | None,
     weight: Tensor,
     grad: Tensor,
-    mask: MaskBytes,
-    rect: Rect,
+    mask: MaskBits,
+    matrices: Matrices,
     tile: TileFactors,
     constants: Constants,
-    factor: float,
+    factor: float | Tensor,
 ) -> None:
     """Write M . W to ``merged``, G . W to ``scores`` and G . M + ``factor`` G . |W| . 1 n' to ``updates``.
 
-    All are (rows, cols) of ``rect`` with contiguous rows. Without ``factor``, |W| has no gradient.
+    All have contiguous rows. ``merged``, ``weight`` and ``grad`` have the matrices in storage order;
+    ``scores`` and ``updates`` have one matrix below the other. ``tile``: factors of the first matrix, those of the
+    next follow in memory. ``factor``: 0.0 if |W| has no gradient, or fp32 per matrix.
     """
     from pst_ds.core.kernels.triton import merge_kernels as kernels
 
-    grid = blocks(grad.shape[0], kernels.GRADIENT_ROWS), blocks(grad.shape[1], kernels.GRADIENT_COLS)
-    arguments, shapes = _merged(weight, mask, rect, tile, constants)
+    grid, arguments, shapes = _merged(
+        weight, mask, matrices, tile, constants, (kernels.GRADIENT_ROWS, kernels.GRADIENT_COLS)
+    )
     norms = [n if n is None else n.float().contiguous() for n in (tile.row_norms, tile.col_norms)]
+    norm_step = next((n.numel() for n in norms if n is not None), 0)
+    alike, each = (0.0, factor) if isinstance(factor, Tensor) else (factor, None)
     outputs = (part for out in (merged, scores, updates) for part in (out, 0 if out is None else out.stride(0)))
-    shapes |= {"ROWS": kernels.GRADIENT_ROWS, "COLS": kernels.GRADIENT_COLS, "HAS_MAGNITUDE": factor != 0.0}
-    launch(kernels.gradients, grid, *arguments, grad, grad.stride(0), *norms, factor, *outputs, fuse=True, **shapes)
+    shapes |= {"HAS_MAGNITUDE": each is not None or alike != 0.0}
+    launch(
+        kernels.gradients, grid, *arguments, grad, grad.stride(0), *norms, norm_step, alike, each, *outputs, fuse=True,
+        **shapes,
+    )  # fmt: skip
 
 
 def _merged(
-    weight: Tensor, mask: MaskBytes, rect: Rect, tile: TileFactors, constants: Constants
-) -> tuple[list[object], dict[str, int]]:
-    """Return the kernels' arguments for the merged weight, and their constants."""
+    weight: Tensor, mask: MaskBits, matrices: Matrices, tile: TileFactors, constants: Constants, block: tuple[int, int]
+) -> tuple[tuple[int, int, int], list[object], dict[str, int]]:
+    """Return the grid, the kernels' arguments for the merged weight, and their constants."""
     from pst_ds.core.kernels.triton import merge_kernels as kernels
 
-    left, right = tile.update_left, tile.update_right
-    arguments: list[object] = [weight, weight.stride(0), *weight.shape, mask.bits, mask.row_bytes, mask.first(rect)]
+    left, right, m = tile.update_left, tile.update_right, matrices
+    grid = blocks(m.shape[0], block[0]), blocks(m.shape[1], block[1]), m.count
+    # without a pad it does not matter where shards end
+    per_shard = mask.per_shard if mask.pad else _MOST_PER_SHARD
+    arguments: list[object] = [weight, weight.stride(0), *m.shape, mask.bits, m.first, mask.width]
+    arguments += [per_shard, mask.pad, mask.bits.numel()]
+    steps: list[object] = [m.parts, m.expert_step, m.part_step] if m.count > 1 else [None] * 3
+    aligned = mask.is_aligned and all(at % 8 == 0 for at in (m.first, m.expert_step, m.part_step))
+    shapes: dict[str, int] = {"ALIGNED": aligned, "RANK": 0, "ROWS": block[0], "COLS": block[1]}
     if left is None or right is None:
-        return [*arguments, None, 0, 0, None, 0, 0, 0.0, 0], {"RANK": 0}
+        return grid, [*arguments, None, 0, 0, None, 0, 0, 0.0, 0, *steps, None, None], shapes
     rank = right.shape[0]
-    padded = max(kernels.LEAST_RANK, 1 << (rank - 1).bit_length())
     arguments += [left, *left.stride(), right, *right.stride(), constants.beta, rank]
-    return arguments, {"RANK": padded}
+    arguments += [*steps, *([left.numel(), right.numel()] if m.count > 1 else [None, None])]
+    return grid, arguments, shapes | {"RANK": max(kernels.LEAST_RANK, 1 << (rank - 1).bit_length())}
