@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, get_args
 
 from pst_ds.cli.main import above, add_quiet_argument, add_run_arguments, add_shard_argument, count, load_run_or_folder
 from pst_ds.config.methods import OneShotMethod
-from pst_ds.config.one_shot import CHANNELS, ENGINES, SHAPES, Budgets, PruneConfig
+from pst_ds.config.one_shot import CHANNELS, ENGINES, Budgets, PruneConfig
 from pst_ds.core.experts.tokens import unused_experts
 from pst_ds.core.packings import GROUPS, VALUE_BITS, WHOLE_ROW
 from pst_ds.errors import InputError
@@ -27,12 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, metavar="DIR", help="model folder to write, dense with zeros")
     add("--sparsity", type=float, metavar="S", help="sparsity (default: the run file's)")
     add("--ffn", type=float, metavar="S", help="channels: share of feed-forward channels that stay, such as 0.25")
-    add("--heads", type=count, metavar="N", help="channels: attention heads of a layer that stay")
-    add("--kv-groups", type=count, metavar="N", help="channels: groups of heads with the same keys that stay")
-    add("--layers", type=count, metavar="N", help="channels: transformer blocks that stay")
     add("--speedup", type=above(1), metavar="X", help="channels: find --ffn for a model X times as fast in --target")
     add("--target", choices=ENGINES, help="channels: where --speedup counts")
-    add("--rank-by", choices=("second-order", "wanda"), default="second-order", help="channels: how they are chosen")
     add("--pattern", default="", metavar="P", help="row, matrix, N:M or blocks (default: pst.pattern, or row)")
     add("--keep-zeros", action="store_true", help="prune exactly the weights that are zero already")
     add("--bits", type=int, choices=sorted(VALUE_BITS.values()), help="quantise the kept weights too (sparsegpt)")
@@ -78,8 +74,8 @@ def _with_share(run: RunConfig, args: argparse.Namespace) -> dict[str, object]:
         return {}
     if args.speedup is None or args.target is None or args.method != CHANNELS:
         raise InputError(f"--speedup and --target need each other and --method {CHANNELS}. Add what is missing")
-    if given := [f"--{name.replace('_', '-')}" for name in SHAPES if getattr(args, name) is not None]:
-        raise InputError(f"--speedup {args.speedup} chooses --ffn itself. Remove {' and '.join(given)}")
+    if args.ffn is not None:
+        raise InputError(f"--speedup {args.speedup} chooses --ffn itself. Remove --ffn {args.ffn}")
     from pst_ds.planning.speedup import share_for
 
     args.ffn, expected = share_for(run, args.speedup, args.target)

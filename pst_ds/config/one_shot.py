@@ -14,8 +14,7 @@ from pst_ds.core.packings import VALUE_BITS
 from pst_ds.core.patterns import parse_pattern
 
 CHANNELS: Final = "channels"
-"""Removes channels, heads or blocks, so that the model is smaller and dense."""
-SHAPES = ("ffn", "heads", "kv_groups", "layers")
+"""Removes channels of feed-forward layers, so that the model is smaller and dense."""
 ENGINES = ("openvino", "llama.cpp", "vllm", "gpu")
 """Where the speed of a cut is predicted: pst_ds/planning/speedup.py."""
 Budgets = Literal["equal", "saliency"]
@@ -39,14 +38,6 @@ class OneShotConfig(Section):
     """Distribution of the sparsity over layers: equal, or by the increase in loss."""
     ffn: Annotated[float, Gt(0.0), Lt(1.0)] | None = None
     """Method "channels": share of the channels of every feed-forward layer, or expert, that stay."""
-    heads: Positive | None = None
-    """Method "channels": attention heads that stay, of those in each layer."""
-    kv_groups: Positive | None = None
-    """Method "channels": groups of heads with the same keys and values that stay, instead of ``heads``."""
-    layers: Positive | None = None
-    """Method "channels": transformer blocks that stay; not together with the other three."""
-    rank_by: Literal["second-order", "wanda"] = "second-order"
-    """Method "channels": how channels and heads are chosen. Both fit what stays by least squares."""
 
     def problems(self) -> Iterator[str]:
         if self.method == "none":
@@ -54,25 +45,11 @@ class OneShotConfig(Section):
             yield from self.unused("start", reason, "samples", "reconstruct", "budgets")
         if self.method != CHANNELS:
             reason = f'with start.method = "{self.method}". Set start.method = "channels"'
-            yield from self.unused("start", reason, *SHAPES, "rank_by")
+            yield from self.unused("start", reason, "ffn")
         else:
             yield from self.unused("start", 'with start.method = "channels". Remove it', "reconstruct", "budgets")
-            yield from self._problems_of_shapes()
-
-    def _problems_of_shapes(self) -> Iterator[str]:
-        given = {name: getattr(self, name) for name in SHAPES if getattr(self, name) is not None}
-        options = " and ".join(f"{name} = {value}" for name, value in given.items())
-        if not given:
-            yield 'method "channels" needs what stays: ffn, heads, kv_groups or layers'
-        if self.layers is not None and len(given) > 1:
-            yield f"{options}: layers cannot be removed together with other parts. Prune the resulting folder once more"
-        if self.heads is not None and self.kv_groups is not None:
-            yield f"{options} say the same. Remove one"
-
-    @property
-    def removes(self) -> bool:
-        """True if some channels or heads are asked to be removed."""
-        return any(getattr(self, name) is not None for name in SHAPES)
+            if self.ffn is None:
+                yield 'start.method = "channels" needs the share of channels that stay. Set start.ffn, such as 0.25'
 
     def conflicts(self, method: str, sparsity: float, pst: PSTConfig) -> Iterator[str]:
         """Yield a message where the run would not start from the masks of the one-shot method, at ``sparsity``."""
@@ -112,7 +89,7 @@ class PruneConfig(OneShotConfig):
     """Settings of ``pst-ds prune``, which has more options than ``[start]``: there the run decides on the rest."""
 
     method: OneShotMethod | Literal["channels"]
-    """Method that chooses the weights; "channels" removes channels and heads."""
+    """Method that chooses the weights; "channels" removes feed-forward channels."""
     sparsity: float | None = None
     """Fraction of pruned weights. Unset, the pattern or ``schedule.final_sparsity`` sets it."""
     pattern: str = ""
@@ -134,13 +111,12 @@ class PruneConfig(OneShotConfig):
     def problems(self) -> Iterator[str]:
         if self.method == CHANNELS:
             yield from self._problems_of_removal()
-            yield from self._problems_of_shapes()
+            if self.ffn is None:
+                yield "--method channels needs the share of channels that stay. Add --ffn, such as --ffn 0.25"
             if self.sparsity is not None:
                 yield f"--sparsity {self.sparsity} is for weights. Say what stays: --ffn {1.0 - self.sparsity:.6g}"
-        for name in (*SHAPES, "rank_by") if self.method != CHANNELS else ():
-            if getattr(self, name) != getattr(PruneConfig, name):
-                option = f"--{name.replace('_', '-')} {getattr(self, name)}"
-                yield f"{option} is for --method channels. Remove it, or prune the folder of --method channels"
+        elif self.ffn is not None:
+            yield f"--ffn {self.ffn} is for --method channels. Remove it, or prune the folder of --method channels"
         if self.bits and self.method != "sparsegpt":
             yield (
                 f"--bits {self.bits} needs --method sparsegpt, whose kept weights compensate for the quantisation "
@@ -165,8 +141,8 @@ class PruneConfig(OneShotConfig):
         for name in ("pattern", "bits", "group", "keep_zeros", "budgets", "reconstruct"):
             if getattr(self, name) != getattr(PruneConfig, name):
                 yield (
-                    f"--{name.replace('_', '-')} is for weights, and --method channels removes channels and heads. "
-                    "Remove it, or prune the resulting folder once more"
+                    f"--{name.replace('_', '-')} is for weights, and --method channels removes channels. Remove it, "
+                    "or prune the resulting folder once more"
                 )
 
     def _problems_of_keep_zeros(self) -> Iterator[str]:

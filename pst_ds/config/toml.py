@@ -120,6 +120,10 @@ REMOVED = {
     "checkpoint.file_per": "every rank writes its own file",
     "dense_run": "compare the run with a dense one by pst-ds report RUN DENSE",
     "checkpoint.grace_seconds": "a signal stops the run after the current step; lower checkpoint.interval to lose less",
+    "start.heads": "set start.ffn",
+    "start.kv_groups": "set start.ffn",
+    "start.layers": "set start.ffn",
+    "start.rank_by": "channels are chosen by second order",
     "start.own_text": "write texts with pst-ds generate, and name them in data.sources",
     "start.swaps": 'choose method = "alps", or add passes in start.reconstruct',
     "pst.update_gates": "set pst.update_rank, such as 2, and remove pst.update_gates and pst.target_rank",
@@ -141,10 +145,14 @@ REMOVED = {
 }
 """Settings and sections of earlier versions that no longer do anything, and what a run does instead; "" for no hint,
 because old run folders have them without asking for anything."""
-_CHANGE_RESULTS = ("pst.bias", "pst.full_scores", "pst.multiplicative_update", "pst.update_gates")
+_CHANGE_RESULTS = (
+    "pst.bias", "pst.full_scores", "pst.multiplicative_update", "pst.update_gates", "start.heads", "start.kv_groups",
+    "start.layers",
+)  # fmt: skip
 """Removed settings without which what was trained would compute something else."""
 _FORMER_DEFAULTS = {
     "pst.bias": "none", "pst.nm_ramp": "share", "pst.score_init": "normal", "pst.update_gates": "none",
+    "start.rank_by": "second-order",
 }  # fmt: skip
 """Values of removed settings that old files spell out, besides empty ones."""
 

@@ -14,7 +14,6 @@ from pst_ds.planning.machines import Machine
 from pst_ds.planning.speedup import bare_model, met_weights
 from pst_ds.planning.start import ELEMENTWISE, FACTORISATION, FP32, READ_BYTES, RUNTIME_BYTES, Cost, StartData
 from pst_ds.prune.blocks import block_of, find_blocks
-from pst_ds.prune.depth import PIECES
 
 FP64 = 0.5
 """Rate of fp64 products, relative to fp32 ones."""
@@ -38,13 +37,13 @@ class _Fitted(NamedTuple):
         """Bytes of X'X in fp64."""
         return 8 * self.inputs**2 * self.experts
 
-    def seconds(self, machine: Machine, by_second_order: bool) -> float:
+    def seconds(self, machine: Machine) -> float:
         """Time one matrix on one rank: an inverse that every round of removals updates, and the fit."""
         bandwidth = machine.memory_bytes * ELEMENTWISE[machine.device]
         fp64 = machine.flops * FP32[machine.device] * FP64
         rounds = (self.inputs - self.kept) / COLUMNS_AT_ONCE
         updates = rounds * 24 * self.inputs * (self.inputs + self.outputs) / bandwidth
-        chosen = self.inputs**3 / FACTORISATION / fp64 + updates if by_second_order else 0.0
+        chosen = self.inputs**3 / FACTORISATION / fp64 + updates
         fit = 2 / 3 * self.kept**3 + 2 * self.kept * self.outputs * (self.kept + self.inputs)
         return chosen + (fit + 4 * self.outputs * self.inputs**2) / fp64
 
@@ -58,8 +57,8 @@ def cut_plan(run: RunConfig, data: StartData, machine: Machine) -> Cost:
     model = bare_model(run, None)
     layers = resolve_targets(model, PSTConfig())
     stack, blocks = find_blocks(model, [layer.name for layer in layers])
-    smaller = {layer.name: layer.layout for layer in resolve_targets(bare_model(run, config), PSTConfig())}
-    first = [layer for layer in layers if config.layers is None and block_of(layer.name, stack) == 0]
+    smaller = {layer.name: layer.layout for layer in resolve_targets(bare_model(run, config.ffn), PSTConfig())}
+    first = [layer for layer in layers if block_of(layer.name, stack) == 0]
     every = [_Fitted.of(layer.layout, smaller.get(layer.name, layer.layout)) for layer in first]
     fitted, number = [one for one in every if one.kept < one.inputs], len(blocks)
     whole, inside = (stored * sum(p.numel() for p in part.parameters()) for part in (model, blocks))
@@ -70,18 +69,12 @@ def cut_plan(run: RunConfig, data: StartData, machine: Machine) -> Cost:
         "hidden_states": tokens * width * size, "statistics": sums * 3 // 2,
         "removal": max((48 * one.inputs**2 + 24 * one.inputs * one.outputs for one in fitted), default=0),
     }  # fmt: skip
-    fp32, seconds, received = machine.flops * FP32[machine.device], dict[str, float](), 0.0
-    if config.layers is not None:
-        judged = data.pieces(config.samples, PIECES) * data.piece_tokens
-        passes = 1 + number + sum(left * (left + 1) / 2 for left in range(config.layers + 1, number + 1))
-        seconds["removal"] = judged * token * passes / number
-    else:
-        passes, attention = 2 - 1 / number, number * 4 * data.length * width / fp32
-        products = number * sum(i.inputs**2 for i in fitted) / fp32
-        seconds["statistics"] = tokens * (passes * (token + attention) + products)
-        own = sum(-(-i.experts // data.ranks) * i.seconds(machine, config.rank_by != "wanda") for i in fitted)
-        seconds["removal"] = number * own
-        received = number * 2.0 * sums * (data.ranks - 1) / data.ranks
+    fp32, seconds = machine.flops * FP32[machine.device], dict[str, float]()
+    passes, attention = 2 - 1 / number, number * 4 * data.length * width / fp32
+    products = number * sum(i.inputs**2 for i in fitted) / fp32
+    seconds["statistics"] = tokens * (passes * (token + attention) + products)
+    seconds["removal"] = number * sum(-(-i.experts // data.ranks) * i.seconds(machine) for i in fitted)
+    received = number * 2.0 * sums * (data.ranks - 1) / data.ranks
     seconds["files"] = whole / READ_BYTES + whole / machine.storage_bytes
     seconds["network"] = machine.transfer_seconds(received, number * 20, data.ranks)
     working = memory["hidden_states"] + max(memory["statistics"], memory["removal"]) + memory["block"]

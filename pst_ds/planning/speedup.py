@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import AutoModel
 
-from pst_ds.config.one_shot import CHANNELS, ENGINES, OneShotConfig
+from pst_ds.config.one_shot import ENGINES
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.run import RunConfig
 from pst_ds.errors import InputError
@@ -48,27 +48,27 @@ def share_for(run: RunConfig, speedup: float, target: str) -> tuple[float, float
         raise refused
     raise InputError(
         f"--speedup {speedup} for {target}: fewer feed-forward channels make {run.model.path} at most {fastest:.2f} "
-        "times as fast. Ask for less, or remove blocks with --layers"
+        "times as fast. Ask for less"
     )
 
 
 def _work(run: RunConfig, share: float | None, target: str) -> float:
     """Return the work of a token, in multiplications, with a ``share`` of the channels. Raises InputError."""
-    model = bare_model(run, None if share is None else OneShotConfig(method=CHANNELS, ffn=share))
+    model = bare_model(run, share)
     layers, text = resolve_targets(model, PSTConfig()), text_config(model)
     _, blocks = find_blocks(model, [layer.name for layer in layers])
     width, outputs = model_width(model), text.vocab_size if run.task_facts.predicts_tokens else 0
     return met_weights(model, layers) + width * (outputs + OVERHEADS[target] * len(blocks))
 
 
-def bare_model(run: RunConfig, cut: OneShotConfig | None) -> nn.Module:
-    """Return the run's pretrained model without a head, as a ``cut`` leaves it, on the meta device.
+def bare_model(run: RunConfig, share: float | None) -> nn.Module:
+    """Return the run's pretrained model without a head, with a ``share`` of its channels, on the meta device.
 
     Raises InputError if its config cannot express the cut.
     """
     config = load_model_config(run, [], None)
-    if cut is not None:
-        cut_config(config, cut)
+    if share is not None:
+        cut_config(config, share)
     return Pretrained(run.model.path, "model.path").shapes(AutoModel, config)
 
 

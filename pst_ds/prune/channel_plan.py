@@ -1,14 +1,13 @@
-"""Plan a cut of channels and heads: the config of the smaller model, and what each block loses.
+"""Plan a cut of channels: the config of the smaller model, and what each block loses.
 
-The config decides which tensors become smaller, and the groups that :mod:`pst_ds.prune.channel_groups` finds decide
-how. What the two do not agree on is rejected before pruning starts.
+The config decides which tensors become smaller, and the rows that :mod:`pst_ds.prune.channel_rows` finds decide how.
+What the two do not agree on is rejected before pruning starts.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ from pst_ds.nn.cut_config import cut_config
 from pst_ds.nn.model_structure import ExpertsModule, is_conv1d, is_experts, linear_shape, stack_layouts, stack_names
 from pst_ds.nn.targets import Target, resolve_targets
 from pst_ds.prune.blocks import Batch, BlockReplay, Calibration, Forward, Output, find_blocks
-from pst_ds.prune.channel_groups import ChannelGroups, find_groups, probe_batch
+from pst_ds.prune.channel_rows import Rows, find_rows, probe_batch
 from pst_ds.prune.model_files import ModelFiles
 
 if TYPE_CHECKING:
@@ -32,11 +31,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A layer of a block that loses groups of inputs, with the outputs of other layers that make them."""
+    """A layer of a block that loses inputs, with the outputs of other layers that make them."""
 
     layer: str
     """Name, in its block, of a linear layer or a module of experts."""
-    groups: ChannelGroups
+    rows: Rows
+    channels: int
+    """Inputs before the cut."""
     kept: int
     of_experts: bool
 
@@ -49,8 +50,8 @@ class Cut:
         module = block.get_submodule(self.layer)
         if self.of_experts:
             return self._of_stacks(module, kept)
-        found = {f"{self.layer}.weight": (int(not is_conv1d(module)), _merged(self.groups.columns, kept))}
-        for name, rows in self.groups.rows.items():
+        found = {f"{self.layer}.weight": (int(not is_conv1d(module)), kept)}
+        for name, rows in self.rows.items():
             source, chosen = block.get_submodule(name), _merged(rows, kept)
             found[f"{name}.weight"] = int(is_conv1d(source)), chosen
             if source.bias is not None:
@@ -59,7 +60,7 @@ class Cut:
 
     def _of_stacks(self, experts: ExpertsModule, kept: Tensor) -> dict[str, tuple[int, Tensor]]:
         first, last = stack_names(experts)
-        rows = torch.stack([_merged(self.groups.rows[first], own) for own in kept])
+        rows = torch.stack([_merged(self.rows[first], own) for own in kept])
         found = {first: (int(experts.is_transposed), rows), last: (int(not experts.is_transposed), kept)}
         if experts.has_bias:
             found[f"{first}_bias"] = 0, rows
@@ -106,32 +107,31 @@ def plan_cut(files: ModelFiles, config: PruneConfig, excluded: str | tuple[str, 
     targets = {target.name: target for target in every}
     stack, blocks = find_blocks(files.model, list(targets))
     changed = copy.deepcopy(files.model.config)
-    settings = cut_config(changed, config)
-    groups = _groups_of_blocks(files.unpruned(), stack, [t.name for t in every if not t.is_stack], batch)
+    assert config.ffn is not None
+    settings = cut_config(changed, config.ffn)
+    rows = _rows_of_blocks(files.unpruned(), stack, [t.name for t in every if not t.is_stack], batch)
     smaller, asked = files.skeleton(changed), " and ".join(f"{key} = {value}" for key, value in settings.items())
-    cuts = [_cuts_of(block, smaller.get_submodule(f"{stack}.{i}"), groups[i]) for i, block in enumerate(blocks)]
+    cuts = [_cuts_of(block, smaller.get_submodule(f"{stack}.{i}"), rows[i]) for i, block in enumerate(blocks)]
     if not any(cuts):
         raise InputError(
             f"with {asked}, a {type(files.model).__name__} has the same shapes as before, so its config cannot express "
-            "this. Cut ffn or layers instead"
+            "this. Prune weights with another method"
         )
     _require_explained(files.model, smaller, stack, cuts, asked)
     return CutPlan(stack, cuts, targets, smaller, settings)
 
 
-def _groups_of_blocks(
-    files: ModelFiles, stack: str, names: Sequence[str], batch: Batch
-) -> list[dict[str, ChannelGroups]]:
-    """Return the groups of the linear layers ``names`` and of experts, by block. Blocks with equal layers are alike."""
+def _rows_of_blocks(files: ModelFiles, stack: str, names: Sequence[str], batch: Batch) -> list[dict[str, Rows]]:
+    """Return the rows of the linear layers ``names`` and of experts, by block. Blocks with equal layers are alike."""
     blocks = files.model.get_submodule(stack)
     assert isinstance(blocks, nn.ModuleList)
     probed = probe_batch(batch)
     data = Calibration([probed], torch.device("cpu"), torch.float32)
     replay = BlockReplay(files.model, files.source(stack, blocks), data)
     replay.take([(0, probed)])
-    known: dict[object, dict[str, ChannelGroups]] = {}
+    known: dict[object, dict[str, Rows]] = {}
     found = []
-    with replay.in_place(), _eager_attention(files.model):
+    with replay.in_place():
         for index, block in enumerate(blocks):
             prefix = f"{stack}.{index}."
             own = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
@@ -141,33 +141,18 @@ def _groups_of_blocks(
                 with replay.resident(index):
                     probe = partial(_probe, layers, known.setdefault(alike, {}))
                     replay.run(index, keep_output=not index, compute=probe)
-            found.append(known[alike] | _groups_of_experts(block))
+            found.append(known[alike] | _rows_of_experts(block))
     return found
 
 
-def _probe(layers: Mapping[str, nn.Module], found: dict[str, ChannelGroups], forward: Forward) -> Output:
-    found |= find_groups(forward, layers)
+def _probe(layers: Mapping[str, nn.Module], found: dict[str, Rows], forward: Forward) -> Output:
+    found |= find_rows(forward, layers)
     return forward()
 
 
-@contextmanager
-def _eager_attention(model: nn.Module) -> Iterator[None]:
-    """Compute attention in single steps inside the context: fused kernels hide values that are not finite."""
-    name = "_attn_implementation"
-    every = [getattr(module, "config", None) for module in model.modules()]
-    before = {id(config): (config, getattr(config, name)) for config in every if hasattr(config, name)}
-    try:
-        for config, _ in before.values():
-            setattr(config, name, "eager")
-        yield
-    finally:
-        for config, value in before.values():
-            setattr(config, name, value)
-
-
-def _groups_of_experts(block: nn.Module) -> dict[str, ChannelGroups]:
-    """Return the channels of the experts in a block, by the name of their module."""
-    found = {}
+def _rows_of_experts(block: nn.Module) -> dict[str, Rows]:
+    """Return the rows of the experts in a block, by the name of their module."""
+    found: dict[str, Rows] = {}
     for name, module in block.named_modules():
         if is_experts(module):
             first, last = stack_names(module)
@@ -176,18 +161,17 @@ def _groups_of_experts(block: nn.Module) -> dict[str, ChannelGroups]:
             if module.has_gate:
                 gates = channels + len(channels) if module.is_concatenated else 2 * channels + 1
                 rows = torch.cat([channels if module.is_concatenated else 2 * channels, gates], 1)
-            found[name] = ChannelGroups(channels, {first: rows})
+            found[name] = {first: rows}
     return found
 
 
-def _cuts_of(block: nn.Module, smaller: nn.Module, groups: Mapping[str, ChannelGroups]) -> list[Cut]:
+def _cuts_of(block: nn.Module, smaller: nn.Module, rows: Mapping[str, Rows]) -> list[Cut]:
     """Return the cuts of the layers that have fewer inputs in the ``smaller`` block."""
     found = []
-    for name, of_layer in groups.items():
+    for name, of_layer in rows.items():
         before, after = (_inputs_of(b.get_submodule(name)) for b in (block, smaller))
         if after < before:
-            is_stack = is_experts(block.get_submodule(name))
-            found.append(Cut(name, of_layer, after // of_layer.columns.shape[1], is_stack))
+            found.append(Cut(name, of_layer, before, after, is_experts(block.get_submodule(name))))
     return found
 
 
@@ -204,16 +188,16 @@ def _require_explained(
     wanted = {name: tuple(param.shape) for name, param in smaller.named_parameters()}
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
     for index, of_block in enumerate(cuts):
-        block, small = (m.get_submodule(f"{stack}.{index}") for m in (model, smaller))
+        block = model.get_submodule(f"{stack}.{index}")
         firsts = [(cut, _first(block, cut)) for cut in of_block]
-        for name, (dim, stay) in block_selections(block, small, firsts).items():
+        for name, (dim, stay) in block_selections(block, firsts).items():
             key, dim = f"{stack}.{index}.{name}", dim + stay.dim() - 1
             shapes[key] = (*shapes[key][:dim], stay.shape[-1], *shapes[key][dim + 1 :])
     wrong = next((name for name, shape in wanted.items() if shapes.get(name) != shape), None)
     if wrong is not None:
         raise InputError(
             f"with {asked}, {wrong} has the shape {wanted[wrong]}, and removing inputs and outputs gives "
-            f"{shapes.get(wrong)}. A {type(model).__name__} cannot be cut this way: cut ffn, heads or layers instead"
+            f"{shapes.get(wrong)}. A {type(model).__name__} cannot be cut. Prune weights with another method"
         )
 
 
@@ -223,10 +207,8 @@ def _first(block: nn.Module, cut: Cut) -> Tensor:
     return first.expand(module.num_experts, -1) if cut.of_experts else first
 
 
-def block_selections(
-    block: nn.Module, smaller: nn.Module, chosen: Sequence[tuple[Cut, Tensor]]
-) -> dict[str, tuple[int, Tensor]]:
-    """Return :meth:`Cut.selections` of all ``chosen`` (cut, kept) of a block, with vectors that have values by head.
+def block_selections(block: nn.Module, chosen: Sequence[tuple[Cut, Tensor]]) -> dict[str, tuple[int, Tensor]]:
+    """Return :meth:`Cut.selections` of all ``chosen`` (cut, kept) of a block.
 
     Raises InputError if two cuts remove outputs of the same layer.
     """
@@ -234,12 +216,8 @@ def block_selections(
     for cut, kept in chosen:
         for name, value in cut.selections(block, kept).items():
             if name in found:
-                raise InputError(f"{cut.layer}: {name} makes inputs of other layers too. Cut layers instead")
+                raise InputError(
+                    f"{cut.layer}: {name} makes inputs of other layers too. Prune weights with another method"
+                )
             found[name] = value
-    for name, param in smaller.named_parameters():
-        old = block.get_parameter(name).shape
-        if name not in found and param.dim() == 1 and param.shape != old:
-            for cut, kept in chosen:
-                if cut.groups.are_heads and old[0] % cut.groups.number == 0:
-                    found[name] = 0, _merged(torch.arange(old[0]).view(cut.groups.number, -1), kept)
     return found

@@ -1,4 +1,4 @@
-"""Remove channels and heads of a pretrained model, block by block, so that a smaller dense model remains.
+"""Remove channels of a pretrained model, block by block, so that a smaller dense model remains.
 
 A layer loses the inputs whose removal changes its outputs least, and its remaining weights are fitted to the former
 outputs; the layers before it lose what made these inputs. A block sees the outputs of the smaller blocks before it.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.config.one_shot import PruneConfig
-from pst_ds.core.one_shot.channels import InputMoments, by_second_order, by_wanda, refitted
+from pst_ds.core.one_shot.channels import InputMoments, by_second_order, refitted
 from pst_ds.nn.input_sums import InputGatherer, products, totals
 from pst_ds.nn.model_structure import ExpertsModule, is_conv1d, stack_names
 from pst_ds.parallel.ranks import raise_on_all_ranks
@@ -38,7 +38,7 @@ def cut_channels(
     blocks = files.model.get_submodule(plan.stack)
     assert isinstance(blocks, nn.ModuleList)
     replay = BlockReplay(files.model, files.source(plan.stack, blocks), data)
-    cutter, found = _Cutter(replay, plan, config.rank_by == "wanda"), list[CutLayer]()
+    cutter, found = _Cutter(replay, plan), list[CutLayer]()
     for index in range(len(blocks)):
         if replay.source.outcome(index, CutLayer) is not None:
             _adopt(blocks[index], plan.smaller_block(index), {})  # whose tensors are those in the finished file
@@ -70,9 +70,8 @@ class _Made(NamedTuple):
 
 
 class _Cutter:
-    def __init__(self, replay: BlockReplay, plan: CutPlan, by_scores: bool):
+    def __init__(self, replay: BlockReplay, plan: CutPlan):
         self._replay, self._plan, self._ranks = replay, plan, replay.data.ranks
-        self._choose = by_wanda if by_scores else by_second_order
 
     def cut(self, index: int) -> list[CutLayer]:
         """Cut a block, and run it for the next block's input. Collective."""
@@ -93,7 +92,7 @@ class _Cutter:
         for cut in self._plan.cuts[index]:
             kept = torch.stack([one.kept for one in made[cut.layer]])
             chosen.append((cut, kept if cut.of_experts else kept[0]))
-        _adopt(block, smaller, _tensors(block, smaller, chosen, made))
+        _adopt(block, smaller, _tensors(block, chosen, made))
         prefix = f"{self._plan.stack}.{index}."
         return [_outcome(prefix + cut.layer, cut, made[cut.layer]) for cut in self._plan.cuts[index]]
 
@@ -146,10 +145,9 @@ class _Cutter:
 
     def _made(self, weight: Tensor, cut: Cut, known: InputMoments) -> _Made:
         device = self._replay.data.device
-        own, groups, gram = weight.to(device), cut.groups.columns.to(device), known.gram.to(device)
-        chosen = self._choose(own, gram, groups, cut.kept)
-        columns = groups[chosen.kept].flatten().sort().values
-        fitted = refitted(own, InputMoments(gram, known.mean.to(device)), columns)
+        own, gram = weight.to(device), known.gram.to(device)
+        chosen = by_second_order(own, gram, cut.kept)
+        fitted = refitted(own, InputMoments(gram, known.mean.to(device)), chosen.kept)
         error = torch.tensor([fitted.error], dtype=torch.float64)
         parts = (chosen.kept, fitted.weight.to(weight.dtype), fitted.shift, chosen.removed, chosen.scores, error)
         return _Made(*(part.cpu() for part in parts))
@@ -157,10 +155,10 @@ class _Cutter:
 
 def _unknown(weight: Tensor, cut: Cut) -> _Made:
     """Return tensors of the shapes and dtypes of a result."""
-    outputs, gone, size = len(weight), cut.groups.number - cut.kept, cut.groups.columns.shape[1]
+    outputs, gone = len(weight), cut.channels - cut.kept
     kept, removed = (torch.zeros(number, dtype=torch.int64) for number in (cut.kept, gone))
     shift, scores, error = (torch.zeros(number, dtype=torch.float64) for number in (outputs, gone, 1))
-    return _Made(kept, weight.new_zeros(outputs, cut.kept * size), shift, removed, scores, error)
+    return _Made(kept, weight.new_zeros(outputs, cut.kept), shift, removed, scores, error)
 
 
 def _matrix(block: nn.Module, cut: Cut, expert: int) -> tuple[Tensor, bool]:
@@ -174,11 +172,11 @@ def _matrix(block: nn.Module, cut: Cut, expert: int) -> tuple[Tensor, bool]:
 
 
 def _tensors(
-    block: nn.Module, smaller: nn.Module, chosen: Sequence[tuple[Cut, Tensor]], made: Mapping[str, list[_Made]]
+    block: nn.Module, chosen: Sequence[tuple[Cut, Tensor]], made: Mapping[str, list[_Made]]
 ) -> dict[str, Tensor]:
     """Return the tensors of the smaller block, by name."""
     found = block.state_dict()
-    for name, (dim, index) in block_selections(block, smaller, chosen).items():
+    for name, (dim, index) in block_selections(block, chosen).items():
         if index.dim() == 1:
             found[name] = found[name].index_select(dim, index)
         else:
@@ -209,4 +207,4 @@ def _adopt(block: nn.Module, smaller: nn.Module, tensors: dict[str, Tensor]) -> 
 def _outcome(name: str, cut: Cut, made: Sequence[_Made]) -> CutLayer:
     error = sum(float(one.error) for one in made) / len(made)
     order = () if cut.of_experts else (tuple(made[0].removed.tolist()), tuple(made[0].scores.tolist()))
-    return CutLayer(name, cut.groups.number, cut.kept, error, *order)
+    return CutLayer(name, cut.channels, cut.kept, error, *order)

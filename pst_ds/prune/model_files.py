@@ -63,7 +63,6 @@ class ModelFiles:
         self._shard_bytes, self._plan = shard_bytes, ""
         self._part_of = self._parts(place)
         self._present = set[str]()
-        self._renumbered: dict[str, int | None] = {}
         self.check: Callable[[], None] = lambda: None
         """Called on every rank after each block; may raise StoppedError."""
         lacking = tensors_lacking(self.model, set(self.base.names))
@@ -165,13 +164,6 @@ class ModelFiles:
         of_main(lambda: _save(made, path))
         return made
 
-    def keep_blocks(self, stack: str, kept: Sequence[int]) -> None:
-        """Publish only these blocks of ``stack``, which get the numbers 0, 1, ..."""
-        for part in set(self._part_of.values()):
-            if part.rpartition(".")[0] == stack:
-                index = int(part.rpartition(".")[2])
-                self._renumbered[part] = kept.index(index) if index in kept else None
-
     def publish(self, copy_small_files: Callable[[Path], None], record: Mapping[str, object]) -> None:
         """Write the folder, with its pruning ``record`` and small files, atomically. Collective."""
 
@@ -188,16 +180,13 @@ class ModelFiles:
         """Write one file if it is not too large; else one or more for each pruned part, and others for the rest."""
         parts = dict.fromkeys(self._part_of.values())
         pruned = [file for part in parts for file in self._files(part)]
-        names = {
-            key: name for key, part in self._part_of.items() if not self._is_done(part) and (name := self._kept(key))
-        }
-        rest, key_of = {key: self._nbytes(key) for key in names}, {name: key for key, name in names.items()}
+        rest = {key: self._nbytes(key) for key, part in self._part_of.items() if not self._is_done(part)}
         total = sum(file.stat().st_size for file in pruned) + sum(rest.values())
         if total <= self._shard_bytes:  # tensor by tensor: memory need not hold the model
             opened = {name: file for file in map(TensorFile, pruned) for name in file.slots}
             sizes = {name: (file.slots[name].dtype, file.slots[name].shape) for name, file in opened.items()}
-            header, order, _ = header_and_slots(sizes | {name: self.base.size(key) for key, name in names.items()})
-            read = (opened[name].read(name) if name in opened else self.base.read(key_of[name]) for name in order)
+            header, order, _ = header_and_slots(sizes | {key: self.base.size(key) for key in rest})
+            read = (opened[name].read(name) if name in opened else self.base.read(name) for name in order)
             write_pieces(folder / _WHOLE, chain([header], (tensor_bytes(tensor.contiguous()) for tensor in read)))
             return
         file_of: dict[str, str] = {}
@@ -206,19 +195,10 @@ class ModelFiles:
             file_of |= dict.fromkeys(TensorFile(file).slots, file.name)
         for number, keys in enumerate(_groups(rest, self._shard_bytes)):
             file = folder / f"model-rest-{number}.safetensors"
-            _save({names[key]: self.base.read(key) for key in keys}, file)
-            file_of |= dict.fromkeys((names[key] for key in keys), file.name)
+            _save({key: self.base.read(key) for key in keys}, file)
+            file_of |= dict.fromkeys(keys, file.name)
         index = {"metadata": {"total_size": total}, "weight_map": file_of}
         write_text_atomic(folder / _INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n")
-
-    def _kept(self, key: str) -> str | None:
-        """Return the name under which a tensor of the files is published; None if its block was removed."""
-        part = self._part_of[key]
-        if part not in self._renumbered:
-            return key
-        new, (stack, _, old) = self._renumbered[part], part.rpartition(".")
-        tail = stack.rpartition(".")[2]
-        return None if new is None else key.replace(f"{tail}.{old}.", f"{tail}.{new}.", 1)
 
     def _write_rest(self, folder: Path, copy_small_files: Callable[[Path], None], record: Mapping[str, object]) -> None:
         if self.model.can_generate():

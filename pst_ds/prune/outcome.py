@@ -34,24 +34,24 @@ class PrunedLayer:
 
 @dataclass(frozen=True, slots=True)
 class CutLayer:
-    """The outcome for a layer that lost groups of inputs, or for a module of experts."""
+    """The outcome for a layer that lost inputs, or for a module of experts."""
 
     name: str
-    groups: int
-    """Groups of inputs before: channels, or heads that share keys and values."""
+    channels: int
+    """Inputs before."""
     kept: int
     error: float
     """Squared change of the layer's outputs on the calibration data, relative to their squares, or to their variance
     with a bias; the mean over experts."""
     removed: tuple[int, ...] = ()
-    """Groups, the least important first; empty for experts, each of which has others."""
+    """Channels, the least important first; empty for experts, each of which has others."""
     scores: tuple[float, ...] = ()
-    """Error of each removal, or Wanda's score."""
+    """Error of each removal."""
 
     @property
     def facts(self) -> dict[str, object]:
         """For the pruning record."""
-        found = {"groups": self.groups, "kept": self.kept, "error": self.error}
+        found = {"channels": self.channels, "kept": self.kept, "error": self.error}
         return found | ({"removed": self.removed, "scores": self.scores} if self.removed else {})
 
 

@@ -105,20 +105,13 @@ def _back(
 
 
 def _loss(output: object, batch: Batch) -> Tensor:
-    loss = next_token_loss(output, batch)
-    if loss is None:
+    """Return the summed next-token loss of a model's ``output``. Raises InputError without logits of tokens."""
+    ids, logits = batch["input_ids"], getattr(output, "logits", None)
+    if logits is None or logits.shape[:-1] != ids.shape:
         raise InputError(
             "--budgets saliency: the model returns no logits for every token, and the budgets need the loss of the "
             "next token. Remove --budgets"
         )
-    return loss
-
-
-def next_token_loss(output: object, batch: Batch) -> Tensor | None:
-    """Return the summed next-token loss of a model's ``output``; None without logits of tokens."""
-    ids, logits = batch["input_ids"], getattr(output, "logits", None)
-    if logits is None or logits.shape[:-1] != ids.shape:
-        return None
     follows = torch.ones_like(ids, dtype=torch.bool)
     if "attention_mask" in batch:
         follows &= batch["attention_mask"].bool()

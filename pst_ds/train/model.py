@@ -200,8 +200,8 @@ def meta_model(
     With ``own_dropout`` it has the dropout of its config, not the run's.
     """
     config = load_model_config(run, labels, tokenizer, own_dropout=own_dropout)
-    if run.start.removes:
-        cut_config(config, run.start)
+    if run.start.ffn is not None:
+        cut_config(config, run.start.ffn)
     purpose = f" with model.attn_implementation = {run.model.attn_implementation!r} and task {run.task!r}"
     base, kind, dtype = (
         Pretrained(run.model.path, "model.path"),

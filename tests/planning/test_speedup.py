@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig
 
-from pst_ds.config.one_shot import ENGINES, OneShotConfig
+from pst_ds.config.one_shot import ENGINES
 from pst_ds.config.toml import run_from_table
 from pst_ds.errors import InputError
 from pst_ds.nn.cut_config import cut_config
@@ -52,7 +52,7 @@ def test_the_largest_share_with_the_speed_up_of_counted_flops(tmp_path, family):
     for part in range(1, 16):
         smaller = config.from_dict(config.to_dict())
         try:
-            cut_config(smaller, OneShotConfig(method="channels", ffn=part / 16))
+            cut_config(smaller, part / 16)
         except InputError:
             continue
         speeds[part / 16] = full / _flops(smaller, family)

@@ -1,4 +1,4 @@
-"""Channels, heads and blocks are removed from every family that can express it, and from no other."""
+"""Channels are removed from every family that can express it, and from no other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from pst_ds.nn.model_structure import is_experts, stack_names
 from pst_ds.parallel.ranks import all_ranks
 from pst_ds.prune.blocks import Calibration
 from pst_ds.prune.channels import cut_channels
-from pst_ds.prune.depth import remove_blocks
 from pst_ds.prune.model_files import ModelFiles
 from tests.nn.expert_families import tiny_model
 
@@ -43,8 +42,6 @@ FAMILIES = {
 }  # fmt: skip
 OF_EXPERTS = ("qwen2_moe", "deepseek_v3", "gpt_oss", "lfm2_moe")
 FIXED_WIDTH = {"bloom"}
-FIXED_HEADS = {"bert", "roberta", "gpt2", "distilbert", "mpnet", "electra", "deberta_v2", "modernbert", "opt", "bloom",
-               "gpt_neox", "olmo2"}  # fmt: skip
 IDS = torch.randint(2, 48, (10, 9), generator=torch.Generator().manual_seed(1))
 BATCHES = [{"input_ids": ids} for ids in IDS.split(4)]
 
@@ -80,160 +77,63 @@ def _logits(model):
     return torch.cat([model(**batch)[0] for batch in BATCHES])
 
 
-def _silence(model, groups):
-    """Give every output matrix of feed-forward layers, or of attention, zeros for half of its groups of inputs."""
+def _silence(model):
+    """Give every output matrix of feed-forward layers zeros for half of its inputs."""
     generator = torch.Generator().manual_seed(2)
     for module in list(model.modules()):
-        if is_experts(module) and not groups:
+        if is_experts(module):
             stack = getattr(module, stack_names(module)[1]).data
             for expert in stack:
                 inputs = expert if module.is_transposed else expert.t()
                 inputs[torch.randperm(len(inputs), generator=generator)[len(inputs) // 2 :]] = 0.0
     for name, module in model.named_modules():
-        ends = ("o_proj", "out_proj", "self_attn.dense") if groups else (
-            "down_proj", "output.dense", "mlp.c_proj", "lin2", "fc2", "dense_4h_to_h", "mlp.Wo", "w2")  # fmt: skip
+        ends = ("down_proj", "output.dense", "mlp.c_proj", "lin2", "fc2", "dense_4h_to_h", "mlp.Wo", "w2")
         if name.endswith(ends) and "attention.output" not in name and hasattr(module, "weight"):
             inputs = module.weight.data if type(module).__name__ == "Conv1D" else module.weight.data.t()
-            number = groups or len(inputs)
-            gone = torch.randperm(number, generator=generator)[number // 2 :]
-            inputs.view(number, -1, inputs.shape[1])[gone] = 0.0
+            inputs[torch.randperm(len(inputs), generator=generator)[len(inputs) // 2 :]] = 0.0
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *OF_EXPERTS])
 def test_removing_silent_channels_changes_nothing(tmp_path, family):
     model = _model(family)
-    _silence(model, 0)
+    _silence(model)
     model.save_pretrained(tmp_path / "base")
     if family in FIXED_WIDTH:
         with pytest.raises(InputError, match=f"no setting of the config of {family} is the width"):
             _cut(tmp_path / "base", tmp_path / "out", ffn=0.5)
         return
     found, settings = _cut(tmp_path / "base", tmp_path / "out", ffn=0.5)
-    assert all(2 * one.kept == one.groups and one.error < 1e-9 for one in found)
+    assert all(2 * one.kept == one.channels and one.error < 1e-9 for one in found)
     assert settings
     smaller = type(model).from_pretrained(tmp_path / "out").eval()
     assert smaller.num_parameters() < model.num_parameters()
     torch.testing.assert_close(_logits(smaller), _logits(model), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *OF_EXPERTS])
-def test_removing_silent_heads_changes_nothing(tmp_path, family):
-    model = _model(family)
-    config = model.config
-    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    _silence(model, groups)
-    model.save_pretrained(tmp_path / "base")
-    if family in FIXED_HEADS:
-        with pytest.raises(InputError, match=r"Cut ffn|cannot be cut this way|cannot be built"):
-            _cut(tmp_path / "base", tmp_path / "out", kv_groups=groups // 2)
-        return
-    found, _ = _cut(tmp_path / "base", tmp_path / "out", kv_groups=groups // 2)
-    assert all(one.error < 1e-9 for one in found)
-    smaller = type(model).from_pretrained(tmp_path / "out").eval()
-    assert smaller.config.num_attention_heads == config.num_attention_heads // groups * (groups // 2)
-    torch.testing.assert_close(_logits(smaller), _logits(model), rtol=1e-3, atol=1e-4)
-
-
-def _shared(base, out, asked, blocks=0):
+def _shared(base, out, blocks=0):
     """Cut a folder; stop after so many blocks as if a disk were full."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pst_ds.prune.blocks.PIECE_TOKENS", 18)
-        return stopped_after(blocks, lambda: _cut(base, out, **asked))
+        return stopped_after(blocks, lambda: _cut(base, out, ffn=0.5))
 
 
 @pytest.mark.zero3
-@pytest.mark.parametrize(("family", "asked"), [
-    ("bert", {"ffn": 0.5}), ("llama", {"ffn": 0.5, "kv_groups": 2}), ("qwen2_moe", {"ffn": 0.5, "rank_by": "wanda"}),
-    ("gpt_oss", {"ffn": 0.5, "heads": 1}),
-])  # fmt: skip
-def test_killed_after_every_block_and_on_other_ranks_the_bits_are_the_same(run_ranks, tmp_path, family, asked):
+@pytest.mark.parametrize("family", ["bert", "llama", "qwen2_moe", "gpt_oss"])
+def test_killed_after_every_block_and_on_other_ranks_the_bits_are_the_same(run_ranks, tmp_path, family):
     _model(family).save_pretrained(tmp_path / "base")
-    assert _shared(tmp_path / "base", tmp_path / "alone", asked) == ""
+    assert _shared(tmp_path / "base", tmp_path / "alone") == ""
     for ranks in (1, 2, 3):
         out = tmp_path / str(ranks)
         for blocks in (1, 2):
-            assert set(run_ranks(_shared, ranks, tmp_path / "base", out, asked, blocks)) == {"no space left on device"}
-        assert set(run_ranks(_shared, ranks, tmp_path / "base", out, asked)) == {""}
+            assert set(run_ranks(_shared, ranks, tmp_path / "base", out, blocks)) == {"no space left on device"}
+        assert set(run_ranks(_shared, ranks, tmp_path / "base", out)) == {""}
         for file in sorted((tmp_path / "alone").iterdir()):
             assert (out / file.name).read_bytes() == file.read_bytes(), file.name
-
-
-def _shallower(base, out, stops):
-    """Remove two blocks; with ``stops``, fail when the choice is made, as if a disk were full."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pst_ds.prune.blocks.PIECE_TOKENS", 18)
-        files = ModelFiles(str(base), out, 1 << 30)
-        with files.working({}):
-            if stops:
-                patch.setattr("pst_ds.prune.depth._with_config", lambda *_: 1 / 0)
-                with pytest.raises(ZeroDivisionError):
-                    remove_blocks(files, PruneConfig(method="channels", layers=1), (), _data())
-                return
-            remove_blocks(files, PruneConfig(method="channels", layers=1), (), _data())
-            files.publish(lambda folder: None, {})
-
-
-@pytest.mark.zero3
-@pytest.mark.parametrize("family", ["llama", "bert"])
-def test_on_other_ranks_and_after_a_stop_the_same_blocks_stay(run_ranks, tmp_path, family):
-    _model(family).save_pretrained(tmp_path / "base")
-    _shallower(tmp_path / "base", tmp_path / "alone", stops=False)
-    for ranks in (2, 3):
-        out = tmp_path / str(ranks)
-        run_ranks(_shallower, ranks, tmp_path / "base", out, True)
-        assert not out.exists()
-        run_ranks(_shallower, ranks, tmp_path / "base", out, False)
-        for file in sorted((tmp_path / "alone").iterdir()):
-            assert (out / file.name).read_bytes() == file.read_bytes(), file.name
-
-
-@torch.no_grad()
-def _harm(model, kept, text):
-    """The next-token loss of the blocks ``kept``, or the change of the hidden states, on all texts."""
-    blocks = model.model.layers if text else model.encoder.layer
-    other = torch.nn.ModuleList(blocks[i] for i in kept)
-    setattr(model.model if text else model.encoder, "layers" if text else "layer", other)
-    model.config.num_hidden_layers = len(kept)
-    try:
-        if text:
-            return sum(
-                float(model(**b, labels=b["input_ids"], use_cache=False).loss) * len(b["input_ids"]) for b in BATCHES
-            )
-        return torch.cat([model(**batch).last_hidden_state.flatten() for batch in BATCHES])
-    finally:
-        setattr(model.model if text else model.encoder, "layers" if text else "layer", blocks)
-
-
-@pytest.mark.parametrize("family", ["llama", "bert"])
-def test_the_block_whose_absence_harms_least_is_removed(tmp_path, family):
-    model, text = _model(family), family == "llama"
-    model.save_pretrained(tmp_path / "base")
-    left, order = [0, 1, 2], []
-    whole = None if text else _harm(model, left, text)
-    for _ in range(2):
-        harms = [_harm(model, [i for i in left if i != gone], text) for gone in left]
-        if not text:
-            harms = [float((made - whole).square().sum()) for made in harms]
-        order.append(left.pop(harms.index(min(harms))))
-    files = ModelFiles(str(tmp_path / "base"), tmp_path / "out", 1 << 30)
-    with files.working({}):
-        removed, parameters = remove_blocks(files, PruneConfig(method="channels", layers=1), (), _data())
-        files.publish(lambda folder: None, {})
-    assert removed == order
-    smaller = type(model).from_pretrained(tmp_path / "out").eval()
-    assert smaller.num_parameters() == parameters
-    kept = {n.replace(f".{left[0]}.", ".0.") if f".{left[0]}." in n else n: t for n, t in model.state_dict().items()}
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in smaller.state_dict().items())
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ([], 'method "channels" needs what stays'),
+    ([], "--method channels needs the share of channels that stay"),
     (["--ffn", "0.33"], "ffn = 0.33 leaves 6.6 of 20 channels (intermediate_size); widths are multiples of 1"),
-    (["--heads", "3"], "heads = 3: 2 heads share keys and values. Choose a multiple of 2"),
-    (["--kv-groups", "3"], "kv_groups = 3: the model has 6 heads in 3 groups"),
-    (["--layers", "3"], "layers = 3: the model has 3. Choose fewer"),
-    (["--layers", "2", "--ffn", "0.5"], "layers cannot be removed together with other parts"),
-    (["--heads", "2", "--kv-groups", "1"], "say the same"),
     (["--ffn", "0.5", "--sparsity", "0.5"], "--sparsity 0.5 is for weights"),
     (["--ffn", "0.5", "--pattern", "2:4"], "--pattern is for weights"),
     (["--speedup", "1.1"], "--speedup and --target need each other"),

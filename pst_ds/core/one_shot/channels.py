@@ -1,8 +1,8 @@
-"""Remove inputs of a matrix in groups, such as the channels of a feed-forward layer or the columns of a head.
+"""Remove inputs of a matrix, such as the channels of a feed-forward layer.
 
 A matrix W (O, I) has inputs X on the calibration data. The error of removing inputs is the squared change of its
-outputs after the remaining columns have been fitted by least squares. Each round removes
-the groups of least error (optimal brain surgeon with blocks; ZipLM, arXiv 2302.04089).
+outputs after the remaining columns have been fitted by least squares. Each round removes the columns of least error
+(optimal brain surgeon; ZipLM, arXiv 2302.04089).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from pst_ds.core.one_shot.gram import damped_gram
 
 COLUMNS_AT_ONCE = 16
-"""Columns that a round removes, at least one group: errors are computed anew after each round."""
+"""Columns that a round removes: errors are computed anew after each round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,57 +55,34 @@ class Refitted:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The groups of a matrix's inputs that stay, and those that do not."""
+    """The inputs of a matrix that stay, and those that do not."""
 
     kept: Tensor
     """(kept,) int64, ascending."""
     removed: Tensor
     """(removed,) int64, the least important first."""
     scores: Tensor
-    """(removed,) double precision: of each, the error of its removal, or Wanda's score."""
+    """(removed,) double precision: the error of each removal."""
 
 
-def by_second_order(weight: Tensor, gram: Tensor, groups: Tensor, number: int) -> Chosen:
-    """Choose the ``number`` groups that stay.
-
-    ``weight``: (O, I). ``gram``: (I, I), of :class:`InputMoments`. ``groups``: (groups, size) int64, disjoint columns.
-    """
+def by_second_order(weight: Tensor, gram: Tensor, number: int) -> Chosen:
+    """Choose the ``number`` inputs of ``weight`` (O, I) that stay. ``gram``: (I, I), of :class:`InputMoments`."""
     damped, _ = damped_gram(gram)
     inverse, weight = torch.cholesky_inverse(torch.linalg.cholesky(damped)), weight.to(torch.float64, copy=True)
-    left, gone, scores = torch.arange(len(groups), device=groups.device), [groups[:0, 0]], [weight[0, :0]]
+    left = torch.arange(weight.shape[1], device=weight.device)
+    gone, scores = [left[:0]], [weight[0, :0]]
     while len(left) > number:
-        most = min(len(left) - number, max(1, COLUMNS_AT_ONCE // groups.shape[1]))
-        errors = _errors(weight, inverse, groups[left])
+        most = min(len(left) - number, COLUMNS_AT_ONCE)
+        errors = weight[:, left].square().sum(0) / inverse.diagonal()[left]
         order = errors.argsort(stable=True)
-        gone.append(left[order[:most]])
+        columns = left[order[:most]]
+        gone.append(columns)
         scores.append(errors[order[:most]])
         left = left[order[most:].sort().values]
-        columns = groups[gone[-1]].flatten()
         step = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
         weight -= weight[:, columns] @ step
         inverse -= inverse[:, columns] @ step
     return Chosen(left, torch.cat(gone), torch.cat(scores))
-
-
-def _errors(weight: Tensor, inverse: Tensor, groups: Tensor) -> Tensor:
-    """Return the error of removing each group next, (groups,)."""
-    if groups.shape[1] == 1:
-        columns = groups.squeeze(1)
-        errors: Tensor = weight[:, columns].square().sum(0) / inverse.diagonal()[columns]
-    else:
-        own = weight[:, groups].permute(1, 2, 0)
-        blocks = inverse[groups.unsqueeze(2), groups.unsqueeze(1)]
-        errors = (torch.linalg.solve(blocks, own) * own).sum((1, 2))
-    return errors
-
-
-def by_wanda(weight: Tensor, gram: Tensor, groups: Tensor, number: int) -> Chosen:
-    """Choose the ``number`` groups of the largest sums of |W_ij| ||x_j||; arguments as :func:`by_second_order`."""
-    scores = weight.to(torch.float64).abs().sum(0) * gram.diagonal().clamp(min=0.0).sqrt()
-    sums = scores[groups].sum(1)
-    order = sums.argsort(stable=True)
-    gone = order[: len(groups) - number]
-    return Chosen(order[len(gone) :].sort().values, gone, sums[gone])
 
 
 def refitted(weight: Tensor, moments: InputMoments, columns: Tensor) -> Refitted:

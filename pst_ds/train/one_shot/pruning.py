@@ -27,11 +27,10 @@ from pst_ds.parallel.launch import device_of, launch_environment
 from pst_ds.parallel.ranks import all_gather_objects, all_ranks, raise_on_all_ranks
 from pst_ds.prune.blocks import Batch, Calibration
 from pst_ds.prune.channels import cut_channels
-from pst_ds.prune.depth import remove_blocks
 from pst_ds.prune.folder import FORMAT, record_of, require_free
 from pst_ds.prune.model_files import ModelFiles
 from pst_ds.prune.one_shot import plan_layers, prune_files
-from pst_ds.prune.outcome import CutLayer, PrunedLayer
+from pst_ds.prune.outcome import PrunedLayer
 from pst_ds.train.model import attention_options, load_tokenizer
 
 if TYPE_CHECKING:
@@ -47,8 +46,6 @@ class PruneReport:
     """Content of the folder's pruning record: settings, data, and counts per layer."""
     layers: list[PrunedLayer]
     """Outcome of each pruned layer; empty for method "channels"."""
-    modules: Sequence[CutLayer]
-    """Outcome of each module that lost channels or heads, for this method."""
 
     @property
     def facts(self) -> dict[str, object]:
@@ -137,23 +134,19 @@ def prune_files_of(
     digest = digest_of_ranks(batches, given.data)
     device = torch.device(device_of(launch_environment()))
     data = Calibration(batches, device, DTYPES[given.precision], all_ranks())
-    about = {"base_model": given.path, "base_fingerprint": base_fingerprint(given.path)}
+    about: dict[str, object] = {"base_model": given.path, "base_fingerprint": base_fingerprint(given.path)}
     settings = str(given.pst.exclude_modules) if planned is None else f"{planned[0]} {planned[1]}"
     plan = {**about, "config": repr(config), "pst": settings, "data": digest, "precision": given.precision}
     with files.working(plan):
-        layers, modules = list[PrunedLayer](), list[CutLayer]()
-        if planned is not None:
-            layers, facts = prune_files(files, config, planned, data)
-        else:
-            modules, facts = _cut_channels(files, given, config, data)
-        facts |= about | (_facts_of_data(given, config, batches) if batches else {}) | dict(given.facts)
+        about |= (_facts_of_data(given, config, batches) if batches else {}) | dict(given.facts)
+        layers = list[PrunedLayer]()
         if planned is None:
-            of_modules = {module.name: module.facts for module in modules}
-            record: dict[str, object] = {"format": FORMAT, **facts, "layers": [], "modules": of_modules}
+            record = {"format": FORMAT, **about, **_cut_channels(files, given, config, data)}
         else:
-            record = record_of(layers, facts)
+            layers, facts = prune_files(files, config, planned, data)
+            record = record_of(layers, facts | about)
         files.publish(partial(copy_small_files, files.base.folder), record)
-    return PruneReport(out, record, layers, modules)
+    return PruneReport(out, record, layers)
 
 
 def _opened(given: PruneInput, out: Path, shard_bytes: int) -> ModelFiles:
@@ -179,20 +172,19 @@ def digest_of_ranks(batches: Sequence[Batch], what: str) -> str:
     return digest.hexdigest()
 
 
-def _cut_channels(
-    files: ModelFiles, given: PruneInput, config: PruneConfig, data: Calibration
-) -> tuple[list[CutLayer], dict[str, object]]:
-    """Remove channels, heads or blocks; return the outcome and facts for the record. Collective. Raises InputError."""
+def _cut_channels(files: ModelFiles, given: PruneInput, config: PruneConfig, data: Calibration) -> dict[str, object]:
+    """Remove channels; return facts for the record. Collective. Raises InputError."""
     before = files.model.num_parameters()
-    facts: dict[str, object] = {"method": CHANNELS, "parameters_before": before}
-    if config.layers is not None:
-        removed, after = remove_blocks(files, config, given.pst.exclude_modules, data)
-        facts |= {"layers_left": config.layers, "layers_removed": removed, "parameters": after}
-        return [], facts | {"config": {"num_hidden_layers": config.layers}}
     modules, settings = cut_channels(files, config, given.pst.exclude_modules, data)
-    asked = {name: value for name in ("ffn", "heads", "kv_groups") if (value := getattr(config, name)) is not None}
-    facts |= {**asked, "rank_by": config.rank_by, "config": settings}
-    return modules, facts | {"parameters": files.model.num_parameters()}
+    return {
+        "method": CHANNELS,
+        "ffn": config.ffn,
+        "parameters_before": before,
+        "parameters": files.model.num_parameters(),
+        "config": settings,
+        "layers": [],
+        "modules": {module.name: module.facts for module in modules},
+    }
 
 
 def _facts_of_data(given: PruneInput, config: PruneConfig, batches: Sequence[Batch]) -> dict[str, object]:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from pst_ds.checkpoint.restore import base_fingerprint
-from pst_ds.config.one_shot import CHANNELS, SHAPES, PruneConfig
+from pst_ds.config.one_shot import CHANNELS, PruneConfig
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import InputError
@@ -60,8 +60,8 @@ def require_startable(run: RunConfig) -> None:
     """Raise InputError if ``[start]`` cannot prune the run's model, by what is known without data."""
     model = ModelFiles(run.model.path, None, 0, **attention_options(run)).model
     config = one_shot_config(run, run.start.samples)
-    if config.method == CHANNELS:
-        cut_config(model.config, config)
+    if config.ffn is not None:
+        cut_config(model.config, config.ffn)
         return
     _, _, rules = plan_layers(model, config, run.pst, run.schedule.final_sparsity)
     find_blocks(model, [rule.target.name for rule in rules])
@@ -91,10 +91,7 @@ def _facts_of_start(run: RunConfig, data_digest: str) -> object:
     layers = {name: getattr(run.pst, name) for name in _OF_LAYERS}
     overrides = [asdict(one) for one in run.pst.overrides]
     more = {"seed": run.seed, "sparsity": run.start_sparsity, "precision": run.train.precision}
-    start = asdict(run.start)
-    if not run.start.removes:
-        for name in (*SHAPES, "rank_by"):
-            del start[name]
+    start = {name: value for name, value in asdict(run.start).items() if value is not None}
     found = {**start, **more, **layers, "overrides": overrides, "data_digest": data_digest}
     return json.loads(json.dumps(found))
 
@@ -103,14 +100,12 @@ def one_shot_config(run: RunConfig, samples: int) -> PruneConfig:
     """Return the settings of the run's ``[start]``, on ``samples`` examples."""
     start, method = run.start, run.start.method
     assert method != "none"
-    shapes = {name: getattr(start, name) for name in (*SHAPES, "rank_by")}
-    if method == CHANNELS:
-        return PruneConfig(method=method, samples=samples, seed=run.seed, **shapes)
     return PruneConfig(
         method=method,
-        sparsity=run.start_sparsity,
+        sparsity=None if method == CHANNELS else run.start_sparsity,
         budgets=start.budgets,
         reconstruct=start.reconstruct,
+        ffn=start.ffn,
         samples=samples,
         seed=run.seed,
     )

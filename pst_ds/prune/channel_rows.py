@@ -1,16 +1,15 @@
-"""Find which outputs of a block's layers become which inputs of the next ones, by running it on marked values.
+"""Find which outputs of a block's layers make which inputs of the next ones, by running it on marked values.
 
-An output of a layer is set to NaN, and the inputs of other layers that become NaN depend on it: one channel of a
-feed-forward layer, the inputs from a head, or from all heads that share keys and values. If all inputs become NaN, a
-norm or a residual connection mixes them, and none can be removed. Names of modules do not matter, so fused layers and
-new families need no changes.
+An output of a layer is set to NaN, and the inputs of other layers that become NaN depend on it. The inputs of a layer
+are channels if no two depend on the same output, as in feed-forward layers. An output of attention reaches the inputs
+of a head, and one before a norm or a residual connection all inputs: these cannot be removed. Names of modules do not
+matter, so fused layers and new families need no changes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +22,8 @@ ROWS_AT_ONCE = 64
 _TOKENS = 2
 
 
-@dataclass(frozen=True, slots=True)
-class ChannelGroups:
-    """Inputs of a layer that can only be removed together, and the outputs that make them."""
-
-    columns: Tensor
-    """(groups, size) int64: inputs of each group, ascending; the groups are in the order of their first inputs."""
-    rows: Mapping[str, Tensor] = field(default_factory=dict)
-    """(groups, rows of a group) int64, ascending, by the name of the layer that has these outputs."""
-
-    @property
-    def number(self) -> int:
-        return len(self.columns)
-
-    @property
-    def are_heads(self) -> bool:
-        """True for groups of several inputs, which only attention has."""
-        return self.columns.shape[1] > 1
+Rows = Mapping[str, Tensor]
+"""(channels, rows of a channel) int64, ascending: the outputs that make each input, by the name of their layer."""
 
 
 def probe_batch(batch: Batch) -> Batch:
@@ -49,8 +33,8 @@ def probe_batch(batch: Batch) -> Batch:
     return {key: first.expand(ROWS_AT_ONCE, *first.shape[1:]).contiguous()}
 
 
-def find_groups(forward: Forward, layers: Mapping[str, nn.Module]) -> dict[str, ChannelGroups]:
-    """Return the groups of every layer of a block that has some, by its name.
+def find_rows(forward: Forward, layers: Mapping[str, nn.Module]) -> dict[str, Rows]:
+    """Return what makes the inputs of every layer of a block whose inputs are channels, by its name.
 
     ``forward``: runs the block on :func:`probe_batch`. ``layers``: its linear layers, by name; they compute nothing.
     """
@@ -58,8 +42,8 @@ def find_groups(forward: Forward, layers: Mapping[str, nn.Module]) -> dict[str, 
     for name, layer in layers.items():
         for other, found in _reached_from(name, linear_shape(layer)[0], forward, layers).items():
             reached.setdefault(other, {})[name] = found
-    groups = {other: _groups(by_layer) for other, by_layer in reached.items()}
-    return {other: found for other, found in groups.items() if found is not None}
+    rows = {other: _rows(by_layer) for other, by_layer in reached.items()}
+    return {other: found for other, found in rows.items() if found is not None}
 
 
 def _reached_from(source: str, rows: int, forward: Forward, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -104,29 +88,17 @@ def _inputs_seen(source: str, marked: Tensor, forward: Forward, layers: Mapping[
     return seen
 
 
-def _groups(reached: Mapping[str, Tensor]) -> ChannelGroups | None:
-    """Return the groups of a layer, given which of its inputs each output of other layers reaches; None if its inputs
-    cannot be split into groups of equal size that come from equal numbers of outputs."""
-    number = next(iter(reached.values())).shape[1]
-    label = torch.arange(number)
-    while True:
-        before = label.clone()
-        for seen in reached.values():
-            for row in seen[seen.sum(1) > 1]:
-                label[row] = label[row].min()
-        if torch.equal(label, before):
-            break
-    firsts, sizes = label.unique(return_counts=True)
-    if len(firsts) < 2 or len(set(sizes.tolist())) > 1:
-        return None
-    columns = label.argsort(stable=True).view(len(firsts), -1)
-    rows = {}
+def _rows(reached: Mapping[str, Tensor]) -> Rows | None:
+    """Return the outputs that make each input of a layer, given which inputs each output of other layers reaches; None
+    unless each output reaches one input, and every input has as many."""
+    found = {}
     for name, seen in reached.items():
         used = seen.any(1).nonzero().flatten()
-        of_row = label[seen[used].to(torch.uint8).argmax(1)]
-        order = of_row.argsort(stable=True)
-        counts = of_row.unique(return_counts=True)[1]
-        if len(counts) != len(firsts) or len(set(counts.tolist())) > 1:
+        if bool((seen.sum(1) > 1).any()):
             return None
-        rows[name] = used[order].view(len(firsts), -1)
-    return ChannelGroups(columns, rows)
+        channel = seen[used].to(torch.uint8).argmax(1)
+        counts = channel.bincount(minlength=seen.shape[1])
+        if len(set(counts.tolist())) > 1:
+            return None
+        found[name] = used[channel.argsort(stable=True)].view(seen.shape[1], -1)
+    return found
