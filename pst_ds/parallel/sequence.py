@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pst_ds.core.documents import document_mask
 from pst_ds.parallel.zero3 import in_backward_pass
 
 _CORE = "pst_ds_core"
@@ -59,7 +60,7 @@ class SequenceParallel:
         ``positions``: positions in the whole sequences, (sequences, length) int64, which restart at 0 in each document.
         """
         self._positions, self._is_sharing = positions, True
-        self._mask = _documents_apart(positions) if self._takes_masks else None
+        self._mask = document_mask((positions == 0).cumsum(1)) if self._takes_masks else None
         try:
             yield
         finally:
@@ -103,15 +104,3 @@ class SequenceParallel:
                 seq_length_is_variable=True,
             )
         return self._traders[shape]
-
-
-def _documents_apart(positions: Tensor) -> Tensor | None:
-    """Return the attention mask, (sequences, 1, length, length) bool; None for single documents.
-
-    Attention without a mask is causal; a mask takes a byte for each pair of tokens.
-    """
-    documents = (positions == 0).cumsum(1)
-    if not bool((documents != 1).any()):
-        return None
-    same = documents.unsqueeze(2) == documents.unsqueeze(1)
-    return same.tril_().unsqueeze(1)

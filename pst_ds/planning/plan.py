@@ -13,6 +13,7 @@ from pst_ds.checkpoint.format import SCALE_BYTES, most_bytes
 from pst_ds.config.one_shot import CHANNELS
 from pst_ds.config.run import RunConfig
 from pst_ds.config.toml import load_run_or_folder
+from pst_ds.core.documents import is_long
 from pst_ds.data.tasks import task_of
 from pst_ds.errors import InputError
 from pst_ds.json_text import JsonObject
@@ -410,7 +411,7 @@ def _trace(model: nn.Module, run: RunConfig, ranks: int, threshold: int, device:
         return None
     keeps_apart = run.task_facts.packs_text and run.data.keeps_documents_apart
     attention = getattr(model.config, "_attn_implementation", "")
-    if run.train.sequence_parallel > 1 and keeps_apart and attention == "sdpa":
+    if run.train.sequence_parallel > 1 and keeps_apart and attention == "sdpa" and not is_long(run.data.max_length):
         trace.activations += micro_batch_size * run.data.max_length**2  # the mask of whole sequences, bool
     return trace
 

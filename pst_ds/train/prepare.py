@@ -24,7 +24,7 @@ from pst_ds.parallel.watchdog import longest_wait
 from pst_ds.train.model import kept_in_fp32, load_tokenizer, meta_model, num_trainable
 from pst_ds.train.objective import require_teacher
 from pst_ds.train.run_context import RunContext
-from pst_ds.train.sequences import require_shareable
+from pst_ds.train.sequences import require_shareable, require_small_masks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,6 +102,7 @@ def checked_shapes(
         )
     if reads_teacher:
         require_teacher(run, shapes)
+    require_small_masks(run, shapes.config)  # type: ignore[arg-type]
     require_shareable(run, shapes.config, stage, run.micro_batch_size(ranks))  # type: ignore[arg-type]
     stacks = [name for name, layer in pst_layers(shapes).items() if layer.layout.num_experts > 1]
     if run.schedule.solves and stacks:

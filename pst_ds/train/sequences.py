@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from torch.utils._pytree import tree_map
 
 from pst_ds.config.run import ConfigError, RunConfig
+from pst_ds.core.documents import MOST_WITH_MASK, by_document, document_mask, is_long
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.data.tasks.task import IGNORED
 from pst_ds.parallel.engine import Engine
@@ -49,6 +50,7 @@ def keep_documents_apart(model: nn.Module) -> None:
     row: inputs (batch, length) become one row, and logits and hidden states (batch, length, ...) again.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     config = getattr(model, "config", None)
     if config is None:
@@ -61,7 +63,9 @@ def keep_documents_apart(model: nn.Module) -> None:
     if make_mask is None:
         return
     if not hasattr(make_mask, "adds_documents"):  # else it was replaced for another model of this process
-        ALL_MASK_ATTENTION_FUNCTIONS[implementation] = _adding_documents(make_mask)
+        ALL_MASK_ATTENTION_FUNCTIONS[implementation] = _adding_documents(make_mask, implementation == "sdpa")
+        if implementation == "sdpa":
+            ALL_ATTENTION_FUNCTIONS[implementation] = by_document(ALL_ATTENTION_FUNCTIONS[implementation])
     model.register_forward_pre_hook(_enter, with_kwargs=True)
     model.register_forward_hook(_leave, always_call=True)
 
@@ -79,13 +83,18 @@ def _leave(module: nn.Module, args: tuple[object, ...], out: object) -> None:
     _DOCUMENTS.set(None)
 
 
-def _adding_documents(make_mask: Callable[..., object]) -> Callable[..., object]:
-    """Wrap ``make_mask``, a mask function of transformers, so that tokens attend to their own document only."""
+def _adding_documents(make_mask: Callable[..., object], takes_tables: bool) -> Callable[..., object]:
+    """Wrap ``make_mask``, a mask function of transformers, so that tokens attend to their own document only.
+
+    ``takes_tables``: return a table of documents for long sequences, see :func:`by_document`.
+    """
 
     def make(*args: object, **settings: object) -> object:
         documents = _DOCUMENTS.get()
         if documents is None or settings.get("kv_length") != documents.shape[1]:
             return make_mask(*args, **settings)
+        if takes_tables and is_long(documents.shape[1]) and settings.get("local_size") is None:
+            return document_mask(documents)
         others = cast("Callable[..., Tensor]", settings["mask_function"])
 
         def see(example: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -169,6 +178,24 @@ def reads_on(engine: Engine, ids: Tensor) -> bool:
     return bool((logits[0].float() - logits[1].float()).abs().max() > allowed)
 
 
+def require_small_masks(run: RunConfig, config: PreTrainedConfig) -> None:
+    """Raise ConfigError if attention would need a mask of all pairs of tokens in very long sequences."""
+    attention, length, window = config._attn_implementation, run.data.max_length, _window(run, config)
+    if length > MOST_WITH_MASK and (attention == "eager" or (attention == "sdpa" and window)):
+        seen = f" with a sliding window of {window} tokens" if window else ""
+        raise ConfigError(
+            f"data.max_length = {length}: attention {attention!r}{seen} needs a mask of {length} x {length} bytes. Set "
+            f'model.attn_implementation = "flash_attention_2", or data.max_length to at most {MOST_WITH_MASK}'
+        )
+
+
+def _window(run: RunConfig, config: PreTrainedConfig) -> int | None:
+    """Return the tokens of a sliding window shorter than ``data.max_length``; None without one."""
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    return window if window and window < run.data.max_length else None
+
+
 def require_shareable(run: RunConfig, config: PreTrainedConfig, stage: int, micro_batch_size: int) -> None:
     """Raise ConfigError when ranks cannot share the sequences of a model of transformers ``config`` at a ZeRO stage."""
     degree = run.train.sequence_parallel
@@ -196,9 +223,9 @@ def require_shareable(run: RunConfig, config: PreTrainedConfig, stage: int, micr
             f"{setting} must divide the {heads} attention heads of model.path = {run.model.path!r} (and divide its "
             f"{kv_heads} heads of keys, or be a multiple of them)"
         )
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    window = _window(run, config)
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds or (window and window < run.data.max_length):
+    if kinds or window:
         seen = f"layers of kind {', '.join(sorted(kinds))}" if kinds else f"a sliding window of {window} tokens"
         raise ConfigError(
             f"{setting} needs full causal attention, and model.path = {run.model.path!r} has {seen}; set "

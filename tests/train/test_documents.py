@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -58,9 +60,11 @@ def _packed(*lengths):
     ]
 
 
+@pytest.mark.parametrize("is_long", [False, True], ids=["short", "long"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_a_packed_document_has_the_logits_that_it_has_alone(family):
+def test_a_packed_document_has_the_logits_that_it_has_alone(family, is_long, monkeypatch):
+    monkeypatch.setattr("pst_ds.core.documents.LONG", 20 if is_long else 30)
     model, (batch, documents) = _model(family), _packed(7, 12, 1, 9)
     keep_documents_apart(model)
     alone = torch.cat([model(input_ids=document[None]).logits[0] for document in documents])
@@ -68,6 +72,36 @@ def test_a_packed_document_has_the_logits_that_it_has_alone(family):
     assert (packed - alone).abs().max() <= 1e-5 * alone.abs().max()
     leaking = model(input_ids=batch["input_ids"]).logits[0]
     assert (leaking - alone).abs().max() > 1e-2 * alone.abs().max()  # so that the comparison could have failed
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Notes the most elements of a tensor that an operator returns."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        self.most = max([self.most, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+        return out
+
+
+def test_long_sequences_of_documents_have_the_gradients_of_a_mask_and_no_tensor_of_all_pairs(monkeypatch):
+    length, gradients, most = 320, {}, {}
+    tokens = np.random.default_rng(8).integers(3, 64, 2 * length).astype(np.int32)
+    sequences = Sequences(tokens, length, borders=Starts(np.array([0, 5, 130, 200, length, length + 200])))
+    batch = collate_sequences(sequences, [1, 0])
+    for limit in (length, length + 1):
+        monkeypatch.setattr("pst_ds.core.documents.LONG", limit)
+        model = _model("llama").train()
+        keep_documents_apart(model)
+        model.gradient_checkpointing_enable()
+        with _LargestTensor() as seen:
+            model(**batch).loss.backward()
+        gradients[limit] = [param.grad for param in model.parameters()]
+        most[limit] = seen.most
+    for by_table, by_mask in zip(*gradients.values(), strict=True):
+        torch.testing.assert_close(by_table, by_mask, rtol=1e-4, atol=1e-5)
+    assert most[length] < length**2 <= most[length + 1]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,13 +14,14 @@ import torch
 from pst_ds.checkpoint.format import read_checkpoint
 from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
+from pst_ds.core import documents
 from pst_ds.errors import InputError
 from pst_ds.masks.update import update_masks
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.parallel.ranks import rank
 from pst_ds.train.objective import Objective
 from pst_ds.train.run import build, prepare, train_prepared
-from pst_ds.train.sequences import part_of_batch, require_shareable, shared_sequences
+from pst_ds.train.sequences import part_of_batch, require_shareable, require_small_masks, shared_sequences
 
 RUN_FILE = "tests/data/causal_lm.toml"
 
@@ -32,7 +35,9 @@ def _one_step(folder, degree, *more):
     """Checksum of masks, loss, and all gradients of one micro-batch."""
     from deepspeed.utils import safe_get_full_grad
 
-    prepared = prepare(_run(folder, degree, *more), launch_environment())
+    if "long" in more:
+        documents.LONG = 2
+    prepared = prepare(_run(folder, degree, *(word for word in more if word != "long")), launch_environment())
     engine = build(prepared)
     examples = prepared.load("train")
     objective = Objective(prepared, None, shared_sequences(engine, prepared))
@@ -48,6 +53,7 @@ def _one_step(folder, degree, *more):
 
 CASES = {
     "documents apart": ["model.gradient_checkpointing=true"],
+    "long documents": ["long", "model.gradient_checkpointing=true"],
     "documents run on": ["data.document_mask=false"],
     "own teacher": ["distillation.weight=0.5"],
     "trained head": ['pst.modules_to_save=["lm_head"]', "model.gradient_checkpointing=true"],
@@ -243,6 +249,24 @@ def test_models_that_cannot_share_are_refused(tmp_path, degree, config, stage, s
         require_shareable(run, _config(**config), stage, 6)
     require_shareable(run, _config(), 3, 6) if degree == 2 else None
     require_shareable(_run(tmp_path, 2), _config(sliding_window=16, use_sliding_window=False), 3, 6)
+
+
+@pytest.mark.parametrize(
+    ("length", "config", "is_refused"),
+    [
+        (32769, {"attention": "eager"}, True),
+        (32769, {"attention": "sdpa", "sliding_window": 4096}, True),
+        (32768, {"attention": "eager"}, False),
+        (131072, {"attention": "sdpa"}, False),
+        (131072, {"attention": "flash_attention_2", "sliding_window": 4096}, False),
+    ],
+)
+def test_masks_of_all_pairs_are_refused_in_long_sequences(tmp_path, length, config, is_refused):
+    run = _run(tmp_path, 1)
+    run = replace(run, data=replace(run.data, max_length=length))
+    said = pytest.raises(ConfigError, match=f"data.max_length = {length}: .*needs a mask of {length} x {length} bytes")
+    with said if is_refused else nullcontext():
+        require_small_masks(run, _config(**config))
 
 
 def _refusal(folder):

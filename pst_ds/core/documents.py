@@ -1,0 +1,56 @@
+"""Causal attention within the documents of packed sequences, without a mask of all pairs of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+LONG = 8192
+"""Tokens of a sequence from which attention goes from document to document: a mask takes a byte per pair, 64 MiB here,
+and rules out fast kernels. In shorter sequences, launching kernels for many short documents would take longer."""
+MOST_WITH_MASK = 32768
+"""Longest sequence for which a mask of all pairs is accepted; it takes 1 GiB."""
+Attention = Callable[..., tuple[Tensor, object]]
+"""Attention of transformers, of a module, queries, keys and values, (rows, heads, length, width), and a mask."""
+
+
+def is_long(tokens: int) -> bool:
+    """Return whether attention in a sequence of so many tokens goes from document to document."""
+    return tokens >= LONG
+
+
+def document_mask(documents: Tensor) -> Tensor | None:
+    """Return what :func:`by_document` takes as a mask, for the document of each token, (rows, length) int64.
+
+    That is (rows, 1, length, length) bool; the table of documents, (documents, 3) int64 in host memory, for long
+    sequences; or None for single documents. The host waits for the device.
+    """
+    if not bool((documents != documents[:, :1]).any()):
+        return None
+    if not is_long(documents.shape[1]):
+        same = documents.unsqueeze(2) == documents.unsqueeze(1)
+        return same.tril_().unsqueeze(1)
+    ends = torch.nn.functional.pad(documents.diff(dim=1) != 0, (1, 1), value=True).nonzero().tolist()
+    return torch.tensor([(row, start, stop) for (row, start), (same, stop) in pairwise(ends) if row == same])
+
+
+def by_document(attend: Attention) -> Attention:
+    """Return ``attend``, which for a table of documents as mask computes each of its (row, start, stop) by itself."""
+
+    @wraps(attend)
+    def attention(
+        module: object, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: object, **kwargs: object
+    ) -> tuple[Tensor, object]:
+        if mask is None or mask.dtype != torch.int64:
+            return attend(module, query, key, value, mask, *args, **kwargs)
+        parts = []
+        for row, start, stop in mask.tolist():
+            q, k, v = (values[row : row + 1, :, start:stop] for values in (query, key, value))
+            parts.append(attend(module, q, k, v, None, *args, **kwargs)[0].flatten(0, 1))
+        return torch.cat(parts).unflatten(0, query.shape[:1] + query.shape[2:3]), None
+
+    return attention
