@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, get_args
 
 from pst_ds.cli.main import above, add_quiet_argument, add_run_arguments, add_shard_argument, count, load_run_or_folder
 from pst_ds.config.methods import OneShotMethod
-from pst_ds.config.one_shot import CHANNELS, ENGINES, Budgets, PruneConfig
+from pst_ds.config.one_shot import CHANNELS, ENGINES, REAP, Budgets, PruneConfig
 from pst_ds.core.experts.tokens import unused_experts
 from pst_ds.core.packings import GROUPS, VALUE_BITS, WHOLE_ROW
 from pst_ds.errors import InputError
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_run_arguments(parser, "run file (TOML) that names the model, the layers and the calibration data")
-    add("--method", required=True, choices=(*get_args(OneShotMethod), CHANNELS))
+    add("--method", required=True, choices=(*get_args(OneShotMethod), REAP, CHANNELS))
     add("--out", required=True, metavar="DIR", help="model folder to write, dense with zeros")
-    add("--sparsity", type=float, metavar="S", help="sparsity (default: the run file's)")
+    add("--sparsity", type=float, metavar="S", help="sparsity, or fraction of experts (default: the run file's)")
     add("--ffn", type=float, metavar="S", help="channels: share of feed-forward channels that stay, such as 0.25")
     add("--speedup", type=above(1), metavar="X", help="channels: find --ffn for a model X times as fast in --target")
     add("--target", choices=ENGINES, help="channels: where --speedup counts")
@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     result |= speedup | {"seconds": time.perf_counter() - start}
     if not is_main():
         return result
-    print(_line_of_channels(report, result) if config.method == CHANNELS else _line_of_weights(config, report, result))
+    lines = {CHANNELS: _line_of_channels, REAP: _line_of_experts}
+    print(lines[config.method](report, result) if config.method in lines else _line_of_weights(config, report, result))
     tokens = {layer.name.rpartition(".")[0]: layer.expert_tokens for layer in report.layers if layer.expert_tokens}
     if unused := unused_experts(tokens):  # both stacks of a module saw the same tokens
         print(f"{unused}, and were pruned by magnitude. Add --samples", file=sys.stderr)
@@ -89,6 +90,14 @@ def _line_of_weights(config: PruneConfig, report: PruneReport, result: dict[str,
     return (
         f"wrote {report.out}: {config.method}, pattern {result['pattern']}, {len(report.layers)} layers{quantised}, "
         f"sparsity {result['sparsity_measured']:.6f} measured, {requested}{text}; {result['seconds']:.1f} s in total"
+    )
+
+
+def _line_of_experts(report: PruneReport, result: dict[str, object]) -> str:
+    return (
+        f"wrote {report.out}: reap, {result['experts']} of {result['experts_before']} experts in each of "
+        f"{len(dict(report.record['modules']))} modules, on {result['samples']} examples of {result['tokens']:,} "  # type: ignore[call-overload]
+        f"tokens; {result['seconds']:.1f} s in total"
     )
 
 

@@ -13,6 +13,8 @@ from pst_ds.config.settings import NotNegative, Positive, Section, settings
 from pst_ds.core.packings import VALUE_BITS
 from pst_ds.core.patterns import parse_pattern
 
+REAP: Final = "reap"
+"""Drops whole experts instead of weights."""
 CHANNELS: Final = "channels"
 """Removes channels of feed-forward layers, so that the model is smaller and dense."""
 ENGINES = ("openvino", "llama.cpp", "vllm", "gpu")
@@ -88,10 +90,10 @@ class OneShotConfig(Section):
 class PruneConfig(OneShotConfig):
     """Settings of ``pst-ds prune``, which has more options than ``[start]``: there the run decides on the rest."""
 
-    method: OneShotMethod | Literal["channels"]
-    """Method that chooses the weights; "channels" removes feed-forward channels."""
+    method: OneShotMethod | Literal["reap", "channels"]  # type: ignore[assignment]
+    """Method that chooses the weights; "reap" drops whole experts, "channels" removes feed-forward channels."""
     sparsity: float | None = None
-    """Fraction of pruned weights. Unset, the pattern or ``schedule.final_sparsity`` sets it."""
+    """Fraction of pruned weights, or of dropped experts. Unset, the pattern or ``schedule.final_sparsity`` sets it."""
     pattern: str = ""
     """"row", "matrix", N:M or blocks. Empty is the run's pattern, or the method's default where that is "matrix"."""
     keep_zeros: bool = False
@@ -109,8 +111,9 @@ class PruneConfig(OneShotConfig):
         return self.method != "magnitude" or bool(self.reconstruct) or self.budgets != "equal"
 
     def problems(self) -> Iterator[str]:
-        if self.method == CHANNELS:
+        if self.method in (REAP, CHANNELS):
             yield from self._problems_of_removal()
+        if self.method == CHANNELS:
             if self.ffn is None:
                 yield "--method channels needs the share of channels that stay. Add --ffn, such as --ffn 0.25"
             if self.sparsity is not None:
@@ -138,11 +141,12 @@ class PruneConfig(OneShotConfig):
             )
 
     def _problems_of_removal(self) -> Iterator[str]:
+        removed = "whole experts" if self.method == REAP else "channels"
         for name in ("pattern", "bits", "group", "keep_zeros", "budgets", "reconstruct"):
             if getattr(self, name) != getattr(PruneConfig, name):
                 yield (
-                    f"--{name.replace('_', '-')} is for weights, and --method channels removes channels. Remove it, "
-                    "or prune the resulting folder once more"
+                    f"--{name.replace('_', '-')} is for weights, and --method {self.method} removes {removed}. Remove "
+                    "it, or prune the resulting folder once more"
                 )
 
     def _problems_of_keep_zeros(self) -> Iterator[str]:

@@ -160,10 +160,12 @@ def of_routing(
     weights: Tensor,
     routing: Routing,
     before: Callable[[str, Tensor, bool], None] | None = None,
+    after: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Compute :func:`experts_forward` for a ``routing``.
 
-    ``before`` is called ahead of each product with the attribute of its stack, x, and ``by_token``.
+    ``before`` is called ahead of each product with the attribute of its stack, x, and ``by_token``; ``after`` with the
+    experts' outputs, (N*k, H) sorted by expert.
     """
     first, last = stack_names(experts)
 
@@ -183,6 +185,8 @@ def of_routing(
     outer = product(inner, last, by_token=False)
     if experts.has_post_expert_norm:
         outer = experts.post_expert_norm(outer)
+    if after is not None:
+        after(outer)
     weighted = outer * weights.reshape(-1)[routing.order].unsqueeze(-1)
     return routing.summed(weighted).to(hidden.dtype)
 

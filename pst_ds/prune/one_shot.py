@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.config.methods import OneShotMethod
-from pst_ds.config.one_shot import CHANNELS, PruneConfig
+from pst_ds.config.one_shot import CHANNELS, REAP, PruneConfig
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.packings import WHOLE_ROW
 from pst_ds.core.quantization import Grid, grid_of
@@ -109,6 +109,7 @@ def _facts_of(config: PruneConfig, settings: PSTConfig, sparsity: float) -> dict
 
 
 def _method_of(config: PruneConfig) -> OneShotMethod:
+    assert config.method != REAP
     assert config.method != CHANNELS
     return config.method
 

@@ -41,6 +41,7 @@ COMMANDS = [
 ]
 """Pages whose commands run, on a tiny decoder; a block under ``<!-- encoder -->`` on a tiny encoder."""
 NOT_HERE = {
+    "fewer-experts": "needs a mixture of experts; tests/prune/test_whole_experts.py",
     "--format gguf": "needs a BPE tokenizer; tests/export/test_gguf.py",
     "export theirs": "needs a model that another library has quantised; tests/export",
     "stores/web": "needs a token store; tests/cli/test_prepare.py",

@@ -53,6 +53,12 @@ VERBS = {
     "prune to a grid by saliency": Wrong(
         _prune("--method", "sparsegpt", "--bits", "4", "--budgets", "saliency"), "--bits 4", "saliency", "Prune first"
     ),
+    "prune by budgets of whole experts": Wrong(
+        _prune("--method", "reap", "--budgets", "saliency"), "--budgets", "--method reap", "Remove it"
+    ),
+    "prune and reconstruct whole experts": Wrong(
+        _prune("--method", "reap", "--reconstruct", "1"), "--reconstruct", "--method reap", "Remove it"
+    ),
     "prune and reconstruct in no pass": Wrong(
         _prune("--method", "wanda", "--reconstruct", "0"), "--reconstruct", "'0'", "not a whole number of at least 1"
     ),

@@ -17,6 +17,7 @@ from pst_ds.prune.blocks import Calibration
 from pst_ds.prune.budgets import rules_by_saliency
 from pst_ds.prune.model import prune_layers
 from pst_ds.prune.rules import layer_rules, settings_for
+from pst_ds.prune.whole_experts import drop_experts
 from pst_ds.train.one_shot.pruning import prune_model
 from tests.nn.expert_families import tiny_model
 
@@ -41,6 +42,9 @@ def _pruned(family, method, pattern, options):
     """(outcome of every layer, the weights' bits) on every rank."""
     model = _model(family, options.get("stored", torch.float32))
     data = Calibration(BATCHES, torch.device("cpu"), options.get("dtype", torch.float32), all_ranks())
+    if method == "reap":
+        found = drop_experts(model, 0.5, data)
+        return [(one.kept, one.scores) for one in found], _bits(model)
     budgets = options.get("budgets", "")
     config = settings_for(model, PSTConfig(), method, pattern)
     grid = options.get("grid")
@@ -65,6 +69,7 @@ CASES = {
     "sparsegpt over the matrix": ("llama", "sparsegpt", "matrix", {}),
     "sparsegpt to int4": ("llama", "sparsegpt", "row", {"grid": Grid(4, 32)}),
     "sparsegpt over the matrix to int8": ("llama", "sparsegpt", "matrix", {"grid": Grid(8)}),
+    "whole experts": ("mixtral", "reap", "", {}),
     "wanda": ("llama", "wanda", "2:4", {}),
     "transposed and fused": ("gpt2", "alps", "matrix", {}),
     "shared projections": ("deberta_v2", "sparsegpt", "row", {}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pst_ds.checkpoint.restore import base_fingerprint
-from pst_ds.config.one_shot import CHANNELS, PruneConfig
+from pst_ds.config.one_shot import CHANNELS, REAP, PruneConfig
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.run import RunConfig
 from pst_ds.config.toml import load_run_or_folder
@@ -31,6 +32,7 @@ from pst_ds.prune.folder import FORMAT, record_of, require_free
 from pst_ds.prune.model_files import ModelFiles
 from pst_ds.prune.one_shot import plan_layers, prune_files
 from pst_ds.prune.outcome import PrunedLayer
+from pst_ds.prune.whole_experts import drop_experts
 from pst_ds.train.model import attention_options, load_tokenizer
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ class PruneReport:
     record: dict[str, object]
     """Content of the folder's pruning record: settings, data, and counts per layer."""
     layers: list[PrunedLayer]
-    """Outcome of each pruned layer; empty for method "channels"."""
+    """Outcome of each pruned layer; empty for methods "reap" and "channels"."""
 
     @property
     def facts(self) -> dict[str, object]:
@@ -129,7 +131,7 @@ def prune_files_of(
     """
     files = raise_on_all_ranks(lambda: _opened(given, out, shard_bytes))
     files.check = check or files.check
-    planned = None if config.method == CHANNELS else plan_layers(files.model, config, given.pst, given.sparsity)
+    planned = None if config.method in (CHANNELS, REAP) else plan_layers(files.model, config, given.pst, given.sparsity)
     batches = raise_on_all_ranks(lambda: given.batches(files.model.config)) if config.needs_data else []
     digest = digest_of_ranks(batches, given.data)
     device = torch.device(device_of(launch_environment()))
@@ -137,11 +139,14 @@ def prune_files_of(
     about: dict[str, object] = {"base_model": given.path, "base_fingerprint": base_fingerprint(given.path)}
     settings = str(given.pst.exclude_modules) if planned is None else f"{planned[0]} {planned[1]}"
     plan = {**about, "config": repr(config), "pst": settings, "data": digest, "precision": given.precision}
+    if config.method == REAP:  # its blocks change only after a pass through all, which is not repeated halfway
+        plan["attempt"] = secrets.token_hex(4)
     with files.working(plan):
         about |= (_facts_of_data(given, config, batches) if batches else {}) | dict(given.facts)
         layers = list[PrunedLayer]()
         if planned is None:
-            record = {"format": FORMAT, **about, **_cut_channels(files, given, config, data)}
+            removed = (_drop_experts if config.method == REAP else _cut_channels)(files, given, config, data)
+            record = {"format": FORMAT, **about, **removed, "layers": []}
         else:
             layers, facts = prune_files(files, config, planned, data)
             record = record_of(layers, facts | about)
@@ -172,6 +177,21 @@ def digest_of_ranks(batches: Sequence[Batch], what: str) -> str:
     return digest.hexdigest()
 
 
+def _drop_experts(files: ModelFiles, given: PruneInput, config: PruneConfig, data: Calibration) -> dict[str, object]:
+    """Drop a share of the experts; return facts for the record. Collective. Raises InputError."""
+    share = given.sparsity if config.sparsity is None else config.sparsity
+    if not 0.0 <= share < 1.0:
+        raise InputError(f"--sparsity {share} must be in [0, 1): it is the fraction of experts to drop")
+    modules = drop_experts(files.model, share, data, source_of=files.source)
+    return {
+        "method": REAP,
+        "sparsity_requested": share,
+        "experts": len(modules[0].kept),
+        "experts_before": len(modules[0].scores),
+        "modules": {module.name: module.facts for module in modules},
+    }
+
+
 def _cut_channels(files: ModelFiles, given: PruneInput, config: PruneConfig, data: Calibration) -> dict[str, object]:
     """Remove channels; return facts for the record. Collective. Raises InputError."""
     before = files.model.num_parameters()
@@ -182,7 +202,6 @@ def _cut_channels(files: ModelFiles, given: PruneInput, config: PruneConfig, dat
         "parameters_before": before,
         "parameters": files.model.num_parameters(),
         "config": settings,
-        "layers": [],
         "modules": {module.name: module.facts for module in modules},
     }
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.checkpoint.restore import base_fingerprint
-from pst_ds.config.one_shot import CHANNELS, PruneConfig
+from pst_ds.config.one_shot import CHANNELS, REAP, PruneConfig
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.errors import InputError
@@ -98,7 +98,7 @@ def prune_in_trainer(
             "PSTCallback(start=...) replaces the frozen weights, and train_weights = True trains them, or base_grid "
             "has quantised them. Call pst_ds.prune_pretrained, and load the folder that it returns"
         )
-    if config.method == CHANNELS:
+    if config.method in (CHANNELS, REAP):
         raise InputError(
             f'PSTCallback(start=...) keeps the shapes of the live model, and method "{config.method}" changes them. '
             "Call pst_ds.prune_pretrained, and load the folder that it returns"
