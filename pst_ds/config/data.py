@@ -28,9 +28,6 @@ class DataSource(Section):
     kind: Literal["text", "chat"] = "text"
     """Contents of ``path``, if it is not a store. "chat" reads conversations (a column "messages", or "prompt" and
     "completion") and trains on the assistant's messages."""
-    stream: bool = False
-    """Tokenise while training, without a store, for text that is too large to prepare: files, a URL, or a dataset on
-    the hub. It restarts at its end, and requires ``train.num_steps``."""
 
     def problems(self) -> Iterator[str]:
         if not self.path:
@@ -110,28 +107,16 @@ class DataConfig(Section):
                     "other"
                 )
         weights = [source.weight for source in self.sources]
-        if any(weights):
-            if abs(sum(weights) - 1.0) > _SUM_TOLERANCE or 0.0 in weights:
-                yield (
-                    f"data.sources have the weights {weights}, whose sum is {sum(weights):.7g}. Set weights above 0 "
-                    "that add up to 1, or none"
-                )
-            return
-        if self.streams and len(self.sources) > 1:
+        if any(weights) and (abs(sum(weights) - 1.0) > _SUM_TOLERANCE or 0.0 in weights):
             yield (
-                f"data.sources: {self.streams[0].path!r} has stream = true and no weight, but a stream has no end. "
-                "Give all sources a weight"
+                f"data.sources have the weights {weights}, whose sum is {sum(weights):.7g}. Set weights above 0 that "
+                "add up to 1, or none"
             )
 
     @property
     def keeps_documents_apart(self) -> bool:
         """True unless the documents of a sequence are treated as one text."""
         return self.document_mask is not False
-
-    @property
-    def streams(self) -> tuple[DataSource, ...]:
-        """The sources that are tokenised while training."""
-        return tuple(source for source in self.sources if source.stream)
 
     @property
     def trained_on(self) -> str:

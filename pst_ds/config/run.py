@@ -138,7 +138,7 @@ class RunConfig(Section):
     def _conflicts(self) -> Iterator[str]:
         """Yield a message for each setting that does not fit another section."""
         method, task, train, pst, schedule = self.method, self.task, self.train, self.pst, self.schedule
-        yield from task_conflicts(task, self.data, self.eval, train.num_steps)
+        yield from task_conflicts(task, self.data, self.eval)
         not_fitting = list(method_conflicts(method, pst, schedule.final_sparsity))
         yield from not_fitting
         yield from self.start.conflicts(method, self.start_sparsity, pst)

@@ -71,8 +71,8 @@ TASKS: dict[str, TaskFacts] = {
 }  # fmt: skip
 
 
-def task_conflicts(task: str, data: DataConfig, evaluation: EvalConfig, num_steps: int) -> Iterator[str]:
-    """Yield a message for each setting that does not fit the task; ``num_steps`` is 0 if ``num_epochs`` is set."""
+def task_conflicts(task: str, data: DataConfig, evaluation: EvalConfig) -> Iterator[str]:
+    """Yield a message for each setting that does not fit the task."""
     facts = TASKS[task]
     if evaluation.metric and evaluation.metric not in facts.metrics:
         yield (
@@ -84,10 +84,5 @@ def task_conflicts(task: str, data: DataConfig, evaluation: EvalConfig, num_step
     if data.sources and not facts.packs_text:
         mixing = ", ".join(repr(name) for name, other in TASKS.items() if other.packs_text)
         yield f"data.sources are for task {mixing}, not for {task!r}. Name the training data with data.train"
-    if data.streams and not num_steps:
-        yield (
-            f"train.num_epochs is set, and data.sources has a stream ({data.streams[0].path!r}), whose length is "
-            "unknown. Set train.num_steps instead"
-        )
     if data.max_length < facts.min_length:
         yield f"data.max_length = {data.max_length} must be at least {facts.min_length} for task {task!r}"

@@ -28,7 +28,7 @@ from pst_ds.parallel import stop_signals
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, world_size
 from pst_ds.parallel.watchdog import heartbeat
-from pst_ds.train.batches import OwnBatch, Places, Prefetched, agreed, next_or_problem, own_batches
+from pst_ds.train.batches import Prefetched, own_batches
 from pst_ds.train.divergence import DivergedError, MicroBatch, fault_of_batch, require_finite
 from pst_ds.train.expert_tokens import token_figures
 from pst_ds.train.monitor.curves import STRAGGLER
@@ -59,8 +59,6 @@ class LoopState:
     last_report_seconds: float = 0.0
     """Seconds into the run at the last line of metrics.jsonl."""
     skipped_in_a_row: int = 0
-    streams: list[Places] = field(default_factory=list)
-    """Position of each reader of streams; empty for a run without streams."""
     stopped_by: int = 0
     """Signal that asked some rank to stop; 0 for none."""
 
@@ -128,11 +126,12 @@ class Loop:
         if state.step >= self.num_steps:
             return
         buffers = {name: buffer.clone() for name, buffer in persistent_buffers(engine.module).items()}
-        own = own_batches(self.context, self.examples, state.batch, state.streams)
+        own = own_batches(self.context, self.examples, state.batch)
         with Prefetched(own) as batches:
             while state.step < self.num_steps:
                 with self.own_time.working():
-                    batch = self._next(batches, state)
+                    with self.data_clock.timing("data_wait"):
+                        batch = next(batches)
                     self._train_on(batch.micro_batches, state)
                 state.tokens += batch.tokens
                 if not engine.was_step_applied():
@@ -149,16 +148,6 @@ class Loop:
                 _picture_if_due(self, state)
                 _report_if_due(self, state)
                 yield state
-
-    def _next(self, batches: Iterator[OwnBatch], state: LoopState) -> OwnBatch:
-        """Return this rank's part of the next batch. Collective where data is read from streams."""
-        with self.data_clock.timing("data_wait"):
-            if not self.context.task.has_streams(self.examples):
-                return next(batches)
-            taken = next_or_problem(batches)
-        with self.own_time.waiting():
-            batch, state.streams = agreed(taken, self.run.train.sequence_parallel)
-        return batch
 
     def _train_on(self, micro_batches: Sequence[MicroBatch], state: LoopState) -> None:
         """Take one optimizer step, which the engine may skip; raise DivergedError if a loss is not finite."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from pst_ds.file_names import CHECKPOINTS, SOLVED
 from pst_ds.masks.update import mask_stats
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.optimizer_state import set_counters
-from pst_ds.parallel.ranks import barrier, is_main, of_main, raise_on_all_ranks, world_size
+from pst_ds.parallel.ranks import barrier, is_main, of_main, raise_on_all_ranks
 from pst_ds.train.loop import LoopState
 
 
@@ -113,22 +112,7 @@ def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, d
             "data.document_mask have changed. Restore the old file or setting, or start a new run in another "
             "output_dir."
         )
-    if progress.loop.streams:
-        _require_same_readers(run, len(progress.loop.streams), before)
     return [f"{key} = {now[key]!r} (was {before[key]!r})" for key in changed if rules.get(key) is OnResume.IS_REPORTED]
-
-
-def _require_same_readers(run: RunConfig, readers: int, before: Mapping[str, object]) -> None:
-    """Raise ConfigError if the streams of ``run`` would not be split as they were between ``readers``."""
-    accumulation = "train.gradient_accumulation_steps"
-    was = (readers, before[accumulation])
-    now = (world_size() // run.train.sequence_parallel, run.train.gradient_accumulation_steps)
-    if now != was:
-        raise ConfigError(
-            f"data.sources has a stream ({run.data.streams[0].path!r}), which was split between {was[0]} readers with "
-            f"{accumulation} = {was[1]}, and now there are {now[0]} with {now[1]}. Start as many ranks as readers, "
-            "times train.sequence_parallel, with that setting; or start a new run in another output_dir."
-        )
 
 
 def locate_base(run: RunConfig, checkpoint: Checkpoint) -> str:

@@ -34,19 +34,6 @@ TOKENS = {
     "sources besides data.train": Wrong(
         causal_setting(f"data.sources=[{{{_TRAIN}}}]"), "data.train", "data.sources", "Remove the other"
     ),
-    "a stream in a run of epochs": Wrong(
-        causal_setting(
-            "data.train=", f"data.sources=[{{{_TRAIN}, stream = true}}]", "train.num_steps=0", "train.num_epochs=1.0"
-        ),
-        "train.num_epochs", "'tests/data/train.jsonl'", "Set train.num_steps",
-    ),
-    "a stream without a weight": Wrong(
-        _sources(f"{_TRAIN}, stream = true", _TRAIN), "data.sources", "stream = true", "Give all sources a weight"
-    ),
-    "a stream without the column": Wrong(
-        causal_setting("data.train=", f"data.sources=[{{{_TRAIN}, stream = true}}]", 'data.text_columns=["body"]'),
-        "tests/data/train.jsonl", "no column 'body'", "Columns: text",
-    ),
     "prepare of nothing": Wrong(_prepare("{tmp}/no.jsonl"), "{tmp}/no.jsonl", "does not exist", "Name a file"),
     "prepare of an unknown kind": Wrong(
         lambda shop: [

@@ -18,7 +18,7 @@ from pst_ds.data.labelled import GlobalBatches
 from pst_ds.data.model_limits import check_causal_model
 from pst_ds.data.tasks.task import IGNORED, E, ExampleSet, Task
 from pst_ds.data.tokens.loading import load_sequences
-from pst_ds.data.tokens.mixed import DrawnSequences, MixedReader, MixedSequences
+from pst_ds.data.tokens.mixed import MixedSequences
 from pst_ds.data.tokens.sequences import Sequences
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class SequenceBatches(GlobalBatches):
             yield self.sequences.ordered(numbers, self.seed).tolist()
 
 
-def collate_sequences(examples: Indexed | DrawnSequences, indices: Sequence[int]) -> dict[str, Tensor]:
+def collate_sequences(examples: Indexed, indices: Sequence[int]) -> dict[str, Tensor]:
     """Return model inputs of sequences of equal length: input_ids and labels, (len(indices), length) int64.
 
     Labels equal the input, because models shift them. Without padding no attention mask is needed. With a document
@@ -96,33 +96,18 @@ class CausalLM(CausalTask[Indexed]):
     def load(self, data: DataConfig, split: str, tokenizer: Tokenizer, labels: Sequence[str]) -> Indexed:
         return load_sequences(data, split, tokenizer)
 
-    def collate(
-        self, examples: Indexed | DrawnSequences, indices: Sequence[int], tokenizer: Tokenizer
-    ) -> dict[str, Tensor]:
+    def collate(self, examples: Indexed, indices: Sequence[int], tokenizer: Tokenizer) -> dict[str, Tensor]:
         return collate_sequences(examples, indices)
 
-    def num_targets(self, examples: Indexed | DrawnSequences, indices: Sequence[int]) -> int:
+    def num_targets(self, examples: Indexed, indices: Sequence[int]) -> int:
         return sum(int(examples[i].predicted.sum()) for i in indices)
 
     def batches(self, examples: Indexed, batch_size: int, seed: int, *, group_by_length: bool = False) -> GlobalBatches:
         return SequenceBatches(examples.lengths, batch_size, seed, sequences=examples)
 
-    def has_streams(self, examples: Indexed) -> bool:
-        return isinstance(examples, MixedSequences) and examples.has_streams
-
-    def reader(
-        self, examples: Indexed, seed: int, part: int, parts: int, places: Sequence[Sequence[int]]
-    ) -> MixedReader | None:
-        if not isinstance(examples, MixedSequences) or not examples.has_streams:
-            return None
-        return MixedReader(examples, seed, part, parts, places)
-
     def sample(self, examples: Indexed, count: int, seed: str | int) -> tuple[ExampleSet, list[int]]:
         """Return ``count`` sequences. Each source of a mixture has its fraction of them; a small source with a large
         weight may repeat."""
-        if isinstance(examples, MixedSequences) and examples.has_streams:
-            turns = examples.ordered(np.arange(count), 0).tolist()
-            return MixedReader(examples, 0, 0, 1, window=1).take(turns), list(range(count))
         if isinstance(examples, MixedSequences) and examples.weights:
             return examples, examples.ordered(np.arange(count), f"sample/{seed}").tolist()
         return super().sample(examples, count, seed)

@@ -45,19 +45,6 @@ class ExampleSet(Protocol):
 E = TypeVar("E", bound=ExampleSet)
 
 
-class Reader(Protocol):
-    """Draws examples that have no index, in the order in which they arrive."""
-
-    @property
-    def places(self) -> list[list[int]]:
-        """Positions at which another reader would continue like this one, as JSON values."""
-        ...
-
-    def take(self, indices: Sequence[int]) -> ExampleSet:
-        """Return the examples of these turns. Raises InputError."""
-        ...
-
-
 class Task(ABC, Generic[E]):
     """Everything that differs between tasks. A task only gets examples that it loaded itself."""
 
@@ -105,14 +92,6 @@ class Task(ABC, Generic[E]):
     def batches(self, examples: E, batch_size: int, seed: int, *, group_by_length: bool = False) -> GlobalBatches:
         """Return the examples of each batch of a run."""
         return GlobalBatches(examples.lengths, batch_size, seed, group_by_length)
-
-    def has_streams(self, examples: E) -> bool:
-        """Return whether some ``examples`` can only be drawn by a :meth:`reader`."""
-        return False
-
-    def reader(self, examples: E, seed: int, part: int, parts: int, places: Sequence[Sequence[int]]) -> Reader | None:
-        """Return reader ``part`` of ``parts``, which starts at ``places`` if given; None for examples with indices."""
-        return None
 
     def sample(self, examples: E, count: int, seed: str | int) -> tuple[ExampleSet, list[int]]:
         """Draw ``count`` of ``examples`` without repetition; return a set and indices in it, equal on every rank."""

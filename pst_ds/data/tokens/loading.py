@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,6 @@ from pst_ds.data.tokens.store import (
     open_store,
     stream_of_documents,
 )
-from pst_ds.data.tokens.streamed import PIECE_BYTES, StreamReader, TextStream
 from pst_ds.data.tokens.tokenize import TokenizerIdentity, identity_of, tokenize
 
 if TYPE_CHECKING:
@@ -49,24 +48,9 @@ def load_sequences(data: DataConfig, split: str, tokenizer: Tokenizer) -> Sequen
     one sequence.
     """
     if split == "train" and data.sources:
-        sources = tuple(_source(data, of, tokenizer) for of in data.sources)
-        weights = tuple(of.weight for of in data.sources) if data.sources[0].weight else ()
-        if data.streams and not weights:
-            weights = (1.0,)
-        return MixedSequences(sources, weights)
+        sources = [_cut(data, "train", _stream_of_source(data, of, tokenizer), of.path) for of in data.sources]
+        return MixedSequences(sources, tuple(of.weight for of in data.sources) if data.sources[0].weight else ())
     return _cut(data, split, _stream_of_split(data, split, tokenizer), getattr(data, split))
-
-
-def _source(data: DataConfig, source: DataSource, tokenizer: Tokenizer) -> Sequences | TextStream:
-    if not source.stream:
-        return _cut(data, "train", _stream_of_source(data, source, tokenizer), source.path)
-    reading = replace(_reading(data, source.kind), subset=data.subset, revision=data.revision)
-    plan = plan_store([source.path], tokenizer, reading, piece_bytes=PIECE_BYTES)
-    spans = tuple(span for piece in plan.pieces for span in piece)
-    what = f"data.sources.path = {source.path!r}"
-    stream = TextStream(what, spans, plan.reading, tokenizer, data.max_length, data.keeps_documents_apart)
-    StreamReader(stream, "", 0, 1, window=1).next()  # reject unreadable data before a model is loaded
-    return stream
 
 
 def _cut(data: DataConfig, split: str, stream: TokenStream, where: str) -> Sequences:
