@@ -71,6 +71,10 @@ class ModuleNumbers:
     count: int = 1
     bands: int = 0
     """Bands of rows in a pruned layer's backward pass; 0 for another."""
+    experts: int = 1
+    """Experts of a pruned stack, each of which is multiplied by itself."""
+    by_kernels: bool = True
+    """Whether Triton kernels can compute a pruned layer; without, torch's operators do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,8 @@ class MatrixGroup:
     """Share of a micro-batch's tokens that each is multiplied with: k / E for experts."""
     per_layer: int = 1
     """Matrices in the stack of experts that each belongs to."""
+    by_kernels: bool = True
+    """Whether Triton kernels can compute its layer and score its weights."""
 
     def num_cut(self, shards: int) -> int:
         """Count the matrices that shard borders cut, which ranks select together: all except most experts."""
@@ -124,10 +130,6 @@ class ModelNumbers:
     def num_layers(self) -> int:
         """Pruned layers."""
         return sum(m.count for m in self.modules if m.bands)
-
-    @property
-    def num_bands(self) -> int:
-        return sum(m.bands * m.count for m in self.modules)
 
     @property
     def num_trainables(self) -> int:

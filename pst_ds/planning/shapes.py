@@ -11,6 +11,7 @@ from typing import TypeVar
 from torch import nn
 
 from pst_ds.core.coded_weight import slice_numel
+from pst_ds.core.kernels.triton.merge import supports
 from pst_ds.core.layout import row_tiles
 from pst_ds.core.tiles import plan_tiles
 from pst_ds.nn.experts import PSTExpertStack
@@ -38,6 +39,7 @@ def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
                 layer.layout.matrix_numel,
                 share=_share_of_tokens(model, name, layer),
                 per_layer=layer.layout.num_matrices if layer.layout.num_experts > 1 else 1,
+                by_kernels=_by_kernels(layer),
             )
             for name, layer in layers.items()
             for _ in layer.layout.matrices()
@@ -130,14 +132,23 @@ def _module_numbers(module: nn.Module, device: str) -> ModuleNumbers:
     by_dtype: Counter[object] = Counter()
     for param in params:
         by_dtype[param.dtype] += zero3.full_numel(param) * param.element_size()
-    work = bands = 0
+    work, bands, by_kernels, experts = 0, 0, True, 1
     if isinstance(module, PSTLayer):
+        by_kernels, experts = _by_kernels(module), module.layout.num_experts
         work = layer_work_bytes(module.layout.expert, module.dtype.itemsize, module.tile_bytes, device)
         bands = _num_bands(module, device)
     elif isinstance(module, CodedOutput):
         work = slice_numel(*module.shape, device) * module.dtype.itemsize
     numel, sizes = sum(map(zero3.full_numel, params)), by_dtype.values()
-    return ModuleNumbers(numel, sum(sizes), max(sizes, default=0), work, bands=bands)
+    gathers = sum(sizes), max(sizes, default=0)
+    return ModuleNumbers(numel, *gathers, work, bands=bands, experts=experts, by_kernels=by_kernels)
+
+
+def _by_kernels(layer: PSTLayer) -> bool:
+    weight = layer.weight  # None if it is stored quantised
+    if weight is not None and weight.requires_grad:
+        return False
+    return supports(None if weight is None else weight.dtype, layer.layout.numel, layer.num_shards)
 
 
 def _num_bands(layer: PSTLayer, device: str) -> int:

@@ -14,7 +14,7 @@ from pst_ds.core.bracket import MAX_COUNTS
 from pst_ds.core.select import DIGIT_BITS
 from pst_ds.parallel.links import NOTHING, Received
 from pst_ds.planning.machines import Machine
-from pst_ds.planning.memory import ModelNumbers, ZeroSettings, kept_bytes, persistent_bytes
+from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, ZeroSettings, kept_bytes, persistent_bytes
 
 HISTOGRAMS = 3
 """Exchanges of counts in a mask update: one with the scan, two that narrow the remaining range down to a key."""
@@ -259,11 +259,15 @@ def update_traffic(model: ModelNumbers, zero: ZeroSettings) -> Traffic:
 
 def time_plan(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Machine) -> TimePlan:
     """Predict the times of a step and of a mask update on ``machine``."""
-    counts, again = COUNTS[machine.code], 2 if batch.checkpointing else 1
-    moved = model.pruned_weights * (counts.merge_bytes * again + counts.backward_bytes) + batch.moved
-    moved += model.coded_weights * EXPAND_BYTES * (again + 1)
-    launches = (counts.forward_launches * again + counts.layer_launches) * model.num_layers
-    launches += counts.band_launches * model.num_bands
+    again, launches = 2 if batch.checkpointing else 1, Launches()
+    moved: float = batch.moved + model.coded_weights * EXPAND_BYTES * (again + 1)
+    for matrices in model.matrices:
+        counts = _counts(machine, matrices)
+        moved += matrices.numel * matrices.count * (counts.merge_bytes * again + counts.backward_bytes)
+    for layers in (module for module in model.modules if module.bands):
+        counts = _counts(machine, layers)
+        each = (counts.forward_launches * again + counts.layer_launches) * layers.experts
+        launches += (each + counts.band_launches * layers.bands) * layers.count
     in_step, in_update = step_traffic(model, zero, batch), update_traffic(model, zero)
     step = _step_seconds(model, zero, batch, machine, in_step, step_flops(model, batch), moved, launches)
     update_compute = _update_seconds(model, zero, machine)
@@ -317,12 +321,21 @@ def _update_seconds(model: ModelNumbers, zero: ZeroSettings, machine: Machine) -
     weights = math.ceil(model.pruned_weights / zero.shards)
     if machine.update_seconds:
         return weights * machine.update_seconds
-    counts = COUNTS[machine.code]
-    bound = counts.update_bytes / machine.memory_bytes
-    if machine.instructions:
-        bound = max(bound, counts.update_instructions / machine.instructions)
-    launches = counts.update_launches * model.num_matrices + counts.shared_launches
-    return max(weights * bound, launches.seconds(machine))
+    seconds, launches, shared = 0.0, Launches(), {Launches()}
+    for matrices in model.matrices:
+        counts = _counts(machine, matrices)
+        bound = counts.update_bytes / machine.memory_bytes
+        if machine.instructions:
+            bound = max(bound, counts.update_instructions / machine.instructions)
+        seconds += bound * matrices.numel * matrices.count / zero.shards
+        launches += counts.update_launches * matrices.count
+        shared.add(counts.shared_launches)
+    return max(seconds, (launches + max(shared, key=lambda some: some.total)).seconds(machine))
+
+
+def _counts(machine: Machine, served: MatrixGroup | ModuleNumbers) -> Counts:
+    """Return the counts of what computes these matrices or layers on ``machine``."""
+    return COUNTS["torch" if machine.code == "triton" and not served.by_kernels else machine.code]
 
 
 def _full_step(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Machine) -> float:

@@ -63,7 +63,8 @@ def test_a_models_numbers_are_those_of_its_architecture(num_shards):
     masks = num_shards * math.ceil(math.ceil(largest / num_shards) / 8)
     assert max(m.gathered_bytes for m in found.modules) == typed + masks
     assert sum(m.count for m in found.modules) == 21 + 2 + 7
-    assert (found.num_layers, found.num_bands, found.num_trainables) == (21, 21, 21 * 6)
+    assert (found.num_layers, found.num_trainables) == (21, 21 * 6)
+    assert sum(m.bands * m.count for m in found.modules) == 21
 
 
 def test_the_bands_of_a_backward_pass_follow_from_its_budget():
@@ -81,7 +82,8 @@ def test_the_bands_of_a_backward_pass_follow_from_its_budget():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_codes_count_as_the_weights_that_they_are_and_take_fewer_bytes(num_shards, bits):
     whole, coded = model_numbers(_llama(num_shards)), model_numbers(_llama(num_shards, base_grid=Grid(bits)))
-    assert (coded.parameters, coded.trainables, coded.matrices) == (whole.parameters, whole.trainables, whole.matrices)
+    assert (coded.parameters, coded.trainables) == (whole.parameters, whole.trainables)
+    assert coded.matrices == tuple(replace(group, by_kernels=False) for group in whole.matrices)  # they read no codes
     shapes = 3 * [(56, 56), (28, 56), (28, 56), (56, 56), (101, 56), (101, 56), (56, 101)]
     codes = scales = 0
     for outputs, inputs in shapes:
