@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.bits import pack_shard, set_bits_
-from pst_ds.core.kernels.triton.scan import KernelScans
+from pst_ds.core.kernels.triton.scan import KernelScans, OwnKeys, sample_keys
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, Classifier, SingleWeights, histograms, keys_of
 from pst_ds.core.select import DIGIT_BITS, MatrixKeys, NonFiniteScoreError, RankSums, Search, select
 
@@ -175,23 +175,28 @@ class _RisingNumbers:
 def _scans(
     matrices: Sequence[MatrixKeys], brackets: Sequence[_Bracket], device: torch.device
 ) -> _TorchScans | KernelScans:
-    own = [m.own_keys for m in matrices if m.own_keys is not None]
-    if len(own) < len(matrices) or not own:
+    own = _own_keys(matrices)
+    if not own:
         return _TorchScans(matrices, brackets, device)
     rooms = [bracket.room_for(m) for m, bracket in zip(matrices, brackets, strict=True)]
     return KernelScans(own, [(b.low, b.high) for b in brackets], rooms)
 
 
+def _own_keys(matrices: Sequence[MatrixKeys]) -> list[OwnKeys]:
+    """Return the inputs of the kernels; none unless every matrix has them."""
+    own = [m.own_keys for m in matrices if m.own_keys is not None]
+    return own if len(own) == len(matrices) else []
+
+
 def _sample(matrices: Sequence[MatrixKeys], ranks: RankSums, device: torch.device) -> list[Tensor]:
     """Return the sampled keys of every matrix, on the CPU. Collective: one exchange."""
     sizes = _sample_sizes(matrices)
+    if by_kernels := _own_keys(matrices):
+        return list(ranks.all_sum(sample_keys(by_kernels, sizes)).cpu().split(sizes))
     own = torch.zeros(sum(sizes), dtype=torch.int32, device=device)  # zero where another rank has the key
     waiting: list[tuple[Tensor, slice | Tensor, SingleWeights]] = []
     for matrix, size, out in zip(matrices, sizes, own.split(sizes), strict=True):
         there = sample_positions(matrix.num_in_all, size, device)
-        if matrix.own_keys is not None:
-            matrix.own_keys.keys_at(there, out)
-            continue
         assert matrix.sample is not None, "a matrix without a sample"
         places, keys = matrix.sample(sample_positions(matrix.num_in_all, size), there)
         if isinstance(keys, Tensor):

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from pst_ds.core.bits import pack_shard, unpack_shard
 from pst_ds.core.bracket import select_bits
+from pst_ds.core.kernels.triton.bit_sums import MatrixBits
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, MOST_AT_ONCE, kept_bits
-from pst_ds.core.layout import Rect, StoredMatrix
+from pst_ds.core.layout import Rect, StoredMatrix, positions_before
 from pst_ds.core.select import Cut, MatrixKeys, NonFiniteScoreError, RankSums, prune_count, select
 from pst_ds.core.units import expand_units, keep_in_rows, keep_n_of_m
 from pst_ds.masks.layer_scores import LayerScores
@@ -138,6 +139,16 @@ def weights_kept(matrix: Matrix, bits: Tensor) -> Iterator[tuple[Rect, Tensor]]:
         if matrix.kind == "n:m":  # a constrained group keeps its best
             kept = kept | keep_n_of_m(layer.keys(matrix.stored, rect), layer.unit, matrix.prune_per_group)
         yield rect, kept
+
+
+def as_run(matrix: Matrix, bits: Tensor) -> MatrixBits | None:
+    """Return the bits of :func:`select_kept` for the kernel that puts them in place; None if it does not serve them."""
+    layer, rect, length = matrix.layer, matrix.stored.rect, matrix.layer.row_length
+    unit = layer.unit if matrix.kind == "block" else (1, 1)
+    if (matrix.kind == "n:m" and matrix.selects_units) or layer.unit[0] > unit[0]:
+        return None
+    first = positions_before(rect, length, layer.region[0]) // math.prod(unit)
+    return MatrixBits(bits, rect, length, unit, first)
 
 
 def _single_weights(matrices: Sequence[Matrix]) -> tuple[list[MatrixKeys], list[int]]:

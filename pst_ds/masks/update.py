@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from pst_ds.core.bits import join_bits, pack_shard
-from pst_ds.core.kernels.triton.bit_sums import ShardBits, bit_sums
+from pst_ds.core.kernels.triton.bit_sums import BitsOfShard, ShardBits, placed_bits, replace_bits
+from pst_ds.core.kernels.triton.launch import serves
 from pst_ds.masks.layer_scores import LayerScores, current_base, whole_factors
-from pst_ds.masks.sharded_select import Matrix, select_kept, weights_kept
+from pst_ds.masks.sharded_select import Matrix, as_run, select_kept, weights_kept
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import zero3
@@ -68,11 +70,8 @@ def update_masks(model: nn.Module, sparsity: float, *, progress: float = 1.0) ->
     own_targets = [k.layer.rule.final_sparsity for k in keyed]
     targets = [sparsity if own is None else own * progress for own in own_targets]
     matrices = [Matrix(k, b, target) for k, target in zip(keyed, targets, strict=True) for b in k.matrices]
-    kept = dict(zip(map(id, matrices), select_kept(matrices, next(iter(layers.values())).pst_mask), strict=True))
-    written = {}
-    for keys in keyed:
-        own = [m for m in matrices if m.layer is keys]
-        written[keys.layer] = _shard_bits(keys, own, [kept.pop(id(m)) for m in own])
+    kept = select_kept(matrices, next(iter(layers.values())).pst_mask)
+    written = _shard_bits(keyed, zip(matrices, kept, strict=True))
     # The host waits here: DeepSpeed's gathers, on a separate stream, come after the masks are written.
     return mask_stats(model, written)
 
@@ -103,25 +102,36 @@ def mask_stats(model: nn.Module, written: Mapping[PSTLayer, Tensor] | None = Non
         before, (start, stop) = zero3.shard_of(layer.pst_mask).values, layer.own_range()
         after = before if written is None else written.get(layer, before)
         shards.append(ShardBits(before, after, stop - start, start, zlib.crc32(name.encode())))
-    sums = bit_sums(shards)
-    for layer, bits in (written or {}).items():
-        zero3.write_shard(layer.pst_mask, bits)
+    sums = replace_bits(shards)
+    for layer in written or ():
+        zero3.shard_changed(layer.pst_mask)
     flips, kept, checksums = group_sum(sums, any_mask).t().tolist()
     num_weights = sum(layer.layout.numel for layer in layers.values())
     digits = f"{sum(checksums) % (1 << 64):016x}"
     return MaskStats(num_weights, num_weights - sum(kept), sum(flips), digits, tuple(kept), tuple(flips))
 
 
-def _shard_bits(layer: LayerScores, matrices: list[Matrix], kept: list[Tensor]) -> Tensor:
-    """Return this rank's mask bits of a layer, from the kept bits of its matrices."""
-    num_bytes = zero3.shard_of(layer.layer.pst_mask).values.numel()
-    if layer.unit == (1, 1) and layer.in_order:
-        return join_bits([(bits, layer.num_units(m.stored)) for m, bits in zip(matrices, kept, strict=True)], num_bytes)
-    keep = torch.empty(layer.stop - layer.start, dtype=torch.uint8, device=layer.device)
-    for matrix, bits in zip(matrices, kept, strict=True):
-        for rect, mask in weights_kept(matrix, bits):
-            layer.write_own(keep, rect, mask)
-    return pack_shard(keep, num_bytes)
+def _shard_bits(keyed: Sequence[LayerScores], kept: Iterator[tuple[Matrix, Tensor]]) -> dict[PSTLayer, Tensor]:
+    """Return this rank's mask bits of each layer, from the ``kept`` bits of the matrices of one layer after another."""
+    found, by_kernels = dict[PSTLayer, Tensor](), dict[PSTLayer, BitsOfShard]()
+    for layer in keyed:
+        own = list(islice(kept, len(layer.matrices)))
+        num_bytes = zero3.shard_of(layer.layer.pst_mask).values.numel()
+        runs = [run for m, bits in own if (run := as_run(m, bits))] if serves(layer.device) else []
+        if len(runs) == len(own):
+            by_kernels[layer.layer] = BitsOfShard(layer.start, layer.stop, num_bytes, runs)
+        elif layer.unit == (1, 1) and layer.in_order:
+            found[layer.layer] = join_bits([(bits, layer.num_units(m.stored)) for m, bits in own], num_bytes)
+        else:
+            keep = torch.empty(layer.stop - layer.start, dtype=torch.uint8, device=layer.device)
+            for matrix, bits in own:
+                for rect, mask in weights_kept(matrix, bits):
+                    layer.write_own(keep, rect, mask)
+            found[layer.layer] = pack_shard(keep, num_bytes)
+    if by_kernels:
+        placed = placed_bits(list(by_kernels.values()), keyed[0].device)
+        found.update(zip(by_kernels, placed, strict=True))
+    return found
 
 
 def _layer_keys(layers: dict[str, PSTLayer]) -> list[LayerScores]:

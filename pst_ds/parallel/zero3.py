@@ -6,6 +6,7 @@ padded with uninitialised memory, which no function here returns. Without ZeRO-3
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,14 +107,18 @@ def let_go(params: Iterable[nn.Parameter]) -> None:
 
 
 def write_shard(param: nn.Parameter, values: Tensor) -> None:
-    """Overwrite this rank's shard of a frozen ``param``. Every rank must do so before the next gather.
+    """Overwrite this rank's shard of a frozen ``param``. Every rank must do so before the next gather."""
+    shard_of(param).values.copy_(values)
+    shard_changed(param)
+
+
+def shard_changed(param: nn.Parameter) -> None:
+    """Let the next gather of a frozen ``param`` send what was written to its :func:`shard_of`. Every rank must do so.
 
     A gathered parameter (ZeRO-3 keeps small ones gathered) is released, since its full value is outdated.
     """
     if not is_partitioned(param):
-        param.detach().view(-1).copy_(values)
         return
-    shard_of(param).values.copy_(values)
     if not is_released(param):
         param.partition()
     param.ds_secondary_tensor = None  # an hpZ copy is made again from the shard
@@ -243,16 +248,22 @@ def _zero3_master(param: nn.Parameter) -> Tensor:
 
 
 def _gather_zero3_masters(params: Sequence[nn.Parameter], device: torch.device | None) -> list[Tensor]:
-    local = [_zero3_master(p) for p in params]
     world, group = num_shards(params[0]), params[0].ds_process_group
+    shards = [_zero3_master(p) for p in params]
+    order = sorted(range(len(params)), key=lambda i: shards[i].numel())  # one copy per size puts shards in a row
+    local = [shards[i] for i in order]
     flat = torch.cat(local)
     if dist.get_backend(group) == "nccl":
         flat = flat.cuda(non_blocking=True)
     everyone = torch.empty(world * flat.numel(), dtype=flat.dtype, device=flat.device)
     dist.all_gather_into_tensor(everyone, flat, group=group)
     everyone = everyone.to(device or everyone.device)
-    pieces = everyone.view(world, -1).split([piece.numel() for piece in local], dim=1)
-    return [piece.reshape(-1)[: p.ds_numel].view(p.ds_shape) for p, piece in zip(params, pieces, strict=True)]
+    sizes = Counter(piece.numel() for piece in local)  # in their order
+    parts = everyone.view(world, -1).split([size * count for size, count in sizes.items()], dim=1)
+    by_size = zip(parts, sizes.values(), strict=True)
+    whole = [row for part, count in by_size for row in part.unflatten(1, (count, -1)).transpose(0, 1).flatten(1)]
+    found = {i: row[: params[i].ds_numel].view(params[i].ds_shape) for i, row in zip(order, whole, strict=True)}
+    return [found[i] for i in range(len(params))]
 
 
 def kept_masters(params: Sequence[nn.Parameter]) -> list[Tensor | None]:

@@ -2,7 +2,7 @@
 
 Pure Python, on torch's private-use backend. It computes with torch's CPU kernels, so the bits are those of the CPU, and
 counts what a card would be asked for: launches, bytes, the host's waits, and the most memory at a time. There are no
-streams, collectives are gloo's on the host (accelerator.py has DeepSpeed's side), and ``data_ptr()`` is 0. Importing
+streams, and collectives are gloo's on the host (accelerator.py has DeepSpeed's side). Importing
 this changes what torch says of the machine for the rest of the process: see conftest.py.
 """
 
@@ -123,6 +123,9 @@ class PretendedTensor(Tensor):
     def untyped_storage(self) -> Any:
         """What tells whether two tensors share memory."""
         return self.host.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self.host.data_ptr()
 
     def record_stream(self, stream: object) -> None:
         """Nothing: memory is given back when no tensor holds it, and every stream has done its work by then."""

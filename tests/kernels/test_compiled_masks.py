@@ -6,29 +6,28 @@ import pytest
 
 pytest.importorskip("triton", minversion="3.6", reason="needs triton 3.6, the extra of that name")
 
+import triton.language as tl
+
 from pst_ds.core.kernels.triton import bit_kernels, cut_kernels, score_kernels
 
 from .compiled import CAPABILITIES, compiled
 
-NAMES = ("update_left", "update_right", "score_left", "score_right", "score_rows", "score_cols")
-FACTORS = dict.fromkeys(NAMES, "*fp32")
-STRIDES = dict.fromkeys(("update_left_row", "update_right_rank", "score_left_row", "score_right_rank"), "i32")
-NUMBERS = dict.fromkeys(("beta", "factor", "alpha1", "alpha2"), "fp32")
-OF_A_LINEAR = {"update_left_rank": 1, "score_left_rank": 1, "row_norms": None, "col_norms": None}
-OUTPUTS = {"bracket": "*i32", "above_ptr": "*u8", "inside_ptr": "*u8", "counts_ptr": "*i64"}
-LOOSE = ("update_left_row", "score_left_row", "row0", "base", "first")
+TABLE = {"table_ptr": "*i64", "starts_ptr": "*i64", "matrix_ptr": "*i32"}
+TABLE |= dict.fromkeys(("beta", "alpha1", "alpha2"), "fp32")
+BITS = {"brackets_ptr": "*i32", "words_ptr": "*i32", "above_ptr": "*u8", "inside_ptr": "*u8", "counts_ptr": "*i64"}
+WORD_BYTES = 4 * cut_kernels.WORDS
 
 
-def scores(kernel, capability, rank, types, **constants):
-    types = {**FACTORS, **STRIDES, **NUMBERS, **types}
-    constants = {**OF_A_LINEAR, "UPDATE_RANK": rank, "SCORE_RANK": rank, **constants}
-    return compiled(kernel, types, constants, capability, loose=LOOSE)
+def scores(kernel, capability, types, rank=8, dtype=tl.bfloat16, **constants):
+    """A kernel for a linear layer with all factors, of any matrices."""
+    constants = {"TYPE": dtype, "UPDATE_RANK": rank, "SCORE_RANK": rank, "TERMS": 3, **constants}
+    return compiled(kernel, {**TABLE, **types}, constants, capability)
 
 
-def bracket_rows(capability, rank=8, dtype="bf16"):
-    types = {"weight_ptr": f"*{dtype}", **dict.fromkeys(("row0", "lead", "count", "rows", "cols"), "i32"), **OUTPUTS}
-    rows, cols = score_kernels.TILE_ROWS, score_kernels.TILE_COLS
-    return scores(score_kernels.bracket_rows, capability, rank, types, ROWS=rows, COLS=cols)
+def bracket_rows(capability, rank=8, dtype=tl.bfloat16, aligned=True):
+    tile = {"ROWS": score_kernels.TILE_ROWS, "COLS": score_kernels.TILE_COLS, "WORD_BYTES": WORD_BYTES}
+    alignment = {"ALIGNED": True, "ALIGNED_WEIGHT": aligned}
+    return scores(score_kernels.bracket_rows, capability, BITS, rank, dtype, **tile, **alignment)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -42,22 +41,24 @@ def test_the_pass_over_the_weights(capability):
     assert found.count("FMUL", "FADD", "FMUL2", "FADD2") > 0
 
 
-@pytest.mark.parametrize("rank", [4, 64])
-def test_other_ranks_keep_in_registers(rank):
-    found = bracket_rows(90, rank, "fp32")
+@pytest.mark.parametrize(
+    ("rank", "dtype", "aligned"), [(4, tl.float32, True), (64, tl.float32, True), (8, tl.bfloat16, False)]
+)
+def test_other_ranks_and_shards_keep_in_registers(rank, dtype, aligned):
+    found = bracket_rows(90, rank, dtype, aligned)
     assert (found.num_fused, found.num_flushing, found.spilled_bytes) == (0, 0, 0)
     assert found.registers <= 96
 
 
 @pytest.mark.parametrize("capability", [90, 100])
 def test_single_keys_round_as_the_pass_does(capability):
-    at = {"first": "i32", "count": "i32", "width": "i32", "row_length": "i32", "offset": "i32", "weight_ptr": "*bf16"}
-    positions = {"positions_ptr": "*i32", "num_positions": "i32", "limit_ptr": "*i32", "base": "i32"}
-    flat = scores(score_kernels.bracket_flat, capability, 8, {**at, **OUTPUTS}, SIZE=score_kernels.FLAT)
-    single = scores(
-        score_kernels.keys_at, capability, 8, {**at, **positions, "keys_ptr": "*i32"}, SIZE=score_kernels.FLAT
-    )
-    for found in (flat, single):
+    size = {"SIZE": score_kernels.FLAT}
+    keys = {"slots_ptr": "*i64", "limits_ptr": "*i32", "index_ptr": "*i32", "keys_ptr": "*i32"}
+    for kernel, types, constants in (
+        (score_kernels.bracket_flat, BITS, size | {"WORD_BYTES": WORD_BYTES}),
+        (score_kernels.keys_at, keys, size),
+    ):
+        found = scores(kernel, capability, types, **constants)
         assert (found.num_fused, found.spilled_bytes) == (0, 0)  # a division of integers may flush
 
 
@@ -68,7 +69,7 @@ def test_cuts_and_sums_of_bits():
         (cut_kernels.collect, {"inside_ptr": "*i32", "index_ptr": "*i32"}, {}),
         (
             cut_kernels.histogram,
-            {"keys_ptr": "*i32", "lows_ptr": "*i64", "shift": "i32", "counts_ptr": "*i32"},
+            {"keys_ptr": "*i32", "index_ptr": "*i32", "lows_ptr": "*i64", "shift": "i32", "counts_ptr": "*i32"},
             {"BINS": 2048},
         ),
         (cut_kernels.mark, {**keys, "equal_ptr": "*i32"}, {}),
@@ -81,8 +82,13 @@ def test_cuts_and_sums_of_bits():
         found = compiled(kernel, {**tables, **types}, constants, 90, loose=("shift",))
         assert found.spilled_bytes == 0
         assert found.registers <= 96
-    types = {"before_ptr": "*u8", "after_ptr": "*u8", "out_ptr": "*i64"}
-    types |= dict.fromkeys(("count", "lead", "first_byte", "seed"), "i64")
-    found = compiled(bit_kernels.sum_bits, types, {"SIZE": bit_kernels.SIZE}, 90, loose=tuple(types))
-    assert found.spilled_bytes == 0
-    assert found.registers <= 64
+    tables = {"table_ptr": "*i64", "starts_ptr": "*i64", "mask_ptr": "*i32"}
+    unit = {"UNIT_ROWS": 16, "UNIT_COLS": 1, "WORDS": bit_kernels.WORDS}
+    for kernel, types, constants in (
+        (bit_kernels.place, {}, {"IN_ORDER": True, **unit}),
+        (bit_kernels.place, {}, {"IN_ORDER": False, **unit}),
+        (bit_kernels.replace_bits, {"sums_ptr": "*i64"}, {"SIZE": bit_kernels.SIZE}),
+    ):
+        found = compiled(kernel, {**tables, **types}, constants, 90)
+        assert found.spilled_bytes == 0
+        assert found.registers <= 96

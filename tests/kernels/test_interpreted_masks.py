@@ -15,8 +15,8 @@ from pst_ds.core import bracket
 from pst_ds.core.bits import pack_shard, unpack_shard
 from pst_ds.core.bracket import select_bits
 from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
-from pst_ds.core.kernels.triton import scan
-from pst_ds.core.kernels.triton.scan import OwnKeys
+from pst_ds.core.kernels.triton import bit_sums, scan
+from pst_ds.core.kernels.triton.scan import KernelScans, OwnKeys, sample_keys
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, Classifier, order_keys, score_keys
 from pst_ds.core.layout import WeightLayout, positions_before, shard_tiles, view_in_shard
 from pst_ds.core.select import MatrixKeys, NonFiniteScoreError, Sampled
@@ -63,22 +63,26 @@ def keys_of(weight, factors, layout, matrix, start, stop, constants=CONSTANTS, s
     return torch.cat(found)
 
 
-def assert_sorted_alike(own, keys, low, high):
-    assert own.count == keys.numel()
-    size = -(-keys.numel() // 8)
-    above, inside = torch.zeros(2, size + 1, dtype=torch.uint8)
-    counts = torch.zeros(3, dtype=torch.int64)
-    own.sort(torch.tensor([low, high], dtype=torch.int32), above, inside, counts)
-    expected = Classifier(keys.numel(), low, high, room=keys.numel(), device=keys.device)
-    expected.take(keys)
-    below, bad, _, num_inside = expected.counts().tolist()
-    is_inside = torch.zeros(keys.numel(), dtype=torch.uint8)
-    is_inside[expected.inside()[1].long()] = 1
-    assert torch.equal(above, pack_shard(expected.above(), size + 1))  # the byte behind the last is not touched
-    assert torch.equal(inside, pack_shard(is_inside, size + 1))
-    assert keys.numel() - counts[0] - counts[2] == below
-    assert counts[2] == num_inside
-    assert bool(counts[1]) == bool(bad)
+def assert_sorted_alike(owns, expected_keys, share=None):
+    """Sort matrices in one pass, around these shares of their keys or everything finite; return its counts."""
+    brackets = [(LOWEST_FINITE, HIGHEST_FINITE)] * len(owns)
+    if share:
+        ordered = [keys.sort().values if keys.numel() else torch.zeros(1, dtype=torch.int32) for keys in expected_keys]
+        brackets = [tuple(int(keys[int(at * (keys.numel() - 1))]) for at in share) for keys in ordered]
+    scans = KernelScans(owns, brackets, [keys.numel() for keys in expected_keys])
+    counts = scans.counts()
+    bits = zip(*(scans.bits_of(words) for words in (scans.above, scans.inside)), strict=True)
+    for own, keys, ends, (above, inside), found in zip(owns, expected_keys, brackets, bits, counts, strict=True):
+        assert own.count == keys.numel()
+        expected = Classifier(keys.numel(), *ends, room=keys.numel(), device=keys.device)
+        expected.take(keys)
+        is_inside = torch.zeros(keys.numel(), dtype=torch.uint8)
+        is_inside[expected.inside()[1].long()] = 1
+        assert torch.equal(above, pack_shard(expected.above(), len(above)))
+        assert torch.equal(inside, pack_shard(is_inside, len(inside)))
+        below, bad, overflowed, num_inside = expected.counts().tolist()
+        assert found.tolist() == [below, found[1], overflowed, num_inside]
+        assert bool(found[1]) == bool(bad)  # rows of a tile, not weights, are counted
     return counts
 
 
@@ -92,27 +96,23 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("layout", "dtype"), zip(LAYOUTS.values(), [torch.float32, torch.bfloat16] * 3, strict=True), ids=LAYOUTS
-)
-def test_bits_and_counts_are_those_of_the_loops_wherever_a_shard_is_cut(layout, dtype):
-    weight, factors = layer(layout, dtype=dtype)
-    length = layout.shape[1]
-    cuts = [(0, layout.numel), (length + 8, layout.numel - 8), (3 * length - 3, 9 * length + 5)]
-    for matrix in layout.matrices():
-        for start, stop in cuts:
-            keys = keys_of(weight, factors, layout, matrix, start, stop)
-            own = own_of(weight, factors, layout, matrix, start, stop)
-            if keys.numel():
-                ordered = keys.sort().values
-                low, high = (int(ordered[int(share * (keys.numel() - 1))]) for share in (0.4, 0.6))
-                assert_sorted_alike(own, keys, low, high)
-            positions = torch.arange(0, matrix.rect.numel, 3)
-            found = torch.full((positions.numel(),), 7, dtype=torch.int32)
-            own.keys_at(positions, found)
-            expected = torch.zeros(matrix.rect.numel, dtype=torch.int32)
-            expected[own.first : own.first + own.count] = keys
-            assert torch.equal(found, expected[positions])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bits_counts_and_samples_are_those_of_the_loops_wherever_shards_are_cut(dtype):
+    """Matrices of all kinds in one table, those of a kind in one launch."""
+    owns, expected = [], []
+    for seed, layout in enumerate(LAYOUTS.values()):
+        weight, factors = layer(layout, seed=seed, dtype=dtype)
+        length = layout.shape[1]
+        for start, stop in [(0, layout.numel), (length + 8, layout.numel - 8), (3 * length - 3, 9 * length + 5)]:
+            for matrix in layout.matrices():
+                owns.append(own_of(weight, factors, layout, matrix, start, stop))
+                expected.append(keys_of(weight, factors, layout, matrix, start, stop))
+    assert_sorted_alike(owns, expected, (0.4, 0.6))
+    sizes = [own.rect.numel - i % 3 * 100 for i, own in enumerate(owns)]
+    for own, keys, size, found in zip(owns, expected, sizes, sample_keys(owns, sizes).split(sizes), strict=True):
+        everyone = torch.zeros(own.rect.numel, dtype=torch.int32)
+        everyone[own.first : own.end] = keys
+        assert torch.equal(found, everyone[bracket.sample_positions(own.rect.numel, size)])
 
 
 @pytest.mark.parametrize(
@@ -124,16 +124,15 @@ def test_bits_and_counts_are_those_of_the_loops_wherever_a_shard_is_cut(layout, 
     ],
 )
 def test_every_rank_and_kind_of_score(rank, constants, norms):
+    owns, expected = [], []
     for layout in (WeightLayout(5, 24), WeightLayout(9, 6, transposed=True))[: 1 + (rank < 64)]:
         weight, factors = layer(layout, seed=rank, rank=rank, norms=norms)
         (matrix,) = layout.matrices()
-        keys = keys_of(weight, factors, layout, matrix, 0, layout.numel, constants)
-        own = own_of(weight, factors, layout, matrix, 0, layout.numel, constants)
-        median = int(keys.median())
-        assert_sorted_alike(own, keys, median - 1000, median + 1000)
-        found = torch.empty_like(keys)
-        own.keys_at(torch.arange(keys.numel()), found)
-        assert torch.equal(found, keys)
+        expected.append(keys_of(weight, factors, layout, matrix, 0, layout.numel, constants))
+        owns.append(own_of(weight, factors, layout, matrix, 0, layout.numel, constants))
+    assert_sorted_alike(owns, expected, (0.45, 0.55))
+    sizes = [keys.numel() for keys in expected]
+    assert torch.equal(sample_keys(owns, sizes), torch.cat(expected))
 
 
 @pytest.mark.parametrize("missing", ["A", "U", "R", "all"])
@@ -144,21 +143,22 @@ def test_layers_without_some_factors(missing):
     factors = Factors() if missing == "all" else replace(factors, **pairs[missing])
     (matrix,) = layout.matrices()
     keys = keys_of(weight, factors, layout, matrix, 0, 96)
-    assert_sorted_alike(own_of(weight, factors, layout, matrix, 0, 96), keys, int(keys.median()), int(keys.max()))
+    assert_sorted_alike([own_of(weight, factors, layout, matrix, 0, 96)], [keys], (0.5, 1.0))
 
 
 @pytest.mark.parametrize("bad", [INF, -INF, NAN])
-@pytest.mark.parametrize("layout", [WeightLayout(4, 16), WeightLayout(3, 7)])
-def test_scores_that_are_not_finite_are_noticed_where_they_are(bad, layout):
-    weight, factors = layer(layout)
-    weight[1, 2] = bad
-    (matrix,) = layout.matrices()
-    length = layout.shape[1]
-    for start, stop, there in ((0, layout.numel, 1), (2 * length, layout.numel, 0), (0, length, 0)):
-        keys = keys_of(weight, factors, layout, matrix, start, stop)
-        own = own_of(weight, factors, layout, matrix, start, stop)
-        counts = assert_sorted_alike(own, keys, LOWEST_FINITE, HIGHEST_FINITE)
-        assert bool(counts[1]) == bool(there)
+def test_scores_that_are_not_finite_are_noticed_where_they_are(bad):
+    owns, expected, there = [], [], []
+    for layout in (WeightLayout(4, 16), WeightLayout(3, 7)):
+        weight, factors = layer(layout)
+        weight[1, 2] = bad
+        (matrix,) = layout.matrices()
+        length = layout.shape[1]
+        for start, stop in ((0, layout.numel), (2 * length, layout.numel), (0, length)):
+            expected.append(keys_of(weight, factors, layout, matrix, start, stop))
+            owns.append(own_of(weight, factors, layout, matrix, start, stop))
+            there.append(start == 0 and stop == layout.numel)
+    assert assert_sorted_alike(owns, expected)[:, 1].bool().tolist() == there
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.0])
@@ -166,8 +166,8 @@ def test_all_scores_equal_or_zero_of_either_sign(value):
     values = torch.full((300,), value)
     own = OwnKeys(values, 0, 20, WeightLayout(15, 20).matrices()[0].rect, TileFactors())
     key = int(order_keys(torch.tensor([value])))
-    for low, high in ((key, key), (key - 1, key - 1), (key + 1, key + 1)):
-        assert_sorted_alike(own, order_keys(values), low, high)
+    counts = KernelScans([own] * 3, [(key, key), (key - 1, key - 1), (key + 1, key + 1)], [300] * 3).counts()
+    assert counts[:, [0, 3]].tolist() == [[0, 300], [0, 0], [300, 0]]
 
 
 def test_positions_before_an_index_are_counted():
@@ -189,7 +189,8 @@ def selected(scores, counts, world, shape, monkeypatch, *, pools=(), pool_of=Non
         with lock:
             real(*args, **constants)
 
-    monkeypatch.setattr(scan, "launch", one_at_a_time)
+    for module in (scan, bit_sums):
+        monkeypatch.setattr(module, "launch", one_at_a_time)
     ranks = Ranks(world)
 
     def work(rank, sums):

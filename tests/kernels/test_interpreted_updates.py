@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -13,16 +12,18 @@ pytest.importorskip("triton", minversion="3.6", reason="needs triton 3.6, the ex
 from transformers import BertConfig, BertModel
 
 from pst_ds.config.pst import PSTConfig
-from pst_ds.core import bracket
 from pst_ds.core.kernels.triton import bit_sums, scan
-from pst_ds.masks import layer_scores
+from pst_ds.masks import layer_scores, update
+from pst_ds.masks.layer_scores import LayerScores
 from pst_ds.masks.update import mask_stats, update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
+from pst_ds.planning.time import COUNTS
 from tests.device.pretended import DEVICE, PretendedTensor, module_to_device, pretended, to_host
 from tools.gpu import checks
 from tools.gpu.bench import TINY, Bench
 
 pytestmark = pytest.mark.interpreted
+PLANNED = COUNTS["triton"].shared_launches
 
 
 @pytest.fixture
@@ -42,15 +43,15 @@ def kernels_on_device(monkeypatch):
 
     for module in (scan, bit_sums):
         monkeypatch.setattr(module, "launch", launch)
-    for module in (layer_scores, bit_sums):
+    for module in (layer_scores, bit_sums, update):
         monkeypatch.setattr(module, "serves", lambda device: device == DEVICE)
     return launched
 
 
-def mid_ramp(pattern="matrix", dtype=torch.bfloat16, num_layers=1):
+def mid_ramp(pattern="matrix", dtype=torch.bfloat16, num_layers=1, width=20):
     torch.manual_seed(3)
     config = BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=num_layers, num_attention_heads=2, intermediate_size=20,
+        vocab_size=50, hidden_size=16, num_hidden_layers=num_layers, num_attention_heads=2, intermediate_size=width,
         max_position_embeddings=16,
     )  # fmt: skip
     model = BertModel(config).to(dtype)
@@ -75,9 +76,9 @@ def test_masks_and_their_sums_are_those_of_the_cpu(pattern, kernels_on_device, m
     assert found == expected
     for here, there in zip(pst_layers(host_side).values(), pst_layers(model).values(), strict=True):
         assert torch.equal(here.pst_mask, to_host(there.pst_mask))
-    assert {"bracket_rows", "bracket_flat", "keys_at", "collect", "histogram", "mark", "finish", "sum_bits"} == set(
-        kernels_on_device
-    )
+    assert set(kernels_on_device) == {
+        "bracket_rows", "bracket_flat", "keys_at", "collect", "histogram", "mark", "finish", "place", "replace_bits"
+    }  # fmt: skip
 
 
 def test_make_gpu_compares_masks_and_scores_of_shards(kernels_on_device, monkeypatch):
@@ -86,27 +87,27 @@ def test_make_gpu_compares_masks_and_scores_of_shards(kernels_on_device, monkeyp
     with pretended():
         rows = list(checks.bits(Bench(DEVICE, TINY)))
     assert [row["measured"] for row in rows] == [True, True]
-    real = scan.OwnKeys.sort
-    monkeypatch.setattr(scan.OwnKeys, "sort", lambda own, *args: real(replace(own, weight_scale=9.0), *args))
+    real = LayerScores.own_keys
+    monkeypatch.setattr(LayerScores, "own_keys", lambda *args: replace(real(*args), weight_scale=9.0))
     with pretended():
         assert [row["measured"] for row in checks.bits(Bench(DEVICE, TINY))][-1] is False
 
 
-def test_five_launches_a_matrix_and_some_for_all(kernels_on_device, monkeypatch):
+@pytest.mark.parametrize("pattern", ["matrix", "global"])
+def test_many_matrices_take_the_launches_and_waits_of_few(pattern, kernels_on_device, monkeypatch):
     """With masters at hand, as from ZeRO-3's one gather of all."""
     monkeypatch.setattr(layer_scores.zero3, "fp32_masters", lambda params, _: [param.detach() for param in params])
-    with pretended() as counts:
-        model = module_to_device(mid_ramp(dtype=torch.float32))
-        layers = pst_layers(model).values()
-        for layer in layers:
-            bracket.sample_positions(
-                layer.layout.numel, bracket.sample_size(layer.layout.numel), DEVICE
-            )  # kept from one update to the next
-        before = counts.launches
-        update_masks(model, 0.5)
-        launches = counts.launches - before
-    launched = Counter(kernels_on_device)
-    passes = launched["bracket_rows"] + launched["bracket_flat"]
-    assert (passes, launched["keys_at"], launched["sum_bits"]) == (len(layers), 2 * len(layers), len(layers))
-    shared = launches - 5 * len(layers)  # the four and the copy into the shard
-    assert shared <= 32  # so at most 6 a matrix from 32 matrices on: a Llama of 7 billion has 224
+    found = []
+    for num_layers in (1, 3):
+        with pretended() as counts:
+            model = module_to_device(mid_ramp(pattern, torch.float32, num_layers, width=24))
+            before = counts.launches, counts.num_waits
+            kernels_on_device.clear()
+            update_masks(model, 0.5)
+            found.append((counts.launches - before[0], counts.num_waits - before[1], len(kernels_on_device)))
+    assert found[0] == found[1]
+    launches, waits, by_triton = found[0]
+    assert waits <= 8
+    assert by_triton == PLANNED.triton
+    assert launches + waits <= PLANNED.total <= 200
+    assert pattern == "global" or launches + waits == PLANNED.total

@@ -19,6 +19,7 @@ from torch import Tensor
 from pst_ds.core.bits import pack_mask, pack_shard, shard_range
 from pst_ds.core.coded_weight import OwnWeights
 from pst_ds.core.kernels.triton.launch import serves
+from pst_ds.core.kernels.triton.scan import KernelScans
 from pst_ds.masks.layer_scores import LayerScores, whole_factors
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import pst_layers
@@ -100,11 +101,10 @@ def _same_scores(bench: Bench, side: int, shard: int) -> bool:
         keys = torch.cat([there.keys(matrix, rect).flatten() for rect in there.own_rects(matrix)])
     own, median, num_bytes = here.own_keys(matrix), int(keys.median()), -(-keys.numel() // 8)
     assert own is not None
-    above, inside = torch.zeros(2, num_bytes, dtype=torch.uint8, device=bench.device)
-    counts = torch.zeros(3, dtype=torch.int64, device=bench.device)
-    own.sort(torch.tensor([median, median], dtype=torch.int32, device=bench.device), above, inside, counts)
+    scans = KernelScans([own], [(median, median)], [own.count])
     expected = (pack_shard(mask, num_bytes) for mask in (keys > median, keys == median))
-    return all(map(torch.equal, (above.cpu(), inside.cpu()), expected))
+    found = (scans.bits_of(words)[0].cpu() for words in (scans.above, scans.inside))
+    return all(map(torch.equal, found, expected))
 
 
 def _scores(side: int, start: int, stop: int, device: torch.device) -> LayerScores:

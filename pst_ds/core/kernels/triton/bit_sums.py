@@ -1,19 +1,76 @@
-"""Counts and checksums of the bits of many shards: one launch per shard on a GPU, few operations for all in torch."""
+"""Bits of many shards at once: put in place from those of matrices, counted and summed.
+
+A few launches for all by kernels, few operations for all in torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pst_ds.core.bits import checksum, count_bits, splitmix64, unpack_shard
-from pst_ds.core.kernels.triton.launch import blocks, launch, serves
-from pst_ds.core.layout import runs_of
+from pst_ds.core.kernels.triton.launch import blocks, launch, programs_of, serves, upload
+from pst_ds.core.layout import Rect, runs_of
 
 _AT_A_TIME = 1 << 22
 """Bytes of bits that torch unpacks in one step, on devices other than CPUs."""
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixBits:
+    """The bits of the units of a matrix that overlap a shard."""
+
+    bits: Tensor
+    rect: Rect
+    row_length: int
+    unit: tuple[int, int] = (1, 1)
+    first_unit: int = 0
+    """Number in the matrix of the unit with the first bit, after ``lead`` other bits."""
+    lead: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BitsOfShard:
+    """Bits to be of the flat weights [start, stop) of a stored weight, in ``num_bytes``, from those of its matrices."""
+
+    start: int
+    stop: int
+    num_bytes: int
+    matrices: Sequence[MatrixBits]
+
+
+def placed_bits(shards: Sequence[BitsOfShard], device: torch.device) -> list[Tensor]:
+    """Return the bits of each shard, (num_bytes,) uint8, by kernels. Bits of no matrix are 0."""
+    from pst_ds.core.kernels.triton import bit_kernels as kernels
+
+    if not shards:
+        return []
+    sizes = [blocks(shard.num_bytes, 4) for shard in shards]
+    words = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+    first_words = [0, *accumulate(sizes)]
+    kinds: dict[tuple[bool, tuple[int, int]], list[tuple[list[int], int]]] = {}
+    for shard, first_word in zip(shards, first_words, strict=False):
+        for one in shard.matrices:
+            rect, length, start = one.rect, one.row_length, shard.start
+            first, end = max(0, rect.r0 * length - start), min(shard.stop, rect.r1 * length) - start
+            in_order = one.unit == (1, 1) and rect.c1 - rect.c0 == length
+            skip = one.lead - one.first_unit + (max(0, start - rect.r0 * length) if in_order else 0)
+            numbers = [one.bits.data_ptr(), one.bits.numel(), words.data_ptr() + 4 * first_word, skip, first, end]
+            numbers += [start - rect.r0 * length, rect.c0, length, rect.c1 - rect.c0]
+            num_words = blocks(end, 32) - first // 32 if first < end else 0
+            kinds.setdefault((in_order, one.unit), []).append((numbers, blocks(num_words, kernels.WORDS)))
+    for (in_order, unit), some in kinds.items():
+        table = upload(torch.tensor([numbers for numbers, _ in some]), device)
+        starts, mask = programs_of([count for _, count in some], device)
+        units: dict[str, Any] = {"UNIT_ROWS": unit[0], "UNIT_COLS": unit[1]}
+        launch(kernels.place, (len(mask),), table, starts, mask, IN_ORDER=in_order, WORDS=kernels.WORDS, **units)
+    ends = zip(first_words, shards, strict=False)
+    return [words[first:].view(torch.uint8)[: shard.num_bytes] for first, shard in ends]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +84,16 @@ class ShardBits:
     seed: int
 
 
-def bit_sums(shards: Sequence[ShardBits]) -> Tensor:
-    """Return (n, 3) int64 on the device of the shards: bits that differ, bits set after, and their checksum.
+def replace_bits(shards: Sequence[ShardBits]) -> Tensor:
+    """Copy the bits after an update over those before. Return (n, 3) int64 on the device of the shards: bits that
+    differed, bits set after, and their checksum.
 
     The checksum is :func:`pst_ds.core.bits.checksum` modulo 2**64.
     """
     device = shards[0].after.device
     sums = torch.zeros(len(shards), 3, dtype=torch.int64, device=device)
     if serves(device):
-        for shard, out in zip(shards, sums, strict=True):
-            _launch(shard, out)
+        _launch(shards, sums)
         return sums
     together = [i for i, s in enumerate(shards) if device.type != "cpu" and s.start % 8 == 0]
     for i in set(range(len(shards))).difference(together):
@@ -46,16 +103,20 @@ def bit_sums(shards: Sequence[ShardBits]) -> Tensor:
     for run in runs_of([shards[i].after.numel() for i in together], _AT_A_TIME):
         some = [together[i] for i in run]
         _sum_together([shards[i] for i in some], [sums[i] for i in some])
+    for s in shards:
+        if s.after is not s.before:
+            s.before.copy_(s.after)
     return sums
 
 
-def _launch(shard: ShardBits, out: Tensor) -> None:
+def _launch(shards: Sequence[ShardBits], sums: Tensor) -> None:
     from pst_ds.core.kernels.triton import bit_kernels as kernels
 
-    lead, size = shard.start % 8, kernels.SIZE
-    grid = (blocks(lead + shard.count, 8 * size),)
-    place = shard.count, lead, shard.start // 8, shard.seed
-    launch(kernels.sum_bits, grid, shard.before, shard.after, *place, out, SIZE=size)
+    rows = [[s.before.data_ptr(), s.after.data_ptr(), s.before.numel(), s.count, s.start, s.seed] for s in shards]
+    programs = [blocks(max(s.before.numel(), blocks(s.start % 8 + s.count, 8)), kernels.SIZE) for s in shards]
+    starts, mask = programs_of(programs, sums.device)
+    table = upload(torch.tensor(rows), sums.device)
+    launch(kernels.replace_bits, (len(mask),), table, starts, mask, sums, SIZE=kernels.SIZE)
 
 
 def _sum_together(shards: Sequence[ShardBits], sums: Sequence[Tensor]) -> None:

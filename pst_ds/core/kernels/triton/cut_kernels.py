@@ -4,7 +4,8 @@ The bits of all matrices are in one run of int32 words, each matrix in whole blo
 in another run, in whole blocks of KEYS, in any order. A table maps each block to its matrix. Rows of the ``matrices``
 table:
 
-    first block of words, first block of keys, room for keys, keys inside
+    first block of words, first block of keys, room for keys, first and last + 1 bit of what this rank counts, and what
+    the kernels count: keys inside, and keys before the first of this rank's that equal the cut
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import triton.language as tl
 from pst_ds.core.kernels.triton.score_kernels import popcount
 
 WORDS, KEYS = 256, 1024
-FIRST_WORDS, FIRST_KEYS, ROOM, NUM_INSIDE, COLUMNS = 0, 1, 2, 3, 4
+FIRST_WORDS, FIRST_KEYS, ROOM, NUM_INSIDE, COLUMNS = 0, 1, 2, 5, 7
 _WORDS, _KEYS = tl.constexpr(WORDS), tl.constexpr(KEYS)
 _FIRST_WORDS, _FIRST_KEYS, _ROOM = tl.constexpr(FIRST_WORDS), tl.constexpr(FIRST_KEYS), tl.constexpr(ROOM)
-_NUM_INSIDE, _COLUMNS = tl.constexpr(NUM_INSIDE), tl.constexpr(COLUMNS)
+_OWN_FIRST, _OWN_END = tl.constexpr(3), tl.constexpr(4)
+_NUM_INSIDE, _EQUAL_BEFORE, _COLUMNS = tl.constexpr(NUM_INSIDE), tl.constexpr(6), tl.constexpr(COLUMNS)
 
 
 @triton.jit
@@ -41,14 +43,18 @@ def collect(matrices_ptr, matrix_of_block_ptr, inside_ptr, index_ptr):
 
 
 @triton.jit
-def histogram(matrices_ptr, matrix_of_block_ptr, keys_ptr, lows_ptr, shift, counts_ptr, BINS: tl.constexpr):
-    """Count (key - low) >> shift of the keys inside into counts (matrices, BINS), if it is a bin."""
+def histogram(
+    matrices_ptr, matrix_of_block_ptr, keys_ptr, index_ptr, lows_ptr, shift, counts_ptr, BINS: tl.constexpr
+):
+    """Count (key - low) >> shift of the keys inside that this rank counts into (matrices, BINS), if it is a bin."""
     block = tl.program_id(0)
     number = tl.load(matrix_of_block_ptr + block)
     matrix = matrices_ptr + number * _COLUMNS
     at = (block - tl.load(matrix + _FIRST_KEYS)) * _KEYS + tl.arange(0, _KEYS)
     is_there = at < tl.minimum(tl.load(matrix + _NUM_INSIDE), tl.load(matrix + _ROOM))
     key = tl.load(keys_ptr + block.to(tl.int64) * _KEYS + tl.arange(0, _KEYS), mask=is_there, other=0)
+    bit = tl.load(index_ptr + block.to(tl.int64) * _KEYS + tl.arange(0, _KEYS), mask=is_there, other=0)
+    is_there = is_there & (bit >= tl.load(matrix + _OWN_FIRST)) & (bit < tl.load(matrix + _OWN_END))
     digit = (key.to(tl.int64) - tl.load(lows_ptr + number)) >> shift
     is_there = is_there & (digit >= 0) & (digit < BINS)
     tl.atomic_add(counts_ptr + number * BINS + digit, 1, mask=is_there, sem="relaxed")
@@ -75,7 +81,11 @@ def mark(matrices_ptr, matrix_of_block_ptr, keys_ptr, index_ptr, cuts_ptr, above
     bit = 1 << (index & 31)
     tl.atomic_or(above_ptr + word, bit, mask=is_there & (key > cut), sem="relaxed")
     tl.atomic_and(inside_ptr + word, ~bit, mask=is_there & (key != cut), sem="relaxed")
-    tl.atomic_add(equal_ptr + first + index // (32 * _WORDS), 1, mask=is_there & (key == cut), sem="relaxed")
+    is_equal = is_there & (key == cut)
+    tl.atomic_add(equal_ptr + first + index // (32 * _WORDS), 1, mask=is_equal, sem="relaxed")
+    before = is_equal & (index < tl.load(matrix + _OWN_FIRST))
+    if tl.max(before.to(tl.int32), 0) > 0:
+        tl.atomic_add(matrix + _EQUAL_BEFORE, tl.sum(before.to(tl.int32), 0), sem="relaxed")
 
 
 @triton.jit
@@ -84,7 +94,9 @@ def finish(matrices_ptr, matrix_of_block_ptr, cuts_ptr, equal_ptr, inside_ptr, a
     block = tl.program_id(0)
     if tl.load(equal_ptr + block) > 0:
         number = tl.load(matrix_of_block_ptr + block)
-        start = tl.load(matrices_ptr + number * _COLUMNS + _FIRST_WORDS)
+        matrix = matrices_ptr + number * _COLUMNS
+        start = tl.load(matrix + _FIRST_WORDS)
+        ties = tl.load(cuts_ptr + 2 * number + 1) + tl.load(matrix + _EQUAL_BEFORE)
         before = 0
         while start < block:
             blocks = start + tl.arange(0, STEP)
@@ -93,7 +105,7 @@ def finish(matrices_ptr, matrix_of_block_ptr, cuts_ptr, equal_ptr, inside_ptr, a
         at = block.to(tl.int64) * _WORDS + tl.arange(0, _WORDS)
         equal = tl.load(inside_ptr + at)
         count = popcount(equal)
-        pruned = tl.load(cuts_ptr + 2 * number + 1) - before - tl.cumsum(count, 0) + count
+        pruned = ties - before - tl.cumsum(count, 0) + count
         equal = tl.where(pruned >= count, 0, equal)
         while tl.max(((pruned > 0) & (equal != 0)).to(tl.int32), 0) > 0:  # in one word of a matrix
             equal = tl.where(pruned > 0, equal & (equal - 1), equal)

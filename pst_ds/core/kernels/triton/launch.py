@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
+from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import Tensor
 
 Grid = tuple[int, ...]
 LEAST_CAPABILITY = (8, 0)
@@ -46,10 +49,25 @@ def launch(kernel: Any, grid: Grid, *args: object, num_warps: int = 4, fuse: boo
     """
     if 0 in grid:
         return
-    assert isinstance(args[0], torch.Tensor)
+    assert isinstance(args[0], Tensor)
     device = args[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=fuse, **constants)
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """Copy numbers from the host to ``device`` without waiting for it."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
+
+def programs_of(counts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return how one launch serves many things in turn, the i-th by ``counts[i]`` programs.
+
+    Returns the first program of each, (n + 1,) int64, and whom every program serves, (sum of counts,) int32.
+    """
+    starts = upload(torch.tensor([0, *accumulate(counts)]), device)
+    programs = torch.arange(sum(counts), device=device)
+    return starts, torch.searchsorted(starts[1:], programs, right=True, out_int32=True)
 
 
 def blocks(count: int, size: int) -> int:

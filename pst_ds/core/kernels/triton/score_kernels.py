@@ -1,7 +1,11 @@
 """Kernels that score weights: bits of those above and inside a bracket, and keys of individual weights.
 
+One launch serves many matrices: a program finds the number of its matrix in ``matrix_ptr``, and in the table what
+:meth:`pst_ds.core.kernels.triton.scan.OwnKeys.row` wrote about it. ``starts_ptr`` has its first program.
+
 A score is computed as in masks.cpp, one component of a product after another, with separate rounding of products and
-sums (``enable_fp_fusion=False``), so it is bit-identical to the CPU's. A pointer that is None omits its term.
+sums (``enable_fp_fusion=False``), so it is bit-identical to the CPU's. A layer lacks a product if its rank is 0, and a
+vector if its bit in TERMS is 0.
 """
 
 from __future__ import annotations
@@ -14,9 +18,17 @@ from pst_ds.core.kernels.triton.launch import is_interpreted
 TILE_ROWS, TILE_COLS = 32, 64
 """A thread has 8 columns of two rows: their mask bits are two bytes, and a load of V or B serves both rows."""
 FLAT = 256
+"""Weights, or keys inside a bracket, of a program that has no rows."""
 INTERPRETED = tl.constexpr(is_interpreted())
-_INFINITE = tl.constexpr(0x7F800000)
+LOWEST_FINITE, HIGHEST_FINITE = tl.constexpr(-0x7F800000), tl.constexpr(0x7F7FFFFF)
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+COLUMNS = tl.constexpr(25)
+"""Numbers of a matrix in the table; their places follow, and those after an address are the strides behind it."""
+WEIGHT, UPDATE, SCORE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(6)
+VECTORS, FACTOR = tl.constexpr(11), tl.constexpr(15)
+FIRST, END, OWN_FIRST, OWN_END = tl.constexpr(16), tl.constexpr(17), tl.constexpr(18), tl.constexpr(19)
+HEIGHT, WIDTH, ROW_LENGTH = tl.constexpr(20), tl.constexpr(21), tl.constexpr(22)
+ROW0, TILES_DOWN = tl.constexpr(23), tl.constexpr(24)
 
 
 @triton.jit
@@ -27,7 +39,7 @@ def order_key(score):
 
 
 @triton.jit
-def _product(a, b):
+def product(a, b):
     """Return a * b, rounded separately: for sm_100, the ptxas of triton 3.6 fuses pairs of products and sums despite
     the flag.
     """
@@ -38,49 +50,58 @@ def _product(a, b):
 
 
 @triton.jit
-def _add_rank(sums, row, col, left, left_row, left_rank, right, right_rank, scale, rank):
-    value = _product(tl.load(left + row * left_row + rank * left_rank), scale)
-    return sums + _product(value, tl.load(right + rank * right_rank + col))
+def address(table, ALIGNED: tl.constexpr, TYPE: tl.constexpr = tl.float32):
+    """Return the pointer whose address is at ``table``, of values of a TYPE; ALIGNED: at a multiple of 16 bytes."""
+    pointer = tl.load(table).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit
-def _add_low_rank(sums, row, col, left, left_row, left_rank, right, right_rank, scale, RANK: tl.constexpr):
+def _add_low_rank(sums, row, col, table, scale, RANK: tl.constexpr, ALIGNED: tl.constexpr):
     """Return sums + (left * scale) @ right at (row, col), with eight components unrolled."""
+    left = address(table, False) + row * tl.load(table + 1).to(tl.int32)
+    right = address(table + 3, ALIGNED)
+    right_rank = tl.load(table + 4).to(tl.int32)
+    if ALIGNED:
+        left_rank = 1
+        right_rank = tl.multiple_of(right_rank, 4)
+    else:
+        left_rank = tl.load(table + 2).to(tl.int32)
     for first in range(0, RANK - RANK % 8, 8):
         for more in tl.static_range(8):
-            sums = _add_rank(sums, row, col, left, left_row, left_rank, right, right_rank, scale, first + more)
+            value = product(tl.load(left + (first + more) * left_rank), scale)
+            sums = sums + product(value, tl.load(right + (first + more) * right_rank + col))
     for rank in tl.static_range(RANK - RANK % 8, RANK):
-        sums = _add_rank(sums, row, col, left, left_row, left_rank, right, right_rank, scale, rank)
+        value = product(tl.load(left + rank * left_rank), scale)
+        sums = sums + product(value, tl.load(right + rank * right_rank + col))
     return sums
 
 
 @triton.jit
 def score(
-    weight, row, col, update_left, update_left_row, update_left_rank, update_right, update_right_rank,
-    score_left, score_left_row, score_left_rank, score_right, score_right_rank, score_rows, score_cols,
-    row_norms, col_norms, beta, factor, alpha1, alpha2, UPDATE_RANK: tl.constexpr, SCORE_RANK: tl.constexpr,
-):
-    """Return S of weights (fp32) at (row, col), which broadcast to their shape, as pst_ds.core.scores.importance."""
+    weight, row, col, table, beta, alpha1, alpha2, UPDATE_RANK: tl.constexpr, SCORE_RANK: tl.constexpr,
+    TERMS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Return S of weights (fp32) at (row, col), which broadcast to their shape, as pst_ds.core.scores.importance.
+
+    ``ALIGNED``: factors at multiples of 16 bytes, if ``col`` has runs of four.
+    """
     sums = weight
     if UPDATE_RANK > 0:
-        sums = _add_low_rank(
-            sums, row, col, update_left, update_left_row, update_left_rank, update_right, update_right_rank, beta,
-            UPDATE_RANK,
-        )
-    sums = _product(tl.abs(sums), factor)
-    if row_norms is not None:
-        sums = _product(sums, tl.load(row_norms + row))
-    if col_norms is not None:
-        sums = _product(sums, tl.load(col_norms + col))
+        sums = _add_low_rank(sums, row, col, table + UPDATE, beta, UPDATE_RANK, ALIGNED)
+    sums = product(tl.abs(sums), tl.load(table + FACTOR).to(tl.int32).to(tl.float32, bitcast=True))
+    if TERMS & 4:
+        sums = product(sums, tl.load(address(table + VECTORS + 2, False) + row))
+    if TERMS & 8:
+        sums = product(sums, tl.load(address(table + VECTORS + 3, ALIGNED) + col))
     if SCORE_RANK > 0:
-        sums = _add_low_rank(
-            sums, row, col, score_left, score_left_row, score_left_rank, score_right, score_right_rank, alpha1,
-            SCORE_RANK,
-        )
-    if score_rows is not None:
-        sums = sums + _product(tl.load(score_rows + row), alpha2)
-    if score_cols is not None:
-        sums = sums + _product(tl.load(score_cols + col), alpha2)
+        sums = _add_low_rank(sums, row, col, table + SCORE, alpha1, SCORE_RANK, ALIGNED)
+    if TERMS & 1:
+        sums = sums + product(tl.load(address(table + VECTORS, False) + row), alpha2)
+    if TERMS & 2:
+        sums = sums + product(tl.load(address(table + VECTORS + 1, ALIGNED) + col + row * 0), alpha2)
     return sums
 
 
@@ -100,28 +121,39 @@ def _popcount_of_byte(bits):
 
 
 @triton.jit
+def bits_between(at, first, end):
+    """Return the byte of bits whose positions from ``at`` on are in [first, end)."""
+    below, up_to = tl.minimum(tl.maximum(first - at, 0), 8), tl.minimum(tl.maximum(end - at, 0), 8)
+    return (1 << up_to) - 1 & ~((1 << below) - 1)
+
+
+@triton.jit
 def _store_bits(
-    scores, at, count, bracket, above_ptr, inside_ptr, counts_ptr, ROWS: tl.constexpr, COLS: tl.constexpr
-):
+    keys, at, number, table, brackets_ptr, words_ptr, above_ptr, inside_ptr, counts_ptr,
+    WORD_BYTES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, NEIGHBOURS: tl.constexpr,
+):  # fmt: skip
     """Store the bytes of what is above and inside the bracket, and add to their counts.
 
-    ``scores``: (ROWS, COLS). ``at``: (ROWS, COLS // 8), the index of a byte's first key among the ``count`` keys, or
-    -1.
+    ``keys``: (ROWS, COLS). ``at``: (ROWS, COLS // 8), the position of a byte's first key, a multiple of 8, or -8.
     """
-    keys = order_key(scores)
-    low, high = tl.load(bracket), tl.load(bracket + 1)
-    valid = tl.where(at >= 0, tl.minimum(tl.maximum(count - at, 0), 8), 0)
-    mask = (1 << valid) - 1
+    first = tl.load(table + FIRST).to(tl.int32)
+    valid = bits_between(at, first, tl.load(table + END).to(tl.int32))
+    low, high = tl.load(brackets_ptr + 2 * number), tl.load(brackets_ptr + 2 * number + 1)
     places = tl.arange(0, 8)[None, None, :]
-    above = tl.sum(tl.reshape((keys > high).to(tl.int32), (ROWS, COLS // 8, 8)) << places, 2) & mask
-    up_from = tl.sum(tl.reshape((keys >= low).to(tl.int32), (ROWS, COLS // 8, 8)) << places, 2) & mask
+    above = tl.sum(tl.reshape((keys > high).to(tl.int32), (ROWS, COLS // 8, 8)) << places, 2) & valid
+    up_from = tl.sum(tl.reshape((keys >= low).to(tl.int32), (ROWS, COLS // 8, 8)) << places, 2) & valid
     inside = up_from ^ above
-    tl.store(above_ptr + (at >> 3), above.to(tl.uint8), mask=valid > 0)
-    tl.store(inside_ptr + (at >> 3), inside.to(tl.uint8), mask=valid > 0)
-    magnitudes = tl.reshape(scores.to(tl.int32, bitcast=True) & _MAGNITUDE, (ROWS, COLS // 8, 8))
-    bad_rows = tl.max(((tl.max(magnitudes, 2) >= _INFINITE) & (valid > 0)).to(tl.int32), 1)
+    byte = (at >> 3) - (first >> 3) + tl.load(words_ptr + number) * WORD_BYTES
+    tl.store(above_ptr + byte, above.to(tl.uint8), mask=valid > 0)
+    tl.store(inside_ptr + byte, inside.to(tl.uint8), mask=valid > 0)
+    if NEIGHBOURS:  # which other ranks count
+        valid = bits_between(at, tl.load(table + OWN_FIRST).to(tl.int32), tl.load(table + OWN_END).to(tl.int32))
+        above, inside = above & valid, inside & valid
+    magnitudes = tl.reshape(keys ^ (keys >> 31), (ROWS, COLS // 8, 8))
+    bad_rows = tl.max(((tl.max(magnitudes, 2) > HIGHEST_FINITE) & (valid > 0)).to(tl.int32), 1)
     both = tl.sum(_popcount_of_byte(above) + (_popcount_of_byte(inside) << 12), 1)
     total = tl.sum(both + (bad_rows << 24), 0)  # at most 2,048 keys and 32 rows, or one: no field overflows
+    counts_ptr += 3 * number
     tl.atomic_add(counts_ptr, (total & 0xFFF).to(tl.int64), sem="relaxed")
     tl.atomic_add(counts_ptr + 1, (total >> 24).to(tl.int64), mask=(total >> 24) > 0, sem="relaxed")
     tl.atomic_add(counts_ptr + 2, ((total >> 12) & 0xFFF).to(tl.int64), sem="relaxed")
@@ -129,86 +161,113 @@ def _store_bits(
 
 @triton.jit
 def bracket_rows(
-    weight_ptr, row0, lead, count, rows, cols,
-    update_left, update_left_row, update_left_rank, update_right, update_right_rank,
-    score_left, score_left_row, score_left_rank, score_right, score_right_rank, score_rows, score_cols,
-    row_norms, col_norms, beta, factor, alpha1, alpha2, bracket, above_ptr, inside_ptr, counts_ptr,
-    UPDATE_RANK: tl.constexpr, SCORE_RANK: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-):
-    """Classify ``count`` weights, from column ``lead`` of row ``row0`` on, of a matrix (rows, cols) by a bracket.
+    table_ptr, starts_ptr, matrix_ptr, beta, alpha1, alpha2, brackets_ptr, words_ptr, above_ptr, inside_ptr, counts_ptr,
+    TYPE: tl.constexpr, UPDATE_RANK: tl.constexpr, SCORE_RANK: tl.constexpr, TERMS: tl.constexpr,
+    ALIGNED: tl.constexpr, ALIGNED_WEIGHT: tl.constexpr, WORD_BYTES: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):  # fmt: skip
+    """Classify this rank's weights of matrices by their brackets, in tiles of rows, whose width is a multiple of 8.
 
-    For matrices with the row length of the storage. ``cols`` and ``lead`` are multiples of 8.
+    The bits of a matrix start with the byte of its rows that has this rank's first weight, and the bytes with those
+    of ``words_ptr``, in words of WORD_BYTES.
     """
-    below = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    across = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
-    at = below * cols + across - lead
-    is_own = (across < cols) & (at >= 0) & (at < count)
-    weight = tl.load(weight_ptr + at, mask=is_own, other=0.0).to(tl.float32)
+    number = tl.load(matrix_ptr + tl.program_id(0))
+    tile = tl.program_id(0) - tl.load(starts_ptr + number).to(tl.int32)
+    table = table_ptr + number * COLUMNS
+    first, end = tl.load(table + FIRST).to(tl.int32), tl.load(table + END).to(tl.int32)
+    width, row_length = tl.multiple_of(tl.load(table + WIDTH).to(tl.int32), 8), tl.load(table + ROW_LENGTH)
+    if ALIGNED_WEIGHT:
+        first, end, row_length = tl.multiple_of(first, 8), tl.multiple_of(end, 8), tl.multiple_of(row_length, 8)
+    down = tl.load(table + TILES_DOWN).to(tl.int32)
+    across = tile // down
+    row = tl.load(table + ROW0).to(tl.int32) + (tile - across * down) * ROWS + tl.arange(0, ROWS)[:, None]
+    col0 = across * COLS
+    col = col0 + tl.arange(0, COLS)[None, :]
+    at = row * width + col
+    is_own = (col < width) & (at >= first) & (at < end)
+    weight_ptr = address(table + WEIGHT, ALIGNED_WEIGHT, TYPE) + row * row_length + col
+    weight = tl.load(weight_ptr, mask=is_own, other=0.0).to(tl.float32)
     # loads of factors need no mask: loads beyond an edge read the last row, or column 0
-    row = tl.minimum(row0 + below, rows - 1)
-    col = tl.max_contiguous(tl.multiple_of(tl.where(across < cols, across, 0), [1, 8]), [1, 8])
+    row_in = tl.minimum(row, tl.load(table + HEIGHT).to(tl.int32) - 1)
+    col_in = tl.max_contiguous(tl.multiple_of(tl.where(col < width, col, 0), [1, 8]), [1, 8])
     scores = score(
-        weight, row, col, update_left, update_left_row, update_left_rank, update_right, update_right_rank,
-        score_left, score_left_row, score_left_rank, score_right, score_right_rank, score_rows, score_cols,
-        row_norms, col_norms, beta, factor, alpha1, alpha2, UPDATE_RANK, SCORE_RANK,
+        weight, row_in, col_in, table, beta, alpha1, alpha2, UPDATE_RANK, SCORE_RANK, TERMS, ALIGNED
     )
-    first = tl.program_id(1) * COLS + 8 * tl.arange(0, COLS // 8)[None, :]
-    byte_at = tl.where(first < cols, below * cols + first - lead, -1)
-    _store_bits(scores, byte_at, count, bracket, above_ptr, inside_ptr, counts_ptr, ROWS, COLS)
+    byte_col = col0 + 8 * tl.arange(0, COLS // 8)[None, :]
+    byte_at = tl.where(byte_col < width, row * width + byte_col, -8)
+    _store_bits(
+        order_key(scores), byte_at, number, table, brackets_ptr, words_ptr, above_ptr, inside_ptr, counts_ptr,
+        WORD_BYTES, ROWS, COLS, False,
+    )  # fmt: skip
+
+
+@triton.jit
+def _keys(
+    at, is_own, table, beta, alpha1, alpha2, TYPE: tl.constexpr, UPDATE_RANK: tl.constexpr, SCORE_RANK: tl.constexpr,
+    TERMS: tl.constexpr,
+):  # fmt: skip
+    """Return the keys of the weights at positions ``at``, (1, SIZE) or (SIZE,), where ``is_own``."""
+    width = tl.load(table + WIDTH).to(tl.int32)
+    at = tl.where(is_own, at, tl.load(table + FIRST).to(tl.int32))
+    row, col = at // width, at % width
+    weight_ptr = address(table + WEIGHT, False, TYPE) + row * tl.load(table + ROW_LENGTH) + col
+    weight = tl.load(weight_ptr, mask=is_own, other=0)
+    if tl.int32 == TYPE:
+        return weight
+    else:
+        scores = score(
+            weight.to(tl.float32), row, col, table, beta, alpha1, alpha2, UPDATE_RANK, SCORE_RANK, TERMS, False
+        )
+        return order_key(scores)
 
 
 @triton.jit
 def bracket_flat(
-    weight_ptr, first, count, width, row_length, offset,
-    update_left, update_left_row, update_left_rank, update_right, update_right_rank,
-    score_left, score_left_row, score_left_rank, score_right, score_right_rank, score_rows, score_cols,
-    row_norms, col_norms, beta, factor, alpha1, alpha2, bracket, above_ptr, inside_ptr, counts_ptr,
-    UPDATE_RANK: tl.constexpr, SCORE_RANK: tl.constexpr, SIZE: tl.constexpr,
-):
-    """Do the same as :func:`bracket_rows` for any shape: the keys from position ``first`` of a matrix of width
-    ``width`` on.
-
-    Position (row, col) is element ``row * row_length + col + offset`` of the shard.
-    """
-    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)[None, :]
-    position = first + tl.minimum(at, count - 1)
-    row, col = position // width, position % width
-    weight = tl.load(weight_ptr + (row.to(tl.int64) * row_length + col + offset)).to(tl.float32)
-    scores = score(
-        weight, row, col, update_left, update_left_row, update_left_rank, update_right, update_right_rank,
-        score_left, score_left_row, score_left_rank, score_right, score_right_rank, score_rows, score_cols,
-        row_norms, col_norms, beta, factor, alpha1, alpha2, UPDATE_RANK, SCORE_RANK,
-    )
-    byte_at = tl.program_id(0) * SIZE + 8 * tl.arange(0, SIZE // 8)[None, :]
-    _store_bits(scores, byte_at, count, bracket, above_ptr, inside_ptr, counts_ptr, 1, SIZE)
+    table_ptr, starts_ptr, matrix_ptr, beta, alpha1, alpha2, brackets_ptr, words_ptr, above_ptr, inside_ptr, counts_ptr,
+    TYPE: tl.constexpr, UPDATE_RANK: tl.constexpr, SCORE_RANK: tl.constexpr, TERMS: tl.constexpr,
+    WORD_BYTES: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Do the same as :func:`bracket_rows` for matrices of any width. Values of type int32 are the keys themselves."""
+    number = tl.load(matrix_ptr + tl.program_id(0))
+    table = table_ptr + number * COLUMNS
+    first, end = tl.load(table + FIRST).to(tl.int32), tl.load(table + END).to(tl.int32)
+    start = (first >> 3 << 3) + (tl.program_id(0) - tl.load(starts_ptr + number).to(tl.int32)) * SIZE
+    at = start + tl.arange(0, SIZE)[None, :]
+    is_own = (at >= first) & (at < end)
+    keys = _keys(at, is_own, table, beta, alpha1, alpha2, TYPE, UPDATE_RANK, SCORE_RANK, TERMS)
+    byte_at = start + 8 * tl.arange(0, SIZE // 8)[None, :]
+    _store_bits(
+        keys, byte_at, number, table, brackets_ptr, words_ptr, above_ptr, inside_ptr, counts_ptr, WORD_BYTES, 1, SIZE,
+        tl.int32 == TYPE,
+    )  # fmt: skip
 
 
 @triton.jit
 def keys_at(
-    positions_ptr, num_positions, limit_ptr, base, weight_ptr, first, count, width, row_length, offset,
-    update_left, update_left_row, update_left_rank, update_right, update_right_rank,
-    score_left, score_left_row, score_left_rank, score_right, score_right_rank, score_rows, score_cols,
-    row_norms, col_norms, beta, factor, alpha1, alpha2, keys_ptr,
-    UPDATE_RANK: tl.constexpr, SCORE_RANK: tl.constexpr, SIZE: tl.constexpr,
-):
-    """Write the keys of the weights at ``base`` + positions of a matrix, as in :func:`bracket_flat`; 0 for those of
-    other ranks.
+    table_ptr, starts_ptr, matrix_ptr, beta, alpha1, alpha2, slots_ptr, limits_ptr, index_ptr, keys_ptr,
+    TYPE: tl.constexpr, UPDATE_RANK: tl.constexpr, SCORE_RANK: tl.constexpr, TERMS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Write the keys of individual weights of matrices, as many as each one's limit, or 0 for those of other ranks.
 
-    With a limit, a number on the device, positions from it on are left unchanged.
+    The keys of a matrix start at its number in ``slots_ptr``. ``index_ptr`` has the places of their bits. Without it
+    they are those of a sample, :func:`pst_ds.core.bracket.sample_positions`.
     """
-    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    asked = at < num_positions
-    if limit_ptr is not None:
-        asked = asked & (at < tl.load(limit_ptr))
-    position = tl.load(positions_ptr + at, mask=asked, other=0).to(tl.int64) + base
-    is_own = asked & (position >= first) & (position < first + count)
-    position = tl.where(is_own, position, first)
-    row, col = position // width, position % width
-    weight = tl.load(weight_ptr + (row * row_length + col + offset), mask=is_own, other=0.0).to(tl.float32)
-    scores = score(
-        weight, row, col, update_left, update_left_row, update_left_rank, update_right, update_right_rank,
-        score_left, score_left_row, score_left_rank, score_right, score_right_rank, score_rows, score_cols,
-        row_norms, col_norms, beta, factor, alpha1, alpha2, UPDATE_RANK, SCORE_RANK,
-    )
-    tl.store(keys_ptr + at, tl.where(is_own, order_key(scores), 0), mask=asked)
+    number = tl.load(matrix_ptr + tl.program_id(0))
+    tile = tl.program_id(0) - tl.load(starts_ptr + number).to(tl.int32)
+    table = table_ptr + number * COLUMNS
+    lanes = tl.arange(0, SIZE)
+    limit = tl.load(limits_ptr + number).to(tl.int32)
+    asked = tile * SIZE + lanes < limit
+    slot = tl.load(slots_ptr + number) + tile * SIZE + lanes
+    first, end = tl.load(table + FIRST).to(tl.int32), tl.load(table + END).to(tl.int32)
+    if index_ptr is None:
+        numel = tl.load(table + HEIGHT) * tl.load(table + WIDTH)
+        stratum = (tile * SIZE + lanes).to(tl.int64)
+        edge, next_edge = stratum * numel // limit, (stratum + 1) * numel // limit
+        at = (edge + ((stratum * 0x9E3779B1 & 0xFFFFFFFF) * (next_edge - edge) >> 32)).to(tl.int32)
+        first, end = tl.load(table + OWN_FIRST).to(tl.int32), tl.load(table + OWN_END).to(tl.int32)
+    else:
+        at = tl.load(index_ptr + slot, mask=asked, other=0) + (first >> 3 << 3)
+    is_own = asked & (at >= first) & (at < end)
+    keys = _keys(at, is_own, table, beta, alpha1, alpha2, TYPE, UPDATE_RANK, SCORE_RANK, TERMS)
+    tl.store(keys_ptr + slot, tl.where(is_own, keys, 0), mask=asked)
