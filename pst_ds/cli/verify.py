@@ -66,7 +66,7 @@ def _lines_of_file(report: VerifyReport) -> Iterator[str]:
 
 def _lines_of_comparison(split: str, compared: Comparison, *, quantised: bool) -> Iterator[str]:
     """Yield how the reloaded export compares with the trained model; ``quantised``: whether the export is."""
-    rounding, fewer, kept, texts = compared.rounding, compared.vocabulary, compared.kept_sparse, compared.texts
+    rounding, fewer, kept = compared.rounding, compared.vocabulary, compared.kept_sparse
     if rounding is not None:
         yield (
             f"{'quantisation' if quantised else 'the cast'} changed {rounding.differing_predictions} predictions, and "
@@ -84,9 +84,6 @@ def _lines_of_comparison(split: str, compared: Comparison, *, quantised: bool) -
         f"{compared.compared_weights} weight tensors differ, {compared.differing_predictions} predictions "
         f"differ, largest logit difference {compared.max_logit_difference:.3g}"
     )
-    if texts is not None:
-        scores = ", ".join(f"{name} {value:.2f}" for name, value in texts.text_metrics.items()) or "not scored"
-        yield f"{texts.differing_texts} of {texts.texts} generated texts differ: {scores}"
     if kept:
         yield (
             f"kept sparse: {kept.differing_weights} of {kept.layers} layers differ, "

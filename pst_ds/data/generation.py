@@ -116,14 +116,9 @@ class _NoRepeatAfter:
         return self._processor(input_ids[:, self._length :], scores)
 
 
-def missing_libraries() -> list[str]:
-    """Return the missing packages of the metrics."""
-    return [name for name in ("sacrebleu", "rouge_score") if find_spec(name) is None]
-
-
 def require_text_metrics() -> None:
     """Raise ConfigError if a package is not installed."""
-    missing = missing_libraries()
+    missing = [name for name in ("sacrebleu", "rouge_score") if find_spec(name) is None]
     if missing:
         raise ConfigError(
             f"written texts are scored with {' and '.join(missing)}, which is not installed: pip install 'pst-ds[nlg]'"

@@ -172,8 +172,6 @@ def test_from_the_hub_s_files_to_a_verified_export(tmp_path, gpt2, name, verb):
     assert main(["export", f"{tmp_path}/run", "--out", out]) == 0
     verified = verb("verify", out, "--against", f"{tmp_path}/run")
     assert verified["max_logit_difference"] == verified["differing_predictions"] == verified["differing_weights"] == 0
-    assert (verified["texts"], verified["differing_texts"]) == (len(written), 0)
-    assert verified["text_metrics"].items() <= evaluated.items()
     weight = load_file(f"{out}/model.safetensors")["transformer.h.0.mlp.c_fc.weight"]
     assert int((weight == 0).sum()) == weight.numel() // 2
 
@@ -199,7 +197,7 @@ def test_what_two_ranks_trained_one_process_writes_with(run_ranks, tmp_path, gpt
     assert evaluated["bleu"] >= 0.0
     assert main(["export", f"{tmp_path}/run", "--out", f"{tmp_path}/out"]) == 0
     verified = verb("verify", f"{tmp_path}/out", "--against", f"{tmp_path}/run", *alone)
-    assert verified["max_logit_difference"] == verified["differing_texts"] == 0
+    assert verified["max_logit_difference"] == verified["differing_predictions"] == 0
 
 
 def test_what_the_presets_read(tmp_path, gpt2):
@@ -287,9 +285,6 @@ def test_settings_that_leave_no_room_are_refused(tmp_path, gpt2, capsys):
 def test_scores_need_their_libraries(tmp_path, gpt2, capsys, monkeypatch):
     path = _run_file(tmp_path, gpt2, "e2e", _repository(tmp_path / "hub", "e2e"))
     assert main(["train", str(path), "--quiet"]) == 0
-    assert main(["export", f"{tmp_path}/run", "--out", f"{tmp_path}/out"]) == 0
     monkeypatch.setattr("pst_ds.data.generation.find_spec", lambda name: None)
     assert main(["eval", f"{tmp_path}/run"]) == 2
     assert "pip install 'pst-ds[nlg]'" in capsys.readouterr().err
-    assert main(["verify", f"{tmp_path}/out", "--against", f"{tmp_path}/run"]) == 0
-    assert "generated texts differ: not scored" in capsys.readouterr().out

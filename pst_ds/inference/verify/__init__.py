@@ -49,8 +49,7 @@ class VerifyReport:
         if self.comparison is None:
             return {**self.file, "export_dir": self.export_dir}
         compared = {key: value for key, value in asdict(self.comparison).items() if value is not None}
-        texts = compared.pop("texts", None) or {}
-        return {**self.file, **compared, **texts, "reloaded_equal": not self.problem, "export_dir": self.export_dir}
+        return {**self.file, **compared, "reloaded_equal": not self.problem, "export_dir": self.export_dir}
 
 
 def verify(

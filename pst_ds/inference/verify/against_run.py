@@ -1,4 +1,4 @@
-"""Compare an export with the masked model of its run: weights, logits, predictions, texts, accuracy lost."""
+"""Compare an export with the masked model of its run: weights, logits, predictions, accuracy lost."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from pst_ds.config.run import RunConfig
 from pst_ds.core.packings import FOR_COMPRESSED_TENSORS, GGUF, ONNX_FILE
-from pst_ds.data.generation import missing_libraries
-from pst_ds.data.tasks.data_to_text import DataToText, Pairs
 from pst_ds.errors import InputError
 from pst_ds.export.encoding import Encoding
 from pst_ds.export.manifest import Facts
@@ -48,16 +46,6 @@ class Rounding:
 
 
 @dataclass(frozen=True, slots=True)
-class Texts:
-    """Texts that both models generate. They may differ where the order of sums varies, as on a GPU."""
-
-    texts: int
-    differing_texts: int
-    text_metrics: dict[str, float]
-    """Scores of the export's texts; empty if the libraries are not installed."""
-
-
-@dataclass(frozen=True, slots=True)
 class KeptSparse:
     """The export with its weights kept packed, compared with the masked model."""
 
@@ -76,7 +64,6 @@ class Comparison(Compared):
     differing_weights: int
     rounding: Rounding | None = None
     vocabulary: FewerTokens | None = None
-    texts: Texts | None = None
     kept_sparse: KeptSparse | None = None
     """None for an ordinary dense folder."""
 
@@ -121,7 +108,6 @@ def compare_with_run(folder: Path, config: RunConfig, checkpoint: str, split: st
         metrics=metrics,
         rounding=rounding,
         vocabulary=fewer,
-        texts=_compare_texts(run, plain),
         kept_sparse=None if encoding.is_plain else _compare_sparse(run, plain),
     )
 
@@ -176,19 +162,6 @@ def _weights_of_both(run: MaskedRun, plain: nn.Module, quantised: dict[str, Tens
             f"({len(foreign)} weights differ in name or shape). Name the run it came from"
         )
     return [(weight, loaded[n]) for n, weight in merged.items()]
-
-
-def _compare_texts(run: MaskedRun, plain: nn.Module) -> Texts | None:
-    """Let both models generate the texts of the examples; None for tasks without generation."""
-    context, task, examples = run.context, run.context.task, run.examples
-    if not isinstance(task, DataToText) or not isinstance(examples, Pairs):
-        return None
-    ours, theirs = (
-        task.write(model, examples, context.tokenizer, context.run.eval_batch_size, context.device)
-        for model in (run.model, plain)
-    )
-    differing = sum(one != other for one, other in zip(ours, theirs, strict=True))
-    return Texts(len(theirs), differing, {} if missing_libraries() else task.text_metrics(theirs, examples))
 
 
 def _compare_sparse(run: MaskedRun, plain: nn.Module) -> KeptSparse:
