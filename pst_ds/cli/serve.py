@@ -154,8 +154,9 @@ def _encoder_service(args: argparse.Namespace) -> EncoderService:
     encoder = Encoder(args.model, threads=args.threads, max_length=args.max_prompt_tokens, batch=args.max_batch)
     encoder.outputs(["What is the time?"])  # compiles what a request would wait for
     batcher, limits = Batcher(encoder, args.max_waiting), Limits(body_bytes=args.max_body)
+    batcher.start()
     access = Access(_keys(), args.host)
-    return EncoderService(name=args.name, limits=limits, access=access, encoder=encoder, batcher=batcher)
+    return EncoderService(name=args.name, limits=limits, access=access, encoder=encoder, worker=batcher)
 
 
 def _service(
@@ -199,7 +200,7 @@ def _service(
         name=args.name,
         limits=limits,
         access=Access(_keys(), args.host),
-        answering=answering,
+        worker=answering,
         tokenizer=tokenizer,
         grammars=Grammars(tokenizer, ends),
         store=store,
@@ -244,7 +245,7 @@ def _warm_up(args: argparse.Namespace, service: TextService) -> None:
     has_template, text = service.tokenizer.chat_template is not None, "What is the time?"
     try:
         prompt = service.prompt_of([{"role": "user", "content": text}]) if has_template else service.continued(text)
-        service.answering.warm_up(prompt, states)
+        service.worker.warm_up(prompt, states)
         with suppress(GrammarError):  # JSON schemas are then refused
             service.grammars.of_schema({"type": "object"})
     except ProtocolError as error:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import anyio
 from fastapi import FastAPI, Request
@@ -20,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from pst_ds.inference.serve.gate import HEALTH, PAGE, Access, Gate
+from pst_ds.inference.serve.jobs import Worker
 from pst_ds.inference.serve.metrics import Metrics, Record
 from pst_ds.inference.serve.protocol import JsonTable, ProtocolError
 
@@ -54,6 +56,7 @@ class Service(ABC):
     """A model and how it answers requests."""
 
     name: str
+    worker: Worker[Any]
     limits: Limits = field(default_factory=Limits)
     access: Access = field(default_factory=Access)
     metrics: Metrics = field(default_factory=Metrics, init=False)
@@ -65,23 +68,9 @@ class Service(ABC):
         """The model names that a request may use. Raises ProtocolError."""
         return [self.name]
 
-    @property
-    @abstractmethod
-    def is_alive(self) -> bool:
-        """True while requests are answered."""
-
-    @property
-    @abstractmethod
-    def load(self) -> dict[str, int]:
-        """Numbers of ``running`` and ``waiting`` answers."""
-
     @abstractmethod
     def add_routes(self, app: FastAPI) -> None:
         """Add the routes of this kind of model."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Finish what is being answered, and refuse the rest."""
 
 
 def make_app(service: Service) -> FastAPI:
@@ -92,11 +81,12 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get(HEALTH)
     async def health() -> JSONResponse:
-        return JSONResponse({"status": "ok" if service.is_alive else "failed"}, 200 if service.is_alive else 503)
+        is_alive = service.worker.is_alive
+        return JSONResponse({"status": "ok" if is_alive else "failed"}, 200 if is_alive else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        service.metrics.note_load(service.load)
+        service.metrics.note_load(service.worker.load)
         return Response(service.metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
     def described(name: str) -> JsonTable:
@@ -117,7 +107,7 @@ def make_app(service: Service) -> FastAPI:
     limits = service.limits
     app.add_middleware(Gate, access=service.access, most=limits.body_bytes, seconds=limits.body_seconds)
     quiet = (HEALTH, PAGE, "/metrics")
-    app.add_middleware(Record, metrics=service.metrics, load=lambda: service.load, quiet=quiet)
+    app.add_middleware(Record, metrics=service.metrics, load=lambda: service.worker.load, quiet=quiet)
     return app
 
 
@@ -144,7 +134,7 @@ def _lifespan(service: Service) -> Callable[[FastAPI], AbstractAsyncContextManag
             pass  # imports what the first stream would wait for
         yield
         service.reader.shutdown()
-        await asyncio.to_thread(service.close)
+        await asyncio.to_thread(service.worker.close)
         sys.setswitchinterval(before)
 
     return lifespan

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
-import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -18,69 +17,57 @@ from fastapi.responses import JSONResponse, Response
 
 from pst_ds.inference.encoder.encoder import EMBEDDER, Encoder, Features, batches
 from pst_ds.inference.serve.app import Service, no_model
-from pst_ds.inference.serve.jobs import BusyError, ClosingError
+from pst_ds.inference.serve.jobs import BusyError, ClosingError, Worker
 from pst_ds.inference.serve.protocol import JsonTable, PredictionRequest, ProtocolError, read_json, validated
 from pst_ds.inference.serve.replies import usage
 
 Job = tuple[Features, "Future[np.ndarray]"]
 """The tokens of a text, and its outputs once they are computed."""
-_JOIN_SECONDS = 60.0
 _LOG = logging.getLogger(__name__)
 
 
-class Batcher:
-    """A thread that computes waiting texts, those of similar length together, as soon as the last batch is done."""
+class Batcher(Worker[Job]):
+    """Computes waiting texts, those of similar length together, as soon as the last batch is done."""
 
     def __init__(self, encoder: Encoder, most_waiting: int):
-        """``most_waiting``: waiting texts from which on no more are taken. The thread starts at once."""
-        self._encoder, self._most_waiting = encoder, most_waiting
-        self.waiting: list[Job] = []
-        self.running = 0
-        """Texts of the current batch."""
-        self._closing = False
-        self._changed = threading.Condition()
-        """Guards the attributes above; notified when they change."""
-        self.thread = threading.Thread(target=self._run, name="batches", daemon=True)
-        self.thread.start()
+        super().__init__(most_waiting)
+        self._encoder, self._batch = encoder, list[Job]()
+
+    @property
+    def running(self) -> int:
+        return len(self._batch)
 
     def submit(self, texts: Sequence[Features]) -> list[Future[np.ndarray]]:
         """Queue texts. Raises BusyError if too many wait."""
         jobs: list[Job] = [(text, Future()) for text in texts]
         with self._changed:
-            if len(self.waiting) >= self._most_waiting:
+            if len(self._waiting) >= self._most_waiting:
                 raise BusyError
-            self.waiting += jobs
+            self._waiting += jobs
             self._changed.notify()
         return [future for _, future in jobs]
-
-    def close(self) -> None:
-        """End the thread after its batch; texts that wait get an error."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        self.thread.join(_JOIN_SECONDS)
 
     def _run(self) -> None:
         while (jobs := self._next()) is not None:
             if jobs:
                 self._compute(jobs)
-            self.running = 0
+            self._batch = []
 
     def _next(self) -> list[Job] | None:
         """Return the batch with the oldest text, when there is one, without texts that nobody waits for; None at the
         end."""
         with self._changed:
-            self._changed.wait_for(lambda: self.waiting or self._closing)
+            self._changed.wait_for(lambda: self._waiting or self._closing)
             if self._closing:
-                for _, future in self.waiting:
+                for _, future in self._waiting:
                     if future.set_running_or_notify_cancel():
                         future.set_exception(ClosingError())
                 return None
-            lengths = [len(text["input_ids"]) for text, _ in self.waiting]
+            lengths = [len(text["input_ids"]) for text, _ in self._waiting]
             chosen = next(set(batch) for batch in batches(lengths, self._encoder.batch) if 0 in batch)
-            jobs = [job for index in chosen if (job := self.waiting[index])[1].set_running_or_notify_cancel()]
-            self.waiting = [job for index, job in enumerate(self.waiting) if index not in chosen]
-            self.running = len(jobs)
+            jobs = [job for index in chosen if (job := self._waiting[index])[1].set_running_or_notify_cancel()]
+            self._waiting = [job for index, job in enumerate(self._waiting) if index not in chosen]
+            self._batch = jobs
             return jobs
 
     def _compute(self, jobs: Sequence[Job]) -> None:
@@ -103,18 +90,7 @@ class EncoderService(Service):
     """A classifier, a regressor or an embedding model."""
 
     encoder: Encoder
-    batcher: Batcher
-
-    @property
-    def is_alive(self) -> bool:
-        return self.batcher.thread.is_alive()
-
-    @property
-    def load(self) -> dict[str, int]:
-        return {"running": self.batcher.running, "waiting": len(self.batcher.waiting)}
-
-    def close(self) -> None:
-        self.batcher.close()
+    worker: Batcher
 
     def add_routes(self, app: FastAPI) -> None:
         @app.post("/v1/embeddings" if self.encoder.kind == EMBEDDER else "/v1/classify")
@@ -122,7 +98,7 @@ class EncoderService(Service):
             loop, body = asyncio.get_running_loop(), await request.body()
             asked, texts = await loop.run_in_executor(self.reader, self.read, body)
             try:
-                rows = await asyncio.gather(*map(asyncio.wrap_future, self.batcher.submit(texts)))
+                rows = await asyncio.gather(*map(asyncio.wrap_future, self.worker.submit(texts)))
             except BusyError:
                 why = "too many texts are waiting. Try again later"
                 raise ProtocolError(429, why, code="rate_limit_exceeded") from None

@@ -7,7 +7,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -113,13 +113,16 @@ class Job:
         return Token(number, float(logprobs[number]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
 
 
-class Answering(ABC):
-    """A thread that answers waiting jobs."""
+J = TypeVar("J")
 
-    def __init__(self, ends: Collection[int], most_waiting: int):
-        """``ends``: tokens that end an answer. The thread starts with :meth:`start`."""
-        self._ends, self._most_waiting = frozenset(ends), most_waiting
-        self._waiting: list[Job] = []
+
+class Worker(ABC, Generic[J]):
+    """A thread that works on waiting jobs once it is started, until the server closes."""
+
+    def __init__(self, most_waiting: int):
+        """``most_waiting``: jobs that may wait."""
+        self._most_waiting = most_waiting
+        self._waiting: list[J] = []
         self._closing = False
         self._changed = threading.Condition()
         """Guards the two attributes above; notified when they change."""
@@ -127,7 +130,41 @@ class Answering(ABC):
 
     @abstractmethod
     def _run(self) -> None:
-        """Answer jobs until the server closes."""
+        """Work on jobs until the server closes."""
+
+    @property
+    @abstractmethod
+    def running(self) -> int:
+        """Number of jobs that are being processed."""
+
+    @property
+    def load(self) -> dict[str, int]:
+        """Numbers of running and of waiting jobs."""
+        return {"running": self.running, "waiting": len(self._waiting)}
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """True while jobs are processed."""
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        """End the thread after the jobs that are being processed; those that wait get an error."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(_JOIN_SECONDS)
+
+
+class Answering(Worker[Job]):
+    """A thread that generates the answers of waiting jobs."""
+
+    def __init__(self, ends: Collection[int], most_waiting: int):
+        """``ends``: tokens that end an answer."""
+        super().__init__(most_waiting)
+        self._ends = frozenset(ends)
 
     @abstractmethod
     def warm_up(self, prompt: Sequence[int], states: Sequence[State | None]) -> None:
@@ -135,24 +172,6 @@ class Answering(ABC):
 
         Only the native decoder has states of users.
         """
-
-    def start(self) -> None:
-        self._thread.start()
-
-    @property
-    def is_alive(self) -> bool:
-        """True while jobs are answered."""
-        return self._thread.is_alive()
-
-    @property
-    def waiting(self) -> int:
-        """Number of jobs that wait."""
-        return len(self._waiting)
-
-    @property
-    @abstractmethod
-    def running(self) -> int:
-        """Number of jobs that are being answered."""
 
     def submit(self, *jobs: Job) -> None:
         """Queue jobs. Raises BusyError if too many wait."""
@@ -162,10 +181,3 @@ class Answering(ABC):
                 raise BusyError
             self._waiting += jobs
             self._changed.notify()
-
-    def close(self) -> None:
-        """End the thread after the jobs that are being answered; those that wait get an error."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        self._thread.join(_JOIN_SECONDS)

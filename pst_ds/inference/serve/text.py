@@ -51,7 +51,7 @@ _DONE_CALLS = "tool_calls"
 class TextService(Service):
     """A causal model, and the users of a store."""
 
-    answering: Answering
+    worker: Answering
     tokenizer: Tokenizer
     grammars: Grammars
     store: UserStore | None = None
@@ -66,14 +66,6 @@ class TextService(Service):
             raise _unreadable(error) from None
         return [self.name, *(f"{self.name}{USER_MARK}{user}" for user in self.store.names)]
 
-    @property
-    def is_alive(self) -> bool:
-        return self.answering.is_alive
-
-    @property
-    def load(self) -> dict[str, int]:
-        return {"running": self.answering.running, "waiting": self.answering.waiting}
-
     def add_routes(self, app: FastAPI) -> None:
         add_chat_page(app)
 
@@ -84,9 +76,6 @@ class TextService(Service):
         @app.post("/v1/completions")
         async def completions(request: Request) -> Response:
             return await _answer(self, request, is_chat=False)
-
-    def close(self) -> None:
-        self.answering.close()
 
     def state_of(self, model: str) -> State | None:
         """Return the adapter state of the user in a model's name, None for the base model. Raises ProtocolError."""
@@ -276,7 +265,7 @@ async def _answer(service: TextService, request: Request, *, is_chat: bool) -> R
     arrived: asyncio.Queue[tuple[int, Item]] = asyncio.Queue()
     answers = service.answers(question, arrived)
     try:
-        service.answering.submit(*(answer.job for answer in answers))
+        service.worker.submit(*(answer.job for answer in answers))
     except BusyError:
         raise ProtocolError(429, "too many requests are waiting. Try again later", code="rate_limit_exceeded") from None
     pieces = _pieces(service, answers, arrived, began, request.scope["pst_ds_facts"])

@@ -141,9 +141,10 @@ class Held(Encoder):
 def test_waiting_texts_are_batched_by_length_and_one_that_fails_is_alone(encoders):  # noqa: F811
     encoder = Held(encoders / "regressor")
     batcher = Batcher(encoder, most_waiting=8)
+    batcher.start()
     texts = [encoder.tokenized(["film " * length], None)[0] for length in (9, 1, 30, 1, 30, 1, 30, 1, 30)]
     first = batcher.submit(texts[:1])
-    while batcher.waiting:
+    while batcher._waiting:
         pass  # until the thread holds the first batch
     gone, *rest = batcher.submit([texts[1], *texts[1:], {"input_ids": [10**6] * 30}])
     assert gone.cancel()
@@ -162,8 +163,9 @@ def test_waiting_texts_are_batched_by_length_and_one_that_fails_is_alone(encoder
 def test_closing_refuses_what_waits(encoders):  # noqa: F811
     encoder = Held(encoders / "regressor")
     batcher, texts = Batcher(encoder, most_waiting=8), encoder.tokenized(sentences(2), None)
+    batcher.start()
     (first,) = batcher.submit(texts[:1])
-    while batcher.waiting:
+    while batcher._waiting:
         pass
     (second,) = batcher.submit(texts[1:])
     closing = threading.Thread(target=batcher.close)

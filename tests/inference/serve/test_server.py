@@ -125,7 +125,7 @@ def test_a_stop_text_ends_an_answer(client):
 
 def test_users_of_one_batch_get_what_each_gets_alone(folders):
     service, running, thread, url = _start(folders)
-    assert isinstance(service.answering, Slots)
+    assert isinstance(service.worker, Slots)
     with _client(url) as client:
         models = [model.id for model in client.models.list().data]
         assert models == ["tiny", "tiny:bad", "tiny:good"]
@@ -191,8 +191,8 @@ def test_a_body_that_does_not_end(folders):
 
 def test_a_client_that_goes_takes_its_request_along(folders, monkeypatch):
     service, running, thread, url = _start(folders, "--engine", "torch", store=False)
-    held, decode, jobs = threading.Event(), service.answering._decode, []
-    monkeypatch.setattr(service.answering, "_decode", lambda now: (jobs.extend(now), held.wait(30), decode(now)))
+    held, decode, jobs = threading.Event(), service.worker._decode, []
+    monkeypatch.setattr(service.worker, "_decode", lambda now: (jobs.extend(now), held.wait(30), decode(now)))
     with pytest.raises(openai.APITimeoutError), _client(url, timeout=0.3) as impatient:
         _asked(impatient)
     while not jobs[0].cancelled:
@@ -211,7 +211,7 @@ def test_quantised_weights_are_served_by_the_native_decoder(folders, tmp_path, c
     template = ["--chat-template", str(folders / "template.jinja")]
     args = build_parser("serve").parse_args(["serve", str(tmp_path / "int8"), *template, "--memory", "0.001"])
     service = serve._service(args, *serve._opened(args))
-    assert isinstance(service.answering, Slots)
+    assert isinstance(service.worker, Slots)
     server, thread, url = start(make_app(service))
     with _client(f"{url}/v1") as client, ThreadPoolExecutor(6) as threads:
         asked = [{"seed": n, "temperature": n % 2, "max_tokens": 5 + n} for n in range(12)]
@@ -221,7 +221,7 @@ def test_quantised_weights_are_served_by_the_native_decoder(folders, tmp_path, c
     stop(server, thread)
     decoder = Decoder.from_pretrained(tmp_path / "int8", threads=1)
     prompt = service.prompt_of(ASK)
-    written = list(decoder.stream(prompt, asked[4]["max_tokens"], end=service.answering._ends))
+    written = list(decoder.stream(prompt, asked[4]["max_tokens"], end=service.worker._ends))
     text = service.tokenizer.decode(written, skip_special_tokens=True)
     assert answers[4].usage.prompt_tokens == len(prompt)
     assert texts[4].strip() == text.strip()
@@ -229,7 +229,7 @@ def test_quantised_weights_are_served_by_the_native_decoder(folders, tmp_path, c
     for more in (["--memory", "0.00008"], ["--memory", "0.00016", "--workers", "2"]):
         args = build_parser("serve").parse_args([*words, *more])
         small = serve._service(args, *serve._opened(args))
-        small.answering.close()
+        small.worker.close()
         found.append((small.limits.positions, small.limits.new_tokens))
     assert found[0] == found[1]
     assert 24 <= found[0][0] < 48
@@ -276,8 +276,8 @@ def test_keys_and_a_full_queue(folders, monkeypatch):
     service, running, thread, url = _start(
         folders, "--max-waiting", "1", "--max-batch", "1", "--engine", "torch", store=False
     )
-    begun, held, decode = threading.Event(), threading.Event(), service.answering._decode
-    monkeypatch.setattr(service.answering, "_decode", lambda jobs: (begun.set(), held.wait(30), decode(jobs)))
+    begun, held, decode = threading.Event(), threading.Event(), service.worker._decode
+    monkeypatch.setattr(service.worker, "_decode", lambda jobs: (begun.set(), held.wait(30), decode(jobs)))
     with _client(url, api_key="three") as stranger:
         for ask in (lambda: _asked(stranger), stranger.models.list):
             with pytest.raises(openai.AuthenticationError):
@@ -367,7 +367,7 @@ def test_a_server_is_warm_before_it_listens(folders, monkeypatch):
     monkeypatch.setattr(Decoder, "assign", lambda to, state: (users.append(state), assign(to, state))[1])
     for words in ([*_words(folders, store=False), "--engine", "torch"], _words(folders)):
         args = build_parser("serve").parse_args(words)
-        serve._service(args, *serve._opened(args)).answering.close()
+        serve._service(args, *serve._opened(args)).worker.close()
     (rows, tokens), *rest = steps
     assert (rows, rest) == (1, [(1, 1)])
     assert tokens > 1
