@@ -51,13 +51,10 @@ class CheckpointConfig(Section):
 
 @settings
 class PicturesConfig(Section):
-    """Statistics of all layers and histograms of some, for TensorBoard and layers.jsonl (docs/how-to/monitor.md)."""
+    """Statistics of all layers, for TensorBoard and layers.jsonl (docs/how-to/monitor.md)."""
 
     interval: MayDiffer[Interval] = 0
     """Optimizer steps between statistics; 0 is about 20 times per run, -1 never. The last step always has one."""
-    layers: MayDiffer[Strings] = ()
-    """Layers with a histogram of scores, by name or dotted ending; empty is the first, the middle and the last pruned
-    layer."""
 
     def last_before(self, step: int, num_steps: int) -> int:
         """Return the last step before ``step`` that has pictures; -1 for none."""

@@ -117,6 +117,7 @@ def _filled(table: dict[str, object], defaults: Mapping[str, object]) -> dict[st
 
 
 REMOVED = {
+    "pictures.layers": "every layer has statistics, none a histogram",
     "checkpoint.file_per": "every rank writes its own file",
     "dense_run": "compare the run with a dense one by pst-ds report RUN DENSE",
     "checkpoint.grace_seconds": "a signal stops the run after the current step; lower checkpoint.interval to lose less",

@@ -1,6 +1,6 @@
-"""Statistics of a layer: correlation of scores with |W|, norms, a histogram of scores.
+"""Statistics of a layer: correlation of scores with |W|, norms.
 
-Counts and sums over weights add up over parts of a matrix, so every rank computes its own part. Norms of products are
+Sums over weights add up over parts of a matrix, so every rank computes its own part. Norms of products are
 computed from the small matrices only.
 """
 
@@ -19,9 +19,6 @@ from pst_ds.core.kernels import INT, TENSOR, NativeSource, load
 from pst_ds.core.keys import scores_of_keys
 from pst_ds.core.layout import WeightLayout
 
-HISTOGRAM_BINS = 64
-HISTOGRAM_DEVIATIONS = 4.0
-"""Half width of a histogram in standard deviations around the mean."""
 _LEAST_VARIANCE = 1e-12
 """Relative to the mean square. A smaller variance is rounding error of the sums."""
 SOURCE = NativeSource(
@@ -121,42 +118,3 @@ def _norm_of_all(norms: list[Tensor]) -> Tensor:
 
 def _matrices(layout: WeightLayout, factors: Factors) -> list[TileFactors]:
     return [tile_factors(factors, layout, matrix, matrix.rect) for matrix in layout.matrices()]
-
-
-def histogram_range(total: float, total_of_squares: float, count: int) -> tuple[float, float]:
-    """Return (low, high) of a histogram over ``count`` values with these sums.
-
-    Rounded to three digits of the deviation, so that sums which differ only by their order give the same range. Without
-    a deviation, the mean takes its place.
-    """
-    mean, mean_square = total / count, total_of_squares / count
-    variance = mean_square - mean * mean
-    if variance > _LEAST_VARIANCE * mean_square:
-        digits, _, power = f"{math.sqrt(variance):.2e}".partition("e")
-        middle, deviation = round(mean, 2 - int(power)), float(f"{digits}e{power}")
-    else:
-        middle = float(f"{mean:.3g}")
-        deviation = abs(middle) or 1.0
-    half = HISTOGRAM_DEVIATIONS * deviation
-    return middle - half, middle + half
-
-
-def count_in_bins(values: Tensor, kept: Tensor, low: float, high: float) -> Tensor:
-    """Return the counts of ``values`` in HISTOGRAM_BINS equal bins of [low, high]: (2, bins) int64, pruned and kept.
-
-    ``kept``: uint8 0/1 of the same shape. The first and last bins include values outside the range.
-    """
-    scaled = (values.flatten() - low) * (HISTOGRAM_BINS / (high - low))
-    bins = scaled.clamp_(0, HISTOGRAM_BINS - 1).byte()
-    bins += kept.flatten().byte() * HISTOGRAM_BINS
-    return torch.bincount(bins, minlength=2 * HISTOGRAM_BINS).view(2, HISTOGRAM_BINS)
-
-
-def cut_in_bins(counts: Tensor, num_below: int, low: float, high: float) -> float | None:
-    """Return the value below which ``num_below`` of the values in ``counts`` (bins,) lie, interpolated; None for 0."""
-    if num_below == 0:
-        return None
-    up_to = counts.cumsum(0)
-    at = min(int((up_to < num_below).sum()), counts.numel() - 1)
-    share = (num_below - int(up_to[at]) + int(counts[at])) / max(1, int(counts[at]))
-    return low + (at + share) * (high - low) / counts.numel()

@@ -19,7 +19,7 @@ from pst_ds.config.run import ConfigError
 from pst_ds.core.schedule import Schedules, learning_rate_factor
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import shortened
-from pst_ds.masks.layer_stats import chosen_layers, measure
+from pst_ds.masks.layer_stats import measure
 from pst_ds.masks.schedule_driver import SPARSITY_TOLERANCE, update_if_due
 from pst_ds.masks.update import MaskStats
 from pst_ds.nn.gradient_sums import GradientSums
@@ -38,8 +38,6 @@ from pst_ds.train.run_context import RunContext
 from pst_ds.train.timing import OwnTime, Pace, StepClock
 
 MAX_SKIPPED_IN_A_ROW = 100
-FINAL_TAGS = ("loss", "sparsity/actual", "tokens_per_second")
-"""Reported values that judge a finished run, in addition to its evaluation."""
 
 
 @dataclass(slots=True)
@@ -269,15 +267,15 @@ def _stop_if_stuck(state: LoopState) -> None:
 
 
 def _picture_if_due(loop: Loop, state: LoopState) -> None:
-    """Record statistics of every layer and images of some, if due. Collective."""
-    pictures, layers = loop.run.pictures, list(pst_layers(loop.engine.module))
-    if not layers or not pictures.is_due(state.step, loop.num_steps):
+    """Record statistics of every layer, if due. Collective."""
+    pictures = loop.run.pictures
+    if not pst_layers(loop.engine.module) or not pictures.is_due(state.step, loop.num_steps):
         return
     heartbeat("the figures of the layers")
     before = pictures.last_before(state.step, loop.num_steps)
     # once the masks are final, only the updates still change
     masks_change = loop.schedules.masks is not None and (before < 0 or not loop.schedules.masks_final_at(before))
-    stats = measure(loop.engine.module, chosen_layers(layers, pictures.layers), with_scores=masks_change)
+    stats = measure(loop.engine.module, with_scores=masks_change)
     if stats.mean_correlation is not None:
         loop.metrics.write(state.step, {"event": "scores", "correlation": stats.mean_correlation})
     if loop.metrics.layers is not None:

@@ -13,7 +13,6 @@ from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.data.tasks import task_of
 from pst_ds.errors import InputError, shortened
 from pst_ds.json_text import JsonObject
-from pst_ds.masks.layer_stats import chosen_layers
 from pst_ds.nn.experts import leaf_class
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.model_structure import model_width
@@ -110,7 +109,6 @@ def checked_shapes(
             f"schedule.solves = {run.schedule.solves}: {shortened(stacks)} holds experts, which it does not support. "
             "Set schedule.solves = 0"
         )
-    chosen_layers(list(pst_layers(shapes)), run.pictures.layers)  # rejects layers that do not exist
     return shapes
 
 

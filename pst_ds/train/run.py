@@ -35,7 +35,7 @@ from pst_ds.train.evaluate import predict
 from pst_ds.train.expert_tokens import CountsOfExperts, counts_of_experts, warning_of_unused
 from pst_ds.train.finetune import finetune
 from pst_ds.train.fit_verdict import fit_of, sentence, watched_steps
-from pst_ds.train.loop import FINAL_TAGS, Loop, LoopState
+from pst_ds.train.loop import Loop, LoopState
 from pst_ds.train.model import build_model, num_trainable
 from pst_ds.train.monitor.metrics import MetricsWriter
 from pst_ds.train.monitor.trackers import Trackers
@@ -282,7 +282,6 @@ def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState) 
             if verdict := sentence(fit):
                 loop.metrics.verdict(loop.num_steps, verdict)
             loop.metrics.say(warning_of_unused(experts.get("expert_tokens", {}), first_step))
-            loop.metrics.settings(_settings(loop.run), [*(f"eval/{name}" for name in metrics), *FINAL_TAGS])
     except DivergedError as error:
         raise DivergedError(
             f"{error}. Lower rates can be tried from {checkpointer.newest()} on: --resume "
@@ -301,13 +300,6 @@ def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState) 
         write_text_atomic(folder / RESULT_FILE, json_of(result, indent=1) + "\n")
     barrier()
     return result
-
-
-def _settings(run: RunConfig) -> dict[str, object]:
-    """Return the settings that TensorBoard compares runs by; neither data nor paths."""
-    names = ("task", "method", "seed", "model.path", "model.dropout", "distillation.weight")
-    settings = flat_table(run).items()
-    return {k: v for k, v in settings if k in names or k.startswith(("pst.", "schedule.", "quantization.", "train."))}
 
 
 def _result(

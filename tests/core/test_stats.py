@@ -74,68 +74,6 @@ def test_what_is_equal_has_correlation_one_and_what_does_not_vary_none():
         assert stats.correlation(stats.moment_sums(x, x), 1000) is None
 
 
-def test_bins_are_numpys_and_the_ends_have_what_is_beyond():
-    values, kept = _normal(4000), (_normal(4000, seed=1) > 0.3).byte()
-    low, high = -1.5, 1.25
-    found = stats.count_in_bins(values.view(40, 100), kept.view(40, 100), low, high)
-    clipped = values.double().clamp(low, high).numpy()
-    for i in (0, 1):
-        expected, _ = np.histogram(clipped[kept.numpy() == i], stats.HISTOGRAM_BINS, (low, high))
-        assert found[i].tolist() == expected.tolist()
-    in_parts = sum(stats.count_in_bins(values[a:b], kept[a:b], low, high) for a, b in ((0, 9), (9, 9), (9, 4000)))
-    assert torch.equal(found, in_parts)
-
-
-def test_the_range_is_four_deviations_and_does_not_depend_on_the_order_of_sums():
-    values = (_normal(100_000) * 0.2 + 0.7).double()
-    total, squares = float(values.sum()), float(values @ values)
-    low, high = stats.histogram_range(total, squares, values.numel())
-    assert low == pytest.approx(0.7 - 0.8, abs=0.01)
-    assert high == pytest.approx(0.7 + 0.8, abs=0.01)
-    assert (low, high) == stats.histogram_range(total * (1 + 1e-14), squares * (1 - 1e-14), values.numel())
-    for constant in (0.0, -3.0):
-        low, high = stats.histogram_range(constant * 10, constant**2 * 10, 10)
-        assert low < constant < high
-
-
-@pytest.mark.parametrize(("mean", "deviation"), [(1.2345, 1e-4), (-87_654.3, 1.23), (3.21e-7, 4e-10), (0.00123, 4.56)])
-def test_the_range_is_around_the_mean_however_narrow(mean, deviation):
-    values = mean + deviation * _normal(100_000).double()
-    total, squares = float(values.sum()), float(values @ values)
-    low, high = stats.histogram_range(total, squares, values.numel())
-    exact = float(values.std(correction=0))
-    assert (low + high) / 2 == pytest.approx(float(values.mean()), abs=0.01 * exact)
-    assert high - low == pytest.approx(8 * exact, rel=0.01)
-    counts = stats.count_in_bins(values.float(), torch.zeros(len(values)), low, high).sum(0)
-    assert counts.max() < 0.06 * len(values)
-    ordered = values[values.sort().indices]
-    again = stats.histogram_range(float(ordered.sum()), float(ordered @ ordered), values.numel())
-    assert again == (low, high)
-
-
-def test_what_rounding_leaves_of_a_constant_is_no_deviation():
-    values = torch.full((1000,), 0.1, dtype=torch.float64)
-    ranges = {
-        stats.histogram_range(sum(values.tolist()[::step]) * step, 0.01 * 1000 * (1 + step * 1e-16), 1000)
-        for step in (1, 2, 5)
-    }
-    ((low, high),) = ranges
-    assert (low, high) == (pytest.approx(-0.3), pytest.approx(0.5))
-
-
-def test_the_cut_is_within_a_bin_of_the_order_statistic():
-    values = _normal(5000)
-    low, high = -4.0, 4.0
-    counts = stats.count_in_bins(values, torch.zeros(5000), low, high).sum(0)
-    ordered = values.sort().values
-    width = (high - low) / stats.HISTOGRAM_BINS
-    for below in (1, 2, 37, 2500, 4500, 4999):
-        cut = stats.cut_in_bins(counts, below, low, high)
-        assert cut == pytest.approx(float(ordered[below - 1]), abs=width)
-    assert stats.cut_in_bins(counts, 5000, low, high) <= high
-    assert stats.cut_in_bins(counts, 0, low, high) is None
-
-
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 64), (40, 61)])
 def test_moments_of_keys_and_squares_are_those_of_the_numbers(native, shape, monkeypatch):

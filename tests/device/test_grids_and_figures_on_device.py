@@ -47,7 +47,7 @@ def _logits(model):
 def test_figures_of_layers():
     def compute(model):
         update_masks(model, 0.5)
-        return measure(model, [0, 1], with_scores=True)
+        return measure(model, with_scores=True)
 
     expected, found = _on_both(compute)
     in_another_order = ("correlation", "weight_norm")  # sums in double precision, which native code adds up on a CPU
@@ -62,9 +62,9 @@ def test_the_host_waits_for_figures_as_often_for_many_layers_as_for_few():
     for num_layers in (1, 3):
         with pretended() as counts:
             model = module_to_device(inject_pst(tiny_llama(num_layers), PSTConfig(modules_to_save=())))
-            measure(model, [0, 1], with_scores=True)
+            measure(model, with_scores=True)
             before = counts.num_waits
-            measure(model, [0, 1], with_scores=True)
+            measure(model, with_scores=True)
             waits.append(counts.num_waits - before)
     assert waits[0] == waits[1]
 

@@ -154,7 +154,7 @@ def test_masks_of_every_pattern_are_those_of_one_process_on_the_cpu(run_on_devic
 def _all_figures(model):
     """Masks; numbers: errors of the scales of rounded weights, and figures of the layers."""
     masks, scales = update_masks(model, 0.5), update_scales(model)
-    figures = measure(model, [0, 1], with_scores=True)
+    figures = measure(model, with_scores=True)
     numbers = [*scales.errors, *figures.correlation, *figures.score_norm, *figures.update_norm, *figures.weight_norm]
     return masks, numbers
 

@@ -228,9 +228,6 @@ MODELS = {
     "overrides that match nothing": Wrong(
         setting('pst.overrides=[{modules=["querry"], pattern="row"}]'), "overrides", "'querry'", "Did you mean 'query'?"
     ),
-    "a layer of pictures that is not there": Wrong(
-        setting("pictures.layers=['q_porj']"), "pictures.layers", "'q_porj'", "query"
-    ),
     "a teacher that is not there": Wrong(
         setting("distillation.weight=0.5", "distillation.teacher=no/teacher"),
         "distillation.teacher",

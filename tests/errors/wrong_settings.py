@@ -206,9 +206,6 @@ SETTINGS = {
 }
 
 COMMAND_LINES = {
-    "a plan with a layer of pictures that is not there": Wrong(
-        lambda shop: shop.train("pictures.layers=['q_porj']", verb="plan"), "pictures.layers", "'q_porj'", "query"
-    ),
     "a plan with a teacher that is not there": Wrong(
         lambda shop: shop.train("distillation.weight=0.5", "distillation.teacher=no/teacher", verb="plan"),
         "distillation.teacher",

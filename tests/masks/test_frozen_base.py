@@ -76,7 +76,7 @@ def course(engine, zeros):
     engine.step()
     found = update_scales(model)
     stats_after = stats if zeros else update_masks(model, 0.5)
-    figures = measure(model, [0], with_scores=True)
+    figures = measure(model, with_scores=True)
     round_weights(model)
     rounded = engine(input_ids=ids).last_hidden_state
     whole = {}

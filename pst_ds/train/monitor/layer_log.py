@@ -1,25 +1,18 @@
-"""Record a run's layers from rank 0: layers.jsonl, and scalars and histograms of each layer for TensorBoard."""
+"""Record a run's layers from rank 0: layers.jsonl, and scalars of each layer for TensorBoard."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pst_ds.file_names import LAYERS_FILE
-from pst_ds.masks.layer_stats import LayerStats, ScoreHistogram
+from pst_ds.masks.layer_stats import LayerStats
 from pst_ds.masks.update import MaskStats
 from pst_ds.train.monitor.curves import JsonLines, lines_until
 
 if TYPE_CHECKING:
     from pst_ds.train.monitor.tensorboard import TensorBoardWriter
-
-SCORES = (
-    "Importance scores S of single weights that the mask keeps, or prunes, within four standard deviations of the mean "
-    "of all; the bars at both ends have all that is beyond. A mask update would cut at the threshold: "
-    "pruned scores above it and kept ones below have crossed it since the last update."
-)
 
 
 class LayerLog:
@@ -52,13 +45,11 @@ class LayerLog:
         self._board.scalars({f"layers/{name}/rounding_error": error for name, error in by_layer}, step)
 
     def figures(self, step: int, found: LayerStats) -> None:
-        """Record statistics and histograms of the layers after ``step``."""
+        """Record statistics of the layers after ``step``."""
         names = ("correlation", "score_norm", "update_norm", "weight_norm")
         values = {name: [_six_digits(value) for value in getattr(found, name)] for name in names}
         self._file.write({"step": step, "event": "scores", **values})
         self._board.scalars(self._scalars(found), step)
-        for histogram in found.histograms:
-            self._histogram(step, histogram)
 
     def close(self) -> None:
         self._file.close()
@@ -76,15 +67,6 @@ class LayerLog:
             values["relative_update_norm"] = update / weight if update is not None and weight else None
             points |= {f"layers/{name}/{figure}": value for figure, value in values.items() if value is not None}
         return points
-
-    def _histogram(self, step: int, found: ScoreHistogram) -> None:
-        name = self._names[found.layer]
-        line = {**asdict(found), "threshold": _six_digits(found.threshold)}
-        self._file.write({"step": step, "event": "histogram", **line})
-        for part, counts in (("kept", found.kept), ("pruned", found.pruned)):
-            self._board.histogram(f"scores/{name}/{part}", counts, found.low, found.high, step, SCORES)
-        if found.threshold is not None:
-            self._board.scalars({f"scores/{name}/threshold": found.threshold}, step)
 
 
 def _six_digits(value: float | None) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,11 +81,6 @@ class MetricsWriter:
         """Write and show the metrics of an evaluation."""
         self.write(step, {"event": "evaluation", **{f"{EVALUATION}{name}": value for name, value in metrics.items()}})
         self.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-
-    def settings(self, settings: Mapping[str, object], metric_tags: Sequence[str]) -> None:
-        """Write the settings of a finished run for TensorBoard, with the last values of ``metric_tags``."""
-        if self._board is not None:
-            self._board.hparams(settings, metric_tags)
 
     def verdict(self, step: int, sentence: str) -> None:
         """Write and show the verdict on a finished run."""

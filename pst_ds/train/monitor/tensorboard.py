@@ -1,16 +1,13 @@
-"""Write a run for TensorBoard: scalars, histograms, and the settings with the final metrics."""
+"""Write scalars and texts of a run for TensorBoard."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.histogram import metadata as histogram_metadata
-from tensorboard.util.tensor_util import make_tensor_proto
 from torch.utils.tensorboard import FileWriter
 from torch.utils.tensorboard import summary as torch_summary
 
@@ -37,20 +34,6 @@ class TensorBoardWriter:
         points = [Summary.Value(tag=tag, simple_value=value) for tag, value in new.items()]
         self._writer.add_summary(Summary(value=points), step)
         self._writer.flush()
-
-    def histogram(self, tag: str, counts: Sequence[int], low: float, high: float, step: int, description: str) -> None:
-        """Add a histogram: ``counts`` in equal bins of [low, high], with a ``description`` in Markdown."""
-        edges = np.linspace(low, high, len(counts) + 1)
-        about = histogram_metadata.create_summary_metadata(display_name="", description=description)
-        bins = make_tensor_proto(np.stack([edges[:-1], edges[1:], np.asarray(counts, dtype=float)], 1))
-        self._writer.add_summary(Summary(value=[Summary.Value(tag=tag, metadata=about, tensor=bins)]), step)
-
-    def hparams(self, settings: Mapping[str, object], metric_tags: Sequence[str]) -> None:
-        """Add the run's settings, with the last values of ``metric_tags`` as results. SummaryWriter.add_hparams would
-        create a second run."""
-        plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
-        for summary in torch_summary.hparams(plain, dict.fromkeys(metric_tags, 0.0)):
-            self._writer.add_summary(summary)
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Add a text in Markdown."""
