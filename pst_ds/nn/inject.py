@@ -122,14 +122,6 @@ def _magnitude_scales(
     return {target.name: (1.0,) * target.layout.num_matrices for target in targets}
 
 
-def renew_magnitude_scales(model: nn.Module) -> None:
-    """Compute the divisors of |W| in the scores anew, after W0 has changed. Collective under ZeRO-3."""
-    layers = pst_layers(model)
-    targets = [Target(name, layer, (), layer.layout, layer.rule) for name, layer in layers.items()]
-    for name, scales in _magnitude_scales(targets, {}, injected_config(model)).items():
-        layers[name].magnitude_scales = scales
-
-
 def configured_parameters(model: nn.Module, config: PSTConfig) -> set[nn.Parameter]:
     """Return the parameters of an injected ``model`` that ``config`` trains, whether or not they have a gradient now.
 

@@ -15,10 +15,8 @@ from transformers.trainer_callback import ExportableState, TrainerCallback, Trai
 from transformers.training_args import TrainingArguments
 
 from pst_ds.checkpoint.adapter import CONFIG_FILE, adapter_state, save_pretrained, write_adapter_state
-from pst_ds.config.one_shot import PruneConfig
 from pst_ds.core.schedule import CubicSchedule, Schedule
 from pst_ds.errors import InputError
-from pst_ds.file_names import START
 from pst_ds.json_text import JsonObject
 from pst_ds.masks.schedule_driver import MaskUpdater
 from pst_ds.nn.adapter_checkpoints import adapter_checkpoints
@@ -29,7 +27,6 @@ from pst_ds.parallel.master_adamw import MasterAdamW
 from pst_ds.parallel.ranks import all_gather_objects, is_main
 from pst_ds.parallel.steps import torch_optimizer, unwrapped
 from pst_ds.third_party import require
-from pst_ds.train.one_shot.scripts import prune_in_trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,19 +60,15 @@ class PSTCallback(_LogFigures, ExportableState):
     :func:`pst_ds.load_pretrained` and ``Trainer.train(resume_from_checkpoint=...)``; under DeepSpeed its own files too,
     without the frozen weights. ``model.save_pretrained`` writes the same.
 
-    With ``start``, the pretrained model is pruned in one shot before the first step, on examples of the Trainer's
-    training data, to the schedule's sparsity there; ``output_dir/start`` becomes the model's base.
-
     Args:
         schedule: Any schedule; None for a CubicSchedule of ``fields``.
-        start: One-shot method and its settings; None for none.
         fields: Fields of CubicSchedule; ``num_steps`` is the Trainer's ``max_steps`` by default.
 
     Raises:
         InputError: Neither or both were given, or the Trainer, its model or its optimizer cannot train with masks.
     """
 
-    def __init__(self, schedule: Schedule | None = None, *, start: PruneConfig | None = None, **fields: Any):
+    def __init__(self, schedule: Schedule | None = None, **fields: Any):
         if (schedule is None) == (not fields):
             raise InputError(
                 "PSTCallback takes a schedule, or the fields of one: PSTCallback(final_sparsity=0.9), with "
@@ -83,11 +76,11 @@ class PSTCallback(_LogFigures, ExportableState):
             )
         if type(schedule) is CubicSchedule:  # but not a subclass, which has another ramp
             fields, schedule = dataclasses.asdict(schedule), None
-        self._schedule, self._fields, self._start = schedule, fields, start
+        self._schedule, self._fields = schedule, fields
         if schedule is None:
             _cubic(1, **fields)  # rejects bad fields now
         self._masks: MaskUpdater | None = None
-        self._came_with_trainer, self._dense_base = False, ""
+        self._came_with_trainer = False
         from transformers import trainer
 
         callbacks = require(trainer, "DEFAULT_CALLBACKS")
@@ -101,11 +94,10 @@ class PSTCallback(_LogFigures, ExportableState):
             ours = {key: value for key, value in config.items() if key not in ("optimizer", "scheduler")}
             validate_deepspeed_config(ours, source="the Trainer's DeepSpeed config")
         injected_config(model)  # rejects a model without PST, or with PST in a part
-        given_objects = [type(given).__name__ for given in (self._schedule, self._start) if given is not None]
-        if given_objects and args.restore_callback_states_from_checkpoint:
+        if self._schedule is not None and args.restore_callback_states_from_checkpoint:
             raise InputError(
                 f"restore_callback_states_from_checkpoint = True makes a new PSTCallback from JSON, which holds no "
-                f"{given_objects[0]}; leave it out (the masks continue at their step anyway), or give "
+                f"{type(self._schedule).__name__}; leave it out (the masks continue at their step anyway), or give "
                 "PSTCallback the fields of CubicSchedule"
             )
         adapter_checkpoints(model)
@@ -138,11 +130,6 @@ class PSTCallback(_LogFigures, ExportableState):
                     "cannot be continued"
                 )
             step = saved["attributes"]["step"]
-        if self._start is not None:
-            self._dense_base = self._dense_base or model.name_or_path
-            out, loader = Path(str(args.output_dir)) / START, given["train_dataloader"]
-            share = schedule.sparsity_at(0)
-            prune_in_trainer(model, self._dense_base, out, loader, self._start, sparsity=share, resumes=step > 0)
         self._masks = MaskUpdater(model, schedule, step=step)
         self._note_figures(model)
         self._forget_best_of_ramp(state)

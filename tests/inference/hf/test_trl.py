@@ -15,6 +15,7 @@ from pst_ds.core.schedule import OneShotSchedule
 from pst_ds.hf import PSTCallback
 from pst_ds.nn.inject import bypassed, inject_pst, pst_layers
 from pst_ds.nn.optimizer import pst_optimizer
+from pst_ds.train.one_shot.scripts import prune_pretrained
 
 trl = pytest.importorskip("trl", reason="TRL is not installed (extra: trl)")
 pytestmark = pytest.mark.usefixtures("alone")
@@ -121,18 +122,19 @@ def test_rewards_of_what_the_sparse_model_writes(parts, tmp_path):
 
 def test_supervised_fine_tuning_of_a_model_that_is_pruned_before_its_first_step(tmp_path):
     torch.manual_seed(0)
-    config = PSTConfig(initial_mask="zeros", score_rank=0, structured_scores=False)
-    model = inject_pst(AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32), config)
     tokenizer = AutoTokenizer.from_pretrained(LLAMA)
     tokenizer.pad_token = tokenizer.eos_token
-    start = PruneConfig(method="alps", samples=16, reconstruct=1)
+    batches = [tokenizer([_text(number)], return_tensors="pt") for number in range(16)]
+    start = PruneConfig(method="alps", samples=16, reconstruct=1, sparsity=0.6)
+    folder = prune_pretrained(LLAMA, tmp_path / "start", batches, start, precision="fp32")
+    config = PSTConfig(initial_mask="zeros", score_rank=0, structured_scores=False)
+    model = inject_pst(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
     trainer = trl.SFTTrainer(
         model, _arguments(trl.SFTConfig, tmp_path), processing_class=tokenizer,
         train_dataset=Dataset.from_list([{"text": _text(number)} for number in range(32)]),
-        optimizers=(pst_optimizer(model), None), callbacks=[PSTCallback(OneShotSchedule(0.6), start=start)],
+        optimizers=(pst_optimizer(model), None), callbacks=[PSTCallback(OneShotSchedule(0.6))],
     )  # fmt: skip
     trainer.train()
-    assert model.name_or_path == str(tmp_path / "start")
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "start")
     for name, layer in pst_layers(model).items():
         weight = pruned.get_parameter(f"{name}.weight")
