@@ -124,7 +124,7 @@ def test_a_dry_run_goes_through_every_section(tmp_path, capsys):
     assert code == 0
     assert list(found["sections"]) == list(SECTIONS)
     timed = [row for what, row in rows.items() if what.endswith((" ms", " us"))]
-    assert len(timed) == 4 + 3 + 3
+    assert len(timed) == 4 + 3 + 3 + 4
     assert all(row["measured"] > 0 for row in timed)
     assert 8 <= rows["steps until it was stopped"]["measured"] < rows["pst-ds train, ZeRO-3, gloo, steps"]["measured"]
     written = out.with_suffix(".md").read_text()

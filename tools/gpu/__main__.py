@@ -50,6 +50,7 @@ SECTIONS = {
     "train": Section("checks", 180),
     "kernels": Section("timings", 90),
     "steps": Section("timings", 120),
+    "deepspeed": Section("timings", 150),
     "updates": Section("timings", 90),
     "decode": Section("timings", 90),
     "tests": Section("checks", 240),

@@ -13,12 +13,16 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.core.quantization import Grid
 from pst_ds.formats import QuantizedFormat
 from pst_ds.inference.runtime import SparseLinear
+from pst_ds.json_text import JsonObject
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
+from pst_ds.parallel.ds_config import RunNumbers, load_deepspeed_config, resolve_deepspeed_config
+from pst_ds.parallel.engine import Engine, build_engine, free_released, release
+from pst_ds.parallel.launch import LaunchEnvironment, init_distributed, shut_down
 from pst_ds.parallel.master_adamw import MasterAdamW
 from pst_ds.planning.activations import trace_micro_batch
 from pst_ds.planning.machines import Machine
-from pst_ds.planning.memory import ZeroSettings, memory_plan
+from pst_ds.planning.memory import ZeroSettings, memory_plan, zero_settings
 from pst_ds.planning.shapes import model_numbers
 from pst_ds.planning.time import COUNTS, Batch, TimePlan, time_plan
 from tools.gpu.bench import Bench, Row, pruned_layers
@@ -77,10 +81,10 @@ def _trained(bench: Bench, kind: str) -> nn.Module:
     return model
 
 
-def planned(bench: Bench, machine: Machine) -> tuple[TimePlan, int]:
-    """Return the predicted times and peak bytes of the training step of :func:`steps`."""
+def planned(bench: Bench, machine: Machine, settings: JsonObject | None = None) -> tuple[TimePlan, int]:
+    """Return the predicted times and peak bytes of a training step of :func:`llama` with these DeepSpeed settings."""
     model = inject_pst(nn.Module.to(llama(bench), "meta"), PSTConfig(modules_to_save=(), relative_magnitude=False))
-    numbers, zero = model_numbers(model, device=machine.device), ZeroSettings(stage=None, backend=machine.backend)
+    numbers, zero = model_numbers(model, device=machine.device), zero_settings(settings, 1, machine.backend)
     tokens = bench.sizes.tokens
     trace = trace_micro_batch(model, batch=1, sequence=tokens, checkpointing=False)
     batch = Batch(tokens, tokens, moved=trace.moved, launches=trace.launches)
@@ -123,6 +127,39 @@ def steps(bench: Bench) -> Iterator[Row]:
             yield {"what": f"step, pst / {kind}", "measured": found["pst"] / found[kind],
                    "predicted": predicted["pst"] / predicted[kind] if kind in predicted else None}  # fmt: skip
         del model, optimizer, step
+
+
+def deepspeed(bench: Bench) -> Iterator[Row]:
+    """Time steps and mask updates of PST on ZeRO-3 with one rank, with and without offload, and their peak memory."""
+    init_distributed(LaunchEnvironment(0, 1, 0))
+    on_cuda, shares = bench.device.type == "cuda", itertools.cycle([0.3, 0.5])
+    for name in ("zero3", "zero3_offload"):
+        model = inject_pst(llama(bench), PSTConfig(modules_to_save=()), num_shards=1)
+        trained = [param for param in model.parameters() if param.requires_grad]
+        numbers, file = RunNumbers(1, 1, 1, 0.0, True, sum(p.numel() for p in trained)), f"ds_configs/{name}.json"
+        settings = resolve_deepspeed_config(load_deepspeed_config(file), numbers, source=file, run_file="make gpu")
+        times, peak = (None, None) if bench.machine is None else planned(bench, bench.machine, settings)
+        engine = build_engine(model, [{"params": trained, "lr": 1e-5}], ds_config=settings)
+        ids = torch.randint(0, bench.sizes.vocabulary, (1, bench.sizes.tokens), device=bench.device)
+
+        def step(engine: Engine = engine, ids: Tensor = ids) -> None:
+            engine.backward(engine(input_ids=ids, labels=ids).loss)
+            engine.step()
+
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        yield {"what": f"step, {name}, ms", "measured": bench.seconds(step) * 1e3,
+               "predicted": times and times.step * 1e3}  # fmt: skip
+        seconds = bench.seconds(lambda model=model: update_masks(model, next(shares)))  # type: ignore[misc]
+        yield {"what": f"mask update, {name}, ms", "measured": seconds * 1e3,
+               "predicted": times and times.update * 1e3}  # fmt: skip
+        held = bench.flushed.numel() if on_cuda else 0
+        used = (torch.cuda.max_memory_allocated() - held) / 1e9 if on_cuda else None
+        yield {"what": f"peak memory, {name}, GB", "measured": used, "predicted": peak and peak / 1e9}
+        release(engine)
+        del model, trained, engine, step
+        free_released()
+    shut_down()
 
 
 def updates(bench: Bench) -> Iterator[Row]:
