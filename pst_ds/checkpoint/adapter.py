@@ -138,7 +138,7 @@ def load_pretrained(model: inject.ModelT, folder: str | Path) -> inject.ModelT:
             buffer.copy_(tensors.get(name, buffer))
         for name, layer in inject.pst_layers(model).items():
             write_mask(layer, tensors[f"{name}.{MASK_BITS}"])
-            layer.magnitude_scales = tuple(saved.weight_scales[name])
+            layer.set_magnitude_scales(tuple(saved.weight_scales[name]))
             if layer.pst_scales is not None:
                 zero3.write_whole(layer.pst_scales, bytes_of_scales(tensors[f"{name}.{SCALES}"]))
     if saved.masks_frozen:

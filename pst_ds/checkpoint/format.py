@@ -29,15 +29,15 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from pst_ds.atomic_files import file_sha256
-from pst_ds.checkpoint.shards import TENSOR_FILE, ChunkedTensors, shard_name
-from pst_ds.core.bits import pack_shard, shard_bytes, shard_numel, shard_range, unpack_shard
+from pst_ds.checkpoint.shards import TENSOR_FILE, ChunkedTensors, files_of, shard_name
+from pst_ds.core.bits import pack_shard, part_range, shard_bytes, unpack_shard
 from pst_ds.core.quantization import SCALE_DTYPE, Grid, scales_of_bytes
 from pst_ds.errors import InputError, first_problem
 from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, TensorFile, TensorFileError
 from pst_ds.parallel.optimizer_state import KINDS, MASTER
 
-FORMAT, READ_FORMATS = 3, (2, 3)
-"""2 has no quantisation."""
+FORMAT, READ_FORMATS = 4, (2, 3, 4)
+"""2 has no quantisation, 3 no experts on ranks."""
 MANIFEST, SUMS, MASK, SCALES = "manifest.json", "SHA256SUMS", "mask", "scales"
 SCALE_BYTES = SCALE_DTYPE.itemsize
 _STRICT = ConfigDict(strict=True, extra="forbid")
@@ -96,12 +96,17 @@ class Contents:
     """Bits of quantised weights, and inputs per scale or 0 for a per-row scale; None without quantisation."""
     scales: dict[str, tuple[_Size, _Size]] = field(default_factory=dict)
     """Shape of each PST layer's scales as the weight is stored, in the order of the files' bytes; divided evenly."""
+    parts: dict[str, _Size] = field(default_factory=dict)
+    """Ranks that divided the experts of a stack among them, by PST layer: its values are divided evenly within a part.
+    """
 
     def __post_init__(self) -> None:
         if set(self.steps) != set(self.trained):
             raise ValueError("steps do not belong to the trained parameters")
         if set(self.scales) != (set(self.masks) if self.value_grid else set()):
             raise ValueError("scales do not belong to the pruned layers")
+        if any(self.num_shards % n or self.masks.get(name, 1) % n for name, n in self.parts.items()):
+            raise ValueError("parts do not divide the files and the pruned layers")
 
     @property
     def value_grid(self) -> Grid | None:
@@ -117,14 +122,15 @@ class Checkpoint:
 
     def __init__(self, folder: Path, state: CheckpointState, contents: Contents):
         self.folder, self.state, self.contents = folder, state, contents
-        sizes = {name: torch.Size(shape).numel() for name, shape in contents.trained.items()}
-        self._tensors = ChunkedTensors(sizes, contents.num_shards, contents.cuts)
+        sizes, parts = {name: torch.Size(shape).numel() for name, shape in contents.trained.items()}, contents.parts
+        of_trained = {name: parts[layer] for name in sizes if (layer := name.rpartition(".")[0]) in parts}
+        self._tensors = ChunkedTensors(sizes, contents.num_shards, contents.cuts, of_trained)
         scale_bytes = {name: SCALE_BYTES * math.prod(shape) for name, shape in contents.scales.items()}
-        self._scales = ChunkedTensors(scale_bytes, contents.num_shards)
+        self._scales = ChunkedTensors(scale_bytes, contents.num_shards, parts=parts)
         self._mask_offsets, self._mask_bytes = {}, 0
         for name, numel in contents.masks.items():
             self._mask_offsets[name] = self._mask_bytes
-            self._mask_bytes += shard_bytes(numel, contents.num_shards)
+            self._mask_bytes += shard_bytes(numel // parts.get(name, 1), contents.num_shards // parts.get(name, 1))
         self._open: dict[int, TensorFile] = {}
 
     @property
@@ -160,14 +166,15 @@ class Checkpoint:
         shape = self.contents.scales[name]
         return scales_of_bytes(self.scale_bytes(name, 0, SCALE_BYTES * math.prod(shape)), shape)
 
-    def mask_shard(self, name: str, num_shards: int, index: int) -> Tensor:
-        """Return the bits of shard ``index`` of a mask in ``num_shards`` shards, uint8; padding bits are zero."""
+    def mask_shard(self, name: str, num_shards: int, index: int, parts: int = 1) -> Tensor:
+        """Return the bits of shard ``index`` of a mask in ``num_shards`` shards of ``parts``, divided as by
+        :func:`pst_ds.core.bits.part_range`: uint8; padding bits are zero."""
         numel = self.contents.masks[name]
-        if num_shards == self.contents.num_shards:
+        num_bytes = shard_bytes(numel // parts, num_shards // parts)
+        if (num_shards, parts) == (self.contents.num_shards, self.contents.parts.get(name, 1)):
             at = self._mask_offsets[name]
-            return self._read(index, MASK, at, at + shard_bytes(numel, num_shards))
-        start, stop = shard_range(numel, num_shards, index)
-        return pack_shard(self._keep(name, start, stop), shard_bytes(numel, num_shards))
+            return self._read(index, MASK, at, at + num_bytes)
+        return pack_shard(self._keep(name, *part_range(numel, num_shards, index, parts)), num_bytes)
 
     def mask_bits(self, name: str, start: int, stop: int) -> Tensor:
         """Read the bits of flat weights [start, stop) of a mask; the first is bit 0."""
@@ -175,11 +182,11 @@ class Checkpoint:
 
     def _keep(self, name: str, start: int, stop: int) -> Tensor:
         """Return the mask of flat weights [start, stop), uint8 with values 0 and 1."""
-        per_file = shard_numel(self.contents.masks[name], self.contents.num_shards)
-        found = [torch.empty(0, dtype=torch.uint8)]
-        for file in range(start // per_file, -(-stop // per_file)) if start < stop else ():
-            first, last = max(start - file * per_file, 0), min(stop - file * per_file, per_file)
-            at = self._mask_offsets[name]
+        numel, files, parts = self.contents.masks[name], self.contents.num_shards, self.contents.parts.get(name, 1)
+        found, at = [torch.empty(0, dtype=torch.uint8)], self._mask_offsets[name]
+        for file, first, last in files_of(numel, files, parts, start, stop):
+            begin, _ = part_range(numel, files, file, parts)
+            first, last = first - begin, last - begin
             data = self._read(file, MASK, at + first // 8, at + -(-last // 8))
             found.append(unpack_shard(data, last - first // 8 * 8)[first % 8 :])
         return torch.cat(found)
@@ -314,6 +321,7 @@ def open_checkpoint(folder: Path, names: Sequence[str] | None = None) -> Checkpo
         )
     try:
         contents = table["contents"] | ({"grid": None, "scales": {}} if number == 2 else {})
+        contents |= {"parts": {}} if number < 4 else {}
         wrong = (set(table) ^ {"format", "state", "contents"}) | (set(contents) ^ {f.name for f in fields(Contents)})
         if wrong:
             raise ValueError(f"its keys differ from a manifest's in {', '.join(sorted(wrong))}")

@@ -41,10 +41,10 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
             stop = shard.start + shard.values.numel()
             zero3.write_shard(param, checkpoint.values(name, optimizer_state.MASTER, shard.start, stop))
     for name, layer in pst_layers(model).items():
-        layer.magnitude_scales = tuple(checkpoint.state.magnitude_scales[name])
-        mask = layer.pst_mask
-        held = [zero3.shard_index(mask)] if zero3.is_partitioned(mask) else range(layer.num_shards)
-        bits = torch.cat([checkpoint.mask_shard(name, layer.num_shards, i) for i in held])
+        layer.set_magnitude_scales(tuple(checkpoint.state.magnitude_scales[name]))
+        mask, (shards, own_shard, parts) = layer.pst_mask, layer.place
+        held = [own_shard] if zero3.is_partitioned(mask) else range(shards)
+        bits = torch.cat([checkpoint.mask_shard(name, shards, i, parts) for i in held])
         zero3.write_shard(mask, bits.to(mask.device))
         if layer.pst_scales is not None:
             own = zero3.shard_of(layer.pst_scales)
@@ -77,7 +77,7 @@ def load_optimizer(engine: Engine, checkpoint: Checkpoint) -> None:
 
 def magnitude_scales(model: nn.Module) -> dict[str, list[float]]:
     """Return the magnitude scales of each PST layer, by name."""
-    return {name: list(layer.magnitude_scales) for name, layer in pst_layers(model).items()}
+    return {name: list(layer.all_magnitude_scales) for name, layer in pst_layers(model).items()}
 
 
 def model_grids(model: nn.Module) -> dict[str, tuple[int, int] | None]:
@@ -151,7 +151,7 @@ def _require_fit(model: nn.Module, checkpoint: Checkpoint) -> None:
         if extra := sorted(ours ^ set(theirs)):
             raise CheckpointError(f"{misfit}: {kind} differ in {shortened(extra)}{_FIX}")
     shapes = {name: (contents.trained[name], tuple(zero3.full_shape(param))) for name, param in params.items()}
-    shapes |= {f"the mask of {n}": ((contents.masks[n],), (layer.layout.numel,)) for n, layer in layers.items()}
+    shapes |= {f"the mask of {n}": ((contents.masks[n],), (layer.whole_layout.numel,)) for n, layer in layers.items()}
     for name, (saved, own) in shapes.items():
         if saved != own:
             raise CheckpointError(f"{checkpoint.folder}: {name} has shape {saved}, the model's is {own}{_FIX}")

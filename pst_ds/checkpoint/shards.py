@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from pst_ds.core.bits import shard_numel, shard_range
+from pst_ds.core.bits import part_range, shard_numel
 
 Chunk = tuple[int, int, int]
 """(index of the tensor, first value, last value + 1): values of a tensor that lie together in one file."""
@@ -18,6 +18,19 @@ TENSOR_FILE = re.compile(r"shard-(\d{5,})-of-(\d{5,})\.safetensors")
 def shard_name(shard: int, num_shards: int) -> str:
     """Return the name of a shard's file."""
     return f"shard-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
+
+
+def files_of(size: int, num_files: int, parts: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (file, first, last + 1) for values [start, stop) of a tensor divided by
+    :func:`pst_ds.core.bits.part_range`, in their order."""
+    part = size // parts
+    per_file = shard_numel(part, num_files // parts)
+    while start < stop:
+        number, inside = divmod(start, part)
+        index = inside // per_file
+        last = min(stop, number * part + min(part, (index + 1) * per_file))
+        yield index * parts + number, start, last
+        start = last
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +48,20 @@ class ChunkedTensors:
 
     A file stores its chunks one after another: ``chunks[i]`` lists the chunks of file i. Without them every tensor is
     divided evenly, as by ZeRO-3: file i has values [i * p, (i + 1) * p) with p = ceil(size / num_files), in the order
-    of the tensors. Raises ValueError unless the chunks hold every value exactly once.
+    of the tensors; a tensor of several ``parts`` as by :func:`pst_ds.core.bits.part_range`. Raises ValueError unless
+    the chunks hold every value exactly once.
     """
 
-    def __init__(self, sizes: Mapping[str, int], num_files: int, chunks: Sequence[Sequence[Chunk]] | None = None):
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        num_files: int,
+        chunks: Sequence[Sequence[Chunk]] | None = None,
+        parts: Mapping[str, int] | None = None,
+    ):
         self.sizes, self.num_files, self._chunks = dict(sizes), num_files, chunks
-        self._names = list(sizes)
-        self._counts = Counter(sizes.values())
+        self._names, self._parts = list(sizes), parts or {}
+        self._counts = Counter((size, self._parts.get(name, 1)) for name, size in sizes.items())
         self._tables: dict[int, dict[str, list[Fragment]]] = {}
         self._files_of: dict[str, dict[int, None]] = {}
         if chunks is not None:
@@ -51,8 +71,8 @@ class ChunkedTensors:
         """Return the number of values in a file."""
         if self._chunks is not None:
             return sum(stop - start for _, start, stop in self._chunks[file])
-        shares = ((count, *shard_range(size, self.num_files, file)) for size, count in self._counts.items())
-        return sum(count * (stop - start) for count, start, stop in shares)
+        shares = ((n, *part_range(size, self.num_files, file, parts)) for (size, parts), n in self._counts.items())
+        return sum(n * (stop - start) for n, start, stop in shares)
 
     def fragments(self, name: str, start: int, stop: int) -> list[Fragment]:
         """Return the fragments that make up values [start, stop) of a tensor, in order."""
@@ -67,10 +87,7 @@ class ChunkedTensors:
     def _files(self, name: str, start: int, stop: int) -> Sequence[int]:
         if self._chunks is not None:
             return list(self._files_of.get(name, ()))
-        if start >= stop:
-            return ()
-        per_file = shard_numel(self.sizes[name], self.num_files)
-        return range(start // per_file, (stop - 1) // per_file + 1)
+        return [file for file, *_ in files_of(self.sizes[name], self.num_files, self._parts.get(name, 1), start, stop)]
 
     def _table(self, file: int) -> dict[str, list[Fragment]]:
         if file not in self._tables:
@@ -86,7 +103,8 @@ class ChunkedTensors:
         if self._chunks is not None:
             yield from ((self._names[i], start, stop) for i, start, stop in self._chunks[file])
         else:
-            yield from ((name, *shard_range(size, self.num_files, file)) for name, size in self.sizes.items())
+            for name, size in self.sizes.items():
+                yield name, *part_range(size, self.num_files, file, self._parts.get(name, 1))
 
     def _check(self, chunks: Sequence[Sequence[Chunk]]) -> None:
         if len(chunks) != self.num_files:

@@ -237,7 +237,7 @@ def _write_shard(partial: Path, part: OwnPart) -> _Report:
 
 
 def _contents(model: nn.Module, reports: Sequence[_Report]) -> Contents:
-    trained = trainable(model)
+    trained, layers = trainable(model), pst_layers(model)
     steps = {name: 0 for name, _ in trained}
     for report in reports:
         steps |= report["steps"]
@@ -245,11 +245,12 @@ def _contents(model: nn.Module, reports: Sequence[_Report]) -> Contents:
     return Contents(
         num_shards=len(reports),
         trained={name: tuple(zero3.full_shape(param)) for name, param in trained},
-        masks={name: layer.layout.numel for name, layer in pst_layers(model).items()},
+        masks={name: layer.whole_layout.numel for name, layer in layers.items()},
         steps=steps,
         cuts=cuts if any(cuts) else None,
         grid=model_grids(model)["grid"],
         scales=scale_shapes(model),
+        parts={name: layer.group.degree for name, layer in layers.items() if layer.group is not None},
     )
 
 
@@ -266,7 +267,7 @@ def save_checkpoint(folder: Path, engine: Engine, state: CheckpointState) -> Non
 def size_limit(model: nn.Module) -> int:
     """Return the bytes that a checkpoint of ``model`` may take."""
     trained = sum(zero3.full_numel(param) for _, param in trainable(model))
-    weights = sum(layer.layout.numel for layer in pst_layers(model).values())
+    weights = sum(layer.whole_layout.numel for layer in pst_layers(model).values())
     return most_bytes(trained, weights, sum(map(math.prod, scale_shapes(model).values())))
 
 

@@ -146,10 +146,25 @@ class RunConfig(Section):
         yield from self.distillation.conflicts(task)
         if schedule.solves:
             yield from self._conflicts_of_solves()
+        if train.expert_parallel > 1:
+            yield from self._conflicts_of_experts()
         try:
             self.finetuning()
         except ConfigError as error:
             yield from (f"[finetune] with these settings: {problem}" for problem in error.args)
+
+    def _conflicts_of_experts(self) -> Iterator[str]:
+        """Yield a message for each setting that does not fit experts which are divided among ranks."""
+        lead = f"train.expert_parallel = {self.train.expert_parallel}"
+        if not self.deepspeed_config:
+            yield f'{lead} requires ZeRO-3. Set deepspeed_config = "ds_configs/zero3.json"'
+        if not self.mask_method.injects:
+            yield f"{lead} divides pruned experts, and method = {self.method!r} prunes none. Set 1, or another method"
+        if self.pst.magnitude == "activation":
+            yield f'{lead} does not support pst.magnitude = "activation". Set "weight", or train.expert_parallel = 1'
+        if self.quantization.values:
+            values = self.quantization.values
+            yield f"{lead} does not support quantization.values = {values!r}. Set train.expert_parallel = 1"
 
     def _conflicts_of_solves(self) -> Iterator[str]:
         """Yield a message for each setting that does not fit masks and weights that are solved for during training."""

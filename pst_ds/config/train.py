@@ -58,6 +58,9 @@ class TrainConfig(Section):
     sequence_parallel: MayDiffer[Positive] = 1
     """Neighbouring ranks n that share the same sequences, each with ``data.max_length`` / n tokens, for sequences that
     are too long for one rank. Must divide the number of ranks and of attention heads (docs/how-to/large-models.md)."""
+    expert_parallel: MayDiffer[Positive] = 1
+    """Neighbouring ranks n that divide the experts of a mixture among them, so that tokens travel instead of weights.
+    Must divide the number of ranks and of experts (docs/how-to/large-models.md)."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of the model's computations. Factors, Adam's moments and losses are always fp32."""
     score_learning_rate: Reported[Rate | None] = None
@@ -113,12 +116,13 @@ class TrainConfig(Section):
             )
 
     def groups_of_ranks(self, world_size: int) -> int:
-        """Return the number of groups of ranks that share sequences. Raises ConfigError if it is not whole."""
-        if world_size % self.sequence_parallel:
-            raise ConfigError(
-                f"train.sequence_parallel = {self.sequence_parallel} does not divide {world_size} ranks. Start a "
-                f"multiple of {self.sequence_parallel}, or set a divisor"
-            )
+        """Return the number of groups of ranks that share sequences. Raises ConfigError if ranks cannot be grouped."""
+        for name in ("sequence_parallel", "expert_parallel"):
+            if world_size % (size := getattr(self, name)):
+                raise ConfigError(
+                    f"train.{name} = {size} does not divide {world_size} ranks. Start a multiple of {size}, or set a "
+                    "divisor"
+                )
         return world_size // self.sequence_parallel
 
 

@@ -34,6 +34,14 @@ def shard_range(numel: int, num_shards: int, shard: int) -> tuple[int, int]:
     return min(shard * share, numel), min((shard + 1) * share, numel)
 
 
+def part_range(numel: int, num_shards: int, shard: int, parts: int) -> tuple[int, int]:
+    """Return :func:`shard_range` of weights that are first divided into equal ``parts``, of which neighbouring shards
+    hold different ones: shard i is in part i % parts."""
+    part, index = numel // parts, shard // parts
+    first, last = shard_range(part, num_shards // parts, index)
+    return shard % parts * part + first, shard % parts * part + last
+
+
 def shard_bytes(numel: int, num_shards: int) -> int:
     return -(-shard_numel(numel, num_shards) // 8)
 

@@ -111,8 +111,12 @@ class WeightLayout:
     @property
     def expert(self) -> WeightLayout:
         """Layout of one expert, as used in a product; the layout itself if it is not a stack."""
-        share = self.num_experts
-        return WeightLayout(self.out_features // share, self.in_features, self.transposed, self.num_matrices // share)
+        return self.part(self.num_experts)
+
+    def part(self, parts: int) -> WeightLayout:
+        """Return the layout of one of ``parts`` equal parts of a stack, each of whole experts."""
+        experts, matrices = self.num_experts // parts, self.num_matrices // parts
+        return WeightLayout(self.out_features // parts, self.in_features, self.transposed, matrices, experts)
 
     def expert_range(self, expert: int) -> tuple[int, int]:
         """Return the flat range [first, last) of an expert's weights."""

@@ -50,6 +50,18 @@ class LayerScores:
         first, last = rect.r0 * self.row_length + rect.c0, (rect.r1 - 1) * self.row_length + rect.c1 - 1
         return first // self._shard_numel == last // self._shard_numel
 
+    def of_all_ranks(self) -> list[LayerScores]:
+        """Return the parts of a stack whose experts are on different ranks, in their order; another rank's is empty.
+
+        All ranks thus select the same matrices, of which each may hold none.
+        """
+        if (group := self.layer.group) is None:
+            return [self]
+        elsewhere = LayerScores(
+            self.name, self.layer, self._factors, OwnWeights(self._own.values[:0], 0, self.row_length)
+        )
+        return [self if position == group.position else elsewhere for position in range(group.degree)]
+
     @property
     def in_order(self) -> bool:
         """True if the matrices are contiguous in the stored weight, one after another."""
@@ -178,7 +190,7 @@ class LayerScores:
 def whole_factors(layers: Sequence[PSTLayer], names: Sequence[str] = FACTOR_NAMES) -> list[Factors]:
     """Return the factors in ``names`` of each layer for the formulas, from their fp32 masters, on its mask's device.
 
-    Collective: under ZeRO-3 one all-gather for all layers.
+    Of experts on ranks, those of this rank. Collective: under ZeRO-3 one all-gather for all layers, or two.
     """
     held = ((i, name, param) for i, layer in enumerate(layers) for name, param in layer.factor_parameters())
     owned = [entry for entry in held if entry[1] in names]
@@ -199,7 +211,7 @@ def current_base(layer: PSTLayer) -> OwnWeights:
         return layer.own_base()
     shard = zero3.master_shard(layer.weight)
     values = shard.values.to(zero3.shard_of(layer.pst_mask).values.device)
-    return OwnWeights(values, shard.start, layer.layout.shape[1])
+    return OwnWeights(values, shard.start - zero3.first_index(layer.weight), layer.layout.shape[1])
 
 
 def with_contiguous_columns(factors: Factors) -> Factors:

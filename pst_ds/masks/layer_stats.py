@@ -18,6 +18,7 @@ from pst_ds.core.scores import updated_weight
 from pst_ds.masks.layer_scores import LayerScores, current_base, whole_factors, with_contiguous_columns
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import SCORE_FACTORS, PSTLayer
+from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import group_sum
 
 _MOMENTS = slice(0, 5)
@@ -58,10 +59,13 @@ def measure(model: nn.Module, *, with_scores: bool) -> LayerStats:
     layers = pst_layers(model)
     parts = [_Part(*each) for each in zip(layers.items(), whole_factors(list(layers.values())), strict=True)]
     any_weight = parts[0].layer.pst_mask
-    here = [part.sums(with_scores and part.learns_scores) for part in parts]
+    here = torch.stack([part.sums(with_scores and part.learns_scores) for part in parts])
     norms = torch.stack([part.norms(with_scores) for part in parts])
-    numbers = torch.cat([group_sum(torch.stack(here), any_weight), norms], 1).cpu()
-    sums, norms = numbers.split([_NUM_SUMS, _NUM_NORMS], 1)
+    owned = torch.stack([norm.square() * part.counts_norms for norm, part in zip(norms, parts, strict=True)])
+    numbers = torch.cat([group_sum(torch.cat([here, owned], 1), any_weight), norms], 1).cpu()
+    sums, owned, norms = numbers.split([_NUM_SUMS, _NUM_NORMS, _NUM_NORMS], 1)
+    on_ranks = torch.tensor([part.layer.group is not None for part in parts]).unsqueeze(1)
+    norms = torch.where(on_ranks, owned.sqrt(), norms)
     return LayerStats(
         [
             stats.correlation(s[_MOMENTS], part.numel) if with_scores and part.learns_scores else None
@@ -82,7 +86,9 @@ class _Part:
         self._factors = with_contiguous_columns(factors) if self.layer.layout.transposed else factors
         self._weight = current_base(self.layer)
         self._keys = LayerScores(name, self.layer, factors, self._weight)
-        self.numel = self.layer.layout.numel  # of the whole layer
+        self.numel = self.layer.whole_layout.numel
+        self.counts_norms = self.layer.group is not None and zero3.shard_index(self.layer.pst_mask) == 0
+        """True on one of the ranks that own the same experts of a stack, whose norms are added up."""
         self.learns_scores = any(getattr(self.layer, f"pst_{name}") is not None for name in SCORE_FACTORS)
 
     def sums(self, with_scores: bool) -> Tensor:
@@ -99,7 +105,7 @@ class _Part:
         return sums
 
     def norms(self, with_scores: bool) -> Tensor:
-        """Return the norms of the low-rank part of the scores and of beta U V, (_NUM_NORMS,) float64."""
+        """Return the norms of the low-rank part of the scores and of beta U V of own experts, (_NUM_NORMS,) float64."""
         norms = torch.zeros(_NUM_NORMS, dtype=torch.float64, device=self._weight.device)
         layout, constants = self.layer.layout, self.layer.constants
         if with_scores and self.learns_scores:

@@ -19,7 +19,7 @@ from pst_ds.masks.sharded_select import Matrix, as_run, select_kept, weights_kep
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import zero3
-from pst_ds.parallel.halo import fetch_halos
+from pst_ds.parallel.halo import Halo, fetch_halos
 from pst_ds.parallel.ranks import group_sum
 
 
@@ -69,9 +69,11 @@ def update_masks(model: nn.Module, sparsity: float, *, progress: float = 1.0) ->
     keyed = _layer_keys(layers)
     own_targets = [k.layer.rule.final_sparsity for k in keyed]
     targets = [sparsity if own is None else own * progress for own in own_targets]
-    matrices = [Matrix(k, b, target) for k, target in zip(keyed, targets, strict=True) for b in k.matrices]
-    kept = select_kept(matrices, next(iter(layers.values())).pst_mask)
-    written = _shard_bits(keyed, zip(matrices, kept, strict=True))
+    parts = [(part, target) for k, target in zip(keyed, targets, strict=True) for part in k.of_all_ranks()]
+    matrices = [Matrix(part, b, target) for part, target in parts for b in part.matrices]
+    kept, here = select_kept(matrices, next(iter(layers.values())).pst_mask), set(map(id, keyed))
+    own = ((matrix, bits) for matrix, bits in zip(matrices, kept, strict=True) if id(matrix.layer) in here)
+    written = _shard_bits(keyed, own)
     # The host waits here: DeepSpeed's gathers, on a separate stream, come after the masks are written.
     return mask_stats(model, written)
 
@@ -106,7 +108,7 @@ def mask_stats(model: nn.Module, written: Mapping[PSTLayer, Tensor] | None = Non
     for layer in written or ():
         zero3.shard_changed(layer.pst_mask)
     flips, kept, checksums = group_sum(sums, any_mask).t().tolist()
-    num_weights = sum(layer.layout.numel for layer in layers.values())
+    num_weights = sum(layer.whole_layout.numel for layer in layers.values())
     digits = f"{sum(checksums) % (1 << 64):016x}"
     return MaskStats(num_weights, num_weights - sum(kept), sum(flips), digits, tuple(kept), tuple(flips))
 
@@ -135,17 +137,20 @@ def _shard_bits(keyed: Sequence[LayerScores], kept: Iterator[tuple[Matrix, Tenso
 
 
 def _layer_keys(layers: dict[str, PSTLayer]) -> list[LayerScores]:
-    """Return the keys of every layer, with the weights of other ranks in its units. Collective: one all-to-all."""
+    """Return the keys of every layer, with weights of other ranks in its units. Collective: one or two all-to-alls."""
     factors = whole_factors(list(layers.values()))
     wide = [layer for layer in layers.values() if layer.rule.pattern.unit(layer.layout) != (1, 1)]
     own_weights = {layer: current_base(layer) for layer in layers.values()}
-    halos = fetch_halos(
-        [w.pst_mask for w in wide],
-        [partial(w.rule.pattern.aligned, w.layout) for w in wide],
-        [own_weights[w].values for w in wide],
-        [w.layout.numel for w in wide],
-    )
-    halo_of = dict(zip(wide, halos, strict=True))
+    halo_of: dict[PSTLayer, Halo] = {}
+    for on_ranks in (False, True):  # fewer ranks hold the same experts
+        some = [layer for layer in wide if (layer.group is not None) == on_ranks]
+        halos = fetch_halos(
+            [w.pst_mask for w in some],
+            [partial(w.rule.pattern.aligned, w.layout) for w in some],
+            [own_weights[w].values for w in some],
+            [w.layout.numel for w in some],
+        )
+        halo_of |= zip(some, halos, strict=True)
     return [
         LayerScores(name, layer, own, own_weights[layer], halo_of.get(layer))
         for (name, layer), own in zip(layers.items(), factors, strict=True)

@@ -51,9 +51,9 @@ class BaseCodes:
 
 
 def own_weights(param: nn.Parameter, layout: WeightLayout) -> OwnWeights:
-    """Return this rank's shard of a parameter with one value per weight."""
+    """Return this rank's shard of a parameter with one value per weight of ``layout``, the gathered parameter's."""
     shard = zero3.shard_of(param)
-    return OwnWeights(shard.values, shard.start, layout.shape[1])
+    return OwnWeights(shard.values, shard.start - zero3.first_index(param), layout.shape[1])
 
 
 @torch.no_grad()
@@ -64,8 +64,8 @@ def encode_base(target: Target, grid: Grid, num_shards: int, *, from_zeros: bool
     ZeRO-3, where it gathers the weight on every rank. Raises InjectionError for values that are not finite.
     """
     weight = target.weight
-    layout = CodeLayout(StoredGrid(target.layout, grid), num_shards)
-    mask_bytes = shard_bytes(target.layout.numel, num_shards)
+    layout = CodeLayout(StoredGrid(target.own_layout, grid), num_shards)
+    mask_bytes = shard_bytes(target.own_layout.numel, num_shards)
     sizes = layout.num_code_bytes, layout.num_scale_bytes, num_shards * mask_bytes
     if weight.is_meta:
         parts = [torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes]
@@ -76,7 +76,7 @@ def encode_base(target: Target, grid: Grid, num_shards: int, *, from_zeros: bool
             require_finite(f"{target.name}.weight", weight)
             coded = [layout.encode(weight, shard) for shard in own]
             parts = [torch.cat(part) for part in zip(*coded, strict=True)]
-            bits = all_ones(target.layout.numel, num_shards).view(num_shards, -1).to(parts[0].device)
+            bits = all_ones(target.own_layout.numel, num_shards).view(num_shards, -1).to(parts[0].device)
             for shard in own if from_zeros else ():
                 start, stop = layout.weights_of(shard)
                 bits[shard] = pack_shard(weight.detach().reshape(-1)[start:stop] != 0, mask_bytes)
@@ -98,14 +98,16 @@ def mean_magnitudes(targets: Sequence[Target], bases: Mapping[str, BaseCodes]) -
     ``bases``: quantised W0, by layer name. Collective under ZeRO-3. Raises InjectionError for a matrix whose values are
     all 0, or not finite.
     """
-    owners = [(t, matrix) for t in targets for matrix in t.layout.matrices()]
+    owners = [(t, matrix) for t in targets for matrix in _matrices_of_all_ranks(t)]
     any_base = bases.get(targets[0].name)
     any_param = any_base.codes if any_base else targets[0].weight
     zero = torch.zeros((), device=zero3.shard_of(any_param).values.device)
 
-    def own_tiles(target: Target, matrix: StoredMatrix) -> Iterator[Tensor]:
+    def own_tiles(target: Target, matrix: StoredMatrix | None) -> Iterator[Tensor]:
+        if matrix is None:
+            return iter(())
         base = bases.get(target.name)
-        own = own_weights(target.weight, target.layout) if base is None else base.own(base.dtype)
+        own = own_weights(target.weight, target.own_layout) if base is None else base.own(base.dtype)
         return map(own.rect, shard_tiles(matrix.rect, own.row_length, own.start, own.stop, _TILE))
 
     own_largest = [torch.stack([zero, *(v.abs().max().float() for v in own_tiles(t, m))]).max() for t, m in owners]
@@ -118,9 +120,17 @@ def mean_magnitudes(targets: Sequence[Target], bases: Mapping[str, BaseCodes]) -
     own = [sum(int(abs_sum_fixed_point(v, e)) for v in own_tiles(t, m)) for (t, m), e in scaled]
     sums = torch.tensor(own, dtype=torch.int64)
     scales: dict[str, tuple[float, ...]] = {}
-    for (target, matrix), total, exponent in zip(owners, group_sum(sums, any_param).tolist(), exponents, strict=True):
-        mean = total / 2.0**exponent / matrix.rect.numel
+    for (target, _), total, exponent in zip(owners, group_sum(sums, any_param).tolist(), exponents, strict=True):
+        mean = total / 2.0**exponent / target.layout.matrix_numel
         if mean == 0.0:
             raise InjectionError(f"{target.weight_name} is all zeros; leave it out with exclude_modules")
         scales[target.name] = (*scales.get(target.name, ()), mean)
     return scales
+
+
+def _matrices_of_all_ranks(target: Target) -> Iterator[StoredMatrix | None]:
+    """Yield the matrices of a target where they are in its weight; None for those in experts of other ranks."""
+    own = target.own_layout.matrices()
+    for position in range(1 if target.group is None else target.group.degree):
+        is_here = target.group is None or position == target.group.position
+        yield from own if is_here else [None] * len(own)

@@ -43,11 +43,11 @@ class PSTExpertStack(PSTLayer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.tokens_seen = torch.zeros(self.layout.num_experts, dtype=torch.int64, device="cpu")
-        """Tokens that trained each expert in this process; tokens of recomputed forward passes count once."""
+        """Tokens that trained each expert of this rank in this process; recomputed forward passes do not count."""
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Full shape of the parameter ``weight``."""
+        """Shape of the parameter ``weight`` when it is gathered."""
         return self.layout.num_experts, *self.layout.expert.shape
 
     def forward(self, x: Tensor, routing: Routing, by_token: bool) -> Tensor:
@@ -64,6 +64,12 @@ class PSTExpertStack(PSTLayer):
         self.keep_if_recomputed()
         weight, factors = self.trained()
         return _product(x, self, routing, by_token, weight, *factors)
+
+    def tokens_of_experts(self) -> Tensor:
+        """Return :attr:`tokens_seen` among all experts, (E,): 0 for those of other ranks."""
+        counts = self.tokens_seen.new_zeros(self.whole_layout.num_experts)
+        (counts if self.group is None else self.group.own_part(counts)).copy_(self.tokens_seen)
+        return counts
 
     def product(self, x: Tensor, routing: Routing, by_token: bool) -> Tensor:
         """Return the products of :meth:`forward`, without gradient. The parameters must be gathered."""
@@ -168,8 +174,9 @@ def of_routing(
     experts' outputs, (N*k, H) sorted by expert.
     """
     first, last = stack_names(experts)
+    group = getattr(getattr(experts, first), "group", None)
 
-    def product(x: Tensor, attribute: str, *, by_token: bool) -> Tensor:
+    def product(x: Tensor, attribute: str, routing: Routing, *, by_token: bool) -> Tensor:
         if before is not None:
             before(attribute, x, by_token)
         stack = getattr(experts, attribute)
@@ -178,13 +185,18 @@ def of_routing(
         else:
             dense = _DenseStack(experts, lambda: getattr(experts, attribute).detach(), experts.is_transposed)
             y = _product(x, dense, routing, by_token)
-        return y + getattr(experts, f"{attribute}_bias")[routing.experts] if experts.has_bias else y
+        if not experts.has_bias:
+            return y
+        biases = getattr(experts, f"{attribute}_bias")
+        return y + (biases if group is None else group.own_part(biases))[routing.experts]
 
-    inner = product(hidden, first, by_token=True)
-    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-    outer = product(inner, last, by_token=False)
-    if experts.has_post_expert_norm:
-        outer = experts.post_expert_norm(outer)
+    def outputs(hidden: Tensor, routing: Routing) -> Tensor:
+        inner = product(hidden, first, routing, by_token=True)
+        inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+        outer = product(inner, last, routing, by_token=False)
+        return experts.post_expert_norm(outer) if experts.has_post_expert_norm else outer
+
+    outer = outputs(hidden, routing) if group is None else group.at_experts(hidden, routing, outputs)
     if after is not None:
         after(outer)
     weighted = outer * weights.reshape(-1)[routing.order].unsqueeze(-1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -30,6 +32,7 @@ from pst_ds.nn.targets import (
     suggestion,
 )
 from pst_ds.parallel import zero3
+from pst_ds.parallel.expert_parallel import ExpertGroup
 from pst_ds.parallel.steps import unwrapped
 from pst_ds.third_party import require
 
@@ -50,6 +53,7 @@ def inject_pst(
     grid: Grid | None = None,
     base_grid: Grid | None = None,
     embedding_grid: Grid | None = None,
+    expert_parallel: int = 1,
 ) -> ModelT:
     """Replace layers of ``model`` by PST modules, in place, and freeze the rest; return ``model``.
 
@@ -62,6 +66,8 @@ def inject_pst(
         grid: quantisation scheme of the pruned weights once :func:`round_weights` is called; None for never.
         base_grid: quantisation scheme of W0, stored as int8 or int4 values with scales from now on; None for none.
         embedding_grid: the same for the frozen token embedding of a transformers model, and for its output layer.
+        expert_parallel: number of neighbouring ranks that divide the experts of every stack among them. Needs
+            ``zero.Init``.
 
     Raises:
         InjectionError: a layer cannot be pruned, or a name matches none; see :func:`pst_ds.nn.targets.resolve_targets`.
@@ -72,6 +78,8 @@ def inject_pst(
     targets, embeddings = resolve_targets(model, config), find_embeddings(model, config)
     _require_settings_fit(targets, config, grid, base_grid)
     tables = find_tables(model, config, embedding_grid, {t.module for t in targets}) if embedding_grid else []
+    if expert_parallel > 1:
+        targets = _divided(targets, expert_parallel)
     shards = {target.name: _shards_of(target, num_shards) for target in targets}
     from_zeros = config.initial_mask == "zeros"
     bases = {t.name: encode_base(t, base_grid, shards[t.name], from_zeros=from_zeros) for t in targets if base_grid}
@@ -90,6 +98,33 @@ def inject_pst(
     return model
 
 
+def _divided(targets: Sequence[Target], degree: int) -> list[Target]:
+    """Leave each of ``degree`` neighbouring ranks its share of the experts of every stack. Collective, not on the meta
+    device. Raises InjectionError for stacks that cannot be divided.
+    """
+    pruned = Counter(target.module for target in targets if target.is_stack)
+    lead = f"expert_parallel = {degree}"
+    if not pruned:
+        raise InjectionError(f"{lead}: no stack of experts is pruned. Set it to 1, or prune the experts")
+    for target in targets:
+        if (number := pruned[target.module]) == 1:
+            raise InjectionError(
+                f"{lead}: {target.name} is pruned, and the other stack is not. Prune both, or set it to 1"
+            )
+        if number and target.layout.num_experts % degree:
+            count = target.layout.num_experts
+            raise InjectionError(f"{lead} does not divide the {count} experts of {target.name}. Set it to a divisor")
+    if targets[0].weight.is_meta:
+        return list(targets)
+    group, divided = ExpertGroup.of_neighbours(degree), []
+    for target in targets:
+        if target.is_stack:
+            setattr(target.module, target.parameter, group.own_experts(target.weight))
+            target = replace(target, group=group)
+        divided.append(target)
+    return divided
+
+
 def _replace(
     target: Target,
     config: PSTConfig,
@@ -100,7 +135,7 @@ def _replace(
 ) -> None:
     """Replace a target by a PST layer. ``scales``: magnitude scales, one for each matrix."""
     weight, like = (None, base.codes) if base else (target.weight, target.weight)
-    rest = num_shards, scales, grid, base
+    rest = num_shards, scales, grid, base, target.group
     layer: PSTLayer
     if target.is_stack:
         del target.module._parameters[target.parameter]  # a module takes its place

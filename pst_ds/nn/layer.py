@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from pst_ds.config.pst import MaskRule, PSTConfig
 from pst_ds.core import masked_linear
-from pst_ds.core.bits import all_ones, shard_range
+from pst_ds.core.bits import all_ones, part_range
 from pst_ds.core.coded_weight import CodedWeight, OwnWeights
 from pst_ds.core.factors import Constants, Factors
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.quantization import UNUSED_SCALE, Grid, Rounding, StoredGrid, bytes_of_scales, scales_of_bytes
 from pst_ds.nn.base_codes import BASE_CODES, BASE_SCALES, BaseCodes, own_weights
 from pst_ds.parallel import zero3
+from pst_ds.parallel.expert_parallel import ExpertGroup
 from pst_ds.parallel.zero3 import in_backward_pass
 
 FACTOR_NAMES = ("A", "B", "R", "C", "U", "V")
@@ -60,10 +61,18 @@ class PSTLayer(nn.Module):
         magnitude_scales: tuple[float, ...],
         grid: Grid | None = None,
         base: BaseCodes | None = None,
+        group: ExpertGroup | None = None,
     ):
         assert (weight is None) == (base is not None), "a layer has a weight or its codes"
         super().__init__()
-        self.layout, self.num_shards, self.magnitude_scales = layout, num_shards, magnitude_scales
+        self.group = group
+        """The ranks that own parts of a stack; None if every rank has a share of each expert."""
+        self.whole_layout = layout
+        """Layout of the layer in the original model, with the experts of all ranks."""
+        self.layout = layout = layout if group is None else layout.part(group.degree)
+        """Layout of the part that this rank and those with the same experts own."""
+        self.num_shards = num_shards
+        self.set_magnitude_scales(magnitude_scales)
         self.constants = Constants(config.alpha1, config.alpha2, config.beta, config.frozen_magnitude)
         self.rule = rule
         self.scores_train = config.has_scores
@@ -108,7 +117,9 @@ class PSTLayer(nn.Module):
                 if device.type == "meta":  # shapes need no random numbers
                     values = torch.empty(shape, device=device)
                 else:
-                    values = seeded_normal(shape, std, f"{config.seed or 0}/{name}/{factor}")
+                    whole = shape if self.group is None else (shape[0] * self.group.degree, *shape[1:])
+                    values = seeded_normal(whole, std, f"{config.seed or 0}/{name}/{factor}")
+                    values = values if self.group is None else self.group.own_part(values).clone()
                 param = nn.Parameter(values.to(device=device, dtype=dtype))
             self.register_parameter(f"pst_{factor}", param)
 
@@ -141,8 +152,13 @@ class PSTLayer(nn.Module):
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Full shape of the parameter ``weight``."""
+        """Shape of the parameter ``weight`` when it is gathered."""
         return self.layout.shape
+
+    def set_magnitude_scales(self, scales: tuple[float, ...]) -> None:
+        """Set the divisors of |W| in the scores, one for each matrix of :attr:`whole_layout`."""
+        own, at = self.layout.num_matrices, 0 if self.group is None else self.group.position
+        self.all_magnitude_scales, self.magnitude_scales = scales, scales[at * own : (at + 1) * own]
 
     def base_weight(self) -> Tensor | CodedWeight:
         """Return W0, or the trained weight that replaces it, in storage shape. The parameters must be gathered."""
@@ -176,10 +192,18 @@ class PSTLayer(nn.Module):
         return self.base_codes.own(self.dtype)
 
     def own_range(self) -> tuple[int, int]:
-        """Return the flat range of the weights whose mask bits this rank holds; all if it is not partitioned."""
+        """Return the flat range of :attr:`whole_layout` whose mask bits this rank holds; all if not partitioned."""
         if not zero3.is_partitioned(self.pst_mask):
             return 0, self.layout.numel
-        return shard_range(self.layout.numel, self.num_shards, zero3.shard_index(self.pst_mask))
+        return part_range(self.whole_layout.numel, *self.place)
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Ranks that hold a part of the layer, the number of this one, and parts of whole experts that ranks own."""
+        shard, shards = zero3.shard_index(self.pst_mask), self.num_shards
+        if self.group is None:
+            return shards, shard, 1
+        return shards * self.group.degree, shard * self.group.degree + self.group.position, self.group.degree
 
     def factor_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (name in :data:`FACTOR_NAMES`, Parameter) of the factors that this layer has."""

@@ -16,6 +16,7 @@ from pst_ds.errors import InputError
 from pst_ds.nn import model_structure
 from pst_ds.nn.model_structure import LooseMatrix, is_conv1d, is_linear
 from pst_ds.parallel import zero3
+from pst_ds.parallel.expert_parallel import ExpertGroup
 
 ALL_LINEAR = "all-linear"
 HEAD_NAMES = ("classifier", "score", "pre_classifier", "classification_head", "qa_outputs")
@@ -47,10 +48,17 @@ class Target:
     rule: MaskRule
     parameter: str = "weight"
     """Name of the weight in ``module``."""
+    group: ExpertGroup | None = None
+    """The ranks that own parts of a stack, of which ``weight`` is this rank's; ``layout`` is that of the stack."""
 
     @property
     def weight(self) -> nn.Parameter:
         return getattr(self.module, self.parameter)
+
+    @property
+    def own_layout(self) -> WeightLayout:
+        """Layout of ``weight``."""
+        return self.layout if self.group is None else self.layout.part(self.group.degree)
 
     @property
     def is_stack(self) -> bool:

@@ -29,6 +29,8 @@ class RunNumbers:
     gradient_clipping: float
     bf16: bool
     num_trainable: int
+    expert_parallel: int = 1
+    """Ranks that divide the experts of a mixture among them."""
     leaf_class: str = ""
     """Module class that ZeRO-3 treats as a leaf where the JSON names none; "" for DeepSpeed's choice, which gathers all
     experts of a block, router included, at once."""
@@ -165,6 +167,8 @@ def resolve_deepspeed_config(config: JsonObject, numbers: RunNumbers, *, source:
     if numbers.leaf_class and zero_stage(resolved) == 3:
         zero.setdefault("leaf_module", {"classes": [numbers.leaf_class]})
     _refuse_uneven_hpz(zero, numbers, source)
+    if numbers.expert_parallel > 1:
+        _require_divisible_experts(resolved, numbers, source)
     for key in ("optimizer", "scheduler"):
         resolved.pop(key, None)
     resolved.setdefault("steps_per_print", 1 << 40)
@@ -188,6 +192,20 @@ def _refuse_uneven_hpz(zero: JsonObject, numbers: RunNumbers, source: str) -> No
             f"{source}: zero_optimization.zero_hpz_partition_size = {size} does not divide the {ranks} ranks. Fix: "
             "make it the number of ranks on a node, or 1 to keep no second copies"
         )
+
+
+def _require_divisible_experts(config: JsonObject, numbers: RunNumbers, source: str) -> None:
+    """Raise DeepSpeedConfigError for settings with which DeepSpeed cannot partition the experts of a rank."""
+    lead = f"train.expert_parallel = {numbers.expert_parallel} needs"
+    if (stage := zero_stage(config)) != 3:
+        raise DeepSpeedConfigError(f"{source}: zero_optimization.stage = {stage}, and {lead} ZeRO-3. Fix: make it 3")
+    for key, reason in (
+        ("zero_hpz_partition_size", "no copies in each node"),
+        ("zero_quantized_gradients", "all bits"),
+    ):
+        if (value := _look_up(config, f"{_ZERO}.{key}")) is True or _int_or(value, 1) > 1:
+            shown = json.dumps(value)
+            raise DeepSpeedConfigError(f"{source}: {_ZERO}.{key} = {shown}, and {lead} {reason}. Fix: remove it")
 
 
 def _int_or(value: JSON, default: int) -> int:

@@ -183,13 +183,13 @@ def _rank_sums(all_sum: Callable[[Tensor], Tensor], own: int, number: int) -> Ra
 
 
 def _reduce(values: Tensor, param: nn.Parameter, op: dist.ReduceOp.RedOpType) -> Tensor:
-    if zero3.num_shards(param) == 1:
+    if zero3.num_holders(param) == 1:
         return values
     from_host = values.device.type == "cpu"  # the device queues such a copy, so the host need not wait
     on_device = values.to(zero3.shard_of(param).values.device, non_blocking=from_host)
-    if dist.get_backend(zero3.process_group(param)) == "nccl":
+    if dist.get_backend(zero3.holders(param)) == "nccl":
         on_device = on_device.cuda(non_blocking=True)
-    dist.all_reduce(on_device, op=op, group=zero3.process_group(param))
+    dist.all_reduce(on_device, op=op, group=zero3.holders(param))
     return on_device.to(values.device)
 
 
@@ -205,7 +205,7 @@ def group_max(values: Tensor, param: nn.Parameter) -> Tensor:
 
 def rank_sums(param: nn.Parameter) -> RankSums:
     """Return the collectives of selection over the ranks that hold ``param``."""
-    shards = zero3.num_shards(param)
-    if shards == 1:
+    number = zero3.num_holders(param)
+    if number == 1:
         return RankSums()
-    return _rank_sums(lambda counts: group_sum(counts, param), dist.get_rank(zero3.process_group(param)), shards)
+    return _rank_sums(lambda counts: group_sum(counts, param), dist.get_rank(zero3.holders(param)), number)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from pst_ds.errors import InputError
 from pst_ds.third_party import Code, patched
 
+_EXPERTS = "pst_experts"
+"""Attribute of a parameter that holds experts of this rank: their :class:`ExpertShare`."""
 _HOLDER = -1
 """Our entry in DeepSpeed's set of the modules (by number) that use a parameter, equal to none of its modules."""
 
@@ -33,6 +35,30 @@ class Shard:
 
     values: Tensor
     start: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShare:
+    """This rank's share of the experts of every stack: the one at ``position`` of ``degree`` equal ones."""
+
+    degree: int
+    position: int
+    name: str
+    """Name of the ranks that have the same position, in DeepSpeed's groups."""
+    owners: dist.ProcessGroup
+    """These ranks."""
+
+    def own_part(self, whole: Tensor) -> Tensor:
+        """Return this rank's experts of ``whole``, whose first dimension is in the order of the experts: a view."""
+        return whole.chunk(self.degree)[self.position]
+
+    def mark(self, params: Iterable[nn.Parameter]) -> None:
+        """Make ZeRO-3 partition ``params``, which hold this rank's experts, over their owners."""
+        for param in params:
+            setattr(param, _EXPERTS, self)
+            param.ds_zero_placement_family = "autoep_expert"
+            param.ds_zero_partition_group_name = self.name
+            param.ds_zero_partition_process_group = self.owners
 
 
 def is_partitioned(param: nn.Parameter) -> bool:
@@ -54,9 +80,17 @@ def refuse_dtensors(module: nn.Module, *, recurse: bool = True) -> None:
             )
 
 
+def expert_share(param: nn.Parameter) -> ExpertShare | None:
+    """Return the share of the experts that ``param`` holds; None for parameters that all ranks share."""
+    return getattr(param, _EXPERTS, None)
+
+
 def full_shape(param: nn.Parameter) -> torch.Size:
-    """Return the full shape of ``param``; under ZeRO-3 ``param.shape`` is (0,) while it is released."""
-    return torch.Size(getattr(param, "ds_shape", param.shape))
+    """Return the full shape of ``param``, with the experts of all ranks; under ZeRO-3 ``param.shape`` is (0,) while it
+    is released."""
+    shape = torch.Size(getattr(param, "ds_shape", param.shape))
+    share = expert_share(param)
+    return shape if share is None else torch.Size((shape[0] * share.degree, *shape[1:]))
 
 
 def full_numel(param: nn.Parameter) -> int:
@@ -78,6 +112,21 @@ def process_group(param: nn.Parameter) -> dist.ProcessGroup | None:
     return getattr(param, "ds_process_group", None)
 
 
+def holders(param: nn.Parameter) -> dist.ProcessGroup | None:
+    """Return the ranks that hold a part of ``param``, or other experts of its stack; None for the default group."""
+    return process_group(param) if expert_share(param) is None else None
+
+
+def num_holders(param: nn.Parameter) -> int:
+    """Return the number of :func:`holders`; 1 if ``param`` is not partitioned."""
+    return num_shards(param) * (1 if (share := expert_share(param)) is None else share.degree)
+
+
+def first_index(param: nn.Parameter) -> int:
+    """Return the flat index in the full parameter at which this rank's experts start; 0 without an expert group."""
+    return 0 if (share := expert_share(param)) is None else share.position * param.ds_numel
+
+
 def is_released(param: nn.Parameter) -> bool:
     """Return whether ``param`` is partitioned and not gathered at the moment."""
     return is_partitioned(param) and param.ds_status.name != "AVAILABLE"
@@ -89,7 +138,7 @@ def shard_of(param: nn.Parameter) -> Shard:
         return Shard(param.detach().view(-1), 0)
     start = min(param.ds_zero_partition_rank * param.ds_tensor.ds_numel, param.ds_numel)
     count = min(param.ds_tensor.ds_numel, param.ds_numel - start)
-    return Shard(param.ds_tensor.detach()[:count], start)
+    return Shard(param.ds_tensor.detach()[:count], first_index(param) + start)
 
 
 def hold(params: Iterable[nn.Parameter]) -> None:
@@ -137,13 +186,15 @@ def bytes_split_as(like: nn.Parameter, numel: int, own: Tensor) -> nn.Parameter:
     if not is_partitioned(like):
         return nn.Parameter(own, requires_grad=False)
     param = nn.Parameter(torch.zeros(numel, dtype=torch.uint8, device=own.device), requires_grad=False)
-    like.convert_to_zero_parameters(param_list=[param])
+    split_as(like, [param])
     write_shard(param, own)
     return param
 
 
 def own_part(like: nn.Parameter, whole: Tensor) -> Tensor:
     """Return this rank's shard of the flat values ``whole``, (n,), when partitioned like ``like``."""
+    if (experts := expert_share(like)) is not None:
+        whole = experts.own_part(whole)
     share = -(-whole.numel() // num_shards(like))
     return whole[shard_index(like) * share :][:share]
 
@@ -155,6 +206,8 @@ def split_as(like: nn.Parameter, params: Iterable[nn.Parameter]) -> None:
     """
     full = [param for param in params if not is_partitioned(param)]
     if full and is_partitioned(like):
+        if (share := expert_share(like)) is not None:
+            share.mark(full)
         like.convert_to_zero_parameters(param_list=full)
 
 
@@ -228,10 +281,15 @@ def master_shard(param: nn.Parameter) -> Shard:
 def fp32_masters(params: Sequence[nn.Parameter], device: torch.device | None = None) -> list[Tensor]:
     """Return the full fp32 masters of trainable ``params`` in their shapes, on ``device`` (None: unchanged).
 
-    A parameter without a master is returned as an fp32 copy. Collective; under ZeRO-3 a single all-gather and copy.
+    A parameter without a master is returned as an fp32 copy; experts on ranks are those of this rank. Collective;
+    under ZeRO-3 a single all-gather and copy, or two if experts are on ranks.
     """
     if params and all(_has_zero3_master(p) for p in params):
-        return _gather_zero3_masters(params, device)
+        found: dict[nn.Parameter, Tensor] = {}
+        for on_ranks in (False, True):
+            some = [p for p in params if (expert_share(p) is not None) == on_ranks]
+            found |= zip(some, _gather_zero3_masters(some, device) if some else (), strict=True)
+        return [found[p] for p in params]
     masters = [_master_of(p, kept) for p, kept in zip(params, kept_masters(params), strict=True)]
     return masters if device is None else [master.to(device) for master in masters]
 

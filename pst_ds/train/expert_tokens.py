@@ -22,7 +22,7 @@ def tokens_by_module(model: nn.Module) -> dict[str, Tensor]:
     stacks = {name.rpartition(".")[0]: stack for name, stack in expert_stacks(model).items()}  # both saw the same
     if not stacks:
         return {}
-    counts = [stack.tokens_seen for stack in stacks.values()]
+    counts = [stack.tokens_of_experts() for stack in stacks.values()]
     device = next(iter(stacks.values())).pst_mask.device
     total = all_gather_numbers(torch.cat(counts).to(device)).sum(0).cpu()
     return dict(zip(stacks, total.split([len(count) for count in counts]), strict=True))
@@ -47,9 +47,9 @@ def counts_of_experts(model: nn.Module) -> CountsOfExperts:
     pruned = {}
     for name, stack in expert_stacks(model).items():
         bits, (start, stop) = zero3.shard_of(stack.pst_mask).values, stack.own_range()
-        counts = torch.zeros(stack.layout.num_experts, dtype=torch.int64, device=bits.device)
+        counts = torch.zeros(stack.whole_layout.num_experts, dtype=torch.int64, device=bits.device)
         for expert in range(len(counts)):
-            first, last = (min(max(at, start), stop) - start for at in stack.layout.expert_range(expert))
+            first, last = (min(max(at, start), stop) - start for at in stack.whole_layout.expert_range(expert))
             counts[expert] = last - first - unpack_range(bits, stop - start, 1, first, last).sum()
         pruned[name] = group_sum(counts, stack.pst_mask).tolist()
     return {"expert_tokens": tokens, "expert_zeros": pruned} if tokens else {}

@@ -181,6 +181,7 @@ def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | N
             grid=grid_of_run(run),
             base_grid=frozen_grid(run, run.model.base_bits),
             embedding_grid=frozen_grid(run, run.model.embedding_bits),
+            expert_parallel=run.train.expert_parallel,
         )
     if run.mask_method.trains_everything:  # that can have a gradient
         for param in module.parameters():

@@ -257,7 +257,7 @@ def _open_metrics(
         quiet=quiet,
         step=step,
         seconds=RunProgress.read(checkpoint).seconds if checkpoint else 0.0,
-        layers={name: layer.layout.numel for name, layer in pst_layers(engine.module).items()},
+        layers={name: layer.whole_layout.numel for name, layer in pst_layers(engine.module).items()},
         trackers=raise_on_all_ranks(trackers),
     )
 

@@ -56,6 +56,20 @@ def test_even_cuts_are_zero_3_s(sizes, num_files, data):
     _assert_holds(ChunkedTensors(_named(sizes), num_files), sizes, _even_files(sizes, num_files), data)
 
 
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(1, 3), st.integers(1, 3), st.data())
+def test_experts_on_ranks_are_cut_within_the_part_of_each_position_of_a_group(sizes, degree, owners, data):
+    """File i has experts of part i % degree, cut evenly over the files that have the same part."""
+    parts = {f"t{t}": degree for t in range(1, len(sizes))}  # the first tensor is no stack
+    sizes = [sizes[0], *(degree * size for size in sizes[1:])]
+    files = _even_files(sizes[:1], degree * owners)
+    for t, size in enumerate(sizes[1:], 1):
+        part = size // degree
+        for position in range(degree):
+            for owner, content in enumerate(_even_files([part], owners)):
+                files[owner * degree + position] += [(t, position * part + value) for _, value in content]
+    _assert_holds(ChunkedTensors(_named(sizes), degree * owners, parts=parts), sizes, files, data)
+
+
 def _cuts(bounds, sizes):
     """Runs of the concatenated tensors between ``bounds``, one file each, as ZeRO-1 cuts a parameter group."""
     begins = [sum(sizes[:t]) for t in range(len(sizes))]

@@ -246,6 +246,19 @@ def test_names_choose_a_stack_or_the_module_around_it():
     assert router_names(inject_pst(model, PSTConfig())) == routers
 
 
+def test_experts_that_ranks_cannot_divide_are_refused():
+    def refused(family: str, **settings) -> str:
+        with pytest.raises(InjectionError) as caught:
+            inject_pst(tiny_model(family), PSTConfig(**settings), expert_parallel=3)
+        return str(caught.value)
+
+    assert "does not divide the 4 experts of model.layers.0.mlp.experts.gate_up_proj" in refused("mixtral")
+    assert "no stack of experts is pruned" in refused("mixtral", exclude_modules=("experts",))
+    assert "layers.0.mlp.experts.gate_up_proj is pruned, and the other stack is not" in refused(
+        "mixtral", exclude_modules=("down_proj",)
+    )
+
+
 def test_experts_of_another_form_and_on_other_ranks_are_refused():
     model = tiny_model("mixtral")
     experts = model.model.layers[1].mlp.experts

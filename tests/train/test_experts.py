@@ -65,7 +65,7 @@ def _train(folder, base, *more, resume=False, quiet=True):
     return idle / calls
 
 
-def _stopped(folder, base):
+def _stopped(folder, base, *more):
     """Train until a signal on the last rank asks to stop."""
     set_rates, calls = loop_module.set_rates, iter(range(1, 100))
 
@@ -78,11 +78,11 @@ def _stopped(folder, base):
         patch.setattr(stop_signals, "_asked_by", 0)
         patch.setattr(loop_module, "set_rates", before_batch)
         with pytest.raises(StoppedError):
-            _train(folder, base)
+            _train(folder, base, *more)
 
 
-def _goes_on(folder, base):
-    return _train(folder, base, resume=True)
+def _goes_on(folder, base, *more):
+    return _train(folder, base, *more, resume=True)
 
 
 def _lines(folder, event):
