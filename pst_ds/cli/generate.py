@@ -117,10 +117,10 @@ def _decoder(
 
 def _loaded(args: argparse.Namespace, folder: ModelFolder, device: str) -> PreTrainedModel:
     """Return the transformers model, optimised for decoding. Raises InputError."""
-    from pst_ds.inference.runtime.attention import quicken_decoding
+    from pst_ds.inference.runtime.dense import quicken_output_layer
 
     model = folder.load(args.load_as, args.dtype, device)
-    quicken_decoding(model)
+    quicken_output_layer(model)
     return model
 
 

@@ -21,7 +21,7 @@ from pst_ds.formats import FORMATS
 from pst_ds.inference.decoder import Decoder, DecoderError
 from pst_ds.inference.hf.model_folder import ModelFolder
 from pst_ds.inference.runtime import native, sparse_layers
-from pst_ds.inference.runtime.attention import quicken_decoding
+from pst_ds.inference.runtime.dense import quicken_output_layer
 from pst_ds.progress import Progress
 
 
@@ -88,13 +88,13 @@ class NativeLoop:
 def variants(folder: ModelFolder, dtype: str) -> dict[str, Variant]:
     """Return the models by name: "dense" (transformers unchanged), and the folder's packed format.
 
-    The latter has a fast output layer and fast attention. Raises InputError.
+    The latter has a fast output layer. Raises InputError.
     """
     file_bytes = folder.weight_file_bytes if folder.format == "dense" else None
     by_name = {"dense": Variant(folder.load("dense", dtype), folder.is_causal, file_bytes)}
     if folder.format in FORMATS:
         sparse = folder.load("sparse", dtype)
-        quicken_decoding(sparse)
+        quicken_output_layer(sparse)
         by_name[folder.format] = Variant(sparse, folder.is_causal, folder.weight_file_bytes)
     return by_name
 

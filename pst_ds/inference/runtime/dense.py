@@ -40,7 +40,10 @@ class VectorLinear(nn.Linear):
 
 
 def quicken_output_layer(model: nn.Module) -> bool:
-    """Convert a dense output layer, tied or not, to a :class:`VectorLinear`. Return whether there was one."""
+    """Convert a dense output layer, tied or not, to a :class:`VectorLinear`. Return whether there was one.
+
+    Call it before attaching anything to the output layer, which becomes another module.
+    """
     get = getattr(model, "get_output_embeddings", None)
     layer = get() if get is not None else None
     if type(layer) is not nn.Linear:

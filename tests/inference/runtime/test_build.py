@@ -17,7 +17,7 @@ from pst_ds.core import kernels, quantization, stats
 from pst_ds.core.kernels import INT, NativeSource, library_file, load
 from pst_ds.formats import rows
 from pst_ds.inference.onnx import operators as onnx
-from pst_ds.inference.runtime import attention, native
+from pst_ds.inference.runtime import native
 from pst_ds.inference.runtime import native_loop as decoder
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -125,7 +125,7 @@ def included(path):
 
 NATIVE = [
     value
-    for module in (attention, kernels, decoder, native, onnx, quantization, rows, stats)
+    for module in (kernels, decoder, native, onnx, quantization, rows, stats)
     for value in vars(module).values()
     if isinstance(value, NativeSource)
 ]
