@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 MEMORY_LINES = {
     "weights": "weights (this rank's share)",
     "masks": "mask bits",
+    "copies": "a copy of frozen weights and masks",
     "scales": "scales of quantised weights",
     "optimizer": "optimizer state",
     "gradients": "gradients",
@@ -54,16 +55,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, object]:
     config = load_run_or_folder(args)
     from pst_ds.planning.plan import PlanOptions, plan
-    from pst_ds.planning.search import search
+    from pst_ds.planning.search import cure, search
 
     options = PlanOptions(args.ranks, args.machine, args.no_data, round((args.memory or 0) * 1e9))
     planned = plan(config, options)
     print("\n".join(plan_lines(planned)))
-    if not args.search:
-        return planned.as_json()
-    found = search(config, options, planned)
-    print("\n".join(search_lines(found)))
-    return planned.as_json() | {"search": [one.as_json() for one in found]}
+    result = planned.as_json()
+    if args.search:
+        found = search(config, options, planned)
+        print("\n".join(search_lines(found)))
+        result["search"] = [one.as_json() for one in found]
+    if planned.verdict.fits is False:
+        changed = cure(config, options, planned)
+        print(f"to fix: {_cure(planned, changed)}")
+        result["fix"] = changed and changed.as_json()
+    return result
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
@@ -102,8 +108,10 @@ def _memory(plan: Plan) -> Iterator[str]:
     run, degree = plan.run, plan.run.train.sequence_parallel
     shared = f", shared by {degree} ranks" if degree > 1 else ""
     checkpointed = ", checkpointed" if run.model.gradient_checkpointing else ""
+    copies = f", frozen weights also on {plan.copy_ranks} ranks each" if plan.copy_ranks > 1 else ""
+    copies = ", frozen weights whole on every rank" if plan.copy_ranks == 1 else copies
     yield (
-        f"{plan.ranks} ranks, {stage}, {run.train.precision}, micro-batches of {plan.micro_batch_size} x "
+        f"{plan.ranks} ranks, {stage}{copies}, {run.train.precision}, micro-batches of {plan.micro_batch_size} x "
         f"{run.data.max_length} tokens{shared}{checkpointed}"
     )
     memory = plan.memory
@@ -197,9 +205,19 @@ def _fit(found: Verdict, capacity: int) -> str:
     return f"does NOT fit, by {bytes_text(-margin)}"
 
 
+def _cure(found: Plan, changed: Choice | None) -> str:
+    if changed is None:
+        return "take a smaller model, shorter sequences, or offload_param in the DeepSpeed JSON"
+    plan = changed.plan
+    ranks = [f"--ranks {plan.ranks}"] if plan.ranks != found.ranks else []
+    words = ranks + [f"--set {name}={value}" for name, value in changed.changes(found).items()]
+    return f"{' '.join(words)}: {bytes_text(plan.verdict.needed_bytes)} of a rank, a step {_seconds(plan.time.step)}"
+
+
 def search_lines(found: Sequence[Choice]) -> Iterator[str]:
     """Yield a table of the best choices, and the settings of the first."""
-    head = ["", "micro-batch", "accumulated", "checkpointed", "ranks a sequence", "memory", "fits", "tokens/s"]
+    head = ["", "micro-batch", "accumulated", "checkpointed", "ranks a sequence", "memory", "fits"]
+    head.append("tokens/s")
     rows = [head]
     for place, one in enumerate(found[:_SHOWN], 1):
         judged, model, train = one.plan.verdict, one.plan.run.model, one.plan.run.train
@@ -212,8 +230,6 @@ def search_lines(found: Sequence[Choice]) -> Iterator[str]:
     yield from (f"  {row}" for row in aligned(rows))
     best = found[0]
     yield "the first: " + " ".join(f"--set {name}={value}" for name, value in best.settings.items())
-    if best.plan.verdict.fits is False:
-        yield "none fits: take more ranks, a smaller batch, shorter sequences, or offload_param in the DeepSpeed JSON"
 
 
 def name_across_blocks(name: str) -> str:

@@ -234,7 +234,7 @@ def zero_settings(config: JsonObject | None, world_size: int, backend: str) -> Z
         max_reuse_distance=number("stage3_max_reuse_distance", 1e9),
         offload_optimizer=is_offloaded("offload_optimizer"),
         offload_param=is_offloaded("offload_param"),
-        copy_ranks=hpz if (hpz := number("zero_hpz_partition_size", 1)) > 1 else 0,
+        copy_ranks=number("zero_hpz_partition_size", 1) if number("zero_hpz_partition_size", 1) > 1 else 0,
     )
 
 
@@ -262,6 +262,8 @@ class MemoryPlan:
     """A separate teacher model, unsharded."""
     scales: int = 0
     """Scales of quantised weights."""
+    copies: int = 0
+    """This rank's part of a second copy of frozen weights and masks, see :attr:`ZeroSettings.copy_ranks`."""
     packed: int = 0
     """Copy of the largest 16-bit weight in the layout of its product, on a CPU; it reuses the staging memory."""
     sums: int = 0
@@ -273,7 +275,7 @@ class MemoryPlan:
     def resident(self) -> int:
         """Bytes held all the time."""
         trained = self.weights + self.masks + self.scales + self.optimizer + self.gradients + self.reduce_bucket
-        return trained + self.runtime + self.teacher + self.sums
+        return trained + self.copies + self.runtime + self.teacher + self.sums
 
     @property
     def step_peak(self) -> int:
@@ -320,14 +322,13 @@ def memory_plan(
         sum(t.count * shard_numel(t.numel, zero.shards) * t.element_size for t in model.tensors if t.kind in kinds)
         for kinds in (("weight", "factor"), ("mask",), ("scales",))
     )
-    if zero.copy_ranks:
-        weights += model.frozen_bytes // zero.copy_ranks
     gathers, communication, work = _turn(model, zero, element_size)
     # to multiply, oneDNN reorders 16-bit weights, but reads 32-bit ones in place
     packed = 2 * max([model.dense_weights - model.sliced_weights, *(matrix.numel for matrix in model.matrices)])
     host = (optimizer if zero.offload_optimizer else 0) + (weights + masks + scales if zero.offload_param else 0)
     return MemoryPlan(
         weights=0 if zero.offload_param else weights,
+        copies=math.ceil(model.frozen_bytes / zero.copy_ranks) if zero.copy_ranks else 0,
         masks=0 if zero.offload_param else masks,
         optimizer=0 if zero.offload_optimizer else optimizer,
         gradients=element_size * _trainables_here(model, zero, shared_from_stage=2),

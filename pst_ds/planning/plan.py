@@ -114,6 +114,8 @@ class Plan:
     unit: str
     """Plural noun for the examples."""
     machine: str
+    copy_ranks: int
+    """Ranks that share a second copy of frozen weights and masks; 0 without one, 1 for whole copies."""
     trained_in_full: list[str]
     """Names of the modules whose weights all train."""
     layers: list[PlannedLayer]
@@ -198,9 +200,8 @@ def plan(run: RunConfig | str | Path, options: PlanOptions | None = None) -> Pla
     has_cores = not torch.accelerator.is_available() and ranks <= (os.cpu_count() or 1)
     machine_name = options.machine or ("cpu" if has_cores else "h100")
     machine = machine_of(machine_name)
-    zero = zero_settings(resolved_deepspeed_config(run, raw, model, ranks=ranks), ranks, machine.backend)
-    zero = replace(zero, node_size=machine.node_size)
     numbers = model_numbers(model, device=machine.device)
+    zero = _zero(run, raw, model, ranks, machine)
     layers, embeddings, trained_in_full = _layers(model), _embeddings(model), head_names(model, run)
     remarks = [remark] if remark else []
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, run)]
@@ -221,6 +222,7 @@ def plan(run: RunConfig | str | Path, options: PlanOptions | None = None) -> Pla
         num_examples=num_examples,
         unit=task_of(run).unit,
         machine=machine_name,
+        copy_ranks=zero.copy_ranks,
         trained_in_full=trained_in_full,
         layers=layers,
         updated_embeddings=embeddings,
@@ -240,6 +242,12 @@ def plan(run: RunConfig | str | Path, options: PlanOptions | None = None) -> Pla
         start_cost=start,
         verdict=judged,
     )
+
+
+def _zero(run: RunConfig, raw: JsonObject | None, model: nn.Module, ranks: int, machine: Machine) -> ZeroSettings:
+    """Return the settings of DeepSpeed on ``machine``. Raises InputError."""
+    zero = zero_settings(resolved_deepspeed_config(run, raw, model, ranks=ranks), ranks, machine.backend)
+    return replace(zero, node_size=machine.node_size)
 
 
 def _cost(

@@ -1,15 +1,26 @@
-"""Search for the fastest way to run a batch that fits: micro-batches, checkpointing, sequence parallelism."""
+"""Search for the fastest way to run a batch that fits, and for the smallest change with which a run fits."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 from pst_ds.config.run import RunConfig
 from pst_ds.errors import InputError
+from pst_ds.planning.machines import machine_of
 from pst_ds.planning.plan import Plan, PlanOptions, plan
 from pst_ds.progress import Progress
+
+AS_FAST = 1.01
+"""Runs count as equally fast if they differ by at most this factor: predictions are less exact."""
+LEAST_MARGIN = 0.1
+"""Share of the memory that the best ways leave: predicted peaks are off by up to a tenth."""
+MOST_DOUBLINGS = 6
+"""How often :func:`cure` doubles the ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,26 +30,41 @@ class Choice:
     plan: Plan
 
     @property
+    def fits(self) -> bool:
+        return self.plan.verdict.fits is not False
+
+    @property
+    def tightness(self) -> int:
+        """0 if it fits with a margin, or the memory is unknown; 1 if it fits; 2 if it does not."""
+        judged = self.plan.verdict
+        if judged.margin_bytes is None or judged.capacity_bytes is None:
+            return 0
+        return 2 - bool(judged.fits) - (judged.margin_bytes >= LEAST_MARGIN * judged.capacity_bytes)
+
+    @property
     def settings(self) -> dict[str, str]:
-        """The settings of the run, as for ``--set``."""
+        """The settings of the run that a search or a cure may change, as for ``--set``."""
         run = self.plan.run
         return {
+            "train.batch_size": str(run.train.batch_size),
             "train.gradient_accumulation_steps": str(run.train.gradient_accumulation_steps),
             "train.sequence_parallel": str(run.train.sequence_parallel),
             "model.gradient_checkpointing": str(run.model.gradient_checkpointing).lower(),
+            "model.base_bits": str(run.model.base_bits),
+            "model.embedding_bits": str(run.model.embedding_bits),
         }
 
-    @property
-    def order(self) -> tuple[bool, float, int]:
-        """Key by which the best choice sorts first: it fits, ends early and needs little memory."""
-        judged = self.plan.verdict
-        return judged.fits is False, judged.hours, judged.needed_bytes
+    def changes(self, found: Plan) -> dict[str, str]:
+        """Return the settings that differ from those of ``found``."""
+        before = Choice(found).settings
+        return {name: value for name, value in self.settings.items() if before[name] != value}
 
     def as_json(self) -> dict[str, object]:
         """Return the choice as JSON values."""
         judged = self.plan.verdict
         return {
             "settings": self.settings,
+            "ranks": self.plan.ranks,
             "micro_batch_size": self.plan.micro_batch_size,
             "peak_bytes": self.plan.memory.peak,
             "needed_bytes": judged.needed_bytes,
@@ -50,42 +76,119 @@ class Choice:
 
 
 def search(run: RunConfig, options: PlanOptions, found: Plan) -> list[Choice]:
-    """Plan all :func:`ways` for the ranks of the plan ``found``; return the possible ones, best first."""
+    """Plan all :func:`ways` for the ranks of the plan ``found``; return the possible ones, best first.
+
+    The best fit with a margin, and are the fastest; of equally fast ones, they keep the network busy for the shortest
+    time and then need the least memory.
+    """
     planned: list[Choice] = []
-    rejected: set[int] = set()
-    wanted = list(ways(run, found))
+    wanted = list(ways(run, found, machine_of(found.machine).node_size))
     with Progress("search", len(wanted), "plans") as progress:
-        for number, (shared_by, steps, checkpoints) in enumerate(wanted, 1):
-            if shared_by not in rejected:
-                try:
-                    planned.append(Choice(plan(_changed(run, shared_by, steps, checkpoints), options)))
-                except InputError:  # such as attention heads that ranks cannot share, for any micro-batch
-                    rejected.add(shared_by)
+        for number, way in enumerate(wanted, 1):
+            with suppress(InputError):  # such as attention heads that ranks cannot share
+                planned.append(Choice(plan(_changed(run, *way), options)))
             progress.at(number)
-    return sorted(planned, key=lambda one: one.order)
+    least = min((one.tightness, one.plan.verdict.hours) for one in planned)[1]
+
+    def order(one: Choice) -> tuple[int, float, float, int]:
+        judged = one.plan.verdict
+        slower = math.floor(math.log(judged.hours / least, AS_FAST)) if judged.hours > least else 0
+        return one.tightness, max(slower, 0), one.plan.time.step_network, judged.needed_bytes
+
+    return sorted(planned, key=order)
 
 
-def ways(run: RunConfig, found: Plan) -> Iterator[tuple[int, int, bool]]:
+def ways(run: RunConfig, found: Plan, node_size: int) -> Iterator[tuple[int, int, bool]]:
     """Yield the ways to split the batch of ``run`` over the ranks of ``found``, smallest micro-batches first.
 
-    They are ranks that share a sequence, accumulation steps, and gradient checkpointing.
+    They are (ranks of a node that share a sequence, accumulation steps, gradient checkpointing).
     """
     ranks, at_stage_3 = found.ranks, found.zero_stage == 3
-    powers = [1 << i for i in range(run.train.batch_size.bit_length())]
-    shared = [n for n in powers if ranks % n == 0] if at_stage_3 and run.task_facts.predicts_tokens else [1]
+    powers = _powers(run.train.batch_size)
+    shared = [n for n in powers if ranks % n == 0 and n <= node_size]
+    shared = shared if at_stage_3 and run.task_facts.predicts_tokens else [1]
     for shared_by, steps in itertools.product(shared, reversed(powers)):
         if shared_by <= run.data.max_length and steps * ranks // shared_by <= run.train.batch_size:
-            yield shared_by, steps, False
-            yield shared_by, steps, True
+            yield from ((shared_by, steps, checkpoints) for checkpoints in (False, True))
+
+
+def cure(run: RunConfig, options: PlanOptions, found: Plan) -> Choice | None:
+    """Return the first change with which ``run`` fits, planned; None if none does.
+
+    The first that suffices alone of: smaller micro-batches, checkpointing, shared sequences and a 4-bit
+    base; or as many of them together, in this order, as do; or else more ranks.
+    """
+    machine = machine_of(found.machine)
+
+    def planned(changed: RunConfig, ranks: int = found.ranks) -> Choice | None:
+        with suppress(InputError):  # such as attention heads that ranks cannot share
+            if ranks > found.ranks:
+                least = changed.train.groups_of_ranks(ranks) * changed.train.gradient_accumulation_steps
+                changed = _with(changed, "train", batch_size=max(changed.train.batch_size, least))
+            return Choice(plan(changed, replace(options, ranks=ranks)))
+        return None
+
+    def strongest(changes: Sequence[RunConfig]) -> Choice | None:
+        return next((one for changed in reversed(changes) if (one := planned(changed))), None)
+
+    kinds = [partial(kind, ranks=found.ranks, node_size=machine.node_size) for kind in _REMEDIES]
+    for kind in kinds:
+        changes = kind(run)
+        if (most := strongest(changes)) and most.fits:
+            return next(one for changed in changes if (one := planned(changed)) and one.fits)
+    changed = run
+    for kind in kinds:
+        if most := strongest(kind(changed)):
+            changed = most.plan.run
+            if most.fits:
+                return most
+    for base in (run, changed):
+        for ranks in (found.ranks << i for i in range(1, MOST_DOUBLINGS + 1)):
+            if (one := planned(base, ranks)) and one.fits:
+                return one
+    return None
+
+
+def _accumulating(run: RunConfig, ranks: int, node_size: int) -> list[RunConfig]:
+    steps, most = run.train.gradient_accumulation_steps, run.train.batch_size // run.train.groups_of_ranks(ranks)
+    return [_with(run, "train", gradient_accumulation_steps=n) for n in _powers(most) if n > steps]
+
+
+def _checkpointing(run: RunConfig, ranks: int, node_size: int) -> list[RunConfig]:
+    return [] if run.model.gradient_checkpointing else [_with(run, "model", gradient_checkpointing=True)]
+
+
+def _sharing(run: RunConfig, ranks: int, node_size: int) -> list[RunConfig]:
+    """A group of n ranks has n times the examples, in as many more steps."""
+    steps, degree = run.train.gradient_accumulation_steps, run.train.sequence_parallel
+    shared = [n for n in _powers(node_size) if ranks % n == 0 and n > degree and run.task_facts.predicts_tokens]
+    more = [(n, steps * n // degree) for n in shared]
+    return [_with(run, "train", sequence_parallel=n, gradient_accumulation_steps=k) for n, k in more]
+
+
+def _quantised(run: RunConfig, ranks: int, node_size: int) -> list[RunConfig]:
+    return [_with(run, "model", base_bits=4, embedding_bits=bits) for bits in (run.model.embedding_bits, 4)]
+
+
+_REMEDIES = _accumulating, _checkpointing, _sharing, _quantised
+"""Changes that need less memory, the mildest of a kind first."""
+
+
+def _powers(most: int) -> list[int]:
+    return [1 << i for i in range(most.bit_length())]
+
+
+def _with(run: RunConfig, section: str, **settings: object) -> RunConfig:
+    return replace(run, **{section: replace(getattr(run, section), **settings)})
 
 
 def _changed(run: RunConfig, shared_by: int, steps: int, checkpoints: bool) -> RunConfig:
     """Return ``run`` with these settings. Raises ConfigError if they cannot be combined."""
-    train = replace(run.train, gradient_accumulation_steps=steps, sequence_parallel=shared_by)
-    model = replace(
-        run.model,
+    run = _with(run, "train", gradient_accumulation_steps=steps, sequence_parallel=shared_by)
+    return _with(
+        run,
+        "model",
         gradient_checkpointing=checkpoints,
         gradient_checkpointing_reentrant=checkpoints and run.model.gradient_checkpointing_reentrant,
         activation_offload=checkpoints and run.model.activation_offload,
     )
-    return replace(run, train=train, model=model)

@@ -2,7 +2,7 @@
 
 Bytes are those that a rank receives over either kind of link (:mod:`pst_ds.parallel.links`). Rates are what a machine
 is assumed to reach, below its data sheet. A step takes as long as the slowest of the device's computation, the network
-(where that overlaps) and the host's launches.
+(where that overlaps) and the host's launches; computation waits for exchanges of tokens.
 """
 
 from __future__ import annotations
@@ -142,9 +142,8 @@ class Traffic:
         return self.gathers + self.reductions + self.exchanged
 
     def seconds(self, machine: Machine) -> float:
-        """Return the time of the collectives, each kind at the rate of its slower link."""
-        kinds = self.gathers, self.reductions, self.exchanged
-        return sum(map(machine.link_seconds, kinds)) + self.hops * machine.latency
+        """Return the time of the collectives but for exchanges, each kind at the rate of its slower link."""
+        return sum(map(machine.link_seconds, (self.gathers, self.reductions))) + self.hops * machine.latency
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +235,8 @@ def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch, element_
 def update_traffic(model: ModelNumbers, zero: ZeroSettings) -> Traffic:
     """Count one mask update: fp32 masters in one all-gather; sample, counts, ties and statistics in all-reduces.
 
-    A matrix that one rank holds adds a single number. Copies of the masks are then made anew.
+    A matrix that one rank holds adds a single number. Copies of the masks are then made anew, by gathers that take the
+    place of others in the next step.
     """
     w = zero.shards
     if w == 1:
@@ -246,7 +246,7 @@ def update_traffic(model: ModelNumbers, zero: ZeroSettings) -> Traffic:
     numbers = (w * cut + model.num_matrices - cut) * 8
     reduced = 4 * model.sampled_keys(w) + counts + numbers + 3 * 8
     gathered = 4 * model.factor_parameters + (model.bytes_of("mask") if zero.copy_ranks else 0)
-    collectives = HISTOGRAMS + 4 + (model.num_layers if zero.copy_ranks else 0)
+    collectives = HISTOGRAMS + 4
     return Traffic(
         everyone.gathered(gathered),
         everyone.gathered(2 * reduced),
@@ -272,7 +272,7 @@ def time_plan(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Ma
     update_network = in_update.seconds(machine)
     return TimePlan(
         step_compute=step[0],
-        step_network=step[1],
+        step_network=step[1] + step[3],
         step_launching=step[2],
         step=_together(*step, machine),
         full_step=_full_step(model, zero, batch, machine),
@@ -295,8 +295,8 @@ def _step_seconds(
     flops: float,
     moved: float,
     launches: Launches,
-) -> tuple[float, float, float]:
-    """Return seconds of computation, network and launches in a step.
+) -> tuple[float, float, float, float]:
+    """Return seconds of computation, network, launches and exchanges in a step.
 
     ``flops``, ``moved``: FLOPs and bytes of a micro-batch without gradients and optimizer; ``launches``: launches of a
     micro-batch that ``batch`` does not count.
@@ -306,11 +306,13 @@ def _step_seconds(
     compute = batch.micro_batches * (flops / machine.flops + moved / machine.memory_bytes)
     launches += Launches(batch.launches + REDUCE_LAUNCHES * model.num_trainables)
     launching = (launches * batch.micro_batches + Launches(traffic.collectives)).seconds(machine)
-    return compute + trained / machine.memory_bytes, traffic.seconds(machine), launching
+    seconds = traffic.seconds(machine), launching, machine.link_seconds(traffic.exchanged)
+    return compute + trained / machine.memory_bytes, *seconds
 
 
-def _together(compute: float, network: float, launching: float, machine: Machine) -> float:
-    return max(compute, network, launching) if machine.overlaps else max(compute, launching) + network
+def _together(compute: float, network: float, launching: float, exchanging: float, machine: Machine) -> float:
+    together = max(compute, network, launching) if machine.overlaps else max(compute, launching) + network
+    return together + exchanging
 
 
 def _update_seconds(model: ModelNumbers, zero: ZeroSettings, machine: Machine) -> float:

@@ -40,7 +40,8 @@ def _set(settings):
 def test_the_first_is_the_fastest_that_fits_and_each_is_what_its_settings_plan(plan):
     text, found = plan("--search")
     lines = found["search"]
-    settings = [tuple(line["settings"].values()) for line in lines]
+    changed = [f"train.{name}" for name in ("gradient_accumulation_steps", "sequence_parallel")]
+    settings = [tuple(line["settings"][name] for name in [*changed, "model.gradient_checkpointing"]) for line in lines]
     one_rank, two_ranks = (("1",), "1"), (("1", "2"), "2")
     assert sorted(settings) == sorted(
         (steps, degree, checkpointed)
@@ -51,7 +52,7 @@ def test_the_first_is_the_fastest_that_fits_and_each_is_what_its_settings_plan(p
         assert line["peak_bytes"] == alone["memory_bytes_per_rank"]["peak"]
         assert line["step"] == alone["time"]["step"]
         assert (line["fits"], line["hours"]) == (alone["verdict"]["fits"], alone["verdict"]["hours"])
-    assert lines[0]["hours"] == min(line["hours"] for line in lines)
+    assert lines[0]["hours"] <= 1.01 * min(line["hours"] for line in lines)
     assert f"the first: {' '.join(_set(lines[0]['settings']))}" in text
 
 
@@ -64,9 +65,22 @@ def test_what_fits_comes_first_and_that_none_does_is_said(plan):
     fits = [line["fits"] for line in tight["search"]]
     assert [line["needed_bytes"] <= limit for line in tight["search"]] == fits == sorted(fits, reverse=True)
     assert set(fits) == {True, False}
-    assert "none fits" not in text
-    text, _ = plan("--search", "--memory", "0.001")
-    assert "none fits: take more ranks" in text
+    text, least = plan("--memory", "0.001")
+    assert least["fix"] is None
+    assert "to fix: take a smaller model" in text
+
+
+@pytest.mark.thorough
+def test_what_makes_a_run_fit_is_planned_and_the_mildest_change(plan):
+    eight = ("--set", "train.batch_size=16")
+    _, found = plan(*eight)
+    needed = {steps: plan(*eight, "--set", f"train.gradient_accumulation_steps={steps}")[1] for steps in (2, 4)}
+    needed = {steps: planned["verdict"]["needed_bytes"] for steps, planned in needed.items()}
+    text, tight = plan(*eight, "--memory", f"{needed[4] / 1e9:.9f}")
+    assert found["verdict"]["needed_bytes"] > needed[2] > needed[4]
+    assert tight["fix"]["settings"]["train.gradient_accumulation_steps"] == "4"
+    assert tight["fix"]["needed_bytes"] == needed[4]
+    assert "to fix: --set train.gradient_accumulation_steps=4: " in text
 
 
 @pytest.mark.thorough
