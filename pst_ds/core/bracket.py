@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.bits import pack_shard, set_bits_
-from pst_ds.core.kernels.triton.scan import KernelScans, OwnKeys, sample_keys
+from pst_ds.core.kernels.triton.scan import KernelScans, sample_keys
+from pst_ds.core.kernels.triton.table import OwnKeys
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, Classifier, SingleWeights, histograms, keys_of
 from pst_ds.core.select import DIGIT_BITS, MatrixKeys, NonFiniteScoreError, RankSums, Search, select
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pst_ds.core.kernels.triton.scan import OwnKeys
+from pst_ds.core.kernels.triton.table import OwnKeys
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, SingleWeights, histogram
 
 DIGIT_BITS = 11

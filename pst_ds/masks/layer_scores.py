@@ -13,7 +13,7 @@ from pst_ds.core.bits import shard_numel
 from pst_ds.core.coded_weight import CodedRun, OwnWeights
 from pst_ds.core.factors import Factors, tile_factors
 from pst_ds.core.kernels.triton.launch import serves
-from pst_ds.core.kernels.triton.scan import OwnKeys
+from pst_ds.core.kernels.triton.table import OwnKeys, OwnUnits
 from pst_ds.core.keys import SingleWeights, score_keys, single_weights
 from pst_ds.core.layout import Rect, StoredMatrix, positions_before, shard_tiles, view_in_shard
 from pst_ds.core.select import Sampled
@@ -26,6 +26,10 @@ TILE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 24}
 """Weights scored per tile, by device: on a CPU the keys of a tile fit a core's cache."""
 UNIT_CACHE_BYTES = 256 << 20
 """Most bytes of cached keys of a layer's units of several weights."""
+
+
+MOST_IN_A_UNIT = 1 << 12
+"""Weights of the largest block that kernels sum: a thread has 32 of them."""
 
 
 class LayerScores:
@@ -156,6 +160,23 @@ class LayerScores:
         scale = self.layer.magnitude_scales[matrix.index]
         found = OwnKeys(values, self.start, self.row_length, matrix.rect, tile, self.layer.constants, scale)
         return found if found.fits else None
+
+    def unit_weights(self, matrix: StoredMatrix, lost: int = 0, prune: int = 0) -> OwnKeys | None:
+        """Return the same with the units of several weights that overlap the shard.
+
+        ``lost``: weights that an N:M group loses; ``prune``: that a row does.
+        """
+        own, (rows, cols) = self.own_keys(matrix), self.unit
+        if self.pattern.kind == "row":
+            serves_unit = rows == 1
+        else:
+            serves_unit = rows & (rows - 1) == cols & (cols - 1) == 0 and rows * cols <= MOST_IN_A_UNIT
+        if own is None or own.width % 8 or not serves_unit:
+            return None
+        first, end = (positions_before(matrix.rect, self.row_length, at) // (rows * cols) for at in self.region)
+        none = own.values[:0]
+        halo = self._halo or Halo(none, none)
+        return replace(own, units=OwnUnits(self.unit, first, end, halo.before, halo.after, lost, prune))
 
     def write_own(self, keep: Tensor, rect: Rect, kept: Tensor) -> None:
         """Copy this rank's part of ``kept`` (rows, cols of ``rect``) into ``keep``, the mask of its shard."""

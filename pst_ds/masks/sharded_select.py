@@ -5,22 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from pst_ds.core import units
 from pst_ds.core.bits import pack_shard, unpack_shard
 from pst_ds.core.bracket import select_bits
+from pst_ds.core.factors import TileFactors
 from pst_ds.core.kernels.triton.bit_sums import MatrixBits
+from pst_ds.core.kernels.triton.table import OwnKeys
+from pst_ds.core.kernels.triton.unit_masks import keep_in_rows, keep_n_of_m, unit_keys
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, MOST_AT_ONCE, kept_bits
 from pst_ds.core.layout import Rect, StoredMatrix, positions_before
 from pst_ds.core.select import Cut, MatrixKeys, NonFiniteScoreError, RankSums, prune_count, select
-from pst_ds.core.units import expand_units, keep_in_rows, keep_n_of_m
 from pst_ds.masks.layer_scores import LayerScores
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import group_sum, rank_sums
+
+Kept = Tensor | MatrixBits
+"""Kept bits of a matrix on this rank: of its units if it ``selects_units``, else of its weights; or by a kernel, which
+then has those of weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +55,12 @@ class Matrix:
         return self.kind == "block"
 
     @property
+    def unit_weights(self) -> OwnKeys | None:
+        """Return what the kernels of units read; None if they do not serve its units."""
+        count = prune_count(self.sparsity, self.layer.layout.in_features) if self.kind == "row" else 0
+        return self.layer.unit_weights(self.stored, self.prune_per_group, count)
+
+    @property
     def competes(self) -> bool:
         """True if units compete across the matrix; False if each row or group is decided separately."""
         return self.kind == "matrix" or self.layer.pattern.pools_matrices or self.selects_units
@@ -63,8 +76,8 @@ class Matrix:
         return self.lies_whole and not self.layer.pattern.pools_matrices
 
 
-def select_kept(matrices: Sequence[Matrix], any_weight: nn.Parameter) -> list[Tensor]:
-    """Return the bits kept of every matrix on this rank: of its units if it ``selects_units``, else of its weights.
+def select_kept(matrices: Sequence[Matrix], any_weight: nn.Parameter) -> list[Kept]:
+    """Return the bits kept of every matrix on this rank.
 
     A matrix that lies in one rank's shard is selected there, or counted there with others of its pool. For matrices cut
     by a shard boundary, counts are exchanged. Collective, with a number of exchanges that does not depend on the number
@@ -74,12 +87,16 @@ def select_kept(matrices: Sequence[Matrix], any_weight: nn.Parameter) -> list[Te
     by_itself = [m for m in matrices if not m.competes]
     whole = [m for m in matrices if m.competes and m.is_selected_there]
     shared = [m for m in matrices if m.competes and not m.is_selected_there]
-    found = _select_whole(whole, any_weight, device)
+    found: dict[int, Kept] = {**_select_whole(whole, any_weight, device)}
     if shared:
         with _naming(shared):
             found.update(zip(map(id, shared), _select(shared, ranks, device), strict=True))
     if by_itself:
         found.update(zip(map(id, by_itself), _each_unit_by_itself(by_itself, any_weight), strict=True))
+    groups = {id(m): own for m in matrices if m.kind == "n:m" and m.selects_units and (own := m.unit_weights)}
+    if groups:
+        free = [bits for i in groups if isinstance(bits := found[i], Tensor)]
+        found.update(zip(groups, keep_n_of_m(list(groups.values()), free)[0], strict=True))
     return [found[id(m)] for m in matrices]
 
 
@@ -110,15 +127,22 @@ def _select(matrices: Sequence[Matrix], ranks: RankSums, device: torch.device) -
     """Return the kept bits of each matrix on this rank. Collective if ``ranks`` is. Raises NonFiniteScoreError."""
     found: dict[int, Tensor] = {}
     single = [i for i, m in enumerate(matrices) if not m.selects_units]
-    units = [i for i, m in enumerate(matrices) if m.selects_units]
+    wide = [i for i, m in enumerate(matrices) if m.selects_units]
     if single:
         keys, pools = _single_weights([matrices[i] for i in single])
         with _numbered(single):
             found.update(zip(single, select_bits(keys, ranks, device, pools), strict=True))
-    if units:
-        with _numbered(units):
-            cuts = select([_units(matrices[i]) for i in units], ranks, device)
-        found.update({i: _unit_bits(matrices[i], cut) for i, cut in zip(units, cuts, strict=True)})
+    own = {i: weights for i in wide if (weights := matrices[i].unit_weights)}
+    if own:
+        keys = [
+            _by_kernels(matrices[i], own[i], tile) for i, tile in zip(own, unit_keys(list(own.values())), strict=True)
+        ]
+        with _numbered(list(own)):
+            found.update(zip(own, select_bits(keys, ranks, device), strict=True))
+    if wide := [i for i in wide if i not in own]:
+        with _numbered(wide):
+            cuts = select([_units(matrices[i]) for i in wide], ranks, device)
+        found.update({i: _unit_bits(matrices[i], cut) for i, cut in zip(wide, cuts, strict=True)})
     return [found[i] for i in range(len(matrices))]
 
 
@@ -135,14 +159,16 @@ def weights_kept(matrix: Matrix, bits: Tensor) -> Iterator[tuple[Rect, Tensor]]:
         if not matrix.selects_units:
             yield rect, own.view(rect.shape)
             continue
-        kept = expand_units(own, rect, layer.unit)
+        kept = units.expand_units(own, rect, layer.unit)
         if matrix.kind == "n:m":  # a constrained group keeps its best
-            kept = kept | keep_n_of_m(layer.keys(matrix.stored, rect), layer.unit, matrix.prune_per_group)
+            kept = kept | units.keep_n_of_m(layer.keys(matrix.stored, rect), layer.unit, matrix.prune_per_group)
         yield rect, kept
 
 
-def as_run(matrix: Matrix, bits: Tensor) -> MatrixBits | None:
+def as_run(matrix: Matrix, bits: Kept) -> MatrixBits | None:
     """Return the bits of :func:`select_kept` for the kernel that puts them in place; None if it does not serve them."""
+    if isinstance(bits, MatrixBits):
+        return bits
     layer, rect, length = matrix.layer, matrix.stored.rect, matrix.layer.row_length
     unit = layer.unit if matrix.kind == "block" else (1, 1)
     if (matrix.kind == "n:m" and matrix.selects_units) or layer.unit[0] > unit[0]:
@@ -204,6 +230,16 @@ def _units(m: Matrix) -> MatrixKeys:
     )
 
 
+def _by_kernels(m: Matrix, own: OwnKeys, keys: Tensor) -> MatrixKeys:
+    """Return the ``keys`` of the units of ``own`` for selection by kernels."""
+    assert own.units is not None
+    made, total, start = _units(m), m.stored.rect.numel // math.prod(m.layer.unit), own.units.first
+    assert made.own is not None
+    counted = start + made.own[0], start + made.own[1]
+    table = OwnKeys(keys, start, total, Rect(0, 1, 0, total), TileFactors(), counted=counted)
+    return replace(made, num_keys=keys.numel(), num_in_all=total, own_keys=table)
+
+
 def _unit_bits(m: Matrix, cut: Cut) -> Tensor:
     keys = _units(m)
     keep = torch.empty(keys.num_keys, dtype=torch.uint8, device=m.layer.device)
@@ -215,29 +251,46 @@ def _unit_bits(m: Matrix, cut: Cut) -> Tensor:
     return pack_shard(keep, -(-keys.num_keys // 8))
 
 
-def _each_unit_by_itself(matrices: Sequence[Matrix], any_weight: nn.Parameter) -> list[Tensor]:
+def _each_unit_by_itself(matrices: Sequence[Matrix], any_weight: nn.Parameter) -> list[Kept]:
     """Return the kept bits of matrices whose rows, or N:M groups, are decided separately. Collective."""
-    found, bad = [], []
-    for m in matrices:
-        rects = list(m.layer.rects(m.stored))
-        keep = torch.empty(sum(rect.numel for rect in rects), dtype=torch.uint8, device=m.layer.device)
-        at, not_finite = 0, torch.zeros((), dtype=torch.int64, device=m.layer.device)
-        for rect in rects:
-            keys = m.layer.keys(m.stored, rect)
-            lowest, highest = keys.aminmax()
-            not_finite += (lowest < LOWEST_FINITE) | (highest > HIGHEST_FINITE)
-            if m.kind == "row":
-                kept = keep_in_rows(keys, m.layer.unit, prune_count(m.sparsity, m.layer.layout.in_features))
-            else:
-                kept = keep_n_of_m(keys, m.layer.unit, m.prune_per_group)
-            keep[at : at + rect.numel] = kept.reshape(-1)
-            at += rect.numel
-        found.append(pack_shard(keep, -(-keep.numel() // 8)))
-        bad.append(not_finite)
+    found, bad = dict[int, Kept](), dict[int, Tensor]()
+    own = {i: weights for i, m in enumerate(matrices) if (weights := m.unit_weights)}
+    for kind, keep in (("row", keep_in_rows), ("n:m", keep_n_of_m)):
+        if some := [i for i in own if matrices[i].kind == kind]:
+            kept, not_finite = keep([own[i] for i in some])
+            found.update(zip(some, kept, strict=True))
+            bad.update(zip(some, not_finite, strict=True))
+    for i, m in enumerate(matrices):
+        if i not in own:
+            found[i], bad[i] = _each_unit_in_torch(m)
     with _naming(matrices):
-        if wrong := group_sum(torch.stack(bad), any_weight).cpu().nonzero().flatten().tolist():
+        if (
+            wrong := group_sum(torch.stack([bad[i] for i in range(len(matrices))]), any_weight)
+            .cpu()
+            .nonzero()
+            .flatten()
+            .tolist()
+        ):
             raise NonFiniteScoreError(wrong)
-    return found
+    return [found[i] for i in range(len(matrices))]
+
+
+def _each_unit_in_torch(m: Matrix) -> tuple[Tensor, Tensor]:
+    """Return the kept bits of one of these matrices, and how many tiles have scores that are not finite."""
+    rects = list(m.layer.rects(m.stored))
+    keep = torch.empty(sum(rect.numel for rect in rects), dtype=torch.uint8, device=m.layer.device)
+    at, not_finite = 0, torch.zeros((), dtype=torch.int64, device=m.layer.device)
+    for rect in rects:
+        keys = m.layer.keys(m.stored, rect)
+        lowest, highest = keys.aminmax()
+        not_finite += (lowest < LOWEST_FINITE) | (highest > HIGHEST_FINITE)
+        if m.kind == "row":
+            kept = units.keep_in_rows(keys, m.layer.unit, prune_count(m.sparsity, m.layer.layout.in_features))
+        else:
+            kept = units.keep_n_of_m(keys, m.layer.unit, m.prune_per_group)
+        keep[at : at + rect.numel] = kept.reshape(-1)
+        at += rect.numel
+    return pack_shard(keep, -(-keep.numel() // 8)), not_finite
 
 
 @contextmanager

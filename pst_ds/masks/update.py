@@ -15,7 +15,7 @@ from pst_ds.core.bits import join_bits, pack_shard
 from pst_ds.core.kernels.triton.bit_sums import BitsOfShard, ShardBits, placed_bits, replace_bits
 from pst_ds.core.kernels.triton.launch import serves
 from pst_ds.masks.layer_scores import LayerScores, current_base, whole_factors
-from pst_ds.masks.sharded_select import Matrix, as_run, select_kept, weights_kept
+from pst_ds.masks.sharded_select import Kept, Matrix, as_run, select_kept, weights_kept
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import zero3
@@ -113,20 +113,21 @@ def mask_stats(model: nn.Module, written: Mapping[PSTLayer, Tensor] | None = Non
     return MaskStats(num_weights, num_weights - sum(kept), sum(flips), digits, tuple(kept), tuple(flips))
 
 
-def _shard_bits(keyed: Sequence[LayerScores], kept: Iterator[tuple[Matrix, Tensor]]) -> dict[PSTLayer, Tensor]:
+def _shard_bits(keyed: Sequence[LayerScores], kept: Iterator[tuple[Matrix, Kept]]) -> dict[PSTLayer, Tensor]:
     """Return this rank's mask bits of each layer, from the ``kept`` bits of the matrices of one layer after another."""
     found, by_kernels = dict[PSTLayer, Tensor](), dict[PSTLayer, BitsOfShard]()
     for layer in keyed:
         own = list(islice(kept, len(layer.matrices)))
         num_bytes = zero3.shard_of(layer.layer.pst_mask).values.numel()
         runs = [run for m, bits in own if (run := as_run(m, bits))] if serves(layer.device) else []
+        in_torch = [(m, bits) for m, bits in own if isinstance(bits, Tensor)]
         if len(runs) == len(own):
             by_kernels[layer.layer] = BitsOfShard(layer.start, layer.stop, num_bytes, runs)
         elif layer.unit == (1, 1) and layer.in_order:
-            found[layer.layer] = join_bits([(bits, layer.num_units(m.stored)) for m, bits in own], num_bytes)
+            found[layer.layer] = join_bits([(bits, layer.num_units(m.stored)) for m, bits in in_torch], num_bytes)
         else:
             keep = torch.empty(layer.stop - layer.start, dtype=torch.uint8, device=layer.device)
-            for matrix, bits in own:
+            for matrix, bits in in_torch:
                 for rect, mask in weights_kept(matrix, bits):
                     layer.write_own(keep, rect, mask)
             found[layer.layer] = pack_shard(keep, num_bytes)

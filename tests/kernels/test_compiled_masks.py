@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("triton", minversion="3.6", reason="needs triton 3.6, the extra of that name")
 
 import triton.language as tl
 
-from pst_ds.core.kernels.triton import bit_kernels, cut_kernels, score_kernels
+from pst_ds.core.kernels.triton import bit_kernels, cut_kernels, score_kernels, unit_kernels
+from pst_ds.core.kernels.triton.table import OwnUnits
 
 from .compiled import CAPABILITIES, compiled
 
@@ -60,6 +62,36 @@ def test_single_keys_round_as_the_pass_does(capability):
     ):
         found = scores(kernel, capability, types, **constants)
         assert (found.num_fused, found.spilled_bytes) == (0, 0)  # a division of integers may flush
+
+
+def unit_kernel(kernel, types, unit, lost=0, prune=0, dtype=tl.bfloat16):
+    none = torch.empty(0)
+    rows, cols = OwnUnits(unit, 0, 0, none, none, lost, prune).tile
+    constants = {"ALIGNED": True, "HALO": True, "LOST": lost, "UNIT_ROWS": unit[0], "UNIT_COLS": unit[1]}
+    return scores(kernel, 90, types, dtype=dtype, **constants, ROWS=rows, COLS=cols)
+
+
+UNIT_KEYS = {"slots_ptr": "*i64", "keys_ptr": "*i32"}
+GROUPS = {"slots_ptr": "*i64", "units_ptr": "*i64", "bits_ptr": "*u8", "bad_ptr": "*i64"}
+
+
+@pytest.mark.parametrize("unit", [(16, 1), (1, 16), (4, 4), (64, 64), (1, 4), (16, 1, 8)], ids=str)
+def test_units_keep_in_registers(unit):
+    unit, lost = unit[:2], (unit[2:] or (2 if unit == (1, 4) else 0,))[0]
+    made = [unit_kernel(unit_kernels.unit_keys, UNIT_KEYS, unit, lost)]
+    if lost:
+        made.append(unit_kernel(unit_kernels.keep_n_of_m, GROUPS, unit, lost))
+    for found in made:
+        assert (found.num_fused, found.num_flushing, found.spilled_bytes) == (0, 0, 0)
+        assert found.registers <= (255 if unit == (64, 64) else 144)
+
+
+def test_rows_keep_in_registers():
+    types = {"num_rows": "i32", "scratch_ptr": "*i32", "longest": "i32", "slots_ptr": "*i64", "bits_ptr": "*u8"}
+    constants = {"ALIGNED": True, "HALO": True, "SIZE": unit_kernels.ROW_SIZE}
+    found = scores(unit_kernels.keep_in_rows, 90, {**types, "bad_ptr": "*i64"}, **constants)
+    assert (found.num_fused, found.num_flushing, found.spilled_bytes) == (0, 0, 0)
+    assert found.registers <= 96
 
 
 def test_cuts_and_sums_of_bits():

@@ -15,8 +15,9 @@ from pst_ds.core import bracket
 from pst_ds.core.bits import pack_shard, unpack_shard
 from pst_ds.core.bracket import select_bits
 from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
-from pst_ds.core.kernels.triton import bit_sums, scan
-from pst_ds.core.kernels.triton.scan import KernelScans, OwnKeys, sample_keys
+from pst_ds.core.kernels.triton import bit_sums, scan, table
+from pst_ds.core.kernels.triton.scan import KernelScans, sample_keys
+from pst_ds.core.kernels.triton.table import OwnKeys
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, Classifier, order_keys, score_keys
 from pst_ds.core.layout import WeightLayout, positions_before, shard_tiles, view_in_shard
 from pst_ds.core.select import MatrixKeys, NonFiniteScoreError, Sampled
@@ -181,16 +182,21 @@ def test_positions_before_an_index_are_counted():
             assert found == before.tolist()
 
 
-def selected(scores, counts, world, shape, monkeypatch, *, pools=(), pool_of=None):
-    """Masks that ``world`` ranks select from flat ``scores`` by kernels, one launch at a time."""
+def one_launch_at_a_time(monkeypatch):
+    """Launch by one thread of several at a time, which the interpreter needs."""
     lock, real = threading.Lock(), scan.launch
 
     def one_at_a_time(*args, **constants):
         with lock:
             real(*args, **constants)
 
-    for module in (scan, bit_sums):
+    for module in (scan, bit_sums, table):
         monkeypatch.setattr(module, "launch", one_at_a_time)
+
+
+def selected(scores, counts, world, shape, monkeypatch, *, pools=(), pool_of=None):
+    """Masks that ``world`` ranks select from flat ``scores`` by kernels, one launch at a time."""
+    one_launch_at_a_time(monkeypatch)
     ranks = Ranks(world)
 
     def work(rank, sums):

@@ -22,7 +22,7 @@ FLAT = 256
 INTERPRETED = tl.constexpr(is_interpreted())
 LOWEST_FINITE, HIGHEST_FINITE = tl.constexpr(-0x7F800000), tl.constexpr(0x7F7FFFFF)
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
-COLUMNS = tl.constexpr(25)
+COLUMNS = tl.constexpr(30)
 """Numbers of a matrix in the table; their places follow, and those after an address are the strides behind it."""
 WEIGHT, UPDATE, SCORE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(6)
 VECTORS, FACTOR = tl.constexpr(11), tl.constexpr(15)
