@@ -158,6 +158,11 @@ def adapter_state(
     with ``gathered``.
     """
     keep = is_main() if keep is None else keep
+    if any(layer.group is not None for layer in inject.pst_layers(model).values()):
+        raise InputError(
+            "expert_parallel: an adapter state has whole stacks of experts, and ranks have parts of them. Inject with "
+            "expert_parallel = 1, or train with pst-ds train, whose checkpoints have the parts of all ranks"
+        )
     tensors: dict[str, Tensor] = {}
     for name, param in inject.adapter_parameters(model):
         value = zero3.fp32_masters([param])[0] if gathered is None else gathered[name].float()

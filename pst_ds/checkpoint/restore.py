@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.checkpoint.format import SCALE_BYTES, Checkpoint, CheckpointError
-from pst_ds.core.quantization import require_scales, scales_of_bytes
+from pst_ds.core.quantization import StoredGrid, require_scales, scales_of_bytes
 from pst_ds.errors import shortened
 from pst_ds.nn.inject import pst_layers, round_weights
 from pst_ds.nn.layer import PSTLayer
@@ -96,7 +96,8 @@ def model_grids(model: nn.Module) -> dict[str, tuple[int, int] | None]:
 
 def scale_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Return the shapes of all layers' scales, by name; empty without quantisation."""
-    return {n: layer.stored_grid.shape for n, layer in pst_layers(model).items() if layer.stored_grid is not None}
+    grids = {name: layer for name, layer in pst_layers(model).items() if layer.stored_grid is not None}
+    return {name: StoredGrid(layer.whole_layout, layer.stored_grid.grid).shape for name, layer in grids.items()}
 
 
 def base_fingerprint(path: str | Path) -> str:

@@ -162,9 +162,6 @@ class RunConfig(Section):
             yield f"{lead} divides pruned experts, and method = {self.method!r} prunes none. Set 1, or another method"
         if self.pst.magnitude == "activation":
             yield f'{lead} does not support pst.magnitude = "activation". Set "weight", or train.expert_parallel = 1'
-        if self.quantization.values:
-            values = self.quantization.values
-            yield f"{lead} does not support quantization.values = {values!r}. Set train.expert_parallel = 1"
 
     def _conflicts_of_solves(self) -> Iterator[str]:
         """Yield a message for each setting that does not fit masks and weights that are solved for during training."""
@@ -287,6 +284,8 @@ class RunConfig(Section):
             return None
         train = {**asdict(self.finetune), "score_learning_rate": None}
         method = train.pop("method")
+        if not METHODS[method].injects:  # nothing divides the experts then
+            train["expert_parallel"] = 1
         return RunConfig(
             output_dir=str(Path(self.output_dir) / FINETUNED),
             model=self.model,

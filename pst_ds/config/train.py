@@ -60,7 +60,7 @@ class TrainConfig(Section):
     are too long for one rank. Must divide the number of ranks and of attention heads (docs/how-to/large-models.md)."""
     expert_parallel: MayDiffer[Positive] = 1
     """Neighbouring ranks n that divide the experts of a mixture among them, so that tokens travel instead of weights.
-    Must divide the number of ranks and of experts (docs/how-to/large-models.md)."""
+    Must divide the number of ranks and of experts; a single process has all experts (docs/how-to/large-models.md)."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of the model's computations. Factors, Adam's moments and losses are always fp32."""
     score_learning_rate: Reported[Rate | None] = None
@@ -115,10 +115,15 @@ class TrainConfig(Section):
                 "the base model"
             )
 
+    def experts_divided_by(self, world_size: int) -> int:
+        """Return the number of ranks that divide the experts of a mixture; a single process has them all."""
+        return self.expert_parallel if world_size > 1 else 1
+
     def groups_of_ranks(self, world_size: int) -> int:
         """Return the number of groups of ranks that share sequences. Raises ConfigError if ranks cannot be grouped."""
-        for name in ("sequence_parallel", "expert_parallel"):
-            if world_size % (size := getattr(self, name)):
+        sizes = {"sequence_parallel": self.sequence_parallel, "expert_parallel": self.experts_divided_by(world_size)}
+        for name, size in sizes.items():
+            if world_size % size:
                 raise ConfigError(
                     f"train.{name} = {size} does not divide {world_size} ranks. Start a multiple of {size}, or set a "
                     "divisor"

@@ -172,12 +172,13 @@ class _ShardWeights:
 
 
 def _batches(weights: Sequence[_ShardWeights]) -> Iterator[list[_ShardWeights]]:
-    """Yield batches of layers, in order, within the limits; the same on every rank."""
+    """Yield batches of layers, in order, within the limits and held by the same ranks; the same on every rank."""
     batch: list[_ShardWeights] = []
     cut = scales = 0
     for own in weights:
         cut, scales = cut + own.most_cut_weights, scales + own.stored.num_scales
-        if batch and (cut > _BATCH_WEIGHTS or scales > _BATCH_SCALES):
+        is_full = cut > _BATCH_WEIGHTS or scales > _BATCH_SCALES
+        if batch and (is_full or own.layer.group is not batch[0].layer.group):
             yield batch
             batch, cut, scales = [], own.most_cut_weights, own.stored.num_scales
         batch.append(own)
@@ -215,10 +216,11 @@ def _searched(batch: list[_ShardWeights]) -> tuple[list[Tensor], list[list[float
 
 
 def _added_up(tables: list[Tensor], any_weight: nn.Parameter) -> list[Tensor]:
-    """Return the sum over ranks of tables in which each rank has filled its scales, and 0 elsewhere. Collective."""
+    """Return the sum over the ranks of a layer's tables, in which each has filled its scales. Collective."""
     if zero3.num_shards(any_weight) == 1:
         return tables
-    bits = group_sum(torch.cat([table.view(torch.int16).flatten() for table in tables]).int(), any_weight)
+    bits = torch.cat([table.view(torch.int16).flatten() for table in tables]).int()
+    bits = group_sum(bits, any_weight, owners=True)
     parts = bits.to(torch.int16).view(SCALE_DTYPE).split([table.numel() for table in tables])
     return [part.view(table.shape) for part, table in zip(parts, tables, strict=True)]
 
@@ -239,7 +241,7 @@ def _cut_group_scales(
     magnitudes = torch.zeros(total, device=device)
     for at, grouped in finite:
         magnitudes[at] = torch.maximum(magnitudes[at], grouped.abs().amax(1))
-    magnitudes = group_max(magnitudes, any_weight)
+    magnitudes = group_max(magnitudes, any_weight, owners=True)
     wholes = [whole_weights(grouped, magnitudes[at]) for at, grouped in finite]
 
     def moments(scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,7 +249,7 @@ def _cut_group_scales(
         for (at, grouped), whole in zip(finite, wholes, strict=True):
             for kind, values in zip(both, group_moments(grouped, whole, scales[at], grid), strict=True):
                 kind[at] += values
-        by_weight, by_code = group_sum(both, any_weight)
+        by_weight, by_code = group_sum(both, any_weight, owners=True)
         return by_weight, by_code
 
     return search_scales(magnitudes, moments, grid, dtype)

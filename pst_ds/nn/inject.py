@@ -67,7 +67,7 @@ def inject_pst(
         base_grid: quantisation scheme of W0, stored as int8 or int4 values with scales from now on; None for none.
         embedding_grid: the same for the frozen token embedding of a transformers model, and for its output layer.
         expert_parallel: number of neighbouring ranks that divide the experts of every stack among them. Needs
-            ``zero.Init``.
+            ``zero.Init``; only checkpoints of `pst-ds train` can hold them.
 
     Raises:
         InjectionError: a layer cannot be pruned, or a name matches none; see :func:`pst_ds.nn.targets.resolve_targets`.

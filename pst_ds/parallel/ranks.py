@@ -182,25 +182,29 @@ def _rank_sums(all_sum: Callable[[Tensor], Tensor], own: int, number: int) -> Ra
     return RankSums(all_sum, sum_of_lower_ranks)
 
 
-def _reduce(values: Tensor, param: nn.Parameter, op: dist.ReduceOp.RedOpType) -> Tensor:
-    if zero3.num_holders(param) == 1:
+def _reduce(values: Tensor, param: nn.Parameter, op: dist.ReduceOp.RedOpType, *, owners: bool) -> Tensor:
+    if (zero3.num_shards(param) if owners else zero3.num_holders(param)) == 1:
         return values
+    group = zero3.process_group(param) if owners else zero3.holders(param)
     from_host = values.device.type == "cpu"  # the device queues such a copy, so the host need not wait
     on_device = values.to(zero3.shard_of(param).values.device, non_blocking=from_host)
-    if dist.get_backend(zero3.holders(param)) == "nccl":
+    if dist.get_backend(group) == "nccl":
         on_device = on_device.cuda(non_blocking=True)
-    dist.all_reduce(on_device, op=op, group=zero3.holders(param))
+    dist.all_reduce(on_device, op=op, group=group)
     return on_device.to(values.device)
 
 
-def group_sum(values: Tensor, param: nn.Parameter) -> Tensor:
-    """Return the sum of ``values`` over the ranks that hold ``param``; unchanged if not partitioned. Collective."""
-    return _reduce(values, param, dist.ReduceOp.SUM)
+def group_sum(values: Tensor, param: nn.Parameter, *, owners: bool = False) -> Tensor:
+    """Return the sum of ``values`` over the ranks that hold ``param``; unchanged if not partitioned. Collective.
+
+    Of experts on ranks, these are all that hold some, or with ``owners`` those that hold the same.
+    """
+    return _reduce(values, param, dist.ReduceOp.SUM, owners=owners)
 
 
-def group_max(values: Tensor, param: nn.Parameter) -> Tensor:
-    """Return the maximum over the ranks that hold ``param``; unchanged if it is not partitioned. Collective."""
-    return _reduce(values, param, dist.ReduceOp.MAX)
+def group_max(values: Tensor, param: nn.Parameter, *, owners: bool = False) -> Tensor:
+    """Return the maximum over the ranks of :func:`group_sum`. Collective."""
+    return _reduce(values, param, dist.ReduceOp.MAX, owners=owners)
 
 
 def rank_sums(param: nn.Parameter) -> RankSums:

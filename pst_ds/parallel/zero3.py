@@ -192,8 +192,11 @@ def bytes_split_as(like: nn.Parameter, numel: int, own: Tensor) -> nn.Parameter:
 
 
 def own_part(like: nn.Parameter, whole: Tensor) -> Tensor:
-    """Return this rank's shard of the flat values ``whole``, (n,), when partitioned like ``like``."""
-    if (experts := expert_share(like)) is not None:
+    """Return this rank's shard of the flat values ``whole``, (n,), when partitioned like ``like``.
+
+    ``whole`` may also be the values of this rank's experts.
+    """
+    if (experts := expert_share(like)) is not None and whole.numel() != like.ds_numel:
         whole = experts.own_part(whole)
     share = -(-whole.numel() // num_shards(like))
     return whole[shard_index(like) * share :][:share]

@@ -26,7 +26,7 @@ from pst_ds.nn.sharded_weights import read_now
 from pst_ds.nn.tables.coded import coded_tables
 from pst_ds.nn.targets import modules_to_save
 from pst_ds.parallel import zero3
-from pst_ds.parallel.ranks import raise_on_all_ranks
+from pst_ds.parallel.ranks import raise_on_all_ranks, world_size
 from pst_ds.train.sequences import keep_documents_apart
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | N
             grid=grid_of_run(run),
             base_grid=frozen_grid(run, run.model.base_bits),
             embedding_grid=frozen_grid(run, run.model.embedding_bits),
-            expert_parallel=run.train.expert_parallel,
+            expert_parallel=run.train.experts_divided_by(num_shards or world_size()),
         )
     if run.mask_method.trains_everything:  # that can have a gradient
         for param in module.parameters():

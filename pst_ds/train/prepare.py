@@ -130,7 +130,7 @@ def resolved_deepspeed_config(
         run.train.gradient_clipping,
         run.train.precision == "bf16",
         num_trainable(shapes),
-        run.train.expert_parallel,
+        run.train.experts_divided_by(ranks),
         leaf_class(shapes),
     )
     return resolve_deepspeed_config(raw, numbers, source=run.deepspeed_config, run_file=run_file)

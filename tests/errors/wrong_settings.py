@@ -45,12 +45,6 @@ SETTINGS = {
     "experts on ranks without ZeRO-3": Wrong(
         setting("train.expert_parallel=2", "deepspeed_config="), "train.expert_parallel", "2", "Set deepspeed_config"
     ),
-    "experts on more ranks than there are": Wrong(
-        setting("train.expert_parallel=7", "deepspeed_config=ds_configs/zero3_cpu.json"),
-        "train.expert_parallel",
-        "7 does not divide",
-        "Start a multiple of 7",
-    ),
     "experts on ranks of a method that prunes none": Wrong(
         setting("train.expert_parallel=2", "method=dense", "deepspeed_config=ds_configs/zero3_cpu.json"),
         "train.expert_parallel",
@@ -62,12 +56,6 @@ SETTINGS = {
         "train.expert_parallel",
         'pst.magnitude = "activation"',
         'Set "weight"',
-    ),
-    "experts on ranks that are quantised": Wrong(
-        setting("train.expert_parallel=2", "quantization.values=int8", "deepspeed_config=ds_configs/zero3_cpu.json"),
-        "train.expert_parallel",
-        "quantization.values = 'int8'",
-        "Set train.expert_parallel = 1",
     ),
     "a list that is a string": Wrong(
         setting("data.text_columns=text"), "data.text_columns", "'text'", "must be a list of strings"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,8 @@ class PersonalModel:
         run, ds_config = context.run, context.ds_config
         _require_finished(run, checkpoint)
         zero3_config = ds_config if zero_stage(ds_config) == 3 else None
-        built = build_model(on_base_of(run, checkpoint), context.labels, context.tokenizer, zero3_config=zero3_config)
+        whole = replace(run, train=replace(run.train, expert_parallel=1))  # an adapter has factors of all experts
+        built = build_model(on_base_of(whole, checkpoint), context.labels, context.tokenizer, zero3_config=zero3_config)
         module, self._keep_alive = built.module, built.keep_alive
         load_into(module, checkpoint)
         freeze_scores(module)
