@@ -96,8 +96,11 @@ def model_grids(model: nn.Module) -> dict[str, tuple[int, int] | None]:
 
 def scale_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Return the shapes of all layers' scales, by name; empty without quantisation."""
-    grids = {name: layer for name, layer in pst_layers(model).items() if layer.stored_grid is not None}
-    return {name: StoredGrid(layer.whole_layout, layer.stored_grid.grid).shape for name, layer in grids.items()}
+    return {
+        name: StoredGrid(layer.whole_layout, layer.stored_grid.grid).shape
+        for name, layer in pst_layers(model).items()
+        if layer.stored_grid is not None
+    }
 
 
 def base_fingerprint(path: str | Path) -> str:
