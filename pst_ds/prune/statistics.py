@@ -32,13 +32,7 @@ Listeners = Sequence[tuple[InputGatherer, Sequence[Target]]]
 
 
 def gather(
-    replay: BlockReplay,
-    index: int,
-    linear: Listeners,
-    stacks: Listeners,
-    compute: Compute | None = None,
-    *,
-    keep_output: bool = False,
+    replay: BlockReplay, index: int, linear: Listeners, stacks: Listeners, compute: Compute | None = None
 ) -> None:
     """Run the resident block ``index``, and sum the inputs of linear layers and of stacks of experts. Collective.
 
@@ -64,7 +58,7 @@ def gather(
         for gatherer, targets in linear:
             stack.enter_context(gatherer.listening({target.name: target.module for target in targets}))
         stack.enter_context(experts.listening(places, heard))
-        replay.run(index, keep_output=keep_output, before=begin, compute=compute, after_first=settle)
+        replay.run(index, keep_output=False, before=begin, compute=compute, after_first=settle)
     for gatherer, targets in every:
         sizes = {target.name: target.layout.in_features for target in targets}
         with naming(targets[0].name if targets else ""):

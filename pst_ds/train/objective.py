@@ -59,8 +59,11 @@ class Objective:
             predicts = (labels[:, 1:] != IGNORED).any()  # the mean loss of no tokens would be NaN
             return predicts * engine(**inputs, labels=labels.masked_fill(~predicts, 0)).loss
         taught, logits = self._teach(engine, inputs), engine(**inputs).logits
-        rows, targets = predictions(logits, labels)
-        return distilled_loss(logits[rows], taught.logits[rows], targets, self._weight, self._temperature)
+        dense = taught.logits
+        if labels.dim() == 2:  # one prediction per token
+            places, labels = predicted(following(labels))
+            logits, dense = (of_tokens.flatten(0, 1)[places] for of_tokens in (logits, dense))
+        return distilled_loss(logits, dense, labels, self._weight, self._temperature)
 
     def why_all_logits(self, module: nn.Module) -> str:
         """Return why the loss of a language model needs the logits of a whole micro-batch; "" if it does not."""
@@ -118,20 +121,6 @@ class Objective:
                 return engine(**inputs)
         finally:
             engine.train()
-
-
-def predictions(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (mask of the logits that predict something, (rows,) their labels).
-
-    The mask is bool: (examples,) for one prediction per example, (examples, length) for tokens, where it selects the
-    logits whose next token is a label. The last token predicts nothing.
-    """
-    if logits.dim() == 2:
-        return torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device), labels
-    is_label = labels[:, 1:] != IGNORED
-    rows = torch.zeros(labels.shape, dtype=torch.bool, device=logits.device)
-    rows[:, :-1] = is_label
-    return rows, labels[:, 1:][is_label]
 
 
 def require_teacher(run: RunConfig, shapes: nn.Module) -> None:

@@ -16,7 +16,7 @@ from pst_ds.errors import InputError
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import bypassed, pst_layers
 from pst_ds.parallel.launch import LaunchEnvironment, launch_environment
-from pst_ds.train.objective import Objective, load_teacher, predictions
+from pst_ds.train.objective import Objective, load_teacher
 from pst_ds.train.run import build, prepare, train_prepared
 
 CAUSAL, CLASSIFY = "tests/data/causal_lm.toml", "tests/data/world_size.toml"
@@ -55,10 +55,8 @@ def test_the_model_teaches_itself_as_the_dense_one_it_was(tmp_path, weight, temp
         student = engine(**batch)
         inputs = {name: values for name, values in batch.items() if name != "labels"}
         teacher = dense(**inputs, use_cache=False)
-    rows, targets = predictions(student.logits, batch["labels"])
-    assert int(rows.sum()) == int((batch["labels"][:, 1:] != -100).sum())
-    assert torch.equal(targets, batch["labels"][:, 1:][batch["labels"][:, 1:] != -100])
-    expected = _divergence(student.logits[rows], teacher.logits[rows], temperature)
+    rows = batch["labels"][:, 1:] != -100
+    expected = _divergence(student.logits[:, :-1][rows], teacher.logits[:, :-1][rows], temperature)
     assert expected > 0.01
     assert float(loss.detach()) == pytest.approx(weight * expected + (1 - weight) * float(student.loss), rel=1e-4)
     engine.backward(loss)
@@ -78,16 +76,6 @@ def test_an_embedding_with_an_update_is_bypassed_too(tmp_path):
     assert not torch.allclose(module(input_ids=ids).logits, before)
     with bypassed(module):
         assert torch.equal(module(input_ids=ids).logits, before)
-
-
-def test_predictions_of_texts_and_of_tokens():
-    rows, targets = predictions(torch.zeros(3, 2), torch.tensor([1, 0, 1]))
-    assert rows.tolist() == [True] * 3
-    assert targets.tolist() == [1, 0, 1]
-    labels = torch.tensor([[-100, -100, 7, 8], [5, 6, -100, -100]])
-    rows, targets = predictions(torch.zeros(2, 4, 9), labels)
-    assert rows.tolist() == [[False, True, True, False], [True, False, False, False]]
-    assert targets.tolist() == [7, 8, 6]
 
 
 def _train(run_file, folder, *overrides):
