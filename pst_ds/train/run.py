@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import nn
 from pst_ds.atomic_files import write_text_atomic
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.checkpoint.restore import load_into
-from pst_ds.config.run import ConfigError, RunConfig
+from pst_ds.config.run import RunConfig
 from pst_ds.config.toml import load_run_or_folder
 from pst_ds.core.kernels.host import multiplies_bf16
 from pst_ds.data.tasks import ExampleSet
@@ -23,7 +22,7 @@ from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel.ds_config import zero_stage
 from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes, release
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, of_main, raise_on_all_ranks, world_size
+from pst_ds.parallel.ranks import barrier, is_main, of_main, raise_on_all_ranks, world_size
 from pst_ds.parallel.stop_signals import StoppedError as StoppedError
 from pst_ds.parallel.stop_signals import name_of
 from pst_ds.parallel.watchdog import watching
@@ -44,7 +43,7 @@ from pst_ds.train.one_shot.start import remark_on_shares, start_run
 from pst_ds.train.prepare import prepare as prepare
 from pst_ds.train.prepare import prepare_single as prepare_single
 from pst_ds.train.resume import RunProgress, checkpoint_to_resume, flat_table, on_base_of, restore
-from pst_ds.train.run_context import RunContext
+from pst_ds.train.run_context import RunContext, require_same_data
 from pst_ds.train.sequences import require_documents_apart, shared_sequences
 
 Splits: TypeAlias = tuple[ExampleSet, ExampleSet | None]
@@ -198,13 +197,7 @@ def load_splits(context: RunContext) -> Splits:
     run = context.run
     examples = raise_on_all_ranks(lambda: context.load("train"))
     validation = raise_on_all_ranks(lambda: context.load("validation")) if run.data.validation else None
-    ranks = all_gather_objects((examples.digest, socket.gethostname()))
-    for rank, (digest, host) in enumerate(ranks):
-        if digest != ranks[0][0]:
-            raise ConfigError(
-                f"{run.data.trained_on} differs between rank 0 ({ranks[0][1]}) and rank {rank} ({host}). Give every "
-                "host the same file."
-            )
+    require_same_data(examples.digest, run.data.trained_on)
     return examples, validation
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pst_ds.config.run import RunConfig
 from pst_ds.data.tasks import ExampleSet, Task, task_of
+from pst_ds.errors import InputError
 from pst_ds.json_text import JsonObject
 from pst_ds.parallel.launch import LaunchEnvironment
+from pst_ds.parallel.ranks import all_gather_objects
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,3 +48,14 @@ class RunContext:
             width=self.width, num_steps=self.run.num_steps(number), num_examples=number, num_labels=num_labels
         )
         return replace(self, run=run)
+
+
+def require_same_data(digest: str, what: str) -> None:
+    """Raise InputError on all ranks unless they have data of the same ``digest``. Collective. ``what``: its name."""
+    every = all_gather_objects((digest, socket.gethostname()))
+    for number, (other, host) in enumerate(every):
+        if other != every[0][0]:
+            raise InputError(
+                f"{what} differs between rank 0 ({every[0][1]}) and rank {number} ({host}). Give every host the same "
+                "file"
+            )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +24,7 @@ from pst_ds.export.plan import SHARD_BYTES, require_space
 from pst_ds.formats.safetensors_file import tensor_bytes
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.parallel.launch import device_of, launch_environment
-from pst_ds.parallel.ranks import all_gather_objects, all_ranks, raise_on_all_ranks
+from pst_ds.parallel.ranks import all_ranks, raise_on_all_ranks
 from pst_ds.prune.blocks import Batch, Calibration
 from pst_ds.prune.channels import cut_channels
 from pst_ds.prune.folder import FORMAT, record_of, require_free
@@ -34,6 +33,7 @@ from pst_ds.prune.one_shot import plan_layers, prune_files
 from pst_ds.prune.outcome import PrunedLayer
 from pst_ds.prune.whole_experts import drop_experts
 from pst_ds.train.model import attention_options, load_tokenizer
+from pst_ds.train.run_context import require_same_data
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -167,13 +167,7 @@ def digest_of_ranks(batches: Sequence[Batch], what: str) -> str:
     for name, value in (item for batch in batches for item in sorted(batch.items())):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(tensor_bytes(value.contiguous()))
-    every = all_gather_objects((digest.hexdigest(), socket.gethostname()))
-    for number, (other, host) in enumerate(every):
-        if other != every[0][0]:
-            raise InputError(
-                f"{what} differs between rank 0 ({every[0][1]}) and rank {number} ({host}). Give every host the same "
-                "file"
-            )
+    require_same_data(digest.hexdigest(), what)
     return digest.hexdigest()
 
 
