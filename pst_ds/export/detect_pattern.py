@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pst_ds.formats.rows import row_counts
 
@@ -16,14 +16,14 @@ Bits = NDArray[np.uint8]
 """(O, ceil(I/8)): a set bit for each non-zero, little-endian, padding bits zero."""
 
 
-def detect_pattern(bits: Bits, inputs: int) -> str:
-    """Return the sparsity pattern of a matrix (O, I), by its name in ``pst.pattern``.
+def detect_pattern(row_bits: Tensor, inputs: int) -> str:
+    """Return the sparsity pattern of a matrix (O, I) from its row bits, by its name in ``pst.pattern``.
 
     "dense" without pruned weights; blocks of outputs x inputs, such as "16x1", that are kept or pruned whole; "2:4" or
     another N:M for groups of 4, 8 or 16 consecutive inputs; "row" when all rows have the same number of non-zeros; else
     "unstructured". If several hold, it is the first in this order; among several N:M, the one that keeps least.
     """
-    counts = per_row(bits)
+    counts, bits = row_counts(row_bits), row_bits.numpy()
     nonzero, outputs = int(counts.sum()), bits.shape[0]
     if nonzero == outputs * inputs:
         return "dense"
@@ -32,11 +32,6 @@ def detect_pattern(bits: Bits, inputs: int) -> str:
         if found:
             return found
     return "row" if outputs > 1 and bool((counts == counts[0]).all()) else "unstructured"
-
-
-def per_row(bits: Bits) -> NDArray[np.int64]:
-    """Return the non-zeros per row, (O,)."""
-    return row_counts(torch.from_numpy(bits)).numpy()
 
 
 def _groups(bits: Bits, inputs: int, density: float) -> str:

@@ -86,5 +86,5 @@ def quantised_parts(
     except ValueError as error:
         raise ExportError(f"{output.name}: {error}") from None
     relative = float(f"{math.sqrt(changed / norm) if norm else 0.0:.4g}")
-    pattern = detect_pattern(keep.numpy(), output.matrix[1]) if output.is_linear else DENSE
+    pattern = detect_pattern(keep, output.matrix[1]) if output.is_linear else DENSE
     return list(parts.values()), int(torch.count_nonzero(codes)), pattern, max(relative, made.rounding_error)

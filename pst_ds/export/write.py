@@ -9,18 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pst_ds.core.bits import INT_OF_SIZE
 from pst_ds.core.packings import DENSE, WHOLE_ROW
-from pst_ds.export.detect_pattern import detect_pattern, per_row
+from pst_ds.export.detect_pattern import detect_pattern
 from pst_ds.export.encoding import ExportError
 from pst_ds.export.manifest import ExportedTensor, StoredPart, count_nonzero
 from pst_ds.export.plan import PlannedFile, Source, TensorJob, TensorSpec, TensorValues
 from pst_ds.export.quantization import quantised_parts
 from pst_ds.formats import FormatError, PackedFormat, QuantizedFormat, row_bits
+from pst_ds.formats.rows import row_counts
 from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, Slot, tensor_bytes, write_at
 from pst_ds.progress import Progress
 
@@ -62,8 +62,8 @@ def _written(output: TensorSpec, made: list[TensorValues], place: Places) -> Exp
         parts = [packed[name] for name in form.part_names]
         del packed
     elif output.is_linear:
-        bits = row_bits(output.as_matrix(parts[0])).numpy()
-        nonzero, pattern = int(per_row(bits).sum()), detect_pattern(bits, output.matrix[1])
+        bits = row_bits(output.as_matrix(parts[0]))
+        nonzero, pattern = int(row_counts(bits).sum()), detect_pattern(bits, output.matrix[1])
     else:
         nonzero = count_nonzero(parts[0])
     written = tuple(_written_part(n, part, *place[n]) for n, part in zip(output.part_names(), parts, strict=True))
@@ -116,4 +116,4 @@ def _count_packed(
     bits = packed.get("bitmask", keep)
     if nonzero != values.numel() or bits is None:  # some kept weights are zero
         bits = row_bits(form.unpack(packed))
-    return nonzero, detect_pattern(np.asarray(bits.numpy()), inputs)
+    return nonzero, detect_pattern(bits, inputs)

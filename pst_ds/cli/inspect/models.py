@@ -13,13 +13,14 @@ from pst_ds.core.bits import INT_OF_SIZE
 from pst_ds.core.packings import DENSE
 from pst_ds.data.tokens import store
 from pst_ds.errors import InputError
-from pst_ds.export.detect_pattern import detect_pattern, per_row
+from pst_ds.export.detect_pattern import detect_pattern
 from pst_ds.export.encoding import QUANT_METHOD, ExportError, encoding_of
 from pst_ds.export.from_folder import CONFIG_FILE
 from pst_ds.export.manifest import ExportedTensor, count_nonzero, read_manifest, read_table
 from pst_ds.export.to_folder import storage_facts
 from pst_ds.formats import row_bits
 from pst_ds.formats.base_weights import BaseWeights
+from pst_ds.formats.rows import row_counts
 from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, TensorFile
 from pst_ds.progress import Progress
 from pst_ds.prune.folder import RECORD_FILE
@@ -142,8 +143,8 @@ def model_folder(path: Path) -> Inspection:
 
 def _counted(name: str, tensor: Tensor) -> Layer:
     if tensor.dim() == 2 and tensor.is_floating_point() and tensor.element_size() in INT_OF_SIZE:
-        bits = row_bits(tensor).numpy()
-        nonzero, pattern = int(per_row(bits).sum()), detect_pattern(bits, tensor.shape[1])
+        bits = row_bits(tensor)
+        nonzero, pattern = int(row_counts(bits).sum()), detect_pattern(bits, tensor.shape[1])
     else:
         nonzero, pattern = count_nonzero(tensor), ""
     zeros = tensor.numel() - nonzero
