@@ -117,7 +117,7 @@ def backward(
     tiles = plan_tiles(state.layout, x.element_size(), tile_bytes, device_type=x.device.type)
     x, grad_y = x.contiguous(), grad_y.contiguous()
     high = torch.promote_types(x.dtype, torch.float32)
-    factors = _with_ones(state) if state.scores_train else Factors(U=state.factors.U, V=state.factors.V)
+    factors = factors_with_ones(state) if state.scores_train else Factors(U=state.factors.U, V=state.factors.V)
     sums = Factors(**{n: torch.zeros_like(f, dtype=high) for n in "ABUV" if (f := getattr(factors, n)) is not None})
     grads = Gradients()
     if need_bias:
@@ -126,14 +126,19 @@ def backward(
         grads.weight = torch.empty(state.layout.shape, dtype=state.weight.dtype, device=state.weight.device)
     if need_x:  # accumulate the sum over tiles in a wider dtype
         grads.x = torch.zeros_like(x, dtype=high) if tiles.cut_outputs else torch.empty_like(x)
-    mask = None
-    if not need_weight and x.dtype == state.weight.dtype:
-        mask = kernel_mask(state.weight, state.bits, state.layout.shape, state.num_shards)
+    mask = None if need_weight else mask_for_kernels(x, state)
     work = _Work(x, grad_y, state, factors, sums, grads, tiles, mask)
     for rect in tiles.rects:
         _tile_backward(work, rect)
-    _finish_factors(sums, state, grads)
+    finish_factors(sums, state, grads)
     return grads
+
+
+def mask_for_kernels(x: Tensor, state: LayerState) -> MaskBits | None:
+    """Return the mask for the kernels of the backward pass, or None if they do not support the layer."""
+    if x.dtype != state.weight.dtype:
+        return None
+    return kernel_mask(state.weight, state.bits, state.layout.shape, state.num_shards)
 
 
 @dataclass
@@ -144,7 +149,7 @@ class _Work:
     grad_y: Tensor
     state: LayerState
     factors: Factors
-    """With a column of ones, see :func:`_with_ones`. Without A and B if scores do not train."""
+    """With a column of ones, see :func:`factors_with_ones`. Without A and B if scores do not train."""
     sums: Factors
     grads: Gradients
     tiles: Tiles
@@ -252,7 +257,7 @@ def _and(values: Tensor, mask: Tensor, out: Tensor) -> None:
     torch.bitwise_and(values.view(mask.dtype), mask, out=out.view(mask.dtype))
 
 
-def _with_ones(state: LayerState) -> Factors:
+def factors_with_ones(state: LayerState) -> Factors:
     """Return the factors with A and B of rank k + 1: the gradients of [A | 1] and [B; 1] contain dR and dC.
 
     dS is thus read twice instead of four times. Without R and C, A and B stay unchanged. On a GPU, zeros follow up to a
@@ -271,7 +276,7 @@ def _with_ones(state: LayerState) -> Factors:
     return Factors(A=A, B=B, U=own.U, V=own.V, norms=own.norms)
 
 
-def _finish_factors(sums: Factors, state: LayerState, grads: Gradients) -> None:
+def finish_factors(sums: Factors, state: LayerState, grads: Gradients) -> None:
     """Set the gradients of the factors from the sums over tiles. They are zero for scores that do not train."""
     own, constants = state.factors, state.constants
     if sums.U is not None and sums.V is not None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 IMPLEMENTATION = "pst"
 """Name under which :func:`experts_forward` is registered with transformers."""
 _CONFIG_BEFORE = "pst_config_before"
+_MOST_TERMS = 64
 Hear = Callable[[str, Tensor, Routing, bool], None]
 """Called with the name of a stack, its inputs, their routing, and whether they are (N, I), not sorted (N*k, I)."""
 
@@ -42,8 +43,19 @@ class PSTExpertStack(PSTLayer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.tokens_seen = torch.zeros(self.layout.num_experts, dtype=torch.int64, device="cpu")
+        self._ends_seen = [torch.zeros(self.layout.num_experts, dtype=torch.int64, device="cpu")]
+        """Terms of the sum of :attr:`Routing.ends`. Adding each at once would be a launch."""
+
+    @property
+    def tokens_seen(self) -> Tensor:
         """Tokens that trained each expert of this rank in this process; recomputed forward passes do not count."""
+        ends = self._sum_ends()
+        return ends.diff(prepend=ends.new_zeros(1))
+
+    def _sum_ends(self) -> Tensor:
+        ends = torch.stack([ends.to(self._ends_seen[-1].device) for ends in self._ends_seen]).sum(0)
+        self._ends_seen = [ends]
+        return ends
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -60,7 +72,9 @@ class PSTExpertStack(PSTLayer):
             return _product(x, dense, routing, by_token)
         self.was_called = True
         if self.training and not in_backward_pass():
-            self.tokens_seen += torch.tensor(routing.counts)
+            self._ends_seen.append(routing.ends)
+            if len(self._ends_seen) > _MOST_TERMS:
+                self._sum_ends()
         self.keep_if_recomputed()
         weight, factors = self.trained()
         return _product(x, self, routing, by_token, weight, *factors)
@@ -199,8 +213,7 @@ def of_routing(
     outer = outputs(hidden, routing) if group is None else group.at_experts(hidden, routing, outputs)
     if after is not None:
         after(outer)
-    weighted = outer * weights.reshape(-1)[routing.order].unsqueeze(-1)
-    return routing.summed(weighted).to(hidden.dtype)
+    return routing.combined(outer, weights).to(hidden.dtype)
 
 
 def switch_on(modules: Iterable[ExpertsModule]) -> None:

@@ -265,13 +265,14 @@ class InputGatherer:
 
         ``inputs``: (N, I) ``by_token``, or (N*k, I) sorted by expert.
         """
-        number = len(routing.counts)
+        number = len(routing.ends)
         chosen, sums = self.experts or range(number), self.sums.setdefault(name, InputSum())
         sums.expert_tokens = sums.expert_tokens or [0] * number
         if sums.settled_by is None:
             sums.bound = max(sums.bound, float(next(squares(inputs)).amax()))
+        real = None if self._tokens is None else self._tokens.to(inputs.device)[routing.tokens]
         for expert, rows in routing.runs():
-            is_real = None if self._tokens is None else self._tokens.to(inputs.device)[routing.tokens[rows]]
+            is_real = None if real is None else real[rows]
             count = rows.stop - rows.start if is_real is None else int(is_real.sum())
             sums.expert_tokens[expert] += count
             if not count or expert not in chosen:

@@ -73,11 +73,11 @@ class ExpertGroup(ExpertShare):
         ``hidden``: (N, H). ``home``: its experts among those of all ranks. Collective, also in the backward pass; the
         host waits for the numbers of tokens.
         """
-        counts = torch.tensor(home.counts, device=hidden.device).view(self.degree, -1)
+        counts = home.tokens_of_experts.view(self.degree, -1)
         arriving = _all_to_all(counts, [1] * self.degree, [1] * self.degree, self.ranks)
         number = counts.shape[1]
         expert = torch.arange(number, device=hidden.device).repeat(self.degree).repeat_interleave(arriving.flatten())
-        gates = home.gates.new_ones(len(expert))  # gates are applied at home
+        gates = home.weights.new_ones(len(expert), 1)  # gates are applied at home
         sent, received = torch.stack([counts, arriving]).sum(2).tolist()
         trip = _Trip(home, Routing.of(expert.unsqueeze(1), gates, number), sent, received, self.ranks)
         return _Return.apply(compute(_Leave.apply(hidden, trip), trip.away), trip)

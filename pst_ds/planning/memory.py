@@ -72,7 +72,9 @@ class ModuleNumbers:
     bands: int = 0
     """Bands of rows in a pruned layer's backward pass; 0 for another."""
     experts: int = 1
-    """Experts of a pruned stack, each of which is multiplied by itself."""
+    """Experts of a pruned stack, each of which is multiplied by itself unless there are ``groups``."""
+    groups: int = 0
+    """Groups of experts whose gradients kernels compute together, in a stack that is multiplied as a whole."""
     by_kernels: bool = True
     """Whether Triton kernels can compute a pruned layer; without, torch's operators do."""
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 from torch import nn
 
 from pst_ds.core.coded_weight import slice_numel
+from pst_ds.core.experts.grouped import experts_at_once, merges
 from pst_ds.core.kernels.triton.merge import supports
 from pst_ds.core.layout import row_tiles
 from pst_ds.core.tiles import plan_tiles
@@ -132,16 +133,21 @@ def _module_numbers(module: nn.Module, device: str) -> ModuleNumbers:
     by_dtype: Counter[object] = Counter()
     for param in params:
         by_dtype[param.dtype] += zero3.full_numel(param) * param.element_size()
-    work, bands, by_kernels, experts = 0, 0, True, 1
+    work, bands, by_kernels, experts, groups = 0, 0, True, 1, 0
     if isinstance(module, PSTLayer):
         by_kernels, experts = _by_kernels(module), module.layout.num_experts
         work = layer_work_bytes(module.layout.expert, module.dtype.itemsize, module.tile_bytes, device)
         bands = _num_bands(module, device)
+        if experts > 1 and merges(module.layout, module.dtype, device):
+            at_once = experts_at_once(module.layout, module.dtype.itemsize, module.tile_bytes) if by_kernels else 0
+            groups = -(-experts // at_once) if by_kernels else 0
+            whole = module.layout.numel + 2 * at_once * module.layout.expert.numel
+            work = max(work, module.dtype.itemsize * whole)
     elif isinstance(module, CodedOutput):
         work = slice_numel(*module.shape, device) * module.dtype.itemsize
     numel, sizes = sum(map(zero3.full_numel, params)), by_dtype.values()
     gathers = sum(sizes), max(sizes, default=0)
-    return ModuleNumbers(numel, *gathers, work, bands=bands, experts=experts, by_kernels=by_kernels)
+    return ModuleNumbers(numel, *gathers, work, bands=bands, experts=experts, groups=groups, by_kernels=by_kernels)
 
 
 def _by_kernels(layer: PSTLayer) -> bool:

@@ -264,8 +264,10 @@ def time_plan(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Ma
         moved += matrices.numel * matrices.count * (counts.merge_bytes * again + counts.backward_bytes)
     for layers in (module for module in model.modules if module.bands):
         counts = _counts(machine, layers)
-        each = (counts.forward_launches * again + counts.layer_launches) * layers.experts
-        launches += (each + counts.band_launches * layers.bands) * layers.count
+        together = layers.groups and machine.code == "triton"
+        number, bands = (1, layers.groups) if together else (layers.experts, layers.bands)
+        each = (counts.forward_launches * again + counts.layer_launches) * number
+        launches += (each + counts.band_launches * bands) * layers.count
     in_step, in_update = step_traffic(model, zero, batch), update_traffic(model, zero)
     step = _step_seconds(model, zero, batch, machine, in_step, step_flops(model, batch), moved, launches)
     update_compute = _update_seconds(model, zero, machine)

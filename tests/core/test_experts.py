@@ -37,10 +37,10 @@ def make_state(layout: WeightLayout, num_shards: int = 1, **changed) -> LayerSta
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    outputs, matrices = layout.out_features, layout.num_matrices
+    outputs, inputs, matrices = layout.out_features, layout.in_features, layout.num_matrices
     factors = Factors(
-        A=normal(outputs, RANK), B=normal(matrices * RANK, INPUTS), R=normal(outputs), C=normal(matrices, INPUTS),
-        U=normal(outputs, RANK), V=normal(matrices * RANK, INPUTS), norms=normal(EXPERTS * INPUTS).abs(),
+        A=normal(outputs, RANK), B=normal(matrices * RANK, inputs), R=normal(outputs), C=normal(matrices, inputs),
+        U=normal(outputs, RANK), V=normal(matrices * RANK, inputs), norms=normal(EXPERTS * inputs).abs(),
     )  # fmt: skip
     keep = torch.rand(layout.numel, generator=generator) > 0.5
     state = LayerState(

@@ -8,7 +8,7 @@ from torch import nn
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.head_loss import head_loss
-from pst_ds.core.masked_linear import _with_ones
+from pst_ds.core.masked_linear import factors_with_ones
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst
 from pst_ds.nn.language_head import language_head
@@ -102,6 +102,6 @@ def test_the_operators_of_a_traced_model_are_those_that_run():
 def test_products_with_factors_have_rows_of_whole_16_bytes():
     with pretended():
         (layer,) = layers(1)
-        factors = _with_ones(layer.state())
+        factors = factors_with_ones(layer.state())
     assert factors.A.shape == (OUT, 16)  # rank 8, the ones and zeros
     assert factors.B.shape == (16, IN)

@@ -43,8 +43,8 @@ def test_what_is_made_of_a_gradient_is_one_pass(capability, aligned):
     outputs = ("merged", "scores", "updates")
     types = {**MERGED, **dict.fromkeys((f"{name}_ptr" for name in ("grad", *outputs)), "*bf16"), "factor": "fp32"}
     types |= dict.fromkeys((f"{name}_row" for name in ("grad", *outputs)), "i32")
-    constants = {**CONSTANTS, **tile, "ALIGNED": aligned, "HAS_MAGNITUDE": True, "norm_step": 0}
-    constants |= dict.fromkeys(("row_norms", "col_norms", "factors_ptr"))
+    constants = {**CONSTANTS, **tile, "ALIGNED": aligned, "HAS_MAGNITUDE": True, "norm_step": 0, "first_expert": 0}
+    constants |= dict.fromkeys(("row_norms", "col_norms", "factors_ptr", "ends_ptr"))
     found = compiled(kernels.gradients, types, constants, capability, loose=LOOSE, fuse=True)
     assert found.spilled_bytes == 0
     assert found.registers <= 128

@@ -12,9 +12,10 @@ from pst_ds.core.layout import WeightLayout
 from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.inject import inject_pst
 from pst_ds.planning.activations import trace_micro_batch
+from pst_ds.planning.machines import MACHINES
 from pst_ds.planning.memory import ZeroSettings, layer_work_bytes, mask_update_bytes
 from pst_ds.planning.shapes import model_numbers
-from pst_ds.planning.time import Batch, step_flops, update_traffic
+from pst_ds.planning.time import Batch, step_flops, time_plan, update_traffic
 
 WIDTH, INNER, EXPERTS, PER_TOKEN, BLOCKS = 64, 24, 16, 4, 2
 SHAPE = {
@@ -73,6 +74,20 @@ def test_one_stack_is_gathered_at_a_time_and_one_expert_merged():
         work, layer_work_bytes(model.model.layers[0].self_attn.q_proj.layout, 2)
     )
     assert work < 2 * stack.layout.numel * 2 / EXPERTS * 8
+
+
+def test_on_a_gpu_a_stack_of_bf16_is_merged_as_a_whole_and_launches_do_not_grow_with_the_experts():
+    plans = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = _qwen3().to(dtype)
+        numbers = model_numbers(model, device="cuda")
+        stack = model.model.layers[0].mlp.experts.gate_up_proj.layout
+        (module,) = [m for m in numbers.modules if m.experts > 1 and m.numel > stack.numel]
+        assert module.groups == (dtype == torch.bfloat16)
+        plans[dtype] = module, time_plan(numbers, ZeroSettings(stage=3), Batch(1000, 100), MACHINES["h100"])
+    (_, slow), (module, fast) = plans.values()
+    assert module.work_bytes >= 3 * 2 * stack.numel  # M . W or G, dS and dW
+    assert EXPERTS * fast.step_launching > slow.step_launching > 2 * fast.step_launching
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -57,6 +57,7 @@ def _measured(stack: PSTExpertStack, tokens: int, repeats: int) -> dict[str, flo
     layout = stack.layout
     index = torch.arange(layout.num_experts).repeat(tokens).unsqueeze(1)
     routing = Routing.of(index, torch.ones(len(index), 1), layout.num_experts)
+    tokens_of = routing.tokens
     x = torch.randn(len(index), layout.in_features, dtype=stack.dtype)
     grad_y = torch.randn(len(index), layout.expert.out_features, dtype=stack.dtype)
     assert stack.weight is not None
@@ -69,18 +70,18 @@ def _measured(stack: PSTExpertStack, tokens: int, repeats: int) -> dict[str, flo
         return stack.gradients(x, grad_y, routing, True, need_x=True, need_weight=False)
 
     def dense() -> Tensor:
-        return torch.cat([x[routing.tokens[rows]] @ trained[expert].t() for expert, rows in routing.runs()])
+        return torch.cat([x[tokens_of[rows]] @ trained[expert].t() for expert, rows in routing.runs()])
 
     def dense_backward() -> object:
         grad_x, grad = torch.empty_like(x), torch.zeros_like(trained)
         for expert, rows in routing.runs():
-            torch.mm(grad_y[rows].t(), x[routing.tokens[rows]], out=grad[expert])
-            grad_x[routing.tokens[rows]] = grad_y[rows] @ trained[expert]
+            torch.mm(grad_y[rows].t(), x[tokens_of[rows]], out=grad[expert])
+            grad_x[tokens_of[rows]] = grad_y[rows] @ trained[expert]
         return grad_x, grad
 
     with torch.enable_grad():
         given = x.clone().requires_grad_()
-        graph = torch.cat([given[routing.tokens[rows]] @ trained[expert].t() for expert, rows in routing.runs()])
+        graph = torch.cat([given[tokens_of[rows]] @ trained[expert].t() for expert, rows in routing.runs()])
 
     def autograd_backward() -> object:
         return torch.autograd.grad(graph, (given, trained), grad_y, retain_graph=True)

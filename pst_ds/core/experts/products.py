@@ -1,7 +1,8 @@
-"""y = x (M . W)' with the experts of a stack, and its gradient, for one expert after another that has tokens.
+"""y = x (M . W)' with the experts of a stack, and its gradient.
 
-Merged weights and the buffers of the backward pass belong to one expert at a time. Only gradients of weights that are
-trained in full have the size of the stack. Gradients are zero for experts without a token.
+On a GPU, a product is one of all experts (:mod:`pst_ds.core.experts.grouped`). Elsewhere, merged weights and buffers of
+the backward pass belong to one expert at a time; only gradients of weights that are trained in full have the size of
+the stack. Gradients are zero for experts without a token.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.core import masked_linear
+from pst_ds.core.experts import grouped
 from pst_ds.core.experts.routing import Routing
 from pst_ds.core.masked_linear import Gradients, LayerState
 
@@ -19,7 +21,11 @@ def forward(x: Tensor, state: LayerState, routing: Routing, *, by_token: bool) -
 
     ``x``: (N, I) if ``by_token``, or (N*k, I) in the order of the experts. ``state``: of the whole stack.
     """
-    y = x.new_empty(routing.order.numel(), state.layout.expert.out_features)
+    one, transposed = state.layout.expert, state.layout.transposed
+    if grouped.merges(state.layout, state.weight.dtype, x.device.type):
+        stack = state.masked_weight().view(-1, *one.shape)
+        return dense_forward(x, stack, routing, by_token=by_token, transposed=transposed)
+    y = x.new_empty(routing.order.numel(), one.out_features)
     for expert, rows in routing.runs():
         masked_linear.forward_into(y[rows], routing.rows_of(x, rows, by_token), state.expert(expert))
     return y
@@ -28,6 +34,8 @@ def forward(x: Tensor, state: LayerState, routing: Routing, *, by_token: bool) -
 def dense_forward(x: Tensor, stack: Tensor, routing: Routing, *, by_token: bool, transposed: bool) -> Tensor:
     """Return the same with an unmasked ``stack``: (E, O, I), or (E, I, O) if ``transposed``."""
     by_input = stack if transposed else stack.transpose(1, 2)
+    if grouped.serves(x, stack.dtype, by_input.shape[1:]):
+        return grouped.product(routing.sorted_rows(x) if by_token else x, by_input, routing)
     y = x.new_empty(routing.order.numel(), by_input.shape[2])
     for expert, rows in routing.runs():
         torch.mm(routing.rows_of(x, rows, by_token), by_input[expert], out=y[rows])
@@ -50,6 +58,13 @@ def backward(
     The gradient of x has its shape. The others cover the whole stack and are zero for experts without a token.
     """
     layout, grads = state.layout, Gradients()
+    mask = None if need_weight or not len(x) else masked_linear.mask_for_kernels(x, state)
+    if mask is not None and grouped.merges(layout, x.dtype, x.device.type):
+        sorted_x = routing.sorted_rows(x) if by_token else x
+        grads = grouped.backward(sorted_x, grad_y, state, routing, mask, need_x=need_x, tile_bytes=tile_bytes)
+        if grads.x is not None and by_token:
+            grads.x = routing.summed(grads.x)
+        return grads
     if need_x:
         grads.x = grad_y.new_empty(grad_y.shape[0], layout.in_features)
     whole = _zeros(state, need_weight=need_weight)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 ELEMENTS_AT_A_TIME = {"cpu": 1 << 19}
 """Numbers that :meth:`Routing.summed` reorders in one step; 2**24 on other devices."""
+_kept_numbers: dict[torch.device, Tensor] = {}
 
 
 class Routing(NamedTuple):
@@ -18,43 +19,75 @@ class Routing(NamedTuple):
 
     order: Tensor
     """(N*k,) int64: indices of the (token, expert) pairs, counted token by token, sorted by expert."""
-    tokens: Tensor
-    """(N*k,) int64: token of each of them."""
+    places: Tensor
+    """(N, k) int64: the inverse, which row in this order each pair has."""
     experts: Tensor
-    """(N*k,) int64: expert of each of them, increasing."""
-    gates: Tensor
-    """(N*k,): router weight of each of them, without its gradient."""
-    counts: list[int]
-    """Tokens per expert, for all E experts."""
-    per_token: int
-    """Experts per token (k)."""
+    """(N*k,) int64: expert of each row, increasing."""
+    weights: Tensor
+    """(N, k): router weights, without their gradient."""
+    ends: Tensor
+    """(E,) int32: the row behind the last of each expert."""
+    counts: list[int] | None
+    """Tokens per expert, where the host knows them: on the CPU."""
 
     @classmethod
-    def of(cls, index: Tensor, gates: Tensor, num_experts: int, *, even: bool = False) -> Routing:
-        """Sort the pairs of ``index`` (N, k), the experts of each token, and their ``gates``.
+    def of(cls, index: Tensor, weights: Tensor, num_experts: int, *, even: bool = False) -> Routing:
+        """Sort the pairs of ``index`` (N, k), the experts of each token, with their router ``weights``.
 
-        The host waits for the counts. With ``even`` they are as equal as possible instead, without reading ``index``.
+        The host does not wait for another device. With ``even``, ``counts`` are as equal as possible instead, without
+        reading ``index``.
         """
         experts, order = torch.sort(index.reshape(-1), stable=True)
+        ends = torch.searchsorted(experts, _numbers(num_experts, index.device), right=True, out_int32=True)
+        rows = _numbers(order.numel(), index.device)
+        places = torch.empty_like(order).scatter_(0, order, rows).view(index.shape)
+        counts = None
         if even:
             borders = [expert * len(order) // num_experts for expert in range(num_experts + 1)]
             counts = [stop - start for start, stop in pairwise(borders)]
-        else:
-            counts = torch.bincount(experts, minlength=num_experts).tolist()
-        per_token = index.shape[-1]
-        return cls(order, order // per_token, experts, gates.detach().reshape(-1)[order], counts, per_token)
+        elif index.device.type == "cpu":
+            counts = _counts(ends).tolist()
+        return cls(order, places, experts, weights.detach(), ends, counts)
+
+    @property
+    def tokens(self) -> Tensor:
+        """(N*k,) int64: token of each row."""
+        return self.order // self.places.shape[1]
+
+    @property
+    def tokens_of_experts(self) -> Tensor:
+        """(E,) int32: tokens of each expert."""
+        return _counts(self.ends)
+
+    @property
+    def gates(self) -> Tensor:
+        """(N*k,): router weight of each row."""
+        return self.weights.reshape(-1)[self.order]
 
     def runs(self) -> Iterator[tuple[int, slice]]:
-        """Yield each expert that has tokens, and the rows of its pairs."""
+        """Yield each expert that has tokens, and the rows of its pairs. The host waits for a device other than CPUs."""
         start = 0
-        for expert, count in enumerate(self.counts):
+        for expert, count in enumerate(_counts(self.ends).tolist() if self.counts is None else self.counts):
             if count:
                 yield expert, slice(start, start + count)
             start += count
 
     def rows_of(self, x: Tensor, rows: slice, by_token: bool) -> Tensor:
         """Return rows of ``x``, which is (N, width) if ``by_token``, or (N*k, width) in the order of the experts."""
-        return x[self.tokens[rows]] if by_token else x[rows]
+        return x[self.order[rows] // self.places.shape[1]] if by_token else x[rows]
+
+    def sorted_rows(self, x: Tensor) -> Tensor:
+        """Return (N*k, width) in the order of the experts from ``x`` (N, width), without gradient."""
+        out = x.new_empty(self.order.numel(), x.shape[1])
+        out[self.places] = x.unsqueeze(1)
+        return out
+
+    def combined(self, values: Tensor, weights: Tensor) -> Tensor:
+        """Sum ``values`` times ``weights`` (N, k) over the k experts of each token, see :meth:`summed`."""
+        if values.device.type == "cpu":
+            return self.summed(values * weights.reshape(-1)[self.order].unsqueeze(-1))
+        by_pair = values.index_select(0, self.places.view(-1)).view(*self.places.shape, -1)
+        return torch.bmm(weights.to(values.dtype).unsqueeze(1), by_pair).squeeze(1)
 
     def summed(self, values: Tensor) -> Tensor:
         """Sum over the k experts of each token: (N*k, width) in the order of the experts to (N, width).
@@ -62,13 +95,26 @@ class Routing(NamedTuple):
         The k terms are added in the order of the router's choice: bit-identical every time. Without a gradient,
         ``values`` are reordered in parts.
         """
-        places = torch.arange(self.order.numel(), device=self.order.device)
-        by_pair = torch.empty_like(places).scatter_(0, self.order, places).view(-1, self.per_token)
         # the gradient of each part would be as large as all values
         if torch.is_grad_enabled() and values.requires_grad:
-            return values[by_pair].sum(1)
-        out = values.new_empty(len(by_pair), values.shape[-1])
-        step = max(1, ELEMENTS_AT_A_TIME.get(values.device.type, 1 << 24) // (self.per_token * values.shape[-1]))
-        for start in range(0, len(by_pair), step):
-            torch.sum(values[by_pair[start : start + step]], 1, out=out[start : start + step])
+            return values[self.places].sum(1)
+        out = values.new_empty(len(self.places), values.shape[-1])
+        step = max(1, ELEMENTS_AT_A_TIME.get(values.device.type, 1 << 24) // (self.places.shape[1] * values.shape[-1]))
+        for start in range(0, len(out), step):
+            torch.sum(values[self.places[start : start + step]], 1, out=out[start : start + step])
         return out
+
+
+def _numbers(count: int, device: torch.device) -> Tensor:
+    """Return 0, 1, ..., ``count`` - 1, kept on an accelerator for the next layers. Do not modify them."""
+    kept = _kept_numbers.get(device)
+    if kept is None or len(kept) < count:
+        with torch.inference_mode(False):
+            kept = torch.arange(count, device=device)
+        if device.type not in ("cpu", "meta"):  # tensors of a trace have these
+            _kept_numbers[device] = kept
+    return kept[:count]
+
+
+def _counts(ends: Tensor) -> Tensor:
+    return ends.diff(prepend=ends.new_zeros(1))

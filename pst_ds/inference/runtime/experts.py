@@ -77,20 +77,20 @@ class SparseExperts(SparseLinear):
         if not self._is_checked:
             self._refuse_unchecked()
         x = self._accepted(x, self.dtype)
-        runs, values, num_pairs = list(routing.runs()), getattr(self, self.format.values_name), routing.order.numel()
+        values, num_pairs = getattr(self, self.format.values_name), routing.order.numel()
         needs_gradient = x.requires_grad and torch.is_grad_enabled()
         in_one_launch = self.format.name != "csr" and not needs_gradient and gpu.multiplies(x, values)
         if num_pairs <= FEW_PAIRS and not in_one_launch and not needs_gradient and self._is_native(x, values):
             x = x[routing.tokens] if by_token else x
             parts = values.view(-1), self.bitmask, self.expert_offsets
-            return native.bitmask_experts(x, *parts, self._starts, runs, native.best_level())
+            return native.bitmask_experts(x, *parts, self._starts, list(routing.runs()), native.best_level())
         y = x.new_empty(num_pairs, self.rows_of_expert)
-        if in_one_launch and num_pairs <= gpu.MOST_WALKED * len(runs):
+        if in_one_launch and num_pairs <= gpu.MOST_WALKED * min(num_pairs, self.num_experts):
             scales, bits = self._buffers.get("scales"), self._buffers.get("bitmask")
             weight = gpu.PackedWeight(values, bits, self.row_offsets, scales)
             gpu.packed_experts(x[routing.tokens] if by_token else x, weight, routing.experts, y)
             return y
-        for expert, rows in runs:
+        for expert, rows in routing.runs():
             y[rows] = self.product(expert, routing.rows_of(x, rows, by_token))
         return y
 

@@ -34,7 +34,7 @@ def _routed(dtype=torch.float32):
 
 
 def _expected(stack, x, routing, *, by_token):
-    rows = x[routing.order // routing.per_token] if by_token else x
+    rows = x[routing.tokens] if by_token else x
     return torch.stack([stack[expert] @ row for expert, row in zip(routing.experts.tolist(), rows, strict=True)])
 
 

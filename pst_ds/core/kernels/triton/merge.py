@@ -97,7 +97,8 @@ def merge_layer(weight: Tensor, mask: MaskBits, layout: WeightLayout, factors: F
     weight = weight.contiguous()
     matrices, matrix = Matrices.of_experts(layout, range(layout.num_experts)), layout.matrices()[0]
     tile, merged = tile_factors(factors, layout, matrix, matrix.rect), torch.empty_like(weight)
-    grid, arguments, shapes = _merged(weight, mask, matrices, tile, constants, (kernels.TILE_ROWS, kernels.TILE_COLS))
+    block = kernels.TILE_ROWS, kernels.TILE_COLS
+    grid, arguments, shapes = _merged(weight, mask, matrices, tile, constants, block, matrices.count > 1)
     launch(kernels.merge, grid, *arguments, merged, merged.stride(0), fuse=True, **shapes)
     return merged
 
@@ -113,31 +114,40 @@ def gradients_into(
     tile: TileFactors,
     constants: Constants,
     factor: float | Tensor,
+    ends: Tensor | None = None,
 ) -> None:
     """Write M . W to ``merged``, G . W to ``scores`` and G . M + ``factor`` G . |W| . 1 n' to ``updates``.
 
     All have contiguous rows. ``merged``, ``weight`` and ``grad`` have the matrices in storage order;
     ``scores`` and ``updates`` have one matrix below the other. ``tile``: factors of the first matrix, those of the
-    next follow in memory. ``factor``: 0.0 if |W| has no gradient, or fp32 per matrix.
+    next follow in memory. ``factor``: 0.0 if |W| has no gradient, or fp32 per matrix. ``ends``: int32, of the rows of
+    all experts of a stack; G counts as 0 for experts without rows.
     """
     from pst_ds.core.kernels.triton import merge_kernels as kernels
 
     grid, arguments, shapes = _merged(
-        weight, mask, matrices, tile, constants, (kernels.GRADIENT_ROWS, kernels.GRADIENT_COLS)
+        weight, mask, matrices, tile, constants, (kernels.GRADIENT_ROWS, kernels.GRADIENT_COLS), ends is not None
     )
+    first_expert = 0 if ends is None else matrices.first // matrices.expert_step
     norms = [n if n is None else n.float().contiguous() for n in (tile.row_norms, tile.col_norms)]
     norm_step = next((n.numel() for n in norms if n is not None), 0)
     alike, each = (0.0, factor) if isinstance(factor, Tensor) else (factor, None)
     outputs = (part for out in (merged, scores, updates) for part in (out, 0 if out is None else out.stride(0)))
     shapes |= {"HAS_MAGNITUDE": each is not None or alike != 0.0}
     launch(
-        kernels.gradients, grid, *arguments, grad, grad.stride(0), *norms, norm_step, alike, each, *outputs, fuse=True,
-        **shapes,
+        kernels.gradients, grid, *arguments, grad, grad.stride(0), *norms, norm_step, alike, each, ends, first_expert,
+        *outputs, fuse=True, **shapes,
     )  # fmt: skip
 
 
 def _merged(
-    weight: Tensor, mask: MaskBits, matrices: Matrices, tile: TileFactors, constants: Constants, block: tuple[int, int]
+    weight: Tensor,
+    mask: MaskBits,
+    matrices: Matrices,
+    tile: TileFactors,
+    constants: Constants,
+    block: tuple[int, int],
+    has_many: bool,
 ) -> tuple[tuple[int, int, int], list[object], dict[str, int]]:
     """Return the grid, the kernels' arguments for the merged weight, and their constants."""
     from pst_ds.core.kernels.triton import merge_kernels as kernels
@@ -148,12 +158,12 @@ def _merged(
     per_shard = mask.per_shard if mask.pad else _MOST_PER_SHARD
     arguments: list[object] = [weight, weight.stride(0), *m.shape, mask.bits, m.first, mask.width]
     arguments += [per_shard, mask.pad, mask.bits.numel()]
-    steps: list[object] = [m.parts, m.expert_step, m.part_step] if m.count > 1 else [None] * 3
+    steps: list[object] = [m.parts, m.expert_step, m.part_step] if has_many else [None] * 3
     aligned = mask.is_aligned and all(at % 8 == 0 for at in (m.first, m.expert_step, m.part_step))
     shapes: dict[str, int] = {"ALIGNED": aligned, "RANK": 0, "ROWS": block[0], "COLS": block[1]}
     if left is None or right is None:
         return grid, [*arguments, None, 0, 0, None, 0, 0, 0.0, 0, *steps, None, None], shapes
     rank = right.shape[0]
     arguments += [left, *left.stride(), right, *right.stride(), constants.beta, rank]
-    arguments += [*steps, *([left.numel(), right.numel()] if m.count > 1 else [None, None])]
+    arguments += [*steps, *([left.numel(), right.numel()] if has_many else [None, None])]
     return grid, arguments, shapes | {"RANK": max(kernels.LEAST_RANK, 1 << (rank - 1).bit_length())}

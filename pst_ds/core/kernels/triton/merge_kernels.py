@@ -119,7 +119,7 @@ def merge(
 def gradients(
     weight_ptr, weight_row, rows, cols, bits, first, width, per_shard, pad, num_bytes, left, left_row, left_rank,
     right, right_rank, right_col, beta, rank, parts, expert_step, part_step, left_step, right_step,
-    grad_ptr, grad_row, row_norms, col_norms, norm_step, factor, factors_ptr,
+    grad_ptr, grad_row, row_norms, col_norms, norm_step, factor, factors_ptr, ends_ptr, first_expert,
     merged_ptr, merged_row, scores_ptr, scores_row, updates_ptr, updates_row,
     ALIGNED: tl.constexpr, RANK: tl.constexpr, HAS_MAGNITUDE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -127,7 +127,8 @@ def gradients(
     """Per tile of G = dL/d(M . W): M . W, dS = G . W, and dW = G . M + G . |W| . factor.
 
     ``scores_ptr`` (dS) and ``updates_ptr`` (dW) may be None; they hold one matrix after another, while the others are
-    laid out like the weight. ``merged_ptr`` may be ``weight_ptr``. ``factors_ptr``: a factor per matrix, or None.
+    laid out like the weight. ``merged_ptr`` may be ``weight_ptr`` or ``grad_ptr``. ``factors_ptr``: a factor for each
+    matrix, or None. ``ends_ptr``: ends of the rows of all experts, or None; G counts as 0 for experts without rows.
     """
     start = _start(parts, expert_step, part_step)
     first_row, first_col = tl.program_id(0) * ROWS, tl.program_id(1) * COLS
@@ -143,9 +144,14 @@ def gradients(
         bits, first + start, width, per_shard, pad, num_bytes, first_row, row, first_col, rows, cols,
         ALIGNED, ROWS, COLS,
     )
+    has_grad = is_in
+    if ends_ptr is not None:
+        expert = first_expert + tl.program_id(2) // parts
+        first_token = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+        has_grad = is_in & (tl.load(ends_ptr + expert) > first_token)
+    grad = tl.load(grad_ptr + start + row.to(tl.int64) * grad_row + col, mask=has_grad, other=0.0)
     zero = tl.zeros((ROWS, COLS), held.dtype)
     tl.store(merged_ptr + start + row.to(tl.int64) * merged_row + col, tl.where(keep, merged, zero), mask=is_in)
-    grad = tl.load(grad_ptr + start + row.to(tl.int64) * grad_row + col, mask=is_in, other=0.0)
     wide, slope = merged.to(tl.float32), grad.to(tl.float32)
     of_matrix = row.to(tl.int64)
     if parts is not None:
