@@ -18,7 +18,6 @@ from pst_ds.config.data import DataConfig, EvalConfig
 from pst_ds.config.run import ConfigError
 from pst_ds.data.tasks.causal_lm import CausalLM, collate_sequences
 from pst_ds.data.tokens import loading
-from pst_ds.data.tokens.arrays import Starts
 from pst_ds.data.tokens.loading import load_sequences
 from pst_ds.data.tokens.mixed import MixedSequences
 from pst_ds.data.tokens.sequences import Sequences
@@ -66,7 +65,7 @@ def _stream(batches, tokenizer, count=False):
     tokens = np.concatenate([np.empty(0, np.int64), *(part.tokens for part in filled)])[:length]
     num_bytes = np.concatenate([np.empty(0, int), *(part.num_bytes for part in filled)])[:length] if count else None
     ends = np.cumsum([0, *(length for part in filled for length in part.lengths)])
-    return tokens, num_bytes, Starts(ends[:-1])
+    return tokens, num_bytes, ends[:-1]
 
 
 def _refusal(call, *arguments):
@@ -298,7 +297,7 @@ def test_predicted_bytes_leave_out_the_first_token_of_each_document():
     together = Sequences(tokens, 4, 1, num_bytes)
     apart = Sequences(tokens, 4, 1, num_bytes, starts)
     assert together.predicted_bytes == apart.predicted_bytes == len("film plotwarmdull the")  # <s> has no bytes
-    without_start = Sequences(np.arange(5), 4, 1, np.array([3, 1, 4, 1, 5]), Starts(np.array([0, 2])))
+    without_start = Sequences(np.arange(5), 4, 1, np.array([3, 1, 4, 1, 5]), np.array([0, 2]))
     assert without_start.predicted_bytes == 1 + 1 + 5
 
 
@@ -310,7 +309,7 @@ def test_the_digest_tells_whether_documents_run_on(tmp_path):
 
 
 def test_what_is_drawn_of_a_mixture_has_its_weights():
-    large, small = (Sequences(np.arange(4 * n), 4, borders=Starts(np.array([0]))) for n in (90, 10))
+    large, small = (Sequences(np.arange(4 * n), 4, borders=np.array([0])) for n in (90, 10))
     task = CausalLM(evaluation=None)
     drawn = task.sample(MixedSequences((large, small), (0.75, 0.25)), 40, 0)[1]
     assert sum(index >= 90 for index in drawn) == 10  # all of the small one, before any comes again

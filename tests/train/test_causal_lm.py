@@ -117,7 +117,7 @@ def test_from_base_to_reloaded_export_on_two_ranks(run_ranks, tmp_path, family, 
             assert torch.equal(exported[name], base[name]), name
     sequences = _prepared(tmp_path, **more).load("validation")
     plain, count = _plain_perplexity(out, sequences, torch.bfloat16)
-    assert count == len(sequences.tokens) - len(sequences.borders.starts)
+    assert count == len(sequences.tokens) - len(sequences.borders)
     assert verified["metrics"]["perplexity"] == pytest.approx(plain, rel=1e-2)
 
 
@@ -190,7 +190,7 @@ def test_evaluation_is_that_of_each_sequence_by_itself_at_any_world_size(run_ran
     expected, predicted = _plain_perplexity(LLAMA, sequences)
     if count is None:
         assert sequences.lengths[-1] not in (sequences.length, 1)
-        assert predicted == len(sequences.tokens) - len(sequences.borders.starts)
+        assert predicted == len(sequences.tokens) - len(sequences.borders)
     else:
         assert len(sequences) == count < ranks
     for outcomes, metrics, _ in found:

@@ -12,7 +12,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from pst_ds.cli.main import main
 from pst_ds.data.tasks.causal_lm import Sequences, collate_sequences
-from pst_ds.data.tokens.arrays import Starts
 from pst_ds.parallel.engine import LocalEngine
 from pst_ds.train.sequences import flatten_packed_rows, keep_documents_apart, reads_on
 from tests.nn.expert_families import tiny_model
@@ -54,7 +53,7 @@ def _packed(*lengths):
     """One sequence of documents of these lengths, and the documents."""
     tokens = np.random.default_rng(5).integers(3, 64, sum(lengths)).astype(np.int32)
     starts = np.cumsum([0, *lengths[:-1]])
-    sequences = Sequences(tokens, len(tokens), borders=Starts(starts))
+    sequences = Sequences(tokens, len(tokens), borders=starts)
     return collate_sequences(sequences, [0]), [
         torch.from_numpy(part.astype(np.int64)) for part in np.split(tokens, starts[1:])
     ]
@@ -88,7 +87,7 @@ class _LargestTensor(TorchDispatchMode):
 def test_long_sequences_of_documents_have_the_gradients_of_a_mask_and_no_tensor_of_all_pairs(monkeypatch):
     length, gradients, most = 320, {}, {}
     tokens = np.random.default_rng(8).integers(3, 64, 2 * length).astype(np.int32)
-    sequences = Sequences(tokens, length, borders=Starts(np.array([0, 5, 130, 200, length, length + 200])))
+    sequences = Sequences(tokens, length, borders=np.array([0, 5, 130, 200, length, length + 200]))
     batch = collate_sequences(sequences, [1, 0])
     for limit in (length, length + 1):
         monkeypatch.setattr("pst_ds.core.documents.LONG", limit)
@@ -111,7 +110,7 @@ def test_rows_made_one_give_the_same_loss_and_gradients(family):
     seen = []
     other.get_input_embeddings().register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
     tokens = np.random.default_rng(8).integers(3, 64, 36).astype(np.int32)
-    sequences = Sequences(tokens, 12, borders=Starts(np.array([0, 5, 13, 20, 24, 31])))
+    sequences = Sequences(tokens, 12, borders=np.array([0, 5, 13, 20, 24, 31]))
     batch = collate_sequences(sequences, [2, 0, 1])
     results = [model(**batch, output_hidden_states=True) for model in (one, other)]
     assert seen == [(1, 36)]

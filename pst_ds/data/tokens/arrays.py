@@ -54,13 +54,6 @@ def joined(parts: Sequence[np.ndarray | Bits]) -> Array:
     return filled[0] if len(filled) == 1 else JoinedArray(filled or parts[:1])
 
 
-class Starts:
-    """Document starts of a token stream, the sorted indices of first tokens: (documents,) int64."""
-
-    def __init__(self, starts: np.ndarray):
-        self.starts, self.several = starts, len(starts) > 1
-
-    def between(self, start: int, stop: int) -> np.ndarray:
-        """Return the document starts in [start, stop): int64, ascending."""
-        first, last = np.searchsorted(self.starts, (start, stop))
-        return np.array(self.starts[first:last])
+def between(starts: np.ndarray, first: int, stop: int) -> np.ndarray:
+    """Return the document starts, ascending, that are in [first, stop): a copy, int64."""
+    return np.array(starts[slice(*np.searchsorted(starts, (first, stop)))])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pst_ds.data.tokens.arrays import Array, Starts
+from pst_ds.data.tokens.arrays import Array, between
 from pst_ds.data.tokens.order import in_passes
 from pst_ds.data.tokens.store import TokenStream
 
@@ -42,7 +42,7 @@ class Sequences:
     overlap: int = 0
     num_bytes: Array | None = None
     """Bytes of text that each token represents: (tokens of the stream,). None if not counted."""
-    borders: Starts | None = None
+    borders: np.ndarray | None = None
     """Document starts, where positions and attention restart and whose first token is not predicted. None treats all
     documents as one text."""
     learned: Array | None = None
@@ -85,7 +85,7 @@ class Sequences:
     @property
     def several_documents(self) -> bool:
         """True if a sequence may have several documents with separate attention."""
-        return self.borders is not None and self.borders.several
+        return self.borders is not None and len(self.borders) > 1
 
     @property
     def digest(self) -> str:
@@ -106,7 +106,7 @@ class Sequences:
         """Return one sequence, with a view of its tokens."""
         first = index * self._stride
         stop = min(first + self.length, len(self.tokens))
-        starts = np.empty(0, np.int64) if self.borders is None else self.borders.between(first + 1, stop) - first
+        starts = np.empty(0, np.int64) if self.borders is None else between(self.borders, first + 1, stop) - first
         predicted = self._learned_between(first, stop)
         predicted[0] = False
         predicted[starts] = False
@@ -137,7 +137,7 @@ class Sequences:
             predicted = self._learned_between(first, stop)
             predicted[0] &= first > 0
             if self.borders is not None:
-                predicted[self.borders.between(first, stop) - first] = False
+                predicted[between(self.borders, first, stop) - first] = False
             yield slice(first, stop), predicted
 
     def ordered(self, numbers: np.ndarray, seed: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pst_ds.atomic_files import partial_name, sync, write_text_atomic
 from pst_ds.config.run import ConfigError
-from pst_ds.data.tokens.arrays import Array, Bits, Starts, joined
+from pst_ds.data.tokens.arrays import Array, Bits, joined
 from pst_ds.data.tokens.tokenize import Documents, TokenizerIdentity
 from pst_ds.errors import first_problem
 from pst_ds.json_text import json_of
@@ -126,7 +126,8 @@ class TokenStream:
 
     tokens: Array
     """(tokens,) uint16, uint32 or int32."""
-    borders: Starts
+    borders: np.ndarray
+    """Document starts, the indices of first tokens: (documents,) int64, ascending."""
     digest: str
     """SHA-256 of the contents."""
     num_bytes: Array | None = None
@@ -144,7 +145,7 @@ def stream_of_documents(documents: Documents) -> TokenStream:
     tokens, num_bytes = documents.tokens[:count].astype(np.int32), documents.num_bytes
     starts = np.cumsum(documents.lengths) - documents.lengths
     digest = hashlib.sha256(tokens.tobytes() + starts.tobytes()).hexdigest()
-    return TokenStream(tokens, Starts(starts), digest, None if num_bytes is None else num_bytes[:count])
+    return TokenStream(tokens, starts, digest, None if num_bytes is None else num_bytes[:count])
 
 
 def is_store(folder: Path) -> bool:
@@ -188,7 +189,7 @@ def open_store(folder: Path, tokenizer: TokenizerIdentity | None = None) -> Toke
     dtype, starts = own.dtype, np.empty(0, _ITEM[STARTS])
     return TokenStream(
         tokens=without_separator(column(TOKENS, dtype)) if manifest.shards else np.empty(0, dtype),
-        borders=Starts(mapped(folder / STARTS_FILE, starts.dtype) if manifest.counts["documents"] else starts),
+        borders=mapped(folder / STARTS_FILE, starts.dtype) if manifest.counts["documents"] else starts,
         digest=manifest.digest,
         num_bytes=num_bytes,
         learned=learned,

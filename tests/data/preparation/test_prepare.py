@@ -25,6 +25,7 @@ from pst_ds.data.preparation import readers
 from pst_ds.data.preparation.pieces import Reading, find_pieces
 from pst_ds.data.preparation.prepare import plan_store, prepare_store
 from pst_ds.data.preparation.readers import texts_of
+from pst_ds.data.tokens.arrays import between
 from pst_ds.data.tokens.store import open_store
 from pst_ds.data.tokens.tokenize import tokenize
 from pst_ds.errors import InputError
@@ -162,7 +163,7 @@ def test_the_store_is_one_stream_with_the_end_between_documents(tmp_path):
     whole = tokenize(DOCUMENTS, TOKENIZER, count=True)
     assert stream.tokens[:].tolist() == whole.tokens.tolist()[:-1]
     assert stream.num_bytes[:].tolist() == whole.num_bytes.tolist()[:-1]
-    assert len(stream.borders.between(0, len(stream))) == len([text for text in DOCUMENTS if text.strip()])
+    assert len(between(stream.borders, 0, len(stream))) == len([text for text in DOCUMENTS if text.strip()])
 
 
 @pytest.mark.few(1)

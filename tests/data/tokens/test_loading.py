@@ -19,7 +19,7 @@ from pst_ds.data.preparation.pieces import Reading
 from pst_ds.data.preparation.prepare import plan_store, prepare_store
 from pst_ds.data.tasks.causal_lm import SequenceBatches, collate_sequences
 from pst_ds.data.tokens import loading as cache_module
-from pst_ds.data.tokens.arrays import Bits, Starts
+from pst_ds.data.tokens.arrays import Bits
 from pst_ds.data.tokens.loading import load_sequences
 from pst_ds.data.tokens.mixed import MixedSequences
 from pst_ds.data.tokens.sequences import Sequences
@@ -159,7 +159,7 @@ def test_many_files_are_read_as_prepare_reads_them(tmp_path):
 
 
 def _sequences(count, length=4, first=0):
-    return Sequences(np.arange(first, first + count * length), length, borders=Starts(np.array([0])))
+    return Sequences(np.arange(first, first + count * length), length, borders=np.array([0]))
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(0, 99), st.data())
@@ -225,11 +225,11 @@ def test_a_mixture_of_a_store_and_text(tmp_path):
 
 def test_tokens_that_are_not_learned_have_no_label():
     bits = Bits(np.packbits([0, 1, 1, 0, 1, 1, 0, 0], bitorder="little"), 8)
-    sequences = Sequences(np.arange(10, 18), 4, borders=Starts(np.array([0, 5])), learned=bits)
+    sequences = Sequences(np.arange(10, 18), 4, borders=np.array([0, 5]), learned=bits)
     batch = collate_sequences(sequences, [0, 1])
     assert batch["labels"].tolist() == [[-100, 11, 12, -100], [-100, -100, -100, -100]]
     assert sequences.num_predicted == 2
-    evaluated = Sequences(np.arange(10, 18), 4, 1, borders=Starts(np.array([0, 5])), learned=bits)
+    evaluated = Sequences(np.arange(10, 18), 4, 1, borders=np.array([0, 5]), learned=bits)
     labels = [collate_sequences(evaluated, [i])["labels"][0].tolist() for i in range(len(evaluated))]
     assert evaluated.num_predicted == sum(label != -100 for row in labels for label in row)
 

@@ -13,6 +13,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from pst_ds.config.run import ConfigError
+from pst_ds.data.tokens.arrays import between
 from pst_ds.data.tokens.store import (
     BYTES,
     LEARNED,
@@ -66,7 +67,7 @@ def test_a_store_gives_back_what_was_written(tmp_path_factory, shards):
     assert stream.tokens[:].tolist() == expected
     assert stream.tokens.dtype == np.uint16
     starts = np.cumsum([0, *map(len, ended)])[:-1].tolist()
-    assert stream.borders.between(0, len(flat)).tolist() == starts
+    assert between(stream.borders, 0, len(flat)).tolist() == starts
     assert (manifest.counts["tokens"], manifest.counts["documents"]) == (len(flat), len(ended))
     if expected:
         assert stream.num_bytes[:].tolist() == [token % 7 for token in expected]
@@ -87,9 +88,9 @@ def test_any_window_is_that_of_the_whole(tmp_path_factory, shards, data):
     assert stream.learned is None or stream.learned[start:stop].tolist() == [
         token % 3 > 0 for token in whole[start:stop]
     ]
-    everywhere = stream.borders.between(0, len(whole))
+    everywhere = between(stream.borders, 0, len(whole))
     inside = [place for place in everywhere.tolist() if start <= place < stop]
-    assert stream.borders.between(start, stop).tolist() == inside
+    assert between(stream.borders, start, stop).tolist() == inside
 
 
 def test_the_digest_is_that_of_the_contents_alone(tmp_path):
