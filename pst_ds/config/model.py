@@ -48,6 +48,12 @@ class ModelConfig(Section):
     """``base_bits`` for the frozen token embedding and a language model's output layer, tied or not, with the same
     groups. Neither exists in 16 bits once the model is loaded."""
 
+    base_placement: MayDiffer[Literal["auto", "sharded", "node", "replicated"]] = "auto"
+    """Where frozen weights and masks are held under ZeRO-3. "sharded" splits them over all ranks. "node" keeps a second
+    copy in each node, split over its ranks, so that only factors travel between nodes. "replicated" keeps them whole on
+    every rank, so that no step gathers them. "auto" is "node" on several nodes if it takes at most half of a rank's
+    memory, else "sharded"; ``zero_hpz_partition_size`` in the DeepSpeed JSON takes precedence. Results are the same."""
+
     def problems(self) -> Iterator[str]:
         if self.base_bits == self.embedding_bits == 16:
             yield from self.unused("model", "with model.base_bits = 16. Set model.base_bits to 8 or 4", "base_group")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pst_ds.errors import InputError
 from pst_ds.json_text import JSON, JsonObject
+from pst_ds.parallel.placement import copy_ranks
 
 REDUCE_BUCKET = 500_000_000
 """DeepSpeed's default of ``reduce_bucket_size``, in elements."""
@@ -175,6 +176,36 @@ def resolve_deepspeed_config(config: JsonObject, numbers: RunNumbers, *, source:
     if zero.get("offload_optimizer"):
         resolved["zero_force_ds_cpu_optimizer"] = False
     return resolved
+
+
+def place_frozen(
+    config: JsonObject, wanted: str, frozen: int, ranks: int, node_size: int, memory: float, *, names: tuple[str, str]
+) -> int:
+    """Return :func:`copy_ranks` for a resolved ``config``, and enter it there as the size of hpZ's groups.
+
+    A size that the config states decides if ``wanted`` is "auto". ``frozen``: bytes of frozen weights and masks.
+    ``names``: the JSON and the run file, for messages. Raises DeepSpeedConfigError where they disagree.
+    """
+    zero = config.get("zero_optimization")
+    if not isinstance(zero, dict) or zero_stage(config) != 3:
+        return 0
+    stated, offloads = zero.get("zero_hpz_partition_size"), _look_up(zero, "offload_param.device") == "cpu"
+    if wanted == "auto" and stated is not None:
+        size = min(_int_or(stated, 1), ranks)
+        return size if size > 1 else 0
+    if wanted == "replicated" and offloads:
+        raise DeepSpeedConfigError(
+            f'{names[1]}: model.base_placement = "replicated" keeps frozen weights on the device, but {names[0]} has '
+            "zero_optimization.offload_param. Fix: remove it"
+        )
+    chosen = copy_ranks(wanted, frozen, ranks, node_size, 0.0 if offloads else memory)
+    if stated not in (None, max(chosen, 1)):
+        raise DeepSpeedConfigError(
+            f"{names[0]} has zero_optimization.zero_hpz_partition_size = {json.dumps(stated)}, but {names[1]} has "
+            f'model.base_placement = "{wanted}", which makes it {max(chosen, 1)}. Fix: write "auto" in {names[0]}'
+        )
+    zero["zero_hpz_partition_size"] = max(chosen, 1)
+    return chosen
 
 
 def auto_reduce_bucket(num_trainable: int) -> int:

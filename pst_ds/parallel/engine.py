@@ -133,6 +133,11 @@ def build_engine(
     optimizer = torch.optim.AdamW(list(param_groups), weight_decay=0.0)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     note_masters(engine.optimizer)
+    if hasattr(
+        engine.optimizer, "persistent_parameters"
+    ):  # ZeRO-3 gathers them after every step; the next pass does too
+        kept = engine.optimizer.persistent_parameters
+        kept[:] = [param for param in kept if param.requires_grad]
     return engine
 
 
@@ -184,7 +189,7 @@ def release(engine: Engine) -> None:
     engine.destroy()  # type: ignore[attr-defined]
     for param in params:
         param.grad = None
-        for tensor in (param, getattr(param, "ds_tensor", None)):
+        for tensor in (param, *(getattr(param, name, None) for name in ("ds_tensor", "ds_secondary_tensor"))):
             if tensor is not None:
                 tensor.data = tensor.new_empty(0)
     inner = inner_optimizer(engine)

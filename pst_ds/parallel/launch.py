@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import socket
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,15 +22,18 @@ class LaunchEnvironment:
     rank: int
     world_size: int
     local_rank: int
+    node_size: int = sys.maxsize
+    """Ranks on this rank's node; if the launcher does not say, more than any number of ranks."""
 
 
 def launch_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironment:
-    """Read RANK, WORLD_SIZE and LOCAL_RANK (deepspeed, torchrun); one process when none is set.
+    """Read RANK, WORLD_SIZE and LOCAL_RANK (deepspeed, torchrun); one process when none is set. LOCAL_WORLD_SIZE
+    (torchrun) or LOCAL_SIZE (deepspeed) is the number of ranks on the node.
 
     Raises InputError when only some are set, one is not a number, or they contradict each other.
     """
     environ = os.environ if environ is None else environ
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    names: tuple[str, ...] = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     present = [name for name in names if name in environ]
     if not present:
         return LaunchEnvironment(0, 1, 0)
@@ -39,14 +43,15 @@ def launch_environment(environ: Mapping[str, str] | None = None) -> LaunchEnviro
             f"the environment sets {', '.join(present)} but not {missing}; start with the deepspeed launcher, torchrun "
             "or launch/local.sh, or unset them for one process"
         )
+    names += tuple(name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environ)[:1]
     shown = ", ".join(f"{name}={environ[name]!r}" for name in names)
     with suppress(ValueError):
         found = LaunchEnvironment(*(int(environ[name]) for name in names))
-        if 0 <= found.rank < found.world_size and found.local_rank >= 0:
+        if 0 <= found.rank < found.world_size and 0 <= found.local_rank < found.node_size:
             return found
     raise InputError(
-        f"{shown}: the launch environment needs whole numbers with 0 <= RANK < WORLD_SIZE and LOCAL_RANK >= 0. Start "
-        "with a launcher, or unset them for one process"
+        f"{shown}: the launch environment needs whole numbers with 0 <= RANK < WORLD_SIZE and 0 <= LOCAL_RANK < "
+        "LOCAL_WORLD_SIZE. Start with a launcher, or unset them for one process"
     )
 
 
@@ -84,6 +89,8 @@ def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0)
     """
     import torch.distributed as dist
 
+    from pst_ds.parallel import traffic
+
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing and launch.world_size > 1 and not dist.is_initialized():
         raise InputError(
@@ -91,6 +98,7 @@ def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0)
             "the deepspeed launcher, torchrun or a script in launch/"
         )
     use_cpu_without_accelerator()
+    traffic.start(launch.node_size)
     _prepare_connections(launch.world_size)
     if launch.world_size > FEW_RANKS and launch.rank == 0:
         _start_store_server()  # it takes as long as the imports below
@@ -160,6 +168,15 @@ def _device_index(launch: LaunchEnvironment, num_devices: int) -> int:
         f"it on {socket.gethostname()}: start no more ranks on a host than it has accelerators (deepspeed "
         "--num_gpus, torchrun --nproc_per_node), and let every rank see them all (CUDA_VISIBLE_DEVICES)"
     )
+
+
+def memory_of_rank(launch: LaunchEnvironment) -> int:
+    """Return the bytes that this rank may use: all of its accelerator, or its share of the host's available memory."""
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() != "cpu":
+        return int(get_accelerator().total_memory())
+    return int(get_accelerator().available_memory()) // min(launch.node_size, launch.world_size)
 
 
 def _backend() -> str:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from pst_ds.errors import InputError
-from pst_ds.third_party import Code, patched
+from pst_ds.third_party import Code, patched, require
 
 _EXPERTS = "pst_experts"
 """Attribute of a parameter that holds experts of this rank: their :class:`ExpertShare`."""
@@ -216,9 +218,67 @@ def split_as(like: nn.Parameter, params: Iterable[nn.Parameter]) -> None:
 
 def drop(param: nn.Parameter) -> None:
     """Free the memory of a partitioned parameter that no module uses any more."""
-    for tensor in (param, getattr(param, "ds_tensor", None), getattr(param, "ds_secondary_tensor", None)):
-        if tensor is not None and is_partitioned(param):
-            tensor.data = tensor.new_empty(0)
+    if is_partitioned(param):
+        param.data, param.ds_tensor.data = param.new_empty(0), param.ds_tensor.new_empty(0)
+        param.ds_secondary_tensor = None
+
+
+@contextmanager
+def copying_frozen(ranks: int) -> Iterator[None]:
+    """Make ZeRO-3 keep a second copy (hpZ) of frozen parameters of the models and engines built in the context.
+
+    It is split over ``ranks`` neighbours, whole for 1, and made of the first gather; 0 is none. Trained parameters have
+    no copy: each step would make it anew and wait for the device. Collective. Raises ThirdPartyError.
+    """
+    if not ranks:
+        yield
+        return
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.utils import groups
+
+    first = dist.get_rank() // ranks * ranks
+    group = dist.new_group(list(range(first, first + ranks)), use_local_synchronization=True)
+
+    def copying(construct: Code) -> Code:
+        def constructed(self: Any, *args: object, **options: object) -> None:
+            copy = require(self, "_partition_param_sec")
+            self._partition_param_sec = lambda param, **how: None if param.requires_grad else copy(param, **how)
+            construct(self, *args, **options | {"zero_param_parallel_group": group})
+
+        return constructed
+
+    def marking(convert: Code) -> Code:
+        def marked(self: object, param: nn.Parameter) -> None:
+            convert(self, param)
+            param.all_gather_coalesced = partial(_gather_or_take, param.all_gather_coalesced)
+
+        return marked
+
+    name = "_ZERO_PARAM_INTRA_PARALLEL_GROUP"  # DeepSpeed makes one per process, and refuses to make another
+    whole = patched(Init, "_convert_to_deepspeed_param", marking) if ranks == 1 else nullcontext()
+    with patched(groups, name, lambda _: group), patched(Init, "__init__", copying), whole:
+        yield
+
+
+def _gather_or_take(gather: Code, params: Iterable[nn.Parameter], **options: object) -> object:
+    """Return the handle of a gather of ``params``, which use their whole copies where they have them."""
+    params = list(params)  # DeepSpeed never mixes those with and without copies
+    return _Taken(params) if params and params[0].ds_secondary_tensor is not None else gather(params, **options)
+
+
+class _Taken:
+    """Gather, as seen by DeepSpeed, of parameters with whole copies: nothing is sent or copied."""
+
+    def __init__(self, params: Sequence[nn.Parameter]):
+        self._params = params
+        for param in params:
+            param.data = param.ds_secondary_tensor[: param.ds_numel].view(param.ds_shape)
+            param.ds_status = type(param.ds_status).INFLIGHT
+
+    def wait(self, **_: object) -> None:
+        for param in self._params:
+            param.ds_status = type(param.ds_status).AVAILABLE
+        self._params = ()
 
 
 @contextmanager

@@ -24,8 +24,9 @@ from pst_ds.masks.schedule_driver import SPARSITY_TOLERANCE, update_if_due
 from pst_ds.masks.update import MaskStats
 from pst_ds.nn.gradient_sums import GradientSums
 from pst_ds.nn.inject import freeze_scores, persistent_buffers, pst_layers
-from pst_ds.parallel import stop_signals
+from pst_ds.parallel import stop_signals, traffic
 from pst_ds.parallel.engine import Engine
+from pst_ds.parallel.links import NOTHING, Received
 from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, world_size
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.batches import Prefetched, own_batches
@@ -102,6 +103,8 @@ class Loop:
         self.data_clock = StepClock("cpu", ("data_wait",))
         self.own_time = OwnTime(context.device, engine)
         self.pace = Pace(all_gather_objects(socket.gethostname()))
+        self.received: list[Received] = []
+        """Bytes that each batch brought to this rank, since the last line of metrics.jsonl."""
         self.sums: GradientSums | None = None
         """Sums for the next solve, while the run listens."""
         self._saved_tensors: AbstractContextManager[object] = nullcontext()
@@ -127,10 +130,12 @@ class Loop:
         own = own_batches(self.context, self.examples, state.batch)
         with Prefetched(own) as batches:
             while state.step < self.num_steps:
+                traffic.take()  # of evaluations and checkpoints
                 with self.own_time.working():
                     with self.data_clock.timing("data_wait"):
                         batch = next(batches)
                     self._train_on(batch.micro_batches, state)
+                self.received.append(traffic.take())
                 state.tokens += batch.tokens
                 if not engine.was_step_applied():
                     _stop_if_stuck(state)
@@ -235,7 +240,9 @@ def _update_if_due(loop: Loop, state: LoopState) -> None:
 
     Raises ConfigError, on every rank, if masks that keep the base model's zeros have another sparsity than requested.
     """
+    traffic.take()
     masks, scales = update_if_due(loop.engine.module, loop.schedules, state.step, loop.sums)
+    received = _received_bytes([traffic.take()])
     if masks is not None:
         loop.sums, state.masks = None, masks
         requested, target = loop.run.schedule.final_sparsity, loop.schedules.sparsity_at(state.step)
@@ -247,7 +254,7 @@ def _update_if_due(loop: Loop, state: LoopState) -> None:
             )
         sparsity = {"sparsity/target": target, "sparsity/actual": masks.sparsity}
         change = {"flip_rate": masks.flip_rate, "mask_checksum": masks.checksum}
-        loop.metrics.write(state.step, {"event": "mask_update", **sparsity, **change})
+        loop.metrics.write(state.step, {"event": "mask_update", **sparsity, **change, **received})
         if loop.metrics.layers is not None:
             loop.metrics.layers.masks(state.step, masks)
     if scales is not None:
@@ -316,16 +323,24 @@ def _report_if_due(loop: Loop, state: LoopState) -> None:
         "tokens_per_second_per_rank": per_second / world_size(),
         **{name: spent / elapsed if elapsed > 0 else 0.0 for name, spent in seconds.items()},
         "peak_memory_bytes": memory,
+        **_received_bytes(loop.received),
         "skipped_steps": loop.engine.skipped_steps,
         **loop.pace.figures(),
         **token_figures(loop.engine.module),
     }
+    loop.received.clear()
     loop.metrics.write(state.step, values)
     progress: dict[str, object] = {"loss": loss, "sparsity": round(sparsity, 4), "tok/s": round(per_second)}
     progress["GiB"] = round(memory / 2**30, 2)
     if slow := loop.pace.slow():
         progress["slow rank"] = f"{slow.rank} ({slow.host})"
     loop.metrics.progress(state.step, progress)
+
+
+def _received_bytes(batches: Sequence[Received]) -> dict[str, int]:
+    """Return the mean bytes that this rank received in ``batches``, by link."""
+    total = sum(batches, NOTHING) * (1 / max(len(batches), 1))
+    return {"bytes_within_node": round(total.within), "bytes_between_nodes": round(total.between)}
 
 
 def _memory_and_seconds(loop: Loop) -> tuple[int, dict[str, float]]:

@@ -244,6 +244,11 @@ def num_trainable(module: nn.Module) -> int:
     return sum(zero3.full_numel(p) for p in module.parameters() if p.requires_grad)
 
 
+def frozen_bytes(module: nn.Module) -> int:
+    """Return the bytes of frozen parameters and masks, unsharded."""
+    return sum(zero3.full_numel(p) * p.element_size() for p in module.parameters() if not p.requires_grad)
+
+
 def head_names(module: nn.Module, run: RunConfig) -> list[str]:
     """Return the names of modules trained in full."""
     return ["(every weight)"] if run.mask_method.trains_everything else list(modules_to_save(module, run.pst))

@@ -16,11 +16,17 @@ from pst_ds.json_text import JsonObject
 from pst_ds.nn.experts import leaf_class
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.model_structure import model_width
-from pst_ds.parallel.ds_config import RunNumbers, load_deepspeed_config, resolve_deepspeed_config, zero_stage
-from pst_ds.parallel.launch import LaunchEnvironment, device_of, init_distributed
-from pst_ds.parallel.ranks import raise_together
+from pst_ds.parallel.ds_config import (
+    RunNumbers,
+    load_deepspeed_config,
+    place_frozen,
+    resolve_deepspeed_config,
+    zero_stage,
+)
+from pst_ds.parallel.launch import LaunchEnvironment, device_of, init_distributed, memory_of_rank
+from pst_ds.parallel.ranks import all_gather_objects, raise_together
 from pst_ds.parallel.watchdog import longest_wait
-from pst_ds.train.model import kept_in_fp32, load_tokenizer, meta_model, num_trainable
+from pst_ds.train.model import frozen_bytes, kept_in_fp32, load_tokenizer, meta_model, num_trainable
 from pst_ds.train.objective import require_teacher
 from pst_ds.train.run_context import RunContext
 from pst_ds.train.sequences import require_shareable, require_small_masks
@@ -61,7 +67,26 @@ def prepare(
         until = timeout + longest_wait(timeout) + _AFTER_STALL_SECONDS
         init_distributed(launch, timeout_seconds=until if timeout else 0.0)
     raise_together(problem)
-    return context
+    return _placed(context, run_file)
+
+
+def _placed(context: RunContext, run_file: str) -> RunContext:
+    """Return ``context`` with the place of frozen weights, the same on every rank. Collective. Raises InputError."""
+    run, launch, config = context.run, context.launch, context.ds_config
+    if config is None or zero_stage(config) != 3:
+        return context
+    sizes, memory = zip(*all_gather_objects((launch.node_size, memory_of_rank(launch))), strict=True)
+    ranks, wanted = launch.world_size, run.model.base_placement
+    if run.train.expert_parallel > 1:
+        wanted = "sharded"
+    uneven = len(set(sizes)) > 1 or ranks % min(sizes[0], ranks) > 0
+    size, names = ranks if uneven else sizes[0], (run.deepspeed_config, run_file)
+    chosen = place_frozen(config, wanted, context.frozen_bytes, ranks, size, min(memory), names=names)
+    remark = (
+        f'model.base_placement = "{wanted}": nodes have different numbers of ranks, so all ranks share the frozen '
+        "weights. Start equally many ranks on every node to keep gathers in the node"
+    )
+    return replace(context, copy_ranks=chosen, remark=remark if uneven and wanted in ("auto", "node") else "")
 
 
 def _checked(run: RunConfig, launch: LaunchEnvironment, run_file: str, labels: list[str] | None) -> RunContext:
@@ -72,7 +97,7 @@ def _checked(run: RunConfig, launch: LaunchEnvironment, run_file: str, labels: l
     ranks, stage = launch.world_size, zero_stage(raw)
     shapes = checked_shapes(run, labels, context.tokenizer, ranks=ranks, num_shards=ranks, stage=stage)
     resolved = resolved_deepspeed_config(run, raw, shapes, ranks=ranks, run_file=run_file)
-    return replace(context, ds_config=resolved, width=model_width(shapes))
+    return replace(context, ds_config=resolved, width=model_width(shapes), frozen_bytes=frozen_bytes(shapes))
 
 
 def checked_shapes(

@@ -19,6 +19,7 @@ from pst_ds.data.tasks import ExampleSet
 from pst_ds.file_names import RESULT_FILE, STALLS
 from pst_ds.json_text import json_of
 from pst_ds.nn.inject import pst_layers
+from pst_ds.parallel import zero3
 from pst_ds.parallel.ds_config import zero_stage
 from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes, release
 from pst_ds.parallel.launch import launch_environment
@@ -128,18 +129,21 @@ def build(
     run, ds_config = context.run, context.ds_config
     zero3_config = ds_config if zero_stage(ds_config) == 3 else None
     based = on_base_of(run, checkpoint)
-    built = build_model(based, context.labels, context.tokenizer, zero3_config=zero3_config, label_scale=label_scale)
-    if checkpoint is not None:
-        load_into(built.module, checkpoint)
-    if ds_config is None:
-        built.module.to(context.device)
-    return build_engine(
-        built.module,
-        built.parameter_groups(run),
-        ds_config=ds_config,
-        gradient_accumulation_steps=run.train.gradient_accumulation_steps,
-        gradient_clipping=run.train.gradient_clipping,
-    )
+    with zero3.copying_frozen(context.copy_ranks):
+        built = build_model(
+            based, context.labels, context.tokenizer, zero3_config=zero3_config, label_scale=label_scale
+        )
+        if checkpoint is not None:
+            load_into(built.module, checkpoint)
+        if ds_config is None:
+            built.module.to(context.device)
+        return build_engine(
+            built.module,
+            built.parameter_groups(run),
+            ds_config=ds_config,
+            gradient_accumulation_steps=run.train.gradient_accumulation_steps,
+            gradient_clipping=run.train.gradient_clipping,
+        )
 
 
 def train_prepared(
@@ -226,7 +230,8 @@ def _build_loop(
     about_loss = f"the loss holds the logits of a whole micro-batch, because {why}" if why else ""
     emulates = context.device == "cpu" and run.train.precision == "bf16" and not multiplies_bf16()
     about_data = context.task.remark(run.data, examples)
-    for remark in (_EMULATED_BF16 if emulates else "", leaks, about_loss, about_data, remark_on_shares(run)):
+    emulated = _EMULATED_BF16 if emulates else ""
+    for remark in (emulated, leaks, about_loss, about_data, remark_on_shares(run), context.remark):
         metrics.say(remark)
     return Loop(context, engine, examples, run.make_schedules(run.num_steps(len(examples))), metrics, objective), state
 

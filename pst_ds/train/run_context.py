@@ -31,6 +31,12 @@ class RunContext:
     device: str
     width: int = 1
     """Hidden size of the model."""
+    frozen_bytes: int = 0
+    """Bytes of frozen weights and masks."""
+    copy_ranks: int = 0
+    """Ranks that share a second copy of them, see :func:`~pst_ds.parallel.placement.copy_ranks`."""
+    remark: str = ""
+    """Remark on the lack of such copies."""
 
     @property
     def task(self) -> Task:

@@ -30,7 +30,7 @@ NUMBERS = RunNumbers(
     bf16=True,
     num_trainable=2_820_096,
 )
-SHIPPED = {"zero2": 2, "zero3": 3, "zero3_cpu": 3, "zero3_hpz": 3, "zero3_lean": 3, "zero3_offload": 3}
+SHIPPED = {"zero2": 2, "zero3": 3, "zero3_cpu": 3, "zero3_lean": 3, "zero3_offload": 3}
 """ZeRO stage of each file of ds_configs/."""
 
 

@@ -27,6 +27,10 @@ def test_without_a_launcher_it_is_one_process():
 
 def test_the_ranks_of_deepspeed_and_torchrun():
     assert launch_environment(TORCHRUN) == LaunchEnvironment(rank=3, world_size=8, local_rank=1)
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        assert launch_environment({**TORCHRUN, name: "2"}) == LaunchEnvironment(3, 8, 1, node_size=2)
+        with pytest.raises(InputError, match=f"{name}='1'.* 0 <= LOCAL_RANK < LOCAL_WORLD_SIZE"):
+            launch_environment({**TORCHRUN, name: "1"})
 
 
 def test_the_process_s_own_environment_is_the_default(monkeypatch):
