@@ -75,11 +75,12 @@ class ExpertGroup(ExpertShare):
         """
         counts = home.tokens_of_experts.view(self.degree, -1)
         arriving = _all_to_all(counts, [1] * self.degree, [1] * self.degree, self.ranks)
-        number = counts.shape[1]
-        expert = torch.arange(number, device=hidden.device).repeat(self.degree).repeat_interleave(arriving.flatten())
-        gates = home.weights.new_ones(len(expert), 1)  # gates are applied at home
         sent, received = torch.stack([counts, arriving]).sum(2).tolist()
-        trip = _Trip(home, Routing.of(expert.unsqueeze(1), gates, number), sent, received, self.ranks)
+        number, total = counts.shape[1], sum(received)  # with the total the host need not wait again
+        experts = torch.arange(number, device=hidden.device).repeat(self.degree)
+        expert = experts.repeat_interleave(arriving.flatten(), output_size=total).unsqueeze(1)
+        gates = home.weights.new_ones(total, 1)  # gates are applied at home
+        trip = _Trip(home, Routing.of(expert, gates, number), sent, received, self.ranks)
         return _Return.apply(compute(_Leave.apply(hidden, trip), trip.away), trip)
 
 

@@ -20,6 +20,7 @@ from pst_ds.parallel import stop_signals, zero3
 from pst_ds.parallel.engine import build_engine
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.run import StoppedError, prepare, train_prepared
+from tests.nn.expert_families import tiny_model
 
 from .pretended import NAME, counts, to_device, to_host
 from .tiny import tiny_llama
@@ -56,14 +57,17 @@ def _model(num_shards, num_layers=2, grid=None, **settings):
     return model
 
 
-def _engine(model, kind, dtype=torch.float32):
-    """DeepSpeed's, which moves the model to its accelerator."""
+def _ds_config(kind, dtype=torch.float32):
     zero = {"stage": 3, "overlap_comm": True, "reduce_bucket_size": 1 << 16, **ZERO[kind]}
-    config = {
+    return {
         "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 1.0, "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": dtype == torch.bfloat16}, "zero_optimization": zero,
     }  # fmt: skip
-    return build_engine(model.to(dtype), _groups(model), ds_config=config)
+
+
+def _engine(model, kind, dtype=torch.float32):
+    """DeepSpeed's, which moves the model to its accelerator."""
+    return build_engine(model.to(dtype), _groups(model), ds_config=_ds_config(kind, dtype))
 
 
 def _groups(model):
@@ -114,6 +118,35 @@ def test_training_steps_are_those_of_cpus(run_ranks, run_on_device, kind, world_
             torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4)
         assert all(places == {"cpu"} for places in shards.values())
         assert own_shards["weight"] == ({"cpu"} if "offload" in kind else {NAME})
+
+
+def _with_experts_divided(kind):
+    """As :func:`_trained`: losses, gradient norms and masks, then scales and figures of the layers."""
+    import deepspeed
+
+    model = tiny_model("gpt_oss")
+    deepspeed.zero.Init(module=model, config_dict_or_path={**_ds_config(kind), "train_batch_size": 4})
+    engine = _engine(inject_pst(model, PSTConfig(), grid=Grid(8, None), expert_parallel=2), kind)
+    tokens, steps, masks = _tokens(engine, torch.distributed.get_rank()), [], []
+    for sparsity in (0.2, 0.5):
+        loss = engine(input_ids=tokens, labels=tokens).loss
+        engine.backward(loss)
+        engine.step()
+        steps += [float(loss), float(engine.get_global_grad_norm())]
+        masks.append(update_masks(engine.module, sparsity))
+    scales, figures = update_scales(engine.module), measure(engine.module, with_scores=True)
+    return masks, [*steps, *scales.errors, *figures.correlation, *figures.score_norm, *figures.update_norm]
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("kind", ["3", "3 offload"])
+def test_experts_divided_among_ranks_train_as_on_cpus(run_ranks, run_on_device, kind):
+    on_cpus = run_ranks(_with_experts_divided, 2, kind)
+    for (masks, numbers), (own_masks, own_numbers) in zip(
+        on_cpus, run_on_device(_with_experts_divided, 2, kind), strict=True
+    ):
+        assert own_masks == masks
+        assert own_numbers == pytest.approx(numbers, rel=1e-4)
 
 
 def _of_all_patterns(num_shards):
