@@ -13,38 +13,47 @@ from .compiled import CAPABILITIES, compiled
 SIZES = (
     "weight_row", "rows", "cols", "first", "width", "per_shard", "pad", "num_bytes", "left_row", "right_rank", "rank",
 )  # fmt: skip
-ONE_MATRIX = dict.fromkeys(("parts", "expert_step", "part_step", "left_step", "right_step"))
+STEPS = ("parts", "expert_step", "part_step", "left_step", "right_step")
 MERGED = {"bits": "*u8", "beta": "fp32", **dict.fromkeys(("weight_ptr", "left", "right"), "*bf16")}
 MERGED |= dict.fromkeys(SIZES, "i32")
-CONSTANTS = {**ONE_MATRIX, "left_rank": 1, "right_col": 1, "RANK": kernels.LEAST_RANK}
-SHARDS = pytest.mark.parametrize("aligned", [True, False], ids=["512 ranks", "504 ranks"])
-LOOSE = ("rank", "left_row", "per_shard", "pad", "num_bytes")
+CONSTANTS = {"left_rank": 1, "right_col": 1, "RANK": kernels.LEAST_RANK}
+LOOSE = ("rank", "left_row", "per_shard", "pad", "num_bytes", "parts")
+each_form = pytest.mark.parametrize(
+    ("aligned", "is_stack"), [(True, False), (False, False), (False, True)], ids=["512 ranks", "504 ranks", "experts"]
+)
 
 
-@SHARDS
+def of_matrices(types, constants, *, is_stack):
+    """With the steps between the matrices of a stack, or without."""
+    return (types | dict.fromkeys(STEPS, "i32"), constants) if is_stack else (types, constants | dict.fromkeys(STEPS))
+
+
+@each_form
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_the_merge_is_one_pass(capability, aligned):
+def test_the_merge_is_one_pass(capability, aligned, is_stack):
     tile = {"ROWS": kernels.TILE_ROWS, "COLS": kernels.TILE_COLS}
     types = {**MERGED, "out_ptr": "*bf16", "out_row": "i32"}
-    constants = {**CONSTANTS, **tile, "ALIGNED": aligned}
+    types, constants = of_matrices(types, {**CONSTANTS, **tile, "ALIGNED": aligned}, is_stack=is_stack)
     found = compiled(kernels.merge, types, constants, capability, loose=LOOSE, fuse=True)
     assert found.spilled_bytes == 0
-    assert found.registers <= (64 if aligned or capability > 80 else 66)
+    assert found.registers <= (64 if aligned else 66 + 6 * is_stack)
     weights = kernels.TILE_ROWS * kernels.TILE_COLS // (4 * 32)  # of a thread
     assert found.count("LDG.E.128") >= weights // 8  # eight at a time
     assert found.count("STG.E.128") == weights // 8  # and each is written once: 2 + 1/8 + 2 bytes a weight
     assert found.count("HMMA", "HGMMA", "UTCHMMA") > 0
 
 
-@SHARDS
+@each_form
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_what_is_made_of_a_gradient_is_one_pass(capability, aligned):
+def test_what_is_made_of_a_gradient_is_one_pass(capability, aligned, is_stack):
     tile = {"ROWS": kernels.GRADIENT_ROWS, "COLS": kernels.GRADIENT_COLS}
     outputs = ("merged", "scores", "updates")
     types = {**MERGED, **dict.fromkeys((f"{name}_ptr" for name in ("grad", *outputs)), "*bf16"), "factor": "fp32"}
     types |= dict.fromkeys((f"{name}_row" for name in ("grad", *outputs)), "i32")
+    types |= {"factors_ptr": "*fp32", "ends_ptr": "*i32"} if is_stack else {}
     constants = {**CONSTANTS, **tile, "ALIGNED": aligned, "HAS_MAGNITUDE": True, "norm_step": 0, "first_expert": 0}
-    constants |= dict.fromkeys(("row_norms", "col_norms", "factors_ptr", "ends_ptr"))
+    constants |= dict.fromkeys(("row_norms", "col_norms", *(() if is_stack else ("factors_ptr", "ends_ptr"))))
+    types, constants = of_matrices(types, constants, is_stack=is_stack)
     found = compiled(kernels.gradients, types, constants, capability, loose=LOOSE, fuse=True)
     assert found.spilled_bytes == 0
     assert found.registers <= 128

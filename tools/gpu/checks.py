@@ -16,12 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pst_ds.config.pst import PSTConfig
 from pst_ds.core.bits import pack_mask, pack_shard, shard_range
 from pst_ds.core.coded_weight import OwnWeights
+from pst_ds.core.experts.routing import Routing
 from pst_ds.core.kernels.triton.launch import serves
 from pst_ds.core.kernels.triton.scan import KernelScans
+from pst_ds.core.layout import WeightLayout
 from pst_ds.masks.layer_scores import LayerScores, whole_factors
 from pst_ds.masks.update import update_masks
+from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.inject import pst_layers
 from tools.gpu.bench import Bench, Row, pruned_layers
 from tools.gpu.cards import checked
@@ -116,7 +120,7 @@ def _scores(side: int, start: int, stop: int, device: torch.device) -> LayerScor
 
 
 def merge(bench: Bench) -> Iterator[Row]:
-    """Compare merged weights, outputs and gradients with the CPU's, for masks in one shard and in many."""
+    """Compare merged weights, outputs and gradients with the CPU's: of layers in one shard and many, of experts."""
     side = bench.sizes.updates[0]
     for num_shards in (1, SHARDS):
         here = _computed(side, num_shards, bench.device)
@@ -126,6 +130,32 @@ def merge(bench: Bench) -> Iterator[Row]:
         yield {"what": f"pruned weights are 0, num_shards = {num_shards}", "measured": not pruned.any()}
         for name, ours in here.items():
             yield _close(f"{name} as on the CPU, num_shards = {num_shards}", ours, there[name])
+    here = _of_experts(side, bench.device)
+    with without_kernels():
+        there = _of_experts(side, CPU)
+    for name, ours in here.items():
+        yield _close(f"{name} as on the CPU, experts", ours, there[name])
+
+
+def _of_experts(side: int, device: torch.device) -> dict[str, Tensor]:
+    """Return on the host the outputs and gradients of a stack of experts, of which two have no tokens."""
+    experts, config = 8, PSTConfig()
+    layout = WeightLayout(experts * side, side, num_matrices=2 * experts, num_experts=experts)
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(experts, side, side, generator=generator).bfloat16() * 0.02
+    own = torch.nn.Parameter(weight, requires_grad=False), None, layout, config.rule_for("experts"), config.of_experts
+    stack = PSTExpertStack("experts", *own, SHARDS, (0.016,) * layout.num_matrices)
+    stack.pst_mask.data = pack_mask(torch.rand(layout.numel, generator=generator) < 0.5, SHARDS)
+    for _, param in stack.factor_parameters():
+        param.data = torch.randn(param.shape, generator=generator).bfloat16() * 0.1
+    index = torch.tensor([0, 2, 3, 4, 5, 6])[torch.rand(96, 6, generator=generator).topk(2).indices].to(device)
+    x = torch.randn(96, side, generator=generator).bfloat16().to(device).requires_grad_()
+    grad = torch.randn(192, side, generator=generator).bfloat16().to(device)
+    y = stack.to(device)(x, Routing.of(index, torch.ones(index.shape, device=device), experts), by_token=True)
+    y.backward(grad)
+    found = {"outputs": y, "gradient of x": x.grad}
+    found |= {f"gradient of {name}": param.grad for name, param in stack.factor_parameters()}
+    return {name: tensor.detach().cpu() for name, tensor in found.items() if tensor is not None}
 
 
 def _computed(side: int, num_shards: int, device: torch.device) -> dict[str, Tensor]:
