@@ -12,7 +12,6 @@ from pst_ds.report import tables
 from pst_ds.report.charts import charts
 from pst_ds.report.exports import Exports
 from pst_ds.report.run_data import RunData
-from pst_ds.train.fit_verdict import sentence
 
 
 def page(runs: Sequence[RunData], exports: Exports | None = None, notes: Sequence[str] = ()) -> str:
@@ -30,7 +29,6 @@ def page(runs: Sequence[RunData], exports: Exports | None = None, notes: Sequenc
             title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
             version=__version__,
             runs=runs,
-            verdicts=[(run, text) for run in runs if (text := sentence(run.result.get("fit")))],
             results=[*tables.result_table(runs), *tables.setting_tables(runs)],
             charts=list(charts(runs)),
             details=[*tables.layer_table(runs), *saved],

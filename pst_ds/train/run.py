@@ -23,7 +23,7 @@ from pst_ds.parallel import zero3
 from pst_ds.parallel.ds_config import zero_stage
 from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes, release
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.parallel.ranks import barrier, is_main, of_main, raise_on_all_ranks, world_size
+from pst_ds.parallel.ranks import barrier, is_main, raise_on_all_ranks, world_size
 from pst_ds.parallel.stop_signals import StoppedError as StoppedError
 from pst_ds.parallel.stop_signals import name_of
 from pst_ds.parallel.watchdog import watching
@@ -31,10 +31,9 @@ from pst_ds.train import run_folder
 from pst_ds.train.calibration import calibrate
 from pst_ds.train.checkpointer import Checkpointer
 from pst_ds.train.divergence import DivergedError
-from pst_ds.train.evaluate import predict
+from pst_ds.train.evaluate import predict, watched_steps
 from pst_ds.train.expert_tokens import CountsOfExperts, counts_of_experts, warning_of_unused
 from pst_ds.train.finetune import finetune
-from pst_ds.train.fit_verdict import fit_of, sentence, watched_steps
 from pst_ds.train.loop import Loop, LoopState
 from pst_ds.train.model import build_model, num_trainable
 from pst_ds.train.monitor.metrics import MetricsWriter
@@ -78,8 +77,6 @@ class TrainResult(TypedDict):
     """Tokens of each expert, by module; only for mixtures of experts."""
     expert_zeros: NotRequired[dict[str, list[int]]]
     """Pruned weights of each expert, by stack; only for mixtures of experts."""
-    fit: dict[str, object] | None
-    """Verdict on underfitting and overfitting, see :func:`pst_ds.train.fit_verdict.fit_of`."""
     seconds: float
     """Seconds of training, over all processes of the run."""
 
@@ -261,11 +258,11 @@ def _open_metrics(
 
 
 def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState) -> TrainResult:
-    """Train from ``state``, save and judge; return the result, which rank 0 also writes. Collective.
+    """Train from ``state`` and save; return the result, which rank 0 also writes. Collective.
 
     Raises as :func:`train_run`.
     """
-    first_step, folder, fit = state.step, Path(loop.run.output_dir), None
+    first_step, folder = state.step, Path(loop.run.output_dir)
     try:
         watched = watching(folder / STALLS, loop.run.train.stall_timeout_seconds, loop.pace.hosts)
         with watched:
@@ -275,10 +272,6 @@ def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState) 
                     break
             metrics, experts = checkpointer.finish(state), counts_of_experts(loop.engine.module)
         if state.step == loop.num_steps:
-            context = loop.context
-            fit = of_main(lambda: fit_of(context.run, context.task, loop.examples, loop.num_steps))
-            if verdict := sentence(fit):
-                loop.metrics.verdict(loop.num_steps, verdict)
             loop.metrics.say(warning_of_unused(experts.get("expert_tokens", {}), first_step))
     except DivergedError as error:
         raise DivergedError(
@@ -293,7 +286,7 @@ def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState) 
         raise StoppedError(
             f"stopped by {name_of(state.stopped_by)} {after}, saved in {checkpointer.newest()}; continue with --resume"
         )
-    result = _result(loop, state, metrics, checkpointer.best_step, fit, experts)
+    result = _result(loop, state, metrics, checkpointer.best_step, experts)
     if is_main():
         write_text_atomic(folder / RESULT_FILE, json_of(result, indent=1) + "\n")
     barrier()
@@ -301,12 +294,7 @@ def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState) 
 
 
 def _result(
-    loop: Loop,
-    state: LoopState,
-    metrics: dict[str, float],
-    best_step: int | None,
-    fit: dict[str, object] | None,
-    experts: CountsOfExperts,
+    loop: Loop, state: LoopState, metrics: dict[str, float], best_step: int | None, experts: CountsOfExperts
 ) -> TrainResult:
     """Return the result of a finished run. Collective."""
     result = TrainResult(
@@ -322,7 +310,6 @@ def _result(
         optimizer_bytes_per_rank=optimizer_bytes(loop.engine),
         metrics=metrics,
         best_step=best_step,
-        fit=fit,
         seconds=round(loop.metrics.seconds, 1),
     )
     if experts:

@@ -72,7 +72,7 @@ def test_what_the_data_says_is_text(write_run):
         {"step": 1, "event": "masks", "kept": [5, 5], "flipped": [5, 5]},
     ]
     run_file = f"method = {json.dumps(NAMES)}\n{json.dumps(NAMES)} = 3\n"
-    result = {"metrics": {NAMES: 1.0}, "fit": {"verdict": "underfits", "reason": NAMES, "fixes": [{NAMES: 1}]}}
+    result = {"metrics": {NAMES: 1.0}}
     run = write_run(NAMES.replace("/", ""), metrics=metrics, layers=layers, result=result, run_file=run_file)
     runs = read_runs([run, write_run("other")])
     document = Document(page(runs, {NAMES: {NAMES: NAMES}}, [NAMES]))

@@ -57,11 +57,6 @@ class Classification(Task[texts.Examples]):
     def num_labels(self, examples: texts.Examples) -> int:
         return len(set(examples.labels))
 
-    def constant_loss(self, examples: texts.Examples) -> float | None:
-        counts = np.unique(examples.labels, return_counts=True)[1]
-        shares = counts / counts.sum()
-        return float(-(shares * np.log(shares)).sum())
-
     def outcomes(self, logits: Tensor, batch: dict[str, Tensor]) -> np.ndarray:
         return logits.float().cpu().numpy()
 

@@ -73,9 +73,6 @@ class Regression(Classification):
             refuse_hidden(-1, 0, where)
         return Examples(tokenized_texts(rows, data, split, tokenizer), numbers)
 
-    def constant_loss(self, examples: Examples) -> float | None:
-        return float(np.var(examples.labels))
-
     def label_scale(self, examples: Examples) -> tuple[float, float]:
         return float(np.mean(examples.labels)), float(np.std(examples.labels)) or 1.0
 

@@ -101,10 +101,6 @@ class Task(ABC, Generic[E]):
         """Return a warning about the training examples, as a sentence without a full stop, or ""."""
         return ""
 
-    def constant_loss(self, examples: E) -> float | None:
-        """Return the lowest loss of a prediction that is the same for all ``examples``; None if unknown."""
-        return None
-
     def num_labels(self, examples: E) -> int:
         """Return the number of different labels; 0 without labels."""
         return 0

@@ -73,21 +73,5 @@ def read_curves(path: Path) -> dict[str, list[Point]]:
     return curves
 
 
-def batch_losses(path: Path, until: int = sys.maxsize) -> list[Point]:
-    """Read the training loss of every batch up to step ``until``, skipped steps included. Lines of older runs only have
-    the mean of their batches, which counts as one batch."""
-    found: list[Point] = []
-    for line in lines_until(path, until):
-        if line.get("event") != "step":
-            continue
-        losses = line.get("losses")
-        values = losses if isinstance(losses, list) and losses else [line.get("loss")]
-        first = found[-1][0] if found else 0
-        for i, value in enumerate(values, start=1):
-            if is_number(value) and math.isfinite(value):
-                found.append((first + round(i / len(values) * (line["step"] - first)), value))
-    return found
-
-
 def is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

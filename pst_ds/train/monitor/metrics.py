@@ -82,12 +82,6 @@ class MetricsWriter:
         self.write(step, {"event": "evaluation", **{f"{EVALUATION}{name}": value for name, value in metrics.items()}})
         self.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
 
-    def verdict(self, step: int, sentence: str) -> None:
-        """Write and show the verdict on a finished run."""
-        self.say(sentence)
-        if self._board is not None:
-            self._board.text("fit", sentence, step)
-
     def progress(self, step: int, values: Mapping[str, object]) -> None:
         """Show the progress of the run with ``values``, first the mean loss."""
         if self._shown is not None:

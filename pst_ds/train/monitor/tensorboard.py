@@ -1,4 +1,4 @@
-"""Write scalars and texts of a run for TensorBoard."""
+"""Write scalars of a run for TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import FileWriter
-from torch.utils.tensorboard import summary as torch_summary
 
 FOLDER = "tensorboard"
 _QUEUE = 10_000
@@ -34,10 +33,6 @@ class TensorBoardWriter:
         points = [Summary.Value(tag=tag, simple_value=value) for tag, value in new.items()]
         self._writer.add_summary(Summary(value=points), step)
         self._writer.flush()
-
-    def text(self, tag: str, text: str, step: int) -> None:
-        """Add a text in Markdown."""
-        self._writer.add_summary(torch_summary.text(tag, text), step)
 
     def close(self) -> None:
         self._writer.close()
