@@ -175,17 +175,15 @@ def adapter_state(
         if gathered is not None and key in gathered:  # a state dict with adapter_checkpoints
             bits = gathered[key].cpu()
         else:
-            with zero3.gathered([layer.pst_mask] if gathered is None else []):
-                whole = layer.pst_mask if gathered is None else gathered[f"{name}.pst_mask"]
-                bits = relayout(whole.detach().cpu(), layer.layout.numel, layer.num_shards, 1) if keep else whole
+            whole = zero3.whole(layer.pst_mask) if gathered is None else gathered[f"{name}.pst_mask"]
+            bits = relayout(whole.cpu(), layer.layout.numel, layer.num_shards, 1) if keep else whole
         if keep:
             tensors[key] = bits
         if layer.stored_grid is not None and layer.pst_scales is not None:
-            with zero3.gathered([layer.pst_scales] if gathered is None else []):
-                whole = layer.pst_scales if gathered is None else gathered[f"{name}.{SCALES}"]
-                if keep:
-                    scales = scales_of_bytes(whole.detach(), layer.stored_grid.shape)
-                    tensors[f"{name}.{SCALES}"] = scales.to("cpu", copy=True)
+            whole = zero3.whole(layer.pst_scales) if gathered is None else gathered[f"{name}.{SCALES}"]
+            if keep:
+                scales = scales_of_bytes(whole.detach(), layer.stored_grid.shape)
+                tensors[f"{name}.{SCALES}"] = scales.to("cpu", copy=True)
     return tensors
 
 

@@ -206,7 +206,7 @@ def _mask_share(layer: PSTLayer) -> Tensor:
     start, stop = _even_share(numel)
     num_bytes = shard_bytes(numel, world_size())
     if layer.num_shards == 1 and start % 8 == 0 and stop - start == 8 * num_bytes:
-        return bits.detach()[start // 8 : start // 8 + num_bytes]
+        return bits.detach().view(-1)[start // 8 : start // 8 + num_bytes]
     return pack_shard(unpack_range(bits.detach(), numel, layer.num_shards, start, stop), num_bytes)
 
 

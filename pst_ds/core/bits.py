@@ -48,7 +48,9 @@ def shard_bytes(numel: int, num_shards: int) -> int:
 
 def _unpack_bytes(data: Tensor) -> Tensor:
     if data.device.type == "cpu":  # numpy unpacks ten times as fast as torch shifts
-        return torch.from_numpy(np.unpackbits(data.numpy(), bitorder="little"))
+        # data.numpy() would fix the size of the storage, which FSDP2 sets to 0 between passes
+        values = np.from_dlpack(data).view(np.uint8)
+        return torch.from_numpy(np.unpackbits(values, bitorder="little"))
     shifts = torch.arange(8, dtype=torch.uint8, device=data.device)
     return (data.unsqueeze(-1) >> shifts).bitwise_and_(1).flatten()
 
@@ -86,7 +88,8 @@ def join_bits(runs: Sequence[tuple[Tensor, int]], num_bytes: int) -> Tensor:
 
 
 def unpack_range(bits: Tensor, numel: int, num_shards: int, start: int, stop: int) -> Tensor:
-    """Return the mask of flat weights [start, stop) as uint8 0 and 1. ``bits``: the whole mask."""
+    """Return the mask of flat weights [start, stop) as uint8 0 and 1. ``bits``: the whole mask, of any shape."""
+    bits = bits.view(-1)
     per_shard, per_shard_bytes = shard_numel(numel, num_shards), shard_bytes(numel, num_shards)
     pieces = []
     for begin, end in _cut_at_shards(start, stop, per_shard):
@@ -168,9 +171,9 @@ def pack_mask(keep: Tensor, num_shards: int = 1) -> Tensor:
 
 
 def relayout(bits: Tensor, numel: int, num_shards: int, new_num_shards: int) -> Tensor:
-    """Return the same mask in a different number of shards."""
+    """Return the same mask, of any shape, in a different number of shards: flat bytes."""
     if num_shards == new_num_shards:
-        return bits.clone()
+        return bits.flatten().clone()
     return pack_mask(unpack_range(bits, numel, num_shards, 0, numel), new_num_shards)
 
 

@@ -9,7 +9,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pst_ds.core.bits import shard_numel
 from pst_ds.core.coded_weight import CodedRun, OwnWeights
 from pst_ds.core.factors import Factors, tile_factors
 from pst_ds.core.kernels.triton.launch import serves
@@ -41,7 +40,7 @@ class LayerScores:
         self.rule, self.pattern = layer.rule, layer.rule.pattern
         self.start, self.stop, self.device = own.start, own.stop, own.device
         self._own, self._halo = own, halo
-        self._shard_numel = shard_numel(self.layout.numel, zero3.num_shards(layer.pst_mask))
+        self._shard_numel = layer.split().share
         self._tile_size = TILE_ELEMENTS.get(self.device.type, TILE_ELEMENTS["cuda"])
         self.unit = self.pattern.unit(self.layout)
         self.region = self.pattern.aligned(self.layout, self.start, self.stop)

@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from pst_ds.core.bits import shard_numel, unpack_shard
+from pst_ds.core.bits import unpack_shard
 from pst_ds.core.coded_weight import OwnWeights
 from pst_ds.core.factors import Factors, tile_factors
 from pst_ds.core.layout import Rect, StoredMatrix, row_tiles, shard_tiles, view_in_shard
@@ -99,8 +99,8 @@ class _ShardWeights:
 
     def __init__(self, name: str, layer: PSTLayer, factors: Factors):
         assert layer.stored_grid is not None
-        assert zero3.num_shards(layer.pst_mask) == layer.num_shards, "num_shards is not how the weight is partitioned"
         self.name, self.layer, self.stored, self.grid = name, layer, layer.stored_grid, layer.stored_grid.grid
+        self._split = layer.split()
         self.layout, self.row_length = layer.layout, layer.layout.shape[1]
         self._factors = with_contiguous_columns(factors) if self.layout.transposed else factors
         self._own: OwnWeights | None = None
@@ -109,7 +109,7 @@ class _ShardWeights:
         """Look up the masters and unpack the mask. Collective if :func:`zero3.master_shard` is."""
         self._own = current_base(self.layer)
         self.start, self.stop, self.device = self._own.start, self._own.stop, self._own.device
-        self._keep = unpack_shard(zero3.shard_of(self.layer.pst_mask).values, self.stop - self.start).bool()
+        self._keep = unpack_shard(self.layer.own_bits(), self.stop - self.start).bool()
         period = self.stored.period
         first, last = -(-self.start // period) * period, self.stop // period * period
         self.whole = (first, last) if first < last else (self.stop, self.stop)
@@ -122,14 +122,14 @@ class _ShardWeights:
     @property
     def cut_periods(self) -> list[int]:
         """Numbers of the periods that lie in more than one shard; the same on every rank."""
-        share, period = shard_numel(self.layout.numel, self.layer.num_shards), self.stored.period
-        edges = range(share, self.layout.numel, share) if self.layer.num_shards > 1 else ()
+        share, period = self._split.share, self.stored.period
+        edges = range(share, self.layout.numel, share) if share else ()
         return sorted({edge // period for edge in edges if edge % period})
 
     @property
     def most_cut_weights(self) -> int:
         """Upper bound of the weights of cut groups in a shard."""
-        return min(shard_numel(self.layout.numel, self.layer.num_shards), 2 * self.stored.period)
+        return min(self._split.share, 2 * self.stored.period)
 
     def whole_groups(self) -> Iterator[tuple[Rect, Tensor]]:
         """Yield (rectangle, its groups as rows, fp32) of the groups that lie entirely in this shard."""

@@ -120,5 +120,5 @@ def _write(layer: PSTLayer, weight: Tensor, keep: Tensor, *, source: int, device
         keep = torch.empty(layer.layout.shape, dtype=torch.uint8, device=device)
     weight, keep = broadcast(weight, source), broadcast(keep, source)
     zero3.write_whole(param, weight)
-    own = zero3.shard_of(layer.pst_mask).values
+    own = layer.own_bits()
     return pack_shard(keep.flatten()[slice(*layer.own_range())], own.numel()).to(own.device)

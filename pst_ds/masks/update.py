@@ -64,8 +64,6 @@ def update_masks(model: nn.Module, sparsity: float, *, progress: float = 1.0) ->
     every rank, naming the layers, for scores that are not finite; the masks are then unchanged.
     """
     layers = pst_layers(model)
-    for name, layer in layers.items():
-        assert zero3.num_shards(layer.pst_mask) == layer.num_shards, f"{name}: num_shards is not how it is partitioned"
     keyed = _layer_keys(layers)
     own_targets = [k.layer.rule.final_sparsity for k in keyed]
     targets = [sparsity if own is None else own * progress for own in own_targets]
@@ -87,7 +85,7 @@ def masks_of_zeros(model: nn.Module) -> MaskStats:
     written = {}
     for layer in pst_layers(model).values():
         if layer.weight is not None:
-            num_bytes = zero3.shard_of(layer.pst_mask).values.numel()
+            num_bytes = layer.own_bits().numel()
             written[layer] = pack_shard((zero3.shard_of(layer.weight).values != 0).byte(), num_bytes)
     return mask_stats(model, written)
 
@@ -101,12 +99,12 @@ def mask_stats(model: nn.Module, written: Mapping[PSTLayer, Tensor] | None = Non
     any_mask = next(iter(layers.values())).pst_mask
     shards = []
     for name, layer in layers.items():
-        before, (start, stop) = zero3.shard_of(layer.pst_mask).values, layer.own_range()
+        before, (start, stop) = layer.own_bits(), layer.own_range()
         after = before if written is None else written.get(layer, before)
         shards.append(ShardBits(before, after, stop - start, start, zlib.crc32(name.encode())))
     sums = replace_bits(shards)
-    for layer in written or ():
-        zero3.shard_changed(layer.pst_mask)
+    for layer, bits in (written or {}).items():
+        layer.own_bits_changed(bits)
     flips, kept, checksums = group_sum(sums, any_mask).t().tolist()
     num_weights = sum(layer.whole_layout.numel for layer in layers.values())
     digits = f"{sum(checksums) % (1 << 64):016x}"
@@ -118,7 +116,7 @@ def _shard_bits(keyed: Sequence[LayerScores], kept: Iterator[tuple[Matrix, Kept]
     found, by_kernels = dict[PSTLayer, Tensor](), dict[PSTLayer, BitsOfShard]()
     for layer in keyed:
         own = list(islice(kept, len(layer.matrices)))
-        num_bytes = zero3.shard_of(layer.layer.pst_mask).values.numel()
+        num_bytes = layer.layer.own_bits().numel()
         runs = [run for m, bits in own if (run := as_run(m, bits))] if serves(layer.device) else []
         in_torch = [(m, bits) for m, bits in own if isinstance(bits, Tensor)]
         if len(runs) == len(own):
@@ -147,9 +145,9 @@ def _layer_keys(layers: dict[str, PSTLayer]) -> list[LayerScores]:
         some = [layer for layer in wide if (layer.group is not None) == on_ranks]
         halos = fetch_halos(
             [w.pst_mask for w in some],
+            [w.split() for w in some],
             [partial(w.rule.pattern.aligned, w.layout) for w in some],
             [own_weights[w].values for w in some],
-            [w.layout.numel for w in some],
         )
         halo_of |= zip(some, halos, strict=True)
     return [

@@ -8,7 +8,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from pst_ds.core.bits import relayout, shard_bytes
 from pst_ds.nn.inject import adapter_parameters, pst_layers
 from pst_ds.nn.layer import PSTLayer
-from pst_ds.parallel import zero3
+from pst_ds.parallel import fsdp2, zero3
 from pst_ds.parallel.engine import keep_frozen, omit_frozen
 
 MASK_BITS, MASK_SHARD = "pst_mask_bits", "pst_mask_shard"
@@ -26,14 +26,16 @@ def adapter_checkpoints(model: nn.Module) -> None:
 
     ``model.state_dict()`` then has the parameters that the config trains or that have a gradient, each once, the masks
     as ``NAME.pst_mask_bits``, scales of quantised weights, and buffers. ``load_state_dict`` accepts such a dict, also
-    with ``strict``, and leaves the rest of the model unchanged. ``save_checkpoint`` of a DeepSpeed engine omits frozen
-    parameters; under ZeRO-3 every rank then saves its shards of masks (``NAME.pst_mask_shard``) and scales, so that
-    only the same number of ranks can load the checkpoint. Checkpoints saved without this call can still be loaded.
+    with ``strict``, and leaves the rest of the model unchanged. Under FSDP2 masks and scales are DTensors with their
+    usual names, which any number of ranks can load. ``save_checkpoint`` of a DeepSpeed engine omits frozen parameters;
+    under ZeRO-3 every rank then saves its shards of masks (``NAME.pst_mask_shard``) and scales, so that only the same
+    number of ranks can load the checkpoint. Checkpoints saved without this call can still be loaded.
 
     Call it after ``inject_pst``, and after ``import deepspeed`` where that is used.
     """
     if hasattr(model, _HANDLES):
         return
+    fsdp2.require_weights_everywhere()  # accelerate would send a state dict without the base
     handles = (
         model.register_state_dict_post_hook(_leave_out),
         model.register_load_state_dict_pre_hook(_load),
@@ -55,10 +57,10 @@ def _leave_out(model: nn.Module, state: State, prefix: str, _metadata: object) -
         state.pop(prefix + name, None)
     for name, layer in pst_layers(model).items():
         for part, (full_key, shard_key) in _PARTS.items():
-            state.pop(f"{prefix}{name}.{part}", None)
             param = getattr(layer, part)
-            if param is None:
+            if param is None or zero3.mesh_of(param) is not None:  # any number of ranks can load a DTensor
                 continue
+            del state[f"{prefix}{name}.{part}"]
             own = zero3.shard_of(param).values
             if zero3.is_partitioned(param):
                 state[f"{prefix}{name}.{shard_key}"] = own.clone()
@@ -82,10 +84,13 @@ def _load(
     for name, layer in pst_layers(model).items():
         for part, keys in _PARTS.items():
             param = getattr(layer, part)
+            if zero3.mesh_of(state.get(f"{prefix}{name}.{part}")) is not None:
+                continue
             full, shard = (state.pop(f"{prefix}{name}.{key}", None) for key in keys)
             if param is None or (full is None and shard is None):
                 continue
-            own, key = zero3.shard_of(param).values, f"{prefix}{name}.{keys[full is None]}"
+            own = layer.own_bits() if part != SCALES else zero3.shard_of(param).values
+            key = f"{prefix}{name}.{keys[full is None]}"
             numel = shard_bytes(layer.layout.numel, 1) if part != SCALES else zero3.full_numel(param)
             if full is not None and full.numel() != numel:
                 errors.append(f"{key} has {full.numel()} bytes, not {numel}. Load it into the model that saved it")
@@ -93,12 +98,14 @@ def _load(
                 zero3.write_whole(param, full)
             elif full is not None:
                 write_mask(layer, full)
-            elif shard is not None and shard.shape == own.shape:
-                zero3.write_shard(param, shard)
-            elif shard is not None:
+            elif shard is not None and shard.shape != own.shape:
                 errors.append(
                     f"{key} has {shard.numel()} bytes, not {own.numel()}. Load it on as many ranks as saved it"
                 )
+            elif shard is not None and part == SCALES:
+                zero3.write_shard(param, shard)
+            elif shard is not None:
+                layer.write_own_bits(shard)
             state[f"{prefix}{name}.{part}"] = param.detach()  # the parameter itself, so that it is not missing
 
 

@@ -57,13 +57,13 @@ def own_weights(param: nn.Parameter, layout: WeightLayout) -> OwnWeights:
 
 
 @torch.no_grad()
-def encode_base(target: Target, grid: Grid, num_shards: int, *, from_zeros: bool) -> BaseCodes:
+def encode_base(target: Target, grid: Grid, num_shards: int | None, *, from_zeros: bool) -> BaseCodes:
     """Quantise the weight of a target layer and free it; on the meta device only create shapes.
 
     ``from_zeros``: whether the mask keeps only the weights that are non-zero before quantisation. Collective under
     ZeRO-3, where it gathers the weight on every rank. Raises InjectionError for values that are not finite.
     """
-    weight = target.weight
+    weight, num_shards = target.weight, num_shards or 1
     layout = CodeLayout(StoredGrid(target.own_layout, grid), num_shards)
     mask_bytes = shard_bytes(target.own_layout.numel, num_shards)
     sizes = layout.num_code_bytes, layout.num_scale_bytes, num_shards * mask_bytes

@@ -31,7 +31,7 @@ from pst_ds.nn.targets import (
     resolve_targets,
     suggestion,
 )
-from pst_ds.parallel import zero3
+from pst_ds.parallel import fsdp2, zero3
 from pst_ds.parallel.expert_parallel import ExpertGroup
 from pst_ds.parallel.steps import unwrapped
 from pst_ds.third_party import require
@@ -62,7 +62,8 @@ def inject_pst(
     Args:
         model: a model with its pretrained weights. On the meta device magnitude scales are 1.
         config: the layers to prune, the factors, and what else is trained; kept as ``model.pst_config``.
-        num_shards: number of ranks over which ZeRO-3 will partition the weights. None: as ``zero.Init`` did, else 1.
+        num_shards: number of ranks over which ZeRO-3 will partition the weights. None: as ``zero.Init`` did, else masks
+            are for FSDP2 or whole weights.
         grid: quantisation scheme of the pruned weights once :func:`round_weights` is called; None for never.
         base_grid: quantisation scheme of W0, stored as int8 or int4 values with scales from now on; None for none.
         embedding_grid: the same for the frozen token embedding of a transformers model, and for its output layer.
@@ -71,10 +72,12 @@ def inject_pst(
 
     Raises:
         InjectionError: a layer cannot be pruned, or a name matches none; see :func:`pst_ds.nn.targets.resolve_targets`.
-        InputError: FSDP2 or tensor parallelism has partitioned the model.
+        InputError: FSDP2 or tensor parallelism has split the model already.
     """
     if pst_layers(model):
         raise InjectionError("the model already has PST modules; inject into the base model, once")
+    fsdp2.require_weights_everywhere()
+    zero3.refuse_dtensors(model.named_parameters(), "Call inject_pst first, on whole weights, and then fully_shard")
     targets, embeddings = resolve_targets(model, config), find_embeddings(model, config)
     _require_settings_fit(targets, config, grid, base_grid)
     tables = find_tables(model, config, embedding_grid, {t.module for t in targets}) if embedding_grid else []
@@ -128,7 +131,7 @@ def _divided(targets: Sequence[Target], degree: int) -> list[Target]:
 def _replace(
     target: Target,
     config: PSTConfig,
-    num_shards: int,
+    num_shards: int | None,
     scales: tuple[float, ...],
     grid: Grid | None,
     base: BaseCodes | None,
@@ -190,6 +193,7 @@ def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     These are the parameters that the config trains, even if they were frozen since, and all others with a gradient.
     """
     inner = unwrapped(model)
+    zero3.settle(inner)
     config = vars(inner).get("pst_config")
     configured = configured_parameters(inner, config) if isinstance(config, PSTConfig) else set()
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad or p in configured]
@@ -208,11 +212,37 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 def pst_layers(model: nn.Module) -> dict[str, PSTLayer]:
     """Return the PST layers of ``model`` by name, in model order; a shared layer once.
 
-    Raises InputError for a model that FSDP2 or tensor parallelism has split: every function that reads or changes PST
-    layers looks them up here.
+    Every function that reads or changes PST layers looks them up here. So this releases what FSDP2 keeps gathered, and
+    raises InputError for layers that are split in a way that PST does not support.
     """
-    zero3.refuse_dtensors(model)
-    return {name: module for name, module in model.named_modules() if isinstance(module, PSTLayer)}
+    zero3.settle(model)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PSTLayer)}
+    _require_same_split(layers)
+    return layers
+
+
+def _require_same_split(layers: dict[str, PSTLayer]) -> None:
+    """Raise InputError unless FSDP2 splits all parameters of all layers over the same ranks; or none."""
+    meshes = {
+        f"{name}.{part}": zero3.mesh_of(param)
+        for name, layer in layers.items()
+        for part, param in layer.named_parameters(recurse=False)
+    }
+    split = [name for name, mesh in meshes.items() if mesh is not None]
+    whole = [name for name, mesh in meshes.items() if mesh is None]
+    if split and whole:
+        raise InputError(
+            f"FSDP2 has split {split[0]}, and not {whole[0]}: masks need all pruned layers over the same ranks. Call "
+            "fully_shard on the whole model too, without ignored_params"
+        )
+    if len(set(meshes.values())) > 1:
+        raise InputError("FSDP2 has split pruned layers over several meshes. Give every fully_shard the same mesh")
+    flat = [name for name, layer in layers.items() if not layer.mask_rows]
+    if split and flat:
+        raise InputError(
+            f"FSDP2 has split {flat[0]}, whose mask or quantised base is laid out for other shards. Call inject_pst "
+            "without num_shards and base_grid, or train under DeepSpeed ZeRO-3"
+        )
 
 
 def plain_name(name: str, layer: PSTLayer) -> str:
@@ -276,9 +306,9 @@ def restore_fused_layers(model: nn.Module) -> None:
                 setattr(module, switch, vars(module).pop(_BEFORE))
 
 
-def _shards_of(target: Target, num_shards: int | None) -> int:
+def _shards_of(target: Target, num_shards: int | None) -> int | None:
     weight = target.weight
-    shards = zero3.num_shards(weight) if zero3.is_partitioned(weight) else num_shards or 1
+    shards = zero3.num_shards(weight) if zero3.is_partitioned(weight) else num_shards
     if num_shards not in (None, shards):
         raise InjectionError(f"{target.weight_name} is split over {shards} ranks, not num_shards = {num_shards}")
     return shards

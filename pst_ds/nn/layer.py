@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pst_ds.config.pst import MaskRule, PSTConfig
 from pst_ds.core import masked_linear
-from pst_ds.core.bits import all_ones, part_range
+from pst_ds.core.bits import all_ones, relayout, shard_numel
 from pst_ds.core.coded_weight import CodedWeight, OwnWeights
 from pst_ds.core.factors import Constants, Factors
 from pst_ds.core.layout import WeightLayout
@@ -36,7 +37,8 @@ class PSTLayer(nn.Module):
     Parameters, besides ``weight`` (frozen unless ``config.train_weights``) and ``bias``:
         pst_A (O, k), pst_B (P*k, I), pst_R (O,), pst_C (P, I), pst_U (O, r), pst_V (P*r, I): trainable, see
             :mod:`pst_ds.core.factors` for P; None for those that the config omits.
-        pst_mask (num_shards * ceil(ceil(O*I / num_shards) / 8),): uint8, one bit per weight; frozen.
+        pst_mask: uint8, one bit per weight, see :mod:`pst_ds.core.bits`; frozen. One row of bytes for each entry of the
+            weight's first dimension, so that FSDP2 splits both alike; (num_shards * bytes,) for ZeRO-3.
         pst_scales: uint8, the bytes of the bf16 scales that quantise M . W, only with a ``grid``; frozen.
         pst_base_codes, pst_base_scales: uint8, W0 as quantised values and scales, only with a ``base``, see
             :class:`pst_ds.core.coded_weight.CodeLayout`; ``weight`` is None then.
@@ -57,7 +59,7 @@ class PSTLayer(nn.Module):
         layout: WeightLayout,
         rule: MaskRule,
         config: PSTConfig,
-        num_shards: int,
+        num_shards: int | None,
         magnitude_scales: tuple[float, ...],
         grid: Grid | None = None,
         base: BaseCodes | None = None,
@@ -71,7 +73,12 @@ class PSTLayer(nn.Module):
         """Layout of the layer in the original model, with the experts of all ranks."""
         self.layout = layout = layout if group is None else layout.part(group.degree)
         """Layout of the part that this rank and those with the same experts own."""
-        self.num_shards = num_shards
+        self.mask_rows = self.weight_shape[0] if num_shards is None and base is None else 0
+        """Rows of the mask; 0 for a flat one, which FSDP2 would not split like the weight."""
+        bits_per_row = layout.numel // max(self.mask_rows, 1)
+        # rows of whole bytes are contiguous bits, like those of a single shard
+        self.num_shards = num_shards or (self.mask_rows if bits_per_row % 8 else 1)
+        """Parts of the mask that start at a byte, see :mod:`pst_ds.core.bits`."""
         self.set_magnitude_scales(magnitude_scales)
         self.constants = Constants(config.alpha1, config.alpha2, config.beta, config.frozen_magnitude)
         self.rule = rule
@@ -95,7 +102,9 @@ class PSTLayer(nn.Module):
         self.register_parameter(BASE_SCALES, None if base is None else base.scales)
         if weight is not None:
             device, dtype = weight.device, weight.dtype
-            self.pst_mask = nn.Parameter(all_ones(layout.numel, num_shards).to(device), requires_grad=False)
+            bits = all_ones(layout.numel, self.num_shards).to(device)
+            bits = bits.view(self.mask_rows, -1) if self.mask_rows else bits
+            self.pst_mask = nn.Parameter(bits, requires_grad=False)
         else:
             assert base is not None
             device, dtype = base.codes.device, base.dtype
@@ -191,11 +200,20 @@ class PSTLayer(nn.Module):
         assert self.base_codes is not None
         return self.base_codes.own(self.dtype)
 
+    def split(self) -> zero3.Split:
+        """Return how the weights, and their mask bits, are divided over ranks."""
+        numel, of_mask = self.layout.numel, zero3.split_of(self.pst_mask)
+        if zero3.mesh_of(self.pst_mask) is not None:
+            rows = of_mask.share * self.mask_rows // of_mask.numel
+            return zero3.Split(numel, rows * (numel // self.mask_rows), of_mask.ranks, of_mask.own)
+        assert of_mask.ranks == (1 if self.mask_rows else self.num_shards), "num_shards is not how it is partitioned"
+        return zero3.Split(numel, shard_numel(numel, of_mask.ranks), of_mask.ranks, of_mask.own)
+
     def own_range(self) -> tuple[int, int]:
         """Return the flat range of :attr:`whole_layout` whose mask bits this rank holds; all if not partitioned."""
-        if not zero3.is_partitioned(self.pst_mask):
-            return 0, self.layout.numel
-        return part_range(self.whole_layout.numel, *self.place)
+        split, first = self.split(), 0 if self.group is None else self.group.position * self.layout.numel
+        start, stop = split.range_of(split.own)
+        return first + start, first + stop
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -204,6 +222,37 @@ class PSTLayer(nn.Module):
         if self.group is None:
             return shards, shard, 1
         return shards * self.group.degree, shard * self.group.degree + self.group.position, self.group.degree
+
+    def own_bits(self) -> Tensor:
+        """Return the mask bits of :meth:`own_range`, from bit 0 on; padding bits are zero."""
+        bits, rows = zero3.shard_of(self.pst_mask).values, self._own_padded_rows()
+        return relayout(bits, rows * (self.layout.numel // self.mask_rows), rows, 1) if rows else bits
+
+    def write_own_bits(self, bits: Tensor) -> None:
+        """Overwrite the mask bits of :meth:`own_range`. Every rank must do so before the next gather."""
+        rows = self._own_padded_rows()
+        bits = relayout(bits, rows * (self.layout.numel // self.mask_rows), 1, rows) if rows else bits
+        zero3.write_shard(self.pst_mask, bits)
+
+    def own_bits_changed(self, bits: Tensor) -> None:
+        """Keep ``bits``, which were written to :meth:`own_bits`. Every rank must do so before the next gather."""
+        if self._own_padded_rows():  # of which own_bits was a copy
+            self.write_own_bits(bits)
+        else:
+            zero3.shard_changed(self.pst_mask)
+
+    def _own_padded_rows(self) -> int:
+        """Return the rows of the mask on this rank if each is padded to whole bytes; 0 for bits without gaps."""
+        if self.num_shards != self.mask_rows:
+            return 0
+        start, stop = self.own_range()
+        return (stop - start) * self.mask_rows // self.layout.numel
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        mask = state_dict.get(prefix + "pst_mask")
+        if mask is not None and mask.numel() == self.pst_mask.numel():  # a flat one has the same bytes
+            state_dict[prefix + "pst_mask"] = mask.view(self.pst_mask.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def factor_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (name in :data:`FACTOR_NAMES`, Parameter) of the factors that this layer has."""
@@ -218,8 +267,9 @@ class PSTLayer(nn.Module):
 
     def state(self) -> masked_linear.LayerState:
         """Return the state that computes the layer's current weight. The parameters must be gathered."""
-        zero3.refuse_dtensors(self, recurse=False)
-        weight, mask = self.base_weight(), self.pst_mask.detach()
+        remedy = "Call the module that fully_shard was given, not one inside it; or register_fsdp_forward_method"
+        zero3.refuse_dtensors(self.named_parameters(recurse=False), remedy)
+        weight, mask = self.base_weight(), self.pst_mask.detach().flatten()
         factors = self.factors({name: param.detach() for name, param in self.factor_parameters()})
         rounding = self.rounding() if self.rounds else None
         constants = factors, self.constants, self.magnitude_scales, self.scores_train

@@ -38,16 +38,16 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         The model, without the engine.
 
     Raises:
-        InputError: the model is under ZeRO-3, where no rank holds full weights, or only a part of it was injected.
+        InputError: the model is under ZeRO-3 or FSDP2, where no rank holds full weights, or only a part was injected.
     """
     model = unwrapped(model)
     if pst_layers(model):
         inject.injected_config(model)
     if any(zero3.is_partitioned(param) for param in model.parameters()):
         raise InputError(
-            "merge_and_unload needs whole weights, and ZeRO-3 has them in shards. Call save_pretrained(model, FOLDER) "
-            "on every rank, then in one process merge_and_unload(load_pretrained(BASE, FOLDER)); of a run of `pst-ds "
-            "train`, use `pst-ds export`"
+            "merge_and_unload needs whole weights, and ZeRO-3 or FSDP2 has them in shards. Call save_pretrained(model, "
+            "FOLDER) on every rank, then in one process merge_and_unload(load_pretrained(BASE, FOLDER)); of a run of "
+            "`pst-ds train`, use `pst-ds export`"
         )
     idle = inject.layers_never_called(model)
     if 0 < len(idle) < len(pst_layers(model)):

@@ -46,7 +46,7 @@ def pst_parameter_groups(
 
     Each group has "name", "lr" and "peak_lr" (the rate at the end of the warm-up).
     """
-    zero3.refuse_dtensors(model)
+    zero3.settle(model)
     rates = _default_rates(model, num_steps, epochs)
     given = {
         "scores": score_learning_rate,

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pst_ds.core.bits import shard_range
 from pst_ds.core.coded_weight import CodedRun
 from pst_ds.parallel import zero3
 
@@ -30,21 +29,23 @@ class Halo:
 
 
 def fetch_halos(
-    params: Sequence[nn.Parameter], widen: Sequence[Widen], shards: Sequence[Tensor | CodedRun], sizes: Sequence[int]
+    params: Sequence[nn.Parameter],
+    splits: Sequence[zero3.Split],
+    widen: Sequence[Widen],
+    shards: Sequence[Tensor | CodedRun],
 ) -> list[Halo]:
     """Fetch the values outside this rank's shard that it needs, with one all-to-all for all parameters. Collective.
 
-    Every rank works out from the sizes which rank sends what to which. Free if nothing is partitioned.
+    Every rank works out from the splits which rank sends what to which. Free if nothing is partitioned.
 
     Args:
         params: parameters that are partitioned like the values.
+        splits: how the values are divided over ranks.
         widen: maps each shard to the range that its rank needs.
         shards: this rank's flat values.
-        sizes: number of values over all ranks.
     """
     if not params or zero3.num_shards(params[0]) == 1:
         return [Halo(values[:0], values[:0]) for values in shards]
-    splits = [_Split(size, zero3.num_shards(p), zero3.shard_index(p)) for p, size in zip(params, sizes, strict=True)]
     pieces = [_pieces(i, split, widen[i]) for i, split in enumerate(splits)]
     incoming, outgoing = (sorted(chain.from_iterable(which)) for which in zip(*pieces, strict=True))
     received = _exchange(params[0], splits, shards, incoming, outgoing)
@@ -54,25 +55,13 @@ def fetch_halos(
     return [Halo(torch.cat(b), torch.cat(a)) for b, a in zip(before, after, strict=True)]
 
 
-@dataclass(frozen=True, slots=True)
-class _Split:
-    """Flat values partitioned over ranks; ``own`` is the index of this rank."""
-
-    numel: int
-    shards: int
-    own: int
-
-    def range_of(self, rank: int) -> Range:
-        return shard_range(self.numel, self.shards, rank)
-
-
-def _pieces(i: int, split: _Split, widen: Widen) -> tuple[list[Piece], list[Piece]]:
+def _pieces(i: int, split: zero3.Split, widen: Widen) -> tuple[list[Piece], list[Piece]]:
     """Return the incoming and the outgoing pieces of a parameter."""
     own = split.range_of(split.own)
     needed = widen(*own)
     assert needed[0] <= own[0] <= own[1] <= needed[1], f"[{needed[0]}, {needed[1]}) does not hold [{own[0]}, {own[1]})"
     incoming, outgoing = list[Piece](), list[Piece]()
-    for others in (range(split.own - 1, -1, -1), range(split.own + 1, split.shards)):
+    for others in (range(split.own - 1, -1, -1), range(split.own + 1, split.ranks)):
         for other in others:
             theirs = split.range_of(other)
             received, sent = _common(needed, theirs), _common(own, widen(*theirs))
@@ -91,7 +80,7 @@ def _common(one: Range, other: Range) -> range:
 
 def _exchange(
     param: nn.Parameter,
-    splits: Sequence[_Split],
+    splits: Sequence[zero3.Split],
     shards: Sequence[Tensor | CodedRun],
     incoming: list[Piece],
     outgoing: list[Piece],

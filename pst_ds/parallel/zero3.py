@@ -11,14 +11,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from pst_ds.errors import InputError
+from pst_ds.parallel import fsdp2
 from pst_ds.third_party import Code, patched, require
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _EXPERTS = "pst_experts"
 """Attribute of a parameter that holds experts of this rank: their :class:`ExpertShare`."""
@@ -63,23 +67,48 @@ class ExpertShare:
             param.ds_zero_partition_process_group = self.owners
 
 
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How ``numel`` flat values are divided over ``ranks``: ``share`` for each, fewer or none for the last ones."""
+
+    numel: int
+    share: int
+    ranks: int
+    own: int
+    """Index of this rank."""
+
+    def range_of(self, rank: int) -> tuple[int, int]:
+        """Return the flat range [first, last) of a rank."""
+        return min(rank * self.share, self.numel), min((rank + 1) * self.share, self.numel)
+
+
 def is_partitioned(param: nn.Parameter) -> bool:
-    """Return whether ZeRO-3 partitions ``param`` over ranks."""
+    """Return whether ZeRO-3 or FSDP2 partitions ``param`` over ranks; under FSDP2 not while its module runs."""
+    return _by_zero3(param) or fsdp2.is_dtensor(param)
+
+
+def _by_zero3(param: nn.Parameter) -> bool:
     return hasattr(param, "ds_id")
 
 
-def refuse_dtensors(module: nn.Module, *, recurse: bool = True) -> None:
-    """Raise InputError if FSDP2 or tensor parallelism has partitioned a parameter of ``module``.
+def refuse_dtensors(params: Iterable[tuple[str, nn.Parameter]], remedy: str) -> None:
+    """Raise InputError, with the ``remedy``, if one of these named parameters is a DTensor."""
+    for name, param in params:
+        if fsdp2.is_dtensor(param):
+            raise InputError(f"{name} is a DTensor: FSDP2 (fully_shard) or tensor parallelism has split it. {remedy}")
 
-    A DTensor has the full shape and the memory of a shard, so native code would read past its end.
-    """
-    for name, param in module.named_parameters(recurse=recurse):
-        if hasattr(param, "placements"):  # importing the class DTensor takes two seconds
-            raise InputError(
-                f"{name} is a DTensor: FSDP2 (fully_shard, fsdp_version) or tensor parallelism (tp_plan) has split it, "
-                "which PST layers do not support. Remove that, and split the model by DeepSpeed ZeRO: "
-                "deepspeed.initialize, or a DeepSpeed config for accelerate or TrainingArguments"
-            )
+
+def mesh_of(tensor: Tensor | None) -> DeviceMesh | None:
+    """Return the mesh over which FSDP2 splits ``tensor``; None if it does not."""
+    return fsdp2.mesh(tensor) if tensor is not None and fsdp2.is_dtensor(tensor) else None
+
+
+def settle(model: nn.Module) -> None:
+    """Release what FSDP2 has gathered of ``model``. Raises InputError for parameters split other than by rows."""
+    fsdp2.release(model)
+    for name, param in model.named_parameters():
+        if fsdp2.is_dtensor(param):
+            fsdp2.require_rows(name, param)
 
 
 def expert_share(param: nn.Parameter) -> ExpertShare | None:
@@ -90,9 +119,12 @@ def expert_share(param: nn.Parameter) -> ExpertShare | None:
 def full_shape(param: nn.Parameter) -> torch.Size:
     """Return the full shape of ``param``, with the experts of all ranks; under ZeRO-3 ``param.shape`` is (0,) while it
     is released."""
-    shape = torch.Size(getattr(param, "ds_shape", param.shape))
-    share = expert_share(param)
+    shape, share = _own_shape(param), expert_share(param)
     return shape if share is None else torch.Size((shape[0] * share.degree, *shape[1:]))
+
+
+def _own_shape(param: nn.Parameter) -> torch.Size:
+    return torch.Size(getattr(param, "ds_shape", param.shape))
 
 
 def full_numel(param: nn.Parameter) -> int:
@@ -101,17 +133,21 @@ def full_numel(param: nn.Parameter) -> int:
 
 def num_shards(param: nn.Parameter) -> int:
     """Return the number of ranks that ``param`` is partitioned over; 1 if it is not."""
-    return getattr(param, "ds_zero_partition_world_size", 1) if is_partitioned(param) else 1
+    if fsdp2.is_dtensor(param):
+        return fsdp2.ranks(param)
+    return getattr(param, "ds_zero_partition_world_size", 1) if _by_zero3(param) else 1
 
 
 def shard_index(param: nn.Parameter) -> int:
     """Return the index of this rank's shard of ``param``; 0 if it is not partitioned."""
-    return param.ds_zero_partition_rank if is_partitioned(param) else 0
+    if fsdp2.is_dtensor(param):
+        return fsdp2.rank(param)
+    return param.ds_zero_partition_rank if _by_zero3(param) else 0
 
 
 def process_group(param: nn.Parameter) -> dist.ProcessGroup | None:
     """Return the process group that ``param`` is partitioned over; None, the default group, if it is not."""
-    return getattr(param, "ds_process_group", None)
+    return fsdp2.group(param) if fsdp2.is_dtensor(param) else getattr(param, "ds_process_group", None)
 
 
 def holders(param: nn.Parameter) -> dist.ProcessGroup | None:
@@ -131,29 +167,37 @@ def first_index(param: nn.Parameter) -> int:
 
 def is_released(param: nn.Parameter) -> bool:
     """Return whether ``param`` is partitioned and not gathered at the moment."""
-    return is_partitioned(param) and param.ds_status.name != "AVAILABLE"
+    return fsdp2.is_dtensor(param) or (_by_zero3(param) and param.ds_status.name != "AVAILABLE")
+
+
+def split_of(param: nn.Parameter) -> Split:
+    """Return how the values of ``param``, or of this rank's experts in it, are divided over ranks."""
+    numel, ranks = _own_shape(param).numel(), num_shards(param)
+    share = fsdp2.share(param) if fsdp2.is_dtensor(param) else -(-numel // ranks)
+    return Split(numel, share, ranks, shard_index(param))
 
 
 def shard_of(param: nn.Parameter) -> Shard:
     """Return this rank's shard of ``param`` as a writable view; all of it if it is not partitioned."""
     if not is_partitioned(param):
         return Shard(param.detach().view(-1), 0)
-    start = min(param.ds_zero_partition_rank * param.ds_tensor.ds_numel, param.ds_numel)
-    count = min(param.ds_tensor.ds_numel, param.ds_numel - start)
-    return Shard(param.ds_tensor.detach()[:count], first_index(param) + start)
+    split = split_of(param)
+    start, stop = split.range_of(split.own)
+    values = fsdp2.local(param).view(-1) if fsdp2.is_dtensor(param) else param.ds_tensor.detach()
+    return Shard(values[: stop - start], first_index(param) + start)
 
 
 def hold(params: Iterable[nn.Parameter]) -> None:
     """Keep the gathered ones of ``params`` gathered until :func:`let_go`, even after their modules have run."""
     for param in params:
-        if is_partitioned(param) and not is_released(param):
+        if _by_zero3(param) and not is_released(param):
             param.ds_active_sub_modules.add(_HOLDER)
 
 
 def let_go(params: Iterable[nn.Parameter]) -> None:
     """End :func:`hold`: ZeRO-3 releases the parameters once their module has run."""
     for param in params:
-        if is_partitioned(param):
+        if _by_zero3(param):
             param.ds_active_sub_modules.discard(_HOLDER)
 
 
@@ -168,7 +212,7 @@ def shard_changed(param: nn.Parameter) -> None:
 
     A gathered parameter (ZeRO-3 keeps small ones gathered) is released, since its full value is outdated.
     """
-    if not is_partitioned(param):
+    if not _by_zero3(param):
         return
     if not is_released(param):
         param.partition()
@@ -176,8 +220,17 @@ def shard_changed(param: nn.Parameter) -> None:
 
 
 def write_whole(param: nn.Parameter, values: Tensor) -> None:
-    """Overwrite a frozen ``param`` with ``values`` of its full shape, or under ZeRO-3 this rank's shard of it."""
+    """Overwrite a frozen ``param`` with ``values``, of its full size, or this rank's shard of it if partitioned."""
     write_shard(param, own_part(param, values.flatten()))
+
+
+def whole(param: nn.Parameter) -> Tensor:
+    """Return all values of ``param``; a copy if it is partitioned. Collective."""
+    if fsdp2.is_dtensor(param):
+        (values,) = _all_gathered([param], [fsdp2.padded(param)], None)
+        return values
+    with gathered([param]):
+        return param.detach().clone() if is_partitioned(param) else param.detach()
 
 
 def bytes_split_as(like: nn.Parameter, numel: int, own: Tensor) -> nn.Parameter:
@@ -185,7 +238,7 @@ def bytes_split_as(like: nn.Parameter, numel: int, own: Tensor) -> nn.Parameter:
 
     ``own``: this rank's bytes, all if ``like`` is not partitioned. Needs memory for all bytes while it runs.
     """
-    if not is_partitioned(like):
+    if not _by_zero3(like):
         return nn.Parameter(own, requires_grad=False)
     param = nn.Parameter(torch.zeros(numel, dtype=torch.uint8, device=own.device), requires_grad=False)
     split_as(like, [param])
@@ -200,7 +253,7 @@ def own_part(like: nn.Parameter, whole: Tensor) -> Tensor:
     """
     if (experts := expert_share(like)) is not None and whole.numel() != like.ds_numel:
         whole = experts.own_part(whole)
-    share = -(-whole.numel() // num_shards(like))
+    share = fsdp2.share(like) if fsdp2.is_dtensor(like) else -(-whole.numel() // num_shards(like))
     return whole[shard_index(like) * share :][:share]
 
 
@@ -210,7 +263,7 @@ def split_as(like: nn.Parameter, params: Iterable[nn.Parameter]) -> None:
     Collective under ZeRO-3; does nothing if ``like`` is not partitioned.
     """
     full = [param for param in params if not is_partitioned(param)]
-    if full and is_partitioned(like):
+    if full and _by_zero3(like):
         if (share := expert_share(like)) is not None:
             share.mark(full)
         like.convert_to_zero_parameters(param_list=full)
@@ -218,7 +271,7 @@ def split_as(like: nn.Parameter, params: Iterable[nn.Parameter]) -> None:
 
 def drop(param: nn.Parameter) -> None:
     """Free the memory of a partitioned parameter that no module uses any more."""
-    if is_partitioned(param):
+    if _by_zero3(param):
         param.data, param.ds_tensor.data = param.new_empty(0), param.ds_tensor.new_empty(0)
         param.ds_secondary_tensor = None
 
@@ -293,7 +346,7 @@ def unfilled(chosen: Callable[[nn.Module, str], bool]) -> Iterator[None]:
         def without_values(self: object, module: nn.Module) -> None:
             split(self, module)
             for name, param in module.named_parameters(recurse=False):
-                if chosen(module, name) and is_partitioned(param) and param.ds_tensor.final_location is None:  # no NVMe
+                if chosen(module, name) and _by_zero3(param) and param.ds_tensor.final_location is None:  # no NVMe
                     drop(param)
 
         return without_values
@@ -304,7 +357,7 @@ def unfilled(chosen: Callable[[nn.Module, str], bool]) -> Iterator[None]:
 
 def is_unfilled(param: nn.Parameter) -> bool:
     """Return whether ``param`` was freed by :func:`unfilled` and has no shard yet."""
-    return is_partitioned(param) and param.ds_tensor.numel() < param.ds_tensor.ds_numel
+    return _by_zero3(param) and param.ds_tensor.numel() < param.ds_tensor.ds_numel
 
 
 def make_shard(param: nn.Parameter) -> None:
@@ -314,11 +367,11 @@ def make_shard(param: nn.Parameter) -> None:
 
 @contextmanager
 def gathered(params: Iterable[nn.Parameter], *, writer_rank: int | None = None) -> Iterator[None]:
-    """Gather ``params`` inside the context; does nothing if none is partitioned.
+    """Gather ``params`` inside the context; does nothing if ZeRO-3 partitions none.
 
     Collective: every rank must enter. With ``writer_rank`` the values that rank leaves are kept for all.
     """
-    partitioned = [p for p in params if is_partitioned(p)]
+    partitioned = [p for p in params if _by_zero3(p)]
     if not partitioned:
         yield
         return
@@ -335,30 +388,36 @@ def master_shard(param: nn.Parameter) -> Shard:
     """
     if not param.requires_grad:
         return shard_of(param)
-    if not _has_zero3_master(param):
-        return shard_of(param) if is_partitioned(param) else Shard(fp32_masters([param])[0].view(-1), 0)
     own = shard_of(param)
-    return Shard(_zero3_master(param)[: own.values.numel()], own.start)
+    if _has_zero3_master(param):
+        return Shard(_zero3_master(param)[: own.values.numel()], own.start)
+    if fsdp2.is_dtensor(param):
+        return Shard(_split_master(param, kept_masters([param])[0])[: own.values.numel()], own.start)
+    return own if is_partitioned(param) else Shard(fp32_masters([param])[0].view(-1), 0)
 
 
 def fp32_masters(params: Sequence[nn.Parameter], device: torch.device | None = None) -> list[Tensor]:
     """Return the full fp32 masters of trainable ``params`` in their shapes, on ``device`` (None: unchanged).
 
     A parameter without a master is returned as an fp32 copy; experts on ranks are those of this rank. Collective;
-    under ZeRO-3 a single all-gather and copy, or two if experts are on ranks.
+    under ZeRO-3 and FSDP2 a single all-gather and copy, or two if experts are on ranks.
     """
     if params and all(_has_zero3_master(p) for p in params):
         found: dict[nn.Parameter, Tensor] = {}
         for on_ranks in (False, True):
             some = [p for p in params if (expert_share(p) is not None) == on_ranks]
-            found |= zip(some, _gather_zero3_masters(some, device) if some else (), strict=True)
+            masters = _all_gathered(some, [_zero3_master(p) for p in some], device) if some else []
+            found |= zip(some, masters, strict=True)
         return [found[p] for p in params]
+    if params and all(fsdp2.is_dtensor(p) for p in params):
+        own = [_split_master(p, kept) for p, kept in zip(params, kept_masters(params), strict=True)]
+        return _all_gathered(params, own, device)
     masters = [_master_of(p, kept) for p, kept in zip(params, kept_masters(params), strict=True)]
     return masters if device is None else [master.to(device) for master in masters]
 
 
 def _has_zero3_master(param: nn.Parameter) -> bool:
-    return is_partitioned(param) and param.requires_grad and hasattr(param, "_z3_optimizer")
+    return _by_zero3(param) and param.requires_grad and hasattr(param, "_z3_optimizer")
 
 
 def _zero3_master(param: nn.Parameter) -> Tensor:
@@ -368,11 +427,16 @@ def _zero3_master(param: nn.Parameter) -> Tensor:
     return optimizer.fp32_partitioned_groups_flat[group].detach().narrow(0, offset, count)
 
 
-def _gather_zero3_masters(params: Sequence[nn.Parameter], device: torch.device | None) -> list[Tensor]:
-    world, group = num_shards(params[0]), params[0].ds_process_group
-    shards = [_zero3_master(p) for p in params]
-    order = sorted(range(len(params)), key=lambda i: shards[i].numel())  # one copy per size puts shards in a row
-    local = [shards[i] for i in order]
+def _split_master(param: nn.Parameter, kept: Tensor | None) -> Tensor:
+    """Return this rank's flat values of the fp32 master of a DTensor ``param``, padded to its share."""
+    return fsdp2.padded(param if kept is None else kept).float()
+
+
+def _all_gathered(params: Sequence[nn.Parameter], own: Sequence[Tensor], device: torch.device | None) -> list[Tensor]:
+    """Return values for partitioned ``params``, in their shapes, from this rank's flat, padded ones: one all-gather."""
+    world, group = num_shards(params[0]), process_group(params[0])
+    order = sorted(range(len(params)), key=lambda i: own[i].numel())  # one copy per size puts shards in a row
+    local = [own[i] for i in order]
     flat = torch.cat(local)
     if dist.get_backend(group) == "nccl":
         flat = flat.cuda(non_blocking=True)
@@ -383,18 +447,21 @@ def _gather_zero3_masters(params: Sequence[nn.Parameter], device: torch.device |
     parts = everyone.view(world, -1).split([size * count for size, count in sizes.items()], dim=1)
     by_size = zip(parts, sizes.values(), strict=True)
     whole = [row for part, count in by_size for row in part.unflatten(1, (count, -1)).transpose(0, 1).flatten(1)]
-    found = {i: row[: params[i].ds_numel].view(params[i].ds_shape) for i, row in zip(order, whole, strict=True)}
+    shapes = [_own_shape(param) for param in params]
+    found = {i: row[: shapes[i].numel()].view(shapes[i]) for i, row in zip(order, whole, strict=True)}
     return [found[i] for i in range(len(params))]
 
 
 def kept_masters(params: Sequence[nn.Parameter]) -> list[Tensor | None]:
     """Return the full fp32 masters that MasterAdamW, or DeepSpeed at stage 0, keeps of ``params``.
 
-    None for a parameter without master, or overwritten since. The host waits once for the comparison.
+    None for a parameter without master, or overwritten since, under FSDP2 in this rank's rows. The host waits once for
+    the comparison.
     """
     held = {i: param.fp32_master.detach() for i, param in enumerate(params) if hasattr(param, "fp32_master")}
     masters = {i: master for i, master in held.items() if master.shape == params[i].shape}
-    same = [(master.to(params[i]) == params[i].detach()).all() for i, master in masters.items()]
+    pairs = [(fsdp2.local(master), fsdp2.local(params[i])) for i, master in masters.items()]
+    same = [(master.to(values) == values).all() for master, values in pairs]
     flags = torch.stack([flag.to(same[0].device) for flag in same]).tolist() if same else []
     holds = dict(zip(masters, flags, strict=True))
     return [masters[i].to(param.device) if holds.get(i) else None for i, param in enumerate(params)]
@@ -407,5 +474,4 @@ def _master_of(param: nn.Parameter, kept: Tensor | None) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(param).detach()
-    with gathered([param]):
-        return param.detach().to(torch.float32, copy=True)
+    return whole(param).to(torch.float32, copy=True)

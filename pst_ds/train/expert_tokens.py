@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from pst_ds.core.bits import unpack_range
 from pst_ds.core.experts.tokens import unused_experts
 from pst_ds.nn.experts import expert_stacks
-from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import all_gather_numbers, group_sum
 
 CountsOfExperts = dict[str, dict[str, list[int]]]
@@ -46,7 +45,7 @@ def counts_of_experts(model: nn.Module) -> CountsOfExperts:
     tokens = {name: counts.tolist() for name, counts in tokens_by_module(model).items()}
     pruned = {}
     for name, stack in expert_stacks(model).items():
-        bits, (start, stop) = zero3.shard_of(stack.pst_mask).values, stack.own_range()
+        bits, (start, stop) = stack.own_bits(), stack.own_range()
         counts = torch.zeros(stack.whole_layout.num_experts, dtype=torch.int64, device=bits.device)
         for expert in range(len(counts)):
             first, last = (min(max(at, start), stop) - start for at in stack.whole_layout.expert_range(expert))

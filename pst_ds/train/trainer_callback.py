@@ -20,8 +20,9 @@ from pst_ds.errors import InputError
 from pst_ds.json_text import JsonObject
 from pst_ds.masks.schedule_driver import MaskUpdater
 from pst_ds.nn.adapter_checkpoints import adapter_checkpoints
-from pst_ds.nn.inject import injected_config
+from pst_ds.nn.inject import injected_config, pst_layers
 from pst_ds.nn.optimizer import pst_optimizer, pst_parameter_groups
+from pst_ds.parallel import zero3
 from pst_ds.parallel.ds_config import validate_deepspeed_config
 from pst_ds.parallel.master_adamw import MasterAdamW
 from pst_ds.parallel.ranks import all_gather_objects, is_main
@@ -150,10 +151,11 @@ class PSTCallback(_LogFigures, ExportableState):
         self._note_figures(given["model"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """Save the adapter under DeepSpeed, where ``save_pretrained`` is called on one rank, without all masters.
-        Collective."""
+        """Save the adapter under DeepSpeed and FSDP2, where ``save_pretrained`` is called on one rank, without all
+        masters. Collective."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if _deepspeed_config() is not None and all_gather_objects(folder.is_dir())[0]:
+        is_split = any(zero3.mesh_of(layer.pst_mask) is not None for layer in pst_layers(given["model"]).values())
+        if (is_split or _deepspeed_config() is not None) and all_gather_objects(folder.is_dir())[0]:
             save_pretrained(given["model"], folder, step=self._step, writes=args.should_save)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:

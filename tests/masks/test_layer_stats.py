@@ -47,7 +47,7 @@ def _measured(config, stage):
 
 def _mask(layer):
     numel = layer.layout.numel
-    return unpack_range(layer.pst_mask.detach(), numel, 1, 0, numel).view(layer.layout.shape)
+    return unpack_range(layer.pst_mask.detach(), numel, layer.num_shards, 0, numel).view(layer.layout.shape)
 
 
 def _whole(layer):

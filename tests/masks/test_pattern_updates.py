@@ -269,7 +269,7 @@ def test_a_global_cut_holds_the_least_share_of_a_matrix():
     stats = update_masks(model, 0.6)
     sizes = [layer.layout.numel for layer in pst_layers(model).values()]
     assert stats.num_pruned == sum(math.floor(0.6 * n) for n in sizes)
-    kept = int(unpack_range(small.pst_mask, small.layout.numel, 1, 0, small.layout.numel).sum())
+    kept = int(unpack_range(small.pst_mask, small.layout.numel, small.num_shards, 0, small.layout.numel).sum())
     assert kept == math.ceil(0.35 * small.layout.numel)
 
 
@@ -279,7 +279,7 @@ def test_n_of_m_ends_exact_and_starts_dense():
     end = update_masks(model, 0.5)
     assert end.num_pruned * 2 == end.num_weights
     for layer in pst_layers(model).values():
-        mask = unpack_range(layer.pst_mask, layer.layout.numel, 1, 0, layer.layout.numel)
+        mask = unpack_range(layer.pst_mask, layer.layout.numel, layer.num_shards, 0, layer.layout.numel)
         assert bool((mask.view(-1, 4).sum(1) == 2).all())
 
 

@@ -53,7 +53,8 @@ def straight_through(layer: PSTLayer, leaves: dict[str, torch.Tensor]) -> torch.
     """M . W in storage shape, in float64, with the mask's gradient as the scores': the formulas, matrix by matrix."""
     experts, (height, width) = layer.layout.num_experts, layer.layout.expert.shape
     weight = layer.weight.detach().double().view(experts, height, width)
-    keep = unpack_range(layer.pst_mask, layer.layout.numel, 1, 0, layer.layout.numel).view(weight.shape).double()
+    keep = unpack_range(layer.pst_mask, layer.layout.numel, layer.num_shards, 0, layer.layout.numel)
+    keep = keep.view(weight.shape).double()
     if layer.layout.transposed:
         weight, keep = weight.transpose(1, 2), keep.transpose(1, 2)
     outputs = layer.layout.out_features // layer.layout.num_matrices
@@ -127,9 +128,8 @@ def test_every_matrix_of_every_expert_has_its_share_of_zeros(family, pattern):
     for name, layer in stacks(model).items():
         fused = layer.layout.num_matrices // layer.layout.num_experts
         assert fused == (2 if name.endswith("gate_up_proj") and family != "gpt_oss" else 1)
-        keep = (
-            unpack_range(layer.pst_mask, layer.layout.numel, 1, 0, layer.layout.numel).bool().view(layer.weight_shape)
-        )
+        keep = unpack_range(layer.pst_mask, layer.layout.numel, layer.num_shards, 0, layer.layout.numel)
+        keep = keep.bool().view(layer.weight_shape)
         keep = keep.transpose(1, 2) if layer.layout.transposed else keep
         for expert in keep:
             for matrix in expert.chunk(fused):

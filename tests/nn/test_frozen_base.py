@@ -96,7 +96,8 @@ def test_the_zeros_of_a_pruned_base_are_its_mask_and_small_weights_that_round_to
     inject_pst(model, PSTConfig(initial_mask="zeros"), base_grid=GRID)
     assert masks_of_zeros(model) == mask_stats(model)
     for name, layer in pst_layers(model).items():
-        mask = unpack_range(layer.pst_mask, layer.layout.numel, 1, 0, layer.layout.numel).view(layer.layout.shape)
+        mask = unpack_range(layer.pst_mask, layer.layout.numel, layer.num_shards, 0, layer.layout.numel)
+        mask = mask.view(layer.layout.shape)
         assert torch.equal(mask.bool(), pruned[name] != 0), name
         assert (layer.base_weight().dense()[mask.bool()] == 0).any(), "the test is to have such weights"
 

@@ -69,7 +69,8 @@ def _reference(world_size, accumulation):
     for name, layer in pst_layers(model).items():
         params = {n: p.detach().double().requires_grad_() for n, p in layer.factor_parameters()}
         bias = layer.bias.detach().double().requires_grad_()
-        mask = unpack_range(layer.pst_mask, layer.layout.numel, 1, 0, layer.layout.numel).view(layer.layout.shape)
+        mask = unpack_range(layer.pst_mask, layer.layout.numel, layer.num_shards, 0, layer.layout.numel)
+        mask = mask.view(layer.layout.shape)
         stored = layer.weight.detach().double()
         if layer.layout.transposed:
             mask, stored = mask.t(), stored.t()

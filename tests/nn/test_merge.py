@@ -136,7 +136,7 @@ def _refused():
         model = nn.Module()
         model.blocks = nn.ModuleList([nn.Linear(4, 4)])
     inject_pst(model, PSTConfig())
-    with pytest.raises(InputError, match=r"ZeRO-3 has them in shards\. Call save_pretrained\(model, FOLDER\) on every"):
+    with pytest.raises(InputError, match=r"FSDP2 has them in shards\. Call save_pretrained\(model, FOLDER\) on every"):
         merge_and_unload(model)
 
 

@@ -69,7 +69,7 @@ def test_the_gathered_update_selects_what_ours_selects():
     ours, _ = twins(0.6)
     for name in PICKS:
         (mask,) = gathered_update([ours], 0.6, PICKS[name])
-        own = unpack_range(ours.pst_mask.detach(), ours.layout.numel, 1, 0, ours.layout.numel)
+        own = unpack_range(ours.pst_mask.detach(), ours.layout.numel, ours.num_shards, 0, ours.layout.numel)
         assert torch.equal(own.bool(), mask), name
         assert int((~mask).sum()) == math.floor(0.6 * mask.numel())
 

@@ -136,6 +136,26 @@ def test_accelerate_s_loop_ends_in_zeros_and_goes_on_to_the_same_bits(example, t
     assert json.loads((tmp_path / "rest" / "pst" / "pst_config.json").read_text())["sparsity"] == pytest.approx(0.5)
 
 
+def _fsdp2_loop(*arguments):
+    importlib.import_module("fsdp2_loop").main(arguments)
+
+
+@pytest.mark.zero3
+def test_the_loop_under_fsdp2_goes_on_to_the_same_masks_on_other_ranks(run_ranks, tmp_path):
+    text = " ".join(json.loads(line)["text"] for line in Path("tests/data/train.jsonl").read_text().splitlines())
+    (tmp_path / "text.txt").write_text(text)
+    given = "tests/data/tiny-llama", str(tmp_path / "text.txt")
+    settings = "--sparsity=0.5", "--steps=6", "--batch-size=2", "--max-length=16"
+    run_ranks(_fsdp2_loop, 2, *given, str(tmp_path / "whole"), *settings)
+    run_ranks(_fsdp2_loop, 2, *given, str(tmp_path / "part"), *settings, "--stop-at=3")
+    run_ranks(_fsdp2_loop, 2, *given, str(tmp_path / "rest"), *settings, f"--resume={tmp_path}/part/state")
+    one, other = ((tmp_path / name / "pst" / "pst_model.safetensors").read_bytes() for name in ("whole", "rest"))
+    assert one == other
+    run_ranks(_fsdp2_loop, 3, *given, str(tmp_path / "more"), *settings, f"--resume={tmp_path}/part/state")
+    for name in ("rest", "more"):
+        assert json.loads((tmp_path / name / "pst" / "pst_config.json").read_text())["sparsity"] == pytest.approx(0.5)
+
+
 @pytest.fixture
 def text(tmp_path):
     """A corpus, and the number of sequences of 16 tokens in it."""
