@@ -79,7 +79,9 @@ def test_masks_and_outputs_are_those_of_one_process(run_ranks, tmp_path, world_s
             torch.testing.assert_close(own_logits[0], logits[number], rtol=0, atol=1e-5)
             for name, layer in pst_layers(model).items():
                 (start, stop, bits), scales = layers[name]
-                assert torch.equal(bits, unpack_range(layer.pst_mask, layer.layout.numel, 1, start, stop)), name
+                assert torch.equal(
+                    bits, unpack_range(layer.pst_mask, layer.layout.numel, layer.num_shards, start, stop)
+                ), name
                 assert scales == layer.magnitude_scales
                 seen[name] += stop - start
         assert seen == {name: layer.layout.numel for name, layer in pst_layers(model).items()}
