@@ -96,12 +96,15 @@ def _checksums(folder):
 
 @pytest.mark.zero3
 @pytest.mark.thorough
-def test_masks_do_not_depend_on_ranks_stops_or_checkpointing_though_most_experts_get_no_token(run_ranks, tmp_path):
+def test_masks_do_not_depend_on_ranks_stops_or_checkpointing_though_most_experts_get_no_token(
+    run_ranks, tmp_path, capsys
+):
     base = tmp_path / "base"
     _save_base(base)
     for ranks in (1, 2, 3):
         for idle in run_ranks(_train, ranks, tmp_path / str(ranks), base):
             assert idle >= 0.25
+    _assert_inspected(tmp_path / "3", capsys)
     run_ranks(_train, 2, tmp_path / "checkpointing", base, "model.gradient_checkpointing=true")
     run_ranks(_stopped, 2, tmp_path / "stopped", base)
     run_ranks(_goes_on, 3, tmp_path / "stopped", base)

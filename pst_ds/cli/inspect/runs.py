@@ -171,7 +171,8 @@ def _layers(checkpoint: Checkpoint, run: RunConfig | None) -> list[Layer]:
             bits = checkpoint.masks[name]
             layer["pattern"] = str(rules.rule_for(name).pattern) if rules else ""
             layer["weights"], layer["zeros"] = weights, weights - int(count_bits(bits, bits)[1])
-            layer["bytes"] += contents.num_shards * shard_bytes(weights, contents.num_shards)
+            parts = contents.parts.get(name, 1)
+            layer["bytes"] += contents.num_shards * shard_bytes(weights // parts, contents.num_shards // parts)
         layers.append(layer)
     return layers
 
@@ -193,7 +194,7 @@ def _add_experts(layers: list[Layer], checkpoint: Checkpoint, tokens: Mapping[st
         name, weights = layer["name"], layer["weights"]
         of_experts = tokens.get(name.rpartition(".")[0])
         if of_experts and name in checkpoint.masks:
-            bits, shards, each = checkpoint.masks[name], checkpoint.contents.num_shards, weights // len(of_experts)
+            bits, each = checkpoint.masks[name], weights // len(of_experts)
             firsts = range(0, each * len(of_experts), each)
-            zeros = [each - int(unpack_range(bits, weights, shards, i, i + each).sum()) for i in firsts]
+            zeros = [each - int(unpack_range(bits, weights, 1, i, i + each).sum()) for i in firsts]
             add_experts(layer, zeros, of_experts)
