@@ -58,11 +58,11 @@ def select_bits(
     digit_bits = max(LEAST_DIGIT_BITS, min(DIGIT_BITS, (MAX_COUNTS // max(1, len(search.low))).bit_length() - 1))
     shift = max(0, max((b.high - b.low).bit_length() for b in brackets) - digit_bits)
     scans = _scans([matrices[i] for i in search.present], [brackets[i] for i in search.present], device)
-    missed = _first_counts(search, scans, shift, 1 << digit_bits, ranks)
+    missed = _first_counts(search, scans, shift, 1 << digit_bits)
     while shift:
         width, shift = shift, max(0, shift - digit_bits)
-        here = scans.histograms(search.thresholds_here, shift, 1 << (width - shift)).cpu()
-        search.narrow(here, ranks.all_sum(search.offered(here)), shift)
+        there = scans.histograms(search.thresholds_here, shift, 1 << (width - shift))
+        search.narrow(*search.exchange(there, search.offered), shift)
     cuts = search.cuts()
     present = [cuts[i] for i in search.present]
     decided = scans.decide([cut.threshold for cut in present], [int(cut.ties) for cut in present])
@@ -77,22 +77,26 @@ def select_bits(
     return bits
 
 
-def _first_counts(search: Search, scans: _TorchScans | KernelScans, shift: int, bins: int, ranks: RankSums) -> set[int]:
+def _first_counts(search: Search, scans: _TorchScans | KernelScans, shift: int, bins: int) -> set[int]:
     """Start ``search`` in its brackets. Return the matrices, in whole pools, that missed or had too many keys inside.
 
     Collective: one exchange. Raises NonFiniteScoreError.
     """
-    both = torch.cat([scans.counts(), scans.histograms(search.thresholds_here, shift, bins)], 1).cpu()
-    numbers, here = both.split([NUM_COUNTS, bins], 1)
-    flags, below = search.added(numbers[:, NOT_FINITE:INSIDE]), search.offered(numbers[:, BELOW:NOT_FINITE])
-    search.below_here = numbers[:, BELOW]
-    rows = torch.cat([flags, below, search.offered(numbers[:, INSIDE:]), search.offered(here)], 1)
-    counts = ranks.all_sum(rows)
-    not_finite, overflowed, search.below, inside = counts[:, :4].unbind(1)
+    there = torch.cat([scans.counts(), scans.histograms(search.thresholds_here, shift, bins)], 1)
+
+    def offered(here: Tensor) -> Tensor:
+        below, flags = search.offered(here[:, :NOT_FINITE]), search.added(here[:, NOT_FINITE:INSIDE])
+        search.below_here = here[:, BELOW]
+        rest = search.offered(here[:, INSIDE:NUM_COUNTS]), search.offered(here[:, NUM_COUNTS:])
+        return torch.cat([below, flags, *rest], 1)
+
+    here, counts = search.exchange(there, offered)
+    search.below_here = here[:, BELOW]
+    search.below, not_finite, overflowed, inside = counts[:, :NUM_COUNTS].unbind(1)
     if not_finite.any():
-        raise NonFiniteScoreError(search.everywhere(numbers[:, NOT_FINITE]))
+        raise NonFiniteScoreError(search.everywhere(here[:, NOT_FINITE]))
     missed = search.missed(inside, overflowed)
-    search.narrow(here, counts[:, 4:], shift)
+    search.narrow(here[:, NUM_COUNTS:], counts[:, NUM_COUNTS:], shift)
     return missed
 
 

@@ -180,6 +180,16 @@ class Search:
             rows.index_add_(0, self._row_here[some], reached.diff(dim=1))
         return rows
 
+    def exchange(self, there: Tensor, offered: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Return counts, (present, columns) on any device, and the sum over ranks of what is ``offered`` of them, both
+        on the CPU. Collective. The host waits for a device once if no matrices share a row: the rows are then theirs.
+        """
+        if self._joined or there.device.type == "cpu":
+            here = there.cpu()
+            return here, self._ranks.all_sum(offered(here))
+        here, summed = torch.stack([there, self._ranks.all_sum(there.clone())]).cpu()
+        return here, summed
+
     def everywhere(self, here: Tensor) -> list[int]:
         """Return the indices of the matrices for which some rank has a positive ``here``, (present,). Collective."""
         found = torch.zeros(len(self._matrices), dtype=torch.int64)

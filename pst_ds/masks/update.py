@@ -72,7 +72,6 @@ def update_masks(model: nn.Module, sparsity: float, *, progress: float = 1.0) ->
     kept, here = select_kept(matrices, next(iter(layers.values())).pst_mask), set(map(id, keyed))
     own = ((matrix, bits) for matrix, bits in zip(matrices, kept, strict=True) if id(matrix.layer) in here)
     written = _shard_bits(keyed, own)
-    # The host waits here: DeepSpeed's gathers, on a separate stream, come after the masks are written.
     return mask_stats(model, written)
 
 
@@ -105,6 +104,7 @@ def mask_stats(model: nn.Module, written: Mapping[PSTLayer, Tensor] | None = Non
     sums = replace_bits(shards)
     for layer, bits in (written or {}).items():
         layer.own_bits_changed(bits)
+    zero3.finish_writes(any_mask)
     flips, kept, checksums = group_sum(sums, any_mask).t().tolist()
     num_weights = sum(layer.whole_layout.numel for layer in layers.values())
     digits = f"{sum(checksums) % (1 << 64):016x}"

@@ -52,7 +52,12 @@ def fetch_halos(
     before, after = ([[values[:0]] for values in shards] for _ in range(2))
     for (sender, i, _, _), values in zip(incoming, received, strict=True):  # by rank, so by rising flat index
         (before if sender < splits[i].own else after)[i].append(values)
-    return [Halo(torch.cat(b), torch.cat(a)) for b, a in zip(before, after, strict=True)]
+    return [Halo(_joined(b), _joined(a)) for b, a in zip(before, after, strict=True)]
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """Return neighbouring pieces as one tensor: mostly there is one at most, which needs no copy."""
+    return pieces[-1] if len(pieces) <= 2 else torch.cat(pieces)
 
 
 def _pieces(i: int, split: zero3.Split, widen: Widen) -> tuple[list[Piece], list[Piece]]:
@@ -105,4 +110,7 @@ def _exchange(
     dist.all_to_all_single(received, torch.cat(send), into, out_of, group=group)
     pieces = received.to(home).split([(stop - start) * shards[i].element_size() for _, i, start, stop in incoming])
     dtypes = [shards[i].dtype for _, i, _, _ in incoming]
-    return [piece.clone().view(dtype) for piece, dtype in zip(pieces, dtypes, strict=True)]
+    return [
+        (piece.clone() if piece.storage_offset() % dtype.itemsize else piece).view(dtype)
+        for piece, dtype in zip(pieces, dtypes, strict=True)
+    ]

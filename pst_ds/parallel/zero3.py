@@ -205,10 +205,11 @@ def write_shard(param: nn.Parameter, values: Tensor) -> None:
     """Overwrite this rank's shard of a frozen ``param``. Every rank must do so before the next gather."""
     shard_of(param).values.copy_(values)
     shard_changed(param)
+    finish_writes(param)
 
 
 def shard_changed(param: nn.Parameter) -> None:
-    """Let the next gather of a frozen ``param`` send what was written to its :func:`shard_of`. Every rank must do so.
+    """Let the next gather of a frozen ``param`` send what was written to its :func:`shard_of`, once that is finished.
 
     A gathered parameter (ZeRO-3 keeps small ones gathered) is released, since its full value is outdated.
     """
@@ -217,6 +218,14 @@ def shard_changed(param: nn.Parameter) -> None:
     if not is_released(param):
         param.partition()
     param.ds_secondary_tensor = None  # an hpZ copy is made again from the shard
+
+
+def finish_writes(param: nn.Parameter) -> None:
+    """Wait until what was written to shards can be gathered: DeepSpeed gathers on a stream that waits for no other."""
+    if _by_zero3(param):
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator().synchronize()
 
 
 def write_whole(param: nn.Parameter, values: Tensor) -> None:

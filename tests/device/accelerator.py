@@ -1,4 +1,4 @@
-"""The pretended device as DeepSpeed's accelerator: streams that need no waiting for, gloo, and the CPU's operators.
+"""The pretended device as DeepSpeed's accelerator: streams that run at once, gloo, and the CPU's operators.
 
 Every rank has one device, which it calls "gpu:0", as on hosts with one card each. DeepSpeed is told that the device is
 not synchronized with the host, so it takes the paths that it takes on a card: streams, events, ``record_stream``.
@@ -17,17 +17,19 @@ from deepspeed.accelerator import set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from torch import Tensor
 
-from .pretended import DEVICE, NAME, PretendedTensor, counts, pretended
+from .pretended import DEVICE, NAME, PretendedTensor, counts, pretended, streams
 
 
 class _Stream:
-    """Work given to any stream is done at once."""
+    """Work given to any stream is done at once, see :class:`tests.device.pretended.Streams`."""
 
-    def wait_stream(self, other: _Stream) -> None: ...
+    def wait_stream(self, other: _Stream) -> None:
+        streams.wait(other)
 
     def wait_event(self, event: _Event) -> None: ...
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        streams.wait(self)
 
 
 class _Event:
@@ -51,7 +53,7 @@ class PretendedAccelerator(CPU_Accelerator):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self._name, self._communication_backend_name = NAME, "gloo"
-        self._stream = _Stream()
+        self._stream = streams.current = _Stream()
 
     def is_synchronized_device(self) -> bool:
         return False
@@ -76,12 +78,18 @@ class PretendedAccelerator(CPU_Accelerator):  # type: ignore[misc]
 
     @contextmanager
     def stream(self, stream: _Stream) -> Iterator[None]:
+        before, streams.current = streams.current, stream
         yield
+        streams.current = before
 
-    def current_stream(self, device_index: int | None = None) -> _Stream:
+    def current_stream(self, device_index: int | None = None) -> Any:
+        return streams.current
+
+    def default_stream(self, device_index: int | None = None) -> _Stream:
         return self._stream
 
-    default_stream = current_stream
+    def synchronize(self, device_index: int | None = None) -> None:
+        streams.wait(streams.current)
 
     def memory_allocated(self, device_index: int | None = None) -> int:
         return counts.live_bytes

@@ -1,9 +1,9 @@
 """A pretended accelerator: tensors that say they are on "gpu:0", are refused beside CPU tensors, and really compute.
 
 Pure Python, on torch's private-use backend. It computes with torch's CPU kernels, so the bits are those of the CPU, and
-counts what a card would be asked for: launches, bytes, the host's waits, and the most memory at a time. There are no
-streams, and collectives are gloo's on the host (accelerator.py has DeepSpeed's side). Importing
-this changes what torch says of the machine for the rest of the process: see conftest.py.
+counts what a card would be asked for: launches, bytes, the host's waits, and the most memory at a time. Streams run at
+once, and :class:`Streams` finds what would go wrong if they did not. Collectives are gloo's on the host (accelerator.py
+has DeepSpeed's side). Importing this changes what torch says of the machine for the rest of the process (conftest.py).
 """
 
 from __future__ import annotations
@@ -83,6 +83,34 @@ class Counts:
 
 
 counts = Counts()
+
+
+class Streams:
+    """Finds work of one stream that reads what another, which may run late, has yet to write to watched storages."""
+
+    def __init__(self) -> None:
+        self.current: object = None
+        self.watched: set[int] = set()
+        """Addresses."""
+        self.races: list[str] = []
+        self._late: dict[int, object] = {}
+
+    def wait(self, stream: object) -> None:
+        """The work given to a stream is done."""
+        self._late = {address: writer for address, writer in self._late.items() if writer is not stream}
+
+    def run(self, name: str, tensors: list[Tensor], *, writes: bool) -> None:
+        """Run an operator on the current stream; ``writes``: to its first tensor."""
+        if not self.watched:
+            return
+        addresses = [t.host.untyped_storage().data_ptr() for t in tensors if isinstance(t, PretendedTensor)]
+        if any(self._late.get(address, self.current) is not self.current for address in addresses):
+            self.races.append(_place(name))
+        if writes and addresses and addresses[0] in self.watched:
+            self._late[addresses[0]] = self.current
+
+
+streams = Streams()
 _live: dict[int, int] = {}
 """Tensors of this device that hold each storage, by the storage's address."""
 
@@ -132,6 +160,7 @@ class PretendedTensor(Tensor):
 
     def tolist(self) -> Any:
         counts.waits[_place("tolist")] += 1
+        streams.wait(streams.current)
         return self.host.tolist()
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -255,6 +284,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return None
     if on_device and name not in MOVES:
         _require_one_device(func, name, tensors)
+    streams.run(name, tensors, writes=name.endswith("_"))
     result = func(*_mapped(_host_of, args), **{key: _mapped(_host_of, value) for key, value in kwargs.items()})
     if name == "copy_":
         is_ours = isinstance(args[0], PretendedTensor)
@@ -318,6 +348,7 @@ def _count(func: Any, name: str, tensors: list[Tensor], results: list[Tensor], w
     by_mask = name in INDEXED and any(t.dtype in (torch.bool, torch.uint8) for t in tensors[1:])
     if waits or by_mask or name in WAITS:
         counts.waits[_place(name)] += 1
+        streams.wait(streams.current)
     if name in VIEWS or name == "_local_scalar_dense":
         return
     is_written_only = name in ("copy_", "zero_", "fill_")

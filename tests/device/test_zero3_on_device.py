@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from pst_ds.checkpoint.format import read_checkpoint
 from pst_ds.config.pst import Override, PSTConfig
@@ -22,7 +23,7 @@ from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.run import StoppedError, prepare, train_prepared
 from tests.nn.expert_families import tiny_model
 
-from .pretended import NAME, counts, to_device, to_host
+from .pretended import NAME, counts, streams, to_device, to_host
 from .tiny import tiny_llama
 
 pytestmark = [pytest.mark.device, pytest.mark.zero3]
@@ -269,3 +270,21 @@ def test_a_run_file_trains_as_on_cpus(run_ranks, run_on_device, tmp_path, train,
     assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-4)
     assert _losses(folder) == pytest.approx(_losses(cpu), rel=1e-4)
     assert _final(folder) == (_final(cpu)[0], NAME)
+
+
+def _races(waits):
+    """Where gathers read masks that a stream which runs late has yet to write."""
+    engine = _engine(_model(2), "3")
+    masks = [layer.pst_mask for layer in pst_layers(engine.module).values()]
+    streams.watched = {zero3.shard_of(mask).values.untyped_storage().data_ptr() for mask in masks}
+    if not waits:
+        get_accelerator().synchronize = lambda: None
+    for mask in masks:
+        zero3.write_shard(mask, ~zero3.shard_of(mask).values)
+    next(iter(pst_layers(engine.module).values()))(to_device(torch.randn(2, 64)))  # nothing else makes the host wait
+    return streams.races
+
+
+def test_gathers_come_after_what_is_written_to_shards_on_a_stream_that_runs_late(run_on_device):
+    assert run_on_device(_races, 2, True) == [[], []]
+    assert all(run_on_device(_races, 2, False))
