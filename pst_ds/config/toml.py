@@ -118,72 +118,40 @@ def _filled(table: dict[str, object], defaults: Mapping[str, object]) -> dict[st
 
 REMOVED = {
     "pictures.layers": "every layer has statistics, none a histogram",
-    "checkpoint.file_per": "every rank writes its own file",
-    "dense_run": "compare the run with a dense one by pst-ds report RUN DENSE",
-    "checkpoint.grace_seconds": "a signal stops the run after the current step; lower checkpoint.interval to lose less",
-    "start.heads": "set start.ffn",
-    "start.kv_groups": "set start.ffn",
-    "start.layers": "set start.ffn",
-    "start.rank_by": "channels are chosen by second order",
-    "start.own_text": "write texts with pst-ds generate, and name them in data.sources",
-    "start.swaps": 'choose method = "alps", or add passes in start.reconstruct',
-    "pst.update_gates": "set pst.update_rank, such as 2, and remove pst.update_gates and pst.target_rank",
-    "pst.target_rank": "all updates have rank pst.update_rank",
     "pst.nm_ramp": "N:M patterns constrain a growing share of the groups",
     "pst.bias": "name the modules that train in full in pst.modules_to_save",
     "pst.detach_magnitude": "the gradient of the scores reaches U V through |W|",
-    "pst.gated_norms": "every token of an expert counts equally",
     "pst.full_scores": 'set method = "pst", whose scores have low rank',
     "pst.multiplicative_update": 'set method = "masked-lora"',
     "pst.score_init": "pst.score_init_scale is the standard deviation",
-    "quantization.activations": "training does not quantise inputs; pst-ds export --activation-bits 8 quantises them",
-    "train.gate_learning_rate": "",
-    "train.profile_steps": "call pst_ds.train_run inside torch.profiler.profile()",
     "distillation.hidden_states": "only predictions are compared",
     "train.score_penalty": "no method has a penalty on scores",
-    "prompt": "",
-    "train.prompt_learning_rate": "",
 }
-"""Settings and sections of earlier versions that no longer do anything, and what a run does instead; "" for no hint,
-because old run folders have them without asking for anything."""
-_CHANGE_RESULTS = (
-    "pst.bias", "pst.full_scores", "pst.multiplicative_update", "pst.update_gates", "start.heads", "start.kv_groups",
-    "start.layers",
-)  # fmt: skip
+"""Settings of the last release that no longer do anything, and what a run does instead."""
+_CHANGE_RESULTS = ("pst.bias", "pst.full_scores", "pst.multiplicative_update")
 """Removed settings without which what was trained would compute something else."""
-_FORMER_DEFAULTS = {
-    "pst.bias": "none", "pst.nm_ramp": "share", "pst.score_init": "normal", "pst.update_gates": "none",
-    "start.rank_by": "second-order",
-}  # fmt: skip
-"""Values of removed settings that old files spell out, besides empty ones."""
-
-
-def is_removed(key: str) -> bool:
-    """Return whether the setting with this dotted name is one of :data:`REMOVED`."""
-    return key in REMOVED or key.partition(".")[0] in REMOVED
+_FORMER_DEFAULTS = {"pst.bias": "none", "pst.nm_ramp": "share", "pst.score_init": "normal"}
+"""Values of removed settings that run folders spell out, besides empty ones."""
 
 
 def without_removed(table: dict[str, object]) -> dict[str, object]:
     """Return a copy of ``table`` without the settings in :data:`REMOVED`; name those that were set on stderr.
 
-    Raises ConfigError for a trained prompt and :data:`_CHANGE_RESULTS`.
+    Raises ConfigError for one of :data:`_CHANGE_RESULTS`.
     """
     table = dict(table)
-    prompt = table.get("prompt", {"text": ""})
-    if not isinstance(prompt, dict) or prompt.get("text") != "":
-        raise ConfigError(f"prompt = {prompt!r}: prompts are no longer trained. Remove [prompt] and start a new run")
     for name, instead in REMOVED.items():
-        section, _, key = name.rpartition(".")
-        values = table.get(section) if section else table
-        if isinstance(values, dict) and key in values:
-            kept = {other: value for other, value in values.items() if other != key}
-            table = {**table, section: kept} if section else kept
-            if not values[key] or values[key] == _FORMER_DEFAULTS.get(name):
-                continue
-            if name in _CHANGE_RESULTS:
-                raise ConfigError(f"{name} = {values[key]!r} is no longer supported: {instead}")
-            if instead and os.environ.get("RANK", "0") == "0":
-                print(f"{name} = {values[key]!r} has no effect any more: {instead}. Remove it", file=sys.stderr)
+        section, _, key = name.partition(".")
+        values = table.get(section)
+        if not isinstance(values, dict) or key not in values:
+            continue
+        table[section] = {other: value for other, value in values.items() if other != key}
+        if not values[key] or values[key] == _FORMER_DEFAULTS.get(name):
+            continue
+        if name in _CHANGE_RESULTS:
+            raise ConfigError(f"{name} = {values[key]!r} is no longer supported: {instead}")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{name} = {values[key]!r} has no effect any more: {instead}. Remove it", file=sys.stderr)
     return table
 
 

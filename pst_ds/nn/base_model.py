@@ -50,12 +50,10 @@ class Pretrained:
             raise InputError(f"{self} does not exist {self._looked_in}; name a model folder, or a model on the hub")
 
     def config(self, **options: object) -> PreTrainedConfig:
-        """Return the config as transformers reads it. Raises InputError, also for an old export with a prompt."""
+        """Return the config as transformers reads it. Raises InputError."""
         from transformers import AutoConfig
 
         self.require_place()
-        if all((Path(self.path) / name).is_file() for name in (MANIFEST_FILE, "prompt.json")):
-            raise InputError(f"{self} has a trained prompt, prompt.json, which is no longer read. Name another export")
         try:
             return AutoConfig.from_pretrained(self.path, **options)
         except Exception as error:  # strange values make transformers raise anything

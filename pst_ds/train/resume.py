@@ -14,7 +14,7 @@ from pst_ds.config.model import QuantizationConfig
 from pst_ds.config.one_shot import OneShotConfig
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.settings import OnResume, resume_rules
-from pst_ds.config.toml import flatten, is_removed
+from pst_ds.config.toml import REMOVED, flatten
 from pst_ds.config.train import FinetuneConfig
 from pst_ds.file_names import CHECKPOINTS, SOLVED
 from pst_ds.masks.update import mask_stats
@@ -101,7 +101,7 @@ def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, d
     changed = [key for key in now | before if before.get(key) != now.get(key)]  # pst.seed after the seed it may follow
     rules = resume_rules(RunConfig)
     for key in changed:
-        if key not in rules and not is_removed(key):
+        if key not in rules and key not in REMOVED:
             raise ConfigError(
                 f"{key} = {now.get(key)!r}: the run in {checkpoint.folder} has {before.get(key)!r}, and resuming "
                 "cannot change this setting. Use the old value, or start a new run in another output_dir."

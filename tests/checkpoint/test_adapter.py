@@ -176,17 +176,17 @@ def test_what_was_trained_by_hand_comes_back_trainable(tmp_path):
     assert all(loaded.get_parameter(name).requires_grad for name in by_hand)
 
 
-def test_settings_that_are_gone_load_unless_gates_were_trained(tmp_path, capsys):
+def test_settings_that_are_gone_load_unless_they_change_results(tmp_path, capsys):
     save_pretrained(_trained(), tmp_path)
     path = tmp_path / "pst_config.json"
     table = json.loads(path.read_text())
-    former = {"update_gates": "none", "target_rank": 0.0, "nm_ramp": "share", "score_init": "normal", "bias": "none"}
+    former = {"nm_ramp": "share", "score_init": "normal", "bias": "none"}
     former |= {"detach_magnitude": False, "full_scores": False, "multiplicative_update": False}
     path.write_text(json.dumps({**table, "pst_config": {**table["pst_config"], **former}}))
     load_pretrained(_base(), tmp_path)
     assert "no effect" not in capsys.readouterr().err
-    path.write_text(json.dumps({**table, "pst_config": {**table["pst_config"], "update_gates": "layer"}}))
-    with pytest.raises(PretrainedError, match=r"pst\.update_gates = 'layer' is no longer supported"):
+    path.write_text(json.dumps({**table, "pst_config": {**table["pst_config"], "bias": "all"}}))
+    with pytest.raises(PretrainedError, match=r"pst\.bias = 'all' is no longer supported"):
         load_pretrained(_base(), tmp_path)
 
 

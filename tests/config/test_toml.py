@@ -280,24 +280,14 @@ def test_the_paper_preset_and_what_stands_beside_it(tmp_path):
     assert all(getattr(PSTConfig(), k) != v for k, v in PAPER.items() if not k.endswith("_init"))
 
 
-def test_an_old_run_file_with_removed_settings_loads_with_hints(capsys):
-    defaults = ["dense_run=", "prompt.text=", "prompt.source=embeddings", "train.prompt_learning_rate=0.005"]
-    defaults += ["pst.update_gates=none", "pst.target_rank=0.0", "pst.nm_ramp=share", "train.gate_learning_rate=0.01"]
-    defaults += ["quantization.activations="]
-    settings = ["checkpoint.file_per=host", "checkpoint.grace_seconds=20", *defaults]
-    run = load_run("tests/data/world_size.toml", settings)
+def test_a_run_file_of_the_last_release_with_removed_settings_loads_with_hints(capsys):
+    defaults = ["pst.nm_ramp=share", "pst.score_init=normal", "pst.bias=none", "train.score_penalty=0.0"]
+    run = load_run("tests/data/world_size.toml", ["pictures.layers=10", *defaults])
     assert run == load_run("tests/data/world_size.toml")
-    said = capsys.readouterr().err.splitlines()
-    assert said[0] == "checkpoint.file_per = 'host' has no effect any more: every rank writes its own file. Remove it"
-    assert said[1].startswith("checkpoint.grace_seconds = 20 has no effect any more: a signal stops the run after")
-    assert len(said) == 2  # defaults, which every old run file has, need no hint
-    load_run("tests/data/world_size.toml", ["dense_run=runs/dense"])
-    assert capsys.readouterr().err.startswith("dense_run = 'runs/dense' has no effect any more: compare the run with")
-    load_run("tests/data/world_size.toml", ["quantization.values=int8", "quantization.activations=int8"])
-    said = capsys.readouterr().err
-    assert said.startswith(
-        "quantization.activations = 'int8' has no effect any more: training does not quantise inputs"
-    )
+    said = capsys.readouterr().err.splitlines()  # defaults, which every run folder has, need no hint
+    assert said == [
+        "pictures.layers = 10 has no effect any more: every layer has statistics, none a histogram. Remove it"
+    ]
 
 
 def test_run_from_table_leaves_the_table_alone():

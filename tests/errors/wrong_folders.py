@@ -57,12 +57,6 @@ def _manifest(change) -> Workshop:
     return arguments
 
 
-def _with_prompt(shop: Workshop) -> list[str]:
-    folder = shop.copied("dense")
-    (folder / "prompt.json").write_text('{"text": "a film", "after": 1, "values": [[0.0]]}')
-    return _out(shop, "export", folder)
-
-
 def _exported_into(name: str):
     return lambda shop: ["export", f"{shop.made}/run", "--out", shop.filled(name)]
 
@@ -215,9 +209,6 @@ EXPORTS = {
     ),
     "verify of a manifest that is not JSON": Wrong(
         _manifest(lambda text: text[:100]), "{tmp}/dense/pst_manifest.json", "damaged", "Write it again"
-    ),
-    "export of an old export with a trained prompt": Wrong(
-        _with_prompt, "{tmp}/dense", "has a trained prompt, prompt.json", "Name another export"
     ),
     "verify of a manifest that was edited": Wrong(
         _manifest(lambda text: json.dumps({**json.loads(text), "step": 3})),

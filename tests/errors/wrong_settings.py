@@ -15,9 +15,6 @@ SETTINGS = {
         setting("eval.zzz=1"), "unknown key 'eval.zzz'", "zzz", "Known keys: interval, batch_size, metric"
     ),
     "an unknown table": Wrong(setting("scheduel.final_sparsity=0.5"), "'scheduel'", "scheduel", "'schedule'"),
-    "a trained prompt of an older version": Wrong(
-        setting("prompt.text=a good film", "method=sk-tuning"), "prompt", "a good film", "Remove [prompt]"
-    ),
     "--set without =": Wrong(setting("train.num_steps"), "--set", "'train.num_steps'", "the form key=value, such as"),
     "--set into a value": Wrong(setting("seed.of=3"), "--set 'seed.of=3'", "seed is a value", "not a table"),
     "a value of another type": Wrong(
@@ -117,9 +114,6 @@ SETTINGS = {
     ),
     "a score for each weight, which no method trains any more": Wrong(
         setting("pst.full_scores=true"), "pst.full_scores", "True", 'set method = "pst"'
-    ),
-    "gates, which updates no longer have": Wrong(
-        setting("pst.update_gates=component", "pst.target_rank=2"), "pst.update_gates", "component", "pst.update_rank"
     ),
     "activations beside zeros that are kept": Wrong(
         setting("method=masked-lora", "pst.initial_mask=zeros", "pst.magnitude=activation"),

@@ -322,10 +322,6 @@ def _read_index(folder: Path) -> tuple[Common, dict[str, UserEntry]]:
         table = json.loads(data)
         if (number := table.get("format")) != FORMAT:
             raise UserStoreError(f"{path} has format {number!r}; this version reads {FORMAT}")
-        if table["common"]["form"] == "gates":
-            raise UserStoreError(
-                f'{path}: form = "gates" is no longer supported. Train again with --form masked or --form beside'
-            )
         index = TypeAdapter(_Index).validate_json(data)
         for name in index.users:
             require_name(name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
 from pst_ds.core.schedule import default_learning_rates
 from pst_ds.inference.hf.model_folder import open_model_folder
-from pst_ds.train.users.store import UserStore, UserStoreError
+from pst_ds.train.users.store import UserStore
 from pst_ds.train.users.train import (
     SHARE_BESIDE_A_HEAD,
     SHARE_OF_TOKENS,
@@ -285,14 +284,6 @@ def test_an_export_has_the_users_values_and_the_zeros_of_the_base(run, store, tm
         assert torch.equal(base[name] == 0, bob[name] == 0), name
         assert not torch.equal(base[name], bob[name])
     assert torch.equal(bob["classifier.bias"], store.state("bob")["classifier.bias"].float())
-
-
-def test_a_store_of_gates_is_refused(run, store, tmp_path):
-    shutil.copytree(store.folder, tmp_path / "store")
-    index = tmp_path / "store" / "index.json"
-    index.write_text(index.read_text().replace('"masked"', '"gates"'))
-    with pytest.raises(UserStoreError, match="--form masked or --form beside"):
-        UserStore(tmp_path / "store")
 
 
 def test_an_update_beside_layers_is_not_exported(run, tmp_path, capsys):
