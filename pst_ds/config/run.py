@@ -158,9 +158,6 @@ class RunConfig(Section):
         lead = f"train.expert_parallel = {self.train.expert_parallel}"
         if not self.deepspeed_config:
             yield f'{lead} requires ZeRO-3. Set deepspeed_config = "ds_configs/zero3.json"'
-        if self.model.base_placement not in ("auto", "sharded"):
-            placement = self.model.base_placement
-            yield f'{lead} does not support model.base_placement = "{placement}". Set "sharded", or experts to 1'
         if not self.mask_method.injects:
             yield f"{lead} divides pruned experts, and method = {self.method!r} prunes none. Set 1, or another method"
         if self.pst.magnitude == "activation":

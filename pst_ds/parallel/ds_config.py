@@ -230,13 +230,9 @@ def _require_divisible_experts(config: JsonObject, numbers: RunNumbers, source: 
     lead = f"train.expert_parallel = {numbers.expert_parallel} needs"
     if (stage := zero_stage(config)) != 3:
         raise DeepSpeedConfigError(f"{source}: zero_optimization.stage = {stage}, and {lead} ZeRO-3. Fix: make it 3")
-    for key, reason in (
-        ("zero_hpz_partition_size", "no copies in each node"),
-        ("zero_quantized_gradients", "all bits"),
-    ):
-        if (value := _look_up(config, f"{_ZERO}.{key}")) is True or _int_or(value, 1) > 1:
-            shown = json.dumps(value)
-            raise DeepSpeedConfigError(f"{source}: {_ZERO}.{key} = {shown}, and {lead} {reason}. Fix: remove it")
+    quantised = f"{_ZERO}.zero_quantized_gradients"
+    if _look_up(config, quantised):
+        raise DeepSpeedConfigError(f"{source}: {quantised} = true, and {lead} exact gradients. Fix: remove it")
 
 
 def _int_or(value: JSON, default: int) -> int:

@@ -304,7 +304,13 @@ def copying_frozen(ranks: int) -> Iterator[None]:
     def copying(construct: Code) -> Code:
         def constructed(self: Any, *args: object, **options: object) -> None:
             copy = require(self, "_partition_param_sec")
-            self._partition_param_sec = lambda param, **how: None if param.requires_grad else copy(param, **how)
+
+            def copied(param: nn.Parameter, **how: object) -> None:
+                # a rank's experts are not those of its neighbours, but a whole copy is of its own share
+                if not param.requires_grad and (ranks == 1 or expert_share(param) is None):
+                    copy(param, **how)
+
+            self._partition_param_sec = copied
             construct(self, *args, **options | {"zero_param_parallel_group": group})
 
         return constructed

@@ -20,6 +20,7 @@ from pst_ds.data.tokens.tokenize import open_tokenizer
 from pst_ds.errors import shortened
 from pst_ds.nn.base_model import DTYPES, Pretrained
 from pst_ds.nn.cut_config import cut_config
+from pst_ds.nn.experts import expert_stacks
 from pst_ds.nn.inject import inject_pst, persistent_buffers, plain_name, pst_layers
 from pst_ds.nn.optimizer import pst_parameter_groups
 from pst_ds.nn.sharded_weights import read_now
@@ -244,9 +245,12 @@ def num_trainable(module: nn.Module) -> int:
     return sum(zero3.full_numel(p) for p in module.parameters() if p.requires_grad)
 
 
-def frozen_bytes(module: nn.Module) -> int:
-    """Return the bytes of frozen parameters and masks, unsharded."""
-    return sum(zero3.full_numel(p) * p.element_size() for p in module.parameters() if not p.requires_grad)
+def frozen_bytes(module: nn.Module, run: RunConfig, ranks: int) -> int:
+    """Return the bytes of frozen parameters and masks, unsharded, that a node may copy: without experts on ranks."""
+    stacks = expert_stacks(module).values() if run.train.experts_divided_by(ranks) > 1 else ()
+    on_ranks = {param for stack in stacks for param in stack.parameters()}
+    frozen = (p for p in module.parameters() if not p.requires_grad and p not in on_ranks)
+    return sum(zero3.full_numel(param) * param.element_size() for param in frozen)
 
 
 def head_names(module: nn.Module, run: RunConfig) -> list[str]:

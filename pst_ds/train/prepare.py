@@ -77,8 +77,6 @@ def _placed(context: RunContext, run_file: str) -> RunContext:
         return context
     sizes, memory = zip(*all_gather_objects((launch.node_size, memory_of_rank(launch))), strict=True)
     ranks, wanted = launch.world_size, run.model.base_placement
-    if run.train.expert_parallel > 1:
-        wanted = "sharded"
     uneven = len(set(sizes)) > 1 or ranks % min(sizes[0], ranks) > 0
     size, names = ranks if uneven else sizes[0], (run.deepspeed_config, run_file)
     chosen = place_frozen(config, wanted, context.frozen_bytes, ranks, size, min(memory), names=names)
@@ -97,7 +95,9 @@ def _checked(run: RunConfig, launch: LaunchEnvironment, run_file: str, labels: l
     ranks, stage = launch.world_size, zero_stage(raw)
     shapes = checked_shapes(run, labels, context.tokenizer, ranks=ranks, num_shards=ranks, stage=stage)
     resolved = resolved_deepspeed_config(run, raw, shapes, ranks=ranks, run_file=run_file)
-    return replace(context, ds_config=resolved, width=model_width(shapes), frozen_bytes=frozen_bytes(shapes))
+    return replace(
+        context, ds_config=resolved, width=model_width(shapes), frozen_bytes=frozen_bytes(shapes, run, ranks)
+    )
 
 
 def checked_shapes(

@@ -32,7 +32,7 @@ class RunContext:
     width: int = 1
     """Hidden size of the model."""
     frozen_bytes: int = 0
-    """Bytes of frozen weights and masks."""
+    """Bytes of frozen weights and masks, without experts that ranks divide."""
     copy_ranks: int = 0
     """Ranks that share a second copy of them, see :func:`~pst_ds.parallel.placement.copy_ranks`."""
     remark: str = ""

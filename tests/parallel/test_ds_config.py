@@ -254,14 +254,13 @@ def test_hpz_groups_must_share_out_the_ranks(ranks, fits):
     ("zero", "message"),
     [
         ({"stage": 2}, "zero_optimization.stage = 2, and train.expert_parallel = 4 needs ZeRO-3. Fix: make it 3"),
-        ({"stage": 3, "zero_hpz_partition_size": 2}, "zero_hpz_partition_size = 2, and train.expert_parallel = 4"),
         ({"stage": 3, "zero_quantized_gradients": True}, "zero_quantized_gradients = true, and train.expert_parallel"),
     ],
 )
 def test_experts_on_ranks_need_zero_3_without_what_deepspeed_cannot_partition(zero, message):
     with pytest.raises(DeepSpeedConfigError, match=re.escape(message)):
         _resolve({"zero_optimization": zero}, expert_parallel=4)
-    _resolve({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 1}}, expert_parallel=4)
+    _resolve({"zero_optimization": {"stage": 3}}, expert_parallel=4)
 
 
 @pytest.mark.parametrize(

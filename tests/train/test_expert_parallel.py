@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,12 @@ def _assert_same_run(folder: Path, expected: Path) -> None:
         assert found.keys() == wanted.keys()
         for key, value in wanted.items():
             assert found[key] == value or found[key] == pytest.approx(value, rel=1e-4), key
+
+
+def _train_on_nodes(*arguments: object) -> None:
+    """As :func:`_train`, on nodes of two ranks."""
+    os.environ |= {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(rank() % 2)}
+    _train(*arguments)
 
 
 def _rewritten(run: Path, base: Path, out: Path, degree: int) -> None:
@@ -125,10 +132,15 @@ def test_any_division_may_continue_a_run(run_ranks, tmp_path):
     base, pictures = tmp_path / "base", "pictures.interval=3"
     _save_base(base)
     run_ranks(_train, 1, tmp_path / "1", base, pictures)
-    cases = {(2, 2): (), (4, 4): ("model.gradient_checkpointing=true",), (8, 4): ("train.sequence_parallel=2",)}
+    cases = {
+        (2, 2): (),
+        (4, 2): ("model.base_placement=node",),
+        (4, 4): ("model.gradient_checkpointing=true", "model.base_placement=replicated"),
+        (8, 4): ("train.sequence_parallel=2",),
+    }
     for (ranks, degree), more in cases.items():
         folder = tmp_path / f"{ranks}-{degree}"
-        run_ranks(_train, ranks, folder, base, pictures, f"train.expert_parallel={degree}", *more)
+        run_ranks(_train_on_nodes, ranks, folder, base, pictures, f"train.expert_parallel={degree}", *more)
         _assert_same_run(folder, tmp_path / "1")
     run_ranks(_stopped, 4, tmp_path / "stopped", base, pictures, "train.expert_parallel=2")
     run_ranks(_goes_on, 4, tmp_path / "stopped", base, pictures, "train.expert_parallel=4")

@@ -16,7 +16,7 @@ from pst_ds.config.toml import load_run
 from pst_ds.core.bits import unpack_range
 from pst_ds.core.experts.routing import Routing
 from pst_ds.parallel import stop_signals
-from pst_ds.parallel.launch import LaunchEnvironment
+from pst_ds.parallel.launch import launch_environment
 from pst_ds.parallel.ranks import rank, world_size
 from pst_ds.train import loop as loop_module
 from pst_ds.train.calibration import NORMS_FILE
@@ -58,7 +58,7 @@ def _train(folder, base, *more, resume=False, quiet=True):
         "schedule.final_sparsity=0.7",
         "eval.interval=0", "train.score_learning_rate=0.05", "train.update_learning_rate=0.01", *more,
     ]  # fmt: skip
-    prepared = prepare(load_run("tests/data/causal_lm.toml", settings), LaunchEnvironment(rank(), world_size(), rank()))
+    prepared = prepare(load_run("tests/data/causal_lm.toml", settings), launch_environment())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Routing, "of", counting)
         train_prepared(prepared, resume=resume, quiet=quiet)
