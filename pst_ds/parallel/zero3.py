@@ -306,7 +306,7 @@ def copying_frozen(ranks: int) -> Iterator[None]:
             copy = require(self, "_partition_param_sec")
 
             def copied(param: nn.Parameter, **how: object) -> None:
-                # a rank's experts are not those of its neighbours, but a whole copy is of its own share
+                # neighbours have other experts, of which only a whole copy of a rank's share makes sense
                 if not param.requires_grad and (ranks == 1 or expert_share(param) is None):
                     copy(param, **how)
 
