@@ -242,7 +242,7 @@ def _update_if_due(loop: Loop, state: LoopState) -> None:
     """
     traffic.take()
     masks, scales = update_if_due(loop.engine.module, loop.schedules, state.step, loop.sums)
-    received = _received_bytes([traffic.take()])
+    received = _received_bytes([traffic.take()], "update/")
     if masks is not None:
         loop.sums, state.masks = None, masks
         requested, target = loop.run.schedule.final_sparsity, loop.schedules.sparsity_at(state.step)
@@ -337,10 +337,12 @@ def _report_if_due(loop: Loop, state: LoopState) -> None:
     loop.metrics.progress(state.step, progress)
 
 
-def _received_bytes(batches: Sequence[Received]) -> dict[str, int]:
-    """Return the mean bytes that this rank received in ``batches``, by link."""
+def _received_bytes(batches: Sequence[Received], prefix: str = "") -> dict[str, int]:
+    """Return the mean bytes that this rank received in ``batches``, by link; nothing for a single rank."""
+    if world_size() == 1:
+        return {}
     total = sum(batches, NOTHING) * (1 / max(len(batches), 1))
-    return {"bytes_within_node": round(total.within), "bytes_between_nodes": round(total.between)}
+    return {f"{prefix}bytes_within_node": round(total.within), f"{prefix}bytes_between_nodes": round(total.between)}
 
 
 def _memory_and_seconds(loop: Loop) -> tuple[int, dict[str, float]]:

@@ -36,6 +36,7 @@ ZERO = {
     "3 offload": {**OFFLOAD, "stage3_param_persistence_threshold": 0},
     "2": {"stage": 2},
     "3 hpZ": {"stage3_param_persistence_threshold": 0, "zero_hpz_partition_size": 2},
+    "3 whole": {"stage3_param_persistence_threshold": 0},
 }
 PATTERNS = {"q_proj": "row", "k_proj": "2:4", "v_proj": "4x4", "o_proj": "stack", "gate_proj": "matrix"}
 
@@ -68,7 +69,8 @@ def _ds_config(kind, dtype=torch.float32):
 
 def _engine(model, kind, dtype=torch.float32):
     """DeepSpeed's, which moves the model to its accelerator."""
-    return build_engine(model.to(dtype), _groups(model), ds_config=_ds_config(kind, dtype))
+    with zero3.copying_frozen(1 if kind == "3 whole" else 0):
+        return build_engine(model.to(dtype), _groups(model), ds_config=_ds_config(kind, dtype))
 
 
 def _groups(model):
@@ -106,7 +108,7 @@ def _trained(world_size, kind):
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize(
-    ("kind", "world_size"), [("3", 2), ("3 persistent", 2), ("3 offload", 2), ("3 hpZ", 4), ("2", 2)]
+    ("kind", "world_size"), [("3", 2), ("3 persistent", 2), ("3 offload", 2), ("3 hpZ", 4), ("3 whole", 2), ("2", 2)]
 )
 def test_training_steps_are_those_of_cpus(run_ranks, run_on_device, kind, world_size):
     on_cpus = run_ranks(_trained, world_size, world_size, kind)

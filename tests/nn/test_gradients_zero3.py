@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.bits import unpack_range
 from pst_ds.nn.inject import inject_pst, pst_layers
+from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import build_engine
 
 BOUND = 1e-6
@@ -118,7 +119,11 @@ ZERO = {
     "3 persistent": {"stage": 3, "stage3_param_persistence_threshold": 1 << 20},
     "3 offload": {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}},
     "3 hpZ": {"stage": 3, "zero_hpz_partition_size": 2},
+    "3 in nodes": {"stage": 3},
+    "3 whole": {"stage": 3},
 }
+COPY_RANKS = {"3 in nodes": 2, "3 whole": 1}
+"""Ranks that share a copy of the frozen weights; in hpZ by the JSON, trained ones have copies too."""
 
 
 def _zero(kind):
@@ -141,7 +146,8 @@ def _gradients(kind, world_size, accumulation, checkpointing):
         "zero_optimization": _zero(kind),
     }
     trained = [p for p in model.parameters() if p.requires_grad]
-    engine = build_engine(model, [{"params": trained, "lr": 0.0}], ds_config=config)
+    with zero3.copying_frozen(COPY_RANKS.get(kind, 0)):
+        engine = build_engine(model, [{"params": trained, "lr": 0.0}], ds_config=config)
     first_x = None
     for micro in range(accumulation):
         x, target = _batch(dist.get_rank(), micro)
@@ -177,6 +183,9 @@ def _relative(ours, reference):
         ("3 offload", 2, 1, "reentrant"),
         ("3 hpZ", 4, 2, "non-reentrant"),
         ("3 hpZ", 4, 1, "reentrant"),
+        ("3 in nodes", 4, 1, "reentrant"),
+        ("3 whole", 2, 2, "non-reentrant"),
+        ("3 whole", 2, 1, "reentrant"),
     ],
 )
 def test_gradients_match_float64(run_ranks, kind, world_size, accumulation, checkpointing):

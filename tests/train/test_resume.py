@@ -80,7 +80,7 @@ def _lines(folder, *dropped):
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
     def kept(name):
-        return name not in times and not name.startswith(("time/", "ranks/"))
+        return name not in times and not name.startswith(("time/", "ranks/", "bytes_"))
 
     lines = [line for line in lines if line["event"] not in ("checkpoint", "straggler")]
     return [{k: v for k, v in line.items() if kept(k)} for line in lines]
