@@ -1,7 +1,8 @@
-"""The only access to ZeRO-3: every ``ds_*`` attribute of a parameter is read and written here.
+"""Parameters that ZeRO-3 or FSDP2 partitions, and the only access to ZeRO-3's: all their ``ds_*`` attributes.
 
 DeepSpeed partitions a parameter's flat storage into equal shards of ceil(numel / world) elements. The last may be
-padded with uninitialised memory, which no function here returns. Without ZeRO-3 every rank holds a single shard.
+padded with uninitialised memory, which no function here returns. FSDP2 splits rows, see :mod:`pst_ds.parallel.fsdp2`.
+Otherwise every rank holds a single shard.
 """
 
 from __future__ import annotations
