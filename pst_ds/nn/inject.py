@@ -119,6 +119,10 @@ def _divided(targets: Sequence[Target], degree: int) -> list[Target]:
             raise InjectionError(f"{lead} does not divide the {count} experts of {target.name}. Set it to a divisor")
     if targets[0].weight.is_meta:
         return list(targets)
+    if not zero3.is_partitioned(targets[0].weight) or zero3.mesh_of(targets[0].weight):
+        raise InjectionError(
+            f"{lead}: the model was not loaded under deepspeed.zero.Init. Load it there, or set it to 1"
+        )
     group, divided = ExpertGroup.of_neighbours(degree), []
     for target in targets:
         if target.is_stack:

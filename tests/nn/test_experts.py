@@ -247,12 +247,13 @@ def test_names_choose_a_stack_or_the_module_around_it():
 
 
 def test_experts_that_ranks_cannot_divide_are_refused():
-    def refused(family: str, **settings) -> str:
+    def refused(family: str, degree: int = 3, **settings) -> str:
         with pytest.raises(InjectionError) as caught:
-            inject_pst(tiny_model(family), PSTConfig(**settings), expert_parallel=3)
+            inject_pst(tiny_model(family), PSTConfig(**settings), expert_parallel=degree)
         return str(caught.value)
 
     assert "does not divide the 4 experts of model.layers.0.mlp.experts.gate_up_proj" in refused("mixtral")
+    assert "not loaded under deepspeed.zero.Init" in refused("mixtral", degree=2)
     assert "no stack of experts is pruned" in refused("mixtral", exclude_modules=("experts",))
     assert "layers.0.mlp.experts.gate_up_proj is pruned, and the other stack is not" in refused(
         "mixtral", exclude_modules=("down_proj",)
