@@ -6,6 +6,7 @@ places where rings enter it (as NCCL's channels do). Bytes are therefore the mea
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -43,6 +44,15 @@ class Group:
     def hops(self) -> int:
         """Hops of a ring that take time: between its nodes, or else between its ranks."""
         return self.nodes if self.nodes > 1 else self.ranks - 1
+
+    @classmethod
+    def of_neighbours(cls, ranks: int, node_size: int) -> Group:
+        return cls(ranks, math.ceil(ranks / node_size))
+
+    def owners(self, degree: int) -> Group:
+        """Return the ranks, one of each ``degree`` neighbours, that own the same experts."""
+        ranks = self.ranks // degree
+        return Group(ranks, min(ranks, self.nodes))
 
     def gathered(self, nbytes: float) -> Received:
         """Return what a ring all-gather of ``nbytes`` in total, or a reduce-scatter, brings to each rank.

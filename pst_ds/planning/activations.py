@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,12 +20,13 @@ from pst_ds.core.coded_weight import CodedWeight
 from pst_ds.core.experts.routing import Routing
 from pst_ds.core.head_loss import ChunkSizes, Teacher, chunk_sizes, head_loss
 from pst_ds.errors import first_line
-from pst_ds.nn.experts import of_routing, registered
+from pst_ds.nn.experts import PSTExpertStack, of_routing, registered
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.language_head import LanguageHead, UnknownHeadError, language_head
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.tables.coded import CodedEmbedding, coded_tables
 from pst_ds.parallel.zero3 import in_backward_pass
+from pst_ds.third_party import Code, patched
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 """Operators timed by their FLOPs, like the fused attention operators."""
@@ -50,6 +51,8 @@ class Trace:
     """Collectives of ``gathered``: one per module and dtype."""
     trained: int = 0
     """Trained parameters among ``gathered``."""
+    in_stacks: int = 0
+    """Pruned stacks of experts among ``gathered``."""
     trained_gathers: int = 0
     """Collectives of ``trained``, if frozen parameters are gathered by others."""
     moved: int = 0
@@ -114,6 +117,8 @@ def _count_gathers(module: nn.Module, trace: Trace, threshold: int) -> None:
         turns, fetched = (1, not_kept) if in_backward_pass() else (1 + has_backward, params)
         trace.gathered += turns * sum(p.numel() * p.element_size() for p in fetched)
         trace.gathers += turns * len({p.dtype for p in fetched})
+        if isinstance(module, PSTExpertStack):
+            trace.in_stacks += turns * sum(p.numel() * p.element_size() for p in fetched)
         trained = [p for p in fetched if p.requires_grad]
         trace.trained += turns * sum(p.numel() * p.element_size() for p in trained)
         trace.trained_gathers += turns * len({p.dtype for p in trained})
@@ -138,13 +143,14 @@ def _run(
         )
     _pretend_on_cpu(model, mode)
     seen = _Operators(model)
+    wide = patched(torch.nn.functional, "scaled_dot_product_attention", _with_wide_values)
     is_classifier = type(model).__name__.endswith("ForSequenceClassification")
     with mode, layers_save_their_input(model):
         ids = torch.zeros(batch, sequence, dtype=torch.long)
         labels = torch.zeros(batch, dtype=torch.long) if is_classifier else ids
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         try:
-            with seen:
+            with seen, nullcontext() if device == "cpu" else wide:
                 if head is not None:
                     _loss_in_chunks(model, head, inputs, chunk_sizes(device), distilled, seen).backward()
                 else:
@@ -290,6 +296,20 @@ class _Product(torch.autograd.Function):
         return grad_x, None, None, None, None
 
 
+def _with_wide_values(attention: Code) -> Code:
+    """Pad values to the width of queries, as in DeepSeek-V3: GPUs fuse attention for any widths, the emulated CPU only
+    for equal ones."""
+
+    def padded(query: Tensor, key: Tensor, value: Tensor, *more: object, **options: object) -> Tensor:
+        width = value.shape[-1]
+        wide = torch.nn.functional.pad(value, (0, query.shape[-1] - width))
+        out = attention(query, key, wide, *more, **options)
+        assert isinstance(out, Tensor)
+        return out[..., :width]
+
+    return padded
+
+
 class _Operators(TorchDispatchMode):
     """Count the live bytes of storages that operators make, their launches and the bytes that they move."""
 
@@ -334,6 +354,8 @@ def operator_traffic(
     read = [tensor for tensor in _tensors((args, kwargs)) if id(tensor) not in out]
     if name in ("copy_", "fill_", "zero_"):  # they only write the first
         read = read[1:]
+    elif name in ("index", "index_select", "embedding", "gather"):  # they read as much of the first as they write
+        read = [*read[1:], *_tensors(result)]
     return 1, sum(map(_nbytes, read)) + sum(map(_nbytes, _tensors(result)))
 
 

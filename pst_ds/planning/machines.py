@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tomllib
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -73,7 +72,7 @@ class Machine:
         """Time ring collectives over all ranks that bring ``received`` bytes to each."""
         if ranks == 1:
             return 0.0
-        group = Group(ranks, math.ceil(ranks / self.node_size))
+        group = Group.of_neighbours(ranks, self.node_size)
         by_link = group.gathered(received * ranks / (ranks - 1))
         return self.link_seconds(by_link) + collectives * group.hops * self.latency
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pst_ds.core.bits import shard_numel
@@ -47,6 +47,10 @@ class TensorGroup:
     layer's weights during training. Everything else is a "weight"."""
     stands_for: int | None = None
     """Weights that these bytes represent: the number of quantised values, 0 for their scales; None for ``numel``."""
+    in_stack: bool = False
+    """Whether they belong to a pruned stack of experts."""
+    divided_by: int = 1
+    """Neighbouring ranks that divide the stack of experts: all numbers are one rank's, and fewer ranks share them."""
 
     @property
     def nbytes(self) -> int:
@@ -86,14 +90,17 @@ class MatrixGroup:
     numel: int
     count: int = 1
     share: float = 1.0
-    """Share of a micro-batch's tokens that each is multiplied with: k / E for experts."""
+    """Tokens that each is multiplied with, relative to a rank's micro-batch: k / E for experts."""
     per_layer: int = 1
     """Matrices in the stack of experts that each belongs to."""
     by_kernels: bool = True
     """Whether Triton kernels can compute its layer and score its weights."""
+    divided_by: int = 1
+    """See :attr:`TensorGroup.divided_by`."""
 
     def num_cut(self, shards: int) -> int:
         """Count the matrices that shard borders cut, which ranks select together: all except most experts."""
+        shards //= self.divided_by
         return self.count if self.per_layer == 1 else self.count // self.per_layer * min(self.per_layer, shards - 1)
 
 
@@ -115,6 +122,47 @@ class ModelNumbers:
     products: int = 0
     """Products of two inputs of a pruned layer, summed over layers: what ``schedule.solves`` sums in fp64."""
 
+    dispatch_width: int = 0
+    """Values that a token sends to its experts in a forward pass, summed over layers: experts per token x width."""
+    divided_by: int = 1
+    """See :attr:`TensorGroup.divided_by`."""
+
+    def divided(self, degree: int) -> ModelNumbers:
+        """Return the numbers of one of ``degree`` neighbouring ranks that divide the experts of every stack."""
+
+        def share(value: int) -> int:
+            return value // degree
+
+        tensors = (
+            replace(t, numel=share(t.numel), stands_for=t.stands_for and share(t.stands_for), divided_by=degree)
+            if t.in_stack
+            else t
+            for t in self.tensors
+        )
+        modules = (
+            replace(
+                m,
+                numel=share(m.numel),
+                gathered_bytes=share(m.gathered_bytes),
+                largest_gather_bytes=share(m.largest_gather_bytes),
+                work_bytes=max(share(m.work_bytes), 3 * m.gathered_bytes // m.experts) if m.groups else m.work_bytes,
+                bands=share(m.bands),
+                experts=share(m.experts),
+                groups=-(-m.groups // degree),
+            )
+            if m.experts > 1
+            else m
+            for m in self.modules
+        )
+        matrices = (
+            replace(m, count=share(m.count), share=m.share * degree, per_layer=share(m.per_layer), divided_by=degree)
+            if m.per_layer > 1
+            else m
+            for m in self.matrices
+        )
+        parts = tuple(tensors), tuple(modules), tuple(matrices)
+        return replace(self, tensors=parts[0], modules=parts[1], matrices=parts[2], divided_by=degree)
+
     @property
     def pruned_weights(self) -> int:
         return sum(m.numel * m.count for m in self.matrices)
@@ -126,7 +174,8 @@ class ModelNumbers:
 
     @property
     def num_matrices(self) -> int:
-        return sum(m.count for m in self.matrices)
+        """Matrices of all ranks."""
+        return sum(m.count * m.divided_by for m in self.matrices)
 
     @property
     def num_layers(self) -> int:
@@ -138,13 +187,17 @@ class ModelNumbers:
         """Trainable tensors."""
         return sum(t.count for t in self.tensors if t.trainable)
 
+    def weights_here(self, shards: int) -> float:
+        """Return the pruned weights of a rank's shards."""
+        return sum(m.numel * m.count * m.divided_by for m in self.matrices) / shards
+
     def num_cut(self, shards: int) -> int:
         """Count the matrices that ranks select together in a mask update; the others are on one rank each."""
-        return sum(m.num_cut(shards) for m in self.matrices)
+        return sum(m.num_cut(shards) * m.divided_by for m in self.matrices)
 
     def sampled_keys(self, shards: int) -> int:
-        """Count the keys of these matrices that a mask update sends to every rank."""
-        return sum(sample_size(m.numel) * m.num_cut(shards) for m in self.matrices)
+        """Count the keys of these matrices, those of other experts included, that a mask update sends to every rank."""
+        return sum(sample_size(m.numel) * m.num_cut(shards) * m.divided_by for m in self.matrices)
 
     @property
     def parameters(self) -> int:
@@ -173,6 +226,10 @@ class ModelNumbers:
     def frozen_bytes(self) -> int:
         """Bytes of frozen weights and masks, unsharded."""
         return sum(t.nbytes for t in self.tensors if not t.trainable)
+
+    def expert_bytes(self, *, trained: bool = False) -> int:
+        """Return the bytes of pruned stacks of experts that a rank gathers, or only those that train."""
+        return sum(t.nbytes for t in self.tensors if t.in_stack and (t.trainable or not trained))
 
     def bytes_of(self, kind: str) -> int:
         """Return the bytes of the tensors of one :attr:`TensorGroup.kind`, unsharded."""
@@ -205,9 +262,13 @@ class ZeroSettings:
         """Ranks that a parameter is partitioned over."""
         return self.world_size if self.stage == 3 else 1
 
+    def shard_of(self, tensor: TensorGroup) -> int:
+        """Return the elements of a tensor that a rank holds."""
+        return shard_numel(tensor.numel, max(1, self.shards // tensor.divided_by))
+
     def group(self, ranks: int) -> Group:
         """Return the group of so many neighbouring ranks."""
-        return Group(ranks, math.ceil(ranks / self.node_size))
+        return Group.of_neighbours(ranks, self.node_size)
 
 
 def zero_settings(config: JsonObject | None, world_size: int, backend: str) -> ZeroSettings:
@@ -321,7 +382,7 @@ def memory_plan(
     """
     optimizer = optimizer_bytes(model, zero, element_size)
     weights, masks, scales = (
-        sum(t.count * shard_numel(t.numel, zero.shards) * t.element_size for t in model.tensors if t.kind in kinds)
+        sum(t.count * zero.shard_of(t) * t.element_size for t in model.tensors if t.kind in kinds)
         for kinds in (("weight", "factor"), ("mask",), ("scales",))
     )
     gathers, communication, work = _turn(model, zero, element_size)
@@ -384,14 +445,15 @@ def mask_update_bytes(model: ModelNumbers, zero: ZeroSettings, device: str = "cp
     masters = 4 * model.factor_parameters
     arrived = 0 if zero.shards == 1 else int(masters * (1 + 1 / zero.shards))
     gathering = max(arrived + masters, 2 * arrived if zero.backend == GLOO else 0)  # gloo stages them before the copy
-    bracketed = [(m, m.num_cut(zero.shards) / zero.shards + _whole_here(m, zero, device)) for m in model.matrices]
+    cut = [(m, m.num_cut(zero.shards) * m.divided_by / zero.shards) for m in model.matrices]
+    bracketed = [(m, here + _whole_here(m, zero, device)) for m, here in cut]
     sampled = model.sampled_keys(zero.shards)
     sampled += sum(int(sample_size(m.numel) * _whole_here(m, zero, device)) for m in model.matrices)
     sampling = masters + 4 * 4 * sampled
     inside = sum(here * m.numel * _bracket_share(m.numel) for m, here in bracketed)
     largest = max(m.numel for m in model.matrices) / zero.shards
     place = 1 if device == "cpu" else 4
-    scanning = masters + int(model.pruned_weights / zero.shards / 8 + (4 + place) * inside + largest)
+    scanning = masters + int(model.weights_here(zero.shards) / 8 + (4 + place) * inside + largest)
     return max(gathering, sampling, scanning) + SCORED_TILE_BYTES.get(device, 0)
 
 
@@ -399,7 +461,7 @@ def _whole_here(group: MatrixGroup, zero: ZeroSettings, device: str) -> float:
     """Return how many matrices that only this rank holds are selected by a bracket; a CPU sorts small ones instead."""
     if device == "cpu" and group.numel <= MOST_AT_ONCE:
         return 0.0
-    return (group.count - group.num_cut(zero.shards)) / zero.shards
+    return (group.count - group.num_cut(zero.shards)) * group.divided_by / zero.shards
 
 
 def kept_bytes(model: ModelNumbers, zero: ZeroSettings) -> int:
@@ -426,7 +488,7 @@ def _bracket_share(numel: int) -> float:
 def _trainables_here(model: ModelNumbers, zero: ZeroSettings, *, shared_from_stage: int) -> int:
     """Count the trainable values whose state this rank holds, for state partitioned from a ZeRO stage on."""
     if zero.stage == 3:
-        return sum(t.count * shard_numel(t.numel, zero.shards) for t in model.tensors if t.trainable)
+        return sum(t.count * zero.shard_of(t) for t in model.tensors if t.trainable)
     return math.ceil(model.trainables / (zero.world_size if (zero.stage or 0) >= shared_from_stage else 1))
 
 

@@ -265,6 +265,7 @@ def _cost(
 ) -> tuple[MemoryPlan, TimePlan, Verdict]:
     """Predict memory and time. ``groups``: trained parameters of each optimizer group; ``before``: the fine-tuning."""
     teacher_bytes, teacher_weights = _teacher(run, numbers, options.no_data)
+    model_bytes, numbers = numbers.whole_bytes, numbers.divided(run.train.expert_parallel)
     ranks, accumulation = zero.world_size, run.train.gradient_accumulation_steps
     memory = memory_plan(
         numbers,
@@ -291,7 +292,7 @@ def _cost(
         flops=accumulation * step_flops(numbers, replace(batch, checkpointing=False)),
         start_seconds=(start["time"]["all"] if start else 0.0) + (3600 * before.verdict.hours if before else 0.0),
         need=need,
-        model_bytes=numbers.whole_bytes,
+        model_bytes=model_bytes,
         checkpoint_bytes=checkpoint_bytes,
         least_batch=run.train.groups_of_ranks(ranks) * accumulation,
     )
@@ -437,6 +438,7 @@ def _batch(run: RunConfig, ranks: int, teacher_weights: int, trace: Trace) -> Ba
         gathers=trace.gathers,
         trained=trace.trained,
         trained_gathers=trace.trained_gathers,
+        in_stacks=trace.in_stacks,
         moved=trace.moved,
         launches=trace.launches,
     )

@@ -49,6 +49,7 @@ class Choice:
             "train.batch_size": str(run.train.batch_size),
             "train.gradient_accumulation_steps": str(run.train.gradient_accumulation_steps),
             "train.sequence_parallel": str(run.train.sequence_parallel),
+            "train.expert_parallel": str(run.train.expert_parallel),
             "model.gradient_checkpointing": str(run.model.gradient_checkpointing).lower(),
             "model.base_bits": str(run.model.base_bits),
             "model.embedding_bits": str(run.model.embedding_bits),
@@ -78,8 +79,8 @@ class Choice:
 def search(run: RunConfig, options: PlanOptions, found: Plan) -> list[Choice]:
     """Plan all :func:`ways` for the ranks of the plan ``found``; return the possible ones, best first.
 
-    The best fit with a margin, and are the fastest; of equally fast ones, they keep the network busy for the shortest
-    time and then need the least memory.
+    The best of them is also planned with experts divided among ranks. The best fit with a margin, and are the fastest;
+    of equally fast ones, they keep the network busy for the shortest time and then need the least memory.
     """
     planned: list[Choice] = []
     wanted = list(ways(run, found, machine_of(found.machine).node_size))
@@ -88,14 +89,31 @@ def search(run: RunConfig, options: PlanOptions, found: Plan) -> list[Choice]:
             with suppress(InputError):  # such as attention heads that ranks cannot share
                 planned.append(Choice(plan(_changed(run, *way), options)))
             progress.at(number)
+    for kind in (_dividing,):
+        best = _sorted(planned)[0].plan
+        for changed in kind(best):
+            with suppress(InputError):
+                planned.append(Choice(plan(changed, replace(options, trace=best.trace))))
+    return _sorted(planned)
+
+
+def _sorted(planned: Sequence[Choice]) -> list[Choice]:
     least = min((one.tightness, one.plan.verdict.hours) for one in planned)[1]
 
     def order(one: Choice) -> tuple[int, float, float, int]:
         judged = one.plan.verdict
         slower = math.floor(math.log(judged.hours / least, AS_FAST)) if judged.hours > least else 0
-        return one.tightness, max(slower, 0), one.plan.time.step_network, judged.needed_bytes
+        return one.tightness, slower, one.plan.time.step_network, judged.needed_bytes
 
     return sorted(planned, key=order)
+
+
+def _dividing(found: Plan) -> Iterator[RunConfig]:
+    """Yield the run of ``found`` with its experts divided among more or fewer ranks."""
+    numbers = {layer.experts for layer in found.layers if layer.experts > 1}
+    shared = math.gcd(found.ranks, *numbers) if numbers and found.zero_stage == 3 else 1
+    for degree in (n for n in _powers(shared) if shared % n == 0 and n != found.run.train.expert_parallel):
+        yield _with(found.run, "train", expert_parallel=degree)
 
 
 def ways(run: RunConfig, found: Plan, node_size: int) -> Iterator[tuple[int, int, bool]]:

@@ -50,6 +50,7 @@ def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
         dense_weights=sliced + sum(math.prod(linear_shape(m)) for m in model.modules() if is_linear(m)),
         sliced_weights=sliced,
         attention_width=_attention_width(model),
+        dispatch_width=_dispatch_width(model, layers),
         products=sum(layer.layout.in_features**2 for layer in layers.values()),
     )
 
@@ -87,6 +88,7 @@ def _tensors(model: nn.Module) -> tuple[TensorGroup, ...]:
     coded = [(layer.layout.numel, layer.base_codes) for layer in layers if layer.base_codes is not None]
     stands_for = {id(base.codes): numel for numel, base in coded} | {id(base.scales): 0 for _, base in coded}
     stands_for |= {id(table.codes): math.prod(table.shape) for table in tables} | {id(t.scales): 0 for t in tables}
+    in_stacks = {id(p) for layer in layers if isinstance(layer, PSTExpertStack) for p in layer.parameters()}
     groups = []
     for param in model.parameters():
         key, group = id(param), TensorGroup(zero3.full_numel(param), param.element_size(), 1, param.requires_grad)
@@ -96,7 +98,7 @@ def _tensors(model: nn.Module) -> tuple[TensorGroup, ...]:
             group = replace(group, kind="mask")
         elif key in scales:
             group = replace(group, kind="scales")
-        groups.append(replace(group, stands_for=stands_for.get(key)))
+        groups.append(replace(group, stands_for=stands_for.get(key), in_stack=key in in_stacks))
     return _counted(groups)
 
 
@@ -107,6 +109,12 @@ def _share_of_tokens(model: nn.Module, name: str, layer: PSTLayer) -> float:
     config = model.get_submodule(name.rpartition(".")[0]).config
     chosen = experts_per_token(config)
     return min(1.0, chosen / layer.layout.num_experts)
+
+
+def _dispatch_width(model: nn.Module, layers: dict[str, PSTLayer]) -> int:
+    stacks = {name.rpartition(".")[0] for name, layer in layers.items() if isinstance(layer, PSTExpertStack)}
+    chosen = sum(experts_per_token(model.get_submodule(name).config) for name in stacks)
+    return chosen * model_width(model) if stacks else 0
 
 
 def _rank(layer: PSTLayer, factor: str) -> int:

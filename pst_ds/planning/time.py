@@ -115,6 +115,8 @@ class Batch:
     """Trained parameters among ``gathered``."""
     trained_gathers: int = 0
     """Traced collectives of ``trained``, if frozen parameters are gathered by others."""
+    in_stacks: int = 0
+    """Pruned stacks of experts among ``gathered``, of all ranks that divide them."""
     moved: int = 0
     """Traced bytes that operators outside the pruned layers move in a micro-batch."""
     launches: int = 0
@@ -132,7 +134,7 @@ class Traffic:
     reductions: Received = NOTHING
     """Gradients in a step; samples and counts in a mask update."""
     exchanged: Received = NOTHING
-    """Queries, keys, values and attention outputs, between ranks that share sequences."""
+    """Queries, keys, values and attention outputs of shared sequences; tokens on their way to experts and back."""
     collectives: int = 0
     hops: int = 0
     """Hops of all collectives between nodes, or between the ranks of one."""
@@ -208,25 +210,32 @@ def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch, element_
     buckets = math.ceil(model.trainables / max(zero.reduce_bucket_size, 1))
     if zero.stage != 3:
         # 0 all-reduces gradients; 1 and 2 reduce them to their owners, who send the parameters back
-        return Traffic(Received(), everyone.gathered(2 * gradients), NOTHING, 2 * buckets, 2 * buckets * everyone.hops)
-    passes, modules = 2 + batch.checkpointing, sum(m.count for m in model.modules)
+        return Traffic(NOTHING, everyone.gathered(2 * gradients), NOTHING, 2 * buckets, 2 * buckets * everyone.hops)
+    passes, modules, degree = 2 + batch.checkpointing, sum(m.count for m in model.modules), model.divided_by
     traced = batch.gathered or passes * model.whole_bytes
+    of_experts = (batch.in_stacks // degree or passes * model.expert_bytes()) if degree > 1 else 0
+    traced -= (degree - 1) * batch.in_stacks // degree
     gathered = max(traced - kept_bytes(model, zero), model.whole_bytes) + batch.own_teacher * model.whole_bytes
     gathered *= batch.micro_batches
     trained = gathered * (batch.trained or passes * gradients) // traced if zero.copy_ranks else gathered
-    copies = zero.group(zero.copy_ranks or 1)
-    received = everyone.gathered(trained + persistent_bytes(model, zero))  # the latter after the step
-    received += copies.gathered(gathered - trained)
+    divided = gathered * of_experts // traced  # never with copies
+    owners, copies = everyone.owners(degree), zero.group(zero.copy_ranks or 1)
+    received = everyone.gathered(trained - divided + persistent_bytes(model, zero))  # the latter after the step
+    received += copies.gathered(gathered - trained) + owners.gathered(divided)
     collectives = (batch.gathers or passes * modules) + batch.own_teacher * modules
     among_all = (batch.trained_gathers or passes * model.num_layers) if zero.copy_ranks else collectives
     among_copies = collectives if zero.copy_ranks > 1 else 0
+    of_owners = model.expert_bytes(trained=True) * batch.micro_batches if degree > 1 else 0
+    reduced = everyone.gathered(gradients * batch.micro_batches - of_owners) + owners.gathered(of_owners)
     # queries, keys, values and attention outputs have at most the width of all heads; a teacher has one more pass
-    width = 4 * model.attention_width * element_size * (passes + (batch.teacher_weights > 0))
-    sharing = zero.group(batch.shared_by)
+    per_token = element_size * (passes + (batch.teacher_weights > 0))
+    tokens = batch.micro_batches * batch.tokens
+    exchanged = zero.group(batch.shared_by).exchanged(tokens * per_token * 4 * model.attention_width)
+    exchanged += zero.group(degree).exchanged(tokens * per_token * 2 * model.dispatch_width)  # there and back
     return Traffic(
         received,
-        everyone.gathered(gradients * batch.micro_batches),
-        sharing.exchanged(batch.micro_batches * batch.tokens * width),
+        reduced,
+        exchanged,
         collectives=batch.micro_batches * (among_all + among_copies + buckets),
         hops=batch.micro_batches * ((among_all + buckets) * everyone.hops + among_copies * copies.hops),
     )
@@ -245,10 +254,11 @@ def update_traffic(model: ModelNumbers, zero: ZeroSettings) -> Traffic:
     counts = HISTOGRAMS * cut * (4 + min(1 << DIGIT_BITS, MAX_COUNTS // max(1, cut))) * 8
     numbers = (w * cut + model.num_matrices - cut) * 8
     reduced = 4 * model.sampled_keys(w) + counts + numbers + 3 * 8
-    gathered = 4 * model.factor_parameters + (model.bytes_of("mask") if zero.copy_ranks else 0)
+    of_owners = 2 * model.expert_bytes(trained=True) if model.divided_by > 1 else 0  # masters have twice the bytes
+    gathered = 4 * model.factor_parameters - of_owners + (model.bytes_of("mask") if zero.copy_ranks else 0)
     collectives = HISTOGRAMS + 4
     return Traffic(
-        everyone.gathered(gathered),
+        everyone.gathered(gathered) + everyone.owners(model.divided_by).gathered(of_owners),
         everyone.gathered(2 * reduced),
         collectives=collectives,
         hops=collectives * everyone.hops,
@@ -320,7 +330,7 @@ def _together(compute: float, network: float, launching: float, exchanging: floa
 def _update_seconds(model: ModelNumbers, zero: ZeroSettings, machine: Machine) -> float:
     """Time a mask update without its collectives: by the measured rate, or the slowest of bytes, instructions and
     launches."""
-    weights = math.ceil(model.pruned_weights / zero.shards)
+    weights = math.ceil(model.weights_here(zero.shards))
     if machine.update_seconds:
         return weights * machine.update_seconds
     seconds, launches, shared = 0.0, Launches(), {Launches()}
@@ -329,7 +339,7 @@ def _update_seconds(model: ModelNumbers, zero: ZeroSettings, machine: Machine) -
         bound = counts.update_bytes / machine.memory_bytes
         if machine.instructions:
             bound = max(bound, counts.update_instructions / machine.instructions)
-        seconds += bound * matrices.numel * matrices.count / zero.shards
+        seconds += bound * matrices.numel * matrices.count * matrices.divided_by / zero.shards
         launches += counts.update_launches * matrices.count
         shared.add(counts.shared_launches)
     return max(seconds, (launches + max(shared, key=lambda some: some.total)).seconds(machine))

@@ -11,11 +11,12 @@ from pst_ds.core.experts.routing import Routing
 from pst_ds.core.layout import WeightLayout
 from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.inject import inject_pst
+from pst_ds.parallel.links import Received
 from pst_ds.planning.activations import trace_micro_batch
 from pst_ds.planning.machines import MACHINES
-from pst_ds.planning.memory import ZeroSettings, layer_work_bytes, mask_update_bytes
+from pst_ds.planning.memory import ZeroSettings, layer_work_bytes, mask_update_bytes, memory_plan
 from pst_ds.planning.shapes import model_numbers
-from pst_ds.planning.time import Batch, step_flops, time_plan, update_traffic
+from pst_ds.planning.time import Batch, step_flops, step_traffic, time_plan, update_traffic
 
 WIDTH, INNER, EXPERTS, PER_TOKEN, BLOCKS = 64, 24, 16, 4, 2
 SHAPE = {
@@ -130,3 +131,27 @@ def test_activations_are_those_that_are_kept_with_evenly_routed_tokens(build, se
         model(input_ids=ids).logits.sum()
     saved = sum(kept.values())
     assert saved < traced.activations < 1.6 * saved  # and what the head and the backward pass have for a moment
+
+
+def test_experts_on_ranks_bring_tokens_to_them_and_only_owners_gather_them():
+    """On 8 ranks in nodes of 4, four divide the experts; two own the same ones, on different nodes."""
+    numbers, batch, ranks = model_numbers(_qwen3()), Batch(tokens=100, sequence=100), 8
+    zero, local = ZeroSettings(stage=3, world_size=ranks, node_size=4), numbers.divided(4)
+    assert step_flops(local, batch) - step_flops(numbers, batch) < 0  # low-rank products of own experts only
+    assert local.multiplied_weights == numbers.multiplied_weights
+    whole, divided = (memory_plan(some, zero, activations=0) for some in (numbers, local))
+    assert divided.weights == pytest.approx(whole.weights, rel=0.01)
+    assert divided.optimizer == pytest.approx(whole.optimizer, rel=0.01)
+    assert divided.gathers < whole.gathers
+    stacks = sum(t.nbytes for t in numbers.tensors if t.in_stack)
+    trained = sum(t.nbytes for t in numbers.tensors if t.in_stack and t.trainable)
+    of_all, own = numbers.whole_bytes - stacks, stacks / 4
+    found = step_traffic(local, zero, batch)
+    assert found.gathers.total == pytest.approx(2 * (of_all * 7 / 8 + own / 2), rel=1e-3)
+    assert found.gathers.between == pytest.approx(2 * (of_all * 7 / 8 / 4 + own / 2), rel=1e-3)
+    factors = 2 * numbers.trainables - trained
+    assert found.reductions.total == pytest.approx(factors * 7 / 8 + trained / 4 / 2, rel=1e-3)
+    there_and_back = 2 * 100 * PER_TOKEN * WIDTH * 2 * BLOCKS
+    assert found.exchanged == Received(2 * there_and_back * 3 / 4)  # forward and backward, in the node
+    masters = 2 * (factors * 7 / 8 + trained / 4 / 2)
+    assert update_traffic(local, zero).gathers.total == pytest.approx(masters, rel=1e-3)

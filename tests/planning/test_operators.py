@@ -41,6 +41,7 @@ HALF = X.bfloat16()
         (lambda: torch.empty_like(X), 0, 0),
         (lambda: X.device, 0, 0),
         (lambda: X @ Y.t(), 1, 0),
+        (lambda: X[torch.tensor([1])], 1, 8 + 2 * 24),  # one row, wherever it is
         (lambda: torch.nn.functional.scaled_dot_product_attention(X[None, None], Y[None, None], Y[None, None]), 1, 0),
     ],
 )
