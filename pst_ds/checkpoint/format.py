@@ -19,7 +19,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -222,25 +223,17 @@ def _opened(path: Path) -> TensorFile:
         raise CheckpointError(str(error)) from None
 
 
-class _OnDemand(Mapping[str, Tensor]):
+class _OnDemand(UserDict[str, Tensor]):
     """Names whose values are read at every access."""
 
-    def __init__(self, names: Mapping[str, object], read: Callable[[str], Tensor]):
-        self._names, self._read = names, read
+    def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]):
+        super().__init__(dict.fromkeys(names, torch.empty(0)))
+        self._read = read
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
+        if name not in self.data:
             raise KeyError(name)
         return self._read(name)
-
-    def __contains__(self, name: object) -> bool:  # Mapping's own would read the value
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def most_bytes(trained: int, masked: int, scales: int = 0) -> int:

@@ -5,6 +5,9 @@ import math
 import numpy as np
 import torch
 
+from pst_ds.core.one_shot.shares import Share
+from pst_ds.core.one_shot.sparsegpt import COLUMNS_AT_A_TIME, sparsegpt_of_share
+
 
 def correlated_inputs(tokens, features, seed):
     """Correlated inputs of different sizes, (tokens, features) double."""
@@ -47,3 +50,8 @@ def output_error(change, gram):
     """||X D'||^2, the squared change of a layer's outputs for a change D of W, (O, I), with ``gram`` X'X, in double."""
     change = change.to(torch.float64)
     return float(((change @ gram.to(torch.float64)) * change).sum())
+
+
+def sparsegpt(weight, factor, pattern, sparsity, columns=COLUMNS_AT_A_TIME, **options):
+    """A matrix (O, I) that one rank prunes."""
+    return sparsegpt_of_share(Share.of(weight, pattern, sparsity), factor, columns_at_a_time=columns, **options)

@@ -12,13 +12,13 @@ from pst_ds.core.layout import WeightLayout
 from pst_ds.core.one_shot.gram import DAMPING
 from pst_ds.core.one_shot.scored import keep_by_score, wanda_scores
 from pst_ds.core.one_shot.shares import Share
-from pst_ds.core.one_shot.sparsegpt import inverse_factor, round_under_mask, sparsegpt
+from pst_ds.core.one_shot.sparsegpt import inverse_factor, round_under_mask
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.quantization import Grid, dequantize, group_scales, quantize, round_to_grid
 from pst_ds.core.select import prune_count
 from tests.core.one_shot_references import output_error
 
-from .one_shot_references import correlated_inputs, counter, normal_weight, ranked_together, without_smallest
+from .one_shot_references import correlated_inputs, counter, normal_weight, ranked_together, sparsegpt, without_smallest
 
 
 def _rounded(weight, keep, factor, grid, columns_at_a_time=128, dtype=torch.float32):
@@ -140,9 +140,6 @@ def test_a_weight_that_is_zero_already_goes_first():
 
 def test_sparsegpt_refuses_what_it_cannot_do():
     factor = inverse_factor(torch.eye(6))
-    for name in ("global", "2x1"):
-        with pytest.raises(ValueError, match="SparseGPT has the patterns"):
-            sparsegpt(torch.ones(2, 6), factor, parse_pattern(name), 0.5)
     with pytest.raises(ValueError, match="divisible by 4, got 6"):
         sparsegpt(torch.ones(2, 6), factor, parse_pattern("2:4"), 0.5)
     with pytest.raises(FloatingPointError, match="weights are not finite"):

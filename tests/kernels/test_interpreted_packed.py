@@ -11,8 +11,7 @@ from pst_ds.core.experts.routing import Routing
 from pst_ds.core.quantization import Grid
 from pst_ds.formats import QuantizedFormat
 from pst_ds.inference.runtime import gpu
-from pst_ds.inference.runtime.linear import SparseLinear
-from tests.inference.runtime.packed_experts import of_stack
+from tools.packed_layers import packed_experts, packed_linear
 
 pytestmark = pytest.mark.interpreted
 
@@ -61,7 +60,7 @@ def require_dense(layer, bias, x, found):
 @pytest.mark.parametrize("vectors", [1, gpu.MOST_WALKED])
 def test_products_of_kept_values(rows, columns, kept, dtype, vectors, launched):
     weight, bias = weight_of(rows, columns, kept, dtype)
-    layer, x = SparseLinear.from_dense(weight, bias), inputs(vectors, columns, dtype)
+    layer, x = packed_linear(weight, bias), inputs(vectors, columns, dtype)
     require_dense(layer, bias, x, layer(x))
     assert launched == ["packed_vector"]
 
@@ -79,7 +78,7 @@ def test_products_of_codes(packing, bits, group, columns, vectors, launched):
     weight, bias = weight_of(3, columns, 0.6)
     if packing == "2:4":
         weight *= torch.tensor([1.0, 0.0, 0.0, 1.0]).repeat(columns // 4)
-    layer = SparseLinear.from_dense(weight, bias, QuantizedFormat(packing, Grid(bits, group)))
+    layer = packed_linear(weight, bias, QuantizedFormat(packing, Grid(bits, group)))
     x = inputs(vectors, columns)
     require_dense(layer, bias, x, layer(x))
     assert launched == ["packed_vector"]
@@ -89,7 +88,7 @@ def test_products_of_codes(packing, bits, group, columns, vectors, launched):
 @pytest.mark.parametrize(("rows", "vectors", "dtype"), [(2, 3, torch.bfloat16), (2, 2, torch.float16)])
 def test_products_of_codes_in_16_bits(bits, rows, vectors, dtype, launched):
     weight, _ = weight_of(rows, 64, 0.5)
-    layer = SparseLinear.from_dense(weight, None, QuantizedFormat("bitmask", Grid(bits, 32))).to(dtype)
+    layer = packed_linear(weight, None, QuantizedFormat("bitmask", Grid(bits, 32))).to(dtype)
     x = inputs(vectors, 64, dtype)
     require_dense(layer, None, x, layer(x))
     assert len(launched) == 1
@@ -101,7 +100,7 @@ def test_rows_of_any_number_of_codes(bits, kept, launched):
     """Rows begin at every byte of a word, and some are empty."""
     weight, _ = weight_of(12, 32, kept)
     weight[::3] = 0.0
-    layer, x = SparseLinear.from_dense(weight, None, QuantizedFormat("bitmask", Grid(bits, None))), inputs(1, 32)
+    layer, x = packed_linear(weight, None, QuantizedFormat("bitmask", Grid(bits, None))), inputs(1, 32)
     require_dense(layer, None, x, layer(x))
     assert launched == ["packed_vector"]
 
@@ -129,7 +128,7 @@ def stack_of(experts, rows, columns):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_experts_begin_with_any_byte_and_share_a_launch(bits, launched):
-    experts = of_stack(stack_of(4, 3, 64), QuantizedFormat("bitmask", Grid(bits, 32)))
+    experts = packed_experts(stack_of(4, 3, 64), QuantizedFormat("bitmask", Grid(bits, 32)))
     require_experts(experts, [1, 1, 1, 1], ["packed_vector"], launched)
     require_experts(experts, [2, 0, 3, 0], ["packed_vector"], launched, by_token=True)
     require_experts(experts, [1, 0, 9, 1], ["packed_vector"], launched)  # 11: fewer than 8 for each of 3 experts
@@ -142,13 +141,13 @@ def test_experts_of_every_format(packing, bits, launched):
     if packing == "2:4":
         stack *= torch.tensor([1.0, 0.0, 0.0, 1.0]).repeat(16)
     form = QuantizedFormat(packing, Grid(bits, 32)) if bits else packing
-    experts = of_stack(stack, form)
+    experts = packed_experts(stack, form)
     require_experts(experts, [2, 0, 1], ["packed_vector"], launched, dtype=torch.bfloat16)
     require_experts(experts, [13, 0, 12], [], launched, dtype=torch.bfloat16)
 
 
 def test_experts_whose_inputs_have_a_gradient_are_multiplied_as_dense_ones(launched):
-    experts = of_stack(stack_of(2, 3, 32))
+    experts = packed_experts(stack_of(2, 3, 32))
     x = inputs(2, 32)[0].requires_grad_()
     routing = Routing.of(torch.tensor([[0], [1]]), torch.ones(2, 1), 2)
     experts(x, routing, by_token=True).sum().backward()
@@ -159,7 +158,7 @@ def test_experts_whose_inputs_have_a_gradient_are_multiplied_as_dense_ones(launc
 def test_what_is_pruned_meets_no_infinity_of_few_vectors():
     weight = torch.tensor([[1.0, 0.0] * 16])
     x = torch.tensor([[1.0, torch.inf] * 16])
-    assert SparseLinear.from_dense(weight)(x).tolist() == [[16.0]]
+    assert packed_linear(weight)(x).tolist() == [[16.0]]
 
 
 def test_more_vectors_and_other_dtypes_are_left_to_other_ways():

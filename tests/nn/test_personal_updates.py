@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pst_ds.inference.runtime.linear import SparseLinear
 from pst_ds.nn.model_structure import linear_shape
 from pst_ds.nn.personal_updates import LEFT, RIGHT, add_update
+from tools.packed_layers import packed_linear
 
 OUT, IN, RANK, BETA = 6, 5, 2, 0.7
 
@@ -19,7 +19,7 @@ def _random(*shape):
 def _sparse():
     weight = _random(OUT, IN).float()
     weight[weight.abs() < 0.5] = 0.0
-    return SparseLinear.from_dense(weight)
+    return packed_linear(weight)
 
 
 def test_an_update_that_trains_begins_at_nothing_and_has_the_gradients_of_the_product():

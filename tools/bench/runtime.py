@@ -32,6 +32,7 @@ from pst_ds.formats import FORMATS
 from pst_ds.inference.runtime import SparseLinear, native, ops
 from tools.bench.pack import default_input_bytes, shape_of
 from tools.bench.timing import benchmark_parser, conditions, print_result, progress
+from tools.packed_layers import packed_linear
 
 DENSE = ("F.linear", "matmul", "matmul_weight_first", "prepacked")
 Product = Callable[[Any, Tensor], Tensor]
@@ -100,9 +101,9 @@ def resident_bytes(layer: SparseLinear) -> int:
 def sparse_layers(weight: Tensor, sparsity: float, arguments: argparse.Namespace) -> dict[str, list[SparseLinear]]:
     """Return copies of a randomly pruned layer in each format."""
     pruned = torch.where(torch.rand(weight.shape) < sparsity, 0.0, weight.float()).bfloat16()
-    made = {name: SparseLinear.from_dense(pruned, format=name) for name in arguments.formats}
+    made = {name: packed_linear(pruned, format=name) for name in arguments.formats}
     if "2:4" in FORMATS and arguments.two_four and abs(sparsity - 0.5) < 1e-9:
-        made["2:4"] = SparseLinear.from_dense(_two_of_four(weight), format="2:4")
+        made["2:4"] = packed_linear(_two_of_four(weight), format="2:4")
     return {name: copies(layer, arguments.input_bytes) for name, layer in made.items()}
 
 

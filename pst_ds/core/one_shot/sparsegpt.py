@@ -20,7 +20,6 @@ from torch import Tensor
 from pst_ds.core.one_shot.gram import DAMPING, damped_gram
 from pst_ds.core.one_shot.scored import Compensated, joined
 from pst_ds.core.one_shot.shares import ALONE, Ranks, Share, keep_in_panel
-from pst_ds.core.patterns import Pattern
 from pst_ds.core.quantization import LEAST_SCALE, SCALE_DTYPE, UNUSED_SCALE, Grid, group_scales, rounded_codes
 from pst_ds.core.select import MatrixKeys, prune_count, select
 from pst_ds.core.units import keep_in_rows
@@ -52,23 +51,6 @@ def inverse_factor(gram: Tensor, damping: float = DAMPING) -> InverseFactor:
     if int(failed):
         raise FloatingPointError("the Gram matrix of the inputs is not positive definite: more damping is needed")
     return InverseFactor(lower.t().to(torch.float32).contiguous(), dead)
-
-
-def sparsegpt(
-    weight: Tensor,
-    factor: InverseFactor,
-    pattern: Pattern,
-    sparsity: float,
-    columns_at_a_time: int = COLUMNS_AT_A_TIME,
-    *,
-    grid: Grid | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Compensated:
-    """Prune one matrix (O, I), see :func:`sparsegpt_of_share`. Raises ValueError for other patterns."""
-    if pattern.kind not in ("matrix", "row", "n:m"):
-        raise ValueError(f'SparseGPT has the patterns "matrix", "row" and N:M, not {str(pattern)!r}')
-    share = Share.of(weight, pattern, sparsity)
-    return sparsegpt_of_share(share, factor, columns_at_a_time=columns_at_a_time, grid=grid, dtype=dtype)
 
 
 def sparsegpt_of_share(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -46,38 +45,14 @@ class SparseLinear(nn.Module):
         self.format = FORMATS[format] if isinstance(format, str) else format
         self._dtype = dtype
         for name, (part_dtype, shape) in self.format.parts((out_features, in_features), nonzero, dtype).items():
-            self._set_part(name, torch.empty(shape, dtype=part_dtype, device=device))
+            part = torch.empty(shape, dtype=part_dtype, device=device)
+            if part_dtype.is_floating_point and name == self.format.values_name:
+                self.register_parameter(name, nn.Parameter(part, requires_grad=False))
+            else:
+                self.register_buffer(name, part)
         self.bias: nn.Parameter | None
         values = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if values is None else nn.Parameter(values, requires_grad=False))
-
-    @classmethod
-    def from_dense(
-        cls, weight: Tensor, bias: Tensor | None = None, format: str | PackedFormat = "bitmask"
-    ) -> SparseLinear:
-        """Pack the non-zero weights of ``weight`` (O, I)."""
-        form = FORMATS[format] if isinstance(format, str) else format
-        parts = form.pack(weight.detach())
-        (outputs, inputs), count = weight.shape, form.stored_of(parts[form.values_name].numel())
-        layer = cls(
-            inputs, outputs, count, format=form, bias=bias is not None, dtype=weight.dtype, device="meta"
-        )._with_parts(parts)
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.detach().to(weight.dtype).contiguous(), requires_grad=False)
-        return layer
-
-    def _with_parts(self, parts: dict[str, Tensor]) -> Self:
-        """Set parts that a format has packed, which need no check. Return the layer."""
-        for name, part in parts.items():
-            self._set_part(name, part)
-        self._prepare()
-        return self
-
-    def _set_part(self, name: str, part: Tensor) -> None:
-        if part.is_floating_point() and name == self.format.values_name:
-            self.register_parameter(name, nn.Parameter(part, requires_grad=False))
-        else:
-            self.register_buffer(name, part)
 
     def parts(self) -> dict[str, Tensor]:
         """Return the parts of the weight by name."""

@@ -172,8 +172,12 @@ def built_wheel(folder, **environment):
 
 USE = """
 import sys, torch, pst_ds
+from pst_ds.formats import FORMATS
 from pst_ds.inference.runtime import SparseLinear, native
-y = SparseLinear.from_dense(torch.eye(40).bfloat16())(torch.ones(1, 40).bfloat16())
+layer = SparseLinear(40, 40, 40, bias=False)
+layer.load_state_dict(FORMATS["bitmask"].pack(torch.eye(40).bfloat16()))
+layer.check("eye")
+y = layer(torch.ones(1, 40).bfloat16())
 assert torch.equal(y, torch.ones(1, 40).bfloat16()), y
 print(pst_ds.__file__, getattr(native.library(), "_name", None))
 """

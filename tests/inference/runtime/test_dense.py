@@ -6,9 +6,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pst_ds.inference.bench import resident_bytes
-from pst_ds.inference.runtime import SparseLinear
 from pst_ds.inference.runtime import native_loop as decoder
 from pst_ds.inference.runtime.dense import VectorLinear, quicken_output_layer
+from tools.packed_layers import packed_linear
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
 """Share of the largest output: sums in another order in fp32, one rounding in bf16."""
@@ -81,5 +81,5 @@ def test_resident_bytes_count_shared_storage_once():
     model[1].weight = model[0].weight
     model.register_buffer("window", model[0].weight.detach()[2:4])
     assert resident_bytes(model) == 8 * 8 * 4
-    layer = SparseLinear.from_dense(torch.eye(16))
+    layer = packed_linear(torch.eye(16))
     assert resident_bytes(layer) == 16 * 4 + 16 * 2 + 16 * 8 + 2 * 8

@@ -7,7 +7,7 @@ from pst_ds.core.experts.routing import Routing
 from pst_ds.core.quantization import Grid, round_to_grid
 from pst_ds.formats import packed_format
 from pst_ds.inference.runtime import experts
-from tests.inference.runtime.packed_experts import of_stack
+from tools.packed_layers import packed_experts
 
 EXPERTS, OUTPUTS, INPUTS, TOKENS = 5, 6, 64, 9
 
@@ -51,7 +51,7 @@ FORMS = {
 def test_a_product_is_with_the_expert_of_each_token(kind, by_token):
     form, how = FORMS[kind]
     stack = _stack(**how)
-    layer = of_stack(stack, form)
+    layer = packed_experts(stack, form)
     layer.check(kind)
     if layer.is_quantized:
         stack = round_to_grid(stack.flatten(0, 1), None, form.grid).view(stack.shape)
@@ -74,7 +74,7 @@ def test_a_product_is_with_the_expert_of_each_token(kind, by_token):
 @pytest.mark.parametrize("kind", ["bitmask", "2:4"])
 def test_one_call_for_all_experts_gives_what_a_call_for_each_does(kind, dtype, monkeypatch):
     form, how = FORMS[kind]
-    layer = of_stack(_stack(**how, dtype=dtype), form)
+    layer = packed_experts(_stack(**how, dtype=dtype), form)
     x, routing = _routed(dtype)
     together = layer(x, routing, True)
     monkeypatch.setattr(experts, "FEW_PAIRS", 0)
@@ -85,7 +85,7 @@ def test_one_call_for_all_experts_gives_what_a_call_for_each_does(kind, dtype, m
 def test_the_parts_of_an_expert_are_those_of_its_own_matrix(kind):
     form, how = FORMS[kind]
     stack = _stack(**how)
-    layer = of_stack(stack, form)
+    layer = packed_experts(stack, form)
     for expert in range(EXPERTS):
         parts, expected = layer.expert_parts(expert), form.pack(stack[expert])
         assert parts.keys() == expected.keys()
@@ -93,7 +93,7 @@ def test_the_parts_of_an_expert_are_those_of_its_own_matrix(kind):
 
 
 def test_a_layer_that_was_loaded_anew_must_be_checked():
-    layer = of_stack(_stack())
+    layer = packed_experts(_stack())
     layer.load_state_dict(layer.state_dict())
     x, routing = _routed()
     with pytest.raises(RuntimeError, match="have not been checked"):

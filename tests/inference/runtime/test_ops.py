@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pst_ds.inference.runtime import SparseLinear
+from tools.packed_layers import packed_linear
 
 IN, HIDDEN, OUT = 48, 40, 24
 FORMATS = ["bitmask", "2:4"]
@@ -18,7 +18,7 @@ def layer(name, inputs, outputs, seed, dtype=torch.float32, sparsity=0.9, bias=T
     else:
         weight = torch.where(torch.rand(outputs, inputs, generator=generator) >= sparsity, weight, 0)
     values = torch.randn(outputs, generator=generator).to(dtype) if bias else None
-    return SparseLinear.from_dense(weight.to(dtype), values, name)
+    return packed_linear(weight.to(dtype), values, name)
 
 
 def network(name, dtype=torch.float32):

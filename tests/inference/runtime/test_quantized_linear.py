@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 from pst_ds.core.quantization import Grid
 from pst_ds.formats import FormatError, packed_format
 from pst_ds.inference.runtime import SparseLinear, ops
+from tools.packed_layers import packed_linear
 
 OUT, IN = 37, 64
 GRIDS = [Grid(8), Grid(8, 32), Grid(4), Grid(4, 32)]
@@ -29,7 +30,7 @@ def made(form, dtype=torch.bfloat16):
     else:
         weight = torch.where(torch.rand(OUT, IN, generator=torch.Generator().manual_seed(1)) >= 0.7, weight, 0)
     parts = form.pack(weight)
-    return SparseLinear.from_dense(weight, bias, form), form.unpack(parts, dtype), bias
+    return packed_linear(weight, bias, form), form.unpack(parts, dtype), bias
 
 
 def id_of(form):

@@ -12,7 +12,8 @@ if not Path("/proc/self/task").is_dir():
 
 SCRIPT = """
 import json, os, sys, torch
-from pst_ds.inference.runtime import SparseLinear, native
+from pst_ds.inference.runtime import native
+from tools.packed_layers import packed_linear
 
 def threads():
     return len(os.listdir("/proc/self/task"))
@@ -24,7 +25,7 @@ def kernel_work():
     layer(x)
 
 torch.set_num_threads(1)
-layer, x = SparseLinear.from_dense(torch.ones(640, 256).bfloat16()), torch.ones(40, 256).bfloat16()
+layer, x = packed_linear(torch.ones(640, 256).bfloat16()), torch.ones(40, 256).bfloat16()
 torch.set_num_threads(int(sys.argv[1]))
 has_kernels, counts = native.library() is not None, [threads()]
 for work in sys.argv[2:]:
