@@ -19,6 +19,7 @@ SRUN = """#!/bin/bash
 echo "$*" >>"$RECORD/srun"
 while [[ $1 == --* ]]; do shift; done
 code=0
+export SLURM_STEP_TASKS_PER_NODE="1(x2)"
 for task in 0 1; do
   SLURM_PROCID=$task SLURM_NTASKS=2 SLURM_LOCALID=0 SLURM_LAUNCH_NODE_IPADDR=10.1.2.3 "$@" || code=$?
 done
@@ -28,7 +29,7 @@ RECORD = '#!/bin/bash\necho "$*" >>"$RECORD/{name}"\n'
 PST_DS = """#!/bin/bash
 printf "%s\\n" "$PST_DS_SUBMITTED" >"$RECORD/submitted"
 [[ $1 != launch ]] || printf "%s\\n" "$PST_DS_SRUN_ARGS" >"$RECORD/srun-args"
-echo "$RANK $WORLD_SIZE $LOCAL_RANK $MASTER_ADDR $MASTER_PORT: $*" >>"$RECORD/pst-ds"
+echo "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT: $*" >>"$RECORD/pst-ds"
 exit "${CODE:-0}"
 """
 
@@ -106,7 +107,7 @@ def test_every_slurm_task_becomes_a_rank_that_resumes(tmp_path):
     code, records = _job(tmp_path, "slurm.sbatch", RUN_FILE, *settings, SLURM_CPUS_PER_TASK="3")
     assert code == 0
     said = f"train {RUN_FILE} --set output_dir={folder} --resume"
-    assert records["pst-ds"].splitlines() == [f"{rank} 2 0 10.1.2.3 10041: {said}" for rank in (0, 1)]
+    assert records["pst-ds"].splitlines() == [f"{rank} 2 0 1 10.1.2.3 10041: {said}" for rank in (0, 1)]
     assert " --cpus-per-task=3 bash " in records["srun"]  # which srun does not take over from sbatch
     assert records["submitted"] == (FOLDER / "slurm.sbatch").read_text(encoding="utf-8")
     assert "scontrol" not in records
