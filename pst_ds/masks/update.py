@@ -130,7 +130,7 @@ def _shard_bits(keyed: Sequence[LayerScores], kept: Iterator[tuple[Matrix, Kept]
                     layer.write_own(keep, rect, mask)
             found[layer.layer] = pack_shard(keep, num_bytes)
     if by_kernels:
-        placed = placed_bits(list(by_kernels.values()), keyed[0].device)
+        placed = placed_bits(list(by_kernels.values()), next(iter(by_kernels)).pst_mask.device)
         found.update(zip(by_kernels, placed, strict=True))
     return found
 
