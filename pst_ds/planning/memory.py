@@ -97,6 +97,8 @@ class MatrixGroup:
     """Whether Triton kernels can compute its layer and score its weights."""
     divided_by: int = 1
     """See :attr:`TensorGroup.divided_by`."""
+    kind: str = "matrix"
+    """Kind of its pattern."""
 
     def num_cut(self, shards: int) -> int:
         """Count the matrices that shard borders cut, which ranks select together: all except most experts."""

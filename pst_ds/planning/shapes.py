@@ -41,6 +41,7 @@ def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
                 share=_share_of_tokens(model, name, layer),
                 per_layer=layer.layout.num_matrices if layer.layout.num_experts > 1 else 1,
                 by_kernels=_by_kernels(layer),
+                kind=layer.rule.pattern.kind,
             )
             for name, layer in layers.items()
             for _ in layer.layout.matrices()

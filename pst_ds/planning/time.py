@@ -78,6 +78,8 @@ COUNTS = {
 """By implementation: Triton kernels (NVIDIA from sm_80), torch's operators only, or C++ loops on a CPU, which launch
 nothing, keep a band in the cache, and whose mask update has a measured rate."""
 
+UNIT_UPDATES = {"block": (3.2, 146), "n:m": (7.2, 330), "row": (7, 280)}
+"""The same update_bytes and update_instructions of kernels for units of several weights, N:M while sparsity grows."""
 EXPAND_BYTES = 8
 """Additional bytes per quantised weight in either pass: the value, unpacked, and the dequantised weight."""
 REDUCE_BYTES = 14
@@ -336,9 +338,12 @@ def _update_seconds(model: ModelNumbers, zero: ZeroSettings, machine: Machine) -
     seconds, launches, shared = 0.0, Launches(), {Launches()}
     for matrices in model.matrices:
         counts = _counts(machine, matrices)
-        bound = counts.update_bytes / machine.memory_bytes
+        moved, instructions = counts.update_bytes, counts.update_instructions
+        if counts is COUNTS["triton"]:
+            moved, instructions = UNIT_UPDATES.get(matrices.kind, (moved, instructions))
+        bound = moved / machine.memory_bytes
         if machine.instructions:
-            bound = max(bound, counts.update_instructions / machine.instructions)
+            bound = max(bound, instructions / machine.instructions)
         seconds += bound * matrices.numel * matrices.count * matrices.divided_by / zero.shards
         launches += counts.update_launches * matrices.count
         shared.add(counts.shared_launches)

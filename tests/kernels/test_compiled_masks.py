@@ -11,6 +11,7 @@ import triton.language as tl
 
 from pst_ds.core.kernels.triton import bit_kernels, cut_kernels, score_kernels, unit_kernels
 from pst_ds.core.kernels.triton.table import OwnUnits
+from pst_ds.planning.time import UNIT_UPDATES
 
 from .compiled import CAPABILITIES, compiled
 
@@ -84,6 +85,10 @@ def test_units_keep_in_registers(unit):
     for found in made:
         assert (found.num_fused, found.num_flushing, found.spilled_bytes) == (0, 0, 0)
         assert found.registers <= (255 if unit == (64, 64) else 144)
+    planned = {((16, 1), 0): "block", ((1, 4), 2): "n:m"}.get((unit, lost))
+    if planned:
+        weights = 1024 // (4 * 32)  # of a thread
+        assert sum(found.num_instructions for found in made) / weights <= 1.01 * UNIT_UPDATES[planned][1]
 
 
 def test_rows_keep_in_registers():

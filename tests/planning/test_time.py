@@ -8,7 +8,7 @@ from pst_ds.core.bracket import sample_size
 from pst_ds.parallel.links import Received
 from pst_ds.planning.machines import MACHINES
 from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup, ZeroSettings, kept_bytes
-from pst_ds.planning.time import COUNTS, Batch, step_flops, step_traffic, time_plan, update_traffic
+from pst_ds.planning.time import COUNTS, UNIT_UPDATES, Batch, step_flops, step_traffic, time_plan, update_traffic
 
 MODEL = ModelNumbers(
     tensors=(
@@ -164,6 +164,9 @@ def test_a_mask_update_takes_the_longer_of_its_bytes_and_instructions_or_the_rat
     bytes_alone = time_plan(MODEL, zero, BATCH, replace(fast, instructions=0.0)).update_compute
     assert bytes_alone == pytest.approx(2_000_000 * counts.update_bytes / fast.memory_bytes)
     assert time_plan(MODEL, zero, BATCH, replace(fast, update_seconds=1e-3)).update_compute == pytest.approx(2000)
+    groups = replace(MODEL, matrices=tuple(replace(m, kind="n:m") for m in MODEL.matrices))
+    of_groups = 2_000_000 * UNIT_UPDATES["n:m"][1] / fast.instructions
+    assert time_plan(groups, zero, BATCH, fast).update_compute == pytest.approx(of_groups)
 
 
 def test_full_fine_tuning_trains_every_weight_and_makes_no_mask():
