@@ -220,10 +220,13 @@ def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch, element_
     gathered = max(traced - kept_bytes(model, zero), model.whole_bytes) + batch.own_teacher * model.whole_bytes
     gathered *= batch.micro_batches
     trained = gathered * (batch.trained or passes * gradients) // traced if zero.copy_ranks else gathered
-    divided = gathered * of_experts // traced  # never with copies
+    trained_experts = gathered * passes * model.expert_bytes(trained=True) // traced if degree > 1 else 0
+    frozen_experts = gathered * of_experts // traced - trained_experts
     owners, copies = everyone.owners(degree), zero.group(zero.copy_ranks or 1)
-    received = everyone.gathered(trained - divided + persistent_bytes(model, zero))  # the latter after the step
-    received += copies.gathered(gathered - trained) + owners.gathered(divided)
+    of_all = trained - trained_experts - (0 if zero.copy_ranks else frozen_experts)
+    received = everyone.gathered(of_all + persistent_bytes(model, zero))  # the latter after the step
+    received += copies.gathered(gathered - trained - (frozen_experts if zero.copy_ranks else 0))
+    received += owners.gathered(trained_experts + (0 if zero.copy_ranks == 1 else frozen_experts))
     collectives = (batch.gathers or passes * modules) + batch.own_teacher * modules
     among_all = (batch.trained_gathers or passes * model.num_layers) if zero.copy_ranks else collectives
     among_copies = collectives if zero.copy_ranks > 1 else 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -150,6 +152,14 @@ def test_experts_on_ranks_bring_tokens_to_them_and_only_owners_gather_them():
     assert found.gathers.total == pytest.approx(2 * (of_all * 7 / 8 + own / 2), rel=1e-3)
     assert found.gathers.between == pytest.approx(2 * (of_all * 7 / 8 / 4 + own / 2), rel=1e-3)
     factors = 2 * numbers.trainables - trained
+    placed = [replace(zero, copy_ranks=copies) for copies in (1, 4)]  # whole on each rank; in each node
+    replicated, in_nodes = (step_traffic(local, some, batch).gathers for some in placed)
+    assert replicated.total == pytest.approx(2 * (factors * 7 / 8 + trained / 4 / 2), rel=1e-3)
+    assert in_nodes.between == pytest.approx(2 * (factors * 7 / 8 / 4 + own / 2), rel=1e-3)
+    assert in_nodes.within == pytest.approx(2 * (factors * 7 / 8 * 3 / 4 + (of_all - factors) * 3 / 4), rel=1e-3)
+    copies = [memory_plan(local, some, activations=0).copies for some in placed]
+    frozen = numbers.frozen_bytes - (stacks - trained)
+    assert copies == [frozen + (stacks - trained) // 4, -(-frozen // 4)]
     assert found.reductions.total == pytest.approx(factors * 7 / 8 + trained / 4 / 2, rel=1e-3)
     there_and_back = 2 * 100 * PER_TOKEN * WIDTH * 2 * BLOCKS
     assert found.exchanged == Received(2 * there_and_back * 3 / 4)  # forward and backward, in the node

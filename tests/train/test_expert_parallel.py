@@ -127,6 +127,26 @@ def test_runs_checkpoints_and_exports_do_not_depend_on_where_experts_are(run_ran
 
 
 @pytest.mark.zero3
+def test_only_factors_travel_between_nodes_if_experts_are_divided_in_them_and_frozen_weights_are_whole(
+    run_ranks, tmp_path
+):
+    """Each rank receives them in a ring: those of experts over two owners, one on each node, and others over all."""
+    base, more = tmp_path / "base", ("model.base_placement=replicated", "schedule.update_interval=3")
+    _save_base(base)
+    run_ranks(_train_on_nodes, 4, tmp_path / "run", base, "train.expert_parallel=2", *more)
+    trained = read_checkpoint(tmp_path / "run" / "checkpoints" / "final").contents.trained
+    own = [4 * torch.Size(shape).numel() // 2 for name, shape in trained.items() if ".experts." in name]
+    others = [4 * torch.Size(shape).numel() for name, shape in trained.items() if ".experts." not in name]
+    expected = 3 * (sum(own) / 2 + sum(others) * 3 / 4 / 2)  # gathered twice, gradients reduced once
+    updates = _lines(tmp_path / "run", "mask_update")
+    steps = [line for step, line in _lines(tmp_path / "run", "step").items() if not {step, step - 1} & updates.keys()]
+    assert steps
+    for line in steps:  # padding, norms and counts of tokens come on top
+        assert expected <= line["bytes_between_nodes"] <= expected + 2000
+        assert line["bytes_within_node"] > 3 * sum(others) * 3 / 4 / 2 + 2000  # tokens too
+
+
+@pytest.mark.zero3
 @pytest.mark.thorough
 def test_any_division_may_continue_a_run(run_ranks, tmp_path):
     base, pictures = tmp_path / "base", "pictures.interval=3"

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from pst_ds.checkpoint.format import read_checkpoint
-from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.ds_config import DeepSpeedConfigError, place_frozen
@@ -174,8 +173,3 @@ def test_unequal_nodes_have_no_copies_and_say_so(run_ranks):
     for copies, remark in run_ranks(_remark, 3):
         assert copies == 0
         assert remark.startswith('model.base_placement = "auto": nodes have different numbers of ranks')
-
-
-def test_experts_on_ranks_have_no_copies():
-    with pytest.raises(ConfigError, match=r'does not support model\.base_placement = "node"'):
-        _run("unused", 'model.base_placement="node"', "train.expert_parallel=2")
