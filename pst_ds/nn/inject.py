@@ -57,7 +57,8 @@ def inject_pst(
 ) -> ModelT:
     """Replace layers of ``model`` by PST modules, in place, and freeze the rest; return ``model``.
 
-    Call it before ``deepspeed.initialize``. Collective under ``zero.Init``, where it gathers one layer at a time.
+    Call it before ``deepspeed.initialize`` or ``fully_shard``. Collective under ``zero.Init``, where it gathers one
+    layer at a time.
 
     Args:
         model: a model with its pretrained weights. On the meta device magnitude scales are 1.
