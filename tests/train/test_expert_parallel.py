@@ -141,8 +141,8 @@ def test_only_factors_travel_between_nodes_if_experts_are_divided_in_them_and_fr
     updates = _lines(tmp_path / "run", "mask_update")
     steps = [line for step, line in _lines(tmp_path / "run", "step").items() if not {step, step - 1} & updates.keys()]
     assert steps
-    for line in steps:  # padding, norms and counts of tokens come on top
-        assert expected <= line["bytes_between_nodes"] <= expected + 2000
+    for line in steps:  # padding, norms, counts of tokens and statistics come on top; a stack has 18 kB on a rank
+        assert expected <= line["bytes_between_nodes"] <= expected + 5000
         assert line["bytes_within_node"] > 3 * sum(others) * 3 / 4 / 2 + 2000  # tokens too
 
 
