@@ -17,7 +17,7 @@ from torch import Tensor
 from pst_ds.core.kernels import library, merges
 from pst_ds.core.kernels.triton.launch import blocks
 
-INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+INT_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Dtypes of weights that native loops support, by their number in C++."""
 """Integer dtype of the same width as a float of that many bytes: masks are applied to weights as integers."""

@@ -144,7 +144,7 @@ def count_nonzero(tensor: Tensor) -> int:
     try:
         return int(torch.count_nonzero(tensor))
     except (RuntimeError, NotImplementedError):
-        return int(torch.count_nonzero(tensor.view({1: torch.int8, **INT_OF_SIZE}[tensor.element_size()])))
+        return int(torch.count_nonzero(tensor.view(INT_OF_SIZE[tensor.element_size()])))
 
 
 def write_manifest(folder: Path, tensors: Sequence[ExportedTensor], facts: Facts) -> None:

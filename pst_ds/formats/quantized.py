@@ -26,7 +26,7 @@ from pst_ds.core.quantization import (
     unpack_nibbles,
 )
 from pst_ds.formats.parts import FormatError, PackedFormat, Part, require_no_padding
-from pst_ds.formats.rows import as_bools, bytes_of_row, gather_codes, row_counts, scatter_codes
+from pst_ds.formats.rows import as_bools, bytes_of_row, gather, row_counts, scatter
 from pst_ds.formats.sparse import BitmaskFormat, TwoFourFormat, filled_groups, require_two_of_four
 
 _HAS_MINUS_8 = np.array([byte & 15 == 8 or byte >> 4 == 8 for byte in range(256)])
@@ -107,7 +107,7 @@ class QuantizedFormat(PackedFormat):
         elif self.packing == "bitmask":
             held["bitmask"] = keep
         if self._base is not None:
-            codes = gather_codes(codes, held["bitmask"])
+            codes = gather(codes.contiguous(), held["bitmask"], int(row_counts(held["bitmask"]).sum()))
         if self.packing == "2:4":
             codes = codes.view(rows, columns // 2)
         if self.grid.bits == 4:
@@ -133,7 +133,7 @@ class QuantizedFormat(PackedFormat):
         if self.grid.bits == 4 and columns:
             flat = unpack_nibbles(codes, 2 * codes.shape[-1])
             codes = without_padding(flat, row_counts(bits)) if self.packing == "bitmask" else flat
-        return scatter_codes(codes.reshape(-1), bits, columns)
+        return scatter(codes.contiguous(), bits, columns)
 
     def _unpack(self, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
         return dequantize(self.unpack_codes(parts), parts["scales"], dtype or torch.float32)

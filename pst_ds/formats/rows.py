@@ -6,7 +6,6 @@ zero. Weights are copied as integers of the same width, so that NaNs stay bit-id
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache, partial
 
 import numpy as np
@@ -29,7 +28,8 @@ SOURCE = NativeSource(
     "packed formats",
     flags=("-std=c++17", "-O3"),
 )
-_BAND_CODES = 1 << 18
+_BAND = 1 << 18
+"""Weights of a matrix that are scattered in one step."""
 POPCOUNT = np.array([value.bit_count() for value in range(256)], dtype=np.uint8)
 library = cache(partial(load, SOURCE))
 """The functions of pack.cpp, or None if they cannot be compiled."""
@@ -83,7 +83,7 @@ def row_counts(bits: Tensor) -> Tensor:
 def gather(weight: Tensor, bits: Tensor, count: int) -> Tensor:
     """Return the kept values of ``weight``, (O, I) contiguous, row by row: (count,), with -0.0 turned into +0.0.
 
-    ``bits`` must have ``count`` bits set, none of them padding.
+    ``weight`` may be int8 codes above -128. ``bits`` must have ``count`` bits set, none of them padding.
     """
     as_int = _as_int(weight)
     rows, columns = as_int.shape
@@ -118,34 +118,6 @@ def scatter(values: Tensor, bits: Tensor, columns: int) -> Tensor:
     return dense.view(values.dtype)
 
 
-def gather_codes(codes: Tensor, bits: Tensor) -> Tensor:
-    """Return the kept ``codes``, (O, I) int8, row by row: (count,) int8. See :func:`gather`."""
-    counts = row_counts(bits) if codes.shape[1] else codes.new_empty(0, dtype=torch.int64)
-    kept, at = torch.empty(int(counts.sum()), dtype=torch.int8), 0
-    for band in _bands(codes.shape):
-        count = int(counts[band].sum())
-        kept[at : at + count] = gather(codes[band].to(torch.int16), bits[band], count)
-        at += count
-    return kept
-
-
-def scatter_codes(kept: Tensor, bits: Tensor, columns: int) -> Tensor:
-    """Return the (O, I) int8 matrix with the codes ``kept``, (count,) int8, and 0 elsewhere. See :func:`scatter`."""
-    codes, at = torch.empty(bits.shape[0], columns, dtype=torch.int8), 0
-    for band in _bands(codes.shape):
-        count = int(row_counts(bits[band]).sum())
-        codes[band] = scatter(kept[at : at + count].to(torch.int16), bits[band], columns)
-        at += count
-    return codes
-
-
-def _bands(shape: torch.Size) -> Iterator[slice]:
-    """Yield slices of rows. Codes are widened band by band to int16, the narrowest type of the C++ loops."""
-    rows, columns = shape
-    step = max(1, _BAND_CODES // max(1, columns))
-    yield from (slice(first, first + step) for first in range(0, rows if columns else 0, step))
-
-
 def columns_of(bits: Tensor, columns: int, count: int, dtype: torch.dtype) -> Tensor:
     """Return the column of every set bit, row by row: (count,), uint16 or int32."""
     native = library()
@@ -164,8 +136,9 @@ def scatter_columns(values: Tensor, starts: Tensor, indices: Tensor, columns: in
     """
     as_int, rows = _as_int(values), starts.numel() - 1
     dense = torch.zeros(rows, columns, dtype=as_int.dtype)
-    for band in _bands(dense.shape):  # numpy's indices take several times the memory of the values
-        own = starts.numpy()[band.start : band.stop + 1]
+    step = max(1, _BAND // max(1, columns))
+    for first in range(0, rows, step):  # numpy's indices take several times the memory of the values
+        band, own = slice(first, first + step), starts.numpy()[first : first + step + 1]
         row_of, kept = np.repeat(np.arange(len(own) - 1), np.diff(own)), slice(own[0], own[-1])
         dense.numpy()[band][row_of, indices.numpy()[kept]] = as_int.numpy()[kept]
     return dense.view(values.dtype)

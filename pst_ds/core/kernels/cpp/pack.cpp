@@ -11,6 +11,7 @@ namespace pst::pack {
 
 // Call ``run`` with a zero of the unsigned type of ``size`` bytes.
 template <class F> inline void for_size(int64_t size, F run) {
+    if (size == 1) run(uint8_t());
     if (size == 2) run(uint16_t());
     if (size == 4) run(uint32_t());
     if (size == 8) run(uint64_t());

@@ -6,7 +6,7 @@ template <class T> constexpr T SIGN = T(T(1) << (sizeof(T) * 8 - 1));
 inline int64_t bytes_of_row(int64_t columns) { return (columns + 7) / 8; }
 
 #if PST_WIDE
-// A register of whole bytes of bits: 32, 16 or 8 weights.
+// A register of whole bytes of bits: 64, 32, 16 or 8 weights.
 template <class T> struct Wide;
 
 #define PST_WIDE_OF(TYPE, MASK, BITS, LOADED)                                                                          \
@@ -23,6 +23,7 @@ template <class T> struct Wide;
         static __m512i load_some(Mask k, const TYPE* from) { return _mm512_maskz_loadu_epi##BITS(k, from); }           \
         static void store_some(TYPE* to, Mask k, __m512i v) { _mm512_mask_storeu_epi##BITS(to, k, v); }                \
     };
+PST_WIDE_OF(uint8_t, __mmask64, 8, char)
 PST_WIDE_OF(uint16_t, __mmask32, 16, short)
 PST_WIDE_OF(uint32_t, __mmask16, 32, int)
 PST_WIDE_OF(uint64_t, __mmask8, 64, (long long))
@@ -41,7 +42,7 @@ template <class T> inline typename Wide<T>::Mask first(int64_t count) {
 
 // Compress ``v`` to ``out``, which has ``room`` places; whole registers are written while they fit.
 template <class T> inline int64_t put(T* out, int64_t room, typename Wide<T>::Mask keep, __m512i v) {
-    int64_t count = __builtin_popcount(keep);
+    int64_t count = __builtin_popcountll(keep);
     v = Wide<T>::compress(keep, v);
     if (room >= LANES<T>)
         _mm512_storeu_si512(out, v);
@@ -101,7 +102,7 @@ void scatter(const T* values, const uint8_t* bits, int64_t rows, int64_t columns
 #if PST_WIDE
         for (; col + LANES<T> <= columns; col += LANES<T>) {
             auto keep = load_mask<T>(bits + col / 8);
-            int64_t count = __builtin_popcount(keep);
+            int64_t count = __builtin_popcountll(keep);
             __m512i v = end - values >= LANES<T> ? _mm512_loadu_si512(values)
                                                  : Wide<T>::load_some(first<T>(count), values);
             _mm512_storeu_si512(out + col, Wide<T>::expand(keep, v));
