@@ -291,7 +291,11 @@ def quantize(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tensor | N
     codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
     found = torch.full((rows, groups), UNUSED_SCALE, dtype=SCALE_DTYPE, device=weight.device)
     if scales is not None:
-        found.copy_(_checked(scales, (rows, groups), grid))
+        if scales.dtype != SCALE_DTYPE or tuple(scales.shape) != (rows, groups):
+            given = f"{scales.dtype} of shape {tuple(scales.shape)}"
+            raise ValueError(f"scales are {SCALE_DTYPE} of shape {(rows, groups)}, got {given}")
+        require_scales(scales, grid)
+        found.copy_(scales)
     step = _rows_at_a_time(columns, weight.device)
     for first in range(0, rows if columns else 0, step):
         band = slice(first, min(first + step, rows))
@@ -355,15 +359,6 @@ def squared_norms(weight: Tensor, keep: Tensor, codes: Tensor, scales: Tensor) -
 
 def _rows_at_a_time(columns: int, device: torch.device) -> int:
     return max(1, _AT_A_TIME.get(device.type, 1 << 24) // max(1, columns))
-
-
-def _checked(scales: Tensor, shape: tuple[int, int], grid: Grid) -> Tensor:
-    if scales.dtype != SCALE_DTYPE or tuple(scales.shape) != shape:
-        raise ValueError(
-            f"scales are {SCALE_DTYPE} of shape {shape}, got {scales.dtype} of shape {tuple(scales.shape)}"
-        )
-    require_scales(scales, grid)
-    return scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,7 +425,9 @@ class Rounding:
         scales = self.scales
         native = native_for(weight, scales) if weight.dtype in NATIVE_DTYPES and weight.stride(1) == 1 else None
         if native is None:
-            self._round_in_torch(weight, scales, rect)
+            for band in row_tiles(rect, _AT_A_TIME.get(weight.device.type, 1 << 22)):
+                part, own = weight[band.inside(rect)], _scales_of(scales, band, self.stored.unit)
+                part.copy_(rounded_codes(part.float(), own, self.stored.grid).mul_(own).add_(0.0))
             return weight
         groups = torch.tensor([scales.shape[1], *self.stored.unit, rect.r0, rect.c0])
         stored = NATIVE_DTYPES[weight.dtype], weight.stride(0), *weight.shape
@@ -455,11 +452,6 @@ class Rounding:
         """
         matrix = weight.t() if self.stored.layout.transposed else weight
         return quantize(matrix, None, self.stored.grid, self.scales_by_output)
-
-    def _round_in_torch(self, weight: Tensor, scales: Tensor, rect: Rect) -> None:
-        for band in row_tiles(rect, _AT_A_TIME.get(weight.device.type, 1 << 22)):
-            part, own = weight[band.inside(rect)], _scales_of(scales, band, self.stored.unit)
-            part.copy_(rounded_codes(part.float(), own, self.stored.grid).mul_(own).add_(0.0))
 
 
 def bytes_of_scales(scales: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class BitmaskFormat(PackedFormat):
     """
 
     name = "bitmask"
-    part_names = ("compressed", "bitmask", "row_offsets", "shape")
+    part_names: tuple[str, ...] = ("compressed", "bitmask", "row_offsets", "shape")
     values_name = "compressed"
 
     def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
@@ -133,7 +133,7 @@ class CsrFormat(PackedFormat):
             )
 
 
-class TwoFourFormat(PackedFormat):
+class TwoFourFormat(BitmaskFormat):
     """Two of every four consecutive inputs, the format of sparse tensor cores.
 
     ``compressed`` (O, I / 2), ``bitmask`` (O, ceil(I / 8)) uint8, ``shape`` (2, 1) int64.
@@ -143,7 +143,6 @@ class TwoFourFormat(PackedFormat):
 
     name = "2:4"
     part_names = ("compressed", "bitmask", "shape")
-    values_name = "compressed"
     shape_dims = (2, 1)
 
     def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
@@ -159,9 +158,6 @@ class TwoFourFormat(PackedFormat):
     def accepts(self, bits: Tensor, shape: tuple[int, int]) -> bool:
         fits = super().accepts(bits, shape) and shape[1] % GROUP == 0
         return fits and not bool(_TOO_MANY[bits.numpy()].any())
-
-    def _unpack(self, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
-        return scatter(parts["compressed"], parts["bitmask"], int(parts["shape"][1]))
 
     def _pack(self, weight: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:
         rows, columns = weight.shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -58,18 +58,25 @@ def predict(model: Model, context: RunContext, examples: ExampleSet) -> np.ndarr
     return _in_order([batch for of_rank in all_gather_objects(own) for batch in of_rank])
 
 
-@torch.no_grad()
-def compare(
-    one: Model, other: Model, context: RunContext, examples: ExampleSet
-) -> tuple[dict[str, int | float], dict[str, float]]:
-    """Compare the predictions of two models on one process; return (differences, metrics of ``other``).
+class Differences(NamedTuple):
+    """How the outputs of two models differ."""
 
-    The differences are "differing_predictions" and "max_logit_difference". A prediction is the index of the largest
-    logit: an example's class, or the next token. With a single output (regression) it is the number, and numbers within
-    a few rounding errors are equal. Only one batch of logits of each model is in memory.
-    """
+    predictions: int
+    """Differing ones: the index of the largest logit, which is an example's class, or the next token. With a single
+    output (regression) it is the number, and numbers within a few rounding errors are equal."""
+    logit: float
+    """Largest absolute difference of a logit."""
+    largest_logit: float
+    """Largest absolute logit of the first model."""
+    metrics: dict[str, float]
+    """Metrics of the second model."""
+
+
+@torch.no_grad()
+def compare(one: Model, other: Model, context: RunContext, examples: ExampleSet) -> Differences:
+    """Compare two models on one process. Only one batch of logits of each is in memory; padding is ignored."""
     task, device = context.task, context.device
-    differing, largest = 0, torch.zeros((), device=device)
+    differing, apart, largest = 0, torch.zeros((), device=device), torch.zeros((), device=device)
     pieces: list[tuple[list[int], np.ndarray]] = []
     batches = evaluation_batches(examples.lengths, context.run.eval_batch_size, mixed=task.pads)
     with Progress("compare", len(batches), "batches") as progress:
@@ -81,10 +88,10 @@ def compare(
                 real = batch["attention_mask"].to(device).bool()
                 ours, theirs = ours[real], theirs[real]
             differing += _differing(ours, theirs)
-            largest = torch.maximum(largest, (ours.float() - theirs.float()).abs().max())  # keeps a NaN
+            apart = torch.maximum(apart, (ours.float() - theirs.float()).abs().max())  # keeps a NaN
+            largest = torch.maximum(largest, ours.float().abs().max())
             progress.add(1)
-    metrics = task.metrics(_in_order(pieces), examples)
-    return {"differing_predictions": differing, "max_logit_difference": float(largest)}, metrics
+    return Differences(differing, float(apart), float(largest), task.metrics(_in_order(pieces), examples))
 
 
 def watched_steps(

@@ -19,7 +19,7 @@ from pst_ds.export.manifest import Facts
 from pst_ds.export.to_folder import ExportOptions
 from pst_ds.inference.runtime import sparse_layers
 from pst_ds.inference.runtime.experts import SparseExperts
-from pst_ds.inference.verify.masked_run import Compared, FewerTokens, LargestLogit, MaskedRun
+from pst_ds.inference.verify.masked_run import Compared, FewerTokens, MaskedRun
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
 from pst_ds.nn.model_structure import is_conv1d
@@ -91,21 +91,21 @@ def compare_with_run(folder: Path, config: RunConfig, checkpoint: str, split: st
     plain = _loaded(run, "" if encoding.is_plain else "dense")
     dtypes = run.narrower_dtypes()
     if dtypes or encoding.is_quantized:
-        rounding = Rounding(*run.compare(plain, run.model))
+        changed = run.compare(plain, run.model)
+        rounding = Rounding(changed.predictions, changed.logit, changed.metrics)
     run.cast(dtypes)
     pairs = _weights_of_both(run, plain, run.quantise() if encoding.is_quantized else {})
-    largest = LargestLogit(run.model)
-    differing, difference, metrics = run.compare(largest, plain)
+    found = run.compare(run.model, plain)
     dtype, inputs = next(plain.parameters()).dtype, max(w.shape[-1] for w, _ in pairs if w.dim())
     return Comparison(
         examples=len(run.examples),
         unit=run.context.task.unit,
         compared_weights=len(pairs),
         differing_weights=sum(not torch.equal(ours, theirs) for ours, theirs in pairs),
-        differing_predictions=differing,
-        max_logit_difference=difference,
-        allowed_logit_difference=allowed_difference(dtype, len(pairs), inputs) * largest.value,
-        metrics=metrics,
+        differing_predictions=found.predictions,
+        max_logit_difference=found.logit,
+        allowed_logit_difference=allowed_difference(dtype, len(pairs), inputs) * found.largest_logit,
+        metrics=found.metrics,
         rounding=rounding,
         vocabulary=fewer,
         kept_sparse=None if encoding.is_plain else _compare_sparse(run, plain),
@@ -177,11 +177,10 @@ def _compare_sparse(run: MaskedRun, plain: nn.Module) -> KeptSparse:
             module = plain.get_submodule(name)
             weight = module.get_parameter("weight").t() if is_conv1d(module) else module.get_parameter("weight")
         differing += not torch.equal(layer.dense_weight().to(weight.device), weight)
-    largest = LargestLogit(run.model)
-    predictions, difference, _ = run.compare(largest, sparse)
+    found = run.compare(run.model, sparse)
     dtype = next(plain.parameters()).dtype
     allowed = allowed_difference(dtype, len(layers), max((n.in_features for n in layers.values()), default=1))
-    return KeptSparse(len(layers), differing, predictions, difference, allowed * largest.value)
+    return KeptSparse(len(layers), differing, found.predictions, found.logit, allowed * found.largest_logit)
 
 
 def allowed_difference(dtype: torch.dtype, num_layers: int, inputs: int) -> float:

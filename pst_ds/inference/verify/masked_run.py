@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
 from pst_ds.config.run import RunConfig
 from pst_ds.core.packings import COMPRESSED_TENSORS, FOR_COMPRESSED_TENSORS
@@ -25,7 +24,7 @@ from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.merge import plain_tensors
 from pst_ds.nn.model_structure import is_conv1d
 from pst_ds.nn.tables.embedding import PSTEmbedding, pst_embeddings
-from pst_ds.train.evaluate import compare, predict
+from pst_ds.train.evaluate import Differences, compare, predict
 from pst_ds.train.run import RunContext, masked_model, prepare_single
 from pst_ds.train.run_folder import open_checkpoint
 
@@ -96,10 +95,8 @@ class MaskedRun:
     def metrics_of(self, model: Callable[..., object]) -> dict[str, float]:
         return self.context.task.metrics(predict(model, self.context, self.examples), self.examples)
 
-    def compare(self, one: Callable[..., object], other: Callable[..., object]) -> tuple[int, float, dict[str, float]]:
-        """Return (differing predictions, largest logit difference, metrics of ``other``)."""
-        found, metrics = compare(one, other, self.context, self.examples)
-        return int(found["differing_predictions"]), found["max_logit_difference"], metrics
+    def compare(self, one: Callable[..., object], other: Callable[..., object]) -> Differences:
+        return compare(one, other, self.context, self.examples)
 
     def trim(self) -> FewerTokens | None:
         """Keep only the export's tokens, and tokenise as it does; None if it has all tokens. Raises ExportError."""
@@ -191,18 +188,6 @@ class MaskedRun:
                 continue  # the name in the files of a parameter that has another name in the model
             quantised[name] = self.model.get_parameter(name)
         return quantised
-
-
-class LargestLogit:
-    """A model that records its largest absolute logit."""
-
-    def __init__(self, model: nn.Module):
-        self._model, self.value = model, 0.0
-
-    def __call__(self, **inputs: object) -> ModelOutput:
-        result: ModelOutput = self._model(**inputs)
-        self.value = max(self.value, float(result["logits"].abs().max()))
-        return result
 
 
 def settle(module: PSTLayer | PSTEmbedding, weight: Tensor) -> None:

@@ -15,7 +15,7 @@ from pst_ds.core.packings import ONNX_FILE
 from pst_ds.errors import InputError
 from pst_ds.inference.onnx.folder import ALLOWED
 from pst_ds.inference.onnx.operators import open_session
-from pst_ds.inference.verify.masked_run import Compared, LargestLogit, MaskedRun, settle
+from pst_ds.inference.verify.masked_run import Compared, MaskedRun, settle
 from pst_ds.nn.inject import pst_layers
 
 
@@ -60,19 +60,18 @@ def compare_onnx_with_run(
     for layer in pst_layers(run.model).values():
         if not layer.rounds:
             settle(layer, layer.masked_weight())
-    largest = LargestLogit(nn.Module.float(run.model))
-    predictions, difference, metrics = run.compare(largest, model)
-    in_8_bits = None
-    if model.activation_bits == 8:
-        predictions, in_8_bits, metrics = run.compare(largest, OnnxModel(folder / ONNX_FILE, exact=False))
+    nn.Module.float(run.model)
+    exact = run.compare(run.model, model)
+    in_8_bits = model.activation_bits == 8
+    found = run.compare(run.model, OnnxModel(folder / ONNX_FILE, exact=False)) if in_8_bits else exact
     return OnnxComparison(
         examples=len(run.examples),
         unit=run.context.task.unit,
-        differing_predictions=predictions,
-        max_logit_difference=difference,
-        allowed_logit_difference=ALLOWED * largest.value,
-        metrics=metrics,
-        max_logit_difference_in_8_bits=in_8_bits,
+        differing_predictions=found.predictions,
+        max_logit_difference=exact.logit,
+        allowed_logit_difference=ALLOWED * exact.largest_logit,
+        metrics=found.metrics,
+        max_logit_difference_in_8_bits=found.logit if in_8_bits else None,
     )
 
 
