@@ -10,8 +10,6 @@ import torch
 
 pytest.importorskip("triton", minversion="3.6", reason="needs triton 3.6, the extra of that name")
 
-from torch import nn
-
 from pst_ds.core.bits import pack_shard, unpack_shard
 from pst_ds.core.coded_weight import OwnWeights
 from pst_ds.core.factors import TileFactors
@@ -36,9 +34,10 @@ def shards(pattern, layout, dtype, cuts=(0, 131, 400, 401, 1 << 30)):
     """The scores of what each rank has of a layer whose weights are cut at ``cuts``."""
     weight, factors = layer(layout, dtype=dtype)
     flat, rule = weight.flatten(), SimpleNamespace(pattern=parse_pattern(pattern))
+    split = SimpleNamespace(share=layout.numel)
     module = SimpleNamespace(
         layout=layout, rule=rule, constants=CONSTANTS, magnitude_scales=[SCALE] * layout.num_matrices,
-        pst_mask=nn.Parameter(torch.zeros(1, dtype=torch.uint8), requires_grad=False),
+        split=lambda: split,
     )  # fmt: skip
     for start, stop in pairwise(cuts):
         stop = min(stop, layout.numel)
