@@ -59,16 +59,34 @@ def backward(
 ) -> Gradients:
     """Return the gradients of :func:`pst_ds.core.experts.products.backward` for sorted ``rows`` (n, I)."""
     layout, one, transposed = state.layout, state.layout.expert, state.layout.transposed
+    assert isinstance(state.weight, Tensor)
     grad_y = grad_y.contiguous()
     left, right = (rows, grad_y) if transposed else (grad_y, rows)
     stack = product(left.t(), right, routing).view(layout.shape)
     factors = factors_with_ones(state) if state.scores_train else Factors(U=state.factors.U, V=state.factors.V)
     sums = Factors(**{name: torch.empty_like(f) for name, f in factors.held().items() if name != "norms"})
+    has_gradient = sums.A is not None and sums.U is not None and not state.constants.frozen_magnitude
+    inverses = torch.tensor([1.0 / scale for scale in state.magnitude_scales])
+    scales = stack.new_empty(len(inverses), dtype=torch.float32).copy_(inverses, non_blocking=True)
     step = experts_at_once(layout, rows.element_size(), tile_bytes)
     buffers = rows.new_empty(2, step * one.numel)
-    for first in range(0, layout.num_experts, step):
+    for first in range(0, layout.num_experts, step):  # turn G into M . W
         experts = range(first, min(first + step, layout.num_experts))
-        _experts_backward(stack, routing.ends, state, mask, experts, factors, sums, buffers)
+        matrices = Matrices.of_experts(layout, experts)
+        matrix = layout.matrices()[first * matrices.parts]
+        stored = slice(first * one.shape[0], experts.stop * one.shape[0])
+        own = slice(matrix.index, matrix.index + matrices.count)
+        scores, updates = (
+            None if total is None else buffer[: len(experts) * one.numel].view(-1, matrices.shape[1])
+            for total, buffer in zip((sums.A, sums.U), buffers, strict=True)
+        )
+        tile = tile_factors(state.factors, layout, matrix, matrix.rect)
+        grad, factor = stack[stored], scales[own] if has_gradient else 0.0
+        places = mask, matrices, tile, state.constants, factor, routing.ends
+        gradients_into(grad, scores, updates, state.weight[stored], grad, *places)
+        for values, names in ((scores, "AB"), (updates, "UV")):
+            if values is not None:
+                _low_rank_gradients(values.view(matrices.count, *matrices.shape), layout, own, names, factors, sums)
     if state.rounding is not None:
         state.rounding.round_(stack)
     grads = Gradients()
@@ -77,40 +95,6 @@ def backward(
         grads.x = product(grad_y, by_output.transpose(1, 2) if transposed else by_output, routing)
     finish_factors(Factors(**{name: total.float() for name, total in sums.held().items()}), state, grads)
     return grads
-
-
-def _experts_backward(
-    stack: Tensor,
-    ends: Tensor,
-    state: LayerState,
-    mask: MaskBits,
-    experts: range,
-    factors: Factors,
-    sums: Factors,
-    buffers: Tensor,
-) -> None:
-    """Turn G of some experts into M . W, and set their gradients of the factors in ``sums``."""
-    layout, constants = state.layout, state.constants
-    assert isinstance(state.weight, Tensor)
-    matrices = Matrices.of_experts(layout, experts)
-    matrix = layout.matrices()[experts.start * matrices.parts]
-    numel, own = len(experts) * layout.expert.numel, slice(matrix.index, matrix.index + matrices.count)
-    scores, updates = (
-        None if getattr(sums, name) is None else buffer[:numel].view(-1, matrices.shape[1])
-        for name, buffer in zip("AU", buffers, strict=True)
-    )
-    has_gradient = scores is not None and updates is not None and not constants.frozen_magnitude
-    factor: float | Tensor = 0.0
-    if has_gradient:
-        inverses = torch.tensor([1.0 / scale for scale in state.magnitude_scales[own]])
-        factor = stack.new_empty(matrices.count, dtype=torch.float32).copy_(inverses, non_blocking=True)
-    tile = tile_factors(state.factors, layout, matrix, matrix.rect)
-    height = layout.expert.shape[0]
-    base, grad = (t[experts.start * height : experts.stop * height] for t in (state.weight, stack))
-    gradients_into(grad, scores, updates, base, grad, mask, matrices, tile, constants, factor, ends)
-    for product_grad, names in ((scores, "AB"), (updates, "UV")):
-        if product_grad is not None:
-            _low_rank_gradients(product_grad.view(matrices.count, *matrices.shape), layout, own, names, factors, sums)
 
 
 def _low_rank_gradients(
