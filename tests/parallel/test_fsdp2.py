@@ -68,6 +68,7 @@ CONFIG = PSTConfig(target_modules=("linear",), modules_to_save=("classifier",), 
 GRID = Grid(bits=8)
 PATTERNS = {
     "matrix": {},
+    "trained weights": {"train_weights": True},
     "row": {"pattern": "row"},
     "global": {"pattern": "global"},
     "blocks": {"overrides": (Override(modules=r"blocks\.[02].*", pattern="1x2"),)},
@@ -115,6 +116,7 @@ def _updated_by_zero3(world_size: int, pattern: str):
 
 
 @pytest.mark.zero3
+@pytest.mark.few(3)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_masks_and_scales_are_those_of_zero3(run_ranks, pattern):
     masks, scales, bits = run_ranks(_updated_by_zero3, 2, 2, pattern)[0]

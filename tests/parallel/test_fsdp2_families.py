@@ -18,12 +18,15 @@ from tests.nn.test_targets import FAMILIES
 
 BUILT: dict[str, Callable[[], nn.Module]] = {name: family[0] for name, family in FAMILIES.items()}
 LEFT_DENSE = {"jamba": ("mamba",)}
+UPDATED = {"bert": ("word_embeddings",), "roberta": ("word_embeddings", "position_embeddings")}
+"""Embeddings with a low-rank update."""
 
 
 def _stepped(name: str, split: Callable[[nn.Module], object]):
     torch.manual_seed(3)
     model = BUILT[name]() if name in BUILT else tiny_model(name)
-    model = inject_pst(model, PSTConfig(exclude_modules=LEFT_DENSE.get(name, ()), score_rank=2, update_rank=2)).eval()
+    chosen = {"exclude_modules": LEFT_DENSE.get(name, ()), "update_embeddings": UPDATED.get(name, ())}
+    model = inject_pst(model, PSTConfig(**chosen, score_rank=2, update_rank=2)).eval()
     generator = torch.Generator().manual_seed(5)
     for layer in pst_layers(model).values():
         for _, param in layer.factor_parameters():
