@@ -216,13 +216,18 @@ def _cure(found: Plan, changed: Choice | None) -> str:
 
 def search_lines(found: Sequence[Choice]) -> Iterator[str]:
     """Yield a table of the best choices, and the settings of the first."""
-    head = ["", "micro-batch", "accumulated", "checkpointed", "ranks a sequence", "ranks of experts"]
+    head = ["", "micro-batch", "accumulated", "checkpointed", "ranks a sequence", "ranks of experts", "frozen"]
     head += ["memory", "fits", "tokens/s"]
     rows = [head]
     for place, one in enumerate(found[:_SHOWN], 1):
         judged, model, train = one.plan.verdict, one.plan.run.model, one.plan.run.train
         way = place, one.plan.micro_batch_size, train.gradient_accumulation_steps
-        stored = "yes" if model.gradient_checkpointing else "no", train.sequence_parallel, train.expert_parallel
+        stored = (
+            "yes" if model.gradient_checkpointing else "no",
+            train.sequence_parallel,
+            train.expert_parallel,
+            one.plan.placement,
+        )
         fits = "?" if judged.fits is None else "yes" if judged.fits else "no"
         expected = bytes_text(judged.needed_bytes), fits, f"{judged.tokens_per_second:,.0f}"
         rows.append([str(cell) for cell in (*way, *stored, *expected)])

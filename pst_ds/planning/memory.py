@@ -224,19 +224,17 @@ class ModelNumbers:
         """Bytes of all unsharded parameters and masks, which a pass of gathers brings to a rank."""
         return sum(t.nbytes for t in self.tensors)
 
-    @property
-    def frozen_bytes(self) -> int:
-        """Bytes of frozen weights and masks, unsharded."""
-        return sum(t.nbytes for t in self.tensors if not t.trainable)
+    def copied_bytes(self, ranks: int, kind: str = "") -> int:
+        """Return the bytes of frozen weights and masks, or of one kind, of which so many neighbours share a copy.
 
-    def copied_bytes(self, copy_ranks: int) -> int:
-        """Return the bytes of frozen tensors of which ``copy_ranks`` share a copy; not of divided stacks, unless 1."""
-        frozen = (t for t in self.tensors if not t.trainable and (copy_ranks == 1 or t.divided_by == 1))
-        return sum(t.nbytes for t in frozen) if copy_ranks else 0
+        Neighbours have other experts, so that only a whole copy has those of a rank.
+        """
+        copied = (t for t in self.tensors if not t.trainable and (t.divided_by == 1 or ranks == 1))
+        return sum(t.nbytes for t in copied if kind in ("", t.kind))
 
-    def expert_bytes(self, *, trained: bool = False) -> int:
-        """Return the bytes of pruned stacks of experts that a rank gathers, or only those that train."""
-        return sum(t.nbytes for t in self.tensors if t.in_stack and (t.trainable or not trained))
+    def divided_bytes(self, *, trained: bool) -> int:
+        """Return the bytes of stacks of experts on ranks that a rank gathers, or only those that train."""
+        return sum(t.nbytes for t in self.tensors if t.divided_by > 1 and (t.trainable or not trained))
 
     def bytes_of(self, kind: str) -> int:
         """Return the bytes of the tensors of one :attr:`TensorGroup.kind`, unsharded."""
@@ -398,7 +396,7 @@ def memory_plan(
     host = (optimizer if zero.offload_optimizer else 0) + (weights + masks + scales if zero.offload_param else 0)
     return MemoryPlan(
         weights=0 if zero.offload_param else weights,
-        copies=math.ceil(model.copied_bytes(zero.copy_ranks) / max(zero.copy_ranks, 1)),
+        copies=math.ceil(model.copied_bytes(zero.copy_ranks) / zero.copy_ranks) if zero.copy_ranks else 0,
         masks=0 if zero.offload_param else masks,
         optimizer=0 if zero.offload_optimizer else optimizer,
         gradients=element_size * _trainables_here(model, zero, shared_from_stage=2),

@@ -20,7 +20,7 @@ from pst_ds.json_text import JsonObject
 from pst_ds.nn.base_model import DTYPES, Pretrained
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.tables.embedding import pst_embeddings
-from pst_ds.parallel.ds_config import load_deepspeed_config, zero_stage
+from pst_ds.parallel.ds_config import load_deepspeed_config, place_frozen, zero_stage
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.planning.activations import Trace, UntraceableError, trace_micro_batch
 from pst_ds.planning.cut import cut_plan
@@ -30,7 +30,7 @@ from pst_ds.planning.shapes import block_sizes, model_numbers
 from pst_ds.planning.start import Cost, StartData, start_plan
 from pst_ds.planning.time import Batch, TimePlan, step_flops, time_plan
 from pst_ds.planning.verdict import Need, Verdict, Work, need_of_process, verdict
-from pst_ds.train.model import frozen_grid, grid_of_run, head_names, load_tokenizer, parameter_groups
+from pst_ds.train.model import frozen_bytes, frozen_grid, grid_of_run, head_names, load_tokenizer, parameter_groups
 from pst_ds.train.objective import teacher_shapes
 from pst_ds.train.one_shot.start import one_shot_config
 from pst_ds.train.prepare import checked_shapes, resolved_deepspeed_config
@@ -163,6 +163,11 @@ class Plan:
         return str(grid) if grid else None
 
     @property
+    def placement(self) -> str:
+        """``model.base_placement`` without "auto"."""
+        return {0: "sharded", 1: "replicated"}.get(self.copy_ranks, "node")
+
+    @property
     def share_of_masks(self) -> float:
         """Share of the training time that mask updates take."""
         return self.time.share_of_masks(self.num_steps, self.schedule.mask_updates if self.schedule else 0)
@@ -201,7 +206,7 @@ def plan(run: RunConfig | str | Path, options: PlanOptions | None = None) -> Pla
     machine_name = options.machine or ("cpu" if has_cores else "h100")
     machine = machine_of(machine_name)
     numbers = model_numbers(model, device=machine.device)
-    zero = _zero(run, raw, model, ranks, machine)
+    zero = _zero(run, raw, model, ranks, machine, options.memory)
     layers, embeddings, trained_in_full = _layers(model), _embeddings(model), head_names(model, run)
     remarks = [remark] if remark else []
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, run)]
@@ -244,10 +249,17 @@ def plan(run: RunConfig | str | Path, options: PlanOptions | None = None) -> Pla
     )
 
 
-def _zero(run: RunConfig, raw: JsonObject | None, model: nn.Module, ranks: int, machine: Machine) -> ZeroSettings:
-    """Return the settings of DeepSpeed on ``machine``. Raises InputError."""
-    zero = zero_settings(resolved_deepspeed_config(run, raw, model, ranks=ranks), ranks, machine.backend)
-    return replace(zero, node_size=machine.node_size)
+def _zero(
+    run: RunConfig, raw: JsonObject | None, model: nn.Module, ranks: int, machine: Machine, memory: int
+) -> ZeroSettings:
+    """Return the settings of DeepSpeed on ``machine``, with the place of frozen weights. Raises InputError."""
+    resolved, copies = resolved_deepspeed_config(run, raw, model, ranks=ranks), 0
+    if resolved is not None:
+        wanted, names = run.model.base_placement, (run.deepspeed_config, "the run file")
+        sizes = frozen_bytes(model, run, ranks), ranks, machine.node_size, memory or machine.capacity
+        copies = place_frozen(resolved, wanted, *sizes, names=names)
+    zero = zero_settings(resolved, ranks, machine.backend)
+    return replace(zero, node_size=machine.node_size, copy_ranks=copies)
 
 
 def _cost(
@@ -265,7 +277,7 @@ def _cost(
 ) -> tuple[MemoryPlan, TimePlan, Verdict]:
     """Predict memory and time. ``groups``: trained parameters of each optimizer group; ``before``: the fine-tuning."""
     teacher_bytes, teacher_weights = _teacher(run, numbers, options.no_data)
-    model_bytes, numbers = numbers.whole_bytes, numbers.divided(run.train.expert_parallel)
+    model_bytes, numbers = numbers.whole_bytes, numbers.divided(run.train.experts_divided_by(zero.world_size))
     ranks, accumulation = zero.world_size, run.train.gradient_accumulation_steps
     memory = memory_plan(
         numbers,
@@ -430,6 +442,7 @@ def _batch(run: RunConfig, ranks: int, teacher_weights: int, trace: Trace) -> Ba
         tokens=run.micro_batch_size(ranks) * run.data.max_length // run.train.sequence_parallel,
         sequence=run.data.max_length,
         shared_by=run.train.sequence_parallel,
+        element_size=DTYPES[run.train.precision].itemsize,
         micro_batches=run.train.gradient_accumulation_steps,
         checkpointing=run.model.gradient_checkpointing,
         teacher_weights=teacher_weights,

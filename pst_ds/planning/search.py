@@ -51,6 +51,7 @@ class Choice:
             "train.sequence_parallel": str(run.train.sequence_parallel),
             "train.expert_parallel": str(run.train.expert_parallel),
             "model.gradient_checkpointing": str(run.model.gradient_checkpointing).lower(),
+            "model.base_placement": self.plan.placement,
             "model.base_bits": str(run.model.base_bits),
             "model.embedding_bits": str(run.model.embedding_bits),
         }
@@ -79,7 +80,8 @@ class Choice:
 def search(run: RunConfig, options: PlanOptions, found: Plan) -> list[Choice]:
     """Plan all :func:`ways` for the ranks of the plan ``found``; return the possible ones, best first.
 
-    The best of them is also planned with experts divided among ranks. The best fit with a margin, and are the fastest;
+    The best of them is also planned with experts divided among ranks, and that with other placements of frozen weights.
+    The best fit with a margin, and are the fastest;
     of equally fast ones, they keep the network busy for the shortest time and then need the least memory.
     """
     planned: list[Choice] = []
@@ -89,7 +91,7 @@ def search(run: RunConfig, options: PlanOptions, found: Plan) -> list[Choice]:
             with suppress(InputError):  # such as attention heads that ranks cannot share
                 planned.append(Choice(plan(_changed(run, *way), options)))
             progress.at(number)
-    for kind in (_dividing,):
+    for kind in (_dividing, _placing):
         best = _sorted(planned)[0].plan
         for changed in kind(best):
             with suppress(InputError):
@@ -116,6 +118,15 @@ def _dividing(found: Plan) -> Iterator[RunConfig]:
         yield _with(found.run, "train", expert_parallel=degree)
 
 
+def _placing(found: Plan) -> Iterator[RunConfig]:
+    """Yield the run of ``found`` with other placements of frozen weights."""
+    if found.zero_stage == 3 and found.ranks > 1:
+        in_nodes = ["node"] if machine_of(found.machine).node_size < found.ranks else []
+        for placement in ("sharded", *in_nodes, "replicated"):
+            if placement != found.placement:
+                yield _with(found.run, "model", base_placement=placement)
+
+
 def ways(run: RunConfig, found: Plan, node_size: int) -> Iterator[tuple[int, int, bool]]:
     """Yield the ways to split the batch of ``run`` over the ranks of ``found``, smallest micro-batches first.
 
@@ -133,7 +144,8 @@ def ways(run: RunConfig, found: Plan, node_size: int) -> Iterator[tuple[int, int
 def cure(run: RunConfig, options: PlanOptions, found: Plan) -> Choice | None:
     """Return the first change with which ``run`` fits, planned; None if none does.
 
-    The first that suffices alone of: smaller micro-batches, checkpointing, shared sequences and a 4-bit
+    The first that suffices alone of: smaller micro-batches, checkpointing, another placement of frozen
+    weights, shared sequences and a 4-bit
     base; or as many of them together, in this order, as do; or else more ranks.
     """
     machine = machine_of(found.machine)
@@ -176,6 +188,10 @@ def _checkpointing(run: RunConfig, ranks: int, node_size: int) -> list[RunConfig
     return [] if run.model.gradient_checkpointing else [_with(run, "model", gradient_checkpointing=True)]
 
 
+def _placed(run: RunConfig, ranks: int, node_size: int) -> list[RunConfig]:
+    return [_with(run, "model", base_placement=placement) for placement in ("node", "sharded")]
+
+
 def _sharing(run: RunConfig, ranks: int, node_size: int) -> list[RunConfig]:
     """A group of n ranks has n times the examples, in as many more steps."""
     steps, degree = run.train.gradient_accumulation_steps, run.train.sequence_parallel
@@ -188,7 +204,7 @@ def _quantised(run: RunConfig, ranks: int, node_size: int) -> list[RunConfig]:
     return [_with(run, "model", base_bits=4, embedding_bits=bits) for bits in (run.model.embedding_bits, 4)]
 
 
-_REMEDIES = _accumulating, _checkpointing, _sharing, _quantised
+_REMEDIES = _accumulating, _checkpointing, _placed, _sharing, _quantised
 """Changes that need less memory, the mildest of a kind first."""
 
 

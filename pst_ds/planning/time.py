@@ -125,6 +125,8 @@ class Batch:
     """Traced launches of these operators."""
     shared_by: int = 1
     """Ranks that share a sequence."""
+    element_size: int = 2
+    """Bytes of a weight, gradient or activation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +200,7 @@ def step_flops(model: ModelNumbers, batch: Batch) -> float:
     return pruned + low_rank + dense + teacher + attention
 
 
-def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch, element_size: int = 2) -> Traffic:
+def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch) -> Traffic:
     """Count the traffic of one optimizer step.
 
     Stage 3 gathers a module for its forward, its recomputed forward and its backward turn; DeepSpeed 0.19.8 releases
@@ -208,42 +210,49 @@ def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch, element_
     """
     if zero.world_size == 1:
         return Traffic()
-    everyone, gradients = zero.group(zero.world_size), model.trainables * element_size
+    everyone, gradients = zero.group(zero.world_size), model.trainables * batch.element_size
     buckets = math.ceil(model.trainables / max(zero.reduce_bucket_size, 1))
     if zero.stage != 3:
         # 0 all-reduces gradients; 1 and 2 reduce them to their owners, who send the parameters back
         return Traffic(NOTHING, everyone.gathered(2 * gradients), NOTHING, 2 * buckets, 2 * buckets * everyone.hops)
-    passes, modules, degree = 2 + batch.checkpointing, sum(m.count for m in model.modules), model.divided_by
-    traced = batch.gathered or passes * model.whole_bytes
-    of_experts = (batch.in_stacks // degree or passes * model.expert_bytes()) if degree > 1 else 0
-    traced -= (degree - 1) * batch.in_stacks // degree
-    gathered = max(traced - kept_bytes(model, zero), model.whole_bytes) + batch.own_teacher * model.whole_bytes
-    gathered *= batch.micro_batches
-    trained = gathered * (batch.trained or passes * gradients) // traced if zero.copy_ranks else gathered
-    trained_experts = gathered * passes * model.expert_bytes(trained=True) // traced if degree > 1 else 0
-    frozen_experts = gathered * of_experts // traced - trained_experts
-    owners, copies = everyone.owners(degree), zero.group(zero.copy_ranks or 1)
-    of_all = trained - trained_experts - (0 if zero.copy_ranks else frozen_experts)
-    received = everyone.gathered(of_all + persistent_bytes(model, zero))  # the latter after the step
-    received += copies.gathered(gathered - trained - (frozen_experts if zero.copy_ranks else 0))
-    received += owners.gathered(trained_experts + (0 if zero.copy_ranks == 1 else frozen_experts))
+    passes, modules = 2 + batch.checkpointing, sum(m.count for m in model.modules)
     collectives = (batch.gathers or passes * modules) + batch.own_teacher * modules
     among_all = (batch.trained_gathers or passes * model.num_layers) if zero.copy_ranks else collectives
-    among_copies = collectives if zero.copy_ranks > 1 else 0
-    of_owners = model.expert_bytes(trained=True) * batch.micro_batches if degree > 1 else 0
-    reduced = everyone.gathered(gradients * batch.micro_batches - of_owners) + owners.gathered(of_owners)
+    copies, among_copies = zero.group(max(1, zero.copy_ranks)), collectives if zero.copy_ranks > 1 else 0
+    of_owners, degree = model.divided_bytes(trained=True) * batch.micro_batches, model.divided_by
+    reduced = everyone.gathered(gradients * batch.micro_batches - of_owners)
+    reduced += everyone.owners(degree).gathered(of_owners)
     # queries, keys, values and attention outputs have at most the width of all heads; a teacher has one more pass
-    per_token = element_size * (passes + (batch.teacher_weights > 0))
+    per_token = batch.element_size * (passes + (batch.teacher_weights > 0))
     tokens = batch.micro_batches * batch.tokens
     exchanged = zero.group(batch.shared_by).exchanged(tokens * per_token * 4 * model.attention_width)
     exchanged += zero.group(degree).exchanged(tokens * per_token * 2 * model.dispatch_width)  # there and back
     return Traffic(
-        received,
+        _gathers(model, zero, batch, passes, passes * gradients),
         reduced,
         exchanged,
         collectives=batch.micro_batches * (among_all + among_copies + buckets),
         hops=batch.micro_batches * ((among_all + buckets) * everyone.hops + among_copies * copies.hops),
     )
+
+
+def _gathers(model: ModelNumbers, zero: ZeroSettings, batch: Batch, passes: int, gradients: int) -> Received:
+    """Count the bytes that ZeRO-3 gathers in a step. ``gradients``: bytes of what trains, in all passes."""
+    everyone, degree = zero.group(zero.world_size), model.divided_by
+    divided, of_owners = (passes * model.divided_bytes(trained=trained) for trained in (False, True))
+    traced = batch.gathered or passes * model.whole_bytes
+    if degree > 1 and batch.in_stacks:
+        divided = batch.in_stacks // degree
+        traced -= batch.in_stacks - divided
+    gathered = max(traced - kept_bytes(model, zero), model.whole_bytes) + batch.own_teacher * model.whole_bytes
+    trained = batch.trained - degree * of_owners if batch.trained else gradients - of_owners
+    of_all = max(0, trained) if zero.copy_ranks else traced - divided
+    of_copies = traced - divided - of_all if zero.copy_ranks else 0
+    received = everyone.gathered(of_all)
+    received += everyone.owners(degree).gathered(of_owners if zero.copy_ranks == 1 else divided)
+    received += zero.group(max(1, zero.copy_ranks)).gathered(of_copies)
+    after_step = everyone.gathered(persistent_bytes(model, zero))
+    return received * (gathered * batch.micro_batches / traced) + after_step
 
 
 def update_traffic(model: ModelNumbers, zero: ZeroSettings) -> Traffic:
@@ -259,8 +268,10 @@ def update_traffic(model: ModelNumbers, zero: ZeroSettings) -> Traffic:
     counts = HISTOGRAMS * cut * (4 + min(1 << DIGIT_BITS, MAX_COUNTS // max(1, cut))) * 8
     numbers = (w * cut + model.num_matrices - cut) * 8
     reduced = 4 * model.sampled_keys(w) + counts + numbers + 3 * 8
-    of_owners = 2 * model.expert_bytes(trained=True) if model.divided_by > 1 else 0  # masters have twice the bytes
-    gathered = 4 * model.factor_parameters - of_owners + (model.bytes_of("mask") if zero.copy_ranks else 0)
+    of_owners = 4 * sum(t.numel * t.count for t in model.tensors if t.divided_by > 1 and t.kind == "factor")
+    gathered = 4 * model.factor_parameters - of_owners
+    if zero.copy_ranks:
+        gathered += model.copied_bytes(zero.copy_ranks, "mask")
     collectives = HISTOGRAMS + 4
     return Traffic(
         everyone.gathered(gathered) + everyone.owners(model.divided_by).gathered(of_owners),

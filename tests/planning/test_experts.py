@@ -158,7 +158,7 @@ def test_experts_on_ranks_bring_tokens_to_them_and_only_owners_gather_them():
     assert in_nodes.between == pytest.approx(2 * (factors * 7 / 8 / 4 + own / 2), rel=1e-3)
     assert in_nodes.within == pytest.approx(2 * (factors * 7 / 8 * 3 / 4 + (of_all - factors) * 3 / 4), rel=1e-3)
     copies = [memory_plan(local, some, activations=0).copies for some in placed]
-    frozen = numbers.frozen_bytes - (stacks - trained)
+    frozen = numbers.copied_bytes(1) - (stacks - trained)
     assert copies == [frozen + (stacks - trained) // 4, -(-frozen // 4)]
     assert found.reductions.total == pytest.approx(factors * 7 / 8 + trained / 4 / 2, rel=1e-3)
     there_and_back = 2 * 100 * PER_TOKEN * WIDTH * 2 * BLOCKS

@@ -74,18 +74,20 @@ def times_of_machines() -> dict[str, TimePlan]:
 
 def models_table() -> str:
     rows = [
-        "| model | GPUs | weights, GB | gathers, GB | activations, GB | peak, GB | received per step, GB | step, s "
-        "| mask update, ms | step and update / full fine-tuning |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | GPUs | weights, GB | copies, GB | gathers, GB | activations, GB | peak, GB | received per step, GB "
+        "| from other nodes, GB | step, s | mask update, ms | step and update / full fine-tuning |",
+        "|---" * 12 + "|",
     ]
     for name, bits in ROWS:
         for world, plan in plans(name, bits).items():
             memory, time = plan.memory.as_dict(), plan.time
-            parts = "".join(f" {memory[part] / 1e9:.2f} |" for part in ("weights", "gathers", "activations", "peak"))
+            parts = "".join(
+                f" {memory[part] / 1e9:.2f} |" for part in ("weights", "copies", "gathers", "activations", "peak")
+            )
             label = name if bits == 16 else f"{name}, {bits}-bit base"
             rows.append(
-                f"| {label} | {world:,} |{parts} {time.step_received / 1e9:.1f} | {time.step:.2f} "
-                f"| {time.update * 1e3:.1f} | {time.over_full:.3f} |"
+                f"| {label} | {world:,} |{parts} {time.step_received / 1e9:.1f} | {time.step_between_nodes / 1e9:.1f} "
+                f"| {time.step:.2f} | {time.update * 1e3:.1f} | {time.over_full:.3f} |"
             )
     return "\n".join(rows)
 
