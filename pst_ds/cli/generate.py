@@ -14,7 +14,7 @@ from pst_ds.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+    from transformers import PreTrainedTokenizerBase, TextStreamer
 
     from pst_ds.export.manifest import Facts
     from pst_ds.inference.decoder import Decoder, Sampling
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     new_tokens, prompt_tokens = _new_tokens(args, ids, folder), len(ids)
     start = time.perf_counter()
     context = prompt_tokens + new_tokens
-    model = _decoder(args, folder, device, context, store) or _loaded(args, folder, device)
+    model = _decoder(args, folder, device, context, store) or folder.load(args.load_as, args.dtype, device)
     load_seconds = time.perf_counter() - start
     if new_tokens < args.max_new_tokens:
         print(f"stops after {new_tokens} tokens: the model has {prompt_tokens + new_tokens} positions", file=sys.stderr)
@@ -113,15 +113,6 @@ def _decoder(
     if decoder is not None and store is not None:
         decoder.assign(store.state(args.user))
     return decoder
-
-
-def _loaded(args: argparse.Namespace, folder: ModelFolder, device: str) -> PreTrainedModel:
-    """Return the transformers model, optimised for decoding. Raises InputError."""
-    from pst_ds.inference.runtime.dense import quicken_output_layer
-
-    model = folder.load(args.load_as, args.dtype, device)
-    quicken_output_layer(model)
-    return model
 
 
 def _sampling(args: argparse.Namespace) -> Sampling:

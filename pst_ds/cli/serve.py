@@ -214,13 +214,11 @@ def _batches(
     args: argparse.Namespace, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, device: str, ends: list[int]
 ) -> Batches:
     """Load the transformers model. Raises InputError."""
-    from pst_ds.inference.runtime.dense import quicken_output_layer
     from pst_ds.inference.serve.batches import Batches
 
     if args.memory:
         raise InputError("--memory is for the native loop, which is not used here. Add --engine native")
     model = folder.load(args.load_as, args.dtype, device)
-    quicken_output_layer(model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
     return Batches(model, pad=pad, ends=ends, most_in_batch=args.max_batch, most_waiting=args.max_waiting)
 

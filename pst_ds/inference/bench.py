@@ -21,7 +21,6 @@ from pst_ds.formats import FORMATS
 from pst_ds.inference.decoder import Decoder, DecoderError
 from pst_ds.inference.hf.model_folder import ModelFolder
 from pst_ds.inference.runtime import native, sparse_layers
-from pst_ds.inference.runtime.dense import quicken_output_layer
 from pst_ds.progress import Progress
 
 
@@ -86,16 +85,11 @@ class NativeLoop:
 
 
 def variants(folder: ModelFolder, dtype: str) -> dict[str, Variant]:
-    """Return the models by name: "dense" (transformers unchanged), and the folder's packed format.
-
-    The latter has a fast output layer. Raises InputError.
-    """
+    """Return the models by name: "dense", and the folder's packed format. Raises InputError."""
     file_bytes = folder.weight_file_bytes if folder.format == "dense" else None
     by_name = {"dense": Variant(folder.load("dense", dtype), folder.is_causal, file_bytes)}
     if folder.format in FORMATS:
-        sparse = folder.load("sparse", dtype)
-        quicken_output_layer(sparse)
-        by_name[folder.format] = Variant(sparse, folder.is_causal, folder.weight_file_bytes)
+        by_name[folder.format] = Variant(folder.load("sparse", dtype), folder.is_causal, folder.weight_file_bytes)
     return by_name
 
 

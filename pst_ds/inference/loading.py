@@ -14,7 +14,6 @@ from pst_ds.inference.decoder import Decoder, DecoderError, Sampling
 from pst_ds.inference.decoder.sampling import GREEDY_BELOW
 from pst_ds.inference.encoder.encoder import Encoder
 from pst_ds.inference.hf.model_folder import ModelFolder, open_model_folder
-from pst_ds.inference.runtime.dense import quicken_output_layer
 
 
 class Generator:
@@ -35,7 +34,6 @@ class Generator:
         except (DecoderError, RuntimeError) as error:
             print(f"using transformers instead of the native decoder: {error}", file=sys.stderr)
             self._model = folder.load()
-            quicken_output_layer(self._model)
 
     def generate(
         self,

@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 from pst_ds.inference import bench as benched
 from pst_ds.inference.bench import measure
 from pst_ds.inference.hf.model_folder import ModelFolder, open_model_folder
-from pst_ds.inference.runtime.dense import quicken_output_layer
 from pst_ds.nn.model_structure import untied_linear_layers
 from tools.bench.timing import benchmark_parser, conditions, print_result, progress
 from tools.fetch_smollm2 import FOLDER, pruned_folder
@@ -90,10 +89,9 @@ class PrepackedLinear(nn.Module):
 
 
 def prepacked(model: PreTrainedModel) -> PreTrainedModel:
-    """Convert the linear layers of a bf16 model to oneDNN's layout, and quicken the rest as in sparse models."""
+    """Convert the linear layers of a bf16 model to oneDNN's layout."""
     for name, layer in untied_linear_layers(model).items():
         model.set_submodule(name, PrepackedLinear(layer))
-    quicken_output_layer(model)
     return model
 
 

@@ -20,8 +20,7 @@ from pst_ds.errors import InputError
 from pst_ds.formats import QuantizedFormat
 from pst_ds.inference.hf.tables import StoredTable
 from pst_ds.inference.runtime import SparseLinear
-from pst_ds.inference.runtime.dense import narrowed
-from pst_ds.inference.runtime.native_loop import ACTIVATIONS, Adapter, Loop, Matrix, Place
+from pst_ds.inference.runtime.native_loop import ACTIVATIONS, Adapter, Loop, Matrix, Place, narrowed
 from pst_ds.nn.personal_updates import LEFT, RIGHT
 
 _NORMS = {

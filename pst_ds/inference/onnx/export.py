@@ -21,7 +21,7 @@ from pst_ds.formats import FORMATS, QuantizedFormat
 from pst_ds.inference.hf.model_folder import input_names
 from pst_ds.inference.onnx.fuse import DOMAIN, fuse
 from pst_ds.inference.runtime import SparseLinear, sparse_layers
-from pst_ds.inference.runtime.dense import narrowed
+from pst_ds.inference.runtime.native_loop import narrowed
 
 OPSET, VERSION = 20, 1
 """Versions of ONNX's operators, and of ours."""

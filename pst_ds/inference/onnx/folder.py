@@ -22,7 +22,7 @@ from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.inference.hf.config import LoadAs
 from pst_ds.inference.hf.model_folder import input_names, open_model_folder
 from pst_ds.inference.hf.tables import stored_tables
-from pst_ds.inference.runtime.dense import narrowed
+from pst_ds.inference.runtime.native_loop import narrowed
 from pst_ds.nn.base_model import architecture
 from pst_ds.nn.model_structure import is_experts
 

@@ -91,6 +91,12 @@ def best_level() -> int:
     return as_asked(int(require_library().pst_decoder_level()))
 
 
+def narrowed(values: Tensor) -> Tensor:
+    """Return float ``values`` in bf16 if that is lossless, else in fp32."""
+    narrow = values.to(torch.bfloat16)
+    return narrow if torch.equal(narrow.to(values.dtype), values) else values.float()
+
+
 class Matrix:
     """Weight of a linear layer (O, I), packed for the instruction set ``level``."""
 
