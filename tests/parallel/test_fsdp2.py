@@ -71,9 +71,10 @@ PATTERNS = {
     "trained weights": {"train_weights": True},
     "row": {"pattern": "row"},
     "global": {"pattern": "global"},
-    "blocks": {"overrides": (Override(modules=r"blocks\.[02].*", pattern="1x2"),)},
+    "blocks that ranks share": {"overrides": (Override(modules=r"blocks\.2.*", pattern="8x1"),)},
     "2:4": {"overrides": (Override(modules=r"blocks\.0.*", pattern="2:4"),)},
 }
+SHARED = PATTERNS["blocks that ranks share"]
 
 
 def _mid_ramp(num_shards=None, *, checkpointing=False, grid=None, **settings) -> Model:
@@ -175,14 +176,14 @@ def _trained_by_hsdp():
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     return [
-        _state(_trained(lambda model, dtype=dtype: _sharded(model.to(dtype), mesh=mesh))[0])
+        _state(_trained(lambda model, dtype=dtype: _sharded(model.to(dtype), mesh=mesh), **SHARED)[0])
         for dtype in (torch.bfloat16, torch.float32)
     ]
 
 
 @pytest.mark.zero3
 def test_hsdp_replicates_shards_and_bf16_has_fp32_masters(run_ranks):
-    alone = [_state(_trained(to_dtype)[0]) for to_dtype in (Model.bfloat16, Model.float)]
+    alone = [_state(_trained(to_dtype, **SHARED)[0]) for to_dtype in (Model.bfloat16, Model.float)]
     for together in run_ranks(_trained_by_hsdp, 4):
         for (checksum, state), (expected_checksum, expected) in zip(together, alone, strict=True):
             assert checksum == expected_checksum
