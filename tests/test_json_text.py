@@ -8,7 +8,7 @@ import math
 import pytest
 
 from pst_ds.json_text import json_of
-from pst_ds.train.monitor.curves import JsonLines, lines_until
+from pst_ds.train.monitor.json_lines import JsonLines, lines_until
 
 
 def strictly(text):

@@ -21,7 +21,7 @@ LAYERS = [
     {"checkpoint", "masks", "prune"},
     {"export"},
     {"train"},
-    {"inference", "planning", "report"},
+    {"inference", "planning"},
     {"cli", "hf", "__init__"},
 ]
 """Packages and single files below pst_ds, lowest layer first. Core may import nothing else, not even single files."""

@@ -49,7 +49,6 @@ VERBS = {
     "generate": "generate text with a causal model, dense or packed",
     "serve": "serve a model folder over HTTP with the chat-completions protocol, with or without per-user adapters",
     "bench": "measure the speed and size of a model, dense and sparse",
-    "report": "write one HTML page about runs, side by side: curves, layers, tables, exports, speed",
     "inspect": "describe a run, checkpoint, export or model folder, layer by layer",
     "doctor": "check this machine (versions, accelerator, compiler, communication, disk) and say what to fix",
 }

@@ -32,7 +32,7 @@ from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.batches import Prefetched, own_batches
 from pst_ds.train.divergence import DivergedError, MicroBatch, fault_of_batch, require_finite
 from pst_ds.train.expert_tokens import token_figures
-from pst_ds.train.monitor.curves import STRAGGLER
+from pst_ds.train.monitor.json_lines import STRAGGLER
 from pst_ds.train.monitor.metrics import MetricsWriter, peak_memory_bytes
 from pst_ds.train.objective import Objective
 from pst_ds.train.run_context import RunContext

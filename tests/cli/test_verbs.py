@@ -45,7 +45,6 @@ def _arguments(verb, folders, out):
         ],
         "generate": [dense, "--prompt", "the film", "--max-new-tokens", "2"],
         "bench": [dense, "--prompt-tokens", "4", "--new-tokens", "2", "--repeats", "1", "--dtype", "fp32"],
-        "report": [run, "--out", str(out / "report.html")],
         "inspect": [run],
         "doctor": ["--folder", str(out.parent)],
     }[verb]

@@ -30,7 +30,7 @@ SETTINGS = {
     "deepspeed_config": "", "train.num_steps": 2, "train.batch_size": 4, "eval.interval": 0, "data.max_length": 16,
     "data.test": "tests/data/validation.jsonl", "schedule.initial_sparsity": 0.5, "schedule.final_sparsity": 0.5,
 }  # fmt: skip
-VERBS = ("eval", "export", "generate", "init", "inspect", "plan", "prune", "report", "verify")
+VERBS = ("eval", "export", "generate", "init", "inspect", "plan", "prune", "verify")
 """Verbs whose commands run on the pages of COMMANDS; the others take long, listen, or start ranks."""
 COMMANDS = [
     *(

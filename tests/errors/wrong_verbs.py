@@ -203,14 +203,4 @@ VERBS = {
         words("doctor", "--time-limit", "soon"), "--time-limit", "'soon'", "a number above 0"
     ),
     "doctor with no time": Wrong(words("doctor", "--time-limit", "0"), "--time-limit", "'0'", "a number above 0"),
-    "report of what is no run": Wrong(words("report", "{made}/plain"), "{made}/plain", "run", "looked in"),
-    "report of what is not there": Wrong(
-        words("report", "no/run", "--out", "{tmp}/a.html"), "no/run", "run", "looked in"
-    ),
-    "report into a place below a file": Wrong(
-        lambda shop: ["report", f"{shop.made}/run", "--out", shop.below_a_file("a.html")],
-        "--out",
-        "plain-file/a.html",
-        "name",
-    ),
 }

@@ -85,11 +85,7 @@ def test_the_stages_equal_separate_commands(tmp_path, alone, run_file, method, m
     assert (run.finetune.method, run.distillation.teacher) == ("none", "finetuned" if "distil" in str(more) else "")
     assert main(["train", str(moved), "--resume"]) == 0
     assert _differing(_trained(moved), _trained(rest)) == []
-    for words in (
-        ["eval", str(moved)],
-        ["inspect", str(moved)],
-        ["report", str(moved), "--out", str(tmp_path / "r.html")],
-    ):
+    for words in (["eval", str(moved)], ["inspect", str(moved)]):
         assert main(words) == 0, words
     assert main(["export", str(moved), "--out", str(tmp_path / "export")]) == 0
     assert main(["verify", str(tmp_path / "export"), "--against", str(moved)]) == 0

@@ -21,8 +21,6 @@ from pst_ds.file_names import EXIT_CODES_VARIABLE
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import rank, world_size
 from pst_ds.progress import Progress
-from pst_ds.report.page import page
-from pst_ds.report.run_data import read_runs
 from pst_ds.train import loop as training
 from pst_ds.train import run_folder
 from pst_ds.train.run import prepare, train_prepared
@@ -71,10 +69,6 @@ def test_a_metric_that_is_no_number_is_null_in_the_files_of_a_run(tmp_path, monk
     text = (tmp_path / "metrics.jsonl").read_text()
     lines = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
     assert [line["eval/accuracy"] for line in lines if line["event"] == "evaluation"] == [None]
-    (run,) = read_runs([tmp_path])
-    assert run.result["metrics"] == {"accuracy": None}
-    assert "eval/accuracy" not in run.curves
-    assert "finished, 2 steps" in page([run])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tokens per expert: which experts received few or none. Imports no torch, for reports."""
+"""Tokens per expert: which experts received none."""
 
 from __future__ import annotations
 
@@ -6,13 +6,6 @@ from collections.abc import Mapping, Sequence
 
 MOST_NAMED = 4
 """Modules named in one sentence."""
-HARDLY_USED = 0.1
-"""Fraction of the mean tokens per expert of a module below which an expert counts as hardly used."""
-
-
-def hardly_used(tokens: Sequence[int]) -> list[int]:
-    """Return the indices of the experts of a module that are :data:`HARDLY_USED`, from the ``tokens`` of each."""
-    return [i for i, count in enumerate(tokens) if count * len(tokens) < HARDLY_USED * sum(tokens)]
 
 
 def unused_experts(tokens: Mapping[str, Sequence[int]], since: str = "") -> str:

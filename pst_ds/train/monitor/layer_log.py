@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pst_ds.file_names import LAYERS_FILE
 from pst_ds.masks.layer_stats import LayerStats
 from pst_ds.masks.update import MaskStats
-from pst_ds.train.monitor.curves import JsonLines, lines_until
+from pst_ds.train.monitor.json_lines import JsonLines, lines_until
 
 if TYPE_CHECKING:
     from pst_ds.train.monitor.tensorboard import TensorBoardWriter

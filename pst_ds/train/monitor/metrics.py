@@ -12,7 +12,7 @@ import torch
 
 from pst_ds.file_names import METRICS_FILE
 from pst_ds.progress import Progress
-from pst_ds.train.monitor.curves import EVALUATION, STRAGGLER, JsonLines
+from pst_ds.train.monitor.json_lines import EVALUATION, STRAGGLER, JsonLines
 from pst_ds.train.monitor.layer_log import LayerLog
 from pst_ds.train.monitor.trackers import Trackers
 

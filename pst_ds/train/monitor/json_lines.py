@@ -1,13 +1,11 @@
-"""Write and read a run's JSON Lines files, and read curves from metrics.jsonl. Does not import torch."""
+"""Write and read a run's JSON Lines files. Does not import torch."""
 
 from __future__ import annotations
 
 import json
-import math
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from pst_ds.atomic_files import write_text_atomic
 from pst_ds.json_text import json_of
@@ -16,8 +14,6 @@ EVALUATION = "eval/"
 """Prefix of the names of evaluation metrics."""
 STRAGGLER = "straggler"
 """Name of the event of a slow rank: rank, host, seconds per step, seconds of the median rank."""
-Point = tuple[int, float]
-"""A step and a finite value."""
 
 
 class JsonLines:
@@ -51,27 +47,3 @@ def lines_until(path: Path, step: int) -> Iterator[dict[str, Any]]:
                 continue
             if is_kept:
                 yield found
-
-
-def read_curves(path: Path) -> dict[str, list[Point]]:
-    """Read every finite number of metrics.jsonl, by name; the last one where a step has several. Step lines repeat the
-    flip rate of the last mask update, so only those of mask updates count."""
-    curves: dict[str, list[Point]] = {}
-    for line in lines_until(path, sys.maxsize):
-        step, event = line.pop("step"), line.pop("event", None)
-        line.pop("seconds", None)
-        if event == "step":
-            line.pop("flip_rate", None)
-        elif event == STRAGGLER:
-            continue
-        for name, value in line.items():
-            if is_number(value) and math.isfinite(value):
-                points = curves.setdefault(name, [])
-                if points and points[-1][0] == step:
-                    points.pop()
-                points.append((step, value))
-    return curves
-
-
-def is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)

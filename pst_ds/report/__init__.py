@@ -1,1 +1,0 @@
-"""One HTML page about runs: read their folders, lay out curves and tables, fill the template. No torch."""
