@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from pst_ds.cli import init
-from pst_ds.cli.init.text import deepspeed_settings
+from pst_ds.cli.init.draft import deepspeed_settings
 from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
 from pst_ds.data import plain_text
@@ -166,6 +166,31 @@ def test_several_ranks_have_deepspeeds_settings_beside_the_run_file(made, capsys
     assert written == json.loads((ROOT / "ds_configs/zero3_cpu.json").read_text())
     assert _planned(capsys, out, "--ranks", str(ranks))["zero_stage"] == 3
     assert f"deepspeed --num_accelerators {ranks} --module pst_ds train {out}" in out.read_text()
+
+
+def test_a_cluster_gets_the_settings_that_a_search_finds_and_a_job(made, capsys):
+    nodes = ("--nodes", "2", "--machine", "h100")
+    out, table, result = made(LLAMA, "--train", TRAIN, "--task", "causal-lm", "--text-columns", "text", *nodes)
+    assert result["ranks"] == 16
+    text = out.read_text()
+    assert "sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 launch/slurm.sbatch" in text
+    assert f"pst-ds plan {out} --ranks 16 --machine h100" in text
+    assert json.loads(Path(table["deepspeed_config"]).read_text()) == deepspeed_settings(on_cpu=False)
+    plan = _planned(capsys, out, "--ranks", "16", "--machine", "h100")
+    assert (plan["ranks"], plan["verdict"]["fits"]) == (16, True)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--nodes", "2"), "Add --machine with one of h100"),
+        (("--machine", "h100"), "Add --nodes"),
+        (("--nodes", "2", "--machine", "cpu"), "its nodes have no GPUs"),
+    ],
+)
+def test_a_cluster_has_nodes_and_a_machine(tmp_path, capsys, more, words):
+    assert main(["init", LLAMA, "--train", TRAIN, *more, "--out", str(tmp_path / "run.toml")]) == 2
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("on_cpu", "name"), [(True, "zero3_cpu"), (False, "zero3")])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -33,7 +35,9 @@ from pst_ds.planning.dense_start import (
     SOLVED_SPARSITY,
     gains_by_start,
 )
+from pst_ds.planning.machines import MACHINES, Machine, machine_of
 from pst_ds.planning.speedup import share_for
+from pst_ds.text_table import bytes_text
 from pst_ds.train.model import kept_in_fp32, load_model_config, load_tokenizer, meta_model, num_trainable
 from pst_ds.train.one_shot.start import require_startable
 
@@ -65,6 +69,8 @@ class Chosen:
     positions: int | None
     """Most tokens that model and tokenizer support; None without a limit."""
     has_accelerator: bool
+    node_size: int
+    """GPUs of a node of a cluster; 0 to train here."""
     layers: list[str]
     """Last parts of the names of the layers to prune."""
     length_reason: str
@@ -76,10 +82,14 @@ class Chosen:
     def plan_command(self, out: Path) -> str:
         """Return the shell command that plans the run."""
         ranks = f" --ranks {self.summary['ranks']}" if self.run.deepspeed_config else ""
+        ranks += f" --machine {shlex.quote(self.summary['machine'])}" if self.node_size else ""
         return f"pst-ds plan {shlex.quote(str(out))}{ranks}"
 
     def train_command(self, out: Path) -> str:
-        file = shlex.quote(str(out))
+        file, size = shlex.quote(str(out)), self.node_size
+        if size:
+            nodes = f"--nodes={self.summary['ranks'] // size} --ntasks-per-node={size} --gpus-per-node={size}"
+            return f"sbatch {nodes} launch/slurm.sbatch {file}"
         if not self.run.deepspeed_config:
             return f"pst-ds train {file}"
         return f"deepspeed --num_accelerators {self.summary['ranks']} --module pst_ds train {file}"
@@ -89,8 +99,9 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     """Return the run that ``args`` ask for, checked as by ``pst-ds plan``. Raises InputError."""
     if args.speedup and args.target not in ENGINES:
         raise InputError(f"--speedup {args.speedup} needs an engine to count for. Add --target {' or '.join(ENGINES)}")
-    ranks = args.ranks or 1
-    has_accelerator = torch.accelerator.is_available()
+    machine = _machine(args)
+    ranks = args.nodes * machine.node_size if machine else args.ranks or 1
+    has_accelerator = machine is not None or torch.accelerator.is_available()
     table = _first_table(args, deepspeed_file if ranks > 1 or has_accelerator else None)
     asked = table["data"].pop("max_length", 0)
     first = run_from_table(laid_over(table, "data", max_length=TASKS[table["task"]].min_length))
@@ -119,6 +130,9 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
         if task.new_head:
             table = _for_a_new_task(table, model, run)
         table = with_start(table, examples, any_pattern=not args.pattern)
+    if machine:
+        table, remark = _for_cluster(table, examples, ranks, args.machine)
+        remarks.append(remark)
     if (proposed := run_from_table(table)) != run:
         run, model = proposed, meta_model(proposed, labels, tokenizer)
     layers = pst_layers(model)
@@ -133,11 +147,57 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
         "examples": examples,
         "unit": task.unit,
         "ranks": ranks,
+        "machine": args.machine,
         "remarks": [remark for remark in remarks if remark],
     }
     names = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
     reasons = length_reason, _proposed_pattern(args, run.task)[1]
-    return Chosen(table, run, labels, model_config.model_type, positions, has_accelerator, names, *reasons, summary)
+    node_size = machine.node_size if machine else 0
+    known = model_config.model_type, positions, has_accelerator, node_size
+    return Chosen(table, run, labels, *known, names, *reasons, summary)
+
+
+def _machine(args: argparse.Namespace) -> Machine | None:
+    """Return the machine of ``--nodes``; None without. Raises InputError."""
+    if not args.nodes:
+        if args.machine:
+            raise InputError(f"--machine {args.machine}: how many nodes of it is not given. Add --nodes")
+        return None
+    gpus = ", ".join(name for name, machine in MACHINES.items() if machine.device != "cpu")
+    if not args.machine:
+        raise InputError(
+            f"--nodes {args.nodes}: their machine is not given. Add --machine with one of {gpus}, or a file"
+        )
+    if (machine := machine_of(args.machine)).device == "cpu":
+        raise InputError(f"--machine {args.machine}: its nodes have no GPUs. Name one of {gpus}, or use --ranks")
+    return machine
+
+
+def _for_cluster(table: Settings, examples: int, ranks: int, machine: str) -> tuple[Settings, str]:
+    """Return ``table`` with the best settings of a search, and a remark on their plan."""
+    from pst_ds.planning.plan import PlanOptions, plan
+    from pst_ds.planning.search import search
+
+    run = run_from_table(table)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "deepspeed.json"
+        file.write_text(json.dumps(deepspeed_settings(on_cpu=False)))
+        train = replace(run.train, num_steps=run.num_steps(examples), num_epochs=0.0)
+        run = replace(run, deepspeed_config=str(file), train=train)
+        options = PlanOptions(ranks, machine, no_data=True)
+        best = search(run, options, plan(run, options))[0].plan
+    found = best.run
+    for section, name in (
+        ("model", "gradient_checkpointing"),
+        ("train", "gradient_accumulation_steps"),
+        ("train", "sequence_parallel"),
+        ("train", "expert_parallel"),
+    ):
+        if (value := getattr(getattr(found, section), name)) != getattr(getattr(run, section), name):
+            table = laid_over(table, section, **{name: value})
+    needed, judged = bytes_text(best.verdict.needed_bytes), best.verdict.fits
+    remark = f"the search of pst-ds plan expects {needed} per rank and {best.time.step:.3g} s per step on {machine}"
+    return table, remark + (": does NOT fit; pst-ds plan says what would" if judged is False else "")
 
 
 def _with_batches(
@@ -422,3 +482,19 @@ def _require_fair(run: RunConfig, tokenizer: Tokenizer, labels: list[str]) -> st
     if labels and task.num_labels(examples) == 1:
         raise InputError(f"{data.validation} has one class only, so its rows may be in the order of classes")
     return f"{len(examples)} {task.unit}"
+
+
+def deepspeed_settings(*, on_cpu: bool) -> dict[str, object]:
+    """Return ZeRO-3 settings for ranks on a CPU or on GPUs, as ds_configs/zero3_cpu.json and zero3.json have it."""
+    numbers = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    zero: dict[str, object] = {
+        "stage": 3,
+        "overlap_comm": not on_cpu,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": 5_000_000 if on_cpu else 50_000_000,
+        "stage3_param_persistence_threshold": 0 if on_cpu else 100_000,
+    }
+    if not on_cpu:
+        zero |= {"stage3_max_live_parameters": 10**9, "stage3_max_reuse_distance": 10**9}
+    return {**dict.fromkeys(numbers, "auto"), "bf16": {"enabled": "auto"}, "zero_optimization": zero}

@@ -10,7 +10,7 @@ from textwrap import shorten
 from pydantic import TypeAdapter
 
 from pst_ds.atomic_files import write_text_atomic
-from pst_ds.cli.init.draft import Chosen, Settings
+from pst_ds.cli.init.draft import Chosen, Settings, deepspeed_settings
 from pst_ds.config.one_shot import CHANNELS
 from pst_ds.config.run import RunConfig
 from pst_ds.config.toml import run_from_table, toml_value
@@ -113,19 +113,3 @@ def _found(chosen: Chosen) -> dict[str, str]:
     if chosen.labels:
         comments["data.label_column"] = f"{len(chosen.labels)} classes: {shortened(chosen.labels, 8)}"
     return comments
-
-
-def deepspeed_settings(*, on_cpu: bool) -> dict[str, object]:
-    """Return ZeRO-3 settings for ranks on a CPU or on GPUs, as ds_configs/zero3_cpu.json and zero3.json have it."""
-    numbers = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    zero: dict[str, object] = {
-        "stage": 3,
-        "overlap_comm": not on_cpu,
-        "contiguous_gradients": True,
-        "reduce_bucket_size": "auto",
-        "stage3_prefetch_bucket_size": 5_000_000 if on_cpu else 50_000_000,
-        "stage3_param_persistence_threshold": 0 if on_cpu else 100_000,
-    }
-    if not on_cpu:
-        zero |= {"stage3_max_live_parameters": 10**9, "stage3_max_reuse_distance": 10**9}
-    return {**dict.fromkeys(numbers, "auto"), "bf16": {"enabled": "auto"}, "zero_optimization": zero}
