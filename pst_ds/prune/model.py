@@ -26,7 +26,6 @@ def prune_layers(
     data: Calibration,
     *,
     reconstruct: int = 0,
-    statistics_bytes: int = STATISTICS_BYTES,
     source_of: SourceOf = BlockSource,
 ) -> list[PrunedLayer]:
     """Prune a whole model in place; return the outcome of each layer, in the order of ``rules``.
@@ -44,8 +43,6 @@ def prune_layers(
         data: positions with 0 in an ``attention_mask`` (batch, length) are ignored. "magnitude" needs no batches
             without ``reconstruct``.
         reconstruct: passes that fit the kept weights of each block to its dense outputs (:class:`BlockFit`).
-        statistics_bytes: memory for the Gram matrices of experts. A block whose experts need more runs once per group
-            of experts.
         source_of: where blocks are read from and written to.
 
     Raises InputError, and FloatingPointError, naming the layer, for values that are not finite.
@@ -55,7 +52,7 @@ def prune_layers(
         return [_by_magnitude(rule) for rule in rules]
     stack, blocks = find_blocks(model, [rule.target.name for rule in rules])
     replay = BlockReplay(model, source_of(stack, blocks), data)
-    pruner = _BlockPruner(replay, method, reconstruct, statistics_bytes)
+    pruner = _BlockPruner(replay, method, reconstruct)
     by_block = rules_by_block(rules, stack)
     done: dict[str, PrunedLayer] = {}
     last = max(by_block)
@@ -78,9 +75,8 @@ def _by_magnitude(rule: LayerRule) -> PrunedLayer:
 class _BlockPruner:
     """Prunes one block after another on the inputs of its layers."""
 
-    def __init__(self, replay: BlockReplay, method: Method, reconstruct: int, statistics_bytes: int):
-        self._replay, self._method, self._bytes = replay, method, statistics_bytes
-        self._reconstruct = reconstruct
+    def __init__(self, replay: BlockReplay, method: Method, reconstruct: int):
+        self._replay, self._method, self._reconstruct = replay, method, reconstruct
         self._sum_of = products if method in ("sparsegpt", "alps") else squares
         self._ranks = replay.data.ranks
 
@@ -112,7 +108,7 @@ class _BlockPruner:
         with self._replay.resident(index):
             gatherer = InputGatherer(self._sum_of)
             layouts = [layer.rule.target.layout for layer in stacks]
-            for number, group in enumerate(expert_groups(gatherer, layouts, self._bytes) if rules else []):
+            for number, group in enumerate(expert_groups(gatherer, layouts, STATISTICS_BYTES) if rules else []):
                 of_experts = InputGatherer(self._sum_of, group)
                 remember = fit.remember if fit is not None and not number else None
                 own = [] if number else [layer.rule.target for layer in linear]

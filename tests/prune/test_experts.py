@@ -14,7 +14,7 @@ from pst_ds.cli.main import main
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.one_shot.alps import alps
 from pst_ds.core.one_shot.gram import DAMPING, unit_gram
-from pst_ds.core.one_shot.sparsegpt import inverse_factor, sparsegpt
+from pst_ds.core.one_shot.sparsegpt import inverse_factor
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.quantization import Grid
 from pst_ds.nn.model_structure import stack_names
@@ -22,7 +22,7 @@ from pst_ds.nn.targets import resolve_targets
 from pst_ds.prune.blocks import BlockReplay, Calibration
 from pst_ds.prune.model import prune_layers
 from pst_ds.prune.rules import layer_rules, settings_for
-from tests.core.one_shot_references import counter, output_error, ranked_together, without_smallest
+from tests.core.one_shot_references import counter, output_error, ranked_together, sparsegpt, without_smallest
 from tests.nn.expert_families import tiny_model
 
 RUN_FILE = "tests/data/causal_lm.toml"
@@ -154,7 +154,8 @@ def test_groups_of_experts_change_no_bit(family, monkeypatch):
     _prune(together, "sparsegpt")
     run = BlockReplay.run
     monkeypatch.setattr(BlockReplay, "run", lambda self, index, **more: (runs.append(index), run(self, index, **more)))
-    layers = _prune(apart, "sparsegpt", statistics_bytes=2 * 8 * (16**2 + 12**2) - 1)
+    monkeypatch.setattr("pst_ds.prune.model.STATISTICS_BYTES", 2 * 8 * (16**2 + 12**2) - 1)
+    layers = _prune(apart, "sparsegpt")
     assert runs == [0] * (4 + 1) + [1] * 4
     assert all(torch.equal(one, two) for one, two in zip(together.parameters(), apart.parameters(), strict=True))
     of_experts = [layer.expert_tokens for layer in layers.values() if layer.expert_tokens]
