@@ -190,7 +190,8 @@ def shut_down() -> None:
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+        comm = sys.modules.get("deepspeed.comm")  # it also forgets the groups that DeepSpeed has made
+        (comm if comm is not None and comm.is_initialized() else dist).destroy_process_group()
     global _store_server
     if _store_server is not None:
         _store_server.stop()
