@@ -41,10 +41,12 @@ def test_a_row_of_large_models_is_what_the_command_says(capsys, tmp_path, model,
     memory, time = plan["memory_bytes_per_rank"], plan["time"]
     page = scaling.PAGE.read_text(encoding="utf-8")
     (row,) = re.findall(rf"^\| {model} \| {gpus} \| (.*) \|$", page, flags=re.M)
-    expected = [memory[part] / 1e9 for part in ("weights", "copies", "gathers", "activations", "peak")]
-    expected += [time["step_received"] / 1e9, time["step_between_nodes"] / 1e9]
-    expected += [time["step"], time["update"] * 1e3, time["over_full"]]
-    assert [float(cell) for cell in row.split("|")] == pytest.approx(expected, rel=0.01, abs=0.005)
+    cells = [float(cell) for cell in row.split("|")]
+    finer = [memory[part] / 1e9 for part in ("weights", "copies", "gathers", "activations", "peak")]
+    finer += [time["step"], time["over_full"]]
+    rough = [time["step_received"] / 1e9, time["step_between_nodes"] / 1e9, time["update"] * 1e3]  # one decimal
+    assert [*cells[:5], cells[7], cells[9]] == pytest.approx(finer, rel=0.01, abs=0.005)
+    assert [*cells[5:7], cells[8]] == pytest.approx(rough, rel=0.01, abs=0.051)
 
 
 @pytest.mark.thorough
