@@ -46,6 +46,8 @@ class LayerScores:
         self.region = self.pattern.aligned(self.layout, self.start, self.stop)
         self._factors = with_contiguous_columns(factors) if self.layout.transposed else factors
         self._unit_keys: dict[int, list[Tensor]] = {}
+        self.is_elsewhere = False
+        """True for experts that other ranks own."""
 
     def lies_whole(self, matrix: StoredMatrix) -> bool:
         """Return whether one rank's shard has all weights of ``matrix``; the same on every rank."""
@@ -63,6 +65,7 @@ class LayerScores:
         elsewhere = LayerScores(
             self.name, self.layer, self._factors, OwnWeights(self._own.values[:0], 0, self.row_length)
         )
+        elsewhere.is_elsewhere = True
         return [self if position == group.position else elsewhere for position in range(group.degree)]
 
     @property

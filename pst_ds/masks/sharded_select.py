@@ -71,6 +71,11 @@ class Matrix:
         return self.layer.lies_whole(self.stored)
 
     @property
+    def is_of_owners(self) -> bool:
+        """True if the ranks that own its experts select it, without others. The same on every rank."""
+        return self.layer.layer.group is not None and not self.layer.pattern.pools_matrices
+
+    @property
     def is_selected_there(self) -> bool:
         """True if one rank can select it from its weights. The same on every rank."""
         return self.lies_whole and not self.layer.pattern.pools_matrices
@@ -86,8 +91,9 @@ def select_kept(matrices: Sequence[Matrix], any_weight: nn.Parameter) -> list[Ke
     ranks, device = rank_sums(any_weight), zero3.shard_of(any_weight).values.device
     by_itself = [m for m in matrices if not m.competes]
     whole = [m for m in matrices if m.competes and m.is_selected_there]
-    shared = [m for m in matrices if m.competes and not m.is_selected_there]
-    found: dict[int, Kept] = {**_select_whole(whole, any_weight, device)}
+    cut = [m for m in matrices if m.competes and not m.is_selected_there]
+    shared, owned = [m for m in cut if not m.is_of_owners], [m for m in cut if m.is_of_owners]
+    found: dict[int, Kept] = {**_select_whole(whole, any_weight, device), **_select_owned(owned, any_weight, device)}
     if shared:
         with _naming(shared):
             found.update(zip(map(id, shared), _select(shared, ranks, device), strict=True))
@@ -116,6 +122,23 @@ def _select_whole(matrices: Sequence[Matrix], any_weight: nn.Parameter, device: 
         found.update({id(matrices[i]): bits for i, bits in zip(in_passes, passed, strict=True)})
     except NonFiniteScoreError as error:
         not_finite[[in_passes[i] for i in error.matrices]] = 1
+    if matrices:
+        with _naming(matrices):
+            if bad := group_sum(not_finite.to(device), any_weight).cpu().nonzero().flatten().tolist():
+                raise NonFiniteScoreError(bad)
+    return found
+
+
+def _select_owned(matrices: Sequence[Matrix], any_weight: nn.Parameter, device: torch.device) -> dict[int, Tensor]:
+    """Return the kept bits, by id, of matrices that the owners of their experts select together. Collective."""
+    found = {id(m): torch.empty(0, dtype=torch.uint8, device=device) for m in matrices}
+    own, not_finite = [i for i, m in enumerate(matrices) if not m.layer.is_elsewhere], torch.zeros(len(matrices))
+    try:
+        mine = [matrices[i] for i in own]
+        ranks = rank_sums(mine[0].layer.layer.pst_mask, owners=True) if mine else RankSums()
+        found.update(zip(map(id, mine), _select(mine, ranks, device), strict=True))
+    except NonFiniteScoreError as error:
+        not_finite[[own[i] for i in error.matrices]] = 1
     if matrices:
         with _naming(matrices):
             if bad := group_sum(not_finite.to(device), any_weight).cpu().nonzero().flatten().tolist():

@@ -207,9 +207,10 @@ def group_max(values: Tensor, param: nn.Parameter, *, owners: bool = False) -> T
     return _reduce(values, param, dist.ReduceOp.MAX, owners=owners)
 
 
-def rank_sums(param: nn.Parameter) -> RankSums:
-    """Return the collectives of selection over the ranks that hold ``param``."""
-    number = zero3.num_holders(param)
+def rank_sums(param: nn.Parameter, *, owners: bool = False) -> RankSums:
+    """Return the collectives of selection over the ranks of :func:`group_sum`."""
+    number = zero3.num_shards(param) if owners else zero3.num_holders(param)
     if number == 1:
         return RankSums()
-    return _rank_sums(lambda counts: group_sum(counts, param), dist.get_rank(zero3.holders(param)), number)
+    own = dist.get_rank(zero3.process_group(param) if owners else zero3.holders(param))
+    return _rank_sums(lambda counts: group_sum(counts, param, owners=owners), own, number)

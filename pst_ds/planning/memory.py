@@ -195,11 +195,11 @@ class ModelNumbers:
 
     def num_cut(self, shards: int) -> int:
         """Count the matrices that ranks select together in a mask update; the others are on one rank each."""
-        return sum(m.num_cut(shards) * m.divided_by for m in self.matrices)
+        return sum(m.num_cut(shards) for m in self.matrices)
 
     def sampled_keys(self, shards: int) -> int:
-        """Count the keys of these matrices, those of other experts included, that a mask update sends to every rank."""
-        return sum(sample_size(m.numel) * m.num_cut(shards) * m.divided_by for m in self.matrices)
+        """Count the keys of these matrices that a mask update sends to every rank of those that select them."""
+        return sum(sample_size(m.numel) * m.num_cut(shards) for m in self.matrices)
 
     @property
     def parameters(self) -> int:
