@@ -86,8 +86,9 @@ def test_rounded_weights_have_scales(capsys, llama_of_4_layers):
 
 
 def test_a_larger_world_holds_less_and_takes_the_same_weights_in(capsys, llama_of_4_layers):
-    _, few = _plan(capsys, [*llama_of_4_layers, "--world-size", "8"])
-    _, many = _plan(capsys, [*llama_of_4_layers, "--ranks", "64"])
+    sharded = [*llama_of_4_layers, "--set", "model.base_placement=sharded"]
+    _, few = _plan(capsys, [*sharded, "--world-size", "8"])
+    _, many = _plan(capsys, [*sharded, "--ranks", "64"])
     memory = [plan["memory_bytes_per_rank"] for plan in (few, many)]
     assert memory[0]["weights"] == pytest.approx(8 * memory[1]["weights"], rel=0.001)
     times = [plan["time"] for plan in (few, many)]
