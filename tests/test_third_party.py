@@ -24,7 +24,13 @@ USES = {
     ("parallel/engine.py", "fetch_sub_module"),
     ("parallel/engine.py", "param_coordinator"),
     ("parallel/engine.py", "parameter_offload"),
+    ("parallel/traffic.py", "name"),  # of each collective of a process group
+    ("parallel/zero3.py", "__init__"),
+    ("parallel/zero3.py", "_ZERO_PARAM_INTRA_PARALLEL_GROUP"),
+    ("parallel/zero3.py", "_convert_to_deepspeed_param"),
+    ("parallel/zero3.py", "_partition_param_sec"),
     ("parallel/zero3.py", "_post_init_method"),
+    ("planning/activations.py", "scaled_dot_product_attention"),
     ("train/trainer_callback.py", "DEFAULT_CALLBACKS"),
 }
 """(file, changed or required attribute) of every use of pst_ds.third_party."""
@@ -75,19 +81,17 @@ def test_every_use_is_listed():
         for call in calls:
             if isinstance(call.func, ast.Name) and call.func.id in helpers & {"patch", "patched", "require"}:
                 attribute = call.args[1]
-                literals = [attribute] if isinstance(attribute, ast.Constant) else _table_of(tree)
-                found |= {(name, literal.value) for literal in literals}
+                found |= {(name, text) for text in _names(tree, attribute)}
     assert found == USES
 
 
-def _table_of(tree):
-    """The names in the table ``_OFF`` that a loop goes through."""
-    (table,) = (
-        node.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "_OFF"
-    )
-    return [row.elts[1] for row in table.elts]
+def _names(tree, attribute):
+    """The literal ``attribute``, the names in the table ``_OFF`` that a loop goes through, or the variable's name."""
+    if isinstance(attribute, ast.Constant):
+        return [attribute.value]
+    assigned = (node for node in ast.walk(tree) if isinstance(node, ast.AnnAssign))
+    tables = [node.value for node in assigned if getattr(node.target, "id", "") == "_OFF"]
+    return [row.elts[1].value for row in tables[0].elts] if tables else [ast.unparse(attribute)]
 
 
 def test_nothing_else_assigns_to_what_other_packages_define():

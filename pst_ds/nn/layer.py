@@ -75,9 +75,9 @@ class PSTLayer(nn.Module):
         """Layout of the part that this rank and those with the same experts own."""
         self.mask_rows = self.weight_shape[0] if num_shards is None and base is None else 0
         """Rows of the mask; 0 for a flat one, which FSDP2 would not split like the weight."""
-        bits_per_row = layout.numel // max(self.mask_rows, 1)
+        has_padded_rows = self.mask_rows > 0 and layout.numel // self.mask_rows % 8 > 0
         # rows of whole bytes are contiguous bits, like those of a single shard
-        self.num_shards = num_shards or (self.mask_rows if bits_per_row % 8 else 1)
+        self.num_shards = self.mask_rows if has_padded_rows else num_shards or 1
         """Parts of the mask that start at a byte, see :mod:`pst_ds.core.bits`."""
         self.set_magnitude_scales(magnitude_scales)
         self.constants = Constants(config.alpha1, config.alpha2, config.beta, config.frozen_magnitude)

@@ -323,9 +323,13 @@ def copying_frozen(ranks: int) -> Iterator[None]:
 
         return marked
 
-    name = "_ZERO_PARAM_INTRA_PARALLEL_GROUP"  # DeepSpeed makes one per process, and refuses to make another
     whole = patched(Init, "_convert_to_deepspeed_param", marking) if ranks == 1 else nullcontext()
-    with patched(groups, name, lambda _: group), patched(Init, "__init__", copying), whole:
+    # DeepSpeed makes one group per process, and refuses to make another
+    with (
+        patched(groups, "_ZERO_PARAM_INTRA_PARALLEL_GROUP", lambda _: group),
+        patched(Init, "__init__", copying),
+        whole,
+    ):
         yield
 
 
