@@ -192,6 +192,8 @@ def shut_down() -> None:
     if dist.is_available() and dist.is_initialized():
         comm = sys.modules.get("deepspeed.comm")  # it also forgets the groups that DeepSpeed has made
         (comm if comm is not None and comm.is_initialized() else dist).destroy_process_group()
+    if "RANK" not in os.environ:  # a single process, for which init_distributed has set it
+        os.environ.pop("LOCAL_RANK", None)
     global _store_server
     if _store_server is not None:
         _store_server.stop()

@@ -17,8 +17,17 @@ from pst_ds.file_names import BEST, CHECKPOINTS, FINAL, LATEST, METRICS_FILE, RE
 from pst_ds.parallel.optimizer_state import KINDS
 from tools.verbs import verb
 
-_TIMES = ("seconds", "tokens_per_second", "time/", "data_wait", "peak_memory_bytes", "ranks/")
-"""Prefixes of values that differ between any two runs."""
+_VARYING = (
+    "seconds",
+    "tokens_per_second",
+    "time/",
+    "data_wait",
+    "peak_memory_bytes",
+    "ranks/",
+    "bytes_",
+    "update/bytes_",
+)
+"""Prefixes of values that differ between any two runs, or after a start: the first steps gather more."""
 _BY_CHANCE = ("checkpoint", "checkpoint_failed", "straggler")
 """Events of metrics.jsonl about saves, whose place varies, and about times."""
 
@@ -56,7 +65,7 @@ def set_aside(run: Path) -> list[str]:
 def metric_lines(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a metrics file without times, and without events whose place varies."""
     lines = [line for line in _lines(path) if line["event"] not in _BY_CHANCE]
-    return [{k: v for k, v in line.items() if not k.startswith(_TIMES)} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(_VARYING)} for line in lines]
 
 
 def false_failures(run: Path) -> list[int]:
