@@ -122,11 +122,16 @@ def _select_whole(matrices: Sequence[Matrix], any_weight: nn.Parameter, device: 
         found.update({id(matrices[i]): bits for i, bits in zip(in_passes, passed, strict=True)})
     except NonFiniteScoreError as error:
         not_finite[[in_passes[i] for i in error.matrices]] = 1
+    _raise_on_all_ranks(matrices, not_finite.to(device), any_weight)
+    return found
+
+
+def _raise_on_all_ranks(matrices: Sequence[Matrix], not_finite: Tensor, any_weight: nn.Parameter) -> None:
+    """Raise FloatingPointError on every rank if one has marked matrices in ``not_finite``. Collective: one exchange."""
     if matrices:
         with _naming(matrices):
-            if bad := group_sum(not_finite.to(device), any_weight).cpu().nonzero().flatten().tolist():
+            if bad := group_sum(not_finite, any_weight).cpu().nonzero().flatten().tolist():
                 raise NonFiniteScoreError(bad)
-    return found
 
 
 def _select_owned(matrices: Sequence[Matrix], any_weight: nn.Parameter, device: torch.device) -> dict[int, Tensor]:
@@ -139,10 +144,7 @@ def _select_owned(matrices: Sequence[Matrix], any_weight: nn.Parameter, device: 
         found.update(zip(map(id, mine), _select(mine, ranks, device), strict=True))
     except NonFiniteScoreError as error:
         not_finite[[own[i] for i in error.matrices]] = 1
-    if matrices:
-        with _naming(matrices):
-            if bad := group_sum(not_finite.to(device), any_weight).cpu().nonzero().flatten().tolist():
-                raise NonFiniteScoreError(bad)
+    _raise_on_all_ranks(matrices, not_finite.to(device), any_weight)
     return found
 
 

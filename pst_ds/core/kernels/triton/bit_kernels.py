@@ -26,7 +26,7 @@ def place(
     table_ptr, starts_ptr, mask_ptr, IN_ORDER: tl.constexpr, UNIT_ROWS: tl.constexpr, UNIT_COLS: tl.constexpr,
     WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Set in the bits of a shard, which are 0, those of the weights of a matrix from the bits of its units.
+    """Set the bits of a matrix's weights in a shard of zeros, from the bits of the matrix's units.
 
     ``IN_ORDER``: units are weights, and neighbours in the matrix also are in the shard. Rows of the table: address and
     bytes of the units; address of the shard; bit of unit 0 (IN_ORDER: of the first weight); first and last + 1 bit

@@ -1,4 +1,4 @@
-"""Bits of many shards at once: put in place from those of matrices, counted and summed.
+"""Place, count and checksum the mask bits of many shards at once.
 
 A few launches for all by kernels, few operations for all in torch.
 """
@@ -36,7 +36,7 @@ class MatrixBits:
 
 @dataclass(frozen=True, slots=True)
 class BitsOfShard:
-    """Bits to be of the flat weights [start, stop) of a stored weight, in ``num_bytes``, from those of its matrices."""
+    """The matrices whose bits make up the mask of the flat weights [start, stop), in ``num_bytes``."""
 
     start: int
     stop: int

@@ -29,7 +29,7 @@ class MaskBits:
 
     @property
     def is_aligned(self) -> bool:
-        """Whether every row of the stored weight, and every shard, starts at a byte boundary."""
+        """True if every row of the stored weight, and every shard, starts at a byte boundary."""
         return self.width % 8 == 0 and self.pad == 0
 
     def holds(self, rect: Rect) -> bool:

@@ -61,7 +61,7 @@ class OwnKeys:
     counted: tuple[int, int] | None = None
     """First and last + 1 of the positions in the matrix that this rank counts and samples, of keys; all if None."""
     units: OwnUnits | None = None
-    """What the kernels of units read."""
+    """Numbers that the kernels of units read."""
 
     @property
     def first(self) -> int:
@@ -128,7 +128,7 @@ class OwnKeys:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What is equal for the matrices of a launch."""
+    """Properties that the matrices of one launch share."""
 
     numbers: tuple[float, float, float]
     dtype: torch.dtype
