@@ -213,7 +213,8 @@ class LayerScores:
 def whole_factors(layers: Sequence[PSTLayer], names: Sequence[str] = FACTOR_NAMES) -> list[Factors]:
     """Return the factors in ``names`` of each layer for the formulas, from their fp32 masters, on its mask's device.
 
-    Of experts on ranks, those of this rank. Collective: under ZeRO-3 one all-gather for all layers, or two.
+    A stack that is divided among ranks has the factors of this rank's experts. Collective: under ZeRO-3 one all-gather
+    for all layers, or two.
     """
     held = ((i, name, param) for i, layer in enumerate(layers) for name, param in layer.factor_parameters())
     owned = [entry for entry in held if entry[1] in names]

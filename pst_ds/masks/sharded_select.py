@@ -26,8 +26,8 @@ from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import group_sum, rank_sums
 
 Kept = Tensor | MatrixBits
-"""Kept bits of a matrix on this rank: of its units if it ``selects_units``, else of its weights; or by a kernel, which
-then has those of weights."""
+"""Kept bits of a matrix on this rank: a tensor of its units' bits if it ``selects_units``, else of its weights'.
+Kernels return the bits of weights, as MatrixBits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,15 +122,17 @@ def _select_whole(matrices: Sequence[Matrix], any_weight: nn.Parameter, device: 
         found.update({id(matrices[i]): bits for i, bits in zip(in_passes, passed, strict=True)})
     except NonFiniteScoreError as error:
         not_finite[[in_passes[i] for i in error.matrices]] = 1
-    _raise_on_all_ranks(matrices, not_finite.to(device), any_weight)
+    _raise_on_all_ranks(matrices, not_finite, any_weight, device)
     return found
 
 
-def _raise_on_all_ranks(matrices: Sequence[Matrix], not_finite: Tensor, any_weight: nn.Parameter) -> None:
+def _raise_on_all_ranks(
+    matrices: Sequence[Matrix], not_finite: Tensor, any_weight: nn.Parameter, device: torch.device
+) -> None:
     """Raise FloatingPointError on every rank if one has marked matrices in ``not_finite``. Collective: one exchange."""
     if matrices:
         with _naming(matrices):
-            if bad := group_sum(not_finite, any_weight).cpu().nonzero().flatten().tolist():
+            if bad := group_sum(not_finite.to(device), any_weight).cpu().nonzero().flatten().tolist():
                 raise NonFiniteScoreError(bad)
 
 
@@ -144,7 +146,7 @@ def _select_owned(matrices: Sequence[Matrix], any_weight: nn.Parameter, device: 
         found.update(zip(map(id, mine), _select(mine, ranks, device), strict=True))
     except NonFiniteScoreError as error:
         not_finite[[own[i] for i in error.matrices]] = 1
-    _raise_on_all_ranks(matrices, not_finite.to(device), any_weight)
+    _raise_on_all_ranks(matrices, not_finite, any_weight, device)
     return found
 
 

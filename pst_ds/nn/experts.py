@@ -80,7 +80,7 @@ class PSTExpertStack(PSTLayer):
         return _product(x, self, routing, by_token, weight, *factors)
 
     def tokens_of_experts(self) -> Tensor:
-        """Return :attr:`tokens_seen` among all experts, (E,): 0 for those of other ranks."""
+        """Return :attr:`tokens_seen` of all E experts, (E,): 0 for experts on other ranks."""
         counts = self.tokens_seen.new_zeros(self.whole_layout.num_experts)
         (counts if self.group is None else self.group.own_part(counts)).copy_(self.tokens_seen)
         return counts

@@ -133,11 +133,9 @@ def build_engine(
     optimizer = torch.optim.AdamW(list(param_groups), weight_decay=0.0)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     note_masters(engine.optimizer)
-    if hasattr(
-        engine.optimizer, "persistent_parameters"
-    ):  # ZeRO-3 gathers them after every step; the next pass does too
-        kept = engine.optimizer.persistent_parameters
-        kept[:] = [param for param in kept if param.requires_grad]
+    # ZeRO-3 gathers these after every step, and frozen ones again in the next pass
+    kept = getattr(engine.optimizer, "persistent_parameters", [])
+    kept[:] = [param for param in kept if param.requires_grad]
     return engine
 
 

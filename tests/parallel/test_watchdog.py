@@ -10,7 +10,7 @@ import traceback
 import pytest
 
 from pst_ds.parallel import watchdog
-from pst_ds.parallel.stall_verdict import VERDICT_FILE
+from pst_ds.parallel.stall_verdict import VERDICT_FILE, blamed_hosts
 
 
 def _stack(name, filename):
@@ -61,6 +61,18 @@ def test_a_process_that_no_longer_gets_on_is_ended(tmp_path, monkeypatch, capsys
     assert "hangs in part 2. Continue" in said
     assert "ended.wait(30)" in said  # the stack
     assert sorted(path.name for path in (tmp_path / "stalls").iterdir()) == [VERDICT_FILE]
+
+
+@pytest.mark.parametrize(("others", "blamed"), [((1,), []), ((1, 2), ["node0"])])
+def test_the_host_of_the_store_is_blamed_if_most_ranks_do_not_reach_it(tmp_path, monkeypatch, others, blamed):
+    monkeypatch.setattr(watchdog, "_GRACE_SECONDS", 0.0)
+    with watchdog.watching(tmp_path, 60.0, ["node0", "node1", "node2", "node3"]):
+        dog = watchdog._current
+        dog._rank, dog._world, dog._own = 3, 4, dog._report()
+        for rank in others:
+            (tmp_path / f"cut-off-{rank}").touch()
+        dog._judge_the_store()
+    assert blamed_hosts(tmp_path) == blamed
 
 
 def test_a_process_that_gets_on_is_left_alone(tmp_path, monkeypatch):

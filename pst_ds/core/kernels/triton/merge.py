@@ -119,9 +119,9 @@ def gradients_into(
     """Write M . W to ``merged``, G . W to ``scores`` and G . M + ``factor`` G . |W| . 1 n' to ``updates``.
 
     All have contiguous rows. ``merged``, ``weight`` and ``grad`` have the matrices in storage order;
-    ``scores`` and ``updates`` have one matrix below the other. ``tile``: factors of the first matrix, those of the
-    next follow in memory. ``factor``: 0.0 if |W| has no gradient, or fp32 per matrix. ``ends``: int32, of the rows of
-    all experts of a stack; G counts as 0 for experts without rows.
+    ``scores`` and ``updates`` have one matrix below the other. ``tile``: factors of the first matrix; the next
+    matrix's follow in memory. ``factor``: 0.0 if |W| has no gradient, or fp32 per matrix. ``ends``: int32, of the rows
+    of all experts of a stack; G counts as 0 for experts without rows.
     """
     from pst_ds.core.kernels.triton import merge_kernels as kernels
 

@@ -120,8 +120,7 @@ def _sort(table: Table, brackets: Tensor, words: Tensor, above: Tensor, inside: 
 def _keys_at(
     table: Table, sizes: Sequence[int], slots: Tensor, limits: Tensor, index: Tensor | None, keys: Tensor
 ) -> None:
-    """Write the keys of individual weights from ``slots``, (matrices,) int64, in ``keys`` on; 0 for those of other
-    ranks.
+    """Write the keys of single weights to ``keys``, from ``slots``, (matrices,) int64, on; 0 if another rank has it.
 
     ``limits``: (matrices,), how many, at most ``sizes``. ``index``: the places of their bits; None for a sample.
     """

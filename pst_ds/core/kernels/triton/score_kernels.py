@@ -247,10 +247,10 @@ def keys_at(
     table_ptr, starts_ptr, matrix_ptr, beta, alpha1, alpha2, slots_ptr, limits_ptr, index_ptr, keys_ptr,
     TYPE: tl.constexpr, UPDATE_RANK: tl.constexpr, SCORE_RANK: tl.constexpr, TERMS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Write the keys of individual weights of matrices, as many as each one's limit, or 0 for those of other ranks.
+    """Write the keys of individual weights, up to each matrix's limit; 0 for a weight of another rank.
 
     The keys of a matrix start at its number in ``slots_ptr``. ``index_ptr`` has the places of their bits. Without it
-    they are those of a sample, :func:`pst_ds.core.bracket.sample_positions`.
+    the weights are sampled as by :func:`pst_ds.core.bracket.sample_positions`.
     """
     number = tl.load(matrix_ptr + tl.program_id(0))
     tile = tl.program_id(0) - tl.load(starts_ptr + number).to(tl.int32)

@@ -118,7 +118,7 @@ def unit_keys(
     ACROSS: tl.constexpr = COLS // UNIT_COLS
     DOWN: tl.constexpr = ROWS // UNIT_ROWS
     keys = order_key(_fold(_fold(scores, ROWS * ACROSS, UNIT_COLS, 1), DOWN, UNIT_ROWS, ACROSS))
-    # a unit's number and whether it is there are those of each of its weights
+    # all weights of a unit have its number, or -1 outside the matrix
     unit = tl.max(tl.max(tl.reshape(tl.where(is_there, unit, -1), (DOWN, UNIT_ROWS, ACROSS, UNIT_COLS)), 3), 1)
     slot = tl.load(slots_ptr + number) + unit - tl.load(table + FIRST)
     tl.store(keys_ptr + slot, keys, mask=unit >= 0)
