@@ -1,7 +1,5 @@
 """Atomic writes of files and folders, which a crash cannot leave incomplete, and locks against concurrent writers."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import hashlib

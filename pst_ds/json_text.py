@@ -1,13 +1,11 @@
 """JSON as every reader takes it: Python's own has NaN and Infinity, which standard JSON lacks."""
 
-from __future__ import annotations
-
 import json
 import math
 from typing import TypeAlias
 
-JSON: TypeAlias = "JsonObject | list[JSON] | str | int | float | bool | None"
-JsonObject: TypeAlias = "dict[str, JSON]"
+JsonObject: TypeAlias = dict[str, "JSON"]
+JSON: TypeAlias = JsonObject | list["JSON"] | str | int | float | bool | None
 """Result of ``json.loads``, for code that reads it. Code that only writes takes ``Mapping[str, object]``."""
 
 

@@ -1,7 +1,5 @@
 """Tables as lines of text: the first column aligned left, the others right."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

@@ -1,7 +1,5 @@
 """Every change to code of other packages is made here, after a check that what it changes exists."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

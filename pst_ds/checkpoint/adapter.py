@@ -9,8 +9,6 @@
 "metadata" of the index is a string, which the Trainer does not read.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

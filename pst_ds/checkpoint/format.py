@@ -13,8 +13,6 @@ The frozen weights are in the base model and are not copied. The files are safet
 folder with any other file is rejected. :mod:`pst_ds.checkpoint.writer` writes it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Load a checkpoint into a model and its optimizer, and fingerprint the base model that it belongs to."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

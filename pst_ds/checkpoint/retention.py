@@ -4,8 +4,6 @@
 at most a ``.partial`` one. A damaged one is renamed to ``.broken``, and never used or counted.
 """
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Where a checkpoint's values lie: the names of its files, and which chunks of which tensors each file holds."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Write portable checkpoints: every rank writes its part, in a thread, while training continues."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import math

@@ -1,7 +1,5 @@
 """``pst-ds predict DIR --data FILE --out FILE``: the label, number or embedding of each row of a file."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import time

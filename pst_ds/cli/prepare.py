@@ -1,7 +1,5 @@
 """``pst-ds prepare SRC ... --tokenizer DIR --out DIR``: tokenise a corpus once, into a token store."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

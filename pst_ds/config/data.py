@@ -1,7 +1,5 @@
 """Settings of data and evaluation: ``[data]``, ``[[data.sources]]`` and ``[eval]``."""
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The table of training methods: when masks change, what trains, and which ``[pst]`` settings each method fixes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal

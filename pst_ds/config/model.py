@@ -1,7 +1,5 @@
 """Settings of the model and of its quantisation in training: ``[model]``, ``[quantization]``."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Literal

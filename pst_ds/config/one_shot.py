@@ -1,7 +1,5 @@
 """Settings of one-shot pruning: ``[start]`` of a run file, and ``pst-ds prune``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Annotated, Final, Literal
 

@@ -1,7 +1,5 @@
 """Base of the settings classes: checked frozen dataclasses, annotated types, and messages for wrong values."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import field, is_dataclass

@@ -1,7 +1,5 @@
 """The table of tasks: properties of each that need no torch. The code of a task is in pst_ds/data/tasks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 

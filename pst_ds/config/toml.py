@@ -1,7 +1,5 @@
 """Read, override and write run files: TOML to :class:`RunConfig` and back."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

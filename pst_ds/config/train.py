@@ -1,7 +1,5 @@
 """Settings of training and its loss: ``[train]``, ``[finetune]`` and ``[distillation]``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Annotated, Literal
 

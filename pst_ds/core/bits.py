@@ -6,8 +6,6 @@ padded with zero bits to whole bytes. ZeRO's split of the byte tensor then gives
 Files store the mask as a single shard.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The distance between a student's and a teacher's predictions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 

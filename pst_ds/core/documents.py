@@ -1,7 +1,5 @@
 """Causal attention within the documents of packed sequences, without a mask of all pairs of tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import wraps
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """The loss of a language model from the hidden states before its head: logits exist for a chunk of tokens at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ A key is an int32 that orders like an fp32 score, with -0 equal to +0. On CPUs t
 (:mod:`pst_ds.core.kernels`). On other devices, and without a compiler, torch computes bit-identical results.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from ctypes import CDLL
 from dataclasses import dataclass

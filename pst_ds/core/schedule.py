@@ -3,8 +3,6 @@
 Every schedule is a pure function of the applied optimizer steps, so there is no state to save or resume.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields
 from typing import Protocol

@@ -1,7 +1,5 @@
 """Importance scores and merged weights, each formula once (arXiv 2205.11005, equations 4 to 8)."""
 
-from __future__ import annotations
-
 import math
 
 import torch

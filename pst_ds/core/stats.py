@@ -4,8 +4,6 @@ Sums over weights add up over parts of a matrix, so every rank computes its own 
 computed from the small matrices only.
 """
 
-from __future__ import annotations
-
 import math
 from ctypes import c_double
 from functools import cache, partial

@@ -16,8 +16,6 @@ budget excludes tensors of the size of x or the factors (dX, its fp32 sum if it 
 fp32) and the scratch memory of the BLAS library (on CPUs with AMX, oneDNN packs copies of bf16 operands).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cache
 

@@ -1,7 +1,5 @@
 """Units of a pattern (blocks, N:M groups, rows): their tiles, keys and masks, and their expansion to weights."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

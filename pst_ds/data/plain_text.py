@@ -1,7 +1,5 @@
 """Detect whether the lines, paragraphs or all of a plain text file form a document."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path

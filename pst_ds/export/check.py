@@ -1,7 +1,5 @@
 """Verify that a folder still holds exactly what was exported."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

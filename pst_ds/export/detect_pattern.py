@@ -1,7 +1,5 @@
 """Detect the sparsity pattern of a matrix, given one bit per weight."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor

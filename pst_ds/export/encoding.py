@@ -1,7 +1,5 @@
 """The storage of an export's weights: packing of sparse layers, quantisation of linear layers and embeddings."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

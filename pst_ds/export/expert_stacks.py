@@ -1,7 +1,5 @@
 """Stacks of experts: which rows of a stack each tensor of the files holds, so that no stack is built as a whole."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

@@ -1,7 +1,5 @@
 """A model folder's tensors for an export: a dense folder with pruned weights from any source, or a packed one."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator, Sequence

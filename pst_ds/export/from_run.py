@@ -1,7 +1,5 @@
 """A run's tensors for an export: W = (W0 + beta U V) . M, from the base model's files and a checkpoint."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator

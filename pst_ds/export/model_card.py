@@ -1,7 +1,5 @@
 """The README.md of an export: sparsity, size, metrics, and how to load and verify it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

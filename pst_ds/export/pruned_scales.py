@@ -1,7 +1,5 @@
 """Scales of a folder that ``pst-ds prune`` has quantised, so that an export has exactly the same values and scales."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

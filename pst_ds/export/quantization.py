@@ -1,7 +1,5 @@
 """The weights of a model that an export quantises, and the quantisation of one of them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Container
 

@@ -1,7 +1,5 @@
 """Write the weight files of an export: make, pack, hash and store each tensor."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack

@@ -12,8 +12,6 @@ A packed tensor is a dict of parts, named ``<module>.<part>`` in files. The call
 nothing else here validates them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import cache
 

@@ -1,7 +1,5 @@
 """Read single tensors of a model folder, and map names between a model and its files."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -5,8 +5,6 @@ Described in the library's source (compressed_tensors/compressors, version 0.20)
 values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -5,8 +5,6 @@ As in ggml's source (ggml-common.h), a block is an fp16 scale followed by 32 cod
 a weight of 0.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Interface of the packed formats, and checks that they share."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 

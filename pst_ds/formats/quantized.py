@@ -5,8 +5,6 @@ position. Two int4 codes share a byte, the first in its lower half. Every row st
 byte after an odd number of codes is 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import ClassVar
 

@@ -4,8 +4,6 @@ Row bits are (O, ceil(I / 8)) uint8, little-endian within a byte; every row star
 zero. Weights are copied as integers of the same width, so that NaNs stay bit-identical.
 """
 
-from __future__ import annotations
-
 from functools import cache, partial
 
 import numpy as np

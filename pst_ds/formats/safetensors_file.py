@@ -3,8 +3,6 @@
 A file is 8 bytes with the little-endian length of its header, the header as JSON, and the tensors' bytes without gaps.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

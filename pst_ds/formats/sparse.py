@@ -1,7 +1,5 @@
 """Packed formats of a sparse matrix with values in the model's dtype: bitmask, 2:4 and csr."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

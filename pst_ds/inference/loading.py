@@ -1,7 +1,5 @@
 """``pst_ds.load``: a model folder as an object that generates text, or predicts labels, numbers or embeddings."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

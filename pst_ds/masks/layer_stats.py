@@ -1,8 +1,6 @@
 """Statistics of each layer: norms, and the correlation of scores with |W|. Every rank reads its shards in tiles; no
 weight is gathered."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ All ranks together search the groups that a shard boundary cuts: each adds its p
 integers, so scales are the same for every world size. All such groups are searched at once.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Update masks and quantisation scales when their schedules say so."""
 
-from __future__ import annotations
-
 import json
 import re
 import warnings

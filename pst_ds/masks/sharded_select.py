@@ -1,7 +1,5 @@
 """Select the weights that each matrix keeps, for all layers at once, from the shards of all ranks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ The weights that training has reached, M . (W0 + beta U V), are pruned so that t
 The solution minus beta U V becomes W0 where it is kept; U, V and their optimizer state stay.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Select new masks: every rank scores its shard of each weight, and no weight is gathered."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """A ``state_dict`` with only the parameters that training changes, for checkpoints that other code writes."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn, no_grad
 from torch.nn.modules.module import _IncompatibleKeys
 

@@ -1,7 +1,5 @@
 """The frozen weights W0 as int8 or int4 values with scales, sharded like the weight, and the mean of |W0|."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ They do not depend on the order of the tokens or on their distribution over rank
 products and sums are exact. A layer has I inputs and O outputs.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Replace layers of a model by PST modules, and look those up."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

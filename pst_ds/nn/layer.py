@@ -1,7 +1,5 @@
 """Base class of pruned layers: frozen weight, mask, score factors and low-rank update."""
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Callable, Iterator

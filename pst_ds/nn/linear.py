@@ -5,8 +5,6 @@ number in a tensor. So one graph serves all layers, and new masks, scales or sta
 operator reads them from the layer when it runs. Eager code, and layers that ZeRO-3 partitions, do not use it.
 """
 
-from __future__ import annotations
-
 import itertools
 import weakref
 from functools import partial

@@ -1,7 +1,5 @@
 """Merge PST layers into a plain model, and count trained parameters."""
 
-from __future__ import annotations
-
 import math
 import warnings
 

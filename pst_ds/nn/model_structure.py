@@ -3,8 +3,6 @@
 Everything is found by shape and position, never by name, so that new model families work unchanged.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """AdamW over the parameter groups of PST, each with its learning rate."""
 
-from __future__ import annotations
-
 from collections.abc import Container
 from typing import Any
 

@@ -3,8 +3,6 @@
 Layers are not replaced but get a forward hook. The native decoder computes the updates of many users in one batch.
 """
 
-from __future__ import annotations
-
 import zlib
 
 import torch

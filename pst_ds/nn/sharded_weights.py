@@ -3,8 +3,6 @@
 Weights to be quantised can stay in their files until then, so that at most one of them is in memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from math import prod

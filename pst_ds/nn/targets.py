@@ -1,7 +1,5 @@
 """Find the modules to prune and the modules to train in full; names match as in PEFT."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """DeepSpeed's JSON: read it, reject settings that PST cannot work with, and fill in the run file's settings."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Halo exchange: fetch the weights around a rank's shard from the ranks that hold them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain

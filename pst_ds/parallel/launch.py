@@ -1,7 +1,5 @@
 """Read the launcher's environment, and join and leave the process group."""
 
-from __future__ import annotations
-
 import os
 import resource
 import socket

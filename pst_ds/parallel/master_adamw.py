@@ -1,7 +1,5 @@
 """AdamW that keeps an fp32 master of every bf16 parameter, so that small steps add up."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """Decide where frozen weights and masks are held under ZeRO-3: over all ranks, in each node, or whole on each rank."""
 
-from __future__ import annotations
-
 MAX_SHARE = 0.5
 """Share of a rank's memory that its shards and its part of a copy in the node may fill by default. The rest is for what
 no placement changes: gathered layers, activations and optimizer state."""

@@ -1,7 +1,5 @@
 """Ranks of the process group and collectives over them; without a group, this process is rank 0 of 1."""
 
-from __future__ import annotations
-
 import socket
 import time
 from collections.abc import Callable

@@ -5,8 +5,6 @@ and returns the result (arXiv 2309.14509, 2506.13996). DeepSpeed's engine is not
 over all ranks as usual.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """Decide which ranks and hosts a stalled run has to look at, from the reports of its ranks. Needs no torch."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections import deque

@@ -1,7 +1,5 @@
 """Count the optimizer steps of any training loop, through its engine or its optimizer."""
 
-from __future__ import annotations
-
 from typing import Any
 from weakref import WeakKeyDictionary
 

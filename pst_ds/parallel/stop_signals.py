@@ -1,7 +1,5 @@
 """SIGTERM and SIGUSR1 ask a run to save and stop: handlers note them, and the loop checks at the end of each step."""
 
-from __future__ import annotations
-
 import signal
 from types import FrameType
 

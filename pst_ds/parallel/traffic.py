@@ -1,7 +1,5 @@
 """Count the bytes that torch's collectives bring to this rank, from its node and from other nodes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from functools import partial, wraps
 from typing import Any

@@ -1,7 +1,5 @@
 """Which runs gain by one-shot pruning with ALPS before their first step, as far as this was measured."""
 
-from __future__ import annotations
-
 from pst_ds.config.run import RunConfig
 from pst_ds.core.patterns import parse_pattern
 

@@ -1,7 +1,5 @@
 """Machines to plan for: the rates in machines.toml, and TOML files with a user's rates."""
 
-from __future__ import annotations
-
 import tomllib
 from dataclasses import MISSING, fields
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Search for the fastest way to run a batch that fits, and for the smallest change with which a run fits."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Sizes of a model for the cost formulas, read from names and shapes, also on the meta device."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable

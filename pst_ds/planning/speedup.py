@@ -4,8 +4,6 @@ The work of a token is one multiplication per weight that it meets, and what an 
 same unit: attention, norms, activations, caches. That is proportional to the width, and to the number of blocks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import nn

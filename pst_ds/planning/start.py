@@ -1,7 +1,5 @@
 """Memory, time and traffic of the one-shot pruning before a run, computed from shapes."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from pst_ds.config.one_shot import PruneConfig

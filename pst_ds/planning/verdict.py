@@ -1,7 +1,5 @@
 """Judge a planned run: fit to the machine, speed and duration."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from pst_ds.planning.machines import Machine

@@ -1,7 +1,5 @@
 """Sparsity of each layer by the increase of the loss, on calibration data."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

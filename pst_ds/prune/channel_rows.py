@@ -6,8 +6,6 @@ of a head, and one before a norm or a residual connection all inputs: these cann
 matter, so fused layers and new families need no changes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 

@@ -4,8 +4,6 @@ A layer loses the inputs whose removal changes its outputs least, and its remain
 outputs; the layers before it lose what made these inputs. A block sees the outputs of the smaller blocks before it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 

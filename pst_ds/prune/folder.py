@@ -1,7 +1,5 @@
 """Write a pruned model as a folder that plain transformers loads, with a pruning record."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Prune all layers of a model block by block, each on the outputs of the pruned blocks before it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import nn

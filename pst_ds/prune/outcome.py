@@ -1,7 +1,5 @@
 """Outcomes of pruning layers, which the record of a pruned folder keeps."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 

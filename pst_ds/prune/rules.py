@@ -1,7 +1,5 @@
 """Rules of one-shot pruning: pattern and sparsity of every layer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 

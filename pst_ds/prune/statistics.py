@@ -1,7 +1,5 @@
 """Statistics of the inputs of a block's layers: a pass of the block over the calibration data, summed over ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 

@@ -5,8 +5,6 @@
 g is the token's router gate, f(x) the expert's output. An expert without a token has score 0.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Hosts of a supervised run: check them, exclude faulty ones, and use spares instead."""
 
-from __future__ import annotations
-
 import shlex
 import subprocess
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """Supervise a run: restart its launcher after failures while that makes progress, without faulty hosts."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """This rank's part of each global batch, made ahead in a thread."""
 
-from __future__ import annotations
-
 import threading
 from collections import deque
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Norms of each pruned layer's inputs on training examples, for ``pst.magnitude = "activation"``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path

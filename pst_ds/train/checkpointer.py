@@ -1,7 +1,5 @@
 """Evaluation during training, and checkpoints: at intervals, of the best model, and of the last step."""
 
-from __future__ import annotations
-
 import math
 import sys
 import threading

@@ -1,7 +1,5 @@
 """Locate the origin of a non-finite loss: the first layer with a non-finite output, and its examples."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack

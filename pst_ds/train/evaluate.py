@@ -1,7 +1,5 @@
 """Evaluation on a whole split: every example counts once, and the batches do not depend on the number of ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Tokens that each expert was trained on, and pruned weights of each expert."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

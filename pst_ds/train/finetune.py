@@ -1,7 +1,5 @@
 """Fine-tune a run's pretrained model before it is pruned: the stage ``[finetune]``, a run inside the run folder."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from dataclasses import replace

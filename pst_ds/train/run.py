@@ -1,7 +1,5 @@
 """Train a run from its config to the final checkpoint."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from pathlib import Path

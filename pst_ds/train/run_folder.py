@@ -1,7 +1,5 @@
 """The folder of a run: lock it, write its metadata, and open its checkpoints by name."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -1,7 +1,5 @@
 """The base model after a solve: a model folder in the run folder, to which checkpoints after the solve belong."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator, Mapping
 from itertools import chain

@@ -1,7 +1,5 @@
 """Time of a training step: its parts, how long each rank is busy with it, and the rank that the others wait for."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Losses of a language model's tokens, without the logits of a whole batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

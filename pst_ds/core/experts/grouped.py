@@ -4,8 +4,6 @@ Grouped products read the ends of the experts' rows on the device. In the backwa
 stack is one grouped product, and becomes M . W in place.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

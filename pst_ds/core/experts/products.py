@@ -5,8 +5,6 @@ the backward pass belong to one expert at a time; only gradients of weights that
 the stack. Gradients are zero for experts without a token.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Tokens per expert: which experts received none."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 MOST_NAMED = 4

@@ -1,7 +1,5 @@
 """Facts about the host's processor."""
 
-from __future__ import annotations
-
 import platform
 from pathlib import Path
 

@@ -4,8 +4,6 @@ The digest is part of the name, so a library and its digest appear in one rename
 name of a damaged one that this process has already loaded.
 """
 
-from __future__ import annotations
-
 import grp
 import hashlib
 import os

@@ -8,8 +8,6 @@ settled, conjugate gradients find the best weights under it. H = X'X, (I, I), is
 over all calibration tokens; O = out_features, I = in_features.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

@@ -9,8 +9,6 @@ each other and of the inputs: the diagonal of the Fisher information in Kronecke
 Ouderaa et al., 2023, arXiv 2312.17244). Within a row it is Wanda's score; between rows and layers it is not.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

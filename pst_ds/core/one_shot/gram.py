@@ -3,8 +3,6 @@
 X are a layer's inputs over all calibration tokens; I = in_features.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -7,8 +7,6 @@ x_j are the values of input j over all calibration tokens. O = out_features, I =
 :mod:`pst_ds.core.one_shot.sparsegpt` also changes the kept weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Names: n rows in the table, d its width, r the rank, N rows looked up; of a layer O outputs, I inputs.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear

@@ -1,7 +1,5 @@
 """Tasks: one file each, with its class as TASK, and an entry in pst_ds/config/tasks.py."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from importlib import import_module
 from typing import Any

@@ -1,7 +1,5 @@
 """One-dimensional arrays that are read slice by slice: in several parts or as bits, and document starts."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -4,8 +4,6 @@ A permutation computes each element separately, without holding the order. A mix
 an error of less than one sequence at any time.
 """
 
-from __future__ import annotations
-
 import hashlib
 import heapq
 import math

@@ -1,7 +1,5 @@
 """Write a model as a GGUF file for llama.cpp, with int8 and int4 values in blocks of 32 that share a scale."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from contextlib import closing

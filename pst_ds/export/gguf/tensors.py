@@ -4,8 +4,6 @@ Model folders may store each expert's matrix as a tensor. A GGUF file stacks all
 is filled expert by expert.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """Choice of the next token from logits."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 

@@ -5,8 +5,6 @@ parts: Llama, Mistral, Ministral 3, Qwen2 and 3, SmolLM3, Phi-3, Gemma 1 to 3, G
 :meth:`Decoder.from_model` compares logits to find what a table cannot express.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate

@@ -1,7 +1,5 @@
 """Check that per-user adapters belong to a model folder, dense or packed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Classify, score or embed texts with a model folder: dense or packed for transformers, or a graph for ONNX Runtime."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress

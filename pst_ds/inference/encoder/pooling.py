@@ -1,7 +1,5 @@
 """Pool token vectors into embeddings, as the sentence-transformers files of a model folder say."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The "quantization_config" of a packed folder, and how to load it."""
 
-from __future__ import annotations
-
 from typing import Literal, get_args
 
 from transformers.utils.quantization_config import QuantizationConfigMixin

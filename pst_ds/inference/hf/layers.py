@@ -1,7 +1,5 @@
 """Replace linear layers and expert stacks of a transformers model by sparse ones, and make them dense again."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

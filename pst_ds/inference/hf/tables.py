@@ -1,7 +1,5 @@
 """Quantised embedding tables of a folder: dense in a loaded model, or as stored for decoders and ONNX graphs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

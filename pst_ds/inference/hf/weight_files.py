@@ -1,7 +1,5 @@
 """Headers of packed weight files: find the parts of each weight of a model, and check them before reading."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial

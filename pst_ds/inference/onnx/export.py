@@ -3,8 +3,6 @@
 operators.cpp implements the operators and documents their inputs.
 """
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Fuse the operators around sparse products and attention into fewer, larger nodes."""
 
-from __future__ import annotations
-
 import numpy as np
 import onnx_ir as ir
 

@@ -1,7 +1,5 @@
 """A stack of experts with packed weights, each multiplied as a slice of the packed matrix's rows."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ The kernel walks along the kept values of each row, once per vector (vector_kern
 launch.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

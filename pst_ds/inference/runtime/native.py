@@ -1,7 +1,5 @@
 """CPU kernels for products with a bitmask weight, from ``bitmask/bitmask.cpp``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from ctypes import c_int, c_int64
 from functools import cache, partial

@@ -4,8 +4,6 @@ Eager code calls the Python functions below, which is faster. torch.compile and 
 has a gradient: :class:`~pst_ds.inference.runtime.linear.SparseLinear` uses a dense product where one is needed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

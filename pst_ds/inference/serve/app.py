@@ -1,7 +1,5 @@
 """The HTTP application of any model: routes that all have, keys, limits, errors and counters."""
 
-from __future__ import annotations
-
 import asyncio
 import sys
 import time

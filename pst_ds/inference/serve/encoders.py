@@ -1,7 +1,5 @@
 """Routes of classifiers, regressors and embedding models, whose waiting texts are computed in batches."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import logging

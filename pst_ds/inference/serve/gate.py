@@ -1,7 +1,5 @@
 """Checks before a request is processed: its sender, the size of its body, and the time until it has arrived."""
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 import os

@@ -1,7 +1,5 @@
 """What a server measures: counters for Prometheus, and a log line per request, without text of users."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

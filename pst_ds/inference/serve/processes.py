@@ -1,7 +1,5 @@
 """Server processes and their connections: this process, or workers with a model each, restarted when they die."""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 import sys

@@ -1,7 +1,5 @@
 """Valid requests for chat, completions, labels and embeddings."""
 
-from __future__ import annotations
-
 import difflib
 import json
 from collections.abc import Collection, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Tool calls in an answer: ``<tool_call>`` blocks with JSON, or nothing but JSON."""
 
-from __future__ import annotations
-
 import json
 import re
 import uuid

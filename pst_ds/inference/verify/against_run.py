@@ -1,7 +1,5 @@
 """Compare an export with the masked model of its run: weights, logits, predictions, accuracy lost."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Compare an ONNX file with the masked model of the run it came from."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """PSTEmbedding: a frozen embedding with a low-rank update and no mask."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """Write and read a run's JSON Lines files. Does not import torch."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path

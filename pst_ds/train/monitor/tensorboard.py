@@ -1,7 +1,5 @@
 """Write scalars of a run for TensorBoard."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Report a run to Weights & Biases, MLflow and trackio."""
 
-from __future__ import annotations
-
 import json
 import secrets
 import sys

@@ -1,7 +1,5 @@
 """One-shot pruning in scripts, before the pretrained model is loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 

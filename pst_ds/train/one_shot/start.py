@@ -1,7 +1,5 @@
 """One-shot pruning of a run's base model before its first step, and remarks on a base pruned by ``pst-ds prune``."""
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import asdict

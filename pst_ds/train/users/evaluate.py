@@ -1,7 +1,5 @@
 """Compare each user's state with the shared state and with other users' states."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A finished run's model, or its checkpoint, with per-user parameters: U and V of the layers, and the output layer."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Train the states of users, one after another over one model that is loaded once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial

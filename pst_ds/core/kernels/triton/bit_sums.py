@@ -3,8 +3,6 @@
 A few launches for all by kernels, few operations for all in torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate

@@ -1,7 +1,5 @@
 """Where Triton kernels run, and the only function that launches them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """The passes of :mod:`pst_ds.core.bracket` over the keys of one rank's weights, by kernels."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import accumulate
 

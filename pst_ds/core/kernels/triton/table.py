@@ -1,7 +1,5 @@
 """Matrices as arguments of the score kernels: many in one table, so that one launch serves all of a kind."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

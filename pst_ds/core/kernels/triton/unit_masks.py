@@ -1,7 +1,5 @@
 """Patterns whose units are several weights, by kernels: keys of blocks and N:M groups, masks of N:M groups and rows."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
