@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pst_ds.cli.eval import KL_FORMAT
 from pst_ds.cli.export import quantisation_text
 from pst_ds.cli.main import add_quiet_argument, count, load_run_or_folder
 from pst_ds.core.packings import ONNX_FILE
+from pst_ds.errors import InputError
 
 if TYPE_CHECKING:
     from pst_ds.inference.verify import VerifyReport
@@ -21,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("export", help="export folder")
     add("--against", dest="run", metavar="RUN", help="run folder the export came from")
+    add("--reference", metavar="DIR", help="with --against: also measure the KL divergence from this model folder")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of the run")
     add("--checkpoint", default="best", help="checkpoint that was exported (default: best)")
     add("--split", choices=("train", "validation", "test"), default="test")
@@ -32,8 +35,12 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from pst_ds.inference.verify import verify
     from pst_ds.inference.verify.against_run import Comparison
 
+    if args.reference and args.run is None:
+        raise InputError(f"--reference {args.reference} needs the data of a run. Add --against RUN")
     config = load_run_or_folder(args) if args.run is not None else None
-    report = verify(args.export, config, checkpoint=args.checkpoint, split=args.split, limit=args.limit)
+    report = verify(
+        args.export, config, checkpoint=args.checkpoint, split=args.split, limit=args.limit, reference=args.reference
+    )
     compared = report.comparison
     is_onnx = (Path(args.export) / ONNX_FILE).is_file()
     lines = [*(_lines_of_onnx(report) if is_onnx else _lines_of_file(report))]
@@ -41,6 +48,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         lines += _lines_of_comparison(args.split, compared, quantised="rounded_tensors" in report.file)
     elif compared is not None:
         lines.append(_line_of_onnx_comparison(args.split, compared))
+    if compared is not None:
+        measured = (("the trained model", compared.kl), (args.reference, compared.kl_from_reference))
+        lines += [f"from {model}: {KL_FORMAT.format(**kl)}" for model, kl in measured if kl]
     print("\n".join(lines))
     report.require_equal()
     return report.to_json()

@@ -8,19 +8,23 @@ import torch
 from torch import Tensor
 
 from pst_ds.config.run import RunConfig
+from pst_ds.core.kl_divergence import KLDivergence
 from pst_ds.core.schedule import Schedule
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.data.tasks.causal_lm import CausalTask
+from pst_ds.errors import InputError
 from pst_ds.parallel.ranks import all_gather_objects, rank, world_size
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.progress import Progress
 from pst_ds.train.run_context import RunContext
-from pst_ds.train.token_heads import head_of, loss_sums
+from pst_ds.train.token_heads import head_of, loss_sums, predictions
 
 Model = Callable[..., Any]
 """A transformers model, or the engine around one."""
 _ROUNDINGS = 8
 """Rounding errors by which equal predictions of two models may differ."""
+_ROWS = 128
+"""Predictions whose logits two models hold together."""
 _MOST_WATCHED, _FEWEST_WATCHED = 4, 2
 _SHARE_WATCHED = 0.05
 """Maximum share of a run's time for evaluations that only watch it; an example takes a third of its training time."""
@@ -54,6 +58,31 @@ def predict(model: Model, context: RunContext, examples: ExampleSet) -> np.ndarr
                 own.append((indices, outcomes))
             progress.at(min(first + world_size(), len(batches)))
     return _in_order([batch for of_rank in all_gather_objects(own) for batch in of_rank])
+
+
+@torch.no_grad()
+def kl_divergence(reference: Model, model: Model, context: RunContext, examples: ExampleSet) -> dict[str, float]:
+    """Return how far the predictions of ``model`` are from those of ``reference``; see :class:`KLDivergence`.
+
+    Both run on one process, batch by batch, in evaluation mode. A prediction is a distribution over classes, or over
+    the next tokens that the loss counts. Raises InputError for other numbers of them.
+    """
+    task, kl = context.task, KLDivergence()
+    models = [(one, head_of(one, task)) for one in (reference, model)]
+    batches = evaluation_batches(examples.lengths, context.run.eval_batch_size, mixed=task.pads)
+    with Progress("KL divergence", len(batches), "batches") as progress:
+        for indices in batches:
+            batch = task.collate(examples, indices, context.tokenizer)
+            inputs, labels = _inputs(batch, context.device), batch["labels"].to(context.device)
+            (count, of_reference), (_, of_model) = (predictions(one, head, inputs, labels) for one, head in models)
+            for start in range(0, count, _ROWS):
+                wanted, found = (rows(slice(start, start + _ROWS)) for rows in (of_reference, of_model))
+                if wanted.shape != found.shape:
+                    numbers = f"{wanted.shape[1]:,} classes or tokens, and the model {found.shape[1]:,}"
+                    raise InputError(f"the reference predicts {numbers}. Name a reference with the same ones")
+                kl.add(wanted, found)
+            progress.add(1)
+    return kl.result()
 
 
 class Differences(NamedTuple):

@@ -134,7 +134,7 @@ def require_teacher(run: RunConfig, shapes: nn.Module) -> None:
                 f"{place} does not exist (looked in {Path(place.path).absolute()}); name a model folder, such as an "
                 "exported dense run"
             )
-        _require_comparable(run, shapes.config, place.config(**attention_options(run)))  # type: ignore[arg-type]
+        require_comparable(run, shapes.config, place, place.config(**attention_options(run)))  # type: ignore[arg-type]
         return
     record, why = Path(run.model.path) / PRUNING_RECORD, ""
     if run.pst.initial_mask == "zeros":
@@ -156,20 +156,19 @@ def require_teacher(run: RunConfig, shapes: nn.Module) -> None:
         )
 
 
-def _require_comparable(run: RunConfig, own: PreTrainedConfig, config: PreTrainedConfig) -> None:
-    """Raise ConfigError if a teacher with ``config`` cannot read the inputs of a model with config ``own``, or their
-    predictions cannot be compared."""
-    teacher = f"distillation.teacher = {run.distillation.teacher!r}"
+def require_comparable(run: RunConfig, own: PreTrainedConfig, place: Pretrained, config: PreTrainedConfig) -> None:
+    """Raise ConfigError if the model at ``place``, with ``config``, cannot read the inputs of a model with config
+    ``own``, or their predictions cannot be compared."""
     task = task_of(run)
     try:
         task.check_model(run.data, config, None)
     except ConfigError as error:
-        raise ConfigError(f"{teacher}: {error}") from None
+        raise ConfigError(f"{place}: {error}") from None
     words, others = (getattr(c.get_text_config(), "vocab_size", None) for c in (own, config))
     if words and others and (others < words if task.new_head else others != words):
         raise ConfigError(
-            f"{teacher} has a vocabulary of {others} tokens, and model.path = {run.model.path!r} "
-            f"one of {words} (vocab_size); name a teacher that reads the tokens of the same tokenizer"
+            f"{place} has a vocabulary of {others} tokens, and model.path = {run.model.path!r} "
+            f"one of {words} (vocab_size); name a model that reads the tokens of the same tokenizer"
         )
 
 
@@ -189,27 +188,32 @@ def teacher_shapes(run: RunConfig) -> nn.Module | None:
 
 
 def load_teacher(context: RunContext) -> nn.Module | None:
-    """Load the run's separate teacher, not partitioned, frozen and in evaluation mode; None without one.
+    """Load the run's separate teacher as :func:`load_frozen` does; None without one."""
+    place = teacher_of(context.run)
+    return None if place is None else load_frozen(place, context)
 
-    It pads as the run's model does and has no KV cache. Call it before a model is built under ``zero.Init``. Raises
-    InputError for other classes, and for missing weights or weights of another shape.
+
+def load_frozen(place: Pretrained, context: RunContext, quantization_config: object = None) -> nn.Module:
+    """Load a model for the run's task, not partitioned, frozen and in evaluation mode.
+
+    It pads as the run's model does and has no KV cache. Call it before a model is built under ``zero.Init``.
+    ``quantization_config``: how to load a packed folder. Raises InputError for other classes, and for missing weights
+    or weights of another shape.
     """
     run, labels, task = context.run, context.labels, context.task
-    place = teacher_of(run)
-    if place is None:
-        return None
     config = place.config(**attention_options(run))
     classes = [name for _, name in sorted((config.id2label or {}).items())] if labels else []
     if classes != labels:
         raise ConfigError(
             f"{place} has the classes {', '.join(classes)}, and the run {', '.join(labels)}, in this order; "
-            "name a teacher that was trained on the same labels"
+            "name a model that was trained on the same labels"
         )
     set_padding(config, task, context.tokenizer)
     fix = f"Name a whole model that was trained for task {run.task!r}"
-    teacher, missing = place.load(task.model_class(), fix, config=config, dtype=DTYPES[run.train.precision])
-    place.require_whole(teacher, missing, fix)
-    teacher.config.use_cache = False
-    keep_documents_apart(teacher)
-    whole: nn.Module = teacher.requires_grad_(False)
+    dtype, how = DTYPES[run.train.precision], quantization_config
+    model, missing = place.load(task.model_class(), fix, config=config, dtype=dtype, quantization_config=how)
+    place.require_whole(model, missing, fix)
+    model.config.use_cache = False
+    keep_documents_apart(model)
+    whole: nn.Module = model.requires_grad_(False)
     return whole.to(context.device).eval()

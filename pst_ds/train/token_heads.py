@@ -1,6 +1,7 @@
 """Losses of a language model's tokens, without the logits of a whole batch."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,27 @@ def predicted(labels: Tensor) -> tuple[Tensor, Tensor]:
     flat = labels.flatten()
     places = (flat != IGNORED).nonzero().squeeze(1)
     return places, flat[places]
+
+
+@torch.no_grad()
+def predictions(
+    model: Callable[..., Any], head: LanguageHead | None, inputs: dict[str, Tensor], labels: Tensor
+) -> tuple[int, Callable[[slice], Tensor]]:
+    """Return the number of predictions, one per example or predicted token, and a function that returns the logits of
+    some, (n, classes).
+
+    With the ``head`` of a language model, only those that are asked for are computed.
+    """
+    if labels.dim() == 1:
+        logits = model(**inputs).logits
+        return len(logits), logits.__getitem__
+    places, _ = predicted(following(labels))
+    if head is None:
+        logits = model(**inputs).logits.flatten(0, 1)[places]
+        return len(places), logits.__getitem__
+    with head.reading(lambda hidden: hidden.flatten(0, 1)[places]) as found:
+        model(**inputs)
+    return len(places), lambda part: head.readout.final(head.readout.output(found[0][part]))
 
 
 @torch.no_grad()

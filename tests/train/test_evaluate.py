@@ -10,8 +10,10 @@ import torch
 
 from pst_ds.config.toml import load_run
 from pst_ds.data.tasks.classification import classification_metrics
+from pst_ds.errors import InputError
+from pst_ds.inference.reference import kl_from_folder
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.train.evaluate import _differing, compare, predict
+from pst_ds.train.evaluate import _differing, compare, kl_divergence, predict
 from pst_ds.train.run import build, prepare
 
 
@@ -86,3 +88,24 @@ def test_padding_has_no_predictions_to_compare():
     assert differences(other) == (0, 0.0)
     other[0, 1] = -other[0, 1]
     assert differences(other) == (1, 14.0)
+
+
+@pytest.mark.parametrize("labels", [[[-100, -100, 3, -100, 4, 1]], [2, 0]], ids=["tokens", "classes"])
+def test_the_divergence_is_that_of_counted_predictions(labels):
+    """A token's label is predicted by the logits before it; without a label they may be anything."""
+    labels = torch.tensor(labels)
+    places = (torch.tensor([0, 0, 0]), torch.tensor([1, 3, 4])) if labels.dim() == 2 else (torch.arange(2),)
+    logits = [torch.randn(*labels.shape, 5, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    task = SimpleNamespace(pads=True, collate=lambda *_: {"input_ids": labels, "labels": labels})
+    run = SimpleNamespace(eval_batch_size=8)
+    context = SimpleNamespace(task=task, run=run, tokenizer=None, device="cpu")
+    models = [lambda input_ids, of=of: SimpleNamespace(logits=of) for of in logits]
+    p, q = (torch.distributions.Categorical(logits=of[places].double()) for of in logits)
+    found = kl_divergence(*models, context, SimpleNamespace(lengths=[6]))
+    assert found["kl_mean"] == pytest.approx(float(torch.distributions.kl_divergence(p, q).mean()), rel=1e-6)
+
+
+def test_a_number_has_no_distribution():
+    prepared = prepare(load_run("tests/data/world_size.toml", ["task=regression"]), launch_environment())
+    with pytest.raises(InputError, match="predicts a number, not a distribution"):
+        kl_from_folder("tests/data/tiny-bert", None, prepared, None)

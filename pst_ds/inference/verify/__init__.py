@@ -59,6 +59,7 @@ def verify(
     checkpoint: str = "best",
     split: str = "test",
     limit: int | None = None,
+    reference: str | Path | None = None,
 ) -> VerifyReport:
     """Verify an export.
 
@@ -72,6 +73,7 @@ def verify(
         checkpoint: name of the checkpoint that was exported.
         split: "train", "validation" or "test": the data to compare on.
         limit: number of examples to compare on; None uses all.
+        reference: folder of a model from which the export's divergence is measured on the same data, with ``against``.
 
     Raises InputError for a damaged export, and for the export of another model.
     """
@@ -86,5 +88,5 @@ def verify(
     else:
         file = check_export(folder)
         check_model(folder)
-    compared = None if config is None else compare(folder, config, checkpoint, split, limit)
+    compared = None if config is None else compare(folder, config, checkpoint, split, limit, reference)
     return VerifyReport(str(export), file, compared, place)

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,15 +14,14 @@ from pst_ds.errors import InputError
 from pst_ds.export.encoding import Encoding
 from pst_ds.export.manifest import Facts
 from pst_ds.export.to_folder import ExportOptions
+from pst_ds.inference.hf.config import LoadAs
+from pst_ds.inference.reference import load_folder
 from pst_ds.inference.runtime import sparse_layers
 from pst_ds.inference.runtime.experts import SparseExperts
 from pst_ds.inference.verify.masked_run import Compared, FewerTokens, MaskedRun
-from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
 from pst_ds.nn.model_structure import is_conv1d
 from pst_ds.nn.tables.embedding import pst_embeddings
-from pst_ds.train.model import attention_options
-from pst_ds.train.sequences import keep_documents_apart
 
 ROUNDINGS = 2.0
 """Roundings of a logit: one for each of the two computations that are compared."""
@@ -78,19 +76,23 @@ class Comparison(Compared):
         return super().problem
 
 
-def compare_with_run(folder: Path, config: RunConfig, checkpoint: str, split: str, limit: int | None) -> Comparison:
+def compare_with_run(
+    folder: Path, config: RunConfig, checkpoint: str, split: str, limit: int | None, reference: str | Path | None
+) -> Comparison:
     """Rebuild the masked training model and load the export, and compare them on the same batches.
 
-    The masked model is first quantised or cast as the export is; ``rounding`` has the effect. Raises InputError.
+    The masked model is first quantised or cast as the export is; ``rounding`` and ``kl`` have the effect. Raises
+    InputError.
     """
     run = MaskedRun.of(folder, config, checkpoint, split, limit, None)
     _align(run.model)
-    encoding, fewer, rounding = run.encoding, run.trim(), None
-    plain = _loaded(run, "" if encoding.is_plain else "dense")
+    encoding, fewer, rounding, kl = run.encoding, run.trim(), None, None
+    plain = _loaded(run, "dense")
+    kl_from_reference = run.kl_from(reference, plain)
     dtypes = run.narrower_dtypes()
     if dtypes or encoding.is_quantized:
         changed = run.compare(plain, run.model)
-        rounding = Rounding(changed.predictions, changed.logit, changed.metrics)
+        rounding, kl = Rounding(changed.predictions, changed.logit, changed.metrics), run.kl_of(plain)
     run.cast(dtypes)
     pairs = _weights_of_both(run, plain, run.quantise() if encoding.is_quantized else {})
     found = run.compare(run.model, plain)
@@ -104,6 +106,8 @@ def compare_with_run(folder: Path, config: RunConfig, checkpoint: str, split: st
         max_logit_difference=found.logit,
         allowed_logit_difference=allowed_difference(dtype, len(pairs), inputs) * found.largest_logit,
         metrics=found.metrics,
+        kl=kl,
+        kl_from_reference=kl_from_reference,
         rounding=rounding,
         vocabulary=fewer,
         kept_sparse=None if encoding.is_plain else _compare_sparse(run, plain),
@@ -135,7 +139,7 @@ def quantisation_loss(out: Path, config: RunConfig, checkpoint: str, storage: Ex
         run.quantise()
         by, exported = "its weights in the trained model", run.metrics_of(run.model)
     else:
-        by, exported = "transformers", run.metrics_of(_loaded(run, "" if run.encoding.is_plain else "dense"))
+        by, exported = "transformers", run.metrics_of(_loaded(run, "dense"))
     measured = {"trained": trained, "exported": exported, "by": by}
     return {"examples": len(run.examples), "unit": run.context.task.unit, **measured}
 
@@ -194,18 +198,9 @@ def allowed_difference(dtype: torch.dtype, num_layers: int, inputs: int) -> floa
     return share * math.sqrt(inputs) if dtype in (torch.float32, torch.float64) else share
 
 
-def _loaded(run: MaskedRun, load_as: Literal["", "dense", "sparse"]) -> nn.Module:
-    """Load the export with transformers; ``load_as``: "" for an ordinary folder, else how to load packed weights."""
-    context, options = run.context, dict[str, object](attention_options(run.context.run))
-    if load_as:
-        from pst_ds.inference.hf.config import PackedWeightsConfig  # ordinary folders must load without it
-
-        options["quantization_config"] = PackedWeightsConfig(load_as=load_as)
-    dtype = DTYPES[context.run.train.precision]
-    model = context.task.model_class().from_pretrained(run.folder, dtype=dtype, **options)
-    model.config.use_cache = False  # with a cache, transformers expects the positions of a single text
-    keep_documents_apart(model)
-    model = model.to(context.device).eval()
+def _loaded(run: MaskedRun, load_as: LoadAs) -> nn.Module:
+    """Load the export with transformers; an ordinary folder needs no ``load_as``."""
+    model = load_folder(run.folder, run.context, load_as)
     if load_as != "sparse":
         _align(model)
     return model

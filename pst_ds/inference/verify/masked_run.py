@@ -19,12 +19,13 @@ from pst_ds.export.manifest import ExportedTensor, Facts, read_manifest
 from pst_ds.export.quantization import grids
 from pst_ds.export.trimmed_vocabulary import take_rows
 from pst_ds.formats.base_weights import BaseWeights, names_in_files, saved_tensors
+from pst_ds.inference.reference import kl_from_folder
 from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.merge import plain_tensors
 from pst_ds.nn.model_structure import is_conv1d
 from pst_ds.nn.tables.embedding import PSTEmbedding, pst_embeddings
-from pst_ds.train.evaluate import Differences, compare, predict
+from pst_ds.train.evaluate import Differences, compare, kl_divergence, predict
 from pst_ds.train.run import RunContext, masked_model, prepare_single
 from pst_ds.train.run_folder import open_checkpoint
 
@@ -52,6 +53,10 @@ class Compared:
     allowed_logit_difference: float
     metrics: dict[str, float]
     """Metrics of the export."""
+    kl: dict[str, float] | None = None
+    """Divergence from the model before quantisation or the cast; None without them, and of numbers."""
+    kl_from_reference: dict[str, float] | None = None
+    """Divergence from the model of another folder, if one was given."""
 
     @property
     def problem(self) -> str:
@@ -97,6 +102,24 @@ class MaskedRun:
 
     def compare(self, one: Callable[..., object], other: Callable[..., object]) -> Differences:
         return compare(one, other, self.context, self.examples)
+
+    def kl_of(self, exported: Callable[..., object]) -> dict[str, float] | None:
+        """Return how far the export's predictions are from those of the model; None for numbers."""
+        if self.context.run.task_facts.no_teacher:
+            return None
+        return kl_divergence(self.model, exported, self.context, self.examples)
+
+    def kl_from(self, reference: str | Path | None, exported: Callable[..., object]) -> dict[str, float] | None:
+        """Return how far the export's predictions are from those of the folder ``reference``. Raises InputError."""
+        if reference is None:
+            return None
+        if kept := self.facts.get("tokens_kept"):
+            before = self.model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+            raise InputError(
+                f"--reference {reference}: {self.folder} has {len(kept):,} of {before:,} tokens, so their "
+                "distributions cannot be compared. Verify an export without --vocabulary"
+            )
+        return kl_from_folder(reference, exported, self.context, self.examples)
 
     def trim(self) -> FewerTokens | None:
         """Keep only the export's tokens, and tokenise as it does; None if it has all tokens. Raises ExportError."""

@@ -41,7 +41,7 @@ def facts_of_file(folder: Path) -> dict[str, object]:
 
 @torch.no_grad()
 def compare_onnx_with_run(
-    folder: Path, config: RunConfig, checkpoint: str, split: str, limit: int | None
+    folder: Path, config: RunConfig, checkpoint: str, split: str, limit: int | None, reference: str | Path | None
 ) -> OnnxComparison:
     """Compute the logits of a split with the file, and with the masked model in fp32, quantised as the file is.
 
@@ -52,6 +52,9 @@ def compare_onnx_with_run(
     config = replace(config, data=replace(config.data, document_mask=False))  # a graph has no position_ids
     run = MaskedRun.of(folder, config, checkpoint, split, limit, None)
     run.trim()
+    in_8_bits = model.activation_bits == 8
+    as_it_runs = OnnxModel(folder / ONNX_FILE, exact=False) if in_8_bits else model
+    kl, kl_from_reference = run.kl_of(as_it_runs), run.kl_from(reference, as_it_runs)
     run.cast(run.narrower_dtypes())
     if run.encoding.is_quantized:
         run.quantise(in_fp32=True)
@@ -60,8 +63,7 @@ def compare_onnx_with_run(
             settle(layer, layer.masked_weight())
     nn.Module.float(run.model)
     exact = run.compare(run.model, model)
-    in_8_bits = model.activation_bits == 8
-    found = run.compare(run.model, OnnxModel(folder / ONNX_FILE, exact=False)) if in_8_bits else exact
+    found = run.compare(run.model, as_it_runs) if in_8_bits else exact
     return OnnxComparison(
         examples=len(run.examples),
         unit=run.context.task.unit,
@@ -69,6 +71,8 @@ def compare_onnx_with_run(
         max_logit_difference=exact.logit,
         allowed_logit_difference=ALLOWED * exact.largest_logit,
         metrics=found.metrics,
+        kl=kl,
+        kl_from_reference=kl_from_reference,
         max_logit_difference_in_8_bits=found.logit if in_8_bits else None,
     )
 
