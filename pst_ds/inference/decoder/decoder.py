@@ -1,23 +1,20 @@
 """The decoder's public class: sequences with a cache, tokens in, logits or tokens out."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from pst_ds.inference.decoder.sampling import Sampling
 from pst_ds.inference.decoder.table import DecoderError, DecoderTable, Part, table_of
+from pst_ds.inference.decoder.users import require_fitting
 from pst_ds.inference.hf.model_folder import open_model_folder
 from pst_ds.inference.hf.tables import StoredTable, stored_tables
 from pst_ds.inference.runtime.native_loop import Adapter, require_library
-
-if TYPE_CHECKING:
-    from pst_ds.train.users.store import State, UserStore
+from pst_ds.train.users.store import State, UserStore
 
 MOST_DIFFERENCE = 0.03
 """Largest mean difference of the loop's logits from the model's, relative to their norm, with a cache in fp32.
@@ -104,7 +101,7 @@ class Decoder:
         verify: bool = True,
         tables: Mapping[str, StoredTable] | None = None,
         **options: Unpack[Options],
-    ) -> Decoder:
+    ) -> Self:
         """Create a decoder for a transformers causal language model on the CPU, with dense or sparse layers.
 
         ``context``: positions of a sequence, at most as many as the model has. ``tables``: embeddings that its folder
@@ -120,7 +117,7 @@ class Decoder:
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, context: int = 2048, *, verify: bool = True, **options: Unpack[Options]
-    ) -> Decoder:
+    ) -> Self:
         """Create a decoder for a model folder, dense or packed, as :meth:`from_model` does.
 
         Raises UserStoreError if the states of ``users`` belong to another model.
@@ -131,12 +128,10 @@ class Decoder:
         model = opened.load("sparse" if packed else "auto", "fp32")
         tables = stored_tables(opened.path, model) if packed else None
         if (users := options.get("users")) is not None:
-            from pst_ds.inference.decoder.users import require_fitting
-
             require_fitting(model, opened.path, users)
         return cls.from_model(model, context, verify=verify, tables=tables, **options)
 
-    def with_fp32_cache(self, context: int, first: int = 0) -> Decoder:
+    def with_fp32_cache(self, context: int, first: int = 0) -> Self:
         """Return a decoder that shares the weights, with one empty sequence of ``context`` positions in fp32.
 
         ``first``: position in the model of the sequence's first token.

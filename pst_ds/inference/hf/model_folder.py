@@ -1,16 +1,13 @@
 """Open a model folder, dense or packed, for ``generate``, ``serve`` and ``bench``: config, model, tokenizer."""
 
-from __future__ import annotations
-
 import inspect
 import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pst_ds.core.packings import DENSE
@@ -21,10 +18,6 @@ from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.formats.base_weights import BaseWeights
 from pst_ds.inference.hf.config import LoadAs, PackedWeightsConfig
 from pst_ds.nn.base_model import DTYPES, PRUNING_RECORD, Pretrained, architecture
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 """Inputs of an encoder, each (batch, tokens) int64."""

@@ -1,18 +1,16 @@
 """The quantizer through which transformers loads a packed folder."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import LoadStateDictInfo
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
@@ -32,9 +30,6 @@ from pst_ds.inference.hf.weight_files import (
 )
 from pst_ds.inference.runtime import sparse_layers
 from pst_ds.third_party import patch
-
-if TYPE_CHECKING:
-    from transformers.core_model_loading import LoadStateDictInfo
 
 DeviceMap = dict[str, object] | None
 _LOG = logging.getLogger(__name__)

@@ -1,21 +1,15 @@
 """Generate answers with a transformers model, in batches; each request receives its tokens at once."""
 
-from __future__ import annotations
-
 import inspect
 import logging
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pst_ds.inference.serve.jobs import Answering, ClosingError, Job
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from pst_ds.train.users.store import State
+from pst_ds.train.users.store import State
 
 _LOG = logging.getLogger(__name__)
 

@@ -1,21 +1,15 @@
 """Answers that follow a JSON schema: llguidance says which tokens may come next."""
 
-from __future__ import annotations
-
 import json
+from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Self
 
 import torch
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from llguidance import LLTokenizer
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 
 class GrammarError(ValueError):
@@ -28,8 +22,8 @@ class Grammar:
     def __init__(self, matcher: LLMatcher):
         self._matcher = matcher
 
-    def copy(self) -> Grammar:
-        return Grammar(self._matcher.deep_copy())
+    def copy(self) -> Self:
+        return type(self)(self._matcher.deep_copy())
 
     def allowed(self, logits: Tensor) -> Tensor:
         """Return ``logits`` (vocabulary,) with -inf for tokens that must not come next."""

@@ -1,22 +1,18 @@
 """Requests for generated tokens, and the thread that answers them."""
 
-from __future__ import annotations
-
 import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from pst_ds.inference.decoder.sampling import Sampling
-
-if TYPE_CHECKING:
-    from pst_ds.inference.serve.grammar import Grammar
-    from pst_ds.train.users.store import State
+from pst_ds.inference.serve.grammar import Grammar
+from pst_ds.train.users.store import State
 
 DONE_LENGTH, DONE_STOP = "length", "stop"
 _JOIN_SECONDS = 60.0

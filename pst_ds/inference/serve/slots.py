@@ -1,19 +1,14 @@
 """Generate answers with the native decoder. Requests join and leave between any two passes of the model."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from pst_ds.inference.decoder import Decoder
 from pst_ds.inference.serve.jobs import DONE_LENGTH, Answering, ClosingError, Job
-
-if TYPE_CHECKING:
-    from pst_ds.train.users.store import State
+from pst_ds.train.users.store import State
 
 _LOG = logging.getLogger(__name__)
 LEAST_PROMPT, PROMPT_PER_ANSWER = 16, 4

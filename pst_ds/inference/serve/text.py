@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from pst_ds.inference.serve.app import Service, add_chat_page, no_model
 from pst_ds.inference.serve.cpu_limit import call_within
@@ -32,12 +32,7 @@ from pst_ds.inference.serve.protocol import (
 from pst_ds.inference.serve.replies import ChatReply, CompletionReply, Piece, Reply, TokenText, usage
 from pst_ds.inference.serve.text_stream import TextStream
 from pst_ds.inference.serve.tools import ToolCalls
-from pst_ds.train.users.store import UserNameError, UserStoreError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase as Tokenizer
-
-    from pst_ds.train.users.store import State, UserStore
+from pst_ds.train.users.store import State, UserNameError, UserStore, UserStoreError
 
 Item = Token | str | Exception
 """A generated token, and finally the finish reason or an error."""

@@ -1,12 +1,8 @@
 """Streaming detokenisation: complete characters, up to a stop string."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 _UNFINISHED = "\ufffd"
 """Placeholder that tokenizers write for the bytes of an incomplete character."""
