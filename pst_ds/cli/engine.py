@@ -1,27 +1,13 @@
 """The choice between the native decoder and transformers, for the verbs that write text."""
 
-from __future__ import annotations
-
 import argparse
 import sys
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
-from pst_ds.cli.main import count
 from pst_ds.errors import InputError
-
-if TYPE_CHECKING:
-    from pst_ds.inference.decoder import Decoder
-    from pst_ds.inference.decoder.decoder import Options
-    from pst_ds.inference.hf.model_folder import ModelFolder
-
-
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--load-as", choices=("auto", "sparse", "dense"), default="auto", help="keep weights packed, or unpack them")
-    add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the folder's")
-    add("--threads", type=count, metavar="N", help="threads (default: OMP_NUM_THREADS, or all cores)")
-    engine = "the native loop, or transformers; auto: native on a CPU for quantised weights; always with --store"
-    add("--engine", choices=("auto", "native", "torch"), default="auto", help=engine)
+from pst_ds.inference.decoder import Decoder, DecoderError
+from pst_ds.inference.decoder.decoder import Options
+from pst_ds.inference.hf.model_folder import ModelFolder
 
 
 def native_decoder(
@@ -35,8 +21,6 @@ def native_decoder(
         raise InputError(f"{wanted} is for the native decoder on a CPU. Omit {' and '.join(against)}")
     if against or not (wanted or folder.values):
         return None
-    from pst_ds.inference.decoder import Decoder, DecoderError
-
     try:
         return Decoder.from_pretrained(folder.path, context, **options)
     except (DecoderError, RuntimeError) as error:

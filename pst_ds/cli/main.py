@@ -231,6 +231,16 @@ def above(limit: int) -> Callable[[str], float]:
     return number(f"a number above {limit}", float, lambda value: limit < value < math.inf)
 
 
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of verbs that write text, which :func:`pst_ds.cli.engine.native_decoder` reads."""
+    add = parser.add_argument
+    add("--load-as", choices=("auto", "sparse", "dense"), default="auto", help="keep weights packed, or unpack them")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the folder's")
+    add("--threads", type=count, metavar="N", help="threads (default: OMP_NUM_THREADS, or all cores)")
+    engine = "the native loop, or transformers; auto: native on a CPU for quantised weights; always with --store"
+    add("--engine", choices=("auto", "native", "torch"), default="auto", help=engine)
+
+
 def load_run_or_folder(args: argparse.Namespace) -> RunConfig:
     """Load a run file, or the resolved run file of a run folder."""
     return toml.load_run_or_folder(args.run, args.set)

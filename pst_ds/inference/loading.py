@@ -1,10 +1,12 @@
 """``pst_ds.load``: a model folder as an object that generates text, or predicts labels, numbers or embeddings."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from pst_ds.core.packings import ONNX_FILE
 from pst_ds.errors import InputError
@@ -20,9 +22,7 @@ class Generator:
     def __init__(self, folder: ModelFolder, *, threads: int | None = None, context: int = 2048):
         """Open a model; say on stderr if the native decoder does not support it. Raises InputError."""
         if (folder.path / ONNX_FILE).is_file():
-            raise InputError(
-                f"{folder.path} has a graph without a cache. Name an export with --format bitmask or dense"
-            )
+            raise InputError(f"{folder.path} has a graph without a cache. Name a bitmask or dense export")
         self.path, self.tokenizer = folder.path, folder.tokenizer()
         self._ends = folder.end_tokens(self.tokenizer)
         if threads:
@@ -47,10 +47,7 @@ class Generator:
         ``temperature``: 0 chooses the most likely tokens. Raises ValueError, such as InputError without chat template.
         """
         ids, sampling = prompt_tokens(self.tokenizer, prompt, self.path), Sampling(temperature, top_p=top_p)
-        if isinstance(self._model, Decoder):
-            new = list(self._model.stream(ids, max_new_tokens, sampling=sampling, end=self._ends, seed=seed))
-        else:
-            new = generated(self._model, ids, max_new_tokens, sampling, self._ends, seed)
+        new = generated(self._model, ids, max_new_tokens, sampling, self._ends, seed)
         return str(self.tokenizer.decode(new, skip_special_tokens=True))
 
 
@@ -67,15 +64,18 @@ def prompt_tokens(
 
 
 def generated(
-    model: PreTrainedModel,
+    model: Decoder | PreTrainedModel,
     ids: list[int],
     new_tokens: int,
     sampling: Sampling,
     ends: list[int],
     seed: int | None,
-    streamer: object = None,
+    streamer: BaseStreamer | None = None,
 ) -> list[int]:
-    """Return the tokens that a transformers model writes after ``ids``; only temperature and top_p are used."""
+    """Return the tokens that a model writes after ``ids``; with transformers, only temperature and top_p are used."""
+    if isinstance(model, Decoder):
+        tokens = model.stream(ids, new_tokens, sampling=sampling, end=ends, seed=seed)
+        return list(tokens if streamer is None else _told(streamer, ids, tokens))
     is_drawn = sampling.temperature >= GREEDY_BELOW
     drawing = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if is_drawn else {}
     special = {"eos_token_id": ends or None, "pad_token_id": next(iter(ends), 0)}
@@ -88,6 +88,15 @@ def generated(
         found = model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=streamer)  # type: ignore[operator]
     new: list[int] = found[0, len(ids) :].tolist()
     return new
+
+
+def _told(streamer: BaseStreamer, ids: list[int], tokens: Iterator[int]) -> Iterator[int]:
+    """Yield ``tokens``, and tell ``streamer`` what ``generate()`` of transformers would."""
+    streamer.put(torch.tensor([ids]))
+    for token in tokens:
+        streamer.put(torch.tensor([token]))
+        yield token
+    streamer.end()
 
 
 def load(

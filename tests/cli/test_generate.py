@@ -5,14 +5,15 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pst_ds.cli import generate
+from pst_ds.cli.generate.answer import Stopwatch
 from pst_ds.cli.main import main
 from pst_ds.inference.decoder import Decoder
 
@@ -286,8 +287,8 @@ def test_refuses_damaged_weights(folders, tmp_path, capsys):
 
 def test_rates_are_of_the_prompt_and_of_what_follows(monkeypatch, capsys):
     moments = iter([10.0, 12.0, 12.5, 13.0, 14.0])
-    stopwatch = generate._Stopwatch(TextStreamer(AutoTokenizer.from_pretrained(DATA / "tiny-llama"), skip_prompt=True))
-    monkeypatch.setattr(generate.time, "perf_counter", lambda: next(moments))
+    stopwatch = Stopwatch(AutoTokenizer.from_pretrained(DATA / "tiny-llama"), skip_prompt=True)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(moments))
     stopwatch.put(torch.arange(3, 11)[None])
     stopwatch.put(torch.tensor([4]))
     assert stopwatch.rates(8)["decode_tokens_per_second"] is None

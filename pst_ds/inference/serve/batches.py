@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pst_ds.inference.serve.jobs import Answering, ClosingError, Job
+from pst_ds.inference.serve.jobs import Answering, Job, closing
 from pst_ds.train.users.store import State
 
 _LOG = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Batches(Answering):
                 self._write(jobs)
             self._batch = []
         for job in self._waiting:
-            job.end(ClosingError())
+            job.end(closing())
 
     def _write(self, jobs: list[Job]) -> None:
         """Decode a batch. If it fails, decode its jobs one by one: only those that fail alone get an error."""

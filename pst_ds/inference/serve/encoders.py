@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response
 
 from pst_ds.inference.encoder.encoder import EMBEDDER, Encoder, Features, batches
 from pst_ds.inference.serve.app import Service, no_model
-from pst_ds.inference.serve.jobs import BusyError, ClosingError, Worker
+from pst_ds.inference.serve.jobs import Worker, busy, closing
 from pst_ds.inference.serve.protocol import JsonTable, PredictionRequest, ProtocolError, read_json, validated
 from pst_ds.inference.serve.replies import usage
 
@@ -36,11 +36,11 @@ class Batcher(Worker[Job]):
         return len(self._batch)
 
     def submit(self, texts: Sequence[Features]) -> list[Future[np.ndarray]]:
-        """Queue texts. Raises BusyError if too many wait."""
+        """Queue texts. Raises ProtocolError if too many wait."""
         jobs: list[Job] = [(text, Future()) for text in texts]
         with self._changed:
             if len(self._waiting) >= self._most_waiting:
-                raise BusyError
+                raise busy()
             self._waiting += jobs
             self._changed.notify()
         return [future for _, future in jobs]
@@ -59,7 +59,7 @@ class Batcher(Worker[Job]):
             if self._closing:
                 for _, future in self._waiting:
                     if future.set_running_or_notify_cancel():
-                        future.set_exception(ClosingError())
+                        future.set_exception(closing())
                 return None
             lengths = [len(text["input_ids"]) for text, _ in self._waiting]
             chosen = next(set(batch) for batch in batches(lengths, self._encoder.batch) if 0 in batch)
@@ -95,13 +95,7 @@ class EncoderService(Service):
         async def predict(request: Request) -> Response:
             loop, body = asyncio.get_running_loop(), await request.body()
             asked, texts = await loop.run_in_executor(self.reader, self.read, body)
-            try:
-                rows = await asyncio.gather(*map(asyncio.wrap_future, self.worker.submit(texts)))
-            except BusyError:
-                why = "too many texts are waiting. Try again later"
-                raise ProtocolError(429, why, code="rate_limit_exceeded") from None
-            except ClosingError:
-                raise ProtocolError(503, "the server is closing. Try again later") from None
+            rows = await asyncio.gather(*map(asyncio.wrap_future, self.worker.submit(texts)))
             tokens = sum(len(text["input_ids"]) for text in texts)
             self.metrics.tokens.labels("prompt").inc(tokens)
             request.scope["pst_ds_facts"] |= {"texts": len(texts), "prompt_tokens": tokens}

@@ -84,33 +84,35 @@ class Gate:
         try:
             if scope["path"] not in (HEALTH, PAGE):
                 self._access.require(scope["method"], Headers(scope=scope))
-            async with asyncio.timeout(self._seconds):
-                whole = await self._body(receive)
-        except TimeoutError:
-            await _refuse(ProtocolError(408, f"the body did not arrive within {self._seconds:g} seconds"), scope, send)
+            whole = await self._body(receive)
         except ProtocolError as error:
-            await _refuse(error, scope, send)
-        else:
-            if whole is None:
-                return
-            waiting: list[Message] = [{"type": "http.request", "body": whole, "more_body": False}]
+            closes = {"Connection": "close"}  # the rest of the body is not read
+            await JSONResponse(error.body(), error.status, headers=closes)(scope, receive, send)
+            return
+        if whole is None:
+            return
+        waiting: list[Message] = [{"type": "http.request", "body": whole, "more_body": False}]
 
-            async def receive_again() -> Message:
-                return waiting.pop() if waiting else await receive()
+        async def receive_again() -> Message:
+            return waiting.pop() if waiting else await receive()
 
-            await self._app(scope, receive_again, send)
+        await self._app(scope, receive_again, send)
 
     async def _body(self, receive: Receive) -> bytes | None:
         """Return the body, or None if its client has disconnected. Raises ProtocolError."""
         body, more = bytearray(), True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                return None
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self._most:
-                raise ProtocolError(413, f"the body has more than {self._most} bytes")
+        try:
+            async with asyncio.timeout(self._seconds):
+                while more:
+                    message = await receive()
+                    if message["type"] != "http.request":
+                        return None
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    if len(body) > self._most:
+                        raise ProtocolError(413, f"the body has more than {self._most} bytes")
+        except TimeoutError:
+            raise ProtocolError(408, f"the body did not arrive within {self._seconds:g} seconds") from None
         return bytes(body)
 
 
@@ -120,12 +122,3 @@ def _on_the_wire(key: str) -> set[bytes]:
     with suppress(UnicodeEncodeError):
         codes.add(key.encode("latin-1"))
     return codes
-
-
-async def _refuse(error: ProtocolError, scope: Message, send: Send) -> None:
-    closes = {"Connection": "close"}  # the rest of the body is not read
-    await JSONResponse(error.body(), error.status, headers=closes)(scope, _disconnected, send)
-
-
-async def _disconnected() -> Message:
-    return {"type": "http.disconnect"}

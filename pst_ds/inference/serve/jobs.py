@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pst_ds.inference.decoder.sampling import Sampling
 from pst_ds.inference.serve.grammar import Grammar
+from pst_ds.inference.serve.protocol import ProtocolError
 from pst_ds.train.users.store import State
 
 DONE_LENGTH, DONE_STOP = "length", "stop"
@@ -19,12 +20,12 @@ _JOIN_SECONDS = 60.0
 _LOG = logging.getLogger(__name__)
 
 
-class BusyError(RuntimeError):
-    """The queue of waiting requests is full."""
+def busy() -> ProtocolError:
+    return ProtocolError(429, "too many requests are waiting. Try again later", code="rate_limit_exceeded")
 
 
-class ClosingError(RuntimeError):
-    """The server stops before the request was processed."""
+def closing() -> ProtocolError:
+    return ProtocolError(503, "the server is closing. Try again later")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +171,10 @@ class Answering(Worker[Job]):
         """
 
     def submit(self, *jobs: Job) -> None:
-        """Queue jobs. Raises BusyError if too many wait."""
+        """Queue jobs. Raises ProtocolError if too many wait."""
         with self._changed:
             self._waiting = [other for other in self._waiting if not other.cancelled]
             if len(self._waiting) + len(jobs) > self._most_waiting:
-                raise BusyError
+                raise busy()
             self._waiting += jobs
             self._changed.notify()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from pst_ds.inference.decoder import Decoder
-from pst_ds.inference.serve.jobs import DONE_LENGTH, Answering, ClosingError, Job
+from pst_ds.inference.serve.jobs import DONE_LENGTH, Answering, Job, closing
 from pst_ds.train.users.store import State
 
 _LOG = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Slots(Answering):
             self._changed.wait_for(lambda: self._waiting or self._closing or self._is_busy)
             if self._closing:
                 for job in self._waiting:
-                    job.end(ClosingError())
+                    job.end(closing())
                 self._waiting.clear()
             while self._waiting and any(slot.job is None for slot in self._slots):
                 job = self._waiting.pop(0)

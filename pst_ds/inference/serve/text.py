@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from pst_ds.inference.serve.app import Service, add_chat_page, no_model
 from pst_ds.inference.serve.cpu_limit import call_within
 from pst_ds.inference.serve.grammar import Grammar, GrammarError, Grammars
-from pst_ds.inference.serve.jobs import DONE_STOP, Answering, BusyError, ClosingError, Job, Token
+from pst_ds.inference.serve.jobs import DONE_STOP, Answering, Job, Token
 from pst_ds.inference.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -214,8 +214,8 @@ class Answer:
 
     def take(self, item: Item) -> Piece | None:
         """Return the piece that is final now, the last one with a finish reason. Raises ProtocolError."""
-        if isinstance(item, ClosingError):
-            raise ProtocolError(503, "the server is closing. Try again later")
+        if isinstance(item, ProtocolError):
+            raise item
         if isinstance(item, Exception):
             raise ProtocolError(500, "the model failed to process this request")
         if isinstance(item, str):
@@ -259,10 +259,7 @@ async def _answer(service: TextService, request: Request, *, is_chat: bool) -> R
     question = await loop.run_in_executor(service.reader, service.read, body, is_chat)
     arrived: asyncio.Queue[tuple[int, Item]] = asyncio.Queue()
     answers = service.answers(question, arrived)
-    try:
-        service.worker.submit(*(answer.job for answer in answers))
-    except BusyError:
-        raise ProtocolError(429, "too many requests are waiting. Try again later", code="rate_limit_exceeded") from None
+    service.worker.submit(*(answer.job for answer in answers))
     pieces = _pieces(service, answers, arrived, began, request.scope["pst_ds_facts"])
     if question.asked.stream:
         return StreamingResponse(_events(question, answers, pieces), media_type="text/event-stream")

@@ -12,7 +12,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pst_ds.inference.decoder.sampling import Sampling
 from pst_ds.inference.serve.batches import Batches
-from pst_ds.inference.serve.jobs import DONE_LENGTH, DONE_STOP, BusyError, ClosingError, Job, Token
+from pst_ds.inference.serve.jobs import DONE_LENGTH, DONE_STOP, Job, Token
+from pst_ds.inference.serve.protocol import ProtocolError
 
 VOCABULARY, END, PAD = 40, 39, 0
 NAN, INFINITE, NOTHING, LARGE = 33, 34, 35, 36
@@ -113,7 +114,7 @@ def test_a_waiting_job_whose_client_has_gone_gives_up_its_place():
             jobs.append(Job(**_job(1), seed=0, put=arrived.put))
             batches.submit(jobs[-1])
             jobs[-1].cancelled = len(jobs) < 4
-        with pytest.raises(BusyError):
+        with pytest.raises(ProtocolError, match="too many requests"):
             batches.submit(Job(**_job(1), seed=0, put=arrived.put))
     for _ in range(10):  # four tokens and an outcome of each of two
         arrived.get(timeout=30)
@@ -129,6 +130,6 @@ def test_jobs_that_wait_at_the_end_are_told():
         closing.start()
         while not batches._closing:
             closing.join(0.01)
-    assert isinstance(_outcome(arrived)[1], ClosingError)
+    assert _outcome(arrived)[1].status == 503
     closing.join(30)
     assert not batches.is_alive

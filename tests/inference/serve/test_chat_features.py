@@ -20,8 +20,8 @@ import openai  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from pst_ds.cli import serve  # noqa: E402
 from pst_ds.cli.main import build_parser  # noqa: E402
+from pst_ds.cli.serve import service as serving  # noqa: E402
 from pst_ds.inference.serve import metrics  # noqa: E402
 from pst_ds.inference.serve.app import make_app  # noqa: E402
 from tests.inference.serve.byte_model import byte_model  # noqa: E402
@@ -40,7 +40,7 @@ TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": WEAT
 
 def _served(folder, *more):
     args = build_parser("serve").parse_args(["serve", str(folder), "--threads", "1", "--engine", "native", *more])
-    service = serve._service(args, *serve._opened(args))
+    service = serving.service_of(args, *serving.opened(args))
     return service, *start(make_app(service))
 
 
@@ -228,7 +228,7 @@ def test_counters_of_workers_are_added_and_the_load_of_dead_ones_is_not(tmp_path
 
 
 def test_the_page_and_a_model_without_template(tmp_path, monkeypatch):
-    monkeypatch.setenv(serve.KEYS, "secret")
+    monkeypatch.setenv(serving.KEYS, "secret")
     _, server, thread, url = _served(byte_model(tmp_path / "plain", None), "--name", "tiny")
     page = httpx.get(url)
     assert "v1/chat/completions" in page.text

@@ -14,12 +14,12 @@ import httpx2 as httpx  # noqa: E402
 import numpy as np  # noqa: E402
 import openai  # noqa: E402
 
-from pst_ds.cli import serve  # noqa: E402
 from pst_ds.cli.main import build_parser, main  # noqa: E402
+from pst_ds.cli.serve import service as serving  # noqa: E402
 from pst_ds.inference.encoder.encoder import Encoder  # noqa: E402
 from pst_ds.inference.serve.app import make_app  # noqa: E402
 from pst_ds.inference.serve.encoders import Batcher  # noqa: E402
-from pst_ds.inference.serve.jobs import BusyError, ClosingError  # noqa: E402
+from pst_ds.inference.serve.protocol import ProtocolError  # noqa: E402
 from tests.inference.encoder.conftest import DATA, LABELS, encoders, sentences  # noqa: E402, F401
 from tests.inference.serve.servers import start, stop  # noqa: E402
 
@@ -30,7 +30,7 @@ def urls(encoders):  # noqa: F811
     servers = {}
     for name in ("classifier", "regressor", "embedder"):
         args = build_parser("serve").parse_args(["serve", str(encoders / name), "--name", "tiny"])
-        servers[name] = start(make_app(serve._service(args, *serve._opened(args))))
+        servers[name] = start(make_app(serving.service_of(args, *serving.opened(args))))
     yield {name: f"{url}/v1" for name, (_, _, url) in servers.items()}
     for server, thread, _ in servers.values():
         stop(server, thread)
@@ -148,7 +148,7 @@ def test_waiting_texts_are_batched_by_length_and_one_that_fails_is_alone(encoder
         pass  # until the thread holds the first batch
     gone, *rest = batcher.submit([texts[1], *texts[1:], {"input_ids": [10**6] * 30}])
     assert gone.cancel()
-    with pytest.raises(BusyError):
+    with pytest.raises(ProtocolError, match="too many requests"):
         batcher.submit(texts[:1])
     encoder.released.set()
     plain = Encoder(encoders / "regressor")
@@ -175,5 +175,5 @@ def test_closing_refuses_what_waits(encoders):  # noqa: F811
     encoder.released.set()
     closing.join(60)
     assert first.result(60).shape == (1,)
-    with pytest.raises(ClosingError):
+    with pytest.raises(ProtocolError, match="closing"):
         second.result(60)

@@ -10,8 +10,8 @@ for _name in ("fastapi", "uvicorn", "openai"):
 import threading  # noqa: E402
 from dataclasses import replace  # noqa: E402
 
-from pst_ds.cli import serve  # noqa: E402
 from pst_ds.cli.main import build_parser  # noqa: E402
+from pst_ds.cli.serve import service as serving  # noqa: E402
 from pst_ds.inference.serve.app import make_app  # noqa: E402
 from tests.inference.serve.servers import start, stop  # noqa: E402
 from tools.chaos.serving.__main__ import _growth  # noqa: E402
@@ -33,10 +33,10 @@ def load(served, request):
     is_native = request.param == "native"
     users = [None, *(f"user {i:02}" for i in range(USERS if is_native else 0))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(serve.KEYS, KEY)
+        patch.setenv(serving.KEYS, KEY)
         words = ["serve", *served.arguments(request.param), "--max-body", str(BODY_BYTES)]
         args = build_parser("serve").parse_args(words)
-        service = serve._service(args, *serve._opened(args))
+        service = serving.service_of(args, *serving.opened(args))
         quick = replace(service.limits, template_seconds=0.05)  # for the template that loops
         server, thread, url = start(make_app(replace(service, limits=quick)))
         found = ask_alone(f"{url}/v1", "tiny", users, (None, 1)) if is_native else answers(served)

@@ -20,7 +20,7 @@ for _name in ("fastapi", "uvicorn", "openai"):
 import httpx2 as httpx  # noqa: E402
 import openai  # noqa: E402
 
-from pst_ds.cli import serve  # noqa: E402
+from pst_ds.cli.serve import service as serving  # noqa: E402
 from pst_ds.inference.decoder import Decoder  # noqa: E402
 from pst_ds.inference.serve.app import make_app  # noqa: E402
 from pst_ds.inference.serve.batches import Batches  # noqa: E402
@@ -60,7 +60,7 @@ def _words(folders, store=None):
 
 def _start(folders, *more, store=None, **limits):
     args = build_parser("serve").parse_args([*_words(folders, store), *more])
-    service = serve._service(args, *serve._opened(args))
+    service = serving.service_of(args, *serving.opened(args))
     service = replace(service, limits=replace(service.limits, **limits))
     server, thread, url = start(make_app(service))
     return service, server, thread, f"{url}/v1"
@@ -210,7 +210,7 @@ def test_quantised_weights_are_served_by_the_native_decoder(folders, tmp_path, c
     assert main([*words, "--quiet"]) == 0
     template = ["--chat-template", str(folders / "template.jinja")]
     args = build_parser("serve").parse_args(["serve", str(tmp_path / "int8"), *template, "--memory", "0.001"])
-    service = serve._service(args, *serve._opened(args))
+    service = serving.service_of(args, *serving.opened(args))
     assert isinstance(service.worker, Slots)
     server, thread, url = start(make_app(service))
     with _client(f"{url}/v1") as client, ThreadPoolExecutor(6) as threads:
@@ -228,7 +228,7 @@ def test_quantised_weights_are_served_by_the_native_decoder(folders, tmp_path, c
     words, found = ["serve", str(tmp_path / "int8"), *template], []
     for more in (["--memory", "0.00008"], ["--memory", "0.00016", "--workers", "2"]):
         args = build_parser("serve").parse_args([*words, *more])
-        small = serve._service(args, *serve._opened(args))
+        small = serving.service_of(args, *serving.opened(args))
         small.worker.close()
         found.append((small.limits.positions, small.limits.new_tokens))
     assert found[0] == found[1]
@@ -272,7 +272,7 @@ def test_a_user_is_looked_up_once_for_a_request(folders, monkeypatch):
 
 
 def test_keys_and_a_full_queue(folders, monkeypatch):
-    monkeypatch.setenv(serve.KEYS, "one, two")
+    monkeypatch.setenv(serving.KEYS, "one, two")
     service, running, thread, url = _start(
         folders, "--max-waiting", "1", "--max-batch", "1", "--engine", "torch", store=False
     )
@@ -367,7 +367,7 @@ def test_a_server_is_warm_before_it_listens(folders, monkeypatch):
     monkeypatch.setattr(Decoder, "assign", lambda to, state: (users.append(state), assign(to, state))[1])
     for words in ([*_words(folders, store=False), "--engine", "torch"], _words(folders)):
         args = build_parser("serve").parse_args(words)
-        serve._service(args, *serve._opened(args)).worker.close()
+        serving.service_of(args, *serving.opened(args)).worker.close()
     (rows, tokens), *rest = steps
     assert (rows, rest) == (1, [(1, 1)])
     assert tokens > 1

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pst_ds.inference.decoder import Decoder, Sampling
-from pst_ds.inference.serve.jobs import DONE_LENGTH, DONE_STOP, ClosingError, Job, Token
+from pst_ds.inference.serve.jobs import DONE_LENGTH, DONE_STOP, Job, Token
+from pst_ds.inference.serve.protocol import ProtocolError
 from pst_ds.inference.serve.slots import LEAST_PROMPT, PROMPT_PER_ANSWER, Slots
 from pst_ds.nn.personal_updates import LEFT, RIGHT
 
@@ -242,5 +243,5 @@ def test_jobs_that_wait_at_the_end_are_told_and_others_are_answered(decoder):
             pass
         last.append(item)
     assert [item for item in last if item == DONE_LENGTH] == [DONE_LENGTH] * (SLOTS - 1)
-    assert all(isinstance(item, ClosingError) for item in last[SLOTS - 1 :])
+    assert all(isinstance(item, ProtocolError) and item.status == 503 for item in last[SLOTS - 1 :])
     assert len(running.written) == 30

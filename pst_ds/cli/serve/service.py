@@ -1,6 +1,4 @@
-"""``pst-ds serve DIR``: serve a model folder over HTTP: text with or without per-user adapters, labels, embeddings."""
-
-from __future__ import annotations
+"""The model, store and limits that ``pst-ds serve`` serves, as its options say."""
 
 import argparse
 import logging
@@ -10,23 +8,31 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
-from pst_ds.cli.engine import add_engine_arguments, native_decoder
-from pst_ds.cli.main import above, count, quiet_libraries
+import torch
+from fastapi import FastAPI
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from pst_ds.cli.engine import native_decoder
+from pst_ds.cli.main import quiet_libraries
+from pst_ds.data.conversations import read_template
+from pst_ds.data.model_limits import positions_of
 from pst_ds.errors import InputError
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-    from transformers import PreTrainedTokenizerBase
-
-    from pst_ds.inference.hf.model_folder import ModelFolder
-    from pst_ds.inference.serve.app import Service
-    from pst_ds.inference.serve.batches import Batches
-    from pst_ds.inference.serve.encoders import EncoderService
-    from pst_ds.inference.serve.jobs import Answering
-    from pst_ds.inference.serve.text import TextService
-    from pst_ds.train.users.store import State, UserStore
+from pst_ds.inference.encoder.encoder import Encoder, kind_of
+from pst_ds.inference.hf.model_folder import ModelFolder, open_model_folder
+from pst_ds.inference.serve.app import Limits, Service, make_app
+from pst_ds.inference.serve.batches import Batches
+from pst_ds.inference.serve.encoders import Batcher, EncoderService
+from pst_ds.inference.serve.gate import Access
+from pst_ds.inference.serve.grammar import GrammarError, Grammars
+from pst_ds.inference.serve.jobs import Answering
+from pst_ds.inference.serve.metrics import FOLDER
+from pst_ds.inference.serve.processes import answer, answer_from_workers, bound
+from pst_ds.inference.serve.protocol import ProtocolError
+from pst_ds.inference.serve.slots import Slots
+from pst_ds.inference.serve.text import TextService
+from pst_ds.parallel.launch import LaunchEnvironment, device_of
+from pst_ds.train.users.store import State, UserStore
 
 KEYS = "PST_DS_API_KEYS"
 """Environment variable with the keys of clients, separated by commas."""
@@ -34,40 +40,9 @@ _UNLIMITED = 1 << 17
 """Positions of a model whose config has no limit."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("model", metavar="DIR", help="folder of a causal model, a classifier or an embedding model")
-    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    add("--port", type=int, default=8000, metavar="N", help="(default: 8000; 0 chooses a free one)")
-    add("--name", help="the model's name in requests (default: the folder's)")
-    add("--store", metavar="DIR", help="store of per-user adapters, each served as NAME:USER")
-    add("--chat-template", metavar="FILE", help="Jinja file to use instead of the tokenizer's template")
-    add("--users-in-memory", type=count, default=64, metavar="N", help="adapters kept in memory (default: 64)")
-    add("--workers", type=count, default=1, metavar="N", help="processes, restarted when they die (default: 1)")
-    add("--max-batch", type=count, default=8, metavar="N", help="requests answered together (default: 8)")
-    add("--memory", type=above(0), metavar="GB", help="for keys and values, which limits the context of a request")
-    add("--max-waiting", type=count, default=64, metavar="N", help="waiting requests (default: 64)")
-    add("--max-body", type=count, default=1 << 20, metavar="B", help="request size (default: 2^20)")
-    add("--max-prompt-tokens", type=count, metavar="N", help="(default: the model's positions)")
-    add("--max-new-tokens", type=count, metavar="N", help="answer length (default: what the context allows)")
-    add_engine_arguments(parser)
-
-
-def run(args: argparse.Namespace) -> dict[str, object]:
-    try:
-        import fastapi  # noqa: F401
-        import llguidance  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"pst-ds serve needs {error.name}: pip install 'pst-ds[serve]'") from None
-    if not 0 <= args.port < 1 << 16:
-        raise InputError(f"--port {args.port} is not a port. Use 0 to 65535")
-    from pst_ds.inference.serve.app import make_app
-    from pst_ds.inference.serve.metrics import FOLDER
-    from pst_ds.inference.serve.processes import answer, answer_from_workers, bound
-
-    folder, tokenizer, store = _opened(args)
+def serve(args: argparse.Namespace) -> dict[str, object]:
+    """Serve until told to stop, from this process or from workers. Returns the model, its users and the port."""
+    folder, tokenizer, store = opened(args)
     facts: dict[str, object] = {"model": args.model, "name": args.name, "users": len(store or ())}
     with bound(args.host, args.port) as at:
         facts["port"] = at.getsockname()[1]
@@ -77,7 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
                 os.environ[FOLDER] = shared
                 ended = answer_from_workers(partial(_app_of_worker, args), at, args.workers)
             return facts if ended else {**facts, "exit_code": 1}
-        app = make_app(_service(args, folder, tokenizer, store))
+        app = make_app(service_of(args, folder, tokenizer, store))
         _say(args, facts)
         _log_requests()
         answer(app, at)
@@ -102,25 +77,19 @@ def _say(args: argparse.Namespace, facts: dict[str, object]) -> None:
 
 def _app_of_worker(args: argparse.Namespace) -> FastAPI:
     """Load the application of a worker, which uses its share of the cores. Raises InputError."""
-    from pst_ds.inference.serve.app import make_app
-
     quiet_libraries()
     _log_requests()
     if not args.threads and "OMP_NUM_THREADS" not in os.environ:
         args.threads = max(1, (os.cpu_count() or 1) // args.workers)
-    return make_app(_service(args, *_opened(args)))
+    return make_app(service_of(args, *opened(args)))
 
 
 def _keys() -> tuple[str, ...]:
     return tuple(key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip())
 
 
-def _opened(args: argparse.Namespace) -> tuple[ModelFolder, PreTrainedTokenizerBase, UserStore | None]:
+def opened(args: argparse.Namespace) -> tuple[ModelFolder, Tokenizer, UserStore | None]:
     """Return the folder, its tokenizer and the store, without loading the model; name the model. Raises InputError."""
-    from pst_ds.data.conversations import read_template
-    from pst_ds.inference.hf.model_folder import open_model_folder
-    from pst_ds.train.users.store import UserStore
-
     folder = open_model_folder(args.model)
     args.name = args.name or folder.path.resolve().name
     tokenizer = folder.tokenizer()
@@ -137,8 +106,6 @@ def _opened(args: argparse.Namespace) -> tuple[ModelFolder, PreTrainedTokenizerB
 
 
 def _require_no_text_options(args: argparse.Namespace, folder: ModelFolder) -> None:
-    from pst_ds.inference.encoder.encoder import kind_of
-
     kind, defaults = kind_of(folder), {"load_as": "auto", "engine": "auto"}
     for name in ("store", "chat_template", "memory", "max_new_tokens", "load_as", "dtype", "engine"):
         if getattr(args, name) != defaults.get(name):
@@ -146,11 +113,6 @@ def _require_no_text_options(args: argparse.Namespace, folder: ModelFolder) -> N
 
 
 def _encoder_service(args: argparse.Namespace) -> EncoderService:
-    from pst_ds.inference.encoder.encoder import Encoder
-    from pst_ds.inference.serve.app import Limits
-    from pst_ds.inference.serve.encoders import Batcher, EncoderService
-    from pst_ds.inference.serve.gate import Access
-
     encoder = Encoder(args.model, threads=args.threads, max_length=args.max_prompt_tokens, batch=args.max_batch)
     encoder.outputs(["What is the time?"])  # compiles what a request would wait for
     batcher, limits = Batcher(encoder, args.max_waiting), Limits(body_bytes=args.max_body)
@@ -159,22 +121,10 @@ def _encoder_service(args: argparse.Namespace) -> EncoderService:
     return EncoderService(name=args.name, limits=limits, access=access, encoder=encoder, worker=batcher)
 
 
-def _service(
-    args: argparse.Namespace, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, store: UserStore | None
-) -> Service:
+def service_of(args: argparse.Namespace, folder: ModelFolder, tokenizer: Tokenizer, store: UserStore | None) -> Service:
     """Load the model and return the service. Raises InputError."""
     if not folder.is_causal:
         return _encoder_service(args)
-    import torch
-
-    from pst_ds.data.model_limits import positions_of
-    from pst_ds.inference.serve.app import Limits
-    from pst_ds.inference.serve.gate import Access
-    from pst_ds.inference.serve.grammar import Grammars
-    from pst_ds.inference.serve.slots import Slots
-    from pst_ds.inference.serve.text import TextService
-    from pst_ds.parallel.launch import LaunchEnvironment, device_of
-
     if args.threads:
         torch.set_num_threads(args.threads)
     device = device_of(LaunchEnvironment(0, 1, 0)) if store is None else "cpu"
@@ -211,11 +161,9 @@ def _service(
 
 
 def _batches(
-    args: argparse.Namespace, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, device: str, ends: list[int]
+    args: argparse.Namespace, folder: ModelFolder, tokenizer: Tokenizer, device: str, ends: list[int]
 ) -> Batches:
     """Load the transformers model. Raises InputError."""
-    from pst_ds.inference.serve.batches import Batches
-
     if args.memory:
         raise InputError("--memory is for the native loop, which is not used here. Add --engine native")
     model = folder.load(args.load_as, args.dtype, device)
@@ -230,11 +178,6 @@ def _memory_of_cache() -> float:
 
 def _warm_up(args: argparse.Namespace, service: TextService) -> None:
     """Run what requests run, for a user too, so that no request waits for a compiler. Raises InputError."""
-    import torch
-
-    from pst_ds.inference.serve.grammar import GrammarError
-    from pst_ds.inference.serve.protocol import ProtocolError
-
     states: list[State | None] = [None]
     if service.store is not None:
         common = service.store.common

@@ -1,57 +1,27 @@
-"""``pst-ds generate DIR --prompt TEXT``: generate text with a dense or packed model; tokens per second go to stderr."""
-
-from __future__ import annotations
+"""The answer that ``pst-ds generate`` streams to stdout, and its speed."""
 
 import argparse
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from pst_ds.cli.engine import add_engine_arguments, native_decoder
-from pst_ds.cli.main import count
+import torch
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from pst_ds.cli.engine import native_decoder
 from pst_ds.errors import InputError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedTokenizerBase, TextStreamer
-
-    from pst_ds.export.manifest import Facts
-    from pst_ds.inference.decoder import Decoder, Sampling
-    from pst_ds.inference.hf.model_folder import ModelFolder
-    from pst_ds.train.users.store import UserStore
+from pst_ds.export.manifest import Facts
+from pst_ds.inference.decoder import Decoder, Sampling
+from pst_ds.inference.hf.model_folder import ModelFolder, open_model_folder
+from pst_ds.inference.loading import generated, prompt_tokens
+from pst_ds.inference.runtime import sparse_layers
+from pst_ds.parallel.launch import LaunchEnvironment, device_of
+from pst_ds.train.users.store import UserStore
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("model", metavar="DIR", help="model folder: dense, or packed by pst-ds export")
-    add("--prompt", required=True, metavar="TEXT", help='text to continue; "-" reads stdin')
-    add("--chat", action="store_true", help="the prompt is a message: use the tokenizer's chat template")
-    add("--max-new-tokens", type=count, default=128, metavar="N", help="(default: 128)")
-    add("--temperature", type=float, metavar="T", help="sampling temperature (default: greedy)")
-    add("--top-p", type=float, metavar="P", help="sample from the likeliest tokens that add up to P")
-    add("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
-    add("--store", metavar="DIR", help="per-user adapters (pst-ds users train --form beside)")
-    add("--user", metavar="NAME", help="user in --store whose adapter is used")
-    add_engine_arguments(parser)
-    bits = "bits of the native loop's activations in prompts: 8 is faster and less exact (default: 16)"
-    add("--prompt-bits", type=int, choices=(8, 16), metavar="BITS", help=bits)
-
-
-def run(args: argparse.Namespace) -> dict[str, object]:
+def answer(args: argparse.Namespace) -> Facts:
+    """Generate the text that ``args`` ask for. Raises InputError."""
     sampling = _sampling(args)
-    if (args.store is None) != (args.user is None):
-        raise InputError("--store and --user must be given together")
-    import torch
-    from transformers import TextStreamer
-
-    from pst_ds.inference.decoder import Decoder
-    from pst_ds.inference.hf.model_folder import open_model_folder
-    from pst_ds.inference.loading import generated
-    from pst_ds.inference.runtime import sparse_layers
-    from pst_ds.parallel.launch import LaunchEnvironment, device_of
-    from pst_ds.train.users.store import UserStore
-
     if args.threads:
         torch.set_num_threads(args.threads)
     device = device_of(LaunchEnvironment(0, 1, 0)) if args.store is None else "cpu"
@@ -60,20 +30,18 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     store = UserStore(Path(args.store)) if args.store is not None else None
     tokenizer = folder.tokenizer()
     ids = _encoded(tokenizer, args)
-    new_tokens, prompt_tokens = _new_tokens(args, ids, folder), len(ids)
-    start = time.perf_counter()
-    context = prompt_tokens + new_tokens
+    new_tokens = _new_tokens(args, ids, folder)
+    context, start = len(ids) + new_tokens, time.perf_counter()
     model = _decoder(args, folder, device, context, store) or folder.load(args.load_as, args.dtype, device)
     load_seconds = time.perf_counter() - start
     if new_tokens < args.max_new_tokens:
-        print(f"stops after {new_tokens} tokens: the model has {prompt_tokens + new_tokens} positions", file=sys.stderr)
-    stopwatch = _Stopwatch(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+        print(f"stops after {new_tokens} tokens: the model has {context} positions", file=sys.stderr)
+    stopwatch = Stopwatch(tokenizer, skip_prompt=True, skip_special_tokens=True)
     if isinstance(model, Decoder):
         engine, dtype, layers = "native", folder.values or str(folder.config.dtype), 0
-        new = _stream(model, ids, new_tokens, sampling, folder.end_tokens(tokenizer), args.seed, stopwatch)
     else:
         engine, dtype, layers = "torch", str(model.dtype), len(sparse_layers(model))
-        new = generated(model, ids, new_tokens, sampling, folder.end_tokens(tokenizer), args.seed, stopwatch)
+    new = generated(model, ids, new_tokens, sampling, folder.end_tokens(tokenizer), args.seed, stopwatch)
     result: Facts = {
         "model": args.model,
         "format": folder.format,
@@ -83,10 +51,10 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         "device": device,
         "threads": torch.get_num_threads(),
         "load_seconds": load_seconds,
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": len(ids),
         "new_tokens": len(new),
         "text": tokenizer.decode(new, skip_special_tokens=True),
-        **stopwatch.rates(prompt_tokens),
+        **stopwatch.rates(len(ids)),
     }
     print(_speed(result), file=sys.stderr, flush=True)
     return result
@@ -117,8 +85,6 @@ def _decoder(
 
 def _sampling(args: argparse.Namespace) -> Sampling:
     """Return the sampling settings, which are greedy without options. Raises InputError."""
-    from pst_ds.inference.decoder import Sampling
-
     default = 0.0 if args.top_p is None else 1.0
     try:
         temperature = default if args.temperature is None else args.temperature
@@ -129,8 +95,6 @@ def _sampling(args: argparse.Namespace) -> Sampling:
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[int]:
     """Return the tokens of the prompt, at least one. Raises InputError."""
-    from pst_ds.inference.loading import prompt_tokens
-
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt.strip():
         raise InputError("--prompt is empty. Give a text to continue")
@@ -158,18 +122,16 @@ def _new_tokens(args: argparse.Namespace, ids: list[int], folder: ModelFolder) -
     return min(args.max_new_tokens, positions - len(ids))
 
 
-class _Stopwatch:
-    """Streamer of ``generate()`` that records when the prompt and every token arrive, and passes them on."""
+class Stopwatch(TextStreamer):
+    """Streamer of ``generate()`` that also records when the prompt and every token arrive."""
 
-    def __init__(self, streamer: TextStreamer):
-        self._streamer, self._times = streamer, list[float]()
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, **options: bool):
+        super().__init__(tokenizer, **options)
+        self._times = list[float]()
 
-    def put(self, value: Tensor) -> None:
+    def put(self, value: torch.Tensor) -> None:
         self._times.append(time.perf_counter())
-        self._streamer.put(value)
-
-    def end(self) -> None:
-        self._streamer.end()
+        super().put(value)
 
     def rates(self, prompt_tokens: int) -> dict[str, float | None]:
         """Return seconds to the first token, and tokens per second of prefill and decoding (None for one token)."""
@@ -179,24 +141,3 @@ class _Stopwatch:
             "prefill_tokens_per_second": prompt_tokens / (first - prompt),
             "decode_tokens_per_second": len(later) / (later[-1] - first) if later else None,
         }
-
-
-def _stream(
-    decoder: Decoder,
-    ids: list[int],
-    new_tokens: int,
-    sampling: Sampling,
-    ends: list[int],
-    seed: int,
-    stopwatch: _Stopwatch,
-) -> list[int]:
-    """Stream the text of the native loop to stdout; return its tokens."""
-    import torch
-
-    stopwatch.put(torch.tensor([ids]))
-    new = []
-    for token in decoder.stream(ids, new_tokens, sampling=sampling, end=ends, seed=seed):
-        new.append(token)
-        stopwatch.put(torch.tensor([token]))
-    stopwatch.end()
-    return new
