@@ -20,12 +20,6 @@ def require_fitting(model: nn.Module, folder: Path, store: UserStore) -> None:
     The folder must be an export of the run that the users were trained on. Rejects stores with another form, base or
     mask, and adapters with a head.
     """
-    _require_served(store)
-    _require_base(folder, store)
-    _require_masks(model, folder, store)
-
-
-def _require_served(store: UserStore) -> None:
     common = store.common
     if common.form != "beside":
         raise UserStoreError(
@@ -34,23 +28,17 @@ def _require_served(store: UserStore) -> None:
         )
     others = [name for name in common.shapes if name.rpartition(".")[2] not in (LEFT, RIGHT)]
     if others:
-        raise UserStoreError(
-            f"{store.folder} has a head for each user ({others[0]}), and such models cannot generate text"
-        )
-
-
-def _require_base(folder: Path, store: UserStore) -> None:
+        raise UserStoreError(f"{store.folder} has a head for each user ({others[0]}), which cannot generate text")
     try:
         known = json.loads((folder / MANIFEST_FILE).read_bytes()).get("base_fingerprint")
     except (OSError, ValueError, AttributeError):
         known = None
     if not known:
-        path = folder / MANIFEST_FILE
-        raise InputError(
-            f"{path} does not name its base model. Use an export of the run that the users were trained on"
-        )
-    if known != store.common.base_fingerprint:
+        why = "does not name its base model. Use an export of the run that the users were trained on"
+        raise InputError(f"{folder / MANIFEST_FILE} {why}")
+    if known != common.base_fingerprint:
         raise UserStoreError(f"{store.folder} has adapters of another base model than {folder}")
+    _require_masks(model, folder, store)
 
 
 def _require_masks(model: nn.Module, folder: Path, store: UserStore) -> None:
@@ -60,9 +48,7 @@ def _require_masks(model: nn.Module, folder: Path, store: UserStore) -> None:
         return
     for name, known in store.common.masks_sha256.items():
         if name not in modules:
-            raise UserStoreError(
-                f"{store.folder} has adapters of a layer {name}, which the model in {folder} does not have"
-            )
+            raise UserStoreError(f"{store.folder} has adapters of {name}, which the model in {folder} does not have")
         module = modules[name]
         weight = module.dense_weight() if isinstance(module, SparseLinear) else module.get_parameter("weight")
         keep = weight.detach().cpu() != 0

@@ -7,8 +7,6 @@ Call ``register_operators(options)`` before creating a session.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,17 +41,6 @@ def register_operators(options: SessionOptions) -> None:
     options.register_custom_ops_library(library)
 
 
-@contextmanager
-def exact_inputs() -> Iterator[None]:
-    """Let sessions opened in this context use 16-bit activations where their graph allows 8, in the whole process."""
-    library = ctypes.CDLL(str(operator_library()))
-    library.pst_onnx_exact_inputs(1)
-    try:
-        yield
-    finally:
-        library.pst_onnx_exact_inputs(0)
-
-
 def open_session(file: Path, threads: int = 0, *, exact: bool = False) -> InferenceSession:
     """Return an ``onnxruntime.InferenceSession`` of ``file`` on the CPU, with our operators. ``threads``: 0 for all.
 
@@ -66,8 +53,11 @@ def open_session(file: Path, threads: int = 0, *, exact: bool = False) -> Infere
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     register_operators(options)
+    use_exact_inputs = ctypes.CDLL(str(operator_library())).pst_onnx_exact_inputs
+    use_exact_inputs(int(exact))  # read when a session is created, by any in this process
     try:
-        with exact_inputs() if exact else nullcontext():
-            return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a class per error code and no common base
         raise InputError(f"{file}: ONNX Runtime {onnxruntime.__version__} rejects it: {error}") from None
+    finally:
+        use_exact_inputs(0)

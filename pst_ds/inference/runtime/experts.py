@@ -114,6 +114,3 @@ class SparseExperts(SparseLinear):
             return ops.quantized_linear(x, parts["codes"], parts["scales"], bits, offsets, None, form.packing)
         dense = form.unpack(parts, self.dtype if self.is_quantized else None)
         return ops.dense_linear(x, dense.to(x.device), None)
-
-    def extra_repr(self) -> str:
-        return f"experts={self.num_experts}, {self.in_features}, {self.rows_of_expert}, {self.format.name}"
