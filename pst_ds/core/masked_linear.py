@@ -7,9 +7,8 @@ Names: N tokens, O outputs, I inputs. The gradient G, as large as the weight, ex
 :mod:`pst_ds.core.tiles`). Nothing here keeps a tensor of the size of the weight between the passes.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -43,7 +42,7 @@ class LayerState:
     rounding: Rounding | None = None
     """Quantisation of M . W."""
 
-    def expert(self, expert: int) -> LayerState:
+    def expert(self, expert: int) -> Self:
         """Return one expert of a stack; views, except bits that start within a byte or cross a shard."""
         layout, share = self.layout, self.layout.num_matrices // self.layout.num_experts
         start, stop = layout.expert_range(expert)

@@ -1,14 +1,12 @@
 """``pst_manifest.json``: the contents of an export, tensor by tensor and file by file."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -94,7 +92,7 @@ class ExportedTensor(BaseModel):
         return self.spec.numel
 
     @model_validator(mode="after")
-    def _require_consistent(self) -> ExportedTensor:
+    def _require_consistent(self) -> Self:
         is_matrix = len(self.shape) in (2, 3)
         needs_matrix = self.spec.form or self.pruned_per_matrix or self.transposed
         for field, holds in (
@@ -121,7 +119,7 @@ class _Manifest(BaseModel):
     tokens_kept: list[_Count] | None = None
 
     @model_validator(mode="after")
-    def _require_consistent(self) -> _Manifest:
+    def _require_consistent(self) -> Self:
         names = [name for tensor in self.tensors for name in {tensor.name, *tensor.spec.part_names()}]
         kept = self.tokens_kept
         for holds, problem in (

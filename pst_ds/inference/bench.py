@@ -1,7 +1,5 @@
 """``pst-ds bench``: the variants of a model that are compared, and their speeds as medians over interleaved turns."""
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import os
@@ -10,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +52,7 @@ class NativeLoop:
         self.decoder, self._file_bytes = decoder, file_bytes
 
     @classmethod
-    def of(cls, folder: ModelFolder, positions: int, sequences: int) -> NativeLoop | None:
+    def of(cls, folder: ModelFolder, positions: int, sequences: int) -> Self | None:
         """Open ``folder``. Return None if its values are not quantised, or the decoder does not support the model."""
         if not folder.is_causal or folder.values is None:
             return None

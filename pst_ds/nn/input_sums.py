@@ -4,13 +4,12 @@ Each part of a sum is rounded to a multiple of a power of two, which the first b
 precision without rounding. Ranks can therefore sum different batches.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +64,7 @@ class OrderFreeSum:
             for total, part in zip(self._parts, parts, strict=True):
                 total += self._rounded(part)
 
-    def same_terms(self, other: OrderFreeSum) -> bool:
+    def same_terms(self, other: Self) -> bool:
         """Return whether both have the same terms, in the same memory, and no step yet."""
         pairs = zip(self._waiting, other._waiting, strict=False)
         return len(self._waiting) == len(other._waiting) > 0 and all(one is two for one, two in pairs)

@@ -1,11 +1,9 @@
 """Find the head of a causal language model, and how its family scales or caps the logits, by a probe."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +136,7 @@ class _Body(nn.Module):
         super().__init__()
         self.width = width
 
-    def __getattr__(self, name: str) -> _Body:
+    def __getattr__(self, name: str) -> Self:
         return self
 
     def forward(self, *args: object, **kwargs: object) -> _BodyOutput:

@@ -1,7 +1,5 @@
 """The engine that the training loop drives: DeepSpeed's, or a small one for a single process without DeepSpeed."""
 
-from __future__ import annotations
-
 import gc
 import math
 import os
@@ -9,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import wraps
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -92,11 +90,11 @@ class LocalEngine:
     def was_step_applied(self) -> bool:
         return self._applied
 
-    def train(self, mode: bool = True) -> LocalEngine:
+    def train(self, mode: bool = True) -> Self:
         self.module.train(mode)
         return self
 
-    def eval(self) -> LocalEngine:
+    def eval(self) -> Self:
         return self.train(False)
 
     def get_global_grad_norm(self) -> float | None:

@@ -4,10 +4,9 @@ DeepSpeed's ZeRO-3 treats the owned parts as it does AutoEP's: it partitions the
 experts, averages their gradients over the tokens of all ranks, and adds their norms over the group.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -29,7 +28,7 @@ class ExpertGroup(ExpertShare):
     ranks: dist.ProcessGroup
 
     @classmethod
-    def of_neighbours(cls, degree: int) -> ExpertGroup:
+    def of_neighbours(cls, degree: int) -> Self:
         """Group ``degree`` ranks each, which must divide the number of ranks. Collective."""
         from deepspeed.utils import groups
 

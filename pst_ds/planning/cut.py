@@ -1,8 +1,6 @@
 """Memory, time and traffic of a cut before a run, computed from shapes (docs/how-to/shapes.md)."""
 
-from __future__ import annotations
-
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.run import RunConfig
@@ -28,7 +26,7 @@ class _Fitted(NamedTuple):
     experts: int
 
     @classmethod
-    def of(cls, layout: WeightLayout, smaller: WeightLayout) -> _Fitted:
+    def of(cls, layout: WeightLayout, smaller: WeightLayout) -> Self:
         one = layout.expert
         return cls(one.out_features, one.in_features, smaller.expert.in_features, layout.num_experts)
 

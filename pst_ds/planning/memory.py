@@ -6,13 +6,11 @@ a 16-bit gradient shard and a share of one reduction bucket. Resident memory is 
 memory is bounded by the largest module. tools.bench.scale compares the sums with the resident memory of real runs.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
 from pst_ds.core.bits import shard_numel
 from pst_ds.core.bracket import BRACKET_DEVIATIONS, sample_size
@@ -129,7 +127,7 @@ class ModelNumbers:
     divided_by: int = 1
     """See :attr:`TensorGroup.divided_by`."""
 
-    def divided(self, degree: int) -> ModelNumbers:
+    def divided(self, degree: int) -> Self:
         """Return the numbers of one of ``degree`` neighbouring ranks that divide the experts of every stack."""
 
         def share(value: int) -> int:

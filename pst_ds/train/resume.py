@@ -1,11 +1,10 @@
 """Resume a run from a checkpoint: the progress that checkpoints keep, and whether the run may continue from it."""
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Self
 
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError
@@ -56,7 +55,7 @@ class RunProgress:
         return {**self.loop.as_json(), **own}
 
     @classmethod
-    def read(cls, checkpoint: Checkpoint) -> RunProgress:
+    def read(cls, checkpoint: Checkpoint) -> Self:
         """Read the progress in ``checkpoint``. Raises CheckpointError for missing or unknown fields."""
         values, step = dict(checkpoint.state.progress), checkpoint.state.step
         saved = {name: values.pop(name) for name in LoopState().as_json() if name in values}

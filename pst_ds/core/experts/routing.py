@@ -1,10 +1,8 @@
 """Assignment of tokens to experts, and the runs of rows after sorting by expert."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -31,7 +29,7 @@ class Routing(NamedTuple):
     """Tokens per expert, where the host knows them: on the CPU."""
 
     @classmethod
-    def of(cls, index: Tensor, weights: Tensor, num_experts: int, *, even: bool = False) -> Routing:
+    def of(cls, index: Tensor, weights: Tensor, num_experts: int, *, even: bool = False) -> Self:
         """Sort the pairs of ``index`` (N, k), the experts of each token, with their router ``weights``.
 
         The host does not wait for another device. With ``even``, ``counts`` are as equal as possible instead, without

@@ -1,10 +1,9 @@
 """A token stream cut into sequences of equal length, which are read when a batch needs them."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 
@@ -51,7 +50,7 @@ class Sequences:
     """SHA-256 of the stream. Empty computes it from all tokens."""
 
     @classmethod
-    def of(cls, stream: TokenStream, length: int, *, trains: bool, apart: bool) -> Sequences:
+    def of(cls, stream: TokenStream, length: int, *, trains: bool, apart: bool) -> Self:
         """Cut a stream, for training or for evaluation; ``apart`` restricts attention to each document."""
         return cls(
             stream.tokens,
@@ -144,7 +143,7 @@ class Sequences:
         """Return the sequences at ``numbers`` of an endless shuffled order: int64."""
         return in_passes(numbers, len(self), f"{seed}")
 
-    def first(self, count: int) -> Sequences:
+    def first(self, count: int) -> Self:
         """Return the first ``count`` sequences."""
         tokens = min(count, len(self)) * self._stride + self.overlap
         num_bytes = None if self.num_bytes is None else self.num_bytes[:tokens]

@@ -1,13 +1,11 @@
 """Token stores of ``pst-ds prepare``: the manifest, token streams in memory-mapped files, and writing shard by shard.
 Each shard and its record are written atomically."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -269,7 +267,7 @@ class ShardWriter:
         write_text_atomic(record_path(self._folder, record.number), json.dumps(asdict(record)) + "\n")
         return record
 
-    def __enter__(self) -> ShardWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:

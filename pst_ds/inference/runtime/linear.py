@@ -1,8 +1,7 @@
 """A linear layer whose weight stays packed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +97,7 @@ class SparseLinear(nn.Module):
         self._is_checked = False
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Convert as ``.to`` does, but undo casts of small negative values to -0.0, and of scales."""
         if self.is_quantized:
             return self._apply_to_codes(fn, recurse)
@@ -112,7 +111,7 @@ class SparseLinear(nn.Module):
                 values.add_(0.0)
         return self
 
-    def _apply_to_codes(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> SparseLinear:
+    def _apply_to_codes(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> Self:
         """Convert a quantised layer: a cast changes the dtype of the computation, but not the scales."""
         scales, had_values = self.scales, not self.scales.is_meta
         super()._apply(fn, recurse)

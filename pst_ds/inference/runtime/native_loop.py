@@ -3,8 +3,6 @@
 Weights are repacked for this processor's instructions when a model is opened (``decoder/matrix.hpp``).
 """
 
-from __future__ import annotations
-
 import ctypes
 import math
 import os
@@ -12,7 +10,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from ctypes import CDLL, c_int
 from functools import cache, partial
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -107,7 +105,7 @@ class Matrix:
         weakref.finalize(self, require_library().pst_matrix_free, handle)
 
     @classmethod
-    def of_codes(cls, codes: Tensor, scales: Tensor, bits: int, group: int, level: int | None = None) -> Matrix:
+    def of_codes(cls, codes: Tensor, scales: Tensor, bits: int, group: int, level: int | None = None) -> Self:
         """Pack ``codes`` (O, I) int8, 0 where pruned, with bf16 ``scales`` (O, groups).
 
         ``group``: columns per group, a multiple of 32; 0 for per-row scales.
@@ -127,7 +125,7 @@ class Matrix:
         )
 
     @classmethod
-    def of_floats(cls, weight: Tensor, level: int | None = None) -> Matrix:
+    def of_floats(cls, weight: Tensor, level: int | None = None) -> Self:
         """Use ``weight`` (O, I), fp32 or bf16, unchanged, and without a copy if it is contiguous."""
         weight = weight.detach().contiguous()
         if weight.dtype not in (torch.float32, torch.bfloat16):

@@ -1,12 +1,11 @@
 """Answers as JSON values of the chat-completions and completions protocols."""
 
-from __future__ import annotations
-
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from pst_ds.inference.serve.protocol import JsonTable
 
@@ -17,7 +16,7 @@ class TokenText:
 
     data: bytes
     logprob: float
-    likeliest: Sequence[TokenText] = ()
+    likeliest: Sequence[Self] = ()
 
     @property
     def text(self) -> str:
@@ -36,7 +35,7 @@ class Piece:
     why: str | None = None
     """Finish reason, in the last piece."""
 
-    def append(self, other: Piece) -> None:
+    def append(self, other: Self) -> None:
         """Add the next piece of the same answer."""
         self.text += other.text
         self.tokens += other.tokens

@@ -4,11 +4,10 @@
 which never dequantises the full table. ZeRO-3 gathers the quantised values, a quarter or half of bf16's bytes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +63,7 @@ class CodedTable(nn.Module):
         """Return the table, in the dtype that the model computes in. The parameters must be gathered."""
         return CodedWeight(self.layout, self.codes.detach(), self.scales.detach(), self.dtype)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodedTable:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # a cast of the model leaves the bytes unchanged
         return super()._apply(fn, recurse)
 

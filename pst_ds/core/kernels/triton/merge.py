@@ -1,8 +1,7 @@
 """Launch the kernels for a layer's merged weight and for the backward pass of bands of G, or of experts."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -78,12 +77,12 @@ class Matrices:
     part_step: int = 0
 
     @classmethod
-    def of_rect(cls, rect: Rect, width: int) -> Matrices:
+    def of_rect(cls, rect: Rect, width: int) -> Self:
         """Return a rectangle of a stored weight with rows of ``width``."""
         return cls(rect.shape, rect.r0 * width + rect.c0)
 
     @classmethod
-    def of_experts(cls, layout: WeightLayout, experts: range) -> Matrices:
+    def of_experts(cls, layout: WeightLayout, experts: range) -> Self:
         """Return all matrices of some experts of a stack; a layer that is not a stack is one expert."""
         rect, parts = layout.matrices()[0].rect, layout.num_matrices // layout.num_experts
         numel, part_step = layout.expert.numel, rect.shape[1] if layout.transposed else rect.numel
