@@ -67,9 +67,7 @@ def run(args: argparse.Namespace) -> Mapping[str, object]:
     )
     if is_model_folder(source):
         if args.set or args.checkpoint:
-            raise InputError(
-                f"{source} is a model folder, which has no settings and no checkpoints. Remove --set and --checkpoint"
-            )
+            raise InputError(f"{source}: a model folder has no settings or checkpoints. Remove --set and --checkpoint")
         report = export_model_folder(source, args.out, settings)
     else:
         report = export_run(load_run_or_folder(args), args.out, settings, checkpoint=args.checkpoint or "best")
@@ -170,9 +168,7 @@ def lines_of_report(args: argparse.Namespace, report: Facts) -> list[str]:
 def _onnx_line(args: argparse.Namespace, report: Mapping[str, object]) -> str:
     weights = "dense weights" if args.plain else f"{report['sparse_nodes']} sparse products"
     difference = report["max_relative_difference"]
-    compared = (
-        "not run: no onnxruntime here" if difference is None else f"outputs within {difference:.1g} of the model's"
-    )
+    compared = "not run: no onnxruntime" if difference is None else f"outputs within {difference:.1g} of the model's"
     return (
         f"wrote {Path(args.out) / ONNX_FILE}: {report['nodes']} nodes, {weights}, {report['file_bytes']:,} bytes; "
         f"{compared}"

@@ -33,9 +33,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     out, kind = Path(args.out), kind_of(open_model_folder(args.model))
     formats = [suffix for suffix in FORMATS if kind != EMBEDDER or suffix != ".csv"]
     if out.suffix not in formats:
-        raise InputError(
-            f"--out {out}: predictions of this {kind} are written as {', '.join(formats)}. Name such a file"
-        )
+        raise InputError(f"--out {out}: a {kind}'s predictions are written as {', '.join(formats)}. Name such a file")
     require_writable(out, f"--out {out}")
     if not args.threads and "OMP_NUM_THREADS" not in os.environ:
         args.threads = max(1, (os.cpu_count() or 1) // args.processes)

@@ -218,9 +218,7 @@ def _users_to_score(args: argparse.Namespace, store: UserStore, there: set[str])
             raise InputError(f"--users {name!r}: no row of the {args.split} split is of that user")
     users = list(args.users) or [name for name in store.names if name in there]
     if not users:
-        raise InputError(
-            f"no row of the {args.split} split is of a user of {args.store}: column {args.by!r} has other names"
-        )
+        raise InputError(f"no row of the {args.split} split has a user of {args.store} in column {args.by!r}")
     return users
 
 

@@ -43,7 +43,7 @@ class PrunedScales:
         unknown = next((layer for layer in self.layers if layer not in modules and layer not in stacks), None)
         if unknown is not None:
             raise ExportError(
-                f"{self.folder / RECORD_FILE} says that {unknown[:200]} was quantised, but the model has no such layer"
+                f"{self.folder / RECORD_FILE} lists {unknown[:200]}, a layer that the model does not have"
             )
         layer_of = {id(modules[layer]): layer for layer in self.layers if layer in modules}
         found = {name: layer_of[id(module)] for name, module in linear.items() if id(module) in layer_of}

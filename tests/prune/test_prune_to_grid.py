@@ -209,7 +209,7 @@ DAMAGE = {
     "no layers": (lambda f: _with_record(f, layers=3), "pruning.json is damaged"),
     "a layer that there is not": (
         lambda f: (_with_record(f, layers=[{"name": "lm"}]), _with_scales(f, _add_layer)),
-        "says that lm was quantised, but the model has no such layer",
+        "lists lm, a layer that the model does not have",
     ),
 }  # fmt: skip
 

@@ -165,9 +165,7 @@ def _machine(args: argparse.Namespace) -> Machine | None:
         return None
     gpus = ", ".join(name for name, machine in MACHINES.items() if machine.device != "cpu")
     if not args.machine:
-        raise InputError(
-            f"--nodes {args.nodes}: their machine is not given. Add --machine with one of {gpus}, or a file"
-        )
+        raise InputError(f"--nodes {args.nodes}: their machine is unknown. Add --machine with one of {gpus} or a file")
     if (machine := machine_of(args.machine)).device == "cpu":
         raise InputError(f"--machine {args.machine}: its nodes have no GPUs. Name one of {gpus}, or use --ranks")
     return machine

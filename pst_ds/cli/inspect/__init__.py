@@ -29,9 +29,7 @@ def inspect(path: Path) -> Inspection:
     if path.is_file():
         return runs.run_file(path)
     if (path / ONNX_FILE).is_file():
-        raise InputError(
-            f"{path} is an ONNX export. Show its graph with netron or onnx, and check it with pst-ds verify {path}"
-        )
+        raise InputError(f"{path} is an ONNX export. Show its graph with netron; check it with pst-ds verify {path}")
     readers = {
         "run.toml": runs.run_folder,
         "SHA256SUMS": runs.checkpoint_folder,

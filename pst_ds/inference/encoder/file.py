@@ -88,9 +88,7 @@ def open_file(folder: str, file: str, columns: Sequence[str], open_model: Callab
     columns = columns or [name for name in _USUAL_COLUMNS if name in rows.column_names][:1]
     if len(columns) not in (1, 2) or not len(rows):
         names = ", ".join(rows.column_names)
-        raise InputError(
-            f"{file} has {len(rows)} rows. Name its column of texts, or two of pairs, with --text: {names}"
-        )
+        raise InputError(f"{file} has {len(rows)} rows. Name a column of texts, or two of pairs, with --text: {names}")
     require_columns(rows, dict.fromkeys(columns, setting), file)
     return TextFile(file, rows, columns, open_model)
 

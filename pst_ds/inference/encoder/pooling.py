@@ -52,7 +52,5 @@ def pooling_of(folder: Path) -> Pooling:
         raise InputError(f"{file} cannot be read: {error!r}. Copy it from the original model") from None
     unknown = [*(modules.keys() - {"Transformer", "Pooling", "Normalize"}), *(set(modes) - _MODES)]
     if unknown or not modes:
-        raise InputError(
-            f"{file}: {unknown or 'no pooling'} is not supported. Use sentence-transformers for this model"
-        )
+        raise InputError(f"{file}: {unknown or 'no pooling'} is not supported. Use sentence-transformers for it")
     return Pooling(tuple(modes), "Normalize" in modules)

@@ -62,16 +62,12 @@ class ModelFolder:
         """Raise InputError for a model that cannot generate text."""
         if not self.is_causal:
             names = ", ".join(self.config.architectures or ("nothing",))
-            raise InputError(
-                f"{self.path}: config.json names {names}, no causal language model. Name the folder of one"
-            )
+            raise InputError(f"{self.path}: config.json names {names}, no causal language model. Name another folder")
 
     def load(self, load_as: LoadAs = "auto", dtype: str | None = None, device: str = "cpu") -> PreTrainedModel:
         """Return the model in eval mode, in ``dtype``, a key of :data:`DTYPES`, or the folder's. Raises InputError."""
         if load_as == "sparse" and self.format == DENSE:
-            raise InputError(
-                f"{self.path}: its weights are dense. Pack them: pst-ds export {self.path} --format bitmask --out DIR"
-            )
+            raise InputError(f"{self.path}: its weights are dense. Pack them with pst-ds export --format bitmask")
         model, _ = Pretrained(str(self.path)).load(
             architecture(self.config) or transformers.AutoModel,
             "Name one that the config belongs to",
@@ -109,9 +105,7 @@ def open_model_folder(path: str | Path) -> ModelFolder:
     quantization = _quantization(config)
     method = quantization.get("quant_method")
     if quantization and method != "pst_ds":
-        raise InputError(
-            f"{path}: its weights are quantised with {method!r}. Name a folder that is dense, or packed by pst-ds"
-        )
+        raise InputError(f"{path}: quantised with {method!r}. Name a folder that is dense, or packed by pst-ds")
     packing = str(quantization.get("format", DENSE))
     return ModelFolder(path, config, "codes" if quantization and packing == DENSE else packing)
 

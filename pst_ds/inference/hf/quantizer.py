@@ -140,9 +140,7 @@ class PackedWeightsQuantizer(HfQuantizer):
         if info.missing_keys:
             fix = "Export again."
             if saved and kind not in saved:
-                fix = (
-                    f"The folder holds {', '.join(saved)}: load it with that class, or export the model that you want."
-                )
+                fix = f"The folder holds {', '.join(saved)}: load it with that class, or export the model you want."
             absent = shortened(sorted(info.missing_keys), 3)
             raise PackedFolderError(f"{absent}: missing in the folder; {kind} would have random values there. {fix}")
         extra = [] if expected is None else sorted(n for n in info.unexpected_keys if n.startswith(expected))

@@ -182,7 +182,5 @@ def _compare(file: Path, reference: PreTrainedModel, allowed: float, *, exact: b
             largest = max(largest, float(np.abs(want).max()))
     worst = apart / largest
     if not worst <= allowed:
-        raise ExportError(
-            f"the graph does not compute the same as the model: outputs differ by {worst:.2g} of the largest"
-        )
+        raise ExportError(f"the graph does not compute the same as the model: {worst:.2g} of the largest output apart")
     return worst

@@ -22,20 +22,14 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "pst_ds_requests", "Requests by route and status", ["route", "status"], registry=registry
-        )
+        self.requests = Counter("pst_ds_requests", "Requests by route, status", ["route", "status"], registry=registry)
         self.seconds = Histogram("pst_ds_request_seconds", "Time of a request", buckets=_SECONDS, registry=registry)
         self.tokens = Counter("pst_ds_tokens", "Tokens: prompt, cached (in prompts), new", ["kind"], registry=registry)
-        self.first = Histogram(
-            "pst_ds_first_token_seconds", "Time to the first token", buckets=_SECONDS, registry=registry
-        )
+        self.first = Histogram("pst_ds_first_token_seconds", "Time to first token", buckets=_SECONDS, registry=registry)
         self.between = Histogram(
             "pst_ds_next_token_seconds", "Time between tokens", buckets=_SECONDS, registry=registry
         )
-        self.load = Gauge(
-            "pst_ds_load", "Requests: running, waiting", ["state"], registry=registry, multiprocess_mode="livesum"
-        )
+        self.load = Gauge("pst_ds_load", "Requests by state", ["state"], registry=registry, multiprocess_mode="livesum")
 
     def note_load(self, load: Mapping[str, int]) -> None:
         for state, number in load.items():
