@@ -111,6 +111,7 @@ def test_a_cell_is_its_settings():
     assert cell.id == of(title="Another", cpu_seconds=90, seeds=[0, 1, 2]).id
     assert cell.id != of(run={"train": {"num_steps": 5}}).id
     assert cell.id != of(data_sets={"films": {"tests": {"test": "other.jsonl"}}}).id
+    assert len({cell.id, of(reference="dense").id, of(data_sets={"films": {"reference": "films"}}).id}) == 3
     overridden = grid_from_table(table(), ["train.num_steps=5", "model.path=other"])
     assert cell_of(overridden, {}, "search", "films", "pst", "0.5", 0, 0).settings["model"]["path"] == "other"
     assert cell.settings == {

@@ -166,8 +166,8 @@ train = false
 base = {prune = "wanda", samples = 8}
 """
     text = GRID.format(methods=methods, cpu_seconds=300, num_steps=4)
-    text = text.replace('metric = "accuracy"', 'metric = "perplexity"').replace("tiny-bert", "tiny-llama")
-    text = text.replace("[run]\n", '[run]\ntask = "causal-lm"\n')
+    text = text.replace('metric = "accuracy"', 'metric = "perplexity"\nreference = "tests/data/tiny-llama"')
+    text = text.replace("tiny-bert", "tiny-llama").replace("[run]\n", '[run]\ntask = "causal-lm"\n')
     path = tmp_path / "tiny.toml"
     path.write_text(text)
     arguments = [str(path), "--results", str(tmp_path / "results"), "--folder", str(tmp_path / "work")]
@@ -177,6 +177,8 @@ base = {prune = "wanda", samples = 8}
     assert (dense["sparsity_measured"], wanda["sparsity_measured"]) == (0.0, pytest.approx(0.5, abs=0.01))
     assert dense["tests"]["test"]["perplexity"] == dense["validation"]["perplexity"] > 1.0
     assert wanda["tests"]["test"]["perplexity"] != dense["tests"]["test"]["perplexity"]
+    assert dense["tests"]["test"]["kl_mean"] == 0.0 < wanda["tests"]["test"]["kl_mean"]
+    assert "| KL divergence at 50 % |" in (tmp_path / "results.md").read_text()
     assert wanda["steps_before"]["base"]["prune"] == "wanda"
     assert wanda["base"] == {"prune": "wanda", "samples": 8, "seed": 0, "sparsity": "0.5"}
     assert "trained_share" not in wanda

@@ -78,6 +78,8 @@ class Cell:
     train: bool
     base: Step | None = None
     teacher: Step | None = None
+    reference: str = ""
+    """Model folder from which the KL divergence is measured."""
 
     @property
     def name(self) -> str:
@@ -89,7 +91,8 @@ class Cell:
     def id(self) -> str:
         """Hash of everything that determines the result. A try of the search can thus be the cell that needs it."""
         steps = {name: step and step.id for name, step in (("base", self.base), ("teacher", self.teacher))}
-        return digest({"settings": self.settings, "tests": self.tests, "train": self.train, **steps})
+        reference = {"reference": self.reference} if self.reference else {}
+        return digest({"settings": self.settings, "tests": self.tests, "train": self.train, **steps, **reference})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,10 +183,11 @@ def cell_of(
     given = (grid.run, grid.data_sets[data_set].run, sparsity_settings(sparsity))
     shorter = grid.search.run if kind == "search" else {}
     settings = laid_over(*given, row.run, tries, row.at.get(sparsity, {}), shorter, grid.overrides, _seeds(seed))
+    reference = grid.data_sets[data_set].reference or grid.reference
     tests = grid.data_sets[data_set].tests or {"test": settings.get("data", {}).get("test", "")}
     settings = laid_over(settings, {"data": {"test": next(iter(tests.values()))}})
     if shorter:
-        tests = {}  # not a cell of the table: the validation file decides which try is best
+        tests, reference = {}, ""  # not a cell of the table: the validation file decides which try is best
     base = None
     if row.base:
         options = {key: value for key, value in row.base.items() if key != "run"}
@@ -196,7 +200,7 @@ def cell_of(
     settings = settings if row.train else untrained(settings)
     return Cell(
         kind=kind, data_set=data_set, method=method, sparsity=sparsity, seed=seed, attempt=attempt, settings=settings,
-        tests=tests, train=row.train, base=base, teacher=teacher,
+        tests=tests, train=row.train, base=base, teacher=teacher, reference=reference,
     )  # fmt: skip
 
 

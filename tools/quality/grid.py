@@ -46,6 +46,8 @@ class DataSet:
     """Test files by name; default {"test": data.test}. The first is the run's data.test, on which exports are
     verified.
     """
+    reference: str = ""
+    """Folder of a model of the data set, in place of the grid's ``reference``."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -130,6 +132,8 @@ class Grid:
     cell's.
     """
     files: Files = Files()
+    reference: str = ""
+    """Folder of a model from which the KL divergence of every cell is measured on every test."""
     overrides: Table = field(default_factory=dict)
     """Settings from the command line."""
     path: str = ""

@@ -79,11 +79,15 @@ def results_table(grid: Grid, lines: Mapping[str, Line], data_set: str, test: st
     """Return a table of methods x sparsities: the metric, the trained share and the CPU seconds of a cell."""
     methods = grid.methods_of(data_set)
     sparsities = list(dict.fromkeys(s for m in methods for s in grid.sparsities_of(m, data_set)))
-    head = [f"{metric_name(grid)}, at sparsity", "trained share", *(percent(s) for s in sparsities), "CPU s"]
+    apart = sparsities if grid.reference or grid.data_sets[data_set].reference else []
+    of_kl = [f"KL divergence at {percent(s)}" for s in apart]
+    head = [f"{metric_name(grid)}, at sparsity", "trained share", *(percent(s) for s in sparsities), *of_kl, "CPU s"]
     rows = []
     for method in methods:
         cells = [shown(figure(grid, lines, data_set, method.name, s, test), grid.metric) for s in sparsities]
-        row = [method.title, share_of(grid, lines, data_set, method), *cells, seconds_of(grid, lines, data_set, method)]
+        kl = [shown(figure(grid, lines, data_set, method.name, s, test, "kl_mean"), "kl_mean") for s in apart]
+        share, seconds = share_of(grid, lines, data_set, method), seconds_of(grid, lines, data_set, method)
+        row = [method.title, share, *cells, *kl, seconds]
         if any(cells):
             rows.append(row)
     return table(head, rows)
@@ -202,7 +206,9 @@ def test_names(grid: Grid, data_set: str) -> list[str]:
 
 
 def number(value: float, metric: str) -> str:
-    """Format a value for the page: perplexities and losses unchanged, others in percent."""
+    """Format a value for the page: perplexities, losses and divergences unchanged, others in percent."""
+    if metric == "kl_mean":
+        return f"{value:.3g}"
     if metric == "loss":
         return f"{value:.3f}"
     if metric.endswith("perplexity"):

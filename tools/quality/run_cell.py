@@ -76,15 +76,17 @@ def trained(spec: Table, settings: Table, folder: Path) -> Table:
     run_file, run_folder, export = write_run(settings, folder, "run"), folder / "run", folder / "export"
     result = verb("train", str(run_file), "--quiet")
     exported = verb("export", str(run_folder), "--out", str(export))
-    limit = spec["verify_examples"]
+    limit, reference = spec["verify_examples"], spec["reference"]
     verified = verb("verify", str(export), "--against", str(run_folder), *(["--limit", str(limit)] if limit else []))
-    tests = {} if limit or not spec["tests"] else {next(iter(spec["tests"])): verified["metrics"]}
-    tests |= test(run_file, export, {name: path for name, path in spec["tests"].items() if name not in tests})
+    complete = spec["tests"] and not limit and not reference
+    tests = {next(iter(spec["tests"])): verified["metrics"]} if complete else {}
+    others = {name: path for name, path in spec["tests"].items() if name not in tests}
+    tests |= test(run_file, export, others, reference)
     parameters = count_parameters(export)
     files = {}
     if spec["files"]:
         about = {**spec["files"], "tests": spec["tests"], "max_length": settings["data"]["max_length"]}
-        files = measure_files(about, run_folder, export, lambda model: test(run_file, model, spec["tests"]))
+        files = measure_files(about, run_folder, export, lambda model: test(run_file, model, spec["tests"], reference))
     return {
         "validation": best_validation(run_file, result),
         "tests": tests,
@@ -142,7 +144,7 @@ def evaluated(spec: Table, settings: Table, folder: Path) -> Table:
     run_file = write_run(settings, folder, "run")
     model = Path(settings["model"]["path"])
     validation = {"": settings["data"]["validation"]} if settings["data"].get("validation") else {}
-    metrics = test(run_file, model, {**validation, **spec["tests"]})
+    metrics = test(run_file, model, {**validation, **spec["tests"]}, spec["reference"])
     return {
         "validation": metrics.pop("", {}),
         "tests": metrics,
@@ -192,17 +194,15 @@ def taught(step: Table, place: Path, model: Path) -> Table:
     return {"validation": result["metrics"]}
 
 
-def test(run_file: Path, model: Path, tests: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Return the metrics of a model folder, loaded dense by transformers, on each file of ``tests``."""
+def test(run_file: Path, model: Path, tests: dict[str, str], reference: str) -> dict[str, dict[str, float]]:
+    """Return the metrics of a model folder, loaded dense by transformers, on each file of ``tests``, with the KL
+    divergence from the folder ``reference`` if there is one."""
     from pst_ds.config.toml import load_run
-    from pst_ds.core.packings import DENSE
     from pst_ds.data.tasks import task_of
-    from pst_ds.inference.hf.config import PackedWeightsConfig
-    from pst_ds.inference.hf.model_folder import open_model_folder
-    from pst_ds.nn.base_model import DTYPES
+    from pst_ds.inference.reference import load_folder
     from pst_ds.parallel.launch import LaunchEnvironment, device_of
-    from pst_ds.train.evaluate import predict
-    from pst_ds.train.model import attention_options, load_tokenizer
+    from pst_ds.train.evaluate import kl_divergence, predict
+    from pst_ds.train.model import load_tokenizer
     from pst_ds.train.run_context import RunContext
 
     if not tests:
@@ -210,17 +210,15 @@ def test(run_file: Path, model: Path, tests: dict[str, str]) -> dict[str, dict[s
     run, launch = load_run(run_file), LaunchEnvironment(0, 1, 0)
     labels = task_of(run).label_names(run.data)
     context = RunContext(run, launch, labels, load_tokenizer(run), None, device_of(launch))
-    task = context.task
-    dtype = DTYPES[run.train.precision]
-    options: dict[str, Any] = {**attention_options(run)}
-    if open_model_folder(model).format != DENSE:
-        options["quantization_config"] = PackedWeightsConfig(load_as="dense")
-    network = task.model_class().from_pretrained(model, dtype=dtype, **options).to(context.device).eval()
+    task, network = context.task, load_folder(model, context)
+    other = load_folder(reference, context) if reference else None
     found = {}
     for name, path in tests.items():
         data = load_run(run_file, [f"data.test={json.dumps(path)}"]).data
         examples = task.load(data, "test", context.tokenizer, labels)
         found[name] = task.metrics(predict(network, context, examples), examples)
+        if other is not None:
+            found[name] |= kl_divergence(other, network, context, examples)
     return found
 
 

@@ -128,6 +128,7 @@ def start(grid: Grid, cell: Cell, folder: Path) -> Job:
         "name": cell.name,
         "settings": cell.settings,
         "tests": cell.tests,
+        "reference": cell.reference,
         "train": cell.train,
         "steps": {n: {"id": s.id, "settings": s.settings, "prune": s.prune} for n, s in steps.items()},
         "cpu_seconds": grid.cpu_seconds,
