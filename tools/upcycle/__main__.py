@@ -2,11 +2,13 @@
 
 Each corpus trains the MLPs of a copy of SmolLM2-135M. The copies' MLPs become the experts of a Mixtral. Its routers
 are fitted to tell the corpora apart, and then trained on all of them. An interrupted command resumes. Stages whose
-folder exists are skipped, so remove the folder after changing an option. --apart describes the result.
+folder exists are skipped, so remove the folder after changing an option. --apart describes the result, --recovered what
+the grid of the last command has measured.
 
     python -m tools.upcycle
     python -m tools.upcycle --apart
     python -m tools.quality tools/quality/experts.toml
+    python -m tools.upcycle --recovered
 """
 
 from __future__ import annotations
@@ -24,11 +26,15 @@ from transformers import AutoTokenizer, LlamaForCausalLM, MixtralForCausalLM, Pr
 from pst_ds.atomic_files import atomic_folder
 from pst_ds.file_names import CHECKPOINTS
 from tools.fetch_smollm2 import dense_folder
+from tools.quality.__main__ import RESULTS
+from tools.quality.cells import Lines
+from tools.quality.grid import load_grid
 from tools.upcycle import corpora
 from tools.upcycle.mixtral import distances, fitted_routers, loss_and_shares, mixture
+from tools.upcycle.recovered import recovered
 from tools.verbs import verb
 
-RUN_FILE = Path(__file__).with_name("run.toml")
+RUN_FILE, GRID = Path(__file__).with_name("run.toml"), Path("tools/quality/experts.toml")
 SEQUENCE, FITTED, DESCRIBED = 256, 16, 8
 """Tokens of a sequence, and sequences of each corpus that routers are fitted to and that are described."""
 
@@ -45,8 +51,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a runs' setting")
     parser.add_argument("--apart", action="store_true", help="print distances, losses and routing of what --out has")
+    parser.add_argument("--recovered", action="store_true", help="print what removed experts cost, and what comes back")
     arguments = parser.parse_args()
-    if arguments.apart:
+    if arguments.recovered:
+        grid = load_grid(GRID)
+        print(recovered(grid, Lines(RESULTS / f"{grid.name}.jsonl").by_id))
+    elif arguments.apart:
         describe(arguments.out)
     else:
         print(make(arguments))
