@@ -10,14 +10,13 @@ from torch import Tensor
 from pst_ds.cli.inspect.layers import Facts, Inspection, Layer, add_experts, layer_of, sparsity_of
 from pst_ds.cli.plan import name_across_blocks
 from pst_ds.core.bits import INT_OF_SIZE
-from pst_ds.core.packings import DENSE
 from pst_ds.data.tokens import store
 from pst_ds.errors import InputError
 from pst_ds.export.detect_pattern import detect_pattern
 from pst_ds.export.encoding import QUANT_METHOD, ExportError, encoding_of
 from pst_ds.export.from_folder import CONFIG_FILE
 from pst_ds.export.manifest import ExportedTensor, count_nonzero, read_manifest, read_table
-from pst_ds.export.to_folder import storage_facts
+from pst_ds.export.to_folder import storage_facts, tensor_counts
 from pst_ds.formats import row_bits
 from pst_ds.formats.base_weights import BaseWeights
 from pst_ds.formats.rows import row_counts
@@ -46,9 +45,7 @@ def export_folder(path: Path) -> Inspection:
         "base_fingerprint": about.get("base_fingerprint"),
         "method": (about.get("run") or {}).get("method"),
         "dtypes": sorted({entry.dtype for entry in entries}),
-        "tensors": len(entries),
-        "pruned_tensors": sum(entry.origin == "pruned" for entry in entries),
-        "packed_tensors": sum(entry.packing != DENSE for entry in entries),
+        **tensor_counts(entries),
         "parameters": sum(entry.numel for entry in entries),
         "weight_files": sorted(files),
         **storage_facts(entries, [layer["bytes"] for layer in layers]),

@@ -1,7 +1,5 @@
 """Predict for every row of a data file, in one process or several: the function behind ``pst-ds predict``."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os
@@ -13,16 +11,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import datasets
 
 from pst_ds.atomic_files import atomic_file
 from pst_ds.data.dataset import read_local, require_columns, text_column
 from pst_ds.errors import InputError
 from pst_ds.inference.encoder.encoder import Encoder, Prediction, data_of_run
 from pst_ds.progress import Progress
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 ROWS = 512
 """Rows of a piece of the file. Batches are made of the rows of one piece, so they do not depend on the processes."""
@@ -35,7 +31,7 @@ class TextFile:
     """The texts of a data file, and how to open the model that predicts for them. Pickled for each process."""
 
     file: str
-    rows: Dataset
+    rows: datasets.Dataset
     columns: Sequence[str]
     open_model: Callable[[], Encoder]
 
@@ -64,8 +60,6 @@ class TextFile:
 
     def predict(self, out: Path, processes: int = 1) -> None:
         """Write the predictions to ``out`` atomically, in one of :data:`FORMATS` by its name. Raises InputError."""
-        import datasets
-
         with atomic_file(out) as partial, tempfile.TemporaryDirectory(prefix="pst-ds-") as cache:
             with partial.open("w", encoding="utf-8") as lines, Progress("predict", len(self.rows), "rows") as shown:
                 for piece in self.pieces(processes):

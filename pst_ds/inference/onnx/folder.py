@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pst_ds import __version__
 from pst_ds.atomic_files import atomic_folder, require_writable
@@ -28,7 +29,6 @@ from pst_ds.nn.model_structure import is_experts
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from transformers import PreTrainedModel
 
     from pst_ds.inference.onnx.export import Table
 

@@ -4,16 +4,15 @@ import asyncio
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import anyio
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
@@ -25,8 +24,6 @@ from pst_ds.inference.serve.protocol import JsonTable, ProtocolError
 
 _SWITCH_SECONDS = 0.00005
 """Longest time that a thread holds the interpreter while another waits: a pass must not wait for the event loop."""
-_CHAT_PAGE = Path(__file__).with_name("chat.html")
-_PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +70,19 @@ class Service(ABC):
 
 def make_app(service: Service) -> FastAPI:
     """Return the application of a service."""
-    app = FastAPI(title="pst-ds", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan(service))
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        async with anyio.create_task_group():
+            pass  # imports what the first stream would wait for
+        yield
+        service.reader.shutdown()
+        await asyncio.to_thread(service.worker.close)
+        sys.setswitchinterval(before)
+
+    app = FastAPI(title="pst-ds", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     _answer_errors(app)
     began = int(time.time())
 
@@ -109,33 +118,8 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
-def add_chat_page(app: FastAPI) -> None:
-    """Serve the page on which a person talks to the model."""
-
-    @app.get(PAGE)
-    async def page() -> HTMLResponse:
-        return HTMLResponse(_CHAT_PAGE.read_text(), headers={"Content-Security-Policy": _PAGE_POLICY})
-
-
 def no_model(name: str) -> ProtocolError:
     return ProtocolError(404, f"the model {name[:200]!r} does not exist", param="model", code="model_not_found")
-
-
-def _lifespan(service: Service) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
-    """Return the context that prepares a server process, and closes the service at its end."""
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        before = sys.getswitchinterval()
-        sys.setswitchinterval(_SWITCH_SECONDS)
-        async with anyio.create_task_group():
-            pass  # imports what the first stream would wait for
-        yield
-        service.reader.shutdown()
-        await asyncio.to_thread(service.worker.close)
-        sys.setswitchinterval(before)
-
-    return lifespan
 
 
 def _answer_errors(app: FastAPI) -> None:

@@ -1,16 +1,11 @@
 """A limit on the CPU time of Python code that others wrote, such as a chat template."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable
 from itertools import count
 from types import FrameType
-from typing import TYPE_CHECKING, TypeVar
-
-if TYPE_CHECKING:
-    from _typeshed import TraceFunction
+from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 _TRACE_EVENTS = 256
@@ -25,7 +20,7 @@ def call_within(seconds: float, function: Callable[[], Result]) -> Result:
     """
     end, events = time.thread_time() + seconds, count(1)
 
-    def check(frame: FrameType, event: str, arg: object) -> TraceFunction:
+    def check(frame: FrameType, event: str, arg: object) -> Any:
         if not next(events) % _TRACE_EVENTS and time.thread_time() > end:
             raise TimeoutError(f"it ran for more than {seconds:g} seconds")
         return check

@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -23,12 +24,11 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
         self.requests = Counter("pst_ds_requests", "Requests by route, status", ["route", "status"], registry=registry)
-        self.seconds = Histogram("pst_ds_request_seconds", "Time of a request", buckets=_SECONDS, registry=registry)
+        timing = partial(Histogram, buckets=_SECONDS, registry=registry)
+        self.seconds = timing("pst_ds_request_seconds", "Time of a request")
         self.tokens = Counter("pst_ds_tokens", "Tokens: prompt, cached (in prompts), new", ["kind"], registry=registry)
-        self.first = Histogram("pst_ds_first_token_seconds", "Time to first token", buckets=_SECONDS, registry=registry)
-        self.between = Histogram(
-            "pst_ds_next_token_seconds", "Time between tokens", buckets=_SECONDS, registry=registry
-        )
+        self.first = timing("pst_ds_first_token_seconds", "Time to the first token")
+        self.between = timing("pst_ds_next_token_seconds", "Time between tokens")
         self.load = Gauge("pst_ds_load", "Requests by state", ["state"], registry=registry, multiprocess_mode="livesum")
 
     def note_load(self, load: Mapping[str, int]) -> None:

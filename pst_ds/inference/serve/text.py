@@ -11,13 +11,15 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from pst_ds.inference.serve.app import Service, add_chat_page, no_model
+from pst_ds.inference.serve.app import Service, no_model
 from pst_ds.inference.serve.cpu_limit import call_within
+from pst_ds.inference.serve.gate import PAGE
 from pst_ds.inference.serve.grammar import Grammar, GrammarError, Grammars
 from pst_ds.inference.serve.jobs import DONE_STOP, Answering, Job, Token
 from pst_ds.inference.serve.protocol import (
@@ -40,6 +42,8 @@ _LOG = logging.getLogger(__name__)
 USER_MARK = ":"
 """Separator between the name of the model and of a user."""
 _DONE_CALLS = "tool_calls"
+_CHAT_PAGE = Path(__file__).with_name("chat.html")
+_PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +66,9 @@ class TextService(Service):
         return [self.name, *(f"{self.name}{USER_MARK}{user}" for user in self.store.names)]
 
     def add_routes(self, app: FastAPI) -> None:
-        add_chat_page(app)
+        @app.get(PAGE)
+        async def page() -> Response:
+            return HTMLResponse(_CHAT_PAGE.read_text(), headers={"Content-Security-Policy": _PAGE_POLICY})
 
         @app.post("/v1/chat/completions")
         async def chat(request: Request) -> Response:
