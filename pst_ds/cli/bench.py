@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pst_ds.cli.main import add_quiet_argument, count
@@ -21,6 +22,9 @@ COLUMNS = (
     ("decode_tokens_per_second", "decode tok/s", "{:.1f}"),
     ("decode_over_dense", "/dense", "{:.2f}"),
     ("prefill_over_dense", "prefill /dense", "{:.2f}"),
+    ("kl_mean", "KL", "{:.3g}"),
+    ("kl_p99", "KL 99 %", "{:.3g}"),
+    ("same_top", "same token", "{:.2%}"),
     ("resident_bytes", "resident MB", "{}"),
     ("file_bytes", "file MB", "{}"),
 )
@@ -38,13 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=_counts, metavar="N,...", help="torch threads (default: OMP_NUM_THREADS)")
     add("--repeats", type=count, default=3, metavar="N", help="interleaved repeats (default: 3)")
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of every model (default: bf16)")
+    add("--reference", metavar="DIR", help="also measure the KL divergence from this language model")
+    add("--text", metavar="FILE", help="UTF-8 text for --reference")
     add_quiet_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     import torch
 
-    from pst_ds.inference.bench import NativeLoop, conditions, measure, variants
+    from pst_ds.inference.bench import NativeLoop, conditions, divergences, measure, variants
     from pst_ds.inference.hf.model_folder import open_model_folder
 
     folder = open_model_folder(args.model)
@@ -56,12 +62,15 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     by_name: dict[str, Variant | NativeLoop] = {**variants(folder, args.dtype)}
     if loop := NativeLoop.of(folder, args.prompt_tokens + new_tokens, max(args.batch)):
         by_name["native loop"] = loop
+    kl = divergences(by_name, folder, _text(args, folder.is_causal), args) if args.reference else {}
     threads_before, rows = torch.get_num_threads(), []
     try:
         for threads in args.threads or [threads_before]:
             torch.set_num_threads(threads)
             for batch in args.batch:
                 rows += _rows(measure(by_name, folder, batch, args), by_name, {"threads": threads, "batch": batch})
+        for row in rows:
+            row.update(kl.get(str(row["variant"]), {}))
     finally:
         torch.set_num_threads(threads_before)
     measured = {"dtype": args.dtype, "repeats": args.repeats, "clock": "wall, medians, in turn"}
@@ -75,6 +84,15 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     }
     print(bench_text(result))
     return result
+
+
+def _text(args: argparse.Namespace, is_causal: bool) -> str:
+    if not is_causal:
+        raise InputError(f"--reference {args.reference}: {args.model} predicts no tokens. Use eval or verify")
+    try:
+        return Path(args.text or "").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--text {args.text} cannot be read: {error}. --reference needs a UTF-8 file") from None
 
 
 def _rows(

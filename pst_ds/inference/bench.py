@@ -15,12 +15,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pst_ds.core.kernels.host import cpu_name
+from pst_ds.core.kl_divergence import KLDivergence
 from pst_ds.errors import InputError
 from pst_ds.formats import FORMATS
 from pst_ds.inference.decoder import Decoder, DecoderError
-from pst_ds.inference.hf.model_folder import ModelFolder
+from pst_ds.inference.hf.model_folder import ModelFolder, open_model_folder
 from pst_ds.inference.runtime import native, sparse_layers
 from pst_ds.progress import Progress
+
+_PIECES = 16
+"""Most pieces of a text on which predictions are compared."""
 
 
 class Variant:
@@ -32,6 +36,12 @@ class Variant:
     def facts(self) -> dict[str, int | None]:
         sparse = len(sparse_layers(self.model))
         return {"resident_bytes": resident_bytes(self.model), "file_bytes": self.file_bytes, "sparse_layers": sparse}
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor) -> Tensor:
+        """Return the logits of each token of a sequence (tokens,): (tokens, vocabulary)."""
+        found: Tensor = self.model(input_ids=ids[None], use_cache=False).logits[0]
+        return found
 
     def timed(self, ids: Tensor, num_steps: int) -> tuple[list[float], list[float]]:
         """Return the seconds of the prefill of ``ids`` (batch, tokens), and of each step of a causal model."""
@@ -66,6 +76,11 @@ class NativeLoop:
     def facts(self) -> dict[str, int | None]:
         return {"resident_bytes": self.decoder.weight_bytes, "file_bytes": self._file_bytes, "sparse_layers": 0}
 
+    def logits(self, ids: Tensor) -> Tensor:
+        """Return the logits of each token of a sequence (tokens,): (tokens, vocabulary)."""
+        self.decoder.reset()
+        return self.decoder.forward(ids, all_logits=True)
+
     def timed(self, ids: Tensor, num_steps: int) -> tuple[list[float], list[float]]:
         """Return the seconds of the prefill of ``ids`` (batch, tokens), and of each step."""
         decoder, prompts = self.decoder, ids.tolist()
@@ -81,6 +96,28 @@ class NativeLoop:
             logits = decoder.step(tokens)
             steps.append(time.perf_counter() - start)
         return [prefill], steps
+
+
+def divergences(
+    by_name: Mapping[str, Variant | NativeLoop], folder: ModelFolder, text: str, args: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Return how far the next-token predictions of each variant are from those of ``--reference``, on pieces of
+    ``--prompt-tokens`` spread evenly over ``text``. Raises InputError."""
+    other, tokens = open_model_folder(args.reference), args.prompt_tokens
+    sizes = [one.config.get_text_config().vocab_size for one in (folder, other)]
+    ids = torch.tensor(folder.tokenizer()(text)["input_ids"])
+    if sizes[0] != sizes[1]:
+        raise InputError(f"--reference {other.path} has {sizes[1]:,} tokens, and {folder.path} {sizes[0]:,}")
+    if len(ids) < tokens:
+        raise InputError(f"--text {args.text} has {len(ids)} tokens. Name one with at least --prompt-tokens {tokens}")
+    reference, found = Variant(other.load("dense", "fp32"), is_causal=True), {name: KLDivergence() for name in by_name}
+    count = min(_PIECES, len(ids) // tokens)
+    for start in (number * len(ids) // count for number in range(count)):
+        piece = ids[start : start + tokens]
+        wanted = reference.logits(piece)
+        for name, variant in by_name.items():
+            found[name].add(wanted, variant.logits(piece))
+    return {name: kl.result() for name, kl in found.items()}
 
 
 def variants(folder: ModelFolder, dtype: str) -> dict[str, Variant]:

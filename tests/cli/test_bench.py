@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributions import Categorical, kl_divergence
 
 from pst_ds.cli.bench import bench_text
 from pst_ds.cli.main import main
 from pst_ds.inference.decoder import Decoder, DecoderError
+from pst_ds.inference.hf.model_folder import open_model_folder
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SHORT = ("--prompt-tokens", "5", "--new-tokens", "4", "--repeats", "2")
@@ -164,3 +166,32 @@ def test_the_table_shows_what_there_is():
     heading, cells = bench_text({**result, "rows": [row]}).splitlines()[2:]
     assert cells.split() == ["bitmask", "1", "1", "12.3", "1.50", "2.5"]
     assert "file MB" not in heading
+
+
+def test_variants_are_compared_with_a_reference(folders, tmp_path, capsys):
+    """A model is as far from itself as its dtype rounds; the native loop as far as quantised values are."""
+    text = tmp_path / "text.txt"
+    text.write_text("the film is a sharp and moving story about the people of a small town\n" * 4)
+    words = ("--reference", str(folders / "half"), "--text", str(text), "--dtype", "fp32")
+    said, table = _bench(capsys, folders / "half-int8", *words)
+    kl = {row["variant"]: row["kl_mean"] for row in said["rows"]}
+    exact, _ = _bench(capsys, folders / "half", *words)
+    assert abs(exact["rows"][0]["kl_mean"]) < 1e-9
+    model, other = (open_model_folder(folders / name).load("dense", "fp32") for name in ("half", "half-int8"))
+    ids = torch.tensor(open_model_folder(folders / "half").tokenizer()(text.read_text())["input_ids"])
+    starts = [number * len(ids) // min(16, len(ids) // 5) for number in range(min(16, len(ids) // 5))]
+    with torch.no_grad():
+        p, q = (
+            torch.cat([Categorical(logits=one(ids[None, at : at + 5]).logits[0].double()).logits for at in starts])
+            for one in (model, other)
+        )
+    wanted = float(kl_divergence(Categorical(logits=p), Categorical(logits=q)).mean())
+    assert kl["dense"] == pytest.approx(wanted, rel=1e-3)
+    assert kl["native loop"] == pytest.approx(wanted, rel=0.2)
+    assert " KL " in next(line for line in table if line.startswith("variant"))
+
+
+def test_a_reference_needs_a_text_and_tokens(folders, tmp_path, capsys):
+    for folder, said in (("half-int8", "--text None cannot be read"), ("bert-int8", "predicts no tokens")):
+        assert main(["bench", str(folders / folder), *SHORT, "--reference", str(folders / "half")]) == 2
+        assert said in capsys.readouterr().err

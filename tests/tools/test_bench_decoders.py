@@ -10,10 +10,12 @@ from math import exp
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
+from scipy.stats import entropy
 
 from pst_ds.errors import InputError
 from tools.bench.peers import __main__ as peers
-from tools.bench.peers import decoder_files, decoders, engines
+from tools.bench.peers import decoder_files, decoders, engines, predictions
 from tools.bench.ranks import medians_in_turn, working
 
 VOCABULARY = 11
@@ -71,17 +73,34 @@ def test_prefill_begins_with_an_empty_cache():
 
 
 def test_a_chunk_has_a_loss_for_each_token_but_the_first():
-    total, count = engines.chunk_losses(Cache(), 2, [[3, 3, 0], [0, 3]])
+    loss, _ = predictions.quality(Cache(), 2, [[3, 3, 0], [0, 3]], {})
     norm = np.log(VOCABULARY - 1 + np.e)
-    assert count == 3
-    assert total == pytest.approx(3 * norm - 2, abs=1e-6)
+    assert loss == pytest.approx((3 * norm - 2) / 3, abs=1e-6)
 
 
 def test_losses_of_large_logits_are_finite():
     cache = Cache()
     cache.all_logits = lambda ids: np.full((len(ids), VOCABULARY), 3e4, np.float32)
-    total, count = engines.chunk_losses(cache, 2, [[1, 2]])
-    assert total / count == pytest.approx(np.log(VOCABULARY))
+    assert predictions.quality(cache, 2, [[1, 2]], {})[0] == pytest.approx(np.log(VOCABULARY))
+
+
+def test_divergence_is_from_the_logits_in_the_file(tmp_path):
+    """Of each chunk its own, without those after the last token."""
+    chunks, rng = [[1, 2, 3], [4, 5, 6]], np.random.default_rng(0)
+    logits = {(who, chunk[0]): rng.normal(size=(3, VOCABULARY)) for who in ("reference", "other") for chunk in chunks}
+
+    def engine(who):
+        cache = Cache()
+        cache.all_logits = lambda ids: logits[who, ids[0]].astype(np.float32)
+        return cache
+
+    predictions.write_logits(engine("reference"), 1, chunks, tmp_path / "kept.logits")
+    references = {"kept": tmp_path / "kept.logits"}
+    p, q = (np.concatenate([softmax(logits[who, i][:-1], 1) for i in (1, 4)]) for who in ("reference", "other"))
+    found = predictions.quality(engine("other"), 1, chunks, references)[1]["kept"]
+    assert found["kl_mean"] == pytest.approx(entropy(p, q, axis=1).mean(), rel=1e-5)
+    assert found["same_top"] == np.mean(p.argmax(1) == q.argmax(1))
+    assert predictions.quality(engine("reference"), 1, chunks, references)[1]["kept"]["kl_mean"] == 0.0
 
 
 class StandIn:

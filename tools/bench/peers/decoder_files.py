@@ -6,8 +6,13 @@ copied there), ``int8-50`` what `pst-ds export` packs from it, and ``Q8_0.gguf``
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pst_ds.errors import InputError
 from tools.bench.peers.engines import llama_cpp
@@ -47,16 +52,30 @@ def gguf_file(top: Path, kind: str) -> Path:
             "export", str(smollm2_folder(top, 0.0)), "--format", "gguf", "--dtype", "bf16", "--quiet", "--out", str(out)
         )
         return out
+    progress(f"quantising {out}")
+    quantised_gguf(gguf_file(top, "BF16"), out, kind, {})
+    return out
+
+
+def quantised_gguf(dense: Path, out: Path, kind: str, importance: Mapping[str, NDArray[np.float32]]) -> None:
+    """Let llama.cpp quantise ``dense`` to a file type such as "Q4_K_M". Raises InputError.
+
+    ``importance``: of the inputs of some tensors, by their names, or nothing.
+    """
     library = llama_cpp()
     settings = library.llama_model_quantize_default_params()
     settings.ftype = getattr(library, f"LLAMA_FTYPE_MOSTLY_{kind}")
-    partial, dense = out.with_suffix(".part"), gguf_file(top, "BF16")
-    progress(f"quantising {out}")
+    entries = (library.llama_model_imatrix_data * (len(importance) + 1))()  # an empty name ends the list
+    for entry, (name, values) in zip(entries, importance.items(), strict=False):
+        entry.name, entry.size = name.encode(), values.size
+        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    if importance:
+        settings.imatrix = entries
+    partial = out.with_suffix(".part")
     code = library.llama_model_quantize(str(dense).encode(), str(partial).encode(), settings)
     if code:
         raise InputError(f"llama.cpp quantised {dense} to {kind} with error {code}; remove the file and try again")
     partial.replace(out)
-    return out
 
 
 def weight_bytes(path: Path) -> int:

@@ -16,7 +16,7 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
-from tools.bench.peers import decoder_files, engines
+from tools.bench.peers import decoder_files, engines, predictions
 from tools.bench.ranks import medians_in_turn, working
 from tools.bench.timing import progress
 
@@ -25,7 +25,7 @@ CONTEXT = 1024
 PROMPTS = "int8, prompts of 8 bits"
 """Label of our decoder with int8 activations for prompts."""
 SHARES = (0.0, 0.5, 0.8, 0.9)
-PRELOAD = ("pst_ds.inference.decoder", "tools.bench.peers.engines")
+PRELOAD = ("pst_ds.inference.decoder", "tools.bench.peers.predictions", "tools.bench.peers.engines")
 """Modules imported once for all processes."""
 TEXT = Path("runs/quality/data/brown-test.txt")
 CHUNKS, CHUNK_TOKENS = 8, 512
@@ -93,8 +93,7 @@ def measure(
                 rows += [{**size, "contestant": name, "tokens_per_second": rate} for name, rate in rates.items()]
         for name, worker in workers.items() if quality else ():
             progress(f"perplexity of {name}")
-            total, number = worker.ask(engines.chunk_losses, max(threads), material.chunks)
-            perplexity[name] = exp(total / number)
+            perplexity[name] = exp(worker.ask(predictions.quality, max(threads), material.chunks, {})[0])
     sizes = {one.name: decoder_files.weight_bytes(one.path) for one in found}
     for row in rows:
         row |= {"file_bytes": sizes[row["contestant"]], "quality": {"perplexity": perplexity.get(row["contestant"])}}

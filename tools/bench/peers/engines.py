@@ -79,6 +79,28 @@ class PstDs:
         return self._decoder.forward(list(ids), all_logits=True).numpy()
 
 
+class Transformers:
+    """A dense model folder in transformers, computed in fp32, from which others are measured."""
+
+    def __init__(self, folder: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def use(self, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+    def all_logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        import torch
+
+        with torch.inference_mode():
+            found: NDArray[np.float32] = self._model(input_ids=torch.tensor([list(ids)])).logits[0].numpy()
+        return found
+
+
 class LlamaCpp:
     """A GGUF file in llama.cpp, through its C interface."""
 
@@ -202,19 +224,6 @@ def prefill_rate(engine: Engine, threads: int, prompt: Sequence[int]) -> float:
     start = time.perf_counter()
     engine.forward(prompt)
     return len(prompt) / (time.perf_counter() - start)
-
-
-def chunk_losses(engine: Engine, threads: int, chunks: Sequence[Sequence[int]]) -> tuple[float, int]:
-    """Return (sum of the losses in nats, their number) over separate chunks, without the first token of each."""
-    engine.use(threads)
-    total, count = 0.0, 0
-    for chunk in chunks:
-        logits = engine.all_logits(chunk)[:-1].astype(np.float64)
-        logits -= logits.max(1, keepdims=True)
-        right = logits[np.arange(len(logits)), np.asarray(chunk[1:])]
-        total += float((np.log(np.exp(logits).sum(1)) - right).sum())
-        count += len(logits)
-    return total, count
 
 
 def print_by_contestant(

@@ -1,0 +1,1 @@
+"""Speed, size and quality of pst-ds and of the alternatives, measured in one run."""
