@@ -242,7 +242,7 @@ def layers_save_their_input(model: nn.Module) -> Iterator[None]:
             table.table = partial(_CodedWithoutValues, *parts)  # type: ignore[method-assign]
     for layer in layers:
         anchor = next((param for _, param in layer.factor_parameters()), next(layer.parameters()))
-        layer.forward = partial(_multiply, anchor, layer.layout.expert.out_features)
+        layer.forward = partial(_Product.apply, anchor, layer.layout.expert.out_features)
     try:
         with registered(_evenly_routed):
             yield
@@ -268,17 +268,13 @@ class _CodedWithoutValues(CodedWeight):
         return torch.empty(self.shape, dtype=self.dtype)
 
 
-def _multiply(
-    anchor: Tensor, outputs: int, x: Tensor, routing: Routing | None = None, by_token: bool = False
-) -> Tensor:
-    return _Product.apply(x, anchor, outputs, routing, by_token)
-
-
 class _Product(torch.autograd.Function):
     """The product of a layer, or with ``routing`` of a stack of experts."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, outputs: int, routing: Routing | None, by_token: bool) -> Tensor:
+    def forward(
+        ctx: Any, anchor: Tensor, outputs: int, x: Tensor, routing: Routing | None = None, by_token: bool = False
+    ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.routing, ctx.by_token = routing, by_token
         if routing is not None:
@@ -293,7 +289,7 @@ class _Product(torch.autograd.Function):
         else:
             grad_x = grad_y.new_empty(len(grad_y), x.shape[1])
             grad_x = ctx.routing.summed(grad_x) if ctx.by_token else grad_x
-        return grad_x, None, None, None, None
+        return None, None, grad_x, None, None
 
 
 def _with_wide_values(attention: Code) -> Code:

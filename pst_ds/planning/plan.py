@@ -29,11 +29,11 @@ from pst_ds.planning.memory import MemoryPlan, ModelNumbers, ZeroSettings, memor
 from pst_ds.planning.shapes import block_sizes, model_numbers
 from pst_ds.planning.start import Cost, StartData, start_plan
 from pst_ds.planning.time import Batch, TimePlan, step_flops, time_plan
-from pst_ds.planning.verdict import Need, Verdict, Work, need_of_process, verdict
+from pst_ds.planning.verdict import Need, Verdict, Work, need_of_rank, verdict
 from pst_ds.train.model import frozen_bytes, frozen_grid, grid_of_run, head_names, load_tokenizer, parameter_groups
 from pst_ds.train.objective import teacher_shapes
 from pst_ds.train.one_shot.start import one_shot_config
-from pst_ds.train.prepare import checked_shapes, resolved_deepspeed_config
+from pst_ds.train.prepare import checked_shapes, require_engine, resolved_deepspeed_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +197,11 @@ def plan(run: RunConfig | str | Path, options: PlanOptions | None = None) -> Pla
     """Plan a run, given as a config or as the path of its run file or run folder. Raises InputError."""
     run = run if isinstance(run, RunConfig) else load_run_or_folder(run)
     options = options or PlanOptions()
-    ranks, raw = _ranks_and_deepspeed(run, options)
+    ranks = options.ranks or launch_environment().world_size
+    if ranks < 1:
+        raise InputError(f"ranks = {ranks}: a run has at least one rank. Set ranks = 1 or more.")
+    require_engine(run, ranks)
+    raw = load_deepspeed_config(run.deepspeed_config) if run.deepspeed_config else None
     micro_batch_size = run.micro_batch_size(ranks)  # raises before the data is read
     stage = None if raw is None else zero_stage(raw)
     model, num_examples, remark = _read(run, options, ranks, stage)
@@ -292,7 +296,10 @@ def _cost(
     batch, schedule = _batch(run, ranks, teacher_weights, trace or Trace()), run.make_schedules(num_steps).masks
     times = time_plan(numbers, zero, batch, machine)
     peak = max(memory.peak, int(start["memory"]["peak"]) if start else 0)
-    need = _need(run, peak, memory.activations, num_steps, checkpoint_bytes / ranks, machine.device)
+    kept = 0 if run.model.gradient_checkpointing else memory.activations
+    # a save before the last step is written from a copy; the last one is written from the engine's own memory
+    copies = 0 < run.checkpoint.interval < num_steps or run.eval.interval > 0
+    need = need_of_rank(machine.device, peak, kept, copies * checkpoint_bytes / ranks)
     if before is not None:
         judged = before.verdict
         need = Need(max(need.enough, judged.needed_bytes), max(need.least, judged.least_bytes))
@@ -309,21 +316,6 @@ def _cost(
         least_batch=run.train.groups_of_ranks(ranks) * accumulation,
     )
     return memory, times, verdict(work, times, machine, memory=options.memory)
-
-
-def _ranks_and_deepspeed(run: RunConfig, options: PlanOptions) -> tuple[int, JsonObject | None]:
-    """Return (ranks to plan for, DeepSpeed settings as in the file or None for one process without DeepSpeed)."""
-    ranks = options.ranks or launch_environment().world_size
-    if ranks < 1:
-        raise InputError(f"ranks = {ranks}: a run has at least one rank. Set ranks = 1 or more.")
-    if run.deepspeed_config:
-        return ranks, load_deepspeed_config(run.deepspeed_config)
-    if ranks > 1:
-        raise InputError(
-            f"{ranks} ranks, but deepspeed_config is not set. Set deepspeed_config = "
-            '"ds_configs/zero3.json", or plan for one process.'
-        )
-    return ranks, None
 
 
 def _read(run: RunConfig, options: PlanOptions, ranks: int, stage: int | None) -> tuple[nn.Module, int | None, str]:
@@ -374,16 +366,6 @@ def _embeddings(model: nn.Module) -> list[PlannedEmbedding]:
         PlannedEmbedding(name, e.num_embeddings, e.embedding_dim, e.num_factor_parameters)
         for name, e in pst_embeddings(model).items()
     ]
-
-
-def _need(run: RunConfig, peak: int, kept: int, num_steps: int, share_of_checkpoint: float, device: str) -> Need:
-    """Return the memory that a rank needs: on a GPU its peak; on a CPU the process with copies to save."""
-    if device != "cpu":
-        return Need(peak, peak)
-    kept = 0 if run.model.gradient_checkpointing else kept
-    # a save before the last step is written from a copy; the last one is written from the engine's own memory
-    copies = 0 < run.checkpoint.interval < num_steps or run.eval.interval > 0
-    return need_of_process(peak, kept, copies * share_of_checkpoint)
 
 
 def _start(run: RunConfig, model: nn.Module, numbers: ModelNumbers, ranks: int, machine: Machine) -> Cost | None:
@@ -447,13 +429,7 @@ def _batch(run: RunConfig, ranks: int, teacher_weights: int, trace: Trace) -> Ba
         checkpointing=run.model.gradient_checkpointing,
         teacher_weights=teacher_weights,
         own_teacher=run.distillation.weight > 0 and not run.distillation.teacher,
-        gathered=trace.gathered,
-        gathers=trace.gathers,
-        trained=trace.trained,
-        trained_gathers=trace.trained_gathers,
-        in_stacks=trace.in_stacks,
-        moved=trace.moved,
-        launches=trace.launches,
+        trace=trace,
     )
 
 

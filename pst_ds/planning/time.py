@@ -8,11 +8,12 @@ is assumed to reach, below its data sheet. A step takes as long as the slowest o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from pst_ds.core.bracket import MAX_COUNTS
 from pst_ds.core.select import DIGIT_BITS
 from pst_ds.parallel.links import NOTHING, Received
+from pst_ds.planning.activations import Trace
 from pst_ds.planning.machines import Machine
 from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, ZeroSettings, kept_bytes, persistent_bytes
 
@@ -108,21 +109,8 @@ class Batch:
     """Weights in the linear layers of a distillation teacher; 0 without one."""
     own_teacher: bool = False
     """True if the model is its own teacher, so that its weights are gathered once more."""
-    gathered: int = 0
-    """Traced bytes that ZeRO-3 gathers in a micro-batch if it keeps nothing. Without a trace it is 0, and every pass is
-    assumed to gather every parameter."""
-    gathers: int = 0
-    """Traced collectives of ``gathered``."""
-    trained: int = 0
-    """Trained parameters among ``gathered``."""
-    trained_gathers: int = 0
-    """Traced collectives of ``trained``, if frozen parameters are gathered by others."""
-    in_stacks: int = 0
-    """Pruned stacks of experts among ``gathered``, of all ranks that divide them."""
-    moved: int = 0
-    """Traced bytes that operators outside the pruned layers move in a micro-batch."""
-    launches: int = 0
-    """Traced launches of these operators."""
+    trace: Trace = field(default_factory=Trace)
+    """Gathers and operators of a micro-batch. If it is empty, every pass is assumed to gather every parameter."""
     shared_by: int = 1
     """Ranks that share a sequence."""
     element_size: int = 2
@@ -216,8 +204,8 @@ def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch) -> Traff
         # 0 all-reduces gradients; 1 and 2 reduce them to their owners, who send the parameters back
         return Traffic(NOTHING, everyone.gathered(2 * gradients), NOTHING, 2 * buckets, 2 * buckets * everyone.hops)
     passes, modules = 2 + batch.checkpointing, sum(m.count for m in model.modules)
-    collectives = (batch.gathers or passes * modules) + batch.own_teacher * modules
-    among_all = (batch.trained_gathers or passes * model.num_layers) if zero.copy_ranks else collectives
+    collectives = (batch.trace.gathers or passes * modules) + batch.own_teacher * modules
+    among_all = (batch.trace.trained_gathers or passes * model.num_layers) if zero.copy_ranks else collectives
     copies, among_copies = zero.group(max(1, zero.copy_ranks)), collectives if zero.copy_ranks > 1 else 0
     of_owners, degree = model.divided_bytes(trained=True) * batch.micro_batches, model.divided_by
     reduced = everyone.gathered(gradients * batch.micro_batches - of_owners)
@@ -238,14 +226,14 @@ def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch) -> Traff
 
 def _gathers(model: ModelNumbers, zero: ZeroSettings, batch: Batch, passes: int, gradients: int) -> Received:
     """Count the bytes that ZeRO-3 gathers in a step. ``gradients``: bytes of what trains, in all passes."""
-    everyone, degree = zero.group(zero.world_size), model.divided_by
+    everyone, degree, trace = zero.group(zero.world_size), model.divided_by, batch.trace
     divided, of_owners = (passes * model.divided_bytes(trained=trained) for trained in (False, True))
-    traced = batch.gathered or passes * model.whole_bytes
-    if degree > 1 and batch.in_stacks:
-        divided = batch.in_stacks // degree
-        traced -= batch.in_stacks - divided
+    traced = trace.gathered or passes * model.whole_bytes
+    if degree > 1 and trace.in_stacks:
+        divided = trace.in_stacks // degree
+        traced -= trace.in_stacks - divided
     gathered = max(traced - kept_bytes(model, zero), model.whole_bytes) + batch.own_teacher * model.whole_bytes
-    trained = batch.trained - degree * of_owners if batch.trained else gradients - of_owners
+    trained = trace.trained - degree * of_owners if trace.trained else gradients - of_owners
     of_all = max(0, trained) if zero.copy_ranks else traced - divided
     of_copies = traced - divided - of_all if zero.copy_ranks else 0
     received = everyone.gathered(of_all)
@@ -284,7 +272,7 @@ def update_traffic(model: ModelNumbers, zero: ZeroSettings) -> Traffic:
 def time_plan(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Machine) -> TimePlan:
     """Predict the times of a step and of a mask update on ``machine``."""
     again, launches = 2 if batch.checkpointing else 1, Launches()
-    moved: float = batch.moved + model.coded_weights * EXPAND_BYTES * (again + 1)
+    moved: float = batch.trace.moved + model.coded_weights * EXPAND_BYTES * (again + 1)
     for matrices in model.matrices:
         counts = _counts(machine, matrices)
         moved += matrices.numel * matrices.count * (counts.merge_bytes * again + counts.backward_bytes)
@@ -332,7 +320,7 @@ def _step_seconds(
     reduced = REDUCE_BYTES * batch.micro_batches if zero.world_size > 1 else 0
     trained = model.trainables * (reduced + OPTIMIZER_BYTES / (zero.world_size if zero.stage else 1))
     compute = batch.micro_batches * (flops / machine.flops + moved / machine.memory_bytes)
-    launches += Launches(batch.launches + REDUCE_LAUNCHES * model.num_trainables)
+    launches += Launches(batch.trace.launches + REDUCE_LAUNCHES * model.num_trainables)
     launching = (launches * batch.micro_batches + Launches(traffic.collectives)).seconds(machine)
     seconds = traffic.seconds(machine), launching, machine.link_seconds(traffic.exchanged)
     return compute + trained / machine.memory_bytes, *seconds
@@ -380,10 +368,10 @@ def _full_step(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: M
         if t.kind == "weight"
     )
     full = replace(model, tensors=plain, score_rank=0, update_rank=0)
-    gathered = int(batch.gathered * full.whole_bytes / model.whole_bytes)
-    batch = replace(batch, gathered=gathered, teacher_weights=0, own_teacher=False)
+    gathered = int(batch.trace.gathered * full.whole_bytes / model.whole_bytes)
+    batch = replace(batch, trace=replace(batch.trace, gathered=gathered), teacher_weights=0, own_teacher=False)
     zero = replace(zero, copy_ranks=0)  # which would be made anew in every step
     flops = step_flops(full, batch) + 2 * full.dense_weights * batch.tokens
     launches = Launches(full.num_layers * (4 if batch.checkpointing else 3))
     traffic = step_traffic(full, zero, batch)
-    return _together(*_step_seconds(full, zero, batch, machine, traffic, flops, batch.moved, launches), machine)
+    return _together(*_step_seconds(full, zero, batch, machine, traffic, flops, batch.trace.moved, launches), machine)

@@ -24,12 +24,14 @@ class Need:
     least: int
 
 
-def need_of_process(peak: int, kept: int, saves: float) -> Need:
-    """Return the bytes that a rank on a CPU needs.
+def need_of_rank(device: str, peak: int, kept: int, saves: float) -> Need:
+    """Return the bytes that a rank needs: on a GPU its ``peak``, on a CPU the process with copies to save.
 
     ``peak``: bytes of its tensors; ``kept``: of these, activations that are not recomputed; ``saves``: bytes of a
     checkpoint that is written during training.
     """
+    if device != "cpu":
+        return Need(peak, peak)
     enough = PROCESS_BYTES + round((1 + SCATTERED) * (peak + saves) + SCATTERED_AMONG_KEPT * kept)
     return Need(enough, round(LEAST_SHARE * enough))
 

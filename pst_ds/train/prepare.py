@@ -50,11 +50,7 @@ def prepare(
     Raises InputError, on every rank.
     """
     run.micro_batch_size(launch.world_size)
-    if not run.deepspeed_config and launch.world_size > 1:
-        raise ConfigError(
-            f"{launch.world_size} ranks, but deepspeed_config is not set. Set deepspeed_config = "
-            '"ds_configs/zero3_cpu.json" (or zero3.json on GPUs), or start one process.'
-        )
+    require_engine(run, launch.world_size)
     problem: InputError | None = None
     try:
         context = _checked(run, launch, run_file, labels)
@@ -68,6 +64,15 @@ def prepare(
         init_distributed(launch, timeout_seconds=until if timeout else 0.0)
     raise_together(problem)
     return _placed(context, run_file)
+
+
+def require_engine(run: RunConfig, ranks: int) -> None:
+    """Raise ConfigError for several ``ranks`` without DeepSpeed."""
+    if not run.deepspeed_config and ranks > 1:
+        raise ConfigError(
+            f"{ranks} ranks, but deepspeed_config is not set. Set deepspeed_config = "
+            '"ds_configs/zero3_cpu.json" (or zero3.json on GPUs), or start one process.'
+        )
 
 
 def _placed(context: RunContext, run_file: str) -> RunContext:

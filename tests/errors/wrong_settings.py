@@ -225,7 +225,7 @@ COMMAND_LINES = {
         lambda shop: [*shop.train(verb="plan"), "--ranks", "2"],
         "deepspeed_config is not set",
         "2 ranks",
-        "or plan for one process",
+        "or start one process",
     ),
     "a plan for a machine that is none": Wrong(
         lambda shop: [*shop.train(verb="plan"), "--machine", "h1000"], "--machine", "'h1000'", "name a TOML file"

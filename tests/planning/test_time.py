@@ -6,6 +6,7 @@ import pytest
 
 from pst_ds.core.bracket import sample_size
 from pst_ds.parallel.links import Received
+from pst_ds.planning.activations import Trace
 from pst_ds.planning.machines import MACHINES
 from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup, ZeroSettings, kept_bytes
 from pst_ds.planning.time import COUNTS, UNIT_UPDATES, Batch, step_flops, step_traffic, time_plan, update_traffic
@@ -74,7 +75,7 @@ def test_without_a_trace_zero3_receives_all_weights_of_others_in_every_pass():
 
 def test_zero3_receives_what_was_traced_less_what_is_kept_and_small_parameters_once_a_step():
     zero = ZeroSettings(stage=3, world_size=4, reduce_bucket_size=40_000)
-    traced = replace(BATCH, checkpointing=True, gathered=WHOLE * 2 + 500_000, gathers=13)
+    traced = replace(BATCH, checkpointing=True, trace=Trace(gathered=WHOLE * 2 + 500_000, gathers=13))
     found = step_traffic(MODEL, zero, traced)
     assert (found.gathers, found.collectives) == (Received((WHOLE * 2 + 500_000) * 3 / 4), 14)
     kept = kept_bytes(MODEL, zero_kept := replace(zero, max_reuse_distance=1_000_000))
@@ -126,7 +127,7 @@ def test_a_mask_update_moves_masters_samples_and_counts_but_no_weight():
 
 def test_times_add_up_and_overlap_where_the_machine_does():
     cpu, zero = MACHINES["cpu"], ZeroSettings(stage=3, world_size=2, reduce_bucket_size=1 << 20)
-    batch = replace(BATCH, moved=7_000_000)
+    batch = replace(BATCH, trace=Trace(moved=7_000_000))
     t = time_plan(MODEL, zero, batch, cpu)
     moved = 4_000_000 * (10 + 40) + 7_000_000 + 40_000 * (14 + 70 / 2)
     assert t.step_compute == pytest.approx(step_flops(MODEL, batch) / cpu.flops + moved / cpu.memory_bytes)
@@ -143,7 +144,7 @@ def test_times_add_up_and_overlap_where_the_machine_does():
 def test_a_host_that_launches_slower_than_the_device_computes_decides():
     zero = ZeroSettings(stage=3, world_size=2, reduce_bucket_size=1 << 20)
     slow = replace(MACHINES["h100"], launch_seconds=1.0, triton_launch_seconds=10.0)
-    t = time_plan(MODEL, zero, replace(BATCH, checkpointing=True, launches=100, micro_batches=2), slow)
+    t = time_plan(MODEL, zero, replace(BATCH, checkpointing=True, trace=Trace(launches=100), micro_batches=2), slow)
     counts = COUNTS["triton"]
     ops, kernels = (
         4 * (2 * getattr(counts.forward_launches, kind) + getattr(counts.layer_launches, kind))

@@ -125,8 +125,7 @@ def predict(args: argparse.Namespace, size: str, rates: dict[str, float]) -> dic
         latency=rates["latency"],
     )
     tokens = args.batch * args.sequence
-    traced = {name: getattr(trace, name) for name in ("gathered", "gathers", "moved", "launches")}
-    batch = Batch(tokens, args.sequence, checkpointing=checkpointing, **traced)
+    batch = Batch(tokens, args.sequence, checkpointing=checkpointing, trace=trace)
     times = time_plan(numbers, zero, batch, machine)
     return {
         "parameters": numbers.parameters,

@@ -87,7 +87,7 @@ def planned(bench: Bench, machine: Machine, settings: JsonObject | None = None) 
     numbers, zero = model_numbers(model, device=machine.device), zero_settings(settings, 1, machine.backend)
     tokens = bench.sizes.tokens
     trace = trace_micro_batch(model, batch=1, sequence=tokens, checkpointing=False)
-    batch = Batch(tokens, tokens, moved=trace.moved, launches=trace.launches)
+    batch = Batch(tokens, tokens, trace=trace)
     memory = memory_plan(numbers, zero, activations=trace.activations, device=machine.device)
     return time_plan(numbers, zero, batch, machine), memory.peak
 
