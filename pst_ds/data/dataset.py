@@ -203,23 +203,12 @@ def read_local(where: str, setting: str, sample_by: str) -> Dataset:
     elif kind == "text":
         options = {"sample_by": "line" if piece and sample_by == "document" else sample_by}
     try:
-        rows = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
-        if piece:
-            rows = rows.select(_places(piece, len(rows)))
+        rows = datasets.load_dataset(kind, data_files=str(path), split=f"train{piece}", **options)
     except Exception as error:
         raise ConfigError(f"{setting} {_why_unreadable(path, kind, error)}") from error
     if len(rows) and kind == "text" and options["sample_by"] != sample_by:
         rows = datasets.Dataset.from_dict({"text": ["\n".join(rows[:]["text"]) + "\n"]})
     return rows
-
-
-def _places(piece: str, count: int) -> range:
-    """Return the rows of a slice such as "[:80%]" or "[-100:]" of ``count`` rows, as in ``datasets``."""
-    ends = [
-        round(int(end[:-1]) * count / 100) if end.endswith("%") else int(end) if end else None
-        for end in piece[1:-1].split(":")
-    ]
-    return range(count)[slice(*ends)] or range(0)
 
 
 def _why_unreadable(path: Path, kind: str, error: Exception) -> str:

@@ -56,22 +56,15 @@ def write_texts(
             for first in range(0, len(order), batch_size):
                 heartbeat("writing texts")
                 batch = order[first : first + batch_size]
-                written = _write(model, [prompts[i] for i in batch], tokenizer, settings, device)
-                for i, text in zip(batch, written, strict=True):
-                    texts[i] = text
+                own, size = [prompts[i] for i in batch], settings.no_repeat_ngram_size
+                rules = [_NoRepeatAfter(max(map(len, own)), size)] if size else []
+                written = generated(model, own, rules, device)
+                for i, text in zip(batch, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
+                    texts[i] = text.strip()
                 shown.add(len(batch))
     finally:
         model.generation_config = own_config
     return texts
-
-
-def _write(
-    model: Any, prompts: list[Sequence[int]], tokenizer: Tokenizer, settings: EvalConfig, device: str
-) -> list[str]:
-    length, size = max(map(len, prompts)), settings.no_repeat_ngram_size
-    rules = [_NoRepeatAfter(length, size)] if size else []
-    written = generated(model, prompts, rules, device)
-    return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
 def generated(model: Any, prompts: Sequence[Sequence[int]], rules: Sequence[Rule], device: str) -> Tensor:

@@ -199,9 +199,6 @@ class GlobalBatches:
     seed: int
     group_by_length: bool = False
 
-    def __post_init__(self) -> None:
-        assert self.batches_per_epoch > 0, "RunConfig.num_steps refuses fewer examples than a batch"
-
     @property
     def batches_per_epoch(self) -> int:
         return len(self.lengths) // self.batch_size

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from pst_ds.core.layout import runs_of
 from pst_ds.errors import InputError, first_line
 
 if TYPE_CHECKING:
@@ -68,14 +69,9 @@ Piece = tuple[Span, ...]
 def find_pieces(sources: Sequence[str], reading: Reading, piece_bytes: int) -> list[Piece]:
     """Return the pieces of all sources in order, determined by names, sizes and contents only. A source is a file, a
     folder, a pattern, a URL supported by fsspec, or a dataset on the hub. Raises InputError."""
-    pieces: list[Piece] = []
-    gathered: list[Span] = []
-    for span in (span for source in sources for span in _spans(source, reading, piece_bytes)):
-        if gathered and sum(s.num_bytes for s in gathered) + span.num_bytes > piece_bytes:
-            pieces.append(tuple(gathered))
-            gathered = []
-        gathered.append(span)
-    return [*pieces, tuple(gathered)] if gathered else pieces
+    spans = [span for source in sources for span in _spans(source, reading, piece_bytes)]
+    runs = runs_of([span.num_bytes for span in spans], piece_bytes)
+    return [tuple(spans[run.start : run.stop]) for run in runs]
 
 
 def _spans(source: str, reading: Reading, piece_bytes: int) -> Iterator[Span]:

@@ -131,11 +131,6 @@ def _separator(data: DataConfig, tokenizer: Tokenizer) -> list[int]:
     return ids or [tokenizer.eos_token_id]
 
 
-def _without_end(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """Drop the end-of-text token that some tokenizers add."""
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-
-
 class DataToText(AnswerTask[Pairs]):
     """Write a text about structured data. An input with several texts is generated from once."""
 
@@ -159,15 +154,15 @@ class DataToText(AnswerTask[Pairs]):
             references.setdefault(line, []).extend(texts)
         if not references:
             raise ConfigError(f"{where}: column {data.label_column!r} has no text in any row. Name another column")
-        separator = _separator(data, tokenizer)
+        separator, end = _separator(data, tokenizer), tokenizer.eos_token_id
         lines = list(references)
         flat = [(i, text) for i, line in enumerate(lines) for text in references[line]]
         targets = tokenizer([f" {text}" for _, text in flat], add_special_tokens=False)["input_ids"]
         return Pairs(
-            inputs=[_without_end(ids, tokenizer) for ids in tokenizer(lines)["input_ids"]],
+            inputs=[ids[:-1] if ids[-1:] == [end] else ids for ids in tokenizer(lines)["input_ids"]],
             references=list(references.values()),
             input_of=[i for i, _ in flat],
-            targets=[[*target, tokenizer.eos_token_id] for target in targets],
+            targets=[[*target, end] for target in targets],
             separator=separator,
             max_length=data.max_length,
         )

@@ -116,7 +116,9 @@ def _stream_of_files(
     data: DataConfig, where: str, tokenizer: Tokenizer, *, count: bool, kind: str = "text"
 ) -> TokenStream:
     """Map the tokens of the files at ``where``, found and read as in ``pst-ds prepare``."""
-    plan = plan_store([where], tokenizer, _reading(data, kind), count_bytes=count)
+    column = "messages" if kind == "chat" else data.text_columns[0]
+    reading = Reading(column=column, kind=kind, sample_by=data.sample_by, setting="data.text_columns")
+    plan = plan_store([where], tokenizer, reading, count_bytes=count)
     files: list[Path] = []
     for name in dict.fromkeys(span.path for piece in plan.pieces for span in piece):
         path = Path(name)
@@ -128,11 +130,6 @@ def _stream_of_files(
         files += sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     contents = [*map(_hash_of_file, files), *map(str, asdict(plan.reading).values()), f"count {count}"]
     return _cached_store(contents, plan.tokenizer, lambda folder: write_pieces(plan, tokenizer, folder), where)
-
-
-def _reading(data: DataConfig, kind: str) -> Reading:
-    column, kind = ("messages", "chat") if kind == "chat" else (data.text_columns[0], "text")
-    return Reading(column=column, kind=kind, sample_by=data.sample_by, setting="data.text_columns")
 
 
 def cache_folder() -> Path:
