@@ -132,7 +132,7 @@ class CheckpointWriter:
         start = time.perf_counter()
         self.wait()
         self._part.update(copies=copies)
-        self._thread = threading.Thread(target=self._run, args=(name, state, when_written), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(name, state, when_written), daemon=True)
         self._blocked = time.perf_counter() - start
         self._thread.start()
 
@@ -146,12 +146,8 @@ class CheckpointWriter:
         outcome, self._outcome = self._outcome, None
         return outcome
 
-    def _run(self, name: str, state: CheckpointState, when_written: Callable[[], None]) -> None:
-        problem, size = self._write(name, state, when_written)
-        self._outcome = SaveResult(name, size, self._blocked, problem)
-
-    def _write(self, name: str, state: CheckpointState, when_written: Callable[[], None]) -> tuple[str, int]:
-        """Write ``folder/name`` atomically; return the problem and its rank, or "", and the bytes of all files.
+    def _write(self, name: str, state: CheckpointState, when_written: Callable[[], None]) -> None:
+        """Write ``folder/name`` atomically, and note the outcome.
 
         Collective over the threads of all ranks. The checkpoint may be complete even if ``when_written`` failed.
         """
@@ -170,9 +166,10 @@ class CheckpointWriter:
             return problem, size
 
         try:
-            return self._group.decide(_write_shard(partial, self._part), finish)
+            problem, size = self._group.decide(_write_shard(partial, self._part), finish)
         except Exception as error:  # the exchange failed: another rank is gone, which training will notice
-            return ("" if is_complete else _in_words(error)), 0
+            problem, size = "" if is_complete else _in_words(error), 0
+        self._outcome = SaveResult(name, size, self._blocked, problem)
 
     def _finish(
         self, partial: Path, name: str, state: CheckpointState, reports: Sequence[_Report], done: Callable[[], None]
@@ -250,16 +247,6 @@ def _contents(model: nn.Module, reports: Sequence[_Report]) -> Contents:
         scales=scale_shapes(model),
         parts={name: layer.group.degree for name, layer in layers.items() if layer.group is not None},
     )
-
-
-def save_checkpoint(folder: Path, engine: Engine, state: CheckpointState) -> None:
-    """Write ``folder`` atomically, and wait for it. Collective. Raises OSError on every rank."""
-    writer = CheckpointWriter(folder.parent, engine)
-    writer.save(folder.name, state)
-    written = writer.wait()
-    assert written is not None
-    if written.error:
-        raise OSError(f"{folder} could not be written: {written.error}")
 
 
 def size_limit(model: nn.Module) -> int:

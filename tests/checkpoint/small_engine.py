@@ -47,6 +47,14 @@ def trained_engine(seed=1, dtype=torch.float32):
     return engine, keep
 
 
+def save_checkpoint(folder, engine, state):
+    """Write ``folder`` and wait for it. Raises OSError."""
+    writer = CheckpointWriter(folder.parent, engine)
+    writer.save(folder.name, state)
+    if error := writer.wait().error:
+        raise OSError(f"{folder} could not be written: {error}")
+
+
 def state_of(model, **changes):
     return CheckpointState(
         **{

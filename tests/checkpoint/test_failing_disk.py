@@ -10,9 +10,9 @@ import pytest
 
 from pst_ds.checkpoint import writer as checkpoint_writer
 from pst_ds.checkpoint.format import read_checkpoint
-from pst_ds.checkpoint.writer import CheckpointWriter, save_checkpoint
+from pst_ds.checkpoint.writer import CheckpointWriter
 from pst_ds.parallel.ranks import barrier, is_main, rank
-from tests.checkpoint.small_engine import assert_holds, optimizer_values, state_of, trained_engine
+from tests.checkpoint.small_engine import assert_holds, optimizer_values, save_checkpoint, state_of, trained_engine
 
 
 def _failing(patch, owner, name, number, error):

@@ -18,7 +18,6 @@ from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import CheckpointError, CheckpointState, read_checkpoint
 from pst_ds.checkpoint.restore import base_fingerprint, magnitude_scales
 from pst_ds.checkpoint.retention import clean_up, find, keep, newest_valid, settle, step_name
-from pst_ds.checkpoint.writer import save_checkpoint
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
@@ -27,6 +26,7 @@ from pst_ds.nn.inject import inject_pst
 from pst_ds.parallel.engine import build_engine
 from pst_ds.parallel.ranks import barrier, is_main
 from pst_ds.train.run_folder import open_checkpoint, set_aside_checkpoints
+from tests.checkpoint.small_engine import save_checkpoint
 
 
 class _Net(torch.nn.Module):

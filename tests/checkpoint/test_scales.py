@@ -16,12 +16,13 @@ from torch import nn
 
 from pst_ds.checkpoint.format import CheckpointError, CheckpointState, read_checkpoint
 from pst_ds.checkpoint.restore import load_into, magnitude_scales, trainable
-from pst_ds.checkpoint.writer import save_checkpoint, size_limit
+from pst_ds.checkpoint.writer import size_limit
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.quantization import Grid
 from pst_ds.masks.scales import update_scales
 from pst_ds.nn.inject import inject_pst, pst_layers, round_weights
 from pst_ds.parallel.engine import build_engine
+from tests.checkpoint.small_engine import save_checkpoint
 
 CONFIG = PSTConfig(modules_to_save=(), score_rank=2, update_rank=2)
 

@@ -13,11 +13,11 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from pst_ds.checkpoint.format import Checkpoint, CheckpointState, read_checkpoint
 from pst_ds.checkpoint.restore import magnitude_scales, trainable
-from pst_ds.checkpoint.writer import save_checkpoint
 from pst_ds.config.pst import PSTConfig
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel.engine import build_engine
+from tests.checkpoint.small_engine import save_checkpoint
 from tests.exporting import export_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,6 @@ from transformers import GPT2ForSequenceClassification as GPT2Classifier
 
 from pst_ds.checkpoint.format import CheckpointState, read_checkpoint
 from pst_ds.checkpoint.restore import magnitude_scales, trainable
-from pst_ds.checkpoint.writer import save_checkpoint
 from pst_ds.config.pst import PSTConfig
 from pst_ds.export.check import check_export
 from pst_ds.export.encoding import ExportError
@@ -24,6 +23,7 @@ from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst
 from pst_ds.parallel.engine import build_engine
+from tests.checkpoint.small_engine import save_checkpoint
 from tests.exporting import export_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
