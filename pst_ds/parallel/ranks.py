@@ -50,14 +50,19 @@ def all_gather_objects(value: T) -> list[T]:
 
 def of_main(action: Callable[[], T]) -> T:
     """Run ``action`` on rank 0; return its result, or raise its InputError or OSError, on every rank. Collective."""
+    return of_rank(0, action)
+
+
+def of_rank(source: int, action: Callable[[], T], kinds: tuple[type[Exception], ...] = (InputError, OSError)) -> T:
+    """Run ``action`` on a rank; return its result, or raise its error of these ``kinds``, on every rank. Collective."""
     outcome: list[object] = [None, None]
-    if is_main():
+    if rank() == source:
         try:
             outcome[0] = action()
-        except (InputError, OSError) as error:
+        except kinds as error:
             outcome[1] = error
     if world_size() > 1:
-        dist.broadcast_object_list(outcome, 0)
+        dist.broadcast_object_list(outcome, source)
     if isinstance(outcome[1], Exception):
         raise outcome[1]
     return outcome[0]  # type: ignore[return-value]

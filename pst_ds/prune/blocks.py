@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from pst_ds.core.one_shot.shares import ALONE, Ranks
 from pst_ds.errors import InputError
@@ -294,10 +295,4 @@ def hidden_of(output: Output) -> Tensor:
 
 def moved(value: Output, device: torch.device, dtype: torch.dtype) -> Output:
     """Return ``value`` with every tensor in it on ``device``, and floating-point tensors in ``dtype``."""
-    if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else value.dtype)
-    if type(value) in (tuple, list):
-        return type(value)(moved(item, device, dtype) for item in value)
-    if type(value) is dict:
-        return {key: moved(item, device, dtype) for key, item in value.items()}
-    return value
+    return tree_map_only(Tensor, lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype), value)

@@ -14,7 +14,7 @@ from pst_ds.config.one_shot import PruneConfig
 from pst_ds.core.one_shot.channels import InputMoments, by_second_order, refitted
 from pst_ds.nn.input_sums import InputGatherer, products, totals
 from pst_ds.nn.model_structure import ExpertsModule, is_conv1d, stack_names
-from pst_ds.parallel.ranks import raise_on_all_ranks
+from pst_ds.parallel.ranks import of_rank, raise_on_all_ranks
 from pst_ds.progress import Progress
 from pst_ds.prune.blocks import BlockReplay, Calibration, text_config
 from pst_ds.prune.channel_plan import Cut, CutPlan, block_selections, plan_cut
@@ -63,13 +63,12 @@ class _Made(NamedTuple):
     """(O,), to add to the bias."""
     removed: Tensor
     scores: Tensor
-    error: Tensor
-    """(1,)."""
+    error: float
 
 
 class _Cutter:
     def __init__(self, replay: BlockReplay, plan: CutPlan):
-        self._replay, self._plan, self._ranks = replay, plan, replay.data.ranks
+        self._replay, self._plan = replay, plan
 
     def cut(self, index: int) -> list[CutLayer]:
         """Cut a block, and run it for the next block's input. Collective."""
@@ -129,34 +128,21 @@ class _Cutter:
         the layer in its block; ranks take turns.
         """
         weight, has_bias = _matrix(block, cut, number)
-        ranks, source = self._ranks, number % self._ranks.number
 
-        def compute() -> _Made | None:
-            if source != ranks.own:
-                return None
+        def compute() -> _Made:
             with naming(name):
                 gram, total, tokens = known or (torch.eye(weight.shape[1], dtype=torch.float64), None, 0)
                 return self._made(weight, cut, InputMoments.of(gram, total if has_bias else None, tokens))
 
-        found = raise_on_all_ranks(compute, (FloatingPointError,)) or _unknown(weight, cut)
-        return _Made(*(ranks.broadcast(part, source) for part in found))
+        return of_rank(number % self._replay.data.ranks.number, compute, (FloatingPointError,))
 
     def _made(self, weight: Tensor, cut: Cut, known: InputMoments) -> _Made:
         device = self._replay.data.device
         own, gram = weight.to(device), known.gram.to(device)
-        chosen = by_second_order(own, gram, cut.kept)
-        fitted = refitted(own, InputMoments(gram, known.mean.to(device)), chosen.kept)
-        error = torch.tensor([fitted.error], dtype=torch.float64)
-        parts = (chosen.kept, fitted.weight.to(weight.dtype), fitted.shift, chosen.removed, chosen.scores, error)
-        return _Made(*(part.cpu() for part in parts))
-
-
-def _unknown(weight: Tensor, cut: Cut) -> _Made:
-    """Return tensors of the shapes and dtypes of a result."""
-    outputs, gone = len(weight), cut.channels - cut.kept
-    kept, removed = (torch.zeros(number, dtype=torch.int64) for number in (cut.kept, gone))
-    shift, scores, error = (torch.zeros(number, dtype=torch.float64) for number in (outputs, gone, 1))
-    return _Made(kept, weight.new_zeros(outputs, cut.kept), shift, removed, scores, error)
+        kept, removed, scores = by_second_order(own, gram, cut.kept)
+        fitted, shift, error = refitted(own, InputMoments(gram, known.mean.to(device)), kept)
+        parts = kept, fitted.to(weight.dtype), shift, removed, scores
+        return _Made(*(part.cpu() for part in parts), error)
 
 
 def _matrix(block: nn.Module, cut: Cut, expert: int) -> tuple[Tensor, bool]:
@@ -203,6 +189,6 @@ def _adopt(block: nn.Module, smaller: nn.Module, tensors: dict[str, Tensor]) -> 
 
 
 def _outcome(name: str, cut: Cut, made: Sequence[_Made]) -> CutLayer:
-    error = sum(float(one.error) for one in made) / len(made)
+    error = sum(one.error for one in made) / len(made)
     order = () if cut.of_experts else (tuple(made[0].removed.tolist()), tuple(made[0].scores.tolist()))
     return CutLayer(name, cut.channels, cut.kept, error, *order)

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.bits import apply_mask_
-from pst_ds.core.layout import WeightLayout
 from pst_ds.core.one_shot.alps import alps_of_shares
 from pst_ds.core.one_shot.gram import UnitGram, unit_gram
-from pst_ds.core.one_shot.scored import Compensated, keep_by_score, wanda_scores
-from pst_ds.core.one_shot.shares import ALONE, Ranks, Share
+from pst_ds.core.one_shot.scored import Compensated, joined, wanda_scores
+from pst_ds.core.one_shot.shares import ALONE, Ranks, Share, keep_by_scores
 from pst_ds.core.one_shot.sparsegpt import InverseFactor, inverse_factor, round_under_mask, sparsegpt_of_share
 from pst_ds.core.quantization import SCALE_DTYPE
 from pst_ds.prune.outcome import PrunedLayer
@@ -139,11 +138,6 @@ class Inputs:
     gram: UnitGram | None = None
     """For ALPS."""
 
-    @property
-    def changes_weights(self) -> bool:
-        """True if the method changes the kept weights."""
-        return self.factor is not None or self.gram is not None
-
 
 def inputs_of(method: Method, total: Tensor) -> Inputs:
     """Return a method's statistics from a sum over all tokens: of products, (I, I), or of squares, (I,).
@@ -211,23 +205,19 @@ class _Part:
         """Prune this rank's rows by SparseGPT, Wanda or magnitude. Collective."""
         rule, share, dtype = self.layer.rule, self.share, self.layer.weight.dtype
         if given.factor is None:
-            return self._scored(given.norms)
+            panels, norms = [share.weight[rows].to(torch.float32) for rows in share.panels], given.norms
+            scores = [panel.abs() if norms is None else wanda_scores(panel, norms) for panel in panels]
+            masks = keep_by_scores(scores, share, ranks)
+            return joined([Compensated(*pair) for pair in zip(panels, masks, strict=True)], share)
         if rule.keeps_zeros:
             assert rule.grid is not None, "nothing to do"
             return round_under_mask(share, share.weight != 0, given.factor, rule.grid, dtype=dtype)
         return sparsegpt_of_share(share, given.factor, ranks, grid=rule.grid, dtype=dtype)
 
-    def _scored(self, norms: Tensor | None) -> Compensated:
-        """Keep the weights of largest magnitude, times the ``norms`` of their inputs if these are known."""
-        weight, rows = self.share.weight, self.share.rows
-        scores = weight.to(torch.float32).abs() if norms is None else wanda_scores(weight, norms.to(weight.device))
-        keep = keep_by_score(scores, WeightLayout(*weight.shape), self.share.pattern, self.share.sparsity)[rows]
-        return Compensated(weight[rows].masked_fill(keep == 0, 0.0), keep)
-
     def finish(self, made: Compensated, given: Inputs) -> None:
         """Write the outcome of this rank's rows."""
         rows = self.share.rows
-        if not given.changes_weights:
+        if given.factor is None and given.gram is None:  # the kept weights stay
             own = self.layer.matrix(*self.place)[rows].to(made.keep.device, copy=True)
             made = replace(made, weight=apply_mask_(own.contiguous(), made.keep))
         elif self.factors is not None:

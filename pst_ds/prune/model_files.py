@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
-from itertools import chain
+from itertools import chain, islice
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pst_ds.atomic_files import LOCK, atomic_folder, only_writer, sync, write_pieces, write_text_atomic
+from pst_ds.core.layout import runs_of
 from pst_ds.errors import InputError, first_line
 from pst_ds.formats.base_weights import BaseWeights, saved_tensors, tensors_lacking
 from pst_ds.formats.safetensors_file import TensorFile, header_and_slots, tensor_bytes
@@ -180,12 +181,13 @@ class ModelFiles:
         """Write one file if it is not too large; else one or more for each pruned part, and others for the rest."""
         parts = dict.fromkeys(self._part_of.values())
         pruned = [file for part in parts for file in self._files(part)]
-        rest = {key: self._nbytes(key) for key, part in self._part_of.items() if not self._is_done(part)}
+        missing = {key: self.base.size(key) for key, part in self._part_of.items() if not self._is_done(part)}
+        rest = {key: dtype.itemsize * prod(shape) for key, (dtype, shape) in missing.items()}
         total = sum(file.stat().st_size for file in pruned) + sum(rest.values())
         if total <= self._shard_bytes:  # tensor by tensor: memory need not hold the model
             opened = {name: file for file in map(TensorFile, pruned) for name in file.slots}
             sizes = {name: (file.slots[name].dtype, file.slots[name].shape) for name, file in opened.items()}
-            header, order, _ = header_and_slots(sizes | {key: self.base.size(key) for key in rest})
+            header, order, _ = header_and_slots(sizes | missing)
             read = (opened[name].read(name) if name in opened else self.base.read(name) for name in order)
             write_pieces(folder / _WHOLE, chain([header], (tensor_bytes(tensor.contiguous()) for tensor in read)))
             return
@@ -193,7 +195,8 @@ class ModelFiles:
         for file in pruned:
             _link(file, folder / file.name)
             file_of |= dict.fromkeys(TensorFile(file).slots, file.name)
-        for number, keys in enumerate(_groups(rest, self._shard_bytes)):
+        for number, run in enumerate(runs_of(list(rest.values()), self._shard_bytes)):
+            keys = list(rest)[run.start : run.stop]
             file = folder / f"model-rest-{number}.safetensors"
             _save({key: self.base.read(key) for key in keys}, file)
             file_of |= dict.fromkeys(keys, file.name)
@@ -210,10 +213,6 @@ class ModelFiles:
             _save({scales_name(name): tensor for name, tensor in scales.items()}, folder / SCALES_FILE)
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         write_text_atomic(folder / PRUNING_RECORD, text)
-
-    def _nbytes(self, key: str) -> int:
-        dtype, shape = self.base.size(key)
-        return dtype.itemsize * prod(shape)
 
     def _make_folder(self) -> None:
         if not self._work.is_dir():
@@ -232,9 +231,9 @@ class ModelFiles:
         state = self.model.state_dict()
         tensors = {n: t for n, t in state.items() if (n in own if part == OUTSIDE else n.startswith(prefix))}
         saved = {self.base.find(n) or n: t.contiguous() for n, t in saved_tensors(self.model, tensors).items()}
-        sizes = {name: tensor.nbytes for name, tensor in saved.items()}
-        for number, names in enumerate(_groups(sizes, self._shard_bytes)):
-            _save({name: saved[name] for name in names}, self._work / f"model-{part}-{number}.safetensors")
+        for number, run in enumerate(runs_of([tensor.nbytes for tensor in saved.values()], self._shard_bytes)):
+            some = dict(islice(saved.items(), run.start, run.stop))
+            _save(some, self._work / f"model-{part}-{number}.safetensors")
         scales = {one.name: one.scales for one in layers if isinstance(one, PrunedLayer) and one.scales is not None}
         if scales:
             _save(scales, self._work / f"{part}.scales")
@@ -332,20 +331,6 @@ def _set(model: PreTrainedModel, tensors: Mapping[str, Tensor], mapping: Any) ->
         if shown:
             logging.enable_progress_bar()
     model.requires_grad_(False)
-
-
-def _groups(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
-    """Yield names of tensors of together at most ``most`` bytes, or of one larger tensor."""
-    group: list[str] = []
-    held = 0
-    for name, size in sizes.items():
-        if group and held + size > most:
-            yield group
-            group, held = [], 0
-        group.append(name)
-        held += size
-    if group:
-        yield group
 
 
 def _link(file: Path, other: Path) -> None:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from pst_ds.core.one_shot.shares import Share
+from pst_ds.core.one_shot.shares import ALONE, Share, keep_by_scores
 from pst_ds.core.one_shot.sparsegpt import COLUMNS_AT_A_TIME, sparsegpt_of_share
 
 
@@ -55,3 +55,15 @@ def output_error(change, gram):
 def sparsegpt(weight, factor, pattern, sparsity, columns=COLUMNS_AT_A_TIME, **options):
     """A matrix (O, I) that one rank prunes."""
     return sparsegpt_of_share(Share.of(weight, pattern, sparsity), factor, columns_at_a_time=columns, **options)
+
+
+def keep_by_score(scores, layout, pattern, sparsity):
+    """The mask of all matrices of a layer in storage order, each by itself, by what prunes a share of one."""
+    keep = torch.empty(scores.shape, dtype=torch.uint8)
+    for matrix in layout.matrices():
+        own, kept = (values[matrix.rect.slices] for values in (scores, keep))
+        own, kept = (own.t(), kept.t()) if layout.transposed else (own, kept)
+        share = Share.of(own.contiguous(), pattern, sparsity)
+        share.require_finite()
+        kept.copy_(torch.cat(keep_by_scores([share.weight[rows] for rows in share.panels], share, ALONE)))
+    return keep

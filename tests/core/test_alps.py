@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.one_shot.alps import alps
 from pst_ds.core.one_shot.gram import DAMPING, regularised_inverse, unit_gram
-from pst_ds.core.one_shot.scored import keep_by_score
 from pst_ds.core.one_shot.sparsegpt import inverse_factor
 from pst_ds.core.patterns import parse_pattern
-from tests.core.one_shot_references import output_error
+from tests.core.one_shot_references import keep_by_score, output_error
 
 from .one_shot_references import correlated_inputs, normal_weight, sparsegpt
 

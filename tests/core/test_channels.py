@@ -35,31 +35,31 @@ def test_each_removed_input_is_the_one_of_least_error_after_a_refit(shifts, monk
     monkeypatch.setattr(channels, "COLUMNS_AT_ONCE", 1)
     weight, x = _problem()
     moments = InputMoments.of(x.T @ x, x.sum(0) if shifts else None, len(x))
-    chosen = by_second_order(weight, moments.gram, 2)
+    kept, gone, scores = by_second_order(weight, moments.gram, 2)
     left, errors = list(range(12)), []
-    for removed in chosen.removed.tolist():
+    for removed in gone.tolist():
         error = {gone: _least_error(weight, x, [i for i in left if i != gone], shifts)[0] for gone in left}
         assert removed == min(left, key=error.__getitem__)
         errors.append(error[removed])
         left.remove(removed)
-    assert chosen.kept.tolist() == left
-    assert np.allclose(chosen.scores.cumsum(0), errors)
-    made = refitted(weight, moments, chosen.kept)
-    _, wanted = _least_error(weight, x, chosen.kept, shifts)
-    assert np.allclose(made.weight, wanted)
-    outputs = x[:, chosen.kept] @ made.weight.T + made.shift - x @ weight.double().T
+    assert kept.tolist() == left
+    assert np.allclose(scores.cumsum(0), errors)
+    fitted, shift, error = refitted(weight, moments, kept)
+    _, wanted = _least_error(weight, x, kept, shifts)
+    assert np.allclose(fitted, wanted)
+    outputs = x[:, kept] @ fitted.T + shift - x @ weight.double().T
     variance = (x - x.mean(0) if shifts else x) @ weight.double().T
-    assert made.error == pytest.approx(float(outputs.square().sum() / variance.square().sum()))
-    assert bool(made.shift.any()) == shifts
+    assert error == pytest.approx(float(outputs.square().sum() / variance.square().sum()))
+    assert bool(shift.any()) == shifts
 
 
 def test_several_at_once_lose_little_to_one_at_a_time(monkeypatch):
     weight, x = _problem(96, 24, 400)
     moments = InputMoments.of(x.T @ x, None, len(x))
-    many = refitted(weight, moments, by_second_order(weight, moments.gram, 32).kept).error
-    largest = refitted(weight, moments, weight.abs().sum(0).topk(32).indices.sort().values).error
+    *_, many = refitted(weight, moments, by_second_order(weight, moments.gram, 32)[0])
+    *_, largest = refitted(weight, moments, weight.abs().sum(0).topk(32).indices.sort().values)
     monkeypatch.setattr(channels, "COLUMNS_AT_ONCE", 1)
-    single = refitted(weight, moments, by_second_order(weight, moments.gram, 32).kept).error
+    *_, single = refitted(weight, moments, by_second_order(weight, moments.gram, 32)[0])
     assert single <= many < 1.05 * single
     assert many < largest
 

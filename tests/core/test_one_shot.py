@@ -8,14 +8,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pst_ds.core.keys import order_keys
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.one_shot.scored import keep_but, keep_by_score, wanda_scores
+from pst_ds.core.one_shot.scored import wanda_scores
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.select import prune_count
 from tests.core.one_shot_references import output_error
 
-from .one_shot_references import correlated_inputs, counter, normal_weight, ranked_together, without_smallest
+from .one_shot_references import (
+    correlated_inputs,
+    counter,
+    keep_by_score,
+    normal_weight,
+    ranked_together,
+    without_smallest,
+)
 
 PATTERNS = ["matrix", "row", "2:4", "4:8"]
 
@@ -59,15 +65,17 @@ def test_counts_are_exact_in_every_matrix_and_unit(name, transposed, parts, spar
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_fused_matrix_is_ranked_by_itself_as_training_ranks_it(transposed):
+def test_a_fused_matrix_is_ranked_by_itself(transposed):
     weight = normal_weight(12, 4, 3).round(decimals=1)
     weight[4:8] *= 100
     stored = weight.t().contiguous() if transposed else weight
     layout = WeightLayout(12, 4, transposed=transposed, num_matrices=3)
     keep = keep_by_score(stored.abs(), layout, parse_pattern("matrix"), 0.3)
-    for block in layout.matrices():
-        at = slice(block.rect.r0, block.rect.r1), slice(block.rect.c0, block.rect.c1)
-        assert torch.equal(keep[at].bool(), keep_but(order_keys(stored[at].abs()), prune_count(0.3, 16)).bool())
+    by_output = keep.t() if transposed else keep
+    for own, magnitudes in zip(by_output.split(4), weight.abs().split(4), strict=True):
+        order = magnitudes.flatten().argsort(stable=True)
+        expected = torch.ones(16, dtype=torch.uint8).index_fill_(0, order[: prune_count(0.3, 16)], 0)
+        assert torch.equal(own.flatten(), expected)
 
 
 def test_what_no_mask_can_be_made_of_is_refused():

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.one_shot.gram import DAMPING
-from pst_ds.core.one_shot.scored import keep_by_score, wanda_scores
+from pst_ds.core.one_shot.scored import wanda_scores
 from pst_ds.core.one_shot.shares import Share
 from pst_ds.core.one_shot.sparsegpt import inverse_factor, round_under_mask
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.quantization import Grid, dequantize, group_scales, quantize, round_to_grid
 from pst_ds.core.select import prune_count
-from tests.core.one_shot_references import output_error
+from tests.core.one_shot_references import keep_by_score, output_error
 
 from .one_shot_references import correlated_inputs, counter, normal_weight, ranked_together, sparsegpt, without_smallest
 

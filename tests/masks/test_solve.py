@@ -10,7 +10,6 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.bits import unpack_range
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.one_shot.scored import keep_by_score
 from pst_ds.errors import InputError
 from pst_ds.masks.solve import solve_masks
 from pst_ds.nn import gradient_sums
@@ -19,6 +18,7 @@ from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import build_engine
 from pst_ds.parallel.ranks import rank, world_size
+from tests.core.one_shot_references import keep_by_score
 
 SPARSITY, TOKENS, BATCHES = 0.6, 48, 3
 

@@ -15,11 +15,11 @@ from pst_ds.atomic_files import file_sha256
 from pst_ds.checkpoint.restore import base_fingerprint
 from pst_ds.cli.main import main
 from pst_ds.config.pst import PSTConfig
-from pst_ds.core.one_shot.scored import keep_by_score
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.nn.targets import resolve_targets
 from pst_ds.prune.model_files import ModelFiles
 from pst_ds.train.one_shot import pruning
+from tests.core.one_shot_references import keep_by_score
 
 CAUSAL, CLASSES = "tests/data/causal_lm.toml", "tests/data/world_size.toml"
 DATA = Path(__file__).resolve().parents[1] / "data"

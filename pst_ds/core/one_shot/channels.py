@@ -41,32 +41,11 @@ class InputMoments:
         return cls(gram - number * torch.outer(mean, mean), mean)
 
 
-@dataclass(frozen=True, slots=True)
-class Refitted:
-    """A matrix without its removed inputs."""
+def by_second_order(weight: Tensor, gram: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose the ``number`` inputs of ``weight`` (O, I) that stay. ``gram``: (I, I), of :class:`InputMoments`.
 
-    weight: Tensor
-    """(O, kept) in double precision."""
-    shift: Tensor
-    """(O,): to add to the bias; 0 without one."""
-    error: float
-    """Squared change of the outputs, relative to their squares; with a bias, to their variance."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """The inputs of a matrix that stay, and those that do not."""
-
-    kept: Tensor
-    """(kept,) int64, ascending."""
-    removed: Tensor
-    """(removed,) int64, the least important first."""
-    scores: Tensor
-    """(removed,) double precision: the error of each removal."""
-
-
-def by_second_order(weight: Tensor, gram: Tensor, number: int) -> Chosen:
-    """Choose the ``number`` inputs of ``weight`` (O, I) that stay. ``gram``: (I, I), of :class:`InputMoments`."""
+    Returns those inputs, ascending; the others, the least important first; and the error of each removal, fp64.
+    """
     damped, _ = damped_gram(gram)
     inverse, weight = torch.cholesky_inverse(torch.linalg.cholesky(damped)), weight.to(torch.float64, copy=True)
     left = torch.arange(weight.shape[1], device=weight.device)
@@ -82,11 +61,15 @@ def by_second_order(weight: Tensor, gram: Tensor, number: int) -> Chosen:
         step = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
         weight -= weight[:, columns] @ step
         inverse -= inverse[:, columns] @ step
-    return Chosen(left, torch.cat(gone), torch.cat(scores))
+    return left, torch.cat(gone), torch.cat(scores)
 
 
-def refitted(weight: Tensor, moments: InputMoments, columns: Tensor) -> Refitted:
-    """Fit the ``columns`` of ``weight`` (O, I) that stay, (kept,) int64, to the outputs of all, by least squares."""
+def refitted(weight: Tensor, moments: InputMoments, columns: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Fit the ``columns`` of ``weight`` (O, I) that stay, (kept,) int64, to the outputs of all, by least squares.
+
+    Returns their values (O, kept) in fp64; what to add to the bias (O,), 0 without one; and the squared change of the
+    outputs, relative to their squares, with a bias to their variance.
+    """
     damped, _ = damped_gram(moments.gram)
     weight = weight.to(torch.float64)
     found = torch.linalg.solve(damped[columns][:, columns], damped[columns] @ weight.t()).t()
@@ -94,4 +77,4 @@ def refitted(weight: Tensor, moments: InputMoments, columns: Tensor) -> Refitted
     change[:, columns] -= found
     outputs = ((weight @ moments.gram) * weight).sum()
     error = ((change @ moments.gram) * change).sum() / outputs if outputs > 0 else outputs
-    return Refitted(found, change @ moments.mean, float(error.clamp(min=0.0)))
+    return found, change @ moments.mean, float(error.clamp(min=0.0))

@@ -58,10 +58,7 @@ def regularised_inverse(gram: Tensor, penalty: float) -> Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky_ex(raised).L)
 
 
-GRADIENT_STEPS = 15
-
-
-def least_squares(start: Tensor, keep: Tensor, pulled: Tensor, gram: Tensor, steps: int = GRADIENT_STEPS) -> Tensor:
+def least_squares(start: Tensor, keep: Tensor, pulled: Tensor, gram: Tensor, steps: int) -> Tensor:
     """Return the weights W (O, I) under a mask with W H nearest to ``pulled``: conjugate gradients, row by row.
 
     ``start``: (O, I) fp32, 0 where pruned. ``keep``: (O, I), 0/1. ``pulled``: (O, I). ``gram``: H, (I, I), of inputs

@@ -102,6 +102,13 @@ def keep_in_panel(scores: Tensor, share: Share) -> Tensor:
     return keep_in_rows(keys, (1, keys.shape[1]), prune_count(share.sparsity, keys.shape[1]))
 
 
+def keep_by_scores(scores: Sequence[Tensor], share: Share, ranks: Ranks) -> list[Tensor]:
+    """Return the uint8 masks of this rank's panels of a matrix; ``scores``: as in :func:`keep_in_panel`. Collective."""
+    if share.ranks_rows_together:
+        return keep_together([scores], [share], ranks)[0]
+    return [keep_in_panel(panel, share) for panel in scores]
+
+
 def keep_together(scores: Sequence[Sequence[Tensor]], shares: Sequence[Share], ranks: Ranks) -> list[list[Tensor]]:
     """Return the uint8 masks of all panels, for patterns that rank rows together. Collective.
 
