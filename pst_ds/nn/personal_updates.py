@@ -3,12 +3,11 @@
 Layers are not replaced but get a forward hook. The native decoder computes the updates of many users in one batch.
 """
 
-import zlib
-
 import torch
 from torch import Tensor, nn
 
 from pst_ds.core.updates.rows import beside
+from pst_ds.nn.layer import seeded_normal
 
 LEFT, RIGHT = "personal_U", "personal_V"
 """Parameter names of a layer's U (O, r) and V (r, I)."""
@@ -22,8 +21,7 @@ def add_update(
 
     Call it before ``deepspeed.initialize``, which partitions them like the layer's other parameters.
     """
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}/{RIGHT}".encode()))
-    right = torch.randn(rank, inputs, generator=generator) / inputs**0.5
+    right = seeded_normal((rank, inputs), 1.0, f"{seed}/{name}/{RIGHT}") / inputs**0.5
     made = {LEFT: torch.zeros(outputs, rank), RIGHT: right}
     params = {part: nn.Parameter(values.to(device=device, dtype=dtype)) for part, values in made.items()}
     for part, param in params.items():

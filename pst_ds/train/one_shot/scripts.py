@@ -54,7 +54,7 @@ def prune_pretrained(
         raise InputError(f"precision = {precision!r} must be one of {', '.join(DTYPES)}")
     drawn = of_main(lambda: _first_examples(batches, config.samples)) if config.needs_data else []
     given = _input(path, pst, precision, drawn, config)
-    if not _is_done(out, given):
+    if of_main(lambda: pruning_record(out).get("job")) != given.facts["job"]:
         prune_files_of(given, out, config)
     return out
 
@@ -64,10 +64,6 @@ def _input(path: str, pst: PSTConfig, precision: str, drawn: Sequence[Batch], co
     about = repr(config), repr(pst), precision
     job = [*about, digest_of_ranks(drawn, "batches"), of_main(lambda: base_fingerprint(path))]
     return PruneInput(path, pst, 0.0, precision, lambda _: drawn, "batches", {"job": job})
-
-
-def _is_done(out: Path, given: PruneInput) -> bool:
-    return of_main(lambda: pruning_record(out).get("job")) == given.facts["job"]
 
 
 def _first_examples(batches: Iterable[Mapping[str, object]], samples: int) -> list[Batch]:

@@ -78,7 +78,8 @@ def summary(scores: Sequence[UserScores], *, lower_is_better: bool) -> dict[str,
     for name in ("shared", "other"):
         gains = [sign * (score.own - getattr(score, name)) for score in scores]
         facts[f"gain_over_{name}"] = fmean(gains)
-        facts[f"gain_over_{name}_standard_error"] = _standard_error(gains)
+        spread = float(np.std(gains, ddof=1)) if len(gains) > 1 else math.nan
+        facts[f"gain_over_{name}_standard_error"] = spread / math.sqrt(len(gains))
         facts[f"share_better_than_{name}"] = fmean([float(gain > 0.0) for gain in gains])
         facts[f"share_worse_than_{name}"] = fmean([float(gain < 0.0) for gain in gains])
     return facts
@@ -90,7 +91,3 @@ def _score(model: PersonalModel, examples: ExampleSet) -> float:
     with warnings.catch_warnings():  # about metrics that need two classes, for a user with rows of one class
         warnings.simplefilter("ignore")
         return float(model.context.task.metrics(outcomes, examples)[metric_of(model.context)])
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan

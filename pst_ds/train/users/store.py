@@ -329,16 +329,11 @@ def _read_index(folder: Path) -> tuple[Common, dict[str, UserEntry]]:
         raise UserStoreError(
             f"{path.absolute()} does not exist. Name a store that pst-ds users train has written"
         ) from None
-    except ValidationError as error:
-        raise UserStoreError(
-            f"{path} is damaged: {first_problem(error)}. Use a copy, or train the users again"
-        ) from None
-    except UserNameError as error:  # a name in the index, not the one that the caller asked for
-        raise UserStoreError(f"{path} is damaged: {error}. Use a copy, or train the users again") from None
-    except UserStoreError:
-        raise
-    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise UserStoreError(f"{path} is damaged: {error!r}. Use a copy, or train the users again") from None
+    except (OSError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        if type(error) is UserStoreError:  # but not UserNameError, of a name in the index
+            raise
+        problem = first_problem(error) if isinstance(error, ValidationError) else error
+        raise UserStoreError(f"{path} is damaged: {problem}. Use a copy, or train the users again") from None
     return index.common, index.users
 
 
