@@ -141,8 +141,8 @@ class _Cutter:
         own, gram = weight.to(device), known.gram.to(device)
         kept, removed, scores = by_second_order(own, gram, cut.kept)
         fitted, shift, error = refitted(own, InputMoments(gram, known.mean.to(device)), kept)
-        parts = kept, fitted.to(weight.dtype), shift, removed, scores
-        return _Made(*(part.cpu() for part in parts), error)
+        stored = fitted.to(weight.dtype).cpu()
+        return _Made(kept.cpu(), stored, shift.cpu(), removed.cpu(), scores.cpu(), error)
 
 
 def _matrix(block: nn.Module, cut: Cut, expert: int) -> tuple[Tensor, bool]:
