@@ -205,10 +205,13 @@ class _Part:
         """Prune this rank's rows by SparseGPT, Wanda or magnitude. Collective."""
         rule, share, dtype = self.layer.rule, self.share, self.layer.weight.dtype
         if given.factor is None:
-            panels, norms = [share.weight[rows].to(torch.float32) for rows in share.panels], given.norms
-            scores = [panel.abs() if norms is None else wanda_scores(panel, norms) for panel in panels]
-            masks = keep_by_scores(scores, share, ranks)
-            return joined([Compensated(*pair) for pair in zip(panels, masks, strict=True)], share)
+            weight, norms = share.weight.to(torch.float32), given.norms
+            scores = weight.abs() if norms is None else wanda_scores(weight, norms)
+            if not bool(torch.isfinite(scores).all()):  # of all rows, so on all ranks
+                raise FloatingPointError("scores are not finite")
+            masks = keep_by_scores([scores[rows] for rows in share.panels], share, ranks)
+            panels = zip((weight[rows] for rows in share.panels), masks, strict=True)
+            return joined([Compensated(*panel) for panel in panels], share)
         if rule.keeps_zeros:
             assert rule.grid is not None, "nothing to do"
             return round_under_mask(share, share.weight != 0, given.factor, rule.grid, dtype=dtype)
