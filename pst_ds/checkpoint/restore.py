@@ -11,6 +11,7 @@ from pst_ds.core.quantization import StoredGrid, require_scales, scales_of_bytes
 from pst_ds.errors import shortened
 from pst_ds.nn.inject import pst_layers, round_weights
 from pst_ds.nn.layer import PSTLayer
+from pst_ds.nn.router import follow_masks
 from pst_ds.nn.tables.coded import coded_tables
 from pst_ds.parallel import optimizer_state, zero3
 from pst_ds.parallel.engine import Engine
@@ -27,7 +28,7 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Load a checkpoint's values into an injected ``model`` that has no engine yet. Not collective.
+    """Load a checkpoint's values into an injected ``model`` that has no engine yet. Collective if experts are removed.
 
     Under ZeRO-3 each rank reads its shards only. Raises CheckpointError, before anything is changed, if names or shapes
     differ from the model's.
@@ -48,6 +49,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
             own = zero3.shard_of(layer.pst_scales)
             data = _scale_bytes(layer, name, checkpoint, own.start, own.start + own.values.numel())
             zero3.write_shard(layer.pst_scales, data.to(own.values.device))
+    follow_masks(model)
     round_weights(model, rounds=checkpoint.state.rounds)
 
 

@@ -56,6 +56,11 @@ METHODS: dict[str, Method] = {
         settings=_WEIGHTS,
     ),
     "masked-lora": Method("Train an update U V under a fixed mask.", "fixed", settings=_LORA),
+    "experts": Method(
+        "Remove whole experts of a mixture along the schedule, and train an update U V and the routers.",
+        "ramp",
+        settings={**_NO_SCORES, "pattern": "experts"},
+    ),
 }
 
 
@@ -78,7 +83,19 @@ def method_conflicts(method: str, pst: PSTConfig, final_sparsity: float) -> Iter
             'pst.magnitude = "activation" modifies the ranking by |W|, which pst.initial_mask = "zeros" does not use. '
             "Remove it"
         )
+    yield from _expert_conflicts(method, pst)
     yield from _sparsity_conflicts(method, pst, injected, final_sparsity)
+
+
+def _expert_conflicts(method: str, pst: PSTConfig) -> Iterator[str]:
+    """Yield a message for each setting that does not fit the removal of whole experts, or requires it."""
+    if method != "experts":
+        if pst.pattern == "experts":
+            yield f'pst.pattern = "experts" is for method = "experts", not for method = {method!r}. Set the method'
+        return
+    for name, values in {"pattern": ("matrix", "experts"), "overrides": ((),), "magnitude": ("weight",)}.items():
+        if getattr(pst, name) not in values:
+            yield f'method = "experts" removes whole experts, and pst.{name} is about single weights. Remove it'
 
 
 def _sparsity_conflicts(method: str, pst: PSTConfig, injected: PSTConfig, final_sparsity: float) -> Iterator[str]:

@@ -56,6 +56,12 @@ class OneShotConfig(Section):
         if self.method in ("none", CHANNELS):
             return
         setting, masks = f'start.method = "{self.method}"', METHODS[method].masks
+        if method == "experts":
+            yield (
+                f'{setting} prunes weights, and method = "experts" removes experts. Remove [start]; for experts that '
+                "go before the first step set schedule.initial_sparsity"
+            )
+            return
         if masks == "none":
             yield f"{setting} prunes, and method = {method!r} does not. Remove [start], or set another method"
             return

@@ -172,6 +172,8 @@ class PSTConfig(_LibrarySection):
         except ValueError as error:
             yield str(error)
             return
+        if any(rule.pattern.kind == "experts" for rule in rules[1:]):
+            yield 'overrides.pattern = "experts" removes experts of some blocks only. Set method = "experts" for all'
         pooled = next((rule.pattern for rule in rules if rule.pattern.pools_matrices), None)
         if pooled is not None and not self.relative_magnitude:
             yield (

@@ -6,6 +6,7 @@
     "row"      single weights, ranked within their output: the same sparsity for every output
     "2:4"      N:M: at most N of every M consecutive inputs of an output are kept, N < M <= 16
     "16x1"     blocks of outputs x inputs, kept or pruned together, ranked within their matrix by summed scores
+    "experts"  whole experts of a block, ranked by their outputs; see :mod:`pst_ds.masks.experts`
 
 All positions refer to the *stored* weight, as in :mod:`pst_ds.core.layout`.
 """
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:  # run files are read without torch
     from pst_ds.core.layout import WeightLayout
 
-Kind = Literal["matrix", "stack", "global", "row", "n:m", "block"]
+Kind = Literal["matrix", "stack", "global", "row", "n:m", "block", "experts"]
 MAX_M = 16
 
 
@@ -75,7 +76,7 @@ class Pattern:
 
 def parse_pattern(text: str) -> Pattern:
     """Return the pattern with a name. Raises ValueError, listing the known names."""
-    if text in ("matrix", "stack", "global", "row"):
+    if text in ("matrix", "stack", "global", "row", "experts"):
         return Pattern(text)  # type: ignore[arg-type]
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         n, m = int(match[1]), int(match[2])

@@ -1,14 +1,18 @@
 """Stacks of experts: which rows of a stack each tensor of the files holds, so that no stack is built as a whole."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import nn
 
+from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.core.layout import WeightLayout
 from pst_ds.formats.base_weights import BaseWeights, saved_tensors
-from pst_ds.nn.model_structure import known_stacks
+from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.model_structure import known_stacks, stack_names
+from pst_ds.nn.router import pst_routers
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,12 @@ class StackRun:
     @property
     def num_pieces(self) -> int:
         return self.last - self.first
+
+    def in_whole(self, piece: int, whole: WeightLayout, kept: Sequence[int]) -> "tuple[StackRun, int]":
+        """Return the place of a piece in the ``whole`` stack, of which this one has only the experts ``kept``."""
+        per_expert = self.of // self.stack.num_experts
+        expert, part = divmod(piece, per_expert)
+        return StackRun(whole, 0, 0, whole.num_experts * per_expert), kept[expert] * per_expert + part
 
     def share(self, count: int, piece: int | None = None) -> tuple[int, int]:
         """Return the range of the run, or of one piece, in ``count`` values that are stored expert by expert."""
@@ -118,3 +128,17 @@ def _stack(model: nn.Module, name: str, layout: WeightLayout, weights: BaseWeigh
     if any(weights.size(at)[1] != piece.shape for at, piece in zip(stored, pieces, strict=False)):
         return None
     return FolderStack(name, layout, shape, tuple(pieces), tuple(stored))
+
+
+def kept_experts(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Return the experts that a run has not removed, by the name of the block's module around them.
+
+    ``model``: the run's model with all experts, maybe on the meta device.
+    """
+    found = {}
+    for router in pst_routers(model).values():
+        stack = f"{router.experts}.{stack_names(model.get_submodule(router.experts))[0]}"
+        layout = pst_layers(model)[stack].layout
+        bits = (checkpoint.mask_bits(stack, *layout.expert_range(expert)) for expert in range(layout.num_experts))
+        found[router.experts.rpartition(".")[0]] = tuple(i for i, own in enumerate(bits) if own.any())
+    return found

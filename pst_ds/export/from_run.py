@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.checkpoint.format import Checkpoint
+from pst_ds.core.bits import all_ones
 from pst_ds.core.coded_weight import CodedWeight, CodeLayout
 from pst_ds.core.factors import Constants, Factors
+from pst_ds.core.layout import WeightLayout
 from pst_ds.core.packings import DENSE, GGUF
 from pst_ds.core.quantization import SCALE_DTYPE, Rounding, StoredGrid, require_scales, scales_of_bytes
 from pst_ds.core.scores import masked_weight, merged_weight
 from pst_ds.core.updates.rows import updated_rows
 from pst_ds.export.encoding import Encoding, ExportError
-from pst_ds.export.expert_stacks import FilePart, StackRun, all_experts, parts_in_files
+from pst_ds.export.expert_stacks import FilePart, StackRun, all_experts, kept_experts, parts_in_files
 from pst_ds.export.plan import Origin, TensorJob, TensorSpec, TensorValues
 from pst_ds.export.quantization import grids
 from pst_ds.formats import mask_row_bits
@@ -28,7 +30,7 @@ from pst_ds.nn.layer import FACTOR_NAMES, PSTLayer
 from pst_ds.nn.merge import plain_tensors
 from pst_ds.nn.model_structure import is_conv1d, is_linear
 from pst_ds.nn.tables.coded import plain_tables
-from pst_ds.nn.tables.embedding import pst_embeddings
+from pst_ds.nn.tables.embedding import updated_tables
 from pst_ds.parallel.optimizer_state import MASTER
 
 
@@ -53,6 +55,10 @@ class RunRecipe:
     embedding_beta: float | None = None
     masked: bool = True
     """False if pruned values may be anything, because the packing does not read them."""
+    kept: tuple[int, ...] = ()
+    """Numbers of the experts in the tensor, if others were removed."""
+    whole: WeightLayout | None = None
+    """For a stack of ``kept`` experts: layout of the stack with all experts."""
     in_files_form: bool = False
     """True if transformers saves it as several tensors, or under another name."""
 
@@ -80,6 +86,10 @@ class RunSource:
 
     def _made(self, recipe: RunRecipe) -> TensorValues:
         """Make a tensor that is not pruned."""
+        made = self._with_all_experts(recipe)
+        return replace(made, tensor=made.tensor[list(recipe.kept)]) if recipe.kept else made
+
+    def _with_all_experts(self, recipe: RunRecipe) -> TensorValues:
         beta, checkpoint = recipe.embedding_beta, self._checkpoint
         compute = DTYPES[checkpoint.state.precision]
         if recipe.trained and beta is None:
@@ -126,6 +136,8 @@ class RunSource:
         """Make one piece of a stack, or a whole layer."""
         checkpoint, owner = self._checkpoint, recipe.name.removesuffix(".weight")
         layout, compute = run.piece, DTYPES[checkpoint.state.precision]
+        if recipe.whole is not None:
+            run, piece = run.in_whole(piece, recipe.whole, recipe.kept)
         device = checkpoint.state.device_type if torch.accelerator.is_available() else "cpu"
         start = self._start(recipe, run, piece).to(compute).to(device)
         weight: Tensor | CodedWeight = start
@@ -173,31 +185,47 @@ class RunSource:
 
 
 def plan_run(
-    model: nn.Module, checkpoint: Checkpoint, base: BaseWeights, encoding: Encoding, dtype: str | None
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    base: BaseWeights,
+    encoding: Encoding,
+    dtype: str | None,
+    whole: nn.Module | None = None,
 ) -> list[TensorJob]:
     """Return a job for every tensor that ``save_pretrained`` of the plain model would write, under its name there.
 
     ``model`` has PST modules, and may be on the meta device. If it is the text part of its base, all tensors of the
-    base are included, under the base's names. ``dtype``: dtype to cast all tensors to. Raises ExportError.
+    base are included, under the base's names. ``dtype``: dtype to cast all tensors to. ``whole``: the model of the run,
+    if ``model`` lacks the experts that it removed. Raises ExportError.
     """
-    return list(_Planner(model, checkpoint, base, encoding, dtype).jobs())
+    return list(_Planner(model, checkpoint, base, encoding, dtype, whole).jobs())
 
 
 class _Planner:
     def __init__(
-        self, model: nn.Module, checkpoint: Checkpoint, base: BaseWeights, encoding: Encoding, dtype: str | None
+        self,
+        model: nn.Module,
+        checkpoint: Checkpoint,
+        base: BaseWeights,
+        encoding: Encoding,
+        dtype: str | None,
+        whole: nn.Module | None,
     ):
         self._model, self._checkpoint, self._base = model, checkpoint, base
+        self._whole = model if whole is None else whole
+        self._kept = {} if whole is None else kept_experts(whole, checkpoint)
+        self._whole_layers, self._whole_tensors = pst_layers(self._whole), plain_tensors(self._whole)
         self._state, self._trained = checkpoint.state, checkpoint.contents.trained
         self._encoding, self._cast = encoding, None if dtype is None else DTYPES[dtype]
         # in a run that quantises, other layers stay unchanged, so that the export computes what was trained
         self._grids = grids(model, None if checkpoint.state.rounds else encoding.values, encoding.embeddings)
-        self._layers, self._embeddings, self._tables = pst_layers(model), pst_embeddings(model), plain_tables(model)
+        self._tensors = plain_tensors(model)
+        self._layers, self._embeddings, self._tables = pst_layers(model), updated_tables(model), plain_tables(model)
         self._linear = {name: module for name, module in model.named_modules() if is_linear(module)}
         self._buffers, self._keeps_rest = persistent_buffers(model), is_text_part(model, base.folder)
 
     def jobs(self) -> Iterator[TensorJob]:
-        tensors = plain_tensors(self._model)
+        tensors = self._tensors
         in_files = {name: saved for saved, name in names_in_files(self._model, tensors).items()}
         done: set[str] = set()
         for name, tensor in tensors.items():
@@ -226,30 +254,37 @@ class _Planner:
         GGUF files have stacks again, but are filled expert by expert.
         """
         layer = self._layers[name]
-        parts = self._parts_of_stack(name, layer)
+        parts = self._parts_of_stack(self._whole, name, self._whole_layers[name])
         recipe = self._recipe(f"{name}.weight", next(iter(parts)))
         recipe = replace(recipe, rows_in_base=tuple((at, *part.run.rows) for at, part in parts.items()))
         as_one = self._spec(recipe, name, layer.weight_shape)
         if as_one.form is not None and self._encoding.packing != GGUF:
             yield TensorJob((as_one,), replace(recipe, masked=as_one.packing == DENSE))
             return
+        if recipe.kept:
+            parts = self._named_parts(self._model, name, layer)
         for in_base, part in parts.items():
             out = replace(as_one, name=in_base if self._keeps_rest else part.name, shape=part.shape)
             yield TensorJob((out,), replace(recipe, layer=(part.run, layer.constants)))
 
-    def _parts_of_stack(self, name: str, layer: PSTLayer) -> dict[str, FilePart]:
-        """Return the tensors that a stack consists of, by their names in the base's files. Raises ExportError."""
+    def _named_parts(self, model: nn.Module, name: str, layer: PSTLayer) -> dict[str, FilePart]:
+        """Return the tensors that ``save_pretrained`` makes of a stack, by their names. Raises ExportError."""
         if name in self._base.names:
             return {name: FilePart(name, all_experts(layer.layout), layer.weight_shape)}
-        found = {}
         try:
-            parts = parts_in_files(self._model, name, layer.layout)
+            return {part.name: part for part in parts_in_files(model, name, layer.layout)}
         except ValueError as error:
             raise ExportError(
                 f"{name} becomes {error} in the files of the model, which does not consist of whole experts. Exclude "
                 f"it with exclude_modules = [{json.dumps(name)}]"
             ) from None
-        for part in parts:
+
+    def _parts_of_stack(self, model: nn.Module, name: str, layer: PSTLayer) -> dict[str, FilePart]:
+        """Return the tensors that a stack consists of, by their names in the base's files. Raises ExportError."""
+        found, parts = {}, self._named_parts(model, name, layer)
+        if name in parts:
+            return parts
+        for part in parts.values():
             in_base = self._base.find(part.name)
             if in_base is None:
                 raise ExportError(f"{part.name} is not in the base model {self._state.base_path!r}")
@@ -278,6 +313,7 @@ class _Planner:
             problem = "not" if embedding is not None else "neither trained nor"
             raise ExportError(f"{name} is {problem} in the base model {state.base_path!r}")
         # values have the precision of the run, but are stored at least as wide as the base's, to keep files uniform
+        kept = self._kept_of(name)
         width = compute if stored is None else self._base.size(stored)[0]
         if layer is not None or trained or embedding is not None or coded is not None:
             width = torch.promote_types(compute, width)
@@ -287,10 +323,20 @@ class _Planner:
             width,
             trained,
             layer=None if layer is None else (all_experts(layer.layout), layer.constants),
-            grid=None if layer is None or not state.rounds else layer.stored_grid,
+            grid=None if layer is None or not state.rounds else self._whole_layers[owner].stored_grid,
             base=None if coded is None else replace(coded, num_shards=1),
             embedding_beta=None if embedding is None else embedding.beta,
+            kept=kept,
+            whole=self._whole_layers[owner].layout if kept and layer is not None else None,
         )
+
+    def _kept_of(self, name: str) -> tuple[int, ...]:
+        """Return the experts in the model's tensor ``name``; () if none were removed from it."""
+        plain = name.removesuffix(".weight") if name not in self._whole_tensors else name
+        block = next((block for block in self._kept if name.startswith(f"{block}.")), None)
+        if block is None or self._whole_tensors[plain].shape == self._tensors[plain].shape:
+            return ()
+        return self._kept[block]
 
     def _spec(self, recipe: RunRecipe, name: str, shape: tuple[int, ...]) -> TensorSpec:
         """Return the tensor that ``recipe`` makes, under its ``name`` in the export."""
@@ -309,13 +355,17 @@ class _Planner:
         if recipe.layer is None:
             return spec.stored_as(self._encoding, self._grids.get(recipe.name))
         masks, stack = self._checkpoint.masks, recipe.layer[0].stack
-        return spec.stored_as(self._encoding, self._encoding.values, lambda _: mask_row_bits(masks[owner], stack))
+
+        def bits(_: TensorSpec) -> Tensor:  # kept experts are whole
+            return mask_row_bits(all_ones(stack.numel, 1) if recipe.kept else masks[owner], stack)
+
+        return spec.stored_as(self._encoding, self._encoding.values, bits)
 
     def _require_shape(self, recipe: RunRecipe, shape: tuple[int, ...]) -> None:
         if (recipe.rows_in_base and not recipe.trained) or recipe.in_files_form:
             return  # checked by _parts_of_stack, or split by transformers
         found = self._trained[recipe.name] if recipe.trained else self._base.size(recipe.in_base or "")[1]
-        if tuple(found) != shape:
+        if tuple(found) != (tuple(self._whole_tensors[recipe.name].shape) if recipe.kept else shape):
             raise ExportError(
                 f"{recipe.name} has shape {tuple(found)} in the base model or checkpoint, and {shape} in the trained "
                 "model. Use the base model that the run was trained from"
@@ -328,6 +378,10 @@ class _Planner:
             raise ExportError(
                 f"{name} is built from {', '.join(saved)} by transformers, and cannot be split again once it is "
                 f"pruned. Exclude it with exclude_modules = [{json.dumps(name.rpartition('.')[0])}]"
+            )
+        if self._kept_of(name):
+            raise ExportError(
+                f"{name} is stored as {', '.join(saved)}, from which no experts can be removed. Report it"
             )
         if name not in self._trained:
             for part, tensor in saved.items():

@@ -85,6 +85,7 @@ def export_checkpoint(
     *,
     vocabulary: Vocabulary | None = None,
     run: dict[str, object] | None = None,
+    whole: PreTrainedModel | None = None,
 ) -> Facts:
     """Write the trained model in ``checkpoint`` to ``out``, a model folder or GGUF file, atomically.
 
@@ -95,6 +96,7 @@ def export_checkpoint(
         model: the run's model, for names, shapes and config; may be on the meta device.
         vocabulary: ``tokenizer`` with fewer tokens; only their rows are written. None keeps all tokens.
         run: resolved run file, for the manifest.
+        whole: the model with all experts, if the run has removed some and ``model`` lacks them.
 
     Raises ExportError.
     """
@@ -107,7 +109,11 @@ def export_checkpoint(
             f"--vocabulary: {base.folder} has more than the text part, so its vocabulary must stay complete. Remove "
             "--vocabulary"
         )
-    jobs, source = plan_run(model, checkpoint, base, encoding, options.dtype), RunSource(checkpoint, base, model)
+    if whole is not None and is_text_part(model, base.folder):
+        raise ExportError(
+            f"{base.folder} has more than the text part, of which experts cannot be removed. Train its text part only"
+        )
+    jobs, source = plan_run(model, checkpoint, base, encoding, options.dtype, whole), RunSource(checkpoint, base, model)
     facts = _facts_of_run(checkpoint, encoding, run)
     write_small_files = partial(_write_small_files_of_run, model, base, tokenizer)
     contents = _Contents(model, jobs, source, facts, write_small_files)

@@ -7,6 +7,7 @@ import tempfile
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -20,6 +21,7 @@ from pst_ds.data.tasks import task_of
 from pst_ds.data.tokens.tokenize import open_tokenizer
 from pst_ds.data.vocabulary import trim
 from pst_ds.errors import InputError
+from pst_ds.export.expert_stacks import kept_experts
 from pst_ds.export.from_folder import CONFIG_FILE, model_of
 from pst_ds.export.manifest import Facts
 from pst_ds.export.plan import SHARD_BYTES
@@ -117,7 +119,11 @@ def export_run(
         return _to_onnx(lambda at, how: export_run(config, at, how, checkpoint=checkpoint), Path(out), settings)
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(config, checkpoint)
     tokenizer = load_tokenizer(config)
-    model = meta_model(config, opened.state.labels, tokenizer, own_dropout=True)
+    build = partial(meta_model, config, opened.state.labels, tokenizer, own_dropout=True)
+    model, whole = build(), None
+    kept = next(iter(kept_experts(model, opened).values()), ())
+    if kept:
+        model, whole = build(experts=len(kept)), model
     vocabulary = None
     if settings.vocabulary:
         if settings.vocabulary == SEEN:
@@ -133,6 +139,7 @@ def export_run(
         settings.options(),
         vocabulary=vocabulary,
         run=json.loads(json.dumps(tomllib.loads(dump_run(config)))),
+        whole=cast("PreTrainedModel | None", whole),
     )
     report["checkpoint"] = str(opened.folder)
     return _with_token_count(report)

@@ -10,9 +10,11 @@ from torch.optim import Optimizer
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.schedule import RoundingSchedule, Schedule, Schedules
 from pst_ds.errors import InputError, shortened
+from pst_ds.masks.experts import remove_experts
 from pst_ds.masks.scales import RoundingStats, update_scales
 from pst_ds.masks.solve import solve_masks
 from pst_ds.masks.update import MaskStats, mask_stats, masks_of_zeros, update_masks
+from pst_ds.nn.expert_scores import ExpertScores
 from pst_ds.nn.gradient_sums import GradientSums
 from pst_ds.nn.inject import freeze_scores, injected_config, layers_never_called, pst_layers, round_weights
 from pst_ds.nn.model_structure import is_inside_block
@@ -27,14 +29,15 @@ SPARSITY_TOLERANCE = 0.01
 
 
 def update_if_due(
-    model: nn.Module, schedules: Schedules, step: int, sums: GradientSums | None = None
+    model: nn.Module, schedules: Schedules, step: int, sums: GradientSums | ExpertScores | None = None
 ) -> tuple[MaskStats | None, RoundingStats | None]:
     """Update masks and quantisation scales if they are due after applied step ``step`` (0: before the first). Once the
     masks are final, fix the scores; from the first search of scales on, quantise the weights. Return the statistics of
     both updates; None for one that was not due.
 
     A model injected with ``initial_mask = "zeros"`` keeps the non-zeros of its weights instead of selecting masks. With
-    ``sums`` of the last batches, masks and kept weights are solved for instead, and the sums are closed.
+    ``sums`` of the last batches, masks and kept weights are solved for instead, and the sums are closed; with scores of
+    experts whole experts are removed.
     Collective: schedules and step are equal on every rank, so all ranks update or none does.
 
     Raises:
@@ -50,7 +53,9 @@ def update_if_due(
     return masks, scales
 
 
-def _update_masks(model: nn.Module, schedule: Schedule, step: int, sums: GradientSums | None) -> MaskStats | None:
+def _update_masks(
+    model: nn.Module, schedule: Schedule, step: int, sums: GradientSums | ExpertScores | None
+) -> MaskStats | None:
     """Select masks if ``schedule`` does so after ``step``."""
     if step == 0:  # a forward pass before training may call layers whose weight training reads without a call
         for layer in pst_layers(model).values():
@@ -62,6 +67,9 @@ def _update_masks(model: nn.Module, schedule: Schedule, step: int, sums: Gradien
         target, progress = schedule.sparsity_at(step), schedule.progress_at(step)
         if _keeps_zeros(model):
             masks = masks_of_zeros(model)
+        elif isinstance(sums, ExpertScores):
+            masks = remove_experts(model, sums, target)
+            sums.clear()
         elif sums is not None:
             masks = solve_masks(model, sums, target, progress)
             sums.close()
@@ -288,6 +296,11 @@ def _excluding(names: list[str], called: set[str], excluded: str | tuple[str, ..
 
 
 def _require_pst(model: nn.Module) -> None:
+    if injected_config(model).pattern == "experts":
+        raise InputError(
+            'pattern = "experts": only runs of pst-ds train with method = "experts" measure what experts contribute. '
+            "Choose another pattern, or remove experts with pst-ds prune --method reap"
+        )
     if injected_config(model).magnitude == "activation":
         for name, layer in pst_layers(model).items():
             if layer.input_norms is None:

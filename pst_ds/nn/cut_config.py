@@ -1,11 +1,14 @@
-"""The config of a model that lost feed-forward channels. Widths are equal in all layers."""
+"""The config of a model that lost feed-forward channels, or experts. Their number is equal in all layers."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from pst_ds.errors import InputError
+from pst_ds.nn.model_structure import experts_modules, experts_per_token, stack_layouts, text_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -15,6 +18,8 @@ _WIDTHS = (
     "moe_shared_expert_intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", "d_ff", "hidden_dim",
 )  # fmt: skip
 """Names of the width of feed-forward layers in the configs of transformers."""
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Names of the number of experts, in configs and in modules."""
 _MULTIPLES = {512: 64, 64: 8}
 """Widths above these stay multiples of these, where kernels are fast."""
 
@@ -55,3 +60,52 @@ def cut_config(config: PretrainedConfig, share: float) -> dict[str, object]:
                 "another method"
             ) from None
     return changes
+
+
+def number_of_experts(model: nn.Module, lead: str) -> tuple[str, int]:
+    """Return the config key of the number of experts in each experts module of a plain ``model``, and the number.
+
+    Raises InputError, starting with ``lead``, for a model without stacks of experts, if its config does not determine
+    their number, and for routers that choose among groups of experts.
+    """
+    modules = experts_modules(model)
+    if not modules:
+        raise InputError(f"{lead}: the model has no stacks of experts. Choose another method")
+    for name, module in modules.items():
+        try:
+            stack_layouts(module)
+        except ValueError as error:
+            raise InputError(f"{lead}: {name} is not a supported stack of experts: {error}") from None
+    config, numbers = text_config(model), {int(module.num_experts) for module in modules.values()}
+    key = next((key for key in NUM_EXPERTS if getattr(config, key, None) in numbers), None)
+    if key is None or len(numbers) > 1:
+        raise InputError(
+            f"{lead}: the modules have {sorted(numbers)} experts, and no setting of the model's config says so. "
+            "Prune the weights of all experts with --method wanda"
+        )
+    if (getattr(config, "n_group", None) or 1) > 1:
+        raise InputError(
+            f"n_group = {config.n_group}: the router chooses among {config.n_group} groups of experts of equal size, "
+            "which dropping experts would change. Prune the weights of all experts with --method wanda"
+        )
+    return key, numbers.pop()
+
+
+def set_num_experts(config: PretrainedConfig, number: int) -> None:
+    """Set the number of experts in the ``config`` of a model that :func:`number_of_experts` supports."""
+    text: Any = config.get_text_config()
+    setattr(text, next(key for key in NUM_EXPERTS if getattr(text, key, None)), number)
+
+
+def experts_left(number: int, share: float, config: Any, setting: str) -> int:
+    """Return how many of ``number`` experts are left without a ``share``: floor(share * number) are removed.
+
+    Raises InputError, naming ``setting``, if these are fewer than the ``config`` routes a token to.
+    """
+    left, per_token = number - math.floor(share * number), experts_per_token(config)
+    if left < per_token:
+        raise InputError(
+            f"{setting} {share} leaves {left} experts, and the router gives a token to {per_token}. Choose a lower "
+            "sparsity"
+        )
+    return left

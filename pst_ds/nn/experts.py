@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pst_ds.core.bits import unpack_range
 from pst_ds.core.experts import products
 from pst_ds.core.experts.routing import Routing
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.model_structure import ExpertsModule, stack_names
 from pst_ds.parallel import zero3
+from pst_ds.parallel.ranks import group_sum
 from pst_ds.parallel.zero3 import in_backward_pass
 
 if TYPE_CHECKING:
@@ -84,6 +86,15 @@ class PSTExpertStack(PSTLayer):
         counts = self.tokens_seen.new_zeros(self.whole_layout.num_experts)
         (counts if self.group is None else self.group.own_part(counts)).copy_(self.tokens_seen)
         return counts
+
+    def pruned_of_experts(self) -> Tensor:
+        """Return the pruned weights of each expert of all ranks, (E,) int64. Collective."""
+        bits, (start, stop) = self.own_bits(), self.own_range()
+        counts = torch.zeros(self.whole_layout.num_experts, dtype=torch.int64, device=bits.device)
+        for expert in range(len(counts)):
+            first, last = (min(max(at, start), stop) - start for at in self.whole_layout.expert_range(expert))
+            counts[expert] = last - first - unpack_range(bits, stop - start, 1, first, last).sum()
+        return group_sum(counts, self.pst_mask)
 
     def product(self, x: Tensor, routing: Routing, by_token: bool) -> Tensor:
         """Return the products of :meth:`forward`, without gradient. The parameters must be gathered."""

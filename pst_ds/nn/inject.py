@@ -9,6 +9,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from pst_ds.config.pst import PSTConfig, name_matches
+from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.quantization import Grid, StoredGrid
 from pst_ds.core.tiles import TileBudgetError, least_tile_bytes, plan_tiles
 from pst_ds.errors import InputError
@@ -17,9 +18,10 @@ from pst_ds.nn.base_codes import BaseCodes, encode_base, mean_magnitudes
 from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.layer import CONSTANT_PARTS, PSTLayer
 from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.router import replace_routers, require_removable
 from pst_ds.nn.sharded_weights import read_now
 from pst_ds.nn.tables.coded import encode_tables, find_tables
-from pst_ds.nn.tables.embedding import PSTEmbedding, pst_embeddings, replace_embeddings
+from pst_ds.nn.tables.embedding import UpdatedTable, replace_embeddings, updated_tables
 from pst_ds.nn.targets import (
     InjectionError,
     Target,
@@ -78,6 +80,9 @@ def inject_pst(
     fsdp2.require_weights_everywhere()
     zero3.refuse_dtensors(model.named_parameters(), "Call inject_pst first, on whole weights, and then fully_shard")
     targets, embeddings = resolve_targets(model, config), find_embeddings(model, config)
+    removes_experts = parse_pattern(config.pattern).kind == "experts"
+    if removes_experts:
+        require_removable(model)
     _require_settings_fit(targets, config, grid, base_grid)
     tables = find_tables(model, config, embedding_grid, {t.module for t in targets}) if embedding_grid else []
     if expert_parallel > 1:
@@ -89,6 +94,8 @@ def inject_pst(
     scales = _magnitude_scales(targets, bases, config)
     encode_tables(tables)
     model.requires_grad_(False)
+    if removes_experts:
+        replace_routers(model, targets, config)
     for target in targets:
         _replace(target, config, shards[target.name], scales[target.name], grid, bases.get(target.name))
     experts.switch_on(dict.fromkeys(target.module for target in targets if target.is_stack))
@@ -265,7 +272,7 @@ def layers_never_called(model: nn.Module) -> list[str]:
 @contextmanager
 def bypassed(model: nn.Module) -> Iterator[None]:
     """Make ``model`` compute like its dense base inside the context: without masks and updates."""
-    layers: list[PSTLayer | PSTEmbedding] = [*pst_layers(model).values(), *pst_embeddings(model).values()]
+    layers: list[PSTLayer | UpdatedTable] = [*pst_layers(model).values(), *updated_tables(model).values()]
     for layer in layers:
         layer.bypassed = True
     try:

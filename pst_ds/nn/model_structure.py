@@ -81,6 +81,11 @@ def is_experts(module: nn.Module) -> bool:
     return all(flag in vars(module) for flag in _EXPERT_FLAGS)
 
 
+def experts_modules(model: nn.Module) -> dict[str, ExpertsModule]:
+    """Return the experts modules of ``model`` by name, in model order."""
+    return {name: module for name, module in model.named_modules() if is_experts(module)}
+
+
 def stack_names(experts: ExpertsModule) -> tuple[str, str]:
     """Return the attributes of an experts module that hold its stacks, in the order of multiplication."""
     return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
@@ -186,6 +191,12 @@ def _experts(model: nn.Module) -> Iterator[tuple[str, int, set[int]]]:
         if len(module) > 1 and len({type(item) for item in module}) == 1:
             widths = {linear_shape(m)[1] for m in module[0].modules() if is_linear(m)}
             yield name, len(module), widths
+
+
+def text_config(model: nn.Module) -> Any:
+    """Return the config of the language model in ``model``, or its only config; None without one."""
+    config: object = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")

@@ -16,12 +16,12 @@ from pst_ds.core.tiles import plan_tiles
 from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import PSTLayer
-from pst_ds.nn.model_structure import experts_per_token, is_linear, linear_shape, model_width
+from pst_ds.nn.model_structure import experts_per_token, is_linear, linear_shape, model_width, text_config
 from pst_ds.nn.tables.coded import CodedOutput, coded_tables
 from pst_ds.parallel import zero3
 from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup, layer_work_bytes
 from pst_ds.planning.start import BlockSizes, InputGroup
-from pst_ds.prune.blocks import block_of, find_blocks, text_config
+from pst_ds.prune.blocks import block_of, find_blocks
 
 Group = TypeVar("Group", TensorGroup, ModuleNumbers, MatrixGroup)
 

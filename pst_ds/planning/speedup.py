@@ -15,9 +15,9 @@ from pst_ds.config.run import RunConfig
 from pst_ds.errors import InputError
 from pst_ds.nn.base_model import Pretrained
 from pst_ds.nn.cut_config import cut_config
-from pst_ds.nn.model_structure import experts_per_token, model_width
+from pst_ds.nn.model_structure import experts_per_token, model_width, text_config
 from pst_ds.nn.targets import Target, resolve_targets
-from pst_ds.prune.blocks import find_blocks, text_config
+from pst_ds.prune.blocks import find_blocks
 from pst_ds.train.model import load_model_config
 
 OVERHEADS = dict(zip(ENGINES, (2300, 4000, 0, 0), strict=True))

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from pst_ds.core.one_shot.shares import ALONE, Ranks
 from pst_ds.errors import InputError
-from pst_ds.nn.model_structure import outermost_list
+from pst_ds.nn.model_structure import outermost_list, text_config
 
 if TYPE_CHECKING:
     from pst_ds.prune.outcome import Outcome, OutcomeT
@@ -104,12 +104,6 @@ def find_blocks(model: nn.Module, names: Sequence[str]) -> tuple[str, nn.ModuleL
 def block_of(name: str, stack: str) -> int:
     """Return the index of the block of ``stack`` that contains the module ``name``."""
     return int(name.removeprefix(stack + ".").partition(".")[0])
-
-
-def text_config(model: nn.Module) -> Any:
-    """Return the config of the language model in ``model``, or its only config; None without one."""
-    config: object = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 @contextmanager

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from pst_ds.config.one_shot import PruneConfig
 from pst_ds.core.one_shot.channels import InputMoments, by_second_order, refitted
 from pst_ds.nn.input_sums import InputGatherer, products, totals
-from pst_ds.nn.model_structure import ExpertsModule, is_conv1d, stack_names
+from pst_ds.nn.model_structure import ExpertsModule, is_conv1d, stack_names, text_config
 from pst_ds.parallel.ranks import of_rank, raise_on_all_ranks
 from pst_ds.progress import Progress
-from pst_ds.prune.blocks import BlockReplay, Calibration, text_config
+from pst_ds.prune.blocks import BlockReplay, Calibration
 from pst_ds.prune.channel_plan import Cut, CutPlan, block_selections, plan_cut
 from pst_ds.prune.model_files import ModelFiles
 from pst_ds.prune.outcome import CutLayer

@@ -1,6 +1,6 @@
-"""Norms of each pruned layer's inputs on training examples, for ``pst.magnitude = "activation"``."""
+"""Measurements on training examples before the first step: norms of inputs for scores, and scores of experts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from pst_ds.atomic_files import write_bytes_atomic
 from pst_ds.config.run import ConfigError
 from pst_ds.data.tasks import ExampleSet
+from pst_ds.nn.expert_scores import ExpertScores
 from pst_ds.nn.inject import bypassed, pst_layers
 from pst_ds.nn.input_sums import InputGatherer, InputSum, squares
 from pst_ds.parallel.engine import Engine
-from pst_ds.parallel.ranks import broadcast, is_main, raise_on_all_ranks, rank, world_size
+from pst_ds.parallel.ranks import broadcast, is_main, raise_on_all_ranks, rank, sum_over_ranks, world_size
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.evaluate import evaluation_batches
 from pst_ds.train.run_context import RunContext
@@ -23,12 +24,11 @@ NORMS_FILE = "activation_norms.safetensors"
 
 def calibrate(context: RunContext, engine: Engine, examples: ExampleSet, *, resumed: bool) -> None:
     """Set the activation norms of the scores: measured for a new run, from its folder for a resumed one. Collective."""
-    run, folder = context.run, Path(context.run.output_dir)
+    folder = Path(context.run.output_dir)
     if resumed:
         set_norms(engine.module, raise_on_all_ranks(lambda: _load_norms(folder, engine.module)))
         return
-    count = min(run.pst.calibration_examples, len(examples))
-    drawn, chosen = raise_on_all_ranks(lambda: context.task.sample(examples, count, f"{run.seed}/calibration"))
+    drawn, chosen = _sample(context, examples)
     norms = activation_norms(engine, context, drawn, chosen)
     if is_main():
         from safetensors.torch import save
@@ -62,32 +62,57 @@ def summed_squares(
 
     The result is {name: (I,) float64}, with (E*I,) for a stack of experts. The model runs without masks and updates.
     """
-    task, device, layers = context.task, context.device, pst_layers(engine.module)
+    layers = pst_layers(engine.module)
     sizes = [layer.layout.num_inputs for layer in layers.values()]
-    totals = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
-    lengths = [examples.lengths[i] for i in indices]
-    batches = evaluation_batches(lengths, context.run.eval_batch_size, mixed=task.pads)
-    engine.eval()
-    with bypassed(engine.module):
-        for first in range(0, len(batches), world_size()):
-            heartbeat("the calibration pass")
-            turn = first + rank()
-            own = [indices[i] for i in batches[min(turn, len(batches) - 1)]]
-            batch = {k: v.to(device) for k, v in task.collate(examples, own, context.tokenizer).items()}
-            gatherer = InputGatherer(squares)
-            gatherer.begin(batch)
-            with gatherer.listening(layers) if turn < len(batches) else nullcontext():
-                engine(**{k: v for k, v in batch.items() if k != "labels"})
-            parts = [gatherer.sums.get(name, InputSum()).total for name in layers]
-            sums = torch.cat(
-                [totals.new_zeros(n) if s is None else s.flatten() for n, s in zip(sizes, parts, strict=True)]
-            )
-            # Every rank adds the sums of one batch after the other, in the order of the batches, so they are
-            # bit-identical on any number of ranks; an all-reduce would not be. Memory does not grow with the ranks.
-            for source in range(min(world_size(), len(batches) - first)):
-                totals += broadcast(sums, source)
-    engine.train()
+    totals = torch.zeros(sum(sizes), dtype=torch.float64, device=context.device)
+    for batch, turns in _batches(engine, context, examples, indices):
+        gatherer = InputGatherer(squares)
+        gatherer.begin(batch)
+        with bypassed(engine.module), gatherer.listening(layers) if rank() < turns else nullcontext():
+            engine(**batch)
+        parts = [gatherer.sums.get(name, InputSum()).total for name in layers]
+        sums = torch.cat([totals.new_zeros(n) if s is None else s.flatten() for n, s in zip(sizes, parts, strict=True)])
+        # Every rank adds the sums of one batch after the other, in the order of the batches, so they are
+        # bit-identical on any number of ranks; an all-reduce would not be. Memory does not grow with the ranks.
+        for source in range(turns):
+            totals += broadcast(sums, source)
     return dict(zip(layers, totals.cpu().split(sizes), strict=True))
+
+
+@torch.no_grad()
+def measure_experts(context: RunContext, engine: Engine, examples: ExampleSet, scores: ExpertScores) -> None:
+    """Measure the ``scores`` of the dense model's experts on training examples, before the first step. Collective."""
+    drawn, chosen = _sample(context, examples)
+    for batch, turns in _batches(engine, context, drawn, chosen):
+        scores.expect(batch)
+        with scores.listening() if rank() < turns else nullcontext():
+            engine(**batch)
+    scores.add_up(sum_over_ranks)
+
+
+def _sample(context: RunContext, examples: ExampleSet) -> tuple[ExampleSet, list[int]]:
+    """Draw the run's calibration examples. Collective."""
+    run, count = context.run, min(context.run.pst.calibration_examples, len(examples))
+    return raise_on_all_ranks(lambda: context.task.sample(examples, count, f"{run.seed}/calibration"))
+
+
+def _batches(
+    engine: Engine, context: RunContext, examples: ExampleSet, indices: Sequence[int]
+) -> Iterator[tuple[dict[str, Tensor], int]]:
+    """Yield (batch of this rank without labels, number of ranks whose batch is not a repetition), in evaluation mode.
+
+    ZeRO-3 needs as many forward passes of every rank.
+    """
+    lengths = [examples.lengths[i] for i in indices]
+    batches = evaluation_batches(lengths, context.run.eval_batch_size, mixed=context.task.pads)
+    engine.eval()
+    for first in range(0, len(batches), world_size()):
+        heartbeat("the calibration pass")
+        own = [indices[i] for i in batches[min(first + rank(), len(batches) - 1)]]
+        batch = context.task.collate(examples, own, context.tokenizer)
+        inputs = {k: v.to(context.device) for k, v in batch.items() if k != "labels"}
+        yield inputs, min(world_size(), len(batches) - first)
+    engine.train()
 
 
 def set_norms(model: nn.Module, norms: dict[str, Tensor]) -> None:

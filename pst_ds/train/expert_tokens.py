@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pst_ds.core.bits import unpack_range
 from pst_ds.core.experts.tokens import unused_experts
 from pst_ds.nn.experts import expert_stacks
-from pst_ds.parallel.ranks import all_gather_numbers, group_sum
+from pst_ds.parallel.ranks import all_gather_numbers
 
 CountsOfExperts = dict[str, dict[str, list[int]]]
 """ "expert_tokens" by module and "expert_zeros" by stack; empty for a model without stacks."""
@@ -41,14 +40,7 @@ def token_figures(model: nn.Module) -> dict[str, float]:
 def counts_of_experts(model: nn.Module) -> CountsOfExperts:
     """Return the counts for result.json, over all ranks; {} for a model without stacks of experts. Collective."""
     tokens = {name: counts.tolist() for name, counts in tokens_by_module(model).items()}
-    pruned = {}
-    for name, stack in expert_stacks(model).items():
-        bits, (start, stop) = stack.own_bits(), stack.own_range()
-        counts = torch.zeros(stack.whole_layout.num_experts, dtype=torch.int64, device=bits.device)
-        for expert in range(len(counts)):
-            first, last = (min(max(at, start), stop) - start for at in stack.whole_layout.expert_range(expert))
-            counts[expert] = last - first - unpack_range(bits, stop - start, 1, first, last).sum()
-        pruned[name] = group_sum(counts, stack.pst_mask).tolist()
+    pruned = {name: stack.pruned_of_experts().tolist() for name, stack in expert_stacks(model).items()}
     return {"expert_tokens": tokens, "expert_zeros": pruned} if tokens else {}
 
 

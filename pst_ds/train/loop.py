@@ -24,12 +24,14 @@ from pst_ds.masks.schedule_driver import SPARSITY_TOLERANCE, update_if_due
 from pst_ds.masks.update import MaskStats
 from pst_ds.nn.gradient_sums import GradientSums
 from pst_ds.nn.inject import freeze_scores, persistent_buffers, pst_layers
+from pst_ds.nn.router import scores_of_routers
 from pst_ds.parallel import stop_signals, traffic
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.links import NOTHING, Received
-from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, world_size
+from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, sum_over_ranks, world_size
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.batches import Prefetched, own_batches
+from pst_ds.train.calibration import measure_experts
 from pst_ds.train.divergence import DivergedError, MicroBatch, fault_of_batch, require_finite
 from pst_ds.train.expert_tokens import token_figures
 from pst_ds.train.monitor.json_lines import STRAGGLER
@@ -55,6 +57,8 @@ class LoopState:
     """Mean loss of each global batch since the last line of metrics.jsonl."""
     tokens: int = 0
     """Tokens of these batches."""
+    expert_sums: dict[str, list[list[int]]] = field(default_factory=dict)
+    """Sums of :class:`ExpertScores` over all ranks since experts were last removed, by experts module."""
     last_report_seconds: float = 0.0
     """Seconds into the run at the last line of metrics.jsonl."""
     skipped_in_a_row: int = 0
@@ -107,6 +111,8 @@ class Loop:
         """Bytes that each batch brought to this rank, since the last line of metrics.jsonl."""
         self.sums: GradientSums | None = None
         """Sums for the next solve, while the run listens."""
+        self.scores = scores_of_routers(engine.module)
+        """Scores of the experts since the last update, while some are still to be removed."""
         self._saved_tensors: AbstractContextManager[object] = nullcontext()
         """Decides where a forward pass keeps tensors for the backward pass."""
         if self.run.model.activation_offload:
@@ -119,11 +125,16 @@ class Loop:
         """
         engine = self.engine
         engine.train()
+        if self.scores is not None:
+            self.scores.sums |= {name: torch.tensor(sums) for name, sums in state.expert_sums.items()}
         if not state.batch:
+            if self.scores is not None and self.run.schedule.initial_sparsity:
+                measure_experts(self.context, engine, self.examples, self.scores)
             _update_if_due(self, state)
             _picture_if_due(self, state)
         elif self.schedules.masks_final_at(state.step):
             freeze_scores(engine.module)
+            self.scores = None
         if state.step >= self.num_steps:
             return
         buffers = {name: buffer.clone() for name, buffer in persistent_buffers(engine.module).items()}
@@ -170,6 +181,9 @@ class Loop:
             if number == len(micro_batches):
                 if self.sums is not None:
                     self.sums.settle()
+                if self.scores is not None:
+                    self.scores.add_up(sum_over_ranks)
+                    state.expert_sums = {name: sums.tolist() for name, sums in self.scores.sums.items()}
                 self._agree_on_batch(state, losses, micro_batches)
             with self.clock.timing("optimizer"):
                 self.engine.step()
@@ -178,7 +192,11 @@ class Loop:
         inputs = {name: values.to(self.device, non_blocking=True) for name, values in batch.inputs.items()}
         if self.sums is not None:
             self.sums.expect(inputs)
-        return self.objective(self.engine, inputs)
+        if self.scores is None:
+            return self.objective(self.engine, inputs)
+        self.scores.expect(inputs)
+        with self.scores.listening():
+            return self.objective(self.engine, inputs)
 
     def _agree_on_batch(self, state: LoopState, losses: list[Tensor], micro_batches: Sequence[MicroBatch]) -> None:
         """Exchange the mean loss of the batch, stop signals, and each rank's time and memory.
@@ -241,10 +259,12 @@ def _update_if_due(loop: Loop, state: LoopState) -> None:
     Raises ConfigError, on every rank, if masks that keep the base model's zeros have another sparsity than requested.
     """
     traffic.take()
-    masks, scales = update_if_due(loop.engine.module, loop.schedules, state.step, loop.sums)
+    masks, scales = update_if_due(loop.engine.module, loop.schedules, state.step, loop.sums or loop.scores)
     received = _received_bytes([traffic.take()], "update/")
     if masks is not None:
-        loop.sums, state.masks = None, masks
+        loop.sums, state.masks, state.expert_sums = None, masks, {}
+        if loop.schedules.masks_final_at(state.step):
+            loop.scores = None
         requested, target = loop.run.schedule.final_sparsity, loop.schedules.sparsity_at(state.step)
         if loop.run.pst.initial_mask == "zeros" and abs(masks.sparsity - requested) > SPARSITY_TOLERANCE:
             raise ConfigError(

@@ -19,7 +19,7 @@ from pst_ds.data.tasks import Task, task_of
 from pst_ds.data.tokens.tokenize import open_tokenizer
 from pst_ds.errors import shortened
 from pst_ds.nn.base_model import DTYPES, Pretrained
-from pst_ds.nn.cut_config import cut_config
+from pst_ds.nn.cut_config import cut_config, set_num_experts
 from pst_ds.nn.experts import expert_stacks
 from pst_ds.nn.inject import inject_pst, persistent_buffers, plain_name, pst_layers
 from pst_ds.nn.optimizer import pst_parameter_groups
@@ -196,12 +196,16 @@ def meta_model(
     *,
     num_shards: int = 1,
     own_dropout: bool = False,
+    experts: int = 0,
 ) -> nn.Module:
     """Build the run's model on the meta device, with names, shapes and trainable parameters. Raises InputError.
 
-    With ``own_dropout`` it has the dropout of its config, not the run's.
+    With ``own_dropout`` it has the dropout of its config, not the run's. ``experts``: number of experts if it is not
+    that of model.path.
     """
     config = load_model_config(run, labels, tokenizer, own_dropout=own_dropout)
+    if experts:
+        set_num_experts(config, experts)
     if run.start.ffn is not None:
         cut_config(config, run.start.ffn)
     purpose = f" with model.attn_implementation = {run.model.attn_implementation!r} and task {run.task!r}"

@@ -21,7 +21,8 @@ from pst_ds.inference.runtime.experts import SparseExperts
 from pst_ds.inference.verify.masked_run import Compared, FewerTokens, MaskedRun
 from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
 from pst_ds.nn.model_structure import is_conv1d
-from pst_ds.nn.tables.embedding import pst_embeddings
+from pst_ds.nn.router import pst_routers
+from pst_ds.nn.tables.embedding import updated_tables
 
 ROUNDINGS = 2.0
 """Roundings of a logit: one for each of the two computations that are compared."""
@@ -153,10 +154,15 @@ def _weights_of_both(run: MaskedRun, plain: nn.Module, quantised: dict[str, Tens
         plain_name(name, layer): layer.masked_weight().view(layer.weight_shape)
         for name, layer in pst_layers(run.model).items()
     }
-    merged |= {f"{n}.weight": embedding.updated_weight() for n, embedding in pst_embeddings(run.model).items()}
+    merged |= {f"{n}.weight": table.updated_weight() for n, table in updated_tables(run.model).items()}
     merged = merged or dict(run.model.named_parameters())  # method "dense" changes no module
     merged |= quantised | persistent_buffers(run.model)
     loaded = {**dict(plain.named_parameters()), **persistent_buffers(plain)}
+    for router in pst_routers(run.model).values():  # the export has no removed experts
+        block = f"{router.experts.rpartition('.')[0]}."
+        for name in [n for n, weight in merged.items() if n.startswith(block) and n in loaded]:
+            if merged[name].shape[0] == router.num_embeddings != loaded[name].shape[0]:
+                merged[name] = merged[name][router.kept]
     foreign = [n for n, weight in merged.items() if n not in loaded or loaded[n].shape != weight.shape]
     if foreign:
         raise InputError(

@@ -24,7 +24,7 @@ from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.merge import plain_tensors
 from pst_ds.nn.model_structure import is_conv1d
-from pst_ds.nn.tables.embedding import PSTEmbedding, pst_embeddings
+from pst_ds.nn.tables.embedding import UpdatedTable, updated_tables
 from pst_ds.train.evaluate import Differences, compare, kl_divergence, predict
 from pst_ds.train.run import RunContext, masked_model, prepare_single
 from pst_ds.train.run_folder import open_checkpoint
@@ -166,7 +166,7 @@ class MaskedRun:
         Layers that were trained with quantisation stay unchanged.
         """
         layers = {plain_name(name, layer): layer for name, layer in pst_layers(self.model).items()}
-        embeddings = {f"{name}.weight": embedding for name, embedding in pst_embeddings(self.model).items()}
+        embeddings = {f"{name}.weight": embedding for name, embedding in updated_tables(self.model).items()}
         tensors = {**dict(self.model.named_parameters()), **persistent_buffers(self.model)}
         for name, dtype in dtypes.items():
             if name in layers:
@@ -194,7 +194,7 @@ class MaskedRun:
         if any(layer.rounds for layer in layers.values()):
             values = None  # the export leaves other linear layers unchanged
         base = BaseWeights(self.context.run.model.path, getattr(self.model, "base_model_prefix", ""))
-        params, embeddings = dict(self.model.named_parameters()), pst_embeddings(self.model)
+        params, embeddings = dict(self.model.named_parameters()), updated_tables(self.model)
         for name, grid in grids(self.model, values, self.encoding.embeddings).items():
             owner = name.removesuffix(".weight")
             if owner in embeddings:
@@ -213,7 +213,7 @@ class MaskedRun:
         return quantised
 
 
-def settle(module: PSTLayer | PSTEmbedding, weight: Tensor) -> None:
+def settle(module: PSTLayer | UpdatedTable, weight: Tensor) -> None:
     """Make ``weight`` the whole weight, apart from the mask: the update becomes zero."""
     if weight.dtype == torch.float32:
         nn.Module.float(module)

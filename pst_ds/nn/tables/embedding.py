@@ -1,4 +1,4 @@
-"""PSTEmbedding: a frozen embedding with a low-rank update and no mask."""
+"""Frozen tables with a low-rank update and no mask: PSTEmbedding, and the base class of other tables."""
 
 from collections.abc import Mapping
 
@@ -19,47 +19,63 @@ LIBRARY.define(
 )
 
 
-class PSTEmbedding(nn.Module):
-    """Replacement of an ``nn.Embedding`` that adopts its ``weight`` Parameter: y = (W0 + beta U V)[ids].
+class UpdatedTable(nn.Module):
+    """Base class of modules that compute with rows of W0 + beta U V.
 
     Parameters, for n rows of width d and update rank r: ``weight`` (n, d), frozen; ``pst_U`` (n, r), initially 0, so
-    that rows without training data keep their pretrained values; ``pst_V`` (r, d), normal. This is LoRA of an
-    embedding (PEFT initialises it the same way); the row of the padding index is never trained.
+    that rows without training data keep their pretrained values; ``pst_V`` (r, d), normal.
     """
 
-    def __init__(self, name: str, base: nn.Embedding, config: PSTConfig):
+    padding_idx: int | None = None
+    """Row that is never trained."""
+
+    def __init__(self, name: str, weight: nn.Parameter, config: PSTConfig, rank: int):
         super().__init__()
-        self.padding_idx, self.beta = base.padding_idx, config.beta
+        self.beta = config.beta
         self.bypassed = False
-        """True while only W0 is looked up; see :func:`pst_ds.nn.inject.bypassed`."""
-        self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
-        self.weight = base.weight
-        rank = config.update_rank
-        std = update_init_std(config, base.embedding_dim)
-        values = seeded_normal((rank, base.embedding_dim), std, f"{config.seed or 0}/{name}/V")
-        self.pst_U = nn.Parameter(base.weight.new_zeros(base.num_embeddings, rank))
-        self.pst_V = nn.Parameter(values.to(base.weight))
+        """True while only W0 is used; see :func:`pst_ds.nn.inject.bypassed`."""
+        self.num_embeddings, self.embedding_dim = zero3.full_shape(weight)
+        self.weight = weight
+        std = update_init_std(config, self.embedding_dim)
+        values = seeded_normal((rank, self.embedding_dim), std, f"{config.seed or 0}/{name}/V")
+        self.pst_U = nn.Parameter(weight.new_zeros(self.num_embeddings, rank))
+        self.pst_V = nn.Parameter(values.to(weight))
 
     @property
     def num_factor_parameters(self) -> int:
         return zero3.full_numel(self.pst_U) + zero3.full_numel(self.pst_V)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return the updated rows of numbers (...,): (..., d), with a gradient of U and V."""
+        return _UpdatedRows.apply(ids, self, self.pst_U, self.pst_V)
+
+    def updated_weight(self) -> Tensor:
+        """Return W0 + beta U V, (n, d): the rows that ``forward`` uses. The parameters must be gathered."""
+        return updated_rows(self.weight.detach(), self.pst_U.detach(), self.pst_V.detach(), self.beta)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, update_rank={zero3.full_shape(self.pst_V)[0]}"
+
+
+class PSTEmbedding(UpdatedTable):
+    """Replacement of an ``nn.Embedding`` that adopts its ``weight`` Parameter: y = (W0 + beta U V)[ids].
+
+    This is LoRA of an embedding (PEFT initialises it the same way); the row of the padding index is never trained.
+    """
+
+    def __init__(self, name: str, base: nn.Embedding, config: PSTConfig):
+        super().__init__(name, base.get_parameter("weight"), config, config.update_rank)
+        self.padding_idx = base.padding_idx
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map row numbers (...,) to rows (..., d)."""
         if self.bypassed:
             return functional.embedding(ids, self.weight)
         if not torch.compiler.is_compiling():
-            return _UpdatedRows.apply(ids, self, self.pst_U, self.pst_V)
+            return self.rows(ids)
         if zero3.is_partitioned(self.pst_U):
-            return torch.compiler.disable(_UpdatedRows.apply)(ids, self, self.pst_U, self.pst_V)
+            return torch.compiler.disable(self.rows)(ids)
         return torch.ops.pst_ds.updated_rows(ids, self.weight, self.pst_U, self.pst_V, self.beta, self.padding_idx)
-
-    def updated_weight(self) -> Tensor:
-        """Return W0 + beta U V, (n, d): the rows that ``forward`` returns. The parameters must be gathered."""
-        return updated_rows(self.weight.detach(), self.pst_U.detach(), self.pst_V.detach(), self.beta)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, update_rank={zero3.full_shape(self.pst_V)[0]}"
 
 
 def replace_embeddings(model: nn.Module, found: Mapping[str, nn.Embedding], config: PSTConfig) -> None:
@@ -74,6 +90,11 @@ def replace_embeddings(model: nn.Module, found: Mapping[str, nn.Embedding], conf
 def pst_embeddings(model: nn.Module) -> dict[str, PSTEmbedding]:
     """Return the updated embeddings of ``model`` by name, in model order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PSTEmbedding)}
+
+
+def updated_tables(model: nn.Module) -> dict[str, UpdatedTable]:
+    """Return the updated embeddings and routers of ``model`` by name, in model order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, UpdatedTable)}
 
 
 def _rows(ids: Tensor, weight: Tensor, left: Tensor, right: Tensor, beta: float, padding: int | None) -> Tensor:

@@ -1,0 +1,139 @@
+"""PSTRouter: a router of experts with a low-rank update, which chooses among the experts that are left."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.config.pst import PSTConfig
+from pst_ds.nn.cut_config import NUM_EXPERTS, number_of_experts
+from pst_ds.nn.expert_scores import ExpertScores
+from pst_ds.nn.experts import PSTExpertStack
+from pst_ds.nn.model_structure import experts_modules, experts_per_token, router_names, stack_names, text_config
+from pst_ds.nn.tables.embedding import UpdatedTable
+from pst_ds.nn.targets import InjectionError, Target, modules_to_save, places_by_module, put
+from pst_ds.parallel import zero3
+
+_LEAD = 'method = "experts"'
+
+
+class PSTRouter(UpdatedTable):
+    """Replacement of a router that returns (logits, gates, experts) of each token, with its parameters and buffers.
+
+    ``weight`` (E, H) has an update U V of rank at most E; the others stay frozen. The original module computes
+    with the entries of the kept experts only, as in a smaller model without the others; the experts that it returns
+    are numbered as in the whole model. A removed expert gets no token.
+    """
+
+    kept: Tensor
+    """Numbers of the kept experts, ascending, int64."""
+
+    def __init__(self, name: str, base: nn.Module, experts: str, config: PSTConfig):
+        weight = base.get_parameter("weight")
+        super().__init__(name, weight, config, min(config.update_rank, zero3.full_shape(weight)[0]))
+        self.experts = experts
+        """Name of the experts module."""
+        self._base = (base,)  # a tuple hides it: its parameters are those of this module
+        for attribute, param in base._parameters.items():
+            self.register_parameter(attribute, param)
+        for attribute, buffer in base._buffers.items():
+            self.register_buffer(attribute, buffer, attribute not in base._non_persistent_buffers_set)
+        self.register_buffer("kept", torch.arange(self.num_embeddings, device=weight.device), persistent=False)
+
+    @torch.compiler.disable
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (logits of the kept experts, gates (N, k), experts (N, k)) for ``hidden`` (N, H)."""
+        base, kept, number = self._base[0], self.kept, self.num_embeddings
+        tensors = {name: getattr(self, name) for name in (*base._parameters, *base._buffers)}
+        if self.bypassed:
+            return _computed(base, tensors, number, hidden)
+        cut = {n: t[kept] if t is not None and t.shape[:1] == (number,) else t for n, t in tensors.items()}
+        logits, gates, chosen = _computed(base, cut | {"weight": self.rows(kept)}, len(kept), hidden)
+        return logits, gates, kept[chosen]
+
+
+def _computed(
+    base: nn.Module, tensors: Mapping[str, Tensor | None], experts: int, hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the outputs of a router with other ``tensors`` and another number of ``experts``."""
+    router = copy.copy(base)
+    vars(router).update(_parameters=tensors, _buffers={})
+    vars(router).update({key: experts for key in NUM_EXPERTS if key in vars(router)})
+    logits, gates, chosen = router.forward(hidden)
+    return logits, gates, chosen
+
+
+def replace_routers(model: nn.Module, targets: Sequence[Target], config: PSTConfig) -> None:
+    """Replace the router of each experts module by a PSTRouter. Collective under ZeRO-3.
+
+    A router is found by its shape, next to the experts. Raises InjectionError unless both stacks of every experts
+    module are ``targets``, and have one router that returns the experts of each token.
+    """
+    places, names, saved = places_by_module(model), router_names(model), modules_to_save(model, config)
+    pruned = {target.name for target in targets}
+    for name, module in experts_modules(model).items():
+        parent, number = name.rpartition(".")[0], int(module.num_experts)
+        if not {f"{name}.{stack}" for stack in stack_names(module)} <= pruned:
+            raise InjectionError(f"{_LEAD} removes experts of every block, and {name} stays dense. Include it")
+        found = [each for each in names if each.startswith(f"{parent}.") and _is_router(model, each, number)]
+        if len(found) != 1 or found[0] in saved:
+            raise InjectionError(
+                f"{_LEAD}: next to {name} there is no single router that returns the experts of each token, and "
+                "is outside modules_to_save. Remove experts before training, with pst-ds prune --method reap"
+            )
+        base = model.get_submodule(found[0])
+        router = PSTRouter(found[0], base, name, config)
+        zero3.split_as(router.get_parameter("weight"), router.parameters(recurse=False))
+        put(router.train(base.training), places[base])
+
+
+def require_removable(model: nn.Module) -> None:
+    """Raise InputError unless the config of a plain ``model`` determines the number of its experts."""
+    number_of_experts(model, _LEAD)
+
+
+def _is_router(model: nn.Module, name: str, number: int) -> bool:
+    """Return whether a module computes gates and experts by its own weights, with one of ``number`` experts less."""
+    router, fewer = model.get_submodule(name), max(number - 1, experts_per_token(text_config(model)))
+    shapes = {n: tuple(zero3.full_shape(p)) for n, p in router.named_parameters(recurse=False)}
+    if len(shapes.get("weight", ())) != 2 or shapes["weight"][0] != number or any(router.children()):
+        return False
+    shapes |= {n: tuple(buffer.shape) for n, buffer in router.named_buffers(recurse=False)}
+    shapes = {n: (fewer, *shape[1:]) if shape[:1] == (number,) else shape for n, shape in shapes.items()}
+    with torch.device("meta"):
+        tensors = {n: torch.empty(shape) for n, shape in shapes.items()}
+        hidden = torch.empty(3, shapes["weight"][1])
+        try:
+            outputs = _computed(router, tensors, fewer, hidden)
+        except (TypeError, ValueError, RuntimeError, IndexError):  # other arguments or outputs
+            return False
+    return not outputs[2].is_floating_point()
+
+
+def pst_routers(model: nn.Module) -> dict[str, PSTRouter]:
+    """Return the routers of ``model`` whose experts are removed, by name, in model order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PSTRouter)}
+
+
+def scores_of_routers(model: nn.Module) -> ExpertScores | None:
+    """Return the scores to measure of the experts of all PSTRouters; None for a model without any."""
+    names = [router.experts for router in pst_routers(model).values()]
+    return ExpertScores({name: model.get_submodule(name) for name in names}) if names else None
+
+
+def stacks_of(model: nn.Module, router: PSTRouter) -> list[PSTExpertStack]:
+    """Return the stacks of a router's experts."""
+    experts = model.get_submodule(router.experts)
+    return [getattr(experts, name) for name in stack_names(experts)]
+
+
+@torch.no_grad()
+def follow_masks(model: nn.Module) -> None:
+    """Make the routers of ``model`` choose among the experts that have weights left. Collective."""
+    for router in pst_routers(model).values():
+        stack = stacks_of(model, router)[0]
+        left = stack.pruned_of_experts() < stack.whole_layout.expert.numel
+        router.kept = left.nonzero().flatten().to(router.kept.device)
