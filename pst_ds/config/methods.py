@@ -93,7 +93,7 @@ def _expert_conflicts(method: str, pst: PSTConfig) -> Iterator[str]:
         if pst.pattern == "experts":
             yield f'pst.pattern = "experts" is for method = "experts", not for method = {method!r}. Set the method'
         return
-    for name, values in {"pattern": ("matrix", "experts"), "overrides": ((),), "magnitude": ("weight",)}.items():
+    for name, values in {"pattern": ("matrix", "experts"), "magnitude": ("weight",)}.items():
         if getattr(pst, name) not in values:
             yield f'method = "experts" removes whole experts, and pst.{name} is about single weights. Remove it'
 

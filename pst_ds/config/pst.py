@@ -173,7 +173,7 @@ class PSTConfig(_LibrarySection):
             yield str(error)
             return
         if any(rule.pattern.kind == "experts" for rule in rules[1:]):
-            yield 'overrides.pattern = "experts" removes experts of some blocks only. Set method = "experts" for all'
+            yield 'overrides: pattern "experts" removes equally many experts of every block. Remove overrides'
         pooled = next((rule.pattern for rule in rules if rule.pattern.pools_matrices), None)
         if pooled is not None and not self.relative_magnitude:
             yield (

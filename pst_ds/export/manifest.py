@@ -33,6 +33,7 @@ Facts = dict[str, Any]
     architecture, base_model, base_fingerprint, run     model class, base model, resolved run file
     pruned_from                                         model from which the base was fine-tuned or pruned
     step, computed_in, metrics, sparsity_requested      of the run; computed_in: its precision
+    experts_removed                                     requested share of the experts, if some were removed
     tokens_kept                                         old id of each token, if tokens were removed
     left_alone                                          linear layers that are not quantised, for compressed-tensors
     sparsity_measured, *_bytes, *bits_per_weight, rounded_tensors, largest_rounding_error    measured

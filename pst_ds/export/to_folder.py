@@ -115,6 +115,8 @@ def export_checkpoint(
         )
     jobs, source = plan_run(model, checkpoint, base, encoding, options.dtype, whole), RunSource(checkpoint, base, model)
     facts = _facts_of_run(checkpoint, encoding, run)
+    if whole is not None:
+        facts |= {"sparsity_requested": 0.0, "experts_removed": checkpoint.state.sparsity}
     write_small_files = partial(_write_small_files_of_run, model, base, tokenizer)
     contents = _Contents(model, jobs, source, facts, write_small_files)
     if vocabulary:

@@ -13,9 +13,11 @@ from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.data.tasks import task_of
 from pst_ds.errors import InputError, shortened
 from pst_ds.json_text import JsonObject
+from pst_ds.nn.cut_config import experts_left
 from pst_ds.nn.experts import leaf_class
 from pst_ds.nn.inject import pst_layers
-from pst_ds.nn.model_structure import model_width
+from pst_ds.nn.model_structure import model_width, text_config
+from pst_ds.nn.router import pst_routers
 from pst_ds.parallel.ds_config import (
     RunNumbers,
     load_deepspeed_config,
@@ -133,6 +135,10 @@ def checked_shapes(
         require_teacher(run, shapes)
     require_small_masks(run, shapes.config)  # type: ignore[arg-type]
     require_shareable(run, shapes.config, stage, run.micro_batch_size(ranks))  # type: ignore[arg-type]
+    for router in pst_routers(shapes).values():
+        experts_left(
+            router.num_embeddings, run.schedule.final_sparsity, text_config(shapes), "schedule.final_sparsity ="
+        )
     stacks = [name for name, layer in pst_layers(shapes).items() if layer.layout.num_experts > 1]
     if run.schedule.solves and stacks:
         raise ConfigError(
