@@ -1,7 +1,5 @@
 """Remove whole experts during training: those with the lowest REAP scores on the run's own batches."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

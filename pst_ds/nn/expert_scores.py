@@ -1,7 +1,5 @@
 """Scores of experts while a model computes: the contribution of each to the outputs, as in REAP (arXiv 2510.13999)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial

@@ -1,7 +1,5 @@
 """PSTRouter: a router of experts with a low-rank update, which chooses among the experts that are left."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 

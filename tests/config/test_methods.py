@@ -41,9 +41,7 @@ def _mask(layer):
     return unpack_range(bits, layer.layout.numel, layer.num_shards, 0, layer.layout.numel).view(layer.layout.shape)
 
 
-@pytest.mark.parametrize(
-    "method", [name for name in METHODS if name != "experts"]
-)  # tests/train/test_removed_experts.py
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "experts"])  # which needs a mixture
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.few(2)
 def test_every_method_trains_exports_and_verifies(tmp_path, capsys, method, precision):

@@ -1,4 +1,4 @@
-"""Runs that remove whole experts: what their routers choose, their teacher, exports, ranks, stops and refused settings."""
+"""Runs that remove whole experts: their routers, teacher and exports, ranks, stops and refused settings."""
 
 from __future__ import annotations
 
@@ -62,8 +62,9 @@ def _save_base(folder, family="mixtral"):
 def _settings(folder, base, *more):
     return [
         "method=experts", f"output_dir={json.dumps(str(folder))}", f"model.path={json.dumps(str(base))}",
-        "data.train=tests/data/validation.jsonl", "data.validation=", "data.max_length=16", "train.batch_size=6", "train.num_steps=10", "schedule.update_interval=1",
-        "schedule.final_sparsity=0.5", "schedule.warmup_fraction=0.1", "checkpoint.interval=0", "eval.interval=0", *more,
+        "data.train=tests/data/validation.jsonl", "data.validation=", "data.max_length=16", "train.batch_size=6",
+        "train.num_steps=10", "schedule.update_interval=1", "schedule.final_sparsity=0.5",
+        "schedule.warmup_fraction=0.1", "checkpoint.interval=0", *more,
     ]  # fmt: skip
 
 
@@ -101,6 +102,13 @@ def _masked(folder, base, *more):
 def _checksums(folder):
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line["mask_checksum"] for line in lines if line["event"] == "mask_update"}
+
+
+def _tensors(path):
+    if path.suffix == ".gguf":
+        return {t.name: torch.from_numpy(t.data.copy()) for t in pytest.importorskip("gguf").GGUFReader(path).tensors}
+    (file,) = path.glob("*.safetensors")
+    return load_file(file)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -155,11 +163,7 @@ def test_an_export_is_an_ordinary_smaller_mixture(trained, tmp_path, capsys):
         for source, path in zip((command, ["export", str(tmp_path / "dense")]), paths, strict=True):
             path.parent.mkdir(exist_ok=True)
             assert main([*source, *options, "--out", str(path)]) == 0, name
-        if path.is_file():
-            assert paths[0].read_bytes() == paths[1].read_bytes(), name
-            continue
-        (one,), (other,) = (list(path.glob("*.safetensors")) for path in paths)
-        ours, theirs = load_file(one), load_file(other)
+        ours, theirs = map(_tensors, paths)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
 
@@ -215,7 +219,7 @@ def test_a_run_stopped_between_removals_ends_with_the_same_bits(run_ranks, tmp_p
     [
         (['pst.pattern="2:4"'], "pst.pattern is about single weights. Remove it"),
         (['pst.magnitude="activation"'], "pst.magnitude is about single weights"),
-        (['pst.overrides=[{modules = ["down_proj"], final_sparsity = 0.5}]'], "equally many experts of every block. Remove overrides"),
+        (['pst.overrides=[{modules = ["down_proj"], final_sparsity = 0.5}]'], "equally many experts of every block"),
         (["schedule.solves=2"], 'is for method = "pst"'),
         (['start.method="alps"', "schedule.initial_sparsity=0.5"], "before the first step set schedule.initial_spars"),
         (["method=pst", 'pst.pattern="experts"'], 'pst.pattern = "experts" is for method = "experts"'),
