@@ -50,6 +50,9 @@ sparsities = ["0"]
 tries = [{train.head_learning_rate = 1e-3}]
 [methods.pst]
 tries = [{train.update_learning_rate = 1e-3}]
+[methods.words]
+shallow = "bag of words"
+sparsities = ["0"]
 [methods.wrong]
 run.pst.score_rank = -1
 tries = [{train.update_learning_rate = 1e-3}]
@@ -99,9 +102,12 @@ def test_cells_become_lines_and_a_page_and_are_not_run_again(forked, tmp_path, c
     assert (dense["trained_share"], dense["sparsity_measured"]) == (1.0, 0.0)
     assert (pst["trained_share"] < 1.0, pst["sparsity_measured"]) == (True, 0.5)
     assert pst["settings"]["schedule"] == {"final_sparsity": 0.5}
+    words = lines["lines/words/0/0"]
+    assert words["tests"]["test"] == {"accuracy": words["validation"]["accuracy"]}
+    assert words["training_cpu_seconds"] <= words["cpu_seconds"]
     assert_files_of(dense, pst)
     folders = list((tmp_path / "work" / "cells").iterdir())
-    assert len(folders) == 3
+    assert len(folders) == 4
     assert not [p for folder in folders for p in folder.rglob("*.safetensors")]  # what is large is removed
     assert (tmp_path / "work" / "cells" / pst["id"] / "run" / "metrics.jsonl").is_file()
     page = (tmp_path / "results.md").read_text()

