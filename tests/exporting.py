@@ -1,6 +1,9 @@
-"""Exports with the storage options as keywords."""
+"""Exports with the storage options as keywords, and the bits in their files."""
 
+import zlib
 from pathlib import Path
+
+import numpy as np
 
 from pst_ds.export import to_folder
 from pst_ds.export.to_folder import ExportOptions
@@ -21,3 +24,12 @@ def export_folder(source: Path, out: Path, **keywords):
 def export_checkpoint(model, checkpoint, tokenizer, out: Path, **keywords):
     options, others = _split(keywords)
     return to_folder.export_checkpoint(model, checkpoint, tokenizer, out, options, **others)
+
+
+def row_bits_by_numpy(stored, rows: int) -> np.ndarray:
+    """Return a part "bitmask", compressed or not, as (rows, bytes) uint8."""
+    return (
+        stored.numpy()
+        if stored.dim() == 2
+        else np.frombuffer(zlib.decompress(stored.numpy()), np.uint8).reshape(rows, -1)
+    )

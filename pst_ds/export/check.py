@@ -23,7 +23,7 @@ from pst_ds.export.manifest import (
 from pst_ds.export.model_card import CARD_FILE
 from pst_ds.export.to_folder import measured_sparsity, storage_facts, tensor_counts
 from pst_ds.file_names import MANIFEST_FILE
-from pst_ds.formats import FormatError
+from pst_ds.formats import FormatError, with_row_bits
 from pst_ds.formats.base_weights import saved_tensors, tensors_lacking
 from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, TensorFile, TensorFileError
 from pst_ds.progress import Progress
@@ -92,9 +92,10 @@ def _check_files(folder: Path, tensors: Sequence[ExportedTensor], facts: Facts, 
         raise ExportError(f"{folder} has files that the manifest does not list: {shortened(loaded)}. Remove them")
     path = folder / CONFIG_FILE
     found = read_table(path, f"{path} is missing").get("quantization_config")
-    wanted = encoding.quantization_config(len(weights), facts.get("left_alone", ()))
-    if found != wanted:
-        raise ExportError(f"{path}: quantization_config = {str(found)[:200]}, but {encoding} weights need {wanted}")
+    left, compressed = facts.get("left_alone", ()), (False, encoding.packing == "bitmask")
+    wanted = [encoding.quantization_config(len(weights), left, compressed=each) for each in compressed]
+    if found not in wanted:
+        raise ExportError(f"{path}: quantization_config = {str(found)[:200]}, but {encoding} weights need {wanted[0]}")
     for tensor in tensors:
         is_quantised_so = tensor.grid in (encoding.values, encoding.embeddings, None)
         if not is_quantised_so or tensor.packing not in (DENSE, encoding.packing):
@@ -155,7 +156,7 @@ def _check_tensor(folder: Path, tensor: ExportedTensor, files: dict[str, TensorF
         if spec.form is None:
             _check_values(tensor, parts[0], place)
             return
-        by_part = dict(zip(spec.form.part_names, parts, strict=True))
+        by_part = with_row_bits(place, dict(zip(spec.form.part_names, parts, strict=True)), spec.matrix)
         spec.form.check(place, by_part, spec.matrix)
     except (TensorFileError, FormatError) as error:
         raise ExportError(str(error)) from None

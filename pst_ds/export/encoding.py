@@ -17,8 +17,9 @@ from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.errors import InputError
 
 QUANT_METHOD = "pst_ds"
-PLAIN_VERSION, QUANTIZED_VERSION = 1, 2
-"""``format_version`` of folders with values in the model's dtype, and of folders with quantised values."""
+PLAIN_VERSION, QUANTIZED_VERSION, COMPRESSED_VERSION = 1, 2, 3
+"""``format_version`` of folders with values in the model's dtype, with quantised values, and with both if at least one
+bitmask is compressed."""
 PLAIN_STEM = "model"
 """Stem that plain transformers looks for; files that it cannot read never have it."""
 _STEMS = {
@@ -106,10 +107,15 @@ class Encoding:
     def format_version(self) -> int:
         return QUANTIZED_VERSION if self.is_quantized else PLAIN_VERSION
 
-    def quantization_config(self, num_files: int, unquantised: Sequence[str] = ()) -> dict[str, object] | None:
+    def quantization_config(
+        self, num_files: int, unquantised: Sequence[str] = (), *, compressed: bool = False
+    ) -> dict[str, object] | None:
         """Return the entry "quantization_config" of config.json, or None for an ordinary folder.
 
-        ``unquantised``: names of linear layers that are not quantised, which compressed-tensors needs to know.
+        Args:
+            num_files: number of weight files.
+            unquantised: names of linear layers that are not quantised, which compressed-tensors needs to know.
+            compressed: whether a bitmask is compressed.
         """
         if self.is_plain:
             return None
@@ -119,7 +125,7 @@ class Encoding:
         return {
             "quant_method": QUANT_METHOD,
             "format": self.packing,
-            "format_version": self.format_version,
+            "format_version": COMPRESSED_VERSION if compressed else self.format_version,
             **self.facts(),
             "weights_file": self.weights_file(num_files),
         }
@@ -173,7 +179,8 @@ def encoding_of_config(settings: Mapping[str, object]) -> tuple[Encoding, str]:
         encoding = encoding_of(packing, settings)
     except ValueError as error:
         raise ExportError(f"{unread}: {error}") from None
-    if encoding.is_plain or encoding.packing in (GGUF, *FOR_COMPRESSED_TENSORS) or version != encoding.format_version:
+    versions = (encoding.format_version, *([COMPRESSED_VERSION] if packing == "bitmask" else []))
+    if encoding.is_plain or encoding.packing in (GGUF, *FOR_COMPRESSED_TENSORS) or version not in versions:
         raise ExportError(f"{unread}. Use a newer pst-ds, or export the model again")
     if str(index) not in [encoding.weights_file(count) for count in (1, 2)]:
         raise ExportError(

@@ -19,7 +19,16 @@ from pst_ds.export.plan import Origin, TensorJob, TensorSpec, TensorValues
 from pst_ds.export.pruned_scales import PrunedScales, read_pruned_scales
 from pst_ds.export.quantization import embedding_tables, grids
 from pst_ds.file_names import MANIFEST_FILE
-from pst_ds.formats import VALUE_DTYPES, FormatError, PackedFormat, QuantizedFormat, form_of, packed_format, row_bits
+from pst_ds.formats import (
+    VALUE_DTYPES,
+    FormatError,
+    PackedFormat,
+    QuantizedFormat,
+    form_of,
+    packed_format,
+    row_bits,
+    with_row_bits,
+)
 from pst_ds.formats.base_weights import BaseWeights, names_in_files
 from pst_ds.nn.base_model import DTYPES, Pretrained, architecture
 from pst_ds.nn.model_structure import is_conv1d, linear_shape, untied_linear_layers
@@ -129,6 +138,7 @@ class FolderSource:
         if form is None:
             return parts[""]
         try:
+            parts = with_row_bits(name, parts, (recipe.matrix[0], recipe.matrix[1]))
             form.check(name, parts, (recipe.matrix[0], recipe.matrix[1]))
             dense = form.unpack(parts, dtype if isinstance(form, QuantizedFormat) else None)
         except FormatError as error:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pst_ds.core.packings import COMPRESSED_TENSORS, DENSE, FOR_COMPRESSED_TENSORS, PACKINGS
 from pst_ds.core.quantization import Grid
 from pst_ds.export.encoding import Encoding, ExportError
-from pst_ds.formats import VALUE_DTYPES, FormatError, PackedFormat, packed_format
+from pst_ds.formats import VALUE_DTYPES, FormatError, PackedFormat, packed_format, stored_bits
 from pst_ds.formats.rows import row_counts
 from pst_ds.formats.safetensors_file import Slot, header_and_slots
 
@@ -49,6 +49,8 @@ class TensorSpec:
     """True for the weight of a linear layer, whose sparsity pattern is detected."""
     stored_values: int = 0
     """Values that the format of a packed tensor stores."""
+    bitmask_shape: tuple[int, ...] = ()
+    """Shape of its bitmask in the file; () for other formats than bitmask."""
     stays_dense: bool = False
     """True if a sparse weight stays dense because the format cannot hold it, or would make it larger."""
 
@@ -87,6 +89,8 @@ class TensorSpec:
             sizes = self.form.parts(self.matrix, self.stored_values, self.dtype)
         except FormatError as error:
             raise ExportError(f"{self.name}: {error}") from None
+        if self.bitmask_shape:
+            sizes["bitmask"] = torch.uint8, self.bitmask_shape
         return dict(zip(self.part_names(sizes), sizes.values(), strict=True))
 
     @property
@@ -150,7 +154,8 @@ class TensorSpec:
         if form.accepts(keep, self.matrix):
             packed = replace(dense, packing=packing, stored_values=form.stored(counts))
             if packed.stored_nbytes <= _MAX_DENSE_SHARE * dense.stored_nbytes:
-                return packed
+                bits_shape = tuple(stored_bits(keep).shape) if packing == "bitmask" else ()
+                return replace(packed, bitmask_shape=bits_shape)
         return replace(self, stays_dense=True)
 
 

@@ -261,7 +261,9 @@ def _write(
         _write_index(folder, files, encoding)
         contents.write_small_files(folder)
         left_alone = _unquantised(contents.model, tensors) if encoding.packing in FOR_COMPRESSED_TENSORS else []
-        architecture = _finish_config(folder, tensors, encoding.quantization_config(len(files), left_alone))
+        compressed = any(len(output.bitmask_shape) == 1 for job in jobs for output in job.outputs)
+        quantization = encoding.quantization_config(len(files), left_alone, compressed=compressed)
+        architecture = _finish_config(folder, tensors, quantization)
         storage = storage_facts(tensors, [sum(nbytes[part.name] for part in tensor.parts) for tensor in tensors])
         facts: Facts = {
             "kind": encoding.packing,

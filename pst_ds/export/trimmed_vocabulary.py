@@ -54,7 +54,7 @@ class RowSource:
                 if output.stored_values:
                     tensor = list(self.make(job))[i].tensor.to(output.dtype)
                     keep = row_bits(output.as_matrix(tensor).contiguous())
-                    dense = replace(outputs[i], packing=DENSE, stored_values=0)
+                    dense = replace(outputs[i], packing=DENSE, stored_values=0, bitmask_shape=())
                     outputs[i] = dense.packed(output.packing, output.grid, keep)
         return replace(job, outputs=tuple(outputs))
 

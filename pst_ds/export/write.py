@@ -17,7 +17,7 @@ from pst_ds.export.encoding import ExportError
 from pst_ds.export.manifest import ExportedTensor, StoredPart, count_nonzero
 from pst_ds.export.plan import PlannedFile, Source, TensorJob, TensorSpec, TensorValues
 from pst_ds.export.quantization import quantised_parts
-from pst_ds.formats import FormatError, PackedFormat, QuantizedFormat, row_bits
+from pst_ds.formats import FormatError, PackedFormat, QuantizedFormat, row_bits, stored_bits
 from pst_ds.formats.rows import row_counts
 from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, Slot, tensor_bytes, write_at
 from pst_ds.progress import Progress
@@ -64,6 +64,9 @@ def _written(output: TensorSpec, made: list[TensorValues], place: Places) -> Exp
         nonzero, pattern = int(row_counts(bits).sum()), detect_pattern(bits, output.matrix[1])
     else:
         nonzero = count_nonzero(parts[0])
+    if form is not None and output.bitmask_shape:
+        at = form.part_names.index("bitmask")
+        parts[at] = stored_bits(parts[at])
     written = tuple(_written_part(n, part, *place[n]) for n, part in zip(output.part_names(), parts, strict=True))
     grid = output.grid
     return ExportedTensor(

@@ -5,7 +5,7 @@
     "csr"       kept values, the column of each, index of the first value of every row
 
 In bitmask, 2:4 and dense matrices the values may be quantised (:mod:`pst_ds.core.quantization`), with their scales in
-another part; see :func:`packed_format`.
+another part; see :func:`packed_format`. Files may have the bits compressed; see :mod:`pst_ds.formats.stored_bits`.
 
 A packed tensor is a dict of parts, named ``<module>.<part>`` in files. The caller transposes a Conv1D weight, stored
 (I, O), before packing and after unpacking. Call :meth:`PackedFormat.check` first for parts that were read from a file:
@@ -24,6 +24,7 @@ from pst_ds.formats.parts import VALUE_DTYPES, FormatError, PackedFormat, Part
 from pst_ds.formats.quantized import QuantizedFormat
 from pst_ds.formats.rows import mask_row_bits, row_bits
 from pst_ds.formats.sparse import BitmaskFormat, CsrFormat, TwoFourFormat
+from pst_ds.formats.stored_bits import stored_bits, with_row_bits
 
 _FORMATS: tuple[PackedFormat, ...] = (BitmaskFormat(), TwoFourFormat(), CsrFormat())
 FORMATS = dict(zip(PACKINGS, _FORMATS, strict=True))
@@ -79,4 +80,6 @@ __all__ = [
     "mask_row_bits",
     "packed_format",
     "row_bits",
+    "stored_bits",
+    "with_row_bits",
 ]

@@ -24,6 +24,7 @@ from pst_ds.export.manifest import sealed
 from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.formats import FORMATS, packed_format
 from pst_ds.formats.safetensors_file import TensorFile, TensorFileError, header_and_slots
+from tests.exporting import row_bits_by_numpy
 
 TIMES = int(os.environ.get("PST_DS_FUZZ_TIMES", "1"))
 RAW, AGREEING, MANIFESTS = 3300 * TIMES, 1320 * TIMES, 600 * TIMES
@@ -258,6 +259,7 @@ def _assert_consistent(folder: Path) -> None:
             rows = np.repeat(np.arange(dense.shape[0]), np.diff(parts["crow_indices"].numpy()))
             dense[rows, parts["col_indices"].numpy()] = values
         else:
+            parts["bitmask"] = torch.tensor(row_bits_by_numpy(parts["bitmask"], dense.shape[0]))
             keep = np.unpackbits(parts["bitmask"].numpy(), axis=1, bitorder="little")[:, : dense.shape[1]]
             dense[keep == 1] = values
         assert np.array_equal(form.unpack(parts).view(torch.int32).numpy(), dense)
@@ -274,6 +276,7 @@ def _assert_consistent_codes(entry: dict, tensors: dict[str, torch.Tensor]) -> N
     rows, columns = entry["shape"]
     keep = np.ones((rows, columns), np.uint8)
     if "bitmask" in parts:
+        parts["bitmask"] = torch.tensor(row_bits_by_numpy(parts["bitmask"], rows))
         keep = np.unpackbits(parts["bitmask"].numpy(), axis=1, bitorder="little")[:, :columns]
     codes, scales = ("weight", "weight_scale") if "weight" in parts else ("codes", "scales")
     data = parts[codes].view(torch.uint8).flatten().tolist()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.packings import DENSE
-from pst_ds.formats import QuantizedFormat
+from pst_ds.formats import QuantizedFormat, with_row_bits
 from pst_ds.inference.hf.tables import LoadingTable
 from pst_ds.inference.hf.weight_files import (
     Groups,
@@ -78,6 +78,7 @@ def put_sparse_layers(model: nn.Module, groups: Groups, packing: str, tied: set[
         count, bias = kept_values(name, form, group, shape), module.bias is not None
         sparse = LoadingProjection(*shape[::-1], count, format=form, bias=bias, dtype=table.dtype, device="meta")
         sparse.stores_transposed = is_conv1d(module)
+        _await_bits(sparse, group)
         model.set_submodule(name, sparse)
         replaced[name] = module
     return replaced
@@ -95,10 +96,17 @@ def _put_experts(
     sparse = SparseExperts(
         layout.num_experts, one.in_features, one.out_features, count, format=form, dtype=dtype, device="meta"
     )
+    _await_bits(sparse, group)
     sparse._is_hf_initialized = True  # type: ignore[assignment]  # transformers would initialise the stack
     del experts._parameters[attribute]
     experts.add_module(attribute, sparse)
     return experts
+
+
+def _await_bits(sparse: SparseLinear, group: Mapping[str, StoredTensor]) -> None:
+    """Give an empty layer the bitmask of the file, which may be compressed."""
+    if "bitmask" in sparse.format.part_names:
+        sparse.bitmask = torch.empty(group["bitmask"].shape, dtype=torch.uint8, device="meta")
 
 
 def finish_layer(name: str, layer: SparseLinear, group: Mapping[str, StoredTensor]) -> None:
@@ -110,6 +118,9 @@ def finish_layer(name: str, layer: SparseLinear, group: Mapping[str, StoredTenso
     if layer.is_quantized:
         layer.dtype = loaded_dtype(layer.scales, layer.dtype)
     reread_parts(layer, layer.format, group)
+    if "bitmask" in layer.format.part_names:
+        shape = (layer.out_features, layer.in_features)
+        layer.bitmask = with_row_bits(name, {"bitmask": layer.bitmask}, shape)["bitmask"]
     values = getattr(layer, layer.format.values_name)
     if values.dtype != group[layer.format.values_name].dtype:
         with torch.no_grad():

@@ -120,6 +120,8 @@ def kept_values(name: str, form: PackedFormat, group: Mapping[str, StoredTensor]
         expected = form.parts(shape, count, values.dtype)
     except FormatError as error:
         raise PackedFolderError(f"{name}: {error}") from None
+    if "bitmask" in expected and len(group["bitmask"].shape) == 1:  # compressed
+        expected["bitmask"] = torch.uint8, group["bitmask"].shape
     for part, (dtype, dims) in expected.items():
         stored = group[part]
         if stored.dtype != dtype or stored.shape != dims:

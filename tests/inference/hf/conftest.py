@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,9 @@ def _coded(weight: Tensor, keep: np.ndarray | None, packing: str, bits: int, gro
         "shape": shape.reshape(2, 1) if packing == "2:4" else shape,
     }
     if keep is not None:
-        parts["bitmask"] = torch.from_numpy(np.packbits(keep, axis=1, bitorder="little"))
+        mask = np.packbits(keep, axis=1, bitorder="little")
+        mask = np.frombuffer(zlib.compress(mask.tobytes()), np.uint8) if (packing, bits) == ("bitmask", 4) else mask
+        parts["bitmask"] = torch.tensor(mask)
     return parts
 
 
@@ -201,6 +204,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[P
     """``quantized(model name, packing, bits, bits of embeddings or None, group, dtype)``: (folder, dense folder).
 
     Linear layers are rounded; bits of 16 leave them. The dense folder has the weights that codes and scales stand for.
+    Bitmasks of int4 layers are compressed.
     """
     made: dict[Any, tuple[Path, Path]] = {}
 
@@ -254,7 +258,8 @@ def _write_quantized(
         exact = torch.from_numpy(codes).double().reshape(*scales.shape, -1) * scales.double().unsqueeze(2)
         weight.copy_(exact.reshape(weight.shape))
     stem = {"dense": "pst_dense", **FILE_STEMS}[packing]
-    said = {"quant_method": "pst_ds", "format": packing, "format_version": 2}
+    version = 3 if (packing, bits) == ("bitmask", 4) else 2
+    said = {"quant_method": "pst_ds", "format": packing, "format_version": version}
     if bits != 16:
         said |= {"values": f"int{bits}", "group": group or "row"}
     if table_bits:

@@ -161,6 +161,9 @@ def _edited(quantized, tmp_path, change, *how):
         (Q_PROJ, "codes", lambda t: t.index_fill(0, torch.tensor([0]), 0x88), "codes has -8 in byte 0"),
         (Q_PROJ, "codes", lambda t: t[:-1], "bitmask keeps"),
         (Q_PROJ, "codes", lambda t: t.view(torch.int8), "bitmask keeps"),
+        (Q_PROJ, "bitmask", lambda t: t[:-1], "bitmask is damaged: a 32 x 32 matrix needs one stream of 128 bytes"),
+        (Q_PROJ, "bitmask", lambda t: t.flip(0), "bitmask is damaged: Error -3 while decompressing"),
+        (Q_PROJ, "bitmask", lambda t: t.short(), "needs torch.uint8 of shape"),
         (Q_PROJ, "codes", lambda t: t.float(), "is not a dtype of packed weights"),
         ("model.embed_tokens", "scales", lambda t: t * float("inf"), "scale 0 of row 0 is inf"),
         ("model.embed_tokens", "codes", lambda t: t & 0 | 0x88, "codes has -8 in byte 0"),
@@ -208,7 +211,7 @@ def test_a_whole_table_is_missing(quantized, tmp_path):
         ({"format": "csr"}, "csr holds values of the model's dtype only"),
         ({"format": "zip"}, "format must be one of dense, bitmask, 2:4, csr, got 'zip'"),
         ({"format_version": 1}, "version 1, which this version of pst-ds does not read"),
-        ({"format_version": 3}, "version 3, which this version of pst-ds does not read. Use a newer pst-ds"),
+        ({"format_version": 4}, "version 4, which this version of pst-ds does not read. Use a newer pst-ds"),
         ({"scales": "bf16"}, "unknown key 'scales'"),
     ],
 )

@@ -190,7 +190,7 @@ def test_a_missing_shard_and_a_missing_file(copied):
     [
         ({"format": "rle"}, "format must be one of dense, bitmask, 2:4, csr, got 'rle'"),
         ({"format": None}, "format must be one of"),
-        ({"format_version": 3}, "version 3, which this version of pst-ds does not read. Use a newer pst-ds"),
+        ({"format_version": 4}, "version 4, which this version of pst-ds does not read. Use a newer pst-ds"),
         ({"weights_file": "../pst_bitmask.safetensors"}, "weights_file = '../pst_bitmask.safetensors' is not"),
         ({"weights_file": "/tmp/pst_bitmask.safetensors"}, "is not a weight file of a folder packed as bitmask"),
         ({"weights_file": "pytorch_model.bin"}, "is not a weight file of a folder packed as bitmask"),
