@@ -128,9 +128,7 @@ class EvalConfig(Section):
     """Evaluation on the validation file, and generation for tasks "data-to-text" and "chat"."""
 
     interval: MayDiffer[Interval] = 0
-    """Optimizer steps between evaluations. 0 evaluates at the end and, in runs of more than one epoch, up to four times
-    before; these take at most 5 % of the run, show overfitting, and choose no checkpoint. -1 evaluates at the end
-    only."""
+    """Optimizer steps between evaluations. 0 and -1 evaluate at the end only."""
     batch_size: MayDiffer[NotNegative] = 0
     """Examples per rank and evaluation batch. 0 is 64, or 8 for tasks that predict tokens."""
     metric: str = ""

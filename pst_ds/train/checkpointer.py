@@ -3,7 +3,7 @@
 import math
 import sys
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +35,6 @@ class Checkpointer:
     Args:
         loop: Training loop whose model is evaluated and saved.
         evaluate: Computes the metrics of the model; None for a run without validation data.
-        watched: Further steps to evaluate, which choose no best checkpoint.
         checkpoint: Checkpoint that the run resumes from; None for a new run.
 
     Attributes:
@@ -43,16 +42,11 @@ class Checkpointer:
     """
 
     def __init__(
-        self,
-        loop: Loop,
-        *,
-        evaluate: Callable[[], dict[str, float]] | None,
-        watched: Collection[int] = (),
-        checkpoint: Checkpoint | None = None,
+        self, loop: Loop, *, evaluate: Callable[[], dict[str, float]] | None, checkpoint: Checkpoint | None = None
     ):
         self._loop, self._run = loop, loop.run
         self._folder = Path(loop.run.output_dir) / CHECKPOINTS
-        self._evaluate, self._watched = evaluate, watched
+        self._evaluate = evaluate
         self._base = (0, loop.run.model.path, "")
         """The last solve before the newest checkpoint, the folder of its weights, and its fingerprint."""
         self._is_late = False
@@ -85,13 +79,12 @@ class Checkpointer:
         self._report(self._writer.wait(0.0))
         run, step = self._run, state.step
         is_last, is_best = step == self._loop.num_steps, False
-        chooses = is_last or (run.eval.interval > 0 and step % run.eval.interval == 0)
-        if self._evaluate is not None and (chooses or step in self._watched):
+        if self._evaluate is not None and (is_last or (run.eval.interval > 0 and step % run.eval.interval == 0)):
             values = self._evaluate()
             self._loop.engine.train()
             self._loop.metrics.evaluation(step, values)
             self._last_evaluated = (step, values)
-            is_best = chooses and self._is_best(step, values[run.metric])
+            is_best = self._is_best(step, values[run.metric])
         is_due = self._is_late or (run.checkpoint.interval and step % run.checkpoint.interval == 0)
         self._is_late = bool(is_due) and self._loop.sums is not None  # checkpoints do not have the sums of a solve
         if self._loop.sums is None and (is_due or is_best or is_last or state.stopped_by):

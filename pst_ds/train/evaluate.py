@@ -7,9 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pst_ds.config.run import RunConfig
 from pst_ds.core.kl_divergence import KLDivergence
-from pst_ds.core.schedule import Schedule
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.data.tasks.causal_lm import CausalTask
 from pst_ds.parallel.ranks import all_gather_objects, rank, world_size
@@ -24,9 +22,6 @@ _ROUNDINGS = 8
 """Rounding errors by which equal predictions of two models may differ."""
 _ROWS = 128
 """Predictions whose logits two models hold together."""
-_MOST_WATCHED, _FEWEST_WATCHED = 4, 2
-_SHARE_WATCHED = 0.05
-"""Maximum share of a run's time for evaluations that only watch it; an example takes a third of its training time."""
 
 
 @torch.no_grad()
@@ -114,22 +109,6 @@ def compare(one: Model, other: Model, context: RunContext, examples: ExampleSet)
             largest = torch.maximum(largest, ours.float().abs().max())
             progress.add(1)
     return Differences(differing, float(apart), float(largest), task.metrics(_in_order(pieces), examples))
-
-
-def watched_steps(
-    run: RunConfig, schedule: Schedule | None, num_steps: int, training: int, validation: int
-) -> set[int]:
-    """Return steps with final masks at which to evaluate ``validation`` examples, to watch a run on ``training`` ones;
-    none if the run file sets eval.interval, the data is read only once, or it takes too long."""
-    trained = num_steps * run.train.batch_size
-    if run.eval.interval or not validation or trained <= training:
-        return set()
-    count = min(_MOST_WATCHED, int(3 * _SHARE_WATCHED * trained / validation))
-    if count < _FEWEST_WATCHED:
-        return set()
-    final = next((s for s in range(num_steps) if schedule.is_final(s)), num_steps) if schedule else 0
-    first = max(final, num_steps // (count + 1))
-    return {first + (num_steps - first) * i // count for i in range(count)} - {0, num_steps}
 
 
 def _differing(ours: Tensor, theirs: Tensor) -> int:

@@ -29,7 +29,7 @@ from pst_ds.train import run_folder
 from pst_ds.train.calibration import calibrate
 from pst_ds.train.checkpointer import Checkpointer
 from pst_ds.train.divergence import DivergedError
-from pst_ds.train.evaluate import predict, watched_steps
+from pst_ds.train.evaluate import predict
 from pst_ds.train.expert_tokens import CountsOfExperts, counts_of_experts, warning_of_unused
 from pst_ds.train.finetune import finetune
 from pst_ds.train.loop import Loop, LoopState
@@ -156,7 +156,6 @@ def train_prepared(
     """
     with run_folder.without_other_runs(Path(context.run.output_dir)):
         examples, validation = splits = splits or load_splits(context)
-        num_steps = context.run.num_steps(len(examples))
         context = run_stages(context, splits, resume=resume, restart=restart, quiet=quiet).with_rates(examples)
         run = context.run
         checkpoint = checkpoint_to_resume(run, examples.digest, quiet=quiet) if resume else None
@@ -165,12 +164,7 @@ def train_prepared(
         loop, state = _build_loop(context, examples, checkpoint, quiet=quiet)
         measure = None if validation is None else partial(evaluate, loop.engine, validation, context)
         try:
-            checkpointer = Checkpointer(
-                loop,
-                evaluate=measure,
-                watched=watched_steps(run, loop.schedules.masks, num_steps, len(examples), len(validation or ())),
-                checkpoint=checkpoint,
-            )
+            checkpointer = Checkpointer(loop, evaluate=measure, checkpoint=checkpoint)
             return _train_to_the_end(loop, checkpointer, state)
         finally:
             release(loop.engine)  # another run may follow in this process
