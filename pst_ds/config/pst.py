@@ -120,7 +120,7 @@ class PSTConfig(_LibrarySection):
     """Use |W0| instead of |W| in the scores: masks then change by the learned scores only, not as U V changes. For
     models that are pruned at once and then recover."""
     calibration_examples: Positive = 128
-    """Training examples for the norms of "activation", computed before the first masks."""
+    """Training examples for what is measured before the first masks: norms of "activation", scores of experts."""
     relative_magnitude: bool = True
     """Divide |W| in the scores by the mean of |W0| of the matrix, so that scores of all layers are near 1."""
     score_init_scale: Finite = 0.3

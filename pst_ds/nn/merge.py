@@ -12,6 +12,7 @@ from pst_ds.nn.adapter_checkpoints import whole_checkpoints
 from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import CONSTANT_PARTS, PSTLayer
+from pst_ds.nn.router import pst_routers
 from pst_ds.nn.tables.coded import coded_tables, plain_tables
 from pst_ds.nn.tables.embedding import PSTEmbedding
 from pst_ds.nn.targets import places_by_module, put
@@ -41,6 +42,8 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     model = unwrapped(model)
     if pst_layers(model):
         inject.injected_config(model)
+    if pst_routers(model):
+        raise InputError('merge_and_unload: pattern "experts" removes experts at the export. Use pst-ds export')
     if any(zero3.is_partitioned(param) for param in model.parameters()):
         raise InputError(
             "merge_and_unload needs whole weights, and ZeRO-3 or FSDP2 has them in shards. Call save_pretrained(model, "

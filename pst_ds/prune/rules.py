@@ -117,6 +117,8 @@ def layer_rules(
 
 def _rule(target: Target, method: Method, share: float) -> LayerRule:
     rule = target.rule
+    if rule.pattern.kind == "experts":
+        raise InputError(f'{target.name}: pattern "experts" removes whole experts. Use --method reap')
     if rule.pattern.pools_matrices:
         raise InputError(
             f'{target.name}: pattern "{rule.pattern}" ranks the weights of several matrices together, but one-shot '

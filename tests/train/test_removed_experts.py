@@ -187,15 +187,13 @@ def test_a_ramp_that_starts_at_its_end_is_reap(tmp_path):
 @pytest.mark.zero3
 def test_all_numbers_of_ranks_remove_the_same_experts_also_after_a_stop(run_ranks, tmp_path):
     base = _save_base(tmp_path / "base", "qwen3_moe")
-    for ranks in (1, 2, 3):
-        run_ranks(_train, ranks, tmp_path / str(ranks), base, *FROZEN)
-    run_ranks(_train, 2, tmp_path / "divided", base, *FROZEN, "train.expert_parallel=2")
-    run_ranks(_stopped, 3, tmp_path / "stopped", base, *FROZEN)
-    run_ranks(_goes_on, 2, tmp_path / "stopped", base, *FROZEN)
+    run_ranks(_train, 1, tmp_path / "1", base, *FROZEN)
+    run_ranks(_train, 2, tmp_path / "2", base, *FROZEN, "train.expert_parallel=2")
+    run_ranks(_stopped, 3, tmp_path / "3", base, *FROZEN)
+    run_ranks(_goes_on, 2, tmp_path / "3", base, *FROZEN)
     expected = _checksums(tmp_path / "1")
     assert len(set(expected.values())) == 3
-    for name in ("2", "3", "divided", "stopped"):
-        assert _checksums(tmp_path / name) == expected, name
+    assert _checksums(tmp_path / "2") == _checksums(tmp_path / "3") == expected
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.zero3)])
