@@ -35,7 +35,7 @@ from tools.upcycle.recovered import recovered
 from tools.verbs import verb
 
 RUN_FILE, GRID = Path(__file__).with_name("run.toml"), Path("tools/quality/experts.toml")
-SEQUENCE, FITTED, DESCRIBED = 256, 16, 8
+SEQUENCE, FITTED, DESCRIBED = 256, 8, 8
 """Tokens of a sequence, and sequences of each corpus that routers are fitted to and that are described."""
 
 
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/upcycled"))
     parser.add_argument("--steps", type=int, default=32, help="training steps of every branch (32)")
     parser.add_argument("--rate", type=float, default=3e-4, help="learning rate of the branches (3e-4)")
-    parser.add_argument("--router-steps", type=int, default=40, help="training steps of the routers (40)")
+    parser.add_argument("--router-steps", type=int, default=16, help="training steps of the routers (16)")
     parser.add_argument("--router-rate", type=float, default=1e-3, help="learning rate of the routers (1e-3)")
     parser.add_argument("--per-token", type=int, default=2, help="experts per token (2)")
     parser.add_argument("--seed", type=int, default=0)
