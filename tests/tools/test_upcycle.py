@@ -153,13 +153,13 @@ def stop(*arguments):
 
 def test_what_is_recovered_is_a_share_of_what_one_shot_removal_adds():
     grid = load_grid(tool.GRID)
-    added = {"dense": 0.0, "reap": 0.4, "lora": 0.1}
+    added = {"dense": 0.0, "reap": 0.4, "at-once": 0.1}
     lines, _ = filled(grid, lambda cell: 0.5 - added.get(cell.method, 0.2) - 0.02 * cell.seed)
     head, _, *rows = (line.strip("| ").split(" | ") for line in recovered(grid, lines).splitlines())
     assert head[1:9] == list(corpora.CORPORA)
     found = {row[0]: row[1:] for row in rows}
     title = {method.name: method.title for method in grid.methods.values()}
     assert found[title["reap"]] == [*["0.400"] * 9, "0.0% (1)"]
-    assert found[title["lora"]] == [*["0.120"] * 9, "70.0% ± 2.9% (3)"]
+    assert found[title["at-once"]] == [*["0.120"] * 9, "70.0% ± 2.9% (3)"]
     with pytest.raises(InputError, match="'reap' has not run"):
         recovered(grid, {key: line for key, line in lines.items() if "reap" not in line["name"]})
