@@ -271,9 +271,9 @@ class CodedWeight:
         return out
 
     def dense(self) -> Tensor:
-        """Return the weight as a new tensor."""
+        """Return the weight as a new tensor, without -0."""
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        return self.expand_(out, Rect(0, self.shape[0], 0, self.shape[1]))
+        return self.expand_(out, Rect(0, self.shape[0], 0, self.shape[1])).add_(0.0)
 
     def _runs(self, rect: Rect) -> Iterator[CodedRun]:
         """Yield the runs that ``rect`` needs: one if the shards follow each other without a gap."""

@@ -1,11 +1,15 @@
 """Quantised weights: every kept weight is a small integer, its quantised value, times a scale shared by a group.
 
-    w  ~  code * scale        code: -127 .. 127 (int8) or -7 .. 7 (int4); scale: bf16, one per group of inputs
+    w  ~  code * scale        code: -127 .. 127 (int8) or -8 .. 7 (int4); scale: bf16, one per group of inputs
 
-The scheme is symmetric, without a zero point, so a pruned weight has code 0 and stays 0. Scales are rounded to bf16
-before any weight is quantised, and ``code * scale`` is exact in fp32 (7 bits times 8), so every program that multiplies
-the two gets the same weight. Scales are bf16 instead of fp16 because scales of small weights are far below the range of
-fp16 (6e-5 without loss), and a scale needs at most 8 bits: codes are chosen for the rounded scale.
+There is no zero point, so a pruned weight has code 0 and stays 0. An int4 scale may be negative: its sign gives code -8
+to the weight of largest magnitude, and the squared error is a fifth less than with -7 .. 7. Groups of 32 are the Q8_0
+and Q4_0 of llama.cpp.
+
+Scales are rounded to bf16 before any weight is quantised, and ``code * scale`` is exact in fp32 (7 bits times 8), so
+every program that multiplies the two gets the same weight. Scales are bf16 instead of fp16 because scales of small
+weights are far below the range of fp16 (6e-5 without loss), and a scale needs at most 8 bits: codes are chosen for the
+rounded scale.
 
 The code of a weight is ``w / scale``, divided in fp32, rounded half to even and limited to the largest code. The scale
 of a group has the least squared error of those tried (:func:`search_scales`). The search compares sums of integers, so
@@ -51,8 +55,13 @@ class Grid:
 
     @property
     def largest(self) -> int:
-        """The largest code: 127 or 7. The smallest is its negative; -128 and -8 are not used."""
+        """The largest code: 127 or 7."""
         return (1 << self.bits - 1) - 1
+
+    @property
+    def least(self) -> int:
+        """The smallest code: -127 or -8. For -128 some processors would need other instructions."""
+        return -127 if self.bits == 8 else -8
 
     def num_groups(self, columns: int) -> int:
         """Return the number of scales of a row of ``columns`` inputs. Raises ValueError if groups do not divide it."""
@@ -87,11 +96,11 @@ def grid_of(values: object, group: object = None) -> Grid:
 SOURCE = NativeSource(
     "rounding.cpp",
     {
-        "pst_round_to_grid": ([TENSOR, *([INT] * 4), TENSOR, TENSOR, INT, INT], None),
+        "pst_round_to_grid": ([TENSOR, *([INT] * 4), TENSOR, TENSOR, *([INT] * 3)], None),
         "pst_expand_codes": ([TENSOR, TENSOR, TENSOR, INT, TENSOR, TENSOR, *([INT] * 5)], None),
         "pst_whole_weights": ([TENSOR, INT, INT, TENSOR, TENSOR, INT], None),
-        "pst_grid_losses": ([TENSOR, INT, INT, TENSOR, INT, TENSOR, TENSOR, INT], None),
-        "pst_grid_moments": ([TENSOR, TENSOR, INT, INT, TENSOR, INT, TENSOR, TENSOR, INT], None),
+        "pst_grid_losses": ([TENSOR, INT, INT, TENSOR, INT, INT, TENSOR, TENSOR, INT], None),
+        "pst_grid_moments": ([TENSOR, TENSOR, *([INT] * 2), TENSOR, *([INT] * 2), TENSOR, TENSOR, INT], None),
     },
     "quantisation",
     may_flags=("-fopenmp",),
@@ -111,7 +120,7 @@ def threads_for(numel: int) -> int:
 SCALE_DTYPE = torch.bfloat16
 LEAST_SCALE = torch.finfo(SCALE_DTYPE).tiny
 """The smallest scale, 2^-126. Smaller ones would be denormal, which some processors treat as 0."""
-RULE_OF_SCALES = "scales are at least 2^-126, and times the largest code still finite in bf16"
+RULE_OF_SCALES = "scales are at least 2^-126 without their sign, and times the largest code still finite in bf16"
 UNUSED_SCALE = 1.0
 """Scale of a group without weights."""
 _DIVISORS = {
@@ -129,17 +138,28 @@ def group_scales(grouped: Tensor, grid: Grid, dtype: torch.dtype = torch.float32
 
     ``grouped``: finite, fp32, 0 where pruned. ``dtype``: the dtype in which a quantised weight must be finite.
     """
-    magnitudes, grouped = grouped.abs().amax(1), grouped.contiguous()
-    whole = whole_weights(grouped, magnitudes)
-    return search_scales(magnitudes, lambda scales: group_moments(grouped, whole, scales, grid), grid, dtype)
+    least, most = torch.aminmax(grouped, dim=1)
+    extremes, grouped = larger_end(least, most), grouped.contiguous()
+    whole = whole_weights(grouped, extremes)
+    return search_scales(extremes, lambda scales: group_moments(grouped, whole, scales, grid), grid, dtype)
 
 
-def whole_weights(grouped: Tensor, magnitudes: Tensor) -> Tensor:
+def larger_end(least: Tensor, most: Tensor) -> Tensor:
+    """Return the one of larger magnitude, with its sign."""
+    return torch.where(most >= -least, most, least)
+
+
+def limited(scales: Tensor, least: float, most: float) -> Tensor:
+    """Return scales whose magnitudes are limited to [``least``, ``most``]."""
+    return torch.copysign(scales.abs().clamp(least, most), scales)
+
+
+def whole_weights(grouped: Tensor, extremes: Tensor) -> Tensor:
     """Return weights in units of :func:`unit_of`, rounded: (groups, n) fp32, contiguous, to (groups, n) int32.
 
-    ``magnitudes``: (groups,) fp32, the largest of each whole group.
+    ``extremes``: (groups,) fp32, the weight of largest magnitude of each whole group.
     """
-    unit, native = unit_of(magnitudes), native_for(grouped)
+    unit, native = unit_of(extremes), native_for(grouped)
     if native is None:
         return (grouped.double() / unit.unsqueeze(1)).round_().int()
     whole = torch.empty(grouped.shape, dtype=torch.int32)
@@ -159,7 +179,7 @@ def group_losses(grouped: Tensor, scales: Tensor, grid: Grid) -> tuple[Tensor, T
         return (weights - rounded).square().sum(1), weights.square().sum(1)
     errors, squares = torch.empty(2, len(grouped), dtype=torch.float64)
     threads = threads_for(grouped.numel())
-    native.pst_grid_losses(grouped, *grouped.shape, scales.contiguous(), grid.largest, errors, squares, threads)
+    native.pst_grid_losses(grouped, *grouped.shape, scales.contiguous(), grid.least, grid.largest, errors, squares, threads)
     return errors, squares
 
 
@@ -174,38 +194,39 @@ def group_moments(grouped: Tensor, whole: Tensor, scales: Tensor, grid: Grid) ->
         codes = rounded_codes(grouped, scales.unsqueeze(1), grid).double()
         return torch.linalg.vecdot(whole.double(), codes), torch.linalg.vecdot(codes, codes)
     by_weight, by_code = torch.empty(2, len(grouped), dtype=torch.float64)
-    numbers = scales.contiguous(), grid.largest, by_weight, by_code, threads_for(grouped.numel())
+    numbers = scales.contiguous(), grid.least, grid.largest, by_weight, by_code, threads_for(grouped.numel())
     native.pst_grid_moments(grouped, whole, *grouped.shape, *numbers)
     return by_weight, by_code
 
 
-def unit_of(magnitudes: Tensor) -> Tensor:
+def unit_of(extremes: Tensor) -> Tensor:
     """Return the unit of :func:`search_scales`: a power of two, about 2^-28 of a group's magnitude, float64."""
-    _, exponents = torch.frexp(magnitudes.double())
-    return torch.ldexp(torch.ones_like(magnitudes, dtype=torch.float64), exponents - _WEIGHT_BITS)
+    _, exponents = torch.frexp(extremes.double())
+    return torch.ldexp(torch.ones_like(extremes, dtype=torch.float64), exponents - _WEIGHT_BITS)
 
 
 def search_scales(
-    magnitudes: Tensor,
+    extremes: Tensor,
     moments: Callable[[Tensor], tuple[Tensor, Tensor]],
     grid: Grid,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return the bf16 scales of least squared error among those tried: (groups,).
 
-    Tried are ``magnitude / largest code``, so the error never exceeds plain rounding's, some larger and smaller
-    scales, and twice the least-squares scale for the best codes, sum(w code) / sum(code^2).
+    Tried are the largest magnitude / the largest code, so the error never exceeds plain rounding's, some larger and
+    smaller scales, and twice the least-squares scale for the best codes, sum(w code) / sum(code^2).
 
-    ``magnitudes``: (groups,) fp32, the largest of each group; 0 gives scale 1. ``moments``: returns, for fp32 scales
+    ``extremes``: (groups,) fp32, the weight of largest magnitude of each group; 0 gives scale 1. ``moments``: returns, for fp32 scales
     that are bf16 numbers, the sums of w code and of code^2 over each group, (groups,) float64, where w is a rounded
     weight in units of :func:`unit_of`. These are integers below 2^53, so sums over shards of a group may be added.
     ``dtype``: the dtype in which a quantised weight must be finite.
     """
     limit = largest_scale(grid, dtype)
-    unit = unit_of(magnitudes)
+    unit = unit_of(extremes)
+    numerator = -extremes if -grid.least > grid.largest else extremes.abs()
 
     def rounded(scales: Tensor) -> Tensor:
-        return scales.float().clamp(LEAST_SCALE, limit).to(SCALE_DTYPE).float()
+        return limited(scales.float(), LEAST_SCALE, limit).to(SCALE_DTYPE).float()
 
     def judged(scales: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         by_weight, by_code = moments(scales)
@@ -216,18 +237,18 @@ def search_scales(
         wins = other[1] < best[1]
         return tuple(torch.where(wins, new, old) for new, old in zip(other, best, strict=True))
 
-    best: tuple[Tensor, ...] = judged(rounded(magnitudes / grid.largest))
+    best: tuple[Tensor, ...] = judged(rounded(numerator / grid.largest))
     for divisor in _DIVISORS[grid.bits]:
-        best = better(best, judged(rounded(magnitudes / divisor)))
+        best = better(best, judged(rounded(numerator / divisor)))
     for _ in range(_REFITS):
         fitted = best[2] / best[3].clamp(min=1) * unit
         best = better(best, judged(rounded(torch.where(best[3] > 0, fitted.float(), best[0]))))
-    return torch.where(magnitudes > 0, best[0], UNUSED_SCALE).to(SCALE_DTYPE)
+    return torch.where(extremes != 0, best[0], UNUSED_SCALE).to(SCALE_DTYPE)
 
 
 def rounded_codes(weight: Tensor, scales: Tensor, grid: Grid) -> Tensor:
     """Return the codes of fp32 weights as fp32, for fp32 scales that broadcast to them."""
-    return (weight / scales).round_().clamp_(-grid.largest, grid.largest)
+    return (weight / scales).round_().clamp_(grid.least, grid.largest)
 
 
 def nearest_codes(weight: Tensor, scales: Tensor, grid: Grid) -> Tensor:
@@ -237,7 +258,7 @@ def nearest_codes(weight: Tensor, scales: Tensor, grid: Grid) -> Tensor:
 
 def first_bad_scale(scales: Tensor, grid: Grid) -> int | None:
     """Return the flat index of the first bf16 scale that breaks :data:`RULE_OF_SCALES`, or None."""
-    good = (scales >= LEAST_SCALE) & (scales <= largest_scale(grid, SCALE_DTYPE))
+    good = (scales.abs() >= LEAST_SCALE) & (scales.abs() <= largest_scale(grid, SCALE_DTYPE))
     return None if bool(good.all()) else int(good.flatten().to(torch.uint8).argmin())
 
 
@@ -249,8 +270,8 @@ def require_scales(scales: Tensor, grid: Grid) -> None:
 
 
 def largest_scale(grid: Grid, dtype: torch.dtype) -> float:
-    """Return the largest bf16 number whose product with the largest code is finite in ``dtype`` and in bf16."""
-    most = min(torch.finfo(dtype).max, torch.finfo(SCALE_DTYPE).max) / grid.largest
+    """Return the largest bf16 number whose products with all codes are finite in ``dtype`` and in bf16."""
+    most = min(torch.finfo(dtype).max, torch.finfo(SCALE_DTYPE).max) / -grid.least
     scale = torch.tensor(most).to(SCALE_DTYPE)
     if float(scale) > most:
         scale = (scale.view(torch.int16) - 1).view(SCALE_DTYPE)
@@ -322,7 +343,7 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32
     for first in range(0, rows if columns else 0, step):
         band = slice(first, first + step)
         grouped = codes[band].float().unflatten(1, (scales.shape[1], -1)) * scales[band].float().unsqueeze(2)
-        dense[band] = grouped.flatten(1)
+        dense[band] = grouped.add_(0.0).flatten(1)  # turns -0 into +0
     return dense
 
 
@@ -432,7 +453,7 @@ class Rounding:
         groups = torch.tensor([scales.shape[1], *self.stored.unit, rect.r0, rect.c0])
         stored = NATIVE_DTYPES[weight.dtype], weight.stride(0), *weight.shape
         threads = threads_for(weight.numel())
-        native.pst_round_to_grid(weight, *stored, scales.contiguous(), groups, self.stored.grid.largest, threads)
+        native.pst_round_to_grid(weight, *stored, scales.contiguous(), groups, self.stored.grid.least, self.stored.grid.largest, threads)
         return weight
 
     def of_expert(self, expert: int) -> Rounding:

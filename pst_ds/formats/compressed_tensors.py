@@ -25,10 +25,10 @@ class _OfCompressedTensors(QuantizedFormat):
             value = float(parts["weight_scale"].flatten()[bad])
             raise FormatError(f"{name}: weight_scale {bad} is {value:g}; {RULE_OF_SCALES}")
         if shape[1]:
-            codes, least = self.unpack_codes(parts), -self.grid.largest - 1
+            codes = self.unpack_codes(parts)
             held, again = parts[self.values_name], self.pack_codes(codes, parts["weight_scale"], codes)
             beyond = again[self.values_name] != held
-            for problem, wrong in ((f"the code {least}", codes == least), ("a bit beyond it", beyond)):
+            for problem, wrong in (("the code -128", codes < self.grid.least), ("a bit beyond its codes", beyond)):
                 if wrong.any():
                     row = int(wrong.any(1).to(torch.uint8).argmax())
                     raise FormatError(f"{name}: {self.values_name} has {problem} in row {row}")

@@ -8,7 +8,7 @@ a weight of 0.
 import torch
 from torch import Tensor
 
-from pst_ds.core.quantization import Grid, nearest_codes, quantize
+from pst_ds.core.quantization import Grid, limited, nearest_codes, quantize
 
 BLOCK = 32
 _LEAST_HALF = 2.0**-24
@@ -37,7 +37,7 @@ def gguf_blocks(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tensor 
         raise ValueError(f"GGUF has blocks of {BLOCK} inputs, which do not divide {columns}")
     codes, found = quantize(weight, keep, grid, scales)
     exact = found.float().repeat_interleave(columns // BLOCK // grid.num_groups(columns), 1)
-    half = exact.clamp(_LEAST_HALF, torch.finfo(torch.float16).max).half()
+    half = limited(exact, _LEAST_HALF, torch.finfo(torch.float16).max).half()
     changed = half.float() != exact
     if changed.any():
         kept = weight.float() if keep is None else torch.where(keep, weight.float(), 0.0)

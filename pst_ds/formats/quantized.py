@@ -27,8 +27,6 @@ from pst_ds.formats.parts import FormatError, PackedFormat, Part, require_no_pad
 from pst_ds.formats.rows import as_bools, bytes_of_row, gather, row_counts, scatter
 from pst_ds.formats.sparse import BitmaskFormat, TwoFourFormat, filled_groups, require_two_of_four
 
-_HAS_MINUS_8 = np.array([byte & 15 == 8 or byte >> 4 == 8 for byte in range(256)])
-
 
 class QuantizedFormat(PackedFormat):
     """``codes``, ``scales`` (O, groups) bf16, ``shape`` and, unless dense, ``bitmask`` (O, ceil(I / 8)) uint8.
@@ -170,12 +168,10 @@ class QuantizedFormat(PackedFormat):
 
     def _check_codes(self, name: str, codes: Tensor, counts: Tensor) -> None:
         flat = codes.flatten()
-        bad = torch.from_numpy(_HAS_MINUS_8[flat.numpy()]) if self.grid.bits == 4 else flat == -128
-        if bad.any():
-            at, least = int(bad.to(torch.uint8).argmax()), -self.grid.largest - 1
-            raise FormatError(
-                f"{name}: codes has {least} in byte {at}; {self.grid.values} codes go from {least + 1} to {-least - 1}"
-            )
+        bad = flat == -128
+        if self.grid.bits == 8 and bad.any():
+            at = int(bad.to(torch.uint8).argmax())
+            raise FormatError(f"{name}: codes has -128 in byte {at}; int8 codes go from -127 to 127")
         if self.grid.bits == 4 and bool((counts & 1).any()):
             ends = ((counts + 1) // 2).cumsum(0) - 1
             odd = (counts & 1).nonzero().flatten()

@@ -23,6 +23,7 @@ from pst_ds.core.quantization import (
     group_losses,
     group_moments,
     group_scales,
+    larger_end,
     search_scales,
     whole_weights,
 )
@@ -236,11 +237,12 @@ def _cut_group_scales(
     if not total:
         return torch.empty(0, dtype=SCALE_DTYPE, device=device)
     finite = [(slice(first, first + len(grouped)), _finite(grouped)) for first, grouped in parts]
-    magnitudes = torch.zeros(total, device=device)
+    ends = torch.zeros(2, total, device=device)  # the largest weights, and the largest of -w
     for at, grouped in finite:
-        magnitudes[at] = torch.maximum(magnitudes[at], grouped.abs().amax(1))
-    magnitudes = group_max(magnitudes, any_weight, owners=True)
-    wholes = [whole_weights(grouped, magnitudes[at]) for at, grouped in finite]
+        ends[:, at] = torch.maximum(ends[:, at], torch.stack([grouped.amax(1), -grouped.amin(1)]))
+    ends = group_max(ends, any_weight, owners=True)
+    extremes = larger_end(-ends[1], ends[0])
+    wholes = [whole_weights(grouped, extremes[at]) for at, grouped in finite]
 
     def moments(scales: Tensor) -> tuple[Tensor, Tensor]:
         both = torch.zeros(2, scales.numel(), dtype=torch.float64, device=scales.device)
@@ -250,7 +252,7 @@ def _cut_group_scales(
         by_weight, by_code = group_sum(both, any_weight, owners=True)
         return by_weight, by_code
 
-    return search_scales(magnitudes, moments, grid, dtype)
+    return search_scales(extremes, moments, grid, dtype)
 
 
 def _finite(grouped: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ from pst_ds.core.quantization import (
     unpack_nibbles,
 )
 
+RANGES = {8: (-127, 127), 4: (-8, 7)}
+"""Smallest and largest codes."""
 GRIDS = [Grid(bits, group) for bits in (8, 4) for group in (None, 32, 64, 128)]
 INT4 = Grid(4, 64)
 
@@ -41,13 +43,13 @@ def bf16_of(value: float) -> float:
     return float(torch.tensor(value, dtype=torch.float64).to(torch.float32).to(torch.bfloat16))
 
 
-def rounded_by_numpy(weight: np.ndarray, scale: float, largest: int) -> np.ndarray:
+def rounded_by_numpy(weight: np.ndarray, scale: float, grid: Grid) -> np.ndarray:
     """np.rint is half to even, as IEEE has it."""
-    return np.clip(np.rint(weight.astype(np.float32) / np.float32(scale)), -largest, largest)
+    return np.clip(np.rint(weight.astype(np.float32) / np.float32(scale)), *RANGES[grid.bits])
 
 
-def squared_error(weight: np.ndarray, scale: float, largest: int) -> Fraction:
-    codes = rounded_by_numpy(weight, scale, largest)
+def squared_error(weight: np.ndarray, scale: float, grid: Grid) -> Fraction:
+    codes = rounded_by_numpy(weight, scale, grid)
     return sum(
         ((Fraction(float(w)) - int(c) * Fraction(scale)) ** 2 for w, c in zip(weight, codes, strict=True)), Fraction(0)
     )
@@ -62,9 +64,7 @@ def test_error_is_never_above_plain_rounding_of_the_largest_magnitude(grid, dtyp
     for row, group in np.ndindex(12, grid.num_groups(256)):
         columns = slice(group * length, (group + 1) * length)
         held = weight[row, columns].double().numpy()
-        plain = squared_error(
-            held, bf16_of(float(np.float32(abs(held).max()) / np.float32(grid.largest))), grid.largest
-        )
+        plain = squared_error(held, bf16_of(float(np.float32(abs(held).max()) / np.float32(grid.largest))), grid)
         ours = sum(
             (Fraction(float(w)) - Fraction(float(r))) ** 2 for w, r in zip(held, rounded[row, columns], strict=True)
         )
@@ -75,14 +75,15 @@ def test_error_is_never_above_plain_rounding_of_the_largest_magnitude(grid, dtyp
 @pytest.mark.parametrize("seed", range(4))
 def test_scale_is_the_best_of_those_tried(grid, seed):
     held = weights(seed, (1, 64), zeros=0.3)
-    largest, magnitude = grid.largest, np.float32(held.abs().max())
     row = held[0].numpy()
-    tried = [bf16_of(float(magnitude / np.float32(d))) for d in (largest, *quantization._DIVISORS[grid.bits])]
-    best = min(tried, key=lambda scale: squared_error(row, scale, largest))
+    extreme = row[np.abs(row).argmax()]
+    numerator = np.abs(extreme) if grid.bits == 8 else -extreme  # whose code is -8, if it has one beyond 7
+    tried = [bf16_of(float(numerator / np.float32(d))) for d in (grid.largest, *quantization._DIVISORS[grid.bits])]
+    best = min(tried, key=lambda scale: squared_error(row, scale, grid))
     for _ in range(2):
-        codes = rounded_by_numpy(row, best, largest)
+        codes = rounded_by_numpy(row, best, grid)
         fitted = sum(Fraction(float(w)) * int(c) for w, c in zip(row, codes, strict=True)) / int((codes**2).sum())
-        best = min(best, bf16_of(float(fitted)), key=lambda scale: squared_error(row, scale, largest))
+        best = min(best, bf16_of(float(fitted)), key=lambda scale: squared_error(row, scale, grid))
     assert float(quantize(held, None, grid)[1]) == best
 
 
@@ -91,7 +92,8 @@ def test_codes_are_those_of_numpy_and_products_are_exact(grid):
     weight = weights(3)
     codes, scales = quantize(weight, None, grid)
     wide = np.repeat(scales.float().numpy(), 256 // scales.shape[1], axis=1)
-    np.testing.assert_array_equal(codes.numpy(), rounded_by_numpy(weight.numpy(), wide, grid.largest))
+    np.testing.assert_array_equal(codes.numpy(), rounded_by_numpy(weight.numpy(), wide, grid))
+    assert (int(codes.min()), int(codes.max())) == RANGES[grid.bits]
     exact = codes.double().numpy() * wide.astype(np.float64)
     np.testing.assert_array_equal(dequantize(codes, scales).double().numpy(), exact)
     torch.testing.assert_close(
@@ -128,7 +130,7 @@ def test_any_finite_weights_have_finite_scales_and_products(values, grid, dtype)
     weight = torch.where(torch.isfinite(weight), weight, 0)
     codes, scales = quantize(weight, None, grid)
     assert first_bad_scale(scales, grid) is None
-    assert int(codes.int().abs().max()) <= grid.largest
+    assert RANGES[grid.bits][0] <= int(codes.min()) <= int(codes.max()) <= RANGES[grid.bits][1]
     for out in (torch.float32, torch.bfloat16):
         rounded = dequantize(codes, scales, out)
         assert torch.isfinite(rounded).all()
@@ -148,15 +150,15 @@ def test_scales_do_not_depend_on_order_or_shards():
     for grid in (Grid(8), Grid(4)):
         scales = group_scales(grouped, grid)
         assert torch.equal(group_scales(grouped[:, order].contiguous(), grid), scales)
-        magnitudes = grouped.abs().amax(1)
-        whole = (grouped.double() / unit_of(magnitudes)[:, None]).round()
+        extremes = grouped.gather(1, grouped.abs().argmax(1, keepdim=True)).flatten()
+        whole = (grouped.double() / unit_of(extremes)[:, None]).round()
 
         def summed(tried, grid=grid, whole=whole):
             codes = nearest_codes(grouped, tried[:, None], grid).double()
             cut = [slice(0, 7), slice(7, 8), slice(8, 64)]
             return sum((whole * codes)[:, c].sum(1) for c in cut), sum((codes * codes)[:, c].sum(1) for c in cut)
 
-        assert torch.equal(search_scales(magnitudes, summed, grid), scales)
+        assert torch.equal(search_scales(extremes, summed, grid), scales)
 
 
 def test_pruned_weights_have_code_0_and_no_say_in_the_scale():
@@ -243,9 +245,9 @@ def test_wrong_input(wrong, message):
         wrong()
 
 
-@pytest.mark.parametrize("bad", [0.0, -1.0, float("inf"), float("nan"), 1e-39, 1e38])
+@pytest.mark.parametrize("bad", [0.0, -0.0, float("inf"), -float("inf"), float("nan"), -1e-39, 1e38])
 def test_bad_scales_are_found(bad):
-    scales = torch.ones(3, 4, dtype=torch.bfloat16)
+    scales = torch.tensor([1.0, -1.0], dtype=torch.bfloat16).repeat(3, 2)
     assert first_bad_scale(scales, INT4) is None
     scales[1, 2] = bad
     assert first_bad_scale(scales, INT4) == 6

@@ -33,10 +33,9 @@ EVERY_FORM = [
     ("no scales", lambda parts: parts.pop("scales"), "must have the parts .*, found"),
     ("values of v1 beside", lambda parts: parts.update(compressed=parts["codes"]), "must have the parts .*compressed"),
     ("scale of zero", with_item("scales", (2, 0), 0.0), "scale 0 of row 2 is 0; scales are at least"),
-    ("negative scale", with_item("scales", (2, 0), -1.0), "scale 0 of row 2 is -1"),
     ("infinite scale", with_item("scales", (0, 0), float("inf")), "scale 0 of row 0 is inf"),
     ("scale that is no number", with_item("scales", (4, 0), float("nan")), "scale 0 of row 4 is nan"),
-    ("denormal scale", with_item("scales", (4, 0), 2.0**-127), "scale 0 of row 4 is 5.87747e-39"),
+    ("denormal scale", with_item("scales", (4, 0), -(2.0**-127)), "scale 0 of row 4 is -5.87747e-39"),
     ("scale whose products overflow", with_item("scales", (1, 0), 3e38), r"scale 0 of row 1 is [\d.]+e\+38"),
     ("wide scales", replaced("scales", torch.Tensor.float), "scales of .* must be torch.bfloat16"),
     ("scales of half floats", replaced("scales", torch.Tensor.half), "scales of .* must be torch.bfloat16"),
@@ -51,10 +50,7 @@ EVERY_FORM = [
 ]  # fmt: skip
 BY_BITS = {
     8: [("a code of -128", with_item("codes", ..., -128), "codes has -128 in byte 0; int8 codes go from -127 to 127")],
-    4: [
-        ("a lower half of -8", with_item("codes", ..., 0x18), "codes has -8 in byte 0; int4 codes go from -7 to 7"),
-        ("an upper half of -8", with_item("codes", ..., 0x81), "codes has -8 in byte 0"),
-    ],
+    4: [],
 }
 WITH_BITS = [
     ("a padding bit", with_item("bitmask", (3, 4), 0xF0), "bitmask has a bit set beyond the 36 inputs of row 3"),

@@ -198,7 +198,7 @@ def _rounding_surgeon(weight, gram, keep, grid):
             group = torch.tensor(left[:, j : j + size] * keep[:, j : j + size]).float().contiguous()
             scales[:, j // size] = group_scales(group, grid).float()
         scale = scales[:, j // size].double().numpy()
-        value = np.clip(np.rint(left[:, j] / scale), -grid.largest, grid.largest) * scale * keep[:, j]
+        value = np.clip(np.rint(left[:, j] / scale), *((-127, 127) if grid.bits == 8 else (-8, 7))) * scale * keep[:, j]
         inverse = np.linalg.inv(damped[j:, j:])[0]
         left[:, j:] -= np.outer((left[:, j] - value) / inverse[0], inverse)
         left[:, j] = value

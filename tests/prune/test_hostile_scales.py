@@ -56,7 +56,7 @@ def _require_exact(weight: torch.Tensor, scales: torch.Tensor, grid: Grid) -> No
     size = weight.shape[1] // scales.shape[1]
     steps = np.repeat(scales.double().numpy(), size, 1)
     codes = np.rint(weight.double().numpy() / steps)
-    assert np.abs(codes).max(initial=0.0) <= grid.largest
+    assert codes.size == 0 or grid.least <= codes.min() <= codes.max() <= grid.largest
     assert torch.equal(torch.from_numpy(codes * steps).to(weight.dtype), weight)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from pst_ds.core.one_shot.gram import DAMPING, damped_gram
 from pst_ds.core.one_shot.scored import Compensated, joined
 from pst_ds.core.one_shot.shares import ALONE, Ranks, Share, keep_in_panel
-from pst_ds.core.quantization import LEAST_SCALE, SCALE_DTYPE, UNUSED_SCALE, Grid, group_scales, rounded_codes
+from pst_ds.core.quantization import LEAST_SCALE, SCALE_DTYPE, UNUSED_SCALE, Grid, group_scales, limited, rounded_codes
 from pst_ds.core.select import MatrixKeys, prune_count, select
 from pst_ds.core.units import keep_in_rows
 
@@ -167,7 +167,7 @@ class _Rounder:
         if not bool(torch.isfinite(kept).all()):
             raise FloatingPointError("weights that make up for others are not finite")
         found = group_scales(kept.contiguous(), self._grid, self._dtype)
-        self.scales[:, first // self.size] = found.clamp(min=self._least)
+        self.scales[:, first // self.size] = limited(found, self._least, math.inf)
 
     def rounded(self, column: Tensor, index: int) -> Tensor:
         """Return code * scale of column ``index``, (O,)."""

@@ -19,34 +19,38 @@ inline void narrow(float value, uint16_t* to) {  // half to even, and NaN to tor
     *to = uint16_t(value == value ? rounded : 0x7fc0u);
 }
 
-inline float code_of(float weight, float scale, float largest) {
+struct Range {  // of codes
+    float least, largest;
+};
+
+inline float code_of(float weight, float scale, Range range) {
     float code = std::rint(weight / scale);
-    code = code < -largest ? -largest : code;
-    return code > largest ? largest : code;
+    code = code < range.least ? range.least : code;
+    return code > range.largest ? range.largest : code;
 }
 
-template <class T> inline void round_one(T* weight, float scale, float largest) {
-    narrow(code_of(widen(*weight), scale, largest) * scale + 0.0f, weight);  // adding 0 turns -0 into +0
+template <class T> inline void round_one(T* weight, float scale, Range range) {
+    narrow(code_of(widen(*weight), scale, range) * scale + 0.0f, weight);  // adding 0 turns -0 into +0
 }
 
 // Groups in the stored weight: `tall` rows by `wide` columns, one of which is 1.
 struct Groups {
     const uint16_t* scales;
     int64_t stride, tall, wide, first_row, first_col;
-    float largest;
+    Range range;
 };
 
 template <class T> void round_row(T* weight, int64_t row, int64_t cols, const Groups& g) {
     const uint16_t* scales = g.scales + (g.first_row + row) / g.tall * g.stride;
     if (g.wide == 1) {
-        for (int64_t col = 0; col < cols; ++col) round_one(weight + col, widen(scales[g.first_col + col]), g.largest);
+        for (int64_t col = 0; col < cols; ++col) round_one(weight + col, widen(scales[g.first_col + col]), g.range);
         return;
     }
     for (int64_t col = 0, group = g.first_col / g.wide; col < cols; ++group) {
         int64_t stop = (group + 1) * g.wide - g.first_col;
         stop = stop < cols ? stop : cols;
         const float scale = widen(scales[group]);
-        for (int64_t i = col; i < stop; ++i) round_one(weight + i, scale, g.largest);
+        for (int64_t i = col; i < stop; ++i) round_one(weight + i, scale, g.range);
         col = stop;
     }
 }
@@ -108,7 +112,7 @@ void pst_expand_codes(const uint8_t* data, const int64_t* codes, const uint16_t*
                       const int64_t* groups, void* out, int64_t is_bf16, int64_t stride, int64_t rows, int64_t cols,
                       int64_t threads) {
     const Codes c{data, codes[0], codes[1], codes[2]};
-    const Groups g{scales - first_scale, groups[0], groups[1], groups[2], groups[3], groups[4], 0.0f};
+    const Groups g{scales - first_scale, groups[0], groups[1], groups[2], groups[3], groups[4], {}};
     if (is_bf16) expand_rows(c, static_cast<uint16_t*>(out), stride, rows, cols, g, threads);
     else expand_rows(c, static_cast<float*>(out), stride, rows, cols, g, threads);
 }
@@ -116,8 +120,8 @@ void pst_expand_codes(const uint8_t* data, const int64_t* codes, const uint16_t*
 // weight = code * scale for a rectangle (rows, cols), in place. `groups`: {stride of the scales, rows and columns of a
 // group, first row and column of the rectangle}; scales are bf16.
 void pst_round_to_grid(void* weight, int64_t is_bf16, int64_t stride, int64_t rows, int64_t cols, const uint16_t* scales,
-                       const int64_t* groups, int64_t largest, int64_t threads) {
-    const Groups g{scales, groups[0], groups[1], groups[2], groups[3], groups[4], float(largest)};
+                       const int64_t* groups, int64_t least, int64_t largest, int64_t threads) {
+    const Groups g{scales, groups[0], groups[1], groups[2], groups[3], groups[4], {float(least), float(largest)}};
     if (is_bf16) round_rows(static_cast<uint16_t*>(weight), stride, rows, cols, g, threads);
     else round_rows(static_cast<float*>(weight), stride, rows, cols, g, threads);
 }
@@ -131,9 +135,10 @@ void pst_whole_weights(const float* weights, int64_t groups, int64_t size, const
 }
 
 // For every group the sums of (w - code * scale)^2 and of w^2, in no particular order.
-void pst_grid_losses(const float* weights, int64_t groups, int64_t size, const float* scales, int64_t largest,
-                     double* errors, double* squares, int64_t threads) {
+void pst_grid_losses(const float* weights, int64_t groups, int64_t size, const float* scales, int64_t least,
+                     int64_t largest, double* errors, double* squares, int64_t threads) {
     constexpr int64_t LANES = 8;
+    const Range range{float(least), float(largest)};
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t g = 0; g < groups; ++g) {
         const float* own = weights + g * size;
@@ -141,7 +146,7 @@ void pst_grid_losses(const float* weights, int64_t groups, int64_t size, const f
         for (int64_t first = 0; first < size; first += LANES) {
             const int64_t count = size - first < LANES ? size - first : LANES;
             for (int64_t i = 0; i < count; ++i) {
-                const float weight = own[first + i], rounded = code_of(weight, scales[g], float(largest)) * scales[g];
+                const float weight = own[first + i], rounded = code_of(weight, scales[g], range) * scales[g];
                 const double off = double(weight) - double(rounded);
                 error[i] += off * off;
                 square[i] += double(weight) * double(weight);
@@ -155,14 +160,15 @@ void pst_grid_losses(const float* weights, int64_t groups, int64_t size, const f
 
 // For every group of `size` weights the sums of whole * code and of code^2. `whole`: the weights as integers.
 void pst_grid_moments(const float* weights, const int32_t* whole, int64_t groups, int64_t size, const float* scales,
-                      int64_t largest, double* by_weight, double* by_code, int64_t threads) {
+                      int64_t least, int64_t largest, double* by_weight, double* by_code, int64_t threads) {
+    const Range range{float(least), float(largest)};
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t g = 0; g < groups; ++g) {
         const float* own = weights + g * size;
         const int32_t* integers = whole + g * size;
         int64_t weight_sum = 0, code_sum = 0;
         for (int64_t i = 0; i < size; ++i) {
-            const int32_t code = int32_t(code_of(own[i], scales[g], float(largest)));
+            const int32_t code = int32_t(code_of(own[i], scales[g], range));
             weight_sum += int64_t(integers[i]) * code;
             code_sum += code * code;
         }

@@ -210,7 +210,7 @@ inline Matrix* pack(const int8_t* codes, const uint16_t* scales, int64_t rows, i
     m->rows = rows, m->columns = columns, m->bits = bits;
     m->chunk = group ? group : std::max<int64_t>(1, std::min(columns, MOST_COLUMNS));
     m->word = m->chunk % WORD && m->chunks() > 1 ? 32 : WORD;
-    const int64_t groups = group ? (columns + group - 1) / group : 1, largest = bits == 4 ? 7 : 127;
+    const int64_t groups = group ? (columns + group - 1) / group : 1, largest = bits == 4 ? 8 : 127;
     m->levels = int32_t(std::min<int64_t>(32767, 2147483647 / (largest * std::min(m->chunk, std::max<int64_t>(columns, 1)))));
     m->height = words ? WORD_ROWS : ROWS;
     for (int64_t block = 0; block < m->blocks(); ++block)
