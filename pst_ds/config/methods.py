@@ -26,7 +26,7 @@ class Method:
     settings: Settings = field(default_factory=dict)
     """Fields of :class:`PSTConfig` that the method fixes."""
     injects: bool = True
-    """Replace the target layers by PST layers."""
+    """Replace the target layers by PST layers, also in runs that do not quantise weights."""
 
     def pst_config(self, config: PSTConfig) -> PSTConfig:
         """Return the config to inject, given the ``[pst]`` section of the run file."""
@@ -41,7 +41,9 @@ _LORA: Settings = {**_NO_SCORES, "update_init": "lora", "update_init_scale": 1.0
 
 METHODS: dict[str, Method] = {
     "pst": Method("Prune along the schedule by magnitude and low-rank scores, and train an update U V.", "ramp"),
-    "dense": Method("Train every weight, and prune none.", "none", trains_everything=True, injects=False),
+    "dense": Method(
+        "Train every weight, and prune none.", "none", trains_everything=True, settings=_WEIGHTS, injects=False
+    ),
     "lora": Method("Train an update U V, and prune no weight (arXiv 2106.09685).", "none", settings=_LORA),
     "magnitude": Method(
         "Train every weight under a fixed mask, which `pst.initial_mask` names.",

@@ -83,7 +83,7 @@ class QuantizationConfig(Section):
     """Training with quantised weights, so that the exported file computes what was trained (docs/how-to/methods.md)."""
 
     values: Literal["", "int8", "int4"] = ""
-    """Type to which the masked weights M . W of every pruned layer are quantised in the forward pass. Gradients use the
+    """Type to which the masked weights M . W of every layer in ``pst.target_modules`` are quantised in the forward pass. Gradients use the
     straight-through estimator. Empty switches quantisation off."""
     group: Literal[32, 64, 128, "row"] | None = None
     """Consecutive inputs of an output that share a scale; must divide the inputs of every layer. "row" is all of them.
@@ -104,12 +104,6 @@ class QuantizationConfig(Section):
         """Yield a message where no layer can be quantised, or where masks still change."""
         if not self.values:
             return
-        if not METHODS[method].injects:
-            others = ", ".join(repr(name) for name, each in METHODS.items() if each.injects)
-            yield (
-                f'quantization.values = "{self.values}" quantises injected layers, and method = {method!r} injects '
-                f"none. Set method to one of {others}, or remove quantization.values"
-            )
         if METHODS[method].masks != "ramp":
             return
         cooldown = schedule.cooldown_fraction

@@ -187,8 +187,9 @@ class RunConfig(Section):
 
     @property
     def mask_method(self) -> Method:
-        """Properties of the method."""
-        return METHODS[self.method]
+        """Properties of the method. Layers that train with quantised weights are always injected."""
+        found = METHODS[self.method]
+        return replace(found, injects=True) if self.quantization.values else found
 
     @property
     def seeded_pst(self) -> PSTConfig:

@@ -89,13 +89,8 @@ def test_rounding_while_masks_change_is_refused(tmp_path):
         _load(tmp_path, early[0], "schedule.cooldown_fraction=0")
     for name, method in METHODS.items():
         settings = [*early, f"method={name}"]
-        if method.masks == "ramp" or not method.injects:
+        if method.masks == "ramp":
             with pytest.raises(ConfigError, match=r"quantization\."):
                 _load(tmp_path, *settings)
         else:
             assert _load(tmp_path, *settings).make_schedules(100).rounding.start == 70
-
-
-def test_a_method_without_layers_of_its_own_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r'values = "int8" quantises .* method = \'dense\' .* one of \'pst\''):
-        _load(tmp_path, 'quantization.values="int8"', "method=dense")

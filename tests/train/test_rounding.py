@@ -28,11 +28,12 @@ METHODS = {
     "pst": (),
     "gmp": ("method=gmp",),
     "lora": ("method=lora", "schedule.cooldown_fraction=0.0", "train.update_learning_rate=0.1"),
+    "dense": ("method=dense", "train.head_learning_rate=1e-3"),
     "int8": ('quantization.values="int8"',),
     "groups": ("quantization.group=32", 'pst.exclude_modules=["output.dense"]'),
     "2:4": ('pst.pattern="2:4"', "schedule.final_sparsity=0.5"),
 }
-PACKINGS = {"2:4": "2:4", "lora": "dense"}
+PACKINGS = {"2:4": "2:4", "lora": "dense", "dense": "dense"}
 
 
 def _run(folder, *more):
