@@ -83,11 +83,14 @@ class QuantizationConfig(Section):
     """Training with quantised weights, so that the exported file computes what was trained (docs/how-to/methods.md)."""
 
     values: Literal["", "int8", "int4"] = ""
-    """Type to which the masked weights M . W of every layer in ``pst.target_modules`` are quantised in the forward pass. Gradients use the
-    straight-through estimator. Empty switches quantisation off."""
+    """Type to which the weights M . W of every layer in ``pst.target_modules`` are quantised in the forward pass.
+    Gradients use the straight-through estimator. Empty switches quantisation off."""
+    embeddings: Literal["", "int8", "int4"] = ""
+    """The same for embedding tables and a language model's output layer, tied or not. Where they train,
+    ``train.precision`` must be "bf16"."""
     group: Literal[32, 64, 128, "row"] | None = None
     """Consecutive inputs of an output that share a scale; must divide the inputs of every layer. "row" is all of them.
-    Unset is "row" for int8 and 64 for int4."""
+    Unset is "row" for int8 and 64 for int4. With 32, int4 is Q4_0 and int8 Q8_0 of llama.cpp."""
     start_fraction: Share | None = None
     """Share of all steps before quantisation starts; masks must be final by then. Unset starts as soon as masks are
     final: after the ramp, or at the first step without a ramp."""
@@ -95,22 +98,28 @@ class QuantizationConfig(Section):
     """Optimizer steps between searches for the scales with the least squared error; 0 is about ten searches per run.
     Scales do not change in between."""
 
+    @property
+    def is_on(self) -> bool:
+        return bool(self.values or self.embeddings)
+
+    @property
+    def _setting(self) -> str:
+        return f'quantization.{"values" if self.values else "embeddings"} = "{self.values or self.embeddings}"'
+
     def problems(self) -> Iterator[str]:
-        if not self.values:
-            reason = "without quantization.values. Set quantization.values to int8 or int4"
+        if not self.is_on:
+            reason = "without quantization.values or embeddings. Set one of them to int8 or int4"
             yield from self.unused("quantization", reason, "group", "start_fraction", "interval")
 
     def conflicts(self, method: str, schedule: ScheduleConfig) -> Iterator[str]:
-        """Yield a message where no layer can be quantised, or where masks still change."""
-        if not self.values:
-            return
-        if METHODS[method].masks != "ramp":
+        """Yield a message where masks still change when quantisation starts."""
+        if not self.is_on or METHODS[method].masks != "ramp":
             return
         cooldown = schedule.cooldown_fraction
         if cooldown == 0.0:
             yield (
-                f'quantization.values = "{self.values}" starts once masks are final, and schedule.cooldown_fraction = '
-                "0 leaves no step for it. Set schedule.cooldown_fraction above 0"
+                f"{self._setting} starts once masks are final, and schedule.cooldown_fraction = 0 leaves no step for "
+                "it. Set schedule.cooldown_fraction above 0"
             )
         elif self.start_fraction is not None and self.start_fraction < 1.0 - cooldown - _TOLERANCE:
             yield (
@@ -124,13 +133,13 @@ class QuantizationConfig(Section):
 
         Raises ConfigError for a run that ends before quantisation starts.
         """
-        if not self.values:
+        if not self.is_on:
             return None
         final = masks.ramp_end if isinstance(masks, CubicSchedule) else 0
         start = max(final, math.floor((self.start_fraction or 0.0) * num_steps))
         if start >= num_steps:
             raise ConfigError(
-                f'quantization.values = "{self.values}" starts once masks are final, which is after step {final} of '
-                f"{num_steps}. Raise train.num_steps or schedule.cooldown_fraction"
+                f"{self._setting} starts once masks are final, which is after step {final} of {num_steps}. Raise "
+                "train.num_steps or schedule.cooldown_fraction"
             )
         return RoundingSchedule(start, self.interval or max(1, round((num_steps - start) / _SEARCHES)), num_steps)

@@ -179,7 +179,8 @@ def group_losses(grouped: Tensor, scales: Tensor, grid: Grid) -> tuple[Tensor, T
         return (weights - rounded).square().sum(1), weights.square().sum(1)
     errors, squares = torch.empty(2, len(grouped), dtype=torch.float64)
     threads = threads_for(grouped.numel())
-    native.pst_grid_losses(grouped, *grouped.shape, scales.contiguous(), grid.least, grid.largest, errors, squares, threads)
+    ends = grid.least, grid.largest
+    native.pst_grid_losses(grouped, *grouped.shape, scales.contiguous(), *ends, errors, squares, threads)
     return errors, squares
 
 
@@ -206,20 +207,17 @@ def unit_of(extremes: Tensor) -> Tensor:
 
 
 def search_scales(
-    extremes: Tensor,
-    moments: Callable[[Tensor], tuple[Tensor, Tensor]],
-    grid: Grid,
-    dtype: torch.dtype = torch.float32,
+    extremes: Tensor, moments: Callable[[Tensor], tuple[Tensor, Tensor]], grid: Grid, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Return the bf16 scales of least squared error among those tried: (groups,).
 
     Tried are the largest magnitude / the largest code, so the error never exceeds plain rounding's, some larger and
     smaller scales, and twice the least-squares scale for the best codes, sum(w code) / sum(code^2).
 
-    ``extremes``: (groups,) fp32, the weight of largest magnitude of each group; 0 gives scale 1. ``moments``: returns, for fp32 scales
-    that are bf16 numbers, the sums of w code and of code^2 over each group, (groups,) float64, where w is a rounded
-    weight in units of :func:`unit_of`. These are integers below 2^53, so sums over shards of a group may be added.
-    ``dtype``: the dtype in which a quantised weight must be finite.
+    ``extremes``: (groups,) fp32, the weight of largest magnitude of each group; 0 gives scale 1. ``moments``: returns,
+    for fp32 scales that are bf16 numbers, the sums of w code and of code^2 over each group, (groups,) float64, where w
+    is a rounded weight in units of :func:`unit_of`. These are integers below 2^53, so sums over shards may be
+    added. ``dtype``: the dtype in which a quantised weight must be finite.
     """
     limit = largest_scale(grid, dtype)
     unit = unit_of(extremes)
@@ -453,7 +451,9 @@ class Rounding:
         groups = torch.tensor([scales.shape[1], *self.stored.unit, rect.r0, rect.c0])
         stored = NATIVE_DTYPES[weight.dtype], weight.stride(0), *weight.shape
         threads = threads_for(weight.numel())
-        native.pst_round_to_grid(weight, *stored, scales.contiguous(), groups, self.stored.grid.least, self.stored.grid.largest, threads)
+        native.pst_round_to_grid(
+            weight, *stored, scales.contiguous(), groups, self.stored.grid.least, self.stored.grid.largest, threads
+        )
         return weight
 
     def of_expert(self, expert: int) -> Rounding:

@@ -17,7 +17,7 @@ from pst_ds.export.expert_stacks import FolderStack, folder_stacks
 from pst_ds.export.manifest import ExportedTensor, Facts, read_manifest, read_table, tensor_sha256
 from pst_ds.export.plan import Origin, TensorJob, TensorSpec, TensorValues
 from pst_ds.export.pruned_scales import PrunedScales, read_pruned_scales
-from pst_ds.export.quantization import embedding_tables, grids
+from pst_ds.export.quantization import grids
 from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.formats import (
     VALUE_DTYPES,
@@ -32,6 +32,7 @@ from pst_ds.formats import (
 from pst_ds.formats.base_weights import BaseWeights, names_in_files
 from pst_ds.nn.base_model import DTYPES, Pretrained, architecture
 from pst_ds.nn.model_structure import is_conv1d, linear_shape, untied_linear_layers
+from pst_ds.nn.tables.rounded import embedding_tables
 
 CONFIG_FILE = "config.json"
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")

@@ -14,7 +14,16 @@ from pst_ds.core.coded_weight import CodedWeight, CodeLayout
 from pst_ds.core.factors import Constants, Factors
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.packings import DENSE, GGUF
-from pst_ds.core.quantization import SCALE_DTYPE, Rounding, StoredGrid, require_scales, scales_of_bytes
+from pst_ds.core.quantization import (
+    SCALE_DTYPE,
+    Grid,
+    Rounding,
+    StoredGrid,
+    dequantize,
+    quantize,
+    require_scales,
+    scales_of_bytes,
+)
 from pst_ds.core.scores import masked_weight, merged_weight
 from pst_ds.core.updates.rows import updated_rows
 from pst_ds.export.encoding import Encoding, ExportError
@@ -31,6 +40,7 @@ from pst_ds.nn.merge import plain_tensors
 from pst_ds.nn.model_structure import is_conv1d, is_linear
 from pst_ds.nn.tables.coded import plain_tables
 from pst_ds.nn.tables.embedding import updated_tables
+from pst_ds.nn.tables.rounded import quantisable_tables, table_grid
 from pst_ds.parallel.optimizer_state import MASTER
 
 
@@ -52,6 +62,8 @@ class RunRecipe:
     """Quantisation that the layer was trained with."""
     base: CodeLayout | None = None
     """Layout of the frozen weight, if the model held it quantised."""
+    table: Grid | None = None
+    """Quantisation that a table of :mod:`pst_ds.nn.tables.rounded` was trained with."""
     embedding_beta: float | None = None
     masked: bool = True
     """False if pruned values may be anything, because the packing does not read them."""
@@ -86,10 +98,15 @@ class RunSource:
 
     def _made(self, recipe: RunRecipe) -> TensorValues:
         """Make a tensor that is not pruned."""
-        made = self._with_all_experts(recipe)
-        return replace(made, tensor=made.tensor[list(recipe.kept)]) if recipe.kept else made
+        made, compute = self._unrounded(recipe), DTYPES[self._checkpoint.state.precision]
+        if recipe.kept:
+            return replace(made, tensor=made.tensor[list(recipe.kept)])
+        if recipe.table is None:
+            return made
+        codes, scales = quantize(made.tensor.to(compute), None, recipe.table)
+        return replace(made, tensor=dequantize(codes, scales, compute).to(recipe.dtype), scales=scales)
 
-    def _with_all_experts(self, recipe: RunRecipe) -> TensorValues:
+    def _unrounded(self, recipe: RunRecipe) -> TensorValues:
         beta, checkpoint = recipe.embedding_beta, self._checkpoint
         compute = DTYPES[checkpoint.state.precision]
         if recipe.trained and beta is None:
@@ -218,7 +235,11 @@ class _Planner:
         self._state, self._trained = checkpoint.state, checkpoint.contents.trained
         self._encoding, self._cast = encoding, None if dtype is None else DTYPES[dtype]
         # in a run that quantises, other layers stay unchanged, so that the export computes what was trained
-        self._grids = grids(model, None if checkpoint.state.rounds else encoding.values, encoding.embeddings)
+        rounds = checkpoint.state.rounds
+        values = None if rounds and checkpoint.contents.value_grid else encoding.values
+        self._grids = grids(model, values, encoding.embeddings)
+        self._table_grid = table_grid(model) if rounds else None
+        self._rounded = quantisable_tables(model) if self._table_grid else {}
         self._tensors = plain_tensors(model)
         self._layers, self._embeddings, self._tables = pst_layers(model), updated_tables(model), plain_tables(model)
         self._linear = {name: module for name, module in model.named_modules() if is_linear(module)}
@@ -324,6 +345,7 @@ class _Planner:
             trained,
             layer=None if layer is None else (all_experts(layer.layout), layer.constants),
             grid=None if layer is None or not state.rounds else self._whole_layers[owner].stored_grid,
+            table=self._table_grid if name in self._rounded else None,
             base=None if coded is None else replace(coded, num_shards=1),
             embedding_beta=None if embedding is None else embedding.beta,
             kept=kept,

@@ -33,6 +33,7 @@ from pst_ds.formats.base_weights import BaseWeights, is_text_part
 from pst_ds.nn.base_model import origin_of
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.model_structure import is_linear
+from pst_ds.nn.tables.rounded import table_grid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,7 +101,10 @@ def export_checkpoint(
 
     Raises ExportError.
     """
-    options = replace(options, values=_trained_values(checkpoint, options))
+    if checkpoint.state.rounds:
+        values = _as_trained("values", checkpoint.contents.value_grid, options.values, options)
+        embeddings = _as_trained("embeddings", table_grid(model), options.embeddings, options)
+        options = replace(options, values=values, embeddings=embeddings)
     encoding = Encoding(options.packing, options.values, options.embeddings)
     _require_free(out, encoding)
     base = BaseWeights(checkpoint.state.base_path, getattr(model, "base_model_prefix", ""))
@@ -209,21 +213,21 @@ def _trimmed(contents: _Contents, tokenizer: PreTrainedTokenizerBase, vocabulary
     return _Contents(model, jobs, source, {**contents.facts, "tokens_kept": kept}, write_small_files)
 
 
-def _trained_values(checkpoint: Checkpoint, options: ExportOptions) -> Grid | None:
-    """Return the quantisation of the values: by default the run's, if the format supports it.
+def _as_trained(option: str, trained: Grid | None, requested: Grid | None, options: ExportOptions) -> Grid | None:
+    """Return the quantisation of "values" or "embeddings": by default the run's, if the format supports it.
 
     Raises ExportError for another quantisation than the run's.
     """
-    trained, requested = checkpoint.contents.value_grid, options.values
-    if not checkpoint.state.rounds or trained is None:
+    if trained is None:
         return requested
     if requested is None:
-        has_codes = options.packing in (*QUANTIZED_PACKINGS, *FOR_COMPRESSED_TENSORS, GGUF)
+        foreign = FOR_COMPRESSED_TENSORS if option == "values" else ()
+        has_codes = options.packing in (*QUANTIZED_PACKINGS, *foreign, GGUF)
         return trained if options.dtype is None and has_codes else None
     if requested != trained:
         raise ExportError(
-            f"the export asks for {requested}, and {checkpoint.folder} was trained with {trained}. Quantising again "
-            "loses accuracy. Remove --values and --group, or write floats with --dtype"
+            f"the export asks for {requested}, and the run was trained with {trained}. Quantising again loses "
+            f"accuracy. Remove --{option} and --group, or write floats with --dtype"
         )
     return requested
 

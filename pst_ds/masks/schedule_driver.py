@@ -18,6 +18,7 @@ from pst_ds.nn.expert_scores import ExpertScores
 from pst_ds.nn.gradient_sums import GradientSums
 from pst_ds.nn.inject import freeze_scores, injected_config, layers_never_called, pst_layers, round_weights
 from pst_ds.nn.model_structure import is_inside_block
+from pst_ds.nn.tables.rounded import round_tables
 from pst_ds.nn.targets import listed
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import all_gather_objects, is_main
@@ -46,10 +47,12 @@ def update_if_due(
     """
     masks = None if schedules.masks is None else _update_masks(model, schedules.masks, step, sums)
     scales = None
-    if schedules.updates_scales_at(step):
+    if schedules.updates_scales_at(step) and any(layer.stored_grid for layer in pst_layers(model).values()):
         heartbeat("the search of scales")
         scales = update_scales(model)
         round_weights(model)
+    if schedules.quantises_at(step):
+        round_tables(model)
     return masks, scales
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _EXPERTS = "pst_experts"
 """Attribute of a parameter that holds experts of this rank: their :class:`ExpertShare`."""
+_DIFFERS = "pst_differs_from_master"
+"""Attribute of a parameter whose master has other values on purpose."""
 _HOLDER = -1
 """Our entry in DeepSpeed's set of the modules (by number) that use a parameter, equal to none of its modules."""
 
@@ -207,6 +209,17 @@ def write_shard(param: nn.Parameter, values: Tensor) -> None:
     shard_of(param).values.copy_(values)
     shard_changed(param)
     finish_writes(param)
+
+
+def write_beside_master(param: nn.Parameter, values: Tensor) -> None:
+    """Do the same to a ``param`` whose master, if it trains, keeps other values."""
+    setattr(param, _DIFFERS, True)
+    write_shard(param, values)
+
+
+def differs_from_master(param: nn.Parameter) -> bool:
+    """Return whether :func:`write_beside_master` was called."""
+    return hasattr(param, _DIFFERS)
 
 
 def shard_changed(param: nn.Parameter) -> None:
@@ -483,7 +496,7 @@ def kept_masters(params: Sequence[nn.Parameter]) -> list[Tensor | None]:
     pairs = [(fsdp2.local(master), fsdp2.local(params[i])) for i, master in masters.items()]
     same = [(master.to(values) == values).all() for master, values in pairs]
     flags = torch.stack([flag.to(same[0].device) for flag in same]).tolist() if same else []
-    holds = dict(zip(masters, flags, strict=True))
+    holds = {i: flag or differs_from_master(params[i]) for i, flag in zip(masters, flags, strict=True)}
     return [masters[i].to(param.device) if holds.get(i) else None for i, param in enumerate(params)]
 
 

@@ -25,6 +25,7 @@ from pst_ds.nn.inject import inject_pst, persistent_buffers, plain_name, pst_lay
 from pst_ds.nn.optimizer import pst_parameter_groups
 from pst_ds.nn.sharded_weights import read_now
 from pst_ds.nn.tables.coded import coded_tables
+from pst_ds.nn.tables.rounded import set_table_grid
 from pst_ds.nn.targets import modules_to_save
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import raise_on_all_ranks, world_size
@@ -187,6 +188,8 @@ def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | N
     if run.mask_method.trains_everything:  # that can have a gradient
         for param in module.parameters():
             param.requires_grad_(param.dtype.is_floating_point)
+    if run.quantization.embeddings:
+        set_table_grid(module, grid_of(run.quantization.embeddings, run.quantization.group))
 
 
 def meta_model(

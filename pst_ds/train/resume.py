@@ -17,6 +17,7 @@ from pst_ds.config.toml import REMOVED, flatten
 from pst_ds.config.train import FinetuneConfig
 from pst_ds.file_names import CHECKPOINTS, SOLVED
 from pst_ds.masks.update import mask_stats
+from pst_ds.nn.tables.rounded import round_tables
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.optimizer_state import set_counters
 from pst_ds.parallel.ranks import barrier, is_main, of_main, raise_on_all_ranks
@@ -159,6 +160,8 @@ def restore(engine: Engine, checkpoint: Checkpoint, run: RunConfig) -> LoopState
             f"{checkpoint.folder}: the masks have checksum {checksum} in the model, and had {masks.checksum} when "
             "they were saved"
         )
+    if checkpoint.state.rounds:
+        round_tables(engine.module)
     return progress.loop
 
 

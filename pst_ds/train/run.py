@@ -17,6 +17,7 @@ from pst_ds.data.tasks import ExampleSet
 from pst_ds.file_names import RESULT_FILE, STALLS
 from pst_ds.json_text import json_of
 from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.tables.rounded import round_tables
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ds_config import zero_stage
 from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes, release
@@ -320,4 +321,6 @@ def masked_model(context: RunContext, checkpoint: Checkpoint) -> nn.Module:
     run = on_base_of(context.run, checkpoint)
     built = build_model(run, context.labels, context.tokenizer, zero3_config=None)
     load_into(built.module, checkpoint)
+    if checkpoint.state.rounds:
+        round_tables(built.module)
     return built.module.to(context.device).eval()

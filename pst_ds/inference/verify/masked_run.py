@@ -25,6 +25,7 @@ from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.merge import plain_tensors
 from pst_ds.nn.model_structure import is_conv1d
 from pst_ds.nn.tables.embedding import UpdatedTable, updated_tables
+from pst_ds.nn.tables.rounded import rounded_grid
 from pst_ds.train.evaluate import Differences, compare, kl_divergence, predict
 from pst_ds.train.run import RunContext, masked_model, prepare_single
 from pst_ds.train.run_folder import open_checkpoint
@@ -181,7 +182,8 @@ class MaskedRun:
     def quantise(self, *, in_fp32: bool = False) -> dict[str, Tensor]:
         """Quantise the weights that the export has quantised, and merge their updates. Masks stay.
 
-        Layers that were trained with quantisation stay unchanged. Frozen weights are read from the base model.
+        Layers and tables that were trained with quantisation stay unchanged. Frozen weights are read from the base
+        model.
         ``in_fp32`` converts the quantised modules to fp32, which holds every value exactly; otherwise values are
         rounded to the model's dtype, which loading the export does too. Returns the quantised parameters of modules
         that are not pruned layers, by name.
@@ -195,7 +197,8 @@ class MaskedRun:
             values = None  # the export leaves other linear layers unchanged
         base = BaseWeights(self.context.run.model.path, getattr(self.model, "base_model_prefix", ""))
         params, embeddings = dict(self.model.named_parameters()), updated_tables(self.model)
-        for name, grid in grids(self.model, values, self.encoding.embeddings).items():
+        tables = None if rounded_grid(self.model) else self.encoding.embeddings
+        for name, grid in grids(self.model, values, tables).items():
             owner = name.removesuffix(".weight")
             if owner in embeddings:
                 weight = _quantised(embeddings[owner].updated_weight(), grid, by_name.get(name), in_fp32)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pst_ds.config.pst import PSTConfig
+from pst_ds.core.quantization import Grid, round_to_grid
 from pst_ds.core.updates.rows import row_gradients, updated_rows
 from pst_ds.nn.layer import seeded_normal, update_init_std
 from pst_ds.nn.linear import LIBRARY
@@ -34,6 +35,8 @@ class UpdatedTable(nn.Module):
         self.beta = config.beta
         self.bypassed = False
         """True while only W0 is used; see :func:`pst_ds.nn.inject.bypassed`."""
+        self.grid: Grid | None = None
+        """Quantisation of the rows that are looked up; see :func:`pst_ds.nn.tables.rounded.round_tables`."""
         self.num_embeddings, self.embedding_dim = zero3.full_shape(weight)
         self.weight = weight
         std = update_init_std(config, self.embedding_dim)
@@ -51,7 +54,8 @@ class UpdatedTable(nn.Module):
 
     def updated_weight(self) -> Tensor:
         """Return W0 + beta U V, (n, d): the rows that ``forward`` uses. The parameters must be gathered."""
-        return updated_rows(self.weight.detach(), self.pst_U.detach(), self.pst_V.detach(), self.beta)
+        rows = updated_rows(self.weight.detach(), self.pst_U.detach(), self.pst_V.detach(), self.beta)
+        return rows if self.grid is None else round_to_grid(rows, None, self.grid)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, update_rank={zero3.full_shape(self.pst_V)[0]}"
@@ -73,7 +77,7 @@ class PSTEmbedding(UpdatedTable):
             return functional.embedding(ids, self.weight)
         if not torch.compiler.is_compiling():
             return self.rows(ids)
-        if zero3.is_partitioned(self.pst_U):
+        if self.grid is not None or zero3.is_partitioned(self.pst_U):
             return torch.compiler.disable(self.rows)(ids)
         return torch.ops.pst_ds.updated_rows(ids, self.weight, self.pst_U, self.pst_V, self.beta, self.padding_idx)
 
@@ -119,7 +123,8 @@ class _UpdatedRows(torch.autograd.Function):
     def forward(ctx, ids, module, left, right):
         ctx.module = module
         ctx.save_for_backward(ids)
-        return _rows(ids, module.weight, left, right, module.beta, module.padding_idx)
+        rows = _rows(ids, module.weight, left, right, module.beta, module.padding_idx)
+        return rows if module.grid is None else round_to_grid(rows.flatten(0, -2), None, module.grid).view_as(rows)
 
     @staticmethod
     def backward(ctx, grad_y):

@@ -1,0 +1,105 @@
+"""Embedding tables and output layers that train with quantised values: after every step the parameter holds them.
+
+The optimizer's fp32 master keeps the unrounded values, so gradients pass straight through in every model family. The
+values are what :func:`pst_ds.core.quantization.quantize` makes of the master in the run's precision, and exports repeat
+that.
+"""
+
+from collections.abc import Container
+
+import torch
+from torch import nn
+
+from pst_ds.core.quantization import Grid, round_to_grid
+from pst_ds.errors import InputError
+from pst_ds.formats.base_weights import names_in_files
+from pst_ds.nn.model_structure import is_inside_block
+from pst_ds.nn.tables.embedding import PSTEmbedding, pst_embeddings
+from pst_ds.parallel import zero3
+
+MIN_ROWS = 16
+"""Smaller tables, such as token types, would save nothing, and their error would affect every token."""
+
+
+def embedding_tables(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weights of embeddings outside the blocks and of the output layer, by their names in model and files.
+
+    A tied output layer shares its table.
+    """
+    found: list[nn.Module] = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding | PSTEmbedding) and not is_inside_block(name, model)
+    ]
+    get = getattr(model, "get_output_embeddings", None)
+    output = get() if get is not None else None
+    if isinstance(output, nn.Linear):
+        found.append(output)
+    return named_parameters(model, {id(module.get_parameter("weight")) for module in found})
+
+
+def quantisable_tables(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return those of :func:`embedding_tables` with at least :data:`MIN_ROWS` rows."""
+    return {name: table for name, table in embedding_tables(model).items() if zero3.full_shape(table)[0] >= MIN_ROWS}
+
+
+def named_parameters(model: nn.Module, chosen: Container[int]) -> dict[str, nn.Parameter]:
+    """Return the parameters with these identities, by each of their names in the model and in its files."""
+    named = {n: p for n, p in model.named_parameters(remove_duplicate=False) if id(p) in chosen}
+    return named | {saved: named[name] for saved, name in names_in_files(model, named).items()}
+
+
+def set_table_grid(model: nn.Module, grid: Grid) -> None:
+    """Set the quantisation that :func:`round_tables` applies. Raises InputError for tables that do not support it."""
+    tables = quantisable_tables(model)
+    if not tables:
+        raise InputError(
+            f'quantization.embeddings = "{grid.values}": {type(model).__name__} has no plain embedding or output layer '
+            "in 16 bits. Remove it, or set model.embedding_bits = 16"
+        )
+    for name, table in tables.items():
+        try:
+            grid.num_groups(zero3.full_shape(table)[1])
+        except ValueError as error:
+            raise InputError(f'quantization.embeddings = "{grid.values}": {name}: {error}') from None
+        if table.requires_grad and table.dtype == torch.float32:
+            raise InputError(
+                f'quantization.embeddings = "{grid.values}": {name} trains, and in train.precision = "fp32" it has no '
+                'separate master with the unrounded values. Set train.precision = "bf16"'
+            )
+    model.pst_table_grid = grid  # type: ignore[assignment]
+
+
+def table_grid(model: nn.Module) -> Grid | None:
+    """Return the grid of :func:`set_table_grid`."""
+    return vars(model).get("pst_table_grid")
+
+
+def rounded_grid(model: nn.Module) -> Grid | None:
+    """Return the grid of tables that :func:`round_tables` has quantised."""
+    return vars(model).get("pst_rounded_grid")
+
+
+@torch.no_grad()
+def round_tables(model: nn.Module) -> None:
+    """Quantise the tables, or from now on the rows that an updated embedding looks up; nothing without a grid.
+
+    Call it after every step, which writes the masters to the parameters. Collective; gathers one table at a time.
+    """
+    grid = table_grid(model)
+    if grid is None:
+        return
+    model.pst_rounded_grid = grid  # type: ignore[assignment]
+    updated = pst_embeddings(model).values()
+    for embedding in updated:
+        embedding.grid = grid
+    done = {id(embedding.weight) for embedding in updated}
+    for table in quantisable_tables(model).values():
+        if id(table) not in done and (table.requires_grad or not zero3.differs_from_master(table)):
+            shard, width = zero3.shard_of(table), zero3.full_shape(table)[1]
+            start, stop = shard.start, shard.start + shard.values.numel()
+            first, last = start // width, -(-stop // width)
+            with zero3.gathered([table]):
+                rows = round_to_grid(table.detach()[first:last], None, grid)
+            zero3.write_beside_master(table, rows.flatten()[start - first * width : stop - first * width])
+        done.add(id(table))
