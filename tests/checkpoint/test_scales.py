@@ -155,7 +155,7 @@ def test_forged_shapes_of_scales_are_refused(saved, shape):
         read_checkpoint(folder)
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan"), 1e-40, 3e38])
+@pytest.mark.parametrize("value", [0.0, float("inf"), float("nan"), -1e-40, 3e38])
 def test_scales_that_there_cannot_be_are_not_loaded(saved, value):
     """Their sums are right, as somebody else's program would write them."""
     folder = saved[1]

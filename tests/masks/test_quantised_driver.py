@@ -79,7 +79,7 @@ def test_weights_are_rounded_from_the_start_of_the_schedule():
     assert searched == [2, 5]
     for layer in pst_layers(model).values():
         codes, _ = Rounding(layer.stored_grid, layer.rounding().scales).codes(layer.masked_weight().detach())
-        assert set(codes.unique().tolist()) <= set(range(-7, 8))
+        assert set(codes.unique().tolist()) <= set(range(-8, 8))
 
 
 def test_an_updater_that_goes_on_rounds_as_its_step_says():
