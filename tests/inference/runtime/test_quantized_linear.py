@@ -89,7 +89,7 @@ def test_state_dicts_round_trip_and_are_checked():
     other.load_state_dict(torch.load(stream))
     other.check("other")
     assert torch.equal(other.dense_weight(), weight)
-    state = layer.state_dict() | {"codes": layer.codes.clone()}
+    state = layer.state_dict() | {"scales": layer.scales.clone()}
     state["scales"][0] = 0.0
     other.load_state_dict(state)
     with pytest.raises(FormatError, match=r"^other: scale 0 of row 0 is 0"):
