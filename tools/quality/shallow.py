@@ -103,9 +103,8 @@ def measure(kind: str, settings: dict[str, Any], tests: dict[str, str], folder: 
     files = Files(Path(encoder), shared / f"static-{digest(encoder)}.safetensors", folder / kind.replace(" ", "_"))
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings["seed"])
-    if kind == "static embeddings" and not files.table.is_file():
-        shared.mkdir(parents=True, exist_ok=True)
-        save_file({"table": distilled(files.encoder)}, files.table)
+    if kind == "static embeddings":
+        make_table(files)
     cpu = time.process_time()
     write(train, validation, files)
     cpu = time.process_time() - cpu
@@ -204,6 +203,13 @@ def distilled(encoder: Path) -> Tensor:
     return table
 
 
+def make_table(files: Files) -> None:
+    """Write the static embeddings of an encoder, unless they exist."""
+    if not files.table.is_file():
+        files.table.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"table": distilled(files.encoder)}, files.table)
+
+
 def token_ids(encoder: Path) -> Callable[[Texts], list[Tensor]]:
     """Return a function from the texts of an example to their token ids, without special tokens."""
     tokenizer = AutoTokenizer.from_pretrained(encoder)
@@ -214,6 +220,7 @@ def token_ids(encoder: Path) -> Callable[[Texts], list[Tensor]]:
 
 def write_static(train: Labelled, validation: Labelled, files: Files) -> None:
     """Train table and layer by Adam until the validation examples gain nothing; write the best epoch in fp16."""
+    make_table(files)
     ids, classes = token_ids(files.encoder), sorted(set(train.labels))
     model = StaticClassifier(load_file(files.table)["table"], len(train.texts[0]), len(classes))
     examples = [ids(texts) for texts in train.texts]

@@ -2,6 +2,7 @@
 
     python -m tools.bench.front decoders --models dense=runs/smollm2/dense half=runs/half@dense
     PST_DS_INSTRUCTIONS=avx2 PYTHONPATH=LLAMA_FOR_AVX2 python -m tools.bench.front decoders --models ...
+    python -m tools.bench.front encoders --models dense=runs/films/export half=runs/films-50
     python -m tools.bench.front table --level avx512           # from the rows
     python -m tools.bench.front figure --corpus Brown
 
@@ -15,7 +16,7 @@ import sys
 from pathlib import Path
 
 from pst_ds.errors import InputError
-from tools.bench.front import decoders, figure
+from tools.bench.front import decoders, encoders, figure
 from tools.quality.cells import Lines
 
 ROWS = Path("tools/quality/logs/results/front.jsonl")
@@ -39,6 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     measured = verbs.add_parser("decoders", description=decoders.__doc__)
     decoders.add_arguments(measured)
     measured.set_defaults(run=lambda args, lines: decoders.measure(args, lines))
+    classifiers = verbs.add_parser("encoders", description=encoders.__doc__)
+    encoders.add_arguments(classifiers)
+    classifiers.set_defaults(run=lambda args, lines: encoders.measure(args, lines))
     shown = verbs.add_parser("table", help="print the decoders' table")
     shown.add_argument("--level", default="avx512", help="instructions (default: %(default)s)")
     shown.set_defaults(run=lambda args, lines: print(decoders.table(lines, args.level)))
