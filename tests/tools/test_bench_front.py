@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -32,6 +33,17 @@ def test_a_model_is_its_own_reference_unless_it_names_one():
     assert (dense.references, half.references) == (("dense",), ("dense", "other"))
     with pytest.raises(SystemExit):
         _parser().parse_args(["decoders", "--models", TINY])
+
+
+def test_a_finished_file_is_measured_unchanged(tmp_path):
+    gguf = tmp_path / "Q4_0.gguf"
+    gguf.touch()
+    (file,) = files.files_of(files.Model("trained", gguf, ("dense",)), tmp_path / "made", [])
+    assert (file.engine, file.path) == ("llama.cpp", gguf)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.toml").touch()
+    run, dense = (files.Model("one", folder, ()) for folder in (tmp_path / "run", Path(TINY)))
+    assert (run.engine_of_file, run.is_dense, dense.engine_of_file, dense.is_dense) == ("", False, "", True)
 
 
 def test_importance_is_the_mean_square_of_a_layers_inputs(tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ QUALITY, SPEED = "decoder quality", "decoder speed"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    models = "model or run folders; REFERENCE: names of dense ones, the first its own (default: itself)"
+    models = "model or run folders, or finished files; REFERENCE: names of dense ones, the first its own (itself)"
     add("--models", nargs="+", type=_model, required=True, metavar="NAME=FOLDER[@REFERENCE,...]", help=models)
     add("--folder", type=Path, default=Path("runs/front-files"), help="where files are made (default: %(default)s)")
     add("--only", nargs="*", default=[], metavar="TEXT", help="files with one of these in their name")
@@ -58,7 +58,7 @@ def measure(args: argparse.Namespace, lines: Lines) -> None:
     """Make missing files, and measure and keep missing rows. Raises InputError."""
     by_name = {model.name: model for model in args.models}
     for name in (name for model in args.models for name in model.references):
-        if name not in by_name or by_name[name].is_sparse:
+        if name not in by_name or not by_name[name].is_dense:
             raise InputError(f"--models: reference {name!r} is not a dense one of them. Add {name}=FOLDER")
     files = [file for model in args.models for file in files_of(model, args.folder, args.only)]
     pieces = {corpus: chunks_of(corpus, by_name, files, args.chunks) for corpus in args.corpora}

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pst_ds.core.packings import DENSE
+from pst_ds.file_names import RUN_FILE
 from pst_ds.inference.hf.model_folder import open_model_folder
 from tools.bench.peers.decoder_files import evenly_spaced_chunks, quantised_gguf, weight_bytes
 from tools.bench.timing import progress
@@ -38,7 +40,7 @@ class Model:
 
     name: str
     folder: Path
-    """Model folder, or the folder of a run."""
+    """Model folder, the folder of a run that prunes, or a finished file: GGUF, or a packed or quantised folder."""
     references: tuple[str, ...]
     """Names of dense models from which the divergence is measured; the first is the model's own."""
 
@@ -47,8 +49,19 @@ class Model:
         return hash_of(self.folder)
 
     @property
-    def is_sparse(self) -> bool:
-        return (self.folder / "run.toml").is_file() or open_model_folder(self.folder).sparsity > 0
+    def engine_of_file(self) -> str:
+        """The engine of a finished file; "" if files are to be made of the model."""
+        if self.folder.is_file():
+            return "llama.cpp"
+        return "pst-ds" if not self.is_run and open_model_folder(self.folder).format != DENSE else ""
+
+    @property
+    def is_run(self) -> bool:
+        return (self.folder / RUN_FILE).is_file()
+
+    @property
+    def is_dense(self) -> bool:
+        return not self.engine_of_file and not self.is_run and open_model_folder(self.folder).sparsity == 0.0
 
 
 @dataclass(frozen=True)
@@ -86,12 +99,15 @@ def hash_of(place: Path) -> str:
 
 
 def files_of(model: Model, top: Path, only: list[str]) -> Iterator[File]:
-    """Yield the files of a model under ``top``; those of llama.cpp if it is dense.
+    """Yield the files of a model under ``top``; those of llama.cpp if it is dense; a finished file unchanged.
 
     Only those whose name has a word of ``only``, if it has any.
     """
+    if engine := model.engine_of_file:
+        yield File(model, engine, model.folder.name, model.folder)
+        return
     planned = [File(model, "pst-ds", kind, top / model.name / kind.replace(", ", "-")) for kind in OURS]
-    if not model.is_sparse:
+    if model.is_dense:
         planned += [File(model, "llama.cpp", kind, top / model.name / f"{kind}.gguf") for kind in LLAMA_CPP]
     for file in planned:
         if not only or any(word in file.name for word in only):
@@ -107,7 +123,7 @@ def make(file: File) -> None:
     file.path.parent.mkdir(parents=True, exist_ok=True)
     source = str(file.model.folder)
     if file.engine == "pst-ds":
-        layout = "bitmask" if file.model.is_sparse else "dense"
+        layout = "dense" if file.model.is_dense else "bitmask"
         options = ["--format", layout, *OURS[file.kind], "--embeddings", "int8", "--quiet", "--out", str(file.path)]
         verb("export", source, *options)
         return

@@ -43,7 +43,8 @@ def quality(
         logits, following = torch.from_numpy(engine.all_logits(chunk)[:-1]), torch.tensor(chunk[1:])
         for start in range(0, len(following), ROWS):
             part = slice(start, start + ROWS)
-            loss += float(cross_entropy(logits[part].double(), following[part], reduction="sum"))
+            losses = cross_entropy(logits[part], following[part], reduction="none")
+            loss += float(losses.sum(dtype=torch.float64))
             for name, file in references.items():
                 known = np.memmap(file, np.float32, "r", shape=(len(chunks), *logits.shape))
                 divergences[name].add(torch.from_numpy(known[number, part].copy()), logits[part])
