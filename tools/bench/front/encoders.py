@@ -102,7 +102,7 @@ def encoders_of(model: Model, args: argparse.Namespace) -> Iterator[Contestant]:
         opened = partial(opener, files[0])
         return Contestant(model.name, engine, files, opened, lambda: right(opened(1)))
 
-    if model.is_sparse:
+    if not model.is_dense:
         for bits in ("", "8"):
             file = top / f"onnx-int8{bits and f'-{bits}'}" / ONNX_FILE
             if not file.is_file():
