@@ -240,8 +240,8 @@ class _Planner:
         self._grids = grids(model, values, encoding.embeddings)
         self._table_grid = table_grid(model) if rounds else None
         self._rounded = quantisable_tables(model) if self._table_grid else {}
-        self._tensors = plain_tensors(model)
         self._layers, self._embeddings, self._tables = pst_layers(model), updated_tables(model), plain_tables(model)
+        self._tensors = plain_tensors(model)  # of plain tables
         self._linear = {name: module for name, module in model.named_modules() if is_linear(module)}
         self._buffers, self._keeps_rest = persistent_buffers(model), is_text_part(model, base.folder)
 
