@@ -1,7 +1,5 @@
 """Errors that the user can fix: one message with the place, the value and the fix; exit code 2."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -24,7 +22,7 @@ def shortened(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + more
 
 
-def first_problem(error: ValidationError) -> str:
+def first_problem(error: "ValidationError") -> str:
     """Return the first problem that pydantic found: its place, value and reason."""
     problem = error.errors(include_url=False)[0]
     place = ".".join(str(part)[:80] for part in problem["loc"]) or "it"

@@ -1,7 +1,5 @@
 """``pst-ds bench DIR``: measure the speed and size of a model, dense and sparse."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,7 +94,7 @@ def _text(args: argparse.Namespace, is_causal: bool) -> str:
 
 
 def _rows(
-    measured: dict[str, dict[str, float]], by_name: Mapping[str, Variant | NativeLoop], at: dict[str, int]
+    measured: dict[str, dict[str, float]], by_name: "Mapping[str, Variant | NativeLoop]", at: dict[str, int]
 ) -> list[Row]:
     """Return one row per variant, with its rates relative to the dense one."""
     rows: list[Row] = []

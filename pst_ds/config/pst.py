@@ -1,7 +1,5 @@
 """Settings of the injected layers: ``[pst]``."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -182,7 +180,7 @@ class PSTConfig(_LibrarySection):
             )
 
     @classmethod
-    def paper(cls, **overrides: Any) -> PSTConfig:
+    def paper(cls, **overrides: Any) -> "PSTConfig":
         """Return a config with the paper's constants: no relative magnitude, A and U from N(0, 1)."""
         return cls(**{**PAPER, **overrides})
 
@@ -221,7 +219,7 @@ class PSTConfig(_LibrarySection):
         return self.score_rank > 0 or self.structured_scores
 
     @property
-    def of_experts(self) -> PSTConfig:
+    def of_experts(self) -> "PSTConfig":
         """The config of stacked experts: ranks limited to ``expert_rank``, and no embeddings."""
         return replace(
             self,

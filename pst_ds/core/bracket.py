@@ -7,8 +7,6 @@ whose bracket missed, or which had too many keys inside (many equal scores), is 
 :func:`pst_ds.core.select.select`: the result never depends on the sample.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -77,7 +75,7 @@ def select_bits(
     return bits
 
 
-def _first_counts(search: Search, scans: _TorchScans | KernelScans, shift: int, bins: int) -> set[int]:
+def _first_counts(search: Search, scans: "_TorchScans | KernelScans", shift: int, bins: int) -> set[int]:
     """Start ``search`` in its brackets. Return the matrices, in whole pools, that missed or had too many keys inside.
 
     Collective: one exchange. Raises NonFiniteScoreError.

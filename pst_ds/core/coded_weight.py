@@ -8,8 +8,6 @@ both shards. As with masks, ZeRO's split of the two byte tensors gives each rank
 A weight is code * scale, exact in fp32 and rounded once to the dtype that the layer computes in.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -249,7 +247,7 @@ class CodedWeight:
     rows: slice | None = None
     """Rows of the stored weight; None for all of them."""
 
-    def __getitem__(self, rows: slice) -> CodedWeight:
+    def __getitem__(self, rows: slice) -> "CodedWeight":
         return replace(self, rows=rows)
 
     @property

@@ -10,8 +10,6 @@ and P count all experts, so every factor is in expert order.
 
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 
 import torch
@@ -48,7 +46,7 @@ class Factors:
     norms: Tensor | None = None
     """(I,) fp32, or (E*I,) for a stack of experts: norm of each input relative to their mean. Not trained."""
 
-    def of_expert(self, expert: int, num_experts: int) -> Factors:
+    def of_expert(self, expert: int, num_experts: int) -> "Factors":
         """Return views of the factors of one of ``num_experts`` experts."""
         found = {}
         for name, value in self.held().items():
@@ -60,7 +58,7 @@ class Factors:
         """Return the factors that are not None, by name."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
-    def to(self, device: torch.device) -> Factors:
+    def to(self, device: torch.device) -> "Factors":
         """Return the factors on ``device``."""
         return Factors(**{name: value.to(device) for name, value in self.held().items()})
 

@@ -1,7 +1,5 @@
 """The Kullback-Leibler divergence of a model's predictions from those of a reference model, over batches of rows."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

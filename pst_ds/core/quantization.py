@@ -16,8 +16,6 @@ of a group has the least squared error of those tried (:func:`search_scales`). T
 the result depends only on the weights of the group, not on their order, the device or the sharding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from ctypes import CDLL
 from dataclasses import dataclass
@@ -456,7 +454,7 @@ class Rounding:
         )
         return weight
 
-    def of_expert(self, expert: int) -> Rounding:
+    def of_expert(self, expert: int) -> "Rounding":
         own = StoredGrid(self.stored.layout.expert, self.stored.grid)
         height = own.shape[0]
         return Rounding(own, self.scales[expert * height : (expert + 1) * height])

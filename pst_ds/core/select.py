@@ -8,8 +8,6 @@ belong to a block or to a group of N:M instead of a single weight.
 :func:`select` reads all keys in every pass. :mod:`pst_ds.core.bracket` reads them once.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -90,7 +88,7 @@ class Cut:
     ties: int | Tensor
     """On a GPU a tensor after the first keys, so that the host need not wait."""
 
-    def keep(self, keys: Tensor) -> tuple[Tensor, Cut]:
+    def keep(self, keys: Tensor) -> "tuple[Tensor, Cut]":
         """Return the bool mask of the kept among the next ``keys``, and the cut for the keys after them."""
         kept = keys > self.threshold
         equal = keys == self.threshold

@@ -1,7 +1,5 @@
 """Group the rows of a split by user, and load the examples of one user at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,7 +19,7 @@ class RowsByUser:
 
     data: DataConfig
     split: str
-    rows: Dataset
+    rows: "Dataset"
     places: dict[str, list[int]]
     """Row indices of each user, ascending; users in the order of their first rows."""
 
@@ -34,7 +32,7 @@ class RowsByUser:
         """Return the number of rows of a user; 0 for unknown users."""
         return len(self.places.get(user, ()))
 
-    def load(self, task: Task[E], user: str, tokenizer: Tokenizer, labels: Sequence[str]) -> E:
+    def load(self, task: Task[E], user: str, tokenizer: "Tokenizer", labels: Sequence[str]) -> E:
         """Return a user's examples, without caching them on disk. Raises ConfigError."""
         own = DataInMemory.of(self.data, self.rows.select(self.places[user]))
         return task.load(own, self.split, tokenizer, labels)

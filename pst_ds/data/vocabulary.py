@@ -11,8 +11,6 @@ as before:
 New ids are in the order of the old ones, so an embedding is trimmed by selecting its rows in that order.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import tempfile
@@ -38,7 +36,7 @@ _LISTS_OF_IDS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "f
 class Vocabulary:
     """A trimmed tokenizer, and the rows of its embedding."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
     kept: list[int]
     """Old id of each new id, ascending."""
 
@@ -47,7 +45,7 @@ class Vocabulary:
         return {old: new for new, old in enumerate(self.kept)}
 
 
-def trim(tokenizer: PreTrainedTokenizerBase, seen: Iterable[int]) -> Vocabulary:
+def trim(tokenizer: "PreTrainedTokenizerBase", seen: Iterable[int]) -> Vocabulary:
     """Return ``tokenizer`` with the tokens ``seen``, ids in any order, and those that the module docstring names.
 
     Raises InputError for a tokenizer that is not fast or not WordPiece, BPE, Unigram or WordLevel, and for an unknown

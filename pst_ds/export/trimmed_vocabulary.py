@@ -1,7 +1,5 @@
 """Export a model for fewer tokens: embeddings and output layer keep only the rows of the remaining tokens."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -113,7 +111,7 @@ def ids_of_model(model: nn.Module) -> set[int]:
     return ids_in(_settings(model)) | (ids_in(generation.to_dict()) if generation is not None else set())
 
 
-def write_vocabulary(folder: Path, model: nn.Module, vocabulary: Vocabulary, whole: PreTrainedTokenizerBase) -> None:
+def write_vocabulary(folder: Path, model: nn.Module, vocabulary: Vocabulary, whole: "PreTrainedTokenizerBase") -> None:
     """Replace the ``whole`` tokenizer in ``folder`` by the trimmed one, and renumber the ids in the configs."""
     for name in whole.vocab_files_names.values():
         (folder / name).unlink(missing_ok=True)

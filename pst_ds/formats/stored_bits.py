@@ -1,7 +1,5 @@
 """The part "bitmask" in files: row bits, compressed with zlib where that is smaller."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Mapping
 

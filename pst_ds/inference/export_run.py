@@ -1,7 +1,5 @@
 """Export a run or a model folder in any format: the function behind ``pst-ds export``."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 import tomllib
@@ -193,7 +191,7 @@ def _with_token_count(report: Facts) -> Facts:
     return report
 
 
-def _tokens_of_splits(run: RunConfig, labels: list[str], tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def _tokens_of_splits(run: RunConfig, labels: list[str], tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     """Return the tokens of the training and validation data, truncated as in training."""
     task, found = task_of(run), set[int]()
     for split in ("train", "validation") if run.data.validation else ("train",):
@@ -203,7 +201,7 @@ def _tokens_of_splits(run: RunConfig, labels: list[str], tokenizer: PreTrainedTo
     return found
 
 
-def _tokens_of_file(path: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def _tokens_of_file(path: str, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     """Return the tokens of the lines of a text file. Raises InputError."""
     found = set[int]()
     try:

@@ -1,7 +1,5 @@
 """Load a model folder as a run loads its model, and measure how far the run's predictions are from the folder's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Score keys of one layer's weights on this rank, in the units of its pattern."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -55,7 +53,7 @@ class LayerScores:
         first, last = rect.r0 * self.row_length + rect.c0, (rect.r1 - 1) * self.row_length + rect.c1 - 1
         return first // self._shard_numel == last // self._shard_numel
 
-    def of_all_ranks(self) -> list[LayerScores]:
+    def of_all_ranks(self) -> "list[LayerScores]":
         """Return the parts of a stack whose experts are on different ranks, in their order; another rank's is empty.
 
         All ranks thus select the same matrices, of which each may hold none.

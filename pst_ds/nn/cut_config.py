@@ -1,7 +1,5 @@
 """The config of a model that lost feed-forward channels, or experts. Their number is equal in all layers."""
 
-from __future__ import annotations
-
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +22,7 @@ _MULTIPLES = {512: 64, 64: 8}
 """Widths above these stay multiples of these, where kernels are fast."""
 
 
-def cut_config(config: PretrainedConfig, share: float) -> dict[str, object]:
+def cut_config(config: "PretrainedConfig", share: float) -> dict[str, object]:
     """Change a ``config`` to a ``share`` of its feed-forward channels; return the settings that changed.
 
     Raises InputError for widths that do not divide, and for what the config cannot express.
@@ -91,7 +89,7 @@ def number_of_experts(model: nn.Module, lead: str) -> tuple[str, int]:
     return key, numbers.pop()
 
 
-def set_num_experts(config: PretrainedConfig, number: int) -> None:
+def set_num_experts(config: "PretrainedConfig", number: int) -> None:
     """Set the number of experts in the ``config`` of a model that :func:`number_of_experts` supports."""
     text: Any = config.get_text_config()
     setattr(text, next(key for key in NUM_EXPERTS if getattr(text, key, None)), number)

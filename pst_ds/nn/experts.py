@@ -5,8 +5,6 @@ compute them (``ALL_EXPERTS_FUNCTIONS``). A module replaces the Parameter of eac
 one stack at a time; the rest of the experts module, biases included, is unchanged.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager

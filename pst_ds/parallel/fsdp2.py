@@ -4,8 +4,6 @@ Rank i of n holds rows [i * p, (i + 1) * p) of the first dimension with p = ceil
 fewer or none. While a module runs, forward or backward, its parameters are ordinary ones with all rows.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -68,7 +66,7 @@ def padded(tensor: Tensor) -> Tensor:
     return functional.pad(values, (0, share(tensor) - values.numel()))
 
 
-def mesh(tensor: Tensor) -> DeviceMesh:
+def mesh(tensor: Tensor) -> "DeviceMesh":
     return _dtensor(tensor).device_mesh
 
 
@@ -95,5 +93,5 @@ def _dimension(tensor: Tensor) -> int:
     return next(i for i, place in enumerate(_dtensor(tensor).placements) if place.is_shard())
 
 
-def _dtensor(tensor: Tensor) -> DTensor:
+def _dtensor(tensor: Tensor) -> "DTensor":
     return tensor  # type: ignore[return-value]

@@ -5,8 +5,6 @@ with this rank's shards, ZeRO-1 and 2 (and DeepSpeed's bf16 optimizer) in one pe
 range of it, others in one per parameter.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -31,7 +29,7 @@ class Fragment:
     owner: Tensor
     offset: int
 
-    def cut(self, start: int, stop: int) -> Fragment:
+    def cut(self, start: int, stop: int) -> "Fragment":
         """Return the part within [start, stop), which may be empty."""
         start, stop = max(start, self.start), min(stop, self.stop)
         return Fragment(self.name, start, max(start, stop), self.owner, self.offset + start - self.start)

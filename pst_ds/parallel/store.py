@@ -5,8 +5,6 @@ connections then grow with the ranks; torchrun keeps it in its agent, and :class
 launchers. The server is a separate program, since forking a process that has threads can hang.
 """
 
-from __future__ import annotations
-
 import ctypes
 import itertools
 import json
@@ -35,7 +33,7 @@ _SIGNALS_OF_JOBS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
 _group_numbers = itertools.count()
 
 
-def store_connection() -> dist.Store | None:
+def store_connection() -> "dist.Store | None":
     """Return this thread's connection to the store, since a waiting one blocks others; None for a single rank."""
     import torch.distributed as dist
 

@@ -5,8 +5,6 @@ progress, and one that hears the same from other ranks through the store. Every 
 first to notice judges the reports, and all end.
 """
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import itertools
@@ -108,7 +106,7 @@ class Watchdog:
         print(f"{who} made no progress for {idle:.4g} seconds in {where}", file=sys.stderr, flush=True)
         return StallReport(self._rank, host, os.getpid(), self._doing, self._beats, idle, waits, text)
 
-    def _listen(self, store: dist.Store) -> None:
+    def _listen(self, store: "dist.Store") -> None:
         """Give signs of life, and exchange reports once this rank or another notices a stall."""
         signs = SignsOfLife(store, self._key, self._rank, time.monotonic)
         with contextlib.suppress(RuntimeError):  # the store is gone: its host is, or the run has ended
@@ -121,7 +119,7 @@ class Watchdog:
                     self._judged.set()
                     return
 
-    def _exchange(self, store: dist.Store, signs: SignsOfLife) -> None:
+    def _exchange(self, store: "dist.Store", signs: SignsOfLife) -> None:
         """Send this rank's report. The first rank judges, and the others stay until it is done: their end would be its
         own."""
         is_judge = store.add(f"{self._key}/judge", 1) == 1

@@ -5,8 +5,6 @@ padded with uninitialised memory, which no function here returns. FSDP2 splits r
 Otherwise every rank holds a single shard.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -101,7 +99,7 @@ def refuse_dtensors(params: Iterable[tuple[str, nn.Parameter]], remedy: str) -> 
             raise InputError(f"{name} is a DTensor: FSDP2 (fully_shard) or tensor parallelism has split it. {remedy}")
 
 
-def mesh_of(tensor: Tensor | None) -> DeviceMesh | None:
+def mesh_of(tensor: Tensor | None) -> "DeviceMesh | None":
     """Return the mesh over which FSDP2 splits ``tensor``; None if it does not."""
     return fsdp2.mesh(tensor) if tensor is not None and fsdp2.is_dtensor(tensor) else None
 

@@ -1,7 +1,5 @@
 """Trace the activations, gathers and operators of a micro-batch on tensors without values."""
 
-from __future__ import annotations
-
 import math
 import weakref
 from collections.abc import Iterator, Mapping
@@ -128,7 +126,7 @@ def _count_gathers(module: nn.Module, trace: Trace, threshold: int) -> None:
 
 def _run(
     model: nn.Module, *, batch: int, sequence: int, checkpointing: bool, distilled: bool, device: str
-) -> _Operators:
+) -> "_Operators":
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     try:
@@ -169,7 +167,7 @@ def _loss_in_chunks(
     inputs: dict[str, Tensor],
     sizes: ChunkSizes,
     distilled: bool,
-    seen: _Operators,
+    seen: "_Operators",
 ) -> Tensor:
     """Return the loss of :class:`pst_ds.train.objective.Objective` when every token predicts the next one.
 

@@ -1,7 +1,5 @@
 """Plan a run from names and shapes: what is pruned and trained, memory per rank, time, and whether it fits."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -136,7 +134,7 @@ class Plan:
     checkpoint_bytes: int
     """Most bytes of a checkpoint, over all ranks."""
     time: TimePlan
-    finetuning: Plan | None
+    finetuning: "Plan | None"
     """The fine-tuning before the run; None without one."""
     start_cost: Cost | None
     """Cost of the one-shot pruning before the first step; None without any, or if it needs no data."""

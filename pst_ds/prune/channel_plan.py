@@ -4,8 +4,6 @@ The config decides which tensors become smaller, and the rows that :mod:`pst_ds.
 What the two do not agree on is rejected before pruning starts.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,7 +78,7 @@ class CutPlan:
     """The cuts of each block."""
     targets: Mapping[str, Target]
     """The linear layers and stacks of the model, by name."""
-    smaller: PreTrainedModel
+    smaller: "PreTrainedModel"
     """The model after the cut, on the meta device."""
     settings: Mapping[str, object]
     """Settings of its config that change."""

@@ -1,7 +1,5 @@
 """Prune one layer by its rule and the statistics of its inputs; a stack of experts expert by expert."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -189,7 +187,7 @@ class _Part:
     """(O, 1)."""
 
     @classmethod
-    def of(cls, layer: LayerPruning, expert: int, number: int, given: Inputs) -> _Part:
+    def of(cls, layer: LayerPruning, expert: int, number: int, given: Inputs) -> "_Part":
         rule, weight = layer.rule, layer.matrix(expert, number)
         statistics = given.gram or given.factor
         device = weight.device if statistics is None else statistics.dead.device

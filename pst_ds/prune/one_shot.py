@@ -1,7 +1,5 @@
 """Prune a loaded model by a :class:`PruneConfig`: rules of its layers, budgets, and the pruning itself."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def plan_layers(
-    model: PreTrainedModel, config: PruneConfig, pst: PSTConfig, final_sparsity: float
+    model: "PreTrainedModel", config: PruneConfig, pst: PSTConfig, final_sparsity: float
 ) -> tuple[PSTConfig, float, list[LayerRule]]:
     """Return the effective PST settings, the requested sparsity, and the rule of each layer.
 

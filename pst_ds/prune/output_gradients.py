@@ -4,8 +4,6 @@ A forward pass stores the inputs of all blocks. In the backward pass each block 
 the gradient of its input, as in gradient checkpointing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -82,7 +80,7 @@ def _back(
     index: int,
     targets: Mapping[str, Target],
     gradients: list[Tensor],
-    sums: _Sums,
+    sums: "_Sums",
     *,
     is_first: bool,
 ) -> None:

@@ -4,8 +4,6 @@ Layers are pruned one by one, each for the best approximation of its outputs; to
 block therefore runs again with gradients, and Adam minimises the error of its outputs (arXiv 2510.14444).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -84,7 +82,7 @@ class BlockFit:
         self.errors = before, after
         return made
 
-    def _set_gradients(self, batch: int, weights: Sequence[nn.Parameter], kept: Sequence[_Kept]) -> None:
+    def _set_gradients(self, batch: int, weights: Sequence[nn.Parameter], kept: "Sequence[_Kept]") -> None:
         """Give this rank's share of the ``kept`` values the gradient of a batch. Collective."""
         terms: list[list[Tensor]] = []
         number = 0
@@ -150,7 +148,7 @@ class _Kept:
     ranks: Ranks
 
     @classmethod
-    def of(cls, weight: Tensor, ranks: Ranks) -> _Kept:
+    def of(cls, weight: Tensor, ranks: Ranks) -> "_Kept":
         places = weight.flatten().nonzero().flatten().to(torch.int32 if weight.numel() < 1 << 31 else torch.int64)
         values = _rows(weight.flatten().index_select(0, places), ranks)[ranks.own]
         return cls(places, len(places), values.to(torch.float32, copy=True), ranks)

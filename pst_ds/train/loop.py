@@ -1,7 +1,5 @@
 """The training loop: optimizer steps, mask updates and reports."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 import socket
@@ -71,7 +69,7 @@ class LoopState:
         return {name: value for name, value in saved.items() if name not in ("step", "stopped_by")}
 
     @classmethod
-    def from_json(cls, step: int, values: Mapping[str, Any]) -> LoopState:
+    def from_json(cls, step: int, values: Mapping[str, Any]) -> "LoopState":
         """Restore the state after ``step`` from what :meth:`as_json` returned. Raises TypeError for other fields."""
         masks = values.get("masks")
         return cls(step=step, **{**values, "masks": None if masks is None else MaskStats(**masks)})

@@ -1,7 +1,5 @@
 """The training loss: the task's own, or with a teacher a mixture with its predictions."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,7 +154,7 @@ def require_teacher(run: RunConfig, shapes: nn.Module) -> None:
         )
 
 
-def require_comparable(run: RunConfig, own: PreTrainedConfig, place: Pretrained, config: PreTrainedConfig) -> None:
+def require_comparable(run: RunConfig, own: "PreTrainedConfig", place: Pretrained, config: "PreTrainedConfig") -> None:
     """Raise ConfigError if the model at ``place``, with ``config``, cannot read the inputs of a model with config
     ``own``, or their predictions cannot be compared."""
     task = task_of(run)

@@ -1,7 +1,5 @@
 """Read and check a run before its model is built, so that mistakes are reported within seconds."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -110,7 +108,7 @@ def _checked(run: RunConfig, launch: LaunchEnvironment, run_file: str, labels: l
 def checked_shapes(
     run: RunConfig,
     labels: list[str],
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: "PreTrainedTokenizerBase | None",
     *,
     ranks: int,
     num_shards: int,

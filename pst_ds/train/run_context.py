@@ -1,7 +1,5 @@
 """A run that was read and checked: its config with task, labels, tokenizer, DeepSpeed config and device."""
 
-from __future__ import annotations
-
 import socket
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -25,7 +23,7 @@ class RunContext:
     launch: LaunchEnvironment
     labels: list[str]
     """Names of the classes, in the order of their ids."""
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
     ds_config: JsonObject | None
     """Resolved DeepSpeed config; None for one process without DeepSpeed."""
     device: str
@@ -47,7 +45,7 @@ class RunContext:
         """Load the examples of a split. Raises ConfigError."""
         return self.task.load(self.run.data, split, self.tokenizer, self.labels)
 
-    def with_rates(self, examples: ExampleSet) -> RunContext:
+    def with_rates(self, examples: ExampleSet) -> "RunContext":
         """Return the context with all learning rates resolved to numbers, for training on ``examples``."""
         number, num_labels = len(examples), self.task.num_labels(examples)
         run = self.run.with_rates(

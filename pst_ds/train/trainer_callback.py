@@ -1,7 +1,5 @@
 """Train with HF Trainer: mask updates on a schedule, their figures in the logs, adapter checkpoints, optimizer."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import warnings
@@ -188,7 +186,7 @@ class PSTCallback(_LogFigures, ExportableState):
         if not self._masks.is_final:
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
-    def _note_figures(self, model: PreTrainedModel) -> None:
+    def _note_figures(self, model: "PreTrainedModel") -> None:
         assert self._masks is not None
         saver, masks = vars(model)["save_pretrained"], self._masks.masks
         saver.step = self._masks.step

@@ -1,7 +1,5 @@
 """Settings that ``pst-ds init`` chooses from the flags, the columns of the training file and the model's config."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex
@@ -449,7 +447,7 @@ def _language_model(table: Settings, run: RunConfig, examples: int, by_saliency:
 PERCENT = 10
 
 
-def with_validation(table: Settings, tokenizer: Tokenizer, labels: list[str]) -> tuple[Settings, str]:
+def with_validation(table: Settings, tokenizer: "Tokenizer", labels: list[str]) -> tuple[Settings, str]:
     """Return ``table`` with the last rows of data.train held out for validation, and a sentence about it.
 
     Where that is not possible, return ``table`` unchanged; the sentence gives the reason.
@@ -467,7 +465,7 @@ def with_validation(table: Settings, tokenizer: Tokenizer, labels: list[str]) ->
     return held, f"held out for validation: the last {PERCENT} % of {where}, {examples}"
 
 
-def _require_fair(run: RunConfig, tokenizer: Tokenizer, labels: list[str]) -> str:
+def _require_fair(run: RunConfig, tokenizer: "Tokenizer", labels: list[str]) -> str:
     """Return the number of held-out examples, with their unit.
 
     Raises InputError if the remaining rows cannot be trained on, or if the rows are sorted by class.

@@ -6,8 +6,6 @@ machine and version with ``$CXX`` or the system's C++ compiler, and cached in
 the environment, the torch versions run: same results, several times slower. Triton kernels are in ``triton/``.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import os
@@ -39,7 +37,7 @@ class TENSOR:
     """Pointer for which callers pass a tensor, which lives until the call has returned, an address, or None."""
 
     @staticmethod
-    def from_param(given: Tensor | int | None) -> ctypes.c_void_p:
+    def from_param(given: "Tensor | int | None") -> ctypes.c_void_p:
         return ctypes.c_void_p(given if given is None or isinstance(given, int) else given.data_ptr())
 
 

@@ -5,8 +5,6 @@ outputs after the remaining columns have been fitted by least squares. Each roun
 (optimal brain surgeon; ZipLM, arXiv 2302.04089).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +26,7 @@ class InputMoments:
     """(I,): 0 without a bias."""
 
     @classmethod
-    def of(cls, gram: Tensor, total: Tensor | None, number: int) -> InputMoments:
+    def of(cls, gram: Tensor, total: Tensor | None, number: int) -> "InputMoments":
         """Return the moments, given X'X, the sum of X over the tokens, and the ``number`` of tokens.
 
         ``total``: None for a layer without a bias. Raises FloatingPointError for values that are not finite.

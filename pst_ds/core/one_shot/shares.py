@@ -4,8 +4,6 @@ Given the statistics of a layer's inputs, each row of its matrix (O, I) can be p
 round differently for another number of rows, so every product has the rows of one panel, on any number of ranks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -64,7 +62,7 @@ class Share:
     panels: Sequence[slice]
 
     @classmethod
-    def of(cls, weight: Tensor, pattern: Pattern, sparsity: float, ranks: Ranks = ALONE) -> Share:
+    def of(cls, weight: Tensor, pattern: Pattern, sparsity: float, ranks: Ranks = ALONE) -> "Share":
         """Return the share of ``ranks.own``: consecutive panels. Raises ValueError for a pattern that does not fit."""
         if pattern.pools_matrices:
             raise ValueError(

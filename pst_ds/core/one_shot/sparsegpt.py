@@ -8,8 +8,6 @@ row changes least. H = X'X, (I, I), is the Gram matrix of a layer's inputs X ove
 out_features, I = in_features.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -100,7 +98,7 @@ def round_under_mask(
     rows = [_Rows(share.weight[panel], grid, dtype) for panel in share.panels]
     masks = [keep[panel].to(torch.uint8) for panel in share.panels]
 
-    def choose(_rows: Sequence[_Rows], start: int, stop: int) -> list[Tensor]:
+    def choose(_rows: "Sequence[_Rows]", start: int, stop: int) -> list[Tensor]:
         return [mask[:, start:stop] for mask in masks]
 
     _pass_all(rows, factor, choose, 0, columns_at_a_time, grid)

@@ -1,7 +1,5 @@
 """Cut sources of text into pieces of similar size. Each becomes one shard, regardless of which worker tokenises it."""
 
-from __future__ import annotations
-
 import glob
 import os
 from collections.abc import Iterator, Sequence
@@ -196,7 +194,7 @@ def _saved_spans(folder: str, piece_bytes: int) -> Iterator[Span]:
         yield Span(path=folder, kind="saved", start=start, stop=stop, num_bytes=size // cuts)
 
 
-def load_hub(name: str, reading: Reading) -> IterableDataset:
+def load_hub(name: str, reading: Reading) -> "IterableDataset":
     """Open a dataset on the hub as a stream. Raises InputError."""
     import datasets
 

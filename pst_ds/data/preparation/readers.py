@@ -1,7 +1,5 @@
 """Read the documents of a span in batches, without loading a whole file (except a .json file with one list)."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -38,7 +36,7 @@ def texts_of(span: Span, reading: Reading) -> Iterator[list[str]]:
 
 
 def tokenize_texts(
-    texts: list[str], reading: Reading, tokenizer: Tokenizer, where: str, *, count: bool = False
+    texts: list[str], reading: Reading, tokenizer: "Tokenizer", where: str, *, count: bool = False
 ) -> Documents:
     """Return the tokens of a batch of :func:`texts_of`, with byte counts if ``count``. Raises InputError."""
     if reading.kind == "chat":

@@ -1,7 +1,5 @@
 """Predict a number for a text or a pair of texts, by squared error, with a new head."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -64,7 +62,7 @@ class Regression(Classification):
     def config_options(self, labels: Sequence[str]) -> dict[str, object]:
         return {"num_labels": 1, "problem_type": "regression"}
 
-    def load(self, data: DataConfig, split: str, tokenizer: Tokenizer, labels: Sequence[str]) -> Examples:
+    def load(self, data: DataConfig, split: str, tokenizer: "Tokenizer", labels: Sequence[str]) -> Examples:
         rows, where = read_labelled(data, split), getattr(data, split)
         if hasattr(rows.features[data.label_column], "names"):
             raise ConfigError(f'{where}: column {data.label_column!r} holds classes. Set task = "classification"')

@@ -1,7 +1,5 @@
 """Sequences of several sources, mixed by weight."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 
@@ -64,7 +62,7 @@ class MixedSequences:
             found[chosen] = self._starts[source] + inside
         return found
 
-    def first(self, count: int) -> MixedSequences:
+    def first(self, count: int) -> "MixedSequences":
         """Return the first ``count`` sequences by index."""
         starts = self._starts.tolist()
         kept = [of.first(max(0, count - begin)) for of, begin in zip(self.sources, starts, strict=False)]

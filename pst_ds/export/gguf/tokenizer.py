@@ -1,7 +1,5 @@
 """Describe a tokenizer for GGUF: byte-level BPE ("gpt2"), or BPE with byte fallback ("llama")."""
 
-from __future__ import annotations
-
 import json
 import re
 from typing import TYPE_CHECKING, Any
@@ -22,7 +20,7 @@ _LLAMA3 = (
 _KNOWN_SPLITS = {_LLAMA3: "llama-bpe", _LLAMA3.replace("{1,3}", ""): "qwen2"}
 
 
-def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> _Table:
+def gguf_tokenizer(tokenizer: "Tokenizer", vocab_size: int) -> _Table:
     """Describe a fast tokenizer of transformers for a model of ``vocab_size`` rows.
 
     Returns the argument of each method ``add_<key>`` of ``GGUFWriter``, by key. Raises ExportError.
@@ -109,7 +107,7 @@ def _adds_space(table: _Table) -> bool:
     return '"Prepend"' in rules or '"prepend_scheme": "first"' in rules or '"prepend_scheme": "always"' in rules
 
 
-def _chat_templates(tokenizer: Tokenizer) -> list[dict[str, str]]:
+def _chat_templates(tokenizer: "Tokenizer") -> list[dict[str, str]]:
     """Return names and texts of the chat templates.
 
     ``{% generation %}``, a tag that marks answers in training, is an extension of transformers. Plain Jinja rejects it,

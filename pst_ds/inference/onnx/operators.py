@@ -4,8 +4,6 @@
 Call ``register_operators(options)`` before creating a session.
 """
 
-from __future__ import annotations
-
 import ctypes
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,14 +32,14 @@ def operator_library() -> Path:
     return library_file(SOURCE)
 
 
-def register_operators(options: SessionOptions) -> None:
+def register_operators(options: "SessionOptions") -> None:
     """Let sessions with ``options`` run graphs with sparse weights. Raises InputError for unsupported instructions."""
     library = str(operator_library())
     as_asked(ctypes.CDLL(library).pst_onnx_level())
     options.register_custom_ops_library(library)
 
 
-def open_session(file: Path, threads: int = 0, *, exact: bool = False) -> InferenceSession:
+def open_session(file: Path, threads: int = 0, *, exact: bool = False) -> "InferenceSession":
     """Return an ``onnxruntime.InferenceSession`` of ``file`` on the CPU, with our operators. ``threads``: 0 for all.
 
     ``exact``: use 16-bit activations in sparse products, even if the file does not. Raises InputError.

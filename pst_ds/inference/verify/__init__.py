@@ -1,7 +1,5 @@
 """Verify an export: its files against the manifest, and its model against the run that it came from."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +26,7 @@ class VerifyReport:
     export_dir: str
     file: Mapping[str, object]
     """Counts, sizes and sparsity of the files."""
-    comparison: Comparison | OnnxComparison | None = None
+    comparison: "Comparison | OnnxComparison | None" = None
     """Comparison with the run, if one was given."""
     run: str = ""
     """Folder of the run, and its checkpoint."""

@@ -1,7 +1,5 @@
 """The masked model of a run, changed in place as its export was: trimmed to fewer tokens, cast, quantised."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,7 +82,7 @@ class MaskedRun:
     @classmethod
     def of(
         cls, folder: Path, config: RunConfig, checkpoint: str, split: str, limit: int | None, encoding: Encoding | None
-    ) -> MaskedRun:
+    ) -> "MaskedRun":
         """Rebuild the model, and load the examples; ``encoding``: of a file that is not read. Raises InputError."""
         tensors, facts = read_manifest(folder) if encoding is None else ([], {})
         encoding = encoding or encoding_of(facts["kind"], facts)

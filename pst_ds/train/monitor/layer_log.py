@@ -1,7 +1,5 @@
 """Record a run's layers from rank 0: layers.jsonl, and scalars of each layer for TensorBoard."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +21,7 @@ class LayerLog:
         step: Step after which the run resumes; 0 for a new run.
     """
 
-    def __init__(self, folder: Path, board: TensorBoardWriter, layers: dict[str, int], step: int):
+    def __init__(self, folder: Path, board: "TensorBoardWriter", layers: dict[str, int], step: int):
         self._board = board
         self._names, self._weights = list(layers), list(layers.values())
         self._latest: tuple[Sequence[int], Sequence[int]] | None = None

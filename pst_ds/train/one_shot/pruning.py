@@ -1,7 +1,5 @@
 """Prune a run's pretrained model once, on calibration examples of its training data, and write it as a model folder."""
 
-from __future__ import annotations
-
 import hashlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -67,7 +65,7 @@ class PruneInput:
     """Applies if neither the settings of the method nor the pattern set one."""
     precision: str
     """Dtype of the blocks' computation: "bf16", "fp16" or "fp32"."""
-    batches: Callable[[PretrainedConfig], Sequence[Batch]]
+    batches: "Callable[[PretrainedConfig], Sequence[Batch]]"
     """Called with the model's config if the method needs data; must return the same on every rank."""
     data: str
     """Name of the data."""
@@ -213,7 +211,7 @@ def _facts_of_data(given: PruneInput, config: PruneConfig, batches: Sequence[Bat
 
 
 def _calibration(
-    run: RunConfig, config: PruneConfig, examples: ExampleSet | None, model_config: PretrainedConfig
+    run: RunConfig, config: PruneConfig, examples: ExampleSet | None, model_config: "PretrainedConfig"
 ) -> list[Batch]:
     """Return batches of inputs: ``config.samples`` distinct examples of ``data.train``, sorted by length.
 

@@ -7,8 +7,6 @@ Masks and base weights are not copied: the index names the base. Only the index 
 write leaves the states that it names, and a removed user has neither entry nor file.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -104,7 +102,7 @@ class UserStore:
         self._one_at_a_time = threading.RLock()
 
     @classmethod
-    def create(cls, folder: Path, common: Common) -> UserStore:
+    def create(cls, folder: Path, common: Common) -> "UserStore":
         """Create an empty store, or open the existing one. Raises UserStoreError if that is of another model."""
         if not (folder / INDEX).exists():
             require_writable(folder, f"the store {str(folder)!r}")
