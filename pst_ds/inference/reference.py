@@ -16,10 +16,10 @@ from pst_ds.train.objective import load_frozen, require_comparable
 from pst_ds.train.run_context import RunContext
 
 
-def load_folder(folder: str | Path, context: RunContext, load_as: LoadAs = "dense") -> nn.Module:
+def load_folder(folder: str | Path, context: RunContext, load_as: LoadAs = "dense", fix: str = "") -> nn.Module:
     """Load a folder, dense or packed, in the precision of a run and for its task; see :func:`load_frozen`."""
-    is_dense = open_model_folder(folder).format == DENSE
-    return load_frozen(Pretrained(str(folder)), context, None if is_dense else PackedWeightsConfig(load_as=load_as))
+    packed = None if open_model_folder(folder).format == DENSE else PackedWeightsConfig(load_as=load_as)
+    return load_frozen(Pretrained(str(folder)), context, packed, fix)
 
 
 def kl_from_folder(

@@ -191,12 +191,12 @@ def load_teacher(context: RunContext) -> nn.Module | None:
     return None if place is None else load_frozen(place, context)
 
 
-def load_frozen(place: Pretrained, context: RunContext, quantization_config: object = None) -> nn.Module:
+def load_frozen(place: Pretrained, context: RunContext, quantization_config: object = None, fix: str = "") -> nn.Module:
     """Load a model for the run's task, not partitioned, frozen and in evaluation mode.
 
     It pads as the run's model does and has no KV cache. Call it before a model is built under ``zero.Init``.
     ``quantization_config``: how to load a packed folder. Raises InputError for other classes, and for missing weights
-    or weights of another shape.
+    or weights of another shape, with advice on the ``fix``.
     """
     run, labels, task = context.run, context.labels, context.task
     config = place.config(**attention_options(run))
@@ -207,7 +207,7 @@ def load_frozen(place: Pretrained, context: RunContext, quantization_config: obj
             "name a model that was trained on the same labels"
         )
     set_padding(config, task, context.tokenizer)
-    fix = f"Name a whole model that was trained for task {run.task!r}"
+    fix = fix or f"Name a whole model that was trained for task {run.task!r}"
     dtype, how = DTYPES[run.train.precision], quantization_config
     model, missing = place.load(task.model_class(), fix, config=config, dtype=dtype, quantization_config=how)
     place.require_whole(model, missing, fix)

@@ -327,8 +327,10 @@ def test_a_packed_export_that_was_damaged_is_2(made, packed, tmp_path, capsys):
 
 def test_a_model_folder_takes_no_settings_of_a_run(packed, tmp_path, capsys):
     export = ["export", str(packed["bitmask"]), "--out", str(tmp_path / "out")]
-    _assert_refused(capsys, [*export, "--checkpoint", "best"], "is a model folder", "Remove --set and --checkpoint")
-    _assert_refused(capsys, [*export, "--set", "model.path=x"], "is a model folder")
+    _assert_refused(
+        capsys, [*export, "--checkpoint", "best"], "a model folder has no settings", "Remove --set and --checkpoint"
+    )
+    _assert_refused(capsys, [*export, "--set", "model.path=x"], "a model folder has no settings")
     _assert_refused(capsys, [*export, "--format", "2:4"], 'Train with pst.pattern = "2:4"')
     with pytest.raises(SystemExit):
         main([*export, "--shard-bytes", "0"])

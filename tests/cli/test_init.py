@@ -230,13 +230,18 @@ def test_a_language_model_begins_by_alps_with_all_its_zeros(made, capsys, more, 
     assert _planned(capsys, out)["num_steps"] > 0
 
 
-def test_a_mixture_of_experts_begins_by_alps_with_equal_shares(made, tmp_path, monkeypatch):
-    """Shares by saliency do not go through stacks of experts."""
+@pytest.fixture
+def mixture(tmp_path):
+    """Folder of a tiny mixture of experts."""
     base = tmp_path / "base"
     tiny_model("qwen3_moe").save_pretrained(base)
     AutoTokenizer.from_pretrained(LLAMA).save_pretrained(base)
-    flags = (str(base), "--train", TRAIN, "--task", "causal-lm", "--max-length", "32", "--force")
-    _, table, _ = made(*flags)
+    return str(base)
+
+
+def test_a_mixture_of_experts_begins_by_alps_with_equal_shares(made, mixture):
+    """Shares by saliency do not go through stacks of experts."""
+    _, table, _ = made(mixture, "--train", TRAIN, "--task", "causal-lm", "--max-length", "32", "--force")
     assert (table["start"]["method"], table["start"].get("budgets")) == ("alps", None)
     assert table["pst"]["pattern"] == "matrix"
 
@@ -380,8 +385,9 @@ def test_commands_are_quoted_for_the_shell(tmp_path, capsys):
 
 @pytest.mark.few(4)
 @pytest.mark.parametrize("method", init.METHODS)
-def test_every_method_is_planned(made, capsys, method):
-    out, table, result = made(BERT, "--train", TRAIN, "--method", method, "--sparsity", "0.7")
+def test_every_method_is_planned(made, mixture, capsys, method):
+    model = [mixture, "--task", "causal-lm", "--max-length", "32"] if method == "experts" else [BERT]
+    out, table, result = made(*model, "--train", TRAIN, "--method", method, "--sparsity", "0.7")
     assert _planned(capsys, out)["trained_parameters"] == result["trained_parameters"]
     assert table.get("schedule", {}).get("final_sparsity", 0.0) == (0.0 if method in ("dense", "lora") else 0.7)
     assert ("initial_sparsity" in table.get("schedule", {})) is (method == "pst")

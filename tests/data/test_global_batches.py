@@ -71,8 +71,3 @@ def test_group_by_length_takes_the_same_examples_with_less_padding(num):
     longest = [max(lengths[i] for i in batch) for batch in other]
     assert longest != sorted(longest)  # batches are shuffled: no curriculum from short to long
     assert any([lengths[i] for i in batch] != sorted(lengths[i] for i in batch) for batch in other)
-
-
-def test_fewer_examples_than_a_batch_never_get_here():
-    with pytest.raises(AssertionError):  # no batches without end; RunConfig.num_steps has refused it by name
-        GlobalBatches([1] * 5, 24, 0)

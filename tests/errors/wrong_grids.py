@@ -35,7 +35,6 @@ GRIDS = {
     "rounding without a step for it": Wrong(
         setting(_INT8, "schedule.cooldown_fraction=0"), "quantization.values", "int8", "Set schedule.cooldown_fraction"
     ),
-    "rounding of a dense run": Wrong(setting(_INT8, "method=dense"), "quantization.values", "'dense'", "or remove"),
     "groups in training that do not divide": Wrong(
         setting(_INT8, "quantization.group=32"), "encoder.layer.0.output.dense", "do not divide 60", "take row"
     ),

@@ -206,7 +206,8 @@ def allowed_difference(dtype: torch.dtype, num_layers: int, inputs: int) -> floa
 
 def _loaded(run: MaskedRun, load_as: LoadAs) -> nn.Module:
     """Load the export with transformers; an ordinary folder needs no ``load_as``."""
-    model = load_folder(run.folder, run.context, load_as)
+    fix = f"Its model is not that of --against {run.context.run.output_dir}. Name the run it came from"
+    model = load_folder(run.folder, run.context, load_as, fix)
     if load_as != "sparse":
         _align(model)
     return model
