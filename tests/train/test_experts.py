@@ -15,12 +15,10 @@ from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
 from pst_ds.core.bits import unpack_range
 from pst_ds.core.experts.routing import Routing
-from pst_ds.parallel import stop_signals
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.parallel.ranks import rank, world_size
-from pst_ds.train import loop as loop_module
 from pst_ds.train.calibration import NORMS_FILE
-from pst_ds.train.run import StoppedError, prepare, train_prepared
+from pst_ds.train.run import prepare, train_prepared
+from tests.train.stopping import stopping
 
 NUM_EXPERTS, STOP_AT = 64, 3
 
@@ -66,19 +64,8 @@ def _train(folder, base, *more, resume=False, quiet=True):
 
 
 def _stopped(folder, base, *more):
-    """Train until a signal on the last rank asks to stop."""
-    set_rates, calls = loop_module.set_rates, iter(range(1, 100))
-
-    def before_batch(*arguments):
-        if next(calls) == STOP_AT and rank() == world_size() - 1:
-            stop_signals._asked_by = 10
-        set_rates(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stop_signals, "_asked_by", 0)
-        patch.setattr(loop_module, "set_rates", before_batch)
-        with pytest.raises(StoppedError):
-            _train(folder, base, *more)
+    with stopping(STOP_AT):
+        _train(folder, base, *more)
 
 
 def _goes_on(folder, base, *more):

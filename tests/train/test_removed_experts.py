@@ -18,14 +18,12 @@ from pst_ds.config.toml import load_run
 from pst_ds.errors import InputError
 from pst_ds.nn.inject import bypassed
 from pst_ds.nn.router import pst_routers
-from pst_ds.parallel import stop_signals
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.parallel.ranks import rank, world_size
-from pst_ds.train import loop as loop_module
 from pst_ds.train.resume import RunProgress
-from pst_ds.train.run import StoppedError, masked_model, prepare, prepare_single, train_prepared
+from pst_ds.train.run import masked_model, prepare, prepare_single, train_prepared
 from tests.export.test_gguf import byte_level
 from tests.nn.expert_families import tiny_model
+from tests.train.stopping import stopping
 from tests.train.test_resume import _differing, _values
 
 RUN_FILE, STOP_AT = "tests/data/causal_lm.toml", 5
@@ -75,18 +73,8 @@ def _train(folder, base, *more, resume=False):
 
 def _stopped(folder, base, *more):
     """Train until a signal on the last rank asks to stop, between two removals."""
-    set_rates, calls = loop_module.set_rates, iter(range(1, 100))
-
-    def before_batch(*arguments):
-        if next(calls) == STOP_AT and rank() == world_size() - 1:
-            stop_signals._asked_by = 10
-        set_rates(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stop_signals, "_asked_by", 0)
-        patch.setattr(loop_module, "set_rates", before_batch)
-        with pytest.raises(StoppedError):
-            _train(folder, base, *more)
+    with stopping(STOP_AT):
+        _train(folder, base, *more)
 
 
 def _goes_on(folder, base, *more):

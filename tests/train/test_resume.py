@@ -16,12 +16,11 @@ from pst_ds.config.toml import load_run
 from pst_ds.data import labelled as data
 from pst_ds.masks.update import mask_stats
 from pst_ds.nn.inject import pst_layers
-from pst_ds.parallel import stop_signals
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import rank, world_size
-from pst_ds.train import loop as loop_module
 from pst_ds.train.resume import require_same_run
-from pst_ds.train.run import StoppedError, prepare, train_prepared
+from pst_ds.train.run import prepare, train_prepared
+from tests.train.stopping import stopping
 
 STOP_AT, NUM_STEPS = 9, 20
 EARLY, SHORT, OF_SHORT = 5, 14, "train.num_steps=14"
@@ -59,18 +58,8 @@ def _train(folder, stage, *more, resume=False):
 
 def _stopped(folder, stage, *more, at=STOP_AT, resume=False):
     """Train until a signal on the last rank asks to stop at batch ``at``; the message."""
-    set_rates, calls = loop_module.set_rates, iter(range(1, 10**6))
-
-    def before_batch(*arguments):
-        if next(calls) == at and rank() == world_size() - 1:
-            stop_signals._asked_by = 10
-        set_rates(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stop_signals, "_asked_by", 0)
-        patch.setattr(loop_module, "set_rates", before_batch)
-        with pytest.raises(StoppedError) as caught:
-            _train(folder, stage, *more, resume=resume)
+    with stopping(at) as caught:
+        _train(folder, stage, *more, resume=resume)
     return str(caught.value)
 
 
