@@ -37,7 +37,7 @@ class ExpertScores:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Add the tokens of forward passes in the context, except those of a bypassed model."""
+        """Add the tokens of forward passes in the context; a bypassed model adds none."""
 
         @torch.compiler.disable
         def forward(experts: ExpertsModule, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:

@@ -181,8 +181,7 @@ class MaskedRun:
         """Quantise the weights that the export has quantised, and merge their updates. Masks stay.
 
         Layers and tables that were trained with quantisation stay unchanged. Frozen weights are read from the base
-        model.
-        ``in_fp32`` converts the quantised modules to fp32, which holds every value exactly; otherwise values are
+        model. ``in_fp32`` converts the quantised modules to fp32, which holds every value exactly; otherwise values are
         rounded to the model's dtype, which loading the export does too. Returns the quantised parameters of modules
         that are not pruned layers, by name.
         """

@@ -80,7 +80,7 @@ class KernelScans:
         return self.bits_of(self.above)
 
     def bits_of(self, words: Tensor) -> list[Tensor]:
-        """Return the bits of each matrix, from those of all matrices in ``words``."""
+        """Split ``words``, the bits of all matrices, by matrix."""
         found = [words[first:].view(torch.uint8) for first in self._first_word]
         late = [i for i, m in enumerate(self._matrices) if m.lead and m.count]
         shards = []
