@@ -136,6 +136,14 @@ def _signals_of_a_test_end_with_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 @pytest.fixture(autouse=True)
+def _no_rank_is_left() -> Iterator[None]:
+    """``prepare`` without a run after it leaves LOCAL_RANK, and a process that a later test starts would inherit it."""
+    yield
+    if "RANK" not in os.environ:
+        os.environ.pop("LOCAL_RANK", None)
+
+
+@pytest.fixture(autouse=True)
 def _progress_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """``--quiet`` in one test keeps no later one from showing progress."""
     from pst_ds import progress

@@ -33,7 +33,7 @@ def launch_environment(environ: Mapping[str, str] | None = None) -> LaunchEnviro
     environ = os.environ if environ is None else environ
     names: tuple[str, ...] = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     present = [name for name in names if name in environ]
-    if not present:
+    if not present or (joined and present == ["LOCAL_RANK"]):  # then init_distributed has set it
         return LaunchEnvironment(0, 1, 0)
     if len(present) < len(names):
         missing = ", ".join(name for name in names if name not in environ)

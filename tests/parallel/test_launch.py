@@ -42,6 +42,16 @@ def test_the_process_s_own_environment_is_the_default(monkeypatch):
     assert launch_environment() == LaunchEnvironment(3, 8, 1)
 
 
+@pytest.mark.usefixtures("alone")
+def test_a_process_without_a_launcher_stays_one_after_it_has_joined():
+    """A notebook whose first run was refused."""
+    launch.init_distributed(launch_environment())
+    try:
+        assert launch_environment() == LaunchEnvironment(0, 1, 0)
+    finally:
+        launch.shut_down()
+
+
 def test_a_triton_cache_of_another_user_is_refused(monkeypatch, tmp_path):
     folder = tmp_path / "triton"
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
