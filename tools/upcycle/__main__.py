@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="folder of a Llama (default: the package's SmolLM2-135M)")
     parser.add_argument("--out", type=Path, default=Path("runs/upcycled"))
-    parser.add_argument("--steps", type=int, default=32, help="training steps of every branch (32)")
+    parser.add_argument("--steps", type=int, default=64, help="training steps of every branch (64)")
     parser.add_argument("--rate", type=float, default=3e-4, help="learning rate of the branches (3e-4)")
     parser.add_argument("--router-steps", type=int, default=16, help="training steps of the routers (16)")
     parser.add_argument("--router-rate", type=float, default=1e-3, help="learning rate of the routers (1e-3)")
