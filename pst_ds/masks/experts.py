@@ -1,4 +1,4 @@
-"""Remove whole experts during training: those with the lowest REAP scores on the run's own batches."""
+"""Remove whole experts during training: those with the lowest REAP scores so far."""
 
 import torch
 from torch import Tensor, nn

@@ -72,7 +72,6 @@ def _update_masks(
             masks = masks_of_zeros(model)
         elif isinstance(sums, ExpertScores):
             masks = remove_experts(model, sums, target)
-            sums.clear()
         elif sums is not None:
             masks = solve_masks(model, sums, target, progress)
             sums.close()

@@ -66,11 +66,6 @@ class ExpertScores:
             self.sums[name] += part.view(2, -1)
             self._own[name].zero_()
 
-    def clear(self) -> None:
-        """Start again, after :meth:`add_up`."""
-        for sums in self.sums.values():
-            sums.zero_()
-
     def scores(self, name: str) -> Tensor:
         """Return the mean of g ||f(x)|| over the tokens of each expert, (E,) double; 0 without a token."""
         total, tokens = self.sums[name]

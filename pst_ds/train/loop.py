@@ -56,7 +56,7 @@ class LoopState:
     tokens: int = 0
     """Tokens of these batches."""
     expert_sums: dict[str, list[list[int]]] = field(default_factory=dict)
-    """Sums of :class:`ExpertScores` over all ranks since experts were last removed, by experts module."""
+    """Sums of :class:`ExpertScores` over all ranks so far, by experts module; empty once no more are removed."""
     last_report_seconds: float = 0.0
     """Seconds into the run at the last line of metrics.jsonl."""
     skipped_in_a_row: int = 0
@@ -110,7 +110,7 @@ class Loop:
         self.sums: GradientSums | None = None
         """Sums for the next solve, while the run listens."""
         self.scores = scores_of_routers(engine.module)
-        """Scores of the experts since the last update, while some are still to be removed."""
+        """Scores of the experts on calibration examples and all batches, while some experts are still to be removed."""
         self._saved_tensors: AbstractContextManager[object] = nullcontext()
         """Decides where a forward pass keeps tensors for the backward pass."""
         if self.run.model.activation_offload:
@@ -126,7 +126,7 @@ class Loop:
         if self.scores is not None:
             self.scores.sums |= {name: torch.tensor(sums) for name, sums in state.expert_sums.items()}
         if not state.batch:
-            if self.scores is not None and self.run.schedule.initial_sparsity:
+            if self.scores is not None:
                 measure_experts(self.context, engine, self.examples, self.scores)
             _update_if_due(self, state)
             _picture_if_due(self, state)
@@ -260,9 +260,9 @@ def _update_if_due(loop: Loop, state: LoopState) -> None:
     masks, scales = update_if_due(loop.engine.module, loop.schedules, state.step, loop.sums or loop.scores)
     received = _received_bytes([traffic.take()], "update/")
     if masks is not None:
-        loop.sums, state.masks, state.expert_sums = None, masks, {}
+        loop.sums, state.masks = None, masks
         if loop.schedules.masks_final_at(state.step):
-            loop.scores = None
+            loop.scores, state.expert_sums = None, {}
         requested, target = loop.run.schedule.final_sparsity, loop.schedules.sparsity_at(state.step)
         if loop.run.pst.initial_mask == "zeros" and abs(masks.sparsity - requested) > SPARSITY_TOLERANCE:
             raise ConfigError(
