@@ -49,11 +49,15 @@ def _parser() -> argparse.ArgumentParser:
     drawn = verbs.add_parser("figure", help="draw the decoders' figure")
     drawn.add_argument("--level", default="avx512", help="instructions (default: %(default)s)")
     drawn.add_argument("--corpus", default="Brown", choices=list(decoders.CORPORA))
+    drawn.add_argument("--reference", help="only files whose distance is from this model (default: all files)")
     drawn.add_argument("--out", type=Path, default=figure.FIGURE, help="(default: %(default)s)")
-    drawn.set_defaults(
-        run=lambda args, lines: figure.draw([*decoders.table_rows(lines, args.level)], args.corpus, args.out)
-    )
+    drawn.set_defaults(run=_draw)
     return parser
+
+
+def _draw(args: argparse.Namespace, lines: Lines) -> None:
+    rows = decoders.table_rows(lines, args.level)
+    figure.draw([row for row in rows if args.reference in (None, row["reference"])], args.corpus, args.out)
 
 
 if __name__ == "__main__":

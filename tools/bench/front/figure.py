@@ -8,7 +8,7 @@ from typing import Any
 
 FIGURE = Path("docs/decoders.svg")
 OURS, OTHERS = "#0b6e4f", "#777777"
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 """Of the models, in the order of the rows."""
 
 
