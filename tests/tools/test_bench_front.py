@@ -11,6 +11,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
 
 from pst_ds.errors import InputError
 from tools.bench.front import decoders, figure, files
@@ -36,10 +38,17 @@ def test_a_model_is_its_own_reference_unless_it_names_one():
 
 
 def test_a_finished_file_is_measured_unchanged(tmp_path):
-    gguf = tmp_path / "Q4_0.gguf"
-    gguf.touch()
+    gguf = tmp_path / "any.gguf"
+    writer = GGUFWriter(gguf, "llama")
+    for name in ("blk.0.attn_q.weight", "blk.0.attn_k.weight", "token_embd.weight", "output.weight"):
+        kind = GGMLQuantizationType.Q4_0 if name.startswith("blk") else GGMLQuantizationType.Q8_0
+        writer.add_tensor(name, quantize(np.ones((32, 32), np.float32), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     (file,) = files.files_of(files.Model("trained", gguf, ("dense",)), tmp_path / "made", [])
-    assert (file.engine, file.path) == ("llama.cpp", gguf)
+    assert (file.engine, file.kind, file.path) == ("llama.cpp", "Q4_0", gguf)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.toml").touch()
     run, dense = (files.Model("one", folder, ()) for folder in (tmp_path / "run", Path(TINY)))
@@ -120,6 +129,10 @@ def test_rows_of_our_files_are_measured_once(measured, tmp_path):
     again, opened = measured()
     assert opened == []
     assert again.by_id == lines.by_id
+    for kind in ("int8", "int4, 32"):
+        folder = tmp_path / "files" / "dense" / kind.replace(", ", "-")
+        (file,) = files.files_of(files.Model("finished", folder, ()), tmp_path, [])
+        assert (file.engine, file.kind, file.path) == ("pst-ds", kind.removesuffix(", 32"), folder)
 
 
 def test_a_reference_is_a_dense_model_of_the_list(measured):

@@ -161,6 +161,11 @@ def test_sessions_go_on_where_the_lines_end(tmp_path):
     assert next_cell(grid, lines, Options(), {first.id}).name == "films/pst/search/0"
     lines.put(line_of(first, 0.8))
     assert next_cell(grid, Lines(lines.path), Options(), set()).name == "films/pst/search/0"
+    another = next_cell(grid, lines, Options(), {first.id})
+    Lines(lines.path).put(line_of(another, 0.8))  # another process
+    lines.put(line_of(first, 0.8, outcome="failed"))
+    assert Lines(lines.path).by_id.keys() == {first.id, another.id}
+    lines.path.unlink()
     lines.put(line_of(first, 0.8, outcome="failed"))
     assert next_cell(grid, lines, Options(), set()).id != first.id
     assert next_cell(grid, lines, Options(retry_failed=True), set()).id == first.id

@@ -27,25 +27,32 @@ class LinesError(InputError):
 
 
 class Lines:
-    """The results of a grid, tools/quality/logs/results/NAME.jsonl: a line per finished cell. One process may write."""
+    """The results of a grid, tools/quality/logs/results/NAME.jsonl: a line per finished cell."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.by_id: dict[str, Line] = {}
-        if not path.is_file():
-            return
-        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                line = json.loads(text)
-                self.by_id[line["id"]] = line
-            except (ValueError, KeyError, TypeError):
-                raise LinesError(f"{path}, line {number}, is not a result. Remove it: {text[:80]!r}") from None
+        self.by_id = _read(path)
 
     def put(self, line: Line) -> None:
-        """Add a line, or replace the one with its id. A crash leaves the old file or the new one."""
-        self.by_id[line["id"]] = line
+        """Add a line, or replace the one with its id. A crash leaves the old file or the new one.
+
+        Lines that others have added meanwhile stay, unless two processes write at the same moment.
+        """
+        self.by_id = {**_read(self.path), line["id"]: line}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(self.path, "".join(json.dumps(kept, sort_keys=True) + "\n" for kept in self.by_id.values()))
+
+
+def _read(path: Path) -> dict[str, Line]:
+    """Return the lines of a results file by id; none of a missing one. Raises LinesError."""
+    found: dict[str, Line] = {}
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else (), 1):
+        try:
+            line = json.loads(text)
+            found[line["id"]] = line
+        except (ValueError, KeyError, TypeError):
+            raise LinesError(f"{path}, line {number}, is not a result. Remove it: {text[:80]!r}") from None
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,7 +104,7 @@ def files_of(model: Model, top: Path, only: list[str]) -> Iterator[File]:
     Only those whose name has a word of ``only``, if it has any.
     """
     if engine := model.engine_of_file:
-        yield File(model, engine, model.folder.name, model.folder)
+        yield File(model, engine, kind_of(model.folder), model.folder)
         return
     planned = [File(model, "pst-ds", kind, top / model.name / kind.replace(", ", "-")) for kind in OURS]
     if model.is_dense:
@@ -113,6 +113,15 @@ def files_of(model: Model, top: Path, only: list[str]) -> Iterator[File]:
         if not only or any(word in file.name for word in only):
             make(file)
             yield file
+
+
+def kind_of(place: Path) -> str:
+    """Return the type of most weights of a finished file, such as "Q4_0" or "int4, 32"."""
+    if place.is_file():
+        return next(iter(tensor_types(place)))
+    settings = open_model_folder(place).config.quantization_config
+    values, group = str(settings.get("values") or "floats"), settings.get("group") or "row"
+    return values if group == "row" else f"{values}, {group}"
 
 
 def make(file: File) -> None:
