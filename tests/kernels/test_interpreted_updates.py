@@ -75,7 +75,6 @@ def test_masks_and_their_sums_are_those_of_the_cpu(pattern, kernels_on_device):
 
 def test_make_gpu_compares_masks_and_scores_of_shards(kernels_on_device, monkeypatch):
     monkeypatch.setattr(checks, "serves", lambda device: device == DEVICE)
-    monkeypatch.setattr(checks, "PATTERNS", ("matrix",))
     with pretended():
         rows = list(checks.bits(Bench(DEVICE, TINY)))
     assert [row["measured"] for row in rows] == [True, True]

@@ -40,9 +40,11 @@ class Sizes:
     """Shape of the matrix whose kernels and products are timed."""
     repeats: int = 20
     launches: int = 500
+    patterns: tuple[str, ...] = ("matrix", "stack", "global", "row", "2:4", "16x1")
+    """Patterns whose masks are compared with the CPU's."""
 
 
-TINY = Sizes(64, 96, 1, 4, 50, 16, (32, 48, 64), (96, 64), 2, 2)
+TINY = Sizes(64, 96, 1, 4, 50, 16, (32, 48, 64), (96, 64), 2, 2, ("matrix",))
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ from tools.gpu.cards import checked
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-PATTERNS = ("matrix", "stack", "global", "row", "2:4", "16x1")
 SHARDS = 504
 """Ranks of a large run; the shards of a matrix then start within rows and bytes."""
 ROUNDING = 0.03
@@ -80,7 +79,7 @@ def smoke(bench: Bench) -> Iterator[Row]:
 def bits(bench: Bench) -> Iterator[Row]:
     """Check that masks chosen here and on the CPU are bit-identical, and scores of shards of a large run."""
     side = bench.sizes.updates[0]
-    for pattern in PATTERNS:
+    for pattern in bench.sizes.patterns:
         here, there = pruned_layers(side, pattern).to(bench.device), pruned_layers(side, pattern)
         found = [update_masks(here, sparsity).checksum for sparsity in (0.25, 0.5)]
         with without_kernels():
