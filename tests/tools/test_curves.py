@@ -32,7 +32,9 @@ def test_points_are_means_over_seeds_and_a_single_seed_has_the_error_of_its_exam
         }
         for number, (method, steps, accuracy) in enumerate(runs)
     }  # fmt: skip
+    del lines["3"]["steps"]  # a model that is only pruned
     grid = grid_from_table(table)
+    assert [p.steps for p in points_of(grid, lines)["dense"]] == [0]
     pst = points_of(grid, lines)["pst"]
     assert [(p.steps, p.seeds) for p in pst] == [(10, 2), (20, 1)]
     assert [p.mean for p in pst] == pytest.approx([40.0, 10.0])

@@ -29,7 +29,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Point:
-    """Error of a method after some steps: percent of wrong labels, or nats per token."""
+    """Error of a method after some steps, 0 without training: percent of wrong labels, or nats per token."""
 
     steps: int
     mean: float
@@ -56,7 +56,7 @@ def points_of(grid: Grid, lines: Mapping[str, Line]) -> dict[str, list[Point]]:
     for line in lines.values():
         if line["outcome"] == "done" and line["kind"] == "cell" and line["data_set"] in grid.data_sets:
             metrics = next(iter(line["tests"].values()))
-            found[line["method"], line["steps"]].append(_error(grid, metrics))
+            found[line["method"], line.get("steps", 0)].append(_error(grid, metrics))
     by_method: dict[str, list[Point]] = defaultdict(list)
     for (method, steps), errors in sorted(found.items()):
         values = [value for value, _ in errors]
