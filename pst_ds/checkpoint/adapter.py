@@ -232,7 +232,7 @@ def _read_config(folder: Path) -> _Saved:
         number = table.get("format") if isinstance(table, dict) else None
         saved = None
         if number == FORMAT:
-            config = without_removed({"pst": table["pst_config"]})["pst"]
+            config = without_removed({"pst": table["pst_config"]}).get("pst", {})
             saved = _Saved.model_validate_json(json.dumps({**table, "pst_config": config}))
     except FileNotFoundError:
         raise PretrainedError(

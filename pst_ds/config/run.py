@@ -50,18 +50,18 @@ class CheckpointConfig(Section):
 
 
 @settings
-class PicturesConfig(Section):
+class LayerStatisticsConfig(Section):
     """Statistics of all layers, for TensorBoard and layers.jsonl (docs/how-to/monitor.md)."""
 
     interval: MayDiffer[Interval] = 0
     """Optimizer steps between statistics; 0 is about 20 times per run, -1 never. The last step always has one."""
 
     def last_before(self, step: int, num_steps: int) -> int:
-        """Return the last step before ``step`` that has pictures; -1 for none."""
+        """Return the last step before ``step`` after which layers are measured; -1 for none."""
         return (step - 1) // self._interval(num_steps) * self._interval(num_steps) if step else -1
 
     def is_due(self, step: int, num_steps: int) -> bool:
-        """Return whether a run of ``num_steps`` draws pictures after ``step`` (0 is before the first)."""
+        """Return whether a run of ``num_steps`` measures layers after ``step`` (0 is before the first)."""
         return self.interval >= 0 and (step % self._interval(num_steps) == 0 or step == num_steps)
 
     def _interval(self, num_steps: int) -> int:
@@ -120,7 +120,7 @@ class RunConfig(Section):
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    layer_statistics: LayerStatisticsConfig = field(default_factory=LayerStatisticsConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def problems(self) -> Iterator[str]:

@@ -77,7 +77,7 @@ def run_from_table(table: Mapping[str, object]) -> RunConfig:
 
     Raises ConfigError with a message for each wrong setting.
     """
-    table = _with_presets(without_removed({"model": {}, "data": {}, "train": {}, "pst": {}, **table}))
+    table = _with_presets({"model": {}, "data": {}, "train": {}, "pst": {}, **without_removed(table)})
     _require_utf8(table)
     try:
         # JSON, where a strict pydantic takes lists for tuples; dates become tables, which no setting takes
@@ -115,6 +115,7 @@ def _filled(table: dict[str, object], defaults: Mapping[str, object]) -> dict[st
 
 
 REMOVED = {
+    "pictures.interval": "set layer_statistics.interval",
     "pictures.layers": "every layer has statistics, none a histogram",
     "pst.nm_ramp": "N:M patterns constrain a growing share of the groups",
     "pst.bias": "name the modules that train in full in pst.modules_to_save",
@@ -132,7 +133,7 @@ _FORMER_DEFAULTS = {"pst.bias": "none", "pst.nm_ramp": "share", "pst.score_init"
 """Values of removed settings that run folders spell out, besides empty ones."""
 
 
-def without_removed(table: dict[str, object]) -> dict[str, object]:
+def without_removed(table: Mapping[str, object]) -> dict[str, object]:
     """Return a copy of ``table`` without the settings in :data:`REMOVED`; name those that were set on stderr.
 
     Raises ConfigError for one of :data:`_CHANGE_RESULTS`.
@@ -144,6 +145,8 @@ def without_removed(table: dict[str, object]) -> dict[str, object]:
         if not isinstance(values, dict) or key not in values:
             continue
         table[section] = {other: value for other, value in values.items() if other != key}
+        if not table[section]:
+            del table[section]
         if not values[key] or values[key] == _FORMER_DEFAULTS.get(name):
             continue
         if name in _CHANGE_RESULTS:

@@ -129,7 +129,7 @@ class Loop:
             if self.scores is not None:
                 measure_experts(self.context, engine, self.examples, self.scores)
             _update_if_due(self, state)
-            _picture_if_due(self, state)
+            _measure_layers_if_due(self, state)
         elif self.schedules.masks_final_at(state.step):
             freeze_scores(engine.module)
             self.scores = None
@@ -157,7 +157,7 @@ class Loop:
                 with self.clock.timing("masks"):
                     _update_if_due(self, state)
                 _report_straggler(self, state)
-                _picture_if_due(self, state)
+                _measure_layers_if_due(self, state)
                 _report_if_due(self, state)
                 yield state
 
@@ -291,13 +291,13 @@ def _stop_if_stuck(state: LoopState) -> None:
         )
 
 
-def _picture_if_due(loop: Loop, state: LoopState) -> None:
+def _measure_layers_if_due(loop: Loop, state: LoopState) -> None:
     """Record statistics of every layer, if due. Collective."""
-    pictures = loop.run.pictures
-    if not pst_layers(loop.engine.module) or not pictures.is_due(state.step, loop.num_steps):
+    statistics = loop.run.layer_statistics
+    if not pst_layers(loop.engine.module) or not statistics.is_due(state.step, loop.num_steps):
         return
-    heartbeat("the figures of the layers")
-    before = pictures.last_before(state.step, loop.num_steps)
+    heartbeat("the statistics of the layers")
+    before = statistics.last_before(state.step, loop.num_steps)
     # once the masks are final, only the updates still change
     masks_change = loop.schedules.masks is not None and (before < 0 or not loop.schedules.masks_final_at(before))
     stats = measure(loop.engine.module, with_scores=masks_change)

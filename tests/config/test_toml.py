@@ -282,11 +282,12 @@ def test_the_paper_preset_and_what_stands_beside_it(tmp_path):
 
 def test_a_run_file_of_the_last_release_with_removed_settings_loads_with_hints(capsys):
     defaults = ["pst.nm_ramp=share", "pst.score_init=normal", "pst.bias=none", "train.score_penalty=0.0"]
-    run = load_run("tests/data/world_size.toml", ["pictures.layers=10", *defaults])
+    run = load_run("tests/data/world_size.toml", ["pictures.interval=5", "pictures.layers=10", *defaults])
     assert run == load_run("tests/data/world_size.toml")
     said = capsys.readouterr().err.splitlines()  # defaults, which every run folder has, need no hint
     assert said == [
-        "pictures.layers = 10 has no effect any more: every layer has statistics, none a histogram. Remove it"
+        "pictures.interval = 5 has no effect any more: set layer_statistics.interval. Remove it",
+        "pictures.layers = 10 has no effect any more: every layer has statistics, none a histogram. Remove it",
     ]
 
 

@@ -263,7 +263,7 @@ def _final(folder):
     ids=["offloaded, with much", "stopped"],
 )
 def test_a_run_file_trains_as_on_cpus(run_ranks, run_on_device, tmp_path, train, config, settings):
-    """Partitioned while it loads, through checkpoints, evaluation and pictures, to the result."""
+    """Partitioned while it loads, through checkpoints, evaluation and statistics, to the result."""
     cpu, folder = tmp_path / "cpu", tmp_path / "device"
     expected, _ = run_ranks(_train, 2, str(cpu), 'deepspeed_config="ds_configs/zero3_cpu.json"', *settings)
     found, _ = run_on_device(train, 2, str(folder), f'deepspeed_config="ds_configs/{config}"', *settings)

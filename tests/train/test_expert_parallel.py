@@ -108,7 +108,7 @@ def _exported(run: Path, checkpoint: Path, out: Path) -> list[str]:
 def test_runs_checkpoints_and_exports_do_not_depend_on_where_experts_are(run_ranks, tmp_path, capsys, alone):
     base = tmp_path / "base"
     _save_base(base)
-    more = ("pictures.interval=3", "schedule.cooldown_fraction=0.4", *QUANTISED)
+    more = ("layer_statistics.interval=3", "schedule.cooldown_fraction=0.4", *QUANTISED)
     run_ranks(_train, 2, tmp_path / "shared", base, *more)
     run_ranks(_train, 4, tmp_path / "divided", base, *more, "train.expert_parallel=2")
     _assert_same_run(tmp_path / "divided", tmp_path / "shared")
@@ -149,9 +149,9 @@ def test_only_factors_travel_between_nodes_if_experts_are_divided_in_them_and_fr
 @pytest.mark.zero3
 @pytest.mark.thorough
 def test_any_division_may_continue_a_run(run_ranks, tmp_path):
-    base, pictures = tmp_path / "base", "pictures.interval=3"
+    base, statistics = tmp_path / "base", "layer_statistics.interval=3"
     _save_base(base)
-    run_ranks(_train, 1, tmp_path / "1", base, pictures)
+    run_ranks(_train, 1, tmp_path / "1", base, statistics)
     cases = {
         (2, 2): (),
         (4, 2): ("model.base_placement=node",),
@@ -160,8 +160,8 @@ def test_any_division_may_continue_a_run(run_ranks, tmp_path):
     }
     for (ranks, degree), more in cases.items():
         folder = tmp_path / f"{ranks}-{degree}"
-        run_ranks(_train_on_nodes, ranks, folder, base, pictures, f"train.expert_parallel={degree}", *more)
+        run_ranks(_train_on_nodes, ranks, folder, base, statistics, f"train.expert_parallel={degree}", *more)
         _assert_same_run(folder, tmp_path / "1")
-    run_ranks(_stopped, 4, tmp_path / "stopped", base, pictures, "train.expert_parallel=2")
-    run_ranks(_goes_on, 4, tmp_path / "stopped", base, pictures, "train.expert_parallel=4")
+    run_ranks(_stopped, 4, tmp_path / "stopped", base, statistics, "train.expert_parallel=2")
+    run_ranks(_goes_on, 4, tmp_path / "stopped", base, statistics, "train.expert_parallel=4")
     _assert_same_run(tmp_path / "stopped", tmp_path / "1")

@@ -17,7 +17,7 @@ from pst_ds.config.methods import METHODS
 from pst_ds.config.model import ModelConfig, QuantizationConfig
 from pst_ds.config.one_shot import OneShotConfig
 from pst_ds.config.pst import Override, PSTConfig
-from pst_ds.config.run import CheckpointConfig, PicturesConfig, RunConfig, TrackingConfig
+from pst_ds.config.run import CheckpointConfig, LayerStatisticsConfig, RunConfig, TrackingConfig
 from pst_ds.config.tasks import TASKS
 from pst_ds.config.toml import PRESETS
 from pst_ds.config.train import DistillationConfig, FinetuneConfig, TrainConfig
@@ -29,8 +29,8 @@ TABLES = {
     "": RunConfig, "model": ModelConfig, "data": DataConfig, "[data.sources]": DataSource, "train": TrainConfig,
     "finetune": FinetuneConfig, "start": OneShotConfig, "schedule": ScheduleConfig, "pst": PSTConfig,
     "[pst.overrides]": Override, "quantization": QuantizationConfig,
-    "distillation": DistillationConfig, "eval": EvalConfig, "checkpoint": CheckpointConfig, "pictures": PicturesConfig,
-    "tracking": TrackingConfig,
+    "distillation": DistillationConfig, "eval": EvalConfig, "checkpoint": CheckpointConfig,
+    "layer_statistics": LayerStatisticsConfig, "tracking": TrackingConfig,
 }  # fmt: skip
 KINDS = {"string": "a string", "integer": "a whole number", "number": "a number", "boolean": "true or false"}
 GROUPS = {
@@ -38,7 +38,7 @@ GROUPS = {
     "Data": ("data", "[data.sources]"),
     "Training": ("train", "finetune", "distillation", "quantization"),
     "Pruning": ("schedule", "start", "pst", "[pst.overrides]"),
-    "Evaluation, checkpoints and monitoring": ("eval", "checkpoint", "pictures", "tracking"),
+    "Evaluation, checkpoints and monitoring": ("eval", "checkpoint", "layer_statistics", "tracking"),
 }
 """Headings of the page, and the sections of a run file whose settings follow them in one table."""
 LONGEST = 120

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from pst_ds.checkpoint.format import Checkpoint
-from pst_ds.config.run import ConfigError, PicturesConfig, RunConfig, TrackingConfig
+from pst_ds.config.run import ConfigError, LayerStatisticsConfig, RunConfig, TrackingConfig
 from pst_ds.config.train import DistillationConfig
 from pst_ds.core.schedule import Schedules
 from pst_ds.data.by_user import RowsByUser, read_by_user
@@ -109,7 +109,7 @@ def run_of_users(run: RunConfig, how: UserTraining, **files: str) -> RunConfig:
         run,
         train=replace(train, **{name: rate for name, rate in rates.items() if rate is not None}),
         distillation=DistillationConfig(),
-        pictures=PicturesConfig(interval=-1),
+        layer_statistics=LayerStatisticsConfig(interval=-1),
         tracking=TrackingConfig(),
     )
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-from pst_ds.config.run import ConfigError, PicturesConfig
+from pst_ds.config.run import ConfigError, LayerStatisticsConfig
 from pst_ds.config.toml import load_run
 from pst_ds.data import labelled as data
 from pst_ds.parallel.launch import LaunchEnvironment
@@ -149,21 +149,21 @@ def test_other_methods_leave_out_what_they_lack(tmp_path, method):
     assert (tmp_path / "layers.jsonl").is_file() == (method != "dense")
 
 
-def test_pictures_can_be_switched_off_and_masks_are_still_counted(tmp_path):
-    _train(tmp_path, "pictures.interval=-1")
+def test_statistics_can_be_switched_off_and_masks_are_still_counted(tmp_path):
+    _train(tmp_path, "layer_statistics.interval=-1")
     _, lines = _lines(tmp_path)
     assert {line["event"] for line in lines} == {"masks"}
 
 
-def test_pictures_come_about_twenty_times_and_at_the_last_step():
-    def steps(pictures, num_steps):
-        return [step for step in range(num_steps + 1) if pictures.is_due(step, num_steps)]
+def test_statistics_come_about_twenty_times_and_at_the_last_step():
+    def steps(statistics, num_steps):
+        return [step for step in range(num_steps + 1) if statistics.is_due(step, num_steps)]
 
-    assert steps(PicturesConfig(), 1000) == list(range(0, 1001, 50))
-    assert steps(PicturesConfig(), 7) == list(range(8))
-    assert steps(PicturesConfig(interval=300), 1000) == [0, 300, 600, 900, 1000]
-    assert steps(PicturesConfig(interval=-1), 1000) == []
-    every = PicturesConfig(interval=300)
+    assert steps(LayerStatisticsConfig(), 1000) == list(range(0, 1001, 50))
+    assert steps(LayerStatisticsConfig(), 7) == list(range(8))
+    assert steps(LayerStatisticsConfig(interval=300), 1000) == [0, 300, 600, 900, 1000]
+    assert steps(LayerStatisticsConfig(interval=-1), 1000) == []
+    every = LayerStatisticsConfig(interval=300)
     assert [every.last_before(step, 1000) for step in (0, 1, 300, 301, 1000)] == [-1, 0, 0, 300, 900]
     with pytest.raises(ConfigError, match=r"interval = -2"):
-        PicturesConfig(interval=-2)
+        LayerStatisticsConfig(interval=-2)

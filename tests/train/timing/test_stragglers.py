@@ -102,7 +102,7 @@ def _with_slow_rank(folder):
     """The collectives of ours in each step of a run whose rank 1 takes 0.2 s longer in the middle of a forward pass, or
     as long as all else where the machine is busy."""
     settings = [f"output_dir={json.dumps(str(folder))}", "train.num_steps=12", "train.log_interval=12"]
-    settings += ["schedule.update_interval=100", "schedule.cooldown_fraction=0", "pictures.interval=-1"]
+    settings += ["schedule.update_interval=100", "schedule.cooldown_fraction=0", "layer_statistics.interval=-1"]
     settings += ["checkpoint.interval=0", "eval.interval=-1"]
     calls, in_steps, build, began = Counter(), [], run_module.build, [time.monotonic()]
 
