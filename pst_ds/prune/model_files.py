@@ -57,7 +57,7 @@ class ModelFiles:
         kind = architecture(config)
         self.base = BaseWeights(path, getattr(kind, "base_model_prefix", ""))
         self._place, self._attention = place, attn_implementation
-        self.model = self.skeleton(config)
+        self.model = self._whole(config)
         self._mapping: list[Any] = self.model._weight_conversions  # type: ignore[assignment]
         self._out = out or Path(os.devnull)
         self._work = self._out.with_name(f".{self._out.name}.unfinished")
@@ -66,8 +66,22 @@ class ModelFiles:
         self._present = set[str]()
         self.check: Callable[[], None] = lambda: None
         """Called on every rank after each block; may raise StoppedError."""
-        lacking = tensors_lacking(self.model, set(self.base.names))
-        place.require_whole(self.model, lacking, _FIX)
+
+    def _whole(self, config: PretrainedConfig) -> PreTrainedModel:
+        """Return the :meth:`skeleton` whose tensors are all in the files. Raises InputError.
+
+        Sentence encoders are saved without the head of the masked language model that many of their configs name: for
+        these it is the model without a head.
+        """
+        model, in_files = self.skeleton(config), set(self.base.names)
+        lacking = tensors_lacking(model, in_files)
+        if lacking and type(model).__name__.endswith("ForMaskedLM"):
+            config.architectures = None
+            model = self.skeleton(config)
+            config.architectures = [type(model).__name__]
+            lacking = tensors_lacking(model, in_files)
+        self._place.require_whole(model, lacking, _FIX)
+        return model
 
     def skeleton(self, config: PretrainedConfig) -> PreTrainedModel:
         """Return a model of this ``config`` without values, except for buffers. Raises InputError."""

@@ -210,13 +210,30 @@ def test_wrong_input_is_one_message(capsys, tmp_path):
     assert "matched no linear layer" in said("--set", "pst.target_modules=['nothing']")
 
 
-def test_a_model_that_lacks_weights_is_refused(capsys, tmp_path):
-    base = Path(shutil.copytree(DATA / "tiny-bert", tmp_path / "base"))
+def _base_of_class(folder, name):
+    base = Path(shutil.copytree(DATA / "tiny-bert", folder / "base"))
     config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
+    (base / "config.json").write_text(json.dumps({**config, "architectures": [name]}))
+    return base
+
+
+def test_a_model_that_lacks_weights_is_refused(capsys, tmp_path):
+    base = _base_of_class(tmp_path, "BertForPreTraining")
     line = _refused(capsys, tmp_path, "--set", _model_path(base), run_file=CLASSES)
     assert "lacks cls.predictions" in line
-    assert "which a BertForMaskedLM has" in line
+    assert "which a BertForPreTraining has" in line
+
+
+def test_a_sentence_encoder_may_name_the_masked_language_model_whose_head_it_lacks(capsys, tmp_path):
+    """As all-mpnet-base-v2 does."""
+    _prune(capsys, tmp_path / "named", CLASSES, "wanda", "--set", _model_path(DATA / "tiny-bert"))
+    _prune(
+        capsys, tmp_path / "out", CLASSES, "wanda", "--set", _model_path(_base_of_class(tmp_path, "BertForMaskedLM"))
+    )
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["BertModel"]
+    named, out = (load_file(tmp_path / name / "model.safetensors") for name in ("named", "out"))
+    assert named.keys() == out.keys()
+    assert all(torch.equal(named[name], out[name]) for name in named)
 
 
 def test_weights_that_the_named_class_has_not_are_kept(capsys, tmp_path):
