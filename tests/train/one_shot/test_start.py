@@ -154,7 +154,7 @@ def test_what_cannot_be_pruned_ends_all_ranks_with_one_message(run_ranks, tmp_pa
     """A folder whose class has weights that it lacks, which no run needs."""
     base = Path(shutil.copytree("tests/data/tiny-bert", tmp_path / "base"))
     config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
+    (base / "config.json").write_text(json.dumps({**config, "architectures": ["BertForPreTraining"]}))
     settings = (*START, f"model.path={json.dumps(str(base))}", f"deepspeed_config={_zero3(tmp_path)}")
     said = run_ranks(_refused, 2, str(tmp_path / "new"), *settings)
     assert said[0].startswith(f"start.method = \"alps\": model.path = '{base}' lacks cls.predictions")
