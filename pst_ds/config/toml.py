@@ -136,7 +136,7 @@ _FORMER_DEFAULTS = {"pst.bias": "none", "pst.nm_ramp": "share", "pst.score_init"
 def without_removed(table: Mapping[str, object]) -> dict[str, object]:
     """Return a copy of ``table`` without the settings in :data:`REMOVED`; name those that were set on stderr.
 
-    Raises ConfigError for one of :data:`_CHANGE_RESULTS`.
+    Omits a section that has no other settings. Raises ConfigError for one of :data:`_CHANGE_RESULTS`.
     """
     table = dict(table)
     for name, instead in REMOVED.items():
