@@ -227,9 +227,8 @@ def test_a_model_that_lacks_weights_is_refused(capsys, tmp_path):
 def test_a_sentence_encoder_may_name_the_masked_language_model_whose_head_it_lacks(capsys, tmp_path):
     """As all-mpnet-base-v2 does."""
     _prune(capsys, tmp_path / "named", CLASSES, "wanda", "--set", _model_path(DATA / "tiny-bert"))
-    _prune(
-        capsys, tmp_path / "out", CLASSES, "wanda", "--set", _model_path(_base_of_class(tmp_path, "BertForMaskedLM"))
-    )
+    base = _base_of_class(tmp_path, "BertForMaskedLM")
+    _prune(capsys, tmp_path / "out", CLASSES, "wanda", "--set", _model_path(base))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["BertModel"]
     named, out = (load_file(tmp_path / name / "model.safetensors") for name in ("named", "out"))
     assert named.keys() == out.keys()
