@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 import pytest
 
 from ..test_layers import LAYER_OF
-from .pages import PAGES, PLANNED, ROOT, blocks, settings
+from .pages import PAGES, PLANNED, ROOT, settings
 
 TREE_FOLDERS = ("pst_ds", "tests", "tools", "launch", "docs", "ds_configs")
 
@@ -68,14 +68,8 @@ def test_the_layers_of_the_architecture_page_are_those_of_the_code():
     assert {name: int(layer) for name, layer in rows} == {name: LAYER_OF[name] for name in packages}
 
 
-def test_the_pages_are_few_and_short():
-    pages = [text for page, text in PAGES.items() if page.startswith("docs/")]
-    assert len(pages) <= 23
-    assert [page for page, text in PAGES.items() if page != "CHANGELOG.md" and len(text.splitlines()) > 200] == []
-    assert sum(len(text.splitlines()) for text in pages) <= 4500
-    assert sum(len(text.split()) for text in pages) <= 45_000
-
-
-def test_the_readme_is_short_and_starts_with_a_command():
-    assert len(PAGES["README.md"].splitlines()) <= 90
-    assert min(block.line for block in blocks("README.md") if block.language == "bash") <= 25
+def test_the_readme_shows_what_it_is_before_how_to_install_it():
+    text = PAGES["README.md"]
+    table = text.index("\n| model |")
+    assert table < text.index("## Installation") < text.index("## A first run")
+    assert text[:table].count("\n") < 15

@@ -123,7 +123,7 @@ def test_rows_of_our_files_are_measured_once(measured, tmp_path):
     rows = list(decoders.table_rows(lines, level))
     assert {row["file"] for row in rows} == {"int8", "int4, 32"}
     assert "| dense | pst-ds int8 |" in decoders.table(lines, level)
-    figure.draw(rows, "Brown", tmp_path / "front.svg")
+    figure.draw_decoders(rows, "Brown", tmp_path / "front.svg")
     said = {node.text for node in ElementTree.parse(tmp_path / "front.svg").iter() if node.text}
     assert {"int8", "int4, 32"} <= said
     again, opened = measured()

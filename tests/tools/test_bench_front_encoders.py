@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 pytest.importorskip("onnxruntime", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")
 
-from tools.bench.front import encoders
+from tools.bench.front import encoders, figure
 from tools.bench.front.__main__ import _parser
 from tools.quality.cells import Lines
 from tools.verbs import verb
@@ -69,6 +70,24 @@ def test_every_file_has_a_row_with_its_accuracy_size_and_times(models, monkeypat
     args.run(args, lines)
     assert len(lines.by_id) == 6
     assert before == {path: path.stat().st_mtime_ns for path in (models / "files").rglob("*") if path.is_file()}
+
+
+def test_the_figure_names_every_engine_once_and_every_file_in_both_panels(tmp_path):
+    engines = ("OpenVINO int8", "ONNX Runtime int8", "pst-ds int8, int8 activations")
+    rows = [
+        {
+            "engine": engine,
+            "model": f"model {number}",
+            "accuracy": 0.8 + 0.001 * number,
+            "ms": {"1x32": 4.0 + 0.2 * number, "8x128": 90.0 + number},
+        }
+        for engine in engines
+        for number in range(3)
+    ]
+    figure.draw_encoders(rows, tmp_path / "figure.svg")
+    texts = [node.text for node in ElementTree.parse(tmp_path / "figure.svg").iter() if node.text]
+    assert sum(text == "OpenVINO int8" for text in texts) == 1
+    assert all(texts.count(f"model {number}") == 2 * len(engines) for number in range(3))
 
 
 def in_this_process(openers, threads, feeds, repeats):

@@ -4,7 +4,7 @@
     PST_DS_INSTRUCTIONS=avx2 PYTHONPATH=LLAMA_FOR_AVX2 python -m tools.bench.front decoders --models ...
     python -m tools.bench.front encoders --models dense=runs/films/export half=runs/films-50
     python -m tools.bench.front table --level avx512           # from the rows
-    python -m tools.bench.front figure --corpus Brown
+    python -m tools.bench.front figure                         # docs/decoders.svg and docs/accuracy.svg
 
 Rows are kept in tools/quality/logs/results/front.jsonl; what has a row is not measured again. Needs the extra `peers`.
 """
@@ -46,18 +46,22 @@ def _parser() -> argparse.ArgumentParser:
     shown = verbs.add_parser("table", help="print the decoders' table")
     shown.add_argument("--level", default="avx512", help="instructions (default: %(default)s)")
     shown.set_defaults(run=lambda args, lines: print(decoders.table(lines, args.level)))
-    drawn = verbs.add_parser("figure", help="draw the decoders' figure")
+    drawn = verbs.add_parser("figure", help="draw the figures of decoders and of classifiers")
     drawn.add_argument("--level", default="avx512", help="instructions (default: %(default)s)")
     drawn.add_argument("--corpus", default="Brown", choices=list(decoders.CORPORA))
-    drawn.add_argument("--reference", help="only files whose distance is from this model (default: all files)")
-    drawn.add_argument("--out", type=Path, default=figure.FIGURE, help="(default: %(default)s)")
+    reference = "only decoders whose distance is from this model (default: %(default)s)"
+    drawn.add_argument("--reference", default="fine-tuned", help=reference)
+    drawn.add_argument("--decoders", type=Path, default=figure.DECODERS, metavar="FILE", help="(default: %(default)s)")
+    drawn.add_argument("--encoders", type=Path, default=figure.ENCODERS, metavar="FILE", help="(default: %(default)s)")
     drawn.set_defaults(run=_draw)
     return parser
 
 
 def _draw(args: argparse.Namespace, lines: Lines) -> None:
-    rows = decoders.table_rows(lines, args.level)
-    figure.draw([row for row in rows if args.reference in (None, row["reference"])], args.corpus, args.out)
+    of_decoders = [row for row in decoders.table_rows(lines, args.level) if row["reference"] == args.reference]
+    figure.draw_decoders(of_decoders, args.corpus, args.decoders)
+    of_encoders = [line for line in lines.by_id.values() if line["kind"] == encoders.KIND]
+    figure.draw_encoders(of_encoders, args.encoders)
 
 
 if __name__ == "__main__":
