@@ -6,6 +6,7 @@ outcome, before the next is read, so a killed run continues with the first block
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -256,10 +257,9 @@ class ModelFiles:
 
     def _parts(self, place: Pretrained) -> dict[str, str]:
         """Return the part of each tensor in the files. Raises InputError for tensors of another shape."""
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        from transformers.core_model_loading import rename_source_key
 
-        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        renamings, converters = _renamings_and_converters(self._mapping)
         own, prefix = self.model.state_dict(), self.model.base_model_prefix
         parts, self._names = {}, dict[str, str]()
         differing = []
@@ -311,7 +311,6 @@ def _skeleton(
     """Return a model with parameters on the meta device and buffers on the CPU, in the dtype of its config or files."""
     import transformers
     from accelerate import init_empty_weights
-    from transformers.conversion_mapping import get_model_conversion_mapping
 
     kind: Any = architecture(config) or transformers.AutoModel._model_mapping[type(config)]
     floating = (base.size(name)[0] for name in base.names)
@@ -327,8 +326,36 @@ def _skeleton(
     finally:
         torch.set_default_dtype(before)
     model.tie_weights()  # parameters on the meta device are new ones
-    model._weight_conversions = get_model_conversion_mapping(model)
+    model._weight_conversions = _used_conversions(model, base.names)
     return model.requires_grad_(False).eval()
+
+
+def _used_conversions(model: PreTrainedModel, names: Iterable[str]) -> list[Any]:
+    """Return those of transformers' conversions for this model that apply to tensors with ``names`` in its files.
+
+    ``from_pretrained`` keeps the same ones. The others are for older or original checkpoints of the family: reverting
+    them would look for names that these files do not have.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import rename_source_key
+
+    mapping: list[Any] = get_model_conversion_mapping(model)
+    # Matching changes the state of a conversion, so it is tried on a copy.
+    tried = copy.deepcopy(mapping)
+    renamings, converters = _renamings_and_converters(tried)
+    state = model.state_dict()
+    for name in names:
+        rename_source_key(name, renamings, converters, base_model_prefix=model.base_model_prefix, meta_state_dict=state)
+    return [conversion for conversion, copied in zip(mapping, tried, strict=True) if copied.was_used()]
+
+
+def _renamings_and_converters(mapping: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+    """Divide transformers' conversions into those that rename a tensor, and those that split or merge tensors."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    renamings = [conversion for conversion in mapping if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in mapping if isinstance(conversion, WeightConverter)]
+    return renamings, converters
 
 
 def _set(model: PreTrainedModel, tensors: Mapping[str, Tensor], mapping: Any) -> None:
