@@ -123,11 +123,17 @@ def _rank(layer: PSTLayer, factor: str) -> int:
 
 
 def _attention_width(model: nn.Module) -> int:
-    """Return heads x their width x layers according to the config; 0 if it does not tell."""
+    """Return heads x their width, summed over the layers, according to the config; 0 if it does not tell."""
     config = getattr(model, "config", None)
-    layers, hidden = (getattr(config, key, 0) or 0 for key in ("num_hidden_layers", "hidden_size"))
-    heads, width = (getattr(config, key, 0) or 0 for key in ("num_attention_heads", "head_dim"))
-    return int(layers * (heads * width or hidden))
+    num_layers = getattr(config, "num_hidden_layers", 0) or 0
+    # Layers of Gemma 4 and others differ in size, and such a config has no answer for all of them.
+    configs_of_layers = getattr(config, "per_layer_config", None) or [config] * num_layers
+    total = 0
+    for layer_config in configs_of_layers:
+        heads = getattr(layer_config, "num_attention_heads", 0) or 0
+        head_width = getattr(layer_config, "head_dim", 0) or 0
+        total += heads * head_width or getattr(layer_config, "hidden_size", 0) or 0
+    return int(total)
 
 
 def _counted(groups: Iterable[Group]) -> tuple[Group, ...]:

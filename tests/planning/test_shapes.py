@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.head_loss import head_loss
@@ -19,7 +19,7 @@ from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import build_engine, optimizer_bytes
 from pst_ds.planning.activations import trace_micro_batch
 from pst_ds.planning.memory import ZeroSettings, memory_plan, zero_settings
-from pst_ds.planning.shapes import model_numbers
+from pst_ds.planning.shapes import _attention_width, model_numbers
 from pst_ds.planning.time import Batch, step_traffic
 
 SHAPE = {
@@ -213,3 +213,20 @@ def test_bytes_of_a_rank_are_those_its_tensors_take(run_ranks, world_size):
         assert held == (plan.weights, plan.masks, plan.scales, plan.optimizer, plan.gradients)
         assert set(partitioned.tensors) == set(numbers.tensors)  # read under ZeRO-3, where shapes are hidden
     assert plan.masks >= math.ceil(numbers.pruned_weights / 8 / world_size)
+
+
+def test_the_width_of_attention_is_the_sum_over_layers_of_different_sizes():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(
+        "gemma4_text",
+        vocab_size=35,
+        num_hidden_layers=3,
+        head_dim=8,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        per_layer_config={2: {"head_dim": 16}},
+        **sizes,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert model.model.layers[2].self_attn.q_proj.out_features == 4 * 16
+    assert _attention_width(model) == 4 * 8 + 4 * 8 + 4 * 16

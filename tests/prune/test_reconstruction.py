@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -148,3 +149,35 @@ def test_a_block_that_returns_several_values_is_fitted_to_the_first():
     model = Stack()
     layers = _prune(model, "wanda", [{"x": torch.randn(20, 8)}], 4, pattern="2:4")
     assert [layer.zeros for layer in layers] == [32, 32]
+
+
+class _ChoosesTokens(nn.Module):
+    """A layer whose weight decides which tokens another one sees, as an indexer of sparse attention does."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.indexer = nn.Linear(inner.in_features, 1, bias=False)
+
+    def forward(self, x):
+        chosen = self.indexer(x).detach() > 0
+        return self.inner(torch.where(chosen, x, 0.5 * x))
+
+
+def test_a_weight_without_influence_on_the_outputs_stays_unchanged(tiny, batches):
+    model = tiny("llama")
+    for block in model.model.layers:
+        block.mlp.up_proj = _ChoosesTokens(block.mlp.up_proj)
+    model.requires_grad_(True)
+    indexers = [model.model.layers[0].mlp.up_proj.indexer]  # the inputs of the next block differ
+    wanda = _pruned_by_wanda(indexers, model, batches("llama"), passes=0)
+    fitted = _pruned_by_wanda(indexers, model, batches("llama"), passes=2)
+    assert all(torch.equal(one, two) for one, two in zip(wanda, fitted, strict=True))
+
+
+def _pruned_by_wanda(layers, model, batches, passes):
+    """Return the weights of ``layers`` after pruning a copy of ``model``."""
+    names = {id(module): name for name, module in model.named_modules()}
+    copied = copy.deepcopy(model)
+    _prune(copied, "wanda", batches, passes)
+    return [copied.get_submodule(names[id(layer)]).weight for layer in layers]
