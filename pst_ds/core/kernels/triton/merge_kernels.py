@@ -148,7 +148,9 @@ def gradients(
     if ends_ptr is not None:
         expert = first_expert + tl.program_id(2) // parts
         first_token = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
-        has_grad = is_in & (tl.load(ends_ptr + expert) > first_token)
+        # not `is_in & (end > first)`: the interpreter broadcasts a comparison of scalars as int32, not as a mask
+        rows_with_grad = tl.where(tl.load(ends_ptr + expert) > first_token, rows, 0)
+        has_grad = is_in & (row < rows_with_grad)
     grad = tl.load(grad_ptr + start + row.to(tl.int64) * grad_row + col, mask=has_grad, other=0.0)
     zero = tl.zeros((ROWS, COLS), held.dtype)
     tl.store(merged_ptr + start + row.to(tl.int64) * merged_row + col, tl.where(keep, merged, zero), mask=is_in)
