@@ -3,31 +3,31 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# versions to install, such as .ci/constraints.txt; without it, the newest of the ranges in pyproject.toml
-CONSTRAINTS ?=
+# the set of versions that CI tests; without one (make venv CONSTRAINTS=), the newest of the ranges in pyproject.toml
+CONSTRAINTS ?= .ci/constraints.txt
 # processes that run the unit tests, each of up to 8 GiB
 TEST_WORKERS ?= 2
 # processes that run the tests which fork ranks: two at a time leave fewer cores idle, and no port is shared
 RANK_WORKERS ?= 2
-LAUNCHER_TESTS := launcher or cluster
-RANK_TESTS := zero3 or $(LAUNCHER_TESTS)
-DEVICE_TESTS := device
-KERNEL_TESTS := interpreted
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 # every process of the tests, and every rank that they start, would compile the tests and the package anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: venv demo lint types test test-all check constraints bench gpu docs clean
+.PHONY: venv reinstall demo lint types test test-all test-newest check constraints bench gpu docs clean
 .NOTPARALLEL:
 
 venv: $(STAMP)
 
-$(STAMP): pyproject.toml
+# the stamp names the constraints that were installed: other ones are installed over them
+REINSTALL := $(shell test ! -f $(STAMP) || test "$$(cat $(STAMP))" = '$(CONSTRAINTS)' || echo reinstall)
+
+$(STAMP): pyproject.toml $(CONSTRAINTS) $(REINSTALL)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pst-ds needs Python 3.11 or newer: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint=,$(CONSTRAINTS)) --editable '.[dev]'
-	touch $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' \
+	  $(if $(CONSTRAINTS),--constraint=$(CONSTRAINTS),--upgrade --upgrade-strategy=eager)
+	echo '$(CONSTRAINTS)' > $@
 
 demo: venv
 	$(BIN)/python -m tools.demo
@@ -40,28 +40,20 @@ lint: venv
 types: venv
 	$(BIN)/mypy
 
-# Tests of marks $(1), with options $(2). Those that fork ranks of devices come first, in processes of their own: none
-# forks once a backward pass has had a device. Those that start launchers, and so take ports and look at processes, come
-# last and run one at a time. pytest ends with 5 where no test has the marks; tests/device is collected where "device" is
-# the first word of the expression.
-define run_tests
-	$(call pytest,$(1),$(DEVICE_TESTS) and zero3,tests/device $(2) $(call workers,$(RANK_WORKERS)))
-	$(call pytest,$(1),$(DEVICE_TESTS) and not zero3,tests/device $(2) $(call workers,$(RANK_WORKERS)))
-	TRITON_INTERPRET=1 $(call pytest,$(1),$(KERNEL_TESTS),tests/kernels $(2) $(call workers,$(TEST_WORKERS)))
-	$(call pytest,$(1),not ($(RANK_TESTS) or $(DEVICE_TESTS) or $(KERNEL_TESTS)),$(2) $(call workers,$(TEST_WORKERS)))
-	$(call pytest,$(1),zero3 and not ($(LAUNCHER_TESTS) or $(DEVICE_TESTS)),$(2) $(call workers,$(RANK_WORKERS)))
-	$(call pytest,$(1),($(LAUNCHER_TESTS)),$(2))
-endef
-pytest = $(BIN)/python -m pytest -m '$(2) and ($(1))' $(3) || test $$? = 5
-workers = --numprocesses $(1) --dist worksteal
+RUN_TESTS = $(BIN)/python -m tools.run_tests --unit-workers $(TEST_WORKERS) --rank-workers $(RANK_WORKERS) \
+  $(if $(ONLY),--only $(ONLY))
 
-# every promise of the documentation at least once
+# every promise of the documentation at least once, in six stages. Some again: make test ONLY="kernels ranks"
 test: venv
-	$(call run_tests,not thorough,--hypothesis-profile quick)
+	$(RUN_TESTS) --scope quick
 
-# and all that is left, with more examples of every property
-test-all: test
-	$(call run_tests,thorough or hypothesis,--hypothesis-profile thorough)
+# all tests, with more examples of every property
+test-all: venv
+	$(RUN_TESTS) --scope all
+
+# the tests that depend most on other packages, with the newest versions; leaves .venv unchanged
+test-newest: venv
+	$(BIN)/python -m tools.newest_versions
 
 check: lint types test-all
 
@@ -89,4 +81,4 @@ docs: venv
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file tools/docs/mkdocs.yml
 
 clean:
-	rm -rf $(VENV) build runs *.egg-info
+	rm -rf $(VENV) .venv-newest build runs *.egg-info

@@ -170,6 +170,48 @@ def torch_bytes() -> Callable[[Callable[[], object]], tuple[int, int]]:
 
 
 @pytest.fixture(scope="session")
+def tensor_bytes() -> Callable[[Callable[[], object]], int]:
+    """Measures a call: the most bytes that the tensors which its operations return hold at a time.
+
+    Unlike ``torch_bytes`` it leaves out what a library allocates within an operation, which depends on the processor:
+    oneDNN copies the operands of a bf16 product where it uses AMX.
+    """
+    from torch import Tensor, UntypedStorage
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Measure(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.most = 0
+            self.made: dict[int, tuple[StorageWeakRef, int]] = {}  # storages of results, with their bytes
+            self.given: dict[int, object] = {}  # storages from before the call; held, so that no address is used again
+
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.made = {key: (held, nbytes) for key, (held, nbytes) in self.made.items() if not held.expired()}
+            for storage in storages((args, kwargs)):
+                if storage._cdata not in self.made:
+                    self.given[storage._cdata] = storage
+            result = operation(*args, **(kwargs or {}))
+            for storage in storages(result):
+                if storage._cdata not in self.given:
+                    self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            self.most = max(self.most, sum(nbytes for _, nbytes in self.made.values()))
+            return result
+
+    def storages(values: object) -> Iterator[UntypedStorage]:
+        return (leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+
+    def measure(run: Callable[[], object]) -> int:
+        with Measure() as measured:
+            run()
+        return measured.most
+
+    return measure
+
+
+@pytest.fixture(scope="session")
 def imported_by_ranks() -> None:
     """Do once, before any fork, what would cost every rank of every test a fifth of a second: imports, and what
     transformers prepares for the first model.

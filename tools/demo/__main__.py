@@ -20,7 +20,7 @@ from pst_ds.config.toml import load_run
 from pst_ds.core.kernels.host import cpu_name, multiplies_bf16
 from tools.bench.timing import print_table
 from tools.demo.films import install_packages, write_splits
-from tools.demo.small_files import small_files
+from tools.demo.small_files import COMPARED_REVIEWS, small_files
 from tools.verbs import verb
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,7 +111,7 @@ def pack(folder: str) -> dict[str, Any]:
     """Export as bitmask in the training precision, and verify the export on a part of the test examples."""
     out = f"{folder}/packed"
     exported = verb("export", folder, "--format", "bitmask", "--dtype", precision(), "--out", out)
-    verified = verb("verify", out, "--against", folder, "--limit", "256")
+    verified = verb("verify", out, "--against", folder, "--limit", COMPARED_REVIEWS)
     dense_bytes = exported["dense_bf16_bytes"] * (1 if precision() == "bf16" else 2)
     return {
         "packed_dir": out,
