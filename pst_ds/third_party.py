@@ -1,13 +1,16 @@
 """Every change to code of other packages is made here, after a check that what it changes exists."""
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, requires, version
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pst_ds.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Code = Callable[..., object]
 _REQUIREMENT = re.compile(r"([\w.-]+)\s*([^;]*)")
@@ -47,6 +50,62 @@ def patched(owner: object, name: str, make: Callable[[Code], Code]) -> Iterator[
         yield
     finally:
         setattr(owner, name, before)
+
+
+@contextmanager
+def patched_entry(registry: MutableMapping[str, Code], key: str, make: Callable[[Code], Code]) -> Iterator[None]:
+    """Replace ``registry[key]`` by what ``make`` returns for it, inside the context. Raises ThirdPartyError.
+
+    ``registry``: a dict, or a registry of functions by name as in transformers, which has a layer of overrides.
+    """
+    before = registry.get(key)
+    if before is None:
+        raise ThirdPartyError(
+            f"{type(registry).__name__}[{key!r}]: the installed package does not register it, and pst-ds has to change "
+            "it. Install the versions that pst-ds requires"
+        )
+    registry[key] = make(before)
+    try:
+        yield
+    finally:
+        # deleting an override of transformers' registries uncovers the original entry; a dict has no layers
+        del registry[key]
+        if registry.get(key) is not before:
+            registry[key] = before
+
+
+def while_computing(model: "nn.Module", scope: Callable[["nn.Module"], AbstractContextManager[object]]) -> None:
+    """Enter ``scope(module)`` whenever ``model``, or a part of it by itself, computes.
+
+    The second happens in backward passes, if gradient checkpointing recomputes a block. ``scope`` is not entered again
+    for parts of a module that is inside it already.
+    """
+    hooks = _ScopeOfModel(scope)
+    for module in model.modules():
+        # attention is called by a module with projections; transformers recomputes blocks without their own hooks
+        if module is model or next(module.children(), None) is not None:
+            module.register_forward_pre_hook(hooks.enter)
+            # prepended, so that several scopes of a model are left in the reverse order
+            module.register_forward_hook(hooks.leave, prepend=True, always_call=True)
+
+
+class _ScopeOfModel:
+    """Hooks that enter a context at the outermost call of a model's modules and leave it after that call."""
+
+    def __init__(self, scope: Callable[["nn.Module"], AbstractContextManager[object]]):
+        self._scope = scope
+        self._depth = 0
+        self._entered = ExitStack()
+
+    def enter(self, module: "nn.Module", args: object) -> None:
+        if self._depth == 0:
+            self._entered.enter_context(self._scope(module))
+        self._depth += 1
+
+    def leave(self, module: "nn.Module", args: object, output: object) -> None:
+        self._depth = max(0, self._depth - 1)  # not entered if another hook raised before
+        if self._depth == 0:
+            self._entered.close()
 
 
 def supported(package: str) -> str:

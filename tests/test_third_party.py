@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ast
 import re
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
+from transformers.modeling_utils import AttentionInterface
 
-from pst_ds.third_party import ThirdPartyError, patch, patched, require, supported
+from pst_ds.third_party import ThirdPartyError, patch, patched, patched_entry, require, supported, while_computing
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pst_ds"
 USES = {
@@ -24,6 +28,7 @@ USES = {
     ("parallel/engine.py", "fetch_sub_module"),
     ("parallel/engine.py", "param_coordinator"),
     ("parallel/engine.py", "parameter_offload"),
+    ("parallel/sequence.py", "attention"),  # by its name in transformers' registry
     ("parallel/traffic.py", "name"),  # of each collective of a process group
     ("parallel/zero3.py", "__init__"),
     ("parallel/zero3.py", "_ZERO_PARAM_INTRA_PARALLEL_GROUP"),
@@ -31,6 +36,7 @@ USES = {
     ("parallel/zero3.py", "_partition_param_sec"),
     ("parallel/zero3.py", "_post_init_method"),
     ("planning/activations.py", "scaled_dot_product_attention"),
+    ("train/sequences.py", "implementation"),  # of attention and of masks, by its name in transformers' registries
     ("train/trainer_callback.py", "DEFAULT_CALLBACKS"),
 }
 """(file, changed or required attribute) of every use of pst_ds.third_party."""
@@ -45,6 +51,51 @@ def test_a_patch_inside_a_context_is_undone():
     assert module.read is before
     patch(module, "read", lambda read: lambda: read() + 2)
     assert module.read() == 3
+
+
+@pytest.mark.parametrize("make_registry", [dict, AttentionInterface])
+def test_a_patched_entry_of_a_registry_is_undone_layer_by_layer(make_registry):
+    registry = make_registry()
+    registry["ours"] = before = object()
+    for key in [key for key in ("sdpa", "ours") if key in registry]:
+        original = registry[key]
+        with patched_entry(registry, key, lambda entry: (entry,)):
+            with pytest.raises(ValueError), patched_entry(registry, key, lambda entry: (entry,)):  # noqa: PT011, PT012
+                assert registry[key] == ((original,),)
+                raise ValueError
+            assert registry[key] == (original,)
+        assert registry[key] is original
+    assert getattr(registry, "_local_mapping", registry) == {"ours": before}
+    with pytest.raises(ThirdPartyError, match="'gone'"), patched_entry(registry, "gone", lambda entry: entry):
+        pass
+
+
+def test_a_scope_is_entered_once_for_a_model_and_for_a_part_by_itself():
+    events = []
+
+    @contextmanager
+    def scope(name, module):
+        events.append((name, "enter", type(module).__name__))
+        yield
+        events.append((name, "leave"))
+
+    block = nn.Sequential(nn.Linear(2, 2))
+    model = nn.ModuleList([block])
+    model.forward = lambda x: block(x)
+    while_computing(model, partial(scope, "outer"))
+    while_computing(model, partial(scope, "inner"))
+    for module in (model, block):
+        for x in (torch.zeros(1, 2), torch.zeros(1, 3)):  # the second raises
+            with suppress(RuntimeError):
+                module(x)
+            name = type(module).__name__
+            assert events == [
+                ("outer", "enter", name),
+                ("inner", "enter", name),
+                ("inner", "leave"),
+                ("outer", "leave"),
+            ]
+            events.clear()
 
 
 @pytest.mark.parametrize("owner", [nn.Linear, nn.Linear(1, 1)], ids=["class", "object"])
@@ -79,7 +130,12 @@ def test_every_use_is_listed():
         }
         calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
         for call in calls:
-            if isinstance(call.func, ast.Name) and call.func.id in helpers & {"patch", "patched", "require"}:
+            if isinstance(call.func, ast.Name) and call.func.id in helpers & {
+                "patch",
+                "patched",
+                "patched_entry",
+                "require",
+            }:
                 attribute = call.args[1]
                 found |= {(name, text) for text in _names(tree, attribute)}
     assert found == USES
@@ -95,7 +151,7 @@ def _names(tree, attribute):
 
 
 def test_nothing_else_assigns_to_what_other_packages_define():
-    """Neither ``module.name = ...`` nor ``setattr(module, ...)`` on a name that was imported from elsewhere."""
+    """None of ``module.name = ...``, ``setattr(module, ...)`` and ``REGISTRY[key] = ...``, for imported names."""
     found = []
     for name, tree in _trees():
         foreign = {
@@ -110,9 +166,10 @@ def test_nothing_else_assigns_to_what_other_packages_define():
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setattr":
                 targets = [ast.Attribute(node.args[0], "")]
             for target in targets:
-                root = target.value if isinstance(target, ast.Attribute) else None
+                root = target.value if isinstance(target, ast.Attribute | ast.Subscript) else None
+                is_environment = ast.unparse(root) == "os.environ" if root else False
                 while isinstance(root, ast.Attribute):
                     root = root.value
-                if getattr(root, "id", "") in foreign:
+                if getattr(root, "id", "") in foreign and not is_environment:
                     found.append(f"{name}, line {node.lineno}")
     assert found == []

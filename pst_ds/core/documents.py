@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
+from inspect import signature
 from itertools import pairwise
 
 import torch
@@ -37,18 +38,34 @@ def document_mask(documents: Tensor) -> Tensor | None:
 
 
 def by_document(attend: Attention) -> Attention:
-    """Return ``attend``, which for a table of documents as mask computes each of its (row, start, stop) by itself."""
+    """Return ``attend``, which for a table of documents as mask computes each of its (row, start, stop) by itself.
+
+    The result has the signature of ``attend``: some models pass the mask by position, others by keyword.
+    """
+
+    parameters = signature(attend)
 
     @wraps(attend)
     def attention(
-        module: object, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: object, **kwargs: object
+        module: object,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: object,
+        **kwargs: object,
     ) -> tuple[Tensor, object]:
-        if mask is None or mask.dtype != torch.int64:
-            return attend(module, query, key, value, mask, *args, **kwargs)
+        if attention_mask is None or attention_mask.dtype != torch.int64:
+            return attend(module, query, key, value, attention_mask, *args, **kwargs)
+        call = parameters.bind(module, query, key, value, None, *args, **kwargs)
+        bias = call.arguments.get("position_bias")  # (rows or 1, heads or 1, queries, keys)
         parts = []
-        for row, start, stop in mask.tolist():
+        for row, start, stop in attention_mask.tolist():
             q, k, v = (values[row : row + 1, :, start:stop] for values in (query, key, value))
-            parts.append(attend(module, q, k, v, None, *args, **kwargs)[0].flatten(0, 1))
+            if bias is not None:
+                of_row = bias[row : row + 1] if len(bias) > 1 else bias
+                call.arguments["position_bias"] = of_row[..., start:stop, start:stop]
+            parts.append(attend(module, q, k, v, *call.args[4:], **call.kwargs)[0].flatten(0, 1))
         return torch.cat(parts).unflatten(0, query.shape[:1] + query.shape[2:3]), None
 
     return attention

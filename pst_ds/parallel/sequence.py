@@ -6,26 +6,25 @@ over all ranks as usual.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pst_ds.core.documents import document_mask
+from pst_ds.core.documents import by_document, document_mask
 from pst_ds.parallel.zero3 import in_backward_pass
-
-_CORE = "pst_ds_core"
-"""Attribute of our attention function that holds the function it replaces."""
+from pst_ds.third_party import patched_entry, while_computing
 
 
 class SequenceParallel:
-    """A group of ``degree`` neighbouring ranks that train on the same sequences. Creating it is collective.
+    """A group of ``degree`` neighbouring ranks that train ``model`` on the same sequences. Creating it is collective.
 
-    It replaces ``attention``, a name in the registry of transformers, for all models of this process. Outside of
-    :meth:`sharing` and of backward passes, it calls the original function.
+    It replaces ``attention``, a name in the registry of transformers, while the model or a part of it computes inside
+    :meth:`sharing`, or inside a backward pass.
     """
 
-    def __init__(self, degree: int, attention: str):
+    def __init__(self, degree: int, model: nn.Module, attention: str):
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         self.degree = degree
@@ -38,13 +37,14 @@ class SequenceParallel:
         self._ranks, self._group = next(pair for pair in made if dist.get_rank() in pair[0])
         self._takes_masks = attention == "sdpa"
         core = ALL_ATTENTION_FUNCTIONS[attention]
-        self._core: Callable[..., object] = getattr(core, _CORE, core)
+        self._core: Callable[..., object] = by_document(core) if self._takes_masks else core
 
-        def attend(*args: object, **kwargs: object) -> object:
-            return self._attend(*args, **kwargs)  # type: ignore[arg-type]
+        def scope(module: nn.Module) -> AbstractContextManager[None]:
+            if self._positions is None or not (self._is_sharing or in_backward_pass()):
+                return nullcontext()
+            return patched_entry(ALL_ATTENTION_FUNCTIONS, attention, self._sharing_attention)
 
-        setattr(attend, _CORE, self._core)
-        ALL_ATTENTION_FUNCTIONS[attention] = attend
+        while_computing(model, scope)
 
     def part(self, whole: Tensor) -> Tensor:
         """Return this rank's stretch of ``whole``, (sequences, length, ...); the degree must divide the length."""
@@ -64,25 +64,30 @@ class SequenceParallel:
         finally:
             self._is_sharing = False
 
-    def _attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: object,
-        *args: object,
-        **kwargs: object,
-    ) -> object:
-        if self._positions is None or not (self._is_sharing or in_backward_pass()):
-            return self._core(module, query, key, value, mask, *args, **kwargs)
-        kwargs["position_ids"] = self.part(self._positions)
-        groups = getattr(module, "num_key_value_groups", None)
-        try:
-            return self._trader(query, key)(module, query, key, value, self._mask, *args, **kwargs)
-        finally:
-            if groups is not None:  # DeepSpeed changes it if there are more ranks than key heads
-                module.num_key_value_groups = groups
+    def _sharing_attention(self, attend: Callable[..., object]) -> Callable[..., object]:
+        """Return a function with the signature of ``attend`` that computes a share of the heads for all tokens."""
+
+        @wraps(attend)
+        def attention(
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: object,
+            *args: object,
+            **kwargs: object,
+        ) -> object:
+            assert self._positions is not None
+            kwargs["position_ids"] = self.part(self._positions)
+            groups = getattr(module, "num_key_value_groups", None)
+            try:
+                # attention_mask is for this rank's tokens; self._mask is for those of all ranks
+                return self._trader(query, key)(module, query, key, value, self._mask, *args, **kwargs)
+            finally:
+                if groups is not None:  # DeepSpeed changes it if there are more ranks than key heads
+                    module.num_key_value_groups = groups
+
+        return attention
 
     def _trader(self, query: Tensor, key: Tensor) -> Callable[..., object]:
         """Return DeepSpeed's module for tensors of these shapes, (sequences, heads, length, width of a head)."""

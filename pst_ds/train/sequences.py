@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from functools import partial, wraps
+from inspect import signature
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
@@ -18,6 +21,7 @@ from pst_ds.data.tasks.task import IGNORED
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import raise_on_all_ranks, raise_together
 from pst_ds.parallel.sequence import SequenceParallel
+from pst_ds.third_party import patched_entry, while_computing
 from pst_ds.train.run_context import RunContext
 from pst_ds.train.token_heads import following, why_all_logits
 
@@ -46,11 +50,11 @@ def keep_documents_apart(model: nn.Module) -> None:
     """Make a transformers model keep documents apart whose ``position_ids`` restart at 0.
 
     Most models do so already, but some (OPT, BLOOM, MPT, gpt-oss) make their masks without the positions, so these get
-    masks that know the documents. Flash attention finds the borders of documents by positions only if the batch is one
-    row: inputs (batch, length) become one row, and logits and hidden states (batch, length, ...) again.
+    masks that know the documents, while the model computes. Flash attention finds the borders of documents by positions
+    only if the batch is one row: inputs (batch, length) become one row, and logits and hidden states (batch, length,
+    ...) again.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     config = getattr(model, "config", None)
     if config is None:
@@ -59,15 +63,26 @@ def keep_documents_apart(model: nn.Module) -> None:
         flatten_packed_rows(model)
         return
     implementation = getattr(config.get_text_config(), "_attn_implementation", None) or ""
-    make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
-    if make_mask is None:
+    if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
         return
-    if not hasattr(make_mask, "adds_documents"):  # else it was replaced for another model of this process
-        ALL_MASK_ATTENTION_FUNCTIONS[implementation] = _adding_documents(make_mask, implementation == "sdpa")
-        if implementation == "sdpa":
-            ALL_ATTENTION_FUNCTIONS[implementation] = by_document(ALL_ATTENTION_FUNCTIONS[implementation])
     model.register_forward_pre_hook(_enter, with_kwargs=True)
     model.register_forward_hook(_leave, always_call=True)
+    while_computing(model, partial(_knowing_documents, implementation))
+
+
+@contextmanager
+def _knowing_documents(implementation: str, module: nn.Module) -> Iterator[None]:
+    """Let the masks, and ``sdpa``, of an attention ``implementation`` of transformers keep documents apart."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    takes_tables = implementation == "sdpa"
+    with ExitStack() as patches:
+        add_documents = partial(_adding_documents, takes_tables=takes_tables)
+        patches.enter_context(patched_entry(ALL_MASK_ATTENTION_FUNCTIONS, implementation, add_documents))
+        if takes_tables:
+            patches.enter_context(patched_entry(ALL_ATTENTION_FUNCTIONS, implementation, by_document))
+        yield
 
 
 def _enter(module: nn.Module, args: tuple[object, ...], kwargs: Inputs) -> None:
@@ -83,16 +98,19 @@ def _leave(module: nn.Module, args: tuple[object, ...], out: object) -> None:
     _DOCUMENTS.set(None)
 
 
-def _adding_documents(make_mask: Callable[..., object], takes_tables: bool) -> Callable[..., object]:
+def _adding_documents(make_mask: Callable[..., object], *, takes_tables: bool) -> Callable[..., object]:
     """Wrap ``make_mask``, a mask function of transformers, so that tokens attend to their own document only.
 
     ``takes_tables``: return a table of documents for long sequences, see :func:`by_document`.
     """
+    names = tuple(signature(make_mask).parameters)
 
-    def make(*args: object, **settings: object) -> object:
+    @wraps(make_mask)
+    def make(*args: object, **kwargs: object) -> object:
         documents = _DOCUMENTS.get()
+        settings = {**dict(zip(names, args, strict=False)), **kwargs}
         if documents is None or settings.get("kv_length") != documents.shape[1]:
-            return make_mask(*args, **settings)
+            return make_mask(*args, **kwargs)
         if takes_tables and is_long(documents.shape[1]) and settings.get("local_size") is None:
             return document_mask(documents)
         others = cast("Callable[..., Tensor]", settings["mask_function"])
@@ -100,9 +118,8 @@ def _adding_documents(make_mask: Callable[..., object], takes_tables: bool) -> C
         def see(example: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return others(example, head, query, key) & (documents[example, query] == documents[example, key])
 
-        return make_mask(*args, **{**settings, "mask_function": see, "allow_is_causal_skip": False})
+        return make_mask(**{**settings, "mask_function": see, "allow_is_causal_skip": False})
 
-    make.adds_documents = True  # type: ignore[attr-defined]
     return make
 
 
@@ -262,7 +279,7 @@ def shared_sequences(engine: Engine, context: RunContext) -> SequenceParallel | 
     if reason := why_all_logits(engine.module, context.task):
         raise ConfigError(f"train.sequence_parallel = {degree} needs a known head, but {reason}; set it to 1")
     config: PreTrainedConfig = engine.module.config  # type: ignore[assignment]
-    shared = SequenceParallel(degree, config._attn_implementation)
+    shared = SequenceParallel(degree, engine.module, config._attn_implementation)
     require_same_when_shared(engine, context.run, shared, context.device)
     return shared
 

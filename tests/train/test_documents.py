@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+from inspect import Parameter, signature
+
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pst_ds.cli.main import main
+from pst_ds.core.documents import by_document
 from pst_ds.data.tasks.causal_lm import Sequences, collate_sequences
 from pst_ds.parallel.engine import LocalEngine
+from pst_ds.parallel.sequence import SequenceParallel
 from pst_ds.train.sequences import flatten_packed_rows, keep_documents_apart, reads_on
 from tests.nn.expert_families import tiny_model
 
@@ -30,6 +37,12 @@ FAMILIES = {
     "bloom": {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4},
     "mpt": {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
     "gpt_oss": {**_SMALL, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
+    # this one passes the mask to its attention by keyword
+    "afmoe": {
+        **_SMALL, "sliding_window": 5, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2,
+        "num_dense_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
 }  # fmt: skip
 
 
@@ -101,6 +114,68 @@ def test_long_sequences_of_documents_have_the_gradients_of_a_mask_and_no_tensor_
     for by_table, by_mask in zip(*gradients.values(), strict=True):
         torch.testing.assert_close(by_table, by_mask, rtol=1e-4, atol=1e-5)
     assert most[length] < length**2 <= most[length + 1]
+
+
+def _registries():
+    """What transformers finds in its registries of attention and of masks, by id."""
+    registries = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
+    return [{key: id(function) for key, function in registry.items()} for registry in registries]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_registries_are_changed_only_while_the_model_computes(implementation, monkeypatch):
+    """Also after an error, and in a backward pass, which recomputes blocks."""
+    monkeypatch.setattr("pst_ds.core.documents.LONG", 20)
+    model, (batch, _) = _model("llama").train(), _packed(7, 12, 1, 9)
+    model.set_attn_implementation(implementation)
+    before, inside = _registries(), []
+    keep_documents_apart(model)
+    model.gradient_checkpointing_enable()
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _module, _args: inside.append(_registries()))
+    loss = model(**batch).loss
+    assert _registries() == before
+    loss.backward()
+    assert _registries() == before
+    with pytest.raises(IndexError):
+        model(input_ids=batch["input_ids"] + 1000, position_ids=batch["position_ids"])
+    assert _registries() == before
+    assert len(inside) == 4
+    assert before not in inside
+
+
+@pytest.mark.parametrize("wrap", [by_document, partial(SequenceParallel._sharing_attention, None)])
+def test_wrapped_attention_has_the_parameters_of_what_it_wraps(wrap):
+    """Names, kinds and order, because some models pass an argument by position and some by keyword."""
+    expected = list(signature(sdpa_attention_forward).parameters.values())
+    got = list(signature(wrap(sdpa_attention_forward), follow_wrapped=False).parameters.values())
+    *named, others_by_position, others_by_name = [(parameter.name, parameter.kind) for parameter in got]
+    assert named == [(parameter.name, parameter.kind) for parameter in expected[: len(named)]]
+    assert "attention_mask" in dict(named)
+    assert others_by_position[1] == Parameter.VAR_POSITIONAL
+    assert others_by_name[1] == Parameter.VAR_KEYWORD
+
+
+@pytest.mark.parametrize("table", [None, torch.tensor([[0, 0, 2], [0, 2, 5]])], ids=["no mask", "table"])
+def test_arguments_of_attention_are_passed_by_position_or_by_keyword(table):
+    q, k, v = torch.randn(3, 1, 4, 5, 8, generator=torch.Generator().manual_seed(1)).unbind()
+    attend, module = by_document(sdpa_attention_forward), torch.nn.Module()
+    bias = torch.randn(1, 4, 5, 5, generator=torch.Generator().manual_seed(2))
+    arguments = {
+        "module": module, "query": q, "key": k, "value": v, "attention_mask": table, "dropout": 0.0, "scaling": 0.3,
+        "is_causal": True, "position_bias": bias,
+    }  # fmt: skip
+    spans = [(0, 5)] if table is None else [(0, 2), (2, 5)]
+    expected = torch.zeros(1, 5, 4, 8)
+    for start, stop in spans:
+        scores = 0.3 * q[..., start:stop, :] @ k[..., start:stop, :].mT + bias[..., start:stop, start:stop]
+        unseen = torch.ones(stop - start, stop - start).triu(1).bool()
+        weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)
+        expected[:, start:stop] = (weights @ v[..., start:stop, :]).transpose(1, 2)
+    for by_position in range(len(arguments) + 1):
+        positional = list(arguments.values())[:by_position]
+        by_name = dict(list(arguments.items())[by_position:])
+        torch.testing.assert_close(attend(*positional, **by_name)[0], expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -185,6 +260,7 @@ def _train(folder, model, capsys, **more):
 @pytest.mark.parametrize(
     ("family", "more"),
     [
+        ("afmoe", {"model.gradient_checkpointing": "true"}),
         ("opt", {}),
         ("opt", {"data.document_mask": "true"}),
         ("gpt_oss", {}),
@@ -194,16 +270,20 @@ def _train(folder, model, capsys, **more):
 )
 def test_a_model_whose_masks_can_keep_documents_apart_trains(family, more, tmp_path, capsys):
     model = _experts(0, layers=12) if family == "qwen3_moe" else _model(family)
+    before = _registries()
     code, said = _train(tmp_path, model, capsys, **more)
     assert code == 0, said
-    assert "reads on" not in said
+    assert "lets tokens see" not in said
+    assert _registries() == before
 
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("mask", ["", "true", "false"])
 def test_a_model_that_reads_on_trains_with_a_warning_unless_it_was_asked_not_to(mask, tmp_path, capsys):
     """Its linear attention heeds neither positions nor masks."""
+    before = _registries()
     code, said = _train(tmp_path, tiny_model("qwen3_next"), capsys, **({"data.document_mask": mask} if mask else {}))
+    assert _registries() == before  # also where the run is refused
     assert code == (2 if mask == "true" else 0), said
     expected = {
         "": "data.document_mask is not set, and model.path",

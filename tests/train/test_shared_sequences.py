@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pst_ds.checkpoint.format import read_checkpoint
 from pst_ds.config.run import ConfigError
@@ -44,8 +46,11 @@ def _one_step(folder, degree, *more):
     engine.train()
     masks = update_masks(engine.module, 0.5)
     batch = prepared.task.collate(examples, [0, 1], prepared.tokenizer)
+    attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
     loss = objective(engine, batch)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attention
     engine.backward(loss)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attention
     named = engine.module.named_parameters()
     gradients = {name: safe_get_full_grad(param).clone() for name, param in named if param.requires_grad}
     return masks.checksum, float(loss.detach()), gradients, "position_ids" in batch
@@ -75,6 +80,33 @@ def test_two_ranks_that_share_sequences_have_the_masks_and_gradients_of_one(run_
     for name, gradient in gradients.items():
         apart = float((shared[0][2][name] - gradient).norm())
         assert apart <= 1e-5 * max(float(gradient.norm()), 1e-3 * largest), name
+
+
+def _afmoe(folder):
+    """A model whose attention gets its mask by keyword, with full attention only."""
+    torch.manual_seed(2)
+    config = AutoConfig.for_model(
+        "afmoe", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, pad_token_id=0, moe_intermediate_size=16,
+        num_experts=4, num_experts_per_tok=2, num_dense_layers=1, sliding_window=64,
+        layer_types=["full_attention", "full_attention"],
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    AutoTokenizer.from_pretrained("tests/data/tiny-llama").save_pretrained(folder)
+    return [f"model.path={json.dumps(str(folder))}", "model.gradient_checkpointing=true"]
+
+
+@pytest.mark.zero3
+def test_two_ranks_share_sequences_of_a_model_that_passes_masks_by_keyword(run_ranks, tmp_path):
+    more = _afmoe(tmp_path / "base")
+    ((_, expected, gradients, _),) = run_ranks(_one_step, 1, str(tmp_path), 1, *more)
+    shared = run_ranks(_one_step, 2, str(tmp_path), 2, *more)
+    assert (shared[0][1] + shared[1][1]) / 2 == pytest.approx(expected, rel=1e-6)
+    total, apart = (
+        math.hypot(*(float(part.norm()) for part in parts))
+        for parts in (gradients.values(), [shared[1][2][name] - gradient for name, gradient in gradients.items()])
+    )
+    assert apart <= 1e-5 * total
 
 
 @pytest.mark.zero3
