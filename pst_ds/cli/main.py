@@ -237,7 +237,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     add("--load-as", choices=("auto", "sparse", "dense"), default="auto", help="keep weights packed, or unpack them")
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the folder's")
     add("--threads", type=count, metavar="N", help="threads (default: OMP_NUM_THREADS, or all cores)")
-    engine = "the native loop, or transformers; auto: native on a CPU for quantised weights; always with --store"
+    engine = "the native decoder, or transformers (default: native for int8 and int4 values on a CPU, and with --store)"
     add("--engine", choices=("auto", "native", "torch"), default="auto", help=engine)
 
 

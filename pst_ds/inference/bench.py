@@ -4,7 +4,6 @@ import argparse
 import inspect
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
@@ -18,7 +17,8 @@ from pst_ds.core.kernels.host import cpu_name
 from pst_ds.core.kl_divergence import KLDivergence
 from pst_ds.errors import InputError
 from pst_ds.formats import FORMATS
-from pst_ds.inference.decoder import Decoder, DecoderError
+from pst_ds.inference.decoder import Decoder
+from pst_ds.inference.engine import open_decoder
 from pst_ds.inference.hf.model_folder import ModelFolder, open_model_folder
 from pst_ds.inference.runtime import native, sparse_layers
 from pst_ds.progress import Progress
@@ -63,15 +63,12 @@ class NativeLoop:
 
     @classmethod
     def of(cls, folder: ModelFolder, positions: int, sequences: int) -> Self | None:
-        """Open ``folder``. Return None if its values are not quantised, or the decoder does not support the model."""
-        if not folder.is_causal or folder.values is None:
+        """Open ``folder``. Return None if it is not causal, or :func:`open_decoder` would choose transformers."""
+        if not folder.is_causal:
             return None
-        try:
-            decoder = Decoder.from_pretrained(folder.path, positions, sequences=sequences)
-        except (DecoderError, RuntimeError) as error:
-            print(f"the native loop is not measured: {error}", file=sys.stderr)
-            return None
-        return cls(decoder, folder.weight_file_bytes)
+        instead = "the native loop is not measured"  # as the row of the table is called
+        decoder = open_decoder(folder, context=positions, sequences=sequences, instead=instead)
+        return None if decoder is None else cls(decoder, folder.weight_file_bytes)
 
     def facts(self) -> dict[str, int | None]:
         return {"resident_bytes": self.decoder.weight_bytes, "file_bytes": self._file_bytes, "sparse_layers": 0}

@@ -1,6 +1,5 @@
 """``pst_ds.load``: a model folder as an object that generates text, or predicts labels, numbers or embeddings."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,28 +9,28 @@ from transformers.generation.streamers import BaseStreamer
 
 from pst_ds.core.packings import ONNX_FILE
 from pst_ds.errors import InputError
-from pst_ds.inference.decoder import Decoder, DecoderError, Sampling
+from pst_ds.inference.decoder import Decoder, Sampling
 from pst_ds.inference.decoder.sampling import GREEDY_BELOW
 from pst_ds.inference.encoder.encoder import Encoder
+from pst_ds.inference.engine import Engine, open_decoder
 from pst_ds.inference.hf.model_folder import ModelFolder, open_model_folder
 
 
 class Generator:
-    """A causal language model in memory. Runs on the CPU, in the native decoder or else in transformers."""
+    """A causal language model in memory. Runs on the CPU, in the native decoder or in transformers."""
 
-    def __init__(self, folder: ModelFolder, *, threads: int | None = None, context: int = 2048):
-        """Open a model; say on stderr if the native decoder does not support it. Raises InputError."""
+    def __init__(
+        self, folder: ModelFolder, *, threads: int | None = None, context: int = 2048, engine: Engine = "auto"
+    ):
+        """Open a model in the engine that :func:`open_decoder` chooses. Raises InputError."""
         if (folder.path / ONNX_FILE).is_file():
             raise InputError(f"{folder.path} has a graph without a cache. Name a bitmask or dense export")
         self.path, self.tokenizer = folder.path, folder.tokenizer()
         self._ends = folder.end_tokens(self.tokenizer)
         if threads:
             torch.set_num_threads(threads)
-        try:
-            self._model: Decoder | PreTrainedModel = Decoder.from_pretrained(folder.path, context, threads=threads)
-        except (DecoderError, RuntimeError) as error:
-            print(f"using transformers instead of the native decoder: {error}", file=sys.stderr)
-            self._model = folder.load()
+        decoder = open_decoder(folder, engine, context=context, threads=threads)
+        self._model: Decoder | PreTrainedModel = decoder or folder.load()
 
     def generate(
         self,
@@ -106,6 +105,7 @@ def load(
     context: int = 2048,
     max_length: int | None = None,
     batch: int | None = None,
+    engine: Engine = "auto",
 ) -> Generator | Encoder:
     """Open a model folder, dense or packed, on the CPU.
 
@@ -118,10 +118,14 @@ def load(
         max_length: tokens to which a text for ``predict`` is truncated. By default as in the run that was exported, or
             what the folder's sentence-transformers files, tokenizer and positions allow.
         batch: texts that ``predict`` computes together; 16 by default.
+        engine: what generates text. "auto" is the native decoder for quantised values (int8, int4) if it supports the
+            model, and transformers otherwise; "native" and "torch" choose one of them for any folder.
 
     Raises InputError.
     """
     opened = open_model_folder(folder)
     if opened.is_causal:
-        return Generator(opened, threads=threads, context=context)
+        return Generator(opened, threads=threads, context=context, engine=engine)
+    if engine != "auto":
+        raise InputError(f"engine = {engine!r}: {folder} is not a causal language model. Omit engine")
     return Encoder(folder, threads=threads, max_length=max_length, batch=batch)

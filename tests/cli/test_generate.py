@@ -129,7 +129,7 @@ def test_transformers_goes_on_where_the_native_loop_cannot(folders, tmp_path, ca
     monkeypatch.setattr("pst_ds.inference.decoder.decoder.MOST_DIFFERENCE", -1.0)
     result, _, err = _generate(capsys, tmp_path / "codes", "--max-new-tokens", "2")
     assert result["engine"] == "torch"
-    assert "using transformers instead of the native loop" in err
+    assert "using transformers instead of the native decoder" in err
     assert "logits differ" in _refused(capsys, tmp_path / "codes", "--prompt", PROMPT, "--engine", "native")
 
 

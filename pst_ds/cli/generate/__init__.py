@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--store", metavar="DIR", help="per-user adapters (pst-ds users train --form beside)")
     add("--user", metavar="NAME", help="user in --store whose adapter is used")
     add_engine_arguments(parser)
-    bits = "bits of the native loop's activations in prompts: 8 is faster and less exact (default: 16)"
+    bits = "bits of the native decoder's activations in prompts: 8 is faster and less exact (default: 16)"
     add("--prompt-bits", type=int, choices=(8, 16), metavar="BITS", help=bits)
 
 

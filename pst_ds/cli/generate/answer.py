@@ -74,10 +74,10 @@ def _speed(result: Facts) -> str:
 def _decoder(
     args: argparse.Namespace, folder: ModelFolder, device: str, context: int, store: UserStore | None
 ) -> Decoder | None:
-    """Return the native loop if requested, or if it is certainly faster, for ``--user``. Raises InputError."""
+    """Return the native decoder if it is chosen, with the state of ``--user``. Raises InputError."""
     decoder = native_decoder(args, folder, device, context, users=store, prompt_bits=args.prompt_bits or 16)
     if decoder is None and args.prompt_bits:
-        raise InputError("--prompt-bits is for the native loop, which is not used here. Add --engine native")
+        raise InputError("--prompt-bits is for the native decoder, which is not used here. Add --engine native")
     if decoder is not None and store is not None:
         decoder.assign(store.state(args.user))
     return decoder

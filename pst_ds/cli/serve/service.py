@@ -165,7 +165,7 @@ def _batches(
 ) -> Batches:
     """Load the transformers model. Raises InputError."""
     if args.memory:
-        raise InputError("--memory is for the native loop, which is not used here. Add --engine native")
+        raise InputError("--memory is for the native decoder, which is not used here. Add --engine native")
     model = folder.load(args.load_as, args.dtype, device)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
     return Batches(model, pad=pad, ends=ends, most_in_batch=args.max_batch, most_waiting=args.max_waiting)

@@ -148,6 +148,20 @@ def test_sampling():
     assert two[2] > 0
 
 
+def test_a_row_with_many_likely_tokens_keeps_them_next_to_a_certain_row():
+    """Rows do not change each other: the nucleus of one may be a single token, that of another most of a vocabulary."""
+    size, draws, top_p = 1000, 3000, 0.9
+    flat = -torch.arange(float(size)) / size
+    certain = torch.full((size,), -50.0).index_fill(0, torch.tensor([7]), 50.0)
+    chances = flat.double().softmax(-1)
+    nucleus = int((chances.cumsum(-1) < top_p).sum()) + 1
+    logits = torch.stack([certain, *[flat] * draws])
+    first, *others = Sampling(1.0, top_p=top_p).choose(logits, torch.Generator().manual_seed(0)).tolist()
+    assert first == 7
+    assert nucleus * 0.9 < len(set(others)) <= nucleus
+    assert max(others) < nucleus
+
+
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": float("inf")}, {"top_p": 0.0}, {"top_k": -1}])
 def test_sampling_refuses(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -237,7 +237,7 @@ def test_quantised_weights_are_served_by_the_native_decoder(folders, tmp_path, c
     assert main([*words, "--engine", "native"]) == 2
     assert "bytes hold 0 positions of each of 8 sequences" in capsys.readouterr().err
     assert main([*words, "--engine", "torch"]) == 2
-    assert "--memory is for the native loop" in capsys.readouterr().err
+    assert "--memory is for the native decoder" in capsys.readouterr().err
 
 
 def test_users_that_come_and_go_while_it_serves(folders, tmp_path):
