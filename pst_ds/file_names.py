@@ -8,6 +8,8 @@ RUN_LOCK = "run.lock"
 """Held by the run that writes to the folder, and names its process."""
 METRICS_FILE, LAYERS_FILE = "metrics.jsonl", "layers.jsonl"
 MANIFEST_FILE = "pst_manifest.json"
+CARD_FILE = "README.md"
+"""The model card of an export, which users may edit."""
 CHECKPOINTS, STALLS = "checkpoints", "stalls"
 FINETUNED, MODEL, START, SOLVED = "finetuned", "model", "start", "solved"
 """Folders of the fine-tuning before a run, of its model inside that, of the one-shot pruned model that a run starts

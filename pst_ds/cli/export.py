@@ -141,6 +141,8 @@ def chosen_options(target: str, *, is_causal: bool, is_sparse: bool) -> dict[str
 
 def lines_of_report(args: argparse.Namespace, report: Facts) -> list[str]:
     """Describe the written folder, in lines of text."""
+    from pst_ds.export.refilled import refilled_text
+
     if args.format == ONNX:
         return [_onnx_line(args, report)]
     if args.format == GGUF:
@@ -151,6 +153,8 @@ def lines_of_report(args: argparse.Namespace, report: Facts) -> list[str]:
             f"{report['file_bytes']:,} bytes, {report['bits_per_weight']:.2f} bits per weight{changed}"
         ]
     lines = []
+    if report.get("refilled"):
+        lines.append(refilled_text(report["refilled"]))
     if report["stay_dense"]:
         names = shortened(report["stay_dense"])
         lines.append(f"dense because {args.format} cannot hold them, or would make them larger: {names}")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pst_ds.cli.eval import KL_FORMAT
 from pst_ds.cli.export import quantisation_text
 from pst_ds.cli.main import add_quiet_argument, count, load_run_or_folder
-from pst_ds.core.packings import ONNX_FILE
-from pst_ds.errors import InputError
+from pst_ds.core.packings import GGUF, ONNX, ONNX_FILE
+from pst_ds.errors import InputError, shortened
 
 if TYPE_CHECKING:
     from pst_ds.inference.verify import VerifyReport
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("export", help="export folder")
+    add("export", help="export folder, or GGUF file")
     add("--against", dest="run", metavar="RUN", help="run folder the export came from")
     add("--reference", metavar="DIR", help="with --against: also measure the KL divergence from this model folder")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of the run")
@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         args.export, config, checkpoint=args.checkpoint, split=args.split, limit=args.limit, reference=args.reference
     )
     compared = report.comparison
-    is_onnx = (Path(args.export) / ONNX_FILE).is_file()
-    lines = [*(_lines_of_onnx(report) if is_onnx else _lines_of_file(report))]
+    lines_of_kind = {ONNX: _lines_of_onnx, GGUF: _lines_of_gguf}
+    lines = [*lines_of_kind.get(str(report.file["kind"]), _lines_of_file)(report)]
     if isinstance(compared, Comparison):
         lines += _lines_of_comparison(args.split, compared, quantised="rounded_tensors" in report.file)
     elif compared is not None:
@@ -58,18 +58,38 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 def _lines_of_onnx(report: VerifyReport) -> Iterator[str]:
     file = Path(report.export_dir) / ONNX_FILE
-    yield f"{file}: {report.file['file_bytes']:,} bytes, ONNX Runtime opens it; outputs {report.file['outputs']}"
+    without_sha256 = list[str](report.file["without_sha256"])  # type: ignore[call-overload]
+    checked = "ONNX Runtime opens it" if without_sha256 else "as in the manifest, and ONNX Runtime opens it"
+    yield f"{file}: {report.file['file_bytes']:,} bytes, {checked}; outputs {report.file['outputs']}"
+    if without_sha256:
+        yield (
+            f"NOT VERIFIED: the content of {shortened(without_sha256)}, of which the manifest of an older version has no "
+            "SHA-256. Export the run again"
+        )
+
+
+def _lines_of_gguf(report: VerifyReport) -> Iterator[str]:
+    yield f"{report.export_dir}: {report.file['file_bytes']:,} bytes, with the SHA-256 that the export wrote into it"
 
 
 def _lines_of_file(report: VerifyReport) -> Iterator[str]:
     """Yield the counts of the files."""
-    file = dict(report.file)
+    from pst_ds.export.refilled import refilled_text
+
+    file: dict[str, Any] = dict(report.file)
     packed = f"{file['packed_tensors']} packed as {file['kind']}, " if file["packed_tensors"] else ""
     requested = "unknown" if file["sparsity_requested"] is None else file["sparsity_requested"]
     yield (
         f"{report.export_dir}: {file['tensors']} tensors as in the manifest, {packed}sparsity "
         f"{file['sparsity_measured']:.6f} measured in the file, {requested} requested"
     )
+    if file["refilled"]:
+        yield refilled_text(file["refilled"])
+    if file["without_sha256"]:
+        yield (
+            f"NOT VERIFIED: the header of {shortened(file['without_sha256'])}, of which the manifest of an older version "
+            "has no SHA-256; every tensor in it was compared. Export the model again"
+        )
     if "rounded_tensors" in file:
         yield quantisation_text(file)
 

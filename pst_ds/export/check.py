@@ -1,13 +1,13 @@
 """Verify that a folder still holds exactly what was exported."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pst_ds.atomic_files import file_sha256
-from pst_ds.core.packings import DENSE
+from pst_ds.core.packings import DENSE, ONNX_FILE
 from pst_ds.errors import shortened
 from pst_ds.export.encoding import Encoding, ExportError, encoding_of
 from pst_ds.export.from_folder import CONFIG_FILE, model_of
@@ -20,9 +20,9 @@ from pst_ds.export.manifest import (
     require_plain,
     tensor_sha256,
 )
-from pst_ds.export.model_card import CARD_FILE
-from pst_ds.export.to_folder import measured_sparsity, storage_facts, tensor_counts
-from pst_ds.file_names import MANIFEST_FILE
+from pst_ds.export.refilled import measured_sparsity
+from pst_ds.export.to_folder import storage_facts, tensor_counts
+from pst_ds.file_names import CARD_FILE, MANIFEST_FILE
 from pst_ds.formats import FormatError, with_row_bits
 from pst_ds.formats.base_weights import saved_tensors, tensors_lacking
 from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, TensorFile, TensorFileError
@@ -36,7 +36,8 @@ def check_export(folder: Path) -> Facts:
     their shapes, dtypes and SHA-256; all invariants of packed tensors; the numbers of non-zeros; that pruned weights
     are +0.0, and that every matrix has at least the sparsity of its mask.
 
-    Returns counts, sizes and sparsity. Raises ExportError, naming the tensor.
+    Returns counts, sizes and sparsity, and in "without_sha256" the weight files of which an older manifest has only the
+    SHA-256 of each tensor. Raises ExportError, naming the tensor.
     """
     tensors, facts = read_manifest(folder)
     encoding = encoding_of(facts["kind"], facts)
@@ -48,14 +49,44 @@ def check_export(folder: Path) -> Facts:
         for tensor, nbytes in zip(tensors, sizes, strict=True):
             _check_tensor(folder, tensor, files)
             shown.add(nbytes)
+    # last, because the checks above name the tensor that differs
+    check_sums(folder, {name: sha256 for name, sha256 in facts["files"].items() if name in files})
+    refilled = facts.get("refilled", [])
     return {
         **tensor_counts(tensors),
         "kind": facts["kind"],
         **encoding.facts(),
         **storage_facts(tensors, sizes),
         "sparsity_requested": facts["sparsity_requested"],
-        "sparsity_measured": measured_sparsity(tensors),
+        "sparsity_measured": measured_sparsity(tensors, refilled),
+        "refilled": refilled,
+        "without_sha256": [name for name in files if name not in facts["files"]],
     }
+
+
+def check_sums(folder: Path, sums: Mapping[str, str]) -> None:
+    """Raise ExportError unless the files of a folder are plain files with these SHA-256."""
+    for name, sha256 in sums.items():
+        require_plain(folder / name, f"{folder / name} is missing")
+        if file_sha256(folder / name) != sha256:
+            raise ExportError(f"{folder / name} is not what was exported: its SHA-256 differs. Export the model again")
+
+
+def check_onnx_export(folder: Path) -> list[str]:
+    """Compare the files of an ONNX export with its manifest; return the weight files of which it has no SHA-256.
+
+    Older manifests describe the packed weights that the graph was made from, and do not list the graph.
+    Raises ExportError for a missing or damaged manifest, and for a file that is missing or differs.
+    """
+    _, facts = read_manifest(folder)
+    files = facts["files"]
+    if ONNX_FILE not in files:
+        return sorted(path.name for path in folder.glob(f"{ONNX_FILE}*"))
+    check_sums(folder, files | facts.get("files_in_folders", {}))
+    unknown = sorted(path.name for path in folder.glob(f"{ONNX_FILE}*") if path.name not in files)
+    if unknown:
+        raise ExportError(f"{folder} has files that the manifest does not list: {shortened(unknown)}. Remove them")
+    return []
 
 
 def check_model(folder: Path) -> None:
@@ -81,13 +112,13 @@ def check_model(folder: Path) -> None:
 
 def _check_files(folder: Path, tensors: Sequence[ExportedTensor], facts: Facts, encoding: Encoding) -> None:
     """Require exactly the files of the manifest, their SHA-256 except for weights, and its format in config.json."""
-    weights, others = {part.file for tensor in tensors for part in tensor.parts}, facts["files"]
-    for name in [*others, *sorted(weights)]:
+    weights = {part.file for tensor in tensors for part in tensor.parts}
+    others = {name: sha256 for name, sha256 in facts["files"].items() if name not in weights}
+    check_sums(folder, others | facts.get("files_in_folders", {}))
+    for name in sorted(weights):
         require_plain(folder / name, f"{folder / name} is missing")
-        if name in others and file_sha256(folder / name) != others[name]:
-            raise ExportError(f"{folder / name} is not what was exported: its SHA-256 differs")
     stray = {path.name for path in folder.iterdir()} - {*weights, *others, MANIFEST_FILE, CARD_FILE}
-    loaded = sorted(n for n in stray if n.endswith((".safetensors", ".bin", ".index.json", ".py", ".pt")))
+    loaded = sorted(n for n in stray if n.endswith((".safetensors", ".bin", ".index.json", ".py", ".pt", ".onnx")))
     if loaded:
         raise ExportError(f"{folder} has files that the manifest does not list: {shortened(loaded)}. Remove them")
     path = folder / CONFIG_FILE

@@ -12,12 +12,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
+from pst_ds.atomic_files import file_sha256
 from pst_ds.core.bits import INT_OF_SIZE
 from pst_ds.core.packings import DENSE, FOR_COMPRESSED_TENSORS, PACKINGS
 from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.export.encoding import STEMS, ExportError, encoding_of
 from pst_ds.export.plan import Origin, TensorSpec
-from pst_ds.file_names import MANIFEST_FILE
+from pst_ds.file_names import CARD_FILE, MANIFEST_FILE
 from pst_ds.formats.safetensors_file import DTYPE_OF_CODE, tensor_bytes
 
 FORMAT, QUANTIZED_FORMAT = 2, 3
@@ -37,9 +38,13 @@ Facts = dict[str, Any]
     tokens_kept                                         old id of each token, if tokens were removed
     left_alone                                          linear layers that are not quantised, for compressed-tensors
     sparsity_measured, *_bytes, *bits_per_weight, rounded_tensors, largest_rounding_error    measured
-    files                                               SHA-256 of every file that has no weights, by name
+    refilled                                            linear weights without pruned values in a pruned model folder
+    files, files_in_folders                             SHA-256 of every file but manifest and model card, by name, or
+                                                        FOLDER/NAME; older versions omit weight files and folders
 """
 _Count = Annotated[int, Field(ge=0, lt=1 << 48)]
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_UNHASHED = (MANIFEST_FILE, CARD_FILE)
 _KINDS = (DENSE, *PACKINGS, *FOR_COMPRESSED_TENSORS)
 
 
@@ -50,7 +55,7 @@ class StoredPart(BaseModel):
 
     name: Annotated[str, Field(max_length=512)]
     file: Annotated[str, Field(pattern=rf"^(?:{'|'.join(STEMS)})(?:-[0-9]{{5}}-of-[0-9]{{5}})?\.safetensors$")]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: _Sha256
 
 
 class ExportedTensor(BaseModel):
@@ -107,17 +112,56 @@ class ExportedTensor(BaseModel):
         return self
 
 
+_Share = Annotated[float, Field(ge=0, le=1)]
+_NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Run(BaseModel):
+    """The keys of a resolved run file that readers of a manifest use; it may have others."""
+
+    model_config = ConfigDict(strict=True)
+
+    method: str = ""
+    data: dict[str, Any] = {}
+
+
 class _Manifest(BaseModel):
-    """The values of a manifest that reading relies on."""
+    """All values of a manifest that this version knows; a newer version may add others.
+
+    Keys with a default are missing in manifests of older versions, or of exports that they do not describe.
+    """
 
     model_config = ConfigDict(strict=True)
 
     tensors: list[ExportedTensor]
     kind: Literal[_KINDS]  # type: ignore[valid-type]
-    sparsity_requested: float | None
-    files: dict[str, str]
+    values: str | None = None
+    group: int | str | None = None
+    embeddings: str | None = None
+    embedding_group: int | str | None = None
+    architecture: str | None = None
+    base_model: str | None = None
+    base_fingerprint: str | None = None
+    pruned_from: str | None = None
+    run: _Run | None = None
+    step: _Count | None = None
+    computed_in: str | None = None
+    metrics: dict[str, float | None] | None = None
+    sparsity_requested: _Share | None
+    sparsity_measured: _Share | None = None
+    experts_removed: _Share | None = None
+    files: dict[str, _Sha256]
+    files_in_folders: dict[str, _Sha256] = {}
     left_alone: list[str] = []
+    refilled: list[str] = []
     tokens_kept: list[_Count] | None = None
+    dense_bf16_bytes: _Count | None = None
+    weight_bytes: _Count | None = None
+    file_bytes: _Count | None = None
+    bits_per_weight: _NotNegative | None = None
+    packed_bits_per_weight: _NotNegative | None = None
+    rounded_tensors: _Count | None = None
+    largest_rounding_error: _NotNegative | None = None
 
     @model_validator(mode="after")
     def _require_consistent(self) -> Self:
@@ -125,12 +169,37 @@ class _Manifest(BaseModel):
         kept = self.tokens_kept
         for holds, problem in (
             (len(set(names)) == len(names), "two tensors have the same name"),
-            (all(Path(name).name == name for name in self.files), "files must map plain names to SHA-256"),
+            (all(map(_is_plain_name, self.files)), "files must map plain names to SHA-256"),
+            (
+                all(
+                    name.count("/") == 1 and all(map(_is_plain_name, name.split("/"))) for name in self.files_in_folders
+                ),
+                "files_in_folders must map FOLDER/NAME to SHA-256",
+            ),
+            (set(self.refilled) <= set(names), "refilled names other tensors"),
             (kept is None or (kept and all(one < two for one, two in pairwise(kept))), "tokens_kept does not ascend"),
         ):
             if not holds:
                 raise ValueError(problem)
         return self
+
+
+def _is_plain_name(name: str) -> bool:
+    """Return whether ``name`` is the name of a file, without folders."""
+    return name not in ("", ".", "..") and Path(name).name == name
+
+
+def file_sums(folder: Path) -> Facts:
+    """Return ``files`` and ``files_in_folders`` of the manifest of a folder, which are all files but the model card.
+
+    Users may edit the card. A folder inside is, for example, ``1_Pooling`` of sentence-transformers.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in _UNHASHED)
+    nested = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*") if path.is_file())
+    facts: Facts = {"files": {name: file_sha256(folder / name) for name in names}}
+    if nested:
+        facts["files_in_folders"] = {name: file_sha256(folder / name) for name in nested}
+    return facts
 
 
 def tensor_sha256(tensor: Tensor) -> str:
@@ -178,14 +247,22 @@ def read_manifest(folder: Path) -> tuple[list[ExportedTensor], Facts]:
         manifest = _Manifest.model_validate(table)
         encoding_of(manifest.kind, table)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = "".join(f"{str(part)[:80]}." for part in first["loc"])[:-1]
-        problem = first["msg"].removeprefix("Value error, ")
-        where = f"{place}: " if place else ""
-        raise ExportError(f"{path} is damaged: {where}{problem}. Export the model again") from None
+        raise ExportError(f"{path} is damaged: {_first_problem(error)}. Export the model again") from None
     except ValueError as error:
         raise ExportError(f"{path} is damaged: {error!r}. Export the model again") from None
     return manifest.tensors, {key: table[key] for key in table if key not in ("format", "sha256", "tensors")}
+
+
+def _first_problem(error: ValidationError) -> str:
+    """Return the first problem that pydantic found: its key, the value unless it is missing, and the reason."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part)[:80] for part in first["loc"])
+    if first["type"] == "missing":
+        return f"{place}: {first['msg']}"
+    if first["type"] == "value_error":  # of a validator of ours, which names the value
+        problem = first["msg"].removeprefix("Value error, ")
+        return f"{place}: {problem}" if place else problem
+    return f"{place} = {str(first['input'])[:80]!r}: {first['msg']}"
 
 
 def read_table(path: Path, missing: str) -> dict[str, Any]:

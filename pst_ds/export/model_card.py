@@ -7,7 +7,6 @@ from pst_ds.core.packings import FOR_COMPRESSED_TENSORS
 from pst_ds.export.encoding import encoding_of
 from pst_ds.export.manifest import Facts
 
-CARD_FILE = "README.md"
 _TASKS = ("ForCausalLM", "ForSequenceClassification", "ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering")
 
 

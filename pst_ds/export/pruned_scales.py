@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from pst_ds.core.packings import WHOLE_ROW
 from pst_ds.core.quantization import Grid, first_off_grid, grid_of
 from pst_ds.export.encoding import ExportError
-from pst_ds.export.manifest import read_table, require_plain
+from pst_ds.export.manifest import require_plain
+from pst_ds.export.pruning_record import read_pruning_record
 from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.formats.safetensors_file import TensorFile, TensorFileError
 from pst_ds.prune.folder import RECORD_FILE, SCALES_FILE, scales_name
@@ -78,13 +79,13 @@ def read_pruned_scales(folder: Path) -> PrunedScales | None:
     record = folder / RECORD_FILE
     if not record.is_file() or (folder / MANIFEST_FILE).exists():
         return None
-    table = read_table(record, f"{record} is missing")
-    if table.get("values") is None:
+    recorded, _ = read_pruning_record(folder)
+    if recorded.values is None:
         return None
+    layers = tuple(layer.name for layer in recorded.layers)
     try:
-        layers = tuple(str(layer["name"]) for layer in table["layers"])
-        grid = grid_of(table["values"], table.get("group"))
-    except (ValueError, KeyError, TypeError) as error:
+        grid = grid_of(recorded.values, recorded.group)
+    except ValueError as error:
         raise ExportError(f"{record} is damaged: {error!r}. Prune again, or see {_opt_out(folder)}") from None
     path = folder / SCALES_FILE
     require_plain(path, f"{path} is missing, although {record} names a quantisation. See {_opt_out(folder)}")

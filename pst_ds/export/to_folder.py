@@ -6,14 +6,14 @@ import copy
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from pst_ds.atomic_files import atomic_folder, file_sha256, require_writable
+from pst_ds.atomic_files import atomic_folder, require_writable
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.core.packings import DENSE, FOR_COMPRESSED_TENSORS, GGUF, QUANTIZED_PACKINGS
 from pst_ds.core.quantization import Grid
@@ -23,12 +23,14 @@ from pst_ds.export.encoding import Encoding, ExportError
 from pst_ds.export.from_folder import CONFIG_FILE, copy_small_files, open_folder, plan_folder
 from pst_ds.export.from_run import RunSource, plan_run
 from pst_ds.export.gguf.model import write_gguf
-from pst_ds.export.manifest import ExportedTensor, Facts, write_manifest
-from pst_ds.export.model_card import CARD_FILE, model_card
+from pst_ds.export.manifest import ExportedTensor, Facts, file_sums, write_manifest
+from pst_ds.export.model_card import model_card
 from pst_ds.export.plan import SHARD_BYTES, PlannedFile, Source, TensorJob, plan_files, require_packed, require_space
+from pst_ds.export.pruning_record import zeros_in_record
+from pst_ds.export.refilled import measured_sparsity, refilled_weights
 from pst_ds.export.trimmed_vocabulary import with_fewer_rows, write_vocabulary
 from pst_ds.export.write import write_tensors
-from pst_ds.file_names import MANIFEST_FILE
+from pst_ds.file_names import CARD_FILE, MANIFEST_FILE
 from pst_ds.formats.base_weights import BaseWeights, is_text_part
 from pst_ds.nn.base_model import origin_of
 from pst_ds.nn.linear import PSTLinear
@@ -75,6 +77,8 @@ class _Contents:
     facts: Facts
     write_small_files: Callable[[Path], None]
     """Writes config.json, the tokenizer and other small files."""
+    recorded_zeros: dict[str, int] = field(default_factory=dict)
+    """Zeros of each layer as ``pst-ds prune`` recorded them; empty for another source."""
 
 
 def export_checkpoint(
@@ -188,7 +192,8 @@ def export_folder(
     facts["metrics"] = facts["metrics"] or {}
     if "pruned_from" in folder.facts:
         facts["pruned_from"] = folder.facts["pruned_from"]
-    contents = _Contents(folder.model, jobs, origin, facts, partial(copy_small_files, folder.path))
+    recorded_zeros = {} if folder.facts else zeros_in_record(folder.path)
+    contents = _Contents(folder.model, jobs, origin, facts, partial(copy_small_files, folder.path), recorded_zeros)
     if vocabulary:
         assert tokenizer is not None
         contents = _trimmed(contents, tokenizer, vocabulary)
@@ -210,7 +215,8 @@ def _trimmed(contents: _Contents, tokenizer: PreTrainedTokenizerBase, vocabulary
     if before and vocabulary.kept[-1] >= len(before):
         raise ExportError(f"the manifest has {len(before)} tokens, and the tokenizer has more. Export the model again")
     kept = [before[old] for old in vocabulary.kept] if before else list(vocabulary.kept)
-    return _Contents(model, jobs, source, {**contents.facts, "tokens_kept": kept}, write_small_files)
+    facts = {**contents.facts, "tokens_kept": kept}
+    return _Contents(model, jobs, source, facts, write_small_files, contents.recorded_zeros)
 
 
 def _as_trained(option: str, trained: Grid | None, requested: Grid | None, options: ExportOptions) -> Grid | None:
@@ -268,23 +274,23 @@ def _write(
         compressed = any(len(output.bitmask_shape) == 1 for job in jobs for output in job.outputs)
         quantization = encoding.quantization_config(len(files), left_alone, compressed=compressed)
         architecture = _finish_config(folder, tensors, quantization)
+        refilled = refilled_weights(contents.model, tensors, contents.recorded_zeros)
         storage = storage_facts(tensors, [sum(nbytes[part.name] for part in tensor.parts) for tensor in tensors])
         facts: Facts = {
             "kind": encoding.packing,
             **encoding.facts(),
             "architecture": architecture,
             **contents.facts,
-            "sparsity_measured": measured_sparsity(tensors),
+            "sparsity_measured": measured_sparsity(tensors, refilled),
             "dense_bf16_bytes": 2 * sum(tensor.numel for tensor in tensors),
             "weight_bytes": sum(nbytes.values()),
             "file_bytes": file_bytes,
             **(storage if encoding.is_quantized else {}),
             **({"left_alone": left_alone} if left_alone else {}),
+            **({"refilled": refilled} if refilled else {}),
         }
         (folder / CARD_FILE).write_text(model_card(out.name, facts), encoding="utf-8")
-        names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors")
-        sums = {name: file_sha256(folder / name) for name in names if name != CARD_FILE}  # users may edit the card
-        write_manifest(folder, tensors, {**facts, "files": sums})
+        write_manifest(folder, tensors, {**facts, **file_sums(folder)})
     facts.pop("run", None)
     return {**facts, "export_dir": str(out), **tensor_counts(tensors), **storage, "stay_dense": stay_dense}
 
@@ -349,11 +355,3 @@ def storage_facts(tensors: Sequence[ExportedTensor], sizes: Sequence[int]) -> di
     if packed:
         facts["packed_bits_per_weight"] = bits_per_weight(packed)
     return facts | ({"rounded_tensors": len(errors), "largest_rounding_error": max(errors)} if errors else {})
-
-
-def measured_sparsity(tensors: Sequence[ExportedTensor]) -> float:
-    """Return the sparsity of the pruned tensors; without any, of the linear weights with pruned values."""
-    pruned = [tensor for tensor in tensors if tensor.origin == "pruned"]
-    sparse = pruned or [tensor for tensor in tensors if tensor.pattern != DENSE]
-    zeros = sum(tensor.numel - tensor.nonzero for tensor in sparse)
-    return zeros / sum(tensor.numel for tensor in sparse) if sparse else 0.0

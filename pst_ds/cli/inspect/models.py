@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,8 @@ from pst_ds.export.detect_pattern import detect_pattern
 from pst_ds.export.encoding import QUANT_METHOD, ExportError, encoding_of
 from pst_ds.export.from_folder import CONFIG_FILE
 from pst_ds.export.manifest import ExportedTensor, count_nonzero, read_manifest, read_table
+from pst_ds.export.pruning_record import RecordedLayer, read_pruning_record
+from pst_ds.export.refilled import is_pruned, refilled_text
 from pst_ds.export.to_folder import storage_facts, tensor_counts
 from pst_ds.formats import row_bits
 from pst_ds.formats.base_weights import BaseWeights
@@ -36,7 +37,16 @@ def export_folder(path: Path) -> Inspection:
             raise ExportError(f"{path / name} is missing")
         files[name] = TensorFile(path / name)
     layers = [_exported(entry, files, path) for entry in entries]
-    known = ("architecture", "step", "sparsity_requested", "sparsity_measured", "computed_in", "metrics", "base_model")
+    known = (
+        "architecture",
+        "step",
+        "sparsity_requested",
+        "sparsity_measured",
+        "refilled",
+        "computed_in",
+        "metrics",
+        "base_model",
+    )
     encoding = encoding_of(about["kind"], about)
     facts = {
         "format": about["kind"],
@@ -52,6 +62,8 @@ def export_folder(path: Path) -> Inspection:
         **_sizes(sum((path / name).stat().st_size for name in files), about.get("dense_bf16_bytes")),
     }
     note = f"sparsity and patterns are from the manifest. pst-ds verify {path} checks the files"
+    if about.get("refilled"):
+        note += f"\n{refilled_text(about['refilled'])}"
     return Inspection(f"{path}: an export, {encoding}", facts, layers, note)
 
 
@@ -75,33 +87,50 @@ def _exported(entry: ExportedTensor, files: dict[str, TensorFile], path: Path) -
 
 
 def pruned_folder(path: Path) -> Inspection:
-    """Describe a result of ``pst-ds prune`` from its record. Raises InputError for damaged files."""
-    record = read_table(path / RECORD_FILE, f"{path / RECORD_FILE} is missing")
+    """Describe a result of ``pst-ds prune`` from its record and its weights. Raises InputError for damaged files.
+
+    The zeros of linear layers are counted, because other programs may have changed the weights, as merging an adapter
+    does. Those of expert stacks are from the record: the files may store experts separately, under other names.
+    """
+    record, table = read_pruning_record(path)
     weights = BaseWeights(path, "")
-    try:
-        layers = [_recorded(row, weights) for row in record["layers"]]
-        facts = {key: value for key, value in record.items() if key not in ("format", "layers", "modules")}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path / RECORD_FILE} is damaged: {error!r}") from None
-    note = f"sparsity is as counted by pst-ds prune, in {RECORD_FILE}"
-    facts |= _sizes(weights.file_bytes)
+    layers, refilled = list[Layer](), list[str]()
+    with Progress("count", weights.file_bytes, "bytes") as progress:
+        for row in record.layers:
+            layers.append(_recorded_stack(row, path) if row.expert_zeros else _recorded(row, weights))
+            if (layers[-1]["zeros"] or 0) < row.zeros:
+                refilled.append(row.name)
+            progress.add(layers[-1]["bytes"], row.name)
+    facts = {key: value for key, value in table.items() if key not in ("format", "layers", "modules")}
+    if layers:
+        facts["sparsity_measured"] = sparsity_of(layers)
+    facts |= {"refilled": refilled or None, **_sizes(weights.file_bytes)}
+    note = f"layers are those in {RECORD_FILE}, and their zeros were counted in the weight files"
+    if refilled:
+        note += f"\n{refilled_text(refilled)}"
     return Inspection(f"{path}: a result of pst-ds prune", facts, layers, note)
 
 
-def _recorded(row: dict[str, Any], weights: BaseWeights) -> Layer:
-    """Describe a pruned layer. The files may store the experts of a stack separately, under other names."""
-    if "expert_zeros" in row:
-        dtype, shape = getattr(torch, row["dtype"]), row["shape"]
-    else:
-        stored = weights.find(f"{row['name']}.weight")
-        if stored is None:
-            raise InputError(f"{weights.folder} has no {row['name']}.weight, which {RECORD_FILE} lists as pruned")
-        dtype, shape = weights.size(stored)
-    nbytes = math.prod(shape) * dtype.itemsize
-    layer = layer_of(row["name"], shape, CODE_OF_DTYPE[dtype], row["pattern"], int(row["zeros"]), nbytes)
-    layer |= {"shape": row["shape"], "sparsity_requested": row["sparsity_requested"]}
-    if "expert_zeros" in row:
-        add_experts(layer, row["expert_zeros"], row.get("expert_tokens", ()))
+def _recorded(row: RecordedLayer, weights: BaseWeights) -> Layer:
+    """Describe a pruned linear layer."""
+    stored = weights.find(f"{row.name}.weight")
+    if stored is None:
+        raise InputError(f"{weights.folder} has no {row.name}.weight, which {RECORD_FILE} lists as pruned")
+    weight = weights.read(stored)
+    zeros = weight.numel() - count_nonzero(weight)
+    layer = layer_of(row.name, row.shape, CODE_OF_DTYPE[weight.dtype], row.pattern, zeros, weight.nbytes)
+    return layer | {"sparsity_requested": row.sparsity_requested}
+
+
+def _recorded_stack(row: RecordedLayer, folder: Path) -> Layer:
+    """Describe a stack of experts, as it was recorded."""
+    if not row.dtype:
+        raise InputError(f"{folder / RECORD_FILE} is damaged: {row.name} has no dtype. Prune the model again")
+    dtype = getattr(torch, row.dtype)
+    nbytes = math.prod(row.shape) * dtype.itemsize
+    layer = layer_of(row.name, row.shape, CODE_OF_DTYPE[dtype], row.pattern, row.zeros, nbytes)
+    layer |= {"sparsity_requested": row.sparsity_requested}
+    add_experts(layer, row.expert_zeros, row.expert_tokens)
     return layer
 
 
@@ -127,14 +156,19 @@ def model_folder(path: Path) -> Inspection:
             layers.append(_counted(name, weights.read(name)))
             progress.add(layers[-1]["bytes"], name)
     in_blocks = [x for x in layers if len(x["shape"] or ()) == 2 and name_across_blocks(x["name"]) != x["name"]]
+    pruned = {layer["name"] for layer in in_blocks if is_pruned(layer["zeros"] or 0, layer["weights"])}
+    refilled = [layer["name"] for layer in in_blocks if pruned and layer["name"] not in pruned]
     facts |= {
         "dtypes": sorted({layer["dtype"] for layer in layers}),
         "tensors": len(layers),
         "parameters": sum(layer["weights"] for layer in layers),
         "sparsity_measured": sparsity_of(in_blocks),
+        "refilled": refilled or None,
         **_sizes(weights.file_bytes),
     }
     note = "sparsity measured is that of the matrices inside blocks. Patterns are along the rows as stored"
+    if refilled:
+        note += f"\n{refilled_text(refilled)}"
     return Inspection(f"{path}: a model folder", facts, layers, note)
 
 

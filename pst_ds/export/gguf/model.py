@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pst_ds.atomic_files import atomic_file
 from pst_ds.export.encoding import Encoding, ExportError
+from pst_ds.export.gguf.seal import SEAL_KEY, UNSEALED, seal
 from pst_ds.export.gguf.tensors import Config, Family, GgufPlan, GgufTensor, family_of, num_experts
 from pst_ds.export.gguf.tokenizer import gguf_tokenizer
 from pst_ds.export.plan import Source, TensorJob, TensorSpec, require_space
@@ -55,6 +56,7 @@ def write_gguf(
             if factors is not None:
                 write_at(file.fileno(), factors.data.cast("B"), offsets["rope_freqs.weight"])
             inexact = _write_pieces(file.fileno(), offsets, plan.pieces, jobs, source)
+        seal(partial)
     nbytes, numel = out.stat().st_size, sum(piece.output.numel for piece in plan.pieces)
     return {
         "export_dir": str(out),
@@ -110,6 +112,7 @@ def _describe(writer: _Writer, config: Config, words: _Table, name: str, encodin
     """Write the model's dimensions, and its tokenizer as :func:`gguf_tokenizer` describes it."""
     heads, width, rotation = config.num_attention_heads, config.hidden_size, _rotation(config)
     head_width = getattr(config, "head_dim", None) or width // heads
+    writer.add_string(SEAL_KEY, UNSEALED)  # first, so that it is found in the first bytes of the file
     writer.add_name(name)
     writer.add_file_type(_FILE_TYPES[encoding.values.bits if encoding.values else None])
     writer.add_quantization_version(2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +18,7 @@ from pst_ds.atomic_files import atomic_folder, require_writable
 from pst_ds.core.packings import ONNX_FILE
 from pst_ds.export.encoding import ExportError
 from pst_ds.export.from_folder import copy_small_files
-from pst_ds.file_names import MANIFEST_FILE
+from pst_ds.export.manifest import file_sums, read_manifest, write_manifest
 from pst_ds.inference.hf.config import LoadAs
 from pst_ds.inference.hf.model_folder import input_names, open_model_folder
 from pst_ds.inference.hf.tables import stored_tables
@@ -38,6 +37,8 @@ ALLOWED = 1e-3
 """Largest relative difference of outputs. Sums in another order and our exponential stay far below it."""
 ALLOWED_IN_8_BITS = 0.1
 """The same with int8 activations; the outputs of MiniLM differed by up to 0.02."""
+EXTERNAL_BYTES = 1 << 30
+"""Weights above this size go into a second file; protobuf holds at most 2 GB."""
 _NOT_LOGITS = ("loss", "past_key_values", "hidden_states", "attentions", "encoder_last_hidden_state")
 
 
@@ -60,16 +61,19 @@ def write_onnx(
     graph = plain_graph(model, outputs) if plain else sparse_graph(model, _tables(packed, model), outputs)
     _annotate(graph, facts, activation_bits)
     nbytes = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value)
-    external = f"{ONNX_FILE}.data" if nbytes > 1 << 30 else None
+    external = f"{ONNX_FILE}.data" if nbytes > EXTERNAL_BYTES else None
     with atomic_folder(out) as partial:
         file = partial / ONNX_FILE
         ir.save(graph, file, external_data=external)
         copy_small_files(packed, partial)
-        shutil.copy2(packed / MANIFEST_FILE, partial / MANIFEST_FILE)  # verify quantises the model as it says
         difference = _compare(file, reference, ALLOWED, exact=True)
         if activation_bits == 8:
             difference = _compare(file, reference, ALLOWED_IN_8_BITS)
         nbytes = sum(path.stat().st_size for path in partial.glob(f"{ONNX_FILE}*"))
+        # the tensors are those of the packed folder, because verify quantises the run's model as they say
+        tensors, packed_facts = read_manifest(packed)
+        packed_facts.pop("files_in_folders", None)
+        write_manifest(partial, tensors, {**packed_facts, **file_sums(partial)})
     return {
         **facts,
         "kind": "onnx",

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from pst_ds.config.run import RunConfig
 from pst_ds.config.toml import load_run_or_folder
 from pst_ds.core.packings import ONNX_FILE
+from pst_ds.errors import InputError
 from pst_ds.export.check import check_export, check_model
+from pst_ds.export.gguf.seal import check_gguf
 from pst_ds.inference.verify.against_run import Comparison, compare_with_run
 
 if TYPE_CHECKING:
@@ -62,11 +64,11 @@ def verify(
     """Verify an export.
 
     Without ``against`` the files are compared with the manifest (see :func:`pst_ds.export.check.check_export`), and an
-    ONNX file is opened. With it the masked model of the run and the export are loaded, and their weights, logits and
+    ONNX file is opened; a GGUF file is compared with the SHA-256 inside it. With it the masked model of the run and the export are loaded, and their weights, logits and
     predictions are compared on the same batches; check ``problem`` of the report, or call ``require_equal``.
 
     Args:
-        export: the exported folder.
+        export: the exported folder, or GGUF file.
         against: config of the run that it came from, its folder, or its run file.
         checkpoint: name of the checkpoint that was exported.
         split: "train", "validation" or "test": the data to compare on.
@@ -76,10 +78,14 @@ def verify(
     Raises InputError for a damaged export, and for the export of another model.
     """
     folder = Path(export)
+    if folder.suffix == ".gguf":
+        if against is not None:
+            raise InputError(f"{folder}: llama.cpp computes a GGUF file, and pst-ds cannot. Remove --against")
+        return VerifyReport(str(export), check_gguf(folder))
     config = against if isinstance(against, RunConfig) or against is None else load_run_or_folder(Path(against))
     place = "" if config is None else f"{config.output_dir}, checkpoint {checkpoint}"
     compare: Callable[..., Comparison | OnnxComparison] = compare_with_run
-    if (folder / ONNX_FILE).is_file():
+    if (folder / ONNX_FILE).is_file() and not any(folder.glob("*.safetensors")):
         from pst_ds.inference.verify.onnx import compare_onnx_with_run, facts_of_file
 
         file, compare = facts_of_file(folder), compare_onnx_with_run

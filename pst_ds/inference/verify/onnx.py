@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 from pst_ds.config.run import RunConfig
 from pst_ds.core.packings import ONNX_FILE
 from pst_ds.errors import InputError
+from pst_ds.export.check import check_onnx_export
 from pst_ds.inference.onnx.folder import ALLOWED
 from pst_ds.inference.onnx.operators import open_session
 from pst_ds.inference.verify.masked_run import Compared, MaskedRun, settle
@@ -29,13 +30,19 @@ class OnnxComparison(Compared):
 
 
 def facts_of_file(folder: Path) -> dict[str, object]:
-    """Open the file in ONNX Runtime, which validates it; return its size, inputs and outputs. Raises InputError."""
+    """Compare the files with the manifest, and open the graph in ONNX Runtime, which validates it.
+
+    Returns its size, inputs and outputs, and in "without_sha256" the files that an older manifest does not list. Raises
+    InputError.
+    """
+    without_sha256 = check_onnx_export(folder)
     session = open_session(folder / ONNX_FILE)
     return {
         "kind": "onnx",
         "file_bytes": sum(path.stat().st_size for path in folder.glob(f"{ONNX_FILE}*")),
         "inputs": [value.name for value in session.get_inputs()],
         "outputs": [value.name for value in session.get_outputs()],
+        "without_sha256": without_sha256,
     }
 
 
