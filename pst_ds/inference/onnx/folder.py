@@ -59,7 +59,8 @@ def write_onnx(
     model, reference = _load(packed, "dense" if plain else "sparse"), _load(packed, "dense")
     outputs = _outputs_of(reference)
     graph = plain_graph(model, outputs) if plain else sparse_graph(model, _tables(packed, model), outputs)
-    _annotate(graph, facts, activation_bits)
+    operators = "standard" if plain else "pst_ds"
+    _annotate(graph, facts, activation_bits, operators)
     nbytes = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value)
     external = f"{ONNX_FILE}.data" if nbytes > EXTERNAL_BYTES else None
     with atomic_folder(out) as partial:
@@ -79,7 +80,7 @@ def write_onnx(
         "kind": "onnx",
         "export_dir": str(out),
         "file_bytes": nbytes,
-        "operators": "standard" if plain else "pst_ds",
+        "operators": operators,
         "inputs": [value.name for value in graph.graph.inputs],
         "outputs": outputs,
         "nodes": len(list(graph.graph)),
@@ -89,8 +90,8 @@ def write_onnx(
     }
 
 
-def _annotate(graph: ir.Model, facts: Mapping[str, object], activation_bits: int) -> None:
-    """Add the small ``facts`` to the graph's metadata, and the bits of activations to its sparse products."""
+def _annotate(graph: ir.Model, facts: Mapping[str, object], activation_bits: int, operators: str) -> None:
+    """Add the small ``facts`` and the kind of ``operators`` to the graph's metadata, and the bits of activations to its sparse products."""
     import onnx_ir as ir
 
     kept = {key: facts[key] for key in ("values", "group", "embeddings", "sparsity_measured") if facts.get(key)}
@@ -99,7 +100,7 @@ def _annotate(graph: ir.Model, facts: Mapping[str, object], activation_bits: int
         for node in graph.graph:
             if node.op_type == "SparseLinear":
                 node.attributes.add(ir.AttrInt64("activation_bits", activation_bits))
-    graph.metadata_props["pst_ds"] = json.dumps({"version": __version__, **kept})
+    graph.metadata_props["pst_ds"] = json.dumps({"version": __version__, "operators": operators, **kept})
 
 
 def _outputs_of(model: PreTrainedModel) -> list[str]:

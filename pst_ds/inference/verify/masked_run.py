@@ -18,6 +18,7 @@ from pst_ds.export.quantization import grids
 from pst_ds.export.trimmed_vocabulary import take_rows
 from pst_ds.formats.base_weights import BaseWeights, names_in_files, saved_tensors
 from pst_ds.inference.reference import kl_from_folder
+from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.merge import plain_tensors
@@ -146,17 +147,51 @@ class MaskedRun:
 
         ``pst-ds export --dtype bf16`` of a run in fp32 has such tensors.
         """
-        tensors = plain_tensors(self.model)
-        model_names = names_in_files(self.model, tensors)
-        for name in tensors.keys() - set(model_names.values()):  # saved as several tensors, such as single experts
-            model_names |= dict.fromkeys(saved_tensors(self.model, {name: tensors[name]}), name)
-        model_names |= {name: name for name in tensors}
+        tensors, model_names = plain_tensors(self.model), self._model_names()
         stored = {model_names[t.name]: t.spec.dtype for t in self.tensors if t.name in model_names}
         return {
             name: dtype
             for name, dtype in stored.items()
             if tensors[name].is_floating_point() and dtype.itemsize < tensors[name].dtype.itemsize
         }
+
+    def _model_names(self) -> dict[str, str]:
+        """Return the name in the model of each tensor, by its names in the model and in files."""
+        tensors = plain_tensors(self.model)
+        model_names = names_in_files(self.model, tensors)
+        for name in tensors.keys() - set(model_names.values()):  # saved as several tensors, such as single experts
+            model_names |= dict.fromkeys(saved_tensors(self.model, {name: tensors[name]}), name)
+        return model_names | {name: name for name in tensors}
+
+    @torch.no_grad()
+    def to_fp32(self) -> None:
+        """Merge all updates and convert the model to fp32, with the frozen values that the export has.
+
+        A run in bf16 rounds its frozen weights, such as embeddings and norms; the export has those of the base model's
+        files. Masks stay.
+        """
+        compute_dtype = DTYPES[self.context.run.train.precision]
+        for layer in pst_layers(self.model).values():
+            if not layer.rounds:
+                settle(layer, layer.masked_weight())
+        nn.Module.float(self.model)
+        base = BaseWeights(self.context.run.model.path, getattr(self.model, "base_model_prefix", ""))
+        params, model_names, kept = (
+            dict(self.model.named_parameters()),
+            self._model_names(),
+            self.facts.get("tokens_kept"),
+        )
+        for tensor in self.tensors:
+            name = model_names.get(tensor.name, "")
+            source = base.find(name) or base.find(tensor.name)
+            if tensor.origin != "base" or name not in params or source is None:
+                continue
+            param, exported = params[name], base.read(source)
+            if kept and exported.dim() == param.dim() and len(exported) > len(param) == len(kept):
+                exported = exported[list(kept)]
+            rounded = exported.to(compute_dtype).float()
+            if rounded.shape == param.shape and torch.equal(rounded, param.cpu()):  # otherwise quantised in training
+                param.copy_(exported.to(tensor.spec.dtype))
 
     @torch.no_grad()
     def cast(self, dtypes: dict[str, torch.dtype]) -> None:
