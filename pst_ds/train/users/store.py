@@ -24,7 +24,14 @@ from pydantic import ConfigDict, PositiveInt, StringConstraints, TypeAdapter, Va
 from torch import Tensor
 
 from pst_ds import __version__
-from pst_ds.atomic_files import LOCK, only_writer, require_writable, write_bytes_atomic, write_text_atomic
+from pst_ds.atomic_files import (
+    LOCK,
+    only_writer,
+    remove_partial,
+    require_writable,
+    write_bytes_atomic,
+    write_text_atomic,
+)
 from pst_ds.checkpoint.restore import same_base
 from pst_ds.errors import InputError, first_problem, shortened
 from pst_ds.formats.safetensors_file import TensorFile, TensorFileError
@@ -106,7 +113,7 @@ class UserStore:
         """Create an empty store, or open the existing one. Raises UserStoreError if that is of another model."""
         if not (folder / INDEX).exists():
             require_writable(folder, f"the store {str(folder)!r}")
-            with _failing_as_one_message(folder), only_writer(folder / LOCK, f"write {folder}"):
+            with _writing_alone(folder):
                 is_new = not (folder / INDEX).exists()  # another process may have created it meanwhile
                 if is_new and any(path.name != LOCK for path in folder.iterdir()):
                     raise UserStoreError(
@@ -248,7 +255,7 @@ class UserStore:
     @contextmanager
     def _writing(self) -> Iterator[dict[str, UserEntry]]:
         """Yield the entries under the lock, then write them to the index; delete unnamed files, also after an error."""
-        with _failing_as_one_message(self.folder), only_writer(self.folder / LOCK, f"write {self.folder}"):
+        with _writing_alone(self.folder):
             common, entries = _read_index(self.folder)
             self.require_common(common)
             try:
@@ -266,10 +273,16 @@ class UserStore:
 
 
 @contextmanager
-def _failing_as_one_message(folder: Path) -> Iterator[None]:
-    """Turn an OSError, such as for a full disk, into a UserStoreError."""
+def _writing_alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of the store; turn an OSError, such as for a full disk, into a UserStoreError.
+
+    Indexes that killed processes left unfinished are removed, because they name users who may be removed later.
+    """
     try:
-        yield
+        with only_writer(folder / LOCK, f"write {folder}") as doubt:
+            if not doubt:
+                remove_partial(folder / INDEX)
+            yield
     except OSError as error:
         raise UserStoreError(
             f"{folder} cannot be written: {error}. Free some space, or name a folder elsewhere"

@@ -102,6 +102,20 @@ def test_files_of_a_write_that_was_cut_short_do_not_stay(store):
     assert len(_files(store)) == 3
 
 
+def test_an_index_that_a_killed_process_left_names_no_removed_user(store):
+    left = store.folder / f".{INDEX}.0123abcd.partial"
+    left.write_bytes((store.folder / INDEX).read_bytes())
+    store.remove("Ann")
+    assert not [path for path in store.folder.rglob("*") if path.is_file() and b"Ann" in path.read_bytes()]
+    assert {path.name for path in store.folder.iterdir()} == {INDEX, STATES}
+
+
+def test_a_store_whose_creation_was_killed_can_be_made_later(tmp_path):
+    (tmp_path / f".{INDEX}.0123abcd.partial").write_bytes(b"{")
+    UserStore.create(tmp_path, COMMON).add("Ann", _state())
+    assert {path.name for path in tmp_path.iterdir()} == {INDEX, STATES}
+
+
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 
 
