@@ -1,6 +1,7 @@
 """Errors that the user can fix: one message with the place, the value and the fix; exit code 2."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,6 +10,15 @@ if TYPE_CHECKING:
 
 class InputError(ValueError):
     """Bad input: a setting, a file, a model or a checkpoint that cannot be used."""
+
+
+def renamed(message: str, names: Mapping[str, str]) -> str:
+    """Return a message about fields of one object with the ``names`` that another place has for them.
+
+    Only ``name = value`` is replaced, as messages name a setting with its value.
+    """
+    alternatives = "|".join(map(re.escape, names))
+    return re.sub(rf"(?<![\w.])({alternatives})(?= = )", lambda match: names[match[1]], message)
 
 
 def first_line(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """``pst-ds VERB``: parse arguments, run a verb, return an exit code.
 
-0: done, 1: failed, 2: invalid input, 75: stopped by a signal after saving, 141: the reader of the output has exited.
+0: done, 1: failed, 2: invalid input, 3: a planned run does not fit, 75: stopped by a signal after saving, 141: the
+reader of the output has exited.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from pst_ds import __version__, progress
+from pst_ds.cli.flags import in_flags
 from pst_ds.config import toml
 from pst_ds.config.run import RunConfig
 from pst_ds.errors import InputError
@@ -98,12 +100,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     quiet_libraries()
     progress.quiet = getattr(args, "quiet", False)
+    module = importlib.import_module(f"pst_ds.cli.{args.verb}")
     try:
-        result = importlib.import_module(f"pst_ds.cli.{args.verb}").run(args)
+        result = module.run(args)
         if args.json and progress.is_first_rank():
             print(json_of(result), flush=True)
     except InputError as error:
-        _say_on_main(f"pst-ds {args.verb}: {type(error).__name__}: {error}")
+        _say_on_main(f"pst-ds {args.verb}: {in_flags(str(error), getattr(module, 'FLAGS', {}))}")
         return _leave(2)
     except KeyboardInterrupt:
         return _leave(130)
@@ -112,10 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _leave(EXIT_UNREAD)
         kind = type(error).__name__
         if kind in _REPORTED:
-            _say_on_main(f"pst-ds {args.verb}: {kind}: {error}")
+            _say_on_main(f"pst-ds {args.verb}: {error}")
         elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             told = f"{error}. Free space on that disk, or write to another one"  # from each rank whose disk is full
-            print(f"pst-ds {args.verb}: {kind}: {told}", file=sys.stderr, flush=True)
+            print(f"pst-ds {args.verb}: {told}", file=sys.stderr, flush=True)
         else:
             traceback.print_exc()
         return _leave(EXIT_STOPPED if kind == "StoppedError" else 1)

@@ -8,6 +8,7 @@ import time
 from dataclasses import fields
 from typing import TYPE_CHECKING, get_args
 
+from pst_ds.cli.flags import flags_of_fields
 from pst_ds.cli.main import above, add_quiet_argument, add_run_arguments, add_shard_argument, count, load_run_or_folder
 from pst_ds.config.methods import OneShotMethod
 from pst_ds.config.one_shot import CHANNELS, ENGINES, REAP, Budgets, PruneConfig
@@ -18,6 +19,10 @@ from pst_ds.errors import InputError
 if TYPE_CHECKING:
     from pst_ds.config.run import RunConfig
     from pst_ds.train.one_shot.pruning import PruneReport
+
+
+FLAGS = flags_of_fields([*(field.name for field in fields(PruneConfig)), "out", "speedup"])
+"""Flags for the settings that messages of this verb name."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -54,7 +54,7 @@ class ModelConfig(Section):
 
     def problems(self) -> Iterator[str]:
         if self.base_bits == self.embedding_bits == 16:
-            yield from self.unused("model", "with model.base_bits = 16. Set model.base_bits to 8 or 4", "base_group")
+            yield from self.unused("model", "with model.base_bits = 16", "set model.base_bits to 8 or 4", "base_group")
         if self.gradient_checkpointing_reentrant and not self.gradient_checkpointing:
             yield (
                 "model.gradient_checkpointing_reentrant = true does nothing without checkpointing. Set "
@@ -108,8 +108,8 @@ class QuantizationConfig(Section):
 
     def problems(self) -> Iterator[str]:
         if not self.is_on:
-            reason = "without quantization.values or embeddings. Set one of them to int8 or int4"
-            yield from self.unused("quantization", reason, "group", "start_fraction", "interval")
+            reason, instead = "without quantization.values or embeddings", 'set one of them to "int8" or "int4"'
+            yield from self.unused("quantization", reason, instead, "group", "start_fraction", "interval")
 
     def conflicts(self, method: str, schedule: ScheduleConfig) -> Iterator[str]:
         """Yield a message where masks still change when quantisation starts."""

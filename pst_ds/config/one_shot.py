@@ -7,7 +7,7 @@ from annotated_types import Gt, Lt
 
 from pst_ds.config.methods import METHODS, OneShotMethod
 from pst_ds.config.pst import PSTConfig
-from pst_ds.config.settings import NotNegative, Positive, Section, settings
+from pst_ds.config.settings import NotNegative, Positive, Section, Share, settings
 from pst_ds.core.packings import VALUE_BITS
 from pst_ds.core.patterns import parse_pattern
 
@@ -19,7 +19,7 @@ ENGINES = ("openvino", "llama.cpp", "vllm", "gpu")
 """Where the speed of a cut is predicted: pst_ds/planning/speedup.py."""
 Budgets = Literal["equal", "saliency"]
 _BITS = " or ".join(str(bits) for bits in sorted(VALUE_BITS.values()))
-_QUANTISE_LATER = "and then quantise the folder with --method sparsegpt --keep-zeros"
+_QUANTISE_LATER = 'and then quantise the folder with method = "sparsegpt" and keep_zeros = true'
 
 
 @settings
@@ -41,13 +41,13 @@ class OneShotConfig(Section):
 
     def problems(self) -> Iterator[str]:
         if self.method == "none":
-            reason = 'with start.method = "none". Set start.method, such as "alps"'
-            yield from self.unused("start", reason, "samples", "reconstruct", "budgets")
+            instead = 'set start.method, such as "alps"'
+            yield from self.unused("start", 'with start.method = "none"', instead, "samples", "reconstruct", "budgets")
         if self.method != CHANNELS:
-            reason = f'with start.method = "{self.method}". Set start.method = "channels"'
-            yield from self.unused("start", reason, "ffn")
+            instead = 'set start.method = "channels"'
+            yield from self.unused("start", f'with start.method = "{self.method}"', instead, "ffn")
         else:
-            yield from self.unused("start", 'with start.method = "channels". Remove it', "reconstruct", "budgets")
+            yield from self.unused("start", 'with start.method = "channels"', "", "reconstruct", "budgets")
             if self.ffn is None:
                 yield 'start.method = "channels" needs the share of channels that stay. Set start.ffn, such as 0.25'
 
@@ -92,11 +92,14 @@ class OneShotConfig(Section):
 
 @settings
 class PruneConfig(OneShotConfig):
-    """Settings of ``pst-ds prune``, which has more options than ``[start]``: there the run decides on the rest."""
+    """Settings of ``pst-ds prune``, which has more options than ``[start]``: there the run decides on the rest.
 
-    method: OneShotMethod | Literal["reap", "channels"]  # type: ignore[assignment]
+    Raises ConfigError, which names fields; the command line names its flags instead.
+    """
+
+    method: Literal[OneShotMethod, "reap", "channels"]  # type: ignore[assignment]
     """Method that chooses the weights; "reap" drops whole experts, "channels" removes feed-forward channels."""
-    sparsity: float | None = None
+    sparsity: Share | None = None
     """Fraction of pruned weights, or of dropped experts. Unset, the pattern or ``schedule.final_sparsity`` sets it."""
     pattern: str = ""
     """"row", "matrix", N:M or blocks. Empty is the run's pattern, or the method's default where that is "matrix"."""
@@ -117,46 +120,61 @@ class PruneConfig(OneShotConfig):
     def problems(self) -> Iterator[str]:
         if self.method in (REAP, CHANNELS):
             yield from self._problems_of_removal()
+        elif self.pattern:
+            yield from self._problems_of_pattern()
         if self.method == CHANNELS:
             if self.ffn is None:
-                yield "--method channels needs the share of channels that stay. Add --ffn, such as --ffn 0.25"
+                yield 'method = "channels" needs the share of channels that stay. Set it, for example ffn = 0.25'
             if self.sparsity is not None:
-                yield f"--sparsity {self.sparsity} is for weights. Say what stays: --ffn {1.0 - self.sparsity:.6g}"
+                yield f"sparsity = {self.sparsity} is for weights. Say what stays: ffn = {1.0 - self.sparsity:.6g}"
         elif self.ffn is not None:
-            yield f"--ffn {self.ffn} is for --method channels. Remove it, or prune the folder of --method channels"
-        if self.bits and self.method != "sparsegpt":
+            yield f'ffn = {self.ffn} is for method = "channels". Remove it, or prune the folder that this method writes'
+        if self.bits and self.method not in ("sparsegpt", REAP, CHANNELS):
             yield (
-                f"--bits {self.bits} needs --method sparsegpt, whose kept weights compensate for the quantisation "
-                f"error. With --method {self.method} prune first, {_QUANTISE_LATER}"
+                f'bits = {self.bits} needs method = "sparsegpt", whose kept weights compensate for the quantisation '
+                f'error. With method = "{self.method}" prune first, {_QUANTISE_LATER}'
             )
         if self.group and not self.bits:
-            yield f"--group {self.group} is for quantised weights. Add --bits {_BITS}"
+            yield f"group = {self.group!r} is for quantised weights. Set bits = {_BITS} too"
         if self.keep_zeros:
             yield from self._problems_of_keep_zeros()
         if self.bits and self.reconstruct:
             yield (
-                f"--reconstruct {self.reconstruct} would change weights that --bits {self.bits} has quantised. Prune "
-                f"with --reconstruct first, {_QUANTISE_LATER}"
+                f"reconstruct = {self.reconstruct} would change weights that bits = {self.bits} has quantised. "
+                f"Reconstruct first, {_QUANTISE_LATER}"
             )
         if self.bits and self.budgets == "saliency":
             yield (
-                f"--bits {self.bits} quantises while pruning, which --budgets saliency does not support. Prune first, "
+                f'bits = {self.bits} quantises while pruning, which budgets = "saliency" does not support. Prune first, '
                 f"{_QUANTISE_LATER}"
             )
+
+    def _problems_of_pattern(self) -> Iterator[str]:
+        """Yield what is wrong with the pattern, by itself and with the sparsity."""
+        try:
+            pattern = parse_pattern(self.pattern)
+        except ValueError as error:
+            yield f'pattern = "{self.pattern}": {error}'
+            return
+        fixed = pattern.fixed_sparsity
+        if self.sparsity is not None and fixed not in (None, self.sparsity):
+            yield f'sparsity = {self.sparsity}: pattern = "{self.pattern}" has sparsity {fixed}. Remove one of them'
 
     def _problems_of_removal(self) -> Iterator[str]:
         removed = "whole experts" if self.method == REAP else "channels"
         for name in ("pattern", "bits", "group", "keep_zeros", "budgets", "reconstruct"):
-            if getattr(self, name) != getattr(PruneConfig, name):
+            value = getattr(self, name)
+            if value != getattr(PruneConfig, name):
+                written = "true" if value is True else repr(value)
                 yield (
-                    f"--{name.replace('_', '-')} is for weights, and --method {self.method} removes {removed}. Remove "
-                    "it, or prune the resulting folder once more"
+                    f'{name} = {written} is for weights, and method = "{self.method}" removes {removed}. Remove it, or '
+                    "prune the resulting folder once more"
                 )
 
     def _problems_of_keep_zeros(self) -> Iterator[str]:
         if not self.bits:
-            yield f"--keep-zeros prunes nothing more, so there is nothing to do. Add --bits {_BITS}"
+            yield f"keep_zeros = true prunes nothing more, so there is nothing to do. Set bits = {_BITS} too"
         values = {name: getattr(self, name) for name in ("sparsity", "pattern", "budgets")}
-        given = [f"--{name} {value}" for name, value in values.items() if value != getattr(PruneConfig, name)]
+        given = [f"{name} = {value!r}" for name, value in values.items() if value != getattr(PruneConfig, name)]
         if given:
-            yield f"--keep-zeros keeps the mask that the folder has. Remove {' and '.join(given)}"
+            yield f"keep_zeros = true keeps the mask that the folder has. Remove {' and '.join(given)}"

@@ -1,6 +1,8 @@
 """Base of the settings classes: checked frozen dataclasses, annotated types, and messages for wrong values."""
 
 import difflib
+import json
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import field, is_dataclass
 from enum import Enum
@@ -11,6 +13,7 @@ from annotated_types import Ge, Lt
 from pydantic import AllowInfNan, ConfigDict, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from pst_ds.core.fractions import percent_hint
 from pst_ds.errors import InputError
 
 T = TypeVar("T")
@@ -63,12 +66,16 @@ class Section:
         """Yield a message for each broken rule, with full names of settings. Types and ranges hold already."""
         yield from ()
 
-    def unused(self, section: str, reason: str, *names: str) -> Iterator[str]:
-        """Yield a message for each setting in ``names`` that does nothing for ``reason`` and has no default value."""
+    def unused(self, section: str, reason: str, instead: str, *names: str) -> Iterator[str]:
+        """Yield a message for each setting in ``names`` that has no default value, and does nothing for ``reason``.
+
+        ``instead``: how to give it an effect, in the imperative; "" if it cannot have one.
+        """
         for name in names:
             value = getattr(self, name)
             if value != getattr(type(self), name):
-                yield f"{section}.{name} = {value!r} does nothing {reason}"
+                alternative = f", or {instead}" if instead else ""
+                yield f"{section}.{name} = {value!r} does nothing {reason}. Remove {section}.{name}{alternative}"
 
 
 def report(problems: Iterable[str]) -> None:
@@ -98,8 +105,13 @@ def settings(cls: type[T]) -> type[T]:
     return cast(type[T], made)
 
 
-def messages(error: ValidationError, kind: type, table: Mapping[str, object]) -> Iterator[str]:
-    """Yield a message for each wrong setting of ``table``, which was to become a ``kind``."""
+def messages(
+    error: ValidationError, kind: type, table: Mapping[str, object], *, in_run_file: bool = False
+) -> Iterator[str]:
+    """Yield a message for each wrong setting of ``table``, which was to become a ``kind``.
+
+    ``in_run_file``: whether settings are in a run file or in ``--set``, not in Python.
+    """
     schema, seen = TypeAdapter(kind).json_schema(), set()
     for problem in error.errors(include_url=False):
         key, value, entry, known = _place(schema, table, problem["loc"])
@@ -114,11 +126,11 @@ def messages(error: ValidationError, kind: type, table: Mapping[str, object]) ->
             hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(known)}"
             yield f"unknown key '{key}'. {hint}"
         elif problem["type"] == "missing":
-            yield f"'{key}' is missing. Set it in the run file, or with --set {key}="
+            yield f"'{key}' is missing. Set it" + (f" in the run file, or with --set {key}=" if in_run_file else "")
         elif problem["type"] in _OUT_OF_RANGE:
-            yield f"{key} = {value} must {_range(entry)}"
+            yield f"{key} = {value} must {_range(entry)}{_hint_for(value, entry)}"
         else:
-            yield f"{key} = {value!r} must be {_kind(entry)}"
+            yield f"{key} = {value!r} must be {_kind(entry)}{_as_list(key, value, entry) if in_run_file else ''}"
         seen.add(key)
 
 
@@ -163,6 +175,25 @@ def _range(entry: Schema) -> str:
         least = "" if low is None else f" of at least {low:g}"
         return f"be a finite number{least if above is None else f' above {above:g}'}"
     return f"be at least {low}" if low else "not be negative"
+
+
+def _as_list(key: str, value: object, entry: Schema) -> str:
+    """Return a sentence that spells a string as the list that a setting must be; "" for other settings and values.
+
+    Shells remove quotes: ``--set tracking.to=["wandb"]`` arrives as ``[wandb]``, which is not TOML.
+    """
+    if not isinstance(value, str) or _kind(entry) != "a list of strings":
+        return ""
+    items = [item.strip().strip("'\"") for item in value.strip().removeprefix("[").removesuffix("]").split(",")]
+    written = json.dumps([item for item in items if item], ensure_ascii=False)
+    return f". Set {key} = {written}; in a shell: --set {shlex.quote(f'{key}={written}')}"
+
+
+def _hint_for(value: object, entry: Schema) -> str:
+    """Return a question for a percentage where a schema allows a fraction; "" otherwise."""
+    entry = entry.get("anyOf", [entry])[0]
+    is_fraction = 1 in (entry.get("maximum"), entry.get("exclusiveMaximum"))
+    return percent_hint(value) if is_fraction else ""
 
 
 def resume_rules(kind: type, prefix: str = "") -> dict[str, OnResume]:

@@ -5,6 +5,7 @@ import os
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -13,6 +14,7 @@ from pst_ds.config.data import DATA_PRESETS, PRESET_PLACES
 from pst_ds.config.pst import PAPER
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.settings import messages, report
+from pst_ds.errors import shortened
 from pst_ds.file_names import FINETUNED, MODEL, RUN_FILE, START
 
 PRESETS: dict[str, dict[str, object]] = {"default": {}, "paper": {"pst": PAPER}}
@@ -77,13 +79,14 @@ def run_from_table(table: Mapping[str, object]) -> RunConfig:
 
     Raises ConfigError with a message for each wrong setting.
     """
-    table = _with_presets({"model": {}, "data": {}, "train": {}, "pst": {}, **without_removed(table)})
+    table = without_switched_off(without_removed(table))
+    table = _with_presets({"model": {}, "data": {}, "train": {}, "pst": {}, **table})
     _require_utf8(table)
     try:
         # JSON, where a strict pydantic takes lists for tuples; dates become tables, which no setting takes
         return _RUN.validate_json(json.dumps(table, default=lambda value: {"value": str(value)}))
     except ValidationError as error:
-        report(messages(error, RunConfig, table))
+        report(messages(error, RunConfig, table, in_run_file=True))
         raise
 
 
@@ -153,6 +156,36 @@ def without_removed(table: Mapping[str, object]) -> dict[str, object]:
             raise ConfigError(f"{name} = {values[key]!r} is no longer supported: {instead}")
         if os.environ.get("RANK", "0") == "0":
             print(f"{name} = {values[key]!r} has no effect any more: {instead}. Remove it", file=sys.stderr)
+    return table
+
+
+SWITCHES = {"start": ("method", "none"), "finetune": ("method", "none"), "distillation": ("weight", 0)}
+"""The setting of each section that switches the section off, and the value that does."""
+
+
+def without_switched_off(table: Mapping[str, object]) -> dict[str, object]:
+    """Return a copy of ``table`` in which sections that it switches off have no other settings.
+
+    One setting is enough to switch a section off: ``--set start.method=none``. Settings without effect are named on
+    stderr, unless they have their default value, as in the run file of a run folder. A section that does not set its
+    switch is kept, and its settings are refused.
+    """
+    table = dict(table)
+    defaults = {field.name: field.default_factory for field in fields(RunConfig)}
+    for name, (switch, off) in SWITCHES.items():
+        section = table.get(name)
+        if not isinstance(section, dict) or switch not in section or section[switch] != off:
+            continue
+        default = defaults[name]()  # type: ignore[operator, misc]
+        ignored = {}
+        for key, value in section.items():
+            if key != switch and hasattr(default, key):
+                ignored[key] = value
+        table[name] = {key: value for key, value in section.items() if key not in ignored}
+        changed = [f"{name}.{key}" for key, value in ignored.items() if value != getattr(default, key)]
+        if changed and os.environ.get("RANK", "0") == "0":
+            lead = f"{name}.{switch} = {toml_value(section[switch])}"
+            print(f"note: {lead} switches [{name}] off, so {shortened(changed)} have no effect", file=sys.stderr)
     return table
 
 

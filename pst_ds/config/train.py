@@ -29,8 +29,7 @@ class DistillationConfig(Section):
 
     def problems(self) -> Iterator[str]:
         if not self.weight:
-            reason = "with distillation.weight = 0. Set distillation.weight"
-            yield from self.unused("distillation", reason, "teacher")
+            yield from self.unused("distillation", "with distillation.weight = 0", "set distillation.weight", "teacher")
 
     def conflicts(self, task: str) -> Iterator[str]:
         """Yield a message for a task without predictions to compare."""
@@ -150,8 +149,9 @@ class FinetuneConfig(Section):
     def problems(self) -> Iterator[str]:
         names = [name for name, method in METHODS.items() if method.masks == "none"]
         if self.method == "none":
-            reason = 'with finetune.method = "none". Set finetune.method, such as "lora"'
-            yield from self.unused("finetune", reason, *(name for name in vars(self) if name != "method"))
+            others = (name for name in vars(self) if name != "method")
+            instead = 'set finetune.method, such as "lora"'
+            yield from self.unused("finetune", 'with finetune.method = "none"', instead, *others)
         elif self.method not in names:
             yield f"finetune.method = {self.method!r} must be one of {', '.join(map(repr, ['none', *names]))}"
         elif (self.num_steps > 0) == (self.num_epochs > 0):

@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Protocol
 
+from pst_ds.core.fractions import percent_hint
+
 LISTENED = 16
 """Batches before a solve whose inputs and gradients it uses."""
 
@@ -244,7 +246,8 @@ class Schedules:
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:
     if not holds:
-        raise ValueError(f"{name} = {value} must be {wanted}")
+        hint = percent_hint(value) if wanted.startswith("in [0") else ""
+        raise ValueError(f"{name} = {value} must be {wanted}{hint}")
 
 
 def learning_rate_factor(step: int, num_steps: int, warmup_fraction: float) -> float:

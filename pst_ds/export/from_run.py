@@ -197,7 +197,7 @@ class RunSource:
         try:
             require_scales(scales, grid.grid)
         except ValueError as error:
-            raise ExportError(f"{checkpoint.folder}: {owner}: {error}. Choose another --checkpoint") from None
+            raise ExportError(f"{checkpoint.folder}: {owner}: {error}. Choose another checkpoint") from None
         return Rounding(grid, scales.to(device))
 
 

@@ -137,7 +137,7 @@ class TensorSpec:
         if self.transposed:
             raise ExportError(
                 f"{self.name} is the weight of a Conv1D, and {COMPRESSED_TENSORS} supports nn.Linear only. Export "
-                "with --format dense, and load with pst_ds.hf"
+                'with format = "dense", and load with pst_ds.hf'
             )
         return replace(spec, packing=packing)
 
@@ -231,7 +231,7 @@ def require_space(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(place).free
     if nbytes > free:
         raise ExportError(
-            f"{folder} needs {nbytes:,} bytes, and the disk has {free:,} free. Name another folder with --out"
+            f"{folder} needs {nbytes:,} bytes, and the disk has {free:,} free. Free space, or write to another disk"
         )
 
 
@@ -243,7 +243,7 @@ def require_packed(jobs: Sequence[TensorJob], encoding: Encoding) -> list[str]:
     outputs, packing = [output for job in jobs for output in job.outputs], encoding.packing
     if encoding.is_quantized and not any(output.grid for output in outputs):
         raise ExportError(
-            "no weight can be quantised: --values is for linear layers inside the blocks, --embeddings for embedding "
+            "no weight can be quantised: values is for linear layers inside the blocks, embeddings for embedding "
             "tables and output layers, and this model has neither"
         )
     if packing == DENSE or any(output.packing != DENSE for output in outputs):
@@ -251,5 +251,5 @@ def require_packed(jobs: Sequence[TensorJob], encoding: Encoding) -> list[str]:
     raise ExportError(
         f"no weight would be smaller as {packing}, so nothing can be packed: 2:4 needs at most two non-zeros in every "
         "four consecutive inputs, bitmask more than 7 % sparsity, and csr more than 50 %. Train with "
-        'pst.pattern = "2:4" or more sparsity, or export with --format dense'
+        'pst.pattern = "2:4" or more sparsity, or export with format = "dense"'
     )

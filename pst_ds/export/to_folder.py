@@ -114,8 +114,8 @@ def export_checkpoint(
     base = BaseWeights(checkpoint.state.base_path, getattr(model, "base_model_prefix", ""))
     if vocabulary and is_text_part(model, base.folder):
         raise ExportError(
-            f"--vocabulary: {base.folder} has more than the text part, so its vocabulary must stay complete. Remove "
-            "--vocabulary"
+            f"vocabulary: {base.folder} has more than the text part, so its vocabulary must stay complete. Keep all "
+            "tokens"
         )
     if whole is not None and is_text_part(model, base.folder):
         raise ExportError(
@@ -185,7 +185,7 @@ def export_folder(
     encoding = Encoding(options.packing, options.values, options.embeddings)
     _require_free(out, encoding)
     if out.resolve() == source.resolve():
-        raise ExportError(f"--out {out} is the folder to read. Name another folder")
+        raise ExportError(f"out = {str(out)!r} is the folder to read. Name another folder")
     folder = open_folder(source)
     jobs, origin = plan_folder(folder, encoding, options.dtype)
     facts = {"kind": encoding.packing, **{key: folder.facts.get(key) for key in _KEPT_FACTS}}
@@ -233,7 +233,7 @@ def _as_trained(option: str, trained: Grid | None, requested: Grid | None, optio
     if requested != trained:
         raise ExportError(
             f"the export asks for {requested}, and the run was trained with {trained}. Quantising again loses "
-            f"accuracy. Remove --{option} and --group, or write floats with --dtype"
+            f"accuracy. Leave {option} and group unset, or write floats with dtype"
         )
     return requested
 
@@ -243,11 +243,11 @@ def _require_free(out: Path, encoding: Encoding) -> None:
     if encoding.packing == GGUF:
         if out.suffix != ".gguf" or out.is_dir():
             raise ExportError(
-                f"--out {out.absolute()} must be one file for llama.cpp. Give it a name that ends in .gguf"
+                f"out = {str(out.absolute())!r} must be one file for llama.cpp. Give it a name that ends in .gguf"
             )
     elif out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / MANIFEST_FILE).is_file())):
-        raise ExportError(f"--out {out.absolute()} exists and is not an export. Name another folder")
-    require_writable(out, f"--out {out}")
+        raise ExportError(f"out = {str(out.absolute())!r} exists and is not an export. Name another folder")
+    require_writable(out, f"out = {str(out)!r}")
 
 
 def _write(

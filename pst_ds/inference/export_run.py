@@ -3,15 +3,18 @@
 import json
 import tempfile
 import tomllib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
+
+from pydantic import BeforeValidator
 
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.config.run import RunConfig
+from pst_ds.config.settings import Positive, Section, settings
 from pst_ds.config.toml import dump_run, load_run_or_folder
 from pst_ds.core.packings import COMPRESSED_TENSORS, COMPRESSED_TENSORS_W8A8, DENSE, GGUF, ONNX, VALUE_BITS
 from pst_ds.core.quantization import grid_of
@@ -19,6 +22,7 @@ from pst_ds.data.tasks import task_of
 from pst_ds.data.tokens.tokenize import open_tokenizer
 from pst_ds.data.vocabulary import trim
 from pst_ds.errors import InputError
+from pst_ds.export.encoding import Encoding, ExportError
 from pst_ds.export.expert_stacks import kept_experts
 from pst_ds.export.from_folder import CONFIG_FILE, model_of
 from pst_ds.export.manifest import Facts
@@ -39,48 +43,64 @@ _BATCH = 1024
 """Examples or lines that are tokenised together."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExportSettings:
-    """Settings of an export, named like the options of ``pst-ds export``. Raises InputError if they conflict."""
+def _as_group(value: object) -> object:
+    """Convert a number that is written as text, as an option of the command line is."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
-    format: str = DENSE
-    """"dense", "bitmask", "2:4", "csr", "compressed-tensors", "gguf" or "onnx"."""
-    values: str | None = None
+
+@settings
+class ExportSettings(Section):
+    """Settings of an export, named like the options of ``pst-ds export``.
+
+    Raises ConfigError, which names fields; the command line names its flags instead.
+    """
+
+    format: Literal["dense", "bitmask", "2:4", "csr", "compressed-tensors", "gguf", "onnx"] = "dense"
+    """Storage of the weights (docs/how-to/export.md)."""
+    values: Literal["int8", "int4", "bf16"] | None = None
     """Linear layers inside the blocks: "int8" or "int4" quantises them; "bf16" casts every tensor of the model."""
-    embeddings: str | None = None
+    embeddings: Literal["int8", "int4"] | None = None
     """Embeddings and the output layer: "int8" or "int4"."""
-    group: str | int | None = None
+    group: Annotated[Literal[32, 64, 128, "row"] | None, BeforeValidator(_as_group)] = None
     """Weights of a row per scale: 32, 64, 128 or "row"; default: "row" for int8, 64 for int4, and 32 for GGUF."""
-    dtype: str | None = None
+    dtype: Literal["bf16", "fp32"] | None = None
     """"bf16" or "fp32": cast every tensor."""
     vocabulary: str | None = None
     """Keep only the tokens in this text file, or with "seen" those in a run's training and validation data."""
-    activation_bits: int = 16
+    activation_bits: Literal[8, 16] = 16
     """8 or 16: activations of quantised products in ONNX, or of int8 layers in compressed-tensors."""
     plain: bool = False
     """With format "onnx": dense fp32 weights and standard operators only."""
-    shard_bytes: int = SHARD_BYTES
+    shard_bytes: Positive = SHARD_BYTES
     """Size limit of a weight file."""
 
-    def __post_init__(self) -> None:
+    def problems(self) -> Iterator[str]:
         if self.plain and self.format != ONNX:
-            raise InputError(f"--plain is for --format {ONNX}, not {self.format}. Remove --plain")
+            yield f'plain = true is for format = "{ONNX}", not for format = "{self.format}". Remove plain = true'
         quantised_onnx = self.format == ONNX and not self.plain and self.values in VALUE_BITS
         if self.activation_bits == 8 and not quantised_onnx and self.format != COMPRESSED_TENSORS:
-            raise InputError(
-                f"--activation-bits 8 is for --format {COMPRESSED_TENSORS}, and for --format {ONNX} with quantised "
-                f"weights. Add --values {' or '.join(VALUE_BITS)}"
+            yield (
+                f'activation_bits = 8 is for format = "{COMPRESSED_TENSORS}", and for format = "{ONNX}" with quantised '
+                'weights. Set values = "int8" or "int4"'
             )
         if self.group and self.values not in VALUE_BITS and self.embeddings not in VALUE_BITS:
-            raise InputError(
-                f"--group {self.group} is for {' or '.join(VALUE_BITS)} values. Add --values or --embeddings"
+            yield (
+                f'group = {self.group!r} is for quantised values. Set values = "int8" or "int4", or embeddings = '
+                '"int8" or "int4"'
             )
         if self.values == "bf16" and self.dtype not in (None, "bf16"):
-            raise InputError(f"--values bf16 and --dtype {self.dtype} both cast every tensor. Remove one of them")
+            yield f'values = "bf16" and dtype = "{self.dtype}" both cast every tensor. Remove one of them'
+        is_quantised_by_run = self.format == COMPRESSED_TENSORS and self.values is None
+        if self.format != ONNX and not is_quantised_by_run:
+            try:
+                options = self.options()
+                Encoding(options.packing, options.values, options.embeddings)
+            except ExportError as error:
+                yield str(error)
 
     def options(self) -> ExportOptions:
         """Return the storage of the export. Raises InputError for an unknown quantisation."""
-        group = self.group or ("32" if self.format == GGUF else None)
+        group = self.group or (32 if self.format == GGUF else None)
         quantises_inputs = self.format == COMPRESSED_TENSORS and self.activation_bits == 8
         try:
             return ExportOptions(
@@ -150,7 +170,7 @@ def export_model_folder(source: str | Path, out: str | Path, settings: ExportSet
         return _to_onnx(lambda at, how: export_model_folder(source, at, how), Path(out), settings)
     tokenizer, vocabulary = None, None
     if settings.vocabulary == SEEN:
-        raise InputError(f"--vocabulary seen: {source} is a model folder, which has no training data. Name a text file")
+        raise InputError(f'vocabulary = "seen": {source} is a model folder, which has no training data. Name a text file')
     if settings.vocabulary:
         tokenizer = open_tokenizer(source, str(source), "Name a folder with a tokenizer")
         tokens = _tokens_of_file(settings.vocabulary, tokenizer)
@@ -210,6 +230,7 @@ def _tokens_of_file(path: str, tokenizer: "PreTrainedTokenizerBase") -> set[int]
                 found.update(*tokenizer(lines)["input_ids"])
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f'--vocabulary {path} cannot be read: {error}. Name a UTF-8 file with one text per line, or "seen"'
+            f"vocabulary = {path!r} cannot be read: {error}. Name a UTF-8 file with one text per line, or "
+            'vocabulary = "seen"'
         ) from None
     return found

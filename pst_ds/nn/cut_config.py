@@ -79,12 +79,12 @@ def number_of_experts(model: nn.Module, lead: str) -> tuple[str, int]:
     if key is None or len(numbers) > 1:
         raise InputError(
             f"{lead}: the modules have {sorted(numbers)} experts, and no setting of the model's config says so. "
-            "Prune the weights of all experts with --method wanda"
+            'Prune the weights of all experts with method = "wanda"'
         )
     if (getattr(config, "n_group", None) or 1) > 1:
         raise InputError(
             f"n_group = {config.n_group}: the router chooses among {config.n_group} groups of experts of equal size, "
-            "which dropping experts would change. Prune the weights of all experts with --method wanda"
+            'which dropping experts would change. Prune the weights of all experts with method = "wanda"'
         )
     return key, numbers.pop()
 

@@ -152,7 +152,7 @@ def raise_together(problem: Exception | None) -> None:
             first, kind, text, host = found[0]
             if not issubclass(kind, InputError):
                 raise kind(f"rank {first} on {host}: {text}") from problem
-            raise InputError(f"rank {first} on {host}: {kind.__name__}: {text}") from problem
+            raise InputError(f"rank {first} on {host}: {text}") from problem
     if problem is not None:
         raise problem
 

@@ -58,7 +58,7 @@ class Verdict:
     def message(self, timeout: float) -> str:
         """Return the last line of the run's output."""
         return (
-            f"pst-ds train: StalledError: no progress for {timeout:g} seconds (train.stall_timeout_seconds): "
+            f"pst-ds train: no progress for {timeout:g} seconds (train.stall_timeout_seconds): "
             f"{self.why}. Continue from the newest checkpoint with --resume"
         )
 

@@ -45,7 +45,7 @@ def share_for(run: RunConfig, speedup: float, target: str) -> tuple[float, float
     if fastest == 1.0 and refused:
         raise refused
     raise InputError(
-        f"--speedup {speedup} for {target}: fewer feed-forward channels make {run.model.path} at most {fastest:.2f} "
+        f"speedup = {speedup} for {target}: fewer feed-forward channels make {run.model.path} at most {fastest:.2f} "
         "times as fast. Ask for less"
     )
 

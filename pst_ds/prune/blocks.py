@@ -77,26 +77,26 @@ def find_blocks(model: nn.Module, names: Sequence[str]) -> tuple[str, nn.ModuleL
     if outside is not None:
         raise InputError(
             f"{outside} is not in a block, and calibration goes block by block. Exclude it with pst.exclude_modules, "
-            "or use --method magnitude"
+            'or set method = "magnitude"'
         )
     stacks = list(dict.fromkeys(found.values()))
     if len(stacks) > 1:
         raise InputError(
             f"the layers are in {len(stacks)} stacks of blocks ({', '.join(stacks)}), and calibration supports "
-            "one. Select the layers of one with pst.target_modules, or use --method magnitude"
+            'one. Select the layers of one with pst.target_modules, or set method = "magnitude"'
         )
     blocks = model.get_submodule(stacks[0])
     assert isinstance(blocks, nn.ModuleList)
     if shared := getattr(text_config(model), "num_kv_shared_layers", 0):
         raise InputError(
             f"num_kv_shared_layers = {shared}: the last blocks of {stacks[0]} use keys and values of earlier ones, but "
-            "calibration runs each block separately. Use --method magnitude"
+            'calibration runs each block separately. Set method = "magnitude"'
         )
     layers, num_own = getattr(getattr(model, "config", None), "num_hidden_layers", None), len(set(blocks))
     if num_own < len(blocks) or (isinstance(layers, int) and layers > len(blocks)):
         raise InputError(
             f"{stacks[0]} has {num_own} distinct blocks for {max(len(blocks), layers or 0)} layers: a block that "
-            "runs more than once cannot be pruned in between. Use --method magnitude"
+            'runs more than once cannot be pruned in between. Set method = "magnitude"'
         )
     return stacks[0], blocks
 
@@ -241,8 +241,7 @@ class BlockReplay:
                 continue
             raise InputError(
                 f"the model's forward pass does not run its block {index} of {len(self.blocks)}, a "
-                f"{type(self.blocks[index]).__name__}. Use --method magnitude without "
-                "--reconstruct and --budgets"
+                f'{type(self.blocks[index]).__name__}. Set method = "magnitude", reconstruct = 0 and budgets = "equal"'
             )
         if after_first is not None and not self.pieces:
             after_first()

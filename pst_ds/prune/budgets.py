@@ -26,13 +26,13 @@ def require_linear(rules: Sequence[LayerRule]) -> list[LayerRule]:
     movable = [rule for rule in rules if rule.pattern.fixed_sparsity is None and not rule.has_own_sparsity]
     if not movable:
         raise InputError(
-            f"--budgets saliency: pattern {rules[0].pattern} has a sparsity of {rules[0].sparsity} in every layer. "
-            "Remove --budgets, or choose --pattern row or matrix"
+            f'budgets = "saliency": pattern {rules[0].pattern} has a sparsity of {rules[0].sparsity} in every layer. '
+            'Set budgets = "equal", or pattern = "row" or "matrix"'
         )
     stacked = next((rule.target.name for rule in movable if rule.target.is_stack), None)
     if stacked is not None:
         raise InputError(
-            f'budgets = "saliency": {stacked} is a stack of experts, and only linear layers are supported. Choose '
+            f'budgets = "saliency": {stacked} is a stack of experts, and only linear layers are supported. Set '
             'budgets = "equal"'
         )
     return movable
@@ -83,7 +83,8 @@ def rules_by_saliency(
         counts = zeros_by_saliency(histograms, wanted, sizes, each)
     except ValueError as error:
         raise InputError(
-            f"--budgets saliency: {error}, because it leaves every layer {LEAST_KEPT} of its weights. Lower --sparsity"
+            f'budgets = "saliency": {error}, because it leaves every layer {LEAST_KEPT} of its weights. Lower the '
+            "sparsity"
         ) from None
     moved = {
         rule.target.name: replace(

@@ -19,11 +19,11 @@ FORMAT = 1
 def require_free(out: Path, base: str) -> None:
     """Raise InputError unless ``out`` is free, an empty folder, or an earlier result of ``pst-ds prune``."""
     if out.resolve() == Path(base).resolve():
-        raise InputError(f"--out {out} is the model to prune. Name another folder")
+        raise InputError(f"out = {str(out)!r} is the model to prune. Name another folder")
     is_ours = (out / RECORD_FILE).is_file() and not (out / MANIFEST_FILE).exists()
     if out.exists() and not (out.is_dir() and (is_ours or not any(out.iterdir()))):
-        raise InputError(f"--out {out.absolute()} exists and was not written by pst-ds prune. Name another folder")
-    require_writable(out, f"--out {out}")
+        raise InputError(f"out = {str(out.absolute())!r} exists and was not written by pst-ds prune. Name another folder")
+    require_writable(out, f"out = {str(out)!r}")
 
 
 def record_of(layers: Sequence[PrunedLayer], about: Mapping[str, object]) -> dict[str, object]:

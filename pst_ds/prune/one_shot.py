@@ -116,4 +116,4 @@ def _grid_of(config: PruneConfig) -> Grid | None:
     try:
         return grid_of(f"int{config.bits}", config.group) if config.bits else None
     except ValueError as error:
-        raise InputError(f"--bits {config.bits} --group {config.group}: {error}") from None
+        raise InputError(f"bits = {config.bits} and group = {config.group!r}: {error}") from None

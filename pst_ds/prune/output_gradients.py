@@ -107,8 +107,8 @@ def _loss(output: object, batch: Batch) -> Tensor:
     ids, logits = batch["input_ids"], getattr(output, "logits", None)
     if logits is None or logits.shape[:-1] != ids.shape:
         raise InputError(
-            "--budgets saliency: the model returns no logits for every token, and the budgets need the loss of the "
-            "next token. Remove --budgets"
+            'budgets = "saliency": the model returns no logits for every token, and the budgets need the loss of the '
+            'next token. Set budgets = "equal"'
         )
     follows = torch.ones_like(ids, dtype=torch.bool)
     if "attention_mask" in batch:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pst_ds.config.methods import OneShotMethod as Method
 from pst_ds.config.pst import PSTConfig, name_matches
+from pst_ds.core.fractions import percent_hint
 from pst_ds.core.patterns import Pattern, parse_pattern
 from pst_ds.core.quantization import Grid
 from pst_ds.errors import InputError
@@ -75,7 +76,7 @@ def settings_for(
     try:
         return replace(config, pattern=chosen, modules_to_save=saved)
     except ValueError as error:
-        raise InputError(f"--pattern {chosen}: {error}") from None
+        raise InputError(f'pattern = "{chosen}": {error}') from None
 
 
 def requested_sparsity(settings: PSTConfig, asked: float | None, default: float) -> float:
@@ -86,11 +87,12 @@ def requested_sparsity(settings: PSTConfig, asked: float | None, default: float)
     fixed = parse_pattern(settings.pattern).fixed_sparsity
     if fixed is not None:
         if asked not in (None, fixed):
-            raise InputError(f"--sparsity {asked}: pattern {settings.pattern} has sparsity {fixed}. Remove --sparsity")
+            raise InputError(f"sparsity = {asked}: pattern {settings.pattern} has sparsity {fixed}. Set sparsity = {fixed}")
         return fixed
     share = default if asked is None else asked
     if not 0.0 <= share < 1.0:
-        raise InputError(f"--sparsity {share} must be in [0, 1): it is the fraction of pruned weights")
+        hint = percent_hint(share)
+        raise InputError(f"sparsity = {share} must be in [0, 1): it is the fraction of pruned weights{hint}")
     return share
 
 
@@ -108,7 +110,7 @@ def layer_rules(
                 grid.num_groups(target.layout.in_features)
         except ValueError as error:
             raise InputError(
-                f"{target.name}: {error}. Choose another --group, or exclude the layer with pst.exclude_modules"
+                f"{target.name}: {error}. Choose another group, or exclude the layer with pst.exclude_modules"
             ) from None
     if keeps_zeros:
         return [LayerRule(target, Pattern("matrix"), 0.0, grid, keeps_zeros=True) for target in targets]
@@ -118,16 +120,16 @@ def layer_rules(
 def _rule(target: Target, method: Method, share: float) -> LayerRule:
     rule = target.rule
     if rule.pattern.kind == "experts":
-        raise InputError(f'{target.name}: pattern "experts" removes whole experts. Use --method reap')
+        raise InputError(f'{target.name}: pattern "experts" removes whole experts. Set method = "reap"')
     if rule.pattern.pools_matrices:
         raise InputError(
             f'{target.name}: pattern "{rule.pattern}" ranks the weights of several matrices together, but one-shot '
-            "pruning goes matrix by matrix. Choose --pattern matrix, row or N:M"
+            'pruning goes matrix by matrix. Set pattern = "matrix", "row" or "2:4"'
         )
     if rule.pattern.kind == "block" and method == "sparsegpt":
         raise InputError(
             f"{target.name}: SparseGPT prunes by matrix, row or N:M, not in blocks of {rule.pattern}. Choose another "
-            "--pattern, or --method alps"
+            'pattern, or set method = "alps"'
         )
     try:
         rule.pattern.require_fit(target.layout)

@@ -71,7 +71,7 @@ def naming(layer: str) -> Iterator[None]:
     except FloatingPointError as error:
         raise FloatingPointError(
             f"{layer}: {error}. Check that the model's weights are finite, and calibrate with "
-            "--set train.precision=fp32"
+            'train.precision = "fp32"'
         ) from None
 
 
@@ -80,7 +80,7 @@ def required(gatherer: InputGatherer, name: str) -> InputSum:
     found = gatherer.sums.get(name)
     if found is None or not found.num_tokens:
         raise InputError(
-            f"{name} had no input from the calibration data. Use more --samples, or leave it dense with "
+            f"{name} had no input from the calibration data. Use more samples, or leave it dense with "
             "pst.exclude_modules"
         )
     return found

@@ -41,8 +41,8 @@ def drop_experts(
     number, and if fewer experts would be left than a token is routed to.
     """
     modules = experts_modules(model)
-    key, number = number_of_experts(model, "--method reap")
-    left = experts_left(number, share, text_config(model), "--sparsity")
+    key, number = number_of_experts(model, 'method = "reap"')
+    left = experts_left(number, share, text_config(model), "sparsity =")
     model.eval()
     found = _measured(model, modules, data, source_of)
     stack, blocks = find_blocks(model, list(modules))

@@ -161,7 +161,7 @@ def _rotation(config: Config) -> _Table:
         found.setdefault("rope_theta", config.rope_theta)
     kind = found.get("rope_type", "default")
     if kind not in ("default", "llama3"):
-        raise ExportError(f'rope_type = {kind!r}: GGUF export supports "default" and "llama3". Use another --format')
+        raise ExportError(f'rope_type = {kind!r}: GGUF export supports "default" and "llama3". Choose another format')
     return found
 
 

@@ -60,12 +60,12 @@ def family_of(config: Config) -> Family:
     kind = config.model_type
     family = _FAMILIES.get(kind)
     if family is None:
-        raise ExportError(f"model_type = {kind}: GGUF export supports {', '.join(_FAMILIES)}. Use another --format")
+        raise ExportError(f"model_type = {kind}: GGUF export supports {', '.join(_FAMILIES)}. Choose another format")
     for setting, value in family.only_with.items():
         if (found := getattr(config, setting, value)) != value:
             raise ExportError(
                 f"{setting} = {json.dumps(found)} in the config of this {kind}, but llama.cpp computes the family with "
-                f"{json.dumps(value)}. Use another --format"
+                f"{json.dumps(value)}. Choose another format"
             )
     return family
 
@@ -137,7 +137,7 @@ class GgufPlan:
         name = self._names.get_name(merged, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ExportError(
-                f"{output.name} has no name in GGUF files of {self._family.architecture}. Use another --format"
+                f"{output.name} has no name in GGUF files of {self._family.architecture}. Choose another format"
             )
         expert = int(of_expert[2]) if of_expert else None
         return GgufTensor(name, *self._stored(output, name), output, expert, self._heads(output))
@@ -148,7 +148,7 @@ class GgufPlan:
         if output.grid is not None:
             if columns % BLOCK:
                 raise ExportError(
-                    f"{output.name} has {columns} inputs, not a multiple of GGUF's block size {BLOCK}. Remove --values"
+                    f"{output.name} has {columns} inputs, not a multiple of GGUF's block size {BLOCK}. Leave values unset"
                 )
             width = columns // BLOCK * (2 + BLOCK * output.grid.bits // 8)
             return (*rows, width), self._kinds.Q8_0 if output.grid.bits == 8 else self._kinds.Q4_0, np.uint8

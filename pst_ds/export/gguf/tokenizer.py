@@ -31,7 +31,7 @@ def gguf_tokenizer(tokenizer: "Tokenizer", vocab_size: int) -> _Table:
     if model.get("type") != "BPE":
         raise ExportError(
             f"GGUF export supports BPE tokenizers, and this is {model.get('type') or type(tokenizer).__name__}. Export "
-            "with --format dense, and convert the folder with llama.cpp's script"
+            'with format = "dense", and convert the folder with the script of llama.cpp'
         )
     merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
     falls_back = bool(model.get("byte_fallback"))

@@ -81,7 +81,7 @@ def _trace(model: PreTrainedModel, outputs: Sequence[str]) -> ir.Model:
             logging.disable(disabled)
     assert program is not None
     if any(isinstance(size, int) for value in program.model.graph.inputs for size in value.shape or ()):
-        why = "cannot be written as a graph: torch's exporter fixes the number of tokens. Use --format bitmask"
+        why = "cannot be written as a graph: torch's exporter fixes the number of tokens. Choose another format"
         raise ExportError(f"{type(model).__name__} {why}")
     return program.model
 
@@ -133,7 +133,7 @@ class SparseLinearNode(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Reject models that read a weight without calling its layer, as Mamba's mixers do."""
-        raise NotImplementedError("other code reads the weight of a packed layer. Use --format bitmask")
+        raise NotImplementedError("other code reads the weight of a packed layer. Choose another format")
 
     def forward(self, x: Tensor) -> Tensor:
         return _node(

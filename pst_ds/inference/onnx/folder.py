@@ -110,9 +110,9 @@ def _outputs_of(model: PreTrainedModel) -> list[str]:
     """
     inputs, name = input_names(model), type(model).__name__
     if model.config.is_encoder_decoder or "input_ids" not in inputs:
-        raise ExportError(f"{name} does not take a single sequence of tokens. Use --format bitmask")
+        raise ExportError(f"{name} does not take a single sequence of tokens. Choose another format")
     if any(is_experts(module) for module in model.modules()):
-        raise ExportError(f"{name} has experts, and a graph cannot route tokens to them. Use --format bitmask")
+        raise ExportError(f"{name} has experts, and a graph cannot route tokens to them. Choose another format")
     with torch.no_grad():
         found = model(**{name: torch.ones(1, 8, dtype=torch.long) for name in inputs}, return_dict=True)
     return [name for name, value in found.items() if isinstance(value, Tensor) and name not in _NOT_LOGITS]
@@ -123,8 +123,8 @@ def require_free(out: Path) -> None:
     if find_spec("onnxscript") is None:  # onnx and onnx_ir are installed with it
         raise ExportError("ONNX files need onnx and onnxscript: pip install 'pst-ds[onnx]'")
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / ONNX_FILE).is_file())):
-        raise ExportError(f"{out.absolute()} exists and is not an ONNX export. Name another folder with --out")
-    require_writable(out, f"--out {out}")
+        raise ExportError(f"out = {str(out.absolute())!r} exists and is not an ONNX export. Name another folder")
+    require_writable(out, f"out = {str(out)!r}")
 
 
 def _load(folder: Path, load_as: LoadAs) -> PreTrainedModel:

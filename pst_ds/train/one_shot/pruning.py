@@ -15,6 +15,7 @@ from pst_ds.config.one_shot import CHANNELS, REAP, PruneConfig
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.run import RunConfig
 from pst_ds.config.toml import load_run_or_folder
+from pst_ds.core.fractions import percent_hint
 from pst_ds.data.tasks import ExampleSet, task_of
 from pst_ds.errors import InputError
 from pst_ds.export.from_folder import copy_small_files
@@ -173,7 +174,8 @@ def _drop_experts(files: ModelFiles, given: PruneInput, config: PruneConfig, dat
     """Drop a share of the experts; return facts for the record. Collective. Raises InputError."""
     share = given.sparsity if config.sparsity is None else config.sparsity
     if not 0.0 <= share < 1.0:
-        raise InputError(f"--sparsity {share} must be in [0, 1): it is the fraction of experts to drop")
+        hint = percent_hint(share)
+        raise InputError(f"sparsity = {share} must be in [0, 1): it is the fraction of experts to drop{hint}")
     modules = drop_experts(files.model, share, data, source_of=files.source)
     return {
         "method": REAP,
@@ -223,8 +225,8 @@ def _calibration(
         examples = task.load(run.data, "train", tokenizer, task.label_names(run.data))
     if len(examples) < config.samples:
         raise InputError(
-            f"--samples {config.samples}: data.train has only {len(examples)} {task.unit}. Lower --samples"
-            + ("" if task.pads else f", or data.max_length = {run.data.max_length}")
+            f"samples = {config.samples}: data.train has only {len(examples)} {task.unit}. Set samples = "
+            f"{len(examples)}" + ("" if task.pads else f", or lower data.max_length = {run.data.max_length}")
         )
     sample, drawn = task.sample(examples, config.samples, config.seed)
     lengths, size = sample.lengths, run.eval_batch_size

@@ -10,7 +10,7 @@ from pst_ds.checkpoint.restore import base_fingerprint
 from pst_ds.config.one_shot import CHANNELS, PruneConfig
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.data.tasks import ExampleSet
-from pst_ds.errors import InputError
+from pst_ds.errors import InputError, renamed
 from pst_ds.file_names import CHECKPOINTS, START
 from pst_ds.nn.base_model import origin_of, pruning_record
 from pst_ds.nn.cut_config import cut_config
@@ -27,6 +27,14 @@ _OF_LAYERS = ("pattern", "target_modules", "exclude_modules", "modules_to_save")
 """Settings of ``[pst]`` that decide which weights compete with each other."""
 _COARSE = ("matrix", "stack")
 """Patterns that keep the pruned weights of a folder whose matrices have equal sparsity; "global" always does."""
+
+
+SETTINGS = {
+    **{name: f"start.{name}" for name in ("method", "samples", "reconstruct", "budgets", "ffn")},
+    "sparsity": "schedule.initial_sparsity",
+    "pattern": "pst.pattern",
+}
+"""Settings of the run file, by the name of the field of :class:`PruneConfig` that has their value."""
 
 
 def start_run(run: RunConfig, examples: ExampleSet, *, quiet: bool) -> RunConfig:
@@ -50,7 +58,7 @@ def start_run(run: RunConfig, examples: ExampleSet, *, quiet: bool) -> RunConfig
     except StoppedError as error:
         raise StoppedError(f"{error}. Finished blocks were kept; start the run again to prune the others") from None
     except InputError as error:
-        raise InputError(f'start.method = "{asked.method}": {error}') from None
+        raise InputError(f'start.method = "{asked.method}": {renamed(str(error), SETTINGS)}') from None
     return run.started()
 
 
