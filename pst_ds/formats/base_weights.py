@@ -1,6 +1,5 @@
 """Read single tensors of a model folder, and map names between a model and its files."""
 
-import json
 import re
 import shutil
 from collections.abc import Collection, Iterable, Mapping
@@ -11,30 +10,35 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.errors import InputError, first_line
+from pst_ds.formats import hub
 from pst_ds.formats.safetensors_file import Slot, TensorFile
 
 _WeightFile = TensorFile | dict[str, Tensor]
-_WHOLE = ("model.safetensors", "pytorch_model.bin")
 _OLD_ENDINGS = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
-_LOOKED_FOR = (*(f"{name}.index.json" for name in _WHOLE), *_WHOLE)
 
 
 class BaseWeights:
     """Read single tensors of a model folder (safetensors, or PyTorch files) without loading the rest."""
 
-    def __init__(self, path: str | Path, base_model_prefix: str, index: str = ""):
-        """Find the files.
+    def __init__(self, path: str | Path, base_model_prefix: str, index: str = "", *, reads_values: bool = True):
+        """Find the files, after a download of those of a model on the hub.
 
         Args:
-            path: model folder, or name of a cached model of the hub.
+            path: model folder, or name of a model on the hub.
             base_model_prefix: prefix of the base model's tensors, such as "model".
             index: weight file or index of several, if it is not one that transformers looks for.
+            reads_values: False if only names, dtypes and shapes are needed: then nothing large is downloaded.
 
-        Raises InputError.
+        Raises InputError, and NotDownloadedError if the hub cannot be reached.
         """
-        self.folder = _local_folder(path)
         self._prefix = base_model_prefix + "." if base_model_prefix else ""
-        self._file_of = _index(self.folder, index)
+        self._sizes: dict[str, hub.TensorSize] = {}
+        remote = None if reads_values else hub.remote_headers(path)
+        if remote is None:
+            self.folder = hub.downloaded(path)
+            self._file_of = _index(self.folder, index)
+        else:
+            self.folder, self._file_of, self._sizes = remote.folder, remote.file_of, remote.sizes
         self.names = self._file_of.keys()
         """Names in the files, in the order of the files."""
         self._open: dict[str, _WeightFile] = {}
@@ -54,6 +58,8 @@ class BaseWeights:
 
     def size(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """Return dtype and shape of a tensor, by its name in the files, without reading its values."""
+        if name in self._sizes:
+            return self._sizes[name]
         slot = _tensors_of(self._file(name))[name]
         return slot.dtype, tuple(slot.shape)
 
@@ -156,39 +162,13 @@ def _spelled(name: str, prefix: str, known: Collection[str]) -> str | None:
     return None
 
 
-def _local_folder(path: str | Path) -> Path:
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:  # the run has loaded it, so the hub's cache has it
-        return Path(snapshot_download(str(path), local_files_only=True))
-    except Exception as error:
-        raise InputError(
-            f"model.path = {str(path)!r} is neither a folder nor in the hub's cache. Give its folder"
-        ) from error
-
-
 def _index(folder: Path, named: str) -> dict[str, str]:
     """Return the file of each tensor. Raises InputError."""
-    for name in [named] if named else _LOOKED_FOR:
+    for name in [named] if named else hub.WEIGHT_FILES:
         path = folder / name
         if path.is_file():
-            return _weight_map(path) if name.endswith(".json") else dict.fromkeys(_tensors_of(_opened(path)), name)
+            return hub.weight_map(path) if name.endswith(".json") else dict.fromkeys(_tensors_of(_opened(path)), name)
     raise InputError(f"{folder.absolute()} has no {named or 'model.safetensors or pytorch_model.bin'}")
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = set(table.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{index} is damaged: {error!r}. Copy it again") from None
-    strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-    if strange:
-        raise InputError(f"{index} refers to {strange[0]!r}, outside the folder. Use a copy from a trusted source")
-    return table
 
 
 def _tensors_of(file: _WeightFile) -> Mapping[str, Slot | Tensor]:

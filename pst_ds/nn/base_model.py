@@ -13,6 +13,7 @@ from torch import nn
 
 from pst_ds.errors import InputError, first_line, shortened
 from pst_ds.file_names import MANIFEST_FILE
+from pst_ds.formats import hub
 from pst_ds.nn.sharded_weights import read_by_every_rank
 
 if TYPE_CHECKING:
@@ -57,10 +58,32 @@ class Pretrained:
         try:
             return AutoConfig.from_pretrained(self.path, **options)
         except Exception as error:  # strange values make transformers raise anything
+            self.require_file(hub.CONFIG_FILE)
             raise InputError(
                 f"{self} has no config.json that transformers can read, as a folder {self._looked_in} or on the hub: "
                 f"{first_line(error)}. Name a folder with a config.json, or a model on the hub"
             ) from error
+
+    def require_file(self, name: str) -> None:
+        """Raise InputError if this is a name on the hub, and its file ``name`` can be neither found nor downloaded."""
+        if not hub.is_hub_name(self.path):
+            return
+        try:
+            hub.require_file(self.path, name)
+        except InputError as error:
+            raise type(error)(f"{self} is not a folder {self._looked_in}, nor a model on the hub: {error}") from error
+
+    def download(self) -> Path:
+        """Return the folder with the model's files, after a download of those that the hub's cache lacks.
+
+        Raises InputError, and NotDownloadedError if the hub cannot be reached.
+        """
+        if not hub.is_hub_name(self.path):
+            return Path(self.path)
+        try:
+            return hub.downloaded(self.path)
+        except InputError as error:
+            raise type(error)(f"{self}: {error}") from error
 
     def require_dense(self, config: PreTrainedConfig) -> None:
         """Raise InputError for a packed or quantised model."""
@@ -106,6 +129,9 @@ class Pretrained:
         """
         from safetensors import SafetensorError
 
+        if (folder := self.download()) != Path(self.path):
+            # the revision that was downloaded, also if the hub has a newer one by now
+            options |= {"revision": folder.name, "local_files_only": True}
         try:
             with read_by_every_rank(later=linear_later):
                 model, info = kind.from_pretrained(

@@ -1,6 +1,7 @@
 """Ranks of the process group and collectives over them; without a group, this process is rank 0 of 1."""
 
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -16,6 +17,8 @@ from pst_ds.parallel import zero3
 from pst_ds.progress import heard_by
 
 T = TypeVar("T")
+_WAITING_SECONDS = 0.5
+"""Time between two messages of whether a rank's long work has ended."""
 _BEAT_SECONDS = 10.0
 """Shortest time between two progress messages of long work."""
 
@@ -100,6 +103,37 @@ def _continues(on_main: bool) -> bool:
     if world_size() > 1:
         dist.broadcast_object_list(outcome, 0)
     return outcome[0]
+
+
+def on_all_ranks_at_length(action: Callable[[], object]) -> None:
+    """Run ``action``, without collectives, on every rank, for work that takes longer than a collective may wait.
+
+    Collective. The action runs on a thread, while its rank tells the others whether it has ended. Raises InputError and
+    OSError as :func:`raise_on_all_ranks`.
+    """
+    if world_size() == 1:
+        action()
+        return
+    problems: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            action()
+        except BaseException as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    ended = [False]
+    while not all(ended):
+        thread.join(_WAITING_SECONDS)
+        ended = all_gather_objects(not thread.is_alive())
+
+    def raise_problem() -> None:
+        if problems:
+            raise problems[0]
+
+    raise_on_all_ranks(raise_problem, (InputError, OSError))
 
 
 def all_gather_numbers(value: Tensor) -> Tensor:

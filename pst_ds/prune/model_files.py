@@ -47,16 +47,29 @@ _FIX = 'Set "architectures" in its config.json to the class that it was saved fr
 class ModelFiles:
     """The model in a folder, and the folder that gets its pruned parts: blocks, and what is outside of them."""
 
-    def __init__(self, path: str, out: Path | None, shard_bytes: int = 0, *, attn_implementation: str | None = None):
+    def __init__(
+        self,
+        path: str,
+        out: Path | None,
+        shard_bytes: int = 0,
+        *,
+        attn_implementation: str | None = None,
+        reads_values: bool = True,
+    ):
         """Build the model without values, except for buffers that no file has. Raises InputError.
 
-        ``out``: folder to write; None to read the model, without parts that a killed run has finished.
+        Args:
+            path: model folder, or name of a model on the hub.
+            out: folder to write; None to read the model, without parts that a killed run has finished.
+            shard_bytes: size limit of a weight file.
+            attn_implementation: the model's attention; None for its default.
+            reads_values: False to look at the model only: its weights are then not downloaded.
         """
         place = Pretrained(path, "model.path")
         config = place.config()
         place.require_dense(config)
         kind = architecture(config)
-        self.base = BaseWeights(path, getattr(kind, "base_model_prefix", ""))
+        self.base = BaseWeights(path, getattr(kind, "base_model_prefix", ""), reads_values=reads_values)
         self._place, self._attention = place, attn_implementation
         self.model = self._whole(config)
         self._mapping: list[Any] = self.model._weight_conversions  # type: ignore[assignment]

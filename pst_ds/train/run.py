@@ -16,13 +16,14 @@ from pst_ds.core.kernels.host import multiplies_bf16
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.file_names import RESULT_FILE, STALLS
 from pst_ds.json_text import json_of
+from pst_ds.nn.base_model import Pretrained
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.tables.rounded import round_tables
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ds_config import zero_stage
 from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes, release
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.parallel.ranks import barrier, is_main, raise_on_all_ranks, world_size
+from pst_ds.parallel.ranks import barrier, is_main, on_all_ranks_at_length, raise_on_all_ranks, world_size
 from pst_ds.parallel.stop_signals import StoppedError as StoppedError
 from pst_ds.parallel.stop_signals import name_of
 from pst_ds.parallel.watchdog import watching
@@ -37,7 +38,7 @@ from pst_ds.train.loop import Loop, LoopState
 from pst_ds.train.model import build_model, num_trainable
 from pst_ds.train.monitor.metrics import MetricsWriter
 from pst_ds.train.monitor.trackers import Trackers
-from pst_ds.train.objective import Objective, load_teacher
+from pst_ds.train.objective import Objective, load_teacher, teacher_of
 from pst_ds.train.one_shot.start import remark_on_shares, start_run
 from pst_ds.train.prepare import prepare as prepare
 from pst_ds.train.prepare import prepare_single as prepare_single
@@ -125,6 +126,7 @@ def build(
     run, ds_config = context.run, context.ds_config
     zero3_config = ds_config if zero_stage(ds_config) == 3 else None
     based = on_base_of(run, checkpoint)
+    on_all_ranks_at_length(Pretrained(based.model.path, "model.path").download)
     with zero3.copying_frozen(context.copy_ranks):
         built = build_model(
             based, context.labels, context.tokenizer, zero3_config=zero3_config, label_scale=label_scale
@@ -203,6 +205,8 @@ def _build_loop(
     Raises as :func:`train_run`.
     """
     run, folder = context.run, Path(context.run.output_dir)
+    if place := teacher_of(run):
+        on_all_ranks_at_length(place.download)
     teacher = raise_on_all_ranks(lambda: load_teacher(context))
     engine = build(context, checkpoint, label_scale=context.task.label_scale(examples))
     leaks = require_documents_apart(engine, context, examples)

@@ -127,7 +127,8 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     else:
         if task.new_head:
             table = _for_a_new_task(table, model, run)
-        table = with_start(table, examples, any_pattern=not args.pattern)
+        table, remark = with_start(table, examples, any_pattern=not args.pattern)
+        remarks.append(remark)
     if machine:
         table, remark = _for_cluster(table, examples, ranks, args.machine)
         remarks.append(remark)
@@ -391,15 +392,15 @@ def laid_over(table: Settings, section: str, **settings: object) -> Settings:
     return {**table, section: {**table.get(section, {}), **settings}}
 
 
-def with_start(table: Settings, examples: int, *, any_pattern: bool) -> Settings:
-    """Return ``table`` with a start by ALPS, or solves during training, if that improves the run, or unchanged.
+def with_start(table: Settings, examples: int, *, any_pattern: bool) -> tuple[Settings, str]:
+    """Return ``table`` with a start by ALPS, or solves during training, if that improves the run; and a remark, or "".
 
-    It stays unchanged for models that ALPS cannot prune. With ``any_pattern`` the start chooses
-    the sparsity pattern.
+    The table stays unchanged for models that ALPS cannot prune: the remark gives the reason. Another remark says that
+    the weights could not be examined. With ``any_pattern`` the start chooses the sparsity pattern.
     """
     run = run_from_table(table)
     if not gains_by_start(run):
-        return table
+        return table, ""
     if run.task_facts.predicts_tokens:
         shares = (True, False) if any_pattern and run.schedule.final_sparsity <= MOST_SPARSITY_OF_BUDGETS else (False,)
         proposed = [_language_model(table, run, examples, by_saliency) for by_saliency in shares]
@@ -407,18 +408,24 @@ def with_start(table: Settings, examples: int, *, any_pattern: bool) -> Settings
         gains = run.task == "classification" and run.schedule.final_sparsity >= SOLVED_SPARSITY
         solved = [_solved(table)] if gains and run.pst.pattern == "matrix" else []
         proposed = [*solved, _classifier(table, examples)]
-    return next((proposal for proposal in proposed if _can_run(proposal, examples)), table)
+    problem = ""
+    for proposal in proposed:
+        try:
+            unexamined = _require_trainable(proposal, examples)
+        except InputError as error:
+            problem = str(error)
+        else:
+            remark = f"[start] was checked with the model's config only, not with its weights: {unexamined}"
+            return proposal, remark if unexamined else ""
+    return table, f"no [start] with ALPS, which would make the model more accurate: {problem}"
 
 
-def _can_run(table: Settings, examples: int) -> bool:
-    try:
-        run = run_from_table(table)
-        run.make_schedules(run.num_steps(examples))
-        if run.start.method != "none":
-            require_startable(run)
-    except InputError:
-        return False
-    return True
+def _require_trainable(table: Settings, examples: int) -> str:
+    """Raise InputError if the run's schedules or its start cannot work; return why the weights were not examined, or
+    ""."""
+    run = run_from_table(table)
+    run.make_schedules(run.num_steps(examples))
+    return require_startable(run) if run.start.method != "none" else ""
 
 
 def _solved(table: Settings) -> Settings:

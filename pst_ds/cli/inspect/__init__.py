@@ -9,13 +9,19 @@ from pst_ds.errors import InputError, shortened
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = "run file, run folder, checkpoint, export, model folder, or token store"
+    kinds = "run file, run folder, checkpoint, export, model folder, name of a model on the hub, or token store"
     parser.add_argument("path", metavar="PATH", help=kinds)
     parser.add_argument("--layers", action="store_true", help="one line per layer, instead of one for all blocks")
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
-    inspection = inspect(Path(args.path))
+    path = Path(args.path)
+    # without a slash it is more likely a typing error than one of the hub's oldest models
+    if "/" in args.path and not path.exists():
+        from pst_ds.nn.base_model import Pretrained
+
+        path = Pretrained(args.path).download()
+    inspection = inspect(path)
     print_inspection(inspection, every_layer=args.layers)
     return {"path": args.path, "kind": inspection.kind, **inspection.facts, "layers": inspection.layers}
 

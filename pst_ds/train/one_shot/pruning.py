@@ -21,9 +21,9 @@ from pst_ds.errors import InputError
 from pst_ds.export.from_folder import copy_small_files
 from pst_ds.export.plan import SHARD_BYTES, require_space
 from pst_ds.formats.safetensors_file import tensor_bytes
-from pst_ds.nn.base_model import DTYPES
+from pst_ds.nn.base_model import DTYPES, Pretrained
 from pst_ds.parallel.launch import device_of, launch_environment
-from pst_ds.parallel.ranks import all_ranks, raise_on_all_ranks
+from pst_ds.parallel.ranks import all_ranks, on_all_ranks_at_length, raise_on_all_ranks
 from pst_ds.prune.blocks import Batch, Calibration
 from pst_ds.prune.channels import cut_channels
 from pst_ds.prune.folder import FORMAT, record_of, require_free
@@ -59,7 +59,7 @@ class PruneInput:
     """A pretrained model, and what a run or a script says about it and its calibration data."""
 
     path: str
-    """Model folder, or name of a cached model of the hub."""
+    """Model folder, or name of a model on the hub."""
     pst: PSTConfig
     """For targets, pattern and overrides."""
     sparsity: float
@@ -128,6 +128,8 @@ def prune_files_of(
 
     Raises, on all ranks, InputError, and FloatingPointError for values that are not finite.
     """
+    raise_on_all_ranks(lambda: require_free(out, given.path))
+    on_all_ranks_at_length(Pretrained(given.path, "model.path").download)
     files = raise_on_all_ranks(lambda: _opened(given, out, shard_bytes))
     files.check = check or files.check
     planned = None if config.method in (CHANNELS, REAP) else plan_layers(files.model, config, given.pst, given.sparsity)
@@ -154,7 +156,6 @@ def prune_files_of(
 
 
 def _opened(given: PruneInput, out: Path, shard_bytes: int) -> ModelFiles:
-    require_free(out, given.path)
     files = ModelFiles(given.path, out, shard_bytes, **given.attention)
     require_space(out, files.base.file_bytes)
     return files

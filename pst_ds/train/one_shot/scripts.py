@@ -33,7 +33,7 @@ def prune_pretrained(
     continues with the first block that is not finished; one that was finished before returns at once.
 
     Args:
-        path: Model folder, or name of a cached model of the hub.
+        path: Model folder, or name of a model on the hub.
         out: Model folder to write.
         batches: Calibration data: arguments of the model's forward pass by name. Labels are ignored, and so are the
             batches of all ranks but 0, and examples after the first ``config.samples``.

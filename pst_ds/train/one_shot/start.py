@@ -6,13 +6,16 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from torch import nn
+
 from pst_ds.checkpoint.restore import base_fingerprint
 from pst_ds.config.one_shot import CHANNELS, PruneConfig
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import InputError, renamed
 from pst_ds.file_names import CHECKPOINTS, START
-from pst_ds.nn.base_model import origin_of, pruning_record
+from pst_ds.formats.hub import NotDownloadedError
+from pst_ds.nn.base_model import Pretrained, architecture, origin_of, pruning_record
 from pst_ds.nn.cut_config import cut_config
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.ranks import is_main, of_main
@@ -62,12 +65,34 @@ def start_run(run: RunConfig, examples: ExampleSet, *, quiet: bool) -> RunConfig
     return run.started()
 
 
-def require_startable(run: RunConfig) -> None:
-    """Raise InputError if ``[start]`` cannot prune the run's model, by what is known without data."""
-    model = ModelFiles(run.model.path, None, 0, **attention_options(run)).model
+def require_startable(run: RunConfig) -> str:
+    """Raise InputError if ``[start]`` cannot prune the run's model, by what is known without data.
+
+    Of a model on the hub the headers of its files suffice. If these cannot be read, the config decides, and the reason
+    is returned; else "".
+    """
+    model, reason = _model_without_values(run)
+    _require_prunable(model, run)
+    return reason
+
+
+def _model_without_values(run: RunConfig) -> tuple[nn.Module, str]:
+    """Return the run's pretrained model without values, and why its files were not looked at, or ""."""
+    from transformers import AutoModel
+
+    place = Pretrained(run.model.path, "model.path")
+    try:
+        return ModelFiles(place.path, None, reads_values=False, **attention_options(run)).model, ""
+    except NotDownloadedError as error:
+        config = place.config(**attention_options(run))
+        place.require_dense(config)
+        return place.shapes(architecture(config) or AutoModel, config), str(error)
+
+
+def _require_prunable(model: nn.Module, run: RunConfig) -> None:
     config = one_shot_config(run, run.start.samples)
     if config.ffn is not None:
-        cut_config(model.config, config.ffn)
+        cut_config(model.config, config.ffn)  # type: ignore[arg-type]
         return
     _, _, rules = plan_layers(model, config, run.pst, run.schedule.final_sparsity)
     find_blocks(model, [rule.target.name for rule in rules])
