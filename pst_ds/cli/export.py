@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pst_ds.cli.flags import flags_of_fields
 from pst_ds.cli.main import add_quiet_argument, add_shard_argument, load_run_or_folder
+from pst_ds.config.targets import TARGETS
 from pst_ds.core.packings import (
     COMPRESSED_TENSORS,
     DENSE,
@@ -15,7 +18,6 @@ from pst_ds.core.packings import (
     GROUPS,
     ONNX,
     ONNX_FILE,
-    PACKINGS,
     VALUE_BITS,
     WHOLE_ROW,
 )
@@ -25,7 +27,22 @@ if TYPE_CHECKING:
     from pst_ds.export.manifest import Facts
     from pst_ds.inference.export_run import ExportSettings
 
-TARGETS = ("cpu", "onnxruntime", "llama.cpp", "vllm", "transformers")
+FORMATS = {
+    DENSE: "ordinary model folder, pruned weights stored as zeros",
+    "bitmask": "a bit per weight and the kept values; loads after import pst_ds.hf",
+    "2:4": "two of four values and their places; as bitmask",
+    "csr": "rows of values and columns, above 80 %% sparsity; as bitmask",
+    COMPRESSED_TENSORS: "int8 or int4 for vLLM and transformers",
+    GGUF: "one file for llama.cpp",
+    ONNX: "a graph for ONNX Runtime and OpenVINO",
+}
+"""Purpose of each format, for the help; per cent are written as argparse wants them."""
+FLAGS = flags_of_fields(
+    ("format", "values", "embeddings", "group", "dtype", "vocabulary", "activation_bits", "plain", "shard_bytes", "out")
+)
+"""Flags for the settings that messages of this verb name."""
+LARGE = 1.1
+"""Bytes of an export, relative to dense bf16, above which its user is told; headers add a little."""
 FEWEST_ZEROS = 0.1
 """Sparsity from which a bitmask makes a model smaller (1 bit per weight of 16)."""
 
@@ -35,11 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("run", metavar="SRC", help="run folder, run file, or model folder with pruned weights")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of a run")
     add("--out", required=True, help="folder to write")
-    text = "dense (default): pruned weights stored as zeros; packed formats load after import pst_ds.hf"
-    formats = ("dense", *PACKINGS, COMPRESSED_TENSORS, GGUF, ONNX)
-    add("--format", choices=formats, help=text)
-    text = "choose format and types for where the model will run; print the accuracy lost"
-    add("--for", choices=TARGETS, dest="target", help=text)
+    listed = "; ".join(f"{name}: {purpose}" for name, purpose in FORMATS.items())
+    add("--format", choices=tuple(FORMATS), metavar="FORMAT", help=f"default: {DENSE}. {listed}")
+    targets = ", ".join(TARGETS)
+    text = f"choose format and types for where the model will run, and print the accuracy lost: {targets}"
+    add("--for", choices=tuple(TARGETS), dest="target", metavar="TARGET", help=text)
     add("--plain", action="store_true", help="with onnx: dense fp32 weights and standard operators, for any runtime")
     text = "with onnx and --values, or compressed-tensors: bits of activations; 8 is faster (default: 16)"
     add("--activation-bits", type=int, choices=(8, 16), metavar="BITS", help=text)
@@ -77,6 +94,9 @@ def run(args: argparse.Namespace) -> Mapping[str, object]:
         print(f"embeds {report['tokens']} tokens")
     for line in lines_of_report(args, report) + measured:
         print(line)
+    if note := target_note(args.target, report, settings):
+        report["note"] = note
+        print(f"note: {note}", file=sys.stderr)
     return report
 
 
@@ -134,9 +154,31 @@ def chosen_options(target: str, *, is_causal: bool, is_sparse: bool) -> dict[str
         eight = 8, "vLLM has fast products of int8 weights with int8 inputs"
         layout = COMPRESSED_TENSORS, "the layout that vLLM reads"
         return {"format": layout, "values": small["values"], "activation_bits": eight}
-    if target == "onnxruntime":
-        return {"format": (ONNX, "for any runtime of ONNX"), "plain": (True, "standard operators, without pst-ds")}
+    if target in ("onnxruntime", "openvino"):
+        reader = "any runtime of ONNX" if target == "onnxruntime" else "OpenVINO, which reads ONNX"
+        return {"format": (ONNX, f"for {reader}"), "plain": (True, "standard operators, without pst-ds")}
+    if target == "gpu":
+        return {"format": (DENSE, "what every engine on GPUs reads"), "dtype": ("bf16", "half the bytes of fp32")}
     return {"format": (DENSE, "transformers reads it without pst-ds")}
+
+
+def target_note(target: str | None, report: Facts, settings: ExportSettings) -> str:
+    """Return what the user of a sparse model in ``target`` should know: no gain in speed, or a large file; or ""."""
+    if target is None or TARGETS[target].skips_pruned:
+        return ""
+    sparsity = float(report.get("sparsity_measured") or 0.0)
+    notes = []
+    if sparsity >= FEWEST_ZEROS:
+        notes.append(
+            f"{TARGETS[target].title} computes with dense weights: a sparsity of {sparsity:.2f} saves neither time nor "
+            "memory there"
+        )
+    nbytes, dense = int(report.get("file_bytes") or 0), int(report.get("dense_bf16_bytes") or 0)
+    if nbytes > LARGE * dense > 0:
+        is_cast = settings.dtype == "bf16" or settings.values == "bf16" or settings.plain
+        advice = "" if is_cast else ". Add --dtype bf16, which casts what is not quantised"
+        notes.append(f"the files have {nbytes:,} bytes, more than the {dense:,} of dense bf16{advice}")
+    return "; ".join(notes)
 
 
 def lines_of_report(args: argparse.Namespace, report: Facts) -> list[str]:

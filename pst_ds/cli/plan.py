@@ -37,6 +37,8 @@ MEMORY_LINES = {
     "mask_update": "a mask update, at other times",
     "host": "in host memory (offloaded)",
 }
+EXIT_DOES_NOT_FIT = 3
+"""Exit code for a run that certainly needs more memory than a rank has: ``pst-ds plan ... && sbatch ...`` stops."""
 _SHOWN = 5
 """Choices of a search that are printed."""
 
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     options = PlanOptions(args.ranks, args.machine, args.no_data, round((args.memory or 0) * 1e9))
     planned = plan(config, options)
     print("\n".join(plan_lines(planned)))
-    result = planned.as_json()
+    result = planned.as_json() | {"exit_code": EXIT_DOES_NOT_FIT if planned.verdict.is_too_large else 0}
     if args.search:
         found = search(config, options, planned)
         print("\n".join(search_lines(found)))

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, get_args
 
 from pst_ds.cli.flags import flags_of_fields
 from pst_ds.cli.main import above, add_quiet_argument, add_run_arguments, add_shard_argument, count, load_run_or_folder
-from pst_ds.config.methods import OneShotMethod
 from pst_ds.config.one_shot import CHANNELS, ENGINES, REAP, Budgets, PruneConfig
 from pst_ds.core.experts.tokens import unused_experts
 from pst_ds.core.packings import GROUPS, VALUE_BITS, WHOLE_ROW
@@ -21,6 +20,15 @@ if TYPE_CHECKING:
     from pst_ds.train.one_shot.pruning import PruneReport
 
 
+PRUNING_METHODS = {
+    "magnitude": "smallest weights, no data",
+    "wanda": "weights times norms of their inputs",
+    "sparsegpt": "second-order, updates kept weights; also quantises (--bits)",
+    "alps": "as sparsegpt, more accurate and slower",
+    REAP: "whole experts",
+    CHANNELS: "channels of feed-forward layers (--ffn): a smaller dense model",
+}
+"""What each method removes, for the help."""
 FLAGS = flags_of_fields([*(field.name for field in fields(PruneConfig)), "out", "speedup"])
 """Flags for the settings that messages of this verb name."""
 
@@ -28,7 +36,8 @@ FLAGS = flags_of_fields([*(field.name for field in fields(PruneConfig)), "out", 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_run_arguments(parser, "run file (TOML) that names the model, the layers and the calibration data")
-    add("--method", required=True, choices=(*get_args(OneShotMethod), REAP, CHANNELS))
+    listed = "; ".join(f"{name}: {purpose}" for name, purpose in PRUNING_METHODS.items())
+    add("--method", required=True, choices=tuple(PRUNING_METHODS), metavar="METHOD", help=listed)
     add("--out", required=True, metavar="DIR", help="model folder to write, dense with zeros")
     add("--sparsity", type=float, metavar="S", help="sparsity, or fraction of experts (default: the run file's)")
     add("--ffn", type=float, metavar="S", help="channels: share of feed-forward channels that stay, such as 0.25")

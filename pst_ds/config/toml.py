@@ -14,7 +14,6 @@ from pst_ds.config.data import DATA_PRESETS, PRESET_PLACES
 from pst_ds.config.pst import PAPER
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.settings import messages, report
-from pst_ds.errors import shortened
 from pst_ds.file_names import FINETUNED, MODEL, RUN_FILE, START
 
 PRESETS: dict[str, dict[str, object]] = {"default": {}, "paper": {"pst": PAPER}}
@@ -185,7 +184,7 @@ def without_switched_off(table: Mapping[str, object]) -> dict[str, object]:
         changed = [f"{name}.{key}" for key, value in ignored.items() if value != getattr(default, key)]
         if changed and os.environ.get("RANK", "0") == "0":
             lead = f"{name}.{switch} = {toml_value(section[switch])}"
-            print(f"note: {lead} switches [{name}] off, so {shortened(changed)} have no effect", file=sys.stderr)
+            print(f"note: {lead} switches [{name}] off; ignored: {', '.join(changed)}", file=sys.stderr)
     return table
 
 

@@ -32,6 +32,7 @@ from pst_ds.train.model import frozen_bytes, frozen_grid, grid_of_run, head_name
 from pst_ds.train.objective import teacher_shapes
 from pst_ds.train.one_shot.start import one_shot_config
 from pst_ds.train.prepare import checked_shapes, require_engine, resolved_deepspeed_config
+from pst_ds.train.stages import require_stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +204,7 @@ def plan(run: RunConfig | str | Path, options: PlanOptions | None = None) -> Pla
     micro_batch_size = run.micro_batch_size(ranks)  # raises before the data is read
     stage = None if raw is None else zero_stage(raw)
     model, num_examples, remark = _read(run, options, ranks, stage)
-    num_steps = run.train.num_steps if num_examples is None else run.num_steps(num_examples)
+    num_steps = run.train.num_steps if num_examples is None else require_stages(run, num_examples)
     has_cores = not torch.accelerator.is_available() and ranks <= (os.cpu_count() or 1)
     machine_name = options.machine or ("cpu" if has_cores else "h100")
     machine = machine_of(machine_name)

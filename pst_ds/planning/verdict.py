@@ -84,6 +84,11 @@ class Verdict:
     rank_hours: float
     least_batch: int
 
+    @property
+    def is_too_large(self) -> bool:
+        """True if a rank certainly has too little memory; False where the outcome is uncertain or unknown."""
+        return self.capacity_bytes is not None and self.capacity_bytes < self.least_bytes
+
 
 def verdict(work: Work, times: TimePlan, machine: Machine, *, memory: int = 0) -> Verdict:
     """Judge a run. ``memory``: bytes per rank instead of the machine's."""

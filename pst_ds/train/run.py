@@ -45,6 +45,7 @@ from pst_ds.train.prepare import prepare_single as prepare_single
 from pst_ds.train.resume import RunProgress, checkpoint_to_resume, flat_table, on_base_of, restore
 from pst_ds.train.run_context import RunContext, require_same_data
 from pst_ds.train.sequences import require_documents_apart, shared_sequences
+from pst_ds.train.stages import require_stages
 
 Splits: TypeAlias = tuple[ExampleSet, ExampleSet | None]
 """The examples to train on, and those to validate with."""
@@ -159,6 +160,7 @@ def train_prepared(
     """
     with run_folder.without_other_runs(Path(context.run.output_dir)):
         examples, validation = splits = splits or load_splits(context)
+        raise_on_all_ranks(lambda: require_stages(context.run, len(examples)))
         context = run_stages(context, splits, resume=resume, restart=restart, quiet=quiet).with_rates(examples)
         run = context.run
         checkpoint = checkpoint_to_resume(run, examples.digest, quiet=quiet) if resume else None

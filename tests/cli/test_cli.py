@@ -62,7 +62,7 @@ def _assert_refused(capsys, arguments, *parts):
 WRONG = {
     "a missing model folder": (
         ["model.path=./no/such/model"],
-        ("InputError", "model.path = './no/such/model' does not exist", f"looked in {ROOT}/", "name a model folder"),
+        ("model.path = './no/such/model' does not exist", f"looked in {ROOT}/", "name a model folder"),
     ),
     "a model that only the hub could have": (
         ["model.path=no-such-model"],
@@ -78,7 +78,7 @@ WRONG = {
     ),
     "an unknown key": (
         ["schedule.final_sparsty=0.5"],
-        ("ConfigError: unknown key 'schedule.final_sparsty'. Did you mean 'final_sparsity'?",),
+        (": unknown key 'schedule.final_sparsty'. Did you mean 'final_sparsity'?",),
     ),
     "no label column": (
         ["data.label_column=class"],
@@ -86,15 +86,15 @@ WRONG = {
     ),
     "a target that matches nothing": (
         ["pst.target_modules=['q_porj']"],
-        ("InjectionError", "target_modules ['q_porj'] matched no linear layer", "Names seen: query, key, value, dense"),
+        ("target_modules ['q_porj'] matched no linear layer", "Names seen: query, key, value, dense"),
     ),
     "an embedding that is not there": (
         ["pst.update_embeddings=['word_embedings']"],
-        ("InjectionError: update_embeddings names 'word_embedings'", "Did you mean 'word_embeddings'?"),
+        (": update_embeddings names 'word_embedings'", "Did you mean 'word_embeddings'?"),
     ),
     "an update of embeddings without a rank": (
         ["pst.update_embeddings=['word_embeddings']", "pst.update_rank=0"],
-        ("ConfigError: pst.update_embeddings = ['word_embeddings'] with update_rank = 0 updates nothing",),
+        (": pst.update_embeddings = ['word_embeddings'] with update_rank = 0 updates nothing",),
     ),
     "a sparsity of 1.2": (["schedule.final_sparsity=1.2"], ("schedule.final_sparsity = 1.2 must be in [0, 1)",)),
     "a missing data file": (["data.train=no.jsonl"], ("data.train = 'no.jsonl' does not exist (looked in",)),
@@ -320,7 +320,7 @@ def test_a_packed_export_that_was_damaged_is_2(made, packed, tmp_path, capsys):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    _assert_refused(capsys, ["verify", str(folder)], "ExportError", "its SHA-256 differs")
+    _assert_refused(capsys, ["verify", str(folder)], "its SHA-256 differs")
     (folder / "pst_manifest.json").unlink()
     _assert_refused(capsys, ["verify", str(folder)], "is not an export: pst_manifest.json is missing")
 
@@ -364,7 +364,7 @@ def test_verify_holds_the_export_against_its_checkpoint_and_no_other(made, capsy
     assert main(["verify", export, "--against", run, "--checkpoint", "best", "--limit", "5", "--json"]) == 1
     said = capsys.readouterr()
     assert (
-        f"pst-ds verify: VerificationError: {export} is not the model in {run}, checkpoint best: 13 weight tensors and"
+        f"pst-ds verify: {export} is not the model in {run}, checkpoint best: 13 weight tensors and"
         in said.err
     )
     assert "Traceback" not in said.err

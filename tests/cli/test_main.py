@@ -85,7 +85,7 @@ def test_a_full_disk_is_one_message_whoever_finds_it(monkeypatch, capsys, number
     monkeypatch.setenv("RANK", "3")  # whose disk it is
     assert main(["train", "run.toml"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("pst-ds train: OSError: [Errno ")
+    assert line.startswith("pst-ds train: [Errno ")
     assert "'runs/x/metrics.jsonl'. Free space" in line
 
 

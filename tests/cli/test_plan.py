@@ -44,10 +44,14 @@ def _arguments(folder, config):
     ]  # fmt: skip
 
 
-def _plan(capsys, arguments):
-    assert main(arguments) == 0
+def _plan(capsys, arguments, code=None):
+    """What plan prints, and its JSON. Its exit code is that of the JSON, and ``code`` if one is given."""
+    ended_with = main(arguments)
     text = capsys.readouterr().out
-    return text, json.loads(text.splitlines()[-1])
+    plan = json.loads(text.splitlines()[-1])
+    assert plan["exit_code"] == ended_with == (3 if "does NOT fit" in text else 0)
+    assert code in (None, ended_with)
+    return text, plan
 
 
 @pytest.mark.thorough
@@ -113,7 +117,7 @@ def test_a_plan_says_whether_it_fits_and_how_long_it_takes(capsys, llama_of_4_la
     assert judged["fits"]
     assert "to spare" in text
     least = peak / 1e9 * 0.99
-    text, plan = _plan(capsys, [*asked, "--memory", f"{least:.6f}"])
+    text, plan = _plan(capsys, [*asked, "--memory", f"{least:.6f}"], code=3)
     assert not plan["verdict"]["fits"]
     assert f"does NOT fit, by {bytes_text(-plan['verdict']['margin_bytes'])}" in text
     assert ", costs " not in text
@@ -131,7 +135,7 @@ def test_on_a_cpu_the_process_and_a_save_are_needed_too_and_what_is_close_is_not
     text, plan = _plan(capsys, [*asked, "--memory", between])
     assert not plan["verdict"]["fits"]
     assert f"too close to tell, and {bytes_text(least)} is the least" in text
-    text, _ = _plan(capsys, [*asked, "--memory", below])
+    text, _ = _plan(capsys, [*asked, "--memory", below], code=3)
     assert "does NOT fit, by" in text
     text, _ = _plan(capsys, [*asked, "--memory", f"{2 * enough / 1e9:.6f}"])
     assert "fits, 50% to spare" in text

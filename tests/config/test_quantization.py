@@ -66,7 +66,7 @@ def test_without_values_nothing_is_rounded(tmp_path):
 WRONG = {
     'quantization.values="int2"': r"quantization.values = 'int2' must be one of '', 'int8', 'int4'",
     "quantization.group=48": r"quantization.group = 48 must be one of 32, 64, 128, 'row'",
-    "quantization.group=32": r"quantization.group = 32 does nothing without quantization.values or embeddings. Set",
+    "quantization.group=32": r"quantization.group = 32 does nothing without quantization.values or embeddings. Remove",
     "quantization.interval=5": r"quantization.interval = 5 does nothing without quantization.values",
     "quantization.interval=-5": r"quantization.interval = -5 must not be negative",
     "quantization.start_fraction=1.5": r"quantization.start_fraction = 1.5 must be in \[0, 1\)",

@@ -45,10 +45,10 @@ GRIDS = {
         words("export", "{made}/causal", "--out", "{tmp}/out", "--values", "int4"), "weight", "groups of 64", "take"
     ),
     "groups of pruning that do not divide": Wrong(
-        _prune("--bits", "4"), "model.layers.0.self_attn.q_proj", "do not divide 32", "Choose another --group"
+        _prune("--bits", "4"), "model.layers.0.self_attn.q_proj", "do not divide 32", "Choose another group"
     ),
     "bits of another method": Wrong(
-        lambda shop: shop.prune("--method", "wanda", "--bits", "4"), "--bits", "4", "--method sparsegpt --keep-zeros"
+        lambda shop: shop.prune("--method", "wanda", "--bits", "4"), "--bits", "4", "--method sparsegpt and --keep-zeros"
     ),
     "zeros that are kept, and moved": Wrong(
         _prune("--keep-zeros", "--bits", "8", "--pattern", "row"), "--keep-zeros", "--pattern row", "Remove"
@@ -56,9 +56,9 @@ GRIDS = {
     "weights that are fitted after they are rounded": Wrong(
         _prune("--bits", "4", "--reconstruct", "2"), "--reconstruct", "2", "quantise the folder with --method sparsegpt"
     ),
-    "a group without bits": Wrong(_prune("--group", "32"), "--group", "32", "Add --bits 4 or 8"),
+    "a group without bits": Wrong(_prune("--group", "32"), "--group", "32", "Set --bits 4 or 8"),
     "zeros that are kept, and nothing to do": Wrong(
-        _prune("--keep-zeros"), "--keep-zeros", "prunes nothing more", "Add --bits 4 or 8"
+        _prune("--keep-zeros"), "--keep-zeros", "prunes nothing more", "Set --bits 4 or 8"
     ),
     "zeros that are kept, and others": Wrong(
         _prune("--keep-zeros", "--bits", "8", "--sparsity", "0.5"), "--keep-zeros", "--sparsity 0.5", "Remove"

@@ -35,7 +35,7 @@ VERBS = {
         _prune("--method", "magnitude", "--pattern", "global"),
         "pattern",
         '"global"',
-        "Choose --pattern matrix, row or N:M",
+        "Set --pattern matrix, row or 2:4",
     ),
     "prune by an unknown pattern": Wrong(
         _prune("--method", "magnitude", "--pattern", "rows"), "--pattern rows", "'rows'", 'there are "matrix"'
@@ -45,10 +45,10 @@ VERBS = {
         _prune("--method", "wanda", "--sparsity", "1"), "--sparsity", "1.0", "must be in [0, 1)"
     ),
     "prune to a sparsity that the pattern does not have": Wrong(
-        _prune("--method", "wanda", "--pattern", "2:4", "--sparsity", "0.7"), "--sparsity", "0.7", "Remove --sparsity"
+        _prune("--method", "wanda", "--pattern", "2:4", "--sparsity", "0.7"), "--sparsity", "0.7", "Remove one of them"
     ),
     "prune by saliency where a pattern has one share": Wrong(
-        _prune("--method", "wanda", "--pattern", "2:4", "--budgets", "saliency"), "--budgets", "2:4", "Remove --budgets"
+        _prune("--method", "wanda", "--pattern", "2:4", "--budgets", "saliency"), "--budgets", "2:4", "Set --budgets equal, or --pattern row or matrix"
     ),
     "prune to a grid by saliency": Wrong(
         _prune("--method", "sparsegpt", "--bits", "4", "--budgets", "saliency"), "--bits 4", "saliency", "Prune first"
@@ -84,7 +84,7 @@ VERBS = {
         "Add a row",
     ),
     "calibration with too little text": Wrong(
-        _prune("--method", "wanda", "--samples", "9999"), "--samples", "9999", "Lower --samples"
+        _prune("--method", "wanda", "--samples", "9999"), "--samples", "9999", "Set --samples 93"
     ),
     "prune of a packed folder": Wrong(
         _prune("--method", "magnitude", settings=("model.path={made}/bitmask",)),

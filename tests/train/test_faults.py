@@ -157,7 +157,7 @@ def test_data_that_one_rank_lacks_ends_all_ranks_with_its_name(run_ranks, tmp_pa
     missing = ((), ("data.train=tests/data/not-there.jsonl",))
     for said in run_ranks(_refused, 2, missing, tmp_path / "run"):
         assert said.startswith(
-            f"rank 1 on {socket.gethostname()}: ConfigError: data.train = 'tests/data/not-there.jsonl'"
+            f"rank 1 on {socket.gethostname()}: data.train = 'tests/data/not-there.jsonl'"
         )
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -169,7 +169,7 @@ def test_data_that_one_rank_cannot_read_ends_all_ranks_with_its_name(run_ranks, 
     damaged = ((), (f"data.validation={tmp_path}/cut.jsonl",))
     for said in run_ranks(_refused, 2, damaged, tmp_path / "run"):
         assert said.startswith(
-            f"rank 1 on {socket.gethostname()}: ConfigError: data.validation = '{tmp_path}/cut.jsonl'"
+            f"rank 1 on {socket.gethostname()}: data.validation = '{tmp_path}/cut.jsonl'"
         )
 
 
@@ -197,7 +197,7 @@ def test_a_rank_that_hangs_is_named_with_its_stack(ranks, exit_code, tmp_path):
     first, second = ((tmp_path / f"{i}.err").read_text() for i in range(2))
     host = socket.gethostname()
     hangs = f"rank 1 ({host}, pid {processes[1].pid}) hangs in reading a batch, and the others wait for it"
-    assert f"StalledError: no progress for 4 seconds (train.stall_timeout_seconds): {hangs}" in first + second
+    assert f"no progress for 4 seconds (train.stall_timeout_seconds): {hangs}" in first + second
     assert (first + second).count("Continue from the newest checkpoint with --resume") == 1
     assert f"rank 0 ({host}, pid {processes[0].pid}) made no progress" in first
     assert ", waiting for other ranks" in first

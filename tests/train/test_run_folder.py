@@ -126,7 +126,7 @@ def test_two_runs_that_overlap_leave_the_lines_of_one(tmp_path, capsys):
     arguments = [word for setting in sets for word in ("--set", setting)]
     assert main(["train", "tests/data/world_size.toml", "--resume", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()[-1:]
-    assert line.startswith(f"pst-ds train: InputError: output_dir = '{tmp_path}/run': pid {pid} on ")
+    assert line.startswith(f"pst-ds train: output_dir = '{tmp_path}/run': pid {pid} on ")
     os.write(go, b"!")
     assert os.waitpid(pid, 0)[1] == 0
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

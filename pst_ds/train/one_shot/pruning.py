@@ -1,5 +1,6 @@
 """Prune a run's pretrained model once, on calibration examples of its training data, and write it as a model folder."""
 
+import copy
 import hashlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -22,20 +23,23 @@ from pst_ds.export.from_folder import copy_small_files
 from pst_ds.export.plan import SHARD_BYTES, require_space
 from pst_ds.formats.safetensors_file import tensor_bytes
 from pst_ds.nn.base_model import DTYPES, Pretrained
+from pst_ds.nn.cut_config import cut_config, experts_left, number_of_experts
+from pst_ds.nn.model_structure import experts_modules, text_config
 from pst_ds.parallel.launch import device_of, launch_environment
 from pst_ds.parallel.ranks import all_ranks, on_all_ranks_at_length, raise_on_all_ranks
-from pst_ds.prune.blocks import Batch, Calibration
+from pst_ds.prune.blocks import Batch, Calibration, find_blocks
 from pst_ds.prune.channels import cut_channels
 from pst_ds.prune.folder import FORMAT, record_of, require_free
 from pst_ds.prune.model_files import ModelFiles
 from pst_ds.prune.one_shot import plan_layers, prune_files
 from pst_ds.prune.outcome import PrunedLayer
+from pst_ds.prune.rules import LayerRule
 from pst_ds.prune.whole_experts import drop_experts
 from pst_ds.train.model import attention_options, load_tokenizer
 from pst_ds.train.run_context import require_same_data
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,7 @@ def prune_model(
     Raises, on all ranks, InputError, and FloatingPointError for values that are not finite.
     """
     run = run if isinstance(run, RunConfig) else load_run_or_folder(run)
+    require_task(run, config)
     given = PruneInput(
         run.model.path,
         run.pst,
@@ -132,7 +137,7 @@ def prune_files_of(
     on_all_ranks_at_length(Pretrained(given.path, "model.path").download)
     files = raise_on_all_ranks(lambda: _opened(given, out, shard_bytes))
     files.check = check or files.check
-    planned = None if config.method in (CHANNELS, REAP) else plan_layers(files.model, config, given.pst, given.sparsity)
+    planned = raise_on_all_ranks(lambda: require_prunable(files.model, config, given.pst, given.sparsity))
     batches = raise_on_all_ranks(lambda: given.batches(files.model.config)) if config.needs_data else []
     digest = digest_of_ranks(batches, given.data)
     device = torch.device(device_of(launch_environment()))
@@ -155,6 +160,48 @@ def prune_files_of(
     return PruneReport(out, record, layers)
 
 
+def require_task(run: RunConfig, config: PruneConfig) -> None:
+    """Raise InputError for budgets that need the loss of a language model, in a run of another task."""
+    if config.budgets == "saliency" and not run.task_facts.predicts_tokens:
+        raise InputError(
+            'budgets = "saliency" needs the loss of the next token, and task = '
+            f'"{run.task}" predicts no tokens. Set budgets = "equal"'
+        )
+
+
+def require_prunable(
+    model: "PreTrainedModel", config: PruneConfig, pst: PSTConfig, final_sparsity: float
+) -> tuple[PSTConfig, float, list[LayerRule]] | None:
+    """Return :func:`plan_layers` of a model; None for methods that remove experts or channels.
+
+    Raises InputError for everything that can be checked without calibration data, so that it is found before the first
+    block is pruned. ``model`` may be on the meta device; it is unchanged.
+    """
+    if config.method == CHANNELS:
+        assert config.ffn is not None
+        cut_config(copy.deepcopy(model.config), config.ffn)
+        return None
+    if config.method == REAP:
+        share = _share_of_experts(config, final_sparsity)
+        _, number = number_of_experts(model, 'method = "reap"')
+        experts_left(number, share, text_config(model), "sparsity =")
+        find_blocks(model, list(experts_modules(model)))
+        return None
+    planned = plan_layers(model, config, pst, final_sparsity)
+    if config.needs_data:
+        find_blocks(model, [rule.target.name for rule in planned[2]])
+    return planned
+
+
+def _share_of_experts(config: PruneConfig, final_sparsity: float) -> float:
+    """Return the fraction of experts to drop. Raises InputError if it is out of range."""
+    share = final_sparsity if config.sparsity is None else config.sparsity
+    if not 0.0 <= share < 1.0:
+        hint = percent_hint(share)
+        raise InputError(f"sparsity = {share} must be in [0, 1): it is the fraction of experts to drop{hint}")
+    return share
+
+
 def _opened(given: PruneInput, out: Path, shard_bytes: int) -> ModelFiles:
     files = ModelFiles(given.path, out, shard_bytes, **given.attention)
     require_space(out, files.base.file_bytes)
@@ -173,10 +220,7 @@ def digest_of_ranks(batches: Sequence[Batch], what: str) -> str:
 
 def _drop_experts(files: ModelFiles, given: PruneInput, config: PruneConfig, data: Calibration) -> dict[str, object]:
     """Drop a share of the experts; return facts for the record. Collective. Raises InputError."""
-    share = given.sparsity if config.sparsity is None else config.sparsity
-    if not 0.0 <= share < 1.0:
-        hint = percent_hint(share)
-        raise InputError(f"sparsity = {share} must be in [0, 1): it is the fraction of experts to drop{hint}")
+    share = _share_of_experts(config, given.sparsity)
     modules = drop_experts(files.model, share, data, source_of=files.source)
     return {
         "method": REAP,

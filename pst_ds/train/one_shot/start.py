@@ -16,15 +16,12 @@ from pst_ds.errors import InputError, renamed
 from pst_ds.file_names import CHECKPOINTS, START
 from pst_ds.formats.hub import NotDownloadedError
 from pst_ds.nn.base_model import Pretrained, architecture, origin_of, pruning_record
-from pst_ds.nn.cut_config import cut_config
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.ranks import is_main, of_main
 from pst_ds.parallel.stop_signals import StoppedError
-from pst_ds.prune.blocks import find_blocks
 from pst_ds.prune.model_files import ModelFiles
-from pst_ds.prune.one_shot import plan_layers
 from pst_ds.train.model import attention_options
-from pst_ds.train.one_shot.pruning import prune_model
+from pst_ds.train.one_shot.pruning import prune_model, require_prunable, require_task
 
 _OF_LAYERS = ("pattern", "target_modules", "exclude_modules", "modules_to_save")
 """Settings of ``[pst]`` that decide which weights compete with each other."""
@@ -91,11 +88,11 @@ def _model_without_values(run: RunConfig) -> tuple[nn.Module, str]:
 
 def _require_prunable(model: nn.Module, run: RunConfig) -> None:
     config = one_shot_config(run, run.start.samples)
-    if config.ffn is not None:
-        cut_config(model.config, config.ffn)  # type: ignore[arg-type]
-        return
-    _, _, rules = plan_layers(model, config, run.pst, run.schedule.final_sparsity)
-    find_blocks(model, [rule.target.name for rule in rules])
+    try:
+        require_task(run, config)
+        require_prunable(model, config, run.pst, run.schedule.final_sparsity)
+    except InputError as error:
+        raise InputError(renamed(str(error), SETTINGS)) from None
 
 
 def _stop_if_asked() -> None:

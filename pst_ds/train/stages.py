@@ -1,0 +1,27 @@
+"""Check all stages of a run ([finetune], [start], training) before the first of them starts."""
+
+from pathlib import Path
+
+from pst_ds.config.run import RunConfig
+from pst_ds.errors import InputError
+from pst_ds.file_names import START
+from pst_ds.train.one_shot.start import require_startable
+
+
+def require_stages(run: RunConfig, num_examples: int) -> int:
+    """Return the optimizer steps of the run. Raises InputError for what would stop it only after hours of work.
+
+    These are the checks that need the number of training examples, or that a later stage makes: steps and schedules of
+    training and of ``[finetune]``, and whether ``[start]`` can prune the model. ``pst-ds plan``, ``init`` and ``train``
+    share them.
+    """
+    num_steps = run.num_steps(num_examples)
+    run.make_schedules(num_steps)
+    if (stage := run.finetuning()) is not None:
+        stage.make_schedules(stage.num_steps(num_examples))
+    if run.start.method != "none" and not (Path(run.output_dir) / START).exists():
+        try:
+            require_startable(run)
+        except InputError as error:
+            raise InputError(f'start.method = "{run.start.method}": {error}. Or skip it: start.method = "none"') from None
+    return num_steps
