@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -55,6 +59,38 @@ def test_ci_runs_the_checks_in_their_order():
     made = re.findall(r"^make (.*)$", read(".ci/run"), flags=re.M)
     assert checks is not None
     assert " ".join(made) == checks[1]
+
+
+def test_the_newest_versions_warn_and_do_not_decide():
+    assert re.search(r"^timeout .*\d+ make test-newest \|\|$", read(".ci/run"), flags=re.M)
+    jobs = yaml.safe_load(read(".github/workflows/checks.yml"))["jobs"].values()
+    steps = [step for job in jobs for step in job["steps"] if "make test-newest" in step.get("run", "")]
+    assert [step["continue-on-error"] for step in steps] == [True]
+
+
+def test_make_installs_the_tested_set_again_when_it_changes(tmp_path):
+    """``make --question`` exits with 0 if nothing is left to do."""
+    constraints, stamp = tmp_path / ".ci/constraints.txt", tmp_path / ".venv/.installed"
+    for path in (constraints, stamp):
+        path.parent.mkdir()
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    constraints.touch()
+
+    def is_installed(*settings: str) -> bool:
+        environment = {name: value for name, value in os.environ.items() if name not in ("CONSTRAINTS", "MAKEFLAGS")}
+        command = ["make", "--question", "venv", *settings]
+        return subprocess.run(command, cwd=tmp_path, env=environment, check=False).returncode == 0
+
+    assert not is_installed()
+    stamp.write_text(".ci/constraints.txt\n")
+    assert is_installed()
+    assert not is_installed("CONSTRAINTS=")
+    os.utime(constraints, (0, 2**31))
+    assert not is_installed()
+    stamp.write_text("\n")
+    assert is_installed("CONSTRAINTS=")
+    assert not is_installed()
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)

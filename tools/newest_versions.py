@@ -30,6 +30,7 @@ SENSITIVE = {
     "units": ("tests/data", "tests/config", "tests/golden", "tests/inference/onnx"),
 }
 """Folders of each stage of tools/run_tests.py whose tests run."""
+CUDA_LIBRARIES = ("nvidia-", "cuda-")
 RESOLVE_SECONDS = 300
 """Longest wait for pip's answer about the newest versions."""
 
@@ -78,8 +79,16 @@ def newest_versions() -> dict[str, str]:
 
 
 def differing(newest: dict[str, str]) -> dict[str, str]:
-    """Return those of ``newest`` whose version is not the installed one; 2.13.0+cpu is 2.13.0."""
-    return {name: new for name, new in newest.items() if Version(new).public != Version(installed(name) or "0").public}
+    """Return those of ``newest`` whose version is not the installed one; 2.13.0+cpu is 2.13.0.
+
+    Libraries of torch's CUDA builds count only if torch changes: an environment with its CPU build lacks them.
+    """
+    changed = {
+        name: new for name, new in newest.items() if Version(new).public != Version(installed(name) or "0").public
+    }
+    if "torch" in changed:
+        return changed
+    return {name: new for name, new in changed.items() if not name.startswith(CUDA_LIBRARIES)}
 
 
 def installed(name: str) -> str | None:
