@@ -53,6 +53,7 @@ the last one with `--pattern 1x4`; the others with rates tuned for this data (to
 def main() -> int:
     parser = argparse.ArgumentParser("python -m tools.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, help="optimizer steps of every run (default: the run file's)")
+    parser.add_argument("--batch-size", type=int, help="reviews of a step (default: the run file's)")
     parser.add_argument("--only", nargs="*", choices=list(RUNS), help="some of the runs")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -67,6 +68,8 @@ def main() -> int:
     common = {"train.precision": precision(), "seed": args.seed, "deepspeed_config": deepspeed_config()}
     if args.steps:
         common["train.num_steps"] = args.steps
+    if args.batch_size:
+        common["train.batch_size"] = args.batch_size
     results = []
     for name in args.only or RUNS:
         settings = {**common, **RUNS[name], "output_dir": f"{FOLDER}/{name}"}

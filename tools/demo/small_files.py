@@ -100,7 +100,7 @@ def compare(out: Path, run: Path) -> dict[str, Any]:
 
 def accuracy_of(export: Path, test: Path) -> float:
     """Return the accuracy of an export on the reviews in ``test``, from the labels that `pst-ds predict` writes."""
-    predictions = export / "predictions.jsonl"
+    predictions = export.with_name(f"{export.name}-predictions.jsonl")
     options = ["--batch", "64", "--threads", "1", "--quiet"]
     verb("predict", str(export), "--data", str(test), "--out", str(predictions), *options)
     labels, answers = ([row["label"] for row in rows_of(file)] for file in (test, predictions))
