@@ -22,7 +22,15 @@ from pathlib import Path
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from tools.run_tests import FAILED_BEFORE, PYTEST_NO_TESTS, STAGES, failed_tests, pytest_command, run_until_end
+from tools.run_tests import (
+    FAILED_BEFORE,
+    INTERRUPTED,
+    PYTEST_NO_TESTS,
+    STAGES,
+    failed_tests,
+    pytest_command,
+    run_until_end,
+)
 
 FOLDER = Path(".venv-newest")
 SENSITIVE = {
@@ -128,4 +136,7 @@ def warn(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
