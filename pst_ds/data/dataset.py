@@ -1,9 +1,8 @@
-"""Read rows of a local file or of a dataset on the hub, and check the columns that a task needs."""
+"""Read rows of a local file, a saved dataset or a dataset on the hub, and check the columns that a task needs."""
 
 from __future__ import annotations
 
-import csv
-import json
+import glob
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pst_ds.config.data import PARQUET_BRANCH
 from pst_ds.config.run import ConfigError, DataConfig
+from pst_ds.data.rows import RowError, other_separator
 from pst_ds.errors import first_line
 
 if TYPE_CHECKING:
@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from pyarrow import ChunkedArray
 
 _TSV = ".tsv"
-_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", _TSV: "csv", ".parquet": "parquet", ".txt": "text"}
+_FORMATS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", _TSV: "tsv", ".parquet": "parquet", ".txt": "text"}
+_SAVED = "state.json"
+"""File in the folder of a dataset that ``Dataset.save_to_disk`` wrote."""
+_SAVED_SPLITS = "dataset_dict.json"
+"""File in the folder of several splits that ``DatasetDict.save_to_disk`` wrote."""
 _SLICED = re.compile(r"(?P<file>.+)(?P<slice>\[(-?\d+%?)?:(-?\d+%?)?\])")
 _QUOTED, _QUOTED_INSIDE = r'^"([^"]|"")*"$', r'^"([^"]|"")*""([^"]|"")*"$'
 
@@ -43,7 +47,8 @@ def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, neste
     """Read one split.
 
     A local file may be followed by a slice of its rows, such as "[:80%]". A .txt file has one column, "text", with rows
-    by ``data.sample_by``; slices of whole documents count lines. Quotes have no meaning in .tsv files, as in GLUE.
+    by ``data.sample_by``; slices of whole documents count lines. Quotes have no meaning in .tsv files, as in GLUE. Values
+    have the types of :func:`read_local`.
 
     Args:
         columns: required columns, each with the setting of ``data`` that names it.
@@ -126,14 +131,17 @@ def _value_at(value: object, path: list[str]) -> object:
 
 
 def _require_column(rows: Dataset, column: str, setting: str, where: str) -> None:
-    if column not in rows.column_names:
-        raise ConfigError(
-            f"{where} has no column {column!r}, which {setting} names. Columns: {', '.join(rows.column_names)}"
-        )
+    if column in rows.column_names:
+        return
+    problem = f"{where} has no column {column!r}, which {setting} names"
+    separator = other_separator(rows.column_names)
+    if separator:
+        raise ConfigError(f"{problem}. The file looks separated by {separator}: save it with commas")
+    raise ConfigError(f"{problem}. Columns: {', '.join(rows.column_names)}")
 
 
 def _require_utf8(rows: Dataset, column: str, where: str) -> None:
-    """Check that texts are UTF-8; the readers of JSON and Parquet do not."""
+    """Check that texts are UTF-8; the reader of Parquet does not."""
     import pyarrow
 
     first = 0
@@ -182,54 +190,82 @@ def _require_path(feature: object, path: list[str], column: str, setting: str, w
 
 
 def read_local(where: str, setting: str, sample_by: str) -> Dataset:
-    """Return the rows of a local file, which ``setting`` names. Raises ConfigError."""
+    """Return the rows of a local file or of a folder of ``save_to_disk``, which ``setting`` names.
+
+    Values of CSV, TSV and text files, and scalars of JSON, are strings as written; None represents null. Parquet files and
+    saved datasets keep their types. Raises ConfigError.
+    """
     import datasets
 
     datasets.disable_progress_bars()
-    setting, (file, piece) = f"{setting} = {where!r}", file_and_slice(where)
+    named = f"{setting} = {where!r}"
+    file, piece = file_and_slice(where)
     path = Path(file)
+    if path.is_dir():
+        return _read_saved(path, named, piece)
     if not path.is_file():
         raise ConfigError(
-            f"{setting} does not exist (looked in {path.absolute()}). Name a local file, or a split of data.dataset"
+            f"{named} does not exist (looked in {path.absolute()}). Name a local file, or a split of data.dataset"
         )
     kind = _FORMATS.get(path.suffix.lower())
     if kind is None:
-        raise ConfigError(f"{setting} ends in {path.suffix!r}. Use one of {', '.join(_FORMATS)}")
-    options: dict[str, object] = {}
-    if kind == "csv":  # pandas would read "NA", "null" and "None" as empty fields
-        options = {"keep_default_na": False}
-        if path.suffix.lower() == _TSV:
-            options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
-    elif kind == "text":
-        options = {"sample_by": "line" if piece and sample_by == "document" else sample_by}
+        raise ConfigError(f"{named} ends in {path.suffix!r}. Use one of {', '.join(_FORMATS)}")
     try:
-        rows = datasets.load_dataset(kind, data_files=str(path), split=f"train{piece}", **options)
+        if kind == "parquet":
+            # Without the escape, "[1]" and "*" in the name would be a pattern for other files.
+            files = glob.escape(str(path.absolute()))
+            return datasets.load_dataset("parquet", data_files=files, split=f"train{piece}")
+        return _read_rows_as_written(path, kind, sample_by, piece)
     except Exception as error:
-        raise ConfigError(f"{setting} {_why_unreadable(path, kind, error)}") from error
-    if len(rows) and kind == "text" and options["sample_by"] != sample_by:
-        rows = datasets.Dataset.from_dict({"text": ["\n".join(rows[:]["text"]) + "\n"]})
-    return rows
+        raise ConfigError(f"{named} {_why_unreadable(path, kind, error)}") from error
+
+
+def _read_rows_as_written(path: Path, kind: str, sample_by: str, piece: str) -> Dataset:
+    import datasets
+
+    from pst_ds.data.row_files import rows_of_file
+
+    if kind != "text" or sample_by != "document" or not piece:
+        return rows_of_file(path, kind, sample_by=sample_by, piece=piece)
+    # A slice of a whole document counts lines, which are then one document again.
+    lines = rows_of_file(path, kind, sample_by="line", piece=piece)
+    return datasets.Dataset.from_dict({"text": ["\n".join(lines[:]["text"]) + "\n"]}) if len(lines) else lines
+
+
+def _read_saved(path: Path, named: str, piece: str) -> Dataset:
+    """Return the rows, or a slice of them, of a folder that ``Dataset.save_to_disk`` wrote."""
+    import datasets
+
+    if (path / _SAVED_SPLITS).is_file():
+        splits = sorted(str(folder) for folder in path.iterdir() if (folder / _SAVED).is_file())
+        raise ConfigError(f"{named} is a folder with several splits. Name one: {', '.join(splits)}")
+    if not (path / _SAVED).is_file():
+        raise ConfigError(
+            f"{named} is a folder, but not one of Dataset.save_to_disk. Name a file ({', '.join(_FORMATS)}), or the "
+            "folder in data.dataset and its split here"
+        )
+    try:
+        rows = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise ConfigError(f"{named} cannot be read as a saved dataset: {first_line(error)}. Save it again") from error
+    if not piece:
+        return rows
+    (part,) = datasets.ReadInstruction.from_spec(f"train{piece}").to_absolute({"train": len(rows)})
+    return rows.select(range(part.from_, part.to))
 
 
 def _why_unreadable(path: Path, kind: str, error: Exception) -> str:
-    """Return why ``datasets`` cannot read a file, and the fix."""
+    """Return why a file cannot be read, and the fix."""
+    if isinstance(error, RowError):
+        return str(error)
     cause = error.__cause__ or error
     with path.open("rb") as lines:
         if not any(line.strip() for line in lines):
             return "is empty. Add a row for each example"
-        if "corresponds to no data" in str(cause):
-            return "has no examples. Add a row for each"
-        if isinstance(cause, UnicodeDecodeError):
-            return f"is not UTF-8 text: {cause}. Save it in UTF-8"
-        lines.seek(0)
-        for number, line in enumerate(lines if path.suffix.lower() == ".jsonl" else (), 1):
-            try:
-                row = json.loads(line) if line.strip() else {}
-                problem = "" if isinstance(row, dict) else f"it is a {type(row).__name__}"
-            except ValueError as wrong:
-                problem = str(wrong)
-            if problem:
-                return f"cannot be read as json: line {number} is not a JSON object ({problem}). Write one per line"
+    if "corresponds to no data" in str(cause):
+        return "has no examples. Add a row for each"
+    if isinstance(cause, UnicodeDecodeError):
+        return f"is not UTF-8 text: {cause}. Save it in UTF-8"
     return f"cannot be read as {kind}: {first_line(cause)}. Repair it, or name another file"
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 _LENGTH_WINDOW_BATCHES = 50
 _FEW_ROWS = 20
 """Rows up to which every row may have a different label."""
+_INTEGER = re.compile(r"0|-?[1-9][0-9]*")
+_NUMBER = re.compile(r"[-+]?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
 _ROWS_AT_A_TIME = 256
 """Rows per tokenizer call, which holds truncated text until it returns."""
 _MORE_TOKENS = 32
@@ -86,8 +89,12 @@ def _names_in_training(data: DataConfig) -> list[str]:
         return list(feature.names)
     labels = set(rows.unique(data.label_column))
     if None in labels or "" in labels:
-        raise ConfigError(f"{data.train}: column {data.label_column!r} has empty values. Give every example a label")
-    if any(isinstance(label, float) for label in labels):
+        row = next(number for number, value in enumerate(rows[data.label_column]) if value in (None, ""))
+        raise ConfigError(
+            f"{data.train}: column {data.label_column!r} has empty values, the first in row {row}. Give every example a "
+            "label"
+        )
+    if holds_fractions(labels):
         raise ConfigError(
             f'{data.train}: column {data.label_column!r} holds fractions, which is regression. Set task = "regression"'
         )
@@ -101,7 +108,26 @@ def _names_in_training(data: DataConfig) -> list[str]:
             f"{data.train}: column {data.label_column!r} has a different value in each of its {len(rows)} rows, so "
             "it does not hold classes. Name the column that does with data.label_column"
         )
+    if all(_is_integer(label) for label in labels):
+        return [str(label) for label in sorted(labels, key=int)]
     return [str(label) for label in sorted(labels)]
+
+
+def _is_integer(label: object) -> bool:
+    """Return whether a label is an integer, or text that writes one in the usual way: "7", but not "007"."""
+    return isinstance(label, int) or (isinstance(label, str) and _INTEGER.fullmatch(label) is not None)
+
+
+def holds_fractions(labels: Iterable[object]) -> bool:
+    """Return whether labels are numbers, or texts that write numbers, of which one at least has a fraction."""
+    fractions = False
+    for label in labels:
+        if isinstance(label, str) and _NUMBER.fullmatch(label) is None:
+            return False
+        if not isinstance(label, int | float | str) or isinstance(label, bool):
+            return False
+        fractions = fractions or not _is_integer(label)
+    return fractions
 
 
 def load_examples(data: DataConfig, split: str, tokenizer: Tokenizer, names: Sequence[str]) -> Examples:
