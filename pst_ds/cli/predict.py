@@ -26,14 +26,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
-    from pst_ds.inference.encoder.encoder import EMBEDDER, Encoder, kind_of
-    from pst_ds.inference.encoder.file import FORMATS, open_file
+    from pst_ds.inference.encoder.encoder import CLASSIFIER, EMBEDDER, Encoder, kind_of
+    from pst_ds.inference.encoder.file import FORMATS, open_file, require_no_formula
     from pst_ds.inference.hf.model_folder import open_model_folder
 
-    out, kind = Path(args.out), kind_of(open_model_folder(args.model))
+    out, folder = Path(args.out), open_model_folder(args.model)
+    kind = kind_of(folder)
     formats = [suffix for suffix in FORMATS if kind != EMBEDDER or suffix != ".csv"]
     if out.suffix not in formats:
         raise InputError(f"--out {out}: a {kind}'s predictions are written as {', '.join(formats)}. Name such a file")
+    if out.suffix == ".csv" and kind == CLASSIFIER:
+        require_no_formula(map(str, (folder.config.id2label or {}).values()), out)
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"--out {out}: the folder {out.parent} does not exist. Create it, or name another file")
     require_writable(out, f"--out {out}")
     if not args.threads and "OMP_NUM_THREADS" not in os.environ:
         args.threads = max(1, (os.cpu_count() or 1) // args.processes)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pst_ds.config.run import ConfigError, DataConfig
-from pst_ds.data.dataset import DataInMemory, read_rows
+from pst_ds.data.dataset import DataInMemory, place_in_split, read_rows, values_of
 from pst_ds.data.tasks.task import E, Task
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class RowsByUser:
 
     def load(self, task: Task[E], user: str, tokenizer: "Tokenizer", labels: Sequence[str]) -> E:
         """Return a user's examples, without caching them on disk. Raises ConfigError."""
-        own = DataInMemory.of(self.data, self.rows.select(self.places[user]))
+        own = DataInMemory.of(self.data, self.rows.select(self.places[user]), self.places[user])
         return task.load(own, self.split, tokenizer, labels)
 
 
@@ -48,11 +48,11 @@ def read_by_user(data: DataConfig, split: str, column: str) -> RowsByUser:
             f"{where} has no column {column!r}, with the user of each row. Columns: {', '.join(rows.column_names)}"
         )
     places: dict[str, list[int]] = {}
-    for row, value in enumerate(rows[column]):
+    for row, value in enumerate(values_of(rows, column)):
         if value is None or isinstance(value, list | dict) or not str(value).strip():
             raise ConfigError(
-                f"{where}: column {column!r} has {value!r} in row {row}, which is not a user. Use a text or a "
-                "number, or remove the row"
+                f"{where}: column {column!r} has {value!r} in {place_in_split(data, split, rows, row)}, which is not a "
+                "user. Use a text or a number, or remove the row"
             )
         places.setdefault(str(value), []).append(row)
     return RowsByUser(data, split, rows, places)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import glob
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pst_ds.config.data import PARQUET_BRANCH
 from pst_ds.config.run import ConfigError, DataConfig
-from pst_ds.data.rows import RowError, other_separator
+from pst_ds.data.file_rows import place_of_row
 from pst_ds.errors import first_line
 
 if TYPE_CHECKING:
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from pyarrow import ChunkedArray
 
 _TSV = ".tsv"
-_FORMATS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", _TSV: "tsv", ".parquet": "parquet", ".txt": "text"}
+_FORMATS = (".jsonl", ".json", ".csv", _TSV, ".parquet", ".txt")
 _SAVED = "state.json"
 """File in the folder of a dataset that ``Dataset.save_to_disk`` wrote."""
 _SAVED_SPLITS = "dataset_dict.json"
 """File in the folder of several splits that ``DatasetDict.save_to_disk`` wrote."""
+_ROWS_WITH_PATH = 1000
+"""Rows in which a path into JSON values must occur."""
 _SLICED = re.compile(r"(?P<file>.+)(?P<slice>\[(-?\d+%?)?:(-?\d+%?)?\])")
 _QUOTED, _QUOTED_INSIDE = r'^"([^"]|"")*"$', r'^"([^"]|"")*""([^"]|"")*"$'
 
@@ -33,11 +35,14 @@ class DataInMemory(DataConfig):
     """Data settings with ``rows`` in memory, a selection of what :func:`read_rows` returned."""
 
     rows: Dataset
+    numbers: Sequence[int]
+    """Indices of the rows in the split, for messages."""
 
     @classmethod
-    def of(cls, data: DataConfig, rows: Dataset) -> DataInMemory:
-        """Return ``data`` with ``rows``."""
-        return cls(**{field.name: getattr(data, field.name) for field in fields(data)}, rows=rows)
+    def of(cls, data: DataConfig, rows: Dataset, numbers: Sequence[int]) -> DataInMemory:
+        """Return ``data`` with ``rows``, which are the rows ``numbers`` of the split."""
+        settings = {field.name: getattr(data, field.name) for field in fields(data)}
+        return cls(**settings, rows=rows, numbers=numbers)
 
     def __post_init__(self) -> None:
         """Skip the checks, which were done when the settings were read."""
@@ -47,8 +52,8 @@ def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, neste
     """Read one split.
 
     A local file may be followed by a slice of its rows, such as "[:80%]". A .txt file has one column, "text", with rows
-    by ``data.sample_by``; slices of whole documents count lines. Quotes have no meaning in .tsv files, as in GLUE. Values
-    have the types of :func:`read_local`.
+    by ``data.sample_by``; slices of whole documents count lines. Quotes have no meaning in .tsv files, as in GLUE.
+    Values have the types of :func:`read_local`.
 
     Args:
         columns: required columns, each with the setting of ``data`` that names it.
@@ -73,7 +78,7 @@ def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, neste
     if split == "test" and data.test_rows and not isinstance(data, DataInMemory):
         column, wanted = data.test_rows
         _require_column(rows, column, "data.test_rows", where)
-        values = [str(value) for value in rows[column]]
+        values = [str(value) for value in values_of(rows, column)]
         if wanted not in values:
             raise ConfigError(
                 f"{where}: no row has {wanted!r} in column {column!r}, as data.test_rows asks. Name one of "
@@ -99,11 +104,12 @@ def require_columns(
         _require_column(rows, top, setting, where)
         _require_utf8(rows, top, where)
         if nested:
-            _require_path(rows.features[top], path, column, setting, where)
+            _require_path(rows, top, path, column, setting, where)
         elif not isinstance(rows.features[column], datasets.Value | datasets.ClassLabel):
+            nested_values = _nested_values(rows, column, where)
             raise ConfigError(
-                f"{where}: column {column!r}, which {setting} names, holds {type(rows.features[column]).__name__} "
-                "values, not a plain text, number or label in each row. Name another column"
+                f"{where}: column {column!r}, which {setting} names, holds {nested_values}, not a "
+                "plain text, number or label in each row. Name another column"
             )
 
 
@@ -115,9 +121,78 @@ def file_and_slice(where: str) -> tuple[str, str]:
 
 def values_of(rows: Dataset, column: str) -> Iterable[object]:
     """Yield the values of ``column``, a name or a path, which follows every item of a list."""
+    from pst_ds.data.local_dataset import values_of_column
+
     top, *path = _path_of(column, rows)
-    for value in rows[top]:
+    for value in values_of_column(rows, top):
         yield _value_at(value, path)
+
+
+def _nested_values(rows: Dataset, column: str, where: str) -> str:
+    """Return what a column holds, for a message: "a list in line 3"."""
+    kinds = {list: "a list", dict: "an object"}
+    for row, value in enumerate(values_of(rows, column)):
+        if type(value) in kinds:
+            return f"{kinds[type(value)]} in {row_place(rows, where, row)}"
+    return f"{type(rows.features[column]).__name__} values"
+
+
+def column_types(rows: Dataset, where: str) -> dict[str, str]:
+    """Return the Arrow type of each column, "" for nested values. For a column of texts in a file that does not tell
+    numbers from texts (all but Parquet), this is the type that all its values could have: "int64", "float64" or "bool".
+    """
+    types = {name: str(getattr(feature, "dtype", "")) for name, feature in rows.features.items()}
+    if Path(file_and_slice(where)[0]).suffix.lower() in (".csv", _TSV, ".jsonl", ".json"):
+        types |= {name: _possible_type(rows, name) for name, of in types.items() if of == "string"}
+    return types
+
+
+def _possible_type(rows: Dataset, column: str) -> str:
+    import pyarrow
+    import pyarrow.compute as arrow
+
+    values = rows.data.column(column)
+    if values.null_count == len(values):
+        return "null"
+    for kind in ("int64", "float64"):
+        try:
+            arrow.cast(values, kind)
+        except pyarrow.ArrowInvalid:
+            continue
+        return kind
+    is_boolean = arrow.all(arrow.match_substring_regex(values, "^(?i:true|false)$")).as_py()
+    return "bool" if is_boolean else "string"
+
+
+def row_place(rows: Dataset, where: str, row: int) -> str:
+    """Return the place of a row of ``where`` in messages: "line 7" of a CSV, TSV or JSON file, or else "row 5".
+
+    ``rows``: all rows of ``where``, a file, a slice of one, or a split. ``row``: an index in them.
+    """
+    return place_of_row(Path(file_and_slice(where)[0]), first_row(rows, where) + row)
+
+
+def first_row(rows: Dataset, where: str) -> int:
+    """Return the index of the first of ``rows`` in the file that ``where`` names, with or without a slice."""
+    import datasets
+
+    _, piece = file_and_slice(where)
+    if not piece or rows.info.splits is None:
+        return 0
+    total = rows.info.splits["train"].num_examples
+    (part,) = datasets.ReadInstruction.from_spec(f"train{piece}").to_absolute({"train": total})
+    return int(part.from_ or 0)
+
+
+def place_in_split(data: DataConfig, split: str, rows: Dataset, row: int) -> str:
+    """Return the place, as :func:`row_place`, of a row of ``rows``, which :func:`read_rows` returned."""
+    if isinstance(data, DataInMemory):
+        return f"row {data.numbers[row]}"
+    if data.dataset:
+        return f"row {row}"
+    if split == "test" and data.test_rows:
+        return f"row {row} of those that data.test_rows selects"
+    return row_place(rows, getattr(data, split), row)
 
 
 def _path_of(column: str, rows: Dataset) -> list[str]:
@@ -127,17 +202,15 @@ def _path_of(column: str, rows: Dataset) -> list[str]:
 def _value_at(value: object, path: list[str]) -> object:
     if isinstance(value, list) and path:
         return [_value_at(item, path) for item in value]
-    return _value_at(value[path[0]], path[1:]) if isinstance(value, dict) and path else value
+    # objects of JSON may lack a field; those of Arrow have it, with None
+    return _value_at(value.get(path[0]), path[1:]) if isinstance(value, dict) and path else value
 
 
 def _require_column(rows: Dataset, column: str, setting: str, where: str) -> None:
-    if column in rows.column_names:
-        return
-    problem = f"{where} has no column {column!r}, which {setting} names"
-    separator = other_separator(rows.column_names)
-    if separator:
-        raise ConfigError(f"{problem}. The file looks separated by {separator}: save it with commas")
-    raise ConfigError(f"{problem}. Columns: {', '.join(rows.column_names)}")
+    if column not in rows.column_names:
+        raise ConfigError(
+            f"{where} has no column {column!r}, which {setting} names. Columns: {', '.join(rows.column_names)}"
+        )
 
 
 def _require_utf8(rows: Dataset, column: str, where: str) -> None:
@@ -177,7 +250,22 @@ def _require_unquoted(rows: Dataset, columns: Iterable[str], where: str) -> None
         )
 
 
-def _require_path(feature: object, path: list[str], column: str, setting: str, where: str) -> None:
+def _require_path(rows: Dataset, top: str, path: list[str], column: str, setting: str, where: str) -> None:
+    from pst_ds.data.local_dataset import is_json, values_of_column
+
+    feature = rows.features[top]
+    if is_json(feature):
+        values: list[object] = list(islice(values_of_column(rows, top), _ROWS_WITH_PATH))
+        for name in path:
+            values = _objects_in(values)
+            if not any(isinstance(value, dict) and name in value for value in values):
+                there = ", ".join(dict.fromkeys(key for value in values if isinstance(value, dict) for key in value))
+                raise ConfigError(
+                    f"{where}: {setting} = {column!r} has no part {name!r} in the data, which has "
+                    f"{there or 'no objects'}. Name a part"
+                )
+            values = [value.get(name) for value in values if isinstance(value, dict)]
+        return
     for name in (None, *path):
         if name is not None and not (isinstance(feature, dict) and name in feature):
             there = ", ".join(feature) if isinstance(feature, dict) else type(feature).__name__
@@ -189,13 +277,23 @@ def _require_path(feature: object, path: list[str], column: str, setting: str, w
             feature = feature.feature
 
 
+def _objects_in(values: Iterable[object]) -> list[object]:
+    """Return ``values`` with the items of lists, and of lists in them, in place of the lists."""
+    items: list[object] = []
+    for value in values:
+        items += _objects_in(value) if isinstance(value, list) else [value]
+    return items
+
+
 def read_local(where: str, setting: str, sample_by: str) -> Dataset:
     """Return the rows of a local file or of a folder of ``save_to_disk``, which ``setting`` names.
 
-    Values of CSV, TSV and text files, and scalars of JSON, are strings as written; None represents null. Parquet files and
-    saved datasets keep their types. Raises ConfigError.
+    Values of CSV, TSV and text files, and plain values of JSON, are strings as written; None represents null. Parquet
+    files and saved datasets keep their types. Raises ConfigError.
     """
     import datasets
+
+    from pst_ds.data.local_dataset import read_local_file
 
     datasets.disable_progress_bars()
     named = f"{setting} = {where!r}"
@@ -207,29 +305,13 @@ def read_local(where: str, setting: str, sample_by: str) -> Dataset:
         raise ConfigError(
             f"{named} does not exist (looked in {path.absolute()}). Name a local file, or a split of data.dataset"
         )
-    kind = _FORMATS.get(path.suffix.lower())
-    if kind is None:
+    if path.suffix.lower() not in _FORMATS:
         raise ConfigError(f"{named} ends in {path.suffix!r}. Use one of {', '.join(_FORMATS)}")
-    try:
-        if kind == "parquet":
-            # Without the escape, "[1]" and "*" in the name would be a pattern for other files.
-            files = glob.escape(str(path.absolute()))
-            return datasets.load_dataset("parquet", data_files=files, split=f"train{piece}")
-        return _read_rows_as_written(path, kind, sample_by, piece)
-    except Exception as error:
-        raise ConfigError(f"{named} {_why_unreadable(path, kind, error)}") from error
-
-
-def _read_rows_as_written(path: Path, kind: str, sample_by: str, piece: str) -> Dataset:
-    import datasets
-
-    from pst_ds.data.row_files import rows_of_file
-
-    if kind != "text" or sample_by != "document" or not piece:
-        return rows_of_file(path, kind, sample_by=sample_by, piece=piece)
-    # A slice of a whole document counts lines, which are then one document again.
-    lines = rows_of_file(path, kind, sample_by="line", piece=piece)
-    return datasets.Dataset.from_dict({"text": ["\n".join(lines[:]["text"]) + "\n"]}) if len(lines) else lines
+    is_cut_document = bool(piece) and path.suffix.lower() == ".txt" and sample_by == "document"
+    rows = read_local_file(path, named, piece, "line" if is_cut_document else sample_by)
+    if is_cut_document and len(rows):  # the lines are one document again
+        rows = datasets.Dataset.from_dict({"text": ["\n".join(rows[:]["text"]) + "\n"]})
+    return rows
 
 
 def _read_saved(path: Path, named: str, piece: str) -> Dataset:
@@ -254,28 +336,13 @@ def _read_saved(path: Path, named: str, piece: str) -> Dataset:
     return rows.select(range(part.from_, part.to))
 
 
-def _why_unreadable(path: Path, kind: str, error: Exception) -> str:
-    """Return why a file cannot be read, and the fix."""
-    if isinstance(error, RowError):
-        return str(error)
-    cause = error.__cause__ or error
-    with path.open("rb") as lines:
-        if not any(line.strip() for line in lines):
-            return "is empty. Add a row for each example"
-    if "corresponds to no data" in str(cause):
-        return "has no examples. Add a row for each"
-    if isinstance(cause, UnicodeDecodeError):
-        return f"is not UTF-8 text: {cause}. Save it in UTF-8"
-    return f"cannot be read as {kind}: {first_line(cause)}. Repair it, or name another file"
-
-
 def _read_from_hub(data: DataConfig, split: str) -> Dataset:
     import datasets
 
     subset = {"data_dir" if data.revision == PARQUET_BRANCH else "name": data.subset or None}
     revision = {} if Path(data.dataset).is_dir() else {"revision": data.revision or None}
     try:
-        return datasets.load_dataset(data.dataset, split=split, **subset, **revision)
+        rows = datasets.load_dataset(data.dataset, split=split, **subset, **revision)
     except Exception as error:
         reason = first_line(error)
         fix = "Name a dataset that can be reached or is cached, a folder, or local files without data.dataset"
@@ -284,14 +351,20 @@ def _read_from_hub(data: DataConfig, split: str) -> Dataset:
         raise ConfigError(
             f"data.dataset = {data.dataset!r}, split {split!r}, cannot be loaded: {reason}. {fix}"
         ) from error
+    if "__index_level_0__" in rows.column_names:  # pandas turns surplus fields into an index, and shifts the columns
+        raise ConfigError(
+            f"data.dataset = {data.dataset!r}, split {split!r}, has CSV rows with more fields than columns. Put quotes "
+            "around fields that contain a comma, or name the local file without data.dataset, which names the line"
+        )
+    return rows
 
 
-def text_column(values: Iterable[object], column: str, where: str, first_row: int = 0) -> list[str]:
-    """Return the texts of consecutive rows from ``first_row`` on. Raises ConfigError for a row without text."""
+def text_column(values: Iterable[object], column: str, where: str, place: Callable[[int], str]) -> list[str]:
+    """Return the texts of rows. Raises ConfigError for a row without text, which ``place`` names by its index."""
     texts = list(values)
     if None in texts:
         raise ConfigError(
-            f"{where}: column {column!r} has no text in row {first_row + texts.index(None)}. Add one (an "
-            'empty one is written "") or remove the row'
+            f"{where}: column {column!r} has no text in {place(texts.index(None))}. Add one (an empty one is written "
+            '"") or remove the row'
         )
     return [str(text) for text in texts]

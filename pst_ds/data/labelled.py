@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.config.run import ConfigError, DataConfig
-from pst_ds.data.dataset import read_rows, text_column
+from pst_ds.data.dataset import place_in_split, read_rows, text_column
 from pst_ds.errors import shortened
 
 if TYPE_CHECKING:
@@ -89,10 +89,11 @@ def _names_in_training(data: DataConfig) -> list[str]:
         return list(feature.names)
     labels = set(rows.unique(data.label_column))
     if None in labels or "" in labels:
-        row = next(number for number, value in enumerate(rows[data.label_column]) if value in (None, ""))
+        empty = [row for row, value in enumerate(rows[data.label_column]) if value in (None, "")]
+        others = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
         raise ConfigError(
-            f"{data.train}: column {data.label_column!r} has empty values, the first in row {row}. Give every example a "
-            "label"
+            f"{data.train}: column {data.label_column!r} has empty values, in "
+            f"{place_in_split(data, 'train', rows, empty[0])}{others}. Give every example a label"
         )
     if holds_fractions(labels):
         raise ConfigError(
@@ -140,27 +141,32 @@ def load_examples(data: DataConfig, split: str, tokenizer: Tokenizer, names: Seq
     for row, value in enumerate(rows[data.label_column]):
         label = own_names.get(value, value)
         if str(label) not in ids:
-            refuse_hidden(label, row, getattr(data, split))
+            place = place_in_split(data, split, rows, row)
+            refuse_hidden(label, place, getattr(data, split))
             raise ConfigError(
-                f"{getattr(data, split)}: label {label!r} in row {row} is not one of the training labels "
+                f"{getattr(data, split)}: label {label!r} in {place} is not one of the training labels "
                 f"{shortened(names, 12)}"
             )
         labels.append(ids[str(label)])
     return Examples(tokenized_texts(rows, data, split, tokenizer), labels)
 
 
-def refuse_hidden(label: object, row: int, where: str) -> None:
-    """Raise ConfigError for -1, which represents a hidden label in benchmarks such as GLUE."""
+def refuse_hidden(label: object, place: str, where: str) -> None:
+    """Raise ConfigError for -1 in ``place``, which represents a hidden label in benchmarks such as GLUE."""
     if label in (-1, "-1"):
         raise ConfigError(
-            f"{where}: label {label!r} in row {row} stands for a hidden label, as in the test sets of GLUE. Name a "
+            f"{where}: label {label!r} in {place} stands for a hidden label, as in the test sets of GLUE. Name a "
             'split that has labels, such as "validation"'
         )
 
 
 def tokenized_texts(rows: Dataset, data: DataConfig, split: str, tokenizer: Tokenizer) -> list[dict[str, list[int]]]:
     """Tokenise the text, or pair of texts, of each row. Raises ConfigError for a row without text."""
-    texts = [text_column(rows[column], column, getattr(data, split)) for column in data.text_columns]
+
+    def place(row: int) -> str:
+        return place_in_split(data, split, rows, row)
+
+    texts = [text_column(rows[column], column, getattr(data, split), place) for column in data.text_columns]
     return tokenized_columns(texts, data.max_length, tokenizer)
 
 

@@ -88,5 +88,5 @@ def test_numbers_name_users_too(tmp_path):
 def test_a_row_of_nobody_is_refused(tmp_path, value):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": "a", "who": who}) + "\n" for who in ("ann", value)))
-    with pytest.raises(ConfigError, match="in row 1, which is not a user"):
+    with pytest.raises(ConfigError, match="in line 2, which is not a user"):
         read_by_user(DataConfig(train=str(path)), "train", "who")

@@ -188,7 +188,7 @@ def test_a_row_without_text_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "_ROWS_AT_A_TIME", 2)
     path = _write(tmp_path / "texts.jsonl", ["film", "plot", "warm", None])
     message = _refusal(load_sequences, _data(path), "train", TOKENIZER)
-    assert message.startswith(f"{path}: column 'text' has no text in row 3. Add one")
+    assert message.startswith(f"{path}: column 'text' has no text in line 4. Add one")
 
 
 def test_files_that_are_not_there_or_not_read(tmp_path):

@@ -87,7 +87,7 @@ def test_quotes_of_a_tsv_are_characters_like_others(tmp_path):
     path = _write(tmp_path / "rows.tsv", ("text", "label"), [(text, i % 2) for i, text in enumerate(texts)])
     rows = read_labelled(_data(path), "train")
     assert rows["text"][:] == texts
-    assert rows["label"][:] == [0, 1, 0, 1, 0, 1, 0]
+    assert rows["label"][:] == ["0", "1", "0", "1", "0", "1", "0"]
 
 
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_NONNUMERIC, csv.QUOTE_ALL])
@@ -182,7 +182,7 @@ def test_a_split_s_own_names_are_read_as_those_of_training(tmp_path, tokenizer):
         data = _data(path, validation=validation)
         assert load_examples(data, "validation", tokenizer, label_names(data)).labels == [1, 2, 1]
     back = _data(validation, validation=words)
-    assert "label 'bad' in row 1 is not one of the training labels good, ugly" in _refusal(
+    assert "label 'bad' in line 2 is not one of the training labels good, ugly" in _refusal(
         load_examples, back, "validation", tokenizer, label_names(back)
     )
 
@@ -255,13 +255,16 @@ def test_an_unknown_ending_lists_the_known(tmp_path):
     assert "ends in '.xlsx'. Use one of .jsonl, .json, .csv, .tsv, .parquet" in message
 
 
-@pytest.mark.parametrize(("ending", "content"), [("jsonl", "{not json\n"), ("parquet", "not parquet")])
-def test_a_broken_file_is_named_with_the_reason(tmp_path, ending, content):
+@pytest.mark.parametrize(
+    ("ending", "content", "reason"),
+    [("jsonl", "{not json\n", "line 1 is not a JSON object"), ("parquet", "not parquet", "cannot be read as parquet")],
+)
+def test_a_broken_file_is_named_with_the_reason(tmp_path, ending, content, reason):
     path = tmp_path / f"rows.{ending}"
     path.write_text(content)
     message = _refusal(label_names, _data(path))
     assert str(path) in message
-    assert "cannot be read as" in message
+    assert reason in message
     assert "\n" not in message
 
 
@@ -279,11 +282,11 @@ def test_a_missing_column_names_setting_and_columns(tmp_path, tokenizer):
     ("rows", "reason"),
     [
         ([("film", 0.5), ("plot", 1.0)], "holds fractions, which is regression"),
-        ([("film", None), ("plot", "a"), ("cast", "b")], "has empty values. Give every example a label"),
-        ([("film", ""), ("plot", "a"), ("cast", "b")], "has empty values. Give every example a label"),
-        ([("film", None), ("plot", 1), ("cast", 0)], "has empty values. Give every example a label"),
+        ([("film", None), ("plot", "a"), ("cast", "b")], "has empty values, in line 1. Give every example a label"),
+        ([("film", "c"), ("plot", ""), ("cast", "")], "has empty values, in line 2 and 1 more. Give every"),
+        ([("film", None), ("plot", 1), ("cast", 0)], "has empty values, in line 1. Give every example a label"),
         ([("film", "a"), ("plot", "a")], "has 1 class, but at least 2 are needed"),
-        ([("film", ["a", "b"]), ("plot", ["a"])], "holds List values"),
+        ([("film", ["a", "b"]), ("plot", ["a"])], "holds a list in line 1, not a plain text"),
     ],
 )
 def test_labels_that_are_no_classes_are_refused(tmp_path, rows, reason):
@@ -294,8 +297,8 @@ def test_labels_that_are_no_classes_are_refused(tmp_path, rows, reason):
 
 
 def test_an_empty_label_of_a_csv_is_refused_among_numbers_too(tmp_path):
-    path = _write(tmp_path / "rows.csv", ("text", "label"), [("film", 1), ("plot", ""), ("cast", 0)])
-    assert "has empty values" in _refusal(label_names, _data(path))
+    path = _write(tmp_path / "rows.csv", ("text", "label"), [("film\nnoir", 1), ("plot", ""), ("cast", 0)])
+    assert "has empty values, in line 4" in _refusal(label_names, _data(path))
 
 
 def test_an_empty_file_is_refused(tmp_path):
@@ -308,19 +311,19 @@ def test_an_empty_file_is_refused(tmp_path):
 def test_a_missing_text_is_refused_and_an_empty_one_is_a_text(tmp_path, tokenizer):
     path = _write(tmp_path / "rows.jsonl", ("text", "label"), [("film", "a"), (None, "b")])
     message = _refusal(load_examples, _data(path), "train", tokenizer, ["a", "b"])
-    assert message.startswith(f"{path}: column 'text' has no text in row 1")
+    assert message.startswith(f"{path}: column 'text' has no text in line 2")
     for ending in ("jsonl", "csv"):
         path = _write(tmp_path / f"empty.{ending}", ("text", "label"), [("film", "a"), ("", "b")])
         examples = load_examples(_data(path), "train", tokenizer, ["a", "b"])
         assert examples.features[1]["input_ids"] == tokenizer("")["input_ids"]
 
 
-def test_a_label_that_training_never_saw_is_refused_with_its_row(tmp_path, tokenizer):
+def test_a_label_that_training_never_saw_is_refused_with_its_line(tmp_path, tokenizer):
     train = _write(tmp_path / "train.csv", ("text", "label"), [("film", "good"), ("plot", "bad")])
     validation = _write(tmp_path / "validation.csv", ("text", "label"), [("film", "good"), ("plot", "soso")])
     data = _data(train, validation=validation)
     message = _refusal(load_examples, data, "validation", tokenizer, label_names(data))
-    assert message == f"{validation}: label 'soso' in row 1 is not one of the training labels bad, good"
+    assert message == f"{validation}: label 'soso' in line 3 is not one of the training labels bad, good"
 
 
 def test_a_hub_dataset_out_of_reach_is_named(monkeypatch):

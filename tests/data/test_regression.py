@@ -175,10 +175,10 @@ def test_every_format_reads_the_same_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "reason"),
     [
-        (["0.5", "much"], "has 'much' in row 1. Give every example a finite number"),
-        ([0.5, None], "has None in row 1"),
-        ([1.0, float("nan")], "has nan in row 1"),
-        ([-1.0, -1.0], "label -1 in row 0 stands for a hidden label"),
+        (["0.5", "much"], "has 'much' in line 2. Give every example a finite number"),
+        ([0.5, None], "has None in line 2"),
+        ([1.0, float("nan")], "has 'NaN' in line 2"),
+        ([-1.0, -1.0], "label -1 in line 1 stands for a hidden label"),
     ],
 )
 def test_labels_that_are_no_numbers_are_refused(tmp_path, labels, reason):

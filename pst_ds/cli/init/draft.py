@@ -18,7 +18,7 @@ from pst_ds.config.run import DataConfig, RunConfig
 from pst_ds.config.tasks import TASKS, TaskFacts
 from pst_ds.config.toml import run_from_table
 from pst_ds.core.patterns import parse_pattern
-from pst_ds.data.dataset import file_and_slice, read_rows
+from pst_ds.data.dataset import column_types, file_and_slice, read_rows
 from pst_ds.data.model_limits import is_causal, positions_of
 from pst_ds.data.plain_text import proposed_sample_by
 from pst_ds.data.tasks import task_of
@@ -290,7 +290,7 @@ def proposed_length(usual_epochs: float, examples: int, batch_size: int) -> tupl
 def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> Settings:
     """Return the settings that do not depend on the model, in the order of the file, without uninformative defaults."""
     rows = read_rows(DataConfig(train=args.train), "train", {})
-    features = {name: getattr(feature, "dtype", "") for name, feature in rows.features.items()}
+    features = column_types(rows, args.train)
     if args.label_column and args.label_column not in features:
         where = f"--label-column {args.label_column!r} is not in {args.train}"
         raise InputError(f"{where}. Name one of the columns: {', '.join(features)}")

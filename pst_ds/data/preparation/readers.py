@@ -1,14 +1,12 @@
 """Read the documents of a span in batches, without loading a whole file (except a .json file with one list)."""
 
-import csv
 import io
-import json
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import IO, TYPE_CHECKING
 
 from pst_ds.data.conversations import columns_of_chat, row_of_chat, tokenize_chats
+from pst_ds.data.file_rows import byte_blocks, json_file, json_lines, plain_documents, table_rows
 from pst_ds.data.preparation.pieces import Reading, Span, load_hub, open_file
 from pst_ds.data.tokens.tokenize import Documents, tokenize
 from pst_ds.errors import InputError, first_line
@@ -19,7 +17,6 @@ if TYPE_CHECKING:
 ROWS_AT_A_TIME = 1000
 BYTES_AT_A_TIME = 1 << 20
 """Characters of text per batch."""
-_BLOCK_BYTES = 1 << 20
 
 
 def texts_of(span: Span, reading: Reading) -> Iterator[list[str]]:
@@ -73,109 +70,71 @@ def _open(span: Span) -> IO[bytes]:
 def _blocks(span: Span) -> Iterator[bytes]:
     """Yield the bytes of a span in blocks; each except the last ends with a line."""
     with _open(span) as file:
-        if span.start:
-            file.seek(span.start)
-        left = span.stop - span.start if span.stop >= 0 else sys.maxsize
-        rest = b""
-        while left > 0 and (data := file.read(min(_BLOCK_BYTES, left))):
-            left -= len(data)
-            data = rest + data
-            end = data.rfind(b"\n") + 1
-            rest = data[end:]
-            if end:
-                yield data[:end]
-        if rest:
-            yield rest
+        yield from byte_blocks(file, span.start, span.stop)
+
+
+def _lines_before(span: Span) -> Callable[[], int] | None:
+    """Return a function that counts the lines of the file before the span; None at the start of the file."""
+    if not span.start:
+        return None
+    return lambda: sum(block.count(b"\n") for block in _blocks(replace(span, start=0, stop=span.start)))
 
 
 def _json_lines(span: Span, reading: Reading) -> Iterator[str]:
-    number = 0
-    for block in _blocks(span):
-        for line in block.splitlines() if b"\r" in block else block.split(b"\n"):
-            number += 1
-            if span.start == 0 and number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{span.path}: {_place(span, number)} is not JSON ({error}). Repair it") from None
-            yield _text(row, span, reading, number)
+    lines_before = _lines_before(span)
+
+    def place(number: int) -> str:
+        return f"line {number + (lines_before() if lines_before else 0)}"
+
+    for number, row in json_lines(span.path, _blocks(span), lines_before):
+        yield _text(row, number, span, reading, place)
 
 
-def _place(span: Span, number: int) -> str:
-    """Return the line, or for formats without lines the row; ``number`` counts from the start of the span."""
-    if span.kind not in ("jsonl", "json"):
-        return f"row {number}"
-    before = _blocks(replace(span, start=0, stop=span.start)) if span.start else ()
-    lines_before = sum(block.count(b"\n") for block in before)
-    return f"line {lines_before + number}"
+def _json_file(span: Span, reading: Reading) -> Iterator[str]:
+    unit, rows = json_file(span.path, lambda: _open(span))
+    for number, row in rows:
+        yield _text(row, number, span, reading, lambda number: f"{unit} {number}")
 
 
-def _text(row: object, span: Span, reading: Reading, number: int) -> str:
-    if not isinstance(row, dict):
-        raise InputError(f"{span.path}: {_place(span, number)} is a {type(row).__name__}, not an object with columns")
+def _row_place(number: int) -> str:
+    return f"row {number}"
+
+
+def _text(
+    row: Mapping[str, object], number: int, span: Span, reading: Reading, place: Callable[[int], str] = _row_place
+) -> str:
+    """Return the document of a row. Raises InputError, which calls ``place`` for the row's place in the file."""
     if reading.kind == "chat":
-        return row_of_chat(row, reading.column, f"{span.path}: {_place(span, number)}")
+        try:
+            return row_of_chat(row, reading.column, span.path)
+        except InputError:  # once more with the place, which may take a while to find
+            return row_of_chat(row, reading.column, f"{span.path}: {place(number)}")
     if reading.column not in row:
-        raise _without_column(f"{span.path}: {_place(span, number)}", row, reading)
+        raise _without_column(f"{span.path}: {place(number)}", row, reading)
     value = row[reading.column]
     if isinstance(value, str):
         return value
     what = "no text" if value is None else f"a {type(value).__name__}"
     if value is None or isinstance(value, dict | list | tuple | bytes):
         raise InputError(
-            f"{span.path}: column {reading.column!r} has {what} in {_place(span, number)}. Add one (an empty one is "
+            f"{span.path}: column {reading.column!r} has {what} in {place(number)}. Add one (an empty one is "
             'written "") or remove the row'
         )
     return str(value)
 
 
-def _json_file(span: Span, reading: Reading) -> Iterator[str]:
-    with _open(span) as file:
-        begin = file.read(_BLOCK_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
-        if not begin.startswith(b"["):
-            yield from _json_lines(span, reading)
-            return
-        rows = json.loads(begin + file.read())
-    for number, row in enumerate(rows, 1):
-        yield _text(row, span, reading, number)
-
-
 def _plain(span: Span, reading: Reading) -> Iterator[str]:
-    """Yield documents as ``datasets`` does: all line breaks are equal, and empty paragraphs are skipped."""
-    rest = ""
-    for block in _blocks(span):
-        text = block.decode().replace("\r\n", "\n").replace("\r", "\n")
-        if reading.sample_by == "line":
-            yield from text.removesuffix("\n").split("\n")
-            continue
-        rest += text
-        if reading.sample_by == "paragraph":
-            *whole, rest = rest.split("\n\n")
-            yield from filter(None, whole)
-    if rest:
-        yield rest
+    yield from plain_documents(span.path, _blocks(span), reading.sample_by, _lines_before(span))
 
 
 def _table(span: Span, reading: Reading) -> Iterator[str]:
-    csv.field_size_limit(sys.maxsize)
-    with _open(span) as file:
-        stream = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        rows = csv.reader(stream, "excel-tab", quoting=csv.QUOTE_NONE) if span.kind == "tsv" else csv.reader(stream)
-        names = next(rows, [])
-        if reading.column not in names:
-            raise _without_column(span.path, names, reading)
-        column = names.index(reading.column)
-        for row in rows:
-            if row and len(row) != len(names):
-                raise InputError(
-                    f"{span.path}: the row in line {rows.line_num} has {len(row)} fields, but there are {len(names)} "
-                    "columns. Repair it"
-                )
-            if row:
-                yield row[column]
+    rows = table_rows(span.path, lambda: _open(span), is_tsv=span.kind == "tsv")
+    _, names = next(rows, (0, list[str]()))
+    if reading.column not in names:
+        raise _without_column(span.path, names, reading)
+    column = names.index(reading.column)
+    for _, fields in rows:
+        yield fields[column]
 
 
 def _parquet(span: Span, reading: Reading) -> Iterator[str]:
@@ -191,7 +150,7 @@ def _parquet(span: Span, reading: Reading) -> Iterator[str]:
             batch.validate(full=True)
             for row in batch.to_pylist():
                 number += 1
-                yield _text(row, span, reading, number)
+                yield _text(row, number, span, reading)
 
 
 def _saved(span: Span, reading: Reading) -> Iterator[str]:
@@ -200,14 +159,14 @@ def _saved(span: Span, reading: Reading) -> Iterator[str]:
     rows = datasets.load_from_disk(span.path)
     rows = rows.select_columns(_columns(rows.column_names, span, reading))
     for number in range(span.start, span.stop):
-        yield _text(rows[number], span, reading, number + 1)
+        yield _text(rows[number], number + 1, span, reading)
 
 
 def _hub(span: Span, reading: Reading) -> Iterator[str]:
     rows = load_hub(span.path, reading)
     rows = rows.shard(rows.num_shards, span.start) if rows.num_shards > 1 else rows
     for number, row in enumerate(rows, 1):
-        yield _text(row, span, reading, number)
+        yield _text(row, number, span, reading)
 
 
 def _columns(names: list[str], span: Span, reading: Reading) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from pst_ds.config.run import ConfigError, DataConfig
 from pst_ds.data.conversations import TOOLS, Rendered, conversation_of, prompt_tokens, render, require_template
-from pst_ds.data.dataset import read_rows
+from pst_ds.data.dataset import read_rows, values_of
 from pst_ds.data.tasks.answers import AnswerTask
 from pst_ds.data.tasks.task import IGNORED
 
@@ -97,7 +97,8 @@ class Chat(AnswerTask[Conversations]):
         columns = data.text_columns
         rows = read_rows(data, split, dict.fromkeys(columns, "text_columns"), nested=True)
         wanted = [*columns, *([TOOLS] if TOOLS in rows.column_names else [])]
-        for number, row in enumerate(rows.select_columns(wanted)):
+        values = zip(*(values_of(rows, column) for column in wanted), strict=True)
+        for number, row in enumerate(dict(zip(wanted, of_row, strict=True)) for of_row in values):
             place = f"{where}, row {number}"
             conversation = conversation_of(row, columns, place)
             whole = render(conversation, tokenizer, place)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pst_ds.config.run import ConfigError, DataConfig
-from pst_ds.data.dataset import read_rows, values_of
+from pst_ds.data.dataset import place_in_split, read_rows, values_of
 from pst_ds.data.tasks.answers import AnswerTask
 from pst_ds.data.tasks.task import IGNORED
 
@@ -147,8 +147,9 @@ class DataToText(AnswerTask[Pairs]):
             if not texts:
                 continue
             if (line := linearize(value)) is None:
+                place = place_in_split(data, split, rows, row)
                 raise ConfigError(
-                    f"{where}: column {column!r} has {str(value)[:80]!r} in row {row}, which is neither a text nor a "
+                    f"{where}: column {column!r} has {str(value)[:80]!r} in {place}, which is neither a text nor a "
                     'list of triples, as ["subject | property | object"] or [["subject", "property", "object"]]'
                 )
             references.setdefault(line, []).extend(texts)

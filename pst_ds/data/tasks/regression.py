@@ -1,13 +1,14 @@
 """Predict a number for a text or a pair of texts, by squared error, with a new head."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pst_ds.config.data import EvalConfig
 from pst_ds.config.run import ConfigError, DataConfig
+from pst_ds.data.dataset import place_in_split
 from pst_ds.data.labelled import Examples, read_labelled, refuse_hidden, tokenized_texts
 from pst_ds.data.tasks.classification import Classification
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
-def _numbers(values: Iterable[Any], column: str, where: str) -> list[float]:
+def _numbers(values: Iterable[Any], column: str, where: str, place: Callable[[int], str]) -> list[float]:
     numbers = []
     for row, value in enumerate(values):
         try:
@@ -24,7 +25,7 @@ def _numbers(values: Iterable[Any], column: str, where: str) -> list[float]:
             number = math.nan
         if not math.isfinite(number):
             raise ConfigError(
-                f"{where}: column {column!r} has {value!r} in row {row}. Give every example a finite number"
+                f"{where}: column {column!r} has {value!r} in {place(row)}. Give every example a finite number"
             )
         numbers.append(number)
     return numbers
@@ -66,9 +67,13 @@ class Regression(Classification):
         rows, where = read_labelled(data, split), getattr(data, split)
         if hasattr(rows.features[data.label_column], "names"):
             raise ConfigError(f'{where}: column {data.label_column!r} holds classes. Set task = "classification"')
-        numbers = _numbers(rows[data.label_column], data.label_column, where)
+
+        def place(row: int) -> str:
+            return place_in_split(data, split, rows, row)
+
+        numbers = _numbers(rows[data.label_column], data.label_column, where, place)
         if set(numbers) == {-1.0}:
-            refuse_hidden(-1, 0, where)
+            refuse_hidden(-1, place(0), where)
         return Examples(tokenized_texts(rows, data, split, tokenizer), numbers)
 
     def label_scale(self, examples: Examples) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from pst_ds.atomic_files import LOCK, atomic_folder, file_sha256, only_writer, r
 from pst_ds.config.data import DataConfig, DataSource
 from pst_ds.config.run import ConfigError
 from pst_ds.core.kernels.library_cache import cache_folder as private_folder
-from pst_ds.data.dataset import DataInMemory, file_and_slice, read_rows, text_column
+from pst_ds.data.dataset import DataInMemory, file_and_slice, place_in_split, read_rows, text_column
 from pst_ds.data.preparation.pieces import COMPRESSIONS, Reading
 from pst_ds.data.preparation.prepare import plan_store, write_pieces
 from pst_ds.data.tokens.mixed import MixedSequences
@@ -80,7 +80,11 @@ def _stream_of_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> Toke
     def texts() -> Iterator[list[str]]:
         rows = read_rows(data, split, {column: "text_columns"}).select_columns([column])
         for start in range(0, len(rows), _ROWS_AT_A_TIME):
-            yield text_column(rows[start : start + _ROWS_AT_A_TIME][column], column, where, first_row=start)
+
+            def place(row: int, start: int = start) -> str:
+                return place_in_split(data, split, rows, start + row)
+
+            yield text_column(rows[start : start + _ROWS_AT_A_TIME][column], column, where, place)
 
     if isinstance(data, DataInMemory):
         found = [text for batch in texts() for text in batch]

@@ -1,12 +1,13 @@
 """Predict for every row of a data file, in one process or several: the function behind ``pst-ds predict``."""
 
+import csv
 import json
 import multiprocessing
 import os
+import re
 import signal
-import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ from pathlib import Path
 import datasets
 
 from pst_ds.atomic_files import atomic_file
-from pst_ds.data.dataset import read_local, require_columns, text_column
+from pst_ds.data.dataset import first_row, read_local, require_columns, row_place, text_column
 from pst_ds.errors import InputError
 from pst_ds.inference.encoder.encoder import Encoder, Prediction, data_of_run
 from pst_ds.progress import Progress
@@ -24,6 +25,18 @@ ROWS = 512
 """Rows of a piece of the file. Batches are made of the rows of one piece, so they do not depend on the processes."""
 FORMATS = (".jsonl", ".csv", ".parquet")
 _USUAL_COLUMNS = ("text", "sentence")
+_FORMULA, _NUMBER = re.compile(r"[=+\-@\t\r]"), re.compile(r"[+-]?[0-9.]+")
+"""Start of a cell that a spreadsheet computes, and those that are numbers."""
+
+
+def require_no_formula(labels: Iterable[str], out: Path) -> None:
+    """Raise InputError if a label of a model, which a stranger may have named, would be a formula in a spreadsheet."""
+    for label in labels:
+        if _FORMULA.match(label) and not _NUMBER.fullmatch(label):
+            raise InputError(
+                f"--out {out}: the model's label {label[:80]!r} would be a formula in a spreadsheet. Write .jsonl or "
+                ".parquet"
+            )
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,11 @@ class TextFile:
     def piece(self, first: int) -> list[Prediction]:
         """Return the predictions for up to :data:`ROWS` rows from ``first`` on. Raises InputError."""
         rows = self.rows[first : first + ROWS]
-        texts = [text_column(rows[column], column, self.file, first) for column in self.columns]
+
+        def place(row: int) -> str:
+            return row_place(self.rows, self.file, first + row)
+
+        texts = [text_column(rows[column], column, self.file, place) for column in self.columns]
         return self.model.predict(texts[0] if len(texts) == 1 else list(zip(*texts, strict=True)))
 
     def pieces(self, processes: int) -> Iterator[list[Prediction]]:
@@ -59,15 +76,65 @@ class TextFile:
                 pool.shutdown(cancel_futures=True)
 
     def predict(self, out: Path, processes: int = 1) -> None:
-        """Write the predictions to ``out`` atomically, in one of :data:`FORMATS` by its name. Raises InputError."""
-        with atomic_file(out) as partial, tempfile.TemporaryDirectory(prefix="pst-ds-") as cache:
-            with partial.open("w", encoding="utf-8") as lines, Progress("predict", len(self.rows), "rows") as shown:
-                for piece in self.pieces(processes):
-                    lines.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in piece)
-                    shown.add(len(piece))
-            if out.suffix != ".jsonl":
-                table = datasets.load_dataset("json", data_files=str(partial), split="train", cache_dir=cache)
-                (table.flatten().to_csv if out.suffix == ".csv" else table.to_parquet)(partial)
+        """Write the predictions to ``out`` atomically, in one of :data:`FORMATS` by its name. Raises InputError.
+
+        Each has the ``row`` of its text in the file, from 0; also for a slice.
+        """
+        write = _WRITERS[out.suffix]
+        with atomic_file(out) as partial, Progress("predict", len(self.rows), "rows") as shown:
+            write(partial, self._numbered(processes, shown))
+
+    def _numbered(self, processes: int, shown: Progress) -> Iterator[list[dict[str, object]]]:
+        number = first_row(self.rows, self.file)
+        for piece in self.pieces(processes):
+            yield [{"row": row, **prediction} for row, prediction in enumerate(piece, number)]
+            number += len(piece)
+            shown.add(len(piece))
+
+
+def _write_jsonl(path: Path, pieces: Iterable[list[dict[str, object]]]) -> None:
+    with path.open("w", encoding="utf-8") as lines:
+        for piece in pieces:
+            lines.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in piece)
+
+
+def _write_csv(path: Path, pieces: Iterable[list[dict[str, object]]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        is_first = True
+        for piece in pieces:
+            for one in piece:
+                flat = _flat(one)
+                if is_first:
+                    rows.writerow(flat)
+                    is_first = False
+                rows.writerow(flat.values())
+
+
+def _flat(prediction: Mapping[str, object]) -> dict[str, object]:
+    """Return a prediction with a column for each label: "probabilities.good"."""
+    flat: dict[str, object] = {}
+    for name, value in prediction.items():
+        flat |= {f"{name}.{label}": of for label, of in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _write_parquet(path: Path, pieces: Iterable[list[dict[str, object]]]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    writer = None
+    try:
+        for piece in pieces:
+            table = pyarrow.Table.from_pylist(piece, None if writer is None else writer.schema)
+            writer = writer or pyarrow.parquet.ParquetWriter(path, table.schema)
+            writer.write_table(table)
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+_WRITERS = {".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": _write_parquet}
 
 
 def open_file(folder: str, file: str, columns: Sequence[str], open_model: Callable[[], Encoder]) -> TextFile:

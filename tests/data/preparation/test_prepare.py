@@ -19,9 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from pst_ds.data import file_rows
 from pst_ds.data.preparation import pieces as pieces_module
 from pst_ds.data.preparation import prepare as prepare_module
-from pst_ds.data.preparation import readers
 from pst_ds.data.preparation.pieces import Reading, find_pieces
 from pst_ds.data.preparation.prepare import plan_store, prepare_store
 from pst_ds.data.preparation.readers import texts_of
@@ -133,7 +133,7 @@ def test_a_text_cut_anywhere_has_the_same_documents(tmp_path_factory, text, piec
     reading = Reading(sample_by=sample_by)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces_module, "_LOOK_BYTES", look)
-        patch.setattr(readers, "_BLOCK_BYTES", look)
+        patch.setattr(file_rows, "_BLOCK_BYTES", look)
         cut = [text for text in _texts(path, reading, piece_bytes) if text]
     parts = text.split("\n" if sample_by == "line" else "\n\n")
     assert cut == [part for part in parts if part]
@@ -317,15 +317,15 @@ def _file(name, content):
         (lambda f: [f / "*.jsonl"], ["*.jsonl' matches no file", "patterns"]),
         (lambda f: [f], ["has no file of a known kind", ".parquet"]),
         (_file("a.docx", b"x"), ["a.docx' is of an unknown kind", ".jsonl"]),
-        (_file("a.jsonl", b'{"text": "a"}\n{"text": \n'), ["a.jsonl: line 2 is not JSON", "Repair"]),
-        (_file("a.jsonl", b'{"text": "a"}\n[1]\n'), ["a.jsonl: line 2 is a list"]),
+        (_file("a.jsonl", b'{"text": "a"}\n{"text": \n'), ["a.jsonl: line 2 is not a JSON object", "Repair"]),
+        (_file("a.jsonl", b'{"text": "a"}\n[1]\n'), ["a.jsonl: line 2 is not a JSON object (it is a list)"]),
         (_file("a.jsonl", b'{"body": "a"}\n'), ["a.jsonl: line 1 has no column 'text'", "--text-column", "body"]),
         (_file("a.jsonl", b'{"text": null}\n'), ["a.jsonl: column 'text' has no text in line 1", "remove the row"]),
         (_file("a.jsonl", b'{"text": ["a"]}\n'), ["a.jsonl: column 'text' has a list in line 1"]),
         (_file("a.csv", b"body\na\n"), ["a.csv has no column 'text'", "Columns: body"]),
-        (_file("a.csv", b"text,n\na,1\nb,2,3\n"), ["a.csv: the row in line 3 has 3 fields", "2 columns"]),
-        (_file("a.txt", b"caf\xe9\n"), ["a.txt is not UTF-8", "0xe9", "Save it"]),
-        (_file("a.jsonl", b'{"text": "caf\xe9"}\n'), ["a.jsonl: line 1 is not JSON", "0xe9"]),
+        (_file("a.csv", b"text,n\na,1\nb,2,3\n"), ["a.csv: line 3 has 3 fields", "2 columns"]),
+        (_file("a.txt", b"caf\xe9\n"), ["a.txt: line 1 is not UTF-8", "0xe9", "Save it"]),
+        (_file("a.jsonl", b'{"text": "caf\xe9"}\n'), ["a.jsonl: line 1 is not UTF-8", "0xe9"]),
         (_file("a.parquet", b"text"), ["a.parquet cannot be read as parquet", "Name another file"]),
         (_file("a.jsonl.gz", b"no gzip"), ["a.jsonl.gz cannot be read", "Repair it"]),
         (_file("a.jsonl", b'{"text": " "}\n'), ["there is only white space"]),

@@ -1,0 +1,354 @@
+"""Read the rows of CSV, TSV, JSON and text files as they are written; what cannot be read is refused by its line.
+
+Nothing infers types. A field of a table is its text, so "007" keeps its zeros and "2020-01-01" is not a time. Plain
+values of JSON are the text of the file too: 1.10 is "1.10", and true is "true". Lists and objects keep their types.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import IO, NoReturn, TypeAlias
+
+from pst_ds.config.settings import ConfigError
+from pst_ds.errors import first_line, shortened
+
+OpenFile: TypeAlias = Callable[[], IO[bytes]]
+"""Opens a file from its beginning. A file is opened again to find the line of an error."""
+JsonRow: TypeAlias = dict[str, object]
+LinesBefore: TypeAlias = Callable[[], int]
+
+MAX_DEPTH = 64
+"""Maximum nesting of a JSON value. Python's parser and chat templates recurse."""
+_MAX_DIGITS = 4000
+"""Maximum digits of an integer; Python refuses longer ones, whose text is kept all the same."""
+_BOM = b"\xef\xbb\xbf"
+_BLOCK_BYTES = 1 << 20
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+
+
+def table_rows(name: str, open_file: OpenFile, *, is_tsv: bool) -> Iterator[tuple[int, list[str]]]:
+    """Yield the line and the fields of each row of a CSV or TSV file: first the names of the columns, then the values.
+
+    Fields are strings, as Python's csv module reads them. A row may have several lines. If the file has one column,
+    blank lines are rows with an empty field, except those that end the file; otherwise they are skipped. Columns
+    without a name are called "Unnamed: 0" by their index, as in pandas.
+
+    Raises ConfigError, which starts with ``name`` and the line, for a row with more or fewer fields than columns, for
+    quotes that are not closed or inside a quoted field, and for bytes that are not UTF-8.
+    """
+    csv.field_size_limit(sys.maxsize)
+    names: list[str] = []
+    next_line = 1
+    with open_file() as file:
+        stream = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        tabs = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
+        rows = tabs if is_tsv else csv.reader(stream, strict=True)
+        blank_lines: list[int] = []
+        try:
+            for fields in rows:
+                line = next_line
+                next_line = rows.line_num + 1
+                if not fields:
+                    blank_lines.append(line)
+                    continue
+                if not names:
+                    names = _column_names(fields, name, line, is_tsv=is_tsv)
+                    yield line, names
+                    blank_lines.clear()
+                    continue
+                if blank_lines:
+                    if len(names) == 1:
+                        yield from ((blank, [""]) for blank in blank_lines)
+                    blank_lines.clear()
+                if len(fields) != len(names):
+                    _refuse_fields(fields, names, name, line, is_tsv=is_tsv)
+                yield line, fields
+        except csv.Error as error:
+            raise ConfigError(
+                f"{name}: line {next_line} cannot be read: its quotes are wrong, or are not closed ({error}). Double "
+                'each quote inside a quoted field, as in "a ""b"" c", and close the field'
+            ) from None
+        except UnicodeDecodeError as error:
+            _refuse_encoding(name, open_file, error)
+
+
+def _column_names(fields: list[str], name: str, line: int, *, is_tsv: bool) -> list[str]:
+    """Return the names of the columns. Raises ConfigError for equal names, and for another separator."""
+    if len(fields) == 1:
+        expected = "\t" if is_tsv else ","
+        other = next((mark for mark in _SEPARATORS if mark != expected and mark in fields[0]), None)
+        if other is not None:
+            raise ConfigError(
+                f"{name} looks separated by {_SEPARATORS[other]}: line {line} is {fields[0][:80]!r}. Save it as .csv, "
+                "separated by commas, or as .tsv, separated by tabs"
+            )
+    names = [field or f"Unnamed: {index}" for index, field in enumerate(fields)]
+    repeated = next((field for field in names if names.count(field) > 1), None)
+    if repeated is not None:
+        raise ConfigError(f"{name}: line {line} has several columns {repeated!r}. Give each another name")
+    return names
+
+
+def _refuse_fields(fields: list[str], names: list[str], name: str, line: int, *, is_tsv: bool) -> NoReturn:
+    if is_tsv:
+        fix = "Quotes have no meaning in a .tsv file, so no field may contain a tab or a line break"
+    elif len(fields) > len(names):
+        fix = 'Put quotes around each field that contains a comma, as in "good, but long"'
+    else:
+        fix = "Write a comma for each field, also for empty ones"
+    columns = f"{len(names)} columns" if len(names) > 1 else "1 column"
+    count = f"{len(fields)} fields" if len(fields) > 1 else "1 field"
+    raise ConfigError(
+        f"{name}: line {line} has {count}, but the file has {columns} ({shortened(names, 6)}). {fix}"
+    )  # fmt: skip
+
+
+def _refuse_encoding(name: str, open_file: OpenFile, error: UnicodeDecodeError) -> NoReturn:
+    """Raise ConfigError, which names the first line that is not UTF-8."""
+    with open_file() as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as of_line:
+                raise ConfigError(f"{name}: line {number} is not UTF-8 text: {of_line}. Save it in UTF-8") from None
+    raise ConfigError(f"{name} is not UTF-8 text: {error}. Save it in UTF-8") from None
+
+
+def byte_blocks(file: IO[bytes], start: int = 0, stop: int = -1) -> Iterator[bytes]:
+    """Yield the bytes from ``start`` to ``stop`` (-1: the end) in blocks; each except the last ends with a line."""
+    if start:
+        file.seek(start)
+    remaining = stop - start if stop >= 0 else sys.maxsize
+    unfinished: list[bytes] = []
+    while remaining > 0 and (data := file.read(min(_BLOCK_BYTES, remaining))):
+        remaining -= len(data)
+        end = data.rfind(b"\n") + 1
+        if end:
+            yield b"".join([*unfinished, data[:end]])
+            unfinished = [data[end:]]
+        else:
+            unfinished.append(data)
+    if last := b"".join(unfinished):
+        yield last
+
+
+def json_lines(
+    name: str, blocks: Iterable[bytes], lines_before: LinesBefore | None = None
+) -> Iterator[tuple[int, JsonRow]]:
+    """Yield the number and the object of each line that is not blank, counted from 1 at the first of ``blocks``.
+
+    ``lines_before`` returns the lines of the file before these, for messages; None if there are none.
+
+    Raises ConfigError, which starts with ``name`` and the line, for what is not a JSON object in UTF-8, and for objects
+    that no program reads alike: with a name twice, with half of a surrogate pair, or nested deeper than MAX_DEPTH.
+    """
+    number = 0
+    for block in blocks:
+        for line in block.splitlines():
+            number += 1
+            if number == 1 and lines_before is None:
+                line = line.removeprefix(_BOM)
+            if not line.strip():
+                continue
+            try:
+                row = _parsed(line)
+                if not isinstance(row, dict):
+                    raise _NotReadable(f"is not a JSON object (it is a {_json_type(row)}). Write one per line")
+            except _NotReadable as error:
+                place = number + (lines_before() if lines_before else 0)
+                raise ConfigError(f"{name}: line {place} {error}") from None
+            yield number, _as_written(row)
+
+
+def json_file(name: str, open_file: OpenFile) -> tuple[str, Iterator[tuple[int, JsonRow]]]:
+    """Return the unit and the numbered objects of a .json file: lines as :func:`json_lines`, the rows of one list, or
+    of one object with a list per column. Raises ConfigError."""
+    with open_file() as file:
+        begin = file.read(_BLOCK_BYTES).removeprefix(_BOM).lstrip()
+        first = begin.partition(b"\n")[0]
+        is_whole = begin.startswith(b"[") or (len(begin) < _BLOCK_BYTES and not _is_json(first))
+        whole = begin + file.read() if is_whole else b""
+    if not is_whole:
+        return "line", _lines_of(name, open_file)
+    try:
+        content = _parsed(whole)
+    except _NotReadable as error:
+        raise ConfigError(f"{name} {error}") from None
+    if isinstance(content, dict) and content and all(isinstance(column, list) for column in content.values()):
+        columns = content.values()
+        if len({len(column) for column in columns}) == 1:
+            content = [dict(zip(content, values, strict=True)) for values in zip(*columns, strict=True)]
+    if not isinstance(content, list):
+        raise ConfigError(
+            f"{name} is a JSON {_json_type(content)}, but a list of objects is needed. Write a list, or .jsonl"
+        )
+    return "row", _objects_of(content, name)
+
+
+def _lines_of(name: str, open_file: OpenFile) -> Iterator[tuple[int, JsonRow]]:
+    with open_file() as file:
+        yield from json_lines(name, byte_blocks(file))
+
+
+def _objects_of(content: list[object], name: str) -> Iterator[tuple[int, JsonRow]]:
+    for number, row in enumerate(content):
+        if not isinstance(row, dict):
+            raise ConfigError(
+                f"{name}: row {number} is a {_json_type(row)}, not an object with columns. Write one for each row"
+            )
+        yield number, _as_written(row)
+
+
+def _is_json(text: bytes) -> bool:
+    with suppress(ValueError, RecursionError):
+        json.loads(text)
+        return True
+    return False
+
+
+def _without_repeated_names(pairs: list[tuple[str, object]]) -> JsonRow:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [field for field, _ in pairs]
+        repeated = next(field for field in names if names.count(field) > 1)
+        raise ValueError(f"the name {repeated!r} is there twice")
+    return fields
+
+
+class _WrittenInt(int):
+    """An integer that knows its text in the file."""
+
+    text: str
+
+
+class _WrittenFloat(float):
+    """A number with a fraction or an exponent, or NaN, that knows its text in the file."""
+
+    text: str
+
+
+def _int(text: str) -> _WrittenInt | _WrittenFloat:
+    if len(text) > _MAX_DIGITS:
+        return _float(text)
+    number = _WrittenInt(text)
+    number.text = text
+    return number
+
+
+def _float(text: str) -> _WrittenFloat:
+    number = _WrittenFloat(text)
+    number.text = text
+    return number
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_without_repeated_names, parse_int=_int, parse_float=_float, parse_constant=_float
+)
+
+
+def _json_type(value: object) -> str:
+    names = {bool: "boolean", str: "string", list: "list", dict: "object", int: "number", float: "number"}
+    return next((name for kind, name in names.items() if isinstance(value, kind)), "null")
+
+
+def _as_written(row: JsonRow) -> JsonRow:
+    """Return a row with the text of the file in place of each plain value; null is None."""
+    return {name: _written(value) for name, value in row.items()}
+
+
+def _written(value: object) -> object:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return value.text if isinstance(value, _WrittenInt | _WrittenFloat) else value
+
+
+class _NotReadable(ValueError):
+    """What is wrong with a JSON text, and the fix: the end of a message that begins with its place."""
+
+
+def _parsed(text: bytes) -> object:
+    """Return a JSON value. Raises _NotReadable."""
+    try:
+        value: object = _DECODER.decode(text.decode())
+        if text.count(b"[") + text.count(b"{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+            raise RecursionError
+        if b"\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise _NotReadable(
+            f"is nested more than {MAX_DEPTH} levels deep. Remove the nested values, or write them as text"
+        ) from None
+    except UnicodeEncodeError:
+        raise _NotReadable(
+            "has half of a surrogate pair (\\ud800 to \\udfff), which is not a character. Remove it"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise _NotReadable(f"is not UTF-8 text: {error}. Save it in UTF-8") from None
+    except ValueError as error:
+        raise _NotReadable(f"is not a JSON object ({first_line(error)}). Repair it") from None
+    return value
+
+
+def _depth(value: object) -> int:
+    """Return the number of lists and objects around the innermost value, without recursion."""
+    depth = 0
+    level = [value]
+    while level:
+        nested = [item for item in level if isinstance(item, dict | list)]
+        level = [child for item in nested for child in (item.values() if isinstance(item, dict) else item)]
+        depth += bool(nested)
+    return depth
+
+
+def plain_documents(
+    name: str, blocks: Iterable[bytes], sample_by: str, lines_before: LinesBefore | None = None
+) -> Iterator[str]:
+    """Yield the documents of a text file: its lines, its paragraphs that are not empty, or the whole ("document").
+
+    All line breaks (LF, CR LF, CR) are equal. ``blocks`` are as from :func:`byte_blocks`, ``lines_before`` as in
+    :func:`json_lines`. Raises ConfigError, which starts with ``name`` and the line, for bytes that are not UTF-8.
+    """
+    text = ""
+    lines_read = 0
+    for number, block in enumerate(blocks):
+        if number == 0 and lines_before is None:
+            block = block.removeprefix(_BOM)
+        try:
+            decoded = block.decode()
+        except UnicodeDecodeError as error:
+            line = lines_read + len(block[: error.start + 1].splitlines()) + (lines_before() if lines_before else 0)
+            raise ConfigError(f"{name}: line {line} is not UTF-8 text: {error}. Save it in UTF-8") from None
+        lines_read += block.count(b"\n")
+        decoded = decoded.replace("\r\n", "\n").replace("\r", "\n")
+        if sample_by == "line":
+            if decoded:
+                yield from decoded.removesuffix("\n").split("\n")
+            continue
+        text += decoded
+        if sample_by == "paragraph":
+            *paragraphs, text = text.split("\n\n")
+            yield from filter(None, paragraphs)
+    if text:
+        yield text
+
+
+def place_of_row(path: Path, row: int) -> str:
+    """Return "line 7" for row 5 of a CSV, TSV or JSON file whose first rows can be read; "row 5" of other files."""
+    suffix = path.suffix.lower()
+    with suppress(ConfigError, OSError):
+        if suffix in (".csv", ".tsv"):
+            rows = table_rows(str(path), lambda: path.open("rb"), is_tsv=suffix == ".tsv")
+            return f"line {next(islice(rows, row + 1, None))[0]}"
+        if suffix == ".jsonl":
+            return f"line {next(islice(_lines_of(str(path), lambda: path.open('rb')), row, None))[0]}"
+        if suffix == ".json":
+            unit, numbered = json_file(str(path), lambda: path.open("rb"))
+            return f"{unit} {next(islice(numbered, row, None))[0]}"
+    return f"row {row}"
