@@ -28,6 +28,7 @@ from pst_ds.inference.serve.grammar import GrammarError, Grammars
 from pst_ds.inference.serve.jobs import Answering
 from pst_ds.inference.serve.metrics import FOLDER
 from pst_ds.inference.serve.processes import answer, answer_from_workers, bound
+from pst_ds.inference.serve.prompt_size import ReaderTokenizers, longest_token
 from pst_ds.inference.serve.protocol import ProtocolError
 from pst_ds.inference.serve.slots import Slots
 from pst_ds.inference.serve.text import TextService
@@ -118,7 +119,14 @@ def _encoder_service(args: argparse.Namespace) -> EncoderService:
     batcher, limits = Batcher(encoder, args.max_waiting), Limits(body_bytes=args.max_body)
     batcher.start()
     access = Access(_keys(), args.host)
-    return EncoderService(name=args.name, limits=limits, access=access, encoder=encoder, worker=batcher)
+    return EncoderService(
+        name=args.name,
+        limits=limits,
+        access=access,
+        encoder=encoder,
+        worker=batcher,
+        tokenizers=ReaderTokenizers(encoder.tokenizer),
+    )
 
 
 def service_of(args: argparse.Namespace, folder: ModelFolder, tokenizer: Tokenizer, store: UserStore | None) -> Service:
@@ -145,6 +153,7 @@ def service_of(args: argparse.Namespace, folder: ModelFolder, tokenizer: Tokeniz
         new_tokens=args.max_new_tokens or positions or _UNLIMITED,
         positions=positions,
         vocabulary=folder.config.get_text_config().vocab_size,
+        token_characters=longest_token(tokenizer),
     )
     service = TextService(
         name=args.name,
@@ -152,6 +161,7 @@ def service_of(args: argparse.Namespace, folder: ModelFolder, tokenizer: Tokeniz
         access=Access(_keys(), args.host),
         worker=answering,
         tokenizer=tokenizer,
+        tokenizers=ReaderTokenizers(tokenizer),
         grammars=Grammars(tokenizer, ends),
         store=store,
     )

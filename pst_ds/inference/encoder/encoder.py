@@ -8,6 +8,7 @@ from typing import TypedDict
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto import modeling_auto as known
 
 from pst_ds.core.packings import ONNX_FILE
@@ -74,14 +75,19 @@ class Encoder:
                 rows[index] = row
         return np.array(rows, np.float32)
 
-    def tokenized(self, texts: Sequence[Text], max_length: int | None) -> Sequence[Features]:
-        """Return the tokens of each text, truncated unless ``max_length`` is None. Raises InputError."""
+    def tokenized(
+        self, texts: Sequence[Text], max_length: int | None, tokenizer: Tokenizer | None = None
+    ) -> Sequence[Features]:
+        """Return the tokens of each text, truncated unless ``max_length`` is None. Raises InputError.
+
+        ``tokenizer``: a copy of the model's, which another thread may use at the same time.
+        """
         is_single = all(isinstance(text, str) for text in texts)
         are_pairs = all(isinstance(pair, tuple | list) and [type(one) for one in pair] == [str, str] for pair in texts)
         if isinstance(texts, str) or not (is_single or are_pairs):
             raise InputError("texts: expected a list of strings, or of pairs of strings. Put a single text into a list")
         columns: list[Sequence[str]] = [list(map(str, texts))] if is_single else list(zip(*texts, strict=True))
-        features = tokenized_columns(columns, max_length, self.tokenizer)
+        features = tokenized_columns(columns, max_length, tokenizer or self.tokenizer)
         for index, one in enumerate(features):
             if not one["input_ids"]:
                 raise InputError(f"texts[{index}]: the tokenizer returns no tokens for it. Give a text")

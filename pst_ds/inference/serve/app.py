@@ -5,7 +5,6 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ from pst_ds.inference.serve.gate import HEALTH, PAGE, Access, Gate
 from pst_ds.inference.serve.jobs import Worker
 from pst_ds.inference.serve.metrics import Metrics, Record
 from pst_ds.inference.serve.protocol import JsonTable, ProtocolError
+from pst_ds.inference.serve.readers import Readers
 
 _SWITCH_SECONDS = 0.00005
 """Longest time that a thread holds the interpreter while another waits: a pass must not wait for the event loop."""
@@ -44,6 +44,8 @@ class Limits:
     """Tokens of the model."""
     answers: int = 32
     """Answers to one request."""
+    token_characters: int = 0
+    """Characters of the longest token, which bound the characters of a prompt; 0 for no bound."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +57,16 @@ class Service(ABC):
     limits: Limits = field(default_factory=Limits)
     access: Access = field(default_factory=Access)
     metrics: Metrics = field(default_factory=Metrics, init=False)
-    reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "reader"), init=False)
-    """The only thread that reads requests: tokenizers are not thread-safe, and more would delay the event loop."""
+    readers: Readers = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "readers", Readers(self.worker.most_waiting))  # the class is frozen
+
+    @property
+    def load(self) -> dict[str, int]:
+        """Numbers of running and of waiting requests; those that wait to be read wait too."""
+        load = self.worker.load
+        return load | {"waiting": load["waiting"] + self.readers.waiting}
 
     @property
     def models(self) -> list[str]:
@@ -78,7 +88,7 @@ def make_app(service: Service) -> FastAPI:
         async with anyio.create_task_group():
             pass  # imports what the first stream would wait for
         yield
-        service.reader.shutdown()
+        service.readers.close()
         await asyncio.to_thread(service.worker.close)
         sys.setswitchinterval(before)
 
@@ -93,7 +103,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        service.metrics.note_load(service.worker.load)
+        service.metrics.note_load(service.load)
         return Response(service.metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
     def described(name: str) -> JsonTable:
@@ -114,7 +124,7 @@ def make_app(service: Service) -> FastAPI:
     limits = service.limits
     app.add_middleware(Gate, access=service.access, most=limits.body_bytes, seconds=limits.body_seconds)
     quiet = (HEALTH, PAGE, "/metrics")
-    app.add_middleware(Record, metrics=service.metrics, load=lambda: service.worker.load, quiet=quiet)
+    app.add_middleware(Record, metrics=service.metrics, load=lambda: service.load, quiet=quiet)
     return app
 
 

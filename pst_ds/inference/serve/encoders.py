@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from pst_ds.inference.encoder.encoder import EMBEDDER, Encoder, Features, batches
 from pst_ds.inference.serve.app import Service, no_model
 from pst_ds.inference.serve.jobs import Worker, busy, closing
+from pst_ds.inference.serve.prompt_size import ReaderTokenizers
 from pst_ds.inference.serve.protocol import JsonTable, PredictionRequest, ProtocolError, read_json, validated
 from pst_ds.inference.serve.replies import usage
 
@@ -39,7 +40,7 @@ class Batcher(Worker[Job]):
         """Queue texts. Raises ProtocolError if too many wait."""
         jobs: list[Job] = [(text, Future()) for text in texts]
         with self._changed:
-            if len(self._waiting) >= self._most_waiting:
+            if len(self._waiting) >= self.most_waiting:
                 raise busy()
             self._waiting += jobs
             self._changed.notify()
@@ -89,19 +90,19 @@ class EncoderService(Service):
 
     encoder: Encoder
     worker: Batcher
+    tokenizers: ReaderTokenizers
 
     def add_routes(self, app: FastAPI) -> None:
         @app.post("/v1/embeddings" if self.encoder.kind == EMBEDDER else "/v1/classify")
         async def predict(request: Request) -> Response:
-            loop, body = asyncio.get_running_loop(), await request.body()
-            asked, texts = await loop.run_in_executor(self.reader, self.read, body)
+            asked, texts = await self.readers.read(await request.body(), self.read, self.worker.waiting)
             rows = await asyncio.gather(*map(asyncio.wrap_future, self.worker.submit(texts)))
             tokens = sum(len(text["input_ids"]) for text in texts)
             self.metrics.tokens.labels("prompt").inc(tokens)
             request.scope["pst_ds_facts"] |= {"texts": len(texts), "prompt_tokens": tokens}
             return JSONResponse(self.reply(asked, np.stack(rows), tokens))
 
-    def read(self, body: bytes) -> tuple[PredictionRequest, Sequence[Features]]:
+    def read(self, body: bytes, is_long: bool = False) -> tuple[PredictionRequest, Sequence[Features]]:
         """Return a request and the tokens of its texts. Raises ProtocolError."""
         asked, most = validated(PredictionRequest, read_json(body)), self.encoder.max_length
         if asked.model != self.name:
@@ -111,7 +112,7 @@ class EncoderService(Service):
             why = f"truncate_prompt_tokens = {limit} is more than the maximum context length, {most}"
             raise ProtocolError(400, why, param="truncate_prompt_tokens")
         try:
-            texts = self.encoder.tokenized(asked.texts, most if limit == -1 else limit)
+            texts = self.encoder.tokenized(asked.texts, most if limit == -1 else limit, self.tokenizers.of(is_long))
         except ValueError as error:
             raise ProtocolError(400, str(error), param="input") from None
         longest = max(len(text["input_ids"]) for text in texts)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.inference.decoder.sampling import Sampling
-from pst_ds.inference.serve.grammar import Grammar
+from pst_ds.inference.serve.grammar import Grammar, GrammarError
 from pst_ds.inference.serve.protocol import ProtocolError
 from pst_ds.train.users.store import State
 
@@ -81,6 +81,10 @@ class Job:
             if not logits.max().isfinite():  # a NaN anywhere makes the maximum NaN
                 raise ValueError("the model's logits are not finite")
             token = self._choose(logits[0])
+        except GrammarError as error:  # its text may quote the schema
+            _LOG.warning("an answer ended after %d tokens: its JSON schema cannot be followed", len(self.written))
+            self.end(error)
+            return None
         except Exception as error:
             _LOG.exception("a request failed")
             self.end(error)
@@ -118,7 +122,7 @@ class Worker(ABC, Generic[J]):
 
     def __init__(self, most_waiting: int):
         """``most_waiting``: jobs that may wait."""
-        self._most_waiting = most_waiting
+        self.most_waiting = most_waiting
         self._waiting: list[J] = []
         self._closing = False
         self._changed = threading.Condition()
@@ -138,6 +142,11 @@ class Worker(ABC, Generic[J]):
     def load(self) -> dict[str, int]:
         """Numbers of running and of waiting jobs."""
         return {"running": self.running, "waiting": len(self._waiting)}
+
+    @property
+    def waiting(self) -> int:
+        """Number of waiting jobs whose result somebody awaits."""
+        return len(self._waiting)
 
     def start(self) -> None:
         self._thread.start()
@@ -170,11 +179,15 @@ class Answering(Worker[Job]):
         Only the native decoder has states of users.
         """
 
+    @property
+    def waiting(self) -> int:
+        return sum(not job.cancelled for job in self._waiting)
+
     def submit(self, *jobs: Job) -> None:
         """Queue jobs. Raises ProtocolError if too many wait."""
         with self._changed:
             self._waiting = [other for other in self._waiting if not other.cancelled]
-            if len(self._waiting) + len(jobs) > self._most_waiting:
+            if len(self._waiting) + len(jobs) > self.most_waiting:
                 raise busy()
             self._waiting += jobs
             self._changed.notify()

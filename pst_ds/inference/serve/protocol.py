@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
@@ -17,6 +18,23 @@ _WITHOUT_EFFECT = {
     *("parallel_tool_calls", "max_tokens"),
 }
 """Fields of the protocol that never change an answer, and max_tokens next to max_completion_tokens."""
+MOST_FIELDS = 64
+"""Fields of an object of the protocol."""
+MOST_MESSAGES = 2048
+"""Messages of a chat, and text parts of a message."""
+MOST_TOOLS = 128
+"""Tools, and tool calls of a message."""
+MOST_PROMPTS = 128
+"""Prompts of a completion request; the server's limit on answers is lower."""
+MOST_PROMPT_TOKENS = 1 << 20
+"""Tokens of a prompt that is given as tokens; the model's limit is lower."""
+MOST_BIASES = 1024
+MOST_VALUES, MOST_DEPTH = 10_000, 100
+"""Values, and levels, of a JSON schema or of a tool call's arguments."""
+MOST_BODY_VALUES = 1 << 15
+"""Lists, objects and names in a body. Python takes a second for a body of empty lists only."""
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+"""A JSON string, which may lack its end. Possessive, so that it takes linear time for any body."""
 _WHOLE = ("stop", "prompt", "input", "tool_choice", "logit_bias")
 """Fields with several types, of which a message does not name parts."""
 
@@ -42,7 +60,11 @@ class _Object(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, table: object) -> object:
-        return {name: value for name, value in table.items() if value is not None} if isinstance(table, dict) else table
+        if not isinstance(table, dict):
+            return table
+        if len(table) > MOST_FIELDS:
+            raise ValueError(f"an object may have at most {MOST_FIELDS} fields")
+        return {name: value for name, value in table.items() if value is not None}
 
     without_effect: ClassVar[Collection[str]] = ()
     """Other fields that are ignored."""
@@ -66,9 +88,43 @@ class _Object(BaseModel):
                     part.require_known(f"{place}{name}[{at}]." if isinstance(value, list) else f"{place}{name}.")
 
 
+def _require_small(table: object) -> object:
+    """Return a JSON value unless it has too many values or levels. Raises ValueError."""
+    values, level, depth = 0, [table], 0
+    while level:
+        depth += 1
+        if depth > MOST_DEPTH:
+            raise ValueError(f"more than {MOST_DEPTH} levels")
+        below: list[object] = []
+        for value in level:
+            if isinstance(value, dict):
+                below.extend(value.values())
+            elif isinstance(value, list):
+                below.extend(value)
+            values += 1
+            if values + len(below) > MOST_VALUES:
+                raise ValueError(f"more than {MOST_VALUES} values")
+        level = below
+    return table
+
+
+def _require_few_biases(biases: object) -> object:
+    """Check the number before pydantic checks each of them, and keeps a kilobyte per error."""
+    if isinstance(biases, dict) and len(biases) > MOST_BIASES:
+        raise ValueError(f"at most {MOST_BIASES} tokens may have a bias")
+    return biases
+
+
+Json = Annotated[JsonTable, Field(max_length=MOST_VALUES), BeforeValidator(_require_small)]
+"""A JSON object of the client, such as a schema."""
+Name = Annotated[str, Field(max_length=256)]
+
+
 def _joined_parts(content: object) -> object:
     if not isinstance(content, list):
         return content
+    if len(content) > MOST_MESSAGES:
+        raise ValueError(f"at most {MOST_MESSAGES} text parts are supported")
     texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
     if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
         raise ValueError("a list must consist of text parts")
@@ -76,13 +132,13 @@ def _joined_parts(content: object) -> object:
 
 
 class _Called(_Object):
-    name: str
+    name: Name
     arguments: str = "{}"
     """JSON."""
 
 
 class _Call(_Object):
-    id: str = ""
+    id: Name = ""
     type: Literal["function"] = "function"
     function: _Called
     without_effect = ("index",)
@@ -92,9 +148,9 @@ class _Message(_Object):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str | None, BeforeValidator(_joined_parts)] = None
     """A string, or a list of text parts; may be absent next to tool calls."""
-    tool_calls: Annotated[list[_Call], Field(max_length=128, fail_fast=True)] = []
-    tool_call_id: str | None = None
-    name: str | None = None
+    tool_calls: Annotated[list[_Call], Field(max_length=MOST_TOOLS, fail_fast=True)] = []
+    tool_call_id: Name | None = None
+    name: Name | None = None
     not_served = dict.fromkeys(("refusal", "annotations", "audio", "function_call"), ())
 
     @model_validator(mode="after")
@@ -116,9 +172,10 @@ class _Message(_Object):
 
 def _call_in_template(call: _Call) -> JsonTable:
     try:
-        arguments = json.loads(call.function.arguments)
+        arguments = _require_small(_parsed(call.function.arguments))
     except (ValueError, RecursionError):
-        raise ProtocolError(400, "the arguments of a tool call are not JSON", param="messages") from None
+        why = f"the arguments of a tool call are not JSON of at most {MOST_VALUES} values and {MOST_DEPTH} levels"
+        raise ProtocolError(400, why, param="messages") from None
     return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 
 
@@ -130,7 +187,7 @@ class _StreamOptions(_Object):
 class _Request(_Object):
     """Fields of requests for chat and for plain completions."""
 
-    model: Annotated[str, Field(min_length=1)]
+    model: Annotated[str, Field(min_length=1, max_length=1024)]
     max_tokens: Annotated[
         int | None, Field(ge=1, lt=1 << 63, validation_alias=AliasChoices("max_completion_tokens", "max_tokens"))
     ] = None
@@ -143,7 +200,8 @@ class _Request(_Object):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     logit_bias: Annotated[
         dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
-        Field(max_length=1024),
+        Field(max_length=MOST_BIASES),
+        BeforeValidator(_require_few_biases),
     ] = {}
     seed: Annotated[int | None, Field(ge=-(1 << 63), lt=1 << 63)] = None
     stop: Annotated[
@@ -172,7 +230,7 @@ class _Request(_Object):
 class _Function(_Object):
     name: Annotated[str, Field(min_length=1, max_length=64)]
     description: str = ""
-    parameters: JsonTable = {"type": "object", "properties": {}}
+    parameters: Json = {"type": "object", "properties": {}}
     without_effect = ("strict",)
 
 
@@ -181,13 +239,17 @@ class _Tool(_Object):
     function: _Function
 
 
+class _FunctionName(_Object):
+    name: Name
+
+
 class _ToolChoice(_Object):
     type: Literal["function"]
-    function: dict[Literal["name"], str]
+    function: _FunctionName
 
 
 class _Schema(_Object):
-    content: Annotated[JsonTable, Field(validation_alias="schema")]
+    content: Annotated[Json, Field(validation_alias="schema")]
     without_effect = ("name", "description", "strict")
 
 
@@ -205,9 +267,9 @@ class _ResponseFormat(_Object):
 class ChatRequest(_Request):
     """A validated request for chat."""
 
-    messages: Annotated[list[_Message], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[_Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     """Validated up to the first wrong message: pydantic keeps a kilobyte per error."""
-    tools: Annotated[list[_Tool], Field(max_length=128, fail_fast=True)] = []
+    tools: Annotated[list[_Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] = []
     tool_choice: Literal["none", "auto", "required"] | _ToolChoice = "auto"
     response_format: _ResponseFormat = _ResponseFormat(type="text")
     logprobs: bool = False
@@ -234,7 +296,7 @@ class ChatRequest(_Request):
             if self.tool_choice == "required" and not self.tools:
                 raise ProtocolError(400, "tool_choice requires a call, and there are no tools", param="tool_choice")
             return self.tools
-        found = [tool for tool in self.tools if tool.function.name == self.tool_choice.function.get("name")]
+        found = [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
         if not found:
             raise ProtocolError(400, "tool_choice names none of the tools", param="tool_choice")
         return found
@@ -272,13 +334,15 @@ def _schema_of_call(function: _Function) -> JsonTable:
 
 
 Kind = TypeVar("Kind", bound=_Object)
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+Tokens = Annotated[
+    list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MOST_PROMPT_TOKENS, fail_fast=True)
+]
 
 
 class CompletionRequest(_Request):
     """A validated request for the continuation of texts, or of lists of tokens."""
 
-    prompt: str | Tokens | Annotated[list[str | Tokens], Field(min_length=1, fail_fast=True)]
+    prompt: str | Tokens | Annotated[list[str | Tokens], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
     max_tokens: Annotated[int | None, Field(ge=1, lt=1 << 63)] = 16
     logprobs: Annotated[int | None, Field(ge=0, le=5)] = None
     without_effect = ("user",)
@@ -299,7 +363,7 @@ class CompletionRequest(_Request):
 class PredictionRequest(_Object):
     """A validated request for the labels or the embeddings of texts, or pairs of texts."""
 
-    model: Annotated[str, Field(min_length=1)]
+    model: Annotated[str, Field(min_length=1, max_length=1024)]
     input: Annotated[
         list[str | Annotated[list[str], Field(min_length=2, max_length=2)]],
         Field(min_length=1, max_length=2048, fail_fast=True),
@@ -318,15 +382,32 @@ class PredictionRequest(_Object):
 
 def read_json(body: bytes) -> JsonTable:
     """Parse the body of a request. Raises ProtocolError unless it is a JSON object."""
+    without_strings = _STRING.sub(b"", body)
+    if sum(without_strings.count(mark) for mark in (b"[", b"{", b":")) > MOST_BODY_VALUES:
+        raise ProtocolError(400, f"the JSON has more than {MOST_BODY_VALUES} lists, objects and names. Send less")
     try:
-        table = json.loads(body)
-        if rb"\ud" in body.lower():
-            json.dumps(table, ensure_ascii=False).encode()  # an unpaired surrogate cannot be encoded
+        # Python's json would detect other encodings, and accept bytes of unpaired surrogates
+        table = _parsed(body.decode("utf-8-sig"))
+    except UnicodeEncodeError:
+        raise ProtocolError(400, "the JSON has a string with an unpaired surrogate. Remove it") from None
     except (ValueError, RecursionError):
-        raise ProtocolError(400, "the body is not JSON") from None
+        raise ProtocolError(400, "the body is not JSON in UTF-8") from None
     if not isinstance(table, dict):
         raise ProtocolError(400, "the body must be a JSON object")
     return table
+
+
+def _parsed(text: str) -> object:
+    """Parse JSON, without NaN and infinity. Raises ValueError, UnicodeEncodeError for unpaired surrogates, and
+    RecursionError."""
+    value = json.loads(text, parse_constant=_refuse_constant)
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()  # an unpaired surrogate cannot be encoded
+    return value
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is not JSON")
 
 
 def chat_request(table: JsonTable) -> ChatRequest:
@@ -343,9 +424,9 @@ def validated(kind: type[Kind], table: JsonTable) -> Kind:
         asked = kind.model_validate(table)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        loc = first["loc"][:1] if first["loc"][0] in _WHOLE else first["loc"]
+        loc = first["loc"][:1] if first["loc"][:1] and first["loc"][0] in _WHOLE else first["loc"]
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
         what = "Input should be an object" if first["type"] == "model_type" else first["msg"]
-        raise ProtocolError(400, f"{place}: {what}", param=place) from None
+        raise ProtocolError(400, f"{place or 'the request'}: {what}", param=place or None) from None
     asked.require_known()
     return asked

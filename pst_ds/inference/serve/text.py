@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from pst_ds.inference.serve.app import Service, no_model
@@ -22,6 +23,7 @@ from pst_ds.inference.serve.cpu_limit import call_within
 from pst_ds.inference.serve.gate import PAGE
 from pst_ds.inference.serve.grammar import Grammar, GrammarError, Grammars
 from pst_ds.inference.serve.jobs import DONE_STOP, Answering, Job, Token
+from pst_ds.inference.serve.prompt_size import ReaderTokenizers
 from pst_ds.inference.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -52,6 +54,7 @@ class TextService(Service):
 
     worker: Answering
     tokenizer: Tokenizer
+    tokenizers: ReaderTokenizers
     grammars: Grammars
     store: UserStore | None = None
 
@@ -92,16 +95,26 @@ class TextService(Service):
                 raise _unreadable(error) from None
         raise no_model(model)
 
-    def read(self, body: bytes, is_chat: bool) -> Question:
-        """Return what a request asks. Raises ProtocolError."""
-        table = read_json(body)
-        if not is_chat:
-            plain = validated(CompletionRequest, table)
-            state, prompts = self.state_of(plain.model), [self.continued(prompt) for prompt in plain.prompts]
-            return self._question(plain, state, prompts, CompletionReply(plain.model, plain.likeliest is not None))
-        asked = chat_request(table)
+    def read_completion(self, body: bytes, is_long: bool = False) -> Question:
+        """Return what a request for plain completions asks. Raises ProtocolError.
+
+        Everything that needs no tokens is checked before the first text is tokenised.
+        """
+        asked = validated(CompletionRequest, read_json(body))
+        self._require_limits(asked, len(asked.prompts))
+        for prompt in asked.prompts:
+            self._require_size(prompt, "prompt")
+        state = self.state_of(asked.model)
+        prompts = [self.continued(prompt, is_long) for prompt in asked.prompts]
+        return self._question(asked, state, prompts, CompletionReply(asked.model, asked.likeliest is not None))
+
+    def read_chat(self, body: bytes, is_long: bool = False) -> Question:
+        """Return what a request for chat asks. Raises ProtocolError."""
+        asked = chat_request(read_json(body))
+        self._require_limits(asked, 1)
         tools = [tool.model_dump() for tool in asked.callable_tools]
-        state, prompts = self.state_of(asked.model), [self.prompt_of(asked.chat, tools)]
+        state = self.state_of(asked.model)
+        prompts = [self.prompt_of(asked.chat, tools, is_long)]
         names = [tool.function.name for tool in asked.callable_tools]
         question = self._question(asked, state, prompts, ChatReply(asked.model, asked.logprobs))
         return replace(question, names=names, grammar=self._grammar_of(asked))
@@ -114,45 +127,57 @@ class TextService(Service):
             place = "tools" if asked.must_call else "response_format"
             raise ProtocolError(400, f"the JSON schema is not supported: {error}", param=place) from None
 
-    def _question(
-        self, asked: ChatRequest | CompletionRequest, state: State | None, prompts: list[list[int]], reply: Reply
-    ) -> Question:
-        count = len(prompts) * asked.n
-        if count > self.limits.answers:
-            why = f"{len(prompts)} prompts with {asked.n} answers each; at most {self.limits.answers} answers are given"
+    def _require_limits(self, asked: ChatRequest | CompletionRequest, prompts: int) -> None:
+        """Raise ProtocolError for a request for too many or too long answers."""
+        if prompts * asked.n > self.limits.answers:
+            why = f"{prompts} prompts with {asked.n} answers each; at most {self.limits.answers} answers are given"
             raise ProtocolError(400, why, param="n")
+        if asked.max_tokens is not None and asked.max_tokens > self.limits.new_tokens:
+            raise ProtocolError(400, f"max_tokens may be at most {self.limits.new_tokens}", param="max_tokens")
         self._require_tokens(asked.sampling.logit_bias, "logit_bias")
         if asked.likeliest is not None:
             try:
                 _ = self.grammars.tokens
             except GrammarError as error:
                 raise ProtocolError(400, f"logprobs are not supported: {error}", param="logprobs") from None
+
+    def _question(
+        self, asked: ChatRequest | CompletionRequest, state: State | None, prompts: list[list[int]], reply: Reply
+    ) -> Question:
         return Question(asked, state, [prompt for prompt in prompts for _ in range(asked.n)], reply)
 
-    def prompt_of(self, messages: Sequence[JsonTable], tools: Sequence[JsonTable] = ()) -> list[int]:
+    def prompt_of(
+        self, messages: Sequence[JsonTable], tools: Sequence[JsonTable] = (), is_long: bool = False
+    ) -> list[int]:
         """Return the tokens of messages and of the tools that the answer may call. Raises ProtocolError."""
-        template = self.tokenizer.chat_template
+        tokenizer = self.tokenizers.of(is_long)
+        template = tokenizer.chat_template
         if template is None:
             why = "this model has no chat template. Use /v1/completions, or start the server with --chat-template"
             raise ProtocolError(400, why, param="messages")
         if tools and "tools" not in str(template):
             raise ProtocolError(400, "the model's chat template does not support tools. Omit it.", param="tools")
-        apply = partial(self.tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=False)
+        apply = partial(tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=False)
         render = partial(apply, list(messages), tools=list(tools) or None)
         try:
             text = str(call_within(self.limits.template_seconds, render))
             if len(text) > 4 * self.limits.body_bytes:  # only a template that loops expands a body this much
                 raise ValueError(f"it wrote {len(text)} characters")
-            prompt = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            self._require_size(text, "messages")
+            prompt = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        except ProtocolError:
+            raise
         except Exception as error:  # templates may raise anything
             why = f"the chat template refuses these messages: {str(error)[:1000]}"
             raise ProtocolError(400, why, param="messages") from None
         return self._of_right_length(prompt, "messages")
 
-    def continued(self, prompt: str | list[int]) -> list[int]:
+    def continued(self, prompt: str | list[int], is_long: bool = False) -> list[int]:
         """Return the tokens of a plain prompt. Raises ProtocolError."""
+        self._require_size(prompt, "prompt")
         if isinstance(prompt, str):
-            return self._of_right_length(list(self.tokenizer(prompt)["input_ids"]), "prompt")
+            tokens = self.tokenizers.of(is_long)(prompt)["input_ids"]
+            return self._of_right_length(list(tokens), "prompt")
         self._require_tokens(prompt, "prompt")
         return self._of_right_length(prompt, "prompt")
 
@@ -160,23 +185,39 @@ class TextService(Service):
         if self.limits.vocabulary and max(tokens, default=0) >= self.limits.vocabulary:
             raise ProtocolError(400, f"tokens are below {self.limits.vocabulary}", param=param)
 
+    @property
+    def _most_prompt_tokens(self) -> int | None:
+        """Longest prompt; None for no limit."""
+        limits = (self.limits.prompt_tokens, self.limits.positions - 1)
+        return min((most for most in limits if most > 0), default=None)
+
+    def _require_size(self, prompt: str | list[int], param: str) -> None:
+        """Raise ProtocolError for a prompt that is too long for any tokenisation of it, at no cost."""
+        most = self._most_prompt_tokens
+        if most is None:
+            return
+        unit = "tokens"
+        if isinstance(prompt, str):
+            most *= self.limits.token_characters
+            unit = "characters"
+        if most and len(prompt) > most:
+            why = f"{param}: {len(prompt)} {unit}; 1 to {most} are supported"
+            raise ProtocolError(400, why, param=param, code="context_length_exceeded")
+
     def _of_right_length(self, prompt: list[int], param: str) -> list[int]:
-        limits = [most for most in (self.limits.prompt_tokens, self.limits.positions - 1) if most > 0]
-        most = min(limits, default=len(prompt))
+        most = self._most_prompt_tokens or len(prompt)
         if not prompt or len(prompt) > most:
             why = f"{param}: {len(prompt)} tokens; 1 to {most} are supported"
             raise ProtocolError(400, why, param=param, code="context_length_exceeded")
         return prompt
 
     def new_tokens_of(self, asked: ChatRequest | CompletionRequest, prompt: Sequence[int]) -> int:
-        """Return how many tokens may be generated. Raises ProtocolError."""
-        if asked.max_tokens is not None and asked.max_tokens > self.limits.new_tokens:
-            raise ProtocolError(400, f"max_tokens may be at most {self.limits.new_tokens}", param="max_tokens")
+        """Return how many tokens may be generated."""
         most = asked.max_tokens or self.limits.new_tokens
         return min(most, self.limits.positions - len(prompt)) if self.limits.positions else most
 
     def answers(self, question: Question, arrived: asyncio.Queue[tuple[int, Item]]) -> list[Answer]:
-        """Return the answers to be generated, whose tokens go to ``arrived`` with their index. Raises ProtocolError."""
+        """Return the answers to be generated, whose tokens go to ``arrived`` with their index."""
         loop, asked = asyncio.get_running_loop(), question.asked
 
         def put(index: int, item: Item) -> None:
@@ -222,6 +263,9 @@ class Answer:
         """Return the piece that is final now, the last one with a finish reason. Raises ProtocolError."""
         if isinstance(item, ProtocolError):
             raise item
+        if isinstance(item, GrammarError):
+            why = f"the JSON schema cannot be followed after {len(self.job.written)} tokens of the answer: {item}"
+            raise ProtocolError(400, why, param="response_format" if self._calls is None else "tools")
         if isinstance(item, Exception):
             raise ProtocolError(500, "the model failed to process this request")
         if isinstance(item, str):
@@ -261,14 +305,18 @@ class Answer:
 
 
 async def _answer(service: TextService, request: Request, *, is_chat: bool) -> Response:
-    loop, began, body = asyncio.get_running_loop(), time.monotonic(), await request.body()
-    question = await loop.run_in_executor(service.reader, service.read, body, is_chat)
+    began = time.monotonic()
+    body = await request.body()
+    read = service.read_chat if is_chat else service.read_completion
+    question = await service.readers.read(body, read, service.worker.waiting)
+    if await request.is_disconnected():
+        raise ProtocolError(499, "the client has gone")  # nobody reads this
     arrived: asyncio.Queue[tuple[int, Item]] = asyncio.Queue()
     answers = service.answers(question, arrived)
     service.worker.submit(*(answer.job for answer in answers))
     pieces = _pieces(service, answers, arrived, began, request.scope["pst_ds_facts"])
     if question.asked.stream:
-        return StreamingResponse(_events(question, answers, pieces), media_type="text/event-stream")
+        return _Stream(_events(question, answers, pieces), answers)
     watch = asyncio.create_task(_watch(request, arrived))
     whole = [Piece(answer.index) for answer in answers]
     try:
@@ -277,6 +325,21 @@ async def _answer(service: TextService, request: Request, *, is_chat: bool) -> R
     finally:
         watch.cancel()
     return JSONResponse(question.reply.whole(whole, _used(question, answers)))
+
+
+class _Stream(StreamingResponse):
+    """A stream whose answers are cancelled at its end, also if its client has gone before the first event."""
+
+    def __init__(self, events: AsyncIterator[str], answers: Sequence[Answer]):
+        super().__init__(events, media_type="text/event-stream")
+        self._answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for answer in self._answers:
+                answer.job.cancelled = True
 
 
 async def _watch(request: Request, arrived: asyncio.Queue[tuple[int, Item]]) -> None:

@@ -53,6 +53,8 @@ class ToolCalls:
             arguments = call.get("arguments", call.get("parameters")) if isinstance(call, dict) else None
             if not isinstance(arguments, dict) or call.get("name") not in self._names:
                 raise ValueError("not a call of a tool")
-            function = {"name": call["name"], "arguments": json.dumps(arguments, ensure_ascii=False)}
+            text = json.dumps(arguments, ensure_ascii=False)
+            text.encode()  # raises for an unpaired surrogate, which no reply can have
+            function = {"name": call["name"], "arguments": text}
             calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
         return calls

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import queue
 import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -18,12 +22,14 @@ import httpx2 as httpx  # noqa: E402
 import jsonschema  # noqa: E402
 import openai  # noqa: E402
 import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
 
 from pst_ds.cli.main import build_parser  # noqa: E402
 from pst_ds.cli.serve import service as serving  # noqa: E402
-from pst_ds.inference.serve import metrics  # noqa: E402
+from pst_ds.inference.serve import grammar, metrics  # noqa: E402
 from pst_ds.inference.serve.app import make_app  # noqa: E402
+from pst_ds.inference.serve.prompt_size import ReaderTokenizers  # noqa: E402
+from pst_ds.inference.serve.text import TextService  # noqa: E402
 from tests.inference.serve.byte_model import byte_model  # noqa: E402
 from tests.inference.serve.servers import start, stop  # noqa: E402
 
@@ -178,6 +184,8 @@ def _nested(depth):
         ("completions", {"prompt": []}, "prompt: "),
         ("completions", {"prompt": [9999]}, "tokens are below 257"),
         ("completions", {"prompt": "x" * 2000}, "1 to 1023 are supported"),
+        ("completions", {"prompt": "x" * 1_000_000}, "1000000 characters; 1 to 5115 are supported"),
+        ("completions", {"prompt": ["x"] * 33}, "at most 32 answers"),
         ("completions", {"prompt": "x", "echo": True}, "echo is not supported"),
     ],
 )
@@ -197,6 +205,149 @@ def test_a_hostile_schema_is_refused_or_followed(url, client, schema):
     given = {"model": "tiny", "messages": ASK, "max_tokens": 2, "response_format": kind}
     assert httpx.post(f"{url}/v1/chat/completions", json=given).status_code in (200, 400)
     assert _chat(client).choices
+
+
+CIRCLE = {"$ref": "#/$defs/a"}
+CIRCLES = {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": CIRCLE}}
+ENDLESS = {"type": "object", "properties": {"secret": {"$ref": "#"}}, "required": ["secret"]}
+"""A value of it holds another value of it, and llguidance gives up in mid-answer."""
+CROWDED = [
+    {"type": "object", "properties": {f"secret{n}": {"type": "null"}}, "required": [f"secret{n}"]} for n in range(150)
+]
+"""More alternatives than the parser's limit allows, once an answer reaches them."""
+
+
+def _format(schema):
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#"},
+        CIRCLES | CIRCLE,
+        CIRCLES | {"anyOf": [CIRCLE, {"const": 1}]},
+        CIRCLES | {"type": "object", "properties": {"x": CIRCLE}, "required": ["x"]},
+        {"enum": ["secret" * 30_000]},
+        {"enum": []},
+    ],
+)
+def test_a_schema_that_nothing_matches_is_refused_at_once(url, schema, caplog):
+    with caplog.at_level(logging.DEBUG):
+        given = {"model": "tiny", "messages": ASK, "response_format": _format(schema), "stream": True}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=given)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "response_format"
+    assert "secret" not in caplog.text
+
+
+def test_a_schema_may_refer_to_itself_where_values_can_end(client):
+    tree = {"type": "object", "properties": {"l": {"$ref": "#"}}, "additionalProperties": False}
+    choice = _chat(client, response_format=_format(tree), temperature=1.0, seed=1, max_tokens=400).choices[0]
+    assert choice.finish_reason == "stop"
+    jsonschema.validate(json.loads(choice.message.content), tree)
+
+
+BROKEN = {
+    "endless": ENDLESS,
+    "crowded": {
+        "type": "object",
+        "properties": {"x": {"type": "boolean"}, "y": {"anyOf": CROWDED}},
+        "required": ["x", "y"],
+        "additionalProperties": False,
+    },
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_grammar_that_fails_in_mid_answer_is_an_error(folder, client, name, caplog, monkeypatch):
+    """In a whole answer and in a stream; the log has no part of the schema. The parser's limit is lowered for one."""
+    monkeypatch.setattr(grammar, "LLParserLimits", partial(grammar.LLParserLimits, max_items_in_row=100))
+    given = {"response_format": _format(BROKEN[name]), "temperature": 1.0, "seed": 1, "max_tokens": 300}
+    with caplog.at_level(logging.DEBUG):
+        with pytest.raises(openai.BadRequestError, match="schema cannot be followed after") as caught:
+            _chat(client, **given)
+        chunks = []
+        with pytest.raises(openai.APIError, match="schema cannot be followed after"):
+            chunks.extend(chunk.choices[0].finish_reason for chunk in _chat(client, stream=True, **given))
+    assert caught.value.param == "response_format"
+    assert not any(chunks)
+    assert "schema cannot be followed" in caplog.text
+    assert "secret" not in caplog.text
+    assert _chat(client).choices
+
+
+def test_sizes_are_checked_before_anything_is_tokenised(folder, url, monkeypatch):
+    """Whatever a request holds, tokenisers see no more characters than its prompts may have."""
+    seen = []
+    call = PreTrainedTokenizerFast.__call__
+    monkeypatch.setattr(
+        PreTrainedTokenizerFast,
+        "__call__",
+        lambda self, text, **more: (seen.append(len(text)), call(self, text, **more))[1],
+    )
+
+    def ask(route, **change):
+        given = {"model": "tiny", "max_tokens": 2} | ({"messages": ASK} if route != "completions" else {}) | change
+        seen.clear()
+        return httpx.post(f"{url}/v1/{route}", json=given).status_code
+
+    for prompt in (["a"] * 200_000, ["a"] * 33, "a" * 1_000_000, ["a", "b" * 5116], [[1] * 1024], [1] * 400_000):
+        assert ask("completions", prompt=prompt) == 400
+        assert seen == []
+    assert ask("completions", prompt="a", max_tokens=9999) == 400
+    assert ask("chat/completions", messages=[{"role": "user", "content": "a" * 900_000}]) == 400
+    assert ask("chat/completions", n=33) == 400
+    assert ask("chat/completions", logit_bias={"9999": 1}) == 400
+    assert seen == []
+    assert ask("completions", prompt=["a" * 1000, "b"]) == 200
+    assert seen == [1000, 1]
+
+
+def test_a_long_request_that_is_being_read_delays_no_short_one(folder, monkeypatch):
+    _, server, thread, url = _served(folder, "--name", "tiny")
+    held, reads = threading.Event(), []
+    of = ReaderTokenizers.of
+    monkeypatch.setattr(
+        ReaderTokenizers,
+        "of",
+        lambda self, is_long: (reads.append(is_long), is_long and held.wait(60), of(self, is_long))[2],
+    )
+    prompts = ["b" * 1000] * 32
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client, ThreadPoolExecutor(1) as pool:
+        alone = _chat(client).choices[0].message.content
+        long = pool.submit(client.completions.create, model="tiny", prompt=prompts, max_tokens=1, temperature=0)
+        while True not in reads:
+            thread.join(0.01)
+            assert thread.is_alive()
+        assert _chat(client).choices[0].message.content == alone
+        assert 'pst_ds_load{state="waiting"} 1.0' in httpx.get(f"{url}/metrics").text
+        assert not long.done()
+        held.set()
+        assert len(long.result(60).choices) == 32
+    stop(server, thread)
+
+
+def test_a_client_that_goes_before_its_stream_starts_leaves_no_answer(folder, monkeypatch):
+    service, server, thread, url = _served(folder, "--name", "tiny")
+    submitted, submit = [], service.worker.submit
+    held, begun = threading.Event(), threading.Event()
+    read = TextService.read_chat
+    monkeypatch.setattr(
+        TextService, "read_chat", lambda self, *given: (begun.set(), held.wait(60), read(self, *given))[2]
+    )
+    monkeypatch.setattr(service.worker, "submit", lambda *jobs: (submitted.extend(jobs), submit(*jobs)))
+    with httpx.Client(timeout=0.2) as impatient, pytest.raises(httpx.TimeoutException):
+        impatient.post(f"{url}/v1/chat/completions", json={"model": "tiny", "messages": ASK, "stream": True})
+    assert begun.wait(60)
+    while server.server_state.connections:  # until the server knows that the client has gone
+        thread.join(0.01)
+    held.set()
+    while service.readers.waiting:
+        thread.join(0.01)
+    stop(server, thread)
+    assert all(job.cancelled for job in submitted)
+    assert not any(job.written for job in submitted)
 
 
 def test_counters_and_the_log_hold_no_text(url, client, monkeypatch):

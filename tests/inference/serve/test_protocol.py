@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from pst_ds.inference.decoder.sampling import Sampling
-from pst_ds.inference.serve.protocol import ChatRequest, ProtocolError, chat_request, read_json
+from pst_ds.inference.serve.protocol import (
+    MOST_BODY_VALUES,
+    ChatRequest,
+    CompletionRequest,
+    PredictionRequest,
+    ProtocolError,
+    chat_request,
+    read_json,
+    validated,
+)
 from pst_ds.inference.serve.text_stream import TextStream
+from pst_ds.inference.serve.tools import ToolCalls
 
 WHAT_CLIENTS_SEND = {
     "user": "a", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "parallel_tool_calls": True,
@@ -71,6 +84,149 @@ def test_a_body_that_is_not_a_json_object(body):
     with pytest.raises(ProtocolError, match="JSON") as caught:
         read_json(body)
     assert caught.value.status == 400
+
+
+def _containers(schema, place=()):
+    """Yield the place and the core schema of every list, tuple, set and dictionary of a model."""
+    if isinstance(schema, dict):
+        if schema.get("type") in ("list", "tuple", "set", "frozenset", "dict", "generator"):
+            yield place, schema
+        for name, value in schema.items():
+            if name != "metadata":
+                yield from _containers(value, (*place, name))
+    elif isinstance(schema, list | tuple):
+        for index, value in enumerate(schema):
+            yield from _containers(value, (*place, index))
+
+
+@pytest.mark.parametrize("model", [ChatRequest, CompletionRequest, PredictionRequest])
+def test_every_container_of_a_request_is_bounded(model):
+    found = list(_containers(model.__pydantic_core_schema__))
+    assert found
+    assert [place for place, schema in found if "max_length" not in schema] == []
+
+
+WIDE = {f"k{n}": 0 for n in range(95_000)}
+
+
+@pytest.mark.parametrize(
+    ("model", "change"),
+    [
+        (ChatRequest, {"tool_choice": {"type": "function", "function": WIDE}}),
+        (ChatRequest, {"logit_bias": WIDE}),
+        (ChatRequest, {"stream_options": WIDE}),
+        (ChatRequest, {"messages": [HELLO["messages"][0]] * 3000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 3000}]}),
+        (ChatRequest, {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": [0] * 20_000}}}}),
+        (ChatRequest, {"tools": [{"type": "function", "function": {"name": "f", "parameters": WIDE}}]}),
+        (ChatRequest, WIDE),
+        (CompletionRequest, {"prompt": ["a"] * 200_000}),
+        (CompletionRequest, {"prompt": ["a", 1] * 100_000}),
+        (PredictionRequest, {"input": ["a"] * 3000}),
+    ],
+)
+def test_a_wide_request_costs_few_errors(model, change):
+    """pydantic keeps a kilobyte per error and takes microseconds for each value; sizes are checked before values."""
+    plain = {ChatRequest: HELLO, CompletionRequest: {"model": "m", "prompt": "x"}}.get(model, {"model": "m"})
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(plain | change)
+    assert caught.value.error_count() < 10
+    with pytest.raises(ProtocolError) as refused:
+        validated(model, plain | change)
+    assert refused.value.status == 400
+    assert len(refused.value.message) < 300
+
+
+def test_a_deep_schema_is_refused_by_its_levels():
+    deep = {}
+    for _ in range(900):
+        deep = {"items": deep}
+    kind = {"type": "json_schema", "json_schema": {"schema": deep}}
+    with pytest.raises(ProtocolError, match="more than 100 levels"):
+        chat_request(HELLO | {"response_format": kind})
+    call = {"function": {"name": "f", "arguments": json.dumps(deep)}}
+    with pytest.raises(ProtocolError, match="100 levels"):
+        _ = chat_request(HELLO | {"messages": [{"role": "assistant", "tool_calls": [call]}]}).chat
+
+
+@pytest.mark.parametrize("element", [b"[]", b"{}", b'{"a":0}'])
+def test_a_body_of_many_values_is_refused_before_it_is_parsed(element, monkeypatch):
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("it was parsed"))
+    with pytest.raises(ProtocolError, match="lists, objects and names"):
+        read_json(b'{"a":[' + b",".join([element] * (MOST_BODY_VALUES + 1)) + b"]}")
+
+
+@pytest.mark.parametrize("letter", ["[", "{", ":", '\\"', "\\\\", '\\\\\\"[', "é"])
+def test_marks_in_strings_are_no_values(letter):
+    text = letter * (MOST_BODY_VALUES + 1)
+    assert read_json(json.dumps({"prompt": text}).encode()) == {"prompt": text}
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(st.dictionaries(st.text(), JSON_VALUES), st.booleans())
+def test_any_json_object_is_read(table, is_ascii):
+    assert read_json(json.dumps(table, ensure_ascii=is_ascii).encode()) == table
+
+
+def _with_surrogates():
+    """Yield requests with an unpaired surrogate in every kind of string, keys included."""
+    bad = "a\ud800"
+    message = {"role": "user", "content": bad}
+    call = {"id": bad, "function": {"name": "f"}}
+    tool = {"type": "function", "function": {"name": bad}}
+    schema = {"type": "json_schema", "json_schema": {"schema": {"const": bad}}}
+    yield from (
+        HELLO | {"model": bad},
+        HELLO | {"messages": [message]},
+        HELLO | {"messages": [{"role": "user", "content": [{"type": "text", "text": bad}]}]},
+        HELLO | {"messages": [{"role": "assistant", "tool_calls": [call]}]},
+        HELLO | {"stop": [bad]},
+        HELLO | {"user": bad},
+        HELLO | {"metadata": {bad: "x"}},
+        HELLO | {bad: 1},
+        HELLO | {"tools": [tool]},
+        HELLO | {"response_format": schema},
+        HELLO | {"logit_bias": {bad: 1}},
+        {"model": "m", "prompt": bad},
+        {"model": "m", "prompt": [bad]},
+        {"model": "m", "input": [["x", bad]]},
+    )
+
+
+@pytest.mark.parametrize("table", list(_with_surrogates()), ids=range(14))
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8", "utf-16", "utf-32"])
+def test_unpaired_surrogates_are_refused_in_every_string(table, encoding):
+    """As escapes, and as the bytes that Python's json accepts."""
+    body = json.dumps(table, ensure_ascii=encoding == "ascii").encode(encoding, "surrogatepass")
+    with pytest.raises(ProtocolError, match="JSON") as caught:
+        read_json(body)
+    assert caught.value.status == 400
+    caught.value.body()["error"]["message"].encode()
+
+
+def test_pairs_of_surrogates_are_characters():
+    assert read_json(b'{"a": "\\ud83d\\ude42", "b": "\\\\ud800"}') == {"a": "\U0001f642", "b": "\\ud800"}
+
+
+def test_arguments_of_a_call_have_no_unpaired_surrogate():
+    """Neither those of a request, nor those that a model writes."""
+    call = {"function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}
+    with pytest.raises(ProtocolError, match="arguments of a tool call"):
+        _ = chat_request(HELLO | {"messages": [{"role": "assistant", "tool_calls": [call]}]}).chat
+    calls, written = ToolCalls(["f"]), '{"name": "f", "arguments": {"a": "\\ud800"}}'
+    assert calls.add(written) == ""
+    assert calls.end() == (written, [])
+
+
+@pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"-Infinity"])
+def test_numbers_that_json_does_not_have_are_refused(number):
+    with pytest.raises(ProtocolError, match="not JSON"):
+        read_json(b'{"a": [' + number + b"]}")
 
 
 def test_parts_of_text_are_one_text():
