@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.inference.decoder.sampling import Sampling
-from pst_ds.inference.decoder.table import DecoderError, DecoderTable, Part, table_of
+from pst_ds.inference.decoder.table import USE_OTHER, DecoderError, DecoderTable, Part, table_of
 from pst_ds.inference.decoder.users import require_fitting
 from pst_ds.inference.hf.model_folder import open_model_folder
 from pst_ds.inference.hf.tables import StoredTable, stored_tables
@@ -306,7 +306,7 @@ def _require_same(decoder: Decoder, model: Part) -> None:
         difference = ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).mean().item()
         if not difference <= MOST_DIFFERENCE:
             raise DecoderError(
-                f"{type(model).__name__}: the native loop's logits differ at positions {first} to {first + count - 1} "
-                f"(by {difference:.2g} of their norm, at most {MOST_DIFFERENCE} is right): a part of this model is not "
-                "in its table. Use transformers' own generate()"
+                f"model_type = {model.config.model_type!r}: the native decoder's logits differ from those of "
+                f"{type(model).__name__} at positions {first} to {first + count - 1} (by {difference:.2g} of their "
+                f"norm, at most {MOST_DIFFERENCE} is right): a part of this model is not in its table. {USE_OTHER}"
             )

@@ -22,14 +22,16 @@ LEVELS = ("portable", "avx2", "avx_vnni", "avx512", "amx")
 """Plain C++; AVX2 with FMA; the same with AVX-VNNI; AVX-512 with VBMI2 and VNNI; the same with int8 AMX."""
 VARIABLE = "PST_DS_INSTRUCTIONS"
 """Environment variable with one of :data:`LEVELS`. Libraries read it once, on first use."""
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "tanh")
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "tanh", "relu2", "xielu")
+XIELU_NUMBERS = 4
+"""Parameters of xielu: factors of x^2, of e^x - 1 - x and of x, and the x at which e^x - 1 is cut off."""
 LINEARS = ("qkv", "output", "gate_up", "down")
 NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "queries", "keys")
 SHAPE = (
     "layers", "hidden", "heads", "key_value_heads", "head", "inner", "vocabulary", "context", "sequences", "most",
     "activation", "gated", "cache_bits", "norm_of_heads",
 )  # fmt: skip
-NUMBERS = ("epsilon", "attention_scale", "attention_cap", "logits_cap", "logits_scale", "residual_scale")
+NUMBERS = ("attention_scale", "attention_cap", "logits_cap", "logits_scale", "residual_scale")
 SOURCE = NativeSource(
     "decoder/decoder.cpp",
     {
@@ -42,9 +44,10 @@ SOURCE = NativeSource(
         "pst_matrix_multiply": ([POINTER, POINTER, INT, POINTER, c_int, c_int, c_int], c_int),
         "pst_decoder_new": ([POINTER, POINTER, c_int], POINTER),
         "pst_decoder_free": ([POINTER], None),
-        "pst_decoder_angles": ([POINTER, POINTER, POINTER, INT], None),
+        "pst_decoder_angles": ([POINTER, POINTER, POINTER, INT, c_int], None),
         "pst_decoder_linear": ([POINTER, INT, c_int, POINTER, INT, POINTER], None),
-        "pst_decoder_norm": ([POINTER, INT, c_int, POINTER], None),
+        "pst_decoder_norm": ([POINTER, INT, c_int, POINTER, POINTER, ctypes.c_float], None),
+        "pst_decoder_activation": ([POINTER, INT, POINTER], None),
         "pst_decoder_attention": ([POINTER, INT, INT, INT], None),
         "pst_decoder_embedding": ([POINTER, POINTER, POINTER, c_int, INT, ctypes.c_float], None),
         "pst_decoder_copy": ([POINTER, INT, INT, INT], None),
@@ -159,6 +162,14 @@ class Matrix:
         return y
 
 
+class Norm(NamedTuple):
+    """A root-mean-square norm, or with ``bias`` a layer norm, which subtracts the mean first."""
+
+    gain: Tensor
+    bias: Tensor | None
+    epsilon: float
+
+
 class Place(NamedTuple):
     """Rows of a layer's product, one of :data:`LINEARS`, that are a linear layer of the model."""
 
@@ -244,13 +255,17 @@ class Loop:
         self._keep.append(values)
         return values.data_ptr()
 
-    def add_angles(self, cosines: Tensor, sines: Tensor) -> None:
-        """Add a table of rotary angles, both (context, half of the rotated size of a head)."""
+    def add_angles(self, cosines: Tensor, sines: Tensor, *, neighbours: bool) -> None:
+        """Add a table of rotary angles, both (context, half of the rotated size of a head).
+
+        ``neighbours``: pairs of columns are (0, 1), (2, 3), ... instead of (0, half), (1, half + 1), ...
+        """
         turned, head, context = 2 * cosines.shape[1], self.shape["head"], self.shape["context"]
         _require(turned <= head, f"rotary angles turn {turned} columns of a head of {head}")
         _require(cosines.shape == sines.shape and cosines.shape[0] >= context, f"rotary angles of {tuple(sines.shape)}")
         self._num_angles += 1
-        self._library.pst_decoder_angles(self.handle, self._pointer(cosines), self._pointer(sines), cosines.shape[1])
+        pointers = self._pointer(cosines), self._pointer(sines)
+        self._library.pst_decoder_angles(self.handle, *pointers, cosines.shape[1], neighbours)
 
     def set_linear(self, layer: int, name: str, matrices: Sequence[Matrix], bias: Tensor | None) -> None:
         """Set one of :data:`LINEARS` of a layer, or "head": products of one input, side by side, and their biases."""
@@ -264,12 +279,20 @@ class Loop:
         which = -1 if name == "head" else LINEARS.index(name)
         self._library.pst_decoder_linear(self.handle, layer, which, handles, len(matrices), self._pointer(bias))
 
-    def set_norm(self, layer: int, name: str, gain: Tensor | None) -> None:
+    def set_norm(self, layer: int, name: str, norm: Norm) -> None:
         """Set one of :data:`NORMS` of a layer, or "last"."""
         width = self._widths.get(name, self.shape["hidden"])
-        _require(gain is None or gain.numel() == width, f"layer {layer}, norm {name}: a gain not of {width} numbers")
+        for part, values in (("gain", norm.gain), ("bias", norm.bias)):
+            fits = values is None or values.numel() == width
+            _require(fits, f"layer {layer}, norm {name}: a {part} not of {width} numbers")
         which = -1 if name == "last" else NORMS.index(name)
-        self._library.pst_decoder_norm(self.handle, layer, which, self._pointer(gain))
+        pointers = self._pointer(norm.gain), self._pointer(norm.bias)
+        self._library.pst_decoder_norm(self.handle, layer, which, *pointers, norm.epsilon)
+
+    def set_activation(self, layer: int, numbers: Tensor) -> None:
+        """Set the parameters of a layer's activation: the four of "xielu"."""
+        _require(numbers.numel() == XIELU_NUMBERS, f"layer {layer}: {numbers.numel()} parameters of an activation")
+        self._library.pst_decoder_activation(self.handle, layer, self._pointer(numbers))
 
     def set_attention(self, layer: int, window: int, angles: int) -> None:
         """Set the attention window of a layer (0 for all positions) and its table of angles (-1 for none)."""

@@ -64,8 +64,8 @@ bool product_is_wrong(int level) {
 bool decoder_is_wrong(int level) {
     const int64_t share = between(1, 3), kv = between(1, 3), head = 2 * between(1, 20), context = between(3, 20);
     const pst::Shape shape{between(1, 2), between(1, 70), share * kv, kv, head, between(1, 70), between(1, 50), context,
-                           between(1, 3), context, between(0, 5), between(0, 1), 8 << between(0, 2), between(0, 1)};
-    const pst::Numbers numbers{1e-5, 0.3, double(between(0, 1) * 5), double(between(0, 1) * 5), 0.5, 0.7};
+                           between(1, 3), context, between(0, pst::XIELU), between(0, 1), 8 << between(0, 2), between(0, 1)};
+    const pst::Numbers numbers{0.3, double(between(0, 1) * 5), double(between(0, 1) * 5), 0.5, 0.7};
     const int64_t sizes[pst::LINEARS][2] = {{(shape.heads + 2 * kv) * head, shape.hidden}, {shape.hidden, shape.heads * head},
                                             {shape.inner * (shape.gated ? 2 : 1), shape.hidden}, {shape.hidden, shape.inner}};
     const int64_t norms[pst::NORMS] = {shape.hidden, shape.hidden, shape.hidden, shape.hidden,
@@ -76,8 +76,12 @@ bool decoder_is_wrong(int level) {
     std::vector<std::vector<float>> vectors;
     vectors.reserve(1000);
     const auto vector = [&](int64_t count) { return vectors.push_back(normals(count)), vectors.back().data(); };
-    void* decoder = pst_decoder_new(&shape.layers, &numbers.epsilon, level);
-    pst_decoder_angles(decoder, cosines.data(), sines.data(), half);
+    void* decoder = pst_decoder_new(&shape.layers, &numbers.attention_scale, level);
+    pst_decoder_angles(decoder, cosines.data(), sines.data(), half, int(between(0, 1)));
+    const float activation[4] = {0.1f, 0.2f, 0.5f, -1e-6f};
+    const auto set_norm = [&](int64_t layer, int which, int64_t width) {
+        pst_decoder_norm(decoder, layer, which, vector(width), between(0, 1) ? vector(width) : nullptr, 1e-5f);
+    };
     for (int64_t layer = 0; layer < shape.layers; ++layer) {
         for (int which = 0; which < pst::LINEARS; ++which) {
             weights.emplace_back(new Weight(sizes[which][0], sizes[which][1], level));
@@ -86,13 +90,14 @@ bool decoder_is_wrong(int level) {
         }
         const bool of_heads = between(0, 1);
         for (int which = 0; which < pst::NORMS; ++which)
-            if (which < pst::OF_QUERIES ? between(0, 1) : of_heads) pst_decoder_norm(decoder, layer, which, vector(norms[which]));
+            if (which < pst::OF_QUERIES ? between(0, 1) : of_heads) set_norm(layer, which, norms[which]);
+        pst_decoder_activation(decoder, layer, activation);
         pst_decoder_attention(decoder, layer, between(0, 3), between(-1, 0));
     }
     weights.emplace_back(new Weight(shape.vocabulary, shape.hidden, level));
     const void* head_matrix = weights.back()->matrix.get();
     pst_decoder_linear(decoder, 0, -1, &head_matrix, 1, nullptr);
-    pst_decoder_norm(decoder, 0, -1, vector(shape.hidden));
+    set_norm(0, -1, shape.hidden);
     const int bits = 1 << between(2, 5);
     const int64_t rows = between(1, 9), group = between(0, 1) * 32, groups = group ? (shape.hidden + group - 1) / group : 1;
     std::vector<uint8_t> table(static_cast<size_t>(rows * (bits == 4 ? (shape.hidden + 1) / 2 : shape.hidden * bits / 8)));

@@ -93,14 +93,17 @@ inline int64_t update_room(int64_t rank, int64_t columns, int64_t rows) {
     return HEADS_TOGETHER * (round_up(rank, 16) + round_up(columns, 16) + round_up(rows, 16));
 }
 
+constexpr int64_t XIELU = 7;  // an activation with parameters, after those of lanes/functions.hpp
+
 struct Functions {
     bool words;  // layout that it needs from pack()
     void (*quantize)(const Matrix&, const float* x, int64_t token, Activations&);
     void (*quantize_to_bytes)(const Matrix&, const float* x, int64_t token, Activations&);  // null if not supported
     void (*product)(const ProductJob&);
     void (*rms_norm)(const float* x, const float* gain, float epsilon, int64_t width, float* y);
+    void (*layer_norm)(const float* x, const float* gain, const float* bias, float epsilon, int64_t width, float* y);
     void (*rotate)(float* x, const float* cosines, const float* sines, int64_t half);
-    void (*gate)(int64_t activation, const float* gates, const float* up, int64_t width, float* y);
+    void (*gate)(int64_t activation, const float* numbers, const float* gates, const float* up, int64_t width, float* y);
     void (*attend)(const AttentionJob&, int64_t bits);  // of keys and values: 8, 16, 32
     void (*update)(const UpdateJob&, int64_t bits);  // of the factors: 16, 32
 };

@@ -65,6 +65,22 @@ inline void rms_norm(const float* x, const float* gain, float epsilon, int64_t w
     for (int64_t i = 0; i < width; ++i) y[i] = x[i] * scale * gain[i];
 }
 
+inline void layer_norm(const float* x, const float* gain, const float* bias, float epsilon, int64_t width, float* y) {
+    const int64_t whole = width / LANES * LANES;
+    Floats total{}, squares{};
+    float rest = 0, rest_of_squares = 0;
+    for (int64_t i = 0; i < whole; i += LANES) total += load(x + i);
+    for (int64_t i = whole; i < width; ++i) rest += x[i];
+    const float mean = (sum_of(total) + rest) / float(width);
+    for (int64_t i = 0; i < whole; i += LANES) {
+        const Floats centred = load(x + i) - mean;
+        squares = fused(centred, centred, squares);
+    }
+    for (int64_t i = whole; i < width; ++i) rest_of_squares += (x[i] - mean) * (x[i] - mean);
+    const float scale = 1.0f / std::sqrt((sum_of(squares) + rest_of_squares) / float(width) + epsilon);
+    for (int64_t i = 0; i < width; ++i) y[i] = (x[i] - mean) * scale * gain[i] + bias[i];
+}
+
 // Rotate the first 2 * half numbers of a head, as pairs (i, i + half).
 inline void rotate(float* x, const float* cosines, const float* sines, int64_t half) {
     for (int64_t i = 0; i < half; ++i) {
@@ -74,17 +90,28 @@ inline void rotate(float* x, const float* cosines, const float* sines, int64_t h
     }
 }
 
-// y = activation(gates) * up; up may be null.
-inline void gate(int64_t activation, const float* gates, const float* up, int64_t width, float* y) {
+// xIELU (arXiv 2411.13010). numbers: its factors of x^2 and of e^x - 1 - x, of x, and where e^x - 1 is cut off.
+inline Floats xielu(const float* numbers, Floats x) {
+    const Floats limit = all(numbers[3]), low = x < limit ? x : limit;
+    const Floats negative = (exponential(low) - 1.0f - x) * numbers[1], positive = numbers[0] * x * x;
+    return (x > Floats{} ? positive : negative) + numbers[2] * x;
+}
+
+inline Floats activated(int64_t activation, const float* numbers, Floats x) {
+    return activation == XIELU ? xielu(numbers, x) : activate(activation, x);
+}
+
+// y = activation(gates) * up; up may be null. numbers: parameters of the activation, null without any.
+inline void gate(int64_t activation, const float* numbers, const float* gates, const float* up, int64_t width, float* y) {
     int64_t i = 0;
     for (; i + LANES <= width; i += LANES) {
-        const Floats value = activate(activation, load(gates + i));
+        const Floats value = activated(activation, numbers, load(gates + i));
         store(y + i, up ? value * load(up + i) : value);
     }
     if (i == width) return;
     Floats last{};
     for (int64_t j = i; j < width; ++j) last[j - i] = gates[j];
-    last = activate(activation, last);
+    last = activated(activation, numbers, last);
     for (int64_t j = i; j < width; ++j) y[j] = up ? last[j - i] * up[j] : last[j - i];
 }
 
@@ -122,5 +149,5 @@ inline void product(const ProductJob& job) {
 }
 
 inline Functions table() {
-    return {WORDS_FIRST, quantize, quantize_to_bytes, product, rms_norm, rotate, gate, attend, update};
+    return {WORDS_FIRST, quantize, quantize_to_bytes, product, rms_norm, layer_norm, rotate, gate, attend, update};
 }

@@ -37,9 +37,16 @@ struct Adapter {
 };
 constexpr int64_t MOST_PARTS = 3;
 
+// A root-mean-square norm, or with `bias` a layer norm, which subtracts the mean.
+struct Norm {
+    const float *gain = nullptr, *bias = nullptr;  // gain: null without the norm
+    float epsilon = 0;
+};
+
 struct Layer {
     Linear linear[LINEARS];
-    const float* norm[NORMS] = {};  // gains; null without the norm
+    Norm norm[NORMS];
+    const float* activation = nullptr;  // parameters of the activation, if it has any
     int64_t window = 0;  // positions visible to attention, including the current one; 0: all
     int64_t rotary = -1;  // index of the table of angles; -1: none
 };
@@ -47,6 +54,7 @@ struct Layer {
 struct Angles {
     const float *cosines, *sines;  // (context, half)
     int64_t half;
+    bool neighbours;  // pairs are (2 i, 2 i + 1), not (i, i + half)
 };
 
 struct Shape {
@@ -57,7 +65,7 @@ struct Shape {
 };
 
 struct Numbers {
-    double epsilon, attention_scale, attention_cap, logits_cap, logits_scale, residual_scale;
+    double attention_scale, attention_cap, logits_cap, logits_scale, residual_scale;
 };
 
 // Rows of the embedding, not owned: fp32 or bf16 numbers (32 or 16 bits), or codes with a scale per `group` columns.
@@ -142,7 +150,7 @@ class Decoder {
     std::vector<Layer> layers;
     std::vector<Angles> angles;
     Embedding embedding;
-    const float* last_norm = nullptr;
+    Norm last_norm;
     Linear head;
 
   private:
@@ -228,8 +236,9 @@ class Decoder {
         }
     }
 
-    void normalize(const float* gain, const float* from, int64_t width, float* to) const {
-        if (gain) return kernels.rms_norm(from, gain, float(numbers.epsilon), width, to);
+    void normalize(const Norm& norm, const float* from, int64_t width, float* to) const {
+        if (norm.bias) return kernels.layer_norm(from, norm.gain, norm.bias, norm.epsilon, width, to);
+        if (norm.gain) return kernels.rms_norm(from, norm.gain, norm.epsilon, width, to);
         if (to != from) std::memcpy(to, from, size_t(width) * sizeof(float));
     }
 
@@ -293,14 +302,14 @@ class Decoder {
         const int64_t width = layer.linear[GATE_UP].width;
         each(pass.tokens, [&](int64_t t) {
             const float* gates = inner.data() + t * width;
-            kernels.gate(shape.activation, gates, shape.gated ? gates + shape.inner : nullptr, shape.inner, gated.data() + t * shape.inner);
+            kernels.gate(shape.activation, layer.activation, gates, shape.gated ? gates + shape.inner : nullptr, shape.inner, gated.data() + t * shape.inner);
         });
         layer_product(pass, index, DOWN, gated.data(), added.data());
-        add(pass, layer.norm[AFTER_MLP], nullptr);
+        add(pass, layer.norm[AFTER_MLP], Norm());
     }
 
     // Add the result of half a layer to x; then apply the norm of the next half, if any.
-    void add(const Pass& pass, const float* after, const float* before) {
+    void add(const Pass& pass, const Norm& after, const Norm& before) {
         const int64_t hidden = shape.hidden;
         each(pass.tokens, [&](int64_t t) {
             float *sum = x.data() + t * hidden, *y = normed.data() + t * hidden;
@@ -312,7 +321,7 @@ class Decoder {
 
     void attention(const Pass& pass, const Layer& layer, int64_t index) {
         const int64_t heads = shape.key_value_heads, items = pass.tokens * heads;
-        if (layer.norm[OF_QUERIES] && !shape.norm_of_heads)
+        if (layer.norm[OF_QUERIES].gain && !shape.norm_of_heads)
             each(pass.tokens, [&](int64_t t) {
                 float *queries = qkv.data() + t * qkv_width, *of_keys = queries + shape.heads * shape.head;
                 normalize(layer.norm[OF_QUERIES], queries, shape.heads * shape.head, queries);
@@ -336,11 +345,17 @@ class Decoder {
         put(value, cached(1, index, sequence, h), position);
     }
 
-    void turn(const Layer& layer, const float* gain, float* of_head, int64_t position) const {
-        if (gain && shape.norm_of_heads) normalize(gain, of_head, shape.head, of_head);
+    void turn(const Layer& layer, const Norm& norm, float* of_head, int64_t position) const {
+        if (norm.gain && shape.norm_of_heads) normalize(norm, of_head, shape.head, of_head);
         if (layer.rotary < 0) return;
         const Angles& table = angles[size_t(layer.rotary)];
-        kernels.rotate(of_head, table.cosines + position * table.half, table.sines + position * table.half, table.half);
+        const float *cosines = table.cosines + position * table.half, *sines = table.sines + position * table.half;
+        if (!table.neighbours) return kernels.rotate(of_head, cosines, sines, table.half);
+        for (int64_t i = 0; i < table.half; ++i) {
+            const float a = of_head[2 * i], b = of_head[2 * i + 1];
+            of_head[2 * i] = a * cosines[i] - b * sines[i];
+            of_head[2 * i + 1] = b * cosines[i] + a * sines[i];
+        }
     }
 
     void attend(const Pass& pass, const Layer& layer, int64_t index, int64_t t, int64_t h, float* scores) {
@@ -430,8 +445,8 @@ PST_API void* pst_decoder_new(const int64_t* shape, const double* numbers, int l
 
 PST_API void pst_decoder_free(void* decoder) { delete static_cast<pst::Decoder*>(decoder); }
 
-PST_API void pst_decoder_angles(void* decoder, const float* cosines, const float* sines, int64_t half) {
-    static_cast<pst::Decoder*>(decoder)->angles.push_back({cosines, sines, half});
+PST_API void pst_decoder_angles(void* decoder, const float* cosines, const float* sines, int64_t half, int neighbours) {
+    static_cast<pst::Decoder*>(decoder)->angles.push_back({cosines, sines, half, neighbours != 0});
 }
 
 // which: one of LinearName, or -1 for the head, which ignores `layer`.
@@ -447,10 +462,15 @@ PST_API void pst_decoder_linear(void* decoder, int64_t layer, int which, const v
     }
 }
 
-// which: one of NormName, or -1 for the last norm.
-PST_API void pst_decoder_norm(void* decoder, int64_t layer, int which, const float* gain) {
+// which: one of NormName, or -1 for the last norm. bias: null for a root-mean-square norm.
+PST_API void pst_decoder_norm(void* decoder, int64_t layer, int which, const float* gain, const float* bias, float epsilon) {
     auto& d = *static_cast<pst::Decoder*>(decoder);
-    (which < 0 ? d.last_norm : d.layers[size_t(layer)].norm[which]) = gain;
+    (which < 0 ? d.last_norm : d.layers[size_t(layer)].norm[which]) = {gain, bias, epsilon};
+}
+
+// numbers: parameters of the layer's activation, four of XIELU.
+PST_API void pst_decoder_activation(void* decoder, int64_t layer, const float* numbers) {
+    static_cast<pst::Decoder*>(decoder)->layers[size_t(layer)].activation = numbers;
 }
 
 PST_API void pst_decoder_attention(void* decoder, int64_t layer, int64_t window, int64_t rotary) {

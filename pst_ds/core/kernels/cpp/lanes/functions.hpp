@@ -56,7 +56,7 @@ inline Floats gelu(Floats x) {
     return 0.5f * x * (1.0f + z * p / q);
 }
 
-enum Activation { NONE = 0, RELU = 1, GELU = 2, GELU_TANH = 3, SILU = 4, TANH = 5 };
+enum Activation { NONE = 0, RELU = 1, GELU = 2, GELU_TANH = 3, SILU = 4, TANH = 5, RELU2 = 6 };
 
 inline Floats activate(int64_t kind, Floats x) {
     switch (kind) {
@@ -65,6 +65,7 @@ inline Floats activate(int64_t kind, Floats x) {
         case GELU_TANH: return 0.5f * x * (1.0f + hyperbolic_tangent(0.79788456f * (x + 0.044715f * x * x * x)));
         case SILU: return x / (1.0f + exponential(-x));
         case TANH: return hyperbolic_tangent(x);
+        case RELU2: return larger(x, Floats{}) * larger(x, Floats{});
         default: return x;
     }
 }
