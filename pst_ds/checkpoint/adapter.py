@@ -39,8 +39,6 @@ from pst_ds.parallel.steps import unwrapped
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "pst_config.json", "pst_model.safetensors", "model.safetensors.index.json"
 FORMAT = 1
-_FORMULA = ("alpha1", "alpha2", "beta", "magnitude", "frozen_magnitude", "relative_magnitude")
-"""Settings that change the meaning of the values, but no shape."""
 _NOTE = "not a model, but what training changed of one: load it with pst_ds.load_pretrained"
 _StoredGrid = Annotated[Grid | None, BeforeValidator(lambda pair: pair and Grid(pair[0], pair[1] or None))]
 """Saved as one of :func:`model_grids`."""
@@ -251,7 +249,7 @@ def _read_config(folder: Path) -> _Saved:
 def _require_same_computation(model: nn.Module, saved: _Saved, folder: Path) -> None:
     """Raise PretrainedError unless an injected model has the saved formula and quantisation."""
     config, grids = inject.injected_config(model), model_grids(model)
-    pairs = {name: (getattr(config, name), getattr(saved.pst_config, name)) for name in _FORMULA}
+    pairs = {name: (getattr(config, name), getattr(saved.pst_config, name)) for name in PSTConfig.formula()}
     pairs |= {key: (pair and Grid(pair[0], pair[1] or None), getattr(saved, key)) for key, pair in grids.items()}
     for name, (own, found) in pairs.items():
         if own != found:

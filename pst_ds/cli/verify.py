@@ -63,8 +63,8 @@ def _lines_of_onnx(report: VerifyReport) -> Iterator[str]:
     yield f"{file}: {report.file['file_bytes']:,} bytes, {checked}; outputs {report.file['outputs']}"
     if without_sha256:
         yield (
-            f"NOT VERIFIED: the content of {shortened(without_sha256)}, of which the manifest of an older version has no "
-            "SHA-256. Export the run again"
+            f"NOT VERIFIED: the content of {shortened(without_sha256)}, of which the manifest of an older version has "
+            "no SHA-256. Export the run again"
         )
 
 
@@ -87,8 +87,8 @@ def _lines_of_file(report: VerifyReport) -> Iterator[str]:
         yield refilled_text(file["refilled"])
     if file["without_sha256"]:
         yield (
-            f"NOT VERIFIED: the header of {shortened(file['without_sha256'])}, of which the manifest of an older version "
-            "has no SHA-256; every tensor in it was compared. Export the model again"
+            f"NOT VERIFIED: the header of {shortened(file['without_sha256'])}, of which the manifest of an older "
+            "version has no SHA-256; every tensor in it was compared. Export the model again"
         )
     if "rounded_tensors" in file:
         yield quantisation_text(file)

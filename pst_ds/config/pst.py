@@ -3,11 +3,22 @@
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import BeforeValidator, Strict
 
-from pst_ds.config.settings import Finite, MayDiffer, NotNegative, Positive, Section, Share, settings
+from pst_ds.config.settings import (
+    BeforeLoading,
+    Finite,
+    InShapes,
+    MayDiffer,
+    NotNegative,
+    OnLoad,
+    Positive,
+    Section,
+    Share,
+    settings,
+)
 from pst_ds.core.patterns import Pattern, parse_pattern
 
 _BARE_NAME = re.compile(r"[\w.-]+")
@@ -74,36 +85,37 @@ class PSTConfig(_LibrarySection):
 
     S = |W| / scale + alpha1 A B + alpha2 (R 1' + 1 C'),  W = W0 + beta U V,  y = x (M . W)' + bias
 
-    Raises ConfigError with one message for each wrong setting.
+    A setting that changes what a layer computes from its saved tensors has no :class:`OnLoad` mark: adapters are loaded
+    only into models with the same value. Raises ConfigError with one message for each wrong setting.
     """
 
-    target_modules: Modules = "all-linear"
+    target_modules: InShapes[Modules] = "all-linear"
     """Layers to prune, as in PEFT: "all-linear" is every linear layer inside the transformer blocks except expert
     routers; another string is a regular expression for the whole module name; a list has names or their dotted endings.
     Experts stacked in 3-D Parameters count as linear layers, by the name of the Parameter or of its module
     (docs/how-to/large-models.md). "all-linear" rejects models with weights in the blocks outside linear layers."""
-    exclude_modules: Annotated[str | tuple[str, ...], BeforeValidator(_as_names)] = ()
+    exclude_modules: InShapes[Annotated[str | tuple[str, ...], BeforeValidator(_as_names)]] = ()
     """Modules that stay dense and frozen, matched like ``target_modules``; a list, or a plain name, also excludes
     everything inside its modules. Also names the weights that "all-linear" rejects."""
-    prune_uncalled: MayDiffer[bool] = False
+    prune_uncalled: BeforeLoading[MayDiffer[bool]] = False
     """Allow pruned layers that the forward pass of the first step does not call. By default such a layer is an error,
     as a vision tower is when training on text; experts without tokens in a step are allowed."""
-    modules_to_save: Names | None = None
+    modules_to_save: InShapes[Names | None] = None
     """Modules trained in full. Unset is the task head: everything on top of the base model, and the pooler of BERT and
     similar models; nothing for language models. An empty list trains none."""
-    fused_modules: Names = ("c_attn",)
+    fused_modules: InShapes[Names] = ("c_attn",)
     """Layers with several square matrices side by side (q, k, v), each scored and ranked separately."""
-    score_rank: NotNegative = 8
+    score_rank: InShapes[NotNegative] = 8
     """Rank of A B; 0 disables it."""
-    update_rank: NotNegative = 8
+    update_rank: InShapes[NotNegative] = 8
     """Rank of U V; 0 disables it."""
-    expert_rank: NotNegative = 4
+    expert_rank: InShapes[NotNegative] = 4
     """Maximum of both ranks for experts stacked in a Parameter, which are many and small: rank 8 would add 3 % of
     Qwen3-30B-A3B's weights, each with optimizer state."""
-    update_embeddings: Names = ()
+    update_embeddings: InShapes[Names] = ()
     """Embeddings with an update U V of rank ``update_rank`` and no mask, such as "word_embeddings"; matched like a list
     in ``target_modules``."""
-    structured_scores: bool = True
+    structured_scores: InShapes[bool] = True
     """True if scores include the row and column terms R and C."""
     alpha1: Finite = 1.0
     """Weight of A B in the scores."""
@@ -117,35 +129,35 @@ class PSTConfig(_LibrarySection):
     frozen_magnitude: bool = False
     """Use |W0| instead of |W| in the scores: masks then change by the learned scores only, not as U V changes. For
     models that are pruned at once and then recover."""
-    calibration_examples: Positive = 128
+    calibration_examples: BeforeLoading[Positive] = 128
     """Training examples for what is measured before the first masks: norms of "activation", scores of experts."""
     relative_magnitude: bool = True
     """Divide |W| in the scores by the mean of |W0| of the matrix, so that scores of all layers are near 1."""
-    score_init_scale: Finite = 0.3
+    score_init_scale: BeforeLoading[Finite] = 0.3
     """Initial standard deviation of A."""
-    update_init: Literal["normal", "lora"] = "normal"
+    update_init: BeforeLoading[Literal["normal", "lora"]] = "normal"
     """Initial standard deviation of U (of V for embeddings, whose U is initialised to zero). "lora" initialises U to
     zero and V with 1/sqrt(3 in_features), as LoRA does."""
-    update_init_scale: Finite = 0.1
+    update_init_scale: BeforeLoading[Finite] = 0.1
     """Factor on the standard deviation of ``update_init``."""
-    pattern: str = "matrix"
+    pattern: BeforeLoading[str] = "matrix"
     """Weights that are ranked together: "matrix", each matrix separately; "stack", the matrices of a layer (fused, or
     experts), whose sparsity may then differ; "global", all matrices; "row", the weights of each output; N:M such as
     "2:4", which keeps N of M consecutive inputs, on a ramp of a growing
     share of the groups; "16x1", blocks of outputs x inputs that are kept or pruned as one."""
-    min_kept_share: Share = 0.02
+    min_kept_share: BeforeLoading[Share] = 0.02
     """Minimum fraction of each matrix that patterns "stack" and "global" keep."""
-    overrides: Annotated[tuple[Override, ...], Strict(False)] = ()
+    overrides: BeforeLoading[Annotated[tuple[Override, ...], Strict(False)]] = ()
     """Patterns and final sparsities of some layers; the last match applies."""
-    initial_mask: Literal["magnitude", "zeros"] = "magnitude"
+    initial_mask: BeforeLoading[Literal["magnitude", "zeros"]] = "magnitude"
     """Mask of methods with a fixed mask: "magnitude" ranks |W0| once, by ``pattern``; "zeros" keeps the non-zeros of
     the base model, such as a folder of ``pst-ds prune``."""
-    train_weights: bool = False
+    train_weights: InShapes[bool] = False
     """Train the pruned weights themselves, under the mask (for baselines: every weight then has optimizer state)."""
-    tile_bytes: MayDiffer[NotNegative] = 0
+    tile_bytes: BeforeLoading[MayDiffer[NotNegative]] = 0
     """Maximum bytes per rank of gradient tiles in the backward pass of a layer; 0 is 32 MiB on CPUs and 512 MiB on
     GPUs. Smaller tiles are slower."""
-    seed: int | None = None
+    seed: BeforeLoading[int | None] = None
     """Random seed of A and U (of V for embeddings). Together with a layer's name it determines their values, on any
     number of ranks. Unset is the run's ``seed``, or 0 outside a run."""
 
@@ -183,6 +195,12 @@ class PSTConfig(_LibrarySection):
     def paper(cls, **overrides: Any) -> "PSTConfig":
         """Return a config with the paper's constants: no relative magnitude, A and U from N(0, 1)."""
         return cls(**{**PAPER, **overrides})
+
+    @classmethod
+    def formula(cls) -> list[str]:
+        """Return the names of the settings of which a saved adapter and its model must have the same values."""
+        hints = get_type_hints(cls, include_extras=True)
+        return [name for name, hint in hints.items() if not any(isinstance(mark, OnLoad) for mark in _marks_of(hint))]
 
     @property
     def rules(self) -> tuple[MaskRule, ...]:
@@ -227,6 +245,10 @@ class PSTConfig(_LibrarySection):
             update_rank=min(self.update_rank, self.expert_rank),
             update_embeddings=(),
         )
+
+
+def _marks_of(hint: object) -> tuple[object, ...]:
+    return getattr(hint, "__metadata__", ())
 
 
 def name_matches(name: str, patterns: str | Iterable[str]) -> bool:

@@ -28,6 +28,16 @@ class OnResume(Enum):
     IS_REPORTED = "settings that a user may change to recover from a divergence; the run reports the change"
 
 
+class OnLoad(Enum):
+    """Marks of settings that may differ between a saved adapter and the model that it is loaded into.
+
+    Settings without a mark are part of the formula: with another value, the same tensors would compute something else.
+    """
+
+    SHAPES = "settings that change the names or shapes of the saved tensors, which loading compares"
+    BEFORE = "initial values, the choice of masks and how results are computed: no part of what a loaded model computes"
+
+
 FINITE = AllowInfNan(False)
 Positive = Annotated[int, Ge(1)]
 NotNegative = Annotated[int, Ge(0)]
@@ -40,6 +50,8 @@ Interval = Annotated[int, Ge(-1)]
 """Optimizer steps between two events. 0 is a default, -1 is never."""
 MayDiffer = Annotated[T, OnResume.MAY_DIFFER]
 Reported = Annotated[T, OnResume.IS_REPORTED]
+InShapes = Annotated[T, OnLoad.SHAPES]
+BeforeLoading = Annotated[T, OnLoad.BEFORE]
 
 _OUT_OF_RANGE = {"greater_than_equal", "greater_than", "less_than_equal", "less_than", "finite_number"}
 _KINDS = {"string": "a string", "integer": "a whole number", "number": "a number", "boolean": "true or false"}

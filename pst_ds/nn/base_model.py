@@ -14,6 +14,7 @@ from torch import nn
 from pst_ds.errors import InputError, first_line, shortened
 from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.formats import hub
+from pst_ds.nn.config_values import require_plausible_config
 from pst_ds.nn.sharded_weights import read_by_every_rank
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Pretrained:
         from transformers import AutoConfig
 
         self.require_place()
+        require_plausible_config(Path(self.path) / "config.json")
         try:
             return AutoConfig.from_pretrained(self.path, **options)
         except Exception as error:  # strange values make transformers raise anything

@@ -20,6 +20,7 @@ from transformers import (
 
 from pst_ds.checkpoint.adapter import PretrainedError, _fingerprint, adapter_state, load_pretrained, save_pretrained
 from pst_ds.config.pst import Override, PSTConfig
+from pst_ds.config.settings import BeforeLoading, Finite, settings
 from pst_ds.errors import InputError
 from pst_ds.masks.update import mask_stats, update_masks
 from pst_ds.nn.adapter_checkpoints import adapter_checkpoints
@@ -207,6 +208,20 @@ def test_a_model_injected_with_another_formula_is_refused_by_the_setting(tmp_pat
         load_pretrained(other, tmp_path)
     same = inject_pst(_base(), dataclasses.replace(CONFIG, seed=3, score_init_scale=0.1, tile_bytes=1 << 20))
     load_pretrained(same, tmp_path)
+
+
+def test_a_new_setting_is_part_of_the_formula_unless_it_is_marked():
+    """Forgetting to think of saved adapters when adding a setting must refuse them, not change what they compute."""
+
+    @settings
+    class Extended(PSTConfig):
+        gamma: Finite = 1.0
+        warm_start: BeforeLoading[bool] = False
+
+    assert set(Extended.formula()) == {*PSTConfig.formula(), "gamma"}
+    assert {"alpha1", "alpha2", "beta", "magnitude", "frozen_magnitude", "relative_magnitude"} == set(
+        PSTConfig.formula()
+    )
 
 
 def test_a_model_that_was_injected_in_part_is_refused_with_the_way_out(tmp_path):

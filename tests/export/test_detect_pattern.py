@@ -67,3 +67,10 @@ def test_groups_and_blocks_are_those_of_the_matrix(rows, columns, density, seed)
         tall, wide = map(int, found.split("x"))
         blocks = torch.from_numpy(matrix).view(rows // tall, tall, columns // wide, wide).sum((1, 3))
         assert set(blocks.flatten().tolist()) <= {0, tall * wide}
+
+
+def test_groups_without_pruned_weights_are_no_pattern():
+    """One zero in an otherwise dense matrix: every group but one keeps all its weights, which is not 4:4."""
+    weight = np.ones((4, 32))
+    weight[1, 7] = 0.0
+    assert _pattern(weight) == "unstructured"

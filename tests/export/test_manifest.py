@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -9,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, GPT2Config
 from transformers import GPT2ForSequenceClassification as GPT2Classifier
 
 from pst_ds.checkpoint.format import CheckpointState, read_checkpoint
 from pst_ds.checkpoint.restore import magnitude_scales, trainable
+from pst_ds.cli.inspect.models import export_folder
 from pst_ds.config.pst import PSTConfig
 from pst_ds.export.check import check_export
 from pst_ds.export.encoding import ExportError
@@ -292,3 +296,56 @@ def test_a_config_that_changed_is_found_and_a_card_may_change(export):
 def test_a_manifest_that_is_no_json_object_is_named(export, content):
     (export / MANIFEST_FILE).write_bytes(content)
     assert f"{export / MANIFEST_FILE} is damaged" in _refusal(export)
+
+
+_WRONG_TYPES = [5, -1, 1.5, "x", True, [], [1], {}, {"x": []}, None, float(2**70)]
+
+
+def _replaced(table, path, value):
+    """``table`` with ``value`` at ``path``."""
+    changed = copy.deepcopy(table)
+    inner = changed
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return changed
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_manifest_key_of_any_other_type_is_refused_and_never_a_crash(made, data):
+    """Resealed, as an attacker would: refused by its key in one message, or of a type that the key may have."""
+    folder = made["one"]
+    content = (folder / MANIFEST_FILE).read_text()
+    table = json.loads(content)
+    table["run"] = {"method": "pst", "data": {}}
+    key = data.draw(st.sampled_from(sorted(set(table) - {"sha256"})))
+    value = data.draw(st.sampled_from(_WRONG_TYPES))
+    (folder / MANIFEST_FILE).write_text(json.dumps(sealed(_replaced(table, [key], value))))
+    accepted = {
+        type(table[key]),
+        *([type(None)] if key in _MAY_BE_NULL else []),
+        *([int] if isinstance(table[key], float) else []),
+    }
+    try:
+        for reads in (read_manifest, export_folder):
+            try:
+                reads(folder)
+            except ExportError as error:
+                assert str(folder) in str(error)
+            else:
+                assert type(value) in accepted, (key, value)
+    finally:
+        (folder / MANIFEST_FILE).write_text(content)
+
+
+_MAY_BE_NULL = {
+    "architecture", "base_fingerprint", "base_model", "computed_in", "dense_bf16_bytes", "file_bytes", "metrics", "run",
+    "sparsity_measured", "sparsity_requested", "step", "weight_bytes",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), [("run", 5), ("sparsity_measured", "x"), ("sparsity_measured", 1.5)])
+def test_a_wrong_value_of_a_fact_names_key_and_value(export, key, value):
+    _edit_manifest(export, lambda table: table.update({key: value}))
+    assert f"is damaged: {key} = {str(value)!r}" in _refusal(export)

@@ -22,6 +22,7 @@ from pst_ds.formats import row_bits
 from pst_ds.formats.base_weights import BaseWeights
 from pst_ds.formats.rows import row_counts
 from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, TensorFile
+from pst_ds.nn.config_values import require_plausible_config
 from pst_ds.progress import Progress
 from pst_ds.prune.folder import RECORD_FILE
 
@@ -137,6 +138,7 @@ def _recorded_stack(row: RecordedLayer, folder: Path) -> Layer:
 def model_folder(path: Path) -> Inspection:
     """Describe a model folder from its config and its weights, which are read one at a time. Raises InputError."""
     config = read_table(path / CONFIG_FILE, f"{path / CONFIG_FILE} is missing")
+    require_plausible_config(path / CONFIG_FILE)
     quantization = config.get("quantization_config") or {}
     if quantization.get("quant_method") == QUANT_METHOD:
         raise ExportError(f"{path} is a packed export without pst_manifest.json, which describes its tensors")

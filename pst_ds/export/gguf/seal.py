@@ -28,7 +28,7 @@ def seal(path: Path) -> None:
 
 
 def check_gguf(path: Path) -> Facts:
-    """Compare a file with the SHA-256 in it; return its size. Raises ExportError if it differs, or is not in the file."""
+    """Compare a file with the SHA-256 in it; return its size. Raises ExportError if it differs or is missing."""
     require_plain(path, f"{path} does not exist")
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
