@@ -311,6 +311,15 @@ def _replaced(table, path, value):
     return changed
 
 
+def _message_of(reads, folder):
+    """Return the message with which ``reads`` refuses a folder; "" if it reads it. Other errors are the test's."""
+    try:
+        reads(folder)
+    except ExportError as error:
+        return str(error)
+    return ""
+
+
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_a_manifest_key_of_any_other_type_is_refused_and_never_a_crash(made, data):
@@ -329,12 +338,8 @@ def test_a_manifest_key_of_any_other_type_is_refused_and_never_a_crash(made, dat
     }
     try:
         for reads in (read_manifest, export_folder):
-            try:
-                reads(folder)
-            except ExportError as error:
-                assert str(folder) in str(error)
-            else:
-                assert type(value) in accepted, (key, value)
+            message = _message_of(reads, folder)
+            assert str(folder) in message or type(value) in accepted, (key, value)
     finally:
         (folder / MANIFEST_FILE).write_text(content)
 

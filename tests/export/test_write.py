@@ -19,7 +19,7 @@ class _Source:
         yield self._values
 
 
-@pytest.mark.parametrize("packing", ["bitmask", "csr", "2:4"])
+@pytest.mark.parametrize("packing", ["bitmask", "2:4"])
 def test_a_kept_weight_of_value_zero_is_no_kept_weight_of_the_pattern(tmp_path, packing):
     keep = torch.zeros(4, 16, dtype=torch.bool)
     keep[:, 0::4] = keep[:, 1::4] = True  # blocks, 2:4 and equal rows

@@ -100,6 +100,13 @@ def test_every_format_has_its_weight_files(products):
     }
 
 
+def _is_same_json(one: bytes, other: bytes) -> bool:
+    try:
+        return json.loads(one) == json.loads(other)
+    except (ValueError, RecursionError):
+        return False
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_a_byte_that_differs_anywhere_is_refused(products, data):
@@ -117,10 +124,10 @@ def test_a_byte_that_differs_anywhere_is_refused(products, data):
     assume(damaged != content)
     path.write_bytes(damaged)
     try:
+        if path.name == MANIFEST_FILE and _is_same_json(damaged, content):
+            return  # white space, which changes no value
         with pytest.raises(InputError) as refusal:
             verify(product)
-            if path.name == MANIFEST_FILE and json.loads(damaged) == json.loads(content):
-                raise InputError(f"{path}: white space differs, which changes no value")
         assert str(product) in str(refusal.value)
     finally:
         path.write_bytes(content)

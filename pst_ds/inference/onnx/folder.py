@@ -91,7 +91,10 @@ def write_onnx(
 
 
 def _annotate(graph: ir.Model, facts: Mapping[str, object], activation_bits: int, operators: str) -> None:
-    """Add the small ``facts`` and the kind of ``operators`` to the graph's metadata, and the bits of activations to its sparse products."""
+    """Add the small ``facts`` and the kind of ``operators`` to the graph's metadata.
+
+    Sparse products get the bits of activations, too.
+    """
     import onnx_ir as ir
 
     kept = {key: facts[key] for key in ("values", "group", "embeddings", "sparsity_measured") if facts.get(key)}

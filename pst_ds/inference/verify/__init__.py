@@ -63,9 +63,10 @@ def verify(
 ) -> VerifyReport:
     """Verify an export.
 
-    Without ``against`` the files are compared with the manifest (see :func:`pst_ds.export.check.check_export`), and an
-    ONNX file is opened; a GGUF file is compared with the SHA-256 inside it. With it the masked model of the run and the export are loaded, and their weights, logits and
-    predictions are compared on the same batches; check ``problem`` of the report, or call ``require_equal``.
+    Without ``against`` the files are compared with the manifest (see :func:`pst_ds.export.check.check_export`), an ONNX
+    file is opened, and a GGUF file is compared with the SHA-256 inside it. With it the masked model of the run and the
+    export are loaded, and their weights, logits and predictions are compared on the same batches; check ``problem`` of
+    the report, or call ``require_equal``.
 
     Args:
         export: the exported folder, or GGUF file.
