@@ -113,6 +113,8 @@ class Contents:
         return None if self.grid is None else Grid(self.grid[0], self.grid[1] or None)
 
 
+_MOST_HELD_FILES = 512
+"""Half of the files that a process may usually have open."""
 _STATE, _CONTENTS = TypeAdapter(CheckpointState), TypeAdapter(Contents)
 
 
@@ -200,6 +202,16 @@ class Checkpoint:
         if held != wanted:
             raise CheckpointError(f"{path} is damaged: it holds {held}, and {MANIFEST} says {wanted}")
 
+    def hold(self) -> None:
+        """Open all files, so that their values can be read after another process has removed them.
+
+        On a network file system this holds for processes of the same host. Of very many files none is kept open. Raises
+        CheckpointError.
+        """
+        if self.contents.num_shards <= _MOST_HELD_FILES:
+            for file in range(self.contents.num_shards):
+                self._open[file] = _opened(self.folder / shard_name(file, self.contents.num_shards), held=True)
+
     def _whole_master(self, name: str) -> Tensor:
         shape = torch.Size(self.contents.trained[name])
         return self.values(name, MASTER, 0, shape.numel()).view(shape)
@@ -211,10 +223,10 @@ class Checkpoint:
         return self._open[file].read_flat(key, start, stop)
 
 
-def _opened(path: Path) -> TensorFile:
+def _opened(path: Path, *, held: bool = False) -> TensorFile:
     """Read the header of a file of tensors. Raises CheckpointError for a missing or damaged file."""
     try:
-        return TensorFile(path)
+        return TensorFile(path, held=held)
     except OSError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     except TensorFileError as error:
@@ -252,8 +264,9 @@ def manifest_bytes(state: CheckpointState, contents: Contents) -> bytes:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Open the checkpoint in ``folder`` and verify all its files. Raises CheckpointError, naming the file."""
+    """Open the checkpoint in ``folder``, hold its files and verify them all. Raises CheckpointError, naming the file."""
     checkpoint = open_checkpoint(folder)
+    checkpoint.hold()
     check_sums(folder, {name: file_sha256(folder / name) for name in listed_files(folder)})
     for file in range(checkpoint.contents.num_shards):
         checkpoint.check_file(file)

@@ -4,11 +4,12 @@
 at most a ``.partial`` one. A damaged one is renamed to ``.broken``, and never used or counted.
 """
 
+import os
 import shutil
 from pathlib import Path
 
 from pst_ds.atomic_files import OLD, PARTIAL, file_sha256, replace_link, restore_replaced
-from pst_ds.checkpoint.format import Checkpoint, CheckpointError, check_sums, listed_files, open_checkpoint
+from pst_ds.checkpoint.format import Checkpoint, CheckpointError, check_sums, listed_files, open_checkpoint, read_checkpoint
 from pst_ds.file_names import BEST, FINAL, LATEST, STEP_FOLDER, step_folders
 from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, of_main, rank, world_size
 
@@ -16,6 +17,12 @@ Known = dict[str, int | None]
 """Step of the best checkpoint as recorded in each good checkpoint, by the checkpoint's name."""
 
 BROKEN = ".broken"
+_ATTEMPTS = 20
+"""Checkpoints that a reader tries, if a run removes one after the other."""
+
+
+class UnknownCheckpointError(CheckpointError):
+    """A name without a checkpoint."""
 
 
 def step_name(step: int) -> str:
@@ -131,17 +138,57 @@ def settle(
 
 
 def find(folder: Path, name: str) -> Path:
-    """Return the folder of a checkpoint by name; "best" is "final" if none was chosen. Raises CheckpointError."""
+    """Return the folder of a checkpoint by name; "best" is "final" if none was chosen. Raises UnknownCheckpointError."""
     path = folder / (FINAL if name == BEST and not (folder / BEST).exists() else name)
     if path.is_symlink():
         target = path.readlink()
         if not STEP_FOLDER.fullmatch(str(target)) or (folder / target).is_symlink():
-            raise CheckpointError(f"{path} is a link to {str(target)!r}; it must name a checkpoint in the same folder")
+            raise UnknownCheckpointError(f"{path} is a link to {str(target)!r}; it must name a checkpoint in the same folder")
         path = folder / target
     if not path.is_dir():
         names = ", ".join(known_names(folder)) or "none; train the run first"
-        raise CheckpointError(f"no checkpoint {name!r} in {folder.absolute()}. There are: {names}")
+        raise UnknownCheckpointError(f"no checkpoint {name!r} in {folder.absolute()}. There are: {names}")
     return path
+
+
+def read(folder: Path, name: str) -> Checkpoint:
+    """Return the verified checkpoint that :func:`find` finds, with its files held.
+
+    A run that is training may remove a checkpoint while it is read. If ``name`` is a link, the reading starts again
+    with the checkpoint that the link names by then. Raises CheckpointError.
+    """
+    problem = CheckpointError(f"{folder / name} cannot be read")
+    for _ in range(_ATTEMPTS):
+        try:
+            path = find(folder, name)
+        except UnknownCheckpointError as error:
+            if not _is_link_to_step(folder, name):
+                raise
+            problem = error
+            continue
+        try:
+            return read_checkpoint(path)
+        except (CheckpointError, OSError) as error:
+            if path.is_dir():
+                raise error if isinstance(error, CheckpointError) else CheckpointError(str(error)) from None
+        if path.name == name:
+            raise CheckpointError(
+                f"{path} was removed while it was read, because the run keeps checkpoint.keep_last checkpoints and the "
+                "best one. Raise checkpoint.keep_last, or read latest"
+            )
+        problem = CheckpointError(
+            f"{path} and {_ATTEMPTS - 1} before it were removed while they were read, because the run saves faster. "
+            "Raise checkpoint.keep_last or checkpoint.interval"
+        )
+    raise problem
+
+
+def _is_link_to_step(folder: Path, name: str) -> bool:
+    """Return whether a link names a checkpoint in ``folder``, which may be gone."""
+    try:
+        return STEP_FOLDER.fullmatch(os.readlink(folder / name)) is not None
+    except OSError:
+        return False
 
 
 def known_names(folder: Path) -> list[str]:

@@ -89,6 +89,9 @@ def run(args: argparse.Namespace) -> Mapping[str, object]:
     else:
         report = export_run(load_run_or_folder(args), args.out, settings, checkpoint=args.checkpoint or "best")
         if args.target and (settings.values in VALUE_BITS or settings.embeddings):
+            # the same checkpoint: a run that is training may have a newer one by now
+            if "checkpoint" in report:
+                args.checkpoint = Path(str(report["checkpoint"])).name
             report["quantisation_loss"], measured = _measured(args, settings)
     if args.vocabulary:
         print(f"embeds {report['tokens']} tokens")

@@ -6,6 +6,7 @@ A file is 8 bytes with the little-endian length of its header, the header as JSO
 import json
 import math
 import os
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,12 @@ class TensorFile:
     Reads go into new memory instead of a mapping, so the pages of a large file do not count towards the process.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, held: bool = False):
         """Read and check the header.
+
+        Args:
+            path: the file.
+            held: keep the file open, so that it can be read after another process has removed it.
 
         Raises:
             FileNotFoundError: there is no file at ``path``.
@@ -60,6 +65,10 @@ class TensorFile:
         """
         self.path = path
         self.slots = _read_slots(path)
+        self._handle: int | None = None
+        if held:
+            self._handle = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._handle)
 
     def read(self, name: str) -> Tensor:
         """Return the tensor ``name``. Raises TensorFileError if the file was truncated after it was opened."""
@@ -79,14 +88,17 @@ class TensorFile:
     def _read_bytes(self, name: str, first: int, last: int) -> Tensor:
         """Return bytes [first, last) of a tensor, uint8."""
         data = torch.empty(last - first, dtype=torch.uint8)
-        with self.path.open("rb", buffering=0) as stream:
-            stream.seek(self.slots[name].offset + first)
-            view, done = data.numpy().data, 0
+        handle = os.open(self.path, os.O_RDONLY) if self._handle is None else self._handle
+        try:
+            offset, view, done = self.slots[name].offset + first, data.numpy().data, 0
             while done < len(view):
-                count = stream.readinto(view[done : done + _CHUNK_BYTES])
+                count = os.preadv(handle, [view[done : done + _CHUNK_BYTES]], offset + done)
                 if not count:
                     raise TensorFileError(f"{self.path} is damaged: it ends inside {name}")
                 done += count
+        finally:
+            if handle != self._handle:
+                os.close(handle)
         return data
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pst_ds.atomic_files import only_writer, remove_partial, require_writable, write_text_atomic
 from pst_ds.checkpoint import retention as checkpoints
-from pst_ds.checkpoint.format import Checkpoint, CheckpointError, read_checkpoint
+from pst_ds.checkpoint.format import Checkpoint, CheckpointError
 from pst_ds.checkpoint.restore import base_fingerprint
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.toml import dump_run
@@ -149,9 +149,10 @@ def open_checkpoint(run: RunConfig, name: str) -> Checkpoint:
     that was trained.
     """
     folder = Path(run.output_dir) / CHECKPOINTS
-    path = checkpoints.find(folder, name)
     try:
-        checkpoint = read_checkpoint(path)
+        checkpoint = checkpoints.read(folder, name)
+    except checkpoints.UnknownCheckpointError:
+        raise
     except CheckpointError as error:
         there = ", ".join(checkpoints.known_names(folder))
         raise CheckpointError(f"{error}. Name another with --checkpoint; there are {there}") from None

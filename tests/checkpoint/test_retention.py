@@ -398,3 +398,88 @@ def test_another_base_model_is_refused(tmp_path):
         open_checkpoint(run, "final")
     assert f"model.path = {str(base)!r} is not the base model that {folder}" in str(caught.value)
     assert "--set model.path=" in str(caught.value)
+
+
+def _saved_by_a_run(folder, steps):
+    """Checkpoints of these steps, the last as ``latest``."""
+    for step in steps:
+        _save(folder / step_name(step), step)
+    settle(folder, steps[-1], best_step=None, is_last=False, keep_last=len(steps))
+
+
+def _removing_during(monkeypatch, at, remove):
+    """Call ``remove()`` once, when a reader calls the function ``at`` of the module that reads checkpoints."""
+    from pst_ds.checkpoint import format as module
+
+    original = getattr(module, at)
+
+    def late(*arguments, **options):
+        monkeypatch.setattr(module, at, original)
+        remove()
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, at, late)
+
+
+POINTS = ("listed_files", "open_checkpoint", "_opened", "file_sha256", "check_sums")
+"""Functions between which a run may remove the checkpoint, in the order in which a reader calls them."""
+
+
+@pytest.mark.parametrize("at", POINTS)
+def test_a_reader_of_latest_takes_the_newer_one_if_the_run_removes_what_it_reads(tmp_path, monkeypatch, at):
+    _saved_by_a_run(tmp_path, [1])
+
+    def run_goes_on():
+        _save(tmp_path / step_name(2), 2)
+        settle(tmp_path, 2, best_step=None, is_last=False, keep_last=1)
+
+    _removing_during(monkeypatch, at, run_goes_on)
+    checkpoint = checkpoints.read(tmp_path, "latest")
+    assert not (tmp_path / step_name(1)).exists()
+    assert checkpoint.folder.name == step_name(2)
+
+
+def test_values_are_read_after_the_run_has_removed_the_checkpoint(tmp_path):
+    _saved_by_a_run(tmp_path, [1])
+    expected = {name: value.clone() for name, value in checkpoints.read(tmp_path, "latest").trained.items()}
+    checkpoint = checkpoints.read(tmp_path, "latest")
+    shutil.rmtree(tmp_path / step_name(1))
+    assert expected
+    assert all(torch.equal(checkpoint.trained[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("at", POINTS)
+def test_a_checkpoint_that_was_named_and_is_removed_is_one_message(tmp_path, monkeypatch, at):
+    _saved_by_a_run(tmp_path, [1, 2])
+    _removing_during(monkeypatch, at, lambda: keep(tmp_path, 1))
+    with pytest.raises(CheckpointError, match=r"step-00000001 was removed .* Raise checkpoint\.keep_last"):
+        checkpoints.read(tmp_path, step_name(1))
+
+
+def test_a_reader_gives_up_on_a_run_that_always_saves_faster(tmp_path, monkeypatch):
+    _saved_by_a_run(tmp_path, [1])
+    source, step = tmp_path.with_name("source"), [1]
+    shutil.copytree(tmp_path / step_name(1), source)
+
+    def replaced(folder):
+        step[0] += 1
+        shutil.copytree(source, tmp_path / step_name(step[0]))
+        replace_link(tmp_path / "latest", step_name(step[0]))
+        shutil.rmtree(folder)
+        raise CheckpointError("gone")
+
+    monkeypatch.setattr(checkpoints, "read_checkpoint", replaced)
+    with pytest.raises(CheckpointError, match=r"the run saves faster\. Raise checkpoint\.keep_last"):
+        checkpoints.read(tmp_path, "latest")
+    assert step[0] == 21
+
+
+def test_a_damaged_checkpoint_is_not_read_twice(tmp_path, monkeypatch):
+    _saved_by_a_run(tmp_path, [1])
+    (shard,) = (tmp_path / step_name(1)).glob("shard-*")
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    calls = []
+    monkeypatch.setattr(checkpoints, "read_checkpoint", lambda path: calls.append(path) or read_checkpoint(path))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        checkpoints.read(tmp_path, "latest")
+    assert len(calls) == 1

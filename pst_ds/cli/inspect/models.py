@@ -137,7 +137,8 @@ def _recorded_stack(row: RecordedLayer, folder: Path) -> Layer:
 
 def model_folder(path: Path) -> Inspection:
     """Describe a model folder from its config and its weights, which are read one at a time. Raises InputError."""
-    config = read_table(path / CONFIG_FILE, f"{path / CONFIG_FILE} is missing")
+    # the hub's cache consists of links
+    config = read_table((path / CONFIG_FILE).resolve(), f"{path / CONFIG_FILE} is missing")
     require_plausible_config(path / CONFIG_FILE)
     quantization = config.get("quantization_config") or {}
     if quantization.get("quant_method") == QUANT_METHOD:

@@ -69,7 +69,7 @@ def _whole_checkpoint(folder: Path) -> tuple[Checkpoint | None, str, dict[str, s
         if place in problems:
             continue
         try:
-            checkpoint = read_checkpoint(checkpoints.find(folder, name))
+            checkpoint = checkpoints.read(folder, name)
         except (CheckpointError, OSError) as error:
             problems[place] = str(error)
         else:
@@ -128,10 +128,14 @@ def _checkpoints(folder: Path, problems: Mapping[str, str]) -> list[Facts]:
         about: Facts = {"name": path.name, "links": links_to(path)}
         try:
             about["step"] = open_checkpoint(path).state.step
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             about["problem"] = str(error)
         about |= {"problem": problems[path.name]} if path.name in problems else {}
-        described.append(about | {"size_bytes": sum(file.stat().st_size for file in path.iterdir())})
+        try:
+            about["size_bytes"] = sum(file.stat().st_size for file in path.iterdir())
+        except FileNotFoundError:  # the run has removed it meanwhile
+            continue
+        described.append(about)
     return described
 
 
