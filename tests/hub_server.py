@@ -98,7 +98,12 @@ class _Handler(BaseHTTPRequestHandler):
         sizes = {file: (folder / file).stat().st_size for file in files_of(folder)}
         if what == "tree":
             entries = [
-                {"type": "file", "path": file, "size": size, "oid": hashlib.sha1((folder / file).read_bytes()).hexdigest()}
+                {
+                    "type": "file",
+                    "path": file,
+                    "size": size,
+                    "oid": hashlib.sha1((folder / file).read_bytes()).hexdigest(),
+                }
                 for file, size in sizes.items()
             ]
             self._send(200, {"Content-Type": "application/json"}, json.dumps(entries).encode())

@@ -205,8 +205,8 @@ class Checkpoint:
     def hold(self) -> None:
         """Open all files, so that their values can be read after another process has removed them.
 
-        On a network file system this holds for processes of the same host. Of very many files none is kept open. Raises
-        CheckpointError.
+        A network file system keeps removed files for processes of the same host only. If there are very many files,
+        none is kept open. Raises CheckpointError.
         """
         if self.contents.num_shards <= _MOST_HELD_FILES:
             for file in range(self.contents.num_shards):
@@ -264,7 +264,7 @@ def manifest_bytes(state: CheckpointState, contents: Contents) -> bytes:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Open the checkpoint in ``folder``, hold its files and verify them all. Raises CheckpointError, naming the file."""
+    """Open the checkpoint in ``folder``, hold and verify all its files. Raises CheckpointError, naming the file."""
     checkpoint = open_checkpoint(folder)
     checkpoint.hold()
     check_sums(folder, {name: file_sha256(folder / name) for name in listed_files(folder)})

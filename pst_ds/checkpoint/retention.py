@@ -9,7 +9,14 @@ import shutil
 from pathlib import Path
 
 from pst_ds.atomic_files import OLD, PARTIAL, file_sha256, replace_link, restore_replaced
-from pst_ds.checkpoint.format import Checkpoint, CheckpointError, check_sums, listed_files, open_checkpoint, read_checkpoint
+from pst_ds.checkpoint.format import (
+    Checkpoint,
+    CheckpointError,
+    check_sums,
+    listed_files,
+    open_checkpoint,
+    read_checkpoint,
+)
 from pst_ds.file_names import BEST, FINAL, LATEST, STEP_FOLDER, step_folders
 from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, of_main, rank, world_size
 
@@ -138,12 +145,17 @@ def settle(
 
 
 def find(folder: Path, name: str) -> Path:
-    """Return the folder of a checkpoint by name; "best" is "final" if none was chosen. Raises UnknownCheckpointError."""
+    """Return the folder of a checkpoint by name; "best" is "final" if none was chosen.
+
+    Raises UnknownCheckpointError.
+    """
     path = folder / (FINAL if name == BEST and not (folder / BEST).exists() else name)
     if path.is_symlink():
         target = path.readlink()
         if not STEP_FOLDER.fullmatch(str(target)) or (folder / target).is_symlink():
-            raise UnknownCheckpointError(f"{path} is a link to {str(target)!r}; it must name a checkpoint in the same folder")
+            raise UnknownCheckpointError(
+                f"{path} is a link to {str(target)!r}; it must name a checkpoint in the same folder"
+            )
         path = folder / target
     if not path.is_dir():
         names = ", ".join(known_names(folder)) or "none; train the run first"

@@ -41,10 +41,11 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         require_writable(Path(args.texts), f"--texts {args.texts}")
     from pst_ds.parallel.launch import launch_environment
     from pst_ds.train.run import build, evaluate, prepare
-    from pst_ds.train.run_folder import open_checkpoint
+    from pst_ds.train.run_folder import open_checkpoint, same_on_all_ranks
 
     checkpoint = open_checkpoint(config, args.checkpoint)
     context = prepare(config, launch_environment(), run_file=args.run, labels=checkpoint.state.labels)
+    checkpoint = same_on_all_ranks(config, checkpoint)
     examples = context.load(args.split)
     if args.reference and context.launch.world_size > 1:
         raise InputError(f"--reference {args.reference} needs both models in a process. Run eval without a launcher")

@@ -121,8 +121,8 @@ class RemoteHeaders:
 def remote_headers(path: str | Path) -> RemoteHeaders | None:
     """Read the headers of a model's safetensors files on the hub; a few kB of each file.
 
-    Returns None for a folder, for weights in the hub's cache, and for those that are no safetensors files. Raises as
-    :func:`downloaded`.
+    Returns None for a folder, for weights in the hub's cache, and for weights in another format than safetensors.
+    Raises as :func:`downloaded`.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import NotASafetensorsRepoError

@@ -33,7 +33,7 @@ from pst_ds.file_names import (
     SUBMITTED_VARIABLE,
     step_folders,
 )
-from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, of_main, of_main_at_length
+from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, of_main, of_main_at_length, raise_on_all_ranks
 from pst_ds.train.resume import locate_base, require_base
 
 _PATIENCE_SECONDS = 120.0
@@ -159,3 +159,12 @@ def open_checkpoint(run: RunConfig, name: str) -> Checkpoint:
     base = locate_base(run, checkpoint)
     require_base(checkpoint, base, base_fingerprint(base))
     return checkpoint
+
+
+def same_on_all_ranks(run: RunConfig, checkpoint: Checkpoint) -> Checkpoint:
+    """Return the newest of the checkpoints that the ranks have opened by one name. Collective.
+
+    The run may have saved between the readings of two ranks. Raises InputError on all ranks if a rank cannot open it.
+    """
+    newest = max(all_gather_objects(checkpoint.folder.name))
+    return raise_on_all_ranks(lambda: checkpoint if checkpoint.folder.name == newest else open_checkpoint(run, newest))

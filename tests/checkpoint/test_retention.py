@@ -25,7 +25,7 @@ from pst_ds.file_names import step_folders
 from pst_ds.nn.inject import inject_pst
 from pst_ds.parallel.engine import build_engine
 from pst_ds.parallel.ranks import barrier, is_main
-from pst_ds.train.run_folder import open_checkpoint, set_aside_checkpoints
+from pst_ds.train.run_folder import open_checkpoint, same_on_all_ranks, set_aside_checkpoints
 from tests.checkpoint.small_engine import save_checkpoint
 
 
@@ -483,3 +483,16 @@ def test_a_damaged_checkpoint_is_not_read_twice(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="is damaged"):
         checkpoints.read(tmp_path, "latest")
     assert len(calls) == 1
+
+
+def _opened_at_different_times(folder):
+    mine = read_checkpoint(folder / step_name(1 if is_main() else 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pst_ds.train.run_folder.open_checkpoint", lambda run, name: read_checkpoint(folder / name))
+        return same_on_all_ranks(None, mine).folder.name
+
+
+@pytest.mark.zero3
+def test_ranks_that_opened_latest_before_and_after_a_save_use_the_newer_one(run_ranks, tmp_path):
+    _saved_by_a_run(tmp_path, [1, 2])
+    assert run_ranks(_opened_at_different_times, 2, tmp_path) == [step_name(2)] * 2

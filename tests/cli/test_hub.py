@@ -1,4 +1,4 @@
-"""Commands that name a model of the hub, on a local server: whatever the cache holds, and on a machine without the hub."""
+"""Commands that name a model of the hub, on a local server: in every state of the cache, with the hub and without."""
 
 from __future__ import annotations
 
@@ -50,7 +50,10 @@ def at(server, tmp_path, monkeypatch):
             folder = hub.downloaded("who/llama")
             for name in files_of(folder):
                 is_shard = name.startswith("model-")
-                kept = {"config and tokenizer": "model" not in name, "index and a shard": not is_shard or "00001" in name}
+                kept = {
+                    "config and tokenizer": "model" not in name,
+                    "index and a shard": not is_shard or "00001" in name,
+                }
                 if not kept.get(state, True):
                     (folder / name).resolve().unlink()
                     (folder / name).unlink()
@@ -181,6 +184,7 @@ def users_folder(server, tmp_path, monkeypatch):
             file.write(json.dumps({"messages": turns}) + "\n")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("model", "data", "more"),
     [("sentence-transformers/all-MiniLM-L6-v2", "reviews.csv", []),

@@ -130,7 +130,9 @@ def test_a_machine_without_the_hub_names_the_first_missing_file_and_the_command(
         assert hub.remote_headers("who/sharded") is None
         return
     first = {"a shard": removed[0].name, "the weights": "model.safetensors", "everything": "config.json"}[state]
-    reason = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set" if without == "the setting" else "the hub cannot be reached"
+    reason = (
+        "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set" if without == "the setting" else "the hub cannot be reached"
+    )
     for look in (hub.downloaded, hub.remote_headers):
         with pytest.raises(hub.NotDownloadedError) as caught:
             look("who/sharded")
@@ -140,9 +142,12 @@ def test_a_machine_without_the_hub_names_the_first_missing_file_and_the_command(
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("who/nobody", "who/nobody is not on the hub, or is private"), ("who/whole", "who/whole is gated. Accept its terms"),
-     ("who/empty", "who/empty has no model.safetensors or pytorch_model.bin on the hub")],
-)  # fmt: skip
+    [
+        ("who/nobody", "who/nobody is not on the hub, or is private"),
+        ("who/whole", "who/whole is gated. Accept its terms"),
+        ("who/empty", "who/empty has no model.safetensors or pytorch_model.bin on the hub"),
+    ],
+)
 def test_a_model_that_the_hub_does_not_give_is_one_message(online, name, message):
     online.gated.add("who/whole")
     with pytest.raises(InputError, match=message) as caught:

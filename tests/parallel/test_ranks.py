@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pst_ds.checkpoint.format import CheckpointError
+from pst_ds.errors import InputError
 from pst_ds.parallel import ranks
-from pst_ds.parallel.ranks import of_main, of_main_at_length, rank
+from pst_ds.parallel.ranks import of_main, of_main_at_length, on_all_ranks_at_length, rank
 from pst_ds.progress import Progress
 
 
@@ -63,3 +64,28 @@ def test_the_others_hear_of_long_work_as_it_continues(run_ranks, seconds, beats)
 
 def test_long_work_of_one_process():
     assert _at_length(0.0) == ("of rank 0", [True, True, True, False, False])
+
+
+def _on_all_at_length(failing):
+    done = []
+    on_all_ranks_at_length(lambda: done.append(rank()))
+    message = ""
+    try:
+        on_all_ranks_at_length(lambda: _refuse(InputError(f"of rank {rank()}")) if rank() in failing else None)
+    except InputError as error:
+        message = str(error)
+    return done, message
+
+
+@pytest.mark.zero3
+def test_long_work_of_every_rank_is_waited_for_and_fails_on_all(run_ranks):
+    (first, message), (second, other) = run_ranks(_on_all_at_length, 2, [1])
+    assert (first, second) == ([0], [1])
+    assert message == other
+    assert message.startswith("rank 1 on ")
+    assert message.endswith("InputError: of rank 1")
+
+
+def test_long_work_of_the_only_rank():
+    assert _on_all_at_length([]) == ([0], "")
+    assert _on_all_at_length([0]) == ([0], "of rank 0")

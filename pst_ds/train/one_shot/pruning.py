@@ -203,7 +203,7 @@ def _share_of_experts(config: PruneConfig, final_sparsity: float) -> float:
 
 
 def _opened(given: PruneInput, out: Path, shard_bytes: int) -> ModelFiles:
-    files = ModelFiles(given.path, out, shard_bytes, **given.attention)
+    files = ModelFiles(given.path, out, shard_bytes, attn_implementation=given.attention.get("attn_implementation"))
     require_space(out, files.base.file_bytes)
     return files
 

@@ -5,8 +5,7 @@ import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING, cast
 
 from pst_ds.checkpoint.restore import base_fingerprint
 from pst_ds.config.one_shot import CHANNELS, PruneConfig
@@ -22,6 +21,9 @@ from pst_ds.parallel.stop_signals import StoppedError
 from pst_ds.prune.model_files import ModelFiles
 from pst_ds.train.model import attention_options
 from pst_ds.train.one_shot.pruning import prune_model, require_prunable, require_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _OF_LAYERS = ("pattern", "target_modules", "exclude_modules", "modules_to_save")
 """Settings of ``[pst]`` that decide which weights compete with each other."""
@@ -73,20 +75,21 @@ def require_startable(run: RunConfig) -> str:
     return reason
 
 
-def _model_without_values(run: RunConfig) -> tuple[nn.Module, str]:
+def _model_without_values(run: RunConfig) -> tuple["PreTrainedModel", str]:
     """Return the run's pretrained model without values, and why its files were not looked at, or ""."""
     from transformers import AutoModel
 
-    place = Pretrained(run.model.path, "model.path")
+    place, attention = Pretrained(run.model.path, "model.path"), run.model.attn_implementation or None
     try:
-        return ModelFiles(place.path, None, reads_values=False, **attention_options(run)).model, ""
+        return ModelFiles(place.path, None, attn_implementation=attention, reads_values=False).model, ""
     except NotDownloadedError as error:
         config = place.config(**attention_options(run))
         place.require_dense(config)
-        return place.shapes(architecture(config) or AutoModel, config), str(error)
+        model = place.shapes(architecture(config) or AutoModel, config)
+        return cast("PreTrainedModel", model), str(error)
 
 
-def _require_prunable(model: nn.Module, run: RunConfig) -> None:
+def _require_prunable(model: "PreTrainedModel", run: RunConfig) -> None:
     config = one_shot_config(run, run.start.samples)
     try:
         require_task(run, config)
