@@ -34,10 +34,15 @@ assert set(ENGINES) < set(TARGETS), "a speed is predicted for an engine that is 
 
 
 def pattern_conflict(target: str, pattern: str) -> str:
-    """Return why a model that is trained for ``target`` gains nothing by a sparsity ``pattern``; "" if it does."""
+    """Return why a model that is trained for ``target`` gains nothing by a sparsity ``pattern``; "" if it does.
+
+    Raises ValueError for an unknown pattern.
+    """
     facts = TARGETS[target]
     if facts.skips_pruned or not pattern or pattern in facts.patterns:
         return ""
-    able = ", ".join(name for name, other in TARGETS.items() if other.skips_pruned or pattern in other.patterns)
-    # an unknown pattern has a message of its own
-    return f"{facts.title} computes with dense weights, so the pattern {parse_pattern(pattern)} gains nothing ({able} can)"
+    able = " and ".join(name for name, other in TARGETS.items() if other.skips_pruned or pattern in other.patterns)
+    return (
+        f"{facts.title} computes with dense weights, so the pattern {parse_pattern(pattern)} gains nothing; targets that "
+        f"use it: {able}"
+    )

@@ -213,7 +213,7 @@ def plan(run: RunConfig | str | Path, options: PlanOptions | None = None) -> Pla
     layers, embeddings, trained_in_full = _layers(model), _embeddings(model), head_names(model, run)
     remarks = [remark] if remark else []
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, run)]
-    start, finetuning = _start(run, model, numbers, ranks, machine), run.finetuning()
+    start, finetuning = start_cost(run, model, numbers, ranks, machine), run.finetuning()
     before = None if finetuning is None else plan(finetuning, replace(options, trace=None))
     # the trace comes last: it uses the model up
     trace = options.trace or _trace(model, run, ranks, zero.persistence_threshold, machine.device)
@@ -367,8 +367,8 @@ def _embeddings(model: nn.Module) -> list[PlannedEmbedding]:
     ]
 
 
-def _start(run: RunConfig, model: nn.Module, numbers: ModelNumbers, ranks: int, machine: Machine) -> Cost | None:
-    """Predict the one-shot pruning before the run; None without any, or if it needs no data."""
+def start_cost(run: RunConfig, model: nn.Module, numbers: ModelNumbers, ranks: int, machine: Machine) -> Cost | None:
+    """Predict the one-shot pruning before the run; None without any, or if it needs no data. Raises InputError."""
     if run.start.method == "none" or not (config := one_shot_config(run, run.start.samples)).needs_data:
         return None
     size, place = DTYPES[run.train.precision].itemsize, Pretrained(run.model.path, "model.path")

@@ -7,8 +7,31 @@ from pst_ds.atomic_files import require_writable
 from pst_ds.cli.main import above, count
 from pst_ds.config.methods import METHODS
 from pst_ds.config.one_shot import ENGINES
+from pst_ds.config.targets import TARGETS
 from pst_ds.config.tasks import TASKS
 from pst_ds.errors import InputError
+
+
+FLAGS = {
+    "task": "--task",
+    "method": "--method",
+    "speedup": "--speedup",
+    "model.path": "DIR",
+    "data.train": "--train",
+    "data.validation": "--validation",
+    "data.test": "--test",
+    "data.text_columns": "--text-columns",
+    "data.label_column": "--label-column",
+    "data.max_length": "--max-length",
+    "pst.pattern": "--pattern",
+    "pst.exclude_modules": "--exclude-modules",
+    "schedule.final_sparsity": "--sparsity",
+    "train.num_steps": "--steps",
+    "train.num_epochs": "--epochs",
+    "train.batch_size": "--batch-size",
+    "output_dir": "--output-dir",
+}
+"""Flags for the settings of the run file that messages of this verb name."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--method", choices=tuple(METHODS), help="default: pst; lora where --target proposes a smaller dense model")
     add("--sparsity", type=float, metavar="S", help="final sparsity (default: 0.9, and 0.5 for language models)")
     add("--pattern", metavar="P", help='matrix (default), global, row, N:M or blocks such as "16x1"')
-    add("--target", choices=("cpu", *ENGINES), help="where the model will run; proposes the fastest of similar quality")
-    add("--speedup", type=above(1), metavar="X", help="cut as far as --target needs to be X times as fast")
+    target = f"where the model will run, as for export --for; proposes the fastest of similar quality: {', '.join(TARGETS)}"
+    add("--target", choices=tuple(TARGETS), metavar="TARGET", help=target)
+    add("--speedup", type=above(1), metavar="X", help=f"cut until {', '.join(ENGINES)} is X times as fast")
     add("--exclude-modules", type=_names, metavar="NAME,...", help="modules to keep dense (pst.exclude_modules)")
     steps = parser.add_mutually_exclusive_group()
     steps.add_argument("--epochs", type=float, metavar="N", help="default: 3 (causal-lm: 1), for 600 to 10,000 steps")

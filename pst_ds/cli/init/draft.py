@@ -15,6 +15,7 @@ from torch import nn
 from pst_ds.config.methods import METHODS
 from pst_ds.config.one_shot import CHANNELS, ENGINES
 from pst_ds.config.run import DataConfig, RunConfig
+from pst_ds.config.targets import TARGETS, pattern_conflict
 from pst_ds.config.tasks import TASKS, TaskFacts
 from pst_ds.config.toml import run_from_table
 from pst_ds.core.patterns import parse_pattern
@@ -34,10 +35,14 @@ from pst_ds.planning.dense_start import (
     gains_by_start,
 )
 from pst_ds.planning.machines import MACHINES, Machine, machine_of
+from pst_ds.planning.plan import start_cost
+from pst_ds.planning.shapes import model_numbers
 from pst_ds.planning.speedup import share_for
 from pst_ds.text_table import bytes_text
 from pst_ds.train.model import kept_in_fp32, load_model_config, load_tokenizer, meta_model, num_trainable
 from pst_ds.train.one_shot.start import require_startable
+from pst_ds.train.prepare import checked_shapes
+from pst_ds.train.stages import require_stages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -97,10 +102,15 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     """Return the run that ``args`` ask for, checked as by ``pst-ds plan``. Raises InputError."""
     if args.speedup and args.target not in ENGINES:
         raise InputError(f"--speedup {args.speedup} needs an engine to count for. Add --target {' or '.join(ENGINES)}")
+    _require_useful_pattern(args)
     machine = _machine(args)
     ranks = args.nodes * machine.node_size if machine else args.ranks or 1
     has_accelerator = machine is not None or torch.accelerator.is_available()
     table = _first_table(args, deepspeed_file if ranks > 1 or has_accelerator else None)
+    if args.target and TARGETS[args.target].only_causal and not TASKS[table["task"]].predicts_tokens:
+        raise InputError(
+            f"--target {args.target} runs language models, and the task is {table['task']}. Choose another --target"
+        )
     asked = table["data"].pop("max_length", 0)
     first = run_from_table(laid_over(table, "data", max_length=TASKS[table["task"]].min_length))
     task, tokenizer = task_of(first), load_tokenizer(first)
@@ -122,18 +132,24 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     model = meta_model(run, labels, tokenizer)
     if kept_in_fp32(model):
         table = laid_over(table, "train", precision="fp32")
-    if args.target in ENGINES:
+    if _is_cut(args):
         table = _with_cut(table, run, args, examples)
     else:
         if task.new_head:
             table = _for_a_new_task(table, model, run)
+        without_start = table
         table, remark = with_start(table, examples, any_pattern=not args.pattern)
+        if table is not without_start:
+            try:
+                _checked(table, labels, tokenizer, examples, ranks)
+            except InputError as error:
+                table = without_start
+                remark = f"not initialised with ALPS, which this model does not support: {error}"
         remarks.append(remark)
     if machine:
         table, remark = _for_cluster(table, examples, ranks, args.machine)
         remarks.append(remark)
-    if (proposed := run_from_table(table)) != run:
-        run, model = proposed, meta_model(proposed, labels, tokenizer)
+    run, model = _checked(table, labels, tokenizer, examples, ranks)
     layers = pst_layers(model)
     summary = {
         "task": run.task,
@@ -154,6 +170,41 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     node_size = machine.node_size if machine else 0
     known = model_config.model_type, positions, has_accelerator, node_size
     return Chosen(table, run, labels, *known, names, *reasons, summary)
+
+
+def _require_useful_pattern(args: argparse.Namespace) -> None:
+    """Raise InputError for a pattern that the target cannot use, or that does not exist."""
+    if not args.target or not args.pattern:
+        return
+    try:
+        conflict = pattern_conflict(args.target, args.pattern)
+    except ValueError as error:
+        raise InputError(f"--pattern {args.pattern}: {error}") from None
+    if conflict:
+        raise InputError(
+            f"--pattern {args.pattern} with --target {args.target}: {conflict}. Remove --pattern, which cuts channels "
+            "instead, or name another --target"
+        )
+
+
+def _is_cut(args: argparse.Namespace) -> bool:
+    """Return whether to propose a smaller dense model: for engines that do not skip pruned weights."""
+    return bool(args.target) and not TARGETS[args.target].skips_pruned and not args.pattern
+
+
+def _checked(
+    table: Settings, labels: list[str], tokenizer: "Tokenizer", examples: int, ranks: int
+) -> tuple[RunConfig, nn.Module]:
+    """Return the run of ``table`` and its model on the meta device, checked as ``pst-ds plan`` checks them.
+
+    Raises InputError. The DeepSpeed JSON is that of :func:`deepspeed_settings`, which fits every run.
+    """
+    run = run_from_table(table)
+    stage = 3 if run.deepspeed_config else 0
+    model = checked_shapes(run, labels, tokenizer, ranks=ranks, num_shards=1, stage=stage)
+    require_stages(run, examples)
+    start_cost(run, model, model_numbers(model), ranks, machine_of("cpu"))
+    return run, model
 
 
 def _machine(args: argparse.Namespace) -> Machine | None:
@@ -332,7 +383,7 @@ def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> Setti
 
 
 def method_of(args: argparse.Namespace) -> str:
-    is_dense = args.target in ENGINES and args.sparsity is None and not args.pattern
+    is_dense = _is_cut(args) and args.sparsity is None
     return args.method or ("lora" if is_dense else "pst")
 
 

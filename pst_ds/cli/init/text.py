@@ -5,7 +5,7 @@ import re
 import tomllib
 import unicodedata
 from pathlib import Path
-from textwrap import shorten
+from textwrap import wrap
 
 from pydantic import TypeAdapter
 
@@ -19,6 +19,10 @@ from pst_ds.planning.dense_start import gains_by_start
 
 _ESCAPED = ("Cc", "Cs", "Zl", "Zp")
 """Categories of Unicode: control characters, halves of surrogate pairs, ends of lines and of paragraphs."""
+
+
+_WIDTH = 120
+"""Characters of a line of comments."""
 
 
 def write_files(chosen: Chosen, out: Path, deepspeed_file: Path) -> None:
@@ -39,8 +43,8 @@ def run_file_text(chosen: Chosen, out: Path) -> str:
     """Return TOML with a comment above every setting."""
     comments = _descriptions() | _found(chosen)
     lines = [
-        _comment(f"What the run would do: {chosen.plan_command(out)}"),
-        _comment(f"Start it: {chosen.train_command(out)}"),
+        _comment(f"What the run would do: {chosen.plan_command(out)}", is_command=True),
+        _comment(f"Start it: {chosen.train_command(out)}", is_command=True),
         _comment("Every other setting: docs/reference/run-file.md"),
     ]
     tables = {name: value for name, value in chosen.table.items() if isinstance(value, dict)}
@@ -59,10 +63,16 @@ def _lines(table: Settings, prefix: str, comments: dict[str, str]) -> list[str]:
     return lines
 
 
-def _comment(text: str) -> str:
-    """Return a one-line comment: line ends and control characters, such as in class names, become escapes."""
-    escaped = (c.encode("unicode_escape").decode() if unicodedata.category(c) in _ESCAPED else c for c in text)
-    return "# " + "".join(escaped)
+def _comment(text: str, *, is_command: bool = False) -> str:
+    """Return a comment, wrapped to lines of :data:`_WIDTH` characters unless it has a command to copy.
+
+    Line ends and control characters, such as in class names, become escapes.
+    """
+    escaped = "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in _ESCAPED else c for c in text)
+    if is_command:
+        return f"# {escaped}"
+    lines = wrap(escaped, _WIDTH - len("# "), break_long_words=False, break_on_hyphens=False)
+    return "\n".join(f"# {line}" for line in lines or [""])
 
 
 def _descriptions() -> dict[str, str]:
@@ -76,7 +86,7 @@ def _descriptions() -> dict[str, str]:
     firsts = {
         at: re.split(r"(?<=[.)])\s+(?=[A-Z\"])", entry.get("description", ""))[0] for at, entry in entries.items()
     }
-    return {at: shorten(first.replace("``", "").rstrip("."), 116, placeholder=" ...") for at, first in firsts.items()}
+    return {at: " ".join(first.replace("``", "").rstrip(".").split()) for at, first in firsts.items()}
 
 
 def _found(chosen: Chosen) -> dict[str, str]:
