@@ -11,16 +11,7 @@ from typing import TYPE_CHECKING
 from pst_ds.cli.flags import flags_of_fields
 from pst_ds.cli.main import add_quiet_argument, add_shard_argument, load_run_or_folder
 from pst_ds.config.targets import TARGETS
-from pst_ds.core.packings import (
-    COMPRESSED_TENSORS,
-    DENSE,
-    GGUF,
-    GROUPS,
-    ONNX,
-    ONNX_FILE,
-    VALUE_BITS,
-    WHOLE_ROW,
-)
+from pst_ds.core.packings import COMPRESSED_TENSORS, DENSE, GGUF, GROUPS, ONNX, ONNX_FILE, VALUE_BITS, WHOLE_ROW
 from pst_ds.errors import InputError, shortened
 
 if TYPE_CHECKING:

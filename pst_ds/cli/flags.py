@@ -31,7 +31,9 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
         return message
     longest_first = sorted(flags, key=len, reverse=True)
     names = "|".join(map(re.escape, longest_first))
-    pattern = re.compile(rf"(?<![\w.\-/])(?P<name>{names})(?:(?P<is> = )(?P<value>{_VALUE})(?P<others>{_OTHERS}))?(?![\w])")
+    pattern = re.compile(
+        rf"(?<![\w.\-/])(?P<name>{names})(?:(?P<is> = )(?P<value>{_VALUE})(?P<others>{_OTHERS}))?(?![\w])"
+    )
 
     def flag_of(match: re.Match[str]) -> str:
         name, value = match["name"], match["value"]

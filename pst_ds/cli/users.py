@@ -1,4 +1,4 @@
-"""``pst-ds users ACTION``: personal states over one sparse base: train, evaluate, list, export and remove them."""
+"""``pst-ds users ACTION``: personal adapters over one sparse base: train, evaluate, list, export and remove them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for sub in (subs["train"], subs["eval"], subs["export"]):
         add_run_arguments(sub, "folder of a finished run, or its run file")
         sub.add_argument("--checkpoint", default="best", help='"best" (default), "final", or another in checkpoints/')
-        sub.add_argument("--store", required=True, metavar="DIR", help="folder of the users' states")
+        sub.add_argument("--store", required=True, metavar="DIR", help="folder of the users' adapters")
     for sub in (subs["list"], subs["remove"]):
         sub.add_argument("store", metavar="DIR", help="the store")
     for sub in (subs["train"], subs["eval"]):
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_training_arguments(subs["train"])
     add = subs["eval"].add_argument
     add("--split", choices=("train", "validation", "test"), default="test", help="(default: test)")
-    add("--others", type=count, default=1, metavar="N", help="mean over the states of N other users (default: 1)")
+    add("--others", type=count, default=1, metavar="N", help="mean over the adapters of N other users (default: 1)")
     add = subs["export"].add_argument
     add("--user", required=True, metavar="NAME", help="user whose model is written")
     add("--out", required=True, help="folder to write")
@@ -64,7 +64,7 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--form", choices=("masked", "beside"), default="masked", help=form)
     add("--layers", nargs="+", default=[], metavar="NAME", help="layers, or endings (default: all)")
     add("--rank", type=count, metavar="R", help="of updates beside layers (default: the run's)")
-    add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the states (default: bf16)")
+    add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the adapters (default: bf16)")
     add("--epochs", type=float, default=8.0, metavar="E", help="epochs over a user's rows (default: 8)")
     add("--batch-size", type=count, default=8, metavar="B", help="most rows of a step (default: 8)")
     rate = "of U and V (default: 0.4 of the run's, with a head 0.2)"
@@ -228,9 +228,9 @@ def _say(text: str) -> None:
 
 
 ACTIONS: dict[str, tuple[str, Callable[[argparse.Namespace], Facts]]] = {
-    "train": ("train a state for each user of a column, over a finished run", _train),
-    "eval": ("compare each user's own state with the shared one, and with another's", _eval),
+    "train": ("train an adapter for each user of a column, over a finished run", _train),
+    "eval": ("compare each user's adapter with the shared model, and with others' adapters", _eval),
     "list": ("list the users of a store", _list),
     "export": ("write a user's own model, as sparse as the base: dense or packed", _export),
-    "remove": ("delete the states of users", _remove),
+    "remove": ("delete the adapters of users", _remove),
 }

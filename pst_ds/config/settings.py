@@ -182,7 +182,8 @@ def _range(entry: Schema) -> str:
     low, above = entry.get("minimum"), entry.get("exclusiveMinimum")
     for key, end in (("maximum", "]"), ("exclusiveMaximum", ")")):
         if key in entry:
-            return f"be in [{low:g}, {entry[key]:g}{end}"
+            start = f"[{low:g}" if above is None else f"({above:g}"
+            return f"be in {start}, {entry[key]:g}{end}"
     if entry["type"] == "number":
         least = "" if low is None else f" of at least {low:g}"
         return f"be a finite number{least if above is None else f' above {above:g}'}"

@@ -5,7 +5,8 @@ Every schedule is a pure function of the applied optimizer steps, so there is no
 
 import math
 from dataclasses import dataclass, fields
-from typing import Protocol
+from numbers import Integral, Real
+from typing import Any, Protocol
 
 from pst_ds.core.fractions import percent_hint
 
@@ -58,6 +59,7 @@ class ScheduleConfig:
     and gradients of the last 16 batches, with new values for the kept weights (docs/how-to/methods.md)."""
 
     def __post_init__(self) -> None:
+        _require_numbers(self)
         first, last = self.initial_sparsity, self.final_sparsity
         _require(0.0 <= last < 1.0, "final_sparsity", last, "in [0, 1)")
         _require(0.0 <= first <= last, "initial_sparsity", first, f"in [0, final_sparsity = {last}]")
@@ -162,6 +164,7 @@ class OneShotSchedule:
     final_sparsity: float
 
     def __post_init__(self) -> None:
+        _require_numbers(self)
         _require(0.0 <= self.final_sparsity < 1.0, "final_sparsity", self.final_sparsity, "in [0, 1)")
 
     def sparsity_at(self, step: int) -> float:
@@ -195,6 +198,7 @@ class RoundingSchedule:
     num_steps: int
 
     def __post_init__(self) -> None:
+        _require_numbers(self)
         _require(self.interval >= 1, "interval", self.interval, "at least 1")
         _require(0 <= self.start < self.num_steps, "start", self.start, f"in [0, num_steps = {self.num_steps})")
 
@@ -242,6 +246,15 @@ class Schedules:
         """Return whether masks and quantisation no longer change in kind from ``step`` on."""
         masks_final = self.masks is None or self.masks.is_final(step)
         return masks_final and (self.rounding is None or self.rounding.rounds_at(step))
+
+
+def _require_numbers(schedule: Any) -> None:
+    """Raise ValueError for a field of a ``schedule`` that is not a number, or not a whole one where it counts."""
+    for field in fields(schedule):
+        value, counts = getattr(schedule, field.name), field.type is int
+        is_number = isinstance(value, Integral if counts else Real) and not isinstance(value, bool)
+        if not is_number:
+            raise ValueError(f"{field.name} = {value!r} must be {'a whole number' if counts else 'a number'}")
 
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:

@@ -96,7 +96,9 @@ def _row_per_token(model: nn.Module, kept: Sequence[int]) -> dict[str, nn.Parame
     }
     pruned = next((name for name in found if name.rpartition(".")[0] in pst_layers(model)), None)
     if pruned:
-        raise ExportError(f"vocabulary: {pruned} has a row per token and is pruned, so its rows must stay. Keep all tokens")
+        raise ExportError(
+            f"vocabulary: {pruned} has a row per token and is pruned, so its rows must stay. Keep all tokens"
+        )
     other = next((name for name, param in found.items() if param.shape[0] != rows), None)
     if other:
         raise ExportError(

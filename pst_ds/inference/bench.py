@@ -66,7 +66,7 @@ class NativeLoop:
         """Open ``folder``. Return None if it is not causal, or :func:`open_decoder` would choose transformers."""
         if not folder.is_causal:
             return None
-        instead = "the native loop is not measured"  # as the row of the table is called
+        instead = "the native decoder is not measured"
         decoder = open_decoder(folder, context=positions, sequences=sequences, instead=instead)
         return None if decoder is None else cls(decoder, folder.weight_file_bytes)
 

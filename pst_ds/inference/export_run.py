@@ -170,7 +170,9 @@ def export_model_folder(source: str | Path, out: str | Path, settings: ExportSet
         return _to_onnx(lambda at, how: export_model_folder(source, at, how), Path(out), settings)
     tokenizer, vocabulary = None, None
     if settings.vocabulary == SEEN:
-        raise InputError(f'vocabulary = "seen": {source} is a model folder, which has no training data. Name a text file')
+        raise InputError(
+            f'vocabulary = "seen": {source} is a model folder, which has no training data. Name a text file'
+        )
     if settings.vocabulary:
         tokenizer = open_tokenizer(source, str(source), "Name a folder with a tokenizer")
         tokens = _tokens_of_file(settings.vocabulary, tokenizer)

@@ -22,7 +22,9 @@ def require_free(out: Path, base: str) -> None:
         raise InputError(f"out = {str(out)!r} is the model to prune. Name another folder")
     is_ours = (out / RECORD_FILE).is_file() and not (out / MANIFEST_FILE).exists()
     if out.exists() and not (out.is_dir() and (is_ours or not any(out.iterdir()))):
-        raise InputError(f"out = {str(out.absolute())!r} exists and was not written by pst-ds prune. Name another folder")
+        raise InputError(
+            f"out = {str(out.absolute())!r} exists and was not written by pst-ds prune. Name another folder"
+        )
     require_writable(out, f"out = {str(out)!r}")
 
 

@@ -87,7 +87,9 @@ def requested_sparsity(settings: PSTConfig, asked: float | None, default: float)
     fixed = parse_pattern(settings.pattern).fixed_sparsity
     if fixed is not None:
         if asked not in (None, fixed):
-            raise InputError(f"sparsity = {asked}: pattern {settings.pattern} has sparsity {fixed}. Set sparsity = {fixed}")
+            raise InputError(
+                f"sparsity = {asked}: pattern {settings.pattern} has sparsity {fixed}. Set sparsity = {fixed}"
+            )
         return fixed
     share = default if asked is None else asked
     if not 0.0 <= share < 1.0:

@@ -70,8 +70,7 @@ def naming(layer: str) -> Iterator[None]:
         yield
     except FloatingPointError as error:
         raise FloatingPointError(
-            f"{layer}: {error}. Check that the model's weights are finite, and calibrate with "
-            'train.precision = "fp32"'
+            f'{layer}: {error}. Check that the model\'s weights are finite, and calibrate with train.precision = "fp32"'
         ) from None
 
 

@@ -23,5 +23,7 @@ def require_stages(run: RunConfig, num_examples: int) -> int:
         try:
             require_startable(run)
         except InputError as error:
-            raise InputError(f'start.method = "{run.start.method}": {error}. Or skip it: start.method = "none"') from None
+            raise InputError(
+                f'start.method = "{run.start.method}": {error}. Or skip it: start.method = "none"'
+            ) from None
     return num_steps

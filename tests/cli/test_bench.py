@@ -96,7 +96,7 @@ def test_a_model_that_the_loop_cannot_run_is_measured_without_it(folders, capsys
     monkeypatch.setattr(Decoder, "from_pretrained", refuse)
     assert main(["bench", str(folders / "half-int8"), *SHORT]) == 0
     out = capsys.readouterr()
-    assert "the native loop is not measured: an odd layer" in out.err
+    assert "the native decoder is not measured: an odd layer" in out.err
     assert "native loop" not in out.out
 
 

@@ -48,7 +48,10 @@ VERBS = {
         _prune("--method", "wanda", "--pattern", "2:4", "--sparsity", "0.7"), "--sparsity", "0.7", "Remove one of them"
     ),
     "prune by saliency where a pattern has one share": Wrong(
-        _prune("--method", "wanda", "--pattern", "2:4", "--budgets", "saliency"), "--budgets", "2:4", "Set --budgets equal, or --pattern row or matrix"
+        _prune("--method", "wanda", "--pattern", "2:4", "--budgets", "saliency"),
+        "--budgets",
+        "2:4",
+        "Set --budgets equal, or --pattern row or matrix",
     ),
     "prune to a grid by saliency": Wrong(
         _prune("--method", "sparsegpt", "--bits", "4", "--budgets", "saliency"), "--bits 4", "saliency", "Prune first"

@@ -156,9 +156,7 @@ def _refused(settings_of_rank, folder):
 def test_data_that_one_rank_lacks_ends_all_ranks_with_its_name(run_ranks, tmp_path):
     missing = ((), ("data.train=tests/data/not-there.jsonl",))
     for said in run_ranks(_refused, 2, missing, tmp_path / "run"):
-        assert said.startswith(
-            f"rank 1 on {socket.gethostname()}: data.train = 'tests/data/not-there.jsonl'"
-        )
+        assert said.startswith(f"rank 1 on {socket.gethostname()}: data.train = 'tests/data/not-there.jsonl'")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -168,9 +166,7 @@ def test_data_that_one_rank_cannot_read_ends_all_ranks_with_its_name(run_ranks, 
     (tmp_path / "cut.jsonl").write_text(lines[: len(lines) // 2])
     damaged = ((), (f"data.validation={tmp_path}/cut.jsonl",))
     for said in run_ranks(_refused, 2, damaged, tmp_path / "run"):
-        assert said.startswith(
-            f"rank 1 on {socket.gethostname()}: data.validation = '{tmp_path}/cut.jsonl'"
-        )
+        assert said.startswith(f"rank 1 on {socket.gethostname()}: data.validation = '{tmp_path}/cut.jsonl'")
 
 
 @pytest.mark.zero3

@@ -1,93 +1,67 @@
-"""The shipped DeepSpeed configs through the front door, and what a rank holds under each ZeRO stage."""
+"""What would stop a run after its first stage is found before any stage."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
-import torch
-from torch import nn
 
-from pst_ds.checkpoint.format import read_checkpoint
-from pst_ds.config.pst import PSTConfig
-from pst_ds.config.toml import load_run
-from pst_ds.nn.inject import inject_pst, pst_layers
-from pst_ds.parallel import zero3
-from pst_ds.parallel.engine import build_engine, optimizer_bytes
-from pst_ds.parallel.launch import launch_environment
-from pst_ds.train.run import prepare, train_prepared
+from pst_ds.cli.main import main
+from pst_ds.config.toml import run_from_table
+
+CAUSAL = "tests/data/causal_lm.toml"
+STARTED = ("start.method=alps", "schedule.initial_sparsity=0.3", "start.samples=8")
 
 
-def _train(folder, deepspeed_config):
-    settings = [f'output_dir="{folder}"', f'deepspeed_config="{deepspeed_config}"', "train.num_steps=4"]
-    run = load_run("tests/data/world_size.toml", settings)
-    return train_prepared(prepare(run, launch_environment()), quiet=True)
+def _words(verb, out, *settings):
+    chosen = (f"output_dir={out}", "deepspeed_config=", *settings)
+    return [verb, CAUSAL, *(word for setting in chosen for word in ("--set", setting))]
 
 
-def _losses(folder):
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["event"] == "step"]
-
-
-@pytest.mark.zero3
-def test_every_shipped_config_trains_as_one_process_does(run_ranks, tmp_path):
-    alone = _train(tmp_path / "alone", "")
-    trained = dict(read_checkpoint(tmp_path / "alone" / "checkpoints" / "final").trained)
-    for name in ("zero2", "zero3", "zero3_offload"):
-        folder = tmp_path / name
-        for result in run_ranks(_train, 2, folder, f"ds_configs/{name}.json"):
-            assert result["mask_checksum"] == alone["mask_checksum"], name
-            assert result["trained_parameters"] == alone["trained_parameters"]
-        assert _losses(folder) == pytest.approx(_losses(tmp_path / "alone"), rel=1e-4), name
-        own = dict(read_checkpoint(folder / "checkpoints" / "final").trained)
-        assert own.keys() == trained.keys()
-        assert all(own[n].shape == trained[n].shape for n in own)
-
-
-WIDTH, HIDDEN = 256, 509  # 509 is prime: every shard of these weights is padded
-
-
-class _Stack(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)) for _ in range(2))
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-def _held(stage, world_size, dtype, zero):
-    """(trainable parameters, bytes of optimizer state here, pruned weights, mask bytes here) after a step."""
-    torch.manual_seed(0)
-    model = inject_pst(_Stack().to(dtype), PSTConfig(), num_shards=world_size if stage == 3 else 1)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    config = {
-        "train_micro_batch_size_per_gpu": 1, "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 1 << 16, **zero},
-    }  # fmt: skip
-    engine = build_engine(model, [{"params": trained, "lr": 1e-3}], ds_config=config)
-    engine.backward(engine(torch.randn(3, WIDTH, dtype=dtype)).float().square().mean())
-    engine.step()
-    layers = pst_layers(engine.module).values()
-    masks = sum(zero3.shard_of(layer.pst_mask).values.nbytes for layer in layers)
-    return sum(map(zero3.full_numel, trained)), optimizer_bytes(engine), sum(x.layout.numel for x in layers), masks
-
-
-@pytest.mark.zero3
 @pytest.mark.parametrize(
-    ("stage", "world_size", "dtype", "zero"),
+    ("settings", "words"),
     [
-        (1, 2, torch.bfloat16, {}),
-        (3, 3, torch.bfloat16, {}),
-        (3, 2, torch.float32, {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}),
+        (("train.batch_size=5000",), "fewer than one batch"),
+        (("finetune.method=lora", "finetune.num_steps=2", "train.batch_size=5000"), "fewer than one batch"),
+        (("start.budgets=saliency", "pst.pattern=2:4", "schedule.final_sparsity=0.5", "schedule.initial_sparsity=0.5"),
+         'start.budgets = "saliency": pattern 2:4'),
     ],
-    ids=["1", "3", "3-offload"],
+)  # fmt: skip
+@pytest.mark.parametrize("verb", ["train", "plan"])
+def test_nothing_is_pruned_or_tuned_before_all_stages_are_checked(tmp_path, capsys, monkeypatch, verb, settings, words):
+    def never(*args, **kwargs):
+        raise AssertionError("work before the checks")
+
+    monkeypatch.setattr("pst_ds.train.run.finetune", never)
+    monkeypatch.setattr("pst_ds.train.run.start_run", never)
+    out = tmp_path / "run"
+    assert main(_words(verb, out, *STARTED, *settings)) == 2
+    assert words in capsys.readouterr().err
+    assert not (out / "start").exists()
+
+
+def test_one_setting_switches_a_start_off(tmp_path, capsys):
+    words = [*_words("plan", tmp_path / "run", *STARTED, "start.reconstruct=2"), "--set", "start.method=none", "--json"]
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert '"start": null' in said.out
+    assert 'note: start.method = "none" switches [start] off; ignored: start.samples, start.reconstruct' in said.err
+
+
+def test_a_section_without_its_switch_is_refused(capsys):
+    assert main([*_words("plan", "runs/x", "start.samples=12")]) == 2
+    said = capsys.readouterr().err
+    assert 'start.samples = 12 does nothing with start.method = "none". Remove start.samples, or set' in said
+
+
+def test_what_is_switched_off_must_still_exist(capsys):
+    assert main([*_words("plan", "runs/x", "start.method=none", "start.sampels=12")]) == 2
+    assert "unknown key 'start.sampels'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "written"), [("[wandb]", '["wandb"]'), ("wandb", '["wandb"]'), ("[a, 'b']", '["a", "b"]')]
 )
-def test_a_rank_holds_its_share_of_optimizer_state_and_masks(run_ranks, stage, world_size, dtype, zero):
-    for trained, optimizer, weights, masks in run_ranks(_held, world_size, stage, world_size, dtype, zero):
-        assert optimizer == pytest.approx(trained * 12 / world_size, rel=0.01)
-        assert masks == pytest.approx(weights / 8 / (world_size if stage == 3 else 1), rel=0.01)
+def test_a_list_without_quotes_is_shown_with_them(value, written):
+    table = {"output_dir": "x", "model": {"path": "m"}, "data": {"train": "t"}, "tracking": {"to": value}}
+    with pytest.raises(ValueError, match="tracking") as caught:
+        run_from_table(table)
+    assert f"in a shell: --set 'tracking.to={written}'" in str(caught.value)

@@ -46,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--method", choices=tuple(METHODS), help="default: pst; lora where --target proposes a smaller dense model")
     add("--sparsity", type=float, metavar="S", help="final sparsity (default: 0.9, and 0.5 for language models)")
     add("--pattern", metavar="P", help='matrix (default), global, row, N:M or blocks such as "16x1"')
-    target = f"where the model will run, as for export --for; proposes the fastest of similar quality: {', '.join(TARGETS)}"
+    target = (
+        f"where the model will run, as for export --for; proposes the fastest of similar quality: {', '.join(TARGETS)}"
+    )
     add("--target", choices=tuple(TARGETS), metavar="TARGET", help=target)
     add("--speedup", type=above(1), metavar="X", help=f"cut until {', '.join(ENGINES)} is X times as fast")
     add("--exclude-modules", type=_names, metavar="NAME,...", help="modules to keep dense (pst.exclude_modules)")

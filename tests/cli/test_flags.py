@@ -1,0 +1,102 @@
+"""Messages name settings as Python does; a verb shows its flags for them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+
+from pst_ds.cli import export, prune
+from pst_ds.cli.flags import in_flags
+from pst_ds.cli.main import build_parser, main
+from pst_ds.config.one_shot import PruneConfig
+from pst_ds.config.targets import TARGETS
+from pst_ds.inference.export_run import ExportSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = {"bits": "--bits", "keep_zeros": "--keep-zeros", "data.label_column": "--label-column", "names": "--names"}
+
+
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        ("bits = 8 is wrong. Set bits = 4.", "--bits 8 is wrong. Set --bits 4."),
+        ("keep_zeros = true, two bits", "--keep-zeros, two bits"),
+        ('Set bits = "4" or "8", or none', "Set --bits 4 or 8, or none"),
+        ("column data.label_column holds 2", "column --label-column holds 2"),
+        ("data.label_column = 'my label': no", "--label-column 'my label': no"),
+        ("names = ['a', 'b'] and pst.bits = 3", "--names a,b and pst.bits = 3"),
+        ("embedding_bits = 8", "embedding_bits = 8"),
+    ],
+)
+def test_settings_become_flags_and_other_words_stay(message, wanted):
+    assert in_flags(message, FLAGS) == wanted
+    assert in_flags(message, {}) == message
+
+
+def _actions(verb):
+    (verbs,) = (action.choices for action in build_parser(verb)._actions if action.choices)
+    return {name: action for action in verbs[verb]._actions for name in action.option_strings}
+
+
+@pytest.mark.parametrize("verb", [export, prune])
+def test_every_flag_of_the_table_is_an_option_of_the_verb(verb):
+    assert set(verb.FLAGS.values()) <= set(_actions(verb.__name__.rpartition(".")[2]))
+
+
+def test_the_help_lists_every_format_and_method_and_targets_agree(capsys):
+    wanted = get_args(get_type_hints(ExportSettings)["format"])
+    assert list(export.FORMATS) == list(_actions("export")["--format"].choices) == list(wanted)
+    assert list(prune.PRUNING_METHODS) == list(get_args(get_type_hints(PruneConfig)["method"]))
+    assert _actions("export")["--for"].choices == _actions("init")["--target"].choices == tuple(TARGETS)
+    for verb, names in (("export", wanted), ("prune", prune.PRUNING_METHODS)):
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        text = "".join(capsys.readouterr().out.split())  # lines break anywhere
+        assert all(f"{name}:" in text for name in names)
+
+
+def _refused(capsys, *words):
+    assert main(list(words)) == 2
+    return capsys.readouterr().err
+
+
+def test_init_answers_in_its_own_flags(tmp_path, capsys):
+    rows = [{"text": "a film", "label": 0.5}, {"text": "the plot", "label": 1.5}]
+    numbers = tmp_path / "numbers.jsonl"
+    numbers.write_text("".join(json.dumps(row) + "\n" for row in rows * 9))
+    more = ("--out", str(tmp_path / "run.toml"))
+    bert = ("init", "tests/data/tiny-bert", "--train")
+    said = _refused(capsys, *bert, str(numbers), "--task", "classification", *more)
+    assert said.endswith("Set --task regression\n")
+    said = _refused(capsys, *bert, "tests/data/train.jsonl", "--sparsity", "90", *more)
+    assert "--sparsity 90.0 must be in [0, 1). Did you mean 0.9?" in said
+    said = _refused(capsys, *bert, "tests/data/train.jsonl", "--task", "chat", *more)
+    assert "is an encoder" in said
+    said = _refused(capsys, *bert, "tests/data/train.jsonl", "--pattern", "2:4", "--target", "vllm", *more)
+    assert "--pattern 2:4 with --target vllm: vLLM computes with dense weights" in said
+    said = _refused(capsys, *bert, "tests/data/train.jsonl", "--target", "llama.cpp", *more)
+    assert "--target llama.cpp runs language models" in said
+    assert not (tmp_path / "run.toml").exists()
+
+
+@pytest.mark.parametrize("settings", [{"method": "wanda", "bits": 8}, {"method": "sparsegpt", "keep_zeros": True}])
+def test_prune_says_in_flags_what_python_says_in_fields(tmp_path, capsys, settings):
+    with pytest.raises(ValueError, match=r"(bits|keep_zeros) = ") as caught:
+        PruneConfig(**settings)
+    assert "--" not in str(caught.value)
+    flags = [word for name, value in settings.items() for word in (prune.FLAGS[name], str(value)) if word != "True"]
+    said = _refused(capsys, "prune", "tests/data/causal_lm.toml", "--out", str(tmp_path / "out"), *flags)
+    assert said.startswith("pst-ds prune: --")
+    assert " = " not in said
+
+
+@pytest.mark.parametrize("target", ["vllm", "transformers"])
+def test_an_engine_that_does_not_skip_pruned_weights_says_so(folders, tmp_path, capsys, target):
+    words = ["export", str(folders / "pruned"), "--for", target, "--out", str(tmp_path / "out"), "--quiet", "--json"]
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert f"note: {TARGETS[target].title} computes with dense weights: a sparsity of 0.5" in said.err
+    assert json.loads(said.out.splitlines()[-1])["note"] in said.err
