@@ -1,4 +1,4 @@
-"""Flags of a verb for the settings that messages name: the package says ``bits = 8``, a verb that has the flag --bits 8.
+"""Flags of a verb for the settings that messages name: ``bits = 8`` becomes --bits 8.
 
 Messages name settings as Python and run files do. A verb whose flags have other names lists them in ``FLAGS``, and
 :func:`in_flags` is the only place that translates.

@@ -145,8 +145,8 @@ class PruneConfig(OneShotConfig):
             )
         if self.bits and self.budgets == "saliency":
             yield (
-                f'bits = {self.bits} quantises while pruning, which budgets = "saliency" does not support. Prune first, '
-                f"{_QUANTISE_LATER}"
+                f'bits = {self.bits} quantises while pruning, which budgets = "saliency" does not support. Prune '
+                f"first, {_QUANTISE_LATER}"
             )
 
     def _problems_of_pattern(self) -> Iterator[str]:

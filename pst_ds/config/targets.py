@@ -1,4 +1,4 @@
-"""The table of targets: the engines that ``pst-ds init --target`` trains for, and ``pst-ds export --for`` writes for."""
+"""The table of targets: engines that ``pst-ds init --target`` trains for and ``pst-ds export --for`` writes for."""
 
 from dataclasses import dataclass
 
@@ -43,6 +43,6 @@ def pattern_conflict(target: str, pattern: str) -> str:
         return ""
     able = " and ".join(name for name, other in TARGETS.items() if other.skips_pruned or pattern in other.patterns)
     return (
-        f"{facts.title} computes with dense weights, so the pattern {parse_pattern(pattern)} gains nothing; targets that "
-        f"use it: {able}"
+        f"{facts.title} computes with dense weights, so the pattern {parse_pattern(pattern)} gains nothing; targets "
+        f"that use it: {able}"
     )

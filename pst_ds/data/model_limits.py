@@ -18,9 +18,9 @@ def check_causal_model(
     """Raise ConfigError if a model cannot predict the next token. ``task``: its name, and why it ends texts."""
     if _is_bidirectional(config):
         raise ConfigError(
-            f"the model is an encoder ({config.model_type}, whose config says is_decoder = false): it reads whole texts, "
-            f"and task {task.partition(',')[0]} needs one that writes them. Name a causal language model in model.path "
-            '(GPT-2, Llama, Qwen, ...), or set task = "classification" for texts with labels'
+            f"the model is an encoder ({config.model_type}, whose config says is_decoder = false): it reads whole "
+            f"texts, and task {task.partition(',')[0]} needs one that writes them. Name a causal language model in "
+            'model.path (GPT-2, Llama, Qwen, ...), or set task = "classification" for texts with labels'
         )
     if tokenizer is not None and tokenizer.eos_token_id is None:
         raise ConfigError(

@@ -55,7 +55,8 @@ class Encoding:
         if self.packing in FOR_COMPRESSED_TENSORS:
             if self.values is None or self.embeddings is not None:
                 raise ExportError(
-                    f'format = "{COMPRESSED_TENSORS}" holds int8 or int4 linear layers only. Set values = "int8" or "int4" only'
+                    f'format = "{COMPRESSED_TENSORS}" holds int8 or int4 linear layers only. Set values = "int8" or '
+                    '"int4" only'
                 )
             if self.packing == COMPRESSED_TENSORS_W8A8 and self.values != Grid(8):
                 raise ExportError(

@@ -37,8 +37,8 @@ class PrunedScales:
         if requested not in (None, self.grid):
             raise ExportError(
                 f"the export asks for {requested}, and {self.folder} was quantised to {self.grid}. Quantising it again "
-                f'loses accuracy. Set values = "{self.grid.values}" and group = "{self.grid.group or WHOLE_ROW}", or prune '
-                "the model with another quantisation"
+                f'loses accuracy. Set values = "{self.grid.values}" and group = "{self.grid.group or WHOLE_ROW}", or '
+                "prune the model with another quantisation"
             )
         modules = dict(model.named_modules())
         unknown = next((layer for layer in self.layers if layer not in modules and layer not in stacks), None)

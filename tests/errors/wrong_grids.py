@@ -48,7 +48,10 @@ GRIDS = {
         _prune("--bits", "4"), "model.layers.0.self_attn.q_proj", "do not divide 32", "Choose another group"
     ),
     "bits of another method": Wrong(
-        lambda shop: shop.prune("--method", "wanda", "--bits", "4"), "--bits", "4", "--method sparsegpt and --keep-zeros"
+        lambda shop: shop.prune("--method", "wanda", "--bits", "4"),
+        "--bits",
+        "4",
+        "--method sparsegpt and --keep-zeros",
     ),
     "zeros that are kept, and moved": Wrong(
         _prune("--keep-zeros", "--bits", "8", "--pattern", "row"), "--keep-zeros", "--pattern row", "Remove"

@@ -11,7 +11,6 @@ from pst_ds.config.targets import TARGETS
 from pst_ds.config.tasks import TASKS
 from pst_ds.errors import InputError
 
-
 FLAGS = {
     "task": "--task",
     "method": "--method",

@@ -148,7 +148,8 @@ class GgufPlan:
         if output.grid is not None:
             if columns % BLOCK:
                 raise ExportError(
-                    f"{output.name} has {columns} inputs, not a multiple of GGUF's block size {BLOCK}. Leave values unset"
+                    f"{output.name} has {columns} inputs, not a multiple of GGUF's block size {BLOCK}. Leave values "
+                    "unset"
                 )
             width = columns // BLOCK * (2 + BLOCK * output.grid.bits // 8)
             return (*rows, width), self._kinds.Q8_0 if output.grid.bits == 8 else self._kinds.Q4_0, np.uint8
