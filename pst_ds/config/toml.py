@@ -175,7 +175,7 @@ def without_switched_off(table: Mapping[str, object]) -> dict[str, object]:
         section = table.get(name)
         if not isinstance(section, dict) or switch not in section or section[switch] != off:
             continue
-        default = defaults[name]()  # type: ignore[operator, misc]
+        default = defaults[name]()  # type: ignore[operator]
         ignored = {}
         for key, value in section.items():
             if key != switch and hasattr(default, key):

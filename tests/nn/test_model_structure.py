@@ -130,7 +130,7 @@ def test_a_list_of_projections_next_to_the_blocks_is_no_stack_of_blocks():
 
 def test_blocks_that_use_keys_and_values_of_others_are_not_replayed_alone():
     model = gemma3n(2)
-    with pytest.raises(InputError, match=r"num_kv_shared_layers = 2: .* Use --method magnitude"):
+    with pytest.raises(InputError, match=r'num_kv_shared_layers = 2: .* Set method = "magnitude"'):
         find_blocks(model, names(model))
 
 

@@ -159,7 +159,7 @@ def test_words_that_do_not_go_together(capsys, tmp_path, base):
     assert "--keep-zeros keeps the mask that the folder has. Remove --sparsity 0.5 and --pattern row" in both
     groups = said("--bits", "4", "--group", "128")
     assert "model.layers.0.self_attn.q_proj: groups of 128 do not divide 64 inputs; take 32 or 64 or row" in groups
-    assert "Choose another --group, or exclude the layer with pst.exclude_modules" in groups
+    assert "Choose another group, or exclude the layer with pst.exclude_modules" in groups
 
 
 def _with_weight(folder, name, change):

@@ -204,7 +204,7 @@ def test_wrong_input_is_one_message(capsys, tmp_path):
     )
     assert 'pattern "global" ranks the weights of several matrices' in said("--pattern", "global", method="magnitude")
     assert "SparseGPT prunes by matrix, row or N:M" in said("--pattern", "2x2", method="sparsegpt")
-    assert "sequences. Lower --samples, or data" in said("--samples", "99999")
+    assert ", or lower data.max_length" in said("--samples", "99999")
     assert "does not exist (looked in" in said("--set", "model.path=nowhere/at/all", method="magnitude")
     assert "run file 'nothing.toml' does not exist" in said(run_file="nothing.toml")
     assert "matched no linear layer" in said("--set", "pst.target_modules=['nothing']")

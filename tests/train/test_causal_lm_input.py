@@ -78,7 +78,7 @@ def test_fewer_sequences_than_a_batch_are_refused(tmp_path):
 
 def test_a_model_that_looks_both_ways_is_refused(tmp_path):
     more = {"model.path": "tests/data/tiny-bert", "model.tokenizer": LLAMA}
-    assert "the model is a bert whose config says is_decoder = false" in _refusal(tmp_path, **more)
+    assert "the model is an encoder (bert, whose config says is_decoder = false)" in _refusal(tmp_path, **more)
 
 
 def test_a_model_of_no_causal_class_is_refused(tmp_path):

@@ -155,7 +155,7 @@ def test_a_teacher_of_another_shape_is_refused_before_it_is_loaded(tmp_path, con
 
 
 def test_an_encoder_teaches_no_language_model(tmp_path):
-    with pytest.raises(ConfigError, match=r"distillation\.teacher = .*bert whose config says is_decoder = false"):
+    with pytest.raises(ConfigError, match=r"distillation\.teacher = .*bert, whose config says is_decoder = false"):
         _prepared(CAUSAL, tmp_path, *_taught("tests/data/tiny-bert"))
 
 

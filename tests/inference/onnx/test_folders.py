@@ -205,7 +205,7 @@ REFUSED = {
     "T5ForConditionalGeneration does not take a single sequence of tokens": lambda: hf.T5ForConditionalGeneration(
         hf.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, vocab_size=160)
     ),
-    "MixtralForCausalLM has experts, and a graph cannot route tokens to them. Use --format bitmask": lambda: (
+    "MixtralForCausalLM has experts, and a graph cannot route tokens to them. Choose another format": lambda: (
         hf.MixtralForCausalLM(hf.MixtralConfig(**DECODER, num_local_experts=2))
     ),
     "BambaForCausalLM cannot be written as a graph: torch's exporter fixes the number of tokens. Use": lambda: (
