@@ -15,7 +15,6 @@ FLAGS = {
     "task": "--task",
     "method": "--method",
     "speedup": "--speedup",
-    "model.path": "DIR",
     "data.train": "--train",
     "data.validation": "--validation",
     "data.test": "--test",
