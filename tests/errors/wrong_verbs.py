@@ -172,11 +172,11 @@ VERBS = {
     ),
     "init on a file that is not there": Wrong(
         words("init", BERT, "--train", "no.csv", "--out", "{tmp}/run.toml"),
-        "data.train",
-        "'no.csv'",
+        "--train",
+        "no.csv",
         "Name a local file",
     ),
-    "init with a sparsity above 1": Wrong(_init("--sparsity", "2"), "final_sparsity", "2.0", "must be in [0, 1)"),
+    "init with a sparsity above 1": Wrong(_init("--sparsity", "2"), "--sparsity", "2.0", "must be in [0, 1)"),
     "init with an unknown pattern": Wrong(_init("--pattern", "rows"), "--pattern", "'rows'", 'there are "matrix"'),
     "init with a column that is not there": Wrong(
         _init("--label-column", "class", "--task", "classification"), "'class'", _TRAIN, "columns: text, label"
@@ -200,7 +200,7 @@ VERBS = {
         "name a place elsewhere",
     ),
     "init for ranks that the batch has no examples for": Wrong(
-        _init("--ranks", "3", "--batch-size", "2"), "train.batch_size", "2", "make it 3 or more"
+        _init("--ranks", "3", "--batch-size", "2"), "--batch-size", "2", "make it 3 or more"
     ),
     "doctor with a time that is none": Wrong(
         words("doctor", "--time-limit", "soon"), "--time-limit", "'soon'", "a number above 0"
