@@ -1,4 +1,4 @@
-"""Read the rows of CSV, TSV, JSON and text files as they are written; what cannot be read is refused by its line.
+"""Read the rows of CSV, TSV, JSON and text files with every value as written; refuse unreadable lines by number.
 
 Nothing infers types. A field of a table is its text, so "007" keeps its zeros and "2020-01-01" is not a time. Plain
 values of JSON are the text of the file too: 1.10 is "1.10", and true is "true". Lists and objects keep their types.
@@ -270,7 +270,7 @@ def _written(value: object) -> object:
 
 
 class _NotReadable(ValueError):
-    """What is wrong with a JSON text, and the fix: the end of a message that begins with its place."""
+    """What is wrong with a JSON text, and the fix: the end of a message that starts with its place."""
 
 
 def _parsed(text: bytes) -> object:
