@@ -53,7 +53,7 @@ def patched(owner: object, name: str, make: Callable[[Code], Code]) -> Iterator[
 
 
 @contextmanager
-def patched_entry(registry: MutableMapping[str, Code], key: str, make: Callable[[Code], Code]) -> Iterator[None]:
+def patched_entry(registry: MutableMapping[str, Any], key: str, make: Callable[[Any], Code]) -> Iterator[None]:
     """Replace ``registry[key]`` by what ``make`` returns for it, inside the context. Raises ThirdPartyError.
 
     ``registry``: a dict, or a registry of functions by name as in transformers, which has a layer of overrides.

@@ -6,7 +6,7 @@ from typing import Unpack
 from pst_ds.errors import InputError
 from pst_ds.inference.decoder import Decoder
 from pst_ds.inference.decoder.decoder import Options
-from pst_ds.inference.engine import open_decoder
+from pst_ds.inference.engine import Engine, open_decoder
 from pst_ds.inference.hf.model_folder import ModelFolder
 
 
@@ -22,5 +22,5 @@ def native_decoder(
     wanted = "--store" if options.get("users") is not None else "--engine native" if args.engine == "native" else ""
     if wanted and against:
         raise InputError(f"{wanted} is for the native decoder on a CPU. Omit {' and '.join(against)}")
-    engine = "native" if wanted else "torch" if against else "auto"
+    engine: Engine = "native" if wanted else "torch" if against else "auto"
     return open_decoder(folder, engine, context=context, device=device, **options)
