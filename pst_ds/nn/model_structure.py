@@ -3,6 +3,7 @@
 Everything is found by shape and position, never by name, so that new model families work unchanged.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,6 +20,15 @@ ExpertsModule: TypeAlias = Any
 """A module of transformers for which :func:`is_experts` is true."""
 _EXPERT_FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel")
 """Attributes of experts modules that use transformers' ``use_experts_implementation``."""
+
+
+def is_of_transformers(model: nn.Module) -> bool:
+    """Return whether ``model`` is a model of transformers, not one that wraps such a model."""
+    if "transformers" not in sys.modules:
+        return False
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -1,16 +1,19 @@
 """Find the modules to prune and the modules to train in full; names match as in PEFT."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import nn
 
 from pst_ds.config.pst import MaskRule, PSTConfig, is_inside, name_matches
 from pst_ds.core.layout import WeightLayout
-from pst_ds.errors import InputError
+from pst_ds.errors import InputError, shortened
+from pst_ds.formats.base_weights import names_in_files
 from pst_ds.nn import model_structure
 from pst_ds.nn.model_structure import LooseMatrix, is_conv1d, is_linear
 from pst_ds.parallel import zero3
@@ -33,6 +36,15 @@ Places = tuple[tuple[nn.Module, str], ...]
 
 class InjectionError(InputError):
     """A model, or the modules named for it, cannot be injected; the message names the module and the fix."""
+
+
+class CannotBePrunedError(InjectionError):
+    """Layers or matrices that can only stay dense; the message ends with the ``exclude_modules`` that leave them."""
+
+    def __init__(self, problem: str, names: Iterable[str]):
+        """``problem``: what is wrong, and the start of a sentence that ends with the names to exclude."""
+        self.problem, self.names = problem, tuple(dict.fromkeys(names))
+        super().__init__(f"{problem} exclude_modules = {listed(self.names)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +102,47 @@ class _Resolver:
         self.saved, self.places = modules_to_save(model, config), places_by_module(model)
         self.takes_all = config.target_modules == ALL_LINEAR
         self.routers = model_structure.router_names(model) if self.takes_all else set()
+        self.refusals: list[CannotBePrunedError] = []
 
     def targets(self) -> list[Target]:
-        found = [target for name, module in self.model.named_modules() for target in self.of_module(name, module)]
+        found: list[Target] = []
+        for name, module in self.model.named_modules():
+            with self.collected_refusals():
+                found += self.of_module(name, module)
         if self.takes_all:
-            self.refuse_loose_matrices(found)
+            with self.collected_refusals():
+                self.refuse_loose_matrices(found)
+        with self.collected_refusals():
+            _refuse_fused_in_files(self.model, found)
+        self.raise_refusals()
         if not found:
             raise InjectionError(_nothing_matched(self.model, self.config))
         _refuse_tied(self.model, found)
         return found
+
+    @contextmanager
+    def collected_refusals(self) -> Iterator[None]:
+        """Keep what can only be excluded for :meth:`raise_refusals`, so that one message names all of it."""
+        try:
+            yield
+        except CannotBePrunedError as refusal:
+            self.refusals.append(refusal)
+
+    def raise_refusals(self) -> None:
+        """Raise the first refusal, with the names that all of them exclude."""
+        if not self.refusals:
+            return
+        first = self.refusals[0]
+        names = list(dict.fromkeys(name for refusal in self.refusals for name in refusal.names))
+        more = [name for name in names if name not in first.names]
+        if not more:
+            raise first
+        kinds = len(self.refusals) - 1
+        raise CannotBePrunedError(
+            f"{first.problem.rpartition('. ')[0]}. {', '.join(more)} cannot be pruned either, for "
+            f"{kinds} other {'reason' if kinds == 1 else 'reasons'}. Leave all of these dense with",
+            names,
+        )
 
     def of_module(self, name: str, module: nn.Module) -> list[Target]:
         if _is_in(name, self.saved):
@@ -140,9 +184,10 @@ class _Resolver:
         try:
             layouts = model_structure.stack_layouts(module)
         except ValueError as error:
-            raise InjectionError(
+            raise CannotBePrunedError(
                 f"{name} ({type(module).__name__}) has another form than the experts that PST can prune: {error}. "
-                f"Leave it dense with exclude_modules = {listed([_short_name(name)])}"
+                "Leave it dense with",
+                [_short_name(name)],
             ) from None
         if module._is_expert_parallel:
             raise InjectionError(
@@ -166,7 +211,9 @@ class _Resolver:
 
     def is_excluded(self, owner: str, attribute: str) -> bool:
         """Return whether ``exclude_modules`` names a Parameter that is a matrix, or its module."""
-        return any(is_inside(name, self.config.exclude_modules) for name in (owner, f"{owner}.{attribute}"))
+        refused = [name for refusal in self.refusals for name in refusal.names]
+        names = (*self.config.exclude_modules, *refused)
+        return any(is_inside(name, names) for name in (owner, f"{owner}.{attribute}"))
 
     def refuse_loose_matrices(self, targets: list[Target]) -> None:
         """Raise InjectionError for a stack of matrices, or a matrix as large as a pruned one, that would stay dense."""
@@ -187,12 +234,12 @@ class _Resolver:
         owners = _names_to_exclude(loose, targets)
         if any(isinstance(matrix.module, nn.MultiheadAttention) for matrix in loose):
             owners += _attention_names(self.model)
-        raise InjectionError(
+        raise CannotBePrunedError(
             f"{first.owner} ({type(first.module).__name__}) has {first.attribute} of shape {first.shape}, "
             f"{'a stack of matrices' if first.is_stack else 'a matrix or a state'} outside any linear layer, which "
             f"PST cannot prune. With all like it ({len(loose)} Parameters) {dense:,} weights would stay dense, next to "
-            f"{sum(t.layout.numel for t in targets):,} that would be pruned. If that is intended, set "
-            f"exclude_modules = {listed(dict.fromkeys(owners))}"
+            f"{sum(t.layout.numel for t in targets):,} that would be pruned. If that is intended, set",
+            owners,
         )
 
 
@@ -313,14 +360,39 @@ def _refuse_tied(model: nn.Module, targets: list[Target]) -> None:
                 )
 
 
+def _refuse_fused_in_files(model: nn.Module, targets: list[Target]) -> None:
+    """Raise InjectionError, with all names, for layers that transformers saves as one tensor with others.
+
+    An export writes layer by layer, and could not write such a tensor.
+    """
+    layers = [target for target in targets if not target.is_stack]
+    if not layers or not model_structure.is_of_transformers(model):
+        return
+    # Only names and shapes matter, and the values may be partitioned.
+    tensors = {
+        f"{name}.weight": torch.empty(zero3.full_shape(module.weight), device="meta")
+        for name, module in model.named_modules()
+        if is_linear(module) and module._parameters.get("weight") is not None
+    }
+    written = set(names_in_files(model, tensors).values())
+    fused = [target for target in layers if target.weight_name not in written]
+    if fused:
+        raise CannotBePrunedError(
+            f"{shortened([target.weight_name for target in fused])}: transformers saves each as a part of a larger "
+            "tensor, and a pruned part cannot be exported. Leave all of these dense with",
+            [_short_name(target.name) for target in fused],
+        )
+
+
 def _require_replaceable(name: str, module: nn.Module, places: Places, model: nn.Module) -> None:
     """Raise InjectionError, with the fix, if the linear layer ``name`` of ``model`` computes or holds something else
     than an nn.Linear."""
     leave_dense = f'leave it dense with exclude_modules = ["{name}"]'
     if any(isinstance(holder, nn.MultiheadAttention) for holder, _ in places):
-        raise InjectionError(
+        raise CannotBePrunedError(
             f"{name} belongs to a MultiheadAttention, which reads the layer's weight and never calls it: a mask would "
-            f"prune nothing. Leave it dense with exclude_modules = {listed(_attention_names(model))}"
+            "prune nothing. Leave it dense with",
+            _attention_names(model),
         )
     weight = module._parameters.get("weight")
     if weight is None:
@@ -332,10 +404,10 @@ def _require_replaceable(name: str, module: nn.Module, places: Places, model: nn
     is_patched = "forward" in vars(module) and not hasattr(module, "_hf_hook")  # accelerate's only moves tensors
     is_plain = kind.forward is nn.Linear.forward or kind.__name__ in SAME_AS_LINEAR
     if not is_conv1d(module) and (is_patched or not is_plain):
-        alike = dict.fromkeys(_short_name(other) for other, m in model.named_modules() if type(m) is kind)
-        raise InjectionError(
+        raise CannotBePrunedError(
             f"{name} is a {kind.__name__} with an overridden forward, and a pruned layer would compute what nn.Linear "
-            f"does. Leave it dense with exclude_modules = {listed(alike)}"
+            "does. Leave it dense with",
+            [_short_name(other) for other, m in model.named_modules() if type(m) is kind],
         )
     if not weight.is_contiguous():
         raise InjectionError(

@@ -93,12 +93,20 @@ def find_blocks(model: nn.Module, names: Sequence[str]) -> tuple[str, nn.ModuleL
             'calibration runs each block separately. Set method = "magnitude"'
         )
     layers, num_own = getattr(getattr(model, "config", None), "num_hidden_layers", None), len(set(blocks))
-    if num_own < len(blocks) or (isinstance(layers, int) and layers > len(blocks)):
+    # Some configs count the layers of the cache, and blocks such as LongCat-Flash's have two.
+    runs_once = len(_cache_layers(blocks)) == layers
+    if num_own < len(blocks) or (isinstance(layers, int) and layers > len(blocks) and not runs_once):
         raise InputError(
             f"{stacks[0]} has {num_own} distinct blocks for {max(len(blocks), layers or 0)} layers: a block that "
             'runs more than once cannot be pruned in between. Set method = "magnitude"'
         )
     return stacks[0], blocks
+
+
+def _cache_layers(blocks: nn.ModuleList) -> set[int]:
+    """Return the numbers that modules inside the blocks have as layers of transformers' cache."""
+    numbers = (getattr(module, "layer_idx", None) for module in blocks.modules())
+    return {number for number in numbers if isinstance(number, int)}
 
 
 def block_of(name: str, stack: str) -> int:

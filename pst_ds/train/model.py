@@ -17,11 +17,12 @@ from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.data.conversations import read_template
 from pst_ds.data.tasks import Task, task_of
 from pst_ds.data.tokens.tokenize import open_tokenizer
-from pst_ds.errors import shortened
+from pst_ds.errors import first_line, shortened
 from pst_ds.nn.base_model import DTYPES, Pretrained
 from pst_ds.nn.cut_config import cut_config, set_num_experts
 from pst_ds.nn.experts import expert_stacks
 from pst_ds.nn.inject import inject_pst, persistent_buffers, plain_name, pst_layers
+from pst_ds.nn.model_structure import experts_modules
 from pst_ds.nn.optimizer import pst_parameter_groups
 from pst_ds.nn.sharded_weights import read_now
 from pst_ds.nn.tables.coded import coded_tables
@@ -114,7 +115,7 @@ def load_model_config(
 
 def set_padding(config: PreTrainedConfig, task: Task, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Set the padding token of ``config`` to the tokenizer's, if the task pads."""
-    padding = config.pad_token_id or 0 if tokenizer is None else tokenizer.pad_token_id
+    padding = getattr(config, "pad_token_id", None) or 0 if tokenizer is None else tokenizer.pad_token_id
     if task.pads and padding is not None:  # a decoder's head reads the token before the padding
         config.pad_token_id = padding
 
@@ -226,6 +227,36 @@ def meta_model(
             f"{run.model.path!r}. Fix: pst.update_rank of at least 1, or pst.modules_to_save with a module to train"
         )
     return module
+
+
+def why_not_in_precision(run: RunConfig, labels: list[str], shapes: nn.Module) -> str:
+    """Return why the model of :func:`meta_model` only works in fp32; "" if the run's precision may do."""
+    if run.train.precision == "fp32":
+        return ""
+    name = type(shapes).__name__
+    if names := kept_in_fp32(shapes):
+        return f"{name} keeps {names[0]} in fp32, and torch cannot multiply the two"
+    if experts_modules(shapes):  # whose operators have other rules on the meta device
+        return ""
+    problem = _forward_problem(run, labels, DTYPES[run.train.precision])
+    if problem and not _forward_problem(run, labels, torch.float32):
+        return f"{name} works in fp32 only; its forward pass ends in {problem!r}"
+    return ""
+
+
+def _forward_problem(run: RunConfig, labels: list[str], dtype: torch.dtype) -> str:
+    """Return the error of a forward pass of the model before injection, on the meta device; "" if it has none.
+
+    Passes that depend on values always fail there, in every dtype.
+    """
+    config = load_model_config(run, labels, None)
+    plain = Pretrained(run.model.path, "model.path").shapes(task_of(run).model_class(), config, dtype=dtype)
+    try:
+        with torch.no_grad():
+            plain(input_ids=torch.ones(1, 8, dtype=torch.long, device="meta"))
+    except Exception as error:  # any operator or model may raise anything
+        return first_line(error)
+    return ""
 
 
 def kept_in_fp32(module: nn.Module) -> list[str]:

@@ -26,7 +26,7 @@ from pst_ds.parallel.ds_config import (
 from pst_ds.parallel.launch import LaunchEnvironment, device_of, init_distributed, memory_of_rank
 from pst_ds.parallel.ranks import all_gather_objects, raise_together
 from pst_ds.parallel.watchdog import longest_wait
-from pst_ds.train.model import frozen_bytes, kept_in_fp32, load_tokenizer, meta_model, num_trainable
+from pst_ds.train.model import frozen_bytes, load_tokenizer, meta_model, num_trainable, why_not_in_precision
 from pst_ds.train.objective import require_teacher
 from pst_ds.train.run_context import RunContext
 from pst_ds.train.sequences import require_shareable, require_small_masks
@@ -124,11 +124,8 @@ def checked_shapes(
         reads_teacher: Whether to check a teacher, whose folder must then exist.
     """
     shapes = meta_model(run, labels, tokenizer, num_shards=num_shards)
-    if run.train.precision != "fp32" and (names := kept_in_fp32(shapes)):
-        raise ConfigError(
-            f"train.precision = {run.train.precision!r}: {type(shapes).__name__} keeps {names[0]} in fp32, and torch "
-            'cannot multiply the two. Set train.precision = "fp32"'
-        )
+    if problem := why_not_in_precision(run, labels, shapes):
+        raise ConfigError(f'train.precision = {run.train.precision!r}: {problem}. Set train.precision = "fp32"')
     if reads_teacher:
         require_teacher(run, shapes)
     require_small_masks(run, shapes.config)  # type: ignore[arg-type]

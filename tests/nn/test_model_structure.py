@@ -134,6 +134,29 @@ def test_blocks_that_use_keys_and_values_of_others_are_not_replayed_alone():
         find_blocks(model, names(model))
 
 
+def test_blocks_with_two_layers_of_the_cache_run_once():
+    """LongCat-Flash's blocks have two attentions, and its config counts those."""
+    config = transformers.LongcatFlashConfig(
+        vocab_size=20, hidden_size=12, ffn_hidden_size=16, expert_ffn_hidden_size=8, num_layers=2,
+        num_attention_heads=2, n_routed_experts=2, zero_expert_num=1, moe_topk=1, kv_lora_rank=4, q_lora_rank=4,
+        qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=6, head_dim=4,
+    )  # fmt: skip
+    model = transformers.LongcatFlashForCausalLM(config)
+    stack, blocks = find_blocks(model, names(model, exclude_modules=("experts",)))
+    assert (stack, len(blocks), config.num_hidden_layers) == ("model.layers", 2, 4)
+
+
+def test_blocks_that_run_in_cycles_are_not_replayed_alone():
+    """ALBERT's only group of layers is a block for each of its layers."""
+    config = transformers.AlbertConfig(
+        vocab_size=20, embedding_size=8, hidden_size=12, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=16,
+    )  # fmt: skip
+    model = transformers.AlbertForMaskedLM(config)
+    with pytest.raises(InputError, match="a block that runs more than once"):
+        find_blocks(model, names(model))
+
+
 def test_qwen2_moe_with_its_experts_left_dense():
     model = inject_pst(qwen2_moe(), PSTConfig(exclude_modules=("experts",)))
     linears = [*ATTENTION, *(f"mlp.shared_expert.{n}_proj" for n in ("gate", "up", "down"))]

@@ -25,6 +25,10 @@ _MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_g
 _CONFIGS = {
     "bamba": lambda: transformers.BambaConfig(**_TEXT, **_MAMBA2, attn_layer_indices=[1]),
     "bloom": lambda: transformers.BloomConfig(vocab_size=48, hidden_size=16, n_layer=2, n_head=2),
+    "fnet": lambda: transformers.FNetConfig(
+        vocab_size=48, hidden_size=16, num_hidden_layers=2, intermediate_size=24, max_position_embeddings=32,
+        pad_token_id=0,
+    ),
     "falcon": lambda: transformers.FalconConfig(**_PLAIN, num_kv_heads=1, new_decoder_architecture=True, bias=True),
     "gemma": lambda: transformers.GemmaConfig(**_TEXT, head_dim=8),
     "gemma2": lambda: transformers.Gemma2Config(**_TEXT, head_dim=8, sliding_window=6, query_pre_attn_scalar=8),
@@ -64,10 +68,11 @@ _CONFIGS = {
     "qwen3": lambda: transformers.Qwen3Config(**_TEXT, head_dim=8),
     "smollm3": lambda: transformers.SmolLM3Config(**_TEXT, no_rope_layers=[1, 0]),
 }  # fmt: skip
-_ENCODERS = ("deberta", "deberta_v2")
+_ENCODERS = ("deberta", "deberta_v2", "fnet")
 FAMILIES = list(dict.fromkeys([*_CONFIGS, *OF_EXPERTS]))
-IN_FP32 = ("deberta", *OF_EXPERTS)
-"""transformers adds fp32 biases to DeBERTa's bf16 queries, and multiplies no experts of odd sizes in bf16."""
+IN_FP32 = ("deberta", "fnet", *OF_EXPERTS)
+"""transformers adds fp32 biases to DeBERTa's bf16 queries, torch has no Fourier transform in bf16, and transformers
+ multiplies no experts of odd sizes in bf16."""
 LEAVES_DENSE = {"gemma3n_text": ["correction_coefs"], "jamba": ["A_log", "dt_proj"], "mamba": ["A_log", "dt_proj"]}
 
 
@@ -152,15 +157,74 @@ def test_a_family_that_would_stay_dense_in_part_is_refused_with_what_to_exclude(
     assert resolve_targets(model, PSTConfig(exclude_modules=tuple(names)))
 
 
-def test_a_family_that_only_works_in_fp32_is_refused_in_bf16(tmp_path, capsys):
-    """transformers adds fp32 biases to DeBERTa's queries and declares them nowhere; init proposes fp32."""
-    _write_base("deberta", tmp_path / "base")
-    words = [*_arguments("deberta", tmp_path), "--set", "train.precision=bf16"]
+ONLY_FP32 = {
+    "deberta": "DebertaForSequenceClassification keeps deberta",
+    "fnet": "FNetForSequenceClassification works in fp32 only",
+}
+"""transformers adds fp32 biases to DeBERTa's queries, and torch has no Fourier transform in bf16."""
+
+
+@pytest.mark.parametrize("family", ONLY_FP32)
+def test_a_family_that_only_works_in_fp32_is_refused_in_bf16(tmp_path, capsys, family):
+    """Nothing of this is declared; init proposes fp32."""
+    _write_base(family, tmp_path / "base")
+    words = [*_arguments(family, tmp_path), "--set", "train.precision=bf16"]
     for verb in ("train", "plan"):
         assert main([verb, *words]) == 2
-        assert "DebertaForSequenceClassification keeps deberta" in capsys.readouterr().err
+        message = capsys.readouterr().err
+        assert ONLY_FP32[family] in message
+        assert 'Set train.precision = "fp32"' in message
     assert not (tmp_path / "run").exists()
     file = tmp_path / "run.toml"
     model, data = str(tmp_path / "base"), "tests/data/train.jsonl"
     assert main(["init", model, "--train", data, "--steps", "2", "--out", str(file)]) == 0
     assert 'precision = "fp32"' in file.read_text(encoding="utf-8")
+
+
+_HRM = {**_TEXT, "num_key_value_heads": 2, "head_dim": 8}
+_LARA = {
+    **_TEXT, "head_dim": 8, "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+FUSED_IN_FILES = {
+    "hrm_text": (_HRM, ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]),
+    "lara_mini": (_LARA, ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"]),
+}
+
+
+@pytest.mark.parametrize("family", FUSED_IN_FILES)
+def test_layers_that_the_files_fuse_are_refused_before_training_all_at_once(tmp_path, capsys, family):
+    """They could be trained, and then not be exported."""
+    values, names = FUSED_IN_FILES[family]
+    config = transformers.AutoConfig.for_model(family, **values)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained("tests/data/tiny-llama", pad_token="</s>").save_pretrained(tmp_path / "base")
+    ending = f"exclude_modules = {listed(names)}"
+    with pytest.raises(InjectionError) as refusal:
+        resolve_targets(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), PSTConfig())
+    assert str(refusal.value).endswith(ending)
+    init = ["init", str(tmp_path / "base"), "--train", "tests/data/train.jsonl", "--task", "causal-lm", "--steps", "2"]
+    words = _arguments(family, tmp_path)
+    for command in (["plan", *words], ["train", *words], [*init, "--out", str(tmp_path / "run.toml")]):
+        assert main(command) == 2
+        message = " ".join(capsys.readouterr().err.split())
+        assert "transformers saves each as a part of a larger tensor" in message
+        assert all(name in message for name in names)
+    assert resolve_targets(model, PSTConfig(exclude_modules=tuple(names)))
+
+
+def test_all_that_a_family_must_leave_dense_is_named_at_once():
+    """DeepSeek-V4 has layers with another forward, and matrices outside any layer."""
+    config = transformers.DeepseekV4Config(
+        **{**_TEXT, "num_key_value_heads": 1}, head_dim=8, moe_intermediate_size=8, n_routed_experts=4,
+        num_experts_per_tok=2, q_lora_rank=8, qk_rope_head_dim=4, o_lora_rank=8, o_groups=2, index_head_dim=8,
+        index_n_heads=2, index_topk=4, mlp_layer_types=["moe", "moe"],
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(InjectionError) as refusal:
+        resolve_targets(model, PSTConfig())
+    names = json.loads(str(refusal.value).rpartition("exclude_modules = ")[2])
+    assert "o_a_proj" in names
+    assert resolve_targets(model, PSTConfig(exclude_modules=tuple(names)))

@@ -39,7 +39,7 @@ from pst_ds.planning.plan import start_cost
 from pst_ds.planning.shapes import model_numbers
 from pst_ds.planning.speedup import share_for
 from pst_ds.text_table import bytes_text
-from pst_ds.train.model import kept_in_fp32, load_model_config, load_tokenizer, meta_model, num_trainable
+from pst_ds.train.model import load_model_config, load_tokenizer, meta_model, num_trainable, why_not_in_precision
 from pst_ds.train.one_shot.start import require_startable
 from pst_ds.train.prepare import checked_shapes
 from pst_ds.train.stages import require_stages
@@ -130,7 +130,7 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     run = run_from_table(table)
     run.micro_batch_size(ranks)
     model = meta_model(run, labels, tokenizer)
-    if kept_in_fp32(model):
+    if why_not_in_precision(run, labels, model):
         table = laid_over(table, "train", precision="fp32")
     if _is_cut(args):
         table = _with_cut(table, run, args, examples)
