@@ -252,6 +252,8 @@ class _Planner:
         for name, tensor in tensors.items():
             made = self._of_stack(name) if name in self._layers else self._jobs_of(name, tensor, in_files.get(name))
             for job in made:
+                if all(output.name in done for output in job.outputs):
+                    continue  # a tensor of the files that several layers are made of
                 done.update(output.name for output in job.outputs)
                 yield job
         for name in self._base.names if self._keeps_rest else ():
@@ -407,7 +409,9 @@ class _Planner:
             )
         if name not in self._trained:
             for part, tensor in saved.items():
-                yield self._job(part, in_base[part], part, tuple(tensor.shape))
+                stored = in_base[part]  # with all tensors that transformers makes of it
+                shape = tuple(tensor.shape) if stored is None else self._base.size(stored)[1]
+                yield self._job(part, stored, part, shape)
             return
         recipe = replace(self._recipe(name, None, next(iter(in_base.values()))), in_files_form=True)
         outputs = tuple(self._spec(recipe, part, tuple(tensor.shape)) for part, tensor in saved.items())

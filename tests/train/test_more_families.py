@@ -211,7 +211,13 @@ def test_layers_that_the_files_fuse_are_refused_before_training_all_at_once(tmp_
         message = " ".join(capsys.readouterr().err.split())
         assert "transformers saves each as a part of a larger tensor" in message
         assert all(name in message for name in names)
-    assert resolve_targets(model, PSTConfig(exclude_modules=tuple(names)))
+    settings = [word for word in words if word != "--set" and not word.startswith(("start.", "schedule.initial"))]
+    settings.append(f"pst.exclude_modules={json.dumps(names)}")
+    words = [settings[0], *(word for setting in settings[1:] for word in ("--set", setting))]
+    run, out = str(tmp_path / "run"), str(tmp_path / "out")
+    assert main(["train", *words, "--quiet"]) == 0
+    assert main(["export", run, "--out", out, "--quiet"]) == 0
+    assert main(["verify", out, "--against", run, "--limit", "2", "--quiet"]) == 0
 
 
 def test_all_that_a_family_must_leave_dense_is_named_at_once():
