@@ -11,8 +11,9 @@ from pst_ds.export.detect_pattern import detect_pattern
 from pst_ds.export.encoding import ExportError
 from pst_ds.export.plan import TensorSpec, TensorValues
 from pst_ds.formats import FormatError, QuantizedFormat, row_bits
+from pst_ds.formats.base_weights import names_in_files
 from pst_ds.formats.rows import as_bools
-from pst_ds.nn.model_structure import is_inside_block, router_names, untied_linear_layers
+from pst_ds.nn.model_structure import is_inside_block, is_of_transformers, router_names, untied_linear_layers
 from pst_ds.nn.tables.rounded import named_parameters, quantisable_tables
 
 
@@ -27,9 +28,12 @@ def grids(model: nn.Module, values: Grid | None, embeddings: Grid | None) -> dic
     if embeddings:
         chosen = {id(table): embeddings for table in quantisable_tables(model).values()}
     if values:
-        routers = router_names(model)
-        for name, module in untied_linear_layers(model).items():
-            if is_inside_block(name, model) and name not in routers:
+        routers, layers = router_names(model), untied_linear_layers(model)
+        weights = {f"{name}.weight": module.weight for name, module in layers.items()}
+        # A tensor of the files that several layers are made of is copied as it is.
+        written = set(names_in_files(model, weights).values()) if is_of_transformers(model) else set(weights)
+        for name, module in layers.items():
+            if is_inside_block(name, model) and name not in routers and f"{name}.weight" in written:
                 chosen[id(module.weight)] = values
     return {name: chosen[id(param)] for name, param in named_parameters(model, chosen).items()}
 
