@@ -77,7 +77,7 @@ class CodeProduct {
         for (int64_t t = 0; t < tokens && (bias || activation); ++t) {
             float* row = y + t * matrix_->rows;
             for (int64_t i = first; bias && i < last; ++i) row[i] += bias[i];
-            if (activation) kernels().gate(activation, row + first, nullptr, last - first, row + first);
+            if (activation) kernels().gate(activation, nullptr, row + first, nullptr, last - first, row + first);
         }
     }
 
