@@ -130,10 +130,9 @@ def values_of(rows: Dataset, column: str) -> Iterable[object]:
 
 def _nested_values(rows: Dataset, column: str, where: str) -> str:
     """Return what a column holds, for a message: "a list in line 3"."""
-    kinds = {list: "a list", dict: "an object"}
     for row, value in enumerate(values_of(rows, column)):
-        if type(value) in kinds:
-            return f"{kinds[type(value)]} in {row_place(rows, where, row)}"
+        if isinstance(value, list | dict):
+            return f"{'a list' if isinstance(value, list) else 'an object'} in {row_place(rows, where, row)}"
     return f"{type(rows.features[column]).__name__} values"
 
 
@@ -259,10 +258,10 @@ def _require_path(rows: Dataset, top: str, path: list[str], column: str, setting
         for name in path:
             values = _objects_in(values)
             if not any(isinstance(value, dict) and name in value for value in values):
-                there = ", ".join(dict.fromkeys(key for value in values if isinstance(value, dict) for key in value))
+                parts = dict.fromkeys(key for value in values if isinstance(value, dict) for key in value)
                 raise ConfigError(
                     f"{where}: {setting} = {column!r} has no part {name!r} in the data, which has "
-                    f"{there or 'no objects'}. Name a part"
+                    f"{', '.join(map(str, parts)) or 'no objects'}. Name a part"
                 )
             values = [value.get(name) for value in values if isinstance(value, dict)]
         return

@@ -50,7 +50,7 @@ class _OtherTypes(Exception):
     """A row of a JSON file has other columns or types than the rows before it."""
 
 
-class LocalFile(datasets.ArrowBasedBuilder):  # type: ignore[misc]
+class LocalFile(datasets.ArrowBasedBuilder):
     """Builder of the split "train" of a file."""
 
     BUILDER_CONFIG_CLASS = LocalFileConfig
@@ -167,8 +167,8 @@ def _type_of(values: Sequence[object]) -> DataType:
 
 def _merged(first: Types, second: Types) -> Types:
     """Return the types of columns of which some rows have ``first`` and others ``second``."""
-    merged = {**second, **first}
-    return {name: _JSON if _JSON in (kind, second.get(name)) else _STRING for name, kind in merged.items()}
+    names = dict.fromkeys([*first, *second])
+    return {name: _JSON if _JSON in (first.get(name), second.get(name)) else _STRING for name in names}
 
 
 def _array(values: Sequence[Any], kind: DataType) -> pyarrow.Array:
