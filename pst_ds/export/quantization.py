@@ -30,7 +30,7 @@ def grids(model: nn.Module, values: Grid | None, embeddings: Grid | None) -> dic
     if values:
         routers, layers = router_names(model), untied_linear_layers(model)
         weights = {f"{name}.weight": module.weight for name, module in layers.items()}
-        # A tensor of the files that several layers are made of is copied as it is.
+        # A tensor of the files from which several layers are made is copied unchanged.
         written = set(names_in_files(model, weights).values()) if is_of_transformers(model) else set(weights)
         for name, module in layers.items():
             if is_inside_block(name, model) and name not in routers and f"{name}.weight" in written:

@@ -16,7 +16,7 @@ from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.config.run import RunConfig
 from pst_ds.config.settings import Positive, Section, settings
 from pst_ds.config.toml import dump_run, load_run_or_folder
-from pst_ds.core.packings import COMPRESSED_TENSORS, COMPRESSED_TENSORS_W8A8, DENSE, GGUF, ONNX, VALUE_BITS
+from pst_ds.core.packings import COMPRESSED_TENSORS, COMPRESSED_TENSORS_W8A8, GGUF, ONNX, VALUE_BITS
 from pst_ds.core.quantization import grid_of
 from pst_ds.data.tasks import task_of
 from pst_ds.data.tokens.tokenize import open_tokenizer
@@ -201,7 +201,7 @@ def _to_onnx(export: Callable[[Path, ExportSettings], Facts], out: Path, setting
     require_free(out)
     with tempfile.TemporaryDirectory(prefix="pst-ds-") as scratch:
         packed, plain = Path(scratch) / out.name, settings.plain
-        how = replace(settings, format=DENSE if plain else "bitmask", plain=False, activation_bits=16)
+        how = replace(settings, format="dense" if plain else "bitmask", plain=False, activation_bits=16)
         facts = export(packed, how)
         return write_onnx(packed, out, dict(facts), plain=plain, activation_bits=settings.activation_bits)
 

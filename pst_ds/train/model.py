@@ -245,7 +245,7 @@ def why_not_in_precision(run: RunConfig, labels: list[str], shapes: nn.Module) -
 
 
 def _forward_problem(run: RunConfig, labels: list[str], dtype: torch.dtype) -> str:
-    """Return the error of a forward pass of the model before injection, on the meta device; "" if it has none.
+    """Return the error of a forward pass of the model before injection, on the meta device; "" if there is none.
 
     Passes that depend on values always fail there, in every dtype.
     """

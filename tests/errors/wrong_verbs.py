@@ -171,10 +171,7 @@ VERBS = {
         "name a model folder",
     ),
     "init on a file that is not there": Wrong(
-        words("init", BERT, "--train", "no.csv", "--out", "{tmp}/run.toml"),
-        "--train",
-        "no.csv",
-        "Name a local file",
+        words("init", BERT, "--train", "no.csv", "--out", "{tmp}/run.toml"), "--train", "no.csv", "Name a local file"
     ),
     "init with a sparsity above 1": Wrong(_init("--sparsity", "2"), "--sparsity", "2.0", "must be in [0, 1)"),
     "init with an unknown pattern": Wrong(_init("--pattern", "rows"), "--pattern", "'rows'", 'there are "matrix"'),

@@ -164,9 +164,7 @@ def test_an_error_midway_leaves_the_older_export(models, tmp_path, monkeypatch, 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(models, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": 1000})())
-    with pytest.raises(
-        ExportError, match=r"out needs [\d,]+ bytes, and the disk has 1,000 free. Free space"
-    ):
+    with pytest.raises(ExportError, match=r"out needs [\d,]+ bytes, and the disk has 1,000 free. Free space"):
         models["llama"].export(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

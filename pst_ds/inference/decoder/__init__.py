@@ -1,4 +1,4 @@
-"""Decode transformers causal language models on a CPU in a native loop, several times as fast as torch.
+"""Decode transformers causal language models on a CPU in native code, several times as fast as torch.
 
     decoder = Decoder.from_pretrained("export-int8", context=2048)
     for token in decoder.stream(prompt_ids, max_new_tokens=64): ...

@@ -43,7 +43,7 @@ class Options(TypedDict, total=False):
 
 
 class Decoder:
-    """A causal language model on the CPU: a native loop over packed weights, with a cache for each sequence.
+    """A causal language model on the CPU: native code over packed weights, with a cache for each sequence.
 
     Results do not depend on the number of threads, nor, with ``prompt_bits=16``, on how tokens are split over calls.
     """

@@ -79,7 +79,7 @@ Product = tuple[list[Matrix], Tensor | None]
 
 
 class DecoderError(InputError):
-    """The native loop does not support a model; the message names the unsupported part."""
+    """The native decoder does not support a model; the message names the unsupported part."""
 
 
 @dataclass(slots=True)
