@@ -255,15 +255,15 @@ def _require_path(rows: Dataset, top: str, path: list[str], column: str, setting
     feature = rows.features[top]
     if is_json(feature):
         values: list[object] = list(islice(values_of_column(rows, top), _ROWS_WITH_PATH))
-        for name in path:
+        for part in path:
             values = _objects_in(values)
-            if not any(isinstance(value, dict) and name in value for value in values):
+            if not any(isinstance(value, dict) and part in value for value in values):
                 parts = dict.fromkeys(key for value in values if isinstance(value, dict) for key in value)
                 raise ConfigError(
-                    f"{where}: {setting} = {column!r} has no part {name!r} in the data, which has "
+                    f"{where}: {setting} = {column!r} has no part {part!r} in the data, which has "
                     f"{', '.join(map(str, parts)) or 'no objects'}. Name a part"
                 )
-            values = [value.get(name) for value in values if isinstance(value, dict)]
+            values = [value.get(part) for value in values if isinstance(value, dict)]
         return
     parts: tuple[str | None, ...] = (None, *path)
     for part in parts:
@@ -359,7 +359,9 @@ def _read_from_hub(data: DataConfig, split: str) -> Dataset:
     return rows
 
 
-def text_column(values: Iterable[object], column: str, where: str, place: Callable[[int], str]) -> list[str]:
+def text_column(
+    values: Iterable[object], column: str, where: str, place: Callable[[int], str] = "row {}".format
+) -> list[str]:
     """Return the texts of rows. Raises ConfigError for a row without text, which ``place`` names by its index."""
     texts = list(values)
     if None in texts:
