@@ -369,4 +369,7 @@ def text_column(
             f"{where}: column {column!r} has no text in {place(texts.index(None))}. Add one (an empty one is written "
             '"") or remove the row'
         )
+    binary = next((row for row, text in enumerate(texts) if isinstance(text, bytes)), None)
+    if binary is not None:
+        raise ConfigError(f"{where}: column {column!r} has bytes in {place(binary)}, not a text. Store it as a string")
     return [str(text) for text in texts]

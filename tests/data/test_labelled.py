@@ -318,6 +318,17 @@ def test_a_missing_text_is_refused_and_an_empty_one_is_a_text(tmp_path, tokenize
         assert examples.features[1]["input_ids"] == tokenizer("")["input_ids"]
 
 
+def test_bytes_of_a_parquet_file_are_not_a_text(tmp_path, tokenizer):
+    import datasets
+
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_dict({"text": ["film", "plot"], "label": ["a", "b"]}).cast_column(
+        "text", datasets.Value("binary")
+    ).to_parquet(path)
+    message = _refusal(load_examples, _data(path), "train", tokenizer, ["a", "b"])
+    assert message.startswith(f"{path}: column 'text' has bytes in row 0")
+
+
 def test_a_label_that_training_never_saw_is_refused_with_its_line(tmp_path, tokenizer):
     train = _write(tmp_path / "train.csv", ("text", "label"), [("film", "good"), ("plot", "bad")])
     validation = _write(tmp_path / "validation.csv", ("text", "label"), [("film", "good"), ("plot", "soso")])
