@@ -267,6 +267,7 @@ def _text(path, text):
     path.write_text(text)
 
 
+_LAYER_X = {"name": "x", "shape": [2, 2], "pattern": "matrix", "sparsity_requested": 0.5, "zeros": 2}
 DAMAGED = {
     "a bit of a checkpoint": ("run/checkpoints/final", "shard-00001-of-00001.safetensors", _flip, "SHA-256"),
     "a result": ("run", "result.json", _cut, "damaged"),
@@ -277,7 +278,7 @@ DAMAGED = {
     "a record": ("pruned", "pruning.json", _cut, "pruning.json is damaged"),
     "a record of something else": ("pruned", "pruning.json", lambda path: _text(path, "{}"), "pruning.json is damaged"),
     "layers of another model": (
-        "pruned", "pruning.json", lambda path: _text(path, '{"layers": [{"name": "x"}]}'), "has no x.weight"
+        "pruned", "pruning.json", lambda path: _text(path, json.dumps({"layers": [_LAYER_X]})), "has no x.weight"
     ),
 }  # fmt: skip
 

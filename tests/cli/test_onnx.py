@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from pst_ds.cli.main import main
+from pst_ds.export.manifest import file_sums, write_manifest
 from tests.cli.conftest import ROOT
 from tests.cli.test_quantized import said_by
 
@@ -63,8 +64,11 @@ def test_codes_of_a_run_in_bf16_are_not_rounded_again(tmp_path, capsys, monkeypa
     assert said["max_logit_difference"] <= said["allowed_logit_difference"] / 3
 
 
-def test_a_damaged_file_is_refused_in_one_message(tmp_path, capsys):
+def test_a_file_without_a_manifest_or_that_is_no_graph_is_refused_in_one_message(tmp_path, capsys):
     (tmp_path / "model.onnx").write_bytes(b"not a graph")
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "is not an export: pst_manifest.json is missing" in capsys.readouterr().err
+    write_manifest(tmp_path, [], {"kind": "dense", "sparsity_requested": None, **file_sums(tmp_path)})
     assert main(["verify", str(tmp_path)]) == 2
     assert "ONNX Runtime" in capsys.readouterr().err
 
