@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 PYTEST_NO_TESTS = 5
-"""Exit code of pytest where no test has the marks of a stage."""
+"""Exit code of pytest where no test has the marks of a stage: its marks or its files are wrong."""
 INTERRUPTED = 130
 FAILED_BEFORE = Path(".pytest_cache/v/cache/lastfailed")
 """Where pytest keeps the names of failed tests, over all processes since the file was removed."""
@@ -68,11 +68,13 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        return self.code not in (0, PYTEST_NO_TESTS)
+        return self.code != 0
 
     @property
     def words(self) -> str:
-        return "failed" if self.failed else "no tests" if self.code == PYTEST_NO_TESTS else "passed"
+        if self.code == PYTEST_NO_TESTS:
+            return "no tests"
+        return "failed" if self.failed else "passed"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,11 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest.mark.expression import Expression
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     is_test = collection_path.name.startswith("test_")
-    return True if is_test and not config.getoption("markexpr").startswith("device") else None
+    return True if is_test and not _selects_only_devices(config.getoption("markexpr")) else None
+
+
+def _selects_only_devices(expression: str) -> bool:
+    """Return whether ``-m expression`` selects tests with the mark "device", and none without it."""
+    if not expression:
+        return False
+    selects = Expression.compile(expression).evaluate
+    of_devices = [{"device"}, {"device", "zero3"}]
+    others = [{mark} for mark in ("zero3", "launcher", "cluster", "interpreted", "thorough", "few")]
+    return any(selects(marks.__contains__) for marks in of_devices) and not any(
+        selects(marks.__contains__) for marks in [set(), *others]
+    )
 
 
 @pytest.hookimpl(trylast=True)
