@@ -85,7 +85,9 @@ class Pretrained:
         try:
             return hub.downloaded(self.path)
         except InputError as error:
-            raise type(error)(f"{self}: {error}") from error
+            raise type(error)(
+                f"{self} is not a folder {self._looked_in}, and cannot be read from the hub: {error}"
+            ) from error
 
     def require_dense(self, config: PreTrainedConfig) -> None:
         """Raise InputError for a packed or quantised model."""

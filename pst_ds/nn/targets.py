@@ -1,7 +1,7 @@
 """Find the modules to prune and the modules to train in full; names match as in PEFT."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -212,8 +212,10 @@ class _Resolver:
     def is_excluded(self, owner: str, attribute: str) -> bool:
         """Return whether ``exclude_modules`` names a Parameter that is a matrix, or its module."""
         refused = [name for refusal in self.refusals for name in refusal.names]
-        names = (*self.config.exclude_modules, *refused)
-        return any(is_inside(name, names) for name in (owner, f"{owner}.{attribute}"))
+        # The setting may be one regular expression, so that it cannot be joined with the refused names.
+        patterns = (self.config.exclude_modules, refused)
+        names = (owner, f"{owner}.{attribute}")
+        return any(is_inside(name, pattern) for name in names for pattern in patterns)
 
     def refuse_loose_matrices(self, targets: list[Target]) -> None:
         """Raise InjectionError for a stack of matrices, or a matrix as large as a pruned one, that would stay dense."""
@@ -361,9 +363,10 @@ def _refuse_tied(model: nn.Module, targets: list[Target]) -> None:
 
 
 def _refuse_fused_in_files(model: nn.Module, targets: list[Target]) -> None:
-    """Raise InjectionError, with all names, for layers that transformers saves as one tensor with others.
+    """Raise InjectionError, with all names, for layers that transformers saves as other tensors: fused with other
+    layers, in several parts, or transposed.
 
-    An export writes layer by layer, and could not write such a tensor.
+    An export writes layer by layer, and could not write such tensors.
     """
     layers = [target for target in targets if not target.is_stack]
     if not layers or not model_structure.is_of_transformers(model):
@@ -377,10 +380,11 @@ def _refuse_fused_in_files(model: nn.Module, targets: list[Target]) -> None:
     written = set(names_in_files(model, tensors).values())
     fused = [target for target in layers if target.weight_name not in written]
     if fused:
+        others = [target.name for target in layers if target not in fused]
         raise CannotBePrunedError(
-            f"{shortened([target.weight_name for target in fused])}: transformers saves each as a part of a larger "
-            "tensor, and a pruned part cannot be exported. Leave all of these dense with",
-            [_short_name(target.name) for target in fused],
+            f"{shortened([target.weight_name for target in fused])}: transformers saves each fused with others, in "
+            "parts or transposed, and exports cannot do this with pruned weights. Leave all of these dense with",
+            list(dict.fromkeys(_ending_for(target.name, others) for target in fused)),
         )
 
 
@@ -442,6 +446,15 @@ def _short_name(name: str) -> str:
     parts = name.split(".")
     first = max((i for i, part in enumerate(parts) if not part.isdigit()), default=0)
     return ".".join(parts[first:])
+
+
+def _ending_for(name: str, others: Collection[str]) -> str:
+    """Return the shortest dotted ending of ``name``, as of :func:`_short_name`, that matches none of ``others``."""
+    ending = _short_name(name)
+    while ending != name and any(is_inside(other, (ending,)) for other in others):
+        before = name.removesuffix(f".{ending}")
+        ending = f"{_short_name(before)}.{ending}"
+    return ending
 
 
 def listed(names: Iterable[str]) -> str:

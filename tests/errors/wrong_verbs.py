@@ -144,7 +144,10 @@ VERBS = {
     "bench of no sequences": Wrong(
         words("bench", "{made}/causal-dense", "--batch", "0"), "--batch", "'0'", "at least 1"
     ),
-    "inspect of what is not there": Wrong(words("inspect", "no/run"), "'no/run'", "does not exist", "looked in"),
+    "inspect of what is not there": Wrong(words("inspect", "{tmp}/run"), "'{tmp}/run'", "does not exist", "looked in"),
+    "inspect of neither a folder nor a model of the hub": Wrong(
+        words("inspect", "no/run"), "no/run", "is not a folder (looked in", "Run hf download no/run where"
+    ),
     "inspect of what is nothing": Wrong(words("inspect", "{made}/plain"), "{made}/plain", "notes.md", "run.toml"),
     "inspect of a damaged checkpoint": Wrong(
         lambda shop: [

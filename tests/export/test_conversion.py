@@ -12,6 +12,7 @@ from transformers.core_model_loading import Concatenate, Transpose, WeightConver
 
 from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
+from pst_ds.nn.targets import CannotBePrunedError
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.run import prepare, train_prepared
 
@@ -60,14 +61,31 @@ def test_a_pruned_tensor_keeps_the_name_it_has_in_the_files(converted, tmp_path)
     assert not any("intermediate.dense" in name for name in exported)
 
 
-@pytest.mark.parametrize(
-    ("transforms", "in_file"), [(SPLIT, "output.upper.weight"), (TRANSPOSED, "attention.output.turned.weight")]
-)
-def test_a_pruned_tensor_that_the_files_hold_otherwise_is_refused_by_name(
-    converted, tmp_path, capsys, transforms, in_file
-):
-    base = converted(transforms)
-    assert f"encoder.layer.0.{in_file}" in base
+BOTH = ["attention.output.dense", "output.dense"]
+OTHER_FORMS = {
+    "in parts": (SPLIT, "output.upper.weight", BOTH, "output"),
+    "transposed": (TRANSPOSED, "attention.output.turned.weight", BOTH[:1], "attention.output"),
+}
+
+
+@pytest.mark.parametrize("form", OTHER_FORMS)
+def test_a_layer_that_the_files_hold_otherwise_is_refused_by_name_before_training(converted, tmp_path, form):
+    transforms, in_file, layers, place = OTHER_FORMS[form]
+    with pytest.raises(CannotBePrunedError) as refusal:
+        converted(transforms)
+    assert f"encoder.layer.0.{in_file}" in load_file(tmp_path / "base" / "model.safetensors")
+    named = ", ".join(f"bert.encoder.layer.0.{layer}.weight" for layer in layers)
+    assert str(refusal.value).startswith(f"{named}: transformers saves each fused with others, in parts or transposed")
+    # intermediate.dense can be pruned, and is not excluded with them
+    assert str(refusal.value).endswith(f'exclude_modules = ["{place}.dense"]')
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("form", OTHER_FORMS)
+def test_a_run_that_was_trained_with_such_a_layer_is_not_exported(converted, tmp_path, capsys, monkeypatch, form):
+    """Runs of earlier versions have them."""
+    monkeypatch.setattr("pst_ds.nn.targets._refuse_fused_in_files", lambda model, targets: None)
+    converted(OTHER_FORMS[form][0])
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "export")]) == 2
     assert "output.dense.weight is built from" in capsys.readouterr().err
     assert not (tmp_path / "export").exists()

@@ -69,5 +69,5 @@ def test_engines_with_other_work_need_a_smaller_share(tmp_path):
     assert shares == sorted(shares, reverse=True)
     assert shares[0] > shares[-1]
     for engine in ENGINES:
-        with pytest.raises(InputError, match=f"--speedup 50 for {engine}: fewer feed-forward channels make"):
+        with pytest.raises(InputError, match=f"speedup = 50 for {engine}: fewer feed-forward channels make"):
             share_for(run, 50, engine)

@@ -152,8 +152,8 @@ def test_words_that_do_not_go_together(capsys, tmp_path, base):
         return line
 
     for method in ("wanda", "magnitude", "alps"):
-        assert "quantise the folder with --method sparsegpt --keep-zeros" in said("--bits", "4", method=method)
-    assert "--group 32 is for quantised weights. Add --bits 4 or 8" in said("--group", "32")
+        assert "quantise the folder with --method sparsegpt and --keep-zeros" in said("--bits", "4", method=method)
+    assert "--group 32 is for quantised weights. Set --bits 4 or 8 too" in said("--group", "32")
     assert "--keep-zeros prunes nothing more, so there is nothing to do. Add --bits" in said("--keep-zeros")
     both = said("--keep-zeros", "--bits", "4", "--sparsity", "0.5", "--pattern", "row")
     assert "--keep-zeros keeps the mask that the folder has. Remove --sparsity 0.5 and --pattern row" in both
@@ -208,15 +208,23 @@ DAMAGE = {
     "no group": (lambda f: _with_record(f, group=7), "pruning.json is damaged.*a group is 32, 64, 128 or row, got 7"),
     "no layers": (lambda f: _with_record(f, layers=3), "pruning.json is damaged"),
     "a layer that there is not": (
-        lambda f: (_with_record(f, layers=[{"name": "lm"}]), _with_scales(f, _add_layer)),
+        lambda f: (_with_layers(f, lambda layers: layers[-1].update(name="lm")), _with_scales(f, _add_layer)),
         "lists lm, a layer that the model does not have",
     ),
+    "a layer without its shape": (lambda f: _with_layers(f, lambda layers: layers[0].pop("shape")),
+                                  r"pruning.json is damaged: 'layers\.0\.shape' is missing. Prune the model again"),
 }  # fmt: skip
 
 
 def _with_record(folder, **changes):
     path = folder / "pruning.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _with_layers(folder, change):
+    layers = json.loads((folder / "pruning.json").read_text())["layers"]
+    change(layers)
+    _with_record(folder, layers=layers)
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +263,7 @@ def test_where_exactness_was_promised_and_cannot_be_had(capsys, tmp_path, on_gri
 def test_another_grid_would_round_twice(capsys, tmp_path, on_grid):
     for words in (["--values", "int8"], ["--values", "int4"], ["--values", "int4", "--group", "64"]):
         line = _said_by(capsys, "export", on_grid, "--out", tmp_path / "out", *words)
-        assert "Use --values int4 --group 32" in line
+        assert "Set --values int4 and --group 32" in line
     assert not (tmp_path / "out").exists()
     _export(tmp_path / "tables", on_grid, "--embeddings", "int8")  # which are on no grid yet
     folder = Path(shutil.copytree(on_grid, tmp_path / "folder"))

@@ -42,7 +42,7 @@ def test_the_requested_sparsity(pattern, asked, default, expected):
 
 @pytest.mark.parametrize(
     ("pattern", "asked", "said"),
-    [("2:4", 0.6, "pattern 2:4 has sparsity 0.5. Remove"), ("row", 1.0, r"must be in \[0, 1\)"),
+    [("2:4", 0.6, "sparsity = 0.6: pattern 2:4 has sparsity 0.5. Set sparsity = 0.5"), ("row", 1.0, r"must be in \[0, 1\)"),
      ("row", -0.1, r"must be in \[0, 1\)"), ("row", float("nan"), r"must be in \[0, 1\)")],
 )  # fmt: skip
 def test_shares_that_cannot_be_are_refused(pattern, asked, said):
@@ -60,8 +60,8 @@ def _rules(model, method, pattern):
     [("magnitude", "global", r"model\.layers\.0\.self_attn\.q_proj: .* matrix by matrix"),
      ("sparsegpt", "16x1", r"q_proj: SparseGPT prunes by matrix, row or N:M, not in blocks of 16x1"),
      ("wanda", "2:5", r"q_proj: .* in_features divisible by 5, got 32.*pst.exclude_modules"),
-     ("wanda", "rows", "--pattern rows: .* is not known"),
-     ("wanda", "4:4", "--pattern 4:4: .* needs 0 < N < M")],
+     ("wanda", "rows", 'pattern = "rows": .* is not known'),
+     ("wanda", "4:4", 'pattern = "4:4": .* needs 0 < N < M')],
 )  # fmt: skip
 def test_patterns_that_do_not_do_are_refused(tiny, method, pattern, said):
     model = tiny("llama")
@@ -71,7 +71,7 @@ def test_patterns_that_do_not_do_are_refused(tiny, method, pattern, said):
 
 def test_an_override_that_does_not_go_with_the_pattern_is_refused(tiny):
     config = PSTConfig(overrides=(Override(modules=("q_proj",), final_sparsity=0.7),))
-    with pytest.raises(InputError, match=r"--pattern 2:4: .*overrides\.final_sparsity = 0\.7"):
+    with pytest.raises(InputError, match=r'pattern = "2:4": overrides\.final_sparsity = 0\.7 with pattern .2:4., which has'):
         settings_for(tiny("llama"), config, "wanda", "2:4")
 
 
