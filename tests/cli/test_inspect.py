@@ -170,25 +170,29 @@ def test_any_model_folder_is_counted(folders, inspect, tmp_path, form):
     assert sum(layer["bytes"] for layer in found["layers"]) == sum(t.nbytes for t in tensors.values())
 
 
-@pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin", "shards"])
+@pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin", "shards", "a whole file beside shards"])
 def test_the_weight_files_are_those_that_are_read(inspect, tmp_path, form):
     shutil.copytree("tests/data/tiny-llama", tmp_path, dirs_exist_ok=True)
     tensors = load_file(tmp_path / "model.safetensors")
     read = [form]
     if form == "pytorch_model.bin":
         (tmp_path / "model.safetensors").unlink()
-    if form == "shards":
-        read = ["model-1.safetensors", "model-2.safetensors"]
-        save_file({name: t for name, t in tensors.items() if "0" in name}, tmp_path / read[0])
-        save_file({name: t for name, t in tensors.items() if "0" not in name}, tmp_path / read[1])
-        index = {"weight_map": {name: read["0" not in name] for name in tensors}}
+    if "shards" in form:
+        shards = ["model-1.safetensors", "model-2.safetensors"]
+        save_file({name: t for name, t in tensors.items() if "0" in name}, tmp_path / shards[0])
+        save_file({name: t for name, t in tensors.items() if "0" not in name}, tmp_path / shards[1])
+        index = {"weight_map": {name: shards["0" not in name] for name in tensors}}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        read = shards
+    if form == "shards":
+        (tmp_path / "model.safetensors").unlink()
+    if form == "a whole file beside shards":
+        read = ["model.safetensors"]  # as transformers does
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     (tmp_path / "training_args.bin").write_bytes(bytes(5000))
     nbytes = sum((tmp_path / name).stat().st_size for name in read)
     assert inspect(tmp_path)[0]["weight_file_bytes"] == nbytes
-    if form != "shards":  # transformers takes the whole file
-        assert open_model_folder(tmp_path).weight_file_bytes == nbytes
+    assert open_model_folder(tmp_path).weight_file_bytes == nbytes
 
 
 def test_what_lies_beside_an_export_is_not_its_weights(copied, inspect):
@@ -203,6 +207,7 @@ def test_what_lies_beside_an_export_is_not_its_weights(copied, inspect):
 
 def test_a_missing_shard_is_2(tmp_path, capsys):
     shutil.copytree("tests/data/tiny-llama", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").unlink()
     index = {"weight_map": {"lm_head.weight": "model-9.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert main(["inspect", str(tmp_path)]) == 2

@@ -153,7 +153,16 @@ def test_a_folder_is_read_expert_by_expert_with_the_scales_that_it_was_pruned_to
         scales[scales_name(f"model.layers.{block}.mlp.experts.{stack}")] = torch.cat(found)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     save_file(scales, folder / SCALES_FILE)
-    layers = [{"name": name.removesuffix(".scales")} for name in scales]
+    layers = [
+        {
+            "name": name.removesuffix(".scales"),
+            "shape": [len(rows), rows.shape[1] * 32],
+            "pattern": "matrix",
+            "sparsity_requested": 0.0,
+            "zeros": 0,
+        }
+        for name, rows in scales.items()
+    ]
     (folder / RECORD_FILE).write_text(json.dumps({"values": "int4", "group": 32, "layers": layers}))
     jobs, _ = plan_folder(open_folder(folder), Encoding("gguf", INT4), None)
     assert {len(output.shape) for job in jobs for output in job.outputs} == {1, 2}

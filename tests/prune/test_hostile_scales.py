@@ -31,7 +31,17 @@ def folder(tmp_path) -> Path:
         weights[f"{name}.weight"], scales[f"{name}.scales"] = dequantize(codes, found, torch.bfloat16), found
     save_file(weights, tmp_path / "model.safetensors")
     save_file(scales, tmp_path / "scales.safetensors")
-    record = {"format": 1, "values": "int4", "group": 32, "layers": [{"name": name} for name in SHAPES]}
+    layers = [
+        {
+            "name": name,
+            "shape": shape,
+            "pattern": "matrix",
+            "sparsity_requested": 0.4,
+            "zeros": int((weights[f"{name}.weight"] == 0).sum()),
+        }
+        for name, shape in SHAPES.items()
+    ]
+    record = {"format": 1, "values": "int4", "group": 32, "layers": layers}
     (tmp_path / "pruning.json").write_text(json.dumps(record))
     return tmp_path
 
@@ -84,6 +94,9 @@ def _strange_record(data: bytes, rng: random.Random) -> bytes:
         table["layers"][rng.randrange(3)]["name"] = rng.choice(["layers.9", "", 3, None, "../x", "layers.0.up"])
     elif rng.random() < 0.2:
         del table[rng.choice(sorted(table))]
+    elif rng.random() < 0.2:
+        layer = rng.choice(table["layers"])
+        layer[rng.choice(sorted(layer))] = rng.choice(STRANGE)
     else:
         table[rng.choice(sorted(table))] = rng.choice(STRANGE)
     return json.dumps(table).encode()
@@ -106,5 +119,6 @@ def test_damage_is_refused_or_what_is_read_is_exact(folder):
                 _require_exact(weight, scales, grid)
         path.write_bytes(originals[path])
     assert refused > 0.6 * MUTANTS
+    assert exact > 0
     assert refused + exact == MUTANTS
     assert _read(folder).keys() == SHAPES.keys()

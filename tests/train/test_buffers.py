@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from pst_ds import CubicSchedule, MaskUpdater, PSTConfig, inject_pst, load_pretrained, merge_and_unload, save_pretrained
+from pst_ds.atomic_files import file_sha256
 from pst_ds.cli.main import main
 from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
@@ -100,13 +101,14 @@ def _train(folder, run_file="tests/data/causal_lm.toml", **more):
 
 
 def _take_out(folder, name):
-    """A tensor out of the file, the manifest and its count, as if it had never been exported."""
+    """Take a tensor out of the file, and out of the manifest and its SHA-256, as if it had never been exported."""
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
     (entry,) = [entry for entry in manifest["tensors"] if entry["name"] == name]
     manifest["tensors"].remove(entry)
-    (folder / MANIFEST_FILE).write_text(json.dumps(sealed(manifest)))
     path = folder / entry["parts"][0]["file"]
     save_file({n: t for n, t in load_file(path).items() if n != name}, path, metadata={"format": "pt"})
+    manifest["files"][path.name] = file_sha256(path)
+    (folder / MANIFEST_FILE).write_text(json.dumps(sealed(manifest)))
 
 
 def _require_whole(folder, kind, verb, capsys):
