@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from pst_ds.checkpoint.format import CheckpointError, CheckpointState, read_checkpoint
+from pst_ds.checkpoint.format import CheckpointError, CheckpointState, open_checkpoint, read_checkpoint
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -229,13 +230,35 @@ def test_nothing_is_unpickled_while_a_good_checkpoint_is_read(tmp_path, monkeypa
     assert {n: t.shape for n, t in read_checkpoint(tmp_path / "c").trained.items()} == {"a": (3, 4), "b": (7,)}
 
 
-def test_an_open_checkpoint_keeps_no_file_open_or_mapped(tmp_path):
-    """Otherwise the disk space of removed checkpoints stays in use until the garbage collector runs."""
+def _open_files(folder):
+    """The files below a folder that this process holds open, removed ones included."""
+    links = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+    return sorted(link for link in links if link.startswith(f"{folder}/"))
+
+
+def test_a_read_checkpoint_holds_its_files_until_its_last_reference_is_gone(tmp_path):
+    """A run may remove what is read. Later its disk space must be free at once, not when the garbage collector runs."""
+    manifest = _small(tmp_path / "c")
+    gc.disable()
+    try:
+        checkpoint = read_checkpoint(tmp_path / "c")
+        assert len(_open_files(tmp_path)) == manifest["contents"]["num_shards"]
+        shutil.rmtree(tmp_path / "c")
+        assert checkpoint.trained["a"].shape == (3, 4)
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+        assert len(_open_files(tmp_path)) == manifest["contents"]["num_shards"]
+        del checkpoint
+        assert not _open_files(tmp_path)
+    finally:
+        gc.enable()
+
+
+def test_an_opened_checkpoint_that_is_not_held_keeps_no_file_open_or_mapped(tmp_path):
     _small(tmp_path / "c")
-    checkpoint = read_checkpoint(tmp_path / "c")
+    checkpoint = open_checkpoint(tmp_path / "c")
     assert checkpoint.trained["a"].shape == (3, 4)
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
-    assert not any(str(tmp_path) in os.path.realpath(link) for link in Path("/proc/self/fd").iterdir())
+    assert not _open_files(tmp_path)
 
 
 @pytest.mark.parametrize("outside", ["../x", "/etc/hostname", "sub/../../x"])

@@ -55,8 +55,8 @@ DATA = {
     "a line that is not JSON": Wrong(
         _train_on("train.jsonl", '{"text": "a", "label": "b"}\n{"text": "c", "label": "d"}\n{"text": "e", "label\n'),
         _FILE,
-        "line 3 is not a JSON object",
-        "Write one per line",
+        "line 3 is not a JSON object (Unterminated string",
+        "Repair it",
     ),
     "a line that is JSON and no object": Wrong(
         _train_on("train.jsonl", '{"text": "a", "label": "b"}\n["c", "d"]\n'),
@@ -71,7 +71,10 @@ DATA = {
         "not a plain text, number or label",
     ),
     "a CSV row with too many fields": Wrong(
-        _train_on("train.csv", "text,label\na,b\nc,d,e\n"), "{tmp}/train.csv", "line 3", "Repair it"
+        _train_on("train.csv", "text,label\na,b\nc,d,e\n"),
+        "{tmp}/train.csv",
+        "line 3 has 3 fields",
+        "Put quotes around",
     ),
     "a TSV file with quotes around its texts": Wrong(
         _train_on("train.tsv", 'text\tlabel\n"a ""b"" c"\tx\nd\ty\n'), "{tmp}/train.tsv", "'text'", "as .csv or .jsonl"
@@ -79,8 +82,8 @@ DATA = {
     "text in another encoding": Wrong(
         _train_on("train.jsonl", '{"text": "café", "label": "a"}\n'.encode("latin-1")),
         _FILE,
-        "row",
-        "Save the file in UTF-8",
+        "line 1 is not UTF-8 text",
+        "Save it in UTF-8",
     ),
     "a CSV file in another encoding": Wrong(
         _train_on("train.csv", "text,label\ncafé,a\n".encode("latin-1")), "{tmp}/train.csv", "0xe9", "Save it"
@@ -103,7 +106,7 @@ DATA = {
     "a column of lists": Wrong(
         _rows({"text": ["a"], "label": "x"}, {"text": ["b"], "label": "y"}), _FILE, "column 'text'", "not a plain text"
     ),
-    "a row without text": Wrong(_rows(*GOOD, {"text": None, "label": "good"}), _FILE, "row 40", "remove the row"),
+    "a row without text": Wrong(_rows(*GOOD, {"text": None, "label": "good"}), _FILE, "line 41", "remove the row"),
     "a row without a label": Wrong(
         _rows(*GOOD, {"text": "film", "label": None}), _FILE, "'label'", "Give every example a label"
     ),
@@ -122,7 +125,7 @@ DATA = {
     "a label that is no class": Wrong(
         lambda shop: shop.train(f"data.validation={shop.rows('val.jsonl', {'text': 'film', 'label': 'so-so'})}"),
         "{tmp}/val.jsonl",
-        "label 'so-so' in row 0",
+        "label 'so-so' in line 1",
         "bad, good",
     ),
     "an order of other classes": Wrong(
@@ -134,7 +137,7 @@ DATA = {
     "hidden labels": Wrong(
         lambda shop: shop.train(f"data.validation={shop.rows('val.jsonl', {'text': 'film', 'label': -1})}"),
         "{tmp}/val.jsonl",
-        "label -1 in row 0",
+        "label '-1' in line 1",
         "Name a split that has labels",
     ),
     "words where numbers are": Wrong(setting("task=regression"), "tests/data/train.jsonl", "'good'", "number"),

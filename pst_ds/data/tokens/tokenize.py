@@ -35,14 +35,14 @@ def open_tokenizer(path: str | Path, setting: str, fix: str) -> Tokenizer:
             return tokenizer
     except (OSError, ValueError, KeyError) as error:
         problem = first_line(error)
+    where = "" if Path(path).is_dir() else f", as a folder (looked in {Path(path).absolute()}) or on the hub"
     if hub.is_hub_name(path):
         try:
             hub.require_file(str(path), "tokenizer_config.json")
         except hub.NotDownloadedError as error:
-            raise hub.NotDownloadedError(f"{setting} has no tokenizer: {error}") from error
+            raise hub.NotDownloadedError(f"{setting} has no tokenizer{where}: {error}") from error
         except InputError:
             pass  # some repositories have another file of a tokenizer
-    where = "" if Path(path).is_dir() else f", as a folder (looked in {Path(path).absolute()}) or on the hub"
     raise ConfigError(f"{setting} has no tokenizer{where}: {problem}. {fix}")
 
 

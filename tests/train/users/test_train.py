@@ -217,7 +217,7 @@ def test_a_row_without_a_user_is_refused(run, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a", "label": "good", "who": "ann"}\n{"text": "b", "label": "bad", "who": null}\n')
     assert _train(run / "run", tmp_path / "store", str(path)) == 2
-    assert "None in row 1" in capsys.readouterr().err
+    assert "column 'who' has None in line 2, which is not a user" in capsys.readouterr().err
     assert not (tmp_path / "store").exists()
 
 
