@@ -222,7 +222,7 @@ class PSTConfig(_LibrarySection):
         fixed = pattern.fixed_sparsity
         if fixed is not None and sparsity not in (None, fixed):
             raise ValueError(
-                f"overrides.final_sparsity = {sparsity} with pattern {str(pattern)!r}, which has sparsity {fixed}. Remove it"
+                f'overrides.final_sparsity = {sparsity} with pattern "{pattern}", which has sparsity {fixed}. Remove it'
             )
         if pattern.kind == "global" and sparsity is not None:
             raise ValueError(

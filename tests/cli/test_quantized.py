@@ -108,7 +108,10 @@ def test_a_file_in_a_narrower_dtype_is_held_against_the_model_cast_alike(folders
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--group", "32"], "--group 32 is for quantised values. Set --values int8 or int4, or --embeddings int8 or int4"),
+        (
+            ["--group", "32"],
+            "--group 32 is for quantised values. Set --values int8 or int4, or --embeddings int8 or int4",
+        ),
         (["--values", "bf16", "--group", "32"], "--group 32 is for quantised values. Set --values int8 or int4"),
         (["--values", "bf16", "--dtype", "fp32"], "--values bf16 and --dtype fp32 both cast every tensor"),
         (["--format", "csr", "--values", "int8"], "csr holds values of the model's dtype only. For int8 and int4"),

@@ -154,7 +154,7 @@ def test_words_that_do_not_go_together(capsys, tmp_path, base):
     for method in ("wanda", "magnitude", "alps"):
         assert "quantise the folder with --method sparsegpt and --keep-zeros" in said("--bits", "4", method=method)
     assert "--group 32 is for quantised weights. Set --bits 4 or 8 too" in said("--group", "32")
-    assert "--keep-zeros prunes nothing more, so there is nothing to do. Add --bits" in said("--keep-zeros")
+    assert "--keep-zeros prunes nothing more, so there is nothing to do. Set --bits 4 or 8 too" in said("--keep-zeros")
     both = said("--keep-zeros", "--bits", "4", "--sparsity", "0.5", "--pattern", "row")
     assert "--keep-zeros keeps the mask that the folder has. Remove --sparsity 0.5 and --pattern row" in both
     groups = said("--bits", "4", "--group", "128")

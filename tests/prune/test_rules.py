@@ -42,8 +42,9 @@ def test_the_requested_sparsity(pattern, asked, default, expected):
 
 @pytest.mark.parametrize(
     ("pattern", "asked", "said"),
-    [("2:4", 0.6, "sparsity = 0.6: pattern 2:4 has sparsity 0.5. Set sparsity = 0.5"), ("row", 1.0, r"must be in \[0, 1\)"),
-     ("row", -0.1, r"must be in \[0, 1\)"), ("row", float("nan"), r"must be in \[0, 1\)")],
+    [("2:4", 0.6, "sparsity = 0.6: pattern 2:4 has sparsity 0.5. Set sparsity = 0.5"),
+     ("row", 1.0, r"must be in \[0, 1\)"), ("row", -0.1, r"must be in \[0, 1\)"),
+     ("row", float("nan"), r"must be in \[0, 1\)")],
 )  # fmt: skip
 def test_shares_that_cannot_be_are_refused(pattern, asked, said):
     with pytest.raises(InputError, match=said):
@@ -71,7 +72,8 @@ def test_patterns_that_do_not_do_are_refused(tiny, method, pattern, said):
 
 def test_an_override_that_does_not_go_with_the_pattern_is_refused(tiny):
     config = PSTConfig(overrides=(Override(modules=("q_proj",), final_sparsity=0.7),))
-    with pytest.raises(InputError, match=r'pattern = "2:4": overrides\.final_sparsity = 0\.7 with pattern .2:4., which has'):
+    said = r'pattern = "2:4": overrides\.final_sparsity = 0\.7 with pattern "2:4", which has sparsity 0\.5'
+    with pytest.raises(InputError, match=said):
         settings_for(tiny("llama"), config, "wanda", "2:4")
 
 
