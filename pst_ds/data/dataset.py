@@ -265,14 +265,14 @@ def _require_path(rows: Dataset, top: str, path: list[str], column: str, setting
                 )
             values = [value.get(part) for value in values if isinstance(value, dict)]
         return
-    parts: tuple[str | None, ...] = (None, *path)
-    for part in parts:
-        if part is not None and not (isinstance(feature, dict) and part in feature):
+    steps: tuple[str | None, ...] = (None, *path)
+    for step in steps:
+        if step is not None and not (isinstance(feature, dict) and step in feature):
             there = ", ".join(feature) if isinstance(feature, dict) else type(feature).__name__
             raise ConfigError(
-                f"{where}: {setting} = {column!r} has no part {part!r} in the data, which has {there}. Name a part"
+                f"{where}: {setting} = {column!r} has no part {step!r} in the data, which has {there}. Name a part"
             )
-        feature = feature[part] if isinstance(feature, dict) and part is not None else feature
+        feature = feature[step] if isinstance(feature, dict) and step is not None else feature
         while hasattr(feature, "feature"):  # a list of
             feature = feature.feature
 

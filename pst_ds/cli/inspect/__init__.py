@@ -6,7 +6,6 @@ from pathlib import Path
 from pst_ds.cli.inspect.layers import Inspection, print_inspection
 from pst_ds.core.packings import ONNX_FILE
 from pst_ds.errors import InputError, shortened
-from pst_ds.formats.hub import CONFIG_FILE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,9 +20,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if "/" in args.path and not path.exists():
         from pst_ds.nn.base_model import Pretrained
 
-        place = Pretrained(args.path)
-        place.require_file(CONFIG_FILE)
-        path = place.download()
+        path = Pretrained(args.path).download()
     inspection = inspect(path)
     print_inspection(inspection, every_layer=args.layers)
     return {"path": args.path, "kind": inspection.kind, **inspection.facts, "layers": inspection.layers}
