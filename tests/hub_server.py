@@ -24,7 +24,7 @@ class HubServer(ThreadingHTTPServer):
     Attributes:
         repositories: folder of each repository, by "owner/name"; its commit follows from the names and bytes in it.
         gated: names of the repositories that refuse to send files.
-        sent: (method, repository's file, bytes sent) of each request for a file's content.
+        sent: (method, repository's file, bytes sent) of each request for a file's content; "RANGE" for a part of one.
     """
 
     daemon_threads = True
@@ -46,7 +46,7 @@ class HubServer(ThreadingHTTPServer):
         return digest.hexdigest()
 
     def received(self, least: int = 0) -> set[str]:
-        """Return the names of the files of which more than ``least`` bytes were sent."""
+        """Return the names of the files that were sent whole and have more than ``least`` bytes."""
         return {file for method, file, count in self.sent if method == "GET" and count > least}
 
 
@@ -136,7 +136,8 @@ class _Handler(BaseHTTPRequestHandler):
             first, last = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
             data, status = data[first : last + 1], 206
-        self.server.sent.append((self.command, f"{name}/{file}", len(data)))
+        method = "RANGE" if status == 206 else self.command
+        self.server.sent.append((method, f"{name}/{file}", len(data)))
         self._send(status, headers, data)
 
     def _send(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:

@@ -25,9 +25,11 @@ def plan(tmp_path, capsys):
             "--set", f"model.path={json.dumps(str(tmp_path))}", "--set", "train.batch_size=2",
             "--set", "data.max_length=4096", "--set", 'deepspeed_config="ds_configs/zero3.json"', *more,
         ]  # fmt: skip
-        assert main(arguments) == 0
+        code = main(arguments)
         text = capsys.readouterr().out
-        return text, json.loads(text.splitlines()[-1])
+        found = json.loads(text.splitlines()[-1])
+        assert code == (3 if found["verdict"]["fits"] is False else 0)
+        return text, found
 
     return made
 
