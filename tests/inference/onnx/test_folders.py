@@ -208,7 +208,7 @@ REFUSED = {
     "MixtralForCausalLM has experts, and a graph cannot route tokens to them. Choose another format": lambda: (
         hf.MixtralForCausalLM(hf.MixtralConfig(**DECODER, num_local_experts=2))
     ),
-    "BambaForCausalLM cannot be written as a graph: torch's exporter fixes the number of tokens. Choose another": lambda: (
+    "BambaForCausalLM cannot be written as a graph: torch's exporter fixes the number of tokens. Choose": lambda: (
         hf.BambaForCausalLM(
             hf.BambaConfig(
                 **DECODER | TOKENS | {"num_hidden_layers": 1}, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8
