@@ -28,7 +28,7 @@ PRUNING_METHODS = {
     REAP: "whole experts",
     CHANNELS: "channels of feed-forward layers (--ffn): a smaller dense model",
 }
-"""What each method removes, for the help."""
+"""Purpose of each method, for the help."""
 FLAGS = flags_of_fields([*(field.name for field in fields(PruneConfig)), "out", "speedup"])
 """Flags for the settings that messages of this verb name."""
 

@@ -201,7 +201,7 @@ def _path_of(column: str, rows: Dataset) -> list[str]:
 def _value_at(value: object, path: list[str]) -> object:
     if isinstance(value, list) and path:
         return [_value_at(item, path) for item in value]
-    # objects of JSON may lack a field; those of Arrow have it, with None
+    # A JSON object may lack a field; Arrow stores None for it.
     return _value_at(value.get(path[0]), path[1:]) if isinstance(value, dict) and path else value
 
 

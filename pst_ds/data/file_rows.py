@@ -270,7 +270,7 @@ def _written(value: object) -> object:
 
 
 class _NotReadable(ValueError):
-    """What is wrong with a JSON text, and the fix: the end of a message that starts with its place."""
+    """A JSON text cannot be read. The message is the end of a sentence that starts with the place, and has the fix."""
 
 
 def _parsed(text: bytes) -> object:

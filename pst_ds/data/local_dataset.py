@@ -57,7 +57,7 @@ class LocalFile(datasets.ArrowBasedBuilder):
     label = ""
     """Start of messages."""
     types: Types | None = None
-    """Types of the columns of a JSON file; None for those of its first rows."""
+    """Types of the columns of a JSON file; None until the first rows have been read."""
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo()
@@ -179,7 +179,7 @@ def _array(values: Sequence[Any], kind: DataType) -> pyarrow.Array:
 
 
 def read_local_file(path: Path, label: str, piece: str, sample_by: str) -> datasets.Dataset:
-    """Return the rows of a file, or those of the slice ``piece``, from the cache of ``datasets`` or read into it.
+    """Return the rows of a file, or those of the slice ``piece``. A file is converted once, into the datasets cache.
 
     Raises ConfigError, which starts with ``label``, for what cannot be read.
     """

@@ -11,7 +11,7 @@ from pst_ds.formats.base_weights import names_in_files
 from pst_ds.nn.model_structure import is_inside_block, router_names, untied_linear_layers
 
 LEAST_PRUNED_SHARE = 0.01
-"""Share of zeros from which a matrix counts as pruned. Rounding to bf16 makes a few zeros in a matrix that is not."""
+"""Lowest sparsity of a pruned matrix. Rounding to bf16 makes a few zeros in a matrix that was never pruned."""
 
 
 def refilled_weights(

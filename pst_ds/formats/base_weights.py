@@ -21,7 +21,7 @@ class BaseWeights:
     """Read single tensors of a model folder (safetensors, or PyTorch files) without loading the rest."""
 
     def __init__(self, path: str | Path, base_model_prefix: str, index: str = "", *, reads_values: bool = True):
-        """Find the files, after a download of those of a model on the hub.
+        """Find the files of a model; download them first if it is on the hub.
 
         Args:
             path: model folder, or name of a model on the hub.

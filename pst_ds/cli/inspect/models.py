@@ -91,7 +91,7 @@ def pruned_folder(path: Path) -> Inspection:
     """Describe a result of ``pst-ds prune`` from its record and its weights. Raises InputError for damaged files.
 
     The zeros of linear layers are counted, because other programs may have changed the weights, as merging an adapter
-    does. Those of expert stacks are from the record: the files may store experts separately, under other names.
+    does. Zeros of expert stacks are from the record: the files may store experts separately, under other names.
     """
     record, table = read_pruning_record(path)
     weights = BaseWeights(path, "")

@@ -93,7 +93,7 @@ class LayerTable:
     activation: Tensor | None
     """Parameters of the activation; None without any."""
     is_gated: bool
-    """Whether the activation of one product is multiplied by another."""
+    """True if the activation of one product is multiplied by another product."""
 
 
 @dataclass(slots=True)
@@ -113,7 +113,7 @@ class DecoderTable:
     angles: list[tuple[Tensor, Tensor]]
     """Rotary cosines and sines, (context, half) each."""
     turns_neighbours: bool
-    """Whether rotary angles turn columns (0, 1), (2, 3), ... of a head instead of (0, half), (1, half + 1), ..."""
+    """True if rotary angles turn columns (0, 1), (2, 3), ... of a head; False for (0, half), (1, half + 1), ..."""
     places: dict[str, Place]
     """Place of each linear layer in the products, by its name in the model."""
 

@@ -1,4 +1,4 @@
-"""How far an ONNX graph's logits may be from the model's: the effect of the roundings in which they differ."""
+"""Tolerance between the logits of an ONNX graph and of its model: the effect of roundings in which they differ."""
 
 import math
 from collections.abc import Mapping
