@@ -26,7 +26,8 @@ from pst_ds.nn.config_values import require_plausible_config
 from pst_ds.progress import Progress
 from pst_ds.prune.folder import RECORD_FILE
 
-_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.index.json")
+"""Patterns of names. An index without its files is a damaged download, and not a model without weights."""
 
 
 def export_folder(path: Path) -> Inspection:
