@@ -13,7 +13,9 @@ Result = TypeVar("Result")
 LONG_BYTES = 1 << 14
 """Body size from which a request is read in the thread for long ones."""
 _REST = 3.0
-"""Pause after a long read, in multiples of its time: long reads use at most a quarter of a core."""
+"""Pause after a long read, in multiples of its time: long requests use at most a quarter of a core."""
+_RECEIVE_SECONDS = 1e-8
+"""Time per byte that the event loop spends on a body before it is read, which counts as time of the read."""
 _LONG_SHARE = 4
 """Divisor of the number of waiting requests that gives the number of long ones among them."""
 
@@ -74,4 +76,5 @@ class Readers:
             return function(body, True)
         finally:
             now = time.monotonic()
-            self._rests_until = now + _REST * (now - began)
+            took = now - began + _RECEIVE_SECONDS * len(body)
+            self._rests_until = now + _REST * took
