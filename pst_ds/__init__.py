@@ -9,14 +9,14 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CubicSchedule": "core.schedule",
-    "ExportSettings": "inference.export_run",
+    "ExportSettings": "export.export_run",
     "Grid": "core.quantization",
     "MaskUpdater": "masks.schedule_driver",
     "OneShotSchedule": "core.schedule",
     "PSTConfig": "config.pst",
     "PruneConfig": "config.one_shot",
     "RoundingSchedule": "core.schedule",
-    "export_run": "inference.export_run",
+    "export_run": "export.export_run",
     "inject_pst": "nn.inject",
     "load": "inference.loading",
     "load_pretrained": "checkpoint.adapter",
@@ -30,7 +30,7 @@ _HOMES = {
     "save_pretrained": "checkpoint.adapter",
     "train_run": "train.run",
     "adapter_checkpoints": "nn.adapter_checkpoints",
-    "verify": "inference.verify",
+    "verify": "export.verify",
 }
 
 __all__ = ["__version__", *_HOMES]
@@ -45,10 +45,10 @@ if TYPE_CHECKING:
     from pst_ds.core.schedule import CubicSchedule as CubicSchedule
     from pst_ds.core.schedule import OneShotSchedule as OneShotSchedule
     from pst_ds.core.schedule import RoundingSchedule as RoundingSchedule
-    from pst_ds.inference.export_run import ExportSettings as ExportSettings
-    from pst_ds.inference.export_run import export_run as export_run
+    from pst_ds.export.export_run import ExportSettings as ExportSettings
+    from pst_ds.export.export_run import export_run as export_run
+    from pst_ds.export.verify import verify as verify
     from pst_ds.inference.loading import load as load
-    from pst_ds.inference.verify import verify as verify
     from pst_ds.masks.schedule_driver import MaskUpdater as MaskUpdater
     from pst_ds.nn.adapter_checkpoints import adapter_checkpoints as adapter_checkpoints
     from pst_ds.nn.inject import inject_pst as inject_pst

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pst_ds.export import to_folder
-from pst_ds.export.to_folder import ExportOptions
+from pst_ds.writing import to_folder
+from pst_ds.writing.to_folder import ExportOptions
 
 _NOT_STORAGE = ("tokenizer", "vocabulary", "run")
 

@@ -18,7 +18,7 @@ from pst_ds.third_party import ThirdPartyError, patch, patched, patched_entry, r
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pst_ds"
 USES = {
-    ("inference/hf/quantizer.py", "merge_quantization_configs"),
+    ("hf/quantizer.py", "merge_quantization_configs"),
     ("nn/inject.py", "activation_relu_or_gelu"),
     ("nn/inject.py", "use_nested_tensor"),
     ("nn/sharded_weights.py", "_load_state_dict_into_zero3_model"),
@@ -30,11 +30,11 @@ USES = {
     ("parallel/engine.py", "parameter_offload"),
     ("parallel/sequence.py", "attention"),  # by its name in transformers' registry
     ("parallel/traffic.py", "name"),  # of each collective of a process group
-    ("parallel/zero3.py", "__init__"),
-    ("parallel/zero3.py", "_ZERO_PARAM_INTRA_PARALLEL_GROUP"),
-    ("parallel/zero3.py", "_convert_to_deepspeed_param"),
-    ("parallel/zero3.py", "_partition_param_sec"),
-    ("parallel/zero3.py", "_post_init_method"),
+    ("parallel/sharding.py", "__init__"),
+    ("parallel/sharding.py", "_ZERO_PARAM_INTRA_PARALLEL_GROUP"),
+    ("parallel/sharding.py", "_convert_to_deepspeed_param"),
+    ("parallel/sharding.py", "_partition_param_sec"),
+    ("parallel/sharding.py", "_post_init_method"),
     ("planning/activations.py", "scaled_dot_product_attention"),
     ("train/sequences.py", "implementation"),  # of attention and of masks, by its name in transformers' registries
     ("train/trainer_callback.py", "DEFAULT_CALLBACKS"),

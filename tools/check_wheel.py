@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from safetensors.torch import load_file, save_file
 
 import pst_ds
-from pst_ds.inference.runtime.native_loop import LEVELS, require_library
+from pst_ds.runtime.native_loop import LEVELS, require_library
 
 DATA = Path(__file__).resolve().parents[1] / "tests" / "data"
 PROGRAM = str(Path(sys.executable).with_name("pst-ds"))

@@ -7,8 +7,8 @@ from typing import TypeVar
 from torch import Tensor
 
 from pst_ds.formats import FORMATS, PackedFormat
-from pst_ds.inference.runtime import SparseLinear
-from pst_ds.inference.runtime.experts import SparseExperts
+from pst_ds.runtime import SparseLinear
+from pst_ds.runtime.experts import SparseExperts
 
 L = TypeVar("L", bound=SparseLinear)
 

@@ -33,7 +33,7 @@ from pst_ds.core.quantization import Grid, bytes_of_scales, scales_of_bytes
 from pst_ds.errors import InputError, first_problem
 from pst_ds.nn import inject
 from pst_ds.nn.adapter_checkpoints import MASK_BITS, SCALES, write_mask
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.ranks import is_main, raise_on_all_ranks
 from pst_ds.parallel.steps import unwrapped
 
@@ -129,14 +129,14 @@ def load_pretrained(model: inject.ModelT, folder: str | Path) -> inject.ModelT:
         _require_weights(model, saved, folder)
     with torch.no_grad():
         for name, param in inject.adapter_parameters(model):
-            zero3.write_whole(param, tensors[name])
+            sharding.write_whole(param, tensors[name])
         for name, buffer in inject.persistent_buffers(model).items():
             buffer.copy_(tensors.get(name, buffer))
         for name, layer in inject.pst_layers(model).items():
             write_mask(layer, tensors[f"{name}.{MASK_BITS}"])
             layer.set_magnitude_scales(tuple(saved.weight_scales[name]))
             if layer.pst_scales is not None:
-                zero3.write_whole(layer.pst_scales, bytes_of_scales(tensors[f"{name}.{SCALES}"]))
+                sharding.write_whole(layer.pst_scales, bytes_of_scales(tensors[f"{name}.{SCALES}"]))
     if saved.masks_frozen:
         inject.freeze_scores(model)
     inject.round_weights(model, rounds=saved.rounds)
@@ -161,7 +161,7 @@ def adapter_state(
         )
     tensors: dict[str, Tensor] = {}
     for name, param in inject.adapter_parameters(model):
-        value = zero3.fp32_masters([param])[0] if gathered is None else gathered[name].float()
+        value = sharding.fp32_masters([param])[0] if gathered is None else gathered[name].float()
         if keep:
             tensors[name] = value.detach().to("cpu", copy=True).contiguous()
     for name, buffer in inject.persistent_buffers(model).items() if keep else ():
@@ -171,12 +171,12 @@ def adapter_state(
         if gathered is not None and key in gathered:  # a state dict with adapter_checkpoints
             bits = gathered[key].cpu()
         else:
-            whole = zero3.whole(layer.pst_mask) if gathered is None else gathered[f"{name}.pst_mask"]
+            whole = sharding.whole(layer.pst_mask) if gathered is None else gathered[f"{name}.pst_mask"]
             bits = relayout(whole.cpu(), layer.layout.numel, layer.num_shards, 1) if keep else whole
         if keep:
             tensors[key] = bits
         if layer.stored_grid is not None and layer.pst_scales is not None:
-            whole = zero3.whole(layer.pst_scales) if gathered is None else gathered[f"{name}.{SCALES}"]
+            whole = sharding.whole(layer.pst_scales) if gathered is None else gathered[f"{name}.{SCALES}"]
             if keep:
                 scales = scales_of_bytes(whole.detach(), layer.stored_grid.shape)
                 tensors[f"{name}.{SCALES}"] = scales.to("cpu", copy=True)
@@ -315,7 +315,7 @@ def _read_tensors(folder: Path, digest: str) -> dict[str, Tensor]:
 
 
 def _require_fit(model: nn.Module, tensors: dict[str, Tensor], saved: _Saved, folder: Path) -> None:
-    wanted = {name: tuple(zero3.full_shape(param)) for name, param in inject.adapter_parameters(model)}
+    wanted = {name: tuple(sharding.full_shape(param)) for name, param in inject.adapter_parameters(model)}
     for name, layer in inject.pst_layers(model).items():
         wanted[f"{name}.{MASK_BITS}"] = (-(-layer.layout.numel // 8),)
         if layer.stored_grid is not None:

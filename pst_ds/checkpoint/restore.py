@@ -13,7 +13,7 @@ from pst_ds.nn.inject import pst_layers, round_weights
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.router import follow_masks
 from pst_ds.nn.tables.coded import coded_tables
-from pst_ds.parallel import optimizer_state, zero3
+from pst_ds.parallel import optimizer_state, sharding
 from pst_ds.parallel.engine import Engine
 
 _HUB = "hub:"
@@ -36,19 +36,19 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
     _require_fit(model, checkpoint)
     with torch.no_grad():
         for name, param in trainable(model):
-            shard = zero3.shard_of(param)
+            shard = sharding.shard_of(param)
             stop = shard.start + shard.values.numel()
-            zero3.write_shard(param, checkpoint.values(name, optimizer_state.MASTER, shard.start, stop))
+            sharding.write_shard(param, checkpoint.values(name, optimizer_state.MASTER, shard.start, stop))
     for name, layer in pst_layers(model).items():
         layer.set_magnitude_scales(tuple(checkpoint.state.magnitude_scales[name]))
         mask, (shards, own_shard, parts) = layer.pst_mask, layer.place
-        held = [own_shard] if zero3.is_partitioned(mask) else range(shards)
+        held = [own_shard] if sharding.is_partitioned(mask) else range(shards)
         bits = torch.cat([checkpoint.mask_shard(name, shards, i, parts) for i in held])
-        zero3.write_shard(mask, bits.to(mask.device))
+        sharding.write_shard(mask, bits.to(mask.device))
         if layer.pst_scales is not None:
-            own = zero3.shard_of(layer.pst_scales)
+            own = sharding.shard_of(layer.pst_scales)
             data = _scale_bytes(layer, name, checkpoint, own.start, own.start + own.values.numel())
-            zero3.write_shard(layer.pst_scales, data.to(own.values.device))
+            sharding.write_shard(layer.pst_scales, data.to(own.values.device))
     follow_masks(model)
     round_weights(model, rounds=checkpoint.state.rounds)
 
@@ -154,7 +154,7 @@ def _require_fit(model: nn.Module, checkpoint: Checkpoint) -> None:
     ):
         if extra := sorted(ours ^ set(theirs)):
             raise CheckpointError(f"{misfit}: {kind} differ in {shortened(extra)}{_FIX}")
-    shapes = {name: (contents.trained[name], tuple(zero3.full_shape(param))) for name, param in params.items()}
+    shapes = {name: (contents.trained[name], tuple(sharding.full_shape(param))) for name, param in params.items()}
     shapes |= {f"the mask of {n}": ((contents.masks[n],), (layer.whole_layout.numel,)) for n, layer in layers.items()}
     for name, (saved, own) in shapes.items():
         if saved != own:

@@ -32,7 +32,7 @@ from pst_ds.core.bits import pack_shard, shard_bytes, shard_range, unpack_range
 from pst_ds.formats.safetensors_file import header_and_slots, tensor_bytes
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import PSTLayer
-from pst_ds.parallel import optimizer_state, zero3
+from pst_ds.parallel import optimizer_state, sharding
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import rank, world_size
 from pst_ds.parallel.store import StoreGroup
@@ -196,8 +196,8 @@ class CheckpointWriter:
 def _mask_share(layer: PSTLayer) -> Tensor:
     """Return the bits of this rank's shard of a mask in one shard per rank."""
     bits, numel = layer.pst_mask, layer.layout.numel
-    if zero3.is_partitioned(bits):
-        return zero3.shard_of(bits).values
+    if sharding.is_partitioned(bits):
+        return sharding.shard_of(bits).values
     start, stop = _even_share(numel)
     num_bytes = shard_bytes(numel, world_size())
     if layer.num_shards == 1 and start % 8 == 0 and stop - start == 8 * num_bytes:
@@ -207,8 +207,8 @@ def _mask_share(layer: PSTLayer) -> Tensor:
 
 def _scale_share(param: nn.Parameter) -> Tensor:
     """Return the bytes of this rank's share of a layer's scales."""
-    if zero3.is_partitioned(param):
-        return zero3.shard_of(param).values
+    if sharding.is_partitioned(param):
+        return sharding.shard_of(param).values
     return param.detach()[slice(*_even_share(param.numel()))]
 
 
@@ -239,7 +239,7 @@ def _contents(model: nn.Module, reports: Sequence[_Report]) -> Contents:
     cuts = [report["cuts"] for report in reports]
     return Contents(
         num_shards=len(reports),
-        trained={name: tuple(zero3.full_shape(param)) for name, param in trained},
+        trained={name: tuple(sharding.full_shape(param)) for name, param in trained},
         masks={name: layer.whole_layout.numel for name, layer in layers.items()},
         steps=steps,
         cuts=cuts if any(cuts) else None,
@@ -251,7 +251,7 @@ def _contents(model: nn.Module, reports: Sequence[_Report]) -> Contents:
 
 def size_limit(model: nn.Module) -> int:
     """Return the bytes that a checkpoint of ``model`` may take."""
-    trained = sum(zero3.full_numel(param) for _, param in trainable(model))
+    trained = sum(sharding.full_numel(param) for _, param in trainable(model))
     weights = sum(layer.whole_layout.numel for layer in pst_layers(model).values())
     return most_bytes(trained, weights, sum(map(math.prod, scale_shapes(model).values())))
 

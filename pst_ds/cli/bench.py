@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, object]:
     import torch
 
+    from pst_ds.hf.model_folder import open_model_folder
     from pst_ds.inference.bench import NativeLoop, conditions, divergences, measure, variants
-    from pst_ds.inference.hf.model_folder import open_model_folder
 
     folder = open_model_folder(args.model)
     positions = getattr(folder.config.get_text_config(), "max_position_embeddings", None)

@@ -4,10 +4,10 @@ import argparse
 from typing import Unpack
 
 from pst_ds.errors import InputError
+from pst_ds.hf.model_folder import ModelFolder
 from pst_ds.inference.decoder import Decoder
 from pst_ds.inference.decoder.decoder import Options
 from pst_ds.inference.engine import Engine, open_decoder
-from pst_ds.inference.hf.model_folder import ModelFolder
 
 
 def native_decoder(

@@ -71,7 +71,7 @@ def _by_one_process(
     """Return metrics of the model and of the text it generates, and its divergence from ``--reference``, without
     DeepSpeed."""
     from pst_ds.data.tasks.answers import AnswerTask
-    from pst_ds.inference.reference import kl_from_folder
+    from pst_ds.export.reference import kl_from_folder
     from pst_ds.train.evaluate import predict
     from pst_ds.train.run import masked_model
 

@@ -15,8 +15,8 @@ from pst_ds.core.packings import COMPRESSED_TENSORS, DENSE, GGUF, GROUPS, ONNX, 
 from pst_ds.errors import InputError, shortened
 
 if TYPE_CHECKING:
-    from pst_ds.export.manifest import Facts
-    from pst_ds.inference.export_run import ExportSettings
+    from pst_ds.export.export_run import ExportSettings
+    from pst_ds.writing.manifest import Facts
 
 FORMATS = {
     DENSE: "ordinary model folder, pruned weights stored as zeros",
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Mapping[str, object]:
-    from pst_ds.inference.export_run import ExportSettings, export_model_folder, export_run, is_model_folder
+    from pst_ds.export.export_run import ExportSettings, export_model_folder, export_run, is_model_folder
 
     source, measured = Path(args.run), list[str]()
     if args.target is None:
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> Mapping[str, object]:
 
 def _measured(args: argparse.Namespace, settings: ExportSettings) -> tuple[Facts | None, list[str]]:
     """Return the accuracy lost to quantisation, and a line about it; None if it cannot be measured."""
-    from pst_ds.inference.verify.against_run import quantisation_loss
+    from pst_ds.export.verify.against_run import quantisation_loss
 
     run, checkpoint = load_run_or_folder(args), args.checkpoint or "best"
     try:
@@ -116,7 +116,7 @@ def _choose(args: argparse.Namespace, *, is_folder: bool) -> None:
     if args.format is not None:
         raise InputError(f"--for {args.target} chooses the format. Remove --format {args.format}, or --for")
     if is_folder:
-        from pst_ds.inference.hf.model_folder import open_model_folder
+        from pst_ds.hf.model_folder import open_model_folder
 
         folder = open_model_folder(args.run)
         is_causal, is_sparse = folder.is_causal, folder.sparsity >= FEWEST_ZEROS
@@ -177,7 +177,7 @@ def target_note(target: str | None, report: Facts, settings: ExportSettings) -> 
 
 def lines_of_report(args: argparse.Namespace, report: Facts) -> list[str]:
     """Describe the written folder, in lines of text."""
-    from pst_ds.export.refilled import refilled_text
+    from pst_ds.writing.refilled import refilled_text
 
     if args.format == ONNX:
         return [_onnx_line(args, report)]

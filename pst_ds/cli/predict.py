@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
+    from pst_ds.hf.model_folder import open_model_folder
     from pst_ds.inference.encoder.encoder import CLASSIFIER, EMBEDDER, Encoder, kind_of
     from pst_ds.inference.encoder.file import FORMATS, open_file, require_no_formula
-    from pst_ds.inference.hf.model_folder import open_model_folder
 
     out, folder = Path(args.out), open_model_folder(args.model)
     kind = kind_of(folder)

@@ -16,11 +16,11 @@ from pst_ds.text_table import aligned, bytes_text
 
 if TYPE_CHECKING:
     from pst_ds.checkpoint.format import Checkpoint
+    from pst_ds.checkpoint.user_store import UserStore
     from pst_ds.config.run import RunConfig
-    from pst_ds.export.manifest import Facts
     from pst_ds.train.run import RunContext
     from pst_ds.train.users.personal import PersonalPart
-    from pst_ds.train.users.store import UserStore
+    from pst_ds.writing.manifest import Facts
 
 _SHOWN = 20
 """Users that a table has; --json has all."""
@@ -106,11 +106,11 @@ def _train(args: argparse.Namespace) -> Facts:
 
 def _eval(args: argparse.Namespace) -> Facts:
     config = load_run_or_folder(args)
+    from pst_ds.checkpoint.user_store import UserStore
     from pst_ds.data.by_user import read_by_user
     from pst_ds.parallel.ranks import raise_on_all_ranks
     from pst_ds.train.users.evaluate import evaluate_users, metric_of, summary
     from pst_ds.train.users.personal import PersonalModel
-    from pst_ds.train.users.store import UserStore
     from pst_ds.train.users.train import UserTraining, run_of_users
 
     data = {args.split: args.data} if args.data else {}
@@ -140,7 +140,7 @@ def _sentence(facts: Facts) -> str:
 
 
 def _list(args: argparse.Namespace) -> Facts:
-    from pst_ds.train.users.store import UserStore
+    from pst_ds.checkpoint.user_store import UserStore
 
     store = UserStore(Path(args.store))
     entries = {name: store.entry(name) for name in store.names}
@@ -156,10 +156,10 @@ def _list(args: argparse.Namespace) -> Facts:
 
 def _export(args: argparse.Namespace) -> Facts:
     config = load_run_or_folder(args)
-    from pst_ds.inference.export_run import ExportSettings, export_run
+    from pst_ds.checkpoint.user_store import UserStore
+    from pst_ds.export.export_run import ExportSettings, export_run
     from pst_ds.train.run_folder import open_checkpoint
     from pst_ds.train.users.personal import user_checkpoint
-    from pst_ds.train.users.store import UserStore
 
     checkpoint = open_checkpoint(config, args.checkpoint)
     own = user_checkpoint(checkpoint, config, UserStore(Path(args.store)), args.user)
@@ -173,7 +173,7 @@ def _export(args: argparse.Namespace) -> Facts:
 
 
 def _remove(args: argparse.Namespace) -> Facts:
-    from pst_ds.train.users.store import UserStore
+    from pst_ds.checkpoint.user_store import UserStore
 
     store = UserStore(Path(args.store))
     names = list(dict.fromkeys(args.user))

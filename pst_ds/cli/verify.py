@@ -14,9 +14,9 @@ from pst_ds.core.packings import GGUF, ONNX, ONNX_FILE
 from pst_ds.errors import InputError, shortened
 
 if TYPE_CHECKING:
-    from pst_ds.inference.verify import VerifyReport
-    from pst_ds.inference.verify.against_run import Comparison
-    from pst_ds.inference.verify.onnx import OnnxComparison
+    from pst_ds.export.verify import VerifyReport
+    from pst_ds.export.verify.against_run import Comparison
+    from pst_ds.export.verify.onnx import OnnxComparison
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
-    from pst_ds.inference.verify import verify
-    from pst_ds.inference.verify.against_run import Comparison
+    from pst_ds.export.verify import verify
+    from pst_ds.export.verify.against_run import Comparison
 
     if args.reference and args.run is None:
         raise InputError(f"--reference {args.reference} needs the data of a run. Add --against RUN")
@@ -74,7 +74,7 @@ def _lines_of_gguf(report: VerifyReport) -> Iterator[str]:
 
 def _lines_of_file(report: VerifyReport) -> Iterator[str]:
     """Yield the counts of the files."""
-    from pst_ds.export.refilled import refilled_text
+    from pst_ds.writing.refilled import refilled_text
 
     file: dict[str, Any] = dict(report.file)
     packed = f"{file['packed_tensors']} packed as {file['kind']}, " if file["packed_tensors"] else ""

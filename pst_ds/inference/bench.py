@@ -17,11 +17,11 @@ from pst_ds.core.kernels.host import cpu_name
 from pst_ds.core.kl_divergence import KLDivergence
 from pst_ds.errors import InputError
 from pst_ds.formats import FORMATS
+from pst_ds.hf.model_folder import ModelFolder, open_model_folder
 from pst_ds.inference.decoder import Decoder
 from pst_ds.inference.engine import open_decoder
-from pst_ds.inference.hf.model_folder import ModelFolder, open_model_folder
-from pst_ds.inference.runtime import native, sparse_layers
 from pst_ds.progress import Progress
+from pst_ds.runtime import native, sparse_layers
 
 _PIECES = 16
 """Most pieces of a text on which predictions are compared."""

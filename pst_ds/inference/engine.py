@@ -4,9 +4,9 @@ import sys
 from typing import Literal, TypeAlias, Unpack, get_args
 
 from pst_ds.errors import InputError
+from pst_ds.hf.model_folder import ModelFolder
 from pst_ds.inference.decoder import Decoder, DecoderError
 from pst_ds.inference.decoder.decoder import Options
-from pst_ds.inference.hf.model_folder import ModelFolder
 
 Engine: TypeAlias = Literal["auto", "native", "torch"]
 

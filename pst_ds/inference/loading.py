@@ -9,11 +9,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from pst_ds.core.packings import ONNX_FILE
 from pst_ds.errors import InputError
+from pst_ds.hf.model_folder import ModelFolder, open_model_folder
 from pst_ds.inference.decoder import Decoder, Sampling
 from pst_ds.inference.decoder.sampling import GREEDY_BELOW
 from pst_ds.inference.encoder.encoder import Encoder
 from pst_ds.inference.engine import Engine, open_decoder
-from pst_ds.inference.hf.model_folder import ModelFolder, open_model_folder
 
 
 class Generator:

@@ -16,7 +16,7 @@ from pst_ds.core.layout import Rect, StoredMatrix, positions_before, shard_tiles
 from pst_ds.core.select import Sampled
 from pst_ds.core.units import block_keys, loss_keys, unit_tiles
 from pst_ds.nn.layer import FACTOR_NAMES, PSTLayer
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.halo import Halo
 
 TILE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 24}
@@ -216,8 +216,8 @@ def whole_factors(layers: Sequence[PSTLayer], names: Sequence[str] = FACTOR_NAME
     """
     held = ((i, name, param) for i, layer in enumerate(layers) for name, param in layer.factor_parameters())
     owned = [entry for entry in held if entry[1] in names]
-    homes = [zero3.shard_of(layer.pst_mask).values.device for layer in layers]
-    masters = zero3.fp32_masters([param for *_, param in owned], homes[0]) if owned else []
+    homes = [sharding.shard_of(layer.pst_mask).values.device for layer in layers]
+    masters = sharding.fp32_masters([param for *_, param in owned], homes[0]) if owned else []
     values: list[dict[str, Tensor]] = [{} for _ in layers]
     for (i, name, _), master in zip(owned, masters, strict=True):
         values[i][name] = master.to(homes[i])
@@ -227,13 +227,13 @@ def whole_factors(layers: Sequence[PSTLayer], names: Sequence[str] = FACTOR_NAME
 def current_base(layer: PSTLayer) -> OwnWeights:
     """Return this rank's weights of a layer without its update; fp32 masters if trained.
 
-    Collective if :func:`zero3.master_shard` is.
+    Collective if :func:`sharding.master_shard` is.
     """
     if layer.weight is None:
         return layer.own_base()
-    shard = zero3.master_shard(layer.weight)
-    values = shard.values.to(zero3.shard_of(layer.pst_mask).values.device)
-    return OwnWeights(values, shard.start - zero3.first_index(layer.weight), layer.layout.shape[1])
+    shard = sharding.master_shard(layer.weight)
+    values = shard.values.to(sharding.shard_of(layer.pst_mask).values.device)
+    return OwnWeights(values, shard.start - sharding.first_index(layer.weight), layer.layout.shape[1])
 
 
 def with_contiguous_columns(factors: Factors) -> Factors:

@@ -16,7 +16,7 @@ from pst_ds.core.scores import updated_weight
 from pst_ds.masks.layer_scores import LayerScores, current_base, whole_factors, with_contiguous_columns
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import SCORE_FACTORS, PSTLayer
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.ranks import group_sum
 
 _MOMENTS = slice(0, 5)
@@ -85,7 +85,7 @@ class _Part:
         self._weight = current_base(self.layer)
         self._keys = LayerScores(name, self.layer, factors, self._weight)
         self.numel = self.layer.whole_layout.numel
-        self.counts_norms = self.layer.group is not None and zero3.shard_index(self.layer.pst_mask) == 0
+        self.counts_norms = self.layer.group is not None and sharding.shard_index(self.layer.pst_mask) == 0
         """True on one of the ranks that own the same experts of a stack, whose norms are added up."""
         self.learns_scores = any(getattr(self.layer, f"pst_{name}") is not None for name in SCORE_FACTORS)
 

@@ -33,7 +33,7 @@ from pst_ds.errors import shortened
 from pst_ds.masks.layer_scores import current_base, whole_factors, with_contiguous_columns
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import UPDATE_FACTORS, PSTLayer
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.ranks import group_max, group_sum
 
 _TILE_ELEMENTS, _BAND_ELEMENTS = {"cpu": 1 << 20}, {"cpu": 1 << 17}
@@ -87,7 +87,7 @@ def update_scales(model: nn.Module) -> RoundingStats:
             )
         for own, table in zip(batch, scales, strict=True):
             assert own.layer.pst_scales is not None
-            zero3.write_whole(own.layer.pst_scales, bytes_of_scales(table))
+            sharding.write_whole(own.layer.pst_scales, bytes_of_scales(table))
         errors += [error for error, _ in losses]
         squares += [square for _, square in losses]
     return RoundingStats(tuple(errors), tuple(squares))
@@ -105,7 +105,7 @@ class _ShardWeights:
         self._own: OwnWeights | None = None
 
     def open(self) -> None:
-        """Look up the masters and unpack the mask. Collective if :func:`zero3.master_shard` is."""
+        """Look up the masters and unpack the mask. Collective if :func:`sharding.master_shard` is."""
         self._own = current_base(self.layer)
         self.start, self.stop, self.device = self._own.start, self._own.stop, self._own.device
         self._keep = unpack_shard(self.layer.own_bits(), self.stop - self.start).bool()
@@ -208,7 +208,7 @@ def _searched(batch: list[_ShardWeights]) -> tuple[list[Tensor], list[list[float
     for i, first, grouped in cut:
         sums[i] += _loss(grouped, of_cut[first : first + len(grouped)].float(), grid)
     for own, table, scales in zip(batch, tables, of_cut.split(numbers), strict=True):
-        if zero3.shard_index(any_weight) == 0 and scales.numel():  # once, since tables are added up
+        if sharding.shard_index(any_weight) == 0 and scales.numel():  # once, since tables are added up
             by_period = scales.view(-1, own.stored.groups_per_period)
             table.view(-1, own.stored.groups_per_period)[own.cut_periods] = by_period
     return _added_up(tables, any_weight), group_sum(sums, any_weight).tolist()
@@ -216,7 +216,7 @@ def _searched(batch: list[_ShardWeights]) -> tuple[list[Tensor], list[list[float
 
 def _added_up(tables: list[Tensor], any_weight: nn.Parameter) -> list[Tensor]:
     """Return the sum over the ranks of a layer's tables, in which each has filled its scales. Collective."""
-    if zero3.num_shards(any_weight) == 1:
+    if sharding.num_shards(any_weight) == 1:
         return tables
     bits = torch.cat([table.view(torch.int16).flatten() for table in tables]).int()
     bits = group_sum(bits, any_weight, owners=True)
@@ -233,7 +233,7 @@ def _cut_group_scales(
     parts: Sequence[tuple[int, Tensor]], total: int, any_weight: nn.Parameter, grid: Grid, dtype: torch.dtype
 ) -> Tensor:
     """Return the scales of ``total`` groups, from this rank's (first group, part of groups as rows). Collective."""
-    device = zero3.shard_of(any_weight).values.device
+    device = sharding.shard_of(any_weight).values.device
     if not total:
         return torch.empty(0, dtype=SCALE_DTYPE, device=device)
     finite = [(slice(first, first + len(grouped)), _finite(grouped)) for first, grouped in parts]

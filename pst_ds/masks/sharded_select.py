@@ -20,7 +20,7 @@ from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, MOST_AT_ONCE, kept_b
 from pst_ds.core.layout import Rect, StoredMatrix, positions_before
 from pst_ds.core.select import Cut, MatrixKeys, NonFiniteScoreError, RankSums, prune_count, select
 from pst_ds.masks.layer_scores import LayerScores
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.ranks import group_sum, rank_sums
 
 Kept = Tensor | MatrixBits
@@ -86,7 +86,7 @@ def select_kept(matrices: Sequence[Matrix], any_weight: nn.Parameter) -> list[Ke
     by a shard boundary, counts are exchanged. Collective, with a number of exchanges that does not depend on the number
     of matrices. Raises FloatingPointError on every rank, naming the layers, for scores that are not finite.
     """
-    ranks, device = rank_sums(any_weight), zero3.shard_of(any_weight).values.device
+    ranks, device = rank_sums(any_weight), sharding.shard_of(any_weight).values.device
     by_itself = [m for m in matrices if not m.competes]
     whole = [m for m in matrices if m.competes and m.is_selected_there]
     cut = [m for m in matrices if m.competes and not m.is_selected_there]

@@ -21,7 +21,7 @@ from pst_ds.masks.update import MaskStats, mask_stats
 from pst_ds.nn.gradient_sums import GradientSums
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import PSTLayer
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.ranks import broadcast, raise_on_all_ranks, rank, world_size
 from pst_ds.parallel.watchdog import heartbeat
 
@@ -82,7 +82,7 @@ def solve_masks(model: nn.Module, sums: GradientSums, sparsity: float, progress:
             final = layer.rule.final_sparsity
             target = sparsity if final is None else final * progress
             assert layer.weight is not None
-            with zero3.gathered([layer.weight, layer.pst_mask]):
+            with sharding.gathered([layer.weight, layer.pst_mask]):
                 if turn == rank():
                     merged = _merged(layer, factors[name].to(sums.device), sums.device)
                     problem = _Problem(name, layer, *merged, gram, rows, target)
@@ -117,6 +117,6 @@ def _write(layer: PSTLayer, weight: Tensor, keep: Tensor, *, source: int, device
         weight = torch.empty(layer.layout.shape, dtype=layer.dtype, device=device)
         keep = torch.empty(layer.layout.shape, dtype=torch.uint8, device=device)
     weight, keep = broadcast(weight, source), broadcast(keep, source)
-    zero3.write_whole(param, weight)
+    sharding.write_whole(param, weight)
     own = layer.own_bits()
     return pack_shard(keep.flatten()[slice(*layer.own_range())], own.numel()).to(own.device)

@@ -16,7 +16,7 @@ from pst_ds.masks.layer_scores import LayerScores, current_base, whole_factors
 from pst_ds.masks.sharded_select import Kept, Matrix, as_run, select_kept, weights_kept
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import PSTLayer
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.halo import Halo, fetch_halos
 from pst_ds.parallel.ranks import group_sum
 
@@ -83,7 +83,7 @@ def masks_of_zeros(model: nn.Module) -> MaskStats:
     for layer in pst_layers(model).values():
         if layer.weight is not None:
             num_bytes = layer.own_bits().numel()
-            written[layer] = pack_shard((zero3.shard_of(layer.weight).values != 0).byte(), num_bytes)
+            written[layer] = pack_shard((sharding.shard_of(layer.weight).values != 0).byte(), num_bytes)
     return mask_stats(model, written)
 
 
@@ -102,7 +102,7 @@ def mask_stats(model: nn.Module, written: Mapping[PSTLayer, Tensor] | None = Non
     sums = replace_bits(shards)
     for layer, bits in (written or {}).items():
         layer.own_bits_changed(bits)
-    zero3.finish_writes(any_mask)
+    sharding.finish_writes(any_mask)
     flips, kept, checksums = group_sum(sums, any_mask).t().tolist()
     num_weights = sum(layer.whole_layout.numel for layer in layers.values())
     digits = f"{sum(checksums) % (1 << 64):016x}"

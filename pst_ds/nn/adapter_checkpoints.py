@@ -6,7 +6,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from pst_ds.core.bits import relayout, shard_bytes
 from pst_ds.nn.inject import adapter_parameters, pst_layers
 from pst_ds.nn.layer import PSTLayer
-from pst_ds.parallel import fsdp2, zero3
+from pst_ds.parallel import fsdp2, sharding
 from pst_ds.parallel.engine import keep_frozen, omit_frozen
 
 MASK_BITS, MASK_SHARD = "pst_mask_bits", "pst_mask_shard"
@@ -56,11 +56,11 @@ def _leave_out(model: nn.Module, state: State, prefix: str, _metadata: object) -
     for name, layer in pst_layers(model).items():
         for part, (full_key, shard_key) in _PARTS.items():
             param = getattr(layer, part)
-            if param is None or zero3.mesh_of(param) is not None:  # any number of ranks can load a DTensor
+            if param is None or sharding.mesh_of(param) is not None:  # any number of ranks can load a DTensor
                 continue
             del state[f"{prefix}{name}.{part}"]
-            own = zero3.shard_of(param).values
-            if zero3.is_partitioned(param):
+            own = sharding.shard_of(param).values
+            if sharding.is_partitioned(param):
                 state[f"{prefix}{name}.{shard_key}"] = own.clone()
             elif part == SCALES:
                 state[f"{prefix}{name}.{full_key}"] = own.clone()
@@ -70,7 +70,7 @@ def _leave_out(model: nn.Module, state: State, prefix: str, _metadata: object) -
 
 def write_mask(layer: PSTLayer, bits: Tensor) -> None:
     """Write a full mask in the canonical form, or under ZeRO-3 this rank's shard of it."""
-    zero3.write_whole(layer.pst_mask, relayout(bits, layer.layout.numel, 1, layer.num_shards))
+    sharding.write_whole(layer.pst_mask, relayout(bits, layer.layout.numel, 1, layer.num_shards))
 
 
 @no_grad()
@@ -82,18 +82,18 @@ def _load(
     for name, layer in pst_layers(model).items():
         for part, keys in _PARTS.items():
             param = getattr(layer, part)
-            if zero3.mesh_of(state.get(f"{prefix}{name}.{part}")) is not None:
+            if sharding.mesh_of(state.get(f"{prefix}{name}.{part}")) is not None:
                 continue
             full, shard = (state.pop(f"{prefix}{name}.{key}", None) for key in keys)
             if param is None or (full is None and shard is None):
                 continue
-            own = layer.own_bits() if part != SCALES else zero3.shard_of(param).values
+            own = layer.own_bits() if part != SCALES else sharding.shard_of(param).values
             key = f"{prefix}{name}.{keys[full is None]}"
-            numel = shard_bytes(layer.layout.numel, 1) if part != SCALES else zero3.full_numel(param)
+            numel = shard_bytes(layer.layout.numel, 1) if part != SCALES else sharding.full_numel(param)
             if full is not None and full.numel() != numel:
                 errors.append(f"{key} has {full.numel()} bytes, not {numel}. Load it into the model that saved it")
             elif full is not None and part == SCALES:
-                zero3.write_whole(param, full)
+                sharding.write_whole(param, full)
             elif full is not None:
                 write_mask(layer, full)
             elif shard is not None and shard.shape != own.shape:
@@ -101,7 +101,7 @@ def _load(
                     f"{key} has {shard.numel()} bytes, not {own.numel()}. Load it on as many ranks as saved it"
                 )
             elif shard is not None and part == SCALES:
-                zero3.write_shard(param, shard)
+                sharding.write_shard(param, shard)
             elif shard is not None:
                 layer.write_own_bits(shard)
             state[f"{prefix}{name}.{part}"] = param.detach()  # the parameter itself, so that it is not missing

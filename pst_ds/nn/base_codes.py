@@ -14,7 +14,7 @@ from pst_ds.core.quantization import Grid, StoredGrid
 from pst_ds.core.scores import abs_sum_fixed_point, fixed_point_exponent
 from pst_ds.nn.sharded_weights import read_now
 from pst_ds.nn.targets import InjectionError, Target
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.ranks import group_max, group_sum
 
 BASE_CODES, BASE_SCALES = "pst_base_codes", "pst_base_scales"
@@ -41,8 +41,8 @@ class BaseCodes:
 
     def own(self, dtype: torch.dtype) -> OwnWeights:
         """Return this rank's shard of W0 in ``dtype``; all of it if it is not partitioned."""
-        codes, scales = zero3.shard_of(self.codes).values, zero3.shard_of(self.scales).values
-        shard = zero3.shard_index(self.codes) if zero3.is_partitioned(self.codes) else None
+        codes, scales = sharding.shard_of(self.codes).values, sharding.shard_of(self.scales).values
+        shard = sharding.shard_index(self.codes) if sharding.is_partitioned(self.codes) else None
         assert shard is not None or self.layout.num_shards == 1, "num_shards is not how the weight is partitioned"
         run = coded_run(self.layout, codes, scales, dtype, shard)
         return OwnWeights(run, run.start, self.layout.stored.layout.shape[1])
@@ -50,8 +50,8 @@ class BaseCodes:
 
 def own_weights(param: nn.Parameter, layout: WeightLayout) -> OwnWeights:
     """Return this rank's shard of a parameter with one value per weight of ``layout``, the gathered parameter's."""
-    shard = zero3.shard_of(param)
-    return OwnWeights(shard.values, shard.start - zero3.first_index(param), layout.shape[1])
+    shard = sharding.shard_of(param)
+    return OwnWeights(shard.values, shard.start - sharding.first_index(param), layout.shape[1])
 
 
 @torch.no_grad()
@@ -69,8 +69,8 @@ def encode_base(target: Target, grid: Grid, num_shards: int | None, *, from_zero
         parts = [torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes]
     else:
         read_now([weight])
-        own = [zero3.shard_index(weight)] if zero3.is_partitioned(weight) else range(num_shards)
-        with zero3.gathered([weight]):
+        own = [sharding.shard_index(weight)] if sharding.is_partitioned(weight) else range(num_shards)
+        with sharding.gathered([weight]):
             require_finite(f"{target.name}.weight", weight)
             coded = [layout.encode(weight, shard) for shard in own]
             parts = [torch.cat(part) for part in zip(*coded, strict=True)]
@@ -79,8 +79,8 @@ def encode_base(target: Target, grid: Grid, num_shards: int | None, *, from_zero
                 start, stop = layout.weights_of(shard)
                 bits[shard] = pack_shard(weight.detach().reshape(-1)[start:stop] != 0, mask_bytes)
         parts.append(torch.cat([bits[shard] for shard in own]))
-    codes, scales, mask = (zero3.bytes_split_as(weight, size, part) for size, part in zip(sizes, parts, strict=True))
-    zero3.drop(weight)
+    codes, scales, mask = (sharding.bytes_split_as(weight, size, part) for size, part in zip(sizes, parts, strict=True))
+    sharding.drop(weight)
     return BaseCodes(layout, codes, scales, mask, weight.dtype)
 
 
@@ -99,7 +99,7 @@ def mean_magnitudes(targets: Sequence[Target], bases: Mapping[str, BaseCodes]) -
     owners = [(t, matrix) for t in targets for matrix in _matrices_of_all_ranks(t)]
     any_base = bases.get(targets[0].name)
     any_param = any_base.codes if any_base else targets[0].weight
-    zero = torch.zeros((), device=zero3.shard_of(any_param).values.device)
+    zero = torch.zeros((), device=sharding.shard_of(any_param).values.device)
 
     def own_tiles(target: Target, matrix: StoredMatrix | None) -> Iterator[Tensor]:
         if matrix is None:

@@ -19,9 +19,9 @@ from pst_ds.core.experts import products
 from pst_ds.core.experts.routing import Routing
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.model_structure import ExpertsModule, stack_names
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.ranks import group_sum
-from pst_ds.parallel.zero3 import in_backward_pass
+from pst_ds.parallel.sharding import in_backward_pass
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -141,7 +141,7 @@ class _DenseStack:
     ) -> tuple[Tensor | None, ...]:
         if not need_x:
             return (None,)
-        with zero3.gathered([p for p in self._holder.parameters(recurse=False) if zero3.is_released(p)]):
+        with sharding.gathered([p for p in self._holder.parameters(recurse=False) if sharding.is_released(p)]):
             stack = self._weight()
             return (products.dense_backward(grad_y, stack, routing, by_token=by_token, transposed=self._transposed),)
 

@@ -31,7 +31,7 @@ from pst_ds.nn.targets import (
     resolve_targets,
     suggestion,
 )
-from pst_ds.parallel import fsdp2, zero3
+from pst_ds.parallel import fsdp2, sharding
 from pst_ds.parallel.expert_parallel import ExpertGroup
 from pst_ds.parallel.steps import unwrapped
 from pst_ds.third_party import require
@@ -78,7 +78,7 @@ def inject_pst(
     if pst_layers(model):
         raise InjectionError("the model already has PST modules; inject into the base model, once")
     fsdp2.require_weights_everywhere()
-    zero3.refuse_dtensors(model.named_parameters(), "Call inject_pst first, on whole weights, and then fully_shard")
+    sharding.refuse_dtensors(model.named_parameters(), "Call inject_pst first, on whole weights, and then fully_shard")
     targets, embeddings = resolve_targets(model, config), find_embeddings(model, config)
     removes_experts = parse_pattern(config.pattern).kind == "experts"
     if removes_experts:
@@ -125,7 +125,7 @@ def _divided(targets: Sequence[Target], degree: int) -> list[Target]:
             raise InjectionError(f"{lead} does not divide the {count} experts of {target.name}. Set it to a divisor")
     if targets[0].weight.is_meta:
         return list(targets)
-    if not zero3.is_partitioned(targets[0].weight) or zero3.mesh_of(targets[0].weight):
+    if not sharding.is_partitioned(targets[0].weight) or sharding.mesh_of(targets[0].weight):
         raise InjectionError(
             f"{lead}: the model was not loaded under deepspeed.zero.Init. Load it there, or set it to 1"
         )
@@ -155,7 +155,7 @@ def _replace(
         layer = PSTExpertStack(target.name, weight, None, target.layout, target.rule, config.of_experts, *rest)
     else:
         layer = PSTLinear(target.name, weight, target.module.bias, target.layout, target.rule, config, *rest)
-    zero3.split_as(like, layer.parameters(recurse=False))
+    sharding.split_as(like, layer.parameters(recurse=False))
     layer.train(target.module.training)
     put(layer, target.places)
 
@@ -203,7 +203,7 @@ def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     These are the parameters that the config trains, even if they were frozen since, and all others with a gradient.
     """
     inner = unwrapped(model)
-    zero3.settle(inner)
+    sharding.settle(inner)
     config = vars(inner).get("pst_config")
     configured = configured_parameters(inner, config) if isinstance(config, PSTConfig) else set()
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad or p in configured]
@@ -225,7 +225,7 @@ def pst_layers(model: nn.Module) -> dict[str, PSTLayer]:
     Every function that reads or changes PST layers looks them up here. So this releases what FSDP2 keeps gathered, and
     raises InputError for layers that are split in a way that PST does not support.
     """
-    zero3.settle(model)
+    sharding.settle(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PSTLayer)}
     _require_same_split(layers)
     return layers
@@ -234,7 +234,7 @@ def pst_layers(model: nn.Module) -> dict[str, PSTLayer]:
 def _require_same_split(layers: dict[str, PSTLayer]) -> None:
     """Raise InputError unless FSDP2 splits all parameters of all layers over the same ranks; or none."""
     meshes = {
-        f"{name}.{part}": zero3.mesh_of(param)
+        f"{name}.{part}": sharding.mesh_of(param)
         for name, layer in layers.items()
         for part, param in layer.named_parameters(recurse=False)
     }
@@ -318,7 +318,7 @@ def restore_fused_layers(model: nn.Module) -> None:
 
 def _shards_of(target: Target, num_shards: int | None) -> int | None:
     weight = target.weight
-    shards = zero3.num_shards(weight) if zero3.is_partitioned(weight) else num_shards
+    shards = sharding.num_shards(weight) if sharding.is_partitioned(weight) else num_shards
     if num_shards not in (None, shards):
         raise InjectionError(f"{target.weight_name} is split over {shards} ranks, not num_shards = {num_shards}")
     return shards

@@ -16,9 +16,9 @@ from pst_ds.core.factors import Constants, Factors
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.quantization import UNUSED_SCALE, Grid, Rounding, StoredGrid, bytes_of_scales, scales_of_bytes
 from pst_ds.nn.base_codes import BASE_CODES, BASE_SCALES, BaseCodes, own_weights
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.expert_parallel import ExpertGroup
-from pst_ds.parallel.zero3 import in_backward_pass
+from pst_ds.parallel.sharding import in_backward_pass
 
 FACTOR_NAMES = ("A", "B", "R", "C", "U", "V")
 SCORE_FACTORS = ("A", "B", "R", "C")
@@ -198,14 +198,14 @@ class PSTLayer(nn.Module):
         assert self.base_codes is not None
         return self.base_codes.own(self.dtype)
 
-    def split(self) -> zero3.Split:
+    def split(self) -> sharding.Split:
         """Return how the weights, and their mask bits, are divided over ranks."""
-        numel, of_mask = self.layout.numel, zero3.split_of(self.pst_mask)
-        if zero3.mesh_of(self.pst_mask) is not None:
+        numel, of_mask = self.layout.numel, sharding.split_of(self.pst_mask)
+        if sharding.mesh_of(self.pst_mask) is not None:
             rows = of_mask.share * self.mask_rows // of_mask.numel
-            return zero3.Split(numel, rows * (numel // self.mask_rows), of_mask.ranks, of_mask.own)
+            return sharding.Split(numel, rows * (numel // self.mask_rows), of_mask.ranks, of_mask.own)
         assert of_mask.ranks == (1 if self.mask_rows else self.num_shards), "num_shards is not how it is partitioned"
-        return zero3.Split(numel, shard_numel(numel, of_mask.ranks), of_mask.ranks, of_mask.own)
+        return sharding.Split(numel, shard_numel(numel, of_mask.ranks), of_mask.ranks, of_mask.own)
 
     def own_range(self) -> tuple[int, int]:
         """Return the flat range of :attr:`whole_layout` whose mask bits this rank holds; all if not partitioned."""
@@ -216,28 +216,28 @@ class PSTLayer(nn.Module):
     @property
     def place(self) -> tuple[int, int, int]:
         """Ranks that hold a part of the layer, the number of this one, and parts of whole experts that ranks own."""
-        shard, shards = zero3.shard_index(self.pst_mask), self.num_shards
+        shard, shards = sharding.shard_index(self.pst_mask), self.num_shards
         if self.group is None:
             return shards, shard, 1
         return shards * self.group.degree, shard * self.group.degree + self.group.position, self.group.degree
 
     def own_bits(self) -> Tensor:
         """Return the mask bits of :meth:`own_range`, from bit 0 on; padding bits are zero."""
-        bits, rows = zero3.shard_of(self.pst_mask).values, self._own_padded_rows()
+        bits, rows = sharding.shard_of(self.pst_mask).values, self._own_padded_rows()
         return relayout(bits, rows * (self.layout.numel // self.mask_rows), rows, 1) if rows else bits
 
     def write_own_bits(self, bits: Tensor) -> None:
         """Overwrite the mask bits of :meth:`own_range`. Every rank must do so before the next gather."""
         rows = self._own_padded_rows()
         bits = relayout(bits, rows * (self.layout.numel // self.mask_rows), 1, rows) if rows else bits
-        zero3.write_shard(self.pst_mask, bits)
+        sharding.write_shard(self.pst_mask, bits)
 
     def own_bits_changed(self, bits: Tensor) -> None:
         """Keep ``bits``, which were written to :meth:`own_bits`. Every rank must do so before the next gather."""
         if self._own_padded_rows():  # of which own_bits was a copy
             self.write_own_bits(bits)
         else:
-            zero3.shard_changed(self.pst_mask)
+            sharding.shard_changed(self.pst_mask)
 
     def _own_padded_rows(self) -> int:
         """Return the rows of the mask on this rank if each is padded to whole bytes; 0 for bits without gaps."""
@@ -266,7 +266,7 @@ class PSTLayer(nn.Module):
     def state(self) -> masked_linear.LayerState:
         """Return the state that computes the layer's current weight. The parameters must be gathered."""
         remedy = "Call the module that fully_shard was given, not one inside it; or register_fsdp_forward_method"
-        zero3.refuse_dtensors(self.named_parameters(recurse=False), remedy)
+        sharding.refuse_dtensors(self.named_parameters(recurse=False), remedy)
         weight, mask = self.base_weight(), self.pst_mask.detach().flatten()
         factors = self.factors({name: param.detach() for name, param in self.factor_parameters()})
         rounding = self.rounding() if self.rounds else None
@@ -295,13 +295,13 @@ class PSTLayer(nn.Module):
         gathered a third time for its gradients.
         """
         if in_backward_pass() and torch.is_grad_enabled():
-            zero3.hold(param for param in self.parameters(recurse=False) if not param.requires_grad)
+            sharding.hold(param for param in self.parameters(recurse=False) if not param.requires_grad)
 
     def gathered_gradients(self, backward: Callable[..., masked_linear.Gradients]) -> masked_linear.Gradients:
         """Call ``backward`` of pst_ds.core with the layer's state. Gathers released parameters."""
         params = list(self.parameters(recurse=False))
-        zero3.let_go(params)
-        with zero3.gathered([p for p in params if zero3.is_released(p)]):
+        sharding.let_go(params)
+        with sharding.gathered([p for p in params if sharding.is_released(p)]):
             return backward(state=self.state(), tile_bytes=self.tile_bytes)
 
     def of_trained(self, grads: masked_linear.Gradients) -> tuple[Tensor | None, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pst_ds.core import masked_linear
 from pst_ds.nn.layer import FACTOR_NAMES, PSTLayer
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 
 _OTHERS = ", ".join(f"Tensor? {name}" for name in ("weight", "bias", *FACTOR_NAMES))
 """Parameters that a layer may train. The operator reads the layer's; they are arguments to get gradients."""
@@ -42,7 +42,7 @@ class PSTLinear(PSTLayer):
                 return torch.nn.functional.linear(x.to(dense.dtype), by_output, self.bias)
         if not torch.compiler.is_compiling():
             return self._eager(x)
-        if zero3.is_partitioned(self.pst_mask):  # ZeRO-3's hooks end graphs here anyway
+        if sharding.is_partitioned(self.pst_mask):  # ZeRO-3's hooks end graphs here anyway
             return torch.compiler.disable(self._eager)(x)
         weight, factors = self.trained()
         x = x.to(self.dtype) if torch.is_autocast_enabled(x.device.type) else x

@@ -16,7 +16,7 @@ from pst_ds.nn.router import pst_routers
 from pst_ds.nn.tables.coded import coded_tables, plain_tables
 from pst_ds.nn.tables.embedding import PSTEmbedding
 from pst_ds.nn.targets import places_by_module, put
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.steps import unwrapped
 
 
@@ -44,7 +44,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         inject.injected_config(model)
     if pst_routers(model):
         raise InputError('merge_and_unload: pattern "experts" removes experts at the export. Use pst-ds export')
-    if any(zero3.is_partitioned(param) for param in model.parameters()):
+    if any(sharding.is_partitioned(param) for param in model.parameters()):
         raise InputError(
             "merge_and_unload needs whole weights, and ZeRO-3 or FSDP2 has them in shards. Call save_pretrained(model, "
             "FOLDER) on every rank, then in one process merge_and_unload(load_pretrained(BASE, FOLDER)); of a run of "
@@ -92,10 +92,10 @@ def print_trainable_parameters(model: nn.Module) -> None:
     tables = coded_tables(model).values()
     constants = {getattr(layer, part, None) for layer in (*layers, *tables) for part in CONSTANT_PARTS}
     params = [param for param in model.parameters() if param not in constants]
-    total = sum(zero3.full_numel(param) for param in params)
+    total = sum(sharding.full_numel(param) for param in params)
     total += sum(layer.layout.numel for layer in layers if layer.weight is None)
     total += sum({t.codes: math.prod(t.shape) for t in tables}.values())  # tied ones once
-    trained = sum(zero3.full_numel(param) for param in params if param.requires_grad)
+    trained = sum(sharding.full_numel(param) for param in params if param.requires_grad)
     print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
 

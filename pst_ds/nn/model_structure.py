@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from pst_ds.core.layout import WeightLayout
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 
 ExpertsModule: TypeAlias = Any
 """A module of transformers for which :func:`is_experts` is true."""
@@ -108,7 +108,7 @@ def stack_layouts(experts: ExpertsModule) -> dict[str, WeightLayout]:
     layouts = {}
     for attribute in (first, last):
         param = experts._parameters.get(attribute)
-        shape = () if param is None else tuple(zero3.full_shape(param))
+        shape = () if param is None else tuple(sharding.full_shape(param))
         if len(shape) != 3 or shape[0] != experts.num_experts:
             raise ValueError(f"{attribute} is not a Parameter that stacks {experts.num_experts} matrices")
         inputs, outputs = shape[1:] if experts.is_transposed else shape[:0:-1]
@@ -147,7 +147,7 @@ class LooseMatrix:
 
     @property
     def numel(self) -> int:
-        return zero3.full_numel(getattr(self.module, self.attribute))
+        return sharding.full_numel(getattr(self.module, self.attribute))
 
 
 def loose_matrices(model: nn.Module) -> list[LooseMatrix]:
@@ -161,7 +161,7 @@ def loose_matrices(model: nn.Module) -> list[LooseMatrix]:
         if is_linear(module) or isinstance(module, nn.Embedding | _ConvNd) or not is_inside_block(owner, model):
             continue
         for attribute, param in module.named_parameters(recurse=False):
-            shape = tuple(zero3.full_shape(param))
+            shape = tuple(sharding.full_shape(param))
             is_bias = len(shape) == 2 and is_experts(module)  # (experts, out)
             if len(shape) >= 2 and min(shape[-2:]) > 1 and not is_bias:
                 found.append(LooseMatrix(owner, module, attribute, shape))
@@ -180,7 +180,7 @@ def router_names(model: nn.Module) -> set[str]:
         for name, module in model.get_submodule(parent).named_modules(prefix=parent):
             if name == container or name.startswith(container + "."):
                 continue
-            shapes: list[tuple[int, ...]] = [tuple(zero3.full_shape(p)) for p in module.parameters(recurse=False)]
+            shapes: list[tuple[int, ...]] = [tuple(sharding.full_shape(p)) for p in module.parameters(recurse=False)]
             if is_linear(module):
                 shapes = [linear_shape(module)]
             if any(len(s) == 2 and s[0] in (1, num_experts) and s[1] in widths for s in shapes):

@@ -12,7 +12,7 @@ from pst_ds.errors import InputError
 from pst_ds.nn.layer import SCORE_FACTORS
 from pst_ds.nn.model_structure import model_width
 from pst_ds.nn.tables.embedding import pst_embeddings
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import ParamGroup
 from pst_ds.parallel.master_adamw import MasterAdamW
 
@@ -44,7 +44,7 @@ def pst_parameter_groups(
 
     Each group has "name", "lr" and "peak_lr" (the rate at the end of the warm-up).
     """
-    zero3.settle(model)
+    sharding.settle(model)
     rates = _default_rates(model, num_steps, epochs)
     given = {
         "scores": score_learning_rate,
@@ -109,7 +109,7 @@ def pst_optimizer(model: nn.Module, **rates: Any) -> MasterAdamW:
     """
     groups = pst_parameter_groups(model, **rates)
     params = [param for group in groups for param in group["params"]]
-    is_partitioned = any(zero3.is_partitioned(param) for param in model.parameters())
+    is_partitioned = any(sharding.is_partitioned(param) for param in model.parameters())
     if not is_partitioned and any(param.dtype == torch.float16 for param in params):
         raise InputError(
             "the trained parameters are torch.float16, which AdamW cannot train: load the model in torch.float32 and "

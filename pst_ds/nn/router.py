@@ -13,7 +13,7 @@ from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.model_structure import experts_modules, experts_per_token, router_names, stack_names, text_config
 from pst_ds.nn.tables.embedding import UpdatedTable
 from pst_ds.nn.targets import InjectionError, Target, modules_to_save, places_by_module, put
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 
 _LEAD = 'method = "experts"'
 
@@ -31,7 +31,7 @@ class PSTRouter(UpdatedTable):
 
     def __init__(self, name: str, base: nn.Module, experts: str, config: PSTConfig):
         weight = base.get_parameter("weight")
-        super().__init__(name, weight, config, min(config.update_rank, zero3.full_shape(weight)[0]))
+        super().__init__(name, weight, config, min(config.update_rank, sharding.full_shape(weight)[0]))
         self.experts = experts
         """Name of the experts module."""
         self._base = (base,)  # a tuple hides it: its parameters are those of this module
@@ -84,7 +84,7 @@ def replace_routers(model: nn.Module, targets: Sequence[Target], config: PSTConf
             )
         base = model.get_submodule(found[0])
         router = PSTRouter(found[0], base, name, config)
-        zero3.split_as(router.get_parameter("weight"), router.parameters(recurse=False))
+        sharding.split_as(router.get_parameter("weight"), router.parameters(recurse=False))
         put(router.train(base.training), places[base])
 
 
@@ -96,7 +96,7 @@ def require_removable(model: nn.Module) -> None:
 def _is_router(model: nn.Module, name: str, number: int) -> bool:
     """Return whether a module computes gates and experts by its own weights, with one of ``number`` experts less."""
     router, fewer = model.get_submodule(name), max(number - 1, experts_per_token(text_config(model)))
-    shapes = {n: tuple(zero3.full_shape(p)) for n, p in router.named_parameters(recurse=False)}
+    shapes = {n: tuple(sharding.full_shape(p)) for n, p in router.named_parameters(recurse=False)}
     if len(shapes.get("weight", ())) != 2 or shapes["weight"][0] != number or any(router.children()):
         return False
     shapes |= {n: tuple(buffer.shape) for n, buffer in router.named_buffers(recurse=False)}

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pst_ds.nn.model_structure import is_linear
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.ranks import raise_on_all_ranks, world_size
 from pst_ds.third_party import Code, patched
 
@@ -48,8 +48,8 @@ def read_by_every_rank(*, later: bool = False) -> Iterator[None]:
             new_name = _renaming(model, getattr(load_config, "weight_mapping", None))
             names = raise_on_all_ranks(lambda: _read_shards(model, state, files, new_name), (Exception,))
             for param in model.parameters():
-                if zero3.is_unfilled(param) and not hasattr(param, _UNREAD):
-                    zero3.make_shard(param)
+                if sharding.is_unfilled(param) and not hasattr(param, _UNREAD):
+                    sharding.make_shard(param)
             rest = {key: value for key, value in state.items() if key not in names}
             problems, missing = cast(tuple[list[str], set[str]], load(model, rest, load_config))
             return problems, missing - set(names.values())
@@ -59,7 +59,7 @@ def read_by_every_rank(*, later: bool = False) -> Iterator[None]:
     with (
         patched(modeling_utils, "load_state_dict", noting),
         patched(modeling_utils, "_load_state_dict_into_zero3_model", sharing),
-        zero3.unfilled(lambda module, name: name == "weight" and is_linear(module)) if later else nullcontext(),
+        sharding.unfilled(lambda module, name: name == "weight" and is_linear(module)) if later else nullcontext(),
     ):
         yield
 
@@ -69,7 +69,7 @@ def read_now(params: Iterable[nn.Parameter]) -> None:
     for param in params:
         if hasattr(param, _UNREAD):
             file, key = getattr(param, _UNREAD)
-            zero3.make_shard(param)
+            sharding.make_shard(param)
             with safe_open(file, framework="pt") as opened:
                 _read_shard(param, opened, key)
             delattr(param, _UNREAD)
@@ -109,9 +109,9 @@ def _read_shards(
             for key in opened.keys():  # noqa: SIM118  # no mapping
                 param = params.get(new_name(key)) if key in state else None
                 shape = tuple(opened.get_slice(key).get_shape())
-                if param is None or not zero3.is_partitioned(param) or shape != tuple(zero3.full_shape(param)):
+                if param is None or not sharding.is_partitioned(param) or shape != tuple(sharding.full_shape(param)):
                     continue
-                if zero3.is_unfilled(param):
+                if sharding.is_unfilled(param):
                     setattr(param, _UNREAD, (file, key))
                 else:
                     _read_shard(param, opened, key)
@@ -122,14 +122,14 @@ def _read_shards(
 
 @torch.no_grad()
 def _read_shard(param: nn.Parameter, opened: safe_open, key: str) -> None:
-    own, shape = zero3.shard_of(param), zero3.full_shape(param)
+    own, shape = sharding.shard_of(param), sharding.full_shape(param)
     start, stop = own.start, own.start + own.values.numel()
     if start == stop:
         return
     if not shape:
-        zero3.write_shard(param, opened.get_tensor(key).view(-1))
+        sharding.write_shard(param, opened.get_tensor(key).view(-1))
         return
     row = prod(shape[1:])  # only the rows around the shard are read
     first, last = start // row, -(-stop // row)
     rows = opened.get_slice(key)[first:last].reshape(-1)
-    zero3.write_shard(param, rows[start - first * row : stop - first * row])
+    sharding.write_shard(param, rows[start - first * row : stop - first * row])

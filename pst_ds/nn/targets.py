@@ -16,7 +16,7 @@ from pst_ds.errors import InputError, shortened
 from pst_ds.formats.base_weights import names_in_files
 from pst_ds.nn import model_structure
 from pst_ds.nn.model_structure import LooseMatrix, is_conv1d, is_linear
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.expert_parallel import ExpertGroup
 
 ALL_LINEAR = "all-linear"
@@ -166,7 +166,7 @@ class _Resolver:
         outputs, inputs = model_structure.linear_shape(module)
         is_fused = name_matches(name, self.config.fused_modules) and outputs % inputs == 0
         layout = WeightLayout(outputs, inputs, is_conv1d(module), outputs // inputs if is_fused else 1)
-        places, shape = self.places[module], tuple(zero3.full_shape(module.weight))
+        places, shape = self.places[module], tuple(sharding.full_shape(module.weight))
         _refuse_quantised(f"{name}.weight", module.weight)
         if shape != layout.shape:
             raise InjectionError(
@@ -373,7 +373,7 @@ def _refuse_fused_in_files(model: nn.Module, targets: list[Target]) -> None:
         return
     # Only names and shapes matter, and the values may be partitioned.
     tensors = {
-        f"{name}.weight": torch.empty(zero3.full_shape(module.weight), device="meta")
+        f"{name}.weight": torch.empty(sharding.full_shape(module.weight), device="meta")
         for name, module in model.named_modules()
         if is_linear(module) and module._parameters.get("weight") is not None
     }

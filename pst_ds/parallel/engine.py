@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pst_ds.errors import InputError
 from pst_ds.json_text import JsonObject
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.master_adamw import MasterAdamW
 from pst_ds.third_party import Code, patch, require
 
@@ -222,7 +222,7 @@ def time_waits(engine: Engine, timing: Callable[[], AbstractContextManager[None]
         return within
 
     patch(engine, "allreduce_gradients", timed)
-    if any(map(zero3.is_partitioned, engine.module.parameters())):
+    if any(map(sharding.is_partitioned, engine.module.parameters())):
         offload = require(engine.optimizer, "parameter_offload")
         patch(require(offload, "param_coordinator"), "fetch_sub_module", timed)
 

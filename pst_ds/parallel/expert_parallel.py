@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from pst_ds.core.bits import shard_range
 from pst_ds.core.experts.routing import Routing
-from pst_ds.parallel import zero3
-from pst_ds.parallel.zero3 import ExpertShare
+from pst_ds.parallel import sharding
+from pst_ds.parallel.sharding import ExpertShare
 
 Compute = Callable[[Tensor, Routing], Tensor]
 """Returns the outputs of experts, (M*k, H) sorted by expert, for tokens (M, H) and their routing."""
@@ -44,8 +44,8 @@ class ExpertGroup(ExpertShare):
         ``stack``: (E, ...). The result is frozen, (E / degree, ...), and partitioned over its owners. Collective; needs
         memory for twice its values while it runs.
         """
-        own, numel, world = zero3.shard_of(stack).values, zero3.full_numel(stack), zero3.num_shards(stack)
-        share, rank = numel // self.degree, zero3.shard_index(stack)
+        own, numel, world = sharding.shard_of(stack).values, sharding.full_numel(stack), sharding.num_shards(stack)
+        share, rank = numel // self.degree, sharding.shard_index(stack)
 
         def common(shard: int, position: int) -> slice:
             """Return the values of a shard that are of the experts at a position."""
@@ -55,15 +55,15 @@ class ExpertGroup(ExpertShare):
 
         sent = [own[common(rank, other % self.degree)] for other in range(world)]
         sizes = [common(shard, self.position) for shard in range(world)]
-        rows, ranks = torch.cat(sent).unsqueeze(1), zero3.process_group(stack)
+        rows, ranks = torch.cat(sent).unsqueeze(1), sharding.process_group(stack)
         if dist.get_backend(ranks) == "nccl":  # the shard may be in host memory
             rows = rows.cuda()
         values = _all_to_all(rows, list(map(len, sent)), [s.stop - s.start for s in sizes], ranks)
-        shape = zero3.full_shape(stack)
+        shape = sharding.full_shape(stack)
         part = nn.Parameter(values.view(shape[0] // self.degree, *shape[1:]), requires_grad=False)
         self.mark([part])
         stack.convert_to_zero_parameters(param_list=[part])  # type: ignore[attr-defined]
-        zero3.drop(stack)
+        sharding.drop(stack)
         return part
 
     def at_experts(self, hidden: Tensor, home: Routing, compute: Compute) -> Tensor:

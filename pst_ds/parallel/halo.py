@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pst_ds.core.coded_weight import CodedRun
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 
 Range = tuple[int, int]
 Widen = Callable[[int, int], Range]
@@ -28,7 +28,7 @@ class Halo:
 
 def fetch_halos(
     params: Sequence[nn.Parameter],
-    splits: Sequence[zero3.Split],
+    splits: Sequence[sharding.Split],
     widen: Sequence[Widen],
     shards: Sequence[Tensor | CodedRun],
 ) -> list[Halo]:
@@ -42,7 +42,7 @@ def fetch_halos(
         widen: maps each shard to the range that its rank needs.
         shards: this rank's flat values.
     """
-    if not params or zero3.num_shards(params[0]) == 1:
+    if not params or sharding.num_shards(params[0]) == 1:
         return [Halo(values[:0], values[:0]) for values in shards]
     pieces = [_pieces(i, split, widen[i]) for i, split in enumerate(splits)]
     incoming, outgoing = (sorted(chain.from_iterable(which)) for which in zip(*pieces, strict=True))
@@ -58,7 +58,7 @@ def _joined(pieces: list[Tensor]) -> Tensor:
     return pieces[-1] if len(pieces) <= 2 else torch.cat(pieces)
 
 
-def _pieces(i: int, split: zero3.Split, widen: Widen) -> tuple[list[Piece], list[Piece]]:
+def _pieces(i: int, split: sharding.Split, widen: Widen) -> tuple[list[Piece], list[Piece]]:
     """Return the incoming and the outgoing pieces of a parameter."""
     own = split.range_of(split.own)
     needed = widen(*own)
@@ -83,13 +83,13 @@ def _common(one: Range, other: Range) -> range:
 
 def _exchange(
     param: nn.Parameter,
-    splits: Sequence[zero3.Split],
+    splits: Sequence[sharding.Split],
     shards: Sequence[Tensor | CodedRun],
     incoming: list[Piece],
     outgoing: list[Piece],
 ) -> list[Tensor]:
     """Send the ``outgoing`` pieces of this rank's shards; return the ``incoming`` ones, of any dtype. Collective."""
-    group, world = zero3.process_group(param), zero3.num_shards(param)
+    group, world = sharding.process_group(param), sharding.num_shards(param)
     home = shards[0].device
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else home
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import ParamsT, StateDict
 
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 
 _MASTERS = "masters"
 
@@ -18,7 +18,8 @@ class MasterAdamW(torch.optim.AdamW):
 
     An fp32 parameter is its own master, so this is plain AdamW under DeepSpeed, which puts flat fp32 tensors into the
     groups. A master is created when it is first needed, and again after the parameter got other values, such as by the
-    model's ``load_state_dict``. :func:`pst_ds.parallel.zero3.fp32_masters` finds masters; :meth:`state_dict` has them.
+    model's ``load_state_dict``. :func:`pst_ds.parallel.sharding.fp32_masters` finds masters; :meth:`state_dict` has
+    them.
     """
 
     _taken: list[nn.Parameter] | None = None
@@ -32,7 +33,7 @@ class MasterAdamW(torch.optim.AdamW):
         """Return the master of each parameter, in the order of the groups. The host waits once for a comparison."""
         params = self._params()
         apart = [param for param in params if param.dtype != torch.float32]
-        for param, kept in zip(apart, zero3.kept_masters(apart), strict=True):
+        for param, kept in zip(apart, sharding.kept_masters(apart), strict=True):
             master = self._masters.get(param)
             if master is None:
                 self._masters[param] = param.fp32_master = nn.Parameter(param.detach().float())  # type: ignore[attr-defined]

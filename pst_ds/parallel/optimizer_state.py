@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import Engine, inner_optimizer
 
 MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
@@ -37,7 +37,7 @@ class Fragment:
 
 def is_replicated(params: Iterable[nn.Parameter]) -> bool:
     """Return whether every rank holds the full optimizer state of all ``params``."""
-    return not any(zero3.is_partitioned(p) or hasattr(p, "_hp_mapping") for p in params)
+    return not any(sharding.is_partitioned(p) or hasattr(p, "_hp_mapping") for p in params)
 
 
 def is_cut_evenly(params: Iterable[nn.Parameter]) -> bool:
@@ -50,8 +50,8 @@ def local_fragments(engine: Engine, named: Sequence[tuple[str, nn.Parameter]]) -
     inner = inner_optimizer(engine)
     found = []
     for name, param in named:
-        if zero3.is_partitioned(param):
-            optimizer, shard = param._z3_optimizer, zero3.shard_of(param)
+        if sharding.is_partitioned(param):
+            optimizer, shard = param._z3_optimizer, sharding.shard_of(param)
             group, offset, _ = optimizer.grad_position[optimizer.get_param_id(param)]
             stop = shard.start + shard.values.numel()
             found.append(Fragment(name, shard.start, stop, optimizer.fp32_partitioned_groups_flat[group], offset))

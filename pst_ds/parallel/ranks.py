@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pst_ds.core.one_shot.shares import ALONE, Ranks
 from pst_ds.core.select import RankSums
 from pst_ds.errors import InputError
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.progress import heard_by
 
 T = TypeVar("T")
@@ -220,11 +220,11 @@ def _rank_sums(all_sum: Callable[[Tensor], Tensor], own: int, number: int) -> Ra
 
 
 def _reduce(values: Tensor, param: nn.Parameter, op: dist.ReduceOp.RedOpType, *, owners: bool) -> Tensor:
-    if (zero3.num_shards(param) if owners else zero3.num_holders(param)) == 1:
+    if (sharding.num_shards(param) if owners else sharding.num_holders(param)) == 1:
         return values
-    group = zero3.process_group(param) if owners else zero3.holders(param)
+    group = sharding.process_group(param) if owners else sharding.holders(param)
     from_host = values.device.type == "cpu"  # the device queues such a copy, so the host need not wait
-    on_device = values.to(zero3.shard_of(param).values.device, non_blocking=from_host)
+    on_device = values.to(sharding.shard_of(param).values.device, non_blocking=from_host)
     if dist.get_backend(group) == "nccl":
         on_device = on_device.cuda(non_blocking=True)
     dist.all_reduce(on_device, op=op, group=group)
@@ -246,8 +246,8 @@ def group_max(values: Tensor, param: nn.Parameter, *, owners: bool = False) -> T
 
 def rank_sums(param: nn.Parameter, *, owners: bool = False) -> RankSums:
     """Return the collectives of selection over the ranks of :func:`group_sum`."""
-    number = zero3.num_shards(param) if owners else zero3.num_holders(param)
+    number = sharding.num_shards(param) if owners else sharding.num_holders(param)
     if number == 1:
         return RankSums()
-    own = dist.get_rank(zero3.process_group(param) if owners else zero3.holders(param))
+    own = dist.get_rank(sharding.process_group(param) if owners else sharding.holders(param))
     return _rank_sums(lambda counts: group_sum(counts, param, owners=owners), own, number)

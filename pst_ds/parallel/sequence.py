@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pst_ds.core.documents import by_document, document_mask
-from pst_ds.parallel.zero3 import in_backward_pass
+from pst_ds.parallel.sharding import in_backward_pass
 from pst_ds.third_party import patched_entry, while_computing
 
 

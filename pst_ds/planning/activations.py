@@ -23,7 +23,7 @@ from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.language_head import LanguageHead, UnknownHeadError, language_head
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.tables.coded import CodedEmbedding, coded_tables
-from pst_ds.parallel.zero3 import in_backward_pass
+from pst_ds.parallel.sharding import in_backward_pass
 from pst_ds.third_party import Code, patched
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")

@@ -18,7 +18,7 @@ from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.model_structure import experts_per_token, is_linear, linear_shape, model_width, text_config
 from pst_ds.nn.tables.coded import CodedOutput, coded_tables
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup, layer_work_bytes
 from pst_ds.planning.start import BlockSizes, InputGroup
 from pst_ds.prune.blocks import block_of, find_blocks
@@ -67,7 +67,7 @@ def block_sizes(model: nn.Module, numbers: ModelNumbers) -> BlockSizes:
         one, number = layer.layout.expert, layer.layout.num_experts
         outputs[name if number > 1 else name.rpartition(".")[0], one.in_features, number] += one.out_features
     others = (module for module in blocks[index].modules() if not isinstance(module, PSTLayer))
-    numel += sum(zero3.full_numel(param) for module in others for param in module.parameters(recurse=False))
+    numel += sum(sharding.full_numel(param) for module in others for param in module.parameters(recurse=False))
     return BlockSizes(
         blocks=len(blocks),
         numel=numel,
@@ -90,7 +90,7 @@ def _tensors(model: nn.Module) -> tuple[TensorGroup, ...]:
     in_stacks = {id(p) for layer in layers if isinstance(layer, PSTExpertStack) for p in layer.parameters()}
     groups = []
     for param in model.parameters():
-        key, group = id(param), TensorGroup(zero3.full_numel(param), param.element_size(), 1, param.requires_grad)
+        key, group = id(param), TensorGroup(sharding.full_numel(param), param.element_size(), 1, param.requires_grad)
         if key in factors:
             group = replace(group, kind="factor")
         elif key in masks:
@@ -119,7 +119,7 @@ def _dispatch_width(model: nn.Module, layers: dict[str, PSTLayer]) -> int:
 def _rank(layer: PSTLayer, factor: str) -> int:
     """Return the rank of the pair that ends in ``factor``; 0 without it."""
     param = dict(layer.factor_parameters()).get(factor)
-    return 0 if param is None else zero3.full_shape(param)[0] // layer.layout.num_matrices
+    return 0 if param is None else sharding.full_shape(param)[0] // layer.layout.num_matrices
 
 
 def _attention_width(model: nn.Module) -> int:
@@ -145,7 +145,7 @@ def _module_numbers(module: nn.Module, device: str) -> ModuleNumbers:
     params = [p for p in module._parameters.values() if p is not None]
     by_dtype: Counter[object] = Counter()
     for param in params:
-        by_dtype[param.dtype] += zero3.full_numel(param) * param.element_size()
+        by_dtype[param.dtype] += sharding.full_numel(param) * param.element_size()
     work, bands, by_kernels, experts, groups = 0, 0, True, 1, 0
     if isinstance(module, PSTLayer):
         by_kernels, experts = _by_kernels(module), module.layout.num_experts
@@ -158,7 +158,7 @@ def _module_numbers(module: nn.Module, device: str) -> ModuleNumbers:
             work = max(work, module.dtype.itemsize * whole)
     elif isinstance(module, CodedOutput):
         work = slice_numel(*module.shape, device) * module.dtype.itemsize
-    numel, sizes = sum(map(zero3.full_numel, params)), by_dtype.values()
+    numel, sizes = sum(map(sharding.full_numel, params)), by_dtype.values()
     gathers = sum(sizes), max(sizes, default=0)
     return ModuleNumbers(numel, *gathers, work, bands=bands, experts=experts, groups=groups, by_kernels=by_kernels)
 

@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 from pst_ds.config.one_shot import PruneConfig
 from pst_ds.core.one_shot.alps import GRADIENT_STEPS, PENALTIES, ROUNDS_PER_PENALTY
-from pst_ds.export.plan import SHARD_BYTES
 from pst_ds.planning.machines import MACHINES, Machine
 from pst_ds.prune.blocks import PIECE_TOKENS
 from pst_ds.prune.output_gradients import PIECES, STORED_BYTES
 from pst_ds.prune.statistics import STATISTICS_BYTES
+from pst_ds.writing.plan import SHARD_BYTES
 
 # measured on a CPU, assumed on CUDA
 RUNTIME_BYTES = {"cpu": 160 << 20, "cuda": 600 << 20}

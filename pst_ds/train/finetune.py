@@ -12,8 +12,6 @@ from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.toml import dump_run
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import InputError
-from pst_ds.export.check import check_export
-from pst_ds.export.to_folder import ExportOptions, export_checkpoint
 from pst_ds.file_names import BEST, CHECKPOINTS, FINAL, MANIFEST_FILE, RUN_FILE
 from pst_ds.parallel.engine import free_released
 from pst_ds.parallel.ranks import is_main, of_main, of_main_at_length
@@ -23,6 +21,8 @@ from pst_ds.train.prepare import prepare
 from pst_ds.train.resume import as_table, require_same_run
 from pst_ds.train.run_context import RunContext
 from pst_ds.train.run_folder import open_checkpoint
+from pst_ds.writing.check import check_export
+from pst_ds.writing.to_folder import ExportOptions, export_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -28,7 +28,7 @@ from pst_ds.nn.sharded_weights import read_now
 from pst_ds.nn.tables.coded import coded_tables
 from pst_ds.nn.tables.rounded import set_table_grid
 from pst_ds.nn.targets import modules_to_save
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.ranks import raise_on_all_ranks, world_size
 from pst_ds.train.sequences import keep_documents_apart
 
@@ -280,7 +280,7 @@ def parameter_groups(module: nn.Module, run: RunConfig) -> Groups:
 
 
 def num_trainable(module: nn.Module) -> int:
-    return sum(zero3.full_numel(p) for p in module.parameters() if p.requires_grad)
+    return sum(sharding.full_numel(p) for p in module.parameters() if p.requires_grad)
 
 
 def frozen_bytes(module: nn.Module, run: RunConfig, ranks: int) -> int:
@@ -288,7 +288,7 @@ def frozen_bytes(module: nn.Module, run: RunConfig, ranks: int) -> int:
     stacks = expert_stacks(module).values() if run.train.experts_divided_by(ranks) > 1 else ()
     on_ranks = {param for stack in stacks for param in stack.parameters()}
     frozen = (p for p in module.parameters() if not p.requires_grad and p not in on_ranks)
-    return sum(zero3.full_numel(param) * param.element_size() for param in frozen)
+    return sum(sharding.full_numel(param) * param.element_size() for param in frozen)
 
 
 def head_names(module: nn.Module, run: RunConfig) -> list[str]:
@@ -309,7 +309,7 @@ def _initialise_missing(module: nn.Module, missing: list[str], run: RunConfig) -
         part = module.get_submodule(owner)
         params = dict(part.named_parameters(recurse=False))
         read_now(params.values())
-        with zero3.gathered(params.values(), writer_rank=0), torch.random.fork_rng(), torch.no_grad():
+        with sharding.gathered(params.values(), writer_rank=0), torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(zlib.crc32(f"{run.seed}/{owner}".encode()))
             for name, param in params.items():
                 param._is_hf_initialized = f"{owner}.{name}" not in missing  # type: ignore[attr-defined]
@@ -324,12 +324,12 @@ def _scaled_outputs(
     Return the parameters of the head's last layer, which has ``num_labels`` outputs. Collective.
     """
     new = {name: param for name, param in module.named_parameters() if name in missing}
-    owners = [name.rpartition(".")[0] for name, param in new.items() if zero3.full_shape(param)[:1] == (num_labels,)]
+    owners = [name.rpartition(".")[0] for name, param in new.items() if sharding.full_shape(param)[:1] == (num_labels,)]
     outputs = [param for name, param in new.items() if owners and name.rpartition(".")[0] == owners[-1]]
-    with zero3.gathered(outputs, writer_rank=0), torch.no_grad():
+    with sharding.gathered(outputs, writer_rank=0), torch.no_grad():
         for param in outputs:
             param.mul_(unit)
-            if zero3.full_shape(param).numel() == len(param):  # a bias
+            if sharding.full_shape(param).numel() == len(param):  # a bias
                 param.add_(mean)
     return outputs
 

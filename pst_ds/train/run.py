@@ -19,7 +19,7 @@ from pst_ds.json_text import json_of
 from pst_ds.nn.base_model import Pretrained
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.tables.rounded import round_tables
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.ds_config import zero_stage
 from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes, release
 from pst_ds.parallel.launch import launch_environment
@@ -128,7 +128,7 @@ def build(
     zero3_config = ds_config if zero_stage(ds_config) == 3 else None
     based = on_base_of(run, checkpoint)
     on_all_ranks_at_length(Pretrained(based.model.path, "model.path").download)
-    with zero3.copying_frozen(context.copy_ranks):
+    with sharding.copying_frozen(context.copy_ranks):
         built = build_model(
             based, context.labels, context.tokenizer, zero3_config=zero3_config, label_scale=label_scale
         )

@@ -13,18 +13,18 @@ from pst_ds.checkpoint.retention import step_name
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.core.schedule import Schedules
 from pst_ds.errors import InputError
-from pst_ds.export.from_folder import copy_small_files
-from pst_ds.export.plan import require_space
 from pst_ds.file_names import CHECKPOINTS, SOLVED, STEP_FOLDER, step_folders
 from pst_ds.formats.base_weights import BaseWeights, is_text_part, names_in_files
 from pst_ds.formats.safetensors_file import header_and_slots, tensor_bytes
 from pst_ds.nn.inject import plain_name, pst_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.merge import plain_tensors
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.ranks import is_main, of_main, raise_together
 from pst_ds.train.model import meta_model
 from pst_ds.train.run_context import RunContext
+from pst_ds.writing.from_folder import copy_small_files
+from pst_ds.writing.plan import require_space
 
 
 def solved_folder(run: RunConfig, solve: int) -> Path:
@@ -98,7 +98,7 @@ def _whole_weights(layers: Mapping[str, PSTLayer], slots: _Planned) -> Iterator[
         if name:
             weight = layers[name].weight
             assert weight is not None
-            with zero3.gathered([weight]):
+            with sharding.gathered([weight]):
                 whole = weight.detach().to("cpu", copy=True)
             yield whole.view(shape)
 

@@ -27,7 +27,7 @@ from pst_ds.nn.adapter_checkpoints import adapter_checkpoints
 from pst_ds.nn.inject import freeze_scores, inject_pst, pst_layers
 from pst_ds.nn.merge import merge_and_unload
 from pst_ds.nn.optimizer import pst_parameter_groups
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import LocalEngine
 
 BASE = "tests/data/tiny-bert"
@@ -72,7 +72,7 @@ def test_a_saved_model_comes_back_on_its_base(tmp_path, dtype):
     assert len(table["base_fingerprint"]) == 64
     tensors = load_file(tmp_path / "pst_model.safetensors")
     named = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    for (name, param), master in zip(named.items(), zero3.fp32_masters(list(named.values())), strict=True):
+    for (name, param), master in zip(named.items(), sharding.fp32_masters(list(named.values())), strict=True):
         assert torch.equal(tensors[name], master), name
         assert torch.equal(tensors[name].to(dtype), param)
 
@@ -378,7 +378,7 @@ def _partitioned(folder, out):
     save_pretrained(engine, out)
     del keep
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    masters = zero3.fp32_masters(list(params.values()))
+    masters = sharding.fp32_masters(list(params.values()))
     return before, {name: master.clone() for name, master in zip(params, masters, strict=True)}
 
 

@@ -13,8 +13,8 @@ from torch.distributions import Categorical, kl_divergence
 
 from pst_ds.cli.bench import bench_text
 from pst_ds.cli.main import main
+from pst_ds.hf.model_folder import open_model_folder
 from pst_ds.inference.decoder import Decoder, DecoderError
-from pst_ds.inference.hf.model_folder import open_model_folder
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SHORT = ("--prompt-tokens", "5", "--new-tokens", "4", "--repeats", "2")

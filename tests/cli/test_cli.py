@@ -284,7 +284,7 @@ def test_a_packed_export_is_verified_dense_and_kept_sparse(made, packed, capsys,
 
 
 def test_logits_kept_sparse_that_rounding_does_not_explain_fail(made, packed, capsys, monkeypatch):
-    from pst_ds.inference.runtime import SparseLinear
+    from pst_ds.runtime import SparseLinear
 
     forward = SparseLinear.forward
     monkeypatch.setattr(SparseLinear, "forward", lambda self, x: forward(self, x) * 1.01)

@@ -10,8 +10,8 @@ import pytest
 
 from pst_ds.cli.export import TARGETS, chosen_options
 from pst_ds.cli.main import main
+from pst_ds.export.export_run import ExportSettings
 from pst_ds.inference.decoder import Decoder
-from pst_ds.inference.export_run import ExportSettings
 from tests.cli.test_quantized import said_by
 
 _LOADS = """

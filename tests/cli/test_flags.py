@@ -13,7 +13,7 @@ from pst_ds.cli.flags import in_flags
 from pst_ds.cli.main import build_parser, main
 from pst_ds.config.one_shot import PruneConfig
 from pst_ds.config.targets import TARGETS
-from pst_ds.inference.export_run import ExportSettings
+from pst_ds.export.export_run import ExportSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = {"bits": "--bits", "keep_zeros": "--keep-zeros", "data.label_column": "--label-column", "names": "--names"}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pst_ds.cli.inspect.layers import layer_table
 from pst_ds.cli.main import main
-from pst_ds.inference.hf.model_folder import open_model_folder
+from pst_ds.hf.model_folder import open_model_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from pst_ds.cli.main import main
-from pst_ds.export.manifest import file_sums, write_manifest
+from pst_ds.writing.manifest import file_sums, write_manifest
 from tests.cli.conftest import ROOT
 from tests.cli.test_quantized import said_by
 

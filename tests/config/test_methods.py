@@ -16,7 +16,7 @@ from pst_ds.config.toml import load_run
 from pst_ds.core.bits import unpack_range
 from pst_ds.masks.update import masks_of_zeros, update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import build_engine
 from pst_ds.parallel.launch import LaunchEnvironment, launch_environment
 from pst_ds.train.run import build, prepare, train_prepared
@@ -37,7 +37,7 @@ def _built(folder, *overrides):
 
 
 def _mask(layer):
-    bits = zero3.shard_of(layer.pst_mask).values
+    bits = sharding.shard_of(layer.pst_mask).values
     return unpack_range(bits, layer.layout.numel, layer.num_shards, 0, layer.layout.numel).view(layer.layout.shape)
 
 
@@ -276,7 +276,7 @@ def _zeros_on_ranks(folder):
     run = load_run(RUN_FILE, [f"output_dir={folder}", "method=masked-lora", "pst.initial_mask=zeros"])
     module = build(prepare(run, launch_environment())).module
     for layer in pst_layers(module).values():
-        shard = zero3.shard_of(layer.weight)
+        shard = sharding.shard_of(layer.weight)
         index = torch.arange(shard.start, shard.start + shard.values.numel())
         shard.values[index % 7 < 3] = 0.0
     stats = masks_of_zeros(module)

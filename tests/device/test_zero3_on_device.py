@@ -17,7 +17,7 @@ from pst_ds.masks.layer_stats import measure
 from pst_ds.masks.scales import update_scales
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
-from pst_ds.parallel import stop_signals, zero3
+from pst_ds.parallel import sharding, stop_signals
 from pst_ds.parallel.engine import build_engine
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.run import StoppedError, prepare, train_prepared
@@ -69,7 +69,7 @@ def _ds_config(kind, dtype=torch.float32):
 
 def _engine(model, kind, dtype=torch.float32):
     """DeepSpeed's, which moves the model to its accelerator."""
-    with zero3.copying_frozen(1 if kind == "3 whole" else 0):
+    with sharding.copying_frozen(1 if kind == "3 whole" else 0):
         return build_engine(model.to(dtype), _groups(model), ds_config=_ds_config(kind, dtype))
 
 
@@ -87,7 +87,7 @@ def _shards(model):
     found = {}
     for layer in pst_layers(model).values():
         for name, param in (("weight", layer.weight), ("mask", layer.pst_mask), *layer.factor_parameters()):
-            found.setdefault(name, set()).add(zero3.shard_of(param).values.device.type)
+            found.setdefault(name, set()).add(sharding.shard_of(param).values.device.type)
     return found
 
 
@@ -102,7 +102,7 @@ def _trained(world_size, kind):
         masks = update_masks(engine.module, sparsity)
         steps.append((float(loss), float(engine.get_global_grad_norm()), masks))
     trained = [param for param in engine.module.parameters() if param.requires_grad]
-    masters = [to_host(values).clone() for values in zero3.fp32_masters(trained)]
+    masters = [to_host(values).clone() for values in sharding.fp32_masters(trained)]
     return steps, masters, _shards(engine.module)
 
 
@@ -278,11 +278,11 @@ def _races(waits):
     """Where gathers read masks that a stream which runs late has yet to write."""
     engine = _engine(_model(2), "3")
     masks = [layer.pst_mask for layer in pst_layers(engine.module).values()]
-    streams.watched = {zero3.shard_of(mask).values.untyped_storage().data_ptr() for mask in masks}
+    streams.watched = {sharding.shard_of(mask).values.untyped_storage().data_ptr() for mask in masks}
     if not waits:
         get_accelerator().synchronize = lambda: None
     for mask in masks:
-        zero3.write_shard(mask, ~zero3.shard_of(mask).values)
+        sharding.write_shard(mask, ~sharding.shard_of(mask).values)
     next(iter(pst_layers(engine.module).values()))(to_device(torch.randn(2, 64)))  # nothing else makes the host wait
     return streams.races
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.train.users.test_store import COMMON, _state
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from pst_ds.checkpoint.user_store import UserStore
 from pst_ds.cli.main import main
-from pst_ds.train.users.store import UserStore
-from tests.train.users.test_store import COMMON, _state
 
 from .pages import PAGES, ROOT, Block, blocks, commands
 from .test_code import EXTRAS
@@ -42,8 +42,8 @@ COMMANDS = [
 """Pages whose commands run, on a tiny decoder; a block under ``<!-- encoder -->`` on a tiny encoder."""
 NOT_HERE = {
     "fewer-experts": "needs a mixture of experts; tests/prune/test_whole_experts.py",
-    "--format gguf": "needs a BPE tokenizer; tests/export/test_gguf.py",
-    "export theirs": "needs a model that another library has quantised; tests/export",
+    "--format gguf": "needs a BPE tokenizer; tests/writing/test_gguf.py",
+    "export theirs": "needs a model that another library has quantised; tests/writing",
     "stores/web": "needs a token store; tests/cli/test_prepare.py",
     "init$": "asks questions",
 }

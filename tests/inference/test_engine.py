@@ -12,10 +12,10 @@ import pst_ds
 from pst_ds.cli import engine as options
 from pst_ds.cli.main import build_parser, main
 from pst_ds.errors import InputError
+from pst_ds.hf.model_folder import open_model_folder
 from pst_ds.inference.bench import NativeLoop
 from pst_ds.inference.decoder import Decoder, DecoderError
 from pst_ds.inference.engine import open_decoder
-from pst_ds.inference.hf.model_folder import open_model_folder
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 EXPORTS = {

@@ -10,7 +10,7 @@ pytest.importorskip("triton", minversion="3.6", reason="needs triton 3.6, the ex
 from pst_ds.core.experts.routing import Routing
 from pst_ds.core.quantization import Grid
 from pst_ds.formats import QuantizedFormat
-from pst_ds.inference.runtime import gpu
+from pst_ds.runtime import gpu
 from tools.packed_layers import packed_experts, packed_linear
 
 pytestmark = pytest.mark.interpreted

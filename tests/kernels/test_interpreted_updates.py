@@ -87,7 +87,7 @@ def test_make_gpu_compares_masks_and_scores_of_shards(kernels_on_device, monkeyp
 @pytest.mark.parametrize("pattern", ["matrix", "global", "2:4", "4x4"])
 def test_many_matrices_take_the_launches_and_waits_of_few(pattern, kernels_on_device, monkeypatch):
     """With masters at hand, as from ZeRO-3's one gather of all."""
-    monkeypatch.setattr(layer_scores.zero3, "fp32_masters", lambda params, _: [param.detach() for param in params])
+    monkeypatch.setattr(layer_scores.sharding, "fp32_masters", lambda params, _: [param.detach() for param in params])
     found = []
     for num_layers in (1, 3):
         with pretended() as counts:

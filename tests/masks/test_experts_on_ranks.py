@@ -12,7 +12,7 @@ from pst_ds.core.quantization import Grid
 from pst_ds.errors import InputError
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.ranks import rank
 from tests.nn.expert_families import tiny_model
 
@@ -41,17 +41,17 @@ def _updated(pattern, degree=1, base_grid=None):
     generator = torch.Generator().manual_seed(2)
     for layer in pst_layers(model).values():
         for _, param in layer.factor_parameters():  # of few different values, so that scores are equal across experts
-            values = (torch.randn(zero3.full_shape(param), generator=generator) * 2).round() / 8
-            zero3.write_whole(param, values)
+            values = (torch.randn(sharding.full_shape(param), generator=generator) * 2).round() / 8
+            sharding.write_whole(param, values)
     stats = update_masks(model, sparsity)
-    with torch.no_grad(), zero3.gathered(model.parameters()):
+    with torch.no_grad(), sharding.gathered(model.parameters()):
         logits = model(input_ids=IDS[rank() % 4 :][:1]).logits if degree > 1 else model(input_ids=IDS).logits
     return model, stats, logits
 
 
 def _own_bits(layer):
     start, stop = layer.own_range()
-    return start, stop, unpack_shard(zero3.shard_of(layer.pst_mask).values, stop - start).clone()
+    return start, stop, unpack_shard(sharding.shard_of(layer.pst_mask).values, stop - start).clone()
 
 
 def _on_ranks(degree, folder):
@@ -63,9 +63,9 @@ def _on_ranks(degree, folder):
         found[pattern, grid is None] = stats, logits, layers
     model, *_ = _updated("matrix", degree)
     stack = next(layer for layer in pst_layers(model).values() if layer.group)
-    scores = torch.zeros(zero3.full_shape(stack.pst_R))
+    scores = torch.zeros(sharding.full_shape(stack.pst_R))
     scores[0] = float("nan")  # of the first expert, which some ranks do not have
-    zero3.write_whole(stack.pst_R, scores)
+    sharding.write_whole(stack.pst_R, scores)
     with pytest.raises(FloatingPointError, match=r"experts\.gate_up_proj are not finite"):
         update_masks(model, 0.5)
     with pytest.raises(InputError, match="an adapter state has whole stacks of experts"):

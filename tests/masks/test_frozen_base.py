@@ -12,7 +12,7 @@ from pst_ds.masks.layer_stats import measure
 from pst_ds.masks.scales import update_scales
 from pst_ds.masks.update import masks_of_zeros, update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers, round_weights
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import build_engine, release
 
 VALUES = Grid(4)
@@ -61,8 +61,8 @@ def draw_factors(model):
     generator = torch.Generator().manual_seed(5)
     for layer in pst_layers(model).values():
         for _, param in layer.factor_parameters():
-            values, own = torch.randn(zero3.full_shape(param), generator=generator) * 0.1, zero3.shard_of(param)
-            zero3.write_shard(param, values.flatten()[own.start : own.start + own.values.numel()])
+            values, own = torch.randn(sharding.full_shape(param), generator=generator) * 0.1, sharding.shard_of(param)
+            sharding.write_shard(param, values.flatten()[own.start : own.start + own.values.numel()])
     return model
 
 
@@ -81,7 +81,7 @@ def course(engine, zeros):
     rounded = engine(input_ids=ids).last_hidden_state
     whole = {}
     for name, layer in pst_layers(model).items():
-        with zero3.gathered(list(layer.parameters(recurse=False))):
+        with sharding.gathered(list(layer.parameters(recurse=False))):
             weight = layer.base_weight()
             dense = weight.clone() if isinstance(weight, torch.Tensor) else weight.dense()
             whole[name] = (dense, layer.pst_scales.clone(), layer.magnitude_scales)
@@ -103,9 +103,9 @@ def on_ranks(case, world_size):
     inject_pst(model, PSTConfig(modules_to_save=(), **settings), grid=VALUES, base_grid=grid)
     for layer in pst_layers(model).values():
         assert layer.num_shards == world_size
-        assert zero3.is_partitioned(layer.pst_base_codes), "no rank holds the codes of another"
-        assert zero3.is_partitioned(layer.pst_mask)
-        held = zero3.shard_of(layer.pst_base_codes).values.numel()
+        assert sharding.is_partitioned(layer.pst_base_codes), "no rank holds the codes of another"
+        assert sharding.is_partitioned(layer.pst_mask)
+        held = sharding.shard_of(layer.pst_base_codes).values.numel()
         assert held * 8 <= grid.bits * (-(-layer.layout.numel // world_size) + 1)
     draw_factors(model)
     groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 0.0, "name": "all"}]

@@ -16,7 +16,7 @@ from pst_ds.masks import layer_scores as layer_keys
 from pst_ds.masks import sharded_select
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import build_engine
 
 RANK = 8
@@ -98,7 +98,7 @@ def _updated(kind, stage, world_size, config, sparsity, progress):
     stats = update_masks(engine.module, sparsity, progress=progress)
     masks = []
     for layer in pst_layers(engine.module).values():
-        with zero3.gathered([layer.pst_mask]):
+        with sharding.gathered([layer.pst_mask]):
             numel = layer.layout.numel
             masks.append(unpack_range(layer.pst_mask.detach().clone(), numel, layer.num_shards, 0, numel))
     return stats, masks

@@ -24,7 +24,7 @@ from pst_ds.checkpoint.adapter import PretrainedError
 from pst_ds.core.quantization import Rounding
 from pst_ds.errors import InputError
 from pst_ds.nn.inject import pst_layers
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import build_engine
 
 STEPS = 6
@@ -155,7 +155,7 @@ def _state_of_rank(world_size):
             state = {name: value for name, value in engine.module.state_dict().items() if "pst_scales" in name}
         whole = []
         for layer in pst_layers(engine.module).values():
-            with zero3.gathered([layer.pst_scales]):
+            with sharding.gathered([layer.pst_scales]):
                 whole.append(layer.rounding().scales.clone())
         found.append(whole)
     return sorted(state), found

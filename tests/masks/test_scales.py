@@ -16,7 +16,7 @@ from pst_ds.masks.scales import update_scales
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import InjectionError, inject_pst, pst_layers, round_weights
 from pst_ds.nn.linear import PSTLinear
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import build_engine
 
 SPARSITY = 0.6
@@ -139,7 +139,7 @@ def _state(kind, method, grid, stage, world_size, batch_scales=1 << 22, persiste
     round_weights(engine.module)
     whole = {}
     for name, layer in pst_layers(engine.module).items():
-        with zero3.gathered(list(layer.parameters(recurse=False))):
+        with sharding.gathered(list(layer.parameters(recurse=False))):
             whole[name] = (_whole_scales(layer).clone(), layer.masked_weight())
     return whole, found.layer_errors
 

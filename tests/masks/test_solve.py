@@ -15,7 +15,7 @@ from pst_ds.masks.solve import solve_masks
 from pst_ds.nn import gradient_sums
 from pst_ds.nn.gradient_sums import GradientSums, LayerSums
 from pst_ds.nn.inject import inject_pst, pst_layers
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import build_engine
 from pst_ds.parallel.ranks import rank, world_size
 from tests.core.one_shot_references import keep_by_score
@@ -72,7 +72,7 @@ def _listened(model, *, by_token=True):
 
 
 def _whole(layer):
-    with zero3.gathered([layer.weight, layer.pst_mask]):
+    with sharding.gathered([layer.weight, layer.pst_mask]):
         mask = unpack_range(layer.pst_mask.detach(), layer.layout.numel, layer.num_shards, 0, layer.layout.numel)
         return layer.weight.detach().clone(), mask.view(layer.layout.shape).clone()
 

@@ -12,7 +12,7 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.core.bits import unpack_range
 from pst_ds.masks.update import mask_stats, update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import build_engine
 
 SPARSITY = 0.37
@@ -86,7 +86,7 @@ def _updated(kind, stage, world_size, persistence=0):
     stats = update_masks(engine.module, SPARSITY)
     masks = []
     for layer in pst_layers(engine.module).values():
-        with zero3.gathered([layer.pst_mask]):
+        with sharding.gathered([layer.pst_mask]):
             numel = layer.layout.numel
             masks.append(unpack_range(layer.pst_mask.detach().clone(), numel, layer.num_shards, 0, numel))
     return stats, masks
@@ -187,7 +187,7 @@ def _update_with_nan(rank_with_nan):
     engine = build_engine(model, _groups(model), ds_config=_config(3))
     layer = pst_layers(model)["encoder.layer.1.output.dense"]
     if dist.get_rank() == rank_with_nan:
-        zero3.shard_of(layer.weight).values[3] = float("nan")
+        sharding.shard_of(layer.weight).values[3] = float("nan")
     before = mask_stats(engine.module).checksum
     with pytest.raises(FloatingPointError, match=r"encoder\.layer\.1\.output\.dense are not finite"):
         update_masks(engine.module, 0.5)

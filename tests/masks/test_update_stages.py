@@ -10,7 +10,7 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.core.bits import relayout
 from pst_ds.masks.update import mask_stats, update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import build_engine
 
 SPARSITIES = (0.37, 0.6)
@@ -60,7 +60,7 @@ def _course(engine):
 def _masks(model):
     masks = []
     for layer in pst_layers(model).values():
-        with zero3.gathered([layer.pst_mask]):
+        with sharding.gathered([layer.pst_mask]):
             masks.append(relayout(layer.pst_mask.detach().clone(), layer.layout.numel, layer.num_shards, 1))
     return masks
 

@@ -15,7 +15,7 @@ from pst_ds.masks import sharded_select
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.linear import PSTLinear
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import build_engine
 
 PATTERNS = ["matrix", "stack", "global", "row", "2:4", "5x4"]
@@ -51,7 +51,7 @@ def _updated(world_size, num_matrices, pattern, sparsity=0.37, **how):
     stats = update_masks(model, sparsity)
     masks = []
     for layer in pst_layers(model).values():
-        with zero3.gathered([layer.pst_mask]):
+        with sharding.gathered([layer.pst_mask]):
             numel = layer.layout.numel
             masks.append(unpack_range(layer.pst_mask.detach().clone(), numel, layer.num_shards, 0, numel))
     return stats, masks

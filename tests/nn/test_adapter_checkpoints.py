@@ -11,7 +11,7 @@ from pst_ds.core.bits import pack_mask
 from pst_ds.masks.update import mask_stats, update_masks
 from pst_ds.nn.adapter_checkpoints import adapter_checkpoints, whole_checkpoints
 from pst_ds.nn.inject import inject_pst, pst_layers
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 
 
 class _Model(nn.Module):
@@ -83,7 +83,7 @@ def test_the_bits_of_a_mask_have_one_layout_however_many_shards_it_lies_in():
     for model in models:
         for layer in pst_layers(model).values():
             keep = torch.rand(layer.layout.numel, generator=torch.Generator().manual_seed(1)) > 0.6
-            zero3.write_shard(layer.pst_mask, pack_mask(keep, layer.num_shards))
+            sharding.write_shard(layer.pst_mask, pack_mask(keep, layer.num_shards))
         adapter_checkpoints(model)
     one, three = (model.state_dict() for model in models)
     for name, layer in pst_layers(models[1]).items():
@@ -189,8 +189,8 @@ def _save(folder, stage, marked):
     frozen = set(file["module"]) | set(file["frozen_param_fragments"] or {})
     masks = {n.rpartition(".")[2] for n in file["module"] if ".pst_mask" in n}
     assert not marked or masks == {"pst_mask_shard" if stage == 3 else "pst_mask_bits"}
-    own = zero3.shard_of(pst_layers(again.module)["blocks.0"].pst_mask).values
-    assert torch.equal(own, zero3.shard_of(pst_layers(engine.module)["blocks.0"].pst_mask).values)
+    own = sharding.shard_of(pst_layers(again.module)["blocks.0"].pst_mask).values
+    assert torch.equal(own, sharding.shard_of(pst_layers(engine.module)["blocks.0"].pst_mask).values)
     return sorted(n for n in frozen if n.endswith(("embedding.weight", "blocks.0.weight"))), mask_stats(again.module)
 
 

@@ -16,7 +16,7 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.tables.embedding import PSTEmbedding, pst_embeddings
 from pst_ds.nn.targets import InjectionError, find_embeddings
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import build_engine
 
 BOUND = 1e-6
@@ -272,11 +272,11 @@ def embedding_gradients(world_size):
     embedding = (zero3_engine(world_size).module if world_size else randomised(injected())).embed
     factors = [embedding.pst_U, embedding.pst_V]
     ids, _ = batch()
-    with zero3.gathered(embedding.parameters()):
+    with sharding.gathered(embedding.parameters()):
         y = embedding.forward(ids)
-    assert [zero3.is_released(p) for p in factors] == 2 * [world_size > 0]
+    assert [sharding.is_released(p) for p in factors] == 2 * [world_size > 0]
     grads = torch.autograd.grad(y, factors, torch.randn(y.shape, generator=torch.Generator().manual_seed(3)))
-    assert [zero3.is_released(p) for p in factors] == 2 * [world_size > 0]
+    assert [sharding.is_released(p) for p in factors] == 2 * [world_size > 0]
     return grads
 
 

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.bits import unpack_range
 from pst_ds.nn.inject import inject_pst, pst_layers
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import build_engine
 
 BOUND = 1e-6
@@ -146,7 +146,7 @@ def _gradients(kind, world_size, accumulation, checkpointing):
         "zero_optimization": _zero(kind),
     }
     trained = [p for p in model.parameters() if p.requires_grad]
-    with zero3.copying_frozen(COPY_RANKS.get(kind, 0)):
+    with sharding.copying_frozen(COPY_RANKS.get(kind, 0)):
         engine = build_engine(model, [{"params": trained, "lr": 0.0}], ds_config=config)
     first_x = None
     for micro in range(accumulation):

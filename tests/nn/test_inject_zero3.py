@@ -11,7 +11,7 @@ from torch import nn
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.quantization import grid_of
 from pst_ds.nn.inject import inject_pst, pst_layers
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 
 CONFIG = PSTConfig(target_modules=r"blocks\.\d", modules_to_save=(), update_embeddings=("words",), update_rank=3)
 WIDTHS = (24, 40, 56, 40)
@@ -42,22 +42,22 @@ def _own(model):
 
 def _held(world_size):
     """Most bytes whole at a time; bytes held after injection; the values, gathered one by one."""
-    split_as, whole = zero3.split_as, []
+    split_as, whole = sharding.split_as, []
 
     def recorded(like, params):
         params = list(params)
-        whole.append(sum(param.nbytes for param in params if not zero3.is_partitioned(param)))
+        whole.append(sum(param.nbytes for param in params if not sharding.is_partitioned(param)))
         split_as(like, params)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zero3, "split_as", recorded)
+        patch.setattr(sharding, "split_as", recorded)
         model = _injected(partitioned=True)
     assert all(layer.num_shards == world_size for layer in pst_layers(model).values())
     params = _own(model)
     assert all(param.numel() == 0 and param.requires_grad == (param.dtype != torch.uint8) for param in params.values())
     values = {}
     for name, param in params.items():
-        with zero3.gathered([param]):
+        with sharding.gathered([param]):
             values[name] = param.detach().clone()
     return max(whole), {name: param.ds_tensor.nbytes for name, param in params.items()}, values
 

@@ -13,7 +13,7 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.core.bits import pack_mask
 from pst_ds.nn.inject import freeze_scores, inject_pst, pst_layers
 from pst_ds.nn.linear import PSTLinear
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 
 INPUTS = 24
 KINDS = ["linear", "conv1d", "fused"]
@@ -43,7 +43,7 @@ def randomised(layer: PSTLinear, seed: int = 1) -> torch.Tensor:
     for _, param in layer.factor_parameters():
         param.data.copy_(torch.randn(param.shape, generator=generator))
     mask = torch.rand(layer.layout.shape, generator=generator) > 0.5
-    zero3.write_shard(layer.pst_mask, pack_mask(mask, layer.num_shards))
+    sharding.write_shard(layer.pst_mask, pack_mask(mask, layer.num_shards))
     return mask
 
 

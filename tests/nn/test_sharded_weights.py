@@ -14,7 +14,7 @@ from pst_ds.errors import InputError
 from pst_ds.nn import sharded_weights
 from pst_ds.nn.base_model import Pretrained
 from pst_ds.nn.inject import pst_layers
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.ranks import rank
 
 SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 67}
@@ -52,8 +52,8 @@ def _loaded(folder, case, dtype):
         assert transformers.modeling_utils._load_state_dict_into_zero3_model is noted
     values = {}
     for name, param in model.named_parameters():
-        assert zero3.is_partitioned(param)
-        with zero3.gathered([param]):
+        assert sharding.is_partitioned(param)
+        with sharding.gathered([param]):
             values[name] = param.detach().clone()
     del keep
     return values, missing, left
@@ -94,10 +94,10 @@ def _encoded(folder):
     place, kind = Pretrained(str(folder / "tied")), transformers.AutoModelForCausalLM
     model, missing = place.load(kind, "", linear_later=True, dtype=torch.float32)
     linear = {n: m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
-    in_memory, encode = [sum(zero3.shard_of(p).values.numel() for p in linear.values())], CodeLayout.encode
+    in_memory, encode = [sum(sharding.shard_of(p).values.numel() for p in linear.values())], CodeLayout.encode
 
     def noted(*args):
-        in_memory.append(sum(not zero3.is_unfilled(p) and p.ds_tensor.numel() > 0 for p in linear.values()))
+        in_memory.append(sum(not sharding.is_unfilled(p) and p.ds_tensor.numel() > 0 for p in linear.values()))
         return encode(*args)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -105,7 +105,7 @@ def _encoded(folder):
         inject_pst(model, PSTConfig(target_modules=["q_proj", "down_proj"]), base_grid=Grid(4))
     values = {}
     for name, param in model.named_parameters():
-        with zero3.gathered([param]):
+        with sharding.gathered([param]):
             values[name] = param.detach().clone()
     del keep
     return in_memory, missing, values

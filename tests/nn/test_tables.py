@@ -18,7 +18,7 @@ from pst_ds.core.quantization import Grid, round_to_grid
 from pst_ds.nn.language_head import language_head
 from pst_ds.nn.tables.coded import CodedEmbedding, CodedOutput, coded_tables
 from pst_ds.nn.targets import InjectionError
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 
 GRID = Grid(4, 32)
 
@@ -192,7 +192,7 @@ def _on_ranks():
     held = {name: table.codes.ds_tensor.nbytes for name, table in coded_tables(model).items()}
     values = {}
     for name, table in coded_tables(model).items():
-        with zero3.gathered([table.codes, table.scales]):
+        with sharding.gathered([table.codes, table.scales]):
             values[name] = table.codes.detach().clone(), table.scales.detach().clone(), table.table().dense()
     return held, values
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pst_ds.errors import InputError
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import LocalEngine, build_engine, import_muon_without_its_compiler, optimizer_bytes
 
 
@@ -149,7 +149,7 @@ def test_bf16_parameters_have_fp32_masters_that_small_steps_add_up_in():
     wide = _engine(_Model())
     _run(wide, x, target, 1)
     assert engine.get_global_grad_norm() == pytest.approx(wide.get_global_grad_norm(), rel=0.05)
-    (master,) = zero3.fp32_masters([model.head.weight])
+    (master,) = sharding.fp32_masters([model.head.weight])
     assert master.dtype == torch.float32
     assert model.head.weight.dtype == torch.bfloat16
     assert not torch.equal(master, start.float())

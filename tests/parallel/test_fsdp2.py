@@ -33,7 +33,7 @@ from pst_ds.errors import InputError
 from pst_ds.masks.scales import update_scales
 from pst_ds.masks.update import mask_stats, update_masks
 from pst_ds.nn.inject import pst_layers
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import build_engine
 
 WIDTHS = (20, 13, 2, 40)
@@ -98,7 +98,7 @@ def _sharded(model: Model, **options) -> Model:
 
 def _masks(model: nn.Module) -> list[list[int]]:
     return [
-        relayout(zero3.whole(layer.pst_mask), layer.layout.numel, layer.num_shards, 1).tolist()
+        relayout(sharding.whole(layer.pst_mask), layer.layout.numel, layer.num_shards, 1).tolist()
         for layer in pst_layers(model).values()
     ]
 
@@ -263,7 +263,7 @@ def _trained_by_the_trainer(folder: str, state_dict_type: str, resume_from: str 
     data = [{"input_ids": torch.arange(i, i + 9), "labels": torch.arange(i, i + 9)} for i in range(24)]
     pst = {"callbacks": [PSTCallback(final_sparsity=0.5)], "optimizer_cls_and_kwargs": trainer_optimizer(model)}
     Trainer(model, arguments, train_dataset=data, **pst).train(resume_from_checkpoint=resume_from)
-    assert all(zero3.is_partitioned(param) for param in model.parameters())
+    assert all(sharding.is_partitioned(param) for param in model.parameters())
     return _state(model)
 
 

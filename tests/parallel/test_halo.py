@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import build_engine
 from pst_ds.parallel.halo import fetch_halos
 
@@ -35,9 +35,11 @@ def _halos(step, dtype):
     }
     build_engine(model, [{"params": list(model[-1].parameters()), "lr": 0.0}], ds_config=config)
     widen = [partial(_widen, step, w.numel()) for w in whole]
-    halos = fetch_halos(frozen, [zero3.split_of(p) for p in frozen], widen, [zero3.shard_of(p).values for p in frozen])
+    halos = fetch_halos(
+        frozen, [sharding.split_of(p) for p in frozen], widen, [sharding.shard_of(p).values for p in frozen]
+    )
     for weight, values, halo, wide in zip(frozen, whole, halos, widen, strict=True):
-        shard = zero3.shard_of(weight)
+        shard = sharding.shard_of(weight)
         stop = shard.start + shard.values.numel()
         first, last = wide(shard.start, stop)
         assert torch.equal(halo.before, values[first : shard.start])
@@ -54,6 +56,6 @@ def test_every_rank_gets_what_it_lacks(run_ranks, step):
 
 def test_nothing_is_fetched_where_nothing_is_split():
     weight = nn.Linear(3, 4).weight
-    (halo,) = fetch_halos([weight], [zero3.split_of(weight)], [lambda a, b: (a, b)], [weight.detach().flatten()])
+    (halo,) = fetch_halos([weight], [sharding.split_of(weight)], [lambda a, b: (a, b)], [weight.detach().flatten()])
     assert halo.before.numel() == halo.after.numel() == 0
     assert halo.before.dtype == weight.dtype

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.master_adamw import MasterAdamW
 
 RATE = 1e-3
@@ -39,7 +39,7 @@ def _train(layer, optimizer, seeds):
 
 
 def _masters(layer):
-    return [master.clone() for master in zero3.fp32_masters(list(layer.parameters()))]
+    return [master.clone() for master in sharding.fp32_masters(list(layer.parameters()))]
 
 
 def test_bf16_steps_are_those_of_adamw_on_fp32_copies():

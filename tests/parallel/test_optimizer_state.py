@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pst_ds.parallel import optimizer_state, zero3
+from pst_ds.parallel import optimizer_state, sharding
 from pst_ds.parallel.engine import build_engine
 from pst_ds.parallel.optimizer_state import KINDS, MASTER
 from pst_ds.parallel.ranks import rank, world_size
@@ -52,7 +52,7 @@ def _held(stage, dtype, steps, zero):
     engine, named = _engine(stage, dtype, steps, **zero)
     fragments = optimizer_state.local_fragments(engine, named)
     values = {k: [v.clone() for v in optimizer_state.values(engine, fragments, k)] for k in KINDS}
-    masters = dict(zip((n for n, _ in named), zero3.fp32_masters([p for _, p in named]), strict=True))
+    masters = dict(zip((n for n, _ in named), sharding.fp32_masters([p for _, p in named]), strict=True))
     own = None
     if stage in (1, 2, 3) and steps:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state

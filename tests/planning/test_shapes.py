@@ -15,7 +15,7 @@ from pst_ds.core.head_loss import head_loss
 from pst_ds.core.quantization import Grid
 from pst_ds.nn.inject import inject_pst
 from pst_ds.nn.language_head import language_head
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import build_engine, optimizer_bytes
 from pst_ds.planning.activations import trace_micro_batch
 from pst_ds.planning.memory import ZeroSettings, memory_plan, zero_settings
@@ -143,7 +143,7 @@ def _received(cases):
             engine.step()
         found.append((sum(gathered), len(gathered)))
         if not ds_config["zero_optimization"]["stage3_param_persistence_threshold"]:
-            assert all(zero3.is_released(param) for param in engine.module.parameters())
+            assert all(sharding.is_released(param) for param in engine.module.parameters())
     return found
 
 
@@ -194,7 +194,7 @@ def _held(world_size, ds_config):
     )
     gradients = engine.optimizer.grad_partitions_flat_buffer.nbytes
     numbers = model_numbers(engine.module)
-    assert all(zero3.is_partitioned(p) for p in engine.module.parameters())
+    assert all(sharding.is_partitioned(p) for p in engine.module.parameters())
     weights = sum(t.nbytes for t in shards.values()) - masks - scales
     return (weights, masks, scales, optimizer_bytes(engine), gradients), numbers
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from pst_ds.core.quantization import Grid, dequantize, quantize
 from pst_ds.errors import InputError
-from pst_ds.export.pruned_scales import read_pruned_scales
 from pst_ds.formats.safetensors_file import TensorFile
+from pst_ds.writing.pruned_scales import read_pruned_scales
 
 MUTANTS = 2000
 SHAPES = {"layers.0.up": (6, 64), "layers.0.down": (5, 96), "layers.1.up": (3, 32)}

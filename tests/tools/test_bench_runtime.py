@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from pst_ds.inference.runtime import native
+from pst_ds.runtime import native
 from tools.bench import runtime as bench
 
 SHAPE = (64, 96)

@@ -15,8 +15,6 @@ from pst_ds.atomic_files import file_sha256
 from pst_ds.cli.main import main
 from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
-from pst_ds.export import check
-from pst_ds.export.manifest import sealed
 from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.formats.safetensors_file import tensor_bytes
 from pst_ds.nn.inject import persistent_buffers
@@ -24,6 +22,8 @@ from pst_ds.nn.optimizer import pst_optimizer
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train import model as run_model
 from pst_ds.train.run import prepare, train_prepared
+from pst_ds.writing import check
+from pst_ds.writing.manifest import sealed
 
 LLAMA = "tests/data/tiny-llama"
 _TEXT = {

@@ -11,7 +11,7 @@ import torch
 from pst_ds.config.toml import load_run
 from pst_ds.data.tasks.classification import classification_metrics
 from pst_ds.errors import InputError
-from pst_ds.inference.reference import kl_from_folder
+from pst_ds.export.reference import kl_from_folder
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.evaluate import _differing, compare, kl_divergence, predict
 from pst_ds.train.run import build, prepare

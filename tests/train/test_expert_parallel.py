@@ -13,12 +13,12 @@ import transformers
 from pst_ds.checkpoint.format import read_checkpoint
 from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
-from pst_ds.export.manifest import read_manifest
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.optimizer_state import KINDS
 from pst_ds.parallel.ranks import rank, world_size
 from pst_ds.train.resume import restore
 from pst_ds.train.run import build, prepare
+from pst_ds.writing.manifest import read_manifest
 from tests.checkpoint.small_engine import save_checkpoint
 
 from .test_experts import _checksums, _goes_on, _lines, _stopped, _train

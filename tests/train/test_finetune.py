@@ -18,7 +18,7 @@ from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run, load_run_folder
 from pst_ds.errors import InputError
 from pst_ds.file_names import STEP_FOLDER
-from pst_ds.parallel import stop_signals, zero3
+from pst_ds.parallel import sharding, stop_signals
 from pst_ds.parallel.engine import release
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import rank, world_size
@@ -146,7 +146,7 @@ def _resumed(*arguments):
 def _held(engine_parts):
     """Numbers in the weights and shards of an engine, and parameters with optimizer state."""
     params, inner = engine_parts
-    return sum(p.numel() + zero3.shard_of(p).values.numel() for p in params), len(inner.state)
+    return sum(p.numel() + sharding.shard_of(p).values.numel() for p in params), len(inner.state)
 
 
 def _held_before_and_after_release(*arguments):

@@ -21,10 +21,10 @@ from pst_ds.nn.router import pst_routers
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.resume import RunProgress
 from pst_ds.train.run import masked_model, prepare, prepare_single, train_prepared
-from tests.export.test_gguf import byte_level
 from tests.nn.expert_families import tiny_model
 from tests.train.stopping import stopping
 from tests.train.test_resume import _differing, _values
+from tests.writing.test_gguf import byte_level
 
 RUN_FILE, STOP_AT = "tests/data/causal_lm.toml", 5
 SIZES = {

@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from pst_ds.hf.model_folder import ModelFolder, open_model_folder
 from pst_ds.inference import bench as benched
 from pst_ds.inference.bench import measure
-from pst_ds.inference.hf.model_folder import ModelFolder, open_model_folder
 from pst_ds.nn.model_structure import untied_linear_layers
 from tools.bench.timing import benchmark_parser, conditions, print_result, progress
 from tools.fetch_smollm2 import FOLDER, pruned_folder

@@ -29,7 +29,7 @@ from pst_ds.core.schedule import CubicSchedule
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.layer import PSTLayer
-from pst_ds.parallel import ranks, zero3
+from pst_ds.parallel import ranks, sharding
 from tools.bench.ranks import Ranks, slowest
 from tools.bench.timing import benchmark_parser, conditions, medians_of, print_result, progress, timed
 from tools.bench.variants import LEARNING_RATE, Shape, Variant, add_shape_options, shape_of, zero3_engine
@@ -70,7 +70,7 @@ class MaskUpdates:
         sparsity = RAMP.sparsity_at(self.step)
         candidates: dict[str, Callable[[], object]] = {
             "ours": partial(update_masks, self.engine.module, sparsity),
-            "read": partial(_read, [zero3.shard_of(weight).values for weight in self.weights]),
+            "read": partial(_read, [sharding.shard_of(weight).values for weight in self.weights]),
         }
         if not warmup:
             candidates |= {name: partial(gathered_update, self.layers, sparsity, pick) for name, pick in PICKS.items()}
@@ -89,7 +89,7 @@ class MaskUpdates:
         equal = count = 0
         for layer, mask in zip(self.layers, whole, strict=True):
             start, stop = layer.own_range()
-            own = unpack_shard(zero3.shard_of(layer.pst_mask).values, stop - start)
+            own = unpack_shard(sharding.shard_of(layer.pst_mask).values, stop - start)
             equal += int((own.bool() == mask[start:stop]).sum())
             count += own.numel()
         return equal / count
@@ -107,10 +107,10 @@ def gathered_update(layers: list[PSTLayer], sparsity: float, pick: Callable[[Ten
     with torch.no_grad():
         for layer in layers:
             names, params = zip(*layer.factor_parameters(), strict=True)
-            factors = dict(zip(names, zero3.fp32_masters(params), strict=True))
+            factors = dict(zip(names, sharding.fp32_masters(params), strict=True))
             constants = layer.constants
             assert layer.weight is not None
-            with zero3.gathered([layer.weight]):
+            with sharding.gathered([layer.weight]):
                 weight = layer.weight.float() + constants.beta * (factors["U"] @ factors["V"])
             scores = weight.abs() / layer.magnitude_scales[0] + constants.alpha1 * (factors["A"] @ factors["B"])
             scores = scores + constants.alpha2 * (factors["R"].unsqueeze(1) + factors["C"])

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pst_ds.formats import FORMATS
-from pst_ds.inference.runtime import SparseLinear, native, ops
+from pst_ds.runtime import SparseLinear, native, ops
 from tools.bench.pack import default_input_bytes, shape_of
 from tools.bench.timing import benchmark_parser, conditions, print_result, progress
 from tools.packed_layers import packed_linear

@@ -17,7 +17,7 @@ from torch import nn
 from pst_ds.config.pst import PSTConfig
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes
 from pst_ds.parallel.launch import init_distributed, launch_environment, shut_down
 from pst_ds.parallel.ranks import all_gather_objects, barrier, rank, world_size
@@ -219,8 +219,8 @@ def draw(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(rank())
     scratch = torch.empty(DRAW_ELEMENTS)
     for param in model.parameters():
-        if len(zero3.full_shape(param)) > 1:
-            for chunk in zero3.shard_of(param).values.split(DRAW_ELEMENTS):
+        if len(sharding.full_shape(param)) > 1:
+            for chunk in sharding.shard_of(param).values.split(DRAW_ELEMENTS):
                 chunk.copy_(scratch[: chunk.numel()].normal_(0.0, 0.02, generator=generator))
 
 
@@ -228,7 +228,7 @@ def held(engine: Engine) -> dict[str, int]:
     """Return the bytes of this rank's tensors after a step."""
     params = dict(engine.module.named_parameters())
     masks = {n for n in params if n.endswith("pst_mask")}
-    size = {n: zero3.shard_of(p).values.nbytes for n, p in params.items()}
+    size = {n: sharding.shard_of(p).values.nbytes for n, p in params.items()}
     return {
         "weights": sum(b for n, b in size.items() if n not in masks),
         "masks": sum(b for n, b in size.items() if n in masks),

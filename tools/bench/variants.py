@@ -17,7 +17,7 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.targets import resolve_targets
-from pst_ds.parallel import ranks, zero3
+from pst_ds.parallel import ranks, sharding
 from pst_ds.parallel.ds_config import RunNumbers, load_deepspeed_config, resolve_deepspeed_config
 from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes
 from tools.bench.timing import status_bytes, timed
@@ -84,7 +84,7 @@ def zero3_settings(num_trainable: int, dtype: torch.dtype = DTYPE) -> dict[str, 
 def zero3_engine(model: nn.Module) -> Engine:
     """Wrap ``model`` in DeepSpeed's ZeRO-3 with torch's AdamW on fp32 masters. Collective."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    settings = zero3_settings(sum(map(zero3.full_numel, trained)), trained[0].dtype)
+    settings = zero3_settings(sum(map(sharding.full_numel, trained)), trained[0].dtype)
     return build_engine(model, [{"params": trained, "lr": LEARNING_RATE}], ds_config=settings)
 
 
@@ -147,13 +147,13 @@ class Variant:
 
     def _start(self, method: str, shape: Shape, model: nn.Module) -> None:
         self.method, self.shape = method, shape
-        self.trainables = sum(zero3.full_numel(p) for p in model.parameters() if p.requires_grad)
+        self.trainables = sum(sharding.full_numel(p) for p in model.parameters() if p.requires_grad)
         self.engine = zero3_engine(model)
         if method == "pst":
             update_masks(self.engine.module, shape.sparsity)
         generator = torch.Generator().manual_seed(ranks.rank())
         tokens = torch.randint(shape.vocabulary, (shape.batch, shape.sequence), generator=generator)
-        self.tokens = tokens.to(zero3.shard_of(next(model.parameters())).values.device)
+        self.tokens = tokens.to(sharding.shard_of(next(model.parameters())).values.device)
 
     def step(self) -> dict[str, float]:
         """Return the seconds of each part of a step after a barrier; ``cpu_*`` is CPU time.
@@ -188,7 +188,7 @@ class Variant:
         }
         layers = pst_layers(self.engine.module).values()
         if layers:
-            found["masks"] = sum(zero3.shard_of(layer.pst_mask).values.nbytes for layer in layers)
+            found["masks"] = sum(sharding.shard_of(layer.pst_mask).values.nbytes for layer in layers)
         return found
 
     def _base_weight_shard_bytes(self) -> int:

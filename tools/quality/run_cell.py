@@ -205,7 +205,7 @@ def test(run_file: Path, model: Path, tests: dict[str, str], reference: str) -> 
     divergence from the folder ``reference`` if there is one."""
     from pst_ds.config.toml import load_run
     from pst_ds.data.tasks import task_of
-    from pst_ds.inference.reference import load_folder
+    from pst_ds.export.reference import load_folder
     from pst_ds.parallel.launch import LaunchEnvironment, device_of
     from pst_ds.train.evaluate import kl_divergence, predict
     from pst_ds.train.model import load_tokenizer

@@ -101,8 +101,8 @@ def _native() -> dict[str, object]:
     from pst_ds.core import kernels as masks
     from pst_ds.core.bits import count_bits
     from pst_ds.formats import FORMATS, rows
-    from pst_ds.inference.runtime import native as kernels
-    from pst_ds.inference.runtime import native_loop as decoder
+    from pst_ds.runtime import native as kernels
+    from pst_ds.runtime import native_loop as decoder
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

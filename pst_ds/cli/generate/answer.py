@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from pst_ds.checkpoint.user_store import UserStore
 from pst_ds.cli.engine import native_decoder
 from pst_ds.errors import InputError
-from pst_ds.export.manifest import Facts
+from pst_ds.hf.model_folder import ModelFolder, open_model_folder
 from pst_ds.inference.decoder import Decoder, Sampling
-from pst_ds.inference.hf.model_folder import ModelFolder, open_model_folder
 from pst_ds.inference.loading import generated, prompt_tokens
-from pst_ds.inference.runtime import sparse_layers
 from pst_ds.parallel.launch import LaunchEnvironment, device_of
-from pst_ds.train.users.store import UserStore
+from pst_ds.runtime import sparse_layers
+from pst_ds.writing.manifest import Facts
 
 
 def answer(args: argparse.Namespace) -> Facts:

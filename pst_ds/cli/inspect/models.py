@@ -11,13 +11,6 @@ from pst_ds.cli.plan import name_across_blocks
 from pst_ds.core.bits import INT_OF_SIZE
 from pst_ds.data.tokens import store
 from pst_ds.errors import InputError
-from pst_ds.export.detect_pattern import detect_pattern
-from pst_ds.export.encoding import QUANT_METHOD, ExportError, encoding_of
-from pst_ds.export.from_folder import CONFIG_FILE
-from pst_ds.export.manifest import ExportedTensor, count_nonzero, read_manifest, read_table
-from pst_ds.export.pruning_record import RecordedLayer, read_pruning_record
-from pst_ds.export.refilled import is_pruned, refilled_text
-from pst_ds.export.to_folder import storage_facts, tensor_counts
 from pst_ds.formats import row_bits
 from pst_ds.formats.base_weights import BaseWeights
 from pst_ds.formats.rows import row_counts
@@ -25,6 +18,13 @@ from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, TensorFile
 from pst_ds.nn.config_values import require_plausible_config
 from pst_ds.progress import Progress
 from pst_ds.prune.folder import RECORD_FILE
+from pst_ds.writing.detect_pattern import detect_pattern
+from pst_ds.writing.encoding import QUANT_METHOD, ExportError, encoding_of
+from pst_ds.writing.from_folder import CONFIG_FILE
+from pst_ds.writing.manifest import ExportedTensor, count_nonzero, read_manifest, read_table
+from pst_ds.writing.pruning_record import RecordedLayer, read_pruning_record
+from pst_ds.writing.refilled import is_pruned, refilled_text
+from pst_ds.writing.to_folder import storage_facts, tensor_counts
 
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.index.json")
 """Patterns of names. An index without its files is a damaged download, and not a model without weights."""

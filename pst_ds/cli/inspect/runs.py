@@ -11,8 +11,8 @@ from pst_ds.cli.inspect.layers import Facts, Inspection, Layer, add_experts, spa
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.toml import load_run, run_from_table
 from pst_ds.core.bits import count_bits, shard_bytes, unpack_range
-from pst_ds.export.manifest import read_table
 from pst_ds.file_names import CHECKPOINTS, RESULT_FILE, RUN_FILE, links_to, step_folders
+from pst_ds.writing.manifest import read_table
 
 _OUTPUTS, _INPUTS = "ARU", "BCV"
 """Factors with a row per output of their layer, and with a column per input."""

@@ -13,13 +13,14 @@ import torch
 from fastapi import FastAPI
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from pst_ds.checkpoint.user_store import State, UserStore
 from pst_ds.cli.engine import native_decoder
 from pst_ds.cli.main import quiet_libraries
 from pst_ds.data.conversations import read_template
 from pst_ds.data.model_limits import positions_of
 from pst_ds.errors import InputError
+from pst_ds.hf.model_folder import ModelFolder, open_model_folder
 from pst_ds.inference.encoder.encoder import Encoder, kind_of
-from pst_ds.inference.hf.model_folder import ModelFolder, open_model_folder
 from pst_ds.inference.serve.app import Limits, Service, make_app
 from pst_ds.inference.serve.batches import Batches
 from pst_ds.inference.serve.encoders import Batcher, EncoderService
@@ -33,7 +34,6 @@ from pst_ds.inference.serve.protocol import ProtocolError
 from pst_ds.inference.serve.slots import Slots
 from pst_ds.inference.serve.text import TextService
 from pst_ds.parallel.launch import LaunchEnvironment, device_of
-from pst_ds.train.users.store import State, UserStore
 
 KEYS = "PST_DS_API_KEYS"
 """Environment variable with the keys of clients, separated by commas."""

@@ -8,13 +8,13 @@ from typing import Self, TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from pst_ds.checkpoint.user_store import State, UserStore
+from pst_ds.hf.model_folder import open_model_folder
+from pst_ds.hf.tables import StoredTable, stored_tables
 from pst_ds.inference.decoder.sampling import Sampling
 from pst_ds.inference.decoder.table import USE_OTHER, DecoderError, DecoderTable, Part, table_of
 from pst_ds.inference.decoder.users import require_fitting
-from pst_ds.inference.hf.model_folder import open_model_folder
-from pst_ds.inference.hf.tables import StoredTable, stored_tables
-from pst_ds.inference.runtime.native_loop import Adapter, require_library
-from pst_ds.train.users.store import State, UserStore
+from pst_ds.runtime.native_loop import Adapter, require_library
 
 MOST_DIFFERENCE = 0.03
 """Largest mean difference of the loop's logits from the model's, relative to their norm, with a cache in fp32.

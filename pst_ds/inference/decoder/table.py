@@ -19,10 +19,10 @@ from transformers.activations import XIELUActivation
 from pst_ds.core.quantization import unpack_nibbles
 from pst_ds.errors import InputError
 from pst_ds.formats import QuantizedFormat
-from pst_ds.inference.hf.tables import StoredTable
-from pst_ds.inference.runtime import SparseLinear
-from pst_ds.inference.runtime.native_loop import ACTIVATIONS, Adapter, Loop, Matrix, Norm, Place, narrowed
+from pst_ds.hf.tables import StoredTable
 from pst_ds.nn.personal_updates import LEFT, RIGHT
+from pst_ds.runtime import SparseLinear
+from pst_ds.runtime.native_loop import ACTIVATIONS, Adapter, Loop, Matrix, Norm, Place, narrowed
 
 _NORMS = {
     "input_layernorm": "before_attention",

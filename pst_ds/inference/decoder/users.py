@@ -6,12 +6,12 @@ from pathlib import Path
 
 from torch import nn
 
+from pst_ds.checkpoint.user_store import UserStore, UserStoreError
 from pst_ds.core.bits import pack_mask
 from pst_ds.errors import InputError
 from pst_ds.file_names import MANIFEST_FILE
-from pst_ds.inference.runtime import SparseLinear
 from pst_ds.nn.personal_updates import LEFT, RIGHT
-from pst_ds.train.users.store import UserStore, UserStoreError
+from pst_ds.runtime import SparseLinear
 
 
 def require_fitting(model: nn.Module, folder: Path, store: UserStore) -> None:

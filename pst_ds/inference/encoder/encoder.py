@@ -16,8 +16,8 @@ from pst_ds.data.labelled import tokenized_columns
 from pst_ds.data.model_limits import positions_of
 from pst_ds.errors import InputError
 from pst_ds.file_names import MANIFEST_FILE
+from pst_ds.hf.model_folder import INPUTS, ModelFolder, input_names, open_model_folder
 from pst_ds.inference.encoder.pooling import pooling_of
-from pst_ds.inference.hf.model_folder import INPUTS, ModelFolder, input_names, open_model_folder
 
 Text = str | tuple[str, str]
 """A text, or a pair of texts."""

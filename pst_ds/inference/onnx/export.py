@@ -14,12 +14,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 
 from pst_ds.errors import first_line
-from pst_ds.export.encoding import ExportError
 from pst_ds.formats import FORMATS, QuantizedFormat
-from pst_ds.inference.hf.model_folder import input_names
+from pst_ds.hf.model_folder import input_names
 from pst_ds.inference.onnx.fuse import DOMAIN, fuse
-from pst_ds.inference.runtime import SparseLinear, sparse_layers
-from pst_ds.inference.runtime.native_loop import narrowed
+from pst_ds.runtime import SparseLinear, sparse_layers
+from pst_ds.runtime.native_loop import narrowed
+from pst_ds.writing.encoding import ExportError
 
 OPSET, VERSION = 20, 1
 """Versions of ONNX's operators, and of ours."""

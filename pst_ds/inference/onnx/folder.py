@@ -16,15 +16,15 @@ from transformers import PreTrainedModel
 from pst_ds import __version__
 from pst_ds.atomic_files import atomic_folder, require_writable
 from pst_ds.core.packings import ONNX_FILE
-from pst_ds.export.encoding import ExportError
-from pst_ds.export.from_folder import copy_small_files
-from pst_ds.export.manifest import file_sums, read_manifest, write_manifest
-from pst_ds.inference.hf.config import LoadAs
-from pst_ds.inference.hf.model_folder import input_names, open_model_folder
-from pst_ds.inference.hf.tables import stored_tables
-from pst_ds.inference.runtime.native_loop import narrowed
+from pst_ds.hf.config import LoadAs
+from pst_ds.hf.model_folder import input_names, open_model_folder
+from pst_ds.hf.tables import stored_tables
 from pst_ds.nn.base_model import architecture
 from pst_ds.nn.model_structure import is_experts
+from pst_ds.runtime.native_loop import narrowed
+from pst_ds.writing.encoding import ExportError
+from pst_ds.writing.from_folder import copy_small_files
+from pst_ds.writing.manifest import file_sums, read_manifest, write_manifest
 
 if TYPE_CHECKING:
     import onnx_ir as ir

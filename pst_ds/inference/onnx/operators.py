@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pst_ds.core.kernels import NativeSource, library_file
 from pst_ds.errors import InputError
-from pst_ds.inference.runtime.native_loop import as_asked
+from pst_ds.runtime.native_loop import as_asked
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions

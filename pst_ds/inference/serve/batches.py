@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pst_ds.checkpoint.user_store import State
 from pst_ds.inference.serve.jobs import Answering, Job, closing
-from pst_ds.train.users.store import State
 
 _LOG = logging.getLogger(__name__)
 

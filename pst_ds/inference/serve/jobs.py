@@ -10,10 +10,10 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from pst_ds.checkpoint.user_store import State
 from pst_ds.inference.decoder.sampling import Sampling
 from pst_ds.inference.serve.grammar import Grammar, GrammarError
 from pst_ds.inference.serve.protocol import ProtocolError
-from pst_ds.train.users.store import State
 
 DONE_LENGTH, DONE_STOP = "length", "stop"
 _JOIN_SECONDS = 60.0

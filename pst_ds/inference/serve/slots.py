@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from pst_ds.checkpoint.user_store import State
 from pst_ds.inference.decoder import Decoder
 from pst_ds.inference.serve.jobs import DONE_LENGTH, Answering, Job, closing
-from pst_ds.train.users.store import State
 
 _LOG = logging.getLogger(__name__)
 LEAST_PROMPT, PROMPT_PER_ANSWER = 16, 4

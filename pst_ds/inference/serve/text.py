@@ -18,6 +18,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from pst_ds.checkpoint.user_store import State, UserNameError, UserStore, UserStoreError
 from pst_ds.inference.serve.app import Service, no_model
 from pst_ds.inference.serve.cpu_limit import call_within
 from pst_ds.inference.serve.gate import PAGE
@@ -36,7 +37,6 @@ from pst_ds.inference.serve.protocol import (
 from pst_ds.inference.serve.replies import ChatReply, CompletionReply, Piece, Reply, TokenText, usage
 from pst_ds.inference.serve.text_stream import TextStream
 from pst_ds.inference.serve.tools import ToolCalls
-from pst_ds.train.users.store import State, UserNameError, UserStore, UserStoreError
 
 Item = Token | str | Exception
 """A generated token, and finally the finish reason or an error."""

@@ -18,7 +18,7 @@ from pst_ds.core.layout import WeightLayout
 from pst_ds.core.quantization import Grid, StoredGrid
 from pst_ds.nn.base_codes import BASE_CODES, BASE_SCALES, require_finite
 from pst_ds.nn.targets import InjectionError, Places, find_embeddings, modules_to_save, places_by_module, put
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ class _TimesTable(torch.autograd.Function):
         rows = grad_y.reshape(-1, module.out_features)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            with zero3.gathered([p for p in module.parameters(recurse=False) if zero3.is_released(p)]):
+            with sharding.gathered([p for p in module.parameters(recurse=False) if sharding.is_released(p)]):
                 grad_x = of_table_inputs(rows, module.table()).view(*grad_y.shape[:-1], module.in_features)
         return grad_x, None, rows.sum(0) if ctx.needs_input_grad[2] else None
 
@@ -178,7 +178,7 @@ def _require_table(name: str, module: nn.Module, trained_in: str | None) -> None
 
 
 def _table_layout(name: str, weight: nn.Parameter, grid: Grid) -> CodeLayout:
-    rows, width = zero3.full_shape(weight)
+    rows, width = sharding.full_shape(weight)
     fix = "or leave embeddings in 16 bits"
     try:
         layout = CodeLayout(StoredGrid(WeightLayout(rows, width), grid))
@@ -202,12 +202,12 @@ def encode_tables(targets: Sequence[TableTarget]) -> None:
         if weight.is_meta:
             parts = [torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes]
         else:
-            with zero3.gathered([weight]):
+            with sharding.gathered([weight]):
                 require_finite(target.name, weight)
-                parts = [zero3.own_part(weight, part) for part in layout.encode(weight, 0)]
-        codes, scales = (zero3.bytes_split_as(weight, size, part) for size, part in zip(sizes, parts, strict=True))
+                parts = [sharding.own_part(weight, part) for part in layout.encode(weight, 0)]
+        codes, scales = (sharding.bytes_split_as(weight, size, part) for size, part in zip(sizes, parts, strict=True))
         table = TableCodes(layout, codes, scales, weight.dtype)
-        zero3.drop(weight)
+        sharding.drop(weight)
         for module, places in target.modules:
             coded = CodedEmbedding(module, table) if isinstance(module, nn.Embedding) else CodedOutput(module, table)
             put(coded.train(module.training), places)

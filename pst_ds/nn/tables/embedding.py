@@ -12,7 +12,7 @@ from pst_ds.core.updates.rows import row_gradients, updated_rows
 from pst_ds.nn.layer import seeded_normal, update_init_std
 from pst_ds.nn.linear import LIBRARY
 from pst_ds.nn.targets import places_by_module, put
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 
 LIBRARY.define("updated_rows(Tensor ids, Tensor weight, Tensor left, Tensor right, float beta, int? padding) -> Tensor")
 LIBRARY.define(
@@ -37,7 +37,7 @@ class UpdatedTable(nn.Module):
         """True while only W0 is used; see :func:`pst_ds.nn.inject.bypassed`."""
         self.grid: Grid | None = None
         """Quantisation of the rows that are looked up; see :func:`pst_ds.nn.tables.rounded.round_tables`."""
-        self.num_embeddings, self.embedding_dim = zero3.full_shape(weight)
+        self.num_embeddings, self.embedding_dim = sharding.full_shape(weight)
         self.weight = weight
         std = update_init_std(config, self.embedding_dim)
         values = seeded_normal((rank, self.embedding_dim), std, f"{config.seed or 0}/{name}/V")
@@ -46,7 +46,7 @@ class UpdatedTable(nn.Module):
 
     @property
     def num_factor_parameters(self) -> int:
-        return zero3.full_numel(self.pst_U) + zero3.full_numel(self.pst_V)
+        return sharding.full_numel(self.pst_U) + sharding.full_numel(self.pst_V)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Return the updated rows of numbers (...,): (..., d), with a gradient of U and V."""
@@ -58,7 +58,7 @@ class UpdatedTable(nn.Module):
         return rows if self.grid is None else round_to_grid(rows, None, self.grid)
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, update_rank={zero3.full_shape(self.pst_V)[0]}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, update_rank={sharding.full_shape(self.pst_V)[0]}"
 
 
 class PSTEmbedding(UpdatedTable):
@@ -77,7 +77,7 @@ class PSTEmbedding(UpdatedTable):
             return functional.embedding(ids, self.weight)
         if not torch.compiler.is_compiling():
             return self.rows(ids)
-        if self.grid is not None or zero3.is_partitioned(self.pst_U):
+        if self.grid is not None or sharding.is_partitioned(self.pst_U):
             return torch.compiler.disable(self.rows)(ids)
         return torch.ops.pst_ds.updated_rows(ids, self.weight, self.pst_U, self.pst_V, self.beta, self.padding_idx)
 
@@ -87,7 +87,7 @@ def replace_embeddings(model: nn.Module, found: Mapping[str, nn.Embedding], conf
     places = places_by_module(model) if found else {}
     for name, module in found.items():
         embedding = PSTEmbedding(name, module, config)
-        zero3.split_as(embedding.get_parameter("weight"), embedding.parameters(recurse=False))
+        sharding.split_as(embedding.get_parameter("weight"), embedding.parameters(recurse=False))
         put(embedding.train(module.training), places[module])
 
 
@@ -131,7 +131,7 @@ class _UpdatedRows(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         module = ctx.module
         left, right = module.pst_U, module.pst_V
-        with zero3.gathered([p for p in (left, right) if zero3.is_released(p)]):
+        with sharding.gathered([p for p in (left, right) if sharding.is_released(p)]):
             return None, None, *_gradients(ids, grad_y, left, right, module.beta, module.padding_idx)
 
 

@@ -15,7 +15,7 @@ from pst_ds.errors import InputError
 from pst_ds.formats.base_weights import names_in_files
 from pst_ds.nn.model_structure import is_inside_block
 from pst_ds.nn.tables.embedding import PSTEmbedding, pst_embeddings
-from pst_ds.parallel import zero3
+from pst_ds.parallel import sharding
 
 MIN_ROWS = 16
 """Smaller tables, such as token types, would save nothing, and their error would affect every token."""
@@ -40,7 +40,7 @@ def embedding_tables(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def quantisable_tables(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return those of :func:`embedding_tables` with at least :data:`MIN_ROWS` rows."""
-    return {name: table for name, table in embedding_tables(model).items() if zero3.full_shape(table)[0] >= MIN_ROWS}
+    return {name: table for name, table in embedding_tables(model).items() if sharding.full_shape(table)[0] >= MIN_ROWS}
 
 
 def named_parameters(model: nn.Module, chosen: Container[int]) -> dict[str, nn.Parameter]:
@@ -59,7 +59,7 @@ def set_table_grid(model: nn.Module, grid: Grid) -> None:
         )
     for name, table in tables.items():
         try:
-            grid.num_groups(zero3.full_shape(table)[1])
+            grid.num_groups(sharding.full_shape(table)[1])
         except ValueError as error:
             raise InputError(f'quantization.embeddings = "{grid.values}": {name}: {error}') from None
         if table.requires_grad and table.dtype == torch.float32:
@@ -95,11 +95,11 @@ def round_tables(model: nn.Module) -> None:
         embedding.grid = grid
     done = {id(embedding.weight) for embedding in updated}
     for table in quantisable_tables(model).values():
-        if id(table) not in done and (table.requires_grad or not zero3.differs_from_master(table)):
-            shard, width = zero3.shard_of(table), zero3.full_shape(table)[1]
+        if id(table) not in done and (table.requires_grad or not sharding.differs_from_master(table)):
+            shard, width = sharding.shard_of(table), sharding.full_shape(table)[1]
             start, stop = shard.start, shard.start + shard.values.numel()
             first, last = start // width, -(-stop // width)
-            with zero3.gathered([table]):
+            with sharding.gathered([table]):
                 rows = round_to_grid(table.detach()[first:last], None, grid)
-            zero3.write_beside_master(table, rows.flatten()[start - first * width : stop - first * width])
+            sharding.write_beside_master(table, rows.flatten()[start - first * width : stop - first * width])
         done.add(id(table))

@@ -19,8 +19,6 @@ from pst_ds.config.toml import load_run_or_folder
 from pst_ds.core.fractions import percent_hint
 from pst_ds.data.tasks import ExampleSet, task_of
 from pst_ds.errors import InputError
-from pst_ds.export.from_folder import copy_small_files
-from pst_ds.export.plan import SHARD_BYTES, require_space
 from pst_ds.formats.safetensors_file import tensor_bytes
 from pst_ds.nn.base_model import DTYPES, Pretrained
 from pst_ds.nn.cut_config import cut_config, experts_left, number_of_experts
@@ -37,6 +35,8 @@ from pst_ds.prune.rules import LayerRule
 from pst_ds.prune.whole_experts import drop_experts
 from pst_ds.train.model import attention_options, load_tokenizer
 from pst_ds.train.run_context import require_same_data
+from pst_ds.writing.from_folder import copy_small_files
+from pst_ds.writing.plan import SHARD_BYTES, require_space
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -9,6 +9,7 @@ from statistics import fmean
 
 import numpy as np
 
+from pst_ds.checkpoint.user_store import UserStore
 from pst_ds.data.by_user import RowsByUser
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.parallel.ranks import raise_on_all_ranks
@@ -17,7 +18,6 @@ from pst_ds.progress import Progress
 from pst_ds.train.evaluate import predict
 from pst_ds.train.run_context import RunContext
 from pst_ds.train.users.personal import PersonalModel
-from pst_ds.train.users.store import UserStore
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.checkpoint.restore import load_into
+from pst_ds.checkpoint.user_store import Common, Form, State, UserStore, UserStoreError
 from pst_ds.config.pst import PSTConfig, name_matches
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.errors import shortened
@@ -18,13 +19,12 @@ from pst_ds.nn.layer import SCORE_FACTORS
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.personal_updates import LEFT, RIGHT, add_update
 from pst_ds.nn.targets import modules_named_to_save
-from pst_ds.parallel import optimizer_state, zero3
+from pst_ds.parallel import optimizer_state, sharding
 from pst_ds.parallel.ds_config import zero_stage
 from pst_ds.parallel.engine import build_engine
 from pst_ds.train.model import build_model
 from pst_ds.train.resume import on_base_of
 from pst_ds.train.run_context import RunContext
-from pst_ds.train.users.store import Common, Form, State, UserStore, UserStoreError
 
 UPDATES = ("pst_U", "pst_V", LEFT, RIGHT)
 """Last parts of the names of a layer's personal parameters."""
@@ -93,7 +93,7 @@ class PersonalModel:
                 flat = values[fragment.name].flatten()
                 master.copy_(flat[fragment.start : fragment.stop])
             for name, param in self._named:
-                zero3.write_whole(param, values[name])
+                sharding.write_whole(param, values[name])
         optimizer_state.forget_moments(self.engine, self._fragments)
 
     def state(self) -> State:
@@ -101,7 +101,7 @@ class PersonalModel:
         return {name: values.to(self._dtype) for name, values in self._values().items()}
 
     def _values(self) -> State:
-        masters = zero3.fp32_masters([param for _, param in self._named])
+        masters = sharding.fp32_masters([param for _, param in self._named])
         pairs = zip(self._named, masters, strict=True)
         return {name: master.detach().to("cpu", torch.float32, copy=True) for (name, _), master in pairs}
 
@@ -201,7 +201,7 @@ def _make_personal(module: nn.Module, run: RunConfig, part: PersonalPart) -> dic
                 beta=config.beta,
                 seed=run.seed,
                 dtype=layer.dtype,
-                device=zero3.shard_of(layer.pst_mask).values.device,
+                device=sharding.shard_of(layer.pst_mask).values.device,
             )
         elif layer.get_parameter("pst_U") is None:
             raise ConfigError(

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from pst_ds.checkpoint.format import Checkpoint
+from pst_ds.checkpoint.user_store import UserStore, require_name
 from pst_ds.config.run import ConfigError, LayerStatisticsConfig, RunConfig, TrackingConfig
 from pst_ds.config.train import DistillationConfig
 from pst_ds.core.schedule import Schedules
@@ -21,7 +22,6 @@ from pst_ds.train.monitor.metrics import MetricsWriter
 from pst_ds.train.objective import Objective
 from pst_ds.train.run_context import RunContext
 from pst_ds.train.users.personal import PersonalModel, PersonalPart
-from pst_ds.train.users.store import UserStore, require_name
 
 _NEVER = 1 << 40
 SHARE_BESIDE_A_HEAD = 0.2

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from pst_ds.inference.decoder import Decoder, DecoderError
-from pst_ds.inference.runtime import native_loop
-from pst_ds.inference.runtime.native_loop import LEVELS
 from pst_ds.nn.personal_updates import LEFT, RIGHT
+from pst_ds.runtime import native_loop
+from pst_ds.runtime.native_loop import LEVELS
 from tests.inference.decoder.test_families import _model
 from tests.inference.decoder.test_matrices import AVAILABLE
 

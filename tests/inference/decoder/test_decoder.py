@@ -15,7 +15,7 @@ from pst_ds.cli.main import main
 from pst_ds.errors import InputError
 from pst_ds.inference.decoder import Decoder, DecoderError, Sampling
 from pst_ds.inference.decoder.decoder import PROMPT_TOKENS
-from pst_ds.inference.runtime.native_loop import LEVELS, best_level
+from pst_ds.runtime.native_loop import LEVELS, best_level
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 EXPORTS = {

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pst_ds.inference.runtime.native_loop import LEVELS, Matrix, best_level, require_library
+from pst_ds.runtime.native_loop import LEVELS, Matrix, best_level, require_library
 
 BITS_AND_GROUPS = [(8, 0), (8, 128), (4, 32), (4, 64), (4, 0)]
 

@@ -13,8 +13,8 @@ import torch
 from pst_ds.core import kernels
 from pst_ds.errors import InputError
 from pst_ds.inference.onnx import operators as onnx
-from pst_ds.inference.runtime import native_loop as decoder
-from pst_ds.inference.runtime.native_loop import LEVELS, VARIABLE, Matrix
+from pst_ds.runtime import native_loop as decoder
+from pst_ds.runtime.native_loop import LEVELS, VARIABLE, Matrix
 from tests.guard_pages import Region, in_child
 from tests.inference.decoder.test_matrices import _codes, supported_levels
 

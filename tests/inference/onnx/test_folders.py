@@ -11,11 +11,11 @@ import torch
 import transformers as hf
 
 from pst_ds.cli.main import main
-from pst_ds.export.encoding import ExportError
 from pst_ds.inference.onnx import export as onnx_export
 from pst_ds.inference.onnx import folder as onnx_folder
 from pst_ds.inference.onnx.operators import open_session
-from pst_ds.inference.runtime.native_loop import LEVELS, best_level
+from pst_ds.runtime.native_loop import LEVELS, best_level
+from pst_ds.writing.encoding import ExportError
 
 onnx = pytest.importorskip("onnx", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")
 ir = pytest.importorskip("onnx_ir", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")

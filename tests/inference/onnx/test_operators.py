@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from pst_ds.core.quantization import Grid
 from pst_ds.formats import FORMATS, QuantizedFormat
-from pst_ds.inference.runtime.native_loop import LEVELS, best_level
+from pst_ds.runtime.native_loop import LEVELS, best_level
 
 pytest.importorskip("onnxruntime", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="comes with onnx")

@@ -12,8 +12,8 @@ import torch
 import transformers as hf
 
 from pst_ds.cli.main import main
-from pst_ds.export.manifest import file_sums, read_manifest, write_manifest
-from pst_ds.inference.verify import verify
+from pst_ds.export.verify import verify
+from pst_ds.writing.manifest import file_sums, read_manifest, write_manifest
 
 onnx = pytest.importorskip("onnx", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")
 pytest.importorskip("onnxruntime", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")

@@ -20,12 +20,12 @@ for _name in ("fastapi", "uvicorn", "openai"):
 import httpx2 as httpx  # noqa: E402
 import openai  # noqa: E402
 
+from pst_ds.checkpoint.user_store import UserStore  # noqa: E402
 from pst_ds.cli.serve import service as serving  # noqa: E402
 from pst_ds.inference.decoder import Decoder  # noqa: E402
 from pst_ds.inference.serve.app import make_app  # noqa: E402
 from pst_ds.inference.serve.batches import Batches  # noqa: E402
 from pst_ds.inference.serve.slots import Slots  # noqa: E402
-from pst_ds.train.users.store import UserStore  # noqa: E402
 from tests.inference.serve.servers import start, stop  # noqa: E402
 
 ASK = [{"role": "user", "content": "the film"}]

@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from pst_ds.config.toml import load_run
-from pst_ds.parallel import ranks, zero3
+from pst_ds.parallel import ranks, sharding
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.parallel.ranks import rank
 from pst_ds.train import loop as loop_module
@@ -124,7 +124,7 @@ def _with_slow_rank(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "build", build_slow)
         patch.setattr(loop_module, "set_rates", before_step)
-        for module in (ranks, zero3):
+        for module in (ranks, sharding):
             patch.setattr(module, "dist", _Counted(calls))
         train_prepared(prepare(load_run("tests/data/world_size.toml", settings), launch_environment()), quiet=True)
     return [after - before for before, after in itertools.pairwise(in_steps[2:])]

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from pst_ds.checkpoint.user_store import UserStore, UserStoreError
 from pst_ds.cli.main import main
+from pst_ds.hf.model_folder import open_model_folder
 from pst_ds.inference.decoder import Decoder
 from pst_ds.inference.decoder.users import require_fitting
-from pst_ds.inference.hf.model_folder import open_model_folder
-from pst_ds.train.users.store import UserStore, UserStoreError
 
 RUN = "tests/data/causal_lm.toml"
 

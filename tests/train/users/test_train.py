@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from pst_ds.checkpoint.user_store import UserStore
 from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
 from pst_ds.core.schedule import default_learning_rates
-from pst_ds.inference.hf.model_folder import open_model_folder
-from pst_ds.train.users.store import UserStore
+from pst_ds.hf.model_folder import open_model_folder
 from pst_ds.train.users.train import (
     SHARE_BESIDE_A_HEAD,
     SHARE_OF_TOKENS,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_ds.errors import InputError
-from pst_ds.inference.runtime.native_loop import LEVELS, VARIABLE, best_level
+from pst_ds.runtime.native_loop import LEVELS, VARIABLE, best_level
 from tools.bench.front.files import CHUNK_TOKENS, File, Model, files_of
 from tools.bench.peers import engines, predictions
 from tools.bench.peers.decoder_files import evenly_spaced_chunks

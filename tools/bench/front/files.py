@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pst_ds.core.packings import DENSE
 from pst_ds.file_names import RUN_FILE
-from pst_ds.inference.hf.model_folder import open_model_folder
+from pst_ds.hf.model_folder import open_model_folder
 from tools.bench.peers.decoder_files import evenly_spaced_chunks, quantised_gguf, weight_bytes
 from tools.bench.timing import progress
 from tools.verbs import verb

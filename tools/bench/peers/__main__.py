@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_ds.errors import InputError
-from pst_ds.inference.runtime.native_loop import LEVELS, best_level
+from pst_ds.runtime.native_loop import LEVELS, best_level
 from tools.bench.peers import decoders, engines
 from tools.bench.timing import benchmark_parser, conditions, print_result
 

@@ -66,7 +66,7 @@ def answers(served: Served) -> Answers:
     """Return what transformers' ``generate`` writes for each prompt separately, greedily."""
     import torch
 
-    from pst_ds.inference.hf.model_folder import open_model_folder
+    from pst_ds.hf.model_folder import open_model_folder
 
     folder = open_model_folder(served.model)
     model: Any = folder.load()

@@ -1,0 +1,238 @@
+"""Export a run or a model folder in any format: the function behind ``pst-ds export``."""
+
+import json
+import tempfile
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, cast
+
+from pydantic import BeforeValidator
+
+from pst_ds.checkpoint.format import Checkpoint
+from pst_ds.config.run import RunConfig
+from pst_ds.config.settings import Positive, Section, settings
+from pst_ds.config.toml import dump_run, load_run_or_folder
+from pst_ds.core.packings import COMPRESSED_TENSORS, COMPRESSED_TENSORS_W8A8, GGUF, ONNX, VALUE_BITS
+from pst_ds.core.quantization import grid_of
+from pst_ds.data.tasks import task_of
+from pst_ds.data.tokens.tokenize import open_tokenizer
+from pst_ds.data.vocabulary import trim
+from pst_ds.errors import InputError
+from pst_ds.file_names import RUN_FILE
+from pst_ds.train.evaluate import evaluation_batches
+from pst_ds.train.model import load_tokenizer, meta_model
+from pst_ds.train.run_folder import open_checkpoint
+from pst_ds.writing.encoding import Encoding, ExportError
+from pst_ds.writing.expert_stacks import kept_experts
+from pst_ds.writing.from_folder import CONFIG_FILE, model_of
+from pst_ds.writing.manifest import Facts
+from pst_ds.writing.plan import SHARD_BYTES
+from pst_ds.writing.to_folder import ExportOptions, export_checkpoint, export_folder
+from pst_ds.writing.trimmed_vocabulary import ids_of_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SEEN = "seen"
+"""Value of ``vocabulary`` for the tokens in a run's training and validation data."""
+_BATCH = 1024
+"""Examples or lines that are tokenised together."""
+
+
+def _as_group(value: object) -> object:
+    """Convert a number that is written as text, as an option of the command line is."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+@settings
+class ExportSettings(Section):
+    """Settings of an export, named like the options of ``pst-ds export``.
+
+    Raises ConfigError, which names fields; the command line names its flags instead.
+    """
+
+    format: Literal["dense", "bitmask", "2:4", "csr", "compressed-tensors", "gguf", "onnx"] = "dense"
+    """Storage of the weights (docs/how-to/export.md)."""
+    values: Literal["int8", "int4", "bf16"] | None = None
+    """Linear layers inside the blocks: "int8" or "int4" quantises them; "bf16" casts every tensor of the model."""
+    embeddings: Literal["int8", "int4"] | None = None
+    """Embeddings and the output layer: "int8" or "int4"."""
+    group: Annotated[Literal[32, 64, 128, "row"] | None, BeforeValidator(_as_group)] = None
+    """Weights of a row per scale: 32, 64, 128 or "row"; default: "row" for int8, 64 for int4, and 32 for GGUF."""
+    dtype: Literal["bf16", "fp32"] | None = None
+    """"bf16" or "fp32": cast every tensor."""
+    vocabulary: str | None = None
+    """Keep only the tokens in this text file, or with "seen" those in a run's training and validation data."""
+    activation_bits: Literal[8, 16] = 16
+    """8 or 16: activations of quantised products in ONNX, or of int8 layers in compressed-tensors."""
+    plain: bool = False
+    """With format "onnx": dense fp32 weights and standard operators only."""
+    shard_bytes: Positive = SHARD_BYTES
+    """Size limit of a weight file."""
+
+    def problems(self) -> Iterator[str]:
+        if self.plain and self.format != ONNX:
+            yield f'plain = true is for format = "{ONNX}", not for format = "{self.format}". Remove plain = true'
+        quantised_onnx = self.format == ONNX and not self.plain and self.values in VALUE_BITS
+        if self.activation_bits == 8 and not quantised_onnx and self.format != COMPRESSED_TENSORS:
+            yield (
+                f'activation_bits = 8 is for format = "{COMPRESSED_TENSORS}", and for format = "{ONNX}" with quantised '
+                'weights. Set values = "int8" or "int4"'
+            )
+        if self.group and self.values not in VALUE_BITS and self.embeddings not in VALUE_BITS:
+            yield (
+                f'group = {self.group!r} is for quantised values. Set values = "int8" or "int4", or embeddings = '
+                '"int8" or "int4"'
+            )
+        if self.values == "bf16" and self.dtype not in (None, "bf16"):
+            yield f'values = "bf16" and dtype = "{self.dtype}" both cast every tensor. Remove one of them'
+        is_quantised_by_run = self.format == COMPRESSED_TENSORS and self.values is None
+        if self.format != ONNX and not is_quantised_by_run:
+            try:
+                options = self.options()
+                Encoding(options.packing, options.values, options.embeddings)
+            except ExportError as error:
+                yield str(error)
+
+    def options(self) -> ExportOptions:
+        """Return the storage of the export. Raises InputError for an unknown quantisation."""
+        group = self.group or (32 if self.format == GGUF else None)
+        quantises_inputs = self.format == COMPRESSED_TENSORS and self.activation_bits == 8
+        try:
+            return ExportOptions(
+                packing=COMPRESSED_TENSORS_W8A8 if quantises_inputs else self.format,
+                values=grid_of(self.values, group) if self.values in VALUE_BITS else None,
+                embeddings=grid_of(self.embeddings, group) if self.embeddings in VALUE_BITS else None,
+                dtype="bf16" if self.values == "bf16" else self.dtype,
+                shard_bytes=self.shard_bytes,
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+
+def export_run(
+    run: RunConfig | str | Path,
+    out: str | Path,
+    settings: ExportSettings | None = None,
+    *,
+    checkpoint: str | Checkpoint = "best",
+) -> Facts:
+    """Export a checkpoint of a run, atomically.
+
+    Args:
+        run: config of the run, its folder, or its run file.
+        out: folder to write; for GGUF a file.
+        settings: format, quantisation and so on; None writes a dense folder.
+        checkpoint: "best", "final", another name in the run's ``checkpoints/``, or an opened checkpoint.
+
+    Returns counts, sizes and sparsity. Raises InputError.
+    """
+    settings = settings or ExportSettings()
+    config = run if isinstance(run, RunConfig) else load_run_or_folder(run)
+    if settings.format == ONNX:
+        return _to_onnx(lambda at, how: export_run(config, at, how, checkpoint=checkpoint), Path(out), settings)
+    opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(config, checkpoint)
+    tokenizer = load_tokenizer(config)
+    build = partial(meta_model, config, opened.state.labels, tokenizer, own_dropout=True)
+    model, whole = build(), None
+    kept = next(iter(kept_experts(model, opened).values()), ())
+    if kept:
+        model, whole = build(experts=len(kept)), model
+    vocabulary = None
+    if settings.vocabulary:
+        if settings.vocabulary == SEEN:
+            tokens = _tokens_of_splits(config, opened.state.labels, tokenizer)
+        else:
+            tokens = _tokens_of_file(settings.vocabulary, tokenizer)
+        vocabulary = trim(tokenizer, tokens | ids_of_model(model))
+    report = export_checkpoint(
+        cast("PreTrainedModel", model),
+        opened,
+        tokenizer,
+        Path(out),
+        settings.options(),
+        vocabulary=vocabulary,
+        run=json.loads(json.dumps(tomllib.loads(dump_run(config)))),
+        whole=cast("PreTrainedModel | None", whole),
+    )
+    report["checkpoint"] = str(opened.folder)
+    return _with_token_count(report)
+
+
+def export_model_folder(source: str | Path, out: str | Path, settings: ExportSettings | None = None) -> Facts:
+    """Export a model folder with pruned weights, or one of our packed folders, atomically; see :func:`export_run`."""
+    settings, source = settings or ExportSettings(), Path(source)
+    if settings.format == ONNX:
+        return _to_onnx(lambda at, how: export_model_folder(source, at, how), Path(out), settings)
+    tokenizer, vocabulary = None, None
+    if settings.vocabulary == SEEN:
+        raise InputError(
+            f'vocabulary = "seen": {source} is a model folder, which has no training data. Name a text file'
+        )
+    if settings.vocabulary:
+        tokenizer = open_tokenizer(source, str(source), "Name a folder with a tokenizer")
+        tokens = _tokens_of_file(settings.vocabulary, tokenizer)
+        vocabulary = trim(tokenizer, tokens | ids_of_model(model_of(source)))
+    return _with_token_count(
+        export_folder(source, Path(out), settings.options(), tokenizer=tokenizer, vocabulary=vocabulary)
+    )
+
+
+def is_model_folder(source: Path) -> bool:
+    """Return whether ``source`` is a model folder, not a run folder or file. Raises InputError for other folders."""
+    if not source.is_dir() or (source / RUN_FILE).is_file():
+        return False
+    if not (source / CONFIG_FILE).exists():
+        raise InputError(
+            f"{str(source)!r} is not a run folder: {RUN_FILE} is missing; nor a model folder: {CONFIG_FILE} is missing "
+            f"(looked in {source.absolute()})"
+        )
+    return True
+
+
+def _to_onnx(export: Callable[[Path, ExportSettings], Facts], out: Path, settings: ExportSettings) -> Facts:
+    """Export to a temporary folder with ``export``, and write its ONNX graph to ``out``."""
+    from pst_ds.inference.onnx.folder import require_free, write_onnx
+
+    require_free(out)
+    with tempfile.TemporaryDirectory(prefix="pst-ds-") as scratch:
+        packed, plain = Path(scratch) / out.name, settings.plain
+        how = replace(settings, format="dense" if plain else "bitmask", plain=False, activation_bits=16)
+        facts = export(packed, how)
+        return write_onnx(packed, out, dict(facts), plain=plain, activation_bits=settings.activation_bits)
+
+
+def _with_token_count(report: Facts) -> Facts:
+    """Replace the list of kept tokens by their number."""
+    if kept := report.pop("tokens_kept", None):
+        report["tokens"] = len(kept)
+    return report
+
+
+def _tokens_of_splits(run: RunConfig, labels: list[str], tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Return the tokens of the training and validation data, truncated as in training."""
+    task, found = task_of(run), set[int]()
+    for split in ("train", "validation") if run.data.validation else ("train",):
+        examples = task.load(run.data, split, tokenizer, labels)
+        for indices in evaluation_batches(examples.lengths, _BATCH, mixed=task.pads):
+            found.update(task.collate(examples, indices, tokenizer)["input_ids"].unique().tolist())
+    return found
+
+
+def _tokens_of_file(path: str, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Return the tokens of the lines of a text file. Raises InputError."""
+    found = set[int]()
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            while lines := [line.rstrip("\n") for line in islice(file, _BATCH)]:
+                found.update(*tokenizer(lines)["input_ids"])
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"vocabulary = {path!r} cannot be read: {error}. Name a UTF-8 file with one text per line, or "
+            'vocabulary = "seen"'
+        ) from None
+    return found

@@ -1,0 +1,97 @@
+"""Verify an export: its files against the manifest, and its model against the run that it came from."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pst_ds.config.run import RunConfig
+from pst_ds.config.toml import load_run_or_folder
+from pst_ds.core.packings import ONNX_FILE
+from pst_ds.errors import InputError
+from pst_ds.export.verify.against_run import Comparison, compare_with_run
+from pst_ds.writing.check import check_export, check_model
+from pst_ds.writing.gguf.seal import check_gguf
+
+if TYPE_CHECKING:
+    from pst_ds.export.verify.onnx import OnnxComparison
+
+
+class VerificationError(RuntimeError):
+    """A valid export that is not the trained model."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """Result of :func:`verify`."""
+
+    export_dir: str
+    file: Mapping[str, object]
+    """Counts, sizes and sparsity of the files."""
+    comparison: "Comparison | OnnxComparison | None" = None
+    """Comparison with the run, if one was given."""
+    run: str = ""
+    """Folder of the run, and its checkpoint."""
+
+    @property
+    def problem(self) -> str:
+        """Why the export is not the trained model; "" if it is, or without a run."""
+        found = "" if self.comparison is None else self.comparison.problem
+        return f"{self.export_dir} is not the model in {self.run}: {found}" if found else ""
+
+    def require_equal(self) -> None:
+        """Raise VerificationError if the export is not the trained model."""
+        if self.problem:
+            raise VerificationError(self.problem)
+
+    def to_json(self) -> dict[str, object]:
+        """Return the JSON object of ``pst-ds verify --json``."""
+        if self.comparison is None:
+            return {**self.file, "export_dir": self.export_dir}
+        compared = {key: value for key, value in asdict(self.comparison).items() if value is not None}
+        return {**self.file, **compared, "reloaded_equal": not self.problem, "export_dir": self.export_dir}
+
+
+def verify(
+    export: str | Path,
+    against: RunConfig | str | Path | None = None,
+    *,
+    checkpoint: str = "best",
+    split: str = "test",
+    limit: int | None = None,
+    reference: str | Path | None = None,
+) -> VerifyReport:
+    """Verify an export.
+
+    Without ``against`` the files are compared with the manifest (:func:`pst_ds.writing.check.check_export`), an ONNX
+    file is opened, and a GGUF file is compared with the SHA-256 inside it. With it the masked model of the run and the
+    export are loaded, and their weights, logits and predictions are compared on the same batches; check ``problem`` of
+    the report, or call ``require_equal``.
+
+    Args:
+        export: the exported folder, or GGUF file.
+        against: config of the run that it came from, its folder, or its run file.
+        checkpoint: name of the checkpoint that was exported.
+        split: "train", "validation" or "test": the data to compare on.
+        limit: number of examples to compare on; None uses all.
+        reference: folder of a model from which the export's divergence is measured on the same data, with ``against``.
+
+    Raises InputError for a damaged export, and for the export of another model.
+    """
+    folder = Path(export)
+    if folder.suffix == ".gguf":
+        if against is not None:
+            raise InputError(f"{folder}: llama.cpp computes a GGUF file, and pst-ds cannot. Remove --against")
+        return VerifyReport(str(export), check_gguf(folder))
+    config = against if isinstance(against, RunConfig) or against is None else load_run_or_folder(Path(against))
+    place = "" if config is None else f"{config.output_dir}, checkpoint {checkpoint}"
+    compare: Callable[..., Comparison | OnnxComparison] = compare_with_run
+    if (folder / ONNX_FILE).is_file() and not any(folder.glob("*.safetensors")):
+        from pst_ds.export.verify.onnx import compare_onnx_with_run, facts_of_file
+
+        file, compare = facts_of_file(folder), compare_onnx_with_run
+    else:
+        file = check_export(folder)
+        check_model(folder)
+    compared = None if config is None else compare(folder, config, checkpoint, split, limit, reference)
+    return VerifyReport(str(export), file, compared, place)

@@ -1,0 +1,220 @@
+"""Compare an export with the masked model of its run: weights, logits, predictions, accuracy lost."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pst_ds.config.run import RunConfig
+from pst_ds.core.packings import FOR_COMPRESSED_TENSORS, GGUF, ONNX_FILE
+from pst_ds.errors import InputError
+from pst_ds.export.reference import load_folder
+from pst_ds.export.verify.masked_run import Compared, FewerTokens, MaskedRun
+from pst_ds.hf.config import LoadAs
+from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
+from pst_ds.nn.model_structure import is_conv1d
+from pst_ds.nn.router import pst_routers
+from pst_ds.nn.tables.embedding import updated_tables
+from pst_ds.runtime import sparse_layers
+from pst_ds.runtime.experts import SparseExperts
+from pst_ds.writing.encoding import Encoding
+from pst_ds.writing.manifest import Facts
+from pst_ds.writing.to_folder import ExportOptions
+
+ROUNDINGS = 2.0
+"""Roundings of a logit: one for each of the two computations that are compared."""
+LINE_BYTES = 64
+"""Alignment of memory that torch allocates; weights in a mapped file may start anywhere."""
+
+MEASURED_TOKENS = 1 << 14
+"""Tokens of the first validation examples on which the accuracy lost is measured; at least one example."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """Effect of quantising, or casting, the masked model as the export was."""
+
+    differing_predictions: int
+    max_logit_difference: float
+    metrics_before: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class KeptSparse:
+    """The export with its weights kept packed, compared with the masked model."""
+
+    layers: int
+    differing_weights: int
+    differing_predictions: int
+    max_logit_difference: float
+    allowed_logit_difference: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Compared):
+    """An export compared with the masked model of its run."""
+
+    compared_weights: int
+    differing_weights: int
+    rounding: Rounding | None = None
+    vocabulary: FewerTokens | None = None
+    kept_sparse: KeptSparse | None = None
+    """None for an ordinary dense folder."""
+
+    @property
+    def problem(self) -> str:
+        """Why the export is not the trained model; "" if it is."""
+        kept = self.kept_sparse
+        if self.differing_weights or self.differing_predictions:
+            return f"{self.differing_weights} weight tensors and {self.differing_predictions} predictions differ"
+        if kept and kept.differing_weights:
+            return f"kept sparse, {kept.differing_weights} weights differ"
+        if kept and not kept.max_logit_difference <= kept.allowed_logit_difference:  # also true for NaN
+            return super().problem or "kept sparse, its logits differ by more than rounding explains"
+        return super().problem
+
+
+def compare_with_run(
+    folder: Path, config: RunConfig, checkpoint: str, split: str, limit: int | None, reference: str | Path | None
+) -> Comparison:
+    """Rebuild the masked training model and load the export, and compare them on the same batches.
+
+    The masked model is first quantised or cast as the export is; ``rounding`` and ``kl`` have the effect. Raises
+    InputError.
+    """
+    run = MaskedRun.of(folder, config, checkpoint, split, limit, None)
+    _align(run.model)
+    encoding, fewer, rounding, kl = run.encoding, run.trim(), None, None
+    plain = _loaded(run, "dense")
+    kl_from_reference = run.kl_from(reference, plain)
+    dtypes = run.narrower_dtypes()
+    if dtypes or encoding.is_quantized:
+        changed = run.compare(plain, run.model)
+        rounding, kl = Rounding(changed.predictions, changed.logit, changed.metrics), run.kl_of(plain)
+    run.cast(dtypes)
+    pairs = _weights_of_both(run, plain, run.quantise() if encoding.is_quantized else {})
+    found = run.compare(run.model, plain)
+    dtype, inputs = next(plain.parameters()).dtype, max(w.shape[-1] for w, _ in pairs if w.dim())
+    return Comparison(
+        examples=len(run.examples),
+        unit=run.context.task.unit,
+        compared_weights=len(pairs),
+        differing_weights=sum(not torch.equal(ours, theirs) for ours, theirs in pairs),
+        differing_predictions=found.predictions,
+        max_logit_difference=found.logit,
+        allowed_logit_difference=allowed_difference(dtype, len(pairs), inputs) * found.largest_logit,
+        metrics=found.metrics,
+        kl=kl,
+        kl_from_reference=kl_from_reference,
+        rounding=rounding,
+        vocabulary=fewer,
+        kept_sparse=None if encoding.is_plain else _compare_sparse(run, plain),
+    )
+
+
+@torch.no_grad()
+def quantisation_loss(out: Path, config: RunConfig, checkpoint: str, storage: ExportOptions) -> Facts:
+    """Return metrics of the run ("trained") and of its export ``out`` ("exported"), and how they were computed ("by").
+
+    transformers or ONNX Runtime loads the file. GGUF and compressed-tensors need other engines: in place of such a
+    file, the trained model gets the same quantised weights. Raises InputError, also for unreadable data.
+    """
+    is_onnx, foreign = (out / ONNX_FILE).is_file(), None
+    if is_onnx:
+        config = replace(config, data=replace(config.data, document_mask=False))  # a graph has no position_ids
+    elif storage.packing in (GGUF, *FOR_COMPRESSED_TENSORS):
+        foreign = Encoding(storage.packing, storage.values, storage.embeddings)
+    run = MaskedRun.of(out, config, checkpoint, "validation", None, foreign)
+    run.limit = max(1, int(np.searchsorted(np.cumsum(run.examples.lengths), MEASURED_TOKENS, "right")))
+    run.examples = run.examples.first(run.limit)
+    trained = run.metrics_of(run.model)
+    run.trim()
+    if is_onnx:
+        from pst_ds.export.verify.onnx import OnnxModel  # ONNX Runtime is optional
+
+        by, exported = "ONNX Runtime", run.metrics_of(OnnxModel(out / ONNX_FILE, exact=False))
+    elif foreign:
+        run.quantise()
+        by, exported = "its weights in the trained model", run.metrics_of(run.model)
+    else:
+        by, exported = "transformers", run.metrics_of(_loaded(run, "dense"))
+    measured = {"trained": trained, "exported": exported, "by": by}
+    return {"examples": len(run.examples), "unit": run.context.task.unit, **measured}
+
+
+def _weights_of_both(run: MaskedRun, plain: nn.Module, quantised: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return (weight that the masked model multiplies with, the export's) for all trained and quantised weights.
+
+    Persistent buffers are included. Raises InputError if the export lacks one, or has it in another shape.
+    """
+    merged: dict[str, Tensor] = {
+        plain_name(name, layer): layer.masked_weight().view(layer.weight_shape)
+        for name, layer in pst_layers(run.model).items()
+    }
+    merged |= {f"{n}.weight": table.updated_weight() for n, table in updated_tables(run.model).items()}
+    merged = merged or dict(run.model.named_parameters())  # method "dense" changes no module
+    merged |= quantised | persistent_buffers(run.model)
+    loaded = {**dict(plain.named_parameters()), **persistent_buffers(plain)}
+    for router in pst_routers(run.model).values():  # the export has no removed experts
+        block = f"{router.experts.rpartition('.')[0]}."
+        for name in [n for n, weight in merged.items() if n.startswith(block) and n in loaded]:
+            if merged[name].shape[0] == router.num_embeddings != loaded[name].shape[0]:
+                merged[name] = merged[name][router.kept]
+    foreign = [n for n, weight in merged.items() if n not in loaded or loaded[n].shape != weight.shape]
+    if foreign:
+        raise InputError(
+            f"{run.folder} has no {foreign[0]} as in the model of --against {run.context.run.output_dir} "
+            f"({len(foreign)} weights differ in name or shape). Name the run it came from"
+        )
+    return [(weight, loaded[n]) for n, weight in merged.items()]
+
+
+def _compare_sparse(run: MaskedRun, plain: nn.Module) -> KeptSparse:
+    """Compare the export with its weights kept packed: weights exactly, logits up to rounding."""
+    sparse = _loaded(run, "sparse")
+    layers, differing = sparse_layers(sparse), 0
+    for name, layer in layers.items():
+        if isinstance(layer, SparseExperts):
+            stack = plain.get_parameter(name)
+            experts = plain.get_submodule(name.rpartition(".")[0])
+            weight = (stack.transpose(1, 2) if experts.is_transposed else stack).flatten(0, 1)
+        else:
+            module = plain.get_submodule(name)
+            weight = module.get_parameter("weight").t() if is_conv1d(module) else module.get_parameter("weight")
+        differing += not torch.equal(layer.dense_weight().to(weight.device), weight)
+    found = run.compare(run.model, sparse)
+    dtype = next(plain.parameters()).dtype
+    allowed = allowed_difference(dtype, len(layers), max((n.in_features for n in layers.values()), default=1))
+    return KeptSparse(len(layers), differing, found.predictions, found.logit, allowed * found.largest_logit)
+
+
+def allowed_difference(dtype: torch.dtype, num_layers: int, inputs: int) -> float:
+    """Return how far two computations of the same logits may differ, relative to the largest logit.
+
+    Each of ``num_layers`` rounds its outputs by at most one unit, u = eps / 2, and independent errors add up like the
+    square root of their number; there are two computations: 2 u sqrt(layers). An fp32 product is also summed in another
+    order, which is one more rounding for each of at most ``inputs``: times sqrt(inputs). Products of bf16 and fp16 are
+    summed in fp32, whose rounding errors are negligible in comparison.
+    """
+    unit = torch.finfo(dtype).eps / 2
+    share = ROUNDINGS * unit * math.sqrt(max(num_layers, 1))
+    return share * math.sqrt(inputs) if dtype in (torch.float32, torch.float64) else share
+
+
+def _loaded(run: MaskedRun, load_as: LoadAs) -> nn.Module:
+    """Load the export with transformers; an ordinary folder needs no ``load_as``."""
+    fix = f"Its model is not that of --against {run.context.run.output_dir}. Name the run it came from"
+    model = load_folder(run.folder, run.context, load_as, fix)
+    if load_as != "sparse":
+        _align(model)
+    return model
+
+
+def _align(model: nn.Module) -> None:
+    """Align weights to cache lines: otherwise products are summed in another order."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % LINE_BYTES:
+            tensor.data = tensor.data.clone()

@@ -1,0 +1,295 @@
+"""The masked model of a run, changed in place as its export was: trimmed to fewer tokens, cast, quantised."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.config.run import RunConfig
+from pst_ds.core.packings import COMPRESSED_TENSORS, FOR_COMPRESSED_TENSORS
+from pst_ds.core.quantization import Grid, round_to_grid
+from pst_ds.data.tasks import ExampleSet
+from pst_ds.errors import InputError
+from pst_ds.export.reference import kl_from_folder
+from pst_ds.formats.base_weights import BaseWeights, names_in_files, saved_tensors
+from pst_ds.nn.base_model import DTYPES
+from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
+from pst_ds.nn.layer import PSTLayer
+from pst_ds.nn.merge import plain_tensors
+from pst_ds.nn.model_structure import is_conv1d
+from pst_ds.nn.tables.embedding import UpdatedTable, updated_tables
+from pst_ds.nn.tables.rounded import rounded_grid
+from pst_ds.train.evaluate import Differences, compare, kl_divergence, predict
+from pst_ds.train.run import RunContext, masked_model, prepare_single
+from pst_ds.train.run_folder import open_checkpoint
+from pst_ds.writing.encoding import Encoding, ExportError, encoding_of
+from pst_ds.writing.manifest import ExportedTensor, Facts, read_manifest
+from pst_ds.writing.quantization import grids
+from pst_ds.writing.trimmed_vocabulary import take_rows
+
+
+@dataclass(frozen=True, slots=True)
+class FewerTokens:
+    """Effect of the export's smaller vocabulary."""
+
+    tokens: int
+    metrics_before: dict[str, float]
+    same_tokens: int | None = None
+    """Examples whose tokens did not change; None if examples are packed into sequences."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """Predictions and logits of an export, compared with the masked model."""
+
+    examples: int
+    unit: str
+    """Unit of the task's predictions: "examples", "tokens" and so on."""
+    differing_predictions: int
+    max_logit_difference: float
+    """Largest absolute difference of a logit."""
+    allowed_logit_difference: float
+    metrics: dict[str, float]
+    """Metrics of the export."""
+    kl: dict[str, float] | None = None
+    """Divergence from the model before quantisation or the cast; None without them, and of numbers."""
+    kl_from_reference: dict[str, float] | None = None
+    """Divergence from the model of another folder, if one was given."""
+
+    @property
+    def problem(self) -> str:
+        """Why the export is not the trained model; "" if it is."""
+        is_equal = self.max_logit_difference <= self.allowed_logit_difference  # False for NaN
+        return "" if is_equal else "its logits differ by more than rounding explains"
+
+
+@dataclass(slots=True)
+class MaskedRun:
+    """The masked training model of a run, and the examples on which it is compared with the export in ``folder``."""
+
+    folder: Path
+    split: str
+    limit: int | None
+    """Number of examples; None for all."""
+    context: RunContext
+    examples: ExampleSet
+    model: nn.Module
+    tensors: list[ExportedTensor]
+    facts: Facts
+    encoding: Encoding
+
+    @classmethod
+    def of(
+        cls, folder: Path, config: RunConfig, checkpoint: str, split: str, limit: int | None, encoding: Encoding | None
+    ) -> "MaskedRun":
+        """Rebuild the model, and load the examples; ``encoding``: of a file that is not read. Raises InputError."""
+        tensors, facts = read_manifest(folder) if encoding is None else ([], {})
+        encoding = encoding or encoding_of(facts["kind"], facts)
+        if facts and encoding.packing in FOR_COMPRESSED_TENSORS:
+            raise InputError(
+                f"{folder} is for {COMPRESSED_TENSORS}, which computes in its own way. Compare a --format dense "
+                "export, which has the same quantised values"
+            )
+        opened = open_checkpoint(config, checkpoint)
+        context = prepare_single(config, opened)
+        examples, model = _examples(context, split, limit), masked_model(context, opened)
+        return cls(folder, split, limit, context, examples, model, tensors, facts, encoding)
+
+    def metrics_of(self, model: Callable[..., object]) -> dict[str, float]:
+        return self.context.task.metrics(predict(model, self.context, self.examples), self.examples)
+
+    def compare(self, one: Callable[..., object], other: Callable[..., object]) -> Differences:
+        return compare(one, other, self.context, self.examples)
+
+    def kl_of(self, exported: Callable[..., object]) -> dict[str, float] | None:
+        """Return how far the export's predictions are from those of the model; None for numbers."""
+        if self.context.run.task_facts.no_teacher:
+            return None
+        return kl_divergence(self.model, exported, self.context, self.examples)
+
+    def kl_from(self, reference: str | Path | None, exported: Callable[..., object]) -> dict[str, float] | None:
+        """Return how far the export's predictions are from those of the folder ``reference``. Raises InputError."""
+        if reference is None:
+            return None
+        if kept := self.facts.get("tokens_kept"):
+            before = self.model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+            raise InputError(
+                f"--reference {reference}: {self.folder} has {len(kept):,} of {before:,} tokens, so their "
+                "distributions cannot be compared. Verify an export without --vocabulary"
+            )
+        return kl_from_folder(reference, exported, self.context, self.examples)
+
+    def trim(self) -> FewerTokens | None:
+        """Keep only the export's tokens, and tokenise as it does; None if it has all tokens. Raises ExportError."""
+        kept = self.facts.get("tokens_kept")
+        if not kept:
+            return None
+        before, whole = self.context, self.examples
+        metrics = self.metrics_of(self.model)
+        tokenizer = type(before.tokenizer).from_pretrained(self.folder)
+        if max(tokenizer.get_vocab().values()) >= len(kept):
+            raise ExportError(f"{self.folder}: the manifest has {len(kept)} tokens, and the tokenizer has more")
+        take_rows(self.model, kept)
+        self.context = replace(before, tokenizer=tokenizer)
+        self.examples = _examples(self.context, self.split, self.limit)
+        if before.run.task_facts.packs_text or len(whole) != len(self.examples):
+            return FewerTokens(len(kept), metrics)
+        same = [
+            [kept[new] for new in _ids(self.context, self.examples, i)] == _ids(before, whole, i)
+            for i in range(len(whole))
+        ]
+        return FewerTokens(len(kept), metrics, sum(same))
+
+    def narrower_dtypes(self) -> dict[str, torch.dtype]:
+        """Return the dtypes of the export's tensors that are narrower than the model's, by plain name.
+
+        ``pst-ds export --dtype bf16`` of a run in fp32 has such tensors.
+        """
+        tensors, model_names = plain_tensors(self.model), self._model_names()
+        stored = {model_names[t.name]: t.spec.dtype for t in self.tensors if t.name in model_names}
+        return {
+            name: dtype
+            for name, dtype in stored.items()
+            if tensors[name].is_floating_point() and dtype.itemsize < tensors[name].dtype.itemsize
+        }
+
+    def _model_names(self) -> dict[str, str]:
+        """Return the name in the model of each tensor, by its names in the model and in files."""
+        tensors = plain_tensors(self.model)
+        model_names = names_in_files(self.model, tensors)
+        for name in tensors.keys() - set(model_names.values()):  # saved as several tensors, such as single experts
+            model_names |= dict.fromkeys(saved_tensors(self.model, {name: tensors[name]}), name)
+        return model_names | {name: name for name in tensors}
+
+    @torch.no_grad()
+    def to_fp32(self) -> None:
+        """Merge all updates and convert the model to fp32, with the frozen values that the export has.
+
+        A run in bf16 rounds its frozen weights, such as embeddings and norms; the export has those of the base model's
+        files. Masks stay.
+        """
+        compute_dtype = DTYPES[self.context.run.train.precision]
+        for layer in pst_layers(self.model).values():
+            if not layer.rounds:
+                settle(layer, layer.masked_weight())
+        nn.Module.float(self.model)
+        base = BaseWeights(self.context.run.model.path, getattr(self.model, "base_model_prefix", ""))
+        params, model_names, kept = (
+            dict(self.model.named_parameters()),
+            self._model_names(),
+            self.facts.get("tokens_kept"),
+        )
+        for tensor in self.tensors:
+            name = model_names.get(tensor.name, "")
+            source = base.find(name) or base.find(tensor.name)
+            if tensor.origin != "base" or name not in params or source is None:
+                continue
+            param, exported = params[name], base.read(source)
+            if kept and exported.dim() == param.dim() and len(exported) > len(param) == len(kept):
+                exported = exported[list(kept)]
+            rounded = exported.to(compute_dtype).float()
+            if rounded.shape == param.shape and torch.equal(rounded, param.cpu()):  # otherwise quantised in training
+                param.copy_(exported.to(tensor.spec.dtype))
+
+    @torch.no_grad()
+    def cast(self, dtypes: dict[str, torch.dtype]) -> None:
+        """Round tensors to the values of ``dtypes``; they keep their own dtypes.
+
+        Layers that were trained with quantisation stay unchanged.
+        """
+        layers = {plain_name(name, layer): layer for name, layer in pst_layers(self.model).items()}
+        embeddings = {f"{name}.weight": embedding for name, embedding in updated_tables(self.model).items()}
+        tensors = {**dict(self.model.named_parameters()), **persistent_buffers(self.model)}
+        for name, dtype in dtypes.items():
+            if name in layers:
+                if not layers[name].rounds:
+                    settle(layers[name], layers[name].masked_weight().to(dtype))
+            elif name in embeddings:
+                settle(embeddings[name], embeddings[name].updated_weight().to(dtype))
+            else:
+                tensors[name].copy_(tensors[name].to(dtype))
+
+    @torch.no_grad()
+    def quantise(self, *, in_fp32: bool = False) -> dict[str, Tensor]:
+        """Quantise the weights that the export has quantised, and merge their updates. Masks stay.
+
+        Layers and tables that were trained with quantisation stay unchanged. Frozen weights are read from the base
+        model. ``in_fp32`` converts the quantised modules to fp32, which holds every value exactly; otherwise values are
+        rounded to the model's dtype, which loading the export does too. Returns the quantised parameters of modules
+        that are not pruned layers, by name.
+        """
+        by_name, values = {tensor.name: tensor for tensor in self.tensors}, self.encoding.values
+        layers, quantised = pst_layers(self.model), dict[str, Tensor]()
+        for name, layer in layers.items():
+            if values is not None and not layer.rounds:
+                _quantise_layer(layer, values, by_name.get(plain_name(name, layer)), in_fp32)
+        if any(layer.rounds for layer in layers.values()):
+            values = None  # the export leaves other linear layers unchanged
+        base = BaseWeights(self.context.run.model.path, getattr(self.model, "base_model_prefix", ""))
+        params, embeddings = dict(self.model.named_parameters()), updated_tables(self.model)
+        tables = None if rounded_grid(self.model) else self.encoding.embeddings
+        for name, grid in grids(self.model, values, tables).items():
+            owner = name.removesuffix(".weight")
+            if owner in embeddings:
+                weight = _quantised(embeddings[owner].updated_weight(), grid, by_name.get(name), in_fp32)
+                settle(embeddings[owner], weight)
+            elif name in params:
+                weight, is_transposed = _stored(params[name], name, base), is_conv1d(self.model.get_submodule(owner))
+                weight = weight.t().contiguous() if is_transposed else weight
+                weight = _quantised(weight, grid, by_name.get(name), in_fp32)
+                if in_fp32:
+                    nn.Module.float(self.model.get_submodule(owner))
+                self.model.get_parameter(name).copy_(weight.t() if is_transposed else weight)
+            else:
+                continue  # the name in the files of a parameter that has another name in the model
+            quantised[name] = self.model.get_parameter(name)
+        return quantised
+
+
+def settle(module: PSTLayer | UpdatedTable, weight: Tensor) -> None:
+    """Make ``weight`` the whole weight, apart from the mask: the update becomes zero."""
+    if weight.dtype == torch.float32:
+        nn.Module.float(module)
+    if isinstance(module, PSTLayer):
+        module.hold(weight)
+    else:
+        module.weight.copy_(weight)
+    if isinstance(module.pst_U, Tensor):
+        module.pst_U.zero_()
+
+
+def _examples(context: RunContext, split: str, limit: int | None) -> ExampleSet:
+    found = context.load(split)
+    return found.first(limit) if limit else found
+
+
+def _ids(context: RunContext, examples: ExampleSet, index: int) -> list[int]:
+    found: list[int] = context.task.collate(examples, [index], context.tokenizer)["input_ids"].flatten().tolist()
+    return found
+
+
+def _quantise_layer(layer: PSTLayer, grid: Grid, exported: ExportedTensor | None, in_fp32: bool) -> None:
+    weight, is_transposed = layer.masked_weight().view(layer.weight_shape), layer.layout.transposed
+    oriented = (weight.transpose(-1, -2) if is_transposed else weight).contiguous()
+    oriented = _quantised(oriented.flatten(0, -2), grid, exported, in_fp32).view(oriented.shape)
+    settle(layer, (oriented.transpose(-1, -2) if is_transposed else oriented).contiguous())
+
+
+def _stored(param: nn.Parameter, name: str, base: BaseWeights) -> Tensor:
+    """Return the values that an export quantises: of a frozen parameter those in the base model's files.
+
+    They may be fp32 although the run is in bf16.
+    """
+    source = None if param.requires_grad else base.find(name)
+    if source is None or base.size(source)[1] != tuple(param.shape):  # trained, or trimmed to fewer tokens
+        return param
+    return base.read(source).to(param.device)
+
+
+def _quantised(weight: Tensor, grid: Grid, exported: ExportedTensor | None, in_fp32: bool) -> Tensor:
+    """Return the quantised values of ``weight`` (O, I), in fp32 or its own dtype."""
+    before = weight if exported is None else weight.to(exported.spec.dtype)
+    found = round_to_grid(before.detach().float().cpu(), None, grid)
+    return found.to(weight.device, torch.float32 if in_fp32 else weight.dtype)

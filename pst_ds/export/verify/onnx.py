@@ -1,0 +1,104 @@
+"""Compare an ONNX file with the masked model of the run it came from."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from pst_ds.config.run import RunConfig
+from pst_ds.core.packings import ONNX_FILE
+from pst_ds.errors import InputError
+from pst_ds.export.verify.masked_run import Compared, MaskedRun
+from pst_ds.inference.onnx.arithmetic import DRAWS, RoundedProducts, allowed_difference
+from pst_ds.inference.onnx.operators import open_session
+from pst_ds.writing.check import check_onnx_export
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxComparison(Compared):
+    """An ONNX file compared with the masked model of a run, which is quantised in the same way and computes in fp32.
+
+    Logits are compared with 16-bit activations. Predictions are compared with int8 activations if the file has them.
+    """
+
+    max_logit_difference_in_8_bits: float | None = None
+    """The largest difference with int8 activations, if the file has them."""
+
+
+def facts_of_file(folder: Path) -> dict[str, object]:
+    """Compare the files with the manifest, and open the graph in ONNX Runtime, which validates it.
+
+    Returns its size, inputs and outputs, and in "without_sha256" the files that an older manifest does not list. Raises
+    InputError.
+    """
+    without_sha256 = check_onnx_export(folder)
+    session = open_session(folder / ONNX_FILE)
+    return {
+        "kind": "onnx",
+        "file_bytes": sum(path.stat().st_size for path in folder.glob(f"{ONNX_FILE}*")),
+        "inputs": [value.name for value in session.get_inputs()],
+        "outputs": [value.name for value in session.get_outputs()],
+        "without_sha256": without_sha256,
+    }
+
+
+@torch.no_grad()
+def compare_onnx_with_run(
+    folder: Path, config: RunConfig, checkpoint: str, split: str, limit: int | None, reference: str | Path | None
+) -> OnnxComparison:
+    """Compute the logits of a split with the file, and with the masked model in fp32, quantised as the file is.
+
+    They may differ by what the file's arithmetic explains, see :mod:`pst_ds.inference.onnx.arithmetic`.
+    A file with int8 activations is compared with 16-bit activations, and once more unchanged for predictions and
+    metrics. Raises InputError for a file whose only output is not "logits".
+    """
+    model = OnnxModel(folder / ONNX_FILE)
+    config = replace(config, data=replace(config.data, document_mask=False))  # a graph has no position_ids
+    run = MaskedRun.of(folder, config, checkpoint, split, limit, None)
+    run.trim()
+    in_8_bits = model.activation_bits == 8
+    as_it_runs = OnnxModel(folder / ONNX_FILE, exact=False) if in_8_bits else model
+    kl, kl_from_reference = run.kl_of(as_it_runs), run.kl_from(reference, as_it_runs)
+    run.cast(run.narrower_dtypes())
+    if run.encoding.is_quantized:
+        run.quantise(in_fp32=True)
+    run.to_fp32()
+    exact = run.compare(run.model, model)
+    quantised = {t.name.removesuffix(".weight"): t.values for t in run.tensors if t.values and model.has_our_operators}
+    draws = [RoundedProducts(run.model, quantised, seed) for seed in range(DRAWS)]
+    effects = [run.compare(run.model, draw).logit for draw in draws]
+    found = run.compare(run.model, as_it_runs) if in_8_bits else exact
+    return OnnxComparison(
+        examples=len(run.examples),
+        unit=run.context.task.unit,
+        differing_predictions=found.predictions,
+        max_logit_difference=exact.logit,
+        allowed_logit_difference=allowed_difference(effects, exact.largest_logit),
+        metrics=found.metrics,
+        kl=kl,
+        kl_from_reference=kl_from_reference,
+        max_logit_difference_in_8_bits=found.logit if in_8_bits else None,
+    )
+
+
+class OnnxModel:
+    """A session with the call signature of the model."""
+
+    def __init__(self, file: Path, *, exact: bool = True):
+        self._session = open_session(file, exact=exact)
+        self._inputs = [value.name for value in self._session.get_inputs()]
+        outputs = [value.name for value in self._session.get_outputs()]
+        written = json.loads(self._session.get_modelmeta().custom_metadata_map.get("pst_ds", "{}"))
+        self.activation_bits = written.get("activation_bits", 16)
+        self.has_our_operators = written.get("operators") != "standard"
+        if outputs != ["logits"]:
+            raise InputError(f"{file} has the outputs {', '.join(outputs)}, and --against compares logits only")
+
+    def __call__(self, **inputs: Tensor) -> ModelOutput:
+        tokens = inputs["input_ids"]
+        known = {"attention_mask": torch.ones_like(tokens), "token_type_ids": torch.zeros_like(tokens)} | inputs
+        feed = {name: known[name].cpu().numpy() for name in self._inputs if name in known}
+        return ModelOutput(logits=torch.from_numpy(self._session.run(None, feed)[0]).to(tokens.device))

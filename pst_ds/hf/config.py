@@ -1,0 +1,61 @@
+"""The "quantization_config" of a packed folder, and how to load it."""
+
+from typing import Literal, get_args
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from pst_ds.hf.weight_files import PackedFolderError
+from pst_ds.writing.encoding import PLAIN_VERSION, QUANT_METHOD
+
+LoadAs = Literal["auto", "dense", "sparse"]
+_GRID_KEYS = ("values", "group", "embeddings", "embedding_group")
+_FOLDER_KEYS = ("format", "format_version", *_GRID_KEYS, "weights_file")
+
+
+class PackedWeightsConfig(QuantizationConfigMixin):
+    """The format of packed weights, and how to load them.
+
+    ``load_as`` is set by the user: ``from_pretrained(DIR, quantization_config=PackedWeightsConfig(load_as="dense"))``.
+
+    * "dense": ordinary nn.Linear and Conv1D, equal to the dense export, for training, saving and other tools.
+    * "sparse": weights stay packed in :class:`SparseLinear`, smaller in memory, for inference. Models that read a
+      projection's ``weight`` in their forward pass, such as T5, unpack it each time; load them dense.
+    * "auto": "sparse" for float values in bitmask on the CPU, where it is faster, else "dense".
+
+    The other settings are read from config.json.
+    """
+
+    def __init__(
+        self,
+        load_as: LoadAs = "auto",
+        *,
+        format: str | None = None,
+        format_version: int = PLAIN_VERSION,
+        weights_file: str | None = None,
+        values: str | None = None,
+        group: int | str | None = None,
+        embeddings: str | None = None,
+        embedding_group: int | str | None = None,
+        quant_method: str = QUANT_METHOD,
+        **unknown: object,
+    ):
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.load_as, self.format = load_as, format
+        self.format_version, self.weights_file = format_version, weights_file
+        self.values, self.group = values, group
+        self.embeddings, self.embedding_group = embeddings, embedding_group
+        if load_as not in get_args(LoadAs):
+            raise PackedFolderError(f"load_as is 'auto', 'dense' or 'sparse', got {load_as!r}")
+        for key in unknown:
+            known = ("load_as", *_FOLDER_KEYS)
+            raise PackedFolderError(f"quantization_config of pst_ds: unknown key {key!r}. Known: {', '.join(known)}.")
+
+    @property
+    def dequantize(self) -> bool:
+        """True if the loaded model is dense; transformers reads it."""
+        return self.load_as == "dense"
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the keys of config.json, which has no ``load_as``."""
+        table = {key: getattr(self, key) for key in ("quant_method", *_FOLDER_KEYS)}
+        return {key: value for key, value in table.items() if value is not None or key not in _GRID_KEYS}

@@ -1,0 +1,125 @@
+"""Open a model folder, dense or packed, for ``generate``, ``serve`` and ``bench``: config, model, tokenizer."""
+
+import inspect
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from pst_ds.core.packings import DENSE
+from pst_ds.data.generation import end_tokens
+from pst_ds.data.tokens.tokenize import open_tokenizer
+from pst_ds.errors import InputError
+from pst_ds.file_names import MANIFEST_FILE
+from pst_ds.formats.base_weights import BaseWeights
+from pst_ds.hf.config import LoadAs, PackedWeightsConfig
+from pst_ds.nn.base_model import DTYPES, PRUNING_RECORD, Pretrained, architecture
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+"""Inputs of an encoder, each (batch, tokens) int64."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A folder with a readable config.json."""
+
+    path: Path
+    config: PreTrainedConfig
+    format: str
+    """"dense", the format of its packed weights, or "codes" for a dense folder of quantised values."""
+
+    @property
+    def is_causal(self) -> bool:
+        names = self.config.architectures or ()
+        return any(name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in names)
+
+    @property
+    def values(self) -> str | None:
+        """Dtype of quantised values, "int8" or "int4"; None for floats."""
+        found = _quantization(self.config).get("values")
+        return None if found is None else str(found)
+
+    @property
+    def sparsity(self) -> float:
+        """Sparsity of the pruned layers, as the folder's own record says; 0 without one."""
+        for name in (MANIFEST_FILE, PRUNING_RECORD):
+            with suppress(OSError, ValueError, AttributeError):
+                if found := json.loads((self.path / name).read_bytes()).get("sparsity_measured"):
+                    return float(found)
+        return 0.0
+
+    @property
+    def weight_file_bytes(self) -> int:
+        """Size of the model's weight files. Raises InputError for a missing or damaged one."""
+        packed = _quantization(self.config).get("weights_file") or ""
+        return BaseWeights(self.path, "", str(packed)).file_bytes
+
+    def require_causal(self) -> None:
+        """Raise InputError for a model that cannot generate text."""
+        if not self.is_causal:
+            names = ", ".join(self.config.architectures or ("nothing",))
+            raise InputError(f"{self.path}: config.json names {names}, no causal language model. Name another folder")
+
+    def load(self, load_as: LoadAs = "auto", dtype: str | None = None, device: str = "cpu") -> PreTrainedModel:
+        """Return the model in eval mode, in ``dtype``, a key of :data:`DTYPES`, or the folder's. Raises InputError."""
+        if load_as == "sparse" and self.format == DENSE:
+            raise InputError(f"{self.path}: its weights are dense. Pack them with pst-ds export --format bitmask")
+        model, _ = Pretrained(str(self.path)).load(
+            architecture(self.config) or transformers.AutoModel,
+            "Name one that the config belongs to",
+            dtype=DTYPES[dtype] if dtype else "auto",
+            local_files_only=True,
+            quantization_config=None if self.format == DENSE else PackedWeightsConfig(load_as=load_as),
+            device_map=None if device == "cpu" else {"": device},
+        )
+        return model.eval()
+
+    def end_tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Return the tokens that end a text: the folder's generation config has them, or its tokenizer."""
+        try:
+            own = transformers.GenerationConfig.from_pretrained(self.path)
+        except OSError:
+            own = transformers.GenerationConfig.from_model_config(self.config)
+        return end_tokens(own) or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer. Raises InputError."""
+        fix = "Copy tokenizer.json and tokenizer_config.json from the original model"
+        return open_tokenizer(self.path, str(self.path), fix)
+
+
+def open_model_folder(path: str | Path) -> ModelFolder:
+    """Open a folder by its config.json. Raises InputError."""
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder (looked in {path.absolute()})")
+    if (path / "run.toml").is_file():
+        raise InputError(f"{path} is a run folder. Export its model first: pst-ds export {path} --out DIR")
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path} is not a model folder: config.json is missing. Name another folder")
+    config = Pretrained(str(path)).config(local_files_only=True)
+    quantization = _quantization(config)
+    method = quantization.get("quant_method")
+    if quantization and method != "pst_ds":
+        raise InputError(f"{path}: quantised with {method!r}. Name a folder that is dense, or packed by pst-ds")
+    packing = str(quantization.get("format", DENSE))
+    return ModelFolder(path, config, "codes" if quantization and packing == DENSE else packing)
+
+
+def input_names(model: PreTrainedModel) -> list[str]:
+    """Return those :data:`INPUTS`, in this order, that a model's forward accepts and has a table for."""
+    takes = inspect.signature(model.forward).parameters
+    names = [name for name in INPUTS if name in takes]
+    if getattr(model.config, "type_vocab_size", 0) < 2:  # with one type, as in RoBERTa, 0 is the only valid value
+        names = [name for name in names if name != "token_type_ids"]
+    return names
+
+
+def _quantization(config: PreTrainedConfig) -> dict[str, object]:
+    """Return the quantization_config of a transformers config; empty without one."""
+    found = getattr(config, "quantization_config", None) or {}
+    return dict(found) if isinstance(found, dict) else dict(found.to_dict())

@@ -1,0 +1,102 @@
+"""Quantised embedding tables of a folder: dense in a loaded model, or as stored for decoders and ONNX graphs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pst_ds.formats import QuantizedFormat
+from pst_ds.hf.weight_files import (
+    Groups,
+    StoredTensor,
+    form_of_group,
+    loaded_dtype,
+    named_groups,
+    packed_groups,
+    read_headers,
+    reread_parts,
+)
+
+
+class LoadingTable(nn.Module):
+    """Placeholder for an embedding, or an output layer tied to one, while transformers loads the model.
+
+    The loader fills ``codes``, ``scales`` and ``shape``, and ties ``weight``, which is on the meta device and not in
+    the state dict; :func:`restore_tables` replaces it by the dense table.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    shape: Tensor
+
+    def __init__(self, replaced: nn.Module, shape: tuple[int, int], form: QuantizedFormat):
+        super().__init__()
+        self.replaced, self.form, self.table_shape = [replaced], form, shape  # a list hides it from nn.Module
+        self.dtype = replaced.get_parameter("weight").dtype
+        for name, (dtype, dims) in form.parts(shape, 0, self.dtype).items():
+            self.register_buffer(name, torch.empty(dims, dtype=dtype, device="meta"))
+        for name, param in replaced.named_parameters(recurse=False):
+            if name != "weight":
+                self.register_parameter(name, param)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta"), requires_grad=False)
+        self.weight._is_hf_initialized = True  # type: ignore[attr-defined]
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(f"{prefix}weight", None)
+
+    def dense(self, name: str, group: Mapping[str, StoredTensor]) -> nn.Parameter:
+        """Check the parts, and return the table on the device of its codes. Raises FormatError."""
+        self.dtype = loaded_dtype(self.scales, self.dtype)
+        reread_parts(self, self.form, group)
+        parts = {part: getattr(self, part) for part in self.form.part_names}
+        self.form.check(name, parts, self.table_shape)
+        return nn.Parameter(self.form.unpack(parts, self.dtype).to(self.codes.device))
+
+
+def restore_tables(model: PreTrainedModel, groups: Groups) -> None:
+    """Replace the placeholders by the original modules, with dense weights and the model's ties. Raises FormatError."""
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, LoadingTable)}
+    for name, table in tables.items():
+        weight = table.dense(name, groups[name])
+        (module,) = table.replaced
+        for other, param in table.named_parameters(recurse=False):
+            if other != "weight":
+                setattr(module, other, param)
+        module.weight = weight
+        model.set_submodule(name, module.train(table.training))
+        for pair in ties.items():
+            for tied in set(pair) - {f"{name}.weight"} if f"{name}.weight" in pair else ():
+                owner, _, last = tied.rpartition(".")
+                setattr(model.get_submodule(owner), last, weight)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTable:
+    """An embedding as a folder stores it."""
+
+    codes: Tensor
+    """(rows, width) int8, or (rows, ceil(width / 2)) uint8, two 4-bit values per byte."""
+    scales: Tensor
+    """(rows, groups) bf16."""
+    bits: int
+    group: int
+    """Columns that share a scale; 0 for per-row scales."""
+
+
+def stored_tables(folder: Path, model: nn.Module) -> dict[str, StoredTable]:
+    """Return the quantised embeddings of ``folder``, by name in ``model``, which was loaded from it."""
+    headers = read_headers(str(path) for path in folder.glob("*.safetensors"))
+    modules, found = dict(model.named_modules()), {}
+    for name, group in named_groups(model, packed_groups(headers, "bitmask")).items():
+        module = modules.get(name)
+        if isinstance(module, nn.Embedding) and "codes" in group:
+            form = form_of_group(name, "bitmask", group, module.embedding_dim)
+            assert isinstance(form, QuantizedFormat)
+            codes, scales = group["codes"].read(), group["scales"].read()
+            found[name] = StoredTable(codes, scales, form.grid.bits, form.grid.group or 0)
+    return found

@@ -1,0 +1,116 @@
+"""A stack of experts with packed weights, each multiplied as a slice of the packed matrix's rows."""
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.experts.routing import Routing
+from pst_ds.formats import PackedFormat, QuantizedFormat
+from pst_ds.runtime import gpu, native, ops
+from pst_ds.runtime.linear import SparseLinear
+
+FEW_PAIRS = 64
+"""Most (token, expert) pairs that one call for all experts processes, with a copy of ``x`` for each."""
+
+
+class SparseExperts(SparseLinear):
+    """y = x W' with the expert of each token and a packed W. The parts belong to the (E*O, I) matrix of all experts.
+
+    For inference, with the same parts and checks as :class:`SparseLinear`. On a GPU one launch multiplies with all
+    experts that have tokens. It replaces a stack (E, O, I), or (E, I, O), in a transformers experts module.
+    """
+
+    expert_offsets: Tensor
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        nonzero: int,
+        *,
+        format: str | PackedFormat = "bitmask",
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ):
+        """``out_features``: per expert. ``nonzero``: of all experts. The others are as in :class:`SparseLinear`."""
+        outputs = num_experts * out_features
+        super().__init__(in_features, outputs, nonzero, format=format, bias=False, dtype=dtype, device=device)
+        self.num_experts = num_experts
+        self._starts: list[int] = []
+
+    @property
+    def rows_of_expert(self) -> int:
+        """Outputs per expert."""
+        return self.out_features // self.num_experts
+
+    def _prepare(self) -> None:
+        """Compute where the values of each expert start, and the offsets of its rows from there."""
+        super()._prepare()
+        rows, values = self.rows_of_expert, getattr(self, self.format.values_name)
+        offsets = self.crow_indices[:-1] if self.format.name == "csr" else self.row_offsets
+        first = offsets[::rows]
+        self._starts = [*first.tolist(), values.numel()]
+        self.register_buffer("expert_offsets", offsets - first.repeat_interleave(rows), persistent=False)
+
+    def expert_parts(self, expert: int) -> dict[str, Tensor]:
+        """Return views of the parts of one expert's (O, I) matrix; offsets count from its first value."""
+        count = self.rows_of_expert
+        rows, (start, stop) = slice(expert * count, (expert + 1) * count), self._starts[expert : expert + 2]
+        found = {"shape": torch.tensor([count, self.in_features]).view(self.format.shape_dims)}
+        for name, part in self.parts().items():
+            if name == "row_offsets":
+                found[name] = self.expert_offsets[rows]
+            elif name == "crow_indices":
+                found[name] = part[rows.start : rows.stop + 1] - start
+            elif name != "shape":
+                by_row = part.dim() == 2 and part.shape[0] == self.out_features
+                found[name] = part[rows] if by_row else part[start:stop]
+        return found
+
+    def forward(self, x: Tensor, routing: Routing, by_token: bool) -> Tensor:  # type: ignore[override]
+        """Multiply with the expert of each (token, expert) pair: (N*k, O) in the order of the experts.
+
+        ``x``: (N, I) if ``by_token``, or (N*k, I) in the order of the experts.
+        """
+        if not self._is_checked:
+            self._refuse_unchecked()
+        x = self._accepted(x, self.dtype)
+        values, num_pairs = getattr(self, self.format.values_name), routing.order.numel()
+        needs_gradient = x.requires_grad and torch.is_grad_enabled()
+        in_one_launch = self.format.name != "csr" and not needs_gradient and gpu.multiplies(x, values)
+        if num_pairs <= FEW_PAIRS and not in_one_launch and not needs_gradient and self._is_native(x, values):
+            x = x[routing.tokens] if by_token else x
+            parts = values.view(-1), self.bitmask, self.expert_offsets
+            return native.bitmask_experts(x, *parts, self._starts, list(routing.runs()), native.best_level())
+        y = x.new_empty(num_pairs, self.rows_of_expert)
+        if in_one_launch and num_pairs <= gpu.MOST_WALKED * min(num_pairs, self.num_experts):
+            scales, bits = self._buffers.get("scales"), self._buffers.get("bitmask")
+            weight = gpu.PackedWeight(values, bits, self.row_offsets, scales)
+            gpu.packed_experts(x[routing.tokens] if by_token else x, weight, routing.experts, y)
+            return y
+        for expert, rows in routing.runs():
+            y[rows] = self.product(expert, routing.rows_of(x, rows, by_token))
+        return y
+
+    def _is_native(self, x: Tensor, values: Tensor) -> bool:
+        """Return whether our CPU kernel multiplies a few vectors with an expert."""
+        if self.format.name not in ("bitmask", "2:4") or values.dtype != x.dtype or not self.in_features:
+            return False
+        return ops.backend_for(x.dtype, x.device.type, FEW_PAIRS) == "native"
+
+    def product(self, expert: int, x: Tensor) -> Tensor:
+        """Return x W' of one expert: (n, I) to (n, O)."""
+        form, rows = self.format, self.rows_of_expert
+        needs_gradient = x.requires_grad and torch.is_grad_enabled()
+        offsets = self.expert_offsets[expert * rows : (expert + 1) * rows]
+        # only slices, because the product of a token is short
+        if not needs_gradient and form.name in ("bitmask", "2:4"):
+            start, stop = self._starts[expert : expert + 2]
+            values = getattr(self, form.values_name).view(-1)[start:stop]
+            return ops.bitmask_linear(x, values, self.bitmask[expert * rows : (expert + 1) * rows], offsets, None)
+        parts = self.expert_parts(expert)
+        if isinstance(form, QuantizedFormat) and not needs_gradient:
+            bits = parts.get("bitmask")
+            return ops.quantized_linear(x, parts["codes"], parts["scales"], bits, offsets, None, form.packing)
+        dense = form.unpack(parts, self.dtype if self.is_quantized else None)
+        return ops.dense_linear(x, dense.to(x.device), None)

@@ -1,0 +1,226 @@
+"""Verify that a folder still holds exactly what was exported."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pst_ds.atomic_files import file_sha256
+from pst_ds.core.packings import DENSE, ONNX_FILE
+from pst_ds.errors import shortened
+from pst_ds.file_names import CARD_FILE, MANIFEST_FILE
+from pst_ds.formats import FormatError, with_row_bits
+from pst_ds.formats.base_weights import saved_tensors, tensors_lacking
+from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, TensorFile, TensorFileError
+from pst_ds.progress import Progress
+from pst_ds.writing.encoding import Encoding, ExportError, encoding_of
+from pst_ds.writing.from_folder import CONFIG_FILE, model_of
+from pst_ds.writing.manifest import (
+    ExportedTensor,
+    Facts,
+    count_nonzero,
+    read_manifest,
+    read_table,
+    require_plain,
+    tensor_sha256,
+)
+from pst_ds.writing.refilled import measured_sparsity
+from pst_ds.writing.to_folder import storage_facts, tensor_counts
+
+
+def check_export(folder: Path) -> Facts:
+    """Read every tensor of an export and compare it with the manifest.
+
+    Checks the set of files (no others, no links) and their SHA-256; headers, index and config; the set of tensors with
+    their shapes, dtypes and SHA-256; all invariants of packed tensors; the numbers of non-zeros; that pruned weights
+    are +0.0, and that every matrix has at least the sparsity of its mask.
+
+    Returns counts, sizes and sparsity, and in "without_sha256" the weight files of which an older manifest has only the
+    SHA-256 of each tensor. Raises ExportError, naming the tensor.
+    """
+    tensors, facts = read_manifest(folder)
+    encoding = encoding_of(facts["kind"], facts)
+    _check_files(folder, tensors, facts, encoding)
+    files = _open_weights(folder, tensors)
+    _check_index(folder, tensors, files, encoding)
+    sizes = [sum(files[part.file].slots[part.name].nbytes for part in tensor.parts) for tensor in tensors]
+    with Progress("check", sum(sizes), "bytes") as shown:
+        for tensor, nbytes in zip(tensors, sizes, strict=True):
+            _check_tensor(folder, tensor, files)
+            shown.add(nbytes)
+    # last, because the checks above name the tensor that differs
+    check_sums(folder, {name: sha256 for name, sha256 in facts["files"].items() if name in files})
+    refilled = facts.get("refilled", [])
+    return {
+        **tensor_counts(tensors),
+        "kind": facts["kind"],
+        **encoding.facts(),
+        **storage_facts(tensors, sizes),
+        "sparsity_requested": facts["sparsity_requested"],
+        "sparsity_measured": measured_sparsity(tensors, refilled),
+        "refilled": refilled,
+        "without_sha256": [name for name in files if name not in facts["files"]],
+    }
+
+
+def check_sums(folder: Path, sums: Mapping[str, str]) -> None:
+    """Raise ExportError unless the files of a folder are plain files with these SHA-256."""
+    for name, sha256 in sums.items():
+        require_plain(folder / name, f"{folder / name} is missing")
+        if file_sha256(folder / name) != sha256:
+            raise ExportError(f"{folder / name} is not what was exported: its SHA-256 differs. Export the model again")
+
+
+def check_onnx_export(folder: Path) -> list[str]:
+    """Compare the files of an ONNX export with its manifest; return the weight files of which it has no SHA-256.
+
+    Older manifests describe the packed weights that the graph was made from, and do not list the graph.
+    Raises ExportError for a missing or damaged manifest, and for a file that is missing or differs.
+    """
+    _, facts = read_manifest(folder)
+    files = facts["files"]
+    if ONNX_FILE not in files:
+        return sorted(path.name for path in folder.glob(f"{ONNX_FILE}*"))
+    check_sums(folder, files | facts.get("files_in_folders", {}))
+    unknown = sorted(path.name for path in folder.glob(f"{ONNX_FILE}*") if path.name not in files)
+    if unknown:
+        raise ExportError(f"{folder} has files that the manifest does not list: {shortened(unknown)}. Remove them")
+    return []
+
+
+def check_model(folder: Path) -> None:
+    """Compare the names and shapes of a checked export with the model of its config.json. Raises ExportError."""
+    tensors, model = read_manifest(folder)[0], model_of(folder)
+    in_model = model.state_dict(keep_vars=True)
+    in_model |= saved_tensors(model, in_model)
+    for tensor in tensors:
+        known = in_model.get(tensor.name)
+        if known is not None and tuple(known.shape) != tensor.shape:
+            raise ExportError(
+                f"{folder}: {tensor.name} has shape {list(tensor.shape)}, and {list(known.shape)} in the model"
+            )
+        if known is None and tensor.spec.form is not None:
+            raise ExportError(f"{folder}: {tensor.name} is packed, and the model has no such tensor")
+    lacking = tensors_lacking(model, {tensor.name for tensor in tensors})
+    if lacking:
+        raise ExportError(
+            f"{folder} lacks {shortened(lacking)}, which a {type(model).__name__}, the class in config.json, has: "
+            "transformers would initialise them randomly. Export the model again, from files that have all its tensors"
+        )
+
+
+def _check_files(folder: Path, tensors: Sequence[ExportedTensor], facts: Facts, encoding: Encoding) -> None:
+    """Require exactly the files of the manifest, their SHA-256 except for weights, and its format in config.json."""
+    weights = {part.file for tensor in tensors for part in tensor.parts}
+    others = {name: sha256 for name, sha256 in facts["files"].items() if name not in weights}
+    check_sums(folder, others | facts.get("files_in_folders", {}))
+    for name in sorted(weights):
+        require_plain(folder / name, f"{folder / name} is missing")
+    stray = {path.name for path in folder.iterdir()} - {*weights, *others, MANIFEST_FILE, CARD_FILE}
+    loaded = sorted(n for n in stray if n.endswith((".safetensors", ".bin", ".index.json", ".py", ".pt", ".onnx")))
+    if loaded:
+        raise ExportError(f"{folder} has files that the manifest does not list: {shortened(loaded)}. Remove them")
+    path = folder / CONFIG_FILE
+    found = read_table(path, f"{path} is missing").get("quantization_config")
+    left, compressed = facts.get("left_alone", ()), (False, encoding.packing == "bitmask")
+    wanted = [encoding.quantization_config(len(weights), left, compressed=each) for each in compressed]
+    if found not in wanted:
+        raise ExportError(f"{path}: quantization_config = {str(found)[:200]}, but {encoding} weights need {wanted[0]}")
+    for tensor in tensors:
+        is_quantised_so = tensor.grid in (encoding.values, encoding.embeddings, None)
+        if not is_quantised_so or tensor.packing not in (DENSE, encoding.packing):
+            raise ExportError(
+                f"{folder}: {tensor.name} is {tensor.packing}, {tensor.grid or 'not quantised'}, but by the manifest "
+                f"the export is {encoding}"
+            )
+
+
+def _open_weights(folder: Path, tensors: Sequence[ExportedTensor]) -> dict[str, TensorFile]:
+    """Open the weight files, and require exactly the tensors of the manifest in their headers."""
+    wanted: dict[str, set[str]] = {}
+    for tensor in tensors:
+        for part in tensor.parts:
+            wanted.setdefault(part.file, set()).add(part.name)
+    files = {}
+    for name, parts in wanted.items():
+        try:
+            files[name] = TensorFile(folder / name)
+        except TensorFileError as error:
+            raise ExportError(str(error)) from None
+        found = set(files[name].slots)
+        if found - parts:
+            unknown = shortened(sorted(found - parts))
+            raise ExportError(f"{folder} has tensors that the manifest does not list: {unknown}")
+        if parts - found:
+            raise ExportError(f"{folder / name} lacks {shortened(sorted(parts - found))}")
+    return files
+
+
+def _check_index(
+    folder: Path, tensors: Sequence[ExportedTensor], files: dict[str, TensorFile], encoding: Encoding
+) -> None:
+    """Check the index through which transformers finds tensors in several files; a single file has no index."""
+    path = folder / encoding.weights_file(2)
+    if any(not name.startswith(encoding.stem) for name in files):
+        raise ExportError(f"{folder} is {encoding}, but its tensors are in {shortened(sorted(files), 2)}")
+    if len(files) == 1:
+        if path.exists():
+            raise ExportError(f"{path} is an index, but there is only one weight file. Remove it")
+        return
+    found = read_table(path, f"{path} is missing")
+    total = sum(slot.nbytes for file in files.values() for slot in file.slots.values())
+    where = {part.name: part.file for tensor in tensors for part in tensor.parts}
+    if found != {"metadata": {"total_size": total}, "weight_map": where}:
+        raise ExportError(f"{path} does not list the tensors and files of the manifest. Export the model again")
+
+
+def _check_tensor(folder: Path, tensor: ExportedTensor, files: dict[str, TensorFile]) -> None:
+    """Read a tensor; compare its bytes with the manifest, and check all invariants of its parts and values."""
+    parts: list[Tensor] = []
+    spec, place = tensor.spec, f"{folder / tensor.parts[-1].file}: {tensor.name}"
+    try:
+        for part in tensor.parts:
+            parts.append(files[part.file].read(part.name))
+            if tensor_sha256(parts[-1]) != part.sha256:
+                raise ExportError(f"{folder / part.file}: {part.name} is not what was exported: its SHA-256 differs")
+        if spec.form is None:
+            _check_values(tensor, parts[0], place)
+            return
+        by_part = with_row_bits(place, dict(zip(spec.form.part_names, parts, strict=True)), spec.matrix)
+        spec.form.check(place, by_part, spec.matrix)
+    except (TensorFileError, FormatError) as error:
+        raise ExportError(str(error)) from None
+    _check_values(tensor, spec.as_in_model(spec.form.unpack(by_part)), place)
+
+
+def _check_values(tensor: ExportedTensor, values: Tensor, place: str) -> None:
+    """Check the tensor in the model's shape: dtype, number of non-zeros, and for pruned weights sign and sparsity."""
+    if tuple(values.shape) != tensor.shape or (tensor.grid is None and values.dtype != tensor.spec.dtype):
+        raise ExportError(
+            f"{place} is {CODE_OF_DTYPE[values.dtype]} {list(values.shape)}, the manifest says "
+            f"{tensor.dtype} {list(tensor.shape)}"
+        )
+    nonzero = count_nonzero(values)
+    if nonzero != tensor.nonzero:
+        raise ExportError(f"{place} has {nonzero} non-zeros, not {tensor.nonzero}")
+    if tensor.origin != "pruned":
+        return
+    if bool((torch.signbit(values) & (values == 0)).any()):
+        raise ExportError(f"{place} has a -0.0 where pruned weights must be +0.0")
+    matrices = _matrices(tensor, values, place)
+    for index, (matrix, pruned) in enumerate(zip(matrices, tensor.pruned_per_matrix, strict=True)):
+        if int((matrix == 0).sum()) < pruned:
+            raise ExportError(f"{place}, matrix {index}, has fewer zeros than the {pruned} of its mask")
+
+
+def _matrices(tensor: ExportedTensor, values: Tensor, place: str) -> list[Tensor]:
+    """Split a pruned tensor into its matrices; a stack of experts expert by expert."""
+    count, width = len(tensor.pruned_per_matrix), tensor.shape[tensor.matrix_axis - 2]
+    experts = [values] if values.dim() == 2 else list(values)
+    per_expert, rest = divmod(count, len(experts)) if experts else (0, count)
+    if rest or not per_expert or width % per_expert:
+        raise ExportError(f"{place} cannot be {count} matrices: {list(values.shape)} does not divide")
+    if not width:
+        return [values] * count
+    return [matrix for expert in experts for matrix in expert.split(width // per_expert, dim=tensor.matrix_axis)]

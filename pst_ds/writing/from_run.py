@@ -1,0 +1,418 @@
+"""A run's tensors for an export: W = (W0 + beta U V) . M, from the base model's files and a checkpoint."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.checkpoint.format import Checkpoint
+from pst_ds.core.bits import all_ones
+from pst_ds.core.coded_weight import CodedWeight, CodeLayout
+from pst_ds.core.factors import Constants, Factors
+from pst_ds.core.layout import WeightLayout
+from pst_ds.core.packings import DENSE, GGUF
+from pst_ds.core.quantization import (
+    SCALE_DTYPE,
+    Grid,
+    Rounding,
+    StoredGrid,
+    dequantize,
+    quantize,
+    require_scales,
+    scales_of_bytes,
+)
+from pst_ds.core.scores import masked_weight, merged_weight
+from pst_ds.core.updates.rows import updated_rows
+from pst_ds.formats import mask_row_bits
+from pst_ds.formats.base_weights import BaseWeights, is_text_part, may_be_missing, names_in_files, saved_tensors
+from pst_ds.formats.rows import row_counts
+from pst_ds.nn.base_model import DTYPES
+from pst_ds.nn.inject import persistent_buffers, pst_layers
+from pst_ds.nn.layer import FACTOR_NAMES, PSTLayer
+from pst_ds.nn.merge import plain_tensors
+from pst_ds.nn.model_structure import is_conv1d, is_linear
+from pst_ds.nn.tables.coded import plain_tables
+from pst_ds.nn.tables.embedding import updated_tables
+from pst_ds.nn.tables.rounded import quantisable_tables, table_grid
+from pst_ds.parallel.optimizer_state import MASTER
+from pst_ds.writing.encoding import Encoding, ExportError
+from pst_ds.writing.expert_stacks import FilePart, StackRun, all_experts, kept_experts, parts_in_files
+from pst_ds.writing.plan import Origin, TensorJob, TensorSpec, TensorValues
+from pst_ds.writing.quantization import grids
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecipe:
+    """Recipe for one tensor of the trained model."""
+
+    name: str
+    in_base: str | None
+    """Name in the base model's files."""
+    dtype: torch.dtype
+    """Dtype of the result, before the cast to ``--dtype``."""
+    trained: bool = False
+    layer: tuple[StackRun, Constants] | None = None
+    """Part of a pruned layer, and the layer's constants."""
+    rows_in_base: tuple[tuple[str, int, int], ...] = ()
+    """For a stack of experts: (tensor of the base's files, first row of the stack in it, last row + 1)."""
+    grid: StoredGrid | None = None
+    """Quantisation that the layer was trained with."""
+    base: CodeLayout | None = None
+    """Layout of the frozen weight, if the model held it quantised."""
+    table: Grid | None = None
+    """Quantisation that a table of :mod:`pst_ds.nn.tables.rounded` was trained with."""
+    embedding_beta: float | None = None
+    masked: bool = True
+    """False if pruned values may be anything, because the packing does not read them."""
+    kept: tuple[int, ...] = ()
+    """Numbers of the experts in the tensor, if others were removed."""
+    whole: WeightLayout | None = None
+    """For a stack of ``kept`` experts: layout of the stack with all experts."""
+    in_files_form: bool = False
+    """True if transformers saves it as several tensors, or under another name."""
+
+
+class RunSource:
+    """Values of the model in a checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, base: BaseWeights, model: nn.Module):
+        self._checkpoint, self._base, self._model = checkpoint, base, model
+
+    def make(self, job: TensorJob) -> Iterator[TensorValues]:
+        """Yield the values of the job's outputs. Raises ExportError."""
+        recipe = job.recipe
+        assert isinstance(recipe, RunRecipe)
+        if recipe.layer is not None:
+            made = self._pruned(recipe, *recipe.layer)
+            yield replace(made, tensor=made.tensor.view(job.outputs[0].shape))
+        elif not recipe.in_files_form:
+            yield self._made(recipe)
+        else:
+            whole = self._made(recipe)
+            saved = saved_tensors(self._model, {recipe.name: whole.tensor})
+            for output in job.outputs:
+                yield replace(whole, tensor=saved.pop(output.name).clone(memory_format=torch.contiguous_format))
+
+    def _made(self, recipe: RunRecipe) -> TensorValues:
+        """Make a tensor that is not pruned."""
+        made, compute = self._unrounded(recipe), DTYPES[self._checkpoint.state.precision]
+        if recipe.kept:
+            return replace(made, tensor=made.tensor[list(recipe.kept)])
+        if recipe.table is None:
+            return made
+        codes, scales = quantize(made.tensor.to(compute), None, recipe.table)
+        return replace(made, tensor=dequantize(codes, scales, compute).to(recipe.dtype), scales=scales)
+
+    def _unrounded(self, recipe: RunRecipe) -> TensorValues:
+        beta, checkpoint = recipe.embedding_beta, self._checkpoint
+        compute = DTYPES[checkpoint.state.precision]
+        if recipe.trained and beta is None:
+            return TensorValues(checkpoint.trained[recipe.name].to(compute).to(recipe.dtype).contiguous())
+        assert recipe.in_base is not None
+        stored = self._base.read(recipe.in_base)
+        if recipe.base is not None:
+            weight = stored.to(compute)
+            quantised = CodedWeight(recipe.base, *recipe.base.encode(weight, 0), compute).dense()
+            return TensorValues(quantised.to(recipe.dtype))
+        if beta is None:
+            return TensorValues(stored.contiguous())
+        left, right = (checkpoint.trained[f"{recipe.name.removesuffix('weight')}pst_{f}"].to(compute) for f in "UV")
+        return TensorValues(updated_rows(stored.to(compute), left, right, beta).to(recipe.dtype))
+
+    def _pruned(self, recipe: RunRecipe, run: StackRun, constants: Constants) -> TensorValues:
+        """Compute M . (W0 + beta U V) as the model did: same function, same dtype, same type of device."""
+        if run.num_pieces == 1:
+            return self._piece(recipe, run, constants, run.first)
+        height, width = run.piece.shape
+        tensor, made = torch.empty(run.num_pieces * height, width, dtype=recipe.dtype), []
+        for i, piece in enumerate(range(run.first, run.last)):
+            one = self._piece(recipe, run, constants, piece)
+            tensor[i * height : (i + 1) * height] = one.tensor
+            made.append(replace(one, tensor=torch.empty(0)))
+        scales = [one.scales for one in made if one.scales is not None]
+        keep = torch.cat([one.keep for one in made if one.keep is not None])
+        pruned = tuple(count for one in made for count in one.pruned_per_matrix)
+        return TensorValues(tensor, keep, pruned, torch.cat(scales) if scales else None)
+
+    def _start(self, recipe: RunRecipe, run: StackRun, piece: int) -> Tensor:
+        """Return W0 of a piece, or the weight that was trained in its place, in storage shape."""
+        shape = height, _ = run.piece.shape
+        if recipe.trained:
+            return self._checkpoint.values(recipe.name, MASTER, *run.share(run.stack.numel, piece)).view(shape)
+        if not recipe.rows_in_base:
+            return self._base.read(recipe.in_base or "")
+        rows = piece * height, (piece + 1) * height
+        meet = [(name, first, max(first, rows[0]), min(last, rows[1])) for name, first, last in recipe.rows_in_base]
+        found = [self._base.read_rows(name, a - first, b - first) for name, first, a, b in meet if a < b]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _piece(self, recipe: RunRecipe, run: StackRun, constants: Constants, piece: int) -> TensorValues:
+        """Make one piece of a stack, or a whole layer."""
+        checkpoint, owner = self._checkpoint, recipe.name.removesuffix(".weight")
+        layout, compute = run.piece, DTYPES[checkpoint.state.precision]
+        if recipe.whole is not None:
+            run, piece = run.in_whole(piece, recipe.whole, recipe.kept)
+        device = checkpoint.state.device_type if torch.accelerator.is_available() else "cpu"
+        start = self._start(recipe, run, piece).to(compute).to(device)
+        weight: Tensor | CodedWeight = start
+        if recipe.base is not None:  # quantised in the same way when the layer was created
+            base = replace(recipe.base, stored=StoredGrid(layout, recipe.base.stored.grid))
+            weight = CodedWeight(base, *base.encode(start, 0), compute)
+        del start
+        mask = checkpoint.mask_bits(owner, *run.share(run.stack.numel, piece))
+        factors = Factors(**self._factors(owner, run, piece, device))
+        rounding = None if recipe.grid is None else self._rounding(owner, run, piece, recipe.grid, device)
+        if recipe.masked:
+            merged = masked_weight(weight, mask.to(device), 1, layout, factors, constants, rounding)
+        else:
+            merged = merged_weight(weight, layout, factors, constants)
+            merged = merged if rounding is None else rounding.round_(merged)
+        del weight
+        merged = merged.cpu().to(recipe.dtype).contiguous()
+        if recipe.masked:
+            merged.add_(0.0)  # turns a kept -0.0 into +0.0
+        keep = mask_row_bits(mask, layout)
+        kept = row_counts(keep)
+        pruned = tuple(matrix.rect.numel - int(kept[matrix.outputs].sum()) for matrix in layout.matrices())
+        return TensorValues(merged, keep, pruned, None if rounding is None else rounding.scales_by_output.cpu())
+
+    def _factors(self, owner: str, run: StackRun, piece: int, device: str) -> dict[str, Tensor]:
+        """Return the factors of a piece, by name, in the dtype that the model computed with."""
+        checkpoint, found = self._checkpoint, {}
+        for factor in FACTOR_NAMES:
+            shape = checkpoint.contents.trained.get(f"{owner}.pst_{factor}")
+            if shape is not None:
+                own = checkpoint.values(f"{owner}.pst_{factor}", MASTER, *run.share(math.prod(shape), piece))
+                found[factor] = own.view(-1, *shape[1:]).to(device=device, dtype=DTYPES[checkpoint.state.precision])
+        return found
+
+    def _rounding(self, owner: str, run: StackRun, piece: int, stored: StoredGrid, device: str) -> Rounding:
+        """Return the quantisation that a piece was trained with. Raises ExportError for damaged scales."""
+        grid, checkpoint = StoredGrid(run.piece, stored.grid), self._checkpoint
+        num_bytes = SCALE_DTYPE.itemsize * math.prod(stored.shape)
+        scales = scales_of_bytes(checkpoint.scale_bytes(owner, *run.share(num_bytes, piece)), grid.shape)
+        try:
+            require_scales(scales, grid.grid)
+        except ValueError as error:
+            raise ExportError(f"{checkpoint.folder}: {owner}: {error}. Choose another checkpoint") from None
+        return Rounding(grid, scales.to(device))
+
+
+def plan_run(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    base: BaseWeights,
+    encoding: Encoding,
+    dtype: str | None,
+    whole: nn.Module | None = None,
+) -> list[TensorJob]:
+    """Return a job for every tensor that ``save_pretrained`` of the plain model would write, under its name there.
+
+    ``model`` has PST modules, and may be on the meta device. If it is the text part of its base, all tensors of the
+    base are included, under the base's names. ``dtype``: dtype to cast all tensors to. ``whole``: the model of the run,
+    if ``model`` lacks the experts that it removed. Raises ExportError.
+    """
+    return list(_Planner(model, checkpoint, base, encoding, dtype, whole).jobs())
+
+
+class _Planner:
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoint: Checkpoint,
+        base: BaseWeights,
+        encoding: Encoding,
+        dtype: str | None,
+        whole: nn.Module | None,
+    ):
+        self._model, self._checkpoint, self._base = model, checkpoint, base
+        self._whole = model if whole is None else whole
+        self._kept = {} if whole is None else kept_experts(whole, checkpoint)
+        self._whole_layers, self._whole_tensors = pst_layers(self._whole), plain_tensors(self._whole)
+        self._state, self._trained = checkpoint.state, checkpoint.contents.trained
+        self._encoding, self._cast = encoding, None if dtype is None else DTYPES[dtype]
+        # in a run that quantises, other layers stay unchanged, so that the export computes what was trained
+        rounds = checkpoint.state.rounds
+        values = None if rounds and checkpoint.contents.value_grid else encoding.values
+        self._grids = grids(model, values, encoding.embeddings)
+        self._table_grid = table_grid(model) if rounds else None
+        self._rounded = quantisable_tables(model) if self._table_grid else {}
+        self._layers, self._embeddings, self._tables = pst_layers(model), updated_tables(model), plain_tables(model)
+        self._tensors = plain_tensors(model)  # of plain tables
+        self._linear = {name: module for name, module in model.named_modules() if is_linear(module)}
+        self._buffers, self._keeps_rest = persistent_buffers(model), is_text_part(model, base.folder)
+
+    def jobs(self) -> Iterator[TensorJob]:
+        tensors = self._tensors
+        in_files = {name: saved for saved, name in names_in_files(self._model, tensors).items()}
+        done: set[str] = set()
+        for name, tensor in tensors.items():
+            made = self._of_stack(name) if name in self._layers else self._jobs_of(name, tensor, in_files.get(name))
+            for job in made:
+                if all(output.name in done for output in job.outputs):
+                    continue  # a tensor of the files that several layers are made of
+                done.update(output.name for output in job.outputs)
+                yield job
+        for name in self._base.names if self._keeps_rest else ():
+            if name not in done:
+                yield self._job(name, name, name, self._base.size(name)[1])
+
+    def _jobs_of(self, name: str, tensor: Tensor, in_files: str | None) -> Iterator[TensorJob]:
+        """Plan one tensor; ``in_files``: the name that ``save_pretrained`` gives it, None if it is split."""
+        if name in self._base.names:
+            yield self._job(name, name, name, tuple(tensor.shape))
+        elif in_files is None:
+            yield from self._in_parts(name, saved_tensors(self._model, {name: tensor}))
+        else:
+            in_base = self._base.find(in_files) or self._base.find(name)
+            if in_base or name not in self._buffers or not may_be_missing(self._model, name):
+                yield self._job(name, in_base, in_files, tuple(tensor.shape))
+
+    def _of_stack(self, name: str) -> Iterator[TensorJob]:
+        """Plan a stack: packed as one tensor, or as the tensors of the base's files, such as a matrix per expert.
+
+        GGUF files have stacks again, but are filled expert by expert.
+        """
+        layer = self._layers[name]
+        parts = self._parts_of_stack(self._whole, name, self._whole_layers[name])
+        recipe = self._recipe(f"{name}.weight", next(iter(parts)))
+        recipe = replace(recipe, rows_in_base=tuple((at, *part.run.rows) for at, part in parts.items()))
+        as_one = self._spec(recipe, name, layer.weight_shape)
+        if as_one.form is not None and self._encoding.packing != GGUF:
+            yield TensorJob((as_one,), replace(recipe, masked=as_one.packing == DENSE))
+            return
+        if recipe.kept:
+            parts = self._named_parts(self._model, name, layer)
+        for in_base, part in parts.items():
+            out = replace(as_one, name=in_base if self._keeps_rest else part.name, shape=part.shape)
+            yield TensorJob((out,), replace(recipe, layer=(part.run, layer.constants)))
+
+    def _named_parts(self, model: nn.Module, name: str, layer: PSTLayer) -> dict[str, FilePart]:
+        """Return the tensors that ``save_pretrained`` makes of a stack, by their names. Raises ExportError."""
+        if name in self._base.names:
+            return {name: FilePart(name, all_experts(layer.layout), layer.weight_shape)}
+        try:
+            return {part.name: part for part in parts_in_files(model, name, layer.layout)}
+        except ValueError as error:
+            raise ExportError(
+                f"{name} becomes {error} in the files of the model, which does not consist of whole experts. Exclude "
+                f"it with exclude_modules = [{json.dumps(name)}]"
+            ) from None
+
+    def _parts_of_stack(self, model: nn.Module, name: str, layer: PSTLayer) -> dict[str, FilePart]:
+        """Return the tensors that a stack consists of, by their names in the base's files. Raises ExportError."""
+        found, parts = {}, self._named_parts(model, name, layer)
+        if name in parts:
+            return parts
+        for part in parts.values():
+            in_base = self._base.find(part.name)
+            if in_base is None:
+                raise ExportError(f"{part.name} is not in the base model {self._state.base_path!r}")
+            if (stored := self._base.size(in_base)[1]) != part.shape:
+                raise ExportError(
+                    f"{part.name} has shape {stored} in the base model, and {part.shape} in the trained model"
+                )
+            found[in_base] = part
+        return found
+
+    def _job(self, name: str, in_base: str | None, out_name: str, shape: tuple[int, ...]) -> TensorJob:
+        """Plan the model's tensor ``name`` as ``out_name``; an export of a whole base uses the base's names."""
+        recipe = self._recipe(name, in_base)
+        spec = self._spec(recipe, in_base if in_base and self._keeps_rest else out_name, shape)
+        return TensorJob((spec,), replace(recipe, masked=spec.packing == DENSE))
+
+    def _recipe(self, name: str, in_base: str | None, dtype_of: str | None = None) -> RunRecipe:
+        """Return how to make the tensor ``name``; ``dtype_of``: a tensor of the base with the dtype, if not in_base."""
+        owner, _, last = name.rpartition(".")
+        state, trained = self._state, name in self._trained
+        compute, stored = DTYPES[state.precision], in_base or dtype_of
+        layer = self._layers.get(owner) if last == "weight" else None
+        embedding = self._embeddings.get(owner) if last == "weight" else None
+        coded = self._tables.get(name) if layer is None or layer.base_codes is None else layer.base_codes.layout
+        if in_base is None and (embedding is not None or not trained):
+            problem = "not" if embedding is not None else "neither trained nor"
+            raise ExportError(f"{name} is {problem} in the base model {state.base_path!r}")
+        # values have the precision of the run, but are stored at least as wide as the base's, to keep files uniform
+        kept = self._kept_of(name)
+        width = compute if stored is None else self._base.size(stored)[0]
+        if layer is not None or trained or embedding is not None or coded is not None:
+            width = torch.promote_types(compute, width)
+        return RunRecipe(
+            name,
+            in_base,
+            width,
+            trained,
+            layer=None if layer is None else (all_experts(layer.layout), layer.constants),
+            grid=None if layer is None or not state.rounds else self._whole_layers[owner].stored_grid,
+            table=self._table_grid if name in self._rounded else None,
+            base=None if coded is None else replace(coded, num_shards=1),
+            embedding_beta=None if embedding is None else embedding.beta,
+            kept=kept,
+            whole=self._whole_layers[owner].layout if kept and layer is not None else None,
+        )
+
+    def _kept_of(self, name: str) -> tuple[int, ...]:
+        """Return the experts in the model's tensor ``name``; () if none were removed from it."""
+        plain = name.removesuffix(".weight") if name not in self._whole_tensors else name
+        block = next((block for block in self._kept if name.startswith(f"{block}.")), None)
+        if block is None or self._whole_tensors[plain].shape == self._tensors[plain].shape:
+            return ()
+        return self._kept[block]
+
+    def _spec(self, recipe: RunRecipe, name: str, shape: tuple[int, ...]) -> TensorSpec:
+        """Return the tensor that ``recipe`` makes, under its ``name`` in the export."""
+        self._require_shape(recipe, shape)
+        owner, _, last = recipe.name.rpartition(".")
+        linear = self._linear.get(owner) if last == "weight" else None
+        origin: Origin
+        if recipe.layer is not None:
+            transposed, origin = recipe.layer[0].piece.transposed, "pruned"
+        else:
+            transposed = linear is not None and is_conv1d(linear)
+            origin = "trained" if recipe.trained or recipe.embedding_beta is not None else "base"
+        is_linear_weight = linear is not None or recipe.layer is not None
+        dtype = self._cast if self._cast and recipe.dtype.is_floating_point else recipe.dtype
+        spec = TensorSpec(name, shape, dtype, origin, transposed=transposed, is_linear=is_linear_weight)
+        if recipe.layer is None:
+            return spec.stored_as(self._encoding, self._grids.get(recipe.name))
+        masks, stack = self._checkpoint.masks, recipe.layer[0].stack
+
+        def bits(_: TensorSpec) -> Tensor:  # kept experts are whole
+            return mask_row_bits(all_ones(stack.numel, 1) if recipe.kept else masks[owner], stack)
+
+        return spec.stored_as(self._encoding, self._encoding.values, bits)
+
+    def _require_shape(self, recipe: RunRecipe, shape: tuple[int, ...]) -> None:
+        if (recipe.rows_in_base and not recipe.trained) or recipe.in_files_form:
+            return  # checked by _parts_of_stack, or split by transformers
+        found = self._trained[recipe.name] if recipe.trained else self._base.size(recipe.in_base or "")[1]
+        if tuple(found) != (tuple(self._whole_tensors[recipe.name].shape) if recipe.kept else shape):
+            raise ExportError(
+                f"{recipe.name} has shape {tuple(found)} in the base model or checkpoint, and {shape} in the trained "
+                "model. Use the base model that the run was trained from"
+            )
+
+    def _in_parts(self, name: str, saved: dict[str, Tensor]) -> Iterator[TensorJob]:
+        """Plan the tensor ``name``, which the base's files hold as the tensors ``saved``."""
+        in_base = {part: self._base.find(part) for part in saved}
+        if name.removesuffix(".weight") in self._layers:
+            raise ExportError(
+                f"{name} is built from {', '.join(saved)} by transformers, and cannot be split again once it is "
+                f"pruned. Exclude it with exclude_modules = [{json.dumps(name.rpartition('.')[0])}]"
+            )
+        if self._kept_of(name):
+            raise ExportError(
+                f"{name} is stored as {', '.join(saved)}, from which no experts can be removed. Report it"
+            )
+        if name not in self._trained:
+            for part, tensor in saved.items():
+                stored = in_base[part]  # with all tensors that transformers makes of it
+                shape = tuple(tensor.shape) if stored is None else self._base.size(stored)[1]
+                yield self._job(part, stored, part, shape)
+            return
+        recipe = replace(self._recipe(name, None, next(iter(in_base.values()))), in_files_form=True)
+        outputs = tuple(self._spec(recipe, part, tuple(tensor.shape)) for part, tensor in saved.items())
+        yield TensorJob(outputs, recipe)

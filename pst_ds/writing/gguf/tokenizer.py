@@ -1,0 +1,122 @@
+"""Describe a tokenizer for GGUF: byte-level BPE ("gpt2"), or BPE with byte fallback ("llama")."""
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from pst_ds.writing.encoding import ExportError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+_Table = dict[str, Any]
+"""Part of tokenizer.json, or arguments of ``GGUFWriter``."""
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+"""Token types in llama.cpp's numbering."""
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_KNOWN_SPLITS = {_LLAMA3: "llama-bpe", _LLAMA3.replace("{1,3}", ""): "qwen2"}
+
+
+def gguf_tokenizer(tokenizer: "Tokenizer", vocab_size: int) -> _Table:
+    """Describe a fast tokenizer of transformers for a model of ``vocab_size`` rows.
+
+    Returns the argument of each method ``add_<key>`` of ``GGUFWriter``, by key. Raises ExportError.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    table: _Table = json.loads(backend.to_str()) if backend is not None else {}
+    model = table.get("model") or {}
+    if model.get("type") != "BPE":
+        raise ExportError(
+            f"GGUF export supports BPE tokenizers, and this is {model.get('type') or type(tokenizer).__name__}. Export "
+            'with format = "dense", and convert the folder with the script of llama.cpp'
+        )
+    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
+    falls_back = bool(model.get("byte_fallback"))
+    pre = "default" if falls_back else _pre_tokenizer(table)
+    tokens, kinds = _tokens(table, model, vocab_size, falls_back)
+    names = {key: getattr(tokenizer, f"{key}_token_id", None) for key in ("bos", "eos", "unk", "pad")}
+    special = {key: int(number) for key, number in names.items() if number is not None}
+    if "unk" in special and falls_back:
+        kinds[special["unk"]] = UNKNOWN
+    encoded = tokenizer("a")["input_ids"]
+    described: _Table = {
+        "tokenizer_model": "llama" if falls_back else "gpt2",
+        "tokenizer_pre": pre,
+        "token_list": tokens,
+        "token_types": kinds,
+        **({"token_scores": _scores(tokens, merges)} if falls_back else {"token_merges": merges}),
+        **{f"{key}_token_id": number for key, number in special.items()},
+        "add_bos_token": bool(encoded) and encoded[0] == special.get("bos"),
+        "add_space_prefix": _adds_space(table),
+        "chat_template": _chat_templates(tokenizer),
+    }
+    return {key: value for key, value in described.items() if value != []}
+
+
+def _tokens(table: _Table, model: _Table, vocab_size: int, falls_back: bool) -> tuple[list[str], list[int]]:
+    tokens, kinds = [f"[PAD{number}]" for number in range(vocab_size)], [UNUSED] * vocab_size
+    named = {number: (token, NORMAL) for token, number in model["vocab"].items()}
+    if falls_back:
+        named |= {
+            n: (f"<0x{b:02X}>", BYTE) for b in range(256) if (n := model["vocab"].get(f"<0x{b:02X}>")) is not None
+        }
+    for added in table.get("added_tokens") or ():
+        named[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
+    beyond = sorted(number for number in named if number >= vocab_size)
+    if beyond:
+        raise ExportError(f"the tokenizer has token {beyond[0]}, but the model embeds only {vocab_size} tokens")
+    for number, (token, kind) in named.items():
+        tokens[number], kinds[number] = token, kind
+    return tokens, kinds
+
+
+def _scores(tokens: list[str], merges: list[str]) -> list[float]:
+    """Return the negated index of the merge that makes each token; llama.cpp merges the highest score first."""
+    rank: dict[str, int] = {}
+    for number, merge in enumerate(merges):
+        left, _, right = merge.partition(" ")
+        rank.setdefault(left + right, number)
+    return [float(-rank.get(token, len(merges))) for token in tokens]
+
+
+def _pre_tokenizer(table: _Table) -> str:
+    """Return llama.cpp's name for the pre-tokeniser. Raises ExportError without one."""
+    found = table.get("pre_tokenizer") or {}
+    parts = found.get("pretokenizers", [found] if found else [])
+    kinds = [part.get("type") for part in parts]
+    if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits") and parts[1].get("use_regex", True):
+        return "smollm"
+    if kinds == ["Split", "ByteLevel"]:
+        name = _KNOWN_SPLITS.get((parts[0].get("pattern") or {}).get("Regex", ""))
+        if name:
+            return name
+    raise ExportError(
+        f"the tokenizer splits text with {', '.join(map(str, kinds)) or 'nothing'}, a pre-tokeniser that GGUF export "
+        "does not know. Supported are GPT-2, SmolLM, Llama 3 and Qwen2, and BPE with byte fallback"
+    )
+
+
+def _adds_space(table: _Table) -> bool:
+    """Return whether the tokenizer prepends a space."""
+    rules = json.dumps([table.get("normalizer"), table.get("pre_tokenizer")])
+    return '"Prepend"' in rules or '"prepend_scheme": "first"' in rules or '"prepend_scheme": "always"' in rules
+
+
+def _chat_templates(tokenizer: "Tokenizer") -> list[dict[str, str]]:
+    """Return names and texts of the chat templates.
+
+    ``{% generation %}``, a tag that marks answers in training, is an extension of transformers. Plain Jinja rejects it,
+    and older llama-cpp-python does not load such a file (its issue 2225). ``{% if true %}`` renders the same.
+    """
+    found = tokenizer.chat_template or {}
+    named = {"default": found} if isinstance(found, str) else found
+    plain = {name: re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", text) for name, text in named.items()}
+    return [
+        {"name": name, "template": re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", text)}
+        for name, text in plain.items()
+    ]

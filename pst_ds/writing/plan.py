@@ -1,0 +1,255 @@
+"""The plan of an export: its tensors, which of them are made together, and where they go in the weight files."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.packings import COMPRESSED_TENSORS, DENSE, FOR_COMPRESSED_TENSORS, PACKINGS
+from pst_ds.core.quantization import Grid
+from pst_ds.formats import VALUE_DTYPES, FormatError, PackedFormat, packed_format, stored_bits
+from pst_ds.formats.rows import row_counts
+from pst_ds.formats.safetensors_file import Slot, header_and_slots
+from pst_ds.writing.encoding import Encoding, ExportError
+
+SHARD_BYTES = 5 << 30
+"""Default size limit of a weight file."""
+
+Origin = Literal["base", "trained", "pruned", "model"]
+""""base": unchanged pretrained values; "trained": from the checkpoint, or W0 + beta U V of an embedding; "pruned":
+M . (W0 + beta U V); "model": from a model folder."""
+_MAX_DENSE_SHARE = 1.01
+"""A weight is packed if its parts take at most this share of its dense bytes; csr at 50 % sparsity is just above 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor of an export."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Shape in the model: (I, O) for a Conv1D; (E, O, I) or (E, I, O) for a stack of experts."""
+    dtype: torch.dtype
+    """Dtype in the model, also where quantised values are stored."""
+    origin: Origin
+    packing: str = DENSE
+    """Packed format, or "dense"."""
+    grid: Grid | None = None
+    """Quantisation scheme; None for values in the model's dtype."""
+    transposed: bool = False
+    """True if the model stores it as (I, O) or (E, I, O)."""
+    is_linear: bool = False
+    """True for the weight of a linear layer, whose sparsity pattern is detected."""
+    stored_values: int = 0
+    """Values that the format of a packed tensor stores."""
+    bitmask_shape: tuple[int, ...] = ()
+    """Shape of its bitmask in the file; () for other formats than bitmask."""
+    stays_dense: bool = False
+    """True if a sparse weight stays dense because the format cannot hold it, or would make it larger."""
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(O, I) of a linear layer's weight; (E*O, I) of a stack of experts."""
+        *stacked, rows, columns = self.shape
+        outputs, inputs = (columns, rows) if self.transposed else (rows, columns)
+        return math.prod(stacked) * outputs, inputs
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the tensor in the model's dtype."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def form(self) -> PackedFormat | None:
+        """Format of the parts; None for a tensor that is stored unchanged."""
+        return None if self.packing == DENSE and self.grid is None else packed_format(self.packing, self.grid)
+
+    def part_names(self, parts: Iterable[str] = ()) -> list[str]:
+        """Return the names in the files of its ``parts``, by default all of them in the order of the format."""
+        if self.form is None:
+            return [self.name]
+        return [f"{self.name.removesuffix('.weight')}.{part}" for part in parts or self.form.part_names]
+
+    def part_sizes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Return the dtype and shape of each part, by its name in the files. Raises ExportError."""
+        if self.form is None:
+            return {self.name: (self.dtype, self.shape)}
+        try:
+            sizes = self.form.parts(self.matrix, self.stored_values, self.dtype)
+        except FormatError as error:
+            raise ExportError(f"{self.name}: {error}") from None
+        if self.bitmask_shape:
+            sizes["bitmask"] = torch.uint8, self.bitmask_shape
+        return dict(zip(self.part_names(sizes), sizes.values(), strict=True))
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes of all parts. Raises ExportError."""
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.part_sizes().values())
+
+    def as_matrix(self, tensor: Tensor) -> Tensor:
+        """Return ``tensor``, which has the model's shape, as :attr:`matrix`."""
+        return (tensor.transpose(-1, -2) if self.transposed else tensor).flatten(0, -2)
+
+    def as_in_model(self, matrix: Tensor) -> Tensor:
+        """Return a view of ``matrix``, which has the shape :attr:`matrix`, in the model's shape."""
+        *stacked, rows, columns = self.shape
+        if self.transposed:
+            return matrix.view(*stacked, columns, rows).transpose(-1, -2)
+        return matrix.view(self.shape)
+
+    def quantised(self, grid: Grid | None) -> TensorSpec:
+        """Return the tensor quantised to ``grid``, or unchanged if it is not a matrix of floats."""
+        can_be = self.dtype in VALUE_DTYPES and (len(self.shape) == 2 or self.is_linear) and self.dense_nbytes
+        return replace(self, grid=grid) if can_be else self
+
+    def stored_as(
+        self, encoding: Encoding, grid: Grid | None, keep: Callable[[TensorSpec], Tensor] | None = None
+    ) -> TensorSpec:
+        """Return the tensor as an export stores it.
+
+        Args:
+            encoding: storage of the export.
+            grid: quantisation of the tensor if it is not packed.
+            keep: reads the row bits of the kept weights, (O, ceil(I/8)), of a weight that may be packed.
+
+        Raises ExportError for a Conv1D in a layout of compressed-tensors.
+        """
+        packing, spec = encoding.packing, self.quantised(grid)
+        if packing in PACKINGS and keep is not None:
+            can_pack = spec.dtype in VALUE_DTYPES and spec.grid in (None, encoding.values)
+            return spec.packed(packing, encoding.values, keep(spec)) if can_pack else spec
+        if packing not in FOR_COMPRESSED_TENSORS or spec.grid is None:
+            return spec
+        if len(self.shape) > 2:  # its readers support linear layers only
+            return self
+        if self.transposed:
+            raise ExportError(
+                f"{self.name} is the weight of a Conv1D, and {COMPRESSED_TENSORS} supports nn.Linear only. Export "
+                'with format = "dense", and load with pst_ds.hf'
+            )
+        return replace(spec, packing=packing)
+
+    def packed(self, packing: str, grid: Grid | None, keep: Tensor) -> TensorSpec:
+        """Return the tensor packed and quantised to ``grid``, or unchanged if it does not fit or become smaller.
+
+        ``keep``: row bits of the kept weights, (O, ceil(I/8)) uint8.
+        """
+        counts = row_counts(keep)
+        if int(counts.sum()) == self.numel:
+            return self
+        dense = self.quantised(grid)
+        form = packed_format(packing, dense.grid)
+        if form.accepts(keep, self.matrix):
+            packed = replace(dense, packing=packing, stored_values=form.stored(counts))
+            if packed.stored_nbytes <= _MAX_DENSE_SHARE * dense.stored_nbytes:
+                bits_shape = tuple(stored_bits(keep).shape) if packing == "bitmask" else ()
+                return replace(packed, bitmask_shape=bits_shape)
+        return replace(self, stays_dense=True)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorValues:
+    """The values of a tensor of an export."""
+
+    tensor: Tensor
+    """Values in the model's shape; those outside ``keep`` are undefined."""
+    keep: Tensor | None = None
+    """Row bits (O, ceil(I/8)) of the mask that the tensor was pruned with."""
+    pruned_per_matrix: tuple[int, ...] = ()
+    scales: Tensor | None = None
+    """(O, groups) bf16 scales of a tensor that is quantised already."""
+    rounding_error: float = 0.0
+    """Relative error of an earlier quantisation."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorJob:
+    """Tensors that are made together: one, unless transformers saves one parameter as several tensors."""
+
+    outputs: tuple[TensorSpec, ...]
+    recipe: object
+    """The source's description of how to make them."""
+
+
+class Source(Protocol):
+    """Source of an export's values."""
+
+    def make(self, job: TensorJob) -> Iterator[TensorValues]:
+        """Yield the values of the job's outputs, in their order. Raises ExportError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFile:
+    """A weight file: name, first bytes, place of each tensor, and size in bytes."""
+
+    name: str
+    header: bytes
+    slots: dict[str, Slot]
+    nbytes: int
+
+
+def plan_files(jobs: Sequence[TensorJob], stem: str, shard_bytes: int) -> list[PlannedFile]:
+    """Distribute all outputs over files, in order. All parts of a tensor go into one file.
+
+    ``shard_bytes``: limit for the tensors in a file; only a single larger tensor exceeds it. Raises ExportError if two
+    tensors would have the same name.
+    """
+    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+    filled = 0
+    for output in (output for job in jobs for output in job.outputs):
+        parts, nbytes = output.part_sizes(), output.stored_nbytes
+        if shards[-1] and filled + nbytes > shard_bytes:
+            shards, filled = [*shards, {}], 0
+        twice = next((name for name in parts for shard in shards if name in shard), None)
+        if twice:
+            raise ExportError(f"two tensors of the model would have the name {twice} in the export")
+        shards[-1] |= parts
+        filled += nbytes
+    count = len(shards)
+    ends = [f"-{i + 1:05d}-of-{count:05d}" for i in range(count)] if count > 1 else [""]
+    return [PlannedFile(f"{stem}{e}.safetensors", *header_and_slots(s)) for e, s in zip(ends, shards, strict=True)]
+
+
+def require_space(folder: Path, nbytes: int) -> None:
+    """Raise ExportError if the disk of ``folder``, which need not exist yet, has less than ``nbytes`` free."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if nbytes > free:
+        raise ExportError(
+            f"{folder} needs {nbytes:,} bytes, and the disk has {free:,} free. Free space, or write to another disk"
+        )
+
+
+def require_packed(jobs: Sequence[TensorJob], encoding: Encoding) -> list[str]:
+    """Return the names of sparse weights that stay dense.
+
+    Raises ExportError if nothing is packed, or nothing is quantised, although ``encoding`` asks for it.
+    """
+    outputs, packing = [output for job in jobs for output in job.outputs], encoding.packing
+    if encoding.is_quantized and not any(output.grid for output in outputs):
+        raise ExportError(
+            "no weight can be quantised: values is for linear layers inside the blocks, embeddings for embedding "
+            "tables and output layers, and this model has neither"
+        )
+    if packing == DENSE or any(output.packing != DENSE for output in outputs):
+        return [output.name for output in outputs if output.stays_dense]
+    raise ExportError(
+        f"no weight would be smaller as {packing}, so nothing can be packed: 2:4 needs at most two non-zeros in every "
+        "four consecutive inputs, bitmask more than 7 % sparsity, and csr more than 50 %. Train with "
+        'pst.pattern = "2:4" or more sparsity, or export with format = "dense"'
+    )

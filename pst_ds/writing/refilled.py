@@ -1,0 +1,82 @@
+"""Sparsity of an export, and matrices of a pruned model that have lost their zeros, as after merging an adapter."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from pst_ds.core.packings import DENSE
+from pst_ds.errors import shortened
+from pst_ds.formats.base_weights import names_in_files
+from pst_ds.nn.model_structure import is_inside_block, router_names, untied_linear_layers
+from pst_ds.writing.manifest import ExportedTensor
+
+LEAST_PRUNED_SHARE = 0.01
+"""Lowest sparsity of a pruned matrix. Rounding to bf16 makes a few zeros in a matrix that was never pruned."""
+
+
+def refilled_weights(
+    model: nn.Module, tensors: Sequence[ExportedTensor], recorded_zeros: Mapping[str, int]
+) -> list[str]:
+    """Return the names of the tensors that have fewer zeros than pruning gave them.
+
+    If the manifest of the source says which tensors were pruned, their SHA-256 was compared, and none is refilled.
+    ``pst-ds prune`` records the zeros of each layer. Without a record, a linear layer inside the blocks is refilled if
+    it is dense although others are pruned; it may also have been excluded from pruning.
+
+    Args:
+        model: the plain model, for the names of its linear layers.
+        tensors: the export.
+        recorded_zeros: zeros by layer, from the record of ``pst-ds prune``; empty without one.
+    """
+    if any(tensor.origin == "pruned" for tensor in tensors):
+        return []
+    if recorded_zeros:
+        return [tensor.name for tensor in tensors if _zeros(tensor) < recorded_zeros.get(_layer_name(tensor.name), 0)]
+    in_blocks = linear_weights_in_blocks(model)
+    candidates = [tensor for tensor in tensors if tensor.name in in_blocks]
+    if not any(is_pruned(_zeros(tensor), tensor.numel) for tensor in candidates):
+        return []
+    return [tensor.name for tensor in candidates if not is_pruned(_zeros(tensor), tensor.numel)]
+
+
+def measured_sparsity(tensors: Sequence[ExportedTensor], refilled: Sequence[str] = ()) -> float:
+    """Return the sparsity of the pruned tensors, and of those that were ``refilled``.
+
+    Without any pruned tensor it is that of the linear weights with zeros.
+    """
+    pruned = [tensor for tensor in tensors if tensor.origin == "pruned"]
+    counted = pruned or [tensor for tensor in tensors if tensor.pattern != DENSE or tensor.name in set(refilled)]
+    weights = sum(tensor.numel for tensor in counted)
+    return sum(map(_zeros, counted)) / weights if weights else 0.0
+
+
+def is_pruned(zeros: int, weights: int) -> bool:
+    """Return whether a matrix with so many ``zeros`` counts as pruned."""
+    return zeros >= LEAST_PRUNED_SHARE * weights > 0
+
+
+def linear_weights_in_blocks(model: nn.Module) -> set[str]:
+    """Return the names of the weights of linear layers inside the blocks, except routers, in the model and in files."""
+    routers = router_names(model)
+    weights = {
+        f"{name}.weight": module.weight
+        for name, module in untied_linear_layers(model).items()
+        if is_inside_block(name, model) and name not in routers
+    }
+    return {*weights, *names_in_files(model, weights)}
+
+
+def refilled_text(names: Sequence[str]) -> str:
+    """Return a line of text about refilled weights."""
+    return (
+        f"without pruned weights, although others are pruned: {len(names)} matrices, {shortened(names)}. They were "
+        "excluded from pruning, or filled again, as merging an adapter does"
+    )
+
+
+def _zeros(tensor: ExportedTensor) -> int:
+    return tensor.numel - tensor.nonzero
+
+
+def _layer_name(tensor_name: str) -> str:
+    return tensor_name.removesuffix(".weight")

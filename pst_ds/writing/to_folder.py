@@ -1,0 +1,357 @@
+"""Export a run's checkpoint or a model folder as a folder of dense or packed weights, or as a GGUF file, atomically."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from pst_ds.atomic_files import atomic_folder, require_writable
+from pst_ds.checkpoint.format import Checkpoint
+from pst_ds.core.packings import DENSE, FOR_COMPRESSED_TENSORS, GGUF, QUANTIZED_PACKINGS
+from pst_ds.core.quantization import Grid
+from pst_ds.data.tokens.tokenize import open_tokenizer
+from pst_ds.data.vocabulary import Vocabulary
+from pst_ds.file_names import CARD_FILE, MANIFEST_FILE
+from pst_ds.formats.base_weights import BaseWeights, is_text_part
+from pst_ds.nn.base_model import origin_of
+from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.model_structure import is_linear
+from pst_ds.nn.tables.rounded import table_grid
+from pst_ds.writing.encoding import Encoding, ExportError
+from pst_ds.writing.from_folder import CONFIG_FILE, copy_small_files, open_folder, plan_folder
+from pst_ds.writing.from_run import RunSource, plan_run
+from pst_ds.writing.gguf.model import write_gguf
+from pst_ds.writing.manifest import ExportedTensor, Facts, file_sums, write_manifest
+from pst_ds.writing.model_card import model_card
+from pst_ds.writing.plan import SHARD_BYTES, PlannedFile, Source, TensorJob, plan_files, require_packed, require_space
+from pst_ds.writing.pruning_record import zeros_in_record
+from pst_ds.writing.refilled import measured_sparsity, refilled_weights
+from pst_ds.writing.trimmed_vocabulary import with_fewer_rows, write_vocabulary
+from pst_ds.writing.write import write_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SMALL = "generation_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
+"""Small files of the base model that ``save_pretrained`` of the tokenizer does not write."""
+_SPARE_BYTES = 64 << 20
+"""Free disk space to require in addition to the weights, for tokenizer, manifest and card."""
+_KEPT_FACTS = (
+    "step", "base_model", "base_fingerprint", "computed_in", "sparsity_requested", "metrics", "run", "tokens_kept",
+)  # fmt: skip
+"""Facts of a manifest that an export of the folder keeps."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportOptions:
+    """Storage of an export."""
+
+    packing: str = DENSE
+    """"dense", a packed format ("bitmask", "2:4", "csr"), "compressed-tensors" or "gguf"."""
+    values: Grid | None = None
+    """Quantisation of linear layers; None leaves them unchanged. Layers of a run that was trained with quantisation
+    have its quantised values, unless ``dtype`` is set."""
+    embeddings: Grid | None = None
+    """Quantisation of embeddings and the output layer; None leaves them unchanged."""
+    dtype: str | None = None
+    """"bf16" or "fp32": cast all tensors; None keeps their dtypes."""
+    shard_bytes: int = SHARD_BYTES
+    """Size limit of a weight file."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """The model, tensors and other files of an export, and the facts for its manifest."""
+
+    model: nn.Module
+    jobs: list[TensorJob]
+    source: Source
+    facts: Facts
+    write_small_files: Callable[[Path], None]
+    """Writes config.json, the tokenizer and other small files."""
+    recorded_zeros: dict[str, int] = field(default_factory=dict)
+    """Zeros of each layer as ``pst-ds prune`` recorded them; empty for another source."""
+
+
+def export_checkpoint(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    options: ExportOptions,
+    *,
+    vocabulary: Vocabulary | None = None,
+    run: dict[str, object] | None = None,
+    whole: PreTrainedModel | None = None,
+) -> Facts:
+    """Write the trained model in ``checkpoint`` to ``out``, a model folder or GGUF file, atomically.
+
+    Pruned tensors have the values that the masked model multiplied with, and +0.0 where pruned. Other tensors are
+    trained values, or have the base model's bytes.
+
+    Args:
+        model: the run's model, for names, shapes and config; may be on the meta device.
+        vocabulary: ``tokenizer`` with fewer tokens; only their rows are written. None keeps all tokens.
+        run: resolved run file, for the manifest.
+        whole: the model with all experts, if the run has removed some and ``model`` lacks them.
+
+    Raises ExportError.
+    """
+    if checkpoint.state.rounds:
+        values = _as_trained("values", checkpoint.contents.value_grid, options.values, options)
+        embeddings = _as_trained("embeddings", table_grid(model), options.embeddings, options)
+        options = replace(options, values=values, embeddings=embeddings)
+    encoding = Encoding(options.packing, options.values, options.embeddings)
+    _require_free(out, encoding)
+    base = BaseWeights(checkpoint.state.base_path, getattr(model, "base_model_prefix", ""))
+    if vocabulary and is_text_part(model, base.folder):
+        raise ExportError(
+            f"vocabulary: {base.folder} has more than the text part, so its vocabulary must stay complete. Keep all "
+            "tokens"
+        )
+    if whole is not None and is_text_part(model, base.folder):
+        raise ExportError(
+            f"{base.folder} has more than the text part, of which experts cannot be removed. Train its text part only"
+        )
+    jobs, source = plan_run(model, checkpoint, base, encoding, options.dtype, whole), RunSource(checkpoint, base, model)
+    facts = _facts_of_run(checkpoint, encoding, run)
+    if whole is not None:
+        facts |= {"sparsity_requested": 0.0, "experts_removed": checkpoint.state.sparsity}
+    write_small_files = partial(_write_small_files_of_run, model, base, tokenizer)
+    contents = _Contents(model, jobs, source, facts, write_small_files)
+    if vocabulary:
+        contents = _trimmed(contents, tokenizer, vocabulary)
+    return _write(contents, tokenizer, out, encoding, options)
+
+
+def _facts_of_run(checkpoint: Checkpoint, encoding: Encoding, run: dict[str, object] | None) -> Facts:
+    state = checkpoint.state
+    origin = origin_of(state.base_path)
+    return {
+        "kind": encoding.packing,
+        "step": state.step,
+        "base_model": state.base_path,
+        "base_fingerprint": state.base_fingerprint,
+        "computed_in": state.precision,
+        "sparsity_requested": state.sparsity,
+        "metrics": {name: value if math.isfinite(value) else None for name, value in state.metrics.items()},
+        "run": run,
+        **({"pruned_from": origin} if origin != state.base_path else {}),
+    }
+
+
+def _write_small_files_of_run(
+    model: PreTrainedModel, base: BaseWeights, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Write the config, the base's small files and the tokenizer to ``folder``."""
+    if is_text_part(model, base.folder):
+        base.copy_if_there(CONFIG_FILE, folder)
+    else:
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(folder)
+    for name in _SMALL:
+        base.copy_if_there(name, folder)
+    tokenizer.save_pretrained(folder)
+
+
+def export_folder(
+    source: Path,
+    out: Path,
+    options: ExportOptions,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    vocabulary: Vocabulary | None = None,
+) -> Facts:
+    """Write a dense model folder with pruned weights, or one of our packed folders, to ``out``, atomically.
+
+    Weights are bit-identical, except for a packed -0.0, which becomes +0.0, and for weights that ``options`` quantises.
+    Weights that are quantised in that way already stay unchanged.
+
+    Args:
+        tokenizer: the folder's tokenizer, required with ``vocabulary``.
+        vocabulary: ``tokenizer`` with fewer tokens; only their rows are written. None keeps all tokens.
+
+    Raises ExportError.
+    """
+    encoding = Encoding(options.packing, options.values, options.embeddings)
+    _require_free(out, encoding)
+    if out.resolve() == source.resolve():
+        raise ExportError(f"out = {str(out)!r} is the folder to read. Name another folder")
+    folder = open_folder(source)
+    jobs, origin = plan_folder(folder, encoding, options.dtype)
+    facts = {"kind": encoding.packing, **{key: folder.facts.get(key) for key in _KEPT_FACTS}}
+    facts["metrics"] = facts["metrics"] or {}
+    if "pruned_from" in folder.facts:
+        facts["pruned_from"] = folder.facts["pruned_from"]
+    recorded_zeros = {} if folder.facts else zeros_in_record(folder.path)
+    contents = _Contents(folder.model, jobs, origin, facts, partial(copy_small_files, folder.path), recorded_zeros)
+    if vocabulary:
+        assert tokenizer is not None
+        contents = _trimmed(contents, tokenizer, vocabulary)
+    elif encoding.packing == GGUF:
+        tokenizer = open_tokenizer(source, str(source), "Name a folder with a tokenizer")
+    return _write(contents, tokenizer, out, encoding, options)
+
+
+def _trimmed(contents: _Contents, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> _Contents:
+    """Return ``contents`` with the rows, the tokenizer and the ids of ``vocabulary``. Raises ExportError."""
+    model = contents.model
+
+    def write_small_files(folder: Path) -> None:
+        contents.write_small_files(folder)
+        write_vocabulary(folder, model, vocabulary, tokenizer)
+
+    jobs, source = with_fewer_rows(contents.jobs, contents.source, model, vocabulary.kept)
+    before = contents.facts.get("tokens_kept")
+    if before and vocabulary.kept[-1] >= len(before):
+        raise ExportError(f"the manifest has {len(before)} tokens, and the tokenizer has more. Export the model again")
+    kept = [before[old] for old in vocabulary.kept] if before else list(vocabulary.kept)
+    facts = {**contents.facts, "tokens_kept": kept}
+    return _Contents(model, jobs, source, facts, write_small_files, contents.recorded_zeros)
+
+
+def _as_trained(option: str, trained: Grid | None, requested: Grid | None, options: ExportOptions) -> Grid | None:
+    """Return the quantisation of "values" or "embeddings": by default the run's, if the format supports it.
+
+    Raises ExportError for another quantisation than the run's.
+    """
+    if trained is None:
+        return requested
+    if requested is None:
+        foreign = FOR_COMPRESSED_TENSORS if option == "values" else ()
+        has_codes = options.packing in (*QUANTIZED_PACKINGS, *foreign, GGUF)
+        return trained if options.dtype is None and has_codes else None
+    if requested != trained:
+        raise ExportError(
+            f"the export asks for {requested}, and the run was trained with {trained}. Quantising again loses "
+            f"accuracy. Leave {option} and group unset, or write floats with dtype"
+        )
+    return requested
+
+
+def _require_free(out: Path, encoding: Encoding) -> None:
+    """Raise ExportError unless ``out`` is free, an empty folder or an older export; for GGUF free or an older file."""
+    if encoding.packing == GGUF:
+        if out.suffix != ".gguf" or out.is_dir():
+            raise ExportError(
+                f"out = {str(out.absolute())!r} must be one file for llama.cpp. Give it a name that ends in .gguf"
+            )
+    elif out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / MANIFEST_FILE).is_file())):
+        raise ExportError(f"out = {str(out.absolute())!r} exists and is not an export. Name another folder")
+    require_writable(out, f"out = {str(out)!r}")
+
+
+def _write(
+    contents: _Contents,
+    tokenizer: PreTrainedTokenizerBase | None,
+    out: Path,
+    encoding: Encoding,
+    options: ExportOptions,
+) -> Facts:
+    """Write ``out`` as a folder or a GGUF file; return the facts, counts and sizes."""
+    jobs, source = contents.jobs, contents.source
+    if encoding.packing == GGUF:
+        return contents.facts | write_gguf(jobs, source, contents.model.config, tokenizer, out, encoding)
+    stay_dense = require_packed(jobs, encoding)
+    files = plan_files(jobs, encoding.stem, options.shard_bytes)
+    nbytes = {name: slot.nbytes for file in files for name, slot in file.slots.items()}
+    file_bytes = sum(file.nbytes for file in files)
+    require_space(out, file_bytes + _SPARE_BYTES)
+    with atomic_folder(out) as folder:
+        tensors = write_tensors(folder, files, jobs, source)
+        _write_index(folder, files, encoding)
+        contents.write_small_files(folder)
+        left_alone = _unquantised(contents.model, tensors) if encoding.packing in FOR_COMPRESSED_TENSORS else []
+        compressed = any(len(output.bitmask_shape) == 1 for job in jobs for output in job.outputs)
+        quantization = encoding.quantization_config(len(files), left_alone, compressed=compressed)
+        architecture = _finish_config(folder, tensors, quantization)
+        refilled = refilled_weights(contents.model, tensors, contents.recorded_zeros)
+        storage = storage_facts(tensors, [sum(nbytes[part.name] for part in tensor.parts) for tensor in tensors])
+        facts: Facts = {
+            "kind": encoding.packing,
+            **encoding.facts(),
+            "architecture": architecture,
+            **contents.facts,
+            "sparsity_measured": measured_sparsity(tensors, refilled),
+            "dense_bf16_bytes": 2 * sum(tensor.numel for tensor in tensors),
+            "weight_bytes": sum(nbytes.values()),
+            "file_bytes": file_bytes,
+            **(storage if encoding.is_quantized else {}),
+            **({"left_alone": left_alone} if left_alone else {}),
+            **({"refilled": refilled} if refilled else {}),
+        }
+        (folder / CARD_FILE).write_text(model_card(out.name, facts), encoding="utf-8")
+        write_manifest(folder, tensors, {**facts, **file_sums(folder)})
+    facts.pop("run", None)
+    return {**facts, "export_dir": str(out), **tensor_counts(tensors), **storage, "stay_dense": stay_dense}
+
+
+def tensor_counts(tensors: Sequence[ExportedTensor]) -> dict[str, int]:
+    """Return the numbers of tensors, of pruned ones and of packed ones."""
+    return {
+        "tensors": len(tensors),
+        "pruned_tensors": sum(tensor.origin == "pruned" for tensor in tensors),
+        "packed_tensors": sum(tensor.packing != DENSE for tensor in tensors),
+    }
+
+
+def _write_index(folder: Path, files: Sequence[PlannedFile], encoding: Encoding) -> None:
+    """Write the index, if there are several files."""
+    if len(files) == 1:
+        return
+    total = sum(slot.nbytes for file in files for slot in file.slots.values())
+    index = {"metadata": {"total_size": total}, "weight_map": {n: file.name for file in files for n in file.slots}}
+    path = folder / encoding.weights_file(len(files))
+    path.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _finish_config(folder: Path, tensors: Sequence[ExportedTensor], quantization: dict[str, object] | None) -> str:
+    """Write dtype and packing of the tensors into config.json; return the name of the model's class."""
+    path = folder / CONFIG_FILE
+    table = json.loads(path.read_text(encoding="utf-8"))
+    names = ("bfloat16", "float16", "float32")
+    widths = {name for tensor in tensors if (name := str(tensor.spec.dtype).removeprefix("torch.")) in names}
+    table.pop("torch_dtype", None)  # the older name of "dtype"
+    table["dtype"] = widths.pop() if len(widths) == 1 else "float32"
+    for part in table.values():  # such as text_config
+        if isinstance(part, dict) and part.get("dtype"):
+            part["dtype"] = table["dtype"]
+    if quantization is not None:
+        table["quantization_config"] = quantization
+    path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return (table.get("architectures") or [""])[0]
+
+
+def _unquantised(model: nn.Module, tensors: Sequence[ExportedTensor]) -> list[str]:
+    """Return the linear layers that are not quantised."""
+    quantised = {tensor.name.removesuffix(".weight") for tensor in tensors if tensor.values}
+    linear = [name for name, module in model.named_modules() if is_linear(module) or isinstance(module, PSTLinear)]
+    return [name for name in linear if name not in quantised]
+
+
+def storage_facts(tensors: Sequence[ExportedTensor], sizes: Sequence[int]) -> dict[str, float]:
+    """Return the bits per weight, including scales and positions, and the quantisation error.
+
+    ``sizes``: stored bytes of each tensor.
+    """
+
+    def bits_per_weight(stored: Sequence[tuple[ExportedTensor, int]]) -> float:
+        weights, nbytes = sum(tensor.numel for tensor, _ in stored), sum(size for _, size in stored)
+        return round(8 * nbytes / max(weights, 1), 4)
+
+    stored = list(zip(tensors, sizes, strict=True))
+    packed = [(tensor, size) for tensor, size in stored if tensor.packing != DENSE]
+    errors = [tensor.rounding_error for tensor in tensors if tensor.values]
+    facts = {"bits_per_weight": bits_per_weight(stored)}
+    if packed:
+        facts["packed_bits_per_weight"] = bits_per_weight(packed)
+    return facts | ({"rounded_tensors": len(errors), "largest_rounding_error": max(errors)} if errors else {})

@@ -1,0 +1,146 @@
+"""Export a model for fewer tokens: embeddings and output layer keep only the rows of the remaining tokens."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from pst_ds.core.packings import DENSE
+from pst_ds.data.vocabulary import Vocabulary, ids_in, renumbered
+from pst_ds.formats import row_bits
+from pst_ds.formats.base_weights import names_in_files
+from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.model_structure import is_inside_block
+from pst_ds.nn.tables.embedding import PSTEmbedding
+from pst_ds.writing.encoding import ExportError
+from pst_ds.writing.plan import Source, TensorJob, TensorValues
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_Table = dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class RowSource:
+    """Another source's values; tensors in ``names`` have only the rows ``kept``."""
+
+    source: Source
+    names: frozenset[str]
+    kept: Sequence[int]
+
+    def make(self, job: TensorJob) -> Iterator[TensorValues]:
+        """Yield the values of the job's outputs. Raises ExportError."""
+        rows = torch.tensor(self.kept)
+        for output, values in zip(job.outputs, self.source.make(job), strict=True):
+            if output.name not in self.names:
+                yield values
+                continue
+            scales = None if values.scales is None else values.scales[rows]
+            yield replace(values, tensor=values.tensor[rows], scales=scales)
+
+    def job(self, job: TensorJob) -> TensorJob:
+        """Return another source's job with fewer rows. Packed tensors are read, to count their values."""
+        outputs = list(job.outputs)
+        for i, output in enumerate(outputs):
+            if output.name in self.names:
+                outputs[i] = replace(output, shape=(len(self.kept), *output.shape[1:]))
+                if output.stored_values:
+                    tensor = list(self.make(job))[i].tensor.to(output.dtype)
+                    keep = row_bits(output.as_matrix(tensor).contiguous())
+                    dense = replace(outputs[i], packing=DENSE, stored_values=0, bitmask_shape=())
+                    outputs[i] = dense.packed(output.packing, output.grid, keep)
+        return replace(job, outputs=tuple(outputs))
+
+
+def with_fewer_rows(
+    jobs: Sequence[TensorJob], source: Source, model: nn.Module, kept: Sequence[int]
+) -> tuple[list[TensorJob], RowSource]:
+    """Return the jobs and the source of an export of ``model`` with the tokens ``kept``. Raises ExportError."""
+    found = _row_per_token(model, kept)
+    trimmed = RowSource(source, frozenset({*found, *names_in_files(model, found)}), kept)
+    return [trimmed.job(job) for job in jobs], trimmed
+
+
+def take_rows(model: nn.Module, kept: Sequence[int]) -> None:
+    """Keep only the rows of the tokens ``kept`` in ``model``, in place; it may have PST modules. Raises ExportError."""
+    rows = torch.tensor(kept)
+    for param in {id(p): p for p in _row_per_token(model, kept).values()}.values():
+        param.data = param.data[rows.to(param.device)]
+    table = model.get_input_embeddings()  # type: ignore[operator]
+    if isinstance(table, PSTEmbedding):
+        table.pst_U.data = table.pst_U.data[rows.to(table.pst_U.device)]
+    if getattr(table, "padding_idx", None) is not None:
+        table.padding_idx = list(kept).index(table.padding_idx)
+
+
+def _row_per_token(model: nn.Module, kept: Sequence[int]) -> dict[str, nn.Parameter]:
+    """Return the parameters with a row per token: embedding, output layer (tied or not), and biases outside the blocks.
+
+    Raises ExportError if rows of them cannot be removed.
+    """
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+    rows = int(modules[0].weight.shape[0])
+    if kept[-1] >= rows:
+        raise ExportError(f"the tokenizer has token {kept[-1]}, but the model embeds only {rows} tokens")
+    owned = {id(param) for module in modules if module is not None for param in module.parameters()}
+    found = {
+        name: param
+        for name, param in model.named_parameters(remove_duplicate=False)
+        if ".pst_" not in name
+        and (id(param) in owned or (tuple(param.shape) == (rows,) and not is_inside_block(name, model)))
+    }
+    pruned = next((name for name in found if name.rpartition(".")[0] in pst_layers(model)), None)
+    if pruned:
+        raise ExportError(
+            f"vocabulary: {pruned} has a row per token and is pruned, so its rows must stay. Keep all tokens"
+        )
+    other = next((name for name, param in found.items() if param.shape[0] != rows), None)
+    if other:
+        raise ExportError(
+            f"vocabulary: {other} has {found[other].shape[0]} rows, and the embedding {rows}. Keep all tokens"
+        )
+    return found
+
+
+def ids_of_model(model: nn.Module) -> set[int]:
+    """Return the token ids in the configs of ``model``, which must be kept."""
+    generation = getattr(model, "generation_config", None)
+    return ids_in(_settings(model)) | (ids_in(generation.to_dict()) if generation is not None else set())
+
+
+def write_vocabulary(folder: Path, model: nn.Module, vocabulary: Vocabulary, whole: "PreTrainedTokenizerBase") -> None:
+    """Replace the ``whole`` tokenizer in ``folder`` by the trimmed one, and renumber the ids in the configs."""
+    for name in whole.vocab_files_names.values():
+        (folder / name).unlink(missing_ok=True)
+    vocabulary.tokenizer.save_pretrained(folder)
+    _renumber_file(folder / "config.json", _settings(model), vocabulary)
+    path = folder / "generation_config.json"
+    if path.is_file():
+        _renumber_file(path, json.loads(path.read_text("utf-8")), vocabulary)
+
+
+def _settings(model: nn.Module) -> _Table:
+    return dict(model.config.to_dict())  # type: ignore[operator, union-attr]
+
+
+def _renumber_file(path: Path, full: _Table, vocabulary: Vocabulary) -> None:
+    """Renumber the ids in a config file; ``full`` includes settings that the file omits because they are defaults."""
+    table = _changed(json.loads(path.read_text("utf-8")), full, renumbered(full, vocabulary))
+    path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _changed(table: Mapping[str, object], full: Mapping[str, object], new: Mapping[str, object]) -> _Table:
+    """Return ``table`` with the values that differ between ``full`` and ``new``."""
+    merged: _Table = dict(table)
+    for name, value in new.items():
+        inner, before = merged.get(name), full[name]
+        if isinstance(value, dict) and isinstance(inner, dict) and isinstance(before, dict):
+            merged[name] = _changed(inner, before, value)
+        elif value != before:
+            merged[name] = value
+    return merged

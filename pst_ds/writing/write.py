@@ -1,0 +1,120 @@
+"""Write the weight files of an export: make, pack, hash and store each tensor."""
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.bits import INT_OF_SIZE
+from pst_ds.core.packings import DENSE, WHOLE_ROW
+from pst_ds.formats import FormatError, PackedFormat, QuantizedFormat, row_bits, stored_bits
+from pst_ds.formats.rows import row_counts
+from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, Slot, tensor_bytes, write_at
+from pst_ds.progress import Progress
+from pst_ds.writing.detect_pattern import detect_pattern
+from pst_ds.writing.encoding import ExportError
+from pst_ds.writing.manifest import ExportedTensor, StoredPart, count_nonzero
+from pst_ds.writing.plan import PlannedFile, Source, TensorJob, TensorSpec, TensorValues
+from pst_ds.writing.quantization import quantised_parts
+
+Places = dict[str, tuple[BinaryIO, Slot]]
+"""The open file and the slot of every part, by its name."""
+
+
+def write_tensors(
+    folder: Path, files: Sequence[PlannedFile], jobs: Sequence[TensorJob], source: Source
+) -> list[ExportedTensor]:
+    """Write all files into ``folder``; return the tensors in the order of the jobs. Raises ExportError."""
+    tensors, place = list[ExportedTensor](), Places()
+    nbytes = [sum(output.dense_nbytes for output in job.outputs) for job in jobs]
+    with ExitStack() as stack:
+        for file in files:
+            stream = stack.enter_context((folder / file.name).open("wb", buffering=0))
+            write_at(stream.fileno(), memoryview(file.header), 0)
+            stream.truncate(file.nbytes)
+            place |= {name: (stream, slot) for name, slot in file.slots.items()}
+        progress = stack.enter_context(Progress("export", sum(nbytes), "bytes"))
+        for job, size in zip(jobs, nbytes, strict=True):
+            made = source.make(job)
+            tensors += [_written(output, [next(made)], place) for output in job.outputs]
+            progress.add(size)
+    return tensors
+
+
+def _written(output: TensorSpec, made: list[TensorValues], place: Places) -> ExportedTensor:
+    """Write a tensor. ``made`` holds the only reference to its values, so they are freed once they are packed."""
+    one = made.pop()
+    rest, parts = replace(one, tensor=torch.empty(0)), [one.tensor.to(output.dtype)]
+    del one
+    pattern, error, form = DENSE, 0.0, output.form
+    if isinstance(form, QuantizedFormat):
+        parts, nonzero, pattern, error = quantised_parts(output, form, parts, rest)
+    elif form is not None:
+        packed = _packed(output, form, parts, rest.keep)
+        nonzero, pattern = _count_packed(output, form, packed, rest.keep)
+        parts = [packed[name] for name in form.part_names]
+        del packed
+    elif output.is_linear:
+        bits = row_bits(output.as_matrix(parts[0]))
+        nonzero, pattern = int(row_counts(bits).sum()), detect_pattern(bits, output.matrix[1])
+    else:
+        nonzero = count_nonzero(parts[0])
+    if form is not None and output.bitmask_shape:
+        at = form.part_names.index("bitmask")
+        parts[at] = stored_bits(parts[at])
+    written = tuple(_written_part(n, part, *place[n]) for n, part in zip(output.part_names(), parts, strict=True))
+    grid = output.grid
+    return ExportedTensor(
+        name=output.name,
+        shape=output.shape,
+        dtype=CODE_OF_DTYPE[output.dtype],
+        origin=output.origin,
+        nonzero=nonzero,
+        pattern=pattern,
+        pruned_per_matrix=rest.pruned_per_matrix,
+        matrix_axis=1 if output.transposed else 0,
+        packing=output.packing,
+        transposed=output.transposed,
+        parts=written,
+        values=grid.values if grid else "",
+        group=(grid.group or WHOLE_ROW) if grid else "",
+        rounding_error=error,
+    )
+
+
+def _written_part(name: str, tensor: Tensor, stream: BinaryIO, slot: Slot) -> StoredPart:
+    if (tensor.dtype, tuple(tensor.shape)) != (slot.dtype, slot.shape):
+        raise RuntimeError(f"{name} was planned as {slot} and made as {tensor.dtype} {tuple(tensor.shape)}")
+    data = tensor_bytes(tensor)
+    write_at(stream.fileno(), data, slot.offset)
+    return StoredPart(name=name, file=Path(stream.name).name, sha256=hashlib.sha256(data).hexdigest())
+
+
+def _packed(output: TensorSpec, form: PackedFormat, held: list[Tensor], keep: Tensor | None) -> dict[str, Tensor]:
+    """Pack the only tensor in ``held``, which is removed to free its memory early. Raises ExportError."""
+    matrix = output.as_matrix(held.pop())
+    if output.transposed:
+        matrix = matrix.contiguous()  # a copy, so the stored orientation is freed
+    try:
+        return form.pack(matrix, keep, output.name)
+    except FormatError as error:
+        raise ExportError(str(error)) from None
+
+
+def _count_packed(
+    output: TensorSpec, form: PackedFormat, packed: dict[str, Tensor], keep: Tensor | None
+) -> tuple[int, str]:
+    """Return (non-zeros, sparsity pattern) of a packed tensor."""
+    values, inputs = packed[form.values_name], output.matrix[1]
+    # a packed zero is +0.0, so integers of the same width can be counted, which is faster
+    as_int = values.view(INT_OF_SIZE[values.element_size()])
+    nonzero = int(torch.count_nonzero(as_int))
+    bits = packed.get("bitmask", keep)
+    if nonzero != values.numel() or bits is None:  # some kept weights are zero
+        bits = row_bits(form.unpack(packed))
+    return nonzero, detect_pattern(bits, inputs)
