@@ -12,13 +12,10 @@ def require_stages(run: RunConfig, num_examples: int) -> int:
     """Return the optimizer steps of the run. Raises InputError for what would stop it only after hours of work.
 
     These are the checks that need the number of training examples, or that a later stage makes: steps and schedules of
-    training and of ``[finetune]``, and whether ``[start]`` can prune the model. ``pst-ds plan``, ``init`` and ``train``
-    share them.
+    training and of ``[finetune]``, and whether ``[start]`` can prune the model. ``pst-ds plan`` and ``train`` share
+    them; ``init`` makes the same.
     """
-    num_steps = run.num_steps(num_examples)
-    run.make_schedules(num_steps)
-    if (stage := run.finetuning()) is not None:
-        stage.make_schedules(stage.num_steps(num_examples))
+    num_steps = require_schedules(run, num_examples)
     if run.start.method != "none" and not (Path(run.output_dir) / START).exists():
         try:
             require_startable(run)
@@ -26,4 +23,13 @@ def require_stages(run: RunConfig, num_examples: int) -> int:
             raise InputError(
                 f'start.method = "{run.start.method}": {error}. Or skip it: start.method = "none"'
             ) from None
+    return num_steps
+
+
+def require_schedules(run: RunConfig, num_examples: int) -> int:
+    """Return the optimizer steps of the run. Raises InputError for steps and schedules of a stage that cannot work."""
+    num_steps = run.num_steps(num_examples)
+    run.make_schedules(num_steps)
+    if (stage := run.finetuning()) is not None:
+        stage.make_schedules(stage.num_steps(num_examples))
     return num_steps

@@ -246,6 +246,15 @@ def test_a_mixture_of_experts_begins_by_alps_with_equal_shares(made, mixture):
     assert table["pst"]["pattern"] == "matrix"
 
 
+def test_a_start_that_the_run_does_not_support_leaves_room_for_the_next_best(made, mixture):
+    """Solves during training, the best at this sparsity, do not work on stacks of experts; a start by ALPS does."""
+    words = ("--task", "classification", "--text-columns", "text", "--sparsity", "0.95", "--max-length", "32")
+    _, table, result = made(mixture, "--train", TRAIN, *words, "--steps", "100")
+    assert table["start"]["method"] == "alps"
+    assert "solves" not in table["schedule"]
+    assert "ALPS" not in "".join(result["remarks"])
+
+
 @pytest.mark.parametrize("more", [("--pattern", "4x4"), ("--method", "gmp"), ("--pattern", "stack")])
 def test_a_language_model_begins_dense_where_no_start_was_measured(made, more):
     out, table, _ = made(LLAMA, "--train", TRAIN, "--task", "causal-lm", *more)

@@ -3,8 +3,9 @@
 import argparse
 import json
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -42,7 +43,7 @@ from pst_ds.text_table import bytes_text
 from pst_ds.train.model import load_model_config, load_tokenizer, meta_model, num_trainable, why_not_in_precision
 from pst_ds.train.one_shot.start import require_startable
 from pst_ds.train.prepare import checked_shapes
-from pst_ds.train.stages import require_stages
+from pst_ds.train.stages import require_schedules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -132,24 +133,20 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     model = meta_model(run, labels, tokenizer)
     if why_not_in_precision(run, labels, model):
         table = laid_over(table, "train", precision="fp32")
+    check = partial(_checked, labels=labels, tokenizer=tokenizer, examples=examples, ranks=ranks)
     if _is_cut(args):
-        table = _with_cut(table, run, args, examples)
+        proposals = [_with_cut(table, run, args, examples)]
     else:
         if task.new_head:
             table = _for_a_new_task(table, model, run)
-        without_start = table
-        table, remark = with_start(table, examples, any_pattern=not args.pattern)
-        if table is not without_start:
-            try:
-                _checked(table, labels, tokenizer, examples, ranks)
-            except InputError as error:
-                table = without_start
-                remark = f"not initialised with ALPS, which this model does not support: {error}"
-        remarks.append(remark)
+        proposals = [*_with_start(table, examples, any_pattern=not args.pattern), table]
+    draft, remark = _first_sound(proposals, check)
+    remarks.append(remark)
     if machine:
-        table, remark = _for_cluster(table, examples, ranks, args.machine)
+        table, remark = _for_cluster(draft.table, examples, ranks, args.machine)
         remarks.append(remark)
-    run, model = _checked(table, labels, tokenizer, examples, ranks)
+        draft = check(table)
+    run, model = draft.run, draft.model
     layers = pst_layers(model)
     summary = {
         "task": run.task,
@@ -169,7 +166,7 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     reasons = length_reason, _proposed_pattern(args, run.task)[1]
     node_size = machine.node_size if machine else 0
     known = model_config.model_type, positions, has_accelerator, node_size
-    return Chosen(table, run, labels, *known, names, *reasons, summary)
+    return Chosen(draft.table, run, labels, *known, names, *reasons, summary)
 
 
 def _require_useful_pattern(args: argparse.Namespace) -> None:
@@ -192,19 +189,53 @@ def _is_cut(args: argparse.Namespace) -> bool:
     return bool(args.target) and not TARGETS[args.target].skips_pruned and not args.pattern
 
 
-def _checked(
-    table: Settings, labels: list[str], tokenizer: "Tokenizer", examples: int, ranks: int
-) -> tuple[RunConfig, nn.Module]:
-    """Return the run of ``table`` and its model on the meta device, checked as ``pst-ds plan`` checks them.
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A table of settings that the checks of ``pst-ds plan`` accept."""
 
-    Raises InputError. The DeepSpeed JSON is that of :func:`deepspeed_settings`, which fits every run.
+    table: Settings
+    run: RunConfig
+    model: nn.Module
+    """The run's model on the meta device."""
+    remark: str
+    """That the weights which ``[start]`` prunes could not be examined; "" if they were, or without a start."""
+
+
+def _checked(table: Settings, labels: list[str], tokenizer: "Tokenizer", examples: int, ranks: int) -> _Draft:
+    """Return ``table`` with its run and model, checked as ``pst-ds plan`` checks them. Raises InputError.
+
+    The DeepSpeed JSON is that of :func:`deepspeed_settings`, which fits every run.
     """
     run = run_from_table(table)
     stage = 3 if run.deepspeed_config else 0
     model = checked_shapes(run, labels, tokenizer, ranks=ranks, num_shards=1, stage=stage)
-    require_stages(run, examples)
+    require_schedules(run, examples)
+    unexamined = require_startable(run) if run.start.method != "none" else ""
     start_cost(run, model, model_numbers(model), ranks, machine_of("cpu"))
-    return run, model
+    remark = f"[start] was checked with the model's config only, not with its weights: {unexamined}"
+    return _Draft(table, run, model, remark if unexamined else "")
+
+
+def _first_sound(proposals: Sequence[Settings], check: Callable[[Settings], _Draft]) -> tuple[_Draft, str]:
+    """Return the first of ``proposals`` that passes ``check``, and a remark, or "".
+
+    All but the last add a start by ALPS, or solves, to the last: the remark says what is against them. Raises
+    InputError for the last proposal.
+    """
+    *with_start, plain = proposals
+    problem = ""
+    for proposal in with_start:
+        try:
+            draft = check(proposal)
+        except InputError as error:
+            problem = str(error)
+        else:
+            return draft, draft.remark
+    draft = check(plain)
+    return (
+        draft,
+        f"no [start] with ALPS, which would make the model more accurate: {problem}" if problem else draft.remark,
+    )
 
 
 def _machine(args: argparse.Namespace) -> Machine | None:
@@ -443,40 +474,21 @@ def laid_over(table: Settings, section: str, **settings: object) -> Settings:
     return {**table, section: {**table.get(section, {}), **settings}}
 
 
-def with_start(table: Settings, examples: int, *, any_pattern: bool) -> tuple[Settings, str]:
-    """Return ``table`` with a start by ALPS, or solves during training, if that improves the run; and a remark, or "".
+def _with_start(table: Settings, examples: int, *, any_pattern: bool) -> list[Settings]:
+    """Return ``table`` with each start by ALPS, or solves during training, that improves the run: the best one first.
 
-    The table stays unchanged for models that ALPS cannot prune: the remark gives the reason. Another remark says that
-    the weights could not be examined. With ``any_pattern`` the start chooses the sparsity pattern.
+    Empty if none does. Whether the model supports them is not checked. With ``any_pattern`` the start chooses the
+    sparsity pattern.
     """
     run = run_from_table(table)
     if not gains_by_start(run):
-        return table, ""
+        return []
     if run.task_facts.predicts_tokens:
         shares = (True, False) if any_pattern and run.schedule.final_sparsity <= MOST_SPARSITY_OF_BUDGETS else (False,)
-        proposed = [_language_model(table, run, examples, by_saliency) for by_saliency in shares]
-    else:
-        gains = run.task == "classification" and run.schedule.final_sparsity >= SOLVED_SPARSITY
-        solved = [_solved(table)] if gains and run.pst.pattern == "matrix" else []
-        proposed = [*solved, _classifier(table, examples)]
-    problem = ""
-    for proposal in proposed:
-        try:
-            unexamined = _require_trainable(proposal, examples)
-        except InputError as error:
-            problem = str(error)
-        else:
-            remark = f"[start] was checked with the model's config only, not with its weights: {unexamined}"
-            return proposal, remark if unexamined else ""
-    return table, f"no [start] with ALPS, which would make the model more accurate: {problem}"
-
-
-def _require_trainable(table: Settings, examples: int) -> str:
-    """Raise InputError if the run's schedules or its start cannot work; return why the weights were not examined, or
-    ""."""
-    run = run_from_table(table)
-    run.make_schedules(run.num_steps(examples))
-    return require_startable(run) if run.start.method != "none" else ""
+        return [_language_model(table, run, examples, by_saliency) for by_saliency in shares]
+    gains = run.task == "classification" and run.schedule.final_sparsity >= SOLVED_SPARSITY
+    solved = [_solved(table)] if gains and run.pst.pattern == "matrix" else []
+    return [*solved, _classifier(table, examples)]
 
 
 def _solved(table: Settings) -> Settings:
