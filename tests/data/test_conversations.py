@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -230,6 +231,27 @@ def test_tools_reach_the_template():
 def test_what_is_no_conversation_is_refused(value, problem):
     with pytest.raises(ConfigError, match=problem):
         messages_of(value, "row 0")
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        (TALK[:1], ", column 'messages' has no message of the role 'assistant'"),
+        ([{"role": "system", "content": "x"}, *TALK], ": the chat template rejects the conversation: unknown role"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_conversation_of_a_file_is_refused_by_its_line(tmp_path, messages, problem, split):
+    rows = [{"messages": TALK}, {"messages": TALK}, {"messages": messages}]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n\n".join(json.dumps(row) for row in rows))
+    for where in (str(path), f"{path}[1:]"):
+        with pytest.raises(ConfigError, match=re.escape(f"{where}: line 5{problem}")):
+            Chat(EvalConfig()).load(_data(where), split, tokenizer_with(INST), [])
+    whole = tmp_path / "chats.json"
+    whole.write_text(json.dumps(rows, indent=1))
+    with pytest.raises(ConfigError, match=re.escape(f"{whole}: row 2{problem}")):
+        Chat(EvalConfig()).load(_data(whole), split, tokenizer_with(INST), [])
 
 
 def test_a_template_that_refuses_a_role_and_a_missing_one_are_said(tmp_path):

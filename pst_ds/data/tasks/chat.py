@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import itertools
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pst_ds.config.run import ConfigError, DataConfig
 from pst_ds.data.conversations import TOOLS, Rendered, conversation_of, prompt_tokens, render, require_template
-from pst_ds.data.dataset import read_rows, values_of
+from pst_ds.data.dataset import place_in_split, read_rows, values_of
 from pst_ds.data.tasks.answers import AnswerTask
 from pst_ds.data.tasks.task import IGNORED
 
@@ -77,6 +78,33 @@ class Conversations:
         return [ids[-most:] for ids in self.prompt_ids]
 
 
+@dataclass(frozen=True, slots=True)
+class _Example:
+    """A conversation of a file."""
+
+    rendered: Rendered
+    has_answer: bool
+    """Whether its first ``data.max_length`` tokens have an answer."""
+    prompt_ids: list[int]
+    """Tokens before the last answer; empty for training and without an answer."""
+    reference: str
+    """Last answer; empty for training and without an answer."""
+
+
+def _example(
+    row: Mapping[str, object], data: DataConfig, tokenizer: Tokenizer, *, for_training: bool, place: str
+) -> _Example:
+    """Return the tokenised conversation of a row. Raises ConfigError, naming ``place``."""
+    conversation = conversation_of(row, data.text_columns, place)
+    rendered = render(conversation, tokenizer, place)
+    has_answer = any(rendered.is_answer[1 : data.max_length])
+    if for_training or not has_answer:
+        return _Example(rendered, has_answer, [], "")
+    before, answer = conversation.split_at_last_answer()
+    prompt_ids = prompt_tokens(before, tokenizer, place) if before.messages else rendered.ids[:1]
+    return _Example(rendered, has_answer, prompt_ids, answer)
+
+
 class Chat(AnswerTask[Conversations]):
     """Train on all answers of a conversation, and generate the last one."""
 
@@ -99,21 +127,22 @@ class Chat(AnswerTask[Conversations]):
         wanted = [*columns, *([TOOLS] if TOOLS in rows.column_names else [])]
         values = zip(*(values_of(rows, column) for column in wanted), strict=True)
         for number, row in enumerate(dict(zip(wanted, of_row, strict=True)) for of_row in values):
-            place = f"{where}, row {number}"
-            conversation = conversation_of(row, columns, place)
-            whole = render(conversation, tokenizer, place)
-            answer_ends |= special.intersection(itertools.compress(whole.ids, whole.is_answer))
-            rendered = Rendered(whole.ids[: data.max_length], whole.is_answer[: data.max_length])
-            if not any(rendered.is_answer[1:]):
+            read = partial(_example, row, data, tokenizer, for_training=split == "train")
+            try:
+                example = read(place=where)
+            except ConfigError:  # once more with the place, which may take a while to find
+                example = read(place=f"{where}: {place_in_split(data, split, rows, number)}")
+            rendered = example.rendered
+            answer_ends |= special.intersection(itertools.compress(rendered.ids, rendered.is_answer))
+            if not example.has_answer:
                 omitted += 1
                 continue
-            tokens.extend(rendered.ids)
-            is_answer.extend(rendered.is_answer)
+            tokens.extend(rendered.ids[: data.max_length])
+            is_answer.extend(rendered.is_answer[: data.max_length])
             ends.append(len(tokens))
             if split != "train":
-                before, answer = conversation.split_at_last_answer()
-                prompts.append(prompt_tokens(before, tokenizer, place) if before.messages else rendered.ids[:1])
-                references.append([answer])
+                prompts.append(example.prompt_ids)
+                references.append([example.reference])
         if not ends:
             raise ConfigError(
                 f"{where}: no conversation has an answer within data.max_length = {data.max_length} tokens. Raise it"
