@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pst_ds.cli.main import main
+from pst_ds.config.targets import TARGETS
 from tools.docs import run_file, scaling
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +23,14 @@ def test_the_settings_page_is_the_codes():
     schema = run_file.schema()
     for path, code in ((run_file.PAGE, run_file.page(schema)), (run_file.SCHEMA, json.dumps(schema, indent=1) + "\n")):
         assert path.read_text(encoding="utf-8") == code, "run python -m tools.docs.run_file"
+
+
+def test_the_page_on_smaller_models_has_every_target():
+    page = (ROOT / "docs/how-to/shapes.md").read_text(encoding="utf-8")
+    table = page.partition("| your target |")[2].partition("\n\n")[0]
+    targets = [row.split("|")[1] for row in table.splitlines() if row.startswith("|")]
+    named = {name for cell in targets for name in re.findall(r"`(.+?)`", cell)}
+    assert named == {*TARGETS}
 
 
 @pytest.mark.thorough
