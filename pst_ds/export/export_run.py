@@ -22,6 +22,7 @@ from pst_ds.data.tasks import task_of
 from pst_ds.data.tokens.tokenize import open_tokenizer
 from pst_ds.data.vocabulary import trim
 from pst_ds.errors import InputError
+from pst_ds.export.export_checks import require_place, require_pruned, require_representable, require_vocabulary
 from pst_ds.file_names import RUN_FILE
 from pst_ds.train.evaluate import evaluation_batches
 from pst_ds.train.model import load_tokenizer, meta_model
@@ -31,7 +32,7 @@ from pst_ds.writing.expert_stacks import kept_experts
 from pst_ds.writing.from_folder import CONFIG_FILE, model_of
 from pst_ds.writing.manifest import Facts
 from pst_ds.writing.plan import SHARD_BYTES
-from pst_ds.writing.to_folder import ExportOptions, export_checkpoint, export_folder
+from pst_ds.writing.to_folder import ExportOptions, export_checkpoint, export_folder, options_as_trained
 from pst_ds.writing.trimmed_vocabulary import ids_of_model
 
 if TYPE_CHECKING:
@@ -77,6 +78,11 @@ class ExportSettings(Section):
     def problems(self) -> Iterator[str]:
         if self.plain and self.format != ONNX:
             yield f'plain = true is for format = "{ONNX}", not for format = "{self.format}". Remove plain = true'
+        if self.shard_bytes != SHARD_BYTES and self.format in (GGUF, ONNX):
+            yield (
+                f'shard_bytes = {self.shard_bytes} is for folders of weight files, not for format = "{self.format}". '
+                "Remove shard_bytes"
+            )
         quantised_onnx = self.format == ONNX and not self.plain and self.values in VALUE_BITS
         if self.activation_bits == 8 and not quantised_onnx and self.format != COMPRESSED_TENSORS:
             yield (
@@ -133,12 +139,17 @@ def export_run(
     """
     settings = settings or ExportSettings()
     config = run if isinstance(run, RunConfig) else load_run_or_folder(run)
-    if settings.format == ONNX:
-        return _to_onnx(lambda at, how: export_run(config, at, how, checkpoint=checkpoint), Path(out), settings)
+    require_place(Path(out), settings)
+    require_vocabulary(settings, SEEN)
+    require_pruned(config, settings)
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(config, checkpoint)
     tokenizer = load_tokenizer(config)
     build = partial(meta_model, config, opened.state.labels, tokenizer, own_dropout=True)
     model, whole = build(), None
+    require_representable(model, settings)
+    if settings.format == ONNX:
+        return _to_onnx(lambda at, how: export_run(config, at, how, checkpoint=opened), Path(out), settings)
+    options = options_as_trained(settings.options(), cast("PreTrainedModel", model), opened)
     kept = next(iter(kept_experts(model, opened).values()), ())
     if kept:
         model, whole = build(experts=len(kept)), model
@@ -154,7 +165,7 @@ def export_run(
         opened,
         tokenizer,
         Path(out),
-        settings.options(),
+        options,
         vocabulary=vocabulary,
         run=json.loads(json.dumps(tomllib.loads(dump_run(config)))),
         whole=cast("PreTrainedModel | None", whole),
@@ -166,13 +177,16 @@ def export_run(
 def export_model_folder(source: str | Path, out: str | Path, settings: ExportSettings | None = None) -> Facts:
     """Export a model folder with pruned weights, or one of our packed folders, atomically; see :func:`export_run`."""
     settings, source = settings or ExportSettings(), Path(source)
-    if settings.format == ONNX:
-        return _to_onnx(lambda at, how: export_model_folder(source, at, how), Path(out), settings)
-    tokenizer, vocabulary = None, None
+    require_place(Path(out), settings, source)
     if settings.vocabulary == SEEN:
         raise InputError(
             f'vocabulary = "seen": {source} is a model folder, which has no training data. Name a text file'
         )
+    require_vocabulary(settings, SEEN)
+    require_representable(model_of(source), settings)
+    if settings.format == ONNX:
+        return _to_onnx(lambda at, how: export_model_folder(source, at, how), Path(out), settings)
+    tokenizer, vocabulary = None, None
     if settings.vocabulary:
         tokenizer = open_tokenizer(source, str(source), "Name a folder with a tokenizer")
         tokens = _tokens_of_file(settings.vocabulary, tokenizer)
@@ -196,9 +210,8 @@ def is_model_folder(source: Path) -> bool:
 
 def _to_onnx(export: Callable[[Path, ExportSettings], Facts], out: Path, settings: ExportSettings) -> Facts:
     """Export to a temporary folder with ``export``, and write its ONNX graph to ``out``."""
-    from pst_ds.inference.onnx.folder import require_free, write_onnx
+    from pst_ds.inference.onnx.folder import write_onnx
 
-    require_free(out)
     with tempfile.TemporaryDirectory(prefix="pst-ds-") as scratch:
         packed, plain = Path(scratch) / out.name, settings.plain
         how = replace(settings, format="dense" if plain else "bitmask", plain=False, activation_bits=16)

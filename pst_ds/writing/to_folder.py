@@ -105,12 +105,9 @@ def export_checkpoint(
 
     Raises ExportError.
     """
-    if checkpoint.state.rounds:
-        values = _as_trained("values", checkpoint.contents.value_grid, options.values, options)
-        embeddings = _as_trained("embeddings", table_grid(model), options.embeddings, options)
-        options = replace(options, values=values, embeddings=embeddings)
+    options = options_as_trained(options, model, checkpoint)
     encoding = Encoding(options.packing, options.values, options.embeddings)
-    _require_free(out, encoding)
+    require_free(out, encoding.packing)
     base = BaseWeights(checkpoint.state.base_path, getattr(model, "base_model_prefix", ""))
     if vocabulary and is_text_part(model, base.folder):
         raise ExportError(
@@ -183,7 +180,7 @@ def export_folder(
     Raises ExportError.
     """
     encoding = Encoding(options.packing, options.values, options.embeddings)
-    _require_free(out, encoding)
+    require_free(out, encoding.packing)
     if out.resolve() == source.resolve():
         raise ExportError(f"out = {str(out)!r} is the folder to read. Name another folder")
     folder = open_folder(source)
@@ -219,6 +216,18 @@ def _trimmed(contents: _Contents, tokenizer: PreTrainedTokenizerBase, vocabulary
     return _Contents(model, jobs, source, facts, write_small_files, contents.recorded_zeros)
 
 
+def options_as_trained(options: ExportOptions, model: PreTrainedModel, checkpoint: Checkpoint) -> ExportOptions:
+    """Return ``options`` with the quantisation that the run was trained with, if the format supports it.
+
+    Raises ExportError for another quantisation.
+    """
+    if not checkpoint.state.rounds:
+        return options
+    values = _as_trained("values", checkpoint.contents.value_grid, options.values, options)
+    embeddings = _as_trained("embeddings", table_grid(model), options.embeddings, options)
+    return replace(options, values=values, embeddings=embeddings)
+
+
 def _as_trained(option: str, trained: Grid | None, requested: Grid | None, options: ExportOptions) -> Grid | None:
     """Return the quantisation of "values" or "embeddings": by default the run's, if the format supports it.
 
@@ -238,9 +247,9 @@ def _as_trained(option: str, trained: Grid | None, requested: Grid | None, optio
     return requested
 
 
-def _require_free(out: Path, encoding: Encoding) -> None:
+def require_free(out: Path, packing: str) -> None:
     """Raise ExportError unless ``out`` is free, an empty folder or an older export; for GGUF free or an older file."""
-    if encoding.packing == GGUF:
+    if packing == GGUF:
         if out.suffix != ".gguf" or out.is_dir():
             raise ExportError(
                 f"out = {str(out.absolute())!r} must be one file for llama.cpp. Give it a name that ends in .gguf"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -107,18 +107,21 @@ def _annotate(graph: ir.Model, facts: Mapping[str, object], activation_bits: int
 
 
 def _outputs_of(model: PreTrainedModel) -> list[str]:
-    """Return the tensors that a model's forward pass returns, without states and caches.
+    """Return the tensors that a model's forward pass returns, without states and caches. Raises ExportError."""
+    require_graph(model)
+    inputs = input_names(model)
+    with torch.no_grad():
+        found = model(**{name: torch.ones(1, 8, dtype=torch.long) for name in inputs}, return_dict=True)
+    return [name for name, value in found.items() if isinstance(value, Tensor) and name not in _NOT_LOGITS]
 
-    Raises ExportError for a model that no graph can represent.
-    """
+
+def require_graph(model: Any) -> None:
+    """Raise ExportError for a model, which may be on the meta device, that no graph can represent."""
     inputs, name = input_names(model), type(model).__name__
     if model.config.is_encoder_decoder or "input_ids" not in inputs:
         raise ExportError(f"{name} does not take a single sequence of tokens. Choose another format")
     if any(is_experts(module) for module in model.modules()):
         raise ExportError(f"{name} has experts, and a graph cannot route tokens to them. Choose another format")
-    with torch.no_grad():
-        found = model(**{name: torch.ones(1, 8, dtype=torch.long) for name in inputs}, return_dict=True)
-    return [name for name, value in found.items() if isinstance(value, Tensor) and name not in _NOT_LOGITS]
 
 
 def require_free(out: Path) -> None:

@@ -70,6 +70,18 @@ def write_gguf(
     }
 
 
+def require_gguf(model: Any) -> None:
+    """Raise ExportError if the config of ``model`` shows that no GGUF file can hold it, or without the package gguf."""
+    _library()
+    text = model.config.get_text_config()
+    family_of(text)
+    _rotation(text)
+    if model.get_output_embeddings() is None:
+        raise ExportError(
+            f"{type(model).__name__} does not predict tokens, as the models of GGUF files do. Choose another format"
+        )
+
+
 def _library() -> ModuleType:
     try:
         import gguf
