@@ -16,7 +16,7 @@ from pst_ds.writing.gguf.model import require_gguf
 from pst_ds.writing.to_folder import require_free
 
 if TYPE_CHECKING:
-    from pst_ds.inference.export_run import ExportSettings
+    from pst_ds.export.export_run import ExportSettings
 
 _MOST_OF_TWO_OF_FOUR = 0.5
 """Share of the weights that "2:4" can hold."""

@@ -21,10 +21,10 @@ def no_work(monkeypatch):
     for name in (
         "pst_ds.export.to_folder.BaseWeights",
         "pst_ds.export.from_folder.BaseWeights",
-        "pst_ds.inference.export_run.kept_experts",
-        "pst_ds.inference.export_run._tokens_of_splits",
-        "pst_ds.inference.export_run._tokens_of_file",
-        "pst_ds.inference.export_run._to_onnx",
+        "pst_ds.export.export_run.kept_experts",
+        "pst_ds.export.export_run._tokens_of_splits",
+        "pst_ds.export.export_run._tokens_of_file",
+        "pst_ds.export.export_run._to_onnx",
         "pst_ds.export.to_folder.atomic_folder",
     ):
         monkeypatch.setattr(name, never)
