@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, PositiveInt, StringConstraints, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 from torch import Tensor
 
 from pst_ds import __version__
@@ -34,7 +34,7 @@ from pst_ds.atomic_files import (
 )
 from pst_ds.checkpoint.restore import same_base
 from pst_ds.errors import InputError, first_problem, shortened
-from pst_ds.formats.safetensors_file import TensorFile, TensorFileError
+from pst_ds.formats.safetensors_file import Slot, TensorFile, TensorFileError
 
 INDEX, STATES = "index.json", "states"
 FORMAT = 1
@@ -44,7 +44,11 @@ _MOST_CHARACTERS = 200
 
 Form = Literal["masked", "beside"]
 _StateFile = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}-[0-9a-f]{16}\.safetensors$")]
+_Size = Annotated[int, Field(gt=0, lt=1 << 31)]
+_Count = Annotated[int, Field(ge=0, lt=1 << 48)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
 _STRICT = ConfigDict(strict=True, extra="forbid")
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 State = dict[str, Tensor]
 """Personal values by name, in the store's dtype, on the CPU."""
 
@@ -73,10 +77,10 @@ class Common:
     """SHA-256 of each mask, by layer."""
     shared_sha256: str
     """SHA-256 of the trained values that users share."""
-    beta: float
+    beta: _Finite
     dtype: Literal["bf16", "fp32"]
     """Dtype of the values in the files."""
-    shapes: dict[str, list[PositiveInt]]
+    shapes: dict[str, Annotated[list[_Size], Field(min_length=1)]]
     """Shapes of the personal values, by name."""
 
 
@@ -87,10 +91,10 @@ class UserEntry:
     __pydantic_config__ = _STRICT
     file: _StateFile
     sha256: str
-    bytes: int
-    rows: int
+    bytes: _Count
+    rows: _Count
     """Rows of text that the state was trained on."""
-    steps: int
+    steps: _Count
     loss: float
     """Mean loss of the last step."""
 
@@ -243,7 +247,7 @@ class UserStore:
                 f"{path} of user {name!r} cannot be read: {error}. Remove the user, or train it again"
             ) from None
         # views of the file's bytes: allocating hundreds of small tensors would waste a fifth of their size
-        state = {key: data[s.offset : s.offset + s.nbytes].view(s.dtype).view(s.shape) for key, s in slots.items()}
+        state = {key: _viewed(data[slot.offset : slot.offset + slot.nbytes], slot) for key, slot in slots.items()}
         self._require_shapes(state, f"{path} of user {name!r}")
         return state
 
@@ -251,6 +255,11 @@ class UserStore:
         shapes = {name: list(tensor.shape) for name, tensor in state.items()}
         if shapes != self.common.shapes:
             raise UserStoreError(f"{what} does not fit {self.folder}: it has {_difference(shapes, self.common.shapes)}")
+        for name, tensor in state.items():
+            if tensor.dtype != _DTYPES[self.common.dtype]:
+                raise UserStoreError(
+                    f"{what} does not fit {self.folder}: {name} is {tensor.dtype}, not {self.common.dtype}"
+                )
 
     @contextmanager
     def _writing(self) -> Iterator[dict[str, UserEntry]]:
@@ -346,6 +355,12 @@ def _read_index(folder: Path) -> tuple[Common, dict[str, UserEntry]]:
         problem = first_problem(error) if isinstance(error, ValidationError) else error
         raise UserStoreError(f"{path} is damaged: {problem}. Use a copy, or train the users again") from None
     return index.common, index.users
+
+
+def _viewed(data: Tensor, slot: Slot) -> Tensor:
+    """Return the tensor in the bytes ``data`` of a file, without a copy if they are aligned, as we write them."""
+    aligned = data if data.storage_offset() % slot.dtype.itemsize == 0 else data.clone()
+    return aligned.view(slot.dtype).view(slot.shape)
 
 
 def _difference(found: Mapping[str, list[int]], wanted: Mapping[str, list[int]]) -> str:

@@ -1,8 +1,6 @@
 """Open a model folder, dense or packed, for ``generate``, ``serve`` and ``bench``: config, model, tokenizer."""
 
 import inspect
-import json
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +12,10 @@ from pst_ds.core.packings import DENSE
 from pst_ds.data.generation import end_tokens
 from pst_ds.data.tokens.tokenize import open_tokenizer
 from pst_ds.errors import InputError
-from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.formats.base_weights import BaseWeights
 from pst_ds.hf.config import LoadAs, PackedWeightsConfig
-from pst_ds.nn.base_model import DTYPES, PRUNING_RECORD, Pretrained, architecture
+from pst_ds.nn.base_model import DTYPES, Pretrained, architecture
+from pst_ds.nn.folder_facts import sparsity_of
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 """Inputs of an encoder, each (batch, tokens) int64."""
@@ -45,12 +43,8 @@ class ModelFolder:
 
     @property
     def sparsity(self) -> float:
-        """Sparsity of the pruned layers, as the folder's own record says; 0 without one."""
-        for name in (MANIFEST_FILE, PRUNING_RECORD):
-            with suppress(OSError, ValueError, AttributeError):
-                if found := json.loads((self.path / name).read_bytes()).get("sparsity_measured"):
-                    return float(found)
-        return 0.0
+        """Sparsity of the pruned layers, as the folder's own record says; 0 without one. Raises InputError."""
+        return sparsity_of(self.path)
 
     @property
     def weight_file_bytes(self) -> int:

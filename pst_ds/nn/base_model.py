@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from pst_ds.errors import InputError, first_line, shortened
-from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.formats import hub
-from pst_ds.nn.config_values import require_plausible_config
+from pst_ds.nn.config_values import require_plausible_config, require_plausible_generation
+from pst_ds.nn.folder_facts import PRUNING_RECORD
 from pst_ds.nn.sharded_weights import read_by_every_rank
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Dtypes by their names in settings and arguments."""
-PRUNING_RECORD = "pruning.json"
-"""Name of the record that ``pst-ds prune`` writes next to the weights."""
 _MISMATCH = re.compile(r"size mismatch for (\S+): copying a param with shape torch\.Size\(\[([\d, ]*)\]\)")
 
 
@@ -57,6 +55,7 @@ class Pretrained:
 
         self.require_place()
         require_plausible_config(Path(self.path) / "config.json")
+        require_plausible_generation(Path(self.path) / "generation_config.json")
         try:
             return AutoConfig.from_pretrained(self.path, **options)
         except Exception as error:  # strange values make transformers raise anything
@@ -155,10 +154,20 @@ class Pretrained:
             found = _MISMATCH.findall(str(error))
             differing = [f"{name} of shape {tuple(map(int, shape.split(', ')))}" for name, shape in found]
             if not differing:
+                self._require_buildable(kind)
                 raise
+        except Exception:  # strange values make transformers raise anything
+            self._require_buildable(kind)
+            raise
         if differing:
             raise InputError(f"{self} has {', '.join(differing[:3])}; its config.json gives another shape. {misfit}")
         return model, sorted(info["missing_keys"])
+
+    def _require_buildable(self, kind: Any) -> None:
+        """Raise InputError if a model of ``kind`` cannot be built from the config, without weights."""
+        self.shapes(
+            kind, self.config(local_files_only=True), fix="Correct config.json, or copy it from the original model"
+        )
 
     def require_whole(self, model: nn.Module, missing: list[str], fix: str) -> None:
         """Raise InputError, with the ``fix``, if tensors of ``model`` are ``missing`` in the files."""
@@ -167,20 +176,16 @@ class Pretrained:
             raise InputError(f"{lacking}: there would be random values. {fix}")
 
 
-def pruning_record(path: str | Path, name: str = PRUNING_RECORD) -> dict[str, object]:
-    """Return the record of ``pst-ds prune``, or of a run that pruned, in a folder; empty if missing or damaged."""
+def pruning_record(path: str | Path) -> dict[str, object]:
+    """Return the record of ``pst-ds prune``, or of a run that pruned, in a folder; empty if missing or damaged.
+
+    Its values are not validated: compare them only. :mod:`~pst_ds.nn.folder_facts` has typed ones.
+    """
     try:
-        found = json.loads((Path(path) / name).read_text(encoding="utf-8"))
+        found = json.loads((Path(path) / PRUNING_RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def origin_of(path: str) -> str:
-    """Return the model from which the folder ``path`` was pruned or fine-tuned; ``path`` for another folder."""
-    for name in (PRUNING_RECORD, MANIFEST_FILE):
-        path = str(pruning_record(path, name).get("base_model") or path)
-    return path
 
 
 def architecture(config: PreTrainedConfig) -> type[PreTrainedModel] | None:

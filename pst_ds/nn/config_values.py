@@ -1,4 +1,4 @@
-"""Check the values of a model's config.json that would otherwise fail late, or build an endless model."""
+"""Check the values of a model's configs that would otherwise fail late, or build an endless model."""
 
 import json
 from pathlib import Path
@@ -12,9 +12,12 @@ _LARGEST = {
     "num_hidden_layers": 10_000,
     "num_attention_heads": 1 << 20,
     "num_key_value_heads": 1 << 20,
+    "max_position_embeddings": 1 << 40,
 }
-"""Largest plausible value of each size; all are at least 1, except layers, which are at least 0."""
-_LEAST = {"num_hidden_layers": 0}
+"""Largest plausible value of each size; all are at least 1 if :data:`_LEAST` does not say less."""
+_LEAST = {"num_hidden_layers": 0, "max_position_embeddings": 0}
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Keys of token ids; a model can have several that end a text."""
 _PARTS = ("text_config", "vision_config", "audio_config", "encoder", "decoder")
 """Keys of configs inside a config."""
 
@@ -36,18 +39,46 @@ def require_plausible_config(path: Path) -> None:
                 _require_plausible(path, table[part], f"{part}.")
 
 
+def require_plausible_generation(path: Path) -> None:
+    """Raise InputError for a generation_config.json that is not an object, or whose special tokens are not ids of tokens.
+
+    Other problems of the file, and a missing file, are left to transformers.
+    """
+    try:
+        table = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return
+    if not isinstance(table, dict):
+        raise InputError(f"{path} has {str(table)[:80]!r} where an object is expected. {_fix_of(path)}")
+    _require_tokens(path, table, "")
+
+
 def _require_plausible(path: Path, table: dict[str, object], place: str) -> None:
     for key, largest in _LARGEST.items():
         value, least = table.get(key), _LEAST.get(key, 1)
         if isinstance(value, bool | str | float):
-            raise InputError(f"{path}: {place}{key} = {str(value)[:80]!r} is not a whole number. {_FIX}")
+            raise InputError(f"{path}: {place}{key} = {str(value)[:80]!r} is not a whole number. {_fix_of(path)}")
         if isinstance(value, int) and not least <= value <= largest:
-            raise InputError(f"{path}: {place}{key} = {str(value)[:80]} is not from {least} to {largest:,}. {_FIX}")
+            raise InputError(
+                f"{path}: {place}{key} = {str(value)[:80]} is not from {least} to {largest:,}. {_fix_of(path)}"
+            )
+    _require_tokens(path, table, place)
+    names = table.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise InputError(f"{path}: {place}architectures = {str(names)[:80]!r} is not a list of names. {_fix_of(path)}")
     activation = table.get("hidden_act")
     if isinstance(activation, str) and not _is_known(activation):
         raise InputError(
-            f"{path}: {place}hidden_act = {activation[:80]!r} is not an activation of transformers. {_FIX}"
+            f"{path}: {place}hidden_act = {activation[:80]!r} is not an activation of transformers. {_fix_of(path)}"
         )
+
+
+def _require_tokens(path: Path, table: dict[str, object], place: str) -> None:
+    for key in _TOKENS:
+        value = table.get(key)
+        tokens = value if isinstance(value, list) and key == "eos_token_id" else [] if value is None else [value]
+        if not all(type(token) is int and -1 <= token < 1 << 31 for token in tokens):
+            raise InputError(f"{path}: {place}{key} = {str(value)[:80]!r} is not the id of a token. {_fix_of(path)}")
 
 
 def _is_known(activation: str) -> bool:
@@ -56,4 +87,5 @@ def _is_known(activation: str) -> bool:
     return activation in ACT2FN
 
 
-_FIX = "Correct it, or copy config.json from the original model"
+def _fix_of(path: Path) -> str:
+    return f"Correct it, or copy {path.name} from the original model"

@@ -7,7 +7,7 @@ from pathlib import Path
 from pst_ds.atomic_files import require_writable
 from pst_ds.errors import InputError
 from pst_ds.file_names import MANIFEST_FILE
-from pst_ds.nn.base_model import PRUNING_RECORD
+from pst_ds.nn.folder_facts import PRUNING_RECORD
 from pst_ds.prune.outcome import PrunedLayer
 
 RECORD_FILE = PRUNING_RECORD

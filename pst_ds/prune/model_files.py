@@ -27,7 +27,8 @@ from pst_ds.core.layout import runs_of
 from pst_ds.errors import InputError, first_line
 from pst_ds.formats.base_weights import BaseWeights, saved_tensors, tensors_lacking
 from pst_ds.formats.safetensors_file import TensorFile, header_and_slots, tensor_bytes
-from pst_ds.nn.base_model import PRUNING_RECORD, Pretrained, architecture
+from pst_ds.nn.base_model import Pretrained, architecture
+from pst_ds.nn.folder_facts import PRUNING_RECORD
 from pst_ds.nn.model_structure import outermost_list
 from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, of_main, raise_on_all_ranks, rank, world_size
 from pst_ds.parallel.stop_signals import StoppedError

@@ -14,7 +14,8 @@ from pst_ds.core.head_loss import Teacher, head_loss
 from pst_ds.data.tasks import task_of
 from pst_ds.data.tasks.task import IGNORED
 from pst_ds.errors import shortened
-from pst_ds.nn.base_model import DTYPES, PRUNING_RECORD, Pretrained
+from pst_ds.nn.base_model import DTYPES, Pretrained
+from pst_ds.nn.folder_facts import PRUNING_RECORD
 from pst_ds.nn.inject import bypassed
 from pst_ds.nn.language_head import LanguageHead
 from pst_ds.parallel.engine import Engine

@@ -21,7 +21,7 @@ from pst_ds.data.tokens.tokenize import open_tokenizer
 from pst_ds.data.vocabulary import Vocabulary
 from pst_ds.file_names import CARD_FILE, MANIFEST_FILE
 from pst_ds.formats.base_weights import BaseWeights, is_text_part
-from pst_ds.nn.base_model import origin_of
+from pst_ds.nn.folder_facts import origin_of
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.model_structure import is_linear
 from pst_ds.nn.tables.rounded import table_grid

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -93,6 +94,29 @@ def test_a_removed_user_is_gone_from_index_disk_and_memory(store):
         store.state("Ann")
     with pytest.raises(UserStoreError, match="no user"):
         store.remove("Ann")
+
+
+@pytest.mark.parametrize(("code", "size"), [("BF16", 2), ("I8", 1), ("F64", 8), ("F32", 4)])
+@pytest.mark.parametrize("spaces", [0, 1])
+def test_a_state_of_another_dtype_is_refused_and_of_another_alignment_read(store, code, size, spaces):
+    """As a stranger may have written it, with a SHA-256 in the index that agrees."""
+    values = {"a.pst_U": ([3, 2], 6), "head.bias": ([2], 2)}
+    header, end = {}, 0
+    for name, (shape, count) in values.items():
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [end, end + count * size]}
+        end += count * size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8 + spaces)
+    data = len(text).to_bytes(8, "little") + text + bytes(end)
+    entry = store.entry("Ann")
+    (store.folder / STATES / entry.file).write_bytes(data)
+    index = (store.folder / INDEX).read_text()
+    (store.folder / INDEX).write_text(index.replace(entry.sha256, hashlib.sha256(data).hexdigest()))
+    if code == "F32":
+        assert UserStore(store.folder).state("Ann")["a.pst_U"].tolist() == [[0.0, 0.0]] * 3
+    else:
+        with pytest.raises(UserStoreError, match=r"does not fit .*a\.pst_U is torch\..*, not fp32"):
+            UserStore(store.folder).state("Ann")
 
 
 def test_files_of_a_write_that_was_cut_short_do_not_stay(store):

@@ -32,8 +32,11 @@ def open_tokenizer(path: str | Path, setting: str, fix: str) -> Tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(path)
         # for a folder without tokenizer files, transformers makes a tokenizer that has only special tokens
         if len(tokenizer) > len(set(tokenizer.all_special_ids)):
-            return tokenizer
-    except (OSError, ValueError, KeyError) as error:
+            longest = tokenizer.model_max_length
+            if isinstance(longest, int | float) and longest > 0:
+                return tokenizer
+            problem = f"model_max_length = {str(longest)[:80]!r} in tokenizer_config.json is not a number of tokens"
+    except Exception as error:  # strange values make transformers raise anything
         problem = first_line(error)
     where = "" if Path(path).is_dir() else f", as a folder (looked in {Path(path).absolute()}) or on the hub"
     if hub.is_hub_name(path):

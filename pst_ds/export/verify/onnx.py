@@ -1,16 +1,17 @@
 """Compare an ONNX file with the masked model of the run it came from."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 from transformers.utils import ModelOutput
 
 from pst_ds.config.run import RunConfig
 from pst_ds.core.packings import ONNX_FILE
-from pst_ds.errors import InputError
+from pst_ds.errors import InputError, first_problem
 from pst_ds.export.verify.masked_run import Compared, MaskedRun
 from pst_ds.inference.onnx.arithmetic import DRAWS, RoundedProducts, allowed_difference
 from pst_ds.inference.onnx.operators import open_session
@@ -84,6 +85,23 @@ def compare_onnx_with_run(
     )
 
 
+class _Written(BaseModel):
+    """What is read of the metadata that pst-ds writes into a graph."""
+
+    model_config = ConfigDict(strict=True)
+
+    activation_bits: Literal[8, 16] = 16
+    operators: str | None = None
+
+
+def _written_in(file: Path, text: str) -> _Written:
+    """Return the metadata of a graph. Raises InputError."""
+    try:
+        return _Written.model_validate_json(text)
+    except ValidationError as error:
+        raise InputError(f"{file}: its metadata is damaged: {first_problem(error)}. Export the run again") from None
+
+
 class OnnxModel:
     """A session with the call signature of the model."""
 
@@ -91,9 +109,9 @@ class OnnxModel:
         self._session = open_session(file, exact=exact)
         self._inputs = [value.name for value in self._session.get_inputs()]
         outputs = [value.name for value in self._session.get_outputs()]
-        written = json.loads(self._session.get_modelmeta().custom_metadata_map.get("pst_ds", "{}"))
-        self.activation_bits = written.get("activation_bits", 16)
-        self.has_our_operators = written.get("operators") != "standard"
+        written = _written_in(file, self._session.get_modelmeta().custom_metadata_map.get("pst_ds", "{}"))
+        self.activation_bits = written.activation_bits
+        self.has_our_operators = written.operators != "standard"
         if outputs != ["logits"]:
             raise InputError(f"{file} has the outputs {', '.join(outputs)}, and --against compares logits only")
 

@@ -132,8 +132,10 @@ class DecoderTable:
         """Return the places of the layers that have updates, from the shapes of U and V. Raises DecoderError."""
         found = {}
         for name in sorted({name.rpartition(".")[0] for name in shapes}):
-            place, (left, right) = self.places.get(name), (shapes[f"{name}.{part}"] for part in (LEFT, RIGHT))
-            if place is None or [*left, *right] != [place.rows, right[0], right[0], place.columns]:
+            place = self.places.get(name)
+            left, right = (list(shapes.get(f"{name}.{part}", ())) for part in (LEFT, RIGHT))
+            rank = right[0] if right else 0
+            if place is None or not rank or [*left, *right] != [place.rows, rank, rank, place.columns]:
                 fact = "has no place for" if place is None else "has another shape than"
                 raise DecoderError(f"the native decoder {fact} the users' updates of {name}. {USE_OTHER}")
             found[name] = place

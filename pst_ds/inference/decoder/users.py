@@ -1,7 +1,6 @@
 """Check that per-user adapters belong to a model folder, dense or packed."""
 
 import hashlib
-import json
 from pathlib import Path
 
 from torch import nn
@@ -10,6 +9,7 @@ from pst_ds.checkpoint.user_store import UserStore, UserStoreError
 from pst_ds.core.bits import pack_mask
 from pst_ds.errors import InputError
 from pst_ds.file_names import MANIFEST_FILE
+from pst_ds.nn.folder_facts import read_facts
 from pst_ds.nn.personal_updates import LEFT, RIGHT
 from pst_ds.runtime import SparseLinear
 
@@ -29,10 +29,7 @@ def require_fitting(model: nn.Module, folder: Path, store: UserStore) -> None:
     others = [name for name in common.shapes if name.rpartition(".")[2] not in (LEFT, RIGHT)]
     if others:
         raise UserStoreError(f"{store.folder} has a head for each user ({others[0]}), which cannot generate text")
-    try:
-        known = json.loads((folder / MANIFEST_FILE).read_bytes()).get("base_fingerprint")
-    except (OSError, ValueError, AttributeError):
-        known = None
+    known = read_facts(folder).base_fingerprint
     if not known:
         why = "does not name its base model. Use an export of the run that the users were trained on"
         raise InputError(f"{folder / MANIFEST_FILE} {why}")

@@ -1,13 +1,12 @@
 """Classify, score or embed texts with a model folder: dense or packed for transformers, or a graph for ONNX Runtime."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto import modeling_auto as known
 
@@ -15,9 +14,9 @@ from pst_ds.core.packings import ONNX_FILE
 from pst_ds.data.labelled import tokenized_columns
 from pst_ds.data.model_limits import positions_of
 from pst_ds.errors import InputError
-from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.hf.model_folder import INPUTS, ModelFolder, input_names, open_model_folder
 from pst_ds.inference.encoder.pooling import pooling_of
+from pst_ds.nn.folder_facts import data_of_run, read_typed
 
 Text = str | tuple[str, str]
 """A text, or a pair of texts."""
@@ -27,6 +26,10 @@ Arrays = dict[str, np.ndarray]
 CLASSIFIER, REGRESSOR, EMBEDDER = "classifier", "regressor", "embedder"
 MOST_TEXTS, MOST_TOKENS = 16, 2048
 """Default number of texts of a batch, and the number of tokens with padding from which a batch has fewer."""
+
+
+_SENTENCE_FILE = "sentence_bert_config.json"
+"""File of sentence-transformers."""
 
 
 class Prediction(TypedDict, total=False):
@@ -159,11 +162,12 @@ def kind_of(folder: ModelFolder) -> str:
     )
 
 
-def data_of_run(path: Path) -> dict[str, object]:
-    """Return the data settings of the run that a folder was exported from; empty for other folders."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return dict(json.loads((path / MANIFEST_FILE).read_bytes())["run"]["data"])
-    return {}
+class _SentenceConfig(BaseModel):
+    """What is read of :data:`_SENTENCE_FILE`."""
+
+    model_config = ConfigDict(strict=True)
+
+    max_seq_length: int | None = None
 
 
 def _length_limit(folder: ModelFolder, of_tokenizer: int, asked: int | None) -> int:
@@ -173,9 +177,8 @@ def _length_limit(folder: ModelFolder, of_tokenizer: int, asked: int | None) -> 
         if asked > positions:
             raise InputError(f"max_length = {asked}: {folder.path} has {positions} positions. Set at most as many")
         return asked
-    limits = [positions, of_tokenizer, data_of_run(folder.path).get("max_length")]
-    with suppress(OSError, ValueError, AttributeError):
-        limits.append(json.loads((folder.path / "sentence_bert_config.json").read_bytes()).get("max_seq_length"))
+    sentences = read_typed(folder.path / _SENTENCE_FILE, _SentenceConfig, "Copy it from the original model")
+    limits = [positions, of_tokenizer, data_of_run(folder.path).max_length, sentences.max_seq_length]
     return min(limit for limit in limits if isinstance(limit, int) and limit > 0)
 
 

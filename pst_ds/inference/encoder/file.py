@@ -18,7 +18,8 @@ import datasets
 from pst_ds.atomic_files import atomic_file
 from pst_ds.data.dataset import first_row, read_local, require_columns, row_place, text_column
 from pst_ds.errors import InputError
-from pst_ds.inference.encoder.encoder import Encoder, Prediction, data_of_run
+from pst_ds.inference.encoder.encoder import Encoder, Prediction
+from pst_ds.nn.folder_facts import data_of_run
 from pst_ds.progress import Progress
 
 ROWS = 512
@@ -143,8 +144,8 @@ def open_file(folder: str, file: str, columns: Sequence[str], open_model: Callab
     Raises InputError.
     """
     rows = read_local(file, "--data", "line")
-    setting, recorded = "--text", data_of_run(Path(folder)).get("text_columns")
-    if not columns and isinstance(recorded, list):
+    setting, recorded = "--text", data_of_run(Path(folder)).text_columns
+    if not columns and recorded is not None:
         setting, columns = f"data.text_columns of {folder}", recorded
     columns = columns or [name for name in _USUAL_COLUMNS if name in rows.column_names][:1]
     if len(columns) not in (1, 2) or not len(rows):

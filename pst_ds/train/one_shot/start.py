@@ -14,7 +14,8 @@ from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import InputError, renamed
 from pst_ds.file_names import CHECKPOINTS, START
 from pst_ds.formats.hub import NotDownloadedError
-from pst_ds.nn.base_model import Pretrained, architecture, origin_of, pruning_record
+from pst_ds.nn.base_model import Pretrained, architecture, pruning_record
+from pst_ds.nn.folder_facts import origin_of
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.ranks import is_main, of_main
 from pst_ds.parallel.stop_signals import StoppedError
