@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from pst_ds.inference.decoder.sampling import Sampling
 
@@ -37,6 +38,8 @@ _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 """A JSON string, which may lack its end. Possessive, so that it takes linear time for any body."""
 _WHOLE = ("stop", "prompt", "input", "tool_choice", "logit_bias")
 """Fields with several types, of which a message does not name parts."""
+_OTHER_TYPE = ("string_type", "list_type", "int_type", "dict_type", "model_type", "literal_error")
+"""Errors of pydantic that say which type a value does not have."""
 
 
 class ProtocolError(Exception):
@@ -390,8 +393,13 @@ def read_json(body: bytes) -> JsonTable:
         table = _parsed(body.decode("utf-8-sig"))
     except UnicodeEncodeError:
         raise ProtocolError(400, "the JSON has a string with an unpaired surrogate. Remove it") from None
-    except (ValueError, RecursionError):
+    except RecursionError:
+        raise ProtocolError(400, "the JSON has too many levels of lists and objects. Send fewer") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
         raise ProtocolError(400, "the body is not JSON in UTF-8") from None
+    except ValueError:
+        why = "the JSON has NaN, an infinity, or an integer with thousands of digits. Send other numbers"
+        raise ProtocolError(400, why) from None
     if not isinstance(table, dict):
         raise ProtocolError(400, "the body must be a JSON object")
     return table
@@ -423,10 +431,19 @@ def validated(kind: type[Kind], table: JsonTable) -> Kind:
     try:
         asked = kind.model_validate(table)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        first = _most_telling(error.errors(include_url=False))
         loc = first["loc"][:1] if first["loc"][:1] and first["loc"][0] in _WHOLE else first["loc"]
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
         what = "Input should be an object" if first["type"] == "model_type" else first["msg"]
         raise ProtocolError(400, f"{place or 'the request'}: {what}", param=place or None) from None
     asked.require_known()
     return asked
+
+
+def _most_telling(errors: Sequence[ErrorDetails]) -> ErrorDetails:
+    """Return the first error; for a field with several types, the first about the type that the value has."""
+    field = errors[0]["loc"][:1]
+    if not field or field[0] not in _WHOLE:
+        return errors[0]
+    of_field = [error for error in errors if error["loc"][:1] == field]
+    return max(of_field, key=lambda error: (error["type"] not in _OTHER_TYPE, len(error["loc"])))

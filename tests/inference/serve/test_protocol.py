@@ -225,8 +225,46 @@ def test_arguments_of_a_call_have_no_unpaired_surrogate():
 
 @pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"-Infinity"])
 def test_numbers_that_json_does_not_have_are_refused(number):
-    with pytest.raises(ProtocolError, match="not JSON"):
+    with pytest.raises(ProtocolError, match="NaN, an infinity"):
         read_json(b'{"a": [' + number + b"]}")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"a":' * 5000 + b"0" + b"}" * 5000, "too many levels"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "thousands of digits"),
+        (b'{"a": 1', "not JSON in UTF-8"),
+        (b'{"a": "\xff"}', "not JSON in UTF-8"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_refused_by_its_cause(body, message):
+    with pytest.raises(ProtocolError, match=message):
+        read_json(body)
+
+
+CALL = {"type": "function", "function": {}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "message"),
+    [
+        (CompletionRequest, {"prompt": ["a"] * 200}, "prompt: List should have at most 128 items"),
+        (CompletionRequest, {"prompt": ["a", ["b"]]}, "prompt: Input should be a valid integer"),
+        (CompletionRequest, {"prompt": []}, "prompt: List should have at least 1 item"),
+        (CompletionRequest, {"prompt": [[]]}, "prompt: List should have at least 1 item"),
+        (CompletionRequest, {"prompt": [-1]}, "prompt: Input should be greater than or equal to 0"),
+        (CompletionRequest, {"prompt": 5}, "prompt: Input should be a valid string"),
+        (ChatRequest, HELLO | {"tool_choice": CALL}, "tool_choice: Field required"),
+        (ChatRequest, HELLO | {"tool_choice": "all"}, "tool_choice: Input should be 'none', 'auto' or 'required'"),
+        (ChatRequest, HELLO | {"stop": ["a"] * 9}, "stop: Tuple should have at most 4 items"),
+        (PredictionRequest, {"input": [["a"]]}, "input: List should have at least 2 items"),
+    ],
+)
+def test_a_field_with_several_types_is_refused_by_the_one_that_was_meant(kind, wrong, message):
+    with pytest.raises(ProtocolError) as caught:
+        validated(kind, {"model": "m"} | wrong)
+    assert caught.value.message.startswith(message)
 
 
 def test_parts_of_text_are_one_text():
