@@ -22,8 +22,18 @@ def renamed(message: str, names: Mapping[str, str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text without its full stop, or the error's name if it has no text."""
-    return str(error).strip().partition("\n")[0].strip().rstrip(".") or type(error).__name__
+    """Return the first line of an error's text without its full stop, or the error's name if it has no text.
+
+    A first line that ends with a colon is completed by the last line, which has the cause.
+    """
+    return first_line_of(str(error)).rstrip(".") or type(error).__name__
+
+
+def first_line_of(text: str) -> str:
+    """Return the first line of ``text``, completed by the last one if it ends with a colon."""
+    lines = text.strip().splitlines() or [""]
+    first = lines[0].strip()
+    return f"{first} {lines[-1].strip()}" if len(lines) > 1 and first.endswith(":") else first
 
 
 def shortened(names: Sequence[str], most: int = 4) -> str:

@@ -55,7 +55,7 @@ SOURCE = NativeSource(
         "pst_adapter_free": ([POINTER], None),
         "pst_decoder_run": ([*([POINTER] * 5), INT, POINTER, INT, POINTER, c_int, c_int], c_int),
     },
-    "native decoding",
+    "decoder loops",
     flags=("-std=c++17", "-O3", "-Wno-psabi", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"),
     may_flags=("-pthread",),
     announce=True,
@@ -65,11 +65,15 @@ library = cache(partial(load, SOURCE))
 
 
 def require_library() -> CDLL:
-    """Return the compiled loop. Raises RuntimeError if it cannot be built."""
-    found = library()
-    if found is None:
-        raise RuntimeError("the native loop is compiled at first use. Install a C++ compiler, and unset PST_DS_NATIVE")
-    return found
+    """Return the compiled loop. Raises RuntimeError if it cannot be built, or is switched off."""
+    compiled = library()
+    if compiled is not None:
+        return compiled
+    if os.environ.get("PST_DS_NATIVE") == "0":
+        raise RuntimeError("the environment sets PST_DS_NATIVE = '0', which switches the native loop off. Unset it")
+    raise RuntimeError(
+        "the native loop cannot be compiled, for the reason in the warning. Install a C++ compiler, or name one in CXX"
+    )
 
 
 def as_asked(level: int) -> int:

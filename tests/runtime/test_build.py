@@ -116,6 +116,17 @@ def test_the_environment_can_do_without(source, monkeypatch):
         assert load(source) is None
 
 
+@pytest.mark.parametrize(("switch", "fix"), [("0", "PST_DS_NATIVE = '0'.*Unset it"), (None, "name one in CXX")])
+def test_a_missing_decoder_loop_is_refused_by_its_cause(switch, fix, monkeypatch):
+    """Unsetting a variable that is not set fixes nothing."""
+    monkeypatch.setattr(decoder, "library", lambda: None)
+    if switch is not None:
+        monkeypatch.setenv("PST_DS_NATIVE", switch)
+    with pytest.raises(RuntimeError, match=fix) as caught:
+        decoder.require_library()
+    assert ("PST_DS_NATIVE" in str(caught.value)) == (switch == "0")
+
+
 def included(path):
     """The files that a source or a header includes by a path, and those that these include."""
     names = re.findall(r'^#include "(.+)"$', path.read_text(), re.MULTILINE)

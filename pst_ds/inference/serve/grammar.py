@@ -12,6 +12,8 @@ from llguidance.hf import from_tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pst_ds.errors import first_line_of
+
 MOST_SCHEMA_CHARACTERS = 1 << 17
 """Characters of a JSON schema. Compiling one of this size takes up to 0.2 seconds, without the interpreter lock."""
 _MESSAGE_CHARACTERS = 500
@@ -97,7 +99,7 @@ class Grammars:
 
 
 def _first_line(message: str) -> str:
-    return message.partition("\n")[0][:_MESSAGE_CHARACTERS]
+    return first_line_of(message)[:_MESSAGE_CHARACTERS]
 
 
 def _require_finite(schema: dict[str, object]) -> None:
