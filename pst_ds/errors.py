@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+    from pydantic_core import ErrorDetails
 
 
 class InputError(ValueError):
@@ -48,4 +49,10 @@ def first_problem(error: "ValidationError") -> str:
     place = ".".join(str(part)[:80] for part in problem["loc"]) or "it"
     if problem["type"] == "missing":
         return f"{place!r} is missing"
-    return f"{place} = {str(problem['input'])[:80]!r}: {problem['msg']}"
+    return f"{place} = {problem_with_value(problem)}"
+
+
+def problem_with_value(problem: "ErrorDetails") -> str:
+    """Return the value that pydantic rejected, shortened, and its reason, without names of our classes."""
+    reason = "Input should be an object" if problem["type"] == "model_type" else problem["msg"]
+    return f"{problem['input']!r:.80}: {reason}"

@@ -16,6 +16,7 @@ from pst_ds.atomic_files import file_sha256
 from pst_ds.core.bits import INT_OF_SIZE
 from pst_ds.core.packings import DENSE, FOR_COMPRESSED_TENSORS, PACKINGS
 from pst_ds.core.quantization import Grid, grid_of
+from pst_ds.errors import problem_with_value
 from pst_ds.file_names import CARD_FILE, MANIFEST_FILE
 from pst_ds.formats.safetensors_file import DTYPE_OF_CODE, tensor_bytes
 from pst_ds.writing.encoding import STEMS, ExportError, encoding_of
@@ -262,7 +263,7 @@ def _first_problem(error: ValidationError) -> str:
     if first["type"] == "value_error":  # of a validator of ours, which names the value
         problem = first["msg"].removeprefix("Value error, ")
         return f"{place}: {problem}" if place else problem
-    return f"{place} = {str(first['input'])[:80]!r}: {first['msg']}"
+    return f"{place} = {problem_with_value(first)}"
 
 
 def read_table(path: Path, missing: str) -> dict[str, Any]:

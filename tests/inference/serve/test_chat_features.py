@@ -181,6 +181,16 @@ def _nested(depth):
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "film"}}}},
             "JSON schema is not supported",
         ),
+        (
+            "chat/completions",
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"schema": {"type": "string", "pattern": "(("}},
+                }
+            },
+            "unclosed group",
+        ),
         ("completions", {"prompt": []}, "prompt: "),
         ("completions", {"prompt": [9999]}, "tokens are below 257"),
         ("completions", {"prompt": "x" * 2000}, "1 to 1023 are supported"),
