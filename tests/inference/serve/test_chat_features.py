@@ -169,6 +169,10 @@ def _nested(depth):
     return {"type": "array", "items": _nested(depth - 1)} if depth else {"type": "null"}
 
 
+def _with_schema(schema):
+    return {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
+
+
 @pytest.mark.parametrize(
     ("route", "change", "message"),
     [
@@ -176,21 +180,8 @@ def _nested(depth):
         ("chat/completions", {"tool_choice": "required"}, "there are no tools"),
         ("chat/completions", {"logit_bias": {"9999": 1}}, "tokens are below 257"),
         ("chat/completions", {"n": 100}, "at most 32 answers"),
-        (
-            "chat/completions",
-            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "film"}}}},
-            "JSON schema is not supported",
-        ),
-        (
-            "chat/completions",
-            {
-                "response_format": {
-                    "type": "json_schema",
-                    "json_schema": {"schema": {"type": "string", "pattern": "(("}},
-                }
-            },
-            "unclosed group",
-        ),
+        ("chat/completions", _with_schema({"type": "film"}), "JSON schema is not supported"),
+        ("chat/completions", _with_schema({"type": "string", "pattern": "(("}), "unclosed group"),
         ("completions", {"prompt": []}, "prompt: "),
         ("completions", {"prompt": [9999]}, "tokens are below 257"),
         ("completions", {"prompt": "x" * 2000}, "1 to 1023 are supported"),
