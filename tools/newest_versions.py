@@ -9,12 +9,14 @@ registry cannot be reached, it warns and exits with 0.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -43,8 +45,10 @@ RESOLVE_SECONDS = 300
 """Longest wait for pip's answer about the newest versions."""
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Install, test and warn. Return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(arguments)
     try:
         newest = differing(newest_versions())
         if not newest:
