@@ -43,14 +43,14 @@ def require_vocabulary(settings: "ExportSettings", seen: str) -> None:
 
 
 def require_pruned(run: RunConfig, settings: "ExportSettings") -> None:
-    """Raise InputError for a format of pruned weights if the run has none, or surely too many for "2:4"."""
+    """Raise InputError for a format of pruned weights if the run prunes nothing, or surely too little for "2:4"."""
     packing = "bitmask" if settings.format == ONNX and not settings.plain else settings.format
     if packing not in PACKINGS:
         return
     if run.mask_method.masks == "none":
         fix = "Set plain = true" if settings.format == ONNX else 'Choose format = "dense"'
         raise InputError(
-            f'format = "{settings.format}" leaves out pruned weights, and method = "{run.method}" of the run prunes '
+            f'format = "{settings.format}" omits pruned weights, and method = "{run.method}" of the run prunes '
             f"none. {fix}"
         )
     pattern = parse_pattern(run.pst.pattern)

@@ -19,13 +19,13 @@ def no_work(monkeypatch):
         raise AssertionError("work before the checks")
 
     for name in (
-        "pst_ds.export.to_folder.BaseWeights",
-        "pst_ds.export.from_folder.BaseWeights",
+        "pst_ds.writing.to_folder.BaseWeights",
+        "pst_ds.writing.from_folder.BaseWeights",
         "pst_ds.export.export_run.kept_experts",
         "pst_ds.export.export_run._tokens_of_splits",
         "pst_ds.export.export_run._tokens_of_file",
         "pst_ds.export.export_run._to_onnx",
-        "pst_ds.export.to_folder.atomic_folder",
+        "pst_ds.writing.to_folder.atomic_folder",
     ):
         monkeypatch.setattr(name, never)
 
