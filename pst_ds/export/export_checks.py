@@ -2,7 +2,6 @@
 data is tokenised or anything is written."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -15,42 +14,38 @@ from pst_ds.inference.onnx.folder import require_graph
 from pst_ds.writing.gguf.model import require_gguf
 from pst_ds.writing.to_folder import require_free
 
-if TYPE_CHECKING:
-    from pst_ds.export.export_run import ExportSettings
-
 _MOST_OF_TWO_OF_FOUR = 0.5
 """Share of the weights that "2:4" can hold."""
 
 
-def require_place(out: Path, settings: "ExportSettings", source: Path | None = None) -> None:
+def require_place(out: Path, format_name: str, source: Path | None = None) -> None:
     """Raise InputError unless ``out`` can be written, and is another place than the folder ``source``."""
     if source is not None and out.resolve() == source.resolve():
         raise InputError(f"out = {str(out)!r} is the folder to read. Name another folder")
-    if settings.format == ONNX:
+    if format_name == ONNX:
         require_free_for_onnx(out)
     else:
-        require_free(out, settings.format)
+        require_free(out, format_name)
 
 
-def require_vocabulary(settings: "ExportSettings", seen: str) -> None:
-    """Raise InputError unless ``vocabulary`` is ``seen`` or a file."""
-    path = settings.vocabulary
-    if path and path != seen and not Path(path).is_file():
+def require_vocabulary(path: str | None, seen: str) -> None:
+    """Raise InputError unless ``path``, the setting ``vocabulary``, is None, ``seen`` or a file."""
+    if path and path != seen and (not Path(path).exists() or Path(path).is_dir()):
         raise InputError(
-            f"vocabulary = {path!r} is not a file (looked in {Path(path).absolute()}). Name a UTF-8 file with one text "
-            f'per line, or vocabulary = "{seen}"'
+            f"vocabulary = {path!r} cannot be read: no such file (looked in {Path(path).absolute()}). Name a UTF-8 "
+            f'file with one text per line, or vocabulary = "{seen}"'
         )
 
 
-def require_pruned(run: RunConfig, settings: "ExportSettings") -> None:
-    """Raise InputError for a format of pruned weights if the run prunes nothing, or surely too little for "2:4"."""
-    packing = "bitmask" if settings.format == ONNX and not settings.plain else settings.format
+def require_pruned(run: RunConfig, format_name: str, *, plain: bool) -> None:
+    """Raise InputError for a format of pruned weights if the run has none, or surely too many for "2:4"."""
+    packing = "bitmask" if format_name == ONNX and not plain else format_name
     if packing not in PACKINGS:
         return
     if run.mask_method.masks == "none":
-        fix = "Set plain = true" if settings.format == ONNX else 'Choose format = "dense"'
+        fix = "Set plain = true" if format_name == ONNX else 'Choose format = "dense"'
         raise InputError(
-            f'format = "{settings.format}" omits pruned weights, and method = "{run.method}" of the run prunes '
+            f'format = "{format_name}" leaves out pruned weights, and method = "{run.method}" of the run prunes '
             f"none. {fix}"
         )
     pattern = parse_pattern(run.pst.pattern)
@@ -63,9 +58,9 @@ def require_pruned(run: RunConfig, settings: "ExportSettings") -> None:
         )
 
 
-def require_representable(model: nn.Module, settings: "ExportSettings") -> None:
+def require_representable(model: nn.Module, format_name: str) -> None:
     """Raise InputError for a ``model``, which may be on the meta device, that the format cannot represent."""
-    if settings.format == GGUF:
+    if format_name == GGUF:
         require_gguf(model)
-    if settings.format == ONNX:
+    if format_name == ONNX:
         require_graph(model)

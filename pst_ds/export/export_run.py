@@ -139,14 +139,14 @@ def export_run(
     """
     settings = settings or ExportSettings()
     config = run if isinstance(run, RunConfig) else load_run_or_folder(run)
-    require_place(Path(out), settings)
-    require_vocabulary(settings, SEEN)
-    require_pruned(config, settings)
+    require_place(Path(out), settings.format)
+    require_vocabulary(settings.vocabulary, SEEN)
+    require_pruned(config, settings.format, plain=settings.plain)
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(config, checkpoint)
     tokenizer = load_tokenizer(config)
     build = partial(meta_model, config, opened.state.labels, tokenizer, own_dropout=True)
     model, whole = build(), None
-    require_representable(model, settings)
+    require_representable(model, settings.format)
     if settings.format == ONNX:
         return _to_onnx(lambda at, how: export_run(config, at, how, checkpoint=opened), Path(out), settings)
     options = options_as_trained(settings.options(), cast("PreTrainedModel", model), opened)
@@ -177,13 +177,13 @@ def export_run(
 def export_model_folder(source: str | Path, out: str | Path, settings: ExportSettings | None = None) -> Facts:
     """Export a model folder with pruned weights, or one of our packed folders, atomically; see :func:`export_run`."""
     settings, source = settings or ExportSettings(), Path(source)
-    require_place(Path(out), settings, source)
+    require_place(Path(out), settings.format, source)
     if settings.vocabulary == SEEN:
         raise InputError(
             f'vocabulary = "seen": {source} is a model folder, which has no training data. Name a text file'
         )
-    require_vocabulary(settings, SEEN)
-    require_representable(model_of(source), settings)
+    require_vocabulary(settings.vocabulary, SEEN)
+    require_representable(model_of(source), settings.format)
     if settings.format == ONNX:
         return _to_onnx(lambda at, how: export_model_folder(source, at, how), Path(out), settings)
     tokenizer, vocabulary = None, None
