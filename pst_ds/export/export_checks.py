@@ -38,15 +38,14 @@ def require_vocabulary(path: str | None, seen: str) -> None:
 
 
 def require_pruned(run: RunConfig, format_name: str, *, plain: bool) -> None:
-    """Raise InputError for a format of pruned weights if the run has none, or surely too many for "2:4"."""
+    """Raise InputError for a format of pruned weights if the run prunes nothing, or keeps too many weights for "2:4"."""
     packing = "bitmask" if format_name == ONNX and not plain else format_name
     if packing not in PACKINGS:
         return
     if run.mask_method.masks == "none":
         fix = "Set plain = true" if format_name == ONNX else 'Choose format = "dense"'
         raise InputError(
-            f'format = "{format_name}" leaves out pruned weights, and method = "{run.method}" of the run prunes '
-            f"none. {fix}"
+            f'format = "{format_name}" omits pruned weights, and method = "{run.method}" of the run prunes none. {fix}'
         )
     pattern = parse_pattern(run.pst.pattern)
     is_known = not (pattern.pools_matrices or run.pst.overrides or pattern.kind == "experts")
