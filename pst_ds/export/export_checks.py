@@ -38,7 +38,7 @@ def require_vocabulary(path: str | None, seen: str) -> None:
 
 
 def require_pruned(run: RunConfig, format_name: str, *, plain: bool) -> None:
-    """Raise InputError for a format of pruned weights if the run prunes nothing, or keeps too many weights for "2:4"."""
+    """Raise InputError for a packed format if the run prunes nothing, or keeps too many weights for "2:4"."""
     packing = "bitmask" if format_name == ONNX and not plain else format_name
     if packing not in PACKINGS:
         return
