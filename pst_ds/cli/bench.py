@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pst_ds.cli.flags import flags_of_fields
 from pst_ds.cli.main import add_quiet_argument, count
 from pst_ds.errors import InputError
 from pst_ds.text_table import aligned
@@ -29,6 +30,9 @@ COLUMNS = (
 """Key in a row, heading and format of each column."""
 Row = dict[str, str | float | None]
 """Results of a variant at a number of threads and a batch size, by the keys of :data:`COLUMNS` and others."""
+
+
+FLAGS = flags_of_fields(["reference", "text", "prompt_tokens"])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pst_ds.atomic_files import require_writable
+from pst_ds.cli.flags import flags_of_fields
 from pst_ds.cli.main import add_quiet_argument, add_run_arguments, load_run_or_folder
 from pst_ds.errors import InputError
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from pst_ds.data.tasks import ExampleSet
     from pst_ds.data.tasks.answers import AnswerTask
     from pst_ds.train.run import RunContext
+
+
+FLAGS = flags_of_fields(["reference"])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

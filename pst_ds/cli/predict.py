@@ -7,8 +7,11 @@ from functools import partial
 from pathlib import Path
 
 from pst_ds.atomic_files import require_writable
+from pst_ds.cli.flags import flags_of_fields
 from pst_ds.cli.main import add_quiet_argument, count
 from pst_ds.errors import InputError
+
+FLAGS = {"columns": "--text", **flags_of_fields(["out", "data"])}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

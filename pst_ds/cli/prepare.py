@@ -6,8 +6,11 @@ import sys
 import time
 from pathlib import Path
 
+from pst_ds.cli.flags import flags_of_fields
 from pst_ds.cli.main import add_quiet_argument, count
 from pst_ds.errors import InputError
+
+FLAGS = {"Reading.column": "--text-column", **flags_of_fields(["out", "force"])}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

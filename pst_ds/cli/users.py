@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pst_ds.cli.flags import flags_of_fields, in_flags
 from pst_ds.cli.main import add_quiet_argument, add_run_arguments, count, load_run_or_folder
 from pst_ds.core.packings import PACKINGS
 from pst_ds.errors import InputError
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from pst_ds.train.users.personal import PersonalPart
     from pst_ds.writing.manifest import Facts
 
+FLAGS = {"names": "--users", **flags_of_fields(["min_rows", "again", "form", "layers", "rank", "checkpoint"])}
+"""Flags of the fields of :class:`Choice`, :class:`PersonalPart` and :func:`train_users`."""
 _SHOWN = 20
 """Users that a table has; --json has all."""
 
@@ -93,7 +96,17 @@ def _train(args: argparse.Namespace) -> Facts:
     part = PersonalPart(form=args.form, layers=tuple(args.layers), rank=args.rank or 0, dtype=args.dtype)
     context, checkpoint = _opened(run_of_users(config, how, **({"train": args.data} if args.data else {})), args)
     choice = Choice(names=tuple(args.users), min_rows=args.min_rows, limit=args.limit or 0)
-    done = train_users(context, checkpoint, Path(args.store), args.by, part, choice, how, again=args.again, say=_say)
+    done = train_users(
+        context,
+        checkpoint,
+        Path(args.store),
+        args.by,
+        part,
+        choice,
+        how,
+        again=args.again,
+        say=lambda text: _say(in_flags(text, FLAGS)),
+    )
     facts: Facts = dict(done)
     few = f", {facts['with_few_rows']} left out with fewer rows than --min-rows" if facts["with_few_rows"] else ""
     diverged = f", {len(facts['diverged'])} diverged: {', '.join(facts['diverged'][:4])}" if facts["diverged"] else ""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pst_ds.cli.eval import KL_FORMAT
 from pst_ds.cli.export import quantisation_text
+from pst_ds.cli.flags import flags_of_fields
 from pst_ds.cli.main import add_quiet_argument, count, load_run_or_folder
 from pst_ds.core.packings import GGUF, ONNX, ONNX_FILE
 from pst_ds.errors import InputError, shortened
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from pst_ds.export.verify import VerifyReport
     from pst_ds.export.verify.against_run import Comparison
     from pst_ds.export.verify.onnx import OnnxComparison
+
+
+FLAGS = flags_of_fields(["against", "reference"])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

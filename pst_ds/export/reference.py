@@ -29,9 +29,9 @@ def kl_from_folder(
 
     Raises InputError.
     """
-    run, place = context.run, Pretrained(str(folder), "--reference")
+    run, place = context.run, Pretrained(str(folder), "reference")
     if why := run.task_facts.no_teacher:
-        raise InputError(f"{place}: task {run.task!r} {why}, not a distribution. Compare metrics, without --reference")
+        raise InputError(f"{place}: task {run.task!r} {why}, not a distribution. Compare metrics, without a reference")
     open_model_folder(folder)
     require_comparable(run, Pretrained(run.model.path).config(), place, place.config())
     return kl_divergence(load_folder(folder, context), model, context, examples)

@@ -98,15 +98,17 @@ class NativeLoop:
 def divergences(
     by_name: Mapping[str, Variant | NativeLoop], folder: ModelFolder, text: str, args: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
-    """Return how far the next-token predictions of each variant are from those of ``--reference``, on pieces of
-    ``--prompt-tokens`` spread evenly over ``text``. Raises InputError."""
+    """Return how far the next-token predictions of each variant are from those of ``args.reference``, on pieces of
+    ``args.prompt_tokens`` spread evenly over ``text``. Raises InputError."""
     other, tokens = open_model_folder(args.reference), args.prompt_tokens
     sizes = [one.config.get_text_config().vocab_size for one in (folder, other)]
     ids = torch.tensor(folder.tokenizer()(text)["input_ids"])
     if sizes[0] != sizes[1]:
-        raise InputError(f"--reference {other.path} has {sizes[1]:,} tokens, and {folder.path} {sizes[0]:,}")
+        raise InputError(f"reference = {str(other.path)!r} has {sizes[1]:,} tokens, and {folder.path} {sizes[0]:,}")
     if len(ids) < tokens:
-        raise InputError(f"--text {args.text} has {len(ids)} tokens. Name one with at least --prompt-tokens {tokens}")
+        raise InputError(
+            f"text = {args.text!r} has {len(ids)} tokens, fewer than prompt_tokens = {tokens}. Name a longer one"
+        )
     reference, found = Variant(other.load("dense", "fp32"), is_causal=True), {name: KLDivergence() for name in by_name}
     count = min(_PIECES, len(ids) // tokens)
     for start in (number * len(ids) // count for number in range(count)):

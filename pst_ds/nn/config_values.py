@@ -40,7 +40,7 @@ def require_plausible_config(path: Path) -> None:
 
 
 def require_plausible_generation(path: Path) -> None:
-    """Raise InputError if generation_config.json is not an object, or its special tokens are not ids of tokens.
+    """Raise InputError for a generation_config.json that is not an object, or whose special tokens are not ids.
 
     Other problems of the file, and a missing file, are left to transformers.
     """

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import json
+import re
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
 
-from pst_ds.cli import export, prune
+from pst_ds.cli import bench, eval, export, predict, prepare, prune, users, verify
 from pst_ds.cli.flags import in_flags
-from pst_ds.cli.main import build_parser, main
+from pst_ds.cli.main import VERBS, build_parser, main
 from pst_ds.config.one_shot import PruneConfig
 from pst_ds.config.targets import TARGETS
 from pst_ds.export.export_run import ExportSettings
@@ -41,9 +44,9 @@ def _actions(verb):
     return {name: action for action in verbs[verb]._actions for name in action.option_strings}
 
 
-@pytest.mark.parametrize("verb", [export, prune])
+@pytest.mark.parametrize("verb", [bench, eval, export, predict, prepare, prune, users, verify])
 def test_every_flag_of_the_table_is_an_option_of_the_verb(verb):
-    assert set(verb.FLAGS.values()) <= set(_actions(verb.__name__.rpartition(".")[2]))
+    assert set(verb.FLAGS.values()) <= set(_all_options(build_parser(verb.__name__.rpartition(".")[2])))
 
 
 def test_the_help_lists_every_format_and_method_and_targets_agree(capsys):
@@ -100,3 +103,43 @@ def test_an_engine_that_does_not_skip_pruned_weights_says_so(folders, tmp_path, 
     said = capsys.readouterr()
     assert f"note: {TARGETS[target].title} computes with dense weights: a sparsity of 0.5" in said.err
     assert json.loads(said.out.splitlines()[-1])["note"] in said.err
+
+
+PYTHON_PACKAGES = ("inference", "train/users", "data", "core", "nn", "formats", "export", "prune", "masks")
+"""Packages whose messages are for callers in Python, too."""
+COMMAND = re.compile(r"pst-ds [a-z]+(?: (?!--)[\w/{}.-]+)*(?: --[a-z-]+(?: [\w:{}/]+)?)*")
+"""A command that the user is told to run."""
+
+
+def _texts_of_messages(tree):
+    """The strings of the source that are not docstrings; each join of strings is one, with {} for its values."""
+    prose = {
+        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not {id(node)} & (prose | parts):
+            yield node.value
+
+
+def test_messages_of_python_name_fields_and_not_flags():
+    options = {option for verb in VERBS for option in _all_options(build_parser(verb))}
+    sources = [path for package in PYTHON_PACKAGES for path in sorted((ROOT / "pst_ds" / package).rglob("*.py"))]
+    assert len(sources) > 100
+    found = [
+        (str(path.relative_to(ROOT)), text)
+        for path in sources
+        for text in _texts_of_messages(ast.parse(path.read_text(encoding="utf-8")))
+        if " " in text  # other strings are arguments of a program
+        and set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", COMMAND.sub("", text))) & options
+    ]
+    assert not found
+
+
+def _all_options(parser):
+    for action in parser._actions:
+        yield from (option for option in action.option_strings if option.startswith("--"))
+        for sub in (action.choices or {}).values() if isinstance(action, argparse._SubParsersAction) else ():
+            yield from _all_options(sub)

@@ -35,7 +35,7 @@ class Reading:
     """"text" or "chat"."""
     chat_template_sha256: str = ""
     """SHA-256 of the chat template."""
-    setting: str = "--text-column"
+    setting: str = "Reading.column"
     """Setting that names the column, for messages."""
     sample_by: str = "line"
     """Document of a plain text file: "line", "paragraph" or "document"."""

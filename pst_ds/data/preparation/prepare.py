@@ -119,15 +119,17 @@ def prepare_store(
 ) -> Manifest:
     """Write the store of ``plan`` to the folder ``out`` atomically. Resumes an unfinished preparation of the same plan;
     ``force`` starts over, and replaces an existing store. Raises InputError."""
-    require_writable(out, f"--out {out}")
+    require_writable(out, f"out = {str(out)!r}")
     unfinished = out.with_name(out.name + PARTIAL)
     with only_writer(out.with_name(f".{out.name}{LOCK}"), f"prepare {out}"):
         restore_replaced(out)
         if out.is_dir() and any(out.iterdir()):
             if not (out / MANIFEST).is_file():
-                raise InputError(f"--out {out} is a folder with other files. Name a new one")
+                raise InputError(f"out = {str(out)!r} is a folder with other files. Name a new one")
             if not force:
-                raise InputError(f"--out {out} is a finished store. Replace it with --force, or name another folder")
+                raise InputError(
+                    f"out = {str(out)!r} is a finished store. Replace it with force = true, or name another"
+                )
         _take_over(unfinished, plan.key, force=force)
         if not (unfinished / MANIFEST).is_file():
             try:
@@ -162,8 +164,8 @@ def _take_over(folder: Path, key: str, *, force: bool) -> None:
     if folder.is_dir() and not force and path.is_file():
         if path.read_text() != key:
             raise InputError(
-                f"{folder} is an unfinished store of other sources, settings or tokenizer. Start over with --force, "
-                "or name another --out"
+                f"{folder} is an unfinished store of other sources, settings or tokenizer. Start over with "
+                "force = true, or name another folder"
             )
         return
     if folder.is_dir() and (folder / MANIFEST).is_file() and not force:
@@ -214,7 +216,7 @@ def run_tasks(task: Task, numbers: Sequence[int], num_workers: int, report: Call
                     future.result()
         except BrokenProcessPool:
             raise RuntimeError(
-                "a worker was killed. If memory ran out, use fewer --workers; the same command resumes where it stopped"
+                "a worker was killed. If memory ran out, use fewer workers; the same command resumes where it stopped"
             ) from None
         except InputError:
             raise

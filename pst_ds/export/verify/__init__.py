@@ -81,7 +81,8 @@ def verify(
     folder = Path(export)
     if folder.suffix == ".gguf":
         if against is not None:
-            raise InputError(f"{folder}: llama.cpp computes a GGUF file, and pst-ds cannot. Remove --against")
+            run = against.output_dir if isinstance(against, RunConfig) else str(against)
+            raise InputError(f"against = {run!r}: llama.cpp computes {folder}, a GGUF file, and pst-ds cannot. Omit it")
         return VerifyReport(str(export), check_gguf(folder))
     config = against if isinstance(against, RunConfig) or against is None else load_run_or_folder(Path(against))
     place = "" if config is None else f"{config.output_dir}, checkpoint {checkpoint}"

@@ -166,7 +166,7 @@ def _weights_of_both(run: MaskedRun, plain: nn.Module, quantised: dict[str, Tens
     foreign = [n for n, weight in merged.items() if n not in loaded or loaded[n].shape != weight.shape]
     if foreign:
         raise InputError(
-            f"{run.folder} has no {foreign[0]} as in the model of --against {run.context.run.output_dir} "
+            f"{run.folder} has no {foreign[0]} as in the model of against = {run.context.run.output_dir!r} "
             f"({len(foreign)} weights differ in name or shape). Name the run it came from"
         )
     return [(weight, loaded[n]) for n, weight in merged.items()]
@@ -206,7 +206,7 @@ def allowed_difference(dtype: torch.dtype, num_layers: int, inputs: int) -> floa
 
 def _loaded(run: MaskedRun, load_as: LoadAs) -> nn.Module:
     """Load the export with transformers; an ordinary folder needs no ``load_as``."""
-    fix = f"Its model is not that of --against {run.context.run.output_dir}. Name the run it came from"
+    fix = f"Its model is not that of against = {run.context.run.output_dir!r}. Name the run it came from"
     model = load_folder(run.folder, run.context, load_as, fix)
     if load_as != "sparse":
         _align(model)

@@ -89,7 +89,7 @@ class MaskedRun:
         encoding = encoding or encoding_of(facts["kind"], facts)
         if facts and encoding.packing in FOR_COMPRESSED_TENSORS:
             raise InputError(
-                f"{folder} is for {COMPRESSED_TENSORS}, which computes in its own way. Compare a --format dense "
+                f"{folder} is for {COMPRESSED_TENSORS}, which computes in its own way. Compare a dense "
                 "export, which has the same quantised values"
             )
         opened = open_checkpoint(config, checkpoint)
@@ -116,8 +116,8 @@ class MaskedRun:
         if kept := self.facts.get("tokens_kept"):
             before = self.model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
             raise InputError(
-                f"--reference {reference}: {self.folder} has {len(kept):,} of {before:,} tokens, so their "
-                "distributions cannot be compared. Verify an export without --vocabulary"
+                f"reference = {str(reference)!r}: {self.folder} has {len(kept):,} of {before:,} tokens, so their "
+                "distributions cannot be compared. Verify an export with all tokens"
             )
         return kl_from_folder(reference, exported, self.context, self.examples)
 

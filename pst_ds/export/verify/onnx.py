@@ -113,7 +113,7 @@ class OnnxModel:
         self.activation_bits = written.activation_bits
         self.has_our_operators = written.operators != "standard"
         if outputs != ["logits"]:
-            raise InputError(f"{file} has the outputs {', '.join(outputs)}, and --against compares logits only")
+            raise InputError(f"{file} has the outputs {', '.join(outputs)}, and only logits are compared")
 
     def __call__(self, **inputs: Tensor) -> ModelOutput:
         tokens = inputs["input_ids"]

@@ -112,7 +112,7 @@ class Encoder:
             logits = torch.from_numpy(found)
             found = (logits.softmax(-1) if self._is_exclusive else logits.sigmoid()).numpy()
         if not np.isfinite(found).all():
-            raise FloatingPointError(f"{self.path}: the model's outputs are not finite. Export it with --dtype fp32")
+            raise FloatingPointError(f"{self.path}: the model's outputs are not finite. Export it in fp32")
         return found
 
     def plain(self, outputs: np.ndarray) -> list[list[float]]:

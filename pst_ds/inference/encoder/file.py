@@ -35,8 +35,8 @@ def require_no_formula(labels: Iterable[str], out: Path) -> None:
     for label in labels:
         if _FORMULA.match(label) and not _NUMBER.fullmatch(label):
             raise InputError(
-                f"--out {out}: the model's label {label[:80]!r} would be a formula in a spreadsheet. Write .jsonl or "
-                ".parquet"
+                f"out = {str(out)!r}: the model's label {label[:80]!r} would be a formula in a spreadsheet. "
+                "Write .jsonl or .parquet"
             )
 
 
@@ -143,14 +143,17 @@ def open_file(folder: str, file: str, columns: Sequence[str], open_model: Callab
 
     Raises InputError.
     """
-    rows = read_local(file, "--data", "line")
-    setting, recorded = "--text", data_of_run(Path(folder)).text_columns
+    rows = read_local(file, "data", "line")
+    setting, recorded = f"columns = {list(columns)}", data_of_run(Path(folder)).text_columns
     if not columns and recorded is not None:
         setting, columns = f"data.text_columns of {folder}", recorded
     columns = columns or [name for name in _USUAL_COLUMNS if name in rows.column_names][:1]
     if len(columns) not in (1, 2) or not len(rows):
         names = ", ".join(rows.column_names)
-        raise InputError(f"{file} has {len(rows)} rows. Name a column of texts, or two of pairs, with --text: {names}")
+        raise InputError(
+            f"{file} has {len(rows)} rows. Name a column of texts, or two of pairs, such as columns = "
+            f"{rows.column_names[:1]}. Columns: {names}"
+        )
     require_columns(rows, dict.fromkeys(columns, setting), file)
     return TextFile(file, rows, columns, open_model)
 

@@ -34,7 +34,7 @@ def bound(host: str, port: int) -> socket.socket:
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _READ_SECONDS)
         made.bind(address)
     except OSError as error:
-        raise InputError(f"cannot listen on {host}:{port}: {error}. Use another --port or --host") from None
+        raise InputError(f"cannot listen on {host}:{port}: {error}. Use another port or host") from None
     return made
 
 

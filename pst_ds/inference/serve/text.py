@@ -153,7 +153,7 @@ class TextService(Service):
         tokenizer = self.tokenizers.of(is_long)
         template = tokenizer.chat_template
         if template is None:
-            why = "this model has no chat template. Use /v1/completions, or start the server with --chat-template"
+            why = "this model has no chat template. Use /v1/completions, or start the server with a template"
             raise ProtocolError(400, why, param="messages")
         if tools and "tools" not in str(template):
             raise ProtocolError(400, "the model's chat template does not support tools. Omit it.", param="tools")

@@ -149,7 +149,7 @@ def user_checkpoint(checkpoint: Checkpoint, run: RunConfig, store: UserStore, us
     if store.common.form == "beside":
         raise UserStoreError(
             f"{store.folder}: its updates lie next to the layers, and merging them would fill the pruned weights. "
-            "Train the users with --form masked to export them, or serve them over the base's export."
+            'Train the users with form = "masked" to export them, or serve them over the base\'s export.'
         )
     own, trained = store.common, checkpoint.contents.trained
     shapes = {name: list(trained[name]) for name in own.shapes if name in trained}
@@ -166,7 +166,7 @@ def _require_finished(run: RunConfig, checkpoint: Checkpoint) -> None:
     if run.mask_method.masks == "ramp" and not checkpoint.state.masks_frozen:
         raise ConfigError(
             f"{checkpoint.folder}: its masks still change after step {checkpoint.state.step}, and users share the "
-            "final ones. Let the run end, or name another --checkpoint."
+            "final ones. Let the run end, or name another checkpoint."
         )
 
 
@@ -176,7 +176,7 @@ def _make_personal(module: nn.Module, run: RunConfig, part: PersonalPart) -> dic
     chosen = {name: layer for name, layer in layers.items() if not part.layers or name_matches(name, part.layers)}
     if not chosen:
         some = shortened(list(layers), 6)
-        raise ConfigError(f"--layers {' '.join(part.layers)} names none of the run's layers. Choose from {some}.")
+        raise ConfigError(f"layers = {list(part.layers)} names none of the run's layers. Choose from {some}.")
     config = run.injected_pst
     trained = configured_parameters(module, config) & _head_parameters(module, config)
     for param in module.parameters():
@@ -186,11 +186,11 @@ def _make_personal(module: nn.Module, run: RunConfig, part: PersonalPart) -> dic
         if part.form == "beside":
             rank = part.rank or config.update_rank
             if not rank:
-                raise ConfigError("pst.update_rank = 0: users need updates of a rank. Set one with --rank.")
+                raise ConfigError("pst.update_rank = 0: users need updates of a rank. Set one, such as rank = 8.")
             if not isinstance(layer, PSTLinear):
                 raise ConfigError(
-                    f"--form beside: {name} is a stack of experts, and this form needs linear layers. "
-                    "Use --form masked."
+                    f'form = "beside": {name} is a stack of experts, and this form needs linear layers. '
+                    'Use form = "masked".'
                 )
             personal |= add_update(
                 layer,
@@ -206,7 +206,7 @@ def _make_personal(module: nn.Module, run: RunConfig, part: PersonalPart) -> dic
         elif layer.get_parameter("pst_U") is None:
             raise ConfigError(
                 f"method = {run.method!r} with pst.update_rank = {run.pst.update_rank} has no U and V that a user "
-                "could own. Use --form beside, or a run with updates."
+                'could own. Use form = "beside", or a run with updates.'
             )
         else:
             personal |= {f"{name}.{factor}": getattr(layer, factor) for factor in ("pst_U", "pst_V")}

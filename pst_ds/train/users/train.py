@@ -63,7 +63,7 @@ class Choice:
             require_name(name)
             if name not in rows.places:
                 some = ", ".join(map(repr, list(rows.places)[:6]))
-                raise ConfigError(f"--users {name!r}: no row of {rows.where} is of that user. Choose from {some}, …")
+                raise ConfigError(f"names = {name!r}: no row of {rows.where} is of that user. Choose from {some}, …")
         for name in rows.places:
             require_name(name)
         wanted = self.names or tuple(rows.places)
@@ -72,7 +72,7 @@ class Choice:
         if not chosen:
             most = max(rows.count(name) for name in wanted)
             raise ConfigError(
-                f"no user of {rows.where} has {self.min_rows} rows, the most are {most}. Lower --min-rows."
+                f"min_rows = {self.min_rows}: no user of {rows.where} has as many rows, the most are {most}. Lower it."
             )
         if self.limit:
             chosen = sorted(chosen, key=rows.count, reverse=True)[: self.limit]
@@ -142,7 +142,7 @@ def train_users(
 
     ``context`` is of the run that :func:`run_of_users` returns for ``how``. Users that the store has are skipped
     unless ``again``. Each state is stored before the next user starts, so an interrupted training resumes. Returns the
-    facts for ``--json``. Raises InputError, and StoppedError after a signal.
+    facts about it. Raises InputError, and StoppedError after a signal.
     """
     rows = raise_on_all_ranks(lambda: read_by_user(context.run.data, "train", column))
     chosen, few = raise_on_all_ranks(lambda: choice.of(rows))
@@ -155,7 +155,7 @@ def train_users(
     store = raise_on_all_ranks(lambda: UserStore(folder))
     waiting = [name for name in chosen if again or name not in store]
     if len(waiting) < len(chosen):
-        say(f"{len(chosen) - len(waiting)} users are in {folder} already; --again trains them again")
+        say(f"{len(chosen) - len(waiting)} users are in {folder} already; again = true trains them again")
     trained, diverged = _train_all(model, rows, store, waiting)
     return {
         "store": str(folder),
@@ -216,7 +216,7 @@ def _with_batches_for(run: RunConfig, count: int, name: str) -> RunConfig:
     ranks = world_size()
     if count < ranks:
         raise ConfigError(
-            f"user {name!r} has {count} examples for {ranks} ranks. Raise --min-rows, or use fewer ranks."
+            f"user {name!r} has {count} examples for {ranks} ranks. Set min_rows = {ranks}, or use fewer ranks."
         )
     batches = -(-count // run.train.batch_size)
     while batches > 1 and count // batches < ranks:

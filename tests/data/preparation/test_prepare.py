@@ -283,7 +283,7 @@ def _children_with(word):
 def test_a_store_and_a_half_of_another_are_not_overwritten(tmp_path):
     path, other = _many(tmp_path / "a.jsonl"), _many(tmp_path / "b.jsonl", seed=1)
     _store([path], tmp_path / "s")
-    with pytest.raises(InputError, match=r"is a finished store\. Replace it with --force"):
+    with pytest.raises(InputError, match=r"is a finished store\. Replace it with force = true"):
         _store([other], tmp_path / "s")
     _store([other], tmp_path / "s", force=True)
     assert _killed([path], tmp_path / "t", 1, 2)
@@ -319,7 +319,7 @@ def _file(name, content):
         (_file("a.docx", b"x"), ["a.docx' is of an unknown kind", ".jsonl"]),
         (_file("a.jsonl", b'{"text": "a"}\n{"text": \n'), ["a.jsonl: line 2 is not a JSON object", "Repair"]),
         (_file("a.jsonl", b'{"text": "a"}\n[1]\n'), ["a.jsonl: line 2 is not a JSON object (it is a list)"]),
-        (_file("a.jsonl", b'{"body": "a"}\n'), ["a.jsonl: line 1 has no column 'text'", "--text-column", "body"]),
+        (_file("a.jsonl", b'{"body": "a"}\n'), ["a.jsonl: line 1 has no column 'text'", "Reading.column", "body"]),
         (_file("a.jsonl", b'{"text": null}\n'), ["a.jsonl: column 'text' has no text in line 1", "remove the row"]),
         (_file("a.jsonl", b'{"text": ["a"]}\n'), ["a.jsonl: column 'text' has a list in line 1"]),
         (_file("a.csv", b"body\na\n"), ["a.csv has no column 'text'", "Columns: body"]),

@@ -130,7 +130,7 @@ def test_a_label_that_a_spreadsheet_computes_is_not_written_to_csv(label, encode
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("classifier", {"--text": "review"}, "has no column 'review', which --text names. Columns: text, other"),
+        ("classifier", {"--text": "review"}, "has no column 'review', which --text review names. Columns: text, other"),
         ("classifier", {"--text": ("text", "other", "text")}, "two of pairs"),
         ("classifier", {"--text": "other"}, "not a plain text"),
         ("classifier", {"--data": "{top}/none.csv"}, "does not exist"),

@@ -188,9 +188,9 @@ def test_the_shared_score_is_that_of_the_run(run, store, tmp_path, capsys):
     ("more", "message"),
     [
         (["--by", "nobody"], "has no column 'nobody'"),
-        (["--users", "zoe"], "--users 'zoe': no row of"),
+        (["--users", "zoe"], "--users zoe: no row of"),
         (["--users", "../ann"], "is a path"),
-        (["--min-rows", "99"], "has 99 rows, the most are 9"),
+        (["--min-rows", "99"], "has as many rows, the most are 9"),
         (["--layers", "nothing"], "--layers nothing names none"),
         (["--epochs", "0"], "--epochs 0.0"),
         (["--dtype", "fp32"], "dtype = 'bf16'"),
