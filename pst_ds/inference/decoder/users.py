@@ -24,7 +24,7 @@ def require_fitting(model: nn.Module, folder: Path, store: UserStore) -> None:
     if common.form != "beside":
         raise UserStoreError(
             f"{store.folder} has adapters of the form {common.form!r}, whose weight is for one user only. "
-            "Export a user (pst-ds users export), or train them beside the layers (pst-ds users train --form beside)"
+            "Export a user (pst-ds users export), or train them anew: pst-ds users train --form beside"
         )
     others = [name for name in common.shapes if name.rpartition(".")[2] not in (LEFT, RIGHT)]
     if others:
