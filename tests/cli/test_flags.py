@@ -105,7 +105,22 @@ def test_an_engine_that_does_not_skip_pruned_weights_says_so(folders, tmp_path, 
     assert json.loads(said.out.splitlines()[-1])["note"] in said.err
 
 
-PYTHON_PACKAGES = ("inference", "train/users", "data", "core", "nn", "formats", "export", "prune", "masks")
+PYTHON_PACKAGES = (
+    *(
+        "core",
+        "data",
+        "export",
+        "formats",
+        "hf",
+        "inference",
+        "masks",
+        "nn",
+        "prune",
+        "runtime",
+        "train/users",
+        "writing",
+    ),
+)
 """Packages whose messages are for callers in Python, too."""
 COMMAND = re.compile(r"pst-ds [a-z]+(?: (?!--)[\w/{}.-]+)*(?: --[a-z-]+(?: [\w:{}/]+)?)*")
 """A command that the user is told to run."""

@@ -29,11 +29,11 @@ DATA = {
         _train_on("train.docx", "x"), "data.train", "'.docx'", "Use one of .jsonl, .json, .csv"
     ),
     "a conversation that is a text": Wrong(
-        _rows({"messages": "hello"}, settings=_CHAT), "row 0, column 'messages'", "'hello'", "a list of messages"
+        _rows({"messages": "hello"}, settings=_CHAT), "line 1, column 'messages'", "'hello'", "a list of messages"
     ),
     "a conversation without an answer": Wrong(
         _rows({"messages": [{"role": "user", "content": "the film"}]}, settings=_CHAT),
-        "row 0, column 'messages'",
+        "line 1, column 'messages'",
         "role 'assistant'",
         "only those are trained on",
     ),
