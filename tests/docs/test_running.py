@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.train.users.test_store import COMMON, _state
+from tests.checkpoint.test_user_store import COMMON, _state
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from pst_ds.checkpoint.user_store import UserStore
