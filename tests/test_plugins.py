@@ -26,7 +26,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_or_with_all():
     numbers = registry(pi="math:pi", infinity="math:inf")
     with pytest.raises(InputError, match=r"'infinite' is not the name of a known number. Did you mean 'infinity'\?"):
         numbers.get("infinite")
-    with pytest.raises(InputError, match="There are: pi, infinity"):
+    with pytest.raises(InputError, match=r"There are: pi, infinity\."):
         numbers.get("x")
 
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.checkpoint.test_user_store import COMMON, _state
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from pst_ds.checkpoint.user_store import UserStore
 from pst_ds.cli.main import main
+from tests.checkpoint.test_user_store import COMMON, _state
 
 from .pages import PAGES, ROOT, Block, blocks, commands
 from .test_code import EXTRAS
