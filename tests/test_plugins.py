@@ -32,7 +32,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_or_with_all():
 
 def test_a_taken_name_is_refused(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(install(tmp_path, GROUP, pi="math:tau"))
-    with pytest.raises(InputError, match="math:tau is installed as the number 'pi', which pst-ds has itself. Rename"):
+    with pytest.raises(InputError, match=r"math:tau is installed as the number 'pi', which pst-ds has itself\. Rename"):
         assert registry(pi="math:pi").names
 
 
