@@ -10,6 +10,7 @@ import pytest
 import transformers
 
 from pst_ds.cli.main import main
+from tests.prune.conftest import tiny  # noqa: F401  # a fixture
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")

@@ -12,7 +12,7 @@ from pst_ds.cli.export import TARGETS, chosen_options
 from pst_ds.cli.main import main
 from pst_ds.export.export_run import ExportSettings
 from pst_ds.inference.decoder import Decoder
-from tests.cli.test_quantized import said_by
+from tests.cli.test_export_quantized import said_by
 
 _LOADS = """
 import sys

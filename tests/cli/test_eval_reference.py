@@ -13,7 +13,7 @@ from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.run import prepare
-from tests.cli.test_quantized import said_by
+from tests.cli.test_export_quantized import said_by
 
 BASE = "tests/data/tiny-llama"
 ONE_TEXT = ("--set", "data.document_mask=false")

@@ -10,7 +10,7 @@ import pytest
 from pst_ds.cli.main import main
 from pst_ds.writing.manifest import file_sums, write_manifest
 from tests.cli.conftest import ROOT
-from tests.cli.test_quantized import said_by
+from tests.cli.test_export_quantized import said_by
 
 pytest.importorskip("onnxruntime", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
