@@ -17,7 +17,7 @@ from pst_ds.core.layout import WeightLayout
 from pst_ds.core.quantization import Grid, Rounding, StoredGrid
 from pst_ds.nn.experts import PSTExpertStack, experts_forward
 from pst_ds.nn.inject import inject_pst
-from tests.core.test_experts import EXPERTS, GATES, INDEX, make_state
+from tests.core.experts.test_products import EXPERTS, GATES, INDEX, make_state
 from tests.device.pretended import module_to_device, pretended, to_device, to_host
 from tests.nn.expert_families import tiny_model
 

@@ -12,13 +12,12 @@ from pst_ds.core.layout import WeightLayout
 from pst_ds.core.one_shot.scored import wanda_scores
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.select import prune_count
-from tests.core.one_shot_references import output_error
-
-from .one_shot_references import (
+from tests.core.one_shot_references import (
     correlated_inputs,
     counter,
     keep_by_score,
     normal_weight,
+    output_error,
     ranked_together,
     without_smallest,
 )

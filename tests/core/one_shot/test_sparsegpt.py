@@ -16,9 +16,16 @@ from pst_ds.core.one_shot.sparsegpt import inverse_factor, round_under_mask
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.quantization import Grid, dequantize, group_scales, quantize, round_to_grid
 from pst_ds.core.select import prune_count
-from tests.core.one_shot_references import keep_by_score, output_error
-
-from .one_shot_references import correlated_inputs, counter, normal_weight, ranked_together, sparsegpt, without_smallest
+from tests.core.one_shot_references import (
+    correlated_inputs,
+    counter,
+    keep_by_score,
+    normal_weight,
+    output_error,
+    ranked_together,
+    sparsegpt,
+    without_smallest,
+)
 
 
 def _rounded(weight, keep, factor, grid, columns_at_a_time=128, dtype=torch.float32):

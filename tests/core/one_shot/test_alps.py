@@ -14,9 +14,7 @@ from pst_ds.core.one_shot.alps import alps
 from pst_ds.core.one_shot.gram import DAMPING, regularised_inverse, unit_gram
 from pst_ds.core.one_shot.sparsegpt import inverse_factor
 from pst_ds.core.patterns import parse_pattern
-from tests.core.one_shot_references import keep_by_score, output_error
-
-from .one_shot_references import correlated_inputs, normal_weight, sparsegpt
+from tests.core.one_shot_references import correlated_inputs, keep_by_score, normal_weight, output_error, sparsegpt
 
 PATTERNS = ["matrix", "row", "2:4", "4:8"]
 
