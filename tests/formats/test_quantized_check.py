@@ -6,7 +6,7 @@ import torch
 
 from pst_ds.core.quantization import Grid, dequantize, quantize
 from pst_ds.formats import FormatError, packed_format
-from tests.core.test_formats_check import CONTENTS, NAME, STRUCTURE, permute_bits, replaced, with_item
+from tests.formats.test_sparse_check import CONTENTS, NAME, STRUCTURE, permute_bits, replaced, with_item
 
 SHAPE = (5, 36)
 FORMS = [packed_format(p, g) for p in ("bitmask", "2:4", "dense") for g in (Grid(8), Grid(4), Grid(8, 32), Grid(4, 32))]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pst_ds.formats import FormatError, stored_bits, with_row_bits
-from tests.core.test_quantized_formats import bits_of
+from tests.formats.test_quantized import bits_of
 
 RANDOM = np.random.default_rng(0)
 MASKS = {

@@ -12,7 +12,7 @@ from pst_ds.core.quantization import Grid, dequantize, quantize, round_to_grid
 from pst_ds.formats import FormatError, QuantizedFormat, packed_format, row_bits, stored_bits
 from pst_ds.formats.rows import row_counts
 
-from .test_formats import nbytes
+from .test_sparse import nbytes
 
 PACKINGS = ["bitmask", "2:4", "dense"]
 GRIDS = [Grid(8), Grid(8, 32), Grid(4), Grid(4, 32)]
