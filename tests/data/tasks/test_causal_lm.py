@@ -23,7 +23,7 @@ from pst_ds.data.tokens.mixed import MixedSequences
 from pst_ds.data.tokens.sequences import Sequences
 from pst_ds.data.tokens.tokenize import tokenize
 
-TINY = Path(__file__).resolve().parents[1] / "data" / "tiny-llama"
+TINY = Path(__file__).resolve().parents[2] / "data" / "tiny-llama"
 TOKENIZER = AutoTokenizer.from_pretrained(TINY)
 START, END = 1, 2
 WORDS = {word: TOKENIZER.convert_tokens_to_ids(word) for word in ("film", "plot", "warm", "dull", "the")}
