@@ -14,6 +14,7 @@ import transformers as hf
 from pst_ds.cli.main import main
 from pst_ds.export.verify import verify
 from pst_ds.writing.manifest import file_sums, read_manifest, write_manifest
+from tests.inference.onnx.conftest import _compiler  # noqa: F401  # a fixture
 
 onnx = pytest.importorskip("onnx", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")
 pytest.importorskip("onnxruntime", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")
