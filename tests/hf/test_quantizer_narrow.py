@@ -20,7 +20,7 @@ from pst_ds.formats import FormatError
 from pst_ds.hf import PackedFolderError, PackedWeightsConfig
 from pst_ds.hf.tables import LoadingTable
 from pst_ds.runtime import sparse_layers
-from tests.hf.test_loading import IDS, assert_equal_models, load, same_bits
+from tests.hf.test_quantizer import IDS, assert_equal_models, load, same_bits
 
 CASES = [
     ("llama", AutoModelForCausalLM),
