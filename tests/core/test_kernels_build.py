@@ -260,7 +260,7 @@ def test_without_a_compiler_the_installation_goes_on_and_torch_computes(tmp_path
 @pytest.mark.thorough
 @pytest.mark.parametrize(
     ("driver", "arguments"),
-    [("inference/decoder/sanitizer", "20 1"), ("inference/onnx/sanitizer", "60 1 300"), ("runtime/asan", "50 1")],
+    [("runtime/native_loop", "20 1"), ("inference/onnx/sanitizer", "60 1 300"), ("runtime/asan", "50 1")],
 )
 def test_the_kernels_are_right_on_arm64(driver, arguments, tmp_path):
     """Each driver compares the portable kernels with loops written out."""

@@ -16,7 +16,7 @@ from pst_ds.inference.onnx import operators as onnx
 from pst_ds.runtime import native_loop as decoder
 from pst_ds.runtime.native_loop import LEVELS, VARIABLE, Matrix
 from tests.guard_pages import Region, in_child
-from tests.inference.decoder.test_matrices import _codes, supported_levels
+from tests.runtime.test_native_loop import _codes, supported_levels
 
 AVX512, AMX = LEVELS.index("avx512"), LEVELS.index("amx")
 TOKENS = [8, 15, 16, 17, 32, 33, 50]

@@ -10,8 +10,8 @@ from pst_ds.inference.decoder import Decoder, DecoderError
 from pst_ds.nn.personal_updates import LEFT, RIGHT
 from pst_ds.runtime import native_loop
 from pst_ds.runtime.native_loop import LEVELS
-from tests.inference.decoder.test_families import _model
-from tests.inference.decoder.test_matrices import AVAILABLE
+from tests.inference.decoder.test_decoder_families import _model
+from tests.runtime.test_native_loop import AVAILABLE
 
 BETA = 0.7
 ODD = {"hidden_size": 52, "head_dim": 12, "intermediate_size": 75}

@@ -9,7 +9,7 @@ import pytest
 
 from tests.sanitizers import run_sanitized
 
-DRIVER = Path(__file__).with_name("sanitizer_driver.cpp")
+DRIVER = Path(__file__).with_name("native_loop_driver.cpp")
 
 
 @pytest.mark.thorough

@@ -4,7 +4,7 @@
 #include <memory>
 #include <random>
 
-#include "../../../pst_ds/core/kernels/cpp/decoder/decoder.cpp"
+#include "../../pst_ds/core/kernels/cpp/decoder/decoder.cpp"
 
 namespace {
 

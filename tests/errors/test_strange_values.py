@@ -20,8 +20,7 @@ from pst_ds.errors import InputError
 from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.nn.folder_facts import data_of_run, origin_of, read_facts, sparsity_of
 from pst_ds.writing.manifest import sealed
-
-from .encoder.conftest import encoders, sentences
+from tests.inference.encoder.conftest import encoders, sentences
 
 __all__ = ["encoders"]
 DATA = Path(__file__).resolve().parents[1] / "data"
