@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/reference/guarantees.md").read_text(encoding="utf-8")
 NEED_A_CLUSTER = "tests/cluster"
-"""Left to ``make test-all``; tests/train/test_faults.py, which its row names too, is not."""
+"""Left to ``make test-all``; tests/train/run/test_faults.py, which its row names too, is not."""
 
 
 def _runs_in_make_test(file: Path) -> bool:

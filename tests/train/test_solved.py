@@ -21,7 +21,7 @@ from pst_ds.formats.safetensors_file import TensorFile
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.train.run import prepare, train_prepared
 from pst_ds.train.run_folder import open_checkpoint
-from tests.train.test_causal_lm import _base
+from tests.train.run.test_causal_lm import _base
 from tests.train.test_resume import OF_SHORT, _assert_same_run, _go_on, _stopped, _train
 
 SOLVES = ("schedule.solves=2", "schedule.final_sparsity=0.7")
