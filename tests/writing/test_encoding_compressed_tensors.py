@@ -16,7 +16,7 @@ from pst_ds.writing.encoding import ExportError
 from pst_ds.writing.manifest import read_manifest
 from tests.exporting import export_folder
 from tests.formats.test_compressed_tensors import by_numpy
-from tests.writing.test_quantized import by_numpy as of_ours
+from tests.writing.test_quantization import by_numpy as of_ours
 
 CASES = [("llama", Grid(8)), ("2:4", Grid(4)), ("bf16", Grid(4, 32))]
 W8A8 = "compressed-tensors-w8a8"
