@@ -124,7 +124,7 @@ def zero3_attribute_problems(tree: ast.AST, path: Path) -> Iterator[str]:
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ATTRIBUTE_FUNCTIONS and len(node.args) > 1:
             name = str(getattr(node.args[1], "value", ""))
         if name.startswith("ds_") and not name.startswith("ds_config"):
-            yield f"line {node.lineno}: reads {name}; pst_ds/parallel/sharding.py owns every ds_* attribute"
+            yield f"line {node.lineno}: reads {name}; pst_ds/parallel/sharding/zero3.py owns every ds_* attribute"
 
 
 def name_problems(tree: ast.AST, path: Path) -> Iterator[str]:

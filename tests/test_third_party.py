@@ -30,14 +30,14 @@ USES = {
     ("parallel/engine.py", "parameter_offload"),
     ("parallel/sequence.py", "attention"),  # by its name in transformers' registry
     ("parallel/traffic.py", "name"),  # of each collective of a process group
-    ("parallel/sharding.py", "__init__"),
-    ("parallel/sharding.py", "_ZERO_PARAM_INTRA_PARALLEL_GROUP"),
-    ("parallel/sharding.py", "_convert_to_deepspeed_param"),
-    ("parallel/sharding.py", "_partition_param_sec"),
-    ("parallel/sharding.py", "_post_init_method"),
+    ("parallel/sharding/zero3.py", "__init__"),
+    ("parallel/sharding/zero3.py", "_ZERO_PARAM_INTRA_PARALLEL_GROUP"),
+    ("parallel/sharding/zero3.py", "_convert_to_deepspeed_param"),
+    ("parallel/sharding/zero3.py", "_partition_param_sec"),
+    ("parallel/sharding/zero3.py", "_post_init_method"),
     ("planning/activations.py", "scaled_dot_product_attention"),
     ("train/sequences.py", "implementation"),  # of attention and of masks, by its name in transformers' registries
-    ("train/trainer_callback.py", "DEFAULT_CALLBACKS"),
+    ("hf/trainer_callback.py", "DEFAULT_CALLBACKS"),
 }
 """(file, changed or required attribute) of every use of pst_ds.third_party."""
 

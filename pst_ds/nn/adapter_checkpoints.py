@@ -6,7 +6,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from pst_ds.core.bits import relayout, shard_bytes
 from pst_ds.nn.inject import adapter_parameters, pst_layers
 from pst_ds.nn.layer import PSTLayer
-from pst_ds.parallel import fsdp2, sharding
+from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import keep_frozen, omit_frozen
 
 MASK_BITS, MASK_SHARD = "pst_mask_bits", "pst_mask_shard"
@@ -33,7 +33,7 @@ def adapter_checkpoints(model: nn.Module) -> None:
     """
     if hasattr(model, _HANDLES):
         return
-    fsdp2.require_weights_everywhere()  # accelerate would send a state dict without the base
+    sharding.require_weights_everywhere()  # accelerate would send a state dict without the base
     handles = (
         model.register_state_dict_post_hook(_leave_out),
         model.register_load_state_dict_pre_hook(_load),

@@ -31,7 +31,7 @@ from pst_ds.nn.targets import (
     resolve_targets,
     suggestion,
 )
-from pst_ds.parallel import fsdp2, sharding
+from pst_ds.parallel import sharding
 from pst_ds.parallel.expert_parallel import ExpertGroup
 from pst_ds.parallel.steps import unwrapped
 from pst_ds.third_party import require
@@ -77,7 +77,7 @@ def inject_pst(
     """
     if pst_layers(model):
         raise InjectionError("the model already has PST modules; inject into the base model, once")
-    fsdp2.require_weights_everywhere()
+    sharding.require_weights_everywhere()
     sharding.refuse_dtensors(model.named_parameters(), "Call inject_pst first, on whole weights, and then fully_shard")
     targets, embeddings = resolve_targets(model, config), find_embeddings(model, config)
     removes_experts = parse_pattern(config.pattern).kind == "experts"
@@ -125,7 +125,7 @@ def _divided(targets: Sequence[Target], degree: int) -> list[Target]:
             raise InjectionError(f"{lead} does not divide the {count} experts of {target.name}. Set it to a divisor")
     if targets[0].weight.is_meta:
         return list(targets)
-    if not sharding.is_partitioned(targets[0].weight) or sharding.mesh_of(targets[0].weight):
+    if not sharding.divides_experts(targets[0].weight):
         raise InjectionError(
             f"{lead}: the model was not loaded under deepspeed.zero.Init. Load it there, or set it to 1"
         )

@@ -201,7 +201,7 @@ class PSTLayer(nn.Module):
     def split(self) -> sharding.Split:
         """Return how the weights, and their mask bits, are divided over ranks."""
         numel, of_mask = self.layout.numel, sharding.split_of(self.pst_mask)
-        if sharding.mesh_of(self.pst_mask) is not None:
+        if sharding.splits_rows(self.pst_mask):
             rows = of_mask.share * self.mask_rows // of_mask.numel
             return sharding.Split(numel, rows * (numel // self.mask_rows), of_mask.ranks, of_mask.own)
         assert of_mask.ranks == (1 if self.mask_rows else self.num_shards), "num_shards is not how it is partitioned"

@@ -1,0 +1,49 @@
+"""Parameters that every rank holds in full: without ZeRO-3 and FSDP2, and while a module under FSDP2 runs."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.parallel.sharding.base import Sharding
+from pst_ds.parallel.sharding.masters import kept_masters
+
+
+class Whole(Sharding):
+    """Every rank holds all values. Optimizers may keep masters anywhere, and at ZeRO stages 1 and 2 in parts."""
+
+    is_partitioned = False
+
+    def owns(self, param: Tensor) -> bool:
+        return True
+
+    def ranks(self, param: nn.Parameter) -> int:
+        return 1
+
+    def rank(self, param: nn.Parameter) -> int:
+        return 0
+
+    def local(self, param: nn.Parameter) -> Tensor:
+        return param.detach().view(-1)
+
+    def gather(self, param: nn.Parameter) -> Tensor:
+        return param.detach()
+
+    def own_master(self, param: nn.Parameter) -> Tensor:
+        return self.masters([param], None)[0].view(-1)
+
+    def masters(self, params: Sequence[nn.Parameter], device: torch.device | None) -> list[Tensor]:
+        masters = []
+        for param, kept in zip(params, kept_masters(params), strict=True):
+            master = _master_of(param) if kept is None else kept
+            masters.append(master if device is None else master.to(device))
+        return masters
+
+
+def _master_of(param: nn.Parameter) -> Tensor:
+    """Return the master that DeepSpeed keeps of ``param`` at stages 1 and 2, or an fp32 copy. Collective there."""
+    if hasattr(param, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(param).detach()
+    return param.detach().to(torch.float32, copy=True)
