@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pst_ds.config.pst import PSTConfig
+from pst_ds.config.update_forms import LOW_RANK
 from pst_ds.core.patterns import parse_pattern
 
 Masks = Literal["none", "fixed", "ramp"]
@@ -34,7 +35,13 @@ class Method:
 
 
 _NO_SCORES: Settings = {"score_rank": 0, "structured_scores": False}
-_WEIGHTS: Settings = {**_NO_SCORES, "update_rank": 0, "update_embeddings": (), "train_weights": True}
+_WEIGHTS: Settings = {
+    **_NO_SCORES,
+    "update_form": LOW_RANK,
+    "update_rank": 0,
+    "update_embeddings": (),
+    "train_weights": True,
+}
 """Train the weights themselves, without scores and updates."""
 _LORA: Settings = {**_NO_SCORES, "update_init": "lora", "update_init_scale": 1.0}
 """Train an update U V, without scores."""

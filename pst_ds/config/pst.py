@@ -19,7 +19,9 @@ from pst_ds.config.settings import (
     Share,
     settings,
 )
+from pst_ds.config.update_forms import LOW_RANK, UPDATE_FORMS
 from pst_ds.core.patterns import Pattern, parse_pattern
+from pst_ds.errors import InputError
 
 _BARE_NAME = re.compile(r"[\w.-]+")
 
@@ -107,6 +109,9 @@ class PSTConfig(_LibrarySection):
     """Layers with several square matrices side by side (q, k, v), each scored and ranked separately."""
     score_rank: InShapes[NotNegative] = 8
     """Rank of A B; 0 disables it."""
+    update_form: str = LOW_RANK
+    """How the weights of layers are updated while they train: "low-rank" is W0 + beta U V; "spp" is multiplicative and
+    keeps every zero of W0 (docs/how-to/methods.md); installed packages can add forms by name."""
     update_rank: InShapes[NotNegative] = 8
     """Rank of U V; 0 disables it."""
     expert_rank: InShapes[NotNegative] = 4
@@ -168,6 +173,16 @@ class PSTConfig(_LibrarySection):
             yield (
                 "frozen_magnitude = true ranks by the pretrained weights, and train_weights = true does not keep them. "
                 "Set one of them to false"
+            )
+        if self.update_form not in UPDATE_FORMS.names:
+            try:
+                UPDATE_FORMS.get(self.update_form)
+            except InputError as error:
+                yield f"update_form = {error}"
+        if self.train_weights and self.update_form != LOW_RANK:
+            yield (
+                f"update_form = {self.update_form!r} updates frozen weights, and train_weights = true trains them. "
+                "Remove one of them"
             )
         if self.update_embeddings and self.update_rank == 0:
             yield (

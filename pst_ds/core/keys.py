@@ -51,7 +51,7 @@ def score_keys(weight: Tensor, tile: TileFactors, constants: Constants, weight_s
 
     ``weight``: W0, (rows, cols). Fastest if the rows of the weight, of V and of B are contiguous.
     """
-    is_simple = weight.dtype in NATIVE_DTYPES and weight.stride(1) == 1
+    is_simple = weight.dtype in NATIVE_DTYPES and weight.stride(1) == 1 and tile.update is None
     native = native_for(weight, *tile.held().values()) if is_simple else None
     if native is None:
         return order_keys(importance(weight, tile, constants, weight_scale))

@@ -7,7 +7,7 @@ Names: N tokens, O outputs, I inputs. The gradient G, as large as the weight, ex
 :mod:`pst_ds.core.tiles`). Nothing here keeps a tensor of the size of the weight between the passes.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from pst_ds.core.bits import INT_OF_SIZE, bits_of_range, expand_mask_
 from pst_ds.core.coded_weight import CodedWeight, weights_at
-from pst_ds.core.factors import Constants, Factors, tile_factors
+from pst_ds.core.factors import Constants, Factors, rows_of_matrix, tile_factors
 from pst_ds.core.kernels.triton.merge import MaskBits, Matrices, gradients_into, kernel_mask
 from pst_ds.core.layout import Rect, StoredMatrix, WeightLayout, row_tiles
 from pst_ds.core.quantization import Rounding
 from pst_ds.core.scores import masked_weight, updated_weight
-from pst_ds.core.tiles import Tiles, plan_tiles
+from pst_ds.core.tiles import Tiles, plan_tiles, whole_tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +77,15 @@ class Gradients:
     C: Tensor | None = None
     U: Tensor | None = None
     V: Tensor | None = None
+    update: dict[str, Tensor] = field(default_factory=dict)
+    """Gradients of the parameters of an update form without kernels, by name."""
 
     def factors(self) -> Factors:
-        return Factors(self.A, self.B, self.R, self.C, self.U, self.V)
+        return Factors(A=self.A, B=self.B, R=self.R, C=self.C, U=self.U, V=self.V, update=self.update)
+
+    def of_parameter(self, name: str) -> Tensor | None:
+        """Return the gradient of a layer's trained parameter, of the scores or of the update."""
+        return self.update[name] if name in self.update else getattr(self, name)
 
 
 def forward(x: Tensor, bias: Tensor | None, state: LayerState) -> Tensor:
@@ -113,11 +119,17 @@ def backward(
     ``need_weight``: return the gradient of the weight, G . M. ``tile_bytes``: budget of :mod:`pst_ds.core.tiles`; 0 is
     the device's default. Raises TileBudgetError.
     """
-    tiles = plan_tiles(state.layout, x.element_size(), tile_bytes, device_type=x.device.type)
+    if state.factors.update and not state.constants.form.exact_in_slices:
+        tiles = whole_tile(state.layout)
+    else:
+        tiles = plan_tiles(state.layout, x.element_size(), tile_bytes, device_type=x.device.type)
     x, grad_y = x.contiguous(), grad_y.contiguous()
     high = torch.promote_types(x.dtype, torch.float32)
-    factors = factors_with_ones(state) if state.scores_train else Factors(U=state.factors.U, V=state.factors.V)
-    sums = Factors(**{n: torch.zeros_like(f, dtype=high) for n in "ABUV" if (f := getattr(factors, n)) is not None})
+    factors = factors_with_ones(state) if state.scores_train else state.factors.of_update()
+    sums = Factors(
+        **{n: torch.zeros_like(f, dtype=high) for n in "ABUV" if (f := getattr(factors, n)) is not None},
+        update={name: torch.zeros_like(value, dtype=high) for name, value in factors.update.items()},
+    )
     grads = Gradients()
     if need_bias:
         grads.bias = grad_y.sum(0, dtype=high)
@@ -135,7 +147,7 @@ def backward(
 
 def mask_for_kernels(x: Tensor, state: LayerState) -> MaskBits | None:
     """Return the mask for the kernels of the backward pass, or None if they do not support the layer."""
-    if x.dtype != state.weight.dtype:
+    if x.dtype != state.weight.dtype or state.factors.update:
         return None
     return kernel_mask(state.weight, state.bits, state.layout.shape, state.num_shards)
 
@@ -167,7 +179,7 @@ def _tile_backward(work: _Work, rect: Rect) -> None:
     outputs, inputs = (cols, rows) if layout.transposed else (rows, cols)
     x, grad_y = work.x[:, inputs], work.grad_y[:, outputs]
     weight, grad = _shaped(work.weight, rect), _shaped(work.grad, rect)
-    if any(wanted is not None for wanted in (work.sums.A, work.sums.U, work.grads.weight)):
+    if work.sums.update or any(wanted is not None for wanted in (work.sums.A, work.sums.U, work.grads.weight)):
         # G and everything derived from it have the dtype of x, as in autograd
         left, right = (x, grad_y) if layout.transposed else (grad_y, x)
         torch.mm(left.t(), right, out=grad)
@@ -204,7 +216,7 @@ def _band_backward(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor
     if work.sums.A is not None:
         torch.mul(grad, weight, out=product)  # dS
         _add_low_rank_gradients(product, factors.score_left, factors.score_right, sums.score_left, sums.score_right)
-    if work.sums.U is not None or work.grads.weight is not None:
+    if work.sums.U is not None or work.sums.update or work.grads.weight is not None:
         _and(grad, mask, out=product)  # dW
         if work.grads.weight is not None:
             work.grads.weight[rows, cols] = product
@@ -216,7 +228,20 @@ def _band_backward(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor
                 magnitude.mul_(factors.col_norms)
             product.addcmul_(grad, magnitude, value=1.0 / state.magnitude_scales[matrix.index])
         _add_low_rank_gradients(product, factors.update_left, factors.update_right, sums.update_left, sums.update_right)
+        _add_form_gradients(work, matrix, rect, product)
     _and(weight, mask, out=weight)
+
+
+def _add_form_gradients(work: _Work, matrix: StoredMatrix, rect: Rect, weight_gradient: Tensor) -> None:
+    """Add a band's terms of the gradients of an update form without kernels. ``weight_gradient``: dW of the band."""
+    state = work.state
+    update = tile_factors(state.factors, state.layout, matrix, rect).update
+    if update is None:
+        return
+    # the buffer of the tile holds W by now, and forms differentiate at W0
+    base = weights_at(state.weight, rect, work.x.new_empty(rect.shape))
+    for name, term in update.gradients(base, weight_gradient, state.constants).items():
+        rows_of_matrix(work.sums.update[name], matrix, state.layout).add_(term)
 
 
 def _band_by_kernel(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor, grad: Tensor) -> None:
@@ -272,7 +297,7 @@ def factors_with_ones(state: LayerState) -> Factors:
         right = extra.unsqueeze(1).expand(num_matrices, -1, own.C.shape[1])
         A = torch.cat([left] if A is None else [A, left], 1)
         B = torch.cat([right] if B is None else [B.view(num_matrices, rank, -1), right], 1).flatten(0, 1)
-    return Factors(A=A, B=B, U=own.U, V=own.V, norms=own.norms)
+    return Factors(A=A, B=B, U=own.U, V=own.V, norms=own.norms, update=own.update)
 
 
 def finish_factors(sums: Factors, state: LayerState, grads: Gradients) -> None:
@@ -280,6 +305,7 @@ def finish_factors(sums: Factors, state: LayerState, grads: Gradients) -> None:
     own, constants = state.factors, state.constants
     if sums.U is not None and sums.V is not None:
         grads.U, grads.V = sums.U * constants.beta, sums.V * constants.beta
+    grads.update = dict(sums.update)
     if sums.A is None or sums.B is None:
         for name in "ABRC":
             factor = getattr(own, name)

@@ -68,8 +68,11 @@ def importance(
 def sliced_weight(weight: Tensor, tile: TileFactors, constants: Constants) -> Tensor:
     """Return W0 + beta U V of one rectangle: fp32 (rows, cols).
 
-    Bit-identical regardless of the rectangle, which :func:`updated_weight` is not.
+    Bit-identical regardless of the rectangle, which :func:`updated_weight` is not; of a form without kernels only if
+    that is exact in slices.
     """
+    if tile.update is not None:
+        return tile.update.applied(weight.to(torch.float32), constants).contiguous()
     updated = weight.to(torch.float32, copy=True)
     add_low_rank_(updated, tile.update_left, tile.update_right, constants.beta, torch.empty_like(updated))
     return updated
@@ -109,6 +112,9 @@ def updated_weight(weight: Tensor, tile: TileFactors, constants: Constants, out:
 
     ``out`` may be ``weight`` itself.
     """
+    if tile.update is not None:
+        updated = tile.update.applied(weight, constants)
+        return updated.to(weight.dtype) if out is None else out.copy_(updated)
     if tile.update_left is None or tile.update_right is None:
         return weight.clone() if out is None else out.copy_(weight)
     in_rows = out is None or out.stride(-1) == 1
@@ -147,7 +153,9 @@ def masked_weight(
     quantisation of the result.
     """
     height, width = layout.shape
-    whole, mask = Rect(0, height, 0, width), kernel_mask(weight, bits, layout.shape, num_shards)
+    whole = Rect(0, height, 0, width)
+    # the kernels know no update but U V
+    mask = None if factors.update else kernel_mask(weight, bits, layout.shape, num_shards)
     if mask is not None:
         assert isinstance(weight, Tensor)
         merged = merge_layer(weight, mask, layout, factors, constants)

@@ -104,6 +104,12 @@ def plan_tiles(
     return Tiles(tuple(rects), cut_outputs, band_elements)
 
 
+def whole_tile(layout: WeightLayout) -> Tiles:
+    """Return one tile with one band per matrix, for update forms that are not exact in slices. It has no budget."""
+    height, width = layout.shape
+    return Tiles((Rect(0, height, 0, width),), cut_outputs=False, band_elements=layout.numel)
+
+
 def _strips(whole: int, strip: int) -> list[tuple[int, int]]:
     if strip >= whole:
         return [(0, whole)]

@@ -15,7 +15,7 @@ from pst_ds.core.keys import SingleWeights, score_keys, single_weights
 from pst_ds.core.layout import Rect, StoredMatrix, positions_before, shard_tiles, view_in_shard
 from pst_ds.core.select import Sampled
 from pst_ds.core.units import block_keys, loss_keys, unit_tiles
-from pst_ds.nn.layer import FACTOR_NAMES, PSTLayer
+from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import sharding
 from pst_ds.parallel.halo import Halo
 
@@ -208,18 +208,20 @@ class LayerScores:
         return torch.cat(pieces)
 
 
-def whole_factors(layers: Sequence[PSTLayer], names: Sequence[str] = FACTOR_NAMES) -> list[Factors]:
-    """Return the factors in ``names`` of each layer for the formulas, from their fp32 masters, on its mask's device.
+def whole_factors(layers: Sequence[PSTLayer], *, with_scores: bool = True) -> list[Factors]:
+    """Return the factors of each layer for the formulas, from their fp32 masters, on its mask's device.
+
+    Without ``with_scores`` only those of the update.
 
     A stack that is divided among ranks has the factors of this rank's experts. Collective: under ZeRO-3 one all-gather
     for all layers, or two.
     """
-    held = ((i, name, param) for i, layer in enumerate(layers) for name, param in layer.factor_parameters())
-    owned = [entry for entry in held if entry[1] in names]
+    held = ((layer, name, param, i) for i, layer in enumerate(layers) for name, param in layer.factor_parameters())
+    owned = [entry for entry in held if with_scores or entry[1] in entry[0].update_specs]
     homes = [sharding.shard_of(layer.pst_mask).values.device for layer in layers]
-    masters = sharding.fp32_masters([param for *_, param in owned], homes[0]) if owned else []
+    masters = sharding.fp32_masters([param for _, _, param, _ in owned], homes[0]) if owned else []
     values: list[dict[str, Tensor]] = [{} for _ in layers]
-    for (i, name, _), master in zip(owned, masters, strict=True):
+    for (_, name, _, i), master in zip(owned, masters, strict=True):
         values[i][name] = master.to(homes[i])
     return [layer.factors(own).to(home) for layer, own, home in zip(layers, values, homes, strict=True)]
 

@@ -9,19 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.core import stats
-from pst_ds.core.factors import Factors, tile_factors
+from pst_ds.core.factors import SCORE_FACTORS, Factors, tile_factors
 from pst_ds.core.keys import score_keys
 from pst_ds.core.layout import Rect, StoredMatrix
 from pst_ds.core.scores import updated_weight
 from pst_ds.masks.layer_scores import LayerScores, current_base, whole_factors, with_contiguous_columns
+from pst_ds.masks.updated_base import updated_base
 from pst_ds.nn.inject import pst_layers
-from pst_ds.nn.layer import SCORE_FACTORS, PSTLayer
+from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import sharding
 from pst_ds.parallel.ranks import group_sum
 
 _MOMENTS = slice(0, 5)
-_WEIGHT_SQUARES, _NUM_SUMS = 5, 6
-"""Places in a layer's sums: :func:`pst_ds.core.stats.score_moments` of S and |W|, and the square of W0."""
+_WEIGHT_SQUARES, _UPDATE_SQUARES, _NUM_SUMS = 5, 6, 7
+"""Places in a layer's sums: :func:`pst_ds.core.stats.score_moments` of S and |W|, the square of W0, and that of W - W0
+where the update form has no kernels."""
 _SCORE_NORM, _UPDATE_NORM, _NUM_NORMS = 0, 1, 2
 
 
@@ -34,7 +36,7 @@ class LayerStats:
     score_norm: list[float | None]
     """Frobenius norm of the learned part of S: alpha1 A B + alpha2 (R 1' + 1 C')."""
     update_norm: list[float | None]
-    """Frobenius norm of beta U V."""
+    """Frobenius norm of W - W0, such as beta U V."""
     weight_norm: list[float | None]
     """Frobenius norm of W0, or of the trained weight that replaces it."""
     with_scores: bool
@@ -70,7 +72,7 @@ def measure(model: nn.Module, *, with_scores: bool) -> LayerStats:
             for part, s in zip(parts, sums, strict=True)
         ],
         [part.score_norm(n) if with_scores else None for part, n in zip(parts, norms, strict=True)],
-        [part.update_norm(n) for part, n in zip(parts, norms, strict=True)],
+        [part.update_norm(n, s) for part, n, s in zip(parts, norms, sums, strict=True)],
         [_finite(math.sqrt(s[_WEIGHT_SQUARES])) for s in sums],
         with_scores,
     )
@@ -83,7 +85,12 @@ class _Part:
         name, self.layer = named
         self._factors = with_contiguous_columns(factors) if self.layer.layout.transposed else factors
         self._weight = current_base(self.layer)
-        self._keys = LayerScores(name, self.layer, factors, self._weight)
+        self._updated = updated_base(self.layer, self._weight, factors)
+        """With the update of a form without kernels, whose parameters are then not in the factors."""
+        if factors.update:
+            self._factors = self._factors.of_scores()
+        base = self._weight if self.layer.constants.frozen_magnitude else self._updated
+        self._keys = LayerScores(name, self.layer, self._factors if factors.update else factors, base)
         self.numel = self.layer.whole_layout.numel
         self.counts_norms = self.layer.group is not None and sharding.shard_index(self.layer.pst_mask) == 0
         """True on one of the ranks that own the same experts of a stack, whose norms are added up."""
@@ -95,11 +102,16 @@ class _Part:
         for matrix, rect in self._rects():
             weight = self._weight.rect(rect)
             sums[_WEIGHT_SQUARES] += stats.square_sum(weight)
+            start = self._updated.rect(rect)
+            if self._updated is not self._weight:
+                sums[_UPDATE_SQUARES] += stats.square_sum(start - weight)
             if not with_scores:
                 continue
             tile = tile_factors(self._factors, self.layer.layout, matrix, rect)
-            updated, scale = updated_weight(weight.float(), tile, constants), self.layer.magnitude_scales[matrix.index]
-            sums[_MOMENTS] += stats.score_moments(score_keys(weight, tile, constants, scale), updated, scale)
+            scale = self.layer.magnitude_scales[matrix.index]
+            updated = updated_weight(start.float(), tile, constants)
+            scored = weight if constants.frozen_magnitude else start
+            sums[_MOMENTS] += stats.score_moments(score_keys(scored, tile, constants, scale), updated, scale)
         return sums
 
     def norms(self, with_scores: bool) -> Tensor:
@@ -108,15 +120,19 @@ class _Part:
         layout, constants = self.layer.layout, self.layer.constants
         if with_scores and self.learns_scores:
             norms[_SCORE_NORM] = stats.learned_score_norm(layout, self._factors, constants)
-        if self.layer.pst_U is not None:
+        if self.layer.update_specs and self.layer.constants.form.has_kernels:
             norms[_UPDATE_NORM] = stats.update_norm(layout, self._factors, constants)
         return norms
 
     def score_norm(self, norms: Tensor) -> float | None:
         return _finite(float(norms[_SCORE_NORM])) if self.learns_scores else None
 
-    def update_norm(self, norms: Tensor) -> float | None:
-        return None if self.layer.pst_U is None else _finite(float(norms[_UPDATE_NORM]))
+    def update_norm(self, norms: Tensor, sums: Tensor) -> float | None:
+        if not self.layer.update_specs:
+            return None
+        if self.layer.constants.form.has_kernels:
+            return _finite(float(norms[_UPDATE_NORM]))
+        return _finite(math.sqrt(sums[_UPDATE_SQUARES]))
 
     def _rects(self) -> Iterator[tuple[StoredMatrix, Rect]]:
         return ((matrix, rect) for matrix in self._keys.matrices for rect in self._keys.own_rects(matrix))

@@ -6,7 +6,7 @@ integers, so scales are the same for every world size. All such groups are searc
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -31,8 +31,9 @@ from pst_ds.core.scores import sliced_weight
 from pst_ds.core.units import unit_tiles
 from pst_ds.errors import shortened
 from pst_ds.masks.layer_scores import current_base, whole_factors, with_contiguous_columns
+from pst_ds.masks.updated_base import updated_base
 from pst_ds.nn.inject import pst_layers
-from pst_ds.nn.layer import UPDATE_FACTORS, PSTLayer
+from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import sharding
 from pst_ds.parallel.ranks import group_max, group_sum
 
@@ -73,7 +74,7 @@ def update_scales(model: nn.Module) -> RoundingStats:
     for weights that are not finite.
     """
     named = {name: layer for name, layer in pst_layers(model).items() if layer.stored_grid is not None}
-    factors = whole_factors(list(named.values()), UPDATE_FACTORS)
+    factors = whole_factors(list(named.values()), with_scores=False)
     weights = [_ShardWeights(*each) for each in zip(named, named.values(), factors, strict=True)]
     errors: list[float] = []
     squares: list[float] = []
@@ -101,12 +102,14 @@ class _ShardWeights:
         self.name, self.layer, self.stored, self.grid = name, layer, layer.stored_grid, layer.stored_grid.grid
         self._split = layer.split()
         self.layout, self.row_length = layer.layout, layer.layout.shape[1]
-        self._factors = with_contiguous_columns(factors) if self.layout.transposed else factors
+        self._whole_factors = factors
+        kernel_factors = replace(factors, update={})
+        self._factors = with_contiguous_columns(kernel_factors) if self.layout.transposed else kernel_factors
         self._own: OwnWeights | None = None
 
     def open(self) -> None:
         """Look up the masters and unpack the mask. Collective if :func:`sharding.master_shard` is."""
-        self._own = current_base(self.layer)
+        self._own = updated_base(self.layer, current_base(self.layer), self._whole_factors)
         self.start, self.stop, self.device = self._own.start, self._own.stop, self._own.device
         self._keep = unpack_shard(self.layer.own_bits(), self.stop - self.start).bool()
         period = self.stored.period

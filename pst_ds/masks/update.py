@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.core.bits import join_bits, pack_shard
+from pst_ds.core.coded_weight import OwnWeights
 from pst_ds.core.kernels.triton.bit_sums import BitsOfShard, ShardBits, placed_bits, replace_bits
 from pst_ds.core.kernels.triton.launch import serves
 from pst_ds.masks.layer_scores import LayerScores, current_base, whole_factors
 from pst_ds.masks.sharded_select import Kept, Matrix, as_run, select_kept, weights_kept
+from pst_ds.masks.updated_base import updated_base
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import sharding
@@ -137,7 +139,10 @@ def _layer_keys(layers: dict[str, PSTLayer]) -> list[LayerScores]:
     """Return the keys of every layer, with weights of other ranks in its units. Collective: one or two all-to-alls."""
     factors = whole_factors(list(layers.values()))
     wide = [layer for layer in layers.values() if layer.rule.pattern.unit(layer.layout) != (1, 1)]
-    own_weights = {layer: current_base(layer) for layer in layers.values()}
+    own_weights: dict[PSTLayer, OwnWeights] = {}
+    for layer, of_layer in zip(layers.values(), factors, strict=True):
+        base = current_base(layer)
+        own_weights[layer] = base if layer.constants.frozen_magnitude else updated_base(layer, base, of_layer)
     halo_of: dict[PSTLayer, Halo] = {}
     for on_ranks in (False, True):  # fewer ranks hold the same experts
         some = [layer for layer in wide if (layer.group is not None) == on_ranks]
@@ -149,6 +154,6 @@ def _layer_keys(layers: dict[str, PSTLayer]) -> list[LayerScores]:
         )
         halo_of |= zip(some, halos, strict=True)
     return [
-        LayerScores(name, layer, own, own_weights[layer], halo_of.get(layer))
+        LayerScores(name, layer, replace(own, update={}), own_weights[layer], halo_of.get(layer))
         for (name, layer), own in zip(layers.items(), factors, strict=True)
     ]

@@ -1,6 +1,5 @@
-"""Base class of pruned layers: frozen weight, mask, score factors and low-rank update."""
+"""Base class of pruned layers: frozen weight, mask, score factors and the parameters of the update."""
 
-import math
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.config.pst import MaskRule, PSTConfig
+from pst_ds.config.update_forms import update_form
 from pst_ds.core import masked_linear
 from pst_ds.core.bits import all_ones, relayout, shard_numel
 from pst_ds.core.coded_weight import CodedWeight, OwnWeights
-from pst_ds.core.factors import Constants, Factors
+from pst_ds.core.factors import SCORE_FACTORS, Constants, Factors
+from pst_ds.core.forms.form import ParamSpec
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.quantization import UNUSED_SCALE, Grid, Rounding, StoredGrid, bytes_of_scales, scales_of_bytes
 from pst_ds.nn.base_codes import BASE_CODES, BASE_SCALES, BaseCodes, own_weights
@@ -20,9 +21,6 @@ from pst_ds.parallel import sharding
 from pst_ds.parallel.expert_parallel import ExpertGroup
 from pst_ds.parallel.sharding import in_backward_pass
 
-FACTOR_NAMES = ("A", "B", "R", "C", "U", "V")
-SCORE_FACTORS = ("A", "B", "R", "C")
-UPDATE_FACTORS = ("U", "V")
 CONSTANT_PARTS = ("pst_mask", "pst_scales", BASE_CODES, BASE_SCALES)
 """Parameters of a layer that hold bytes and are not trained."""
 
@@ -30,11 +28,13 @@ CONSTANT_PARTS = ("pst_mask", "pst_scales", BASE_CODES, BASE_SCALES)
 class PSTLayer(nn.Module):
     """Base class of pruned layers. It adopts the ``weight`` and ``bias`` Parameters of the layer that it replaces.
 
-    W = W0 + beta U V;  S = |W| / scale + alpha1 A B + alpha2 (R 1' + 1 C');  M keeps the largest S
+    W = W0 + beta U V, or another update form;  S = |W| / scale + alpha1 A B + alpha2 (R 1' + 1 C');  M keeps the
+    largest S
 
     Parameters, besides ``weight`` (frozen unless ``config.train_weights``) and ``bias``:
-        pst_A (O, k), pst_B (P*k, I), pst_R (O,), pst_C (P, I), pst_U (O, r), pst_V (P*r, I): trainable, see
-            :mod:`pst_ds.core.factors` for P; None for those that the config omits.
+        pst_A (O, k), pst_B (P*k, I), pst_R (O,), pst_C (P, I): trainable, see :mod:`pst_ds.core.factors` for P; None
+            for those that the config omits.
+        those of the update form in :attr:`update_specs`, such as pst_U (O, r) and pst_V (P*r, I): trainable.
         pst_mask: uint8, one bit per weight, see :mod:`pst_ds.core.bits`; frozen. One row of bytes for each entry of the
             weight's first dimension, so that FSDP2 splits both alike; (num_shards * bytes,) for ZeRO-3.
         pst_scales: uint8, the bytes of the bf16 scales that quantise M . W, only with a ``grid``; frozen.
@@ -78,7 +78,15 @@ class PSTLayer(nn.Module):
         self.num_shards = self.mask_rows if has_padded_rows else num_shards or 1
         """Parts of the mask that start at a byte, see :mod:`pst_ds.core.bits`."""
         self.set_magnitude_scales(magnitude_scales)
-        self.constants = Constants(config.alpha1, config.alpha2, config.beta, config.frozen_magnitude)
+        self.constants = Constants(
+            alpha1=config.alpha1,
+            alpha2=config.alpha2,
+            beta=config.beta,
+            frozen_magnitude=config.frozen_magnitude,
+            form=update_form(config.update_form),
+        )
+        self.update_specs: dict[str, ParamSpec] = {}
+        """Parameters of the update by name. Shapes are for one matrix; a layer stacks those of its matrices."""
         self.rule = rule
         self.scores_train = config.has_scores
         """True while the scores have a gradient; False once the masks are fixed."""
@@ -118,7 +126,7 @@ class PSTLayer(nn.Module):
             scales = nn.Parameter(unused, requires_grad=False)
         self.register_parameter("pst_scales", scales)
 
-        def add(factor: str, shape: tuple[int, ...] | None, std: float = 0.0) -> None:
+        def add(factor: str, shape: tuple[int, ...] | None, std: float = 0.0, mean: float = 0.0) -> None:
             param = None
             if shape is not None:
                 if device.type == "meta":  # shapes need no random numbers
@@ -126,20 +134,26 @@ class PSTLayer(nn.Module):
                 else:
                     whole = shape if self.group is None else (shape[0] * self.group.degree, *shape[1:])
                     values = seeded_normal(whole, std, f"{config.seed or 0}/{name}/{factor}")
+                    if mean != 0.0:
+                        values += mean
                     values = values if self.group is None else self.group.own_part(values).clone()
                 param = nn.Parameter(values.to(device=device, dtype=dtype))
             self.register_parameter(f"pst_{factor}", param)
 
         layout, outputs, inputs = self.layout, self.layout.out_features, self.layout.in_features
-        k, r = config.score_rank, config.update_rank
-        update_std = update_init_std(config, inputs)
-        starts_at_v = config.update_init == "lora"  # one of U and V is zero
+        k = config.score_rank
         add("A", (outputs, k) if k else None, config.score_init_scale)
         add("B", (layout.num_matrices * k, inputs) if k else None)
         add("R", (outputs,) if config.structured_scores else None)
         add("C", (layout.num_matrices, inputs) if config.structured_scores else None)
-        add("U", (outputs, r) if r else None, 0.0 if starts_at_v else update_std)
-        add("V", (layout.num_matrices * r, inputs) if r else None, update_std if starts_at_v else 0.0)
+        per_matrix = outputs // layout.num_matrices
+        for update_name, spec in self.constants.form.checked_parameters(per_matrix, inputs, config).items():
+            if spec is None:
+                add(update_name, None)
+                continue
+            self.update_specs[update_name] = spec
+            stacked = spec.shape[0] * layout.num_matrices, *spec.shape[1:]
+            add(update_name, stacked, spec.std, spec.mean)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -252,16 +266,31 @@ class PSTLayer(nn.Module):
             state_dict[prefix + "pst_mask"] = mask.view(self.pst_mask.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    @property
+    def factor_names(self) -> tuple[str, ...]:
+        """Names of the factors of the scores, also of those that the layer lacks, and of the update's parameters."""
+        return *SCORE_FACTORS, *self.update_specs
+
     def factor_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield (name in :data:`FACTOR_NAMES`, Parameter) of the factors that this layer has."""
-        for name in FACTOR_NAMES:
+        """Yield (name in :attr:`factor_names`, Parameter) of the factors that this layer has."""
+        for name in self.factor_names:
             param = getattr(self, f"pst_{name}")
             if param is not None:
                 yield name, param
 
+    def update_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of the update by name; {} for a layer without an update."""
+        return {name: self.get_parameter(f"pst_{name}") for name in self.update_specs}
+
+    def drop_update(self) -> None:
+        """Remove the update for good: the layer computes with M . W0."""
+        for name in self.update_specs:
+            self.register_parameter(f"pst_{name}", None)
+        self.update_specs = {}
+
     def factors(self, values: dict[str, Tensor]) -> Factors:
         """Return the matrices of the formulas, from the ``values`` of :meth:`factor_parameters`."""
-        return Factors(**values, norms=self.input_norms)
+        return Factors.of(values, self.constants.form, self.input_norms)
 
     def state(self) -> masked_linear.LayerState:
         """Return the state that computes the layer's current weight. The parameters must be gathered."""
@@ -270,8 +299,17 @@ class PSTLayer(nn.Module):
         weight, mask = self.base_weight(), self.pst_mask.detach().flatten()
         factors = self.factors({name: param.detach() for name, param in self.factor_parameters()})
         rounding = self.rounding() if self.rounds else None
-        constants = factors, self.constants, self.magnitude_scales, self.scores_train
-        return masked_linear.LayerState(weight, mask, self.num_shards, self.layout, *constants, rounding)
+        return masked_linear.LayerState(
+            weight=weight,
+            bits=mask,
+            num_shards=self.num_shards,
+            layout=self.layout,
+            factors=factors,
+            constants=self.constants,
+            magnitude_scales=self.magnitude_scales,
+            scores_train=self.scores_train,
+            rounding=rounding,
+        )
 
     def rounding(self) -> Rounding:
         """Return the grid and its current scales. Only for layers with a grid, whose parameters must be gathered."""
@@ -284,9 +322,9 @@ class PSTLayer(nn.Module):
         return self.state().masked_weight()
 
     def trained(self) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Return the weight if it is trained, and the factors of :data:`FACTOR_NAMES`; None for absent ones."""
+        """Return the weight if it is trained, and the factors of :attr:`factor_names`; None for absent ones."""
         weight = self.weight if self.weight is not None and self.weight.requires_grad else None
-        return weight, [getattr(self, f"pst_{name}") for name in FACTOR_NAMES]
+        return weight, [getattr(self, f"pst_{name}") for name in self.factor_names]
 
     def keep_if_recomputed(self) -> None:
         """If a backward pass recomputes this forward pass, keep frozen parameters gathered until its turn.
@@ -306,14 +344,8 @@ class PSTLayer(nn.Module):
 
     def of_trained(self, grads: masked_linear.Gradients) -> tuple[Tensor | None, ...]:
         """Return the gradients of the factors in :meth:`trained`, in the layer's dtype."""
-        of_factors = (getattr(grads, name) for name in FACTOR_NAMES)
+        of_factors = (grads.of_parameter(name) for name in self.factor_names)
         return tuple(None if g is None else g.to(self.dtype) for g in of_factors)
-
-
-def update_init_std(config: PSTConfig, in_features: int) -> float:
-    """Return the initial standard deviation of U or V, whichever does not start at zero."""
-    # LoRA's A is Kaiming-uniform with a = sqrt(5)
-    return config.update_init_scale * (1.0 / math.sqrt(3.0 * in_features) if config.update_init == "lora" else 1.0)
 
 
 def seeded_normal(shape: tuple[int, ...], std: float, key: str) -> Tensor:

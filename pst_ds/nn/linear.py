@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from pst_ds.core import masked_linear
-from pst_ds.nn.layer import FACTOR_NAMES, PSTLayer
+from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import sharding
 
-_OTHERS = ", ".join(f"Tensor? {name}" for name in ("weight", "bias", *FACTOR_NAMES))
+_MOST_FACTORS = 10
+"""Most factors of a layer in a graph: four of the scores, and an update's. Layers with more end the graph."""
+_FACTORS = [f"factor{number}" for number in range(_MOST_FACTORS)]
+_OTHERS = ", ".join(f"Tensor? {name}=None" for name in ("weight", "bias", *_FACTORS))
 """Parameters that a layer may train. The operator reads the layer's; they are arguments to get gradients."""
 LIBRARY = torch.library.Library("pst_ds", "FRAGMENT")
 LIBRARY.define(f"masked_linear(Tensor x, Tensor number, int outputs, {_OTHERS}) -> Tensor")
@@ -42,9 +45,11 @@ class PSTLinear(PSTLayer):
                 return torch.nn.functional.linear(x.to(dense.dtype), by_output, self.bias)
         if not torch.compiler.is_compiling():
             return self._eager(x)
-        if sharding.is_partitioned(self.pst_mask):  # ZeRO-3's hooks end graphs here anyway
-            return torch.compiler.disable(self._eager)(x)
         weight, factors = self.trained()
+        # ZeRO-3's hooks end graphs here anyway
+        if sharding.is_partitioned(self.pst_mask) or len(factors) > _MOST_FACTORS:
+            return torch.compiler.disable(self._eager)(x)
+        factors += [None] * (_MOST_FACTORS - len(factors))
         x = x.to(self.dtype) if torch.is_autocast_enabled(x.device.type) else x
         return torch.ops.pst_ds.masked_linear(x, self._number, self.out_features, weight, self.bias, *factors)
 
@@ -68,7 +73,7 @@ class PSTLinear(PSTLayer):
     def gradients(
         self, x: Tensor, grad_y: Tensor, *, need_x: bool, need_weight: bool, need_bias: bool
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x (..., I), the weight, the bias, and of :data:`FACTOR_NAMES`, for ``grad_y``
+        """Return the gradients of x (..., I), the weight, the bias, and of :attr:`factor_names`, for ``grad_y``
         (..., O). Gathers released parameters."""
         x_rows, grad_rows = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
         if self.listen is not None:
@@ -132,7 +137,8 @@ def _backward(
     layer = _LAYERS[int(number)]
     with torch.autocast(x.device.type, enabled=False):
         grads = layer.gradients(x, grad_y, need_x=need_x, need_weight=need_weight, need_bias=need_bias)
-    return [grad for grad, is_needed in zip(grads, needed, strict=True) if is_needed]
+    # arguments that stand for no factor of this layer need none
+    return [grad for grad, is_needed in zip(grads, needed, strict=False) if is_needed]
 
 
 LIBRARY.impl("masked_linear", _forward, "CompositeExplicitAutograd")

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from pst_ds.config.train import TrainConfig
+from pst_ds.core.factors import SCORE_FACTORS
+from pst_ds.core.forms.form import ParamSpec
 from pst_ds.core.schedule import USUAL_STEPS, default_learning_rates
 from pst_ds.errors import InputError
-from pst_ds.nn.layer import SCORE_FACTORS
+from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.model_structure import model_width
 from pst_ds.nn.tables.embedding import pst_embeddings
 from pst_ds.parallel import sharding
@@ -36,13 +38,14 @@ def pst_parameter_groups(
         model: a model with PST modules.
         score_learning_rate: peak rate of group "scores": A, B, R and C. None, here and below, selects
             :func:`pst_ds.core.schedule.default_learning_rates` for the model and the length of the run.
-        update_learning_rate: peak rate of group "updates": U and V.
+        update_learning_rate: peak rate of group "updates": the parameters of the update form, such as U and V.
         embedding_learning_rate: peak rate of group "embeddings": U and V of embeddings.
         head_learning_rate: peak rate of group "head": the modules trained in full.
         betas: Adam's betas for all groups. The default is the run file's.
         num_steps, epochs: length of the run, in optimizer steps and passes over the training data.
 
-    Each group has "name", "lr" and "peak_lr" (the rate at the end of the warm-up).
+    Each group has "name", "lr" and "peak_lr" (the rate at the end of the warm-up). Parameters of an update form that
+    learn faster or slower are in a separate group, such as "updates x 3", at 3 times the rate of "updates".
     """
     sharding.settle(model)
     rates = _default_rates(model, num_steps, epochs)
@@ -55,9 +58,18 @@ def pst_parameter_groups(
     rates |= {name: rate for name, rate in given.items() if rate is not None}
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
     embeddings = pst_embeddings(model)
+    specs = _update_specs(model)
     for name, param in model.named_parameters():
-        if param.requires_grad:
-            groups[_group_of(name, embeddings)].append(param)
+        if not param.requires_grad:
+            continue
+        spec = specs.get(param)
+        group = _group_of(name, embeddings) if spec is None else spec.group
+        if spec is not None and spec.rate != 1.0:
+            rate = rates[group] * spec.rate
+            group = f"{group} x {spec.rate:g}"
+            rates[group] = rate
+            groups.setdefault(group, [])
+        groups[group].append(param)
     shared = {"weight_decay": 0.0, "betas": betas}
     return [
         {"params": params, "name": name, "lr": rates[name], "peak_lr": rates[name], **shared}
@@ -79,10 +91,26 @@ def _default_rates(model: nn.Module, num_steps: int, epochs: float) -> dict[str,
     trains_all = all(param.requires_grad for param in model.parameters() if param.dtype.is_floating_point)
     return {
         "scores": rates.scores,
-        "updates": rates.updates,
+        "updates": rates.updates * _rate_factor(model),
         "embeddings": rates.embeddings,
         "head": rates.everything if trains_all else rates.head,
     }
+
+
+def _update_specs(model: nn.Module) -> dict[nn.Parameter, ParamSpec]:
+    """Return the specification of every parameter of an update."""
+    specs = {}
+    for module in model.modules():
+        if isinstance(module, PSTLayer):
+            for name, param in module.update_parameters().items():
+                specs[param] = module.update_specs[name]
+    return specs
+
+
+def _rate_factor(model: nn.Module) -> float:
+    """Return the factor of the default rate for the update form of the model; 1 without PST layers."""
+    layers = (module for module in model.modules() if isinstance(module, PSTLayer))
+    return next((layer.constants.form.rate_factor for layer in layers), 1.0)
 
 
 def _group_of(name: str, embeddings: Container[str]) -> str:

@@ -31,7 +31,7 @@ from pst_ds.formats.base_weights import BaseWeights, is_text_part, may_be_missin
 from pst_ds.formats.rows import row_counts
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.inject import persistent_buffers, pst_layers
-from pst_ds.nn.layer import FACTOR_NAMES, PSTLayer
+from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.merge import plain_tensors
 from pst_ds.nn.model_structure import is_conv1d, is_linear
 from pst_ds.nn.tables.coded import plain_tables
@@ -163,7 +163,7 @@ class RunSource:
             weight = CodedWeight(base, *base.encode(start, 0), compute)
         del start
         mask = checkpoint.mask_bits(owner, *run.share(run.stack.numel, piece))
-        factors = Factors(**self._factors(owner, run, piece, device))
+        factors = Factors.of(self._factors(owner, run, piece, device), constants.form)
         rounding = None if recipe.grid is None else self._rounding(owner, run, piece, recipe.grid, device)
         if recipe.masked:
             merged = masked_weight(weight, mask.to(device), 1, layout, factors, constants, rounding)
@@ -180,14 +180,20 @@ class RunSource:
         return TensorValues(merged, keep, pruned, None if rounding is None else rounding.scales_by_output.cpu())
 
     def _factors(self, owner: str, run: StackRun, piece: int, device: str) -> dict[str, Tensor]:
-        """Return the factors of a piece, by name, in the dtype that the model computed with."""
-        checkpoint, found = self._checkpoint, {}
-        for factor in FACTOR_NAMES:
-            shape = checkpoint.contents.trained.get(f"{owner}.pst_{factor}")
-            if shape is not None:
-                own = checkpoint.values(f"{owner}.pst_{factor}", MASTER, *run.share(math.prod(shape), piece))
-                found[factor] = own.view(-1, *shape[1:]).to(device=device, dtype=DTYPES[checkpoint.state.precision])
-        return found
+        """Return the factors of a piece, by name, in the dtype that the model computed with.
+
+        They are all that the checkpoint has for the layer, so that no update form is known here.
+        """
+        checkpoint = self._checkpoint
+        prefix = f"{owner}.pst_"
+        factors = {}
+        for name, shape in checkpoint.contents.trained.items():
+            if name.startswith(prefix):
+                values = checkpoint.values(name, MASTER, *run.share(math.prod(shape), piece))
+                by_row = values.view(-1, *shape[1:])
+                compute = DTYPES[checkpoint.state.precision]
+                factors[name.removeprefix(prefix)] = by_row.to(device=device, dtype=compute)
+        return factors
 
     def _rounding(self, owner: str, run: StackRun, piece: int, stored: StoredGrid, device: str) -> Rounding:
         """Return the quantisation that a piece was trained with. Raises ExportError for damaged scales."""

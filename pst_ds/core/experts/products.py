@@ -82,9 +82,12 @@ def backward(
             grads.x[rows] = own.x
         for name, total in whole.items():
             share = total.shape[0] // layout.num_experts
-            total[expert * share : (expert + 1) * share] = getattr(own, name)
+            total[expert * share : (expert + 1) * share] = own.of_parameter(name)
     for name, total in whole.items():
-        setattr(grads, name, total)
+        if name in state.factors.update:
+            grads.update[name] = total
+        else:
+            setattr(grads, name, total)
     if grads.x is not None and by_token:
         grads.x = routing.summed(grads.x)
     return grads
@@ -98,11 +101,11 @@ def dense_backward(grad_y: Tensor, stack: Tensor, routing: Routing, *, by_token:
 
 def _zeros(state: LayerState, *, need_weight: bool) -> dict[str, Tensor]:
     """Return zero gradients of a stack by name: of its factors, and of its weights if these train."""
-    found = {
-        name: torch.zeros_like(factor, dtype=torch.promote_types(factor.dtype, torch.float32))
-        for name in "ABRCUV"
-        if (factor := getattr(state.factors, name)) is not None
-    }
+    factors = {name: factor for name, factor in state.factors.held().items() if name != "norms"}
+    factors |= state.factors.update
+    gradients = {}
+    for name, factor in factors.items():
+        gradients[name] = torch.zeros_like(factor, dtype=torch.promote_types(factor.dtype, torch.float32))
     if need_weight:
-        found["weight"] = torch.zeros(state.layout.shape, dtype=state.weight.dtype, device=state.weight.device)
-    return found
+        gradients["weight"] = torch.zeros(state.layout.shape, dtype=state.weight.dtype, device=state.weight.device)
+    return gradients

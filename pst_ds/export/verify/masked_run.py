@@ -254,9 +254,9 @@ def settle(module: PSTLayer | UpdatedTable, weight: Tensor) -> None:
         nn.Module.float(module)
     if isinstance(module, PSTLayer):
         module.hold(weight)
+        module.drop_update()
     else:
         module.weight.copy_(weight)
-    if isinstance(module.pst_U, Tensor):
         module.pst_U.zero_()
 
 

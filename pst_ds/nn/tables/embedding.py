@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pst_ds.config.pst import PSTConfig
+from pst_ds.core.forms.low_rank import update_init_std
 from pst_ds.core.quantization import Grid, round_to_grid
 from pst_ds.core.updates.rows import row_gradients, updated_rows
-from pst_ds.nn.layer import seeded_normal, update_init_std
+from pst_ds.nn.layer import seeded_normal
 from pst_ds.nn.linear import LIBRARY
 from pst_ds.nn.targets import places_by_module, put
 from pst_ds.parallel import sharding

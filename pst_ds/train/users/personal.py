@@ -12,10 +12,10 @@ from pst_ds.checkpoint.restore import load_into
 from pst_ds.checkpoint.user_store import Common, Form, State, UserStore, UserStoreError
 from pst_ds.config.pst import PSTConfig, name_matches
 from pst_ds.config.run import ConfigError, RunConfig
+from pst_ds.core.factors import SCORE_FACTORS
 from pst_ds.errors import shortened
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.inject import configured_parameters, freeze_scores, pst_layers
-from pst_ds.nn.layer import SCORE_FACTORS
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.personal_updates import LEFT, RIGHT, add_update
 from pst_ds.nn.targets import modules_named_to_save
@@ -203,13 +203,14 @@ def _make_personal(module: nn.Module, run: RunConfig, part: PersonalPart) -> dic
                 dtype=layer.dtype,
                 device=sharding.shard_of(layer.pst_mask).values.device,
             )
-        elif layer.get_parameter("pst_U") is None:
+        elif not layer.update_specs or not layer.constants.form.has_kernels:
             raise ConfigError(
-                f"method = {run.method!r} with pst.update_rank = {run.pst.update_rank} has no U and V that a user "
+                f"method = {run.method!r} with pst.update_rank = {run.pst.update_rank} and pst.update_form = "
+                f"{run.pst.update_form!r} has no U and V that a user "
                 'could own. Use form = "beside", or a run with updates.'
             )
         else:
-            personal |= {f"{name}.{factor}": getattr(layer, factor) for factor in ("pst_U", "pst_V")}
+            personal |= {f"{name}.pst_{factor}": param for factor, param in layer.update_parameters().items()}
     personal |= {name: param for name, param in module.named_parameters() if param in trained}
     for param in personal.values():
         param.requires_grad_(True)

@@ -1,0 +1,21 @@
+"""The update forms by the name that ``pst.update_form`` gives, including those of other packages."""
+
+from typing import TYPE_CHECKING
+
+from pst_ds.plugins import Registry
+
+if TYPE_CHECKING:  # forms import torch, and run files are checked without it
+    from pst_ds.core.forms.form import UpdateForm
+
+LOW_RANK = "low-rank"
+"""The form of a run file that names none."""
+UPDATE_FORMS: "Registry[type[UpdateForm]]" = Registry(
+    "pst_ds.update_forms",
+    "update form",
+    {LOW_RANK: "pst_ds.core.forms.low_rank:LowRank", "spp": "pst_ds.core.forms.spp:SPP"},
+)
+
+
+def update_form(name: str) -> "UpdateForm":
+    """Return the form called ``name``. Raises InputError for one that is unknown or cannot be imported."""
+    return UPDATE_FORMS.get(name)()
