@@ -18,6 +18,7 @@ from pst_ds.config.settings import ConfigError as ConfigError
 from pst_ds.config.settings import Interval, MayDiffer, NotNegative, Positive, Section, Strings, settings
 from pst_ds.config.tasks import TASKS, TaskFacts, task_conflicts
 from pst_ds.config.train import DistillationConfig, FinetuneConfig, TrainConfig
+from pst_ds.config.update_forms import LOW_RANK, update_form
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.schedule import (
     CubicSchedule,
@@ -168,6 +169,8 @@ class RunConfig(Section):
         solves, pst = f"schedule.solves = {self.schedule.solves}", self.pst
         if self.method != "pst":
             yield f'{solves} is for method = "pst", not for method = {self.method!r}. Set schedule.solves = 0'
+        if pst.update_form != LOW_RANK:
+            yield f'{solves} subtracts the update, as only U V allows. Remove pst.update_form = "{pst.update_form}"'
         if self.start.method != "none":
             yield f'{solves} starts with all weights, and start.method = "{self.start.method}" prunes. Remove [start]'
         if pst.magnitude != "weight":
@@ -272,7 +275,7 @@ class RunConfig(Section):
         )
         rates = {
             "score_learning_rate": default.scores,
-            "update_learning_rate": default.updates,
+            "update_learning_rate": default.updates * update_form(self.injected_pst.update_form).rate_factor,
             "embedding_learning_rate": default.embeddings,
             "head_learning_rate": default.everything if self.mask_method.trains_everything else default.head,
         }

@@ -14,7 +14,7 @@ U and V are the update of forms with kernels. The parameters of another form (:m
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -61,11 +61,14 @@ class Factors:
     @classmethod
     def of(cls, values: Mapping[str, Tensor], form: UpdateForm, norms: Tensor | None = None) -> Self:
         """Return the factors from a layer's trained parameters by name: those of the scores and of its ``form``."""
-        if form.has_kernels:
-            return cls(**values, norms=norms)
-        scores = {name: value for name, value in values.items() if name in SCORE_FACTORS}
-        update = {name: value for name, value in values.items() if name not in SCORE_FACTORS}
-        return cls(**scores, norms=norms, update=update)
+        fields_of_class: dict[str, Any] = {}
+        update = {}
+        for name, value in values.items():
+            if form.has_kernels or name in SCORE_FACTORS:
+                fields_of_class[name] = value
+            else:
+                update[name] = value
+        return cls(**fields_of_class, norms=norms, update=update)
 
     def of_update(self) -> "Factors":
         """Return the factors of the update only."""
@@ -85,7 +88,7 @@ class Factors:
         update = {name: part(value) for name, value in self.update.items()}
         return Factors(**{name: part(value) for name, value in self.held().items()}, update=update)
 
-    def held(self) -> dict[str, Tensor]:
+    def held(self) -> dict[str, Any]:
         """Return the factors with a field, and not None, by name; without :attr:`update`."""
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "update"}
         return {name: value for name, value in values.items() if value is not None}

@@ -97,7 +97,7 @@ def single_weights(
     weight: Tensor, rows: Tensor, cols: Tensor, tile: TileFactors, constants: Constants, weight_scale: float = 1.0
 ) -> SingleWeights:
     """Select from the factors ``tile`` of a rectangle those that score ``weight``, (n,) W0 at (rows[i], cols[i])."""
-    single: dict[str, Tensor] = {}
+    single: dict[str, Any] = {}
     for name, values in tile.held().items():
         if name in ("score_right", "score_cols", "update_right"):
             single[name] = values[..., cols].unsqueeze(-1)
@@ -126,7 +126,11 @@ def _keys_together(singles: Sequence[SingleWeights]) -> Tensor:
     if len(singles) == 1:
         return order_keys(importance(first.weight, first.tile, first.constants, first.weight_scale)).squeeze(1)
     parts = [single.tile.held() for single in singles]
-    tile = {name: torch.cat([part[name] for part in parts], 1 if name.endswith("_right") else 0) for name in parts[0]}
+    tile: dict[str, Any] = {}
+    for name in parts[0]:
+        # right factors have a column per weight, all others a row
+        along = 1 if name.endswith("_right") else 0
+        tile[name] = torch.cat([part[name] for part in parts], along)
     factors = [one.weight.new_full(one.weight.shape, 1.0 / one.weight_scale, dtype=torch.float32) for one in singles]
     weight = torch.cat([one.weight for one in singles])
     return order_keys(importance(weight, TileFactors(**tile), first.constants, factors=torch.cat(factors))).squeeze(1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 
 from pst_ds.checkpoint.format import read_checkpoint
 from pst_ds.cli.main import main
+from pst_ds.config.pst import PSTConfig
+from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import rank, world_size
@@ -27,11 +31,13 @@ def plugins(tmp_path, monkeypatch):
     install_forms(tmp_path / "plugins", monkeypatch, **FORMS)
 
 
-def _train(folder, form, *more, resume=False, stop_at=0):
+def _train(folder, form, *more, resume=False, stop_at=0, ranks=False):
     settings = [
-        f"output_dir={json.dumps(str(folder))}", "deepspeed_config=", f"pst.update_form={form}", "train.num_steps=6",
+        f"output_dir={json.dumps(str(folder))}", f"pst.update_form={form}", "train.num_steps=6",
         "schedule.update_interval=1", "checkpoint.interval=2", *more,
     ]  # fmt: skip
+    if not ranks:
+        settings.append("deepspeed_config=")
     run = load_run("tests/data/world_size.toml", settings)
     prepared = prepare(run, LaunchEnvironment(rank(), world_size(), rank()))
     if not stop_at:
@@ -61,3 +67,50 @@ def test_a_form_trains_resumes_and_exports_exactly(form, tmp_path, verb):
     exported = tmp_path / "exported"
     verb("export", str(tmp_path / "whole"), "--out", str(exported))
     assert main(["verify", str(exported), "--against", str(tmp_path / "whole")]) == 0
+
+
+@pytest.mark.zero3
+@pytest.mark.parametrize("form", PARAMETERS)
+def test_two_ranks_train_as_one_does(form, run_ranks, tmp_path, verb):
+    """Forms that are not exact in slices gather whole weights for masks."""
+    one = partial(_train, str(tmp_path / "1"), form, ranks=True)
+    two = partial(_train, str(tmp_path / "2"), form, ranks=True)
+    run_ranks(one, 1)
+    run_ranks(partial(two, stop_at=4), 2)
+    run_ranks(partial(two, resume=True), 2)
+    expected = _values(tmp_path / "1")
+    values = _values(tmp_path / "2")
+    assert values.keys() == expected.keys()
+    for name, value in expected.items():
+        if name.startswith("mask "):
+            differing = sum(int(byte).bit_count() for byte in (value ^ values[name]).tolist())
+            assert differing <= 2, name
+        else:
+            assert torch.allclose(values[name], value, atol=1e-3), name
+    verb("export", str(tmp_path / "2"), "--out", str(tmp_path / "exported"))
+    assert main(["verify", str(tmp_path / "exported"), "--against", str(tmp_path / "2")]) == 0
+
+
+def test_a_form_s_rates_are_those_of_its_groups(tmp_path):
+    _train(tmp_path / "run", "shift", "train.update_learning_rate=0.001")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    step = next(line for line in lines if line["event"] == "step")
+    assert step["lr/updates x 3"] == pytest.approx(3 * step["lr/updates"])
+
+
+def test_the_default_rate_is_the_form_s(tmp_path):
+    run = load_run("tests/data/world_size.toml", [f"output_dir={tmp_path}"])
+    sizes = {"width": 384, "num_steps": 600, "num_examples": 9600, "num_labels": 2}
+    default = run.with_rates(**sizes).train.update_learning_rate
+    spp = replace(run, pst=replace(run.pst, update_form="spp")).with_rates(**sizes)
+    assert spp.train.update_learning_rate == pytest.approx(15 * default)
+
+
+def test_an_unknown_form_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"update_form = 'sp' is not the name of a known update form. Did you mean"):
+        load_run("tests/data/world_size.toml", [f"output_dir={tmp_path}", "pst.update_form=sp"])
+
+
+def test_forms_do_not_train_the_weights_themselves():
+    with pytest.raises(ConfigError, match="updates frozen weights, and train_weights = true trains them"):
+        PSTConfig(update_form="spp", train_weights=True)

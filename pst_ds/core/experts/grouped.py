@@ -5,6 +5,7 @@ stack is one grouped product, and becomes M . W in place.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,8 @@ def backward(
     left, right = (rows, grad_y) if transposed else (grad_y, rows)
     stack = product(left.t(), right, routing).view(layout.shape)
     factors = factors_with_ones(state) if state.scores_train else Factors(U=state.factors.U, V=state.factors.V)
-    sums = Factors(**{name: torch.empty_like(f) for name, f in factors.held().items() if name != "norms"})
+    totals: dict[str, Any] = {name: torch.empty_like(f) for name, f in factors.held().items() if name != "norms"}
+    sums = Factors(**totals)
     has_gradient = sums.A is not None and sums.U is not None and not state.constants.frozen_magnitude
     inverses = torch.tensor([1.0 / scale for scale in state.magnitude_scales])
     scales = stack.new_empty(len(inverses), dtype=torch.float32).copy_(inverses, non_blocking=True)
@@ -91,7 +93,8 @@ def backward(
     if need_x:
         by_output = stack.view(-1, *one.shape)
         grads.x = product(grad_y, by_output.transpose(1, 2) if transposed else by_output, routing)
-    finish_factors(Factors(**{name: total.float() for name, total in sums.held().items()}), state, grads)
+    in_fp32: dict[str, Any] = {name: total.float() for name, total in totals.items()}
+    finish_factors(Factors(**in_fp32), state, grads)
     return grads
 
 

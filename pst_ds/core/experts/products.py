@@ -82,7 +82,9 @@ def backward(
             grads.x[rows] = own.x
         for name, total in whole.items():
             share = total.shape[0] // layout.num_experts
-            total[expert * share : (expert + 1) * share] = own.of_parameter(name)
+            term = own.of_parameter(name)
+            assert term is not None
+            total[expert * share : (expert + 1) * share] = term
     for name, total in whole.items():
         if name in state.factors.update:
             grads.update[name] = total

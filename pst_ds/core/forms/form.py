@@ -14,8 +14,8 @@ from torch import Tensor
 
 RESERVED_NAMES = frozenset({"A", "B", "R", "C", "x", "weight", "bias", "mask", "scales", "base_codes", "base_scales"})
 """Names of what else a layer has, or has a gradient, which a form must not use."""
-GROUPS = ("scores", "updates", "embeddings", "head")
-"""The optimizer groups that a parameter can be in."""
+GROUPS = ("updates", "embeddings", "head")
+"""The optimizer groups that a parameter can be in. That of the scores stops learning once masks are fixed."""
 
 
 class UpdateSettings(Protocol):
@@ -132,7 +132,7 @@ class UpdateForm(ABC):
         return specs
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other)
+        return isinstance(other, UpdateForm) and type(self) is type(other)
 
     def __hash__(self) -> int:
         return hash(type(self))
